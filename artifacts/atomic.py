@@ -22,15 +22,20 @@ def disk_errors(doing: str) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary sibling to write to; it takes the place of `path`, on disk, when the body ends without an error."""
+def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Yield a temporary sibling to write to, which takes the place of `path` when the body ends without an error.
+
+    durable: it is on the disk then; false for a cache, which may be lost with the machine.
+    """
     tmp = path.with_name(f"{TMP_PREFIX}{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield tmp
-        fsync(tmp)
+        if durable:
+            fsync(tmp)
         tmp.replace(path)
-        fsync(path.parent)
+        if durable:
+            fsync(path.parent)
     except OSError as error:  # named after the file that was meant, not after the temporary one
         plain = OSError(error.errno, error.strerror) if error.errno else OSError(str(error))
         raise from_os_error(plain, f"writing {path}") from error
@@ -39,9 +44,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
             tmp.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, durable: bool = True) -> None:
     """Replace the content of `path` in one step."""
-    with atomic_path(path) as tmp:
+    with atomic_path(path, durable=durable) as tmp:
         tmp.write_text(text, encoding="utf-8")
 
 

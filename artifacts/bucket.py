@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
-import tenacity
-
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, one_line
 from draftsmith.artifacts.redaction import secret_in
+from draftsmith.artifacts.retry import repeated
 
 _OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _PROBE = ".written-once"  # an object that the check writes
 _WRITTEN = "written"
+_TRIES = 3
 
 Result = TypeVar("Result")
 
@@ -109,15 +109,10 @@ class Bucket:
         return f"{self._root}/{name}"
 
     def _call(self, name: str, doing: str, act: Callable[[], Result]) -> Result:
-        """Call the file system, up to three times."""
-        again = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(lambda error: not _is_final(error)),
-            stop=tenacity.stop_after_attempt(3),
-            wait=tenacity.wait_random_exponential(max=5),
-            reraise=True,
-        )
+        """Call the file system, and again where that may help."""
+        again = repeated(Exception, given_up=lambda error, attempts, _seconds: _is_final(error) or attempts == _TRIES)
         try:
-            return again(act)
+            return again(act)()
         except Exception as error:  # of whichever package: no credentials, no such bucket, no network
             if _is_of_this_disk(error):
                 raise
@@ -133,7 +128,7 @@ class Bucket:
 
 
 def _is_final(error: BaseException) -> bool:
-    return isinstance(error, FileNotFoundError) or _is_of_this_disk(error) or not isinstance(error, Exception)
+    return isinstance(error, FileNotFoundError) or _is_of_this_disk(error)
 
 
 def _is_of_this_disk(error: BaseException) -> bool:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from draftsmith.artifacts.atomic import TMP_PREFIX
+from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.manifest import sha256_file
 
@@ -87,12 +87,11 @@ class Checksums:
         return found if still else None
 
     def _remember(self, known: Known) -> None:
-        target = self._file(Path(known.path))
-        partial = target.with_name(f"{TMP_PREFIX}{os.getpid()}-{target.name}")
-        with suppress(OSError):  # of a store that may only be read, everything is hashed again
-            target.parent.mkdir(exist_ok=True)  # a home that is not there yet is not begun by looking at a file
-            partial.write_text(json.dumps({"known": asdict(known), "sum": known.own_sum}), encoding="utf-8")
-            partial.replace(target)
+        if not self._folder.parent.is_dir():  # a home that is not there yet is not begun by looking at a file
+            return
+        with suppress(DraftsmithError):  # of a store that may only be read, everything is hashed again
+            text = json.dumps({"known": asdict(known), "sum": known.own_sum})
+            write_text(self._file(Path(known.path)), text, durable=False)
 
     def _file(self, path: Path) -> Path:
         return self._folder / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json"

@@ -10,7 +10,6 @@ import ast
 import hashlib
 import importlib.util
 import json
-import os
 import platform
 import sys
 from contextlib import suppress
@@ -18,6 +17,7 @@ from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
+from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError
 
 PACKAGE = "draftsmith"
@@ -97,11 +97,8 @@ def _source(text: str, package: str, path: Path) -> _Source:
             return _Source(known["identity"], tuple((target, what) for target, what in known["imports"]))
     source = _read(text, package)
     if not sys.dont_write_bytecode:
-        with suppress(OSError):
-            memory.parent.mkdir(exist_ok=True)
-            partial = memory.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps({"stamp": stamp, **asdict(source)}), "utf-8")
-            partial.replace(memory)
+        with suppress(DraftsmithError):
+            write_text(memory, json.dumps({"stamp": stamp, **asdict(source)}), durable=False)
     return source
 
 

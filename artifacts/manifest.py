@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from fnmatch import fnmatch
@@ -21,6 +23,12 @@ SCHEMA_VERSION = 1  # part of every key: raising it makes every artifact new
 MANIFEST = "manifest.json"
 # A file of an artifact, path -> sha256: files elsewhere (a model's folder) that whoever reads the artifact reads too.
 ELSEWHERE = "elsewhere.json"
+SHARD = ".shard"  # end of the name of a stage whose artifacts are parts of another's
+# In the folder of an attempt: what the manifest of a stage that has ended will say. If the commit fails (a full disk, a
+# bucket that does not answer), the next claim makes it without the stage.
+PENDING = "pending.json"
+_PENDING_BYTES = 1 << 16  # set aside when the attempt begins, so that a full disk cannot refuse them at its end
+_FEWEST = 4  # characters of a key or content id that name an artifact
 _CHECKSUM = "checksum"  # of the manifest itself
 VERSIONS = "versions.json"  # a file of an artifact: name -> version of what made it, beside this environment's packages
 _PACKAGES = (
@@ -206,3 +214,80 @@ def versions(folder: Path | None = None) -> dict[str, str]:
             continue
     noted = folder / VERSIONS if folder is not None else None
     return found | (json.loads(noted.read_bytes()) if noted is not None and noted.is_file() else {})
+
+
+def whole_manifest(folder: Path, stage: str) -> Manifest:
+    """The manifest of a folder, whose files are those that its content id is of. Raises DraftsmithError."""
+    try:
+        manifest = read_manifest(folder)
+    except DraftsmithError as error:
+        raise DraftsmithError(f"{error}: {remedy(stage)}") from error
+    check_content(manifest, folder / MANIFEST)
+    return manifest
+
+
+def check_content(manifest: Manifest, where: Path | str) -> None:
+    """Raises DraftsmithError if a manifest's content id does not follow from its files."""
+    if content_id(manifest.files) != manifest.content_id:
+        raise damaged(where, manifest.stage, "its content id does not follow from its files")
+
+
+def remedy(stage: str) -> str:
+    return f"make it again: add `--force {stage.removesuffix(SHARD)}` to the command"
+
+
+def damaged(where: Path | str, stage: str, what: str) -> DraftsmithError:
+    """The error that names a file and says what is wrong with it, and how its artifact is made again."""
+    return DraftsmithError(f"{where}: {what}; {remedy(stage)}")
+
+
+class Pending(Manifest):
+    """A manifest whose files are not described yet."""
+
+    volatile: tuple[str, ...]
+    sizes: dict[str, int]  # of the files that are there, by name
+
+
+def sizes_of(out: Path) -> dict[str, int]:
+    return {name: (out / name).stat().st_size for name in artifact_files(out)}
+
+
+def set_aside_space(path: Path) -> None:
+    with path.open("wb") as file, suppress(OSError):  # some file systems cannot: the bytes are asked for at the end
+        os.posix_fallocate(file.fileno(), 0, _PENDING_BYTES)
+
+
+def overwrite(path: Path, content: bytes) -> None:
+    """In the space that the file has: nothing is asked of a full disk. Lost in a crash, the stage is run again."""
+    with path.open("r+b") as file:
+        file.write(content)
+        file.flush()
+        file.truncate()
+
+
+def read_pending(path: Path) -> Pending | None:
+    """None: the stage has not ended."""
+    try:
+        return Pending.model_validate_json(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def the_one_named(text: str, manifests: Sequence[Manifest], where: str) -> Manifest:
+    """The one of a store's manifests that `text` names. Raises DraftsmithError, with `where`, for none or several."""
+    matches = [manifest for manifest in manifests if _names(text, manifest)]
+    if len(matches) == 1:
+        return matches[0]
+    if not matches:
+        raise DraftsmithError(f"no artifact matches {text!r} in {where}: `draftsmith status` lists them")
+    choices = ", ".join(f"{m.stage}/{m.key[:12]} ({m.created_at})" for m in matches[-5:])
+    raise DraftsmithError(f"{text!r} names {len(matches)} artifacts: choose one by its key, e.g. {choices}")
+
+
+def _names(text: str, manifest: Manifest) -> bool:
+    stage, slash, prefix = text.rpartition("/")
+    if slash:
+        return stage == manifest.stage and bool(prefix) and manifest.key.startswith(prefix)
+    if text == manifest.stage:
+        return True
+    return len(text) >= _FEWEST and (manifest.key.startswith(text) or manifest.content_id.startswith(text))

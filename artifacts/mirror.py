@@ -22,7 +22,6 @@ from pathlib import Path
 
 from draftsmith.artifacts.atomic import atomic_path, disk_errors, remove_temporary, write_text
 from draftsmith.artifacts.bucket import Bucket
-from draftsmith.artifacts.damage import check_content, damaged
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.locks import locked
 from draftsmith.artifacts.manifest import (
@@ -30,7 +29,9 @@ from draftsmith.artifacts.manifest import (
     ArtifactRef,
     FileEntry,
     Manifest,
+    check_content,
     content_id,
+    damaged,
     manifest_text,
     parse_manifest,
     read_manifest,

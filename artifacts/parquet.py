@@ -1,8 +1,7 @@
-"""Versioned Parquet tables: written in one step, checked when read, resumable in shards."""
+"""Versioned Parquet tables: written in one step, checked when read."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,11 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from draftsmith.artifacts.atomic import TMP_PREFIX, atomic_path
+from draftsmith.artifacts.atomic import atomic_path
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.schemas import TableSchema
-
-log = logging.getLogger(__name__)
 
 # How every table is written; its pages carry checksums, which every reader here verifies.
 WRITTEN: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
@@ -144,11 +141,11 @@ def reading(path: Path, what: str = "it") -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise _DamagedError(f"{path}: no such file; run the stage that writes {what} again") from None
+        raise DraftsmithError(f"{path}: no such file; run the stage that writes {what} again") from None
     except PermissionError as error:
         raise DraftsmithError(f"{path}: permission denied; make it readable") from error
     except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:  # the last: of the name of a column
-        raise _DamagedError(
+        raise DraftsmithError(
             f"{path}: not a whole Parquet file (truncated, damaged or of another format); restore it, or make it again "
             "by adding `--force` and the name of its stage to the command"
         ) from error
@@ -203,56 +200,6 @@ def padded(table: pa.Table, column: str, width: int, fill: float, dtype: type) -
     matrix = np.full((table.num_rows, width), fill, dtype=dtype)
     matrix[np.arange(width) < lengths[:, None]] = pc.list_flatten(table[column]).to_numpy()
     return matrix
-
-
-class ShardWriter:
-    """Appends rows to a folder as `shard-00000.parquet`, `shard-00001.parquet`, …, each complete on disk.
-
-    On a folder of an interrupted run it goes on behind the last whole shard; a truncated last one is set aside.
-    """
-
-    def __init__(self, folder: Path, schema: TableSchema, group_bytes: int = GROUP_BYTES) -> None:
-        self.folder = folder
-        self.schema, self._group_bytes = schema, group_bytes
-        set_aside_truncated(folder, schema)
-        existing = shard_paths(folder)
-        self._next = int(existing[-1].stem.removeprefix("shard-")) + 1 if existing else 0
-
-    def append(self, rows: Rows) -> Path | None:
-        """Write one shard; nothing for no rows."""
-        if len(rows) == 0:
-            return None
-        path = self.folder / f"shard-{self._next:05d}.parquet"
-        write_table(path, self.schema, rows, self._group_bytes)
-        self._next += 1
-        return path
-
-
-def read_shards(folder: Path, schema: TableSchema) -> pa.Table:
-    """All shards of a folder in order as one table; an absent or empty folder is an empty table."""
-    tables = [read_table(path, schema) for path in shard_paths(folder)]
-    return pa.concat_tables(tables) if tables else schema.with_metadata.empty_table()
-
-
-def set_aside_truncated(folder: Path, schema: TableSchema) -> None:
-    """Hide a truncated last shard of an interrupted run, with a log line; its rows are to be made again."""
-    shards = shard_paths(folder)
-    if not shards:
-        return
-    try:
-        read_table(shards[-1], schema)
-    except _DamagedError:
-        aside = shards[-1].with_name(f"{TMP_PREFIX}truncated-{shards[-1].name}")
-        shards[-1].replace(aside)
-        log.warning("%s was cut short by an interruption: set aside, its rows are made again", shards[-1])
-
-
-def shard_paths(folder: Path) -> list[Path]:
-    return sorted(folder.glob("shard-*.parquet"))
-
-
-class _DamagedError(DraftsmithError):
-    """There is no such file, or it is not a whole Parquet file, as opposed to one of another schema."""
 
 
 def _check_schema(path: Path, schema: TableSchema, found: pa.Schema) -> None:

@@ -2,7 +2,8 @@
 
 A config is written to manifests, to MLflow, to Prefect's database and to the report, so a secret in it is refused by
 what its name or its value looks like; and whatever is shown, logged or kept as text passes through `redacted`. Both
-stand here alone. Secrets come from the environment, which stage processes and servers inherit.
+stand here alone. Secrets come from the environment, which stage processes and servers inherit. What others wrote, such
+as a model, is shown by `printable`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import os
 import re
 import traceback
+import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -55,6 +57,9 @@ _KNOWN = {
     "JSON web tokens": re.compile(r"\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*"),
     "private keys": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----[^-]*(?:-----END [A-Z ]*PRIVATE KEY-----)?"),
 }
+
+_PLAIN = re.compile(r"[\t\n\x20-\x7e]*")
+_ESCAPED = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # control, direction and joining marks, halves of surrogate pairs
 
 
 def is_secret_name(name: str) -> bool:
@@ -146,3 +151,20 @@ def _of_environment() -> list[str]:
     """Values of variables that are called as secrets are, longest first: one may hold another."""
     found = {v for k, v in os.environ.items() if len(v) >= _SHORTEST_VALUE and is_secret_name(k)}
     return sorted(found, key=len, reverse=True)
+
+
+def printable(text: str) -> str:
+    """The text with control characters and invisible marks written out (`\\x1b`, `\\u202e`); tab and newline stay.
+
+    A terminal acts on control characters (colours, its title, the clipboard); marks of direction reorder what is read.
+    """
+    if _PLAIN.fullmatch(text):
+        return text
+    return "".join(_shown(character) for character in text)
+
+
+def _shown(character: str) -> str:
+    if character in "\t\n" or unicodedata.category(character) not in _ESCAPED:
+        return character
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

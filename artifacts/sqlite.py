@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.file_system import network_file_system
+from draftsmith.artifacts.host import network_file_system
 
 
 def refuse_shared_database(path: Path, whose: str, advice: str) -> None:

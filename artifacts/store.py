@@ -18,29 +18,35 @@ from urllib.parse import unquote, urlparse
 
 from draftsmith.artifacts.atomic import disk_errors, fsync, remove_temporary, write_text
 from draftsmith.artifacts.checksums import Checksums, Known
-from draftsmith.artifacts.damage import damaged, whole_manifest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.locks import Holder, Lock, is_locked, locked
 from draftsmith.artifacts.manifest import (
     MANIFEST,
+    PENDING,
     SCHEMA_VERSION,
     ArtifactRef,
     FileEntry,
     InputEntry,
     Manifest,
+    Pending,
     artifact_files,
     canonical_json,
     content_id,
+    damaged,
     describe_files,
     elsewhere,
     manifest_text,
+    overwrite,
     read_manifest,
+    read_pending,
+    set_aside_space,
     sha256_file,
+    sizes_of,
+    the_one_named,
     versions,
+    whole_manifest,
 )
-from draftsmith.artifacts.naming import the_one_named
-from draftsmith.artifacts.pending import PENDING, Pending, overwrite, read_pending, set_aside_space, sizes_of
 
 log = logging.getLogger(__name__)
 SHORT = 16  # hex digits of a key in a folder's name

@@ -17,9 +17,8 @@ import numpy as np
 import pandas as pd
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.home import home
-from draftsmith.artifacts.private import private_files
-from draftsmith.artifacts.proxies import reach_ourselves_directly
+from draftsmith.artifacts.home import home, private_files
+from draftsmith.artifacts.host import reach_ourselves_directly
 from draftsmith.flows.pipeline.config_file import config_from, read_config
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.pipeline.launch import launch

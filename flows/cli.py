@@ -12,11 +12,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from draftsmith.artifacts.errors import EXIT_INTERRUPTED, DraftsmithError, RefusedError, from_os_error, one_line
-from draftsmith.artifacts.home import home
-from draftsmith.artifacts.printable import printable
-from draftsmith.artifacts.private import private_files
-from draftsmith.artifacts.proxies import reach_ourselves_directly
-from draftsmith.artifacts.redaction import redact_logs, redacted
+from draftsmith.artifacts.home import home, private_files
+from draftsmith.artifacts.host import reach_ourselves_directly
+from draftsmith.artifacts.redaction import printable, redact_logs, redacted
 from draftsmith.flows.arguments import parser
 from draftsmith.flows.commands import COMMANDS
 from draftsmith.stages.garbage import collect_seldom

@@ -112,7 +112,7 @@ def _check(options: argparse.Namespace, pipeline: Pipeline) -> None:
 
 
 def _stage(options: argparse.Namespace, pipeline: Pipeline) -> None:
-    from draftsmith.artifacts.unused import in_use
+    from draftsmith.artifacts.retention import in_use
 
     config = _read(options, pipeline)
     with in_use(home(), config.name, _display().line):

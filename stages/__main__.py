@@ -12,17 +12,13 @@ from pathlib import Path
 
 from draftsmith.artifacts.redaction import redact_logs
 from draftsmith.stages.garbage import collect_seldom
-from draftsmith.stages.lifeline import die_with_parent
 from draftsmith.stages.process import event_stream, keep_freed_memory, run_request, stop_when_asked
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m draftsmith.stages", description="Run one stage in this process.")
     parser.add_argument("request", type=Path, help="JSON file: stage, module, config, inputs, out, work, seed, threads")
-    parser.add_argument("--lifeline", type=int, help="read end of a pipe; when it closes the process group is killed")
     options = parser.parse_args(arguments)
-    if options.lifeline is not None:
-        die_with_parent(options.lifeline)
 
     redact_logs()
     collect_seldom()

@@ -6,18 +6,17 @@ it says of itself appears with it in one rename.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from draftsmith.artifacts.atomic import TMP_PREFIX, disk_errors, fsync
+from draftsmith.artifacts.atomic import TMP_PREFIX, atomic_path, disk_errors, fsync
 from draftsmith.artifacts.manifest import sha256_file
 
 GENERATIONS = 2
 _DIGITS = 16  # of the digest
+_NEW = "checkpoint.new"  # written whole, then named after its digest
 _NAME = re.compile(r"checkpoint-(\d+)-([0-9a-f]+)\.pt")
 
 
@@ -25,19 +24,14 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Keep `state` (tensors and plain values) as what was reached after `step` steps, and the generation before it."""
     import torch
 
-    partial = folder / f"{TMP_PREFIX}{os.getpid()}-checkpoint"
+    for left in folder.glob(f"{TMP_PREFIX}*-{_NEW}"):  # by an attempt that was killed amid its own
+        left.unlink()
+    with atomic_path(folder / _NEW) as tmp, tmp.open("wb") as file:  # of a path, torch does not say why it failed
+        torch.save(state, file)
     with disk_errors(f"writing a checkpoint in {folder}"):
-        for left in folder.glob(f"{TMP_PREFIX}*-checkpoint"):  # by an attempt that was killed amid its own
-            left.unlink()
-        try:
-            with partial.open("wb") as file:  # of a path, torch does not say why it could not be written
-                torch.save(state, file)
-            fsync(partial)
-            path = partial.rename(folder / f"checkpoint-{step:08d}-{sha256_file(partial)[:_DIGITS]}.pt")
-            fsync(folder)
-        finally:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
+        digest = sha256_file(folder / _NEW)[:_DIGITS]
+        path = (folder / _NEW).rename(folder / f"checkpoint-{step:08d}-{digest}.pt")
+        fsync(folder)
         for old in checkpoints(folder)[GENERATIONS:]:
             old.unlink()
     return path

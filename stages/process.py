@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted, disk_error_of, from_os_error
 from draftsmith.artifacts.redaction import redact_logs, redacted
 from draftsmith.stages.contract import Config, Shard, Stage
@@ -107,9 +108,7 @@ class ProcessContext:
         if not path.exists():
             return
         kept = [line for line in path.read_text("utf-8").splitlines() if _step_of(line) < step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept), "utf-8")
-        temporary.replace(path)
+        write_text(path, "".join(f"{line}\n" for line in kept))
 
     def summary(self, **values: float) -> None:
         self._events.send("summary", values={name: float(value) for name, value in values.items()})

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,7 @@ from pydantic import Field, model_validator
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import Compute, Config, Stage, StageContext
-from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.drafters.config import NO_FREQUENT_TOKENS, DraftingConfig
 from draftsmith.stages.engines.config import (
     NO_REDUCED_HEAD,
     EmbeddedEngineConfig,
@@ -25,7 +26,7 @@ from draftsmith.stages.engines.config import (
 from draftsmith.stages.engines.sglang.environment import programs_of
 
 if TYPE_CHECKING:
-    from draftsmith.stages.engines.base import Completion, Request, SamplingParams
+    from draftsmith.stages.engines.base import Completion, Engine, Request, SamplingParams
     from draftsmith.stages.engines.parts import AnswerParts
     from draftsmith.stages.stored import PromptRows
 
@@ -174,7 +175,6 @@ class _Asked:
 def _answer(ctx: StageContext, config: RolloutConfig, parts: AnswerParts, asked: _Asked) -> None:
     """Make the parts that are missing."""
     from draftsmith.artifacts.manifest import note_versions
-    from draftsmith.stages.engines.open import open_engine
     from draftsmith.stages.stored import DRAFTER_FOLDER, positions_needed
     from draftsmith.stages.targets.info import read_target_info
 
@@ -185,16 +185,7 @@ def _answer(ctx: StageContext, config: RolloutConfig, parts: AnswerParts, asked:
     limit = read_target_info(ctx.inputs["target"]).max_positions
     longest = positions_needed(asked.prompts, config.sampling.max_new_tokens, limit)
     splits = dict(zip(asked.prompts.ids, asked.prompts.splits, strict=True))
-    with open_engine(
-        config.engine,
-        target_folder=ctx.inputs["target"],
-        drafter_folder=drafter_folder,
-        drafting=config.drafting,
-        longest=longest,
-        work=ctx.work,
-        log=ctx.log,
-        check=ctx.check_interrupted,
-    ) as engine:
+    with _engine(ctx, config, drafter_folder, longest) as engine:
         if engine.name.startswith("sglang"):
             note_versions(ctx.out, sglang=engine.name.removeprefix("sglang "))
         finished = parts.finished(with_trace=engine.records_trace)  # whole without steps where the engine has none
@@ -218,6 +209,41 @@ def _answer(ctx: StageContext, config: RolloutConfig, parts: AnswerParts, asked:
                 if not engine.batch_decides or len(made) == len(places):
                     parts.append(made, splits, engine.name)
         ctx.summary(tokens_per_s=tokens / (time.perf_counter() - started))
+
+
+@contextmanager
+def _engine(ctx: StageContext, config: RolloutConfig, drafter: Path | None, longest: int) -> Iterator[Engine]:
+    """Load an engine into this process, or connect to servers, which are stopped on exit if they were started here.
+
+    drafter: its checkpoint. longest: positions of the longest request, prompt and response.
+    """
+    drafting = config.drafting
+    if isinstance(config.engine, SGLangEngineConfig):
+        from draftsmith.stages.engines.sglang.engine import open_sglang
+
+        with open_sglang(
+            config.engine,
+            target_folder=ctx.inputs["target"],
+            drafter_folder=drafter,
+            drafting=drafting,
+            longest=longest,
+            work=ctx.work,
+            log=ctx.log,
+            check=ctx.check_interrupted,
+        ) as engine:
+            yield engine
+        return
+
+    from draftsmith.stages.drafters.checkpoint import load_drafter
+    from draftsmith.stages.engines.embedded import EmbeddedEngine
+    from draftsmith.stages.targets.causal_lm import Target
+
+    target = Target.load(ctx.inputs["target"])
+    loaded = load_drafter(drafter, target) if drafter else None
+    if loaded and drafting.head_tokens and loaded.frequent_tokens is None:
+        ctx.log(f"drafter: {NO_FREQUENT_TOKENS}")
+    block = (drafting.block_size or loaded.block_size) if loaded else 1
+    yield EmbeddedEngine(target, loaded, slots=config.engine.slots, capacity=longest + block, drafting=drafting)
 
 
 def _rows_at_once(engine: EmbeddedEngineConfig | SGLangEngineConfig) -> int:

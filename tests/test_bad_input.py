@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from draftsmith.artifacts import file_system
+from draftsmith.artifacts import host
 from draftsmith.artifacts.manifest import MANIFEST
 from draftsmith.artifacts.store import Claim, Store
 from draftsmith.flows.cli import main
@@ -356,7 +356,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     bad.prepare(tmp_path)
     if (tmp_path / "nfs").exists():
         write("mounts", f"server:/x {tmp_path}/home nfs4 rw 0 0\n")(tmp_path)
-        monkeypatch.setattr(file_system, "MOUNTS", tmp_path / "mounts")
+        monkeypatch.setattr(host, "MOUNTS", tmp_path / "mounts")
     config = tmp_path / "run.yaml"
     text = yaml.safe_dump(filled(changed(base(), bad.change), tmp_path)) if bad.text is None else bad.text
     config.write_bytes(text if isinstance(text, bytes) else text.encode())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from draftsmith.artifacts.machine_memory import memory_bytes
+from draftsmith.artifacts.host import memory_bytes
 from draftsmith.artifacts.manifest import Manifest
 from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.text import duration, size

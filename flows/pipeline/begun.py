@@ -19,8 +19,7 @@ from typing import TypeVar
 
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import EXIT_USER_ERROR, DraftsmithError
-from draftsmith.artifacts.home import home
-from draftsmith.artifacts.naming import file_name
+from draftsmith.artifacts.home import file_name, home
 from draftsmith.flows.pipeline.process import PastLimitError
 from draftsmith.stages.contract import Config
 

@@ -20,10 +20,9 @@ from prefect.futures import PrefectFuture
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from draftsmith.artifacts.errors import RetryableError, StageInterrupted
-from draftsmith.artifacts.home import home
+from draftsmith.artifacts.home import home, protect
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.open_store import STORE
-from draftsmith.artifacts.private import protect
 from draftsmith.flows.pipeline.accelerator import held
 from draftsmith.flows.pipeline.machine import gpu_names
 from draftsmith.flows.pipeline.node import log

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from draftsmith.artifacts.printable import printable
+from draftsmith.artifacts.redaction import printable
 from draftsmith.artifacts.text import duration
 from draftsmith.flows.pipeline.graph import PlannedNode, Status
 from draftsmith.flows.pipeline.options import RunOptions

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+from draftsmith.artifacts.home import file_name
 from draftsmith.artifacts.manifest import ArtifactRef
-from draftsmith.artifacts.naming import file_name
 from draftsmith.artifacts.store import SHORT
 
 _FIELDS = ("at", "node", "stage", "key", "content_id")

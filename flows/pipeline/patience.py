@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import tenacity
-
 from draftsmith.artifacts.errors import RetryableError
+from draftsmith.artifacts.retry import repeated
 from draftsmith.artifacts.text import duration
 from draftsmith.flows.pipeline.options import RETRY_JITTER, StageOptions
 
@@ -35,16 +35,11 @@ def patiently(work: Callable[[], T], options: StageOptions, tell: Callable[[str]
     Raises the last error; any other error at once.
     """
 
-    def say(state: tenacity.RetryCallState) -> None:
-        assert state.outcome is not None
-        tell(retry_notice(state.outcome.exception(), state.attempt_number, options.retry_delays))
-
     delay = options.retry_delay_seconds
-    again = tenacity.Retrying(
-        retry=tenacity.retry_if_exception_type(RetryableError),
-        stop=tenacity.stop_after_attempt(options.retries + 1),
-        wait=tenacity.wait_exponential(multiplier=delay) + tenacity.wait_random(0, RETRY_JITTER * delay),
-        before_sleep=say,
-        reraise=True,
+    again = repeated(
+        RetryableError,
+        given_up=lambda _error, attempts, _seconds: attempts > options.retries,
+        pause_s=lambda _error, attempts: delay * (2 ** (attempts - 1) + random.uniform(0, RETRY_JITTER)),
+        note=lambda error, attempts: tell(retry_notice(error, attempts, options.retry_delays)),
     )
-    return again(work)
+    return again(work)()

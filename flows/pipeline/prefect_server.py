@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import functools
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -15,11 +14,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import IO, NoReturn
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, from_os_error
 from draftsmith.artifacts.locks import locked
 from draftsmith.artifacts.sqlite import refuse_shared_database, sqlite_file
+from draftsmith.stages.child_process import ChildProcess, project_environment
 
 _START_LIMIT_S = 180.0  # 3 s on a used home, 8 to 12 s on a new one, more on a busy machine
 _SAID_AFTER_S = 4.0  # that it is waited for
@@ -97,11 +97,9 @@ def start_prefect_server(home: Path) -> PrefectServer:
             starting.enter_context(locked(folder / ".lock-start"))
         except OSError as error:
             raise from_os_error(error, "starting Prefect's server: writing") from error
-        lifeline, our_end = os.pipe()  # our end stays open, and closes when this process ends in whatever way
-        starting.callback(os.close, lifeline)
         port = _free_port()
-        process = _start(port, lifeline, log.fileno())
-        atexit.register(stop := functools.partial(_stop, process, our_end))
+        server = _start(port, log)
+        atexit.register(stop := functools.partial(server.end, _STOP_LIMIT_S))
         until_healthy = starting.pop_all()
     url = f"http://127.0.0.1:{port}/api"
     os.environ["PREFECT_API_URL"] = url
@@ -109,7 +107,7 @@ def start_prefect_server(home: Path) -> PrefectServer:
 
     def wait(say: Say) -> None:
         with until_healthy:
-            _wait_until_healthy(process, url, log_path, say)
+            _wait_until_healthy(server.process, url, log_path, say)
 
     return PrefectServer(url, wait, stop)
 
@@ -158,26 +156,19 @@ def _must_answer(url: str) -> None:
             )
 
 
-def _start(port: int, lifeline: int, log: int) -> subprocess.Popen[bytes]:
-    """The server that Prefect itself starts for a flow without an API, but with a lifeline."""
+def _start(port: int, log: IO[bytes]) -> ChildProcess:
+    """Start the server that Prefect itself starts for a flow without an API."""
     uvicorn = ["--factory", "prefect.server.api.server:create_app", "--host", "127.0.0.1", "--port", str(port)]
-    return subprocess.Popen(
-        [
-            *(sys.executable, "-P", "-m", "draftsmith.stages.lifeline", str(lifeline)),
-            *(sys.executable, "-P", "-c", _UVICORN, *uvicorn, "--log-level", "error", "--lifespan", "on"),
-        ],
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=log,
-        start_new_session=True,
-        pass_fds=(lifeline,),
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    return ChildProcess(
+        [sys.executable, "-P", "-c", _UVICORN, *uvicorn, "--log-level", "error", "--lifespan", "on"],
+        environment={
+            **project_environment(),
             "PREFECT_UI_ENABLED": "0",
             "PREFECT__SERVER_EPHEMERAL": "1",
             "PREFECT__SERVER_FINAL": "1",
         },
+        stdout=log,
+        stderr=log,
     )
 
 
@@ -199,19 +190,6 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, log_path: Pa
         f"Prefect's temporary server did not start within {_START_LIMIT_S:.0f} s (log: {log_path}): run "
         "`prefect server start` in another terminal and set PREFECT_API_URL"
     )
-
-
-def _stop(process: subprocess.Popen[bytes], our_end: int) -> None:
-    process.terminate()
-    try:
-        process.wait(_STOP_LIMIT_S)
-    except subprocess.TimeoutExpired:
-        pass
-    finally:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        os.close(our_end)
-        process.wait()
 
 
 def _free_port() -> int:

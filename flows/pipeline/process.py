@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from draftsmith.artifacts.errors import (
     StageInterrupted,
 )
 from draftsmith.flows.pipeline.options import TimeLimit
-from draftsmith.stages.lifeline import promise
+from draftsmith.stages.child_process import ChildProcess, how_it_ended, project_environment
 
 _POLL_S = 0.2
 _DRAIN_S = 1.0  # to read what a stage wrote just before it ended
@@ -90,74 +90,47 @@ def run_stage(
     log_path.parent.mkdir(parents=True, exist_ok=True)
     request_path = log_path.with_suffix(".request.json")
     request_path.write_text(json.dumps(asdict(request), indent=2), "utf-8")
-    with log_path.open("ab") as log, _group(request_path, log, pass_fds, environment or {}) as (process, our_end):
-        stage = _RunningStage(request.stage, process, log_path, on_event)
-        try:
-            stage.wait(limit, check)
-        except BaseException:
-            stage.stop(grace_s, our_end)
-            raise
-        return stage.outcome()
-
-
-@contextlib.contextmanager
-def _group(
-    request: Path, log: Any, pass_fds: tuple[int, ...], environment: Mapping[str, str]
-) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """The stage's process as the leader of its own session, and our end of its lifeline; nothing of its group outlives
-    the block."""
-    lifeline, our_end = os.pipe()
-    try:
-        process = subprocess.Popen(
+    with log_path.open("ab") as log:
+        child = ChildProcess(
             # -P: a folder of the user that is called `draftsmith` must not hide ours
-            [sys.executable, "-P", "-m", "draftsmith.stages", str(request), "--lifeline", str(lifeline)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            start_new_session=True,
-            pass_fds=(lifeline, *pass_fds),
-            env={
+            [sys.executable, "-P", "-m", "draftsmith.stages", str(request_path)],
+            environment={
                 "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # numbers are nvidia-smi's, as those of locks and checks
                 # how long a thread of GNU's OpenMP spins before it sleeps: by default so long that two threads beside
                 # another busy program decode a quarter as fast as with this
                 "GOMP_SPINCOUNT": "10000",
-                **os.environ,
-                **environment,
-                "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+                **project_environment(),
+                **(environment or {}),
                 "PYTHONUNBUFFERED": "1",
             },
+            stdout=subprocess.PIPE,
+            stderr=log,
+            pass_fds=pass_fds,
         )
-    except BaseException:
-        os.close(our_end)
-        raise
-    finally:
-        os.close(lifeline)
     try:
-        yield process, our_end
+        stage = _RunningStage(request.stage, child, log_path, on_event)
+        try:
+            stage.wait(limit, check)
+        except BaseException:
+            stage.stop(grace_s)
+            raise
+        return stage.outcome()
     finally:
-        # The guard of the lifeline is in the group until now, so the number cannot belong to anybody else yet.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        os.close(our_end)
-        process.wait()
-        if process.stdout:
-            process.stdout.close()
+        child.end()
 
 
 class _RunningStage:
     """Reads the events of a stage's process and knows how it ended."""
 
-    def __init__(
-        self, name: str, process: subprocess.Popen[bytes], log_path: Path, on_event: Callable[[Event], None]
-    ) -> None:
-        assert process.stdout is not None
+    def __init__(self, name: str, child: ChildProcess, log_path: Path, on_event: Callable[[Event], None]) -> None:
+        assert child.process.stdout is not None
         self._name = name
-        self._process = process
+        self._child, self._process = child, child.process
         self._log_path = log_path
         self._on_event = on_event
         self._started = time.monotonic()
         self._buffer = b""
-        self._stream = process.stdout
+        self._stream = child.process.stdout
         os.set_blocking(self._stream.fileno(), False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._stream, selectors.EVENT_READ)
@@ -179,14 +152,11 @@ class _RunningStage:
             self._read(min(_POLL_S, max(0.0, deadline - time.monotonic())))
         self._drain()
 
-    def stop(self, grace_s: float, our_end: int) -> None:
+    def stop(self, grace_s: float) -> None:
         """Ask the stage to save and end; return when it has, or after `grace_s`. A second Ctrl-C does not wait."""
         if self._process.poll() is not None:
             return
-        with contextlib.suppress(BrokenPipeError):  # its guard is gone
-            promise(our_end, grace_s)
-        # Only the leader: it decides what becomes of its own workers while it saves.
-        self._process.send_signal(signal.SIGTERM)
+        self._child.ask_to_end(grace_s)  # it alone: it decides what becomes of its own workers while it saves
         deadline = time.monotonic() + grace_s
         while self._process.poll() is None and time.monotonic() < deadline:
             with contextlib.suppress(Exception):  # an error in on_event may be why we are here
@@ -249,7 +219,5 @@ class _RunningStage:
 
 def _how_it_ended(code: int) -> str:
     if code == -signal.SIGKILL:
-        return "was killed (SIGKILL): most often the machine ran out of memory; use smaller batches"
-    if code < 0:
-        return f"crashed ({signal.Signals(-code).name}): the end of its log says more"
-    return f"ended with code {code} without a word: the end of its log says more"
+        return f"{how_it_ended(code)}: most often the machine ran out of memory; use smaller batches"
+    return f"{how_it_ended(code)} without a word: the end of its log says more"

@@ -9,13 +9,12 @@ from datetime import UTC, datetime
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
-from draftsmith.artifacts.leftovers import REPLACED_ARTIFACT, Leftover, leftovers
 from draftsmith.artifacts.manifest import local_time
 from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.registry import Registry
+from draftsmith.artifacts.retention import REPLACED_ARTIFACT, Leftover, leftovers, nobody_reads, unused
 from draftsmith.artifacts.text import size
 from draftsmith.artifacts.tracking import Tracking
-from draftsmith.artifacts.unused import nobody_reads, unused
 from draftsmith.flows.pipeline import registered
 from draftsmith.flows.pipeline.display import Display, folded_table
 from draftsmith.flows.pipeline.history import last_used

@@ -18,14 +18,14 @@ from prefect.states import Cancelled, Completed, Failed
 from draftsmith.artifacts.dead_runs import close_dead_runs
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted, one_line
 from draftsmith.artifacts.home import home
+from draftsmith.artifacts.host import reach_ourselves_directly
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.mlflow_files import misplaced
 from draftsmith.artifacts.mlflow_terms import Status
-from draftsmith.artifacts.proxies import reach_ourselves_directly
 from draftsmith.artifacts.redaction import redact_logs, redacted
 from draftsmith.artifacts.refreshes import OUTCOME
+from draftsmith.artifacts.retention import in_use
 from draftsmith.artifacts.tracking import NOTE, Tracking
-from draftsmith.artifacts.unused import in_use
 from draftsmith.flows.pipeline import registered
 from draftsmith.flows.pipeline.begun import note_begun, note_ended, note_failed
 from draftsmith.flows.pipeline.cancellation import Cancellation, CancelledError

@@ -18,8 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from draftsmith.artifacts.atomic import write_text
-from draftsmith.artifacts.damage import SHARD
-from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.manifest import SHARD, ArtifactRef
 from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.store import Claim
 from draftsmith.flows.pipeline.devices import Waiting, device_of

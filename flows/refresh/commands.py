@@ -10,14 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from draftsmith.artifacts.damage import remedy
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, disk_error_of, from_os_error
-from draftsmith.artifacts.home import home
-from draftsmith.artifacts.manifest import MANIFEST, Manifest, read_manifest
+from draftsmith.artifacts.home import for_users, home
+from draftsmith.artifacts.manifest import MANIFEST, Manifest, read_manifest, remedy
 from draftsmith.artifacts.open_store import store_of
-from draftsmith.artifacts.private import for_users
 from draftsmith.artifacts.registry import BY_HAND, PREVIOUS, ROLLED_BACK, Registry, Version
-from draftsmith.artifacts.unused import in_use
+from draftsmith.artifacts.retention import in_use
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.refresh.line import FASTEST_BLOCK, folder_of, in_this_home, registry, uploaded_copy
 from draftsmith.stages.stored import DRAFTER_FOLDER

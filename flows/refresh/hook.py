@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from draftsmith.artifacts.private import users_umask
+from draftsmith.artifacts.home import users_umask
 from draftsmith.stages.contract import Config
 
 

@@ -19,8 +19,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request, VerifyStep
-from draftsmith.stages.engines.sampling import draw
-from draftsmith.stages.engines.verification import Drafted, draft, verify
+from draftsmith.stages.engines.verification import Drafted, draft, draw, verify
 from draftsmith.stages.replay.trace import groups_by_length
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.slots import Rows

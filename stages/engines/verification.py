@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 import torch
 
 from draftsmith.stages.drafters.base import Context, Drafter
-from draftsmith.stages.drafters.drawing import Purpose, pick, probabilities, sampled, scattered, uniform
+from draftsmith.stages.drafters.drawing import Purpose, argmax, pick, probabilities, sampled, scattered, uniform
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.engines.base import SamplingParams
-from draftsmith.stages.engines.sampling import draw
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,23 @@ def draft(
         tokens.append(head.to_tokens(columns)[:, None])
     of_rows = torch.stack(laws, 1)  # [rows, K, V]
     return Drafted(torch.cat(tokens[1:], 1), dict(zip(rows, of_rows, strict=True)))
+
+
+def draw(
+    logits: torch.Tensor, positions: torch.Tensor, sampling: Sequence[SamplingParams], seeds: Sequence[int]
+) -> torch.Tensor:
+    """Return [n, T] the target's tokens of several rows: greedy, or with one uniform number a (seed, position).
+
+    logits: [n, T, V]; positions: [n, T] of the tokens. Verification of proposals that are an argmax accepts one iff it
+    is this token, so that speculative decoding gives the tokens of plain decoding.
+    """
+    tokens = argmax(logits)
+    rows = [row for row, params in enumerate(sampling) if not params.greedy]
+    at = positions.tolist() if rows else []
+    for row in rows:
+        p = sampled(logits[row], sampling[row].law)
+        tokens[row] = pick(p, torch.tensor([uniform(seeds[row], each) for each in at[row]]).double())
+    return tokens
 
 
 def verify(

@@ -11,6 +11,8 @@ from typing import Any
 
 import psutil
 
+from draftsmith.artifacts.host import all_gpus
+
 SHORTEST_S = 0.5  # CPU time is counted in hundredths of a second: of shorter spans shares say nothing
 
 
@@ -37,14 +39,7 @@ class LoadMeter:
 
 def machine() -> dict[str, Any]:
     """Return what is measured on: `cpu` (its name), `cores`, `memory_gb`, `gpus` (their names)."""
-    import pynvml
-
-    gpus: list[str] = []
-    with suppress(pynvml.NVMLError):
-        pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        gpus = [str(pynvml.nvmlDeviceGetName(handle)) for handle in handles]
-    memory = round(psutil.virtual_memory().total / 1e9)
+    memory, gpus = round(psutil.virtual_memory().total / 1e9), [gpu.model for gpu in all_gpus()]
     return {"cpu": _cpu_name(), "cores": psutil.cpu_count(), "memory_gb": memory, "gpus": gpus}
 
 

@@ -32,6 +32,7 @@ from draftsmith.artifacts.errors import (
     StageInterrupted,
     from_os_error,
 )
+from draftsmith.artifacts.host import visible_gpus
 from draftsmith.stages.contract import Parallel
 
 _NOTES = "ranks"  # folder in `work`, with one for each launch: what of an earlier one still ends writes into its own
@@ -115,9 +116,7 @@ def run_ranks(
 
 def _check_devices(processes: int) -> None:
     """Raise DraftsmithError where this node has GPUs, and fewer than processes."""
-    import torch
-
-    devices = torch.cuda.device_count()
+    devices = len(visible_gpus())
     if 0 < devices < processes:
         raise DraftsmithError(
             f"parallel.processes: {processes} need a GPU each, and {devices} are here: lower it, or make more "

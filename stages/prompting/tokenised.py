@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import pyarrow.parquet as pq
 
-from draftsmith.artifacts.parquet import ShardWriter, shard_paths
+from draftsmith.artifacts.parts import Parts
 from draftsmith.artifacts.schemas import TOKENISED
 
 _WRITTEN_EVERY_S = 30.0
@@ -28,8 +28,8 @@ class Tokenised:
     """What was made of the texts of a stage, in their order. Leave it to have everything on disk."""
 
     def __init__(self, folder: Path):
-        self._writer = ShardWriter(folder, TOKENISED)
-        self._earlier = _rows(shard_paths(folder))
+        self._parts = Parts(folder, {"texts": TOKENISED})
+        self._earlier = _rows(self._parts.paths("texts"))
         self._next = next(self._earlier, None)
         self._waiting: list[dict[str, Any]] = []
         self._tokens, self._written = 0, time.monotonic()
@@ -60,7 +60,8 @@ class Tokenised:
         return made
 
     def _flush(self) -> None:
-        self._writer.append(self._waiting)
+        if self._waiting:
+            self._parts.append({"texts": self._waiting})
         self._waiting, self._tokens, self._written = [], 0, time.monotonic()
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 
 from draftsmith.artifacts.keyed_rows import KeyedRows
-from draftsmith.artifacts.parquet import ShardWriter, places, read_shards, shard_paths
+from draftsmith.artifacts.parquet import places, read_table
+from draftsmith.artifacts.parts import Parts, shard_paths
 from draftsmith.artifacts.row_reader import RowReader
 from draftsmith.artifacts.schemas import EVALUATED, VERIFY_STEPS, TableSchema
 from draftsmith.stages.replay.corpus import Mined
@@ -27,6 +28,7 @@ _OUTSIDE = TableSchema(
     1,
     pa.schema([pa.field("trajectory_id", pa.string(), False), pa.field("outside_nucleus", pa.int64(), False)]),
 )
+_SCHEMAS = {"evaluated_blocks": EVALUATED, "outside_nucleus": _OUTSIDE, "verify_steps": VERIFY_STEPS}
 
 
 class MinedShards:
@@ -34,10 +36,7 @@ class MinedShards:
 
     def __init__(self, work: Path, done: Sequence[Path] = ()):
         """done: such folders of others, which hold all there is: they are read instead."""
-        self._folder, self._done = work / "verify_steps", done
-        self._steps = ShardWriter(self._folder, VERIFY_STEPS, _GROUP_BYTES)
-        self._evaluated = ShardWriter(work / "evaluated_blocks", EVALUATED)
-        self._outside = ShardWriter(work / "outside_nucleus", _OUTSIDE)
+        self._parts, self._done = Parts(work, _SCHEMAS, _GROUP_BYTES), done
         self._waiting: list[Mined] = []
         self._count, self._since = 0, 0.0
 
@@ -59,32 +58,37 @@ class MinedShards:
             self._write()
 
     def _write(self) -> None:
-        # before the steps and by trajectory: a shard that is there is counted, one that was lost is not twice
-        members = [member for group in self._waiting for member in zip(group.trajectories, group.traces, strict=True)]
-        for writer, name in ((self._evaluated, "evaluated_blocks"), (self._outside, "outside_nucleus")):
-            writer.append([{"trajectory_id": t.trajectory_id, name: getattr(trace, name)} for t, trace in members])
         if self._waiting:
-            self._steps.append(pa.concat_tables([steps_table(group) for group in self._waiting]))
+            members = [each for group in self._waiting for each in zip(group.trajectories, group.traces, strict=True)]
+            by_trajectory = {
+                name: [{"trajectory_id": t.trajectory_id, name: getattr(trace, name)} for t, trace in members]
+                for name in ("evaluated_blocks", "outside_nucleus")
+            }
+            steps = pa.concat_tables([steps_table(group) for group in self._waiting])
+            self._parts.append({**by_trajectory, "verify_steps": steps})
         self._waiting, self._count = [], 0
+
+    def _paths(self, name: str) -> list[Path]:
+        if self._done:
+            return [path for folder in self._done for path in shard_paths(folder / name)]
+        return self._parts.paths(name)
 
     def rows(self, ids: pa.Array) -> KeyedRows:
         """The steps of each trajectory, as far as they are on disk. ids: [N] names of the trajectories."""
-        folders = [folder / self._folder.name for folder in self._done] or [self._folder]
-        paths = [path for folder in folders for path in shard_paths(folder)]
-        return KeyedRows(RowReader(paths, VERIFY_STEPS, keep=32), ids)
+        return KeyedRows(RowReader(self._paths("verify_steps"), VERIFY_STEPS, keep=32), ids)
 
     def evaluated_blocks(self, ids: pa.Array) -> int:
         """That were drafted to find the steps of these trajectories."""
-        return self._sum(self._evaluated, "evaluated_blocks", ids)
+        return self._sum("evaluated_blocks", ids)
 
     def outside_nucleus(self, ids: pa.Array) -> int:
         """Tokens of these trajectories that the stated law cannot draw; of drawn proposals."""
-        return self._sum(self._outside, "outside_nucleus", ids)
+        return self._sum("outside_nucleus", ids)
 
-    def _sum(self, writer: ShardWriter, column: str, ids: pa.Array) -> int:
+    def _sum(self, name: str, ids: pa.Array) -> int:
         counts = np.zeros(len(ids), dtype=np.int64)
-        for folder in [folder / writer.folder.name for folder in self._done] or [writer.folder]:
-            table = read_shards(folder, writer.schema)
+        for path in self._paths(name):  # by trajectory: one that was mined again is not counted twice
+            table = read_table(path, _SCHEMAS[name])
             place = places(table, "trajectory_id", ids)
-            counts[place[place >= 0]] = table[column].to_numpy()[place >= 0]
+            counts[place[place >= 0]] = table[name].to_numpy()[place >= 0]
         return int(counts.sum())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.artifacts.atomic import write_text
-from draftsmith.artifacts.printable import printable
+from draftsmith.artifacts.redaction import printable
 from draftsmith.stages.reporting import plots, tables
 from draftsmith.stages.reporting.names import duration, name_of
 from draftsmith.stages.reporting.next_steps import Step

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from draftsmith.artifacts.machine_memory import memory_bytes
+from draftsmith.artifacts.host import memory_bytes
 from draftsmith.stages.drafters import kept
 from draftsmith.stages.drafters.kinds import KINDS
 from draftsmith.stages.replay.estimate import cached_read, scoring_logits

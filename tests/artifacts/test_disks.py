@@ -151,11 +151,6 @@ def test_a_full_disk_is_known_behind_the_errors_of_torch_and_safetensors(tmp_pat
     assert drafter.startswith("SafetensorError")
 
 
-def test_a_limit_on_the_size_of_files_is_one_clear_error(tmp_path: Path) -> None:
-    message = try_disk(tmp_path, "resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))")
-    assert "prompts.parquet: File too large" in message
-
-
 def test_a_folder_without_permission_is_one_clear_error(tmp_path: Path) -> None:
     """Root would be let through, so root's test process gives up its rights for the attempt."""
     refuse = "os.chmod(store.root / 'prompts', 0o555)\nos.chmod(store.root, 0o555)"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from draftsmith.artifacts import file_system
+from draftsmith.artifacts import host
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.file_system import network_file_system
+from draftsmith.artifacts.host import network_file_system
 from draftsmith.artifacts.sqlite import sqlite_file
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.pipeline.prefect_server import check_place, start_prefect_server
@@ -27,12 +27,12 @@ def mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mount:
         written.write_text(
             "".join(f"{what} {str(place).replace(' ', chr(92) + '040')} {kind} rw 0 0\n" for what, place, kind in lines)
         )
-        monkeypatch.setattr(file_system, "MOUNTS", written)
+        monkeypatch.setattr(host, "MOUNTS", written)
 
     return table
 
 
-@pytest.mark.parametrize("kind", ["nfs4", "nfs", "cifs", "lustre", "fuse.sshfs", "fuse.gcsfuse", "fuse.s3fs", "9p"])
+@pytest.mark.parametrize("kind", ["nfs4", "lustre", "fuse.sshfs", "9p"])
 def test_network_file_systems_are_known(kind: str, mount: Mount, tmp_path: Path) -> None:
     mount((tmp_path / "team data", kind))
     (tmp_path / "team data").mkdir()
@@ -40,7 +40,7 @@ def test_network_file_systems_are_known(kind: str, mount: Mount, tmp_path: Path)
     assert network_file_system(tmp_path / "team data2") is None
 
 
-@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs", "zfs", "tmpfs", "overlay", "fuseblk", "fuse.fuse-overlayfs"])
+@pytest.mark.parametrize("kind", ["ext4", "overlay", "fuse.fuse-overlayfs"])
 def test_local_file_systems_are_not(kind: str, mount: Mount, tmp_path: Path) -> None:
     mount((tmp_path, "nfs"), (tmp_path, kind))  # mounted over it
     assert network_file_system(tmp_path) is None
@@ -54,7 +54,7 @@ def test_a_link_leads_to_where_the_file_lies(mount: Mount, tmp_path: Path) -> No
 
 
 def test_where_nothing_is_said_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_system, "MOUNTS", tmp_path / "absent")
+    monkeypatch.setattr(host, "MOUNTS", tmp_path / "absent")
     assert network_file_system(tmp_path) is None
 
 

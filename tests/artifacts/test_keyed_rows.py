@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 
 from draftsmith.artifacts.keyed_rows import KeyedRows
-from draftsmith.artifacts.parquet import ShardWriter, ordered, shard_paths, to_table, write_table
+from draftsmith.artifacts.parquet import ordered, to_table, write_table
+from draftsmith.artifacts.parts import Parts, shard_paths
 from draftsmith.artifacts.row_reader import RowReader
 from draftsmith.artifacts.schemas import TIMINGS, TRACE
 
@@ -36,16 +37,16 @@ def shuffled(folder: Path) -> pa.Table:
     """40 keys of 0 to 19 steps each, in shards of any order. Returns all rows."""
     rng = np.random.default_rng(0)
     tables = [steps(KEYS[i], int(rng.integers(0, 20))) for i in rng.permutation(40)]
-    shards = ShardWriter(folder, TRACE, group_bytes=500)
+    parts = Parts(folder, {"trace": TRACE}, group_bytes=500)
     for start in range(0, 40, 7):
-        shards.append(pa.concat_tables(tables[start : start + 7]))
+        parts.append({"trace": pa.concat_tables(tables[start : start + 7])})
     return pa.concat_tables(tables)
 
 
 def test_rows_come_in_the_order_of_the_keys(tmp_path: Path) -> None:
     """As taking them from the whole table gives them."""
     whole = shuffled(tmp_path)
-    rows = KeyedRows(RowReader(shard_paths(tmp_path), TRACE, keep=2), pa.array(KEYS))
+    rows = KeyedRows(RowReader(shard_paths(tmp_path / "trace"), TRACE, keep=2), pa.array(KEYS))
     assert rows.counts.tolist() == [whole["trajectory_id"].to_pylist().count(key) for key in KEYS]
     for size in (1, 30, 10**6):
         parts = list(rows.in_order(COLUMNS, size))
@@ -56,7 +57,7 @@ def test_rows_come_in_the_order_of_the_keys(tmp_path: Path) -> None:
 
 def test_a_row_knows_its_key(tmp_path: Path) -> None:
     shuffled(tmp_path)
-    reader = RowReader(shard_paths(tmp_path), TRACE)
+    reader = RowReader(shard_paths(tmp_path / "trace"), TRACE)
     names = pa.concat_tables(reader.parts(["trajectory_id"]))["trajectory_id"].to_pylist()
     known = KEYS[5:30]
     found = KeyedRows(reader, pa.array(known)).key_of(np.arange(reader.num_rows))
@@ -64,10 +65,10 @@ def test_a_row_knows_its_key(tmp_path: Path) -> None:
 
 
 def test_the_last_attempt_at_a_key_holds(tmp_path: Path) -> None:
-    shards = ShardWriter(tmp_path, TRACE)
+    parts = Parts(tmp_path, {"trace": TRACE})
     for table in (steps("a", 3), steps("b", 2), steps("a", 2, anchor=50)):
-        shards.append(table)
-    rows = KeyedRows(RowReader(shard_paths(tmp_path), TRACE), pa.array(["a", "b", "c"]))
+        parts.append({"trace": table})
+    rows = KeyedRows(RowReader(shard_paths(tmp_path / "trace"), TRACE), pa.array(["a", "b", "c"]))
     assert rows.counts.tolist() == [2, 2, 0]
     assert rows.of([0], ["anchor"])["anchor"].to_pylist() == [50, 51]
 

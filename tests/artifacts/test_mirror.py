@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import json
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -225,20 +222,6 @@ def test_a_home_that_may_only_be_read_sees_the_store(a: Store, tmp_path: Path) -
         (tmp_path / "r").chmod(0o700)
 
 
-def test_a_home_on_a_file_system_that_is_read_only_sees_the_store_too(
-    a: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make(a)
-    reader = store_of(tmp_path / "r")
-
-    def refused(*_: object, **_more: object) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    monkeypatch.setattr(Path, "mkdir", refused)
-    found = reader.find("rollout", KEY)
-    assert found is not None and reader.manifest(found).key == KEY
-
-
 @pytest.mark.usefixtures("a")
 def test_addresses_that_cannot_be_and_errors_without_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for address, why in (
@@ -261,9 +244,3 @@ def test_addresses_that_cannot_be_and_errors_without_secrets(tmp_path: Path, mon
     with pytest.raises(RetryableError, match="check the address, the credentials and the network") as lost:
         store_of(tmp_path).find("rollout", KEY)
     assert SECRET not in str(lost.value) and "127.0.0.1:9/***" in str(lost.value) and ADDRESS in str(lost.value)
-
-
-def test_a_manifest_is_what_a_disk_has(a: Store) -> None:
-    made = make(a)
-    body = boto3.client("s3").get_object(Bucket="lines", Key=f"drafters/rollout/{KEY_16}/{MANIFEST}")["Body"].read()
-    assert body == (made.path / MANIFEST).read_bytes() and json.loads(body)["key"] == KEY

@@ -8,7 +8,7 @@ import logging
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.redaction import is_secret_name, redact_logs, redacted, secret_in, secrets_of
+from draftsmith.artifacts.redaction import is_secret_name, printable, redact_logs, redacted, secret_in, secrets_of
 
 SECRET = "Zk9-marker.7Qx"
 HOLDING = [
@@ -114,3 +114,21 @@ def test_log_records_hold_no_secret_nor_do_their_tracebacks() -> None:
         logging.setLogRecordFactory(factory)
     assert "asked http://host?token=***" in stream.getvalue() and "http://***@host is away" in stream.getvalue()
     assert SECRET not in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain text\n\twith lines", "plain text\n\twith lines"),
+        ("naïve café 你好 🙂", "naïve café 你好 🙂"),
+        ("\x1b[31mred\x1b[0m", "\\x1b[31mred\\x1b[0m"),
+        ("\x1b]0;title\x07", "\\x1b]0;title\\x07"),
+        ("over\rwritten\b", "over\\x0dwritten\\x08"),
+        ("\u202eevil", "\\u202eevil"),
+        ("\x9b1m", "\\x9b1m"),
+        ("half \ud800", "half \\ud800"),
+    ],
+)
+def test_control_characters_are_written_out(text: str, shown: str) -> None:
+    assert printable(text) == shown
+    printable(text).encode("utf-8")

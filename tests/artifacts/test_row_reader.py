@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.parquet import ShardWriter, TableWriter, read_table, shard_paths, to_table, write_table
+from draftsmith.artifacts.parquet import TableWriter, read_table, to_table, write_table
+from draftsmith.artifacts.parts import Parts
 from draftsmith.artifacts.row_reader import RowReader
 from draftsmith.artifacts.schemas import TIMINGS, TRACE
 
@@ -60,14 +61,14 @@ def test_rows_by_range_are_those_of_the_table(tmp_path: Path) -> None:
     """Of one file, and of the same rows in shards of different lengths."""
     table, rng = steps(400), np.random.default_rng(2)
     write_table(tmp_path / "t.parquet", TRACE, table, group_bytes=3000)
-    shards, written = ShardWriter(tmp_path / "shards", TRACE, group_bytes=1000), 0
+    parts, written = Parts(tmp_path, {"shards": TRACE}, group_bytes=1000), 0
     while written < table.num_rows:
         count = int(rng.integers(1, 60))
-        shards.append(table.slice(written, count))
+        parts.append({"shards": table.slice(written, count)})
         written += count
     for reader in (
         RowReader(tmp_path / "t.parquet", TRACE),
-        RowReader(shard_paths(tmp_path / "shards"), TRACE, keep=1),
+        RowReader(parts.paths("shards"), TRACE, keep=1),
     ):
         assert reader.num_rows == table.num_rows
         for start, stop in [(0, 400), (0, 0), (399, 400), *np.sort(rng.integers(0, 401, (50, 2)))]:

@@ -13,7 +13,7 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.locks import LockLostError
-from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef, content_id, describe_files, manifest_text
+from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef, describe_files, manifest_text
 from draftsmith.artifacts.store import Claim, Store
 
 KEY = "ab" * 32
@@ -62,7 +62,7 @@ def test_a_committed_artifact_is_found_with_its_manifest(store: Store) -> None:
             claim,
             config={"batch": 4},
             inputs={"prompts": source},
-            metrics={"tau": 2.5},
+            metrics={"tau": 2.5, "loss": float("nan")},  # which no JSON has
             volatile=("metrics.jsonl",),
         )
     assert store.find("rollout", KEY) == ref
@@ -76,24 +76,6 @@ def test_a_committed_artifact_is_found_with_its_manifest(store: Store) -> None:
     assert manifest.versions["python"].startswith("3.")
     assert not store.partial("rollout", KEY).exists()
     store.verify(ref)
-
-
-def test_a_figure_that_is_not_a_number_leaves_the_artifact_readable(store: Store) -> None:
-    with store.claim("rollout", KEY) as claim:
-        assert isinstance(claim, Claim)
-        (claim.out / "data.txt").write_text("answer")
-        ref = commit(store, claim, metrics={"tau": float("nan"), "loss": 2.0})
-    assert store.manifest(ref).metrics == {"loss": 2.0}
-
-
-def test_volatile_files_do_not_change_the_content_id(tmp_path: Path) -> None:
-    (tmp_path / "data").write_text("same")
-    ids = []
-    for seconds in ("1.5", "2.5"):
-        (tmp_path / "timings.json").write_text(seconds)
-        ids.append((content_id(describe_files(tmp_path, ["tim*"])), content_id(describe_files(tmp_path, []))))
-    assert ids[0][0] == ids[1][0]
-    assert ids[0][1] != ids[1][1]
 
 
 def test_a_key_changes_with_every_one_of_its_parts(tmp_path: Path) -> None:
@@ -220,11 +202,6 @@ def test_a_lock_that_is_lost_while_checksums_are_made_makes_nothing_final(
         with pytest.raises(LockLostError):
             commit(store, claim)
     assert not store.path("rollout", KEY).exists()
-
-
-def test_a_stage_that_wrote_nothing_is_an_error(store: Store) -> None:
-    with store.claim("rollout", KEY) as claim, pytest.raises(DraftsmithError, match="wrote nothing"):
-        commit(store, claim)
 
 
 def test_a_link_is_refused_because_an_artifact_holds_its_content(store: Store, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from draftsmith.artifacts.private import for_users, private_files, protect
+from draftsmith.artifacts.home import for_users, private_files, protect
 from draftsmith.artifacts.store import Claim, Store
 from draftsmith.flows.cli import main
 from tests.flows.pipeline.processes import ROOT

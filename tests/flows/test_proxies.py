@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from draftsmith.artifacts.proxies import reach_ourselves_directly
+from draftsmith.artifacts.host import reach_ourselves_directly
 from draftsmith.flows.cli import main
 
 

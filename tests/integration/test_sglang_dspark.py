@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from draftsmith.stages.drafters.checkpoint import save_drafter, upgraded
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
 from draftsmith.stages.drafters.dspark.shape import DSparkConfig
-from draftsmith.stages.engines.sglang.environment import RAGGED_VERIFY_MODE
 from draftsmith.stages.replay.corpus import replay_all
 from draftsmith.stages.replay.trace import Trajectory, pad_tokens, tau
 from draftsmith.stages.targets.causal_lm import Target
@@ -64,7 +63,7 @@ def test_sglang_computes_what_is_computed_here(
     script = Path(str(dspark_model.__file__))
     command = [str(sglang_env), "-I", str(script), *(str(tmp_path / name) for name in ("case", "drafter", "out"))]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | CPU_ENVIRONMENT
-    environment[RAGGED_VERIFY_MODE] = "compact"
+    environment["SGLANG_RAGGED_VERIFY_MODE"] = "compact"
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
     found = load_file(tmp_path / "out")

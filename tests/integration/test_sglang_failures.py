@@ -22,7 +22,7 @@ from draftsmith.artifacts.schemas import TIMINGS, TRACE, TRAJECTORIES
 from draftsmith.stages.rollout import STAGE, RolloutConfig
 from tests.flows.pipeline.processes import wait_until
 from tests.sglang_cpu.options import CPU_ENVIRONMENT, CPU_OPTIONS
-from tests.stages.engines.server_processes import living
+from tests.stages.engines.servers import living
 from tests.testbed.context import StoppingContext
 from tests.testbed.drafter import DrafterArtifacts
 

@@ -6,7 +6,6 @@ import asyncio
 import json
 import math
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,8 @@ from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.sglang.engine import open_sglang
-from draftsmith.stages.engines.sglang.expected import Expected
-from draftsmith.stages.engines.sglang.greedy import verifies_greedily
-from draftsmith.stages.engines.sglang.handshake import check_weights
+from draftsmith.stages.engines.sglang.handshake import Expected
+from draftsmith.stages.engines.sglang.probe import check_weights, verifies_greedily
 from draftsmith.stages.rollout import STAGE, RolloutConfig
 from draftsmith.stages.stored import DRAFTER_FOLDER, load_prompts
 from draftsmith.stages.targets.config import TargetConfig
@@ -234,8 +232,8 @@ def test_a_server_is_known_by_the_log_probs_of_fixed_tokens(
     async def check(target_folder: Path) -> list[str]:
         async with httpx.AsyncClient(trust_env=False) as client:
             server = (await client.get(f"{plain_url}/server_info")).json()
-            other = replace(expected, target_folder=target_folder)
-            return await check_weights(client, plain_url, "org/model", server, other, print)
+            target, tokens = expected.target, expected.scored_ids
+            return await check_weights(client, plain_url, "org/model", server, target, target_folder, tokens, print)
 
     (said,) = asyncio.run(check(tiny_drafter.target))
     assert float(said.split(" nats")[0].split()[-1]) < 1e-5

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
-import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections import deque
@@ -16,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from draftsmith.stages import lifeline
+from draftsmith.stages.child_process import ChildProcess
 from draftsmith.stages.engines.config import OptionValue
 from tests.sglang_cpu.options import CPU_ENVIRONMENT, CPU_OPTIONS
 
@@ -88,33 +86,20 @@ def reserved_port() -> Iterator[int]:
 
 @contextmanager
 def _process(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The server in a group of its own that also dies when the test process is killed (`stages/lifeline.py`)."""
+    """The server, which also dies when the test process is killed."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
-    guard_end, our_end = os.pipe()
+    with log.open("ab") as output:
+        child = ChildProcess(
+            command,
+            environment={**inherited, **CPU_ENVIRONMENT, "PYTHONUNBUFFERED": "1", **environment},
+            stdout=output,
+            stderr=output,
+            folder=log.parent,
+        )
     try:
-        with log.open("ab") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-I", lifeline.__file__, str(guard_end), *command],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                cwd=log.parent,
-                env={**inherited, **CPU_ENVIRONMENT, "PYTHONUNBUFFERED": "1", **environment},
-                pass_fds=(guard_end,),
-                start_new_session=True,
-            )
-    except BaseException:
-        os.close(our_end)
-        raise
+        yield child.process
     finally:
-        os.close(guard_end)
-    try:
-        yield process
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # there is nothing to save, and asking it takes seconds
-        os.close(our_end)
-        process.wait()
+        child.end()  # there is nothing to save, and asking it takes seconds
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, model: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from draftsmith.stages import lifeline as lifelines
 from draftsmith.stages.garbage import collect_seldom
 from draftsmith.stages.process import EventStream, ProcessContext
 from tests.flows.pipeline.processes import ROOT, alive, pid_in, wait_until
@@ -46,10 +47,10 @@ def start(
     }
     path = folder / "request.json"
     path.write_text(json.dumps(request))
-    extra = [] if lifeline is None else ["--lifeline", str(lifeline)]
+    guard = [] if lifeline is None else [sys.executable, "-I", "-S", lifelines.__file__, str(lifeline)]
     with (log or Path(os.devnull)).open("w") as file:
         return subprocess.Popen(
-            [sys.executable, "-m", "draftsmith.stages", str(path), *extra],
+            [*guard, sys.executable, "-m", "draftsmith.stages", str(path)],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=file if log else subprocess.PIPE,

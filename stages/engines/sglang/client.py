@@ -1,4 +1,4 @@
-"""One request to one server, and what its answer means: done, full, lost, or refused."""
+"""What is sent to a server, and what its answer means: done, full, lost, or refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
-from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 
 if TYPE_CHECKING:
     import httpx
@@ -20,6 +20,7 @@ _PROBE_TIMEOUT_S = 60.0
 _FULL_503 = ("queue", "waiting timeout", "higher priority")  # SGLang's own words where its queue is full
 _MAY_PASS = frozenset({408, 425})  # of a router's queue
 _KEY_ASKED_FOR = frozenset({401, 403})
+_QUESTION_TIMEOUT_S = 120.0  # of the handshake: a first generation may compile kernels
 _ONE_PIECE = 1 << 30  # as stream_interval: the first token at once, all others together
 
 
@@ -92,6 +93,54 @@ async def generate(
         check_status(name, url, int(reason.get("status_code") or 500), f"aborted: {reason.get('message')}")
     seconds = time.perf_counter() - started
     return Answer(body, seconds, float("nan") if first_token is None else first_token, url)
+
+
+async def get(client: httpx.AsyncClient, url: str, *names: str) -> dict[str, Any]:
+    """Return what the first of several endpoints says that is there: their names differ between releases."""
+    for name in names:
+        response = await send(client, "GET", f"{url}/{name}")
+        if response.status_code != 404:
+            check_status(name, url, response.status_code, response.text)
+            return json_object(response)
+    raise wrong(url, f"has no /{names[0]}: is it a SGLang server of a supported release?")
+
+
+async def post(client: httpx.AsyncClient, url: str, name: str, payload: dict[str, Any]) -> dict[str, Any]:
+    """Return the body of a short generation."""
+    response = await send(client, "POST", f"{url}/generate", payload)
+    check_status(name, url, response.status_code, response.text)
+    return json_object(response)
+
+
+async def send(client: httpx.AsyncClient, method: str, url: str, body: dict[str, Any] | None = None) -> httpx.Response:
+    """Return the answer to a question of the handshake. Raises LostError if none comes."""
+    import httpx
+
+    try:
+        return await client.request(method, url, json=body, timeout=_QUESTION_TIMEOUT_S)
+    except httpx.HTTPError as error:
+        raise LostError(f"cannot be reached ({type(error).__name__} {error})") from error
+
+
+def json_object(response: httpx.Response) -> dict[str, Any]:
+    """Return the body of an answer. Raises DraftsmithError if it is no JSON object."""
+    try:
+        found = response.json()
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise DraftsmithError(f"engine: {response.url} gives no JSON object: is it a SGLang server?")
+    return found
+
+
+def away(url: str, error: LostError) -> RetryableError:
+    """Return the error of a server that does not answer."""
+    return RetryableError(f"engine: {url} {error}; see that the server runs, then run the same command")
+
+
+def wrong(url: str, what: str) -> DraftsmithError:
+    """Return the error of a server that is not what the config asks for."""
+    return DraftsmithError(f"engine: the server {url} {what}")
 
 
 async def probe(client: httpx.AsyncClient, url: str) -> None:

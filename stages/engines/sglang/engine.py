@@ -20,8 +20,8 @@ from draftsmith.stages.engines.sglang.pool import DeadlyRequestError, LostTooOft
 from draftsmith.stages.engines.sglang.records import BadAnswerError, completion_of, generate_payload
 
 if TYPE_CHECKING:
-    from draftsmith.stages.engines.sglang.expected import Expected
     from draftsmith.stages.engines.sglang.fleet import Fleet
+    from draftsmith.stages.engines.sglang.handshake import Expected
 
 T = TypeVar("T")
 _CHECK_S = 0.5  # between two looks at whether the stage was asked to stop, while it waits for servers
@@ -232,8 +232,8 @@ def open_sglang(
     while it waits for servers; what it raises ends the wait.
     Raises DraftsmithError for a config, server or drafter that does not fit, RetryableError if no server answers.
     """
-    from draftsmith.stages.engines.sglang.expected import Expected
     from draftsmith.stages.engines.sglang.fleet import open_fleet
+    from draftsmith.stages.engines.sglang.handshake import Expected
 
     expected = Expected.of(
         config,

@@ -13,7 +13,6 @@ from draftsmith.stages.engines.config import EmbeddedEngineConfig, SGLangEngineC
 from draftsmith.stages.engines.sglang.protocol import SUPPORTED, supported
 
 PLUGIN_GROUP, PLUGIN = "sglang.srt.plugins", "draftsmith"
-RAGGED_VERIFY_MODE, UNCUT = "SGLANG_RAGGED_VERIFY_MODE", "static"  # SGLang's variable, and its default
 _PROBE_TIMEOUT_S = 60.0
 _URL_TIMEOUT_S = 3.0
 
@@ -103,13 +102,6 @@ def environment_warnings(config: SGLangEngineConfig, found: Installed) -> list[s
             f"the plug-in ({PLUGIN_GROUP}: {PLUGIN}) is not installed beside sglang: mining will replay; "
             f"`{config.python} -m pip install --no-deps .` in this project's folder adds it"
         )
-    if config.launch is not None:
-        mode = {**os.environ, **config.launch.environment}.get(RAGGED_VERIFY_MODE) or UNCUT
-        if mode != UNCUT:
-            warnings.append(
-                f"{RAGGED_VERIFY_MODE}={mode}: SGLang then cuts blocks of DSPARK by its load, and no replay knows how "
-                f"many steps it takes: remove it, or set it to {UNCUT} in launch.environment"
-            )
     return warnings
 
 

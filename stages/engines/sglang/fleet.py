@@ -9,17 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import tenacity
-
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.artifacts.retry import repeated
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.sglang.client import key_header
-from draftsmith.stages.engines.sglang.expected import Expected
-from draftsmith.stages.engines.sglang.handshake import ServerInfo, check_server, records_through
+from draftsmith.stages.engines.sglang.handshake import Expected, ServerInfo, check_server, records_through
 from draftsmith.stages.engines.sglang.pool import Deaths, Server, ServerPool
 from draftsmith.stages.engines.sglang.protocol import ENVIRONMENT
 from draftsmith.stages.engines.sglang.router import router_command, wait_for_workers, workers_behind
-from draftsmith.stages.engines.sglang.server import ServerProcess, command, free_port, server_processes
+from draftsmith.stages.engines.sglang.server import ServerProcess, command, free_ports, server_processes
 
 if TYPE_CHECKING:
     import httpx
@@ -44,7 +42,6 @@ class Fleet:
     ):
         self._config, self._expected, self._log, self._folder = config, expected, log, folder
         self._processes = processes
-        self._ports: set[int] = set()  # given to processes, which bind them when their models are loaded
         self._info: dict[str, ServerInfo] = {}  # by address
         self._api_key = api_key
         self._records_through_routers = True
@@ -136,8 +133,9 @@ class Fleet:
     async def _open_router(self, servers: list[Server]) -> Server:
         """Start a router in front of launched servers."""
         assert self._config.launch is not None
-        line = router_command(self._config, [server.url for server in servers], self._free_port())
-        router = ServerProcess(line, self._config.launch.environment, self._folder / "router.log", self._api_key)
+        port, metrics_port = free_ports(2)
+        line = router_command(self._config, [server.url for server in servers], metrics_port)
+        router = ServerProcess(line, self._config.launch.environment, self._folder / "router.log", port, self._api_key)
         self._processes.append(router)
         await self._launch(router, "router")
         await wait_for_workers(self._client, router.url, len(servers), self._config.launch.start_timeout_s)
@@ -157,13 +155,6 @@ class Fleet:
             self._log(remark)
         return info
 
-    def _free_port(self) -> int:
-        """Return one that no process of this fleet has: they bind theirs when their models are loaded."""
-        while (port := free_port()) in self._ports:
-            pass
-        self._ports.add(port)
-        return port
-
     async def _launch(self, process: ServerProcess, section: str) -> None:
         """Start a server and wait until it is healthy. Raises RetryableError with its log if that does not happen."""
         import httpx
@@ -171,7 +162,7 @@ class Fleet:
         assert self._config.launch is not None
         limit = self._config.launch.start_timeout_s
         deadline = time.monotonic() + limit
-        process.start(self._free_port())
+        process.start()
         while True:
             if ended := process.ended():
                 if process.refused_options:
@@ -204,17 +195,16 @@ class Fleet:
     async def _flush(self, url: str) -> None:
         import httpx
 
+        @repeated(
+            httpx.HTTPError,
+            given_up=lambda _error, _attempts, seconds: seconds > _FLUSH_TIMEOUT_S,
+            pause_s=lambda _error, _attempts: _POLL_S,
+        )
         async def flush() -> None:
             (await self._client.post(f"{url}/flush_cache", timeout=_FLUSH_TIMEOUT_S)).raise_for_status()
 
-        again = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(httpx.HTTPError),
-            stop=tenacity.stop_after_delay(_FLUSH_TIMEOUT_S),
-            wait=tenacity.wait_fixed(_POLL_S),
-            reraise=True,
-        )
         try:
-            await again(flush)
+            await flush()
         except httpx.HTTPError as error:
             raise RetryableError(
                 f"engine: {url}/flush_cache did not succeed in {_FLUSH_TIMEOUT_S:g} s: {error}"

@@ -1,32 +1,86 @@
 """What a server must be before it is asked: the same model and drafter, and room for the longest request.
 
 All of it is read from what the server says and from short generations. Of a server that somebody else started the
-tokenizer and the weights are compared too: by the hub's revision, else by log-probs (`probe.py`).
+tokenizer and the weights are compared too.
 """
 
 from __future__ import annotations
 
-import asyncio
-import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from draftsmith.artifacts.errors import RetryableError
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.base import Request, SamplingParams
+from draftsmith.stages.engines.config import NO_REDUCED_HEAD, SGLangEngineConfig
 from draftsmith.stages.engines.sglang import probe
-from draftsmith.stages.engines.sglang.asking import generate, get, json_object, send, wrong
-from draftsmith.stages.engines.sglang.client import LostError, check_status
-from draftsmith.stages.engines.sglang.expected import PROBE_TEXT, Expected
-from draftsmith.stages.engines.sglang.greedy import verifies_greedily
+from draftsmith.stages.engines.sglang.client import LostError, away, get, json_object, send, wrong
 from draftsmith.stages.engines.sglang.protocol import SUPPORTED, supported
 from draftsmith.stages.engines.sglang.records import completion_of, trace_identity
+from draftsmith.stages.engines.sglang.server import algorithm_of, block_size_of
+from draftsmith.stages.targets.info import TargetInfo, model_path, read_target_info
+from draftsmith.stages.targets.resolve import load_tokenizer
 
 if TYPE_CHECKING:
     import httpx
 
+PROBE_TEXT = "What is 12 + 30?\n\tNaïve café, 3.14 °C; 你好, привет."  # cut differently by different tokenizers
 _PROBE_TOKENS = 8
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the servers are for."""
+
+    target: TargetInfo
+    target_folder: Path  # its artifact
+    model_folder: Path
+    probe_ids: list[int]  # PROBE_TEXT in the target's tokenizer, no special tokens
+    scored_ids: list[int]  # the text of `probe.py`, likewise
+    longest: int  # positions of the longest request
+    drafter_folder: Path | None = None
+    drafter_digest: str | None = None
+    algorithm: str | None = None
+    block_size: int | None = None
+    trace: bool = False  # whether records are wanted
+    stream: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        config: SGLangEngineConfig,
+        *,
+        target_folder: Path,
+        drafter_folder: Path | None,
+        drafting: DraftingConfig,
+        longest: int,
+        stream: bool,
+    ) -> Expected:
+        """Raises DraftsmithError if the drafter is made for another target, or cannot draft as the config says."""
+        target, model_folder = read_target_info(target_folder), model_path(target_folder)
+        tokenizer = load_tokenizer(model_folder)
+        probe_ids, scored_ids = (tokenizer.encode(text, add_special_tokens=False) for text in (PROBE_TEXT, probe.TEXT))
+        expected = cls(target, target_folder, model_folder, probe_ids, scored_ids, longest, stream=stream)
+        if drafter_folder is None:
+            return expected
+        from draftsmith.stages.drafters.checkpoint import check_drafter, check_layers
+        from draftsmith.stages.drafters.digest import drafter_digest
+
+        if drafting.head_tokens is not None:
+            raise DraftsmithError(f"drafting.head_tokens: {NO_REDUCED_HEAD}")
+        check_drafter(drafter_folder, target.digest)
+        check_layers(drafter_folder, target.num_layers)
+        algorithm = algorithm_of(drafter_folder)
+        return replace(
+            expected,
+            drafter_folder=drafter_folder,
+            drafter_digest=drafter_digest(drafter_folder),
+            algorithm=algorithm,
+            block_size=block_size_of(drafter_folder, drafting, algorithm),
+            trace=config.trace,
+        )
 
 
 @dataclass(frozen=True)
@@ -53,21 +107,22 @@ async def check_server(
         version = str(server.get("version", "?"))
         remarks = [] if supported(version) else [f"{url} is sglang {version}, outside the tested {SUPPORTED}"]
         if not ours:
-            remarks += await _check_model(client, url, model, expected)
-            remarks += await check_weights(client, url, str(model.get("model_path")), server, expected, log)
+            path, target = str(model.get("model_path")), expected.target
+            remarks += await _check_tokenizer(client, url, path, expected)
+            remarks += await probe.check_weights(
+                client, url, path, server, target, expected.target_folder, expected.scored_ids, log
+            )
         remarks += _check_drafter(url, server, expected)
         _check_room(url, server, expected)
-        if expected.stream and server.get("incremental_streaming_output"):
-            raise wrong(url, "streams increments; start it without --incremental-streaming-output")
         records = await _check_generation(client, url, server, expected)
         if expected.drafter_folder is not None and not records and not ours:
-            path = server.get("speculative_draft_model_path")
+            drafter = server.get("speculative_draft_model_path")
             remarks.append(
-                f"{url} drafts with {path}: only the plug-in could tell whether it is {expected.drafter_folder}"
+                f"{url} drafts with {drafter}: only the plug-in could tell whether it is {expected.drafter_folder}"
             )
         greedy_only = await _is_greedy_only(client, url, server, expected)
     except LostError as error:
-        raise RetryableError(f"engine: {url} {error}; see that the server runs, then run the same command") from error
+        raise away(url, error) from error
     return ServerInfo(version, records, greedy_only, replicas=int(server.get("dp_size") or 1), remarks=remarks)
 
 
@@ -76,74 +131,18 @@ async def records_through(client: httpx.AsyncClient, url: str, expected: Expecte
     try:
         return await _check_generation(client, url, {}, expected)
     except LostError as error:
-        raise RetryableError(f"engine: {url} {error}; see that the router runs, then run the same command") from error
+        raise away(url, error) from error
 
 
-async def _check_model(client: httpx.AsyncClient, url: str, model: dict[str, Any], expected: Expected) -> list[str]:
-    """Is it the target? Returns what could not be checked."""
-    target, path = expected.target, str(model.get("model_path"))
-    if model.get("is_generation") is False:
-        raise wrong(url, f"serves {path}, which does not generate")
-    served = {"model_type": model.get("model_type"), "architectures": model.get("architectures")}
-    if served["model_type"] not in (None, target.model_type) or (
-        served["architectures"] and target.architecture not in served["architectures"]
-    ):
-        raise wrong(
-            url,
-            f"serves {path} ({served['model_type']}, {served['architectures']}), "
-            f"the target is {target.source} ({target.model_type}, {target.architecture})",
-        )
+async def _check_tokenizer(client: httpx.AsyncClient, url: str, path: str, expected: Expected) -> list[str]:
+    """Compare a server's tokenizer with the target's. Returns what could not be checked."""
     response = await send(client, "POST", f"{url}/tokenize", {"prompt": PROBE_TEXT, "add_special_tokens": False})
     tokens = json_object(response).get("tokens") if response.status_code == 200 else None
     if tokens is None:
         return [f"{url} does not tokenize: its vocabulary could not be compared"]
     if tokens != expected.probe_ids:
-        raise wrong(url, f"serves {path}, whose tokenizer is not that of the target {target.source}")
+        raise wrong(url, f"serves {path}, whose tokenizer is not that of the target {expected.target.source}")
     return []
-
-
-async def check_weights(
-    client: httpx.AsyncClient,
-    url: str,
-    path: str,
-    server: dict[str, Any],
-    expected: Expected,
-    log: Callable[[str], None],
-) -> list[str]:
-    """Are they the target's? By the hub's revision, else by what it computes. Returns what could not be checked."""
-    target, tokens, revision = expected.target, expected.scored_ids, str(server.get("revision") or "")
-    if path == target.source and _COMMIT.fullmatch(revision) and target.revision is not None:
-        if revision == target.revision:
-            return []
-        raise wrong(
-            url,
-            f"serves {path} of revision {revision}, the target is revision {target.revision}; start it with "
-            f"--revision {target.revision}, or set target.revision",
-        )
-    if quantization := server.get("quantization"):
-        return [f"{url} serves {path} quantised ({quantization}): its weights could not be compared with the target's"]
-    response = await send(client, "POST", f"{url}/generate", probe.payload(tokens))
-    check_status("of the handshake", url, response.status_code, response.text)
-    theirs = probe.served_logprobs(json_object(response), tokens)
-    if theirs is None:
-        return [f"{url} gives no log-probs of a prompt: the weights of {path} could not be compared with the target's"]
-    try:
-        ours = await asyncio.to_thread(probe.own_logprobs, expected.target_folder, tokens, log)
-    except probe.NoRoomError as error:
-        return [
-            f"{url} serves {path}: its weights could not be compared with the target's, {error}; start the server with "
-            "--revision and its commit, which is compared instead"
-        ]
-    difference = probe.mean_difference(ours, theirs)
-    allowed = probe.tolerance(target.dtype, server.get("dtype"))
-    if difference > allowed:
-        raise wrong(
-            url,
-            f"serves {path}, whose log-probs of {len(ours)} fixed tokens are {difference:.3g} nats from those of the "
-            f"target {target.source} in the mean (rounding is at most {allowed:g}): other weights; serve revision "
-            f"{target.revision or target.digest[:12]}",
-        )
-    return [f"{url} serves {path}: log-probs of {len(ours)} fixed tokens are {difference:.2g} nats from the target's"]
 
 
 def _check_drafter(url: str, server: dict[str, Any], expected: Expected) -> list[str]:
@@ -197,7 +196,7 @@ async def _check_generation(client: httpx.AsyncClient, url: str, server: dict[st
     """A greedy generation: are its tokens of this vocabulary? Returns whether it came with records of its steps."""
     request = Request("of the handshake", expected.probe_ids, SamplingParams(_PROBE_TOKENS))
     traced = expected.trace and expected.drafter_folder is not None
-    body = await generate(client, url, request, traced=traced)
+    body = await probe.generate(client, url, request, traced=traced)
     meta = body.get("meta_info") or {}
     digest = trace_identity(request.request_id, meta) if traced else None
     if digest is not None and digest != expected.drafter_digest:
@@ -218,4 +217,6 @@ async def _is_greedy_only(client: httpx.AsyncClient, url: str, server: dict[str,
     """Known of a CPU, where a sampled request ends a server of DSPARK; asked of every other device."""
     if not server.get("speculative_algorithm"):
         return False
-    return server.get("device") == "cpu" or await verifies_greedily(client, url, expected.target, expected.probe_ids)
+    return server.get("device") == "cpu" or await probe.verifies_greedily(
+        client, url, expected.target, expected.probe_ids
+    )

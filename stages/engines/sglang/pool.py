@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import random
 import time
 import uuid
@@ -14,10 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tenacity
-
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.artifacts.retry import backed_off, repeated
 from draftsmith.stages.engines.base import Completion
 from draftsmith.stages.engines.sglang.client import Answer, FullError, LostError, SilentError, generate, probe
 from draftsmith.stages.engines.sglang.records import BadAnswerError
@@ -27,12 +25,11 @@ if TYPE_CHECKING:
 
     from draftsmith.stages.engines.sglang.server import ServerProcess
 
-_BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 10.0
 _DEADLY = 2  # servers that died with a request: it is not sent again
 _BEAT_S = 60.0  # a server that has requests and has answered none for so long is probed
 _PATIENCE_S = 60.0  # with a server whose probes fail, before it is lost
 _SILENT_S = 600.0  # with one that is there and computes nothing: it may compile; SGLang's watchdog ends it after 300
-_FULL_S = 3600.0  # of a server that takes no request and answers none, before it is lost
+_FULL_S = 3600.0  # of a server that takes no request and answers none, before it is given up
 _REST_S, _LONGEST_REST_S = 1.0, 600.0  # before a full server is asked again
 _ABORT_TIMEOUT_S = 5.0
 
@@ -91,9 +88,6 @@ class Server:
     examination: asyncio.Task[None] | None = None  # no new requests meanwhile
     answered_at: float = field(default_factory=time.monotonic)
     was_full: bool = False
-    full_since: float | None = None  # its last answer
-    room: float = math.inf  # requests at once, after a refusal; one more with every answer
-    rests_until: float = -math.inf
 
     def ended(self) -> str | None:
         """How its process ended, or the last one behind it; None while it runs, or where it was not started here."""
@@ -112,6 +106,15 @@ class _Asked:
     payload: dict[str, Any]
     read: Callable[[Answer], Completion]
     avoid: Server | None = None  # where it failed last: asked only where no other server is left
+    failures: int = 0  # attempts that count: the refusal of a full server is none
+
+    def given_up(self, error: BaseException) -> bool:
+        """Return whether it is not sent again after this error."""
+        if isinstance(error, FullError):
+            assert self.avoid is not None
+            return time.monotonic() - self.avoid.answered_at > _FULL_S
+        self.failures += 1
+        return self.failures >= next(tries for kind, tries in _TRIES.items() if isinstance(error, kind))
 
 
 class ServerPool:
@@ -157,45 +160,49 @@ class ServerPool:
         LostTooOftenError after the last attempt, DeadlyRequestError if servers died with it, RetryableError if no
         server is left.
         """
-        again = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(tuple(_TRIES)),
-            stop=_tried_enough,
-            wait=tenacity.wait_random_exponential(multiplier=_BACKOFF_S, max=_LONGEST_BACKOFF_S),
-            before_sleep=self._note,
-            reraise=True,
+        asked = _Asked(name, payload, read)
+        again = repeated(
+            tuple(_TRIES),
+            given_up=lambda error, _attempts, _seconds: asked.given_up(error),
+            pause_s=_pause_s,
+            note=lambda error, _attempts: self._note(asked, error),
         )
         task = asyncio.current_task()
         assert task is not None
         self._asking.add(task)
         try:
-            return await again(self._attempt, _Asked(name, payload, read))
+            return await again(self._attempt)(asked)
         except LostError as error:
             raise LostTooOftenError(
-                f"request {name}: was lost {_TRIES[LostError]} times, the last time: {error}. Look at the server's log."
+                f"request {name}: was lost each time, the last time: {error}. Look at the server's log."
             ) from error
         finally:
             self._asking.discard(task)
 
-    def _note(self, state: tenacity.RetryCallState) -> None:
+    def _note(self, asked: _Asked, error: BaseException) -> None:
+        assert asked.avoid is not None
+        if isinstance(error, FullError):
+            if not asked.avoid.was_full:
+                asked.avoid.was_full = True
+                self._log(
+                    f"SGLang server {asked.avoid.url} is full: it {error}. Requests wait; lower engine.concurrency."
+                )
+            return
         self.repeated += 1
-        assert state.outcome is not None
-        if isinstance(error := state.outcome.exception(), BadAnswerError):
-            self._log(f"asked for again: {error} ({state.args[0].avoid.url})")
+        if isinstance(error, BadAnswerError):
+            self._log(f"asked for again: {error} ({asked.avoid.url})")
 
     async def _attempt(self, asked: _Asked) -> Completion:
-        """Ask one server. A refusal of a full one is no attempt."""
-        while True:
-            server = await self._reserve(asked)
-            try:
-                return asked.read(await self._post(server, asked))
-            except FullError as error:
-                self._rest(server, error)
-            except (LostError, BadAnswerError, TimedOutError):
-                asked.avoid = server
-                raise
-            finally:
-                server.requests.discard(asked.name)
-                self._wake()
+        """Ask one server."""
+        server = await self._reserve(asked)
+        try:
+            return asked.read(await self._post(server, asked))
+        except (LostError, BadAnswerError, TimedOutError):
+            asked.avoid = server
+            raise
+        finally:
+            server.requests.discard(asked.name)
+            self._wake()
 
     async def _reserve(self, asked: _Asked) -> Server:
         """Wait for a server with room."""
@@ -220,31 +227,16 @@ class ServerPool:
             await self._changed.wait()
 
     def _has_room(self, server: Server) -> bool:
-        if server.examination is not None or server.rests_until > time.monotonic():
+        if server.examination is not None:
             return False
         if self._total is not None:
             return sum(len(each.requests) for each in self.servers) < self._total
-        return len(server.requests) < min(self._concurrency * server.replicas, server.room)
+        return len(server.requests) < self._concurrency * server.replicas
 
     def _wake(self) -> None:
         """Let requests that wait for a server look again."""
         self._changed.set()
         self._changed = asyncio.Event()
-
-    def _rest(self, server: Server, error: FullError) -> None:
-        """Ask a full server later, and for what it has."""
-        now = time.monotonic()
-        server.full_since = server.full_since or now
-        if now - server.full_since > _FULL_S:
-            self._lose(server, f"takes no request: it {error}")
-            return
-        if not server.was_full:
-            server.was_full = True
-            self._log(f"SGLang server {server.url} is full: it {error}. Requests wait; lower engine.concurrency.")
-        server.room = max(1, min(server.room, len(server.requests) - 1))
-        rest_s = min(_LONGEST_REST_S, max(error.wait_s, _REST_S * random.uniform(0.5, 1.5)))
-        server.rests_until = now + rest_s
-        asyncio.get_running_loop().call_later(rest_s, self._wake)
 
     async def _post(self, server: Server, asked: _Asked) -> Answer:
         """POST /generate once. What was lost is raised when it is known whether the server still lives."""
@@ -272,7 +264,7 @@ class ServerPool:
             if not post.done():
                 post.cancel()
                 await self._abort(server, rid)
-        server.answered_at, server.full_since, server.room = time.monotonic(), None, server.room + 1
+        server.answered_at = time.monotonic()
         self.deaths.forget([asked.name])
         return answer
 
@@ -309,19 +301,12 @@ class ServerPool:
             if server.answered_at < since:
                 await self._probe(server)
 
-        def given_up(state: tenacity.RetryCallState) -> bool:
-            silent = state.outcome is not None and isinstance(state.outcome.exception(), SilentError)
-            limit_s = _SILENT_S if silent else _PATIENCE_S
-            return server.ended() is not None or (state.seconds_since_start or 0.0) > limit_s
+        def given_up(error: BaseException, _attempts: int, seconds: float) -> bool:
+            limit_s = _SILENT_S if isinstance(error, SilentError) else _PATIENCE_S
+            return server.ended() is not None or seconds > limit_s
 
-        again = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(LostError),
-            stop=given_up,
-            wait=tenacity.wait_random_exponential(multiplier=_BACKOFF_S, max=_LONGEST_BACKOFF_S),
-            reraise=True,
-        )
         try:
-            await again(look)
+            await repeated(LostError, given_up=given_up)(look)()
         except Exception as error:  # whatever it was, requests must not wait for ever
             self.deaths.add(server.requests, server.url)
             self._lose(server, server.ended() or str(error))
@@ -367,7 +352,8 @@ class ServerPool:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _tried_enough(state: tenacity.RetryCallState) -> bool:
-    assert state.outcome is not None
-    error = state.outcome.exception()
-    return state.attempt_number >= next(tries for kind, tries in _TRIES.items() if isinstance(error, kind))
+def _pause_s(error: BaseException, attempts: int) -> float:
+    """Return the seconds before a request is sent again; a full server may say them itself."""
+    if isinstance(error, FullError):
+        return min(_LONGEST_REST_S, max(error.wait_s, _REST_S * random.uniform(0.5, 1.5)))
+    return backed_off(error, attempts)

@@ -1,17 +1,34 @@
-"""Does a server compute with the target's weights, where no revision says so?
+"""What only a server's own numbers tell: whose weights it has, and whether it samples.
 
-The server scores fixed tokens, and so does the target here, on the CPU: the mean absolute difference of their log-probs
-is rounding for the same weights. SGLang's own `/weights_checker` cannot be held against files: it hashes tensors as
-they lie on a GPU (merged, sharded, by a Triton kernel), and fails on a CPU.
+**Weights**, where no revision says it: the server scores fixed tokens, and so does the target here, on the CPU. The
+mean absolute difference of their log-probs is rounding for the same weights. SGLang's own `/weights_checker` cannot be
+held against files: it hashes tensors as they lie on a GPU (merged, sharded, by a Triton kernel), and fails on a CPU.
+
+**Greedy verification**: SGLang takes the argmax where it has no kernel that samples, on a CPU, and by algorithm and
+release on AMD, Intel and Ascend devices, which it may call `cuda` all the same. So a server is asked at a temperature
+that makes all tokens of the vocabulary about as likely. The first token is sampled from the prompt without a verify
+step; where those after it are greedy decoding's, they were not sampled: by chance `_EQUAL` tokens are that once in
+(vocabulary)^`_EQUAL`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
+import re
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from draftsmith.stages.engines.base import Request, SamplingParams
+from draftsmith.stages.engines.sglang.client import post, wrong
+from draftsmith.stages.engines.sglang.records import completion_of, generate_payload
+
+if TYPE_CHECKING:
+    import httpx
+
+    from draftsmith.stages.targets.info import TargetInfo
 
 TEXT = (
     "Question: a train leaves at 9:40 and arrives at 13:05. How long does it travel? Answer: from 9:40 to 13:05 there "
@@ -20,12 +37,64 @@ TEXT = (
     "jardin sentait la terre. In 1969 two people walked on the Moon for the first time."
 )
 TOLERANCE = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}  # nats, of the mean; the coarser of the two dtypes'
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_TEMPERATURE = 1e3
+_EQUAL = 3
+_ROUNDS = 3  # a near-tie of half precision may hide it from one
 _LOCK = threading.Lock()
 _KNOWN: dict[tuple[Path | int, ...], list[float]] = {}  # by a target's folder and the tokens
 
 
 class NoRoomError(Exception):
     """The target does not fit into this machine's memory."""
+
+
+async def check_weights(
+    client: httpx.AsyncClient,
+    url: str,
+    path: str,
+    server: dict[str, Any],
+    target: TargetInfo,
+    target_folder: Path,
+    tokens: Sequence[int],
+    log: Callable[[str], None],
+) -> list[str]:
+    """Compare a server's weights with the target's, by the hub's revision, else by what it computes.
+
+    path: the model that it serves. target_folder: the target's artifact. tokens: of `TEXT`. Returns what could not be
+    checked.
+    """
+    revision = str(server.get("revision") or "")
+    if path == target.source and _COMMIT.fullmatch(revision) and target.revision is not None:
+        if revision == target.revision:
+            return []
+        raise wrong(
+            url,
+            f"serves {path} of revision {revision}, the target is revision {target.revision}; start it with "
+            f"--revision {target.revision}, or set target.revision",
+        )
+    if quantization := server.get("quantization"):
+        return [f"{url} serves {path} quantised ({quantization}): its weights could not be compared with the target's"]
+    theirs = served_logprobs(await post(client, url, "of the handshake", payload(tokens)), tokens)
+    if theirs is None:
+        return [f"{url} gives no log-probs of a prompt: the weights of {path} could not be compared with the target's"]
+    try:
+        ours = await asyncio.to_thread(own_logprobs, target_folder, tokens, log)
+    except NoRoomError as error:
+        return [
+            f"{url} serves {path}: its weights could not be compared with the target's, {error}; start the server with "
+            "--revision and its commit, which is compared instead"
+        ]
+    difference = mean_difference(ours, theirs)
+    allowed = tolerance(target.dtype, server.get("dtype"))
+    if difference > allowed:
+        raise wrong(
+            url,
+            f"serves {path}, whose log-probs of {len(ours)} fixed tokens are {difference:.3g} nats from those of the "
+            f"target {target.source} in the mean (rounding is at most {allowed:g}): other weights; serve revision "
+            f"{target.revision or target.digest[:12]}",
+        )
+    return [f"{url} serves {path}: log-probs of {len(ours)} fixed tokens are {difference:.2g} nats from the target's"]
 
 
 def own_logprobs(target_folder: Path, tokens: Sequence[int], log: Callable[[str], None]) -> list[float]:
@@ -42,7 +111,7 @@ def own_logprobs(target_folder: Path, tokens: Sequence[int], log: Callable[[str]
 def _own_logprobs(target_folder: Path, tokens: Sequence[int], log: Callable[[str], None]) -> list[float]:
     import torch
 
-    from draftsmith.artifacts.machine_memory import free_memory_bytes
+    from draftsmith.artifacts.host import free_memory_bytes
     from draftsmith.stages.targets.causal_lm import Target
     from draftsmith.stages.targets.estimate import DTYPE_BYTES, target_size
     from draftsmith.stages.targets.info import model_path, read_target_info
@@ -83,3 +152,37 @@ def tolerance(ours: str, theirs: str | None) -> float:
 def mean_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """Mean absolute difference of two lists of log-probs, nats."""
     return sum(abs(a - b) for a, b in zip(ours, theirs, strict=True)) / len(ours)
+
+
+async def verifies_greedily(client: httpx.AsyncClient, url: str, target: TargetInfo, prompt_ids: list[int]) -> bool:
+    """Return whether a server that drafts verifies greedily whatever the temperature.
+
+    prompt_ids: what is continued. Raises DraftsmithError if the server does not answer as it should.
+    """
+    for seed in range(_ROUNDS):
+        sampled = await _tokens(client, url, target, prompt_ids, SamplingParams(1 + _EQUAL, _TEMPERATURE), seed)
+        greedy = await _tokens(client, url, target, [*prompt_ids, sampled[0]], SamplingParams(_EQUAL))
+        if sampled[1:] == greedy:
+            return True
+    return False
+
+
+async def _tokens(
+    client: httpx.AsyncClient,
+    url: str,
+    target: TargetInfo,
+    prompt_ids: list[int],
+    sampling: SamplingParams,
+    seed: int = 0,
+) -> list[int]:
+    request = Request("of the handshake", prompt_ids, sampling, seed)
+    body = await generate(client, url, request)
+    done = completion_of(request, body, eos_ids=target.eos_ids, vocab_size=target.vocab_size)
+    return done.response_ids
+
+
+async def generate(client: httpx.AsyncClient, url: str, request: Request, *, traced: bool = False) -> dict[str, Any]:
+    """Return the answer to a request, which no token ends before its `max_new_tokens`."""
+    payload = generate_payload(request, (), traced)
+    payload["sampling_params"]["ignore_eos"] = True
+    return await post(client, url, request.request_id, payload)

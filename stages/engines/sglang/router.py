@@ -15,15 +15,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.artifacts.errors import RetryableError
 from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.engines.sglang.client import LostError, RefusedRequestError, check_status
+from draftsmith.stages.engines.sglang.client import LostError, RefusedRequestError, away, check_status, send
 
 if TYPE_CHECKING:
     import httpx
 
 _SCRIPT = Path(__file__).with_name("routed.py")
-_TIMEOUT_S = 30.0
 _POLL_S = 0.5
 _PATIENCE_S = 60
 
@@ -52,30 +51,16 @@ async def workers_behind(client: httpx.AsyncClient, url: str) -> list[str] | Non
 
     Raises RetryableError if it does not answer or cannot say, DraftsmithError for one that wants a key.
     """
-    import httpx
-
     try:
-        response = await client.get(f"{url}/workers", timeout=_TIMEOUT_S)
-        if response.status_code in (401, 403):
-            raise DraftsmithError(
-                f"engine.urls: {url} does not say which servers it routes to: name the variable of the environment "
-                "that holds its API key in engine.api_key_env"
-            )
+        response = await send(client, "GET", f"{url}/workers")
         if response.status_code == 501:
             return None  # of a gateway that knows no such path
-        if response.status_code != 200:
-            check_status("of the handshake", url, response.status_code, response.text)
+        check_status("of the handshake", url, response.status_code, response.text)
         return [str(each["url"]) for each in response.json()["workers"] if each.get("is_healthy")]
-    except httpx.HTTPError as error:
-        raise _away(url, f"cannot be reached ({type(error).__name__} {error})") from error
     except LostError as error:
-        raise _away(url, f"/workers: {error}") from error
+        raise away(url, error) from error
     except (RefusedRequestError, ValueError, KeyError, TypeError):
         return None  # a server, or a gateway in front of one, which the handshake checks
-
-
-def _away(url: str, what: str) -> RetryableError:
-    return RetryableError(f"engine: {url} {what}; see that the server runs, then run the same command")
 
 
 async def wait_for_workers(client: httpx.AsyncClient, url: str, count: int, limit_s: float) -> None:

@@ -5,21 +5,18 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import socket
-import subprocess
-import sys
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.private import private
+from draftsmith.artifacts.home import private
+from draftsmith.artifacts.host import all_gpus
 from draftsmith.artifacts.redaction import MASK
-from draftsmith.stages import lifeline
+from draftsmith.stages.child_process import ChildProcess, tail
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.config import LaunchConfig, OptionValue, SGLangEngineConfig, option_name
 
@@ -29,7 +26,6 @@ PLUGIN = "draftsmith.stages.engines.sglang.plugin:activate"
 
 _STOP_GRACE_S = 20.0  # SGLang looks for SIGTERM every 5 s, then frees its memory itself
 _LAST_WAIT_S = 5.0  # for killed processes to be gone; zombies that nobody collects stay
-_TAIL_LINES = 15
 _USAGE = 2  # argparse's exit code
 _PORTS = range(20000, 32000)
 
@@ -119,19 +115,11 @@ def _options(options: Mapping[str, OptionValue | tuple[OptionValue, ...]]) -> li
     return parts
 
 
-def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES may be set to, one entry a GPU; empty on a machine without one."""
-    if (listed := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+def usable_gpus() -> list[str]:
+    """Return what CUDA_VISIBLE_DEVICES may be set to, one entry a GPU; empty on a machine without one."""
+    if (listed := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:  # names GPUs of every maker
         return [name.strip() for name in listed.split(",") if name.strip() not in ("", "-1")]
-    import torch
-
-    if count := torch.cuda.device_count():
-        return [str(index) for index in range(count)]
-    try:  # this environment's torch may be built for the CPU, the servers' is not
-        query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-        return subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout.split()
-    except (OSError, subprocess.SubprocessError):
-        return []
+    return [gpu.uuid for gpu in all_gpus()]
 
 
 def share_gpus(launch: LaunchConfig, gpus: Sequence[str]) -> list[str | None]:
@@ -150,53 +138,47 @@ def share_gpus(launch: LaunchConfig, gpus: Sequence[str]) -> list[str | None]:
 
 
 class ServerProcess:
-    """A server in a process group of its own, which dies when this process ends in whatever way.
+    """A server, or a router, as a `ChildProcess` that logs to a file.
 
-    Start it from a thread that outlives it: the kernel also kills it when the thread that started it ends.
     api_key: what requests must show, so that other users of the machine cannot ask the server. SGLang reads it from no
     variable; a file that only we may read keeps it out of the command line, which everybody may.
     """
 
     def __init__(
-        self, command: Sequence[str], environment: Mapping[str, str], log_path: Path, api_key: str | None = None
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        log_path: Path,
+        port: int,
+        api_key: str | None = None,
     ):
-        self._command, self._environment, self.log_path = list(command), dict(environment), log_path
+        self.url, self.log_path = f"http://127.0.0.1:{port}", log_path
+        self._command, self._environment = [*command, "--port", str(port)], environment
         self._api_key, self._key_file = api_key, log_path.with_suffix(".key.yaml")
-        self._process: subprocess.Popen[bytes] | None = None
-        self._our_end = -1
-        self.url = ""
+        self._child: ChildProcess | None = None
 
-    def start(self, port: int | None = None) -> None:
-        """Start the server on a free port or on this one, its output appended to the log. `url` is where it will
-        answer."""
-        assert self._process is None
-        port = port or free_port()
-        self.url = f"http://127.0.0.1:{port}"
+    def start(self) -> None:
+        """Start the server, its output appended to the log."""
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        line, self._our_end = os.pipe()
-        arguments = [*self._command, "--port", str(port), *self._key_arguments()]
+        command = [*self._command, *self._key_arguments()]
+        # without what would lead another interpreter to this one's packages
+        ours = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
         try:
             with open(self.log_path, "ab", opener=private) as log:
-                log.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(arguments)}\n".encode())
+                log.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command)}\n".encode())
                 log.flush()
-                self._process = subprocess.Popen(
-                    [sys.executable, "-I", lifeline.__file__, str(line), *arguments],
-                    stdin=subprocess.DEVNULL,
+                self._child = ChildProcess(
+                    command,
+                    environment={**ours, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **self._environment},
                     stdout=log,
                     stderr=log,
-                    start_new_session=True,
-                    pass_fds=(line,),
-                    cwd=self.log_path.parent,
-                    env=self._full_environment(),
+                    folder=self.log_path.parent,
                 )
         except OSError as error:
-            os.close(self._our_end)
-            raise DraftsmithError(f"engine.launch: {arguments[0]} cannot be started: {error}") from error
-        finally:
-            os.close(line)
+            raise DraftsmithError(f"engine.launch: {command[0]} cannot be started: {error}") from error
 
     def _key_arguments(self) -> list[str]:
-        """A file with the key, for the option `--config`; it goes when the server answers, or has ended."""
+        """Write a file with the key, for the option `--config`; it goes when the server answers, or has ended."""
         if self._api_key is None:
             return []
         self._key_file.unlink(missing_ok=True)
@@ -205,86 +187,61 @@ class ServerProcess:
         return ["--config", os.fspath(self._key_file.absolute())]
 
     def answers(self) -> None:
-        """To be called when the server answers: it has read its options."""
+        """Forget the file of the key: the server has read its options."""
         self._key_file.unlink(missing_ok=True)
 
-    def _full_environment(self) -> dict[str, str]:
-        """This process's environment without what would lead another interpreter to this one's packages."""
-        ours = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
-        return {**ours, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **self._environment}
-
     def ended(self) -> str | None:
-        """How the server ended; None while it runs."""
-        code = self._process.poll() if self._process else 0
-        if code is None:
-            return None
-        return f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
+        """Return how the server ended; None while it runs."""
+        return "was not started" if self._child is None else self._child.ended()
 
     @property
     def refused_options(self) -> bool:
         """Whether it ended because it did not understand its command: another start would end the same way."""
-        return self._process is not None and self._process.poll() == _USAGE
+        return self._child is not None and self._child.process.poll() == _USAGE
 
     def tail(self) -> str:
-        """The last lines of the log."""
-        with suppress(OSError), self.log_path.open(encoding="utf-8", errors="replace") as log:
-            return self._without_key("".join(deque(log, maxlen=_TAIL_LINES)).rstrip())
-        return ""
+        """Return the last lines of the log."""
+        return self._without_key(tail(self.log_path))
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._api_key, MASK) if self._api_key else text
 
-    def _forget_key(self) -> None:
-        """SGLang writes all its options to its log."""
+    def stop(self, grace_s: float = _STOP_GRACE_S) -> None:
+        """Ask the server to end, wait up to `grace_s`, then kill it with all that it started."""
+        if self._child is None:
+            return
+        self._child.end(grace_s, _LAST_WAIT_S)
         self._key_file.unlink(missing_ok=True)
-        with suppress(OSError):
+        with suppress(OSError):  # SGLang writes all its options to its log
             said = self.log_path.read_text(encoding="utf-8", errors="surrogateescape")
             if (without := self._without_key(said)) != said:
-                with self.log_path.open("w", encoding="utf-8", errors="surrogateescape") as log:
-                    log.write(without)
-
-    def stop(self, grace_s: float = _STOP_GRACE_S) -> None:
-        """Ask the server to end, wait up to `grace_s`, then kill its whole group."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        if process.poll() is None and grace_s > 0:
-            process.send_signal(signal.SIGTERM)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(grace_s)
-        # The guard of the lifeline holds the group's number until the pipe is closed.
-        deadline = time.monotonic() + _LAST_WAIT_S
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            while time.monotonic() < deadline:  # its children hold memory that the next server needs
-                os.killpg(process.pid, 0)
-                time.sleep(0.02)
-        os.close(self._our_end)
-        process.wait()
-        self._forget_key()
+                self.log_path.write_text(without, encoding="utf-8", errors="surrogateescape")
 
 
-def free_port() -> int:
-    """Below the range from which kernels give out ports: a server binds it only when its model is loaded."""
-    for port in random.sample(_PORTS, 200):
+def free_ports(count: int) -> list[int]:
+    """Return ports below the range from which kernels give them out: a server binds its own when it has its model."""
+    found = []
+    for port in random.sample(_PORTS, 200 + count):
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
-            return port
+            found.append(port)
+        if len(found) == count:
+            return found
     raise DraftsmithError(f"engine.launch: no free port found in {_PORTS}")
 
 
 def server_processes(
     launch: LaunchConfig, command: Sequence[str], folder: Path, api_key: str | None
 ) -> list[ServerProcess]:
-    """The servers of a config, not started yet; their logs in `folder`."""
-    shares = share_gpus(launch, () if launch.on_cpu else visible_gpus())
+    """Return the servers of a config, not started yet; their logs in `folder`."""
+    shares = share_gpus(launch, () if launch.on_cpu else usable_gpus())
     return [
         ServerProcess(
             command,
             {**({"CUDA_VISIBLE_DEVICES": share} if share is not None else {}), **launch.environment},
             folder / f"sglang-{index}.log",
+            port,
             api_key,
         )
-        for index, share in enumerate(shares)
+        for index, (share, port) in enumerate(zip(shares, free_ports(len(shares)), strict=True))
     ]

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from draftsmith.artifacts.parquet import Rows, ShardWriter, TableWriter, to_table
+from draftsmith.artifacts.parquet import Rows, TableWriter, to_table
+from draftsmith.artifacts.parts import Parts
 from draftsmith.artifacts.schemas import PROMPTS, TIMINGS, TRACE, TRAJECTORIES
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.drafters.dflash.shape import DFlashConfig
@@ -76,10 +77,9 @@ class Recorded:
 
     def write_shards(self, work: Path) -> None:
         """The shards of a rollout with a drafter that has all its answers, but has not put them together."""
-        shards = {name: ShardWriter(work / name, schema) for name, schema in _ROLLOUT.items()}
+        parts = Parts(work, _ROLLOUT)
         for start in range(0, self.answers, _SHARD):
-            for name, rows in self._rollout(range(start, min(start + _SHARD, self.answers))).items():
-                shards[name].append(rows)
+            parts.append(self._rollout(range(start, min(start + _SHARD, self.answers))))
 
     def write_rollout(self, folder: Path, drafter: Path) -> None:
         """Its artifact. drafter: the checkpoint that is said to have drafted."""

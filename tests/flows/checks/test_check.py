@@ -197,6 +197,20 @@ def test_what_is_called_after_a_promotion_is_there(
 
 
 @pytest.mark.usefixtures("home")
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_sampling_with_a_drafter_on_a_cpus_servers_is_an_error(
+    temperature: int, tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch = {"options": {"--device": "cpu"}}
+    config["evaluation"]["engine"] = {"kind": "sglang", "python": sys.executable, "launch": launch}
+    config["evaluation"]["temperatures"] = [0, temperature]
+    run(tmp_path, config)  # this interpreter has no SGLang, which is another error
+    out = capsys.readouterr().out
+    assert ("SGLang verifies greedily on this device" in out) == bool(temperature)
+    assert "GPUs" not in levels(out)
+
+
+@pytest.mark.usefixtures("home")
 def test_doubtful_settings_are_warnings(
     tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from draftsmith.artifacts.locks import Holder, LockTimeoutError
-from draftsmith.flows.pipeline import devices, machine
+from draftsmith.flows.pipeline import devices
 from draftsmith.stages.contract import Compute
 from draftsmith.stages.evaluation import STAGE as EVALUATION
 from draftsmith.stages.gate import STAGE as GATE
@@ -116,33 +116,6 @@ def test_a_part_of_a_gpu_is_visible_by_its_own_name(folder: Path) -> None:
     with devices.device_of(Compute.HEAVY, run="", limit_s=1, waiting=lambda *_: None, gpus=lambda: [part]) as device:
         assert device.environment == {"CUDA_VISIBLE_DEVICES": part}
         assert (folder / "MIG-7f_1_0.lock").exists()
-
-
-@pytest.mark.parametrize(
-    ("visible", "names"),
-    [
-        (None, [ONE, OTHER]),
-        ("1", [OTHER]),
-        ("1,0", [ONE, OTHER]),
-        ("GPU-2222", [OTHER]),
-        ("MIG-7f/1/0", ["MIG-7f/1/0"]),
-        ("", []),
-    ],
-)
-def test_gpus_have_the_same_names_for_all(
-    visible: str | None, names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text(f"#!/bin/sh\necho '0, {ONE}'\necho '1, {OTHER}'\n")
-    tool.chmod(0o755)
-    machine._query.cache_clear()
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    if visible is None:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    else:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert machine.gpu_names() == names
-    machine._query.cache_clear()
 
 
 def test_what_stages_need() -> None:

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.registry import Version
+from draftsmith.artifacts.retention import nobody_reads
 from draftsmith.artifacts.store import Claim, Store
-from draftsmith.artifacts.unused import nobody_reads
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.refresh import commands
 from draftsmith.flows.refresh.line import FASTEST_BLOCK

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from draftsmith.artifacts.home import private_files
 from draftsmith.artifacts.locks import Lock
 from draftsmith.artifacts.manifest import ArtifactRef
-from draftsmith.artifacts.private import private_files
 from draftsmith.artifacts.store import Store
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.pipeline.graph import Conclusion

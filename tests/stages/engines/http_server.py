@@ -33,6 +33,7 @@ class HttpServer:
     at_once: int = 0
     most_at_once: int = 0
     url: str = ""
+    api_key: str = ""  # that all must show but who asks for /health
     lock: threading.Lock = field(default_factory=threading.Lock)
     _http: ThreadingHTTPServer | None = None
 
@@ -53,7 +54,10 @@ class HttpServer:
                     server.at_once += 1
                     server.most_at_once = max(server.most_at_once, server.at_once)
                 headers: dict[str, str] = {}
+                shown = self.headers.get("Authorization") == f"Bearer {server.api_key}"
                 try:
+                    if server.api_key and not shown and self.path != "/health":
+                        raise Refusal(401)
                     status, body = 200, server.replies[self.path](payload) if self.path in server.replies else {}
                     if self.path not in server.replies:
                         status = 404
@@ -106,10 +110,10 @@ class HttpServer:
 
     def stop(self) -> None:
         """No new connections from now on: to a client this is a dead machine."""
-        if self._http is not None:
-            self._http.shutdown()
-            self._http.server_close()
-            self._http = None
+        http, self._http = self._http, None
+        if http is not None:
+            http.shutdown()
+            http.server_close()
 
 
 @contextmanager

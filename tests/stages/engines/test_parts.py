@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
-import pytest
 
 from draftsmith.artifacts.parquet import write_table
 from draftsmith.artifacts.schemas import TIMINGS, TRACE
 from draftsmith.stages.engines.base import Completion, Request, SamplingParams, VerifyStep
 from draftsmith.stages.engines.parts import SCHEMAS, AnswerParts
 
-IDS = ["a/0", "b/0", "c/0"]
-SPLITS = {name[0]: "train" for name in IDS}
+SPLITS = {"a": "train", "b": "train"}
 
 
 def answer(name: str, response: list[int], accepted: list[int] | None = None) -> Completion:
@@ -73,24 +70,6 @@ def test_an_answer_that_a_recording_engine_gave_without_its_steps_is_not_made_ag
     retracted = replace(answer("b/0", [6, 7]), verify_steps=2)
     parts.append([answer("a/0", [3, 4], [1]), retracted], SPLITS, "e")
     assert AnswerParts(tmp_path).finished(with_trace=True) == {"a/0", "b/0"}
-
-
-@pytest.mark.parametrize("table", ["timings", "trace", "trajectories"])
-def test_a_damaged_part_is_left_out_wherever_it_stands(
-    table: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    parts = AnswerParts(tmp_path)
-    for name in IDS:
-        parts.append([answer(name, [3, 4], [1])], SPLITS, "e")
-    shard = tmp_path / table / "shard-00001.parquet"
-    content = shard.read_bytes()
-    shard.write_bytes(content[: len(content) // 2])
-    with caplog.at_level(logging.WARNING):
-        again = AnswerParts(tmp_path)
-    assert again.finished(with_trace=True) == {"a/0", "c/0"}
-    assert f"its answers are made again: {shard}" in caplog.text
-    again.append([answer("b/0", [9, 9], [0])], SPLITS, "e")
-    assert contents(AnswerParts(tmp_path), IDS)[1] == ("b/0", [9, 9], [0])
 
 
 def test_no_parts_are_empty_tables(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from draftsmith.stages.drafters.drawing import (
     uniform,
 )
 from draftsmith.stages.engines.base import SamplingParams
-from draftsmith.stages.engines.sampling import draw
+from draftsmith.stages.engines.verification import draw
 from draftsmith.stages.law import Law
 
 

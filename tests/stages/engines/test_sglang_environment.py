@@ -10,13 +10,7 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.engines.sglang.environment import (
-    RAGGED_VERIFY_MODE,
-    UNCUT,
-    environment_warnings,
-    installed,
-    unreachable,
-)
+from draftsmith.stages.engines.sglang.environment import environment_warnings, installed, unreachable
 from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.rollout import RolloutConfig
 from tests.stages.engines.http_server import serving
@@ -92,22 +86,6 @@ def test_a_stage_that_launches_servers_knows_their_version(tmp_path: Path) -> No
 def test_a_missing_plugin_does_not_matter_where_no_trace_is_asked_for(tmp_path: Path) -> None:
     python = interpreter(tmp_path, "0.5.21")
     assert environment_warnings(config(python, trace=False), installed(python)) == []
-
-
-def test_servers_that_would_cut_blocks_by_their_load_are_told_of(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    python = interpreter(tmp_path, "0.5.23", plugin=True)
-
-    def warnings(**launch: object) -> list[str]:
-        return environment_warnings(config(python, launch=launch), installed(python))
-
-    monkeypatch.setenv(RAGGED_VERIFY_MODE, "compact")
-    (said,) = warnings()
-    assert said.startswith("SGLANG_RAGGED_VERIFY_MODE=compact: SGLang then cuts blocks of DSPARK by its load")
-    assert warnings(environment={RAGGED_VERIFY_MODE: UNCUT}) == []
-    monkeypatch.delenv(RAGGED_VERIFY_MODE)
-    assert warnings() == [] and len(warnings(environment={RAGGED_VERIFY_MODE: "cap-accept"})) == 1
 
 
 def test_an_interpreter_that_cannot_launch_is_an_error(tmp_path: Path) -> None:

@@ -2,115 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
-from draftsmith.stages.drafters.config import DraftingConfig
-from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.engines.sglang.expected import Expected
-from draftsmith.stages.engines.sglang.handshake import ServerInfo, check_server
+from draftsmith.stages.engines.base import Request, SamplingParams
+from draftsmith.stages.engines.sglang.handshake import Expected, ServerInfo
 from draftsmith.stages.stored import DRAFTER_FOLDER
-from tests.stages.engines.http_server import HttpServer, Refusal, answer, serving
+from tests.stages.engines.http_server import Refusal, answer
+from tests.stages.engines.servers import expected_of, good_server, opened, server_of, shake, speculating
 from tests.testbed.drafter import DrafterArtifacts
 
 OLD = ("get_model_info", "get_server_info")
-
-
-@pytest.fixture
-def plain(tiny_drafter: DrafterArtifacts) -> Expected:
-    return expected_of(tiny_drafter, None)
-
-
-@pytest.fixture
-def assisted(tiny_drafter: DrafterArtifacts) -> Expected:
-    return expected_of(tiny_drafter, tiny_drafter.drafter / DRAFTER_FOLDER)
-
-
-def expected_of(made: DrafterArtifacts, drafter: Path | None) -> Expected:
-    return Expected.of(
-        SGLangEngineConfig.model_validate({"kind": "sglang", "urls": ["http://x"]}),
-        target_folder=made.target,
-        drafter_folder=drafter,
-        drafting=DraftingConfig(),
-        longest=200,
-        stream=False,
-    )
-
-
-def good_model(expected: Expected) -> dict[str, Any]:
-    return {
-        "model_path": str(expected.model_folder),
-        "is_generation": True,
-        "model_type": expected.target.model_type,
-        "architectures": [expected.target.architecture],
-    }
-
-
-def good_server(expected: Expected) -> dict[str, Any]:
-    drafting = {
-        "speculative_algorithm": "DFLASH",
-        "speculative_draft_model_path": str(expected.drafter_folder),
-        "speculative_num_draft_tokens": 8,
-    }
-    room = {"max_req_input_len": 1018, "max_total_num_tokens": 4096, "page_size": 1}
-    return {"version": "0.5.20", "device": "cuda", **room, **(drafting if expected.drafter_folder else {})}
-
-
-def speculating(payload: dict[str, Any], digest: str | None = None) -> dict[str, Any]:
-    """One step whose proposals were all accepted: of the tokens that `answer` counts, or drawn from [20, 800)."""
-    done = answer(payload, spec_verify_ct=1)
-    sampling = payload["sampling_params"]
-    if sampling["temperature"] > 0:
-        drawn = random.Random(sampling["sampling_seed"])
-        done["output_ids"] = [drawn.randrange(20, 800) for _ in done["output_ids"]]
-    tokens, prompt = done["output_ids"], len(payload["input_ids"])
-    if digest is not None and sampling.get("custom_params"):
-        identity = {"v": "1", "drafter": digest}
-        step = identity | {"anchor": prompt, "block": tokens[1:], "accepted": len(tokens) - 1, "bonus": 5}
-        done["meta_info"]["draftsmith_trace"] = [identity, step, *[None] * (len(tokens) - 2)]
-    return done
-
-
-@contextmanager
-def server_of(
-    expected: Expected,
-    *,
-    model: dict[str, Any] | None = None,
-    server: dict[str, Any] | None = None,
-    tokens: list[int] | None = None,
-    digest: str | None = None,
-    names: tuple[str, str] = ("model_info", "server_info"),
-    generate: Any = None,
-) -> Iterator[HttpServer]:
-    """The right server for `expected`, with differences."""
-    if generate is None:
-        generate = (lambda p: speculating(p, digest)) if expected.drafter_folder else answer
-    replies = {
-        names[0]: lambda _: good_model(expected) | (model or {}),
-        names[1]: lambda _: good_server(expected) | (server or {}),
-        "tokenize": lambda _: {"tokens": expected.probe_ids if tokens is None else tokens},
-    }
-    with serving(generate, **replies) as running:
-        yield running
-
-
-def shake(server: HttpServer, expected: Expected, *, ours: bool = False, logs: list[str] | None = None) -> ServerInfo:
-    async def run() -> ServerInfo:
-        async with httpx.AsyncClient(trust_env=False) as client:
-            return await check_server(
-                client, server.url, expected, (logs if logs is not None else []).append, ours=ours
-            )
-
-    return asyncio.run(run())
 
 
 @pytest.mark.parametrize("names", [("model_info", "server_info"), OLD], ids=["new names", "old names"])
@@ -159,9 +65,6 @@ def test_a_release_that_was_never_tested_is_told_of_running_servers_too(plain: E
 @pytest.mark.parametrize(
     ("wrong", "what"),
     [
-        ({"model": {"is_generation": False}}, "does not generate"),
-        ({"model": {"model_type": "llama"}}, r"serves .*llama.*the target is .*qwen3"),
-        ({"model": {"architectures": ["LlamaForCausalLM"]}}, "LlamaForCausalLM"),
         ({"tokens": [1, 2, 3]}, "tokenizer is not that of the target"),
         ({"server": {"max_req_input_len": 100}}, "room for 104 positions a request, the longest needs 200"),
         ({"server": {"max_total_num_tokens": 150}}, "room for 148 positions"),
@@ -202,9 +105,55 @@ def test_a_server_in_trouble_may_be_asked_again_later(plain: Expected) -> None:
         shake(server, plain)
 
 
-def test_a_server_that_streams_increments_cannot_be_timed(plain: Expected) -> None:
+# ---- servers whose verification takes the argmax whatever the temperature
+
+
+def greedy_behind_the_first(payload: dict[str, Any], ties: int = 0) -> dict[str, Any]:
+    """As SGLang without a kernel that samples: the prompt's token is drawn, verify steps take what `answer` counts.
+
+    ties: of this many first answers a near-tie falls otherwise.
+    """
+    done = speculating(payload)
+    first, count = done["output_ids"][0], len(done["output_ids"])
+    done["output_ids"] = list(range(first, first + count))
+    if payload["sampling_params"].get("sampling_seed", ties) < ties:
+        done["output_ids"][2] += 7
+    return done
+
+
+@pytest.mark.parametrize("ties", [0, 2])
+def test_greedy_verification_is_found_by_its_tokens(ties: int, assisted: Expected) -> None:
+    with server_of(assisted, generate=lambda p: greedy_behind_the_first(p, ties)) as server:
+        assert shake(server, assisted).greedy_only
+
+
+def test_a_server_that_draws_is_not_taken_for_a_greedy_one(assisted: Expected) -> None:
+    with server_of(assisted, server={"device": "xpu"}) as server:
+        assert not shake(server, assisted).greedy_only
+        temperatures = [
+            payload["sampling_params"]["temperature"] for path, payload in server.asked if payload.get("input_ids")
+        ]
+    assert max(temperatures) >= 1e3
+
+
+def test_on_a_cpu_a_speculating_server_is_greedy_only_without_being_asked(
+    assisted: Expected, tiny_drafter: DrafterArtifacts
+) -> None:
+    with server_of(assisted, server={"device": "cpu"}) as server:
+        assert shake(server, assisted, ours=True).greedy_only
+        assert server.count("/generate") == 1
+    plain = expected_of(tiny_drafter, None)
+    with server_of(plain, server={"device": "cpu"}, generate=answer) as server:
+        assert not shake(server, plain).greedy_only
+
+
+def test_a_sampled_rollout_on_such_servers_is_refused_and_a_greedy_one_is_not(
+    assisted: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path
+) -> None:
     with (
-        server_of(plain, server={"incremental_streaming_output": True}) as server,
-        pytest.raises(DraftsmithError, match="without --incremental-streaming-output"),
+        server_of(assisted, generate=greedy_behind_the_first) as server,
+        opened(tiny_drafter, tmp_path, {"urls": [server.url]}, drafter=tiny_drafter.drafter / DRAFTER_FOLDER) as engine,
     ):
-        shake(server, replace(plain, stream=True))
+        assert len(list(engine.generate([Request("greedy", [5], SamplingParams(3))]))) == 1
+        with pytest.raises(DraftsmithError, match=r"sampling\.temperature: SGLang verifies greedily on this device"):
+            list(engine.generate([Request("sampled", [5], SamplingParams(3, 1.0))]))

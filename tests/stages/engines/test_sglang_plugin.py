@@ -22,7 +22,6 @@ from draftsmith.stages.engines.sglang.plugin_hooks import (
     Trace,
     chain_logprobs,
     pack_steps,
-    place,
     unpack_steps,
 )
 from draftsmith.stages.engines.sglang.protocol import ENVIRONMENT, KEY
@@ -102,14 +101,6 @@ def test_a_step_survives_packing(batch_tensors: dict[str, torch.Tensor]) -> None
     assert "Infinity" not in json.dumps(steps)
 
 
-def test_a_block_without_proposals_is_a_step_too() -> None:
-    logits, candidates = torch.randn(2, V), torch.tensor([[3], [4]])
-    logprobs = chain_logprobs(logits, candidates, [0, 1])
-    accepted, bonus = torch.zeros(2, dtype=torch.int32), torch.tensor([8, 9])
-    steps = unpack_steps(pack_steps([0, 1], torch.tensor([5, 6]), candidates, accepted, bonus, logprobs))
-    assert [(step["block"], step["bonus"], step["logprobs"]) for step in steps] == [([], 8, []), ([], 9, [])]
-
-
 def trace_of(rows: list[int], tensors: dict[str, torch.Tensor]) -> Trace:
     return Trace("digest", rows, packed(rows, tensors)).copy_to_host(torch.clone)
 
@@ -140,12 +131,6 @@ def test_a_tree_is_refused_in_the_place_of_its_record() -> None:
     batch = Batch([ServerRequest(customized_info={KEY: [{}]})])
     Trace("digest", [0], "a tree").consume(batch, [Commit(1, (5, 6))])
     assert batch.reqs[0].customized_info == {KEY: [{}, {"v": "1", "drafter": "digest", "refused": "a tree"}, None]}
-
-
-def test_an_answer_that_began_again_loses_its_old_records() -> None:
-    request = ServerRequest(customized_info={KEY: [{"old": 0}, {"old": 1}, None]})
-    place(request, 0, 1, {"new": 0})
-    assert request.customized_info == {KEY: [{"new": 0}]}
 
 
 @pytest.mark.parametrize(
@@ -206,10 +191,8 @@ def test_the_digest_is_the_drafters(tmp_path: Path) -> None:
     [
         ("0.5.19", False),
         ("0.5.20", True),
-        ("0.5.20.post1", True),
-        ("0.5.23", True),
+        ("0.5.23.post1", True),
         ("0.5.24", False),
-        ("0.6.0", False),
         ("1.0.0", False),
         ("unknown", False),
     ],

@@ -105,11 +105,6 @@ def _short(new: int) -> Request:
     return replace(REQUEST, sampling=SamplingParams(new))
 
 
-def test_without_records_the_servers_own_count_is_kept() -> None:
-    done = read(body([20, 21, 22, 23, 24, 25], GOOD), with_records=False)
-    assert (done.steps, done.verify_steps) == ([], 2)
-
-
 @pytest.mark.parametrize(
     ("records", "what"),
     [
@@ -218,10 +213,6 @@ def test_records_of_another_drafter_are_a_bad_answer() -> None:
     ):
         read(answer)
     assert read(answer, with_records=False).steps == []
-
-
-def test_an_end_that_says_which_token_matched_is_taken() -> None:
-    assert read(body([20, 2], reason="stop", matched=2), with_records=False).finish_reason == "stop"
 
 
 def test_without_records_the_servers_own_counts_are_kept() -> None:

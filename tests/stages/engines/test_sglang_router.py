@@ -14,26 +14,19 @@ import pytest
 from pydantic import ValidationError
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
-from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.base import Request, SamplingParams
-from draftsmith.stages.engines.config import LaunchConfig, SGLangEngineConfig
+from draftsmith.stages.engines.config import LaunchConfig
 from draftsmith.stages.engines.sglang import environment, router, server
-from draftsmith.stages.engines.sglang.engine import SGLangEngine, open_sglang
-from draftsmith.stages.engines.sglang.expected import Expected
+from draftsmith.stages.engines.sglang.handshake import Expected
 from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.rollout import RolloutConfig
 from draftsmith.stages.stored import DRAFTER_FOLDER
-from tests.stages.engines.http_server import HttpServer, Refusal, Reply, serving
+from tests.stages.engines.http_server import HttpServer, Reply, serving
+from tests.stages.engines.servers import opened, refusing, server_of, speculating
 from tests.stages.engines.test_sglang_config import after, config, line
-from tests.stages.engines.test_sglang_handshake import expected_of, server_of, speculating
 from tests.testbed.drafter import DrafterArtifacts
 
 REQUESTS = [Request(f"r{i}", [10 * i + 5], SamplingParams(8)) for i in range(4)]
-
-
-@pytest.fixture
-def assisted(tiny_drafter: DrafterArtifacts) -> Expected:
-    return expected_of(tiny_drafter, tiny_drafter.drafter / DRAFTER_FOLDER)
 
 
 def without_unknown_fields(payload: dict[str, Any]) -> dict[str, Any]:
@@ -54,20 +47,6 @@ def router_of(*workers: HttpServer, healthy: bool = True) -> Iterator[HttpServer
         yield running
 
 
-@contextmanager
-def opened(made: DrafterArtifacts, work: Path, *urls: str, logs: list[str] | None = None) -> Iterator[SGLangEngine]:
-    with open_sglang(
-        SGLangEngineConfig.model_validate({"kind": "sglang", "urls": urls, "concurrency": 2}),
-        target_folder=made.target,
-        drafter_folder=made.drafter / DRAFTER_FOLDER,
-        drafting=DraftingConfig(),
-        longest=100,
-        work=work,
-        log=(logs if logs is not None else []).append,
-    ) as engine:
-        yield engine
-
-
 @pytest.mark.parametrize("asked_by_environment", [True, False])
 def test_every_server_behind_a_router_is_checked_and_the_router_is_asked(
     asked_by_environment: bool, assisted: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path
@@ -80,10 +59,12 @@ def test_every_server_behind_a_router_is_checked_and_the_router_is_asked(
         return speculating(payload, assisted.drafter_digest)
 
     logs: list[str] = []
+    drafter = tiny_drafter.drafter / DRAFTER_FOLDER
     with ExitStack() as stack:
         workers = [stack.enter_context(server_of(assisted, server={"dp_size": n}, generate=generate)) for n in (1, 3)]
         front = stack.enter_context(router_of(*workers))
-        engine = stack.enter_context(opened(tiny_drafter, tmp_path, front.url, logs=logs))
+        given = {"urls": [front.url], "concurrency": 2}
+        engine = stack.enter_context(opened(tiny_drafter, tmp_path, given, drafter=drafter, log=logs.append))
         assert engine.records_trace is asked_by_environment
         answers = list(engine.generate(REQUESTS))
         assert engine._pool.capacity == 2 * 4
@@ -98,17 +79,18 @@ def test_every_server_behind_a_router_is_checked_and_the_router_is_asked(
 def test_a_wrong_server_behind_a_router_is_refused(
     assisted: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
+    drafter = tiny_drafter.drafter / DRAFTER_FOLDER
     with server_of(assisted) as good, server_of(assisted, server={"speculative_num_draft_tokens": 4}) as bad:
         with (
             router_of(good, bad) as front,
             pytest.raises(DraftsmithError, match=rf"{bad.url} drafts blocks of 4"),
-            opened(tiny_drafter, tmp_path, front.url),
+            opened(tiny_drafter, tmp_path, {"urls": [front.url]}, drafter=drafter),
         ):
             pass
         with (
             router_of(good, healthy=False) as front,
             pytest.raises(RetryableError, match=rf"router {front.url} has no healthy server"),
-            opened(tiny_drafter, tmp_path, front.url),
+            opened(tiny_drafter, tmp_path, {"urls": [front.url]}, drafter=drafter),
         ):
             pass
 
@@ -122,14 +104,11 @@ def test_a_router_that_wants_a_key_is_told_from_a_server() -> None:
         with serving(lambda _: {}, **({} if reply is None else {"workers": reply})) as running:
             return asyncio.run(ask(running.url))
 
-    def closed(_: dict[str, Any]) -> dict[str, Any]:
-        raise Refusal(401)
-
     assert behind(None) is None
     assert behind(lambda _: {"something": "else"}) is None
     assert behind(lambda _: {"workers": [{"url": "http://a", "is_healthy": True}]}) == ["http://a"]
-    with pytest.raises(DraftsmithError, match=r"does not say which servers it routes to: .*api_key_env"):
-        behind(closed)
+    with pytest.raises(DraftsmithError, match="api_key_env"):
+        behind(refusing(401))
     for away in (refusing(503), refusing(500), lambda _: None):
         with pytest.raises(RetryableError, match="see that the server runs"):
             behind(away)
@@ -152,13 +131,6 @@ def test_a_router_is_asked_when_it_has_found_all_of_its_servers(monkeypatch: pyt
     assert found == [["a", "b"]]
     with pytest.raises(RetryableError, match="it found 2 of 3 servers in 0 s"):
         asyncio.run(waits(3, 0))
-
-
-def refusing(status: int) -> Reply:
-    def reply(_: dict[str, Any]) -> dict[str, Any]:
-        raise Refusal(status, "told to")
-
-    return reply
 
 
 def test_replicas_are_gpus_of_a_server() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,22 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from draftsmith.artifacts import machine_memory
+from draftsmith.artifacts import host
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.engines.sglang.expected import Expected
+from draftsmith.stages.engines.sglang.handshake import Expected
 from draftsmith.stages.engines.sglang.probe import own_logprobs
 from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.targets.info import model_path, write_target_info
 from draftsmith.stages.targets.resolve import describe
 from tests.stages.engines.http_server import answer
-from tests.stages.engines.test_sglang_handshake import expected_of, server_of, shake
+from tests.stages.engines.servers import server_of, shake
 from tests.testbed.drafter import DrafterArtifacts
-
-
-@pytest.fixture
-def plain(tiny_drafter: DrafterArtifacts) -> Expected:
-    return expected_of(tiny_drafter, None)
-
 
 COMMIT, OTHER = "a1" * 20, "b2" * 20
 
@@ -77,8 +70,9 @@ def test_a_server_of_the_same_commit_of_the_hub_is_accepted_and_of_another_refus
         shake(server, expected)
 
 
-@pytest.mark.parametrize("revision", [None, "main"])
-@pytest.mark.parametrize("path", ["org/model", "/on/another/machine"])
+@pytest.mark.parametrize(
+    ("path", "revision"), [("org/model", None), ("org/model", "main"), ("/on/another/machine", None)]
+)
 def test_without_files_or_a_commit_a_server_is_known_by_what_it_computes(
     plain: Expected, other_revision: Path, path: str, revision: str | None
 ) -> None:
@@ -96,27 +90,11 @@ def test_without_files_or_a_commit_a_server_is_known_by_what_it_computes(
         shake(server, expected)
 
 
-def test_a_target_that_does_not_fit_into_the_memory_is_not_loaded_for_the_comparison(
-    plain: Expected, tmp_path: Path
-) -> None:
-    shutil.copytree(plain.model_folder, tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"intermediate_size": 10**11}))
-    write_target_info(plain.target.model_copy(update={"kind": "package", "location": "model"}), tmp_path)
-    expected = replace(of_hub(plain), target_folder=tmp_path)
-    logs: list[str] = []
-    scores = scoring([0.0] * (len(plain.scored_ids) - 1))
-    with server_of(expected, model={"model_path": "org/model"}, generate=scores) as server:
-        (remark,) = shake(server, expected, logs=logs).remarks
-    assert "could not be compared with the target's, which takes " in remark
-    assert not logs
-
-
 def test_a_target_is_not_loaded_where_the_container_has_less_memory_than_the_machine(
     plain: Expected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "memory.max").write_text("1000000\n")
-    monkeypatch.setattr(machine_memory, "_CGROUP_LIMITS", (str(tmp_path / "memory.max"),))
+    monkeypatch.setattr(host, "_CGROUP_LIMITS", (str(tmp_path / "memory.max"),))
     shutil.copytree(plain.target_folder, folder := tmp_path / "target")
     expected, logs = replace(of_hub(plain), target_folder=folder), list[str]()
     scores = scoring([0.0] * (len(plain.scored_ids) - 1))

@@ -138,7 +138,7 @@ def test_what_an_attempt_left_that_was_killed_amid_a_checkpoint_takes_no_room(
     tmp_path: Path, plain_target: Target
 ) -> None:
     context = RecordingContext.under(tmp_path)
-    (context.work / ".tmp-77-checkpoint").write_bytes(b"the first half")
+    (context.work / ".tmp-77-checkpoint.new").write_bytes(b"the first half")
     trained(context, plain_target, steps=3)
     assert sorted(context.work.iterdir()) == sorted(checkpoints(context.work))
 

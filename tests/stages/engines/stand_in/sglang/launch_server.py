@@ -1,6 +1,6 @@
-"""A process in the place of SGLang, to test starting and stopping: serves /health, has a child, ends as told.
+"""A process in the place of SGLang, to test starting and stopping: answers as `http_server`, has a child, ends as told.
 
-With STAND_IN_REPLIES, a JSON object by path, it answers these too, and /generate by counting on from the prompt.
+STAND_IN says how it behaves; STAND_IN_REPLIES, a JSON object by path, what it answers beside /health and /generate.
 """
 
 import json
@@ -9,45 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-API_KEY = ""
-REPLIES = json.loads(os.environ.get("STAND_IN_REPLIES", "{}"))
-SILENT: set[str] = set()
-
-
-class Health(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        if self.path in SILENT:
-            pass
-        elif self.path in REPLIES:
-            self._answer(REPLIES[self.path])
-        elif REPLIES and self.path != "/health":
-            self.send_error(404)
-        else:
-            self._well()
-
-    def _well(self) -> None:
-        shown = self.headers.get("Authorization") == f"Bearer {API_KEY}"
-        self.send_response(200 if self.path == "/health" or shown or not API_KEY else 401)
-        self.end_headers()
-
-    def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or b"{}")
-        if self.path != "/generate":
-            self._answer(REPLIES[self.path])
-            return
-        first, count = asked["input_ids"][-1] + 1, asked["sampling_params"]["max_new_tokens"]
-        meta = {"finish_reason": {"type": "length", "length": count}, "prompt_tokens": len(asked["input_ids"])}
-        self._answer({"output_ids": list(range(first, first + count)), "meta_info": meta})
-
-    def _answer(self, body: object) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+from tests.stages.engines.http_server import HttpServer, Reply, answer
 
 
 def first() -> bool:
@@ -59,15 +23,21 @@ def first() -> bool:
     return True
 
 
+def fixed(body: object) -> Reply:
+    return lambda _: body  # type: ignore[return-value]
+
+
 def main() -> None:
     mode = os.environ.get("STAND_IN", "serve")
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     found = {"path": os.environ.get("PYTHONPATH"), "home": os.environ.get("PYTHONHOME"), "child": child.pid}
     print(json.dumps(found), flush=True)
+    replies = {"/health": fixed({}), "/model_info": fixed({}), "/generate": answer}
+    replies |= {path: fixed(body) for path, body in json.loads(os.environ.get("STAND_IN_REPLIES", "{}")).items()}
+    server = HttpServer(replies, url=f"http://127.0.0.1:{sys.argv[sys.argv.index('--port') + 1]}")
     if mode == "key":  # as SGLang takes and logs it
-        global API_KEY
-        API_KEY = json.loads(Path(sys.argv[sys.argv.index("--config") + 1]).read_text().partition(": ")[2])
-        print(f"server_args={{api_key='{API_KEY}'}}", flush=True)
+        server.api_key = json.loads(Path(sys.argv[sys.argv.index("--config") + 1]).read_text().partition(": ")[2])
+        print(f"server_args={{api_key='{server.api_key}'}}", flush=True)
     if mode == "refuse":
         sys.exit(2)  # as argparse does
     if mode == "fail":
@@ -75,14 +45,14 @@ def main() -> None:
     if mode == "fail once" and first():
         sys.exit("the port is taken")
     if mode == "silent once" and first():
-        SILENT.add("/model_info")
+        replies["/model_info"] = fixed(None)
     if mode == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if mode == "polite":
         signal.signal(signal.SIGTERM, lambda *_: (print("said goodbye", flush=True), os._exit(0)))
-    if mode == "mute":
-        time.sleep(600)
-    HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Health).serve_forever()
+    if mode != "mute":
+        server.start()
+    time.sleep(600)
 
 
 main()

@@ -1,5 +1,9 @@
-"""Complete artifacts that nothing needs any more: no run has used them for long, no drafter line names them, and
-nothing that stays was made from them."""
+"""What a home need not keep: leftovers that nobody goes on with, and complete artifacts that nothing needs any more.
+
+Leftovers are old unfinished attempts and shards, replaced artifacts, copies of drafters that MLflow has, and logs. A
+complete artifact is unused when no run has used it for long, no drafter line names it, and nothing that stays was made
+from it.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +16,94 @@ from datetime import datetime
 from pathlib import Path
 
 from draftsmith.artifacts.atomic import disk_errors
-from draftsmith.artifacts.damage import SHARD
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.leftovers import Leftover
+from draftsmith.artifacts.home import UPLOADED
 from draftsmith.artifacts.locks import OTHERS_LIMIT_S, LockTimeoutError, holder_of, is_locked, locked
-from draftsmith.artifacts.manifest import MANIFEST, Manifest, elsewhere, read_manifest
-from draftsmith.artifacts.store import REPLACED, SHORT
+from draftsmith.artifacts.manifest import MANIFEST, SHARD, Manifest, elsewhere, read_manifest
+from draftsmith.artifacts.open_store import store_of
+from draftsmith.artifacts.store import PARTIAL, REPLACED, SHORT
 
 Place = tuple[str, str]  # stage and short key: the folder in the store
 _LOCK = ".lock-artifacts"  # of the home: whoever reads shares it, whoever removes has it alone
+_LOGS = ("*.log", "*.request.json")
+REPLACED_ARTIFACT = "replaced artifact"
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A folder or a file, not touched for a while."""
+
+    what: str
+    path: Path
+    bytes: int
+    touched: float  # seconds since the epoch: the latest of its files
+    lock: Path | None = None  # who works on it holds this
+    joined_in: Path | None = None  # of a shard: the stage's folder, where it is taken up by an attempt at a node
+
+    def remove(self) -> bool:
+        """Delete it, unless a run has taken it up since."""
+        with disk_errors(f"removing {self.path}"):
+            if self.joined_in is not None and _attempts(self.joined_in):
+                return False
+            if self.lock is None:
+                _delete(self.path)
+                return True
+            if is_locked(self.lock):
+                return False
+            with locked(self.lock):
+                _delete(self.path)
+        return True
+
+    @property
+    def content(self) -> str | None:
+        """The beginning of the content id of what it once was; None if it was no artifact, or nobody can say."""
+        try:
+            return read_manifest(self.path).content_id if (self.path / MANIFEST).is_file() else None
+        except DraftsmithError:
+            return None
+
+
+def leftovers(home: Path, before: float) -> list[Leftover]:
+    """Everything under a home that was last touched before a moment (seconds since the epoch), largest first."""
+    root = store_of(home).root
+    found = list(_logs(home / "logs"))
+    for folder in root.glob(f"*/{PARTIAL}*"):
+        lock = folder.with_name(f".lock-{folder.name.removeprefix(PARTIAL)}")
+        complete = (folder / "out" / MANIFEST).exists()  # killed between two renames: the next run ends it
+        if not complete and not is_locked(lock):
+            found.append(_described("unfinished attempt", folder, lock))
+    for stage in root.glob(f"*{SHARD}"):
+        node = stage.with_name(stage.name.removesuffix(SHARD))
+        if _attempts(node):  # which may go on with any of them; a shard does not say of which node it is
+            continue
+        for folder in stage.glob("[!.]*/"):  # of a node that is made, or that was given up
+            found.append(_described("shard", folder, folder.with_name(f".lock-{folder.name}"), node))
+    found += [_described("copy of an uploaded drafter", folder) for folder in (home / UPLOADED).glob("*/")]
+    found += [_described(REPLACED_ARTIFACT, folder) for folder in root.glob(f"*/{REPLACED}*")]
+    return sorted((each for each in found if each.touched < before), key=lambda each: -each.bytes)
+
+
+def _logs(folder: Path) -> Iterator[Leftover]:
+    for pattern in _LOGS:
+        for path in folder.glob(pattern):
+            yield _described("log", path)
+
+
+def _attempts(stage: Path) -> bool:
+    """Whether a node of a stage is being made, or was begun and is not finished."""
+    return any(stage.glob(f"{PARTIAL}*"))
+
+
+def _described(what: str, path: Path, lock: Path | None = None, joined_in: Path | None = None) -> Leftover:
+    stats = [each.lstat() for each in [path, *path.rglob("*")]]
+    return Leftover(what, path, sum(s.st_size for s in stats), max(s.st_mtime for s in stats), lock, joined_in)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -103,13 +186,13 @@ def unused(root: Path, before: float, used: Mapping[Place, float], needed: Colle
         new = {each for each in _sources(root, *to_follow.pop()) if each in there} - stays
         stays |= new
         to_follow += [(root.joinpath(*place), there[place]) for place in new]
-    found = [_described(root, place, there[place], last[place]) for place in there.keys() - stays]
+    found = [_unused(root, place, there[place], last[place]) for place in there.keys() - stays]
     return sorted(found, key=lambda each: -each.bytes)
 
 
 def _artifacts(root: Path) -> Iterator[tuple[Place, Manifest]]:
     for folder in root.glob("[!.]*/[!.]*/"):
-        if not folder.parent.name.endswith(SHARD):  # which `leftovers` knows
+        if not folder.parent.name.endswith(SHARD):  # which `leftovers` lists
             with suppress(DraftsmithError):
                 yield (folder.parent.name, folder.name), read_manifest(folder)
 
@@ -134,7 +217,7 @@ def _made(manifest: Manifest) -> float:
     return datetime.fromisoformat(manifest.created_at).timestamp()
 
 
-def _described(root: Path, place: Place, manifest: Manifest, last: float) -> Unused:
+def _unused(root: Path, place: Place, manifest: Manifest, last: float) -> Unused:
     folder = root.joinpath(*place)
     size = sum(path.stat().st_size for name in manifest.files if (path := folder / name).is_file())  # not fetched: none
     return Unused("artifact", folder, size, last, folder.with_name(f".lock-{folder.name}"))

@@ -1,7 +1,8 @@
-"""Which complete artifacts may go: never what was used, is needed, or is what such a one was made from."""
+"""What may be pruned: never what a run holds, what is young, or what is needed, and what such a one was made from."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -11,10 +12,107 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.locks import LockTimeoutError, locked
 from draftsmith.artifacts.manifest import ELSEWHERE, MANIFEST, ArtifactRef
+from draftsmith.artifacts.retention import in_use, leftovers, nobody_reads, unused
 from draftsmith.artifacts.store import REPLACED, SHORT, Claim, Store
-from draftsmith.artifacts.unused import in_use, nobody_reads, unused
 
+OLD, YOUNG, KEY = "ab" * 32, "cd" * 32, "ef" * 32
+DAY = 86400.0
 LATER = time.time() + 1000  # everything that a test makes is older
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+# ---- leftovers
+
+
+def attempt(store: Store, key: str, age_days: float) -> Path:
+    """An unfinished attempt, last touched so long ago."""
+    with store.claim("sft", key) as claim:
+        assert isinstance(claim, Claim)
+        (claim.work / "checkpoint.pt").write_bytes(b"x" * 100)
+    age(store.partial("sft", key), age_days)
+    return store.partial("sft", key)
+
+
+def age(path: Path, days: float) -> None:
+    for each in [path, *path.rglob("*")]:
+        os.utime(each, (time.time() - days * DAY,) * 2)
+
+
+def artifact(store: Store, content: str, *, force: bool = False) -> Path:
+    with store.claim("target", KEY, force=force) as claim:
+        assert isinstance(claim, Claim)
+        (claim.out / "x").write_text(content)
+        return store.commit(claim, config={}, inputs={}, code_digest="c", seed=0).path
+
+
+def test_copies_of_uploaded_drafters_that_nobody_uses_go(tmp_path: Path) -> None:
+    copy = tmp_path / "uploaded" / OLD[:16]
+    (copy / "drafter").mkdir(parents=True)
+    (copy / "drafter" / "model.safetensors").write_bytes(b"x" * 100)
+    age(copy, 40)
+    os.utime(copy)
+    assert leftovers(tmp_path, time.time() - 30 * DAY) == [], "used today"
+    age(copy, 40)
+    (found,) = leftovers(tmp_path, time.time() - 30 * DAY)
+    assert found.what == "copy of an uploaded drafter" and found.remove() and not copy.exists()
+
+
+def test_shards_stay_as_long_as_a_node_of_their_stage_may_join_them(tmp_path: Path, store: Store) -> None:
+    def made() -> Path:
+        with store.claim("mining.shard", KEY) as claim:
+            assert isinstance(claim, Claim)
+            (claim.out / "x").write_text("rows")
+            return store.commit(claim, config={}, inputs={}, code_digest="c", seed=0).path
+
+    shard = made()
+    (old,) = leftovers(tmp_path, time.time() + 1)
+    with store.claim("mining", OLD) as node:
+        assert isinstance(node, Claim)
+        assert leftovers(tmp_path, time.time() + 1) == [] and not old.remove()
+    assert [each.what for each in leftovers(tmp_path, time.time() + 1)] == ["unfinished attempt"] and not old.remove()
+    with store.claim("mining", OLD) as node:
+        assert isinstance(node, Claim)
+        (node.out / "x").write_text("rows")
+        store.commit(node, config={}, inputs={}, code_digest="c", seed=0)
+    (old,) = leftovers(tmp_path, time.time() + 1)
+    assert old.path == shard and old.remove() and not shard.exists()
+
+
+def test_old_attempts_replaced_artifacts_and_logs_go_and_artifacts_stay(tmp_path: Path, store: Store) -> None:
+    old, young = attempt(store, OLD, 40), attempt(store, YOUNG, 20)
+    made = artifact(store, "first")
+    age(made, 40)
+    artifact(store, "second", force=True)  # the first one is kept, hidden: others may have been made from it
+    assert [each.what for each in leftovers(tmp_path, time.time() - 30 * DAY)] == ["unfinished attempt"]
+    age(tmp_path / "store" / "target", 40)
+    (tmp_path / "logs").mkdir()
+    for name in ("sft-1.log", "sft-1.request.json", "sft-1.failed.json"):
+        (tmp_path / "logs" / name).write_text("x")
+    age(tmp_path / "logs", 40)
+    found = leftovers(tmp_path, time.time() - 30 * DAY)
+    assert sorted(each.what for each in found) == ["log", "log", "replaced artifact", "unfinished attempt"]
+    assert all(each.remove() for each in found)
+    assert not old.exists() and young.exists()
+    assert (made / "x").read_text() == "second"
+    assert [path.name for path in (tmp_path / "logs").iterdir()] == ["sft-1.failed.json"]
+    assert leftovers(tmp_path, time.time() - 30 * DAY) == []
+
+
+def test_an_attempt_that_a_run_takes_up_stays(tmp_path: Path, store: Store) -> None:
+    old = attempt(store, OLD, 40)
+    (found,) = leftovers(tmp_path, time.time() - 30 * DAY)
+    with store.claim("sft", OLD):
+        assert leftovers(tmp_path, time.time() - 30 * DAY) == []
+        assert not found.remove()
+    assert (old / "work" / "checkpoint.pt").exists()
+    assert found.remove() and not old.exists()
+
+
+# ---- complete artifacts
 
 
 def made(store: Store, stage: str, inputs: dict[str, ArtifactRef] | None = None) -> ArtifactRef:
@@ -31,11 +129,6 @@ def place(ref: ArtifactRef) -> tuple[str, str]:
 def stages(store: Store, *, used: dict[tuple[str, str], float] | None = None, needed: tuple[str, ...] = ()) -> set[str]:
     """Of what may go."""
     return {each.path.parent.name for each in unused(store.root, LATER, used or {}, needed)}
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
 
 
 @pytest.fixture
@@ -115,11 +208,6 @@ def test_a_path_into_the_store_may_lead_over_a_link(store: Store, tmp_path: Path
         external = {str(tmp_path / "models" / "x"): "digest"}
         sft = store.commit(claim, config={}, inputs={}, code_digest="c", seed=0, external=external)
     assert stages(store, needed=(sft.content_id,)) == set()
-
-
-def test_what_was_not_fetched_has_no_size(store: Store, chain: list[ArtifactRef]) -> None:
-    (chain[3].path / "x").unlink()
-    assert [each.bytes for each in unused(store.root, LATER, {place(chain[2]): LATER}, ())] == [0]
 
 
 def test_who_removes_is_alone_and_who_reads_waits_for_that(tmp_path: Path) -> None:

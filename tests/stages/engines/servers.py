@@ -1,0 +1,146 @@
+"""Servers as an engine meets them: in this process by `http_server`, or launched in the place of SGLang."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.engines.config import SGLangEngineConfig
+from draftsmith.stages.engines.sglang.engine import SGLangEngine, open_sglang
+from draftsmith.stages.engines.sglang.handshake import Expected, ServerInfo, check_server
+from tests.stages.engines.http_server import HttpServer, Refusal, Reply, answer, is_probe, serving
+from tests.testbed.drafter import DrafterArtifacts
+
+# of a process that is to find the module `sglang.launch_server` of the tests
+STAND_IN = os.pathsep.join(map(str, (Path(__file__).with_name("stand_in"), Path(__file__).parents[3])))
+
+
+def living(folder: Path) -> list[int]:
+    """Processes that were started in this folder: servers and what they started."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and (entry / "cwd").readlink() == folder.resolve():
+                found.append(int(entry.name))
+        except OSError:
+            continue  # ended meanwhile, or a zombie
+    return found
+
+
+def opened(
+    made: DrafterArtifacts,
+    work: Path,
+    config: dict[str, Any],
+    *,
+    drafter: Path | None = None,
+    log: Callable[[str], None] = print,
+    check: Callable[[], None] = lambda: None,
+) -> AbstractContextManager[SGLangEngine]:
+    return open_sglang(
+        SGLangEngineConfig.model_validate({"kind": "sglang", **config}),
+        target_folder=made.target,
+        drafter_folder=drafter,
+        drafting=DraftingConfig(),
+        longest=100,
+        work=work,
+        log=log,
+        check=check,
+    )
+
+
+def expected_of(made: DrafterArtifacts, drafter: Path | None) -> Expected:
+    return Expected.of(
+        SGLangEngineConfig.model_validate({"kind": "sglang", "urls": ["http://x"]}),
+        target_folder=made.target,
+        drafter_folder=drafter,
+        drafting=DraftingConfig(),
+        longest=200,
+        stream=False,
+    )
+
+
+def good_model(expected: Expected) -> dict[str, Any]:
+    return {"model_path": str(expected.model_folder)}
+
+
+def good_server(expected: Expected) -> dict[str, Any]:
+    drafting = {
+        "speculative_algorithm": "DFLASH",
+        "speculative_draft_model_path": str(expected.drafter_folder),
+        "speculative_num_draft_tokens": 8,
+    }
+    room = {"max_req_input_len": 1018, "max_total_num_tokens": 4096, "page_size": 1}
+    return {"version": "0.5.20", "device": "cuda", **room, **(drafting if expected.drafter_folder else {})}
+
+
+def speculating(payload: dict[str, Any], digest: str | None = None) -> dict[str, Any]:
+    """One step whose proposals were all accepted: of the tokens that `answer` counts, or sampled from [20, 800)."""
+    done = answer(payload, spec_verify_ct=1)
+    sampling = payload["sampling_params"]
+    if sampling["temperature"] > 0:
+        generator = random.Random(sampling["sampling_seed"])
+        done["output_ids"] = [generator.randrange(20, 800) for _ in done["output_ids"]]
+    tokens, prompt = done["output_ids"], len(payload["input_ids"])
+    if digest is not None and sampling.get("custom_params"):
+        identity = {"v": "1", "drafter": digest}
+        step = identity | {"anchor": prompt, "block": tokens[1:], "accepted": len(tokens) - 1, "bonus": 5}
+        done["meta_info"]["draftsmith_trace"] = [identity, step, *[None] * (len(tokens) - 2)]
+    return done
+
+
+@contextmanager
+def server_of(
+    expected: Expected,
+    *,
+    model: dict[str, Any] | None = None,
+    server: dict[str, Any] | None = None,
+    tokens: list[int] | None = None,
+    digest: str | None = None,
+    names: tuple[str, str] = ("model_info", "server_info"),
+    generate: Reply | None = None,
+) -> Iterator[HttpServer]:
+    """The right server for `expected`, with differences."""
+    if generate is None:
+        generate = (lambda p: speculating(p, digest)) if expected.drafter_folder else answer
+    replies = {
+        names[0]: lambda _: good_model(expected) | (model or {}),
+        names[1]: lambda _: good_server(expected) | (server or {}),
+        "tokenize": lambda _: {"tokens": expected.probe_ids if tokens is None else tokens},
+    }
+    with serving(generate, **replies) as running:
+        yield running
+
+
+def shake(server: HttpServer, expected: Expected, *, ours: bool = False, logs: list[str] | None = None) -> ServerInfo:
+    async def run() -> ServerInfo:
+        async with httpx.AsyncClient(trust_env=False) as client:
+            log = (logs if logs is not None else []).append
+            return await check_server(client, server.url, expected, log, ours=ours)
+
+    return asyncio.run(run())
+
+
+def refusing(
+    status: int, text: str = "told to", which: Callable[[list[int]], bool] = lambda _ids: True, **headers: str
+) -> Reply:
+    """Refuse requests with such a prompt, and what is no request."""
+
+    def reply(payload: dict[str, Any]) -> dict[str, Any]:
+        if "input_ids" not in payload or (not is_probe(payload) and which(payload["input_ids"])):
+            raise Refusal(status, text, **headers)
+        return answer(payload)
+
+    return reply
+
+
+def asked_for(server: HttpServer) -> list[list[int]]:
+    """Prompts of the requests that the server got."""
+    return [p["input_ids"] for path, p in server.asked if path == "/generate" and not is_probe(p)]
