@@ -12,7 +12,7 @@ from draftsmith.stages.engines.config import EmbeddedEngineConfig
 from draftsmith.stages.engines.estimate import embedded_memory, launched_servers
 from draftsmith.stages.logs import LogsConfig
 from draftsmith.stages.measure.estimate import evaluation_estimate
-from draftsmith.stages.mining import MiningConfig
+from draftsmith.stages.mining import SAMPLE, MiningConfig
 from draftsmith.stages.replay.estimate import mining_memory
 from draftsmith.stages.rollout import RolloutConfig
 from draftsmith.stages.targets.config import TargetConfig
@@ -65,13 +65,14 @@ def of_sft(config: SftConfig, use: Use) -> Estimate:
 
 
 def of_mining(config: MiningConfig, use: Use) -> Estimate:
-    """A row of the table is 12 · (block - 1) + 8 · top_k + 64 bytes."""
+    """A row of the table is 8 · (block - 1) + 72 bytes."""
     sizes, tokens = use.sizes, config.tokens_per_target_forward
-    memory = mining_memory(tokens, config.tree_tokens, config.drafting.head_tokens, use.longest, sizes)
+    scored = config.table == "scored"
+    memory = mining_memory(tokens, config.drafting.head_tokens, use.longest, sizes, scored=scored)
     steps = use.answers.verify_steps if use.answers is not None else 0.0
-    return Estimate(
-        memory=memory, host=tables_of(use.answers), tables=steps * (12 * (sizes.block_size - 1) + 8 * config.top_k + 64)
-    )
+    if config.table == "sample" and use.answers is not None:
+        steps *= min(1.0, SAMPLE / use.answers.count)
+    return Estimate(memory=memory, host=tables_of(use.answers), tables=steps * (8 * (sizes.block_size - 1) + 72))
 
 
 def of_opd(config: OpdConfig, use: Use) -> Estimate:

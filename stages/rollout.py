@@ -15,7 +15,6 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import Compute, Config, Stage, StageContext
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.config import (
-    NO_CUTTING,
     NO_REDUCED_HEAD,
     EmbeddedEngineConfig,
     EngineConfig,
@@ -59,8 +58,6 @@ class RolloutConfig(Config):
             raise ValueError("engine.launch.tree: trees are for the speed of an evaluation; a rollout drafts chains")
         if isinstance(self.engine, SGLangEngineConfig) and self.drafting.head_tokens is not None:
             raise ValueError(f"drafting.head_tokens: {NO_REDUCED_HEAD}")
-        if isinstance(self.engine, SGLangEngineConfig) and self.drafting.confidence is not None:
-            raise ValueError(f"drafting.confidence: {NO_CUTTING}")
         return self
 
     def programs(self) -> dict[str, str]:

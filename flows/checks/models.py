@@ -11,9 +11,7 @@ from draftsmith.flows.checks.drafters import drafters_of, drafts_on_sglang, sgla
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.pipeline.graph import Node
 from draftsmith.stages.champion import ChampionConfig, checkpoint_of
-from draftsmith.stages.drafters.config import no_confidence
 from draftsmith.stages.drafters.kinds import KINDS, DrafterConfig
-from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.prompting.sources import Candidate
 from draftsmith.stages.prompting.template import token_ids
 from draftsmith.stages.prompts import PromptsConfig
@@ -261,21 +259,11 @@ def _drafter_metadata(source: str, revision: str | None) -> Path:
     return folder if folder.is_dir() else fetch_metadata(source, revision, "sft.init_from")
 
 
-def _cut_by(node: Node) -> str | None:
-    """The field that cuts blocks by the drafter's confidence there; None if nothing does."""
-    if isinstance(node.config, EvaluationConfig):
-        return "confidence" if node.config.confidence is not None else None
-    drafting = getattr(node.config, "drafting", None)
-    return "drafting.confidence" if getattr(drafting, "confidence", None) is not None else None
-
-
 def _check_drafting(found: Findings, node: Node, plan: DrafterPlan) -> None:
     """What a node asks of its drafter, against what that can do."""
     size = getattr(getattr(node.config, "drafting", None), "block_size", None) or 0
     if size > plan.block_size:
         found.error(node.name, f"drafting.block_size {size} is larger than the trained {plan.block_size}: lower it")
-    if not plan.has_confidence and (field := _cut_by(node)):
-        found.error(node.name, no_confidence(plan.kind, field))
     engine = sglang_engine(node)
     launch = engine.launch if engine is not None else None
     if launch is not None and launch.tree is not None and not KINDS[plan.kind].TRAITS.chains:

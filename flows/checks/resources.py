@@ -109,7 +109,7 @@ def _advice(memory: Parts) -> str:
         "features": "lower feature_memory_mb or sequences_per_step",
         "activations": "lower micro_batch_tokens or anchors_per_sequence",
         "logits": "lower positions_per_chunk, slots or concurrency, or set head_tokens",
-        "key/value memory": "lower slots, concurrency, max_new_tokens, tokens_per_target_forward or tree_tokens",
+        "key/value memory": "lower slots, concurrency, max_new_tokens, or tokens_per_target_forward",
         "attention mask": "lower max_new_tokens or tokens_per_target_forward",
         "target in float32": "set exactness_prompts to 0",
         "text of a step": "lower rows_per_step or row_tokens",

@@ -34,6 +34,7 @@ _MEASURED = ("validation", "heldout")  # the splits that drafters are measured o
 _FILLED_IN = {
     "registry": ("champion", "answers", "history", "refreshed_at", "read_until", "measured_with"),
     "prompts": ("of_logs",),
+    "mining": ("table",),
 }
 _READ_ALIKE = ("max_prompt_tokens", "max_bad_share", "chat_template_kwargs")  # a prompt is the same in both sections
 
@@ -267,6 +268,14 @@ def sft_config(config: RefreshConfig) -> SftConfig:
         return config.sft  # where the line begins
     start = {"init_from": None, "init_revision": None, "adopt": config.sft.steps == 0}
     return config.sft.model_copy(update=start)
+
+
+def mining_config(config: RefreshConfig) -> MiningConfig:
+    """Return how much is mined: what OPD's anchors and its loss read."""
+    table = "sample"
+    if config.opd.reads_table:
+        table = "scored" if config.opd.loss.needs_scores else "full"
+    return config.mining.model_copy(update={"table": table})
 
 
 def drift_config(config: RefreshConfig) -> DriftConfig:

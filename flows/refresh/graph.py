@@ -9,6 +9,7 @@ from draftsmith.flows.refresh.config import (
     assisted_config,
     control_config,
     drift_config,
+    mining_config,
     report_config,
     sft_config,
     starts_from_champion,
@@ -77,7 +78,7 @@ def _iteration(
     learned = {**target, "trajectories": answers}
     drafters = {"sft": "sft", "opd": f"opd{suffix}"}
     nodes += [
-        Node(f"mining{suffix}", "draftsmith.stages.mining", config.mining, {**learned, "drafter": opd}),
+        Node(f"mining{suffix}", "draftsmith.stages.mining", mining_config(config), {**learned, "drafter": opd}),
         Node(
             f"opd{suffix}",
             "draftsmith.stages.opd",

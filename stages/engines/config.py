@@ -18,10 +18,6 @@ from draftsmith.stages.law import Law, TopK
 NO_REDUCED_HEAD = (
     "only the embedded engine drafts from a part of the vocabulary; leave it out, or set engine.kind: embedded"
 )
-NO_CUTTING = (
-    "SGLang cuts blocks by its load, not by a threshold that replay could follow; leave it out, or set engine.kind: "
-    "embedded"
-)
 GREEDY_ONLY = (  # behind the name of the field
     "SGLang verifies greedily on this device, as on every CPU, so a drafter would change sampled answers; set it to 0, "
     "roll out without a drafter, or use an NVIDIA GPU"

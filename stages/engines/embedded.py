@@ -18,7 +18,6 @@ import torch
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.config import DraftingConfig
-from draftsmith.stages.drafters.cutting import check_confidence
 from draftsmith.stages.engines.base import Completion, Request, VerifyStep
 from draftsmith.stages.engines.sampling import draw
 from draftsmith.stages.engines.verification import Drafted, draft, verify
@@ -88,9 +87,8 @@ class EmbeddedEngine:
         self.target, self.drafter, self.slots, self.capacity = target, drafter, slots, capacity
         self.layer_ids = tuple(drafter.target_layer_ids) if drafter else ()
         drafting = drafting or DraftingConfig()
-        self.block_size, self.confidence = 1, drafting.confidence
+        self.block_size = 1
         if drafter:
-            check_confidence(drafter, drafting)
             self.block_size = drafting.block_size or drafter.block_size
             if self.block_size > drafter.block_size:
                 raise DraftsmithError(
@@ -192,10 +190,8 @@ class EmbeddedEngine:
                 self.target.info.vocab_size,
                 sampling,
                 seeds,
-                self.confidence,
             )
-            # [n, at most block_size]: what is verified, of the row whose block was cut last
-            ids = torch.cat([ids, drafted.tokens[:, : drafted.width]], 1)
+            ids = torch.cat([ids, drafted.tokens], 1)  # [n, block_size]
         proposed = drafted.tokens.tolist()
         drafted_at = time.perf_counter()
 

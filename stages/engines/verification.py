@@ -3,7 +3,7 @@
 Greedy requests, and drafters that propose their argmax, keep what equals the target's own token. Where a drafter draws
 its proposals from a q of its own, the rule is that of speculative sampling (arXiv 2211.17192): keep x with probability
 min(1, p(x) / q(x)), else draw from max(p - q, 0). What is committed follows p either way. A position is decided once:
-proposals behind a rejection or a cut decide nothing, so the next block may draw there with the same numbers.
+proposals behind a rejection decide nothing, so the next block may draw there with the same numbers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 import torch
 
 from draftsmith.stages.drafters.base import Context, Drafter
-from draftsmith.stages.drafters.cutting import KeptSoFar, verified
 from draftsmith.stages.drafters.drawing import Purpose, pick, probabilities, sampled, scattered, uniform
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.engines.base import SamplingParams
@@ -27,12 +26,6 @@ class Drafted:
 
     tokens: torch.Tensor  # [n, K]
     laws: dict[int, torch.Tensor] = field(default_factory=dict)  # row -> q [K, V] float64, where proposals were drawn
-    verified: list[int] | None = None  # proposals of each row in front of its cut; None: all
-
-    @property
-    def width(self) -> int:
-        """Proposals that the longest row has verified."""
-        return self.tokens.shape[1] if self.verified is None else max(self.verified)
 
 
 @dataclass(frozen=True)
@@ -54,16 +47,11 @@ def draft(
     vocabulary: int,
     sampling: Sequence[SamplingParams],
     seeds: Sequence[int],
-    confidence: float | None = None,
 ) -> Drafted:
-    """A block behind the anchor of each row. anchor_tokens, anchors: [n, 1]. confidence: what it is cut by."""
+    """A block behind the anchor of each row. anchor_tokens, anchors: [n, 1]."""
     rows = [row for row, params in enumerate(sampling) if drafter.draws and not params.greedy]
     if not rows:  # argmaxes, also where the drafter could draw
-        block = drafter.propose(context, anchor_tokens, anchors, block_size, head, with_logprobs=False)
-        if confidence is None:
-            return Drafted(block.tokens[:, 0])
-        assert block.confidence is not None
-        return Drafted(block.tokens[:, 0], verified=verified(block.confidence[:, 0], confidence).tolist())
+        return Drafted(drafter.propose(context, anchor_tokens, anchors, block_size, head)[:, 0])
     drafting = drafter.drafting(context, anchor_tokens, anchors, block_size, head)
     temperatures = torch.tensor([sampling[row].temperature for row in rows], device=anchors.device)[:, None]
     at = anchors[:, 0].tolist()  # once: each would wait for the device
@@ -73,20 +61,15 @@ def draft(
         device=anchors.device,
     )
     tokens, laws = [anchor_tokens], []
-    kept_so_far = None if confidence is None else KeptSoFar(confidence)
-    most = torch.zeros_like(anchors[:, 0])
     for k in range(block_size - 1):
         logits = drafting.logits(tokens[-1])[:, 0]
-        if kept_so_far is not None:
-            most = most + kept_so_far.take(drafting.confidence())[:, 0]
         columns = logits.argmax(-1)
         q = probabilities(logits[rows], temperatures)
         columns[rows] = pick(q, numbers[:, k])
         laws.append(scattered(q, head.token_ids, vocabulary))
         tokens.append(head.to_tokens(columns)[:, None])
     of_rows = torch.stack(laws, 1)  # [rows, K, V]
-    in_front = None if kept_so_far is None else most.tolist()
-    return Drafted(torch.cat(tokens[1:], 1), dict(zip(rows, of_rows, strict=True)), in_front)
+    return Drafted(torch.cat(tokens[1:], 1), dict(zip(rows, of_rows, strict=True)))
 
 
 def verify(
@@ -96,25 +79,22 @@ def verify(
     sampling: Sequence[SamplingParams],
     seeds: Sequence[int],
 ) -> Verified:
-    """logits: [n, W + 1, V] of the target behind the anchor and each of the first W proposals (`Drafted.width`);
-    positions: [n, W + 1] of what they predict."""
+    """logits: [n, K + 1, V] of the target behind the anchor and each proposal; positions: [n, K + 1] of what they
+    predict."""
     tokens = torch.zeros_like(positions)
-    most = drafted.verified or [drafted.width] * len(sampling)
     accepted = [0] * len(sampling)
     point = [row for row in range(len(sampling)) if row not in drafted.laws]
     if point:
         of_point = logits[point] if drafted.laws else logits
         drawn = draw(of_point, positions[point], [sampling[r] for r in point], [seeds[r] for r in point])
-        proposed = drafted.tokens[point, : drafted.width]
-        equal = (proposed == drawn[:, :-1]).long().cumprod(1).sum(1).tolist()
+        equal = (drafted.tokens[point] == drawn[:, :-1]).long().cumprod(1).sum(1).tolist()
         tokens[point] = drawn
         for row, count in zip(point, equal, strict=True):
-            accepted[row] = min(count, most[row])
+            accepted[row] = count
     first = positions[:, 0].tolist()
     for row, q in drafted.laws.items():
-        K = most[row]
-        p = sampled(logits[row, : K + 1], sampling[row].law)
-        kept, behind = _by_ratio(drafted.tokens[row, :K], p, q[:K], first[row], seeds[row])
+        p = sampled(logits[row], sampling[row].law)
+        kept, behind = _by_ratio(drafted.tokens[row], p, q, first[row], seeds[row])
         tokens[row, :kept], tokens[row, kept], accepted[row] = drafted.tokens[row, :kept], behind, kept
     return Verified(tokens, accepted)
 

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BeforeValidator, Field, model_validator
 
 from draftsmith.stages.contract import Config
-from draftsmith.stages.drafters.config import Confidence, DraftingConfig
+from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.config import (
-    NO_CUTTING,
     NO_REDUCED_HEAD,
     EmbeddedEngineConfig,
     EngineConfig,
@@ -19,8 +18,8 @@ from draftsmith.stages.engines.config import (
     SGLangEngineConfig,
 )
 from draftsmith.stages.engines.sglang.environment import programs_of
+from draftsmith.stages.replay.options import TokensPerForward
 from draftsmith.stages.replay.parity import MaxParityMismatch
-from draftsmith.stages.replay.portions import TokensPerForward
 
 if TYPE_CHECKING:
     from draftsmith.stages.stored import Prompt
@@ -87,7 +86,6 @@ class EvaluationConfig(Config):
     head_tokens: Annotated[
         int | None, Field(ge=2, description="draft from this many frequent tokens only (embedded engine)")
     ] = None
-    confidence: Confidence = None
     exactness_prompts: Annotated[
         int, Field(ge=0, description="held-out prompts compared token for token in fp32 (embedded engine)")
     ] = 4
@@ -109,8 +107,6 @@ class EvaluationConfig(Config):
                 raise ValueError("engine.launch.router: an evaluation asks one server at a time; leave it out")
             if self.head_tokens is not None:
                 raise ValueError(f"head_tokens: {NO_REDUCED_HEAD}")
-            if self.confidence is not None:
-                raise ValueError(f"confidence: {NO_CUTTING}")
         return self
 
     @property
@@ -120,7 +116,7 @@ class EvaluationConfig(Config):
 
     def drafted(self, block_size: int | None = None) -> DraftingConfig:
         """How every drafter drafts. block_size: left out, as it was trained."""
-        return DraftingConfig(block_size=block_size, head_tokens=self.head_tokens, confidence=self.confidence)
+        return DraftingConfig(block_size=block_size, head_tokens=self.head_tokens)
 
     def key_material(self) -> dict[str, Any]:
         """How servers are launched decides the speed that is measured, though not what a rollout answers."""

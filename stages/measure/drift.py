@@ -11,7 +11,7 @@ from scipy.special import stdtrit
 
 from draftsmith.stages.contract import Config, Operational
 from draftsmith.stages.drafters.config import DraftingConfig
-from draftsmith.stages.replay.portions import TokensPerForward
+from draftsmith.stages.replay.options import TokensPerForward
 from draftsmith.stages.statistics import CONFIDENCE, simultaneous
 
 ALL = "all"  # prompts, beside the single sets

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from draftsmith.stages.replay.portions import POSITIONS_PER_CHUNK, TREE_TOKENS
+from draftsmith.stages.replay.options import POSITIONS_PER_CHUNK, TREE_TOKENS
 from draftsmith.stages.targets.estimate import PROCESS, Sizes
 
 
 def mining_memory(
-    tokens_per_group: int, tree_tokens: int, head_tokens: int | None, longest: int, sizes: Sizes
+    tokens_per_group: int, head_tokens: int | None, longest: int, sizes: Sizes, *, scored: bool
 ) -> dict[str, float]:
     """P · s + P_d · s, and what one group of tokens_per_group tokens takes.
 
-    That is a read into key/value memory, features, and the logits of a chunk of positions with their log-softmax.
+    That is features and the logits of a chunk of positions with their log-softmax; scored: a read into key/value memory
+    too.
     """
     tokens = max(tokens_per_group, longest)
     return {
@@ -21,7 +22,7 @@ def mining_memory(
         "head": sizes.reduced_head(head_tokens)[1],
         "features": float(tokens * sizes.feature_bytes),
         "logits": scoring_logits(sizes),
-        **cached_read(tokens, longest, sizes, max(tree_tokens, sizes.block_size)),
+        **(cached_read(tokens, longest, sizes, max(TREE_TOKENS, sizes.block_size)) if scored else {}),
     }
 
 

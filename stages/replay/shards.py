@@ -14,19 +14,15 @@ import pyarrow as pa
 from draftsmith.artifacts.keyed_rows import KeyedRows
 from draftsmith.artifacts.parquet import ShardWriter, places, read_shards, shard_paths
 from draftsmith.artifacts.row_reader import RowReader
-from draftsmith.artifacts.schemas import EVALUATED, VERIFY_STEPS, TableSchema
-from draftsmith.stages.replay.corpus import Mined
+from draftsmith.artifacts.schemas import EVALUATED, VERIFY_STEPS
+from draftsmith.stages.replay.replayer import Mined
 from draftsmith.stages.replay.table import steps_table
 
 SHARD_STEPS = 1 << 16  # a shard is written when so many steps wait,
 SHARD_SECONDS = 60.0  # or the first of them has waited so long: what a kill loses
 # The table is in another order than the shards: a row group is read for a trajectory or two.
 _GROUP_BYTES = 1 << 18
-_OUTSIDE = TableSchema(
-    "outside_nucleus",
-    1,
-    pa.schema([pa.field("trajectory_id", pa.string(), False), pa.field("outside_nucleus", pa.int64(), False)]),
-)
+_TOTALS = ("evaluated_blocks", "outside_nucleus")  # of each trajectory, columns of EVALUATED
 
 
 class MinedShards:
@@ -37,7 +33,6 @@ class MinedShards:
         self._folder, self._done = work / "verify_steps", done
         self._steps = ShardWriter(self._folder, VERIFY_STEPS, _GROUP_BYTES)
         self._evaluated = ShardWriter(work / "evaluated_blocks", EVALUATED)
-        self._outside = ShardWriter(work / "outside_nucleus", _OUTSIDE)
         self._waiting: list[Mined] = []
         self._count, self._since = 0, 0.0
 
@@ -60,9 +55,13 @@ class MinedShards:
 
     def _write(self) -> None:
         # before the steps and by trajectory: a shard that is there is counted, one that was lost is not twice
-        members = [member for group in self._waiting for member in zip(group.trajectories, group.traces, strict=True)]
-        for writer, name in ((self._evaluated, "evaluated_blocks"), (self._outside, "outside_nucleus")):
-            writer.append([{"trajectory_id": t.trajectory_id, name: getattr(trace, name)} for t, trace in members])
+        self._evaluated.append(
+            [
+                {"trajectory_id": t.trajectory_id, **{name: getattr(trace, name) for name in _TOTALS}}
+                for group in self._waiting
+                for t, trace in zip(group.trajectories, group.traces, strict=True)
+            ]
+        )
         if self._waiting:
             self._steps.append(pa.concat_tables([steps_table(group) for group in self._waiting]))
         self._waiting, self._count = [], 0
@@ -73,18 +72,12 @@ class MinedShards:
         paths = [path for folder in folders for path in shard_paths(folder)]
         return KeyedRows(RowReader(paths, VERIFY_STEPS, keep=32), ids)
 
-    def evaluated_blocks(self, ids: pa.Array) -> int:
-        """That were drafted to find the steps of these trajectories."""
-        return self._sum(self._evaluated, "evaluated_blocks", ids)
-
-    def outside_nucleus(self, ids: pa.Array) -> int:
-        """Tokens of these trajectories that the stated law cannot draw; of drawn proposals."""
-        return self._sum(self._outside, "outside_nucleus", ids)
-
-    def _sum(self, writer: ShardWriter, column: str, ids: pa.Array) -> int:
-        counts = np.zeros(len(ids), dtype=np.int64)
-        for folder in [folder / writer.folder.name for folder in self._done] or [writer.folder]:
-            table = read_shards(folder, writer.schema)
+    def totals(self, ids: pa.Array) -> dict[str, int]:
+        """Of these trajectories: blocks that were drafted to find their steps, tokens outside the nucleus."""
+        counts = np.zeros((len(_TOTALS), len(ids)), dtype=np.int64)
+        for folder in [folder / self._evaluated.folder.name for folder in self._done] or [self._evaluated.folder]:
+            table = read_shards(folder, EVALUATED)
             place = places(table, "trajectory_id", ids)
-            counts[place[place >= 0]] = table[column].to_numpy()[place >= 0]
-        return int(counts.sum())
+            for of_name, name in zip(counts, _TOTALS, strict=True):
+                of_name[place[place >= 0]] = table[name].to_numpy()[place >= 0]
+        return dict(zip(_TOTALS, counts.sum(1).tolist(), strict=True))

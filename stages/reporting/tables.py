@@ -31,8 +31,6 @@ def drafters(review: Review, evaluation: Mapping[str, Any], *, short: bool = Fal
     others = [review.other] if short and review.other else _others(each.differences for each in review.variants)
     timed = [] if short else _others(each.speed_over for each in review.variants)
     further = {"block": ("block_size", "d")}
-    if any("verified_per_step" in each for each in evaluation["drafters"].values()):
-        further["verified per step"] = ("verified_per_step", ".2f")
     rows = []
     for each in review.variants:
         beside = [each.differences.get(other) for other in others]

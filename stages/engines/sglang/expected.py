@@ -7,7 +7,7 @@ from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.config import DraftingConfig
-from draftsmith.stages.engines.config import NO_CUTTING, NO_REDUCED_HEAD, SGLangEngineConfig, TreeConfig
+from draftsmith.stages.engines.config import NO_REDUCED_HEAD, SGLangEngineConfig, TreeConfig
 from draftsmith.stages.engines.sglang import probe
 from draftsmith.stages.engines.sglang.server import algorithm_of, block_size_of
 from draftsmith.stages.targets.info import TargetInfo, model_path, read_target_info
@@ -57,8 +57,6 @@ class Expected:
 
         if drafting.head_tokens is not None:
             raise DraftsmithError(f"drafting.head_tokens: {NO_REDUCED_HEAD}")
-        if drafting.confidence is not None:
-            raise DraftsmithError(f"drafting.confidence: {NO_CUTTING}")
         check_drafter(drafter_folder, target.digest)
         check_layers(drafter_folder, target.num_layers)
         algorithm = algorithm_of(drafter_folder, config.launch)

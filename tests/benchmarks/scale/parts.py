@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.stages.process import keep_freed_memory
-from tests.benchmarks.scale.recorded import TOP_K, Recorded
+from tests.benchmarks.scale.recorded import Recorded
 from tests.testbed.context import RecordingContext
 
 
@@ -50,7 +50,7 @@ def rollout(folder: Path, recorded: Recorded) -> None:
 
 def mined(folder: Path, recorded: Recorded) -> None:
     """Writes the shards of mining, group by group."""
-    from draftsmith.stages.replay.corpus import Mined
+    from draftsmith.stages.replay.replayer import Mined
     from draftsmith.stages.replay.shards import MinedShards
 
     with MinedShards(folder / "mining.work") as shards:
@@ -64,7 +64,7 @@ def mined(folder: Path, recorded: Recorded) -> None:
 def mining(folder: Path, _: Recorded) -> None:
     """Puts them together, with the figures and the parity gate."""
     inputs = {"target": "target", "drafter": "drafter", "trajectories": "rollout"}
-    run_stage("mining", folder, {"top_k": TOP_K}, inputs)
+    run_stage("mining", folder, {}, inputs)
 
 
 def sft(folder: Path, _: Recorded) -> None:

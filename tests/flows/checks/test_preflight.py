@@ -16,7 +16,6 @@ from draftsmith.flows.checks.models import Plans, check_drafters, check_nodes
 from draftsmith.flows.checks.prompts import check_lengths, check_supplies
 from draftsmith.flows.pipeline.graph import Node
 from draftsmith.stages.champion import ChampionConfig
-from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.mining import MiningConfig
 from draftsmith.stages.prompts import PromptsConfig
@@ -174,31 +173,6 @@ def test_every_node_is_held_against_the_drafter_that_it_reads(tiny_drafter: Draf
         check_target(nodes("small", 4, tree), tiny_drafter.target)
 
 
-@pytest.mark.parametrize(
-    ("shape", "said"),
-    [
-        ({"kind": "dspark"}, None),
-        ({"kind": "dspark", "confidence_head": False}, "this dspark has no confidence head"),
-        ({"kind": "dflash"}, "this dflash has no confidence head"),
-    ],
-)
-def test_blocks_are_cut_by_drafters_that_have_a_confidence_alone(
-    shape: dict[str, Any], said: str | None, tiny_drafter: DrafterArtifacts
-) -> None:
-    start = {"mask_token": MASK, "num_layers": 1, "target_layer_ids": [0, 2], "block_size": 4}
-    sft = Node("sft", "draftsmith.stages.sft", SftConfig.model_validate({"drafter": shape | start}), {"target": "t"})
-    mining = MiningConfig.model_validate({"drafting": {"confidence": 0.5}})
-    for node, field in (
-        (Node("mining", "draftsmith.stages.mining", mining, {"target": "t", "drafter": "sft"}), "drafting.confidence"),
-        (Node("speed", "draftsmith.stages.evaluation", EvaluationConfig(confidence=0.5), {"sft": "sft"}), "confidence"),
-    ):
-        found = Findings()
-        check_drafters(found, [sft, node], tiny_drafter.target, whole=True)
-        errors = [line.text for line in found.lines if line.level is Level.ERROR]
-        assert len(errors) == bool(said)
-        assert not said or errors[0].startswith(f"{field}: {said}: leave it out")
-
-
 def test_sampling_with_a_drafter_on_a_cpus_servers_is_an_error_before_anything_runs() -> None:
     engine = {"kind": "sglang", "python": "python", "launch": {"options": {"device": "cpu"}}}
     config = EvaluationConfig.model_validate({"engine": engine, "temperatures": [0, 1]})
@@ -283,10 +257,6 @@ def test_a_shape_that_the_line_does_not_take_is_told(
     nodes = [
         Node("champion", "draftsmith.stages.champion", serves, {"target": "target"}),
         Node("sft", "draftsmith.stages.sft", sft, {"target": "target", "drafter": "champion"}),
-        *(
-            Node(name, "draftsmith.stages.mining", MiningConfig(drafting=DraftingConfig(confidence=0.5)), inputs)
-            for name, inputs in (("mining", {"drafter": "sft"}), ("drift", {"champion": "champion"}))
-        ),
     ]
     found = Findings()
     (plan,) = check_drafters(found, nodes, tiny_drafter.target, whole=True).values()
@@ -294,10 +264,7 @@ def test_a_shape_that_the_line_does_not_take_is_told(
     told = [line.text for line in found.lines if line.level is Level.WARNING]
     expected = said and said.format(block=now["block_size"], layers=now["num_hidden_layers"])
     assert [text.split("sft.drafter: ")[1].split(": not used")[0] for text in told] == ([expected] if expected else [])
-    becomes = section.get("kind") == "dspark"
-    assert plan.kind == ("dspark" if becomes else "dflash") and plan.has_confidence == becomes
-    cut = [line.check for line in found.lines if line.level is Level.ERROR]
-    assert cut == (["drift"] if becomes else ["mining", "drift"]), "what is mined is what is trained"
+    assert plan.kind == ("dspark" if section.get("kind") == "dspark" else "dflash")
 
 
 def test_the_check_of_a_stage_that_is_run_alone_names_its_nodes_engine(tmp_path: Path) -> None:
