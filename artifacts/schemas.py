@@ -90,26 +90,26 @@ TRACE = _table(  # what an engine recorded while it served
 
 VERIFY_STEPS = _table(
     "verify_steps",
-    1,
+    2,
     trajectory_id=pa.string(),
     step=pa.int32(),
     anchor=pa.int32(),  # position in prompt + response
     accepted=pa.int32(),  # n, proposals kept
     committed=pa.int32(),  # tokens committed by the step: n + 1 unless the end cut it
     rejected_offset=pa.int32(),  # of the first rejected proposal; 0 = nothing rejected
+    judged=pa.int32(),  # proposals that lie inside the answer; the others are neither accepted nor rejected
     proposed_ids=_IDS,
-    target_logprobs=_LOGPROBS,  # of the proposals on their draft-induced prefix; NaN where not judged
-    drafter_logprobs=_LOGPROBS,
+    target_logprobs=_LOGPROBS,  # of the proposals on their draft-induced prefix; NaN where not judged or not scored
     committed_id=pa.int32(),  # correction or bonus; -1 if the end cut the step
-    top_ids=_IDS,  # the target's top k at the rejection
-    top_logprobs=_LOGPROBS,
+    best_logprob=pa.float32(),  # of the target's best token at the rejection; NaN where nothing was rejected
 )
 
-EVALUATED = _table(  # what mining cost, beside the shards of its steps
+EVALUATED = _table(  # an answer a row, beside the shards of mined steps
     "evaluated",
-    1,
+    2,
     trajectory_id=pa.string(),
     evaluated_blocks=pa.int64(),  # drafted to find the trace
+    outside_nucleus=pa.int64(),  # its tokens that the stated top-k and top-p leave out; 0 where proposals are argmaxes
 )
 
 REQUESTS = _table(  # what evaluation decoded

@@ -34,7 +34,9 @@ from draftsmith.stages.prompting.files import matched, read_rows
 from draftsmith.stages.prompting.intake import Sieve, prompt_id
 from draftsmith.stages.prompting.logged import LoggedRow, Reader
 from draftsmith.stages.prompting.logs_config import LogsConfig
-from draftsmith.stages.replay.tally import Tally, tally_all
+from draftsmith.stages.replay.options import ReplayOptions
+from draftsmith.stages.replay.replayer import Replayer
+from draftsmith.stages.replay.tally import Tally
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.statistics import Estimate
 from draftsmith.stages.stored import load_trajectories
@@ -221,7 +223,8 @@ def compare(target: Target, drafters: Mapping[str, Drafter], answers: Answers) -
     """
     if not drafters:
         raise DraftsmithError("compare: no drafter was given. Pass them by name, such as {'sft': drafter}.")
-    tallies = tally_all(target, drafters, answers.trajectories, law=answers.sampling, with_proposals=False)
+    options = ReplayOptions(law=answers.sampling, with_proposals=False)
+    tallies = Replayer(target, options).tally(drafters, answers.trajectories)
     looping = [has_loop(each.tokens[each.prompt_length :]) for each in answers]
     return Comparison(tallies, answers.prompts, acceptance_table(tallies, answers.prompts, looping))
 

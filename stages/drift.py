@@ -13,24 +13,17 @@ def run(ctx: StageContext, config: DriftConfig) -> None:
     from draftsmith.stages.drafters.checkpoint import load_drafter
     from draftsmith.stages.measure.acceptance import tau_by_set
     from draftsmith.stages.prompting.held_out import units_of
-    from draftsmith.stages.replay.tally import tally_all
+    from draftsmith.stages.replay.options import ReplayOptions
+    from draftsmith.stages.replay.replayer import Replayer
     from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories, sets_of
     from draftsmith.stages.targets.causal_lm import Target
 
     stored = load_trajectories(ctx.inputs["trajectories"], ["heldout"])
     target = Target.load(ctx.inputs["target"])
     champion = {"champion": load_drafter(ctx.inputs["champion"] / DRAFTER_FOLDER, target)}
-    tallies = tally_all(
-        target,
-        champion,
-        stored.trajectories,
-        config.drafting,
-        law=stored.law,
-        with_proposals=False,
-        tokens_per_group=4096,
-        progress=follow(ctx, "trajectories"),
-        kept=ctx.work / "replayed",
-        log=ctx.log,
+    options = ReplayOptions(config.drafting, stored.law, with_proposals=False)
+    tallies = Replayer(target, options, ctx.log).tally(
+        champion, stored.trajectories, progress=follow(ctx, "trajectories"), kept=ctx.work / "replayed"
     )
     sets, units = sets_of(ctx.inputs["prompts"], stored.prompts), units_of(ctx.inputs["prompts"], stored.prompts)
     found = {

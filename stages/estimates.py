@@ -14,9 +14,9 @@ from draftsmith.stages.checkpoints import GENERATIONS
 from draftsmith.stages.engines.config import EmbeddedEngineConfig, SGLangEngineConfig
 from draftsmith.stages.logs import LogsConfig
 from draftsmith.stages.measure.config import EvaluationConfig
-from draftsmith.stages.mining import MiningConfig
+from draftsmith.stages.mining import SAMPLE, MiningConfig
 from draftsmith.stages.replay.estimate import cached_read, scoring_logits
-from draftsmith.stages.replay.portions import TREE_TOKENS
+from draftsmith.stages.replay.options import TREE_TOKENS
 from draftsmith.stages.rollout import RolloutConfig
 from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.targets.estimate import (
@@ -157,14 +157,18 @@ def _of_training(config: TrainingConfig, use: Use, *, mines: bool = False, score
 
 
 def of_mining(config: MiningConfig, use: Use) -> Need:
-    """P · s + P_d · s, and a group of tokens that is read into key/value memory, with features and the logits of a
-    chunk. A row of the table is 12 · (block - 1) + 8 · 8 + 64 bytes."""
+    """P · s + P_d · s, features of one group of tokens and the logits of a chunk; scored: also the group's read into
+    key/value memory. A row of the table is 8 · (block - 1) + 72 bytes."""
     sizes, tokens = use.sizes, max(config.tokens_per_target_forward, use.longest)
     weights = sizes.weights(sizes.target) + sizes.weights(sizes.drafter)
-    read = sum(cached_read(tokens, use.longest, sizes, max(TREE_TOKENS, sizes.block_size)).values())
+    read = 0.0
+    if config.table == "scored":
+        read = sum(cached_read(tokens, use.longest, sizes, max(TREE_TOKENS, sizes.block_size)).values())
     head = sizes.reduced_head(config.drafting.head_tokens)[1]
     steps = use.answers.verify_steps if use.answers is not None else 0.0
-    disk = steps * (12 * (sizes.block_size - 1) + 8 * 8 + 64)
+    if config.table == "sample" and use.answers is not None:
+        steps *= min(1.0, SAMPLE / use.answers.count)
+    disk = steps * (8 * (sizes.block_size - 1) + 72)
     return Need(
         memory=PROCESS + weights + head + tokens * sizes.feature_bytes + scoring_logits(sizes) + read,
         tables=_tables(use.answers), loaded=weights, disk=disk, passing=disk,

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.contract import INCONCLUSIVE, Compute, Shard, Stage, StageContext, follow
+from draftsmith.stages.contract import INCONCLUSIVE, WHOLE, Compute, Shard, Stage, StageContext, follow
 from draftsmith.stages.drafters.config import NO_FREQUENT_TOKENS, DraftingConfig
 from draftsmith.stages.engines.config import SGLangEngineConfig
+from draftsmith.stages.law import Law
 from draftsmith.stages.measure.config import DRAFTERS, PREFIX, EvaluationConfig, prompts_to_decode
+from draftsmith.stages.replay.options import ReplayOptions
 
 if TYPE_CHECKING:
     from draftsmith.stages.measure.requests import Measured, Setting
@@ -169,8 +171,8 @@ def _acceptance(
     )
     from draftsmith.stages.measure.contexts import Contexts
     from draftsmith.stages.prompting.held_out import units_of
-    from draftsmith.stages.replay.nucleus import doubt
-    from draftsmith.stages.replay.tally import tally_all
+    from draftsmith.stages.replay.replayer import Replayer
+    from draftsmith.stages.replay.sampled import truncation_warning
     from draftsmith.stages.stored import load_trajectories, sets_of
 
     stored = load_trajectories(ctx.inputs["trajectories"], ["heldout"])
@@ -179,27 +181,22 @@ def _acceptance(
     tallies = {}
     worst = {arm: Contexts() for arm in drafters}
     for setting, drafting in _draftings(config).items():
-        tallies[setting] = tally_all(
-            target,
+        options = _replay_options(config, drafting, stored.law, with_proposals=setting == TOLD)
+        tallies[setting] = Replayer(target, options, ctx.log).tally(
             drafters,
             stored.trajectories,
-            drafting,
             also=worst if setting == TOLD else {},
-            law=stored.law,
-            with_proposals=setting == TOLD,
-            tokens_per_group=config.tokens_per_target_forward,
             progress=follow(ctx, "trajectories"),
             kept=ctx.work / REPLAYED / setting,
             done=[folder / REPLAYED / setting for folder in ctx.shards],
-            log=ctx.log,
         )
     units = units_of(ctx.inputs["prompts"], stored.prompts)
     table = acceptance_table(tallies["trained"], units, looping)
     # of the answers, so the same for all drafters that draw
     shares = [found.outside_nucleus_share for found in tallies["trained"].values()]
     outside = next((share for share in shares if share is not None), None)
-    if said := doubt(outside, stored.law):
-        ctx.log(said)
+    if warning := truncation_warning(outside, stored.law):
+        ctx.log(warning)
     sets = sets_of(ctx.inputs["prompts"], stored.prompts)
     decode = target.tokenizer.decode
     contexts = {arm: found.told(stored.trajectories, sets, decode) for arm, found in worst.items()}
@@ -227,11 +224,17 @@ def _draftings(config: EvaluationConfig) -> dict[str, DraftingConfig]:
     return settings
 
 
+def _replay_options(
+    config: EvaluationConfig, drafting: DraftingConfig, law: Law, *, with_proposals: bool = False, shard: Shard = WHOLE
+) -> ReplayOptions:
+    return ReplayOptions(drafting, law, with_proposals, config.tokens_per_target_forward, shard)
+
+
 def shard(ctx: StageContext, config: EvaluationConfig, part: Shard) -> None:
     """The replays of one shard of the answers, as the acceptance of `run` reads them. Speed is measured there."""
     from draftsmith.artifacts.atomic import write_text
     from draftsmith.stages.drafters.checkpoint import load_drafter
-    from draftsmith.stages.replay.corpus import replay_groups
+    from draftsmith.stages.replay.replayer import Replayer
     from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories, splits_of
     from draftsmith.stages.targets.causal_lm import Target
 
@@ -243,22 +246,11 @@ def shard(ctx: StageContext, config: EvaluationConfig, part: Shard) -> None:
     counts = {}
     for name, (split, drafting) in replays.items():
         stored = load_trajectories(ctx.inputs["trajectories"], [split])
-        counts[name] = sum(
-            len(places)
-            for places, _ in replay_groups(
-                target,
-                drafters,
-                stored.trajectories,
-                drafting,
-                law=stored.law,
-                with_proposals=name == TOLD,
-                tokens_per_group=config.tokens_per_target_forward,
-                progress=follow(ctx, "trajectories"),
-                kept=ctx.out / REPLAYED / name,
-                shard=part,
-                log=ctx.log,
-            )
+        options = _replay_options(config, drafting, stored.law, with_proposals=name == TOLD, shard=part)
+        groups = Replayer(target, options, ctx.log).groups(
+            drafters, stored.trajectories, progress=follow(ctx, "trajectories"), kept=ctx.out / REPLAYED / name
         )
+        counts[name] = sum(len(indices) for indices, _ in groups)
     write_text(ctx.out / "shard.json", json.dumps({"shard": part.index, "of": part.of, **counts}) + "\n")
     ctx.summary(trajectories=sum(counts.values()))
 
@@ -267,24 +259,18 @@ def _validation_tau(
     ctx: StageContext, config: EvaluationConfig, target: Any, drafters: dict[str, Any]
 ) -> dict[str, float] | None:
     """tau of each drafter on the validation split, which choices between them are made on; None without its answers."""
-    from draftsmith.stages.replay.tally import tally_all
+    from draftsmith.stages.replay.replayer import Replayer
     from draftsmith.stages.stored import load_trajectories, splits_of
 
     if VALIDATION not in splits_of(ctx.inputs["trajectories"]):
         return None
     stored = load_trajectories(ctx.inputs["trajectories"], [VALIDATION])
-    tallies = tally_all(
-        target,
+    tallies = Replayer(target, _replay_options(config, config.drafted(), stored.law), ctx.log).tally(
         drafters,
         stored.trajectories,
-        config.drafted(),
-        law=stored.law,
-        with_proposals=False,
-        tokens_per_group=config.tokens_per_target_forward,
         progress=follow(ctx, "trajectories"),
         kept=ctx.work / REPLAYED / VALIDATION,
         done=[folder / REPLAYED / VALIDATION for folder in ctx.shards],
-        log=ctx.log,
     )
     return {name: found.tau for name, found in tallies.items()}
 

@@ -1,16 +1,23 @@
-"""Mining: the verification trace on stored trajectories, with what target and drafter said of every proposal."""
+"""Mining: the verification trace of the drafter on stored answers, as far as somebody reads it.
+
+Where OPD takes its anchors from the table, all answers are mined. Else a sample is enough: for the review, and for the
+parity gate.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.contract import WHOLE, Compute, Config, Shard, Stage, StageContext
+from draftsmith.stages.contract import WHOLE, Compute, Config, FilledIn, Shard, Stage, StageContext
 from draftsmith.stages.drafters.config import NO_FREQUENT_TOKENS, DraftingConfig
+from draftsmith.stages.prompting.selection import lot
+from draftsmith.stages.replay.options import ReplayOptions, TokensPerForward
 from draftsmith.stages.replay.parity import COMPARED, Gate, MaxParityMismatch, StepComparison, check_tau
-from draftsmith.stages.replay.portions import TokensPerForward
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,9 +33,18 @@ class MiningConfig(Config):
     drafting: DraftingConfig = DraftingConfig()
     tokens_per_target_forward: TokensPerForward = 8192
     max_parity_mismatch: MaxParityMismatch = 0.25
+    table: Annotated[
+        Literal["sample", "full", "scored"],
+        Field(
+            description="sample: the steps of a few hundred answers; full: of all; scored: "
+            "also the target's log-probs of what follows a rejected proposal"
+        ),
+        FilledIn(),
+    ] = "scored"
 
 
 SHARD = "shard.json"  # of a shard's artifact: what is in it
+SAMPLE = 256  # answers: tau within about 2 %, and as sharp a parity gate
 
 
 def run(ctx: StageContext, config: MiningConfig) -> None:
@@ -39,13 +55,13 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
     from draftsmith.artifacts.schemas import VERIFY_STEPS
     from draftsmith.stages.drafters.checkpoint import TOKENS_FILE, block_size_of, skeleton_of
     from draftsmith.stages.drafters.digest import drafter_digest
-    from draftsmith.stages.replay.corpus import draws
-    from draftsmith.stages.replay.nucleus import doubt
+    from draftsmith.stages.replay.replayer import draws
+    from draftsmith.stages.replay.sampled import truncation_warning
     from draftsmith.stages.replay.table import MinedFigures
-    from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
+    from draftsmith.stages.stored import DRAFTER_FOLDER
     from draftsmith.stages.targets.info import model_path, read_target_info
 
-    stored = load_trajectories(ctx.inputs["trajectories"])
+    stored = _read_answers(ctx, config)
     trajectories = stored.trajectories
     drafter_folder = ctx.inputs["drafter"] / DRAFTER_FOLDER
     says_frequent = (drafter_folder / TOKENS_FILE).is_file()
@@ -66,15 +82,17 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
             ctx.progress(table.rows, total, "steps put together")  # which takes minutes
             ctx.check_interrupted()
     summary = figures.summary(tokenizer)
-    summary["evaluated_blocks_per_step"] = shards.evaluated_blocks(trajectories.ids) / figures.steps
+    totals = shards.totals(trajectories.ids)
+    summary["evaluated_blocks_per_step"] = totals["evaluated_blocks"] / figures.steps
+    summary["trajectories"] = len(trajectories)
     summary["trajectories_too_short"] = stored.too_short
     drafted_as = {"drafter_digest": drafter_digest(drafter_folder), **config.drafting.model_dump()}
     dtype = read_target_info(ctx.inputs["target"]).dtype
     drawn = draws(skeleton_of(drafter_folder), stored.law)
-    outside = shards.outside_nucleus(trajectories.ids) / int(_committed(trajectories).sum()) if drawn else None
+    outside = totals["outside_nucleus"] / int(_committed(trajectories).sum()) if drawn else None
     summary["outside_nucleus_share"] = outside
-    if said := doubt(outside, stored.law):
-        ctx.log(said)
+    if warning := truncation_warning(outside, stored.law):
+        ctx.log(warning)
     summary["parity"] = parity(
         ctx, trajectories, trained, drafted_as, dtype, config, drawn=drawn, says_frequent=says_frequent
     )
@@ -94,14 +112,27 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
 def shard(ctx: StageContext, config: MiningConfig, part: Shard) -> None:
     """The steps of the answers of one shard, as `run` reads them."""
     from draftsmith.artifacts.atomic import write_text
-    from draftsmith.stages.replay.corpus import count_in
-    from draftsmith.stages.stored import load_trajectories
+    from draftsmith.stages.replay.replayer import count_in
 
-    stored = load_trajectories(ctx.inputs["trajectories"])
+    stored = _read_answers(ctx, config)
     mine_shard(ctx, config, stored, ctx.out, part)
     count = count_in(stored.trajectories, config.tokens_per_target_forward, part)
     write_text(ctx.out / SHARD, json.dumps({"shard": part.index, "of": part.of, "trajectories": count}) + "\n")
     ctx.summary(trajectories=count)
+
+
+def _read_answers(ctx: StageContext, config: MiningConfig) -> StoredTrajectories:
+    """Return the answers that are mined, in the artifact's order."""
+    from draftsmith.stages.stored import load_trajectories
+
+    stored = load_trajectories(ctx.inputs["trajectories"])
+    count = len(stored.trajectories)
+    if config.table != "sample" or count <= SAMPLE:
+        return stored
+    names = stored.trajectories.ids.to_pylist()
+    first = sorted(range(count), key=lambda index: lot(ctx.seed, names[index].encode()))[:SAMPLE]
+    ctx.log(f"mining {SAMPLE} of {count} answers: no anchor of opd is read from the table")
+    return stored.choose(sorted(first))
 
 
 def mine_shard(
@@ -109,7 +140,7 @@ def mine_shard(
 ) -> MinedShards:
     """Replay and score the groups of a shard that are not in `folder` yet; where all shards are given, take these."""
     from draftsmith.stages.drafters.checkpoint import load_drafter
-    from draftsmith.stages.replay.corpus import count_in, mine
+    from draftsmith.stages.replay.replayer import Replayer, count_in
     from draftsmith.stages.replay.shards import MinedShards
     from draftsmith.stages.stored import DRAFTER_FOLDER
     from draftsmith.stages.targets.causal_lm import Target
@@ -123,16 +154,14 @@ def mine_shard(
                 raise DraftsmithError(f"mining: the shards hold {done} of {total} answers: add `--force mining`")
             return shards
         target = Target.load(ctx.inputs["target"])
-        for group in mine(
-            target,
+        options = ReplayOptions(
+            config.drafting, stored.law, tokens_per_group=config.tokens_per_target_forward, shard=part
+        )
+        for group in Replayer(target, options, ctx.log).mine(
             load_drafter(ctx.inputs["drafter"] / DRAFTER_FOLDER, target),
             trajectories,
-            config.drafting,
-            law=stored.law,
-            tokens_per_group=config.tokens_per_target_forward,
+            suffixes=config.table == "scored",
             finished=lambda indices: bool(finished[indices].all()),
-            shard=part,
-            log=ctx.log,
         ):
             shards.add(group)
             done += len(group.trajectories)

@@ -29,7 +29,7 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
     target = Target.load(ctx.inputs["target"], ranks=ranks)
     folder = ctx.inputs["drafter"] / DRAFTER_FOLDER
     drafter = load_drafter(folder, target, torch.float32)
-    mined = load_mined(ctx.inputs["mined"], stored.trajectories, drafter.block_size)
+    mined = load_mined(ctx.inputs["mined"], stored.trajectories, drafter.block_size, whole=config.reads_table)
     training = OpdTraining(
         drafter,
         target,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import overload
 
@@ -33,6 +33,12 @@ class StoredTrajectories:
     prompt_ids: pa.Array
     law: Law  # that they were drawn with
     too_short: int  # answers of one token: nothing is drafted there
+
+    def choose(self, indices: Sequence[int]) -> StoredTrajectories:
+        """Return some of them, by index."""
+        return replace(
+            self, trajectories=self.trajectories.choose(indices), prompt_ids=self.prompt_ids.take(pa.array(indices))
+        )
 
     @property
     def prompts(self) -> list[str]:

@@ -231,6 +231,14 @@ def sft_config(config: RefreshConfig) -> SftConfig:
     return config.sft.model_copy(update=start)
 
 
+def mining_config(config: RefreshConfig) -> MiningConfig:
+    """Return how much is mined: what OPD's anchors and its loss read."""
+    table = "sample"
+    if config.opd.reads_table:
+        table = "scored" if config.opd.loss.needs_scores else "full"
+    return config.mining.model_copy(update={"table": table})
+
+
 def drift_config(config: RefreshConfig) -> DriftConfig:
     """The champion drafts as drafters do when their figures are taken."""
     return config.drift.model_copy(update={"drafting": config.evaluation.drafted()})

@@ -8,6 +8,7 @@ from draftsmith.flows.refresh.config import (
     RefreshConfig,
     control_config,
     drift_config,
+    mining_config,
     report_config,
     sft_config,
     starts_from_champion,
@@ -57,7 +58,7 @@ def refresh_nodes(config: RefreshConfig) -> list[Node]:
     learned = {**target, "trajectories": answers, "drafter": "sft"}
     drafters = {"sft": "sft", "opd": "opd"}
     nodes += [
-        Node("mining", "draftsmith.stages.mining", config.mining, learned),
+        Node("mining", "draftsmith.stages.mining", mining_config(config), learned),
         Node("opd", "draftsmith.stages.opd", config.opd, {**learned, "mined": "mining"}, seed),
     ]
     if config.refresh.control:

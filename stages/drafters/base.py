@@ -21,15 +21,6 @@ LOGITS_AT_ONCE = 2**26  # 256 MB in float32
 
 
 @dataclass(frozen=True)
-class Proposals:
-    """What a drafter proposes behind each anchor, offsets 1 … block_size-1."""
-
-    tokens: torch.Tensor  # [B, A, block_size-1] token ids: argmaxes, or drawn from q (`replay/drawn.py`)
-    logprobs: torch.Tensor | None  # [B, A, block_size-1] float32, under the drafter's own softmax over its head
-    confidence: torch.Tensor | None = None  # [B, A, block_size-1] as `Drafter.confidence`, of a drafter that has one
-
-
-@dataclass(frozen=True)
 class DrafterInfo:
     """Where a drafter comes from: written beside its weights as `drafter.json`."""
 
@@ -83,11 +74,6 @@ class Drafting(ABC):
         `logits` does."""
         columns, present = self.head.to_columns(following.clamp(min=0))
         return probability_of(self.logits(tokens), columns, temperature) * (present & (following >= 0))
-
-    def confidence(self) -> torch.Tensor:
-        """[B, A] as `Drafter.confidence`, of the offset whose logits were asked for last: whatever is drawn there.
-        Of a drafter that `has_confidence`."""
-        raise NotImplementedError
 
 
 class Parallel(Drafting):
@@ -213,12 +199,10 @@ class Drafter(nn.Module, ABC):
         anchors: torch.Tensor,
         block_size: int,
         head: Head,
-        *,
-        with_logprobs: bool = True,
-    ) -> Proposals:
+    ) -> torch.Tensor:
         """Draft one block behind each anchor, greedily and without gradient.
 
-        anchor_tokens, anchors: [B, A]. Log-probs cost a pass over the logits.
+        anchor_tokens, anchors: [B, A]. Returns token ids [B, A, block_size-1].
         """
 
     def candidates(self, hidden: torch.Tensor, head: Head) -> torch.Tensor:
@@ -231,7 +215,7 @@ class Drafter(nn.Module, ABC):
         [...]. Differentiable. Their softmax over the candidates is its law q."""
         raise NotImplementedError
 
-    def choose(self, hidden: torch.Tensor, anchor_tokens: torch.Tensor, head: Head) -> Proposals:
+    def choose(self, hidden: torch.Tensor, anchor_tokens: torch.Tensor, head: Head) -> torch.Tensor:
         """Of a drafter that `chooses`: proposals [B, A, K] from hidden states [B, A, K, H] that are there already."""
         raise NotImplementedError
 
@@ -241,42 +225,29 @@ def as_input(features: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return features if torch.is_autocast_enabled(features.device.type) else features.to(dtype)
 
 
-def best_of(hidden: torch.Tensor, head: Head, with_logprobs: bool) -> Proposals:
-    """The argmax of the head's logits at hidden states [..., H] as token ids, and its log-prob if asked.
+def best_of(hidden: torch.Tensor, head: Head) -> torch.Tensor:
+    """Return the argmax of the head's logits at hidden states [..., H] as token ids.
 
     Logits are there for `LOGITS_AT_ONCE` at a time.
     """
-    flat = hidden.flatten(0, -2)
     at_once = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
-    parts = [best_among(head.raw_logits(part), head, with_logprobs) for part in flat.split(at_once)]
-    tokens, logprobs = (torch.cat(found).view(hidden.shape[:-1]) for found in zip(*parts, strict=True))
-    return Proposals(tokens, logprobs if with_logprobs else None)
+    parts = [best_among(head.raw_logits(part), head) for part in hidden.flatten(0, -2).split(at_once)]
+    return torch.cat(parts).view(hidden.shape[:-1])
 
 
-def best_among(raw: torch.Tensor, head: Head, with_logprobs: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """raw: [..., V'] the head's products → token ids [...], and log-probs [...] if asked (else the products)."""
-    columns = argmax(raw)
-    best = raw.gather(-1, columns[..., None])[..., 0]
-    if with_logprobs:
-        best = head.logit_map(best.float()) - head.logit_map(raw.float()).logsumexp(-1)
-    return head.to_tokens(columns), best
+def best_among(raw: torch.Tensor, head: Head) -> torch.Tensor:
+    """raw: [..., V'] the head's products → token ids [...]."""
+    return head.to_tokens(argmax(raw))
 
 
 def in_parts(
-    propose: Callable[[torch.Tensor, torch.Tensor], Proposals],
+    propose: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     hidden: torch.Tensor,
     anchor_tokens: torch.Tensor,
     numbers: int,
-) -> Proposals:
+) -> torch.Tensor:
     """Of hidden states [B, A, K, H] behind tokens [B, A], what `propose` makes of some blocks at a time, [1, n, K, H]
     and [1, n]: as many as have `LOGITS_AT_ONCE` numbers, so many each."""
     B, A, count = *anchor_tokens.shape, max(1, LOGITS_AT_ONCE // numbers)
     blocks = (x.flatten(0, 1)[None].split(count, 1) for x in (hidden, anchor_tokens))
-    parts = [propose(*of_blocks) for of_blocks in zip(*blocks, strict=True)]
-
-    def whole(of: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-        there = [part for part in of if part is not None]
-        return torch.cat(there, 1).view(B, A, -1) if there else None
-
-    tokens = torch.cat([part.tokens for part in parts], 1).view(B, A, -1)
-    return Proposals(tokens, whole([part.logprobs for part in parts]), whole([part.confidence for part in parts]))
+    return torch.cat([propose(*of_blocks) for of_blocks in zip(*blocks, strict=True)], 1).view(B, A, -1)

@@ -65,7 +65,6 @@ class DrafterPlan:
     target_layer_ids: list[int]
     description: str
     parameters: int
-    has_confidence: bool  # as of the drafter
 
 
 def plan_of_new(shape: DrafterConfig, target_config: Any, tokenizer: Callable[[], Any]) -> DrafterPlan:
@@ -148,7 +147,6 @@ def _plan(architecture: Architecture, config: Any, tokenizer: Callable[[], Any],
         architecture.target_layer_ids(config),
         architecture.description(config, tokenizer),
         sum(p.numel() for p in skeleton.parameters()),
-        skeleton.has_confidence,
     )
 
 

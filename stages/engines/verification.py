@@ -50,8 +50,7 @@ def draft(
     """A block behind the anchor of each row. anchor_tokens, anchors: [n, 1]."""
     rows = [row for row, params in enumerate(sampling) if drafter.draws and not params.greedy]
     if not rows:  # argmaxes, also where the drafter could draw
-        block = drafter.propose(context, anchor_tokens, anchors, block_size, head, with_logprobs=False)
-        return Drafted(block.tokens[:, 0])
+        return Drafted(drafter.propose(context, anchor_tokens, anchors, block_size, head)[:, 0])
     drafting = drafter.drafting(context, anchor_tokens, anchors, block_size, head)
     temperatures = torch.tensor([sampling[row].temperature for row in rows], device=anchors.device)[:, None]
     at = anchors[:, 0].tolist()  # once: each would wait for the device

@@ -18,8 +18,8 @@ from draftsmith.stages.engines.config import (
     SGLangEngineConfig,
 )
 from draftsmith.stages.engines.sglang.environment import programs_of
+from draftsmith.stages.replay.options import TokensPerForward
 from draftsmith.stages.replay.parity import MaxParityMismatch
-from draftsmith.stages.replay.portions import TokensPerForward
 
 if TYPE_CHECKING:
     from draftsmith.stages.stored import Prompt

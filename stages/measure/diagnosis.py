@@ -18,12 +18,13 @@ import torch
 
 from draftsmith.artifacts.parquet import to_table
 from draftsmith.artifacts.schemas import TRACE
-from draftsmith.stages.drafters.base import Context, Drafter, Proposals
+from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter, FeatureContext
 from draftsmith.stages.law import GREEDY, Law
-from draftsmith.stages.replay.corpus import draws, replay_all
+from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.parity import Gate, check_steps, trace_rows
+from draftsmith.stages.replay.replayer import Replayer, draws
 from draftsmith.stages.replay.sequential import replay_sequentially
 from draftsmith.stages.replay.trace import Trace, Trajectory
 from draftsmith.stages.targets.causal_lm import Target
@@ -174,7 +175,8 @@ def _explained(target: Target, drafter: Drafter, served: Served, drafting: Draft
     if change.window is not None:
         traces = _in_window(target, changed, served.trajectories, drafting, change.window)
     else:
-        traces = replay_all(target, {"it": changed}, served.trajectories, drafting, law=served.law)["it"]
+        replayer = Replayer(target, ReplayOptions(drafting, served.law))
+        traces = replayer.traces({"it": changed}, served.trajectories)["it"]
     replayed = np.array([len(trace.anchors) for trace in traces])
     tau = sum(t.response_length - 1 for t in served.trajectories) / int(replayed.sum())
     if served.steps is not None and served.steps.num_rows and not draws(drafter, served.law):
@@ -209,7 +211,7 @@ class _Narrow:
     def __init__(self, drafter: Drafter, window: int) -> None:
         self._drafter, self._window = drafter, window
 
-    def propose(self, context: Context, tokens: torch.Tensor, anchors: torch.Tensor, *arguments: Any) -> Proposals:
+    def propose(self, context: Context, tokens: torch.Tensor, anchors: torch.Tensor, *arguments: Any) -> torch.Tensor:
         assert isinstance(context, FeatureContext)
         return self._drafter.propose(replace(context, window=self._window), tokens, anchors, *arguments)
 

@@ -250,7 +250,8 @@ def _check_parity(served: Served, sizes: Mapping[str, int], heldout: Sequence[Pr
     Raises DraftsmithError for a drafter that was not served as replay computes it.
     """
     from draftsmith.stages.drafters.checkpoint import load_drafter
-    from draftsmith.stages.replay.corpus import draws, replay_all
+    from draftsmith.stages.replay.options import ReplayOptions
+    from draftsmith.stages.replay.replayer import Replayer, draws
     from draftsmith.stages.targets.causal_lm import Target
 
     config, dtype = served.config, served_dtype(served.engine, served.target_dtype)
@@ -273,16 +274,12 @@ def _check_parity(served: Served, sizes: Mapping[str, int], heldout: Sequence[Pr
         ]
         drafter = {arm: load_drafter(checkpoint, target)}
         drafting = DraftingConfig(block_size=sizes[arm])
-        found = replay_all(
-            target,
+        options = ReplayOptions(drafting, law, tokens_per_group=config.tokens_per_target_forward)
+        found = Replayer(target, options, served.ctx.log).traces(
             drafter,
             trajectories,
-            drafting,
-            law=law,
-            tokens_per_group=config.tokens_per_target_forward,
             progress=follow(served.ctx, "trajectories"),
             kept=work / "replayed" / "parity" / arm,
-            log=served.ctx.log,
         )[arm]
         replayed = trace_rows(trajectories, found)
         gate = Gate(

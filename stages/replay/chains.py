@@ -9,15 +9,14 @@ to one block a verify step, while sequential rounds fall by the number of chains
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from draftsmith.stages.drafters.base import Context, Drafter
-from draftsmith.stages.drafters.cutting import verified
 from draftsmith.stages.drafters.head import Head
-from draftsmith.stages.replay.board import Board, Pace
-from draftsmith.stages.replay.drawn import Judged, SampledText, draft_drawn
+from draftsmith.stages.replay.sampled import SampledText, Verified, draft_sampled
 from draftsmith.stages.replay.trace import Trace, Trajectory, pad_tokens
 
 # Blocks that a round should hold before more chains are worth their extra blocks: by then matrix products are at
@@ -25,6 +24,11 @@ from draftsmith.stages.replay.trace import Trace, Trajectory, pad_tokens
 BLOCKS_PER_ROUND = 32
 # Live rows are copied together once this share of the batch is left; the copies of all rounds add up to a few contexts.
 COMPACT_AT = 0.75
+NOT_EVALUATED = -1
+# A chain from any position joins the trace after a rejection or two. Two chains share a stretch only if at least this
+# many are expected in it, so the blocks evaluated in vain stay a small share.
+REJECTIONS_TO_SPLIT = 16
+BLOCKS_TO_JUDGE = 8  # blocks seen before the rate of rejections is believed
 
 
 @torch.no_grad()
@@ -37,26 +41,22 @@ def replay_chains(
     chains: int | None = None,
     *,
     text: SampledText | None = None,
-    confidence: float | None = None,
     with_proposals: bool = True,
-    with_logprobs: bool = True,
     blocks_per_round: int = BLOCKS_PER_ROUND,
 ) -> list[Trace]:
-    """Traces of a batch of trajectories. context: of the same trajectories, padded to one length.
+    """Return the traces of a batch of trajectories.
 
-    text: of the same trajectories, where proposals are drawn; left out, they are argmaxes. confidence: blocks are cut
-    by it, as `DraftingConfig` has it.
-
+    context: of the same trajectories, padded to one length.
     chains: starts in each trajectory, spread evenly. None: one, and more while a round holds fewer than
     `blocks_per_round` blocks and the text ahead of a chain is long enough for two to meet.
-    with_proposals: else those that are drawn are left zero: drawing them is dear. Without log-probs, which are a pass
-    over the logits, those of the traces are NaN.
+    text: of the same trajectories, where proposals are sampled; left out, they are argmaxes.
+    with_proposals: else those that are sampled are left zero: sampling them is dear.
     """
     device = head.weight.device
     K = block_size - 1
     tokens = committed_tokens(trajectories, K, device)
-    boards = [Board(t, K, chains or 1) for t in trajectories]
-    pace = Pace()
+    boards = [ChainState(t, K, chains or 1) for t in trajectories]
+    rate = RejectionRate()
 
     rows = list(range(len(boards)))  # the batch: row r of `context` and `tokens` is trajectory rows[r]
     while live := [r for r, row in enumerate(rows) if boards[row].live]:
@@ -68,31 +68,17 @@ def replay_chains(
             rows = [rows[r] for r in live]
         if chains is None:
             for row in rows:
-                boards[row].split(blocks_per_round // len(live), pace)
+                boards[row].split(blocks_per_round // len(live), rate)
         A = max(len(boards[row].live) for row in rows)
         # rows with fewer live chains repeat an anchor; the copies are not read
         anchors = np.array([(boards[row].live + [boards[row].filler] * A)[:A] for row in rows])
         anchors_RA = torch.from_numpy(anchors).to(device)
         seen = drafter.select(context, slice(0, len(rows)), int(anchors.max()))  # a view: nobody looks behind it
-        found = draft(
-            drafter,
-            seen,
-            tokens,
-            anchors_RA,
-            block_size,
-            head,
-            text=text,
-            confidence=confidence,
-            with_proposals=with_proposals,
-            with_logprobs=with_logprobs,
-        )
-        kept, proposed = found.accepted.cpu().numpy(), found.proposals.tokens.cpu().numpy()
-        others = [
-            None if x is None else x.cpu().numpy() for x in (found.proposals.logprobs, found.expected, found.verified)
-        ]
+        found = draft(drafter, seen, tokens, anchors_RA, block_size, head, text=text, with_proposals=with_proposals)
+        accepted, proposed = found.accepted.cpu().numpy(), found.proposed.cpu().numpy()
+        expected = None if found.expected is None else found.expected.cpu().numpy()
         for r, row in enumerate(rows):
-            of_row = [None if x is None else x[r] for x in others]
-            boards[row].record(kept[r], proposed[r], *of_row, pace=pace)
+            boards[row].record(accepted[r], proposed[r], None if expected is None else expected[r], rate=rate)
     return [board.trace() for board in boards]
 
 
@@ -106,7 +92,7 @@ def successors(
     head: Head,
     text: SampledText | None,
 ) -> torch.Tensor:
-    """The anchors [R, A] that a verify step at each of `anchors` [R, A] leads to.
+    """Return the anchors [R, A] that a verify step at each of `anchors` [R, A] leads to.
 
     context, text: of the same R trajectories; None: proposals are argmaxes. Behind an end it is the first anchor, which
     every drafter visits.
@@ -116,9 +102,7 @@ def successors(
         torch.tensor(ends, device=anchors.device)[:, None]
         for ends in zip(*((t.first_anchor, t.last_anchor) for t in trajectories), strict=True)
     )
-    found = draft(
-        drafter, context, tokens, anchors, block_size, head, text=text, with_proposals=False, with_logprobs=False
-    )
+    found = draft(drafter, context, tokens, anchors, block_size, head, text=text, with_proposals=False)
     following = anchors + found.accepted + 1
     return torch.where(following > last, first, following)
 
@@ -138,35 +122,100 @@ def draft(
     head: Head,
     *,
     text: SampledText | None = None,
-    confidence: float | None = None,
     with_proposals: bool = True,
-    with_logprobs: bool,
-) -> Judged:
-    """A block behind every anchor [R, A], and how many of its proposals the committed `tokens` keep.
+) -> Verified:
+    """Draft a block behind every anchor [R, A] and verify it against the committed `tokens`.
 
-    confidence: what it is cut by. with_proposals: as in `draft_drawn`.
+    with_proposals: as in `draft_sampled`.
     """
     if text is not None:
-        return draft_drawn(
-            drafter,
-            context,
-            text,
-            tokens,
-            anchors,
-            block_size,
-            head,
-            confidence=confidence,
-            with_proposals=with_proposals,
-            with_logprobs=with_logprobs,
-        )
-    block = drafter.propose(
-        context, tokens.gather(1, anchors).clamp(min=0), anchors, block_size, head, with_logprobs=with_logprobs
-    )
+        return draft_sampled(drafter, context, text, tokens, anchors, block_size, head, with_proposals=with_proposals)
+    proposed = drafter.propose(context, tokens.gather(1, anchors).clamp(min=0), anchors, block_size, head)
     ahead = anchors[..., None] + torch.arange(1, block_size, device=anchors.device)
     truth = tokens.gather(1, ahead.flatten(1)).view_as(ahead)
-    accepted = (block.tokens == truth).long().cumprod(-1).sum(-1)
-    if confidence is None:
-        return Judged(block, accepted)
-    assert block.confidence is not None
-    most = verified(block.confidence, confidence)
-    return Judged(block, torch.minimum(accepted, most), verified=most)
+    return Verified(proposed, (proposed == truth).long().cumprod(-1).sum(-1))
+
+
+def start_anchors(trajectory: Trajectory, chains: int) -> list[int]:
+    """The first anchor, and further starts spread evenly over the response."""
+    first, last = trajectory.first_anchor, trajectory.last_anchor
+    if last < first:
+        return []
+    return sorted({first + (last + 1 - first) * c // chains for c in range(chains)})
+
+
+@dataclass
+class RejectionRate:
+    """How often the drafter is rejected in this batch, as far as it has been seen."""
+
+    blocks: int = 0
+    rejections: int = 0
+    committed: int = 0
+
+    def rejections_in(self, tokens: int) -> float:
+        """Expected in a stretch of text. 0 while too little has been seen."""
+        return tokens * self.rejections / self.committed if self.blocks >= BLOCKS_TO_JUDGE else 0.0
+
+
+class ChainState:
+    """The evaluated anchors of one trajectory, and its live chains: the anchors whose blocks are wanted next."""
+
+    def __init__(self, trajectory: Trajectory, proposals: int, chains: int):
+        self.length = len(trajectory.tokens)
+        self.first, self.last = trajectory.first_anchor, trajectory.last_anchor
+        self.live = start_anchors(trajectory, chains)
+        self.accepted = np.full(self.length, NOT_EVALUATED, dtype=np.int64)
+        self.proposed = np.zeros((self.length, proposals), dtype=np.int64)
+        self.expected: np.ndarray | None = None  # where proposals are sampled
+
+    @property
+    def filler(self) -> int:
+        """An anchor that may be evaluated once more, where a batch needs one."""
+        return self.live[0] if self.live else min(self.first, self.length - 1)
+
+    def split(self, wanted: int, rate: RejectionRate) -> None:
+        """Start chains amid the longest stretches of unread text, until `wanted` are live or stretches are short."""
+        while 0 < len(self.live) < wanted:
+            known = np.append(np.flatnonzero(self.accepted != NOT_EVALUATED), self.live)
+            ends = np.sort(np.append(known, self.last + 1))
+            stretches = {anchor: int(ends[np.searchsorted(ends, anchor, "right")]) - anchor for anchor in self.live}
+            anchor = max(stretches, key=stretches.__getitem__)
+            if rate.rejections_in(stretches[anchor]) < REJECTIONS_TO_SPLIT:
+                return
+            self.live = sorted([*self.live, anchor + stretches[anchor] // 2])
+
+    def record(
+        self, accepted: np.ndarray, proposed: np.ndarray, expected: np.ndarray | None = None, *, rate: RejectionRate
+    ) -> None:
+        """Take the blocks of the live chains, in their order, and move each chain to its next anchor.
+
+        accepted [A], proposed [A, K], expected [A]: proposals accepted, token ids, committed tokens on average where
+        proposals are sampled; what follows the live chains is padding.
+        """
+        count = len(self.live)
+        if not count:
+            return
+        anchors = np.array(self.live)
+        accepted = accepted[:count]
+        self.accepted[anchors], self.proposed[anchors] = accepted, proposed[:count]
+        if expected is not None:
+            if self.expected is None:
+                self.expected = np.full(self.length, np.nan)
+            self.expected[anchors] = expected[:count]
+        judged = np.minimum(proposed.shape[1], self.length - 1 - anchors)
+        rate.blocks += count
+        rate.rejections += int((accepted < judged).sum())
+        rate.committed += int(np.minimum(accepted + 1, self.length - 1 - anchors).sum())
+        following = {int(a) for a in anchors + accepted + 1}
+        self.live = sorted(a for a in following if a <= self.last and self.accepted[a] == NOT_EVALUATED)
+
+    def trace(self) -> Trace:
+        """Read the trace off the evaluated anchors."""
+        anchors, anchor = [], self.first
+        while anchor <= self.last:
+            anchors.append(anchor)
+            anchor += int(self.accepted[anchor]) + 1
+        visited = np.array(anchors, dtype=np.int64)
+        evaluated = int((self.accepted != NOT_EVALUATED).sum())
+        expected = None if self.expected is None else self.expected[visited]
+        return Trace(self.length, visited, self.accepted[visited], self.proposed[visited], evaluated, expected)

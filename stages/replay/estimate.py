@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from draftsmith.stages.replay.portions import POSITIONS_PER_CHUNK, TREE_TOKENS
+from draftsmith.stages.replay.options import POSITIONS_PER_CHUNK, TREE_TOKENS
 from draftsmith.stages.targets.estimate import Sizes
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from draftsmith.stages.replay.portions import POSITIONS_PER_CHUNK, TREE_TOKENS
+from draftsmith.stages.replay.options import POSITIONS_PER_CHUNK, TREE_TOKENS
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.slots import Rows, SlotCache
@@ -30,25 +30,25 @@ FREE_PADDING = 64
 class StepScores:
     """What the target said about each step of one trace (S steps, K proposals)."""
 
-    target_logprobs: np.ndarray  # [S, K] float32, NaN where the trajectory ended before the proposal
-    top_ids: np.ndarray  # [S, top_k] the target's best tokens at the rejected offset, -1 where nothing was rejected
-    top_logprobs: np.ndarray  # [S, top_k] float32
+    target_logprobs: np.ndarray  # [S, K] float32, NaN where the trajectory ended before the proposal, or not scored
+    best_logprob: np.ndarray  # [S] float32, of the target's best token at the rejected offset, NaN without a rejection
 
 
 def score_traces(
     target: Target,
-    cache: SlotCache,
+    cache: SlotCache | None,
     hidden: torch.Tensor,
     traces: Sequence[Trace],
     *,
     ids: torch.Tensor | None = None,
-    top_k: int = 8,
     tree_tokens: int = TREE_TOKENS,
     positions_per_chunk: int = POSITIONS_PER_CHUNK,
     rejected_only: bool = False,
 ) -> list[StepScores]:
-    """hidden [B, T, H] and `cache`: of a forward over the trajectories, rows 0 … B-1, with free entries from T on.
+    """Return the target's log-probs of the proposals of some traces.
 
+    hidden [B, T, H] and `cache`: of a forward over the trajectories, rows 0 … B-1, with free entries from T on. Without
+    a cache nothing after the first rejected proposal of a step is scored.
     ids: [B, T] of the trajectories, which a target without a forward over a tree reads again.
     tree_tokens: proposals a row that one forward appends (the mask has B * tree_tokens * (T + tree_tokens) entries).
     rejected_only: those that were accepted are not scored (NaN).
@@ -56,8 +56,7 @@ def score_traces(
     T = hidden.shape[1]
     device = hidden.device
     scores = [np.full(t.proposed.shape, np.nan, dtype=np.float32) for t in traces]
-    top_ids = [np.full((len(t.anchors), top_k), -1, dtype=np.int64) for t in traces]
-    top_logprobs = [np.full((len(t.anchors), top_k), np.nan, dtype=np.float32) for t in traces]
+    best = [np.full(len(t.anchors), np.nan, dtype=np.float32) for t in traces]
 
     # ---- offsets up to the first rejection: predicted by the trajectory's own hidden states
     begin = [t.accepted if rejected_only else np.zeros_like(t.anchors) for t in traces]
@@ -70,10 +69,12 @@ def score_traces(
         part.write(scores, _logprobs(logits, total, part.token))
         rejected = np.flatnonzero(part.column + 1 == part.rejected_offset)
         index = torch.from_numpy(rejected).to(device)
-        best = logits[index].topk(top_k, -1)  # a pass over the vocabulary: only where it is asked for
-        named, values = best.indices.cpu().numpy(), (best.values - total[index, None]).cpu().numpy()
-        for b, s, i, value in zip(part.row[rejected], part.step[rejected], named, values, strict=True):
-            top_ids[b][s], top_logprobs[b][s] = i, value
+        values = (logits[index].amax(-1) - total[index]).cpu().numpy()
+        for b, s, value in zip(part.row[rejected], part.step[rejected], values, strict=True):
+            best[b][s] = value
+    found = [StepScores(*of_trace) for of_trace in zip(scores, best, strict=True)]
+    if cache is None:
+        return found
 
     # ---- offsets behind it: leaves on the cache; a rejected proposal predicts the one behind it
     leaves = _Proposals.of(
@@ -87,7 +88,7 @@ def score_traces(
     else:
         for chunk in _leaf_chunks(leaves, tree_tokens):
             _score_leaves(target, cache, T, chunk, traces, scores, positions_per_chunk)
-    return [StepScores(*parts) for parts in zip(scores, top_ids, top_logprobs, strict=True)]
+    return found
 
 
 @dataclass(frozen=True)

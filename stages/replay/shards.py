@@ -15,20 +15,16 @@ from draftsmith.artifacts.keyed_rows import KeyedRows
 from draftsmith.artifacts.parquet import places, read_table
 from draftsmith.artifacts.parts import Parts, shard_paths
 from draftsmith.artifacts.row_reader import RowReader
-from draftsmith.artifacts.schemas import EVALUATED, VERIFY_STEPS, TableSchema
-from draftsmith.stages.replay.corpus import Mined
+from draftsmith.artifacts.schemas import EVALUATED, VERIFY_STEPS
+from draftsmith.stages.replay.replayer import Mined
 from draftsmith.stages.replay.table import steps_table
 
 SHARD_STEPS = 1 << 16  # a shard is written when so many steps wait,
 SHARD_SECONDS = 60.0  # or the first of them has waited so long: what a kill loses
 # The table is in another order than the shards: a row group is read for a trajectory or two.
 _GROUP_BYTES = 1 << 18
-_OUTSIDE = TableSchema(
-    "outside_nucleus",
-    1,
-    pa.schema([pa.field("trajectory_id", pa.string(), False), pa.field("outside_nucleus", pa.int64(), False)]),
-)
-_SCHEMAS = {"evaluated_blocks": EVALUATED, "outside_nucleus": _OUTSIDE, "verify_steps": VERIFY_STEPS}
+_SCHEMAS = {"evaluated_blocks": EVALUATED, "verify_steps": VERIFY_STEPS}
+_TOTALS = ("evaluated_blocks", "outside_nucleus")  # of each trajectory, columns of EVALUATED
 
 
 class MinedShards:
@@ -60,12 +56,12 @@ class MinedShards:
     def _write(self) -> None:
         if self._waiting:
             members = [each for group in self._waiting for each in zip(group.trajectories, group.traces, strict=True)]
-            by_trajectory = {
-                name: [{"trajectory_id": t.trajectory_id, name: getattr(trace, name)} for t, trace in members]
-                for name in ("evaluated_blocks", "outside_nucleus")
-            }
+            totals = [
+                {"trajectory_id": t.trajectory_id, **{name: getattr(trace, name) for name in _TOTALS}}
+                for t, trace in members
+            ]
             steps = pa.concat_tables([steps_table(group) for group in self._waiting])
-            self._parts.append({**by_trajectory, "verify_steps": steps})
+            self._parts.append({"evaluated_blocks": totals, "verify_steps": steps})
         self._waiting, self._count = [], 0
 
     def _paths(self, name: str) -> list[Path]:
@@ -77,18 +73,12 @@ class MinedShards:
         """The steps of each trajectory, as far as they are on disk. ids: [N] names of the trajectories."""
         return KeyedRows(RowReader(self._paths("verify_steps"), VERIFY_STEPS, keep=32), ids)
 
-    def evaluated_blocks(self, ids: pa.Array) -> int:
-        """That were drafted to find the steps of these trajectories."""
-        return self._sum("evaluated_blocks", ids)
-
-    def outside_nucleus(self, ids: pa.Array) -> int:
-        """Tokens of these trajectories that the stated law cannot draw; of drawn proposals."""
-        return self._sum("outside_nucleus", ids)
-
-    def _sum(self, name: str, ids: pa.Array) -> int:
-        counts = np.zeros(len(ids), dtype=np.int64)
-        for path in self._paths(name):  # by trajectory: one that was mined again is not counted twice
-            table = read_table(path, _SCHEMAS[name])
+    def totals(self, ids: pa.Array) -> dict[str, int]:
+        """Of these trajectories: blocks that were drafted to find their steps, tokens outside the nucleus."""
+        counts = np.zeros((len(_TOTALS), len(ids)), dtype=np.int64)
+        for path in self._paths("evaluated_blocks"):  # by trajectory: one that was mined again is not counted twice
+            table = read_table(path, EVALUATED)
             place = places(table, "trajectory_id", ids)
-            counts[place[place >= 0]] = table[name].to_numpy()[place >= 0]
-        return int(counts.sum())
+            for of_name, name in zip(counts, _TOTALS, strict=True):
+                of_name[place[place >= 0]] = table[name].to_numpy()[place >= 0]
+        return dict(zip(_TOTALS, counts.sum(1).tolist(), strict=True))

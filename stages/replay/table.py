@@ -7,21 +7,23 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from draftsmith.artifacts.parquet import ordered, padded, to_table
 from draftsmith.artifacts.schemas import VERIFY_STEPS
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.replay.corpus import Mined, mine
+from draftsmith.stages.replay.options import ReplayOptions
+from draftsmith.stages.replay.replayer import Mined, Replayer
 from draftsmith.stages.replay.scoring import StepScores
 from draftsmith.stages.replay.trace import Trace, Trajectory
 from draftsmith.stages.replay.trajectories import ids_of
 from draftsmith.stages.targets.causal_lm import Target
 
 
-def mined_table(target: Target, drafter: Drafter, trajectories: Sequence[Trajectory], **settings: Any) -> pa.Table:
-    """VERIFY_STEPS of a drafter on trajectories in memory, in their order. settings: as of `mine`."""
-    tables = [steps_table(group) for group in mine(target, drafter, trajectories, **settings)]
+def mined_table(
+    target: Target, drafter: Drafter, trajectories: Sequence[Trajectory], options: ReplayOptions | None = None
+) -> pa.Table:
+    """Return VERIFY_STEPS of a drafter on trajectories in memory, in their order, all of it scored."""
+    tables = [steps_table(group) for group in Replayer(target, options).mine(drafter, trajectories)]
     return to_table(VERIFY_STEPS, ordered(pa.concat_tables(tables), "trajectory_id", ids_of(trajectories)))
 
 
@@ -32,7 +34,7 @@ def steps_table(group: Mined) -> pa.Table:
 
 
 def _steps(trajectory: Trajectory, trace: Trace, scores: StepScores) -> pa.Table:
-    tokens, rejected = np.array(trajectory.tokens), trace.rejected_offset > 0
+    tokens = np.array(trajectory.tokens)
     behind = np.minimum(trace.anchors + trace.accepted + 1, len(tokens) - 1)
     columns = {
         "trajectory_id": pa.repeat(trajectory.trajectory_id, len(trace.anchors)),
@@ -41,23 +43,20 @@ def _steps(trajectory: Trajectory, trace: Trace, scores: StepScores) -> pa.Table
         "accepted": trace.accepted,
         "committed": trace.committed,
         "rejected_offset": trace.rejected_offset,
+        "judged": trace.judged,
         "proposed_ids": _lists(trace.proposed, pa.int32()),
         "target_logprobs": _lists(scores.target_logprobs, pa.float32()),
-        "drafter_logprobs": _lists(trace.drafter_logprobs, pa.float32()),
         "committed_id": np.where(trace.committed > trace.accepted, tokens[behind], -1),
-        "top_ids": _lists(scores.top_ids, pa.int32(), rejected),
-        "top_logprobs": _lists(scores.top_logprobs, pa.float32(), rejected),
+        "best_logprob": scores.best_logprob,
     }
     return to_table(VERIFY_STEPS, pa.table(columns))
 
 
-def _lists(values: np.ndarray, kind: pa.DataType, where: np.ndarray | None = None) -> pa.Array:
-    """[rows] lists: the rows of `values` [rows, width], or none where `where` says so."""
+def _lists(values: np.ndarray, kind: pa.DataType) -> pa.Array:
+    """[rows] lists: the rows of `values` [rows, width]."""
     rows, width = values.shape
-    lengths = np.full(rows, width) if where is None else np.where(where, width, 0)
-    kept = values if where is None else values[where]
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(kept.reshape(-1)).cast(kind))
+    offsets = (np.arange(rows + 1) * width).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.reshape(-1)).cast(kind))
 
 
 CERTAIN = 0.9  # the target's probability of its best token
@@ -77,14 +76,13 @@ class MinedFigures:
         """Some rows."""
         K = self.block_size - 1
         accepted = table["accepted"].to_numpy()
-        judged = ~np.isnan(padded(table, "target_logprobs", K, np.nan, np.float32))  # the rest lies beyond the end
+        judged = np.arange(K) < table["judged"].to_numpy()[:, None]
         wrong = np.flatnonzero(table["rejected_offset"].to_numpy())
         proposed = padded(table, "proposed_ids", K, -1, np.int64)[wrong, accepted[wrong]]  # behind what was accepted
         self.steps += table.num_rows
         self._committed += int(table["committed"].to_numpy().sum())
         self._errors += len(wrong)
-        best = pc.list_element(table["top_logprobs"].take(wrong), 0).to_numpy()
-        self._certain += int((np.exp(best) >= CERTAIN).sum())
+        self._certain += int((np.exp(table["best_logprob"].to_numpy()[wrong]) >= CERTAIN).sum())
         self._judged += judged.sum(0)
         self._kept += (judged & (np.arange(K) < accepted[:, None])).sum(0)
         self._accepted += np.bincount(accepted, minlength=K + 1)

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, Self
+from collections.abc import Iterable, Sequence
+from typing import Self
 
 import numpy as np
 
-from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.drafters.config import DraftingConfig
-from draftsmith.stages.replay.corpus import replay_groups
-from draftsmith.stages.replay.trace import Trace, Trajectory
-from draftsmith.stages.targets.causal_lm import Target
-
-
-class TakesTraces(Protocol):
-    """What needs every trace once."""
-
-    def add(self, places: Sequence[int], traces: Sequence[Trace]) -> None:
-        """Take the traces of the trajectories at `places`."""
+from draftsmith.stages.replay.trace import Trace
 
 
 class Tally:
@@ -57,12 +46,6 @@ class Tally:
         return len(self.accepted)
 
     @property
-    def judged_per_step(self) -> float:
-        """Proposals that a verify step judges: of a block that is not cut all, but for the answer's end."""
-        steps = float(self.judged.sum())
-        return float(self.judged @ np.arange(len(self.judged))) / steps if steps else float("nan")
-
-    @property
     def tau(self) -> float:
         """Committed tokens per verify step ("+1"); NaN without any step."""
         steps = float(self.steps.sum())
@@ -72,23 +55,3 @@ class Tally:
     def outside_nucleus_share(self) -> float | None:
         """Of the committed tokens; None where nothing is drawn."""
         return self._outside / self._drawn if self._drawn else None
-
-
-def tally_all(
-    target: Target,
-    drafters: Mapping[str, Drafter],
-    trajectories: Sequence[Trajectory],
-    drafting: DraftingConfig | None = None,
-    *,
-    also: Mapping[str, TakesTraces] | None = None,
-    **settings: Any,
-) -> dict[str, Tally]:
-    """`replay_all`, settings as there, with tallies in place of the traces. also: what takes those of a drafter too."""
-    tallies = {name: Tally(len(trajectories)) for name in drafters}
-    for places, found in replay_groups(target, drafters, trajectories, drafting, **settings):
-        for name, tally in tallies.items():
-            traces = [each[name] for each in found]
-            tally.add(places, traces)
-            if also and name in also:
-                also[name].add(places, traces)
-    return tallies

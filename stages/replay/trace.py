@@ -43,19 +43,14 @@ class Trace:
     anchors: np.ndarray  # [S] int, absolute positions
     accepted: np.ndarray  # [S] int, proposals kept
     proposed: np.ndarray  # [S, K] int
-    drafter_logprobs: np.ndarray  # [S, K] float32
     evaluated_blocks: int  # work: blocks drafted to find the trace
-    expected: np.ndarray | None = (
-        None  # [S] float64 tokens committed, on average over the draws; None: nothing is drawn
-    )
-    verified: np.ndarray | None = None  # [S] int, proposals in front of the cut; None: no block is cut
+    expected: np.ndarray | None = None  # [S] float64 tokens committed, on average over samples; None: argmaxes
     outside_nucleus: int = 0  # tokens that verify steps committed and the stated law cannot draw; where it decides
 
     @property
     def judged(self) -> np.ndarray:
-        """[S] proposals that are verified and lie inside the trajectory; others are neither accepted nor rejected."""
-        most = self.proposed.shape[1] if self.verified is None else self.verified
-        return np.minimum(most, self.length - 1 - self.anchors)
+        """[S] proposals that lie inside the trajectory; others are neither accepted nor rejected."""
+        return np.minimum(self.proposed.shape[1], self.length - 1 - self.anchors)
 
     @property
     def committed(self) -> np.ndarray:

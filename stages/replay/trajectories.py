@@ -37,20 +37,20 @@ class TrajectoryRows(Sequence[Trajectory]):
 
     def __getitem__(self, index: int | slice) -> Trajectory | TrajectoryRows:
         if isinstance(index, slice):
-            chosen = np.arange(len(self))[index]
-            return TrajectoryRows(
-                self.reader,
-                self.places[chosen],
-                self.ids.take(chosen),
-                self.lengths[chosen],
-                self.prompt_lengths[chosen],
-            )
+            return self.choose(np.arange(len(self))[index])
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         row = int(self.places[index])
         name, prompt, response = (column[0] for column in self.reader.rows(row, row + 1, _COLUMNS).columns)
         tokens = prompt.values.to_pylist() + response.values.to_pylist()
         return Trajectory(name.as_py(), tokens, len(prompt.values))
+
+    def choose(self, indices: Sequence[int] | np.ndarray) -> TrajectoryRows:
+        """Return some of the rows, by index."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        return TrajectoryRows(
+            self.reader, self.places[chosen], self.ids.take(chosen), self.lengths[chosen], self.prompt_lengths[chosen]
+        )
 
     def responses(self) -> Iterator[np.ndarray]:
         """The response tokens of all, some thousand answers joined at a time, in the order of the table."""

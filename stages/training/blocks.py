@@ -9,7 +9,7 @@ import torch
 
 from draftsmith.stages.drafters.base import Context, Drafter, StepShape
 from draftsmith.stages.drafters.head import Head
-from draftsmith.stages.replay.drawn import SampledText
+from draftsmith.stages.replay.sampled import SampledText
 from draftsmith.stages.training.batches import Batch
 
 

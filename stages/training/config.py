@@ -11,7 +11,7 @@ from draftsmith.stages.contract import NOT_FETCHED, Config, Operational
 from draftsmith.stages.drafters.dflash.shape import DFlashConfig
 from draftsmith.stages.drafters.kinds import DrafterConfig
 from draftsmith.stages.parallel.config import ParallelConfig
-from draftsmith.stages.replay.portions import TokensPerForward
+from draftsmith.stages.replay.options import TokensPerForward
 from draftsmith.stages.training.loss_config import LossName, PositionWeights, ResponseStream, loss_file
 
 if TYPE_CHECKING:

@@ -37,12 +37,11 @@ def test_rows_come_back_with_their_types(tmp_path: Path) -> None:
         "accepted": 1,
         "committed": 2,
         "rejected_offset": 2,
+        "judged": 2,
         "proposed_ids": [4, 5, 6],
         "target_logprobs": [-0.5, -2.0, float("nan")],
-        "drafter_logprobs": [-0.25, -1.0, -1.5],
         "committed_id": 9,
-        "top_ids": [9, 5],
-        "top_logprobs": [-0.125, -2.0],
+        "best_logprob": -0.125,
     }
     write_table(tmp_path / "t.parquet", VERIFY_STEPS, [row])
     table = read_table(tmp_path / "t.parquet", VERIFY_STEPS)

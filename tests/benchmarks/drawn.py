@@ -20,7 +20,8 @@ from draftsmith.stages.drafters.dflash.shape import DFlashConfig
 from draftsmith.stages.drafters.dflash2.shape import DFlash2Config
 from draftsmith.stages.drafters.dspark.shape import DSparkConfig
 from draftsmith.stages.law import GREEDY, Law
-from draftsmith.stages.replay.corpus import groups_of, mine, replay_all
+from draftsmith.stages.replay.options import ReplayOptions
+from draftsmith.stages.replay.replayer import Replayer, groups_of
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.targets.causal_lm import Target
 from tests.benchmarks import harness
@@ -50,17 +51,18 @@ def measure(
             target.read(group.ids, drafter.target_layer_ids)
 
     def replayed(law: Law, with_proposals: bool) -> Callable[[], Any]:
-        return lambda: replay_all(target, {"it": drafter}, trajectories, law=law, with_proposals=with_proposals)
+        replayer = Replayer(target, ReplayOptions(law=law, with_proposals=with_proposals))
+        return lambda: replayer.traces({"it": drafter}, trajectories)
 
     arms = {
         "forward": forward,
         "argmaxes": replayed(GREEDY, True),
         "without": replayed(law, False),
         "with": replayed(law, True),
-        "mining": lambda: list(mine(target, drafter, trajectories, law=law)),
+        "mining": lambda: list(Replayer(target, ReplayOptions(law=law)).mine(drafter, trajectories)),
     }
     seconds = {arm: harness.median(each) for arm, each in harness.alternate(arms, repetitions).items()}
-    steps = sum(len(trace.anchors) for trace in replay_all(target, {"it": drafter}, trajectories, law=law)["it"])
+    steps = sum(len(trace.anchors) for trace in replayed(law, True)()["it"])
     return {
         "drafter": name,
         "law": law.truncation or "whole",

@@ -32,7 +32,7 @@ from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.mining import MiningConfig
 from draftsmith.stages.replay.chains import replay_chains
-from draftsmith.stages.replay.portions import TREE_TOKENS
+from draftsmith.stages.replay.options import TREE_TOKENS
 from draftsmith.stages.replay.scoring import score_traces
 from draftsmith.stages.replay.sequential import replay_sequentially
 from draftsmith.stages.replay.trace import Trace, Trajectory, groups_by_length, pad_tokens, tau
@@ -46,8 +46,7 @@ from draftsmith.stages.training.supervised import sft_loss
 from draftsmith.stages.training.vocabulary import HeadSource
 from tests.benchmarks import harness
 
-MINING = MiningConfig()
-TOKENS_PER_FORWARD = MINING.tokens_per_target_forward
+TOKENS_PER_FORWARD = MiningConfig().tokens_per_target_forward
 SLOTS = 16
 PARTS = ("target forward", "drafter context", "drafter blocks", "head", "bookkeeping")
 
@@ -89,9 +88,7 @@ class Bench:
         ]
 
     def replay(self, group: list[Trajectory], context: Context, count: int | None) -> list[Trace]:
-        return replay_chains(
-            self.drafter, context, group, self.drafter.block_size, self.head, count, with_logprobs=False
-        )
+        return replay_chains(self.drafter, context, group, self.drafter.block_size, self.head, count)
 
     def chains(self, count: int | None) -> list[Trace]:
         """Traces in the order of the trajectories."""

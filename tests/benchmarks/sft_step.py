@@ -40,7 +40,7 @@ from draftsmith.stages.drafters.checkpoint import create_drafter, load_drafter
 from draftsmith.stages.drafters.dflash import model as dflash_model
 from draftsmith.stages.drafters.dflash.shape import DFlashConfig
 from draftsmith.stages.replay.chains import replay_chains
-from draftsmith.stages.replay.corpus import score
+from draftsmith.stages.replay.replayer import score
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.targets.causal_lm import Target

@@ -80,9 +80,7 @@ def parts(target: Target, drafter: Drafter, rows: int, seen: int, block_size: in
 
     def draft() -> None:
         for _ in range(CALLS):
-            drafter.propose(
-                prefix, ids[:, seen : seen + 1], positions[:, seen : seen + 1], block_size, head, with_logprobs=False
-            )
+            drafter.propose(prefix, ids[:, seen : seen + 1], positions[:, seen : seen + 1], block_size, head)
 
     return {"t(1)": forward(1), "t(B)": forward(block_size), "t(draft)": draft}
 

@@ -20,7 +20,7 @@ from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.law import GREEDY
 from draftsmith.stages.measure.acceptance import acceptance_table
-from draftsmith.stages.replay.tally import tally_all
+from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.targets.causal_lm import Target
 from tests.testbed import random_target
@@ -109,7 +109,8 @@ def test_a_comparison_has_the_statistics_of_an_evaluation(plain_target: Target, 
     drafters = {"one": plain_drafter, "two": random_target.random_drafter(plain_target, 1)}
     answers = answers_of([20, 9, 14, 30], ["a", "b", "b", "c"])
     comparison = draftsmith.compare(plain_target, drafters, answers)
-    expected = acceptance_table(tally_all(plain_target, drafters, answers.trajectories), answers.prompts, [False] * 4)
+    tallies = Replayer(plain_target).tally(drafters, answers.trajectories)
+    expected = acceptance_table(tallies, answers.prompts, [False] * 4)
     table = comparison.to_pandas()
     assert list(table.index) == ["one", "two"] and (table["prompts"] == 3).all()
     assert table["tau"].to_dict() == {name: metrics["tau"] for name, metrics in expected.items()}

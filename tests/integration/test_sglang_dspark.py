@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from draftsmith.stages.drafters.checkpoint import save_drafter, upgraded
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
 from draftsmith.stages.drafters.dspark.shape import DSparkConfig
-from draftsmith.stages.replay.corpus import replay_all
+from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.trace import Trajectory, pad_tokens, tau
 from draftsmith.stages.targets.causal_lm import Target
 from tests.sglang_cpu import dspark_model
@@ -72,7 +72,7 @@ def test_sglang_computes_what_is_computed_here(
     with torch.no_grad():
         context = drafter.encode(features, tokens, torch.arange(tokens.shape[1]).expand(3, -1))
         block = drafter.propose(context, at, anchors, drafter.block_size, head)
-        given = torch.cat([at[..., None], block.tokens[..., :-1]], -1)
+        given = torch.cat([at[..., None], block[..., :-1]], -1)
         hidden = drafter.block_hidden(context, given, anchors)
         expected = {
             "hidden": hidden[..., : head.weight.shape[1]],
@@ -81,7 +81,7 @@ def test_sglang_computes_what_is_computed_here(
         }
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, atol=TOLERANCE, rtol=TOLERANCE, msg=name)
-    assert torch.equal(found["proposals"], block.tokens)
+    assert torch.equal(found["proposals"], block)
 
 
 def test_a_server_decodes_with_it_as_replay_says(
@@ -109,7 +109,7 @@ def test_a_server_decodes_with_it_as_replay_says(
         Trajectory(p.prompt_id, p.token_ids + answer, len(p.token_ids))
         for p, answer in zip(bench.prompts, plain, strict=False)
     ]
-    traces = replay_all(bench.target, bench.drafters, texts)
+    traces = Replayer(bench.target).traces(bench.drafters, texts)
     served = [answer["meta_info"]["spec_verify_ct"] for answer in answers]
     assert served == [len(trace.anchors) for trace in traces["trained"]]
     assert served != [len(trace.anchors) for trace in traces["before"]]

@@ -94,9 +94,7 @@ def trace_of(trajectory: Trajectory, elements: list[Any]) -> Trace:
     proposed = np.array([step["block"] for step in steps], dtype=np.int64)
     accepted = np.array([step["accepted"] for step in steps], dtype=np.int64)
     length = len(trajectory.tokens)
-    return Trace(
-        length, anchors, np.minimum(accepted, length - 1 - anchors), proposed, np.full(proposed.shape, np.nan), 0
-    )
+    return Trace(length, anchors, np.minimum(accepted, length - 1 - anchors), proposed, 0)
 
 
 def assert_same_steps(trace: Trace, expected: Trace) -> None:

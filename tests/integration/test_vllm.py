@@ -16,7 +16,8 @@ from draftsmith.stages.drafters.dflash2.shape import DFlash2Config
 from draftsmith.stages.drafters.dspark.shape import DSparkConfig
 from draftsmith.stages.drafters.export import export_speculators
 from draftsmith.stages.law import Law
-from draftsmith.stages.replay.corpus import replay_all
+from draftsmith.stages.replay.options import ReplayOptions
+from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.trace import Trajectory, tau
 from draftsmith.stages.targets.info import model_path
 from tests.stages.bench import GREEDY_TOKENS, Bench, build_bench
@@ -108,7 +109,7 @@ def test_greedy_answers_and_verify_steps(
     answers = ask(python, tmp_path / "vllm", prompts, [greedy] * len(prompts), model=str(folder))
     plain = [bench.greedy[p.prompt_id] for p in bench.prompts[:PROMPTS]]
     assert [each.tokens for each in answers] == plain
-    traces = replay_all(bench.target, bench.drafters, trajectories(bench, plain))
+    traces = Replayer(bench.target).traces(bench.drafters, trajectories(bench, plain))
     steps = {name: [len(trace.anchors) for trace in each] for name, each in traces.items()}
     assert [each.steps for each in answers] == steps["it"]
     for answer, trace in zip(answers, traces["it"], strict=True):  # it counts what was accepted behind a cut, too
@@ -142,7 +143,7 @@ def test_sampled_verify_steps_follow_the_law_of_replay(
 
     def distance(law: Law) -> float:
         """Mean difference of steps, in standard errors."""
-        replayed = replay_all(bench.target, {"it": drafter}, texts, law=law)["it"]
+        replayed = Replayer(bench.target, ReplayOptions(law=law)).traces({"it": drafter}, texts)["it"]
         difference = steps - np.array([len(trace.anchors) for trace in replayed])
         return float(difference.mean() / (difference.std(ddof=1) / np.sqrt(len(steps))))
 

@@ -12,7 +12,9 @@ from draftsmith.artifacts.manifest import read_manifest
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.prompting.held_out import units_of
-from draftsmith.stages.replay.tally import Tally, tally_all
+from draftsmith.stages.replay.options import ReplayOptions
+from draftsmith.stages.replay.replayer import Replayer
+from draftsmith.stages.replay.tally import Tally
 from draftsmith.stages.statistics import jackknife, sums_of
 from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.targets.causal_lm import Target
@@ -37,7 +39,8 @@ def show_results(display: Display, made: Mapping[str, Path], _mlflow: str = "") 
         tallies: dict[Group, list[Tally]] = {}
         for group, folders in groups.items():  # the seeds of an arm are in memory together
             drafters = {str(folder): load_drafter(folder / DRAFTER_FOLDER, target) for folder in folders}
-            replayed = tally_all(target, drafters, stored.trajectories, law=stored.law, with_proposals=False)
+            replayer = Replayer(target, ReplayOptions(law=stored.law, with_proposals=False))
+            replayed = replayer.tally(drafters, stored.trajectories)
             tallies[group] = list(replayed.values())
         costs = {group: [_cost(folder) for folder in folders] for group, folders in groups.items()}
         units = units_of(prompts, stored.prompts)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from draftsmith.stages.drafters.checkpoint import load_drafter
-from draftsmith.stages.replay.corpus import replay_all
+from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.trace import tau
 from draftsmith.stages.stored import DRAFTER_FOLDER, load_prompts
 from draftsmith.stages.targets.causal_lm import Target
@@ -43,7 +43,7 @@ def test_its_answers_are_the_same_with_a_drafter_and_replay_knows_their_verify_s
     drafted = hybrid.answers(hybrid.requests(), "trained", slots=4)
     assert {name: answer.response_ids for name, answer in drafted.items()} == hybrid.greedy
     texts = [trajectory_of(drafted[prompt.prompt_id]) for prompt in hybrid.prompts]
-    traces = replay_all(hybrid.target, hybrid.drafters, texts)["trained"]
+    traces = Replayer(hybrid.target).traces(hybrid.drafters, texts)["trained"]
     sequential = hybrid.sequential_traces(texts, "trained")
     for each, trace, plain in zip(texts, traces, sequential, strict=True):
         assert drafted[each.trajectory_id].verify_steps == len(trace.anchors)

@@ -14,7 +14,7 @@ from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.stages.drafters.checkpoint import load_drafter, read_info
 from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
 from draftsmith.stages.drafters.digest import drafter_digest
-from draftsmith.stages.replay.corpus import replay_all
+from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.trace import tau
 from draftsmith.stages.sft import STAGE, preflight
 from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
@@ -92,7 +92,7 @@ def test_a_dflash_drafter_goes_on_as_dflash2(tmp_path: Path, bench: Bench, tiny_
         made[steps] = load_drafter(ctx.out / DRAFTER_FOLDER, bench.target)
     texts = bench.answered(8)
     drafters = {"plain": bench.drafters["trained"], "taken": made[0], "trained": made[8]}
-    found = replay_all(bench.target, drafters, texts)
+    found = Replayer(bench.target).traces(drafters, texts)
     assert isinstance(made[0], DFlash2Drafter)
     assert [t.proposed.tolist() for t in found["taken"]] == [t.proposed.tolist() for t in found["plain"]]
     assert tau(found["trained"]) > 0.9 * tau(found["plain"])

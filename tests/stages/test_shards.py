@@ -16,7 +16,9 @@ from draftsmith.stages.evaluation import STAGE as EVALUATION
 from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.mining import STAGE as MINING
 from draftsmith.stages.mining import MiningConfig
-from draftsmith.stages.replay.tally import Tally, tally_all
+from draftsmith.stages.replay.options import ReplayOptions
+from draftsmith.stages.replay.replayer import Replayer
+from draftsmith.stages.replay.tally import Tally
 from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.targets.causal_lm import Target
 from tests.testbed import random_target
@@ -81,14 +83,9 @@ def test_an_evaluation_replays_in_shards_what_one_process_does(
 
     def tallied(done: list[Path]) -> dict[str, Tally]:
         replayed.clear()
-        return tally_all(
-            plain_target,
-            made,
-            stored.trajectories,
-            law=stored.law,
-            tokens_per_group=TOKENS,
-            done=done,
-            progress=lambda count, _total: replayed.append(count),
+        replayer = Replayer(plain_target, ReplayOptions(law=stored.law, tokens_per_group=TOKENS))
+        return replayer.tally(
+            made, stored.trajectories, done=done, progress=lambda count, _total: replayed.append(count)
         )
 
     whole = tallied([])

@@ -47,24 +47,10 @@ def draft_margin(
     anchors = torch.arange(trajectory.first_anchor, trajectory.last_anchor + 1)[None]
     head, block_size = drafter.drafting_head(target.head_weight, head_tokens), block_size or drafter.block_size
     at = tokens[0][anchors]
-    own = drafter.propose(context, at, anchors, block_size, head, with_logprobs=False).tokens
+    own = drafter.propose(context, at, anchors, block_size, head)
     drafting = drafter.drafting(context, at, anchors, block_size, head)
     chains = torch.cat([at[..., None], own], -1)
     return min(_margin(drafting.logits(chains[..., k])) for k in range(block_size - 1))
-
-
-@torch.no_grad()
-def cut_margin(target: Target, drafter: Drafter, trajectory: Trajectory, threshold: float) -> float:
-    """The smallest distance between the threshold that cuts blocks and the chance that all is kept so far, behind all
-    anchors of a response."""
-    tokens = torch.tensor([trajectory.tokens])
-    features = target.features(tokens, drafter.target_layer_ids)
-    context = drafter.encode(features, tokens, torch.arange(tokens.shape[1])[None])
-    anchors = torch.arange(trajectory.first_anchor, trajectory.last_anchor + 1)[None]
-    head = drafter.drafting_head(target.head_weight, None)
-    said = drafter.propose(context, tokens[0][anchors], anchors, drafter.block_size, head).confidence
-    assert said is not None
-    return float((said.sigmoid().cumprod(-1) - threshold).abs().min())
 
 
 def draw_margin(target: Target, trajectory: Trajectory, params: SamplingParams, seed: int) -> float:

@@ -22,7 +22,6 @@ from draftsmith.stages.drafters.base import (
     Context,
     Drafter,
     DrafterInfo,
-    Proposals,
     StepShape,
     as_input,
     best_of,
@@ -236,11 +235,9 @@ class DFlashDrafter(Drafter):
         anchors: torch.Tensor,
         block_size: int,
         head: Head,
-        *,
-        with_logprobs: bool = True,
-    ) -> Proposals:
+    ) -> torch.Tensor:
         hidden = self.block_hidden(context, anchor_tokens[..., None].expand(-1, -1, block_size - 1), anchors)
-        return best_of(hidden, head, with_logprobs)
+        return best_of(hidden, head)
 
     def head_over(self, target_head: torch.Tensor, token_ids: torch.Tensor | None) -> Head:
         return Head.over(target_head, token_ids, self.logit_map)

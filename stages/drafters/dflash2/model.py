@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
-from draftsmith.stages.drafters.base import Context, Drafting, Proposals, StepShape
+from draftsmith.stages.drafters.base import Context, Drafting, StepShape
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter, DFlashLayer
 from draftsmith.stages.drafters.dflash2.convolution import BlockConvolution
 from draftsmith.stages.drafters.dflash2.selector import CandidateSelector, Walk
@@ -87,16 +87,14 @@ class DFlash2Drafter(DFlashDrafter):
         anchors: torch.Tensor,
         block_size: int,
         head: Head,
-        *,
-        with_logprobs: bool = True,
-    ) -> Proposals:
+    ) -> torch.Tensor:
         tokens = anchor_tokens[..., None].expand(-1, -1, block_size - 1)
         hidden = self.block_hidden(context, tokens, anchors)
-        return self.candidate_selector.best(hidden, anchor_tokens, head, with_logprobs)
+        return self.candidate_selector.best(hidden, anchor_tokens, head)
 
     @torch.no_grad()
-    def choose(self, hidden: torch.Tensor, anchor_tokens: torch.Tensor, head: Head) -> Proposals:
-        return self.candidate_selector.best(hidden, anchor_tokens, head, with_logprobs=True)
+    def choose(self, hidden: torch.Tensor, anchor_tokens: torch.Tensor, head: Head) -> torch.Tensor:
+        return self.candidate_selector.best(hidden, anchor_tokens, head)
 
     def candidates(self, hidden: torch.Tensor, head: Head) -> torch.Tensor:
         return self.candidate_selector.candidates(hidden, head)[0]

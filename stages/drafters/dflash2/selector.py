@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from draftsmith.stages.drafters.base import LOGITS_AT_ONCE, Drafting, Proposals, in_parts
+from draftsmith.stages.drafters.base import LOGITS_AT_ONCE, Drafting, in_parts
 from draftsmith.stages.drafters.drawing import probability_among
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.targets.logits import LogitMap
@@ -61,16 +61,16 @@ class CandidateSelector(nn.Module):
         keys = F.embedding(tokens, self.successor_codebook)
         return (before.to(keys.dtype) @ keys.mT).float()
 
-    def best(self, hidden: torch.Tensor, anchor_tokens: torch.Tensor, head: Head, with_logprobs: bool) -> Proposals:
+    def best(self, hidden: torch.Tensor, anchor_tokens: torch.Tensor, head: Head) -> torch.Tensor:
         """hidden: [B, A, K, H]; anchor_tokens: [B, A] → the best way [B, A, K] through the candidates."""
 
-        def propose(hidden: torch.Tensor, anchor_tokens: torch.Tensor) -> Proposals:
-            return self._best(hidden, anchor_tokens, head, with_logprobs)
+        def propose(hidden: torch.Tensor, anchor_tokens: torch.Tensor) -> torch.Tensor:
+            return self._best(hidden, anchor_tokens, head)
 
         of_block = hidden.shape[2] * self.top_k * self.successor_codebook.shape[1]
         return in_parts(propose, hidden, anchor_tokens, of_block)
 
-    def _best(self, hidden: torch.Tensor, anchor_tokens: torch.Tensor, head: Head, with_logprobs: bool) -> Proposals:
+    def _best(self, hidden: torch.Tensor, anchor_tokens: torch.Tensor, head: Head) -> torch.Tensor:
         columns, unary = self.candidates(hidden, head)
         tokens = head.to_tokens(columns)
         first = anchor_tokens[..., None, None].expand_as(tokens[..., :1, :])
@@ -79,13 +79,7 @@ class CandidateSelector(nn.Module):
         best, places = scores.argmax(-1), [torch.zeros_like(anchor_tokens)[..., None]]
         for k in range(hidden.shape[-2]):
             places.append(best[..., k, :].gather(-1, places[-1]))
-        taken = torch.cat(places[1:], -1)[..., None]
-        logprobs = None
-        if with_logprobs:
-            before = torch.cat(places[:-1], -1)[..., None, None].expand(*scores.shape[:-2], 1, scores.shape[-1])
-            behind = scores.gather(-2, before)[..., 0, :].log_softmax(-1)
-            logprobs = behind.gather(-1, taken)[..., 0]
-        return Proposals(tokens.gather(-1, taken)[..., 0], logprobs)
+        return tokens.gather(-1, torch.cat(places[1:], -1)[..., None])[..., 0]
 
 
 class Walk(Drafting):

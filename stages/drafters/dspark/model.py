@@ -9,21 +9,12 @@ state and token, or of the state alone, how probable it is that the proposal is 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
-from draftsmith.stages.drafters.base import (
-    LOGITS_AT_ONCE,
-    Context,
-    Drafting,
-    Proposals,
-    StepShape,
-    best_among,
-    in_parts,
-)
+from draftsmith.stages.drafters.base import LOGITS_AT_ONCE, Context, Drafting, StepShape, best_among, in_parts
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.drafters.dspark.markov import markov_head
 from draftsmith.stages.drafters.dspark.traits import TRAITS
@@ -133,13 +124,11 @@ class DSparkDrafter(DFlashDrafter):
         anchors: torch.Tensor,
         block_size: int,
         head: Head,
-        *,
-        with_logprobs: bool = True,
-    ) -> Proposals:
+    ) -> torch.Tensor:
         hidden = self.backbone(context, anchor_tokens, anchors, block_size - 1)
 
-        def propose(hidden: torch.Tensor, anchor_tokens: torch.Tensor) -> Proposals:
-            return MarkovDrafting(self, hidden, head).best(anchor_tokens, with_logprobs)
+        def propose(hidden: torch.Tensor, anchor_tokens: torch.Tensor) -> torch.Tensor:
+            return MarkovDrafting(self, hidden, head).best(anchor_tokens)
 
         return in_parts(propose, hidden, anchor_tokens, (block_size - 1) * head.weight.shape[0])
 
@@ -180,42 +169,24 @@ class MarkovDrafting(Drafting):
         """hidden: [B, A, K, H]."""
         assert isinstance(head, BiasedHead)
         self._drafter, self._hidden, self.head = drafter, hidden, head
-        self._read: tuple[torch.Tensor, ...] = ()  # of the tokens before the offsets drafted so far, [B, A, r] each
-        self._of_bias: tuple[torch.Tensor, ...] = ()
-        self._state: Any = None
+        self._drafted, self._state = 0, None
         count = hidden[..., 0].numel() * head.weight.shape[0]
         self._unbiased = head.unbiased(hidden) if count <= LOGITS_AT_ONCE else None
 
     def _raw_logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Of the next offset [B, A, V'], as those of the head. tokens: [B, A] before it."""
-        markov, k = self._drafter.markov_head, len(self._read)
-        read = markov.read(tokens)
-        of_bias, self._state = markov.step(read, self._hidden[:, :, k], self._state)
-        self._read, self._of_bias = (*self._read, read), (*self._of_bias, of_bias)
+        markov, k = self._drafter.markov_head, self._drafted
+        of_bias, self._state = markov.step(markov.read(tokens), self._hidden[:, :, k], self._state)
+        self._drafted += 1
         unbiased = self.head.unbiased(self._hidden[:, :, k]) if self._unbiased is None else self._unbiased[:, :, k]
         return unbiased + self.head.biases(of_bias)
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.head.logit_map(self._raw_logits(tokens).float())
 
-    def best(self, anchor_tokens: torch.Tensor, with_logprobs: bool) -> Proposals:
+    def best(self, anchor_tokens: torch.Tensor) -> torch.Tensor:
         """Of all offsets, each behind the best token before it. anchor_tokens: [B, A]."""
-        tokens, logprobs = [anchor_tokens], []
+        tokens = [anchor_tokens]
         for _ in range(self._hidden.shape[2]):
-            best, log_q = best_among(self._raw_logits(tokens[-1]), self.head, with_logprobs)
-            tokens.append(best)
-            logprobs.append(log_q)
-        return Proposals(
-            torch.stack(tokens[1:], -1),
-            torch.stack(logprobs, -1) if with_logprobs else None,
-            self._confidence(slice(None)) if self._drafter.has_confidence else None,
-        )
-
-    def confidence(self) -> torch.Tensor:
-        return self._confidence(slice(len(self._read) - 1, None))[..., 0]
-
-    def _confidence(self, offsets: slice) -> torch.Tensor:
-        """[B, A, K'] of some of the offsets drafted so far."""
-        drafted = self._hidden[:, :, : len(self._read)]
-        of_bias, read = (torch.stack(of[offsets], 2) for of in (self._of_bias, self._read))
-        return self._drafter.confidence(self._drafter.with_bias(drafted[:, :, offsets], of_bias, read))
+            tokens.append(best_among(self._raw_logits(tokens[-1]), self.head))
+        return torch.stack(tokens[1:], -1)

@@ -21,5 +21,5 @@ class DSparkConfig(DFlashConfig):
     ] = "vanilla"
     confidence_head: Annotated[
         bool,
-        Field(description="learn how probable it is that a proposal is kept: blocks may be cut by it (`confidence`)"),
+        Field(description="learn how probable it is that a proposal is kept, which SGLang may cut blocks by"),
     ] = True

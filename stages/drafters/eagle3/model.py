@@ -26,7 +26,6 @@ from draftsmith.stages.drafters.base import (
     Drafter,
     DrafterInfo,
     Drafting,
-    Proposals,
     StepShape,
     as_input,
     best_of,
@@ -225,19 +224,13 @@ class Eagle3Drafter(Drafter):
         anchors: torch.Tensor,
         block_size: int,
         head: Head,
-        *,
-        with_logprobs: bool = True,
-    ) -> Proposals:
+    ) -> torch.Tensor:
         assert isinstance(context, PrefixContext)
         chain = _Chain(self, context, anchors)
-        steps: list[Proposals] = []
+        tokens = [anchor_tokens]
         for _ in range(block_size - 1):
-            newest = steps[-1].tokens if steps else anchor_tokens
-            steps.append(best_of(chain.step(newest), head, with_logprobs))
-        logprobs = [step.logprobs for step in steps if step.logprobs is not None]
-        return Proposals(
-            torch.stack([step.tokens for step in steps], -1), torch.stack(logprobs, -1) if with_logprobs else None
-        )
+            tokens.append(best_of(chain.step(tokens[-1]), head))
+        return torch.stack(tokens[1:], -1)
 
     def head_over(self, target_head: torch.Tensor, token_ids: torch.Tensor | None) -> Head:  # noqa: ARG002
         if token_ids is not None:

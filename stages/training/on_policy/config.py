@@ -47,9 +47,14 @@ class OpdConfig(TrainingConfig):
         ),
     ] = None
 
+    @property
+    def reads_table(self) -> bool:
+        """Return whether anchors are steps of the mined table, which then has to hold those of all answers."""
+        return self.anchors in ("errors", "visited")
+
     @model_validator(mode="after")
     def _remines_a_trace(self) -> OpdConfig:
-        if self.remine_every and self.anchors not in ("errors", "visited"):
+        if self.remine_every and not self.reads_table:
             raise ValueError(
                 f"remine_every: anchors {self.anchors!r} are judged with the current weights anyway: set it to 0, or "
                 "train on 'errors' or 'visited'"
@@ -66,4 +71,4 @@ class OpdConfig(TrainingConfig):
         """`remine_every` where it was left open too; 0: no trace is mined again."""
         if self.remine_every is not None:
             return self.remine_every
-        return 1 if self.anchors in ("errors", "visited") else 0
+        return 1 if self.reads_table else 0

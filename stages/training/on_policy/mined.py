@@ -64,11 +64,6 @@ class StoredSteps(Sequence[TrajectorySteps]):
             return [self[i] for i in range(*index.indices(len(self)))]
         return _steps(self.rows.of([index], _COLUMNS), self.proposals)
 
-    def anchors(self, index: int) -> np.ndarray:
-        """[S], without the other columns."""
-        anchors: np.ndarray = self.rows.of([index], ["anchor"])["anchor"].to_numpy().astype(np.int64)
-        return anchors
-
 
 @dataclass(frozen=True)
 class MinedTable:
@@ -86,10 +81,6 @@ class MinedTable:
     def count(self, kind: Kind) -> int:
         return int(self.counts(kind).sum())
 
-    def anchors(self, index: int) -> np.ndarray:
-        """[S] of the steps of one trajectory."""
-        return self.steps.anchors(index) if isinstance(self.steps, StoredSteps) else self.steps[index].anchors
-
     def trajectories_with(self, kind: Kind) -> list[int]:
         """Indices of the trajectories that have at least one such step."""
         found: list[int] = np.flatnonzero(self.counts(kind)).tolist()
@@ -97,40 +88,39 @@ class MinedTable:
             raise DraftsmithError(f"opd.anchors: no mined step is of kind {kind!r}; the drafter made no error there")
         return found
 
-    def draw(
-        self,
-        indices: Sequence[int],
-        kind: Kind,
-        per_sequence: int,
-        phases: np.ndarray,
-        device: torch.device,
-    ) -> tuple[Anchors, VerifySteps]:
-        """`per_sequence` steps of each trajectory, at its phase in [0, 1) of `phases` [B]. One that has none of the
-        kind any more lends all that it has."""
-        steps = [self.steps[i] for i in indices]  # each read once
-        chosen = []
-        for each, phase in zip(steps, phases, strict=True):
-            candidates = each.of_kind(kind)
-            chosen.append(evenly(candidates if len(candidates) else each.of_kind("visited"), per_sequence, phase))
 
-        def column(name: str) -> torch.Tensor:
-            values = [getattr(each, name)[picked] for each, picked in zip(steps, chosen, strict=True)]
-            return torch.from_numpy(np.stack(values)).to(device)
+def draw_steps(
+    steps: Sequence[TrajectorySteps], kind: Kind, per_sequence: int, phases: np.ndarray, device: torch.device
+) -> tuple[Anchors, VerifySteps]:
+    """Draw `per_sequence` steps of each of B trajectories, at its phase in [0, 1) of `phases` [B].
 
-        anchors = pad_anchors([each.anchors[picked] for each, picked in zip(steps, chosen, strict=True)], device)
-        names = ("accepted", "committed", "rejected_offset", "proposed", "target_logprobs")
-        return anchors, VerifySteps(*(column(name) for name in names))
+    One that has none of the kind any more lends all that it has.
+    """
+    chosen = []
+    for each, phase in zip(steps, phases, strict=True):
+        candidates = each.of_kind(kind)
+        chosen.append(evenly(candidates if len(candidates) else each.of_kind("visited"), per_sequence, phase))
+
+    def column(name: str) -> torch.Tensor:
+        values = [getattr(each, name)[picked] for each, picked in zip(steps, chosen, strict=True)]
+        return torch.from_numpy(np.stack(values)).to(device)
+
+    anchors = pad_anchors([each.anchors[picked] for each, picked in zip(steps, chosen, strict=True)], device)
+    names = ("accepted", "committed", "rejected_offset", "proposed", "target_logprobs")
+    return anchors, VerifySteps(*(column(name) for name in names))
 
 
-def load_mined(folder: Path, trajectories: Sequence[Trajectory], block_size: int) -> MinedTable:
-    """verify_steps.parquet of a mining artifact, matched to the trajectories that OPD trains on. It stays on disk.
+def load_mined(folder: Path, trajectories: Sequence[Trajectory], block_size: int, *, whole: bool = True) -> MinedTable:
+    """Match verify_steps.parquet of a mining artifact to the trajectories that OPD trains on. It stays on disk.
 
-    Raises DraftsmithError as `match_steps` does.
+    block_size: of the trained drafter. Raises DraftsmithError if the table's proposals are longer than its block, or,
+    with `whole`, if a trajectory was not mined.
     """
     path = folder / "verify_steps.parquet"
     reader, ids = RowReader(path, VERIFY_STEPS), ids_of(trajectories)
     rows = KeyedRows(reader, ids)
-    _check_mined(rows.counts, ids, str(path))
+    if whole:
+        _check_mined(rows.counts, ids, str(path))
     errors, longest, row = np.zeros(len(ids), dtype=np.int64), 0, 0
     for part in reader.parts(["rejected_offset", "proposed_ids"]):
         wrong = rows.key_of(row + np.flatnonzero(part["rejected_offset"].to_numpy()))
@@ -142,10 +132,7 @@ def load_mined(folder: Path, trajectories: Sequence[Trajectory], block_size: int
 
 
 def match_steps(table: pa.Table, trajectories: Sequence[Trajectory], block_size: int) -> MinedTable:
-    """VERIFY_STEPS in memory, by trajectory in the order of the trajectories. block_size: of the trained drafter.
-
-    Raises DraftsmithError if a trajectory was not mined, or the table's proposals are longer than the drafter's block.
-    """
+    """Match VERIFY_STEPS in memory as `load_mined` does."""
     ids = ids_of(trajectories)
     table = ordered(table, "trajectory_id", ids)
     bounds = np.searchsorted(places(table, "trajectory_id", ids), np.arange(len(ids) + 1))
@@ -161,8 +148,8 @@ def _check_mined(counts: np.ndarray, ids: pa.Array, where: str) -> None:
     if not counts.all():
         name = ids[int(counts.argmin())].as_py()
         raise DraftsmithError(
-            f"{where}: trajectory {name} was not mined; rerun stage 'mining' (an answer of one token has no step: "
-            "leave it out)"
+            f"{where}: trajectory {name} was not mined. Run stage mining again, on all answers (`table: full` or "
+            "`scored`); an answer of one token has no step: leave it out."
         )
 
 
@@ -170,7 +157,7 @@ def _check_length(longest: int, block_size: int, where: str) -> None:
     """longest: proposals of a mined step."""
     if longest > block_size - 1:
         raise DraftsmithError(
-            f"{where}: blocks of {longest + 1} tokens, the drafter was trained on {block_size}; mine again"
+            f"{where}: blocks of {longest + 1} tokens, the drafter was trained on {block_size}. Mine again."
         )
 
 

@@ -8,7 +8,7 @@ trajectories there are. Which tables are fresh depends on earlier weights: they 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,9 +39,12 @@ class Remining:
         """scored: the target is asked about the proposals of drawn steps, for a loss with a rejected stream."""
         self.mined, self.drafter, self.every, self.scored = mined, drafter, every, scored
         self._fresh: dict[int, TrajectorySteps] = {}
-        self.current = MinedTable(_Renewed(mined.steps, self._fresh), mined.proposals)
         self._mined_at: dict[int, int] = {}  # trajectory -> optimiser step of its fresh trace
         self._untold: set[int] = set()  # whose traces other ranks do not have
+
+    def steps(self, index: int) -> TrajectorySteps:
+        """Return the newest steps of a trajectory."""
+        return self._fresh[index] if index in self._fresh else self.mined.steps[index]
 
     def refresh(self, step: int, indices: Sequence[int], view: View) -> dict[str, float]:
         """Mine again what is too old among the trajectories `indices` of a view. Returns figures of what changed."""
@@ -94,7 +97,6 @@ class Remining:
             chains,
             text=None if view.text is None else view.text.select(chosen),
             with_proposals=self.scored,
-            with_logprobs=False,
         )
 
     def unscored(self, indices: Sequence[int]) -> list[int]:
@@ -117,7 +119,7 @@ class Remining:
     def state_dict(self) -> dict[str, Any]:
         """The fresh tables, concatenated."""
         order = sorted(self._mined_at)
-        fresh = [self.current.steps[i] for i in order]
+        fresh = [self._fresh[i] for i in order]
         state: dict[str, Any] = {
             "trajectories": torch.tensor(order, dtype=torch.int64),
             "mined_at": torch.tensor([self._mined_at[i] for i in order], dtype=torch.int64),
@@ -145,27 +147,6 @@ class Remining:
         proposed, logprobs = _not_scored((len(columns["anchors"]), self.drafter.block_size - 1))
         anchors, accepted, committed, rejected = (columns[name] for name in _TRACE)
         return TrajectorySteps(anchors, accepted, committed, rejected, columns.get("proposed", proposed), logprobs)
-
-
-class _Renewed(Sequence[TrajectorySteps]):
-    """Steps of all trajectories, the fresh ones in place of those that were mined."""
-
-    def __init__(self, mined: Sequence[TrajectorySteps], fresh: Mapping[int, TrajectorySteps]):
-        self._mined, self._fresh = mined, fresh
-
-    def __len__(self) -> int:
-        return len(self._mined)
-
-    @overload
-    def __getitem__(self, index: int) -> TrajectorySteps: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[TrajectorySteps]: ...
-
-    def __getitem__(self, index: int | slice) -> TrajectorySteps | list[TrajectorySteps]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return self._fresh[index] if index in self._fresh else self._mined[index]
 
 
 _TRACE = ("anchors", "accepted", "committed", "rejected_offset")

@@ -16,8 +16,8 @@ from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.parallel.ranks import Ranks
 from draftsmith.stages.replay.chains import successors
 from draftsmith.stages.training.anchors import drawn_positions, evenly, pad_anchors
-from draftsmith.stages.training.blocks import Anchors, Share, View
-from draftsmith.stages.training.on_policy.mined import Kind, MinedTable
+from draftsmith.stages.training.blocks import Anchors, View
+from draftsmith.stages.training.on_policy.mined import Kind, draw_steps
 from draftsmith.stages.training.on_policy.remining import Remining
 from draftsmith.stages.training.on_policy.verify_steps import VerifySteps
 
@@ -60,9 +60,8 @@ class TableAnchors:
 
     def draw(self, step: int, indices: Sequence[int], view: View, phases: np.ndarray) -> Drawn:
         figures = self.remining.refresh(step, indices, view)
-        anchors, steps = self.remining.current.draw(
-            indices, self.kind, self.per_sequence, phases[:, 0], view.batch.tokens.device
-        )
+        known = [self.remining.steps(i) for i in indices]  # each read once
+        anchors, steps = draw_steps(known, self.kind, self.per_sequence, phases[:, 0], view.batch.tokens.device)
         return Drawn(anchors, steps, figures, unscored=self.remining.unscored(indices))
 
     def share(self, ranks: Ranks) -> None:
@@ -106,13 +105,13 @@ class SuccessorAnchors(Forgetful):
 
     What is trained is fresh at one block drafted for each that is trained, however long a trajectory is. A successor
     is on the trace or soon will be: a rejection sends it where it sends every chain that was rejected there.
-    The mined table only tells how stale it has become.
     """
 
     numbers = 2
 
-    def __init__(self, table: MinedTable, drafter: Drafter, per_sequence: int):
-        self.table, self.drafter, self.per_sequence = table, drafter, per_sequence
+    def __init__(self, drafter: Drafter, proposals: int, per_sequence: int):
+        """proposals: of a served block."""
+        self.drafter, self.proposals, self.per_sequence = drafter, proposals, per_sequence
 
     def draw(self, step: int, indices: Sequence[int], view: View, phases: np.ndarray) -> Drawn:  # noqa: ARG002
         trajectories, device = view.batch.trajectories, view.batch.tokens.device
@@ -122,7 +121,7 @@ class SuccessorAnchors(Forgetful):
             view.context,
             trajectories,
             torch.from_numpy(before).to(device),
-            self.table.proposals + 1,
+            self.proposals + 1,
             view.head,
             view.text,
         )
@@ -131,11 +130,4 @@ class SuccessorAnchors(Forgetful):
             evenly(np.unique(row), self.per_sequence, phase)
             for row, phase in zip(behind.cpu().numpy(), phases[:, 1], strict=True)
         ]
-        return Drawn(pad_anchors(chosen, device), None, _off_mined(self.table, indices, chosen))
-
-
-def _off_mined(table: MinedTable, indices: Sequence[int], chosen: Sequence[np.ndarray]) -> dict[str, float]:
-    """How stale the mined table has become: the share of anchors that it does not have."""
-    mined = [np.isin(row, table.anchors(i)) for i, row in zip(indices, chosen, strict=True)]
-    places = sum(row.size for row in mined)
-    return {"anchors_off_mined_share": Share(places - sum(int(row.sum()) for row in mined), places)}
+        return Drawn(pad_anchors(chosen, device), None)

@@ -14,7 +14,7 @@ from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.law import GREEDY, Law
 from draftsmith.stages.parallel.ranks import Ranks
 from draftsmith.stages.replay.chains import committed_tokens, draft
-from draftsmith.stages.replay.drawn import SampledText
+from draftsmith.stages.replay.sampled import SampledText
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.batches import Batch, Portion
@@ -227,8 +227,8 @@ class OpdStep:
         """[B, A, K] of the current weights."""
         size = self.drafter.block_size
         tokens = committed_tokens(batch.trajectories, size - 1, batch.tokens.device)
-        found = draft(self.drafter, context, tokens, anchors.positions, size, head, text=text, with_logprobs=False)
-        return found.proposals.tokens
+        found = draft(self.drafter, context, tokens, anchors.positions, size, head, text=text)
+        return found.proposed
 
     def _text(self, batch: Batch, step: int) -> SampledText | None:
         """What decides about proposals that are drawn; other numbers in every step."""

@@ -35,17 +35,17 @@ class OpdTraining:
         seed: int = 0,
         ranks: Ranks = ALONE,
     ):
-        """drafter: float32 weights that are to be trained. mined: its steps on these trajectories (VERIFY_STEPS).
+        """drafter: float32 weights that are to be trained. mined: its steps on these trajectories (as a table,
+        VERIFY_STEPS), on all of them where `config.reads_table`.
 
-        law: that the trajectories were drawn by. Raises DraftsmithError if nothing of the
-        config's kind was mined.
+        law: that the trajectories were sampled with. Raises DraftsmithError if nothing of the config's kind was mined.
         """
         if isinstance(mined, pa.Table):
             mined = match_steps(mined, trajectories, drafter.block_size)
         self.config, self.mined, self.seed, self._block_size = config, mined, seed, drafter.block_size
         self.ranks, self._trajectories, self._device = ranks, trajectories, target.device
         self.kind: Kind = "errors" if config.anchors == "errors" else "visited"
-        self.usable = mined.trajectories_with(self.kind)
+        self.usable = mined.trajectories_with(self.kind) if config.reads_table else list(range(len(trajectories)))
         self.sampled = config.verification == "sampled" or (config.verification == "auto" and not law.greedy)
         drawn = law if self.sampled and drafter.draws else GREEDY
         self.objective = config.loss.resolved(drafter.recipe, self.sampled, law.temperature if drawn.greedy else 1.0)
@@ -91,9 +91,9 @@ class OpdTraining:
         beyond = f", weight exp(-d/{response.beyond:g}) at d behind the correction" if response.beyond else ""
         return (
             f"verification {'sampled' if self.sampled else 'greedy'}: {response.loss} on {response.scope} offsets"
-            f"{beyond}{', k3 on rejected ones' if self.objective.needs_scores else ''}; anchors {config.anchors}: "
-            f"{self.mined.count(self.kind)} mined steps in {len(self.usable)} trajectories, drawn {self.passes:.3g} "
-            f"times each on average"
+            f"{beyond}{', k3 on rejected ones' if self.objective.needs_scores else ''}; anchors {config.anchors}"
+            f"{f' of {self.mined.count(self.kind)} mined steps' if config.reads_table else ''}; {len(self.usable)} "
+            f"trajectories, each in {self.passes:.3g} steps on average"
             f"{f', mined again after {config.oldest_trace} steps' if config.oldest_trace else ''}"
         )
 
@@ -104,6 +104,6 @@ def anchor_source(config: OpdConfig, mined: MinedTable, drafter: Drafter, *, sco
     if config.anchors == "random":
         return RandomAnchors(count)
     if config.anchors == "successors":
-        return SuccessorAnchors(mined, drafter, count)
+        return SuccessorAnchors(drafter, mined.proposals, count)
     remining = Remining(mined, drafter, every=config.oldest_trace, scored=scored)
     return TableAnchors(remining, config.anchors, count)

@@ -13,8 +13,8 @@ from draftsmith.stages.drafters.base import LOGITS_AT_ONCE, Drafter, best_of
 from draftsmith.stages.drafters.drawing import probability_among, probability_of
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.parallel.ranks import ALONE, Ranks
-from draftsmith.stages.replay.corpus import score
-from draftsmith.stages.replay.drawn import Expectation, SampledText
+from draftsmith.stages.replay.replayer import score
+from draftsmith.stages.replay.sampled import Expectation, SampledText
 from draftsmith.stages.replay.trace import Trace, Trajectory
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.batches import Batch
@@ -73,7 +73,7 @@ def judge(
         best = _best(hidden, head, choice)
         accepted = ((best == labels) & inside).long().cumprod(-1).sum(-1)
         if chooser is not None and proposed is None:
-            proposed = chooser.choose(hidden, before[..., 0], head).tokens
+            proposed = chooser.choose(hidden, before[..., 0], head)
         proposed = best if proposed is None else proposed
     else:
         accepted = _drawn(hidden, on_text, anchors, head, choice, text)
@@ -102,7 +102,7 @@ def _choice(hidden: torch.Tensor, before: torch.Tensor, head: Head, chooser: Dra
 def _best(hidden: torch.Tensor, head: Head, choice: Choice | None) -> torch.Tensor:
     """[B, A, K] behind the tokens of the text."""
     if choice is None:
-        return best_of(hidden, head, with_logprobs=False).tokens
+        return best_of(hidden, head)
     scores, candidates = choice
     return candidates.gather(-1, scores.argmax(-1, keepdim=True))[..., 0]
 
@@ -187,7 +187,6 @@ def _asked(part: Unscored, row: int, proposals: int) -> tuple[Trajectory, Trace,
         positions,
         steps.accepted[row].cpu().numpy()[first],
         proposed,
-        np.full(proposed.shape, np.nan, dtype=np.float32),
         len(proposed),
     )
     return trajectory, trace, place

@@ -50,7 +50,7 @@ def rollout(folder: Path, recorded: Recorded) -> None:
 
 def mined(folder: Path, recorded: Recorded) -> None:
     """Writes the shards of mining, group by group."""
-    from draftsmith.stages.replay.corpus import Mined
+    from draftsmith.stages.replay.replayer import Mined
     from draftsmith.stages.replay.shards import MinedShards
 
     with MinedShards(folder / "mining.work") as shards:

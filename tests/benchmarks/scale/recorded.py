@@ -32,7 +32,7 @@ from tests.testbed.context import RecordingContext
 
 VOCABULARY, POSITIONS = 4096, 8192
 TEXT = VOCABULARY - 2  # without mask and end
-PROMPT, BLOCK, TOP_K = 64, 8, 8
+PROMPT, BLOCK = 64, 8
 # of a verify step, by accepted proposals: tau is about 4.8
 _ACCEPTED = np.array([0.15, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.25])
 _ROLLOUT = {"timings": TIMINGS, "trace": TRACE, "trajectories": TRAJECTORIES}
@@ -121,8 +121,7 @@ def _trace(index: int, tokens: int) -> Trace:
     anchors = anchors[anchors <= length - 2]
     accepted = np.minimum(accepted[: len(anchors)], length - 1 - anchors)
     proposed = rng.integers(0, TEXT, (len(anchors), K))
-    logprobs = -np.abs(rng.standard_normal((len(anchors), K), dtype=np.float32))
-    return Trace(length, anchors, accepted, proposed, logprobs, len(anchors))
+    return Trace(length, anchors, accepted, proposed, len(anchors))
 
 
 @functools.lru_cache(_DIFFERENT)
@@ -131,8 +130,7 @@ def _scores(index: int, tokens: int) -> StepScores:
     rng, shape = np.random.default_rng([index, 2]), trace.proposed.shape
     logprobs = -np.abs(rng.standard_normal(shape, dtype=np.float32))
     logprobs[np.arange(shape[1]) >= trace.judged[:, None]] = np.nan
-    top = -np.sort(np.abs(rng.standard_normal((shape[0], TOP_K), dtype=np.float32)))
-    return StepScores(logprobs, rng.integers(0, TEXT, (shape[0], TOP_K)), top)
+    return StepScores(logprobs, -np.abs(rng.standard_normal(shape[0], dtype=np.float32)))
 
 
 def _timing(name: str, trace: Trace) -> dict[str, Any]:

@@ -198,8 +198,7 @@ def test_a_shape_that_the_line_does_not_take_is_told(
     told = [line.text for line in found.lines if line.level is Level.WARNING]
     expected = said and said.format(block=now["block_size"], layers=now["num_hidden_layers"])
     assert [text.split("sft.drafter: ")[1].split(": not used")[0] for text in told] == ([expected] if expected else [])
-    becomes = section.get("kind") == "dspark"
-    assert plan.kind == ("dspark" if becomes else "dflash") and plan.has_confidence == becomes
+    assert plan.kind == ("dspark" if section.get("kind") == "dspark" else "dflash")
 
 
 def test_the_check_of_a_stage_that_is_run_alone_names_its_nodes_engine(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from draftsmith.flows.refresh.graph import REFRESH, refresh_nodes
 from draftsmith.flows.refresh.line import RegistryConfig
 from draftsmith.stages.champion import ChampionConfig
 from draftsmith.stages.law import GREEDY, Law
+from draftsmith.stages.training.on_policy.config import OpdConfig
 from tests.flows.pipeline.processes import ROOT
 from tests.testbed.refresh import load_config
 
@@ -105,6 +106,21 @@ def test_the_nodes_fit_their_stages_and_come_in_the_order_of_the_method(config: 
         *("target", "prompts", "heldout", "rollout", "sft", "assisted", "mining", "opd", "control"),
         *("evaluation", "report"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("opd", "table"),
+    [
+        ({"anchors": "visited"}, "full"),
+        ({"anchors": "errors", "loss": "paper"}, "scored"),
+        ({"loss": "paper"}, "sample"),  # scored on the blocks that a step drafts
+        ({}, "sample"),
+    ],
+)
+def test_mining_is_as_much_as_opd_reads(opd: dict[str, str], table: str, config: RefreshConfig) -> None:
+    changed = config.model_copy(update={"opd": OpdConfig.model_validate(opd)})
+    (mining,) = [node for node in refresh_nodes(changed) if node.name == "mining"]
+    assert mining.config.table == table  # type: ignore[attr-defined]
 
 
 def test_without_the_control_nothing_asks_for_it(config: RefreshConfig) -> None:

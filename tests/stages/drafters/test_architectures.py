@@ -80,7 +80,7 @@ class Texts:
         chain = self.chains(at.expand(len(self.tokens), 1))[row : row + 1]
         hidden = self.drafter.block_hidden(context, chain, at)
         proposals = self.drafter.propose(context, chain[..., 0], at, self.block, self.head)
-        return hidden[0, 0], proposals.tokens[0, 0].tolist()
+        return hidden[0, 0], proposals[0, 0].tolist()
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_packed_blocks_equal_one_at_a_time(texts: Texts) -> None:
     for row, index in product(range(len(anchors)), range(anchors.shape[1])):
         expected, tokens = texts.alone(row, int(anchors[row, index]))
         torch.testing.assert_close(hidden[row, index], expected, atol=TOLERANCE, rtol=TOLERANCE)
-        assert proposals.tokens[row, index].tolist() == tokens
+        assert proposals[row, index].tolist() == tokens
 
 
 def test_the_last_position_before_the_anchor_is_seen_and_the_anchors_own_is_not(texts: Texts) -> None:
@@ -144,7 +144,7 @@ def test_drafting_from_slots_equals_the_whole_context_after_rejections(texts: Te
         for row in range(rows):
             expected, proposed = texts.alone(row, int(anchors[row]))
             torch.testing.assert_close(hidden[row, 0], expected, atol=TOLERANCE, rtol=TOLERANCE)
-            assert proposals.tokens[row, 0].tolist() == proposed
+            assert proposals[row, 0].tolist() == proposed
         at = anchors[:, None] + torch.arange(block)
         tokens = F.pad(texts.tokens, (0, block)).gather(1, at)
         features = torch.stack([F.pad(f, (0, 0, 0, block))[i] for f, i in zip(texts.features, at, strict=True)])
@@ -172,7 +172,7 @@ def test_a_moved_row_drafts_the_same(texts: Texts) -> None:
         texts.drafter.extend(slots, slice(0, 1), *read)
         context, behind = texts.drafter.select(slots, slice(0, 1), anchor + 2), at + 2
         hidden = texts.drafter.block_hidden(context, texts.chains(behind.expand(3, -1))[2:3], behind)
-    assert proposals.tokens[0, 0].tolist() == texts.alone(2, anchor)[1]
+    assert proposals[0, 0].tolist() == texts.alone(2, anchor)[1]
     torch.testing.assert_close(hidden[0, 0], texts.alone(2, anchor + 2)[0], atol=TOLERANCE, rtol=TOLERANCE)
 
 
@@ -184,7 +184,7 @@ def test_a_context_of_some_rows_and_positions_drafts_the_same(texts: Texts, kept
     context = texts.drafter.select(texts.context(), part, anchor)
     at, tokens = torch.full((2, 1), anchor), texts.tokens[rows, anchor : anchor + 1]
     proposals = texts.drafter.propose(context, tokens, at, texts.block, texts.head)
-    assert proposals.tokens[:, 0].tolist() == [texts.alone(row, anchor)[1] for row in rows]
+    assert proposals[:, 0].tolist() == [texts.alone(row, anchor)[1] for row in rows]
 
 
 # ---- replay and decoding
@@ -203,7 +203,6 @@ def test_replay_is_sequential_speculative_decoding(texts: Texts, block_size: int
             np.testing.assert_array_equal(found[row].anchors, expected.anchors)
             np.testing.assert_array_equal(found[row].proposed, expected.proposed)
             np.testing.assert_array_equal(found[row].accepted, expected.accepted)
-            np.testing.assert_allclose(found[row].drafter_logprobs, expected.drafter_logprobs, atol=2e-4)
 
 
 def test_decoding_is_lossless_and_its_steps_are_those_of_replay(texts: Texts, plain_target: Target) -> None:

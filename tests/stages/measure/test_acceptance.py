@@ -12,7 +12,7 @@ from draftsmith.stages.replay.trace import Trace
 
 def trace(length: int, anchors: list[int], accepted: list[int]) -> Trace:
     shape = (len(anchors), 3)
-    return Trace(length, np.array(anchors), np.array(accepted), np.zeros(shape, int), np.zeros(shape), len(anchors))
+    return Trace(length, np.array(anchors), np.array(accepted), np.zeros(shape, int), len(anchors))
 
 
 def tallies(**traces: list[Trace]) -> dict[str, Tally]:

@@ -23,7 +23,7 @@ def traced(prompt: str, answer: str, accepted: list[int], K: int = 3) -> tuple[T
         anchor += kept + 1
     assert anchor == len(tokens) - 1
     steps = np.array(anchors), np.array(accepted), np.array(proposed)
-    return Trajectory(answer, tokens, len(prompt)), Trace(len(tokens), *steps, np.zeros((len(accepted), K)), 0)
+    return Trajectory(answer, tokens, len(prompt)), Trace(len(tokens), *steps, 0)
 
 
 def test_the_worst_stretch_of_every_answer_is_shown_step_by_step() -> None:

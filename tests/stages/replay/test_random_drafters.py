@@ -14,10 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from draftsmith.stages.drafters.base import Context, Drafter, Proposals
+from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.head import Head
-from draftsmith.stages.replay.board import REJECTIONS_TO_SPLIT, Board, Pace
-from draftsmith.stages.replay.chains import replay_chains
+from draftsmith.stages.replay.chains import REJECTIONS_TO_SPLIT, ChainState, RejectionRate, replay_chains
 from draftsmith.stages.replay.sequential import replay_sequentially
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.targets.slots import Rows
@@ -27,10 +26,9 @@ HEAD = Head(torch.zeros(1, 1))
 
 @dataclass
 class Table(Context):
-    """What is proposed behind each position of each row, [B, T, K], and the log-probs; row -> trajectory."""
+    """What is proposed behind each position of each row, [B, T, K]; row -> trajectory."""
 
     tokens: torch.Tensor
-    logprobs: torch.Tensor
 
 
 class TableDrafter(Drafter):
@@ -48,7 +46,7 @@ class TableDrafter(Drafter):
     def select(self, context: Context, rows: Rows, length: int) -> Table:
         assert isinstance(context, Table)
         assert length <= context.tokens.shape[1]
-        return Table(context.tokens[rows], context.logprobs[rows])
+        return Table(context.tokens[rows])
 
     def propose(  # type: ignore[override]
         self,
@@ -57,13 +55,11 @@ class TableDrafter(Drafter):
         anchors: torch.Tensor,
         block_size: int,
         head: Head,  # noqa: ARG002
-        *,
-        with_logprobs: bool = True,
-    ) -> Proposals:
+    ) -> torch.Tensor:
         assert anchor_tokens.shape == anchors.shape and len(anchors) == len(context.tokens)
         self.shapes.append((anchors.shape[0], anchors.shape[1]))
         at = anchors[..., None].expand(-1, -1, block_size - 1)
-        return Proposals(context.tokens.gather(1, at), context.logprobs.gather(1, at) if with_logprobs else None)
+        return context.tokens.gather(1, at)
 
 
 @dataclass
@@ -93,27 +89,21 @@ class Case:
             table = np.where(hits < acceptance, truth, rng.integers(0, vocabulary, (T, K)))
             trajectories.append(Trajectory(str(i), tokens.tolist(), prompt))
             tables.append(table)
-        logprobs = -rng.random((len(responses), T, K)).astype(np.float32)
-        return cls(trajectories, Table(torch.tensor(np.array(tables)), torch.tensor(logprobs)), block_size)
+        return cls(trajectories, Table(torch.tensor(np.array(tables))), block_size)
 
-    def check(self, chains: int | None, blocks_per_round: int, with_logprobs: bool = True) -> tuple[int, int, int]:
+    def check(self, chains: int | None, blocks_per_round: int) -> tuple[int, int, int]:
         """Traces equal to the reference's. Returns rounds, blocks evaluated, and steps."""
         drafter = TableDrafter()
         found = replay_chains(
-            drafter, self.context, self.trajectories, self.block_size, HEAD, chains,
-            blocks_per_round=blocks_per_round, with_logprobs=with_logprobs,
-        )  # fmt: skip
+            drafter, self.context, self.trajectories, self.block_size, HEAD, chains, blocks_per_round=blocks_per_round
+        )
         for i, (trace, trajectory) in enumerate(zip(found, self.trajectories, strict=True)):
-            alone = Table(self.context.tokens[i : i + 1], self.context.logprobs[i : i + 1])
+            alone = Table(self.context.tokens[i : i + 1])
             expected = replay_sequentially(TableDrafter(), alone, trajectory, self.block_size, HEAD)
             assert trace.length == expected.length
             np.testing.assert_array_equal(trace.anchors, expected.anchors)
             np.testing.assert_array_equal(trace.accepted, expected.accepted)
             np.testing.assert_array_equal(trace.proposed, expected.proposed)
-            if with_logprobs:
-                np.testing.assert_array_equal(trace.drafter_logprobs, expected.drafter_logprobs)
-            else:
-                assert np.isnan(trace.drafter_logprobs).all()
             assert len(trace.anchors) <= trace.evaluated_blocks <= max(0, trajectory.response_length - 1)
             if chains == 1:
                 assert trace.evaluated_blocks == len(trace.anchors)
@@ -130,15 +120,14 @@ class Case:
     vocabulary=st.sampled_from([1, 2, 50]),
     chains=st.sampled_from([None, None, 1, 2, 5, 16, 200]),
     blocks_per_round=st.sampled_from([1, 4, 32, 500]),
-    with_logprobs=st.booleans(),
     by_token=st.booleans(),
 )
 def test_any_chains_leave_the_trace_of_the_reference(
     seed: int, responses: list[int], block_size: int, acceptance: float, vocabulary: int, chains: int | None,
-    blocks_per_round: int, with_logprobs: bool, by_token: bool,
+    blocks_per_round: int, by_token: bool,
 ) -> None:  # fmt: skip
     case = Case.drawn(seed, responses, block_size, acceptance, vocabulary, by_token)
-    case.check(chains, blocks_per_round, with_logprobs)
+    case.check(chains, blocks_per_round)
 
 
 @pytest.mark.parametrize(("acceptance", "block_size"), [(0.0, 8), (0.5, 8), (0.8, 8), (0.9, 16)])
@@ -175,14 +164,14 @@ def test_finished_rows_leave_the_batch() -> None:
 
 
 def test_a_chain_starts_amid_the_longest_stretch() -> None:
-    board = Board(Trajectory("", [0] * 1004, 4), 7, chains=1)
-    fast = Pace(blocks=100, rejections=100, committed=200)
-    board.split(2, Pace(blocks=1, rejections=1, committed=2))
+    board = ChainState(Trajectory("", [0] * 1004, 4), 7, chains=1)
+    fast = RejectionRate(blocks=100, rejections=100, committed=200)
+    board.split(2, RejectionRate(blocks=1, rejections=1, committed=2))
     assert board.live == [4]  # one block says nothing yet
     board.split(4, fast)
     assert board.live == [4, 253, 503, 753]
     board.split(4, fast)
     assert len(board.live) == 4
-    short = Board(Trajectory("", [0] * (4 + 2 * REJECTIONS_TO_SPLIT - 1), 4), 7, chains=1)
+    short = ChainState(Trajectory("", [0] * (4 + 2 * REJECTIONS_TO_SPLIT - 1), 4), 7, chains=1)
     short.split(2, fast)
     assert short.live == [4]

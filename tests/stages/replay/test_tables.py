@@ -11,13 +11,13 @@ import pytest
 
 from draftsmith.artifacts.parquet import to_table
 from draftsmith.artifacts.schemas import VERIFY_STEPS
-from draftsmith.stages.replay.corpus import Mined
+from draftsmith.stages.replay.replayer import Mined
 from draftsmith.stages.replay.scoring import StepScores
 from draftsmith.stages.replay.table import Frequent, MinedFigures, steps_table
 from draftsmith.stages.replay.tally import Tally
 from draftsmith.stages.replay.trace import Trace, Trajectory, tau
 
-K, TOP = 3, 2
+K = 3
 
 
 class Words:
@@ -39,14 +39,14 @@ def mined(count: int, seed: int = 0) -> Mined:
             accepted.append(int(rng.integers(0, min(K, len(tokens) - 1 - anchor) + 1)))
             anchor += accepted[-1] + 1
         shape = (len(anchors), K)
-        proposed, drafted = rng.integers(0, 9, shape), -rng.random(shape).astype(np.float32)
-        trace = Trace(len(tokens), np.array(anchors), np.array(accepted), proposed, drafted, len(anchors))
+        proposed = rng.integers(0, 9, shape)
+        trace = Trace(len(tokens), np.array(anchors), np.array(accepted), proposed, len(anchors))
         said = -rng.random(shape).astype(np.float32)
         said[np.arange(K) >= trace.judged[:, None]] = np.nan
-        top = rng.integers(0, 9, (len(anchors), TOP)), -rng.random((len(anchors), TOP)).astype(np.float32)
+        best = np.where(trace.rejected_offset > 0, -rng.random(len(anchors)), np.nan).astype(np.float32)
         trajectories.append(Trajectory(f"p{index}/0", tokens, 4))
         traces.append(trace)
-        scores.append(StepScores(said, *top))
+        scores.append(StepScores(said, best))
     return Mined(trajectories, traces, scores)
 
 
@@ -55,8 +55,7 @@ def plain_rows(group: Mined) -> list[dict[str, Any]]:
     rows = []
     for trajectory, trace, scores in zip(group.trajectories, group.traces, group.scores, strict=True):
         for s, anchor in enumerate(trace.anchors.tolist()):
-            accepted, rejected = int(trace.accepted[s]), int(trace.rejected_offset[s])
-            committed = int(trace.committed[s])
+            accepted, committed = int(trace.accepted[s]), int(trace.committed[s])
             rows.append(
                 {
                     "trajectory_id": trajectory.trajectory_id,
@@ -64,13 +63,12 @@ def plain_rows(group: Mined) -> list[dict[str, Any]]:
                     "anchor": anchor,
                     "accepted": accepted,
                     "committed": committed,
-                    "rejected_offset": rejected,
+                    "rejected_offset": int(trace.rejected_offset[s]),
+                    "judged": int(trace.judged[s]),
                     "proposed_ids": trace.proposed[s].tolist(),
                     "target_logprobs": scores.target_logprobs[s].tolist(),
-                    "drafter_logprobs": trace.drafter_logprobs[s].tolist(),
                     "committed_id": trajectory.tokens[anchor + accepted + 1] if committed > accepted else -1,
-                    "top_ids": scores.top_ids[s].tolist() if rejected else [],
-                    "top_logprobs": scores.top_logprobs[s].tolist() if rejected else [],
+                    "best_logprob": float(scores.best_logprob[s]),
                 }
             )
     return rows
@@ -128,7 +126,6 @@ def test_a_tally_says_what_the_traces_say() -> None:
     for histogram, name in ((tally.accepted, "accepted"), (tally.judged, "judged")):
         values = np.concatenate([getattr(trace, name) for trace in traces])
         assert histogram.tolist() == np.bincount(values, minlength=K + 1).tolist()
-    assert tally.judged_per_step == pytest.approx(np.concatenate([trace.judged for trace in traces]).mean())
     assert tally.block_size == K + 1
     assert np.isnan(Tally(0).tau)
 

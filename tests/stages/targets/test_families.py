@@ -18,14 +18,15 @@ import torch
 from transformers import AutoConfig
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.drafters.base import Context, Proposals, best_of
+from draftsmith.stages.drafters.base import Context
 from draftsmith.stages.drafters.checkpoint import create_drafter
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.drafters.dflash.shape import DFlashConfig
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.engines.base import Completion, Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
-from draftsmith.stages.replay.corpus import replay_all
+from draftsmith.stages.replay.options import ReplayOptions
+from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.table import mined_table
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.targets import capabilities
@@ -63,15 +64,13 @@ class Pairs(DFlashDrafter):
         anchors: torch.Tensor,
         block_size: int,
         head: Head,
-        *,
-        with_logprobs: bool = True,
-    ) -> Proposals:
-        own = super().propose(context, anchor_tokens, anchors, block_size, head, with_logprobs=with_logprobs)
+    ) -> torch.Tensor:
+        own = super().propose(context, anchor_tokens, anchors, block_size, head)
         chain = [anchor_tokens]
         for offset in range(1, block_size):
-            by_weights = own.tokens[..., offset - 1]
+            by_weights = own[..., offset - 1]
             chain.append(torch.where((anchors + offset) % 5 == 0, by_weights, self.following[chain[-1]]))
-        return Proposals(torch.stack(chain[1:], -1), own.logprobs)
+        return torch.stack(chain[1:], -1)
 
 
 @dataclass
@@ -148,7 +147,7 @@ class Case:
     @cached_property
     def mined(self) -> pa.Table:
         """In groups of two texts."""
-        return mined_table(self.target, self.drafter, self.trajectories, tokens_per_group=80)
+        return mined_table(self.target, self.drafter, self.trajectories, ReplayOptions(tokens_per_group=80))
 
     @cached_property
     def trajectories(self) -> list[Trajectory]:
@@ -201,7 +200,7 @@ def test_greedy_decoding_is_transformers_own(case: Case) -> None:
 
 
 def test_replay_finds_the_steps_of_speculative_decoding(case: Case) -> None:
-    traces = replay_all(case.target, {"drafter": case.drafter}, case.trajectories)["drafter"]
+    traces = Replayer(case.target).traces({"drafter": case.drafter}, case.trajectories)["drafter"]
     for trajectory, trace in zip(case.trajectories, traces, strict=True):
         steps = case.decoded[trajectory.trajectory_id].steps
         found = zip(trace.anchors.tolist(), trace.accepted.tolist(), trace.proposed.tolist(), strict=True)
@@ -232,9 +231,6 @@ def test_losses_and_proposals_read_the_familys_own_law(case: Case) -> None:
     close(feedback.logits().log_softmax(-1), law[:-1])
     close(feedback.asked().token_logprob, law[:-1].gather(1, following[:, None])[:, 0])
     close(heads.drafter.logits(hidden).log_softmax(-1), law)
-    best = best_of(hidden, heads.drafter, with_logprobs=True)
-    assert best.logprobs is not None
-    close(best.logprobs, law.max(-1).values)
 
 
 def test_opd_takes_a_step_with_the_rejected_stream(case: Case) -> None:

@@ -151,7 +151,7 @@ def test_verify_steps_are_those_of_its_proposals(
 ) -> None:
     """What is kept is found on the text, what is proposed behind a rejection on its own tokens."""
     case, head = choice_case, Head(plain_target.head_weight)
-    likely = chooser.propose(*_asked(case, chooser), head).tokens
+    likely = chooser.propose(*_asked(case, chooser), head)
     tokens = case.batch.tokens.clone()
     for b in range(len(tokens)):  # texts that keep a part of some blocks
         for a, anchor in enumerate(case.anchors.positions[b].tolist()):
@@ -170,7 +170,7 @@ def test_verify_steps_are_those_of_its_proposals(
     with torch.no_grad():
         hidden = block_hidden(chooser, context_of(chooser, batch), batch, case.anchors)
     steps = judge(hidden, batch, case.anchors, head, proposals=4, chooser=chooser)
-    proposed = chooser.propose(*_asked(changed, chooser), head).tokens
+    proposed = chooser.propose(*_asked(changed, chooser), head)
     assert torch.equal(steps.proposed, proposed)
     kept = set()
     for row, index, anchor in changed.blocks():

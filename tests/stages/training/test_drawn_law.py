@@ -13,9 +13,10 @@ from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.drawing import probabilities, sampled
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.law import Law
-from draftsmith.stages.replay import drawn
-from draftsmith.stages.replay.corpus import replay_all
-from draftsmith.stages.replay.drawn import SampledText
+from draftsmith.stages.replay import sampled as sampled_replay
+from draftsmith.stages.replay.options import ReplayOptions
+from draftsmith.stages.replay.replayer import Replayer
+from draftsmith.stages.replay.sampled import SampledText
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.anchors import position_anchors
 from draftsmith.stages.training.batches import FeatureSource, step_rng
@@ -233,10 +234,11 @@ def test_blocks_are_judged_alike_however_many_laws_fit_into_memory(
         hidden = block_hidden(drafter, context_of(drafter, batch), batch, anchors)
         known = {"proposals": drafter.block_size - 1, "chooser": heads.chooser, "text": text}
         steps = judge(hidden, batch, anchors, heads.drafter, **known)
-        return steps.accepted, replay_all(plain_target, {"it": drafter}, texts, law=law)["it"][0].proposed
+        replayer = Replayer(plain_target, ReplayOptions(law=law))
+        return steps.accepted, replayer.traces({"it": drafter}, texts)["it"][0].proposed
 
     whole = judged()
-    monkeypatch.setattr(drawn, "LOGITS_AT_ONCE", 2 * len(texts) * V)  # fewer than one law a text
+    monkeypatch.setattr(sampled_replay, "LOGITS_AT_ONCE", 2 * len(texts) * V)  # fewer than one law a text
     monkeypatch.setattr(verify_steps, "LOGITS_AT_ONCE", 7 * 7 * drafter.config.hidden_size)  # of 7 candidates
     of_choices = note_choices(drafter, monkeypatch)
     assert text.anchors_at_once == 1

@@ -11,7 +11,7 @@ import torch
 
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.head import Head
-from draftsmith.stages.replay.corpus import score
+from draftsmith.stages.replay.replayer import score
 from draftsmith.stages.replay.sequential import replay_sequentially
 from draftsmith.stages.replay.trace import Trace, Trajectory
 from draftsmith.stages.targets.causal_lm import Target
@@ -91,7 +91,7 @@ class World:
     ) -> AnchorSource:
         """remining: for a kind that draws from the table; left out: one that never mines again."""
         if kind == "successors":
-            return SuccessorAnchors(self.table, self.moved, per_sequence)
+            return SuccessorAnchors(self.moved, self.table.proposals, per_sequence)
         if kind == "random":
             return RandomAnchors(per_sequence)
         remining = remining or self.remining(every=0, scored=True)

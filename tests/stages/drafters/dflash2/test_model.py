@@ -58,7 +58,7 @@ def test_hidden_states_and_the_walk_equal_the_plain_float64_reference(window: in
         )
         torch.testing.assert_close(hidden[0, index].double(), expected, atol=TOLERANCE, rtol=TOLERANCE)
         walked = additions.path(weights, expected, plain_target.head_weight, trajectory.tokens[anchor], 7)
-        assert proposed.tokens[0, index].tolist() == walked
+        assert proposed[0, index].tolist() == walked
         assert walked != (expected @ plain_target.head_weight.double().T).argmax(-1).tolist(), "pairs decide"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Literal
 
 import pytest
@@ -13,7 +12,7 @@ from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.drafters.dspark.markov import RecurrentMarkovHead, markov_head
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
 from draftsmith.stages.drafters.dspark.shape import DSparkConfig
-from draftsmith.stages.replay.corpus import replay_all
+from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.config import SftConfig
 from tests.testbed import random_target
@@ -89,20 +88,6 @@ def test_logits_and_confidence_equal_the_plain_reference(
         torch.testing.assert_close(found, said, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-@pytest.mark.parametrize("reads_token", [True, False])
-def test_a_block_is_drafted_as_it_is_trained(reads_token: bool, kind: Kind, plain_target: Target) -> None:
-    """Offset by offset, with what the confidence says of it; a copy goes its own way."""
-    drafter = random_dspark(plain_target, confidence_reads_token=reads_token, markov_head=kind)
-    blocks = Blocks(plain_target, drafter)
-    logits, confidence = blocks.head.logits(blocks.hidden), drafter.confidence(blocks.hidden)
-    with torch.no_grad():
-        drafting = drafter.drafting(blocks.context, blocks.given[..., 0], blocks.anchors, 5, blocks.head)
-        for k in range(4):
-            copy.copy(drafting).logits(blocks.given[..., k] + 1)
-            torch.testing.assert_close(drafting.logits(blocks.given[..., k]), logits[..., k, :], atol=2e-5, rtol=2e-5)
-            torch.testing.assert_close(drafting.confidence(), confidence[..., k], atol=2e-5, rtol=2e-5)
-
-
 def test_the_recurrent_head_has_seen_all_tokens_of_the_block() -> None:
     head = markov_head("rnn", 50, 6, 8)
     assert isinstance(head, RecurrentMarkovHead)
@@ -123,7 +108,7 @@ def test_an_upgraded_drafter_proposes_what_it_did_and_learns(
         torch.equal(a, b) for a, b in zip(made.parameters(), again.parameters(), strict=True)
     )  # seeded, all of it
     texts = random_target.trajectories(3, seed=2)
-    traces = replay_all(plain_target, {"before": plain_drafter, "after": made}, texts)
+    traces = Replayer(plain_target).traces({"before": plain_drafter, "after": made}, texts)
     for before, after in zip(traces["before"], traces["after"], strict=True):
         assert before.proposed.tolist() == after.proposed.tolist()
     blocks = Blocks(plain_target, made)

@@ -101,12 +101,9 @@ class Chain:
         self.position += 1
         return rms_norm(self.feature, self.weights["norm.weight"], self.shape.eps)
 
-    def draft(self, anchor_token: int, count: int, draft_tokens: list[int]) -> tuple[list[int], list[float]]:
-        """Greedily: `count` proposals and their log-probs over `draft_tokens`, the target's ids of the head's rows."""
-        proposed, logprobs = [anchor_token], []
+    def draft(self, anchor_token: int, count: int, draft_tokens: list[int]) -> list[int]:
+        """Greedily: `count` proposals among `draft_tokens`, the target's ids of the head's rows."""
+        proposed = [anchor_token]
         for _ in range(count):
-            law = torch.log_softmax(self.weights["lm_head.weight"] @ self.step(proposed[-1]), -1)
-            best = int(law.argmax())
-            proposed.append(draft_tokens[best])
-            logprobs.append(float(law[best]))
-        return proposed[1:], logprobs
+            proposed.append(draft_tokens[int((self.weights["lm_head.weight"] @ self.step(proposed[-1])).argmax())])
+        return proposed[1:]

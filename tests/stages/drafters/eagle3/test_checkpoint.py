@@ -57,7 +57,7 @@ def proposals(drafter: Eagle3Drafter, target: Target) -> torch.Tensor:
         context = drafter.encode(features, tokens, torch.arange(9)[None])
     head = drafter.drafting_head(target.head_weight, None)
     anchors = torch.tensor([[3, 8]])
-    return drafter.propose(context, tokens.gather(1, anchors), anchors, drafter.block_size, head).tokens
+    return drafter.propose(context, tokens.gather(1, anchors), anchors, drafter.block_size, head)
 
 
 def leave_out(name: str) -> Edit:

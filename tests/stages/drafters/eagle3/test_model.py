@@ -77,39 +77,16 @@ def test_drafting_equals_a_greedy_loop_over_the_reference(
     head = plain_eagle3.drafting_head(plain_target.head_weight, None)
     arguments = (sequence.context(), tokens, torch.tensor([ANCHORS]), plain_eagle3.block_size, head)
     proposals = plain_eagle3.propose(*arguments)
-    assert proposals.tokens.shape == (1, len(ANCHORS), K)
-    assert proposals.logprobs is not None
+    assert proposals.shape == (1, len(ANCHORS), K)
     seen = set()
     for index, anchor in enumerate(ANCHORS):
-        expected, logprobs = sequence.plainly(anchor).draft(
-            int(tokens[0, index]), K, plain_eagle3.draft_tokens.tolist()
-        )
-        assert proposals.tokens[0, index].tolist() == expected
-        torch.testing.assert_close(
-            proposals.logprobs[0, index], torch.tensor(logprobs), atol=2e-4, rtol=2e-4
-        )  # logits of some tens
+        expected = sequence.plainly(anchor).draft(int(tokens[0, index]), K, plain_eagle3.draft_tokens.tolist())
+        assert proposals[0, index].tolist() == expected
         seen |= set(expected)
     assert len(seen) > 3, "the chains differ"
     assert any(token != column for column, token in enumerate(plain_eagle3.draft_tokens.tolist())), "ids are mapped"
     shorter = plain_eagle3.propose(*arguments[:3], 3, head)
-    assert torch.equal(shorter.tokens, proposals.tokens[..., :2]), "a shorter chain is the beginning of a longer one"
-    without = plain_eagle3.propose(*arguments, with_logprobs=False)
-    assert torch.equal(without.tokens, proposals.tokens)
-    assert without.logprobs is None
-
-
-def test_its_own_proposals_as_tokens_give_the_states_that_proposed_them(
-    sequence: Sequence, plain_target: Target, plain_eagle3: Eagle3Drafter
-) -> None:
-    """So a chain on proposals, which the rejected stream of OPD reads, is the chain that was drafted."""
-    tokens, anchors = chains_of(sequence, ANCHORS, 1), torch.tensor([ANCHORS])
-    head = plain_eagle3.head_over(plain_target.head_weight, None)
-    proposals = plain_eagle3.propose(sequence.context(), tokens[..., 0], anchors, K + 1, head)
-    with torch.no_grad():
-        on_own = torch.cat([tokens, proposals.tokens[..., :-1]], -1)
-        best = head.logits(plain_eagle3.block_hidden(sequence.context(), on_own, anchors)).log_softmax(-1).max(-1)
-    assert torch.equal(head.to_tokens(best.indices), proposals.tokens)
-    torch.testing.assert_close(best.values, proposals.logprobs, atol=1e-5, rtol=1e-5)
+    assert torch.equal(shorter, proposals[..., :2]), "a shorter chain is the beginning of a longer one"
 
 
 def test_a_reduced_head_proposes_from_its_tokens_alone(
@@ -126,7 +103,7 @@ def test_a_reduced_head_proposes_from_its_tokens_alone(
     assert torch.equal(head.weight, plain_eagle3.lm_head.weight[rows])
     tokens = chains_of(sequence, ANCHORS, 1)[..., 0]
     proposals = plain_eagle3.propose(sequence.context(), tokens, torch.tensor([ANCHORS]), K + 1, head)
-    assert set(proposals.tokens.flatten().tolist()) <= set(kept)
+    assert set(proposals.flatten().tolist()) <= set(kept)
 
 
 # ---- what a chain reads

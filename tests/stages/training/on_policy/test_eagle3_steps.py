@@ -12,6 +12,7 @@ import torch
 from draftsmith.stages.training.batches import step_rng
 from draftsmith.stages.training.blocks import block_hidden, block_hidden_on, context_of
 from draftsmith.stages.training.on_policy.loss import opd_loss
+from draftsmith.stages.training.on_policy.mined import draw_steps
 from draftsmith.stages.training.on_policy.remining import Remining
 from draftsmith.stages.training.on_policy.sources import RandomAnchors
 from draftsmith.stages.training.on_policy.step import OpdStep
@@ -31,12 +32,13 @@ def test_chains_of_the_training_are_judged_as_replay_judges_them(world: World) -
     is proposed behind a rejection is the drafter's own."""
     drafter, batch = world.moved, world.batch
     fresh = world.mined_by(drafter)
-    anchors, expected = fresh.draw(INDICES, "visited", 30, phases(0, 1)[:, 0], torch.device("cpu"))
+    known = [fresh.steps[i] for i in INDICES]
+    anchors, expected = draw_steps(known, "visited", 30, phases(0, 1)[:, 0], torch.device("cpu"))
     context = context_of(drafter, batch)
     hidden = block_hidden(drafter, context, batch, anchors)
     head = world.head_of(drafter)
     tokens = batch.tokens.gather(1, anchors.positions)
-    own = drafter.propose(context, tokens, anchors.positions, drafter.block_size, head).tokens
+    own = drafter.propose(context, tokens, anchors.positions, drafter.block_size, head)
     steps = judge(hidden, batch, anchors, head, proposals=4, proposed=own)
     for name in ("accepted", "committed", "rejected_offset", "proposed"):
         assert torch.equal(getattr(steps, name), getattr(expected, name)), name
@@ -56,7 +58,7 @@ def test_mining_again_gives_the_trace_of_the_current_weights(world: World) -> No
     fresh = world.mined_by(world.moved)
     for i in INDICES:
         for name in ("anchors", "accepted", "committed", "rejected_offset", "proposed"):
-            ours, expected = getattr(remining.current.steps[i], name), getattr(fresh.steps[i], name)
+            ours, expected = getattr(remining.steps(i), name), getattr(fresh.steps[i], name)
             np.testing.assert_array_equal(ours, expected, err_msg=name)
     assert 0 < figures["trace_changed_share"] < 1
     assert figures["remined_trajectories"] == 3
@@ -83,7 +85,8 @@ def test_a_step_has_the_loss_of_the_chains_that_mining_finds(world: World) -> No
     """Read from the table, or drafted, judged and scored in the step: proposals, scores and the states behind them."""
     objective, many = world.objective("paper"), 30
     drafter, batch, fresh = world.moved, world.batch, world.mined_by(world.moved)
-    anchors, steps = fresh.draw(INDICES, "errors", many, phases(5, 1)[:, 0], torch.device("cpu"))
+    known = [fresh.steps[i] for i in INDICES]
+    anchors, steps = draw_steps(known, "errors", many, phases(5, 1)[:, 0], torch.device("cpu"))
     judged_behind = (steps.target_logprobs.isfinite().sum(-1) - 1)[steps.rejected_offset > 0]
     assert int(judged_behind.sum()) > 50, "proposals behind a rejection, on the drafter's own prefix"
 

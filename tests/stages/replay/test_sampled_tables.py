@@ -21,9 +21,9 @@ from draftsmith.stages.drafters.base import Drafter, Drafting
 from draftsmith.stages.drafters.drawing import Purpose
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.law import Law
-from draftsmith.stages.replay import drawn
-from draftsmith.stages.replay.drawn import SampledText
-from tests.stages.replay.test_drawn import same_law
+from draftsmith.stages.replay import sampled
+from draftsmith.stages.replay.sampled import SampledText
+from tests.stages.replay.test_sampled import same_law
 
 V, DRAWS = 4, 20_000
 ALARM = 1e-6  # p-value, of fixed seeds
@@ -122,13 +122,11 @@ def replayed(law: Law) -> Counter[Step]:
     drafter = cast("Drafter", SimpleNamespace(drafting=lambda *_: Walk()))
     padded, context = torch.nn.functional.pad(tokens, (0, 2), value=-1), cast("Any", None)
     anchors = torch.zeros(DRAWS, 1, dtype=torch.long)
-    found = drawn.draft_drawn(
-        drafter, context, text, padded, anchors, 3, Walk.head, confidence=None, with_proposals=True, with_logprobs=False
-    )
+    found = sampled.draft_sampled(drafter, context, text, padded, anchors, 3, Walk.head, with_proposals=True)
     assert found.expected is not None
     off = found.accepted + 1 - found.expected
     assert abs(float(off.mean())) < 5 * float(off.std()) / DRAWS**0.5, "what is expected is what drawing comes to"
-    rows = torch.cat([tokens[:, 1:3], found.accepted, found.proposals.tokens[:, 0]], 1)
+    rows = torch.cat([tokens[:, 1:3], found.accepted, found.proposed[:, 0]], 1)
     return Counter(map(tuple, rows.tolist()))
 
 
@@ -153,5 +151,5 @@ WRONG: dict[str, tuple[str, Rule]] = {
 def test_wrong_rules_are_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     where, rule = WRONG[name]
     right = decoded(LAWS[2])
-    monkeypatch.setattr(drawn, where, rule)
+    monkeypatch.setattr(sampled, where, rule)
     assert same_law(right, replayed(LAWS[2])) < ALARM

@@ -1,4 +1,6 @@
-"""Replay of drafters that draw their proposals from a q of their own: exact in law, on stored text of a sampled target.
+"""Replay of drafters that sample their proposals from a q of their own, on stored text of a sampled target.
+
+It is exact in distribution.
 
 P(proposed and kept) of a token y is min(p(y), q(y)), and P(committed) is p(y). So given that y was committed it was the
 proposal, and kept, with probability min(1, q(y) / p(y)). Otherwise the step ended there: the rejected proposal has the
@@ -6,9 +8,10 @@ law max(q - p, 0), normalised, and the rest of the block was drawn from q behind
 tokens that the drafter sees are the text's. A proposal that is an argmax is the case q(y) = 1: kept iff it is y, on
 average over p.
 
-A committed token that the stated law cannot draw (top-k or top-p leave it out, p(y) = 0) contradicts the law. It has
-no such probability, and is judged by the law before truncation: min(1, q(y) / p(y)) with the p that they had not cut
-yet. How many there are is counted (`nucleus.py`).
+A committed token that the stated top-k and top-p leave out (p(y) = 0) is verified by p before truncation. How many
+there are is counted (`outside_nucleus`): of texts that were sampled as stated there are next to none, as other kernels
+and dtypes move a token over the edge now and then. More of them say that the texts were sampled otherwise, so that tau
+by replay is wrong.
 """
 
 from __future__ import annotations
@@ -20,10 +23,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from draftsmith.stages.drafters.base import LOGITS_AT_ONCE, Context, Drafter, Drafting, Proposals
-from draftsmith.stages.drafters.cutting import KeptSoFar
+from draftsmith.stages.drafters.base import LOGITS_AT_ONCE, Context, Drafter, Drafting
 from draftsmith.stages.drafters.drawing import (
     Purpose,
+    is_outside,
     pick,
     probabilities,
     probability_of,
@@ -37,15 +40,16 @@ from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.slots import Rows
 
+FEW_OUTSIDE = 0.01  # share that is no reason for a warning: random weights in bfloat16 came to 0.5 %
+
 
 @dataclass(frozen=True)
-class Judged:
+class Verified:
     """Blocks behind [R, A] anchors, verified against the text."""
 
-    proposals: Proposals
-    accepted: torch.Tensor  # [R, A] proposals kept
-    expected: torch.Tensor | None = None  # [R, A] float64 tokens committed, on average over what is drawn
-    verified: torch.Tensor | None = None  # [R, A] proposals in front of the cut, where blocks are cut
+    proposed: torch.Tensor  # [R, A, K] token ids
+    accepted: torch.Tensor  # [R, A] proposals accepted
+    expected: torch.Tensor | None = None  # [R, A] float64 tokens committed, on average over what is sampled
 
 
 @dataclass(frozen=True)
@@ -163,20 +167,14 @@ class Expectation:
         self.committed = torch.ones(anchors.shape, dtype=torch.float64, device=anchors.device)  # on average
         self._reached = self.committed.clone()
 
-    def take(
-        self, q: torch.Tensor, p: torch.Tensor, tokens: torch.Tensor, verified: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """The next offset of all blocks. Returns where the step ends there with a rejected proposal, bool [R, A].
+    def take(self, q: torch.Tensor, p: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Take the next offset of all blocks. Return where the step ends there with a rejected proposal, bool [R, A].
 
-        q, p: float64 [R, A], what drafter and target (`of_text`) say of the text's own tokens [R, A], -1 behind its
-        end. verified: bool [R, A]; where a block is cut in front of the offset the step ends with a token of the
-        target alone.
+        q, p: float64 [R, A], what drafter and target (`of_text`) say of the text's own tokens [R, A], -1 after its end.
         """
         self.offset += 1
         judged = tokens >= 0
         chance = kept_by(q, p.clamp(min=torch.finfo(p.dtype).tiny)).clamp(max=1) * judged
-        if verified is not None:
-            chance, judged = chance * verified, judged & verified
         self._reached = self._reached * chance
         # the last token of a text is committed by a step that reaches it, whether it was proposed or not
         inside = self.anchors + self.offset < self.text.lengths[:, None] - 1
@@ -189,7 +187,7 @@ class Expectation:
 
 
 @torch.no_grad()
-def draft_drawn(
+def draft_sampled(
     drafter: Drafter,
     context: Context,
     text: SampledText,
@@ -198,25 +196,21 @@ def draft_drawn(
     block_size: int,
     head: Head,
     *,
-    confidence: float | None,
     with_proposals: bool,
-    with_logprobs: bool,
-) -> Judged:
-    """What `draft` does for argmaxes: a block behind every anchor [R, A], drawn so that it fits the text.
+) -> Verified:
+    """Do what `draft` does for argmaxes: a block behind every anchor [R, A], sampled so that it fits the text.
 
-    tokens: [R, T + K] of the text, -1 behind its end. Log-probs are under the drafter's softmax, at temperature 1.
-    with_proposals: else they are zeros; how far blocks are kept is known without them.
+    tokens: [R, T + K] of the text, -1 after its end. with_proposals: else they are zeros; how many are accepted is
+    known without them.
     """
     parts = [
-        _drawn(drafter, context, text, tokens, part, block_size, head, confidence, with_proposals, with_logprobs)
+        _draft_part(drafter, context, text, tokens, part, block_size, head, with_proposals)
         for part in anchors.split(text.anchors_at_once, 1)
     ]
-    ids, logprobs, accepted, expected, most = (torch.cat(found, 1) for found in zip(*parts, strict=True))
-    proposals = Proposals(ids, logprobs if with_logprobs else None)
-    return Judged(proposals, accepted, expected, most if confidence is not None else None)
+    return Verified(*(torch.cat(found, 1) for found in zip(*parts, strict=True)))
 
 
-def _drawn(
+def _draft_part(
     drafter: Drafter,
     context: Context,
     text: SampledText,
@@ -224,50 +218,34 @@ def _drawn(
     anchors: torch.Tensor,
     block_size: int,
     head: Head,
-    confidence: float | None,
     with_proposals: bool,
-    with_logprobs: bool,
 ) -> tuple[torch.Tensor, ...]:
-    temperature = text.law.temperature
+    """Of anchors that fit into memory: proposals, how many are accepted, and tokens committed on average."""
     before = tokens.gather(1, anchors).clamp(min=0)
-    ahead = anchors[..., None] + torch.arange(block_size - 1, device=anchors.device)  # behind which an offset stands
+    ahead = anchors[..., None] + torch.arange(block_size - 1, device=anchors.device)  # positions before the offsets
     following = tokens.gather(1, (ahead + 1).flatten(1))
     said = text.of_text(ahead.flatten(1), following).view_as(ahead)
     on_text = drafter.drafting(context, before, anchors, block_size, head)
-    own = None
-    if with_proposals or confidence is not None:  # where a block is cut depends on what is proposed
-        own = _Own(text, copy.copy(on_text), anchors, before, with_logprobs)
+    own = _DrafterSampler(text, copy.copy(on_text), anchors, before) if with_proposals else None
     found = Expectation(text, anchors)
-    # of the text, and of what is proposed: the same up to the first rejection
-    kept_so_far = None if confidence is None else (KeptSoFar(confidence), KeptSoFar(confidence))
-    verified, most = None, torch.zeros_like(anchors)
     for k, y in enumerate(following.view_as(ahead).unbind(-1)):
-        q = on_text.probability(before, y, temperature)
-        own_logits = None if own is None else own.logits()
-        if kept_so_far is not None and own is not None:
-            verified = kept_so_far[0].take(on_text.confidence())
-            most = most + kept_so_far[1].take(own.drafting.confidence())
-        ends = found.take(q, said[..., k], y, verified)
+        q = on_text.probability(before, y, text.law.temperature)
+        logits = None if own is None else own.logits()
+        ends = found.take(q, said[..., k], y)
         before = y.clamp(min=0)
-        if own is not None and own_logits is not None:
-            own.take(own_logits, found.going, ends, before)
-    if own is None:
-        nothing = torch.zeros_like(ahead)
-        return nothing, nothing.float(), found.accepted, found.committed, most
-    return torch.stack(own.ids, -1), torch.stack(own.logprobs, -1), found.accepted, found.committed, most
+        if own is not None and logits is not None:
+            own.take(logits, found.going, ends, before)
+    proposed = torch.zeros_like(ahead) if own is None else torch.stack(own.ids, -1)
+    return proposed, found.accepted, found.committed
 
 
-class _Own:
-    """What is proposed behind anchors [R, A]: the text's tokens as long as they are kept, what was drawn behind."""
+class _DrafterSampler:
+    """What is proposed behind anchors [R, A]: the text's tokens while they are accepted, sampled ones after that."""
 
-    def __init__(
-        self, text: SampledText, drafting: Drafting, anchors: torch.Tensor, before: torch.Tensor, with_logprobs: bool
-    ):
+    def __init__(self, text: SampledText, drafting: Drafting, anchors: torch.Tensor, before: torch.Tensor):
         """before: [R, A] the anchors' tokens."""
         self.text, self.drafting, self.anchors, self.before = text, drafting, anchors, before
-        self.with_logprobs = with_logprobs
         self.ids: list[torch.Tensor] = []
-        self.logprobs: list[torch.Tensor] = []
 
     def logits(self) -> torch.Tensor:
         """[R, A, V'] of the next offset."""
@@ -286,6 +264,35 @@ class _Own:
         columns = columns.masked_scatter(away, pick(weights, numbers[away]))
         self.before = torch.where(kept, y, head.to_tokens(columns))
         self.ids.append(self.before)
-        self.logprobs.append(
-            logits.log_softmax(-1).gather(-1, columns[..., None])[..., 0] if self.with_logprobs else y.float()
-        )
+
+
+@torch.no_grad()
+def outside_nucleus(target: Target, hidden: torch.Tensor, trajectories: Sequence[Trajectory], law: Law) -> list[int]:
+    """Count the tokens of each trajectory that top-k and top-p leave out, of those that verify steps commit.
+
+    hidden: [B, T, H] of the target. law: not greedy.
+    """
+    if not law.truncates:
+        return [0] * len(trajectories)
+    return [_count(target, row, trajectory, law) for row, trajectory in zip(hidden, trajectories, strict=True)]
+
+
+def _count(target: Target, hidden: torch.Tensor, trajectory: Trajectory, law: Law) -> int:
+    tokens = torch.tensor(trajectory.tokens[trajectory.first_anchor + 1 :], device=hidden.device)
+    before = hidden[trajectory.first_anchor : len(trajectory.tokens) - 1]
+    count, at_once = 0, max(1, LOGITS_AT_ONCE // (2 * len(target.head_weight)))  # float64, over all tokens
+    for states, ahead in zip(before.split(at_once), tokens.split(at_once), strict=True):
+        p = probabilities(target.logits(states), law.temperature)
+        count += int(is_outside(p, ahead, law).sum())
+    return count
+
+
+def truncation_warning(share: float | None, law: Law) -> str | None:
+    """Return what to log for a share of tokens outside the nucleus; None for few, or where no drafter samples."""
+    if share is None or share <= FEW_OUTSIDE:
+        return None
+    return (
+        f"warning: {share:.1%} of the answers' tokens cannot be sampled with {law.truncation} at temperature "
+        f"{law.temperature:g}, so tau may be wrong. Set logs.top_p and logs.top_k to what the answers were sampled "
+        "with; min_p and penalties cannot be set, so use answers without them, or greedy ones."
+    )

@@ -1,4 +1,7 @@
-"""Replay of drawn proposals: equal to a plain reference, and in law to sampled decoding. Wrong rules are seen."""
+"""Replay of sampled proposals: equal to a plain reference, and in distribution to decoding. Wrong rules are seen.
+
+Also of targets that are not plain: soft caps, sinks and windows, recurrent states.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,9 +25,9 @@ from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.law import Law
 from draftsmith.stages.measure.acceptance import tau_by_set, tau_difference, taus_compared
 from draftsmith.stages.measure.gate import CHAMPION
-from draftsmith.stages.replay import drawn
-from draftsmith.stages.replay.corpus import replay_all
-from draftsmith.stages.replay.tally import tally_all
+from draftsmith.stages.replay import sampled
+from draftsmith.stages.replay.options import ReplayOptions
+from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.trace import Trace, Trajectory, tau
 from draftsmith.stages.targets.causal_lm import Target
 from tests.stages.bench import trajectory_of
@@ -32,6 +36,7 @@ from tests.testbed import random_target
 from tests.testbed.dflash2 import random_dflash2
 from tests.testbed.drawing import drawing_dflash, drawing_eagle3
 from tests.testbed.dspark import random_dspark
+from tests.testbed.families import write_family
 
 DRAFTERS: dict[str, Callable[[Target], Drafter]] = {
     "dflash2": partial(random_dflash2, selector_top_k=40),  # of fewer candidates next to nothing is kept
@@ -49,11 +54,9 @@ def drafter(request: pytest.FixtureRequest, plain_target: Target) -> Drafter:
     return DRAFTERS[request.param](plain_target)
 
 
-def decoded(
-    target: Target, drafter: Drafter | None, first_seed: int, law: Law = LAW, drafting: DraftingConfig | None = None
-) -> list[Completion]:
-    params = SamplingParams(LENGTH, law.temperature, law.top_p, law.top_k)
-    engine = EmbeddedEngine(target, drafter, slots=100, capacity=len(PROMPT) + LENGTH + 8, drafting=drafting)
+def decoded(target: Target, drafter: Drafter | None, first_seed: int) -> list[Completion]:
+    params = SamplingParams(LENGTH, LAW.temperature, LAW.top_p, LAW.top_k)
+    engine = EmbeddedEngine(target, drafter, slots=100, capacity=len(PROMPT) + LENGTH + 8)
     return list(engine.generate([Request(str(i), PROMPT, params, i) for i in range(first_seed, first_seed + ANSWERS)]))
 
 
@@ -63,9 +66,9 @@ def texts(plain_target: Target) -> list[Trajectory]:
 
 
 def replayed(
-    target: Target, drafter: Drafter, texts: Sequence[Trajectory], law: Law = LAW, chains: int | None = None
+    target: Target, drafter: Drafter, texts: Sequence[Trajectory], law: Law = LAW, **options: Any
 ) -> list[Trace]:
-    return replay_all(target, {"it": drafter}, texts, law=law, chains=chains)["it"]
+    return Replayer(target, ReplayOptions(law=law, **options)).traces({"it": drafter}, texts)["it"]
 
 
 # ---- the plain reference: one text, one block, one token after the other
@@ -78,7 +81,6 @@ class Plainly:
     target: Target
     drafter: Drafter
     text: Trajectory
-    confidence: float | None = None  # what blocks are cut by
 
     def __post_init__(self) -> None:
         tokens = torch.tensor([self.text.tokens])
@@ -103,14 +105,6 @@ class Plainly:
         whole[slice(None) if ids is None else ids.numpy()] = _law(logits, Law(LAW.temperature))
         return whole
 
-    @torch.no_grad()
-    def kept(self, anchor: int, chain: list[int], k: int) -> float:
-        """The drafter's confidence in the proposal at offset k, after the tokens of `chain`."""
-        K = self.drafter.block_size - 1
-        given = torch.tensor([[(chain + [0] * K)[:K]]])
-        hidden = self.drafter.block_hidden(self.context, given, torch.tensor([[anchor]]))
-        return float(self.drafter.confidence(hidden)[0, 0, k - 1].sigmoid())
-
     def of_text(self, at: int) -> float:
         """What the target says of the text's token at a position: before top-p where that leaves it out."""
         y = self.text.tokens[at]
@@ -118,14 +112,11 @@ class Plainly:
 
     def step(self, anchor: int) -> tuple[int, list[int]]:
         """Accepted proposals, and all of them."""
-        chain, on_text, accepted, reach = [self.text.tokens[anchor]], True, 0, 1.0
+        chain, on_text, accepted = [self.text.tokens[anchor]], True, 0
         for k in range(1, self.drafter.block_size):
             at, numbers = anchor + k, self.numbers[anchor + k]
             q = self.q(anchor, chain, k)
             inside = at < len(self.text.tokens)
-            if self.confidence is not None:
-                reach *= self.kept(anchor, chain, k)
-                on_text = on_text and reach >= self.confidence
             if on_text and inside:
                 y = self.text.tokens[at]
                 if numbers[Purpose.ACCEPT] < q[y] / self.of_text(at):
@@ -175,18 +166,17 @@ def _law(logits: torch.Tensor, law: Law) -> np.ndarray:
     return p
 
 
+def steps(trace: Trace) -> list[tuple[int, int, list[int]]]:
+    return list(zip(trace.anchors.tolist(), trace.accepted.tolist(), trace.proposed.tolist(), strict=True))
+
+
 def test_parallel_replay_equals_the_plain_reference(
     drafter: Drafter, texts: list[Trajectory], plain_target: Target
 ) -> None:
     some = [*texts[:4], *random_target.trajectories(2)]  # also what top-k and top-p leave out
     expected = [Plainly(plain_target, drafter, text).trace() for text in some]
     for chains in (1, 3, None):
-        traces = replayed(plain_target, drafter, some, chains=chains)
-        found = [
-            list(zip(trace.anchors.tolist(), trace.accepted.tolist(), trace.proposed.tolist(), strict=True))
-            for trace in traces
-        ]
-        assert found == expected
+        assert [steps(trace) for trace in replayed(plain_target, drafter, some, chains=chains)] == expected
 
 
 def test_what_is_expected_is_what_drawing_comes_to(drafter: Drafter, plain_target: Target) -> None:
@@ -243,7 +233,7 @@ def test_what_is_compared_watched_and_gated_are_averages(texts: list[Trajectory]
         sums = [sum(getattr(t, name).sum() for t in traces) for name in ("expected_committed", "committed")]
         assert abs(sums[0] - sums[1]) > 1
         averaged[arm] = sums[0] / sum(len(t.anchors) for t in traces)
-    tallies = tally_all(plain_target, arms, some, law=LAW, with_proposals=False)
+    tallies = Replayer(plain_target, ReplayOptions(law=LAW, with_proposals=False)).tally(arms, some)
     prompts, sets = [text.trajectory_id for text in some], ["all"] * len(some)
     difference = averaged["opd"] - averaged[CHAMPION]
     assert tau_difference(tallies["opd"], tallies[CHAMPION]).value == pytest.approx(difference)
@@ -303,13 +293,13 @@ def test_a_wrong_rule_is_seen(
     plain_target: Target,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(drawn, "kept_by", WRONG[rule])
+    monkeypatch.setattr(sampled, "kept_by", WRONG[rule])
     assert same_law(served, replay_counts(plain_target, drafter, texts)) < ALARM
 
 
 def test_the_targets_law_is_not_in_the_training_loops_dtype(texts: list[Trajectory], plain_target: Target) -> None:
     hidden = plain_target.read(torch.tensor([texts[0].tokens])).hidden
-    text = drawn.SampledText.of(plain_target, hidden, texts[:1], LAW, 4)
+    text = sampled.SampledText.of(plain_target, hidden, texts[:1], LAW, 4)
     at = torch.arange(len(texts[0].tokens))
     with torch.autocast("cpu", torch.bfloat16):
         found = text.law_at(torch.zeros_like(at), at), text.of_text(at[None], at[None])
@@ -320,8 +310,8 @@ def test_the_targets_law_is_not_in_the_training_loops_dtype(texts: list[Trajecto
 def test_how_far_blocks_are_kept_is_known_without_their_proposals(
     drafter: Drafter, texts: list[Trajectory], plain_target: Target
 ) -> None:
-    whole = replay_all(plain_target, {"it": drafter}, texts, law=LAW)["it"]
-    without = replay_all(plain_target, {"it": drafter}, texts, law=LAW, with_proposals=False)["it"]
+    whole = replayed(plain_target, drafter, texts)
+    without = replayed(plain_target, drafter, texts, with_proposals=False)
     assert any(trace.proposed.any() for trace in whole) and not any(trace.proposed.any() for trace in without)
     for one, other in zip(whole, without, strict=True):
         assert one.expected is not None and other.expected is not None
@@ -341,7 +331,7 @@ def test_what_the_target_says_of_a_text_is_computed_once(
         asked.append(len(hidden))
         return plain_target.logits(hidden)
 
-    text = drawn.SampledText.of(plain_target, plain_target.read(tokens).hidden, some, law, 4)
+    text = sampled.SampledText.of(plain_target, plain_target.read(tokens).hidden, some, law, 4)
     text = replace(text, logits=logits)
     following = torch.nn.functional.pad(tokens[:, 1:], (0, 3), value=-1)  # what blocks ask for reaches behind the end
     at = torch.arange(following.shape[1]).expand_as(following)
@@ -372,5 +362,38 @@ def test_greedy_texts_and_other_drafters_are_verified_by_equality(plain_target: 
 
 
 def test_a_smaller_block_is_a_block_of_its_own(drafter: Drafter, texts: list[Trajectory], plain_target: Target) -> None:
-    traces = replay_all(plain_target, {"it": drafter}, texts[:8], DraftingConfig(block_size=3), law=LAW)["it"]
+    traces = replayed(plain_target, drafter, texts[:8], drafting=DraftingConfig(block_size=3))
     assert all(trace.proposed.shape[1] == 2 and (trace.expected_committed <= 3).all() for trace in traces)
+
+
+# ---- targets that are not plain
+
+
+@pytest.mark.parametrize("family", ["Gemma 2", "gpt-oss", "Qwen3.5 with images"])
+def test_of_every_family_replay_is_the_plain_reference_and_proposals_are_scored_on_their_prefix(
+    family: str, tmp_path: Path
+) -> None:
+    """Of answers that were decoded with the drafter, in rows that others take over."""
+    write_family(tmp_path, family)
+    target = Target.of(tmp_path, dtype="float32", device="cpu")
+    drafter = random_dspark(target)
+    params = SamplingParams(12, LAW.temperature, LAW.top_p, LAW.top_k)
+    requests = [Request(str(i), [5 + i, 3, 9, 1][: 3 + i % 2], params, i) for i in range(6)]
+    answers = EmbeddedEngine(target, drafter, slots=2, capacity=32).generate(requests)
+    texts = [trajectory_of(answer) for answer in answers if len(answer.response_ids) > 4][:3]
+    expected = [Plainly(target, drafter, text).trace() for text in texts]
+    assert len({accepted for trace in expected for _, accepted, _ in trace}) > 2
+    for chains in (1, None):
+        assert [steps(trace) for trace in replayed(target, drafter, texts, chains=chains)] == expected
+
+    after_rejections = 0
+    for group in Replayer(target, ReplayOptions(law=LAW)).mine(drafter, texts):
+        for text, trace, scores in zip(group.trajectories, group.traces, group.scores, strict=True):
+            for (anchor, accepted, row), found in zip(steps(trace), scores.target_logprobs, strict=True):
+                end = anchor + min(len(row), len(text.tokens) - 1 - anchor)
+                hidden = target.read(torch.tensor([text.tokens[: anchor + 1] + row])).hidden[0, anchor:end]
+                law = target.logits(hidden).log_softmax(-1)
+                of_row = law.gather(1, torch.tensor(row[: end - anchor])[:, None])[:, 0]
+                torch.testing.assert_close(torch.from_numpy(found[: end - anchor]), of_row, atol=2e-4, rtol=2e-4)
+                after_rejections += max(0, end - anchor - accepted - 1)
+    assert after_rejections > 4

@@ -1,0 +1,35 @@
+"""How trajectories are replayed, and how much of it is in memory at once. Estimates read it, which load no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, TypeAlias
+
+from pydantic import Field
+
+from draftsmith.stages.contract import WHOLE, Shard
+from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.law import GREEDY, Law
+
+TREE_TOKENS = 512  # rejected proposals that the target scores in one forward, a trajectory
+POSITIONS_PER_CHUNK = 1024  # whose logits are held at once
+TokensPerForward: TypeAlias = Annotated[
+    int,
+    Field(
+        ge=1,
+        description="of answers, with padding, that the target reads in one forward (a longer answer alone); features, "
+        "keys and values grow with it: lower where memory is tight, higher where a GPU is not busy",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class ReplayOptions:
+    """What a replay depends on beside the drafters and the trajectories."""
+
+    drafting: DraftingConfig = field(default_factory=DraftingConfig)  # left out: as each drafter was trained
+    law: Law = GREEDY  # the texts were sampled with; drafters that sample their proposals (`Drafter.draws`) follow it
+    chains: int | None = None  # as in `replay_chains`
+    with_proposals: bool = True  # as in `replay_chains`
+    tokens_per_group: int = 4096  # with padding
+    shard: Shard = WHOLE  # of the groups; they are those of the whole
