@@ -227,7 +227,13 @@ def _draftings(config: EvaluationConfig) -> dict[str, DraftingConfig]:
 def _replay_options(
     config: EvaluationConfig, drafting: DraftingConfig, law: Law, *, with_proposals: bool = False, shard: Shard = WHOLE
 ) -> ReplayOptions:
-    return ReplayOptions(drafting, law, with_proposals, config.tokens_per_target_forward, shard)
+    return ReplayOptions(
+        drafting,
+        law,
+        with_proposals=with_proposals,
+        tokens_per_group=config.tokens_per_target_forward,
+        shard=shard,
+    )
 
 
 def shard(ctx: StageContext, config: EvaluationConfig, part: Shard) -> None:

@@ -15,7 +15,7 @@ from pydantic import Field
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import WHOLE, Compute, Config, FilledIn, Shard, Stage, StageContext
 from draftsmith.stages.drafters.config import NO_FREQUENT_TOKENS, DraftingConfig
-from draftsmith.stages.prompting.selection import lot
+from draftsmith.stages.prompting.earlier import lot
 from draftsmith.stages.replay.options import ReplayOptions, TokensPerForward
 from draftsmith.stages.replay.parity import COMPARED, Gate, MaxParityMismatch, StepComparison, check_tau
 

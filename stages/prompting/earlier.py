@@ -24,7 +24,7 @@ _DIGEST_BYTES = 16
 _COLUMNS = ["split", "temperature", "top_p", "top_k", "prompt_ids", "response_ids"]
 
 
-def _lot(seed: int, content: bytes) -> int:
+def lot(seed: int, content: bytes) -> int:
     """Return 63 bits that rank an answer among others, by seed and content alone. Smaller ones are drawn first."""
     return int.from_bytes(hashlib.sha256(f"lot {seed} ".encode() + content).digest()[:8], "big") >> 1
 
@@ -39,7 +39,7 @@ class Earlier:
 
     def choose(self, count: int, seed: int, but: set[bytes]) -> np.ndarray:
         """[rows] bool: `count` of them drawn by seed, or as many as there are, none whose content is in `but`."""
-        ranked = sorted((_lot(seed, each), row) for row, each in enumerate(self.contents) if each and each not in but)
+        ranked = sorted((lot(seed, each), row) for row, each in enumerate(self.contents) if each and each not in but)
         mask = np.zeros(len(self.contents), dtype=bool)
         mask[[row for _, row in ranked[:count]]] = True
         return mask
