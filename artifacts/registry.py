@@ -305,16 +305,6 @@ class Registry:
         with self._client() as client:
             self._tag(client, version.line, version.number, tags)
 
-    def exchange(self, version: Version, name: str, change: Callable[[str], str]) -> str:
-        """Change a tag from what it says now, empty if it is not there, to what it is to say, which is returned: of all
-        that do so at once, over all homes that use this MLflow, each sees what the one before has written."""
-        self._tracking.must_write()
-        with self._client() as client, self._one_at_a_time(client, version.line, f"tag {name} of {version}"):
-            known = _version(client.get_model_version(version.line, str(version.number))).tags.get(name, "")
-            if (says := change(known)) != known:
-                self._tag(client, version.line, version.number, {name: says})
-            return says
-
     def add_drift(self, line: str, seen: Mapping[str, Any]) -> None:
         """Keep what a drift check saw, unless it is the last one again."""
         self._tracking.must_write()
