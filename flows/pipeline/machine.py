@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import platform
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -96,11 +95,6 @@ def _whole(named: str, known: Mapping[str, str]) -> str | None:
         return named
     begun = [uuid for uuid in known.values() if uuid.startswith(named)] if named.startswith("GPU-") else []
     return begun[0] if len(begun) == 1 else None
-
-
-def accelerators() -> list[str]:
-    """What work on this machine's accelerators is told apart by: `gpu_names`, or the machine's name without any."""
-    return [plain(name) for name in gpu_names()] or [f"{platform.node()}.cpu"]
 
 
 def plain(name: str) -> str:

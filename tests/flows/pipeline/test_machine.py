@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 from pathlib import Path
 
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.flows.pipeline.machine import _query, accelerators, check_home, gpu_model, gpus
+from draftsmith.flows.pipeline.machine import _query, check_home, gpu_model, gpu_names, gpus
 from draftsmith.flows.pipeline.options import StageOptions
 from tests.flows.pipeline.toy import ToyConfig
 
@@ -35,13 +34,13 @@ def test_a_home_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
         (None, ["GPU-a1", "GPU-b2"], [24, 80], "RTX 4090"),
         ("1", ["GPU-b2"], [80], "H100"),
         ("GPU-b2,0", ["GPU-a1", "GPU-b2"], [80, 24], "H100"),
-        ("MIG-7f/1/0", ["MIG-7f_1_0"], [24], "RTX 4090"),
+        ("MIG-7f/1/0", ["MIG-7f/1/0"], [24], "RTX 4090"),
         ("1,2,0", ["GPU-b2"], [80], "H100"),
-        ("GPU-c3", [f"{platform.node()}.cpu"], [], None),
-        ("", [f"{platform.node()}.cpu"], [], None),
+        ("GPU-c3", [], [], None),
+        ("", [], [], None),
     ],
 )
-def test_accelerators_are_told_apart_by_what_no_other_machine_has(
+def test_gpus_are_told_apart_by_what_no_other_machine_has(
     visible: str | None,
     seen: list[str],
     memory: list[int],
@@ -61,7 +60,7 @@ def test_accelerators_are_told_apart_by_what_no_other_machine_has(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     _query.cache_clear()
     try:
-        assert accelerators() == seen
+        assert gpu_names() == seen
         assert gpus() == tuple(gib * 2**30 for gib in memory)
         assert gpu_model() == model
     finally:
