@@ -120,7 +120,11 @@ def parser() -> argparse.ArgumentParser:
     deploy.add_argument(
         "--webhook",
         metavar="URL",
-        help="called when a run fails, crashes, promotes, is refused or inconclusive; left out: the one it has, if any",
+        help="called when a run fails, crashes, promotes, is refused or inconclusive, or waits for a person; left out: "
+        "the one it has, if any",
+    )
+    deploy.add_argument(
+        "--silent-after", type=_days, metavar="DAYS", help="the webhook is called too when no run has ended for so long"
     )
     deploy.set_defaults(does="deploy")
 

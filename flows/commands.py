@@ -248,6 +248,7 @@ def _deploy(options: argparse.Namespace, pipeline: Pipeline) -> None:
         schedule=schedule,
         force=options.force,
         webhook=options.webhook,
+        silent_days=options.silent_after,
         folder=Path.cwd(),
     )
     when = f"{options.cron} ({options.timezone})" if options.cron else "when it is asked to"

@@ -95,8 +95,10 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         told["retried"] = tasks(servers, run)
         told["scheduled"] = fired(servers, by_minute)
         told["killed"] = killed(servers, deployment)
-        causes = {"failed", "promoted", "refused", "crashed"}
-        wait_until(lambda: {each["cause"] for each in servers.called} >= causes, "the webhook was told of all four")
+        never = write_config(folder / "never.yaml", name="never")
+        deploy(servers, never, "--webhook", servers.webhook, "--silent-after", "0.0002")  # 17 s
+        causes = {"failed", "promoted", "refused", "crashed", "silent"}
+        wait_until(lambda: {each["cause"] for each in servers.called} >= causes, "the webhook was told of all five")
         yield told
 
 
@@ -169,9 +171,12 @@ def test_a_failed_stage_is_retried_and_only_it_runs(story: dict[str, Any]) -> No
     assert story["starts"].read_text() == "started\n" * 3
 
 
-def test_the_webhook_is_told_of_failure_crash_promotion_and_refusal(story: dict[str, Any]) -> None:
+def test_the_webhook_is_told_of_failure_crash_promotion_refusal_and_silence(story: dict[str, Any]) -> None:
     told = {(each["cause"], each["deployment"]): each for each in story["servers"].called}
-    assert set(told) == {("failed", "toy"), ("promoted", "toy"), ("crashed", "toy"), ("refused", "nightly")}
+    assert set(told) == {
+        ("failed", "toy"), ("promoted", "toy"), ("crashed", "toy"), ("refused", "nightly"),
+        ("silent", "never"),
+    }  # fmt: skip
     assert "right" not in told["promoted", "toy"]["message"]
     assert told["promoted", "toy"]["message"] == 'the sum is "promoted"'
     assert "allow is missing: make it" in told["failed", "toy"]["message"]
