@@ -57,6 +57,8 @@ class Conclusion:
     figures: Mapping[str, float] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
     overrules: bool = False  # what the review says
+    asset: str = ""  # in Prefect: what was promoted, such as draftsmith://line/NAME/champion
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # of the asset
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,10 @@ class RefreshCourse:
             )
             tag_ended(version)
             return self._conclusion("Refused", said, decision, version, RefusedError(said))
+        if self.line.approve and CHAMPION not in version.aliases and not _approved(at):
+            said = f"{version} waits for a person (registry.approve). To promote it: `draftsmith promote {at}`"
+            tag_ended(version)
+            return self._conclusion("Waiting", said, decision, version, RefusedError(said))
         return self._promote(version, expected, decision, tags)
 
     def _promote(
@@ -193,8 +197,19 @@ class RefreshCourse:
             **({"rules": rules} if (rules := failed_rules(decision)) else {}),
             **self._drift_tags,
         }
-        overruled = decision["promote"] and name != "Promoted"
-        return Conclusion(name, message, error, self._drift_metrics, tags, overrules=overruled)
+        promoted = name == "Promoted"
+        overruled = decision["promote"] and not promoted
+        asset = f"draftsmith://line/{version.line}/champion" if promoted else ""
+        metadata = {"version": version.number, "tau": float(version.tags["tau"]), "source": version.source}
+        return Conclusion(
+            name, message, error, self._drift_metrics, tags, overrules=overruled, asset=asset, metadata=metadata
+        )
+
+
+def _approved(key: str) -> bool:
+    from draftsmith.flows.pipeline.announcements import approved  # imports Prefect
+
+    return approved(key)
 
 
 def _said(value: Any) -> str:

@@ -80,6 +80,19 @@ def test_what_is_not_promoted_becomes_a_version_and_no_champion(
     assert len(ended.tags) <= 5 and "no champion" in description(home, line)
 
 
+def test_a_person_promotes_what_was_to_be_approved(line: str, home: Path, drafters: list[ArtifactRef]) -> None:
+    config, made = config_of(line, registry={"name": line, "approve": True}), gated(Store(home / "store"), drafters[0])
+    ended = finished(config, made)
+    assert (ended.name, ended.overrules, ended.asset) == ("Waiting", True, "")
+    assert ended.error is not None and ended.error.exit_code == 3
+    assert serving(line) is None and f"`draftsmith promote {line}@1`" in ended.message
+    commands.promote(Display(), f"{line}@1", "", dry_run=False)
+    ended = finished(config, made)
+    assert ended.name == "Promoted"
+    assert ended.asset == f"draftsmith://line/{line}/champion"
+    assert ended.metadata.items() >= {"version": 1, "tau": 2.5}.items()
+
+
 def description(home: Path, line: str) -> str:
     """Of the registered model."""
     return str(Tracking(home).connect()[0].get_registered_model(line).description)
