@@ -19,6 +19,7 @@ from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted, one_l
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.mlflow_files import misplaced
+from draftsmith.artifacts.mlflow_models import log_models
 from draftsmith.artifacts.mlflow_terms import Status
 from draftsmith.artifacts.proxies import reach_ourselves_directly
 from draftsmith.artifacts.redaction import redact_logs, redacted
@@ -149,6 +150,9 @@ def _run_once(
         conclusion = _make_all(workshop, nodes, forced, made, checks, course)
         refs = _refs(made)
         run_id = record.settle(refs)
+        if conclusion is None and pipeline.compared is not None and "evaluation" in made:
+            found = pipeline.compared(Folders(workshop.store, refs))
+            log_models(tracking, workshop.store.manifest(refs["evaluation"]), run_id, found)
         if conclusion is None and (review := _review(workshop, made)) is not None:
             show_verdict(config.name, f"{review.description}{tracking.link(run_id)}", workshop.display.line)
         if conclusion is None and course is not None:

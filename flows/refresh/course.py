@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.artifacts.errors import RefusedError
-from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.home import home
+from draftsmith.artifacts.manifest import ArtifactRef, read_manifest
+from draftsmith.artifacts.mlflow_models import link_version
 from draftsmith.artifacts.refreshes import OUTCOME
 from draftsmith.artifacts.registry import CHAMPION, PROMOTED, RECORD, ChampionMovedError, Version
+from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.pipeline.graph import Conclusion, Node, PlanAgain
 from draftsmith.flows.refresh import hook
@@ -138,6 +141,7 @@ class RefreshCourse:
             serves = "nobody" if now is None else f"version {now.number}"
             raise self._plan_again(f"{self.line.name}: {serves} is the champion by now")
         version = line.register(self.line.name, ref, tags, run_id=run_id, upload=self.line.upload)
+        link_version(Tracking(home(), self.config.experiment), version, read_manifest(ref.path))
         if not decision["promote"]:
             said = f"{version} is not promoted: {decision['sentence']}"
             inconclusive = decision["outcome"] == "inconclusive"
