@@ -49,7 +49,7 @@ def compared(made: Mapping[str, Path]) -> dict[str, tuple[Manifest, Metrics]]:
     """
     evaluation = json.loads((made["evaluation"] / "evaluation.json").read_text("utf-8"))
     folders = dict(made.items())  # a drafter's manifest will do: nothing is fetched
-    found = {}
+    found: dict[str, tuple[Manifest, Metrics]] = {}
     for arm, acceptance in evaluation["drafters"].items():
         sets = {name: arms[arm] for name, arms in (evaluation.get("sets") or {}).items() if arm in arms}
         overall = {**acceptance, **((evaluation.get("speed") or {}).get(arm) or {})}

@@ -121,7 +121,7 @@ def test_a_champion_that_is_current_is_said_with_what_it_was_and_what_is_not_kno
     config = resolve(config_of(line))
     few = {"tau": 1.0, "low": None, "high": None, "prompts": 1}
     ended = RefreshCourse(config, ()).stop(*checked(config, home, chat=few, story=few))
-    assert ended.message.startswith(
+    assert ended is not None and ended.message.startswith(
         f"{line}: the champion (version 1) is current: tau 2.500 on 40 prompts, 2.550 at its promotion; "
         "no set fell measurably by more than 3.0%; not judged, for want of a figure at its promotion: 1 set (story); "
         "not judged, for want of prompts: 1 set (chat); nothing was trained (`--force drift`"
