@@ -12,8 +12,8 @@ from __future__ import annotations
 import json
 import platform
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, disk_error_of, from_os_error
-from draftsmith.artifacts.line_turns import turn_of
-from draftsmith.artifacts.locks import locked, user_name
+from draftsmith.artifacts.locks import Lock, locked, user_name
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.mlflow_client import waiting_for_weights
 from draftsmith.artifacts.mlflow_terms import every, plain_markdown
@@ -186,7 +185,7 @@ class Registry:
         self._tracking.must_write()
         identity = {name: str(getattr(ref, name)) for name in _IDENTITY}
         with self._client() as client:
-            with self._one_at_a_time(client, line, "registering"):
+            with self._one_at_a_time(line, "registering"):
                 found = [each for each in self.versions(line) if each.content_id == ref.content_id]
                 known = found[-1] if found else None
                 wanted = upload and (known is None or not known.uploaded)
@@ -201,7 +200,7 @@ class Registry:
                 identity["uploaded"] = f"runs:/{run_id}/{_DRAFTER}"
             kept = RECORD if known is not None and "promoted_at" in known.tags else ()
             self._tag(client, line, number, {**identity, **{n: value for n, value in tags.items() if n not in kept}})
-            with self._one_at_a_time(client, line, "registering"):
+            with self._one_at_a_time(line, "registering"):
                 model = self._model(client, line)
                 if model is None or int(model.aliases.get(CHAMPION, 0)) != number:
                     client.set_registered_model_alias(line, CHALLENGER, str(number))
@@ -243,32 +242,31 @@ class Registry:
 
         expected: the champion that the decision was made against. Raises ChampionMovedError if it is another one by
         now: of two refreshes that promote at once, the second has to decide again. tags: of the version, which say
-        nothing of a promotion that comes to nothing. MLflow may be lost at any moment, so they and the event come first
-        and `previous` last: the same call again, or `complete`, goes on where it was lost.
+        nothing of a promotion that comes to nothing. MLflow may be lost at any moment, so the event and they come first
+        and `previous` last: the same call again, or `complete`, goes on where it was lost. In one home a lock keeps
+        promotions apart. A home elsewhere knows no lock of ours: the alias is compared again before it is moved.
         """
         self._tracking.must_write()
-        promotion = f"promotion of {version}"
-        with self._client() as client, self._one_at_a_time(client, version.line, promotion) as still_ours:
+        with self._client() as client, self._one_at_a_time(version.line, f"promotion of {version}"):
             model = self._model(client, version.line)
-            now = None if model is None else model.aliases.get(CHAMPION)
-            before = None if now is None else int(now)
             since = None if expected is None else expected.number
             events = {n: text for n, text in (model.tags if model else {}).items() if n.startswith(_EVENT)}
             known = LineEvent(**json.loads(events[max(events)])) if events else None
             begun = known is not None and (known.version, known.before, known.what) == (version.number, since, what)
-            if before != since and not (begun and before == version.number):
-                raise ChampionMovedError(
-                    f"{version.line}: version {before} is the champion by now, the decision was made against "
-                    f"{'none' if expected is None else f'version {expected.number}'}: decide again"
-                )
+            self._check_champion(model, version, since, begun=begun)
             at = datetime.now(UTC).isoformat(timespec="seconds")
             if not begun:
-                still_ours()  # an event that comes to nothing would say a promotion
                 by = f"{user_name()}@{platform.node()}"
                 event = LineEvent(at=at, by=by, what=what, version=version.number, before=since, why=why[:1000])
-                self._tag(client, version.line, version.number, tags)
-                client.set_registered_model_tag(version.line, f"{_EVENT}{len(events):06d}", json.dumps(asdict(event)))
-            still_ours()
+                after = 1 + max((int(n.removeprefix(_EVENT).partition(".")[0]) for n in events), default=-1)
+                name = f"{_EVENT}{after:06d}.{version.number}"  # of two homes at once each has its own
+                client.set_registered_model_tag(version.line, name, json.dumps(asdict(event)))
+                try:
+                    self._check_champion(self._model(client, version.line), version, since)
+                except ChampionMovedError:
+                    client.delete_registered_model_tag(version.line, name)
+                    raise
+            self._tag(client, version.line, version.number, tags)
             client.set_registered_model_alias(version.line, CHAMPION, str(version.number))
             if CHALLENGER in (model.aliases if model is not None else {}):
                 client.delete_registered_model_alias(version.line, CHALLENGER)
@@ -277,6 +275,16 @@ class Registry:
             client.update_registered_model(version.line, _description(champion, what, why))
             if since is not None and since != version.number:
                 client.set_registered_model_alias(version.line, PREVIOUS, str(since))
+
+    def _check_champion(self, model: Any, version: Version, expected: int | None, *, begun: bool = False) -> None:
+        """Raise ChampionMovedError if another version serves than expected. begun: `version` may serve already."""
+        now = None if model is None else model.aliases.get(CHAMPION)
+        before = None if now is None else int(now)
+        if before != expected and not (begun and before == version.number):
+            raise ChampionMovedError(
+                f"{version.line}: version {before} is the champion by now, the decision was made against "
+                f"{'none' if expected is None else f'version {expected}'}: decide again"
+            )
 
     def complete(self, line: str) -> LineEvent | None:
         """End a promotion whose MLflow was lost between `champion` and `previous`; None if there is none."""
@@ -305,20 +313,10 @@ class Registry:
         with self._client() as client:
             self._tag(client, version.line, version.number, tags)
 
-    def exchange(self, version: Version, name: str, change: Callable[[str], str]) -> str:
-        """Change a tag from what it says now, empty if it is not there, to what it is to say, which is returned: of all
-        that do so at once, over all homes that use this MLflow, each sees what the one before has written."""
-        self._tracking.must_write()
-        with self._client() as client, self._one_at_a_time(client, version.line, f"tag {name} of {version}"):
-            known = _version(client.get_model_version(version.line, str(version.number))).tags.get(name, "")
-            if (says := change(known)) != known:
-                self._tag(client, version.line, version.number, {name: says})
-            return says
-
     def add_drift(self, line: str, seen: Mapping[str, Any]) -> None:
         """Keep what a drift check saw, unless it is the last one again."""
         self._tracking.must_write()
-        with self._client() as client, self._one_at_a_time(client, line, f"drift check of {line}"):
+        with self._client() as client, self._one_at_a_time(line, f"drift check of {line}"):
             known = self.drift(line)
             if known and {**known[-1], "at": None} == {**seen, "at": None}:
                 return
@@ -361,13 +359,9 @@ class Registry:
             return (DraftsmithError if lasts else RetryableError)(self._tracking.unusable(error))
         return RetryableError(f"MLflow's model registry failed ({reason}): see that MLflow is there")
 
-    @contextmanager
-    def _one_at_a_time(self, client: MlflowClient, line: str, what: str) -> Iterator[Callable[[], None]]:
-        """Of a line, in this home and over all homes that use this MLflow. Yields `turn_of`'s check."""
-        lock = self._tracking.folder / "registry" / f".lock-{line}"
-        alone = self._tracking.is_own
-        with locked(lock, run=what), nullcontext(lambda: None) if alone else turn_of(client, line) as still_ours:
-            yield still_ours
+    def _one_at_a_time(self, line: str, what: str) -> AbstractContextManager[Lock]:
+        """Return the lock of a line in this home."""
+        return locked(self._tracking.folder / "registry" / f".lock-{line}", run=what)
 
     def _told(self, line: str, prefix: str) -> list[dict[str, Any]]:
         """What the tags of a line hold that begin so, oldest first."""

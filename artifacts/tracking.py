@@ -72,6 +72,15 @@ class Tracking:
         uri = redacted(self.uri)
         return f"mlflow ui --backend-store-uri {uri}" if _is_db(self.uri) else uri
 
+    def link(self, run_id: str | None) -> str:
+        """Return a link to a run's page, in Markdown; empty where MLflow is no server, or does not answer."""
+        if run_id is not None and self.uri.startswith(_HTTP):
+            with self.tolerant():
+                experiment = self.connect()[0].get_run(run_id).info.experiment_id
+                server = re.sub("//[^/@]*@", "//", self.uri.rstrip("/"))
+                return f" ([in MLflow]({server}/#/experiments/{experiment}/runs/{run_id}/artifacts/report.html))"
+        return ""
+
     def check(self) -> None:
         """One clear error, within seconds, if MLflow cannot be used. Call it before long work."""
         try:

@@ -234,7 +234,7 @@ class RefreshResult:
     """A refresh that came to its end."""
 
     artifacts: Mapping[str, Path]  # node -> folder of its artifact
-    outcome: str | None  # promoted, refused, inconclusive or current; None without a line, or with `until`
+    outcome: str | None  # promoted, refused, inconclusive, waiting or current; None without a line, or with `until`
     message: str  # the outcome with its reason
 
 

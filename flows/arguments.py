@@ -64,12 +64,9 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("--verify", action="store_true", help="compare every file with its checksum")
     show.set_defaults(does="show")
 
-    report = commands.add_parser("report", help="where a refresh's report is; of two refreshes, what differs")
+    report = commands.add_parser("report", help="where a refresh's report is (MLflow compares two)")
     report.add_argument(
-        "refreshes",
-        metavar="REFRESH",
-        nargs="+",
-        help="a config file, a refresh's run in MLflow (name or id), an artifact",
+        "refresh", metavar="REFRESH", help="a config file, a refresh's run in MLflow (name or id), an artifact"
     )
     report.add_argument("--open", action="store_true", help="show the page in the browser")
     report.set_defaults(does="report")
@@ -123,7 +120,11 @@ def parser() -> argparse.ArgumentParser:
     deploy.add_argument(
         "--webhook",
         metavar="URL",
-        help="called when a run fails, crashes, promotes, is refused or inconclusive; left out: the one it has, if any",
+        help="called when a run fails, crashes, promotes, is refused or inconclusive, or waits for a person; left out: "
+        "the one it has, if any",
+    )
+    deploy.add_argument(
+        "--silent-after", type=_days, metavar="DAYS", help="the webhook is called too when no run has ended for so long"
     )
     deploy.set_defaults(does="deploy")
 

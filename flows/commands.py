@@ -195,9 +195,14 @@ def _show(options: argparse.Namespace, _pipeline: Pipeline) -> None:
 
 
 def _report(options: argparse.Namespace, pipeline: Pipeline) -> None:
-    from draftsmith.flows.refresh import comparison
+    from draftsmith.flows.refresh.find_report import find_report
 
-    comparison.report(_display(), options.refreshes, pipeline, in_browser=options.open)
+    page = find_report(options.refresh, pipeline)
+    _display().line(str(page))
+    if options.open:
+        import webbrowser
+
+        webbrowser.open(page.as_uri())
 
 
 def _champions(options: argparse.Namespace, _pipeline: Pipeline) -> None:
@@ -243,6 +248,7 @@ def _deploy(options: argparse.Namespace, pipeline: Pipeline) -> None:
         schedule=schedule,
         force=options.force,
         webhook=options.webhook,
+        silent_days=options.silent_after,
         folder=Path.cwd(),
     )
     when = f"{options.cron} ({options.timezone})" if options.cron else "when it is asked to"

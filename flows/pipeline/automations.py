@@ -1,7 +1,8 @@
-"""Automations of a deployment: a URL is called when a run fails, crashes, promotes, is refused or is inconclusive."""
+"""Automations of a deployment: call a URL when a run ends or waits for a person, or when none has ended for days."""
 
 from __future__ import annotations
 
+import json
 import re
 from datetime import timedelta
 from uuid import UUID
@@ -17,21 +18,16 @@ from draftsmith.artifacts.errors import DraftsmithError
 
 _LOST = "its host or its process sends nothing more"
 _MISSED = 4  # heartbeats in a row, then a run is taken for crashed
-CAUSES = {
-    "failed": {"prefect.flow-run.Failed", "prefect.flow-run.TimedOut"},
-    "crashed": {"prefect.flow-run.Crashed"},
-    "promoted": {"draftsmith.promoted"},
-    "refused": {"draftsmith.refused"},
-    "inconclusive": {"draftsmith.inconclusive"},
-}
-# JSON whatever the message holds. An event of our own says why itself, that of a state by the state's message.
-_PAYLOAD = """{"cause": "%s", "deployment": {{ deployment.name | tojson }}, "flow_run": {{ flow_run.name | tojson }},
- "message": {{ (event.payload.message or flow_run.state.message) | tojson }},
- "url": {{ flow_run | ui_url | tojson }}}"""
+_STATES = ("Failed", "TimedOut", "Crashed", "Promoted", "Refused", "Inconclusive", "Suspended")
+_ENDED = ("Promoted", "Refused", "Inconclusive", "Suspended", "Current", "Completed")
+# JSON whatever the message holds. The run may be in another state by now: the event says which one it came to.
+_PAYLOAD = """{"cause": {{ event.payload.validated_state.name | lower | tojson }},
+ "deployment": {{ deployment.name | tojson }}, "flow_run": {{ flow_run.name | tojson }},
+ "message": {{ (event.payload.validated_state.message or "") | tojson }}, "url": {{ flow_run | ui_url | tojson }}}"""
 
 
 def check_address(url: str) -> None:
-    """Raises DraftsmithError for what nothing could be sent to."""
+    """Raise DraftsmithError for what nothing could be sent to."""
     if not re.match(r"https?://[^/\s]", url):
         raise DraftsmithError(
             f"--webhook {url!r}: an address begins with https:// or http:// and a host, such as "
@@ -40,13 +36,18 @@ def check_address(url: str) -> None:
 
 
 def has_webhook(client: SyncPrefectClient, name: str) -> bool:
-    """Whether `call_webhook` was called for the deployment of this name."""
-    return bool(client.read_automations_by_name(_name(name, next(iter(CAUSES)))))
+    """Return whether `call_webhook` was called for the deployment of this name."""
+    return bool(client.read_automations_by_name(f"{name}: webhook"))
 
 
-def call_webhook(client: SyncPrefectClient, url: str, deployment: UUID, name: str, *, heartbeat_s: float) -> None:
-    """One automation a cause, and one that calls a run crashed whose host no longer sends heartbeats. The URL is kept
-    in a block, encrypted. Calling it again changes them."""
+def call_webhook(
+    client: SyncPrefectClient, url: str, deployment: UUID, name: str, *, heartbeat_s: float, silent_days: float | None
+) -> None:
+    """Create or change the automations of a deployment. The URL is kept in a block, encrypted.
+
+    silent_days: the URL is called too when no run has ended for so long. A run that sends no heartbeats is called
+    crashed, as its host or its process is gone.
+    """
     block = Webhook.model_validate({"url": url, "headers": {"Content-Type": "application/json"}})
     document = block.save(f"draftsmith-{deployment}", overwrite=True)
     assert isinstance(document, UUID)
@@ -54,25 +55,28 @@ def call_webhook(client: SyncPrefectClient, url: str, deployment: UUID, name: st
         "prefect.resource.role": "deployment",
         "prefect.resource.id": f"prefect.deployment.{deployment}",
     }
+    a_run: dict[str, str | list[str]] = {"prefect.resource.id": "prefect.flow-run.*"}
     wanted = [
         AutomationCore(
-            name=_name(name, cause),
+            name=f"{name}: webhook",
             description=f"Calls the webhook of deployment {name}.",
             trigger=EventTrigger(
-                expect=events, match_related=related, posture=Posture.Reactive, threshold=1, within=timedelta(0)
+                expect={f"prefect.flow-run.{state}" for state in _STATES},
+                match=a_run,
+                match_related=related,
+                posture=Posture.Reactive,
+                threshold=1,
+                within=timedelta(0),
             ),
-            actions=[CallWebhook(block_document_id=document, payload=_PAYLOAD % cause)],
-        )
-        for cause, events in CAUSES.items()
-    ]
-    wanted.append(
+            actions=[CallWebhook(block_document_id=document, payload=_PAYLOAD)],
+        ),
         AutomationCore(
-            name=_name(name, "lost"),
+            name=f"{name}: lost",
             description="A run that sends no heartbeat has crashed: its host or its process is gone.",
             trigger=EventTrigger(
                 after={"prefect.flow-run.heartbeat"},
                 expect={"prefect.flow-run.*"},
-                match={"prefect.resource.id": "prefect.flow-run.*"},
+                match=a_run,
                 match_related=related,
                 for_each={"prefect.resource.id"},
                 posture=Posture.Proactive,
@@ -80,16 +84,29 @@ def call_webhook(client: SyncPrefectClient, url: str, deployment: UUID, name: st
                 within=timedelta(seconds=_MISSED * heartbeat_s),
             ),
             actions=[ChangeFlowRunState(name="Crashed", state=StateType.CRASHED, message=_LOST, force=False)],
+        ),
+    ]
+    if silent_days is not None:
+        message = f"no run has ended for {silent_days:g} days"
+        payload = json.dumps({"cause": "silent", "deployment": name, "message": message})
+        wanted.append(
+            AutomationCore(
+                name=f"{name}: silent",
+                description=f"Calls the webhook of deployment {name} when no run has ended for {silent_days:g} days.",
+                trigger=EventTrigger(
+                    expect={f"prefect.flow-run.{state}" for state in _ENDED},
+                    match=a_run,
+                    match_related=related,
+                    posture=Posture.Proactive,
+                    threshold=1,
+                    within=timedelta(days=silent_days),
+                ),
+                actions=[CallWebhook(block_document_id=document, payload=payload)],
+            )
         )
-    )
     for automation in wanted:
         known = client.read_automations_by_name(automation.name)
         if known:
             client.update_automation(known[0].id, automation)
         else:
             client.create_automation(automation)
-
-
-def _name(deployment: str, cause: str) -> str:
-    """Of an automation."""
-    return f"{deployment}: {cause}"

@@ -23,9 +23,6 @@ from draftsmith.artifacts.errors import RetryableError, StageInterrupted
 from draftsmith.artifacts.home import home, protect
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.open_store import STORE
-from draftsmith.flows.pipeline.accelerator import held
-from draftsmith.flows.pipeline.machine import gpu_names
-from draftsmith.flows.pipeline.node import log
 from draftsmith.flows.pipeline.options import StageOptions
 from draftsmith.flows.pipeline.shards import Make, Order, at_once, make_shard
 
@@ -104,10 +101,7 @@ class _Alone:
             else:
                 os.environ[name] = place
         protect(home(), group_may_read=order.config.stages.group_may_read)
-        # several shards share a host's cores as any programs do; a GPU is one shard's
-        hold = held(lambda message: log.info("%s: %s", order, message)) if gpu_names() else nullcontext()
-        with hold:
-            return make_shard(order, home())
+        return make_shard(order, home())
 
 
 def _runner(

@@ -39,7 +39,7 @@ class Deployed:
     name: str  # FLOW/NAME
     url: str
     created: bool  # else it was there, and is changed
-    webhook: bool  # whether one is told of its runs: the one that was given, or that it has kept
+    webhook: bool  # whether one is called: the one that was given, or that it has kept
 
 
 @dataclass(frozen=True)
@@ -71,18 +71,22 @@ def deploy(
     schedule: Schedule = Schedule(),
     force: Sequence[str] = (),
     webhook: str | None = None,
+    silent_days: float | None = None,
     folder: Path,
 ) -> Deployed:
     """Create the deployment of the config's flow under the config's name, or change it if it is there.
 
     api: URL of Prefect's server. pool: a work pool that exists. force: nodes that every run makes again, such as
-    `target`. webhook: told of failures, crashes, promotions and refusals (`pipeline.automations`); None leaves the one
-    that the deployment has. folder: what relative paths in the config are relative to; where runs of a process pool
-    work. Raises DraftsmithError, also for a deployment of this name that is of another line of drafters.
+    `target`. webhook: called when a run ends or waits (`pipeline.automations`); None leaves the one that the deployment
+    has. silent_days: the webhook is called too when no run has ended for so long. folder: what relative paths in the
+    config are relative to; where runs of a process pool work. Raises DraftsmithError, also for a deployment of this
+    name that is of another line of drafters.
     """
     crons = schedule.checked()
     if webhook is not None:
         check_address(webhook)
+    elif silent_days is not None:
+        raise DraftsmithError("--silent-after: nobody would be called. Pass --webhook too.")
     with get_client(sync_client=True) as client:
         found = _pool(client, pool)
         module, _, attribute = pipeline.flow.partition(":")
@@ -100,7 +104,7 @@ def deploy(
         made = deployment.apply(work_pool_name=pool)
         assert isinstance(made, UUID)
         if webhook is not None:
-            call_webhook(client, webhook, made, deployment.name, heartbeat_s=HEARTBEAT_S)
+            call_webhook(client, webhook, made, deployment.name, heartbeat_s=HEARTBEAT_S, silent_days=silent_days)
         told = has_webhook(client, deployment.name)
     ui = api.rstrip("/").removesuffix("/api")
     return Deployed(deployment.full_name, f"{ui}/deployments/deployment/{made}", created, told)

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 from draftsmith.artifacts.code_digest import code_digest, code_modules
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
-from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.manifest import ArtifactRef, Manifest
+from draftsmith.artifacts.mlflow_models import Metrics
 from draftsmith.artifacts.store import Store
 from draftsmith.flows.pipeline.begun import Begun, begin, notes
 from draftsmith.flows.pipeline.external import external_digests
@@ -57,6 +58,8 @@ class Conclusion:
     figures: Mapping[str, float] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
     overrules: bool = False  # what the review says
+    asset: str = ""  # in Prefect: what was promoted, such as draftsmith://line/NAME/champion
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # of the asset
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,8 @@ class Pipeline:
     verdict: str = ""  # "module:function", given the folders of the last report and its inputs: lines for `status`
     headline: str = ""  # the node whose figures are the run's in MLflow
     review: Callable[[Mapping[str, Path]], Review | None] | None = None  # of the nodes' folders: what MLflow shows too
+    # of the nodes' folders: the drafters that node `evaluation` compared, with their metrics by data set
+    compared: Callable[[Mapping[str, Path]], Mapping[str, tuple[Manifest, Metrics]]] | None = None
     data: tuple[str, ...] = ()  # nodes that are the run's data sets
     report: tuple[str, str] = ("", "")  # the node and the file of it that a person reads first
     code_modules: Callable[[str], dict[str, str]] = code_modules  # what the digest is over, for `draftsmith why`

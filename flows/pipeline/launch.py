@@ -26,7 +26,7 @@ class Finished:
     """A run that came to its end."""
 
     artifacts: Folders  # by node
-    outcome: str | None  # promoted, refused, inconclusive, current; None: nothing was to be decided
+    outcome: str | None  # promoted, refused, inconclusive, waiting, current; None: nothing was to be decided
     message: str  # the outcome with its reason
     refusal: RefusedError | None  # of a drafter that was not promoted
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import tempfile
 from pathlib import Path
 
@@ -35,11 +34,6 @@ def gpu_names() -> list[str]:
     """Return what visible GPUs are told apart by, the same for all users: numbers count in the order of nvidia-smi, and
     a UUID may be given by its beginning; a part of a GPU (MIG) has the name that it is given by."""
     return sorted({gpu.uuid for gpu in visible_gpus()})
-
-
-def accelerators() -> list[str]:
-    """What work on this machine's accelerators is told apart by: `gpu_names`, or the machine's name without any."""
-    return [plain(name) for name in gpu_names()] or [f"{platform.node()}.cpu"]
 
 
 def plain(name: str) -> str:

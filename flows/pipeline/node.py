@@ -33,9 +33,6 @@ from draftsmith.stages.contract import Compute
 
 log = logging.getLogger("draftsmith.stages")  # Prefect shows it in the run
 
-# Given who tells that it waits, and what is called while it waits.
-Hold = Callable[[Callable[[str], None], Callable[[], None]], AbstractContextManager[None]]
-
 
 @dataclass(frozen=True)
 class Workshop:
@@ -48,7 +45,6 @@ class Workshop:
     tracking: Tracking
     refresh_run: Callable[[], str | None] = lambda: None  # MLflow's id of the run that the stages' runs are nested in
     check: Callable[[], None] = lambda: None  # called while a stage waits or runs; what it raises stops it
-    hold: Hold = lambda _say, _check: contextlib.nullcontext()  # what a stage on the accelerator holds
     pool: Pool = side_by_side  # who makes the shards of a node
 
     @property
@@ -133,16 +129,12 @@ def _say_in_use(workshop: Workshop, node: Node, note: RunningNote | None = None)
     def say(device: str, holder: Holder | None) -> None:
         # of those who share it the last one left its name, which may be this run
         who = f" ({holder})" if holder is not None and holder.pid != os.getpid() else " by another run"
-        _say(workshop, node, note, f"waits for the device {device}, which is in use{who}")
+        waits = f"waits for the device {device}, which is in use{who}"
+        workshop.display.line(f"{node.name}: {waits}")
+        if note is not None:
+            note.waiting(waits)  # for `draftsmith status`
 
     return say
-
-
-def _say(workshop: Workshop, node: Node, note: RunningNote | None, waits: str) -> None:
-    """In the terminal, and to who asks `draftsmith status`."""
-    workshop.display.line(f"{node.name}: {waits}")
-    if note is not None:
-        note.waiting(waits)
 
 
 def _run(
@@ -168,7 +160,6 @@ def _run(
             compute = node.stage.joins
         with (
             _note(workshop, node, claim) as note,
-            _accelerator(workshop, node, compute, note),
             _devices(workshop, node, compute, note) as devices,
             unchanged(workshop.store, node, inputs, claim, external),
             tracked.system_metrics(),
@@ -229,23 +220,13 @@ def _shards(
                 check=check,
             )
 
-        local = workshop.config.stages.runner == "local"
-        compute = node.stage.computes(node.config) if local else Compute.LIGHT  # else their hosts hold what they take
-        with _accelerator(workshop, node, compute, note):
-            note.waiting("")
-            made = workshop.pool(orders, make_one, stopped.set, check)
+        made = workshop.pool(orders, make_one, stopped.set, check)
     store = workshop.store
     here = [replace(ref, path=store.path(ref.stage, ref.key)) for ref in made]  # another host has another home
     for ref in here:
         store.fetch(ref)
         store.verify_once(ref)
     return here
-
-
-def _accelerator(workshop: Workshop, node: Node, compute: Compute, note: RunningNote) -> AbstractContextManager[None]:
-    if compute is Compute.LIGHT:
-        return contextlib.nullcontext()
-    return workshop.hold(lambda waits: _say(workshop, node, note, waits), workshop.check)
 
 
 def _run_process(

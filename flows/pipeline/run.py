@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prefect.client.schemas.objects import State
-from prefect.context import FlowRunContext
-from prefect.events import emit_event
+from prefect.exceptions import Pause
 from prefect.states import Cancelled, Completed, Failed
 
 from draftsmith.artifacts.dead_runs import close_dead_runs
@@ -21,12 +20,14 @@ from draftsmith.artifacts.home import home
 from draftsmith.artifacts.host import reach_ourselves_directly
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.mlflow_files import misplaced
+from draftsmith.artifacts.mlflow_models import log_models
 from draftsmith.artifacts.mlflow_terms import Status
 from draftsmith.artifacts.redaction import redact_logs, redacted
 from draftsmith.artifacts.refreshes import OUTCOME
 from draftsmith.artifacts.retention import in_use
 from draftsmith.artifacts.tracking import NOTE, Tracking
 from draftsmith.flows.pipeline import registered
+from draftsmith.flows.pipeline.announcements import announce, deployed, resumed, show_verdict
 from draftsmith.flows.pipeline.begun import note_begun, note_ended, note_failed
 from draftsmith.flows.pipeline.cancellation import Cancellation, CancelledError
 from draftsmith.flows.pipeline.delivery import body
@@ -39,6 +40,7 @@ from draftsmith.flows.pipeline.graph import (
     Node,
     Pipeline,
     PlanAgain,
+    Review,
     forced_nodes,
     resolved,
 )
@@ -74,7 +76,7 @@ def run_graph(
             said.made = made
             if conclusion is not None:
                 said.outcome, said.message = conclusion.name.lower(), conclusion.message
-                _tell(config, conclusion)
+                announce(config.name, conclusion)
                 if conclusion.error is not None:
                     raise conclusion.error
     except CancelledError as error:
@@ -90,14 +92,6 @@ def run_graph(
 def _reading(config: RunOptions, cancellation: Cancellation) -> AbstractContextManager[None]:
     limit_s = 60 * config.stages.lock_wait_minutes
     return in_use(home(), config.name, Display().line, limit_s=limit_s, check=cancellation.check)
-
-
-def _tell(config: RunOptions, conclusion: Conclusion) -> None:
-    emit_event(
-        event=f"draftsmith.{conclusion.name.lower()}",
-        resource={"prefect.resource.id": f"draftsmith.run.{config.name}", "prefect.resource.name": config.name},
-        payload={"message": conclusion.message, "figures": dict(conclusion.figures), "tags": dict(conclusion.tags)},
-    )
 
 
 def _run(
@@ -130,16 +124,17 @@ def _run_once(
     if (warning := misplaced(tracking)) is not None:
         workshop.display.line(f"warning: {warning}")
     close_dead_runs(workshop.tracking, workshop.store)
+    anew = () if resumed() else force  # what a run has forced before it was suspended is made
     planned = patiently(
-        lambda: part.plan(config, workshop.store, pipeline, force, deployed=_deployed()),
+        lambda: part.plan(config, workshop.store, pipeline, anew, deployed=deployed()),
         config.stages,
         workshop.display.line,
     )
     nodes = [item.node for item in planned]
     whole = not part.until  # also where every node is needed for it: who stops at the report looks before promoting
     checks = pipeline.checks() if pipeline.checks is not None else None
-    forced = forced_nodes(nodes, force)
-    concluding = pipeline.course(config, forced) if pipeline.course is not None else None
+    forced = forced_nodes(nodes, anew)
+    concluding = pipeline.course(config, forced_nodes(nodes, force)) if pipeline.course is not None else None
     course = concluding if whole else None
     workshop.display.left_over(planned)
     workshop.display.lines(checks.before(planned) if checks is not None else [])
@@ -154,7 +149,12 @@ def _run_once(
     try:
         conclusion = _make_all(workshop, nodes, forced, made, checks, course)
         refs = _refs(made)
-        record.settle(refs)
+        run_id = record.settle(refs)
+        if conclusion is None and pipeline.compared is not None and "evaluation" in made:
+            found = pipeline.compared(Folders(workshop.store, refs))
+            log_models(tracking, workshop.store.manifest(refs["evaluation"]), run_id, found)
+        if conclusion is None and (review := _review(workshop, made)) is not None:
+            show_verdict(config.name, f"{review.description}{tracking.link(run_id)}", workshop.display.line)
         if conclusion is None and course is not None:
             registered.note(tracking)
             conclusion = patiently(
@@ -166,6 +166,9 @@ def _run_once(
         if whole:
             note_ended(config.name)
     except StageInterrupted:
+        raise
+    except Pause:  # a person is asked; the run goes on from what is made
+        status = "FINISHED"
         raise
     except PlanAgain as changed:  # nothing went wrong: this very command goes on, and knows what it has to force
         again, ended = True, f"**Planned again.** {changed}"
@@ -194,12 +197,6 @@ def _run_once(
     if conclusion is not None:
         workshop.display.line(conclusion.message)
     return {name: _described(each) for name, each in made.items()}, conclusion
-
-
-def _deployed() -> bool:
-    """Whether a deployment runs it: on a schedule, or because somebody asks for one more of its runs."""
-    context = FlowRunContext.get()
-    return context is not None and context.flow_run is not None and context.flow_run.deployment_id is not None
 
 
 def _make_all(
@@ -253,8 +250,7 @@ def _reviewed(
     node, figures, tags = made.get(workshop.pipeline.headline), {}, {}
     if node is not None:
         figures = dict(workshop.store.manifest(node.ref).metrics)
-    folders = Folders(workshop.store, _refs(made))
-    review = workshop.pipeline.review(folders) if workshop.pipeline.review is not None else None
+    review = _review(workshop, made)
     if review is not None:
         figures |= review.figures
         tags = {**review.tags, NOTE: review.description if conclusion is None else review.concluded}
@@ -267,6 +263,11 @@ def _reviewed(
         if NOTE not in tags or conclusion.overrules:
             tags[NOTE] = f"**{conclusion.name}.** {conclusion.message}"
     return figures, tags
+
+
+def _review(workshop: Workshop, made: Mapping[str, Made]) -> Review | None:
+    folders = Folders(workshop.store, _refs(made))
+    return workshop.pipeline.review(folders) if workshop.pipeline.review is not None else None
 
 
 def _report(workshop: Workshop, made: Mapping[str, Made]) -> list[Path]:

@@ -16,7 +16,6 @@ from prefect.tasks import Task
 
 from draftsmith.artifacts.errors import RetryableError
 from draftsmith.artifacts.manifest import ArtifactRef
-from draftsmith.flows.pipeline.accelerator import held
 from draftsmith.flows.pipeline.cluster import mapped
 from draftsmith.flows.pipeline.graph import Node
 from draftsmith.flows.pipeline.node import Made, Workshop, log, make
@@ -50,7 +49,7 @@ def run_node(
 def stage_task(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], force: bool) -> State[Any]:
     """The state says by its name what happened: Completed, or Reused."""
     try:
-        made = make(replace(workshop, hold=held, pool=mapped), node, inputs, force=force)
+        made = make(replace(workshop, pool=mapped), node, inputs, force=force)
     except asyncio.CancelledError as error:  # Prefect throws it into the thread of a flow with a lease
         raise RetryableError(
             "Prefect's server no longer keeps the slot of this run's deployment: the run goes on without it"

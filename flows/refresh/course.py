@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.artifacts.errors import RefusedError
-from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.home import home
+from draftsmith.artifacts.manifest import ArtifactRef, read_manifest
+from draftsmith.artifacts.mlflow_models import link_version
 from draftsmith.artifacts.refreshes import OUTCOME
 from draftsmith.artifacts.registry import CHAMPION, PROMOTED, RECORD, ChampionMovedError, Version
+from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.pipeline.graph import Conclusion, Node, PlanAgain
+from draftsmith.flows.refresh import hook
 from draftsmith.flows.refresh.config import DEFAULT_SAMPLING, RefreshConfig, measured_with, prompts_since
 from draftsmith.flows.refresh.line import (
     AHEAD_DAYS,
@@ -28,7 +32,6 @@ from draftsmith.flows.refresh.line import (
     version_tags,
 )
 from draftsmith.flows.refresh.review import DETAIL
-from draftsmith.flows.refresh.telling import Telling
 from draftsmith.stages.champion import RECORD as TARGET_RECORD
 from draftsmith.stages.contract import Config
 from draftsmith.stages.earlier import is_here
@@ -52,7 +55,6 @@ class RefreshCourse:
         self._forced = sorted(set(force) - set(_IN_FRONT))
         self._drift_metrics: dict[str, float] = {}
         self._drift_tags: dict[str, str] = {}
-        self._telling = Telling(self.line.name, config.on_promote)
 
     @property
     def decisive(self) -> frozenset[str]:
@@ -65,7 +67,7 @@ class RefreshCourse:
         """Behind the drift check: the refresh ends if the champion is current."""
         if node.name != "drift" or self.line.champion is None:
             return None
-        self._telling.tell_what_is_due()
+        hook.call_if_due(self.config.on_promote, self.line.name)
         drift = json.loads((made["drift"] / "drift.json").read_text("utf-8"))
         reasons = self._reasons(drift, json.loads((made["champion"] / TARGET_RECORD).read_text("utf-8")))
         self._drift_metrics = {f"{DETAIL}drift.{name}.tau": figures["tau"] for name, figures in drift.items()}
@@ -139,27 +141,31 @@ class RefreshCourse:
             serves = "nobody" if now is None else f"version {now.number}"
             raise self._plan_again(f"{self.line.name}: {serves} is the champion by now")
         version = line.register(self.line.name, ref, tags, run_id=run_id, upload=self.line.upload)
+        link_version(Tracking(home(), self.config.experiment), version, read_manifest(ref.path))
         if not decision["promote"]:
             said = f"{version} is not promoted: {decision['sentence']}"
             inconclusive = decision["outcome"] == "inconclusive"
             tag_ended(version)
             error = RefusedError(f"{version} is not promoted: {decision['outcome']}")  # the screen says why
             return self._conclusion("Inconclusive" if inconclusive else "Refused", said, decision, version, error)
-        with self._telling.alone():
-            version = line.version(version.line, version.number)
-            if (undone := line.rolled_back(version)) is None:  # asked now: another's hook may have undone it
-                return self._promote(version, expected, decision, tags)
-        said = (  # the same inputs have made it again
-            f"{version} is not promoted: {undone.by} took it out of service at {undone.at} ({undone.why}), and nothing "
-            f"that makes it has changed since; to serve it: `draftsmith promote {version.line}@{version.number}`"
-        )
-        tag_ended(version)
-        return self._conclusion("Refused", said, decision, version, RefusedError(said))
+        at = f"{version.line}@{version.number}"
+        if (undone := line.rolled_back(version)) is not None:  # the same inputs have made it again
+            said = (
+                f"{version} is not promoted: {undone.by} took it out of service at {undone.at} ({undone.why}), and "
+                f"nothing that makes it has changed since; to serve it: `draftsmith promote {at}`"
+            )
+            tag_ended(version)
+            return self._conclusion("Refused", said, decision, version, RefusedError(said))
+        if self.line.approve and CHAMPION not in version.aliases and not _approved(at):
+            said = f"{version} waits for a person (registry.approve). To promote it: `draftsmith promote {at}`"
+            tag_ended(version)
+            return self._conclusion("Waiting", said, decision, version, RefusedError(said))
+        return self._promote(version, expected, decision, tags)
 
     def _promote(
         self, version: Version, expected: Version | None, decision: Mapping[str, Any], tags: Mapping[str, str]
     ) -> Conclusion:
-        says = self._telling.owed(decision)
+        says = hook.due(self.config.on_promote, decision)
         if "promoted_at" in version.tags:  # it comes back: what it is worth today
             says |= {name: tags[name] for name in RECORD if name in tags}
         if CHAMPION in version.aliases:  # another launcher of the same config was faster
@@ -170,7 +176,7 @@ class RefreshCourse:
             raise self._plan_again(str(error)) from error
         tag_ended(version)
         said = f"{version} is the champion: {decision['sentence']}"
-        if became := self._telling.tell(version, decision):
+        if became := hook.call_if_due(self.config.on_promote, version.line):
             said += f"; {became}"
         return self._conclusion("Promoted", said, decision, version)
 
@@ -195,8 +201,19 @@ class RefreshCourse:
             **({"rules": rules} if (rules := failed_rules(decision)) else {}),
             **self._drift_tags,
         }
-        overruled = decision["promote"] and name != "Promoted"
-        return Conclusion(name, message, error, self._drift_metrics, tags, overrules=overruled)
+        promoted = name == "Promoted"
+        overruled = decision["promote"] and not promoted
+        asset = f"draftsmith://line/{version.line}/champion" if promoted else ""
+        metadata = {"version": version.number, "tau": float(version.tags["tau"]), "source": version.source}
+        return Conclusion(
+            name, message, error, self._drift_metrics, tags, overrules=overruled, asset=asset, metadata=metadata
+        )
+
+
+def _approved(key: str) -> bool:
+    from draftsmith.flows.pipeline.announcements import approved  # imports Prefect
+
+    return approved(key)
 
 
 def _said(value: Any) -> str:

@@ -13,6 +13,7 @@ from draftsmith.flows.pipeline.graph import Node, Pipeline
 from draftsmith.flows.pipeline.options import PlainName, RunOptions
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.line import registry
+from draftsmith.flows.refresh.review import compared
 from draftsmith.stages.measure.config import DRAFTERS, PREFIX, EvaluationConfig
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.rollout import RolloutConfig
@@ -55,6 +56,7 @@ EVALUATE = Pipeline(
     checks=RunChecks,
     results="draftsmith.flows.refresh.results:show_results",
     headline="evaluation",
+    compared=compared,
 )
 
 

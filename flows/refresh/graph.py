@@ -14,7 +14,7 @@ from draftsmith.flows.refresh.config import (
     starts_from_champion,
 )
 from draftsmith.flows.refresh.course import course, resolve
-from draftsmith.flows.refresh.review import review
+from draftsmith.flows.refresh.review import compared, review
 
 
 def refresh_nodes(config: RefreshConfig) -> list[Node]:
@@ -86,6 +86,7 @@ REFRESH = Pipeline(
     results="draftsmith.flows.refresh.results:show_results",
     verdict="draftsmith.flows.refresh.results:verdict_lines",
     review=review,
+    compared=compared,
     data=("prompts", "logs", "rollout", "assisted", "heldout"),
     report=("report", "report.html"),
 )

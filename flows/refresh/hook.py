@@ -1,7 +1,10 @@
-"""What a team does when a drafter was promoted: a command, or a call of a URL, with the decision as JSON.
+"""Call a team's command or URL after a promotion, with the decision as JSON.
 
-A failed hook is reported and undoes nothing: the registry says who is the champion, and a server that did not reload
-serves a drafter that was good until now.
+The call is made at least once: the decision is a tag of the version from before it is the champion until a call has
+ended. A run that is killed in between leaves the tag, and the next run of the line calls again. All calls for one
+promotion have the same `idempotency_key`: line, version, and how many promotions the line had. A failed hook is
+reported and undoes nothing: the registry says who is the champion, and a server that did not reload serves a drafter
+that was good until now.
 """
 
 from __future__ import annotations
@@ -9,12 +12,17 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
 from draftsmith.artifacts.home import users_umask
+from draftsmith.flows.refresh.line import registry
 from draftsmith.stages.contract import Config
+
+_TAG = "on_promote"  # of a version: the decision as JSON while the call is due, then `called`, or `failed: WHY`
+_TAG_CHARS = 4900  # MLflow keeps 5,000
 
 
 class HookConfig(Config):
@@ -34,8 +42,30 @@ class HookConfig(Config):
         return self
 
 
-def call(hook: HookConfig, decision: dict[str, Any]) -> str | None:
-    """Why it failed, None if it did not."""
+def due(hook: HookConfig | None, decision: Mapping[str, Any]) -> dict[str, str]:
+    """Return the tags of a version that is about to be promoted: whoever finds them calls the hook."""
+    if hook is None:
+        return {}
+    text = json.dumps(decision)
+    if len(text) > _TAG_CHARS:
+        text = json.dumps({**decision, "rules": [], "sentence": decision["sentence"][:2000]})
+    return {_TAG: text}
+
+
+def call_if_due(hook: HookConfig | None, line: str) -> str:
+    """Call the hook for the champion of a line if that is due. Return what came of it, empty if nothing was due."""
+    champion = registry().champion(line) if hook is not None else None
+    if hook is None or champion is None or not champion.tags.get(_TAG, "").startswith("{"):
+        return ""
+    named = {"line": line, "version": champion.number, "source": champion.source}
+    named["idempotency_key"] = f"{line}@{champion.number}#{len(registry().events(line))}"
+    problem = call(hook, {**named, **json.loads(champion.tags[_TAG])})
+    registry().tag(champion, {_TAG: f"failed: {problem}"[:1000] if problem else "called"})
+    return f"on_promote failed: {problem}" if problem else "on_promote was called"
+
+
+def call(hook: HookConfig, decision: Mapping[str, Any]) -> str | None:
+    """Return why the call failed, None if it did not."""
     body = json.dumps(decision)
     if hook.command is not None:
         return _run(hook.command, body, hook.timeout_s)

@@ -64,6 +64,13 @@ class RegistryConfig(Config):
             "one refresh: --set registry.restart=true"
         ),
     ] = False
+    approve: Annotated[
+        bool,
+        Field(
+            description="a person says yes before a promotion: a deployment's run is suspended until it is resumed in "
+            "Prefect; any other run ends, and `draftsmith promote` promotes"
+        ),
+    ] = False
     champion: Annotated[ChampionConfig | None, FilledIn(), Field(description="who serves when the plan is made")] = None
     answers: Annotated[
         EarlierConfig | None, FilledIn(), Field(description="the logged answers that the champion was trained on")
@@ -163,7 +170,7 @@ def as_it_stands(line: RegistryConfig) -> RegistryConfig:
     """With who serves now, and what was read and learned for it."""
     known = registry()
     version = known.champion(line.name)
-    found = RegistryConfig(name=line.name, upload=line.upload, restart=line.restart)
+    found = RegistryConfig(name=line.name, upload=line.upload, restart=line.restart, approve=line.approve)
     if version is None:
         if not line.restart:
             _check_begins(line.name, known.versions(line.name))

@@ -111,7 +111,7 @@ def _version(asked: Invocation, made: Mapping[str, Path], review: Review) -> str
 def _verdict(review: Review, asked: Invocation, ending: Ending) -> list[str]:
     kind, sentence = review.outcome.kind, review.outcome.sentence
     if kind == "promoted" and ending.refused is not None:  # the gate passed, and something else stood against it
-        return _wrapped(f"{_VERDICTS['refused']}{ending.refused}")
+        return _wrapped(f"NOT PROMOTED: {ending.refused}")
     if kind == "promoted":
         sentence = f"{asked.line}@{asked.version}. {review.outcome.followed}"
     return [

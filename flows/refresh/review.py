@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from draftsmith.artifacts.manifest import Manifest, read_manifest
+from draftsmith.artifacts.mlflow_models import ALL, Metrics
 from draftsmith.artifacts.mlflow_terms import plain_markdown
 from draftsmith.artifacts.refreshes import OUTCOME
 from draftsmith.flows.pipeline.graph import Review
@@ -19,6 +21,7 @@ _HEADLINE = (
     *("tau_gain", "tau_gain.low", "tau_gain.high"),
     *("rules_broken", "rules_unjudged", "cost.wall_s"),
 )
+_OF_A_MODEL = ("tau", "speedup")
 _OF_SPEED = ("speedup", "tokens_per_s")  # headlines too, of the first setting that was measured
 
 
@@ -37,6 +40,23 @@ def review(made: Mapping[str, Path]) -> Review | None:
     description, concluded = (_description(told, found, path.parent) for found in (verdict, act))
     tags = {OUTCOME: verdict["kind"]} if verdict else {}
     return Review(metric_names(told["figures"], _setting(made)), description, concluded, tags)
+
+
+def compared(made: Mapping[str, Path]) -> dict[str, tuple[Manifest, Metrics]]:
+    """Return each drafter that the evaluation compared: what made it, and its metrics by prompt set.
+
+    made: node -> folder, with an evaluation.
+    """
+    evaluation = json.loads((made["evaluation"] / "evaluation.json").read_text("utf-8"))
+    folders = dict(made.items())  # a drafter's manifest will do: nothing is fetched
+    found: dict[str, tuple[Manifest, Metrics]] = {}
+    for arm, acceptance in evaluation["drafters"].items():
+        sets = {name: arms[arm] for name, arms in (evaluation.get("sets") or {}).items() if arm in arms}
+        overall = {**acceptance, **((evaluation.get("speed") or {}).get(arm) or {})}
+        metrics = {name: {key: each[key] for key in _OF_A_MODEL if key in each} for name, each in sets.items()}
+        metrics[ALL] = {key: overall[key] for key in _OF_A_MODEL if key in overall}
+        found[arm] = (read_manifest(folders[arm]), metrics)
+    return found
 
 
 def metric_names(metrics: Mapping[str, float], setting: str = "") -> dict[str, float]:

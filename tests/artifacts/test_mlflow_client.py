@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import base64
-import ipaddress
 import json
 import os
 import shutil
-import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.manifest import ArtifactRef
@@ -38,10 +30,8 @@ LATE_S = 2.0  # longer than the client waits otherwise
 
 
 @contextmanager
-def serving(
-    answer: Callable[[BaseHTTPRequestHandler], tuple[int, bytes]], certificate: Path | None = None
-) -> Iterator[str]:
-    """A server's address; `answer` gives status and body of every request. certificate: with its key, for HTTPS."""
+def serving(answer: Callable[[BaseHTTPRequestHandler], tuple[int, bytes]]) -> Iterator[str]:
+    """A server's address; `answer` gives status and body of every request."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -58,12 +48,8 @@ def serving(
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        if certificate is not None:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(certificate)
-            server.socket = context.wrap_socket(server.socket, server_side=True)
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        yield f"{'http' if certificate is None else 'https'}://127.0.0.1:{server.server_port}"
+        yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
 
 
@@ -159,39 +145,3 @@ def test_user_and_password_of_the_address_are_shown_to_the_server_and_to_nobody_
     with pytest.raises(RetryableError, match=r"MLFLOW_TRACKING_URI http://\*\*\*@127\S+: \[Errno 111\] Conn") as absent:
         Tracking(tmp_path).check()
     assert "hunter" not in str(absent.value)
-
-
-@pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
-def test_a_server_whose_certificate_mlflow_knows_is_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a company's own authority, which requests is told of, or of none, which MLflow is told not to mind."""
-    certificate = self_signed(tmp_path)
-
-    def answer(_: BaseHTTPRequestHandler) -> tuple[int, bytes]:
-        return 200, json.dumps(EXPERIMENT).encode()
-
-    with serving(answer, certificate) as address:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-        for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "MLFLOW_TRACKING_INSECURE_TLS"):
-            monkeypatch.delenv(name, raising=False)
-        with pytest.raises(RetryableError, match="CERTIFICATE_VERIFY_FAILED"):
-            Tracking(tmp_path).check()
-        for name, value in (("REQUESTS_CA_BUNDLE", str(certificate)), ("MLFLOW_TRACKING_INSECURE_TLS", "true")):
-            with monkeypatch.context() as told:
-                told.setenv(name, value)
-                Tracking(tmp_path).check()
-
-
-def self_signed(folder: Path) -> Path:
-    """Key and certificate of 127.0.0.1, in one file."""
-    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
-    now = datetime.now(UTC)
-    here = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-    certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + timedelta(1))
-        .add_extension(here, critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    form = (Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    path = folder / "server.pem"
-    path.write_bytes(key.private_bytes(*form) + certificate.public_bytes(Encoding.PEM))
-    return path

@@ -6,10 +6,8 @@ import secrets
 import shutil
 import sqlite3
 import threading
-import time
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -17,7 +15,6 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from draftsmith.artifacts.errors import EXIT_USER_ERROR, DraftsmithError, RetryableError
-from draftsmith.artifacts.line_turns import turn_of
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.registry import CHALLENGER, PREVIOUS, ChampionMovedError, Registry
 from draftsmith.artifacts.tracking import Tracking
@@ -31,18 +28,18 @@ def ref(folder: Path, name: str) -> ArtifactRef:
     return ArtifactRef("opd", f"key-{name}", f"content-{name}", path)
 
 
+def serving(registry: Registry, line: str) -> tuple[int | None, int | None]:
+    """The numbers of the champion and of the one before it."""
+    found = registry.champion(line), registry.alias(line, PREVIOUS)
+    return found[0].number if found[0] else None, found[1].number if found[1] else None
+
+
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
     """Of one home for all tests: to make a database takes seconds."""
     with pytest.MonkeyPatch.context() as environment:
         environment.delenv("MLFLOW_TRACKING_URI", raising=False)
         return Registry(Tracking(tmp_path_factory.mktemp("home")))
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A database that several homes use."""
-    return f"sqlite:///{tmp_path_factory.mktemp('shared')}/mlflow.db"
 
 
 @pytest.fixture
@@ -67,9 +64,7 @@ def test_a_line_keeps_who_served_when_and_why(line: str, registry: Registry, tmp
     registry.promote(second, expected=champion, why="tau +0.3")
     assert [version.aliases for version in registry.versions(line)] == [("previous",), ("champion",)]
     registry.promote(first, expected=second, why="latency", what="rolled back")
-    now, before = registry.champion(line), registry.alias(line, PREVIOUS)
-    assert now is not None and before is not None
-    assert (now.number, before.number) == (1, 2)
+    assert serving(registry, line) == (1, 2)
     told = [(event.what, event.version, event.before, event.why) for event in registry.events(line)]
     assert told == [
         ("promoted", 1, None, "the first one"), ("promoted", 2, 1, "tau +0.3"), ("rolled back", 1, 2, "latency"),
@@ -195,127 +190,29 @@ def test_weights_are_uploaded_and_fetched_where_the_store_is_not(line: str, regi
     assert (tmp_path / "elsewhere" / "drafter" / "config.json").read_text() == "{}"
 
 
-def test_homes_that_share_mlflow_alone_promote_one_after_the_other(
-    line: str, shared: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_of_homes_that_share_mlflow_alone_the_second_decides_again(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No file lock is common to them."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", shared)
-    homes = [Registry(Tracking(tmp_path / name)) for name in ("here", "there")]
-    first = homes[0].register(line, ref(tmp_path, "a"), {})
-    homes[0].promote(first, expected=None, why="the first one")
-    rivals = [home.register(line, ref(tmp_path, f"b{place}"), {}) for place, home in enumerate(homes)]
-    said: list[str] = []
+    """No file lock is common to them: the other one promotes while this one has just written its event."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/shared.db")
+    here, there = (Registry(Tracking(tmp_path / name)) for name in ("here", "there"))
+    first = here.register(line, ref(tmp_path, "a"), {})
+    here.promote(first, expected=None, why="the first one")
+    ours, theirs = here.register(line, ref(tmp_path, "b"), {}), there.register(line, ref(tmp_path, "c"), {})
+    write = MlflowClient.set_registered_model_tag
 
-    def promote(place: int) -> None:
-        try:
-            homes[place].promote(rivals[place], expected=first, why="better")
-            said.append("promoted")
-        except ChampionMovedError:
-            said.append("decides again")
+    def overtaken(self: MlflowClient, *arguments: str) -> None:
+        write(self, *arguments)
+        with monkeypatch.context() as undisturbed:
+            undisturbed.setattr(MlflowClient, "set_registered_model_tag", write)
+            there.promote(theirs, expected=first, why="better")
 
-    racers = [threading.Thread(target=promote, args=[place]) for place in (0, 1)]
-    for racer in racers:
-        racer.start()
-    for racer in racers:
-        racer.join()
-    assert sorted(said) == ["decides again", "promoted"]
-    assert len(homes[0].events(line)) == 2
-    client, _ = homes[0]._tracking.connect()
-    assert line + ".promotion" not in {model.name for model in client.search_registered_models()}, (
-        "nothing is held any more"
-    )
-
-
-def test_drift_checks_of_two_homes_at_once_are_both_kept(
-    line: str, shared: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", shared)
-    homes = [Registry(Tracking(tmp_path / name)) for name in ("here", "there")]
-    homes[0].register(line, ref(tmp_path, "a"), {})
-    assert [home.drift(line) for home in homes] == [[], []]  # both are connected
-    drift = Registry.drift
-
-    def slowly(registry: Registry, line: str) -> list[dict[str, Any]]:
-        known = drift(registry, line)
-        time.sleep(0.5)
-        return known
-
-    monkeypatch.setattr(Registry, "drift", slowly)
-    threads = [
-        threading.Thread(target=home.add_drift, args=[line, {"tau": 2.0 + place}]) for place, home in enumerate(homes)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(seen["tau"] for seen in homes[0].drift(line)) == [2.0, 3.0]
-
-
-def test_a_turn_that_is_given_back_while_mlflow_refuses_it_is_had(
-    line: str, shared: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", shared)
-    client, _ = Tracking(tmp_path / "home").connect()
-    client.create_registered_model(f"{line}.promotion")
-    store = client._get_registry_client().store
-    looked: list[str] = []
-    look = store.get_registered_model
-
-    def given_back(name: str) -> Any:
-        if not looked:
-            store.delete_registered_model(name)
-        looked.append(name)
-        return look(name)
-
-    monkeypatch.setattr(store, "get_registered_model", given_back)
-    with turn_of(client, line):
-        assert looked
-        with pytest.raises(MlflowException, match="already exists"):
-            client.create_registered_model(f"{line}.promotion")
-
-
-def test_a_promotion_that_took_too_long_changes_nothing_beside_the_next(
-    line: str, shared: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", shared)
-    client, _ = Tracking(tmp_path / "home").connect()
-    name = f"{line}.promotion"
-    with turn_of(client, line) as still_ours:
-        still_ours()
-        client.delete_registered_model(name)  # as one does that has waited for a minute
-        time.sleep(0.002)  # MLflow's clock counts milliseconds
-        with turn_of(client, line) as of_the_next:
-            with pytest.raises(RetryableError, match="another one began"):
-                still_ours()
-            of_the_next()
-        time.sleep(0.002)
-        client.create_registered_model(name)
-    assert client.get_registered_model(name), "a turn gives back its own alone"
-
-
-def test_a_turn_that_nobody_may_take_away_is_named(
-    line: str, shared: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", shared)
-    monkeypatch.setattr("draftsmith.artifacts.line_turns.OTHERS_LIMIT_S", 0.5)
-    client, _ = Tracking(tmp_path / "home").connect()
-    client.create_registered_model(f"{line}.promotion")
-    held = rf"registered model {line}\.promotion all the time: .* delete"
-    with pytest.raises(RetryableError, match=held), turn_of(client, line):
-        pass
-
-
-def test_what_a_killed_promotion_held_is_taken_away(
-    line: str, shared: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", shared)
-    monkeypatch.setattr("draftsmith.artifacts.line_turns._STALE_S", 0.3)
-    registry = Registry(Tracking(tmp_path / "home"))
-    first = registry.register(line, ref(tmp_path, "a"), {})
-    registry._tracking.connect()[0].create_registered_model(f"{line}.promotion")
-    registry.promote(first, expected=None, why="the first one")
-    champion = registry.champion(line)
-    assert champion is not None and champion.number == 1
+    with monkeypatch.context() as patched:
+        patched.setattr(MlflowClient, "set_registered_model_tag", overtaken)
+        with pytest.raises(ChampionMovedError):
+            here.promote(ours, expected=first, why="better")
+    assert [event.version for event in here.events(line)] == [first.number, theirs.number]
+    assert serving(here, line) == (theirs.number, first.number)
 
 
 @pytest.mark.parametrize("own", [True, False])

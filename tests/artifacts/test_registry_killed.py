@@ -14,7 +14,7 @@ from draftsmith.artifacts.registry import Registry
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.refresh import commands
-from tests.artifacts.test_registry import ref
+from tests.artifacts.test_registry import ref, serving
 
 LINE = "tiny-dflash"
 
@@ -65,6 +65,13 @@ class Losing:
         return counted
 
 
+@pytest.fixture
+def by_hand(served: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands use this registry, whose versions have no files."""
+    monkeypatch.setattr(commands, "registry", lambda: served)
+    monkeypatch.setattr(commands, "verified", lambda _version: None)
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Registry:
     folder = tmp_path_factory.mktemp("served")
@@ -93,28 +100,22 @@ def test_a_promotion_is_completed_by_the_same_call(
     ]
 
 
-def test_a_previous_version_that_was_deleted_in_mlflow_is_no_lost_promotion(
-    served: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(commands, "registry", lambda: served)
-    monkeypatch.setattr(commands, "verified", lambda _version: None)
+@pytest.mark.usefixtures("by_hand")
+def test_a_previous_version_that_was_deleted_in_mlflow_is_no_lost_promotion(served: Registry, tmp_path: Path) -> None:
     first, second, third = (served.register("cleaned", ref(tmp_path, name), {}) for name in "abc")
     served.promote(first, expected=None, why="the first one")
     served.promote(second, expected=first, why="better")
     served._tracking.connect()[0].delete_model_version("cleaned", str(first.number))
     commands.promote(Display(), f"cleaned@{third.number}", "by hand", dry_run=False)
-    champion, previous = served.champion("cleaned"), served.alias("cleaned", "previous")
-    assert champion is not None and previous is not None
-    assert (champion.number, previous.number) == (third.number, second.number)
+    assert serving(served, "cleaned") == (third.number, second.number)
 
 
+@pytest.mark.usefixtures("by_hand")
 @pytest.mark.parametrize("writes", [1, 2, 3])
 def test_a_rollback_that_is_repeated_swaps_nothing_back(
     writes: int, served: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = f"rolled-back-{writes}"
-    monkeypatch.setattr(commands, "registry", lambda: served)
-    monkeypatch.setattr(commands, "verified", lambda _version: None)
     good, bad = (served.register(line, ref(tmp_path, name), {}) for name in "ab")
     served.promote(good, expected=None, why="the first one")
     served.promote(bad, expected=good, why="better")
@@ -122,22 +123,17 @@ def test_a_rollback_that_is_repeated_swaps_nothing_back(
         Losing(patched, writes)
         commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
     commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
-    champion, previous = served.champion(line), served.alias(line, "previous")
-    assert champion is not None and previous is not None
-    assert (champion.number, previous.number) == (1, 2)
+    assert serving(served, line) == (1, 2)
     assert [each.what for each in served.events(line)] == ["promoted", "promoted", "rolled back to"]
     undone = served.rolled_back(bad)
     assert undone is not None and undone.why == "it accepts nothing" and served.rolled_back(good) is None
-    served.promote(bad, expected=champion, why="by hand")
+    served.promote(bad, expected=good, why="by hand")
     assert served.rolled_back(bad) is None
 
 
-def test_a_second_rollback_does_not_bring_back_what_the_first_took_out(
-    served: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("by_hand")
+def test_a_second_rollback_does_not_bring_back_what_the_first_took_out(served: Registry, tmp_path: Path) -> None:
     line = "rolled-back-twice"
-    monkeypatch.setattr(commands, "registry", lambda: served)
-    monkeypatch.setattr(commands, "verified", lambda _version: None)
     good, bad = (served.register(line, ref(tmp_path, name), {}) for name in "ab")
     served.promote(good, expected=None, why="the first one")
     served.promote(bad, expected=good, why="better")
@@ -145,20 +141,17 @@ def test_a_second_rollback_does_not_bring_back_what_the_first_took_out(
     for dry_run in (True, False):
         with pytest.raises(DraftsmithError, match=rf"version 2 .*it accepts nothing.*promote {line}@VERSION"):
             commands.rollback(Display(), line, "", dry_run=dry_run)
-    champion = served.champion(line)
-    assert champion is not None and champion.number == good.number
+    assert serving(served, line)[0] == good.number
     commands.promote(Display(), f"{line}@2", "mended", dry_run=False)
     commands.rollback(Display(), line, "", dry_run=False)  # what a hand has promoted goes back
-    champion = served.champion(line)
-    assert champion is not None and champion.number == good.number
+    assert serving(served, line)[0] == good.number
 
 
+@pytest.mark.usefixtures("by_hand")
 def test_a_rollback_says_that_the_target_was_another(
-    served: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    served: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = "of-two-targets"
-    monkeypatch.setattr(commands, "registry", lambda: served)
-    monkeypatch.setattr(commands, "verified", lambda _version: None)
     first, second, third = (
         served.register(line, ref(tmp_path, n), {"target_digest": t * 64}) for n, t in ("aa", "bb", "cb")
     )

@@ -399,11 +399,6 @@ def test_metrics_of_a_time_without_mlflow_are_sent_when_it_is_back(
     assert run_of(tracking, run.run_id).info.status == "FINISHED"
 
 
-def test_a_password_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://team:hunter2@db/mlflow")
-    assert Tracking(tmp_path).ui_command == "mlflow ui --backend-store-uri postgresql://***@db/mlflow"
-
-
 def test_params_are_flat_and_within_the_limits_of_mlflow() -> None:
     flat = flatten({"a": {"b": 1, "c": [1, "x"]}, "d": None, "e": "text", "f(g)": True, "long": "x" * 10_000})
     assert flat["a.b"] == "1"

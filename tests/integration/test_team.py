@@ -66,8 +66,8 @@ def tasks(servers: Team, run: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """A schedule of every minute whose runs the gate refuses; beside it a run that waits for the accelerator until its
-    holder is cancelled, fails, is retried and promotes; at last one that is killed. One team's servers for it all."""
+    """A schedule of every minute whose runs the gate refuses; beside it a run that is cancelled, and one that fails, is
+    retried and promotes; at last one that is killed. One team's servers for it all."""
     folder = tmp_path_factory.mktemp("team")
     allow, starts = folder / "allow", folder / "starts"
     with team(folder) as servers:
@@ -84,7 +84,6 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         process_of(servers, "busy")
         run = start(servers, deployment)
         told["form"] = form(servers, by_minute, folder)
-        wait_until(lambda: "target: waits for accelerator." in servers.worker_log, "the other run waits", LIMIT_S)
         servers.api(f"flow_runs/{busy}/set_state", {"state": {"type": "CANCELLING"}, "force": True})
         ends(servers, busy, "Cancelled")
         ends(servers, run, "Failed")
@@ -96,9 +95,10 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         told["retried"] = tasks(servers, run)
         told["scheduled"] = fired(servers, by_minute)
         told["killed"] = killed(servers, deployment)
-        causes = {"failed", "promoted", "refused", "crashed"}
-        wait_until(lambda: {each["cause"] for each in servers.called} >= causes, "the webhook was told of all four")
-        told["slots"] = servers.api("events/filter", {"filter": {"event": {"prefix": ["prefect.concurrency-limit."]}}})
+        never = write_config(folder / "never.yaml", name="never")
+        deploy(servers, never, "--webhook", servers.webhook, "--silent-after", "0.0002")  # 17 s
+        causes = {"failed", "promoted", "refused", "crashed", "silent"}
+        wait_until(lambda: {each["cause"] for each in servers.called} >= causes, "the webhook was told of all five")
         yield told
 
 
@@ -171,24 +171,16 @@ def test_a_failed_stage_is_retried_and_only_it_runs(story: dict[str, Any]) -> No
     assert story["starts"].read_text() == "started\n" * 3
 
 
-def test_the_webhook_is_told_of_failure_crash_promotion_and_refusal(story: dict[str, Any]) -> None:
+def test_the_webhook_is_told_of_failure_crash_promotion_refusal_and_silence(story: dict[str, Any]) -> None:
     told = {(each["cause"], each["deployment"]): each for each in story["servers"].called}
-    assert set(told) == {("failed", "toy"), ("promoted", "toy"), ("crashed", "toy"), ("refused", "nightly")}
+    assert set(told) == {
+        ("failed", "toy"), ("promoted", "toy"), ("crashed", "toy"), ("refused", "nightly"),
+        ("silent", "never"),
+    }  # fmt: skip
     assert "right" not in told["promoted", "toy"]["message"]
     assert told["promoted", "toy"]["message"] == 'the sum is "promoted"'
     assert "allow is missing: make it" in told["failed", "toy"]["message"]
     assert told["failed", "toy"]["url"].startswith(story["servers"].prefect)
-
-
-def test_one_run_at_a_time_holds_the_accelerator(story: dict[str, Any]) -> None:
-    held = [
-        (each["occurred"], each["event"].rpartition(".")[2])
-        for each in story["slots"]["events"]
-        if each["resource"]["prefect.resource.name"].startswith("accelerator.")
-    ]
-    changes = [what for _, what in sorted(held) if what in ("acquired", "released")]
-    assert len(changes) >= 6  # of three runs; one that is killed takes its own events with it
-    assert changes == (["acquired", "released"] * len(changes))[: len(changes)]
 
 
 @pytest.mark.skipif(chromium.PROGRAM is None, reason=chromium.ABSENT)

@@ -162,8 +162,8 @@ def test_what_is_forced_and_what_is_behind_it_reads_what_is_there(home: Home) ->
 def test_a_run_knows_whether_a_deployment_runs_it(deployment: UUID | None) -> None:
     flow_run = FlowRun(flow_id=uuid4(), deployment_id=deployment)
     with FlowRunContext.model_construct(flow_run=flow_run):
-        assert run._deployed() == (deployment is not None)
-    assert not run._deployed()
+        assert run.deployed() == (deployment is not None)
+    assert not run.deployed()
 
 
 def test_a_run_that_forces_the_same_every_night_reads_more_every_night(home: Home) -> None:

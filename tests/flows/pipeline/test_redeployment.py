@@ -38,7 +38,7 @@ def test_a_deployment_is_changed_by_its_own_line_alone(tmp_path: Path) -> None:
         return str(path)
 
     first, copied = config("a-line"), config("b-line")
-    hook = ["--webhook", "https://hooks.example/draftsmith"]
+    hook = ["--webhook", "https://hooks.example/draftsmith", "--silent-after", "8"]
     told = [[first, "--cron", "0 3 * * 1"], [first, "--cron", "0 4 * * 1", *hook], [copied], [first]]
     ended = beside_server(tmp_path / "home", PROGRAM, TOLD=json.dumps(told))
     assert ended.returncode == 0, ended.stderr

@@ -18,6 +18,7 @@ from tests.flows.pipeline.toy_stages.collect import CollectConfig
 from tests.flows.pipeline.toy_stages.combine import CombineConfig
 from tests.flows.pipeline.toy_stages.squares import SquaresConfig
 
+ASSET = "draftsmith://line/toy/champion"
 COLLECT, COMBINE, SQUARES = (f"tests.flows.pipeline.toy_stages.{name}" for name in ("collect", "combine", "squares"))
 
 
@@ -30,23 +31,32 @@ class ToyConfig(RunOptions):
     """One node more, which can be made in shards."""
     verdict: Literal["promoted", "refused"] | None = None
     """What the run comes to, if to anything."""
+    approve: bool = False
+    """Ask a person before."""
 
 
 @dataclass(frozen=True)
 class ToyCourse:
     verdict: str
+    approve: bool = False
     decisive: Collection[str] = ()
 
     def stop(self, _node: Node, _made: Mapping[str, Path]) -> Conclusion | None:
         return None
 
     def finish(self, _made: Mapping[str, ArtifactRef], _run_id: str | None) -> Conclusion:
+        from draftsmith.flows.pipeline.announcements import approved
+
         said = f'the sum is "{self.verdict}"'
-        return Conclusion(self.verdict.capitalize(), said, RefusedError(said) if self.verdict == "refused" else None)
+        if self.verdict == "refused":
+            return Conclusion("Refused", said, RefusedError(said))
+        if self.approve and not approved("toy@1"):
+            return Conclusion("Waiting", said, RefusedError(said))
+        return Conclusion("Promoted", said, asset=ASSET, metadata={"version": 1, "tau": 2.5})
 
 
 def toy_course(config: ToyConfig, _force: Collection[str]) -> ToyCourse | None:
-    return ToyCourse(config.verdict) if config.verdict is not None else None
+    return ToyCourse(config.verdict, config.approve) if config.verdict is not None else None
 
 
 def toy_nodes(config: ToyConfig) -> list[Node]:

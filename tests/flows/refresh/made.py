@@ -9,9 +9,11 @@ from typing import Any
 
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.store import Claim, Store
-from draftsmith.flows.pipeline.graph import Node
+from draftsmith.flows.pipeline.graph import Conclusion, Node
 from draftsmith.flows.refresh.config import RefreshConfig
+from draftsmith.flows.refresh.course import RefreshCourse, resolve
 from draftsmith.flows.refresh.graph import refresh_nodes
+from draftsmith.flows.refresh.line import registry
 from draftsmith.stages.gate import DECISION
 from draftsmith.stages.reporting.page import ReportData, render_report
 
@@ -61,6 +63,19 @@ def gated(
 
     measured = of_stage("evaluation", "evaluation.json", evaluation)
     return {"opd": drafter, "evaluation": measured, "gate": of_stage("gate", "decision.json", decision)}
+
+
+def finished(config: RefreshConfig, made: Mapping[str, ArtifactRef], run_id: str | None = None) -> Conclusion:
+    """What a refresh comes to that is planned now and has made this."""
+    ended = RefreshCourse(resolve(config), ()).finish(made, run_id)
+    assert ended is not None
+    return ended
+
+
+def serving(line: str) -> int | None:
+    """The number of the champion."""
+    champion = registry().champion(line)
+    return None if champion is None else champion.number
 
 
 def page_of(made: Mapping[str, ArtifactRef]) -> str:

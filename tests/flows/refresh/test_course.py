@@ -8,13 +8,13 @@ import json
 import os
 import shutil
 import sys
-import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef
 from draftsmith.artifacts.open_store import STORE, store_of
 from draftsmith.artifacts.registry import PREVIOUS, Registry, Version
@@ -22,16 +22,16 @@ from draftsmith.artifacts.retention import leftovers
 from draftsmith.artifacts.store import REPLACED, Store
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.pipeline.display import Display
-from draftsmith.flows.pipeline.graph import Conclusion, PlanAgain
+from draftsmith.flows.pipeline.graph import PlanAgain
 from draftsmith.flows.pipeline.pruning import prune
-from draftsmith.flows.refresh import commands
+from draftsmith.flows.refresh import commands, hook
 from draftsmith.flows.refresh.course import RefreshCourse, resolve
 from draftsmith.flows.refresh.evaluate import evaluate_config, evaluate_nodes
 from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.flows.refresh.line import checkpoint_of, folder_of, registry
 from draftsmith.stages.gate import DECISION
 from draftsmith.stages.stored import DRAFTER_FOLDER
-from tests.flows.refresh.made import checked, committed, config_of, gated, page_of
+from tests.flows.refresh.made import checked, committed, config_of, finished, gated, page_of, serving
 
 NOTE = "import sys; open(sys.argv[1], 'w').write(sys.stdin.read())"
 FAILS = "raise SystemExit('the server is away')"
@@ -41,9 +41,9 @@ def test_a_promotion_moves_the_alias_and_calls_the_hook(
     line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path
 ) -> None:
     store, told = Store(home / "store"), tmp_path / "told.json"
-    first = RefreshCourse(resolve(config_of(line, on_promote={"command": [sys.executable, "-c", NOTE, str(told)]})), ())
-    ended = first.finish(gated(store, drafters[0]), None)
-    assert ended is not None and (ended.name, ended.error) == ("Promoted", None)
+    calling = config_of(line, on_promote={"command": [sys.executable, "-c", NOTE, str(told)]})
+    ended = finished(calling, gated(store, drafters[0]))
+    assert (ended.name, ended.error) == ("Promoted", None)
     assert ended.message.endswith("on_promote was called")
     decision = json.loads(told.read_text())
     assert (decision["line"], decision["version"], decision["promote"]) == (line, 1, True)
@@ -56,9 +56,9 @@ def test_a_promotion_moves_the_alias_and_calls_the_hook(
     }  # fmt: skip
     assert figures["chat"]["speedup_high"] == 1.3 and figures["chat"]["low"] == 2.4
 
-    failing = resolve(config_of(line, on_promote={"command": [sys.executable, "-c", FAILS]}))
-    ended = RefreshCourse(failing, ()).finish(gated(store, drafters[1]), None)
-    assert ended is not None and ended.name == "Promoted" and ended.error is None
+    failing = config_of(line, on_promote={"command": [sys.executable, "-c", FAILS]})
+    ended = finished(failing, gated(store, drafters[1]))
+    assert ended.name == "Promoted" and ended.error is None
     assert "on_promote failed: " in ended.message and "(the server is away)" in ended.message
     champion, before = registry().champion(line), registry().alias(line, PREVIOUS)
     assert champion is not None and before is not None
@@ -69,15 +69,28 @@ def test_a_promotion_moves_the_alias_and_calls_the_hook(
 def test_what_is_not_promoted_becomes_a_version_and_no_champion(
     outcome: str, state: str, line: str, home: Path, drafters: list[ArtifactRef]
 ) -> None:
-    ended = RefreshCourse(resolve(config_of(line)), ()).finish(gated(Store(home / "store"), drafters[0], outcome), None)
-    assert ended is not None and ended.name == state
+    ended = finished(config_of(line), gated(Store(home / "store"), drafters[0], outcome))
+    assert ended.name == state
     assert ended.error is not None and ended.error.exit_code == 3
-    assert registry().champion(line) is None
+    assert serving(line) is None
     (version,) = registry().versions(line)
     assert version.tags["decision"] == f"{outcome}: why" and version.aliases == ("challenger",)
     kind = {"refused": "broken", "inconclusive": "inconclusive"}[outcome]
     assert version.tags["rules"] == ended.tags["rules"] == f"{kind}: speed-up"
     assert len(ended.tags) <= 5 and "no champion" in description(home, line)
+
+
+def test_a_person_promotes_what_was_to_be_approved(line: str, home: Path, drafters: list[ArtifactRef]) -> None:
+    config, made = config_of(line, registry={"name": line, "approve": True}), gated(Store(home / "store"), drafters[0])
+    ended = finished(config, made)
+    assert (ended.name, ended.overrules, ended.asset) == ("Waiting", True, "")
+    assert ended.error is not None and ended.error.exit_code == 3
+    assert serving(line) is None and f"`draftsmith promote {line}@1`" in ended.message
+    commands.promote(Display(), f"{line}@1", "", dry_run=False)
+    ended = finished(config, made)
+    assert ended.name == "Promoted"
+    assert ended.asset == f"draftsmith://line/{line}/champion"
+    assert ended.metadata.items() >= {"version": 1, "tau": 2.5}.items()
 
 
 def description(home: Path, line: str) -> str:
@@ -90,8 +103,8 @@ def test_champions_fits_80_columns_and_says_why_a_version_was_not_promoted(
 ) -> None:
     store, config = Store(home / "store"), config_of(line)
     report = committed(store, "report", "c", lambda out: (out / "report.html").write_text("<p>"))
-    RefreshCourse(resolve(config), ()).finish({**gated(store, drafters[0]), "report": report}, None)
-    RefreshCourse(resolve(config), ()).finish(gated(store, drafters[1], "inconclusive"), None)
+    finished(config, {**gated(store, drafters[0]), "report": report})
+    finished(config, gated(store, drafters[1], "inconclusive"))
     shown = io.StringIO()
     commands.champions(Display(Console(file=shown, width=80)), line)
     table = shown.getvalue().partition(" promoted (before: ")[0].splitlines()[1:-1]
@@ -121,8 +134,8 @@ def test_the_loser_of_two_refreshes_is_planned_again_against_the_new_champion(
     assert again.champion is not None and again.champion.content_id == drafters[0].content_id
     nodes = {node.name: node for node in refresh_nodes(again)}
     assert nodes["gate"].inputs["champion"] == nodes["evaluation"].inputs["champion"] == "champion"
-    ended = RefreshCourse(again, ()).finish(made, None)
-    assert ended is not None and ended.name == "Promoted"
+    ended = finished(again, made)
+    assert ended.name == "Promoted"
     assert [(event.version, event.before) for event in registry().events(line)] == [(1, None), (2, 1)]
 
 
@@ -133,15 +146,13 @@ def test_the_champion_has_the_number_of_its_own_line(
     store, told = Store(home / "store"), tmp_path / "told.json"
     registry().register(line, gated(store, drafters[1])["gate"], {})
     config = config_of(line, on_promote={"command": [sys.executable, "-c", NOTE, str(told)]})
-    RefreshCourse(resolve(config), ()).finish(gated(store, drafters[0]), None)
+    finished(config, gated(store, drafters[0]))
     resolved = resolve(config)
     (report,) = (node for node in refresh_nodes(resolved) if node.name == "report")
     assert report.config.key_material()["champion"] == [line, 2]
     third = gated(Store(tmp_path / "other" / "store"), drafters[1], champion="champion")
-    ended = RefreshCourse(resolved, ()).finish(third, None)
-    assert ended is not None and ended.message.startswith(
-        f"{line} version 3 is the champion: promoted: opd beats version 2"
-    )
+    ended = finished(resolved, third)
+    assert ended.message.startswith(f"{line} version 3 is the champion: promoted: opd beats version 2")
     assert ended.tags["version"] == f"{line}@3"
     assert json.loads(told.read_text())["champion"] == "2"
     assert registry().version(line, 3).tags["decision"] == "promoted: opd beats version 2"
@@ -152,83 +163,32 @@ def test_what_was_rolled_back_is_not_promoted_again_by_itself(
 ) -> None:
     """Nothing has changed since: the plan has the same keys, and all of it is reused."""
     store, config = Store(home / "store"), config_of(line)
-    RefreshCourse(resolve(config), ()).finish(gated(store, drafters[0]), None)
+    finished(config, gated(store, drafters[0]))
     second = gated(store, drafters[1])
-    RefreshCourse(resolve(config), ()).finish(second, None)
+    finished(config, second)
     commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
-    ended = RefreshCourse(resolve(config), ()).finish(second, None)
-    assert ended is not None and ended.name == "Refused" and ended.error is not None
+    ended = finished(config, second)
+    assert ended.name == "Refused" and ended.error is not None
     assert "took it out of service" in ended.message and "(it accepts nothing)" in ended.message
     assert f"`draftsmith promote {line}@2`" in ended.message
     page = page_of(second)
     assert '<p class="badge">The gate says: promote</p>' in page and "SFT + OPD is to be the line" in page
     assert "Promoted" not in page, "what somebody may have undone"
     assert ended.tags["outcome"] == "refused"
-    champion = registry().champion(line)
-    assert champion is not None and champion.number == 1
-
-
-@pytest.mark.parametrize("lost", [1, 2])
-def test_a_hook_is_called_once_though_mlflow_is_lost_behind_it(
-    lost: int, line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = tmp_path / "calls"
-    config = config_of(line, on_promote={"command": ["sh", "-c", f"echo >> {calls}"]})
-    course, made = RefreshCourse(resolve(config), ()), gated(Store(home / "store"), drafters[0])
-    tag, times = Registry.tag, 0
-
-    def losing(self: Registry, version: Version, tags: dict[str, str]) -> None:
-        nonlocal times
-        if tags.get("on_promote") == "called":
-            times += 1
-            if times <= lost:
-                raise RetryableError("MLflow is away")
-        tag(self, version, tags)
-
-    monkeypatch.setattr(Registry, "tag", losing)
-    for _ in range(lost):
-        with pytest.raises(RetryableError):
-            course.finish(made, None)
-    ended = course.finish(made, None)
-    assert ended is not None and ended.message.endswith("on_promote was called")
-    assert calls.read_text() == "\n"
-    assert registry().versions(line)[0].tags["on_promote"] == "called"
-
-
-@pytest.mark.parametrize("code", [0, 1])
-def test_a_hook_is_called_once_by_two_launchers_of_one_config(
-    code: int, line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path
-) -> None:
-    """The second comes to its promotion while the first one's hook is at work."""
-    calls = tmp_path / "calls"
-    config = config_of(line, on_promote={"command": ["sh", "-c", f"sleep 1; echo >> {calls}; exit {code}"]})
-    made, courses = gated(Store(home / "store"), drafters[0]), [RefreshCourse(resolve(config), ()) for _ in range(3)]
-    ended: list[Conclusion | None] = []
-    both = [
-        threading.Thread(target=lambda course=each: ended.append(course.finish(made, None))) for each in courses[:2]
-    ]
-    for each in both:
-        each.start()
-    for each in both:
-        each.join()
-    ended.append(courses[2].finish(made, None))  # one that was slower yet
-    told = {each.message.rpartition("; ")[2] for each in ended if each is not None}
-    assert (len(ended), calls.read_text()) == (3, "\n")
-    assert told == {"on_promote was called" if code == 0 else "on_promote failed: sh: ended with code 1 (no message)"}
-    assert registry().versions(line)[0].tags["on_promote"].startswith("failed: sh" if code else "called")
+    assert serving(line) == 1
 
 
 def test_an_older_version_that_was_promoted_by_hand_stays(line: str, home: Path, drafters: list[ArtifactRef]) -> None:
     store, config = Store(home / "store"), config_of(line)
-    RefreshCourse(resolve(config), ()).finish(gated(store, drafters[0]), None)
+    finished(config, gated(store, drafters[0]))
     second = gated(store, drafters[1])
-    RefreshCourse(resolve(config), ()).finish(second, None)
+    finished(config, second)
     commands.promote(Display(), f"{line}@1", "accepts nothing", dry_run=False)
-    ended = RefreshCourse(resolve(config), ()).finish(second, None)
-    assert ended is not None and ended.name == "Refused" and ended.overrules
+    ended = finished(config, second)
+    assert ended.name == "Refused" and ended.overrules
     commands.promote(Display(), f"{line}@2", "it was the server", dry_run=False)
-    ended = RefreshCourse(resolve(config), ()).finish(second, None)
-    assert ended is not None and ended.name == "Promoted"
+    ended = finished(config, second)
+    assert ended.name == "Promoted"
 
 
 def test_a_refusal_of_what_another_refresh_promoted_leaves_its_record(
@@ -236,7 +196,7 @@ def test_a_refusal_of_what_another_refresh_promoted_leaves_its_record(
 ) -> None:
     """Two homes have made the same drafter, and measured it each for itself."""
     slow = RefreshCourse(resolve(config_of(line)), ())
-    RefreshCourse(resolve(config_of(line)), ()).finish(gated(Store(home / "store"), drafters[0]), None)
+    finished(config_of(line), gated(Store(home / "store"), drafters[0]))
     other = gated(Store(tmp_path / "other" / "store"), drafters[0], "refused")
     with pytest.raises(PlanAgain):
         slow.finish(other, None)
@@ -249,19 +209,19 @@ def test_a_refusal_of_the_champions_own_content_leaves_its_record(
 ) -> None:
     """`registry.restart` has made it again: it is measured against itself."""
     store, config = Store(home / "store"), config_of(line)
-    RefreshCourse(resolve(config), ()).finish(gated(store, drafters[0]), None)
+    finished(config, gated(store, drafters[0]))
     again = gated(Store(tmp_path / "other" / "store"), drafters[0], "refused", tau=1.5)
-    ended = RefreshCourse(resolve(config), ()).finish(again, None)
-    assert ended is not None and ended.name == "Refused"
+    ended = finished(config, again)
+    assert ended.name == "Refused"
     (version,) = registry().versions(line)
     assert (version.tags["decision"], version.tags["tau"]) == ("promoted: why", "2.5000")
     assert version.figures()["all"]["tau"] == 2.5 and version.aliases == ("champion",)
     client, _ = Tracking(home).connect()
     assert client.get_model_version(line, "1").description == "promoted: why"
 
-    RefreshCourse(resolve(config), ()).finish(gated(store, drafters[1]), None)
+    finished(config, gated(store, drafters[1]))
     back = gated(Store(tmp_path / "third" / "store"), drafters[0], tau=3.5)
-    RefreshCourse(resolve(config), ()).finish(back, None)
+    finished(config, back)
     champion = registry().champion(line)
     assert champion is not None
     assert (champion.number, champion.tags["tau"]) == (1, "3.5000"), "promoted once more: what it is worth by now"
@@ -272,7 +232,7 @@ def test_a_version_that_does_not_come_back_after_all_keeps_its_record(
 ) -> None:
     store, config = Store(home / "store"), config_of(line, on_promote={"command": ["true"]})
     for drafter in drafters:
-        RefreshCourse(resolve(config), ()).finish(gated(store, drafter), None)
+        finished(config, gated(store, drafter))
     slow, ask = RefreshCourse(resolve(config), ()), Registry.rolled_back
 
     def moved(self: Registry, version: Version) -> object:
@@ -287,32 +247,37 @@ def test_a_version_that_does_not_come_back_after_all_keeps_its_record(
     assert (tags["tau"], tags["on_promote"]) == ("2.5000", "called"), "those of its promotion"
 
 
-def test_a_hook_that_a_lost_run_owes_is_called_by_the_next(
-    line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_hook_that_a_killed_run_owes_is_called_by_the_next_with_the_same_key(
+    line: str, home: Path, drafters: list[ArtifactRef], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = tmp_path / "told.json"
-    config = config_of(line, on_promote={"command": [sys.executable, "-c", NOTE, str(told)]})
-    made = gated(Store(home / "store"), drafters[0])
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("draftsmith.flows.refresh.hook.call", interrupted)
-        RefreshCourse(resolve(config), ()).finish(made, None)
-    assert registry().champion(line) is not None and not told.exists()
-    assert RefreshCourse(resolve(config), ()).stop(*checked(resolve(config), home)) is not None
-    decision = json.loads((made["gate"].path / DECISION).read_text())
-    assert json.loads(told.read_text()).items() >= {**decision, "line": line, "version": 1}.items()
-    told.unlink()
-    assert RefreshCourse(resolve(config), ()).stop(*checked(resolve(config), home)) is not None
-    assert not told.exists(), "once"
+    """A run that is killed while the hook is at work has called it, and does not know how that ended."""
+    config, told = config_of(line, on_promote={"command": ["true"]}), list[dict[str, Any]]()
 
+    def killed_once(_hook: object, decision: dict[str, Any]) -> None:
+        told.append(decision)
+        if len(told) == 1:
+            raise KeyboardInterrupt
 
-def interrupted(*_arguments: object) -> None:
-    raise KeyboardInterrupt
+    monkeypatch.setattr(hook, "call", killed_once)
+    first, second = (gated(Store(home / "store"), each) for each in drafters)
+    with pytest.raises(KeyboardInterrupt):
+        finished(config, first)
+    for _ in range(2):
+        assert RefreshCourse(resolve(config), ()).stop(*checked(resolve(config), home)) is not None
+    assert len(told) == 2 and told[0] == told[1], "until a call has ended"
+    decision = json.loads((first["gate"].path / DECISION).read_text())
+    assert told[0].items() >= {**decision, "line": line, "version": 1}.items()
+
+    for made in (second, first):
+        finished(config, made)
+    assert [each["version"] for each in told] == [1, 1, 2, 1], "an older drafter came back"
+    assert len({each["idempotency_key"] for each in told}) == 3
 
 
 def test_drafters_are_compared_by_folder_id_and_version(
     line: str, home: Path, drafters: list[ArtifactRef], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    RefreshCourse(resolve(config_of(line)), ()).finish(gated(Store(home / "store"), drafters[0]), None)
+    finished(config_of(line), gated(Store(home / "store"), drafters[0]))
     named = [str(drafters[1].path), f"{line}@champion", "z-lab/Qwen3-4B-DFlash-b16"]
     config = evaluate_config(resolve(config_of(line)), named)
     name = drafters[1].path.name
@@ -344,7 +309,7 @@ def test_drafters_are_compared_by_folder_id_and_version(
 def test_a_version_is_found_in_a_home_that_was_moved_and_where_its_key_was_made_again(
     line: str, home: Path, drafters: list[ArtifactRef], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    RefreshCourse(resolve(config_of(line)), ()).finish(gated(Store(home / "store"), drafters[0]), None)
+    finished(config_of(line), gated(Store(home / "store"), drafters[0]))
     moved = home.rename(home.with_name("elsewhere"))
     monkeypatch.setenv("DRAFTSMITH_HOME", str(moved))
     version = registry().resolve(line)

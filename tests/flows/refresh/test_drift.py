@@ -21,14 +21,14 @@ from draftsmith.flows.pipeline.graph import PlanAgain
 from draftsmith.flows.refresh import commands
 from draftsmith.flows.refresh.course import RefreshCourse, resolve
 from draftsmith.flows.refresh.line import age_days, figures_of, history, registry
-from tests.flows.refresh.made import checked, config_of, gated
+from tests.flows.refresh.made import checked, config_of, finished, gated
 
 
 def test_a_line_is_refreshed_when_its_last_refresh_is_too_old(
     line: str, home: Path, drafters: list[ArtifactRef]
 ) -> None:
     store = Store(home / "store")
-    RefreshCourse(resolve(config_of(line)), ()).finish(gated(store, drafters[0]), None)
+    finished(config_of(line), gated(store, drafters[0]))
 
     def stops(force: tuple[str, ...] = (), restart: bool = False, **drift: float) -> str | None:
         config = resolve(config_of(line, drift=drift, registry={"name": line, "restart": restart}))
@@ -56,7 +56,7 @@ def test_a_line_is_refreshed_when_its_last_refresh_is_too_old(
     registry().tag(version, {"refreshed_at": "2120-01-01T00:00:00+00:00"})
     assert stops() is None, "the clock of a host was wrong, or is"
     assert "2120-01-01T00:00:00+00:00, which is ahead of" in registry().drift(line)[-1]["decision"]
-    RefreshCourse(resolve(config_of(line)), ()).finish(gated(store, drafters[1], "refused"), None)
+    finished(config_of(line), gated(store, drafters[1], "refused"))
     assert stops() == "Current", "a refresh that was refused is one, and ends what a wrong clock said"
 
 
@@ -73,9 +73,9 @@ def test_what_was_forced_is_done_where_another_refresh_has_promoted(
     store, first = Store(home / "store"), RefreshCourse(resolve(config_of(line)), ("sft",))
     assert first.decisive == set(), "a line without a champion has no drift check: none could be forced"
     made, other = (gated(store, drafter) for drafter in drafters)
-    RefreshCourse(resolve(config_of(line)), ()).finish(made, None)
+    finished(config_of(line), made)
     slow = RefreshCourse(resolve(config_of(line)), ("sft",))
-    RefreshCourse(resolve(config_of(line)), ()).finish(other, None)
+    finished(config_of(line), other)
     with pytest.raises(PlanAgain, match="version 2 is the champion by now") as again:
         slow.finish(made, None)
     assert again.value.force == ()
@@ -97,7 +97,7 @@ def test_a_line_whose_champion_was_deleted_in_mlflow_does_not_begin_again_by_its
 ) -> None:
     """What beats plain decoding alone would take the place of what serves."""
     for drafter in drafters:
-        RefreshCourse(resolve(config_of(line)), ()).finish(gated(Store(home / "store"), drafter), None)
+        finished(config_of(line), gated(Store(home / "store"), drafter))
     client, _ = Tracking(home).connect()
     if lost == "the alias":
         client.delete_registered_model_alias(line, CHAMPION)
@@ -116,7 +116,7 @@ def test_a_line_whose_champion_was_deleted_in_mlflow_does_not_begin_again_by_its
 def test_a_champion_that_is_current_is_said_with_what_it_was_and_what_is_not_known(
     line: str, home: Path, drafters: list[ArtifactRef]
 ) -> None:
-    RefreshCourse(resolve(config_of(line)), ()).finish(gated(Store(home / "store"), drafters[0], tau=2.55), None)
+    finished(config_of(line), gated(Store(home / "store"), drafters[0], tau=2.55))
     config = resolve(config_of(line))
     few = {"tau": 1.0, "low": None, "high": None, "prompts": 1}
     ended = RefreshCourse(config, ()).stop(*checked(config, home, chat=few, story=few))
@@ -130,7 +130,7 @@ def test_a_champion_that_is_current_is_said_with_what_it_was_and_what_is_not_kno
 def test_why_a_refresh_goes_on_is_said(
     line: str, home: Path, drafters: list[ArtifactRef], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    RefreshCourse(resolve(config_of(line)), ()).finish(gated(Store(home / "store"), drafters[0]), None)
+    finished(config_of(line), gated(Store(home / "store"), drafters[0]))
     config = resolve(config_of(line))
     low = {"tau": 1.0, "low": 0.9, "high": 1.1, "prompts": 40}
     assert RefreshCourse(config, ("drift",)).stop(*checked(config, home, all=low)) is None
@@ -141,7 +141,7 @@ def test_why_a_refresh_goes_on_is_said(
 
 
 def test_figures_of_other_settings_are_not_compared(line: str, home: Path, drafters: list[ArtifactRef]) -> None:
-    RefreshCourse(resolve(config_of(line)), ()).finish(gated(Store(home / "store"), drafters[0]), None)
+    finished(config_of(line), gated(Store(home / "store"), drafters[0]))
     low = {"tau": 1.0, "low": 0.9, "high": 1.1, "prompts": 40}
 
     def decided(**sections: Any) -> str:
@@ -182,7 +182,7 @@ def test_as_many_sets_have_a_baseline_as_a_tag_holds() -> None:
 
 def test_a_rollback_does_not_move_what_a_version_was_worth(line: str, home: Path, drafters: list[ArtifactRef]) -> None:
     for drafter in drafters:
-        RefreshCourse(resolve(config_of(line)), ()).finish(gated(Store(home / "store"), drafter), None)
+        finished(config_of(line), gated(Store(home / "store"), drafter))
     before = history(line)
     for version in registry().versions(line):
         registry().tag(version, {"promoted_at": "2120-01-01T00:00:00+00:00"})
@@ -194,7 +194,7 @@ def test_a_version_that_comes_back_stands_where_its_figures_were_taken(
 ) -> None:
     again = gated(Store(tmp_path / "other" / "store"), drafters[0], tau=3.5)
     for made in (*(gated(Store(home / "store"), drafter) for drafter in drafters), again):
-        RefreshCourse(resolve(config_of(line)), ()).finish(made, None)
+        finished(config_of(line), made)
     commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
     days = [replace(event, at=f"2120-01-0{day}") for day, event in enumerate(registry().events(line), 1)]
     monkeypatch.setattr(Registry, "events", lambda _self, _line: days)

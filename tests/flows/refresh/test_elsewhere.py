@@ -15,12 +15,11 @@ from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.pipeline import registered
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.refresh import commands
-from draftsmith.flows.refresh.course import RefreshCourse, resolve
-from draftsmith.flows.refresh.line import registry
+from draftsmith.flows.refresh.course import resolve
 from draftsmith.stages.champion import STAGE as CHAMPION
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.stored import DRAFTER_FOLDER
-from tests.flows.refresh.made import config_of, gated
+from tests.flows.refresh.made import config_of, finished, gated, serving
 from tests.testbed.context import RecordingContext
 
 
@@ -30,7 +29,7 @@ def test_an_uploaded_champion_serves_where_the_store_is_not(
     tracking = Tracking(home)
     run_id = tracking.open_refresh("week 1", {})
     config = config_of(line, registry={"name": line, "upload": True})
-    RefreshCourse(resolve(config), ()).finish(gated(Store(home / "store"), drafters[0]), run_id)
+    finished(config, gated(Store(home / "store"), drafters[0]), run_id)
     tracking.close_refresh("FINISHED")
     digest = drafter_digest(drafters[0].path / DRAFTER_FOLDER)
     shutil.rmtree(home / "store")  # as on a machine that has MLflow alone
@@ -62,7 +61,7 @@ def test_a_damaged_manifest_is_no_obstacle_where_there_is_a_copy(
     tracking = Tracking(home)
     config = config_of(line, registry={"name": line, "upload": upload})
     made = gated(Store(home / "store"), drafters[0])
-    RefreshCourse(resolve(config), ()).finish(made, tracking.open_refresh("week 1", {}))
+    finished(config, made, tracking.open_refresh("week 1", {}))
     tracking.close_refresh("FINISHED")
     manifest = drafters[0].path / MANIFEST
     manifest.chmod(0o600)
@@ -85,7 +84,7 @@ def test_a_damaged_drafter_comes_back_where_there_is_a_copy_and_else_is_named(
     digest = drafter_digest(drafters[0].path / DRAFTER_FOLDER)
     for drafter in drafters:
         made = gated(Store(home / "store"), drafter)
-        RefreshCourse(resolve(config), ()).finish(made, tracking.open_refresh("weekly", {}))
+        finished(config, made, tracking.open_refresh("weekly", {}))
         tracking.close_refresh("FINISHED")
     weights = drafters[0].path / DRAFTER_FOLDER / "model.safetensors"
     weights.chmod(0o600)
@@ -101,8 +100,7 @@ def test_a_damaged_drafter_comes_back_where_there_is_a_copy_and_else_is_named(
         with pytest.raises(DraftsmithError, match=r"version 1: .*model\.safetensors: .*: restore it .*promote") as said:
             commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
         assert "--force" not in str(said.value)
-    champion = registry().champion(line)
-    assert champion is not None and champion.number == (1 if upload else 2)
+    assert serving(line) == (1 if upload else 2)
 
 
 def test_a_line_that_another_mlflow_has_does_not_begin_here_unasked(
@@ -110,7 +108,7 @@ def test_a_line_that_another_mlflow_has_does_not_begin_here_unasked(
 ) -> None:
     """The same command in a shell without the schedule's variables: its drafter would have no champion to beat."""
     registered.note(Tracking(home))
-    RefreshCourse(resolve(config_of(line)), ()).finish(gated(Store(home / "store"), drafters[0]), None)
+    finished(config_of(line), gated(Store(home / "store"), drafters[0]))
     assert resolve(config_of("another")).champion is None, "a line may begin where others are"
     with monkeypatch.context() as forgotten:
         forgotten.delenv("MLFLOW_TRACKING_URI")

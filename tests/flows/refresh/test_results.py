@@ -79,7 +79,7 @@ def test_significance_and_doubts_are_marked_in_the_table(line: str, tmp_path: Pa
 def test_what_else_stood_against_a_promotion_is_the_verdict(line: str, tmp_path: Path) -> None:
     made = ended(tmp_path, OF_A_LINE, DECISION | {"outcome": "promoted", "promote": True})
     lines = screen(made, ending(config_of(line), refused="version 4 is not promoted: somebody took it out"))
-    assert lines[2].startswith("NOT PROMOTED: refused. version 4 is not promoted: somebody took it out")
+    assert lines[2].startswith("NOT PROMOTED: version 4 is not promoted: somebody took it out")
 
 
 def test_a_champion_that_is_current_is_the_verdict(line: str, tmp_path: Path) -> None:
