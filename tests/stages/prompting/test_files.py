@@ -272,13 +272,16 @@ def test_a_bad_line_never_costs_another(bad: bytes, at: int, tmp_path_factory: p
         ("a.jsonl", "Once upon a time, a cat; it sat\n", False),
     ],
 )
-def test_csv_is_recognised_by_its_first_line(name: str, text: str, csv: bool, tmp_path: Path) -> None:
+def test_csv_is_recognised_by_its_first_line(
+    name: str, text: str, csv: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / name).write_text(text)
     first, *later = read(tmp_path / name)
     assert isinstance(first, BadRow) and ("looks like CSV" in first.reason) is csv
     assert not any("CSV" in row.reason for row in later if isinstance(row, BadRow))
     if csv:
         command = first.reason.partition('python -c "')[2].partition('")')[0]
-        exec(f"import os; os.chdir({str(tmp_path)!r}); {command}")
+        monkeypatch.chdir(tmp_path)
+        exec(command)
         (row,) = read(tmp_path / "rows.jsonl")
         assert isinstance(row, Row) and row.fields["question"] == "What?"
