@@ -12,10 +12,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from pydantic import ValidationError
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.parquet import read_table, write_table
@@ -48,18 +45,6 @@ def test_a_folder_of_every_format_is_one_log(
     ctx = run(tmp_path, tiny_drafter, tmp_path / "logs")
     assert responses(table(ctx)) == responses(logged_answers[:20])
     assert counts(ctx)["rows_in_files"] == counts(ctx)["rows_read"] == 20
-
-
-def test_a_temperature_of_single_precision_is_the_same(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]
-) -> None:
-    rows = [as_ids(row) | {"temperature": at} for row, at in zip(logged_answers[:3], (0.7, 0.7, 0.8), strict=True)]
-    table_of = pa.Table.from_pylist(rows)
-    column = table_of["temperature"].cast(pa.float32())
-    place = table_of.column_names.index("temperature")
-    pq.write_table(table_of.set_column(place, "temperature", column), tmp_path / "log.parquet")
-    ctx = run(tmp_path, tiny_drafter, tmp_path / "log.parquet", temperature=0.7)
-    assert len(table(ctx)) == 2 and counts(ctx)["set_aside"] == {"another temperature": 1}
 
 
 def test_bad_rows_are_set_aside_up_to_a_share(
@@ -167,73 +152,12 @@ def test_dates_as_yaml_reads_them_are_windows() -> None:
     assert (config.since, config.after) == ("2026-03-05T00:00:00Z", "2026-03-05T01:00:00Z")
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"since": "a week"},
-        {"after": "7d"},
-        {"sample": "last"},
-        {"quotas": {"a": 0.5}},
-        {"source_field": "s", "quotas": {"a": 1.0}},
-        {"source_field": "s", "quotas": {"a": 0}},
-        {"source_field": "s", "quotas": {"a": True}},
-        {"replay_share": 1},
-        {"max_bad_share": -0.1},
-    ],
-)
-def test_wrong_settings_are_refused(change: Row) -> None:
-    with pytest.raises(ValidationError):
-        LogsConfig.model_validate({"paths": "a", "temperature": 0, **change})
-
-
 def test_long_prompts_are_set_aside(tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]) -> None:
     limit = sorted(len(row["prompt_ids"]) for row in logged_answers)[30]
     path = write(tmp_path / "log.jsonl", [as_ids(row) for row in logged_answers])
     ctx = run(tmp_path, tiny_drafter, path, max_prompt_tokens=limit)
     longer = sum(len(row["prompt_ids"]) > limit for row in logged_answers)
     assert longer > 0 and counts(ctx)["set_aside"] == {"prompt too long": longer}
-
-
-def test_quotas_bound_sources(tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]) -> None:
-    teams = ["a"] * 30 + ["b"] * 10 + ["c"] * 20
-    rows = [as_ids(row) | {"team": team} for row, team in zip(logged_answers, teams, strict=True)]
-    path = write(tmp_path / "log.jsonl", rows)
-    settings: Row = {"source_field": "team", "quotas": {"a": 0.25, "c": 5}}
-    ctx = run(tmp_path, tiny_drafter, path, **settings)
-    assert counts(ctx)["sources"] == {"a": 5, "b": 10, "c": 5} and counts(ctx)["not_drawn"] == 40
-    assert responses(table(ctx)) == responses([*logged_answers[:5], *logged_answers[30:45]])
-    few = run(tmp_path / "2", tiny_drafter, path, rows=8, **settings)
-    assert counts(few)["sources"] == {"a": 2, "b": 6}
-    with pytest.raises(DraftsmithError, match=r"logs\.source_field: no row has a field taem"):
-        run(tmp_path / "3", tiny_drafter, path, source_field="taem", quotas={"a": 5})
-    with pytest.raises(DraftsmithError, match=r"logs\.quotas: nothing of 60 usable answers is left"):
-        run(tmp_path / "4", tiny_drafter, path, source_field="team", quotas={"a": 0.2, "b": 0.2, "c": 0.2})
-
-
-def test_a_random_sample_depends_on_rows_and_seed_not_on_their_order(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]
-) -> None:
-    rows = [as_ids(row) for row in logged_answers]
-
-    def drawn(name: str, rows: list[Row], seed: int = 0) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
-        files = [write(tmp_path / f"{name}-{part}.jsonl", rows[part::2]) for part in range(2)]
-        ctx = run(tmp_path / name, tiny_drafter, *files, rows=15, sample="random", seed=seed)
-        return {(tuple(row["prompt_ids"]), tuple(row["response_ids"])) for row in table(ctx)}
-
-    first = drawn("first", rows)
-    assert len(first) == 15
-    assert drawn("shuffled", random.Random(0).sample(rows, len(rows))) == first
-    assert drawn("again", rows, seed=1) != first
-    more = drawn("more", [*rows, *[as_ids(row) for row in logged_answers[:10]]])  # duplicates change nothing
-    assert more == first
-
-
-def test_the_newest_are_taken(tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]) -> None:
-    order = random.Random(0).sample(range(20), 20)
-    rows = [timed(logged_answers[n], 1_700_000_000 + at) for n, at in enumerate(order)]
-    ctx = run(tmp_path, tiny_drafter, write(tmp_path / "log.jsonl", rows), rows=6, sample="newest")
-    newest = [logged_answers[n] for n, at in enumerate(order) if at >= 14]
-    assert responses(table(ctx)) == responses(newest)
 
 
 def test_prompts_of_the_heldout_class_are_not_trained_on_as_text_or_as_ids(

@@ -21,7 +21,6 @@ from draftsmith.stages.prompting.files import (
     local_files,
     matched,
     read_rows,
-    remote_versions,
 )
 from tests.stages.prompting.row_files import SUFFIXES, content, packed, write
 
@@ -55,12 +54,6 @@ def test_every_format_gives_the_same_rows(suffix: str, tmp_path: Path) -> None:
     assert fields([str(path)]) == ROWS
     assert [row.number for row in read(path)] == list(range(1, 701))
     assert count_rows([str(path)]) == 700
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_bucket_gives_what_the_disk_gives(suffix: str, bucket: str) -> None:
-    put(f"{bucket}/logs/rows{suffix}", content(ROWS[:9], suffix))
-    assert fields(matched([f"{bucket}/logs/rows{suffix}"], "logs.paths")) == ROWS[:9]
 
 
 def test_a_folder_is_its_files_of_rows_in_order(tmp_path: Path) -> None:
@@ -155,17 +148,6 @@ def test_folders_and_globs_of_a_bucket(bucket: str) -> None:
     names = ["memory:///bucket/logs/b.jsonl", "memory:///bucket/logs/day/a.parquet"]
     assert [name.replace("memory://b", "memory:///b") for name in matched([f"{bucket}/logs"], "f")] == names
     assert len(matched([f"{bucket}/logs/*.jsonl"], "f")) == 1
-
-
-def test_a_changed_file_of_a_bucket_has_another_version(bucket: str) -> None:
-    address = f"{bucket}/a.jsonl"
-    put(address, b"1")
-    before = remote_versions([address], "f")
-    assert remote_versions([address], "f") == before
-    assert remote_versions(["/a/path/on/disk"], "f") == {}
-    put(address, b"2")
-    after = remote_versions([address], "f")
-    assert list(after) == list(before) and after != before
 
 
 def test_a_store_that_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, bucket: str) -> None:
