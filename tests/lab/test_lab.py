@@ -35,7 +35,6 @@ SMALL: dict[str, Any] = {
     "stages": {"threads": 1, "min_free_gb": 0.01},
     "target": {"steps": 60, **TAUGHT},
     "shape": {"hidden_size": 64, "layers": 4, "heads": 2, "kv_heads": 1, "intermediate_size": 128},
-    "revision": {"steps": 30, "revision_2": 1.0, **TAUGHT},
     "prompts": {"families": ["record", "story"], "train": 40, "validation": 4, "heldout": 8},
     "rollout": {"prompts": 20, "sampling": SAMPLING},
     "sft": {

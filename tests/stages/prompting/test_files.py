@@ -232,17 +232,6 @@ def test_no_damage_breaks_the_reader(
     assert count_rows([str(path)]) >= 0
 
 
-@settings(max_examples=50, deadline=None)
-@given(bad=st.binary(max_size=60).filter(lambda line: b"\n" not in line), at=st.integers(0, 5))
-def test_a_bad_line_never_costs_another(bad: bytes, at: int, tmp_path_factory: pytest.TempPathFactory) -> None:
-    lines = [b'{"n": %d}' % number for number in range(5)]
-    lines.insert(at, bad)
-    path = tmp_path_factory.mktemp("line") / "x.jsonl"
-    path.write_bytes(b"\n".join(lines))
-    good = [row.fields["n"] for row in read(path) if isinstance(row, Row) and row.number != at + 1]
-    assert good == list(range(5))
-
-
 @pytest.mark.parametrize(
     ("name", "text", "csv"),
     [

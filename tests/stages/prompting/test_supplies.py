@@ -57,16 +57,6 @@ def test_a_suffix_does_not_part_a_conversation(suffix: str, tmp_path: Path) -> N
     assert len(begun["train"]) + len(begun["heldout"]) == 200 and len(begun["heldout"]) > 30
 
 
-def test_what_one_class_passes_over_serves_the_other(tmp_path: Path) -> None:
-    path = questions(tmp_path / "a.jsonl", 200)
-    (supply,) = supplies(JsonlSource(path=str(path)), Supplying())
-    drawn = dict.fromkeys(SPLITS, 0)
-    for split in ("train", "heldout"):
-        while supply.next(split):
-            drawn[split] += 1
-    assert drawn["train"] + drawn["heldout"] == 200 and supply.passed_over == 0
-
-
 def test_a_file_that_grows_goes_on_measuring_the_same_prompts(target: Path, tmp_path: Path) -> None:
     few, many = questions(tmp_path / "a.jsonl", 200), questions(tmp_path / "b.jsonl", 240)
     first, later = (

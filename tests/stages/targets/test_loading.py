@@ -10,12 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.config import TargetConfig
-from draftsmith.stages.targets.loading import load_weights
 from draftsmith.stages.targets.metadata import metadata_artifact
 from draftsmith.stages.targets.source import check_weights
 from tests.testbed.families import FAMILIES, WORDS, write_family
@@ -85,20 +83,6 @@ def test_a_model_that_holds_a_causal_lm_whole_is_that_one(tmp_path: Path) -> Non
         Target.of(tmp_path / "cut", dtype="float32", device="cpu")
 
 
-def test_of_quantised_weights_too(tmp_path: Path) -> None:
-    artifact = write_artifact(tmp_path)
-    model = tmp_path / "model"
-    config = json.loads((model / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "fp8", "activation_scheme": "dynamic", "modules_to_not_convert": ["layers"],
-    }  # fmt: skip
-    (model / "config.json").write_text(json.dumps(config))
-    Target.load(artifact, device="cpu")
-    change(model, "model.layers.1.mlp.up_proj.weight", None)
-    with pytest.raises(DraftsmithError, match=r"lack model.layers.1.mlp.up_proj.weight"):
-        Target.load(artifact, device="cpu")
-
-
 def as_float8(model: Path) -> list[str]:
     """Every matrix of a layer in 8 bits with a scale, as DeepSeek's and Qwen's checkpoints have them; their names."""
     tensors, made = load_file(model / WEIGHTS), []
@@ -123,32 +107,6 @@ def test_weights_of_8_bits_have_their_scales(tmp_path: Path) -> None:
     change(tmp_path, f"{names[3]}_scale_inv", None)
     with pytest.raises(DraftsmithError, match=rf"{names[3]} is of 8 bits and has no scale, as {len(names) - 1} others"):
         check_weights(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("family", "part"),
-    [("Qwen3-MoE", "layers.1.mlp.experts"), ("gpt-oss", "layers.1.mlp.experts.gate_up_proj_bias")],
-)
-def test_a_quantised_model_lacks_no_experts_and_no_biases(
-    family: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_family(tmp_path, family)
-    tensors = load_file(tmp_path / WEIGHTS)
-    save_file(
-        {name: weight for name, weight in tensors.items() if part not in name},
-        tmp_path / WEIGHTS,
-        metadata={"format": "pt"},
-    )
-    read = AutoModelForCausalLM.from_pretrained
-
-    def quantised(*arguments: Any, **named: Any) -> Any:  # as a model whose weights stay in 8 bits
-        model, found = read(*arguments, **named)
-        model.config.quantization_config = {"quant_method": "fp8"}
-        return model, found
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", quantised)
-    with pytest.raises(DraftsmithError, match=rf"the weights lack model\.{part}"):
-        load_weights(AutoModelForCausalLM, tmp_path)
 
 
 def test_a_layer_that_lacks_one_of_its_experts_is_named_as_damaged(tmp_path: Path) -> None:
@@ -346,9 +304,3 @@ def test_the_folder_of_an_adapter_is_told_as_that(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(DraftsmithError, match=r"has no config\.json.*it holds an adapter: merge that"):
         metadata_artifact(TargetConfig(source=str(tmp_path)), tmp_path)
-
-
-def test_a_revision_of_a_folder_is_told_by_a_check_too(tmp_path: Path) -> None:
-    write_model(tmp_path)
-    with pytest.raises(DraftsmithError, match="leave it out for a folder"):
-        metadata_artifact(TargetConfig(source=str(tmp_path), revision="main"), tmp_path)
