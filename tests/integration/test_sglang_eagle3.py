@@ -88,12 +88,6 @@ def test_the_plugins_trace_equals_replay_of_the_same_checkpoint(chains: int | No
     assert set(kept.tolist()) == {0, 1, 2, 3, 4}, "nothing, parts and whole chains are kept"
 
 
-def test_the_plugin_names_the_checkpoint(traced: Traced) -> None:
-    digest = drafter_digest(traced.checkpoint)
-    for elements in traced.served.meta(KEY):
-        assert elements[0] == {"v": "1", "drafter": digest}
-
-
 def test_every_step_of_a_chain_is_right_where_some_requests_of_a_batch_ask_for_it(
     url: str, traced: Traced, serving_target: ServingTarget
 ) -> None:
