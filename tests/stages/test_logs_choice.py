@@ -58,9 +58,9 @@ def test_bad_rows_are_set_aside_up_to_a_share(
     shape, half = set_aside(ctx)
     assert (shape["row"], shape["id"], half["row"], half["id"]) == (19, "x", 20, None)
     assert shape["reason"].startswith("cannot be read: completion_token_ids must be") and "not JSON" in half["reason"]
-    with pytest.raises(DraftsmithError, match=r"row 19: .*\(2 of 20 rows cannot be read, over logs.max_bad_share 0.09"):
+    with pytest.raises(DraftsmithError, match=r"row 19: .*2 of 20 rows.*logs\.max_bad_share"):
         run(tmp_path / "2", tiny_drafter, path, max_bad_share=0.09)
-    with pytest.raises(DraftsmithError, match=r"log\.jsonl, row 19: completion_token_ids must be .*: correct the row$"):
+    with pytest.raises(DraftsmithError, match=r"log\.jsonl, row 19: completion_token_ids"):
         run(tmp_path / "3", tiny_drafter, path, max_bad_share=0)
     assert not list((tmp_path / "3" / "run" / "out").iterdir())
 
@@ -77,7 +77,7 @@ def test_answers_of_another_model_are_passed_over_by_a_filter(
     assert not [line for line in ctx.logs if "models" in line]
     mixed = run(tmp_path / "2", tiny_drafter, path)
     assert [line for line in mixed.logs if "the rows name 3 models" in line]
-    with pytest.raises(DraftsmithError, match=r"none of 9 rows .* \(9 not let through by filter\)"):
+    with pytest.raises(DraftsmithError, match="9 not let through by filter"):
         run(tmp_path / "3", tiny_drafter, path, filter={"model": "nobody's"})
 
 
@@ -102,9 +102,9 @@ def test_rows_outside_a_window_are_passed_over_and_rows_without_a_time_set_aside
     assert responses(table(again)) == responses(logged_answers[2:3])  # behind what was read: not the same time again
     everything = run(tmp_path / "3", tiny_drafter, path, since="last")  # a first refresh: the next needs times
     assert len(table(everything)) == 4 and counts(everything)["window"]["newest"] == "2026-03-05T13:00:00Z"
-    with pytest.raises(DraftsmithError, match=r"none of 3 rows .* is from 2026-04-01T00:00:00Z or later"):
+    with pytest.raises(DraftsmithError, match=r"3 rows .*2026-04-01T00:00:00Z or later"):
         run(tmp_path / "4", tiny_drafter, write(tmp_path / "old.jsonl", rows[:3]), since="2026-04-01")
-    with pytest.raises(DraftsmithError, match=r"none of 3 rows of \S+ is later than 2026-04-01T00:00:00Z: give newer"):
+    with pytest.raises(DraftsmithError, match=r"3 rows .*later than 2026-04-01T00:00:00Z"):
         run(tmp_path / "5", tiny_drafter, tmp_path / "old.jsonl", since="last", after="2026-04-01")
 
 

@@ -186,7 +186,7 @@ def test_no_prompts_left_is_one_clear_error(
 def test_an_answer_that_does_not_fit_the_context_is_refused_before_work(
     tmp_path: Path, tiny_drafter: DrafterArtifacts
 ) -> None:
-    with pytest.raises(DraftsmithError, match=r"need 10\d\d positions, the target has 1024; lower sampling"):
+    with pytest.raises(DraftsmithError, match=r"10\d\d positions.*1024.*sampling"):
         STAGE.run(context(tmp_path, tiny_drafter), config(sampling={"max_new_tokens": 1020}))
     preflight(config(sampling={"max_new_tokens": 1023}), tiny_drafter.target)
     with pytest.raises(DraftsmithError, match=r"sampling\.max_new_tokens: 1024 does not fit"):

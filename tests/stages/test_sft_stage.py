@@ -139,7 +139,7 @@ def test_a_drafter_that_cannot_be_continued_is_refused_before_work(
     other = Path(shutil.copytree(good, tmp_path / "other"))
     info = (other / "drafter.json").read_text()
     (other / "drafter.json").write_text(info.replace(read_info(good).target_digest, "0" * 64))
-    with pytest.raises(DraftsmithError, match=r"made for the target 000000000000.*set sft.adopt: true"):
+    with pytest.raises(DraftsmithError, match=r"000000000000.*sft\.adopt"):
         preflight(SftConfig(init_from=str(other)), tiny_drafter.target)
     whole = Path(shutil.copytree(good, tmp_path / "without weights"))
     (whole / "model.safetensors").rename(whole / "pytorch_model.bin")
