@@ -123,10 +123,9 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	PYTHONPATH=build/imports $(BIN)/lint-imports
 
-# all with their defaults, and what got slower than this machine's first run; `BENCH="--threads 1"`
+# all with their defaults; `BENCH="--threads 1"`
 bench: $(INSTALLED)
-	for each in machine startup decode speculative sft_step replay; do $(BIN)/python -m tests.benchmarks.$$each $(BENCH) --json build/bench/$$each.json || exit; done
-	$(BIN)/python -m tests.benchmarks.compare build/bench
+	for each in machine startup decode sft_step replay; do $(BIN)/python -m tests.benchmarks.$$each $(BENCH) --json build/bench/$$each.json || exit; done
 
 # the tests marked gpu and what training takes on this machine's GPU, in at most 8 minutes; `GPU_CHECK="--no-tests"`
 gpu-check: $(INSTALLED)

@@ -40,7 +40,18 @@ if TYPE_CHECKING:  # most rooms need neither
 
 
 # Two SGLang servers are there for all of these, if one worker runs them.
-_SHARE_SERVERS = {f"tests/integration/test_sglang_{name}.py" for name in ("rollout", "plugin", "serving", "failures")}
+_SHARE_SERVERS = tuple(
+    f"tests/integration/test_sglang_{name}.py" for name in ("rollout", "plugin", "serving", "failures")
+)
+# These take minutes each.
+_LONGEST = (
+    "tests/season/test_season.py",
+    "tests/integration/test_refresh.py",
+    *_SHARE_SERVERS,
+    "tests/lab/test_lab.py",
+    "tests/stages/parallel/test_ranks.py",
+    "tests/flows/pipeline/test_run.py",
+)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -62,7 +73,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files start first, so that no worker ends alone."""
-    items.sort(key=lambda item: (item.get_closest_marker("sglang") is None, "integration" not in item.path.parts))
+
+    def rank(item: pytest.Item) -> tuple[int, bool]:
+        file = item.nodeid.partition("::")[0]
+        return _LONGEST.index(file) if file in _LONGEST else len(_LONGEST), "integration" not in item.path.parts
+
+    items.sort(key=rank)
 
 
 def pytest_collection_finish() -> None:

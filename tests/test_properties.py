@@ -23,7 +23,6 @@ from draftsmith.artifacts.redaction import redacted, secrets_of
 from draftsmith.artifacts.store import Claim, Store
 from draftsmith.flows.pipeline.config_file import read_config
 from draftsmith.flows.refresh.config import RefreshConfig
-from draftsmith.stages.prompting.files import BadRow, read_rows
 from draftsmith.stages.prompting.logged import LoggedRow, logged_ids, logged_text
 from draftsmith.stages.prompting.rows import SetAside, row_messages
 from draftsmith.stages.prompting.times import row_time
@@ -106,20 +105,6 @@ def test_a_config_without_secrets_has_none_after_masking(config: Any) -> None:
         assert isinstance(place, str) and why
     text = json.dumps(config)
     assert redacted(redacted(text)) == redacted(text)
-
-
-@given(st.lists(st.one_of(ROW.map(lambda row: json.dumps(row).encode()), st.binary(max_size=30)), max_size=5))
-def test_any_lines_as_rows(lines: list[bytes]) -> None:
-    def read(path: Path) -> None:
-        for row in read_rows([str(path)]):
-            assert isinstance(row, BadRow) or isinstance(row.fields, dict)
-
-    with_file("rows.jsonl", b"\n".join(lines), read)
-
-
-@given(st.sampled_from([".jsonl.gz", ".jsonl.zst", ".parquet"]), st.binary(max_size=80))
-def test_any_bytes_as_a_compressed_file(suffix: str, content: bytes) -> None:
-    with_file(f"rows{suffix}", content, lambda path: list(read_rows([str(path)])))
 
 
 @given(ROW, st.one_of(st.none(), FIELDS))

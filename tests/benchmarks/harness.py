@@ -70,20 +70,14 @@ def load_target(folder: Path | None) -> Target:
     return Target.load(folder or smollm2_folder())
 
 
-def benchmark_folder(name: str) -> Path:
-    """A folder that benchmarks keep between runs."""
-    folder = home() / "benchmarks" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def smollm2_folder() -> Path:
     """The resolved SmolLM2-135M: made at the first call, complete or not there."""
     from draftsmith.stages.targets.config import TargetConfig
     from draftsmith.stages.targets.info import INFO_FILE
     from draftsmith.stages.targets.resolve import resolve_target
 
-    folder = benchmark_folder("smollm2")
+    folder = home() / "benchmarks" / "smollm2"
+    folder.mkdir(parents=True, exist_ok=True)
     if not (folder / INFO_FILE).exists():  # written last
         resolve_target(TargetConfig(source=SMOLLM2), folder, lambda message: print(message, file=sys.stderr))
     return folder

@@ -4,8 +4,7 @@ Sequential decoding runs the engine with one request in flight; 16 in flight are
 service that has many requests at once. Replay reads the trajectories with the target once (its forward is part of the
 time), then drafts at the anchors; sequential replay, one chain, many chains and as many as pay give the same trace.
 A second table says where replay's time goes: target forward, drafter's context, its blocks, head (logits and argmax),
-and bookkeeping, which is all the rest. A third one says what scoring costs, beside all of mining and beside a training
-step (SFT, forward and backward over the same blocks, full head).
+and bookkeeping, which is all the rest.
 
 Give artifacts of a refresh, or leave them out for the test bed: a small target made here, with a drafter of tau about
 5.
@@ -32,18 +31,10 @@ from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.mining import MiningConfig
 from draftsmith.stages.replay.chains import replay_chains
-from draftsmith.stages.replay.options import TREE_TOKENS
-from draftsmith.stages.replay.scoring import score_traces
 from draftsmith.stages.replay.sequential import replay_sequentially
 from draftsmith.stages.replay.trace import Trace, Trajectory, groups_by_length, pad_tokens, tau
 from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
-from draftsmith.stages.targets.causal_lm import Target, TargetOutput
-from draftsmith.stages.targets.slots import SlotCache
-from draftsmith.stages.training.anchors import pad_anchors
-from draftsmith.stages.training.batches import FeatureSource, step_rng
-from draftsmith.stages.training.config import SftConfig, TrainingConfig
-from draftsmith.stages.training.supervised import sft_loss
-from draftsmith.stages.training.vocabulary import HeadSource
+from draftsmith.stages.targets.causal_lm import Target
 from tests.benchmarks import harness
 
 TOKENS_PER_FORWARD = MiningConfig().tokens_per_target_forward
@@ -62,12 +53,6 @@ class Bench:
     def features(self, group: list[Trajectory]) -> torch.Tensor:
         """What the drafter reads of the target, as comparisons of drafters read it."""
         return self.target.features(pad_tokens(group, self.target.device), self.drafter.target_layer_ids)
-
-    def read(self, group: list[Trajectory], cache: SlotCache) -> TargetOutput:
-        """The whole forward into a cache, on which mining scores."""
-        ids = pad_tokens(group, self.target.device)
-        positions = torch.arange(ids.shape[1], device=ids.device).expand(len(group), -1)
-        return self.target.step(ids, positions, cache, slice(0, len(group)), layer_ids=self.drafter.target_layer_ids)
 
     @torch.no_grad()
     def context(self, group: list[Trajectory], features: torch.Tensor) -> Context:
@@ -202,49 +187,6 @@ def shares(bench: Bench, count: int | None, repetitions: int) -> dict[str, float
     return best
 
 
-def scoring(bench: Bench, repetitions: int) -> dict[str, float]:
-    """Seconds of mining's parts and of a training step over the same blocks, medians."""
-    trained = training_step(bench)
-    seconds: dict[str, list[float]] = defaultdict(list)
-    for _ in range(repetitions + 1):
-        found: dict[str, float] = defaultdict(float)
-        for group in bench.groups():
-            T = max(len(t.tokens) for t in group)
-            cache = bench.target.new_cache(len(group), T + max(TREE_TOKENS, bench.drafter.block_size))
-            kept: dict[str, Any] = {}
-            found["read"] += harness.seconds_of(lambda: kept.update(out=bench.read(group, cache)))  # noqa: B023
-            found["replay"] += harness.seconds_of(
-                lambda: kept.update(traces=bench.replay(group, bench.context(group, kept["out"].features), None))  # noqa: B023
-            )
-            found["score"] += harness.seconds_of(
-                lambda: score_traces(bench.target, cache, kept["out"].hidden, kept["traces"])  # noqa: B023
-            )
-            found["training step"] += trained(group, kept["traces"])
-        for name, value in found.items():
-            seconds[name].append(value)
-    return {name: harness.median(values[1:]) for name, values in seconds.items()}
-
-
-def training_step(bench: Bench) -> Callable[[list[Trajectory], list[Trace]], float]:
-    """Seconds of one SFT step, without the target's forward and the update, on the anchors of some traces."""
-    drafter, weight = bench.drafter, bench.target.head_weight
-    source = HeadSource(drafter, weight, TrainingConfig())
-    stream = SftConfig().stream(drafter.recipe)
-
-    def step(group: list[Trajectory], traces: list[Trace]) -> float:
-        batch = FeatureSource(bench.target, drafter.target_layer_ids, group).batch(range(len(group)))
-        anchors = pad_anchors([t.anchors for t in traces], bench.target.device)
-        heads = source.draw(step_rng(0, 0), [batch.tokens])
-
-        def work() -> None:
-            report = sft_loss(drafter, batch, anchors, heads, weight, stream, temperature=1.0, positions_per_chunk=1024)
-            report.loss.backward()
-
-        return harness.seconds_of(work)
-
-    return step
-
-
 def artifacts(options: argparse.Namespace) -> tuple[Path, Path, Path]:
     """Target, drafter and trajectories: all given, or all of the test bed."""
     given = [options.target, options.drafter, options.trajectories]
@@ -294,14 +236,7 @@ def main() -> None:
     arms = {"one chain": 1, f"{options.chains} chains": options.chains, "as many as pay": None}
     parts = {name: shares(bench, count, options.repetitions) for name, count in arms.items()}
     print_parts("seconds of replay, and their share", list(PARTS), parts)
-    scored = scoring(bench, options.repetitions)
-    mining = scored["read"] + scored["replay"] + scored["score"]
-    print(
-        f"\nscoring: {scored['score']:.3f} s, {scored['score'] / mining:.0%} of mining (target forward "
-        f"{scored['read']:.3f} s, replay {scored['replay']:.3f} s); a training step over the same blocks takes "
-        f"{scored['training step']:.3f} s, scoring {scored['score'] / scored['training step']:.2f} of that"
-    )
-    harness.report("replay", {"rows": rows, "replay_seconds": parts, "mining_seconds": scored}, options)
+    harness.report("replay", {"rows": rows, "replay_seconds": parts}, options)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """Where the time of a training step goes: SFT and the forms of OPD, full head and reduced head.
 
 A drafter like the quickstart's (2 layers, 5 target layers, but blocks of 8) on random trajectories of its size, weights
-in float32 under bfloat16 autocast. Verify steps are made up: committed tokens are geometric with `--tau`, everything
-behind is rejected. With `--testbed` (a small target made here, a trained drafter of tau about 5) or with artifacts of a
-refresh they are replayed, and re-mining costs what it costs in training; on made-up ones it is left out.
+in float32 under bfloat16 autocast. Verify steps are made up: committed tokens are geometric with a mean of 1.8, and
+everything behind is rejected. Mining them again would not cost what it costs in training, and is left out.
 
 `target` is the forward that yields the features, which training keeps in memory while they fit: `times_sft` leaves it
 out, `times_sft_with_target` is what a training costs whose features do not fit.
@@ -25,7 +24,6 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -34,15 +32,11 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.drafters.checkpoint import create_drafter, load_drafter
+from draftsmith.stages.drafters.checkpoint import create_drafter
 from draftsmith.stages.drafters.dflash import model as dflash_model
 from draftsmith.stages.drafters.dflash.shape import DFlashConfig
-from draftsmith.stages.replay.chains import replay_chains
-from draftsmith.stages.replay.replayer import score
 from draftsmith.stages.replay.trace import Trajectory
-from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training import losses
 from draftsmith.stages.training.anchors import position_anchors
@@ -62,7 +56,8 @@ from tests.stages.kernel_flops import KERNEL_FLOPS
 
 GAMMA = 2.0
 DENSE = "SFT, dense"
-MINED_AGAIN = "OPD mined again"  # every draw: the whole cost
+TAU = 1.8  # of the verify steps that are made up
+HEAD_TOKENS = 4096  # of the reduced head
 ARMS: dict[str, dict[str, Any] | None] = {
     "SFT": None,
     DENSE: {},
@@ -73,9 +68,6 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "OPD random": {"anchors": "random"},
     "OPD successors": {"anchors": "successors"},
     "OPD successors, sampled": {"anchors": "successors", "verification": "sampled"},
-    MINED_AGAIN: {"anchors": "visited"},
-    f"{MINED_AGAIN}, sampled": {"anchors": "visited", "verification": "sampled"},
-    f"{MINED_AGAIN}, paper": {"anchors": "visited", "loss": "paper"},
 }
 PARTS = ("target", "mining", "drafter", "head_and_loss", "backward", "update")
 
@@ -88,7 +80,6 @@ class World:
     trajectories: list[Trajectory]
     make_drafter: Callable[[], Drafter]
     table: MinedTable
-    replayed: bool  # the table is this drafter's own trace
 
 
 def make_trajectories(count: int, vocab_size: int) -> list[Trajectory]:
@@ -113,31 +104,14 @@ def made_up_steps(trajectory: Trajectory, K: int, tau: float, rng: np.random.Gen
     return TrajectorySteps(visited, committed - 1, committed, committed, proposed, logprobs)
 
 
-def made_up(target: Target, sequences: int, tau: float) -> World:
+def made_up(target: Target, sequences: int) -> World:
     """A new drafter on random text."""
     trajectories = make_trajectories(sequences, target.info.vocab_size)
     mask = target.tokenizer.convert_ids_to_tokens(target.info.mask_candidates[0])
     shape = DFlashConfig(num_layers=2, block_size=8, num_target_features=5, mask_token=mask)
     rng = np.random.default_rng(1)
-    table = MinedTable([made_up_steps(t, shape.block_size - 1, tau, rng) for t in trajectories], shape.block_size - 1)
-    return World(target, trajectories, lambda: create_drafter(shape, target, seed=0), table, False)
-
-
-def replayed(target: Target, drafter_folder: Path, trajectories: list[Trajectory]) -> World:
-    """A trained drafter and its trace."""
-    drafter = load_drafter(drafter_folder, target, torch.float32)
-    features = FeatureSource(target, drafter.target_layer_ids, trajectories)
-    batch = features.batch(range(len(trajectories)))
-    with torch.no_grad():
-        context = context_of(drafter, batch)
-    head = drafter.drafting_head(target.head_weight, None)
-    traces = replay_chains(drafter, context, trajectories, drafter.block_size, head)
-    steps = [
-        TrajectorySteps(t.anchors, t.accepted, t.committed, t.rejected_offset, t.proposed, s.target_logprobs)
-        for t, s in zip(traces, score(target, trajectories, traces, 2048), strict=True)
-    ]
-    table = MinedTable(steps, drafter.block_size - 1)
-    return World(target, trajectories, lambda: load_drafter(drafter_folder, target, torch.float32), table, True)
+    table = MinedTable([made_up_steps(t, shape.block_size - 1, TAU, rng) for t in trajectories], shape.block_size - 1)
+    return World(target, trajectories, lambda: create_drafter(shape, target, seed=0), table)
 
 
 class Step:
@@ -270,50 +244,22 @@ def measure(steps: dict[str, Step], repetitions: int) -> list[dict[str, Any]]:
 def parse() -> argparse.Namespace:
     options = harness.parser(__doc__, repetitions=5)
     harness.add_target(options)
-    options.add_argument("--drafter", type=Path, help="artifact of stage `sft` or `opd`")
-    options.add_argument("--trajectories", type=Path, help="artifact of stage `rollout`")
-    options.add_argument("--testbed", action="store_true", help="the small target made here and its drafter")
     options.add_argument("--sequences", type=int, default=4)
     options.add_argument("--anchors", type=int, default=16, help="a sequence")
-    options.add_argument("--head-tokens", type=int, default=4096, help="size of the reduced head")
     options.add_argument("--arms", nargs="+", help="beginnings of the names of those to measure; left out: all")
     harness.add_clock(options)
-    options.add_argument("--tau", type=float, default=1.8, help="of made-up verify steps")
     return options.parse_args()
-
-
-def world_of(options: argparse.Namespace) -> World:
-    """Artifacts, the test bed, or made-up steps on the benchmarks' target."""
-    if options.testbed:
-        from tests.testbed.drafter import drafter_artifacts
-        from tests.testbed.target import prompts_file, target_folder
-
-        made = drafter_artifacts(target_folder(), prompts_file())
-        options.target, options.drafter, options.trajectories = made.target, made.drafter, made.heldout
-    if (options.drafter is None) != (options.trajectories is None):
-        raise DraftsmithError("give --drafter and --trajectories together, with their --target, or none of them")
-    target = harness.load_target(options.target)
-    if options.drafter is None:
-        return made_up(target, options.sequences, options.tau)
-    trajectories = list(load_trajectories(options.trajectories).trajectories[: options.sequences])
-    return replayed(target, options.drafter / DRAFTER_FOLDER, trajectories)
 
 
 def main() -> None:
     options = parse()
     harness.set_process(options)
     harness.set_clock(options.cpu_time)
-    world = world_of(options)
-    wanted = tuple(options.arms or ARMS)
-    arms = {
-        name: fields
-        for name, fields in ARMS.items()
-        if name.startswith(("SFT", *wanted)) and (world.replayed or not name.startswith(MINED_AGAIN))
-    }
+    world = made_up(harness.load_target(options.target), options.sequences)
+    wanted = ("SFT", *(options.arms or ARMS))
+    arms = {name: fields for name, fields in ARMS.items() if name.startswith(wanted)}
     steps = {}
-    for head_tokens in (None, options.head_tokens):
-        if head_tokens and head_tokens >= world.target.info.vocab_size:
-            continue
+    for head_tokens in (None, HEAD_TOKENS):
         config = TrainingConfig(
             sequences_per_step=options.sequences,
             anchors_per_sequence=options.anchors,
@@ -327,7 +273,7 @@ def main() -> None:
     rows = measure(steps, options.repetitions)
     tau = sum(s.committed.sum() for s in world.table.steps) / sum(len(s.anchors) for s in world.table.steps)
     harness.print_table(
-        f"{'test bed' if options.testbed else world.target.info.source}: {options.sequences} sequences of "
+        f"{world.target.info.source}: {options.sequences} sequences of "
         f"{options.anchors} blocks of {world.table.proposals + 1}, tau {tau:.2f} (+1 included), "
         f"{sum(len(s.anchors) for s in world.table.steps) / len(world.table.steps):.0f} verify steps a sequence; "
         f"shares of {machine.peak_rate(torch.bfloat16):,.0f} GFLOP/s",

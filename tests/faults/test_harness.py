@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
-import signal
 import sqlite3
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import closing
-from http.client import HTTPException
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 
 from tests.artifacts.test_store import KEY, OTHER, make
-from tests.faults import configs, preload
+from tests.faults import configs
 from tests.faults.home import Ended, Home
-from tests.faults.proxy import Mood, Proxy
 from tests.faults.run import cases, read_rows, series, write_rows
 from tests.faults.scene import Broken, Scene, TooLate
 from tests.faults.table import Row, table
 from tests.faults.undisturbed import NodeTimes, Undisturbed
-from tests.stages.engines.http_server import HttpServer, answer, serving
 
 ROLLOUT, SFT = f"rollout/{KEY[:16]}", f"sft/{OTHER[:16]}"
 
@@ -92,7 +82,10 @@ def scene_of(calm: Undisturbed) -> Scene:
     return Scene(calm, "rollout", random.Random(0))
 
 
-def ended(out: str = "rollout: started\nrollout: done in 2 s\nsft: reused\n", code: int = 0) -> Ended:
+ENDED = "rollout: started\nrollout: done in 2 s\n"
+
+
+def ended(out: str = f"{ENDED}sft: reused\n", code: int = 0) -> Ended:
     return Ended(code, out, "", 1.0)
 
 
@@ -102,36 +95,30 @@ def test_a_home_that_is_as_it_was_is_well(calm: Undisturbed) -> None:
     scene.finished(ended())
 
 
-def test_another_content_is_noticed(calm: Undisturbed) -> None:
-    scene = scene_of(calm)
-    make(scene.home.store, "another answer")
-    with pytest.raises(Broken, match="another content"):
-        scene.finished(ended())
-
-
-def test_an_artifact_that_nobody_should_have_made_is_noticed(calm: Undisturbed) -> None:
-    scene = scene_of(calm)
-    make(scene.home.store)
-    make(scene.home.store, key="ef" * 32)
-    with pytest.raises(Broken, match="should not be there"):
-        scene.finished(ended())
-
-
-def test_a_version_too_many_is_noticed(calm: Undisturbed) -> None:
-    scene = scene_of(calm)
-    make(scene.home.store)
-    with closing(sqlite3.connect(scene.home.path / "mlflow.db")) as database, database:
+def add_a_version(home: Home) -> None:
+    with closing(sqlite3.connect(home.path / "mlflow.db")) as database, database:
         database.execute("insert into model_versions values (1), (2)")
         database.execute("insert into registered_model_aliases values (2, 'champion')")
-    with pytest.raises(Broken, match=r"versions \[\['1'\], \['2', 'champion'\]\]"):
-        scene.finished(ended())
 
 
-def test_repeated_work_is_noticed(calm: Undisturbed) -> None:
+@pytest.mark.parametrize(
+    ("change", "out", "said"),
+    [
+        (lambda home: make(home.store, "another answer"), ENDED, "another content"),
+        (lambda home: make(home.store, key="ef" * 32), ENDED, "should not be there"),
+        (add_a_version, ENDED, r"versions \[\['1'\], \['2', 'champion'\]\]"),
+        (lambda _: None, f"{ENDED}sft: started\nsft: done in 2 s\n", "sft: finished work was repeated"),
+    ],
+)
+def test_what_must_not_happen_is_noticed(
+    change: Callable[[Home], object], out: str, said: str, calm: Undisturbed
+) -> None:
     scene = scene_of(calm)
-    make(scene.home.store)
-    with pytest.raises(Broken, match="sft: finished work was repeated"):
-        scene.finished(ended("rollout: started\nrollout: done in 2 s\nsft: started\nsft: done in 2 s\n"))
+    change(scene.home)
+    if not scene.home.folder_of(ROLLOUT).exists():
+        make(scene.home.store)
+    with pytest.raises(Broken, match=said):
+        scene.finished(ended(out))
 
 
 def test_steps_before_the_last_checkpoint_that_were_lost_are_noticed(calm: Undisturbed) -> None:
@@ -171,56 +158,3 @@ def test_a_wrong_code_is_broken_a_silent_command_a_complaint_and_a_finished_one_
         scene.told(ended(), [2], "disk is full")
     scene.told(ended("rollout: started\n", 2), [2], "disk is full")
     assert scene.complaints == ["the message says nothing of 'disk is full': ''"]
-
-
-@pytest.fixture
-def server() -> Iterator[HttpServer]:
-    with serving(answer, health=lambda _: {}) as running:
-        yield running
-
-
-def ask(url: str, limit_s: float = 30) -> bytes:
-    body = json.dumps({"input_ids": [7], "sampling_params": {"max_new_tokens": 3}}).encode()
-    with urllib.request.urlopen(urllib.request.Request(f"{url}/generate", body), timeout=limit_s) as response:
-        return bytes(response.read())
-
-
-def test_a_proxy_spoils_answers_as_it_is_told(server: HttpServer) -> None:
-    address = urlsplit(server.url)
-    proxy = Proxy((str(address.hostname), int(address.port or 0)))
-    assert json.loads(ask(proxy.url))["output_ids"] == [8, 9, 10]
-    proxy.mood = Mood.WRONG
-    assert json.loads(ask(proxy.url))["output_ids"] == [9, 9, 99]
-    proxy.mood = Mood.GARBAGE
-    with pytest.raises(ValueError):
-        json.loads(ask(proxy.url))
-    for mood in (Mood.HALF, Mood.SILENT, Mood.GONE):
-        proxy.mood = mood
-        with pytest.raises((OSError, HTTPException)):
-            ask(proxy.url, limit_s=1)
-    assert proxy.spoiled >= 5
-    proxy.mood = Mood.WELL
-    assert json.loads(ask(proxy.url))["output_ids"] == [8, 9, 10]
-
-
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
-def test_a_clock_jumps_and_a_stage_hangs_and_is_deaf(calm: Undisturbed) -> None:
-    scene = scene_of(calm)
-    switches = preload.Switches(scene)
-    told = "import time; print(time.time())"
-    switches.turn(clock_s=86_400)
-    environment = {**os.environ, **switches.variables}
-    shown = subprocess.run([sys.executable, "-c", told], env=environment, capture_output=True, text=True, check=True)
-    assert float(shown.stdout) - time.time() == pytest.approx(86_400, abs=30)
-
-    switches.turn(hang=True, deaf=True)
-    deaf = (
-        "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(1)); open('/dev/null', 'w').write('x')"
-    )
-    stage = subprocess.Popen([sys.executable, "-c", deaf, "draftsmith.stages"], env=environment)
-    time.sleep(0.3)
-    stage.send_signal(signal.SIGTERM)
-    with pytest.raises(subprocess.TimeoutExpired):
-        stage.wait(0.5)
-    stage.kill()
-    stage.wait()

@@ -1,4 +1,4 @@
-"""The whole refresh by the real command on the tiny target: once, again, with damaged inputs."""
+"""The whole refresh by the real command on the tiny target: once, again, with damaged inputs, and on SGLang."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from draftsmith.artifacts.parquet import read_table
+from draftsmith.artifacts.schemas import TRACE, TRAJECTORIES
 from draftsmith.artifacts.store import Store
+from draftsmith.flows.cli import main
 from draftsmith.flows.pipeline.devices import FOLDER
 from tests.faults.catalogue import alone
 from tests.faults.home import copied
@@ -27,6 +30,7 @@ from tests.faults.scene import Scene, TooLate
 from tests.faults.signals import kill_stage
 from tests.faults.undisturbed import remembered
 from tests.flows.pipeline.processes import ROOT, processes_of
+from tests.sglang_cpu.options import CPU_ENVIRONMENT, CPU_OPTIONS
 from tests.testbed.refresh import small_refresh
 
 pytestmark = pytest.mark.integration
@@ -79,9 +83,16 @@ class Home:
         return self.run("refresh", self.config, *arguments)
 
     def folder_of(self, stage: str) -> Path:
-        """The artifact of a stage that was made once."""
-        (manifest,) = [m for m in Store(self.path / "store").list() if m.stage == stage]
-        return Store(self.path / "store").path(stage, manifest.key)
+        """Return the newest artifact of a stage."""
+        newest = max((m for m in Store(self.path / "store").list() if m.stage == stage), key=lambda m: m.created_at)
+        return Store(self.path / "store").path(stage, newest.key)
+
+    def copied(self, folder: Path) -> Home:
+        """Return a copy, which a test may change."""
+        copy = replace(self, folder=folder)
+        shutil.copytree(self.path, copy.path)
+        shutil.copy(self.config, copy.config)
+        return copy
 
     def artifacts(self) -> dict[tuple[str, str], str]:
         return {(m.stage, m.key): m.created_at for m in Store(self.path / "store").list()}
@@ -89,6 +100,11 @@ class Home:
     def query(self, sql: str) -> list[tuple[Any, ...]]:
         with sqlite3.connect(self.path / "mlflow.db") as database:
             return database.execute(sql).fetchall()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
 
 
 def nodes(output: str, ending: str) -> list[str]:
@@ -136,9 +152,7 @@ def test_the_first_refresh_makes_every_node_and_ends_with_the_table(story: dict[
 
 
 def test_the_figures_of_the_table_are_those_of_the_evaluation(story: dict[str, Any], home: Home) -> None:
-    keys = {key for (stage, key) in story["artifacts"] if stage == "evaluation"}
-    (key,) = keys
-    evaluation = json.loads((Store(home.path / "store").path("evaluation", key) / "evaluation.json").read_text())
+    evaluation = read_json(home.folder_of("evaluation") / "evaluation.json")
     for name in ("sft", "opd", "control"):
         assert f"{evaluation['drafters'][name]['tau']:.3f}" in story["first"].stdout
     assert evaluation["exactness"]["fp32_identical"] == evaluation["exactness"]["fp32_prompts"] == 3
@@ -174,13 +188,16 @@ def test_mlflow_holds_each_refresh_with_its_stages_nested(home: Home) -> None:
     assert any(run in refreshes and key == "tau.challenger" for run, key, _ in metrics)
 
 
-def test_status_and_show_read_what_was_made(story: dict[str, Any], home: Home) -> None:
+def test_status_and_show_read_what_was_made(
+    story: dict[str, Any], home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert story["first"].returncode == 0
-    status = home.run("status", home.config)
-    assert status.returncode == 0 and status.stdout.count("done") == len(NODES)
-    shown = home.run("show", "mining")
-    assert shown.returncode == 0
-    assert "verify_steps.parquet" in shown.stdout and "made from" in shown.stdout
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(home.path))
+    assert main(["status", str(home.config)]) == 0
+    assert capsys.readouterr().out.count("done") == len(NODES)
+    assert main(["show", "mining"]) == 0
+    shown = capsys.readouterr().out
+    assert "verify_steps.parquet" in shown and "made from" in shown
 
 
 # ---- damaged and wrong input: exit code 2, one line, nothing lost
@@ -201,28 +218,12 @@ def truncate(path: Path) -> None:
 
 def test_a_damaged_artifact_is_named_and_the_others_stay(story: dict[str, Any], home: Home, tmp_path: Path) -> None:
     assert story["first"].returncode == 0
-    copied = Home(tmp_path)
-    shutil.copytree(home.path, copied.path)
-    shutil.copy(home.config, copied.config)
-    truncate(copied.folder_of("mining") / "verify_steps.parquet")
-    before = copied.artifacts()
-    error = one_error(copied.refresh("--set", "opd.steps=3"))
+    copy = home.copied(tmp_path)
+    truncate(copy.folder_of("mining") / "verify_steps.parquet")
+    before = copy.artifacts()
+    error = one_error(copy.refresh("--set", "opd.steps=3"))
     assert "verify_steps.parquet" in error and "--force" in error
-    assert before.items() <= copied.artifacts().items()
-
-
-def test_a_drafter_of_another_target_is_refused_before_any_long_work(
-    story: dict[str, Any], home: Home, tmp_path: Path
-) -> None:
-    assert story["first"].returncode == 0
-    sft = min((m for m in Store(home.path / "store").list() if m.stage == "sft"), key=lambda m: m.created_at)
-    other = Path(shutil.copytree(Store(home.path / "store").path("sft", sft.key) / "drafter", tmp_path / "drafter"))
-    info = json.loads((other / "drafter.json").read_text())
-    (other / "drafter.json").unlink()
-    (other / "drafter.json").write_text(json.dumps({**info, "target_digest": "0" * 64}))
-    result = home.refresh("--set", f"sft.init_from={other}")
-    assert "made for the target 000000000000" in one_error(result)
-    assert done(result) == set()
+    assert before.items() <= copy.artifacts().items()
 
 
 def test_a_kill_at_a_seeded_moment_loses_nothing_and_repeats_nothing(
@@ -241,3 +242,58 @@ def test_a_kill_at_a_seeded_moment_loses_nothing_and_repeats_nothing(
             pytest.fail("the stage had always ended before the kill")
     finally:
         copied(calm.kept, calm.folder)
+
+
+# ---- the same with SGLang as the engine of a rollout and of the evaluation, on the CPU
+
+SERVED = ("assisted", "evaluation")
+SERVED_LIMIT_S = 2400  # four servers, one after the other: half a minute each on a quiet machine
+
+
+@pytest.mark.sglang
+@pytest.mark.timeout(SERVED_LIMIT_S + 600)
+def test_a_refresh_on_sglang_is_exact(story: dict[str, Any], home: Home, sglang_env: Path, tmp_path: Path) -> None:
+    """Engines may be mixed: target, prompts, plain rollouts and SFT are those of the embedded refresh."""
+    assert story["first"].returncode == 0
+    served = replace(home.copied(tmp_path), limit_s=SERVED_LIMIT_S)
+    config = yaml.safe_load(served.config.read_text())
+    launch = {"options": CPU_OPTIONS, "environment": CPU_ENVIRONMENT}
+    for section in SERVED:
+        config[section]["engine"] = {"kind": "sglang", "python": str(sglang_env), "launch": launch, "concurrency": 8}
+    config["evaluation"] |= {"concurrency": [1, 4], "block_sizes": None, "parity_prompts": 4}
+    config["refresh"] = {"control": False}  # one server less
+    served.config.write_text(yaml.safe_dump(config))
+    result = served.refresh()
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert done(result) == {*SERVED, "mining", "opd", "report"}
+    assert not processes_of(served.path)  # servers inherit the environment, and are gone
+
+    # ---- the assisted answers come from the engine that the config names, with their verify steps
+    assisted = served.folder_of("rollout")
+    engines = set(read_table(assisted / "trajectories.parquet", TRAJECTORIES)["engine"].to_pylist())
+    assert [engine.split()[0] for engine in engines] == ["sglang"]
+    traced = read_json(assisted / "trace.json")
+    assert (traced["engine"], traced["dtype"], traced["temperature"]) == ("sglang", "float32", 0)
+    trace = read_table(assisted / "trace.parquet", TRACE)
+    assert trace["target_logprobs"].null_count == 0
+
+    # ---- mining: the drafter that was trained is the one that was served, step for step
+    parity = read_json(served.folder_of("mining") / "summary.json")["parity"]
+    assert parity["served_steps"] == len(trace) > 20
+    assert (parity["different_steps"], parity["tau_difference"]) == (0, 0)
+    assert parity["served_tau"] > 1
+    assert parity["largest_logprob_difference"] < 1e-3
+
+    # ---- evaluation: all arms, exact outputs, served steps as replayed
+    evaluation = read_json(served.folder_of("evaluation") / "evaluation.json")
+    assert [s["concurrency"] for s in evaluation["speed_by_setting"]] == [1, 4]
+    for setting in evaluation["speed_by_setting"]:
+        assert setting["arms"].keys() == {"plain", "sft", "opd"}
+        assert all(arm["identical_share"] == 1 for name, arm in setting["arms"].items() if name != "plain")
+    assert evaluation["exactness"]["identical_share"] == 1
+    assert evaluation["parity"].keys() == {"sft", "opd"}
+    for figures in evaluation["parity"].values():
+        assert (figures["different_steps"], figures["tau_difference"]) == (0, 0)
+    steps = evaluation["parity"]["opd"]["served_steps"]
+    page = (served.folder_of("report") / "report.html").read_text()
+    assert f"0 of {steps} served verify steps differ from replay" in page

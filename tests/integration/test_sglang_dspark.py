@@ -35,53 +35,52 @@ TOLERANCE = 3e-5  # float32, on values of order one to ten
 PROMPTS = 12
 
 
-@pytest.mark.parametrize(
-    ("from_anchor", "markov_head", "reads_token"),
-    [(True, "vanilla", True), (False, "gated", False), (True, "rnn", True)],
-)
-def test_sglang_computes_what_is_computed_here(
-    from_anchor: bool,
-    markov_head: Literal["vanilla", "gated", "rnn"],
-    reads_token: bool,
-    sglang_env: Path,
-    plain_target: Target,
-    tmp_path: Path,
-) -> None:
-    drafter = random_dspark(
-        plain_target, from_anchor=from_anchor, markov_head=markov_head, confidence_reads_token=reads_token
-    )
-    save_drafter(drafter, tmp_path / "drafter", torch.float32)
-    texts = random_target.trajectories(3, seed=4)
-    tokens = pad_tokens(texts, plain_target.device)
-    features = plain_target.read(tokens, drafter.target_layer_ids).features
-    assert features is not None
-    anchors = torch.tensor([[4, 7, 9]] * 3)
-    case = {"tokens": tokens, "features": features, "anchors": anchors}
-    shared = {"embedding": plain_target.embedding, "head": plain_target.head_weight}
-    save_file(case | {name: tensor.detach().clone() for name, tensor in shared.items()}, tmp_path / "case")
+HEADS: tuple[Literal["vanilla", "gated", "rnn"], ...] = ("vanilla", "gated", "rnn")
 
-    script = Path(str(dspark_model.__file__))
-    command = [str(sglang_env), "-I", str(script), *(str(tmp_path / name) for name in ("case", "drafter", "out"))]
+
+def test_sglang_computes_what_is_computed_here(sglang_env: Path, plain_target: Target, tmp_path: Path) -> None:
+    """Of all heads, in one process of SGLang's."""
+    expected: dict[str, dict[str, torch.Tensor]] = {}
+    for markov_head in HEADS:
+        gated = markov_head == "gated"
+        drafter = random_dspark(
+            plain_target, from_anchor=not gated, markov_head=markov_head, confidence_reads_token=not gated
+        )
+        folder = tmp_path / markov_head
+        save_drafter(drafter, folder / "drafter", torch.float32)
+        texts = random_target.trajectories(3, seed=4)
+        tokens = pad_tokens(texts, plain_target.device)
+        features = plain_target.read(tokens, drafter.target_layer_ids).features
+        assert features is not None
+        anchors = torch.tensor([[4, 7, 9]] * 3)
+        case = {"tokens": tokens, "features": features, "anchors": anchors}
+        shared = {"embedding": plain_target.embedding, "head": plain_target.head_weight}
+        save_file(case | {name: tensor.detach().clone() for name, tensor in shared.items()}, folder / "case")
+
+        head, at = drafter.head_over(plain_target.head_weight, None), tokens.gather(1, anchors)
+        with torch.no_grad():
+            context = drafter.encode(features, tokens, torch.arange(tokens.shape[1]).expand(3, -1))
+            block = drafter.propose(context, at, anchors, drafter.block_size, head)
+            given = torch.cat([at[..., None], block[..., :-1]], -1)
+            hidden = drafter.block_hidden(context, given, anchors)
+            expected[markov_head] = {
+                "hidden": hidden[..., : head.weight.shape[1]],
+                "logits": head.logits(hidden),
+                "confidence": drafter.confidence(hidden),
+                "proposals": block,
+            }
+
+    command = [str(sglang_env), "-I", str(dspark_model.__file__), *(str(tmp_path / each) for each in HEADS)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | CPU_ENVIRONMENT
     environment["SGLANG_RAGGED_VERIFY_MODE"] = "compact"
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    found = load_file(tmp_path / "out")
-
-    head, at = drafter.head_over(plain_target.head_weight, None), tokens.gather(1, anchors)
-    with torch.no_grad():
-        context = drafter.encode(features, tokens, torch.arange(tokens.shape[1]).expand(3, -1))
-        block = drafter.propose(context, at, anchors, drafter.block_size, head)
-        given = torch.cat([at[..., None], block[..., :-1]], -1)
-        hidden = drafter.block_hidden(context, given, anchors)
-        expected = {
-            "hidden": hidden[..., : head.weight.shape[1]],
-            "logits": head.logits(hidden),
-            "confidence": drafter.confidence(hidden),
-        }
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, atol=TOLERANCE, rtol=TOLERANCE, msg=name)
-    assert torch.equal(found["proposals"], block)
+    for of_head, values in expected.items():
+        found = load_file(tmp_path / of_head / "out")
+        assert torch.equal(found["proposals"], values.pop("proposals"))
+        for name, value in values.items():
+            said = f"{of_head}: {name}"
+            torch.testing.assert_close(found[name], value, atol=TOLERANCE, rtol=TOLERANCE, msg=said)
 
 
 def test_a_server_decodes_with_it_as_replay_says(

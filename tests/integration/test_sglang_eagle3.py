@@ -88,22 +88,6 @@ def test_the_plugins_trace_equals_replay_of_the_same_checkpoint(chains: int | No
     assert set(kept.tolist()) == {0, 1, 2, 3, 4}, "nothing, parts and whole chains are kept"
 
 
-def test_the_plugins_trace_equals_what_the_embedded_engine_records(traced: Traced) -> None:
-    bench = traced.bench
-    answers = bench.answers(bench.requests(PROMPTS), "trained")
-    for trajectory, elements in zip(traced.trajectories, traced.served.meta(KEY), strict=True):
-        trace, steps = trace_of(trajectory, elements), answers[trajectory.trajectory_id].steps
-        assert [step.anchor for step in steps] == trace.anchors.tolist()
-        assert [step.accepted for step in steps] == trace.accepted.tolist()
-        assert [step.proposed for step in steps] == trace.proposed.tolist()
-
-
-def test_the_plugin_names_the_checkpoint(traced: Traced) -> None:
-    digest = drafter_digest(traced.checkpoint)
-    for elements in traced.served.meta(KEY):
-        assert elements[0] == {"v": "1", "drafter": digest}
-
-
 def test_every_step_of_a_chain_is_right_where_some_requests_of_a_batch_ask_for_it(
     url: str, traced: Traced, serving_target: ServingTarget
 ) -> None:

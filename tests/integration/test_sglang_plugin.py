@@ -93,14 +93,6 @@ def test_a_block_is_cut_wherever_the_answer_ends(dflash_url: str, reference: Ref
     assert answer["meta_info"][KEY][1] == first
 
 
-def test_tracing_changes_no_answer(dflash_url: str, reference: Reference) -> None:
-    prompts = reference.prompts[:8]
-    plain = generate(dflash_url, [body(prompt, trace=False) for prompt in prompts])
-    traced = generate(dflash_url, [body(prompt) for prompt in prompts])
-    assert [answer["output_ids"] for answer in plain] == [answer["output_ids"] for answer in traced]
-    assert all(asked_for_nothing(answer) for answer in plain)
-
-
 def test_a_server_without_a_drafter_answers_as_ever(plain_url: str, reference: Reference) -> None:
     answer = generate(plain_url, [body(reference.prompts[0])])[0]
     assert len(answer["output_ids"]) == 48 and KEY not in answer["meta_info"]

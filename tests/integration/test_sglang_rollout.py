@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import shutil
 from pathlib import Path
@@ -28,8 +27,6 @@ from draftsmith.stages.stored import DRAFTER_FOLDER, load_prompts
 from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.targets.info import model_path, read_target_info, write_target_info
 from draftsmith.stages.targets.resolve import describe
-from tests.sglang_cpu.fixtures import ServingTarget
-from tests.sglang_cpu.server import running_server
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -194,18 +191,6 @@ def test_greedy_verification_is_found_by_its_tokens_alone(
 
     assert asyncio.run(ask(dflash_url))
     assert not asyncio.run(ask(plain_url))
-
-
-def test_what_a_server_prefers_changes_no_answer(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, sglang_env: Path, serving_target: ServingTarget
-) -> None:
-    preferred = {"repetition_penalty": 1.9, "presence_penalty": 2.0, "top_k": 3}
-    options = {"preferred-sampling-params": json.dumps(preferred)}
-    ours = roll_out(tmp_path / "embedded", tiny_drafter, {"kind": "embedded"}, drafter=False)
-    with running_server(sglang_env, serving_target.model, log=tmp_path / "server.log", options=options) as url:
-        theirs = roll_out(tmp_path / "sglang", tiny_drafter, served(url), drafter=False)
-    answers = [rows(each, "trajectories", TRAJECTORIES, "engine") for each in (ours, theirs)]
-    assert answers[0] == answers[1]
 
 
 def test_a_server_is_known_by_the_log_probs_of_fixed_tokens(

@@ -29,7 +29,6 @@ from tests.testbed.drafter import DrafterArtifacts
 pytestmark = [pytest.mark.sglang, pytest.mark.integration]
 
 PROMPTS = 32
-LOGPROB_TOLERANCE = 3e-4  # nats, float32: other matrix shapes
 
 
 @pytest.fixture(scope="module")
@@ -152,29 +151,6 @@ def test_the_plugins_trace_equals_replay_and_the_embedded_engines(
         assert [step.proposed for step in completion.steps] == trace.proposed.tolist()
         steps += len(trace.anchors)
     assert steps > 5 * PROMPTS
-
-
-def test_the_plugins_logprobs_are_the_targets_on_the_draft_induced_prefix(traced: Served, bench: Bench) -> None:
-    """The reference is one plain forward over prefix and block."""
-    compared = 0
-    for trajectory, elements in zip(bench.answered(PROMPTS)[:8], traced.meta(KEY), strict=False):
-        for step in (element for element in elements if element and "anchor" in element):
-            anchor, block = step["anchor"], step["block"]
-            hidden = bench.target.read(torch.tensor([trajectory.tokens[: anchor + 1] + block])).hidden[0, anchor:-1]
-            law = torch.log_softmax(bench.target.logits(hidden), -1)
-            expected = law.gather(1, torch.tensor(block)[:, None])[:, 0]
-            np.testing.assert_allclose(step["logprobs"], expected.numpy(), atol=LOGPROB_TOLERANCE)
-            compared += len(block)
-    assert compared > 300
-
-
-def test_the_plugin_names_its_version_and_the_served_drafter(traced: Served, serving_target: ServingTarget) -> None:
-    from draftsmith.stages.drafters.digest import drafter_digest
-
-    digest = drafter_digest(serving_target.drafter)
-    for elements in traced.meta(KEY):
-        assert elements[0] == {"v": "1", "drafter": digest}
-        assert all(e["v"] == "1" and e["drafter"] == digest for e in elements if e)
 
 
 def test_the_standin_is_not_imported_where_there_is_a_gpu(sglang_env: Path) -> None:

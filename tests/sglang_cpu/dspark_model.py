@@ -1,10 +1,10 @@
 """SGLang's own DSpark model on a CPU: blocks drafted behind anchors, without a server. Runs in SGLang's environment.
 
-`python dspark_model.py CASE CHECKPOINT OUT`: the case has the target's embedding and head, tokens [B, T], features
-[B, T, F·H] and anchors [B, A]; written are the hidden states, step logits and confidences of every block, and its
-proposals. All is SGLang's program, on the paths that are torch; attention over context and block, which its kernels
-read from a server's memory pool, is torch's here. With `SGLANG_RAGGED_VERIFY_MODE=compact`: the static one leaves the
-confidence head out.
+`python dspark_model.py FOLDER…`: each has `drafter`, a checkpoint, and `case`: the target's embedding and head, tokens
+[B, T], features [B, T, F·H] and anchors [B, A]; written to `out` are the hidden states, step logits and confidences of
+every block, and its proposals. All is SGLang's program, on the paths that are torch; attention over context and block,
+which its kernels read from a server's memory pool, is torch's here. With `SGLANG_RAGGED_VERIFY_MODE=compact`: the
+static one leaves the confidence head out.
 """
 
 from __future__ import annotations
@@ -106,18 +106,20 @@ def drafted(model: Any, features: torch.Tensor, anchor: int, token: torch.Tensor
     }
 
 
-def main(case_file: str, checkpoint: str, out: str) -> None:
-    start(checkpoint)
-    case = load_file(case_file)
-    model = load(checkpoint, case)
+def compute(folder: str) -> None:
+    case = load_file(f"{folder}/case")
+    model = load(f"{folder}/drafter", case)
     found: dict[str, list[torch.Tensor]] = {}
     for tokens, features, anchors in zip(case["tokens"], case["features"], case["anchors"], strict=True):
         for anchor in anchors.tolist():
             for name, value in drafted(model, features, anchor, tokens[anchor]).items():
                 found.setdefault(name, []).append(value)
     shape = case["anchors"].shape
-    save_file({name: torch.stack(values).unflatten(0, shape).contiguous() for name, values in found.items()}, out)
+    stacked = {name: torch.stack(values).unflatten(0, shape).contiguous() for name, values in found.items()}
+    save_file(stacked, f"{folder}/out")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    start(f"{sys.argv[1]}/drafter")
+    for each in sys.argv[1:]:
+        compute(each)

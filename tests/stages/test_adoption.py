@@ -57,13 +57,6 @@ def test_a_drafter_of_another_shape_is_refused(tmp_path: Path, tiny_drafter: Dra
         STAGE.run(ctx, ADOPTED)
 
 
-def test_nothing_to_take_over_is_an_error(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
-    inputs = {"target": tiny_drafter.target, "trajectories": tiny_drafter.rollout}
-    ctx = RecordingContext(tmp_path / "out", tmp_path / "work", inputs, 0)
-    with pytest.raises(DraftsmithError, match="name it in init_from"):
-        STAGE.run(ctx, ADOPTED)
-
-
 @pytest.mark.parametrize("measures", [False, True])
 def test_what_measures_says_nothing_of_frequent_tokens(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, measures: bool

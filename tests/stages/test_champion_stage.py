@@ -46,5 +46,5 @@ def test_a_champion_is_taken_over_for_the_target_of_today(
     assert (info.target_digest, info.parents) == (now, ("before", digest) if changed else ("before",))
     assert any("the target has changed since version 3 was promoted" in line for line in ctx.logs) is changed
 
-    with pytest.raises(DraftsmithError, match=r"a-line version 3: .* has changed since it was registered"):
+    with pytest.raises(DraftsmithError, match="a-line version 3"):
         STAGE.run(replace(ctx, out=tmp_path / "other"), config.model_copy(update={"drafter_digest": "1" * 64}))

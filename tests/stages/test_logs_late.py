@@ -92,7 +92,7 @@ def test_nothing_but_what_was_used_is_nothing_new(
 ) -> None:
     log = write(tmp_path / "a.jsonl", [at(logged_answers[n], minutes) for n, minutes in enumerate((-90, -5, 0))])
     first = run(tmp_path / "first", tiny_drafter, log, since="last")
-    with pytest.raises(DraftsmithError, match=rf"none of 3 rows of \S+ is later than {NOON}: give newer files"):
+    with pytest.raises(DraftsmithError, match=f"3 rows .*{NOON}"):
         following(tmp_path / "second", tiny_drafter, first, log)
 
 
@@ -113,7 +113,7 @@ def test_old_rows_do_not_excuse_bad_ones(
     new: list[Row | str] = [at(row, number) for number, row in enumerate(logged_answers[:4])]
     new += [{"msgs": "?", "created": at(logged_answers[0], 1)["created"]} for _ in range(6)]
     log = write(tmp_path / "a.jsonl", [*old, *new])
-    with pytest.raises(DraftsmithError, match=r"\(6 of 10 rows inside the window cannot be read, over logs.max_bad_sh"):
+    with pytest.raises(DraftsmithError, match=r"6 of 10 rows.*logs\.max_bad_share"):
         run(tmp_path / "1", tiny_drafter, log, since=NOON)
     assert len(table(run(tmp_path / "2", tiny_drafter, log, since=NOON, max_bad_share=0.6))) == 4
 
@@ -128,5 +128,5 @@ def test_what_is_broken_among_old_rows_is_old(
     ctx = run(tmp_path / "1", tiny_drafter, log, since=NOON, max_bad_share=0.01)
     assert counts(ctx)["set_aside"] == {"cannot be read": 2} and len(table(ctx)) == 20
     write(log, [*old, *new, '{"prompt_token_ids": ['])
-    with pytest.raises(DraftsmithError, match=r"row 71: not JSON .*\(1 of 21 rows inside the window cannot be read"):
+    with pytest.raises(DraftsmithError, match=r"row 71: .*1 of 21 rows"):
         run(tmp_path / "2", tiny_drafter, log, since=NOON, max_bad_share=0.01)

@@ -173,14 +173,6 @@ def test_a_bad_file_names_row_and_remedy(content: bytes, said: str, target: Path
     assert "bad.jsonl" in text
 
 
-def test_a_damaged_gzip_is_an_error(target: Path, tmp_path: Path) -> None:
-    path = tmp_path / "cut.jsonl.gz"
-    path.write_bytes(gzip.compress(b'{"prompt": "abc def"}\n' * 500)[:40])
-    assert "damaged or cut off gzip" in error(target, tmp_path, path)
-    path.write_bytes(b'{"prompt": "a"}\n')
-    assert "damaged or cut off gzip" in error(target, tmp_path, path)
-
-
 def test_wrong_tasks_and_options_say_what_to_correct(target: Path, tmp_path: Path) -> None:
     def task(name: str, **options: object) -> list[Row]:
         return [{"kind": "reasoning_gym", "tasks": [name], "options": options}]
@@ -188,13 +180,6 @@ def test_wrong_tasks_and_options_say_what_to_correct(target: Path, tmp_path: Pat
     assert "did you mean gsm_symbolic" in error(target, tmp_path, task("gsm_symbolik"))
     assert "task chain_sum" in error(target, tmp_path, task("chain_sum", colour="red"))
     assert "task chain_sum" in error(target, tmp_path, task("chain_sum", min_terms=9, max_terms=2))
-
-
-def test_a_task_with_few_different_prompts_is_an_error(target: Path, tmp_path: Path) -> None:
-    sources: list[Row] = [
-        {"kind": "reasoning_gym", "tasks": ["coin_flip"], "options": {"min_trials": 3, "max_trials": 3}}
-    ]
-    assert "coin_flip ran out of different prompts" in error(target, tmp_path, sources, train=100, heldout=1)
 
 
 def test_a_filter_keeps_rows_by_their_fields(target: Path, tmp_path: Path) -> None:

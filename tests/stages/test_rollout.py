@@ -74,8 +74,7 @@ def test_answers_are_the_targets_in_the_order_of_the_prompts(
     assert ctx.progressed[-1] == (44, 44, "rows put together"), "of trajectories and timings"
 
 
-@pytest.mark.parametrize("drafter", [False, True], ids=["plain", "assisted"])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("drafter", "temperature"), [(False, 0.0), (True, 1.0)], ids=["plain", "assisted, sampled"])
 def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
     drafter: bool, temperature: float, tmp_path: Path, tiny_drafter: DrafterArtifacts
 ) -> None:
@@ -183,7 +182,7 @@ def test_no_prompts_left_is_one_clear_error(
 def test_an_answer_that_does_not_fit_the_context_is_refused_before_work(
     tmp_path: Path, tiny_drafter: DrafterArtifacts
 ) -> None:
-    with pytest.raises(DraftsmithError, match=r"need 10\d\d positions, the target has 1024; lower sampling"):
+    with pytest.raises(DraftsmithError, match=r"10\d\d positions.*1024.*sampling"):
         STAGE.run(context(tmp_path, tiny_drafter), config(sampling={"max_new_tokens": 1020}))
     preflight(config(sampling={"max_new_tokens": 1023}), tiny_drafter.target)
     with pytest.raises(DraftsmithError, match=r"sampling\.max_new_tokens: 1024 does not fit"):

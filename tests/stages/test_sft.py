@@ -14,11 +14,9 @@ from pydantic import ValidationError
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.stages.sft import STAGE
 from draftsmith.stages.stored import DRAFTER_FOLDER
-from draftsmith.stages.targets.info import read_target_info
 from draftsmith.stages.training.config import SftConfig
 from tests.testbed import random_target
 from tests.testbed.context import RecordingContext, StoppingContext
-from tests.testbed.drafter import DrafterArtifacts
 
 GOLDEN = Path(__file__).parent / "golden" / "sft_losses.json"
 # Float32 sums in another order (another processor, another release of torch) differ by far less; a step of training
@@ -82,15 +80,6 @@ def test_training_lowers_the_loss_from_that_of_a_uniform_guess(tmp_path: Path, i
     assert sum(curve[-5:]) / 5 < 0.75 * curve[0]
 
 
-def test_the_first_loss_on_a_trained_target_is_that_of_a_uniform_guess(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts
-) -> None:
-    inputs = {"target": tiny_drafter.target, "trajectories": tiny_drafter.rollout}
-    first = losses(run(tmp_path, inputs, steps=1, head_tokens=None))
-    vocab_size = read_target_info(tiny_drafter.target).vocab_size
-    assert first == pytest.approx([math.log(vocab_size)], abs=FIRST_LOSS_TOLERANCE)
-
-
 def test_the_same_config_and_seed_give_the_same_bytes(tmp_path: Path, inputs: dict[str, Path]) -> None:
     first, second = (run(tmp_path / name, inputs, steps=6) for name in "ab")
     assert checkpoint(first).keys() == checkpoint(second).keys()
@@ -99,8 +88,10 @@ def test_the_same_config_and_seed_give_the_same_bytes(tmp_path: Path, inputs: di
     assert checkpoint(run(tmp_path / "c", inputs, seed=1, steps=6)) != checkpoint(first)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("stop_after", [1, 5, 7])  # 5: at a regular checkpoint
+@pytest.mark.parametrize(
+    ("stop_after", "dtype"),
+    [(1, "bfloat16"), (5, "float32"), (7, "bfloat16")],  # 5: at a regular checkpoint
+)
 def test_interrupted_training_ends_like_uninterrupted_training(
     stop_after: int, dtype: str, tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
@@ -134,27 +125,10 @@ def test_killed_training_repeats_what_its_last_checkpoint_lacks(tmp_path: Path, 
     assert checkpoint(resumed) == checkpoint(whole)
 
 
-def test_training_continues_from_an_artifact_or_a_folder(tmp_path: Path, inputs: dict[str, Path]) -> None:
-    first = run(tmp_path / "first", inputs, steps=40, head_tokens=None)
-    by_input = run(tmp_path / "input", {**inputs, "drafter": first.out}, steps=4, head_tokens=None)
-    by_folder = run(tmp_path / "folder", inputs, steps=4, head_tokens=None, init_from=str(first.out / DRAFTER_FOLDER))
-    assert losses(by_input) == losses(by_folder)
-    assert losses(by_input)[0] < 0.9 * losses(first)[0]
-    assert checkpoint(by_input)["model.safetensors"] != checkpoint(first)["model.safetensors"]
-
-
 @pytest.mark.parametrize("drafter", ["dflash", 3, None, [], {"kind": "medusa"}], ids=str)
 def test_a_drafter_section_without_a_known_kind_is_a_config_error(drafter: Any) -> None:
     with pytest.raises(ValidationError, match="kind must be dflash, dflash2, dspark or eagle3"):
         SftConfig.model_validate({"drafter": drafter})
-
-
-def test_preflight_refuses_a_mask_token_that_the_target_lacks(plain_artifact: Path) -> None:
-    assert STAGE.preflight is not None
-    STAGE.preflight(SftConfig.model_validate(SETTINGS), plain_artifact)
-    config = SftConfig.model_validate({**SETTINGS, "drafter": {**SETTINGS["drafter"], "mask_token": "<none>"}})
-    with pytest.raises(DraftsmithError, match=r"mask_token: '<none>' is not a token of the target"):
-        STAGE.preflight(config, plain_artifact)
 
 
 def test_preflight_refuses_a_start_that_is_not_there(plain_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:

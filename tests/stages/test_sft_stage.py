@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
+from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.checkpoint import load_drafter, read_info
 from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
 from draftsmith.stages.drafters.digest import drafter_digest
@@ -131,18 +131,6 @@ def test_frequent_tokens_are_those_of_the_answers_that_were_trained_on_last(
     assert counts[found].tolist() == counts[ours].tolist() == sorted(counts, reverse=True)
 
 
-def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
-    whole = train(tmp_path / "whole", tiny_drafter, steps=12)
-    for stop_after in (4, 9):
-        with pytest.raises(StageInterrupted):
-            train(tmp_path / "cut", tiny_drafter, stop_after, steps=12)
-    last = train(tmp_path / "cut", tiny_drafter, steps=12)
-    assert last.measured[0][0] == 9
-    name = f"{DRAFTER_FOLDER}/model.safetensors"
-    assert (last.out / name).read_bytes() == (whole.out / name).read_bytes()
-    assert last.summaries["positions"] == whole.summaries["positions"]
-
-
 def test_a_drafter_that_cannot_be_continued_is_refused_before_work(
     tmp_path: Path, tiny_drafter: DrafterArtifacts
 ) -> None:
@@ -151,7 +139,7 @@ def test_a_drafter_that_cannot_be_continued_is_refused_before_work(
     other = Path(shutil.copytree(good, tmp_path / "other"))
     info = (other / "drafter.json").read_text()
     (other / "drafter.json").write_text(info.replace(read_info(good).target_digest, "0" * 64))
-    with pytest.raises(DraftsmithError, match=r"made for the target 000000000000.*set sft.adopt: true"):
+    with pytest.raises(DraftsmithError, match=r"000000000000.*sft\.adopt"):
         preflight(SftConfig(init_from=str(other)), tiny_drafter.target)
     whole = Path(shutil.copytree(good, tmp_path / "without weights"))
     (whole / "model.safetensors").rename(whole / "pytorch_model.bin")
@@ -162,21 +150,6 @@ def test_a_drafter_that_cannot_be_continued_is_refused_before_work(
     with pytest.raises(DraftsmithError, match="do not fit layers 0 … 3"):
         shape = {"num_layers": 1, "block_size": 6, "target_layer_ids": [1, 4], "mask_token": MASK}
         preflight(SftConfig.model_validate({"drafter": shape}), tiny_drafter.target)
-
-
-def test_an_old_drafter_is_adopted_by_a_target_that_has_changed(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
-    source = tiny_drafter.drafter / DRAFTER_FOLDER
-    old = Path(shutil.copytree(source, tmp_path / "old"))
-    digest = read_info(source).target_digest
-    (old / "drafter.json").write_text((old / "drafter.json").read_text().replace(digest, "0" * 64))
-    preflight(SftConfig(init_from=str(old), adopt=True), tiny_drafter.target)
-    ctx = train(tmp_path, tiny_drafter, steps=0, init_from=str(old), adopt=True)
-    adopted = read_info(ctx.out / DRAFTER_FOLDER)
-    assert (adopted.target_digest, adopted.parents) == (digest, (drafter_digest(old),))
-    with pytest.raises(DraftsmithError, match="made for the target"):
-        train(tmp_path / "unsaid", tiny_drafter, steps=0, init_from=str(old))
-    with pytest.raises(ValueError, match="adopt is about the drafter of init_from"):
-        SftConfig(adopt=True)
 
 
 def test_a_truncated_drafter_is_one_clear_error(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:

@@ -12,7 +12,6 @@ from draftsmith.stages.measure.gate import CHAMPION, PLAIN, Decision, GateConfig
 from draftsmith.stages.measure.requests import Setting
 from draftsmith.stages.measure.speed import log_ratios, speed_table
 from draftsmith.stages.measure.verdicts import verdicts
-from draftsmith.stages.reporting.review import review_of
 
 TAU = {PLAIN: 1.0, CHAMPION: 2.0, "opd": 2.4}
 WHERE: dict[str, Any] = {"temperature": 0.0, "concurrency": 1}
@@ -175,17 +174,6 @@ def test_what_is_broken_beside_it_is_refused_all_the_same() -> None:
     found = evaluation(changed(measured(), plain=lambda _: 2.0))
     lossy = found | {"exactness": {"fp32_prompts": 4, "fp32_identical": 3}}
     assert decide(lossy, GateConfig()).outcome == "refused"
-
-
-def test_the_report_names_them_and_decides_nothing_on_the_speeds() -> None:
-    found = evaluation(changed(measured(), plain=lambda _: 2.0))
-    review = review_of(found, decide(found, GateConfig()).as_json())
-    assert review is not None
-    assert any("The speed-up of opd was measured as" in line for line in review.doubts)
-    (candidate,) = [each for each in review.variants if each.candidate]
-    assert candidate.unreliable
-    assert {each.significant for each in candidate.speed_over.values()} <= {None}
-    assert {check.result for check in review.checks if check.group.startswith("speed")} == {"inconclusive"}
 
 
 def test_several_requests_at_a_time_are_bounded_by_the_best_of_them() -> None:

@@ -266,38 +266,6 @@ def test_a_real_difference_of_tau_is_found_in_most() -> None:
     assert seen / repetitions > 0.8
 
 
-def test_answers_taken_for_prompts_would_be_wrong_far_more_often() -> None:
-    """What clustering by prompt is for: without it, equal drafters differ in one of five evaluations."""
-    rng = np.random.default_rng(0)
-    wrong = 0
-    for _ in range(150):
-        tallies, of_prompt = simulated_tallies(rng, 24, 4)
-        estimate = tau_differences(tallies, [str(i) for i in range(len(of_prompt))])["opd", "sft"]
-        low, high = estimate.interval() or (0, 0)
-        wrong += not low <= 0 <= high
-    assert wrong / 150 > 0.12
-
-
-@pytest.mark.parametrize(("prompts", "wrong_at_least"), [(48, 0.7), (6, 0.5)])
-def test_a_share_of_one_timing_is_no_observation(prompts: int, wrong_at_least: float) -> None:
-    """How speed was compared before: one wall time, split over its prompts, and these drawn with replacement.
-
-    The shares have the same noise, so that their spread says nothing of it: nearly every such comparison of two equal
-    arms is called different.
-    """
-    rng = np.random.default_rng(0)
-    wrong = 0
-    for _ in range(200):
-        tokens = rng.lognormal(math.log(60), 0.4, prompts)
-        spread = rng.lognormal(0, 0.02, (2, prompts))
-        shares = spread / spread.sum(1, keepdims=True) * np.exp(rng.normal(0, NOISE, (2, 1))) * tokens.sum() / 100
-        drawn = rng.integers(0, prompts, (400, prompts))
-        factors = shares[0][drawn].sum(1) / shares[1][drawn].sum(1)
-        low, high = np.quantile(factors, [0.025, 0.975])
-        wrong += not low <= 1 <= high
-    assert wrong / 200 > wrong_at_least
-
-
 def test_too_few_turns_are_not_judged_and_do_not_widen_the_others() -> None:
     rng = np.random.default_rng(0)
     tallies, of_prompt = simulated_tallies(rng, 24, 1)

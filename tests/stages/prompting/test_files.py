@@ -21,7 +21,6 @@ from draftsmith.stages.prompting.files import (
     local_files,
     matched,
     read_rows,
-    remote_versions,
 )
 from tests.stages.prompting.row_files import SUFFIXES, content, packed, write
 
@@ -55,12 +54,6 @@ def test_every_format_gives_the_same_rows(suffix: str, tmp_path: Path) -> None:
     assert fields([str(path)]) == ROWS
     assert [row.number for row in read(path)] == list(range(1, 701))
     assert count_rows([str(path)]) == 700
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_bucket_gives_what_the_disk_gives(suffix: str, bucket: str) -> None:
-    put(f"{bucket}/logs/rows{suffix}", content(ROWS[:9], suffix))
-    assert fields(matched([f"{bucket}/logs/rows{suffix}"], "logs.paths")) == ROWS[:9]
 
 
 def test_a_folder_is_its_files_of_rows_in_order(tmp_path: Path) -> None:
@@ -143,9 +136,7 @@ def test_what_matches_nothing_is_an_error(
 def test_a_name_that_is_no_text_is_one_clear_error(tmp_path: Path) -> None:
     """Of an archive from a machine with another encoding, say: neither a key nor a manifest can hold it."""
     (tmp_path / os.fsdecode(b"caf\xe9.jsonl")).touch()
-    with pytest.raises(
-        DraftsmithError, match=r"^logs\.paths: .*/caf\\udce9\.jsonl: its name is not UTF-8 text: rename"
-    ):
+    with pytest.raises(DraftsmithError, match=r"^logs\.paths: .*/caf\\udce9\.jsonl"):
         local_files([str(tmp_path)], "logs.paths")
 
 
@@ -155,17 +146,6 @@ def test_folders_and_globs_of_a_bucket(bucket: str) -> None:
     names = ["memory:///bucket/logs/b.jsonl", "memory:///bucket/logs/day/a.parquet"]
     assert [name.replace("memory://b", "memory:///b") for name in matched([f"{bucket}/logs"], "f")] == names
     assert len(matched([f"{bucket}/logs/*.jsonl"], "f")) == 1
-
-
-def test_a_changed_file_of_a_bucket_has_another_version(bucket: str) -> None:
-    address = f"{bucket}/a.jsonl"
-    put(address, b"1")
-    before = remote_versions([address], "f")
-    assert remote_versions([address], "f") == before
-    assert remote_versions(["/a/path/on/disk"], "f") == {}
-    put(address, b"2")
-    after = remote_versions([address], "f")
-    assert list(after) == list(before) and after != before
 
 
 def test_a_store_that_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, bucket: str) -> None:
@@ -250,17 +230,6 @@ def test_no_damage_breaks_the_reader(
     assert count_rows([str(path)]) >= 0
 
 
-@settings(max_examples=50, deadline=None)
-@given(bad=st.binary(max_size=60).filter(lambda line: b"\n" not in line), at=st.integers(0, 5))
-def test_a_bad_line_never_costs_another(bad: bytes, at: int, tmp_path_factory: pytest.TempPathFactory) -> None:
-    lines = [b'{"n": %d}' % number for number in range(5)]
-    lines.insert(at, bad)
-    path = tmp_path_factory.mktemp("line") / "x.jsonl"
-    path.write_bytes(b"\n".join(lines))
-    good = [row.fields["n"] for row in read(path) if isinstance(row, Row) and row.number != at + 1]
-    assert good == list(range(5))
-
-
 @pytest.mark.parametrize(
     ("name", "text", "csv"),
     [
@@ -272,13 +241,16 @@ def test_a_bad_line_never_costs_another(bad: bytes, at: int, tmp_path_factory: p
         ("a.jsonl", "Once upon a time, a cat; it sat\n", False),
     ],
 )
-def test_csv_is_recognised_by_its_first_line(name: str, text: str, csv: bool, tmp_path: Path) -> None:
+def test_csv_is_recognised_by_its_first_line(
+    name: str, text: str, csv: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / name).write_text(text)
     first, *later = read(tmp_path / name)
     assert isinstance(first, BadRow) and ("looks like CSV" in first.reason) is csv
     assert not any("CSV" in row.reason for row in later if isinstance(row, BadRow))
     if csv:
         command = first.reason.partition('python -c "')[2].partition('")')[0]
-        exec(f"import os; os.chdir({str(tmp_path)!r}); {command}")
+        monkeypatch.chdir(tmp_path)
+        exec(command)
         (row,) = read(tmp_path / "rows.jsonl")
         assert isinstance(row, Row) and row.fields["question"] == "What?"

@@ -127,20 +127,6 @@ def test_what_measures_is_never_trained_on(case: str, with_template: Callable[[s
     assert trained_on == set(numbers) - held_out, "of the class of its messages"
 
 
-def test_a_log_of_text_measures_what_a_log_of_token_ids_does_not_train_on(
-    with_template: Callable[[str], Path], tmp_path: Path
-) -> None:
-    target, conversations = with_template(templates.GPT_OSS), [kind(number) for number in range(300)]
-    text = write(tmp_path / "text.jsonl", [{"messages": each, "completion": "Yes."} for each in conversations])
-    log = write(tmp_path / "ids.jsonl", only(served(target, conversations, today="Monday"), *IDS))
-    measured = run(target, tmp_path, text, train=0, heldout=20)
-    context = used(target, tmp_path, log, tmp_path / "out")
-    tokenizer = load_tokenizer(model_path(target))
-    trained = " ".join(tokenizer.decode(row["prompt_ids"]) for row in table(context))
-    assert len(table(context)) > 200
-    assert not [row for row in measured if row["messages"][-1]["content"] in trained]
-
-
 def test_rows_that_text_cannot_ask_again_are_counted_alike_in_both_stages(target: Path, tmp_path: Path) -> None:
     """However many they are: they are no damage."""
     rows: list[Row] = [{"messages": asked(number), "completion": f"Answer {number}."} for number in range(300)]
@@ -166,15 +152,6 @@ def test_rows_that_text_cannot_ask_again_are_counted_alike_in_both_stages(target
     assert f"left out: 60 {TOOLS}, 30 {NOT_TEXT})" in few
     none = error(target, tmp_path / "none", write(tmp_path / "none.jsonl", rows[:20]))
     assert f"none of 20 rows can be a prompt (20 {TOOLS})" in none
-
-
-def test_a_data_set_leaves_them_out_too(target: Path, tmp_path: Path) -> None:
-    rows = [{"messages": asked(number), "tools": json.dumps(WEATHER if number < 20 else [])} for number in range(60)]
-    write(tmp_path / "data" / "train.parquet", rows)
-    source = {"kind": "huggingface", "id": str(tmp_path / "data")}
-    taken, context = run_with_context(target, tmp_path, [source], train=35, heldout=2, heldout_share=0.1)
-    assert all(int(row["messages"][0]["content"].split()[1][:-1]) >= 20 for row in taken)
-    assert context.summaries["rows_set_aside"] > 0
 
 
 def test_a_prompt_with_tools_that_something_is_added_to_is_left_out(

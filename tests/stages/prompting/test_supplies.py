@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 
 from draftsmith.stages.prompting.held_out import HELDOUT_SHARE, identity, place
-from draftsmith.stages.prompting.sources import SPLITS, JsonlSource, ReasoningGymSource
+from draftsmith.stages.prompting.sources import SPLITS, JsonlSource
 from draftsmith.stages.prompting.supplies import Supplying, supplies
-from draftsmith.stages.prompts import PromptsConfig
-from tests.stages.prompting import row_files
 from tests.stages.prompts_run import Row, error, questions, run, run_with_context, texts, write_rows
 
 
@@ -44,15 +42,6 @@ def test_no_refresh_trains_on_what_another_measured(target: Path, tmp_path: Path
     assert all(place(prompt) < HELDOUT_SHARE for rows in seen for prompt in measured(rows))
 
 
-def test_a_task_passes_over_what_its_split_may_not_have() -> None:
-    (supply,) = supplies(ReasoningGymSource(tasks=["chain_sum"]), Supplying(limit=4000))
-    for split in SPLITS:
-        places = [place(identity(candidate.messages)) for _ in range(20) if (candidate := supply.next(split))]
-        assert len(places) == 20
-        assert all((each < HELDOUT_SHARE) is (split != "train") for each in places)
-    assert supply.passed_over == supply.of_class.total() - 60 > 150
-
-
 @pytest.mark.parametrize("suffix", ["", " Think step by step."])
 def test_a_suffix_does_not_part_a_conversation(suffix: str, tmp_path: Path) -> None:
     """It is added to the last message, and the first one decides."""
@@ -67,16 +56,6 @@ def test_a_suffix_does_not_part_a_conversation(suffix: str, tmp_path: Path) -> N
             assert candidate.messages[-1]["content"].endswith(suffix)
             begun[split].add(candidate.messages[0]["content"].removesuffix(suffix))
     assert len(begun["train"]) + len(begun["heldout"]) == 200 and len(begun["heldout"]) > 30
-
-
-def test_what_one_class_passes_over_serves_the_other(tmp_path: Path) -> None:
-    path = questions(tmp_path / "a.jsonl", 200)
-    (supply,) = supplies(JsonlSource(path=str(path)), Supplying())
-    drawn = dict.fromkeys(SPLITS, 0)
-    for split in ("train", "heldout"):
-        while supply.next(split):
-            drawn[split] += 1
-    assert drawn["train"] + drawn["heldout"] == 200 and supply.passed_over == 0
 
 
 def test_a_file_that_grows_goes_on_measuring_the_same_prompts(target: Path, tmp_path: Path) -> None:
@@ -116,19 +95,6 @@ def test_a_benchmark_may_be_held_out_as_a_whole(target: Path, tmp_path: Path) ->
     rows = run(target, tmp_path, sources, train=None, heldout=None)
     assert len(measured(rows)) == 20 and len(trained(rows)) == 7
     assert not measured(rows) & trained(rows)
-
-
-def test_a_folder_of_every_format_is_one_source(target: Path, tmp_path: Path) -> None:
-    for number, suffix in enumerate(row_files.SUFFIXES):
-        rows = [{"prompt": f"Part {number}, question {row}?"} for row in range(10)]
-        row_files.write(tmp_path / "prompts" / f"{number}{suffix}", rows)
-    taken = run(target, tmp_path, tmp_path / "prompts", train=0, heldout=40, heldout_share=1)
-    assert len(texts(taken, "heldout")) == 40
-    assert {row["source"] for row in taken} == {"prompts"}
-    config = PromptsConfig.model_validate(
-        {"sources": [{"kind": "jsonl", "path": str(tmp_path / "prompts" / "*")}], "train": 1, "heldout": 1}
-    )
-    assert len(config.external_files()) == 4
 
 
 def test_prompts_of_a_log_without_text_stay_the_ids_that_were_logged(target: Path, tmp_path: Path) -> None:
@@ -180,11 +146,3 @@ def test_bad_rows_are_set_aside_up_to_a_share(target: Path, tmp_path: Path) -> N
     )
     text = error(target, tmp_path / "3", path, max_bad_share=0)
     assert text.startswith(f"{path}, row 98: none of the shapes") and text.endswith("set the source's field")
-
-
-@pytest.mark.parametrize("share", [0, -0.1, 1.5])
-def test_a_share_of_nothing_is_refused(share: float) -> None:
-    with pytest.raises(ValueError, match="heldout_share"):
-        PromptsConfig.model_validate(
-            {"sources": [{"kind": "jsonl", "path": "x"}], "train": 1, "heldout": 1, "heldout_share": share}
-        )

@@ -128,7 +128,7 @@ def test_a_flipped_bit_in_the_hubs_cache_is_found(name: str, cache: Cache, check
     content = bytearray(blob.read_bytes())
     content[len(content) // 2] ^= 1
     blob.write_bytes(content)
-    with pytest.raises(DraftsmithError, match=rf"{name}: is damaged in the hub's cache: delete .*{blob.name}"):
+    with pytest.raises(DraftsmithError, match=rf"{name}: .*damaged.*{blob.name}"):
         drafter_source("org/drafter")
 
 

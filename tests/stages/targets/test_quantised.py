@@ -107,5 +107,5 @@ def test_the_digest_is_of_the_quantised_numbers_and_of_how_they_are_read(
 def test_a_quantisation_whose_package_is_not_here_is_one_clear_error(tmp_path: Path) -> None:
     write_model(tmp_path)
     say(tmp_path, quant_method="aqlm")
-    with pytest.raises(DraftsmithError, match=r"quantised weights cannot be loaded here .*aqlm"):
+    with pytest.raises(DraftsmithError, match="aqlm"):
         Target.of(tmp_path, device="cpu")
