@@ -123,4 +123,4 @@ def test_rows_say_what_differs_and_what_only_one_has() -> None:
         ["a", "1", "1", "="], ["b", "2", "—", "—"], ["c", "—", "3", "—"],
     ]  # fmt: skip
     rows = config_rows({"sft": {"steps": 3, "gamma": 4}}, {"sft": {"steps": 5, "gamma": 4}, "opd": {"loss": "paper"}})
-    assert rows == [["sft.steps", "3", "5"], ["opd.loss", "(not there)", '"paper"']]
+    assert rows == [["sft.steps", "3", "5"], ["opd.loss", "(not there)", "paper"]]
