@@ -93,7 +93,7 @@ def test_old_attempts_replaced_artifacts_and_logs_go_and_artifacts_stay(tmp_path
     assert [each.what for each in leftovers(tmp_path, time.time() - 30 * DAY)] == ["unfinished attempt"]
     age(tmp_path / "store" / "target", 40)
     (tmp_path / "logs").mkdir()
-    for name in ("sft-1.log", "sft-1.request.json", "sft-1.failed.json"):
+    for name in ("sft-1.log", "sft-1.request.json", "other.json"):
         (tmp_path / "logs" / name).write_text("x")
     age(tmp_path / "logs", 40)
     found = leftovers(tmp_path, time.time() - 30 * DAY)
@@ -101,7 +101,7 @@ def test_old_attempts_replaced_artifacts_and_logs_go_and_artifacts_stay(tmp_path
     assert all(each.remove() for each in found)
     assert not old.exists() and young.exists()
     assert (made / "x").read_text() == "second"
-    assert [path.name for path in (tmp_path / "logs").iterdir()] == ["sft-1.failed.json"]
+    assert [path.name for path in (tmp_path / "logs").iterdir()] == ["other.json"]
     assert leftovers(tmp_path, time.time() - 30 * DAY) == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.locks import LockTimeoutError, locked
 from draftsmith.artifacts.manifest import ELSEWHERE, MANIFEST, ArtifactRef
-from draftsmith.artifacts.store import REPLACED, SHORT, Claim, Store
+from draftsmith.artifacts.store import REPLACED, Claim, Store
 from draftsmith.artifacts.unused import in_use, nobody_reads, unused
 
 LATER = time.time() + 1000  # everything that a test makes is older
@@ -24,13 +25,14 @@ def made(store: Store, stage: str, inputs: dict[str, ArtifactRef] | None = None)
         return store.commit(claim, config={}, inputs=inputs or {}, code_digest="c", seed=0)
 
 
-def place(ref: ArtifactRef) -> tuple[str, str]:
-    return ref.stage, ref.key[:SHORT]
+def used(ref: ArtifactRef, at: float = LATER) -> None:
+    """A run reuses it."""
+    os.utime(ref.path / MANIFEST, (at, at))
 
 
-def stages(store: Store, *, used: dict[tuple[str, str], float] | None = None, needed: tuple[str, ...] = ()) -> set[str]:
+def stages(store: Store, *, needed: tuple[str, ...] = ()) -> set[str]:
     """Of what may go."""
-    return {each.path.parent.name for each in unused(store.root, LATER, used or {}, needed)}
+    return {each.path.parent.name for each in unused(store.root, LATER, needed)}
 
 
 @pytest.fixture
@@ -48,12 +50,15 @@ def chain(store: Store) -> list[ArtifactRef]:
 
 def test_what_was_used_stays_with_what_it_was_made_from(store: Store, chain: list[ArtifactRef]) -> None:
     _, answers, sft, _ = chain
-    assert unused(store.root, time.time() - 1000, {}, ()) == [], "all of it is young"
+    assert unused(store.root, time.time() - 1000, ()) == [], "all of it is young"
     assert stages(store) == {"target", "rollout", "sft", "opd"}
-    assert stages(store, used={place(sft): LATER - 1}) == {"target", "rollout", "sft", "opd"}
-    assert stages(store, used={place(sft): LATER}) == {"opd"}
-    assert stages(store, used={place(answers): LATER}) == {"sft", "opd"}
     assert stages(store, needed=(chain[3].content_id,)) == {"sft"}
+    used(sft, LATER - 1)
+    assert stages(store) == {"target", "rollout", "sft", "opd"}
+    used(answers)
+    assert stages(store) == {"sft", "opd"}
+    used(sft)
+    assert stages(store) == {"opd"}
 
 
 def test_what_was_read_by_its_path_stays(store: Store) -> None:
@@ -70,7 +75,8 @@ def test_what_was_read_by_its_path_stays(store: Store) -> None:
 def test_nothing_goes_while_nobody_can_say_what_an_artifact_reads(store: Store, chain: list[ArtifactRef]) -> None:
     (chain[0].path / ELSEWHERE).write_text("{")
     with pytest.raises(DraftsmithError, match=rf"{ELSEWHERE}: cannot be read \(truncated or edited\)"):
-        stages(store, used={place(chain[0]): LATER})
+        used(chain[0])
+        stages(store)
 
 
 def test_what_is_no_whole_artifact_is_none_of_these(store: Store, chain: list[ArtifactRef]) -> None:
@@ -83,7 +89,8 @@ def test_what_is_no_whole_artifact_is_none_of_these(store: Store, chain: list[Ar
 def test_it_goes_unless_a_run_holds_it_and_never_by_halves(
     store: Store, chain: list[ArtifactRef], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (found,) = unused(store.root, LATER, {place(chain[2]): LATER}, ())
+    used(chain[2])
+    (found,) = unused(store.root, LATER, ())
     assert found.path == chain[3].path and found.bytes == len("opd") and found.lock is not None
     with locked(found.lock):
         assert not found.remove() and store.find("opd", chain[3].key) is not None
@@ -94,7 +101,9 @@ def test_it_goes_unless_a_run_holds_it_and_never_by_halves(
     assert store.find("opd", chain[3].key) is None, "not damaged: not there"
     (aside,) = Path(store.root / "opd").glob(f"{REPLACED}*")
     assert (aside / "x").is_file() and not (aside / MANIFEST).exists(), "no version's drafter: it is a leftover"
-    (sft,) = unused(store.root, LATER, {place(chain[1]): LATER}, ())
+    used(chain[2], 0)
+    used(chain[1])
+    (sft,) = unused(store.root, LATER, ())
     assert sft.remove() and not list((store.root / "sft").glob("[!.l]*")) and not list((store.root / "sft").glob(".r*"))
 
 
@@ -119,7 +128,8 @@ def test_a_path_into_the_store_may_lead_over_a_link(store: Store, tmp_path: Path
 
 def test_what_was_not_fetched_has_no_size(store: Store, chain: list[ArtifactRef]) -> None:
     (chain[3].path / "x").unlink()
-    assert [each.bytes for each in unused(store.root, LATER, {place(chain[2]): LATER}, ())] == [0]
+    used(chain[2])
+    assert [each.bytes for each in unused(store.root, LATER, ())] == [0]
 
 
 def test_who_removes_is_alone_and_who_reads_waits_for_that(tmp_path: Path) -> None:
