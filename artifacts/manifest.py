@@ -100,6 +100,8 @@ class Manifest(_Frozen):
     versions: dict[str, str]
     modules: dict[str, str]  # of the code, each with the start of its source's digest; none of a shard
     external: dict[str, str]  # files outside the store that the key holds, with their digests
+    run: str = ""  # name of the run that made it, and
+    node: str = ""  # of the node that it was there
 
     def ref(self, path: Path) -> ArtifactRef:
         return ArtifactRef(self.stage, self.key, self.content_id, path, content_id(self.files, volatile=True))

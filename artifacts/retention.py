@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -170,15 +170,15 @@ class Unused(Leftover):
         return True
 
 
-def unused(root: Path, before: float, used: Mapping[Place, float], needed: Collection[str]) -> list[Unused]:
+def unused(root: Path, before: float, needed: Collection[str]) -> list[Unused]:
     """Artifacts in the (resolved) folder of a store that were last used before a moment, largest first.
 
-    before, and the values of `used`, which says when runs have used them: seconds since the epoch. needed: content ids
-    of artifacts that stay whatever their age. What stays keeps all that it was made from, and files in the store that
+    before: seconds since the epoch; a run touches the manifest of what it reuses. needed: content ids of artifacts that
+    stay whatever their age. What stays keeps all that it was made from, and files in the store that
     it was given as a path. A folder whose manifest cannot be read stays too.
     """
     there = dict(_artifacts(root))
-    last = {place: max(_made(manifest), used.get(place, 0.0)) for place, manifest in there.items()}
+    last = {place: max(_made(each), root.joinpath(*place, MANIFEST).stat().st_mtime) for place, each in there.items()}
     stays = {place for place, each in there.items() if last[place] >= before or each.content_id in needed}
     to_follow = [(root.joinpath(*place), there[place]) for place in stays]
     to_follow += [(folder, each) for folder, each in _replaced(root) if each.content_id in needed]

@@ -291,6 +291,8 @@ class Store:
         duration_s: float | None = None,
         modules: Mapping[str, str] | None = None,
         external: Mapping[str, str] | None = None,
+        run: str = "",
+        node: str = "",
     ) -> ArtifactRef:
         """Make `claim.out` the artifact: its manifest last, everything on disk, then one rename.
 
@@ -327,6 +329,8 @@ class Store:
                 versions=versions(claim.out),
                 modules=dict(modules or {}),
                 external=dict(external or {}),
+                run=run,
+                node=node,
             )
             overwrite(self.partial(claim.stage, claim.key) / PENDING, pending.model_dump_json().encode())
             return self._complete(pending, claim.lock)

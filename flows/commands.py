@@ -123,12 +123,13 @@ def _make_alone(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
     from draftsmith.artifacts.open_store import store_of
     from draftsmith.artifacts.tracking import Tracking
     from draftsmith.flows.checks.check import check_alone
-    from draftsmith.flows.pipeline.begun import note_begun, note_failed
     from draftsmith.flows.pipeline.fetched import Folders
     from draftsmith.flows.pipeline.graph import plan
+    from draftsmith.flows.pipeline.listing import forget
     from draftsmith.flows.pipeline.machine import check_home
     from draftsmith.flows.pipeline.node import Workshop, make
     from draftsmith.flows.pipeline.patience import patiently
+    from draftsmith.stages.contract import SOURCES
 
     # a damaged artifact is no matter unless it is needed: it may be the one that is to be made again
     store, forced = store_of(home()), [options.name] if options.force else []
@@ -151,13 +152,14 @@ def _make_alone(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
     for check in (store.check, tracking.check):
         patiently(check, config.stages, display.line)
     workshop = Workshop(home(), config, pipeline, display, tracking)
-    if (begun := planned[node.name].begun) is not None:
-        note_begun(config.name, {node.name: begun}, alone=True)
     try:
         made = patiently(lambda: make(workshop, node, inputs, force=options.force), config.stages, display.line)
     except DraftsmithError as error:
-        note_failed(config.name, error, node.name)
+        if SOURCES in inputs:
+            forget(config.name, error)
         raise
+    if node.stage.name == SOURCES and options.force:
+        forget(config.name)
     display.line(f"{node.name}: {made.ref.path}")
 
 

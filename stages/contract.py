@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr
 
-AS_WRITTEN = "as_written"  # in the context of a dump: windows such as `7d` as they were written, not the time they mean
-READ_AT = "read_at"  # in the context of a validation: when the config was read; such windows count back from then
+SOURCES = "sources"  # a stage, and the input of another one that reads the files which it lists
+LISTING = "sources.json"  # its file
 INCONCLUSIVE = "inconclusive"  # in a stage's summary: what it measured says nothing, and the next run measures again
 NOT_FETCHED = "not fetched"  # the version of something on the hub that could not be asked for its commit yet
 
@@ -28,33 +28,46 @@ class FilledIn:
     """Marks a field that a run fills in; a config file may not set it."""
 
 
+@dataclass(frozen=True)
+class Listing:
+    """The files of rows that a stage reads in one run, and where its windows of time begin."""
+
+    files: Sequence[str]  # absolute paths and addresses, sorted
+    since: Mapping[str, str]  # window as it was written, such as 7d -> ISO time
+
+    @staticmethod
+    def read(folder: Path) -> Listing:
+        """Read an artifact of stage `sources`."""
+        return Listing(**json.loads((folder / LISTING).read_text("utf-8")))
+
+    def text(self) -> str:
+        """Return what the artifact holds."""
+        return json.dumps({"files": self.files, "since": self.since}, indent=2, ensure_ascii=False, sort_keys=True)
+
+
 class Config(BaseModel):
     """Base of every config section: frozen, and an unknown field is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)
-    _listed: frozenset[str] | None = PrivateAttr(default=None)
+    _listing: Listing | None = PrivateAttr(default=None)
 
-    def reading(self, files: Collection[str]) -> Self:
-        """As the stage gets it, whose key was made of these files outside the store: where files of rows are listed by
-        folder or pattern, it reads no others of them, though more have come meanwhile."""
+    def reading(self, listing: Listing) -> Self:
+        """Return this config reading the files of a listing and no others, though more have come meanwhile."""
         pinned = self.model_copy()
-        pinned._listed = frozenset(files)
+        pinned._listing = listing
         return pinned
+
+    def listing(self) -> Listing | None:
+        """Return what `reading` was given; None: all files that are there. Of stage `sources` what is there, then.
+
+        Raises DraftsmithError for a pattern that matches nothing, RetryableError for a bucket that does not answer.
+        """
+        return self._listing
 
     @property
     def listed_files(self) -> frozenset[str] | None:
-        """What `reading` was given; None: all files that are there."""
-        return self._listed
-
-    def listing(self) -> list[str]:
-        """Files of rows that are found by folder or pattern, each once, as `reading` takes them. Raises DraftsmithError
-        for a pattern that matches nothing."""
-        return []
-
-    def read_at(self, time: datetime) -> Self:
-        """As it is where its file is read then: windows such as `7d` begin so long before that time. No `reading`."""
-        said = self.model_dump(mode="json", context={AS_WRITTEN: True})
-        return type(self).model_validate(said, context={READ_AT: time})
+        """The files of the listing."""
+        return None if self._listing is None else frozenset(self._listing.files)
 
     @classmethod
     def filled_in(cls) -> list[str]:

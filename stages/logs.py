@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.contract import Compute, Stage, StageContext
+from draftsmith.stages.contract import SOURCES, Compute, Stage, StageContext
 from draftsmith.stages.prompting.files import count_rows, is_remote, no_rows, read_rows
 from draftsmith.stages.prompting.logs_config import LogsConfig
 from draftsmith.stages.prompting.pace import Pace
@@ -249,7 +249,7 @@ def _nothing_usable(config: LogsConfig, intake: Intake) -> str:
     if not rows:
         return no_rows(config.paths)
     if rows and intake.outside_window + intake.aside.reasons[USED_BEFORE] == rows:
-        since = f"from {config.since} or later" if config.since_time is not None else ""
+        since = f"from {iso(config.since_time)} or later" if config.since_time is not None else ""
         after = f"later than {config.after}" if config.after is not None else ""
         beginning = " and ".join(each for each in (since, after) if each)
         return f"logs: none of {rows} rows of {where} is {beginning}: give newer files or an earlier time"
@@ -263,7 +263,7 @@ def _nothing_usable(config: LogsConfig, intake: Intake) -> str:
 def _window(config: LogsConfig, intake: Intake) -> dict[str, str | None]:
     """In absolute time. newest: of all rows read, whether used or not; what the next `since: last` begins behind."""
     return {
-        "since": None if config.since_time is None else config.since,
+        "since": None if config.since_time is None else iso(config.since_time),
         "after": config.after,
         "newest": None if intake.newest is None else iso(intake.newest),
     }
@@ -272,7 +272,7 @@ def _window(config: LogsConfig, intake: Intake) -> dict[str, str | None]:
 STAGE = Stage(
     name="logs",
     config=LogsConfig,
-    inputs=("target", "prompts?", "earlier?"),
+    inputs=("target", "prompts?", "earlier?", f"{SOURCES}?"),
     run=run,
     preflight=preflight,
     compute=Compute.HEAVY,

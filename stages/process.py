@@ -26,7 +26,7 @@ from typing import Any
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted, disk_error_of, from_os_error
 from draftsmith.artifacts.redaction import redact_logs, redacted
-from draftsmith.stages.contract import Config, Shard, Stage
+from draftsmith.stages.contract import Config, Listing, Shard, Stage
 from draftsmith.stages.garbage import collect_as_usual, collect_seldom
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
@@ -176,8 +176,8 @@ def _asked(
     """The stage of a request, its config and its context."""
     stage: Stage = importlib.import_module(request["module"]).STAGE
     config = stage.config.model_validate(request["config"])
-    if request.get("files") is not None:
-        config = config.reading(request["files"])
+    if request.get("listing") is not None:
+        config = config.reading(Listing(**request["listing"]))
     out, work = Path(request["out"]), Path(request["work"])
     out.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)

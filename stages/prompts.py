@@ -18,9 +18,10 @@ from draftsmith.artifacts.atomic import atomic_path, write_text
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.parquet import TableWriter
 from draftsmith.artifacts.schemas import PROMPTS
-from draftsmith.stages.contract import NOT_FETCHED, Config, FilledIn, Operational, Stage, StageContext
-from draftsmith.stages.prompting.files import listed, local_files, remote_versions
+from draftsmith.stages.contract import NOT_FETCHED, SOURCES, Config, FilledIn, Listing, Operational, Stage, StageContext
+from draftsmith.stages.prompting.files import local_files, remote_versions
 from draftsmith.stages.prompting.held_out import HELDOUT_SHARE, HeldOutBy
+from draftsmith.stages.prompting.listing import SourcesConfig
 from draftsmith.stages.prompting.pace import Pace
 from draftsmith.stages.prompting.rows import Message
 from draftsmith.stages.prompting.sources import (
@@ -125,9 +126,16 @@ class PromptsConfig(Config):
             return getattr(self, split) or 0
         return sum(getattr(source.counts, split) for source in self.sources)
 
-    def listing(self) -> list[str]:
-        """Files of rows, on this machine or elsewhere."""
-        return sorted(set(listed(self._paths, self.of_paths)))
+    @property
+    def listed(self) -> SourcesConfig | None:
+        """What stage `sources` lists for it; None where nothing has to be listed."""
+        windows = [source.since for source in self.sources if isinstance(source, JsonlSource)]
+        return SourcesConfig.of(self._paths, self.of_paths, windows)
+
+    def reading(self, listing: Listing) -> PromptsConfig:
+        """Return this config, and each of its sources, reading the files of a listing."""
+        sources = [source.reading(listing) for source in self.sources]
+        return super().reading(listing).model_copy(update={"sources": sources})
 
     @property
     def _paths(self) -> list[str]:
@@ -386,4 +394,4 @@ def _quantiles(ordered: list[int]) -> dict[str, int]:
     }
 
 
-STAGE = Stage(name="prompts", config=PromptsConfig, inputs=("target",), run=run, preflight=preflight)
+STAGE = Stage(name="prompts", config=PromptsConfig, inputs=("target", f"{SOURCES}?"), run=run, preflight=preflight)

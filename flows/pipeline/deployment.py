@@ -22,7 +22,6 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.flows.pipeline.automations import call_webhook, check_address, has_webhook
 from draftsmith.flows.pipeline.graph import Pipeline
 from draftsmith.flows.pipeline.options import RunOptions
-from draftsmith.stages.contract import AS_WRITTEN
 
 HEARTBEAT_S = 30  # of flow runs, so that a host that is lost is noticed
 _ENVIRONMENT = {
@@ -111,10 +110,8 @@ def deploy(
 
 
 def parameters(config: RunOptions, force: Sequence[str]) -> dict[str, Any]:
-    """Of the flow: what the file says, and no more; the rest are defaults, which the form shows. A window of `7d` stays
-    one: every run means its own time by it."""
-    said = config.model_dump(mode="json", exclude_unset=True, context={AS_WRITTEN: True})
-    return {"config": said, "force": list(force)}
+    """Return the flow's parameters: what the file says, and no more; the rest are defaults, which the form shows."""
+    return {"config": config.model_dump(mode="json", exclude_unset=True), "force": list(force)}
 
 
 def _is_new(client: SyncPrefectClient, name: str, config: RunOptions) -> bool:

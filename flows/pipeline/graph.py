@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
-import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from draftsmith.artifacts.code_digest import code_digest, code_modules
-from draftsmith.artifacts.errors import DraftsmithError, RetryableError
-from draftsmith.artifacts.manifest import ArtifactRef, Manifest
+from draftsmith.artifacts.errors import EXIT_RETRYABLE, DraftsmithError, RetryableError
+from draftsmith.artifacts.manifest import ArtifactRef, FileEntry, Manifest, content_id
 from draftsmith.artifacts.mlflow_models import Metrics
 from draftsmith.artifacts.store import Store
-from draftsmith.flows.pipeline.begun import Begun, begin, notes
 from draftsmith.flows.pipeline.external import external_digests
+from draftsmith.flows.pipeline.listing import held
 from draftsmith.flows.pipeline.options import RunOptions
-from draftsmith.stages.contract import INCONCLUSIVE, Config, Stage
+from draftsmith.stages.contract import INCONCLUSIVE, LISTING, SOURCES, Config, Listing, Stage
 
 
 @dataclass(frozen=True)
@@ -83,16 +83,13 @@ class Course(Protocol):
         """After a node: why the run may end here, or None to go on."""
 
     def finish(self, made: Mapping[str, ArtifactRef], run_id: str | None) -> Conclusion | None:
-        """After the last node. Raises `PlanAgain` if what the run was planned from has changed meanwhile."""
+        """After the last node. Raises `OutdatedPlanError` if what the run was planned from has changed meanwhile."""
 
 
-class PlanAgain(Exception):
-    """The run is planned anew: what is done is reused, the rest is made for what is there now."""
+class OutdatedPlanError(DraftsmithError):
+    """What the run was planned from has changed. Its retry plans anew and reuses what is done."""
 
-    def __init__(self, why: str, force: Collection[str] = ()) -> None:
-        """force: names that the new plan forces; what was forced before is done."""
-        super().__init__(why)
-        self.force = force
+    exit_code = EXIT_RETRYABLE
 
 
 def named(text: str) -> Any:
@@ -142,16 +139,16 @@ class PlannedNode:
     ref: ArtifactRef | None = None  # of a hit
     after: tuple[str, ...] = ()  # nodes that must be made before the key is known
     damage: DraftsmithError | None = None  # what is wrong with an artifact that is there, and what to do
-    begun: Begun | None = None  # the files of rows that it reads, where it lists any
+    newer: int = 0  # files that came since the listing that the run goes on with
 
     @property
     def left_over(self) -> str | None:
-        """Of a node that goes on with what an earlier run began with: which files it does not read, and what would."""
-        if self.begun is None or not self.begun.newer:
+        """Say how many files a listing of the last run leaves out, and what would read them."""
+        if not self.newer:
             return None
         return (
-            f"{self.node.name}: goes on with the files that the last run began with ({len(self.begun.files)}); those "
-            f"that came since ({self.begun.newer}) are for the next one (`--force {self.node.name}` reads them now)"
+            f"{self.node.name}: the run goes on with the files that the last one listed. {self.newer} that came since "
+            f"are for the next one; `--force {self.node.name}` reads them now."
         )
 
 
@@ -234,8 +231,8 @@ def plan(
     """What a run would do now, in the order in which it would do it. Reads the store, changes nothing.
 
     stop_at_damage: a damaged artifact is an error, as it is for a run; else it is a node like one that is not made.
-    again: only some nodes are wanted again: what is neither forced nor behind a forced one reads no files that came
-    since the last run began, though that has ended.
+    again: only some nodes are wanted again: files that came since the last run listed them are left out, though that
+    has ended.
     """
     nodes = in_order(pipeline.nodes(config))
     return plan_nodes(nodes, config, store, pipeline, force, stop_at_damage=stop_at_damage, again=again)
@@ -253,36 +250,38 @@ def plan_nodes(
 ) -> list[PlannedNode]:
     """The same for some of a graph's nodes, which are in order and need no others."""
     forced = forced_nodes(nodes, force)
-    begun = _begun(config.name, nodes, forced, again=again)
-    planned: dict[str, PlannedNode] = {}
     for node in nodes:
-        listed = begun.get(node.name)
-        if listed is not None:
-            node = replace(node, config=listed.read_by(node.config))
+        try:
+            node.config.external_files()  # a file that is not there is an error now, not when its turn comes
+        except DraftsmithError as error:
+            raise type(error)(f"{node.name}: {error}") from error
+    planned: dict[str, PlannedNode] = {}
+    known = held(config.name, ended=again)
+    for node in nodes:
+        newer = 0
+        if node.stage.name == SOURCES:
+            node, newer = _listed(node, store, known.get(node.name) if node.name not in forced else None)
         item = _plan_node(node, planned, seed_of(node, config), store, pipeline, node.name in forced)
         if stop_at_damage and item.damage is not None:
             raise item.damage
-        planned[node.name] = replace(item, begun=listed)
+        planned[node.name] = replace(item, newer=newer)
     return list(planned.values())
 
 
-def _begun(run: str, nodes: Sequence[Node], forced: Collection[str], *, again: bool) -> dict[str, Begun]:
-    """The files of rows that every node reads. All that a stage will read is there: said before anything runs, not when
-    its turn comes."""
-    known, now = notes(run), time.time()
-    anew, found = set(forced), {}
-    for node in nodes:
-        if anew & set(node.inputs.values()):
-            anew.add(node.name)
-        try:
-            node.config.external_files()
-            note = known.get(node.name) if node.name not in forced else None
-            begun = begin(node.config, note, now, ended=again and node.name not in anew)
-        except DraftsmithError as error:
-            raise type(error)(f"{node.name}: {error}") from error
-        if begun is not None:
-            found[node.name] = begun
-    return found
+def _listed(node: Node, store: Store, key: str | None) -> tuple[Node, int]:
+    """Return a node of stage `sources` with its listing, and how many files that leaves out.
+
+    key: of the listing that the run goes on with, where that is of the same config and all its files are there; else
+    it is what is there.
+    """
+    listing = now = node.config.listing()
+    assert listing is not None and now is not None
+    if key is not None and (ref := find(store, node, key, verify=True)) is not None:
+        store.fetch(ref)
+        before = Listing.read(ref.path)
+        same = store.manifest(ref).config == node.config.model_dump(mode="json")
+        listing = before if same and set(before.files) <= set(now.files) else now
+    return replace(node, config=node.config.reading(listing)), len(now.files) - len(listing.files)
 
 
 def _plan_node(
@@ -291,7 +290,11 @@ def _plan_node(
     inputs: dict[str, ArtifactRef] = {}
     after: list[str] = []
     for name, source in node.inputs.items():
-        ref = before[source].ref
+        if before[source].node.stage.name == SOURCES:
+            listing = before[source].node.config.listing()
+            assert listing is not None
+            node = replace(node, config=node.config.reading(listing))
+        ref = before[source].ref or _foreseen(before[source], store)
         if ref is None:
             after.append(source)
         else:
@@ -312,6 +315,16 @@ def _plan_node(
     return PlannedNode(node, Status.RESUME if has_partial(store, node.stage.name, key) else Status.RUN, key)
 
 
+def _foreseen(item: PlannedNode, store: Store) -> ArtifactRef | None:
+    """Return what a listing will be that is to be made."""
+    listing = item.node.config.listing() if item.node.stage.name == SOURCES else None
+    if listing is None or item.key is None:
+        return None
+    content = listing.text().encode()
+    file = FileEntry(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content), volatile=False)
+    return ArtifactRef(SOURCES, item.key, content_id({LISTING: file}), store.path(SOURCES, item.key))
+
+
 def find(store: Store, node: Node, key: str, *, verify: bool = False) -> ArtifactRef | None:
     """As `Store.find`; the error of a damaged artifact names the node, which is what `--force` takes.
 
@@ -328,6 +341,11 @@ def find(store: Store, node: Node, key: str, *, verify: bool = False) -> Artifac
         if node.name == node.stage.name:
             raise
         raise DraftsmithError(f"{error} (here it is node {node.name}: `--force {node.name}`)") from error
+
+
+def made_before(manifests: Sequence[Manifest], node: str) -> list[Manifest]:
+    """Return those of the manifests (oldest first) that a node has made, the last one first."""
+    return [manifest for manifest in reversed(manifests) if manifest.node == node]
 
 
 def outdated(store: Store, node: Node, ref: ArtifactRef, inputs: Mapping[str, ArtifactRef]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,11 @@ from draftsmith.artifacts.mirror import MirroredStore
 from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.store import PARTIAL, Store
 from draftsmith.artifacts.text import duration, short, size
+from draftsmith.flows.pipeline.attempt import read_attempt
 from draftsmith.flows.pipeline.display import Display, escape, figure, folded_table
-from draftsmith.flows.pipeline.failures import last_failure
 from draftsmith.flows.pipeline.fetched import Folders
-from draftsmith.flows.pipeline.graph import Pipeline, PlannedNode, Status, has_partial, named, plan
-from draftsmith.flows.pipeline.history import made_before
+from draftsmith.flows.pipeline.graph import Pipeline, PlannedNode, Status, has_partial, made_before, named, plan
 from draftsmith.flows.pipeline.options import RunOptions
-from draftsmith.flows.pipeline.running import who_runs
 
 _ROWS, _CELL, _JSON_LINES = 3, 120, 40
 _TO_DO = "to do"
@@ -35,22 +34,23 @@ def status_of_config(display: Display, config: RunOptions, pipeline: Pipeline) -
     store = store_of(home())
     table = folded_table("node", "stage", "key", "state")
     planned = plan(config, store, pipeline, stop_at_damage=False)
+    earlier = [manifest for manifest in store.list() if manifest.run == config.name]
     for item in planned:
-        state = _state(item, store) + _last_time(config.name, item)
+        state = _state(item, store) + _last_time(item, earlier)
         table.add_row(item.node.name, item.node.stage.name, (item.key or "-")[:16], state)
     display.console.print(table)
     display.left_over(planned)
-    for line in _last_verdict(config.name, pipeline, store):
+    for line in _last_verdict(earlier, pipeline, store):
         display.line(line)
 
 
-def _last_verdict(run: str, pipeline: Pipeline, store: Store) -> list[str]:
+def _last_verdict(earlier: Sequence[Manifest], pipeline: Pipeline, store: Store) -> list[str]:
     """Return the verdict of the last run of this name that came to its report; nothing if its artifacts are gone."""
     node, _ = pipeline.report
-    report = next(iter(made_before(home(), run, node)), None)
-    manifest = store.manifest_at(report.stage, report.key) if report is not None and pipeline.verdict else None
-    if report is None or manifest is None:
+    manifest = next(iter(made_before(earlier, node)), None)
+    if manifest is None or not pipeline.verdict:
         return []
+    report = manifest.ref(store.path(manifest.stage, manifest.key))
     # of one run: a later one that failed may have measured anew and not decided
     made = {
         name: ArtifactRef(entry.stage, entry.key, entry.content_id, store.path(entry.stage, entry.key))
@@ -69,28 +69,27 @@ def _state(item: PlannedNode, store: Store) -> str:
     return _state_of(store, stage, item.key, done=item.ref is not None, partial=partial, damage=item.damage)
 
 
-def _last_time(run: str, item: PlannedNode) -> str:
+def _last_time(item: PlannedNode, earlier: Sequence[Manifest]) -> str:
     """Of a node that is to be made: what it was in the last run of this name. Once a refresh has promoted its drafter,
     the next one is planned from that, in which nothing is done."""
     if item.status not in (Status.AFTER, Status.RUN):
         return ""
-    before = made_before(home(), run, item.node.name)
+    before = made_before(earlier, item.node.name)
     return f"[dim]; last time {before[0].stage}/{before[0].key[:16]}[/dim]" if before else ""
 
 
 def _state_of(
     store: Store, stage: str, key: str, *, done: bool, partial: bool, damage: DraftsmithError | None = None
 ) -> str:
+    attempt = read_attempt(store.partial(stage, key))
     if store.partial(stage, key).exists() and store.is_claimed(stage, key):
-        who = who_runs(home() / "logs", stage, key)
-        said = "waiting" if who is not None and who.waits else "running"
-        return f"[cyan]{said}[/cyan]" + (f": {escape(str(who))}" if who is not None else "")
+        state = "waiting" if attempt is not None and attempt.waits else "running"
+        return f"[cyan]{state}[/cyan]" + (f": {escape(str(attempt))}" if attempt is not None else "")
     if damage is not None:
         return f"[red]damaged[/red]: {escape(str(damage))}"
-    failure = last_failure(home() / "logs", stage, key)
-    if failure is not None:
+    if attempt is not None and attempt.error:
         rest = ", goes on from what it saved" if partial else ""
-        return f"[red]failed[/red] {failure.at}{rest}: {escape(failure.error)}"
+        return f"[red]failed[/red] {attempt.failed_at}{rest}: {escape(attempt.error)}"
     if done:
         return "[green]done[/green]"
     return "[yellow]unfinished[/yellow], goes on from what it saved" if partial else _TO_DO

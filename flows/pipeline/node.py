@@ -9,27 +9,25 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.artifacts.locks import Holder
-from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef
 from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.store import Claim, Store
 from draftsmith.artifacts.tracking import StageRun, Tracking
+from draftsmith.flows.pipeline.attempt import NOTE, AttemptNote
 from draftsmith.flows.pipeline.devices import Waiting, devices_of
 from draftsmith.flows.pipeline.display import Display, StageDisplay
 from draftsmith.flows.pipeline.external import external_digests
-from draftsmith.flows.pipeline.failures import forget_failure, note_failure
 from draftsmith.flows.pipeline.graph import Node, Pipeline, find, inconclusive, key_of, outdated, seed_of
-from draftsmith.flows.pipeline.history import note_made
 from draftsmith.flows.pipeline.options import RunOptions
 from draftsmith.flows.pipeline.process import Event, StageOutcome, StageRequest, run_stage
-from draftsmith.flows.pipeline.running import RunningNote
 from draftsmith.flows.pipeline.shards import Order, Pool, Together, make_shard, orders_of, side_by_side
 from draftsmith.flows.pipeline.unchanged import code_of, unchanged
-from draftsmith.stages.contract import Compute
+from draftsmith.stages.contract import SOURCES, Compute, Listing
 
 log = logging.getLogger("draftsmith.stages")  # Prefect shows it in the run
 
@@ -69,11 +67,14 @@ def make(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], *, f
 
     Raises the stage's own `DraftsmithError`; what the stage saved is kept for the next attempt.
     """
+    if SOURCES in inputs:
+        workshop.store.fetch(inputs[SOURCES])
+        node = replace(node, config=node.config.reading(Listing.read(inputs[SOURCES].path)))
     external = external_digests(node.config)
     if gone := sorted((node.config.listed_files or frozenset()) - external.keys()):
         raise DraftsmithError(
-            f"{node.name}: {', '.join(gone[:3])} (of {len(gone)}) was there when the run began and is gone: put it "
-            "back, or run the same command again, which then reads what is there"
+            f"{node.name}: {gone[0]} (and {len(gone) - 1} more) was there when the run began and is gone. Put it back, "
+            "or run the same command again, which then reads what is there."
         )
     key = key_of(node, inputs, seed_of(node, workshop.config), workshop.pipeline, external)
     stage = node.stage.name
@@ -97,9 +98,10 @@ def make(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], *, f
             else:  # another run has made it, or the commit of an earlier attempt was still to be made
                 ref = claim
                 workshop.tracking.complete(workshop.store.manifest(ref), ref.path)
-    note_made(workshop.home, workshop.config.name, node.name, ref)
     if reused:
-        forget_failure(workshop.logs, stage, key)
+        with contextlib.suppress(OSError):
+            (workshop.store.partial(stage, key) / NOTE).unlink(missing_ok=True)  # of a forced attempt that failed
+            os.utime(ref.path / MANIFEST)  # when it was last used: `draftsmith prune`
         workshop.display.reused(node.name)
     return Made(ref, reused)
 
@@ -112,12 +114,8 @@ def _say_waiting(workshop: Workshop, node: Node) -> Callable[[Holder | None], No
     return say
 
 
-def _note(workshop: Workshop, node: Node, claim: Claim) -> AbstractContextManager[RunningNote]:
-    return contextlib.closing(RunningNote(workshop.logs, claim.stage, claim.key, workshop.config.name, node.name))
-
-
 def _devices(
-    workshop: Workshop, node: Node, compute: Compute, note: RunningNote | None = None
+    workshop: Workshop, node: Node, compute: Compute, note: AttemptNote | None = None
 ) -> AbstractContextManager[tuple[int, ...]]:
     options = workshop.config.stages
     limit_s = 60 * options.lock_wait_minutes
@@ -125,7 +123,7 @@ def _devices(
     return devices_of(compute, run=workshop.config.name, limit_s=limit_s, waiting=waiting, check=workshop.check)
 
 
-def _say_in_use(workshop: Workshop, node: Node, note: RunningNote | None = None) -> Waiting:
+def _say_in_use(workshop: Workshop, node: Node, note: AttemptNote | None = None) -> Waiting:
     def say(device: str, holder: Holder | None) -> None:
         # of those who share it the last one left its name, which may be this run
         who = f" ({holder})" if holder is not None and holder.pid != os.getpid() else " by another run"
@@ -151,59 +149,64 @@ def _run(
     tracked = workshop.tracking.stage_run(
         workshop.refresh_run(), claim.stage, claim.key, name=node.name, params=config, inputs=by_node
     )
+    note = AttemptNote(claim.out.parent, workshop.config.name, node.name)
     try:
         began = time.monotonic()
-        shards = _shards(workshop, node, inputs, claim, force=force)
+        shards = _shards(workshop, node, inputs, claim, note, force=force)
         spent = time.monotonic() - began if shards else 0.0
         compute = node.stage.computes(node.config)
         if shards and node.stage.joins is not None:
             compute = node.stage.joins
         with (
-            _note(workshop, node, claim) as note,
             _devices(workshop, node, compute, note) as devices,
             unchanged(workshop.store, node, inputs, claim, external),
             tracked.system_metrics(),
         ):
+            note.waiting("")
             seed = seed_of(node, workshop.config)
-            code = code_of(node, inputs, seed, workshop.pipeline, external, claim.key)
-            outcome = _run_process(workshop, node, inputs, claim, external, tracked, devices, shards)
+            code_digest, modules = code_of(node, inputs, seed, workshop.pipeline, external, claim.key)
+            outcome = _run_process(workshop, node, inputs, claim, tracked, devices, shards, note)
             outcome.duration_s = round(outcome.duration_s + spent, 3)
         ref = workshop.store.commit(
             claim,
             config=config,
             inputs=inputs,
-            code_digest=code.digest,
+            code_digest=code_digest,
             seed=seed,
             metrics=outcome.summary,
             volatile=node.stage.volatile,
             mlflow_run_id=tracked.run_id,
             duration_s=outcome.duration_s,
-            modules=code.modules,
+            modules=modules,
             external=external,
+            run=workshop.config.name,
+            node=node.name,
         )
     except BaseException as error:
         stopped = isinstance(error, StageInterrupted) or not isinstance(error, Exception)
         if not stopped:
-            note_failure(workshop.logs, claim.stage, claim.key, error)
+            note.failed(error)
         tracked.close("KILLED" if stopped else "FAILED")
         raise
     tracked.close("FINISHED", outcome.summary, ref.path)
-    forget_failure(workshop.logs, claim.stage, claim.key)
     workshop.display.finished(node.name, outcome.duration_s, outcome.summary)
     return ref
 
 
 def _shards(
-    workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], claim: Claim, *, force: bool
+    workshop: Workshop,
+    node: Node,
+    inputs: Mapping[str, ArtifactRef],
+    claim: Claim,
+    note: AttemptNote,
+    *,
+    force: bool,
 ) -> list[ArtifactRef]:
     """Artifacts of all shards of the node, whole on this machine; none if it is made in one piece."""
     orders = orders_of(workshop.config, workshop.pipeline, node, inputs, claim, force=force)
     if not orders:
         return []
-    with (
-        workshop.display.stage(node.name) as shown,
-        _note(workshop, node, claim) as note,
-    ):
+    with workshop.display.stage(node.name) as shown:
         together, stopped = Together(shown, note.progress), threading.Event()
 
         def check() -> None:
@@ -234,10 +237,10 @@ def _run_process(
     node: Node,
     inputs: Mapping[str, ArtifactRef],
     claim: Claim,
-    external: Mapping[str, str],
     tracked: StageRun,
     devices: tuple[int, ...],
     shards: Sequence[ArtifactRef],
+    note: AttemptNote,
 ) -> StageOutcome:
     options = workshop.config.stages
     request = StageRequest(
@@ -249,7 +252,7 @@ def _run_process(
         work=str(claim.work),
         seed=seed_of(node, workshop.config),
         threads=options.threads,
-        files=sorted(external),
+        listing=asdict(listing) if (listing := node.config.listing()) is not None else None,
         shards=[str(ref.path) for ref in shards],
     )
     log_path = workshop.logs / f"{claim.stage}-{claim.key[:16]}-{time.strftime('%Y%m%d-%H%M%S')}.log"
@@ -258,10 +261,7 @@ def _run_process(
         claim.lock.check_now_and_then()
         _follow(event, node.name, shown, tracked, note)
 
-    with (
-        workshop.display.stage(node.name) as shown,
-        _note(workshop, node, claim) as note,
-    ):
+    with workshop.display.stage(node.name) as shown:
         return run_stage(
             request,
             log_path=log_path,
@@ -274,7 +274,7 @@ def _run_process(
         )
 
 
-def _follow(event: Event, name: str, shown: StageDisplay, tracked: StageRun, note: RunningNote) -> None:
+def _follow(event: Event, name: str, shown: StageDisplay, tracked: StageRun, note: AttemptNote) -> None:
     match event["event"]:
         case "log":
             log.info("%s: %s", name, event["message"])

@@ -54,7 +54,7 @@ class StageRequest:
     work: str
     seed: int
     threads: int | None = None
-    files: list[str] | None = None  # outside the store, those that the key was made of; None: all that are there
+    listing: dict[str, Any] | None = None  # `Listing` of the files that it reads; None: all that are there
     shard: dict[str, int] | None = None  # `Shard` of which the process makes its part; None: the whole
     shards: list[str] = field(default_factory=list)  # folders of all shards that the whole is made of
 

@@ -17,7 +17,6 @@ from draftsmith.artifacts.text import size
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.pipeline import registered
 from draftsmith.flows.pipeline.display import Display, folded_table
-from draftsmith.flows.pipeline.history import last_used
 
 
 def prune(display: Display, days: float, *, artifacts: bool, delete: bool) -> None:
@@ -38,7 +37,7 @@ def _prune(display: Display, days: float, *, artifacts: bool, delete: bool) -> N
     if replaced and (named := _known(display, "replaced artifacts", Registry.content_ids)) is not None:
         found += [each for each in replaced if not _is_named(each, named)]
     if artifacts and (needed := _known(display, "complete artifacts", Registry.needed_content_ids)) is not None:
-        found += unused(store_of(home()).root, before, last_used(home()), needed)
+        found += unused(store_of(home()).root, before, needed)
     if not found:
         display.line(f"nothing in {home()} was left behind and not touched for {days:g} days")
     elif delete:

@@ -28,7 +28,6 @@ from draftsmith.artifacts.retention import in_use
 from draftsmith.artifacts.tracking import NOTE, Tracking
 from draftsmith.flows.pipeline import registered
 from draftsmith.flows.pipeline.announcements import announce, deployed, resumed, show_verdict
-from draftsmith.flows.pipeline.begun import note_begun, note_ended, note_failed
 from draftsmith.flows.pipeline.cancellation import Cancellation, CancelledError
 from draftsmith.flows.pipeline.delivery import body
 from draftsmith.flows.pipeline.display import Display
@@ -39,11 +38,11 @@ from draftsmith.flows.pipeline.graph import (
     Course,
     Node,
     Pipeline,
-    PlanAgain,
     Review,
     forced_nodes,
     resolved,
 )
+from draftsmith.flows.pipeline.listing import forget, held, hold
 from draftsmith.flows.pipeline.machine import check_home
 from draftsmith.flows.pipeline.node import Made, Workshop
 from draftsmith.flows.pipeline.options import RunOptions, check_runner
@@ -51,8 +50,7 @@ from draftsmith.flows.pipeline.part import Part
 from draftsmith.flows.pipeline.patience import patiently
 from draftsmith.flows.pipeline.record import RunRecord
 from draftsmith.flows.pipeline.task import run_node
-
-_PLANS = 3  # of one run: what it was planned from may change so often before it gives up
+from draftsmith.stages.contract import SOURCES
 
 
 def run_graph(
@@ -97,26 +95,13 @@ def _reading(config: RunOptions, cancellation: Cancellation) -> AbstractContextM
 def _run(
     config: RunOptions, pipeline: Pipeline, force: Collection[str], part: Part, cancellation: Cancellation
 ) -> tuple[dict[str, dict[str, Any]], Conclusion | None]:
-    for attempt in range(1, _PLANS + 1):
-        found = patiently(lambda: resolved(config, pipeline), config.stages, Display().line)
-        try:
-            return _run_once(found, pipeline, force, part, cancellation)
-        except PlanAgain as changed:
-            force = changed.force
-            if attempt == _PLANS:
-                raise DraftsmithError(f"{changed}; planned {_PLANS} times: run the same command again") from changed
-            Display().line(f"{changed}: planned again, what is done is reused")
-    raise AssertionError
-
-
-def _run_once(
-    config: RunOptions, pipeline: Pipeline, force: Collection[str], part: Part, cancellation: Cancellation
-) -> tuple[dict[str, dict[str, Any]], Conclusion | None]:
+    display = Display()
+    config = patiently(lambda: resolved(config, pipeline), config.stages, display.line)
     redact_logs()
     reach_ourselves_directly()  # a deployment's run comes from no command
     logging.getLogger("draftsmith").setLevel(logging.INFO)  # without it Prefect does not show the stages' lines
     tracking = Tracking(home(), config.experiment)
-    workshop = Workshop(home(), config, pipeline, Display(), tracking, check=cancellation.check)
+    workshop = Workshop(home(), config, pipeline, display, tracking, check=cancellation.check)
     check_home(workshop.home, config)
     check_runner(config.stages)
     for check in (workshop.store.check, workshop.tracking.check):
@@ -140,11 +125,9 @@ def _run_once(
     workshop.display.lines(checks.before(planned) if checks is not None else [])
     record = RunRecord(workshop.tracking, config.name, config.model_dump(mode="json"))
     workshop = dataclasses.replace(workshop, refresh_run=record.open)
-    note_begun(config.name, {item.node.name: item.begun for item in planned if item.begun is not None})
     made: dict[str, Made] = {}
     status: Status = "KILLED"
     ended = "**Stopped.** The same command goes on."
-    again = False
     conclusion: Conclusion | None = None
     try:
         conclusion = _make_all(workshop, nodes, forced, made, checks, course)
@@ -164,14 +147,11 @@ def _run_once(
             )
         status = "FINISHED"
         if whole:
-            note_ended(config.name)
+            hold(config.name, held(config.name), ended=True)
     except StageInterrupted:
         raise
     except Pause:  # a person is asked; the run goes on from what is made
         status = "FINISHED"
-        raise
-    except PlanAgain as changed:  # nothing went wrong: this very command goes on, and knows what it has to force
-        again, ended = True, f"**Planned again.** {changed}"
         raise
     except Exception as error:
         status, ended = "FAILED", f"**Failed.** {redacted(one_line(error))}"
@@ -192,7 +172,7 @@ def _run_once(
         if tracking.missed and status != "KILLED":  # of stages that ended while it was away
             close_dead_runs(tracking, workshop.store)
         kept = course.decisive if course is not None else ()
-        if status != "FINISHED" and not again and (told := _still_forced(forced, made, kept)):
+        if status != "FINISHED" and (told := _still_forced(forced, made, kept)):
             workshop.display.line(told)
     if conclusion is not None:
         workshop.display.line(conclusion.message)
@@ -216,8 +196,11 @@ def _make_all(
         try:
             made[node.name], states[node.name] = run_node(workshop, node, inputs, upstream, force=node.name in forced)
         except DraftsmithError as error:
-            note_failed(workshop.config.name, error, node.name)
+            if SOURCES in node.inputs:
+                forget(workshop.config.name, error)
             raise
+        if node.stage.name == SOURCES:
+            hold(workshop.config.name, {**held(workshop.config.name), node.name: made[node.name].ref.key})
         folders = Folders(workshop.store, _refs(made))
         if checks is not None:
             workshop.display.lines(checks.after(node, folders))

@@ -21,10 +21,10 @@ from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.manifest import SHARD, ArtifactRef
 from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.store import Claim
+from draftsmith.flows.pipeline.attempt import AttemptNote
 from draftsmith.flows.pipeline.devices import Waiting, device_of
 from draftsmith.flows.pipeline.display import StageDisplay
 from draftsmith.flows.pipeline.external import external_digests
-from draftsmith.flows.pipeline.failures import forget_failure, note_failure
 from draftsmith.flows.pipeline.graph import Node, Pipeline, seed_of
 from draftsmith.flows.pipeline.machine import gpu_names
 from draftsmith.flows.pipeline.options import RunOptions
@@ -100,6 +100,7 @@ def make_shard(
         if not isinstance(claim, Claim):
             return claim
         config = node.config.model_dump(mode="json")
+        note = AttemptNote(claim.out.parent, run, str(order))
 
         def follow(event: Event) -> None:
             claim.lock.check_now_and_then()
@@ -113,7 +114,7 @@ def make_shard(
                 unchanged(store, node, inputs, claim, external),
             ):
                 seed = seed_of(node, order.config)
-                code = code_of(node, inputs, seed, order.pipeline, external, order.whole)
+                code_digest, _ = code_of(node, inputs, seed, order.pipeline, external, order.whole)
                 request = StageRequest(
                     stage=order.stage,
                     module=node.module,
@@ -123,7 +124,6 @@ def make_shard(
                     work=str(claim.work),
                     seed=seed,
                     threads=options.threads,
-                    files=sorted(external),
                     shard=asdict(order.shard),
                 )
                 outcome = run_stage(
@@ -140,7 +140,7 @@ def make_shard(
                 claim,
                 config=config,
                 inputs=inputs,
-                code_digest=code.digest,
+                code_digest=code_digest,
                 seed=seed,
                 metrics=outcome.summary,
                 volatile=node.stage.volatile,
@@ -148,9 +148,8 @@ def make_shard(
                 external=external,
             )
         except Exception as error:
-            note_failure(logs, order.stage, order.key, error)
+            note.failed(error)
             raise
-    forget_failure(logs, order.stage, order.key)
     return ref
 
 

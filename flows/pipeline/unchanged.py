@@ -1,24 +1,15 @@
-"""What a stage reads is what its key says, before it begins and when it has ended; else nothing of it is kept."""
+"""Guards round a stage: what it reads is what its key was made of, before it begins and when it has ended."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.store import Claim, Store
 from draftsmith.flows.pipeline.external import external_digests
 from draftsmith.flows.pipeline.graph import Node, Pipeline, key_of
-
-
-@dataclass(frozen=True)
-class Code:
-    """What a stage is run with, for its manifest: that of a moment, while its source may be edited any time."""
-
-    digest: str
-    modules: Mapping[str, str]
 
 
 def code_of(
@@ -28,10 +19,10 @@ def code_of(
     pipeline: Pipeline,
     external: Mapping[str, str],
     key: str,
-) -> Code:
-    """Of a stage that begins now. Raises RetryableError if it is not the code that the key was made of: a stage may
-    wait for its turn for hours, and a shard be made on another host."""
-    code = Code(pipeline.code_digest(node.module), pipeline.code_modules(node.module))
+) -> tuple[str, Mapping[str, str]]:
+    """Return digest and modules of the code that a stage begins with, for its manifest. Raises RetryableError if it is
+    not the code that the key was made of: a stage may wait for hours, and a shard be made on another host."""
+    code = pipeline.code_digest(node.module), pipeline.code_modules(node.module)
     if key_of(node, inputs, seed, pipeline, external) != key:
         raise RetryableError(
             f"{node.name}: the code here (or a file that it reads) is not that of its key: it was changed while the "
@@ -47,45 +38,42 @@ def unchanged(
 ) -> Iterator[None]:
     """Around a stage. Raises DraftsmithError before the body if an input is damaged or a file is not that of the key
     (`external`), and after it, however it ended, if one has become so: then what the attempt left is discarded too."""
-    _check_current(store, node, inputs, external)
-    _check_whole(store, node, inputs, read=False)
+    _check(store, node, inputs, external, read=False)
+    failed: Exception | None = None
     try:
         yield
-    except Exception:
-        # what cannot be asked now hides no error of the stage
-        with suppress(RetryableError), _discarding(store, claim):
-            _check_read(store, node, inputs, external)
-        raise
-    with _discarding(store, claim):
-        _check_read(store, node, inputs, external)
-
-
-@contextmanager
-def _discarding(store: Store, claim: Claim) -> Iterator[None]:
+    except Exception as error:
+        failed = error
     try:
-        yield
-    except RetryableError:  # a bucket that does not answer says nothing of what was read: the attempt is kept
-        raise
+        _check(store, node, inputs, external, read=True)
+    except RetryableError:  # a bucket that does not answer says nothing of what was read, and hides no other error
+        if failed is None:
+            raise
     except DraftsmithError:
         store.discard(claim)
         raise
+    if failed is not None:
+        raise failed
 
 
-def _check_read(store: Store, node: Node, inputs: Mapping[str, ArtifactRef], external: Mapping[str, str]) -> None:
-    _check_whole(store, node, inputs, read=True)  # first: it asks nobody
-    _check_current(store, node, inputs, external)
-
-
-def _check_current(store: Store, node: Node, inputs: Mapping[str, ArtifactRef], external: Mapping[str, str]) -> None:
-    """Inputs and files are those of the key."""
+def _check(
+    store: Store, node: Node, inputs: Mapping[str, ArtifactRef], external: Mapping[str, str], *, read: bool
+) -> None:
+    """Compare inputs and files with the key. read: by the stage, so that a damaged copy cannot be mended any more."""
+    if not read:
+        _check_content(store, node, inputs)
     for name, ref in inputs.items():
-        now = store.manifest_at(ref.stage, ref.key)
-        if now is not None and now.content_id != ref.content_id:  # another run made it again, with `--force`
-            raise DraftsmithError(
-                f"{node.name}: its input {name} ({ref.path}) was made again by another run, with other content: run "
-                "the same command again, which then starts from the new one"
-            )
-    found = external_digests(node.config.reading(external))  # what has come meanwhile is not read
+        try:
+            if not read:
+                store.fetch(ref)
+            store.verify_once(ref, read=read)
+        except DraftsmithError as error:
+            alone = f" (`draftsmith stage {node.inputs[name]} CONFIG --force` makes it alone)"
+            hint = alone if "--force" in str(error) else ""
+            raise type(error)(f"{node.name}: its input {name}: {error}{hint}") from error
+    if read:  # after what asks no bucket
+        _check_content(store, node, inputs)
+    found = external_digests(node.config)  # of listed files those of the listing: what has come meanwhile is not read
     if changed := [path for path in sorted({*found, *external}) if found.get(path) != external.get(path)]:
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise DraftsmithError(
@@ -94,20 +82,11 @@ def _check_current(store: Store, node: Node, inputs: Mapping[str, ArtifactRef], 
         )
 
 
-def _check_whole(store: Store, node: Node, inputs: Mapping[str, ArtifactRef], *, read: bool) -> None:
-    """Inputs are as they were written. read: by the stage, so that a copy which is damaged is none to mend."""
+def _check_content(store: Store, node: Node, inputs: Mapping[str, ArtifactRef]) -> None:
     for name, ref in inputs.items():
-        try:
-            if not read:
-                store.fetch(ref)
-            store.verify_once(ref, read=read)
-        except DraftsmithError as error:
-            hint = _node(node, name, ref) if "--force" in str(error) else ""
-            raise type(error)(f"{node.name}: its input {name}: {error}{hint}") from error
-
-
-def _node(node: Node, name: str, ref: ArtifactRef) -> str:
-    """The remedy names the stage; this, the node that made the input, where that is called otherwise."""
-    source = node.inputs[name]
-    alone = f"`draftsmith stage {source} CONFIG --force` makes it alone"
-    return f" (here it is node {source}: {alone})" if source != ref.stage else f" ({alone})"
+        now = store.manifest_at(ref.stage, ref.key)
+        if now is not None and now.content_id != ref.content_id:
+            raise DraftsmithError(
+                f"{node.name}: its input {name} ({ref.path}) was made again by another run, with other content: run "
+                "the same command again, which then starts from the new one"
+            )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -14,8 +14,7 @@ from draftsmith.artifacts.store import Store
 from draftsmith.artifacts.text import flat, short
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.pipeline.external import external_digests
-from draftsmith.flows.pipeline.graph import Node, Pipeline, PlannedNode, Status, plan, seed_of
-from draftsmith.flows.pipeline.history import made_before
+from draftsmith.flows.pipeline.graph import Node, Pipeline, PlannedNode, Status, made_before, plan, seed_of
 from draftsmith.flows.pipeline.options import RunOptions
 from draftsmith.stages.contract import Config
 
@@ -29,11 +28,12 @@ def why(display: Display, config: RunOptions, pipeline: Pipeline, name: str) -> 
     planned = {item.node.name: item for item in plan(config, store, pipeline)}
     if name not in planned:
         raise DraftsmithError(f"no node {name!r}: use one of {', '.join(planned)}")
+    manifests = store.list()
     for each in _with_what_it_waits_for(planned, name):
         item = planned[each]
         display.line(f"{each}: {_state(item, store)}")
         display.left_over([item])
-        earlier = _earlier(store, config.name, item)
+        earlier = _earlier(manifests, config.name, item)
         if earlier is None:
             display.line("  there is no earlier artifact of it to compare with")
             continue
@@ -65,16 +65,12 @@ def _state(item: PlannedNode, store: Store) -> str:
     return f"new: no artifact has the key {item.key[:16]}{rest}"
 
 
-def _earlier(store: Store, run: str, item: PlannedNode) -> tuple[Manifest, str] | None:
+def _earlier(manifests: Sequence[Manifest], run: str, item: PlannedNode) -> tuple[Manifest, str] | None:
     """The last artifact of another key that the node was, else the last one of its stage with the same inputs."""
-    for ref in made_before(home(), run, item.node.name):
-        if ref.key != item.key and (found := store.manifest_at(ref.stage, ref.key)) is not None:
-            return found, f"this node in the last run of {run} that had another key"
-    same = [
-        each
-        for each in store.list()
-        if each.stage == item.node.stage.name and each.key != item.key and set(each.inputs) == set(item.node.inputs)
-    ]
+    others = [each for each in manifests if each.key != item.key]
+    if before := made_before([each for each in others if each.run == run], item.node.name):
+        return before[0], f"this node in the last run of {run} that had another key"
+    same = [each for each in others if each.stage == item.node.stage.name and set(each.inputs) == set(item.node.inputs)]
     return (same[-1], "the last artifact of its stage (no run of this name has made the node)") if same else None
 
 

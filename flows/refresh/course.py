@@ -13,10 +13,10 @@ from draftsmith.artifacts.home import home
 from draftsmith.artifacts.manifest import ArtifactRef, read_manifest
 from draftsmith.artifacts.mlflow_models import link_version
 from draftsmith.artifacts.refreshes import OUTCOME
-from draftsmith.artifacts.registry import CHAMPION, PROMOTED, RECORD, ChampionMovedError, Version
+from draftsmith.artifacts.registry import CHAMPION, RECORD, ChampionMovedError, Version
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.pipeline.display import Display
-from draftsmith.flows.pipeline.graph import Conclusion, Node, PlanAgain
+from draftsmith.flows.pipeline.graph import Conclusion, Node, OutdatedPlanError
 from draftsmith.flows.refresh import hook
 from draftsmith.flows.refresh.config import DEFAULT_SAMPLING, RefreshConfig, measured_with, prompts_since
 from draftsmith.flows.refresh.line import (
@@ -41,6 +41,7 @@ from draftsmith.stages.measure.gate import with_version
 from draftsmith.stages.prompting.times import LAST
 
 _MOST_OF_A_TAG = 250  # characters
+_PLAN_ANEW = "Run the same command again: it plans anew and reuses what is done."
 _IN_FRONT = ("target", "prompts", "heldout", "champion")  # nodes of the drift check's own
 
 
@@ -139,7 +140,7 @@ class RefreshCourse:
         ours = decision["promote"] and now is not None and now.content_id == ref.content_id  # MLflow was lost behind it
         if moved and not ours:
             serves = "nobody" if now is None else f"version {now.number}"
-            raise self._plan_again(f"{self.line.name}: {serves} is the champion by now")
+            raise OutdatedPlanError(f"{self.line.name}: {serves} is the champion by now. {_PLAN_ANEW}")
         version = line.register(self.line.name, ref, tags, run_id=run_id, upload=self.line.upload)
         link_version(Tracking(home(), self.config.experiment), version, read_manifest(ref.path))
         if not decision["promote"]:
@@ -173,19 +174,12 @@ class RefreshCourse:
         try:
             registry().promote(version, expected=expected, why=decision["sentence"], tags=says)
         except ChampionMovedError as error:
-            raise self._plan_again(str(error)) from error
+            raise OutdatedPlanError(f"{error}. {_PLAN_ANEW}") from error
         tag_ended(version)
         said = f"{version} is the champion: {decision['sentence']}"
         if became := hook.call_if_due(self.config.on_promote, version.line):
             said += f"; {became}"
         return self._conclusion("Promoted", said, decision, version)
-
-    def _plan_again(self, why: str) -> PlanAgain:
-        """What makes this run go on holds for the new plan, unless a refresh has promoted who serves now: that was what
-        was asked for."""
-        champion, events = registry().champion(self.line.name), registry().events(self.line.name)
-        by_hand = champion is not None and events and events[-1].what != PROMOTED
-        return PlanAgain(why, ("drift",) if self._forced and by_hand else ())
 
     def _conclusion(
         self,

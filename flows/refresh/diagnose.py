@@ -17,6 +17,7 @@ from draftsmith.flows.pipeline.graph import Node, Pipeline
 from draftsmith.flows.pipeline.options import RunOptions
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.evaluate import named_drafter
+from draftsmith.flows.refresh.graph import first_nodes
 from draftsmith.stages.diagnosis import RESULT, DiagnosisConfig
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.prompts import PromptsConfig
@@ -35,11 +36,9 @@ class DiagnoseConfig(RunOptions):
 
 def diagnose_nodes(config: DiagnoseConfig) -> list[Node]:
     """Target, prompts, and what the server does with them."""
-    target = {"target": "target"}
-    asked = {**target, "prompts": "prompts"}
+    asked = {"target": "target", "prompts": "prompts"}
     return [
-        Node("target", "draftsmith.stages.target", config.target),
-        Node("prompts", "draftsmith.stages.prompts", config.prompts, target),
+        *first_nodes(config.target, config.prompts),
         Node(NODE, "draftsmith.stages.diagnosis", config.diagnosis, asked),
     ]
 

@@ -12,6 +12,7 @@ from draftsmith.flows.checks.check import RunChecks
 from draftsmith.flows.pipeline.graph import Node, Pipeline
 from draftsmith.flows.pipeline.options import PlainName, RunOptions
 from draftsmith.flows.refresh.config import RefreshConfig
+from draftsmith.flows.refresh.graph import first_nodes
 from draftsmith.flows.refresh.line import registry
 from draftsmith.flows.refresh.review import compared
 from draftsmith.stages.measure.config import DRAFTERS, PREFIX, EvaluationConfig
@@ -37,8 +38,7 @@ def evaluate_nodes(config: EvaluateConfig) -> list[Node]:
     target = {"target": "target"}
     asked = {**target, "prompts": "prompts"}
     nodes = [
-        Node("target", "draftsmith.stages.target", config.target),
-        Node("prompts", "draftsmith.stages.prompts", config.prompts, target),
+        *first_nodes(config.target, config.prompts),
         Node("heldout", "draftsmith.stages.rollout", config.heldout, asked),
     ]
     measured = {**asked, "trajectories": "heldout"}

@@ -15,6 +15,32 @@ from draftsmith.flows.refresh.config import (
 )
 from draftsmith.flows.refresh.course import course, resolve
 from draftsmith.flows.refresh.review import compared, review
+from draftsmith.stages.contract import SOURCES
+from draftsmith.stages.logs import LogsConfig
+from draftsmith.stages.prompts import PromptsConfig
+from draftsmith.stages.targets.config import TargetConfig
+
+
+def first_nodes(target: TargetConfig, prompts: PromptsConfig, logs: LogsConfig | None = None) -> list[Node]:
+    """Return what every graph begins with: listings of the files that prompts and logs are read from, target, prompts.
+
+    They are listed where they are found by folder, pattern or address, or since a time that is counted back from now.
+    """
+    readers = {"prompts": prompts.listed, "logs": logs.listed if logs is not None else None}
+    listings = [
+        Node(f"{name}-{SOURCES}", "draftsmith.stages.sources", listed)
+        for name, listed in readers.items()
+        if listed is not None
+    ]
+    return [
+        *listings,
+        Node("target", "draftsmith.stages.target", target),
+        Node("prompts", "draftsmith.stages.prompts", prompts, {"target": "target", **_listed("prompts", prompts)}),
+    ]
+
+
+def _listed(name: str, config: PromptsConfig | LogsConfig) -> dict[str, str]:
+    return {} if config.listed is None else {SOURCES: f"{name}-{SOURCES}"}
 
 
 def refresh_nodes(config: RefreshConfig) -> list[Node]:
@@ -22,8 +48,7 @@ def refresh_nodes(config: RefreshConfig) -> list[Node]:
     target = {"target": "target"}
     asked = {**target, "prompts": "prompts"}
     nodes = [
-        Node("target", "draftsmith.stages.target", config.target),
-        Node("prompts", "draftsmith.stages.prompts", config.prompts, target),
+        *first_nodes(config.target, config.prompts, config.logs),
         Node(
             "heldout", "draftsmith.stages.rollout", config.heldout, asked
         ),  # early: its errors come before the long stages
@@ -41,7 +66,8 @@ def refresh_nodes(config: RefreshConfig) -> list[Node]:
             earlier = {"earlier": "earlier"}
             taken = known.model_copy(update={"replayed": config.logs.replay_share > 0})
             nodes.append(Node("earlier", "draftsmith.stages.earlier", taken))
-        nodes.append(Node(answers, "draftsmith.stages.logs", config.logs, asked | earlier))
+        inputs = {**asked, **earlier, **_listed("logs", config.logs)}
+        nodes.append(Node(answers, "draftsmith.stages.logs", config.logs, inputs))
     else:
         assert config.rollout is not None  # RefreshConfig has checked it
         answers = "rollout"

@@ -10,9 +10,10 @@ from pydantic import BeforeValidator, Field, field_validator
 
 from draftsmith.stages.contract import Config, FilledIn
 from draftsmith.stages.law import Law, TopK
-from draftsmith.stages.prompting.files import listed, local_files, matched, remote_versions
+from draftsmith.stages.prompting.files import local_files, matched, remote_versions
+from draftsmith.stages.prompting.listing import SourcesConfig
 from draftsmith.stages.prompting.rows import FieldNames, Filter
-from draftsmith.stages.prompting.times import LAST, Since, as_text, as_time, iso
+from draftsmith.stages.prompting.times import LAST, Since, as_text, as_time, beginning, iso
 
 _PATHS = "logs.paths"
 
@@ -53,9 +54,9 @@ class LogsConfig(Config):
     since: Since | None = Field(
         default=None,
         description="only rows from this time on: 7d, 12h, an ISO date or time, or `last`: what the champion's refresh "
-        "has not read yet (all of them where there is no champion yet). 7d and 12h become the time that they mean when "
-        "the run begins, of a deployment in every run: a midnight for days, a full hour for hours (UTC), so that one "
-        "that begins again on that day or in that hour is the same run",
+        "has not read yet (all of them where there is no champion yet). 7d and 12h are counted back from when the run "
+        "begins: to a midnight for days, a full hour for hours (UTC), so that one that begins again on that day or in "
+        "that hour is the same run",
     )
     after: Annotated[
         Annotated[str, BeforeValidator(as_text)] | None,
@@ -121,7 +122,7 @@ class LogsConfig(Config):
     @property
     def since_time(self) -> datetime | None:
         """Rows from here on, if `since` says a time."""
-        return as_time(self.since)
+        return beginning(self.since, self._listing)
 
     def holds(self, time: datetime) -> bool:
         """Is this time inside the window?"""
@@ -147,9 +148,10 @@ class LogsConfig(Config):
         any."""
         return matched(self.paths, _PATHS, self.listed_files)
 
-    def listing(self) -> list[str]:
-        """All logs that are there, on this machine or elsewhere."""
-        return listed(self.paths, _PATHS)
+    @property
+    def listed(self) -> SourcesConfig | None:
+        """What stage `sources` lists for it; None where nothing has to be listed."""
+        return SourcesConfig.of(self.paths, _PATHS, [self.since])
 
     def external_files(self) -> list[Path]:
         """The logs on this machine. Raises DraftsmithError for a path, folder or glob without any."""

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from draftsmith.stages.contract import Config
 from draftsmith.stages.prompting.rows import FieldNames, Filter, Message, passes
-from draftsmith.stages.prompting.times import Since, as_time
+from draftsmith.stages.prompting.times import Since, beginning
 
 Split = Literal["train", "validation", "heldout"]
 # Held-out prompts are drawn first: a text that comes up twice stays there and is not trained on.
@@ -94,7 +94,7 @@ class JsonlSource(_RowSource):
     @property
     def since_time(self) -> datetime | None:
         """None too where `last` means nothing yet."""
-        return as_time(self.since)
+        return beginning(self.since, self._listing)
 
 
 class HuggingFaceSource(_RowSource):

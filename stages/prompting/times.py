@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from datetime import UTC, date, datetime, timedelta
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, PlainSerializer, SerializationInfo, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator
 
-from draftsmith.stages.contract import AS_WRITTEN, READ_AT
+from draftsmith.stages.contract import Listing
 
 TIME_FIELDS = ("timestamp", "created", "created_at", "time")
 LAST = "last"  # a window that begins behind what an earlier refresh has read: whoever runs refreshes says where
@@ -71,37 +71,29 @@ def iso(time: datetime) -> str:
     return time.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
-class Beginning(str):
-    """Where a window begins, as ISO text or `last`, that remembers how it was written: in a schedule `7d` means another
-    time in every run."""
-
-    written: str
-
-    @classmethod
-    def of(cls, window: str, now: datetime) -> Self:
-        """Raises ValueError with what is expected."""
-        made = cls(absolute(window, now))
-        made.written = window.strip()
-        return made
+def is_relative(window: str) -> bool:
+    """Return whether a window means another time in every run, as 7d and 12h do."""
+    return _RELATIVE.fullmatch(window.strip()) is not None
 
 
-def _dumped(window: str, info: SerializationInfo) -> str:
-    """As a config is dumped: the time that it meant; what was written in the context `as_written`, for runs to come."""
-    if isinstance(window, Beginning) and (info.context or {}).get(AS_WRITTEN):
-        return window.written
-    return str(window)
+def beginning(window: str | None, listing: Listing | None) -> datetime | None:
+    """Return where a window begins: as the run's listing has it, else now. None for no window and for `last`."""
+    if window is None or window == LAST:
+        return None
+    known = None if listing is None else listing.since.get(window)
+    return as_time(known or absolute(window, datetime.now(UTC)))
 
 
-def _read(window: str, info: ValidationInfo) -> Beginning:
-    return Beginning.of(window, (info.context or {}).get(READ_AT) or datetime.now(UTC))
+def _read(window: str) -> str:
+    begins = absolute(window, datetime.now(UTC))
+    return window.strip() if is_relative(window) else begins
 
 
-# of a field: where a window begins, absolute from the moment when the config is read
+# of a field: a window of days or hours as it was written, any other as ISO text
 Since = Annotated[
     str,
     BeforeValidator(as_text),
     AfterValidator(_read),
-    PlainSerializer(_dumped),
 ]
 
 

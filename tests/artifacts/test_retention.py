@@ -13,7 +13,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.locks import LockTimeoutError, locked
 from draftsmith.artifacts.manifest import ELSEWHERE, MANIFEST, ArtifactRef
 from draftsmith.artifacts.retention import in_use, leftovers, nobody_reads, unused
-from draftsmith.artifacts.store import REPLACED, SHORT, Claim, Store
+from draftsmith.artifacts.store import REPLACED, Claim, Store
 
 OLD, YOUNG, KEY = "ab" * 32, "cd" * 32, "ef" * 32
 DAY = 86400.0
@@ -122,13 +122,14 @@ def made(store: Store, stage: str, inputs: dict[str, ArtifactRef] | None = None)
         return store.commit(claim, config={}, inputs=inputs or {}, code_digest="c", seed=0)
 
 
-def place(ref: ArtifactRef) -> tuple[str, str]:
-    return ref.stage, ref.key[:SHORT]
+def used(ref: ArtifactRef, at: float = LATER) -> None:
+    """A run reuses it."""
+    os.utime(ref.path / MANIFEST, (at, at))
 
 
-def stages(store: Store, *, used: dict[tuple[str, str], float] | None = None, needed: tuple[str, ...] = ()) -> set[str]:
+def stages(store: Store, *, needed: tuple[str, ...] = ()) -> set[str]:
     """Of what may go."""
-    return {each.path.parent.name for each in unused(store.root, LATER, used or {}, needed)}
+    return {each.path.parent.name for each in unused(store.root, LATER, needed)}
 
 
 @pytest.fixture
@@ -141,12 +142,15 @@ def chain(store: Store) -> list[ArtifactRef]:
 
 def test_what_was_used_stays_with_what_it_was_made_from(store: Store, chain: list[ArtifactRef]) -> None:
     _, answers, sft, _ = chain
-    assert unused(store.root, time.time() - 1000, {}, ()) == [], "all of it is young"
+    assert unused(store.root, time.time() - 1000, ()) == [], "all of it is young"
     assert stages(store) == {"target", "rollout", "sft", "opd"}
-    assert stages(store, used={place(sft): LATER - 1}) == {"target", "rollout", "sft", "opd"}
-    assert stages(store, used={place(sft): LATER}) == {"opd"}
-    assert stages(store, used={place(answers): LATER}) == {"sft", "opd"}
     assert stages(store, needed=(chain[3].content_id,)) == {"sft"}
+    used(sft, LATER - 1)
+    assert stages(store) == {"target", "rollout", "sft", "opd"}
+    used(answers)
+    assert stages(store) == {"sft", "opd"}
+    used(sft)
+    assert stages(store) == {"opd"}
 
 
 def test_what_was_read_by_its_path_stays(store: Store) -> None:
@@ -163,7 +167,8 @@ def test_what_was_read_by_its_path_stays(store: Store) -> None:
 def test_nothing_goes_while_nobody_can_say_what_an_artifact_reads(store: Store, chain: list[ArtifactRef]) -> None:
     (chain[0].path / ELSEWHERE).write_text("{")
     with pytest.raises(DraftsmithError, match=rf"{ELSEWHERE}: cannot be read \(truncated or edited\)"):
-        stages(store, used={place(chain[0]): LATER})
+        used(chain[0])
+        stages(store)
 
 
 def test_what_is_no_whole_artifact_is_none_of_these(store: Store, chain: list[ArtifactRef]) -> None:
@@ -176,7 +181,8 @@ def test_what_is_no_whole_artifact_is_none_of_these(store: Store, chain: list[Ar
 def test_it_goes_unless_a_run_holds_it_and_never_by_halves(
     store: Store, chain: list[ArtifactRef], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (found,) = unused(store.root, LATER, {place(chain[2]): LATER}, ())
+    used(chain[2])
+    (found,) = unused(store.root, LATER, ())
     assert found.path == chain[3].path and found.bytes == len("opd") and found.lock is not None
     with locked(found.lock):
         assert not found.remove() and store.find("opd", chain[3].key) is not None
@@ -187,7 +193,9 @@ def test_it_goes_unless_a_run_holds_it_and_never_by_halves(
     assert store.find("opd", chain[3].key) is None, "not damaged: not there"
     (aside,) = Path(store.root / "opd").glob(f"{REPLACED}*")
     assert (aside / "x").is_file() and not (aside / MANIFEST).exists(), "no version's drafter: it is a leftover"
-    (sft,) = unused(store.root, LATER, {place(chain[1]): LATER}, ())
+    used(chain[2], 0)
+    used(chain[1])
+    (sft,) = unused(store.root, LATER, ())
     assert sft.remove() and not list((store.root / "sft").glob("[!.l]*")) and not list((store.root / "sft").glob(".r*"))
 
 

@@ -132,11 +132,11 @@ def pages(path: Path, chance: random.Random) -> None:
 
 
 def notes(damage: Damage) -> Play:
-    """What lies beside the store: checksums that are known, the history, requests of earlier attempts. It explains and
-    saves time; damaged, it must not disturb the refresh."""
+    """What lies beside the store: checksums that are known, which listing a run has, requests of earlier attempts. It
+    explains and saves time; damaged, it must not disturb the refresh."""
 
     def play(scene: Scene) -> None:
-        for folder in ("checksums", "history", "logs"):
+        for folder in ("checksums", "sources", "logs"):
             files = [p for p in (scene.home.path / folder).rglob("*.json*") if p.stat().st_size]
             for path in files if folder == "checksums" else files[-1:]:
                 damage(path, scene.chance)

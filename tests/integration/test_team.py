@@ -140,10 +140,10 @@ def fired(servers: Team, deployment: str) -> dict[str, Any]:
 
 def process_of(servers: Team, name: str) -> int:
     """The id of the process of the run called so, once a stage of it works."""
-    notes = servers.folder / "home" / "logs"
+    store = servers.folder / "home" / "store"
 
     def process() -> int | None:
-        noted = [json.loads(path.read_text()) for path in notes.glob("*.running.json")]
+        noted = [json.loads(path.read_text()) for path in store.glob("*/.partial-*/attempt.json")]
         return next((each["pid"] for each in noted if each["run"] == name), None)
 
     wait_until(lambda: process() is not None, f"the run works\n{servers.worker_log[-3000:]}", LIMIT_S)

@@ -21,6 +21,7 @@ from draftsmith.stages.law import Law
 from draftsmith.stages.logs import LogsConfig
 from draftsmith.stages.prompting.earlier import ORIGIN
 from draftsmith.stages.prompting.held_out import HeldOut
+from draftsmith.stages.prompting.times import iso
 from draftsmith.stages.stored import load_trajectories
 from tests.stages.logs_run import Row, as_ids, counts, given_by, run, set_aside, table, write
 from tests.stages.prompting import row_files
@@ -138,11 +139,11 @@ def test_a_window_that_another_follows_is_read_whole_whatever_its_files_are_call
     assert counts(alone)["rows_in_files"] is None, "nor were they all looked at to count them"
 
 
-def test_a_relative_window_is_absolute_once_the_config_is_read() -> None:
-    config = LogsConfig.model_validate({"paths": "a", "temperature": 0, "since": "7d"})
-    assert config.since is not None and config.since.endswith("T00:00:00Z")
+def test_a_relative_window_stays_as_it_was_written_and_begins_at_a_midnight() -> None:
+    config = LogsConfig.model_validate({"paths": "a", "temperature": 0, "since": " 7d"})
+    assert config.since == "7d" and config.since_time is not None
+    assert iso(config.since_time).endswith("T00:00:00Z") and config.holds(datetime.now(UTC))
     assert LogsConfig.model_validate(config.model_dump(mode="json")) == config  # what the stage's process is sent
-    assert config.key_material()["since"] == config.since
 
 
 def test_dates_as_yaml_reads_them_are_windows() -> None:

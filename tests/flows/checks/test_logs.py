@@ -12,6 +12,7 @@ import pytest
 from draftsmith.flows.checks import prompts as checks
 from draftsmith.flows.checks.findings import Findings, Level
 from draftsmith.flows.pipeline.graph import Node
+from draftsmith.stages.contract import Listing
 from draftsmith.stages.logs import LogsConfig
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.targets.config import TargetConfig
@@ -98,7 +99,7 @@ def test_only_the_files_that_a_run_reads_are_counted(tmp_path: Path) -> None:
         path.write_text("".join(json.dumps(answer(1, messages=asks(number))) + "\n" for number in range(5)))
         os.utime(path, (0, 0))
     asked = {"sources": [{"kind": "jsonl", "path": str(tmp_path)}], "train": 4, "heldout": 0}
-    config, findings = PromptsConfig.model_validate(asked).reading([str(tmp_path / "a.jsonl")]), Findings()
+    config, findings = PromptsConfig.model_validate(asked).reading(Listing([str(tmp_path / "a.jsonl")], {})), Findings()
     checks.check_sources(findings, [Node("prompts", "draftsmith.stages.prompts", config)])
     (enough,) = findings.lines
     assert "5 rows for 4 prompts" in enough.text

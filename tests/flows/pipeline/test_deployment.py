@@ -74,11 +74,8 @@ def test_a_window_of_days_is_one_of_every_run() -> None:
     from tests.testbed.refresh import load_config
 
     config = load_config(ROOT / "configs" / "weekly.yaml")
-    assert config.logs is not None and config.logs.since is not None and config.logs.since.endswith("T00:00:00Z")
     sent = parameters(config, [])["config"]
     assert sent["logs"]["since"] == sent["prompts"]["sources"][0]["since"] == "7d"
-    began = config.model_dump(mode="json")["logs"]["since"]
-    assert type(began) is str and began == config.logs.since, "what a stage is sent, and what its key says"
     assert RefreshConfig.model_validate(sent) == config
 
 

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import boto3
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageInterrupted
-from draftsmith.artifacts.locks import Holder
 from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef
 from draftsmith.artifacts.open_store import STORE
-from draftsmith.artifacts.store import Claim, Store
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.cli import main
 from draftsmith.flows.pipeline import devices
 from draftsmith.flows.pipeline.cancellation import CancelledError
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.pipeline.graph import key_of, outdated
-from draftsmith.flows.pipeline.node import Workshop, _devices, _say_in_use, make
+from draftsmith.flows.pipeline.node import Workshop, _devices, make
 from draftsmith.flows.pipeline.options import StageOptions, check_runner
 from draftsmith.flows.pipeline.process import StageFailedError, StageOutcome, run_stage
 from draftsmith.flows.pipeline.shards import Make, Order, side_by_side
@@ -35,35 +31,6 @@ from tests.flows.pipeline.toy import TOY, ToyConfig, toy_nodes, write_config
 from tests.flows.pipeline.toy_stages.collect import CollectConfig
 from tests.flows.pipeline.toy_stages.squares import SquaresConfig
 from tests.testbed.s3 import SECRET, bucket
-
-
-@pytest.mark.parametrize("when", ["before", "while the stage runs"])
-def test_an_input_that_another_run_makes_again_is_not_filed_under_the_old_key(
-    when: str, tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = ToyConfig(name="t")
-    nodes = {node.name: node for node in toy_nodes(config)}
-    workshop = Workshop(tmp_path, config, TOY, Display(), tracking)
-    target = make(workshop, nodes["target"], {}).ref
-
-    def make_it_again() -> None:
-        with Store(tmp_path / "store").claim(target.stage, target.key, force=True) as claim:
-            assert isinstance(claim, Claim)
-            (claim.out / "numbers.json").write_text(json.dumps([1000]))
-            workshop.store.commit(claim, config={}, inputs={}, code_digest="c", seed=0)
-
-    def run_and_be_overtaken(*arguments: Any, **keywords: Any) -> StageOutcome:
-        outcome = run_stage(*arguments, **keywords)
-        make_it_again()
-        return outcome
-
-    if when == "before":
-        make_it_again()
-    else:
-        monkeypatch.setattr("draftsmith.flows.pipeline.node.run_stage", run_and_be_overtaken)
-    with pytest.raises(DraftsmithError, match=r"left: its input first .* was made again by another run"):
-        make(workshop, nodes["left"], {"first": target})
-    assert workshop.store.find("combine", key_of(nodes["left"], {"first": target}, config.seed, TOY)) is None
 
 
 @pytest.mark.parametrize("when", ["before", "while the stage runs", "before its shards"])
@@ -275,42 +242,3 @@ def test_what_another_host_was_first_to_make_of_an_earlier_measurement_is_not_ta
     monkeypatch.setattr("draftsmith.flows.pipeline.node.run_stage", run_and_be_overtaken)
     made = make(ours, nodes["left"], measured)
     assert not made.reused and not outdated(theirs.store, nodes["left"], made.ref, measured)
-
-
-def test_a_bucket_that_is_not_there_is_told_before_a_stage_runs(
-    homes: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = str(write_config(tmp_path / "toy.yaml", target={"note_start": str(tmp_path / "started")}))
-    monkeypatch.setenv("DRAFTSMITH_HOME", str(homes[0]))
-    monkeypatch.setenv(STORE, "s3://taems/line")
-    assert main(["stage", "target", config], TOY) == 2
-    assert "DRAFTSMITH_STORE: s3://taems/line: there is no such bucket" in capsys.readouterr().err
-    assert not (tmp_path / "started").exists()
-
-
-def test_a_flipped_bit_stops_the_stage_that_would_read_it(
-    homes: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = str(write_config(tmp_path / "toy.yaml"))
-    monkeypatch.setenv("DRAFTSMITH_HOME", str(homes[0]))
-    assert main(["stage", "target", config], TOY) == 0
-    client = boto3.client("s3")
-    listed = client.list_objects_v2(Bucket="teams", Prefix="line/collect/")["Contents"]
-    (key,) = [each["Key"] for each in listed if each["Key"].endswith("numbers.json")]
-    client.put_object(Bucket="teams", Key=key, Body=b"[0, 1, 2, 3, 5]")
-    monkeypatch.setenv("DRAFTSMITH_HOME", str(homes[1]))
-    capsys.readouterr()
-    assert main(["stage", "left", config], TOY) == 2
-    said = capsys.readouterr().err
-    assert f"left: its input first: s3://teams/{key}: has changed since it was uploaded" in said
-    assert "--force" in said
-
-
-def test_a_run_that_waits_for_a_shared_device_does_not_name_itself() -> None:
-    said: list[str] = []
-    workshop, waits = SimpleNamespace(display=SimpleNamespace(line=said.append)), SimpleNamespace(name="evaluation")
-    for pid in (os.getpid(), os.getppid()):
-        holder = Holder("", "host", pid, "user", "run", "2026-01-31T12:00:00+00:00")
-        _say_in_use(workshop, waits)("cpu", holder)  # type: ignore[arg-type]
-    assert said[0] == "evaluation: waits for the device cpu, which is in use by another run"
-    assert f"pid {os.getppid()} of user" in said[1]

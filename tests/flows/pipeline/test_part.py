@@ -18,7 +18,7 @@ def test_until_makes_a_node_and_what_it_needs(tmp_path: Path) -> None:
     config, store = ToyConfig(name="t"), Store(tmp_path)
     assert list(statuses(Part(until=("left",)).plan(config, store, TOY))) == ["target", "left"]
     assert len(Part(until=("combine",)).plan(config, store, TOY)) == 4  # a stage: all its nodes
-    with pytest.raises(DraftsmithError, match="--until lfet: no such node, use one of: target, left, right, total"):
+    with pytest.raises(DraftsmithError, match="--until lfet"):
         Part(until=("lfet",)).plan(config, store, TOY)
 
 
@@ -30,9 +30,9 @@ def test_from_takes_all_before_it_from_the_store(tmp_path: Path) -> None:
     assert statuses(Part(start=("left",)).plan(changed, store, TOY)) == made
 
     both = changed.model_copy(update={"right": CombineConfig(factor=6)})
-    with pytest.raises(DraftsmithError, match="--from left: not in the store, and not behind it: right: "):
+    with pytest.raises(DraftsmithError, match=r"--from left: .*: right: "):
         Part(start=("left",)).plan(both, store, TOY)
-    with pytest.raises(DraftsmithError, match="not behind it: left: "):
+    with pytest.raises(DraftsmithError, match=r"--from total: .*: left: "):
         Part(start=("total",)).plan(changed, store, TOY)
     assert statuses(Part(start=("left", "right")).plan(both, store, TOY))["right"] == "run"
     assert statuses(Part(start=("left",)).plan(both, store, TOY, ["right"]))["right"] == "forced"

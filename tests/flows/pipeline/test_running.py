@@ -13,12 +13,12 @@ from draftsmith.artifacts.errors import StageInterrupted
 from draftsmith.artifacts.store import Claim, Store
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.cli import main
-from draftsmith.flows.pipeline import devices
+from draftsmith.flows.pipeline import attempt, devices
+from draftsmith.flows.pipeline.attempt import AttemptNote
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.pipeline.graph import plan
 from draftsmith.flows.pipeline.inspection import status_of_config, status_of_store
 from draftsmith.flows.pipeline.node import Workshop, make
-from draftsmith.flows.pipeline.running import RunningNote
 from draftsmith.stages.contract import Compute
 from tests.flows.pipeline.toy import TOY, ToyConfig, toy_nodes, write_config
 
@@ -27,7 +27,7 @@ def test_a_running_node_is_told_with_its_process_and_its_progress(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path))
-    monkeypatch.setattr("draftsmith.flows.pipeline.running._EVERY_S", 0.0)
+    monkeypatch.setattr(attempt, "_EVERY_S", 0.0)
     config, store = ToyConfig(name="t"), Store(tmp_path / "store")
     key = plan(config, store, TOY)[0].key
     assert key is not None
@@ -39,13 +39,15 @@ def test_a_running_node_is_told_with_its_process_and_its_progress(
 
     with store.claim("collect", key) as claim:
         assert isinstance(claim, Claim)
-        note = RunningNote(tmp_path / "logs", "collect", key, "t", "target")
+        note = AttemptNote(claim.out.parent, "t", "target")
         note.progress(1, 5, "numbers")
         assert f"running: node target of t on {platform.node()} (pid {os.getpid()}, user " in status()
-        assert ", 1/5 numbers, said " in status()
-    assert "running" not in status()  # a process that was killed leaves its note, and no lock
-    note.close()
-    assert not list((tmp_path / "logs").iterdir())
+        assert ", 1/5 numbers, " in status()
+    assert "to do" in status().splitlines()[1], "a process that was killed leaves its note, and no lock"
+    note.failed(ValueError("the matrix is\nsingular"))
+    assert "failed" in status() and "the matrix is singular" in status()
+    (claim.out.parent / attempt.NOTE).write_text('{"run": ')
+    assert "failed" not in status()
 
 
 def test_a_node_that_waits_for_a_device_does_not_run_yet(

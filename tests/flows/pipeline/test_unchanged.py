@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -87,9 +86,8 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> Non
 
 def test_a_flipped_bit_in_an_input_is_found_before_a_stage_reads_it(toy: Toy) -> None:
     flip(toy.numbers)
-    with pytest.raises(DraftsmithError, match=r"left: its input first: .*numbers\.json: has changed since it was") as e:
+    with pytest.raises(DraftsmithError, match=r"left: its input first: .*numbers\.json: .*stage target CONFIG --force"):
         toy.make(toy.left())
-    assert "`draftsmith stage target CONFIG --force` makes it alone" in str(e.value)
     assert toy.found(toy.left()) is None
     flip(toy.numbers)
     assert json.loads((toy.make(toy.left()).path / "numbers.json").read_text()) == [0 + 1 + 2 + 3 + 4]
@@ -98,8 +96,7 @@ def test_a_flipped_bit_in_an_input_is_found_before_a_stage_reads_it(toy: Toy) ->
 def test_a_flipped_bit_in_an_artifact_that_nobody_reads_is_no_hit(toy: Toy) -> None:
     made = toy.make(toy.left())
     flip(made.path / "numbers.json")
-    message = r"numbers\.json: has changed since it was written.* \(here it is node left: `--force left`\)"
-    with pytest.raises(DraftsmithError, match=message):
+    with pytest.raises(DraftsmithError, match=r"numbers\.json: .*--force left"):
         toy.make(toy.left())
     assert make(toy.workshop, toy.left(), {"first": toy.target}, force=True).ref == made
 
@@ -118,10 +115,8 @@ def test_what_was_made_while_an_input_broke_is_not_kept(
     node, store = toy.left(), toy.workshop.store
     with monkeypatch.context() as patch:
         meanwhile(patch, lambda: flip(toy.numbers) if how == "flipped" else toy.numbers.unlink())
-        said = "has changed since it was written" if how == "flipped" else "cannot be read"
-        with pytest.raises(DraftsmithError, match=rf"numbers\.json: {said}") as refused:
+        with pytest.raises(DraftsmithError, match=r"numbers\.json") as refused:
             toy.make(node)
-    assert ("run the same command again, which fetches it again" in str(refused.value)) is in_bucket
     assert ("--force" in str(refused.value)) is not in_bucket
     partial = store.partial("combine", key_of(node, {"first": toy.target}, 0, TOY))
     assert not [path for path in partial.rglob("*") if path.is_file() and path.name == "numbers.json"]
@@ -159,6 +154,25 @@ def _forge(checksums: Checksums, path: Path) -> None:
     checksums._remember(replace(known, mtime_ns=stat.st_mtime_ns, ctime_ns=stat.st_ctime_ns))
 
 
+@pytest.mark.parametrize("when", ["before", "while the stage runs"])
+def test_an_input_that_another_run_makes_again_is_not_filed_under_the_old_key(
+    when: str, toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make_it_again() -> None:
+        with toy.workshop.store.claim(toy.target.stage, toy.target.key, force=True) as claim:
+            assert isinstance(claim, Claim)
+            (claim.out / "numbers.json").write_text(json.dumps([1000]))
+            toy.workshop.store.commit(claim, config={}, inputs={}, code_digest="c", seed=0)
+
+    if when == "before":
+        make_it_again()
+    else:
+        meanwhile(monkeypatch, make_it_again)
+    with pytest.raises(DraftsmithError, match=r"left: its input first .*another run"):
+        toy.make(toy.left())
+    assert toy.found(toy.left()) is None
+
+
 @pytest.mark.parametrize("when", ["while the stage runs", "while a stage that fails runs"])
 def test_a_file_that_changes_while_it_is_read_leaves_nothing_under_the_old_key(
     when: str, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -175,7 +189,7 @@ def test_a_file_that_changes_while_it_is_read_leaves_nothing_under_the_old_key(
 
     with monkeypatch.context() as patch:
         meanwhile(patch, replace_it)
-        with pytest.raises(DraftsmithError, match=r"left: .*addend changed while it was read"):
+        with pytest.raises(DraftsmithError, match=r"left: .*addend changed"):
             toy.make(node)
     assert toy.workshop.store.find("combine", key) is None
     partial = toy.workshop.store.partial("combine", key)
@@ -234,33 +248,6 @@ def test_what_was_made_of_an_earlier_measurement_and_not_committed_is_not_taken(
     assert not list(toy.workshop.store.root.glob("combine/.partial-*"))
 
 
-def test_what_another_run_makes_of_an_earlier_measurement_is_not_taken(toy: Toy) -> None:
-    """It holds the key while this run measures and then waits for it."""
-    store, key = toy.workshop.store, key_of(toy.left(), {"first": toy.target}, toy.workshop.config.seed, TOY)
-    held, waits = threading.Event(), threading.Event()
-
-    def other(first: ArtifactRef) -> None:
-        with store.claim("combine", key) as claim:
-            assert isinstance(claim, Claim)
-            held.set()
-            assert waits.wait(60)
-            (claim.out / "numbers.json").write_text("[10]")
-            store.commit(claim, config={}, inputs={"first": first}, code_digest="c", seed=0)
-
-    class Told(Display):
-        def line(self, text: str) -> None:
-            if "waiting for it" in text:
-                waits.set()
-
-    another = threading.Thread(target=other, args=(toy.target,))
-    another.start()
-    assert held.wait(60)
-    toy.measure("anew")
-    made = make(replace(toy.workshop, display=Told()), toy.left(), {"first": toy.target})
-    another.join()
-    assert not made.reused and not outdated(store, toy.left(), made.ref, {"first": toy.target})
-
-
 def test_files_elsewhere_that_an_input_names_are_those_that_it_found(toy: Toy, tmp_path: Path) -> None:
     weights = tmp_path / "weights"
     weights.write_bytes(b"1234")
@@ -272,11 +259,10 @@ def test_files_elsewhere_that_an_input_names_are_those_that_it_found(toy: Toy, t
         toy.target = toy.workshop.store.commit(claim, **fields)
     toy.make(toy.left())
     flip(weights)
-    with pytest.raises(DraftsmithError, match=r"weights: is not what stage collect found there; put it back, or"):
-        toy.make(toy.left(CombineConfig(factor=3)))
-    weights.unlink()
-    with pytest.raises(DraftsmithError, match=r"weights: is not what stage collect found there"):
-        toy.make(toy.left(CombineConfig(factor=3)))
+    for act in (lambda: None, weights.unlink):
+        act()
+        with pytest.raises(DraftsmithError, match="weights: is not what stage collect found"):
+            toy.make(toy.left(CombineConfig(factor=3)))
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from draftsmith.artifacts.manifest import ArtifactRef, manifest_text, read_manifest
+from draftsmith.artifacts.manifest import manifest_text, read_manifest
 from draftsmith.flows.cli import main
-from draftsmith.flows.pipeline.begun import Begun, note_begun, notes
-from draftsmith.flows.pipeline.history import last_used, made_before, note_made
 from tests.flows.pipeline.toy import TOY, write_config
 
 
@@ -68,25 +66,3 @@ def test_fields_seeds_inputs_files_code_and_versions_are_told(
     assert "the last artifact of its stage (no run of this name has made the node)" in other
     assert "config   count: 4 -> 9\n" in other
     assert main(["why", config, "lfet"], TOY) == 2
-
-
-def test_a_history_that_the_disk_has_damaged_still_tells_the_rest(tmp_path: Path) -> None:
-    ref = ArtifactRef("sft", "ab" * 32, "cd" * 32, tmp_path / "store" / "sft" / ("ab" * 8))
-    note_made(tmp_path, "run", "sft", ref)
-    (history,) = (tmp_path / "history").iterdir()
-    with history.open("ab") as file:
-        file.write(b"\xff{\n")
-    assert made_before(tmp_path, "run", "sft") == [ref]
-
-
-def test_a_run_with_a_long_name_has_a_history_and_notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path))
-    ref = ArtifactRef("collect", "ab" * 32, "cd" * 32, tmp_path)
-    one, other = (f"{60 * 'ü'} of the {line} line" for line in ("first", "second"))
-    note_made(tmp_path, one, "target", ref)
-    assert [found.key for found in made_before(tmp_path, one, "target")] == [ref.key]
-    assert made_before(tmp_path, other, "target") == []
-    assert last_used(tmp_path).keys() == {("collect", ref.key[:16])}, "prune takes what no run is known to have used"
-    begun = {"target": Begun(1.0, "digest", ("a.jsonl",))}
-    note_begun(one, begun)
-    assert notes(one) == begun and notes(other) == {}

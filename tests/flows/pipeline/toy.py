@@ -1,4 +1,4 @@
-"""A small pipeline of real stages in real processes: target -> left, right -> total."""
+"""A small pipeline of real stages in real processes: target -> left, right -> total; sources -> left, if it lists."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.flows.pipeline.display import Display, Ending
 from draftsmith.flows.pipeline.graph import Conclusion, Node, Pipeline
 from draftsmith.flows.pipeline.options import RunOptions
+from draftsmith.stages.contract import SOURCES
 from tests.flows.pipeline.toy_stages.collect import CollectConfig
 from tests.flows.pipeline.toy_stages.combine import CombineConfig
 from tests.flows.pipeline.toy_stages.squares import SquaresConfig
@@ -61,10 +62,14 @@ def toy_course(config: ToyConfig, _force: Collection[str]) -> ToyCourse | None:
 
 def toy_nodes(config: ToyConfig) -> list[Node]:
     more = [Node("squares", SQUARES, config.squares, {"first": "target"})] if config.squares is not None else []
+    reads: dict[str, str] = {}
+    if (listed := config.left.listed) is not None:
+        reads = {SOURCES: SOURCES}
+        more.append(Node(SOURCES, "draftsmith.stages.sources", listed))
     return [
         *more,
         Node("total", COMBINE, config.total, {"first": "left", "second": "right"}),
-        Node("left", COMBINE, config.left, {"first": "target"}),
+        Node("left", COMBINE, config.left, {"first": "target", **reads}),
         Node("right", COMBINE, config.right, {"first": "target"}),
         Node("target", COLLECT, config.target),
     ]

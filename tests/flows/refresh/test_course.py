@@ -22,7 +22,7 @@ from draftsmith.artifacts.retention import leftovers
 from draftsmith.artifacts.store import REPLACED, Store
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.pipeline.display import Display
-from draftsmith.flows.pipeline.graph import PlanAgain
+from draftsmith.flows.pipeline.graph import OutdatedPlanError
 from draftsmith.flows.pipeline.pruning import prune
 from draftsmith.flows.refresh import commands, hook
 from draftsmith.flows.refresh.course import RefreshCourse, resolve
@@ -126,7 +126,7 @@ def test_the_loser_of_two_refreshes_is_planned_again_against_the_new_champion(
     slow, fast = (RefreshCourse(resolve(config), ()) for _ in range(2))
     fast.finish(gated(store, drafters[0]), None)
     made = gated(store, drafters[1])
-    with pytest.raises(PlanAgain, match="version 1 is the champion by now"):
+    with pytest.raises(OutdatedPlanError, match="version 1 is the champion by now"):
         slow.finish(made, None)
     assert [version.number for version in registry().versions(line)] == [1], "nothing of it was registered"
 
@@ -198,7 +198,7 @@ def test_a_refusal_of_what_another_refresh_promoted_leaves_its_record(
     slow = RefreshCourse(resolve(config_of(line)), ())
     finished(config_of(line), gated(Store(home / "store"), drafters[0]))
     other = gated(Store(tmp_path / "other" / "store"), drafters[0], "refused")
-    with pytest.raises(PlanAgain):
+    with pytest.raises(OutdatedPlanError):
         slow.finish(other, None)
     (version,) = registry().versions(line)
     assert version.tags["decision"] == "promoted: why" and version.aliases == ("champion",)
@@ -241,7 +241,7 @@ def test_a_version_that_does_not_come_back_after_all_keeps_its_record(
         return ask(self, version)
 
     monkeypatch.setattr(Registry, "rolled_back", moved)
-    with pytest.raises(PlanAgain, match="version 3 is the champion by now"):
+    with pytest.raises(OutdatedPlanError, match="version 3 is the champion by now"):
         slow.finish(gated(Store(tmp_path / "other" / "store"), drafters[0], tau=3.5), None)
     tags = registry().version(line, 1).tags
     assert (tags["tau"], tags["on_promote"]) == ("2.5000", "called"), "those of its promotion"

@@ -17,7 +17,6 @@ from draftsmith.artifacts.registry import CHAMPION, Registry
 from draftsmith.artifacts.store import Store
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.pipeline.display import Display
-from draftsmith.flows.pipeline.graph import PlanAgain
 from draftsmith.flows.refresh import commands
 from draftsmith.flows.refresh.course import RefreshCourse, resolve
 from draftsmith.flows.refresh.line import age_days, figures_of, history, registry
@@ -64,31 +63,6 @@ def test_an_age_is_in_days() -> None:
     now = datetime(2026, 3, 4, 12, tzinfo=UTC)
     assert age_days("2026-03-02T00:00:00+00:00", now) == 2.5 and age_days("2026-03-05T12:00:00+00:00", now) == -1
     assert age_days(None, now) == 0
-
-
-def test_what_was_forced_is_done_where_another_refresh_has_promoted(
-    line: str, home: Path, drafters: list[ArtifactRef]
-) -> None:
-    """Of logs since the last refresh, that one has read all; who was promoted by hand has read less."""
-    store, first = Store(home / "store"), RefreshCourse(resolve(config_of(line)), ("sft",))
-    assert first.decisive == set(), "a line without a champion has no drift check: none could be forced"
-    made, other = (gated(store, drafter) for drafter in drafters)
-    finished(config_of(line), made)
-    slow = RefreshCourse(resolve(config_of(line)), ("sft",))
-    finished(config_of(line), other)
-    with pytest.raises(PlanAgain, match="version 2 is the champion by now") as again:
-        slow.finish(made, None)
-    assert again.value.force == ()
-
-    slow = RefreshCourse(resolve(config_of(line)), ("sft",))
-    commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
-    with pytest.raises(PlanAgain, match="version 1 is the champion by now") as again:
-        slow.finish(other, None)
-    assert again.value.force == ("drift",)
-    Tracking(home).connect()[0].delete_registered_model_alias(line, CHAMPION)
-    with pytest.raises(PlanAgain, match="nobody is the champion by now") as again:
-        slow.finish(other, None)
-    assert again.value.force == (), "no drift check again"
 
 
 @pytest.mark.parametrize("lost", ["the alias", "the version"])

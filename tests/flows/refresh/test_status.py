@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.store import Claim, Store
 from draftsmith.flows.cli import main
-from draftsmith.flows.pipeline.history import note_made
 from tests.flows.pipeline.processes import ROOT
 from tests.flows.refresh.made import committed, gated
 
@@ -25,15 +23,15 @@ def config_file(tmp_path: Path) -> Path:
     return path
 
 
-def reported(store: Store, key: str, outcome: str) -> dict[str, ArtifactRef]:
-    """An evaluation, a gate's decision and the report that read both."""
+def reported(store: Store, key: str, outcome: str) -> None:
+    """Make an evaluation, a gate's decision and the report that read both."""
     drafter = committed(store, "opd", key, lambda out: (out / "drafter.json").write_text(key))
     made = gated(store, drafter, outcome)
     with store.claim("report", key * 64) as claim:
         assert isinstance(claim, Claim)
         (claim.out / "report.html").write_text("<p>")
         inputs = {name: made[name] for name in ("evaluation", "gate")}
-        return {**made, "report": store.commit(claim, config={}, inputs=inputs, code_digest="", seed=0)}
+        store.commit(claim, config={}, inputs=inputs, code_digest="", seed=0, run="weekly", node="report")
 
 
 def test_status_ends_with_the_last_verdict(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,10 +39,8 @@ def test_status_ends_with_the_last_verdict(home: Path, tmp_path: Path, capsys: p
     assert main(["status", str(config)]) == 0
     assert "Last report" not in capsys.readouterr().out
     for key, outcome in (("a", "inconclusive"), ("b", "refused")):
-        for node, ref in reported(store, key, outcome).items():
-            note_made(home, "weekly", node, ref)
-    later = committed(store, "gate", "c", lambda out: (out / "decision.json").write_text("{}"))
-    note_made(home, "weekly", "gate", later)  # of a run that failed before its report
+        reported(store, key, outcome)
+    committed(store, "gate", "c", lambda out: (out / "decision.json").write_text("{}"))  # and then failed
     assert main(["status", str(config)]) == 0
     verdict = capsys.readouterr().out.rpartition("Last report, ")[2]
     assert "refused" in verdict and "inconclusive" not in verdict

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.contract import Config, Stage, StageContext
-from draftsmith.stages.prompting.files import listed, local_files
+from draftsmith.stages.contract import SOURCES, Config, Stage, StageContext
+from draftsmith.stages.prompting.files import local_files
+from draftsmith.stages.prompting.listing import SourcesConfig
 
 
 class CombineConfig(Config):
@@ -17,8 +18,9 @@ class CombineConfig(Config):
     addend: Path | None = None  # a file outside the store with a number
     addends: str | None = None  # a pattern of such files
 
-    def listing(self) -> list[str]:
-        return listed([self.addends], "addends") if self.addends is not None else []
+    @property
+    def listed(self) -> SourcesConfig | None:
+        return SourcesConfig.of([self.addends], "addends", []) if self.addends is not None else None
 
     def external_files(self) -> list[Path]:
         several = local_files([self.addends], "addends", self.listed_files) if self.addends is not None else []
@@ -31,7 +33,8 @@ def run(context: StageContext, config: CombineConfig) -> None:
             stream.write("started\n")
     if config.allow is not None and not config.allow.exists():
         raise DraftsmithError(f"{config.allow} is missing: make it")
-    total = sum(sum(json.loads((folder / "numbers.json").read_text())) for folder in context.inputs.values())
+    folders = [folder for name, folder in context.inputs.items() if name != SOURCES]
+    total = sum(sum(json.loads((folder / "numbers.json").read_text())) for folder in folders)
     for path in config.external_files():
         total += int(path.read_text())
         (context.work / "total").write_text(str(total))
@@ -47,7 +50,7 @@ def preflight(config: CombineConfig, _target: Path) -> None:
 STAGE = Stage(
     name="combine",
     config=CombineConfig,
-    inputs=("first", "second?"),
+    inputs=("first", "second?", f"{SOURCES}?"),
     run=run,
     preflight=preflight,
     reads_volatile=("first",),
