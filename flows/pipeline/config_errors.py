@@ -67,6 +67,7 @@ REMOVED = {
     "positions.alpha": "D-PACE smooths by 0.5. Remove it.",
     **{f"{name}.samples_per_prompt": "One answer is given. Remove it." for name in ("rollout", "assisted", "heldout")},
 }
+_QUOTED = re.compile(r"'[^']*'")
 _LENGTH = {"too_short": "a list", "string_too_short": "a text"}
 
 
@@ -84,7 +85,7 @@ def describe(
     details.sort(key=lambda detail: detail["type"] != "extra_forbidden")
     told: list[str] = []
     while details:
-        first, *details = _types_of_all_members(_choices_of_all_members(details, model), model)
+        first, *details = _with_alternatives(details, model)
         location = _location(first, model)
         field = ".".join(str(part) for part in location)
         overridden = any(change[: len(location)] == location or location[: len(change)] == change for change in changed)
@@ -110,29 +111,20 @@ def _is_in(written: Any, detail: Any, model: type[BaseModel]) -> bool:
     return True
 
 
-def _choices_of_all_members(details: list[Any], model: type[BaseModel]) -> list[Any]:
-    """One error for a union of choices in place of one for each of its members."""
-
-    def at(detail: Any) -> PathKey | None:
-        return _path_of(detail["loc"], model, keep_last=False) if detail["type"] == "literal_error" else None
-
-    first, place = details[0], at(details[0])
-    if place is None:
-        return details
-    same = [detail for detail in details if at(detail) == place]
-    choices = [choice for detail in same for choice in re.findall(r"'[^']*'", detail["ctx"]["expected"])]
-    merged_error = {**first, "msg": f"Input should be one of {', '.join(dict.fromkeys(choices))}"}
-    return [merged_error, *(detail for detail in details if detail not in same)]
-
-
-def _types_of_all_members(details: list[Any], model: type[BaseModel]) -> list[Any]:
-    """The same for a union of types."""
+def _with_alternatives(details: list[Any], model: type[BaseModel]) -> list[Any]:
+    """Return one error for a union of types and choices in place of one for each of its members."""
     first, place = details[0], _location(details[0], model)
-    if first["type"] not in _EXPECTED:
+    if first["type"] not in (*_EXPECTED, "literal_error"):
         return details
-    same = [each for each in details if each["type"] in _EXPECTED and _location(each, model) == place]
-    wanted = " or ".join(dict.fromkeys(_EXPECTED[each["type"]] for each in same))
-    return [{**first, "wanted": wanted}, *(each for each in details if each not in same)]
+    alike = [each for each in details if each["type"] in (*_EXPECTED, "literal_error")]
+    same = [each for each in alike if _location(each, model) == place]
+    choices = [choice for each in same for choice in _QUOTED.findall(each.get("ctx", {}).get("expected", ""))]
+    types = [_EXPECTED[each["type"]] for each in same if each["type"] in _EXPECTED]
+    wanted = [f"one of {', '.join(dict.fromkeys(choices))}"] if choices else []
+    return [
+        {**first, "wanted": " or ".join(dict.fromkeys(wanted + types))},
+        *(each for each in details if each not in same),
+    ]
 
 
 def _problem(detail: Any, location: PathKey, field: str, model: type[BaseModel]) -> str:
@@ -145,12 +137,13 @@ def _problem(detail: Any, location: PathKey, field: str, model: type[BaseModel])
         return f"this value is gone. {gone}"
     if kind == "missing":
         return f"this field is required: add it to the file or pass {OVERRIDE} {field}=VALUE"
-    if not isinstance(value, dict) and kind not in _EXPECTED and kind != "value_error" and models_at(model, location):
-        kind = "model_type"  # of a section that comes in several kinds
+    wanted = detail.get("wanted")
+    if not wanted and not isinstance(value, dict) and kind != "value_error" and models_at(model, location):
+        wanted = _EXPECTED["model_type"]  # of a section that comes in several kinds
+    if wanted:
+        return f"expected {wanted}, got {short(value)}: change the value"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         return _unknown_kind(detail)
-    if kind in _EXPECTED:
-        return f"expected {detail.get('wanted', _EXPECTED[kind])}, got {short(value)}: change the value"
     if kind in _LENGTH:
         fewest = detail["ctx"]["min_length"]
         return f"expected {_LENGTH[kind]} of length {fewest} or more, got {short(value)}: change the value"

@@ -53,9 +53,6 @@ def test_a_plan_loads_no_model_library() -> None:
     ("sections", "arguments", "expected"),
     [
         ({"lfet": {}}, [], "lfet: unknown field, did you mean left?"),
-        ({"left": {"factor": "many"}}, [], "left.factor: expected an integer, got 'many'"),
-        ({}, ["--set", "left.fator=2"], "--set left.fator: unknown field, did you mean left.factor?"),
-        ({}, ["--set", "left"], "expected FIELD=VALUE"),
         ({}, ["--force", "lfet"], "--force lfet: no such node"),
         ({"stages": {"min_free_gb": 1e9}}, [], "stages.min_free_gb"),
     ],
@@ -76,14 +73,6 @@ def test_bad_input_is_one_line_and_exit_code_2_before_anything_starts(
     assert expected in err
     assert not (home / "store").exists()
     assert not (home / "prefect").exists()
-
-
-def test_a_missing_config_file_is_one_line_and_exit_code_2(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["refresh", str(home / "no.yaml")], TOY) == 2
-    assert (
-        capsys.readouterr().err
-        == f"draftsmith: error: {home}/no.yaml: no such config file: give the path of a YAML file\n"
-    )
 
 
 def test_a_tracking_database_that_cannot_be_reached_is_found_before_the_work(
