@@ -20,7 +20,7 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.engines.base import Completion, Request, SamplingParams
 from draftsmith.stages.engines.sglang import client
 from draftsmith.stages.engines.sglang import pool as pooling
-from draftsmith.stages.engines.sglang.client import Answer, FullError, LostError, RefusedRequestError, check_status
+from draftsmith.stages.engines.sglang.client import Answer, FullError, LostError, check_status
 from draftsmith.stages.engines.sglang.pool import (
     DeadlyRequestError,
     Deaths,
@@ -165,31 +165,12 @@ def test_an_answer_without_an_end_is_asked_again(body: dict[str, Any]) -> None:
         assert found.response_ids == [6, 7, 8]
 
 
-def test_a_lost_request_goes_to_another_server() -> None:
-    with (
-        serving(failing(99, Refusal(500)), health_generate=lambda _: {}) as bad,
-        serving(lambda p: answer(p, delay_s=0.05)) as good,
-    ):
-        found, _ = with_pool([bad, good], lambda pool: ask_many(pool, 20), concurrency=2)
-        assert found == EXPECTED[:20]
-        numbers = [asked["input_ids"][-1] for path, asked in bad.asked if path == "/generate"]
-        assert len(numbers) == len(set(numbers)) > 0
-
-
 def test_a_request_that_is_lost_each_time_is_an_error_that_another_run_may_cure() -> None:
     with serving(refusing(500, "scheduler\nhit an exception"), health_generate=lambda _: {}) as server:
         with pytest.raises(LostTooOftenError, match=r"request r5: .*status 500.*scheduler") as caught:
             with_pool([server], ask)
         assert isinstance(caught.value, RetryableError)
         assert server.count("/generate") == pooling._TRIES[LostError]
-
-
-def test_a_refused_request_is_not_repeated() -> None:
-    with serving(refusing(400, "input too long")) as server:
-        with pytest.raises(RefusedRequestError) as caught:
-            with_pool([server], ask)
-        assert not isinstance(caught.value, RetryableError)
-        assert server.count("/generate") == 1
 
 
 def test_a_bad_answer_is_an_error_in_the_end() -> None:
@@ -312,23 +293,6 @@ def test_requests_of_a_server_that_dies_move_to_the_others_at_once() -> None:
     assert any(f"{dying.url} is lost" in line for line in logs)
 
 
-def test_a_server_whose_queue_is_long_is_alive() -> None:
-    """No request is answered before the probe has been."""
-    probed = threading.Event()
-
-    def waits(asked: dict[str, Any]) -> dict[str, Any]:
-        assert probed.wait(30)
-        return answer(asked)
-
-    def well(_: dict[str, Any]) -> dict[str, Any]:
-        probed.set()
-        return {}
-
-    with serving(failing(1, Refusal(500), waits), health_generate=well) as server:
-        found, logs = with_pool([server], lambda pool: ask_many(pool, 8))
-    assert found == EXPECTED[:8] and not logs
-
-
 @pytest.mark.parametrize("status", [503, 500])
 def test_a_server_whose_probes_fail_for_a_while_is_waited_for(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Longer where it is there and computes nothing."""
@@ -383,15 +347,6 @@ def test_a_router_lives_while_it_and_one_of_its_servers_do() -> None:
         front.stop()
         with pytest.raises(RetryableError, match="no SGLang server is left"):
             with_pool([front], lambda pool: ask_many(pool, 4), behind=(good.url,))
-
-
-def test_no_server_left_is_one_clear_error_that_names_them() -> None:
-    with serving(answer) as a, serving(answer) as b:
-        a.stop()
-        b.stop()
-        with pytest.raises(RetryableError, match=rf"no SGLang server is left: {a.url} .*{b.url}") as caught:
-            with_pool([a, b], lambda pool: ask_many(pool, 6))
-    assert "\n" not in str(caught.value)
 
 
 # ---- requests that servers died with
@@ -461,14 +416,6 @@ def test_deaths_are_remembered_when_the_stage_is_retried(tmp_path: Path) -> None
     assert set(errors) == {5} and isinstance(errors[5], DeadlyRequestError)
     Deaths(file).forget(["r5"])
     assert not Deaths(file).of("r5")
-
-
-def test_an_answer_ends_the_suspicion(tmp_path: Path) -> None:
-    deaths = Deaths(tmp_path / "deaths.json")
-    deaths.add(["r5", "r6"], "http://a")
-    with serving(answer) as server:
-        with_pool([server], ask, deaths=tmp_path / "deaths.json")
-    assert not Deaths(tmp_path / "deaths.json").of("r5") and Deaths(tmp_path / "deaths.json").of("r6") == ["http://a"]
 
 
 # ---- time limits
