@@ -29,7 +29,7 @@ from draftsmith.flows.pipeline.graph import Node, PlannedNode, Status
 from draftsmith.flows.pipeline.listing import forget, held, hold
 from draftsmith.flows.pipeline.node import Workshop, make
 from draftsmith.flows.pipeline.part import Part
-from draftsmith.flows.pipeline.process import PastLimitError, StageFailedError, StageOutcome, StageRequest
+from draftsmith.flows.pipeline.process import PastLimitError, StageFailedError, StageOutcome, StageRequest, run_stage
 from draftsmith.flows.refresh.graph import first_nodes
 from draftsmith.stages.contract import LISTING, Listing
 from draftsmith.stages.logs import LogsConfig
@@ -235,7 +235,11 @@ def test_commands_say_which_files_are_left_for_the_next_run(home: Home, capsys: 
         assert said in " ".join(capsys.readouterr().out.split()), command
 
 
-def test_a_stage_alone_reads_what_was_listed_last(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_alone_reads_what_was_listed_last(
+    home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(nodes, "run_stage", run_stage)  # in processes
+
     def stage(*words: str) -> Path:
         capsys.readouterr()
         assert main(["stage", words[0], home.file, *words[1:]], TOY) == 0
