@@ -31,15 +31,7 @@ from draftsmith.flows.pipeline.cancellation import Cancellation, CancelledError
 from draftsmith.flows.pipeline.delivery import body
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.pipeline.fetched import Folders, Refs
-from draftsmith.flows.pipeline.graph import (
-    Checks,
-    Conclusion,
-    Course,
-    Node,
-    Pipeline,
-    forced_nodes,
-    resolved,
-)
+from draftsmith.flows.pipeline.graph import Checks, Conclusion, Course, Node, Pipeline, forced_nodes, resolved
 from draftsmith.flows.pipeline.listing import forget, held, hold
 from draftsmith.flows.pipeline.machine import check_home
 from draftsmith.flows.pipeline.node import Made, Workshop
