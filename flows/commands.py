@@ -125,7 +125,7 @@ def _make_alone(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
     from draftsmith.flows.checks.check import check_alone
     from draftsmith.flows.pipeline.fetched import Folders
     from draftsmith.flows.pipeline.graph import plan
-    from draftsmith.flows.pipeline.listing import forget
+    from draftsmith.flows.pipeline.listing import forget, held, hold
     from draftsmith.flows.pipeline.machine import check_home
     from draftsmith.flows.pipeline.node import Workshop, make
     from draftsmith.flows.pipeline.patience import patiently
@@ -158,8 +158,9 @@ def _make_alone(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
         if SOURCES in inputs:
             forget(config.name, error)
         raise
-    if node.stage.name == SOURCES and options.force:
-        forget(config.name)
+    if node.stage.name == SOURCES:  # it begins no run, and ends none
+        keys = {**held(config.name, ended=True), node.name: made.ref.key}
+        hold(config.name, keys, ended=not held(config.name))
     display.line(f"{node.name}: {made.ref.path}")
 
 

@@ -42,7 +42,7 @@ class Listing:
 
     def text(self) -> str:
         """Return what the artifact holds."""
-        return json.dumps({"files": self.files, "since": self.since}, indent=2, ensure_ascii=False, sort_keys=True)
+        return json.dumps({"files": self.files, "since": self.since}, indent=2, ensure_ascii=False) + "\n"
 
 
 class Config(BaseModel):

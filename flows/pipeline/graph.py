@@ -225,30 +225,18 @@ def plan(
     pipeline: Pipeline,
     force: Collection[str] = (),
     *,
+    nodes: Sequence[Node] | None = None,
     stop_at_damage: bool = True,
     again: bool = False,
 ) -> list[PlannedNode]:
     """What a run would do now, in the order in which it would do it. Reads the store, changes nothing.
 
+    nodes: only these of the graph, which are in order and need no others.
     stop_at_damage: a damaged artifact is an error, as it is for a run; else it is a node like one that is not made.
     again: only some nodes are wanted again: files that came since the last run listed them are left out, though that
     has ended.
     """
-    nodes = in_order(pipeline.nodes(config))
-    return plan_nodes(nodes, config, store, pipeline, force, stop_at_damage=stop_at_damage, again=again)
-
-
-def plan_nodes(
-    nodes: Sequence[Node],
-    config: RunOptions,
-    store: Store,
-    pipeline: Pipeline,
-    force: Collection[str] = (),
-    *,
-    stop_at_damage: bool = True,
-    again: bool = False,
-) -> list[PlannedNode]:
-    """The same for some of a graph's nodes, which are in order and need no others."""
+    nodes = in_order(pipeline.nodes(config)) if nodes is None else nodes
     forced = forced_nodes(nodes, force)
     for node in nodes:
         try:

@@ -38,9 +38,9 @@ def hold(run: str, keys: Mapping[str, str], *, ended: bool = False) -> None:
             write_text(_path(run), json.dumps({"keys": keys, "ended": ended}))
 
 
-def forget(run: str, error: DraftsmithError | None = None) -> None:
-    """Have the next run list anew; after an error only if that says that the input was bad."""
-    if error is None or (error.exit_code == EXIT_USER_ERROR and not isinstance(error, PastLimitError)):
+def forget(run: str, error: DraftsmithError) -> None:
+    """Have the next run list anew if the error says that the input was bad."""
+    if error.exit_code == EXIT_USER_ERROR and not isinstance(error, PastLimitError):
         with contextlib.suppress(OSError):
             _path(run).unlink(missing_ok=True)
 

@@ -15,7 +15,7 @@ from draftsmith.flows.pipeline.graph import (
     forced_nodes,
     in_order,
     named_nodes,
-    plan_nodes,
+    plan,
 )
 from draftsmith.flows.pipeline.options import RunOptions
 
@@ -57,7 +57,7 @@ class Part:
         """
         nodes = self.nodes(pipeline.nodes(config))
         again = bool(self.start) or (bool(force) and not deployed)
-        planned = plan_nodes(nodes, config, store, pipeline, force, again=again)
+        planned = plan(config, store, pipeline, force, nodes=nodes, again=again)
         if self.start:
             self._starts_from_the_store(planned, forced_nodes(nodes, force))
         return planned

@@ -29,7 +29,7 @@ from draftsmith.flows.pipeline.graph import Node, PlannedNode, Status
 from draftsmith.flows.pipeline.listing import forget, held, hold
 from draftsmith.flows.pipeline.node import Workshop, make
 from draftsmith.flows.pipeline.part import Part
-from draftsmith.flows.pipeline.process import PastLimitError, StageFailedError, StageOutcome, StageRequest
+from draftsmith.flows.pipeline.process import PastLimitError, StageFailedError, StageOutcome, StageRequest, run_stage
 from draftsmith.flows.refresh.graph import first_nodes
 from draftsmith.stages.contract import LISTING, Listing
 from draftsmith.stages.logs import LogsConfig
@@ -235,21 +235,28 @@ def test_commands_say_which_files_are_left_for_the_next_run(home: Home, capsys: 
         assert said in " ".join(capsys.readouterr().out.split()), command
 
 
-def test_a_stage_alone_reads_what_was_listed_last(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_alone_reads_what_was_listed_last(
+    home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(nodes, "run_stage", run_stage)  # in processes
+
     def stage(*words: str) -> Path:
         capsys.readouterr()
         assert main(["stage", words[0], home.file, *words[1:]], TOY) == 0
         return Path(capsys.readouterr().out.split()[-1])
 
-    home.allow.touch()
-    home.run()
+    for node in ("sources", "target"):
+        stage(node)
     home.come("b")
     assert home.number(stage("left")) == 10 + 1000
+    stage("right")
     stage("sources", "--force")
     assert home.number(stage("left")) == 10 + 2000
+    home.allow.touch()
     assert home.number(stage("total")) == 30 + 2000
     home.come("c")
     assert home.left_out() == 0, "it began no run"
+    assert home.left_out("total") == 1
 
 
 @pytest.mark.usefixtures("home")
@@ -269,7 +276,7 @@ def test_a_note_that_is_damaged_or_cannot_be_written_stops_nothing(tmp_path: Pat
     folder.rmdir()
     folder.write_text("a file in the way")
     hold("weekly", keys)
-    forget("weekly")
+    forget("weekly", BAD)
 
 
 def test_only_what_is_found_by_folder_pattern_address_or_relative_window_is_listed(tmp_path: Path) -> None:
