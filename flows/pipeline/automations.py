@@ -18,12 +18,15 @@ from draftsmith.artifacts.errors import DraftsmithError
 
 _LOST = "its host or its process sends nothing more"
 _MISSED = 4  # heartbeats in a row, then a run is taken for crashed
-_STATES = ("Failed", "TimedOut", "Crashed", "Promoted", "Refused", "Inconclusive", "Suspended")
-_ENDED = ("Promoted", "Refused", "Inconclusive", "Suspended", "Current", "Completed")
+# Our own events say what a run came to: the states' events wait for those before them, which a schedule's runs lack.
+_OURS = {f"draftsmith.{outcome}" for outcome in ("promoted", "refused", "inconclusive")}
+_CALLED = {f"prefect.flow-run.{state}" for state in ("Failed", "TimedOut", "Crashed", "Suspended")} | _OURS
+_ENDED = {"draftsmith.current", "prefect.flow-run.Completed", "prefect.flow-run.Suspended"} | _OURS
 # JSON whatever the message holds. The run may be in another state by now: the event says which one it came to.
-_PAYLOAD = """{"cause": {{ event.payload.validated_state.name | lower | tojson }},
- "deployment": {{ deployment.name | tojson }}, "flow_run": {{ flow_run.name | tojson }},
- "message": {{ (event.payload.validated_state.message or "") | tojson }}, "url": {{ flow_run | ui_url | tojson }}}"""
+_PAYLOAD = """{"cause": {{ event.event.split(".")[-1] | lower | tojson }}, "deployment": {{ deployment.name | tojson }},
+ "flow_run": {{ flow_run.name | tojson }},
+ "message": {{ (event.payload.message or event.payload.get("validated_state", {}).message or "") | tojson }},
+ "url": {{ flow_run | ui_url | tojson }}}"""
 
 
 def check_address(url: str) -> None:
@@ -55,18 +58,12 @@ def call_webhook(
         "prefect.resource.role": "deployment",
         "prefect.resource.id": f"prefect.deployment.{deployment}",
     }
-    a_run: dict[str, str | list[str]] = {"prefect.resource.id": "prefect.flow-run.*"}
     wanted = [
         AutomationCore(
             name=f"{name}: webhook",
             description=f"Calls the webhook of deployment {name}.",
             trigger=EventTrigger(
-                expect={f"prefect.flow-run.{state}" for state in _STATES},
-                match=a_run,
-                match_related=related,
-                posture=Posture.Reactive,
-                threshold=1,
-                within=timedelta(0),
+                expect=_CALLED, match_related=related, posture=Posture.Reactive, threshold=1, within=timedelta(0)
             ),
             actions=[CallWebhook(block_document_id=document, payload=_PAYLOAD)],
         ),
@@ -76,7 +73,7 @@ def call_webhook(
             trigger=EventTrigger(
                 after={"prefect.flow-run.heartbeat"},
                 expect={"prefect.flow-run.*"},
-                match=a_run,
+                match={"prefect.resource.id": "prefect.flow-run.*"},
                 match_related=related,
                 for_each={"prefect.resource.id"},
                 posture=Posture.Proactive,
@@ -94,8 +91,7 @@ def call_webhook(
                 name=f"{name}: silent",
                 description=f"Calls the webhook of deployment {name} when no run has ended for {silent_days:g} days.",
                 trigger=EventTrigger(
-                    expect={f"prefect.flow-run.{state}" for state in _ENDED},
-                    match=a_run,
+                    expect=_ENDED,
                     match_related=related,
                     posture=Posture.Proactive,
                     threshold=1,

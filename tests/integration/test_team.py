@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from draftsmith.artifacts.tracking import Tracking
+from tests.artifacts import test_mlflow_models
 from tests.flows.pipeline.processes import ROOT, wait_until
 from tests.flows.pipeline.toy import write_config
 from tests.testbed import chromium
@@ -98,7 +100,9 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         never = write_config(folder / "never.yaml", name="never")
         deploy(servers, never, "--webhook", servers.webhook, "--silent-after", "0.0002")  # 17 s
         causes = {"failed", "promoted", "refused", "crashed", "silent"}
-        wait_until(lambda: {each["cause"] for each in servers.called} >= causes, "the webhook was told of all five")
+        wait_until(
+            lambda: {each["cause"] for each in servers.called} >= causes, "the webhook is told of all five", LIMIT_S
+        )
         yield told
 
 
@@ -207,3 +211,14 @@ def test_mlflow_keeps_runs_in_postgresql_and_files_in_s3_without_keys_at_the_cli
     assert json.loads(Path(manifest).read_text())["stage"] == "combine"
     with urllib.request.urlopen(f"{servers.s3}/{BUCKET}?list-type=2") as listing:
         assert f"{stage.info.run_id}/artifacts/manifest.json" in listing.read().decode()
+
+
+def test_drafters_are_logged_models_of_a_server(
+    story: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", story["servers"].mlflow)
+    tracking = Tracking(tmp_path / "home", "my-line")
+    test_mlflow_models.test_a_lines_drafters_are_ranked_on_one_prompt_set(tracking)
+    run_id = tracking.open_refresh("weekly", {})
+    assert f"{story['servers'].mlflow}/#/experiments/" in tracking.link(run_id)
+    tracking.close_refresh("FINISHED")
