@@ -88,6 +88,8 @@ def check_resources(
     for node in to_make:
         need = needs.get(node.name, Need())
         took, how = _time(node, need, history, sizes, elsewhere=elsewhere)
+        if node.name not in needs and took is None:  # tables and files: seconds
+            continue
         disk, passing = disk + need.disk, max(passing, need.passing)
         parts = [f"disk {size(need.disk)}"] if need.disk else []
         if took is None:
@@ -208,7 +210,8 @@ def _time(node: Node, need: Need, history: _History, sizes: Sizes, *, elsewhere:
     if rate is None or elsewhere:
         return None, "not measured"
     seconds = work / rate.a_second * sizes.target.parameters / rate.parameters
-    return seconds, f"{duration(seconds)} by {rate.a_second:,.0f} tokens/s ({rate.where})"
+    unit = "block positions" if kind == "train" else "tokens"
+    return seconds, f"{duration(seconds)} by {rate.a_second:,.0f} {unit}/s ({rate.where})"
 
 
 class _History:
