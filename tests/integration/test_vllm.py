@@ -19,7 +19,7 @@ from draftsmith.stages.law import Law
 from draftsmith.stages.replay.corpus import replay_all
 from draftsmith.stages.replay.trace import Trajectory, tau
 from draftsmith.stages.targets.info import model_path
-from tests.stages.bench import GREEDY_TOKENS, Bench, build_bench
+from tests.stages.bench import GREEDY_TOKENS, Bench
 from tests.testbed.drafter import DrafterArtifacts
 from tests.vllm_cpu.engine import ask, vllm_python
 
@@ -37,11 +37,6 @@ PROMPTS, SAMPLED = 12, 24
 def python() -> Path:
     assert isinstance(PYTHON, Path)
     return PYTHON
-
-
-@pytest.fixture(scope="module")
-def bench(tiny_drafter: DrafterArtifacts) -> Bench:
-    return build_bench(tiny_drafter)
 
 
 def with_noise(drafter: Drafter, scales: dict[str, float]) -> Drafter:
