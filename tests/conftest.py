@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # most rooms need neither
     from draftsmith.stages.drafters.dflash.model import DFlashDrafter
     from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
     from draftsmith.stages.targets.causal_lm import Target
+    from tests.stages.bench import Bench
 
 
 # Two SGLang servers are there for all of these, if one worker runs them.
@@ -109,6 +110,14 @@ def tiny_prompts() -> Path:
 def tiny_drafter(tiny_target: Path, tiny_prompts: Path) -> DrafterArtifacts:
     """Artifacts of target (float32), prompts, rollouts and SFT: a DFlash drafter of block 8, held-out tau about 5."""
     return drafter_artifacts(tiny_target, tiny_prompts)
+
+
+@pytest.fixture(scope="session")
+def bench(tiny_drafter: DrafterArtifacts) -> Bench:
+    """The tiny target with a trained and an untrained drafter, in memory."""
+    from tests.stages.bench import build_bench
+
+    return build_bench(tiny_drafter)
 
 
 @pytest.fixture(scope="session")

@@ -24,8 +24,7 @@ from draftsmith.stages.replay.trace import Trace, Trajectory, tau
 from tests.integration.test_sglang_serving import Served, assert_same_steps, trace_of
 from tests.sglang_cpu.fixtures import ServingTarget
 from tests.sglang_cpu.server import generate, running_server
-from tests.stages.bench import GREEDY_TOKENS, Bench, build_bench
-from tests.testbed.drafter import DrafterArtifacts
+from tests.stages.bench import GREEDY_TOKENS, Bench
 
 pytestmark = [pytest.mark.sglang, pytest.mark.integration]
 
@@ -75,12 +74,11 @@ class Traced:
 def traced(
     sglang_env: Path,
     serving_target: ServingTarget,
-    tiny_drafter: DrafterArtifacts,
+    bench: Bench,
     sglang_logs: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Traced]:
     checkpoint = tmp_path_factory.mktemp("dflash2")
-    bench = build_bench(tiny_drafter)
     write_checkpoint(serving_target.drafter, bench, checkpoint)
     bench = bench.with_drafters({"dflash2": load_drafter(checkpoint, bench.target)})
     sampling = {"temperature": 0.0, "max_new_tokens": GREEDY_TOKENS, "custom_params": {KEY: True}}

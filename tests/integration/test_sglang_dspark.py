@@ -24,9 +24,8 @@ from tests.sglang_cpu import dspark_model
 from tests.sglang_cpu.fixtures import ServingTarget
 from tests.sglang_cpu.options import CPU_ENVIRONMENT
 from tests.sglang_cpu.server import generate, running_server
-from tests.stages.bench import GREEDY_TOKENS, build_bench
+from tests.stages.bench import GREEDY_TOKENS, Bench
 from tests.testbed import random_target
-from tests.testbed.drafter import DrafterArtifacts
 from tests.testbed.dspark import random_dspark
 
 pytestmark = [pytest.mark.sglang, pytest.mark.integration]
@@ -75,19 +74,18 @@ def test_sglang_computes_what_is_computed_here(sglang_env: Path, plain_target: T
     environment["SGLANG_RAGGED_VERIFY_MODE"] = "compact"
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    for of_head, values in expected.items():
-        found = load_file(tmp_path / of_head / "out")
+    for kind, values in expected.items():
+        found = load_file(tmp_path / kind / "out")
         assert torch.equal(found["proposals"], values.pop("proposals"))
         for name, value in values.items():
-            said = f"{of_head}: {name}"
+            said = f"{kind}: {name}"
             torch.testing.assert_close(found[name], value, atol=TOLERANCE, rtol=TOLERANCE, msg=said)
 
 
 def test_a_server_decodes_with_it_as_replay_says(
-    sglang_env: Path, serving_target: ServingTarget, tiny_drafter: DrafterArtifacts, sglang_logs: Path, tmp_path: Path
+    sglang_env: Path, serving_target: ServingTarget, bench: Bench, sglang_logs: Path, tmp_path: Path
 ) -> None:
     """The test bed's DFlash drafter, upgraded, with a bias that changes its proposals and leaves it good."""
-    bench = build_bench(tiny_drafter)
     shape = DSparkConfig(kind="dspark", markov_rank=8)
     drafter = upgraded(bench.drafters["trained"], shape, bench.target, seed=0)
     assert isinstance(drafter, DSparkDrafter)

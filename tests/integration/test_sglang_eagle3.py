@@ -24,8 +24,7 @@ from tests.integration.recorded import Reference, asked_for_nothing, body
 from tests.integration.test_sglang_serving import Served, assert_same_steps, trace_of
 from tests.sglang_cpu.fixtures import ServingTarget
 from tests.sglang_cpu.server import generate, running_server
-from tests.stages.bench import GREEDY_TOKENS, Bench, build_bench
-from tests.testbed.drafter import DrafterArtifacts
+from tests.stages.bench import GREEDY_TOKENS, Bench
 
 pytestmark = [pytest.mark.sglang, pytest.mark.integration]
 
@@ -63,10 +62,9 @@ def url(sglang_env: Path, serving_target: ServingTarget, tiny_eagle3: Path, sgla
 
 
 @pytest.fixture(scope="module")
-def traced(url: str, tiny_drafter: DrafterArtifacts, tiny_eagle3: Path) -> Traced:
+def traced(url: str, bench: Bench, tiny_eagle3: Path) -> Traced:
     """Several requests in flight, so that the batches of the server change from step to step."""
     checkpoint = tiny_eagle3 / DRAFTER_FOLDER
-    bench = build_bench(tiny_drafter)  # whose prompts' greedy answers hold no near-tie
     bench = bench.with_drafters({"trained": load_drafter(checkpoint, bench.target)})
     sampling = {"temperature": 0.0, "max_new_tokens": GREEDY_TOKENS, "custom_params": {KEY: True}}
     requests = [{"input_ids": p.token_ids, "sampling_params": sampling} for p in bench.prompts[:PROMPTS]]

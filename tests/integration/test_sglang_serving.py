@@ -22,19 +22,13 @@ from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.trace import Trace, Trajectory, tau
 from tests.sglang_cpu.fixtures import ServingTarget
 from tests.sglang_cpu.server import generate
-from tests.stages.bench import GREEDY_TOKENS, Bench, build_bench
+from tests.stages.bench import GREEDY_TOKENS, Bench
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 
 pytestmark = [pytest.mark.sglang, pytest.mark.integration]
 
 PROMPTS = 32
-
-
-@pytest.fixture(scope="module")
-def bench(tiny_drafter: DrafterArtifacts) -> Bench:
-    """The target and the drafter in this process; the prompts' greedy answers hold no near-tie."""
-    return build_bench(tiny_drafter)
 
 
 @dataclass(frozen=True)

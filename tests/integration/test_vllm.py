@@ -20,7 +20,7 @@ from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.trace import Trajectory, tau
 from draftsmith.stages.targets.info import model_path
-from tests.stages.bench import GREEDY_TOKENS, Bench, build_bench
+from tests.stages.bench import GREEDY_TOKENS, Bench
 from tests.testbed.drafter import DrafterArtifacts
 from tests.vllm_cpu.engine import ask, vllm_python
 
@@ -38,11 +38,6 @@ PROMPTS, SAMPLED = 12, 24
 def python() -> Path:
     assert isinstance(PYTHON, Path)
     return PYTHON
-
-
-@pytest.fixture(scope="module")
-def bench(tiny_drafter: DrafterArtifacts) -> Bench:
-    return build_bench(tiny_drafter)
 
 
 def with_noise(drafter: Drafter, scales: dict[str, float]) -> Drafter:

@@ -15,7 +15,7 @@ from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.targets.resolve import resolve_target
 from draftsmith.stages.training.batches import frequent_tokens, token_counts
-from tests.stages.bench import Bench, build_bench
+from tests.stages.bench import Bench
 from tests.testbed.drafter import DrafterArtifacts
 
 
@@ -25,12 +25,6 @@ def target(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("target")
     resolve_target(TargetConfig(source=str(tiny_target), dtype="float32"), out, lambda _line: None)
     return out
-
-
-@pytest.fixture(scope="session")
-def bench(tiny_drafter: DrafterArtifacts) -> Bench:
-    """The tiny target with a trained and an untrained drafter, in memory."""
-    return build_bench(tiny_drafter)
 
 
 @pytest.fixture(scope="session")

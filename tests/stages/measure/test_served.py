@@ -200,7 +200,7 @@ def test_a_turn_in_which_a_request_was_lost_is_measured_again(
     ctx = RecordingContext.under(tmp_path, {"target": tiny_drafter.target})
     config = CONFIG.model_copy(update={"block_sizes": None, "concurrency": (1,), "rounds": 1})
     stand_in = served(ctx, tiny_drafter, config=config, loses=loses)
-    setting, (prompts, _) = stand_in.settings[0], prompts_to_decode(config, tiny_drafter.prompts)
+    setting, prompts = stand_in.settings[0], prompts_to_decode(config, tiny_drafter.prompts)[0][:2]
     began = time.perf_counter()
     with stand_in.server(None, 1, tmp_path) as server:
         if loses == 3:
