@@ -99,15 +99,6 @@ def test_runs_of_another_machine_are_left_alone(tracking: Tracking, monkeypatch:
     assert run_of(other, run.run_id).info.status == "RUNNING"
 
 
-def test_a_run_that_ends_while_others_look_for_dead_ones_stays(
-    tracking: Tracking, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    other, run = Tracking(tracking.folder), tracking.stage_run(None, "sft", KEY)
-    monkeypatch.setattr(Store, "is_claimed", lambda *_: run.close("FAILED"))
-    assert close_dead_runs(other, Store(tracking.folder / "store")) == []
-    assert run_of(tracking, run.run_id).info.status == "FAILED"
-
-
 def test_a_dead_run_is_finished_if_it_made_the_artifact_and_killed_if_another_did(tracking: Tracking) -> None:
     store = Store(tracking.folder / "store")
     with store.claim("sft", KEY) as claim:

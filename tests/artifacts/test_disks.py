@@ -11,9 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.store import Store
-
 pytestmark = pytest.mark.integration
 
 # Commits a small artifact, makes the disk refuse, then tries a second one; argv = folder, python text that refuses.
@@ -171,12 +168,3 @@ def test_a_read_only_file_system_is_one_clear_error(tmp_path: Path) -> None:
     refuse = "subprocess.run(['mount', '-o', 'remount,ro', str(folder)], check=True)"
     message = try_disk(tmp_path, refuse, mount="-o size=32m")
     assert "the file system is read-only" in message
-
-
-def test_a_home_that_is_a_file_is_one_clear_error(tmp_path: Path) -> None:
-    (tmp_path / "home").write_text("")
-    with (
-        pytest.raises(DraftsmithError, match=r"claiming prompts .*home"),
-        Store(tmp_path / "home").claim("prompts", "a"),
-    ):
-        pass

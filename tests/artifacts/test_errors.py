@@ -8,7 +8,7 @@ import shutil
 import pytest
 from safetensors import SafetensorError
 
-from draftsmith.artifacts.errors import disk_error_of, one_line
+from draftsmith.artifacts.errors import disk_error_of
 
 FULL, REFUSED = OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EACCES, "Permission denied")
 
@@ -51,22 +51,3 @@ def test_a_full_disk_is_known_behind_another_error() -> None:
 )
 def test_any_other_error_is_not_the_disks(error: Exception) -> None:
     assert disk_error_of(error) is None
-
-
-def test_errors_that_lead_to_each_other_end() -> None:
-    first, second = ValueError("first"), ValueError("second")
-    first.__context__, second.__cause__ = second, first
-    assert disk_error_of(first) is None
-
-
-@pytest.mark.parametrize(
-    ("said", "shown"),
-    [
-        ("no\n  route", "no route"),
-        ("", "OSError"),
-        ("no route to the host", "no route to …"),
-        ("x" * 20, f"{'x' * 12} …"),
-    ],
-)
-def test_what_an_error_says_is_one_line_cut_between_words(said: str, shown: str) -> None:
-    assert one_line(OSError(said), 12) == shown

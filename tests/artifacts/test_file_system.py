@@ -10,7 +10,6 @@ import pytest
 from draftsmith.artifacts import host
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.host import network_file_system
-from draftsmith.artifacts.sqlite import sqlite_file
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.pipeline.prefect_server import check_place, start_prefect_server
 
@@ -51,26 +50,6 @@ def test_a_link_leads_to_where_the_file_lies(mount: Mount, tmp_path: Path) -> No
     (tmp_path / "home").symlink_to(tmp_path / "remote")
     mount((tmp_path / "remote", "nfs"))
     assert network_file_system(tmp_path / "home" / "mlflow.db")
-
-
-def test_where_nothing_is_said_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "MOUNTS", tmp_path / "absent")
-    assert network_file_system(tmp_path) is None
-
-
-@pytest.mark.parametrize(
-    ("uri", "file"),
-    [
-        ("sqlite:////srv/mlflow.db", "/srv/mlflow.db"),
-        ("sqlite:///mlflow.db?timeout=60", "mlflow.db"),
-        ("sqlite+aiosqlite:////srv/prefect.db", "/srv/prefect.db"),
-        ("sqlite:///:memory:", None),
-        ("postgresql://host/db", None),
-        ("http://host:5000", None),
-    ],
-)
-def test_the_file_of_an_address(uri: str, file: str | None) -> None:
-    assert sqlite_file(uri) == (Path(file) if file else None)
 
 
 def test_mlflows_database_is_refused_there(mount: Mount, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

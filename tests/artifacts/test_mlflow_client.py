@@ -18,7 +18,6 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.manifest import ArtifactRef
-from draftsmith.artifacts.mlflow_client import waiting_for_weights
 from draftsmith.artifacts.registry import Registry
 from draftsmith.artifacts.tracking import Tracking
 
@@ -90,28 +89,6 @@ def test_weights_reach_a_server_that_copies_them_to_its_bucket_before_it_answers
         tracking.close_refresh("FINISHED")
     assert (tmp_path / "fetched" / "drafter" / "model.safetensors").read_bytes() == b"weights" * 1000
     assert os.environ[TIMEOUT] == "1", "for nothing else"
-
-
-def test_of_two_that_wait_for_weights_at_once_neither_leaves_its_patience_behind(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for mine, patience in (("15", "1800"), ("7200", "7200"), (None, "1800")):
-        monkeypatch.delenv(TIMEOUT, raising=False) if mine is None else monkeypatch.setenv(TIMEOUT, mine)
-        inside, leave = threading.Event(), threading.Event()
-
-        def second(inside: threading.Event = inside, leave: threading.Event = leave) -> None:
-            with waiting_for_weights():
-                inside.set()
-                leave.wait(5)
-
-        other = threading.Thread(target=second)
-        with waiting_for_weights():
-            assert os.environ[TIMEOUT] == patience
-            other.start()
-            inside.wait(0.2)
-        leave.set()
-        other.join()
-        assert os.environ.get(TIMEOUT) == mine
 
 
 @pytest.fixture

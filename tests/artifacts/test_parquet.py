@@ -82,11 +82,6 @@ def test_a_row_that_does_not_fit_names_its_column(row: dict[str, Any], message: 
         to_table(TRACE, [row])
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DraftsmithError, match=r"gone\.parquet: no such file; run the stage that writes trace"):
-        read_table(tmp_path / "gone.parquet", TRACE)
-
-
 @pytest.mark.parametrize("kept", [0, 0.5, -1])
 def test_a_truncated_file_is_named(tmp_path: Path, kept: float) -> None:
     path = tmp_path / "t.parquet"

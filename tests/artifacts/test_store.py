@@ -172,19 +172,6 @@ def test_files_that_changed_behind_a_failed_commit_are_made_again(
         assert isinstance(claim, Claim)
 
 
-def test_a_kill_while_the_manifest_is_written_costs_no_stage(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    def killed(path: Path, _text: str) -> None:
-        path.with_name(f".tmp-1-{path.name}").write_text("{")
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("draftsmith.artifacts.store.write_text", killed)
-        make(store)
-    with store.claim("rollout", KEY) as done:
-        assert isinstance(done, ArtifactRef)
-    store.verify(done)
-
-
 def test_a_lock_that_is_lost_while_checksums_are_made_makes_nothing_final(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

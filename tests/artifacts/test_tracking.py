@@ -28,7 +28,6 @@ from draftsmith.artifacts.locks import user_name
 from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef
 from draftsmith.artifacts.mlflow_files import misplaced
 from draftsmith.artifacts.mlflow_terms import flatten
-from draftsmith.artifacts.registry import Registry
 from draftsmith.artifacts.store import Claim, Store
 from draftsmith.artifacts.tracking import Tracking
 from tests.testbed.team import free_port
@@ -52,11 +51,6 @@ def client(tracking: Tracking) -> Any:
     from mlflow import MlflowClient
 
     return MlflowClient(tracking.uri)
-
-
-def all_runs(tracking: Tracking) -> list[Any]:
-    found = client(tracking).search_experiments()
-    return [run for experiment in found for run in client(tracking).search_runs([experiment.experiment_id])]
 
 
 def artifact(folder: Path) -> ArtifactRef:
@@ -124,22 +118,6 @@ def test_a_run_says_who_ran_what_and_of_which_commit(
     tags = run_of(tracking, tracking.open_refresh("who", {})).data.tags
     assert "mlflow.source.git.commit" not in tags and "mlflow.user" in tags
     tracking.close_refresh("FINISHED")
-
-
-def test_an_experiment_is_one_of_model_development(tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
-    def kind() -> str | None:
-        experiment = client(tracking).get_experiment_by_name(tracking.experiment)
-        return experiment.tags.get("mlflow.experimentKind") if experiment is not None else None
-
-    tracking.check()
-    assert kind() == "custom_model_development"
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "of somebody else")
-    other = Tracking(tracking.folder)
-    client(tracking).create_experiment("of somebody else")
-    other.check()
-    assert client(tracking).get_experiment_by_name("of somebody else").tags == {
-        "mlflow.experimentKind": "custom_model_development"
-    }
 
 
 def test_what_the_machine_does_is_logged_by_mlflow(tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,31 +190,6 @@ def test_a_finished_run_or_another_key_is_not_resumed(tracking: Tracking) -> Non
     assert run_of(tracking, again.run_id).info.status == "KILLED"
 
 
-def test_two_processes_on_a_fresh_database_both_live(tmp_path: Path) -> None:
-    script = """
-        import sys
-        from pathlib import Path
-        from draftsmith.artifacts.tracking import Tracking
-        tracking = Tracking(Path(sys.argv[1]))
-        tracking.check()
-        parent = tracking.open_refresh(sys.argv[2], {"a": 1})
-        run = tracking.stage_run(parent, "sft", sys.argv[2] * 64, params={"b": 2})
-        for step in range(200):
-            run.metrics(step, {"loss": 1.0})
-        run.close("FINISHED")
-        tracking.close_refresh("FINISHED")
-        assert not tracking._warned
-        """
-    commands = [[sys.executable, "-c", textwrap.dedent(script), str(tmp_path), name] for name in "ab"]
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) for command in commands]
-    errors = [process.communicate(timeout=180)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
-    runs = all_runs(Tracking(tmp_path))
-    assert len(runs) == 4
-    assert {run.info.status for run in runs} == {"FINISHED"}
-    assert not (tmp_path / "mlruns").exists()
-
-
 def test_a_database_of_an_older_mlflow_is_migrated(tmp_path: Path, migrated: Path) -> None:
     """The last migration is taken back with MLflow's own scripts, then a new process opens the database."""
     from alembic import command
@@ -271,28 +224,6 @@ def test_an_unusable_tracking_uri_is_one_clear_error_within_seconds(
     assert time.monotonic() - started < 15
     assert "secret" not in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("code", ["UNAUTHENTICATED", "PERMISSION_DENIED"])
-def test_a_server_that_refuses_this_user_is_not_asked_again(
-    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A password that has expired: before the work, and where a line is looked up."""
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-    from mlflow.protos import databricks_pb2
-
-    def refused(_self: object, _name: str) -> None:
-        raise MlflowException("failed with error code 401", error_code=getattr(databricks_pb2, code))
-
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
-    monkeypatch.setattr("draftsmith.artifacts.tracking.reach", lambda _uri: None)
-    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", refused)
-    tracking = Tracking(tmp_path)
-    for ask in (tracking.check, lambda: Registry(tracking).champion("line")):
-        with pytest.raises(DraftsmithError, match=r"^MLFLOW_TRACKING_URI .* correct user and password") as said:
-            ask()
-        assert not isinstance(said.value, RetryableError) and "secret" not in str(said.value)
 
 
 def test_a_silent_server_is_given_up_within_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +51,6 @@ def test_every_public_name_is_there() -> None:
     assert all(getattr(draftsmith, name) is not None for name in draftsmith.__all__)
     with pytest.raises(AttributeError):
         draftsmith.nothing  # noqa: B018
-
-
-def test_the_shipped_configs_are_package_data() -> None:
-    shipped = {each.name for each in (files("draftsmith") / "configs").iterdir() if each.name.endswith(".yaml")}
-    assert shipped == {path.name for path in (ROOT / "configs").glob("*.yaml")} and "quickstart.yaml" in shipped
 
 
 def test_an_artifact_of_the_target_is_loaded_in_its_dtype_or_another(plain_artifact: Path) -> None:

@@ -7,9 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -33,12 +31,6 @@ def test_help_imports_nothing_heavy() -> None:
     assert "refresh" in result.stdout
 
 
-def test_the_version_is_that_of_the_installed_package(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["--version"])
-    assert (ended.value.code, capsys.readouterr().out.split()) == (0, ["draftsmith", version("draftsmith")])
-
-
 def test_a_plan_loads_no_model_library() -> None:
     """Seconds of an unchanged refresh, which has nothing to make."""
     script = (
@@ -47,32 +39,6 @@ def test_a_plan_loads_no_model_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize(
-    ("sections", "arguments", "expected"),
-    [
-        ({"lfet": {}}, [], "lfet: unknown field, did you mean left?"),
-        ({}, ["--force", "lfet"], "--force lfet: no such node"),
-        ({"stages": {"min_free_gb": 1e9}}, [], "stages.min_free_gb"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2_before_anything_starts(
-    home: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    sections: dict[str, Any],
-    arguments: list[str],
-    expected: str,
-) -> None:
-    config = write_config(tmp_path / "toy.yaml", **sections)
-    assert main(["refresh", str(config), *arguments], TOY) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("draftsmith: error: ")
-    assert err.count("\n") == 1
-    assert expected in err
-    assert not (home / "store").exists()
-    assert not (home / "prefect").exists()
 
 
 def test_a_tracking_database_that_cannot_be_reached_is_found_before_the_work(
@@ -191,15 +157,6 @@ def test_a_failed_stage_is_shown_and_goes_on_when_the_cause_is_gone(
     assert starts.read_text() == "started\n" * 2
     main(["status", config], TOY)
     assert "failed" not in capsys.readouterr().out
-
-
-@pytest.mark.usefixtures("home")
-def test_force_makes_an_artifact_again(tmp_path: Path) -> None:
-    starts = tmp_path / "starts"
-    config = str(write_config(tmp_path / "toy.yaml", target={"note_start": str(starts)}))
-    for arguments in ([], [], ["--force"]):
-        assert main(["stage", "target", config, *arguments], TOY) == 0
-    assert starts.read_text() == "started\n" * 2
 
 
 def test_an_unexpected_error_is_one_line_and_a_traceback_only_on_request(

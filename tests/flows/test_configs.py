@@ -14,7 +14,6 @@ from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.measure.verdicts import FEWEST_TURNS
 from draftsmith.stages.training.config import SftConfig
-from draftsmith.stages.training.loss_config import LossConfig
 from tests.testbed.refresh import load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -100,15 +99,6 @@ def test_the_recipe_has_the_papers_settings(name: str) -> None:
     assert config.opd.parallel.world == config.sft.parallel.world == 8
     assert config.evaluation.concurrency == (1, 4, 16)
     assert config.evaluation.temperatures == (0, 1)
-
-
-def test_the_eagle3_recipe_trains_its_own_drafter_as_its_authors_found() -> None:
-    config = load_config(CONFIGS / "qwen3-4b-eagle3.yaml")
-    assert (config.sft.init_from, config.sft.drafter.kind, config.sft.learning_rate) == (None, "eagle3", 1e-4)
-    assert config.rollout is not None and config.rollout.prompts == 16_000
-    assert config.sft.steps == 20 * 16_000 // 21
-    assert config.opd.loss == LossConfig()  # nothing rejected
-    assert config.opd.learning_rate == 1e-4
 
 
 def test_one_gpu_is_four_overrides_as_the_recipe_says() -> None:

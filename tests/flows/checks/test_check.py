@@ -68,20 +68,6 @@ def test_a_good_config_passes_and_nothing_is_left(
 
 
 @pytest.mark.usefixtures("home")
-def test_an_eagle3_drafter_is_described_and_its_errors_are_told(
-    tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    config["sft"]["drafter"] = {"kind": "eagle3", "draft_vocab_size": 200, "target_layer_ids": [0, 1, 2]}
-    assert run(tmp_path, config) == 0
-    assert (
-        "EAGLE-3 on target layers [0, 1, 2], chains of 7, draft vocabulary 200 of 900 tokens" in capsys.readouterr().out
-    )
-    config["sft"]["drafter"]["draft_vocab_size"] = 10**6
-    assert run(tmp_path, config) == 2
-    assert "draft_vocab_size: 1000000 is more than the target's 900 tokens" in capsys.readouterr().out
-
-
-@pytest.mark.usefixtures("home")
 def test_all_checks_run_and_each_failure_says_what_to_do(
     tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,22 +91,6 @@ def test_all_checks_run_and_each_failure_says_what_to_do(
     assert levels(captured.out)["target"] == ["ok"]
     assert captured.out.count("gone.jsonl") == 1, "an error that several checks meet is told once"
     assert captured.err.count("\n") == 1 and "checks failed" in captured.err
-
-
-@pytest.mark.usefixtures("home")
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"mask_token": "<never>"}, "'<never>' is not a token of the target"),
-        ({"target_layer_ids": [1, 1]}, "name a layer twice"),
-    ],
-)
-def test_a_drafter_that_does_not_fit_is_an_error(
-    tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str], change: dict[str, Any], said: str
-) -> None:
-    config["sft"]["drafter"] |= change
-    assert run(tmp_path, config) == 2
-    assert said in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("home")
@@ -230,41 +200,6 @@ def test_doubtful_settings_are_warnings(
 
 
 @pytest.mark.usefixtures("home")
-def test_logs_are_read_with_the_tokenizer(
-    tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    row = {"messages": [{"role": "user", "content": "tell a story"}], "completion": "once upon a time ."}
-    (tmp_path / "log.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
-    config["logs"] = {"paths": str(tmp_path / "*.jsonl"), "temperature": 0}
-    del config["rollout"], config["assisted"]
-    assert run(tmp_path, config) == 0
-    assert "1 of all 2 rows can be used; not used: 1 duplicate of an earlier row" in capsys.readouterr().out
-
-
-@pytest.mark.usefixtures("home")
-@pytest.mark.parametrize(
-    ("rows", "said"),
-    [
-        (1, "1 row(s) of {log}, 144 held-out and validation prompts wanted: give more logs, or a section prompts with"),
-        (200, "{log}: 18 of 200 rows are of the held-out class (heldout_share 0.1), 144 held-out and validation"),
-    ],
-)
-def test_what_is_wanted_of_logs_names_no_section_that_is_not_there(
-    rows: int, said: str, tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    log = tmp_path / "log.jsonl"
-    asked = [[{"role": "user", "content": f"tell story {row} ."}] for row in range(rows)]
-    log.write_text("".join(json.dumps({"messages": each, "completion": "once ."}) + "\n" for each in asked))
-    config["logs"] = {"paths": str(log), "temperature": 0, "chat_template_kwargs": {"enable_thinking": False}}
-    for section in ("rollout", "assisted", "prompts"):
-        del config[section]
-    assert run(tmp_path, config) == 2
-    out = " ".join(capsys.readouterr().out.split())
-    assert said.format(log=log) in out and "prompts.sources" not in out and "give more logs" in out
-    assert "enable_thinking: correct logs.chat_template_kwargs" in out
-
-
-@pytest.mark.usefixtures("home")
 def test_a_file_with_too_few_prompts_to_measure_on_is_told(
     tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -364,15 +299,6 @@ def test_the_recipe_is_checked_from_the_hubs_small_files(tmp_path: Path, tiny_ta
     assert "5 layers on target layers [1, 9, 17, 25, 33], blocks of 16, mask token 151669 (beyond" in out
     assert "each of 8 servers' GPUs" in out and "none is visible here" in out
     assert levels(out)["opd: needs"] == ["ok"] and levels(out)["prompts.sources.0"] == ["not checked"]
-
-
-def test_without_hub_and_cache_the_rest_is_still_checked(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    done = check_recipe(tmp_path, tmp_path / "empty")
-    found = levels(done.stdout)
-    assert found["target"] == ["not checked"]
-    assert "not checked: tokenizer, chat template, drafter, context, memory, disk" in done.stdout
-    assert found["graph"] == ["ok"]
 
 
 @pytest.mark.usefixtures("home")

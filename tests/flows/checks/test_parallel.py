@@ -68,10 +68,6 @@ def test_nodes_without_a_rendezvous_are_an_error(monkeypatch: pytest.MonkeyPatch
     assert said is not None and said.startswith(f"error parallel.nodes: {RENDEZVOUS} is not given")
 
 
-def test_a_drafter_that_is_taken_as_it_is_needs_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert line({"processes": 8}, 4, monkeypatch, steps=0, init_from="somewhere") is None
-
-
 @pytest.mark.parametrize(
     ("sharing", "said"),
     [(1, []), (2, ["ok 2 processes share a copy"]), (4, ["error parallel.target_parallel: 4 does not divide the"])],

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -14,19 +12,15 @@ from draftsmith.flows.checks.findings import Findings, Level
 from draftsmith.flows.pipeline.graph import Node, in_order
 from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.stages.contract import Config
-from draftsmith.stages.engines.config import EmbeddedEngineConfig
-from draftsmith.stages.estimates import Need, of_logs, of_opd, of_rollout, of_sft
-from draftsmith.stages.prompting.logs_config import LogsConfig
+from draftsmith.stages.estimates import Need
 from draftsmith.stages.rollout import RolloutConfig
 from draftsmith.stages.targets.config import TargetConfig
-from draftsmith.stages.targets.estimate import ANSWER_BYTES, PROCESS, TABLES, Answers, ModelSize, Sizes, Use
+from draftsmith.stages.targets.estimate import PROCESS, Answers, ModelSize, Sizes
 from draftsmith.stages.training.config import SftConfig
-from draftsmith.stages.training.on_policy.config import OpdConfig
 from tests.flows.checks.test_check import QWEN3_4B
 from tests.flows.pipeline.processes import ROOT
 from tests.testbed.drafter import DrafterArtifacts
 
-ANSWERS = Answers(longest=4608, count=100_000)
 TARGET, OTHER = TargetConfig(source="/models/one"), TargetConfig(source="/models/other")
 TRAINED = ("target", "trajectories")
 
@@ -79,23 +73,6 @@ def test_what_the_recipe_needs_by_hand() -> None:
     assert as_it_is.memory == PROCESS + 2 * 4_022_468_096 + 4 * parameters
 
 
-def test_what_is_packed_on_a_cpu_is_counted() -> None:
-    sizes, config = qwen_sizes(), RolloutConfig(engine=EmbeddedEngineConfig())
-    head = 2 * 151936 * 2560
-
-    def memory(drafters: int, **changes: Any) -> float:
-        return of_rollout(config, Use(replace(sizes, **changes), {"train": 9}, drafters)).memory
-
-    assert memory(0, accelerated=False) - memory(0) == head
-    assert memory(1, accelerated=False) - memory(1) == head + 2 * sizes.drafter.parameters
-
-
-def test_a_loss_over_the_whole_distribution_keeps_two_more_copies_of_the_logits() -> None:
-    use = Use(qwen_sizes(), answers=ANSWERS)
-    more = of_opd(OpdConfig(anchors="random"), use).memory - of_sft(SftConfig(), use).memory
-    assert more == pytest.approx(2 * 512 * 151936 * 4)
-
-
 def test_trajectories_take_no_more_disk_than_estimated(tiny_drafter: DrafterArtifacts) -> None:
     from draftsmith.artifacts.parquet import read_table
     from draftsmith.artifacts.schemas import TRAJECTORIES
@@ -130,12 +107,6 @@ def test_memory_is_compared_where_it_is_needed(
     found = Findings()
     resources._compare(found, Node("sft", "draftsmith.stages.sft", SftConfig()), need, "", elsewhere=True)
     assert [line.level for line in found.lines] == [Level.OK], "of another machine nothing is known"
-
-
-def test_tables_of_unknown_length_are_counted_too() -> None:
-    need = of_logs(LogsConfig(paths=["a.jsonl"], temperature=0, scored=0), Use(qwen_sizes()))
-    assert (need.memory, need.tables) == (0, TABLES)
-    assert of_sft(SftConfig(), Use(qwen_sizes(), answers=ANSWERS)).tables == TABLES + ANSWER_BYTES * 100_000
 
 
 def test_gpus_that_torch_cannot_use_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,14 +164,3 @@ def test_what_never_ran_here_takes_what_was_measured_elsewhere(monkeypatch: pyte
     assert seconds("rollout", RolloutConfig(), need, []) == pytest.approx(10 * 4_022_468_096 / 135e6)
     assert seconds("rollout", RolloutConfig(), need, [], elsewhere=True) is None
     assert seconds("rollout", RolloutConfig(), Need(), []) is None
-
-
-@pytest.mark.parametrize(
-    ("gpus", "price", "said"),
-    [((), None, ""), ((), 3.0, "2 hours of this machine for 6.00"), ((80e9,), None, "2 GPU hours")],
-)
-def test_cost_is_hours_and_their_price(
-    gpus: tuple[float, ...], price: float | None, said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(resources, "gpus", lambda: gpus)
-    assert resources._cost(2, price) == said

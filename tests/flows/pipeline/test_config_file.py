@@ -144,27 +144,6 @@ def test_a_removed_value_is_named_with_what_to_do(tmp_path: Path) -> None:
         read_config(path, [], ToyConfig)
 
 
-def test_all_errors_are_told_at_once(tmp_path: Path) -> None:
-    path = tmp_path / "bad.yaml"
-    path.write_text("sft: {stpes: 4, loss: ce}\n")
-    with pytest.raises(DraftsmithError) as caught:
-        read_config(path, ["name=[a]"], Example)
-    assert str(caught.value) == (
-        f"{path}: sft.stpes: unknown field, did you mean sft.steps?; --set name: expected a text (put it in quotes), "
-        "got ['a']: change the value; sft.loss: expected one of 'auto', 'paper', 'matched', got 'ce': change the value"
-    )
-
-
-def test_a_missing_or_unreadable_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DraftsmithError, match=r"nowhere\.yaml: no such config file"):
-        read_config(tmp_path / "nowhere.yaml", [], Example)
-    with pytest.raises(DraftsmithError, match="cannot read the config: Is a directory"):
-        read_config(tmp_path, [], Example)
-    (tmp_path / "latin.yaml").write_bytes(b"name: \xe9\n")
-    with pytest.raises(DraftsmithError, match="not UTF-8"):
-        read_config(tmp_path / "latin.yaml", [], Example)
-
-
 def test_a_mapping_of_another_kind_is_replaced() -> None:
     base: dict[str, Any] = {"drafter": {"num_layers": 2, "block_size": 6}, "weights": {"kind": "power", "delta": 0.8}}
     assert merged(base, {"drafter": {"block_size": 4}})["drafter"] == {"num_layers": 2, "block_size": 4}

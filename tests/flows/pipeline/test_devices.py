@@ -5,10 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -86,23 +84,6 @@ def test_who_waits_for_whom(
         process.kill()
         process.wait()
     ask(10.0)  # the kernel drops the locks of the dead
-
-
-class CalledOff(Exception):
-    pass
-
-
-def call_off() -> None:
-    raise CalledOff
-
-
-@pytest.mark.parametrize("gpus", [[ONE], []])
-@pytest.mark.parametrize("take", [devices.device_of, devices.devices_of])
-def test_a_wait_is_called_off_by_its_check(take: Callable[..., AbstractContextManager[Any]], gpus: list[str]) -> None:
-    more: dict[str, Any] = {"run": "", "waiting": lambda *_: None, "gpus": lambda: gpus}
-    ours = take(Compute.HEAVY, limit_s=30, check=call_off, **more)
-    with devices.devices_of(Compute.TIMED, limit_s=1, **more), pytest.raises(CalledOff), ours:
-        pass
 
 
 def test_a_lock_is_open_to_all_users(folder: Path) -> None:

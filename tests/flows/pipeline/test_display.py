@@ -7,7 +7,6 @@ import io
 import pytest
 from rich.console import Console
 
-from draftsmith.artifacts.text import duration
 from draftsmith.flows.pipeline import display as module
 from draftsmith.flows.pipeline.display import Display, Rate
 
@@ -45,38 +44,9 @@ def test_without_a_terminal_progress_is_a_plain_line_now_and_then(monkeypatch: p
     assert lines[1] == "sft: 10/400 steps  1 steps/s  6 min 30 s left  loss=2.125"
 
 
-def test_on_a_terminal_a_bar_shows_the_same(capsys: pytest.CaptureFixture[str]) -> None:
-    stream = io.StringIO()
-    display = Display(Console(file=stream, width=160, force_terminal=True))
-    with display.stage("sft") as shown:
-        shown.progress(3, 400, "steps", {"loss": 2.125})
-    assert "3/400 steps" in stream.getvalue()
-    assert capsys.readouterr().out == ""
-
-
-def test_a_table_is_drawn_as_it_is_given() -> None:
-    display, stream = plain()
-    display.table(
-        ["arm", "of", "tau"], [["[b]", "x", "1.5\n[1.0, 2.0]"], ["longer", "y", "10"]],
-        title="Held [out]", caption="In brackets: [95 %]", text_columns=2,
-    )  # fmt: skip
-    assert [line.rstrip() for line in stream.getvalue().splitlines()] == [
-        "Held [out]",
-        "arm     of             tau",
-        "[b]     x   1.5 [1.0, 2.0]",
-        "longer  y               10",
-        "In brackets: [95 %]",
-    ]
-
-
 def test_a_narrow_terminal_breaks_cells_and_cuts_none() -> None:
     stream = io.StringIO()
     Display(Console(file=stream, width=16)).table(["key", "tau"], [["6b633f734bf9770b", "1.3333"]])
     _, *lines = [line.split() for line in stream.getvalue().splitlines()]
     assert "".join(line[0] for line in lines) == "6b633f734bf9770b"
     assert "".join(line[1] for line in lines if len(line) > 1) == "1.3333"
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(8.4, "8 s"), (125, "2 min 05 s"), (12000, "3 h 20 min")])
-def test_durations_are_short(seconds: float, text: str) -> None:
-    assert duration(seconds) == text

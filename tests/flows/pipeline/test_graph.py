@@ -36,10 +36,6 @@ def statuses(planned: list[PlannedNode]) -> dict[str, str]:
     return {item.node.name: item.status.value for item in planned}
 
 
-def test_nodes_come_behind_their_inputs_whatever_the_order_in_which_they_are_given() -> None:
-    assert [node.name for node in in_order(toy_nodes(ToyConfig(name="t")))] == ["target", "left", "right", "total"]
-
-
 @pytest.mark.parametrize(
     ("nodes", "message"),
     [

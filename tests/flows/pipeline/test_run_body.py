@@ -100,13 +100,6 @@ def test_mlflow_says_why_a_run_has_ended_early_and_the_screen_what_to_force(
     assert "without --force" in capsys.readouterr().out
 
 
-def test_what_decides_how_far_a_run_goes_is_forced_again() -> None:
-    made: Any = {name: SimpleNamespace(reused=False) for name in ("target", "right")}
-    assert str(run._still_forced({"target"}, made, ())).endswith("go on without --force")
-    assert str(run._still_forced({"target", "total"}, made, {"left"})).endswith("--force left --force total only")
-    assert run._still_forced({"total"}, made, {"left"}) is None, "nothing is done: the same command goes on"
-
-
 def test_a_stage_that_ended_while_mlflow_was_away_is_ended_with_its_run(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

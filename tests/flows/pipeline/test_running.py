@@ -9,18 +9,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from draftsmith.artifacts.errors import StageInterrupted
 from draftsmith.artifacts.store import Claim, Store
-from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.cli import main
-from draftsmith.flows.pipeline import attempt, devices
+from draftsmith.flows.pipeline import attempt
 from draftsmith.flows.pipeline.attempt import AttemptNote
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.pipeline.graph import plan
-from draftsmith.flows.pipeline.inspection import status_of_config, status_of_store
-from draftsmith.flows.pipeline.node import Workshop, make
-from draftsmith.stages.contract import Compute
-from tests.flows.pipeline.toy import TOY, ToyConfig, toy_nodes, write_config
+from draftsmith.flows.pipeline.inspection import status_of_config
+from tests.flows.pipeline.toy import TOY, ToyConfig, write_config
 
 
 def test_a_running_node_is_told_with_its_process_and_its_progress(
@@ -48,40 +44,6 @@ def test_a_running_node_is_told_with_its_process_and_its_progress(
     assert "failed" in status() and "the matrix is singular" in status()
     (claim.out.parent / attempt.NOTE).write_text('{"run": ')
     assert "failed" not in status()
-
-
-def test_a_node_that_waits_for_a_device_does_not_run_yet(
-    tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path))
-    monkeypatch.setenv(devices.FOLDER, str(tmp_path / "devices"))
-    monkeypatch.setattr("draftsmith.flows.pipeline.devices.gpu_names", list)
-    config = ToyConfig(name="t")
-
-    def status(of_store: bool = False) -> str:
-        console = Console(width=400, record=True)
-        status_of_store(Display(console)) if of_store else status_of_config(Display(console), config, TOY)
-        return console.export_text()
-
-    seen: list[str] = []
-
-    def look() -> None:
-        if not (seen and "waits for the device" in seen[-1]):
-            seen.append(status())
-            return
-        raise StageInterrupted("that is enough")
-
-    workshop = Workshop(tmp_path, config, TOY, Display(), tracking, check=look)
-    target = next(node for node in toy_nodes(config) if node.name == "target")
-    with (
-        devices.devices_of(Compute.TIMED, run="", limit_s=1, waiting=lambda *_: None),
-        pytest.raises(StageInterrupted),
-    ):
-        make(workshop, target, {})
-    assert "waiting: node target of t on" in seen[-1]
-    assert ", waits for the device cpu, which is in use by another run" in seen[-1]
-    assert "to do" in status().splitlines()[1], "it has saved nothing"
-    assert "unfinished, nothing is saved yet" in status(of_store=True)
 
 
 @pytest.mark.usefixtures("home")

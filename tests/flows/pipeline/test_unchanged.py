@@ -286,16 +286,3 @@ def test_a_store_that_does_not_answer_takes_no_work_away(
             if fails:
                 raise DraftsmithError("its own error")
         assert (claim.work / "checkpoint.pt").exists()
-
-
-def test_a_store_that_does_not_answer_is_no_damage(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    def away(*_: object) -> None:
-        raise RetryableError("s3: does not answer")
-
-    store = toy.workshop.store
-    monkeypatch.setattr(store, "find", away)
-    for name in ("left", "target"):
-        with pytest.raises(RetryableError, match=r"^s3: does not answer$"):
-            find(store, toy.nodes[name], "k" * 64)
-    with pytest.raises(RetryableError):
-        plan(toy.workshop.config, store, TOY)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import os
 import shutil
@@ -12,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef
 from draftsmith.artifacts.open_store import STORE, store_of
-from draftsmith.artifacts.registry import PREVIOUS, Registry, Version
+from draftsmith.artifacts.registry import PREVIOUS
 from draftsmith.artifacts.retention import leftovers
 from draftsmith.artifacts.store import REPLACED, Store
 from draftsmith.artifacts.tracking import Tracking
@@ -98,27 +96,6 @@ def description(home: Path, line: str) -> str:
     return str(Tracking(home).connect()[0].get_registered_model(line).description)
 
 
-def test_champions_fits_80_columns_and_says_why_a_version_was_not_promoted(
-    line: str, home: Path, drafters: list[ArtifactRef]
-) -> None:
-    store, config = Store(home / "store"), config_of(line)
-    report = committed(store, "report", "c", lambda out: (out / "report.html").write_text("<p>"))
-    finished(config, {**gated(store, drafters[0]), "report": report})
-    finished(config, gated(store, drafters[1], "inconclusive"))
-    shown = io.StringIO()
-    commands.champions(Display(Console(file=shown, width=80)), line)
-    table = shown.getvalue().partition(" promoted (before: ")[0].splitlines()[1:-1]
-    assert max(map(len, table)) <= 80 and "outcome" in table[0] and "why" in table[0]
-    assert table[1].split()[:3] == ["1", "champion", "promoted"]
-    assert table[2].split()[:4] == ["2", "challenger", "inconclusive", "inconclusive:"]
-    assert "speed-up" in "".join(table[2:])
-    told = description(home, line)
-    assert "version 1" in told and "promoted: why" in told and str(report.path / "report.html") in told
-    commands.promote(Display(), f"{line}@2", "it is faster in production", dry_run=False)
-    told = description(home, line)
-    assert "version 2" in told and "it is faster in production" in told and "report.html" not in told
-
-
 def test_the_loser_of_two_refreshes_is_planned_again_against_the_new_champion(
     line: str, home: Path, drafters: list[ArtifactRef]
 ) -> None:
@@ -178,32 +155,6 @@ def test_what_was_rolled_back_is_not_promoted_again_by_itself(
     assert serving(line) == 1
 
 
-def test_an_older_version_that_was_promoted_by_hand_stays(line: str, home: Path, drafters: list[ArtifactRef]) -> None:
-    store, config = Store(home / "store"), config_of(line)
-    finished(config, gated(store, drafters[0]))
-    second = gated(store, drafters[1])
-    finished(config, second)
-    commands.promote(Display(), f"{line}@1", "accepts nothing", dry_run=False)
-    ended = finished(config, second)
-    assert ended.name == "Refused" and ended.overrules
-    commands.promote(Display(), f"{line}@2", "it was the server", dry_run=False)
-    ended = finished(config, second)
-    assert ended.name == "Promoted"
-
-
-def test_a_refusal_of_what_another_refresh_promoted_leaves_its_record(
-    line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path
-) -> None:
-    """Two homes have made the same drafter, and measured it each for itself."""
-    slow = RefreshCourse(resolve(config_of(line)), ())
-    finished(config_of(line), gated(Store(home / "store"), drafters[0]))
-    other = gated(Store(tmp_path / "other" / "store"), drafters[0], "refused")
-    with pytest.raises(OutdatedPlanError):
-        slow.finish(other, None)
-    (version,) = registry().versions(line)
-    assert version.tags["decision"] == "promoted: why" and version.aliases == ("champion",)
-
-
 def test_a_refusal_of_the_champions_own_content_leaves_its_record(
     line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path
 ) -> None:
@@ -225,26 +176,6 @@ def test_a_refusal_of_the_champions_own_content_leaves_its_record(
     champion = registry().champion(line)
     assert champion is not None
     assert (champion.number, champion.tags["tau"]) == (1, "3.5000"), "promoted once more: what it is worth by now"
-
-
-def test_a_version_that_does_not_come_back_after_all_keeps_its_record(
-    line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store, config = Store(home / "store"), config_of(line, on_promote={"command": ["true"]})
-    for drafter in drafters:
-        finished(config, gated(store, drafter))
-    slow, ask = RefreshCourse(resolve(config), ()), Registry.rolled_back
-
-    def moved(self: Registry, version: Version) -> object:
-        other = self.register(line, committed(store, "opd", "c", lambda out: (out / "x").write_text("x")), {})
-        self.promote(other, expected=self.champion(line), why="another was faster")
-        return ask(self, version)
-
-    monkeypatch.setattr(Registry, "rolled_back", moved)
-    with pytest.raises(OutdatedPlanError, match="version 3 is the champion by now"):
-        slow.finish(gated(Store(tmp_path / "other" / "store"), drafters[0], tau=3.5), None)
-    tags = registry().version(line, 1).tags
-    assert (tags["tau"], tags["on_promote"]) == ("2.5000", "called"), "those of its promotion"
 
 
 def test_a_hook_that_a_killed_run_owes_is_called_by_the_next_with_the_same_key(

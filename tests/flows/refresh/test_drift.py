@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.refresh import commands
 from draftsmith.flows.refresh.course import RefreshCourse, resolve
-from draftsmith.flows.refresh.line import age_days, figures_of, history, registry
+from draftsmith.flows.refresh.line import figures_of, history, registry
 from tests.flows.refresh.made import checked, config_of, finished, gated
 
 
@@ -59,12 +58,6 @@ def test_a_line_is_refreshed_when_its_last_refresh_is_too_old(
     assert stops() == "Current", "a refresh that was refused is one, and ends what a wrong clock said"
 
 
-def test_an_age_is_in_days() -> None:
-    now = datetime(2026, 3, 4, 12, tzinfo=UTC)
-    assert age_days("2026-03-02T00:00:00+00:00", now) == 2.5 and age_days("2026-03-05T12:00:00+00:00", now) == -1
-    assert age_days(None, now) == 0
-
-
 @pytest.mark.parametrize("lost", ["the alias", "the version"])
 def test_a_line_whose_champion_was_deleted_in_mlflow_does_not_begin_again_by_itself(
     lost: str, line: str, home: Path, drafters: list[ArtifactRef]
@@ -85,33 +78,6 @@ def test_a_line_whose_champion_was_deleted_in_mlflow_does_not_begin_again_by_its
     commands.promote(Display(), f"{line}@{last}", "", dry_run=False)
     assert (found := resolve(config_of(line)).registry) is not None and found.champion is not None
     assert found.champion.version == last
-
-
-def test_a_champion_that_is_current_is_said_with_what_it_was_and_what_is_not_known(
-    line: str, home: Path, drafters: list[ArtifactRef]
-) -> None:
-    finished(config_of(line), gated(Store(home / "store"), drafters[0], tau=2.55))
-    config = resolve(config_of(line))
-    few = {"tau": 1.0, "low": None, "high": None, "prompts": 1}
-    ended = RefreshCourse(config, ()).stop(*checked(config, home, chat=few, story=few))
-    assert ended is not None and ended.message.startswith(
-        f"{line}: the champion (version 1) is current: tau 2.500 on 40 prompts, 2.550 at its promotion; "
-        "no set fell measurably by more than 3.0%; not judged, for want of a figure at its promotion: 1 set (story); "
-        "not judged, for want of prompts: 1 set (chat); nothing was trained (`--force drift`"
-    )
-
-
-def test_why_a_refresh_goes_on_is_said(
-    line: str, home: Path, drafters: list[ArtifactRef], capsys: pytest.CaptureFixture[str]
-) -> None:
-    finished(config_of(line), gated(Store(home / "store"), drafters[0]))
-    config = resolve(config_of(line))
-    low = {"tau": 1.0, "low": 0.9, "high": 1.1, "prompts": 40}
-    assert RefreshCourse(config, ("drift",)).stop(*checked(config, home, all=low)) is None
-    told = capsys.readouterr().out
-    assert told.startswith("drift: the refresh goes on, with version 1 as champion: drift is forced; all: tau 1.000"), (
-        told
-    )
 
 
 def test_figures_of_other_settings_are_not_compared(line: str, home: Path, drafters: list[ArtifactRef]) -> None:
@@ -152,15 +118,6 @@ def test_as_many_sets_have_a_baseline_as_a_tag_holds() -> None:
     assert kept(30)["task29"] == of_a_set
     assert kept(70)["task69"] == {"tau": 3.0, "low": 2.9, "prompts": 10}, "without what no drift check reads"
     assert 70 < len(kept(500)) < 500
-
-
-def test_a_rollback_does_not_move_what_a_version_was_worth(line: str, home: Path, drafters: list[ArtifactRef]) -> None:
-    for drafter in drafters:
-        finished(config_of(line), gated(Store(home / "store"), drafter))
-    before = history(line)
-    for version in registry().versions(line):
-        registry().tag(version, {"promoted_at": "2120-01-01T00:00:00+00:00"})
-    assert [point["what"] for point in before] == ["promoted", "promoted"] and history(line) == before
 
 
 def test_a_version_that_comes_back_stands_where_its_figures_were_taken(

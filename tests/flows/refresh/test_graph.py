@@ -8,12 +8,11 @@ import pytest
 import yaml
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.store import Store
 from draftsmith.flows.pipeline.external import external_digests
-from draftsmith.flows.pipeline.graph import Status, in_order, plan
+from draftsmith.flows.pipeline.graph import in_order
 from draftsmith.flows.pipeline.options import TimeLimit
 from draftsmith.flows.refresh.config import RefreshConfig, control_config, prompts_since
-from draftsmith.flows.refresh.graph import REFRESH, refresh_nodes
+from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.flows.refresh.line import RegistryConfig
 from draftsmith.stages.champion import ChampionConfig
 from draftsmith.stages.law import GREEDY, Law
@@ -123,14 +122,6 @@ def test_mining_is_as_much_as_opd_reads(opd: dict[str, str], table: str, config:
     assert mining.config.table == table  # type: ignore[attr-defined]
 
 
-def test_without_the_control_nothing_asks_for_it(config: RefreshConfig) -> None:
-    alone = load_config(ROOT / "configs" / "quickstart.yaml", ["refresh.control=false"])
-    nodes = {node.name: node for node in in_order(refresh_nodes(alone))}
-    assert "control" not in nodes
-    assert "control" not in nodes["evaluation"].inputs
-    assert {node.name for node in refresh_nodes(config)} - set(nodes) == {"control"}
-
-
 def test_logged_answers_take_the_place_of_both_rollouts(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     log.write_text("{}\n")
@@ -181,13 +172,6 @@ def test_the_control_trains_as_long_as_opd_and_is_sft_in_all_else(config: Refres
     assert control.learning_rate == config.opd.learning_rate != config.sft.learning_rate
     assert control.warmup_fraction == config.opd.warmup_fraction
     assert (control.gamma, control.drafter) == (config.sft.gamma, config.sft.drafter)
-
-
-def test_every_stage_has_a_digest_of_its_code(config: RefreshConfig, tmp_path: Path) -> None:
-    first, *others = plan(config, Store(tmp_path), REFRESH)
-    assert first.status is Status.RUN
-    assert {item.status for item in others} == {Status.AFTER}
-    assert len({REFRESH.code_digest(node.module) for node in refresh_nodes(config)}) == 8
 
 
 def test_a_split_that_is_measured_must_be_answered() -> None:

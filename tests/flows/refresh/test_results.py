@@ -11,7 +11,6 @@ import pytest
 from rich.console import Console
 
 from draftsmith.artifacts.manifest import ArtifactRef
-from draftsmith.artifacts.store import Claim, Store
 from draftsmith.flows.pipeline.display import Display, Ending
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.line import registry
@@ -67,21 +66,6 @@ def test_every_outcome_fits_on_a_screen(
     assert lines[-2].startswith("Drafter  ") and lines[-1] == "MLflow   mlflow ui --db x"
 
 
-def test_significance_and_doubts_are_marked_in_the_table(line: str, tmp_path: Path) -> None:
-    rows = {row[:13].strip(): row for row in screen(ended(tmp_path, OF_A_LINE, DECISION), ending(config_of(line)))}
-    assert rows["SFT"].count("n.s.") == 1 and rows["SFT + OPD ◂"].count("n.s.") == 0
-    assert all(rows[name].rstrip().endswith("*") for name in ("champion", "SFT", "SFT + OPD ◂"))
-    assert not rows["no drafter"].rstrip().endswith("*")
-    calm = screen(ended(tmp_path, EVALUATION, DECISION), ending(config_of(line)))
-    assert not any("*" in row for row in calm)
-
-
-def test_what_else_stood_against_a_promotion_is_the_verdict(line: str, tmp_path: Path) -> None:
-    made = ended(tmp_path, OF_A_LINE, DECISION | {"outcome": "promoted", "promote": True})
-    lines = screen(made, ending(config_of(line), refused="version 4 is not promoted: somebody took it out"))
-    assert lines[2].startswith("NOT PROMOTED: version 4 is not promoted: somebody took it out")
-
-
 def test_a_champion_that_is_current_is_the_verdict(line: str, tmp_path: Path) -> None:
     (tmp_path / "drift.json").write_text(json.dumps({"all": {"tau": 2.5, "low": 2.4, "high": 2.6, "prompts": 40}}))
     config = config_of(line)
@@ -97,18 +81,6 @@ def test_a_champion_that_is_current_is_the_verdict(line: str, tmp_path: Path) ->
     assert command.startswith("draftsmith run configs/weekly.yaml --set seed=2 --force drift")
 
 
-def test_minutes_are_those_that_the_stages_took(line: str, home: Path, tmp_path: Path) -> None:
-    store = Store(home / "store")
-    with store.claim("evaluation", "e" * 64) as claim:
-        assert isinstance(claim, Claim)
-        (claim.out / "evaluation.json").write_text(json.dumps(OF_A_LINE))
-        ref = store.commit(claim, config={}, inputs={}, code_digest="", seed=0, duration_s=130.0)
-    made = ended(tmp_path, OF_A_LINE, DECISION) | {"evaluation": ref.path}
-    lines = screen(made, ending(config_of(line)))
-    assert any("measure again, about 2 min" in each for each in lines)
-    assert "7 min" in lines[0], "the run itself"
-
-
 def test_names_of_others_do_not_act_and_do_not_widen_the_table(line: str, tmp_path: Path) -> None:
     name = f"[bold]{HOSTILE}" * 3
     drafters = {"sft": EVALUATION["drafters"]["sft"], name: EVALUATION["drafters"]["sft"]}
@@ -117,11 +89,6 @@ def test_names_of_others_do_not_act_and_do_not_widen_the_table(line: str, tmp_pa
     show_results(Display(Console(file=stream, width=WIDTH)), made, ending(config_of(line)))
     assert "\x1b" not in stream.getvalue() and "\u202e" not in stream.getvalue()
     assert any(each.startswith("…") for each in stream.getvalue().splitlines())
-
-
-def test_a_run_without_an_evaluation_shows_where_to_look(line: str) -> None:
-    lines = screen({}, ending(config_of(line)))
-    assert lines[-1].startswith("MLflow") and commands(lines) == []
 
 
 def test_status_ends_with_what_the_gate_says(tmp_path: Path) -> None:
