@@ -107,10 +107,6 @@ def test_an_unknown_module_is_an_error(project: Path) -> None:
             code_digest(module, project)
 
 
-def test_modules_of_the_project_have_digests_of_their_own() -> None:
-    assert code_digest("draftsmith.stages.contract") != code_digest("draftsmith.artifacts.store")
-
-
 def test_what_was_read_once_is_kept_beside_the_compiled_modules_and_read_again_when_it_is_damaged(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
