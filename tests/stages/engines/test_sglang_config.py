@@ -56,9 +56,9 @@ def test_a_plain_server_gets_the_targets_model_and_dtype() -> None:
 
 def test_dtype_parallelism_memory_and_further_options_pass_through() -> None:
     options = {"attention-backend": "fa3", "disable_cuda_graph": True, "enable-x": False, "cuda-graph-bs": [1, 2, 4]}
-    words = line(config(dtype="float16", tensor_parallel=2, data_parallel=4, memory_fraction=0.8, options=options))
+    words = line(config(dtype="float16", tensor_parallel=2, memory_fraction=0.8, options=options))
     assert after(words, "--dtype") == "float16"
-    assert (after(words, "--tp-size"), after(words, "--dp-size")) == ("2", "4")
+    assert after(words, "--tp-size") == "2"
     assert after(words, "--mem-fraction-static") == "0.8"
     assert after(words, "--attention-backend") == "fa3"
     assert "--disable-cuda-graph" in words
@@ -120,15 +120,8 @@ def test_an_address_needs_its_scheme() -> None:
     "option",
     [
         *("model-path", "--port", "speculative_num_draft_tokens", "dtype", "tp", "speculative-accept-threshold-single"),
-        *(
-            "dp-size",
-            "preferred-sampling-params",
-            "json_model_override_args",
-            "pp-size",
-            "pipeline-parallel-size",
-            "nnodes",
-        ),
-        *("speculative-use-rejection-sampling", "speculative_use_block_verification"),
+        *("preferred-sampling-params", "json_model_override_args", "pp-size", "pipeline-parallel-size", "nnodes"),
+        *("speculative-use-rejection-sampling", "speculative_use_block_verification", "dp-size"),
     ],
 )
 def test_an_option_that_has_a_field_of_its_own_is_refused(option: str) -> None:
@@ -193,13 +186,15 @@ def test_an_interpreter_that_is_not_there_is_refused(tmp_path: Path) -> None:
 def test_every_server_gets_gpus_of_its_own() -> None:
     two = LaunchConfig.model_validate({"servers": 2, "tensor_parallel": 2})
     assert server.share_gpus(two, ["4", "5", "6", "7"]) == ["4,5", "6,7"]
-    replicas = LaunchConfig.model_validate({"servers": 2, "data_parallel": 2})
-    assert server.share_gpus(replicas, ["0", "1", "2", "3"]) == ["0,1", "2,3"]
     with pytest.raises(DraftsmithError, match="2 servers of tensor_parallel 2 need 4 GPUs, 3 can be seen"):
         server.share_gpus(two, ["0", "1", "2"])
     assert server.share_gpus(two, []) == [None, None]
     on_cpu = LaunchConfig.model_validate({"servers": 2, "options": {"device": "cpu"}})
     assert server.share_gpus(on_cpu, ["0"]) == [None, None]
+    replicas = config(servers=2, data_parallel=2)
+    assert replicas.launch is not None
+    assert server.share_gpus(replicas.launch, ["0", "1", "2", "3"]) == ["0,1", "2,3"]
+    assert after(line(replicas), "--dp-size") == "2"
 
 
 def test_gpus_are_those_that_the_stage_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
