@@ -51,7 +51,7 @@ def write_text(path: Path, text: str, *, durable: bool = True) -> None:
 
 
 def remove_temporary(folder: Path) -> None:
-    """What processes that were killed have left in a folder."""
+    """Remove what processes that were killed have left in a folder."""
     for leftover in folder.rglob(f"{TMP_PREFIX}*"):
         leftover.unlink()
 

@@ -24,7 +24,7 @@ UPLOADED = "uploaded"  # in it: copies of drafters that MLflow has, touched when
 
 
 def home() -> Path:
-    """The absolute folder of the store and of MLflow's database: `DRAFTSMITH_HOME`, or `.draftsmith` here.
+    """Return the absolute folder of the store and of MLflow's database: `DRAFTSMITH_HOME`, or `.draftsmith` here.
 
     Raises DraftsmithError for one that cannot be.
     """
@@ -41,7 +41,7 @@ def home() -> Path:
 
 
 def file_name(name: str) -> str:
-    """What a file that belongs to a run of this name is called, without its ending: another name, another file."""
+    """Return the name of a file that belongs to a run of this name, without its ending: another run, another file."""
     quoted = quote(name, safe="")
     if len(quoted) <= _LONGEST:
         return quoted
@@ -49,13 +49,13 @@ def file_name(name: str) -> str:
 
 
 def private(path: str, flags: int) -> int:
-    """An `opener` for `open`: what it makes is for its owner alone, whatever the umask."""
+    """Open a file as an `opener` of `open`: a new one is for its owner alone, whatever the umask."""
     return os.open(path, flags, 0o600)
 
 
 @contextmanager
 def private_files(home: Path) -> Iterator[None]:
-    """What the block makes may be read by those who may read the home; the umask is the old one again behind it."""
+    """Let those who may read the home read what the block makes; the umask is restored after it."""
     global _user
     readable = home.is_dir() and bool(home.stat().st_mode & stat.S_IRGRP)
     before = os.umask(GROUP_READS if readable else OWNER_ALONE)
@@ -83,12 +83,12 @@ def protect(home: Path, *, group_may_read: bool) -> None:
 
 
 def users_umask() -> int:
-    """For what is none of the home's: files that are copied out of it, and what a command of the user makes."""
+    """Return the umask of files outside the home: copies from it, and what a command of the user makes."""
     return 0o022 if _user is None else _user
 
 
 def for_users(folder: Path) -> None:
-    """What was copied out of the home gets the modes that its user gives to new files."""
+    """Give what was copied out of the home the modes that its user gives to new files."""
     umask = users_umask()
     for path in (folder, *folder.rglob("*")):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)

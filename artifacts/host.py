@@ -24,7 +24,7 @@ _OURSELVES = ("127.0.0.1", "localhost")
 
 
 def memory_bytes() -> float:
-    """Physical memory, or the limit of the container that this runs in."""
+    """Return the bytes of physical memory, or the limit of the container that this runs in."""
     physical = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     for path in _CGROUP_LIMITS:
         try:
@@ -37,7 +37,7 @@ def memory_bytes() -> float:
 
 
 def free_memory_bytes() -> float:
-    """What this process may still take: of the machine's free memory, and of the container that this runs in."""
+    """Return the bytes that this process may still take, of the machine's free memory and of its container."""
     import psutil
 
     left = memory_bytes() - psutil.Process().memory_info().rss
@@ -100,7 +100,7 @@ def _named(name: str, known: tuple[Gpu, ...]) -> Gpu | None:
 
 
 def file_system(path: Path) -> tuple[str, str]:
-    """(type, mount point) of the file system that a path, or the nearest folder above it that exists, lies on.
+    """Return (type, mount point) of the file system of a path, or of the nearest folder above it that exists.
 
     ("", "") where the system does not say.
     """
@@ -124,13 +124,13 @@ def file_system(path: Path) -> tuple[str, str]:
 
 
 def network_file_system(path: Path) -> str | None:
-    """The type and mount point of a file system that other machines may share, in words; None for a local one."""
+    """Return type and mount point of a file system that other machines may share, in words; None for a local one."""
     kind, place = file_system(path)
     return f"{kind} at {place}" if kind in NETWORK or _FUSE_NETWORK.fullmatch(kind) else None
 
 
 def reach_ourselves_directly() -> None:
-    """For this process and those that it starts: a proxy knows nothing of a server of Prefect, MLflow or SGLang here.
+    """Exclude this machine from proxies, for this process and those that it starts: its servers are unknown to them.
 
     What the user has excluded stays.
     """

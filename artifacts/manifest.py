@@ -219,7 +219,7 @@ def versions(folder: Path | None = None) -> dict[str, str]:
 
 
 def whole_manifest(folder: Path, stage: str) -> Manifest:
-    """The manifest of a folder, whose files are those that its content id is of. Raises DraftsmithError."""
+    """Return the manifest of a folder, whose content id is that of its files. Raises DraftsmithError."""
     try:
         manifest = read_manifest(folder)
     except DraftsmithError as error:
@@ -229,7 +229,7 @@ def whole_manifest(folder: Path, stage: str) -> Manifest:
 
 
 def check_content(manifest: Manifest, where: Path | str) -> None:
-    """Raises DraftsmithError if a manifest's content id does not follow from its files."""
+    """Raise DraftsmithError if a manifest's content id does not follow from its files."""
     if content_id(manifest.files) != manifest.content_id:
         raise damaged(where, manifest.stage, "its content id does not follow from its files")
 
@@ -239,7 +239,7 @@ def remedy(stage: str) -> str:
 
 
 def damaged(where: Path | str, stage: str, what: str) -> DraftsmithError:
-    """The error that names a file and says what is wrong with it, and how its artifact is made again."""
+    """Return the error that names a file, what is wrong with it, and how its artifact is made again."""
     return DraftsmithError(f"{where}: {what}; {remedy(stage)}")
 
 
@@ -260,7 +260,7 @@ def set_aside_space(path: Path) -> None:
 
 
 def overwrite(path: Path, content: bytes) -> None:
-    """In the space that the file has: nothing is asked of a full disk. Lost in a crash, the stage is run again."""
+    """Write in the space that a file has, so that a full disk takes it. Lost in a crash, the stage is run again."""
     with path.open("r+b") as file:
         file.write(content)
         file.flush()
@@ -268,7 +268,7 @@ def overwrite(path: Path, content: bytes) -> None:
 
 
 def read_pending(path: Path) -> Pending | None:
-    """None: the stage has not ended."""
+    """Return what was written at the end of a stage; None: it has not ended."""
     try:
         return Pending.model_validate_json(path.read_bytes())
     except (OSError, ValueError):
@@ -276,7 +276,7 @@ def read_pending(path: Path) -> Pending | None:
 
 
 def the_one_named(text: str, manifests: Sequence[Manifest], where: str) -> Manifest:
-    """The one of a store's manifests that `text` names. Raises DraftsmithError, with `where`, for none or several."""
+    """Return the one manifest that `text` names. Raises DraftsmithError, with `where`, for none or several."""
     matches = [manifest for manifest in manifests if _names(text, manifest)]
     if len(matches) == 1:
         return matches[0]

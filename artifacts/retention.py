@@ -56,7 +56,7 @@ class Leftover:
 
     @property
     def content(self) -> str | None:
-        """The beginning of the content id of what it once was; None if it was no artifact, or nobody can say."""
+        """Return the beginning of the content id of what it once was; None if it was no artifact, or nobody can say."""
         try:
             return read_manifest(self.path).content_id if (self.path / MANIFEST).is_file() else None
         except DraftsmithError:
@@ -64,7 +64,7 @@ class Leftover:
 
 
 def leftovers(home: Path, before: float) -> list[Leftover]:
-    """Everything under a home that was last touched before a moment (seconds since the epoch), largest first."""
+    """Return a home's leftovers that were last touched before a moment (seconds since the epoch), largest first."""
     root = store_of(home).root
     found = list(_logs(home / "logs"))
     for folder in root.glob(f"*/{PARTIAL}*"):
@@ -90,7 +90,7 @@ def _logs(folder: Path) -> Iterator[Leftover]:
 
 
 def _attempts(stage: Path) -> bool:
-    """Whether a node of a stage is being made, or was begun and is not finished."""
+    """Return whether a node of a stage is being made, or was begun and is not finished."""
     return any(stage.glob(f"{PARTIAL}*"))
 
 
@@ -115,7 +115,7 @@ def in_use(
     limit_s: float = OTHERS_LIMIT_S,
     check: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
-    """Until it ends, what this run finds in the store stays. Waits for who removes artifacts, as `locked` does."""
+    """Keep what this run finds in the store until it ends. Waits for who removes artifacts, as `locked` does."""
     with ExitStack() as stack, disk_errors("taking artifacts into use:"):
         waiting = locked(
             home / _LOCK,
@@ -198,7 +198,7 @@ def _artifacts(root: Path) -> Iterator[tuple[Place, Manifest]]:
 
 
 def _replaced(root: Path) -> Iterator[tuple[Path, Manifest]]:
-    """A drafter of a line may be one: `leftovers` keeps it."""
+    """Yield replaced artifacts: a drafter of a line may be one, and stays."""
     for folder in root.glob(f"[!.]*/{REPLACED}*/"):
         with suppress(DraftsmithError):
             yield folder, read_manifest(folder)

@@ -38,7 +38,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
 
 
 def load_checkpoint(folder: Path, log: Callable[[str], None]) -> tuple[int, dict[str, Any]] | None:
-    """Steps and state of the newest whole checkpoint, on the CPU; None: there is none, and the training begins.
+    """Return steps and state of the newest whole checkpoint, on the CPU; None: the training begins.
 
     A damaged one is set aside and told to `log`: what it held is computed again.
     """

@@ -41,12 +41,12 @@ def die_with_parent(lifeline: int) -> None:
 
 
 def promise(our_end: int, grace_s: float) -> None:
-    """Of a parent that asks its child to stop: from now on it has `grace_s`, whatever becomes of the parent."""
+    """Give a child that is asked to stop `grace_s` from now on, whatever becomes of its parent."""
     os.write(our_end, f"{grace_s}\n".encode())
 
 
 def _guard(lifeline: int) -> None:
-    """Body of the guard process: wait for the end of the parent, then kill the group. Never returns."""
+    """Wait, as the guard process, for the end of the parent, then kill the group. Never returns."""
     child, until = os.getppid(), 0.0
     try:
         for ignored in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -62,7 +62,7 @@ def _guard(lifeline: int) -> None:
 
 
 def main() -> None:
-    """`python -m draftsmith.stages.lifeline FD COMMAND...`: run any command with a lifeline."""
+    """Run a command with a lifeline: `python -I -S lifeline.py FD COMMAND...`."""
     die_with_parent(int(sys.argv[1]))
     os.execvp(sys.argv[2], sys.argv[2:])
 

@@ -62,7 +62,7 @@ class PrefectServer:
         self._wait, self._stop = wait, stop
 
     def wait(self, say: Say = lambda _line: None) -> None:
-        """Until the server answers; `say` is told if that takes a while.
+        """Wait until the server answers; `say` is called if that takes a while.
 
         Raises `DraftsmithError` if it does not answer, RetryableError if it may yet.
         """

@@ -139,7 +139,7 @@ class _RunningStage:
         self._done = False
 
     def wait(self, limit: TimeLimit, check: Callable[[], None]) -> None:
-        """Until the process has ended. Raises `PastLimitError` at the time limit, and what `check` raises."""
+        """Wait until the process has ended. Raises `PastLimitError` at the time limit, and what `check` raises."""
         deadline = self._started + limit.seconds
         while self._process.poll() is None:
             check()
@@ -163,7 +163,7 @@ class _RunningStage:
                 self._read(_POLL_S)
 
     def outcome(self) -> StageOutcome:
-        """Of a process that has ended. Raises the error of one that failed."""
+        """Return what a process that ended well has reported. Raises the error of one that failed."""
         code = self._process.returncode
         if code == 0 and self._done:
             return StageOutcome(round(time.monotonic() - self._started, 3), self._summary)
@@ -180,7 +180,7 @@ class _RunningStage:
         raise StageFailedError(message)
 
     def _drain(self) -> None:
-        """What is left in the pipe. A worker that survived its stage may hold it open, so not until its end."""
+        """Read what is left in the pipe. A worker that survived its stage may hold it open, so not until its end."""
         deadline = time.monotonic() + _DRAIN_S
         while self._read(0.0) and time.monotonic() < deadline:
             pass

@@ -35,9 +35,11 @@ class AnswerParts:
             )
 
     def finished(self, *, with_trace: bool) -> set[str]:
-        """Ids of the answers that are there; `with_trace`, of those whose verify steps are there too, as far as there
-        are any: an engine that records steps wrote all answers of a part, and gives one without steps only where these
-        cannot be told (retracted by its server)."""
+        """Return the ids of the answers that are there; `with_trace`, of those whose verify steps are there too.
+
+        An engine that records steps wrote all answers of a part, and gives one without steps only where these cannot be
+        told (retracted by its server).
+        """
         answers, parts = self._read("trajectories", ["trajectory_id"])
         ids = answers["trajectory_id"].to_pylist()
         if not with_trace:
@@ -52,7 +54,7 @@ class AnswerParts:
         }
 
     def rows(self, answers: list[str]) -> dict[str, KeyedRows]:
-        """Of each table the rows of each answer; of one that was made again those of its last part."""
+        """Return the rows of each answer by table; of one that was made again those of its last part."""
         keys = pa.array(answers, pa.string())
         readers = {name: RowReader(self._parts.paths(name), schema, keep=8) for name, schema in SCHEMAS.items()}
         found = {

@@ -96,19 +96,6 @@ def test_what_was_written_a_moment_ago_is_not_kept_as_known(
     assert len(reads) == 2
 
 
-def test_a_damaged_record_and_a_home_that_cannot_be_written_cost_a_reading(
-    home: Path, tmp_path: Path, reads: list[Path]
-) -> None:
-    path = tmp_path / "weights"
-    path.write_bytes(b"bytes")
-    Checksums(home).of(path)
-    (record,) = (home / checksums.FOLDER).iterdir()
-    record.write_bytes(record.read_bytes()[:20])
-    assert Checksums(home).of(path) == sha256_file(path)
-    assert Checksums(path).of(path) == sha256_file(path)  # no folder can be made below a file
-    assert len(reads) == 3
-
-
 def test_a_record_that_lost_a_bit_accuses_no_file(home: Path, tmp_path: Path, reads: list[Path]) -> None:
     path = tmp_path / "weights"
     path.write_bytes(b"bytes")

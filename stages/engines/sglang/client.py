@@ -57,7 +57,7 @@ class RefusedRequestError(DraftsmithError):
 async def generate(
     client: httpx.AsyncClient, url: str, name: str, payload: dict[str, Any], *, stream: bool = False
 ) -> Answer:
-    """One POST /generate. Raises LostError, or DraftsmithError if the server refuses the request."""
+    """Send one POST /generate. Raises LostError, or DraftsmithError if the server refuses the request."""
     import httpx
 
     started = time.perf_counter()

@@ -63,7 +63,7 @@ class LoopThread:
             raise
 
     def call(self, function: Callable[[], None]) -> None:
-        """In the loop, and done when this returns."""
+        """Call a function in the loop, and wait for it."""
 
         async def called() -> None:
             function()
@@ -174,12 +174,12 @@ class SGLangEngine:
 
     @property
     def was_full(self) -> bool:
-        """Did a server not take as many requests at once as it was to get, so that they waited here?"""
+        """Return whether a server refused requests for being full, so that they waited here."""
         return any(server.was_full for server in self._pool.servers)
 
     @property
     def repeated(self) -> int:
-        """Attempts at requests that were lost, or whose answers were not what was asked for, so far."""
+        """Return how many attempts were lost so far, or got an answer that was not what was asked for."""
         return self._pool.repeated
 
     def set_concurrency(self, total: int | None) -> None:
@@ -192,7 +192,7 @@ class SGLangEngine:
 
 
 def _without_answers(errors: dict[str, DraftsmithError]) -> DraftsmithError:
-    """One error for the requests that failed, by their names."""
+    """Return one error for the requests that failed, by their names."""
     names, first = list(errors), next(iter(errors.values()))
     many = f"{len(names)} requests ({', '.join(names)}) have" if len(names) > 1 else "one request has"
     stopped = "; so many that no new ones were sent" if len(names) >= _MOST_UNANSWERED else ""
@@ -205,7 +205,7 @@ def _without_answers(errors: dict[str, DraftsmithError]) -> DraftsmithError:
 
 
 def _completions(finished: queue.SimpleQueue[Future[Completion]]) -> Iterator[Completion]:
-    """Those that have finished without an error."""
+    """Yield those that have finished without an error."""
     with suppress(queue.Empty):
         while True:
             future = finished.get_nowait()
@@ -226,7 +226,7 @@ def open_sglang(
     measure_first_token: bool = False,
     check: Callable[[], None] = _go_on,
 ) -> Iterator[SGLangEngine]:
-    """Servers that passed the handshake, started here if the config says so and stopped on exit.
+    """Open servers that pass the handshake, started here if the config says so and stopped on exit.
 
     longest: positions of the longest request. work: launched servers' logs go to its folder `servers`. check: called
     while it waits for servers; what it raises ends the wait.

@@ -73,14 +73,14 @@ def installed(python: Path) -> Installed:
 
 
 def router_missing(config: SGLangEngineConfig, found: Installed) -> str | None:
-    """What to do where a router is to be launched and there is none."""
+    """Return what to do if a router is to be launched and is not installed; None: nothing."""
     if config.launch is None or config.launch.router is None or found.router is not None:
         return None
     return f"engine.launch.router: `{config.python} -m pip install sglang-router` adds it, or leave the field out"
 
 
 def programs_of(engine: EmbeddedEngineConfig | SGLangEngineConfig) -> dict[str, str]:
-    """SGLang's version, of servers that would be launched; running ones say theirs when they are asked."""
+    """Return SGLang's version, of servers that would be launched; running ones say theirs when they are asked."""
     if not isinstance(engine, SGLangEngineConfig) or engine.launch is None or engine.python is None:
         return {}
     try:
@@ -90,7 +90,7 @@ def programs_of(engine: EmbeddedEngineConfig | SGLangEngineConfig) -> dict[str, 
 
 
 def environment_warnings(config: SGLangEngineConfig, found: Installed) -> list[str]:
-    """What will work less well than it could in this environment."""
+    """Return what will work less well than it could in this environment."""
     warnings = []
     if not supported(found.sglang):
         warnings.append(
@@ -106,7 +106,7 @@ def environment_warnings(config: SGLangEngineConfig, found: Installed) -> list[s
 
 
 def unreachable(url: str) -> str | None:
-    """Why a server's /health does not answer, None if it does."""
+    """Return why a server's /health does not answer; None if it does."""
     import httpx
 
     try:

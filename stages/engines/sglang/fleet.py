@@ -50,7 +50,7 @@ class Fleet:
 
     @property
     def name(self) -> str:
-        """sglang and the version, or versions, of the servers."""
+        """Return sglang and the version, or versions, of the servers."""
         return "sglang " + ", ".join(sorted({info.version for info in self._info.values()}))
 
     @property

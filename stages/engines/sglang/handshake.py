@@ -58,7 +58,10 @@ class Expected:
         longest: int,
         stream: bool,
     ) -> Expected:
-        """Raises DraftsmithError if the drafter is made for another target, or cannot draft as the config says."""
+        """Return what a config asks of its servers.
+
+        Raises DraftsmithError if the drafter is made for another target, or cannot draft as the config says.
+        """
         target, model_folder = read_target_info(target_folder), model_path(target_folder)
         tokenizer = load_tokenizer(model_folder)
         probe_ids, scored_ids = (tokenizer.encode(text, add_special_tokens=False) for text in (PROBE_TEXT, probe.TEXT))
@@ -127,7 +130,7 @@ async def check_server(
 
 
 async def records_through(client: httpx.AsyncClient, url: str, expected: Expected) -> bool:
-    """Do answers come with records of their verify steps through this router, whose servers are checked?"""
+    """Return whether answers come through this router, whose servers are checked, with records of their steps."""
     try:
         return await _check_generation(client, url, {}, expected)
     except LostError as error:
@@ -146,7 +149,7 @@ async def _check_tokenizer(client: httpx.AsyncClient, url: str, path: str, expec
 
 
 def _check_drafter(url: str, server: dict[str, Any], expected: Expected) -> list[str]:
-    """Does it speculate with such a drafter? Returns what is worth knowing."""
+    """Check that it drafts as it should. Returns what is worth knowing."""
     algorithm = server.get("speculative_algorithm")
     for name in ("speculative_accept_threshold_single", "speculative_accept_threshold_acc"):
         if algorithm and (least := server.get(name)) not in (None, 1):
@@ -177,7 +180,7 @@ def _check_drafter(url: str, server: dict[str, Any], expected: Expected) -> list
 
 
 def _check_room(url: str, server: dict[str, Any], expected: Expected) -> None:
-    """SGLang shortens an answer that does not fit without a word (Scheduler.init_req_max_new_tokens)."""
+    """Check that the longest request fits: SGLang shortens answers in silence (Scheduler.init_req_max_new_tokens)."""
     verified = expected.block_size or 0  # tokens of one verify step
     limits = []
     if longest_input := server.get("max_req_input_len"):
@@ -193,7 +196,7 @@ def _check_room(url: str, server: dict[str, Any], expected: Expected) -> None:
 
 
 async def _check_generation(client: httpx.AsyncClient, url: str, server: dict[str, Any], expected: Expected) -> bool:
-    """A greedy generation: are its tokens of this vocabulary? Returns whether it came with records of its steps."""
+    """Generate greedily; the tokens must be of the vocabulary. Returns whether records of the steps came with them."""
     request = Request("of the handshake", expected.probe_ids, SamplingParams(_PROBE_TOKENS))
     traced = expected.trace and expected.drafter_folder is not None
     body = await probe.generate(client, url, request, traced=traced)
@@ -214,7 +217,7 @@ async def _check_generation(client: httpx.AsyncClient, url: str, server: dict[st
 
 
 async def _is_greedy_only(client: httpx.AsyncClient, url: str, server: dict[str, Any], expected: Expected) -> bool:
-    """Known of a CPU, where a sampled request ends a server of DSPARK; asked of every other device."""
+    """Return whether it verifies greedily. A CPU is not asked: a sampled request ends a server of DSPARK there."""
     if not server.get("speculative_algorithm"):
         return False
     return server.get("device") == "cpu" or await probe.verifies_greedily(

@@ -90,7 +90,7 @@ class Server:
     was_full: bool = False
 
     def ended(self) -> str | None:
-        """How its process ended, or the last one behind it; None while it runs, or where it was not started here."""
+        """Return how its process ended, or the last one behind it; None: it runs, or was not started here."""
         ends = [process.ended() for process in self.processes]
         if not ends or not (ends[0] or (len(ends) > 1 and all(ends[1:]))):
             return None
@@ -145,7 +145,7 @@ class ServerPool:
 
     @property
     def capacity(self) -> int:
-        """Requests that are in flight while no server is lost."""
+        """Return how many requests are in flight while no server is lost."""
         return self._total or sum(self._concurrency * server.replicas for server in self.servers)
 
     def set_concurrency(self, total: int | None) -> None:

@@ -98,7 +98,7 @@ async def check_weights(
 
 
 def own_logprobs(target_folder: Path, tokens: Sequence[int], log: Callable[[str], None]) -> list[float]:
-    """The target's log-probs (nats) of `tokens` behind the first, in its own dtype on the CPU; computed once.
+    """Return the target's log-probs (nats) of `tokens` after the first, in its dtype on the CPU; computed once.
 
     Raises NoRoomError instead of loading what the memory does not hold.
     """
@@ -128,13 +128,13 @@ def _own_logprobs(target_folder: Path, tokens: Sequence[int], log: Callable[[str
 
 
 def payload(tokens: Sequence[int]) -> dict[str, Any]:
-    """The body of /generate that asks for them."""
+    """Return the body of /generate that asks for log-probs."""
     sampling = {"temperature": 0, "max_new_tokens": 1}
     return {"input_ids": list(tokens), "sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0}
 
 
 def served_logprobs(body: dict[str, Any], tokens: Sequence[int]) -> list[float] | None:
-    """What an answer to `payload` says; None if it does not say it of all tokens."""
+    """Return the log-probs of an answer to `payload`; None if one is missing."""
     try:
         scored = body["meta_info"]["input_token_logprobs"][1:]
         found = [float(each[0]) for each in scored]
@@ -145,12 +145,12 @@ def served_logprobs(body: dict[str, Any], tokens: Sequence[int]) -> list[float] 
 
 
 def tolerance(ours: str, theirs: str | None) -> float:
-    """Of the mean difference, for two dtypes; `theirs` None: the server does not say."""
+    """Return the tolerance of the mean difference for two dtypes; `theirs` None: the server does not say."""
     return max(TOLERANCE[ours], TOLERANCE.get(theirs or ours, TOLERANCE["bfloat16"]))
 
 
 def mean_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Mean absolute difference of two lists of log-probs, nats."""
+    """Return the mean absolute difference of two lists of log-probs, nats."""
     return sum(abs(a - b) for a, b in zip(ours, theirs, strict=True)) / len(ours)
 
 

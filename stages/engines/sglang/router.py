@@ -28,7 +28,7 @@ _PATIENCE_S = 60
 
 
 def router_command(config: SGLangEngineConfig, workers: Sequence[str], metrics_port: int) -> list[str]:
-    """Of a router that spreads over launched servers; without its port."""
+    """Return the command line of a router in front of launched servers, without its port."""
     assert config.launch is not None and config.launch.router is not None and config.python is not None
     return [
         os.fspath(config.python.expanduser().absolute()),
@@ -47,7 +47,7 @@ def router_command(config: SGLangEngineConfig, workers: Sequence[str], metrics_p
 
 
 async def workers_behind(client: httpx.AsyncClient, url: str) -> list[str] | None:
-    """The addresses of a router's servers that are well; None: it is no router.
+    """Return the addresses of a router's healthy servers; None: it is no router.
 
     Raises RetryableError if it does not answer or cannot say, DraftsmithError for one that wants a key.
     """
@@ -64,7 +64,7 @@ async def workers_behind(client: httpx.AsyncClient, url: str) -> list[str] | Non
 
 
 async def wait_for_workers(client: httpx.AsyncClient, url: str, count: int, limit_s: float) -> None:
-    """Until a router has found so many servers well. Raises RetryableError."""
+    """Wait until a router has found so many servers healthy. Raises RetryableError."""
     deadline = time.monotonic() + limit_s
     while True:
         found: list[str] = []

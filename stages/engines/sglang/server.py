@@ -38,7 +38,7 @@ def algorithm_of(drafter_folder: Path) -> str:
 
 
 def block_size_of(drafter_folder: Path, drafting: DraftingConfig, algorithm: str) -> int:
-    """Anchor and proposals of a verify step. Raises DraftsmithError if nothing says it, or if it was not trained."""
+    """Return the tokens of a verify step. Raises DraftsmithError if nothing says it, or if it was not trained."""
     raw = _drafter_config(drafter_folder)
     trained = raw.get("block_size") or (raw.get("dflash_config") or {}).get("block_size")
     if algorithm == "EAGLE3":
@@ -74,7 +74,7 @@ def command(
     algorithm: str | None,
     block_size: int | None,
 ) -> list[str]:
-    """The server's command line without its port."""
+    """Return the server's command line without its port."""
     assert config.launch is not None and config.python is not None
     python, launch = config.python.expanduser().absolute(), config.launch  # not resolved: a venv's link is its identity
     if not python.is_file():
@@ -95,7 +95,7 @@ def command(
 
 
 def drafting_options(folder: Path, algorithm: str, block_size: int) -> list[str]:
-    """By which a server drafts with this checkpoint, `block_size - 1` tokens a step."""
+    """Return the options by which a server drafts with this checkpoint, `block_size - 1` tokens a step."""
     parts = ["--speculative-algorithm", algorithm, "--speculative-draft-model-path", os.fspath(folder.absolute())]
     if algorithm == "EAGLE3":  # a chain has one branch
         parts += ["--speculative-num-steps", str(block_size - 1), "--speculative-eagle-topk", "1"]
@@ -196,7 +196,7 @@ class ServerProcess:
 
     @property
     def refused_options(self) -> bool:
-        """Whether it ended because it did not understand its command: another start would end the same way."""
+        """Return whether it ended because it did not understand its command: another start would end the same way."""
         return self._child is not None and self._child.process.poll() == _USAGE
 
     def tail(self) -> str:

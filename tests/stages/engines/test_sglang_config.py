@@ -120,7 +120,7 @@ def test_an_address_needs_its_scheme() -> None:
     [
         *("model-path", "--port", "speculative_num_draft_tokens", "dtype", "tp", "speculative-accept-threshold-single"),
         *("preferred-sampling-params", "json_model_override_args", "pp-size", "pipeline-parallel-size", "nnodes"),
-        *("speculative-use-rejection-sampling", "speculative_use_block_verification"),
+        *("speculative-use-rejection-sampling", "speculative_use_block_verification", "dp-size"),
     ],
 )
 def test_an_option_that_has_a_field_of_its_own_is_refused(option: str) -> None:
@@ -195,6 +195,10 @@ def test_every_server_gets_gpus_of_its_own() -> None:
     assert server.share_gpus(two, []) == [None, None]
     on_cpu = LaunchConfig.model_validate({"servers": 2, "options": {"device": "cpu"}})
     assert server.share_gpus(on_cpu, ["0"]) == [None, None]
+    replicas = config(servers=2, data_parallel=2)
+    assert replicas.launch is not None
+    assert server.share_gpus(replicas.launch, ["0", "1", "2", "3"]) == ["0,1", "2,3"]
+    assert after(line(replicas), "--dp-size") == "2"
 
 
 def test_gpus_are_those_that_the_stage_may_use(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,15 +15,14 @@ from pydantic import ValidationError
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.engines.base import Request, SamplingParams
-from draftsmith.stages.engines.config import LaunchConfig
-from draftsmith.stages.engines.sglang import environment, router, server
+from draftsmith.stages.engines.sglang import environment, router
 from draftsmith.stages.engines.sglang.handshake import Expected
 from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.rollout import RolloutConfig
 from draftsmith.stages.stored import DRAFTER_FOLDER
 from tests.stages.engines.http_server import HttpServer, Reply, serving
 from tests.stages.engines.servers import opened, refusing, server_of, speculating
-from tests.stages.engines.test_sglang_config import after, config, line
+from tests.stages.engines.test_sglang_config import after, config
 from tests.testbed.drafter import DrafterArtifacts
 
 REQUESTS = [Request(f"r{i}", [10 * i + 5], SamplingParams(8)) for i in range(4)]
@@ -113,36 +112,6 @@ def test_a_router_that_wants_a_key_is_told_from_a_server() -> None:
         with pytest.raises(RetryableError, match="see that the server runs"):
             behind(away)
     assert behind(refusing(405)) is None and behind(refusing(501)) is None
-
-
-def test_a_router_is_asked_when_it_has_found_all_of_its_servers(monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[list[str] | None] = [None, ["a"], ["a", "b"]]
-
-    async def behind(_client: httpx.AsyncClient, _url: str) -> list[str] | None:
-        return found.pop(0) if len(found) > 1 else found[0]
-
-    async def waits(count: int, limit_s: float) -> None:
-        async with httpx.AsyncClient(trust_env=False) as client:
-            await router.wait_for_workers(client, "http://a-router", count, limit_s)
-
-    monkeypatch.setattr(router, "workers_behind", behind)
-    monkeypatch.setattr(router, "_POLL_S", 0.0)
-    asyncio.run(waits(2, 60))
-    assert found == [["a", "b"]]
-    with pytest.raises(RetryableError, match="it found 2 of 3 servers in 0 s"):
-        asyncio.run(waits(3, 0))
-
-
-def test_replicas_are_gpus_of_a_server() -> None:
-    words = line(config(tensor_parallel=2, data_parallel=4))
-    assert (after(words, "--tp-size"), after(words, "--dp-size")) == ("2", "4")
-    assert "--dp-size" not in line(config())
-    launch = LaunchConfig(servers=2, data_parallel=2)  # type: ignore[call-arg]
-    assert server.share_gpus(launch, ["0", "1", "2", "3"]) == ["0,1", "2,3"]
-    with pytest.raises(DraftsmithError, match=r"tensor_parallel 1 and data_parallel 2 need 4 GPUs, 3 can be seen"):
-        server.share_gpus(launch, ["0", "1", "2"])
-    with pytest.raises(ValidationError, match="dp-size: is set by"):
-        config(options={"dp-size": 2})
 
 
 def test_a_router_is_for_a_rollout_on_several_servers() -> None:

@@ -105,17 +105,6 @@ def test_a_target_is_not_loaded_where_the_container_has_less_memory_than_the_mac
     assert not logs
 
 
-def test_it_is_said_before_the_target_is_loaded(plain: Expected, other_revision: Path) -> None:
-    shutil.copytree(other_revision, again := other_revision.with_name("again"))
-    expected, logs = replace(of_hub(plain), target_folder=again), list[str]()
-    scores = scoring(own_logprobs(other_revision, plain.scored_ids, print))
-    with server_of(expected, model={"model_path": "org/model"}, generate=scores) as server:
-        for _ in range(2):
-            shake(server, expected, logs=logs)
-    (told,) = logs
-    assert told.startswith("the target is loaded on the CPU, 0.0 GB: ")
-
-
 def test_quantised_weights_are_not_compared_and_that_is_said(plain: Expected) -> None:
     expected = of_hub(plain)
     says: dict[str, Any] = {"model": {"model_path": "org/model"}, "server": {"quantization": "fp8"}}
