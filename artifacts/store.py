@@ -6,6 +6,7 @@ import hashlib
 import logging
 import math
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -63,6 +64,7 @@ class Claim:
     out: Path  # becomes the artifact
     work: Path  # shards and checkpoints of the attempt; dropped when the artifact is complete
     lock: Lock
+    forced: str = ""  # a name of a forced attempt, which it keeps where it goes on: its shards are made again once
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -253,12 +255,12 @@ class Store:
                 held = locked(place, waiting, run=run, limit_s=limit_s, limit_field=_WAIT_FIELD, check=check)
                 lock = stack.enter_context(held)
                 partial = self.partial(stage, key)
-                forced_before = (partial / "forced").exists()
+                begun_by_force, name = partial / "forced", ""
+                forced_before = begun_by_force.exists()
                 finished = self._finish_interrupted_commit(stage, key)
                 done = (finished if forced_before else None) if force else self.find(stage, key)
                 if done is None:
-                    begun_by_force = partial / "forced"
-                    if force and begun_by_force.exists():
+                    if force and forced_before:
                         log.warning(
                             "%s goes on from an earlier forced attempt; to begin anew, delete %s", stage, partial
                         )
@@ -267,11 +269,13 @@ class Store:
                     for folder in (partial / "out", partial / "work"):
                         folder.mkdir(parents=True, exist_ok=True)
                     if force:
-                        begun_by_force.touch()
+                        if not forced_before:
+                            begun_by_force.write_text(secrets.token_hex(8))
+                        name = begun_by_force.read_text()
                     else:
                         begun_by_force.unlink(missing_ok=True)
                     set_aside_space(partial / PENDING)
-            yield done or Claim(stage, key, partial / "out", partial / "work", lock)
+            yield done or Claim(stage, key, partial / "out", partial / "work", lock, name)
 
     def is_claimed(self, stage: str, key: str) -> bool:
         """Whether a living process holds this key's lock."""

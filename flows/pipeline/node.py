@@ -94,7 +94,7 @@ def make(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], *, f
         ) as claim:
             reused = not isinstance(claim, Claim)
             if isinstance(claim, Claim):
-                ref = _run(workshop, node, inputs, claim, external, force=force)
+                ref = _run(workshop, node, inputs, claim, external)
             else:  # another run has made it, or the commit of an earlier attempt was still to be made
                 ref = claim
                 workshop.tracking.complete(workshop.store.manifest(ref), ref.path)
@@ -141,8 +141,6 @@ def _run(
     inputs: Mapping[str, ArtifactRef],
     claim: Claim,
     external: Mapping[str, str],
-    *,
-    force: bool,
 ) -> ArtifactRef:
     config = node.config.model_dump(mode="json")
     by_node = {node.inputs[name]: ref for name, ref in inputs.items()}
@@ -152,7 +150,7 @@ def _run(
     note = AttemptNote(claim.out.parent, workshop.config.name, node.name)
     try:
         began = time.monotonic()
-        shards = _shards(workshop, node, inputs, claim, note, force=force)
+        shards = _shards(workshop, node, inputs, claim, note)
         spent = time.monotonic() - began if shards else 0.0
         compute = node.stage.computes(node.config)
         if shards and node.stage.joins is not None:
@@ -194,16 +192,10 @@ def _run(
 
 
 def _shards(
-    workshop: Workshop,
-    node: Node,
-    inputs: Mapping[str, ArtifactRef],
-    claim: Claim,
-    note: AttemptNote,
-    *,
-    force: bool,
+    workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], claim: Claim, note: AttemptNote
 ) -> list[ArtifactRef]:
     """Artifacts of all shards of the node, whole on this machine; none if it is made in one piece."""
-    orders = orders_of(workshop.config, workshop.pipeline, node, inputs, claim, force=force)
+    orders = orders_of(workshop.config, workshop.pipeline, node, inputs, claim)
     if not orders:
         return []
     with workshop.display.stage(node.name) as shown:

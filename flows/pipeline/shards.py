@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.manifest import SHARD, ArtifactRef
 from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.store import Claim
@@ -62,22 +60,13 @@ class Order:
 
 
 def orders_of(
-    config: RunOptions, pipeline: Pipeline, node: Node, inputs: Mapping[str, ArtifactRef], claim: Claim, *, force: bool
+    config: RunOptions, pipeline: Pipeline, node: Node, inputs: Mapping[str, ArtifactRef], claim: Claim
 ) -> list[Order]:
     """Of a node that is to be made: one for each shard, none if one process does all."""
     count = config.stages.shards
     if node.stage.shard is None or count == 1:
         return []
-    attempt = _attempt(claim.work) if force else ""
-    return [Order(config, pipeline, node, inputs, claim.key, Shard(i, count), attempt) for i in range(count)]
-
-
-def _attempt(work: Path) -> str:
-    """A name of a forced attempt, which is kept with what it saves: one that goes on finds the shards that it made."""
-    note = work / "attempt"
-    if not note.exists():
-        write_text(note, secrets.token_hex(8))
-    return note.read_text("utf-8")
+    return [Order(config, pipeline, node, inputs, claim.key, Shard(i, count), claim.forced) for i in range(count)]
 
 
 def make_shard(

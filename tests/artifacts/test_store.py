@@ -122,9 +122,12 @@ def test_a_failed_attempt_leaves_no_artifact_and_the_next_one_resumes_it(store: 
 def test_a_forced_claim_starts_empty_and_goes_on_from_a_forced_attempt(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
+    names: list[str] = []
+
     def attempt(force: bool, saved: str) -> list[str]:
         with store.claim("rollout", KEY, force=force) as claim:
             assert isinstance(claim, Claim)
+            names.append(claim.forced)
             found = [path.read_text() for path in claim.work.iterdir()]
             (claim.work / "checkpoint").write_text(saved)
         return found
@@ -136,6 +139,7 @@ def test_a_forced_claim_starts_empty_and_goes_on_from_a_forced_attempt(
     assert f"to begin anew, delete {store.partial('rollout', KEY)}" in caplog.text
     assert attempt(force=False, saved="other") == ["more"]
     assert attempt(force=True, saved="") == []
+    assert names[0] == names[3] == "" and names[1] == names[2] != names[4], "its shards are made again once"
 
 
 @pytest.mark.parametrize("force", [False, True])
