@@ -260,11 +260,6 @@ def retold(tmp_path: Path, assisted: Path) -> Callable[..., Path]:
     return retell
 
 
-def test_what_served_is_kept_beside_the_trace(assisted: Path) -> None:
-    told = json.loads((assisted / "trace.json").read_text())
-    assert (told["engine"], told["dtype"], told["temperature"]) == ("embedded", "float32", 0)
-
-
 def test_one_other_step_is_refused_in_float32_and_allowed_in_bfloat16(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, retold: Callable[..., Path]
 ) -> None:

@@ -151,14 +151,6 @@ def test_mining_again_shows_how_stale_the_trace_has_become(
     assert all(0 <= values["steps_changed_share"] <= 1 for _, values in never.measured)
 
 
-def test_a_training_that_does_not_move_mines_the_same_trace(
-    greedy: Answers, tiny_drafter: DrafterArtifacts, tmp_path: Path
-) -> None:
-    ctx = train(tmp_path, tiny_drafter, greedy, remine_every=1, learning_rate=1e-12, steps=4, anchors="visited")
-    shares = [values["trace_changed_share"] for step, values in ctx.measured if step]
-    assert shares == [0.0] * 3
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, overload
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -53,15 +53,7 @@ class StoredSteps(Sequence[TrajectorySteps]):
     def __len__(self) -> int:
         return len(self.errors)
 
-    @overload
-    def __getitem__(self, index: int) -> TrajectorySteps: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[TrajectorySteps]: ...
-
-    def __getitem__(self, index: int | slice) -> TrajectorySteps | list[TrajectorySteps]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> TrajectorySteps:  # type: ignore[override]  # nobody takes a slice
         return _steps(self.rows.of([index], _COLUMNS), self.proposals)
 
 

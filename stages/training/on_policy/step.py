@@ -31,7 +31,7 @@ from draftsmith.stages.training.config import TrainingConfig
 from draftsmith.stages.training.loss_config import LossConfig
 from draftsmith.stages.training.on_policy.loss import opd_loss, stream_weights
 from draftsmith.stages.training.on_policy.sources import AnchorSource, Drawn
-from draftsmith.stages.training.on_policy.verify_steps import Unscored, VerifySteps, all_scored, judge, with_scores
+from draftsmith.stages.training.on_policy.verify_steps import Unscored, VerifySteps, all_scored, judge
 from draftsmith.stages.training.vocabulary import Heads, HeadSource
 
 
@@ -163,8 +163,8 @@ class OpdStep:
         if steps is None and judges:
             steps = self._judged(hidden, context, batch, drawn.anchors, heads, clock, self._text(batch, step))
             if self.objective.needs_scores:
-                tokens = self.config.tokens_per_target_forward
-                steps = with_scores(steps, self.target, batch, drawn.anchors, self.proposals, tokens)
+                asked = Unscored(steps, batch.trajectories, drawn.anchors, range(len(batch.trajectories)))
+                (steps,) = all_scored([asked], self.target, self.proposals, self.config.tokens_per_target_forward)
                 clock.spent("mining")
         on_proposals = None
         if self.drafter.autoregressive and self.objective.needs_scores:

@@ -132,26 +132,12 @@ def _drawn(
     return found.accepted
 
 
-def with_scores(
-    steps: VerifySteps,
-    target: Target,
-    batch: Batch,
-    anchors: Anchors,
-    proposals: int,
-    tokens_per_forward: int,
-) -> VerifySteps:
-    """The same with the target's log-probs of the rejected proposals, as `score` has them, in all rows of the batch."""
-    unscored = Unscored(steps, batch.trajectories, anchors, range(len(batch.trajectories)))
-    (scored,) = all_scored([unscored], target, proposals, tokens_per_forward)
-    return scored
-
-
 def all_scored(
     parts: Sequence[Unscored], target: Target, proposals: int, tokens_per_forward: int, ranks: Ranks = ALONE
 ) -> list[VerifySteps]:
-    """The same of several batches, in some rows of each. Ranks that share the target ask it for all of theirs at once.
+    """Return the same with the target's log-probs of the rejected proposals, as `score` has them, in some rows of each.
 
-    A step that was drawn more than once is scored once.
+    A step that was drawn more than once is scored once. Ranks that share the target ask it for all of theirs at once.
     """
     asked, places = [], []
     for part in parts:

@@ -80,24 +80,16 @@ CASES: dict[str, dict[str, Any] | None] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+SAMPLED = ["SFT", "successors", "errors, paper, reduced head", "visited, paper, mined again"]
+
+
+@pytest.mark.parametrize(
+    ("name", "law"), [*((name, GREEDY) for name in CASES), *((name, Law(0.8, 0.9, 40)) for name in SAMPLED)], ids=str
+)
 def test_micro_batches_are_one_batch(
-    name: str, drafter: Drafter, plain_target: Target, trajectories: list[Trajectory]
+    name: str, law: Law, drafter: Drafter, plain_target: Target, trajectories: list[Trajectory]
 ) -> None:
-    assert_one_batch(name, drafter, plain_target, trajectories, GREEDY)
-
-
-@pytest.mark.parametrize("name", ["SFT", "successors", "errors, paper, reduced head", "visited, paper, mined again"])
-def test_micro_batches_of_sampled_answers_are_one_batch(
-    name: str, drafter: Drafter, plain_target: Target, trajectories: list[Trajectory]
-) -> None:
-    """Where proposals are drawn, by the numbers of the answers: the same in any micro-batch."""
-    assert_one_batch(name, drafter, plain_target, trajectories, Law(0.8, 0.9, 40))
-
-
-def assert_one_batch(
-    name: str, drafter: Drafter, plain_target: Target, trajectories: list[Trajectory], law: Law
-) -> None:
+    """Proposals of sampled answers are sampled by numbers of the answers: the same in any micro-batch."""
     fields = CASES[name]
     drafter.frequent_tokens = torch.arange(random_target.VOCAB_SIZE)
 

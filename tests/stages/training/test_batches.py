@@ -83,11 +83,8 @@ def test_batches_for_losses_on_tokens_alone_carry_the_same_features(plain_target
         assert torch.equal(lean.batch(indices).features, full.batch(indices).features)
 
 
-@pytest.mark.parametrize(("memory_mb", "reads"), [(2048, 1), (1e-6, 2)])
-def test_the_target_reads_only_what_is_asked_for_and_once_while_memory_lasts(
-    memory_mb: float, reads: int, plain_target: Target, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = FeatureSource(plain_target, LAYERS, TRAJECTORIES, tokens_per_group=64, memory_mb=memory_mb)
+def noted_reads(source: FeatureSource, monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes of the target's forwards, from here on."""
     seen: list[torch.Size] = []
     read = source._read
 
@@ -96,6 +93,15 @@ def test_the_target_reads_only_what_is_asked_for_and_once_while_memory_lasts(
         return read(ids)
 
     monkeypatch.setattr(source, "_read", noted)
+    return seen
+
+
+@pytest.mark.parametrize(("memory_mb", "reads"), [(2048, 1), (1e-6, 2)])
+def test_the_target_reads_only_what_is_asked_for_and_once_while_memory_lasts(
+    memory_mb: float, reads: int, plain_target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = FeatureSource(plain_target, LAYERS, TRAJECTORIES, tokens_per_group=64, memory_mb=memory_mb)
+    seen = noted_reads(source, monkeypatch)
     order = [7, 0, 11, 3, 1, 9, 2, 5, 10, 4, 8, 6]  # neighbours are of different length
     for _ in range(2):
         for i in order:
@@ -109,14 +115,7 @@ def test_features_that_are_not_kept_are_read_in_large_forwards(
     plain_target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = FeatureSource(plain_target, LAYERS, TRAJECTORIES, tokens_per_group=64, memory_mb=1e-6)
-    seen: list[torch.Size] = []
-    read = source._read
-
-    def noted(ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        seen.append(ids.shape)
-        return read(ids)
-
-    monkeypatch.setattr(source, "_read", noted)
+    seen = noted_reads(source, monkeypatch)
     source.batch([7, 0, 11, 3, 7])
     assert sum(rows for rows, _ in seen) == 4  # one of them is asked for twice
     assert len(seen) < 4 and all(rows * width <= 64 for rows, width in seen)

@@ -46,7 +46,7 @@ def eagle_case(plain_target: Target, plain_eagle3: Eagle3Drafter) -> Case:
 # ---- SFT
 
 
-def sft(case: Case, drafter: Drafter, target: Target, temperature: float = 1.0, chunk: int = CHUNK) -> LossReport:
+def sft(case: Case, drafter: Drafter, target: Target, temperature: float = 1.0) -> LossReport:
     return sft_loss(
         drafter,
         case.batch,
@@ -55,7 +55,7 @@ def sft(case: Case, drafter: Drafter, target: Target, temperature: float = 1.0, 
         target.head_weight,
         SftConfig().stream(drafter.recipe),
         temperature=temperature,
-        positions_per_chunk=chunk,
+        positions_per_chunk=CHUNK,
     )
 
 
@@ -116,7 +116,7 @@ OBJECTIVES: dict[str, Any] = {
 }
 
 
-def opd(case: Case, drafter: Drafter, target: Target, objective: LossConfig, chunk: int = CHUNK) -> LossReport:
+def opd(case: Case, drafter: Drafter, target: Target, objective: LossConfig) -> LossReport:
     context = context_of(drafter, case.batch)
     return opd_loss(
         block_hidden(drafter, context, case.batch, case.anchors),
@@ -127,7 +127,7 @@ def opd(case: Case, drafter: Drafter, target: Target, objective: LossConfig, chu
         target.head_weight,
         objective,
         on_proposals=block_hidden_on(drafter, context, case.batch, case.anchors, case.steps.proposed),
-        positions_per_chunk=chunk,
+        positions_per_chunk=CHUNK,
     )
 
 
@@ -152,21 +152,6 @@ def test_the_rejected_stream_depends_on_the_chain_that_was_drafted(
     arguments = (eagle_case.batch, eagle_case.anchors, eagle_case.steps, heads, plain_target.head_weight, objective)
     on_trajectory = opd_loss(hidden, *arguments, positions_per_chunk=CHUNK).figures["loss_rejected"]
     assert abs(own - on_trajectory) > 0.01
-
-
-@pytest.mark.parametrize("loss", ["sft", "paper"])
-def test_the_size_of_the_chunks_changes_nothing(
-    loss: str, eagle_case: Case, eagle: Eagle3Drafter, plain_target: Target
-) -> None:
-    objective = LossConfig.model_validate("paper").resolved(Eagle3Drafter.recipe, False, 0.0)
-    gradients = []
-    for chunk in (1, CHUNK, 1000):
-        case = (eagle_case, eagle, plain_target)
-        report = sft(*case, chunk=chunk) if loss == "sft" else opd(*case, objective, chunk=chunk)
-        gradients.append((report.loss.detach(), *torch.autograd.grad(report.loss, list(eagle.parameters()))))
-    for other in gradients[1:]:
-        for a, b in zip(gradients[0], other, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_a_batch_without_a_token_of_the_draft_vocabulary_trains_nothing_and_does_no_harm(

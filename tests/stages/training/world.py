@@ -16,7 +16,7 @@ from draftsmith.stages.replay.sequential import replay_sequentially
 from draftsmith.stages.replay.trace import Trace, Trajectory
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.batches import Batch, FeatureSource, step_rng
-from draftsmith.stages.training.blocks import View, context_of
+from draftsmith.stages.training.blocks import Anchors, View, context_of
 from draftsmith.stages.training.config import TrainingConfig
 from draftsmith.stages.training.loss_config import LossConfig
 from draftsmith.stages.training.on_policy.mined import MinedTable, TrajectorySteps
@@ -28,6 +28,7 @@ from draftsmith.stages.training.on_policy.sources import (
     TableAnchors,
 )
 from draftsmith.stages.training.on_policy.step import OpdStep
+from draftsmith.stages.training.on_policy.verify_steps import Unscored, VerifySteps, all_scored
 from tests.stages.bench import Bench
 
 COUNT, PER_SEQUENCE = 6, 5
@@ -75,6 +76,11 @@ class World:
             for t, s in zip(traces, score(self.target, self.trajectories, traces, 2048), strict=True)
         ]
         return MinedTable(steps, drafter.block_size - 1)
+
+    def scored(self, steps: VerifySteps, anchors: Anchors, proposals: int, tokens: int = 2048) -> VerifySteps:
+        """Steps at anchors of the batch; tokens: that the target reads in one forward."""
+        asked = Unscored(steps, self.batch.trajectories, anchors, range(len(INDICES)))
+        return all_scored([asked], self.target, proposals, tokens)[0]
 
     def view(self, indices: list[int] = INDICES, drafter: Drafter | None = None) -> View:
         batch, drafter = self.features.batch(indices), drafter or self.moved

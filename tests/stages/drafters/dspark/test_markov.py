@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -98,12 +98,13 @@ def test_the_recurrent_head_has_seen_all_tokens_of_the_block() -> None:
     assert (apart[0] == 0).all() and (apart[1] > 0).all()
 
 
+@pytest.mark.parametrize("kind", ["vanilla", *KINDS])
 def test_an_upgraded_drafter_proposes_what_it_did_and_learns(
-    kind: Kind, plain_target: Target, plain_drafter: DFlashDrafter
+    kind: Any, plain_target: Target, plain_drafter: DFlashDrafter
 ) -> None:
     shape = DSparkConfig(kind="dspark", markov_rank=6, markov_head=kind)
     made, again = (upgraded(plain_drafter, shape, plain_target, seed=0) for _ in range(2))
-    assert isinstance(made, DSparkDrafter)
+    assert isinstance(made, DSparkDrafter) and made.block_size == plain_drafter.block_size
     assert all(
         torch.equal(a, b) for a, b in zip(made.parameters(), again.parameters(), strict=True)
     )  # seeded, all of it

@@ -12,7 +12,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.checkpoint import check_shape, load_drafter
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.info import model_path
-from tests.stages.drafters.edits import Edit, cut, edit_config, edit_tensors, remove, write
+from tests.stages.drafters.edits import Edit, edit_config, edit_tensors, write
 from tests.testbed import random_target
 from tests.testbed.eagle3 import RANDOM_VOCABULARY
 
@@ -82,12 +82,6 @@ TRAPS: dict[str, tuple[Edit, str]] = {
         edit_tensors(lambda t: t.update({"t2d": torch.ones(V, dtype=torch.bool)})),
         "d2t and t2d name different tokens",
     ),
-    "the weights are cut short": (cut("model.safetensors"), r"model\.safetensors: cannot be read"),
-    "the weights are gone": (remove("model.safetensors"), r"model\.safetensors: cannot be read"),
-    "the config is gone": (remove("config.json"), r"config\.json: cannot be read"),
-    "the config is cut short": (cut("config.json"), r"config\.json: cannot be read"),
-    "the config is no object": (write("config.json", "[]"), r"config\.json: is not a JSON object"),
-    "the config has a wrong type": (edit_config(lambda c: c.update(hidden_size="wide")), r"config\.json"),
     "a block size that is no number": (edit_config(lambda c: c.update(block_size="long")), r"config\.json: block_size"),
     "a vocabulary that is no number": (
         edit_config(lambda c: c.update(draft_vocab_size="all")),

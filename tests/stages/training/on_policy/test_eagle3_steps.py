@@ -16,7 +16,7 @@ from draftsmith.stages.training.on_policy.mined import draw_steps
 from draftsmith.stages.training.on_policy.remining import Remining
 from draftsmith.stages.training.on_policy.sources import RandomAnchors
 from draftsmith.stages.training.on_policy.step import OpdStep
-from draftsmith.stages.training.on_policy.verify_steps import judge, with_scores
+from draftsmith.stages.training.on_policy.verify_steps import judge
 from tests.stages.bench import Bench
 from tests.stages.training.case import CHUNK, heads_of
 from tests.stages.training.world import INDICES, KINDS, PER_SEQUENCE, World, make_world, phases
@@ -42,7 +42,7 @@ def test_chains_of_the_training_are_judged_as_replay_judges_them(world: World) -
     steps = judge(hidden, batch, anchors, head, proposals=4, proposed=own)
     for name in ("accepted", "committed", "rejected_offset", "proposed"):
         assert torch.equal(getattr(steps, name), getattr(expected, name)), name
-    scored = with_scores(steps, world.target, batch, anchors, 4, 2048)
+    scored = world.scored(steps, anchors, 4)
     torch.testing.assert_close(scored.target_logprobs, expected.target_logprobs, equal_nan=True, atol=3e-4, rtol=1e-4)
     without = judge(hidden, batch, anchors, head, proposals=4)
     for name in ("accepted", "committed", "rejected_offset"):

@@ -19,7 +19,7 @@ from draftsmith.stages.training.on_policy import step as opd_step
 from draftsmith.stages.training.on_policy import verify_steps
 from draftsmith.stages.training.on_policy.mined import MinedTable, draw_steps
 from draftsmith.stages.training.on_policy.remining import Remining
-from draftsmith.stages.training.on_policy.verify_steps import Unscored, all_scored, judge, with_scores
+from draftsmith.stages.training.on_policy.verify_steps import Unscored, all_scored, judge
 from tests.stages.bench import Bench
 from tests.stages.training.world import COUNT, INDICES, KINDS, PER_SEQUENCE, World, make_world, phases, without_errors
 
@@ -152,13 +152,13 @@ def test_blocks_of_the_training_are_judged_as_replay_judges_them(world: World) -
     for name in ("accepted", "committed", "rejected_offset", "proposed"):
         assert torch.equal(getattr(steps, name), getattr(expected, name)), name
     assert steps.target_logprobs.isnan().all()
-    scored = with_scores(steps, world.target, batch, anchors, 7, 2048)
+    scored = world.scored(steps, anchors, 7)
     torch.testing.assert_close(scored.target_logprobs, expected.target_logprobs, equal_nan=True, atol=1e-4, rtol=1e-4)
     small = judge(hidden, batch, anchors, head, proposals=2)
     assert torch.equal(small.accepted, steps.accepted.clamp(max=2))
-    in_parts = with_scores(steps, world.target, batch, anchors, 7, tokens_per_forward=1)
+    in_parts = world.scored(steps, anchors, 7, tokens=1)
     torch.testing.assert_close(in_parts.target_logprobs, scored.target_logprobs, atol=1e-5, rtol=1e-5, equal_nan=True)
-    assert with_scores(small, world.target, batch, anchors, 2, 2048).target_logprobs[..., 2:].isnan().all()
+    assert world.scored(small, anchors, 2).target_logprobs[..., 2:].isnan().all()
 
 
 def test_successors_are_what_one_block_of_the_current_weights_leads_to(world: World) -> None:
