@@ -155,13 +155,7 @@ class _AnswerRows(Sieve[Trajectory]):
 
     def __init__(self, config: LogsConfig, target: Target):
         super().__init__(config, Aside("the allowed share", _MAX_BAD_SHARE))
-        self._reader = Reader(
-            target.tokenizer,
-            vocab_size=target.info.vocab_size,
-            eos_ids=target.info.eos_ids,
-            max_tokens=target.info.max_positions,
-            template_kwargs=config.chat_template_kwargs,
-        )
+        self._reader = Reader(target.tokenizer, target.info, config)
 
     def _made(self, row: LoggedRow, time: datetime | None) -> Trajectory:  # noqa: ARG002
         answer = self._reader.read(row)

@@ -9,27 +9,25 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import SOURCES, Compute, Stage, StageContext
-from draftsmith.stages.prompting.files import count_rows, is_remote, no_rows, read_rows
+from draftsmith.stages.prompting.files import Throttle, is_remote, no_rows, read_rows
 from draftsmith.stages.prompting.logs_config import LogsConfig
-from draftsmith.stages.prompting.pace import Pace
 from draftsmith.stages.prompting.times import LAST, iso
 
 if TYPE_CHECKING:
-    from draftsmith.stages.prompting.answers import WaitingAnswers
     from draftsmith.stages.prompting.earlier import Earlier
-    from draftsmith.stages.prompting.intake import Intake
+    from draftsmith.stages.prompting.intake import Intake, Taken
 
 _REPORT_EVERY = 256
 
 
 def preflight(config: LogsConfig, target: Path) -> None:
-    """The files are there, and rows of the allowed length fit into the target's context."""
+    """Check that the files are there, and that rows of the allowed length fit into the target's context."""
     from draftsmith.stages.targets.info import read_target_info
 
     config.external_files()
@@ -43,90 +41,66 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
 
     Kept between attempts is what takes the time of reading: the texts as token ids.
     """
-    import numpy as np
-
     from draftsmith.artifacts.atomic import atomic_path, write_text
-    from draftsmith.stages.prompting.answers import TrajectoryTable, WaitingAnswers, chosen_rows
+    from draftsmith.stages.prompting.answers import TrajectoryTable, tables
     from draftsmith.stages.prompting.aside import Aside
-    from draftsmith.stages.prompting.earlier import made_otherwise, read_contents, read_earlier
+    from draftsmith.stages.prompting.earlier import read_contents
     from draftsmith.stages.prompting.held_out import read_held_out
     from draftsmith.stages.prompting.intake import Intake
-    from draftsmith.stages.prompting.tokenised import Tokenised
+    from draftsmith.stages.prompting.logged import TokenCache
     from draftsmith.stages.targets.info import read_target_info
 
     preflight(config, ctx.inputs["target"])
     if config.overlaps and "earlier" not in ctx.inputs:
         ctx.log(
-            f"the window begins behind {config.after}, without logs.lateness_hours: which rows before it were used by "
-            "the champion's refresh is not known here"
+            f"rows up to {config.after} are left out: which of them the champion was trained on is unknown here, so "
+            "logs.lateness_hours is ignored"
         )
         config = config.model_copy(update={"lateness_hours": 0.0})
     held_out = read_held_out(ctx.inputs.get("prompts"))
-
-    def tell(answers: int) -> None:
-        ctx.progress(answers, answers, "earlier answers")
-        ctx.check_interrupted()
-
     with (
         atomic_path(ctx.out / "set_aside.jsonl") as listed,
         listed.open("w", encoding="utf-8") as lines,
-        Tokenised(ctx.work / "tokenised") as kept,
+        TokenCache(ctx.work / "tokenised") as cache,
+        TrajectoryTable(ctx.out / "trajectories.parquet") as table,
     ):
         aside = Aside("logs.max_bad_share", config.max_bad_share, lines)
         used_before = read_contents(ctx.inputs["earlier"]) if config.overlaps else frozenset()
-        intake = Intake(config, ctx.inputs["target"], held_out, aside, kept, used_before)
-        earlier, changed, info = None, None, read_target_info(ctx.inputs["target"])
-        if config.replay_share and "earlier" in ctx.inputs:
-            changed = made_otherwise(ctx.inputs["earlier"], info)
-            if changed is None:
-                earlier = read_earlier(ctx.inputs["earlier"], intake, config.law, tell)
-                if earlier.of_other_laws:
-                    ctx.log(
-                        f"{earlier.of_other_laws} answers of the earlier refresh are left out: they were drawn at "
-                        "another temperature, top_p or top_k"
-                    )
-            else:
-                ctx.log(
-                    f"warning: no answers of the earlier refresh are mixed in: {changed} changed since they were given"
-                )
+        intake = Intake(config, ctx.inputs["target"], held_out, aside, cache, used_before)
+        earlier, changed = _earlier(ctx, config, intake)
         wanted = _wanted(config, earlier)
-        with WaitingAnswers(ctx.work / "answers.parquet") as waiting:
-            contents: list[bytes] = []  # of every answer that may be used
-            total = _read(ctx, config, intake, waiting, contents, wanted)
+        contents: set[bytes] = set()  # of the answers that are used
+        stated: dict[str, Any] = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
+        stated |= {"seed": 0, "engine": "logs"}  # their seed is not known
+        for part in tables(_read(ctx, config, intake, wanted, contents)):
+            table.add(part, **stated)
         aside.check()
+        if not table.rows:
+            raise DraftsmithError(_nothing_usable(config, intake))
+        used = table.rows
+        if earlier is not None:
+            for part in earlier.rows(earlier.choose(_replayed(config, used), ctx.seed, contents)):
+                table.add(part)
+            ctx.log(f"{table.rows - used} answers of the earlier refresh mixed in")
     for doubt in intake.doubts():
         ctx.log(f"warning: {doubt}")
-    if kept.kept:
-        ctx.log(f"{kept.kept} answers were tokenised by an earlier attempt")
-    if not contents:
-        raise DraftsmithError(_nothing_usable(config, intake))
-    used = np.arange(len(contents)) < (len(contents) if wanted is None else wanted)
+    if cache.hits:
+        ctx.log(f"{cache.hits} answers were tokenised by an earlier attempt")
     if aside.reasons:
-        ctx.log(f"{used.sum()} rows used, {sum(aside.reasons.values())} set aside: {aside.said()}")
-    replayed = 0
-    with TrajectoryTable(ctx.out / "trajectories.parquet") as table:
-        said = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
-        for part in chosen_rows(waiting.path, used):
-            table.append(part, **said, seed=0, engine="logs")  # their seed is not known
-            ctx.check_interrupted()
-        if earlier is not None:
-            newer = set(contents[: int(used.sum())])
-            mask = earlier.choose(_replayed(config, int(used.sum())), ctx.seed, newer)
-            for part in earlier.rows(mask):
-                table.append(part)
-            replayed = int(mask.sum())
-            ctx.log(f"{replayed} answers of the earlier refresh mixed in")
+        ctx.log(f"{used} rows used, {sum(aside.reasons.values())} set aside: {aside.said()}")
     improbable = _judge(ctx, config, table.rows)
+    replayed, info = table.rows - used, read_target_info(ctx.inputs["target"])
+    whole = _is_read_whole(config, wanted) and not any(is_remote(file) for file in config.files())
     counts = {
-        "rows_in_files": total,
+        "rows_in_files": aside.rows - aside.cut_off if whole else None,
         "rows_read": aside.rows,
-        "used": int(used.sum()),
+        "used": used,
         "replayed": replayed,
         "replay_left_out": changed,
         "set_aside": dict(aside.reasons.most_common()),
         "outside_window": intake.outside_window,
         "filtered": intake.filtered,
-        "not_drawn": len(used) - int(used.sum()),
+        "not_drawn": intake.taken - used,
         "response_tokens": table.response_tokens,
         "scored": min(config.scored, table.rows),
         "improbable": dict(Counter(improbable).most_common()),
@@ -143,6 +117,29 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
         replayed=replayed,
         replay_left_out=float(changed is not None),
     )
+
+
+def _earlier(ctx: StageContext, config: LogsConfig, intake: Intake) -> tuple[Earlier | None, str | None]:
+    """Return the answers that the champion was trained on, or what has changed since they were given."""
+    from draftsmith.stages.prompting.earlier import made_otherwise, read_earlier
+
+    if not config.replay_share or "earlier" not in ctx.inputs:
+        return None, None
+    if changed := made_otherwise(ctx.inputs["earlier"], intake.info):
+        ctx.log(f"warning: no answers of the earlier refresh are mixed in: {changed} changed since they were given")
+        return None, changed
+
+    def tell(answers: int) -> None:
+        ctx.progress(answers, answers, "earlier answers")
+        ctx.check_interrupted()
+
+    earlier = read_earlier(ctx.inputs["earlier"], intake, config.law, tell)
+    if earlier.of_other_laws:
+        ctx.log(
+            f"{earlier.of_other_laws} answers of the earlier refresh are left out: they were drawn at another "
+            "temperature, top_p or top_k"
+        )
+    return earlier, None
 
 
 def _judge(ctx: StageContext, config: LogsConfig, rows: int) -> list[str]:
@@ -169,74 +166,56 @@ def _judge(ctx: StageContext, config: LogsConfig, rows: int) -> list[str]:
             ctx.progress(done, count, "answers read by the target", improbable=len(found))
             ctx.check_interrupted()
     write_text(ctx.out / "improbable.jsonl", "".join(json.dumps(each) + "\n" for each in found))
+    by_reason = Counter(each["reason"] for each in found)
     if found:
-        by_reason = Counter(each["reason"] for each in found)
         reasons = ", ".join(f"{n} {reason}" for reason, n in by_reason.most_common())
         law = f"temperature {config.temperature:g}" + (f", {config.law.truncation}" if config.temperature else "")
-        said = (
-            f"{len(found)} of {count} answers are not what this target gives at {law} "
-            f"({reasons}; improbable.jsonl): sampled otherwise, another model's, or a part was cut out?"
+        remedy = (
+            " Correct logs.top_p and logs.top_k; min_p and penalties cannot be stated, so log answers without them, or "
+            "greedy ones."
         )
-        if by_reason[OUTSIDE]:
-            said += (
-                " Correct logs.top_p and logs.top_k; min_p and penalties cannot be stated, so log answers without "
-                "them, or greedy ones."
-            )
-        ctx.log(f"warning: {said}")
-    return [each["reason"] for each in found]
+        ctx.log(
+            f"warning: {len(found)} of {count} answers are not what this target gives at {law} ({reasons}; "
+            "improbable.jsonl): sampled otherwise, another model's, or a part was cut out?"
+            f"{remedy if by_reason[OUTSIDE] else ''}"
+        )
+    return list(by_reason.elements())
+
+
+def _is_read_whole(config: LogsConfig, wanted: int | None) -> bool:
+    """Return whether reading goes on after the answers that are used.
+
+    The next window begins after the newest row read: of this one, none may be left unread, in whatever file.
+    """
+    return wanted is None or config.since == LAST or config.after is not None
 
 
 def _read(
-    ctx: StageContext,
-    config: LogsConfig,
-    intake: Intake,
-    waiting: WaitingAnswers,
-    contents: list[bytes],
-    wanted: int | None,
-) -> int | None:
-    """All rows, or as many as are needed. Returns how many there are in the files, None where not all are
-    read or some are far away."""
-    files = config.files()
-    # the next window begins behind the newest row read: of this one, none may be left unread, in whatever file
-    consecutive = config.since == LAST or config.after is not None
-    enough = None if consecutive else wanted
-    uncounted = enough is not None or any(is_remote(file) for file in files)
-    total = None if uncounted else _count(ctx, files)
-    pace = Pace()
-    for read, row in enumerate(read_rows(files), start=1):
+    ctx: StageContext, config: LogsConfig, intake: Intake, wanted: int | None, contents: set[bytes]
+) -> Iterator[Taken]:
+    """Yield the answers that are used, and note their contents."""
+    throttle, whole = Throttle(), _is_read_whole(config, wanted)
+    for read, row in enumerate(read_rows(config.files()), start=1):
         answer = intake.take(row)
-        if answer is not None:
-            waiting.append(answer)
-            contents.append(answer.content)
-        if pace.step() or read % _REPORT_EVERY == 0 or read == total:  # a row of a megabyte takes seconds
-            ctx.progress(read, max(read, total or 0), "rows", used=len(contents))
+        if answer is not None and (wanted is None or intake.taken <= wanted):
+            contents.add(answer.content)
+            yield answer
+        if throttle.is_due() or read % _REPORT_EVERY == 0:  # a row of a megabyte takes seconds
+            ctx.progress(read, read, "rows", used=len(contents))
         ctx.check_interrupted()
-        if enough is not None and len(contents) >= enough:
+        if not whole and intake.taken == wanted:
             break
-    return total
-
-
-def _count(ctx: StageContext, files: Sequence[str]) -> int:
-    """Rows of the files, for the time that is left: of large ones it takes minutes itself."""
-    pace = Pace()
-
-    def counted() -> None:
-        if pace.step():
-            ctx.progress(pace.rows, pace.rows, "rows counted")
-        ctx.check_interrupted()
-
-    return count_rows(files, counted)
 
 
 def _wanted(config: LogsConfig, earlier: Earlier | None) -> int | None:
-    """The most new answers: what `rows` leaves beside those of the earlier refresh."""
+    """Return the most new answers: what `rows` leaves beside those of the earlier refresh."""
     if config.rows is None or earlier is None:
         return config.rows
     return config.rows - min(int(config.replay_share * config.rows + 1e-9), earlier.usable)
 
 
 def _replayed(config: LogsConfig, new: int) -> int:
-    """How many earlier answers make up their share beside so many new ones."""
+    """Return how many earlier answers make up their share beside so many new ones."""
     count = int(new * config.replay_share / (1 - config.replay_share) + 1e-9)
     return count if config.rows is None else min(count, config.rows - new)
 
@@ -248,7 +227,7 @@ def _nothing_usable(config: LogsConfig, intake: Intake) -> str:
     rows, where = intake.aside.rows, ", ".join(config.paths)
     if not rows:
         return no_rows(config.paths)
-    if rows and intake.outside_window + intake.aside.reasons[USED_BEFORE] == rows:
+    if intake.outside_window + intake.aside.reasons[USED_BEFORE] == rows:
         since = f"from {iso(config.since_time)} or later" if config.since_time is not None else ""
         after = f"later than {config.after}" if config.after is not None else ""
         beginning = " and ".join(each for each in (since, after) if each)
@@ -261,7 +240,7 @@ def _nothing_usable(config: LogsConfig, intake: Intake) -> str:
 
 
 def _window(config: LogsConfig, intake: Intake) -> dict[str, str | None]:
-    """In absolute time. newest: of all rows read, whether used or not; what the next `since: last` begins behind."""
+    """Return absolute times. newest: of all rows read, used or not; the next `since: last` begins after it."""
     return {
         "since": None if config.since_time is None else iso(config.since_time),
         "after": config.after,

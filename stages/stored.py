@@ -55,7 +55,7 @@ def load_trajectories(folder: Path, splits: Collection[str] | None = None) -> St
     path = folder / "trajectories.parquet"
     reader = RowReader(path, TRAJECTORIES)
     table = read_table(path, TRAJECTORIES, ["trajectory_id", "prompt_id", "split", *_LAW])
-    prompts, responses = _lengths(reader)
+    prompts, responses = _lengths(reader, "prompt_ids", "response_ids")
     wanted = np.ones(table.num_rows, dtype=bool)
     if splits is not None:
         wanted = pc.is_in(table["split"], value_set=pa.array(list(splits), pa.string())).to_numpy()
@@ -79,14 +79,13 @@ def load_trajectories(folder: Path, splits: Collection[str] | None = None) -> St
     return StoredTrajectories(rows, prompt_ids, law, int(wanted.sum()) - len(places))
 
 
-def _lengths(reader: RowReader) -> tuple[np.ndarray, np.ndarray]:
-    """[rows] tokens of the prompts and of the responses."""
-    columns = ["prompt_ids", "response_ids"]
-    found: list[list[np.ndarray]] = [[np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]]
-    for part in reader.parts(columns):
+def _lengths(reader: RowReader, *columns: str) -> list[np.ndarray]:
+    """Return [rows] numbers of tokens, for each column."""
+    found: list[list[np.ndarray]] = [[np.zeros(0, dtype=np.int64)] for _ in columns]
+    for part in reader.parts(list(columns)):
         for lengths, name in zip(found, columns, strict=True):
             lengths.append(pc.list_value_length(part[name]).to_numpy().astype(np.int64))
-    return np.concatenate(found[0]), np.concatenate(found[1])
+    return [np.concatenate(each) for each in found]
 
 
 def splits_of(folder: Path) -> set[str]:
@@ -146,14 +145,9 @@ def load_prompts(folder: Path, splits: Collection[str]) -> PromptRows:
     table = read_table(path, PROMPTS, ["prompt_id", "split"])
     places = np.flatnonzero(pc.is_in(table["split"], value_set=wanted).to_numpy())
     chosen = table.take(places)
-    lengths = [pc.list_value_length(part["token_ids"]).to_numpy() for part in reader.parts(["token_ids"])]
-    return PromptRows(
-        reader,
-        places,
-        chosen["prompt_id"].to_pylist(),
-        [sys.intern(split) for split in chosen["split"].to_pylist()],
-        np.concatenate([*lengths, np.zeros(0, dtype=np.int64)])[places].astype(np.int64),
-    )
+    names = [sys.intern(split) for split in chosen["split"].to_pylist()]
+    (lengths,) = _lengths(reader, "token_ids")
+    return PromptRows(reader, places, chosen["prompt_id"].to_pylist(), names, lengths[places])
 
 
 def positions_needed(prompts: Sequence[Prompt], max_new_tokens: int, max_positions: int) -> int:

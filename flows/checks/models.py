@@ -13,8 +13,8 @@ from draftsmith.flows.pipeline.graph import Node
 from draftsmith.stages.champion import ChampionConfig, checkpoint_of
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.drafters.kinds import DrafterConfig
+from draftsmith.stages.prompting.chat_template import token_ids
 from draftsmith.stages.prompting.sources import Candidate
-from draftsmith.stages.prompting.template import token_ids
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.targets.estimate import target_size

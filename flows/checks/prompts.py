@@ -12,7 +12,6 @@ from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.pipeline.graph import Node
 from draftsmith.stages.measure.config import EvaluationConfig, prompts_to_decode
 from draftsmith.stages.prompting.aside import UNREADABLE, Aside
-from draftsmith.stages.prompting.file_prompts import file_rows
 from draftsmith.stages.prompting.files import is_remote, matched, no_rows, read_rows
 from draftsmith.stages.prompting.held_out import HeldOut, identity, place
 from draftsmith.stages.prompting.intake import Intake, ShapeSieve
@@ -27,12 +26,11 @@ from draftsmith.stages.prompting.sources import (
     ReasoningGymSource,
     Split,
 )
-from draftsmith.stages.prompting.supplies import Supply, Supplying, load_rows, supplies
+from draftsmith.stages.prompting.supplies import Supply, load_rows, prompt_rows, supplies
 from draftsmith.stages.prompts import OF_MORE_LOGS, PromptsConfig
 from draftsmith.stages.rollout import RolloutConfig, prompts_to_answer, too_few
 from draftsmith.stages.stored import Prompt, positions_needed
 
-_TRIED = 1000  # prompts of a task until one of the held-out class must have come
 _COUNTED_BYTES = 1 << 28  # larger files are only looked into
 _LOG_ROWS, _LOG_SECONDS = 20_000, 20.0  # of a log, whichever is reached first
 _STILL_WRITTEN_S = 30.0
@@ -134,7 +132,7 @@ def _check_source(found: Findings, name: str, source: PromptSource, config: Prom
     wanted = _share(config, source)
     match source:
         case ReasoningGymSource():
-            made = [supply.label for supply in _tried(source)]
+            made = [supply.label for supply in _tried(source, config)]
             found.ok(name, f"{source.kind} {', '.join(made)}: made as needed")
         case JsonlSource():
             _check_files(found, name, source, config)
@@ -168,9 +166,9 @@ def _check_hub(found: Findings, name: str, source: HuggingFaceSource) -> None:
         found.ok(name, f"data set {source.id} is on the hub")
 
 
-def _tried(source: ReasoningGymSource) -> list[Supply]:
+def _tried(source: ReasoningGymSource, config: PromptsConfig) -> list[Supply]:
     """The supplies of a procedural source, each after it has made one prompt: that its name and options are right."""
-    tried = supplies(source, Supplying(limit=_TRIED))
+    tried = supplies(source, config)
     for supply in tried:
         supply.next("heldout")
     return tried
@@ -187,7 +185,7 @@ def _check_files(found: Findings, name: str, source: JsonlSource, config: Prompt
     seen: set[str] = set()
     rows = held_out = unread = again = 0
     as_they_are = not (source.suffix or config.system)
-    for _, messages, _ in file_rows(source, aside, only=config.listed_files, as_they_are=as_they_are):
+    for _, messages, _ in prompt_rows(source, read_rows(files), aside, as_they_are=as_they_are):
         text = Candidate(source.path, messages, "").text_hash if messages else ""
         if text in seen:
             again += 1

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import TextIO
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.prompting.files import BadRow
+from draftsmith.stages.prompting.files import BadRow, CutOff
 
 UNREADABLE = "cannot be read"
 
@@ -21,8 +21,9 @@ class Aside:
         self.reasons: Counter[str] = Counter()
         self.rows = 0  # read so far
         self.outside = 0  # of them, those outside a window: no part of what the share is of
+        self.cut_off = 0  # of them, missing ends of files
         self._first: BadRow | None = None
-        self._counted = 0  # of the bad rows, those that are
+        self._counted = 0  # of the bad rows, those that are part of it
 
     @property
     def bad(self) -> int:
@@ -35,6 +36,7 @@ class Aside:
     def unreadable(self, row: BadRow, log_id: str | None = None, *, outside: bool = False) -> None:
         """Raises DraftsmithError at once where no bad row is allowed. outside: of the window, as far as one can say."""
         self.reasons[UNREADABLE] += 1
+        self.cut_off += isinstance(row, CutOff)
         if outside:
             self.outside += 1
         else:

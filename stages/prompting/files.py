@@ -10,8 +10,9 @@ import glob
 import gzip
 import json
 import re
+import time
 import zlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,19 +23,15 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError, one_lin
 KINDS = ".jsonl, .ndjson or .json with an object a line, also with .gz or .zst, or .parquet"
 # what is taken out of a folder; behind the suffix a number or a date, as logrotate writes them
 _OF_ROWS = re.compile(r".*(\.(jsonl|ndjson|json)([.-]\d[\d.T_-]*)?(\.gz|\.zst)?|\.parquet(\.gz|\.zst)?)")
-# a header line of CSV: at least two names, each maybe in quotes, with one separator between all of them
-_CSV_HEADER = re.compile(r'"?[\w .-]+"?(?P<separator>[,;\t])"?[\w .-]+"?(?:(?P=separator)"?[\w .-]+"?)*')
 _CHUNK = 1 << 18  # bytes
+_REPORT_EVERY_S = 1.0
 _PARQUET_ROWS = 256  # Python objects of so many rows at a time
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row as it was written."""
-
+class _Line:
     file: str
     number: int  # from 1; blank lines count
-    fields: dict[str, Any]
 
     @property
     def where(self) -> str:
@@ -42,16 +39,35 @@ class Row:
 
 
 @dataclass(frozen=True)
-class BadRow:
-    """A row that cannot be read, or where a damaged file ends."""
+class Row(_Line):
+    """One row as it was written."""
 
-    file: str
-    number: int
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class BadRow(_Line):
+    """A row that cannot be read."""
+
     reason: str
 
-    @property
-    def where(self) -> str:
-        return f"{self.file}, row {self.number}"
+
+class CutOff(BadRow):
+    """Where a damaged file ends."""
+
+
+class Throttle:
+    """Says when progress is due: once a second, however many rows there are and however long one takes."""
+
+    def __init__(self) -> None:
+        self._reported = time.monotonic()
+
+    def is_due(self) -> bool:
+        now = time.monotonic()
+        due = now - self._reported >= _REPORT_EVERY_S
+        if due:
+            self._reported = now
+        return due
 
 
 def is_remote(pattern: str) -> bool:
@@ -62,9 +78,8 @@ def is_remote(pattern: str) -> bool:
 def matched(patterns: Sequence[str], field: str, only: Collection[str] | None = None) -> list[str]:
     """The files that paths, folders and globs name: pattern by pattern, sorted within each, every file once.
 
-    field: names the config's field in errors. only: of those, as `local_files` and `remote_versions` named them before;
-    what has come since is left out. Raises DraftsmithError for a pattern that matches nothing, and for a name that no
-    manifest could hold.
+    field: names the config's field in errors. only: of those, the ones that a listing has (`listed_as`). Raises
+    DraftsmithError for a pattern that matches nothing, and for a name that no manifest could hold.
     """
     found: dict[str, None] = {}
     for pattern in patterns:
@@ -72,36 +87,33 @@ def matched(patterns: Sequence[str], field: str, only: Collection[str] | None = 
     for name in found:
         if (shown := name.encode("utf-8", "backslashreplace").decode()) != name:
             raise DraftsmithError(f"{field}: {shown}: its name is not UTF-8 text: rename the file")
-    return [name for name in found if only is None or _listed_as(name) in only]
+    return [name for name in found if only is None or listed_as(name) in only]
 
 
-def listed(patterns: Sequence[str], field: str) -> list[str]:
-    """All of `matched`, as its `only` takes them: absolute."""
-    return [_listed_as(name) for name in matched(patterns, field)]
-
-
-def _listed_as(name: str) -> str:
+def listed_as(name: str) -> str:
+    """Return the name of a file in a listing: an address, or an absolute path."""
     return name if is_remote(name) else str(Path(name).absolute())
 
 
 def local_files(patterns: Sequence[str], field: str, only: Collection[str] | None = None) -> list[Path]:
-    """Those of `matched` that are on this machine, absolute."""
+    """Return those of `matched` that are on this machine, absolute."""
     return [Path(name).absolute() for name in matched([each for each in patterns if not is_remote(each)], field, only)]
 
 
 def remote_versions(patterns: Sequence[str], field: str, only: Collection[str] | None = None) -> dict[str, str]:
-    """Address → size and tag of every matched file that is not on this machine: other content, another text.
+    """Return address → size and tag of every matched file that is not on this machine: other content, another text.
 
-    The tag is the store's own (ETag, MD5), else fsspec's checksum of what the store tells about the file.
+    The tag is the store's own (ETag, MD5), else fsspec's checksum of what the store says about the file.
     """
     versions: dict[str, str] = {}
-    for pattern in patterns:
-        if is_remote(pattern):
-            for name, info in _remote(pattern, field).items():
-                if only is not None and name not in only:
-                    continue
+    for pattern in filter(is_remote, patterns):
+        for name, info in _remote(pattern, field).items():
+            if only is None or name in only:
                 tag = next((info[key] for key in ("ETag", "etag", "md5Hash") if info.get(key)), None)
-                versions[name] = f"{info.get('size')}/{tag if tag is not None else _checksum(name, field)}"
+                if tag is None:
+                    system, path = _file_system(name, field)
+                    tag = system.checksum(path)
+                versions[name] = f"{info.get('size')}/{tag}"
     return versions
 
 
@@ -133,10 +145,6 @@ def _holds_rows(name: str) -> bool:
     """By its name below a folder; what begins with a dot or an underscore is somebody's bookkeeping."""
     parts = name.split("/")
     return _OF_ROWS.fullmatch(parts[-1]) is not None and not any(part.startswith((".", "_")) for part in parts)
-
-
-def _inner(name: str) -> str:
-    return name.removesuffix(".gz").removesuffix(".zst")
 
 
 def _file_system(address: str, field: str) -> tuple[Any, str]:
@@ -173,11 +181,6 @@ def _remote(pattern: str, field: str) -> dict[str, dict[str, Any]]:
     return {str(system.unstrip_protocol(name)): found[name] for name in sorted(found)}
 
 
-def _checksum(address: str, field: str) -> str:
-    system, path = _file_system(address, field)
-    return str(system.checksum(path))
-
-
 def read_rows(files: Sequence[str]) -> Iterator[Row | BadRow]:
     """All rows of the files in turn, one in memory at a time (of Parquet: some hundreds).
 
@@ -192,8 +195,6 @@ def read_rows(files: Sequence[str]) -> Iterator[Row | BadRow]:
                     yield from _json_rows(file, raw)
         except FileNotFoundError:
             raise DraftsmithError(f"{file} does not exist: correct the path") from None
-        except IsADirectoryError:
-            raise DraftsmithError(f"{file} is a folder now: correct the path") from None
         except DraftsmithError:
             raise
         except Exception as error:
@@ -211,11 +212,8 @@ def no_rows(paths: Sequence[str]) -> str:
     return f"{', '.join(paths)}: is empty. Give a file with one JSON object a line."
 
 
-def count_rows(files: Sequence[str], counted: Callable[[], None] = lambda: None) -> int:
-    """About how many rows there are, without taking them apart; damaged files count as far as they go.
-
-    counted: called after every line.
-    """
+def count_rows(files: Sequence[str]) -> int:
+    """Return about how many rows there are, without taking them apart; damaged files count as far as they go."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -228,7 +226,6 @@ def count_rows(files: Sequence[str], counted: Callable[[], None] = lambda: None)
                 else:
                     for line in _lines(file, raw):
                         total += bool(line.strip())
-                        counted()
         except (_DamagedError, OSError, ValueError, pa.ArrowException):
             continue  # reading says it
     return total
@@ -246,21 +243,16 @@ def _opened(file: str) -> AbstractContextManager[IO[bytes]]:
 
 
 def _json_rows(file: str, raw: IO[bytes]) -> Iterator[Row | BadRow]:
-    number, first = 0, True
+    number = 0
     try:
-        if _inner(file).endswith(".parquet"):
+        if file.endswith((".parquet.gz", ".parquet.zst")):
             raise _DamagedError("a Parquet file that is compressed as a whole: unpack it")
         for number, line in enumerate(_lines(file, raw), start=1):
-            if not line.strip():
-                continue
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            parsed = _parsed(line)
-            if first and isinstance(parsed, str):
-                parsed = _as_csv(file, line) or parsed
-            first = False
-            yield BadRow(file, number, parsed) if isinstance(parsed, str) else Row(file, number, parsed)
+            if line.strip():
+                parsed = _parsed(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+                yield BadRow(file, number, parsed) if isinstance(parsed, str) else Row(file, number, parsed)
     except _DamagedError as damage:
-        yield BadRow(file, number + 1, str(damage))
+        yield CutOff(file, number + 1, str(damage))
 
 
 def _lines(file: str, raw: IO[bytes]) -> Iterator[bytes]:
@@ -307,17 +299,6 @@ def _parsed(line: bytes) -> dict[str, Any] | str:
     return row
 
 
-def _as_csv(file: str, line: bytes) -> str | None:
-    """Return what to do with a file whose first line is a header of CSV; None if it is not."""
-    header = _CSV_HEADER.fullmatch(line.decode("utf-8", "replace").strip())
-    if header is None and not _inner(file).endswith((".csv", ".tsv")):
-        return None
-    separator = header["separator"] if header is not None else ","
-    read = f"read_csv({file!r}{'' if separator == ',' else f', sep={separator!r}'})"
-    convert = f"import pandas; pandas.{read}.to_json('rows.jsonl', orient='records', lines=True)"
-    return f'looks like CSV, not JSON Lines. Convert it (python -c "{convert}") and give rows.jsonl'
-
-
 def _parquet_rows(file: str, raw: IO[bytes]) -> Iterator[Row | BadRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -332,7 +313,7 @@ def _parquet_rows(file: str, raw: IO[bytes]) -> Iterator[Row | BadRow]:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         reason = f"not a whole Parquet file ({one_line(error, 200)}): copy or download it again"
-        yield BadRow(file, number + 1, reason)
+        yield CutOff(file, number + 1, reason)
 
 
 def _python_rows(batch: Any) -> Iterator[dict[str, Any] | str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Set
@@ -15,14 +14,13 @@ import numpy as np
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.prompting.aside import Aside
+from draftsmith.stages.prompting.chat_template import TemplateInverter
 from draftsmith.stages.prompting.files import BadRow, Row
 from draftsmith.stages.prompting.held_out import HeldOut, digest
-from draftsmith.stages.prompting.logged import LoggedRow, Reader, logged_ids, logged_text
+from draftsmith.stages.prompting.logged import LoggedRow, Reader, TokenCache, logged_ids, logged_text
 from draftsmith.stages.prompting.logs_config import LogsConfig
 from draftsmith.stages.prompting.rows import SetAside, messages_beside_ids, passes, renamed
 from draftsmith.stages.prompting.times import TIME_FIELDS, row_time
-from draftsmith.stages.prompting.tokenised import Tokenised
-from draftsmith.stages.prompting.unrendered import Unrendered
 from draftsmith.stages.targets.info import model_path, read_target_info
 from draftsmith.stages.targets.resolve import load_tokenizer
 
@@ -67,7 +65,7 @@ class Sieve(ABC, Generic[T]):
         self.outside_window = 0
         self.filtered = 0  # rows inside the window that `filter` does not let through
         self._models: Counter[str] = Counter()  # of the rows taken, where they say one
-        self._taken = self._endless = 0  # rows taken, and of these, of text, those that do not say how they ended
+        self.taken = self._endless = 0  # rows taken, and of these, of text, those that do not say how they ended
         self.overlap = 0  # rows inside the window that a refresh before may have read
         self._outside: tuple[str, bool] = "", False  # the file of the row before, and whether that was
         self.newest: datetime | None = None  # of all rows read
@@ -88,9 +86,9 @@ class Sieve(ABC, Generic[T]):
             found.append(
                 f"the rows name {len(self._models)} models ({named}): `logs.filter: {{{_MODEL}: …}}` takes those of one"
             )
-        if self._endless > _MUCH * self._taken:
+        if self._endless > _MUCH * self.taken:
             found.append(
-                f"{self._endless} of {self._taken} rows are text without a finish_reason: only where that is `stop` is "
+                f"{self._endless} of {self.taken} rows are text without a finish_reason: only where that is `stop` is "
                 "the stop token known to follow, and drafters learn where answers end"
             )
         return found
@@ -119,13 +117,10 @@ class Sieve(ABC, Generic[T]):
             if not passes(self._config.filter, row.fields, row.where):
                 self.filtered += 1
                 return None
-            said = logged.temperature  # a Parquet file may have it as float32
-            if said is not None and not math.isclose(said, self._config.temperature, rel_tol=1e-6):
-                raise SetAside("another temperature")
             if (other := logged.drawn_otherwise(self._config.law)) is not None:
                 raise SetAside(other)
             made = self._made(logged, time)
-            self._taken += 1
+            self.taken += 1
             self._endless += logged.endless
             if isinstance(model := row.fields.get(_MODEL), str):
                 self._models[model] += 1
@@ -170,23 +165,16 @@ class Intake(Sieve[Taken]):
         target: Path,
         held_out: HeldOut,
         aside: Aside,
-        kept: Tokenised | None = None,
+        cache: TokenCache | None = None,
         used_before: Set[bytes] = frozenset(),
     ):
-        """target: its artifact, of which only the small files are read. kept: what an earlier attempt tokenised.
+        """target: its artifact, of which only the small files are read. cache: what an earlier attempt tokenised.
         used_before: `Taken.content` of the answers that the champion's refresh has used."""
         super().__init__(config, aside)
         self._used_before = used_before
-        info = read_target_info(target)
-        self.reader = Reader(
-            load_tokenizer(model_path(target)),
-            vocab_size=info.vocab_size,
-            eos_ids=info.eos_ids,
-            max_tokens=config.max_tokens or info.max_positions,
-            template_kwargs=config.chat_template_kwargs,
-            kept=kept,
-        )
-        self.unrendered = Unrendered(self.reader.tokenizer, config.chat_template_kwargs)
+        self.info = read_target_info(target)
+        self.reader = Reader(load_tokenizer(model_path(target)), self.info, config, cache)
+        self.unrendered = TemplateInverter(self.reader.tokenizer, config.chat_template_kwargs)
         self.held_out = held_out
         self._seen: set[bytes] = set()  # `Taken.content`
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from draftsmith.stages.contract import Config, Listing
-from draftsmith.stages.prompting.files import is_remote, listed
+from draftsmith.stages.prompting.files import is_remote, listed_as, matched
 from draftsmith.stages.prompting.times import absolute, is_relative
 
 
@@ -31,7 +31,7 @@ class SourcesConfig(Config):
         if self._listing is not None:
             return self._listing
         now = datetime.now(UTC)
-        files = sorted(set(listed(self.paths, self.field)))
+        files = sorted({listed_as(name) for name in matched(self.paths, self.field)})
         return Listing(files, {window: absolute(window, now) for window in self.windows})
 
     def external_versions(self) -> dict[str, str]:

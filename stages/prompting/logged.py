@@ -7,13 +7,22 @@ if tokenising it again gives the same text and the same cut between prompt and a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeAlias
+
+import pyarrow.parquet as pq
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.parts import Parts
+from draftsmith.artifacts.schemas import TOKENISED
 from draftsmith.stages.law import Law
+from draftsmith.stages.prompting.chat_template import text_after_answer, token_ids
 from draftsmith.stages.prompting.files import Row
+from draftsmith.stages.prompting.logs_config import LogsConfig
 from draftsmith.stages.prompting.rows import (
     PROMPT_IDS,
     Message,
@@ -24,14 +33,12 @@ from draftsmith.stages.prompting.rows import (
     row_messages,
 )
 from draftsmith.stages.prompting.sources import Candidate
-from draftsmith.stages.prompting.template import rendered, token_ids
-from draftsmith.stages.prompting.tokenised import Made, Tokenised
+from draftsmith.stages.targets.info import TargetInfo
 
 SHAPES = (
     '{"messages": [{"role", "content"}], "completion": text} or '
     '{"prompt_token_ids": [...], "completion_token_ids": [...]}'
 )
-_ANSWER = "<<an answer>>"
 _THOUGHT = "reasoning_content"  # where servers put what a reasoning parser takes out of an answer's text
 _TOO_LONG = "too long"
 _HOTTEST = 1e6  # no sampling temperature is above
@@ -40,6 +47,11 @@ _TOKEN_FIELDS = (PROMPT_IDS, "completion_token_ids")
 _PENALTIES = {"frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1}
 _GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")  # what SGLang makes of a response_format
 _ALL_TOKENS = 1 << 20  # a top_k that leaves nothing out; engines write -1, 0 or some large number for none
+_WRITTEN_EVERY_S = 30.0
+_TOKENS_AT_ONCE = 1 << 20  # in memory, some 40 MB
+_BATCH = 128  # cached rows read at once
+
+Tokens: TypeAlias = tuple[list[int], list[int], str]  # ids of the prompt, ids of the answer, why the row is not used
 
 
 @dataclass(frozen=True)
@@ -63,8 +75,11 @@ class LoggedRow(Row):
         return float(value)
 
     def drawn_otherwise(self, law: Law) -> str | None:
-        """Which of its own settings say that the answer was drawn by another law than the one that is stated for all;
-        None where none does, or it says nothing."""
+        """Return which of its settings says that the answer was drawn by another law than the one that is stated for
+        all; None where none does, or it says nothing. Raises DraftsmithError if its temperature is none."""
+        temperature = self.temperature  # a Parquet file may have it as float32
+        if temperature is not None and not math.isclose(temperature, law.temperature, rel_tol=1e-6):
+            return "another temperature"
         if any(self._number(name, neutral) != neutral for name, neutral in _PENALTIES.items()):
             return "drawn with penalties"
         if _holds(self.fields.get("logit_bias")):
@@ -138,39 +153,74 @@ def logged_text(row: LoggedRow) -> tuple[list[Message], str]:
     return row_messages(row.fields, "messages", row.where, answered=False), completion
 
 
-def ends_turns(tokenizer: Any, eos_ids: Sequence[int], template_kwargs: dict[str, Any]) -> int:
-    """The token that ends an answer: of those that may, the one that the chat template has behind one."""
-    own = tokenizer.eos_token_id
-    usual = own if own in eos_ids or not eos_ids else eos_ids[0]
-    if not tokenizer.chat_template:
-        return int(usual)
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
-    try:
-        _, _, behind = rendered(tokenizer, Candidate("", turns, "chat template"), template_kwargs).partition(_ANSWER)
-    except DraftsmithError:  # it refuses such a conversation
-        return int(usual)
-    ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
-    return int(next((each for each in ids if each in eos_ids), usual))
+class TokenCache:
+    """Texts of a log as token ids, kept on disk until the stage ends: an interrupted one does not tokenise them again.
+
+    Rows come in the same order in every attempt, so cached ones are read back in that order. A kill loses what the last
+    half minute made.
+    """
+
+    def __init__(self, folder: Path):
+        self._parts = Parts(folder, {"texts": TOKENISED})
+        self._cached = _cached_rows(self._parts.paths("texts"))
+        self._next = next(self._cached, None)
+        self._waiting: list[dict[str, Any]] = []
+        self._tokens, self._written = 0, time.monotonic()
+        self.hits = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._flush()
+
+    def get(self, key: str, make: Callable[[], Tokens]) -> Tokens:
+        """Return what `make` returns, or did in an earlier attempt. key: of the text, to see that it is the same."""
+        if self._next is not None:
+            if self._next["key"] != key:  # one that could not be tokenised at all: nothing of it was cached
+                return make()
+            cached, self._next = self._next, next(self._cached, None)
+            self.hits += 1
+            return cached["prompt_ids"], cached["response_ids"], cached["reason"]
+        prompt_ids, response_ids, reason = made = make()
+        row = {"key": key, "prompt_ids": prompt_ids, "response_ids": response_ids, "reason": reason}
+        self._waiting.append(row)
+        self._tokens += len(prompt_ids) + len(response_ids)
+        if self._tokens >= _TOKENS_AT_ONCE or time.monotonic() - self._written >= _WRITTEN_EVERY_S:
+            self._flush()
+        return made
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._parts.append({"texts": self._waiting})
+        self._waiting, self._tokens, self._written = [], 0, time.monotonic()
+
+
+def _cached_rows(paths: list[Path]) -> Iterator[dict[str, Any]]:
+    for path in paths:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_BATCH):
+                yield from batch.to_pylist()
 
 
 class Reader:
     """Rows → token ids, with the target's tokenizer and chat template."""
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        *,
-        vocab_size: int,
-        eos_ids: list[int],
-        max_tokens: int,
-        template_kwargs: dict[str, Any],
-        kept: Tokenised | None = None,
-    ):
-        """kept: what an earlier attempt made of the texts, in their order."""
-        self._kept = kept
-        self.tokenizer, self.template_kwargs = tokenizer, template_kwargs
-        self.vocab_size, self.eos_ids, self.max_tokens = vocab_size, frozenset(eos_ids), max_tokens
-        self.stop_id = ends_turns(tokenizer, eos_ids, template_kwargs)
+    def __init__(self, tokenizer: Any, info: TargetInfo, config: LogsConfig, cache: TokenCache | None = None):
+        self.tokenizer, self._cache = tokenizer, cache
+        self._template_kwargs = config.chat_template_kwargs
+        self.vocab_size, self.eos_ids = info.vocab_size, frozenset(info.eos_ids)
+        self.max_tokens = config.max_tokens or info.max_positions
+        self.stop_id = self._ends_turns(info.eos_ids)
+
+    def _ends_turns(self, eos_ids: list[int]) -> int:
+        """Return the token that ends an answer: of those that may, the one that the chat template has after one."""
+        own = self.tokenizer.eos_token_id
+        usual = own if own in eos_ids or not eos_ids else eos_ids[0]
+        after = self._encode(text_after_answer(self.tokenizer, self._template_kwargs))
+        return int(next((each for each in after if each in eos_ids), usual))
 
     def read(self, row: LoggedRow) -> Answer:
         """Raises SetAside for a row that cannot be used, DraftsmithError for one that is malformed."""
@@ -195,21 +245,21 @@ class Reader:
         messages, completion = logged_text(row)
         if not completion:
             raise SetAside("answer shorter than two tokens")
-        prompt, response, reason = (
-            self._tokenised(row, messages, completion)
-            if self._kept is None
-            else self._kept.of(row.where, lambda: self._tokenised(row, messages, completion))
-        )
+
+        def make() -> Tokens:
+            return self._tokenised(row, messages, completion)
+
+        prompt, response, reason = make() if self._cache is None else self._cache.get(row.where, make)
         if reason:
             raise SetAside(reason)
         if row.stopped and response[-1] not in self.eos_ids:
             response = [*response, self.stop_id]
         return Answer(prompt, response, messages)
 
-    def _tokenised(self, row: LoggedRow, messages: list[Message], completion: str) -> Made:
+    def _tokenised(self, row: LoggedRow, messages: list[Message], completion: str) -> Tokens:
         if not is_unicode(completion, *(message["content"] for message in messages)):
             return [], [], "text is not valid Unicode"
-        prompt = token_ids(self.tokenizer, Candidate("logs", messages, row.where), self.template_kwargs)
+        prompt = token_ids(self.tokenizer, Candidate("logs", messages, row.where), self._template_kwargs)
         response = self._encode(completion)
         if len(prompt) + len(response) > self.max_tokens:  # to read a megabyte back takes seconds, and is not needed
             return [], [], _TOO_LONG

@@ -6,14 +6,14 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field
 
 from draftsmith.stages.contract import Config, FilledIn
 from draftsmith.stages.law import Law, TopK
 from draftsmith.stages.prompting.files import local_files, matched, remote_versions
 from draftsmith.stages.prompting.listing import SourcesConfig
 from draftsmith.stages.prompting.rows import FieldNames, Filter
-from draftsmith.stages.prompting.times import LAST, Since, as_text, as_time, beginning, iso
+from draftsmith.stages.prompting.times import LAST, Since, as_time, beginning
 
 _PATHS = "logs.paths"
 
@@ -59,7 +59,7 @@ class LogsConfig(Config):
         "that hour is the same run",
     )
     after: Annotated[
-        Annotated[str, BeforeValidator(as_text)] | None,
+        str | None,
         FilledIn(),
         Field(description="only rows later than this ISO time: what `since: last` means when the plan is made"),
     ] = None
@@ -98,16 +98,6 @@ class LogsConfig(Config):
     chat_template_kwargs: dict[str, bool | int | float | str | None] = Field(
         default={}, description="passed to the chat template for rows of text: what the service passed"
     )
-
-    @field_validator("after")
-    @classmethod
-    def _is_a_time(cls, after: str | None) -> str | None:
-        if after is None:
-            return None
-        time = as_time(after)
-        if time is None:
-            raise ValueError(f"{after!r} is no ISO time, such as 2026-01-31T12:00:00Z")
-        return iso(time)
 
     @property
     def law(self) -> Law:

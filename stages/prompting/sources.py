@@ -1,4 +1,4 @@
-"""Where prompts come from: the sources of section `prompts`, and a prompt as it comes from one."""
+"""The section `prompts`: its sources, how many prompts are taken, and a prompt as it comes from a source."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from draftsmith.stages.contract import Config
+from draftsmith.stages.contract import NOT_FETCHED, Config, FilledIn, Listing, Operational
+from draftsmith.stages.prompting.files import local_files, remote_versions
+from draftsmith.stages.prompting.held_out import HELDOUT_SHARE, HeldOutBy
+from draftsmith.stages.prompting.listing import SourcesConfig
 from draftsmith.stages.prompting.rows import FieldNames, Filter, Message, passes
 from draftsmith.stages.prompting.times import Since, beginning
 
@@ -87,6 +90,10 @@ class JsonlSource(_RowSource):
     fields: FieldNames = Field(default={}, description="names of a log's fields, as in section logs")
 
     @property
+    def location(self) -> str:
+        return self.path
+
+    @property
     def set_name(self) -> str:
         """What its prompts are called in the tables."""
         return self.label or Path(self.path).name
@@ -110,6 +117,10 @@ class HuggingFaceSource(_RowSource):
     )
 
     @property
+    def location(self) -> str:
+        return self.id
+
+    @property
     def set_name(self) -> str:
         """What its prompts are called in the tables."""
         return self.label or self.id
@@ -127,6 +138,127 @@ class HuggingFaceSource(_RowSource):
 
 
 PromptSource = Annotated[ReasoningGymSource | JsonlSource | HuggingFaceSource, Field(discriminator="kind")]
+
+
+class PromptsConfig(Config):
+    """Which prompts. They depend on this section and the target's tokenizer alone, not on the seed of the run."""
+
+    sources: list[PromptSource] = Field(
+        min_length=1, description="tasks, files and data sets have equal shares unless every source has counts"
+    )
+    train: int | None = Field(default=None, ge=0, description="required unless the sources have counts")
+    validation: int | None = Field(default=None, ge=0)
+    heldout: int | None = Field(default=None, ge=0, description="required unless the sources have counts")
+    heldout_share: float = Field(
+        default=HELDOUT_SHARE,
+        gt=0,
+        le=1,
+        description="share of all prompts that may be held out or validate, by a hash of their text; they are never "
+        "trained on, in this refresh or another, and the others never measured on. A larger share contains the "
+        "smaller; lowering it gives prompts to training that may have measured before",
+    )
+    heldout_by: HeldOutBy = Field(
+        default="prompt",
+        description="what decides the class: `prompt`, its whole text, so that a conversation's turns, rows of their "
+        "own, may fall into both classes; `conversation`, the user's first message, which all its turns share. A line "
+        "of drafters keeps to one of them",
+    )
+    max_bad_share: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="share of a source's rows that may be unreadable: they are set aside. 0: the first one is an error",
+    )
+    max_prompt_tokens: int = Field(default=512, ge=1, description="after the chat template")
+    too_long: Literal["error", "skip"] = "error"
+    system: str | None = Field(
+        default=None, description="system prompt where a row has none; the template's own if not set"
+    )
+    chat_template_kwargs: dict[str, bool | int | float | str | None] = Field(
+        default={}, description="passed to the chat template, e.g. enable_thinking: false"
+    )
+    seed: int = Field(default=0, ge=0)
+    of_logs: Annotated[
+        bool, FilledIn(), Operational(), Field(description="whether the sources are the logs, as none were given")
+    ] = False
+
+    @model_validator(mode="after")
+    def _counted_once(self) -> PromptsConfig:
+        totals = {split: getattr(self, split) for split in SPLITS}
+        if not any(source.counts for source in self.sources):
+            for split in ("train", "heldout"):
+                if totals[split] is None:
+                    raise ValueError(f"{split} is required: give it here, or give every source its counts")
+            return self
+        if without := [str(index) for index, source in enumerate(self.sources) if not source.counts]:
+            raise ValueError(f"sources {', '.join(without)} have no counts, others have: give them to all or to none")
+        if both := [split for split, total in totals.items() if total is not None]:
+            raise ValueError(f"the sources have counts: leave out {', '.join(both)}")
+        return self
+
+    @model_validator(mode="after")
+    def _no_set_is_called_all(self) -> PromptsConfig:
+        for index, source in enumerate(self.sources):
+            if isinstance(source, JsonlSource | HuggingFaceSource) and source.set_name == "all":
+                raise ValueError(f"sources.{index}.label: `all` means the prompts of all sources; give another one")
+        return self
+
+    @property
+    def section(self) -> str:
+        """The section of the file that this is made of: what errors name."""
+        return "logs" if self.of_logs else "prompts"
+
+    @property
+    def of_paths(self) -> str:
+        """The field that names files."""
+        return "logs.paths" if self.of_logs else "prompts.sources"
+
+    @property
+    def share_elsewhere(self) -> float:
+        """heldout_share of prompts that come from elsewhere, as those of logs: any source may measure on them, but for
+        a benchmark (1), so that the largest holds."""
+        own = [each.heldout_share for each in self.sources if each.heldout_share is not None]
+        return max([self.heldout_share, *(share for share in own if share < 1)])
+
+    def wanted(self, split: Split) -> int:
+        """Prompts of a split, over all sources."""
+        if self.sources[0].counts is None:
+            return getattr(self, split) or 0
+        return sum(getattr(source.counts, split) for source in self.sources)
+
+    @property
+    def listed(self) -> SourcesConfig | None:
+        """What stage `sources` lists for it; None where nothing has to be listed."""
+        windows = [source.since for source in self.sources if isinstance(source, JsonlSource)]
+        return SourcesConfig.of(self._paths, self.of_paths, windows)
+
+    def reading(self, listing: Listing) -> PromptsConfig:
+        """Return this config, and each of its sources, reading the files of a listing."""
+        sources = [source.reading(listing) for source in self.sources]
+        return super().reading(listing).model_copy(update={"sources": sources})
+
+    @property
+    def _paths(self) -> list[str]:
+        return [source.path for source in self.sources if isinstance(source, JsonlSource)]
+
+    def external_files(self) -> list[Path]:
+        """Files outside the store that this config reads; their content belongs into the stage's key.
+
+        Raises DraftsmithError if one is not there. Data sets of the hub are not listed: their commits say them.
+        """
+        found: list[Path] = []
+        for source in self.sources:
+            if isinstance(source, JsonlSource):
+                found += local_files([source.path], self.of_paths, self.listed_files)
+            elif isinstance(source, HuggingFaceSource) and not source.of_hub:
+                found += [path for path in Path(source.id).absolute().rglob("*") if path.is_file()]
+        return sorted(set(found))
+
+    def external_versions(self) -> dict[str, str]:
+        """Files of rows elsewhere, with their versions, and data sets of the hub, with their commits."""
+        sets = [source for source in self.sources if isinstance(source, HuggingFaceSource) and source.of_hub]
+        commits = {f"datasets/{source.id}": source.commit or NOT_FETCHED for source in sets}
+        return remote_versions(self._paths, self.of_paths, self.listed_files) | commits
 
 
 @dataclass(frozen=True)

@@ -1,45 +1,56 @@
-"""Prompts from their sources: tasks that make them, files and data sets of rows, each in the order of a seed."""
+"""Prompts from their sources: tasks that make them, files and data sets of rows, each in the order of a seed.
+
+A log has far more rows than are asked for. So of a file some multiple of that is kept while it is read, and it is read
+once more if it was not enough.
+"""
 
 from __future__ import annotations
 
 import difflib
+import hashlib
+import math
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO, TypeAlias
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, one_line
 from draftsmith.stages.prompting.aside import Aside
-from draftsmith.stages.prompting.file_prompts import (
-    Finish,
-    Placed,
-    ReadIds,
-    file_rows,
-    in_order,
-    nearest_first,
-    placed_rows,
+from draftsmith.stages.prompting.files import BadRow, Row, matched, no_rows, read_rows
+from draftsmith.stages.prompting.held_out import identity, place
+from draftsmith.stages.prompting.rows import (
+    Message,
+    SetAside,
+    is_unicode,
+    messages_beside_ids,
+    prompt_ids,
+    renamed,
+    row_messages,
 )
-from draftsmith.stages.prompting.files import BadRow
-from draftsmith.stages.prompting.held_out import HELDOUT_SHARE, HeldOutBy, identity, place
-from draftsmith.stages.prompting.rows import Message, SetAside, row_messages
 from draftsmith.stages.prompting.sources import (
     SPLITS,
     Candidate,
-    Counts,
     HuggingFaceSource,
     JsonlSource,
+    PromptsConfig,
     PromptSource,
     ReasoningGymSource,
     Split,
 )
+from draftsmith.stages.prompting.times import row_time
 from draftsmith.stages.targets.hub import hub_answered, hub_reason
 
 _KEPT, _KEPT_TIMES = 256, 4  # of a file: candidates at least, and for each that is asked for
 _SEEDS_PER_SPLIT = 1_000_000  # a procedural task takes its item i from seed + i: splits own separate ranges of seeds
 
-Draw: TypeAlias = Callable[[Split], Iterator[Candidate]]
+# A prompt's ids, and its messages where a row has them → its messages. Raises DraftsmithError for another target's ids.
+ReadIds: TypeAlias = Callable[[list[int], list[Message] | None], list[Message]]
+Finish: TypeAlias = Callable[[str, list[Message], str], Candidate]  # of a set's name, messages and where they stand
+Place: TypeAlias = tuple[tuple[float, ...], bytes]  # in the order: by time, then by a hash of seed and text
+Placed: TypeAlias = tuple[Place, Candidate]
+Prompt: TypeAlias = tuple[Row, list[Message], list[int] | None]  # of a row: its messages, and token ids if it has them
 
 
 class Supply:
@@ -52,110 +63,129 @@ class Supply:
     def __init__(
         self,
         label: str,
-        draw: Draw,
+        draw: Iterator[Candidate] | Callable[[Split], Iterator[Candidate]],
         heldout_share: float,
-        *,
-        one_stream: bool = False,
         aside: Aside | None = None,
         of_class: Counter[bool] | None = None,
     ):
-        """of_class: has what was looked at already."""
+        """draw: the stream of all splits, or what makes that of one. of_class: has what was looked at already."""
         self.label, self.heldout_share, self.aside = label, heldout_share, aside
-        self._draw, self._one_stream = draw, one_stream
-        self._open: dict[str, Iterator[Candidate]] = {}
+        self._draw = draw
+        self._open: dict[Split, Iterator[Candidate]] = {}
         self._waiting: dict[bool, deque[Candidate]] = {True: deque(), False: deque()}
         # candidates looked at; True: of the held-out class
         self.of_class: Counter[bool] = Counter() if of_class is None else of_class
         self.passed_over = 0  # for good: of a task, and of the wrong class
 
     def next(self, split: Split) -> Candidate | None:
-        """The next candidate for this split, None when there is none left."""
+        """Return the next candidate for this split, None when there is none left."""
         held_out = split != "train"
         if self._waiting[held_out]:
             return self._waiting[held_out].popleft()
-        stream = "all" if self._one_stream else split
-        if stream not in self._open:
-            self._open[stream] = self._draw(split)
-        for candidate in self._open[stream]:
+        if split not in self._open:
+            self._open[split] = self._draw(split) if callable(self._draw) else self._draw
+        for candidate in self._open[split]:
             of_class = place(candidate.group) < self.heldout_share
             self.of_class[of_class] += 1
             if of_class == held_out:
                 return candidate
-            if self._one_stream:
-                self._waiting[of_class].append(candidate)
-            else:
+            if callable(self._draw):
                 self.passed_over += 1
+            else:
+                self._waiting[of_class].append(candidate)
         return None
 
 
-@dataclass(frozen=True)
-class Supplying:
-    """What the supplies of all sources have in common, from section `prompts`."""
+def supplies(
+    source: PromptSource,
+    config: PromptsConfig,
+    listed: TextIO | None = None,
+    read_ids: ReadIds | None = None,
+    looked_at: Callable[[], None] = lambda: None,
+) -> list[Supply]:
+    """Return the supplies of a source, which share its counts: one a task, one for its files or its data set.
 
-    system: str | None = None
-    seed: int = 0
-    limit: int = 1  # items that are looked at for one split of a procedural task (some have few different ones)
-    heldout_share: float = HELDOUT_SHARE
-    heldout_by: HeldOutBy = "prompt"
-    wanted: Counts | None = None  # of all sources together; None: nobody knows
-    only: Collection[str] | None = None  # of the files of rows (`files.matched`)
-    max_bad_share: float = 0.0
-    listed: TextIO | None = None  # takes the rows that were set aside
-    read_ids: ReadIds | None = None  # without it, rows of token ids have no messages
-    looked_at: Callable[[], None] = lambda: None  # called for every candidate, wanted or not
-
-
-def supplies(source: PromptSource, common: Supplying) -> list[Supply]:
-    """The supplies of a source, which share its counts: one a procedural task, one for its files or its data set."""
-    share = source.heldout_share if source.heldout_share is not None else common.heldout_share
+    listed: takes the rows that are set aside. read_ids: without it, rows of token ids have no messages. looked_at:
+    called for every candidate, wanted or not.
+    """
+    share = source.heldout_share or config.heldout_share
 
     def finish(label: str, messages: list[Message], where: str) -> Candidate:
-        common.looked_at()
+        looked_at()
         given = messages
         if source.suffix:
             last = max(index for index, message in enumerate(messages) if message["role"] == "user")
             messages = [dict(message) for message in messages]
             messages[last]["content"] += source.suffix
-        if common.system and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": common.system}, *messages]
+        if config.system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": config.system}, *messages]
         # the turns of a conversation begin alike without the suffix, which each has in another message
-        decides = given if common.heldout_by == "conversation" else messages
-        return Candidate(label, messages, where, identity(decides, common.heldout_by))
+        decides = given if config.heldout_by == "conversation" else messages
+        return Candidate(label, messages, where, identity(decides, config.heldout_by))
 
-    match source:
-        case ReasoningGymSource():
-            draws = [(task, _task_draw(task, source, finish, common.seed, common.limit)) for task in source.tasks]
-            return [Supply(label, draw, share) for label, draw in draws]
-        case JsonlSource():
-            return [_file_supply(source, finish, common, share, as_they_are=not (source.suffix or common.system))]
-        case HuggingFaceSource():
-            aside = Aside("prompts.max_bad_share", common.max_bad_share, common.listed)
-            rows = _dataset_candidates(source, finish, common.seed, aside)
-            return [Supply(source.id, lambda _split: rows, share, one_stream=True, aside=aside)]
+    if isinstance(source, ReasoningGymSource):
+        return [Supply(task, _task_draw(task, source, finish, config), share) for task in source.tasks]
+    aside = Aside("prompts.max_bad_share", config.max_bad_share, listed)
+    as_they_are = not (source.suffix or config.system)
+
+    def candidates(rows: Iterable[Row | BadRow], aside: Aside) -> Iterator[tuple[Row, Candidate]]:
+        for row, messages, ids in prompt_rows(source, rows, aside, read_ids, as_they_are=as_they_are):
+            candidate = finish(source.set_name, messages, row.where)
+            if ids is not None and candidate.messages == messages:  # nothing was added: its tokens are known
+                candidate = replace(candidate, token_ids=ids)
+            yield row, candidate
+
+    if isinstance(source, HuggingFaceSource):
+        stream = (candidate for _, candidate in candidates(_dataset_rows(source, config.seed), aside))
+        return [Supply(source.location, stream, share, aside)]
+
+    of_class: Counter[bool] = Counter()
+    wanted = {split: getattr(source.counts, split) if source.counts else config.wanted(split) for split in SPLITS}
+
+    def placed() -> Iterator[Placed]:
+        """Yield the candidates that may be asked for; where none is trained on, those of the held-out class alone."""
+        first, empty = aside.rows == 0, True  # what is read once more is counted and listed once
+        counted = aside if first else Aside("prompts.max_bad_share", config.max_bad_share)
+        rows = read_rows(matched([source.path], "prompts.sources", source.listed_files))
+        for row, candidate in candidates(rows, counted):
+            empty = False
+            if wanted["train"] or place(candidate.group) < share:
+                lot = hashlib.sha256(f"{config.seed} 0 {candidate.text_hash}".encode()).digest()
+                yield (_age(source, row), lot), candidate
+            elif first:
+                of_class[False] += 1
+        if empty:
+            raise DraftsmithError(_no_prompts(source, counted))
+
+    asked = float(wanted["validation"] + wanted["heldout"])
+    if wanted["train"] and share < 1:  # of both classes, until each has given what is asked of it
+        asked = max(asked / share, wanted["train"] / (1 - share))
+    return [
+        Supply(source.location, nearest_first(placed, max(_KEPT, int(_KEPT_TIMES * asked))), share, aside, of_class)
+    ]
 
 
-def _task_draw(task: str, source: ReasoningGymSource, finish: Finish, seed: int, limit: int) -> Draw:
+def _task_draw(
+    task: str, source: ReasoningGymSource, finish: Finish, config: PromptsConfig
+) -> Callable[[Split], Iterator[Candidate]]:
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 
     if task not in DATASETS:
         near = difflib.get_close_matches(task, DATASETS, n=3)
-        hint = (
-            f"did you mean {' or '.join(near)}?" if near else f"known are for example {', '.join(sorted(DATASETS)[:5])}"
-        )
+        hint = f"did you mean {' or '.join(near)}?" if near else f"it has for example {', '.join(sorted(DATASETS)[:5])}"
         raise DraftsmithError(f"prompts.sources: reasoning_gym has no task {task}: {hint}")
-    limit = min(limit, _SEEDS_PER_SPLIT)
+    limit = min(_looked_at(config), _SEEDS_PER_SPLIT)
     # Below 2**32, which numpy's generators need.
-    base = (7919 * seed % 1000) * len(SPLITS) * _SEEDS_PER_SPLIT
+    base = (7919 * config.seed % 1000) * len(SPLITS) * _SEEDS_PER_SPLIT
 
     def draw(split: Split) -> Iterator[Candidate]:
         first = base + SPLITS.index(split) * _SEEDS_PER_SPLIT
         try:
             items = reasoning_gym.create_dataset(task, **{**source.options, "size": limit, "seed": first})
         except (TypeError, ValueError, AssertionError) as error:
-            reason = one_line(error)
             raise DraftsmithError(
-                f"prompts.sources: options of reasoning_gym task {task}: {reason}: correct them"
+                f"prompts.sources: options of reasoning_gym task {task}: {one_line(error)}: correct them"
             ) from error
         for index in range(limit):
             question = items[index]["question"]
@@ -164,72 +194,137 @@ def _task_draw(task: str, source: ReasoningGymSource, finish: Finish, seed: int,
     return draw
 
 
-def _file_supply(source: JsonlSource, finish: Finish, common: Supplying, share: float, *, as_they_are: bool) -> Supply:
-    """Keeps no more than it may be asked for; where none of it is trained on, it gives the held-out class alone.
+def _looked_at(config: PromptsConfig) -> int:
+    """Return candidates of a task for one split: twenty for each prompt, more for each that is of the wrong class."""
+    shares = [source.heldout_share or config.heldout_share for source in config.sources]
+    held_out = max(config.wanted("heldout"), config.wanted("validation")) / min(shares)
+    train = config.wanted("train") / (1 - max(share for share in [*shares, 0.0] if share < 1))
+    return math.ceil(20 * max(held_out, train) + 100 / min(shares))
 
-    as_they_are: nothing is added to a prompt, so that its token ids stay what they are.
+
+def prompt_rows(
+    source: JsonlSource | HuggingFaceSource,
+    rows: Iterable[Row | BadRow],
+    aside: Aside,
+    read_ids: ReadIds | None = None,
+    *,
+    as_they_are: bool = True,
+) -> Iterator[Prompt]:
+    """Yield the rows that the filter lets through, with their prompts; the others are counted in `aside`, and checked.
+
+    read_ids: without it, prompts of token ids alone have no messages. as_they_are: nothing will be added to a prompt;
+    else one of token ids is made anew of its messages too, and tools are lost.
     """
-    aside = Aside("prompts.max_bad_share", common.max_bad_share, common.listed)
-    of_class: Counter[bool] = Counter()
-    wanted = source.counts or common.wanted
-    trained = wanted is None or wanted.train > 0
+    for row in rows:
+        aside.rows += 1
+        if isinstance(row, BadRow):
+            aside.unreadable(row)
+            continue
+        try:
+            if not source.keeps(row.fields, row.where):
+                continue
+            fields = renamed(row.fields, source.fields if isinstance(source, JsonlSource) else {})
+            ids = prompt_ids(fields, source.field, row.where)
+            if ids is None:
+                messages = row_messages(fields, source.field, row.where)
+            else:
+                known = messages_beside_ids(fields, tools=as_they_are)
+                messages = read_ids(ids, known) if read_ids is not None else known or []
+            if not is_unicode(*(message["content"] for message in messages)):
+                raise DraftsmithError("not valid Unicode (half a surrogate pair): correct the row")
+        except SetAside as reason:
+            aside.unusable(row.file, row.number, None, str(reason))
+        except DraftsmithError as error:
+            aside.unreadable(BadRow(row.file, row.number, str(error).removeprefix(f"{row.where}: ")))
+        else:
+            yield row, messages, ids
+    if not aside.rows:
+        raise DraftsmithError(no_rows([source.location]))
+    aside.check()
 
-    def placed() -> Iterator[Placed]:
-        first = aside.rows == 0  # what is read once more is counted and listed once
-        counted = aside if first else Aside("prompts.max_bad_share", common.max_bad_share)
-        rows = file_rows(source, counted, common.read_ids, common.only, as_they_are=as_they_are)
-        for at, candidate in placed_rows(source, rows, finish, common.seed, counted):
-            if trained or place(candidate.group) < share:
-                yield at, candidate
-            elif first:
-                of_class[False] += 1
 
-    if wanted is None:
-        candidates = in_order(placed())
-    else:
-        asked = float(wanted.validation + wanted.heldout)
-        if trained and share < 1:  # of both classes, until each has given what is asked of it
-            asked = max(asked / share, wanted.train / (1 - share))
-        candidates = nearest_first(placed, max(_KEPT, int(_KEPT_TIMES * asked)))
-    return Supply(source.path, lambda _split: candidates, share, one_stream=True, aside=aside, of_class=of_class)
+def _no_prompts(source: JsonlSource, aside: Aside) -> str:
+    if not aside.reasons:
+        return f"{source.path}: no row passes the filter {source.filter}: correct it"
+    passed = "; the filter lets no other through" if source.filter else ""
+    return f"{source.path}: none of {aside.rows} rows can be a prompt ({aside.said()}{passed}): give other rows"
 
 
-def _dataset_candidates(source: HuggingFaceSource, finish: Finish, seed: int, aside: Aside) -> Iterator[Candidate]:
+def _age(source: JsonlSource, row: Row) -> tuple[float, ...]:
+    """Return its place by time: those inside the window are equal, then the newest is first, and last those without."""
+    if (since := source.since_time) is None:
+        return ()
+    time = row_time(renamed(row.fields, source.fields))
+    if time is None:
+        return (2.0,)
+    return (0.0,) if time >= since else (1.0, -time.timestamp())
+
+
+def nearest_first(read: Callable[[], Iterable[Placed]], most: int) -> Iterator[Candidate]:
+    """Return all candidates by their places, with at most twice `most` different ones in memory.
+
+    read: gives all candidates; called here, and again whenever what was kept is used up (then four times as many are).
+    """
+    nearest = _nearest(read(), most, None)
+
+    def candidates() -> Iterator[Candidate]:
+        kept, times, more = nearest
+        size = most
+        while True:
+            for at in sorted(kept):
+                for _ in range(times[at]):  # a duplicate is somebody else's to count
+                    yield kept[at]
+            if not more:
+                return
+            size *= 4
+            kept, times, more = _nearest(read(), size, max(kept))
+
+    return candidates()
+
+
+def _nearest(
+    rows: Iterable[Placed], most: int, after: Place | None
+) -> tuple[dict[Place, Candidate], Counter[Place], bool]:
+    """Return the `most` first different candidates after a place, how often each is there, and whether more follow."""
+    kept: dict[Place, Candidate] = {}
+    times: Counter[Place] = Counter()
+    last: Place | None = None  # what is after it is not kept
+    for at, candidate in rows:
+        if (after is not None and at <= after) or (last is not None and at > last):
+            continue
+        kept.setdefault(at, candidate)
+        times[at] += 1
+        if len(kept) > 2 * most:
+            last = _cut(kept, times, most)
+    if len(kept) > most:
+        last = _cut(kept, times, most)
+    return kept, times, last is not None
+
+
+def _cut(kept: dict[Place, Candidate], times: Counter[Place], most: int) -> Place:
+    """Leave the first `most`; return the place of the last of them."""
+    ordered = sorted(kept)
+    for far in ordered[most:]:
+        del kept[far], times[far]
+    return ordered[most - 1]
+
+
+def _dataset_rows(source: HuggingFaceSource, seed: int) -> Iterator[Row]:
+    """Yield the rows of a data set in the order of the seed; of the filter only its columns are read."""
     rows = load_rows(source)
     name = f"{source.id}, split {source.split}"
     if len(rows) == 0:
         raise DraftsmithError(f"{name}: the data set is empty: give another split")
-    order = _passing(rows, source)
+    order = list(range(len(rows)))
+    if source.filter:
+        source.keeps(dict.fromkeys(rows.column_names), name)  # names a column that is not there
+        columns = rows.select_columns(list(source.filter))
+        order = [index for index, row in enumerate(columns) if source.keeps(row, name)]
+        if not order:
+            raise DraftsmithError(f"{name}: no row passes the filter {source.filter}: correct it")
     random.Random(f"{seed} 0 {source.id} {source.split}").shuffle(order)
-
-    def draw() -> Iterator[Candidate]:
-        for index in order:
-            where = f"{name}, row {index + 1}"
-            aside.rows += 1
-            try:
-                messages = row_messages(rows[index], source.field, where)
-            except SetAside as reason:
-                aside.unusable(name, index + 1, None, str(reason))
-                continue
-            except DraftsmithError as error:
-                aside.unreadable(BadRow(name, index + 1, str(error).removeprefix(f"{where}: ")))
-                continue
-            yield finish(source.set_name, messages, where)
-
-    return draw()
-
-
-def _passing(rows: Any, source: HuggingFaceSource) -> list[int]:
-    """Indices of the rows that the filter lets through; only its columns are read."""
-    if not source.filter:
-        return list(range(len(rows)))
-    where = f"{source.id}, split {source.split}"
-    source.keeps(dict.fromkeys(rows.column_names), where)  # names a column that is not there
-    columns = rows.select_columns(list(source.filter))
-    order = [index for index, row in enumerate(columns) if source.keeps(row, where)]
-    if not order:
-        raise DraftsmithError(f"{where}: no row passes the filter {source.filter}: correct it")
-    return order
+    for index in order:
+        yield Row(name, index + 1, rows[index])
 
 
 def load_rows(source: HuggingFaceSource) -> Any:

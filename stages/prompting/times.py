@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, date, datetime, timedelta
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import BeforeValidator
 
 from draftsmith.stages.contract import Listing
 
@@ -26,14 +27,12 @@ def row_time(fields: Mapping[str, Any]) -> datetime | None:
 
 
 def as_time(value: Any) -> datetime | None:
-    """ISO text, or seconds since 1970 (from their size also milli-, micro- and nanoseconds); without a zone: UTC."""
+    """Read ISO text, or seconds since 1970, from their size also milli-, micro- and nanoseconds; without a zone: UTC."""
     try:
+        if isinstance(value, date):  # a datetime is one too
+            value = value.isoformat()
         if isinstance(value, str):
             return _from_text(value.strip())
-        if isinstance(value, datetime):
-            return _utc(value)
-        if isinstance(value, date):
-            return datetime(value.year, value.month, value.day, tzinfo=UTC)
         if isinstance(value, int | float) and not isinstance(value, bool):
             return _from_number(float(value))
     except (ValueError, OverflowError):
@@ -42,10 +41,10 @@ def as_time(value: Any) -> datetime | None:
 
 
 def _from_text(text: str) -> datetime:
-    try:
-        return _from_number(float(text)) if not re.fullmatch(r"\d{8}", text) else _utc(datetime.fromisoformat(text))
-    except ValueError:
-        return _utc(datetime.fromisoformat(text))
+    if re.fullmatch(r"\d{8}", text) is None:  # else a date
+        with suppress(ValueError):
+            return _from_number(float(text))
+    return _utc(datetime.fromisoformat(text))
 
 
 def _from_number(number: float) -> datetime:
@@ -58,12 +57,6 @@ def _from_number(number: float) -> datetime:
 
 def _utc(time: datetime) -> datetime:
     return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
-
-
-def as_text(value: object) -> object:
-    """Of a config's field: YAML reads a date or a time as one. Anything else stays what it is."""
-    time = None if isinstance(value, str | int | float) else as_time(value)
-    return value if time is None else iso(time)
 
 
 def iso(time: datetime) -> str:
@@ -84,17 +77,17 @@ def beginning(window: str | None, listing: Listing | None) -> datetime | None:
     return as_time(known or absolute(window, datetime.now(UTC)))
 
 
-def _read(window: str) -> str:
-    begins = absolute(window, datetime.now(UTC))
-    return window.strip() if is_relative(window) else begins
+def _window(value: Any) -> Any:
+    """Read a window of a config: one of days or hours stays as it was written, YAML reads a date or a time as one."""
+    if isinstance(value, date):
+        value = iso(as_time(value) or _EPOCH)
+    if not isinstance(value, str):
+        return value
+    begins = absolute(value, datetime.now(UTC))
+    return value.strip() if is_relative(value) else begins
 
 
-# of a field: a window of days or hours as it was written, any other as ISO text
-Since = Annotated[
-    str,
-    BeforeValidator(as_text),
-    AfterValidator(_read),
-]
+Since = Annotated[str, BeforeValidator(_window)]  # of a field
 
 
 def absolute(window: str, now: datetime) -> str:

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 
-from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
+from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.parquet import read_table, write_table
 from draftsmith.artifacts.schemas import TRAJECTORIES, VERIFY_STEPS
 from draftsmith.stages.logs import STAGE, LogsConfig
 from draftsmith.stages.mining import STAGE as MINING
 from draftsmith.stages.mining import MiningConfig
+from draftsmith.stages.prompting.aside import Aside
+from draftsmith.stages.prompting.files import read_rows
+from draftsmith.stages.prompting.intake import ShapeSieve
 from draftsmith.stages.prompting.logged import LoggedRow, Reader
 from draftsmith.stages.prompting.rows import TOOLS, SetAside
 from draftsmith.stages.targets.info import model_path, read_target_info
@@ -37,6 +40,11 @@ def tokenizer(tiny_drafter: DrafterArtifacts) -> Any:
 @pytest.fixture(scope="module")
 def eos(tiny_drafter: DrafterArtifacts) -> int:
     return read_target_info(tiny_drafter.target).eos_ids[0]
+
+
+def reader_of(made: DrafterArtifacts, tokenizer: Any, eos_ids: list[int]) -> Reader:
+    info = read_target_info(made.target).model_copy(update={"vocab_size": len(tokenizer), "eos_ids": eos_ids})
+    return Reader(tokenizer, info, LogsConfig(paths=["a"], temperature=0, max_tokens=500))
 
 
 def as_text(row: Row, tokenizer: Any, eos: int) -> Row:
@@ -71,30 +79,6 @@ def test_text_gives_back_the_tokens_that_the_target_produced(
         assert tokenizer.decode(ours["response_ids"], skip_special_tokens=True) == text
         assert ours["finish_reason"] == original["finish_reason"]
     assert sum(ours["response_ids"] == original["response_ids"] for ours, original in zip(used, kept, strict=True)) > 40
-
-
-def test_a_text_that_is_too_long_is_tokenised_once(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read_back: list[int] = []
-    real = Reader._decode
-
-    def decode(self: Reader, ids: list[int]) -> str:
-        read_back.append(len(ids))
-        return real(self, ids)
-
-    monkeypatch.setattr(Reader, "_decode", decode)
-    asked = [{"role": "user", "content": "Say it."}]
-    texts = ["Here it is, once.", "Here it is, once more. " * 200]
-    ctx = run(
-        tmp_path,
-        tiny_drafter,
-        write(tmp_path / "log.jsonl", [{"messages": asked, "completion": text} for text in texts]),
-        max_tokens=100,
-        scored=0,
-    )
-    assert [entry["reason"] for entry in set_aside(ctx)] == ["too long"]
-    assert len(table(ctx)) == 1 and len(read_back) == 2 and max(read_back) <= 100
 
 
 def test_token_ids_are_taken_as_they_are_and_mined_like_the_rollout(
@@ -177,7 +161,7 @@ def test_a_stopped_answer_ends_with_the_token_that_the_template_ends_turns_with(
     assert other.convert_ids_to_tokens(eos) in other.chat_template
     ends_documents = next(i for i in other.all_special_ids + list(range(len(other))) if i != eos)
     other.eos_token = other.convert_ids_to_tokens(ends_documents)
-    reader = Reader(other, vocab_size=len(other), eos_ids=[ends_documents, eos], max_tokens=500, template_kwargs={})
+    reader = reader_of(tiny_drafter, other, [ends_documents, eos])
     row = {"messages": answers[0]["messages"], "completion": "yes, it is", "finish_reason": "stop"}
     assert reader.read(LoggedRow("log", 1, row)).response_ids[-1] == eos
     for said, ends in (  # a stop string ends an answer for the same reason, and no token follows the text
@@ -187,7 +171,7 @@ def test_a_stopped_answer_ends_with_the_token_that_the_template_ends_turns_with(
     ):  # fmt: skip
         assert (reader.read(LoggedRow("log", 1, row | said)).response_ids[-1] == eos) is ends, said
     other.chat_template = None
-    reader = Reader(other, vocab_size=len(other), eos_ids=[ends_documents, eos], max_tokens=500, template_kwargs={})
+    reader = reader_of(tiny_drafter, other, [ends_documents, eos])
     assert reader.stop_id == ends_documents, "nothing else is known"
 
 
@@ -197,7 +181,7 @@ def test_text_that_the_tokenizer_changes_is_set_aside(tiny_drafter: DrafterArtif
 
     composing = load_tokenizer(model_path(tiny_drafter.target))
     composing.backend_tokenizer.normalizer = NFC()
-    reader = Reader(composing, vocab_size=len(composing), eos_ids=[2], max_tokens=500, template_kwargs={})
+    reader = reader_of(tiny_drafter, composing, [2])
     messages = answers[0]["messages"]
     assert reader.read(LoggedRow("log", 1, {"messages": messages, "completion": "caf\u00e9"})).response_ids
     with pytest.raises(SetAside, match="does not survive"):
@@ -210,7 +194,7 @@ def test_a_cut_that_tokenises_differently_is_set_aside(
     """Without a template the prompt may end inside a word: its tokens with the answer are then not theirs alone."""
     bare = load_tokenizer(model_path(tiny_drafter.target))
     bare.chat_template = None
-    reader = Reader(bare, vocab_size=len(bare), eos_ids=[bare.eos_token_id], max_tokens=500, template_kwargs={})
+    reader = reader_of(tiny_drafter, bare, [bare.eos_token_id])
     token = next(  # a token of letters that the tokenizer makes out of two parts
         text
         for text in (tokenizer.decode([i]) for row in answers for i in row["response_ids"])
@@ -266,12 +250,13 @@ def test_several_files_in_turn_and_a_bound_on_the_rows(
         ),
     ],
 )
-def test_a_malformed_row_is_one_error_that_names_file_and_row(
-    row: Row | str, message: str, tmp_path: Path, tiny_drafter: DrafterArtifacts, answers: list[Row]
-) -> None:
-    path = write(tmp_path / "log.jsonl", [as_ids(answers[0]), row])
+def test_a_malformed_row_is_one_error_that_names_file_and_row(row: Row | str, message: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "log.jsonl", [{"prompt_token_ids": [1], "completion_token_ids": [3, 4]}, row])
+    sieve = ShapeSieve(LogsConfig(paths=[str(path)], temperature=0), Aside("logs.max_bad_share", 0))
+    first, second = read_rows([str(path)])
+    assert sieve.take(first)
     with pytest.raises(DraftsmithError, match=message) as caught:
-        run(tmp_path, tiny_drafter, path)
+        sieve.take(second)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -295,10 +280,3 @@ def test_files_are_missed_and_contexts_exceeded_before_anything_is_read(
     assert STAGE.preflight is not None
     with pytest.raises(DraftsmithError, match=r"logs\.max_tokens"):
         STAGE.preflight(LogsConfig(paths=[str(path)], temperature=0, max_tokens=10**6), tiny_drafter.target)
-
-
-def test_it_stops_when_asked_to(tmp_path: Path, tiny_drafter: DrafterArtifacts, answers: list[Row]) -> None:
-    path = write(tmp_path / "log.jsonl", [as_ids(row) for row in answers[:3]])
-    with pytest.raises(StageInterrupted):
-        run(tmp_path, tiny_drafter, path, stop=True)
-    assert len(table(run(tmp_path, tiny_drafter, path))) == 3

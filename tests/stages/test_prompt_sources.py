@@ -11,8 +11,8 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.prompting.rows import row_messages
-from draftsmith.stages.prompting.sources import SPLITS, ReasoningGymSource
-from draftsmith.stages.prompting.supplies import Supplying, supplies
+from draftsmith.stages.prompting.sources import SPLITS
+from draftsmith.stages.prompting.supplies import supplies
 from draftsmith.stages.prompts import PromptsConfig
 from tests.stages.prompts_run import Row, error, questions, run, run_with_context, texts, write_rows
 
@@ -108,7 +108,9 @@ def test_reasoning_gym_splits_have_different_prompts(target: Path, tmp_path: Pat
 def test_a_task_gives_as_many_prompts_as_its_seeds_allow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of so many prompts that the candidates of a split would leave its range of seeds, for that of the next split."""
     monkeypatch.setattr("draftsmith.stages.prompting.supplies._SEEDS_PER_SPLIT", 50)
-    (supply,) = supplies(ReasoningGymSource(kind="reasoning_gym", tasks=["chain_sum"]), Supplying(limit=200))
+    source = {"kind": "reasoning_gym", "tasks": ["chain_sum"]}
+    config = PromptsConfig.model_validate({"sources": [source], "train": 0, "heldout": 1})
+    (supply,) = supplies(config.sources[0], config)
     given = 0
     for split in SPLITS:
         while supply.next(split) is not None:

@@ -228,29 +228,3 @@ def test_no_damage_breaks_the_reader(
     for row in read(path):
         assert isinstance(row, Row | BadRow)
     assert count_rows([str(path)]) >= 0
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "csv"),
-    [
-        ("a.jsonl", "question,answer\nWhat?,That.\n", True),
-        ("a.jsonl", '"id"\t"question"\n1\tWhat?\n', True),
-        ("a.csv", "question\nWhat?\n", True),
-        ("a.jsonl", "{a, b}\n", False),
-        ("a.jsonl", "\n[1, 2]\n", False),
-        ("a.jsonl", "Once upon a time, a cat; it sat\n", False),
-    ],
-)
-def test_csv_is_recognised_by_its_first_line(
-    name: str, text: str, csv: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / name).write_text(text)
-    first, *later = read(tmp_path / name)
-    assert isinstance(first, BadRow) and ("looks like CSV" in first.reason) is csv
-    assert not any("CSV" in row.reason for row in later if isinstance(row, BadRow))
-    if csv:
-        command = first.reason.partition('python -c "')[2].partition('")')[0]
-        monkeypatch.chdir(tmp_path)
-        exec(command)
-        (row,) = read(tmp_path / "rows.jsonl")
-        assert isinstance(row, Row) and row.fields["question"] == "What?"

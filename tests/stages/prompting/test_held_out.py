@@ -8,11 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from draftsmith.stages.prompting.chat_template import TemplateInverter, token_ids
 from draftsmith.stages.prompting.held_out import HeldOut, identity, place, read_held_out
 from draftsmith.stages.prompting.rows import Message
 from draftsmith.stages.prompting.sources import Candidate
-from draftsmith.stages.prompting.template import token_ids
-from draftsmith.stages.prompting.unrendered import Unrendered
 from draftsmith.stages.targets.info import model_path
 from draftsmith.stages.targets.resolve import load_tokenizer
 from tests.stages.prompting.templates import DEEPSEEK, GPT_OSS, LLAMA
@@ -100,7 +99,7 @@ def test_token_ids_are_of_the_class_of_their_text(
         tokenizer.chat_template = template
     sent = {"today": "Monday", "quiet": quiet, "thinking": quiet}
     ids = token_ids(tokenizer, Candidate("test", messages, "row 1"), sent)
-    read = Unrendered(tokenizer, {"today": "Friday"}).messages(ids)
+    read = TemplateInverter(tokenizer, {"today": "Friday"}).messages(ids)
     assert identity(read) == identity(messages)
 
 
@@ -113,10 +112,10 @@ def test_a_template_that_cannot_be_read_backwards_gives_the_whole_text(
     tokenizer = load_tokenizer(model_path(tiny_drafter.target))
     tokenizer.chat_template = template
     ids = tokenizer("Tell a story", add_special_tokens=False)["input_ids"]
-    assert Unrendered(tokenizer, {}).messages(ids) == said("Tell a story")
+    assert TemplateInverter(tokenizer, {}).messages(ids) == said("Tell a story")
 
 
 def test_a_prompt_of_nothing_but_text_is_one_message(tokenizer: Any) -> None:
     """Of a log whose prompts were no chats."""
     ids = tokenizer("once upon a time", add_special_tokens=False)["input_ids"]
-    assert Unrendered(tokenizer, {}).messages(ids) == said("once upon a time")
+    assert TemplateInverter(tokenizer, {}).messages(ids) == said("once upon a time")

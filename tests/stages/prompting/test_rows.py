@@ -10,7 +10,7 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.prompting.aside import Aside
-from draftsmith.stages.prompting.file_prompts import file_rows
+from draftsmith.stages.prompting.files import read_rows
 from draftsmith.stages.prompting.held_out import identity
 from draftsmith.stages.prompting.logged import LoggedRow, logged_text
 from draftsmith.stages.prompting.rows import (
@@ -24,6 +24,7 @@ from draftsmith.stages.prompting.rows import (
     row_messages,
 )
 from draftsmith.stages.prompting.sources import JsonlSource
+from draftsmith.stages.prompting.supplies import prompt_rows
 
 ASKED = {"role": "user", "content": "Hello"}
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
@@ -152,7 +153,7 @@ def test_a_prompt_under_another_name_is_the_same_in_prompts_and_logs(asked: Any,
     fields = {"question": asked, "reply": "Once.", "messages": "of somebody else"}
     (tmp_path / "a.jsonl").write_text(json.dumps(fields) + "\n")
     source = JsonlSource.model_validate({"path": str(tmp_path / "a.jsonl"), "fields": names})
-    ((_, messages, _),) = file_rows(source, Aside("prompts.max_bad_share", 0))
+    ((_, messages, _),) = prompt_rows(source, read_rows([source.path]), Aside("prompts.max_bad_share", 0))
     renamed_row = LoggedRow("log", 1, dict(renamed(fields, names)))  # type: ignore[arg-type]
     assert logged_text(renamed_row) == (messages, "Once.")
     assert messages[-1]["content"] == (asked if asked in ("Tell a story.", "[not JSON") else CHAT[-1]["content"])

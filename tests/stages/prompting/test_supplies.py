@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from draftsmith.stages.prompting.held_out import HELDOUT_SHARE, identity, place
-from draftsmith.stages.prompting.sources import SPLITS, JsonlSource
-from draftsmith.stages.prompting.supplies import Supplying, supplies
+from draftsmith.stages.prompting.sources import SPLITS, PromptsConfig
+from draftsmith.stages.prompting.supplies import supplies
 from tests.stages.prompts_run import Row, error, questions, run, run_with_context, texts, write_rows
 
 
@@ -48,8 +48,10 @@ def test_a_suffix_does_not_part_a_conversation(suffix: str, tmp_path: Path) -> N
     first = [{"role": "user", "content": f"question {number}"} for number in range(200)]
     more = [{"role": "assistant", "content": "so"}, {"role": "user", "content": "and more?"}]
     path = write_rows(tmp_path / "c.jsonl", [{"messages": [each, *then]} for each in first for then in ([], more)])
-    common = Supplying(heldout_by="conversation", heldout_share=0.3)
-    (supply,) = supplies(JsonlSource(path=str(path), suffix=suffix), common)
+    source = {"kind": "jsonl", "path": str(path), "suffix": suffix}
+    asked = {"train": 400, "heldout": 400, "heldout_by": "conversation", "heldout_share": 0.3}
+    config = PromptsConfig.model_validate({"sources": [source], **asked})
+    (supply,) = supplies(config.sources[0], config)
     begun: dict[str, set[str]] = {"heldout": set(), "train": set()}
     for split in SPLITS[::2]:
         while (candidate := supply.next(split)) is not None:

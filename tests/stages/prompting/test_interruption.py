@@ -1,4 +1,4 @@
-"""What an interrupted reading of prompts or logs does not tokenise again."""
+"""A long reading of rows says how far it is, stops where it is asked to, and does not tokenise a log again."""
 
 from __future__ import annotations
 
@@ -9,43 +9,37 @@ import pytest
 
 from draftsmith.artifacts.errors import StageInterrupted
 from draftsmith.stages import logs, prompts
-from draftsmith.stages.prompting.logged import Reader
-from draftsmith.stages.prompting.tokenised import Tokenised
+from draftsmith.stages.prompting import files
+from draftsmith.stages.prompting.logged import Reader, TokenCache
 from tests.stages.logs_run import write
 from tests.stages.prompts_run import of_classes, write_rows
 from tests.testbed.context import StoppingContext
 from tests.testbed.drafter import DrafterArtifacts
 
 
-def test_prompts_that_were_tokenised_are_read_back(
+def test_logs_of_large_rows_are_left_between_two_of_them(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[str] = []
-    real = prompts.token_ids
-
-    def counted(tokenizer: Any, candidate: Any, kwargs: Any) -> list[int]:
-        seen.append(candidate.text_hash)
-        return real(tokenizer, candidate, kwargs)
-
-    monkeypatch.setattr(prompts, "token_ids", counted)
-    rows = write_rows(tmp_path / "rows.jsonl", of_classes("What is", 150, 10))
-    settings = {"sources": [{"kind": "jsonl", "path": str(rows)}], "train": 140, "heldout": 8}
-    config = prompts.PromptsConfig.model_validate(settings)
-
-    def run(name: str, stop_after: int | None) -> StoppingContext:
-        context = StoppingContext.under(tmp_path / name, {"target": tiny_drafter.target}, stop_after=stop_after)
-        prompts.STAGE.run(context, config)
-        return context
-
+    monkeypatch.setattr(files, "_REPORT_EVERY_S", 0.0)  # as if every row took a second
+    rows: list[Any] = [{"prompt_token_ids": [5, 6, number], "completion_token_ids": [8, 9]} for number in range(20)]
+    settings = {"paths": [str(write(tmp_path / "log.jsonl", rows))], "temperature": 0, "scored": 0}
+    context = StoppingContext.under(tmp_path, {"target": tiny_drafter.target}, stop_after=3, unit="rows")
     with pytest.raises(StageInterrupted):
-        run("cut", 64)
-    first = len(seen)
-    again = run("cut", None)
-    assert len(seen) == len(set(seen)) == 148
-    assert f"{first} prompts were tokenised by an earlier attempt" in again.logs
-    whole = run("whole", None)
-    for file in ("prompts.parquet", "prompts.json", "set_aside.jsonl"):
-        assert (again.out / file).read_bytes() == (whole.out / file).read_bytes()
+        logs.STAGE.run(context, logs.LogsConfig.model_validate(settings))
+    assert context.progressed[-1] == (3, 3, "rows")
+
+
+@pytest.mark.parametrize("train", [0, 2])
+def test_a_file_of_prompts_says_how_far_it_is_before_the_first_is_taken(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch, train: int
+) -> None:
+    monkeypatch.setattr(files, "_REPORT_EVERY_S", 0.0)
+    source = {"kind": "jsonl", "path": str(write_rows(tmp_path / "rows.jsonl", of_classes("What is", 50, 5)))}
+    config = prompts.PromptsConfig.model_validate({"sources": [source], "train": train, "heldout": 2})
+    context = StoppingContext.under(tmp_path, {"target": tiny_drafter.target}, stop_after=0)
+    with pytest.raises(StageInterrupted):
+        prompts.STAGE.run(context, config)
+    assert context.progressed == [(0, train + 2, "prompts")], "of the first row"
 
 
 def test_answers_that_were_tokenised_are_read_back_bad_rows_among_them(
@@ -70,9 +64,8 @@ def test_answers_that_were_tokenised_are_read_back_bad_rows_among_them(
     config = logs.LogsConfig.model_validate({"paths": [str(file)], "temperature": 0, "scored": 0, "max_bad_share": 0.1})
 
     def run(name: str, stop_after: int | None) -> StoppingContext:
-        context = StoppingContext.under(
-            tmp_path / name, {"target": tiny_drafter.target}, stop_after=stop_after, unit="rows"
-        )
+        inputs = {"target": tiny_drafter.target}
+        context = StoppingContext.under(tmp_path / name, inputs, stop_after=stop_after, unit="rows")
         logs.STAGE.run(context, config)
         return context
 
@@ -94,12 +87,12 @@ def test_a_text_that_could_not_be_tokenised_is_tried_again_and_the_others_are_ke
         raise ValueError("refused")
 
     for attempt in (1, 2):
-        with Tokenised(tmp_path) as kept:
+        with TokenCache(tmp_path) as cache:
             for number in range(3):
                 if number == 1:
                     with pytest.raises(ValueError, match="refused"):
-                        kept.of("1", refuses)
+                        cache.get("1", refuses)
                 else:
-                    made = kept.of(str(number), lambda n=number: ([n], [n + 1], ""))  # type: ignore[misc]
+                    made = cache.get(str(number), lambda n=number: ([n], [n + 1], ""))  # type: ignore[misc]
                     assert made == ([number], [number + 1], "")
-        assert kept.kept == (2 if attempt == 2 else 0)
+        assert cache.hits == (2 if attempt == 2 else 0)
