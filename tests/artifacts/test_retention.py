@@ -207,17 +207,6 @@ def test_what_a_drafter_of_a_line_was_made_from_stays_also_where_its_key_was_mad
     assert stages(store, needed=(opd.content_id,)) == {"sft"}
 
 
-def test_a_path_into_the_store_may_lead_over_a_link(store: Store, tmp_path: Path) -> None:
-    target = made(store, "target")
-    (tmp_path / "models").symlink_to(target.path)
-    with store.claim("sft", "ab" * 32) as claim:
-        assert isinstance(claim, Claim)
-        (claim.out / "x").write_text("sft")
-        external = {str(tmp_path / "models" / "x"): "digest"}
-        sft = store.commit(claim, config={}, inputs={}, code_digest="c", seed=0, external=external)
-    assert stages(store, needed=(sft.content_id,)) == set()
-
-
 def test_who_removes_is_alone_and_who_reads_waits_for_that(tmp_path: Path) -> None:
     alive = pytest.raises(DraftsmithError, match=r"is alive \(it holds .*lock-artifacts: run another, pid")
     with in_use(tmp_path, "one"), in_use(tmp_path, "another"), alive, nobody_reads(tmp_path):  # runs beside each other

@@ -176,7 +176,7 @@ def test_an_unexpected_error_is_one_line_and_a_traceback_only_on_request(
 def test_no_process_outlives_the_command(tmp_path: Path) -> None:
     """Asked to stop. SIGINT and SIGKILL, of a whole run: `pipeline/test_run.py`."""
     home, worker_file = tmp_path / "home", tmp_path / "worker"
-    target = {"count": 80, "seconds_each": 0.05, "worker": str(worker_file)}
+    target = {"count": 40, "seconds_each": 0.05, "worker": str(worker_file)}
     config = write_config(tmp_path / "toy.yaml", target=target)
     command = toy_command(home, "stage", "target", config)
     worker = pid_in(worker_file)

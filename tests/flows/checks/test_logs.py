@@ -165,17 +165,6 @@ def test_a_file_that_may_still_be_written_is_named(of_logs: bool, tmp_path: Path
     assert f"{tmp_path}/a.jsonl and 1 more: written to within the last 30 s. A file that grows while a stage" in said
 
 
-@pytest.mark.parametrize("window", [{"since": "2026-03-02"}, {"since": "last", "after": "2026-03-01T09:30:00Z"}])
-def test_later_rows_may_follow_those_that_are_looked_at(
-    window: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A log that is appended to begins with its oldest rows."""
-    monkeypatch.setattr(checks, "_LOG_ROWS", 5)
-    old, new = ([answer(number, time=f"2026-03-0{day}") for number in range(6)] for day in (1, 2))
-    level, text = found(None, tmp_path / "a.jsonl", [*old, *new], **window)
-    assert level is Level.SKIPPED and "0 of the first 5 rows can be used; not used: 5 outside the window" in text
-
-
 @pytest.mark.parametrize("of_logs", [True, False])
 @pytest.mark.parametrize(("text", "said"), [("", "is empty"), ("question,answer\nWhat?,That.\n", "looks like CSV")])
 def test_a_file_without_rows_is_an_error_that_says_what_it_is(

@@ -175,8 +175,6 @@ def test_the_champion_is_a_drafter_whose_shape_is_known(tiny_drafter: DrafterArt
     ("section", "said"),
     [
         ({}, None),
-        ({"mask_token": MASK}, None),
-        ({"block_size": 99}, "block_size 99 (the champion: {block})"),
         ({"kind": "eagle3"}, "kind eagle3 (the champion: dflash)"),
         ({"kind": "dspark", "num_layers": 7}, "num_layers 7 (the champion: {layers})"),
         ({"kind": "dspark"}, None),

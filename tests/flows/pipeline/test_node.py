@@ -86,7 +86,7 @@ def test_a_run_whose_commit_was_cut_off_has_its_figures_when_the_next_one_makes_
     assert MANIFEST in [each.path for each in client.list_artifacts(run.info.run_id)]
 
 
-@pytest.mark.parametrize("waits_for", ["the artifact", "the CPU", "nothing"])
+@pytest.mark.parametrize("waits_for", ["the artifact", "the CPU"])
 def test_a_run_that_is_cancelled_while_it_waits_starts_nothing(
     waits_for: str, tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,7 +103,7 @@ def test_a_run_that_is_cancelled_while_it_waits_starts_nothing(
     with ExitStack() as others:
         if waits_for == "the artifact":
             others.enter_context(workshop.store.claim("collect", key_of(node, {}, config.seed, TOY)))
-        elif waits_for == "the CPU":
+        else:
             others.enter_context(devices.devices_of(Compute.TIMED, run="", limit_s=1, waiting=lambda *_: None))
         with pytest.raises(CancelledError):
             make(workshop, node, {})

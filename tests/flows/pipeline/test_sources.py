@@ -16,7 +16,7 @@ import pytest
 from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext
 
-from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageInterrupted
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.store import Store
 from draftsmith.artifacts.tracking import Tracking
@@ -26,10 +26,9 @@ from draftsmith.flows.pipeline import run
 from draftsmith.flows.pipeline.cancellation import Cancellation
 from draftsmith.flows.pipeline.external import external_digests
 from draftsmith.flows.pipeline.graph import Node, PlannedNode, Status
-from draftsmith.flows.pipeline.listing import forget, held, hold
 from draftsmith.flows.pipeline.node import Workshop, make
 from draftsmith.flows.pipeline.part import Part
-from draftsmith.flows.pipeline.process import PastLimitError, StageFailedError, StageOutcome, StageRequest
+from draftsmith.flows.pipeline.process import StageOutcome, StageRequest
 from draftsmith.flows.refresh.graph import first_nodes
 from draftsmith.stages.contract import LISTING, Listing
 from draftsmith.stages.logs import LogsConfig
@@ -39,8 +38,6 @@ from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.targets.config import TargetConfig
 from tests.flows.pipeline.toy import TOY, ToyConfig, write_config
 from tests.testbed.context import RecordingContext
-
-BAD = DraftsmithError("too few: give more logs")
 
 
 def logs(path: Path | str, **more: Any) -> LogsConfig:
@@ -156,23 +153,6 @@ def test_a_run_that_fails_for_its_files_lists_anew(home: Home) -> None:
     assert home.run(until="left") == 10 + 2000
 
 
-@pytest.mark.parametrize(
-    ("error", "holds"),
-    [
-        (BAD, False),
-        (RetryableError("the bucket does not answer"), True),
-        (StageInterrupted("stopped"), True),
-        (PastLimitError("ran past its limit"), True),
-        (StageFailedError("was killed"), True),
-    ],
-)
-@pytest.mark.usefixtures("home")
-def test_only_bad_input_ends_a_listing_early(error: DraftsmithError, holds: bool) -> None:
-    hold("weekly", {"sources": "k1"})
-    forget("weekly", error)
-    assert held("weekly") == ({"sources": "k1"} if holds else {}) == held("weekly", ended=True)
-
-
 def test_a_retry_goes_on_where_the_attempt_before_was_lost_though_files_came(home: Home) -> None:
     home.allow.touch()
     home.lost = 1
@@ -250,26 +230,6 @@ def test_a_stage_alone_reads_what_was_listed_last(home: Home, capsys: pytest.Cap
     assert home.number(stage("total")) == 30 + 2000
     home.come("c")
     assert home.left_out() == 0, "it began no run"
-
-
-@pytest.mark.usefixtures("home")
-def test_a_note_that_is_damaged_or_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
-    long = f"{60 * 'ü'} of the first line"
-    keys = {"sources": "k1"}
-    hold(long, keys)
-    assert held(long) == keys and held(long.replace("first", "second")) == {}
-    hold(long, keys, ended=True)
-    assert held(long) == {} and held(long, ended=True) == keys
-    folder = tmp_path / "home" / "sources"
-    for note in folder.iterdir():
-        note.write_text('{"key": ')
-    assert held(long, ended=True) == {}
-    for note in folder.iterdir():
-        note.unlink()
-    folder.rmdir()
-    folder.write_text("a file in the way")
-    hold("weekly", keys)
-    forget("weekly")
 
 
 def test_only_what_is_found_by_folder_pattern_address_or_relative_window_is_listed(tmp_path: Path) -> None:

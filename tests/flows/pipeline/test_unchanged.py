@@ -101,8 +101,7 @@ def test_a_flipped_bit_in_an_artifact_that_nobody_reads_is_no_hit(toy: Toy) -> N
     assert make(toy.workshop, toy.left(), {"first": toy.target}, force=True).ref == made
 
 
-@pytest.mark.parametrize("in_bucket", [False, True])
-@pytest.mark.parametrize("how", ["flipped", "gone"])
+@pytest.mark.parametrize(("how", "in_bucket"), [("flipped", True), ("gone", False)])
 def test_what_was_made_while_an_input_broke_is_not_kept(
     how: str, in_bucket: bool, tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
