@@ -19,11 +19,11 @@ import yaml
 
 from draftsmith.artifacts import host
 from draftsmith.artifacts.manifest import MANIFEST
-from draftsmith.artifacts.store import Claim, Store
+from draftsmith.artifacts.store import Store
 from draftsmith.flows.cli import main
+from tests.testbed.artifacts import committed
 from tests.testbed.refresh import small_refresh
 
-KEY = "ab" * 32
 SECRET = "Zk9-marker-7Qx"
 PLAN = ("run", "{config}", "--plan")
 SHOW = ("show", "sft", "--verify")
@@ -79,11 +79,7 @@ def damaged(how: Callable[[Path], object]) -> Callable[[Path], object]:
     """An artifact of the stage `sft` in the store, then damaged."""
 
     def prepare(here: Path) -> None:
-        store = Store(here / "home" / "store")
-        with store.claim("sft", KEY) as claim:
-            assert isinstance(claim, Claim)
-            (claim.out / "data.txt").write_text("answer")
-            how(store.commit(claim, config={}, inputs={}, code_digest="c", seed=0).path)
+        how(committed(Store(here / "home" / "store"), "sft", {"data.txt": "answer"}).path)
 
     return prepare
 

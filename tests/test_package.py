@@ -11,7 +11,6 @@ import tomllib
 import zipfile
 from pathlib import Path
 
-
 ROOT = Path(__file__).parents[1]
 ROOMS = ("artifacts", "flows", "stages")
 

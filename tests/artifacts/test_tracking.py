@@ -28,8 +28,9 @@ from draftsmith.artifacts.locks import user_name
 from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef
 from draftsmith.artifacts.mlflow_files import misplaced
 from draftsmith.artifacts.mlflow_terms import flatten
-from draftsmith.artifacts.store import Claim, Store
+from draftsmith.artifacts.store import Store
 from draftsmith.artifacts.tracking import Tracking
+from tests.testbed.artifacts import committed
 from tests.testbed.team import free_port
 
 pytestmark = pytest.mark.integration
@@ -137,16 +138,13 @@ def test_data_sets_have_names_rows_and_columns(tracking: Tracking, tmp_path: Pat
     counts = {"gsm8k": {"train": 4, "heldout": 1}, "gcd": {"train": 2}, "chain": {"validation": 1}}
     inputs = {"gone": ArtifactRef("rollout", KEY, "gone" * 9, tmp_path / "gone")}
     for node in ("prompts", "heldout"):
-        with Store(tmp_path / "store").claim(node, KEY) as claim:
-            assert isinstance(claim, Claim)
-            parquet.write_table(pyarrow.Table.from_pylist(rows), claim.out / "table.parquet")
+
+        def fill(out: Path, node: str = node) -> None:
+            parquet.write_table(pyarrow.Table.from_pylist(rows), out / "table.parquet")
             if node == "prompts":
-                (claim.out / "prompts.json").write_text(json.dumps({"counts": counts}))
-            metrics = {"response_tokens": 80.0}
-            made = Store(tmp_path / "store").commit(
-                claim, config={}, inputs={}, code_digest="", seed=0, metrics=metrics
-            )
-            inputs[node] = made
+                (out / "prompts.json").write_text(json.dumps({"counts": counts}))
+
+        inputs[node] = committed(Store(tmp_path / "store"), node, fill, metrics={"response_tokens": 80.0})
     run = tracking.stage_run(None, "sft", KEY, inputs=inputs)
     found = {each.tags[0].value: each.dataset for each in run_of(tracking, run.run_id).inputs.dataset_inputs}
     run.close("FINISHED")

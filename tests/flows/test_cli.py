@@ -112,17 +112,6 @@ def test_a_damaged_artifact_is_shown_and_made_again_alone(
         assert "left: reused" in capsys.readouterr().out
 
 
-def test_a_file_that_cannot_be_shown_is_named(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = str(write_config(tmp_path / "toy.yaml"))
-    assert main(["stage", "target", config], TOY) == 0
-    (made,) = home.glob("store/collect/[!.]*")
-    (made / "numbers.json").chmod(0o600)
-    (made / "numbers.json").write_text("[")
-    assert main(["show", made.name], TOY) == 2
-    error = capsys.readouterr().err
-    assert "numbers.json: cannot be read" in error and "`--verify` says whether it is damaged" in error
-
-
 def test_what_was_left_behind_is_listed_and_deleted_when_asked_to(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -176,11 +176,3 @@ def test_files_that_extend_each_other_or_nothing_are_named(tmp_path: Path) -> No
         second.write_text(f"extends: {other}\n")
         with pytest.raises(DraftsmithError, match=rf"\.yaml: extends: .*{said}"):
             read_config(first, [], Example)
-
-
-def test_an_override_changes_one_section_of_those_that_share_an_alias(tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text("name: run\nsft: &shared {steps: 4, weights: {a: 1.0}}\nopd: *shared\n")
-    config = read_config(path, ["opd.steps=6", "opd.weights.a=2.0"], Example)
-    assert (config.sft.steps, config.opd.steps) == (4, 6)
-    assert (config.sft.weights, config.opd.weights) == ({"a": 1.0}, {"a": 2.0})

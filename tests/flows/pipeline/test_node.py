@@ -21,10 +21,10 @@ from draftsmith.flows.cli import main
 from draftsmith.flows.pipeline import devices
 from draftsmith.flows.pipeline.cancellation import CancelledError
 from draftsmith.flows.pipeline.display import Display
-from draftsmith.flows.pipeline.graph import key_of, outdated
+from draftsmith.flows.pipeline.graph import key_of
 from draftsmith.flows.pipeline.node import Workshop, _devices, make
 from draftsmith.flows.pipeline.options import StageOptions, check_runner
-from draftsmith.flows.pipeline.process import StageFailedError, StageOutcome, run_stage
+from draftsmith.flows.pipeline.process import StageFailedError, run_stage
 from draftsmith.flows.pipeline.shards import Make, Order, side_by_side
 from draftsmith.stages.contract import Compute
 from tests.flows.pipeline.toy import TOY, ToyConfig, toy_nodes, write_config
@@ -223,22 +223,3 @@ def test_what_one_host_has_made_another_goes_on_from(
     assert "nothing in" in at(b, "prune")
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes()
-
-
-def test_what_another_host_was_first_to_make_of_an_earlier_measurement_is_not_taken(
-    homes: tuple[Path, Path], tracking: Tracking, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = ToyConfig(name="t")
-    nodes = {node.name: node for node in toy_nodes(config)}
-    ours, theirs = (Workshop(home, config, TOY, Display(), tracking) for home in homes)
-    target = make(ours, nodes["target"], {}).ref
-    measured = {"first": replace(target, volatile_id="measured anew")}
-
-    def run_and_be_overtaken(*arguments: Any, **keywords: Any) -> StageOutcome:
-        monkeypatch.setattr("draftsmith.flows.pipeline.node.run_stage", run_stage)
-        make(theirs, nodes["left"], {"first": replace(target, path=theirs.store.path(target.stage, target.key))})
-        return run_stage(*arguments, **keywords)
-
-    monkeypatch.setattr("draftsmith.flows.pipeline.node.run_stage", run_and_be_overtaken)
-    made = make(ours, nodes["left"], measured)
-    assert not made.reused and not outdated(theirs.store, nodes["left"], made.ref, measured)

@@ -179,18 +179,6 @@ def test_a_file_that_changes_while_it_is_read_or_goes_after_it_was_listed_fails_
     assert home.run(until="left") == 10 + (3000 if how == "grows" else 1000)
 
 
-def test_what_comes_while_files_are_listed_is_for_the_next_run(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    def comes(request: StageRequest, **more: Any) -> StageOutcome:
-        home.come(request.stage)
-        return home.stage(request, **more)
-
-    home.allow.touch()
-    with monkeypatch.context() as patch:
-        patch.setattr(nodes, "run_stage", comes)
-        assert home.run() == 30 + 1000
-    assert home.run() == 30 + 4000
-
-
 def test_what_is_made_again_after_a_run_has_ended_reads_no_new_files_but_of_a_deployment(home: Home) -> None:
     home.allow.touch()
     home.run()
@@ -202,17 +190,6 @@ def test_what_is_made_again_after_a_run_has_ended_reads_no_new_files_but_of_a_de
     flow_run = FlowRun(flow_id=uuid4(), deployment_id=uuid4())
     with FlowRunContext.model_construct(flow_run=flow_run):
         assert home.run("target") == 30 + 2000
-
-
-def test_commands_say_which_files_are_left_for_the_next_run(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(DraftsmithError):
-        home.run()
-    home.come("b")
-    (said,) = filter(None, [item.left_over for item in home.planned().values()])
-    for command in (["run", "--plan"], ["status"], ["check"], ["stage", "right"], ["why"]):
-        capsys.readouterr()
-        main([*command, home.file, *(["sources"] if command == ["why"] else [])], TOY)
-        assert said in " ".join(capsys.readouterr().out.split()), command
 
 
 def test_a_stage_alone_reads_what_was_listed_last(home: Home, capsys: pytest.CaptureFixture[str]) -> None:

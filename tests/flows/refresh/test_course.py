@@ -29,7 +29,8 @@ from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.flows.refresh.line import checkpoint_of, folder_of, registry
 from draftsmith.stages.gate import DECISION
 from draftsmith.stages.stored import DRAFTER_FOLDER
-from tests.flows.refresh.made import checked, committed, config_of, finished, gated, page_of, serving
+from tests.flows.refresh.made import checked, config_of, finished, gated, page_of, serving
+from tests.testbed.artifacts import committed
 
 NOTE = "import sys; open(sys.argv[1], 'w').write(sys.stdin.read())"
 FAILS = "raise SystemExit('the server is away')"
@@ -265,7 +266,7 @@ def test_a_version_of_a_bucket_is_fetched_where_its_manifest_alone_is_known(
     line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(STORE, f"file://{tmp_path}/bucket")
-    made = committed(store_of(home), "opd", "c", lambda out: shutil.copytree(drafters[0].path, out, dirs_exist_ok=True))
+    made = committed(store_of(home), "opd", lambda out: shutil.copytree(drafters[0].path, out, dirs_exist_ok=True), "c")
     registry().register(line, made, {})
     monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "other"))
     other = store_of(tmp_path / "other")
