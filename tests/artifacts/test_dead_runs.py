@@ -64,20 +64,6 @@ def test_runs_of_a_container_that_is_gone_are_closed_by_the_next_one(
     assert {run_of(tracking, each).info.status for each in (parent, run.run_id)} == {"KILLED"}
 
 
-def test_a_refresh_whose_end_mlflow_missed_is_closed_on_another_host(
-    tracking: Tracking, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store, missed = Store(tracking.folder / "store"), Tracking(tracking.folder)
-    monkeypatch.setattr("platform.node", lambda: "pod-1")
-    run_id = missed.open_refresh("monday", {})
-    with monkeypatch.context() as lost:
-        lost.setattr(missed.connect()[0], "set_terminated", lambda *_: (_ for _ in ()).throw(ConnectionError("gone")))
-        missed.close_refresh("FINISHED")
-    assert run_of(tracking, run_id).info.status == "RUNNING"
-    monkeypatch.setattr("platform.node", lambda: "pod-2")
-    assert close_dead_runs(tracking, store) == ["monday"]
-
-
 def test_runs_of_a_home_that_was_moved_are_closed_where_it_is_now(tracking: Tracking, tmp_path: Path) -> None:
     dead, folder = Tracking(tracking.folder), tmp_path / "moved"
     run = dead.stage_run(dead.open_refresh("monday", {}), "sft", KEY)

@@ -188,18 +188,15 @@ def test_of_homes_that_share_mlflow_alone_the_second_decides_again(
     assert serving(here, line) == (theirs.number, first.number)
 
 
-@pytest.mark.parametrize("own", [True, False])
 def test_a_database_of_another_version_of_mlflow_is_nothing_that_a_retry_mends(
-    own: bool, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    registry: Registry, tmp_path: Path
 ) -> None:
     registry.versions("none")  # makes the database
     shutil.copy(registry._tracking.folder / "mlflow.db", tmp_path / "mlflow.db")
     with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:
         database.execute("UPDATE alembic_version SET version_num = 'before'")
     address = f"sqlite:///{tmp_path}/mlflow.db"
-    if not own:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-    tracking = Tracking(tmp_path if own else tmp_path / "home")
+    tracking = Tracking(tmp_path)
     for ask in (tracking.check, lambda: Registry(tracking).versions("none")):
         with pytest.raises(
             DraftsmithError, match=f"another version of MLflow .*run `mlflow db upgrade {address}`"
