@@ -88,15 +88,6 @@ def of_artifact(said: str, how: Callable[[Path], object]) -> Bad:
     return Bad(said, arguments=SHOW, prepare=damaged(how))
 
 
-def edited_manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
-    def edit(folder: Path) -> None:
-        data = json.loads((folder / MANIFEST).read_text())
-        change(data)
-        (folder / MANIFEST).write_text(json.dumps(data))
-
-    return damaged(edit)
-
-
 BROKEN = {"target.source": "{here}/broken"}
 HEADER = json.dumps({"w": {"dtype": "F32", "shape": [100], "data_offsets": [0, 400]}}).encode()
 
@@ -194,10 +185,6 @@ DISK = {
     "no such artifact": Bad("no artifact matches", arguments=("show", "absent")),
     "a damaged manifest": of_artifact("no artifact matches", lambda folder: (folder / MANIFEST).write_text("{")),
     "a bit flipped": of_artifact("has changed", lambda folder: (folder / "data.txt").write_text("answeR")),
-    "a manifest that leads elsewhere": Bad(
-        "no artifact matches", arguments=SHOW,
-        prepare=edited_manifest(lambda data: data["files"].update({"../../x": data["files"]["data.txt"]})),
-    ),
     "no such line": Bad("mlflow.db has no line yet", arguments=("champions", "absent")),
     "no such version": Bad("has no version 3", arguments=("promote", "absent@3")),
 }  # fmt: skip

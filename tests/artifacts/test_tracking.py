@@ -258,12 +258,6 @@ def test_a_silent_server_is_given_up_within_seconds(tmp_path: Path, monkeypatch:
         assert time.monotonic() - started < 15
 
 
-def test_a_damaged_database_is_one_clear_error(tmp_path: Path) -> None:
-    (tmp_path / "mlflow.db").write_text("this is no database" * 100)
-    with pytest.raises(DraftsmithError, match=r"MLflow's database sqlite:.*not a database.*restore it from a backup"):
-        Tracking(tmp_path).check()
-
-
 def test_a_database_that_another_program_has_locked_is_asked_again(
     tracking: Tracking, monkeypatch: pytest.MonkeyPatch
 ) -> None:

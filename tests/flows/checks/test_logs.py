@@ -12,7 +12,6 @@ import pytest
 from draftsmith.flows.checks import prompts as checks
 from draftsmith.flows.checks.findings import Findings, Level
 from draftsmith.flows.pipeline.graph import Node
-from draftsmith.stages.contract import Listing
 from draftsmith.stages.logs import LogsConfig
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.targets.config import TargetConfig
@@ -84,18 +83,6 @@ def test_rows_that_cannot_be_prompts_are_told(count: int, level: Level, tmp_path
     told, enough = sources_found(path, train=4, heldout=0).lines
     assert (told.level, enough.level) == (level, Level.OK)
     assert f"{count} of {count + 9} rows cannot be prompts" in told.text and "9 rows for 4 prompts" in enough.text
-
-
-def test_only_the_files_that_a_run_reads_are_counted(tmp_path: Path) -> None:
-    for name in "ab":
-        path = tmp_path / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(answer(1, messages=asks(number))) + "\n" for number in range(5)))
-        os.utime(path, (0, 0))
-    asked = {"sources": [{"kind": "jsonl", "path": str(tmp_path)}], "train": 4, "heldout": 0}
-    config, findings = PromptsConfig.model_validate(asked).reading(Listing([str(tmp_path / "a.jsonl")], {})), Findings()
-    checks.check_sources(findings, [Node("prompts", "draftsmith.stages.prompts", config)])
-    (enough,) = findings.lines
-    assert "5 rows for 4 prompts" in enough.text
 
 
 def test_a_prompt_that_comes_again_is_counted_once(tmp_path: Path) -> None:
