@@ -110,12 +110,6 @@ def test_flows_tells_every_option_and_what_a_gate_asks_for() -> None:
     assert not [name for name in GateConfig.model_fields if f"`gate.{name}" not in said]
 
 
-def test_commands_are_found() -> None:
-    """The tests below would hold for no command at all."""
-    assert {"run", "check", "stage", "status", "show", "prune"} <= {command.split()[1] for _, command in COMMANDS}
-    assert len({_BENCHMARK.findall(command)[0] for _, command in BENCHMARKS}) >= 4
-
-
 @pytest.mark.parametrize(("file", "command"), COMMANDS)
 def test_a_command_is_known_with_its_options_and_its_config_is_there(
     file: str, command: str, capsys: pytest.CaptureFixture[str]

@@ -11,8 +11,6 @@ import tomllib
 import zipfile
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 ROOMS = ("artifacts", "flows", "stages")
 
@@ -75,24 +73,22 @@ def test_wheel_and_sdist_hold_the_package_and_the_shipped_configs(tmp_path: Path
     assert done.stdout.split() == [str(package / "__init__.py"), "True"]
 
 
-@pytest.mark.parametrize(
-    ("module", "line", "contract"),
-    [
-        ("flows/pipeline/graph.py", "import draftsmith.stages.sft", "The pipeline knows no stage"),
-        ("stages/replay/board.py", "import mlflow", "know neither Prefect nor MLflow"),
-        ("stages/targets/source.py", "import draftsmith.stages.targets.config", "No circle of imports"),
-    ],
-)
-def test_an_import_that_breaks_a_rule_is_refused(module: str, line: str, contract: str, tmp_path: Path) -> None:
-    """On a copy of the code in which one line is added."""
+def test_an_import_that_breaks_a_rule_is_refused(tmp_path: Path) -> None:
+    """On a copy of the code in which a line is added to each of three modules."""
     package = tmp_path / "draftsmith"
     for room in ROOMS:
         for path in (ROOT / room).rglob("*.py"):
             copy = package / path.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(path.read_bytes())
-    broken = package / module
-    broken.write_text(f"{broken.read_text()}\n\ndef _later() -> None:\n    {line}  # noqa\n")
+    rules = {
+        "The pipeline knows no stage": ("flows/pipeline/graph.py", "import draftsmith.stages.sft"),
+        "know neither Prefect nor MLflow": ("stages/replay/board.py", "import mlflow"),
+        "No circle of imports": ("stages/targets/source.py", "import draftsmith.stages.targets.config"),
+    }
+    for module, line in rules.values():
+        broken = package / module
+        broken.write_text(f"{broken.read_text()}\n\ndef _later() -> None:\n    {line}  # noqa\n")
     (tmp_path / "pyproject.toml").write_bytes((ROOT / "pyproject.toml").read_bytes())
     code = (
         "import sys; sys.path.insert(0, '.'); from importlinter.cli import lint_imports_command; lint_imports_command()"
@@ -102,4 +98,5 @@ def test_an_import_that_breaks_a_rule_is_refused(module: str, line: str, contrac
     )
     assert done.returncode == 1, done.stdout + done.stderr
     broken_rules = [line for line in done.stdout.splitlines() if line.endswith(" BROKEN")]
-    assert any(contract in rule for rule in broken_rules), done.stdout
+    for contract in rules:
+        assert any(contract in rule for rule in broken_rules), done.stdout

@@ -20,13 +20,14 @@ from hypothesis import strategies as st
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.manifest import MANIFEST, read_manifest
 from draftsmith.artifacts.redaction import redacted, secrets_of
-from draftsmith.artifacts.store import Claim, Store
+from draftsmith.artifacts.store import Store
 from draftsmith.flows.pipeline.config_file import read_config
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.stages.prompting.logged import LoggedRow, logged_ids, logged_text
 from draftsmith.stages.prompting.rows import SetAside, row_messages
 from draftsmith.stages.prompting.times import row_time
 from tests.test_bad_input import base
+from tests.testbed.artifacts import committed
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=12)
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), TEXT)
@@ -128,10 +129,8 @@ def test_any_log_row(fields: dict[str, Any]) -> None:
 
 
 def manifest() -> Any:
-    with tempfile.TemporaryDirectory() as folder, Store(Path(folder)).claim("sft", "ab" * 32) as claim:
-        assert isinstance(claim, Claim)
-        (claim.out / "data.txt").write_text("x")
-        ref = Store(Path(folder)).commit(claim, config={"a": 1}, inputs={}, code_digest="c", seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        ref = committed(Store(Path(folder)), "sft", {"data.txt": "x"}, config={"a": 1})
         return json.loads((ref.path / MANIFEST).read_text())
 
 

@@ -7,19 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from draftsmith.artifacts.store import Claim, Store
+from draftsmith.artifacts.store import Store
 from draftsmith.stages.gate import DECISION
 from tests import quickstart
+from tests.testbed.artifacts import committed
 
 
 def decided(home: Path, lossless: bool) -> None:
     """Leave the decision of a gate in the store of a home."""
     rules = [{"name": "lossless", "passed": lossless}, {"name": "speed-up", "passed": False}]
     store = Store(home / "store")
-    with store.claim("gate", f"{int(lossless):064x}") as claim:
-        assert isinstance(claim, Claim)
-        (claim.out / DECISION).write_text(json.dumps({"outcome": "refused", "rules": rules}))
-        store.commit(claim, config={}, inputs={}, code_digest="c", seed=0)
+    committed(store, "gate", {DECISION: json.dumps({"outcome": "refused", "rules": rules})})
 
 
 @pytest.mark.parametrize(

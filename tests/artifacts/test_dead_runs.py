@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import gc
 import shutil
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -15,37 +12,6 @@ from draftsmith.artifacts.dead_runs import close_dead_runs
 from draftsmith.artifacts.store import Claim, Store
 from draftsmith.artifacts.tracking import Tracking
 from tests.artifacts.test_tracking import KEY, run_of
-
-
-def test_a_killed_process_leaves_runs_that_close_and_a_living_one_does_not(tracking: Tracking) -> None:
-    store = Store(tracking.folder / "store")
-    script = """
-        import sys, time
-        from pathlib import Path
-        from draftsmith.artifacts.store import Store
-        from draftsmith.artifacts.tracking import Tracking
-        tracking = Tracking(Path(sys.argv[1]))
-        parent = tracking.open_refresh("dying", {})
-        with Store(tracking.folder / "store").claim("sft", "ef" * 32):
-            print(tracking.stage_run(parent, "sft", "ef" * 32).run_id, flush=True)
-            time.sleep(60)
-        """
-    command = [sys.executable, "-c", textwrap.dedent(script), str(tracking.folder)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    stage_id = process.stdout.readline().strip()
-    assert close_dead_runs(tracking, store) == []
-    process.kill()
-    process.wait()
-    tracking.open_refresh("alive", {})
-    with store.claim("sft", KEY) as claim:
-        assert isinstance(claim, Claim)
-        alive = tracking.stage_run(None, "sft", KEY)
-        assert sorted(close_dead_runs(tracking, store)) == ["dying", "sft"]
-        assert run_of(tracking, alive.run_id).info.status == "RUNNING"
-        alive.close("FINISHED")
-    tracking.close_refresh("FINISHED")
-    assert run_of(tracking, stage_id).info.status == "KILLED"
 
 
 def test_runs_of_a_container_that_is_gone_are_closed_by_the_next_one(
@@ -62,20 +28,6 @@ def test_runs_of_a_container_that_is_gone_are_closed_by_the_next_one(
     gc.collect()
     assert close_dead_runs(tracking, store) == ["monday", "sft"]
     assert {run_of(tracking, each).info.status for each in (parent, run.run_id)} == {"KILLED"}
-
-
-def test_a_refresh_whose_end_mlflow_missed_is_closed_on_another_host(
-    tracking: Tracking, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store, missed = Store(tracking.folder / "store"), Tracking(tracking.folder)
-    monkeypatch.setattr("platform.node", lambda: "pod-1")
-    run_id = missed.open_refresh("monday", {})
-    with monkeypatch.context() as lost:
-        lost.setattr(missed.connect()[0], "set_terminated", lambda *_: (_ for _ in ()).throw(ConnectionError("gone")))
-        missed.close_refresh("FINISHED")
-    assert run_of(tracking, run_id).info.status == "RUNNING"
-    monkeypatch.setattr("platform.node", lambda: "pod-2")
-    assert close_dead_runs(tracking, store) == ["monday"]
 
 
 def test_runs_of_a_home_that_was_moved_are_closed_where_it_is_now(tracking: Tracking, tmp_path: Path) -> None:

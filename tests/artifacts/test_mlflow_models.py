@@ -11,19 +11,16 @@ import pytest
 from draftsmith.artifacts.manifest import ArtifactRef, Manifest
 from draftsmith.artifacts.mlflow_models import ALL, link_version, log_models
 from draftsmith.artifacts.registry import Registry
-from draftsmith.artifacts.store import Claim, Store
+from draftsmith.artifacts.store import Store
 from draftsmith.artifacts.tracking import Tracking
+from tests.testbed.artifacts import committed
 
 
 def made(store: Store, stage: str, name: str, files: dict[str, str], **inputs: ArtifactRef) -> ArtifactRef:
-    with store.claim(stage, store.key(stage, "c", {"name": name}, {}, 0)) as claim:
-        assert isinstance(claim, Claim)
-        for path, text in files.items():
-            (claim.out / path).parent.mkdir(parents=True, exist_ok=True)
-            (claim.out / path).write_text(text)
-        run = Tracking(store.root.parent, "my-line").stage_run(None, stage, claim.key)
-        run.close("FINISHED")
-        return store.commit(claim, config={}, inputs=inputs, code_digest="c", seed=0, mlflow_run_id=run.run_id)
+    key = store.key(stage, "c", {"name": name}, {}, 0)
+    run = Tracking(store.root.parent, "my-line").stage_run(None, stage, key)
+    run.close("FINISHED")
+    return committed(store, stage, files, key, inputs=inputs, mlflow_run_id=run.run_id)
 
 
 def drafter(store: Store, name: str, weights: str) -> Manifest:

@@ -82,12 +82,12 @@ def test_a_row_that_does_not_fit_names_its_column(row: dict[str, Any], message: 
         to_table(TRACE, [row])
 
 
-@pytest.mark.parametrize("kept", [0, 0.5, -1])
+@pytest.mark.parametrize("kept", [0, 0.5])
 def test_a_truncated_file_is_named(tmp_path: Path, kept: float) -> None:
     path = tmp_path / "t.parquet"
     write_table(path, TRACE, [trace_row(step) for step in range(1000)])
     content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * kept) if isinstance(kept, float) else int(kept)])
+    path.write_bytes(content[: int(len(content) * kept)])
     with pytest.raises(DraftsmithError, match=r"t\.parquet: not a whole Parquet file .*--force"):
         read_table(path, TRACE)
 

@@ -16,7 +16,10 @@ SCHEMAS = {"evaluated": EVALUATED, "trace": TRACE}
 
 
 def rows(step: int) -> dict[str, list[dict[str, object]]]:
-    return {"evaluated": [{"trajectory_id": "p/0", "evaluated_blocks": step}], "trace": [trace_row(step)]}
+    return {
+        "evaluated": [{"trajectory_id": "p/0", "evaluated_blocks": step, "outside_nucleus": 0}],
+        "trace": [trace_row(step)],
+    }
 
 
 def steps(parts: Parts) -> list[int]:

@@ -14,6 +14,7 @@ from draftsmith.artifacts.locks import LockTimeoutError, locked
 from draftsmith.artifacts.manifest import ELSEWHERE, MANIFEST, ArtifactRef
 from draftsmith.artifacts.retention import in_use, leftovers, nobody_reads, unused
 from draftsmith.artifacts.store import REPLACED, Claim, Store
+from tests.testbed.artifacts import committed
 
 OLD, YOUNG, KEY = "ab" * 32, "cd" * 32, "ef" * 32
 DAY = 86400.0
@@ -43,10 +44,7 @@ def age(path: Path, days: float) -> None:
 
 
 def artifact(store: Store, content: str, *, force: bool = False) -> Path:
-    with store.claim("target", KEY, force=force) as claim:
-        assert isinstance(claim, Claim)
-        (claim.out / "x").write_text(content)
-        return store.commit(claim, config={}, inputs={}, code_digest="c", seed=0).path
+    return committed(store, "target", {"x": content}, KEY, force=force).path
 
 
 def test_copies_of_uploaded_drafters_that_nobody_uses_go(tmp_path: Path) -> None:
@@ -62,22 +60,13 @@ def test_copies_of_uploaded_drafters_that_nobody_uses_go(tmp_path: Path) -> None
 
 
 def test_shards_stay_as_long_as_a_node_of_their_stage_may_join_them(tmp_path: Path, store: Store) -> None:
-    def made() -> Path:
-        with store.claim("mining.shard", KEY) as claim:
-            assert isinstance(claim, Claim)
-            (claim.out / "x").write_text("rows")
-            return store.commit(claim, config={}, inputs={}, code_digest="c", seed=0).path
-
-    shard = made()
+    shard = committed(store, "mining.shard", {"x": "rows"}, KEY).path
     (old,) = leftovers(tmp_path, time.time() + 1)
     with store.claim("mining", OLD) as node:
         assert isinstance(node, Claim)
         assert leftovers(tmp_path, time.time() + 1) == [] and not old.remove()
     assert [each.what for each in leftovers(tmp_path, time.time() + 1)] == ["unfinished attempt"] and not old.remove()
-    with store.claim("mining", OLD) as node:
-        assert isinstance(node, Claim)
-        (node.out / "x").write_text("rows")
-        store.commit(node, config={}, inputs={}, code_digest="c", seed=0)
+    committed(store, "mining", {"x": "rows"}, OLD)
     (old,) = leftovers(tmp_path, time.time() + 1)
     assert old.path == shard and old.remove() and not shard.exists()
 
@@ -116,10 +105,7 @@ def test_an_attempt_that_a_run_takes_up_stays(tmp_path: Path, store: Store) -> N
 
 
 def made(store: Store, stage: str, inputs: dict[str, ArtifactRef] | None = None) -> ArtifactRef:
-    with store.claim(stage, (f"{stage:x<4}".encode().hex() * 8)[:64]) as claim:
-        assert isinstance(claim, Claim)
-        (claim.out / "x").write_text(stage)
-        return store.commit(claim, config={}, inputs=inputs or {}, code_digest="c", seed=0)
+    return committed(store, stage, {"x": stage}, f"{stage:x<4}".encode().hex(), inputs=inputs or {})
 
 
 def used(ref: ArtifactRef, at: float = LATER) -> None:
@@ -157,10 +143,7 @@ def test_what_was_read_by_its_path_stays(store: Store) -> None:
     """A config may name an artifact's folder, as a model or as a file; a stage may say what it reads there."""
     target, other, elsewhere = made(store, "target"), made(store, "other"), made(store, "model")
     named = {str(target.path / "x"): "digest", "/srv/elsewhere": "digest", "s3://bucket/a.jsonl": "digest"}
-    with store.claim("sft", "ab" * 32) as claim:
-        assert isinstance(claim, Claim)
-        (claim.out / ELSEWHERE).write_text(f'{{"{elsewhere.path}/x": "digest"}}')
-        sft = store.commit(claim, config={}, inputs={}, code_digest="c", seed=0, external=named)
+    sft = committed(store, "sft", {ELSEWHERE: f'{{"{elsewhere.path}/x": "digest"}}'}, external=named)
     assert stages(store, needed=(sft.content_id,)) == {other.stage}
 
 
@@ -205,17 +188,6 @@ def test_what_a_drafter_of_a_line_was_made_from_stays_also_where_its_key_was_mad
     opd = chain[3]
     opd.path.rename(opd.path.with_name(f"{REPLACED}{opd.path.name}-1"))
     assert stages(store, needed=(opd.content_id,)) == {"sft"}
-
-
-def test_a_path_into_the_store_may_lead_over_a_link(store: Store, tmp_path: Path) -> None:
-    target = made(store, "target")
-    (tmp_path / "models").symlink_to(target.path)
-    with store.claim("sft", "ab" * 32) as claim:
-        assert isinstance(claim, Claim)
-        (claim.out / "x").write_text("sft")
-        external = {str(tmp_path / "models" / "x"): "digest"}
-        sft = store.commit(claim, config={}, inputs={}, code_digest="c", seed=0, external=external)
-    assert stages(store, needed=(sft.content_id,)) == set()
 
 
 def test_who_removes_is_alone_and_who_reads_waits_for_that(tmp_path: Path) -> None:

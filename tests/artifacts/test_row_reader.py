@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -75,22 +74,6 @@ def test_rows_by_range_are_those_of_the_table(tmp_path: Path) -> None:
             assert reader.rows(start, stop, COLUMNS).equals(table.slice(start, stop - start))
         assert pa.concat_tables(reader.parts(COLUMNS)).equals(table)
         assert reader.rows(7, 9, ["anchor"]).to_pydict() == {"anchor": [7, 8]}
-
-
-def test_row_groups_that_were_used_last_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_table(tmp_path / "t.parquet", TRACE, steps(400), group_bytes=3000)
-    reader = RowReader(tmp_path / "t.parquet", TRACE, keep=2)
-    plain, read = reader._read, []
-
-    def counted(place: int, columns: Sequence[str]) -> pa.Table:
-        read.append(place)
-        return plain(place, columns)
-
-    monkeypatch.setattr(reader, "_read", counted)
-    for start in (0, 1, 399, 0, 399, 200, 399, 0):
-        reader.rows(start, start + 1, ["anchor"])
-    last = pq.read_metadata(tmp_path / "t.parquet").num_row_groups - 1
-    assert (read[:2], read[3:]) == ([0, last], [0]) and 0 < read[2] < last
 
 
 def test_damage_and_other_tables_are_refused_by_name(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.locks import LockLostError
-from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef, describe_files, manifest_text
+from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef, describe_files
 from draftsmith.artifacts.store import Claim, Store
 
 KEY = "ab" * 32
@@ -162,16 +162,14 @@ def test_a_commit_that_failed_is_made_by_the_next_claim_without_the_stage(
     assert make(store, "made anew", force=True).content_id != found.content_id
 
 
-@pytest.mark.parametrize("change", ["grown", "gone"])
 def test_files_that_changed_behind_a_failed_commit_are_made_again(
-    store: Store, monkeypatch: pytest.MonkeyPatch, change: str
+    store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("draftsmith.artifacts.store.describe_files", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             make(store)
-    file = store.partial("rollout", KEY) / "out" / "data.txt"
-    file.write_text("other answers") if change == "grown" else file.unlink()
+    (store.partial("rollout", KEY) / "out" / "data.txt").write_text("other answers")
     with store.claim("rollout", KEY) as claim:
         assert isinstance(claim, Claim)
 
@@ -235,16 +233,6 @@ def test_verify_finds_a_flipped_byte_and_an_added_file(store: Store) -> None:
     store.verify(ref)
     (ref.path / "extra").write_text("")
     with pytest.raises(DraftsmithError, match=r"extra: is not part of the artifact"):
-        store.verify(ref)
-
-
-def test_verify_finds_a_manifest_whose_checksums_were_edited(store: Store) -> None:
-    ref = make(store)
-    manifest = store.manifest(ref)
-    edited = manifest.files["data.txt"].model_copy(update={"sha256": "0" * 64})
-    forged = manifest.model_copy(update={"files": {**manifest.files, "data.txt": edited}})
-    (ref.path / MANIFEST).write_text(manifest_text(forged))
-    with pytest.raises(DraftsmithError, match="content id does not follow"):
         store.verify(ref)
 
 

@@ -15,51 +15,16 @@ import pytest
 from tests.artifacts.test_store import KEY, OTHER, make
 from tests.faults import configs
 from tests.faults.home import Ended, Home
-from tests.faults.run import cases, read_rows, series, write_rows
 from tests.faults.scene import Broken, Scene, TooLate
-from tests.faults.table import Row, table
+from tests.faults.table import Row
 from tests.faults.undisturbed import NodeTimes, Undisturbed
 
 ROLLOUT, SFT = f"rollout/{KEY[:16]}", f"sft/{OTHER[:16]}"
 
 
-def test_every_stage_is_hit_by_every_signal() -> None:
-    hit = {(case.fault.name, case.node) for case in cases(0)}
-    nodes = [node for kind in (configs.PLAIN, configs.LINE) for node in configs.NODES[kind]]
-    for number in ("SIGKILL", "SIGTERM", "SIGSTOP", "SIGINT"):
-        for whom in ("stage", "command"):
-            of_it = {node for name, node in hit if name.startswith(f"{number} to the {whom}")}
-            assert of_it == set(nodes)
-    assert len(hit) > 200
-
-
-def test_every_fault_comes_once_before_any_comes_again() -> None:
-    names = [case.fault.name for case in cases(0)]
-    assert set(names[: len(set(names))]) == set(names)
-
-
-def test_a_seed_gives_one_order_and_more_runs_than_faults_begin_again() -> None:
-    assert [case.name for case in cases(3)] == [case.name for case in cases(3)] != [case.name for case in cases(4)]
-    played = [case.name for case in series(0, 5, ["SIGKILL to the stage/opd", "full disk/opd"])]
-    assert [number for _, _, number in played] == [0, 0, 1, 1, 2]
-    assert len(set(played)) == 5
-
-
 def row(**fields: object) -> Row:
     values = {"fault": "full disk", "node": "opd", "number": 0, "seed": 0, "point": "working +0.50", "outcome": "ok"}
     return Row(**{**values, "message": "", "seconds": 9.5, "commit": "abc", "at": "", **fields})  # type: ignore[arg-type]
-
-
-def test_rows_are_kept_and_the_table_counts_what_did_not_end_well(tmp_path: Path) -> None:
-    rows = [row(), row(number=1, outcome="1 processes are left"), row(node="sft")]
-    write_rows(tmp_path / "rows.jsonl", rows[:1])
-    write_rows(tmp_path / "rows.jsonl", rows[1:])
-    assert read_rows(tmp_path / "rows.jsonl") == rows
-    said = table(rows)
-    cells = next(line for line in said.splitlines() if line.startswith("| full disk"))
-    assert [cell.strip() for cell in cells.split("|") if cell.strip()] == ["full disk", "1", "1 of 2", "2 of 3"]
-    assert "- full disk, opd (working +0.50): 1 processes are left" in said
-    assert "3 runs, 2 ended well" in said
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ def pod(number: str, programs: Path, does: str, shell_begins: str = "") -> subpr
     )
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 75])
+@pytest.mark.parametrize("code", [0, 75])
 def test_the_first_pod_runs_the_flow(code: int, tmp_path: Path) -> None:
     with pod("0", tmp_path, f"exit {code}") as process:
         printed, _ = process.communicate(timeout=60)
@@ -80,8 +80,7 @@ def test_a_refusal_is_no_failure_and_bad_input_fails_the_job_at_once(tmp_path: P
     assert POD["restartPolicy"] == "Never", "Kubernetes takes a podFailurePolicy with this alone"
 
 
-@pytest.mark.parametrize("number", ["0", "3"])
-@pytest.mark.parametrize("pause_s", [0.0, 0.2], ids=["at work", "told before its shell goes on"])
+@pytest.mark.parametrize(("number", "pause_s"), [("0", 0.2), ("3", 0.0)])
 def test_a_pod_that_is_to_end_lets_its_program_save(number: str, pause_s: float, tmp_path: Path) -> None:
     saves = "trap 'echo saved; exit 143' TERM\necho works\nwhile true; do sleep 0.05; done"
     with pod(number, tmp_path, saves, f"trap 'sleep {pause_s}' DEBUG") as process:

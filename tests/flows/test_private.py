@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from draftsmith.artifacts.home import for_users, private_files, protect
-from draftsmith.artifacts.store import Claim, Store
+from draftsmith.artifacts.store import Store
 from draftsmith.flows.cli import main
 from tests.flows.pipeline.processes import ROOT
 from tests.flows.pipeline.toy import TOY, write_config
+from tests.testbed.artifacts import committed
 
 NOBODY = 65534
 
@@ -112,29 +113,11 @@ def give_away(home: Path) -> None:
 
 
 @pytest.mark.integration
-def test_who_may_only_read_sees_what_is_running(home: Path) -> None:
-    """And takes no attempt for unfinished whose lock it may not read."""
-    with private_files(home):
-        protect(home, group_may_read=True)
-        with (store := Store(home / "store")).claim("opd", "ab" * 32):
-            give_away(home)
-            (readable,) = as_reader(home, [["status"]])
-            store._lock("opd", "ab" * 32).chmod(0)
-            (hidden,) = as_reader(home, [["status"]])
-    for said in (readable, hidden):
-        assert "abababababababab  running" in said and "unfinished" not in said
-
-
-@pytest.mark.integration
 def test_who_may_only_read_can_look_and_changes_nothing(home: Path, tmp_path: Path) -> None:
     stages = {"min_free_gb": 0.01, "group_may_read": True}
     config = str(write_config(tmp_path / "toy.yaml", stages=stages))
     assert main(["stage", "target", config], TOY) == 0
-    store = Store(home / "store")
-    with store.claim("report", "cd" * 32) as claim:
-        assert isinstance(claim, Claim)
-        (claim.out / "report.html").write_text("<p>")
-        reported = store.commit(claim, config={}, inputs={}, code_digest="c", seed=0)
+    reported = committed(Store(home / "store"), "report", {"report.html": "<p>"}, "cd")
     give_away(home)
     before = tree(home)
     expected = {

@@ -14,9 +14,10 @@ import pytest
 import yaml
 
 from draftsmith.artifacts.registry import Registry
-from draftsmith.artifacts.store import Claim, Store
+from draftsmith.artifacts.store import Store
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
+from tests.testbed.artifacts import committed
 from tests.testbed.databases import give_databases
 from tests.testbed.drafter import DrafterArtifacts
 from tests.testbed.refresh import small_refresh
@@ -65,11 +66,8 @@ def folder(tmp_path: Path, tiny_target: Path, tiny_prompts: Path, tiny_drafter: 
     (tmp_path / "my-model.yaml").write_text(yaml.safe_dump(config))
     home = tmp_path / "home"
     give_databases(home)
-    store = Store(home / "store")
-    with store.claim("opd", "a" * 64) as claim:
-        assert isinstance(claim, Claim)
-        shutil.copytree(tiny_drafter.drafter / DRAFTER_FOLDER, claim.out / DRAFTER_FOLDER)
-        ref = store.commit(claim, config={}, inputs={}, code_digest="", seed=0)
+    checkpoint = tiny_drafter.drafter / DRAFTER_FOLDER
+    ref = committed(Store(home / "store"), "opd", lambda out: shutil.copytree(checkpoint, out / DRAFTER_FOLDER))
     lines = Registry(Tracking(home))
     lines.promote(lines.register("my-line", ref, {}), expected=None, why="the only one")
     return tmp_path

@@ -52,11 +52,8 @@ def test_one_law_is_no_warning_whatever_it_is(tmp_path: Path) -> None:
     ("low", "overrides"),
     [
         ("evaluation.rounds 2", ["evaluation.rounds=2", "evaluation.concurrency=2"]),
-        ("evaluation.speed_prompts 3", ["evaluation.speed_prompts=3", "evaluation.concurrency=2"]),
         ("evaluation.speed_prompts 4", ["evaluation.rounds=1", "evaluation.speed_prompts=4"]),  # the repetitions
-        ("evaluation.speed_prompts 12", ["evaluation.concurrency=[1, 16]", "evaluation.rounds=5"]),
         ("held-out prompts, 31", ["evaluation.concurrency=16", "evaluation.speed_prompts=32", "prompts.heldout=31"]),
-        (None, []),
         (None, ["evaluation.rounds=2", "gate.judge_speed=false"]),
         (None, ["registry=null"]),
     ],

@@ -16,7 +16,7 @@ from draftsmith.stages.rollout import RolloutConfig
 
 @pytest.mark.parametrize(
     ("launch", "errors"),
-    [({"servers": 4}, 1), ({"servers": 2, "tensor_parallel": 2}, 1), ({"data_parallel": 4}, 1), ({"servers": 2}, 0)],
+    [({"servers": 2, "tensor_parallel": 2}, 1), ({"data_parallel": 4}, 1), ({"servers": 2}, 0)],
 )
 def test_servers_need_no_more_gpus_than_there_are(
     launch: dict[str, Any], errors: int, monkeypatch: pytest.MonkeyPatch
@@ -28,7 +28,7 @@ def test_servers_need_no_more_gpus_than_there_are(
     assert [line.check for line in found.lines] == ["assisted: GPUs"] * errors
 
 
-@pytest.mark.parametrize(("over", "fits"), [(1, True), (2, True), (4, True), (3, False), (8, False)])
+@pytest.mark.parametrize(("over", "fits"), [(4, True), (3, False)])
 def test_heads_that_servers_cannot_spread_are_told(over: int, fits: bool, plain_artifact: Path) -> None:
     """SGLang finds that out when the server starts: of an evaluation's, after all trainings. The target has 4 heads."""
     for options in ({}, {"device": "cpu"}):

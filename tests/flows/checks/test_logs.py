@@ -12,7 +12,6 @@ import pytest
 from draftsmith.flows.checks import prompts as checks
 from draftsmith.flows.checks.findings import Findings, Level
 from draftsmith.flows.pipeline.graph import Node
-from draftsmith.stages.contract import Listing
 from draftsmith.stages.logs import LogsConfig
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.targets.config import TargetConfig
@@ -86,18 +85,6 @@ def test_rows_that_cannot_be_prompts_are_told(count: int, level: Level, tmp_path
     assert f"{count} of {count + 9} rows cannot be prompts" in told.text and "9 rows for 4 prompts" in enough.text
 
 
-def test_only_the_files_that_a_run_reads_are_counted(tmp_path: Path) -> None:
-    for name in "ab":
-        path = tmp_path / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(answer(1, messages=asks(number))) + "\n" for number in range(5)))
-        os.utime(path, (0, 0))
-    asked = {"sources": [{"kind": "jsonl", "path": str(tmp_path)}], "train": 4, "heldout": 0}
-    config, findings = PromptsConfig.model_validate(asked).reading(Listing([str(tmp_path / "a.jsonl")], {})), Findings()
-    checks.check_sources(findings, [Node("prompts", "draftsmith.stages.prompts", config)])
-    (enough,) = findings.lines
-    assert "5 rows for 4 prompts" in enough.text
-
-
 def test_a_prompt_that_comes_again_is_counted_once(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"Question {number % 5}?"}) + "\n" for number in range(60)))
@@ -163,17 +150,6 @@ def test_a_file_that_may_still_be_written_is_named(of_logs: bool, tmp_path: Path
         checks.check_sources(findings, [Node("prompts", "draftsmith.stages.prompts", prompts)])
     (said,) = findings.remarks
     assert f"{tmp_path}/a.jsonl and 1 more: written to within the last 30 s. A file that grows while a stage" in said
-
-
-@pytest.mark.parametrize("window", [{"since": "2026-03-02"}, {"since": "last", "after": "2026-03-01T09:30:00Z"}])
-def test_later_rows_may_follow_those_that_are_looked_at(
-    window: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A log that is appended to begins with its oldest rows."""
-    monkeypatch.setattr(checks, "_LOG_ROWS", 5)
-    old, new = ([answer(number, time=f"2026-03-0{day}") for number in range(6)] for day in (1, 2))
-    level, text = found(None, tmp_path / "a.jsonl", [*old, *new], **window)
-    assert level is Level.SKIPPED and "0 of the first 5 rows can be used; not used: 5 outside the window" in text
 
 
 @pytest.mark.parametrize("of_logs", [True, False])

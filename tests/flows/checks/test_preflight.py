@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.flows.checks.check import check_alone
 from draftsmith.flows.checks.engines import check_engines
 from draftsmith.flows.checks.findings import Findings, FirstError, Level
 from draftsmith.flows.checks.models import Plans, check_drafters, check_nodes
@@ -137,19 +136,6 @@ def test_prompts_that_are_too_long_for_a_later_stage_are_found_once_they_are_mad
             assert [line.check for line in found.lines] == ["late"] * over
 
 
-def test_one_system_of_checks_lists_all_errors_or_raises_the_first(tiny_drafter: DrafterArtifacts) -> None:
-    bad = SftConfig.model_validate({"drafter": {"mask_token": "<never>"}})
-    learned = {"target": "target", "trajectories": "rollout"}
-    nodes = [Node(name, "draftsmith.stages.sft", bad, learned) for name in ("first", "second")]
-    found = Findings()
-    check_drafters(found, nodes, tiny_drafter.target, whole=False)
-    errors = [line for line in found.lines if line.level is Level.ERROR]
-    assert [line.check for line in errors] == ["first: drafter", "second: drafter"]
-    with pytest.raises(DraftsmithError) as raised:
-        check_drafters(FirstError(), nodes, tiny_drafter.target, whole=False)
-    assert str(raised.value) == f"{errors[0].check}: {errors[0].text}"
-
-
 def test_the_champion_is_a_drafter_whose_shape_is_known(tiny_drafter: DrafterArtifacts) -> None:
     def plans_of(folder: Path, **drafting: int) -> Plans:
         serves = ChampionConfig(line="line", version=3, folder=str(folder), content_id="c", drafter_digest="d")
@@ -175,8 +161,6 @@ def test_the_champion_is_a_drafter_whose_shape_is_known(tiny_drafter: DrafterArt
     ("section", "said"),
     [
         ({}, None),
-        ({"mask_token": MASK}, None),
-        ({"block_size": 99}, "block_size 99 (the champion: {block})"),
         ({"kind": "eagle3"}, "kind eagle3 (the champion: dflash)"),
         ({"kind": "dspark", "num_layers": 7}, "num_layers 7 (the champion: {layers})"),
         ({"kind": "dspark"}, None),
@@ -199,10 +183,3 @@ def test_a_shape_that_the_line_does_not_take_is_told(
     expected = said and said.format(block=now["block_size"], layers=now["num_hidden_layers"])
     assert [text.split("sft.drafter: ")[1].split(": not used")[0] for text in told] == ([expected] if expected else [])
     assert plan.kind == ("dspark" if section.get("kind") == "dspark" else "dflash")
-
-
-def test_the_check_of_a_stage_that_is_run_alone_names_its_nodes_engine(tmp_path: Path) -> None:
-    engine = {"kind": "sglang", "python": str(tmp_path / "none"), "launch": {}}
-    node = Node("assisted", "draftsmith.stages.rollout", RolloutConfig.model_validate({"engine": engine}), {})
-    with pytest.raises(DraftsmithError, match=r"^sglang \(assisted\): engine\.python: "):
-        check_alone(node, {})

@@ -90,9 +90,7 @@ def test_trajectories_take_no_more_disk_than_estimated(tiny_drafter: DrafterArti
         (Need(memory=60e9, tables=1e9, loaded=8e9), (80e9,), 6e9, Level.ERROR),
         (Need(memory=70e9, tables=1e9), (80e9,), 64e9, Level.WARNING),
         (Need(memory=120e9, tables=1e9), (80e9,), 64e9, Level.ERROR),
-        (Need(memory=60e9, tables=1e9), (), 64e9, Level.WARNING),
         (Need(memory=20e9, tables=1e9, processes=4), (), 64e9, Level.WARNING),
-        (Need(tables=1e9), (), 64e9, Level.OK),
     ],
 )
 def test_memory_is_compared_where_it_is_needed(

@@ -49,14 +49,11 @@ def another_run(compute: str, gpus: Sequence[str]) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     ("theirs", "their_gpus", "ours", "our_gpus", "waits"),
     [
-        ("HEAVY", [ONE], Compute.HEAVY, [ONE], True),
         ("HEAVY", [ONE], Compute.TIMED, [OTHER, ONE], True),
         ("TIMED", [ONE], Compute.HEAVY, [OTHER], False),
         ("HEAVY", [], Compute.HEAVY, [], False),  # the CPU is shared by what trains
         ("HEAVY", [], Compute.TIMED, [], True),  # and not by what measures
         ("TIMED", [], Compute.HEAVY, [], True),
-        ("TIMED", [], Compute.LIGHT, [], False),
-        ("HEAVY", [ONE], Compute.TIMED, [], False),
     ],
 )
 def test_who_waits_for_whom(

@@ -27,17 +27,6 @@ def test_the_weights_of_a_drafter_to_start_from_are_key_material(tmp_path: Path)
     assert len(after) == 2
 
 
-def test_every_file_of_a_folder_is_key_material(tmp_path: Path) -> None:
-    for name in ("a.jsonl", "b.jsonl"):
-        (tmp_path / name).write_text('{"prompt": "a"}\n')
-    logs = LogsConfig(paths=[str(tmp_path)], temperature=0)
-    before = external_digests(logs)
-    assert sorted(before) == [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
-    assert before == external_digests(jsonl(tmp_path))
-    (tmp_path / "c.jsonl").write_text("")
-    assert len(external_digests(logs)) == 3
-
-
 def test_the_key_material_of_a_plain_file_is_its_path_and_sha256(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(b"{}")

@@ -114,14 +114,3 @@ def test_force_names_a_node_or_every_node_of_a_stage(tmp_path: Path) -> None:
     assert [item.node.name for item in forced if item.status is Status.FORCED] == ["left", "right"]
     with pytest.raises(DraftsmithError, match="--force lfet"):
         plan(config, store, TOY, ["lfet"])
-
-
-def test_a_damaged_artifact_stops_the_plan_with_the_name_of_its_node_unless_forced(tmp_path: Path) -> None:
-    store, config = Store(tmp_path), ToyConfig(name="t")
-    made = fill(store, config)
-    (made["left"].path / "numbers.json").write_text("")
-    with pytest.raises(DraftsmithError, match=r"numbers\.json.*`--force left`"):
-        plan(config, store, TOY)
-    assert statuses(plan(config, store, TOY, ["left"]))["left"] == "forced"
-    shown = statuses(plan(config, store, TOY, stop_at_damage=False))
-    assert shown == {"target": "reused", "left": "damaged", "right": "reused", "total": "after"}

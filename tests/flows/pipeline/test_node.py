@@ -21,10 +21,10 @@ from draftsmith.flows.cli import main
 from draftsmith.flows.pipeline import devices
 from draftsmith.flows.pipeline.cancellation import CancelledError
 from draftsmith.flows.pipeline.display import Display
-from draftsmith.flows.pipeline.graph import key_of, outdated
+from draftsmith.flows.pipeline.graph import key_of
 from draftsmith.flows.pipeline.node import Workshop, _devices, make
 from draftsmith.flows.pipeline.options import StageOptions, check_runner
-from draftsmith.flows.pipeline.process import StageFailedError, StageOutcome, run_stage
+from draftsmith.flows.pipeline.process import StageFailedError
 from draftsmith.flows.pipeline.shards import Make, Order, side_by_side
 from draftsmith.stages.contract import Compute
 from tests.flows.pipeline.toy import TOY, ToyConfig, toy_nodes, write_config
@@ -33,34 +33,21 @@ from tests.flows.pipeline.toy_stages.squares import SquaresConfig
 from tests.testbed.s3 import SECRET, bucket
 
 
-@pytest.mark.parametrize("when", ["before", "while the stage runs", "before its shards"])
 def test_code_that_is_edited_meanwhile_makes_nothing_of_the_old_key(
-    when: str, tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = ["old"]
     pipeline = replace(TOY, code_digest=lambda _module: source[0], code_modules=lambda module: {module: source[0]})
-    options = StageOptions(shards=2 if when == "before its shards" else 1)
-    config = ToyConfig(name="t", squares=SquaresConfig(), stages=options)
+    config = ToyConfig(name="t", squares=SquaresConfig())
     node = {node.name: node for node in toy_nodes(config)}["squares"]
     workshop = Workshop(tmp_path, config, pipeline, Display(), tracking)
     target = make(workshop, toy_nodes(config)[-1], {}).ref
 
-    def edited(act: Callable[..., Any]) -> Callable[..., Any]:
-        def edits(*arguments: Any, **keywords: Any) -> Any:
-            source[0] = "new"
-            return act(*arguments, **keywords)
+    def edits(*arguments: Any, **keywords: Any) -> Any:
+        source[0] = "new"
+        return _devices(*arguments, **keywords)
 
-        return edits
-
-    if when == "before its shards":
-        workshop = replace(workshop, pool=edited(side_by_side))
-    else:
-        place, act = ("_devices", _devices) if when == "before" else ("run_stage", run_stage)
-        monkeypatch.setattr(f"draftsmith.flows.pipeline.node.{place}", edited(act))
-    if when == "while the stage runs":  # it was begun with the old one
-        manifest = workshop.store.manifest(make(workshop, node, {"first": target}).ref)
-        assert (manifest.code_digest, manifest.modules) == ("old", {node.module: "old"})
-        return
+    monkeypatch.setattr("draftsmith.flows.pipeline.node._devices", edits)
     with pytest.raises(RetryableError, match=r"squares: the code here .* is not that of its key"):
         make(workshop, node, {"first": target})
     assert [each.stage for each in workshop.store.list()] == ["collect"]
@@ -86,7 +73,7 @@ def test_a_run_whose_commit_was_cut_off_has_its_figures_when_the_next_one_makes_
     assert MANIFEST in [each.path for each in client.list_artifacts(run.info.run_id)]
 
 
-@pytest.mark.parametrize("waits_for", ["the artifact", "the CPU", "nothing"])
+@pytest.mark.parametrize("waits_for", ["the artifact", "the CPU"])
 def test_a_run_that_is_cancelled_while_it_waits_starts_nothing(
     waits_for: str, tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,7 +90,7 @@ def test_a_run_that_is_cancelled_while_it_waits_starts_nothing(
     with ExitStack() as others:
         if waits_for == "the artifact":
             others.enter_context(workshop.store.claim("collect", key_of(node, {}, config.seed, TOY)))
-        elif waits_for == "the CPU":
+        else:
             others.enter_context(devices.devices_of(Compute.TIMED, run="", limit_s=1, waiting=lambda *_: None))
         with pytest.raises(CancelledError):
             make(workshop, node, {})
@@ -223,22 +210,3 @@ def test_what_one_host_has_made_another_goes_on_from(
     assert "nothing in" in at(b, "prune")
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes()
-
-
-def test_what_another_host_was_first_to_make_of_an_earlier_measurement_is_not_taken(
-    homes: tuple[Path, Path], tracking: Tracking, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = ToyConfig(name="t")
-    nodes = {node.name: node for node in toy_nodes(config)}
-    ours, theirs = (Workshop(home, config, TOY, Display(), tracking) for home in homes)
-    target = make(ours, nodes["target"], {}).ref
-    measured = {"first": replace(target, volatile_id="measured anew")}
-
-    def run_and_be_overtaken(*arguments: Any, **keywords: Any) -> StageOutcome:
-        monkeypatch.setattr("draftsmith.flows.pipeline.node.run_stage", run_stage)
-        make(theirs, nodes["left"], {"first": replace(target, path=theirs.store.path(target.stage, target.key))})
-        return run_stage(*arguments, **keywords)
-
-    monkeypatch.setattr("draftsmith.flows.pipeline.node.run_stage", run_and_be_overtaken)
-    made = make(ours, nodes["left"], measured)
-    assert not made.reused and not outdated(theirs.store, nodes["left"], made.ref, measured)

@@ -184,7 +184,7 @@ def test_a_prefect_server_that_does_not_answer_is_one_clear_error(tmp_path: Path
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_stopped_refresh_leaves_no_process_and_continues(tmp_path: Path, number: signal.Signals, code: int) -> None:
     home, worker_file = tmp_path / "home", tmp_path / "worker"
-    target = {"count": 60, "seconds_each": 0.1, "worker": str(worker_file)}
+    target = {"count": 30, "seconds_each": 0.1, "worker": str(worker_file)}
     config = write_config(tmp_path / "toy.yaml", target=target)
     command = toy_command(home, "refresh", config)
     worker = pid_in(worker_file)
@@ -237,7 +237,7 @@ def test_prefect_lost_on_the_way_does_not_turn_success_into_failure(tmp_path: Pa
 
 def test_a_stage_that_prefect_interrupts_for_a_lost_lease_goes_on(tmp_path: Path) -> None:
     home, starts = tmp_path / "home", tmp_path / "starts"
-    target = {"count": 60, "seconds_each": 0.1, "note_start": str(starts)}
+    target = {"count": 40, "seconds_each": 0.1, "note_start": str(starts)}
     config = write_config(tmp_path / "toy.yaml", target=target)
     ended = run_toy(home, "run", config, TOY_FLOW="tests.flows.pipeline.leased_flow:leased_toy")
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -283,7 +283,7 @@ def test_two_refreshes_that_race_on_a_new_home_make_every_artifact_once(tmp_path
     noted = {"note_start": str(starts)}
     config = write_config(
         tmp_path / "toy.yaml",
-        target={"count": 40, "seconds_each": 0.1, **noted},
+        target={"count": 10, "seconds_each": 0.1, **noted},
         left=noted,
         right={"factor": 2, **noted},
         total=noted,

@@ -100,21 +100,6 @@ def test_mlflow_says_why_a_run_has_ended_early_and_the_screen_what_to_force(
     assert "without --force" in capsys.readouterr().out
 
 
-def test_a_stage_that_ended_while_mlflow_was_away_is_ended_with_its_run(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def made(workshop: Workshop, *_: object) -> None:
-        tracked = workshop.tracking.stage_run(workshop.refresh_run(), "collect", "ab" * 32)
-        with monkeypatch.context() as lost:
-            lost.setattr(MlflowClient, "set_terminated", lambda *_: (_ for _ in ()).throw(ConnectionError("refused")))
-            tracked.close("FAILED")
-
-    monkeypatch.setattr(run, "_make_all", made)
-    ended(None)
-    found = {name: each.info.status for name, each in mlflow_runs(home).items()}
-    assert found == {"t": "FINISHED", "collect": "KILLED"}
-
-
 def test_what_follows_from_a_run_waits_until_mlflow_has_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """A drafter is uploaded into it."""
     create, asked = MlflowClient.create_run, list[bool]()

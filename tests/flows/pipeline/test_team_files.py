@@ -61,22 +61,6 @@ def test_every_secret_comes_from_the_file_that_the_readme_writes() -> None:
         filled(text, {})
 
 
-def test_servers_and_clients_name_each_other(services: dict[str, Any]) -> None:
-    database = services["postgres"]["environment"]
-    assert services["prefect"]["environment"]["PREFECT_API_DATABASE_CONNECTION_URL"] == (
-        f"postgresql+asyncpg://{database['POSTGRES_USER']}:{database['POSTGRES_PASSWORD']}@postgres:5432/"
-        f"{database['POSTGRES_DB']}"
-    )
-    storage = services["s3"]["environment"]
-    keys = services["mlflow"]["environment"]
-    assert keys["AWS_ACCESS_KEY_ID"] == storage["MINIO_ROOT_USER"]
-    assert keys["AWS_SECRET_ACCESS_KEY"] == storage["MINIO_ROOT_PASSWORD"]
-    worker = services["worker"]["environment"]
-    assert worker["PREFECT_API_URL"] == "http://prefect:4200/api"
-    assert worker["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
-    assert services["prefect"]["ports"] == ["4200:4200"] and services["mlflow"]["ports"] == ["5000:5000"]
-
-
 def test_mlflow_s_command_is_one_of_the_installed_release(services: dict[str, Any]) -> None:
     from mlflow.cli import cli
 

@@ -13,7 +13,7 @@ from draftsmith.artifacts.store import Store
 from draftsmith.stages.drafters.checkpoint import save_drafter
 from draftsmith.stages.stored import DRAFTER_FOLDER
 from draftsmith.stages.targets.causal_lm import Target
-from tests.flows.refresh.made import committed
+from tests.testbed.artifacts import committed
 from tests.testbed.random_target import random_drafter
 
 
@@ -43,6 +43,6 @@ def drafters(home: Path, plain_target: Target) -> list[ArtifactRef]:
 
     def training(seed: int) -> ArtifactRef:
         made = random_drafter(plain_target, seed)
-        return committed(store, "opd", "ab"[seed], lambda out: save_drafter(made, out / DRAFTER_FOLDER, torch.float32))
+        return committed(store, "opd", lambda out: save_drafter(made, out / DRAFTER_FOLDER, torch.float32), "ab"[seed])
 
     return [training(seed) for seed in range(2)]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from draftsmith.artifacts.manifest import ArtifactRef
-from draftsmith.artifacts.store import Claim, Store
+from draftsmith.artifacts.store import Store
 from draftsmith.flows.pipeline.graph import Conclusion, Node
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.course import RefreshCourse, resolve
@@ -16,19 +16,13 @@ from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.flows.refresh.line import registry
 from draftsmith.stages.gate import DECISION
 from draftsmith.stages.reporting.page import ReportData, render_report
+from tests.testbed.artifacts import committed
 
 
 def config_of(line: str, **sections: Any) -> RefreshConfig:
     logs = {"paths": ["answers.jsonl"], "temperature": 0}
     given = {"name": "weekly", "registry": {"name": line}, "target": {"source": "nowhere"}, "logs": logs}
     return RefreshConfig.model_validate(given | sections)
-
-
-def committed(store: Store, stage: str, key: str, fill: Callable[[Path], object]) -> ArtifactRef:
-    with store.claim(stage, key * 64) as claim:
-        assert isinstance(claim, Claim)
-        fill(claim.out)
-        return store.commit(claim, config={}, inputs={}, code_digest="", seed=0)
 
 
 def gated(
@@ -59,7 +53,7 @@ def gated(
 
     def of_stage(stage: str, file: str, content: dict[str, Any]) -> ArtifactRef:
         key = {"a": "1", "b": "2"}[drafter.key[0]]
-        return committed(store, stage, key, lambda out: (out / file).write_text(json.dumps(content)))
+        return committed(store, stage, {file: json.dumps(content)}, key)
 
     measured = of_stage("evaluation", "evaluation.json", evaluation)
     return {"opd": drafter, "evaluation": measured, "gate": of_stage("gate", "decision.json", decision)}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef
+from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.store import Store
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.pipeline import registered
@@ -52,26 +52,6 @@ def test_an_uploaded_champion_serves_where_the_store_is_not(
     with pytest.raises(DraftsmithError, match="is not what was registered: run the same command again"):
         commands.export(Display(), line, tmp_path / "again", dry_run=False)
     commands.export(Display(), line, tmp_path / "again", dry_run=False)
-
-
-@pytest.mark.parametrize("upload", [True, False])
-def test_a_damaged_manifest_is_no_obstacle_where_there_is_a_copy(
-    upload: bool, line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path
-) -> None:
-    tracking = Tracking(home)
-    config = config_of(line, registry={"name": line, "upload": upload})
-    made = gated(Store(home / "store"), drafters[0])
-    finished(config, made, tracking.open_refresh("week 1", {}))
-    tracking.close_refresh("FINISHED")
-    manifest = drafters[0].path / MANIFEST
-    manifest.chmod(0o600)
-    manifest.write_text("{")
-    if upload:
-        commands.export(Display(), line, tmp_path / "copy", dry_run=False)
-        assert drafter_digest(tmp_path / "copy") == drafter_digest(drafters[0].path / DRAFTER_FOLDER)
-    for layout in ("speculators",) if upload else ("sglang", "speculators"):
-        with pytest.raises(DraftsmithError, match=r"version 1: .*manifest\.json: not a readable .*: restore it from"):
-            commands.export(Display(), line, tmp_path / layout, layout, dry_run=False)
 
 
 @pytest.mark.parametrize("upload", [True, False])

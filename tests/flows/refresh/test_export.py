@@ -6,7 +6,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,10 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.registry import Version
 from draftsmith.artifacts.retention import nobody_reads
-from draftsmith.artifacts.store import Claim, Store
+from draftsmith.artifacts.store import Store
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.refresh import commands
 from draftsmith.flows.refresh.line import FASTEST_BLOCK
@@ -27,16 +27,12 @@ from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.stored import DRAFTER_FOLDER
 from draftsmith.stages.targets.causal_lm import Target
-from tests.testbed.random_target import random_drafter, write_artifact, write_model
+from tests.testbed.artifacts import committed
+from tests.testbed.random_target import random_drafter, write_artifact
 
 
-def committed(
-    store: Store, stage: str, fill: Path, inputs: Mapping[str, ArtifactRef], *, force: bool = False
-) -> ArtifactRef:
-    with store.claim(stage, "a" * 64, force=force) as claim:
-        assert isinstance(claim, Claim)
-        shutil.copytree(fill, claim.out, dirs_exist_ok=True)
-        return store.commit(claim, config={}, inputs=inputs, code_digest="", seed=0)
+def copied(folder: Path) -> Callable[[Path], object]:
+    return partial(shutil.copytree, folder, dirs_exist_ok=True)
 
 
 @pytest.fixture
@@ -45,8 +41,8 @@ def version(plain_target: Target, plain_artifact: Path, tmp_path: Path, monkeypa
     monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
     store = Store(tmp_path / "home" / "store")
     save_drafter(random_drafter(plain_target), tmp_path / "made" / DRAFTER_FOLDER, torch.float32)
-    target = committed(store, "target", plain_artifact, {})
-    ref = committed(store, "opd", tmp_path / "made", {"target": target})
+    target = committed(store, "target", copied(plain_artifact))
+    ref = committed(store, "opd", copied(tmp_path / "made"), inputs={"target": target})
     found = Version("line", 1, ref.uri, ref.stage, ref.key, ref.content_id)
     monkeypatch.setattr(commands, "registry", lambda: SimpleNamespace(resolve=lambda _text: found))
     return found
@@ -81,18 +77,17 @@ def told(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("layout", ["sglang", "speculators"])
 @pytest.mark.usefixtures("version")
-def test_nothing_is_pruned_while_it_is_copied(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_pruned_while_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def pruned_meanwhile(_folder: Path) -> None:
         with pytest.raises(DraftsmithError, match=r"a run of .* is alive"), nobody_reads(tmp_path / "home"):
             pass
-        seen.append(layout)
+        seen.append(True)
 
-    seen: list[str] = []
+    seen: list[bool] = []
     monkeypatch.setattr(commands, "for_users", pruned_meanwhile)
-    commands.export(Display(), "line", tmp_path / "out", layout, dry_run=False)
-    assert seen == [layout]
+    commands.export(Display(), "line", tmp_path / "out", dry_run=False)
+    assert seen == [True]
 
 
 def test_each_layout_holds_the_drafter(version: Version, plain_target: Target, tmp_path: Path) -> None:
@@ -115,24 +110,13 @@ def test_a_target_that_was_made_again_gives_no_table_to_a_drafter_of_the_one_bef
     plain_target: Target, tmp_path: Path
 ) -> None:
     store = Store(tmp_path / "home" / "store")
-    committed(store, "target", write_artifact(tmp_path / "revised", seed=1), {}, force=True)
+    committed(store, "target", copied(write_artifact(tmp_path / "revised", seed=1)), force=True)
     commands.export(Display(), "line", tmp_path / "vllm", "speculators", dry_run=False)
     assert load_file(tmp_path / "vllm" / "model.safetensors")["lm_head.weight"].equal(plain_target.head_weight)
     (replaced,) = (store.root / "target").glob(".replaced-*")
     shutil.rmtree(replaced)
     with pytest.raises(DraftsmithError, match=r"the target that it was made for .* was made again and is another"):
         commands.export(Display(), "line", tmp_path / "none", "speculators", dry_run=False)
-
-
-def test_a_target_whose_files_were_overwritten_gives_no_table_either(version: Version, tmp_path: Path) -> None:
-    shutil.rmtree(version.path.parents[1])
-    artifact = write_artifact(tmp_path / "own")
-    store = Store(tmp_path / "home" / "store")
-    committed(store, "opd", tmp_path / "made", {"target": committed(store, "target", artifact, {})})
-    write_model(tmp_path / "own" / "model", seed=1)
-    with pytest.raises(DraftsmithError, match=r"model\.safetensors: is not what stage target found there"):
-        commands.export(Display(), "line", tmp_path / "vllm", "speculators", dry_run=False)
-    assert not (tmp_path / "vllm").exists()
 
 
 def test_a_full_disk_leaves_no_half_of_a_drafter_and_the_same_command_works_when_it_has_space(
@@ -181,7 +165,7 @@ def test_what_is_not_what_was_registered_is_neither_copied_out_nor_made_the_cham
     else:
         shutil.rmtree(version.path)
         save_drafter(random_drafter(plain_target, 1), tmp_path / "other" / DRAFTER_FOLDER, torch.float32)
-        committed(Store(tmp_path / "home" / "store"), "opd", tmp_path / "other", {})
+        committed(Store(tmp_path / "home" / "store"), "opd", copied(tmp_path / "other"))
     moved: list[Version] = []
     line = SimpleNamespace(
         rolled_back=lambda _version: None,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.manifest import ArtifactRef
-from draftsmith.artifacts.store import Claim, Store
+from draftsmith.artifacts.store import Store
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.cli import main
 from draftsmith.flows.pipeline.graph import plan
@@ -19,17 +18,15 @@ from draftsmith.flows.refresh.find_report import report_of_config, report_of_tex
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.flows.refresh.review import review
 from tests.flows.pipeline.processes import ROOT
+from tests.testbed.artifacts import committed
 from tests.testbed.refresh import load_config
 
 
 def made(store: Store, name: str) -> ArtifactRef:
     outcome = {"kind": "refused", "label": "Not promoted", "sentence": f"{name} stays.", "reasons": ["tau: too low"]}
     content = {"outcome": outcome, "doubts": ["the clock changed"], "figures": {"tau.opd": 2.5}}
-    with store.claim("report", store.key("report", "c", {"name": name}, {}, 0)) as claim:
-        assert isinstance(claim, Claim)
-        (claim.out / "report.html").write_text("<p>")
-        (claim.out / "review.json").write_text(json.dumps(content))
-        return store.commit(claim, config={}, inputs={}, code_digest="c", seed=0)
+    files = {"report.html": "<p>", "review.json": json.dumps(content)}
+    return committed(store, "report", files, store.key("report", "c", {"name": name}, {}, 0))
 
 
 def run_of(home: Path, experiment: str | None, name: str, **artifacts: ArtifactRef) -> str | None:
@@ -66,17 +63,6 @@ def test_a_report_is_found_by_run_and_by_artifact(store: Store, home: Path, caps
     assert "- tau: too low" in shown.description and "- the clock changed" in shown.description
 
 
-def test_a_report_is_found_in_a_home_that_was_moved(
-    store: Store, home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    first = made(store, "moved")
-    run_of(home, "a-line", "moved", report=first)
-    moved = shutil.copytree(home, tmp_path / "elsewhere")
-    shutil.rmtree(first.path)
-    monkeypatch.setenv("DRAFTSMITH_HOME", str(moved))
-    assert report_of_text("moved") == moved / "store" / "report" / first.key[:16] / "report.html"
-
-
 def test_what_is_no_refresh_is_one_error(store: Store) -> None:
     with pytest.raises(DraftsmithError, match="nothing-like-it: neither a config file, nor a refresh's run"):
         report_of_text("nothing-like-it")
@@ -92,10 +78,7 @@ def test_a_report_is_found_whatever_else_is_damaged(store: Store, home: Path, tm
     run_of(home, config.experiment, "damaged", report=first)
     target = plan(config, store, REFRESH)[0]
     assert target.key is not None
-    with store.claim(target.node.stage.name, target.key) as claim:
-        assert isinstance(claim, Claim)
-        (claim.out / "target.json").write_text("{}")
-        ref = store.commit(claim, config={}, inputs={}, code_digest="c", seed=0)
+    ref = committed(store, target.node.stage.name, {"target.json": "{}"}, target.key)
     (ref.path / "target.json").chmod(0o644)
     (ref.path / "target.json").unlink()
     with pytest.raises(DraftsmithError, match="is missing"):

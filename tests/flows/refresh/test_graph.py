@@ -13,7 +13,6 @@ from draftsmith.flows.pipeline.graph import in_order
 from draftsmith.flows.pipeline.options import TimeLimit
 from draftsmith.flows.refresh.config import RefreshConfig, control_config, prompts_since
 from draftsmith.flows.refresh.graph import refresh_nodes
-from draftsmith.flows.refresh.line import RegistryConfig
 from draftsmith.stages.champion import ChampionConfig
 from draftsmith.stages.law import GREEDY, Law
 from draftsmith.stages.training.on_policy.config import OpdConfig
@@ -210,17 +209,14 @@ def test_logs_alone_make_a_refresh(tmp_path: Path) -> None:
     assert [node.name for node in in_order(refresh_nodes(config))] == [
         *("target", "prompts", "heldout", "logs", "sft", "mining", "opd", "control", "evaluation", "gate", "report"),
     ]
-    assert source.model_dump()["since"] is None
     text = path.read_text()
-    more = "since: 2026-03-01, max_bad_share: 0.2, chat_template_kwargs: {enable_thinking: false}"
-    more += ", filter: {model: ours}, fields: {messages: question, timestamp: at}"
+    more = "since: 2026-03-01, max_bad_share: 0.2, filter: {model: ours}, fields: {messages: question}"
     path.write_text(text.replace("temperature: 0.7", f"temperature: 0.7, {more}"))
     prompts = load_config(path).prompts
     (source,) = prompts.sources
     said = source.model_dump()
     assert (said["since"], said["filter"]) == ("2026-03-01T00:00:00Z", {"model": "ours"})
-    assert said["fields"] == {"messages": "question", "timestamp": "at"}
-    assert (prompts.max_bad_share, prompts.chat_template_kwargs) == (0.2, {"enable_thinking": False})
+    assert (said["fields"], prompts.max_bad_share) == ({"messages": "question"}, 0.2)
     path.write_text(text.replace("temperature: 0.7", "temperature: 0.7, since: last"))
     (source,) = prompts_since(load_config(path).prompts, "2026-03-05T00:00:00Z").sources
     assert source.model_dump()["since"] == "2026-03-05T00:00:00Z"
@@ -229,28 +225,21 @@ def test_logs_alone_make_a_refresh(tmp_path: Path) -> None:
     assert (some.heldout_by, some.wanted("heldout"), some.wanted("validation"), some.of_logs) == (
         *("conversation", 300, prompts.wanted("validation"), True),
     )
-    assert [source.model_dump()["path"] for source in some.sources] == [str(log)]
-    path.write_text(text + "evaluation: {rounds: 7}\n")
-    evaluation = load_config(path).evaluation
-    assert (evaluation.rounds, evaluation.sampling.temperature) == (7, 0.7)
     path.write_text(text.replace("temperature: 0.7", "temperature: 0.7, top_p: 0.9, top_k: 20"))
     longer = load_config(path, [f"{section}.sampling.max_new_tokens=4096" for section in ("heldout", "evaluation")])
     for sampling in (longer.heldout.sampling, longer.evaluation.sampling):
         assert (sampling.max_new_tokens, sampling.law()) == (4096, Law(0.7, 0.9, 20))
     greedy = load_config(path, ["evaluation.sampling.temperature=0"]).evaluation.sampling
     assert (greedy.temperature, greedy.top_p, greedy.law()) == (0, 0.9, GREEDY)
-    for section in ("logs", "heldout.sampling"):
-        with pytest.raises(DraftsmithError, match=rf"{section}\.top_k: .*is greedy decoding: say temperature 0"):
-            load_config(path, [f"{section}.top_k=1"])
-    with pytest.raises(DraftsmithError, match=r"heldout\.sampling: expected a mapping of fields, got 5"):
-        load_config(path, ["heldout.sampling=5"])
+    with pytest.raises(DraftsmithError, match=r"logs\.top_k: .*is greedy decoding"):
+        load_config(path, ["logs.top_k=1"])
 
 
 @pytest.mark.parametrize(
     "override",
     [
-        *(f"registry.{name}=null" for name in RegistryConfig.filled_in()),
-        *("prompts.of_logs=true", "drift.drafting={head_tokens: 64}"),
+        "registry.champion=null",
+        "prompts.of_logs=true",
         "logs={paths: [a.jsonl], temperature: 0, since: last, after: 2026-03-01}",
     ],
 )

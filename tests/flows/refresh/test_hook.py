@@ -27,7 +27,6 @@ DECISION = {"line": "tiny", "version": 3, "promote": True}
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        (("no-such-command",), "no-such-command: "),
         ((sys.executable, "-c", "raise SystemExit('no server')"), "ended with code 1 (no server)"),
         ((sys.executable, "-c", "import time; time.sleep(9)"), "timed out"),
         (("sh", "-c", "printf '\\351t\\351' >&2; exit 3"), "ended with code 3 (\ufffdt\ufffd)"),  # Latin-1

@@ -15,7 +15,6 @@ from draftsmith.artifacts.home import home
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.open_store import STORE, store_of
 from draftsmith.artifacts.registry import Version
-from draftsmith.artifacts.store import Claim
 from draftsmith.flows.checks.check import RunChecks
 from draftsmith.flows.pipeline.graph import PlannedNode, Status
 from draftsmith.flows.refresh.config import RefreshConfig
@@ -27,6 +26,7 @@ from draftsmith.stages.logs import STAGE as LOGS
 from draftsmith.stages.logs import LogsConfig
 from draftsmith.stages.targets.info import read_target_info
 from tests.stages.logs_run import as_ids, counts, run, table, write
+from tests.testbed.artifacts import committed
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -143,24 +143,21 @@ def test_the_champions_answers_are_found_in_a_bucket_and_in_a_home_that_was_move
     (tmp_path / "bucket").mkdir()
     answers = EarlierConfig.model_validate_json(promoted.version.tags["answers"])
 
-    def committed() -> EarlierConfig:
-        with store_of(home()).claim("logs", "a" * 64) as claim:
-            assert isinstance(claim, Claim)
-            shutil.copy(promoted.read.out / TABLE, claim.out)
-            ref = store_of(home()).commit(claim, config={}, inputs={}, code_digest="c", seed=0)
+    def stored() -> EarlierConfig:
+        ref = committed(store_of(home()), "logs", lambda out: shutil.copy(promoted.read.out / TABLE, out))
         return answers.model_copy(update={"folder": f"/gone/{ref.stage}/{ref.path.name}"})
 
-    moved = committed()
+    moved = stored()
     assert is_here(moved)
     STAGE.run(RecordingContext.under(tmp_path / "moved", {}), moved)
     monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "another"))
     assert not is_here(moved)
     monkeypatch.setenv(STORE, f"file://{tmp_path / 'bucket'}")
     assert not is_here(moved)
-    stored = committed()
+    in_bucket = stored()
     monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "a-third"))
-    assert is_here(stored) and not list((tmp_path / "a-third").rglob(TABLE))
-    STAGE.run(RecordingContext.under(tmp_path / "fetched", {}), stored)
+    assert is_here(in_bucket) and not list((tmp_path / "a-third").rglob(TABLE))
+    STAGE.run(RecordingContext.under(tmp_path / "fetched", {}), in_bucket)
 
 
 def planned_checks(config: RefreshConfig) -> list[str]:
@@ -218,21 +215,3 @@ def test_prompts_that_measured_a_version_stay_out_of_training(tmp_path: Path, mo
         resolve(measured.model_copy(update={"prompts": by_conversation}))
     with pytest.raises(ValueError, match=rf"sources\.0\.heldout_share: 1 holds out every row of {log}, which"):
         asking(0.2, 1.0)
-
-
-def test_one_file_may_be_asked_with_several_suffixes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
-
-    def asking(*suffixes: str) -> RefreshConfig:
-        given = config_of(tmp_path / "log.jsonl").model_dump(mode="json")
-        source = given["prompts"]["sources"][0]
-        given["prompts"]["sources"] = [source | {"suffix": each} for each in suffixes]
-        return RefreshConfig.model_validate(given)
-
-    measured = asking(" /think", " /no_think")
-    registry().register(LINE, ArtifactRef("opd", "key", "content", tmp_path), prompt_tags(measured.prompts))
-    for same in (measured, asking(" /no_think", " /think"), asking(" /think")):
-        assert resolve(same).registry is not None
-    with pytest.raises(DraftsmithError, match="a suffix that tiny version 1 was not measured with"):
-        resolve(asking(" /think hard", " /no_think"))

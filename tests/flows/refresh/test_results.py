@@ -14,7 +14,7 @@ from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.flows.pipeline.display import Display, Ending
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.line import registry
-from draftsmith.flows.refresh.results import WIDTH, screen, show_results, verdict_lines
+from draftsmith.flows.refresh.results import WIDTH, screen, show_results
 from draftsmith.stages.champion import ChampionConfig
 from tests.flows.refresh.made import config_of
 from tests.stages.reporting.sample_report import DECISION, EVALUATION, HOSTILE, OF_A_LINE
@@ -89,13 +89,3 @@ def test_names_of_others_do_not_act_and_do_not_widen_the_table(line: str, tmp_pa
     show_results(Display(Console(file=stream, width=WIDTH)), made, ending(config_of(line)))
     assert "\x1b" not in stream.getvalue() and "\u202e" not in stream.getvalue()
     assert any(each.startswith("…") for each in stream.getvalue().splitlines())
-
-
-def test_status_ends_with_what_the_gate_says(tmp_path: Path) -> None:
-    made = ended(tmp_path, OF_A_LINE, DECISION)
-    assert verdict_lines(made)[0].startswith("NOT PROMOTED: inconclusive. ")
-    assert len(verdict_lines(made)) == 2
-    (said,) = verdict_lines(ended(tmp_path, OF_A_LINE, DECISION | {"outcome": "promoted"}))
-    assert not said.startswith("PROMOTED"), "nothing has followed from it yet"
-    for missing in ("evaluation", "gate"):
-        assert verdict_lines({node: folder for node, folder in made.items() if node != missing}) == []

@@ -17,7 +17,8 @@ from draftsmith.flows.pipeline.node import Made, Workshop
 from draftsmith.flows.pipeline.run import _reviewed
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.stages.reporting.outcome import outcome
-from tests.flows.refresh.made import committed, config_of
+from tests.flows.refresh.made import config_of
+from tests.testbed.artifacts import committed
 
 DECISION = {"outcome": "promoted", "promote": True, "challenger": "opd", "champion": "3", "rules": []}
 EVALUATION = {"drafters": {"opd": {"tau": 3.5}, "champion": {"tau": 3.0}}}
@@ -44,7 +45,7 @@ def test_the_note_of_a_run_says_what_followed(conclusion: Conclusion | None, sai
     assert found is not None
     told = {"outcome": {**asdict(found), "label": found.label}, "doubts": [], "figures": {}}
     store = Store(home / "store")
-    report = committed(store, "report", "a", lambda out: (out / "review.json").write_text(json.dumps(told)))
+    report = committed(store, "report", {"review.json": json.dumps(told)})
     workshop = Workshop(home, config_of("a-line"), REFRESH, Display(), Tracking(home))
     _, tags = _reviewed(workshop, {"report": Made(report, reused=True)}, conclusion, concludes=True)
     bold = [line for line in tags[NOTE].splitlines() if line.startswith("**")]

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from draftsmith.artifacts.store import Claim, Store
+from draftsmith.artifacts.store import Store
 from draftsmith.flows.cli import main
 from tests.flows.pipeline.processes import ROOT
-from tests.flows.refresh.made import committed, gated
+from tests.flows.refresh.made import gated
+from tests.testbed.artifacts import committed
 
 
 def config_file(tmp_path: Path) -> Path:
@@ -25,13 +26,10 @@ def config_file(tmp_path: Path) -> Path:
 
 def reported(store: Store, key: str, outcome: str) -> None:
     """Make an evaluation, a gate's decision and the report that read both."""
-    drafter = committed(store, "opd", key, lambda out: (out / "drafter.json").write_text(key))
+    drafter = committed(store, "opd", {"drafter.json": key}, key)
     made = gated(store, drafter, outcome)
-    with store.claim("report", key * 64) as claim:
-        assert isinstance(claim, Claim)
-        (claim.out / "report.html").write_text("<p>")
-        inputs = {name: made[name] for name in ("evaluation", "gate")}
-        store.commit(claim, config={}, inputs=inputs, code_digest="", seed=0, run="weekly", node="report")
+    inputs = {name: made[name] for name in ("evaluation", "gate")}
+    committed(store, "report", {"report.html": "<p>"}, key, inputs=inputs, run="weekly", node="report")
 
 
 def test_status_ends_with_the_last_verdict(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,7 +38,7 @@ def test_status_ends_with_the_last_verdict(home: Path, tmp_path: Path, capsys: p
     assert "Last report" not in capsys.readouterr().out
     for key, outcome in (("a", "inconclusive"), ("b", "refused")):
         reported(store, key, outcome)
-    committed(store, "gate", "c", lambda out: (out / "decision.json").write_text("{}"))  # and then failed
+    committed(store, "gate", {"decision.json": "{}"}, "c")  # and then failed
     assert main(["status", str(config)]) == 0
     verdict = capsys.readouterr().out.rpartition("Last report, ")[2]
     assert "refused" in verdict and "inconclusive" not in verdict

@@ -1,0 +1,31 @@
+"""Artifacts in a store, without a stage that makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.store import Claim, Store
+
+Fill = Mapping[str, str] | Callable[[Path], object]
+
+
+def committed(
+    store: Store, stage: str, fill: Fill, key: str = "ab", *, force: bool = False, **fields: Any
+) -> ArtifactRef:
+    """Return the artifact of a key.
+
+    fill: its files, or what writes them to a folder. key: of 64 characters, or repeated to so many. fields: of the
+    manifest.
+    """
+    with store.claim(stage, (key * 64)[:64], force=force) as claim:
+        assert isinstance(claim, Claim)
+        if callable(fill):
+            fill(claim.out)
+        else:
+            for name, text in fill.items():
+                (claim.out / name).parent.mkdir(parents=True, exist_ok=True)
+                (claim.out / name).write_text(text)
+        return store.commit(claim, **({"config": {}, "inputs": {}, "code_digest": "c", "seed": 0} | fields))
