@@ -18,7 +18,6 @@ from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.dspark.shape import DSparkConfig
 from draftsmith.stages.drift import STAGE as DRIFT
 from draftsmith.stages.evaluation import STAGE as EVALUATION
-from draftsmith.stages.law import Law
 from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.measure.drift import DriftConfig
 from draftsmith.stages.mining import STAGE as MINING
@@ -97,31 +96,6 @@ def restated(made: Made, folder: Path, **law: float) -> Path:
         table = table.set_column(at, field, pa.array([value] * len(table), field.type))
     pq.write_table(table, folder / "trajectories.parquet")
     return folder
-
-
-@pytest.mark.parametrize("stage", [SFT, OPD])
-def test_trainings_are_told_what_the_answers_were_drawn_with(
-    stage: Any, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """That of the rollout's own rows."""
-    rollout = restated(made, tmp_path / "rollout", top_p=0.75, top_k=20)
-    said: list[Law] = []
-
-    class Told(Exception):
-        pass
-
-    def training(*_arguments: Any, law: Law, **_rest: Any) -> None:
-        said.append(law)
-        raise Told
-
-    place = "supervised.SftTraining" if stage is SFT else "on_policy.training.OpdTraining"
-    monkeypatch.setattr(f"draftsmith.stages.training.{place}", training)
-    inputs = {**made.inputs("target", "drafter", "trajectories", "mined"), "trajectories": rollout}
-    ctx = RecordingContext.under(tmp_path / "out", inputs)
-    config: Any = SftConfig if stage is SFT else OpdConfig
-    with pytest.raises(Told):
-        stage.run(ctx, config.model_validate({**TRAINING, "steps": 2}))
-    assert said == [Law(1.0, 0.75, 20)]
 
 
 def test_a_drafter_taken_as_it_is_has_the_same_tau(
