@@ -248,7 +248,7 @@ def plan(
     for node in nodes:
         newer = 0
         if node.stage.name == SOURCES:
-            node, newer = _listed(node, store, known.get(node.name) if node.name not in forced else None)
+            node, newer = _with_listing(node, store, known.get(node.name) if node.name not in forced else None)
         item = _plan_node(node, planned, seed_of(node, config), store, pipeline, node.name in forced)
         if stop_at_damage and item.damage is not None:
             raise item.damage
@@ -256,7 +256,7 @@ def plan(
     return list(planned.values())
 
 
-def _listed(node: Node, store: Store, key: str | None) -> tuple[Node, int]:
+def _with_listing(node: Node, store: Store, key: str | None) -> tuple[Node, int]:
     """Return a node of stage `sources` with its listing, and how many files that leaves out.
 
     key: of the listing that the run goes on with, where that is of the same config and all its files are there; else

@@ -26,7 +26,7 @@ def first_nodes(target: TargetConfig, prompts: PromptsConfig, logs: LogsConfig |
 
     They are listed where they are found by folder, pattern or address, or since a time that is counted back from now.
     """
-    readers = {"prompts": prompts.listed, "logs": logs.listed if logs is not None else None}
+    readers = {"prompts": prompts.to_list, "logs": logs.to_list if logs is not None else None}
     listings = [
         Node(f"{name}-{SOURCES}", "draftsmith.stages.sources", listed)
         for name, listed in readers.items()
@@ -35,12 +35,12 @@ def first_nodes(target: TargetConfig, prompts: PromptsConfig, logs: LogsConfig |
     return [
         *listings,
         Node("target", "draftsmith.stages.target", target),
-        Node("prompts", "draftsmith.stages.prompts", prompts, {"target": "target", **_listed("prompts", prompts)}),
+        Node("prompts", "draftsmith.stages.prompts", prompts, {"target": "target", **_reads("prompts", prompts)}),
     ]
 
 
-def _listed(name: str, config: PromptsConfig | LogsConfig) -> dict[str, str]:
-    return {} if config.listed is None else {SOURCES: f"{name}-{SOURCES}"}
+def _reads(name: str, config: PromptsConfig | LogsConfig) -> dict[str, str]:
+    return {} if config.to_list is None else {SOURCES: f"{name}-{SOURCES}"}
 
 
 def refresh_nodes(config: RefreshConfig) -> list[Node]:
@@ -66,7 +66,7 @@ def refresh_nodes(config: RefreshConfig) -> list[Node]:
             earlier = {"earlier": "earlier"}
             taken = known.model_copy(update={"replayed": config.logs.replay_share > 0})
             nodes.append(Node("earlier", "draftsmith.stages.earlier", taken))
-        inputs = {**asked, **earlier, **_listed("logs", config.logs)}
+        inputs = {**asked, **earlier, **_reads("logs", config.logs)}
         nodes.append(Node(answers, "draftsmith.stages.logs", config.logs, inputs))
     else:
         assert config.rollout is not None  # RefreshConfig has checked it

@@ -139,7 +139,7 @@ class LogsConfig(Config):
         return matched(self.paths, _PATHS, self.listed_files)
 
     @property
-    def listed(self) -> SourcesConfig | None:
+    def to_list(self) -> SourcesConfig | None:
         """What stage `sources` lists for it; None where nothing has to be listed."""
         return SourcesConfig.of(self.paths, _PATHS, [self.since])
 

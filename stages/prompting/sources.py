@@ -227,7 +227,7 @@ class PromptsConfig(Config):
         return sum(getattr(source.counts, split) for source in self.sources)
 
     @property
-    def listed(self) -> SourcesConfig | None:
+    def to_list(self) -> SourcesConfig | None:
         """What stage `sources` lists for it; None where nothing has to be listed."""
         windows = [source.since for source in self.sources if isinstance(source, JsonlSource)]
         return SourcesConfig.of(self._paths, self.of_paths, windows)

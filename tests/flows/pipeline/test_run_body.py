@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.artifacts.errors import EXIT_RETRYABLE, DraftsmithError, RetryableError
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.refreshes import OUTCOME
 from draftsmith.flows.pipeline import registered, run
@@ -98,6 +98,7 @@ def test_mlflow_says_why_a_run_has_ended_early_and_the_screen_what_to_force(
     assert (found.info.status, found.data.tags[run.NOTE]) == (status, f"{note}\n\nwhat was measured")
     assert OUTCOME not in found.data.tags and len(asked) == 1, "an outdated plan is not asked for again"
     assert "without --force" in capsys.readouterr().out
+    assert OutdatedPlanError.exit_code == EXIT_RETRYABLE
 
 
 def test_what_follows_from_a_run_waits_until_mlflow_has_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -242,7 +242,7 @@ def test_a_window_begins_where_it_began_when_the_files_were_listed(
     for module in (times, listing):
         monkeypatch.setattr(module, "datetime", Clock)
     config = logs(tmp_path / "logs", since="12h")
-    sources = config.listed
+    sources = config.to_list
     assert sources is not None
     then, key, began = sources.listing(), external_digests(sources), config.since_time
     Clock.at = datetime(2026, 3, 3, 8, 0, tzinfo=UTC)
@@ -258,7 +258,7 @@ def test_a_listing_names_files_here_and_in_buckets(tmp_path: Path, monkeypatch: 
     paths = (str(tmp_path / "*.jsonl"), "memory://listed/*.jsonl")
     config = LogsConfig(paths=list(paths), temperature=0)
     sources = SourcesConfig(paths=paths, field="logs.paths")
-    assert config.listed == sources
+    assert config.to_list == sources
     try:
         system.pipe_file("/listed/0.jsonl", b"{}\n")
         (tmp_path / LISTING).write_text(sources.listing().text())

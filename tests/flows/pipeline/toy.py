@@ -63,7 +63,7 @@ def toy_course(config: ToyConfig, _force: Collection[str]) -> ToyCourse | None:
 def toy_nodes(config: ToyConfig) -> list[Node]:
     more = [Node("squares", SQUARES, config.squares, {"first": "target"})] if config.squares is not None else []
     reads: dict[str, str] = {}
-    if (listed := config.left.listed) is not None:
+    if (listed := config.left.to_list) is not None:
         reads = {SOURCES: SOURCES}
         more.append(Node(SOURCES, "draftsmith.stages.sources", listed))
     return [

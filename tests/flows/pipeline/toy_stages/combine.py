@@ -19,7 +19,7 @@ class CombineConfig(Config):
     addends: str | None = None  # a pattern of such files
 
     @property
-    def listed(self) -> SourcesConfig | None:
+    def to_list(self) -> SourcesConfig | None:
         return SourcesConfig.of([self.addends], "addends", []) if self.addends is not None else None
 
     def external_files(self) -> list[Path]:
