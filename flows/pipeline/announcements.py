@@ -41,7 +41,14 @@ def announce(run: str, conclusion: Conclusion) -> None:
     )
     if conclusion.asset:
 
-        @materialize(conclusion.asset, by="draftsmith", name="promotion", cache_policy=NO_CACHE, persist_result=False)
+        @materialize(
+            conclusion.asset,
+            by="draftsmith",
+            name="promotion",
+            task_run_name="promotion",
+            cache_policy=NO_CACHE,
+            persist_result=False,
+        )
         def promotion() -> None:
             add_asset_metadata(conclusion.asset, dict(conclusion.metadata))
 
