@@ -227,7 +227,7 @@ def test_later_rows_may_follow_those_that_are_looked_at(
 
 
 @pytest.mark.parametrize("of_logs", [True, False])
-@pytest.mark.parametrize(("text", "said"), [("", "is empty"), ("question,answer\nWhat?,That.\n", "looks like CSV")])
+@pytest.mark.parametrize(("text", "said"), [("", "is empty"), ("question,answer\nWhat?,That.\n", "not JSON")])
 def test_a_file_without_rows_is_an_error_that_says_what_it_is(
     text: str, said: str, of_logs: bool, tmp_path: Path
 ) -> None:
