@@ -8,6 +8,7 @@ its window reaches back behind them (`logs.lateness_hours`): for that it needs n
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -69,18 +70,12 @@ def run(ctx: StageContext, config: EarlierConfig) -> None:
     advice = "restore it, or set logs.replay_share and logs.lateness_hours to 0"
     if not source.is_file():
         raise DraftsmithError(f"{source}: the answers of the champion's refresh are not here: {advice}")
-
-    def check(path: Path) -> None:
+    with atomic_path(ctx.out / TABLE) if config.replayed else nullcontext(source) as path:
+        if config.replayed:
+            shutil.copyfile(source, path)
         if sha256_file(path) != config.sha256:
             raise DraftsmithError(f"{source}: has changed since the champion was trained on it: {advice}")
-
-    if config.replayed:
-        with atomic_path(ctx.out / TABLE) as path:
-            shutil.copyfile(source, path)
-            check(path)
-    else:
-        check(source)
-    write_contents(ctx.out, ctx.out / TABLE if config.replayed else source)
+        write_contents(ctx.out, path)
     write_text(ctx.out / ORIGIN, config.model_dump_json(include={"target_digest", "tokenizer_digest"}) + "\n")
 
 

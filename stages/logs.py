@@ -148,6 +148,7 @@ def _judge(ctx: StageContext, config: LogsConfig, rows: int) -> list[str]:
 
     from draftsmith.artifacts.atomic import write_text
     from draftsmith.stages.prompting.answers import chosen_rows
+    from draftsmith.stages.prompting.aside import by_frequency
     from draftsmith.stages.prompting.probable import OUTSIDE, judge
     from draftsmith.stages.targets.causal_lm import Target
 
@@ -168,15 +169,14 @@ def _judge(ctx: StageContext, config: LogsConfig, rows: int) -> list[str]:
     write_text(ctx.out / "improbable.jsonl", "".join(json.dumps(each) + "\n" for each in found))
     by_reason = Counter(each["reason"] for each in found)
     if found:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in by_reason.most_common())
         law = f"temperature {config.temperature:g}" + (f", {config.law.truncation}" if config.temperature else "")
         remedy = (
             " Correct logs.top_p and logs.top_k; min_p and penalties cannot be stated, so log answers without them, or "
             "greedy ones."
         )
         ctx.log(
-            f"warning: {len(found)} of {count} answers are not what this target gives at {law} ({reasons}; "
-            "improbable.jsonl): sampled otherwise, another model's, or a part was cut out?"
+            f"warning: {len(found)} of {count} answers are not what this target gives at {law} "
+            f"({by_frequency(by_reason)}; improbable.jsonl): sampled otherwise, another model's, or a part was cut out?"
             f"{remedy if by_reason[OUTSIDE] else ''}"
         )
     return list(by_reason.elements())

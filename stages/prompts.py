@@ -16,6 +16,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.parquet import TableWriter
 from draftsmith.artifacts.schemas import PROMPTS
 from draftsmith.stages.contract import SOURCES, Stage, StageContext
+from draftsmith.stages.prompting.aside import by_frequency
 from draftsmith.stages.prompting.chat_template import TemplateInverter, token_ids
 from draftsmith.stages.prompting.files import Throttle
 from draftsmith.stages.prompting.rows import Message
@@ -43,6 +44,7 @@ def preflight(config: PromptsConfig, target: Path) -> None:
 class _Drawn:
     """What was taken, and what was passed over."""
 
+    looked_at: int = 0  # candidates
     taken: int = 0
     tokens: dict[str, array[int]] = field(default_factory=lambda: defaultdict(lambda: array("q")))  # split -> of each
     counts: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # source -> split -> rows
@@ -65,7 +67,7 @@ def run(ctx: StageContext, config: PromptsConfig) -> None:
         ignored = " and chat_template_kwargs are ignored" if config.chat_template_kwargs else ""
         ctx.log(f"warning: the target has no chat template: prompts are plain text{ignored}")
     drawn = _Drawn()
-    throttle, looked_at, total = Throttle(), Counter[str](), sum(config.wanted(split) for split in SPLITS)
+    throttle, total = Throttle(), sum(config.wanted(split) for split in SPLITS)
     with (
         atomic_path(ctx.out / "set_aside.jsonl") as path,
         path.open("w", encoding="utf-8") as listed,
@@ -73,9 +75,9 @@ def run(ctx: StageContext, config: PromptsConfig) -> None:
     ):
 
         def look_at() -> None:
-            looked_at["rows"] += 1
+            drawn.looked_at += 1
             if throttle.is_due():  # of a large file all rows are read before the first is taken
-                ctx.progress(drawn.taken, total, "prompts", looked_at=looked_at["rows"])
+                ctx.progress(drawn.taken, total, "prompts", looked_at=drawn.looked_at)
             ctx.check_interrupted()
 
         def ids_of(candidate: Candidate) -> list[int]:
@@ -100,8 +102,7 @@ def run(ctx: StageContext, config: PromptsConfig) -> None:
                 supply.aside.check()
                 drawn.set_aside += supply.aside.reasons
     if drawn.set_aside:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in drawn.set_aside.most_common())
-        ctx.log(f"{drawn.set_aside.total()} rows set aside: {reasons}")
+        ctx.log(f"{drawn.set_aside.total()} rows set aside: {by_frequency(drawn.set_aside)}")
     write_text(ctx.out / "prompts.json", json.dumps(_summary(drawn, config), indent=2) + "\n")
     ctx.summary(
         train=config.wanted("train"),
@@ -127,7 +128,7 @@ def _reader_of_ids(tokenizer: Any, vocab_size: int, config: PromptsConfig) -> Re
 
 
 def _shares(taken: list[list[Supply]], split: Split, config: PromptsConfig) -> list[tuple[Supply, int]]:
-    """How many prompts of a split each supply gives: equal shares, of the whole or of its source's own count."""
+    """Return how many prompts of a split each supply gives: equal shares, of the whole or of its source's own count."""
 
     def equal(supplies: list[Supply], total: int) -> list[tuple[Supply, int]]:
         whole, rest = divmod(total, len(supplies))
@@ -143,7 +144,7 @@ def _shares(taken: list[list[Supply]], split: Split, config: PromptsConfig) -> l
 
 
 def _mixed(shares: list[tuple[Supply, int]]) -> list[Supply]:
-    """Every supply as often as its share says, spread evenly: any part of the rows has about the mixture of all.
+    """Return every supply as often as its share says, spread evenly: any part of the rows has about the mixture of all.
 
     Use j of n stands at (j + 1/2) / n of the way; equal shares come in turn.
     """
@@ -156,7 +157,7 @@ def _mixed(shares: list[tuple[Supply, int]]) -> list[Supply]:
 def _draw_one(
     supply: Supply, split: Split, drawn: _Drawn, ids_of: Callable[[Candidate], list[int]], config: PromptsConfig
 ) -> dict[str, Any]:
-    """The next row of this split that is new and short enough."""
+    """Return the next row of this split that is new and short enough. Raises DraftsmithError if there is none."""
     while (candidate := supply.next(split)) is not None:
         prompt_id, group = candidate.text_hash, candidate.group
         if prompt_id in drawn.seen or (split == "train" and group in drawn.measured):
@@ -189,9 +190,10 @@ def _draw_one(
 
 def _ran_out(supply: Supply, split: Split, drawn: _Drawn, config: PromptsConfig) -> str:
     held_out = split != "train"
-    remedy = "lower the counts, add a source"
+    kind = "held-out" if held_out else "training"
+    asked = ", ".join(f"{config.wanted(each)} {each}" for each in reversed(SPLITS))
     left_out = f"; left out: {supply.aside.said()}" if supply.aside is not None and supply.aside.reasons else ""
-    of_class = f"{supply.of_class[held_out]} of its {supply.of_class.total()} are of the"
+    remedy = "lower the counts, add a source"
     if config.of_logs:
         remedy = OF_MORE_LOGS
     elif held_out and supply.heldout_share < 1:
@@ -200,11 +202,10 @@ def _ran_out(supply: Supply, split: Split, drawn: _Drawn, config: PromptsConfig)
             "drafters of a line may have been trained on what it adds)"
         )
     return (
-        f"{config.of_paths}: {supply.label} ran out of different prompts in split {split} "
-        f"(asked for in all: {', '.join(f'{config.wanted(each)} {each}' for each in reversed(SPLITS))}; so far "
-        f"{drawn.taken} taken, {drawn.duplicates} duplicates, {drawn.too_long} too long; "
-        f"{of_class} {'held-out' if held_out else 'training'} class, heldout_share {supply.heldout_share:g}"
-        f"{left_out}): {remedy}"
+        f"{config.of_paths}: {supply.label} ran out of different prompts in split {split} (asked for in all: {asked}; "
+        f"so far {drawn.taken} taken, {drawn.duplicates} duplicates, {drawn.too_long} too long; "
+        f"{supply.of_class[held_out]} of its {supply.of_class.total()} are of the {kind} class, heldout_share "
+        f"{supply.heldout_share:g}{left_out}): {remedy}"
     )
 
 

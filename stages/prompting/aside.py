@@ -12,6 +12,11 @@ from draftsmith.stages.prompting.files import BadRow, CutOff
 UNREADABLE = "cannot be read"
 
 
+def by_frequency(reasons: Counter[str]) -> str:
+    """Return how often each reason came up, most frequent first."""
+    return ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+
+
 class Aside:
     """What was set aside so far. A row is good, unusable (fit for nothing here) or bad (nobody can read it)."""
 
@@ -57,8 +62,7 @@ class Aside:
             )
 
     def said(self) -> str:
-        """Reasons and how often, most frequent first."""
-        return ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
+        return by_frequency(self.reasons)
 
     def _list(self, file: str, number: int, log_id: str | None, reason: str) -> None:
         if self._listed is not None:

@@ -212,25 +212,6 @@ def no_rows(paths: Sequence[str]) -> str:
     return f"{', '.join(paths)}: is empty. Give a file with one JSON object a line."
 
 
-def count_rows(files: Sequence[str]) -> int:
-    """Return about how many rows there are, without taking them apart; damaged files count as far as they go."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    total = 0
-    for file in files:
-        try:
-            with _opened(file) as raw:
-                if file.endswith(".parquet"):
-                    total += pq.ParquetFile(raw).metadata.num_rows
-                else:
-                    for line in _lines(file, raw):
-                        total += bool(line.strip())
-        except (_DamagedError, OSError, ValueError, pa.ArrowException):
-            continue  # reading says it
-    return total
-
-
 class _DamagedError(Exception):
     """The rest of the file cannot be read; the message is the reason."""
 

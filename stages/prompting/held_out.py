@@ -19,7 +19,6 @@ from typing import Literal, TypeAlias
 import numpy as np
 import pyarrow.compute as pc
 
-from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.row_reader import RowReader
 from draftsmith.artifacts.schemas import PROMPTS
 from draftsmith.stages.prompting.rows import Message
@@ -90,13 +89,6 @@ def units_of(prompts: Path, prompt_ids: Sequence[str]) -> list[str]:
 
 
 def _class(summary: Path) -> tuple[float, HeldOutBy]:
-    """Share of the held-out class, and what decides it."""
-    try:
-        said = json.loads(summary.read_text(encoding="utf-8"))
-        return float(said.get("heldout_share", HELDOUT_SHARE)), said.get("heldout_by", "prompt")
-    except FileNotFoundError:
-        return HELDOUT_SHARE, "prompt"
-    except (ValueError, TypeError, AttributeError) as error:
-        raise DraftsmithError(
-            f"{summary}: not readable ({error}): make the prompts again with `--force prompts`"
-        ) from error
+    """Return the share of the held-out class, and what decides it."""
+    stated = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
+    return float(stated.get("heldout_share", HELDOUT_SHARE)), stated.get("heldout_by", "prompt")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +15,7 @@ from draftsmith.stages.contract import NOT_FETCHED, Config, FilledIn, Listing, O
 from draftsmith.stages.prompting.files import local_files, remote_versions
 from draftsmith.stages.prompting.held_out import HELDOUT_SHARE, HeldOutBy
 from draftsmith.stages.prompting.listing import SourcesConfig
-from draftsmith.stages.prompting.rows import FieldNames, Filter, Message, passes
+from draftsmith.stages.prompting.rows import FieldNames, Filter, Message
 from draftsmith.stages.prompting.times import Since, beginning
 
 Split = Literal["train", "validation", "heldout"]
@@ -63,10 +62,6 @@ class _RowSource(_SourceBase):
     filter: Filter = Field(
         default={}, description="only rows whose fields have this value or one of these, e.g. {source: olympiads}"
     )
-
-    def keeps(self, row: Mapping[str, Any], where: str) -> bool:
-        """Whether `filter` lets the row through, as `passes` says."""
-        return passes(self.filter, row, where)
 
 
 class JsonlSource(_RowSource):

@@ -13,7 +13,6 @@ import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TextIO, TypeAlias
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, one_line
@@ -25,6 +24,7 @@ from draftsmith.stages.prompting.rows import (
     SetAside,
     is_unicode,
     messages_beside_ids,
+    passes,
     prompt_ids,
     renamed,
     row_messages,
@@ -221,7 +221,7 @@ def prompt_rows(
             aside.unreadable(row)
             continue
         try:
-            if not source.keeps(row.fields, row.where):
+            if not passes(source.filter, row.fields, row.where):
                 continue
             fields = renamed(row.fields, source.fields if isinstance(source, JsonlSource) else {})
             ids = prompt_ids(fields, source.field, row.where)
@@ -317,9 +317,9 @@ def _dataset_rows(source: HuggingFaceSource, seed: int) -> Iterator[Row]:
         raise DraftsmithError(f"{name}: the data set is empty: give another split")
     order = list(range(len(rows)))
     if source.filter:
-        source.keeps(dict.fromkeys(rows.column_names), name)  # names a column that is not there
+        passes(source.filter, dict.fromkeys(rows.column_names), name)  # names a column that is not there
         columns = rows.select_columns(list(source.filter))
-        order = [index for index, row in enumerate(columns) if source.keeps(row, name)]
+        order = [index for index, row in enumerate(columns) if passes(source.filter, row, name)]
         if not order:
             raise DraftsmithError(f"{name}: no row passes the filter {source.filter}: correct it")
     random.Random(f"{seed} 0 {source.id} {source.split}").shuffle(order)
@@ -328,9 +328,9 @@ def _dataset_rows(source: HuggingFaceSource, seed: int) -> Iterator[Row]:
 
 
 def load_rows(source: HuggingFaceSource) -> Any:
-    """The data set as a sequence of rows.
+    """Return the data set as a sequence of rows.
 
-    Every failure becomes one DraftsmithError; a RetryableError if the hub is away, ill or too slow.
+    Raises DraftsmithError, RetryableError if the hub is away, ill or too slow.
     """
     import datasets
     import httpx
@@ -338,25 +338,23 @@ def load_rows(source: HuggingFaceSource) -> Any:
     from huggingface_hub.errors import HfHubHTTPError
 
     revision = (source.commit or source.revision) if source.of_hub else source.revision
+    kind: type[DraftsmithError] = DraftsmithError
     try:
         return datasets.load_dataset(source.id, source.name, split=source.split, revision=revision)
     except datasets.exceptions.DatasetGenerationError as error:
         reason, cause = f"cannot be read ({one_line(error.__cause__ or error)}): repair its files", error
-    except (ConnectionError, FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
-        if Path(source.id).is_dir():
-            reason, cause = f"no data files found ({one_line(error)}): put Parquet or JSON files there", error
-        else:
-            reason = (
-                "no such folder here, and not to be had from the hub: check the id and the network, or give a folder"
-            )
-            cause = error
+    except (httpx.HTTPError, HfHubHTTPError) as error:
+        reason, cause = hub_reason(error, revision), error
+        kind = DraftsmithError if hub_answered(error) else RetryableError
+    except (ConnectionError, FileNotFoundError) as error:
+        cause = error
+        if source.of_hub:
+            reason = "no such folder here, and not on the hub: check the id and the network, or give a folder"
             # one that the hub does not have, or that holds no data, has an error class of its own
             away = isinstance(error, ConnectionError) or type(error) is FileNotFoundError
-            if away and not constants.HF_HUB_OFFLINE:
-                raise RetryableError(f"prompts.sources: data set {source.id}: {reason}") from error
-    except (httpx.HTTPError, HfHubHTTPError) as error:
-        kind = DraftsmithError if hub_answered(error) else RetryableError
-        raise kind(f"prompts.sources: data set {source.id}: {hub_reason(error, revision)}") from error
+            kind = RetryableError if away and not constants.HF_HUB_OFFLINE else DraftsmithError
+        else:
+            reason = f"no data files found ({one_line(error)}): put Parquet or JSON files there"
     except ValueError as error:  # unknown split or configuration: the message lists the known ones
         reason, cause = f"{one_line(error)}: correct name or split", error
-    raise DraftsmithError(f"prompts.sources: data set {source.id}: {reason}") from cause
+    raise kind(f"prompts.sources: data set {source.id}: {reason}") from cause

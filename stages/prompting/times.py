@@ -27,7 +27,7 @@ def row_time(fields: Mapping[str, Any]) -> datetime | None:
 
 
 def as_time(value: Any) -> datetime | None:
-    """Read ISO text (UTC without a zone), or seconds since 1970, by their size also milli-, micro- and nanoseconds."""
+    """Read ISO text, or seconds since 1970 (by their size also milli-, micro-, nanoseconds); without a zone: UTC."""
     try:
         if isinstance(value, date):  # a datetime is one too
             value = value.isoformat()

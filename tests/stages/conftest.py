@@ -16,6 +16,7 @@ from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.targets.resolve import resolve_target
 from draftsmith.stages.training.batches import frequent_tokens, token_counts
 from tests.stages.bench import Bench
+from tests.stages.logs_run import Logs
 from tests.testbed.drafter import DrafterArtifacts
 
 
@@ -47,3 +48,8 @@ def logged_answers(tiny_drafter: DrafterArtifacts) -> list[dict[str, Any]]:
     }
     rows = read_table(tiny_drafter.rollout / "trajectories.parquet", TRAJECTORIES).to_pylist()
     return [row | {"messages": messages[row["prompt_id"]]} for row in rows if len(row["response_ids"]) > 5][:60]
+
+
+@pytest.fixture
+def logs(tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[dict[str, Any]]) -> Logs:
+    return Logs(tmp_path, tiny_drafter, logged_answers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,31 @@ def given_by(target: Path) -> dict[str, str]:
     return {"target_digest": info.digest, "tokenizer_digest": info.tokenizer_digest}
 
 
-def earlier(folder: Path, before: RecordingContext, *, replayed: bool = False) -> Path:
-    """Of stage `earlier`: what the refresh before has used."""
-    ctx = RecordingContext.under(folder / "earlier", {})
-    sha256 = sha256_file(before.out / TABLE)
-    of = given_by(before.inputs["target"])
-    EARLIER.run(ctx, EarlierConfig(folder=str(before.out), sha256=sha256, replayed=replayed, **of))
-    return ctx.out
+@dataclass
+class Logs:
+    """Runs the stage for one test, each time in a folder of its own, on the answers of the tiny target."""
+
+    folder: Path
+    made: DrafterArtifacts
+    answers: list[Row]
+    runs: int = 0
+
+    def write(self, name: str, rows: Sequence[Row | str]) -> Path:
+        return write(self.folder / name, rows)
+
+    def run(self, *paths: Path | list[Row | str] | list[Row], **config: Any) -> RecordingContext:
+        """paths: a list is the rows of `log.jsonl`."""
+        self.runs += 1
+        files = [self.write("log.jsonl", each) if isinstance(each, list) else each for each in paths]
+        return run(self.folder / f"run-{self.runs}", self.made, *files, **config)
+
+    def earlier(self, before: RecordingContext, *, replayed: bool = False) -> Path:
+        """Run stage `earlier`: what the refresh before has used."""
+        ctx = RecordingContext.under(self.folder / f"earlier-{self.runs}", {})
+        sha256 = sha256_file(before.out / TABLE)
+        of = given_by(before.inputs["target"])
+        EARLIER.run(ctx, EarlierConfig(folder=str(before.out), sha256=sha256, replayed=replayed, **of))
+        return ctx.out
 
 
 def table(ctx: RecordingContext) -> list[Row]:

@@ -20,11 +20,9 @@ from draftsmith.artifacts.schemas import TRAJECTORIES
 from draftsmith.stages.law import Law
 from draftsmith.stages.logs import LogsConfig
 from draftsmith.stages.prompting.earlier import ORIGIN
-from draftsmith.stages.prompting.held_out import HeldOut
 from draftsmith.stages.prompting.times import iso
 from draftsmith.stages.stored import load_trajectories
-from tests.stages.logs_run import Row, as_ids, counts, given_by, run, set_aside, table, write
-from tests.stages.prompting import row_files
+from tests.stages.logs_run import Logs, Row, as_ids, counts, given_by, set_aside, table, write
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -37,104 +35,80 @@ def timed(row: Row, time: Any, field: str = "timestamp") -> Row:
     return as_ids(row) | {field: time}
 
 
-def test_a_folder_of_every_format_is_one_log(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]
-) -> None:
-    for number, suffix in enumerate(row_files.SUFFIXES):
-        rows = [as_ids(row) for row in logged_answers[5 * number : 5 * number + 5]]
-        row_files.write(tmp_path / "logs" / f"{number}{suffix}", rows)
-    ctx = run(tmp_path, tiny_drafter, tmp_path / "logs")
-    assert responses(table(ctx)) == responses(logged_answers[:20])
-    assert counts(ctx)["rows_in_files"] == counts(ctx)["rows_read"] == 20
-
-
-def test_bad_rows_are_set_aside_up_to_a_share(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]
-) -> None:
-    good = [as_ids(row) for row in logged_answers[:18]]
-    path = write(tmp_path / "log.jsonl", [*good, {"prompt_token_ids": [1], "id": "x"}, '{"prompt_token_ids": [1, '])
-    ctx = run(tmp_path, tiny_drafter, path, max_bad_share=0.1)
-    assert responses(table(ctx)) == responses(logged_answers[:18])
+def test_bad_rows_are_set_aside_up_to_a_share(logs: Logs) -> None:
+    good = [as_ids(row) for row in logs.answers[:18]]
+    path = logs.write("log.jsonl", [*good, {"prompt_token_ids": [1], "id": "x"}, '{"prompt_token_ids": [1, '])
+    ctx = logs.run(path, max_bad_share=0.1)
+    assert responses(table(ctx)) == responses(logs.answers[:18])
     assert counts(ctx)["set_aside"] == {"cannot be read": 2}
     shape, half = set_aside(ctx)
     assert (shape["row"], shape["id"], half["row"], half["id"]) == (19, "x", 20, None)
     assert shape["reason"].startswith("cannot be read: completion_token_ids must be") and "not JSON" in half["reason"]
     with pytest.raises(DraftsmithError, match=r"row 19: .*2 of 20 rows.*logs\.max_bad_share"):
-        run(tmp_path / "2", tiny_drafter, path, max_bad_share=0.09)
+        logs.run(path, max_bad_share=0.09)
     with pytest.raises(DraftsmithError, match=r"log\.jsonl, row 19: completion_token_ids"):
-        run(tmp_path / "3", tiny_drafter, path, max_bad_share=0)
-    assert not list((tmp_path / "3" / "run" / "out").iterdir())
+        logs.run(path, max_bad_share=0)
+    assert not list((logs.folder / "run-3" / "run" / "out").iterdir())
 
 
-def test_answers_of_another_model_are_passed_over_by_a_filter(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]
-) -> None:
+def test_answers_of_another_model_are_passed_over_by_a_filter(logs: Logs) -> None:
     models = ["ours", "theirs", "ours-v2"]
-    rows = [as_ids(row) | {"model": models[n % 3]} for n, row in enumerate(logged_answers[:9])]
-    path = write(tmp_path / "log.jsonl", rows)
-    ctx = run(tmp_path, tiny_drafter, path, filter={"model": ["ours", "ours-v2"]})
-    assert responses(table(ctx)) == responses([row for n, row in enumerate(logged_answers[:9]) if n % 3 != 1])
+    rows = [as_ids(row) | {"model": models[n % 3]} for n, row in enumerate(logs.answers[:9])]
+    path = logs.write("log.jsonl", rows)
+    ctx = logs.run(path, filter={"model": ["ours", "ours-v2"]})
+    assert responses(table(ctx)) == responses([row for n, row in enumerate(logs.answers[:9]) if n % 3 != 1])
     assert (counts(ctx)["filtered"], counts(ctx)["set_aside"]) == (3, {})
     assert not [line for line in ctx.logs if "models" in line]
-    mixed = run(tmp_path / "2", tiny_drafter, path)
+    mixed = logs.run(path)
     assert [line for line in mixed.logs if "the rows name 3 models" in line]
     with pytest.raises(DraftsmithError, match="9 not let through by filter"):
-        run(tmp_path / "3", tiny_drafter, path, filter={"model": "nobody's"})
+        logs.run(path, filter={"model": "nobody's"})
 
 
-def test_rows_outside_a_window_are_passed_over_and_rows_without_a_time_set_aside(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]
-) -> None:
+def test_rows_outside_a_window_are_passed_over_and_rows_without_a_time_set_aside(logs: Logs) -> None:
     noon = datetime(2026, 3, 5, 12, tzinfo=UTC)
     times: list[Any] = [noon - timedelta(seconds=1), noon, noon + timedelta(hours=1)]
-    rows = [timed(row, time.isoformat()) for row, time in zip(logged_answers[:3], times, strict=True)]
-    rows += [as_ids(logged_answers[3]), timed(logged_answers[4], "tomorrow")]
-    rows += [timed(logged_answers[5], noon.timestamp() * 1000, "created")]
-    path = write(tmp_path / "log.jsonl", rows)
-    ctx = run(tmp_path, tiny_drafter, path, since="2026-03-05T12:00:00Z")
-    assert responses(table(ctx)) == responses([logged_answers[n] for n in (1, 2, 5)])
+    rows = [timed(row, time.isoformat()) for row, time in zip(logs.answers[:3], times, strict=True)]
+    rows += [as_ids(logs.answers[3]), timed(logs.answers[4], "tomorrow")]
+    rows += [timed(logs.answers[5], noon.timestamp() * 1000, "created")]
+    path = logs.write("log.jsonl", rows)
+    ctx = logs.run(path, since="2026-03-05T12:00:00Z")
+    assert responses(table(ctx)) == responses([logs.answers[n] for n in (1, 2, 5)])
     found = counts(ctx)
     assert (found["outside_window"], found["set_aside"]) == (
         1,
         {"no time that can be read in timestamp, created, created_at, time (logs.fields names another)": 2},
     )
     assert found["window"] == {"since": "2026-03-05T12:00:00Z", "after": None, "newest": "2026-03-05T13:00:00Z"}
-    again = run(tmp_path / "2", tiny_drafter, path, since="last", after="2026-03-05T12:00:00Z")
-    assert responses(table(again)) == responses(logged_answers[2:3])  # behind what was read: not the same time again
-    everything = run(tmp_path / "3", tiny_drafter, path, since="last")  # a first refresh: the next needs times
+    again = logs.run(path, since="last", after="2026-03-05T12:00:00Z")
+    assert responses(table(again)) == responses(logs.answers[2:3])  # behind what was read: not the same time again
+    everything = logs.run(path, since="last")  # a first refresh: the next needs times
     assert len(table(everything)) == 4 and counts(everything)["window"]["newest"] == "2026-03-05T13:00:00Z"
     with pytest.raises(DraftsmithError, match=r"3 rows .*2026-04-01T00:00:00Z or later"):
-        run(tmp_path / "4", tiny_drafter, write(tmp_path / "old.jsonl", rows[:3]), since="2026-04-01")
+        logs.run(logs.write("old.jsonl", rows[:3]), since="2026-04-01")
     with pytest.raises(DraftsmithError, match=r"3 rows .*later than 2026-04-01T00:00:00Z"):
-        run(tmp_path / "5", tiny_drafter, tmp_path / "old.jsonl", since="last", after="2026-04-01T00:00:00Z")
+        logs.run(logs.folder / "old.jsonl", since="last", after="2026-04-01T00:00:00Z")
 
 
-def test_a_clock_that_is_wrong_hides_nothing_from_the_next_refresh(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]
-) -> None:
-    path = write(
-        tmp_path / "log.jsonl", [timed(logged_answers[0], "2026-03-05"), timed(logged_answers[1], "2999-01-01")]
-    )
-    ctx = run(tmp_path, tiny_drafter, path, since="2026-03-01")
+def test_a_clock_that_is_wrong_hides_nothing_from_the_next_refresh(logs: Logs) -> None:
+    ctx = logs.run([timed(logs.answers[0], "2026-03-05"), timed(logs.answers[1], "2999-01-01")], since="2026-03-01")
     assert counts(ctx)["window"]["newest"] == "2026-03-05T00:00:00Z"
     assert counts(ctx)["set_aside"] == {"time in the future": 1}
 
 
-def test_a_window_that_another_follows_is_read_whole_whatever_its_files_are_called(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]
-) -> None:
+def test_a_window_that_another_follows_is_read_whole_whatever_its_files_are_called(logs: Logs) -> None:
     """Two hosts serve all day; the rows of both are chosen from in one order, and none is left for nobody."""
-    for host, rows in (("a", logged_answers[:10]), ("b", logged_answers[10:20])):
+    for host, rows in (("a", logs.answers[:10]), ("b", logs.answers[10:20])):
         served = [timed(row, f"2026-03-05T{hour:02}:00:00Z") for hour, row in enumerate(rows)]
-        (tmp_path / "logs").mkdir(exist_ok=True)
-        write(tmp_path / "logs" / f"host-{host}.jsonl", served)
+        (logs.folder / "logs").mkdir(exist_ok=True)
+        write(logs.folder / "logs" / f"host-{host}.jsonl", served)
     for begin, after in ((0, None), (2, "2026-03-05T01:00:00Z")):
-        ctx = run(tmp_path / str(begin), tiny_drafter, tmp_path / "logs", since="last", rows=4, after=after)
+        ctx = logs.run(logs.folder / "logs", since="last", rows=4, after=after)
         found = counts(ctx)
-        assert responses(table(ctx)) == responses(logged_answers[begin : begin + 4])
+        assert responses(table(ctx)) == responses(logs.answers[begin : begin + 4])
         assert (found["rows_read"], found["not_drawn"]) == (20, 20 - 2 * begin - 4)
         assert found["window"]["newest"] == "2026-03-05T09:00:00Z"
-    alone = run(tmp_path / "alone", tiny_drafter, tmp_path / "logs", since="2026-03-05", rows=4)
+    alone = logs.run(logs.folder / "logs", since="2026-03-05", rows=4)
     assert counts(alone)["rows_read"] == 4, "no window follows this one"
     assert counts(alone)["rows_in_files"] is None, "nor were they all looked at to count them"
 
@@ -151,31 +125,6 @@ def test_dates_as_yaml_reads_them_are_windows() -> None:
     assert config.since == "2026-03-05T00:00:00Z"
 
 
-def test_prompts_of_the_heldout_class_are_not_trained_on_as_text_or_as_ids(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts
-) -> None:
-    """Whether this refresh measures on them or not: another one did, or will."""
-    from draftsmith.stages.prompting.chat_template import token_ids
-    from draftsmith.stages.prompting.sources import Candidate
-    from draftsmith.stages.targets.info import model_path
-    from draftsmith.stages.targets.resolve import load_tokenizer
-
-    tokenizer = load_tokenizer(model_path(tiny_drafter.target))
-    rows: list[Row] = []
-    held_out = 0
-    for number in range(60):
-        messages = [{"role": "user", "content": f"tell story {number} of the cat"}]
-        held_out += HeldOut().holds(messages, [])
-        system = [{"role": "system", "content": "be kind ."}, *messages]
-        ids = token_ids(tokenizer, Candidate("test", system, "row"), {})
-        rows += [{"messages": messages, "completion": "the cat is here ."}]
-        rows += [{"prompt_token_ids": ids, "completion_token_ids": [9, 10, 11 + number]}]
-    ctx = run(tmp_path, tiny_drafter, write(tmp_path / "log.jsonl", rows))
-    assert held_out > 2
-    assert counts(ctx)["set_aside"] == {"prompt of the validation or held-out split": 2 * held_out}
-    assert counts(ctx)["heldout_share"] == 0.1
-
-
 @pytest.fixture
 def earlier(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> Path:
     """Other answers to train prompts, and rows that must not be mixed in: held out, sampled."""
@@ -189,55 +138,49 @@ def earlier(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> Path:
     return folder
 
 
-def test_a_share_of_the_answers_is_of_an_earlier_refresh(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row], earlier: Path
-) -> None:
-    path = write(tmp_path / "log.jsonl", [as_ids(row) for row in logged_answers[:40]])
+def test_a_share_of_the_answers_is_of_an_earlier_refresh(logs: Logs, earlier: Path) -> None:
 
-    def mixed(name: str, seed: int = 0, **config: Any) -> tuple[list[Row], Row]:
+    def mixed(seed: int = 0, **config: Any) -> tuple[list[Row], Row]:
         inputs = {"earlier": earlier}
-        ctx = run(tmp_path / name, tiny_drafter, path, prompts=True, inputs=inputs, seed=seed, **config)
+        ctx = logs.run([as_ids(row) for row in logs.answers[:40]], prompts=True, inputs=inputs, seed=seed, **config)
         return table(ctx), counts(ctx)
 
-    rows, found = mixed("all", replay_share=0.2)
+    rows, found = mixed(replay_share=0.2)
     assert (found["used"], found["replayed"], len(rows)) == (40, 10, 50)
     assert len({row["trajectory_id"] for row in rows}) == 50
-    allowed = read_table(tiny_drafter.rollout / "trajectories.parquet", TRAJECTORIES).to_pylist()[80:140]
+    allowed = read_table(logs.made.rollout / "trajectories.parquet", TRAJECTORIES).to_pylist()[80:140]
     replayed = [tuple(ids) for ids in responses(rows[40:])]
     assert {*replayed} <= {tuple(ids) for ids in responses(allowed)} and len({*replayed}) == 10
-    again, _ = mixed("again", seed=1, replay_share=0.2)
+    again, _ = mixed(seed=1, replay_share=0.2)
     assert {tuple(ids) for ids in responses(again[40:])} != {*replayed}
-    bounded, found = mixed("bounded", replay_share=0.25, rows=20)
+    bounded, found = mixed(replay_share=0.25, rows=20)
     assert (found["used"], found["replayed"], len(bounded)) == (15, 5, 20)
-    _, found = mixed("most", replay_share=0.9)
+    _, found = mixed(replay_share=0.9)
     assert (found["used"], found["replayed"]) == (40, 60)  # all that there are
-    none, found = mixed("none")
+    none, found = mixed()
     assert len(none) == 40 and found["replayed"] == 0
 
 
-def test_earlier_answers_of_another_law_are_left_out(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]
-) -> None:
+def test_earlier_answers_of_another_law_are_left_out(logs: Logs) -> None:
     """What is written can be trained on; greedy answers have no top-p and no top-k."""
-    path = write(tmp_path / "log.jsonl", [as_ids(row) for row in logged_answers[:40]])
-    rows = read_table(tiny_drafter.rollout / "trajectories.parquet", TRAJECTORIES).to_pylist()[60:90]
-    folder = tmp_path / "earlier"
+    rows = read_table(logs.made.rollout / "trajectories.parquet", TRAJECTORIES).to_pylist()[60:90]
+    folder = logs.folder / "earlier"
 
-    def mixed(name: str, temperature: float) -> tuple[RecordingContext, Law]:
+    def mixed(temperature: float) -> tuple[RecordingContext, Law]:
         others = [{"top_p": 0.8}] * 15 + [{"top_k": 0}] * 5 + [{"top_k": 40}] * 5 + [{}] * 5
         law = {"temperature": temperature, "top_p": 0.95, "top_k": 20}
         made = [row | law | other for row, other in zip(rows, others, strict=True)]
         write_table(folder / "trajectories.parquet", TRAJECTORIES, made)
-        (folder / ORIGIN).write_text(json.dumps(given_by(tiny_drafter.target)))
+        (folder / ORIGIN).write_text(json.dumps(given_by(logs.made.target)))
         config: Row = {**law, "scored": 0, "replay_share": 0.5}
-        ctx = run(tmp_path / name, tiny_drafter, path, inputs={"earlier": folder}, **config)
+        ctx = logs.run([as_ids(row) for row in logs.answers[:40]], inputs={"earlier": folder}, **config)
         return ctx, load_trajectories(ctx.out).law
 
-    ctx, law = mixed("sampled", 0.7)
+    ctx, law = mixed(0.7)
     assert counts(ctx)["replayed"] == 5
     assert (law.temperature, law.top_p, law.top_k) == pytest.approx((0.7, 0.95, 20))
     assert any(line.startswith("25 answers of the earlier refresh are left out") for line in ctx.logs)
-    ctx, law = mixed("greedy", 0.0)
+    ctx, law = mixed(0.0)
     assert counts(ctx)["replayed"] == 30 and law.greedy
     assert not any("left out" in line for line in ctx.logs)
 
@@ -251,17 +194,12 @@ def test_earlier_answers_of_another_law_are_left_out(
     ],
 )
 def test_answers_of_another_target_are_not_mixed_in(
-    digests: dict[str, str],
-    changed: str | None,
-    tmp_path: Path,
-    tiny_drafter: DrafterArtifacts,
-    logged_answers: list[Row],
-    earlier: Path,
+    logs: Logs, digests: dict[str, str], changed: str | None, earlier: Path
 ) -> None:
-    path = write(tmp_path / "log.jsonl", [as_ids(row) for row in logged_answers[:40]])
-    own = counts(run(tmp_path / "first", tiny_drafter, path))["given_by"]
+    path = logs.write("log.jsonl", [as_ids(row) for row in logs.answers[:40]])
+    own = counts(logs.run(path))["given_by"]
     (earlier / ORIGIN).write_text(json.dumps(own | digests))
-    ctx = run(tmp_path, tiny_drafter, path, prompts=True, inputs={"earlier": earlier}, rows=40, replay_share=0.2)
+    ctx = logs.run(path, prompts=True, inputs={"earlier": earlier}, rows=40, replay_share=0.2)
     found = counts(ctx)
     assert (found["used"], found["replayed"]) == ((40, 0) if changed else (32, 8))
     assert found["replay_left_out"] == changed and ctx.summaries["replay_left_out"] == float(changed is not None)
@@ -269,23 +207,20 @@ def test_answers_of_another_target_are_not_mixed_in(
     assert len(said) == (changed is not None) and all(f": {changed} changed" in line for line in said)
 
 
-def test_answers_of_this_log_are_not_mixed_in_again(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]
-) -> None:
-    path = write(tmp_path / "log.jsonl", [as_ids(row) for row in logged_answers])
-    folder = tmp_path / "earlier"
+def test_answers_of_this_log_are_not_mixed_in_again(logs: Logs) -> None:
+    folder = logs.folder / "earlier"
     folder.mkdir()
-    shutil.copy(tiny_drafter.rollout / "trajectories.parquet", folder)
-    (folder / ORIGIN).write_text(json.dumps(given_by(tiny_drafter.target)))
-    ctx = run(tmp_path, tiny_drafter, path, inputs={"earlier": folder}, replay_share=0.5)
+    shutil.copy(logs.made.rollout / "trajectories.parquet", folder)
+    (folder / ORIGIN).write_text(json.dumps(given_by(logs.made.target)))
+    ctx = logs.run([as_ids(row) for row in logs.answers], inputs={"earlier": folder}, replay_share=0.5)
     assert counts(ctx)["replayed"] == 60
     assert max(Counter((*row["prompt_ids"], -1, *row["response_ids"]) for row in table(ctx)).values()) == 1
 
 
-def test_long_logs_do_not_pile_up_in_memory(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+def test_long_logs_do_not_pile_up_in_memory(logs: Logs) -> None:
     """6,000 answers of 1,000 tokens, over 200 MB as Python numbers, take less than 120 MB."""
     made = random.Random(0)
-    with (tmp_path / "log.jsonl").open("w") as file:
+    with (logs.folder / "log.jsonl").open("w") as file:
         for number in range(6000):
             prompt = [5 + number % 800, 5 + number // 800]
             answer = made.choices(range(5, 800), k=1000)
@@ -301,7 +236,7 @@ def test_long_logs_do_not_pile_up_in_memory(tmp_path: Path, tiny_drafter: Drafte
         "ctx = run(folder, made, folder / 'log.jsonl', scored=0); assert ctx.summaries['answers'] > 5000;"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start)"
     )
-    arguments = [sys.executable, "-c", script, str(tmp_path), str(tiny_drafter.root)]
+    arguments = [sys.executable, "-c", script, str(logs.folder), str(logs.made.root)]
     done = subprocess.run(arguments, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) < 120 * 1024  # KiB

@@ -10,9 +10,8 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.prompting.times import as_time
-from tests.stages.logs_run import Row, as_ids, counts, earlier, run, set_aside, table, write
+from tests.stages.logs_run import Logs, Row, as_ids, counts, set_aside, table, write
 from tests.testbed.context import RecordingContext
-from tests.testbed.drafter import DrafterArtifacts
 
 NOON = "2026-03-05T12:00:00Z"
 
@@ -28,105 +27,81 @@ def responses(ctx: RecordingContext) -> list[list[int]]:
     return [row["response_ids"] for row in table(ctx)]
 
 
-def following(
-    folder: Path, made: DrafterArtifacts, before: RecordingContext, *paths: Path, **config: Any
-) -> RecordingContext:
-    """The refresh behind one that promoted."""
-    newest = counts(before)["window"]["newest"]
-    inputs = {"earlier": earlier(folder, before)}
-    return run(folder, made, *paths, inputs=inputs, since="last", after=newest, **config)
+def following(logs: Logs, before: RecordingContext, *paths: Path, **config: Any) -> RecordingContext:
+    """The refresh after one that promoted."""
+    newest, inputs = counts(before)["window"]["newest"], {"earlier": logs.earlier(before)}
+    return logs.run(*paths, inputs=inputs, since="last", after=newest, **config)
 
 
-def test_rows_that_come_late_are_read_once(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]
-) -> None:
+def test_rows_that_come_late_are_read_once(logs: Logs) -> None:
     """Of the second that was read last, of a file that comes later, with the time of a long request: within an hour."""
-    answers = logged_answers[:9]
+    answers = logs.answers[:9]
     seen, (twin, late, request, too_late, new) = answers[:4], answers[4:]
     rows = [at(row, minutes) for row, minutes in zip(seen, (-90, -30, -1, 0), strict=True)]
-    log = write(tmp_path / "a.jsonl", rows)
-    first = run(tmp_path / "first", tiny_drafter, log, since="last")
+    log = logs.write("a.jsonl", rows)
+    first = logs.run(log, since="last")
     write(log, [*rows, at(twin, 0), at(new, 5)])
-    other = write(tmp_path / "b.jsonl", [at(late, -10), at(request, -59), at(too_late, -61)])
+    other = logs.write("b.jsonl", [at(late, -10), at(request, -59), at(too_late, -61)])
 
-    second = following(tmp_path / "second", tiny_drafter, first, log, other)
+    second = following(logs, first, log, other)
     assert responses(second) == [row["response_ids"] for row in (twin, new, late, request)]
     found = counts(second)
     assert found["set_aside"] == {"used by the champion's refresh": 3} and len(set_aside(second)) == 3
     assert (found["outside_window"], found["window"]["newest"]) == (2, "2026-03-05T12:05:00Z")
-    longer = following(tmp_path / "longer", tiny_drafter, first, log, other, lateness_hours=2)
+    longer = following(logs, first, log, other, lateness_hours=2)
     assert responses(longer)[-1] == too_late["response_ids"] and len(responses(longer)) == 5
 
 
-def test_without_lateness_or_the_answers_of_before_a_window_begins_behind_what_was_read(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]
-) -> None:
-    log = write(tmp_path / "a.jsonl", [at(logged_answers[n], minutes) for n, minutes in enumerate((-5, 0, 5))])
-    first = run(tmp_path / "first", tiny_drafter, log, since="last")
+def test_without_lateness_or_the_answers_of_before_a_window_begins_behind_what_was_read(logs: Logs) -> None:
+    log = logs.write("a.jsonl", [at(logs.answers[n], minutes) for n, minutes in enumerate((-5, 0, 5))])
+    first = logs.run(log, since="last")
     settings: Row = {"since": "last", "after": NOON}
-    for name, inputs, hours in (("none", {"earlier": earlier(tmp_path, first)}, 0), ("unknown", {}, 1)):
-        ctx = run(tmp_path / name, tiny_drafter, log, inputs=inputs, lateness_hours=hours, **settings)
-        assert responses(ctx) == [logged_answers[2]["response_ids"]]
+    for inputs, hours in (({"earlier": logs.earlier(first)}, 0), ({}, 1)):
+        ctx = logs.run(log, inputs=inputs, lateness_hours=hours, **settings)
+        assert responses(ctx) == [logs.answers[2]["response_ids"]]
         assert counts(ctx)["outside_window"] == 2
 
 
-def test_answers_of_a_version_before_are_not_used_twice_and_not_mixed_in(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]
-) -> None:
+def test_answers_of_a_version_before_are_not_used_twice_and_not_mixed_in(logs: Logs) -> None:
     """An upgrade that changes what a table says of answers ends no line."""
-    rows = [at(logged_answers[n], minutes) for n, minutes in enumerate((-5, 0))]
-    log = write(tmp_path / "a.jsonl", rows)
-    first = run(tmp_path / "first", tiny_drafter, log, since="last")
+    rows = [at(logs.answers[n], minutes) for n, minutes in enumerate((-5, 0))]
+    log = logs.write("a.jsonl", rows)
+    first = logs.run(log, since="last")
     path = first.out / "trajectories.parquet"
     before = pq.read_table(path).drop_columns(["top_k"])
     pq.write_table(before.replace_schema_metadata({**before.schema.metadata, b"draftsmith.version": b"1"}), path)
-    write(log, [*rows, at(logged_answers[2], 5)])
-    inputs = {"earlier": earlier(tmp_path, first, replayed=True)}
-    ctx = run(tmp_path / "second", tiny_drafter, log, inputs=inputs, since="last", after=NOON, replay_share=0.5)
-    assert responses(ctx) == [logged_answers[2]["response_ids"]]
+    write(log, [*rows, at(logs.answers[2], 5)])
+    inputs = {"earlier": logs.earlier(first, replayed=True)}
+    ctx = logs.run(log, inputs=inputs, since="last", after=NOON, replay_share=0.5)
+    assert responses(ctx) == [logs.answers[2]["response_ids"]]
     assert counts(ctx)["replay_left_out"] == "what is stored of answers"
 
 
-def test_nothing_but_what_was_used_is_nothing_new(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]
-) -> None:
-    log = write(tmp_path / "a.jsonl", [at(logged_answers[n], minutes) for n, minutes in enumerate((-90, -5, 0))])
-    first = run(tmp_path / "first", tiny_drafter, log, since="last")
-    with pytest.raises(DraftsmithError, match=f"3 rows .*{NOON}"):
-        following(tmp_path / "second", tiny_drafter, first, log)
+def test_an_answer_that_is_given_again_later_is_a_new_row(logs: Logs) -> None:
+    log = logs.write("a.jsonl", [at(logs.answers[0], 0)])
+    first = logs.run(log, since="last")
+    write(log, [at(logs.answers[0], 0), at(logs.answers[0], 30)])
+    assert len(table(following(logs, first, log))) == 1
 
 
-def test_an_answer_that_is_given_again_later_is_a_new_row(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]
-) -> None:
-    log = write(tmp_path / "a.jsonl", [at(logged_answers[0], 0)])
-    first = run(tmp_path / "first", tiny_drafter, log, since="last")
-    write(log, [at(logged_answers[0], 0), at(logged_answers[0], 30)])
-    assert len(table(following(tmp_path / "second", tiny_drafter, first, log))) == 1
-
-
-def test_old_rows_do_not_excuse_bad_ones(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]
-) -> None:
+def test_old_rows_do_not_excuse_bad_ones(logs: Logs) -> None:
     """A window of ten of which six have a new shape, behind a thousand rows that were fine."""
-    old: list[Row | str] = [at(logged_answers[0], -600 - number) for number in range(1000)]
-    new: list[Row | str] = [at(row, number) for number, row in enumerate(logged_answers[:4])]
-    new += [{"msgs": "?", "created": at(logged_answers[0], 1)["created"]} for _ in range(6)]
-    log = write(tmp_path / "a.jsonl", [*old, *new])
+    old: list[Row | str] = [at(logs.answers[0], -600 - number) for number in range(1000)]
+    new: list[Row | str] = [at(row, number) for number, row in enumerate(logs.answers[:4])]
+    new += [{"msgs": "?", "created": at(logs.answers[0], 1)["created"]} for _ in range(6)]
+    log = logs.write("a.jsonl", [*old, *new])
     with pytest.raises(DraftsmithError, match=r"6 of 10 rows.*logs\.max_bad_share"):
-        run(tmp_path / "1", tiny_drafter, log, since=NOON)
-    assert len(table(run(tmp_path / "2", tiny_drafter, log, since=NOON, max_bad_share=0.6))) == 4
+        logs.run(log, since=NOON)
+    assert len(table(logs.run(log, since=NOON, max_bad_share=0.6))) == 4
 
 
-def test_what_is_broken_among_old_rows_is_old(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]
-) -> None:
+def test_what_is_broken_among_old_rows_is_old(logs: Logs) -> None:
     """Lines that say no time are taken to be as old as the row before them: a year of logs has a few."""
-    old: list[Row | str] = [at(logged_answers[0], -600) for _ in range(50)]
-    new: list[Row | str] = [at(row, number) for number, row in enumerate(logged_answers[:20])]
-    log = write(tmp_path / "a.jsonl", [*old, '{"prompt_token_ids": [', '{"prompt', *new])
-    ctx = run(tmp_path / "1", tiny_drafter, log, since=NOON, max_bad_share=0.01)
+    old: list[Row | str] = [at(logs.answers[0], -600) for _ in range(50)]
+    new: list[Row | str] = [at(row, number) for number, row in enumerate(logs.answers[:20])]
+    log = logs.write("a.jsonl", [*old, '{"prompt_token_ids": [', '{"prompt', *new])
+    ctx = logs.run(log, since=NOON, max_bad_share=0.01)
     assert counts(ctx)["set_aside"] == {"cannot be read": 2} and len(table(ctx)) == 20
     write(log, [*old, *new, '{"prompt_token_ids": ['])
     with pytest.raises(DraftsmithError, match=r"row 71: .*1 of 21 rows"):
-        run(tmp_path / "2", tiny_drafter, log, since=NOON, max_bad_share=0.01)
+        logs.run(log, since=NOON, max_bad_share=0.01)

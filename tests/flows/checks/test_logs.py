@@ -153,7 +153,7 @@ def test_a_file_that_may_still_be_written_is_named(of_logs: bool, tmp_path: Path
 
 
 @pytest.mark.parametrize("of_logs", [True, False])
-@pytest.mark.parametrize(("text", "said"), [("", "is empty"), ("question,answer\nWhat?,That.\n", "looks like CSV")])
+@pytest.mark.parametrize(("text", "said"), [("", "is empty"), ("question,answer\nWhat?,That.\n", "not JSON")])
 def test_a_file_without_rows_is_an_error_that_says_what_it_is(
     text: str, said: str, of_logs: bool, tmp_path: Path
 ) -> None:

@@ -17,7 +17,6 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.prompting.files import (
     BadRow,
     Row,
-    count_rows,
     local_files,
     matched,
     read_rows,
@@ -53,43 +52,17 @@ def test_every_format_gives_the_same_rows(suffix: str, tmp_path: Path) -> None:
     path = write(tmp_path / f"rows{suffix}", ROWS)
     assert fields([str(path)]) == ROWS
     assert [row.number for row in read(path)] == list(range(1, 701))
-    assert count_rows([str(path)]) == 700
 
 
-def test_a_folder_is_its_files_of_rows_in_order(tmp_path: Path) -> None:
-    for name in (
-        "b.jsonl",
-        "a.parquet",
-        "2026/09/z.jsonl.gz",
-        "2026/08/z.jsonl.zst",
-        "c.ndjson",
-        "d.json.gz",
-        "e.json",
-    ):
+def test_a_folder_is_its_files_of_rows_in_order_with_those_that_logrotate_has_renamed(tmp_path: Path) -> None:
+    names = ["2026/08/z.jsonl.zst", "2026/09/z.jsonl.gz", "a.jsonl", "a.jsonl-20261121.gz", "a.jsonl.1", "a.jsonl.2.gz"]
+    names += ["b.json.2026-11-21T03.zst", "c.ndjson", "d.json.gz", "e.json", "f.parquet"]
+    for name in reversed(names):
         write(tmp_path / name, [{"n": name}])
-    for name in ("notes.txt", "_SUCCESS", ".hidden.jsonl", "_tmp/x.jsonl", "c.jsonl.part"):
+    for name in ("notes.txt", "_SUCCESS", ".hidden.jsonl", "_tmp/x.jsonl", "c.jsonl.part", "a.jsonl.1.tmp", "a.jsonl~"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text('{"n": "not a log"}\n')
-    found = [Path(name).relative_to(tmp_path).as_posix() for name in matched([str(tmp_path)], "logs.paths")]
-    assert found == [
-        "2026/08/z.jsonl.zst",
-        "2026/09/z.jsonl.gz",
-        "a.parquet",
-        "b.jsonl",
-        "c.ndjson",
-        "d.json.gz",
-        "e.json",
-    ]
-    assert {row["n"] for row in fields(matched([str(tmp_path)], "logs.paths"))} == set(found)
-
-
-def test_a_folder_has_the_files_that_logrotate_has_renamed(tmp_path: Path) -> None:
-    rotated = ("a.jsonl", "a.jsonl-20261121.gz", "a.jsonl.1", "a.jsonl.2.gz", "b.json.2026-11-21T03.zst")
-    for name in rotated:
-        (tmp_path / name).write_bytes(content([{"n": name}], name))
-    for name in ("a.jsonl.part", "a.jsonl.1.tmp", "a.jsonl~"):
-        (tmp_path / name).write_text('{"n": "not a log"}\n')
-    assert [row["n"] for row in fields(matched([str(tmp_path)], "logs.paths"))] == list(rotated)
+    assert [row["n"] for row in fields(matched([str(tmp_path)], "logs.paths"))] == names
 
 
 def test_patterns_stand_as_given_and_no_file_comes_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +152,6 @@ def test_what_stands_before_the_end_of_a_cut_off_file_is_used(suffix: str, tmp_p
     assert [row.fields for row in good if isinstance(row, Row)] == rows[: len(good)]
     assert 10_000 < len(good) < 15_100
     assert isinstance(bad, BadRow) and "damaged or cut off" in bad.reason and bad.number == len(good) + 1
-    assert count_rows([str(path)]) in range(20_000)
 
 
 def test_a_damaged_parquet_file_is_one_bad_row(tmp_path: Path) -> None:
@@ -199,18 +171,6 @@ def test_a_file_that_is_gone_is_an_error(tmp_path: Path) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(data=st.binary(max_size=400), suffix=st.sampled_from(SUFFIXES), raw=st.booleans())
-def test_no_bytes_break_the_reader(
-    data: bytes, suffix: str, raw: bool, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """Whatever stands in a file, packed as its name says or not, is rows and bad rows."""
-    path = tmp_path_factory.mktemp("bytes") / f"x{suffix}"
-    path.write_bytes(data if raw or suffix == ".parquet" else packed(data, suffix))
-    for row in read(path):
-        assert isinstance(row, Row | BadRow) and row.number >= 1 and "\n" not in row.where
-
-
-@settings(max_examples=150, deadline=None)
 @given(
     suffix=st.sampled_from(SUFFIXES),
     cut=st.floats(0, 1),
@@ -227,4 +187,3 @@ def test_no_damage_breaks_the_reader(
     path.write_bytes(data[: int(cut * len(data))])
     for row in read(path):
         assert isinstance(row, Row | BadRow)
-    assert count_rows([str(path)]) >= 0

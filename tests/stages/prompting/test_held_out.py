@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -75,11 +73,6 @@ def test_prompts_that_measure_outside_of_the_class_are_held_out_too(tiny_drafter
         assert outside.holds(said("another text"), row["token_ids"]) is measured
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tiny_drafter: DrafterArtifacts) -> Any:
-    return load_tokenizer(model_path(tiny_drafter.target))
-
-
 @pytest.mark.parametrize("template", [None, LLAMA, GPT_OSS, DEEPSEEK])
 @pytest.mark.parametrize(
     "messages",
@@ -113,9 +106,3 @@ def test_a_template_that_cannot_be_read_backwards_gives_the_whole_text(
     tokenizer.chat_template = template
     ids = tokenizer("Tell a story", add_special_tokens=False)["input_ids"]
     assert TemplateInverter(tokenizer, {}).messages(ids) == said("Tell a story")
-
-
-def test_a_prompt_of_nothing_but_text_is_one_message(tokenizer: Any) -> None:
-    """Of a log whose prompts were no chats."""
-    ids = tokenizer("once upon a time", add_special_tokens=False)["input_ids"]
-    assert TemplateInverter(tokenizer, {}).messages(ids) == said("once upon a time")

@@ -74,15 +74,6 @@ def test_no_row_breaks_the_intake(fields: dict[str, Any], intake: Intake, listed
         assert "\n" not in json.loads(listed.getvalue().splitlines()[-1])["reason"]
 
 
-@settings(max_examples=200, deadline=None)
-@given(fields=ROWS)
-def test_no_row_breaks_its_judge_without_a_tokenizer(fields: dict[str, Any]) -> None:
-    config = LogsConfig(paths=["a"], temperature=0, since="2020-01-01")
-    sieve = ShapeSieve(config, Aside("logs.max_bad_share", 1))
-    taken = sieve.take(Row("log.jsonl", 1, fields))
-    assert (taken is None) is (sieve.outside_window + sum(sieve.aside.reasons.values()) == 1)
-
-
 SAMPLED = {"temperature": 0.7, "top_p": 0.9, "top_k": 20}
 
 
@@ -91,24 +82,18 @@ SAMPLED = {"temperature": 0.7, "top_p": 0.9, "top_k": 20}
     [
         ({}, {"top_p": 0.9, "top_k": 20, "min_p": 0.1}, None),  # greedy decoding reads none of them
         ({}, {"repetition_penalty": 1.05}, "drawn with penalties"),
-        ({}, {"repetition_penalty": 1.0, "frequency_penalty": 0, "presence_penalty": None}, None),
         ({}, {"logit_bias": {"5": -100, "6": None}}, "drawn with a logit bias"),
         ({}, {"logit_bias": {"5": 0, "6": None}, "response_format": {"type": "text"}}, None),
         ({}, {"response_format": {"type": "json_object"}}, "drawn under a response_format"),
         ({}, {"json_schema": '{"type": "object"}', "regex": None}, "drawn under a grammar"),
-        ({}, {"json_schema": None, "regex": None, "ebnf": "", "structural_tag": {"of": "somebody else"}}, None),
-        (SAMPLED, {"logit_bias": {}, "response_format": {"type": None}}, None),
         (SAMPLED, {"logit_bias": "none", "response_format": "markdown"}, None),
-        (SAMPLED, {}, None),
         (SAMPLED, {"top_p": float(np.float32(0.9)), "top_k": 20, "min_p": 0.0}, None),
         (SAMPLED, {"top_p": 1.0}, "another top_p"),
-        (SAMPLED, {"top_p": 10**400}, "another top_p"),
         (SAMPLED, {"top_k": -1}, "another top_k"),
         (SAMPLED, {"min_p": 0.05}, "drawn with min_p"),
         (SAMPLED, {"presence_penalty": 0.5}, "drawn with penalties"),
         (SAMPLED, {"top_p": "0.9 of them", "top_k": {"documents": 3}}, None),  # somebody else's fields
         ({"temperature": 1}, {"top_k": -1}, None),
-        ({"temperature": 1}, {"top_k": 1 << 30}, None),
         ({"temperature": 1}, {"top_k": 50}, "another top_k"),
     ],
 )

@@ -152,20 +152,3 @@ def test_rows_that_text_cannot_ask_again_are_counted_alike_in_both_stages(target
     assert f"left out: 60 {TOOLS}, 30 {NOT_TEXT})" in few
     none = error(target, tmp_path / "none", write(tmp_path / "none.jsonl", rows[:20]))
     assert f"none of 20 rows can be a prompt (20 {TOOLS})" in none
-
-
-def test_a_prompt_with_tools_that_something_is_added_to_is_left_out(
-    with_template: Callable[[str], Path], tmp_path: Path
-) -> None:
-    """It is made of its messages again, which do not hold the tools that it was served with."""
-    target = with_template(templates.TOOLS)
-    conversations = [asked(number) for number in range(80)]
-    rows = only(served(target, conversations, tools=WEATHER), *IDS, messages=conversations, tools=[WEATHER] * 80)
-    plain = only(served(target, conversations[:40]), *IDS, messages=conversations[:40])
-    log = write(tmp_path / "log.jsonl", plain + rows[40:])
-    for name, suffix, system in (("a", " Explain.", None), ("b", "", "Be kind.")):
-        source = {"kind": "jsonl", "path": str(log), "suffix": suffix}
-        asked_of: dict[str, Any] = {"train": 10, "heldout": 10, "heldout_share": 0.5, "system": system}
-        taken, context = run_with_context(target, tmp_path / name, [source], **asked_of)
-        assert context.summaries["rows_set_aside"] == 40
-        assert all(int(row["messages"][-1]["content"].split()[1].rstrip("?")) < 40 for row in taken)

@@ -8,7 +8,7 @@ import boto3
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.prompting.files import count_rows, matched, read_rows, remote_versions
+from draftsmith.stages.prompting.files import matched, read_rows, remote_versions
 from tests.stages.prompting.test_files import ROWS, SUFFIXES, content, fields
 from tests.testbed.s3 import bucket
 
@@ -27,7 +27,7 @@ def test_a_bucket_of_s3_gives_what_the_disk_gives() -> None:
     for suffix in SUFFIXES:
         files = matched([f"s3://answers/week/rows{suffix}"], "logs.paths")
         assert fields(files) == ROWS[:9]
-    assert count_rows(matched(["s3://answers/week"], "logs.paths")) == 9 * len(SUFFIXES)
+    assert len(fields(matched(["s3://answers/week"], "logs.paths"))) == 9 * len(SUFFIXES)
     assert len(matched(["s3://answers/*/rows*.gz"], "logs.paths")) == sum("gz" in suffix for suffix in SUFFIXES)
     with pytest.raises(DraftsmithError, match=r"^logs\.paths: .*s3://answers/none\.jsonl"):
         matched(["s3://answers/none.jsonl"], "logs.paths")

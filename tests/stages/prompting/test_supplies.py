@@ -6,11 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from draftsmith.stages.prompting.held_out import HELDOUT_SHARE, identity, place
-from draftsmith.stages.prompting.sources import SPLITS, PromptsConfig
-from draftsmith.stages.prompting.supplies import supplies
 from tests.stages.prompts_run import Row, error, questions, run, run_with_context, texts, write_rows
 
 
@@ -40,24 +36,6 @@ def test_no_refresh_trains_on_what_another_measured(target: Path, tmp_path: Path
         seen.append(run(target, tmp_path / str(seed), sources, **settings))
     assert not set().union(*map(measured, seen)) & set().union(*map(trained, seen))
     assert all(place(prompt) < HELDOUT_SHARE for rows in seen for prompt in measured(rows))
-
-
-@pytest.mark.parametrize("suffix", ["", " Think step by step."])
-def test_a_suffix_does_not_part_a_conversation(suffix: str, tmp_path: Path) -> None:
-    """It is added to the last message, and the first one decides."""
-    first = [{"role": "user", "content": f"question {number}"} for number in range(200)]
-    more = [{"role": "assistant", "content": "so"}, {"role": "user", "content": "and more?"}]
-    path = write_rows(tmp_path / "c.jsonl", [{"messages": [each, *then]} for each in first for then in ([], more)])
-    source = {"kind": "jsonl", "path": str(path), "suffix": suffix}
-    asked = {"train": 400, "heldout": 400, "heldout_by": "conversation", "heldout_share": 0.3}
-    config = PromptsConfig.model_validate({"sources": [source], **asked})
-    (supply,) = supplies(config.sources[0], config)
-    begun: dict[str, set[str]] = {"heldout": set(), "train": set()}
-    for split in SPLITS[::2]:
-        while (candidate := supply.next(split)) is not None:
-            assert candidate.messages[-1]["content"].endswith(suffix)
-            begun[split].add(candidate.messages[0]["content"].removesuffix(suffix))
-    assert len(begun["train"]) + len(begun["heldout"]) == 200 and len(begun["heldout"]) > 30
 
 
 def test_a_file_that_grows_goes_on_measuring_the_same_prompts(target: Path, tmp_path: Path) -> None:
