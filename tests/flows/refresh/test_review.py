@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from draftsmith.artifacts.errors import RefusedError
+from draftsmith.artifacts.mlflow_models import ALL
 from draftsmith.artifacts.store import Store
 from draftsmith.artifacts.tracking import NOTE, Tracking
 from draftsmith.flows.pipeline.display import Display
@@ -16,8 +17,10 @@ from draftsmith.flows.pipeline.graph import Conclusion
 from draftsmith.flows.pipeline.node import Made, Workshop
 from draftsmith.flows.pipeline.run import _reviewed
 from draftsmith.flows.refresh.graph import REFRESH
+from draftsmith.flows.refresh.review import compared
 from draftsmith.stages.reporting.outcome import outcome
 from tests.flows.refresh.made import config_of
+from tests.stages.reporting.sample_report import OF_A_LINE
 from tests.testbed.artifacts import committed
 
 DECISION = {"outcome": "promoted", "promote": True, "challenger": "opd", "champion": "3", "rules": []}
@@ -50,3 +53,23 @@ def test_the_note_of_a_run_says_what_followed(conclusion: Conclusion | None, sai
     _, tags = _reviewed(workshop, {"report": Made(report, reused=True)}, conclusion, concludes=True)
     bold = [line for line in tags[NOTE].splitlines() if line.startswith("**")]
     assert len(bold) == len(said) and all(map(str.startswith, bold, said)), tags[NOTE]
+
+
+def test_compared_drafters_have_their_metrics_by_prompt_set(home: Path) -> None:
+    store = Store(home / "store")
+    evaluated = committed(
+        store, "evaluation", "e", lambda out: (out / "evaluation.json").write_text(json.dumps(OF_A_LINE))
+    )
+    arms = dict(zip(OF_A_LINE["drafters"], "abcd", strict=False))
+    made = {
+        arm: committed(store, "opd", key, lambda out: (out / "drafter.json").write_text("{}"))
+        for arm, key in arms.items()
+    }
+    found = compared({"evaluation": evaluated.path, **{arm: ref.path for arm, ref in made.items()}})
+    assert set(found) == set(arms) and len(found["opd"][1]) > 1
+    for arm, (manifest, metrics) in found.items():
+        assert manifest.key == made[arm].key
+        assert metrics[ALL]["tau"] == OF_A_LINE["drafters"][arm]["tau"]
+        assert metrics[ALL]["speedup"] == OF_A_LINE["speed"][arm]["speedup"]
+        by_set = {name: arms[arm]["tau"] for name, arms in OF_A_LINE["sets"].items() if arm in arms}
+        assert {name: each["tau"] for name, each in metrics.items() if name != ALL} == by_set
