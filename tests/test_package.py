@@ -82,7 +82,7 @@ def test_wheel_and_sdist_hold_the_package_and_the_shipped_configs(tmp_path: Path
         ("flows/checks/findings.py", "import draftsmith.flows.refresh.graph", "The rooms of flows import downwards"),
         ("stages/targets/info.py", "import draftsmith.stages.replay.trace", "The chapters and rooms of stages"),
         ("stages/rollout.py", "import draftsmith.stages.sft", "no chapter imports another"),
-        ("stages/replay/board.py", "import mlflow", "know neither Prefect nor MLflow"),
+        ("stages/replay/chains.py", "import mlflow", "know neither Prefect nor MLflow"),
         ("stages/targets/source.py", "import draftsmith.stages.targets.config", "No circle of imports"),
     ],
 )
