@@ -74,15 +74,6 @@ def test_features_have_the_same_bits_in_any_order(memory_mb: float, plain_target
         assert torch.equal(hidden_of(first), hidden_of(second))
 
 
-def test_batches_for_losses_on_tokens_alone_carry_the_same_features(plain_target: Target) -> None:
-    """Without hidden states, layers behind the last feature are not run; what is left has the same bits."""
-    full = FeatureSource(plain_target, LAYERS, TRAJECTORIES, tokens_per_group=64)
-    lean = FeatureSource(plain_target, LAYERS, TRAJECTORIES, tokens_per_group=64, with_hidden=False)
-    for indices in ([5, 6], [1, 9]):
-        assert lean.batch(indices).hidden is None
-        assert torch.equal(lean.batch(indices).features, full.batch(indices).features)
-
-
 @pytest.mark.parametrize(("memory_mb", "reads"), [(2048, 1), (1e-6, 2)])
 def test_the_target_reads_only_what_is_asked_for_and_once_while_memory_lasts(
     memory_mb: float, reads: int, plain_target: Target, monkeypatch: pytest.MonkeyPatch
@@ -103,24 +94,6 @@ def test_the_target_reads_only_what_is_asked_for_and_once_while_memory_lasts(
     assert sum(rows for rows, _ in seen) == reads * len(TRAJECTORIES)
     if reads == 2:
         assert [tuple(shape) for shape in seen[:12]] == [(1, len(TRAJECTORIES[i].tokens)) for i in order]
-
-
-def test_features_that_are_not_kept_are_read_in_large_forwards(
-    plain_target: Target, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = FeatureSource(plain_target, LAYERS, TRAJECTORIES, tokens_per_group=64, memory_mb=1e-6)
-    seen: list[torch.Size] = []
-    read = source._read
-
-    def noted(ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        seen.append(ids.shape)
-        return read(ids)
-
-    monkeypatch.setattr(source, "_read", noted)
-    source.batch([7, 0, 11, 3, 7])
-    assert sum(rows for rows, _ in seen) == 4  # one of them is asked for twice
-    assert len(seen) < 4 and all(rows * width <= 64 for rows, width in seen)
-    assert not source._cache
 
 
 def test_frequent_tokens_are_ordered_by_their_count_in_the_responses() -> None:
