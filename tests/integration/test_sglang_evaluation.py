@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -170,11 +169,3 @@ def test_steps_of_another_drafter_are_refused(
         STAGE.run(ctx, config)
     assert "\n" not in str(caught.value)
     assert not any("SGLang" in line for line in ctx.logs)  # no server was needed to see it
-
-
-def test_the_traced_answers_hold_their_steps(evaluated: RecordingContext) -> None:
-    steps = read_table(evaluated.work / "traced" / "sft-steps.parquet", TRACE).to_pylist()
-    answers = read_table(evaluated.work / "traced" / "sft-answers.parquet", REQUESTS).to_pylist()
-    assert {step["trajectory_id"] for step in steps} == {answer["prompt_id"] for answer in answers}
-    assert len(answers) == 5
-    assert all(np.isfinite(step["target_logprobs"]).all() for step in steps)

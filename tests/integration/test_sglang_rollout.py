@@ -82,16 +82,6 @@ def test_assisted_answers_and_verify_steps_are_the_embedded_engines(
     assert theirs.summaries["tau"] == ours.summaries["tau"] > 3
 
 
-def test_a_finished_answer_without_records_is_not_asked_for_again(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, dflash_url: str
-) -> None:
-    engine = served(dflash_url, trace=False)
-    roll_out(tmp_path, tiny_drafter, engine, drafter=True)
-    again = roll_out(tmp_path, tiny_drafter, engine, drafter=True)
-    assert any(line.startswith("30 answers of an earlier attempt kept, 0 missing") for line in again.logs)
-    assert {unit for *_, unit in again.progressed} == {"rows put together"}
-
-
 def open_with(url: str, made: DrafterArtifacts, work: Path, *, drafter: Path | None = None, **options: Any) -> Any:
     drafting = DraftingConfig(block_size=options.pop("block_size", None))
     settings = {

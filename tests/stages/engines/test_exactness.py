@@ -15,7 +15,7 @@ from draftsmith.stages.drafters.drawing import uniform
 from draftsmith.stages.engines.base import Completion, Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.targets.info import model_path
-from tests.stages.bench import CAPACITY, GREEDY_TOKENS, Bench
+from tests.stages.bench import GREEDY_TOKENS, Bench
 from tests.testbed.drafter import DrafterArtifacts
 
 SAMPLED = SamplingParams(max_new_tokens=32, temperature=1.0, top_p=0.95, top_k=20)
@@ -135,19 +135,6 @@ def test_every_sampled_token_inverts_the_targets_law_at_its_own_position(bench: 
             assert float(law[j, :token].sum()) - 1e-5 <= u <= float(law[j, : token + 1].sum()) + 1e-5
 
 
-def test_greedy_and_sampled_requests_share_a_batch(bench: Bench, sampled: Sampled) -> None:
-    greedy, drawn = bench.requests(8), sampled.requests[:8]
-    mixed = [
-        Request(f"{i}/{kind}", r.prompt_ids, r.sampling, r.seed)
-        for i, pair in enumerate(zip(greedy, drawn, strict=True))
-        for kind, r in zip(("greedy", "sampled"), pair, strict=True)
-    ]
-    answers = tokens_of(bench.answers(mixed, "trained", slots=3))
-    for i, (request, other) in enumerate(zip(greedy, drawn, strict=True)):
-        assert answers[f"{i}/greedy"] == bench.greedy[request.request_id]
-        assert answers[f"{i}/sampled"] == sampled.answers[other.request_id]
-
-
 def test_answers_that_end_at_once_are_refilled(bench: Bench) -> None:
     """Length limits from one token on, so that rows finish at prefill, in a step, and at its very end."""
     requests = [
@@ -188,12 +175,6 @@ def test_an_engine_generates_twice_and_an_abandoned_answer_leaves_nothing(bench:
     del running  # which closes the generator
     again = {c.request.request_id: c.response_ids for c in engine.generate(bench.requests(12))}
     assert again == {p.prompt_id: bench.greedy[p.prompt_id] for p in bench.prompts[:12]}
-
-
-def test_a_request_larger_than_the_capacity_is_one_clear_error(bench: Bench) -> None:
-    request = bench.requests(1, SamplingParams(CAPACITY))[0]
-    with pytest.raises(DraftsmithError, match=rf"request {request.request_id}: .* capacity of {CAPACITY}"):
-        bench.answers([request])
 
 
 @pytest.mark.parametrize("spare", [-1, 0])

@@ -18,13 +18,12 @@ from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.engines.sglang import plugin, plugin_hooks, server
 from draftsmith.stages.engines.sglang.environment import PLUGIN_GROUP
 from draftsmith.stages.engines.sglang.plugin_hooks import (
-    Recorder,
     Trace,
     chain_logprobs,
     pack_steps,
     unpack_steps,
 )
-from draftsmith.stages.engines.sglang.protocol import ENVIRONMENT, KEY
+from draftsmith.stages.engines.sglang.protocol import KEY
 
 
 @dataclass
@@ -121,60 +120,10 @@ def test_every_record_stands_at_the_first_token_that_its_step_committed(
     assert [element["accepted"] for element in second[1:]] == [1]  # finished: its second step committed nothing
 
 
-def test_a_prefill_in_the_middle_of_an_answer_is_no_step() -> None:
-    batch = Batch([ServerRequest(customized_info={KEY: [{}, {}, None]})])
-    Trace("digest", [0], None).consume(batch, [Commit(3, (5,))])
-    assert batch.reqs[0].customized_info == {KEY: [{}, {}, None, None]}
-
-
 def test_a_tree_is_refused_in_the_place_of_its_record() -> None:
     batch = Batch([ServerRequest(customized_info={KEY: [{}]})])
     Trace("digest", [0], "a tree").consume(batch, [Commit(1, (5, 6))])
     assert batch.reqs[0].customized_info == {KEY: [{}, {"v": "1", "drafter": "digest", "refused": "a tree"}, None]}
-
-
-@pytest.mark.parametrize(
-    ("custom", "wanted"),
-    [(None, False), ({}, False), ({KEY: False}, False), ({"other": True}, False), ({KEY: True}, True)],
-)
-def test_only_requests_that_ask_are_traced(custom: dict[str, Any] | None, wanted: bool) -> None:
-    recorder = Recorder()
-    recorder.active = True
-    batch = Batch([ServerRequest(), ServerRequest(Sampling(custom))])
-    assert list(recorder.asking(batch)) == ([1] if wanted else [])
-
-
-def test_the_environment_asks_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ENVIRONMENT, "1")
-    recorder = Recorder()
-    recorder.active = True
-    assert list(recorder.asking(Batch([ServerRequest(), ServerRequest()]))) == [0, 1]
-
-
-def test_where_nobody_asks_the_original_is_called_and_its_result_untouched() -> None:
-    recorder, result = Recorder(), object()  # an object without any field: touching it fails
-    recorder.active = True
-    batch = Batch([ServerRequest()])
-
-    def original(*_args: Any, **_kwargs: Any) -> object:
-        return result
-
-    assert recorder.around_generation(original, None, batch) is result
-    assert recorder.around_accept_block(original, None, candidates=None) is result
-    assert recorder.around_eagle_sample(original, None, batch, None) is result
-
-
-def test_a_generation_that_fails_leaves_nothing_behind() -> None:
-    recorder = Recorder()
-    recorder.active = recorder.everyone = True
-
-    def fails(_worker: Any, _batch: Any) -> None:
-        recorder.steps = "left over"
-        raise ValueError
-
-    with pytest.raises(ValueError):
-        recorder.around_generation(fails, None, Batch([ServerRequest()]))
-    assert (list(recorder.rows), recorder.steps) == ([], None)
 
 
 def test_the_digest_is_the_drafters(tmp_path: Path) -> None:
@@ -184,21 +133,6 @@ def test_the_digest_is_the_drafters(tmp_path: Path) -> None:
     assert before == drafter_digest(tmp_path)
     (tmp_path / "frequent_tokens.npy").write_bytes(b"123")
     assert plugin_hooks._served_digest(str(tmp_path), None) != before
-
-
-@pytest.mark.parametrize(
-    ("version", "inside"),
-    [
-        ("0.5.19", False),
-        ("0.5.20", True),
-        ("0.5.23.post1", True),
-        ("0.5.24", False),
-        ("1.0.0", False),
-        ("unknown", False),
-    ],
-)
-def test_supported_releases(version: str, inside: bool) -> None:
-    assert plugin.supported(version) == inside
 
 
 @pytest.fixture
@@ -222,13 +156,6 @@ def test_a_release_without_a_hook_is_refused(
 ) -> None:
     with pytest.raises(RuntimeError, match=rf"sglang 0\.9\.1: {reason}.*supports >=0\.5\.20,<0\.5\.24"):
         plugin.check_release({other_release + name: parameters for name, parameters in required.items()})
-
-
-def test_a_server_does_not_start_with_a_release_that_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugin, "installed_version", lambda: "0.9.1")
-    monkeypatch.setattr(plugin.check_release, "__defaults__", ({"no_such_package.worker": ()},))
-    with pytest.raises(SystemExit, match=r"does not work with sglang 0\.9\.1: no_such_package\.worker is missing"):
-        plugin.activate()
 
 
 def test_an_untested_release_with_all_hooks_is_named(other_release: str, caplog: pytest.LogCaptureFixture) -> None:

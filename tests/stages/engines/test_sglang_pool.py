@@ -101,19 +101,6 @@ def failing(times: int, error: Refusal | None, then: Reply = answer) -> Reply:
 # ---- spreading
 
 
-def test_answers_come_back_and_concurrency_is_bounded_and_used() -> None:
-    gate = threading.Barrier(5)  # nothing is answered before five requests are there
-
-    def together(asked: dict[str, Any]) -> dict[str, Any]:
-        gate.wait(30)
-        return answer(asked, delay_s=0.02)
-
-    with serving(together) as server:
-        found, _ = with_pool([server], lambda pool: ask_many(pool, 40), concurrency=5)
-        assert found == EXPECTED
-        assert (server.most_at_once, server.count("/generate")) == (5, 40)
-
-
 def test_load_is_spread_over_servers_by_what_they_have_in_flight() -> None:
     enough = threading.Event()
 
@@ -217,11 +204,6 @@ def test_requests_wait_for_a_full_server_and_a_refusal_costs_no_attempt(
         assert (found, repeated, was_full) == (EXPECTED[:20], 0, True)
         assert not any(is_probe(asked) for _, asked in server.asked)
     assert len(logs) == 1 and server.url in logs[0]
-
-
-def test_a_full_server_is_asked_again_when_it_says() -> None:
-    assert pooling._pause_s(FullError("is full", 240), 1) == 240
-    assert pooling._pause_s(FullError("is full", 1e6), 1) < 1e6
 
 
 def test_a_server_that_is_full_for_ever_is_an_error_that_another_run_may_cure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,13 +374,6 @@ def test_a_request_that_was_in_flight_at_two_deaths_is_named_and_the_others_are_
     assert not any(isinstance(error, RetryableError) for error in errors.values())
     assert "request r5" in str(errors[5])
     assert sum("is lost" in line for line in logs) == 2
-
-
-def test_a_request_that_was_there_at_one_death_is_answered() -> None:
-    left = iter([True])
-    with mortal(2, lambda number: number == 5 and next(left, False)) as running:
-        errors, _ = with_pool(running, errors_of)
-    assert not errors
 
 
 def test_deaths_are_remembered_when_the_stage_is_retried(tmp_path: Path) -> None:

@@ -79,14 +79,6 @@ def test_a_stop_token_inside_an_accepted_block_cuts_its_step() -> None:
     assert done.verify_steps == 1
 
 
-def test_a_bonus_token_that_the_answer_has_no_room_for_is_dropped() -> None:
-    done = read(body([20, 21, 22, 23, 24, 25], GOOD))
-    assert [(step.anchor, step.accepted, step.proposed) for step in done.steps] == [
-        (3, 2, [21, 22, 99]),
-        (6, 2, [24, 25, 26]),
-    ]
-
-
 def test_log_probabilities_are_kept() -> None:
     done = read(body([20, 21], [None, record(3, [21, 5, 6], 1, 7, logprobs=[-0.5, -1, -2])], "length"), _short(2))
     assert done.steps[0].target_logprobs == [-0.5, -1.0, -2.0]

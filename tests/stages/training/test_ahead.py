@@ -71,12 +71,6 @@ def test_another_batch_than_the_one_that_was_read_ahead_is_read(plain_target: Ta
         assert torch.equal(source.batch(indices).features, plain.batch(indices).features)
 
 
-def test_features_that_are_kept_are_not_read_ahead(plain_target: Target) -> None:
-    source = source_of(plain_target, ahead=True, memory_mb=2048)
-    source.prefetch([7, 0])
-    assert not source._cache
-
-
 @pytest.fixture(scope="module")
 def world(bench: Bench) -> World:
     return make_world(bench, moved_by=0.15)

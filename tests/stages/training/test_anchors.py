@@ -49,18 +49,6 @@ def test_every_candidate_is_drawn_equally_often() -> None:
     assert max(abs(count - expected) for count in seen.values()) < 4 * (expected * (1 - 5 / 23)) ** 0.5
 
 
-def test_even_draws_lie_one_share_of_the_candidates_apart() -> None:
-    gaps = [np.diff(evenly(np.arange(26), 8, step_rng(0, step).random())) for step in range(50)]
-    assert {3, 4} == {int(gap) for each in gaps for gap in each}
-
-
-def test_where_there_are_fewer_candidates_some_are_drawn_again() -> None:
-    drawn = evenly(np.array([4, 9, 11]), 7, step_rng(0, 0).random())
-    assert len(drawn) == 7
-    assert set(drawn.tolist()) <= {4, 9, 11}
-    assert list(drawn) == sorted(drawn)
-
-
 def test_padding_anchors_are_copies_that_do_not_count() -> None:
     anchors = pad_anchors([np.array([3, 8]), np.array([5])], CPU)
     assert anchors.positions.tolist() == [[3, 8], [5, 5]]

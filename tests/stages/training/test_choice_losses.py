@@ -17,7 +17,6 @@ from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.loss_config import LossConfig
 from draftsmith.stages.training.on_policy.loss import opd_loss
 from draftsmith.stages.training.on_policy.verify_steps import judge
-from draftsmith.stages.training.response import Feedback
 from draftsmith.stages.training.supervised import sft_loss
 from draftsmith.stages.training.vocabulary import Heads
 from tests.stages.training.case import CHUNK, Case, heads_of, make_case
@@ -114,36 +113,6 @@ def test_opd_reads_the_law_of_the_choice(
     expected, positions = slow_opd(Slow.borrowing(choice_case, chooser, plain_target.head_weight), objective)
     assert_equal(report, expected, chooser)
     assert report.positions == positions
-
-
-@pytest.mark.parametrize(("loss", "times"), [("bernoulli_kl", 1), ("tests.lab.losses:lk", 2)])
-def test_the_target_is_not_asked_again_in_backward(
-    loss: Any,
-    times: int,
-    choice_case: Case,
-    chooser: DFlash2Drafter,
-    plain_target: Target,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """For its logits at a position: once for the tokens, or once for the head's loss and once for the choice's."""
-    asked, distribution, of_tokens = 0, Feedback._under, Feedback.asked
-
-    def noted_distribution(feedback: Feedback, head: Head) -> torch.Tensor:
-        nonlocal asked
-        asked += len(feedback.tokens)
-        return distribution(feedback, head)
-
-    def noted_tokens(feedback: Feedback, positions_per_chunk: int) -> Feedback:
-        nonlocal asked
-        asked += len(feedback.tokens)
-        return of_tokens(feedback, positions_per_chunk)
-
-    monkeypatch.setattr(Feedback, "_under", noted_distribution)
-    monkeypatch.setattr(Feedback, "asked", noted_tokens)
-    streams = LossConfig.model_validate({"response": {"loss": loss, "scope": "block"}})
-    report = opd(choice_case, chooser, plain_target, streams.resolved(chooser.recipe, False, 0.0))
-    report.loss.backward()
-    assert asked == times * report.positions
 
 
 def test_verify_steps_are_those_of_its_proposals(

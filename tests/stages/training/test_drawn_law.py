@@ -22,11 +22,11 @@ from draftsmith.stages.training.anchors import position_anchors
 from draftsmith.stages.training.batches import FeatureSource, step_rng
 from draftsmith.stages.training.blocks import Anchors, block_hidden, context_of
 from draftsmith.stages.training.config import SftConfig, TrainingConfig
-from draftsmith.stages.training.loss_config import LossConfig, PositionWeights, ResponseStream
-from draftsmith.stages.training.on_policy import step, verify_steps
+from draftsmith.stages.training.loss_config import PositionWeights, ResponseStream
+from draftsmith.stages.training.on_policy import verify_steps
 from draftsmith.stages.training.on_policy.config import OpdConfig
 from draftsmith.stages.training.on_policy.training import OpdTraining
-from draftsmith.stages.training.on_policy.verify_steps import VerifySteps, judge
+from draftsmith.stages.training.on_policy.verify_steps import judge
 from draftsmith.stages.training.response import Feedback, _judged
 from draftsmith.stages.training.supervised import SftTraining
 from draftsmith.stages.training.vocabulary import Heads, HeadSource
@@ -175,28 +175,6 @@ def test_sft_of_sampled_answers_reads_the_distribution_where_that_was_better(
     assert tuple(each.stream.loss for each in trainings) == losses
     asked = SftTraining(drafters[1], plain_target, texts, SftConfig(loss="cross_entropy"), law=Law(temperature))
     assert asked.stream.loss == "cross_entropy", "what is asked for is done"
-
-
-@pytest.mark.parametrize(("scope", "judged"), [("block", 0), ("committed", 1)])
-def test_whole_blocks_are_not_judged(
-    scope: Any, judged: int, plain_target: Target, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nothing reads how far they are kept."""
-    texts, drafter = random_target.trajectories(3, seed=5), random_dspark(plain_target, confidence_head=False)
-    calls = 0
-
-    def counted(*given: Any, **known: Any) -> VerifySteps:
-        nonlocal calls
-        calls += 1
-        return judge(*given, **known)
-
-    monkeypatch.setattr(step, "judge", counted)
-    loss = LossConfig(response=ResponseStream(loss="tests.lab.losses:tv", scope=scope))
-    config = OpdConfig(steps=2, sequences_per_step=3, anchors_per_sequence=4, loss=loss)
-    table = mined(texts, drafter.block_size - 1)
-    training = OpdTraining(drafter, plain_target, texts, table, config, law=Law(0.8))
-    report = training.loss(0)
-    assert report.positions > 0 and calls == judged
 
 
 @pytest.mark.parametrize("make", [random_dspark, random_dflash2])

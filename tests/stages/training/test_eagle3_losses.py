@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -78,14 +77,6 @@ def test_the_training_time_test_equals_the_loop(
     assert positions < len(labels) - 5, "tokens outside the draft vocabulary are left out"
 
 
-def test_the_recipe_is_the_authors() -> None:
-    stream = SftConfig().stream(Eagle3Drafter.recipe)
-    assert (stream.loss, stream.scope) == ("forward_kl", "block")
-    assert math.exp(-1 / stream.weights().gamma) == pytest.approx(0.8)
-    chosen = SftConfig(loss="cross_entropy", gamma=2.0).stream(Eagle3Drafter.recipe)
-    assert (chosen.loss, chosen.weights().gamma) == ("cross_entropy", 2.0)
-
-
 def test_the_heads_are_over_the_draft_vocabulary_and_the_drafters_is_trained(
     plain_eagle3: Eagle3Drafter, plain_target: Target
 ) -> None:
@@ -139,19 +130,6 @@ def test_opd_loss_equals_the_loop(name: str, eagle_case: Case, eagle: Eagle3Draf
     slow, positions = slow_opd(Slow.owning(eagle_case, eagle, plain_target.head_weight), objective)
     assert_equal(report, slow, eagle)
     assert (report.blocks, report.positions) == (len(eagle_case.blocks()), positions)
-
-
-def test_the_rejected_stream_depends_on_the_chain_that_was_drafted(
-    eagle_case: Case, eagle: Eagle3Drafter, plain_target: Target
-) -> None:
-    """On the trajectory's tokens it would be another loss."""
-    objective = LossConfig.model_validate("paper").resolved(Eagle3Drafter.recipe, False, 0.0)
-    own = opd(eagle_case, eagle, plain_target, objective).figures["loss_rejected"]
-    hidden = block_hidden(eagle, context_of(eagle, eagle_case.batch), eagle_case.batch, eagle_case.anchors)
-    heads = heads_of(eagle, plain_target)
-    arguments = (eagle_case.batch, eagle_case.anchors, eagle_case.steps, heads, plain_target.head_weight, objective)
-    on_trajectory = opd_loss(hidden, *arguments, positions_per_chunk=CHUNK).figures["loss_rejected"]
-    assert abs(own - on_trajectory) > 0.01
 
 
 def test_a_batch_without_a_token_of_the_draft_vocabulary_trains_nothing_and_does_no_harm(

@@ -19,7 +19,7 @@ from draftsmith.stages.training.on_policy.step import OpdStep
 from draftsmith.stages.training.on_policy.verify_steps import judge
 from tests.stages.bench import Bench
 from tests.stages.training.case import CHUNK, heads_of
-from tests.stages.training.world import INDICES, KINDS, PER_SEQUENCE, World, make_world, phases
+from tests.stages.training.world import INDICES, World, make_world, phases
 
 
 @pytest.fixture(scope="module")
@@ -64,23 +64,6 @@ def test_mining_again_gives_the_trace_of_the_current_weights(world: World) -> No
     assert figures["remined_trajectories"] == 3
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("loss", ["matched", "paper"])
-def test_a_step_of_opd_trains_every_parameter(kind: str, loss: str, world: World) -> None:
-    objective = world.objective(loss)
-    step = world.step(world.source(kind), objective)
-    for number in (5, 6):  # at two steps, which draw other anchors
-        report = step.loss(number, INDICES, world.batch, step_rng(0, number))
-        assert report.loss.isfinite()
-        assert report.blocks == len(INDICES) * PER_SEQUENCE
-        assert ("loss_rejected" in report.figures) == (loss == "paper")
-        assert ("steps_changed_share" in report.figures) == (kind in ("errors", "visited"))
-        gradients = torch.autograd.grad(report.loss, list(world.moved.parameters()))
-        for (name, _), gradient in zip(world.moved.named_parameters(), gradients, strict=True):
-            assert gradient.isfinite().all(), name
-            assert gradient.any(), name
-
-
 def test_a_step_has_the_loss_of_the_chains_that_mining_finds(world: World) -> None:
     """Read from the table, or drafted, judged and scored in the step: proposals, scores and the states behind them."""
     objective, many = world.objective("paper"), 30
@@ -113,25 +96,6 @@ def test_a_step_has_the_loss_of_the_chains_that_mining_finds(world: World) -> No
         for name in ("loss_response", "loss_rejected"):
             assert report.figures[name] == pytest.approx(expected[name], rel=1e-3), name
         assert report.figures.get("steps_changed_share", 0) == 0
-
-
-@pytest.mark.parametrize("kind", ["errors", "visited"])
-def test_mining_in_a_step_leaves_its_gradient_alone(kind: str, world: World) -> None:
-    """Autocast remembers its copies of weights: none made without gradient may reach the training."""
-    objective, batch = world.objective("paper"), world.batch
-    before, inside = world.remining(1, scored=True), world.remining(1, scored=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        before.refresh(5, INDICES, world.view())
-    gradients = []
-    for remining in (before, inside):
-        source = world.source(kind, remining=remining)
-        step = world.step(source, objective)
-        with torch.autocast("cpu", torch.bfloat16):
-            report = step.loss(5, INDICES, batch, step_rng(0, 5))
-        gradients.append(torch.autograd.grad(report.loss, list(world.moved.parameters())))
-        assert ("trace_changed_share" in report.figures) == (remining is inside)
-    for (name, _), a, b in zip(world.moved.named_parameters(), *gradients, strict=True):
-        assert torch.equal(a, b), name
 
 
 @pytest.mark.parametrize("kind", ["successors", "random"])

@@ -103,11 +103,6 @@ def test_traces_that_are_too_old_to_be_drawn_are_forgotten(world: World) -> None
     assert remining.state_dict()["trajectories"].tolist() == [COUNT - 2, COUNT - 1]
 
 
-def test_a_trajectory_that_a_batch_holds_twice_is_mined_once(world: World) -> None:
-    figures = world.remining().refresh(10, [2, 2, 1], world.view([2, 2, 1]))
-    assert figures["remined_trajectories"] == 2
-
-
 @pytest.mark.parametrize("scored", [False, True])
 def test_a_checkpoint_brings_back_the_fresh_tables(scored: bool, world: World) -> None:
     remining = world.remining(scored=scored)
@@ -181,20 +176,6 @@ def test_successors_are_what_one_block_of_the_current_weights_leads_to(world: Wo
             on_trace += sum(anchor in traces[i].anchors for anchor in chosen)
     by_chance = float(np.mean([len(traces[i].anchors) / world.trajectories[i].response_length for i in INDICES]))
     assert on_trace / (10 * len(INDICES) * per_sequence) > 1.5 * by_chance
-
-
-def test_successors_draft_one_block_for_each_that_is_trained(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    drafted = []
-    propose = world.moved.propose
-
-    def counted(context: Any, tokens: torch.Tensor, *arguments: Any, **named: Any) -> Any:
-        drafted.append(tokens.numel())
-        return propose(context, tokens, *arguments, **named)
-
-    monkeypatch.setattr(world.moved, "propose", counted)
-    source = world.source("successors", 8)
-    source.draw(0, INDICES, world.view(), phases(0, 2))
-    assert drafted == [len(INDICES) * 8]
 
 
 def test_every_kind_trains_the_same_number_of_blocks(world: World) -> None:
