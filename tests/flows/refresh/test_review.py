@@ -57,14 +57,9 @@ def test_the_note_of_a_run_says_what_followed(conclusion: Conclusion | None, sai
 
 def test_compared_drafters_have_their_metrics_by_prompt_set(home: Path) -> None:
     store = Store(home / "store")
-    evaluated = committed(
-        store, "evaluation", "e", lambda out: (out / "evaluation.json").write_text(json.dumps(OF_A_LINE))
-    )
+    evaluated = committed(store, "evaluation", {"evaluation.json": json.dumps(OF_A_LINE)})
     arms = dict(zip(OF_A_LINE["drafters"], "abcd", strict=False))
-    made = {
-        arm: committed(store, "opd", key, lambda out: (out / "drafter.json").write_text("{}"))
-        for arm, key in arms.items()
-    }
+    made = {arm: committed(store, "opd", {"drafter.json": "{}"}, key) for arm, key in arms.items()}
     found = compared({"evaluation": evaluated.path, **{arm: ref.path for arm, ref in made.items()}})
     assert set(found) == set(arms) and len(found["opd"][1]) > 1
     for arm, (manifest, metrics) in found.items():
