@@ -14,7 +14,6 @@ from draftsmith.stages.drafters.dspark.model import DSparkDrafter
 from draftsmith.stages.drafters.dspark.shape import DSparkConfig
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.training.config import SftConfig
 from tests.testbed import random_target
 from tests.testbed.dspark import random_dspark
 
@@ -116,11 +115,3 @@ def test_an_upgraded_drafter_proposes_what_it_did_and_learns(
     hidden = made.block_hidden(blocks.context, blocks.given, blocks.anchors)
     blocks.head.logits(hidden).logsumexp(-1).sum().backward()
     assert float(made.markov_head.markov_w2.weight.grad.abs().max()) > 0  # type: ignore[union-attr]
-
-
-def test_the_kind_is_a_part_of_keys_only_where_it_is_set() -> None:
-    plain, gated = (
-        SftConfig(drafter=DSparkConfig(kind="dspark", markov_head=kind)).key_material()["drafter"]
-        for kind in ("vanilla", "gated")
-    )
-    assert gated == plain | {"markov_head": "gated"} and "markov_head" not in plain
