@@ -83,7 +83,7 @@ def test_an_import_that_breaks_a_rule_is_refused(tmp_path: Path) -> None:
             copy.write_bytes(path.read_bytes())
     rules = {
         "The pipeline knows no stage": ("flows/pipeline/graph.py", "import draftsmith.stages.sft"),
-        "know neither Prefect nor MLflow": ("stages/replay/board.py", "import mlflow"),
+        "know neither Prefect nor MLflow": ("stages/replay/replayer.py", "import mlflow"),
         "No circle of imports": ("stages/targets/source.py", "import draftsmith.stages.targets.config"),
     }
     for module, line in rules.values():

@@ -28,4 +28,5 @@ def committed(
             for name, text in fill.items():
                 (claim.out / name).parent.mkdir(parents=True, exist_ok=True)
                 (claim.out / name).write_text(text)
-        return store.commit(claim, **({"config": {}, "inputs": {}, "code_digest": "c", "seed": 0} | fields))
+        known: dict[str, Any] = {"config": {}, "inputs": {}, "code_digest": "c", "seed": 0}
+        return store.commit(claim, **(known | fields))
