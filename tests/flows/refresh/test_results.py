@@ -61,7 +61,7 @@ def test_every_outcome_fits_on_a_screen(
     assert any(f"{line}@1" in each for each in lines), "by the number that it is registered with"
     (gate,) = [each for each in lines if each.startswith("Gate ")]
     assert gate.count("✓") + gate.count("✗") + gate.count("?") == 4
-    wanted = {"promoted": f"export {line}@champion", "refused": "report ", "inconclusive": "--force evaluation"}
+    wanted = {"promoted": f"export {line}@champion", "refused": "report ", "inconclusive": "run configs/weekly.yaml"}
     assert wanted[outcome] in commands(lines)[0]
     assert lines[-2].startswith("Drafter  ") and lines[-1] == "MLflow   mlflow ui --db x"
 
