@@ -176,17 +176,6 @@ def test_the_key_of_given_servers_comes_from_the_environment(monkeypatch: pytest
         SGLangEngineConfig.model_validate({**config().model_dump(), "api_key_env": "MY_KEY"})
 
 
-def test_an_interpreter_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    absent = SGLangEngineConfig.model_validate({"kind": "sglang", "python": tmp_path / "python", "launch": {}})
-    with pytest.raises(DraftsmithError, match=r"engine\.python: .* is not there; `make sglang-gpu`"):
-        line(absent)
-
-
-def test_a_drafter_without_a_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DraftsmithError, match=r"config\.json: cannot be read"):
-        server.algorithm_of(tmp_path)
-
-
 def test_every_server_gets_gpus_of_its_own() -> None:
     two = LaunchConfig.model_validate({"servers": 2, "tensor_parallel": 2})
     assert server.share_gpus(two, ["4", "5", "6", "7"]) == ["4,5", "6,7"]

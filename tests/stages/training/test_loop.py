@@ -224,11 +224,3 @@ def test_ranks_that_see_other_checkpoints_do_not_train_together(tmp_path: Path, 
     drafter = random_target.random_drafter(plain_target)
     with pytest.raises(RetryableError, match=r"checkpoints of the steps \[0, 5\]: all nodes must see the same files"):
         train(RecordingContext.under(tmp_path), drafter, OptimiserConfig(steps=5), lambda _: [], ranks=Two(0, 2))
-
-
-@pytest.mark.parametrize(("left", "limit"), [("20", 20), ("200", 80), ("", 80), ("2\0", 80)])
-def test_what_fits_is_taken_from_the_attempt_before_and_damage_to_it_disturbs_nothing(
-    tmp_path: Path, left: str, limit: int
-) -> None:
-    (tmp_path / "micro_batch_tokens").write_text(left)
-    assert MicroBatches(lambda _step, _limit: [], 80, 10, lambda _line: None, tmp_path).limit == limit

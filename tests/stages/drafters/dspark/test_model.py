@@ -12,7 +12,6 @@ from draftsmith.stages.drafters.dflash.shape import DFlashConfig
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
 from draftsmith.stages.drafters.dspark.shape import DSparkConfig
 from draftsmith.stages.law import GREEDY, Law
-from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.anchors import position_anchors
 from draftsmith.stages.training.batches import FeatureSource, step_rng
@@ -81,16 +80,6 @@ def test_a_reduced_head_has_the_same_logits_of_its_tokens(plain_target: Target) 
 
 
 # ---- upgraded from DFlash
-
-
-def test_an_upgraded_drafter_proposes_what_it_did(plain_target: Target, plain_drafter: DFlashDrafter) -> None:
-    made = upgraded(plain_drafter, UPGRADE, plain_target, seed=0)
-    assert isinstance(made, DSparkDrafter) and made.block_size == plain_drafter.block_size
-    texts = random_target.trajectories(5, seed=2)
-    traces = Replayer(plain_target).traces({"before": plain_drafter, "after": made}, texts)
-    for before, after in zip(traces["before"], traces["after"], strict=True):
-        assert (before.anchors.tolist(), before.accepted.tolist()) == (after.anchors.tolist(), after.accepted.tolist())
-        assert before.proposed.tolist() == after.proposed.tolist()
 
 
 def test_no_other_shape_changes_a_checkpoint(plain_target: Target, plain_drafter: DFlashDrafter) -> None:
