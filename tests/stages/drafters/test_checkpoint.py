@@ -87,15 +87,6 @@ TRAPS: dict[str, tuple[Edit, str]] = {
         edit_tensors(lambda t: t["norm.weight"][:1].fill_(float("nan"))),
         r"norm\.weight holds NaN or infinite weights \(1 in all\)",
     ),
-    "a tensor is missing": (edit_tensors(lambda t: t.pop("fc.weight")), r"lacks tensor fc\.weight"),
-    "a tensor is unknown": (
-        edit_tensors(lambda t: t.update({"model.fc.weight": torch.ones(1)})),
-        r"unknown tensor model\.fc\.weight",
-    ),
-    "a tensor has another shape": (
-        edit_tensors(lambda t: t.update({"fc.weight": t["fc.weight"][:, :32].contiguous()})),
-        r"wrong shape for fc\.weight",
-    ),
     "the weights are cut short": (cut("model.safetensors"), r"model\.safetensors: cannot be read"),
     "the weights are gone": (remove("model.safetensors"), r"model\.safetensors: cannot be read"),
     "the config is gone": (remove("config.json"), r"config\.json: cannot be read"),

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from draftsmith.artifacts.code_digest import code_digest
-from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.engines.sglang import plugin, plugin_hooks, server
 from draftsmith.stages.engines.sglang.environment import PLUGIN_GROUP
 from draftsmith.stages.engines.sglang.plugin_hooks import (
@@ -104,15 +103,6 @@ def test_a_tree_is_refused_in_the_place_of_its_record() -> None:
     batch = Batch([ServerRequest(customized_info={KEY: [{}]})])
     Trace("digest", [0], "a tree").consume(batch, [Commit(1, (5, 6))])
     assert batch.reqs[0].customized_info == {KEY: [{}, {"v": "1", "drafter": "digest", "refused": "a tree"}, None]}
-
-
-def test_the_digest_is_the_drafters(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(bytes(range(256)) * 9000)  # more than one part
-    before = plugin_hooks._served_digest(str(tmp_path), None)
-    assert before == drafter_digest(tmp_path)
-    (tmp_path / "frequent_tokens.npy").write_bytes(b"123")
-    assert plugin_hooks._served_digest(str(tmp_path), None) != before
 
 
 @pytest.fixture

@@ -152,14 +152,6 @@ def test_an_answer_without_an_end_is_asked_again(body: dict[str, Any]) -> None:
         assert found.response_ids == [6, 7, 8]
 
 
-def test_a_request_that_is_lost_each_time_is_an_error_that_another_run_may_cure() -> None:
-    with serving(refusing(500, "scheduler\nhit an exception"), health_generate=lambda _: {}) as server:
-        with pytest.raises(LostTooOftenError, match=r"request r5: .*status 500.*scheduler") as caught:
-            with_pool([server], ask)
-        assert isinstance(caught.value, RetryableError)
-        assert server.count("/generate") == pooling._TRIES[LostError]
-
-
 def test_a_bad_answer_is_an_error_in_the_end() -> None:
     def read(_: Answer) -> Completion:
         raise BadAnswerError("no use")

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from draftsmith.stages import stored
 from draftsmith.stages.engines.base import Completion, Request, SamplingParams, VerifyStep
-from draftsmith.stages.measure.config import EvaluationConfig, prompts_to_decode
+from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.measure.requests import (
     Setting,
     compare_with_plain,
@@ -208,16 +206,6 @@ def test_a_prompt_that_outweighs_all_others_tells_nothing_of_them() -> None:
     assert [each.interval() for each in found.values()] == [None, None]
     assert [each["different"] for each in verdicts({}, found, 2)] == [None, None]
     assert speed_table(turns, rows, {})["sft"]["speedup_high"] is None
-
-
-def test_block_sizes_are_chosen_with_as_many_in_flight_as_are_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stored, "load_prompts", lambda _folder, splits: splits * 64)
-    for concurrency, taken in ((1, 4), ((1, 16), 4), ((16, 1), 16)):
-        config = EvaluationConfig.model_validate({"concurrency": concurrency, "validation_prompts": 4})
-        heldout, validation = prompts_to_decode(config, tmp_path)
-        assert list(heldout) == ["heldout"] * 64 and list(validation) == ["validation"] * taken
 
 
 def test_latencies_are_quantiles_over_requests() -> None:

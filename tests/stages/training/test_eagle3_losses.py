@@ -43,7 +43,7 @@ def eagle_case(plain_target: Target, plain_eagle3: Eagle3Drafter) -> Case:
 # ---- SFT
 
 
-def sft(case: Case, drafter: Drafter, target: Target, temperature: float = 1.0, chunk: int = CHUNK) -> LossReport:
+def sft(case: Case, drafter: Drafter, target: Target, temperature: float = 1.0) -> LossReport:
     return sft_loss(
         drafter,
         case.batch,
@@ -52,7 +52,7 @@ def sft(case: Case, drafter: Drafter, target: Target, temperature: float = 1.0, 
         target.head_weight,
         SftConfig().stream(drafter.recipe),
         temperature=temperature,
-        positions_per_chunk=chunk,
+        positions_per_chunk=CHUNK,
     )
 
 
@@ -88,7 +88,7 @@ OBJECTIVES: dict[str, Any] = {
 }
 
 
-def opd(case: Case, drafter: Drafter, target: Target, objective: LossConfig, chunk: int = CHUNK) -> LossReport:
+def opd(case: Case, drafter: Drafter, target: Target, objective: LossConfig) -> LossReport:
     context = context_of(drafter, case.batch)
     return opd_loss(
         block_hidden(drafter, context, case.batch, case.anchors),
@@ -99,7 +99,7 @@ def opd(case: Case, drafter: Drafter, target: Target, objective: LossConfig, chu
         target.head_weight,
         objective,
         on_proposals=block_hidden_on(drafter, context, case.batch, case.anchors, case.steps.proposed),
-        positions_per_chunk=chunk,
+        positions_per_chunk=CHUNK,
     )
 
 

@@ -11,7 +11,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.checkpoint import load_drafter, plan_of_checkpoint, save_drafter
 from draftsmith.stages.drafters.dflash2.shape import DFlash2Config
 from draftsmith.stages.targets.causal_lm import Target
-from tests.stages.drafters.edits import Edit, edit_config, edit_tensors
+from tests.stages.drafters.edits import Edit, edit_config
 from tests.testbed import random_target
 from tests.testbed.dflash2 import SIZES, random_dflash2
 
@@ -32,10 +32,6 @@ TRAPS: dict[str, tuple[Edit, str]] = {
     "groups that do not fit": (edit_config(lambda c: c["dflash_config"].update(conv_group_size=7)), "does not divide"),
     "a size that is none": (edit_config(lambda c: c["dflash_config"].update(selector_rank="wide")), "selector_rank"),
     "more candidates than are negative": (edit_config(lambda c: c["dflash_config"].update(selector_top_k=-1)), "top_k"),
-    "a codebook is missing": (
-        edit_tensors(lambda t: t.pop("candidate_selector.successor_codebook")),
-        "lacks tensor candidate_selector",
-    ),
     "a cap that is none": (
         edit_config(lambda c: c["dflash_config"].update(final_logit_softcapping=-3)),
         r"dflash_config\.final_logit_softcapping is -3",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,7 +15,6 @@ from draftsmith.stages.training.on_policy.mined import draw_steps
 from draftsmith.stages.training.on_policy.remining import Remining
 from draftsmith.stages.training.on_policy.sources import RandomAnchors
 from draftsmith.stages.training.on_policy.step import OpdStep
-from draftsmith.stages.training.on_policy.verify_steps import judge, with_scores
 from tests.stages.bench import Bench
 from tests.stages.training.case import CHUNK, heads_of
 from tests.stages.training.world import INDICES, World, make_world, phases
@@ -25,43 +23,6 @@ from tests.stages.training.world import INDICES, World, make_world, phases
 @pytest.fixture(scope="module")
 def world(eagle_bench: Bench) -> World:
     return make_world(eagle_bench, moved_by=0.05)
-
-
-def test_chains_of_the_training_are_judged_as_replay_judges_them(world: World) -> None:
-    """At the anchors of its trace the steps are the trace: what is accepted is decided on the trajectory's tokens, what
-    is proposed behind a rejection is the drafter's own."""
-    drafter, batch = world.moved, world.batch
-    fresh = world.mined_by(drafter)
-    known = [fresh.steps[i] for i in INDICES]
-    anchors, expected = draw_steps(known, "visited", 30, phases(0, 1)[:, 0], torch.device("cpu"))
-    context = context_of(drafter, batch)
-    hidden = block_hidden(drafter, context, batch, anchors)
-    head = world.head_of(drafter)
-    tokens = batch.tokens.gather(1, anchors.positions)
-    own = drafter.propose(context, tokens, anchors.positions, drafter.block_size, head)
-    steps = judge(hidden, batch, anchors, head, proposals=4, proposed=own)
-    for name in ("accepted", "committed", "rejected_offset", "proposed"):
-        assert torch.equal(getattr(steps, name), getattr(expected, name)), name
-    scored = with_scores(steps, world.target, batch, anchors, 4, 2048)
-    torch.testing.assert_close(scored.target_logprobs, expected.target_logprobs, equal_nan=True, atol=3e-4, rtol=1e-4)
-    without = judge(hidden, batch, anchors, head, proposals=4)
-    for name in ("accepted", "committed", "rejected_offset"):
-        assert torch.equal(getattr(without, name), getattr(expected, name)), name
-    assert not torch.equal(without.proposed, expected.proposed), "on the trajectory's tokens it proposes others"
-    small = judge(hidden, batch, anchors, head, proposals=2)
-    assert torch.equal(small.accepted, steps.accepted.clamp(max=2))
-
-
-def test_mining_again_gives_the_trace_of_the_current_weights(world: World) -> None:
-    remining = world.remining(10, scored=True)
-    figures = remining.refresh(10, INDICES, world.view())
-    fresh = world.mined_by(world.moved)
-    for i in INDICES:
-        for name in ("anchors", "accepted", "committed", "rejected_offset", "proposed"):
-            ours, expected = getattr(remining.steps(i), name), getattr(fresh.steps[i], name)
-            np.testing.assert_array_equal(ours, expected, err_msg=name)
-    assert 0 < figures["trace_changed_share"] < 1
-    assert figures["remined_trajectories"] == 3
 
 
 def test_a_step_has_the_loss_of_the_chains_that_mining_finds(world: World) -> None:
