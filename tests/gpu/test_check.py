@@ -33,17 +33,3 @@ def test_it_measures_every_training(tmp_path: Path, capsys: pytest.CaptureFixtur
     with gzip.open(tmp_path / "sft.trace.json.gz", "rt") as file:
         events = json.load(file)["traceEvents"]
     assert sum(event.get("name") == TARGET for event in events) == 1, "one step was profiled"
-
-
-def test_it_says_what_it_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--device", "cpu", "--no-tests", "--minutes", "0", "--out", str(tmp_path)]
-    assert check.main(options) == 1
-    assert "SFT: left out, " in capsys.readouterr().out
-
-
-def test_it_runs_the_tests_that_are_marked(capfd: pytest.CaptureFixture[str]) -> None:
-    """Some of them, in a process of their own: without a GPU they say that there is none."""
-    assert check.run_tests(120, ["tests/gpu/test_ranks.py"])
-    shown = capfd.readouterr().out
-    assert "no CUDA device is here" in shown or "passed" in shown
-    assert "2 deselected" in shown

@@ -1,18 +1,21 @@
-"""The check of a verify step that the plug-in recorded, against the target in transformers.
+"""What the plug-in recorded: as a trace, to be held against replay, and checked against the target in transformers.
 
-It takes nothing from the server but tokens: the target's float32 logits behind the prompt, the answer so far and the
-proposed block say which proposals a greedy verification keeps, which token follows, and each proposal's log-prob.
+The check takes nothing from the server but tokens: the target's float32 logits behind the prompt, the answer so far and
+the proposed block say which proposals a greedy verification keeps, which token follows, and each proposal's log-prob.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from draftsmith.stages.engines.sglang.protocol import KEY
+from draftsmith.stages.replay.trace import Trace, Trajectory
 from tests.testbed import target
 
 TOLERANCE = 1e-4  # nats, float32
@@ -89,3 +92,37 @@ def body(prompt: list[int], *, trace: bool = True, **sampling: object) -> Answer
 def asked_for_nothing(answer: Answer) -> bool:
     """SGLang fills up with None where another request of the batch brings a list."""
     return not any(answer["meta_info"].get(KEY) or [])
+
+
+@dataclass(frozen=True)
+class Served:
+    """The answers of one server to the first prompts of the bench, in their order."""
+
+    bodies: list[dict[str, Any]]
+
+    @property
+    def answers(self) -> list[list[int]]:
+        return [body["output_ids"] for body in self.bodies]
+
+    def meta(self, name: str) -> list[Any]:
+        return [body["meta_info"].get(name) for body in self.bodies]
+
+
+def trace_of(trajectory: Trajectory, elements: list[Any]) -> Trace:
+    """The trace that the plug-in returned, one element an output token, cut where the trajectory ends."""
+    assert len(elements) == trajectory.response_length
+    steps = [element for element in elements if element and "anchor" in element]
+    anchors = np.array([step["anchor"] for step in steps], dtype=np.int64)
+    assert [at for at, element in enumerate(elements) if element in steps] == (
+        anchors + 1 - trajectory.prompt_length
+    ).tolist(), "a step's element is at the first token that it committed"
+    proposed = np.array([step["block"] for step in steps], dtype=np.int64)
+    accepted = np.array([step["accepted"] for step in steps], dtype=np.int64)
+    length = len(trajectory.tokens)
+    return Trace(length, anchors, np.minimum(accepted, length - 1 - anchors), proposed, 0)
+
+
+def assert_same_steps(trace: Trace, expected: Trace) -> None:
+    np.testing.assert_array_equal(trace.anchors, expected.anchors)
+    np.testing.assert_array_equal(trace.accepted, expected.accepted)
+    np.testing.assert_array_equal(trace.proposed, expected.proposed)

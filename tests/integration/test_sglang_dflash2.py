@@ -21,7 +21,7 @@ from draftsmith.stages.drafters.dflash2.shape import DFlash2Config
 from draftsmith.stages.engines.sglang.protocol import KEY
 from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.trace import Trace, Trajectory, tau
-from tests.integration.test_sglang_serving import Served, assert_same_steps, trace_of
+from tests.integration.recorded import Served, assert_same_steps, trace_of
 from tests.sglang_cpu.fixtures import ServingTarget
 from tests.sglang_cpu.server import generate, running_server
 from tests.stages.bench import GREEDY_TOKENS, Bench

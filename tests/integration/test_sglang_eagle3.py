@@ -20,8 +20,7 @@ from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.engines.sglang.protocol import KEY
 from draftsmith.stages.replay.trace import Trace, Trajectory, tau
 from draftsmith.stages.stored import DRAFTER_FOLDER
-from tests.integration.recorded import Reference, asked_for_nothing, body
-from tests.integration.test_sglang_serving import Served, assert_same_steps, trace_of
+from tests.integration.recorded import Reference, Served, asked_for_nothing, assert_same_steps, body, trace_of
 from tests.sglang_cpu.fixtures import ServingTarget
 from tests.sglang_cpu.server import generate, running_server
 from tests.stages.bench import GREEDY_TOKENS, Bench

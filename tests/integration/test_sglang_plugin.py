@@ -65,27 +65,6 @@ def test_requests_of_one_batch_ask_each_for_itself(dflash_url: str, reference: R
     assert {0, 7} <= accepted.keys() and len(accepted) > 4  # nothing, parts and whole blocks were kept
 
 
-def test_a_block_is_cut_wherever_the_answer_ends(dflash_url: str, reference: Reference, digest: str) -> None:
-    answers = generate(dflash_url, [body(prompt) for prompt in reference.prompts])
-    prompt, whole = next(
-        (prompt, answer)
-        for prompt, answer in zip(reference.prompts, answers, strict=True)
-        if answer["meta_info"][KEY][1]["accepted"] >= 3  # what follows ends inside its block
-        and answer["output_ids"][3] not in answer["output_ids"][:3]
-    )
-    first = whole["meta_info"][KEY][1]
-    for tokens in range(1, 5):
-        answer = generate(dflash_url, [body(prompt, max_new_tokens=tokens)])[0]
-        assert answer["output_ids"] == whole["output_ids"][:tokens]
-        reference.check(prompt, answer, digest)
-    stop = whole["output_ids"][3]
-    answer = generate(dflash_url, [body(prompt, ignore_eos=False, stop_token_ids=[stop])])[0]
-    assert answer["meta_info"]["finish_reason"]["type"] == "stop"
-    assert answer["output_ids"] == whole["output_ids"][:4]
-    reference.check(prompt, answer, digest)
-    assert answer["meta_info"][KEY][1] == first
-
-
 def test_a_server_without_a_drafter_answers_as_ever(plain_url: str, reference: Reference) -> None:
     answer = generate(plain_url, [body(reference.prompts[0])])[0]
     assert len(answer["output_ids"]) == 48 and KEY not in answer["meta_info"]

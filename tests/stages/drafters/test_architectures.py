@@ -5,7 +5,6 @@ Drafting offset by offset is held against blocks in `test_drafting.py`, training
 
 from __future__ import annotations
 
-import ast
 import json
 from itertools import product
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import Context, Drafter, DrafterInfo
-from draftsmith.stages.drafters.checkpoint import ARCHITECTURES, UPGRADES, check_whole, load_drafter, save_drafter
+from draftsmith.stages.drafters.checkpoint import UPGRADES, check_whole, load_drafter, save_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.drafters.kinds import KINDS, DrafterConfig
@@ -32,14 +31,6 @@ from tests.stages.drafters.edits import edit_tensors
 from tests.testbed import random_target, ties
 from tests.testbed.architectures import RANDOM
 
-ROOT = Path(__file__).parents[3]
-MAY_NAME_KINDS = {
-    "flows/pipeline/config_file.py",  # what a section means that leaves its kind out
-    "stages/drafters/checkpoint.py",  # and a checkpoint that names the class of its authors' code
-    "stages/drafters/kept.py",  # what a training of each keeps
-    "stages/drafters/kinds.py",  # the list of them
-    "stages/drafters/speculators.py",  # the form that each has in another layout
-}
 TOLERANCE = 3e-5  # float32, the same sums in another order, on values of order one to ten
 
 
@@ -104,22 +95,6 @@ def test_packed_blocks_equal_one_at_a_time(texts: Texts) -> None:
         assert proposals[row, index].tolist() == tokens
 
 
-def test_the_last_position_before_the_anchor_is_seen_and_the_anchors_own_is_not(texts: Texts) -> None:
-    anchor = torch.tensor([[12]])
-    chain = texts.chains(anchor.expand(len(texts.tokens), 1))[:1]
-
-    def hidden(changed: int | None) -> torch.Tensor:
-        features = texts.features[:1].clone()
-        if changed is not None:
-            features[:, changed] += 1
-        with torch.no_grad():
-            context = texts.drafter.encode(features, texts.tokens[:1], texts.positions[:1])
-            return texts.drafter.block_hidden(context, chain, anchor)
-
-    assert torch.equal(hidden(None), hidden(12))
-    assert not torch.allclose(hidden(None), hidden(11), atol=1e-3)
-
-
 # ---- drafting
 
 
@@ -155,36 +130,6 @@ def test_drafting_from_slots_equals_the_whole_context_after_rejections(texts: Te
         with torch.no_grad():
             drafter.extend(slots, every, features, tokens, at)
         anchors = anchors + kept
-
-
-def test_a_moved_row_drafts_the_same(texts: Texts) -> None:
-    slots, anchor = texts.drafter.new_context(4, texts.tokens.shape[1]), 13
-    with torch.no_grad():
-        for row in range(3):  # by index, not by slice
-            read = (x[row : row + 1, :anchor] for x in (texts.features, texts.tokens, texts.positions))
-            texts.drafter.extend(slots, torch.tensor([row]), *read)
-        texts.drafter.move_row(slots, source=2, to=0)
-        context = texts.drafter.select(slots, torch.tensor([0]), anchor)
-        at = torch.tensor([[anchor]])
-        proposals = texts.drafter.propose(context, texts.tokens[2:3, anchor : anchor + 1], at, texts.block, texts.head)
-        # and it goes on from there: what the anchor's token completes may need the moved row's last feature
-        read = (x[2:3, anchor : anchor + 2] for x in (texts.features, texts.tokens, texts.positions))
-        texts.drafter.extend(slots, slice(0, 1), *read)
-        context, behind = texts.drafter.select(slots, slice(0, 1), anchor + 2), at + 2
-        hidden = texts.drafter.block_hidden(context, texts.chains(behind.expand(3, -1))[2:3], behind)
-    assert proposals[0, 0].tolist() == texts.alone(2, anchor)[1]
-    torch.testing.assert_close(hidden[0, 0], texts.alone(2, anchor + 2)[0], atol=TOLERANCE, rtol=TOLERANCE)
-
-
-@pytest.mark.parametrize("kept", [[2, 0], slice(1, 3)], ids=["some rows", "neighbours"])
-def test_a_context_of_some_rows_and_positions_drafts_the_same(texts: Texts, kept: list[int] | slice) -> None:
-    """Replay drops rows that are finished and never looks behind its furthest anchor."""
-    anchor, rows = 8, list(range(3))[kept] if isinstance(kept, slice) else kept
-    part = kept if isinstance(kept, slice) else torch.tensor(kept)
-    context = texts.drafter.select(texts.context(), part, anchor)
-    at, tokens = torch.full((2, 1), anchor), texts.tokens[rows, anchor : anchor + 1]
-    proposals = texts.drafter.propose(context, tokens, at, texts.block, texts.head)
-    assert proposals[:, 0].tolist() == [texts.alone(row, anchor)[1] for row in rows]
 
 
 # ---- replay and decoding
@@ -268,28 +213,7 @@ def test_the_digest_tells_what_is_proposed(drafter: Drafter, tmp_path: Path) -> 
     assert drafter_digest(tmp_path) != first
 
 
-def test_gradients_reach_every_parameter_and_not_the_target(texts: Texts, plain_target: Target) -> None:
-    drafter, anchors = texts.drafter, torch.tensor([[9, 5]])
-    context = drafter.encode(texts.features[:1], texts.tokens[:1], texts.positions[:1])
-    chains = texts.chains(anchors.expand(len(texts.tokens), -1))[:1]
-    hidden = drafter.block_hidden(context, chains, anchors)
-    said = texts.head.logits(hidden).square().sum()
-    if drafter.chooses:
-        columns = drafter.candidates(hidden, texts.head)
-        said = said + drafter.choices(hidden, chains, columns, texts.head).square().sum()
-    said.backward()
-    assert [name for name, p in drafter.named_parameters() if p.grad is None or not p.grad.abs().sum()] == []
-    assert plain_target.embedding.grad is None and plain_target.head_weight.grad is None
-    assert not any("embed" in name for name in drafter.state_dict())
-
-
 # ---- where it is known
-
-
-def test_it_is_registered_under_its_own_kind(drafter: Drafter) -> None:
-    traits = KINDS[drafter.kind]
-    assert (traits.kind, traits.recipe) == (drafter.kind, drafter.recipe)
-    assert KINDS.keys() == ARCHITECTURES.keys()
 
 
 def test_every_kind_can_be_asked_for_and_is_checked(plain_target: Target) -> None:
@@ -298,37 +222,6 @@ def test_every_kind_can_be_asked_for_and_is_checked(plain_target: Target) -> Non
     assert {get_args(shape.__origin__.model_fields["kind"].annotation)[0] for shape in shapes} == KINDS.keys()
     assert {make(plain_target).kind for make in RANDOM.values()} == KINDS.keys()
     assert {kind for pair in UPGRADES for kind in pair} <= KINDS.keys()
-
-
-def test_no_module_asks_for_a_kind_by_its_name() -> None:
-    """Outside of their own folders: whatever depends on the architecture is asked of it."""
-    modules = [path for room in ("artifacts", "flows", "stages") for path in sorted((ROOT / room).rglob("*.py"))]
-    outside = [path for path in modules if path.parent.name not in KINDS]
-    assert 100 < len(outside) < len(modules)
-    assert {str(path.relative_to(ROOT)) for path in outside if names(path) & KINDS.keys()} == MAY_NAME_KINDS
-
-
-def test_what_it_is_in_code_is_found_by_one_list() -> None:
-    """Their modules are imported by `kinds.py` and each other, for the shape that a config leaves out, and for what may
-    be wrong with a server's DFlash."""
-    found = set()
-    for path in sorted((ROOT / "stages").rglob("*.py")) + sorted((ROOT / "flows").rglob("*.py")):
-        imported = {module for kind in KINDS for module in modules_of(path) if f".drafters.{kind}." in f"{module}."}
-        if imported and path.parent.name not in KINDS:
-            found.add(str(path.relative_to(ROOT)))
-    assert found == {"stages/drafters/kinds.py", "stages/training/config.py", "stages/measure/diagnosis.py"}
-
-
-def modules_of(module: Path) -> set[str]:
-    """That it imports from."""
-    nodes = ast.walk(ast.parse(module.read_text(encoding="utf-8")))
-    return {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
-
-
-def names(module: Path) -> set[str]:
-    """The string literals of a module: no comment, and no docstring of more than a word, is one."""
-    nodes = ast.walk(ast.parse(module.read_text(encoding="utf-8")))
-    return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 
 
 def test_weights_that_are_not_those_of_its_config_are_told_before_it_is_loaded(

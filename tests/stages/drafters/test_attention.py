@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from draftsmith.stages.drafters import attention
 from draftsmith.stages.drafters.attention import Reach, block_attention
-from tests.stages.drafters.dense import block_mask, dense_attention
+from tests.stages.drafters.dense import dense_attention
 from tests.stages.kernel_flops import KERNEL_FLOPS
 
 FLOAT32 = 1e-5  # sums in another order, on values of order one
@@ -109,24 +108,6 @@ def test_parts_equal_the_dense_form_and_so_do_their_gradients(data: st.DataObjec
             torch.testing.assert_close(found, expected, atol=FLOAT32, rtol=FLOAT32)
 
 
-def test_the_dense_mask_is_what_loops_write() -> None:
-    """Positions, as an engine counts them: entry i is at i, query and own key s of a block at seen + s."""
-    B, T, A, S = 2, 9, 3, 4
-    for before, window, causal in product((None, 2), (None, 3), (False, True)):
-        reach = make_case(B, (1, 1), T, A, S, S, 4, before=before, window=window, causal=causal).reach
-        mask = block_mask(reach, T, S, S)
-        for b, query, key in product(range(B), range(A * S), range(T + A * S)):
-            block = query // S
-            anchor = int(reach.seen[b, block])
-            q, k = anchor + query % S, key if key < T else anchor + (key - T) % S
-            sees = window is None or q - k < window
-            if key < T:
-                sees &= key < anchor and (before is None or key >= anchor - before)
-            else:
-                sees &= (key - T) // S == block and (k <= q or not causal)
-            assert bool(mask[b, query, key]) == sees, (before, window, causal, b, query, key)
-
-
 @pytest.mark.parametrize(("dtype", "off"), [(torch.bfloat16, BFLOAT16), (torch.float16, FLOAT16)])
 def test_in_half_precision_both_forms_are_equally_close_to_float32(dtype: torch.dtype, off: float) -> None:
     """One block, read together with others, sees nothing of the prefix."""
@@ -154,21 +135,6 @@ def test_flex_attention_reads_under_the_same_mask(before: int | None, window: in
         patch.setattr(attention, "_flex", lambda: plain)
         found = attention._with_flex(case.queries, case.prefix, case.own, case.reach)
     torch.testing.assert_close(found, case.dense(), atol=FLOAT32, rtol=FLOAT32)
-
-
-def test_operations_grow_linearly_with_the_blocks_and_end_where_they_see() -> None:
-    T, S = 64, 4
-
-    def counted(A: int, seen: int) -> int:
-        case = make_case(1, (1, 2), T, A, S, S, 8)
-        case.reach = Reach(torch.full((1, A), seen))
-        with FlopCounterMode(display=False, custom_mapping=KERNEL_FLOPS) as counter:
-            case.gradients("parts")
-        return int(counter.get_total_flops())
-
-    assert counted(20, T) == 10 * counted(2, T)
-    # two products forward and five backward, over the prefix and the own block
-    assert counted(20, 16) == 7 * 2 * (2 * 20 * S) * (16 + S) * 8
 
 
 def test_operations_and_what_is_read_are_bound_by_a_window() -> None:
@@ -199,12 +165,3 @@ def test_a_ring_is_read_as_the_prefix_that_it_was_written_from(window: int) -> N
     ring = Reach(case.reach.seen, None, window, True, ring=True)
     found = block_attention(case.queries, (keys, values), case.own, ring)
     torch.testing.assert_close(found, case.dense(), atol=FLOAT32, rtol=FLOAT32)
-
-
-def test_compiled_flex_attention_may_have_a_graph_for_every_kind_of_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A training that mines has more kinds than the eight that torch compiles before it runs unfused."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    attention._flex.cache_clear()
-    attention._flex()
-    attention._flex.cache_clear()
-    assert torch._dynamo.config.recompile_limit >= 32

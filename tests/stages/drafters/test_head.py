@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from draftsmith.stages.drafters import base
 from draftsmith.stages.drafters.head import Head
 
 V, H = 12, 4
@@ -61,20 +59,3 @@ def test_logits_are_float32_whatever_the_head() -> None:
 def test_a_hidden_state_of_a_view_gives_the_same_logits() -> None:
     hidden = torch.randn(2, 5, 3, H, generator=torch.Generator().manual_seed(2))[:, :, 1:]
     torch.testing.assert_close(Head(WEIGHT).logits(hidden), hidden.contiguous() @ WEIGHT.T)
-
-
-def test_the_best_tokens_are_found_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    head = Head.over(WEIGHT, torch.tensor([1, 4, 6, 8]))
-    hidden = torch.randn(2, 5, 3, H, generator=torch.Generator().manual_seed(2))
-    sizes: list[int] = []
-    plain = Head.raw_logits
-
-    def counted(self: Head, part: torch.Tensor) -> torch.Tensor:
-        sizes.append(len(part))
-        return plain(self, part)
-
-    monkeypatch.setattr(Head, "raw_logits", counted)
-    monkeypatch.setattr(base, "LOGITS_AT_ONCE", 4 * 7)
-    found = base.best_of(hidden, head)
-    assert sizes == [7, 7, 7, 7, 2]
-    assert torch.equal(found, torch.tensor([1, 4, 6, 8])[(hidden @ WEIGHT[[1, 4, 6, 8]].T).argmax(-1)])

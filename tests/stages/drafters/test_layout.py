@@ -9,9 +9,8 @@ import torch
 import transformers
 from torch import nn
 
-from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.drafters.checkpoint import check_layers, load_drafter, save_drafter
+from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
 from draftsmith.stages.drafters.layout import target_fields, unservable_layers
 from draftsmith.stages.targets.causal_lm import Target
 from tests.testbed import random_target
@@ -59,11 +58,3 @@ def test_a_new_drafter_turns_as_the_targets_layers_that_read_the_whole_prefix(fa
 def test_layers_that_an_engine_would_hand_over_otherwise_are_told(ids: list[int], reason: str | None) -> None:
     found = unservable_layers(ids, 36)
     assert (found is None) if reason is None else (found is not None and reason in found)
-
-
-def test_a_checkpoint_with_such_layers_is_refused_before_a_server_starts(
-    plain_drafter: Drafter, plain_target: Target, tmp_path: Path
-) -> None:
-    save_drafter(plain_drafter, tmp_path, torch.float32)  # layers 2 and 0
-    with pytest.raises(DraftsmithError, match=r"config\.json: target_layer_ids \[2, 0\] do not rise"):
-        check_layers(tmp_path, plain_target.info.num_layers)

@@ -70,13 +70,8 @@ class HttpServer:
                     self.close_connection = True
                     return
                 data = json.dumps(body).encode()
-                kind = "application/json"
-                if payload.get("stream") and status == 200:
-                    first = {"output_ids": body["output_ids"][:1], "meta_info": {"finish_reason": None}}
-                    data = f"data: {json.dumps(first)}\n\ndata: {json.dumps(body)}\n\ndata: [DONE]\n\n".encode()
-                    kind = "text/event-stream"
                 self.send_response(status)
-                for name, value in {"Content-Type": kind, **headers}.items():
+                for name, value in {"Content-Type": "application/json", **headers}.items():
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()

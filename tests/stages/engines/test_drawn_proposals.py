@@ -17,9 +17,8 @@ from draftsmith.stages.engines import verification
 from draftsmith.stages.engines.base import Completion, Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.targets.causal_lm import Target
-from tests.testbed import random_target
 from tests.testbed.dflash2 import random_dflash2
-from tests.testbed.drawing import drawing_dflash, drawing_eagle3
+from tests.testbed.drawing import drawing_eagle3
 from tests.testbed.dspark import random_dspark
 
 PROMPT = [5, 3, 9, 1]
@@ -174,20 +173,3 @@ def test_every_token_of_a_step_follows_the_target(params: SamplingParams) -> Non
 def test_wrong_rules_are_caught(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verification, "_by_ratio", WRONG[rule])
     assert least_p_value() < ALARM
-
-
-def test_greedy_answers_and_those_of_other_drafters_are_plain_decodings(plain_target: Target) -> None:
-    engines = [
-        EmbeddedEngine(plain_target, drafter, slots=3, capacity=40)
-        for drafter in (None, drawing_dflash(plain_target), random_target.random_drafter(plain_target))
-    ]
-    greedy = SamplingParams(12)
-    sampled = SamplingParams(12, temperature=1.5)
-    requests = [Request(str(i), [i, 3, 9], greedy if i % 2 else sampled, i) for i in range(8)]
-    plain, drawing, point = (
-        {a.request.request_id: a.response_ids for a in engine.generate(requests)} for engine in engines
-    )
-    assert point == plain
-    for request in requests:
-        same = drawing[request.request_id] == plain[request.request_id]
-        assert same == request.sampling.greedy  # a sampled one has other numbers, and the same law

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from draftsmith.artifacts.parquet import write_table
-from draftsmith.artifacts.schemas import TIMINGS, TRACE
+from draftsmith.artifacts.schemas import TIMINGS
 from draftsmith.stages.engines.base import Completion, Request, SamplingParams, VerifyStep
 from draftsmith.stages.engines.parts import SCHEMAS, AnswerParts
 
@@ -70,13 +70,6 @@ def test_an_answer_that_a_recording_engine_gave_without_its_steps_is_not_made_ag
     retracted = replace(answer("b/0", [6, 7]), verify_steps=2)
     parts.append([answer("a/0", [3, 4], [1]), retracted], SPLITS, "e")
     assert AnswerParts(tmp_path).finished(with_trace=True) == {"a/0", "b/0"}
-
-
-def test_no_parts_are_empty_tables(tmp_path: Path) -> None:
-    parts = AnswerParts(tmp_path)
-    parts.append([], SPLITS, "e")
-    assert parts.finished(with_trace=True) == set()
-    assert tables_of(parts, [])["trace"].schema.names == TRACE.columns.names
 
 
 def _with_steps(parts: AnswerParts, steps: int) -> list[dict[str, object]]:

@@ -22,7 +22,7 @@ from draftsmith.stages.engines.sglang.engine import _MOST_UNANSWERED, SGLangEngi
 from draftsmith.stages.engines.sglang.handshake import Expected
 from draftsmith.stages.rollout import STAGE, RolloutConfig
 from draftsmith.stages.stored import DRAFTER_FOLDER, load_prompts
-from tests.stages.engines.http_server import HttpServer, Refusal, answer, is_probe
+from tests.stages.engines.http_server import Refusal, answer, is_probe
 from tests.stages.engines.servers import (
     STAND_IN,
     asked_for,
@@ -213,32 +213,6 @@ def test_a_rollout_keeps_all_answers_and_a_rerun_asks_only_for_the_missing_one(
 # ---- servers that are lost, or do not come up
 
 
-def away_after(server: HttpServer, answers: int) -> None:
-    """After so many answers the server breaks off a connection and takes no new one."""
-    left = iter([True] * answers)
-
-    def generate(payload: dict[str, Any]) -> dict[str, Any] | None:
-        if not next(left, False):
-            server.stop()
-        return answer(payload) if server.running else None
-
-    server.replies["/generate"] = generate
-
-
-def test_a_server_that_dies_leaves_its_requests_to_the_others_and_the_last_one_ends_the_stage(
-    plain: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path
-) -> None:
-    with (
-        server_of(plain) as first,
-        server_of(plain) as second,
-        opened(tiny_drafter, tmp_path, {"urls": [first.url, second.url], "concurrency": 1}) as engine,
-    ):
-        away_after(first, 1)
-        assert answers_of(engine) == RIGHT
-        away_after(second, 3)
-        assert len(names_until_error(engine, RetryableError)[0]) == 3
-
-
 def test_a_given_server_that_does_not_answer_is_left_out(
     plain: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
@@ -269,19 +243,6 @@ def test_one_of_several_launched_servers_that_does_not_come_up_is_left_out_and_s
         assert sum(process.ended() is None for process in engine._fleet._processes) == 1
         assert answers_of(engine) == RIGHT
     assert living(tmp_path / "servers") == []
-
-
-def test_a_launched_server_that_dies_is_known_by_its_process(
-    plain: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without waiting for failed probes; the error names its end and its log."""
-    monkeypatch.setattr(pool, "_PATIENCE_S", 600.0)
-    with opened(tiny_drafter, tmp_path, launched(plain)) as engine:
-        (process,) = engine._fleet._processes
-        assert process._child is not None
-        process._child.process.kill()
-        with pytest.raises(RetryableError, match=r"SIGKILL.*sglang-0\.log"):
-            answers_of(engine)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from draftsmith.artifacts.code_digest import code_digest
-from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.engines.sglang import plugin, plugin_hooks, server
 from draftsmith.stages.engines.sglang.environment import PLUGIN_GROUP
 from draftsmith.stages.engines.sglang.plugin_hooks import (
@@ -100,39 +99,10 @@ def test_a_step_survives_packing(batch_tensors: dict[str, torch.Tensor]) -> None
     assert "Infinity" not in json.dumps(steps)
 
 
-def trace_of(rows: list[int], tensors: dict[str, torch.Tensor]) -> Trace:
-    return Trace("digest", rows, packed(rows, tensors)).copy_to_host(torch.clone)
-
-
-def test_every_record_stands_at_the_first_token_that_its_step_committed(
-    batch_tensors: dict[str, torch.Tensor],
-) -> None:
-    batch = Batch([ServerRequest(), ServerRequest(), ServerRequest()])
-    Trace("digest", [1, 2], None).consume(batch, [Commit(0, (1,)), Commit(0, (1,)), Commit(0, (1,))])
-    trace = trace_of([1, 2], batch_tensors)
-    trace.consume(batch, [Commit(1, (7,)), Commit(1, (1, 2, 3, 4)), Commit(1, (1,))])  # the last one cut by its length
-    trace.consume(batch, [Commit(2, (7,)), Commit(5, (1, 2, 3, 4)), None])
-    assert batch.reqs[0].customized_info is None  # did not ask
-    first, second = (request.customized_info[KEY] for request in batch.reqs[1:] if request.customized_info)
-    assert [element is not None for element in first] == [True, True, False, False, False, True, False, False, False]
-    assert first[0] == {"v": "1", "drafter": "digest"}
-    assert first[1] == {**first[0], **unpack_steps(trace.steps)[0]}  # type: ignore[arg-type]
-    assert [element["accepted"] for element in second[1:]] == [1]  # finished: its second step committed nothing
-
-
 def test_a_tree_is_refused_in_the_place_of_its_record() -> None:
     batch = Batch([ServerRequest(customized_info={KEY: [{}]})])
     Trace("digest", [0], "a tree").consume(batch, [Commit(1, (5, 6))])
     assert batch.reqs[0].customized_info == {KEY: [{}, {"v": "1", "drafter": "digest", "refused": "a tree"}, None]}
-
-
-def test_the_digest_is_the_drafters(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(bytes(range(256)) * 9000)  # more than one part
-    before = plugin_hooks._served_digest(str(tmp_path), None)
-    assert before == drafter_digest(tmp_path)
-    (tmp_path / "frequent_tokens.npy").write_bytes(b"123")
-    assert plugin_hooks._served_digest(str(tmp_path), None) != before
 
 
 @pytest.fixture

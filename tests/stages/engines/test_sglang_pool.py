@@ -152,14 +152,6 @@ def test_an_answer_without_an_end_is_asked_again(body: dict[str, Any]) -> None:
         assert found.response_ids == [6, 7, 8]
 
 
-def test_a_request_that_is_lost_each_time_is_an_error_that_another_run_may_cure() -> None:
-    with serving(refusing(500, "scheduler\nhit an exception"), health_generate=lambda _: {}) as server:
-        with pytest.raises(LostTooOftenError, match=r"request r5: .*status 500.*scheduler") as caught:
-            with_pool([server], ask)
-        assert isinstance(caught.value, RetryableError)
-        assert server.count("/generate") == pooling._TRIES[LostError]
-
-
 def test_a_bad_answer_is_an_error_in_the_end() -> None:
     def read(_: Answer) -> Completion:
         raise BadAnswerError("no use")
@@ -429,34 +421,3 @@ def test_a_server_that_does_not_compute_loses_its_request_to_another() -> None:
         found, _ = with_pool([hangs, good], lambda pool: ask_many(pool, 2), timeout_s=0.3)
         release.set()
     assert found == EXPECTED[:2]
-
-
-def test_cancelled_requests_are_aborted_on_the_server() -> None:
-    release = threading.Event()
-    with serving(hanging(release), abort_request=lambda _: {}) as server:
-
-        async def cancel(pool: ServerPool) -> None:
-            tasks = [asyncio.create_task(ask(pool, i)) for i in range(6)]
-            while server.count("/generate") < 4:
-                await asyncio.sleep(0.01)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-        with_pool([server], cancel)
-        release.set()
-        aborted = {asked["rid"] for path, asked in server.asked if path == "/abort_request"}
-        assert aborted == {asked["rid"] for path, asked in server.asked if path == "/generate"}
-        assert len(aborted) == 4
-
-
-def test_streaming_measures_the_first_token() -> None:
-    async def generate() -> Answer:
-        async with httpx.AsyncClient(trust_env=False) as http:
-            return await client.generate(http, server.url, "r", payload(), stream=True)
-
-    with serving(answer) as server:
-        found = asyncio.run(generate())
-        assert found.body["output_ids"] == [6, 7, 8]
-        assert 0 < found.first_token_seconds <= found.seconds
-        assert server.asked[0][1]["sampling_params"]["stream_interval"] > 10**6

@@ -56,7 +56,7 @@ def as_records(long: Completion, length: int) -> list[Any]:
     return elements
 
 
-@pytest.mark.parametrize("length", range(1, 24))
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 23])
 def test_cut_records_equal_the_embedded_engines_steps(length: int, bench: Bench) -> None:
     """Steps of a longer answer, cut where the shorter one ends, are the steps of decoding the shorter one."""
     long = bench.answers(bench.requests(12, SamplingParams(60)), "trained")
@@ -77,11 +77,6 @@ def test_a_stop_token_inside_an_accepted_block_cuts_its_step() -> None:
     done = read(body([20, 21, 2], records, "stop"))
     assert [(step.anchor, step.accepted) for step in done.steps] == [(3, 2)]
     assert done.verify_steps == 1
-
-
-def test_log_probabilities_are_kept() -> None:
-    done = read(body([20, 21], [None, record(3, [21, 5, 6], 1, 7, logprobs=[-0.5, -1, -2])], "length"), _short(2))
-    assert done.steps[0].target_logprobs == [-0.5, -1.0, -2.0]
 
 
 @pytest.mark.parametrize("nan", [None, float("nan")])
@@ -167,35 +162,13 @@ def test_payloads_say_how_to_draw_and_whether_to_record() -> None:
     assert params["custom_params"] == {"draftsmith_trace": True}
 
 
-@pytest.mark.parametrize(
-    ("sampling", "top_k"),
-    [(SamplingParams(6), -1), (SamplingParams(6, 0.7, 0.9), -1), (SamplingParams(6, 0.7, 0.9, 30), 30)],
-    ids=["greedy", "sampled", "of some"],
-)
-def test_what_a_server_prefers_decides_nothing(sampling: SamplingParams, top_k: int) -> None:
-    """SGLang draws by {**preferred, **asked}, and makes its SamplingParams of that."""
-    preferred = {
-        "top_p": 0.5,
-        "top_k": 20,
-        "min_p": 0.1,
-        "min_new_tokens": 3,
-        "temperature": 0.3,
-        "ignore_eos": True,
-        "frequency_penalty": 1.0,
-        "presence_penalty": 1.5,
-        "repetition_penalty": 1.05,
-        "logit_bias": {"5": 1.0},
-        "stop": ["a"],
-        "stop_regex": ["a"],
-        "regex": "a",
-        "ebnf": "a",
-        "json_schema": "{}",
-        "structural_tag": "a",
-    }
-    asked = generate_payload(replace(REQUEST, sampling=sampling), EOS, traced=False)["sampling_params"]
-    assert {**preferred, **asked} == asked
-    assert (asked["top_p"], asked["top_k"], asked["repetition_penalty"]) == (sampling.top_p, top_k, 1.0)
-    assert asked["stop"] is None
+def test_what_a_server_prefers_decides_nothing() -> None:
+    """SGLang draws by {**preferred, **asked}: whatever it may prefer is asked for."""
+    names = "top_p top_k min_p min_new_tokens temperature ignore_eos frequency_penalty presence_penalty"
+    names += " repetition_penalty logit_bias stop stop_regex regex ebnf json_schema structural_tag"
+    asked = generate_payload(REQUEST, EOS, traced=False)["sampling_params"]
+    assert set(names.split()) <= asked.keys()
+    assert (asked["repetition_penalty"], asked["stop"]) == (1.0, None)
 
 
 def test_records_of_another_drafter_are_a_bad_answer() -> None:

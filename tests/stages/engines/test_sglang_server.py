@@ -33,17 +33,6 @@ def healthy(url: str) -> bool:
         return False
 
 
-def test_a_server_starts_and_stops_with_all_its_processes(tmp_path: Path) -> None:
-    server = process(tmp_path)
-    server.start()
-    wait_until(partial(healthy, server.url), "it answers")
-    assert len(living(tmp_path)) >= 3  # itself, its child, the guard of its lifeline
-    assert server.ended() is None
-    server.stop()
-    assert not living(tmp_path)
-    server.stop()  # twice is fine
-
-
 def test_a_server_may_end_by_itself_and_a_stubborn_one_is_killed(tmp_path: Path) -> None:
     polite, stubborn = process(tmp_path / "a", "polite"), process(tmp_path / "b", "stubborn")
     for server in (polite, stubborn):

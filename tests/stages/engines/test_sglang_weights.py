@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from draftsmith.artifacts import host
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.sglang.handshake import Expected
 from draftsmith.stages.engines.sglang.probe import own_logprobs
@@ -88,21 +87,6 @@ def test_without_files_or_a_commit_a_server_is_known_by_what_it_computes(
         pytest.raises(DraftsmithError, match=rf"nats from those of the target org/model .*serve revision {COMMIT}"),
     ):
         shake(server, expected)
-
-
-def test_a_target_is_not_loaded_where_the_container_has_less_memory_than_the_machine(
-    plain: Expected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "memory.max").write_text("1000000\n")
-    monkeypatch.setattr(host, "_CGROUP_LIMITS", (str(tmp_path / "memory.max"),))
-    shutil.copytree(plain.target_folder, folder := tmp_path / "target")
-    expected, logs = replace(of_hub(plain), target_folder=folder), list[str]()
-    scores = scoring([0.0] * (len(plain.scored_ids) - 1))
-    with server_of(expected, model={"model_path": "org/model"}, generate=scores) as server:
-        (remark,) = shake(server, expected, logs=logs).remarks
-    assert "could not be compared with the target's, which takes " in remark
-    assert "where 0.0 GB are free" in remark
-    assert not logs
 
 
 def test_quantised_weights_are_not_compared_and_that_is_said(plain: Expected) -> None:

@@ -71,13 +71,6 @@ def test_figures_of_a_set_are_of_its_own_answers_and_prompts() -> None:
     assert taus_compared(tallies(sft=theirs, opd=ours), prompts, sets) == [], "without a champion"
 
 
-def test_one_prompt_has_no_interval() -> None:
-    one = [trace(8, [4, 5, 6], [0, 0, 0])]
-    table = acceptance_table(tallies(sft=one, opd=one), ["a"], [False])
-    assert table["sft"]["tau_low"] is table["sft"]["tau_high"] is None
-    assert table["opd"]["differences"]["sft"] == {"value": 0, "low": None, "high": None}
-
-
 def test_a_loop_is_an_n_gram_that_comes_three_times() -> None:
     assert not has_loop([])
     assert not has_loop(list(range(100)))

@@ -186,13 +186,6 @@ def test_outputs_that_part_need_a_reason(exact: dict[str, Any], outcome: str) ->
     assert decide(found, GateConfig()).outcome == outcome
 
 
-def test_figures_of_parity_are_said() -> None:
-    found = evaluation(np.random.default_rng(1), 0.05)
-    figures = {"mismatch_share": 0.9, "served_tau": 1.1, "replayed_tau": 3.0}
-    (rule,) = [r for r in decide(found | {"parity": {"opd": figures}}, GateConfig()).rules if r.name == "parity"]
-    assert rule.said == "90.0% of the served verify steps differ from replay's; tau 1.100, by replay 3.000"
-
-
 def test_a_gain_that_is_asked_for_is_promoted_no_oftener_than_said() -> None:
     """The champion's tau has an error too: at a true gain of just what is asked for."""
     rng, repetitions = np.random.default_rng(5), 600

@@ -8,9 +8,7 @@ import sys
 import time
 
 import psutil
-import pytest
 
-from draftsmith.stages.measure import load
 from draftsmith.stages.measure.load import SHORTEST_S, LoadMeter, machine, own_seconds
 
 BURN = "import time\nend = time.process_time() + 1.0\nwhile time.process_time() < end: pass"
@@ -33,17 +31,6 @@ def test_time_of_other_processes_is_seen_and_our_own_is_not_theirs() -> None:
     theirs, seconds = meter.others_share(), time.perf_counter() - began
     assert theirs * cores * seconds > 0.8, "a second of CPU time"
     assert own_seconds() - before < 0.8
-
-
-def test_shares_are_of_what_is_neither_idle_nor_ours_nor_a_guests_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 20 seconds: 7 of processes, 4 of these our own, and 1 that the host took."""
-    now = psutil.cpu_times()
-    passed = {"user": 6, "system": 1, "idle": 10, "iowait": 2, "steal": 1, "guest": 3}
-    later = now._replace(**{name: getattr(now, name) + seconds for name, seconds in passed.items()})
-    monkeypatch.setattr(load, "SHORTEST_S", 0.0)
-    monkeypatch.setattr(psutil, "cpu_times", iter([now, later]).__next__)
-    monkeypatch.setattr(load, "own_seconds", iter([100.0, 104.0]).__next__)
-    assert LoadMeter().others_share() == pytest.approx(4 / 20)
 
 
 def test_of_a_turn_that_is_too_short_shares_are_not_known() -> None:

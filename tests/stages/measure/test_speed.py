@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from draftsmith.stages import stored
 from draftsmith.stages.engines.base import Completion, Request, SamplingParams, VerifyStep
-from draftsmith.stages.measure.config import EvaluationConfig, prompts_to_decode
+from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.measure.requests import (
     Setting,
-    candidate_sizes,
     compare_with_plain,
     equality,
-    fastest,
-    first_difference,
     requests_for,
     row_of,
     settings_of,
@@ -213,23 +208,6 @@ def test_a_prompt_that_outweighs_all_others_tells_nothing_of_them() -> None:
     assert speed_table(turns, rows, {})["sft"]["speedup_high"] is None
 
 
-def test_block_sizes_are_chosen_with_as_many_in_flight_as_are_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stored, "load_prompts", lambda _folder, splits: splits * 64)
-    for concurrency, taken in ((1, 4), ((1, 16), 4), ((16, 1), 16)):
-        config = EvaluationConfig.model_validate({"concurrency": concurrency, "validation_prompts": 4})
-        heldout, validation = prompts_to_decode(config, tmp_path)
-        assert list(heldout) == ["heldout"] * 64 and list(validation) == ["validation"] * taken
-
-
-def test_the_number_of_prompts_is_no_number_of_repetitions() -> None:
-    """A hundred prompts in one turn are one observation of a machine's speed."""
-    many = [answer(str(i), 10) for i in range(100)]
-    found = speed_table([turn("plain", many, 9.0), turn("sft", many, 8.0)], [], {})["sft"]
-    assert (found["prompts"], found["speedup_low"]) == (100, None)
-
-
 def test_latencies_are_quantiles_over_requests() -> None:
     answers = [answer(str(i), 10, 2.0, first=0.1 * (i + 1)) for i in range(21)]
     found = speed_table([turn("plain", answers, 9.0)], [row("plain", each) for each in answers], {})["plain"]
@@ -273,13 +251,6 @@ def test_outputs_are_compared_with_plain_decoding_of_the_same_round_and_setting(
     assert equality([])["identical_share"] is None
 
 
-def test_first_difference() -> None:
-    assert first_difference([1, 2], [1, 2]) == -1
-    assert first_difference([1, 2, 3], [1, 5, 3]) == 1
-    assert first_difference([1, 2], [1, 2, 3]) == 2
-    assert first_difference([], [1]) == 0
-
-
 def test_every_arm_gets_the_same_requests_at_every_setting() -> None:
     config = EvaluationConfig.model_validate(
         {"concurrency": [1, 16], "temperatures": [0, 0.7], "sampling": {"max_new_tokens": 9, "top_p": 0.9, "top_k": 20}}
@@ -294,10 +265,3 @@ def test_every_arm_gets_the_same_requests_at_every_setting() -> None:
     later, _ = requests_for(prompts, config, settings[2], 5, round=1)
     assert later.seed != a.seed, "what arms draw by luck must not be the same in every round"
     assert settings_of(EvaluationConfig()) == [Setting(0.0, 1)]
-
-
-def test_block_sizes_are_no_larger_than_the_trained_one() -> None:
-    config = EvaluationConfig(block_sizes=(16, 3, 8))
-    assert candidate_sizes(config, 8) == [3, 8]
-    assert candidate_sizes(EvaluationConfig(), 8) == [8]
-    assert fastest({3: 1.0, 8: 2.0}) == 8 and fastest({3: 2.0, 8: 2.0}) == 3

@@ -29,7 +29,7 @@ from draftsmith.stages.drafters.eagle3.shape import Eagle3Config
 from draftsmith.stages.mining import STAGE as MINING
 from draftsmith.stages.mining import MiningConfig
 from draftsmith.stages.parallel.config import RENDEZVOUS, ParallelConfig
-from draftsmith.stages.parallel.launch import RankFailedError, RankReport, _cause, launch
+from draftsmith.stages.parallel.launch import RankReport, _cause, launch
 from draftsmith.stages.stored import DRAFTER_FOLDER
 from draftsmith.stages.targets.causal_lm import Target
 from tests.flows.pipeline.processes import ROOT, assert_gone, wait_until
@@ -242,16 +242,6 @@ def test_two_nodes_train_together_until_a_rank_is_lost_or_one_is_asked_to_stop(
     assert (code, events[-1]["kind"]) == (130, "StageInterrupted")
     done = [event["done"] for event in events if event["event"] == "progress"]
     assert newest(tmp_path) == done[-1], "what was asked to stop saved where it was"
-
-
-def test_a_report_of_an_earlier_launch_does_not_reach_the_next_one(tmp_path: Path) -> None:
-    earlier, later = tmp_path / "earlier", tmp_path / "later"
-    earlier.mkdir()
-    later.mkdir()
-    RankReport(0, "the disk is full", 2).write(earlier)
-    assert type(_cause(later, OSError("gone"), PAIR, stopped=False)) is RankFailedError
-    RankReport(1, "the disk is full", 2).write(tmp_path / "removed")  # nobody waits for it
-    assert not (tmp_path / "removed").exists()
 
 
 def test_a_rank_that_cannot_write_why_it_ended_is_reported_as_a_full_disk(

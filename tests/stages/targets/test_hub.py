@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -146,23 +145,3 @@ def test_a_target_of_the_hub_names_the_files_that_it_found(cache: Cache, plain_a
     assert all(Path(path).is_relative_to(snapshot) and sha256_file(Path(path)) == sha for path, sha in files.items())
     assert json.loads((context.out / "origin.json").read_text())["revision"] == FIRST
     assert ELSEWHERE in TARGET.volatile
-
-
-def test_a_target_that_changes_while_it_is_read_is_refused(
-    plain_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from draftsmith.stages.targets import resolve
-
-    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
-    folder = Path(shutil.copytree(model_path(plain_artifact), tmp_path / "target"))
-    digest = resolve.model_digest
-
-    def replaced_meanwhile(*arguments: Any) -> str:
-        found = digest(*arguments)
-        (folder / "config.json").write_bytes((folder / "config.json").read_bytes())
-        return found
-
-    monkeypatch.setattr(resolve, "model_digest", replaced_meanwhile)
-    with pytest.raises(DraftsmithError, match="somebody writes to the model while it is read"):
-        TARGET.run(RecordingContext.under(tmp_path / "stage"), TargetConfig(source=str(folder)))
-    assert not (tmp_path / "stage" / "out" / "target.json").exists()

@@ -15,7 +15,6 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.targets.metadata import metadata_artifact
-from draftsmith.stages.targets.source import check_weights
 from tests.testbed.families import FAMILIES, WORDS, write_family
 from tests.testbed.random_target import fill, save, write_artifact, write_model
 
@@ -81,32 +80,6 @@ def test_a_model_that_holds_a_causal_lm_whole_is_that_one(tmp_path: Path) -> Non
     save_file({n: t for n, t in tensors.items() if "lm_head" not in n}, tmp_path / "cut" / WEIGHTS, {"format": "pt"})
     with pytest.raises(DraftsmithError, match=r"lack language_model\.lm_head\.weight"):
         Target.of(tmp_path / "cut", dtype="float32", device="cpu")
-
-
-def as_float8(model: Path) -> list[str]:
-    """Every matrix of a layer in 8 bits with a scale, as DeepSeek's and Qwen's checkpoints have them; their names."""
-    tensors, made = load_file(model / WEIGHTS), []
-    for name, weight in list(tensors.items()):
-        if "proj" in name and weight.dim() == 2:
-            scale = weight.abs().max() / 448
-            tensors[name] = (weight / scale).to(torch.float8_e4m3fn)
-            tensors[f"{name}_scale_inv"] = scale.view(1, 1)
-            made.append(name)
-    save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
-    return made
-
-
-def test_weights_of_8_bits_have_their_scales(tmp_path: Path) -> None:
-    write_model(tmp_path)
-    names = as_float8(tmp_path)
-    assert check_weights(tmp_path) == [tmp_path / WEIGHTS]
-    tensors = load_file(tmp_path / WEIGHTS)
-    tensors["model.layers.0.of_four_bits.weight_scale"] = torch.ones(2, 2).to(torch.float8_e4m3fn)
-    save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
-    assert check_weights(tmp_path) == [tmp_path / WEIGHTS]
-    change(tmp_path, f"{names[3]}_scale_inv", None)
-    with pytest.raises(DraftsmithError, match=rf"{names[3]} .*no scale"):
-        check_weights(tmp_path)
 
 
 def test_a_layer_that_lacks_one_of_its_experts_is_named_as_damaged(tmp_path: Path) -> None:
@@ -242,32 +215,6 @@ def test_biases_that_its_config_does_not_say_are_one_clear_error(tmp_path: Path)
     save_file(load_file(weights) | bias, weights, metadata={"format": "pt"})
     with pytest.raises(DraftsmithError, match=r"model\.layers\.0\.self_attn\.q_proj\.bias"):
         Target.load(artifact, device="cpu")
-
-
-@pytest.mark.parametrize(
-    "field",
-    [
-        {"dtype": "Q4"},
-        {"dtype": None},
-        {"shape": [-1, 32]},
-        {"shape": [1, 2]},
-        {"data_offsets": [3]},
-        {"data_offsets": [0, 128]},
-        {"data_offsets": [0.5, 1]},
-    ],
-    ids=str,
-)
-def test_a_header_that_contradicts_itself_is_told_before_it_is_loaded(field: dict[str, Any], tmp_path: Path) -> None:
-    write_model(tmp_path)
-    path = tmp_path / WEIGHTS
-    content = path.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    header["model.layers.1.mlp.up_proj.weight"].update(field)
-    made = json.dumps(header).encode()
-    path.write_bytes(len(made).to_bytes(8, "little") + made + content[8 + length :])
-    with pytest.raises(DraftsmithError, match=rf"{WEIGHTS}: truncated or damaged, "):
-        metadata_artifact(TargetConfig(source=str(tmp_path)), tmp_path)
 
 
 def test_of_tensors_that_are_there_twice_none_is_taken(tmp_path: Path) -> None:

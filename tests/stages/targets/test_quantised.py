@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.source import check_weights
 from tests.testbed.families import SHAPE, write_family
 from tests.testbed.random_target import write_model
 
@@ -109,3 +110,16 @@ def test_a_quantisation_whose_package_is_not_here_is_one_clear_error(tmp_path: P
     say(tmp_path, quant_method="aqlm")
     with pytest.raises(DraftsmithError, match="aqlm"):
         Target.of(tmp_path, device="cpu")
+
+
+def test_a_scale_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, _ = fp8(tmp_path, monkeypatch)
+    tensors = load_file(tmp_path / WEIGHTS)
+    tensors["model.layers.0.of_four_bits.weight_scale"] = torch.ones(2, 2).to(torch.float8_e4m3fn)
+    write(tmp_path, tensors)
+    assert check_weights(tmp_path) == [tmp_path / WEIGHTS]
+    name = min(expected)
+    del tensors[f"{name}_scale_inv"]
+    write(tmp_path, tensors)
+    with pytest.raises(DraftsmithError, match=rf"{name} .*no scale"):
+        check_weights(tmp_path)

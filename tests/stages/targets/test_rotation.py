@@ -8,9 +8,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from draftsmith.stages.drafters.checkpoint import create_drafter
-from draftsmith.stages.drafters.dflash.model import DFlashDrafter
-from draftsmith.stages.drafters.dflash.shape import DFlashConfig
 from draftsmith.stages.target import STAGE, TargetConfig
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.info import model_path
@@ -90,12 +87,6 @@ def test_padding_and_proposals_behind_the_end_change_no_angles(
         for at in (slice(0, 9), slice(9, 14), slice(14, 14 + BLOCK))
     ]
     close(torch.cat(hidden, 1)[:, :STEADY], expected[-1])
-
-
-def test_a_drafter_turns_plainly(target: Target) -> None:
-    drafter = create_drafter(DFlashConfig(num_layers=1, block_size=BLOCK, target_layer_ids=(0, 1)), target, seed=0)
-    assert isinstance(drafter, DFlashDrafter)
-    assert drafter.config.rope_parameters["rope_type"] == "default"
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:

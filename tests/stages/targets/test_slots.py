@@ -10,7 +10,6 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from draftsmith.stages.targets import attention
 from draftsmith.stages.targets.attention import grouped_attention
 from draftsmith.stages.targets.info import model_path
-from draftsmith.stages.targets.slots import KeyValueSlots
 from tests.stages.bench import Bench
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -35,41 +34,6 @@ def logits(bench: Bench, tokens: list[int]) -> torch.Tensor:
 
 
 # ---- slots
-
-
-def test_entries_are_read_where_they_were_written() -> None:
-    slots = KeyValueSlots(rows=3, capacity=6)
-    keys, values = torch.randn(2, 4, 5, 7), torch.randn(2, 4, 5, 7)
-    slots.write(torch.tensor([[2], [0]]), torch.tensor([[0, 1, 2, 3], [2, 3, 4, 5]]), keys, values)
-    read_keys, read_values = slots.read(slice(0, 3), 6)
-    assert read_keys.shape == (3, 5, 6, 7)
-    assert torch.equal(read_keys[2, :, :4], keys[0].transpose(0, 1))
-    assert torch.equal(read_values[0, :, 2:], values[1].transpose(0, 1))
-    assert not read_keys[1].any() and not read_keys[0, :, :2].any()
-    by_index, _ = slots.read(torch.tensor([2, 0]), 4)
-    assert torch.equal(by_index[0], read_keys[2, :, :4]) and torch.equal(by_index[1], read_keys[0, :, :4])
-
-
-def test_a_position_written_again_is_replaced_and_others_stay() -> None:
-    slots = KeyValueSlots(rows=1, capacity=4)
-    first, second = torch.randn(1, 4, 2, 3), torch.randn(1, 2, 2, 3)
-    slots.write(torch.tensor([[0]]), torch.arange(4)[None], first, first)
-    slots.write(torch.tensor([[0]]), torch.tensor([[1, 2]]), second, -second)
-    keys, values = slots.read(slice(0, 1), 4)
-    assert torch.equal(keys[0, :, 1:3], second[0].transpose(0, 1))
-    assert torch.equal(values[0, :, 1:3], -second[0].transpose(0, 1))
-    assert torch.equal(keys[0, :, [0, 3]], first[0, [0, 3]].transpose(0, 1))
-
-
-def test_a_row_is_moved_whole() -> None:
-    slots = KeyValueSlots(rows=3, capacity=4)
-    slots.move_row(2, 0)  # nothing written yet
-    entries = torch.randn(3, 4, 2, 3)
-    slots.write(torch.arange(3)[:, None], torch.arange(4).expand(3, -1), entries, -entries)
-    slots.move_row(2, 0)
-    keys, values = slots.read(slice(0, 3), 4)
-    assert torch.equal(keys[0], keys[2]) and torch.equal(values[0], values[2])
-    assert torch.equal(keys[1], entries[1].transpose(0, 1))
 
 
 # ---- cached forwards
@@ -180,11 +144,6 @@ def test_features_alone_have_the_same_bits_and_run_no_layer_behind_them(layers: 
     assert after.features is not None
     assert torch.equal(alone, after.features)
     assert torch.equal(bench.target.read(ids).hidden, after.hidden)
-
-
-def test_the_target_is_frozen(bench: Bench) -> None:
-    assert not any(p.requires_grad for p in bench.target.model.parameters())
-    assert not bench.target.read(torch.tensor([[5, 6]]), [1]).hidden.requires_grad
 
 
 # ---- attention

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
-from draftsmith.stages.parallel.ranks import ALONE, Ranks
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.batches import Batch, FeatureSource
-from draftsmith.stages.training.config import SftConfig
-from draftsmith.stages.training.on_policy.config import OpdConfig
-from draftsmith.stages.training.on_policy.training import OpdTraining
-from draftsmith.stages.training.supervised import SftTraining
-from tests.stages.bench import Bench
 from tests.stages.training.case import hidden_of
-from tests.stages.training.world import World, make_world
 from tests.testbed import random_target
 
 TRAJECTORIES = random_target.trajectories(12, seed=5)
@@ -69,42 +60,3 @@ def test_another_batch_than_the_one_that_was_read_ahead_is_read(plain_target: Ta
     source.prefetch([7, 0])
     for indices in ([3, 1], [7, 0]):
         assert torch.equal(source.batch(indices).features, plain.batch(indices).features)
-
-
-@pytest.fixture(scope="module")
-def world(bench: Bench) -> World:
-    return make_world(bench, moved_by=0.15)
-
-
-@pytest.mark.parametrize("ranks", [ALONE, Ranks(1, 2), Ranks(1, 4, 2)])
-@pytest.mark.parametrize("kind", ["sft", "opd"])
-def test_a_step_asks_for_the_next_ones_batch(
-    kind: str, ranks: Ranks, world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of its own rank; behind the last step there is none. Ranks that share a target read for each other."""
-    asked: dict[str, list[Any]] = {"batch": [], "shared": [], "prefetch": []}
-    batch = FeatureSource.batch
-
-    def noted(self: FeatureSource, indices: Any, shared: Any) -> Batch:
-        asked["batch"].append(list(indices))
-        asked["shared"].append(list(shared))
-        return batch(self, indices, shared)
-
-    monkeypatch.setattr(FeatureSource, "batch", noted)
-    monkeypatch.setattr(FeatureSource, "prefetch", lambda _, indices: asked["prefetch"].append(list(indices)))
-    monkeypatch.setattr(Ranks, "gather", lambda _, mine: [mine])
-    shape = {"steps": 3, "sequences_per_step": 4, "anchors_per_sequence": 2}
-    training: SftTraining | OpdTraining
-    if kind == "sft":
-        config = SftConfig.model_validate(shape)
-        training = SftTraining(world.moved, world.target, world.trajectories, config, ranks=ranks)
-    else:
-        training = OpdTraining(
-            world.moved, world.target, world.trajectories, world.table, OpdConfig.model_validate(shape), ranks=ranks
-        )
-    for step in range(3):
-        next(iter(training.micro_batches(step, limit=None)))
-    assert [len(indices) for indices in asked["batch"]] == [4 // ranks.world] * 3
-    assert asked["prefetch"] == asked["batch"][1:]
-    for own, shared in zip(asked["batch"], asked["shared"], strict=True):
-        assert len(shared) == len(own) * ranks.sharing and set(own) <= set(shared)

@@ -111,22 +111,6 @@ def test_of_greedy_answers_it_is_whether_the_argmax_is_kept() -> None:
     torch.testing.assert_close(kept.detach(), (K % 2).float(), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("temperature", "drawn"), [(0.0, False), (0.7, True)])
-def test_trainings_compare_a_drawing_drafter_at_temperature_1(
-    temperature: float, drawn: bool, plain_target: Target
-) -> None:
-    """Of greedy answers no temperature says anything."""
-    texts, law = random_target.trajectories(4, seed=2), Law.of(temperature, 0.5, 20)
-    for drafter, draws in ((random_dspark(plain_target), drawn), (random_drafter(plain_target), False)):
-        sft = SftTraining(drafter, plain_target, texts, SftConfig(loss="ce_l1"), law=law)
-        table = mined(texts, drafter.block_size - 1)
-        opd = OpdTraining(drafter, plain_target, texts, table, OpdConfig(), law=law)
-        of_proposals = Law(0.7, 0.5, 20) if draws else Law()
-        assert (sft._law, opd._step.law) == (of_proposals, of_proposals)
-        of_target = 1.0 if draws else temperature or 1.0
-        assert sft._temperature == opd.objective.temperature == of_target
-
-
 def test_every_step_of_opd_draws_its_proposals_by_numbers_of_its_own(plain_target: Target) -> None:
     """Neither those of the step before nor those of mining: what was rejected then may be kept now."""
     texts, drafter = random_target.trajectories(2, seed=2), random_dspark(plain_target)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,12 +12,11 @@ from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.blocks import LossReport, block_hidden, block_hidden_on, context_of
-from draftsmith.stages.training.config import SftConfig, TrainingConfig
+from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.loss_config import LossConfig
 from draftsmith.stages.training.on_policy.loss import opd_loss
 from draftsmith.stages.training.on_policy.verify_steps import VerifySteps
 from draftsmith.stages.training.supervised import sft_loss
-from draftsmith.stages.training.vocabulary import HeadSource
 from tests.stages.training.case import CHUNK, Case, K, heads_of, make_case
 from tests.stages.training.slow import Slow, assert_equal, slow_opd, slow_sft
 from tests.testbed.eagle3 import random_eagle3
@@ -75,23 +73,6 @@ def test_the_training_time_test_equals_the_loop(
         for label in eagle_case.trajectories[row].tokens[anchor + 1 : anchor + 1 + K]
     ]
     assert positions < len(labels) - 5, "tokens outside the draft vocabulary are left out"
-
-
-def test_the_heads_are_over_the_draft_vocabulary_and_the_drafters_is_trained(
-    plain_eagle3: Eagle3Drafter, plain_target: Target
-) -> None:
-    """Options that sample a part of the vocabulary are for drafters without a head of their own."""
-    config = TrainingConfig(head_tokens=5, head_negatives=2)
-    heads = HeadSource(plain_eagle3, plain_target.head_weight, config).draw(
-        np.random.default_rng(0), [torch.arange(64)]
-    )
-    assert heads.trained
-    assert heads.drafter.weight is plain_eagle3.lm_head.weight
-    for head in (heads.drafter, heads.target):
-        assert head.token_ids is not None
-        assert torch.equal(head.token_ids, plain_eagle3.draft_tokens)
-    assert torch.equal(heads.target.weight, plain_target.head_weight[plain_eagle3.draft_tokens])
-    assert not heads.target.weight.requires_grad
 
 
 # ---- OPD

@@ -70,16 +70,6 @@ def test_even_the_shortest_schedule_moves_the_weights(steps: int) -> None:
     assert all(0 <= factor <= 1 for factor in factors)
 
 
-def test_a_loss_that_is_not_finite_is_one_clear_error(tmp_path: Path, plain_target: Target) -> None:
-    drafter = random_target.random_drafter(plain_target)
-
-    def micro_batches(step: int) -> list[LossReport]:
-        return [LossReport(next(drafter.parameters()).sum() * (math.nan if step == 2 else 1.0), 1, 1)]
-
-    with pytest.raises(DraftsmithError, match="loss is nan at step 2"):
-        train(RecordingContext.under(tmp_path), drafter, OptimiserConfig(steps=5), micro_batches)
-
-
 def test_a_gradient_that_is_not_finite_reaches_neither_weights_nor_checkpoint(
     tmp_path: Path, plain_target: Target
 ) -> None:
@@ -224,11 +214,3 @@ def test_ranks_that_see_other_checkpoints_do_not_train_together(tmp_path: Path, 
     drafter = random_target.random_drafter(plain_target)
     with pytest.raises(RetryableError, match=r"checkpoints of the steps \[0, 5\]: all nodes must see the same files"):
         train(RecordingContext.under(tmp_path), drafter, OptimiserConfig(steps=5), lambda _: [], ranks=Two(0, 2))
-
-
-@pytest.mark.parametrize(("left", "limit"), [("20", 20), ("200", 80), ("", 80), ("2\0", 80)])
-def test_what_fits_is_taken_from_the_attempt_before_and_damage_to_it_disturbs_nothing(
-    tmp_path: Path, left: str, limit: int
-) -> None:
-    (tmp_path / "micro_batch_tokens").write_text(left)
-    assert MicroBatches(lambda _step, _limit: [], 80, 10, lambda _line: None, tmp_path).limit == limit

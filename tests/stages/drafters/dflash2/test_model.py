@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from draftsmith.stages.drafters.checkpoint import create_drafter, upgraded
+from draftsmith.stages.drafters.checkpoint import upgraded
 from draftsmith.stages.drafters.dflash.shape import DFlashConfig
 from draftsmith.stages.drafters.dflash2.convolution import BlockConvolution
 from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
@@ -62,15 +62,6 @@ def test_hidden_states_and_the_walk_equal_the_plain_float64_reference(window: in
         assert walked != (expected @ plain_target.head_weight.double().T).argmax(-1).tolist(), "pairs decide"
 
 
-def test_a_fresh_convolution_is_the_identity_and_can_learn() -> None:
-    convolution, x = BlockConvolution(12, 2, 4), torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(0))
-    inner, kernels = convolution.before(x)
-    out = convolution.behind(2 * inner, kernels)
-    assert torch.equal(inner, x) and torch.equal(out, 2 * x)
-    out.square().sum().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() for p in convolution.parameters())
-
-
 def test_a_convolution_reaches_no_further_than_the_block() -> None:
     """What lies in front of it counts as zero, as in a longer block whose first positions are."""
     convolution = BlockConvolution(16, 5, 4)
@@ -80,24 +71,6 @@ def test_a_convolution_reaches_no_further_than_the_block() -> None:
     x = torch.randn(3, 2, 16, generator=torch.Generator().manual_seed(2))
     short, longer = (convolution.before(each)[0] for each in (x, torch.cat([torch.zeros(3, 4, 16), x], 1)))
     torch.testing.assert_close(short, longer[:, 4:])
-
-
-def test_a_fresh_selector_takes_the_heads_best_and_can_learn(plain_target: Target) -> None:
-    drafter = create_drafter(
-        DFlash2Config(kind="dflash2", num_layers=1, target_layer_ids=(1,), **SIZES), plain_target, 0
-    )
-    assert isinstance(drafter, DFlash2Drafter)
-    hidden, head = torch.randn(4, 32, generator=torch.Generator().manual_seed(0)), Head(plain_target.head_weight)
-    columns = drafter.candidates(hidden, head)
-    choices = drafter.choices(hidden, torch.arange(4), columns, head)
-    torch.testing.assert_close(choices, head.logits(hidden).gather(-1, columns), atol=1e-6, rtol=1e-6)
-    assert columns[:, 0].tolist() == head.logits(hidden).argmax(-1).tolist()
-    (-choices.log_softmax(-1)[:, 1]).sum().backward()
-    assert drafter.candidate_selector.successor_codebook.grad is not None
-    assert drafter.candidate_selector.successor_codebook.grad.abs().sum() > 0
-    drafter.candidate_selector.successor_codebook.data.add_(0.1)  # from then on all parts learn
-    (-drafter.choices(hidden, torch.arange(4), columns, head).log_softmax(-1)[:, 1]).sum().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() for p in drafter.candidate_selector.parameters())
 
 
 def test_a_dflash_drafter_goes_on_as_dflash2_with_the_same_proposals_and_tau(plain_target: Target) -> None:

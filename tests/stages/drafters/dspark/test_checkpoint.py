@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -48,24 +47,6 @@ def test_the_round_trip_with_a_confidence_head(
     save_drafter(loaded, tmp_path / "again", torch.float32)
     for path in (tmp_path / "first").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
-
-
-def test_the_file_says_what_sglang_reads(saved: Path) -> None:
-    raw = json.loads((saved / "config.json").read_text())
-    assert raw["architectures"] == ["Qwen3DSparkModel"]
-    assert raw["block_size"] == raw["dflash_config"]["block_size"] == 4  # proposals: the anchor is not one of them
-    assert (raw["markov_rank"], raw["markov_head_type"]) == (6, "vanilla")
-    assert raw["enable_confidence_head"] and raw["confidence_head_with_markov"] and raw["sample_from_anchor"]
-    names = set(load_file(saved / "model.safetensors"))
-    assert {name for name in names if "layers." not in name} == {
-        "fc.weight",
-        "hidden_norm.weight",
-        "norm.weight",
-        "markov_head.markov_w1.weight",
-        "markov_head.markov_w2.weight",
-        "confidence_head.proj.weight",
-        "confidence_head.proj.bias",
-    }
 
 
 def test_in_half_precision_the_confidence_stays_whole(plain_target: Target, tmp_path: Path) -> None:
@@ -118,8 +99,6 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no proposals": (lambda raw: (raw.update(block_size=0), raw["dflash_config"].pop("block_size")), "block_size is 0"),
     "inside its target": (lambda raw: raw.update(dspark_markov_rank=6), "dspark_markov_rank is of a drafter inside"),
     "no word": (lambda raw: raw.update(sample_from_anchor="yes"), "sample_from_anchor is 'yes'"),
-    "no mask": (lambda raw: raw["dflash_config"].pop("mask_token_id"), "mask_token_id is missing"),
-    "another target": (lambda raw: raw.update(hidden_size=64), "hidden_size is 64"),
 }
 
 
@@ -128,15 +107,6 @@ def test_what_is_not_computed_is_refused(name: str, saved: Path, plain_target: T
     change, message = REFUSED[name]
     edit_config(change)(saved)
     with pytest.raises(DraftsmithError, match=message):
-        load_drafter(saved, plain_target)
-
-
-@pytest.mark.parametrize("tensor", ["markov_head.markov_w2.weight", "confidence_head.proj.bias", "fc.weight"])
-def test_a_missing_tensor_is_named(tensor: str, saved: Path, plain_target: Target) -> None:
-    tensors = load_file(saved / "model.safetensors")
-    del tensors[tensor]
-    save_file(tensors, saved / "model.safetensors")
-    with pytest.raises(DraftsmithError, match=f"lacks tensor {tensor}"):
         load_drafter(saved, plain_target)
 
 

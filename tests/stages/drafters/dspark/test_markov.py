@@ -9,7 +9,6 @@ import torch
 
 from draftsmith.stages.drafters.checkpoint import upgraded
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
-from draftsmith.stages.drafters.dspark.markov import RecurrentMarkovHead, markov_head
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
 from draftsmith.stages.drafters.dspark.shape import DSparkConfig
 from draftsmith.stages.replay.replayer import Replayer
@@ -87,17 +86,6 @@ def test_logits_and_confidence_equal_the_plain_reference(
         torch.testing.assert_close(found, said, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def test_the_recurrent_head_has_seen_all_tokens_of_the_block() -> None:
-    head = markov_head("rnn", 50, 6, 8)
-    assert isinstance(head, RecurrentMarkovHead)
-    hidden, tokens = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([[3, 5, 7, 9]] * 2)
-    changed = tokens.clone()
-    changed[1, 0] = 40
-    apart = (head.along(head.read(tokens), hidden) - head.along(head.read(changed), hidden)).abs().amax(-1)
-    assert (apart[0] == 0).all() and (apart[1] > 0).all()
-
-
-@pytest.mark.parametrize("kind", ["vanilla", *KINDS])
 def test_an_upgraded_drafter_proposes_what_it_did_and_learns(
     kind: Any, plain_target: Target, plain_drafter: DFlashDrafter
 ) -> None:

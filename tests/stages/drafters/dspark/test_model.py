@@ -6,9 +6,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from draftsmith.stages.drafters.checkpoint import upgraded
-from draftsmith.stages.drafters.dflash.model import DFlashDrafter
-from draftsmith.stages.drafters.dflash.shape import DFlashConfig
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
 from draftsmith.stages.drafters.dspark.shape import DSparkConfig
 from draftsmith.stages.law import GREEDY, Law
@@ -80,23 +77,6 @@ def test_a_reduced_head_has_the_same_logits_of_its_tokens(plain_target: Target) 
 
 
 # ---- upgraded from DFlash
-
-
-def test_no_other_shape_changes_a_checkpoint(plain_target: Target, plain_drafter: DFlashDrafter) -> None:
-    assert upgraded(plain_drafter, DFlashConfig(num_layers=7), plain_target, seed=0) is plain_drafter
-    drafter = random_dspark(plain_target)
-    assert upgraded(drafter, UPGRADE, plain_target, seed=0) is drafter
-
-
-def test_it_learns_from_the_token_before_it(plain_target: Target, plain_drafter: DFlashDrafter) -> None:
-    """The bias starts at nothing, and only the side of it that writes has a gradient there."""
-    made = upgraded(plain_drafter, UPGRADE, plain_target, seed=0)
-    assert isinstance(made, DSparkDrafter)
-    loss_of(made, plain_target)[0].loss.backward()
-    assert float(made.markov_head.markov_w2.weight.grad.abs().max()) > 0  # type: ignore[union-attr]
-    made.markov_head.markov_w2.weight.data.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
-    loss_of(made, plain_target)[0].loss.backward()
-    assert float(made.markov_head.markov_w1.weight.grad.abs().max()) > 0  # type: ignore[union-attr]
 
 
 # ---- the authors' loss

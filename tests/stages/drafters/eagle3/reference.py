@@ -6,28 +6,11 @@ No mask, no batch, no cache, no padding; the only thing shared with the fast imp
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-Tensors = Mapping[str, torch.Tensor]
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x, weight: [D]."""
-    return x / math.sqrt(float((x * x).mean()) + eps) * weight
-
-
-def rotate(x: torch.Tensor, position: int, theta: float) -> torch.Tensor:
-    """Rotary embedding of one head's vector [D]: the pair (i, i + D/2) turns by position · theta^(-2i/D)."""
-    half = len(x) // 2
-    turned = x.clone()
-    for i in range(half):
-        angle = position * theta ** (-2 * i / len(x))
-        turned[i] = x[i] * math.cos(angle) - x[i + half] * math.sin(angle)
-        turned[i + half] = x[i + half] * math.cos(angle) + x[i] * math.sin(angle)
-    return turned
+from tests.stages.drafters.dflash.reference import Tensors, rms_norm, rotate
 
 
 @dataclass

@@ -35,18 +35,6 @@ from tests.testbed import random_target
 from tests.testbed.eagle3 import RANDOM_VOCABULARY, random_eagle3
 
 H, V = random_target.HIDDEN_SIZE, random_target.VOCAB_SIZE
-LINEAR = {
-    "fc.weight": (H, 3 * H),
-    "midlayer.self_attn.q_proj.weight": (32, 2 * H),
-    "midlayer.self_attn.k_proj.weight": (16, 2 * H),
-    "midlayer.self_attn.v_proj.weight": (16, 2 * H),
-    "midlayer.self_attn.o_proj.weight": (H, 32),
-    "midlayer.mlp.gate_proj.weight": (40, H),
-    "midlayer.mlp.up_proj.weight": (40, H),
-    "midlayer.mlp.down_proj.weight": (H, 40),
-    "lm_head.weight": (RANDOM_VOCABULARY, H),
-}
-NORMS = ("norm", "midlayer.hidden_norm", "midlayer.input_layernorm", "midlayer.post_attention_layernorm")
 EAGLE = "eagle_aux_hidden_state_layer_ids"
 
 
@@ -65,32 +53,6 @@ def leave_out(name: str) -> Edit:
 
 
 # ---- right ones
-
-
-def test_the_layout_is_the_one_that_engines_read(saved: Path) -> None:
-    config = json.loads((saved / "config.json").read_text())
-    assert config["architectures"] == ["LlamaForCausalLMEagle3"]
-    assert config["model_type"] == "llama"
-    assert (config["num_hidden_layers"], config["num_target_layers"], config["block_size"]) == (1, 4, 5)
-    assert (config["vocab_size"], config["draft_vocab_size"]) == (V, RANDOM_VOCABULARY)
-    assert config["tie_word_embeddings"] is False
-    assert config["eagle_config"] == {EAGLE: [2, 0, 1], "use_aux_hidden_state": True}
-    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
-    assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (4, 2, 8)
-    tensors = load_file(saved / "model.safetensors")
-    shapes = LINEAR | {f"{name}.weight": (H,) for name in NORMS} | {"d2t": (RANDOM_VOCABULARY,), "t2d": (V,)}
-    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shapes
-
-
-def test_d2t_holds_offsets_and_t2d_is_a_mask(saved: Path, plain_eagle3: Eagle3Drafter) -> None:
-    """The target's id of draft token i is i + d2t[i]."""
-    tensors = load_file(saved / "model.safetensors")
-    chosen = plain_eagle3.draft_tokens.tolist()
-    assert tensors["d2t"].dtype == torch.int64
-    assert [i + offset for i, offset in enumerate(tensors["d2t"].tolist())] == chosen
-    assert tensors["d2t"].tolist() != chosen
-    assert tensors["t2d"].dtype == torch.bool
-    assert [token for token, kept in enumerate(tensors["t2d"].tolist()) if kept] == chosen
 
 
 def test_weights_are_stored_in_the_serving_dtype(plain_eagle3: Eagle3Drafter, tmp_path: Path) -> None:
@@ -145,20 +107,6 @@ def test_an_embedding_in_the_file_is_the_targets_all_the_same(saved: Path, plain
     loaded = load_drafter(saved, plain_target)
     assert isinstance(loaded, Eagle3Drafter)
     assert torch.equal(proposals(loaded, plain_target), expected)
-
-
-def test_a_number_of_layers_left_out_is_one(saved: Path, plain_target: Target, tmp_path: Path) -> None:
-    edit_config(lambda c: c.pop("num_hidden_layers"))(saved)
-    save_drafter(load_drafter(saved, plain_target), tmp_path / "again", torch.float32)
-    assert json.loads((tmp_path / "again" / "config.json").read_text())["num_hidden_layers"] == 1
-
-
-def test_a_drafting_head_holds_the_most_frequent_tokens_that_it_can_propose(saved: Path, plain_target: Target) -> None:
-    loaded = load_drafter(saved, plain_target)
-    assert isinstance(loaded, Eagle3Drafter)
-    head = loaded.drafting_head(plain_target.head_weight, 9)  # by frequency the last ids come first here
-    assert head.token_ids is not None
-    assert head.token_ids.tolist() == [token for token in loaded.draft_tokens.tolist() if token >= V - 9]
 
 
 def test_heads_that_do_not_divide_the_targets_width_are_fewer() -> None:

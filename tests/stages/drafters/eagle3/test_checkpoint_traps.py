@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.checkpoint import check_shape, load_drafter
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.info import model_path
-from tests.stages.drafters.edits import Edit, edit_config, edit_tensors, write
+from tests.stages.drafters.edits import Edit, edit_config, edit_tensors
 from tests.testbed import random_target
 from tests.testbed.eagle3 import RANDOM_VOCABULARY
 
@@ -20,54 +19,13 @@ H, V = random_target.HIDDEN_SIZE, random_target.VOCAB_SIZE
 EAGLE = "eagle_aux_hidden_state_layer_ids"
 
 
-def set_map(name: str, change: dict[int, int]) -> Edit:
-    def edit(tensors: dict[str, torch.Tensor]) -> None:
-        for index, value in change.items():
-            tensors[name][index] = value
-
-    return edit_tensors(edit)
-
-
 def set_variant(field: str, place: str) -> Edit:
     return edit_config(lambda c: (c if place == "at the top" else c["eagle_config"]).update({field: True}))
 
 
 TRAPS: dict[str, tuple[Edit, str]] = {
-    "a tensor is missing": (
-        edit_tensors(lambda t: t.pop("midlayer.hidden_norm.weight")),
-        r"model\.safetensors: lacks tensor midlayer\.hidden_norm\.weight \(1 in all\); expected EAGLE-3",
-    ),
-    "no head of its own": (edit_tensors(lambda t: t.pop("lm_head.weight")), r"lacks tensor lm_head\.weight"),
     "no map to the target's tokens": (edit_tensors(lambda t: t.pop("d2t")), "lacks tensor d2t"),
     "no mask of the draft vocabulary": (edit_tensors(lambda t: t.pop("t2d")), "lacks tensor t2d"),
-    "a tensor is unknown": (
-        edit_tensors(lambda t: t.update({"layers.0.mlp.up_proj.weight": torch.ones(1)})),
-        r"model\.safetensors: has the unknown tensor layers\.0\.mlp\.up_proj\.weight",
-    ),
-    "norms of queries": (
-        edit_tensors(lambda t: t.update({"midlayer.self_attn.q_norm.weight": torch.ones(8)})),
-        r"unknown tensor midlayer\.self_attn\.q_norm\.weight",
-    ),
-    "a tensor has another shape": (
-        edit_tensors(lambda t: t.update({"fc.weight": t["fc.weight"][:, :64].contiguous()})),
-        r"wrong shape for fc\.weight",
-    ),
-    "attention reads the feature alone": (
-        edit_tensors(
-            lambda t: t.update(
-                {"midlayer.self_attn.k_proj.weight": t["midlayer.self_attn.k_proj.weight"][:, :H].contiguous()}
-            )
-        ),
-        r"wrong shape for midlayer\.self_attn\.k_proj\.weight",
-    ),
-    "a smaller map than head": (
-        edit_tensors(lambda t: t.update({"d2t": t["d2t"][:-1].contiguous()})),
-        "wrong shape for d2t",
-    ),
-    "a mask of another vocabulary": (
-        edit_tensors(lambda t: t.update({"t2d": t["t2d"][:-1].contiguous()})),
-        "wrong shape for t2d",
-    ),
     "d2t holds ids": (
         edit_tensors(lambda t: t.update({"d2t": t["d2t"] + torch.arange(RANDOM_VOCABULARY)})),
         r"model\.safetensors: d2t and t2d name different tokens",
@@ -76,26 +34,10 @@ TRAPS: dict[str, tuple[Edit, str]] = {
         edit_tensors(lambda t: t.update({"d2t": (t["d2t"] + torch.arange(RANDOM_VOCABULARY)).flip(0)})),
         r"model\.safetensors: d2t does not name rising token ids; it holds offsets, not ids",
     ),
-    "d2t names a token twice": (set_map("d2t", {1: -1, 0: 0}), "d2t does not name rising token ids"),
-    "d2t names a token that the target lacks": (set_map("d2t", {RANDOM_VOCABULARY - 1: 60}), "different tokens"),
     "t2d holds one more": (
         edit_tensors(lambda t: t.update({"t2d": torch.ones(V, dtype=torch.bool)})),
         "d2t and t2d name different tokens",
     ),
-    "a block size that is no number": (edit_config(lambda c: c.update(block_size="long")), r"config\.json: block_size"),
-    "a vocabulary that is no number": (
-        edit_config(lambda c: c.update(draft_vocab_size="all")),
-        r"config\.json: draft_vocab_size",
-    ),
-    "layers that are no list": (
-        edit_config(lambda c: c["eagle_config"].update({EAGLE: 3})),
-        rf"config\.json: eagle_config\.{EAGLE}",
-    ),
-    "layers that are no numbers": (
-        edit_config(lambda c: c["eagle_config"].update({EAGLE: ["low", "mid", "high"]})),
-        rf"config\.json: eagle_config\.{EAGLE}",
-    ),
-    "an eagle_config that is no object": (edit_config(lambda c: c.update(eagle_config=[1])), "eagle_config"),
     "two layers": (
         edit_config(lambda c: c.update(num_hidden_layers=2)),
         r"config\.json: num_hidden_layers is 2, only one layer is supported",
@@ -105,13 +47,11 @@ TRAPS: dict[str, tuple[Edit, str]] = {
         r"config\.json: architectures is \['LlamaForCausalLMEagle'\], supported is DFlashDraftModel or .*"
         "LlamaForCausalLMEagle3",
     ),
-    "no architecture": (edit_config(lambda c: c.pop("architectures")), r"config\.json: architectures is \[\]"),
     "a head that is the embedding": (
         edit_config(lambda c: c.update(tie_word_embeddings=True)),
         r"config\.json: tie_word_embeddings is true",
     ),
     "no vocabulary": (edit_config(lambda c: c.pop("vocab_size")), r"config\.json: field vocab_size is missing"),
-    "no width": (edit_config(lambda c: c.pop("hidden_size")), r"config\.json: field hidden_size is missing"),
     "no rotary base": (
         edit_config(lambda c: (c.pop("rope_parameters"), c.pop("rope_theta"))),
         r"config\.json: field rope_parameters\.rope_theta is missing",
@@ -120,17 +60,11 @@ TRAPS: dict[str, tuple[Edit, str]] = {
         edit_config(lambda c: c["rope_parameters"].update(partial_rotary_factor=0.5)),
         r"config\.json: partial_rotary_factor",
     ),
-    "a part of the head rotates in an old config": (
-        edit_config(lambda c: c.update(partial_rotary_factor=0.5)),
-        r"config\.json: partial_rotary_factor",
-    ),
     "interleaved rotation": (edit_config(lambda c: c.update(rope_is_neox_style=False)), "rope_is_neox_style is false"),
     "another activation": (edit_config(lambda c: c.update(hidden_act="gelu")), 'hidden_act is "gelu"'),
     "two features": (edit_config(lambda c: c.update(num_aux_hidden_states=2)), "num_aux_hidden_states is 2"),
     "another width": (edit_config(lambda c: c.update(hidden_size=48)), "hidden_size is 48, the target's is 32"),
-    "another vocabulary": (edit_config(lambda c: c.update(vocab_size=99)), "vocab_size is 99, the target's is 64"),
     "a larger draft vocabulary": (edit_config(lambda c: c.update(draft_vocab_size=41)), "wrong shape for d2t"),
-    "another depth": (edit_config(lambda c: c.update(num_target_layers=9)), "num_target_layers is 9"),
     "a layer that the target lacks": (
         edit_config(lambda c: c["eagle_config"].update({EAGLE: [0, 1, 4]})),
         r"target_layer_ids \[0, 1, 4\] do not fit layers 0 … 3",
@@ -139,10 +73,6 @@ TRAPS: dict[str, tuple[Edit, str]] = {
     "two layers of the target": (
         edit_config(lambda c: c["eagle_config"].update({EAGLE: [0, 1]})),
         r"reads 3 target layers, not 2: \[0, 1\]",
-    ),
-    "another target": (
-        write("drafter.json", json.dumps({"digest": "", "target_digest": "f" * 64})),
-        "made for the target ffffffffffff",
     ),
     **{
         f"{field} {place}": (

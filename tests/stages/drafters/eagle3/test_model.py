@@ -8,12 +8,10 @@ import torch
 from draftsmith.stages.drafters.checkpoint import create_drafter
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter, PrefixContext
 from draftsmith.stages.drafters.eagle3.shape import Eagle3Config
-from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.targets.causal_lm import Target
 from tests.stages.drafters.eagle3 import reference
 from tests.testbed import random_target
-from tests.testbed.eagle3 import random_eagle3
 
 TOLERANCE = 5e-5  # float32 against float64 on values of order one, at the end of a chain of four
 K = 4  # proposals of the plain drafter
@@ -109,60 +107,7 @@ def test_a_reduced_head_proposes_from_its_tokens_alone(
 # ---- what a chain reads
 
 
-def test_a_chain_reads_nothing_at_or_behind_its_anchor(sequence: Sequence, plain_eagle3: Eagle3Drafter) -> None:
-    """And of what lies before it the last token and the last feature."""
-    anchor, chain = 6, chains_of(sequence, [6], K)
-
-    def hidden(features: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            context = plain_eagle3.encode(features, tokens, sequence.positions)
-            return plain_eagle3.block_hidden(context, chain, torch.tensor([[anchor]]))
-
-    def moved(at: slice) -> torch.Tensor:
-        features = sequence.features.clone()
-        features[:, at] += 1
-        return features
-
-    def other(at: slice) -> torch.Tensor:
-        tokens = sequence.tokens.clone()
-        tokens[:, at] = (tokens[:, at] + 1) % random_target.TEXT_TOKENS
-        return tokens
-
-    expected = hidden(sequence.features, sequence.tokens)
-    behind, last = slice(anchor, None), slice(anchor - 1, anchor)
-    assert torch.equal(hidden(moved(behind), other(behind)), expected)
-    assert not torch.allclose(hidden(moved(last), sequence.tokens), expected, atol=1e-3)
-    assert not torch.allclose(hidden(sequence.features, other(last)), expected, atol=1e-3)
-    assert torch.equal(hidden(sequence.features, other(slice(0, 1))), expected), "no entry holds the first token"
-
-
-def test_a_token_of_the_chain_changes_the_states_from_its_own_on(
-    sequence: Sequence, plain_eagle3: Eagle3Drafter
-) -> None:
-    chain, anchors = chains_of(sequence, [6], K), torch.tensor([[6]])
-    with torch.no_grad():
-        hidden = plain_eagle3.block_hidden(sequence.context(), chain, anchors)[0, 0]
-        for k in range(K):
-            changed = chain.clone()
-            changed[..., k] = (changed[..., k] + 1) % random_target.TEXT_TOKENS
-            other = plain_eagle3.block_hidden(sequence.context(), changed, anchors)[0, 0]
-            assert torch.equal(other[:k], hidden[:k])
-            assert all(not torch.allclose(a, b, atol=1e-3) for a, b in zip(other[k:], hidden[k:], strict=True))
-
-
 # ---- training
-
-
-def test_a_feature_of_the_first_position_reaches_the_end_of_a_chain(plain_target: Target) -> None:
-    """Through the prefix's keys and values, and through the chain's own features."""
-    drafter = random_eagle3(plain_target)
-    features = torch.randn(1, 8, 3 * random_target.HIDDEN_SIZE, generator=torch.Generator().manual_seed(1))
-    features.requires_grad_()
-    context = drafter.encode(features, torch.arange(8)[None], torch.arange(8)[None])
-    drafter.block_hidden(context, torch.tensor([[[9, 3, 1, 7]]]), torch.tensor([[5]]))[0, 0, -1].sum().backward()
-    assert features.grad is not None
-    reached = features.grad[0].abs().sum(-1) > 0
-    assert reached.tolist() == [True] * 5 + [False] * 3
 
 
 def test_a_fresh_drafter_is_seeded_and_starts_at_logits_of_unit_spread(plain_target: Target) -> None:
@@ -178,17 +123,3 @@ def test_a_fresh_drafter_is_seeded_and_starts_at_logits_of_unit_spread(plain_tar
         chains = torch.stack([tokens[0, a : a + 3] for a in range(1, 27)])[None]
         logits = first.head_over(plain_target.head_weight, None).logits(first.block_hidden(context, chains, anchors))
     assert 0.3 < float(logits.std()) < 3
-
-
-def test_a_fresh_head_is_the_targets_over_the_draft_vocabulary(plain_target: Target) -> None:
-    shape = Eagle3Config(kind="eagle3", target_layer_ids=(0, 1, 3), draft_vocab_size=10)
-    frequent = torch.arange(random_target.VOCAB_SIZE).flip(0)
-    drafter = create_drafter(shape, plain_target, 0, frequent)
-    head = drafter.head_over(plain_target.head_weight, None)
-    assert head.token_ids is not None
-    assert head.token_ids.tolist() == list(range(54, 64)), "sorted"
-    assert torch.equal(head.weight, plain_target.head_weight[54:64])
-    assert head.weight.data_ptr() != plain_target.head_weight.data_ptr()
-    whole = create_drafter(Eagle3Config(kind="eagle3", target_layer_ids=(0, 1, 3)), plain_target, 0, frequent)
-    assert isinstance(whole.head_over(plain_target.head_weight, None), Head)
-    assert whole.head_over(plain_target.head_weight, None).token_ids is None

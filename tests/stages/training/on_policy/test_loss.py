@@ -72,7 +72,6 @@ def opd(
     target: Target,
     objective: LossConfig,
     tokens: list[int] | None = None,
-    chunk: int = CHUNK,
 ) -> LossReport:
     head = Head.over(target.head_weight, None if tokens is None else torch.tensor(tokens))
     hidden = block_hidden(drafter, context_of(drafter, case.batch), case.batch, case.anchors)
@@ -84,7 +83,7 @@ def opd(
         Heads(head, head, trained=False),
         target.head_weight,
         objective,
-        positions_per_chunk=chunk,
+        positions_per_chunk=CHUNK,
     )
 
 
@@ -130,16 +129,6 @@ def test_without_rejections_the_paper_has_its_response_stream_alone(
     report = opd(replace(case, steps=steps), plain_drafter, plain_target, OBJECTIVES["paper"])
     assert report.figures["loss_rejected"] == 0
     assert float(report.loss.detach()) == pytest.approx(report.figures["loss_response"])
-
-
-def test_a_rejected_stream_of_weight_zero_reads_no_scores(
-    case: Case, plain_drafter: DFlashDrafter, plain_target: Target
-) -> None:
-    without = objective({"preset": "paper", "rejected": {"weight": 0.0}})
-    unscored = replace(case.steps, target_logprobs=torch.full_like(case.steps.target_logprobs, torch.nan))
-    report = opd(replace(case, steps=unscored), plain_drafter, plain_target, without)
-    assert float(report.loss.detach()) == pytest.approx(report.figures["loss_response"])
-    assert "loss_rejected" not in report.figures
 
 
 def test_steps_that_changed_are_counted(case: Case, plain_drafter: DFlashDrafter, plain_target: Target) -> None:

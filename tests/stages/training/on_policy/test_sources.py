@@ -48,13 +48,6 @@ def test_mining_again_gives_the_trace_of_the_current_weights(world: World) -> No
     assert remining.mined.steps[INDICES[0]] is world.table.steps[INDICES[0]]
 
 
-def test_nothing_has_changed_while_the_weights_have_not(world: World) -> None:
-    trained = world.trained
-    remining = world.remining(drafter=trained, scored=True)
-    figures = remining.refresh(10, INDICES, world.view(drafter=trained))
-    assert figures["trace_changed_share"] == 0
-
-
 def test_only_the_steps_that_are_drawn_are_scored(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """And of those the rejected proposals, once each; what was mined before keeps its scores."""
     asked: list[list[Trace]] = []
@@ -94,13 +87,6 @@ def test_a_trajectory_is_mined_again_when_its_trace_is_old_enough(world: World) 
     assert mined == {0: 0, 9: 0, 10: 1, 15: 1, 19: 0, 20: 1}  # 0 at 10 and 20, 1 at 15
     never = world.remining(every=0)
     assert never.refresh(1000, [0], world.view([0])) == {}
-
-
-def test_traces_that_are_too_old_to_be_drawn_are_forgotten(world: World) -> None:
-    remining = world.remining(every=2, scored=True)
-    for step, index in enumerate(range(COUNT), start=2):
-        remining.refresh(step, [index], world.view([index]))
-    assert remining.state_dict()["trajectories"].tolist() == [COUNT - 2, COUNT - 1]
 
 
 @pytest.mark.parametrize("scored", [False, True])
