@@ -70,12 +70,9 @@ def traced(url: str, bench: Bench, tiny_eagle3: Path) -> Traced:
     return Traced(Served(generate(url, requests, concurrency=6)), bench, checkpoint)
 
 
-def test_answers_are_the_plain_greedy_ones(traced: Traced) -> None:
-    assert traced.served.answers == [t.tokens[t.prompt_length :] for t in traced.trajectories]
-
-
 @pytest.mark.parametrize("chains", [1, None])
-def test_the_plugins_trace_equals_replay_of_the_same_checkpoint(chains: int | None, traced: Traced) -> None:
+def test_answers_are_the_plain_greedy_ones_and_the_trace_is_that_of_replay(chains: int | None, traced: Traced) -> None:
+    assert traced.served.answers == [t.tokens[t.prompt_length :] for t in traced.trajectories]
     replayed = traced.replayed(chains)
     assert traced.served.meta("spec_verify_ct") == [len(trace.anchors) for trace in replayed]
     for trajectory, elements, trace in zip(traced.trajectories, traced.served.meta(KEY), replayed, strict=True):

@@ -1,10 +1,11 @@
-"""What holds for every architecture: mask, drafting, replay, decoding, checkpoint and gradients, on random weights.
+"""What holds for every architecture: mask, drafting, replay, decoding and checkpoint, on random weights.
 
 Drafting offset by offset is held against blocks in `test_drafting.py`, training in `tests/stages/training/`.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 from itertools import product
 from pathlib import Path
@@ -31,6 +32,14 @@ from tests.stages.drafters.edits import edit_tensors
 from tests.testbed import random_target, ties
 from tests.testbed.architectures import RANDOM
 
+ROOT = Path(__file__).parents[3]
+MAY_NAME_KINDS = {
+    "flows/pipeline/config_file.py",  # what a section means that leaves its kind out
+    "stages/drafters/checkpoint.py",  # and a checkpoint that names the class of its authors' code
+    "stages/drafters/kept.py",  # what a training of each keeps
+    "stages/drafters/kinds.py",  # the list of them
+    "stages/drafters/speculators.py",  # the form that each has in another layout
+}
 TOLERANCE = 3e-5  # float32, the same sums in another order, on values of order one to ten
 
 
@@ -180,7 +189,7 @@ def test_decoding_is_lossless_and_its_steps_are_those_of_replay(texts: Texts, pl
     assert checked
 
 
-# ---- checkpoint and gradients
+# ---- checkpoint
 
 
 def test_the_round_trip_gives_the_same_drafter_and_the_same_bytes(
@@ -222,6 +231,20 @@ def test_every_kind_can_be_asked_for_and_is_checked(plain_target: Target) -> Non
     assert {get_args(shape.__origin__.model_fields["kind"].annotation)[0] for shape in shapes} == KINDS.keys()
     assert {make(plain_target).kind for make in RANDOM.values()} == KINDS.keys()
     assert {kind for pair in UPGRADES for kind in pair} <= KINDS.keys()
+
+
+def test_no_module_asks_for_a_kind_by_its_name() -> None:
+    """Outside of their own folders: whatever depends on the architecture is asked of it."""
+    modules = [path for room in ("artifacts", "flows", "stages") for path in sorted((ROOT / room).rglob("*.py"))]
+    outside = [path for path in modules if path.parent.name not in KINDS]
+    assert 100 < len(outside) < len(modules)
+    assert {str(path.relative_to(ROOT)) for path in outside if names(path) & KINDS.keys()} == MAY_NAME_KINDS
+
+
+def names(module: Path) -> set[str]:
+    """The string literals of a module: no comment, and no docstring of more than a word, is one."""
+    nodes = ast.walk(ast.parse(module.read_text(encoding="utf-8")))
+    return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 
 
 def test_weights_that_are_not_those_of_its_config_are_told_before_it_is_loaded(

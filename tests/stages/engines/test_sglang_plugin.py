@@ -1,4 +1,4 @@
-"""The plug-in's own arithmetic, without SGLang: log-probs of a chain, records, their places in an answer, refusals."""
+"""The plug-in's own arithmetic, without SGLang: log-probs of a chain, records, refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Key/value slots, cached forwards and features against plain forwards of transformers."""
+"""Cached forwards and features against plain forwards of transformers."""
 
 from __future__ import annotations
 
@@ -31,9 +31,6 @@ def padded(rows: list[list[int]]) -> torch.Tensor:
 def logits(bench: Bench, tokens: list[int]) -> torch.Tensor:
     """[T, V] of a plain forward over one sequence."""
     return bench.target.logits(bench.target.read(torch.tensor([tokens])).hidden[0])
-
-
-# ---- slots
 
 
 # ---- cached forwards

@@ -1,4 +1,4 @@
-"""DFlash2 checkpoints: the layout that SGLang's `DFlash2DraftModel` reads, and what it would read otherwise refused."""
+"""DFlash2 checkpoints: what SGLang would read otherwise is refused, and what an upgrade is planned as."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DFlash2 against plain loops, its identity at the start, and what a plain DFlash drafter becomes."""
+"""DFlash2 against plain loops, and what a plain DFlash drafter becomes."""
 
 from __future__ import annotations
 

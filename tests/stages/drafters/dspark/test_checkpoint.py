@@ -1,4 +1,4 @@
-"""DSpark checkpoints: what is written, what of other trainers is read, and what is refused."""
+"""DSpark checkpoints: what comes back, what of other trainers is read, and what is refused."""
 
 from __future__ import annotations
 

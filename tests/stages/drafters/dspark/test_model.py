@@ -1,4 +1,4 @@
-"""DSpark's model against plain loops and formulas, and against the DFlash drafter that it is made of."""
+"""DSpark's model against plain loops and formulas."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import torch
 from torch.nn import functional as F
 
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
-from draftsmith.stages.drafters.dspark.shape import DSparkConfig
 from draftsmith.stages.law import GREEDY, Law
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.anchors import position_anchors
@@ -21,7 +20,6 @@ from tests.testbed import random_target
 from tests.testbed.dspark import random_dspark
 
 TOLERANCE = 3e-5  # float32 against float64 on values of order one
-UPGRADE = DSparkConfig(kind="dspark", markov_rank=6)
 
 
 @pytest.mark.parametrize("from_anchor", [True, False])
@@ -74,9 +72,6 @@ def test_a_reduced_head_has_the_same_logits_of_its_tokens(plain_target: Target) 
     part = drafter.head_over(plain_target.head_weight, torch.tensor([40, 3, 17]))
     assert part.token_ids is not None and part.token_ids.tolist() == [3, 17, 40]
     torch.testing.assert_close(part.logits(hidden), whole[:, [3, 17, 40]])
-
-
-# ---- upgraded from DFlash
 
 
 # ---- the authors' loss

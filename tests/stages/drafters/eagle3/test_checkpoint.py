@@ -1,4 +1,4 @@
-"""EAGLE-3 checkpoints: the layout that engines read, their layers, and new ones."""
+"""EAGLE-3 checkpoints: what is read, their layers, and new ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The EAGLE-3 model against plain loops: what it computes, what a chain reads, what is trained, how it starts."""
+"""The EAGLE-3 model against plain loops: what it computes, and how it starts."""
 
 from __future__ import annotations
 
@@ -104,10 +104,7 @@ def test_a_reduced_head_proposes_from_its_tokens_alone(
     assert set(proposals.flatten().tolist()) <= set(kept)
 
 
-# ---- what a chain reads
-
-
-# ---- training
+# ---- new ones
 
 
 def test_a_fresh_drafter_is_seeded_and_starts_at_logits_of_unit_spread(plain_target: Target) -> None:

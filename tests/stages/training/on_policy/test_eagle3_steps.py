@@ -1,4 +1,4 @@
-"""OPD's steps with an EAGLE-3 drafter: chains on its own proposals, judged, mined and trained as replay drafts them."""
+"""OPD's steps with an EAGLE-3 drafter: chains on its own proposals, trained as replay drafts them."""
 
 from __future__ import annotations
 
