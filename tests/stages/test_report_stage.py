@@ -88,7 +88,7 @@ def test_the_page_names_line_commit_and_user_and_repeats_the_command(
     page = (ctx.out / "report.html").read_text()
     for text in ("line weekly, against version 7", commit[:12], "somebody"):
         assert text in page, text
-    assert "draftsmith run &#39;a b.yaml&#39; --set seed=2 --force evaluation" in page
+    assert "draftsmith run &#39;a b.yaml&#39; --set seed=2" in page
     assert "line" not in config.key_material()
 
 

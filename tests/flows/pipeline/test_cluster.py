@@ -24,7 +24,6 @@ def test_a_shard_is_made_where_its_run_keeps_everything(
     monkeypatch.delenv(STORE, raising=False)
     monkeypatch.setattr(cluster, "_OWN", own)
     monkeypatch.setattr(cluster, "protect", lambda *_, **__: None)
-    monkeypatch.setattr(cluster, "gpu_names", list)
     monkeypatch.setattr(cluster, "make_shard", lambda _order, home: made.append((str(home), os.environ.get(STORE))))
     order: Any = SimpleNamespace(config=SimpleNamespace(stages=SimpleNamespace(group_may_read=False)))
     cluster._Alone({HOME: "/homes/a", STORE: "s3://a/store"})(order)
