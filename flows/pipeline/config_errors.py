@@ -39,7 +39,7 @@ _EXPECTED = {
 REMOVED = {
     "kind": "Run experiments with `python -m tests.lab.run FILE` in a checkout (tests/lab/README.md), or remove it.",
     "report": "Remove the section.",
-    "refresh.iterations": "Raise opd.steps, or refresh again. Remove it.",
+    "refresh.iterations": "Remove it, and raise opd.steps or refresh again.",
     "stages.runner=dask": "Use ray, or leave the field out.",
     "stages.time_limit_minutes": "Name the nodes in stages.time_limits.",
     "sources.seed": "Use prompts.seed.",
