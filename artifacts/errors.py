@@ -91,3 +91,7 @@ def from_os_error(error: OSError, doing: str) -> DraftsmithError:
     where = f" {error.filename}" if error.filename else ""
     advice = _DISK_ADVICE.get(error.errno or 0, os.strerror(error.errno) if error.errno else str(error))
     return DraftsmithError(f"{doing}{where}: {advice}; then run the same command again, finished work is kept")
+
+
+class PastLimitError(DraftsmithError):
+    """The stage ran past its time limit. It goes on from what it saved."""

@@ -2,6 +2,6 @@
 
 import sys
 
-from draftsmith.flows.cli import main
+from draftsmith.flows.cli.main import main
 
 sys.exit(main())

@@ -19,30 +19,30 @@ import pandas as pd
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home, private_files
 from draftsmith.artifacts.host import reach_ourselves_directly
-from draftsmith.flows.pipeline.config_file import config_from, read_config
-from draftsmith.flows.pipeline.display import Display
-from draftsmith.flows.pipeline.launch import launch
-from draftsmith.flows.pipeline.prefect_server import PrefectServer
+from draftsmith.flows.config.load import config_from, read_config
+from draftsmith.flows.execution.display import Display
+from draftsmith.flows.orchestration.launch import launch
+from draftsmith.flows.orchestration.server import PrefectServer
 from draftsmith.flows.refresh.evaluate import named_drafter
 from draftsmith.flows.refresh.graph import REFRESH
+from draftsmith.stages.data.load import load_trajectories
+from draftsmith.stages.data.logs.config import LogsConfig
+from draftsmith.stages.data.logs.filter import Sieve, prompt_id
+from draftsmith.stages.data.logs.rows import LoggedRow, Reader
+from draftsmith.stages.data.rejects import Aside
+from draftsmith.stages.data.row_files import matched, read_rows
+from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters import checkpoint
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.law import Law
-from draftsmith.stages.measure.acceptance import acceptance_table, has_loop, tau_difference
-from draftsmith.stages.prompting.aside import Aside
-from draftsmith.stages.prompting.files import matched, read_rows
-from draftsmith.stages.prompting.intake import Sieve, prompt_id
-from draftsmith.stages.prompting.logged import LoggedRow, Reader
-from draftsmith.stages.prompting.logs_config import LogsConfig
+from draftsmith.stages.evaluation.acceptance import acceptance_table, has_loop, tau_difference
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
-from draftsmith.stages.replay.tally import Tally
-from draftsmith.stages.replay.trace import Trajectory
-from draftsmith.stages.statistics import Estimate
-from draftsmith.stages.stored import load_trajectories
-from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.targets.config import Dtype
-from draftsmith.stages.targets.info import INFO_FILE
+from draftsmith.stages.replay.stats import Tally
+from draftsmith.stages.runtime.statistics import Estimate
+from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.config import Dtype
+from draftsmith.stages.target.info import INFO_FILE
+from draftsmith.stages.target.sampling import Law
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,6 +1,6 @@
 """The stage process: `python -m draftsmith.stages REQUEST.json` runs one stage and reports as JSON lines on stdout.
 
-A stage that asks for several processes runs in each of them, the ranks (`parallel/`): the first reports and writes.
+A stage that asks for several processes runs in each of them (`runtime/ranks.py`). Rank 0 alone reports and writes.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from draftsmith.artifacts.redaction import redact_logs
-from draftsmith.stages.garbage import collect_seldom
-from draftsmith.stages.process import event_stream, keep_freed_memory, run_request, stop_when_asked
+from draftsmith.stages.runtime.memory import collect_seldom
+from draftsmith.stages.runtime.process import event_stream, keep_freed_memory, run_request, stop_when_asked
 
 
 def main(arguments: list[str] | None = None) -> int:

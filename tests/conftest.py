@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # most rooms need neither
 
     from draftsmith.stages.drafters.dflash.model import DFlashDrafter
     from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
-    from draftsmith.stages.targets.causal_lm import Target
+    from draftsmith.stages.target.causal_lm import Target
     from tests.stages.bench import Bench
 
 
@@ -50,8 +50,8 @@ _LONGEST = (
     "tests/integration/test_refresh.py",
     *_SHARE_SERVERS,
     "tests/lab/test_lab.py",
-    "tests/stages/parallel/test_ranks.py",
-    "tests/flows/pipeline/test_run.py",
+    "tests/stages/runtime/test_ranks.py",
+    "tests/flows/orchestration/test_run.py",
 )
 
 
@@ -131,7 +131,7 @@ def plain_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def plain_target(plain_artifact: Path) -> Target:
     """The same, loaded. Not to be changed."""
-    from draftsmith.stages.targets.causal_lm import Target
+    from draftsmith.stages.target.causal_lm import Target
 
     return Target.load(plain_artifact, device="cpu")
 

@@ -11,9 +11,9 @@ import sys
 
 from draftsmith.artifacts.errors import RefusedError
 from draftsmith.artifacts.home import home
-from draftsmith.artifacts.store import Store
-from draftsmith.flows.cli import main as draftsmith
-from draftsmith.stages.gate import DECISION
+from draftsmith.artifacts.store.local import Store
+from draftsmith.flows.cli.main import main as draftsmith
+from draftsmith.stages.evaluation.gate import DECISION
 
 CONFIG = "configs/quickstart.yaml"
 

@@ -18,9 +18,9 @@ import pytest
 import yaml
 
 from draftsmith.artifacts import host
-from draftsmith.artifacts.manifest import MANIFEST
-from draftsmith.artifacts.store import Store
-from draftsmith.flows.cli import main
+from draftsmith.artifacts.store.local import Store
+from draftsmith.artifacts.store.manifest import MANIFEST
+from draftsmith.flows.cli.main import main
 from tests.testbed.artifacts import committed
 from tests.testbed.refresh import small_refresh
 

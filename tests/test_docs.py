@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from draftsmith.flows.arguments import parser
-from draftsmith.flows.cli import main
-from draftsmith.stages.measure.gate import GateConfig
+from draftsmith.flows.cli.arguments import parser
+from draftsmith.flows.cli.main import main
+from draftsmith.stages.evaluation.gate_rules import GateConfig
 
 ROOT = Path(__file__).parents[1]
 LONGEST = 10_000  # characters that a newcomer reads

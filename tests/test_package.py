@@ -64,7 +64,7 @@ def test_wheel_and_sdist_hold_the_package_and_the_shipped_configs(tmp_path: Path
     )
     assert (package / "flows" / "refresh" / "beginnings" / "logs.yaml").is_file()
     code = (
-        "import draftsmith, draftsmith.flows.arguments; from importlib.resources import files; "
+        "import draftsmith, draftsmith.flows.cli.arguments; from importlib.resources import files; "
         "print(draftsmith.__file__, (files('draftsmith') / 'configs' / 'quickstart.yaml').is_file())"
     )
     done = subprocess.run(
@@ -82,9 +82,9 @@ def test_an_import_that_breaks_a_rule_is_refused(tmp_path: Path) -> None:
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(path.read_bytes())
     rules = {
-        "The pipeline knows no stage": ("flows/pipeline/graph.py", "import draftsmith.stages.sft"),
+        "The pipeline knows no stage": ("flows/planning/graph.py", "import draftsmith.stages.training.sft.stage"),
         "know neither Prefect nor MLflow": ("stages/replay/chains.py", "import mlflow"),
-        "No circle of imports": ("stages/targets/source.py", "import draftsmith.stages.targets.config"),
+        "No circle of imports": ("stages/target/source.py", "import draftsmith.stages.target.config"),
     }
     for module, line in rules.values():
         broken = package / module

@@ -18,14 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.manifest import MANIFEST, read_manifest
 from draftsmith.artifacts.redaction import redacted, secrets_of
-from draftsmith.artifacts.store import Store
-from draftsmith.flows.pipeline.config_file import read_config
+from draftsmith.artifacts.store.local import Store
+from draftsmith.artifacts.store.manifest import MANIFEST, read_manifest
+from draftsmith.flows.config.load import read_config
 from draftsmith.flows.refresh.config import RefreshConfig
-from draftsmith.stages.prompting.logged import LoggedRow, logged_ids, logged_text
-from draftsmith.stages.prompting.rows import SetAside, row_messages
-from draftsmith.stages.prompting.times import row_time
+from draftsmith.stages.data.logs.rows import LoggedRow, logged_ids, logged_text
+from draftsmith.stages.data.row_formats import SetAside, row_messages
+from draftsmith.stages.data.time_window import row_time
 from tests.test_bad_input import base
 from tests.testbed.artifacts import committed
 

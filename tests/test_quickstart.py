@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from draftsmith.artifacts.store import Store
-from draftsmith.stages.gate import DECISION
+from draftsmith.artifacts.store.local import Store
+from draftsmith.stages.evaluation.gate import DECISION
 from tests import quickstart
 from tests.testbed.artifacts import committed
 

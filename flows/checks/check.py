@@ -15,10 +15,10 @@ from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
-from draftsmith.artifacts.open_store import store_of
-from draftsmith.artifacts.tracking import Tracking
+from draftsmith.artifacts.store.open import store_of
+from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.checks.comparisons import check_gate, check_laws
-from draftsmith.flows.checks.engines import check_engines, check_heads
+from draftsmith.flows.checks.engines import check_engines, check_heads, check_parallel, check_shared_target
 from draftsmith.flows.checks.findings import Findings, FirstError
 from draftsmith.flows.checks.models import (
     Plans,
@@ -28,16 +28,15 @@ from draftsmith.flows.checks.models import (
     check_target,
     resolve_metadata,
 )
-from draftsmith.flows.checks.parallel import check_parallel, check_shared_target
 from draftsmith.flows.checks.prompts import check_lengths, check_logs, check_longest, check_sources, check_supplies
 from draftsmith.flows.checks.resources import check_accelerators, check_resources
-from draftsmith.flows.pipeline import prefect_server
-from draftsmith.flows.pipeline.graph import Node, Pipeline, PlannedNode, Status, in_order, plan
-from draftsmith.flows.pipeline.machine import check_home, free_disk_bytes
-from draftsmith.flows.pipeline.options import RunOptions, check_runner
-from draftsmith.stages.earlier import EarlierConfig, is_here
-from draftsmith.stages.prompts import PromptsConfig
-from draftsmith.stages.targets.info import read_target_info
+from draftsmith.flows.config.options import RunOptions, check_runner
+from draftsmith.flows.execution.machine import check_home, free_disk_bytes
+from draftsmith.flows.orchestration import server
+from draftsmith.flows.planning.graph import Node, Pipeline, PlannedNode, Status, in_order, plan
+from draftsmith.stages.data.logs.rehearsal_stage import EarlierConfig, is_here
+from draftsmith.stages.data.prompts import PromptsConfig
+from draftsmith.stages.target.info import read_target_info
 
 
 def check(config: RunOptions, pipeline: Pipeline, home: Path) -> Findings:
@@ -54,7 +53,7 @@ def check(config: RunOptions, pipeline: Pipeline, home: Path) -> Findings:
         found.ok("home", f"{home} can be written, {free_disk_bytes(home) / 1e9:.0f} GB free")
     with found.part("databases"):
         Tracking(home).check_place()
-        prefect_server.check_place(home)
+        server.check_place(home)
     with found.part("runner"):
         check_runner(config.stages)
     for field, program in config.called.items():

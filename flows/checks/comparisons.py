@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from draftsmith.flows.checks.findings import Findings
-from draftsmith.flows.pipeline.graph import Node
-from draftsmith.stages.law import Law
-from draftsmith.stages.measure.config import EvaluationConfig
-from draftsmith.stages.measure.doubts import fewest_prompts
-from draftsmith.stages.measure.gate import GateConfig
-from draftsmith.stages.measure.requests import settings_of
-from draftsmith.stages.measure.verdicts import FEWEST_TURNS
-from draftsmith.stages.prompting.logs_config import LogsConfig
-from draftsmith.stages.prompts import PromptsConfig
-from draftsmith.stages.rollout import RolloutConfig
-from draftsmith.stages.training.on_policy.config import OpdConfig
+from draftsmith.flows.planning.graph import Node
+from draftsmith.stages.data.logs.config import LogsConfig
+from draftsmith.stages.data.prompts import PromptsConfig
+from draftsmith.stages.engines.rollout import RolloutConfig
+from draftsmith.stages.evaluation.config import EvaluationConfig
+from draftsmith.stages.evaluation.gate_rules import GateConfig
+from draftsmith.stages.evaluation.timed_runs import settings_of
+from draftsmith.stages.evaluation.validity import fewest_prompts
+from draftsmith.stages.evaluation.verdicts import FEWEST_TURNS
+from draftsmith.stages.target.sampling import Law
+from draftsmith.stages.training.config import OpdConfig
 
 
 def check_gate(found: Findings, nodes: Sequence[Node]) -> None:

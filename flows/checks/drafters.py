@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from draftsmith.flows.pipeline.graph import Node
-from draftsmith.stages.champion import ChampionConfig
+from draftsmith.flows.planning.graph import Node
+from draftsmith.stages.drafters.champion import ChampionConfig
 from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.measure.config import DRAFTERS
+from draftsmith.stages.evaluation.config import DRAFTERS
 from draftsmith.stages.training.config import SftConfig
 
 

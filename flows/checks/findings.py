@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, from_os_error
-from draftsmith.flows.pipeline.display import Display, escape
+from draftsmith.flows.execution.display import Display, escape
 
 
 class Level(StrEnum):

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.flows.checks.drafters import drafters_of, drafts_on_sglang, trains_anew
 from draftsmith.flows.checks.findings import Findings
-from draftsmith.flows.pipeline.graph import Node
-from draftsmith.stages.champion import ChampionConfig, checkpoint_of
-from draftsmith.stages.drafters.config import DraftingConfig
-from draftsmith.stages.drafters.kinds import DrafterConfig
-from draftsmith.stages.prompting.chat_template import token_ids
-from draftsmith.stages.prompting.sources import Candidate
-from draftsmith.stages.prompts import PromptsConfig
-from draftsmith.stages.targets.config import TargetConfig
-from draftsmith.stages.targets.estimate import target_size
+from draftsmith.flows.planning.graph import Node
+from draftsmith.stages.data.chat_template import token_ids
+from draftsmith.stages.data.prompt_config import Candidate
+from draftsmith.stages.data.prompts import PromptsConfig
+from draftsmith.stages.drafters.champion import ChampionConfig, checkpoint_of
+from draftsmith.stages.drafters.registry import DrafterConfig
+from draftsmith.stages.drafters.spec import DraftingConfig
+from draftsmith.stages.target.config import TargetConfig
+from draftsmith.stages.target.estimate import target_size
 from draftsmith.stages.training.config import SftConfig
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ Plans = Mapping[str, "DrafterPlan"]  # of the drafters that a run begins with, b
 
 def resolve_metadata(found: Findings, nodes: Sequence[Node], artifact: Path) -> bool:
     """Write what is known of the target without its weights as a target artifact. False if nothing is."""
-    from draftsmith.stages.targets.metadata import UnreachableError, metadata_artifact
+    from draftsmith.stages.target.metadata import UnreachableError, metadata_artifact
 
     target = next((node.config for node in nodes if isinstance(node.config, TargetConfig)), None)
     if target is None:
@@ -46,7 +46,7 @@ def resolve_metadata(found: Findings, nodes: Sequence[Node], artifact: Path) -> 
 
 def check_target(found: Findings, nodes: Sequence[Node], artifact: Path) -> None:
     """What the target is, and that its chat template takes what the prompts give it. artifact: of the target."""
-    from draftsmith.stages.targets.info import model_path, read_target_info
+    from draftsmith.stages.target.info import model_path, read_target_info
 
     info, size = read_target_info(artifact), target_size(model_path(artifact))
     found.ok(
@@ -65,7 +65,7 @@ def check_target(found: Findings, nodes: Sequence[Node], artifact: Path) -> None
 
 def _check_template(found: Findings, config: PromptsConfig, folder: Path) -> None:
     """The template takes a system prompt and the kwargs; a kwarg that changes nothing is told."""
-    from draftsmith.stages.targets.resolve import load_tokenizer
+    from draftsmith.stages.target.resolve import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     if not tokenizer.chat_template:
@@ -106,7 +106,7 @@ def check_nodes(found: Findings, nodes: Sequence[Node], artifact: Path, *, whole
 
 def check_first_drafters(found: Findings, nodes: Sequence[Node]) -> None:
     """Look for every drafter that a run starts from, on the hub where it is no folder here."""
-    from draftsmith.stages.targets.metadata import UnreachableError
+    from draftsmith.stages.target.metadata import UnreachableError
 
     for node in nodes:
         if isinstance(node.config, SftConfig) and trains_anew(node) and node.config.init_from:
@@ -162,10 +162,10 @@ def _check_drafter(
         plan_of_new,
         read_target_config,
     )
-    from draftsmith.stages.drafters.layout import NoMaskTokenError, unservable_layers
-    from draftsmith.stages.targets.info import model_path, read_target_info
-    from draftsmith.stages.targets.metadata import UnreachableError
-    from draftsmith.stages.targets.resolve import load_tokenizer
+    from draftsmith.stages.drafters.checkpoint_format import NoMaskTokenError, unservable_layers
+    from draftsmith.stages.target.info import model_path, read_target_info
+    from draftsmith.stages.target.metadata import UnreachableError
+    from draftsmith.stages.target.resolve import load_tokenizer
 
     name, folder, info = f"{node}: drafter", model_path(artifact), read_target_info(artifact)
     target_config = read_target_config(folder)
@@ -212,8 +212,8 @@ def _check_champion(
     sft: of what goes on with it, if anything does.
     """
     from draftsmith.stages.drafters.checkpoint import kind_after, plan_of_checkpoint, read_target_config
-    from draftsmith.stages.targets.info import model_path
-    from draftsmith.stages.targets.resolve import load_tokenizer
+    from draftsmith.stages.target.info import model_path
+    from draftsmith.stages.target.resolve import load_tokenizer
 
     where, folder = f"{config.line} version {config.version}", model_path(artifact)
     target_config = read_target_config(folder)
@@ -254,7 +254,7 @@ def _not_as_said(shape: DrafterConfig, plan: DrafterPlan) -> list[str]:
 
 def _drafter_metadata(source: str, revision: str | None) -> Path:
     """The folder, or the small files of a hub checkpoint."""
-    from draftsmith.stages.targets.metadata import fetch_metadata
+    from draftsmith.stages.target.metadata import fetch_metadata
 
     folder = Path(source).expanduser()
     return folder if folder.is_dir() else fetch_metadata(source, revision, "sft.init_from")

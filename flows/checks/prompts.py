@@ -9,15 +9,12 @@ from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError, one_line
 from draftsmith.flows.checks.findings import Findings
-from draftsmith.flows.pipeline.graph import Node
-from draftsmith.stages.measure.config import EvaluationConfig, prompts_to_decode
-from draftsmith.stages.prompting.aside import UNREADABLE, Aside
-from draftsmith.stages.prompting.files import is_remote, matched, no_rows, read_rows
-from draftsmith.stages.prompting.held_out import HeldOut, identity, place
-from draftsmith.stages.prompting.intake import Intake, ShapeSieve
-from draftsmith.stages.prompting.logs_config import LogsConfig
-from draftsmith.stages.prompting.rows import SetAside, row_messages
-from draftsmith.stages.prompting.sources import (
+from draftsmith.flows.planning.graph import Node
+from draftsmith.stages.data.held_out import HeldOut, identity, place
+from draftsmith.stages.data.load import Prompt, positions_needed
+from draftsmith.stages.data.logs.config import LogsConfig
+from draftsmith.stages.data.logs.filter import Intake, ShapeSieve
+from draftsmith.stages.data.prompt_config import (
     SPLITS,
     Candidate,
     HuggingFaceSource,
@@ -26,10 +23,13 @@ from draftsmith.stages.prompting.sources import (
     ReasoningGymSource,
     Split,
 )
-from draftsmith.stages.prompting.supplies import Supply, load_rows, prompt_rows, supplies
-from draftsmith.stages.prompts import OF_MORE_LOGS, PromptsConfig
-from draftsmith.stages.rollout import RolloutConfig, prompts_to_answer, too_few
-from draftsmith.stages.stored import Prompt, positions_needed
+from draftsmith.stages.data.prompt_supply import Supply, load_rows, prompt_rows, supplies
+from draftsmith.stages.data.prompts import OF_MORE_LOGS, PromptsConfig
+from draftsmith.stages.data.rejects import UNREADABLE, Aside
+from draftsmith.stages.data.row_files import is_remote, matched, no_rows, read_rows
+from draftsmith.stages.data.row_formats import SetAside, row_messages
+from draftsmith.stages.engines.rollout import RolloutConfig, prompts_to_answer, too_few
+from draftsmith.stages.evaluation.config import EvaluationConfig, prompts_to_decode
 
 _COUNTED_BYTES = 1 << 28  # larger files are only looked into
 _LOG_ROWS, _LOG_SECONDS = 20_000, 20.0  # of a log, whichever is reached first

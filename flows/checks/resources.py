@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.artifacts.host import memory_bytes
-from draftsmith.artifacts.manifest import Manifest
-from draftsmith.artifacts.open_store import store_of
+from draftsmith.artifacts.store.manifest import Manifest
+from draftsmith.artifacts.store.open import store_of
 from draftsmith.artifacts.text import duration, size
 from draftsmith.flows.checks.drafters import is_drafter
 from draftsmith.flows.checks.engines import runs_elsewhere
+from draftsmith.flows.checks.estimates import NEEDS, Need
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.checks.models import Plans
-from draftsmith.flows.pipeline.graph import Node
-from draftsmith.flows.pipeline.machine import free_disk_bytes, gpu_model, gpu_names, gpus
-from draftsmith.stages.estimates import NEEDS, Need
-from draftsmith.stages.prompting.sources import SPLITS
-from draftsmith.stages.prompts import PromptsConfig
-from draftsmith.stages.targets.estimate import DTYPE_BYTES, PROCESS, ModelSize, Sizes, Use, target_size
-from draftsmith.stages.targets.info import model_path, read_target_info
+from draftsmith.flows.execution.machine import free_disk_bytes, gpu_model, gpu_names, gpus
+from draftsmith.flows.planning.graph import Node
+from draftsmith.stages.data.prompt_config import SPLITS
+from draftsmith.stages.data.prompts import PromptsConfig
+from draftsmith.stages.target.estimate import DTYPE_BYTES, PROCESS, ModelSize, Sizes, Use, target_size
+from draftsmith.stages.target.info import model_path, read_target_info
 
 _TIGHT, _TOO_MUCH = 0.85, 1.35  # of what is there: estimates are meant to be right within a third
 _SGLANG_FRACTION = 0.85  # of a GPU's memory that SGLang takes by itself, about

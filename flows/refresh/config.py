@@ -6,27 +6,26 @@ from typing import Any
 
 from pydantic import ValidationInfo, model_validator
 
-from draftsmith.flows.pipeline.config_errors import models_at
-from draftsmith.flows.pipeline.config_file import OF_FILE
-from draftsmith.flows.pipeline.options import RunOptions
-from draftsmith.flows.refresh.hook import HookConfig
+from draftsmith.flows.config.errors import models_at
+from draftsmith.flows.config.load import OF_FILE
+from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.refresh.line import RegistryConfig
-from draftsmith.stages.champion import ChampionConfig
-from draftsmith.stages.contract import Config
+from draftsmith.flows.refresh.promotion_hook import HookConfig
+from draftsmith.stages.data.logs.stage import LogsConfig
+from draftsmith.stages.data.prompt_config import SPLITS, JsonlSource
+from draftsmith.stages.data.prompts import PromptsConfig
+from draftsmith.stages.data.time_window import LAST
+from draftsmith.stages.drafters.champion import ChampionConfig
 from draftsmith.stages.engines.config import SamplingConfig
-from draftsmith.stages.logs import LogsConfig
-from draftsmith.stages.measure.config import EvaluationConfig
-from draftsmith.stages.measure.drift import DriftConfig
-from draftsmith.stages.measure.gate import GateConfig
-from draftsmith.stages.mining import MiningConfig
-from draftsmith.stages.prompting.sources import SPLITS, JsonlSource
-from draftsmith.stages.prompting.times import LAST
-from draftsmith.stages.prompts import PromptsConfig
-from draftsmith.stages.report import ReportConfig
-from draftsmith.stages.rollout import RolloutConfig
-from draftsmith.stages.targets.config import TargetConfig
-from draftsmith.stages.training.config import SftConfig
-from draftsmith.stages.training.on_policy.config import OpdConfig
+from draftsmith.stages.engines.rollout import RolloutConfig
+from draftsmith.stages.evaluation.config import EvaluationConfig
+from draftsmith.stages.evaluation.drift import DriftConfig
+from draftsmith.stages.evaluation.gate_rules import GateConfig
+from draftsmith.stages.replay.mining import MiningConfig
+from draftsmith.stages.report.stage import ReportConfig
+from draftsmith.stages.runtime.stage import Config
+from draftsmith.stages.target.config import TargetConfig
+from draftsmith.stages.training.config import OpdConfig, SftConfig
 
 # held-out prompts of a refresh from logs alone: enough for an interval of a few percent
 _OF_LOGS = {"train": 0, "validation": 16, "heldout": 128, "max_prompt_tokens": 2048, "too_long": "skip"}

@@ -12,16 +12,17 @@ from pydantic import ValidationError
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.redaction import secret_in
 from draftsmith.flows.checks.check import RunChecks
-from draftsmith.flows.pipeline.display import Display
-from draftsmith.flows.pipeline.graph import Node, Pipeline
-from draftsmith.flows.pipeline.options import RunOptions
+from draftsmith.flows.config.options import RunOptions
+from draftsmith.flows.execution.display import Display
+from draftsmith.flows.planning.graph import Node, Pipeline
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.evaluate import named_drafter
 from draftsmith.flows.refresh.graph import first_nodes
-from draftsmith.stages.diagnosis import RESULT, DiagnosisConfig
+from draftsmith.stages.catalog import STAGES
+from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.prompts import PromptsConfig
-from draftsmith.stages.targets.config import TargetConfig
+from draftsmith.stages.evaluation.diagnosis import RESULT, DiagnosisConfig
+from draftsmith.stages.target.config import TargetConfig
 
 NODE = "diagnosis"
 
@@ -39,7 +40,7 @@ def diagnose_nodes(config: DiagnoseConfig) -> list[Node]:
     asked = {"target": "target", "prompts": "prompts"}
     return [
         *first_nodes(config.target, config.prompts),
-        Node(NODE, "draftsmith.stages.diagnosis", config.diagnosis, asked),
+        Node(NODE, STAGES["diagnosis"], config.diagnosis, asked),
     ]
 
 

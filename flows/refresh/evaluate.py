@@ -9,16 +9,17 @@ from pydantic import Field
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.flows.checks.check import RunChecks
-from draftsmith.flows.pipeline.graph import Node, Pipeline
-from draftsmith.flows.pipeline.options import PlainName, RunOptions
+from draftsmith.flows.config.options import PlainName, RunOptions
+from draftsmith.flows.planning.graph import Node, Pipeline
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.graph import first_nodes
 from draftsmith.flows.refresh.line import registry
-from draftsmith.flows.refresh.review import compared
-from draftsmith.stages.measure.config import DRAFTERS, PREFIX, EvaluationConfig
-from draftsmith.stages.prompts import PromptsConfig
-from draftsmith.stages.rollout import RolloutConfig
-from draftsmith.stages.targets.config import TargetConfig
+from draftsmith.flows.refresh.summary import compared
+from draftsmith.stages.catalog import STAGES
+from draftsmith.stages.data.prompts import PromptsConfig
+from draftsmith.stages.engines.rollout import RolloutConfig
+from draftsmith.stages.evaluation.config import DRAFTERS, PREFIX, EvaluationConfig
+from draftsmith.stages.target.config import TargetConfig
 from draftsmith.stages.training.config import SftConfig
 
 
@@ -39,14 +40,14 @@ def evaluate_nodes(config: EvaluateConfig) -> list[Node]:
     asked = {**target, "prompts": "prompts"}
     nodes = [
         *first_nodes(config.target, config.prompts),
-        Node("heldout", "draftsmith.stages.rollout", config.heldout, asked),
+        Node("heldout", STAGES["rollout"], config.heldout, asked),
     ]
     measured = {**asked, "trajectories": "heldout"}
     for name, source in config.drafters.items():
         taken = SftConfig(steps=0, init_from=source, adopt=True)
-        nodes.append(Node(name, "draftsmith.stages.sft", taken, {**target, "trajectories": "heldout"}))
+        nodes.append(Node(name, STAGES["sft"], taken, {**target, "trajectories": "heldout"}))
         measured[f"{PREFIX}{name}"] = name
-    return [*nodes, Node("evaluation", "draftsmith.stages.evaluation", config.evaluation, measured)]
+    return [*nodes, Node("evaluation", STAGES["evaluation"], config.evaluation, measured)]
 
 
 EVALUATE = Pipeline(
@@ -54,7 +55,7 @@ EVALUATE = Pipeline(
     nodes=evaluate_nodes,
     flow="draftsmith.flows.refresh.flow:evaluate",
     checks=RunChecks,
-    results="draftsmith.flows.refresh.results:show_results",
+    results="draftsmith.flows.refresh.summary:show_results",
     headline="evaluation",
     compared=compared,
 )
@@ -85,7 +86,7 @@ def named_drafter(text: str) -> tuple[str, str]:
         folder = inner if (inner / "config.json").is_file() else folder
         return _plain((folder.parent if folder.name == "drafter" else folder).name), str(folder)
     if "@" in text:
-        from draftsmith.flows.refresh.commands import verified
+        from draftsmith.flows.refresh.registry_commands import verified
 
         return _plain(text), str(verified(registry().resolve(text)))
     path = Path(text)

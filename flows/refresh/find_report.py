@@ -6,13 +6,13 @@ from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.home import home
-from draftsmith.artifacts.open_store import store_of
-from draftsmith.artifacts.refreshes import folders_of
-from draftsmith.artifacts.store import Store
-from draftsmith.artifacts.tracking import Tracking
-from draftsmith.flows.pipeline.config_file import read_config
-from draftsmith.flows.pipeline.graph import Pipeline, plan, resolved
-from draftsmith.flows.pipeline.options import RunOptions
+from draftsmith.artifacts.store.local import Store
+from draftsmith.artifacts.store.open import store_of
+from draftsmith.artifacts.tracking.refresh_runs import folders_of
+from draftsmith.artifacts.tracking.runs import Tracking
+from draftsmith.flows.config.load import read_config
+from draftsmith.flows.config.options import RunOptions
+from draftsmith.flows.planning.graph import Pipeline, plan, resolved
 
 _PAGE = "report.html"
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from prefect import flow
 
-from draftsmith.flows.pipeline.run import run_graph
+from draftsmith.flows.orchestration.run import run_graph
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.diagnose import DIAGNOSE, DiagnoseConfig
 from draftsmith.flows.refresh.evaluate import EVALUATE, EvaluateConfig

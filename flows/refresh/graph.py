@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from draftsmith.flows.checks.check import RunChecks
-from draftsmith.flows.pipeline.graph import Node, Pipeline
+from draftsmith.flows.planning.graph import Node, Pipeline
 from draftsmith.flows.refresh.config import (
     RefreshConfig,
     control_config,
@@ -13,12 +13,13 @@ from draftsmith.flows.refresh.config import (
     sft_config,
     starts_from_champion,
 )
-from draftsmith.flows.refresh.course import course, resolve
-from draftsmith.flows.refresh.review import compared, review
-from draftsmith.stages.contract import SOURCES
-from draftsmith.stages.logs import LogsConfig
-from draftsmith.stages.prompts import PromptsConfig
-from draftsmith.stages.targets.config import TargetConfig
+from draftsmith.flows.refresh.decisions import course, resolve
+from draftsmith.flows.refresh.summary import compared, review
+from draftsmith.stages.catalog import STAGES
+from draftsmith.stages.data.logs.stage import LogsConfig
+from draftsmith.stages.data.prompts import PromptsConfig
+from draftsmith.stages.runtime.stage import SOURCES
+from draftsmith.stages.target.config import TargetConfig
 
 
 def first_nodes(target: TargetConfig, prompts: PromptsConfig, logs: LogsConfig | None = None) -> list[Node]:
@@ -28,14 +29,12 @@ def first_nodes(target: TargetConfig, prompts: PromptsConfig, logs: LogsConfig |
     """
     readers = {"prompts": prompts.to_list, "logs": logs.to_list if logs is not None else None}
     listings = [
-        Node(f"{name}-{SOURCES}", "draftsmith.stages.sources", listed)
-        for name, listed in readers.items()
-        if listed is not None
+        Node(f"{name}-{SOURCES}", STAGES["sources"], listed) for name, listed in readers.items() if listed is not None
     ]
     return [
         *listings,
-        Node("target", "draftsmith.stages.target", target),
-        Node("prompts", "draftsmith.stages.prompts", prompts, {"target": "target", **_reads("prompts", prompts)}),
+        Node("target", STAGES["target"], target),
+        Node("prompts", STAGES["prompts"], prompts, {"target": "target", **_reads("prompts", prompts)}),
     ]
 
 
@@ -49,57 +48,62 @@ def refresh_nodes(config: RefreshConfig) -> list[Node]:
     asked = {**target, "prompts": "prompts"}
     nodes = [
         *first_nodes(config.target, config.prompts, config.logs),
-        Node(
-            "heldout", "draftsmith.stages.rollout", config.heldout, asked
-        ),  # early: its errors come before the long stages
+        Node("heldout", STAGES["rollout"], config.heldout, asked),  # early: its errors come before the long stages
     ]
     champion = {}
     if config.champion is not None:  # its drift check comes before anything is spent
         champion = {"champion": "champion"}
-        nodes.append(Node("champion", "draftsmith.stages.champion", config.champion, target))
+        nodes.append(Node("champion", STAGES["champion"], config.champion, target))
         seen = {**asked, **champion, "trajectories": "heldout"}
-        nodes.append(Node("drift", "draftsmith.stages.drift", drift_config(config), seen))
+        nodes.append(Node("drift", STAGES["drift"], drift_config(config), seen))
     if config.logs is not None:
         answers, earlier = "logs", {}
         known = config.registry.answers if config.registry is not None else None
         if known is not None and (config.logs.replay_share or config.logs.overlaps):
             earlier = {"earlier": "earlier"}
             taken = known.model_copy(update={"replayed": config.logs.replay_share > 0})
-            nodes.append(Node("earlier", "draftsmith.stages.earlier", taken))
+            nodes.append(Node("earlier", STAGES["earlier"], taken))
         inputs = {**asked, **earlier, **_reads("logs", config.logs)}
-        nodes.append(Node(answers, "draftsmith.stages.logs", config.logs, inputs))
+        nodes.append(Node(answers, STAGES["logs"], config.logs, inputs))
     else:
         assert config.rollout is not None  # RefreshConfig has checked it
         answers = "rollout"
-        nodes.append(Node(answers, "draftsmith.stages.rollout", config.rollout, asked))
+        nodes.append(Node(answers, STAGES["rollout"], config.rollout, asked))
     start = {"drafter": "champion"} if starts_from_champion(config) else {}
-    nodes.append(Node("sft", "draftsmith.stages.sft", sft_config(config), {**target, "trajectories": answers, **start}))
+    nodes.append(
+        Node(
+            "sft",
+            STAGES["sft"],
+            sft_config(config),
+            {**target, "trajectories": answers, **start},
+        )
+    )
     if config.logs is None:
         assert config.assisted is not None and config.rollout is not None  # RefreshConfig has checked it
         the_same, answers = config.sft.steps > 0 and config.assisted.skip == config.rollout.skip, "assisted"
-        nodes.append(Node(answers, "draftsmith.stages.rollout", config.assisted, {**asked, "drafter": "sft"}))
+        nodes.append(Node(answers, STAGES["rollout"], config.assisted, {**asked, "drafter": "sft"}))
     else:
         the_same = True
     seed = config.seed + 1000 if the_same else None  # other batches of the same answers than SFT's
     learned = {**target, "trajectories": answers, "drafter": "sft"}
     drafters = {"sft": "sft", "opd": "opd"}
     nodes += [
-        Node("mining", "draftsmith.stages.mining", mining_config(config), learned),
-        Node("opd", "draftsmith.stages.opd", config.opd, {**learned, "mined": "mining"}, seed),
+        Node("mining", STAGES["mining"], mining_config(config), learned),
+        Node("opd", STAGES["opd"], config.opd, {**learned, "mined": "mining"}, seed),
     ]
     if config.refresh.control:
         drafters["control"] = "control"
-        nodes.append(Node("control", "draftsmith.stages.sft", control_config(config), learned, seed))
+        nodes.append(Node("control", STAGES["sft"], control_config(config), learned, seed))
     measured = {**asked, "trajectories": "heldout", **champion, **drafters}
     reported = {"mining": "mining", "evaluation": "evaluation", **drafters}
-    nodes.append(Node("evaluation", "draftsmith.stages.evaluation", config.evaluation, measured))
+    nodes.append(Node("evaluation", STAGES["evaluation"], config.evaluation, measured))
     if config.registry is not None:
         judged = {"evaluation": "evaluation", **champion, **drafters}
-        nodes.append(Node("gate", "draftsmith.stages.gate", config.gate, judged))
+        nodes.append(Node("gate", STAGES["gate"], config.gate, judged))
         reported["gate"] = "gate"
         if champion:
             reported["drift"] = "drift"
-    return [*nodes, Node("report", "draftsmith.stages.report", report_config(config), reported)]
+    return [*nodes, Node("report", STAGES["report"], report_config(config), reported)]
 
 
 REFRESH = Pipeline(
@@ -109,8 +113,8 @@ REFRESH = Pipeline(
     checks=RunChecks,
     resolve=resolve,
     course=course,
-    results="draftsmith.flows.refresh.results:show_results",
-    verdict="draftsmith.flows.refresh.results:verdict_lines",
+    results="draftsmith.flows.refresh.summary:show_results",
+    verdict="draftsmith.flows.refresh.summary:verdict_lines",
     review=review,
     compared=compared,
     data=("prompts", "logs", "rollout", "assisted", "heldout"),

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.prompting.files import Row, matched, read_rows
+from draftsmith.stages.data.row_files import Row, matched, read_rows
 
 _TEMPLATES = Path(__file__).parent / "beginnings"
 _ROWS = 9200  # of prompts: what configs/model.yaml is made for, and assumed of a file that is not there yet

@@ -16,25 +16,20 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from draftsmith.artifacts.checksums import Checksums
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import UPLOADED, home
-from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef, InputEntry, read_manifest, sha256_file
-from draftsmith.artifacts.registry import PROMOTED, Registry, Version
-from draftsmith.artifacts.store import REPLACED, Store
-from draftsmith.artifacts.tracking import Tracking
-from draftsmith.flows.pipeline.registered import never_here
-from draftsmith.stages.champion import ChampionConfig
-from draftsmith.stages.contract import Config, FilledIn
-from draftsmith.stages.earlier import TABLE, EarlierConfig
-from draftsmith.stages.prompting.sources import (
-    HuggingFaceSource,
-    JsonlSource,
-    PromptSource,
-    ReasoningGymSource,
-)
-from draftsmith.stages.prompts import PromptsConfig
-from draftsmith.stages.stored import DRAFTER_FOLDER
+from draftsmith.artifacts.store.checksums import Checksums
+from draftsmith.artifacts.store.local import REPLACED, Store
+from draftsmith.artifacts.store.manifest import MANIFEST, ArtifactRef, InputEntry, read_manifest, sha256_file
+from draftsmith.artifacts.tracking.registry import PROMOTED, Registry, Version
+from draftsmith.artifacts.tracking.registry_homes import never_here
+from draftsmith.artifacts.tracking.runs import Tracking
+from draftsmith.stages.data.load import DRAFTER_FOLDER
+from draftsmith.stages.data.logs.rehearsal_stage import TABLE, EarlierConfig
+from draftsmith.stages.data.prompt_config import HuggingFaceSource, JsonlSource, PromptSource, ReasoningGymSource
+from draftsmith.stages.data.prompts import PromptsConfig
+from draftsmith.stages.drafters.champion import ChampionConfig
+from draftsmith.stages.runtime.stage import Config, FilledIn
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +91,7 @@ def registry() -> Registry:
 
 def folder_of(version: Version) -> Path:
     """Its artifact, on this machine: fetched if the store is a bucket."""
-    from draftsmith.artifacts.open_store import store_of
+    from draftsmith.artifacts.store.open import store_of
 
     store = store_of(home())
     return store.here(in_this_home(version, store) or version.path)
@@ -116,7 +111,7 @@ def in_this_home(version: Version | InputEntry, store: Store) -> Path | None:
 def checkpoint_of(version: Version) -> Path:
     """Its drafter: in the store where that is here and, of a version that was uploaded, whole; else a copy of what was
     uploaded with it. Of another nothing is verified: there is no copy to take."""
-    from draftsmith.artifacts.open_store import store_of
+    from draftsmith.artifacts.store.open import store_of
 
     store = store_of(home())
     if (folder := in_this_home(version, store)) is not None:
@@ -247,7 +242,7 @@ def held_out_shares(prompts: PromptsConfig) -> dict[str, float]:
 
 def _suffixes(prompts: PromptsConfig) -> dict[str, set[str]]:
     """Digests of the suffixes by source, which may be there several times. Blank space counts as little as it does for
-    the class (`prompting/held_out.py`)."""
+    the class (`data/held_out.py`)."""
     found: dict[str, set[str]] = {}
     for each in prompts.sources:
         text = re.sub(r"\s+", " ", each.suffix).rstrip()

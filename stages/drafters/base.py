@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from draftsmith.stages.drafters.drawing import argmax, probability_of
-from draftsmith.stages.drafters.head import Head
-from draftsmith.stages.drafters.traits import TrainingRecipe
-from draftsmith.stages.targets.logits import PLAIN, LogitMap
-from draftsmith.stages.targets.packed import packed_copy
-from draftsmith.stages.targets.slots import Rows
+from draftsmith.stages.drafters.lm_head import Head
+from draftsmith.stages.drafters.sampling import argmax, probability_of
+from draftsmith.stages.drafters.spec import TrainingRecipe
+from draftsmith.stages.target.kv_cache import Rows
+from draftsmith.stages.target.logit_map import PLAIN, LogitMap
+from draftsmith.stages.target.packed_linear import packed_copy
 
 LOGITS_AT_ONCE = 2**26  # 256 MB in float32
 
@@ -164,7 +164,7 @@ class Drafter(nn.Module, ABC):
         return self.head_over(target_head, self.frequent_tokens[:head_tokens])
 
     def for_decoding(self) -> Drafter:
-        """The same with packed weights (`targets/packed.py`), copies, where there can be any; not to be trained."""
+        """Return a copy with packed weights (`target/packed_linear.py`) where possible. It cannot be trained."""
         return packed_copy(self, self.layer_names, (("k_proj", "v_proj"), ("gate_proj", "up_proj")))
 
     @property

@@ -14,12 +14,12 @@ import torch
 from pydantic import TypeAdapter
 
 from draftsmith.artifacts.errors import DraftsmithError, one_line
-from draftsmith.stages.drafters import layout
-from draftsmith.stages.drafters.architecture import Architecture
+from draftsmith.stages.drafters import checkpoint_format
 from draftsmith.stages.drafters.base import Drafter, DrafterInfo
 from draftsmith.stages.drafters.digest import drafter_digest
-from draftsmith.stages.drafters.kinds import CHECKPOINTS, DrafterConfig
-from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.drafters.registry import CHECKPOINTS, DrafterConfig
+from draftsmith.stages.drafters.spec import Architecture
+from draftsmith.stages.target.causal_lm import Target
 
 _INFO = TypeAdapter(DrafterInfo)
 INFO_FILE, TOKENS_FILE = "drafter.json", "frequent_tokens.npy"
@@ -36,7 +36,7 @@ UPGRADES: dict[tuple[str, str], Any] = {
 
 def architecture_of(folder: Path) -> Architecture:
     """By the name in a checkpoint's config.json. Raises DraftsmithError if it is none that is known."""
-    raw = layout.read_raw_config(folder)
+    raw = checkpoint_format.read_raw_config(folder)
     names = raw.get("architectures") or []
     names = names if isinstance(names, list) else [names]
     for architecture in ARCHITECTURES.values():
@@ -46,7 +46,7 @@ def architecture_of(folder: Path) -> Architecture:
         return ARCHITECTURES["dflash"]
     known = " or ".join(architecture.ARCHITECTURE for architecture in ARCHITECTURES.values())
     raise DraftsmithError(
-        f"drafter {folder / layout.CONFIG_FILE}: architectures is {names}, supported is {known}; give such a checkpoint"
+        f"drafter {folder / checkpoint_format.CONFIG_FILE}: architectures is {names}. Supported architectures: {known}."
     )
 
 
@@ -111,7 +111,7 @@ def kind_after(kind: str, shape: DrafterConfig) -> str:
 def skeleton_of(folder: Path) -> Drafter:
     """The drafter of a checkpoint without its weights, from its config.json."""
     architecture = architecture_of(folder)
-    return _skeleton(architecture, architecture.read_config(folder), str(folder / layout.CONFIG_FILE))
+    return _skeleton(architecture, architecture.read_config(folder), str(folder / checkpoint_format.CONFIG_FILE))
 
 
 def _skeleton(architecture: Architecture, config: Any, where: str) -> Drafter:
@@ -129,7 +129,7 @@ def _skeleton(architecture: Architecture, config: Any, where: str) -> Drafter:
 def check_whole(folder: Path) -> None:
     """A checkpoint's weights are all there, with the shapes that its config.json says; reads headers only."""
     expected = {name: tuple(each.shape) for name, each in skeleton_of(folder).named_parameters()}
-    layout.check_weights(folder, expected, architecture_of(folder).own_name)
+    checkpoint_format.check_weights(folder, expected, architecture_of(folder).own_name)
 
 
 def block_size_of(folder: Path) -> int:
@@ -232,8 +232,10 @@ def check_layers(folder: Path, num_target_layers: int) -> None:
     """Refuse a checkpoint whose layers SGLang would hand over otherwise than it was trained. Reads JSON only."""
     config = architecture_of(folder).read_config(folder)
     ids = architecture_of(folder).target_layer_ids(config)
-    if ids and (reason := layout.unservable_layers(ids, num_target_layers)):
-        raise DraftsmithError(f"drafter {folder / layout.CONFIG_FILE}: {reason}: train one that can be served")
+    if ids and (reason := checkpoint_format.unservable_layers(ids, num_target_layers)):
+        raise DraftsmithError(
+            f"drafter {folder / checkpoint_format.CONFIG_FILE}: {reason}: train one that can be served"
+        )
 
 
 def descends_from(folder: Path) -> tuple[str, ...]:
@@ -247,9 +249,9 @@ def drafter_source(source: str, revision: str | None = None) -> Path:
         if revision is not None:
             raise DraftsmithError(f"sft.init_revision: {source} is a folder, only drafters of the hub have revisions")
         return folder
-    from draftsmith.artifacts.checksums import Checksums
     from draftsmith.artifacts.home import home
-    from draftsmith.stages.targets.hub import check_snapshot, hub_commit, hub_snapshot
+    from draftsmith.artifacts.store.checksums import Checksums
+    from draftsmith.stages.target.hub import check_snapshot, hub_commit, hub_snapshot
 
     commit = hub_commit(source, revision) or revision
     folder = hub_snapshot("sft.init_from", source, commit, ["*.json", "*.safetensors", "*.npy"])

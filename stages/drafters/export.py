@@ -10,10 +10,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.drafters import layout, speculators
+from draftsmith.stages.drafters import checkpoint_format, speculators
 from draftsmith.stages.drafters.checkpoint import TOKENS_FILE, read_info, write_info
-from draftsmith.stages.targets.capabilities import model_class
-from draftsmith.stages.targets.embedding import scale_of
+from draftsmith.stages.target.layers import model_class
+from draftsmith.stages.target.logit_map import scale_of
 
 
 def export_speculators(source: Path, target_model: Path, target: str, folder: Path) -> None:
@@ -21,10 +21,10 @@ def export_speculators(source: Path, target_model: Path, target: str, folder: Pa
 
     target_model: a folder of transformers. target: where an engine finds it. Raises DraftsmithError.
     """
-    raw = json.loads((source / layout.CONFIG_FILE).read_text())
-    architectures = json.loads((target_model / layout.CONFIG_FILE).read_text()).get("architectures") or []
+    raw = json.loads((source / checkpoint_format.CONFIG_FILE).read_text())
+    architectures = json.loads((target_model / checkpoint_format.CONFIG_FILE).read_text()).get("architectures") or []
     config = speculators.to_speculators(raw, target, architectures)
-    tensors = layout.read_tensors(source)
+    tensors = checkpoint_format.read_tensors(source)
     dtype = tensors["fc.weight"].dtype  # a confidence head is float32 whatever the others are
     if (scale := _embedding_scale(target_model)) != 1:
         raise DraftsmithError(
@@ -34,7 +34,7 @@ def export_speculators(source: Path, target_model: Path, target: str, folder: Pa
     embedding, head = _embedding_and_head(target_model)
     folder.mkdir(parents=True, exist_ok=True)
     of_target = {speculators.EMBEDDING: embedding.to(dtype), speculators.HEAD: head.to(dtype)}
-    layout.write_checkpoint(folder, config, tensors | of_target)
+    checkpoint_format.write_checkpoint(folder, config, tensors | of_target)
     if (source / TOKENS_FILE).exists():
         shutil.copyfile(source / TOKENS_FILE, folder / TOKENS_FILE)
     write_info(folder, read_info(source))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from draftsmith.stages.law import Law
+from draftsmith.stages.target.sampling import Law
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.redaction import secret_in, secrets_of
-from draftsmith.stages.contract import Config, Operational
-from draftsmith.stages.law import Law, TopK
+from draftsmith.stages.runtime.stage import Config, Operational
+from draftsmith.stages.target.sampling import Law, TopK
 
 NO_REDUCED_HEAD = (
     "only the embedded engine drafts from a part of the vocabulary; leave it out, or set engine.kind: embedded"

@@ -16,13 +16,13 @@ from itertools import islice
 import torch
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.data.trajectories import groups_by_length
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request, VerifyStep
 from draftsmith.stages.engines.verification import Drafted, draft, draw, verify
-from draftsmith.stages.replay.trace import groups_by_length
-from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.targets.slots import Rows
+from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.kv_cache import Rows
 
 # Prompts of similar length are read together, at most this many tokens: matrix products are at their full rate with
 # a few hundred rows, and more prompts in one forward only mean more padding.

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import torch
 
 from draftsmith.stages.drafters.base import Context, Drafter
-from draftsmith.stages.drafters.drawing import Purpose, argmax, pick, probabilities, sampled, scattered, uniform
-from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.drafters.lm_head import Head
+from draftsmith.stages.drafters.sampling import Purpose, argmax, pick, probabilities, sampled, scattered, uniform
 from draftsmith.stages.engines.base import SamplingParams
 
 

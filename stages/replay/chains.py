@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from draftsmith.stages.data.trajectories import Trajectory, pad_tokens
 from draftsmith.stages.drafters.base import Context, Drafter
-from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.replay.sampled import SampledText, Verified, draft_sampled
-from draftsmith.stages.replay.trace import Trace, Trajectory, pad_tokens
+from draftsmith.stages.replay.trace import Trace
 
 # Blocks that a round should hold before more chains are worth their extra blocks: by then matrix products are at
 # their full rate on a CPU, and a GPU's kernels are no longer paid for launching alone.

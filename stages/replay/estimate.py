@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from draftsmith.stages.replay.options import POSITIONS_PER_CHUNK, TREE_TOKENS
-from draftsmith.stages.targets.estimate import Sizes
+from draftsmith.stages.target.estimate import Sizes
 
 
 def cached_read(tokens: int, longest: int, sizes: Sizes, tree_tokens: int = TREE_TOKENS) -> dict[str, float]:

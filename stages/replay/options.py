@@ -7,9 +7,9 @@ from typing import Annotated, TypeAlias
 
 from pydantic import Field
 
-from draftsmith.stages.contract import WHOLE, Shard
-from draftsmith.stages.drafters.config import DraftingConfig
-from draftsmith.stages.law import GREEDY, Law
+from draftsmith.stages.drafters.spec import DraftingConfig
+from draftsmith.stages.runtime.stage import WHOLE, Shard
+from draftsmith.stages.target.sampling import GREEDY, Law
 
 TREE_TOKENS = 512  # rejected proposals that the target scores in one forward, a trajectory
 POSITIONS_PER_CHUNK = 1024  # whose logits are held at once

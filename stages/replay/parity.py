@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.contract import Operational
+from draftsmith.stages.runtime.stage import Operational
 
 MaxParityMismatch = Annotated[
     float,
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-    from draftsmith.stages.replay.trace import Trace, Trajectory
+    from draftsmith.stages.data.trajectories import Trajectory
+    from draftsmith.stages.replay.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class StepComparison:
         another length."""
         import numpy as np
 
-        from draftsmith.artifacts.parquet import ordered
+        from draftsmith.artifacts.tables.parquet import ordered
 
         known = served["trajectory_id"].unique()
         replayed = ordered(replayed, "trajectory_id", known)
@@ -149,7 +150,7 @@ def check_tau(gate: Gate, committed: np.ndarray, served: np.ndarray, replayed: n
     """
     import numpy as np
 
-    from draftsmith.stages.statistics import jackknife
+    from draftsmith.stages.runtime.statistics import jackknife
 
     counted = np.where(served == 0, committed, served).astype(np.float64)
     tokens, steps = float(committed.sum()), float(replayed.sum())
@@ -185,7 +186,7 @@ def _keys(table: pa.Table, trajectories: pa.Array) -> np.ndarray:
     """[rows] int64: one number a (trajectory, anchor)."""
     import numpy as np
 
-    from draftsmith.artifacts.parquet import places
+    from draftsmith.artifacts.tables.parquet import places
 
     return (places(table, "trajectory_id", trajectories) << 32) + table["anchor"].to_numpy().astype(np.int64)
 
@@ -195,7 +196,7 @@ def _same(a: pa.Table, b: pa.Table) -> np.ndarray:
     import numpy as np
     import pyarrow.compute as pc
 
-    from draftsmith.artifacts.parquet import padded
+    from draftsmith.artifacts.tables.parquet import padded
 
     longest = max((pc.max(pc.list_value_length(t["proposed_ids"])).as_py() or 0 for t in (a, b)), default=0)
     proposed = [padded(table, "proposed_ids", longest, -1, np.int64) for table in (a, b)]
@@ -208,7 +209,7 @@ def _largest_difference(served: pa.Table, replayed: pa.Table) -> float | None:
     import numpy as np
     import pyarrow.compute as pc
 
-    from draftsmith.artifacts.parquet import padded
+    from draftsmith.artifacts.tables.parquet import padded
 
     both = pc.and_(pc.is_valid(served["target_logprobs"]), pc.is_valid(replayed["target_logprobs"]))
     tables = served.filter(both), replayed.filter(both)

@@ -13,20 +13,20 @@ import numpy as np
 import torch
 
 from draftsmith.artifacts.atomic import atomic_path
-from draftsmith.stages.contract import WHOLE, Shard
+from draftsmith.stages.data.trajectories import Trajectory, groups_by_length, lengths_of, pad_tokens
 from draftsmith.stages.drafters.base import Context, Drafter
-from draftsmith.stages.drafters.head import Head
-from draftsmith.stages.law import Law
-from draftsmith.stages.memory import in_halves
+from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.options import TREE_TOKENS, ReplayOptions
 from draftsmith.stages.replay.sampled import SampledText, outside_nucleus
 from draftsmith.stages.replay.scoring import StepScores, score_traces
-from draftsmith.stages.replay.tally import Tally
-from draftsmith.stages.replay.trace import Trace, Trajectory, groups_by_length, pad_tokens
-from draftsmith.stages.replay.trajectories import lengths_of
-from draftsmith.stages.targets.causal_lm import Target, TargetOutput
-from draftsmith.stages.targets.slots import SlotCache
+from draftsmith.stages.replay.stats import Tally
+from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.runtime.memory import in_halves
+from draftsmith.stages.runtime.stage import WHOLE, Shard
+from draftsmith.stages.target.causal_lm import Target, TargetOutput
+from draftsmith.stages.target.kv_cache import SlotCache
+from draftsmith.stages.target.sampling import Law
 
 Found = TypeVar("Found")
 Replayed: TypeAlias = tuple[list[int], list[dict[str, Trace]]]  # indices in the set, and traces by drafter of each

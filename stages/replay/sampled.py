@@ -23,8 +23,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import LOGITS_AT_ONCE, Context, Drafter, Drafting
-from draftsmith.stages.drafters.drawing import (
+from draftsmith.stages.drafters.lm_head import Head
+from draftsmith.stages.drafters.sampling import (
     Purpose,
     is_outside,
     pick,
@@ -34,11 +36,9 @@ from draftsmith.stages.drafters.drawing import (
     seed_of,
     truncated,
 )
-from draftsmith.stages.drafters.head import Head
-from draftsmith.stages.law import Law
-from draftsmith.stages.replay.trace import Trajectory
-from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.targets.slots import Rows
+from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.kv_cache import Rows
+from draftsmith.stages.target.sampling import Law
 
 FEW_OUTSIDE = 0.01  # share that is no reason for a warning: random weights in bfloat16 came to 0.5 %
 

@@ -2,37 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:  # plans and checks read trajectories without it
-    import torch
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """Prompt and response of the target."""
-
-    trajectory_id: str
-    tokens: list[int]  # prompt + response
-    prompt_length: int
-
-    @property
-    def first_anchor(self) -> int:
-        """The first response token: the target's prefill commits it before any drafting."""
-        return self.prompt_length
-
-    @property
-    def last_anchor(self) -> int:
-        """The last position with a token behind it."""
-        return len(self.tokens) - 2
-
-    @property
-    def response_length(self) -> int:
-        return len(self.tokens) - self.prompt_length
+    pass
 
 
 @dataclass(frozen=True)
@@ -79,23 +56,3 @@ def tau(traces: Iterable[Trace]) -> float:
     traces = list(traces)
     steps = sum(len(t.anchors) for t in traces)
     return float(sum(t.expected_committed.sum() for t in traces) / steps) if steps else float("nan")
-
-
-def pad_tokens(trajectories: Sequence[Trajectory], device: torch.device, fill: int = 0) -> torch.Tensor:
-    """Token ids [B, T], padded on the right."""
-    import torch
-
-    width = max(len(t.tokens) for t in trajectories)
-    return torch.tensor([t.tokens + [fill] * (width - len(t.tokens)) for t in trajectories], device=device)
-
-
-def groups_by_length(lengths: Sequence[int] | np.ndarray, tokens_per_group: int) -> Iterator[list[int]]:
-    """Indices grouped by similar length, each group at most `tokens_per_group` tokens after padding. Deterministic."""
-    group: list[int] = []
-    for index in np.argsort(np.asarray(lengths, dtype=np.int64), kind="stable"):
-        if group and (len(group) + 1) * int(lengths[index]) > tokens_per_group:
-            yield group
-            group = []
-        group.append(int(index))
-    if group:
-        yield group

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from draftsmith.stages.parallel.ranks import ALONE, Ranks
-from draftsmith.stages.replay.trace import Trajectory, groups_by_length, pad_tokens
-from draftsmith.stages.replay.trajectories import lengths_of, responses_of
-from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.data.trajectories import Trajectory, groups_by_length, lengths_of, pad_tokens, responses_of
+from draftsmith.stages.runtime.ranks import ALONE, Ranks
+from draftsmith.stages.target.causal_lm import Target
 
 
 @dataclass(frozen=True)

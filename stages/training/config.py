@@ -1,4 +1,4 @@
-"""How a drafter is trained: what SFT and OPD have in common."""
+"""Config sections `sft`, `control` and `opd`: how a drafter is trained."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from draftsmith.stages.contract import NOT_FETCHED, Config, Operational
-from draftsmith.stages.drafters.dflash.shape import DFlashConfig
-from draftsmith.stages.drafters.kinds import DrafterConfig
-from draftsmith.stages.parallel.config import ParallelConfig
+from draftsmith.stages.drafters.dflash.config import DFlashConfig
+from draftsmith.stages.drafters.registry import DrafterConfig
 from draftsmith.stages.replay.options import TokensPerForward
-from draftsmith.stages.training.loss_config import LossName, PositionWeights, ResponseStream, loss_file
+from draftsmith.stages.runtime.parallel_config import ParallelConfig
+from draftsmith.stages.runtime.stage import NOT_FETCHED, Config, Operational
+from draftsmith.stages.training.loss_config import LossConfig, LossName, PositionWeights, ResponseStream, loss_file
 
 if TYPE_CHECKING:
-    from draftsmith.stages.drafters.traits import TrainingRecipe
+    from draftsmith.stages.drafters.spec import TrainingRecipe
 
 
 class OptimiserConfig(Config):
@@ -175,6 +175,69 @@ class SftConfig(TrainingConfig):
         """The commit of the checkpoint that `init_from` names, if it is of the hub."""
         if self.init_from is None or Path(self.init_from).expanduser().is_dir():
             return {}
-        from draftsmith.stages.targets.hub import hub_commit
+        from draftsmith.stages.target.hub import hub_commit
 
         return {self.init_from: hub_commit(self.init_from, self.init_revision) or NOT_FETCHED}
+
+
+class OpdConfig(TrainingConfig):
+    """What is distilled, and where."""
+
+    steps: Annotated[int, Field(ge=1)] = 400
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    verification: Annotated[
+        Literal["auto", "greedy", "sampled"],
+        Field(
+            description="the rule that the drafter will serve under, which decides the loss where that is left open; "
+            "auto: as the trajectories were drawn"
+        ),
+    ] = "auto"
+    loss: Annotated[
+        LossConfig,
+        Field(
+            description="matched: what fits the verification rule and the architecture; paper: Bernoulli forward KL on "
+            "what verification committed plus k3 reverse KL on the rejected suffix; or the streams in full"
+        ),
+    ] = LossConfig()
+    anchors: Annotated[
+        Literal["errors", "visited", "successors", "random"],
+        Field(
+            description="mined verify steps that rejected something, all that were visited, successors (where a verify "
+            "step of the current weights leads from positions all over the response), or positions whatever the "
+            "drafter does there"
+        ),
+    ] = "successors"
+    remine_every: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            description="mine a trajectory again, with the current weights, when a batch draws it and its trace is so "
+            "many steps old; 0: train on the trace as it was mined; left out: 1 where anchors are read off a trace",
+        ),
+    ] = None
+
+    @property
+    def reads_table(self) -> bool:
+        """Return whether anchors are steps of the mined table, which then has to hold those of all answers."""
+        return self.anchors in ("errors", "visited")
+
+    @model_validator(mode="after")
+    def _remines_a_trace(self) -> OpdConfig:
+        if self.remine_every and not self.reads_table:
+            raise ValueError(
+                f"remine_every: anchors {self.anchors!r} are judged with the current weights anyway: set it to 0, or "
+                "train on 'errors' or 'visited'"
+            )
+        return self
+
+    def external_files(self) -> list[Path]:
+        """Return the source of a named loss."""
+        name = self.loss.response.loss
+        return [loss_file(name)] if ":" in name else []
+
+    @property
+    def oldest_trace(self) -> int:
+        """`remine_every` where it was left open too; 0: no trace is mined again."""
+        if self.remine_every is not None:
+            return self.remine_every
+        return 1 if self.reads_table else 0

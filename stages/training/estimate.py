@@ -6,16 +6,15 @@ import math
 from typing import TYPE_CHECKING
 
 from draftsmith.artifacts.host import memory_bytes
-from draftsmith.stages.drafters import kept
-from draftsmith.stages.drafters.kinds import KINDS
+from draftsmith.stages.drafters import activations
+from draftsmith.stages.drafters.registry import KINDS
 from draftsmith.stages.replay.estimate import cached_read, scoring_logits
-from draftsmith.stages.targets.estimate import DTYPE_BYTES, PROCESS, Answers, ModelSize, Sizes, Use
-from draftsmith.stages.training.config import SftConfig, TrainingConfig
-from draftsmith.stages.training.on_policy.config import OpdConfig
+from draftsmith.stages.target.estimate import DTYPE_BYTES, PROCESS, Answers, ModelSize, Sizes, Use
+from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
 
 if TYPE_CHECKING:
     from draftsmith.stages.drafters.base import Drafter
-    from draftsmith.stages.targets.causal_lm import Target
+    from draftsmith.stages.target.causal_lm import Target
 
 USABLE = 0.85  # of a device's memory: the rest is for what the allocator leaves unused
 # copies of a chunk's float32 logits that a loss needs at once; of a named one as many as the greediest of the lab's
@@ -38,7 +37,7 @@ def training_memory(config: TrainingConfig, use: Use, *, mines: bool = False, sc
     B · T · (K + 1) · H · s, twice while they are made of what the target's forwards gave; on a GPU also those of the
     next batch, which is read meanwhile unless the target is shared.
     Activations: what the drafter keeps of the tokens of a micro-batch, trajectories and blocks
-    (`stages/drafters/kept.py`), and of each position with a loss its state and its gradient.
+    (`stages/drafters/activations.py`), and of each position with a loss its state and its gradient.
     Logits: 5 to 7 · positions_per_chunk · V · 4; of a head with weights of the drafter's more of these, as its
     architecture says (`kept.py` too).
     mines: traces again while training, the logits of mining. scores: the target judges rejected proposals, the read of
@@ -80,7 +79,7 @@ def training_memory(config: TrainingConfig, use: Use, *, mines: bool = False, sc
 
 def _logits(config: TrainingConfig, sizes: Sizes, rows_of_head: int) -> float:
     a, chunk, loss = DTYPE_BYTES[config.compute_dtype], config.positions_per_chunk, _loss(config, sizes.kind)
-    if (own := kept.by_own_logits(sizes.kind, sizes.drafter, chunk, a)) is not None:
+    if (own := activations.by_own_logits(sizes.kind, sizes.drafter, chunk, a)) is not None:
         return own
     return float(_COPIES.get(loss, _COPIES_OF_NAMED) * chunk * rows_of_head * 4)
 
@@ -98,8 +97,8 @@ def _loss(config: TrainingConfig, kind: str) -> str:
 def row_bytes(config: TrainingConfig, sizes: Sizes, longest: int) -> float:
     """What the drafter keeps for backward of one trajectory with its blocks."""
     a, K, A = DTYPE_BYTES[config.compute_dtype], sizes.block_size - 1, config.anchors_per_sequence
-    of_blocks = A * kept.by_block(sizes.kind, sizes.drafter, sizes.block_size, a)
-    of_context = longest * kept.by_context_token(sizes.kind, sizes.drafter, a)
+    of_blocks = A * activations.by_block(sizes.kind, sizes.drafter, sizes.block_size, a)
+    of_context = longest * activations.by_context_token(sizes.kind, sizes.drafter, a)
     of_positions = A * K * sizes.drafter.hidden * (4 + 2 * sizes.itemsize)
     return float(of_blocks + of_context + of_positions)
 
@@ -139,7 +138,7 @@ def micro_batch_tokens(config: TrainingConfig, target: Target, drafter: Drafter,
 
 def loaded_sizes(target: Target, drafter: Drafter, longest: int) -> Sizes:
     """Of models that are there, on the target's device. longest: trajectory."""
-    from draftsmith.stages.targets.split import divided_parameters
+    from draftsmith.stages.target.loading import divided_parameters
 
     return Sizes(
         ModelSize.of(

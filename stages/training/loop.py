@@ -5,21 +5,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageInterrupted
-from draftsmith.stages.checkpoints import load_checkpoint, save_checkpoint
-from draftsmith.stages.contract import StageContext
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.memory import out_of_memory, release_memory
-from draftsmith.stages.parallel.ranks import ALONE, Ranks
-from draftsmith.stages.training.accumulation import Accumulation
-from draftsmith.stages.training.blocks import LossReport
+from draftsmith.stages.runtime.checkpoint import load_checkpoint, save_checkpoint
+from draftsmith.stages.runtime.memory import out_of_memory, release_memory
+from draftsmith.stages.runtime.ranks import ALONE, Ranks
+from draftsmith.stages.runtime.stage import StageContext
+from draftsmith.stages.training.blocks import LossReport, Share
 from draftsmith.stages.training.config import OptimiserConfig
-from draftsmith.stages.training.optimiser import make_optimiser, restore, whole_state
 
 
 def cosine(step: int, config: OptimiserConfig) -> float:
@@ -231,3 +230,99 @@ def _restore(
     if memory is not None:
         memory.load_state_dict(state["memory"])
     return step, state["totals"]
+
+
+class Accumulation:
+    """Micro-batches of one step, each added when its loss is there, so that one graph is held at a time."""
+
+    def __init__(self) -> None:
+        self._reports: list[LossReport] = []
+
+    def add(self, report: LossReport) -> None:
+        """Add the gradient of a micro-batch. Of a single stream it is that of the sum, which `finish` divides: its
+        weight in the whole step is not known before; several streams must bring theirs (`LossReport.whole`)."""
+        if report.alone:
+            report.loss.backward()
+        elif report.whole is not None:
+            parts = zip(report.streams, report.whole, strict=True)
+            torch.stack([s.factor / max(w, 1e-9) * s.total for s, w in parts]).sum().backward()
+        else:
+            (stream,) = report.streams
+            (stream.factor * stream.total).backward()
+        report.loss = report.loss.detach()
+        self._reports.append(report)
+
+    def finish(self, parameters: Iterable[torch.nn.Parameter], ranks: Ranks = ALONE) -> LossReport:
+        """The report of the step, whose gradient is that of its loss. Seconds are this rank's own."""
+        if self._reports[0].alone:
+            return self._reports[0]
+        trained = list(parameters)
+        mine = [_Sums.of(report) for report in self._reports]
+        sums = [each for of_rank in ranks.gather(mine) for each in of_rank]
+        ranks.sum_gradients(trained)
+        factors = [stream.factor for stream in self._reports[0].streams]
+        means = [Share.merged(shares) for shares in zip(*(each.streams for each in sums), strict=True)]
+        if self._reports[0].whole is None:
+            weight = max(sum(each.streams[0].whole for each in sums), 1e-9)
+            for parameter in trained:
+                if parameter.grad is not None:
+                    parameter.grad.div_(weight)
+        figures = dict.fromkeys(name for each in sums for name in each.figures)  # a part may lack one
+        return LossReport(
+            torch.tensor(sum(factor * mean for factor, mean in zip(factors, means, strict=True))),
+            sum(each.blocks for each in sums),
+            sum(each.positions for each in sums),
+            {name: Share.merged([each.figures[name] for each in sums if name in each.figures]) for name in figures},
+            {name: sum(report.seconds[name] for report in self._reports) for name in self._reports[0].seconds},
+            sum(each.operations for each in sums),
+        )
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Of a micro-batch what the step's report needs, in plain numbers that other ranks can read."""
+
+    streams: tuple[Share, ...]
+    blocks: int
+    positions: int
+    figures: dict[str, float]
+    operations: float
+
+    @classmethod
+    def of(cls, report: LossReport) -> _Sums:
+        streams = tuple(stream.share() for stream in report.streams)
+        return cls(streams, report.blocks, report.positions, report.figures, report.operations)
+
+
+def make_optimiser(
+    parameters: Iterable[torch.nn.Parameter], config: OptimiserConfig, ranks: Ranks = ALONE
+) -> torch.optim.Optimizer:
+    """Split if the config says so: every rank then moves its part of the weights and sends it to the others."""
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (0.9, 0.95),
+        "weight_decay": config.weight_decay,
+        "fused": True,  # one pass over weights, gradients and moments
+    }
+    if ranks.world > 1 and config.parallel.shard_optimiser:
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        return ZeroRedundancyOptimizer(list(parameters), torch.optim.AdamW, **settings)
+    return torch.optim.AdamW(parameters, **settings)
+
+
+def restore(optimiser: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """From `whole_state`. Moments that are split are taken with their counts of steps on the CPU, where the fused step
+    on a GPU does not look for them (pytorch/pytorch#124133)."""
+    optimiser.load_state_dict(state)
+    own = getattr(optimiser, "optim", optimiser)
+    for parameter, values in own.state.items():
+        values["step"] = values["step"].to(parameter.device)
+
+
+def whole_state(optimiser: torch.optim.Optimizer, ranks: Ranks) -> dict[str, Any] | None:
+    """AdamW's own state dict on the first rank, None on others. All call it."""
+    consolidate = getattr(optimiser, "consolidate_state_dict", None)
+    if consolidate is not None:
+        consolidate(to=0)
+    return optimiser.state_dict() if ranks.first else None

@@ -1,6 +1,6 @@
 """Which losses OPD is made of: two streams, each with a loss, a weight and weights of its positions; and presets.
 
-Names and formulas are in `stages/training/losses.py`, their meaning in `response.py` and `on_policy/loss.py`.
+Names and formulas are in `stages/training/losses.py`, their meaning in `response_loss.py` and `opd/loss.py`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from draftsmith.stages.contract import Config
+from draftsmith.stages.runtime.stage import Config
 
 if TYPE_CHECKING:
-    from draftsmith.stages.drafters.traits import TrainingRecipe
+    from draftsmith.stages.drafters.spec import TrainingRecipe
 
 BEYOND = 1.0  # why: "Which offsets are trained" in `tests/lab/README.md`
 

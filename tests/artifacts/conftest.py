@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from draftsmith.artifacts.tracking import Tracking
+from draftsmith.artifacts.tracking.runs import Tracking
 
 
 @pytest.fixture(scope="module")

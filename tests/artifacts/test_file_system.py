@@ -10,8 +10,8 @@ import pytest
 from draftsmith.artifacts import host
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.host import network_file_system
-from draftsmith.artifacts.tracking import Tracking
-from draftsmith.flows.pipeline.prefect_server import check_place, start_prefect_server
+from draftsmith.artifacts.tracking.runs import Tracking
+from draftsmith.flows.orchestration.server import check_place, start_prefect_server
 
 Mount = Callable[..., None]
 

@@ -19,8 +19,8 @@ import torch
 
 from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
-from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.targets.info import model_path
+from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.info import model_path
 from tests.benchmarks import harness, machine
 
 OURS, THEIRS = "embedded engine", "transformers generate"

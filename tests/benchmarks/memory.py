@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from draftsmith.stages.drafters.dflash.shape import DFlashConfig
-from draftsmith.stages.drafters.eagle3.shape import Eagle3Config
-from draftsmith.stages.training.config import SftConfig
-from draftsmith.stages.training.on_policy.config import OpdConfig
+from draftsmith.stages.drafters.dflash.config import DFlashConfig
+from draftsmith.stages.drafters.eagle3.config import Eagle3Config
+from draftsmith.stages.training.config import OpdConfig, SftConfig
 from tests.benchmarks import harness
 from tests.stages.training.fake_step import FakeStep
 from tests.stages.training.test_memory import DFLASH, EAGLE3, estimated_and_tracked

@@ -25,16 +25,17 @@ import numpy as np
 import torch
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.data.load import DRAFTER_FOLDER, load_trajectories
+from draftsmith.stages.data.trajectories import Trajectory, groups_by_length, pad_tokens
 from draftsmith.stages.drafters.base import Context
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
-from draftsmith.stages.mining import MiningConfig
 from draftsmith.stages.replay.chains import replay_chains
-from draftsmith.stages.replay.sequential import replay_sequentially
-from draftsmith.stages.replay.trace import Trace, Trajectory, groups_by_length, pad_tokens, tau
-from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
-from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.replay.mining import MiningConfig
+from draftsmith.stages.replay.stats import replay_sequentially
+from draftsmith.stages.replay.trace import Trace, tau
+from draftsmith.stages.target.causal_lm import Target
 from tests.benchmarks import harness
 
 TOKENS_PER_FORWARD = MiningConfig().tokens_per_target_forward

@@ -32,24 +32,22 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import create_drafter
 from draftsmith.stages.drafters.dflash import model as dflash_model
-from draftsmith.stages.drafters.dflash.shape import DFlashConfig
-from draftsmith.stages.replay.trace import Trajectory
-from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.drafters.dflash.config import DFlashConfig
+from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.training import losses
-from draftsmith.stages.training.anchors import position_anchors
 from draftsmith.stages.training.batches import Batch, FeatureSource, frequent_tokens, step_rng, token_counts
-from draftsmith.stages.training.blocks import Anchors, LossReport, block_hidden, context_of, labels_of
-from draftsmith.stages.training.config import SftConfig, TrainingConfig
-from draftsmith.stages.training.on_policy.config import OpdConfig
-from draftsmith.stages.training.on_policy.mined import MinedTable, TrajectorySteps
-from draftsmith.stages.training.on_policy.step import OpdStep
-from draftsmith.stages.training.on_policy.training import anchor_source
-from draftsmith.stages.training.optimiser import make_optimiser
-from draftsmith.stages.training.supervised import sft_loss
-from draftsmith.stages.training.vocabulary import HeadSource
+from draftsmith.stages.training.blocks import Anchors, LossReport, block_hidden, context_of, labels_of, position_anchors
+from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
+from draftsmith.stages.training.lm_heads import HeadSource
+from draftsmith.stages.training.loop import make_optimiser
+from draftsmith.stages.training.opd.mined_table import MinedTable, TrajectorySteps
+from draftsmith.stages.training.opd.step import OpdStep
+from draftsmith.stages.training.opd.trainer import anchor_source
+from draftsmith.stages.training.sft.trainer import sft_loss
 from tests.benchmarks import harness, machine
 from tests.stages.drafters.dense import dense_attention
 from tests.stages.kernel_flops import KERNEL_FLOPS

@@ -21,20 +21,20 @@ from typing import Any
 
 import psutil
 
-from draftsmith.artifacts.manifest import read_manifest
+from draftsmith.artifacts.store.manifest import read_manifest
+from draftsmith.stages.data.held_out import units_of
+from draftsmith.stages.data.load import DRAFTER_FOLDER, load_prompts
 from draftsmith.stages.drafters.checkpoint import load_drafter
-from draftsmith.stages.evaluation import _speeds_compared
-from draftsmith.stages.measure import embedded
-from draftsmith.stages.measure.config import DRAFTERS, EvaluationConfig
-from draftsmith.stages.measure.doubts import doubts, machine_errors, steady
-from draftsmith.stages.measure.embedded import SpeedTest, choose_block_sizes, one_thread
-from draftsmith.stages.measure.gate import GateConfig, decide
-from draftsmith.stages.measure.requests import PLAIN, Measured, settings_of
-from draftsmith.stages.measure.speed import log_ratios
-from draftsmith.stages.measure.verdicts import verdicts
-from draftsmith.stages.prompting.held_out import units_of
-from draftsmith.stages.stored import DRAFTER_FOLDER, load_prompts
-from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.evaluation import speed_embedded as embedded
+from draftsmith.stages.evaluation.config import DRAFTERS, EvaluationConfig
+from draftsmith.stages.evaluation.gate_rules import GateConfig, decide
+from draftsmith.stages.evaluation.speed_embedded import SpeedTest, choose_block_sizes, one_thread
+from draftsmith.stages.evaluation.speed_table import log_ratios
+from draftsmith.stages.evaluation.stage import _speeds_compared
+from draftsmith.stages.evaluation.timed_runs import PLAIN, Measured, settings_of
+from draftsmith.stages.evaluation.validity import doubts, machine_errors, steady
+from draftsmith.stages.evaluation.verdicts import verdicts
+from draftsmith.stages.target.causal_lm import Target
 from tests.testbed.context import RecordingContext
 
 Rows = Sequence[Mapping[str, Any]]

@@ -71,8 +71,8 @@ def write(kind: str, folder: Path, answers: Path | None = None) -> Path:
 
 def log_answers(trajectories: Path, path: Path) -> None:
     """What the target answered in a rollout, as a server would have logged it."""
-    from draftsmith.artifacts.parquet import read_table
-    from draftsmith.artifacts.schemas import TRAJECTORIES
+    from draftsmith.artifacts.tables.parquet import read_table
+    from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 
     rows = read_table(trajectories, TRAJECTORIES).to_pylist()
     logged = ({"prompt_token_ids": r["prompt_ids"], "completion_token_ids": r["response_ids"]} for r in rows)

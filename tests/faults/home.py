@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.artifacts.locks import is_locked
-from draftsmith.artifacts.store import SHORT, Store
-from tests.flows.pipeline.processes import ROOT, processes_of
+from draftsmith.artifacts.store.local import SHORT, Store
+from tests.flows.processes import ROOT, processes_of
 
 _LINE = re.compile(r"^([a-z][a-z0-9-]*): (reused|started|done in .*)$")
 _KEPT = re.compile(r"(\d+) (?:answers|\w+) of an earlier attempt kept|checkpoint at step (\d+)")

@@ -16,7 +16,7 @@ from tests.faults.catalogue import Fault
 from tests.faults.scene import Broken, Scene, TooLate
 from tests.faults.table import Row
 from tests.faults.undisturbed import Undisturbed
-from tests.flows.pipeline.processes import ROOT
+from tests.flows.processes import ROOT
 
 _TRIES = 5  # of a fault whose stage had ended before its moment came
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.artifacts.test_store import KEY, OTHER, make
+from tests.artifacts.store.test_store import KEY, OTHER, make
 from tests.faults import configs
 from tests.faults.home import Ended, Home
 from tests.faults.scene import Broken, Scene, TooLate

@@ -8,7 +8,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from draftsmith.artifacts.store import SHORT
+from draftsmith.artifacts.store.local import SHORT
 from tests.faults import configs, served
 from tests.faults.home import Ended, Home, Running, copied
 from tests.faults.watch import Watch

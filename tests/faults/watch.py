@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.faults.home import LIMIT_S, Home, Running
-from tests.flows.pipeline.processes import alive
+from tests.flows.processes import alive
 
 _POLL_S = 0.02
 

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 
 import draftsmith
-from draftsmith.flows.pipeline.config_file import config_from
+from draftsmith.flows.config.load import config_from
 from draftsmith.flows.refresh.config import RefreshConfig
+from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
-from draftsmith.stages.law import GREEDY
-from draftsmith.stages.measure.acceptance import acceptance_table
+from draftsmith.stages.evaluation.acceptance import acceptance_table
 from draftsmith.stages.replay.replayer import Replayer
-from draftsmith.stages.replay.trace import Trajectory
-from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.sampling import GREEDY
 from tests.testbed import random_target
 from tests.testbed.databases import give_databases
 from tests.testbed.drafter import DrafterArtifacts
@@ -135,7 +135,7 @@ def test_fields_of_a_config_may_extend_a_file(tmp_path: Path) -> None:
 _TWO_REFRESHES = """
 import asyncio, json
 from draftsmith.flows import api
-from tests.flows.pipeline.toy import TOY
+from tests.flows.toy import TOY
 
 api.REFRESH = TOY
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from draftsmith.artifacts.home import for_users, private_files, protect
-from draftsmith.artifacts.store import Store
-from draftsmith.flows.cli import main
-from tests.flows.pipeline.processes import ROOT
-from tests.flows.pipeline.toy import TOY, write_config
+from draftsmith.artifacts.store.local import Store
+from draftsmith.flows.cli.main import main
+from tests.flows.processes import ROOT
+from tests.flows.toy import TOY, write_config
 from tests.testbed.artifacts import committed
 
 NOBODY = 65534
@@ -79,8 +79,8 @@ def test_what_is_copied_out_has_the_users_modes(tmp_path: Path) -> None:
 
 COMMANDS = """
 import json, sys
-from draftsmith.flows.cli import main
-from tests.flows.pipeline.toy import TOY
+from draftsmith.flows.cli.main import main
+from tests.flows.toy import TOY
 for arguments in json.loads(sys.argv[1]):
     for stream in (sys.stdout, sys.stderr):
         print(f"== {arguments}", file=stream, flush=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from draftsmith.artifacts.host import reach_ourselves_directly
-from draftsmith.flows.cli import main
+from draftsmith.flows.cli.main import main
 
 
 @pytest.fixture(autouse=True)

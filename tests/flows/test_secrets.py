@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.pipeline.processes import run_toy
-from tests.flows.pipeline.toy import write_config
+from tests.flows.processes import run_toy
+from tests.flows.toy import write_config
 
 MARKER = "Zk9xMarker7Qw"
 VARIABLES = {

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from draftsmith.stages.targets.estimate import PROCESS, Answers, Use
+from draftsmith.stages.target.estimate import PROCESS, Answers, Use
 from draftsmith.stages.training.estimate import loaded_sizes, micro_batch_tokens, row_tokens, training_memory
 from draftsmith.stages.training.loop import MicroBatches, train
-from draftsmith.stages.training.on_policy.training import OpdTraining
+from draftsmith.stages.training.opd.trainer import OpdTraining
 from tests.benchmarks import harness, machine
 from tests.gpu.trainings import KINDS, make_training
 from tests.gpu.watch import Profile, Timed, watched

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from draftsmith.stages.targets.estimate import PROCESS
+from draftsmith.stages.target.estimate import PROCESS
 from tests.gpu import check
 from tests.gpu.trainings import KINDS
 from tests.gpu.watch import TARGET

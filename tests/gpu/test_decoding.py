@@ -6,17 +6,18 @@ import numpy as np
 import pytest
 import torch
 
+from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Context, Drafter
-from draftsmith.stages.drafters.kinds import DrafterConfig
+from draftsmith.stages.drafters.registry import DrafterConfig
 from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.scoring import StepScores
-from draftsmith.stages.replay.sequential import replay_sequentially
-from draftsmith.stages.replay.trace import Trace, Trajectory
-from draftsmith.stages.targets.agreement import check_agreement
-from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.replay.stats import replay_sequentially
+from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.self_check import check_agreement
 from tests.gpu.world import EAGLE3, TINY, make_drafter, make_target, make_trajectories
 from tests.testbed import ties
 

@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from draftsmith.stages.parallel.config import ParallelConfig
-from draftsmith.stages.parallel.group import process_group
-from draftsmith.stages.parallel.ranks import Ranks
+from draftsmith.stages.runtime.parallel_config import ParallelConfig
+from draftsmith.stages.runtime.ranks import Ranks, process_group
 from draftsmith.stages.training.config import TrainingConfig
-from draftsmith.stages.training.optimiser import make_optimiser, restore, whole_state
+from draftsmith.stages.training.loop import make_optimiser, restore, whole_state
 
 # It sends as one of two does, and hears itself alone: sums are of one.
 SENDING = Ranks(0, 2)

@@ -12,10 +12,10 @@ import torch
 
 from draftsmith.artifacts.errors import StageInterrupted
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.drafters.kinds import DrafterConfig
+from draftsmith.stages.drafters.registry import DrafterConfig
 from draftsmith.stages.training.batches import FeatureSource
 from draftsmith.stages.training.loop import train
-from draftsmith.stages.training.on_policy.training import OpdTraining
+from draftsmith.stages.training.opd.trainer import OpdTraining
 from tests.gpu.trainings import KINDS, Training, make_training
 from tests.gpu.world import EAGLE3, TINY, make_drafter, make_target, make_trajectories
 from tests.testbed import random_target

@@ -7,14 +7,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.replay.trace import Trajectory
-from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.training.config import SftConfig
-from draftsmith.stages.training.on_policy.config import OpdConfig
-from draftsmith.stages.training.on_policy.mined import MinedTable
-from draftsmith.stages.training.on_policy.training import OpdTraining
-from draftsmith.stages.training.supervised import SftTraining
+from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.training.config import OpdConfig, SftConfig
+from draftsmith.stages.training.opd.mined_table import MinedTable
+from draftsmith.stages.training.opd.trainer import OpdTraining
+from draftsmith.stages.training.sft.trainer import SftTraining
 from tests.benchmarks.sft_step import made_up_steps
 
 TAU = 4.0  # of the verify steps that are made up

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.engines.sglang.protocol import KEY
-from draftsmith.stages.replay.trace import Trace, Trajectory
+from draftsmith.stages.replay.trace import Trace
 from tests.testbed import target
 
 TOLERANCE = 1e-4  # nats, float32

@@ -19,16 +19,16 @@ from typing import Any
 import pytest
 import yaml
 
-from draftsmith.artifacts.parquet import read_table
-from draftsmith.artifacts.schemas import TRACE, TRAJECTORIES
-from draftsmith.artifacts.store import Store
-from draftsmith.flows.pipeline.devices import FOLDER
+from draftsmith.artifacts.store.local import Store
+from draftsmith.artifacts.tables.parquet import read_table
+from draftsmith.artifacts.tables.schemas import TRACE, TRAJECTORIES
+from draftsmith.flows.execution.devices import FOLDER
 from tests.faults.catalogue import alone
 from tests.faults.home import copied
 from tests.faults.scene import Scene, TooLate
 from tests.faults.signals import kill_stage
 from tests.faults.undisturbed import remembered
-from tests.flows.pipeline.processes import ROOT, processes_of
+from tests.flows.processes import ROOT, processes_of
 from tests.sglang_cpu.options import CPU_ENVIRONMENT, CPU_OPTIONS
 from tests.testbed.refresh import small_refresh
 

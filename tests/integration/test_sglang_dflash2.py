@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 
+from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter, upgraded
+from draftsmith.stages.drafters.dflash2.config import DFlash2Config
 from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
-from draftsmith.stages.drafters.dflash2.shape import DFlash2Config
 from draftsmith.stages.engines.sglang.protocol import KEY
 from draftsmith.stages.replay.chains import replay_chains
-from draftsmith.stages.replay.trace import Trace, Trajectory, tau
+from draftsmith.stages.replay.trace import Trace, tau
 from tests.integration.recorded import Served, assert_same_steps, trace_of
 from tests.sglang_cpu.fixtures import ServingTarget
 from tests.sglang_cpu.server import generate, running_server

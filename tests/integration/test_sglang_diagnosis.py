@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from draftsmith.stages.diagnosis import RESULT, STAGE, DiagnosisConfig
+from draftsmith.stages.evaluation.diagnosis import RESULT, STAGE, DiagnosisConfig
 from tests.sglang_cpu.fixtures import ServingTarget
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts

@@ -14,12 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from draftsmith.stages.data.trajectories import Trajectory, pad_tokens
 from draftsmith.stages.drafters.checkpoint import save_drafter, upgraded
+from draftsmith.stages.drafters.dspark.config import DSparkConfig
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
-from draftsmith.stages.drafters.dspark.shape import DSparkConfig
 from draftsmith.stages.replay.replayer import Replayer
-from draftsmith.stages.replay.trace import Trajectory, pad_tokens, tau
-from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.replay.trace import tau
+from draftsmith.stages.target.causal_lm import Target
 from tests.sglang_cpu import dspark_model
 from tests.sglang_cpu.fixtures import ServingTarget
 from tests.sglang_cpu.options import CPU_ENVIRONMENT

@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from draftsmith.stages.data.load import DRAFTER_FOLDER
+from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.engines.sglang.protocol import KEY
-from draftsmith.stages.replay.trace import Trace, Trajectory, tau
-from draftsmith.stages.stored import DRAFTER_FOLDER
+from draftsmith.stages.replay.trace import Trace, tau
 from tests.integration.recorded import Reference, Served, asked_for_nothing, assert_same_steps, body, trace_of
 from tests.sglang_cpu.fixtures import ServingTarget
 from tests.sglang_cpu.server import generate, running_server

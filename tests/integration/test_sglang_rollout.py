@@ -14,19 +14,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.parquet import read_table
-from draftsmith.artifacts.schemas import TIMINGS, TRACE, TRAJECTORIES, TableSchema
-from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.artifacts.tables.parquet import read_table
+from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE, TRAJECTORIES, TableSchema
+from draftsmith.stages.data.load import DRAFTER_FOLDER, load_prompts
+from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.config import SGLangEngineConfig
+from draftsmith.stages.engines.rollout import STAGE, RolloutConfig
 from draftsmith.stages.engines.sglang.engine import open_sglang
 from draftsmith.stages.engines.sglang.handshake import Expected
 from draftsmith.stages.engines.sglang.probe import check_weights, verifies_greedily
-from draftsmith.stages.rollout import STAGE, RolloutConfig
-from draftsmith.stages.stored import DRAFTER_FOLDER, load_prompts
-from draftsmith.stages.targets.config import TargetConfig
-from draftsmith.stages.targets.info import model_path, read_target_info, write_target_info
-from draftsmith.stages.targets.resolve import describe
+from draftsmith.stages.target.config import TargetConfig
+from draftsmith.stages.target.info import model_path, read_target_info, write_target_info
+from draftsmith.stages.target.resolve import describe
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 

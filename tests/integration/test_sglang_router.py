@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from draftsmith.artifacts.parquet import read_table
-from draftsmith.artifacts.schemas import TRAJECTORIES
-from draftsmith.stages.rollout import STAGE, RolloutConfig
+from draftsmith.artifacts.tables.parquet import read_table
+from draftsmith.artifacts.tables.schemas import TRAJECTORIES
+from draftsmith.stages.engines.rollout import STAGE, RolloutConfig
 from tests.integration.test_sglang_failures import (  # noqa: F401  (a fixture)
     PROMPTS,
     _command_line,

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from draftsmith.artifacts.tracking import Tracking
-from tests.artifacts import test_mlflow_models
-from tests.flows.pipeline.processes import ROOT, wait_until
-from tests.flows.pipeline.toy import write_config
+from draftsmith.artifacts.tracking.runs import Tracking
+from tests.artifacts.tracking import test_mlflow_models
+from tests.flows.processes import ROOT, wait_until
+from tests.flows.toy import write_config
 from tests.testbed import chromium
 from tests.testbed.team import BUCKET, POOL, Team, postgres_programs, team
 
@@ -33,7 +33,7 @@ HELP = "What to collect, and how to go wrong."
 def deploy(servers: Team, config: Path, *options: str) -> str:
     """The deployment's id."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.flows.pipeline.toy_command", "deploy", config, "--pool", POOL, *options],
+        [sys.executable, "-m", "tests.flows.toy_command", "deploy", config, "--pool", POOL, *options],
         env=servers.environment,
         cwd=ROOT,
         capture_output=True,

@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 import torch
 
+from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter, upgraded
-from draftsmith.stages.drafters.dflash2.shape import DFlash2Config
-from draftsmith.stages.drafters.dspark.shape import DSparkConfig
+from draftsmith.stages.drafters.dflash2.config import DFlash2Config
+from draftsmith.stages.drafters.dspark.config import DSparkConfig
 from draftsmith.stages.drafters.export import export_speculators
-from draftsmith.stages.law import Law
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
-from draftsmith.stages.replay.trace import Trajectory, tau
-from draftsmith.stages.targets.info import model_path
+from draftsmith.stages.replay.trace import tau
+from draftsmith.stages.target.info import model_path
+from draftsmith.stages.target.sampling import Law
 from tests.stages.bench import GREEDY_TOKENS, Bench
 from tests.testbed.drafter import DrafterArtifacts
 from tests.vllm_cpu.engine import ask, vllm_python

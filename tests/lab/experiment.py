@@ -23,17 +23,17 @@ from prefect import flow
 from pydantic import Field, field_validator, model_validator
 
 from draftsmith.flows.checks.check import RunChecks
-from draftsmith.flows.pipeline.config_file import merged
-from draftsmith.flows.pipeline.graph import Node, Pipeline
-from draftsmith.flows.pipeline.options import PlainName, RunOptions
-from draftsmith.flows.pipeline.run import run_graph
-from draftsmith.stages.contract import Config
-from draftsmith.stages.mining import MiningConfig
-from draftsmith.stages.prompts import PromptsConfig
-from draftsmith.stages.rollout import RolloutConfig
-from draftsmith.stages.targets.config import TargetConfig
-from draftsmith.stages.training.config import SftConfig
-from draftsmith.stages.training.on_policy.config import OpdConfig
+from draftsmith.flows.config.load import merged
+from draftsmith.flows.config.options import PlainName, RunOptions
+from draftsmith.flows.orchestration.run import run_graph
+from draftsmith.flows.planning.graph import Node, Pipeline
+from draftsmith.stages.catalog import STAGES
+from draftsmith.stages.data.prompts import PromptsConfig
+from draftsmith.stages.engines.rollout import RolloutConfig
+from draftsmith.stages.replay.mining import MiningConfig
+from draftsmith.stages.runtime.stage import Config
+from draftsmith.stages.target.config import TargetConfig
+from draftsmith.stages.training.config import OpdConfig, SftConfig
 from tests.testbed import cache
 from tests.testbed.procedural import text, training, worked
 from tests.testbed.procedural.training import ShapeConfig, TrainingTextConfig, training_examples
@@ -122,35 +122,37 @@ def lab_nodes(config: LabConfig) -> list[Node]:
     current, base, prompts = "target", "sft", "prompts"
     asked = {"target": "target", "prompts": "prompts"}
     nodes = [
-        Node("target", "draftsmith.stages.target", _target(folder)),
-        Node("prompts", "draftsmith.stages.prompts", _prompts(config, config.prompts), {"target": "target"}),
-        Node("rollout", "draftsmith.stages.rollout", config.rollout, asked),
-        Node("sft", "draftsmith.stages.sft", config.sft, {"target": "target", "trajectories": "rollout"}),
+        Node("target", "draftsmith.stages.target.stage", _target(folder)),
+        Node("prompts", "draftsmith.stages.data.prompts", _prompts(config, config.prompts), {"target": "target"}),
+        Node("rollout", "draftsmith.stages.engines.rollout", config.rollout, asked),
+        Node(
+            "sft", "draftsmith.stages.training.sft.stage", config.sft, {"target": "target", "trajectories": "rollout"}
+        ),
     ]
     if config.revision is not None:
         current, base = "revision", "adoption"
         folder = target_folder("lab-revision", config.revision, config.shape, parent=folder)
         taken_over = {"target": current, "drafter": "sft", "trajectories": "fresh"}
         nodes += [
-            Node("revision", "draftsmith.stages.target", _target(folder)),
-            Node("adoption", "draftsmith.stages.sft", SftConfig(steps=0, adopt=True), taken_over),
+            Node("revision", "draftsmith.stages.target.stage", _target(folder)),
+            Node("adoption", "draftsmith.stages.training.sft.stage", SftConfig(steps=0, adopt=True), taken_over),
         ]
     if config.fresh_prompts is not None:
         prompts = "fresh_prompts"
         asked_anew = _prompts(config, config.fresh_prompts)
-        nodes.append(Node(prompts, "draftsmith.stages.prompts", asked_anew, {"target": current}))
+        nodes.append(Node(prompts, "draftsmith.stages.data.prompts", asked_anew, {"target": current}))
     asked = {"target": current, "prompts": prompts}
     learned = {"target": current, "trajectories": "fresh"}
     mined = {**learned, "drafter": base}
     nodes += [
-        Node("fresh", "draftsmith.stages.rollout", config.fresh, asked),
-        Node("heldout", "draftsmith.stages.rollout", config.heldout, asked),
-        Node("mining", "draftsmith.stages.mining", config.mining, mined),
+        Node("fresh", "draftsmith.stages.engines.rollout", config.fresh, asked),
+        Node("heldout", "draftsmith.stages.engines.rollout", config.heldout, asked),
+        Node("mining", "draftsmith.stages.replay.mining", config.mining, mined),
     ]
     for name, arm in config.arms.items():
         inputs = {"opd": {**mined, "mined": "mining"}, "sft": mined if arm.init == "base" else learned}[arm.stage]
         nodes += [
-            Node(f"{name}-{n}-s{seed}", f"draftsmith.stages.{arm.stage}", config.arm_config(arm, n), inputs, seed=seed)
+            Node(f"{name}-{n}-s{seed}", STAGES[arm.stage], config.arm_config(arm, n), inputs, seed=seed)
             for n in config.budgets
             for seed in config.seeds
         ]

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-from draftsmith.artifacts.manifest import read_manifest
-from draftsmith.flows.pipeline.display import Display
+from draftsmith.artifacts.store.manifest import read_manifest
+from draftsmith.flows.execution.display import Display
+from draftsmith.stages.data.held_out import units_of
+from draftsmith.stages.data.load import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.drafters.checkpoint import load_drafter
-from draftsmith.stages.prompting.held_out import units_of
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
-from draftsmith.stages.replay.tally import Tally
-from draftsmith.stages.statistics import jackknife, sums_of
-from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
-from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.replay.stats import Tally
+from draftsmith.stages.runtime.statistics import jackknife, sums_of
+from draftsmith.stages.target.causal_lm import Target
 
 HEAD = ("arm", "steps", "positions", "seconds", "tau", "of the seeds", "to the control", "95 %", "gain")
 _TRAINING = re.compile(r"(?P<arm>.+)-(?P<steps>\d+)-s\d+")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from draftsmith.flows.cli import main
+from draftsmith.flows.cli.main import main
 from tests.lab.experiment import LAB
 
 if __name__ == "__main__":

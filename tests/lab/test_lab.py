@@ -12,14 +12,14 @@ import yaml
 from pydantic import ValidationError
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.store import Store
-from draftsmith.flows.pipeline.config_file import read_config
-from draftsmith.flows.pipeline.graph import Node, key_of
+from draftsmith.artifacts.store.local import Store
+from draftsmith.flows.config.load import read_config
+from draftsmith.flows.planning.graph import Node, key_of
 from draftsmith.flows.refresh.graph import REFRESH
-from draftsmith.stages.replay.tally import Tally
+from draftsmith.stages.catalog import STAGES
+from draftsmith.stages.replay.stats import Tally
 from draftsmith.stages.training import losses
-from draftsmith.stages.training.config import SftConfig
-from draftsmith.stages.training.on_policy.config import OpdConfig
+from draftsmith.stages.training.config import OpdConfig, SftConfig
 from tests.integration.test_refresh import Home
 from tests.lab.experiment import LabConfig
 from tests.lab.results import rows
@@ -79,7 +79,7 @@ def test_the_key_holds_the_source_of_a_named_loss(stage: str, tmp_path: Path, mo
     config = (
         SftConfig(loss=name) if stage == "sft" else OpdConfig.model_validate({"loss": {"response": {"loss": name}}})
     )
-    node = Node("it", f"draftsmith.stages.{stage}", config)
+    node = Node("it", STAGES[stage], config)
     before = key_of(node, {}, 0, REFRESH)
     assert key_of(node, {}, 0, REFRESH) == before
     source.write_text("def mine(logits, log_p): return log_p.sum(-1)\n")

@@ -22,8 +22,8 @@ from typing import Any
 import yaml
 
 from draftsmith.artifacts.errors import RefusedError
-from draftsmith.artifacts.store import Store
-from draftsmith.stages.gate import DECISION
+from draftsmith.artifacts.store.local import Store
+from draftsmith.stages.evaluation.gate import DECISION
 from tests.testbed.databases import give_databases
 from tests.testbed.refresh import small_refresh
 from tests.testbed.target import TAUGHT, prompts_file, target_folder

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from draftsmith.artifacts.tracking import Tracking
-from draftsmith.flows.cli import main
+from draftsmith.artifacts.tracking.runs import Tracking
+from draftsmith.flows.cli.main import main
 from draftsmith.stages.drafters.digest import drafter_digest
 from tests.season.season import LINE, SHORT, Week, play
 from tests.testbed.chromium import ABSENT, PROGRAM, browser

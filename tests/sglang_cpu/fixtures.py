@@ -33,8 +33,8 @@ def sglang_env() -> Path:
 @pytest.fixture(scope="session")
 def serving_target(tiny_drafter: DrafterArtifacts) -> ServingTarget:
     """The tiny target and its drafter."""
-    from draftsmith.stages.stored import DRAFTER_FOLDER
-    from draftsmith.stages.targets.info import model_path
+    from draftsmith.stages.data.load import DRAFTER_FOLDER
+    from draftsmith.stages.target.info import model_path
 
     return ServingTarget(tiny_drafter.target, model_path(tiny_drafter.target), tiny_drafter.drafter / DRAFTER_FOLDER)
 

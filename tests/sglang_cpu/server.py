@@ -14,8 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from draftsmith.stages.child_process import ChildProcess
 from draftsmith.stages.engines.config import OptionValue
+from draftsmith.stages.runtime.child_process import ChildProcess
 from tests.sglang_cpu.options import CPU_ENVIRONMENT, CPU_OPTIONS
 
 START_LIMIT_S = 400.0  # 20 to 50 s on a quiet machine; the tests may share two cores with others

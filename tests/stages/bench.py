@@ -8,17 +8,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from draftsmith.stages.data.load import DRAFTER_FOLDER, Prompt, load_prompts
+from draftsmith.stages.data.trajectories import Trajectory, pad_tokens
 from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.checkpoint import create_drafter, load_drafter
-from draftsmith.stages.drafters.config import DraftingConfig
-from draftsmith.stages.drafters.dflash.shape import DFlashConfig
+from draftsmith.stages.drafters.dflash.config import DFlashConfig
+from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.replay.chains import replay_chains
-from draftsmith.stages.replay.sequential import replay_sequentially
-from draftsmith.stages.replay.trace import Trace, Trajectory, pad_tokens
-from draftsmith.stages.stored import DRAFTER_FOLDER, Prompt, load_prompts
-from draftsmith.stages.targets.causal_lm import Target, TargetOutput
+from draftsmith.stages.replay.stats import replay_sequentially
+from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.target.causal_lm import Target, TargetOutput
 from tests.testbed import ties
 from tests.testbed.drafter import DrafterArtifacts
 from tests.testbed.target import MASK

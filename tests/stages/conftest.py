@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
-from draftsmith.artifacts.parquet import read_table
-from draftsmith.artifacts.schemas import PROMPTS, TRAJECTORIES
+from draftsmith.artifacts.tables.parquet import read_table
+from draftsmith.artifacts.tables.schemas import PROMPTS, TRAJECTORIES
+from draftsmith.stages.data.load import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.drafters.checkpoint import create_drafter, load_drafter
-from draftsmith.stages.drafters.eagle3.shape import Eagle3Config
-from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
-from draftsmith.stages.targets.config import TargetConfig
-from draftsmith.stages.targets.resolve import resolve_target
+from draftsmith.stages.drafters.eagle3.config import Eagle3Config
+from draftsmith.stages.target.config import TargetConfig
+from draftsmith.stages.target.resolve import resolve_target
 from draftsmith.stages.training.batches import frequent_tokens, token_counts
 from tests.stages.bench import Bench
-from tests.stages.logs_run import Logs
+from tests.stages.data.logs.logs_run import Logs
 from tests.testbed.drafter import DrafterArtifacts
 
 

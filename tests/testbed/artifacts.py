@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from draftsmith.artifacts.manifest import ArtifactRef
-from draftsmith.artifacts.store import Claim, Store
+from draftsmith.artifacts.store.local import Claim, Store
+from draftsmith.artifacts.store.manifest import ArtifactRef
 
 Fill = Mapping[str, str] | Callable[[Path], object]
 

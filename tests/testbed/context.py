@@ -12,7 +12,7 @@ from draftsmith.artifacts.errors import StageInterrupted
 
 @dataclass
 class RecordingContext:
-    """Fulfils `draftsmith.stages.contract.StageContext`; `out` and `work` are made."""
+    """Fulfils `draftsmith.stages.runtime.stage.StageContext`; `out` and `work` are made."""
 
     out: Path
     work: Path

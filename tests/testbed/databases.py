@@ -22,7 +22,7 @@ _PREFECT = Path("prefect", "prefect.db")
 _MLFLOW = Path("mlflow.db")
 _START_PREFECT = (
     "import sys; from pathlib import Path; "
-    "from draftsmith.flows.pipeline.prefect_server import start_prefect_server; "
+    "from draftsmith.flows.orchestration.server import start_prefect_server; "
     "start_prefect_server(Path(sys.argv[1])).wait()"
 )
 _OPEN_MLFLOW = "import sys; from mlflow import MlflowClient; MlflowClient(f'sqlite:///{sys.argv[1]}/mlflow.db').search_experiments()"
@@ -41,8 +41,8 @@ def give_databases(home: Path) -> None:
 @contextmanager
 def given_to_new_homes() -> Iterator[None]:
     """Inside, this process opens a copy wherever MLflow's database would be a new file."""
-    from draftsmith.artifacts.sqlite import sqlite_file
-    from draftsmith.artifacts.tracking import Tracking
+    from draftsmith.artifacts.tracking.client import sqlite_file
+    from draftsmith.artifacts.tracking.runs import Tracking
 
     open_ = Tracking._open
 

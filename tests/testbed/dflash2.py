@@ -8,7 +8,7 @@ from tests.testbed.random_target import randomise
 
 if TYPE_CHECKING:
     from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
-    from draftsmith.stages.targets.causal_lm import Target
+    from draftsmith.stages.target.causal_lm import Target
 
 SIZES: dict[str, Any] = {"conv_kernel_size": 2, "conv_group_size": 8, "selector_rank": 6, "selector_top_k": 7}
 
@@ -19,8 +19,8 @@ def random_dflash2(target: Target, seed: int = 0, **shape: Any) -> DFlash2Drafte
     shape: other fields of DFlash2Config.
     """
     from draftsmith.stages.drafters.dflash2 import checkpoint
+    from draftsmith.stages.drafters.dflash2.config import DFlash2Config
     from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
-    from draftsmith.stages.drafters.dflash2.shape import DFlash2Config
 
     fields = {"num_layers": 2, "block_size": 5, "target_layer_ids": (2, 0), "intermediate_size": 40, **SIZES, **shape}
     config = checkpoint.new_config(

@@ -6,8 +6,8 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from draftsmith.artifacts.parquet import read_table, write_table
-from draftsmith.artifacts.schemas import PROMPTS, TIMINGS, TRAJECTORIES
+from draftsmith.artifacts.tables.parquet import read_table, write_table
+from draftsmith.artifacts.tables.schemas import PROMPTS, TIMINGS, TRAJECTORIES
 from tests.testbed import cache, target, ties
 from tests.testbed.context import RecordingContext
 
@@ -76,7 +76,9 @@ def _run_stage(stage: str, config: dict[str, object], out: Path, seed: int, inpu
     import importlib
     import shutil
 
-    declared = importlib.import_module(f"draftsmith.stages.{stage}").STAGE
+    from draftsmith.stages.catalog import STAGES
+
+    declared = importlib.import_module(STAGES[stage]).STAGE
     work = out.with_name(f"{out.name}.work")
     declared.run(RecordingContext(out, work, inputs, seed), declared.config.model_validate(config))
     shutil.rmtree(work)
@@ -137,9 +139,9 @@ def _heldout(recipe: DrafterRecipe) -> dict[str, int]:
 
 def _leave_out_near_ties(made: DrafterArtifacts, recipe: DrafterRecipe) -> None:
     """Cut the held-out splits to the prompts wanted: those whose answers hold no near-tie of target or drafter."""
+    from draftsmith.stages.data.load import DRAFTER_FOLDER, load_trajectories
     from draftsmith.stages.drafters.checkpoint import load_drafter
-    from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
-    from draftsmith.stages.targets.causal_lm import Target
+    from draftsmith.stages.target.causal_lm import Target
 
     target = Target.load(made.target, device="cpu")
     drafter = load_drafter(made.drafter / DRAFTER_FOLDER, target)
@@ -178,28 +180,20 @@ def drafter_artifacts(target_model: Path, prompts: Path, recipe: DrafterRecipe =
     Built again when the target, the prompts, the recipe, or the code that shapes or trains a drafter changes; a change
     of engine, store or flow leaves them: what those do to an artifact is for their own tests.
     """
-    from draftsmith.artifacts import schemas
-    from draftsmith.stages.drafters import head, layout
+    from draftsmith.artifacts.tables import schemas
+    from draftsmith.stages.drafters import checkpoint_format, lm_head
     from draftsmith.stages.drafters.dflash import checkpoint, model
-    from draftsmith.stages.targets import resolve, source
-    from draftsmith.stages.training import (
-        anchors,
-        batches,
-        blocks,
-        chunked,
-        loop,
-        losses,
-        response,
-        supervised,
-        vocabulary,
-    )
+    from draftsmith.stages.target import resolve, source
+    from draftsmith.stages.training import batches, blocks, chunked_loss, lm_heads, loop, losses, response_loss
+    from draftsmith.stages.training import blocks as anchors
+    from draftsmith.stages.training.sft import trainer as supervised
     from tests.testbed import drafter
 
     def build(folder: Path) -> None:
         build_drafter(folder, target_model, prompts, recipe)
 
-    shapes = (schemas, head, layout, checkpoint, model, drafter, ties)
-    trains = (anchors, batches, blocks, chunked, loop, losses, response, supervised, vocabulary)
+    shapes = (schemas, lm_head, checkpoint_format, checkpoint, model, drafter, ties)
+    trains = (anchors, batches, blocks, chunked_loss, loop, losses, response_loss, supervised, lm_heads)
     # both folders are named by a digest of what made them; the path counts because target.json refers to it
     made_from = f"{os.fspath(target_model)} {resolve.model_digest(target_model, source.weight_files(target_model))}"
     extra = f"{asdict(recipe)} {made_from} {prompts.parent.name}"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from draftsmith.stages.drafters.dspark.model import DSparkDrafter
-    from draftsmith.stages.targets.causal_lm import Target
+    from draftsmith.stages.target.causal_lm import Target
 
 
 def random_dspark(
@@ -22,7 +22,7 @@ def random_dspark(
     import torch
 
     from draftsmith.stages.drafters.dspark import checkpoint
-    from draftsmith.stages.drafters.dspark.shape import DSparkConfig
+    from draftsmith.stages.drafters.dspark.config import DSparkConfig
 
     shape = DSparkConfig(
         kind="dspark",

@@ -12,7 +12,7 @@ from tests.testbed.drafter import DrafterArtifacts
 
 if TYPE_CHECKING:
     from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
-    from draftsmith.stages.targets.causal_lm import Target
+    from draftsmith.stages.target.causal_lm import Target
 
 RANDOM_VOCABULARY = 40  # of 64
 
@@ -22,8 +22,8 @@ def random_eagle3(target: Target, seed: int = 0) -> Eagle3Drafter:
     import torch
 
     from draftsmith.stages.drafters.checkpoint import create_drafter
+    from draftsmith.stages.drafters.eagle3.config import Eagle3Config
     from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
-    from draftsmith.stages.drafters.eagle3.shape import Eagle3Config
 
     shape = Eagle3Config(
         kind="eagle3",
@@ -65,21 +65,13 @@ def trained_eagle3(made: DrafterArtifacts, recipe: Eagle3Recipe = TINY) -> Path:
 
     Trained again when the target, its answers, the recipe or the code that shapes or trains the drafter changes.
     """
-    from draftsmith.artifacts import schemas
-    from draftsmith.stages import sft
-    from draftsmith.stages.drafters import head, layout
+    from draftsmith.artifacts.tables import schemas
+    from draftsmith.stages.drafters import checkpoint_format, lm_head
     from draftsmith.stages.drafters.eagle3 import checkpoint, model
-    from draftsmith.stages.training import (
-        anchors,
-        batches,
-        blocks,
-        chunked,
-        loop,
-        losses,
-        response,
-        supervised,
-        vocabulary,
-    )
+    from draftsmith.stages.training import batches, blocks, chunked_loss, lm_heads, loop, losses, response_loss
+    from draftsmith.stages.training import blocks as anchors
+    from draftsmith.stages.training.sft import stage as sft
+    from draftsmith.stages.training.sft import trainer as supervised
     from tests.testbed import eagle3
 
     def build(folder: Path) -> None:
@@ -107,7 +99,7 @@ def trained_eagle3(made: DrafterArtifacts, recipe: Eagle3Recipe = TINY) -> Path:
         finally:
             torch.set_num_threads(threads)
 
-    shapes = (schemas, head, layout, checkpoint, model, eagle3, sft)
-    trains = (anchors, batches, blocks, chunked, loop, losses, response, supervised, vocabulary)
+    shapes = (schemas, lm_head, checkpoint_format, checkpoint, model, eagle3, sft)
+    trains = (anchors, batches, blocks, chunked_loss, loop, losses, response_loss, supervised, lm_heads)
     extra = f"{asdict(recipe)} {made.root}"  # whose name is a digest of target and answers
     return cache.cached("eagle3-tiny", build, code=(*shapes, *trains), extra=extra) / "drafter"

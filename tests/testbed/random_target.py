@@ -9,10 +9,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
-from draftsmith.stages.replay.trace import Trajectory
-from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.target.causal_lm import Target
 from tests.testbed.context import RecordingContext
 
 VOCAB_SIZE, HIDDEN_SIZE, LAYERS = 64, 32, 4
@@ -73,7 +73,7 @@ def save(model: Any, folder: Path, vocabulary: int) -> None:
 
 def write_artifact(folder: Path, seed: int = 0) -> Path:
     """An artifact of the stage `target` in `folder/out`, the model beside it; returns the artifact's folder."""
-    from draftsmith.stages.target import STAGE, TargetConfig
+    from draftsmith.stages.target.stage import STAGE, TargetConfig
 
     write_model(folder / "model", seed)
     context = RecordingContext.under(folder)
@@ -100,8 +100,8 @@ def trajectories(count: int, seed: int = 0, prompt_length: int = 4) -> list[Traj
 
 def write_trajectories(folder: Path, made: list[Trajectory], temperature: float = 0.0, split: str = "train") -> Path:
     """The artifact of a rollout that gave these trajectories; returns the folder."""
-    from draftsmith.artifacts.parquet import write_table
-    from draftsmith.artifacts.schemas import TRAJECTORIES
+    from draftsmith.artifacts.tables.parquet import write_table
+    from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 
     rows = [
         {
@@ -131,7 +131,7 @@ def random_drafter(target: Target, seed: int = 0, *, is_causal: bool | None = No
     windows: fields of DFlashConfig; is_causal: of the checkpoint's config.
     """
     from draftsmith.stages.drafters.dflash import checkpoint
-    from draftsmith.stages.drafters.dflash.shape import DFlashConfig
+    from draftsmith.stages.drafters.dflash.config import DFlashConfig
 
     shape = DFlashConfig(num_layers=2, block_size=5, target_layer_ids=(2, 0), intermediate_size=40, **windows)
     config = checkpoint.new_config(shape, target.model.config, lambda: target.tokenizer)

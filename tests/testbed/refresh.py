@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from draftsmith.flows.pipeline.config_file import merged, read_config
+from draftsmith.flows.config.load import merged, read_config
 from draftsmith.flows.refresh.config import RefreshConfig
 from tests.testbed.procedural.training import MASK
 

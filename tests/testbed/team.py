@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.flows.pipeline.processes import ROOT, wait_until
+from tests.flows.processes import ROOT, wait_until
 
 POOL, BUCKET = "team", "mlflow"
 _KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from draftsmith.stages.data.trajectories import Trajectory
     from draftsmith.stages.drafters.base import Drafter
     from draftsmith.stages.engines.base import SamplingParams
-    from draftsmith.stages.replay.trace import Trajectory
-    from draftsmith.stages.targets.causal_lm import Target
+    from draftsmith.stages.target.causal_lm import Target
 
 # In float32, logits of the tiny target differ by less than 1e-4 between programs, of its drafters by about 1e-5 between
 # shapes; drawn numbers are held against sums of probabilities that differ by a few 1e-6, as do confidences.
@@ -56,7 +56,7 @@ def draft_margin(
 def draw_margin(target: Target, trajectory: Trajectory, params: SamplingParams, seed: int) -> float:
     """The smallest distance of a sampled response's drawn numbers from the next token's, and of top-p from its cut;
     of top-k, the distance of the last token that it keeps from the next."""
-    from draftsmith.stages.drafters.drawing import sampled, uniform
+    from draftsmith.stages.drafters.sampling import sampled, uniform
 
     logits = target.logits(
         target.read(torch.tensor([trajectory.tokens[:-1]])).hidden[0, trajectory.prompt_length - 1 :]

@@ -10,11 +10,11 @@ import torch
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.drafters import layout, speculators
+from draftsmith.stages.drafters import checkpoint_format, speculators
+from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
-from draftsmith.stages.drafters.dflash.shape import DFlashConfig
-from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.targets.shape import is_size
+from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.layers import is_size
 
 AnyDFlash = TypeVar("AnyDFlash", bound=DFlashDrafter)
 
@@ -58,12 +58,14 @@ def mask_token_id(tokenizer: Any, wanted: str | int | None) -> int:
         return wanted
     token = wanted if wanted is not None else tokenizer.mask_token
     if token is None:
-        raise layout.NoMaskTokenError(
+        raise checkpoint_format.NoMaskTokenError(
             f"sft.drafter.mask_token: the target's tokenizer has no mask token; {MASK_ADVICE}"
         )
     index = tokenizer.convert_tokens_to_ids(token)
     if index is None or index == tokenizer.unk_token_id or tokenizer.convert_ids_to_tokens(index) != token:
-        raise layout.NoMaskTokenError(f"sft.drafter.mask_token: {token!r} is not a token of the target; {MASK_ADVICE}")
+        raise checkpoint_format.NoMaskTokenError(
+            f"sft.drafter.mask_token: {token!r} is not a token of the target; {MASK_ADVICE}"
+        )
     return int(index)
 
 
@@ -74,8 +76,8 @@ def new_config(shape: DFlashConfig, target_config: Any, tokenizer: Callable[[], 
     mask_id = mask_token_id(tokenizer(), shape.mask_token)
     return Qwen3Config(
         architectures=[ARCHITECTURE],
-        **layout.target_fields(target_config),
-        intermediate_size=shape.intermediate_size or layout.intermediate_size(target_config),
+        **checkpoint_format.target_fields(target_config),
+        intermediate_size=shape.intermediate_size or checkpoint_format.intermediate_size(target_config),
         num_hidden_layers=shape.num_layers,
         **_windows(shape),
         num_target_layers=layers,
@@ -127,8 +129,10 @@ def read_config(folder: Path, architecture: str = ARCHITECTURE, computed: Collec
 
     computed: fields of `dflash_config` that an architecture of this layout reads itself.
     """
-    with layout.config_errors(str(folder / layout.CONFIG_FILE)):
-        return parsed(folder / layout.CONFIG_FILE, layout.read_raw_config(folder), architecture, computed)
+    with checkpoint_format.config_errors(str(folder / checkpoint_format.CONFIG_FILE)):
+        return parsed(
+            folder / checkpoint_format.CONFIG_FILE, checkpoint_format.read_raw_config(folder), architecture, computed
+        )
 
 
 def parsed(
@@ -141,16 +145,16 @@ def parsed(
             raise DraftsmithError(
                 f"drafter {path}: architectures names {name}, which is not DFlash; give a DFlash drafter"
             )
-    layout.refuse_other_models(path, raw, layout.COMPUTED | _COMPUTED | _COMPUTED_EITHER)
+    checkpoint_format.refuse_other_models(path, raw, checkpoint_format.COMPUTED | _COMPUTED | _COMPUTED_EITHER)
     within = {name: value for name, value in _COMPUTED_WITHIN.items() if name not in computed}
-    layout.refuse_other_models(path, dflash, within | _COMPUTED_EITHER, "dflash_config.")
+    checkpoint_format.refuse_other_models(path, dflash, within | _COMPUTED_EITHER, "dflash_config.")
     block_size = raw.get("block_size") or dflash.get("block_size")
     if dflash.get("block_size", block_size) != block_size:
         raise DraftsmithError(
             f"drafter {path}: block_size is {block_size} at the top and {dflash['block_size']} in dflash_config "
             "(engines read either); keep the trained one"
         )
-    layout.require_fields(
+    checkpoint_format.require_fields(
         path,
         [
             ("block_size", block_size),
@@ -160,16 +164,22 @@ def parsed(
         ],
     )
     ids, mask_id = dflash["target_layer_ids"], dflash["mask_token_id"]
-    layout.require_kinds(
+    checkpoint_format.require_kinds(
         path,
         [
-            ("block_size", block_size, layout.is_block(block_size)),
-            ("dflash_config.target_layer_ids", ids, isinstance(ids, list) and all(map(layout.is_integer, ids))),
-            ("dflash_config.mask_token_id", mask_id, layout.is_integer(mask_id)),
+            ("block_size", block_size, checkpoint_format.is_block(block_size)),
+            (
+                "dflash_config.target_layer_ids",
+                ids,
+                isinstance(ids, list) and all(map(checkpoint_format.is_integer, ids)),
+            ),
+            ("dflash_config.mask_token_id", mask_id, checkpoint_format.is_integer(mask_id)),
         ],
     )
-    layout.refuse_other_rotations(path, raw)
-    config: Qwen3Config = layout.parse_config(raw | {"block_size": block_size}, Qwen3Config, architecture, path)
+    checkpoint_format.refuse_other_rotations(path, raw)
+    config: Qwen3Config = checkpoint_format.parse_config(
+        raw | {"block_size": block_size}, Qwen3Config, architecture, path
+    )
     _check_windows(path, raw, config)
     return config
 
@@ -177,7 +187,7 @@ def parsed(
 def _check_windows(path: Path, raw: Mapping[str, Any], config: Qwen3Config) -> None:
     """Refuse windows that engines would not read from the same config, or not all alike."""
     types, causal = config.layer_types, raw.get("is_causal")
-    layout.require_kinds(path, [("is_causal", causal, causal is None or isinstance(causal, bool))])
+    checkpoint_format.require_kinds(path, [("is_causal", causal, causal is None or isinstance(causal, bool))])
     if other := set(types) - {"full_attention", "sliding_attention"}:
         raise DraftsmithError(
             f"drafter {path}: layer_types has {min(other)}; engines know full_attention and sliding_attention"
@@ -185,12 +195,12 @@ def _check_windows(path: Path, raw: Mapping[str, Any], config: Qwen3Config) -> N
     if "sliding_attention" not in types:
         return
     window = config.sliding_window
-    if window is None and layout.is_integer(raw.get("sliding_window")):
+    if window is None and checkpoint_format.is_integer(raw.get("sliding_window")):
         raise DraftsmithError(
             f"drafter {path}: use_sliding_window is not true, so that an engine leaves sliding_window out and fails; "
             "set it to true"
         )
-    layout.require_kinds(path, [("sliding_window", window, is_size(window))])
+    checkpoint_format.require_kinds(path, [("sliding_window", window, is_size(window))])
     if causal is False and window < config.block_size:
         raise DraftsmithError(
             f"drafter {path}: sliding_window {window} is smaller than the block of {config.block_size}, which "
@@ -200,22 +210,24 @@ def _check_windows(path: Path, raw: Mapping[str, Any], config: Qwen3Config) -> N
 
 def check_fits(drafter: Qwen3Config, target: Any, where: str) -> None:
     """Refuse a drafter made for a target of another shape. Configs only, no weights."""
-    with layout.config_errors(where):
+    with checkpoint_format.config_errors(where):
         _check_fits(drafter, target, where)
 
 
 def _check_fits(drafter: Qwen3Config, target: Any, where: str) -> None:
     layers = target.num_hidden_layers
-    layout.check_equal(
+    checkpoint_format.check_equal(
         where,
         [
             ("hidden_size", drafter.hidden_size, target.hidden_size),
             ("vocab_size", drafter.vocab_size, target.vocab_size),
             ("num_target_layers", getattr(drafter, "num_target_layers", layers), layers),
-            *layout.rope_checks(drafter, target),
+            *checkpoint_format.rope_checks(drafter, target),
         ],
     )
-    layout.check_layer_ids(where, target_layer_ids(drafter), layers, ask_for="ask for fewer num_target_features")
+    checkpoint_format.check_layer_ids(
+        where, target_layer_ids(drafter), layers, ask_for="ask for fewer num_target_features"
+    )
     if not 0 <= drafter.dflash_config["mask_token_id"] < target.vocab_size:
         raise DraftsmithError(f"drafter {where}: mask_token_id lies outside the target's vocabulary; {MASK_ADVICE}")
 
@@ -226,10 +238,10 @@ def save(drafter: DFlashDrafter, folder: Path, dtype: torch.dtype) -> None:
         "architectures": drafter.config.architectures,
         "model_type": "qwen3",
         "block_size": drafter.block_size,
-        **layout.serving_fields(drafter.config, dtype),
+        **checkpoint_format.serving_fields(drafter.config, dtype),
     }
     tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in drafter.named_parameters()}
-    layout.write_checkpoint(folder, raw, tensors)
+    checkpoint_format.write_checkpoint(folder, raw, tensors)
 
 
 def load(folder: Path, target: Target, dtype: torch.dtype) -> DFlashDrafter:
@@ -241,10 +253,10 @@ def load(folder: Path, target: Target, dtype: torch.dtype) -> DFlashDrafter:
 
 def with_weights(drafter: AnyDFlash, folder: Path, target: Target, dtype: torch.dtype) -> AnyDFlash:
     """A drafter of this layout with the weights of a checkpoint."""
-    found = layout.read_tensors(folder)
+    found = checkpoint_format.read_tensors(folder)
     tensors = speculators.own_tensors(found, target.embedding, target.head_weight, str(folder))
     expected = {name: tuple(p.shape) for name, p in drafter.named_parameters()}
-    layout.check_tensors(folder, tensors, expected, "z-lab's layout")
+    checkpoint_format.check_tensors(folder, tensors, expected, "z-lab's layout")
     drafter.load_state_dict(tensors, strict=False)
-    layout.cast(drafter, dtype)
+    checkpoint_format.cast(drafter, dtype)
     return drafter.to(target.device)

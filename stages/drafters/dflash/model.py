@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
-from draftsmith.stages.drafters.attention import KeysValues, Reach, block_attention
 from draftsmith.stages.drafters.base import (
     Context,
     Drafter,
@@ -26,9 +25,10 @@ from draftsmith.stages.drafters.base import (
     as_input,
     best_of,
 )
-from draftsmith.stages.drafters.dflash.traits import TRAITS
-from draftsmith.stages.drafters.head import Head
-from draftsmith.stages.targets.slots import KeyValueSlots, Rows
+from draftsmith.stages.drafters.block_attention import KeysValues, Reach, block_attention
+from draftsmith.stages.drafters.dflash.config import TRAITS
+from draftsmith.stages.drafters.lm_head import Head
+from draftsmith.stages.target.kv_cache import KeyValueSlots, Rows
 
 
 @dataclass

@@ -11,12 +11,12 @@ import torch
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.drafters import layout
+from draftsmith.stages.drafters import checkpoint_format
 from draftsmith.stages.drafters.dflash import checkpoint as dflash
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
+from draftsmith.stages.drafters.dflash2.config import DFlash2Config
 from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
-from draftsmith.stages.drafters.dflash2.shape import DFlash2Config
-from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.target.causal_lm import Target
 
 ARCHITECTURE = "DFlash2DraftModel"
 UPGRADES = "dflash"  # the kind whose weights it takes over
@@ -51,16 +51,19 @@ def _with_logits_of(target: Target, config: Qwen3Config) -> Qwen3Config:
 
 def _check_sizes(where: str, config: Qwen3Config) -> None:
     sizes = {name: config.dflash_config.get(name) or 0 for name in _SIZES}
-    layout.require_kinds(
-        Path(where),
-        [(f"dflash_config.{name}", value, layout.is_integer(value) and value >= 0) for name, value in sizes.items()],
-    )
-    multiplier, softcap = config.dflash_config.get(_MULTIPLIER, 1), config.dflash_config.get(_SOFTCAP) or 0
-    layout.require_kinds(
+    checkpoint_format.require_kinds(
         Path(where),
         [
-            (f"dflash_config.{_MULTIPLIER}", multiplier, layout.is_number(multiplier) and multiplier > 0),
-            (f"dflash_config.{_SOFTCAP}", softcap, layout.is_number(softcap) and softcap >= 0),
+            (f"dflash_config.{name}", value, checkpoint_format.is_integer(value) and value >= 0)
+            for name, value in sizes.items()
+        ],
+    )
+    multiplier, softcap = config.dflash_config.get(_MULTIPLIER, 1), config.dflash_config.get(_SOFTCAP) or 0
+    checkpoint_format.require_kinds(
+        Path(where),
+        [
+            (f"dflash_config.{_MULTIPLIER}", multiplier, checkpoint_format.is_number(multiplier) and multiplier > 0),
+            (f"dflash_config.{_SOFTCAP}", softcap, checkpoint_format.is_number(softcap) and softcap >= 0),
         ],
     )
     taps, group_size, rank, top_k = sizes.values()
@@ -100,7 +103,7 @@ def description(config: Qwen3Config, tokenizer: Callable[[], Any]) -> str:
 def read_config(folder: Path) -> Qwen3Config:
     """config.json of a checkpoint, with what engines would guess made explicit or refused."""
     config = dflash.read_config(folder, ARCHITECTURE, computed=(*_SIZES, _MULTIPLIER, _SOFTCAP))
-    _check_sizes(str(folder / layout.CONFIG_FILE), config)
+    _check_sizes(str(folder / checkpoint_format.CONFIG_FILE), config)
     return config
 
 
@@ -121,6 +124,6 @@ def upgraded(drafter: DFlashDrafter, shape: DFlash2Config, target: Target, seed:
     made = DFlash2Drafter(_with_logits_of(target, upgraded_config(drafter.config, shape)), target.embedding)
     made.initialise_additions(torch.Generator().manual_seed(seed))
     made.load_state_dict(drafter.state_dict(), strict=False)
-    layout.cast(made, drafter.fc.weight.dtype)
+    checkpoint_format.cast(made, drafter.fc.weight.dtype)
     made.frequent_tokens, made.info = drafter.frequent_tokens, drafter.info
     return made.to(target.device)

@@ -13,11 +13,11 @@ from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 from draftsmith.stages.drafters.base import Context, Drafting, StepShape
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter, DFlashLayer
+from draftsmith.stages.drafters.dflash2.config import TRAITS
 from draftsmith.stages.drafters.dflash2.convolution import BlockConvolution
 from draftsmith.stages.drafters.dflash2.selector import CandidateSelector, Walk
-from draftsmith.stages.drafters.dflash2.traits import TRAITS
-from draftsmith.stages.drafters.head import Head
-from draftsmith.stages.targets.logits import LogitMap
+from draftsmith.stages.drafters.lm_head import Head
+from draftsmith.stages.target.logit_map import LogitMap
 
 
 class DFlash2Layer(DFlashLayer):

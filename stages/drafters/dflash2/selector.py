@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from draftsmith.stages.drafters.base import LOGITS_AT_ONCE, Drafting, in_parts
-from draftsmith.stages.drafters.drawing import probability_among
-from draftsmith.stages.drafters.head import Head
-from draftsmith.stages.targets.logits import LogitMap
+from draftsmith.stages.drafters.lm_head import Head
+from draftsmith.stages.drafters.sampling import probability_among
+from draftsmith.stages.target.logit_map import LogitMap
 
 
 class CandidateSelector(nn.Module):

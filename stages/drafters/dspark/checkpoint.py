@@ -14,13 +14,13 @@ import torch
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.drafters import layout, speculators
+from draftsmith.stages.drafters import checkpoint_format, speculators
 from draftsmith.stages.drafters.dflash import checkpoint as dflash
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
+from draftsmith.stages.drafters.dspark.config import DSparkConfig
 from draftsmith.stages.drafters.dspark.markov import KINDS
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
-from draftsmith.stages.drafters.dspark.shape import DSparkConfig
-from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.target.causal_lm import Target
 
 ARCHITECTURE = "Qwen3DSparkModel"
 UPGRADES = "dflash"  # the kind whose weights it takes over
@@ -86,7 +86,7 @@ def upgraded(drafter: DFlashDrafter, shape: DSparkConfig, target: Target, seed: 
 
 def _cast(drafter: DSparkDrafter, dtype: torch.dtype) -> None:
     """Weights to `dtype`, in place; SGLang computes the confidence in float32."""
-    layout.cast(drafter, dtype)
+    checkpoint_format.cast(drafter, dtype)
     if drafter.confidence_head is not None:
         drafter.confidence_head.float()
 
@@ -107,9 +107,9 @@ def description(config: Qwen3Config, tokenizer: Callable[[], Any]) -> str:
 
 def read_config(folder: Path) -> Qwen3Config:
     """config.json of a checkpoint, with what engines would guess made explicit or refused."""
-    path = folder / layout.CONFIG_FILE
-    with layout.config_errors(str(path)):
-        return _parsed(path, layout.read_raw_config(folder))
+    path = folder / checkpoint_format.CONFIG_FILE
+    with checkpoint_format.config_errors(str(path)):
+        return _parsed(path, checkpoint_format.read_raw_config(folder))
 
 
 def _parsed(path: Path, raw: dict[str, Any]) -> Qwen3Config:
@@ -117,18 +117,20 @@ def _parsed(path: Path, raw: dict[str, Any]) -> Qwen3Config:
         if name.startswith("dspark_") and name != "dspark_config" and value is not None:
             raise DraftsmithError(f"drafter {path}: {name} is of a drafter inside its target; give one of its own")
     fields = {name: _either(path, raw, name) for name in _EITHER}
-    layout.require_fields(path, [(name, fields[name]) for name in ("block_size", "markov_rank", "markov_head_type")])
+    checkpoint_format.require_fields(
+        path, [(name, fields[name]) for name in ("block_size", "markov_rank", "markov_head_type")]
+    )
     proposals, rank, kind = (fields[name] for name in ("block_size", "markov_rank", "markov_head_type"))
     if kind not in KINDS:
         raise DraftsmithError(
             f"drafter {path}: markov_head_type is {kind!r}: supported are {', '.join(KINDS)}; give a drafter with one"
         )
     flags = {name: raw.get(name, True) for name in _FLAGS}
-    layout.require_kinds(
+    checkpoint_format.require_kinds(
         path,
         [
-            ("block_size", proposals, layout.is_integer(proposals) and proposals >= 1),
-            ("markov_rank", rank, layout.is_integer(rank) and rank >= 1),
+            ("block_size", proposals, checkpoint_format.is_integer(proposals) and proposals >= 1),
+            ("markov_rank", rank, checkpoint_format.is_integer(rank) and rank >= 1),
             *((name, value, isinstance(value, bool)) for name, value in flags.items()),
         ],
     )
@@ -160,13 +162,13 @@ def save(drafter: DSparkDrafter, folder: Path, dtype: torch.dtype) -> None:
         "model_type": "qwen3",
         "block_size": proposals,
         "dflash_config": config.dflash_config | {"block_size": proposals},
-        **layout.serving_fields(config, dtype),
+        **checkpoint_format.serving_fields(config, dtype),
     }
     tensors = {
         name: p.detach().to("cpu", torch.float32 if name.startswith("confidence_head.") else dtype).contiguous()
         for name, p in drafter.named_parameters()
     }
-    layout.write_checkpoint(folder, raw, tensors)
+    checkpoint_format.write_checkpoint(folder, raw, tensors)
 
 
 def own_name(name: str) -> str | None:
@@ -180,12 +182,12 @@ def load(folder: Path, target: Target, dtype: torch.dtype) -> DSparkDrafter:
     config = read_config(folder)
     check_fits(config, target.config, str(folder))
     drafter = DSparkDrafter(config, target.embedding)
-    found = layout.read_tensors(folder)
-    if layout.of_speculators(folder):
+    found = checkpoint_format.read_tensors(folder)
+    if checkpoint_format.of_speculators(folder):
         found = speculators.own_tensors(found, target.embedding, target.head_weight, str(folder))
     tensors = {name: tensor for each, tensor in found.items() if (name := own_name(each)) is not None}
     expected = {name: tuple(p.shape) for name, p in drafter.named_parameters()}
-    layout.check_tensors(folder, tensors, expected, "SGLang's layout of DSpark")
+    checkpoint_format.check_tensors(folder, tensors, expected, "SGLang's layout of DSpark")
     drafter.load_state_dict(tensors, strict=False)
     _cast(drafter, dtype)
     return drafter.to(target.device)

@@ -16,9 +16,9 @@ from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 from draftsmith.stages.drafters.base import LOGITS_AT_ONCE, Context, Drafting, StepShape, best_among, in_parts
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
+from draftsmith.stages.drafters.dspark.config import TRAITS
 from draftsmith.stages.drafters.dspark.markov import markov_head
-from draftsmith.stages.drafters.dspark.traits import TRAITS
-from draftsmith.stages.drafters.head import Head, flat_linear
+from draftsmith.stages.drafters.lm_head import Head, flat_linear
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import torch
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.drafters import layout
+from draftsmith.stages.drafters import checkpoint_format
+from draftsmith.stages.drafters.eagle3.config import Eagle3Config
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
-from draftsmith.stages.drafters.eagle3.shape import Eagle3Config
-from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.target.causal_lm import Target
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 FEATURES = 3  # low, middle, high
@@ -53,8 +53,8 @@ def new_config(shape: Eagle3Config, target_config: Any, tokenizer: Callable[[], 
         )
     return LlamaConfig(
         architectures=[ARCHITECTURE],
-        **_with_heads_that_divide(layout.target_fields(target_config)),
-        intermediate_size=shape.intermediate_size or layout.intermediate_size(target_config),
+        **_with_heads_that_divide(checkpoint_format.target_fields(target_config)),
+        intermediate_size=shape.intermediate_size or checkpoint_format.intermediate_size(target_config),
         num_hidden_layers=1,
         hidden_act="silu",
         mlp_bias=False,
@@ -113,12 +113,12 @@ def read_config(folder: Path) -> LlamaConfig:
     A checkpoint without layer ids means SGLang's own choice; that needs the target's depth, so the ids are filled in
     by `check_fits`.
     """
-    with layout.config_errors(str(folder / layout.CONFIG_FILE)):
+    with checkpoint_format.config_errors(str(folder / checkpoint_format.CONFIG_FILE)):
         return _read_config(folder)
 
 
 def _read_config(folder: Path) -> LlamaConfig:
-    path, raw = folder / layout.CONFIG_FILE, layout.read_raw_config(folder)
+    path, raw = folder / checkpoint_format.CONFIG_FILE, checkpoint_format.read_raw_config(folder)
     if raw.get("num_hidden_layers", 1) != 1:
         raise DraftsmithError(
             f"drafter {path}: num_hidden_layers is {raw['num_hidden_layers']}, only one layer is supported"
@@ -127,8 +127,8 @@ def _read_config(folder: Path) -> LlamaConfig:
     for field in _UNSUPPORTED:
         if raw.get(field) or eagle.get(field):
             raise DraftsmithError(f"drafter {path}: {field} is set: this variant of EAGLE-3 is not supported")
-    layout.refuse_other_models(path, raw, layout.COMPUTED | {"num_aux_hidden_states": FEATURES})
-    layout.require_fields(
+    checkpoint_format.refuse_other_models(path, raw, checkpoint_format.COMPUTED | {"num_aux_hidden_states": FEATURES})
+    checkpoint_format.require_fields(
         path,
         [
             ("vocab_size", raw.get("vocab_size")),
@@ -138,7 +138,7 @@ def _read_config(folder: Path) -> LlamaConfig:
     )
     if raw.get("tie_word_embeddings"):
         raise DraftsmithError(f"drafter {path}: tie_word_embeddings is true: EAGLE-3 has a head of its own; set false")
-    layout.refuse_other_rotations(path, raw)
+    checkpoint_format.refuse_other_rotations(path, raw)
     raw |= {
         "num_hidden_layers": 1,
         "block_size": raw.get("block_size") or USUAL_BLOCK_SIZE,
@@ -146,19 +146,19 @@ def _read_config(folder: Path) -> LlamaConfig:
         "eagle_config": {_LAYER_IDS: None, **eagle},
     }
     ids = raw["eagle_config"][_LAYER_IDS]
-    layout.require_kinds(
+    checkpoint_format.require_kinds(
         path,
         [
-            ("block_size", raw["block_size"], layout.is_block(raw["block_size"])),
-            ("draft_vocab_size", raw["draft_vocab_size"], layout.is_block(raw["draft_vocab_size"])),
+            ("block_size", raw["block_size"], checkpoint_format.is_block(raw["block_size"])),
+            ("draft_vocab_size", raw["draft_vocab_size"], checkpoint_format.is_block(raw["draft_vocab_size"])),
             (
                 f"eagle_config.{_LAYER_IDS}",
                 ids,
-                ids is None or (isinstance(ids, list) and all(map(layout.is_integer, ids))),
+                ids is None or (isinstance(ids, list) and all(map(checkpoint_format.is_integer, ids))),
             ),
         ],
     )
-    config: LlamaConfig = layout.parse_config(raw, LlamaConfig, ARCHITECTURE, path)
+    config: LlamaConfig = checkpoint_format.parse_config(raw, LlamaConfig, ARCHITECTURE, path)
     return config
 
 
@@ -167,7 +167,7 @@ def check_fits(drafter: LlamaConfig, target: Any, where: str) -> None:
 
     Rotary settings may differ from the target's: the drafter has its own, and engines read them from its config.
     """
-    with layout.config_errors(where):
+    with checkpoint_format.config_errors(where):
         _check_fits(drafter, target, where)
 
 
@@ -181,7 +181,7 @@ def _check_fits(drafter: LlamaConfig, target: Any, where: str) -> None:
                 "three by itself; add it"
             )
         eagle[_LAYER_IDS] = default_layer_ids(layers)
-    layout.check_equal(
+    checkpoint_format.check_equal(
         where,
         [
             ("hidden_size", drafter.hidden_size, target.hidden_size),
@@ -192,7 +192,7 @@ def _check_fits(drafter: LlamaConfig, target: Any, where: str) -> None:
     ids = target_layer_ids(drafter)
     if len(ids) != FEATURES:
         raise DraftsmithError(f"drafter {where}: EAGLE-3 reads {FEATURES} target layers, not {len(ids)}: {ids}")
-    layout.check_layer_ids(where, ids, layers, ask_for="name three in sft.drafter.target_layer_ids")
+    checkpoint_format.check_layer_ids(where, ids, layers, ask_for="name three in sft.drafter.target_layer_ids")
 
 
 def save(drafter: Eagle3Drafter, folder: Path, dtype: torch.dtype) -> None:
@@ -201,13 +201,13 @@ def save(drafter: Eagle3Drafter, folder: Path, dtype: torch.dtype) -> None:
         "architectures": [ARCHITECTURE],
         "model_type": "llama",
         "block_size": drafter.block_size,
-        **layout.serving_fields(drafter.config, dtype),
+        **checkpoint_format.serving_fields(drafter.config, dtype),
     }
     tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in drafter.named_parameters()}
     chosen = drafter.draft_tokens.cpu()
     tensors["d2t"] = chosen - torch.arange(len(chosen))  # offsets: target id = draft id + d2t
     tensors["t2d"] = torch.isin(torch.arange(drafter.config.vocab_size), chosen)
-    layout.write_checkpoint(folder, raw, tensors)
+    checkpoint_format.write_checkpoint(folder, raw, tensors)
 
 
 def own_name(name: str) -> str | None:
@@ -226,23 +226,23 @@ def load(folder: Path, target: Target, dtype: torch.dtype) -> Eagle3Drafter:
         tensors.setdefault("t2d", torch.ones(vocab, dtype=torch.bool))
     drafter = Eagle3Drafter(config, target.embedding, torch.arange(size))
     expected = {name: tuple(p.shape) for name, p in drafter.named_parameters()}
-    layout.check_tensors(folder, tensors, expected | {"d2t": (size,), "t2d": (vocab,)}, "EAGLE-3's layout")
+    checkpoint_format.check_tensors(folder, tensors, expected | {"d2t": (size,), "t2d": (vocab,)}, "EAGLE-3's layout")
     drafter.draft_tokens = _draft_tokens(folder, tensors.pop("d2t"), tensors.pop("t2d"))
     drafter.load_state_dict(tensors, strict=False)
-    layout.cast(drafter, dtype)
+    checkpoint_format.cast(drafter, dtype)
     return drafter.to(target.device)
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors without the target's embedding, which some checkpoints carry and engines replace."""
-    tensors = layout.read_tensors(folder)
+    tensors = checkpoint_format.read_tensors(folder)
     tensors.pop(_EMBEDDING, None)
     return tensors
 
 
 def _draft_tokens(folder: Path, d2t: torch.Tensor, t2d: torch.Tensor) -> torch.Tensor:
     """The target's ids of the draft vocabulary, sorted. Raises DraftsmithError if the maps contradict each other."""
-    path = folder / layout.WEIGHTS_FILE
+    path = folder / checkpoint_format.WEIGHTS_FILE
     tokens = d2t.long() + torch.arange(len(d2t))
     if len(tokens) > 1 and not bool((tokens[1:] > tokens[:-1]).all()):
         raise DraftsmithError(f"drafter {path}: d2t does not name rising token ids; it holds offsets, not ids")

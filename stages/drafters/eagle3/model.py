@@ -20,7 +20,6 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
-from draftsmith.stages.drafters.attention import Reach, block_attention
 from draftsmith.stages.drafters.base import (
     Context,
     Drafter,
@@ -30,9 +29,10 @@ from draftsmith.stages.drafters.base import (
     as_input,
     best_of,
 )
-from draftsmith.stages.drafters.eagle3.traits import TRAITS
-from draftsmith.stages.drafters.head import Head
-from draftsmith.stages.targets.slots import KeyValueSlots, Rows
+from draftsmith.stages.drafters.block_attention import Reach, block_attention
+from draftsmith.stages.drafters.eagle3.config import TRAITS
+from draftsmith.stages.drafters.lm_head import Head
+from draftsmith.stages.target.kv_cache import KeyValueSlots, Rows
 
 
 @dataclass

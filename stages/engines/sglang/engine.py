@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
-from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.config import GREEDY_ONLY, SGLangEngineConfig
 from draftsmith.stages.engines.sglang.client import Answer, RefusedRequestError

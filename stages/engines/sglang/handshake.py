@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.config import NO_REDUCED_HEAD, SGLangEngineConfig
 from draftsmith.stages.engines.sglang import probe
@@ -20,8 +20,8 @@ from draftsmith.stages.engines.sglang.client import LostError, away, get, json_o
 from draftsmith.stages.engines.sglang.protocol import SUPPORTED, supported
 from draftsmith.stages.engines.sglang.records import completion_of, trace_identity
 from draftsmith.stages.engines.sglang.server import algorithm_of, block_size_of
-from draftsmith.stages.targets.info import TargetInfo, model_path, read_target_info
-from draftsmith.stages.targets.resolve import load_tokenizer
+from draftsmith.stages.target.info import TargetInfo, model_path, read_target_info
+from draftsmith.stages.target.resolve import load_tokenizer
 
 if TYPE_CHECKING:
     import httpx

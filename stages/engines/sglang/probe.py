@@ -28,7 +28,7 @@ from draftsmith.stages.engines.sglang.records import completion_of, generate_pay
 if TYPE_CHECKING:
     import httpx
 
-    from draftsmith.stages.targets.info import TargetInfo
+    from draftsmith.stages.target.info import TargetInfo
 
 TEXT = (
     "Question: a train leaves at 9:40 and arrives at 13:05. How long does it travel? Answer: from 9:40 to 13:05 there "
@@ -112,9 +112,9 @@ def _own_logprobs(target_folder: Path, tokens: Sequence[int], log: Callable[[str
     import torch
 
     from draftsmith.artifacts.host import free_memory_bytes
-    from draftsmith.stages.targets.causal_lm import Target
-    from draftsmith.stages.targets.estimate import DTYPE_BYTES, target_size
-    from draftsmith.stages.targets.info import model_path, read_target_info
+    from draftsmith.stages.target.causal_lm import Target
+    from draftsmith.stages.target.estimate import DTYPE_BYTES, target_size
+    from draftsmith.stages.target.info import model_path, read_target_info
 
     size = target_size(model_path(target_folder)).parameters * DTYPE_BYTES[read_target_info(target_folder).dtype]
     needed, free = f"{size / 1e9:.1f} GB", free_memory_bytes()

@@ -22,7 +22,7 @@ from draftsmith.stages.engines.sglang.client import LostError, RefusedRequestErr
 if TYPE_CHECKING:
     import httpx
 
-_SCRIPT = Path(__file__).with_name("routed.py")
+_SCRIPT = Path(__file__).with_name("router_main.py")
 _POLL_S = 0.5
 _PATIENCE_S = 60
 

@@ -16,9 +16,9 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import private
 from draftsmith.artifacts.host import all_gpus
 from draftsmith.artifacts.redaction import MASK
-from draftsmith.stages.child_process import ChildProcess, tail
-from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import LaunchConfig, OptionValue, SGLangEngineConfig, option_name
+from draftsmith.stages.runtime.child_process import ChildProcess, tail
 
 # What runs inside the servers (pyproject's entry point). Answers' records are its work: named here, it counts in the
 # code's digest of every stage that asks servers.

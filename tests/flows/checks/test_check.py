@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from draftsmith.flows.cli import main
-from tests.flows.pipeline.processes import ROOT
+from draftsmith.flows.cli.main import main
+from tests.flows.processes import ROOT
 from tests.testbed.drafter import DrafterArtifacts
 from tests.testbed.refresh import small_refresh
 

@@ -8,9 +8,9 @@ import pytest
 
 from draftsmith.flows.checks.comparisons import check_gate, check_laws
 from draftsmith.flows.checks.findings import Findings
-from draftsmith.flows.pipeline.graph import Node
+from draftsmith.flows.planning.graph import Node
 from draftsmith.flows.refresh.graph import refresh_nodes
-from tests.flows.pipeline.processes import ROOT
+from tests.flows.processes import ROOT
 from tests.testbed.refresh import load_config
 
 SAMPLED = "sampling={max_new_tokens: 32, temperature: 0.7, top_p: 0.9}"

@@ -11,11 +11,11 @@ import pytest
 
 from draftsmith.flows.checks import prompts as checks
 from draftsmith.flows.checks.findings import Findings, Level
-from draftsmith.flows.pipeline.graph import Node
-from draftsmith.stages.logs import LogsConfig
-from draftsmith.stages.prompts import PromptsConfig
-from draftsmith.stages.targets.config import TargetConfig
-from draftsmith.stages.targets.metadata import metadata_artifact
+from draftsmith.flows.planning.graph import Node
+from draftsmith.stages.data.logs.stage import LogsConfig
+from draftsmith.stages.data.prompts import PromptsConfig
+from draftsmith.stages.target.config import TargetConfig
+from draftsmith.stages.target.metadata import metadata_artifact
 
 GOOD = {
     "messages": [{"role": "user", "content": "tell a story"}],
@@ -41,7 +41,7 @@ def found(metadata: Path | None, path: Path, rows: list[Any], **config: Any) -> 
 def all_found(metadata: Path | None, path: Path, rows: list[Any], **config: Any) -> Findings:
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     os.utime(path, (0, 0))
-    node = Node("logs", "draftsmith.stages.logs", LogsConfig(paths=[str(path)], temperature=0, **config))
+    node = Node("logs", "draftsmith.stages.data.logs.stage", LogsConfig(paths=[str(path)], temperature=0, **config))
     findings = Findings()
     checks.check_logs(findings, [node], metadata)
     return findings
@@ -53,7 +53,7 @@ def sources_found(path: Path, **asked: Any) -> Findings:
         os.utime(each, (0, 0))
     sources = asked.pop("sources", [{"kind": "jsonl", "path": str(path)}])
     config, findings = PromptsConfig.model_validate({"sources": sources, **asked}), Findings()
-    checks.check_sources(findings, [Node("prompts", "draftsmith.stages.prompts", config)])
+    checks.check_sources(findings, [Node("prompts", "draftsmith.stages.data.prompts", config)])
     return findings
 
 
@@ -145,9 +145,9 @@ def test_a_file_that_may_still_be_written_is_named(of_logs: bool, tmp_path: Path
     logs = LogsConfig(paths=[str(tmp_path)], temperature=0)
     findings = Findings()
     if of_logs:
-        checks.check_logs(findings, [Node("logs", "draftsmith.stages.logs", logs)], None)
+        checks.check_logs(findings, [Node("logs", "draftsmith.stages.data.logs.stage", logs)], None)
     else:
-        checks.check_sources(findings, [Node("prompts", "draftsmith.stages.prompts", prompts)])
+        checks.check_sources(findings, [Node("prompts", "draftsmith.stages.data.prompts", prompts)])
     (said,) = findings.remarks
     assert f"{tmp_path}/a.jsonl and 1 more: written to within the last 30 s. A file that grows while a stage" in said
 
@@ -162,7 +162,7 @@ def test_a_file_without_rows_is_an_error_that_says_what_it_is(
     findings = Findings()
     if of_logs:
         logs = LogsConfig(paths=[str(tmp_path / "a.jsonl")], temperature=0)
-        checks.check_logs(findings, [Node("logs", "draftsmith.stages.logs", logs)], None)
+        checks.check_logs(findings, [Node("logs", "draftsmith.stages.data.logs.stage", logs)], None)
     else:
         findings = sources_found(tmp_path / "a.jsonl", train=4, heldout=1)
     (line,) = findings.lines

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from draftsmith.flows.checks import engines, parallel
+from draftsmith.flows.checks import engines
+from draftsmith.flows.checks import engines as parallel
 from draftsmith.flows.checks.findings import Findings
-from draftsmith.flows.pipeline.graph import Node
-from draftsmith.stages.parallel.config import RENDEZVOUS
-from draftsmith.stages.rollout import RolloutConfig
-from draftsmith.stages.training.config import SftConfig
-from draftsmith.stages.training.on_policy.config import OpdConfig
+from draftsmith.flows.planning.graph import Node
+from draftsmith.stages.engines.rollout import RolloutConfig
+from draftsmith.stages.runtime.parallel_config import RENDEZVOUS
+from draftsmith.stages.training.config import OpdConfig, SftConfig
 
 
 def line(
@@ -22,7 +22,7 @@ def line(
     """What is said of a training, with so many GPUs here."""
     monkeypatch.setattr(parallel, "gpus", lambda: (80e9,) * gpus)
     monkeypatch.setattr(parallel.os, "cpu_count", lambda: 4)
-    node = Node(name, "draftsmith.stages.sft", SftConfig.model_validate({"parallel": fields, **config}))
+    node = Node(name, "draftsmith.stages.training.sft.stage", SftConfig.model_validate({"parallel": fields, **config}))
     found = Findings()
     parallel.check_parallel(found, [node])
     return f"{found.lines[0].level.value} {found.lines[0].text}" if found.lines else None
@@ -54,8 +54,8 @@ def test_cores_of_another_machine_than_the_one_that_runs_say_nothing(monkeypatch
     served = {"engine": {"kind": "sglang", "python": "python", "launch": {"servers": 8}}}
     training = SftConfig.model_validate({"parallel": {"processes": 8}})
     nodes = [
-        Node("rollout", "draftsmith.stages.rollout", RolloutConfig.model_validate(served)),
-        Node("sft", "draftsmith.stages.sft", training),
+        Node("rollout", "draftsmith.stages.engines.rollout", RolloutConfig.model_validate(served)),
+        Node("sft", "draftsmith.stages.training.sft.stage", training),
     ]
     found = Findings()
     parallel.check_parallel(found, nodes)
@@ -74,7 +74,7 @@ def test_nodes_without_a_rendezvous_are_an_error(monkeypatch: pytest.MonkeyPatch
 )
 def test_a_target_that_processes_share_is_checked(sharing: int, said: list[str], plain_artifact: Path) -> None:
     fields = {"processes": 4, "target_parallel": sharing}
-    node = Node("opd", "draftsmith.stages.opd", OpdConfig.model_validate({"parallel": fields}))
+    node = Node("opd", "draftsmith.stages.training.opd.stage", OpdConfig.model_validate({"parallel": fields}))
     found = Findings()
     parallel.check_shared_target(found, [node], plain_artifact)
     lines = [f"{line.level.value} {line.text}" for line in found.lines]

@@ -13,17 +13,18 @@ from draftsmith.flows.checks.engines import check_engines
 from draftsmith.flows.checks.findings import Findings, FirstError, Level
 from draftsmith.flows.checks.models import Plans, check_drafters, check_nodes
 from draftsmith.flows.checks.prompts import check_lengths, check_supplies
-from draftsmith.flows.pipeline.graph import Node
-from draftsmith.stages.champion import ChampionConfig
-from draftsmith.stages.measure.config import EvaluationConfig
-from draftsmith.stages.mining import MiningConfig
-from draftsmith.stages.prompts import PromptsConfig
-from draftsmith.stages.rollout import RolloutConfig
-from draftsmith.stages.stored import DRAFTER_FOLDER, load_prompts
-from draftsmith.stages.targets.info import read_target_info
+from draftsmith.flows.planning.graph import Node
+from draftsmith.stages.catalog import STAGES
+from draftsmith.stages.data.load import DRAFTER_FOLDER, load_prompts
+from draftsmith.stages.data.prompts import PromptsConfig
+from draftsmith.stages.drafters.champion import ChampionConfig
+from draftsmith.stages.engines.rollout import RolloutConfig
+from draftsmith.stages.evaluation.config import EvaluationConfig
+from draftsmith.stages.replay.mining import MiningConfig
+from draftsmith.stages.target.info import read_target_info
 from draftsmith.stages.training.config import SftConfig
-from tests.flows.pipeline.toy import ToyConfig, toy_nodes
-from tests.flows.pipeline.toy_stages.combine import CombineConfig
+from tests.flows.toy import ToyConfig, toy_nodes
+from tests.flows.toy_stages.combine import CombineConfig
 from tests.testbed.drafter import DrafterArtifacts
 from tests.testbed.target import MASK
 
@@ -45,10 +46,10 @@ def test_sft_that_goes_on_with_a_drafter_is_not_checked_as_a_new_one(tiny_drafte
     """The control of a refresh keeps the section `sft`, whose drafter may not fit: it is not what is trained."""
     config = SftConfig.model_validate({"drafter": {"mask_token": "<never>"}})
     learned = {"target": "target", "trajectories": "rollout"}
-    control = Node("control", "draftsmith.stages.sft", config, {**learned, "drafter": "sft"})
+    control = Node("control", "draftsmith.stages.training.sft.stage", config, {**learned, "drafter": "sft"})
     check_target([control], tiny_drafter.target)
     with pytest.raises(DraftsmithError, match=r"sft: drafter: .*'<never>' is not a token of the target"):
-        check_target([Node("sft", "draftsmith.stages.sft", config, learned)], tiny_drafter.target)
+        check_target([Node("sft", "draftsmith.stages.training.sft.stage", config, learned)], tiny_drafter.target)
 
 
 @pytest.mark.parametrize(
@@ -60,8 +61,8 @@ def test_a_rollout_finds_the_prompts_that_it_asks_for(fields: dict[str, int], er
     )
     asked = {"target": "target", "prompts": "prompts"}
     nodes = [
-        Node("prompts", "draftsmith.stages.prompts", prompts, {"target": "target"}),
-        Node("answers", "draftsmith.stages.rollout", RolloutConfig.model_validate(fields), asked),
+        Node("prompts", "draftsmith.stages.data.prompts", prompts, {"target": "target"}),
+        Node("answers", "draftsmith.stages.engines.rollout", RolloutConfig.model_validate(fields), asked),
     ]
     found = Findings()
     check_supplies(found, nodes)
@@ -81,7 +82,12 @@ def test_a_section_beside_a_checkpoint_is_used_where_the_drafter_becomes_what_it
     section: dict[str, Any], kind: str, noted: bool, tiny_drafter: DrafterArtifacts
 ) -> None:
     start = {"init_from": str(tiny_drafter.drafter / "drafter")} | ({"drafter": section} if section else {})
-    sft = Node("sft", "draftsmith.stages.sft", SftConfig.model_validate(start), {"target": "t", "trajectories": "r"})
+    sft = Node(
+        "sft",
+        "draftsmith.stages.training.sft.stage",
+        SftConfig.model_validate(start),
+        {"target": "t", "trajectories": "r"},
+    )
     found = Findings()
     plans = check_drafters(found, [sft], tiny_drafter.target, whole=True)
     assert plans["sft"].kind == kind
@@ -97,10 +103,14 @@ def test_every_node_is_held_against_the_drafter_that_it_reads(tiny_drafter: Draf
         eagle = {"kind": "eagle3", "block_size": 8, "target_layer_ids": [0, 1, 2]}
         mining = MiningConfig.model_validate({"drafting": {"block_size": block_size}})
         return [
-            Node("small", "draftsmith.stages.sft", SftConfig.model_validate({"drafter": shape}), learned),
-            Node("large", "draftsmith.stages.sft", SftConfig.model_validate({"drafter": eagle}), learned),
-            Node("more", "draftsmith.stages.sft", SftConfig(), {**learned, "drafter": name}),
-            Node("mining", "draftsmith.stages.mining", mining, {**learned, "drafter": "more"}),
+            Node(
+                "small", "draftsmith.stages.training.sft.stage", SftConfig.model_validate({"drafter": shape}), learned
+            ),
+            Node(
+                "large", "draftsmith.stages.training.sft.stage", SftConfig.model_validate({"drafter": eagle}), learned
+            ),
+            Node("more", "draftsmith.stages.training.sft.stage", SftConfig(), {**learned, "drafter": name}),
+            Node("mining", "draftsmith.stages.replay.mining", mining, {**learned, "drafter": "more"}),
         ]
 
     check_target(nodes("large", 8), tiny_drafter.target)
@@ -112,12 +122,14 @@ def test_sampling_with_a_drafter_on_a_cpus_servers_is_an_error_before_anything_r
     engine = {"kind": "sglang", "python": "python", "launch": {"options": {"device": "cpu"}}}
     config = EvaluationConfig.model_validate({"engine": engine, "temperatures": [0, 1]})
     with pytest.raises(DraftsmithError, match=r"speed: temperatures: SGLang verifies greedily on this device"):
-        check_engines(FirstError(), [Node("speed", "draftsmith.stages.evaluation", config, {"sft": "sft"})])
+        check_engines(FirstError(), [Node("speed", "draftsmith.stages.evaluation.stage", config, {"sft": "sft"})])
     rollout = RolloutConfig.model_validate({"engine": engine, "sampling": {"temperature": 1}})
     with pytest.raises(DraftsmithError, match=r"assisted: sampling\.temperature"):
-        check_engines(FirstError(), [Node("assisted", "draftsmith.stages.rollout", rollout, {"drafter": "sft"})])
+        check_engines(
+            FirstError(), [Node("assisted", "draftsmith.stages.engines.rollout", rollout, {"drafter": "sft"})]
+        )
     with pytest.raises(DraftsmithError, match=r"sglang \(rollout\): engine\.python"):  # without a drafter it may sample
-        check_engines(FirstError(), [Node("rollout", "draftsmith.stages.rollout", rollout, {})])
+        check_engines(FirstError(), [Node("rollout", "draftsmith.stages.engines.rollout", rollout, {})])
 
 
 def test_prompts_that_are_too_long_for_a_later_stage_are_found_once_they_are_made(
@@ -129,7 +141,7 @@ def test_prompts_that_are_too_long_for_a_later_stage_are_found_once_they_are_mad
         for over in (0, 1):
             fields: dict[str, Any] = {"sampling": {"max_new_tokens": limit - longest + over}}
             fields |= {"splits": ["heldout"]} if made is RolloutConfig else {"validation_prompts": 1}
-            node = Node("late", f"draftsmith.stages.{module}", made.model_validate(fields), {"prompts": "prompts"})
+            node = Node("late", STAGES[module], made.model_validate(fields), {"prompts": "prompts"})
             found = Findings()
             for name in ("prompts", "other_prompts"):
                 check_lengths(found, [node], name, tiny_drafter.prompts, limit)
@@ -142,9 +154,9 @@ def test_the_champion_is_a_drafter_whose_shape_is_known(tiny_drafter: DrafterArt
         learned = {"target": "target", "trajectories": "rollout", "drafter": "champion"}
         assisted = RolloutConfig.model_validate({"drafting": drafting} if drafting else {})
         nodes = [
-            Node("champion", "draftsmith.stages.champion", serves, {"target": "target"}),
-            Node("sft", "draftsmith.stages.sft", SftConfig(), learned),
-            Node("assisted", "draftsmith.stages.rollout", assisted, {"target": "target", "drafter": "sft"}),
+            Node("champion", "draftsmith.stages.drafters.champion", serves, {"target": "target"}),
+            Node("sft", "draftsmith.stages.training.sft.stage", SftConfig(), learned),
+            Node("assisted", "draftsmith.stages.engines.rollout", assisted, {"target": "target", "drafter": "sft"}),
         ]
         return check_drafters(FirstError(), nodes, tiny_drafter.target, whole=True)
 
@@ -173,8 +185,8 @@ def test_a_shape_that_the_line_does_not_take_is_told(
     serves = ChampionConfig(line="line", version=3, folder=str(folder), content_id="c", drafter_digest="d")
     sft = SftConfig.model_validate({"drafter": section} if section else {})
     nodes = [
-        Node("champion", "draftsmith.stages.champion", serves, {"target": "target"}),
-        Node("sft", "draftsmith.stages.sft", sft, {"target": "target", "drafter": "champion"}),
+        Node("champion", "draftsmith.stages.drafters.champion", serves, {"target": "target"}),
+        Node("sft", "draftsmith.stages.training.sft.stage", sft, {"target": "target", "drafter": "champion"}),
     ]
     found = Findings()
     (plan,) = check_drafters(found, nodes, tiny_drafter.target, whole=True).values()

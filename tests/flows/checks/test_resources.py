@@ -6,19 +6,20 @@ from types import SimpleNamespace
 
 import pytest
 
-from draftsmith.artifacts.manifest import InputEntry, Manifest
+from draftsmith.artifacts.store.manifest import InputEntry, Manifest
 from draftsmith.flows.checks import resources
+from draftsmith.flows.checks.estimates import Need
 from draftsmith.flows.checks.findings import Findings, Level
-from draftsmith.flows.pipeline.graph import Node, in_order
+from draftsmith.flows.planning.graph import Node, in_order
 from draftsmith.flows.refresh.graph import refresh_nodes
-from draftsmith.stages.contract import Config
-from draftsmith.stages.estimates import Need
-from draftsmith.stages.rollout import RolloutConfig
-from draftsmith.stages.targets.config import TargetConfig
-from draftsmith.stages.targets.estimate import PROCESS, Answers, ModelSize, Sizes
+from draftsmith.stages.catalog import STAGES
+from draftsmith.stages.engines.rollout import RolloutConfig
+from draftsmith.stages.runtime.stage import Config
+from draftsmith.stages.target.config import TargetConfig
+from draftsmith.stages.target.estimate import PROCESS, Answers, ModelSize, Sizes
 from draftsmith.stages.training.config import SftConfig
 from tests.flows.checks.test_check import QWEN3_4B
-from tests.flows.pipeline.processes import ROOT
+from tests.flows.processes import ROOT
 from tests.testbed.drafter import DrafterArtifacts
 
 TARGET, OTHER = TargetConfig(source="/models/one"), TargetConfig(source="/models/other")
@@ -29,7 +30,7 @@ def qwen_sizes() -> Sizes:
     from transformers import Qwen3Config
 
     from draftsmith.stages.drafters.checkpoint import plan_of_new
-    from draftsmith.stages.drafters.dflash.shape import DFlashConfig
+    from draftsmith.stages.drafters.dflash.config import DFlashConfig
 
     target = Qwen3Config(**QWEN3_4B)
     tokenizer = SimpleNamespace(convert_ids_to_tokens=lambda _: None)  # the mask token is an unused row
@@ -74,8 +75,8 @@ def test_what_the_recipe_needs_by_hand() -> None:
 
 
 def test_trajectories_take_no_more_disk_than_estimated(tiny_drafter: DrafterArtifacts) -> None:
-    from draftsmith.artifacts.parquet import read_table
-    from draftsmith.artifacts.schemas import TRAJECTORIES
+    from draftsmith.artifacts.tables.parquet import read_table
+    from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 
     path = tiny_drafter.rollout / "trajectories.parquet"
     rows = read_table(path, TRAJECTORIES).to_pylist()
@@ -100,10 +101,14 @@ def test_memory_is_compared_where_it_is_needed(
     monkeypatch.setattr(resources, "gpus", lambda: gpus)
     monkeypatch.setattr(resources, "memory_bytes", lambda: host)
     found = Findings()
-    resources._compare(found, Node("sft", "draftsmith.stages.sft", SftConfig()), need, "", elsewhere=False)
+    resources._compare(
+        found, Node("sft", "draftsmith.stages.training.sft.stage", SftConfig()), need, "", elsewhere=False
+    )
     assert [(line.check, line.level) for line in found.lines] == [("sft: needs", level)]
     found = Findings()
-    resources._compare(found, Node("sft", "draftsmith.stages.sft", SftConfig()), need, "", elsewhere=True)
+    resources._compare(
+        found, Node("sft", "draftsmith.stages.training.sft.stage", SftConfig()), need, "", elsewhere=True
+    )
     assert [line.level for line in found.lines] == [Level.OK], "of another machine nothing is known"
 
 
@@ -132,8 +137,8 @@ def seconds(
 ) -> float | None:
     """How long a node takes by its last run, or by what was measured."""
     inputs = {name: name for name in (TRAINED if stage == "sft" else ("target",))}
-    node = Node(stage, f"draftsmith.stages.{stage}", config, inputs)
-    nodes = [Node("target", "draftsmith.stages.target", target), node]
+    node = Node(stage, STAGES[stage], config, inputs)
+    nodes = [Node("target", "draftsmith.stages.target.stage", target), node]
     took, _ = resources._time(
         node, need, resources._History(history, nodes), qwen_sizes(), **{"elsewhere": False, **elsewhere}
     )

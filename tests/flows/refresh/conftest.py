@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from draftsmith.artifacts.manifest import ArtifactRef
-from draftsmith.artifacts.store import Store
+from draftsmith.artifacts.store.local import Store
+from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.stages.data.load import DRAFTER_FOLDER
 from draftsmith.stages.drafters.checkpoint import save_drafter
-from draftsmith.stages.stored import DRAFTER_FOLDER
-from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.target.causal_lm import Target
 from tests.testbed.artifacts import committed
 from tests.testbed.random_target import random_drafter
 

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from draftsmith.artifacts.manifest import ArtifactRef
-from draftsmith.artifacts.store import Store
-from draftsmith.flows.pipeline.graph import Conclusion, Node
+from draftsmith.artifacts.store.local import Store
+from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.flows.planning.graph import Conclusion, Node
 from draftsmith.flows.refresh.config import RefreshConfig
-from draftsmith.flows.refresh.course import RefreshCourse, resolve
+from draftsmith.flows.refresh.decisions import RefreshCourse, resolve
 from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.flows.refresh.line import registry
-from draftsmith.stages.gate import DECISION
-from draftsmith.stages.reporting.page import ReportData, render_report
+from draftsmith.stages.evaluation.gate import DECISION
+from draftsmith.stages.report.page import ReportData, render_report
 from tests.testbed.artifacts import committed
 
 

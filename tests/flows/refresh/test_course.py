@@ -13,22 +13,22 @@ from typing import Any
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef
-from draftsmith.artifacts.open_store import STORE, store_of
-from draftsmith.artifacts.registry import PREVIOUS
-from draftsmith.artifacts.retention import leftovers
-from draftsmith.artifacts.store import REPLACED, Store
-from draftsmith.artifacts.tracking import Tracking
-from draftsmith.flows.pipeline.display import Display
-from draftsmith.flows.pipeline.graph import OutdatedPlanError
-from draftsmith.flows.pipeline.pruning import prune
-from draftsmith.flows.refresh import commands, hook
-from draftsmith.flows.refresh.course import RefreshCourse, resolve
+from draftsmith.artifacts.store.local import REPLACED, Store
+from draftsmith.artifacts.store.manifest import MANIFEST, ArtifactRef
+from draftsmith.artifacts.store.open import STORE, store_of
+from draftsmith.artifacts.store.retention import leftovers
+from draftsmith.artifacts.tracking.registry import PREVIOUS
+from draftsmith.artifacts.tracking.runs import Tracking
+from draftsmith.flows.cli.prune import prune
+from draftsmith.flows.execution.display import Display
+from draftsmith.flows.planning.graph import OutdatedPlanError
+from draftsmith.flows.refresh import promotion_hook, registry_commands
+from draftsmith.flows.refresh.decisions import RefreshCourse, resolve
 from draftsmith.flows.refresh.evaluate import evaluate_config, evaluate_nodes
 from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.flows.refresh.line import checkpoint_of, folder_of, registry
-from draftsmith.stages.gate import DECISION
-from draftsmith.stages.stored import DRAFTER_FOLDER
+from draftsmith.stages.data.load import DRAFTER_FOLDER
+from draftsmith.stages.evaluation.gate import DECISION
 from tests.flows.refresh.made import checked, config_of, finished, gated, page_of, serving
 from tests.testbed.artifacts import committed
 
@@ -85,7 +85,7 @@ def test_a_person_promotes_what_was_to_be_approved(line: str, home: Path, drafte
     assert (ended.name, ended.overrules, ended.asset) == ("Waiting", True, "")
     assert ended.error is not None and ended.error.exit_code == 3
     assert serving(line) is None and f"`draftsmith promote {line}@1`" in ended.message
-    commands.promote(Display(), f"{line}@1", "", dry_run=False)
+    registry_commands.promote(Display(), f"{line}@1", "", dry_run=False)
     ended = finished(config, made)
     assert ended.name == "Promoted"
     assert ended.asset == f"draftsmith://line/{line}/champion"
@@ -144,7 +144,7 @@ def test_what_was_rolled_back_is_not_promoted_again_by_itself(
     finished(config, gated(store, drafters[0]))
     second = gated(store, drafters[1])
     finished(config, second)
-    commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
+    registry_commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
     ended = finished(config, second)
     assert ended.name == "Refused" and ended.error is not None
     assert "took it out of service" in ended.message and "(it accepts nothing)" in ended.message
@@ -190,7 +190,7 @@ def test_a_hook_that_a_killed_run_owes_is_called_by_the_next_with_the_same_key(
         if len(told) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(hook, "call", killed_once)
+    monkeypatch.setattr(promotion_hook, "call", killed_once)
     first, second = (gated(Store(home / "store"), each) for each in drafters)
     with pytest.raises(KeyboardInterrupt):
         finished(config, first)
@@ -243,7 +243,7 @@ def test_a_version_is_found_in_a_home_that_was_moved_and_where_its_key_was_made_
     version = registry().resolve(line)
     place = Store(moved / "store").path(version.stage, version.key)
     assert folder_of(version) == place and checkpoint_of(version) == place / DRAFTER_FOLDER
-    assert commands.verified(version) == place / DRAFTER_FOLDER
+    assert registry_commands.verified(version) == place / DRAFTER_FOLDER
     aside = place.rename(place.with_name(f"{REPLACED}{place.name}-1"))
     assert folder_of(version) == aside
     os.utime(aside, (0, 0))
@@ -273,4 +273,4 @@ def test_a_version_of_a_bucket_is_fetched_where_its_manifest_alone_is_known(
     assert uploaded.uploaded and checkpoint_of(uploaded) == other.path("opd", made.key) / DRAFTER_FOLDER
     assert not checkpoint_of(uploaded).exists(), "to plan fetches no weights"
     assert (folder_of(version) / DRAFTER_FOLDER / "config.json").is_file()
-    assert commands.verified(version) == other.path("opd", made.key) / DRAFTER_FOLDER
+    assert registry_commands.verified(version) == other.path("opd", made.key) / DRAFTER_FOLDER

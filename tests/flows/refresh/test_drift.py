@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.manifest import ArtifactRef
-from draftsmith.artifacts.refreshes import OUTCOME
-from draftsmith.artifacts.registry import CHAMPION, Registry
-from draftsmith.artifacts.store import Store
-from draftsmith.artifacts.tracking import Tracking
-from draftsmith.flows.pipeline.display import Display
-from draftsmith.flows.refresh import commands
-from draftsmith.flows.refresh.course import RefreshCourse, resolve
+from draftsmith.artifacts.store.local import Store
+from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.tracking.refresh_runs import OUTCOME
+from draftsmith.artifacts.tracking.registry import CHAMPION, Registry
+from draftsmith.artifacts.tracking.runs import Tracking
+from draftsmith.flows.execution.display import Display
+from draftsmith.flows.refresh import registry_commands
+from draftsmith.flows.refresh.decisions import RefreshCourse, resolve
 from draftsmith.flows.refresh.line import figures_of, history, registry
 from tests.flows.refresh.made import checked, config_of, finished, gated
 
@@ -75,7 +75,7 @@ def test_a_line_whose_champion_was_deleted_in_mlflow_does_not_begin_again_by_its
         resolve(config_of(line))
     again = resolve(config_of(line, registry={"name": line, "restart": True}))
     assert again.registry is not None and again.registry.champion is None
-    commands.promote(Display(), f"{line}@{last}", "", dry_run=False)
+    registry_commands.promote(Display(), f"{line}@{last}", "", dry_run=False)
     assert (found := resolve(config_of(line)).registry) is not None and found.champion is not None
     assert found.champion.version == last
 
@@ -126,7 +126,7 @@ def test_a_version_that_comes_back_stands_where_its_figures_were_taken(
     again = gated(Store(tmp_path / "other" / "store"), drafters[0], tau=3.5)
     for made in (*(gated(Store(home / "store"), drafter) for drafter in drafters), again):
         finished(config_of(line), made)
-    commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
+    registry_commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
     days = [replace(event, at=f"2120-01-0{day}") for day, event in enumerate(registry().events(line), 1)]
     monkeypatch.setattr(Registry, "events", lambda _self, _line: days)
     told = [(point["at"], point["version"], point["tau"]) for point in history(line)]

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.manifest import ArtifactRef
-from draftsmith.artifacts.store import Store
-from draftsmith.artifacts.tracking import Tracking
-from draftsmith.flows.pipeline import registered
-from draftsmith.flows.pipeline.display import Display
-from draftsmith.flows.refresh import commands
-from draftsmith.flows.refresh.course import resolve
-from draftsmith.stages.champion import STAGE as CHAMPION
+from draftsmith.artifacts.store.local import Store
+from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.tracking import registry_homes as registered
+from draftsmith.artifacts.tracking.runs import Tracking
+from draftsmith.flows.execution.display import Display
+from draftsmith.flows.refresh import registry_commands
+from draftsmith.flows.refresh.decisions import resolve
+from draftsmith.stages.data.load import DRAFTER_FOLDER
+from draftsmith.stages.drafters.champion import STAGE as CHAMPION
 from draftsmith.stages.drafters.digest import drafter_digest
-from draftsmith.stages.stored import DRAFTER_FOLDER
 from tests.flows.refresh.made import config_of, finished, gated, serving
 from tests.testbed.context import RecordingContext
 
@@ -41,17 +41,17 @@ def test_an_uploaded_champion_serves_where_the_store_is_not(
     taken = RecordingContext.under(tmp_path / "taken", {"target": plain_artifact})
     CHAMPION.run(taken, champion)
     assert drafter_digest(taken.out / DRAFTER_FOLDER) == digest
-    commands.export(Display(), line, tmp_path / "exported", dry_run=False)
+    registry_commands.export(Display(), line, tmp_path / "exported", dry_run=False)
     assert drafter_digest(tmp_path / "exported") == digest
     with pytest.raises(DraftsmithError, match="which names the target, is not here: mount the store"):
-        commands.export(Display(), line, tmp_path / "vllm", "speculators", dry_run=False)
+        registry_commands.export(Display(), line, tmp_path / "vllm", "speculators", dry_run=False)
 
     weights = Path(champion.folder) / "model.safetensors"
     weights.chmod(0o600)
     weights.write_bytes(b"other")
     with pytest.raises(DraftsmithError, match="is not what was registered: run the same command again"):
-        commands.export(Display(), line, tmp_path / "again", dry_run=False)
-    commands.export(Display(), line, tmp_path / "again", dry_run=False)
+        registry_commands.export(Display(), line, tmp_path / "again", dry_run=False)
+    registry_commands.export(Display(), line, tmp_path / "again", dry_run=False)
 
 
 @pytest.mark.parametrize("upload", [True, False])
@@ -70,15 +70,15 @@ def test_a_damaged_drafter_comes_back_where_there_is_a_copy_and_else_is_named(
     weights.chmod(0o600)
     weights.write_bytes(b"other")
     if upload:
-        commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
-        commands.export(Display(), line, tmp_path / "copy", dry_run=False)
+        registry_commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
+        registry_commands.export(Display(), line, tmp_path / "copy", dry_run=False)
         assert drafter_digest(tmp_path / "copy") == digest
         taken = RecordingContext.under(tmp_path / "taken", {"target": plain_artifact})
         CHAMPION.run(taken, resolve(config).champion)
         assert drafter_digest(taken.out / DRAFTER_FOLDER) == digest
     else:
         with pytest.raises(DraftsmithError, match=r"version 1: .*model\.safetensors: .*: restore it .*promote") as said:
-            commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
+            registry_commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
         assert "--force" not in str(said.value)
     assert serving(line) == (1 if upload else 2)
 

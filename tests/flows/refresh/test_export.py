@@ -17,16 +17,16 @@ import torch
 from safetensors.torch import load_file
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.registry import Version
-from draftsmith.artifacts.retention import nobody_reads
-from draftsmith.artifacts.store import Store
-from draftsmith.flows.pipeline.display import Display
-from draftsmith.flows.refresh import commands
+from draftsmith.artifacts.store.local import Store
+from draftsmith.artifacts.store.retention import nobody_reads
+from draftsmith.artifacts.tracking.registry import Version
+from draftsmith.flows.execution.display import Display
+from draftsmith.flows.refresh import registry_commands
 from draftsmith.flows.refresh.line import FASTEST_BLOCK
+from draftsmith.stages.data.load import DRAFTER_FOLDER
 from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
-from draftsmith.stages.stored import DRAFTER_FOLDER
-from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.target.causal_lm import Target
 from tests.testbed.artifacts import committed
 from tests.testbed.random_target import random_drafter, write_artifact
 
@@ -44,21 +44,21 @@ def version(plain_target: Target, plain_artifact: Path, tmp_path: Path, monkeypa
     target = committed(store, "target", copied(plain_artifact))
     ref = committed(store, "opd", copied(tmp_path / "made"), inputs={"target": target})
     found = Version("line", 1, ref.uri, ref.stage, ref.key, ref.content_id)
-    monkeypatch.setattr(commands, "registry", lambda: SimpleNamespace(resolve=lambda _text: found))
+    monkeypatch.setattr(registry_commands, "registry", lambda: SimpleNamespace(resolve=lambda _text: found))
     return found
 
 
 def test_how_a_server_drafts_with_it_is_said(
     version: Version, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    commands.export(Display(), "line", tmp_path / "trained", dry_run=False)
+    registry_commands.export(Display(), "line", tmp_path / "trained", dry_run=False)
     by = f"--speculative-algorithm DFLASH --speculative-draft-model-path {tmp_path}/"
     block = json.loads((tmp_path / "trained" / "config.json").read_text())["block_size"]
     assert f"for SGLang: {by}trained --speculative-num-draft-tokens {block}" in told(capsys)
     cast("dict[str, str]", version.tags)[FASTEST_BLOCK] = "3"
-    commands.export(Display(), "line", tmp_path / "fastest", dry_run=False)
+    registry_commands.export(Display(), "line", tmp_path / "fastest", dry_run=False)
     assert block != 3 and f"{by}fastest --speculative-num-draft-tokens 3" in told(capsys)
-    commands.export(Display(), "line", tmp_path / "vllm", "speculators", dry_run=False)
+    registry_commands.export(Display(), "line", tmp_path / "vllm", "speculators", dry_run=False)
     assert f"for vLLM: vllm serve {tmp_path}/vllm" in told(capsys)
 
 
@@ -68,7 +68,7 @@ def test_a_version_that_was_not_promoted_is_copied_with_a_warning(
 ) -> None:
     tags = {"promoted_at": "2026-03-01"} if promoted else {"decision": "tau fell"}
     cast("dict[str, str]", version.tags).update(tags)
-    commands.export(Display(), "line@1", tmp_path / "copy", dry_run=False)
+    registry_commands.export(Display(), "line@1", tmp_path / "copy", dry_run=False)
     assert [record.levelname for record in caplog.records] == ["WARNING"] * (not promoted)
     assert (tmp_path / "copy" / "config.json").is_file() and ("tau fell" in caplog.text) is not promoted
 
@@ -85,23 +85,23 @@ def test_nothing_is_pruned_while_it_is_copied(tmp_path: Path, monkeypatch: pytes
         seen.append(True)
 
     seen: list[bool] = []
-    monkeypatch.setattr(commands, "for_users", pruned_meanwhile)
-    commands.export(Display(), "line", tmp_path / "out", dry_run=False)
+    monkeypatch.setattr(registry_commands, "for_users", pruned_meanwhile)
+    registry_commands.export(Display(), "line", tmp_path / "out", dry_run=False)
     assert seen == [True]
 
 
 def test_each_layout_holds_the_drafter(version: Version, plain_target: Target, tmp_path: Path) -> None:
     source = version.path / DRAFTER_FOLDER
-    commands.export(Display(), "line", tmp_path / "own", dry_run=False)
+    registry_commands.export(Display(), "line", tmp_path / "own", dry_run=False)
     assert drafter_digest(tmp_path / "own") == drafter_digest(source)
-    commands.export(Display(), "line", tmp_path / "vllm", "speculators", dry_run=False)
+    registry_commands.export(Display(), "line", tmp_path / "vllm", "speculators", dry_run=False)
     config = json.loads((tmp_path / "vllm" / "config.json").read_text())
     assert config["speculators_config"]["verifier"]["name_or_path"] == plain_target.info.source
     tensors = load_file(tmp_path / "vllm" / "model.safetensors")
     assert tensors["lm_head.weight"].equal(plain_target.head_weight)
     drafter, kept = (load_drafter(folder, plain_target) for folder in (tmp_path / "vllm", source))
     assert all(tensor.equal(kept.state_dict()[name]) for name, tensor in drafter.state_dict().items())
-    commands.export(Display(), "line", tmp_path / "dry", "speculators", dry_run=True)
+    registry_commands.export(Display(), "line", tmp_path / "dry", "speculators", dry_run=True)
     assert not (tmp_path / "dry").exists()
 
 
@@ -111,12 +111,12 @@ def test_a_target_that_was_made_again_gives_no_table_to_a_drafter_of_the_one_bef
 ) -> None:
     store = Store(tmp_path / "home" / "store")
     committed(store, "target", copied(write_artifact(tmp_path / "revised", seed=1)), force=True)
-    commands.export(Display(), "line", tmp_path / "vllm", "speculators", dry_run=False)
+    registry_commands.export(Display(), "line", tmp_path / "vllm", "speculators", dry_run=False)
     assert load_file(tmp_path / "vllm" / "model.safetensors")["lm_head.weight"].equal(plain_target.head_weight)
     (replaced,) = (store.root / "target").glob(".replaced-*")
     shutil.rmtree(replaced)
     with pytest.raises(DraftsmithError, match=r"the target that it was made for .* was made again and is another"):
-        commands.export(Display(), "line", tmp_path / "none", "speculators", dry_run=False)
+        registry_commands.export(Display(), "line", tmp_path / "none", "speculators", dry_run=False)
 
 
 def test_a_full_disk_leaves_no_half_of_a_drafter_and_the_same_command_works_when_it_has_space(
@@ -133,9 +133,9 @@ def test_a_full_disk_leaves_no_half_of_a_drafter_and_the_same_command_works_when
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "copyfile", full)
         with pytest.raises(DraftsmithError, match=r"exporting to .*/copy: the disk is full: free some space"):
-            commands.export(Display(), "line", tmp_path / "copy", dry_run=False)
+            registry_commands.export(Display(), "line", tmp_path / "copy", dry_run=False)
     assert not (tmp_path / "copy").exists()
-    commands.export(Display(), "line", tmp_path / "copy", dry_run=False)
+    registry_commands.export(Display(), "line", tmp_path / "copy", dry_run=False)
     assert drafter_digest(tmp_path / "copy") == drafter_digest(version.path / DRAFTER_FOLDER)
 
 
@@ -146,7 +146,7 @@ def test_what_is_in_the_way_is_told_and_stays(tmp_path: Path) -> None:
     (tmp_path / "full" / "file").write_text("mine")
     for name, said in (("file", "is a file: give a new folder"), ("full", "is not empty: give a new folder")):
         with pytest.raises(DraftsmithError, match=said):
-            commands.export(Display(), "line", tmp_path / name, dry_run=False)
+            registry_commands.export(Display(), "line", tmp_path / name, dry_run=False)
     assert (tmp_path / "file").read_text() == (tmp_path / "full" / "file").read_text() == "mine"
 
 
@@ -174,11 +174,11 @@ def test_what_is_not_what_was_registered_is_neither_copied_out_nor_made_the_cham
         champion=lambda _line: None,
         promote=lambda promoted, **_fields: moved.append(promoted),
     )
-    monkeypatch.setattr(commands, "registry", lambda: line)
+    monkeypatch.setattr(registry_commands, "registry", lambda: line)
     with pytest.raises(DraftsmithError, match=said):
-        commands.export(Display(), "line", tmp_path / "copy", dry_run=False)
+        registry_commands.export(Display(), "line", tmp_path / "copy", dry_run=False)
     with pytest.raises(DraftsmithError, match=said):
-        commands.promote(Display(), "line@1", "", dry_run=False)
+        registry_commands.promote(Display(), "line@1", "", dry_run=False)
     with pytest.raises(DraftsmithError, match=said):
-        commands.rollback(Display(), "line", "", dry_run=False)
+        registry_commands.rollback(Display(), "line", "", dry_run=False)
     assert moved == [] and not (tmp_path / "copy").exists()

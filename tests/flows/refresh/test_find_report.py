@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.manifest import ArtifactRef
-from draftsmith.artifacts.store import Store
-from draftsmith.artifacts.tracking import Tracking
-from draftsmith.flows.cli import main
-from draftsmith.flows.pipeline.graph import plan
-from draftsmith.flows.pipeline.record import RunRecord
+from draftsmith.artifacts.store.local import Store
+from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.tracking.runs import Tracking
+from draftsmith.flows.cli.main import main
+from draftsmith.flows.execution.mlflow_run import RunRecord
+from draftsmith.flows.planning.graph import plan
 from draftsmith.flows.refresh.find_report import report_of_config, report_of_text
 from draftsmith.flows.refresh.graph import REFRESH
-from draftsmith.flows.refresh.review import review
-from tests.flows.pipeline.processes import ROOT
+from draftsmith.flows.refresh.summary import review
+from tests.flows.processes import ROOT
 from tests.testbed.artifacts import committed
 from tests.testbed.refresh import load_config
 

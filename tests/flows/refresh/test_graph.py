@@ -8,15 +8,15 @@ import pytest
 import yaml
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.flows.pipeline.external import external_digests
-from draftsmith.flows.pipeline.graph import in_order
-from draftsmith.flows.pipeline.options import TimeLimit
+from draftsmith.flows.config.options import TimeLimit
+from draftsmith.flows.planning.graph import in_order
+from draftsmith.flows.planning.inputs import external_digests
 from draftsmith.flows.refresh.config import RefreshConfig, control_config, prompts_since
 from draftsmith.flows.refresh.graph import refresh_nodes
-from draftsmith.stages.champion import ChampionConfig
-from draftsmith.stages.law import GREEDY, Law
-from draftsmith.stages.training.on_policy.config import OpdConfig
-from tests.flows.pipeline.processes import ROOT
+from draftsmith.stages.drafters.champion import ChampionConfig
+from draftsmith.stages.target.sampling import GREEDY, Law
+from draftsmith.stages.training.config import OpdConfig
+from tests.flows.processes import ROOT
 from tests.testbed.refresh import load_config
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"

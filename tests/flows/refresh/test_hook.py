@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from draftsmith.artifacts.home import private_files
-from draftsmith.artifacts.manifest import ArtifactRef
-from draftsmith.artifacts.store import Store
-from draftsmith.flows.pipeline.display import Display
-from draftsmith.flows.refresh import commands, hook
-from draftsmith.flows.refresh.hook import HookConfig, call
+from draftsmith.artifacts.store.local import Store
+from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.flows.execution.display import Display
+from draftsmith.flows.refresh import promotion_hook, registry_commands
+from draftsmith.flows.refresh.promotion_hook import HookConfig, call
 from tests.flows.refresh.made import config_of, finished, gated
 
 DECISION = {"line": "tiny", "version": 3, "promote": True}
@@ -81,9 +81,9 @@ def test_a_hook_exports_the_drafter_that_it_is_called_for(
 
     def deployment(_hook: HookConfig, said: dict[str, Any]) -> None:
         told.append(said)
-        commands.export(Display(), line, tmp_path / "exported", dry_run=False)
+        registry_commands.export(Display(), line, tmp_path / "exported", dry_run=False)
 
-    monkeypatch.setattr(hook, "call", deployment)
+    monkeypatch.setattr(promotion_hook, "call", deployment)
     finished(config, gated(Store(home / "store"), drafters[0]))
     assert [(said["line"], said["version"], said["promote"]) for said in told] == [(line, 1, True)]
     assert told[0]["source"] == drafters[0].uri and {"outcome", "challenger", "sentence", "rules"} <= told[0].keys()

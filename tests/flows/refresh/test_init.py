@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from draftsmith.flows.cli import main
+from draftsmith.flows.cli.main import main
 from draftsmith.flows.refresh.init import BEGINNINGS
 from tests.testbed.drafter import DrafterArtifacts
 from tests.testbed.refresh import load_config

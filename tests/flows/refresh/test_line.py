@@ -12,20 +12,20 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
-from draftsmith.artifacts.manifest import ArtifactRef
-from draftsmith.artifacts.open_store import STORE, store_of
-from draftsmith.artifacts.registry import Version
+from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.store.open import STORE, store_of
+from draftsmith.artifacts.tracking.registry import Version
 from draftsmith.flows.checks.check import RunChecks
-from draftsmith.flows.pipeline.graph import PlannedNode, Status
+from draftsmith.flows.planning.graph import PlannedNode, Status
 from draftsmith.flows.refresh.config import RefreshConfig
-from draftsmith.flows.refresh.course import resolve
+from draftsmith.flows.refresh.decisions import resolve
 from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.flows.refresh.line import log_tags, prompt_tags, registry
-from draftsmith.stages.earlier import STAGE, TABLE, EarlierConfig, is_here
-from draftsmith.stages.logs import STAGE as LOGS
-from draftsmith.stages.logs import LogsConfig
-from draftsmith.stages.targets.info import read_target_info
-from tests.stages.logs_run import as_ids, counts, run, table, write
+from draftsmith.stages.data.logs.rehearsal_stage import STAGE, TABLE, EarlierConfig, is_here
+from draftsmith.stages.data.logs.stage import STAGE as LOGS
+from draftsmith.stages.data.logs.stage import LogsConfig
+from draftsmith.stages.target.info import read_target_info
+from tests.stages.data.logs.logs_run import as_ids, counts, run, table, write
 from tests.testbed.artifacts import committed
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
@@ -168,8 +168,8 @@ def planned_checks(config: RefreshConfig) -> list[str]:
 
 def _answers(folder: Path, made: DrafterArtifacts) -> Path:
     """Different answers, an hour apart."""
-    from draftsmith.artifacts.parquet import read_table
-    from draftsmith.artifacts.schemas import TRAJECTORIES
+    from draftsmith.artifacts.tables.parquet import read_table
+    from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 
     rows = read_table(made.rollout / "trajectories.parquet", TRAJECTORIES).to_pylist()
     different = list({tuple(row["prompt_ids"] + row["response_ids"]): row for row in rows}.values())

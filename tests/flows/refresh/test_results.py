@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from draftsmith.artifacts.manifest import ArtifactRef
-from draftsmith.flows.pipeline.display import Display, Ending
+from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.flows.execution.display import Display, Ending
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.line import registry
-from draftsmith.flows.refresh.results import WIDTH, screen, show_results
-from draftsmith.stages.champion import ChampionConfig
+from draftsmith.flows.refresh.summary import WIDTH, screen, show_results
+from draftsmith.stages.drafters.champion import ChampionConfig
 from tests.flows.refresh.made import config_of
-from tests.stages.reporting.sample_report import DECISION, EVALUATION, HOSTILE, OF_A_LINE
+from tests.stages.report.sample_report import DECISION, EVALUATION, HOSTILE, OF_A_LINE
 
 pytestmark = pytest.mark.usefixtures("home")
 LINES = 25

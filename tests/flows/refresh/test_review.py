@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 
 from draftsmith.artifacts.errors import RefusedError
-from draftsmith.artifacts.mlflow_models import ALL
-from draftsmith.artifacts.store import Store
-from draftsmith.artifacts.tracking import NOTE, Tracking
-from draftsmith.flows.pipeline.display import Display
-from draftsmith.flows.pipeline.graph import Conclusion
-from draftsmith.flows.pipeline.node import Made, Workshop
-from draftsmith.flows.pipeline.run import _reviewed
+from draftsmith.artifacts.store.local import Store
+from draftsmith.artifacts.tracking.models import ALL
+from draftsmith.artifacts.tracking.runs import NOTE, Tracking
+from draftsmith.flows.execution.display import Display
+from draftsmith.flows.execution.node import Made, Workshop
+from draftsmith.flows.orchestration.run import _reviewed
+from draftsmith.flows.planning.graph import Conclusion
 from draftsmith.flows.refresh.graph import REFRESH
-from draftsmith.flows.refresh.review import compared
-from draftsmith.stages.reporting.outcome import outcome
+from draftsmith.flows.refresh.summary import compared
+from draftsmith.stages.report.outcome import outcome
 from tests.flows.refresh.made import config_of
-from tests.stages.reporting.sample_report import OF_A_LINE
+from tests.stages.report.sample_report import OF_A_LINE
 from tests.testbed.artifacts import committed
 
 DECISION = {"outcome": "promoted", "promote": True, "challenger": "opd", "champion": "3", "rules": []}

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from draftsmith.artifacts.store import Store
-from draftsmith.flows.cli import main
-from tests.flows.pipeline.processes import ROOT
+from draftsmith.artifacts.store.local import Store
+from draftsmith.flows.cli.main import main
+from tests.flows.processes import ROOT
 from tests.flows.refresh.made import gated
 from tests.testbed.artifacts import committed
 

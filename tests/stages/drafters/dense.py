@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from draftsmith.stages.drafters.attention import KeysValues, Reach
+from draftsmith.stages.drafters.block_attention import KeysValues, Reach
 
 
 def dense_attention(queries: torch.Tensor, prefix: KeysValues, own: KeysValues, reach: Reach) -> torch.Tensor:

@@ -17,27 +17,27 @@ import torch
 from torch.nn import functional as F
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.data.trajectories import Trajectory, pad_tokens
 from draftsmith.stages.drafters.base import Context, Drafter, DrafterInfo
 from draftsmith.stages.drafters.checkpoint import UPGRADES, check_whole, load_drafter, save_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
-from draftsmith.stages.drafters.head import Head
-from draftsmith.stages.drafters.kinds import KINDS, DrafterConfig
+from draftsmith.stages.drafters.lm_head import Head
+from draftsmith.stages.drafters.registry import KINDS, DrafterConfig
 from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.replay.chains import replay_chains
-from draftsmith.stages.replay.sequential import replay_sequentially
-from draftsmith.stages.replay.trace import Trajectory, pad_tokens
-from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.replay.stats import replay_sequentially
+from draftsmith.stages.target.causal_lm import Target
 from tests.stages.drafters.edits import edit_tensors
 from tests.testbed import random_target, ties
 from tests.testbed.architectures import RANDOM
 
 ROOT = Path(__file__).parents[3]
 MAY_NAME_KINDS = {
-    "flows/pipeline/config_file.py",  # what a section means that leaves its kind out
+    "flows/config/load.py",  # what a section means that leaves its kind out
     "stages/drafters/checkpoint.py",  # and a checkpoint that names the class of its authors' code
-    "stages/drafters/kept.py",  # what a training of each keeps
-    "stages/drafters/kinds.py",  # the list of them
+    "stages/drafters/activations.py",  # what a training of each keeps
+    "stages/drafters/registry.py",  # the list of them
     "stages/drafters/speculators.py",  # the form that each has in another layout
 }
 TOLERANCE = 3e-5  # float32, the same sums in another order, on values of order one to ten

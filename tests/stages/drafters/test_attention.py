@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from draftsmith.stages.drafters import attention
-from draftsmith.stages.drafters.attention import Reach, block_attention
+from draftsmith.stages.drafters import block_attention as attention
+from draftsmith.stages.drafters.block_attention import Reach, block_attention
 from tests.stages.drafters.dense import dense_attention
 from tests.stages.kernel_flops import KERNEL_FLOPS
 

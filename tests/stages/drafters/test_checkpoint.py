@@ -22,10 +22,10 @@ from draftsmith.stages.drafters.checkpoint import (
     save_drafter,
 )
 from draftsmith.stages.drafters.dflash.checkpoint import default_layer_ids
+from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter, Sight
-from draftsmith.stages.drafters.dflash.shape import DFlashConfig
-from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.targets.info import model_path
+from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.info import model_path
 from tests.stages.drafters.edits import Edit, cut, edit_config, edit_tensors, remove, write
 from tests.testbed import random_target
 

@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 
+from draftsmith.stages.data.trajectories import pad_tokens
 from draftsmith.stages.drafters import base
 from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.dspark import model
-from draftsmith.stages.drafters.head import Head
-from draftsmith.stages.replay.trace import pad_tokens
-from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.drafters.lm_head import Head
+from draftsmith.stages.target.causal_lm import Target
 from tests.testbed import random_target
 from tests.testbed.architectures import RANDOM
 

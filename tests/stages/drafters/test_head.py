@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.drafters.lm_head import Head
 
 V, H = 12, 4
 WEIGHT = torch.randn(V, H, generator=torch.Generator().manual_seed(0))

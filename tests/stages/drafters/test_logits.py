@@ -13,16 +13,16 @@ import torch
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import create_drafter, load_drafter, save_drafter, upgraded
+from draftsmith.stages.drafters.dflash2.config import DFlash2Config
 from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
-from draftsmith.stages.drafters.dflash2.shape import DFlash2Config
 from draftsmith.stages.drafters.dspark import checkpoint as dspark
+from draftsmith.stages.drafters.dspark.config import DSparkConfig
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
-from draftsmith.stages.drafters.dspark.shape import DSparkConfig
 from draftsmith.stages.drafters.speculators import to_speculators
-from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.targets.logits import LogitMap
+from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.logit_map import LogitMap
 from draftsmith.stages.training.config import TrainingConfig
-from draftsmith.stages.training.vocabulary import HeadSource
+from draftsmith.stages.training.lm_heads import HeadSource
 from tests.testbed.dflash2 import SIZES
 from tests.testbed.families import write_family
 from tests.testbed.random_target import random_drafter

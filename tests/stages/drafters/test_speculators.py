@@ -17,8 +17,8 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import check_whole, load_drafter, save_drafter
 from draftsmith.stages.drafters.export import export_speculators
-from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.targets.info import model_path
+from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.info import model_path
 from tests.stages.drafters.edits import Edit, edit_config, edit_tensors
 from tests.testbed.dflash2 import random_dflash2
 from tests.testbed.dspark import random_dspark

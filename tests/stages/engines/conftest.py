@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from draftsmith.artifacts import retry
+from draftsmith.stages.data.load import DRAFTER_FOLDER
 from draftsmith.stages.engines.sglang import pool
 from draftsmith.stages.engines.sglang.handshake import Expected
-from draftsmith.stages.stored import DRAFTER_FOLDER
 from tests.stages.engines.servers import expected_of
 from tests.testbed.drafter import DrafterArtifacts
 

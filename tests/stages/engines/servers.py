@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.sglang.engine import SGLangEngine, open_sglang
 from draftsmith.stages.engines.sglang.handshake import Expected, ServerInfo, check_server

@@ -11,12 +11,12 @@ import torch
 from scipy import stats
 
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.drafters.config import DraftingConfig
-from draftsmith.stages.drafters.drawing import Purpose, pick, sampled, uniform
+from draftsmith.stages.drafters.sampling import Purpose, pick, sampled, uniform
+from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines import verification
 from draftsmith.stages.engines.base import Completion, Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
-from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.target.causal_lm import Target
 from tests.testbed.dflash2 import random_dflash2
 from tests.testbed.drawing import drawing_eagle3
 from tests.testbed.dspark import random_dspark

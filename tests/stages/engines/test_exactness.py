@@ -10,11 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.drafters.drawing import sampled as distribution
-from draftsmith.stages.drafters.drawing import uniform
+from draftsmith.stages.drafters.sampling import sampled as distribution
+from draftsmith.stages.drafters.sampling import uniform
 from draftsmith.stages.engines.base import Completion, Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
-from draftsmith.stages.targets.info import model_path
+from draftsmith.stages.target.info import model_path
 from tests.stages.bench import GREEDY_TOKENS, Bench
 from tests.testbed.drafter import DrafterArtifacts
 

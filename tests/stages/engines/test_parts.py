@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from draftsmith.artifacts.parquet import write_table
-from draftsmith.artifacts.schemas import TIMINGS
+from draftsmith.artifacts.tables.parquet import write_table
+from draftsmith.artifacts.tables.schemas import TIMINGS
 from draftsmith.stages.engines.base import Completion, Request, SamplingParams, VerifyStep
-from draftsmith.stages.engines.parts import SCHEMAS, AnswerParts
+from draftsmith.stages.engines.partial_answers import SCHEMAS, AnswerParts
 
 SPLITS = {"a": "train", "b": "train"}
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from draftsmith.stages.drafters.drawing import (
+from draftsmith.stages.drafters.sampling import (
     argmax,
     outside,
     probabilities,
@@ -21,7 +21,7 @@ from draftsmith.stages.drafters.drawing import (
 )
 from draftsmith.stages.engines.base import SamplingParams
 from draftsmith.stages.engines.verification import draw
-from draftsmith.stages.law import Law
+from draftsmith.stages.target.sampling import Law
 
 
 def test_uniform_numbers_depend_on_seed_and_position_and_are_uniform() -> None:

@@ -12,11 +12,11 @@ from pydantic import ValidationError
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.host import Gpu
-from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import LaunchConfig, SGLangEngineConfig
+from draftsmith.stages.engines.rollout import RolloutConfig
 from draftsmith.stages.engines.sglang import server
-from draftsmith.stages.measure.config import EvaluationConfig
-from draftsmith.stages.rollout import RolloutConfig
+from draftsmith.stages.evaluation.config import EvaluationConfig
 
 
 def config(**launch: Any) -> SGLangEngineConfig:

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageInterrupted
-from draftsmith.artifacts.parquet import read_table
-from draftsmith.artifacts.schemas import TRAJECTORIES
+from draftsmith.artifacts.tables.parquet import read_table
+from draftsmith.artifacts.tables.schemas import TRAJECTORIES
+from draftsmith.stages.data.load import DRAFTER_FOLDER, load_prompts
 from draftsmith.stages.engines.base import Request, SamplingParams
+from draftsmith.stages.engines.rollout import STAGE, RolloutConfig
 from draftsmith.stages.engines.sglang import pool
 from draftsmith.stages.engines.sglang.engine import _MOST_UNANSWERED, SGLangEngine, UnansweredError
 from draftsmith.stages.engines.sglang.handshake import Expected
-from draftsmith.stages.rollout import STAGE, RolloutConfig
-from draftsmith.stages.stored import DRAFTER_FOLDER, load_prompts
 from tests.stages.engines.http_server import Refusal, answer, is_probe
 from tests.stages.engines.servers import (
     STAND_IN,

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.stages.data.load import DRAFTER_FOLDER
 from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.sglang.handshake import Expected, ServerInfo
-from draftsmith.stages.stored import DRAFTER_FOLDER
 from tests.stages.engines.http_server import Refusal, answer
 from tests.stages.engines.servers import expected_of, good_server, opened, server_of, shake, speculating
 from tests.testbed.drafter import DrafterArtifacts

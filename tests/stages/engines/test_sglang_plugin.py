@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from draftsmith.artifacts.code_digest import code_digest
+from draftsmith.artifacts.store.code_digest import code_digest
+from draftsmith.stages.catalog import STAGES
 from draftsmith.stages.engines.sglang import plugin, plugin_hooks, server
 from draftsmith.stages.engines.sglang.environment import PLUGIN_GROUP
 from draftsmith.stages.engines.sglang.plugin_hooks import (
@@ -140,7 +141,7 @@ def test_what_runs_inside_the_servers_counts_as_code_of_the_stages_that_ask_them
     assert entry == {"draftsmith": server.PLUGIN}
     for room in ("artifacts", "stages"):
         shutil.copytree(project / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__", "*.md"))
-    stages = {name: f"draftsmith.stages.{name}" for name in ("rollout", "evaluation", "diagnosis", "gate", "sft")}
+    stages = {name: STAGES[name] for name in ("rollout", "evaluation", "diagnosis", "gate", "sft")}
     for module in ("plugin", "plugin_hooks"):
         before = {name: code_digest(stage, tmp_path) for name, stage in stages.items()}
         with (tmp_path / f"stages/engines/sglang/{module}.py").open("a") as source:

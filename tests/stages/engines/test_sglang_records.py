@@ -17,7 +17,7 @@ from draftsmith.stages.engines.sglang.records import (
     read_steps,
     trace_identity,
 )
-from draftsmith.stages.measure.requests import accepted_lengths
+from draftsmith.stages.evaluation.timed_runs import accepted_lengths
 from tests.stages.bench import Bench
 
 REQUEST = Request("p/0", [10, 11, 12], SamplingParams(6))

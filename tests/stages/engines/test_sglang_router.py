@@ -14,12 +14,12 @@ import pytest
 from pydantic import ValidationError
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.stages.data.load import DRAFTER_FOLDER
 from draftsmith.stages.engines.base import Request, SamplingParams
+from draftsmith.stages.engines.rollout import RolloutConfig
 from draftsmith.stages.engines.sglang import environment, router
 from draftsmith.stages.engines.sglang.handshake import Expected
-from draftsmith.stages.measure.config import EvaluationConfig
-from draftsmith.stages.rollout import RolloutConfig
-from draftsmith.stages.stored import DRAFTER_FOLDER
+from draftsmith.stages.evaluation.config import EvaluationConfig
 from tests.stages.engines.http_server import HttpServer, Reply, serving
 from tests.stages.engines.servers import opened, refusing, server_of, speculating
 from tests.stages.engines.test_sglang_config import after, config

@@ -15,7 +15,7 @@ import pytest
 
 from draftsmith.stages.engines.sglang.client import key_header
 from draftsmith.stages.engines.sglang.server import ServerProcess, free_ports
-from tests.flows.pipeline.processes import ROOT, wait_until
+from tests.flows.processes import ROOT, wait_until
 from tests.stages.engines.servers import STAND_IN, living
 
 COMMAND = [sys.executable, "-m", "sglang.launch_server"]

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.sglang.handshake import Expected
 from draftsmith.stages.engines.sglang.probe import own_logprobs
-from draftsmith.stages.targets.config import TargetConfig
-from draftsmith.stages.targets.info import model_path, write_target_info
-from draftsmith.stages.targets.resolve import describe
+from draftsmith.stages.target.config import TargetConfig
+from draftsmith.stages.target.info import model_path, write_target_info
+from draftsmith.stages.target.resolve import describe
 from tests.stages.engines.http_server import answer
 from tests.stages.engines.servers import server_of, shake
 from tests.testbed.drafter import DrafterArtifacts

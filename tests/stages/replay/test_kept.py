@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.replay import replayer
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
-from draftsmith.stages.replay.trace import Trace, Trajectory
-from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.target.causal_lm import Target
 
 GENERATOR = np.random.default_rng(0)
 TEXTS = [Trajectory(f"t{i}", GENERATOR.integers(0, 60, 12 + i).tolist(), 4) for i in range(9)]

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 
+from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.drafters.drawing import is_outside, outside, probabilities
+from draftsmith.stages.drafters.sampling import is_outside, outside, probabilities
 from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
-from draftsmith.stages.law import Law
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.sampled import Expectation, SampledText, truncation_warning
-from draftsmith.stages.replay.tally import Tally
-from draftsmith.stages.replay.trace import Trajectory
-from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.replay.stats import Tally
+from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.sampling import Law
 from tests.stages.bench import trajectory_of
 from tests.testbed.dspark import random_dspark
 from tests.testbed.random_target import random_drafter

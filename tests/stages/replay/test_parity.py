@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.parquet import to_table
-from draftsmith.artifacts.schemas import TRACE
+from draftsmith.artifacts.tables.parquet import to_table
+from draftsmith.artifacts.tables.schemas import TRACE
 from draftsmith.stages.replay import parity
 from draftsmith.stages.replay.parity import Gate, check_tau
 

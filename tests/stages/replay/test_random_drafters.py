@@ -14,12 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Context, Drafter
-from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.replay.chains import REJECTIONS_TO_SPLIT, ChainState, RejectionRate, replay_chains
-from draftsmith.stages.replay.sequential import replay_sequentially
-from draftsmith.stages.replay.trace import Trajectory
-from draftsmith.stages.targets.slots import Rows
+from draftsmith.stages.replay.stats import replay_sequentially
+from draftsmith.stages.target.kv_cache import Rows
 
 HEAD = Head(torch.zeros(1, 1))
 

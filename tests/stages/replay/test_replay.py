@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import torch
 
+from draftsmith.stages.data.load import DRAFTER_FOLDER
+from draftsmith.stages.data.trajectories import Trajectory, groups_by_length, pad_tokens
 from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
-from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.replay.chains import start_anchors, successors
 from draftsmith.stages.replay.replayer import Replayer
-from draftsmith.stages.replay.trace import Trace, Trajectory, groups_by_length, pad_tokens, tau
-from draftsmith.stages.stored import DRAFTER_FOLDER
-from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.replay.trace import Trace, tau
+from draftsmith.stages.target.causal_lm import Target
 from tests.stages.bench import GREEDY, Bench, assert_recorded, assert_same, trajectory_of
 from tests.testbed import random_target
 from tests.testbed.drafter import DrafterArtifacts

@@ -17,19 +17,20 @@ import pytest
 import torch
 from scipy import stats
 
+from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.drafters.config import DraftingConfig
-from draftsmith.stages.drafters.drawing import Purpose, probabilities, seed_of, truncated
+from draftsmith.stages.drafters.sampling import Purpose, probabilities, seed_of, truncated
+from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
-from draftsmith.stages.law import Law
-from draftsmith.stages.measure.acceptance import tau_by_set, tau_difference, taus_compared
-from draftsmith.stages.measure.gate import CHAMPION
+from draftsmith.stages.evaluation.acceptance import tau_by_set, tau_difference, taus_compared
+from draftsmith.stages.evaluation.gate_rules import CHAMPION
 from draftsmith.stages.replay import sampled
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
-from draftsmith.stages.replay.trace import Trace, Trajectory, tau
-from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.replay.trace import Trace, tau
+from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.sampling import Law
 from tests.stages.bench import trajectory_of
 from tests.stages.drafters.test_drafting import law_of
 from tests.testbed import random_target

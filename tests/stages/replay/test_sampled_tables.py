@@ -18,11 +18,11 @@ import pytest
 import torch
 
 from draftsmith.stages.drafters.base import Drafter, Drafting
-from draftsmith.stages.drafters.drawing import Purpose
-from draftsmith.stages.drafters.head import Head
-from draftsmith.stages.law import Law
+from draftsmith.stages.drafters.lm_head import Head
+from draftsmith.stages.drafters.sampling import Purpose
 from draftsmith.stages.replay import sampled
 from draftsmith.stages.replay.sampled import SampledText
+from draftsmith.stages.target.sampling import Law
 from tests.stages.replay.test_sampled import same_law
 
 V, DRAWS = 4, 20_000

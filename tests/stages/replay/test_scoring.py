@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from draftsmith.stages.data.trajectories import Trajectory, pad_tokens
 from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.scoring import StepScores, score_traces
-from draftsmith.stages.replay.trace import Trace, Trajectory, pad_tokens
-from draftsmith.stages.targets.slots import SlotCache
+from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.target.kv_cache import SlotCache
 from tests.stages.bench import Bench
 
 TOLERANCE = 3e-4  # nats, float32; the trees are other matrix shapes than one block

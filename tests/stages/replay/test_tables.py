@@ -9,13 +9,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from draftsmith.artifacts.parquet import to_table
-from draftsmith.artifacts.schemas import VERIFY_STEPS
+from draftsmith.artifacts.tables.parquet import to_table
+from draftsmith.artifacts.tables.schemas import VERIFY_STEPS
+from draftsmith.stages.data.trajectories import Trajectory
+from draftsmith.stages.replay.mined_table import Frequent, MinedFigures, steps_table
 from draftsmith.stages.replay.replayer import Mined
 from draftsmith.stages.replay.scoring import StepScores
-from draftsmith.stages.replay.table import Frequent, MinedFigures, steps_table
-from draftsmith.stages.replay.tally import Tally
-from draftsmith.stages.replay.trace import Trace, Trajectory, tau
+from draftsmith.stages.replay.stats import Tally
+from draftsmith.stages.replay.trace import Trace, tau
 
 K = 3
 

@@ -8,15 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.replay.trace import Trajectory
-from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.training.anchors import pad_anchors
+from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.training.batches import Batch, FeatureSource
-from draftsmith.stages.training.blocks import Anchors
+from draftsmith.stages.training.blocks import Anchors, pad_anchors
 from draftsmith.stages.training.config import TrainingConfig
-from draftsmith.stages.training.on_policy.verify_steps import VerifySteps
-from draftsmith.stages.training.vocabulary import Heads, HeadSource
+from draftsmith.stages.training.lm_heads import Heads, HeadSource
+from draftsmith.stages.training.opd.verify_steps import VerifySteps
 from tests.testbed import random_target
 
 K = 4  # proposals of the plain drafter's block

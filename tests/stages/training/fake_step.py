@@ -19,29 +19,27 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from draftsmith.stages.drafters import attention
+from draftsmith.stages.data.trajectories import Trajectory
+from draftsmith.stages.drafters import block_attention
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import plan_of_new
+from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
-from draftsmith.stages.drafters.dflash.shape import DFlashConfig
 from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
+from draftsmith.stages.drafters.eagle3.config import Eagle3Config
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
-from draftsmith.stages.drafters.eagle3.shape import Eagle3Config
-from draftsmith.stages.law import GREEDY, Law
-from draftsmith.stages.replay.trace import Trajectory
-from draftsmith.stages.targets.estimate import ModelSize, Sizes
-from draftsmith.stages.training.accumulation import Accumulation
-from draftsmith.stages.training.anchors import position_anchors
+from draftsmith.stages.target.estimate import ModelSize, Sizes
+from draftsmith.stages.target.sampling import GREEDY, Law
 from draftsmith.stages.training.batches import Batch
-from draftsmith.stages.training.blocks import Anchors, LossReport, Share, Weighted
-from draftsmith.stages.training.config import SftConfig, TrainingConfig
-from draftsmith.stages.training.on_policy.config import OpdConfig
-from draftsmith.stages.training.on_policy.sources import Drawn, RandomAnchors
-from draftsmith.stages.training.on_policy.step import OpdStep
-from draftsmith.stages.training.on_policy.verify_steps import VerifySteps
-from draftsmith.stages.training.supervised import sft_loss
-from draftsmith.stages.training.vocabulary import HeadSource
+from draftsmith.stages.training.blocks import Anchors, LossReport, Share, Weighted, position_anchors
+from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
+from draftsmith.stages.training.lm_heads import HeadSource
+from draftsmith.stages.training.loop import Accumulation
+from draftsmith.stages.training.opd.anchor_sources import Drawn, RandomAnchors
+from draftsmith.stages.training.opd.step import OpdStep
+from draftsmith.stages.training.opd.verify_steps import VerifySteps
+from draftsmith.stages.training.sft.trainer import sft_loss
 
 _OF_KIND = {"dflash": DFlashDrafter, "dflash2": DFlash2Drafter, "dspark": DSparkDrafter}
 _SHARED = {"vocab_size": 151936, "head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 8}
@@ -85,7 +83,7 @@ class FakeStep:
     def _plan(self, target: Any) -> Any:
         return plan_of_new(self.drafter, target, lambda: SimpleNamespace(convert_ids_to_tokens=lambda _: None))
 
-    def peak_bytes(self, rows_at_once: int, mask_entries: int = attention._MASK_ENTRIES) -> float:
+    def peak_bytes(self, rows_at_once: int, mask_entries: int = block_attention._MASK_ENTRIES) -> float:
         """Of the last micro-batch of a step, in its forward or its backward.
 
         mask_entries: blocks of the CPU's attention at once; more are fewer calls to follow.
@@ -120,7 +118,7 @@ class FakeStep:
         tracker.track_external(target, drafter, features, hidden, *gradients, *moments)
         accumulation = Accumulation()
         no_number = patch.object(Weighted, "share", lambda _: Share(0, 1))  # a fake one cannot be read
-        with no_number, patch.object(attention, "_MASK_ENTRIES", mask_entries), tracker:
+        with no_number, patch.object(block_attention, "_MASK_ENTRIES", mask_entries), tracker:
             reports = self._reports(drafter, target.get_output_embeddings().weight, batch, parts)
             for _ in range(min(2, len(parts))):
                 with torch.autocast("cpu", torch.bfloat16, enabled=config.compute_dtype == "bfloat16"):

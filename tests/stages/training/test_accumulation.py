@@ -9,18 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.law import GREEDY, Law
-from draftsmith.stages.replay.trace import Trajectory
-from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.training.accumulation import Accumulation
+from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.sampling import GREEDY, Law
 from draftsmith.stages.training.batches import FeatureSource, parts_of
 from draftsmith.stages.training.blocks import LossReport, Share
-from draftsmith.stages.training.config import SftConfig
-from draftsmith.stages.training.on_policy.config import OpdConfig
-from draftsmith.stages.training.on_policy.mined import MinedTable, TrajectorySteps
-from draftsmith.stages.training.on_policy.training import OpdTraining
-from draftsmith.stages.training.supervised import SftTraining
+from draftsmith.stages.training.config import OpdConfig, SftConfig
+from draftsmith.stages.training.loop import Accumulation
+from draftsmith.stages.training.opd.mined_table import MinedTable, TrajectorySteps
+from draftsmith.stages.training.opd.trainer import OpdTraining
+from draftsmith.stages.training.sft.trainer import SftTraining
 from tests.testbed import random_target
 from tests.testbed.architectures import RANDOM
 

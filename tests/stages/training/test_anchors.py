@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.replay.trace import Trajectory
-from draftsmith.stages.training.anchors import evenly, pad_anchors, position_anchors
+from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.training.batches import step_rng
+from draftsmith.stages.training.blocks import evenly, pad_anchors, position_anchors
 
 CPU = torch.device("cpu")
 

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from draftsmith.stages.drafters.head import Head
-from draftsmith.stages.replay.trace import Trajectory
-from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.data.trajectories import Trajectory
+from draftsmith.stages.drafters.lm_head import Head
+from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.training.batches import (
     FeatureSource,
     frequent_tokens,
@@ -18,7 +18,7 @@ from draftsmith.stages.training.batches import (
     trajectories_of_step,
 )
 from draftsmith.stages.training.config import TrainingConfig
-from draftsmith.stages.training.vocabulary import sampled_head
+from draftsmith.stages.training.lm_heads import sampled_head
 from tests.stages.training.case import hidden_of
 from tests.testbed import random_target
 

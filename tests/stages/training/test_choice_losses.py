@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
-from draftsmith.stages.drafters.head import Head
-from draftsmith.stages.law import GREEDY, Law
-from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.drafters.lm_head import Head
+from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.sampling import GREEDY, Law
 from draftsmith.stages.training.blocks import Anchors, LossReport, block_hidden, context_of
 from draftsmith.stages.training.config import SftConfig
+from draftsmith.stages.training.lm_heads import Heads
 from draftsmith.stages.training.loss_config import LossConfig
-from draftsmith.stages.training.on_policy.loss import opd_loss
-from draftsmith.stages.training.on_policy.verify_steps import judge
-from draftsmith.stages.training.supervised import sft_loss
-from draftsmith.stages.training.vocabulary import Heads
+from draftsmith.stages.training.opd.loss import opd_loss
+from draftsmith.stages.training.opd.verify_steps import judge
+from draftsmith.stages.training.sft.trainer import sft_loss
 from tests.stages.training.case import CHUNK, Case, heads_of, make_case
 from tests.stages.training.slow import Slow, assert_equal, slow_opd, slow_sft
 from tests.testbed.dflash2 import random_dflash2

@@ -10,26 +10,24 @@ import pytest
 import torch
 
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.drafters.drawing import probabilities, sampled
-from draftsmith.stages.drafters.head import Head
-from draftsmith.stages.law import Law
+from draftsmith.stages.drafters.lm_head import Head
+from draftsmith.stages.drafters.sampling import probabilities, sampled
 from draftsmith.stages.replay import sampled as sampled_replay
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.sampled import SampledText
-from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.training.anchors import position_anchors
+from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.sampling import Law
 from draftsmith.stages.training.batches import FeatureSource, step_rng
-from draftsmith.stages.training.blocks import Anchors, block_hidden, context_of
-from draftsmith.stages.training.config import SftConfig, TrainingConfig
+from draftsmith.stages.training.blocks import Anchors, block_hidden, context_of, position_anchors
+from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
+from draftsmith.stages.training.lm_heads import Heads, HeadSource
 from draftsmith.stages.training.loss_config import PositionWeights, ResponseStream
-from draftsmith.stages.training.on_policy import verify_steps
-from draftsmith.stages.training.on_policy.config import OpdConfig
-from draftsmith.stages.training.on_policy.training import OpdTraining
-from draftsmith.stages.training.on_policy.verify_steps import judge
-from draftsmith.stages.training.response import Feedback, _judged
-from draftsmith.stages.training.supervised import SftTraining
-from draftsmith.stages.training.vocabulary import Heads, HeadSource
+from draftsmith.stages.training.opd import verify_steps
+from draftsmith.stages.training.opd.trainer import OpdTraining
+from draftsmith.stages.training.opd.verify_steps import judge
+from draftsmith.stages.training.response_loss import Feedback, _judged
+from draftsmith.stages.training.sft.trainer import SftTraining
 from tests.stages.training.test_accumulation import mined
 from tests.testbed import random_target
 from tests.testbed.dflash2 import random_dflash2

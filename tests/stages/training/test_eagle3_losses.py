@@ -10,13 +10,13 @@ import torch
 
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
-from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.training.blocks import LossReport, block_hidden, block_hidden_on, context_of
 from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.loss_config import LossConfig
-from draftsmith.stages.training.on_policy.loss import opd_loss
-from draftsmith.stages.training.on_policy.verify_steps import VerifySteps
-from draftsmith.stages.training.supervised import sft_loss
+from draftsmith.stages.training.opd.loss import opd_loss
+from draftsmith.stages.training.opd.verify_steps import VerifySteps
+from draftsmith.stages.training.sft.trainer import sft_loss
 from tests.stages.training.case import CHUNK, Case, K, heads_of, make_case
 from tests.stages.training.slow import Slow, assert_equal, slow_opd, slow_sft
 from tests.testbed.eagle3 import random_eagle3

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
-from draftsmith.stages.checkpoints import checkpoints
-from draftsmith.stages.parallel.ranks import Ranks
-from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.runtime.checkpoint import checkpoints
+from draftsmith.stages.runtime.ranks import Ranks
+from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.training.blocks import LossReport
 from draftsmith.stages.training.config import OptimiserConfig, SftConfig
 from draftsmith.stages.training.loop import MicroBatches, cosine, train
-from draftsmith.stages.training.supervised import SftTraining
+from draftsmith.stages.training.sft.trainer import SftTraining
 from tests.testbed import random_target
 from tests.testbed.context import RecordingContext
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from draftsmith.stages.drafters import attention
-from draftsmith.stages.drafters.dflash.shape import DFlashConfig
-from draftsmith.stages.drafters.dflash2.shape import DFlash2Config
-from draftsmith.stages.drafters.dspark.shape import DSparkConfig
-from draftsmith.stages.drafters.eagle3.shape import Eagle3Config
-from draftsmith.stages.law import Law
-from draftsmith.stages.targets.estimate import PROCESS, Answers, Use
-from draftsmith.stages.training.config import SftConfig, TrainingConfig
+from draftsmith.stages.drafters import block_attention
+from draftsmith.stages.drafters.dflash.config import DFlashConfig
+from draftsmith.stages.drafters.dflash2.config import DFlash2Config
+from draftsmith.stages.drafters.dspark.config import DSparkConfig
+from draftsmith.stages.drafters.eagle3.config import Eagle3Config
+from draftsmith.stages.target.estimate import PROCESS, Answers, Use
+from draftsmith.stages.target.sampling import Law
+from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
 from draftsmith.stages.training.estimate import row_bytes, training_memory
-from draftsmith.stages.training.on_policy.config import OpdConfig
 from tests.stages.training.fake_step import FakeStep
 
 DFLASH = DFlashConfig(mask_token=151669)
@@ -42,7 +41,7 @@ WITHIN = 0.15
 
 
 def estimated_and_tracked(
-    step: FakeStep, device_memory: float, mask_entries: int = attention._MASK_ENTRIES
+    step: FakeStep, device_memory: float, mask_entries: int = block_attention._MASK_ENTRIES
 ) -> tuple[float, float, int]:
     """Bytes of the estimate without what no tensor is, bytes of the tracker, rows of a micro-batch."""
     config: TrainingConfig = step.config

@@ -6,15 +6,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from draftsmith.stages.drafters import attention
+from draftsmith.stages.drafters import block_attention
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.training.anchors import position_anchors
+from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.training.batches import FeatureSource, step_rng
-from draftsmith.stages.training.blocks import LossReport
+from draftsmith.stages.training.blocks import LossReport, position_anchors
 from draftsmith.stages.training.config import SftConfig, TrainingConfig
-from draftsmith.stages.training.supervised import sft_loss
-from draftsmith.stages.training.vocabulary import HeadSource
+from draftsmith.stages.training.lm_heads import HeadSource
+from draftsmith.stages.training.sft.trainer import sft_loss
 from tests.stages.kernel_flops import KERNEL_FLOPS
 from tests.testbed import random_target
 from tests.testbed.architectures import RANDOM
@@ -32,7 +31,7 @@ def any_drafter(request: pytest.FixtureRequest, plain_target: Target) -> Drafter
 def test_the_formula_is_what_torch_counts(
     any_drafter: Drafter, plain_target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_MASK_ENTRIES", 1)
+    monkeypatch.setattr(block_attention, "_MASK_ENTRIES", 1)
     trajectories = random_target.trajectories(1, seed=5)
     batch = FeatureSource(plain_target, any_drafter.target_layer_ids, trajectories).batch([0])
     anchors = position_anchors(trajectories, 4, step_rng(0, 0), torch.device("cpu"))

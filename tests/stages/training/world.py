@@ -9,26 +9,22 @@ from typing import Any
 import numpy as np
 import torch
 
+from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.replay.replayer import score
-from draftsmith.stages.replay.sequential import replay_sequentially
-from draftsmith.stages.replay.trace import Trace, Trajectory
-from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.replay.stats import replay_sequentially
+from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.training.batches import Batch, FeatureSource, step_rng
 from draftsmith.stages.training.blocks import Anchors, View, context_of
 from draftsmith.stages.training.config import TrainingConfig
 from draftsmith.stages.training.loss_config import LossConfig
-from draftsmith.stages.training.on_policy.mined import MinedTable, TrajectorySteps
-from draftsmith.stages.training.on_policy.remining import Remining
-from draftsmith.stages.training.on_policy.sources import (
-    AnchorSource,
-    RandomAnchors,
-    SuccessorAnchors,
-    TableAnchors,
-)
-from draftsmith.stages.training.on_policy.step import OpdStep
-from draftsmith.stages.training.on_policy.verify_steps import Unscored, VerifySteps, all_scored
+from draftsmith.stages.training.opd.anchor_sources import AnchorSource, RandomAnchors, SuccessorAnchors, TableAnchors
+from draftsmith.stages.training.opd.mined_table import MinedTable, TrajectorySteps
+from draftsmith.stages.training.opd.remining import Remining
+from draftsmith.stages.training.opd.step import OpdStep
+from draftsmith.stages.training.opd.verify_steps import Unscored, VerifySteps, all_scored
 from tests.stages.bench import Bench
 
 COUNT, PER_SEQUENCE = 6, 5

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from draftsmith.stages.drafters.checkpoint import create_drafter
+from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.drafters.dflash.model import SlotContext
-from draftsmith.stages.drafters.dflash.shape import DFlashConfig
-from draftsmith.stages.drafters.head import Head
-from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.drafters.lm_head import Head
+from draftsmith.stages.target.causal_lm import Target
 from tests.stages.drafters.dflash import reference
 from tests.testbed import random_target
 

@@ -9,8 +9,8 @@ import torch
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.checkpoint import load_drafter, plan_of_checkpoint, save_drafter
-from draftsmith.stages.drafters.dflash2.shape import DFlash2Config
-from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.drafters.dflash2.config import DFlash2Config
+from draftsmith.stages.target.causal_lm import Target
 from tests.stages.drafters.edits import Edit, edit_config
 from tests.testbed import random_target
 from tests.testbed.dflash2 import SIZES, random_dflash2

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from draftsmith.stages.drafters.checkpoint import upgraded
-from draftsmith.stages.drafters.dflash.shape import DFlashConfig
+from draftsmith.stages.drafters.dflash.config import DFlashConfig
+from draftsmith.stages.drafters.dflash2.config import DFlash2Config
 from draftsmith.stages.drafters.dflash2.convolution import BlockConvolution
 from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
-from draftsmith.stages.drafters.dflash2.shape import DFlash2Config
-from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.trace import tau
-from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.target.causal_lm import Target
 from tests.stages.drafters.dflash import reference
 from tests.stages.drafters.dflash2 import reference as additions
 from tests.testbed import random_target

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.checkpoint import load_drafter, plan_of_checkpoint, save_drafter
+from draftsmith.stages.drafters.dspark.config import DSparkConfig
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
-from draftsmith.stages.drafters.dspark.shape import DSparkConfig
-from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.target.causal_lm import Target
 from tests.stages.drafters.edits import edit_config
 from tests.testbed.dspark import random_dspark
 

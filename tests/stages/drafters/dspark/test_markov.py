@@ -9,10 +9,10 @@ import torch
 
 from draftsmith.stages.drafters.checkpoint import upgraded
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
+from draftsmith.stages.drafters.dspark.config import DSparkConfig
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
-from draftsmith.stages.drafters.dspark.shape import DSparkConfig
 from draftsmith.stages.replay.replayer import Replayer
-from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.target.causal_lm import Target
 from tests.testbed import random_target
 from tests.testbed.dspark import random_dspark
 

@@ -7,14 +7,13 @@ import torch
 from torch.nn import functional as F
 
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
-from draftsmith.stages.law import GREEDY, Law
-from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.training.anchors import position_anchors
+from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.sampling import GREEDY, Law
 from draftsmith.stages.training.batches import FeatureSource, step_rng
-from draftsmith.stages.training.blocks import Anchors, LossReport, block_hidden, context_of, labels_of
+from draftsmith.stages.training.blocks import Anchors, LossReport, block_hidden, context_of, labels_of, position_anchors
 from draftsmith.stages.training.config import SftConfig, TrainingConfig
-from draftsmith.stages.training.supervised import sft_loss
-from draftsmith.stages.training.vocabulary import HeadSource
+from draftsmith.stages.training.lm_heads import HeadSource
+from draftsmith.stages.training.sft.trainer import sft_loss
 from tests.stages.drafters.dflash import reference
 from tests.testbed import random_target
 from tests.testbed.dspark import random_dspark

@@ -11,7 +11,7 @@ from draftsmith.stages.drafters.base import DrafterInfo
 from draftsmith.stages.drafters.checkpoint import (
     save_drafter,
 )
-from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.target.causal_lm import Target
 from tests.testbed import random_target
 from tests.testbed.eagle3 import random_eagle3
 

@@ -23,12 +23,12 @@ from draftsmith.stages.drafters.checkpoint import (
     save_drafter,
 )
 from draftsmith.stages.drafters.dflash.checkpoint import check_fits
-from draftsmith.stages.drafters.dflash.shape import DFlashConfig
+from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.drafters.eagle3.checkpoint import USUAL_BLOCK_SIZE, default_layer_ids
+from draftsmith.stages.drafters.eagle3.config import Eagle3Config
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
-from draftsmith.stages.drafters.eagle3.shape import Eagle3Config
-from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.targets.info import model_path
+from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.info import model_path
 from tests.sglang_cpu.eagle import write_eagle3
 from tests.stages.drafters.edits import Edit, edit_config, edit_tensors
 from tests.testbed import random_target

@@ -9,8 +9,8 @@ import torch
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.checkpoint import check_shape, load_drafter
-from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.targets.info import model_path
+from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.info import model_path
 from tests.stages.drafters.edits import Edit, edit_config, edit_tensors
 from tests.testbed import random_target
 from tests.testbed.eagle3 import RANDOM_VOCABULARY
@@ -44,7 +44,7 @@ TRAPS: dict[str, tuple[Edit, str]] = {
     ),
     "another architecture": (
         edit_config(lambda c: c.update(architectures=["LlamaForCausalLMEagle"])),
-        r"config\.json: architectures is \['LlamaForCausalLMEagle'\], supported is DFlashDraftModel or .*"
+        r"config\.json: architectures is \['LlamaForCausalLMEagle'\]\. Supported architectures: DFlashDraftModel or .*"
         "LlamaForCausalLMEagle3",
     ),
     "a head that is the embedding": (

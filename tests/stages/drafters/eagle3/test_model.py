@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.checkpoint import create_drafter
+from draftsmith.stages.drafters.eagle3.config import Eagle3Config
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter, PrefixContext
-from draftsmith.stages.drafters.eagle3.shape import Eagle3Config
-from draftsmith.stages.replay.trace import Trajectory
-from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.target.causal_lm import Target
 from tests.stages.drafters.eagle3 import reference
 from tests.testbed import random_target
 

@@ -1,0 +1,1 @@
+"""The store of artifacts: content-addressed folders, local or mirrored in a bucket."""

@@ -1,0 +1,255 @@
+"""A store that is mirrored in a bucket: artifacts are pushed when they are committed, and pulled when they are missing.
+
+In the bucket an artifact is `STAGE/KEY/manifest.json` (KEY: its first digits, as on a disk), and its files lie beside
+it under their content: `STAGE/KEY/CONTENT-VOLATILE/…`. Files go up first and the manifest last, so that an artifact is
+there if and only if its manifest is. Of two hosts that make the same key at once, the second takes the artifact of the
+first. `--force` replaces the manifest; the files of the old one stay, for whoever reads them.
+
+`<home>/store` has the same folders as a store on a disk. The bucket's manifests count; an artifact whose files were not
+read here yet has its manifest alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from draftsmith.artifacts.atomic import atomic_path, disk_errors, remove_temporary, write_text
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.artifacts.locks import locked
+from draftsmith.artifacts.store.bucket import Bucket
+from draftsmith.artifacts.store.local import REPLACED, SHORT, Store
+from draftsmith.artifacts.store.manifest import (
+    MANIFEST,
+    ArtifactRef,
+    FileEntry,
+    Manifest,
+    check_content,
+    content_id,
+    damaged,
+    manifest_text,
+    parse_manifest,
+    read_manifest,
+    sha256_file,
+)
+
+log = logging.getLogger(__name__)
+_FETCH_LIMIT_S = 24 * 3600.0  # for another process of this home that fetches the same artifact
+
+
+class MirroredStore(Store):
+    """As `Store`, with the artifacts in a bucket too."""
+
+    def __init__(self, root: Path, bucket: Bucket) -> None:
+        """root: of the copies on this machine."""
+        super().__init__(root)
+        self._bucket = bucket
+        self._seen: dict[tuple[str, str], Manifest] = {}  # stage and short key: as they were last read
+
+    @property
+    def where(self) -> str:
+        return self._bucket.address
+
+    def check(self) -> None:
+        self._bucket.check()
+
+    # -- finding -------------------------------------------------------------------------------------------------
+
+    def find(self, stage: str, key: str) -> ArtifactRef | None:
+        manifest = self._pushed(stage, key[:SHORT])
+        if manifest is None:
+            return None
+        if manifest.key != key:
+            raise damaged(
+                self._bucket.address_of(_manifest_name(stage, key)), stage, f"is of another key, {manifest.key[:SHORT]}"
+            )
+        try:
+            self._keep(manifest)
+        except OSError as error:  # a home that may only be read: the manifest is kept in memory
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+        return manifest.ref(self.path(stage, key))
+
+    def manifest(self, ref: ArtifactRef) -> Manifest:
+        seen = self._seen.get((ref.stage, ref.key[:SHORT]))
+        return seen if seen is not None and ref.content_id == seen.content_id else read_manifest(ref.path)
+
+    def manifest_at(self, stage: str, key: str) -> Manifest | None:
+        try:
+            return self._pushed(stage, key[:SHORT])
+        except RetryableError:
+            raise
+        except DraftsmithError:
+            return None
+
+    def list(self) -> list[Manifest]:
+        found = []
+        names = [name for name in self._bucket.sizes() if name.count("/") == 2 and name.endswith(f"/{MANIFEST}")]
+        for name, content in self._bucket.read_all(names).items():
+            try:
+                manifest = parse_manifest(content, self._bucket.address_of(name))
+            except DraftsmithError as error:
+                log.warning("left out of the list: %s", error)
+                continue
+            self._seen[manifest.stage, manifest.key[:SHORT]] = manifest
+            found.append(manifest)
+        return sorted(found, key=lambda manifest: manifest.created_at)
+
+    def verify(self, ref: ArtifactRef) -> None:
+        self.fetch(ref)
+        super().verify(ref)
+
+    def to_verify(self, ref: ArtifactRef, manifest: Manifest) -> Mapping[str, FileEntry]:
+        return {name: entry for name, entry in manifest.files.items() if (ref.path / name).exists()}
+
+    def _mend(self, ref: ArtifactRef, name: str, what: str, *, read: bool = False) -> None:
+        """Pull a damaged copy once more, unless it was `read`. Raises DraftsmithError then, and if the bucket's is
+        damaged too."""
+        if read:
+            raise DraftsmithError(f"{ref.path / name}: {what}; run the same command again, which fetches it again")
+        log.warning("%s: %s: fetched again", ref.path / name, what)
+        with self._fetching(ref):
+            self._pull(read_manifest(ref.path), name, ref.path / name)
+
+    def _set_aside(self, folder: Path) -> str:
+        """Which host made it is not known: what others read there was whole."""
+        return f"make it again (`--force {folder.parent.name}`) if this host made it"
+
+    def _pushed(self, stage: str, short: str) -> Manifest | None:
+        """Return the manifest in the bucket. Raises DraftsmithError for a damaged one."""
+        name = _manifest_name(stage, short)
+        content = self._bucket.read(name)
+        if content is None:
+            self._seen.pop((stage, short), None)
+            return None
+        address = self._bucket.address_of(name)
+        manifest = parse_manifest(content, address)
+        if (manifest.stage, manifest.key[:SHORT]) != (stage, short):
+            raise damaged(address, stage, f"is that of {manifest.stage}/{manifest.key[:SHORT]}")
+        check_content(manifest, address)
+        self._seen[stage, short] = manifest
+        return manifest
+
+    # -- pulling -------------------------------------------------------------------------------------------------
+
+    def fetch(self, ref: ArtifactRef, files: Collection[str] | None = None) -> None:
+        """Have the files of an artifact under its path, each compared with its checksum when it comes.
+
+        Raises DraftsmithError for what is gone or damaged in the bucket, RetryableError if that does not answer.
+        """
+        manifest = self.manifest(ref)
+        wanted = {name: entry for name, entry in manifest.files.items() if files is None or name in files}
+        if not _missing(ref.path, wanted):
+            return
+        with self._fetching(ref):
+            self._keep(manifest)
+            remove_temporary(ref.path)
+            for name in _missing(ref.path, wanted):
+                self._pull(manifest, name, ref.path / name)
+
+    def here(self, folder: Path) -> Path:
+        for place in (folder, folder.parent):  # of an artifact, or a folder in it
+            manifest = self.manifest_at(place.parent.name, place.name) if len(place.name) == SHORT else None
+            if manifest is not None:
+                ref = manifest.ref(self.path(manifest.stage, manifest.key))
+                self.fetch(ref)
+                return ref.path / folder.relative_to(place)
+        return folder
+
+    @contextmanager
+    def _fetching(self, ref: ArtifactRef) -> Iterator[None]:
+        """Let one process of this home at a time write an artifact's copy."""
+        lock = self.root / ref.stage / f".lock-fetch-{ref.key[:SHORT]}"
+        with (
+            disk_errors(f"fetching {ref.stage}"),
+            locked(lock, run=f"fetching {ref.stage}", limit_s=_FETCH_LIMIT_S),
+        ):
+            yield
+
+    def _pull(self, manifest: Manifest, name: str, path: Path) -> None:
+        source = f"{_files_of(manifest)}/{name}"
+        with atomic_path(path) as tmp:
+            for _ in range(2):  # what the network damages once comes whole the second time
+                if not self._bucket.download(source, tmp):
+                    raise damaged(self._bucket.address_of(source), manifest.stage, "is missing")
+                if sha256_file(tmp) == manifest.files[name].sha256:
+                    return
+            what = "has changed since it was uploaded: its checksum is another"
+            raise damaged(self._bucket.address_of(source), manifest.stage, what)
+
+    def _keep(self, manifest: Manifest) -> None:
+        """Have the folder of an artifact with its manifest. One of another content is moved aside: it may be in use."""
+        folder = self.path(manifest.stage, manifest.key)
+        with suppress(DraftsmithError):
+            kept = read_manifest(folder)
+            if kept.files == manifest.files:
+                if kept.created_at != manifest.created_at:  # made again, with what it was
+                    write_text(folder / MANIFEST, manifest_text(manifest))
+                return
+        if folder.exists():
+            with suppress(FileNotFoundError):  # another process was faster
+                folder.rename(aside := folder.with_name(f"{REPLACED}{folder.name}-{time.time_ns()}"))
+                os.utime(aside)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / MANIFEST, manifest_text(manifest))
+
+    # -- pushing -------------------------------------------------------------------------------------------------
+
+    def _install(self, manifest: Manifest) -> ArtifactRef:
+        """Push, then rename here. Killed or cut off anywhere in here, the next claim of this home goes on."""
+        partial = self.partial(manifest.stage, manifest.key)
+        forced = (partial / "forced").exists()
+        first = None if forced else self._pushed(manifest.stage, manifest.key[:SHORT])
+        if first is not None and first.files != manifest.files:
+            log.warning("another host has made %s/%s meanwhile: its artifact is taken", first.stage, first.key[:SHORT])
+            self._keep(first)
+            shutil.rmtree(partial)
+            return first.ref(self.path(first.stage, first.key))
+        self._push(manifest, partial / "out", again=forced)
+        return super()._install(manifest)
+
+    def _push(self, manifest: Manifest, folder: Path, *, again: bool = False) -> None:
+        """Upload files, then the manifest. again: also files that are there."""
+        beside = _files_of(manifest)
+        there = {} if again else self._bucket.sizes(beside)
+        for name, entry in manifest.files.items():
+            if there.get(f"{beside}/{name}") != entry.bytes:
+                self._bucket.upload(folder / name, f"{beside}/{name}")
+        self._bucket.write(_manifest_name(manifest.stage, manifest.key), manifest_text(manifest).encode())
+        self._seen[manifest.stage, manifest.key[:SHORT]] = manifest
+
+    def _finish_interrupted_commit(self, stage: str, key: str) -> ArtifactRef | None:
+        """Also push an artifact that this home made before the bucket was chosen, in place of making it again."""
+        finished = super()._finish_interrupted_commit(stage, key)
+        folder = self.path(stage, key)
+        if finished is not None or not folder.is_dir() or self._bucket.read(_manifest_name(stage, key)) is not None:
+            return finished
+        try:
+            ref = self._check(folder, stage, key)
+            super().verify(ref)
+        except DraftsmithError:
+            return None  # no whole artifact: made again
+        self._push(read_manifest(folder), folder)
+        return ref
+
+
+def _manifest_name(stage: str, key: str) -> str:
+    return f"{stage}/{key[:SHORT]}/{MANIFEST}"
+
+
+def _files_of(manifest: Manifest) -> str:
+    """Return the folder of an artifact's files in the bucket: the same for the same content."""
+    volatile = content_id(manifest.files, volatile=True)
+    return f"{manifest.stage}/{manifest.key[:SHORT]}/{manifest.content_id[:SHORT]}-{volatile[:SHORT]}"
+
+
+def _missing(folder: Path, files: Mapping[str, FileEntry]) -> list[str]:
+    """Return those that are not there, or not whole."""
+    sizes = {name: (folder / name).stat().st_size for name in files if (folder / name).is_file()}
+    return [name for name, entry in files.items() if sizes.get(name) != entry.bytes]

@@ -1,0 +1,76 @@
+"""Describe artifacts as data sets of an MLflow run: a readable name, rows, columns, and our own content digest."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.store.manifest import ArtifactRef, read_manifest
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Dataset
+
+_DIGEST_CHARS, _NAME_CHARS = 36, 200
+_COUNTS = "prompts.json"  # of the stage that chooses prompts: how many there are, by source and split
+_SPLITS = ("train", "validation", "heldout")
+
+
+def log_datasets(client: MlflowClient, run_id: str, inputs: Mapping[str, ArtifactRef]) -> None:
+    """Log the artifacts, by the names of their nodes, as data sets of a run."""
+    from mlflow.entities import DatasetInput, InputTag
+
+    found = [DatasetInput(_dataset(node, ref), [InputTag("mlflow.data.context", node)]) for node, ref in inputs.items()]
+    if found:
+        client.log_inputs(run_id, found)
+
+
+def _dataset(node: str, ref: ArtifactRef) -> Dataset:
+    from mlflow.entities import Dataset
+
+    try:
+        rows, columns = _table(ref.path)
+        metrics = read_manifest(ref.path).metrics
+    except (DraftsmithError, OSError, ValueError):  # it may be elsewhere, or damaged: then it has its digest alone
+        rows, columns, metrics = None, [], {}
+    profile = {"num_rows": rows} if rows is not None else {}
+    return Dataset(
+        name=_name(node, ref.path, rows)[:_NAME_CHARS],
+        digest=ref.content_id[:_DIGEST_CHARS],  # MLflow's own looks at a sample of the rows
+        source_type="local",
+        source=json.dumps({"uri": ref.uri}),
+        schema=json.dumps({"mlflow_colspec": columns}) if columns else None,
+        profile=json.dumps({**profile, **metrics, "content_id": ref.content_id, "key": ref.key}),
+    )
+
+
+def _table(folder: Path) -> tuple[int | None, list[dict[str, Any]]]:
+    """Return rows and columns of the artifact's main table, the largest one; (None, []) if it has none here."""
+    tables = sorted(folder.glob("*.parquet"), key=lambda path: path.stat().st_size)
+    if not tables:
+        return None, []
+    import pyarrow.parquet as parquet
+
+    footer = parquet.ParquetFile(tables[-1])
+    columns = [
+        {"name": field.name, "type": str(field.type), "required": not field.nullable} for field in footer.schema_arrow
+    ]
+    return int(footer.metadata.num_rows), columns
+
+
+def _name(node: str, folder: Path, rows: int | None) -> str:
+    """Return a name such as `gsm_symbolic + 2, 192/4/36` (train, validation, held-out), or `heldout, 36 rows`."""
+    try:
+        counts: dict[str, dict[str, int]] = json.loads((folder / _COUNTS).read_text("utf-8"))["counts"]
+        first = max(counts, key=lambda source: sum(counts[source].values()))
+    except (OSError, ValueError, KeyError):
+        return node if rows is None else f"{node}, {rows} rows"
+    splits: Counter[str] = Counter()
+    for each in counts.values():
+        splits.update(each)
+    others = f" + {len(counts) - 1}" if len(counts) > 1 else ""
+    return f"{first}{others}, {'/'.join(str(splits[name]) for name in _SPLITS)}"

@@ -1,0 +1,54 @@
+"""In which MLflows a home's runs registered versions: all of them together know which artifacts drafter lines need."""
+
+from __future__ import annotations
+
+from draftsmith.artifacts.atomic import disk_errors
+from draftsmith.artifacts.redaction import redacted
+from draftsmith.artifacts.tracking.client import sqlite_file
+from draftsmith.artifacts.tracking.runs import Tracking
+
+NOTE = "registered-in"  # file in the home, a line for each
+_AS_THE_RUNS = "set MLFLOW_TRACKING_URI as the runs have it"
+OWN = "mlflow.db"  # the home's own database, which moves with it
+
+
+def note(tracking: Tracking) -> None:
+    """Write that versions are registered there, before any is."""
+    if _name(tracking) not in _noted(tracking):
+        doing = disk_errors("noting where versions are registered:")
+        with doing, (tracking.folder / NOTE).open("a", encoding="utf-8") as file:
+            file.write(_name(tracking) + "\n")
+
+
+def elsewhere(tracking: Tracking) -> str | None:
+    """Why this MLflow cannot say what the lines of its home need, and what to do; None if it can. Connects to none."""
+    noted, here = _noted(tracking), _name(tracking)
+    if others := sorted(noted - {here}):
+        given_up = f"remove from {tracking.folder / NOTE} those that are gone for good or whose lines are given up"
+        advice = given_up if here in noted else f"{_to_others(noted)}, or {given_up}"
+        return f"versions were registered in {', '.join(others)}, which {here} does not know of; {advice}"
+    database = sqlite_file(tracking.uri)
+    if not noted and database is not None and not database.is_file():  # another host's, with the same bucket
+        return f"{database} does not exist: runs of this home were tracked elsewhere; {_AS_THE_RUNS}"
+    return None
+
+
+def never_here(tracking: Tracking) -> str | None:
+    """Where versions of this home were registered, and what to do, if none was in this MLflow. Connects to none."""
+    noted, here = _noted(tracking), _name(tracking)
+    if not noted or here in noted:
+        return None
+    return f"versions of this home were registered in {', '.join(sorted(noted))}, none in {here}: {_to_others(noted)}"
+
+
+def _to_others(noted: set[str]) -> str:
+    return _AS_THE_RUNS if noted != {OWN} else "unset MLFLOW_TRACKING_URI"
+
+
+def _noted(tracking: Tracking) -> set[str]:
+    path = tracking.folder / NOTE
+    return set(path.read_text("utf-8").splitlines()) if path.is_file() else set()
+
+
+def _name(tracking: Tracking) -> str:
+    return OWN if tracking.is_own else redacted(tracking.uri)

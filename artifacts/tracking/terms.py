@@ -1,0 +1,138 @@
+"""Our configs, metrics and artifacts in MLflow's terms and within its limits."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from draftsmith.artifacts.locks import user_name
+from draftsmith.artifacts.redaction import redacted
+from draftsmith.artifacts.store.manifest import MANIFEST
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+METRICS_PER_BATCH = 1000
+PARAMS_PER_BATCH = 100
+PARAM_KEY_CHARS, PARAM_VALUE_CHARS, SOURCE_CHARS = 250, 6000, 1000
+
+REVIEW_FILES = (
+    MANIFEST,
+    "summary.json",
+    "evaluation.json",
+    "decision.json",
+    "drafter.json",
+    "report.html",
+    "*.svg",
+    "*.png",
+)
+REVIEW_BYTES = 20_000_000  # anything larger is no review file
+
+
+def allowed(name: str) -> str:
+    """A name with `_` for every character that MLflow refuses in keys."""
+    return re.sub(r"[^\w\-. :/]", "_", name)[:PARAM_KEY_CHARS]
+
+
+def source_tags() -> dict[str, str]:
+    """Return MLflow's own tags on who runs which command, and of which commit.
+
+    The commit is that of this package's checkout, or else of the repository that the command is run in; there is no tag
+    where there is neither.
+    """
+    from mlflow.utils.git_utils import get_git_commit
+
+    program, *arguments = sys.argv
+    name = "draftsmith" if Path(program).name == "__main__.py" else Path(program).name
+    tags = {
+        "mlflow.user": user_name(),
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.name": redacted(shlex.join([name, *arguments]))[:SOURCE_CHARS],
+    }
+    if shutil.which("git") and (commit := get_git_commit(__file__) or get_git_commit(".")):
+        tags["mlflow.source.git.commit"] = commit
+    return tags
+
+
+def plain_markdown(text: str) -> str:
+    """Return the text so that no markup in it acts: names of prompt sets are anyone's words."""
+    return text.replace("<", "&lt;").replace("[", "\\[").replace("`", "\\`")
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """A nested config as MLflow params: dotted names, lists as JSON, long values cut to MLflow's limit."""
+    flat: dict[str, str] = {}
+    for name, value in config.items():
+        key = allowed(f"{prefix}{name}")
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{key}.")
+        else:
+            text = redacted(value if isinstance(value, str) else json.dumps(value, default=str))
+            flat[key] = text if len(text) <= PARAM_VALUE_CHARS else text[: PARAM_VALUE_CHARS - 1] + "…"
+    return flat
+
+
+def log_params(client: MlflowClient, run_id: str, config: Mapping[str, Any]) -> None:
+    from mlflow.entities import Param
+
+    params = [Param(key, value) for key, value in flatten(config).items()]
+    for start in range(0, len(params), PARAMS_PER_BATCH):
+        client.log_batch(run_id, params=params[start : start + PARAMS_PER_BATCH])
+
+
+def log_metrics(client: MlflowClient, run_id: str, points: list[tuple[str, float, int]]) -> None:
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    metrics = [Metric(allowed(name), value, now, step) for name, value, step in points]
+    for start in range(0, len(metrics), METRICS_PER_BATCH):
+        client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_BATCH])
+
+
+def end_run(
+    client: MlflowClient, run_id: str, status: Status, figures: Mapping[str, float], files: Iterable[Path] = ()
+) -> None:
+    """With its final figures and files. Where the files are refused, as their place is another's or gone, the run has
+    ended all the same."""
+    log_metrics(client, run_id, [(name, float(value), 0) for name, value in figures.items()])
+    refused: Exception | None = None
+    try:
+        for path in files:
+            client.log_artifact(run_id, str(path))
+    except Exception as error:
+        refused = error
+    client.set_terminated(run_id, status)
+    if refused is not None:
+        raise refused
+
+
+def review_files(folder: Path) -> list[Path]:
+    """Of an artifact, never its weights."""
+    found = [path for pattern in REVIEW_FILES for path in sorted(folder.glob(pattern))]
+    return [path for path in found if path.stat().st_size <= REVIEW_BYTES]
+
+
+def upgrade_database(uri: str) -> None:
+    """Bring a database of an older MLflow up to date, through MLflow's own command."""
+    from mlflow.db import upgrade
+
+    upgrade.callback(uri)
+
+
+def every(search: Callable[..., Any]) -> Iterator[Any]:
+    """What a search of MLflow's client finds, page by page."""
+    token = None
+    while True:
+        page = search(page_token=token)
+        yield from page
+        if not (token := page.token):
+            return

@@ -1,0 +1,231 @@
+"""What the store holds, for a person: the state of every node, and an artifact with its lineage and a look inside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.tree import Tree
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.home import home
+from draftsmith.artifacts.store.local import PARTIAL, Store
+from draftsmith.artifacts.store.manifest import ArtifactRef, InputEntry, Manifest, local_time
+from draftsmith.artifacts.store.mirror import MirroredStore
+from draftsmith.artifacts.store.open import store_of
+from draftsmith.artifacts.text import duration, short, size
+from draftsmith.flows.config.options import RunOptions
+from draftsmith.flows.execution.attempt import read_attempt
+from draftsmith.flows.execution.display import Display, escape, figure, folded_table
+from draftsmith.flows.execution.results import Folders
+from draftsmith.flows.planning.graph import Pipeline, PlannedNode, Status, has_partial, made_before, named, plan
+
+_ROWS, _CELL, _JSON_LINES = 3, 120, 40
+_TO_DO = "to do"
+_MOST_BYTES = 50_000_000  # of a file that is fetched for a look at it
+
+
+def status_of_config(display: Display, config: RunOptions, pipeline: Pipeline) -> None:
+    """One line a node of the config: done, running, unfinished, failed (with its last error), damaged, or waiting."""
+    store = store_of(home())
+    table = folded_table("node", "stage", "key", "state")
+    planned = plan(config, store, pipeline, stop_at_damage=False)
+    earlier = [manifest for manifest in store.list() if manifest.run == config.name]
+    for item in planned:
+        state = _state(item, store) + _last_time(item, earlier)
+        table.add_row(item.node.name, item.node.stage.name, (item.key or "-")[:16], state)
+    display.console.print(table)
+    display.left_over(planned)
+    for line in _last_verdict(earlier, pipeline, store):
+        display.line(line)
+
+
+def _last_verdict(earlier: Sequence[Manifest], pipeline: Pipeline, store: Store) -> list[str]:
+    """Return the verdict of the last run of this name that came to its report; nothing if its artifacts are gone."""
+    node, _ = pipeline.report
+    manifest = next(iter(made_before(earlier, node)), None)
+    if manifest is None or not pipeline.verdict:
+        return []
+    report = manifest.ref(store.path(manifest.stage, manifest.key))
+    # of one run: a later one that failed may have measured anew and not decided
+    made = {
+        name: ArtifactRef(entry.stage, entry.key, entry.content_id, store.path(entry.stage, entry.key))
+        for name, entry in manifest.inputs.items()
+        if store.manifest_at(entry.stage, entry.key) is not None
+    }
+    lines: list[str] = named(pipeline.verdict)(Folders(store, {**made, node: report}))
+    return ["", f"Last report, {local_time(datetime.fromisoformat(manifest.created_at))}:", *lines] if lines else []
+
+
+def _state(item: PlannedNode, store: Store) -> str:
+    if item.status is Status.AFTER or item.key is None:
+        return f"[dim]waits for {', '.join(item.after)}[/dim]"
+    stage = item.node.stage.name
+    partial = has_partial(store, stage, item.key)
+    return _state_of(store, stage, item.key, done=item.ref is not None, partial=partial, damage=item.damage)
+
+
+def _last_time(item: PlannedNode, earlier: Sequence[Manifest]) -> str:
+    """Of a node that is to be made: what it was in the last run of this name. Once a refresh has promoted its drafter,
+    the next one is planned from that, in which nothing is done."""
+    if item.status not in (Status.AFTER, Status.RUN):
+        return ""
+    before = made_before(earlier, item.node.name)
+    return f"[dim]; last time {before[0].stage}/{before[0].key[:16]}[/dim]" if before else ""
+
+
+def _state_of(
+    store: Store, stage: str, key: str, *, done: bool, partial: bool, damage: DraftsmithError | None = None
+) -> str:
+    attempt = read_attempt(store.partial(stage, key))
+    if store.partial(stage, key).exists() and store.is_claimed(stage, key):
+        state = "waiting" if attempt is not None and attempt.waits else "running"
+        return f"[cyan]{state}[/cyan]" + (f": {escape(str(attempt))}" if attempt is not None else "")
+    if damage is not None:
+        return f"[red]damaged[/red]: {escape(str(damage))}"
+    if attempt is not None and attempt.error:
+        rest = ", goes on from what it saved" if partial else ""
+        return f"[red]failed[/red] {attempt.failed_at}{rest}: {escape(attempt.error)}"
+    if done:
+        return "[green]done[/green]"
+    return "[yellow]unfinished[/yellow], goes on from what it saved" if partial else _TO_DO
+
+
+def status_of_store(display: Display) -> None:
+    """All artifacts, oldest first, then what is running or unfinished."""
+    store = store_of(home())
+    table = folded_table("stage", "key", "state", "made at", "took", "size", "figures")
+    for manifest in store.list():
+        table.add_row(
+            escape(manifest.stage),
+            escape(manifest.key[:16]),
+            _state_of(store, manifest.stage, manifest.key, done=True, partial=False, damage=_damage(store, manifest)),
+            local_time(datetime.fromisoformat(manifest.created_at)),
+            duration(manifest.duration_s),
+            size(sum(entry.bytes for entry in manifest.files.values())),
+            escape(_figures(manifest)),
+        )
+    for folder in sorted(store.root.glob(f"*/{PARTIAL}*")):
+        stage, key = folder.parent.name, folder.name.removeprefix(PARTIAL)
+        state = _state_of(store, stage, key, done=False, partial=has_partial(store, stage, key))
+        table.add_row(stage, key, "[yellow]unfinished[/yellow], nothing is saved yet" if state == _TO_DO else state)
+    if table.row_count:
+        display.console.print(table)
+    else:
+        display.line(f"nothing in {store.where} yet: start with `draftsmith run CONFIG`")
+
+
+def _damage(store: Store, manifest: Manifest) -> DraftsmithError | None:
+    """What is wrong with an artifact, as far as a look at its files says: none is read. Of a bucket nothing is."""
+    if isinstance(store, MirroredStore):
+        return None
+    try:
+        store.find(manifest.stage, manifest.key)
+    except DraftsmithError as damage:
+        return damage
+    return None
+
+
+def show(display: Display, text: str, *, verify: bool = False) -> None:
+    """The artifact that `text` names: its manifest, files, lineage back to the data, and the head of its tables.
+
+    verify: compare every file with its checksum first; raises DraftsmithError at the first that differs.
+    """
+    store = store_of(home())
+    ref = store.resolve(text)
+    if verify:
+        store.verify(ref)
+    manifest = store.manifest(ref)
+    display.line(f"{ref.stage}/{ref.key}")
+    for name, value in (
+        ("folder", str(ref.path)),
+        *((("store", store.where),) if store.where != str(store.root) else ()),
+        ("content", f"{ref.content_id}, every checksum is right" if verify else ref.content_id),
+        ("made at", f"{manifest.created_at} in {duration(manifest.duration_s)}"),
+        ("seed", str(manifest.seed)),
+        ("code", manifest.code_digest),
+        ("versions", ", ".join(f"{package} {version}" for package, version in manifest.versions.items())),
+        ("MLflow run", manifest.mlflow_run_id or "-"),
+        ("figures", _figures(manifest, limit=None) or "-"),
+        ("config", json.dumps(manifest.config, ensure_ascii=False)),
+    ):
+        display.line(f"  {name + ':':<12}{value}")
+    display.console.print(_files(manifest))
+    display.console.print(_lineage(store, manifest))
+    heads = [name for name, entry in sorted(manifest.files.items()) if _has_head(name) and entry.bytes <= _MOST_BYTES]
+    store.fetch(ref, heads)
+    for name in sorted(manifest.files):
+        if (ref.path / name).is_file():
+            _head(display, ref.path / name)
+
+
+def _has_head(name: str) -> bool:
+    return name.endswith((".parquet", ".json"))
+
+
+def _files(manifest: Manifest) -> Table:
+    table = folded_table("file", "size", "sha256", "")
+    for name, entry in sorted(manifest.files.items()):
+        table.add_row(escape(name), size(entry.bytes), entry.sha256[:16], "volatile" if entry.volatile else "")
+    return table
+
+
+def _lineage(store: Store, manifest: Manifest) -> Tree:
+    tree = Tree(escape(f"made from: {manifest.stage}/{manifest.key[:16]}"))
+    _grow(tree, store, manifest.inputs, seen=set())
+    return tree
+
+
+def _grow(tree: Tree, store: Store, inputs: dict[str, InputEntry], seen: set[str]) -> None:
+    for name, entry in inputs.items():
+        label = escape(f"{name}: {entry.stage}/{entry.key[:16]}  content {entry.content_id[:16]}")
+        made = store.manifest_at(entry.stage, entry.key)
+        if made is not None and {"line", "version"} <= made.config.keys():  # a drafter that came from a registry
+            label += escape(f"  {made.config['line']} version {made.config['version']}")
+        if made is None:
+            tree.add(f"{label} [red](no longer in the store)[/red]")
+        elif entry.key in seen:
+            tree.add(f"{label} [dim](above)[/dim]")
+        else:
+            seen.add(entry.key)
+            _grow(tree.add(label), store, made.inputs, seen)
+
+
+def _head(display: Display, path: Path) -> None:
+    try:
+        _shown(display, path)
+    except (OSError, ValueError) as error:  # pyarrow's, and JSON's, are ValueErrors
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DraftsmithError(f"{path}: cannot be read ({reason}); `--verify` says whether it is damaged") from error
+
+
+def _shown(display: Display, path: Path) -> None:
+    if path.suffix == ".parquet":
+        _parquet_head(display, path)
+    elif path.suffix == ".json":
+        lines = json.dumps(json.loads(path.read_text("utf-8")), indent=2, ensure_ascii=False).splitlines()
+        display.line(f"\n{path.name}")
+        for line in lines[:_JSON_LINES]:
+            display.line(f"  {short(line, _CELL)}")
+        if len(lines) > _JSON_LINES:
+            display.line(f"  ... {len(lines) - _JSON_LINES} more lines")
+
+
+def _parquet_head(display: Display, path: Path) -> None:
+    import pyarrow.parquet as parquet
+
+    file = parquet.ParquetFile(path)
+    display.line(f"\n{path.name}: {file.metadata.num_rows} rows")
+    rows: list[dict[str, Any]] = next(file.iter_batches(batch_size=_ROWS)).to_pylist() if file.metadata.num_rows else []
+    for position, row in enumerate(rows):
+        display.line(f"  row {position}")
+        for name, value in row.items():
+            display.line(f"    {name}: {short(str(value), _CELL)}")
+
+
+def _figures(manifest: Manifest, limit: int | None = 4) -> str:
+    return "  ".join(f"{name}={figure(value)}" for name, value in list(manifest.metrics.items())[:limit])

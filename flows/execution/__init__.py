@@ -1,0 +1,1 @@
+"""Makes one node: its process, devices, log, and MLflow run."""

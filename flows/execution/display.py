@@ -1,0 +1,185 @@
+"""What a person sees in the terminal: the plan, progress with rate and time left, lines and tables."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rich import markup
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from draftsmith.artifacts.redaction import printable
+from draftsmith.artifacts.text import duration
+from draftsmith.flows.config.options import RunOptions
+from draftsmith.flows.planning.graph import PlannedNode, Status
+
+_LINE_EVERY_S = 10.0  # where nobody watches a moving bar: a log file, CI
+_RATE_WINDOW_S = 30.0
+_PLAIN_WIDTH = 160
+_STATUS_STYLE = {
+    Status.HIT: "green",
+    Status.RUN: "cyan",
+    Status.RESUME: "yellow",
+    Status.FORCED: "magenta",
+    Status.AFTER: "dim",
+    Status.DAMAGED: "red",
+}
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A run that has ended, as the command that started it knows it: for the screen that shows its results."""
+
+    config: RunOptions
+    file: str  # of the config, as it was typed
+    overrides: Sequence[str]  # by `--set`
+    mlflow: str  # the command that shows the runs, or a server's URL
+    seconds: float
+    refused: str | None = None  # why nothing was promoted
+
+
+class Rate:
+    """Work done a second over the last half minute, and from it the time left."""
+
+    def __init__(self) -> None:
+        self._points: deque[tuple[float, int]] = deque()
+        self._kind: tuple[int, str] | None = None
+
+    def update(self, done: int, total: int, unit: str, now: float) -> tuple[float | None, float | None]:
+        """(units a second, seconds left), None while unknown. A new total, unit or start begins anew."""
+        if self._kind != (total, unit) or (self._points and done < self._points[-1][1]):
+            self._points.clear()
+            self._kind = (total, unit)
+        self._points.append((now, done))
+        while len(self._points) > 2 and now - self._points[0][0] > _RATE_WINDOW_S:
+            self._points.popleft()
+        (first_time, first_done) = self._points[0]
+        if now <= first_time or done <= first_done:
+            return None, None
+        rate = (done - first_done) / (now - first_time)
+        return rate, (total - done) / rate
+
+
+class StageDisplay:
+    """One stage while it runs."""
+
+    def __init__(self, display: Display, name: str, bar: Progress | None) -> None:
+        self._display = display
+        self._name = name
+        self._bar = bar
+        self._task: TaskID | None = bar.add_task(name, total=None, text="starting") if bar else None
+        self._rate = Rate()
+        self._last_line = time.monotonic()
+
+    def progress(self, done: int, total: int, unit: str, figures: Mapping[str, float]) -> None:
+        now = time.monotonic()
+        rate, left = self._rate.update(done, total, unit, now)
+        parts = [f"{done}/{total} {unit}"]
+        if rate is not None:
+            parts.append(f"{figure(rate)} {unit}/s")
+        if left is not None and done < total:
+            parts.append(f"{duration(left)} left")
+        parts += [f"{name}={figure(value)}" for name, value in figures.items()]
+        text = "  ".join(parts)
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, total=total, text=escape(text))
+        elif now - self._last_line >= _LINE_EVERY_S:
+            self._last_line = now
+            self._display.line(f"{self._name}: {text}")
+
+    def log(self, message: str) -> None:
+        self._display.line(f"{self._name}: {message}")
+
+
+class Display:
+    """Everything that a run prints. On a terminal a moving bar, elsewhere a plain line now and then."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console()
+        if not self.console.is_terminal and console is None:
+            self.console = Console(width=_PLAIN_WIDTH)
+
+    def line(self, text: str) -> None:
+        self.console.print(escape(text), highlight=False, soft_wrap=True)
+
+    def lines(self, texts: Iterable[str]) -> None:
+        for text in texts:
+            self.line(text)
+
+    def plan(self, planned: Sequence[PlannedNode]) -> None:
+        table = Table(title="Plan", title_justify="left", box=None, pad_edge=False)
+        for column in ("node", "stage", "key", "what happens"):
+            table.add_column(column, no_wrap=column != "what happens")
+        for item in planned:
+            style = _STATUS_STYLE[item.status]
+            what = f"after {', '.join(item.after)}" if item.status is Status.AFTER else item.status.value
+            key = item.key[:16] if item.key else "-"
+            table.add_row(item.node.name, item.node.stage.name, key, f"[{style}]{what}[/{style}]")
+        self.console.print(table)
+
+    def left_over(self, planned: Sequence[PlannedNode]) -> None:
+        """Which nodes of a plan do not read what is there, but what an earlier run began with."""
+        for text in filter(None, [item.left_over for item in planned]):
+            self.line(text)
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[StageDisplay]:
+        """Show a stage while the block runs."""
+        if not self.console.is_terminal:
+            self.line(f"{name}: started")
+            yield StageDisplay(self, name, None)
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[text]}"))
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            yield StageDisplay(self, name, bar)
+
+    def finished(self, name: str, seconds: float, summary: Mapping[str, float]) -> None:
+        figures = "  ".join(f"{key}={figure(value)}" for key, value in summary.items())
+        self.line(f"{name}: done in {duration(seconds)}" + (f"  {figures}" if figures else ""))
+
+    def reused(self, name: str) -> None:
+        self.line(f"{name}: reused")
+
+    def table(
+        self,
+        head: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        *,
+        title: str = "",
+        caption: str = "",
+        text_columns: int = 1,
+    ) -> None:
+        """Words in the first columns, figures in the others; what is broken elsewhere stays on one line here."""
+        table = Table(title=escape(title) or None, title_justify="left", box=None, pad_edge=False)
+        for place, heading in enumerate(head):
+            justify: Literal["left", "right"] = "left" if place < text_columns else "right"
+            table.add_column(escape(heading), justify=justify, overflow="fold")
+        for row in rows:
+            table.add_row(*(escape(cell.replace("\n", " ")) for cell in row))
+        self.console.print(table)
+        if caption:
+            self.line(caption)
+
+
+def escape(text: str) -> str:
+    """A text of others for a terminal: neither markup nor control characters act."""
+    return markup.escape(printable(text))
+
+
+def figure(value: float) -> str:
+    """Four digits at least, never an exponent for what is counted."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def folded_table(*columns: str) -> Table:
+    """Whose cells are broken over lines rather than cut: paths stay whole."""
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table

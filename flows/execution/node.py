@@ -1,0 +1,278 @@
+"""Making one node's artifact: the store decides, a process does the work, the display and MLflow follow it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
+from draftsmith.artifacts.locks import Holder
+from draftsmith.artifacts.store.local import Claim, Store
+from draftsmith.artifacts.store.manifest import MANIFEST, ArtifactRef
+from draftsmith.artifacts.store.open import store_of
+from draftsmith.artifacts.tracking.runs import StageRun, Tracking
+from draftsmith.flows.config.options import RunOptions
+from draftsmith.flows.execution.attempt import NOTE, AttemptNote
+from draftsmith.flows.execution.devices import Waiting, devices_of
+from draftsmith.flows.execution.display import Display, StageDisplay
+from draftsmith.flows.execution.input_guard import code_of, unchanged
+from draftsmith.flows.execution.process import Event, StageOutcome, StageRequest, run_stage
+from draftsmith.flows.execution.shards import Order, Pool, Together, make_shard, orders_of, side_by_side
+from draftsmith.flows.planning.graph import Node, Pipeline, find, inconclusive, key_of, outdated, seed_of
+from draftsmith.flows.planning.inputs import external_digests
+from draftsmith.stages.runtime.stage import SOURCES, Compute, Listing
+
+log = logging.getLogger("draftsmith.stages")  # Prefect shows it in the run
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What every node of a run is made with."""
+
+    home: Path
+    config: RunOptions
+    pipeline: Pipeline
+    display: Display
+    tracking: Tracking
+    refresh_run: Callable[[], str | None] = lambda: None  # MLflow's id of the run that the stages' runs are nested in
+    check: Callable[[], None] = lambda: None  # called while a stage waits or runs; what it raises stops it
+    pool: Pool = side_by_side  # who makes the shards of a node
+
+    @property
+    def store(self) -> Store:
+        return store_of(self.home)
+
+    @property
+    def logs(self) -> Path:
+        return self.home / "logs"
+
+
+@dataclass(frozen=True)
+class Made:
+    """A node's artifact, and whether it was there already."""
+
+    ref: ArtifactRef
+    reused: bool
+
+
+def make(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], *, force: bool = False) -> Made:
+    """The node's artifact: reused from the store, or made by running its stage, going on from an earlier attempt.
+
+    Raises the stage's own `DraftsmithError`; what the stage saved is kept for the next attempt.
+    """
+    if SOURCES in inputs:
+        workshop.store.fetch(inputs[SOURCES])
+        node = replace(node, config=node.config.reading(Listing.read(inputs[SOURCES].path)))
+    external = external_digests(node.config)
+    if gone := sorted((node.config.listed_files or frozenset()) - external.keys()):
+        raise DraftsmithError(
+            f"{node.name}: {gone[0]} (and {len(gone) - 1} more) was there when the run began and is gone. Put it back, "
+            "or run the same command again, which then reads what is there."
+        )
+    key = key_of(node, inputs, seed_of(node, workshop.config), workshop.pipeline, external)
+    stage = node.stage.name
+    ref = None if force else find(workshop.store, node, key, verify=True)
+    reused = True
+    # also what an attempt left, or another run made
+    while ref is None or outdated(workshop.store, node, ref, inputs) or (reused and inconclusive(workshop.store, ref)):
+        force = force or ref is not None
+        with workshop.store.claim(
+            stage,
+            key,
+            force=force,
+            waiting=_say_waiting(workshop, node),
+            run=workshop.config.name,
+            limit_s=60 * workshop.config.stages.lock_wait_minutes,
+            check=workshop.check,
+        ) as claim:
+            reused = not isinstance(claim, Claim)
+            if isinstance(claim, Claim):
+                ref = _run(workshop, node, inputs, claim, external)
+            else:  # another run has made it, or the commit of an earlier attempt was still to be made
+                ref = claim
+                workshop.tracking.complete(workshop.store.manifest(ref), ref.path)
+    if reused:
+        with contextlib.suppress(OSError):
+            (workshop.store.partial(stage, key) / NOTE).unlink(missing_ok=True)  # of a forced attempt that failed
+            os.utime(ref.path / MANIFEST)  # when it was last used: `draftsmith prune`
+        workshop.display.reused(node.name)
+    return Made(ref, reused)
+
+
+def _say_waiting(workshop: Workshop, node: Node) -> Callable[[Holder | None], None]:
+    def say(holder: Holder | None) -> None:
+        who = f" ({holder})" if holder is not None else ""
+        workshop.display.line(f"{node.name}: another run is making this artifact, waiting for it{who}")
+
+    return say
+
+
+def _devices(
+    workshop: Workshop, node: Node, compute: Compute, note: AttemptNote | None = None
+) -> AbstractContextManager[tuple[int, ...]]:
+    options = workshop.config.stages
+    limit_s = 60 * options.lock_wait_minutes
+    waiting = _say_in_use(workshop, node, note)
+    return devices_of(compute, run=workshop.config.name, limit_s=limit_s, waiting=waiting, check=workshop.check)
+
+
+def _say_in_use(workshop: Workshop, node: Node, note: AttemptNote | None = None) -> Waiting:
+    def say(device: str, holder: Holder | None) -> None:
+        # of those who share it the last one left its name, which may be this run
+        who = f" ({holder})" if holder is not None and holder.pid != os.getpid() else " by another run"
+        waits = f"waits for the device {device}, which is in use{who}"
+        workshop.display.line(f"{node.name}: {waits}")
+        if note is not None:
+            note.waiting(waits)  # for `draftsmith status`
+
+    return say
+
+
+def _run(
+    workshop: Workshop,
+    node: Node,
+    inputs: Mapping[str, ArtifactRef],
+    claim: Claim,
+    external: Mapping[str, str],
+) -> ArtifactRef:
+    config = node.config.model_dump(mode="json")
+    by_node = {node.inputs[name]: ref for name, ref in inputs.items()}
+    tracked = workshop.tracking.stage_run(
+        workshop.refresh_run(), claim.stage, claim.key, name=node.name, params=config, inputs=by_node
+    )
+    note = AttemptNote(claim.out.parent, workshop.config.name, node.name)
+    try:
+        began = time.monotonic()
+        shards = _shards(workshop, node, inputs, claim, note)
+        spent = time.monotonic() - began if shards else 0.0
+        compute = node.stage.computes(node.config)
+        if shards and node.stage.joins is not None:
+            compute = node.stage.joins
+        with (
+            _devices(workshop, node, compute, note) as devices,
+            unchanged(workshop.store, node, inputs, claim, external),
+            tracked.system_metrics(),
+        ):
+            note.waiting("")
+            seed = seed_of(node, workshop.config)
+            code_digest, modules = code_of(node, inputs, seed, workshop.pipeline, external, claim.key)
+            outcome = _run_process(workshop, node, inputs, claim, tracked, devices, shards, note)
+            outcome.duration_s = round(outcome.duration_s + spent, 3)
+        ref = workshop.store.commit(
+            claim,
+            config=config,
+            inputs=inputs,
+            code_digest=code_digest,
+            seed=seed,
+            metrics=outcome.summary,
+            volatile=node.stage.volatile,
+            mlflow_run_id=tracked.run_id,
+            duration_s=outcome.duration_s,
+            modules=modules,
+            external=external,
+            run=workshop.config.name,
+            node=node.name,
+        )
+    except BaseException as error:
+        stopped = isinstance(error, StageInterrupted) or not isinstance(error, Exception)
+        if not stopped:
+            note.failed(error)
+        tracked.close("KILLED" if stopped else "FAILED")
+        raise
+    tracked.close("FINISHED", outcome.summary, ref.path)
+    workshop.display.finished(node.name, outcome.duration_s, outcome.summary)
+    return ref
+
+
+def _shards(
+    workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], claim: Claim, note: AttemptNote
+) -> list[ArtifactRef]:
+    """Artifacts of all shards of the node, whole on this machine; none if it is made in one piece."""
+    orders = orders_of(workshop.config, workshop.pipeline, node, inputs, claim)
+    if not orders:
+        return []
+    with workshop.display.stage(node.name) as shown:
+        together, stopped = Together(shown, note.progress), threading.Event()
+
+        def check() -> None:
+            workshop.check()
+            if stopped.is_set():
+                raise StageInterrupted("the run was ended: run the same command to continue from what was saved")
+
+        def make_one(order: Order) -> ArtifactRef:
+            return make_shard(
+                order,
+                workshop.home,
+                on_event=lambda event: together.follow(order, event),
+                waiting=_say_in_use(workshop, node),
+                check=check,
+            )
+
+        made = workshop.pool(orders, make_one, stopped.set, check)
+    store = workshop.store
+    here = [replace(ref, path=store.path(ref.stage, ref.key)) for ref in made]  # another host has another home
+    for ref in here:
+        store.fetch(ref)
+        store.verify_once(ref)
+    return here
+
+
+def _run_process(
+    workshop: Workshop,
+    node: Node,
+    inputs: Mapping[str, ArtifactRef],
+    claim: Claim,
+    tracked: StageRun,
+    devices: tuple[int, ...],
+    shards: Sequence[ArtifactRef],
+    note: AttemptNote,
+) -> StageOutcome:
+    options = workshop.config.stages
+    request = StageRequest(
+        stage=claim.stage,
+        module=node.module,
+        config=node.config.model_dump(mode="json"),
+        inputs={name: str(ref.path) for name, ref in inputs.items()},
+        out=str(claim.out),
+        work=str(claim.work),
+        seed=seed_of(node, workshop.config),
+        threads=options.threads,
+        listing=asdict(listing) if (listing := node.config.listing()) is not None else None,
+        shards=[str(ref.path) for ref in shards],
+    )
+    log_path = workshop.logs / f"{claim.stage}-{claim.key[:16]}-{time.strftime('%Y%m%d-%H%M%S')}.log"
+
+    def follow(event: Event) -> None:
+        claim.lock.check_now_and_then()
+        _follow(event, node.name, shown, tracked, note)
+
+    with workshop.display.stage(node.name) as shown:
+        return run_stage(
+            request,
+            log_path=log_path,
+            limit=options.time_limit(node.name),
+            grace_s=options.grace_seconds,
+            on_event=follow,
+            # The locks live as long as the process that writes and computes, even if we are killed.
+            pass_fds=(claim.lock_fd, *devices),
+            check=workshop.check,
+        )
+
+
+def _follow(event: Event, name: str, shown: StageDisplay, tracked: StageRun, note: AttemptNote) -> None:
+    match event["event"]:
+        case "log":
+            log.info("%s: %s", name, event["message"])
+            shown.log(event["message"])
+        case "progress":
+            shown.progress(event["done"], event["total"], event["unit"], event["figures"])
+            note.progress(event["done"], event["total"], event["unit"])
+        case "metrics":
+            tracked.metrics(event["step"], event["values"])

@@ -1,0 +1,220 @@
+"""Running one stage as a process: its events, its time limit, and its end together with its whole group."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from draftsmith.artifacts.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_RETRYABLE,
+    DraftsmithError,
+    PastLimitError,
+    RetryableError,
+    StageInterrupted,
+)
+from draftsmith.flows.config.options import TimeLimit
+from draftsmith.stages.runtime.child_process import ChildProcess, how_it_ended, project_environment
+
+_POLL_S = 0.2
+_DRAIN_S = 1.0  # to read what a stage wrote just before it ended
+
+Event = dict[str, Any]
+
+
+class StageFailedError(DraftsmithError):
+    """The stage's process failed. The message is the stage's own line and where its log is."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class StageRequest:
+    """What `python -m draftsmith.stages` is asked to do."""
+
+    stage: str
+    module: str
+    config: dict[str, Any]
+    inputs: dict[str, str]  # name -> folder of a complete artifact
+    out: str
+    work: str
+    seed: int
+    threads: int | None = None
+    listing: dict[str, Any] | None = None  # `Listing` of the files that it reads; None: all that are there
+    shard: dict[str, int] | None = None  # `Shard` of which the process makes its part; None: the whole
+    shards: list[str] = field(default_factory=list)  # folders of all shards that the whole is made of
+
+
+@dataclass
+class StageOutcome:
+    """What a stage that ended well reported."""
+
+    duration_s: float
+    summary: dict[str, float] = field(default_factory=dict)
+
+
+def run_stage(
+    request: StageRequest,
+    *,
+    log_path: Path,
+    limit: TimeLimit,
+    grace_s: float,
+    on_event: Callable[[Event], None],
+    pass_fds: tuple[int, ...] = (),
+    check: Callable[[], None] = lambda: None,
+    environment: Mapping[str, str] | None = None,
+) -> StageOutcome:
+    """Run the stage to its end and hand every event to `on_event` as it comes.
+
+    Whatever ends the wait (the time limit, Ctrl-C, SIGTERM turned into an exception, an error in `on_event` or in
+    `check`, which is called before it starts and while it runs), the stage is asked to stop, has `grace_s` to save, and
+    then its whole group is killed. If we are killed meanwhile, it still has them. `pass_fds` are kept open in the
+    stage's process (the lock of what it writes); `environment` is added to ours. Raises `DraftsmithError` with the
+    stage's own line and the path of its log.
+    """
+    check()
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    request_path = log_path.with_suffix(".request.json")
+    request_path.write_text(json.dumps(asdict(request), indent=2), "utf-8")
+    with log_path.open("ab") as log:
+        child = ChildProcess(
+            # -P: a folder of the user that is called `draftsmith` must not hide ours
+            [sys.executable, "-P", "-m", "draftsmith.stages", str(request_path)],
+            environment={
+                "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # numbers are nvidia-smi's, as those of locks and checks
+                # how long a thread of GNU's OpenMP spins before it sleeps: by default so long that two threads beside
+                # another busy program decode a quarter as fast as with this
+                "GOMP_SPINCOUNT": "10000",
+                **project_environment(),
+                **(environment or {}),
+                "PYTHONUNBUFFERED": "1",
+            },
+            stdout=subprocess.PIPE,
+            stderr=log,
+            pass_fds=pass_fds,
+        )
+    try:
+        stage = _RunningStage(request.stage, child, log_path, on_event)
+        try:
+            stage.wait(limit, check)
+        except BaseException:
+            stage.stop(grace_s)
+            raise
+        return stage.outcome()
+    finally:
+        child.end()
+
+
+class _RunningStage:
+    """Reads the events of a stage's process and knows how it ended."""
+
+    def __init__(self, name: str, child: ChildProcess, log_path: Path, on_event: Callable[[Event], None]) -> None:
+        assert child.process.stdout is not None
+        self._name = name
+        self._child, self._process = child, child.process
+        self._log_path = log_path
+        self._on_event = on_event
+        self._started = time.monotonic()
+        self._buffer = b""
+        self._stream = child.process.stdout
+        os.set_blocking(self._stream.fileno(), False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._stream, selectors.EVENT_READ)
+        self._summary: dict[str, float] = {}
+        self._error: Event | None = None
+        self._done = False
+
+    def wait(self, limit: TimeLimit, check: Callable[[], None]) -> None:
+        """Wait until the process has ended. Raises `PastLimitError` at the time limit, and what `check` raises."""
+        deadline = self._started + limit.seconds
+        while self._process.poll() is None:
+            check()
+            if time.monotonic() > deadline:
+                raise PastLimitError(
+                    f"stage {self._name} ran past its limit of {limit.seconds / 60:g} minutes and was stopped: raise "
+                    f"{limit.field} and run the same command again, which goes on from what it saved "
+                    f"(log: {self._log_path})"
+                )
+            self._read(min(_POLL_S, max(0.0, deadline - time.monotonic())))
+        self._drain()
+
+    def stop(self, grace_s: float) -> None:
+        """Ask the stage to save and end; return when it has, or after `grace_s`. A second Ctrl-C does not wait."""
+        if self._process.poll() is not None:
+            return
+        self._child.ask_to_end(grace_s)  # it alone: it decides what becomes of its own workers while it saves
+        deadline = time.monotonic() + grace_s
+        while self._process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(Exception):  # an error in on_event may be why we are here
+                self._read(_POLL_S)
+
+    def outcome(self) -> StageOutcome:
+        """Return what a process that ended well has reported. Raises the error of one that failed."""
+        code = self._process.returncode
+        if code == 0 and self._done:
+            return StageOutcome(round(time.monotonic() - self._started, 3), self._summary)
+        where = f"(log: {self._log_path})"
+        if self._error is None:
+            raise StageFailedError(f"stage {self._name} {_how_it_ended(code)} {where}")
+        message = f"stage {self._name}: {self._error.get('message', 'failed')} {where}"
+        if code == EXIT_RETRYABLE:
+            raise RetryableError(message)
+        if code == EXIT_INTERRUPTED:
+            raise StageInterrupted(message)
+        if code == DraftsmithError.exit_code:
+            raise DraftsmithError(message)
+        raise StageFailedError(message)
+
+    def _drain(self) -> None:
+        """Read what is left in the pipe. A worker that survived its stage may hold it open, so not until its end."""
+        deadline = time.monotonic() + _DRAIN_S
+        while self._read(0.0) and time.monotonic() < deadline:
+            pass
+
+    def _read(self, timeout: float) -> bool:
+        """Handle the events that are there; False if there was nothing to read."""
+        if not self._selector.get_map():
+            time.sleep(timeout)  # the stream has ended, the process not yet
+            return False
+        if not self._selector.select(timeout):
+            return False
+        chunk = self._stream.read(1 << 16)
+        if not chunk:
+            self._selector.unregister(self._stream)
+            return False
+        *lines, self._buffer = (self._buffer + chunk).split(b"\n")
+        for line in lines:
+            self._handle(line)
+        return True
+
+    def _handle(self, line: bytes) -> None:
+        try:
+            event = json.loads(line)
+            kind = event["event"]
+        except (ValueError, KeyError, TypeError):
+            return  # not one of ours: a process that was killed in the middle of a line
+        if kind == "summary":
+            # A manifest is JSON, which has no NaN: a figure that is not a number is a figure that there is not.
+            self._summary.update({name: value for name, value in event["values"].items() if math.isfinite(value)})
+        elif kind == "error":
+            self._error = event
+        elif kind == "done":
+            self._done = True
+        self._on_event(event)
+
+
+def _how_it_ended(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return f"{how_it_ended(code)}: most often the machine ran out of memory; use smaller batches"
+    return f"{how_it_ended(code)} without a word: the end of its log says more"

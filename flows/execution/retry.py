@@ -1,0 +1,45 @@
+"""Retries with exponential back-off and jitter, while the hub, Prefect or MLflow cannot be reached."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from draftsmith.artifacts.errors import RetryableError
+from draftsmith.artifacts.retry import repeated
+from draftsmith.artifacts.text import duration
+from draftsmith.flows.config.options import RETRY_JITTER, StageOptions
+
+T = TypeVar("T")
+
+
+def retry_notice(error: object, failures: int, delays: Sequence[float]) -> str:
+    """Return what the user reads when an attempt has failed and another one follows.
+
+    failures: attempts that have failed so far, at most as many as there are delays. The first notice also says how
+    often and for how long it is tried, and how to stop.
+    """
+    again = f"{error}. Trying again in about {duration(delays[failures - 1])} ({failures} of {len(delays)})"
+    if failures > 1:
+        return again
+    return (
+        f"{again}, and for about {duration(sum(delays))} in all. Ctrl-C stops the run (of a deployment: cancel it in "
+        "Prefect), and the same command continues it."
+    )
+
+
+def patiently(work: Callable[[], T], options: StageOptions, tell: Callable[[str], None]) -> T:
+    """Return `work()`, tried again after each `RetryableError` as `stages.retries` says.
+
+    Raises the last error; any other error at once.
+    """
+
+    delay = options.retry_delay_seconds
+    again = repeated(
+        RetryableError,
+        given_up=lambda _error, attempts, _seconds: attempts > options.retries,
+        pause_s=lambda _error, attempts: delay * (2 ** (attempts - 1) + random.uniform(0, RETRY_JITTER)),
+        note=lambda error, attempts: tell(retry_notice(error, attempts, options.retry_delays)),
+    )
+    return again(work)()

@@ -1,0 +1,1 @@
+"""Runs a flow under Prefect: servers, tasks, deployments, announcements."""

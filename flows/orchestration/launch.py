@@ -1,0 +1,62 @@
+"""Start a config's flow in this process, with a Prefect server of its own where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from draftsmith.artifacts.errors import RefusedError
+from draftsmith.artifacts.home import home
+from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.store.open import store_of
+from draftsmith.artifacts.tracking.runs import Tracking
+from draftsmith.flows.config.options import RunOptions
+from draftsmith.flows.execution.display import Display
+from draftsmith.flows.execution.machine import check_home
+from draftsmith.flows.execution.results import Folders
+from draftsmith.flows.execution.retry import patiently
+from draftsmith.flows.orchestration.server import PrefectServer, start_prefect_server
+from draftsmith.flows.planning.graph import Pipeline, named
+from draftsmith.stages.runtime.memory import collect_as_usual
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that came to its end."""
+
+    artifacts: Folders  # by node
+    outcome: str | None  # promoted, refused, inconclusive, waiting, current; None: nothing was to be decided
+    message: str  # the outcome with its reason
+    refusal: RefusedError | None  # of a drafter that was not promoted
+
+
+def launch(
+    config: RunOptions,
+    pipeline: Pipeline,
+    display: Display,
+    lost: Callable[[PrefectServer, str], None],
+    *,
+    force: Collection[str] | None = None,
+    start: Collection[str] | None = None,
+    until: Collection[str] | None = None,
+) -> Finished:
+    """Run the flow of a config, as `draftsmith run` and `draftsmith.refresh` do.
+
+    force, start, until: names of nodes, as of the command's options. lost: called if Prefect's server was lost before
+    it knew how the run ended. Raises DraftsmithError for everything that went wrong; a drafter that was not promoted is
+    no error here.
+    """
+    tracking = Tracking(home(), config.experiment)
+    check_home(home(), config)
+    server = start_prefect_server(home())
+    patiently(tracking.check, config.stages, display.line)  # while the server starts
+    flow = named(pipeline.flow)
+    patiently(lambda: server.wait(display.line), config.stages, display.line)
+    from draftsmith.flows.orchestration.flow_lifecycle import run_flow  # imports httpx, as the flow does
+
+    collect_as_usual()
+    ended = run_flow(flow, config, lambda what: lost(server, what), force=force, start=start, until=until)
+    refs = {name: ArtifactRef(e["stage"], e["key"], e["content_id"], Path(e["path"])) for name, e in ended.made.items()}
+    refusal = ended.error if isinstance(ended.error, RefusedError) else None
+    return Finished(Folders(store_of(home()), refs), ended.outcome, ended.message, refusal)

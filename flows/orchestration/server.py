@@ -1,0 +1,198 @@
+"""Prefect's settings for this home, and its temporary server, tied to our life so that it never outlives us."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, NoReturn
+
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError, from_os_error
+from draftsmith.artifacts.locks import locked
+from draftsmith.artifacts.tracking.client import refuse_shared_database, sqlite_file
+from draftsmith.stages.runtime.child_process import ChildProcess, project_environment
+
+_START_LIMIT_S = 180.0  # 3 s on a used home, 8 to 12 s on a new one, more on a busy machine
+_SAID_AFTER_S = 4.0  # that it is waited for
+_STOP_LIMIT_S = 5.0
+# uvicorn, with less of a start: it imports Prefect's server, and waits
+_UVICORN = (
+    "import runpy; from draftsmith.stages.runtime.memory import collect_seldom; collect_seldom(); "
+    "runpy.run_module('uvicorn', run_name='__main__', alter_sys=True)"
+)
+Say = Callable[[str], None]
+_temporary: list[str] = []  # URL of the server that this process has started
+
+
+def prepare(home: Path) -> None:
+    """Set the environment that Prefect reads when it is imported. What the user has set stays."""
+    debug = os.environ.get("DRAFTSMITH_DEBUG") == "1"
+    defaults = {
+        "PREFECT_HOME": str(home / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",  # Prefect's client has telemetry of its own
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "draftsmith",
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO" if debug else "CRITICAL",
+        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",  # our lines before and after the flow
+        # Of a call to an API that is away, doubling from 2 s, with jitter: about two minutes. A server of our own that
+        # has died does not come back.
+        "PREFECT_CLIENT_MAX_RETRIES": "6" if os.environ.get("PREFECT_API_URL") else "3",
+        "PREFECT_INTERNAL_LOGGING_LEVEL": "ERROR" if debug else "CRITICAL",  # every event that it could not send
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+class PrefectServer:
+    """The API that a flow reports to. A temporary one starts in the background: `wait` before the flow runs."""
+
+    def __init__(
+        self, url: str, wait: Callable[[Say], None] | None = None, stop: Callable[[], None] = lambda: None
+    ) -> None:
+        self.url = url
+        self._wait, self._stop = wait, stop
+
+    def wait(self, say: Say = lambda _line: None) -> None:
+        """Wait until the server answers; `say` is called if that takes a while.
+
+        Raises `DraftsmithError` if it does not answer, RetryableError if it may yet.
+        """
+        if self._wait is not None:
+            self._wait(say)
+
+    def leave(self, code: int) -> NoReturn:
+        """End this process although Prefect still has events for a server that is gone, which takes it minutes."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._stop()
+        os._exit(code)
+
+
+def start_prefect_server(home: Path) -> PrefectServer:
+    """The existing server if `PREFECT_API_URL` is set, else a temporary one that ends with this process.
+
+    Call it before Prefect is imported. Ctrl-C does not reach the temporary server (it is in a session of its own), so a
+    flow can still report its end; it is stopped at exit, after Prefect has sent its last events and log lines.
+    """
+    prepare(home)
+    existing = os.environ.get("PREFECT_API_URL")
+    if existing:
+        return PrefectServer(existing, lambda _say: _must_answer(existing))
+    folder, log_path = home / "prefect", home / "logs" / "prefect-server.log"
+    check_place(home)
+    with contextlib.ExitStack() as starting:
+        try:
+            log_path.parent.mkdir(parents=True, exist_ok=True)
+            log = starting.enter_context(log_path.open("ab"))
+            # Two servers that start on one new database would race in its migrations.
+            starting.enter_context(locked(folder / ".lock-start"))
+        except OSError as error:
+            raise from_os_error(error, "starting Prefect's server: writing") from error
+        port = _free_port()
+        server = _start(port, log)
+        atexit.register(stop := functools.partial(server.end, _STOP_LIMIT_S))
+        until_healthy = starting.pop_all()
+    url = f"http://127.0.0.1:{port}/api"
+    os.environ["PREFECT_API_URL"] = url
+    _temporary.append(url)
+
+    def wait(say: Say) -> None:
+        with until_healthy:
+            _wait_until_healthy(server.process, url, log_path, say)
+
+    return PrefectServer(url, wait, stop)
+
+
+def lasting_server(home: Path) -> str:
+    """The URL of the server that `PREFECT_API_URL` names, which answers. Call it before Prefect is imported.
+
+    Raises DraftsmithError.
+    """
+    url = os.environ.get("PREFECT_API_URL")
+    if not url:
+        raise DraftsmithError(
+            "PREFECT_API_URL is not set: a deployment lives on a Prefect server that stays; start one with `prefect "
+            "server start`, and set the variable to its URL with /api"
+        )
+    prepare(home)
+    _must_answer(url)
+    return url
+
+
+def is_temporary() -> bool:
+    """Whether this process reports to a server of its own, which ends with it."""
+    return os.environ.get("PREFECT_API_URL") in (None, *_temporary)
+
+
+def check_place(home: Path) -> None:
+    """Raise DraftsmithError if a server started here would keep its runs in SQLite on a network file system."""
+    if os.environ.get("PREFECT_API_URL"):
+        return
+    names = ("PREFECT_API_DATABASE_CONNECTION_URL", "PREFECT_SERVER_DATABASE_CONNECTION_URL")
+    given = next((value for name in names if (value := os.environ.get(name))), None)
+    folder = Path(os.environ.get("PREFECT_HOME") or home / "prefect").expanduser()
+    if (database := sqlite_file(given) if given else folder / "prefect.db") is not None:
+        advice = "start a Prefect server and set PREFECT_API_URL to its address"
+        refuse_shared_database(database, "Prefect's database", advice)
+
+
+def _must_answer(url: str) -> None:
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        if error := client.api_healthcheck():
+            raise RetryableError(
+                f"PREFECT_API_URL: {url} does not answer ({' '.join(str(error).split())}): start that server or "
+                "correct the variable; without it a run starts a server of its own"
+            )
+
+
+def _start(port: int, log: IO[bytes]) -> ChildProcess:
+    """Start the server that Prefect itself starts for a flow without an API."""
+    uvicorn = ["--factory", "prefect.server.api.server:create_app", "--host", "127.0.0.1", "--port", str(port)]
+    return ChildProcess(
+        [sys.executable, "-P", "-c", _UVICORN, *uvicorn, "--log-level", "error", "--lifespan", "on"],
+        environment={
+            **project_environment(),
+            "PREFECT_UI_ENABLED": "0",
+            "PREFECT__SERVER_EPHEMERAL": "1",
+            "PREFECT__SERVER_FINAL": "1",
+        },
+        stdout=log,
+        stderr=log,
+    )
+
+
+def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, log_path: Path, say: Say) -> None:
+    began, told = time.monotonic(), False
+    while (waited := time.monotonic() - began) < _START_LIMIT_S:
+        if waited >= _SAID_AFTER_S and not told:
+            say(f"waiting for Prefect's server, for {_START_LIMIT_S:.0f} s at most (log: {log_path})")
+            told = True
+        if process.poll() is not None:
+            raise DraftsmithError(
+                f"Prefect's temporary server ended at once: the reason is in {log_path}; if its database is damaged, "
+                f"move {log_path.parents[1] / 'prefect' / 'prefect.db'} away: a new one is made, and no result is in it"
+            )
+        with contextlib.suppress(urllib.error.URLError, OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
+            return
+        time.sleep(0.1)
+    raise RetryableError(  # a machine that is busy
+        f"Prefect's temporary server did not start within {_START_LIMIT_S:.0f} s (log: {log_path}): run "
+        "`prefect server start` in another terminal and set PREFECT_API_URL"
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

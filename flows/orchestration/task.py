@@ -1,0 +1,71 @@
+"""A stage as a Prefect task. Prefect shows and retries; whether anything has to be computed is decided by the store."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.client.schemas.objects import TaskRun as PrefectTaskRun
+from prefect.states import Completed
+from prefect.tasks import Task
+
+from draftsmith.artifacts.errors import RetryableError
+from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.flows.config.options import RETRY_JITTER
+from draftsmith.flows.execution.node import Made, Workshop, log, make
+from draftsmith.flows.execution.retry import retry_notice
+from draftsmith.flows.orchestration.task_runners import mapped
+from draftsmith.flows.planning.graph import Node
+
+
+def run_node(
+    workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], upstream: Sequence[State[Any]], *, force: bool
+) -> tuple[Made, State[Any]]:
+    """Make the node's artifact as a task of the current flow run. `upstream` are drawn as its edges.
+
+    Raises the error of the last attempt.
+    """
+    options = workshop.config.stages
+    configured: Task[..., Any] = stage_task.with_options(
+        name=node.stage.name,
+        task_run_name=node.name,
+        description=f"Stage {node.stage.name}: reused from the store, or run in a process of its own.",
+        retries=options.retries,
+        retry_delay_seconds=options.retry_delays,
+        retry_jitter_factor=RETRY_JITTER,
+        retry_condition_fn=_only_what_was_lost,
+    )
+    state: State[Any] = configured(workshop, node, inputs, force, return_state=True, wait_for=list(upstream))
+    made: Made = state.result()
+    return made, state
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def stage_task(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], force: bool) -> State[Any]:
+    """The state says by its name what happened: Completed, or Reused."""
+    try:
+        made = make(replace(workshop, pool=mapped), node, inputs, force=force)
+    except asyncio.CancelledError as error:  # Prefect throws it into the thread of a flow with a lease
+        raise RetryableError(
+            "Prefect's server no longer keeps the slot of this run's deployment: the run goes on without it"
+        ) from error
+    where = f"{made.ref.stage}/{made.ref.key[:16]}, content {made.ref.content_id[:16]}"
+    return Completed(name="Reused" if made.reused else "Completed", message=where, data=made)
+
+
+def _only_what_was_lost(task: Task[..., Any], run: PrefectTaskRun, state: State[Any]) -> bool:
+    """Retry the loss of an engine or a queue, never an error that another attempt would meet again.
+
+    Prefect asks only while retries are left.
+    """
+    error = state.result(raise_on_failure=False)
+    if not isinstance(error, RetryableError):
+        return False
+    assert isinstance(task.retry_delay_seconds, list)
+    log.warning("%s: %s", run.name, retry_notice(error, run.run_count, task.retry_delay_seconds))
+    return True

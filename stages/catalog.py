@@ -1,0 +1,25 @@
+"""Lists the stages: name -> module that declares it as `STAGE`, in the order of the pipeline.
+
+To add a stage, write its module and add a line here. A stage's own code must not import this module: the digest of a
+stage's code follows every module named here.
+"""
+
+from __future__ import annotations
+
+STAGES = {
+    "target": "draftsmith.stages.target.stage",
+    "sources": "draftsmith.stages.data.listing",
+    "prompts": "draftsmith.stages.data.prompts",
+    "champion": "draftsmith.stages.drafters.champion",
+    "drift": "draftsmith.stages.evaluation.drift",
+    "earlier": "draftsmith.stages.data.logs.rehearsal_stage",
+    "logs": "draftsmith.stages.data.logs.stage",
+    "rollout": "draftsmith.stages.engines.rollout",
+    "sft": "draftsmith.stages.training.sft.stage",
+    "mining": "draftsmith.stages.replay.mining",
+    "opd": "draftsmith.stages.training.opd.stage",
+    "evaluation": "draftsmith.stages.evaluation.stage",
+    "gate": "draftsmith.stages.evaluation.gate",
+    "report": "draftsmith.stages.report.stage",
+    "diagnosis": "draftsmith.stages.evaluation.diagnosis",
+}

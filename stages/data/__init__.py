@@ -1,0 +1,1 @@
+"""Prompts and answers: files, chat templates, splits, and stored trajectories."""

@@ -1,0 +1,1 @@
+"""Turns logged answers of a service into training data."""

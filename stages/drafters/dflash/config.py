@@ -1,0 +1,63 @@
+"""What a DFlash is."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from draftsmith.stages.drafters.spec import TrainingRecipe, Traits
+from draftsmith.stages.runtime.stage import Config
+
+TRAITS = Traits(kind="dflash", recipe=TrainingRecipe(loss="cross_entropy", gamma=7.0))
+
+
+class DFlashConfig(Config):
+    """Shape of a new DFlash drafter. Sizes left out follow the target, as z-lab's checkpoints do."""
+
+    kind: Literal["dflash"] = "dflash"
+    num_layers: Annotated[int, Field(ge=1)] = 5
+    block_size: Annotated[int, Field(ge=2, description="anchor + proposals")] = 16
+    target_layer_ids: Annotated[
+        tuple[int, ...] | None,
+        Field(description="layer k = the hidden state AFTER target layer k; left out: spread over the depth"),
+    ] = None
+    num_target_features: Annotated[
+        int | None, Field(ge=1, description="how many target layers to spread; left out: one a drafter layer")
+    ] = None
+    mask_token: Annotated[
+        str | int | None,
+        Field(
+            description="a token of the target's vocabulary, or the id of an unused row of its embedding (Qwen3: "
+            "151669); left out: the tokenizer's mask token"
+        ),
+    ] = None
+    intermediate_size: Annotated[int | None, Field(ge=1)] = None
+    sliding_window: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="positions that a query of a sliding layer sees, its own included; such layers read the block "
+            "backwards only, as engines do; left out: all layers see everything",
+        ),
+    ] = None
+    layer_types: Annotated[
+        tuple[Literal["full_attention", "sliding_attention"], ...] | None,
+        Field(description="of every layer, with sliding_window; left out: all slide"),
+    ] = None
+
+    @model_validator(mode="after")
+    def _windows_fit(self) -> Self:
+        if self.layer_types is None:
+            return self
+        if len(self.layer_types) != self.num_layers:
+            raise ValueError(f"layer_types names {len(self.layer_types)} layers of {self.num_layers}")
+        if ("sliding_attention" in self.layer_types) != (self.sliding_window is not None):
+            raise ValueError("sliding_window is of layers that slide: give both, or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_name_layers(self) -> Self:
+        if self.target_layer_ids is not None and self.num_target_features is not None:
+            raise ValueError("give target_layer_ids or num_target_features, not both")
+        return self

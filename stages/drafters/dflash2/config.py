@@ -1,0 +1,34 @@
+"""What a DFlash2 is."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from draftsmith.stages.drafters.dflash.config import DFlashConfig
+from draftsmith.stages.drafters.spec import TrainingRecipe, Traits
+
+TRAITS = Traits(
+    kind="dflash2",
+    # of sampled answers the target's distribution: `tests/lab/README.md`
+    recipe=TrainingRecipe(loss="cross_entropy", gamma=7.0, sampled_loss="ce_l1"),
+)
+
+
+class DFlash2Config(DFlashConfig):
+    """Shape of a new DFlash2 drafter, or of what a DFlash drafter to go on from is given in addition."""
+
+    kind: Literal["dflash2"]  # type: ignore[assignment]
+    conv_kernel_size: Annotated[
+        int, Field(ge=0, description="taps of the convolutions around every sublayer; 0, with conv_group_size: none")
+    ] = 2
+    conv_group_size: Annotated[int, Field(ge=0, description="channels that share a dynamic kernel")] = 16
+    selector_rank: Annotated[int, Field(ge=1, description="width of the tokens' codebooks")] = 256
+    selector_top_k: Annotated[int, Field(ge=1, description="candidates of an offset")] = 16
+
+    @model_validator(mode="after")
+    def _convolutions_have_groups(self) -> Self:
+        if bool(self.conv_kernel_size) != bool(self.conv_group_size):
+            raise ValueError("conv_kernel_size and conv_group_size are of the same convolutions: give both, or 0 twice")
+        return self

@@ -1,0 +1,28 @@
+"""What a DSpark is."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from draftsmith.stages.drafters.dflash.config import DFlashConfig
+from draftsmith.stages.drafters.spec import TrainingRecipe, Traits
+
+TRAITS = Traits(kind="dspark", recipe=TrainingRecipe(loss="ce_l1", gamma=4.0))
+
+
+class DSparkConfig(DFlashConfig):
+    """Shape of a new DSpark drafter, or of what a DFlash drafter to go on from is given in addition."""
+
+    kind: Literal["dspark"]  # type: ignore[assignment]
+    block_size: Annotated[int, Field(ge=2, description="anchor + proposals")] = 8
+    markov_rank: Annotated[int, Field(ge=1, description="of the bias of the token before an offset")] = 256
+    markov_head: Annotated[
+        Literal["vanilla", "gated", "rnn"],
+        Field(description="the bias reads the token alone, or the offset's hidden state too, or all tokens before it"),
+    ] = "vanilla"
+    confidence_head: Annotated[
+        bool,
+        Field(description="learn how probable it is that a proposal is kept, which SGLang may cut blocks by"),
+    ] = True

@@ -1,0 +1,34 @@
+"""What an EAGLE-3 is."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from draftsmith.stages.drafters.spec import TrainingRecipe, Traits
+from draftsmith.stages.runtime.stage import Config
+
+TRAITS = Traits(
+    kind="eagle3",
+    recipe=TrainingRecipe(loss="forward_kl", gamma=-1 / math.log(0.8)),  # 0.8 a step
+)
+
+
+class Eagle3Config(Config):
+    """Shape of a new EAGLE-3 drafter. Sizes left out follow the target."""
+
+    kind: Literal["eagle3"]
+    block_size: Annotated[
+        int, Field(ge=2, description="anchor + chain; training unrolls as many steps as the chain is long")
+    ] = 8
+    target_layer_ids: Annotated[
+        tuple[int, int, int] | None,
+        Field(description="layer k = the hidden state AFTER target layer k; left out: SGLang's choice"),
+    ] = None
+    draft_vocab_size: Annotated[
+        int | None,
+        Field(ge=2, description="propose only from this many most frequent tokens of the answers; left out: all"),
+    ] = None
+    intermediate_size: Annotated[int | None, Field(ge=1)] = None

@@ -1,0 +1,80 @@
+"""The target's head over all tokens, or over a part of the vocabulary: less work when most tokens never occur."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch.nn import functional as F
+
+from draftsmith.stages.target.logit_map import PLAIN, LogitMap
+from draftsmith.stages.target.packed_linear import PackedLinear, can_pack
+
+if TYPE_CHECKING:
+    from draftsmith.stages.target.causal_lm import Target
+
+
+def flat_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [..., H] times weight [V, H], as one matrix product.
+
+    A view with more dimensions that is not contiguous would become a batched product that copies the whole weight.
+    """
+    return F.linear(x.reshape(-1, x.shape[-1]), weight).unflatten(0, x.shape[:-1])
+
+
+@dataclass(frozen=True)
+class Head:
+    """weight: [V', H], frozen. token_ids: [V'] sorted ids of the target's vocabulary, or None for all of it.
+
+    logit_map: from products with `weight` to logits. product: the same product made by another form of the weight,
+    without gradient; None: by the weight as it is.
+    """
+
+    weight: torch.Tensor
+    token_ids: torch.Tensor | None = None
+    logit_map: LogitMap = PLAIN
+    product: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    @classmethod
+    def over(cls, weight: torch.Tensor, token_ids: torch.Tensor | None, logit_map: LogitMap = PLAIN) -> Head:
+        """Rows `token_ids` of the full head `weight` [V, H]."""
+        if token_ids is None:
+            return cls(weight, None, logit_map)
+        ids = token_ids.unique().to(weight.device)
+        if ids.numel() == weight.shape[0]:
+            return cls(weight, None, logit_map)
+        return cls(weight[ids].contiguous(), ids, logit_map)
+
+    def at(self, temperature: float) -> Self:
+        """The same whose softmax is the law that is drawn from at a temperature above 0."""
+        return self if temperature == 1.0 else replace(self, logit_map=self.logit_map.at(temperature))
+
+    def for_decoding(self, target: Target) -> Self:
+        """Return the head over packed weights (`target/packed_linear.py`) where they can be packed."""
+        if not can_pack(self.weight):
+            return self
+        own = self.weight is target.head_weight
+        return replace(self, product=target.head if own else PackedLinear(self.weight))
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [..., H] → float32 logits [..., V']."""
+        return self.logit_map(self.raw_logits(hidden).float())
+
+    def raw_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The products that logits are made of, in the same order, in the weight's dtype."""
+        hidden = hidden.to(self.weight.dtype)
+        return flat_linear(hidden, self.weight) if self.product is None else self.product(hidden)
+
+    def to_tokens(self, index: torch.Tensor) -> torch.Tensor:
+        """Columns of the logits → token ids."""
+        return index if self.token_ids is None else self.token_ids[index]
+
+    def to_columns(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids → (columns of the logits, bool: is the token in this head). Columns of absent tokens are 0."""
+        if self.token_ids is None:
+            return tokens, torch.ones_like(tokens, dtype=torch.bool)
+        columns = torch.searchsorted(self.token_ids, tokens).clamp(max=self.token_ids.numel() - 1)
+        present = self.token_ids[columns] == tokens
+        return torch.where(present, columns, 0), present

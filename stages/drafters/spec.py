@@ -1,0 +1,77 @@
+"""What an architecture is, for its model and for whoever plans with it: no torch here, and nothing that is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+from pydantic import Field
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.runtime.stage import Config
+
+if TYPE_CHECKING:
+    import torch
+
+    from draftsmith.stages.target.causal_lm import Target
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """How an architecture's authors train it on the target's answers, but where something else was found better."""
+
+    loss: str  # of a position, by its name in `stages/training/losses.py`
+    gamma: float  # offset k has the weight exp(-(k-1)/gamma)
+    sampled_loss: str | None = None  # on answers that were sampled, if another one
+
+    def loss_on(self, *, sampled: bool) -> str:
+        """On answers that were sampled, or are greedy."""
+        return self.sampled_loss or self.loss if sampled else self.loss
+
+
+@dataclass(frozen=True)
+class Traits:
+    """Of one architecture: `TRAITS` of a module `draftsmith.stages.drafters.<kind>.traits`."""
+
+    kind: str  # as in `drafter.kind` of a config
+    recipe: TrainingRecipe
+
+
+class Architecture(Protocol):
+    """What a module `draftsmith.stages.drafters.<kind>.checkpoint` offers; configs are those of transformers."""
+
+    ARCHITECTURE: str  # in `architectures` of config.json
+
+    def new_config(self, shape: Any, target_config: Any, tokenizer: Callable[[], Any]) -> Any: ...
+    def read_config(self, folder: Path) -> Any: ...
+    def check_fits(self, drafter: Any, target: Any, where: str) -> None: ...
+    def target_layer_ids(self, config: Any) -> list[int]: ...
+    def description(self, config: Any, tokenizer: Callable[[], Any]) -> str: ...
+    def skeleton(self, config: Any) -> Any: ...
+    def own_name(self, name: str) -> str | None: ...  # of a file's tensor, in the model; None: no weight of its own
+    def create(self, config: Any, target: Target, seed: int, frequent: torch.Tensor | None = None) -> Any: ...
+    def save(self, drafter: Any, folder: Path, dtype: torch.dtype) -> None: ...
+    def load(self, folder: Path, target: Target, dtype: torch.dtype) -> Any: ...
+
+
+NO_FREQUENT_TOKENS = "says nothing of which tokens are frequent, so it drafts from all"  # what head_tokens then does
+
+
+class DraftingConfig(Config):
+    """How a drafter drafts. Part of every trace: other settings propose other tokens."""
+
+    block_size: Annotated[int | None, Field(ge=2, description="left out: the trained block size")] = None
+    head_tokens: Annotated[
+        int | None,
+        Field(ge=2, description="propose only from this many most frequent tokens; embedded engine only"),
+    ] = None
+
+    def block_of(self, trained: int) -> int:
+        """Return the tokens of a block, the anchor included. Raises DraftsmithError for more than were trained."""
+        if (self.block_size or 0) > trained:
+            raise DraftsmithError(
+                f"drafting.block_size: {self.block_size} is larger than the trained {trained}. Lower it."
+            )
+        return self.block_size or trained

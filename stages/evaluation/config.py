@@ -1,0 +1,137 @@
+"""What an evaluation measures: the config section `evaluation`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from draftsmith.stages.drafters.spec import DraftingConfig
+from draftsmith.stages.engines.config import (
+    NO_REDUCED_HEAD,
+    EmbeddedEngineConfig,
+    EngineConfig,
+    SamplingConfig,
+    SGLangEngineConfig,
+)
+from draftsmith.stages.engines.sglang.environment import programs_of
+from draftsmith.stages.replay.options import TokensPerForward
+from draftsmith.stages.replay.parity import MaxParityMismatch
+from draftsmith.stages.runtime.stage import Config
+
+if TYPE_CHECKING:
+    from draftsmith.stages.data.load import Prompt
+
+
+DRAFTERS = ("champion", "sft", "control", "opd")  # of a refresh
+PREFIX = "drafter:"  # of the inputs of a comparison of any other drafters; the rest of the name is the arm's
+
+
+def _several(value: Any) -> Any:
+    """A single value for a list of one."""
+    return (value,) if isinstance(value, int | float) else value
+
+
+class EvaluationConfig(Config):
+    """How much is measured."""
+
+    sampling: SamplingConfig = SamplingConfig()
+    engine: Annotated[
+        EngineConfig, Field(description="what speed is measured on; its own `slots` or `concurrency` are not used")
+    ] = EmbeddedEngineConfig()
+    concurrency: Annotated[
+        tuple[Annotated[int, Field(ge=1)], ...],
+        BeforeValidator(_several),
+        Field(min_length=1, description="requests in flight while speed is measured: one number or several"),
+    ] = (1,)
+    temperatures: Annotated[
+        Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] | None,
+        BeforeValidator(_several),
+        Field(description="that speed is measured at; left out: sampling.temperature"),
+    ] = None
+    rounds: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="how often every arm decodes the prompts while speed is measured; as often again on a machine "
+            "so busy that repetitions disagree. With one request in flight on the embedded engine the prompts are the "
+            "repetitions, and 2 rounds are enough; turns of servers need 5 before speeds may be called different. With "
+            "3 % noise between turns and 64 prompts 12 find a difference of two drafters of 5 %, and 5 one of 10 %; "
+            "twice that with 16 in flight",
+        ),
+    ] = 5
+    speed_prompts: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="held-out prompts decoded in every turn, a sample of all that are served: where a drafter's "
+            "speed differs by 30 % from prompt to prompt, 16 tell its speed-up within 16 %, 64 within 8 % (at 95 %); "
+            "with several in flight at least twice as many as are",
+        ),
+    ] = 16
+    validation_prompts: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="validation prompts that each arm's block size is chosen on; at least as many are taken as are "
+            "in flight at the first setting",
+        ),
+    ] = 8
+    block_sizes: Annotated[
+        tuple[Annotated[int, Field(ge=2)], ...] | None,
+        Field(description="candidates to decode with; left out: the trained one"),
+    ] = None
+    head_tokens: Annotated[
+        int | None, Field(ge=2, description="draft from this many frequent tokens only (embedded engine)")
+    ] = None
+    exactness_prompts: Annotated[
+        int, Field(ge=0, description="held-out prompts compared token for token in fp32 (embedded engine)")
+    ] = 4
+    parity_prompts: Annotated[
+        int, Field(ge=1, description="held-out prompts whose verify steps on SGLang are compared with replay")
+    ] = 8
+    max_parity_mismatch: MaxParityMismatch = 0.25
+    tokens_per_target_forward: TokensPerForward = 2048
+
+    @model_validator(mode="after")
+    def _servers_can_take_the_drafters(self) -> EvaluationConfig:
+        if isinstance(self.engine, SGLangEngineConfig):
+            if self.engine.launch is None:
+                raise ValueError(
+                    "engine.urls: running servers cannot serve drafters that were just trained; use engine.launch"
+                )
+            if self.engine.launch.router is not None:
+                raise ValueError("engine.launch.router: an evaluation asks one server at a time; leave it out")
+            if self.head_tokens is not None:
+                raise ValueError(f"head_tokens: {NO_REDUCED_HEAD}")
+        return self
+
+    @property
+    def by_prompt(self) -> bool:
+        """Whether arms alternate prompt by prompt, so that prompts are the repetitions and not rounds."""
+        return not isinstance(self.engine, SGLangEngineConfig) and set(self.concurrency) == {1}
+
+    def drafted(self, block_size: int | None = None) -> DraftingConfig:
+        """How every drafter drafts. block_size: left out, as it was trained."""
+        return DraftingConfig(block_size=block_size, head_tokens=self.head_tokens)
+
+    def key_material(self) -> dict[str, Any]:
+        """How servers are launched decides the speed that is measured, though not what a rollout answers."""
+        material = super().key_material()
+        if isinstance(self.engine, SGLangEngineConfig):
+            launched = self.engine.model_dump(mode="json", include={"launch"}, exclude={"launch": {"start_timeout_s"}})
+            material["engine"] |= launched
+        return material
+
+    def programs(self) -> dict[str, str]:
+        return programs_of(self.engine)
+
+
+def prompts_to_decode(config: EvaluationConfig, folder: Path) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
+    """Held-out and validation prompts, of the artifact of stage `prompts` in `folder`."""
+    from draftsmith.stages.data.load import load_prompts
+
+    choice = max(config.validation_prompts, config.concurrency[0])  # at the load that is measured
+    return load_prompts(folder, ["heldout"]), load_prompts(folder, ["validation"])[:choice]

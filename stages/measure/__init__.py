@@ -1,1 +1,0 @@
-"""Measuring a drafter: acceptance on fixed trajectories, and real decoding speed."""

@@ -1,0 +1,164 @@
+"""Mined steps as a table: a row a verify step, and the figures of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from draftsmith.artifacts.tables.parquet import ordered, padded, to_table
+from draftsmith.artifacts.tables.schemas import VERIFY_STEPS
+from draftsmith.stages.data.trajectories import Trajectory, ids_of
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.replay.options import ReplayOptions
+from draftsmith.stages.replay.replayer import Mined, Replayer
+from draftsmith.stages.replay.scoring import StepScores
+from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.target.causal_lm import Target
+
+
+def mined_table(
+    target: Target, drafter: Drafter, trajectories: Sequence[Trajectory], options: ReplayOptions | None = None
+) -> pa.Table:
+    """Return VERIFY_STEPS of a drafter on trajectories in memory, in their order, all of it scored."""
+    tables = [steps_table(group) for group in Replayer(target, options).mine(drafter, trajectories)]
+    return to_table(VERIFY_STEPS, ordered(pa.concat_tables(tables), "trajectory_id", ids_of(trajectories)))
+
+
+def steps_table(group: Mined) -> pa.Table:
+    """The rows of VERIFY_STEPS of a mined group."""
+    members = zip(group.trajectories, group.traces, group.scores, strict=True)
+    return pa.concat_tables([_steps(*member) for member in members])
+
+
+def _steps(trajectory: Trajectory, trace: Trace, scores: StepScores) -> pa.Table:
+    tokens = np.array(trajectory.tokens)
+    behind = np.minimum(trace.anchors + trace.accepted + 1, len(tokens) - 1)
+    columns = {
+        "trajectory_id": pa.repeat(trajectory.trajectory_id, len(trace.anchors)),
+        "step": np.arange(len(trace.anchors)),
+        "anchor": trace.anchors,
+        "accepted": trace.accepted,
+        "committed": trace.committed,
+        "rejected_offset": trace.rejected_offset,
+        "judged": trace.judged,
+        "proposed_ids": _lists(trace.proposed, pa.int32()),
+        "target_logprobs": _lists(scores.target_logprobs, pa.float32()),
+        "committed_id": np.where(trace.committed > trace.accepted, tokens[behind], -1),
+        "best_logprob": scores.best_logprob,
+    }
+    return to_table(VERIFY_STEPS, pa.table(columns))
+
+
+def _lists(values: np.ndarray, kind: pa.DataType) -> pa.Array:
+    """[rows] lists: the rows of `values` [rows, width]."""
+    rows, width = values.shape
+    offsets = (np.arange(rows + 1) * width).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.reshape(-1)).cast(kind))
+
+
+CERTAIN = 0.9  # the target's probability of its best token
+
+
+class MinedFigures:
+    """Figures of a trace, from its rows of VERIFY_STEPS in any parts. Sums are divided once, at the end."""
+
+    def __init__(self, block_size: int):
+        self.block_size = block_size
+        self.steps = self._committed = self._errors = self._certain = 0
+        self._judged, self._kept = np.zeros((2, block_size - 1), dtype=np.int64)
+        self._accepted = np.zeros(block_size, dtype=np.int64)
+        self._rejected, self._corrections = Frequent(), Frequent()
+
+    def add(self, table: pa.Table) -> None:
+        """Some rows."""
+        K = self.block_size - 1
+        accepted = table["accepted"].to_numpy()
+        judged = np.arange(K) < table["judged"].to_numpy()[:, None]
+        wrong = np.flatnonzero(table["rejected_offset"].to_numpy())
+        proposed = padded(table, "proposed_ids", K, -1, np.int64)[wrong, accepted[wrong]]  # behind what was accepted
+        self.steps += table.num_rows
+        self._committed += int(table["committed"].to_numpy().sum())
+        self._errors += len(wrong)
+        self._certain += int((np.exp(table["best_logprob"].to_numpy()[wrong]) >= CERTAIN).sum())
+        self._judged += judged.sum(0)
+        self._kept += (judged & (np.arange(K) < accepted[:, None])).sum(0)
+        self._accepted += np.bincount(accepted, minlength=K + 1)
+        self._rejected.add(proposed)
+        self._corrections.add(proposed << 32 | table["committed_id"].to_numpy()[wrong].astype(np.int64))
+
+    def summary(self, tokenizer: Any) -> dict[str, Any]:
+        """Ready for JSON."""
+        rejected, corrections = self._rejected.most_common(20), self._corrections.most_common(20)
+        return {
+            "definition_of_tau": "committed tokens per verify step, the target's own token included (+1)",
+            "tau": self._committed / self.steps,
+            "steps": self.steps,
+            "error_positions": self._errors,
+            "certain_errors": {  # at the others the target was in doubt itself
+                "at_least": CERTAIN,
+                "share": self._certain / self._errors if self._errors else None,
+            },
+            "block_size": self.block_size,
+            "acceptance_by_offset": [
+                kept / judged if judged else None
+                for kept, judged in zip(self._kept.tolist(), self._judged.tolist(), strict=True)
+            ],
+            "accepted_histogram": self._accepted.tolist(),
+            "counts_short_by_at_most": max(self._rejected.short, self._corrections.short),
+            "most_rejected": [
+                {"token": tokenizer.decode([token]), "id": token, "count": count} for token, count in rejected
+            ],
+            "most_frequent_corrections": [
+                {
+                    "proposed": tokenizer.decode([pair >> 32]),
+                    "committed": tokenizer.decode([pair & 0xFFFFFFFF]),
+                    "count": count,
+                }
+                for pair, count in corrections
+            ],
+        }
+
+
+class Frequent:
+    """How often values came. Of more than `most` different ones those that came least are forgotten.
+
+    Lossy counting: a count is too low by at most `short`, which is 0 as long as nothing was forgotten.
+    """
+
+    def __init__(self, most: int = 1 << 21):
+        self._most, self.short = most, 0
+        self._values = self._counts = self._first = np.zeros(0, dtype=np.int64)
+        self._waiting: list[np.ndarray] = []
+        self._seen = self._counted = 0
+
+    def add(self, values: np.ndarray) -> None:
+        """values: [n] int64."""
+        self._waiting.append(values)
+        self._seen += len(values)
+        if self._seen - self._counted >= self._most:
+            self._count()
+
+    def most_common(self, count: int) -> list[tuple[int, int]]:
+        """Values and how often they came, most frequent first, of equals the one that came first."""
+        self._count()
+        order = np.lexsort([self._first, -self._counts])[:count]
+        return list(zip(self._values[order].tolist(), self._counts[order].tolist(), strict=True))
+
+    def _count(self) -> None:
+        if not self._waiting:
+            return
+        found, first, counts = np.unique(np.concatenate(self._waiting), return_index=True, return_counts=True)
+        self._values, place, back = np.unique(
+            np.concatenate([self._values, found]), return_index=True, return_inverse=True
+        )
+        self._first = np.concatenate([self._first, first + self._counted])[place]  # known ones stand before
+        self._counts = np.bincount(back, np.concatenate([self._counts, counts])).astype(np.int64)
+        self._waiting, self._counted = [], self._seen
+        floor = 1
+        while len(self._values) > self._most:
+            kept = self._counts > floor
+            self._values, self._counts, self._first = self._values[kept], self._counts[kept], self._first[kept]
+            self.short, floor = self.short + floor, 2 * floor

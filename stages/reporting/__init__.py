@@ -1,1 +1,0 @@
-"""What an evaluation found, as rows, sentences, plots and one HTML page."""

@@ -1,0 +1,1 @@
+"""What every stage runs in: its process, ranks, memory and checkpoints."""

@@ -1,0 +1,48 @@
+"""Which model is the target: the config section `target`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from draftsmith.stages.runtime.stage import Config
+from draftsmith.stages.target.source import source_files
+
+Dtype = Literal["bfloat16", "float32", "float16"]
+
+
+class TargetConfig(Config):
+    """The frozen causal LM that the drafter is matched to. Code that a model ships with itself is never run."""
+
+    source: str = Field(
+        description="hub id (Qwen/Qwen3-4B), local folder, path to a .gguf file, or package:NAME "
+        "(the one .gguf file inside an installed Python package)"
+    )
+    revision: str | None = Field(
+        default=None,
+        description="hub only: commit, tag or branch; a branch is resolved once, then reused until --force target",
+    )
+    dtype: Dtype = Field(default="bfloat16", description="serving dtype; a GGUF file is dequantised to it")
+
+    @field_validator("source")
+    @classmethod
+    def _source_is_named(cls, source: str) -> str:
+        source = source.strip()
+        if source in ("", "package:"):
+            raise ValueError("is empty: give a hub id, a folder, a .gguf file or package:NAME")
+        return source
+
+    @model_validator(mode="after")
+    def _revision_is_of_a_hub_model(self) -> Self:
+        if self.revision is not None and (self.source.startswith("package:") or self.source.endswith(".gguf")):
+            raise ValueError("revision is for models of the hub: leave it out for a package or a .gguf file")
+        return self
+
+    def external_files(self) -> list[Path]:
+        """Files outside the store that this config reads; their content belongs into the stage's key.
+
+        Empty for a hub id, whose revision says it. Raises DraftsmithError if the source is not there.
+        """
+        return source_files(self.source)

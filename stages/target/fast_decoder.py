@@ -1,0 +1,187 @@
+"""A cached forward of an ordinary decoder with nothing beside its operators: bit for bit what its own code gives.
+
+In decoding the code of transformers around the operators takes about as long as a small model's weights take to be
+read. Families whose layers are the same few operators are computed here instead, from the very modules that the model
+holds; every other one runs as it is. `check_agreement` compares both whenever a target is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from draftsmith.stages.target.attention import fold, folded_attention
+from draftsmith.stages.target.kv_cache import SlotCache
+from draftsmith.stages.target.packed_linear import PackedLinear, PackedPart
+
+Map = Callable[[torch.Tensor], torch.Tensor]
+
+# Of transformers: pre-norm layers of rotary attention and a gated MLP; with norms of queries and keys, or without.
+_FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_NORMS = {"q_norm", "k_norm"}
+_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+_SPREAD = 512  # tokens up to which rotations are laid out for every head: a broadcast operator is slower on few
+
+
+@dataclass(frozen=True)
+class _Layer:
+    qkv: Map  # queries, keys and values side by side
+    o: Map
+    gate_up: Callable[[torch.Tensor], Sequence[torch.Tensor]]
+    down: Map
+    before_attention: Map
+    before_mlp: Map
+    of_heads: Map | None  # norms of queries and keys, [N, heads + kv_heads, D]
+
+
+class LeanDecoder:
+    """The forward of `Target.step`. Parameters are read as they were when it was made."""
+
+    def __init__(self, decoder: Any, kinds: Sequence[str]):
+        """kinds: of the layers, as masks are named by."""
+        config = decoder.config
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        first = decoder.layers[0].self_attn
+        self.head_dim, self.scaling = first.head_dim, first.scaling
+        self.embed, self.rotary, self.kinds = decoder.embed_tokens, decoder.rotary_emb, list(kinds)
+        self.layers = [_layer(each, self.heads, self.kv_heads) for each in decoder.layers]
+        self.norm = _norm(decoder.norm)
+
+    @classmethod
+    def of(cls, decoder: Any, kinds: Sequence[str]) -> LeanDecoder | None:
+        """None: a decoder whose layers are none that are known here."""
+        return cls(decoder, kinds) if _is_ordinary(decoder) else None
+
+    def __call__(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        masks: torch.Tensor | dict[str, torch.Tensor | None],
+        cache: SlotCache,
+        layer_ids: Sequence[int],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """ids, positions [n, T]; masks of `Layers.masks`; cache: addressed. Hidden states behind the final norm
+        [n, T, H], and those behind the layers `layer_ids` side by side."""
+        n, T = ids.shape
+        N, all_heads, D = n * T, self.heads + self.kv_heads, self.head_dim
+        x = self.embed(ids).view(N, -1)
+        cos, sin = self._rotations(x, positions)
+        groups = self.heads // self.kv_heads
+        folded = {kind: fold(mask, groups) for kind, mask in _by_kind(masks, self.kinds).items()}
+        captured: dict[int, torch.Tensor] = {}
+        for index, (layer, kind) in enumerate(zip(self.layers, self.kinds, strict=True)):
+            qkv = layer.qkv(layer.before_attention(x)).view(N, -1, D)
+            both, values = qkv[:, :all_heads], qkv[:, all_heads:]
+            if layer.of_heads is not None:
+                both = layer.of_heads(both)
+            both = (both * cos).add_(both.roll(D // 2, -1).mul_(sin)).view(n, T, all_heads, D)
+            keys, values = cache.extended(index, both[:, :, self.heads :], values.view(n, T, self.kv_heads, D))
+            queries = both[:, :, : self.heads].transpose(1, 2)
+            attended = folded_attention(queries, keys, values, folded[kind], self.scaling)
+            x = layer.o(attended.reshape(N, -1)).add_(x)
+            gate, up = layer.gate_up(layer.before_mlp(x))
+            x = layer.down(F.silu(gate).mul_(up)).add_(x)
+            if index in layer_ids:
+                captured[index] = x
+        features = torch.cat([captured[layer] for layer in layer_ids], -1).view(n, T, -1) if layer_ids else None
+        return self.norm(x).view(n, T, -1), features
+
+    def _rotations(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Factors [N, heads, D] of a vector and of its halves exchanged, whose first comes in with a minus."""
+        cos, sin = (part.flatten(0, 1)[:, None] for part in self.rotary(x, position_ids=positions))
+        half = self.head_dim // 2
+        sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
+        if len(x) > _SPREAD:
+            return cos, sin
+        shape = (-1, self.heads + self.kv_heads, -1)
+        return cos.expand(shape).contiguous(), sin.expand(shape).contiguous()
+
+
+def _by_kind(masks: torch.Tensor | dict[str, torch.Tensor | None], kinds: Sequence[str]) -> dict[str, torch.Tensor]:
+    found = masks if isinstance(masks, dict) else dict.fromkeys(kinds, masks)
+    return {kind: mask for kind, mask in found.items() if mask is not None}
+
+
+def _layer(layer: Any, heads: int, kv_heads: int) -> _Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    return _Layer(
+        _side_by_side(attention.q_proj, attention.k_proj, attention.v_proj),
+        _map(attention.o_proj),
+        _both(mlp.gate_proj, mlp.up_proj),
+        _map(mlp.down_proj),
+        _norm(layer.input_layernorm),
+        _norm(layer.post_attention_layernorm),
+        _norm_of_heads(attention, heads, kv_heads) if hasattr(attention, "q_norm") else None,
+    )
+
+
+def _side_by_side(*modules: nn.Module) -> Map:
+    """Their products in one tensor."""
+    if isinstance(first := modules[0], PackedPart):
+        return first.whole.forward
+    maps = [_map(module) for module in modules]
+    return lambda x: torch.cat([each(x) for each in maps], -1)
+
+
+def _both(gate: nn.Module, up: nn.Module) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
+    if isinstance(gate, PackedPart):
+        whole = gate.whole
+        return lambda x: whole(x).chunk(2, -1)
+    one, other = _map(gate), _map(up)
+    return lambda x: (one(x), other(x))
+
+
+def _map(module: nn.Module) -> Map:
+    """A linear map; without the detour over a module's hooks where it is one that has none."""
+    if type(module) is nn.Linear:
+        return partial(F.linear, weight=module.weight, bias=module.bias)
+    return module.forward if type(module) is PackedLinear else module
+
+
+def _norm(module: Any) -> Map:
+    return partial(_normalised, weight=module.weight, eps=module.variance_epsilon)
+
+
+def _norm_of_heads(attention: Any, heads: int, kv_heads: int) -> Map:
+    of_queries, of_keys = attention.q_norm, attention.k_norm
+    weight = torch.cat([of_queries.weight.expand(heads, -1), of_keys.weight.expand(kv_heads, -1)])
+    return partial(_normalised, weight=weight, eps=of_queries.variance_epsilon)
+
+
+def _normalised(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Rounded to the dtype of x before it is weighted, as the models do it. weight: of the last dimension or two."""
+    return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
+
+
+def _is_ordinary(decoder: Any) -> bool:
+    """By the class, and by what a layer holds: another release of it may hold more."""
+    if type(decoder).__name__ not in [f"{family}Model" for family in _FAMILIES]:
+        return False
+    children = {name for name, _ in decoder.named_children()}
+    return (
+        children == {"embed_tokens", "layers", "norm", "rotary_emb"}
+        and decoder.config.hidden_act == "silu"
+        and len({parameter.dtype for parameter in decoder.parameters()}) == 1
+        and all(_is_ordinary_layer(layer) for layer in decoder.layers)
+    )
+
+
+def _is_ordinary_layer(layer: Any) -> bool:
+    def held(module: nn.Module) -> set[str]:
+        return {name for name, _ in module.named_children()}
+
+    return (
+        held(layer) == _PARTS
+        and held(layer.self_attn) in (_PROJECTIONS, _PROJECTIONS | _NORMS)
+        and held(layer.mlp) == _MLP
+        and all(hasattr(layer.self_attn, name) for name in ("head_dim", "scaling"))
+        and all(hasattr(norm, "variance_epsilon") for norm in (layer.input_layernorm, layer.post_attention_layernorm))
+    )

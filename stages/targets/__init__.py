@@ -1,1 +1,0 @@
-"""The frozen target: resolved from a source, loaded, and asked for hidden states, features and verification."""

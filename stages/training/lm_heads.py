@@ -1,0 +1,73 @@
+"""The heads that training computes its softmax over: the same tokens for drafter and target.
+
+A drafter with a head of its own is trained over its draft vocabulary. One that borrows the target's is trained over all
+tokens, or over a sample that holds what matters: the most frequent tokens, every token of the step's trajectories, and
+fresh random others, so that no token escapes being pushed down: it also serves with the full head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.lm_head import Head
+from draftsmith.stages.training.config import TrainingConfig
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Two heads over the same tokens, in the same order."""
+
+    drafter: Head
+    target: Head
+    trained: bool  # is the drafter's a part of it, so that it needs a gradient?
+    chooser: Drafter | None = None  # the drafter, where it chooses among the head's candidates (`Drafter.chooses`)
+    confidence: Callable[[torch.Tensor], torch.Tensor] | None = None  # `Drafter.confidence`, where there is one
+
+
+class HeadSource:
+    """The heads of every step of a training."""
+
+    def __init__(self, drafter: Drafter, target_head: torch.Tensor, config: TrainingConfig):
+        """target_head: [V, H]."""
+        self.drafter, self.target_head, self.config = drafter, target_head, config
+        own = drafter.head_over(target_head, None) if drafter.has_own_head else None
+        self._target_over_own = Head.over(target_head, own.token_ids, drafter.logit_map) if own else None
+
+    @property
+    def sampled(self) -> bool:
+        """Whether a step's head holds what is needed, and little else."""
+        return self._target_over_own is None and self.config.head_tokens is not None
+
+    def draw(self, rng: np.random.Generator, needed: Sequence[torch.Tensor]) -> Heads:
+        """needed: token ids that must be in a sampled head, any shape."""
+        if self._target_over_own is not None:
+            return Heads(self.drafter.head_over(self.target_head, None), self._target_over_own, trained=True)
+        whole = Head(self.target_head, logit_map=self.drafter.logit_map)
+        head = sampled_head(whole, self.drafter.frequent_tokens, self.config, rng, needed)
+        if self.drafter.corrects_head:
+            corrected = self.drafter.head_over(self.target_head, head.token_ids)
+            confidence = self.drafter.confidence if self.drafter.has_confidence else None
+            return Heads(corrected, head, trained=True, confidence=confidence)
+        return Heads(head, head, trained=False, chooser=self.drafter if self.drafter.chooses else None)
+
+
+def sampled_head(
+    whole: Head,
+    frequent_tokens: torch.Tensor | None,
+    config: TrainingConfig,
+    rng: np.random.Generator,
+    needed: Sequence[torch.Tensor],
+) -> Head:
+    """whole: the target's; frequent_tokens: [V] ids by frequency; needed: ids that must be in it, any shape."""
+    weight = whole.weight
+    vocab = weight.shape[0]
+    if config.head_tokens is None or frequent_tokens is None or config.head_tokens >= vocab:
+        return whole
+    others = torch.from_numpy(rng.integers(0, vocab, config.head_negatives)).to(weight.device)
+    ids = torch.cat([frequent_tokens[: config.head_tokens], others, *(tokens.flatten() for tokens in needed)])
+    return Head.over(weight, ids, whole.logit_map)

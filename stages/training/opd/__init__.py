@@ -1,0 +1,1 @@
+"""Trains a drafter on what verification says of its own proposals."""

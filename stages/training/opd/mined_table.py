@@ -1,0 +1,167 @@
+"""The mined table as OPD reads it: verify steps by trajectory, drawn as anchors of a batch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.tables.parquet import ordered, padded, places
+from draftsmith.artifacts.tables.readers import KeyedRows, RowReader
+from draftsmith.artifacts.tables.schemas import VERIFY_STEPS
+from draftsmith.stages.data.trajectories import Trajectory, ids_of
+from draftsmith.stages.training.blocks import Anchors, evenly, pad_anchors
+from draftsmith.stages.training.opd.verify_steps import VerifySteps
+
+Kind = Literal["errors", "visited"]
+
+
+@dataclass(frozen=True)
+class TrajectorySteps:
+    """The verify steps of one trajectory (S steps, K proposals of the trained block)."""
+
+    anchors: np.ndarray  # [S]
+    accepted: np.ndarray  # [S]
+    committed: np.ndarray  # [S]
+    rejected_offset: np.ndarray  # [S] 0 = nothing rejected
+    proposed: np.ndarray  # [S, K]
+    target_logprobs: np.ndarray  # [S, K] float32, NaN where not judged or not scored
+
+    def of_kind(self, kind: Kind) -> np.ndarray:
+        """Indices of the steps that qualify as anchors."""
+        return np.flatnonzero(self.rejected_offset > 0) if kind == "errors" else np.arange(len(self.anchors))
+
+
+class StoredSteps(Sequence[TrajectorySteps]):
+    """The steps of N trajectories, read from their table when they are asked for."""
+
+    def __init__(self, rows: KeyedRows, errors: np.ndarray, proposals: int):
+        """rows: of VERIFY_STEPS. errors: [N] steps that rejected something. proposals: K of the trained block."""
+        self.rows, self.errors, self.proposals = rows, errors, proposals
+
+    def __len__(self) -> int:
+        return len(self.errors)
+
+    def __getitem__(self, index: int) -> TrajectorySteps:  # type: ignore[override]  # nobody takes a slice
+        return _steps(self.rows.of([index], _COLUMNS), self.proposals)
+
+
+@dataclass(frozen=True)
+class MinedTable:
+    """Steps of every trajectory, in the order of the trajectories."""
+
+    steps: Sequence[TrajectorySteps]
+    proposals: int  # of a mined block: at most those of the trained block
+
+    def counts(self, kind: Kind) -> np.ndarray:
+        """[N] steps of this kind."""
+        if isinstance(self.steps, StoredSteps):
+            return self.steps.errors if kind == "errors" else self.steps.rows.counts
+        return np.array([len(s.of_kind(kind)) for s in self.steps], dtype=np.int64)
+
+    def count(self, kind: Kind) -> int:
+        return int(self.counts(kind).sum())
+
+    def trajectories_with(self, kind: Kind) -> list[int]:
+        """Indices of the trajectories that have at least one such step."""
+        found: list[int] = np.flatnonzero(self.counts(kind)).tolist()
+        if not found:
+            raise DraftsmithError(f"opd.anchors: no mined step is of kind {kind!r}; the drafter made no error there")
+        return found
+
+
+def draw_steps(
+    steps: Sequence[TrajectorySteps], kind: Kind, per_sequence: int, phases: np.ndarray, device: torch.device
+) -> tuple[Anchors, VerifySteps]:
+    """Draw `per_sequence` steps of each of B trajectories, at its phase in [0, 1) of `phases` [B].
+
+    One that has none of the kind any more lends all that it has.
+    """
+    chosen = []
+    for each, phase in zip(steps, phases, strict=True):
+        candidates = each.of_kind(kind)
+        chosen.append(evenly(candidates if len(candidates) else each.of_kind("visited"), per_sequence, phase))
+
+    def column(name: str) -> torch.Tensor:
+        values = [getattr(each, name)[picked] for each, picked in zip(steps, chosen, strict=True)]
+        return torch.from_numpy(np.stack(values)).to(device)
+
+    anchors = pad_anchors([each.anchors[picked] for each, picked in zip(steps, chosen, strict=True)], device)
+    names = ("accepted", "committed", "rejected_offset", "proposed", "target_logprobs")
+    return anchors, VerifySteps(*(column(name) for name in names))
+
+
+def load_mined(folder: Path, trajectories: Sequence[Trajectory], block_size: int, *, whole: bool = True) -> MinedTable:
+    """Match verify_steps.parquet of a mining artifact to the trajectories that OPD trains on. It stays on disk.
+
+    block_size: of the trained drafter. Raises DraftsmithError if the table's proposals are longer than its block, or,
+    with `whole`, if a trajectory was not mined.
+    """
+    path = folder / "verify_steps.parquet"
+    reader, ids = RowReader(path, VERIFY_STEPS), ids_of(trajectories)
+    rows = KeyedRows(reader, ids)
+    if whole:
+        _check_mined(rows.counts, ids, str(path))
+    errors, longest, row = np.zeros(len(ids), dtype=np.int64), 0, 0
+    for part in reader.parts(["rejected_offset", "proposed_ids"]):
+        wrong = rows.key_of(row + np.flatnonzero(part["rejected_offset"].to_numpy()))
+        errors += np.bincount(wrong[wrong >= 0], minlength=len(ids))
+        longest = max(longest, pc.max(pc.list_value_length(part["proposed_ids"])).as_py())
+        row += part.num_rows
+    _check_length(longest, block_size, str(path))
+    return MinedTable(StoredSteps(rows, errors, block_size - 1), longest)
+
+
+def match_steps(table: pa.Table, trajectories: Sequence[Trajectory], block_size: int) -> MinedTable:
+    """Match VERIFY_STEPS in memory as `load_mined` does."""
+    ids = ids_of(trajectories)
+    table = ordered(table, "trajectory_id", ids)
+    bounds = np.searchsorted(places(table, "trajectory_id", ids), np.arange(len(ids) + 1))
+    _check_mined(np.diff(bounds), ids, "mined steps")
+    longest = int(pc.max(pc.list_value_length(table["proposed_ids"])).as_py())
+    _check_length(longest, block_size, "mined steps")
+    parts = (table.slice(start, stop - start) for start, stop in itertools.pairwise(bounds.tolist()))
+    return MinedTable([_steps(part, block_size - 1) for part in parts], longest)
+
+
+def _check_mined(counts: np.ndarray, ids: pa.Array, where: str) -> None:
+    """counts: [N] steps of each trajectory."""
+    if not counts.all():
+        name = ids[int(counts.argmin())].as_py()
+        raise DraftsmithError(
+            f"{where}: trajectory {name} was not mined. Run stage mining again, on all answers (`table: full` or "
+            "`scored`); an answer of one token has no step: leave it out."
+        )
+
+
+def _check_length(longest: int, block_size: int, where: str) -> None:
+    """longest: proposals of a mined step."""
+    if longest > block_size - 1:
+        raise DraftsmithError(
+            f"{where}: blocks of {longest + 1} tokens, the drafter was trained on {block_size}. Mine again."
+        )
+
+
+def _steps(table: pa.Table, proposals: int) -> TrajectorySteps:
+    """The rows of one trajectory. A smaller mined block is padded to the trained one."""
+    anchors, accepted, committed, rejected = (table[name].to_numpy().astype(np.int64) for name in _NUMBERS)
+    return TrajectorySteps(
+        anchors,
+        accepted,
+        committed,
+        rejected,
+        padded(table, "proposed_ids", proposals, 0, np.int64),
+        padded(table, "target_logprobs", proposals, np.nan, np.float32),
+    )
+
+
+_NUMBERS = ("anchor", "accepted", "committed", "rejected_offset")
+_COLUMNS = (*_NUMBERS, "proposed_ids", "target_logprobs")

@@ -1,0 +1,1 @@
+"""Trains a drafter on the target's answers."""

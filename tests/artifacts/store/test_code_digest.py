@@ -1,0 +1,133 @@
+"""The code digest follows every project import and ignores what cannot change a result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.store import code_digest as code_digest_module
+from draftsmith.artifacts.store.code_digest import code_digest
+
+SOURCES = {
+    "stages/__init__.py": "",
+    "stages/engines/rollout.py": '"""Rollout."""\nimport json\nfrom draftsmith.artifacts import tables\n\n\n'
+    'def run(x):\n    """Do."""\n'
+    "    from draftsmith.stages.engines import embedded\n    return embedded.go(tables.N, x)  # a comment\n",
+    "stages/engines/__init__.py": "KINDS = ['draftsmith.stages.engines.remote', 'draftsmith.stages.engines.absent']\n",
+    "stages/engines/embedded.py": "from ..sampling import draw\n\n\ndef go(n, x):\n    return draw(n + x)\n",
+    "stages/engines/remote.py": "URL = 'a'\n",
+    "stages/sampling.py": "def draw(x):\n    return x + 1\n",
+    "stages/unrelated.py": "X = 1\n",
+    "artifacts/__init__.py": "",
+    "artifacts/tables.py": "N = 1\n",
+}
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    for name, text in SOURCES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def digest_after(project: Path, name: str, old: str, new: str) -> tuple[str, str]:
+    before = code_digest("draftsmith.stages.engines.rollout", project)
+    text = (project / name).read_text()
+    assert old in text
+    (project / name).write_text(text.replace(old, new, 1))
+    return before, code_digest("draftsmith.stages.engines.rollout", project)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("stages/engines/rollout.py", "# a comment", "# another"),
+        ("stages/engines/rollout.py", '"""Do."""', '"""Do it, with care."""'),
+        ("stages/engines/rollout.py", '"""Rollout."""', ""),
+        ("stages/engines/rollout.py", "    return", "\n\n    return"),
+        ("stages/sampling.py", "x + 1", "(x  +  1)"),
+        ("stages/unrelated.py", "X = 1", "X = 2"),
+    ],
+)
+def test_comments_docstrings_layout_and_unrelated_modules_do_not_count(
+    project: Path, name: str, old: str, new: str
+) -> None:
+    before, after = digest_after(project, name, old, new)
+    assert before == after
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("stages/engines/rollout.py", "tables.N, x", "tables.N, x + 1"),
+        ("artifacts/tables.py", "N = 1", "N = 2"),  # from package import module
+        ("stages/engines/embedded.py", "n + x", "n - x"),  # imported inside a function
+        ("stages/sampling.py", "x + 1", "x + 2"),  # a helper, through a relative import
+        ("stages/engines/__init__.py", "KINDS = [", "KINDS = ['more', "),  # __init__ on the way
+        ("stages/engines/remote.py", "'a'", "'b'"),  # named in a registry
+        ("stages/__init__.py", "", "import os"),
+    ],
+)
+def test_a_change_anywhere_in_the_closure_counts(project: Path, name: str, old: str, new: str) -> None:
+    before, after = digest_after(project, name, old, new)
+    assert before != after
+
+
+def test_a_module_that_moves_makes_nothing_anew(project: Path) -> None:
+    before = code_digest("draftsmith.stages.engines.rollout", project)
+    (project / "stages/engines/sampling").mkdir()
+    (project / "stages/engines/sampling/__init__.py").write_text('"""A room of its own."""\n')
+    (project / "stages/sampling.py").rename(project / "stages/engines/sampling/draw.py")
+    engine = project / "stages/engines/embedded.py"
+    engine.write_text(engine.read_text().replace("from ..sampling", "from draftsmith.stages.engines.sampling.draw"))
+    (project / "stages/engines/remote.py").rename(project / "stages/remote.py")
+    registry = project / "stages/engines/__init__.py"
+    registry.write_text(registry.read_text().replace("stages.engines.remote", "stages.remote"))
+    (project / "stages/engines/rollout.py").rename(project / "stages/collect.py")
+    assert code_digest("draftsmith.stages.collect", project) == before
+
+
+def test_the_same_name_from_another_module_counts(project: Path) -> None:
+    (project / "stages/other.py").write_text(
+        "def draw(x):\n    return x\n\n\nfrom draftsmith.stages.sampling import Y\n"
+    )
+    _, unchanged = digest_after(project, "stages/engines/embedded.py", "import draw", "import draw\nimport json")
+    name = "stages/engines/embedded.py"
+    (project / name).write_text((project / name).read_text() + "\n\nfrom draftsmith.stages.other import Z\n")
+    before, after = digest_after(project, name, "from ..sampling import draw", "from ..other import draw")
+    assert before != after and before != unchanged
+
+
+def test_an_unknown_module_is_an_error(project: Path) -> None:
+    for module in ("draftsmith.stages.absent", "stages.rollout", "draftsmith"):
+        with pytest.raises(DraftsmithError, match=f"no module {module}"):
+            code_digest(module, project)
+
+
+def test_what_was_read_once_is_kept_beside_the_compiled_modules_and_read_again_when_it_is_damaged(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def digest() -> str:
+        code_digest_module._source.cache_clear()  # as another process
+        return code_digest("draftsmith.stages.engines.rollout", project)
+
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    plain = digest()
+    assert not list(project.rglob("*.json"))
+    monkeypatch.setattr("sys.dont_write_bytecode", False)
+    assert digest() == plain
+    (kept,) = (project / "stages" / "__pycache__").glob("sampling.*.json")
+    with monkeypatch.context() as unread:
+        unread.setattr(code_digest_module, "_read", pytest.fail)
+        assert digest() == plain
+    for damage in ("{", "[]", kept.read_text().replace('"stamp": "', '"stamp": "0'), "{}"):
+        kept.write_text(damage)
+        assert digest() == plain
+    (project / "stages/sampling.py").write_text(SOURCES["stages/sampling.py"].replace("x + 1", "x + 2"))
+    changed = digest()
+    assert changed != plain
+    kept.write_text(kept.read_text().replace('"identity": "', '"identity": "0'))
+    assert digest() != changed, "it is what is read"

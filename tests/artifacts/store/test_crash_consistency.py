@@ -1,0 +1,99 @@
+"""A crash at any moment of a commit leaves the artifact whole or not there, and a commit that has returned stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.store.local import Claim, Store
+from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.stages.runtime.checkpoint import load_checkpoint, save_checkpoint
+from tests.artifacts.store.forgetful_disk import NAMES_AHEAD, SYNCED, Crash, ForgetfulDisk
+from tests.artifacts.store.test_store import KEY, commit
+
+FILES = {"table.parquet": "rows", "drafter/model.safetensors": "weights", "deep/down/one": "part"}
+
+
+def make(store: Store, content: str, *, force: bool = False) -> ArtifactRef:
+    with store.claim("rollout", KEY, force=force) as claim:
+        assert isinstance(claim, Claim)
+        for name, text in FILES.items():
+            path = claim.out / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{text} {content}")
+        (claim.work / "checkpoint").write_text("step 7")
+        return commit(store, claim)
+
+
+def lost(crash: Crash, folder: Path, extreme: str, allowed: set[str]) -> str | None:
+    """What a user would lose by this crash, None if nothing. allowed: contents that may be there ("": none)."""
+    crash.leaves(folder, extreme)
+    store = Store(folder / "store")
+    try:
+        with store.claim("rollout", KEY) as found:
+            if isinstance(found, Claim):
+                return None if "" in allowed else "the artifact is gone"
+            store.verify(found)
+        content = (found.path / "table.parquet").read_text()
+        return None if content.removeprefix("rows ") in allowed else f"it holds {content!r}"
+    except DraftsmithError as error:
+        return str(error)
+
+
+def crashed_everywhere(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *, old: bool = False, ignored: str | None = None
+) -> tuple[list[str], set[str]]:
+    """Commit once and crash it everywhere: what was lost, and where fsyncs were called from."""
+    home = folder / "home"
+    home.mkdir(parents=True)
+    store = Store(home / "store")
+    if old:
+        make(store, "old")
+    disk = ForgetfulDisk(home, ignored=ignored)
+    with monkeypatch.context() as patched, disk.watching(patched.setattr):
+        make(store, "new", force=old)
+    assert len(disk.crashes) > 20
+    losses = []
+    for number, crash in enumerate(disk.crashes):
+        ended = crash is disk.crashes[-1]
+        allowed = {"new"} if ended else {"new", "old" if old else ""}
+        for extreme in (SYNCED, NAMES_AHEAD):
+            loss = lost(crash, folder / f"{number} {extreme}", extreme, allowed)
+            if loss is not None:
+                losses.append(f"after call {number} ({crash.after}), {extreme}: {loss}")
+    return losses, set(disk.sites)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_crash_anywhere_in_a_commit_loses_nothing(old: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses, _ = crashed_everywhere(tmp_path, monkeypatch, old=old)
+    assert losses == []
+
+
+def test_without_any_one_of_its_fsyncs_a_commit_is_lost_or_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, sites = crashed_everywhere(tmp_path / "all", monkeypatch)
+    assert len(sites) >= 5
+    for number, site in enumerate(sorted(sites)):
+        losses, _ = crashed_everywhere(tmp_path / str(number), monkeypatch, ignored=site)
+        assert losses, f"{site}: nothing is lost without this fsync"
+
+
+def test_a_crash_anywhere_leaves_the_training_the_checkpoint_before_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    save_checkpoint(work, 1, {"reached": 1})
+    disk = ForgetfulDisk(work)
+    with monkeypatch.context() as patched, disk.watching(patched.setattr):
+        save_checkpoint(work, 2, {"reached": 2})
+    for number, crash in enumerate(disk.crashes):
+        for extreme in (SYNCED, NAMES_AHEAD):
+            crash.leaves(left := tmp_path / f"{number} {extreme}", extreme)
+            found = load_checkpoint(left, lambda _line: None)
+            assert found is not None and found[1] == {"reached": found[0]}, crash.after
+            assert found[0] in ((2,) if crash is disk.crashes[-1] else (1, 2)), "what was saved stays"

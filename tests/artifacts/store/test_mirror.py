@@ -1,0 +1,246 @@
+"""A store that is mirrored in a bucket, from two homes: what is pushed and pulled, damage, and races."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.artifacts.store.bucket import Bucket
+from draftsmith.artifacts.store.local import Claim, Store
+from draftsmith.artifacts.store.manifest import MANIFEST, ArtifactRef
+from draftsmith.artifacts.store.open import STORE, store_of
+from tests.artifacts.store.test_store import KEY, OTHER, commit, make
+from tests.testbed.s3 import SECRET, bucket
+
+ADDRESS = "s3://lines/drafters"
+KEY_16 = KEY[:16]
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[None]:
+    with bucket("lines"):
+        yield
+
+
+@pytest.fixture
+def a(served: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:  # noqa: ARG001
+    """The store as home A sees it, empty."""
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    for name in objects():
+        boto3.client("s3").delete_object(Bucket="lines", Key=f"drafters/{name}")
+    monkeypatch.setenv(STORE, ADDRESS)
+    return store_of(tmp_path / "a")
+
+
+@pytest.fixture
+def b(a: Store, tmp_path: Path) -> Store:  # noqa: ARG001
+    """The same store, as home B sees it."""
+    return store_of(tmp_path / "b")
+
+
+def objects() -> dict[str, int]:
+    found = boto3.client("s3").list_objects_v2(Bucket="lines", Prefix="drafters/").get("Contents", [])
+    return {each["Key"].removeprefix("drafters/"): each["Size"] for each in found}
+
+
+def files_of(name: str) -> list[str]:
+    return [each for each in objects() if each.endswith(f"/{name}")]
+
+
+def flip(name: str) -> None:
+    client = boto3.client("s3")
+    content = bytearray(client.get_object(Bucket="lines", Key=f"drafters/{name}")["Body"].read())
+    content[0] ^= 1
+    client.put_object(Bucket="lines", Key=f"drafters/{name}", Body=bytes(content))
+
+
+def two_files(store: Store, *, key: str = KEY, force: bool = False, texts: tuple[str, str] = ("one", "two")) -> Any:
+    with store.claim("rollout", key, force=force) as claim:
+        if isinstance(claim, ArtifactRef):
+            return claim
+        (claim.out / "deep").mkdir(exist_ok=True)
+        (claim.out / "a.txt").write_text(texts[0])
+        (claim.out / "deep" / "b.txt").write_text(texts[1])
+        return commit(store, claim)
+
+
+def test_what_one_home_makes_the_other_finds_and_fetches_when_it_reads(a: Store, b: Store) -> None:
+    made = two_files(a)
+    assert b.find("rollout", OTHER) is None
+    found = b.find("rollout", KEY)
+    assert found is not None
+    assert (found.key, found.content_id, found.volatile_id) == (made.key, made.content_id, made.volatile_id)
+    assert [m.key for m in b.list()] == [KEY] and b.resolve("rollout").path == found.path == b.path("rollout", KEY)
+    b.verify_once(found)  # of what is here: nothing yet
+    assert [path.name for path in found.path.rglob("*")] == [MANIFEST]
+    b.fetch(found, ["a.txt"])
+    assert sorted(path.name for path in found.path.iterdir()) == ["a.txt", MANIFEST]
+    b.fetch(found)
+    assert (found.path / "deep" / "b.txt").read_text() == "two"
+    b.verify(found)
+    with b.claim("rollout", KEY) as claim:
+        assert claim == found
+    assert b.here(made.path / "deep") == found.path / "deep"  # as A wrote it down
+
+
+def test_a_flipped_bit_is_refused_by_name_and_mended_by_force(a: Store, b: Store) -> None:
+    two_files(a)
+    (name,) = files_of("b.txt")
+    flip(name)
+    found = b.find("rollout", KEY)
+    assert found is not None
+    with pytest.raises(DraftsmithError) as refused:
+        b.fetch(found)
+    assert str(refused.value) == (
+        f"{ADDRESS}/{name}: has changed since it was uploaded: its checksum is another; make it again: add "
+        "`--force rollout` to the command"
+    )
+    assert not (found.path / "deep" / "b.txt").exists()
+    again = two_files(b, force=True)  # the same content: it goes where the damaged one was
+    assert again.content_id == found.content_id
+    third = store_of(b.root.parent.parent / "c")
+    whole = third.find("rollout", KEY)
+    assert whole is not None
+    third.verify(whole)
+
+    flip(f"rollout/{KEY_16}/{MANIFEST}")
+    with pytest.raises(DraftsmithError, match=rf"{ADDRESS}/rollout/{KEY_16}/{MANIFEST}: .*not a readable manifest"):
+        b.find("rollout", KEY)
+    assert a.path("rollout", KEY).is_dir()
+    two_files(a, force=True)  # by the home that has a copy too
+    assert b.find("rollout", KEY) is not None
+
+
+def test_an_upload_that_was_cut_off_counts_for_nothing_and_goes_on(
+    a: Store, b: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload, sent = Bucket.upload, list[str]()
+
+    def lost(self: Bucket, path: Path, name: str) -> None:
+        sent.append(name)
+        if len(sent) == 2:
+            raise RetryableError("the network is gone")
+        upload(self, path, name)
+
+    monkeypatch.setattr(Bucket, "upload", lost)
+    with pytest.raises(RetryableError):
+        two_files(a)
+    assert len(objects()) == 1
+    assert a.find("rollout", KEY) is None and b.find("rollout", KEY) is None and a.list() == []
+    with a.claim("rollout", KEY) as done:  # without the stage
+        assert isinstance(done, ArtifactRef)
+    assert len(sent) == 3 and sent[2] == sent[1], "what was up stayed up"
+    found = b.find("rollout", KEY)
+    assert found is not None
+    b.verify(found)
+
+
+def test_of_two_that_make_the_same_the_first_one_counts(a: Store, b: Store, caplog: pytest.LogCaptureFixture) -> None:
+    with a.claim("rollout", KEY) as one, b.claim("rollout", KEY) as other:
+        assert isinstance(one, Claim) and isinstance(other, Claim)
+        for claim, text in ((one, "first"), (other, "second")):
+            (claim.out / "same.txt").write_text("same")
+            (claim.out / "data.txt").write_text(text)
+        made = commit(a, one)
+        with caplog.at_level(logging.WARNING):
+            taken = commit(b, other)
+    assert "another host has made rollout/" in caplog.text
+    assert taken.content_id == made.content_id and taken.path == b.path("rollout", KEY)
+    b.fetch(taken)
+    assert (taken.path / "data.txt").read_text() == "first"
+    b.verify(taken)
+
+
+def test_force_replaces_for_all_and_readers_of_the_old_one_keep_it(a: Store, b: Store) -> None:
+    make(a, "old")
+    old = b.find("rollout", KEY)
+    assert old is not None
+    new = make(a, "new", force=True)
+    b.fetch(old)
+    assert (old.path / "data.txt").read_text() == "old"
+    found = b.find("rollout", KEY)
+    assert found is not None and found.content_id == new.content_id != old.content_id
+    b.fetch(found)
+    assert (found.path / "data.txt").read_text() == "new"
+    assert len(files_of("data.txt")) == 2
+    b.verify(found)
+
+
+def test_what_a_home_had_before_is_uploaded_and_not_made_again(a: Store, b: Store, tmp_path: Path) -> None:
+    before = make(Store(tmp_path / "a" / "store"))
+    assert a.find("rollout", KEY) is None
+    with a.claim("rollout", KEY) as claim:
+        assert isinstance(claim, ArtifactRef) and claim.content_id == before.content_id
+    assert b.find("rollout", KEY) is not None
+    damaged = make(Store(tmp_path / "a" / "store"), key=OTHER)
+    (damaged.path / "data.txt").write_text("anSwer")
+    with a.claim("rollout", OTHER) as claim:
+        assert isinstance(claim, Claim)  # not what was written: made anew
+
+
+@pytest.mark.parametrize("verify", ["verify_once", "verify"])
+def test_a_copy_that_the_disk_has_damaged_is_fetched_again(
+    verify: str, a: Store, b: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = make(a).path / "data.txt"
+    found = b.find("rollout", KEY)
+    assert found is not None
+    b.fetch(found)
+    copy = found.path / "data.txt"
+    copy.write_text("anSwer")
+    getattr(b, verify)(found)
+    assert copy.read_text() == made.read_text()
+    assert f"{copy}: has changed since it was written" in caplog.text
+    copy.write_text("cut")  # a size that is wrong is not there
+    b.fetch(found)
+    b.verify(found)
+
+    (name,) = files_of("data.txt")
+    flip(name)
+    copy.write_text("anSwer")
+    with pytest.raises(DraftsmithError, match=rf"^{ADDRESS}/{name}: has changed since it was uploaded"):
+        getattr(b, verify)(found)
+
+
+def test_a_home_that_may_only_be_read_sees_the_store(a: Store, tmp_path: Path) -> None:
+    make(a)
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r").chmod(0o500)
+    try:
+        reader = store_of(tmp_path / "r")
+        found = reader.find("rollout", KEY)
+        assert found is not None and reader.manifest(found).key == KEY
+    finally:
+        (tmp_path / "r").chmod(0o700)
+
+
+@pytest.mark.usefixtures("a")
+def test_addresses_that_cannot_be_and_errors_without_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for address, why in (
+        ("bucket/prefix", "give an address such as s3://bucket/prefix"),
+        (f"s3://me:{SECRET}@bucket/prefix", "an address with a user or password in it"),
+        ("nonesuch://bucket", "nonesuch"),
+    ):
+        monkeypatch.setenv(STORE, address)
+        with pytest.raises(DraftsmithError, match=f"^{STORE}: .*{why}") as refused:
+            store_of(tmp_path)
+        assert SECRET not in str(refused.value)
+    monkeypatch.setenv(STORE, "s3://no-such-bucket/x")
+    assert store_of(tmp_path).find("rollout", KEY) is None
+    monkeypatch.setenv(STORE, ADDRESS)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:9/{SECRET}")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(RetryableError, match="check the address, the credentials and the network") as lost:
+        store_of(tmp_path).find("rollout", KEY)
+    assert SECRET not in str(lost.value) and "127.0.0.1:9/***" in str(lost.value) and ADDRESS in str(lost.value)

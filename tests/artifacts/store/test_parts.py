@@ -1,0 +1,65 @@
+"""Parts of an unfinished attempt: whole or not there, and gone on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from draftsmith.artifacts.atomic import TMP_PREFIX
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.store.parts import Parts
+from draftsmith.artifacts.tables.schemas import EVALUATED, TRACE
+from tests.artifacts.tables.test_parquet import trace_row
+
+SCHEMAS = {"evaluated": EVALUATED, "trace": TRACE}
+
+
+def rows(step: int) -> dict[str, list[dict[str, object]]]:
+    return {
+        "evaluated": [{"trajectory_id": "p/0", "evaluated_blocks": step, "outside_nucleus": 0}],
+        "trace": [trace_row(step)],
+    }
+
+
+def steps(parts: Parts) -> list[int]:
+    return [step for table in parts.tables("trace", ["step"]) for step in table["step"].to_pylist()]
+
+
+def test_parts_are_read_in_order_and_the_next_attempt_goes_on_behind_them(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, SCHEMAS)
+    assert steps(parts) == []
+    for step in (0, 1):
+        parts.append(rows(step))
+    again = Parts(tmp_path, SCHEMAS)
+    again.append(rows(2))
+    assert steps(again) == steps(Parts(tmp_path, SCHEMAS)) == [0, 1, 2]
+    assert [path.name for path in again.paths("trace")] == [f"shard-0000{number}.parquet" for number in range(3)]
+
+
+def test_a_part_without_its_last_table_does_not_count_and_is_written_over(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, SCHEMAS)
+    parts.append(rows(0))
+    with pytest.raises(DraftsmithError):
+        parts.append({**rows(1), "trace": [trace_row(step="x")]})
+    again = Parts(tmp_path, SCHEMAS)
+    assert steps(again) == [0]
+    again.append(rows(2))
+    assert [t["evaluated_blocks"].to_pylist() for t in again.tables("evaluated")] == [[0], [2]]
+
+
+@pytest.mark.parametrize("table", SCHEMAS)
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_damaged_part_is_set_aside_wherever_it_stands(
+    number: int, table: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    parts = Parts(tmp_path, SCHEMAS)
+    for step in range(3):
+        parts.append(rows(step))
+    shard = parts.paths(table)[number]
+    content = shard.read_bytes()
+    shard.write_bytes(content[: len(content) // 2])
+    assert steps(Parts(tmp_path, SCHEMAS)) == [step for step in range(3) if step != number]
+    assert str(shard) in caplog.text
+    for name in SCHEMAS:  # of it nothing becomes part of an artifact
+        assert (tmp_path / name / f"{TMP_PREFIX}damaged-{shard.name}").exists()

@@ -1,0 +1,200 @@
+"""What may be pruned: never what a run holds, what is young, or what is needed, and what such a one was made from."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.locks import LockTimeoutError, locked
+from draftsmith.artifacts.store.local import REPLACED, Claim, Store
+from draftsmith.artifacts.store.manifest import ELSEWHERE, MANIFEST, ArtifactRef
+from draftsmith.artifacts.store.retention import in_use, leftovers, nobody_reads, unused
+from tests.testbed.artifacts import committed
+
+OLD, YOUNG, KEY = "ab" * 32, "cd" * 32, "ef" * 32
+DAY = 86400.0
+LATER = time.time() + 1000  # everything that a test makes is older
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+# ---- leftovers
+
+
+def attempt(store: Store, key: str, age_days: float) -> Path:
+    """An unfinished attempt, last touched so long ago."""
+    with store.claim("sft", key) as claim:
+        assert isinstance(claim, Claim)
+        (claim.work / "checkpoint.pt").write_bytes(b"x" * 100)
+    age(store.partial("sft", key), age_days)
+    return store.partial("sft", key)
+
+
+def age(path: Path, days: float) -> None:
+    for each in [path, *path.rglob("*")]:
+        os.utime(each, (time.time() - days * DAY,) * 2)
+
+
+def artifact(store: Store, content: str, *, force: bool = False) -> Path:
+    return committed(store, "target", {"x": content}, KEY, force=force).path
+
+
+def test_copies_of_uploaded_drafters_that_nobody_uses_go(tmp_path: Path) -> None:
+    copy = tmp_path / "uploaded" / OLD[:16]
+    (copy / "drafter").mkdir(parents=True)
+    (copy / "drafter" / "model.safetensors").write_bytes(b"x" * 100)
+    age(copy, 40)
+    os.utime(copy)
+    assert leftovers(tmp_path, time.time() - 30 * DAY) == [], "used today"
+    age(copy, 40)
+    (found,) = leftovers(tmp_path, time.time() - 30 * DAY)
+    assert found.what == "copy of an uploaded drafter" and found.remove() and not copy.exists()
+
+
+def test_shards_stay_as_long_as_a_node_of_their_stage_may_join_them(tmp_path: Path, store: Store) -> None:
+    shard = committed(store, "mining.shard", {"x": "rows"}, KEY).path
+    (old,) = leftovers(tmp_path, time.time() + 1)
+    with store.claim("mining", OLD) as node:
+        assert isinstance(node, Claim)
+        assert leftovers(tmp_path, time.time() + 1) == [] and not old.remove()
+    assert [each.what for each in leftovers(tmp_path, time.time() + 1)] == ["unfinished attempt"] and not old.remove()
+    committed(store, "mining", {"x": "rows"}, OLD)
+    (old,) = leftovers(tmp_path, time.time() + 1)
+    assert old.path == shard and old.remove() and not shard.exists()
+
+
+def test_old_attempts_replaced_artifacts_and_logs_go_and_artifacts_stay(tmp_path: Path, store: Store) -> None:
+    old, young = attempt(store, OLD, 40), attempt(store, YOUNG, 20)
+    made = artifact(store, "first")
+    age(made, 40)
+    artifact(store, "second", force=True)  # the first one is kept, hidden: others may have been made from it
+    assert [each.what for each in leftovers(tmp_path, time.time() - 30 * DAY)] == ["unfinished attempt"]
+    age(tmp_path / "store" / "target", 40)
+    (tmp_path / "logs").mkdir()
+    for name in ("sft-1.log", "sft-1.request.json", "sft-1.failed.json"):
+        (tmp_path / "logs" / name).write_text("x")
+    age(tmp_path / "logs", 40)
+    found = leftovers(tmp_path, time.time() - 30 * DAY)
+    assert sorted(each.what for each in found) == ["log", "log", "replaced artifact", "unfinished attempt"]
+    assert all(each.remove() for each in found)
+    assert not old.exists() and young.exists()
+    assert (made / "x").read_text() == "second"
+    assert [path.name for path in (tmp_path / "logs").iterdir()] == ["sft-1.failed.json"]
+    assert leftovers(tmp_path, time.time() - 30 * DAY) == []
+
+
+def test_an_attempt_that_a_run_takes_up_stays(tmp_path: Path, store: Store) -> None:
+    old = attempt(store, OLD, 40)
+    (found,) = leftovers(tmp_path, time.time() - 30 * DAY)
+    with store.claim("sft", OLD):
+        assert leftovers(tmp_path, time.time() - 30 * DAY) == []
+        assert not found.remove()
+    assert (old / "work" / "checkpoint.pt").exists()
+    assert found.remove() and not old.exists()
+
+
+# ---- complete artifacts
+
+
+def made(store: Store, stage: str, inputs: dict[str, ArtifactRef] | None = None) -> ArtifactRef:
+    return committed(store, stage, {"x": stage}, f"{stage:x<4}".encode().hex(), inputs=inputs or {})
+
+
+def used(ref: ArtifactRef, at: float = LATER) -> None:
+    """A run reuses it."""
+    os.utime(ref.path / MANIFEST, (at, at))
+
+
+def stages(store: Store, *, needed: tuple[str, ...] = ()) -> set[str]:
+    """Of what may go."""
+    return {each.path.parent.name for each in unused(store.root, LATER, needed)}
+
+
+@pytest.fixture
+def chain(store: Store) -> list[ArtifactRef]:
+    """Target, answers of it, and two drafters that learned them."""
+    target = made(store, "target")
+    answers = made(store, "rollout", {"target": target})
+    return [target, answers, *(made(store, name, {"answers": answers}) for name in ("sft", "opd"))]
+
+
+def test_what_was_used_stays_with_what_it_was_made_from(store: Store, chain: list[ArtifactRef]) -> None:
+    _, answers, sft, _ = chain
+    assert unused(store.root, time.time() - 1000, ()) == [], "all of it is young"
+    assert stages(store) == {"target", "rollout", "sft", "opd"}
+    assert stages(store, needed=(chain[3].content_id,)) == {"sft"}
+    used(sft, LATER - 1)
+    assert stages(store) == {"target", "rollout", "sft", "opd"}
+    used(answers)
+    assert stages(store) == {"sft", "opd"}
+    used(sft)
+    assert stages(store) == {"opd"}
+
+
+def test_what_was_read_by_its_path_stays(store: Store) -> None:
+    """A config may name an artifact's folder, as a model or as a file; a stage may say what it reads there."""
+    target, other, elsewhere = made(store, "target"), made(store, "other"), made(store, "model")
+    named = {str(target.path / "x"): "digest", "/srv/elsewhere": "digest", "s3://bucket/a.jsonl": "digest"}
+    sft = committed(store, "sft", {ELSEWHERE: f'{{"{elsewhere.path}/x": "digest"}}'}, external=named)
+    assert stages(store, needed=(sft.content_id,)) == {other.stage}
+
+
+def test_nothing_goes_while_nobody_can_say_what_an_artifact_reads(store: Store, chain: list[ArtifactRef]) -> None:
+    (chain[0].path / ELSEWHERE).write_text("{")
+    with pytest.raises(DraftsmithError, match=rf"{ELSEWHERE}: cannot be read \(truncated or edited\)"):
+        used(chain[0])
+        stages(store)
+
+
+def test_what_is_no_whole_artifact_is_none_of_these(store: Store, chain: list[ArtifactRef]) -> None:
+    (chain[2].path / MANIFEST).write_text("{")
+    made(store, "mining.shard")
+    with store.claim("prompts", "cd" * 32):
+        assert stages(store) == {"target", "rollout", "opd"}
+
+
+def test_it_goes_unless_a_run_holds_it_and_never_by_halves(
+    store: Store, chain: list[ArtifactRef], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used(chain[2])
+    (found,) = unused(store.root, LATER, ())
+    assert found.path == chain[3].path and found.bytes == len("opd") and found.lock is not None
+    with locked(found.lock):
+        assert not found.remove() and store.find("opd", chain[3].key) is not None
+    with monkeypatch.context() as killed:
+        killed.setattr(shutil, "rmtree", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            found.remove()
+    assert store.find("opd", chain[3].key) is None, "not damaged: not there"
+    (aside,) = Path(store.root / "opd").glob(f"{REPLACED}*")
+    assert (aside / "x").is_file() and not (aside / MANIFEST).exists(), "no version's drafter: it is a leftover"
+    used(chain[2], 0)
+    used(chain[1])
+    (sft,) = unused(store.root, LATER, ())
+    assert sft.remove() and not list((store.root / "sft").glob("[!.l]*")) and not list((store.root / "sft").glob(".r*"))
+
+
+def test_what_a_drafter_of_a_line_was_made_from_stays_also_where_its_key_was_made_again(
+    store: Store, chain: list[ArtifactRef]
+) -> None:
+    opd = chain[3]
+    opd.path.rename(opd.path.with_name(f"{REPLACED}{opd.path.name}-1"))
+    assert stages(store, needed=(opd.content_id,)) == {"sft"}
+
+
+def test_who_removes_is_alone_and_who_reads_waits_for_that(tmp_path: Path) -> None:
+    alive = pytest.raises(DraftsmithError, match=r"is alive \(it holds .*lock-artifacts: run another, pid")
+    with in_use(tmp_path, "one"), in_use(tmp_path, "another"), alive, nobody_reads(tmp_path):  # runs beside each other
+        pass
+    said: list[str] = []
+    with nobody_reads(tmp_path), pytest.raises(LockTimeoutError), in_use(tmp_path, "one", said.append, limit_s=0):
+        pass
+    assert len(said) == 1 and "waiting for that (run prune --artifacts, pid" in said[0]

@@ -1,0 +1,304 @@
+"""The store's rules within one process: keys, finding, damage, force, resume."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.home import home
+from draftsmith.artifacts.locks import LockLostError
+from draftsmith.artifacts.store.local import Claim, Store
+from draftsmith.artifacts.store.manifest import MANIFEST, ArtifactRef, describe_files
+
+KEY = "ab" * 32
+OTHER = "cd" * 32
+
+
+def commit(store: Store, claim: Claim | ArtifactRef, **changes: Any) -> ArtifactRef:
+    assert isinstance(claim, Claim)
+    fields: dict[str, Any] = {"config": {}, "inputs": {}, "code_digest": "c", "seed": 0}
+    return store.commit(claim, **(fields | changes))
+
+
+def make(
+    store: Store, text: str = "answer", key: str = KEY, stage: str = "rollout", force: bool = False
+) -> ArtifactRef:
+    with store.claim(stage, key, force=force) as claim:
+        if isinstance(claim, ArtifactRef):
+            return claim
+        (claim.out / "data.txt").write_text(text)
+        return commit(store, claim)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def test_home_is_absolute_and_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DRAFTSMITH_HOME", raising=False)
+    assert home() == tmp_path / ".draftsmith"
+    monkeypatch.setenv("DRAFTSMITH_HOME", "elsewhere")
+    assert Store().root == tmp_path / "elsewhere" / "store"
+
+
+def test_a_committed_artifact_is_found_with_its_manifest(store: Store) -> None:
+    source = make(store, key=OTHER, stage="prompts")
+    with store.claim("rollout", KEY) as claim:
+        assert isinstance(claim, Claim)
+        (claim.out / "deep").mkdir()
+        (claim.out / "deep" / "data.txt").write_text("answer")
+        (claim.out / "metrics.jsonl").write_text("{}")
+        (claim.work / "shard").write_text("unfinished")
+        ref = commit(
+            store,
+            claim,
+            config={"batch": 4},
+            inputs={"prompts": source},
+            metrics={"tau": 2.5, "loss": float("nan")},  # which no JSON has
+            volatile=("metrics.jsonl",),
+        )
+    assert store.find("rollout", KEY) == ref
+    assert ref.uri.startswith("file:///")
+    manifest = store.manifest(ref)
+    assert manifest.config == {"batch": 4}
+    assert manifest.inputs["prompts"].content_id == source.content_id
+    assert manifest.metrics == {"tau": 2.5}
+    assert manifest.files["deep/data.txt"].bytes == 6
+    assert manifest.files["metrics.jsonl"].volatile
+    assert manifest.versions["python"].startswith("3.")
+    assert not store.partial("rollout", KEY).exists()
+    store.verify(ref)
+
+
+def test_a_key_changes_with_every_one_of_its_parts(tmp_path: Path) -> None:
+    ref = ArtifactRef("prompts", KEY, "1" * 64, tmp_path)
+    base: dict[str, Any] = {
+        "stage": "rollout",
+        "code_digest": "c",
+        "config": {"a": 1, "b": {"x": 2, "y": 3}},
+        "inputs": {"prompts": ref},
+        "seed": 0,
+    }
+    changes: list[dict[str, Any]] = [
+        {"stage": "mining"},
+        {"code_digest": "d"},
+        {"config": {"a": 1, "b": {"x": 2, "y": 4}}},
+        {"inputs": {"prompts": ArtifactRef("prompts", KEY, "2" * 64, tmp_path)}},
+        {"inputs": {}},
+        {"seed": 1},
+    ]
+    assert len({Store.key(**(base | change)) for change in [{}, *changes]}) == len(changes) + 1
+
+
+def test_a_key_ignores_field_order_and_where_an_input_lies(tmp_path: Path) -> None:
+    here = ArtifactRef("prompts", KEY, "1" * 64, tmp_path)
+    there = ArtifactRef("prompts", OTHER, "1" * 64, tmp_path / "moved")
+    first = Store.key("rollout", "c", {"a": 1, "b": 2}, {"prompts": here}, 0)
+    assert first == Store.key("rollout", "c", {"b": 2, "a": 1}, {"prompts": there}, 0)
+
+
+def test_a_failed_attempt_leaves_no_artifact_and_the_next_one_resumes_it(store: Store) -> None:
+    with pytest.raises(RuntimeError), store.claim("rollout", KEY) as claim:
+        assert isinstance(claim, Claim)
+        (claim.out / "first").write_text("kept")
+        (claim.work / "checkpoint").write_text("step 7")
+        raise RuntimeError("the stage failed")
+    assert store.find("rollout", KEY) is None
+    assert store.list() == []
+    with store.claim("rollout", KEY) as claim:
+        assert isinstance(claim, Claim)
+        assert (claim.work / "checkpoint").read_text() == "step 7"
+        assert (claim.out / "first").read_text() == "kept"
+
+
+def test_a_forced_claim_starts_empty_and_goes_on_from_a_forced_attempt(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    names: list[str] = []
+
+    def attempt(force: bool, saved: str) -> list[str]:
+        with store.claim("rollout", KEY, force=force) as claim:
+            assert isinstance(claim, Claim)
+            names.append(claim.forced)
+            found = [path.read_text() for path in claim.work.iterdir()]
+            (claim.work / "checkpoint").write_text(saved)
+        return found
+
+    assert attempt(force=False, saved="broken") == []
+    assert attempt(force=True, saved="half") == []
+    assert caplog.text == ""
+    assert attempt(force=True, saved="more") == ["half"]  # a retry, or the same command after an interruption
+    assert f"to begin anew, delete {store.partial('rollout', KEY)}" in caplog.text
+    assert attempt(force=False, saved="other") == ["more"]
+    assert attempt(force=True, saved="") == []
+    assert names[0] == names[3] == "" and names[1] == names[2] != names[4], "its shards are made again once"
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_commit_that_failed_is_made_by_the_next_claim_without_the_stage(
+    store: Store, monkeypatch: pytest.MonkeyPatch, force: bool
+) -> None:
+    def full(path: Path, _text: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("draftsmith.artifacts.store.local.write_text", full)
+        for _ in range(2):  # still full when it is tried again
+            with pytest.raises(DraftsmithError, match="the disk is full"):
+                make(store, "made once", force=force)
+    assert store.find("rollout", KEY) is None
+    with store.claim("rollout", KEY, force=force) as found:
+        assert isinstance(found, ArtifactRef)
+    assert (found.path / "data.txt").read_text() == "made once"
+    store.verify(found)
+    assert make(store, "made anew", force=True).content_id != found.content_id
+
+
+def test_files_that_changed_behind_a_failed_commit_are_made_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("draftsmith.artifacts.store.local.describe_files", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make(store)
+    (store.partial("rollout", KEY) / "out" / "data.txt").write_text("other answers")
+    with store.claim("rollout", KEY) as claim:
+        assert isinstance(claim, Claim)
+
+
+def test_a_lock_that_is_lost_while_checksums_are_made_makes_nothing_final(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a large artifact they take minutes: another may have begun meanwhile."""
+    with store.claim("rollout", KEY) as claim:
+        assert isinstance(claim, Claim)
+        (claim.out / "data.txt").write_text("late")
+        lock = claim.lock.path
+
+        def taken_over(*arguments: Any) -> Any:
+            lock.unlink()
+            return describe_files(*arguments)
+
+        monkeypatch.setattr("draftsmith.artifacts.store.local.describe_files", taken_over)
+        with pytest.raises(LockLostError):
+            commit(store, claim)
+    assert not store.path("rollout", KEY).exists()
+
+
+def test_a_link_is_refused_because_an_artifact_holds_its_content(store: Store, tmp_path: Path) -> None:
+    with store.claim("rollout", KEY) as claim:
+        assert isinstance(claim, Claim)
+        (claim.out / "weights").symlink_to(tmp_path)
+        with pytest.raises(DraftsmithError, match=r"weights.*copy the content"):
+            commit(store, claim)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda ref: (ref.path / "data.txt").write_text("answe"), r"data\.txt: has 5 bytes instead of 6"),
+        (lambda ref: (ref.path / "data.txt").unlink(), r"data\.txt: is missing"),
+        (lambda ref: (ref.path / MANIFEST).write_text("{"), r"manifest\.json: not a readable manifest"),
+        (lambda ref: (ref.path / MANIFEST).write_text('{"schema_version": 99}'), "schema version 99, this .* reads 1"),
+        (lambda ref: (ref.path / MANIFEST).unlink(), r"manifest\.json: missing"),
+    ],
+)
+def test_a_damaged_artifact_names_the_file_and_the_remedy_and_force_replaces_it(
+    store: Store, damage: Any, message: str
+) -> None:
+    ref = make(store)
+    damage(ref)
+    with pytest.raises(DraftsmithError, match=f"{message}.*--force rollout"):
+        store.find("rollout", KEY)
+    again = make(store, force=True)
+    assert again == ref
+    store.verify(again)
+
+
+def test_verify_finds_a_flipped_byte_and_an_added_file(store: Store) -> None:
+    ref = make(store)
+    (ref.path / "data.txt").write_text("Answer")
+    assert store.find("rollout", KEY) == ref  # sizes alone cannot tell
+    with pytest.raises(DraftsmithError, match=r"data\.txt: has changed"):
+        store.verify(ref)
+    (ref.path / "data.txt").write_text("answer")
+    store.verify(ref)
+    (ref.path / "extra").write_text("")
+    with pytest.raises(DraftsmithError, match=r"extra: is not part of the artifact"):
+        store.verify(ref)
+
+
+def test_a_flipped_bit_in_a_manifest_is_found_or_changes_nothing(store: Store) -> None:
+    with store.claim("rollout", KEY) as claim:
+        assert isinstance(claim, Claim)
+        (claim.out / "data.txt").write_text("answer")
+        ref = commit(store, claim, config={"rate": 1e-4, "names": ["ä", {"b": 1.0}]}, metrics={"tau": 2.5})
+    path, written, random = ref.path / MANIFEST, store.manifest(ref), Random(0)
+    whole = path.read_bytes()
+    for _ in range(200):
+        content = bytearray(whole)
+        content[random.randrange(len(content))] ^= 1 << random.randrange(8)
+        path.write_bytes(content)
+        try:
+            assert store.manifest(ref) == written
+        except DraftsmithError:
+            continue
+    path.write_bytes(whole.replace(b"2.5", b"2.4"))
+    with pytest.raises(DraftsmithError, match=r"has changed since it was written.*--force rollout"):
+        store.find("rollout", KEY)
+
+
+def test_a_forced_attempt_that_fails_keeps_the_old_artifact(store: Store) -> None:
+    old = make(store)
+    with pytest.raises(RuntimeError), store.claim("rollout", KEY, force=True) as claim:
+        assert isinstance(claim, Claim)
+        (claim.out / "data.txt").write_text("new")
+        raise RuntimeError("the stage failed")
+    assert store.find("rollout", KEY) == old
+    store.verify(old)
+
+
+def test_force_keeps_a_replaced_artifact_aside_only_if_its_content_differs(store: Store) -> None:
+    make(store, "same")
+    make(store, "same", force=True)
+    assert list(store.root.glob("rollout/.replaced-*")) == []
+    new = make(store, "different", force=True)
+    (replaced,) = store.root.glob("rollout/.replaced-*")
+    assert (replaced / "data.txt").read_text() == "same"
+    assert [manifest.content_id for manifest in store.list()] == [new.content_id]
+
+
+def test_resolve_takes_stage_key_content_id_path_and_uri(store: Store) -> None:
+    ref = make(store)
+    other = make(store, "prompts", key=OTHER, stage="prompts")
+    for text in ("rollout", KEY[:8], f"rollout/{KEY[:4]}", ref.content_id[:10], str(ref.path), ref.uri):
+        assert store.resolve(text) == ref
+    assert store.resolve("prompts") == other
+
+
+def test_resolve_refuses_an_ambiguous_or_unknown_name(store: Store) -> None:
+    make(store, "one", key="abcdef" + "0" * 58)
+    make(store, "two", key="abcdee" + "0" * 58)
+    with pytest.raises(DraftsmithError, match="'rollout' names 2 artifacts: choose one by its key"):
+        store.resolve("rollout")
+    with pytest.raises(DraftsmithError, match="names 2 artifacts"):
+        store.resolve("abcde")
+    assert store.resolve("abcdef").key.startswith("abcdef")
+    with pytest.raises(DraftsmithError, match="no artifact matches 'sft'"):
+        store.resolve("sft")
+
+
+def test_an_unreadable_manifest_does_not_hide_the_others(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    broken = make(store, key=OTHER)
+    whole = make(store)
+    (broken.path / MANIFEST).write_text("")
+    assert [manifest.key for manifest in store.list()] == [whole.key]
+    assert OTHER[:16] in caplog.text

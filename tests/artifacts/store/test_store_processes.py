@@ -1,0 +1,213 @@
+"""The store's rules under kills and races, with real processes."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import platform
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from draftsmith.artifacts.locks import Holder, LockTimeoutError
+from draftsmith.artifacts.store.local import Claim, Store
+from draftsmith.artifacts.store.manifest import ArtifactRef
+from tests.artifacts.store.test_store import KEY, commit, make
+from tests.flows.processes import wait_until
+
+pytestmark = pytest.mark.integration
+
+# What a runner does, in a process of its own: argv = store root, key, the body's text, "force" or "".
+RUNNER = textwrap.dedent(
+    """
+    import os, signal, sys, time
+    from pathlib import Path
+    from draftsmith.artifacts.errors import DraftsmithError
+    from draftsmith.artifacts.store.local import Claim, Store
+
+    store = Store(Path(sys.argv[1]))
+    def make():
+        with store.claim("rollout", sys.argv[2], force=sys.argv[4] == "force") as claim:
+            if isinstance(claim, Claim):
+                exec(sys.argv[3], globals() | {"claim": claim})
+                return store.commit(claim, config={}, inputs={}, code_digest="c", seed=0)
+            return claim
+    try:
+        print(make().content_id)
+    except DraftsmithError as error:
+        sys.exit(f"error: {error}")
+    """
+)
+
+
+def start(root: Path, body: str, *, force: bool = False, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    command = [*prefix, sys.executable, "-c", RUNNER, str(root), KEY, textwrap.dedent(body), "force" if force else ""]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def test_sigkill_mid_write_leaves_no_artifact_frees_the_lock_and_keeps_the_work(store: Store) -> None:
+    process = start(
+        store.root,
+        """
+        (claim.work / "checkpoint").write_text("step 7")
+        (claim.out / ".tmp-9-data.txt").write_text("half")
+        print("written", flush=True)
+        time.sleep(60)
+        """,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "written\n"
+    assert store.is_claimed("rollout", KEY)
+    process.kill()
+    process.wait()
+    assert not store.is_claimed("rollout", KEY)
+    assert store.find("rollout", KEY) is None
+    with store.claim("rollout", KEY) as claim:
+        assert isinstance(claim, Claim)
+        assert (claim.work / "checkpoint").read_text() == "step 7"
+        (claim.out / "data.txt").write_text("answer")
+        ref = commit(store, claim)
+    assert list(store.manifest(ref).files) == ["data.txt"]  # the half-written file is not part of it
+
+
+def test_sigkill_between_manifest_and_last_rename_is_completed_by_the_next_claim(store: Store) -> None:
+    """A forced commit renames twice: the process kills itself between the two."""
+    make(store, "old")
+    process = start(
+        store.root,
+        """
+        (claim.out / "data.txt").write_text("new")
+        rename, left = Path.rename, [1]
+        def dying(path, target):
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left[0] -= 1
+            return rename(path, target)
+        Path.rename = dying
+        """,
+        force=True,
+    )
+    assert process.wait() == -signal.SIGKILL
+    with store.claim("rollout", KEY) as found:
+        assert isinstance(found, ArtifactRef)
+    assert (found.path / "data.txt").read_text() == "new"
+    store.verify(found)
+
+
+def test_three_racers_on_one_key_run_the_body_once(store: Store, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    body = f"""
+        with open({str(runs)!r}, "a") as file:
+            file.write("ran\\n")
+        time.sleep(0.5)
+        (claim.out / "data.txt").write_text(str(os.getpid()))
+        """
+    racers = [start(store.root, body) for _ in range(3)]
+    outputs = [racer.communicate(timeout=60) for racer in racers]
+    assert [racer.returncode for racer in racers] == [0, 0, 0], outputs
+    assert len({out for out, _ in outputs}) == 1
+    assert runs.read_text() == "ran\n"
+
+
+def test_a_child_that_inherited_the_lock_keeps_it_when_the_runner_is_killed(store: Store) -> None:
+    process = start(
+        store.root,
+        """
+        import subprocess
+        child = subprocess.Popen(["sleep", "60"], pass_fds=[claim.lock_fd])
+        print(child.pid, flush=True)
+        time.sleep(60)
+        """,
+    )
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    assert store.is_claimed("rollout", KEY)
+    os.kill(child, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while store.is_claimed("rollout", KEY):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_waiting_claim_says_so_once(store: Store) -> None:
+    process = start(store.root, 'print("held", flush=True); time.sleep(0.5); (claim.out / "data.txt").write_text("x")')
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    said: list[Holder | None] = []
+    with store.claim("rollout", KEY, waiting=said.append) as found:
+        assert isinstance(found, ArtifactRef)
+    (holder,) = said
+    assert holder is not None and holder.pid == process.pid
+    assert (holder.host, holder.user) == (platform.node(), getpass.getuser())
+    assert abs((datetime.now(UTC) - datetime.fromisoformat(holder.since)).total_seconds()) < 60
+    process.wait()
+
+
+def test_a_wait_has_a_limit_and_says_for_whom(store: Store) -> None:
+    process = start(store.root, 'print("held", flush=True); time.sleep(60)')
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    with (
+        pytest.raises(LockTimeoutError, match=rf"pid {process.pid} of .* since .*stages\.lock_wait_minutes") as caught,
+        store.claim("rollout", KEY, limit_s=0.3),
+    ):
+        pass
+    assert caught.value.exit_code == 75
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("lost", ["removed", "made again", "freed"])
+def test_a_paused_holder_whose_lock_was_taken_over_cannot_commit(store: Store, lost: str) -> None:
+    """What a shared file system may do to a holder that is only slow: its lock file is gone, or free for another."""
+    process = start(
+        store.root,
+        """
+        (claim.out / "data.txt").write_text("of the paused one")
+        print("paused", flush=True)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        try:
+            store.commit(claim, config={}, inputs={}, code_digest="c", seed=0)
+        except DraftsmithError as error:
+            print(type(error).__name__, error, flush=True)
+        else:
+            print("committed", flush=True)
+        """,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "paused\n"
+    stat = Path(f"/proc/{process.pid}/stat")
+    wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", "it is stopped")
+    lock = store.root / "rollout" / f".lock-{KEY[:16]}"
+    if lost == "freed":  # another machine sees the same note in a file that nobody holds
+        note = lock.read_bytes()
+        lock.unlink()
+        lock.write_bytes(note)
+    else:
+        lock.unlink()
+    if lost != "removed":
+        with store.claim("rollout", KEY) as claim:
+            assert isinstance(claim, Claim)
+            (claim.out / "data.txt").write_text("of the other")
+            ref = store.commit(claim, config={}, inputs={}, code_digest="c", seed=0)
+    process.send_signal(signal.SIGCONT)
+    said = process.stdout.readline()
+    process.wait()
+    assert said.startswith("LockLostError") and "the lock was taken over" in said
+    if lost == "removed":
+        assert store.find("rollout", KEY) is None
+    else:
+        assert (ref.path / "data.txt").read_text() == "of the other"

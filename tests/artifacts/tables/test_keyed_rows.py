@@ -1,0 +1,81 @@
+"""The rows of a key are found wherever they lie, and those of its last attempt where several wrote some."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from draftsmith.artifacts.store.parts import Parts, shard_paths
+from draftsmith.artifacts.tables.parquet import ordered, to_table, write_table
+from draftsmith.artifacts.tables.readers import KeyedRows, RowReader
+from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE
+
+COLUMNS = TRACE.columns.names
+KEYS = [f"p{index}/0" for index in range(40)]
+
+
+def steps(key: str, count: int, anchor: int = 0) -> pa.Table:
+    rows = [
+        {
+            "trajectory_id": key,
+            "step": s,
+            "anchor": anchor + s,
+            "accepted": 0,
+            "proposed_ids": [s],
+            "target_logprobs": None,
+        }
+        for s in range(count)
+    ]
+    return to_table(TRACE, rows)
+
+
+def shuffled(folder: Path) -> pa.Table:
+    """40 keys of 0 to 19 steps each, in shards of any order. Returns all rows."""
+    rng = np.random.default_rng(0)
+    tables = [steps(KEYS[i], int(rng.integers(0, 20))) for i in rng.permutation(40)]
+    parts = Parts(folder, {"trace": TRACE}, group_bytes=500)
+    for start in range(0, 40, 7):
+        parts.append({"trace": pa.concat_tables(tables[start : start + 7])})
+    return pa.concat_tables(tables)
+
+
+def test_rows_come_in_the_order_of_the_keys(tmp_path: Path) -> None:
+    """As taking them from the whole table gives them."""
+    whole = shuffled(tmp_path)
+    rows = KeyedRows(RowReader(shard_paths(tmp_path / "trace"), TRACE, keep=2), pa.array(KEYS))
+    assert rows.counts.tolist() == [whole["trajectory_id"].to_pylist().count(key) for key in KEYS]
+    for size in (1, 30, 10**6):
+        parts = list(rows.in_order(COLUMNS, size))
+        assert pa.concat_tables(parts).equals(ordered(whole, "trajectory_id", KEYS))
+        assert all(part.num_rows <= max(size, 19) for part in parts)
+    assert rows.of([7, 3], ["trajectory_id"])["trajectory_id"].unique().to_pylist() == ["p7/0", "p3/0"]
+
+
+def test_a_row_knows_its_key(tmp_path: Path) -> None:
+    shuffled(tmp_path)
+    reader = RowReader(shard_paths(tmp_path / "trace"), TRACE)
+    names = pa.concat_tables(reader.parts(["trajectory_id"]))["trajectory_id"].to_pylist()
+    known = KEYS[5:30]
+    found = KeyedRows(reader, pa.array(known)).key_of(np.arange(reader.num_rows))
+    assert [known[key] if key >= 0 else None for key in found] == [name if name in known else None for name in names]
+
+
+def test_the_last_attempt_at_a_key_holds(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, {"trace": TRACE})
+    for table in (steps("a", 3), steps("b", 2), steps("a", 2, anchor=50)):
+        parts.append({"trace": table})
+    rows = KeyedRows(RowReader(shard_paths(tmp_path / "trace"), TRACE), pa.array(["a", "b", "c"]))
+    assert rows.counts.tolist() == [2, 2, 0]
+    assert rows.of([0], ["anchor"])["anchor"].to_pylist() == [50, 51]
+
+
+@pytest.mark.parametrize("keys", [["a", "b"], []])
+def test_without_a_counter_every_row_is_one(tmp_path: Path, keys: list[str]) -> None:
+    numbers = dict.fromkeys(TIMINGS.columns.names, 1.0)
+    rows = [numbers | {"trajectory_id": key, "verify_steps": n} for n, key in enumerate(["b", "x", "a", "b"])]
+    write_table(tmp_path / "t.parquet", TIMINGS, rows)
+    found = KeyedRows(RowReader(tmp_path / "t.parquet", TIMINGS), pa.array(keys, pa.string()), counter=None)
+    assert found.of(range(len(keys)), ["verify_steps"])["verify_steps"].to_pylist() == [2, 3][: len(keys)]

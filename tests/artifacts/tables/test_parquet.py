@@ -1,0 +1,162 @@
+"""Versioned Parquet tables: what is written is read back, and anything else is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.tables import schemas
+from draftsmith.artifacts.tables.parquet import ordered, padded, places, read_table, to_table, write_table
+from draftsmith.artifacts.tables.schemas import PROMPTS, TRACE, VERIFY_STEPS, TableSchema
+
+
+def trace_row(step: Any = 0, **changes: Any) -> dict[str, Any]:
+    row: dict[str, Any] = {"trajectory_id": "p/0", "step": step, "anchor": 7, "accepted": 2, "proposed_ids": [5, 6, 7]}
+    return row | {"target_logprobs": None} | changes
+
+
+def test_rows_come_back_with_their_types(tmp_path: Path) -> None:
+    row: dict[str, Any] = {
+        "trajectory_id": "p/0",
+        "step": 3,
+        "anchor": 11,
+        "accepted": 1,
+        "committed": 2,
+        "rejected_offset": 2,
+        "judged": 2,
+        "proposed_ids": [4, 5, 6],
+        "target_logprobs": [-0.5, -2.0, float("nan")],
+        "committed_id": 9,
+        "best_logprob": -0.125,
+    }
+    write_table(tmp_path / "t.parquet", VERIFY_STEPS, [row])
+    table = read_table(tmp_path / "t.parquet", VERIFY_STEPS)
+    (back,) = table.to_pylist()
+    assert np.isnan(back["target_logprobs"][2])
+    assert {**back, "target_logprobs": None} == {**row, "target_logprobs": None}
+    assert table.schema.field("proposed_ids").type == pa.list_(pa.int32())
+    assert pq.read_metadata(tmp_path / "t.parquet").row_group(0).column(0).compression == "ZSTD"
+
+
+def test_columns_are_read_alone_and_a_table_can_be_written_as_it_was_read(tmp_path: Path) -> None:
+    write_table(tmp_path / "a.parquet", TRACE, [trace_row(0), trace_row(1)])
+    assert read_table(tmp_path / "a.parquet", TRACE, ["step"]).to_pydict() == {"step": [0, 1]}
+    write_table(tmp_path / "b.parquet", TRACE, read_table(tmp_path / "a.parquet", TRACE))
+    assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
+
+
+def test_every_schema_writes_and_reads_an_empty_table(tmp_path: Path) -> None:
+    tables = [value for value in vars(schemas).values() if isinstance(value, TableSchema)]
+    assert len({table.name for table in tables}) == len(tables) >= 6
+    for table in tables:
+        write_table(tmp_path / f"{table.name}.parquet", table, [])
+        assert read_table(tmp_path / f"{table.name}.parquet", table).num_rows == 0
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (trace_row(step="x"), "trace: column step should be int32"),
+        (trace_row(anchor=2**31), "trace: column anchor should be int32"),
+        (trace_row(anchor=None), "trace: column anchor holds nulls"),
+        (trace_row(extra=1), r"trace, row 0: missing columns \[\], unknown columns \['extra'\]"),
+        ({"step": 1}, r"trace, row 0: missing columns \['accepted'"),
+    ],
+)
+def test_a_row_that_does_not_fit_names_its_column(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DraftsmithError, match=message):
+        to_table(TRACE, [row])
+
+
+@pytest.mark.parametrize("kept", [0, 0.5])
+def test_a_truncated_file_is_named(tmp_path: Path, kept: float) -> None:
+    path = tmp_path / "t.parquet"
+    write_table(path, TRACE, [trace_row(step) for step in range(1000)])
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * kept)])
+    with pytest.raises(DraftsmithError, match=r"t\.parquet: not a whole Parquet file .*--force"):
+        read_table(path, TRACE)
+
+
+def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path: Path) -> None:
+    """Checksums of the pages hold the values; what else stands in the file is its own description."""
+    path = tmp_path / "t.parquet"
+    rows = [trace_row(step) | {"proposed_ids": [step, 2 * step, 7]} for step in range(200)]
+    write_table(path, TRACE, rows)
+    whole, written, random = path.read_bytes(), read_table(path, TRACE), Random(0)
+    found = 0
+    for _ in range(300):
+        content = bytearray(whole)
+        content[random.randrange(len(content))] ^= 1 << random.randrange(8)
+        path.write_bytes(content)
+        try:
+            assert read_table(path, TRACE).equals(written)
+        except DraftsmithError:
+            found += 1
+    assert found > 100
+
+
+def test_foreign_files_are_refused_by_what_they_are(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"step": [1]}), tmp_path / "foreign.parquet")
+    with pytest.raises(DraftsmithError, match=r"foreign\.parquet: a Parquet file that Draftsmith did not write"):
+        read_table(tmp_path / "foreign.parquet", TRACE)
+    write_table(tmp_path / "other.parquet", PROMPTS, [])
+    with pytest.raises(DraftsmithError, match=r"other\.parquet: a table of prompts, expected trace"):
+        read_table(tmp_path / "other.parquet", TRACE)
+    (tmp_path / "text.parquet").write_text("prompt_id,split\n")
+    with pytest.raises(DraftsmithError, match=r"text\.parquet: not a whole Parquet file"):
+        read_table(tmp_path / "text.parquet", TRACE)
+    with pytest.raises(DraftsmithError, match="a folder, expected one Parquet file"):
+        read_table(tmp_path, TRACE)
+
+
+def test_another_version_is_refused_with_both_numbers(tmp_path: Path) -> None:
+    write_table(tmp_path / "t.parquet", TableSchema("trace", TRACE.version + 1, TRACE.columns), [trace_row()])
+    message = f"trace of version {TRACE.version + 1}, this Draftsmith reads version {TRACE.version}"
+    with pytest.raises(DraftsmithError, match=message):
+        read_table(tmp_path / "t.parquet", TRACE)
+
+
+def test_a_column_of_another_type_is_refused(tmp_path: Path) -> None:
+    columns = pa.schema(
+        [field if field.name != "anchor" else pa.field("anchor", pa.int64()) for field in TRACE.columns]
+    )
+    write_table(tmp_path / "t.parquet", TableSchema("trace", TRACE.version, columns), [trace_row()])
+    with pytest.raises(DraftsmithError, match="column anchor is absent or not int32"):
+        read_table(tmp_path / "t.parquet", TRACE)
+
+
+def test_a_failed_write_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    write_table(tmp_path / "t.parquet", TRACE, [trace_row(0)])
+    with pytest.raises(DraftsmithError):
+        write_table(tmp_path / "t.parquet", TRACE, [trace_row(step="x")])
+    assert read_table(tmp_path / "t.parquet", TRACE)["step"].to_pylist() == [0]
+    assert [path.name for path in tmp_path.iterdir()] == ["t.parquet"]
+
+
+def test_rows_are_ordered_by_a_list_of_values_and_keep_their_own_order() -> None:
+    rows = [trace_row(step, trajectory_id=name) for step in range(3) for name in "bac"]
+    table = pa.concat_tables([to_table(TRACE, rows[:4]), to_table(TRACE, rows[4:])])  # shards are chunks
+    assert places(table, "trajectory_id", ["c", "b"]).tolist() == [1, -1, 0] * 3
+    found = ordered(table, "trajectory_id", ["c", "b", "absent"])
+    assert found["trajectory_id"].to_pylist() == ["c"] * 3 + ["b"] * 3
+    assert found["step"].to_pylist() == [0, 1, 2] * 2
+    assert ordered(TRACE.with_metadata.empty_table(), "trajectory_id", ["a"]).num_rows == 0
+
+
+def test_lists_are_padded_as_they_would_be_one_by_one() -> None:
+    lists: list[list[float] | None] = [[-1.0, -2.0], None, [], [-3.0, -4.0, -5.0]]
+    rows = [trace_row(target_logprobs=each) for each in lists]
+    table = pa.concat_tables([to_table(TRACE, rows[:1]), to_table(TRACE, rows[1:])])
+    expected = [[*(each or []), *[7.0] * (4 - len(each or []))] for each in lists]
+    assert padded(table, "target_logprobs", 4, 7.0, np.float32).tolist() == expected
+    assert padded(table.slice(2), "target_logprobs", 4, 7.0, np.float32).tolist() == expected[2:]
+    with pytest.raises(ValueError):
+        padded(table, "target_logprobs", 2, 7.0, np.float32)

@@ -1,0 +1,90 @@
+"""Rows by range are those of the whole table, wherever row groups and shards end; memory holds a few groups alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.store.parts import Parts
+from draftsmith.artifacts.tables.parquet import TableWriter, read_table, to_table, write_table
+from draftsmith.artifacts.tables.readers import RowReader
+from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE
+
+COLUMNS = TRACE.columns.names
+
+
+def steps(count: int, seed: int = 0) -> pa.Table:
+    """Rows of TRACE with lists of 0 to 7 proposals, half of them without log-probs."""
+    rng = np.random.default_rng(seed)
+    proposed = [rng.integers(0, 99, rng.integers(0, 8)).astype(np.int32) for _ in range(count)]
+    return to_table(
+        TRACE,
+        [
+            {
+                "trajectory_id": f"p{row // 9}/0",
+                "step": row % 9,
+                "anchor": row,
+                "accepted": 1,
+                "proposed_ids": ids,
+                "target_logprobs": None if row % 2 else -ids.astype(np.float32),
+            }
+            for row, ids in enumerate(proposed)
+        ],
+    )
+
+
+def test_row_groups_do_not_depend_on_how_rows_were_appended(tmp_path: Path) -> None:
+    table, rng = steps(500), np.random.default_rng(1)
+    write_table(tmp_path / "once.parquet", TRACE, table, group_bytes=2000)
+    with TableWriter(tmp_path / "parts.parquet", TRACE, group_bytes=2000) as parts:
+        while parts.rows < table.num_rows:
+            parts.append(table.slice(parts.rows, int(rng.integers(0, 40))))
+    assert (tmp_path / "once.parquet").read_bytes() == (tmp_path / "parts.parquet").read_bytes()
+    assert pq.read_metadata(tmp_path / "once.parquet").num_row_groups > 10
+    assert read_table(tmp_path / "parts.parquet", TRACE).equals(table)
+
+
+def test_a_table_that_was_not_finished_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), TableWriter(tmp_path / "t.parquet", TRACE) as table:
+        table.append(steps(5))
+        1 / 0  # noqa: B018
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_by_range_are_those_of_the_table(tmp_path: Path) -> None:
+    """Of one file, and of the same rows in shards of different lengths."""
+    table, rng = steps(400), np.random.default_rng(2)
+    write_table(tmp_path / "t.parquet", TRACE, table, group_bytes=3000)
+    parts, written = Parts(tmp_path, {"shards": TRACE}, group_bytes=1000), 0
+    while written < table.num_rows:
+        count = int(rng.integers(1, 60))
+        parts.append({"shards": table.slice(written, count)})
+        written += count
+    for reader in (
+        RowReader(tmp_path / "t.parquet", TRACE),
+        RowReader(parts.paths("shards"), TRACE, keep=1),
+    ):
+        assert reader.num_rows == table.num_rows
+        for start, stop in [(0, 400), (0, 0), (399, 400), *np.sort(rng.integers(0, 401, (50, 2)))]:
+            assert reader.rows(start, stop, COLUMNS).equals(table.slice(start, stop - start))
+        assert pa.concat_tables(reader.parts(COLUMNS)).equals(table)
+        assert reader.rows(7, 9, ["anchor"]).to_pydict() == {"anchor": [7, 8]}
+
+
+def test_damage_and_other_tables_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    with pytest.raises(DraftsmithError, match=r"t\.parquet: no such file; run the stage that writes trace again"):
+        RowReader(path, TRACE)
+    write_table(path, TRACE, steps(100))
+    with pytest.raises(DraftsmithError, match="a table of trace, expected timings"):
+        RowReader(path, TIMINGS)
+    whole = path.read_bytes()
+    reader = RowReader(path, TRACE)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DraftsmithError, match="not a whole Parquet file"):
+        reader.rows(0, 1, COLUMNS)

@@ -1,0 +1,70 @@
+"""Runs that MLflow shows as running after their process is gone."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from pathlib import Path
+
+import pytest
+
+from draftsmith.artifacts.store.local import Claim, Store
+from draftsmith.artifacts.tracking.refresh_runs import close_dead_runs
+from draftsmith.artifacts.tracking.runs import Tracking
+from tests.artifacts.tracking.test_tracking import KEY, run_of
+
+
+def test_runs_of_a_container_that_is_gone_are_closed_by_the_next_one(
+    tracking: Tracking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the same disk, under another host name. Its lock lies there, and nobody holds it."""
+    store, dead = Store(tracking.folder / "store"), Tracking(tracking.folder)
+    monkeypatch.setattr("platform.node", lambda: "pod-1")
+    parent = dead.open_refresh("monday", {})
+    run = dead.stage_run(parent, "sft", KEY)
+    monkeypatch.setattr("platform.node", lambda: "pod-2")
+    assert close_dead_runs(tracking, store) == [], "it lives"
+    dead._refresh_lock.pop_all()  # as a killed process leaves it: not removed
+    gc.collect()
+    assert close_dead_runs(tracking, store) == ["monday", "sft"]
+    assert {run_of(tracking, each).info.status for each in (parent, run.run_id)} == {"KILLED"}
+
+
+def test_runs_of_a_home_that_was_moved_are_closed_where_it_is_now(tracking: Tracking, tmp_path: Path) -> None:
+    dead, folder = Tracking(tracking.folder), tmp_path / "moved"
+    run = dead.stage_run(dead.open_refresh("monday", {}), "sft", KEY)
+    (folder / "refreshes").mkdir(parents=True)
+    shutil.copy(tracking.folder / "mlflow.db", folder)
+    (lock,) = dead._refresh_files
+    shutil.copy(lock, folder / "refreshes")
+    assert close_dead_runs(Tracking(folder), Store(folder / "store")) == ["monday", "sft"]
+    run.close("FINISHED")
+    dead.close_refresh("FINISHED")
+
+
+def test_runs_of_another_machine_are_left_alone(tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.node", lambda: "elsewhere")
+    run = tracking.stage_run(None, "sft", KEY)
+    monkeypatch.undo()
+    other = Tracking(tracking.folder)
+    assert close_dead_runs(other, Store(tracking.folder / "store")) == []
+    assert run_of(other, run.run_id).info.status == "RUNNING"
+
+
+def test_a_dead_run_is_finished_if_it_made_the_artifact_and_killed_if_another_did(tracking: Tracking) -> None:
+    store = Store(tracking.folder / "store")
+    with store.claim("sft", KEY) as claim:
+        assert isinstance(claim, Claim)
+        run = tracking.stage_run(None, "sft", KEY)
+        (claim.out / "x").write_text("x")
+        store.commit(
+            claim, config={}, inputs={}, code_digest="c", seed=0, metrics={"tau": 2.0}, mlflow_run_id=run.run_id
+        )
+    assert close_dead_runs(tracking, store) == ["sft"]
+    ended = run_of(tracking, run.run_id)
+    assert (ended.info.status, ended.data.metrics["tau"]) == ("FINISHED", 2.0)
+    with store.claim("sft", KEY, force=True):
+        forced = tracking.stage_run(None, "sft", KEY)
+    assert forced.run_id != run.run_id
+    assert close_dead_runs(tracking, store) == ["sft"]
+    assert run_of(tracking, forced.run_id).info.status == "KILLED"

@@ -1,0 +1,124 @@
+"""MLflow's client against real HTTP servers: one that answers late, one that wants a password."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.tracking.registry import Registry
+from draftsmith.artifacts.tracking.runs import Tracking
+
+pytestmark = pytest.mark.integration
+TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+ARTIFACTS = "/api/2.0/mlflow-artifacts/artifacts"
+EXPERIMENT = {"experiment": {"experiment_id": "1", "name": "draftsmith", "lifecycle_stage": "active"}}
+LATE_S = 2.0  # longer than the client waits otherwise
+
+
+@contextmanager
+def serving(answer: Callable[[BaseHTTPRequestHandler], tuple[int, bytes]]) -> Iterator[str]:
+    """A server's address; `answer` gives status and body of every request."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, body = answer(self)
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_PUT(self) -> None:
+            self.do_GET()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_weights_reach_a_server_that_copies_them_to_its_bucket_before_it_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    monkeypatch.setenv(TIMEOUT, "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    bucket: dict[str, bytes] = {}
+
+    def copies(request: BaseHTTPRequestHandler) -> tuple[int, bytes]:
+        place = urlsplit(request.path)
+        name = place.path.removeprefix(ARTIFACTS).strip("/")
+        if request.command == "PUT":
+            bucket[name] = request.rfile.read(int(request.headers["Content-Length"]))
+            time.sleep(LATE_S)
+            return 200, b"{}"
+        if name:
+            time.sleep(LATE_S)
+            return 200, bucket[name]
+        (folder,) = parse_qs(place.query)["path"]
+        inside = [each.removeprefix(f"{folder}/") for each in bucket if each.startswith(f"{folder}/")]
+        return 200, json.dumps({"files": [{"path": each, "is_dir": False} for each in inside]}).encode()
+
+    made = ArtifactRef("opd", "key", "content", tmp_path / "made")
+    (made.path / "drafter").mkdir(parents=True)
+    (made.path / "drafter" / "model.safetensors").write_bytes(b"weights" * 1000)
+    tracking = Tracking(tmp_path / "home", "weekly")
+    with serving(copies) as address:
+        client, _ = Tracking(tmp_path / "home", "another").connect()
+        client.create_experiment("weekly", artifact_location=f"{address}{ARTIFACTS}/1")
+        registry = Registry(tracking)
+        version = registry.register("a-line", made, {}, run_id=tracking.open_refresh("night", {}), upload=True)
+        shutil.rmtree(made.path)
+        registry.download(version, tmp_path / "fetched" / "drafter")
+        tracking.close_refresh("FINISHED")
+    assert (tmp_path / "fetched" / "drafter" / "model.safetensors").read_bytes() == b"weights" * 1000
+    assert os.environ[TIMEOUT] == "1", "for nothing else"
+
+
+@pytest.fixture
+def behind_a_password() -> Iterator[str]:
+    """MLflow's server, as far as a check asks it, for one user. The address's host and port."""
+    shown = "Basic " + base64.b64encode(b"team:hunter/2").decode()
+
+    def answer(request: BaseHTTPRequestHandler) -> tuple[int, bytes]:
+        if request.headers["Authorization"] != shown:
+            return 401, b"who are you?"
+        return 200, json.dumps(EXPERIMENT).encode() if "/experiments/" in request.path else b"{}"
+
+    with serving(answer) as address:
+        yield address.removeprefix("http://")
+
+
+def test_user_and_password_of_the_address_are_shown_to_the_server_and_to_nobody_else(
+    behind_a_password: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://team:hunter%2F2@{behind_a_password}")
+    Tracking(tmp_path).check()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://team:hunter3@{behind_a_password}")
+    told = r"MLFLOW_TRACKING_URI http://\*\*\*@127.*401.*who are you.*correct user and password"
+    with pytest.raises(DraftsmithError, match=told) as refused:
+        Tracking(tmp_path).check()
+    assert not isinstance(refused.value, RetryableError)
+    assert "hunter" not in str(refused.value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://team:hunter3@127.0.0.1:1")
+    with pytest.raises(RetryableError, match=r"MLFLOW_TRACKING_URI http://\*\*\*@127\S+: \[Errno 111\] Conn") as absent:
+        Tracking(tmp_path).check()
+    assert "hunter" not in str(absent.value)

@@ -1,0 +1,205 @@
+"""Drafter lines in a real MLflow on SQLite."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import sqlite3
+import threading
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from draftsmith.artifacts.errors import EXIT_USER_ERROR, DraftsmithError, RetryableError
+from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.tracking.registry import CHALLENGER, PREVIOUS, ChampionMovedError, Registry
+from draftsmith.artifacts.tracking.runs import Tracking
+
+
+def ref(folder: Path, name: str) -> ArtifactRef:
+    """An artifact with a drafter's folder."""
+    path = folder / "store" / "opd" / name
+    (path / "drafter").mkdir(parents=True)
+    (path / "drafter" / "config.json").write_text("{}")
+    return ArtifactRef("opd", f"key-{name}", f"content-{name}", path)
+
+
+def serving(registry: Registry, line: str) -> tuple[int | None, int | None]:
+    """The numbers of the champion and of the one before it."""
+    found = registry.champion(line), registry.alias(line, PREVIOUS)
+    return found[0].number if found[0] else None, found[1].number if found[1] else None
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
+    """Of one home for all tests: to make a database takes seconds."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv("MLFLOW_TRACKING_URI", raising=False)
+        return Registry(Tracking(tmp_path_factory.mktemp("home")))
+
+
+@pytest.fixture
+def line() -> str:
+    """A line of the test's own."""
+    return f"line-{secrets.token_hex(4)}"
+
+
+def test_a_line_keeps_who_served_when_and_why(line: str, registry: Registry, tmp_path: Path) -> None:
+    assert registry.champion(line) is None and registry.versions(line) == [] and registry.events(line) == []
+    first = registry.register(line, ref(tmp_path, "a"), {"tau": "2.5", "figures": '{"tau": 2.5}'})
+    assert registry.champion(line) is None
+    challenger = registry.alias(line, CHALLENGER)
+    assert challenger is not None and challenger.number == first.number
+    registry.promote(first, expected=None, why="the first one")
+    second = registry.register(line, ref(tmp_path, "b"), {})
+    champion = registry.champion(line)
+    assert champion is not None
+    assert (champion.number, champion.content_id, champion.key) == (1, "content-a", "key-a")
+    assert champion.path == tmp_path / "store" / "opd" / "a"
+    assert champion.figures() == {"tau": 2.5}
+    registry.promote(second, expected=champion, why="tau +0.3")
+    assert [version.aliases for version in registry.versions(line)] == [("previous",), ("champion",)]
+    registry.promote(first, expected=second, why="latency", what="rolled back")
+    assert serving(registry, line) == (1, 2)
+    told = [(event.what, event.version, event.before, event.why) for event in registry.events(line)]
+    assert told == [
+        ("promoted", 1, None, "the first one"), ("promoted", 2, 1, "tau +0.3"), ("rolled back", 1, 2, "latency"),
+    ]  # fmt: skip
+
+
+def test_a_line_keeps_what_drift_checks_saw(line: str, registry: Registry, tmp_path: Path) -> None:
+    assert registry.drift(line) == []
+    registry.register(line, ref(tmp_path, "a"), {})
+    seen = [{"at": f"2026-01-0{day}", "version": 1, "tau": tau} for day, tau in ((1, 3.0), (2, 3.0), (3, 2.5))]
+    for each in seen:
+        registry.add_drift(line, each)
+    assert registry.drift(line) == [seen[0], seen[2]], "the same check, planned again, is one point"
+
+
+def test_the_same_content_is_registered_once(line: str, registry: Registry, tmp_path: Path) -> None:
+    made = ref(tmp_path, "a")
+    assert registry.register(line, made, {"tau": "2.5"}).number == registry.register(line, made, {"tau": "2.6"}).number
+    (version,) = registry.versions(line)
+    assert version.tags["tau"] == "2.6"
+
+
+def test_of_two_refreshes_that_promote_at_once_the_second_decides_again(
+    line: str, registry: Registry, tmp_path: Path
+) -> None:
+    first = registry.register(line, ref(tmp_path, "a"), {})
+    registry.promote(first, expected=None, why="the first one")
+    rivals = [registry.register(line, ref(tmp_path, name), {}) for name in "bc"]
+    refused: list[ChampionMovedError] = []
+
+    def promote(rival: int) -> None:
+        try:
+            registry.promote(rivals[rival], expected=first, why="better")
+        except ChampionMovedError as error:
+            refused.append(error)
+
+    racers = [threading.Thread(target=promote, args=[rival]) for rival in (0, 1)]
+    for racer in racers:
+        racer.start()
+    for racer in racers:
+        racer.join()
+    assert len(refused) == 1 and "decide again" in str(refused[0])
+    assert len(registry.events(line)) == 2
+
+
+def test_a_name_resolves_to_a_version_or_says_what_there_is(line: str, registry: Registry, tmp_path: Path) -> None:
+    first = registry.register(line, ref(tmp_path, "a"), {})
+    registry.promote(first, expected=None, why="the first one")
+    for text in (line, f"{line}@champion", f"{line}@1"):
+        assert registry.resolve(text).number == 1
+    for text, said in (
+        (f"{line}@previous", r"has no previous: its versions are @1"),
+        (f"{line}@7", r"has no version 7: it has 1"),
+        ("nobody@champion", "no refresh has registered a drafter under this name"),
+    ):
+        with pytest.raises(DraftsmithError, match=said):
+            registry.resolve(text)
+
+
+def test_a_version_that_mlflow_did_not_say_is_not_taken_for_one_that_is_not_there(
+    line: str, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.register(line, ref(tmp_path, "a"), {})
+    ask, asked = MlflowClient.get_model_version, list[str]()
+
+    def lost_once(self: MlflowClient, name: str, version: str) -> ModelVersion:
+        asked.append(version)
+        if len(asked) == 1:
+            raise MlflowException("API request to http://mlflow failed: 503")
+        return ask(self, name, version)
+
+    monkeypatch.setattr(MlflowClient, "get_model_version", lost_once)
+    with pytest.raises(RetryableError, match="503"):
+        registry.version(line, 1)
+    assert registry.version(line, 1).number == 1
+    with pytest.raises(DraftsmithError, match="has no version 7: it has 1"):
+        registry.version(line, 7)
+    with pytest.raises(DraftsmithError, match="nobody has no version 1: it has none"):
+        registry.version("nobody", 1)
+
+
+def test_weights_are_uploaded_and_fetched_where_the_store_is_not(line: str, registry: Registry, tmp_path: Path) -> None:
+    tracking = registry._tracking
+    run_id = tracking.open_refresh("week-1", {})
+    made = ref(tmp_path, "a")
+    with pytest.raises(RetryableError, match="has no run of this refresh"):
+        registry.register(line, made, {}, upload=True)
+    assert registry.register(line, made, {}, run_id=run_id).uploaded == ""
+    version = registry.register(line, made, {}, run_id=run_id, upload=True)  # of a version that is there already, too
+    tracking.close_refresh("FINISHED")
+    assert version.uploaded == f"runs:/{run_id}/drafter"
+    shutil.rmtree(tmp_path / "store")
+    for _ in range(2):  # the second finds it there
+        registry.download(version, tmp_path / "elsewhere" / "drafter")
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["drafter"]
+    assert (tmp_path / "elsewhere" / "drafter" / "config.json").read_text() == "{}"
+
+
+def test_of_homes_that_share_mlflow_alone_the_second_decides_again(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No file lock is common to them: the other one promotes while this one has just written its event."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/shared.db")
+    here, there = (Registry(Tracking(tmp_path / name)) for name in ("here", "there"))
+    first = here.register(line, ref(tmp_path, "a"), {})
+    here.promote(first, expected=None, why="the first one")
+    ours, theirs = here.register(line, ref(tmp_path, "b"), {}), there.register(line, ref(tmp_path, "c"), {})
+    write = MlflowClient.set_registered_model_tag
+
+    def overtaken(self: MlflowClient, *arguments: str) -> None:
+        write(self, *arguments)
+        with monkeypatch.context() as undisturbed:
+            undisturbed.setattr(MlflowClient, "set_registered_model_tag", write)
+            there.promote(theirs, expected=first, why="better")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MlflowClient, "set_registered_model_tag", overtaken)
+        with pytest.raises(ChampionMovedError):
+            here.promote(ours, expected=first, why="better")
+    assert [event.version for event in here.events(line)] == [first.number, theirs.number]
+    assert serving(here, line) == (theirs.number, first.number)
+
+
+def test_a_database_of_another_version_of_mlflow_is_nothing_that_a_retry_mends(
+    registry: Registry, tmp_path: Path
+) -> None:
+    registry.versions("none")  # makes the database
+    shutil.copy(registry._tracking.folder / "mlflow.db", tmp_path / "mlflow.db")
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:
+        database.execute("UPDATE alembic_version SET version_num = 'before'")
+    address = f"sqlite:///{tmp_path}/mlflow.db"
+    tracking = Tracking(tmp_path)
+    for ask in (tracking.check, lambda: Registry(tracking).versions("none")):
+        with pytest.raises(
+            DraftsmithError, match=f"another version of MLflow .*run `mlflow db upgrade {address}`"
+        ) as told:
+            ask()
+        assert told.value.exit_code == EXIT_USER_ERROR

@@ -1,0 +1,177 @@
+"""A run that is killed, or loses MLflow, while it registers a version, promotes one or rolls one back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.artifacts.tracking.registry import Registry
+from draftsmith.artifacts.tracking.runs import Tracking
+from draftsmith.flows.execution.display import Display
+from draftsmith.flows.refresh import registry_commands
+from tests.artifacts.tracking.test_registry import ref, serving
+
+LINE = "tiny-dflash"
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches a SIGKILL."""
+
+
+def killed(*_: Any, **__: Any) -> None:
+    raise Killed
+
+
+def test_the_same_command_registers_no_second_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    registry, made = Registry(Tracking(tmp_path / "home")), ref(tmp_path, "a")
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(MlflowClient, "set_model_version_tag", killed)  # the first call behind the version's making
+        registry.register(LINE, made, {"tau": "2.5"})
+    registry.register(LINE, made, {"tau": "2.5"})
+    (version,) = registry.versions(LINE)
+    assert (version.number, version.content_id, version.tags["tau"]) == (1, made.content_id, "2.5")
+
+
+WRITES = (
+    "set_registered_model_tag",
+    "set_registered_model_alias",
+    "set_model_version_tag",
+    "delete_registered_model_alias",
+)
+
+
+class Losing:
+    """MLflow's client, which is killed behind its n-th write."""
+
+    def __init__(self, patched: pytest.MonkeyPatch, last: int) -> None:
+        self.left = last
+        for name in WRITES:
+            patched.setattr(MlflowClient, name, self._counted(getattr(MlflowClient, name)))
+
+    def _counted(self, call: Any) -> Any:
+        def counted(*arguments: Any, **options: Any) -> Any:
+            made = call(*arguments, **options)
+            self.left -= 1
+            if self.left == 0:
+                raise Killed
+            return made
+
+        return counted
+
+
+@pytest.fixture
+def by_hand(served: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands use this registry, whose versions have no files."""
+    monkeypatch.setattr(registry_commands, "registry", lambda: served)
+    monkeypatch.setattr(registry_commands, "verified", lambda _version: None)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Registry:
+    folder = tmp_path_factory.mktemp("served")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv("MLFLOW_TRACKING_URI", raising=False)
+        return Registry(Tracking(folder / "home"))
+
+
+@pytest.mark.parametrize("writes", [1, 2, 3, 4])
+def test_a_promotion_is_completed_by_the_same_call(
+    writes: int, served: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = f"promoted-{writes}"
+    first, second = (served.register(line, ref(tmp_path, f"{writes}{name}"), {}) for name in "ab")
+    served.promote(first, expected=None, why="the first one")
+    third = served.register(line, ref(tmp_path, f"{writes}c"), {})
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        Losing(patched, writes)
+        served.promote(third, expected=first, why="better")
+    assert {first.content_id, third.content_id} <= served.needed_content_ids(), "neither may be pruned"
+    served.promote(third, expected=first, why="better")
+    assert [(each.version, each.before) for each in served.events(line)] == [(1, None), (3, 1)]
+    assert [(each.number, each.aliases) for each in served.versions(line)] == [
+        (first.number, ("previous",)),
+        (second.number, ()),
+        (third.number, ("champion",)),
+    ]
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_a_previous_version_that_was_deleted_in_mlflow_is_no_lost_promotion(served: Registry, tmp_path: Path) -> None:
+    first, second, third = (served.register("cleaned", ref(tmp_path, name), {}) for name in "abc")
+    served.promote(first, expected=None, why="the first one")
+    served.promote(second, expected=first, why="better")
+    served._tracking.connect()[0].delete_model_version("cleaned", str(first.number))
+    registry_commands.promote(Display(), f"cleaned@{third.number}", "by hand", dry_run=False)
+    assert serving(served, "cleaned") == (third.number, second.number)
+
+
+@pytest.mark.usefixtures("by_hand")
+@pytest.mark.parametrize("writes", [1, 2, 3])
+def test_a_rollback_that_is_repeated_swaps_nothing_back(
+    writes: int, served: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = f"rolled-back-{writes}"
+    good, bad = (served.register(line, ref(tmp_path, name), {}) for name in "ab")
+    served.promote(good, expected=None, why="the first one")
+    served.promote(bad, expected=good, why="better")
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        Losing(patched, writes)
+        registry_commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
+    registry_commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
+    assert serving(served, line) == (1, 2)
+    assert [each.what for each in served.events(line)] == ["promoted", "promoted", "rolled back to"]
+    undone = served.rolled_back(bad)
+    assert undone is not None and undone.why == "it accepts nothing" and served.rolled_back(good) is None
+    served.promote(bad, expected=good, why="by hand")
+    assert served.rolled_back(bad) is None
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_a_second_rollback_does_not_bring_back_what_the_first_took_out(served: Registry, tmp_path: Path) -> None:
+    line = "rolled-back-twice"
+    good, bad = (served.register(line, ref(tmp_path, name), {}) for name in "ab")
+    served.promote(good, expected=None, why="the first one")
+    served.promote(bad, expected=good, why="better")
+    registry_commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
+    for dry_run in (True, False):
+        with pytest.raises(DraftsmithError, match=rf"version 2 .*it accepts nothing.*promote {line}@VERSION"):
+            registry_commands.rollback(Display(), line, "", dry_run=dry_run)
+    assert serving(served, line)[0] == good.number
+    registry_commands.promote(Display(), f"{line}@2", "mended", dry_run=False)
+    registry_commands.rollback(Display(), line, "", dry_run=False)  # what a hand has promoted goes back
+    assert serving(served, line)[0] == good.number
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_a_rollback_says_that_the_target_was_another(
+    served: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = "of-two-targets"
+    first, second, third = (
+        served.register(line, ref(tmp_path, n), {"target_digest": t * 64}) for n, t in ("aa", "bb", "cb")
+    )
+    served.promote(first, expected=None, why="the first one")
+    served.promote(second, expected=first, why="better")
+    served.promote(third, expected=second, why="better")
+    registry_commands.rollback(Display(), line, "", dry_run=False)
+    assert "warning" not in capsys.readouterr().out
+    registry_commands.promote(Display(), f"{line}@1", "", dry_run=True)
+    assert (
+        f"{line} version 1 was trained for target aaaaaaaaaaaa, version 2 for bbbbbbbbbbbb" in capsys.readouterr().out
+    )
+
+
+def test_what_a_retry_does_not_mend_is_no_lost_server(served: Registry, tmp_path: Path) -> None:
+    with pytest.raises(DraftsmithError, match="refused this") as refused:
+        served.register("a:b", ref(tmp_path, "a"), {})
+    assert not isinstance(refused.value, RetryableError)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "mlflow.db").write_text("no database at all, for 16 bytes and more")
+    with pytest.raises(DraftsmithError, match=r"mlflow\.db: .*restore it from a backup .*lines, champions") as damaged:
+        Registry(Tracking(tmp_path / "home")).champion("line")
+    assert not isinstance(damaged.value, RetryableError)

@@ -1,0 +1,390 @@
+"""MLflow's views, against a real SQLite database and real processes."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import logging
+import os
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.artifacts.locks import user_name
+from draftsmith.artifacts.store.local import Store
+from draftsmith.artifacts.store.manifest import MANIFEST, ArtifactRef
+from draftsmith.artifacts.tracking import terms as mlflow_terms
+from draftsmith.artifacts.tracking.refresh_runs import misplaced
+from draftsmith.artifacts.tracking.runs import Tracking
+from draftsmith.artifacts.tracking.terms import flatten
+from tests.testbed.artifacts import committed
+from tests.testbed.databases import give_databases
+from tests.testbed.team import free_port
+
+pytestmark = pytest.mark.integration
+KEY = "ab" * 32
+
+
+@pytest.fixture(autouse=True)
+def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+
+
+def run_of(tracking: Tracking, run_id: str | None) -> Any:
+    assert run_id is not None
+    return client(tracking).get_run(run_id)
+
+
+def client(tracking: Tracking) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking.uri)
+
+
+def all_runs(tracking: Tracking) -> list[Any]:
+    found = client(tracking).search_experiments()
+    return [run for experiment in found for run in client(tracking).search_runs([experiment.experiment_id])]
+
+
+def artifact(folder: Path) -> ArtifactRef:
+    folder.mkdir()
+    for name in (MANIFEST, "summary.json", "report.html", "acceptance.svg"):
+        (folder / name).write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return ArtifactRef("mining", KEY, "f" * 64, folder)
+
+
+def test_a_refresh_and_its_stages_are_nested_with_params_metrics_and_review_files(
+    tracking: Tracking, tmp_path: Path
+) -> None:
+    ref = artifact(tmp_path / "a")
+    parent = tracking.open_refresh("quickstart", {"name": "quickstart", "sft": {"steps": 3}})
+    run = tracking.stage_run(parent, "sft", KEY, params={"steps": 3, "lr": {"peak": 0.1}}, inputs={"trajectories": ref})
+    for step in range(2500):  # more than two batches of MLflow
+        run.metrics(step, {"loss": 3.0 - step / 1000})
+    run.close("FINISHED", {"tau": 2.5, "tau_k=3+mine": 2.25}, ref.path)  # an arm's name may be anything
+    tracking.close_refresh("FINISHED", {"tau_sft": 2.5}, [ref.path / "report.html"])
+
+    stage, refresh = run_of(tracking, run.run_id), run_of(tracking, parent)
+    assert stage.data.tags["mlflow.parentRunId"] == parent
+    assert stage.data.tags["key"] == KEY
+    assert stage.data.params == {"steps": "3", "lr.peak": "0.1"}
+    assert stage.data.metrics == {"loss": 3.0 - 2499 / 1000, "tau": 2.5, "tau_k_3_mine": 2.25}
+    history = client(tracking).get_metric_history(run.run_id, "loss")
+    assert sorted(metric.step for metric in history) == list(range(2500))
+    (dataset,) = stage.inputs.dataset_inputs
+    assert dataset.dataset.digest == "f" * 36
+    assert ref.uri in dataset.dataset.source
+    files = {file.path for file in client(tracking).list_artifacts(run.run_id)}
+    assert files == {MANIFEST, "summary.json", "report.html", "acceptance.svg"}
+    assert (refresh.info.status, stage.info.status) == ("FINISHED", "FINISHED")
+    assert refresh.data.params["sft.steps"] == "3"
+    assert Path(stage.info.artifact_uri.removeprefix("file://")).is_relative_to(tracking.folder / "mlartifacts")
+
+
+def test_a_run_says_who_ran_what_and_of_which_commit(
+    tracking: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "repository"
+    shutil.copytree(
+        Path(mlflow_terms.__file__).parent, repository / "artifacts", ignore=shutil.ignore_patterns("*.pyc")
+    )
+    identity = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
+    for words in (["init"], ["add", "."], [*identity, "commit", "-m", "one"]):
+        subprocess.run(["git", *words], cwd=repository, check=True, capture_output=True)
+    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=repository, check=True, capture_output=True, text=True)
+    command = ["/usr/bin/draftsmith", "run", "weekly.yaml", "--set", "note=a b", "--url", "https://me:word@host/"]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mlflow_terms, "__file__", str(repository / "artifacts" / "terms.py"))
+    tags = run_of(tracking, tracking.open_refresh("who", {})).data.tags
+    assert tags["mlflow.source.git.commit"] == found.stdout.strip()
+    assert tags["mlflow.source.name"].startswith("draftsmith run weekly.yaml --set 'note=a b' --url ")
+    assert "word" not in tags["mlflow.source.name"] and tags["mlflow.user"] == user_name()
+    monkeypatch.setenv("PATH", "")  # no git
+    tags = run_of(tracking, tracking.open_refresh("who", {})).data.tags
+    assert "mlflow.source.git.commit" not in tags and "mlflow.user" in tags
+    tracking.close_refresh("FINISHED")
+
+
+def test_what_the_machine_does_is_logged_by_mlflow(tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    for samples in (1, 2):
+        run = tracking.stage_run(None, "sft", KEY)
+        with run.system_metrics():
+            time.sleep(1.5)
+        run.close("FAILED")  # and is resumed
+        history = client(tracking).get_metric_history(run.run_id, "system/cpu_utilization_percentage")
+        steps = [metric.step for metric in history]
+        assert len(steps) >= samples and sorted(set(steps)) == sorted(steps), "a resumed run goes on counting"
+
+
+def test_data_sets_have_names_rows_and_columns(tracking: Tracking, tmp_path: Path) -> None:
+    rows = [{"prompt_id": str(number), "split": "train"} for number in range(8)]
+    counts = {"gsm8k": {"train": 4, "heldout": 1}, "gcd": {"train": 2}, "chain": {"validation": 1}}
+    inputs = {"gone": ArtifactRef("rollout", KEY, "gone" * 9, tmp_path / "gone")}
+    for node in ("prompts", "heldout"):
+
+        def fill(out: Path, node: str = node) -> None:
+            parquet.write_table(pyarrow.Table.from_pylist(rows), out / "table.parquet")
+            if node == "prompts":
+                (out / "prompts.json").write_text(json.dumps({"counts": counts}))
+
+        inputs[node] = committed(Store(tmp_path / "store"), node, fill, metrics={"response_tokens": 80.0})
+    run = tracking.stage_run(None, "sft", KEY, inputs=inputs)
+    found = {each.tags[0].value: each.dataset for each in run_of(tracking, run.run_id).inputs.dataset_inputs}
+    run.close("FINISHED")
+    names = {node: data.name for node, data in found.items()}
+    assert names == {"prompts": "gsm8k + 2, 6/1/1", "heldout": "heldout, 8 rows", "gone": "gone"}
+    profile = json.loads(found["heldout"].profile)
+    assert (profile["num_rows"], profile["response_tokens"]) == (8, 80.0)
+    columns = json.loads(found["heldout"].schema)["mlflow_colspec"]
+    assert [(column["name"], column["type"]) for column in columns] == [("prompt_id", "string"), ("split", "string")]
+    assert found["gone"].schema is None and found["gone"].digest == ("gone" * 9)[:36]
+
+
+def test_an_unfinished_run_of_the_same_key_is_resumed_and_its_steps_are_not_sent_twice(tracking: Tracking) -> None:
+    first = tracking.stage_run(None, "sft", KEY, params={"steps": 3})
+    first.metrics(0, {"loss": 3.0})
+    first.metrics(1, {"loss": 2.0})
+    first.close("FAILED")
+    parent = tracking.open_refresh("again", {})
+    second = tracking.stage_run(parent, "sft", KEY, params={"steps": "written once"})
+    assert (second.run_id, second.resumed) == (first.run_id, True)
+    assert run_of(tracking, second.run_id).info.status == "RUNNING"
+    for step in (1, 2):  # the stage went back to its checkpoint
+        second.metrics(step, {"loss": 2.0 - step})
+    second.close("FINISHED")
+    tracking.close_refresh("FINISHED")
+    run = run_of(tracking, second.run_id)
+    assert run.data.params == {"steps": "3"}
+    assert run.data.tags["mlflow.parentRunId"] == parent
+    history = client(tracking).get_metric_history(second.run_id, "loss")
+    assert [(metric.step, metric.value) for metric in history] == [(0, 3.0), (1, 2.0), (2, 0.0)]
+
+
+def test_a_finished_run_or_another_key_is_not_resumed(tracking: Tracking) -> None:
+    finished = tracking.stage_run(None, "sft", KEY)
+    finished.close("FINISHED")
+    failed = tracking.stage_run(None, "sft", "cd" * 32)
+    failed.close("FAILED")
+    again = tracking.stage_run(None, "sft", KEY)
+    assert again.run_id not in (finished.run_id, failed.run_id)
+    again.close("KILLED")
+    assert run_of(tracking, again.run_id).info.status == "KILLED"
+
+
+def test_two_processes_on_a_fresh_database_both_live(tmp_path: Path) -> None:
+    script = """
+        import sys
+        from pathlib import Path
+        from draftsmith.artifacts.tracking.runs import Tracking
+        tracking = Tracking(Path(sys.argv[1]))
+        tracking.check()
+        parent = tracking.open_refresh(sys.argv[2], {"a": 1})
+        run = tracking.stage_run(parent, "sft", sys.argv[2] * 64, params={"b": 2})
+        for step in range(200):
+            run.metrics(step, {"loss": 1.0})
+        run.close("FINISHED")
+        tracking.close_refresh("FINISHED")
+        assert not tracking._warned
+        """
+    commands = [[sys.executable, "-c", textwrap.dedent(script), str(tmp_path), name] for name in "ab"]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) for command in commands]
+    errors = [process.communicate(timeout=180)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    runs = all_runs(Tracking(tmp_path))
+    assert len(runs) == 4
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert not (tmp_path / "mlruns").exists()
+
+
+def test_a_database_of_an_older_mlflow_is_migrated(tmp_path: Path, migrated: Path) -> None:
+    """The last migration is taken back with MLflow's own scripts, then a new process opens the database."""
+    from alembic import command
+    from mlflow.store.db.utils import _get_alembic_config
+
+    (tmp_path / "mlflow.db").write_bytes((migrated / "mlflow.db").read_bytes())
+    tracking = Tracking(tmp_path)
+    command.downgrade(_get_alembic_config(tracking.uri), "-1")
+    tracking.check()
+    assert tracking.open_refresh("after", {}) is not None
+    tracking.close_refresh("FINISHED")
+
+
+@pytest.fixture
+def not_mlflow() -> Iterator[str]:
+    server = http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.mark.parametrize("uri", ["http://user:secret@127.0.0.1:{port}", "{folder}/mlruns", "{not_mlflow}"])
+def test_an_unusable_tracking_uri_is_one_clear_error_within_seconds(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, not_mlflow: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(port=free_port(), folder=tmp_path, not_mlflow=not_mlflow))
+    started = time.monotonic()
+    with pytest.raises(DraftsmithError, match=r"MLFLOW_TRACKING_URI .*unset it to use SQLite") as caught:
+        Tracking(tmp_path).check()
+    assert time.monotonic() - started < 15
+    assert "secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_silent_server_is_given_up_within_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        started = time.monotonic()
+        with pytest.raises(DraftsmithError, match="timed out"):
+            Tracking(tmp_path).check()
+        assert time.monotonic() - started < 15
+
+
+def test_a_database_that_another_program_has_locked_is_asked_again(
+    tracking: Tracking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    def locked(_self: object, _name: str) -> None:  # what a client says after its 20 s
+        raise MlflowException("(sqlite3.OperationalError) database is locked")
+
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", locked)
+    with pytest.raises(RetryableError, match=r"MLflow's database sqlite:.* is locked: end what holds it"):
+        tracking.check()
+
+
+def test_a_database_that_may_only_be_read_is_told_before_the_work(
+    tmp_path: Path, migrated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a folder that may be written: somebody else's file in it."""
+    shutil.copy(migrated / "mlflow.db", tmp_path)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "mlflow.db" and access(path, mode))
+    with pytest.raises(DraftsmithError, match=r"mlflow\.db: you may only read it: ask its owner"):
+        Tracking(tmp_path).check()
+    assert Tracking(tmp_path).connect()[0].search_registered_models() == []
+
+
+def test_an_experiment_that_was_deleted_takes_no_runs_and_is_told_before_the_work(tracking: Tracking) -> None:
+    client, experiment = tracking.connect()
+    client.delete_experiment(experiment)
+    restore = rf"MLFLOW_TRACKING_URI=sqlite\S+ mlflow experiments restore --experiment-id {experiment}`"
+    with pytest.raises(DraftsmithError, match=f"{tracking.experiment} is deleted.*{restore}"):
+        Tracking(tracking.folder).check()
+    assert Tracking(tracking.folder).connect()[1] == experiment, "lines are read and rolled back as ever"
+    client.restore_experiment(experiment)
+    Tracking(tracking.folder).check()
+
+
+def test_files_of_runs_that_would_lie_in_the_home_of_before_are_warned_of(migrated: Path, tmp_path: Path) -> None:
+    assert misplaced(Tracking(migrated)) is None
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    shutil.copy(migrated / "mlflow.db", moved)
+    said = misplaced(Tracking(moved))
+    assert said is not None and f"into {(migrated / 'mlartifacts' / 'draftsmith').as_uri()}, outside of" in said
+    assert misplaced(Tracking(moved, "a-new-one")) is None
+
+
+def test_a_failure_during_the_work_is_one_warning_and_loses_nothing(
+    tmp_path: Path, migrated: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "mlflow.db").write_bytes((migrated / "mlflow.db").read_bytes())
+    broken = Tracking(tmp_path)
+    parent = broken.open_refresh("r", {})
+    run = broken.stage_run(parent, "sft", KEY)
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        for table in ("metrics", "latest_metrics", "tags", "runs"):
+            database.execute(f"ALTER TABLE {table} RENAME TO gone_{table}")
+    with caplog.at_level(logging.WARNING):
+        run.metrics(0, {"loss": 1.0})
+        run.close("FINISHED", {"tau": 1.0})
+        later = broken.stage_run(parent, "opd", "cd" * 32)
+        later.close("FINISHED")
+        broken.close_refresh("FINISHED")
+    warnings = [record for record in caplog.records if record.name == "draftsmith.artifacts.tracking.runs"]
+    assert len(warnings) == 1
+    assert "results are kept in the store" in warnings[0].getMessage()
+    assert "no such table" in warnings[0].getMessage()
+    assert not [record for record in caplog.records if record.name.startswith("mlflow")]  # nor a traceback of its own
+
+
+def test_metrics_of_a_time_without_mlflow_are_sent_when_it_is_back(
+    tracking: Tracking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("draftsmith.artifacts.tracking.runs.FLUSH_S", -1.0)  # every step is due
+    run = tracking.stage_run(None, "sft", KEY)
+    run.metrics(0, {"loss": 3.0})
+    client, _ = tracking.connect()
+    with monkeypatch.context() as lost:
+        lost.setattr(client, "log_batch", lambda *_a, **_k: (_ for _ in ()).throw(ConnectionError("gone")))
+        run.metrics(1, {"loss": 2.0})
+    run.metrics(2, {"loss": 1.0})  # not tried yet: a minute has not passed
+    assert [m.step for m in client.get_metric_history(str(run.run_id), "loss")] == [0]
+    run.close("FINISHED", {"tau": 2.5})
+    assert [(m.step, m.value) for m in client.get_metric_history(str(run.run_id), "loss")] == [(0, 3), (1, 2), (2, 1)]
+    assert run_of(tracking, run.run_id).info.status == "FINISHED"
+
+
+def test_params_are_flat_and_within_the_limits_of_mlflow() -> None:
+    flat = flatten({"a": {"b": 1, "c": [1, "x"]}, "d": None, "e": "text", "f(g)": True, "long": "x" * 10_000})
+    assert flat["a.b"] == "1"
+    assert flat["a.c"] == '[1, "x"]'
+    assert flat["d"] == "null"
+    assert flat["e"] == "text"
+    assert flat["f_g_"] == "true"
+    assert len(flat["long"]) == 6000
+    assert flat["long"].endswith("…")
+
+
+def test_telemetry_is_off_and_the_import_is_lazy(tmp_path: Path) -> None:
+    script = """
+        import sys
+        from draftsmith.artifacts.tracking.runs import Tracking
+        assert "mlflow" not in sys.modules
+        from pathlib import Path
+        Tracking(Path(sys.argv[1])).check()
+        from mlflow.telemetry.utils import is_telemetry_disabled
+        assert is_telemetry_disabled()
+        from mlflow.telemetry.client import get_telemetry_client
+        assert get_telemetry_client() is None
+        """
+    give_databases(tmp_path / "home")
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "home")], check=True, timeout=120)
+
+
+def test_files_that_mlflow_does_not_take_leave_no_run_running(
+    tracking: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a home that was moved to another host, or a server whose bucket is refused: the verdict is there."""
+    page = tmp_path / "report.html"
+    page.write_text("a page")
+    parent = tracking.open_refresh("weekly", {})
+    run = tracking.stage_run(parent, "sft", KEY)
+    client, _ = tracking.connect()
+    monkeypatch.setattr(client, "log_artifact", lambda *_: (_ for _ in ()).throw(PermissionError("/home/old")))
+    run.close("FINISHED", {"tau": 2.5}, artifact(tmp_path / "made").path)
+    tracking.close_refresh("FINISHED", {"tau": 2.5}, [page], {"outcome": "promoted"})
+    for each in (parent, run.run_id):
+        ended = run_of(tracking, each)
+        assert (ended.info.status, ended.data.metrics) == ("FINISHED", {"tau": 2.5})
+    assert run_of(tracking, parent).data.tags["outcome"] == "promoted"

@@ -1,0 +1,156 @@
+"""Artifacts are deleted only where the MLflow that is asked knows what this home's drafter lines need."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from draftsmith.artifacts.locks import locked
+from draftsmith.artifacts.store.local import REPLACED, Store
+from draftsmith.artifacts.store.manifest import MANIFEST, ArtifactRef
+from draftsmith.artifacts.tracking import registry_homes as registered
+from draftsmith.artifacts.tracking.registry import Registry
+from draftsmith.artifacts.tracking.runs import Tracking
+from draftsmith.flows.cli.main import main
+from draftsmith.flows.execution.display import Display
+from draftsmith.flows.orchestration import run
+from draftsmith.flows.refresh import registry_commands
+from tests.flows.toy import TOY, ToyConfig
+from tests.testbed.artifacts import committed
+
+
+@pytest.fixture
+def replaced(home: Path) -> Path:
+    """An artifact that was made again since, long ago."""
+    made = committed(Store(home / "store"), "opd", {"x": "first"}).path
+    aside = made.rename(made.with_name(f"{REPLACED}{made.name}-1"))
+    for each in [aside, *aside.rglob("*")]:
+        os.utime(each, (0, 0))
+    return aside
+
+
+def pruned(capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["prune", "--delete"]) == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("days", ["-1", "nan"])
+def test_days_that_are_none_delete_nothing(replaced: Path, days: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["prune", "--days", days, "--delete"])
+    assert ended.value.code == 2 and replaced.exists()
+
+
+def test_what_is_replaced_stays_where_another_mlflow_has_the_lines(
+    home: Path, replaced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as runs:
+        runs.setenv("MLFLOW_TRACKING_URI", "http://user:hidden@mlflow.example:5000")
+        registered.note(Tracking(home))
+    assert "hidden" not in (home / registered.NOTE).read_text()
+    assert "mlflow.example" in pruned(capsys)
+    assert replaced.exists() and not (home / "mlflow.db").exists(), "none is asked, or made"
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/runs.db")
+    for _ in range(2):
+        registered.note(Tracking(home))
+    assert "mlflow.example" in pruned(capsys) and replaced.exists(), "it may be who serves there"
+    (home / registered.NOTE).write_text(f"sqlite:///{tmp_path}/runs.db\n")
+    assert "removed" in pruned(capsys) and not replaced.exists()
+
+
+def test_the_homes_own_database_is_where_no_address_is_set(
+    home: Path, replaced: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home / registered.NOTE).write_text("mlflow.db\n")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example:5000")
+    assert "mlflow.db" in pruned(capsys) and replaced.exists()
+
+
+def test_the_homes_own_database_is_its_own_wherever_the_home_lies(
+    home: Path, replaced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "mlflow.db" in pruned(capsys) and replaced.exists()
+    Tracking(home).connect()
+    registered.note(Tracking(home))
+    moved = home.rename(tmp_path / "moved")
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(moved))
+    assert "removed" in pruned(capsys) and not list(moved.glob(f"store/opd/{REPLACED}*"))
+
+
+def artifact(store: Store, stage: str, content: str, inputs: dict[str, ArtifactRef] | None = None) -> ArtifactRef:
+    key = hashlib.sha256(f"{stage} {content}".encode()).hexdigest()
+    return committed(store, stage, {"x": content}, key, inputs=inputs or {})
+
+
+def test_a_line_keeps_who_serves_who_served_and_what_they_were_made_from(home: Path) -> None:
+    """Four drafters of a line: the first served before the second, the third was refused and the fourth just now."""
+    store, lines = Store(home / "store"), Registry(Tracking(home))
+    Tracking(home).connect()
+    registered.note(Tracking(home))
+    answers = [artifact(store, "rollout", f"answers {week}") for week in range(4)]
+    drafters = [artifact(store, "opd", f"drafter {week}", {"answers": each}) for week, each in enumerate(answers)]
+    champion = None
+    for week, ref in enumerate(drafters):
+        version = lines.register("line", ref, {})
+        if week < 2:
+            lines.promote(version, expected=champion, why="it is faster")
+            champion = version
+    for _ in range(2):
+        assert main(["prune", "--artifacts", "--days", "0"]) == 0, "it only lists"
+    assert main(["prune", "--artifacts", "--delete"]) == 0 and all(each.path.exists() for each in drafters), "young"
+    assert main(["prune", "--days", "0", "--delete"]) == 0 and all(each.path.exists() for each in drafters)
+    assert main(["prune", "--artifacts", "--days", "0", "--delete"]) == 0
+    assert [each.path.exists() for each in drafters] == [each.path.exists() for each in answers]
+    assert [each.path.exists() for each in drafters] == [True, True, False, True]
+    assert main(["promote", "line@3"]) == 2
+
+
+def test_what_a_run_has_used_lately_stays(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Tracking(home).connect()
+    used, other = (artifact(Store(home / "store"), "rollout", text) for text in ("used", "other"))
+    os.utime(used.path / MANIFEST, (2**31, 2**31))
+    assert main(["prune", "--artifacts", "--days", "0", "--delete"]) == 0
+    assert used.path.exists() and not other.path.exists() and "removed 5 B" in capsys.readouterr().out
+
+
+def test_nothing_that_a_living_run_may_read_goes(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Tracking(home).connect()
+    kept = artifact(Store(home / "store"), "rollout", "text")
+    for lock in (home / "refreshes" / ".lock-abc", home / "store" / "sft" / ".lock-def"):
+        with locked(lock):
+            assert main(["prune", "--artifacts", "--days", "0", "--delete"]) == 2
+            assert str(lock) in "".join(capsys.readouterr().err.split())
+            assert main(["prune", "--artifacts", "--days", "0"]) == 0 and kept.path.exists()
+
+
+def test_a_run_is_alive_from_before_its_plan_and_a_promotion_until_an_alias_names_the_version(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = artifact(Store(home / "store"), "opd", "text")
+    version = Registry(Tracking(home)).register("line", made, {})
+    pruned: list[int] = []
+
+    def prune(*_: object, **__: object) -> tuple[dict[str, Any], None]:
+        pruned.append(main(["prune", "--artifacts", "--days", "0", "--delete"]))
+        return {}, None
+
+    monkeypatch.setattr(run, "_run", prune)
+    run.run_graph(ToyConfig(name="toy"), TOY)
+    monkeypatch.setattr(registry_commands, "verified", prune)
+    registry_commands.promote(Display(), f"line@{version.number}", "", dry_run=False)
+    assert pruned == [2, 2]
+
+
+def test_complete_artifacts_stay_where_another_mlflow_has_the_lines(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = artifact(Store(home / "store"), "rollout", "text")
+    (home / registered.NOTE).write_text("http://mlflow.example:5000\n")
+    assert main(["prune", "--artifacts", "--days", "0", "--delete"]) == 0
+    assert "mlflow.example" in capsys.readouterr().out
+    assert kept.path.exists()

@@ -1,0 +1,105 @@
+"""One accelerator, one user: across processes, and by the names that all users of a machine see."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from draftsmith.artifacts.locks import Holder, LockTimeoutError
+from draftsmith.flows.execution import devices
+from draftsmith.stages.engines.rollout import STAGE as ROLLOUT
+from draftsmith.stages.engines.rollout import RolloutConfig
+from draftsmith.stages.evaluation.gate import STAGE as GATE
+from draftsmith.stages.evaluation.stage import STAGE as EVALUATION
+from draftsmith.stages.runtime.stage import Compute
+from draftsmith.stages.training.sft.stage import STAGE as SFT
+
+ONE, OTHER = "GPU-1111aaaa-0000", "GPU-2222bbbb-0000"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(devices.FOLDER, str(tmp_path / "devices"))
+    return tmp_path / "devices"
+
+
+def another_run(compute: str, gpus: Sequence[str]) -> subprocess.Popen[str]:
+    """A process that holds devices until its input ends."""
+    program = f"""
+        import sys
+        from draftsmith.flows.execution.devices import devices_of
+        from draftsmith.stages.runtime.stage import Compute
+        with devices_of(Compute.{compute}, run="the other", limit_s=60, waiting=print, gpus=lambda: {list(gpus)!r}):
+            print("held", flush=True)
+            sys.stdin.readline()
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+@pytest.mark.parametrize(
+    ("theirs", "their_gpus", "ours", "our_gpus", "waits"),
+    [
+        ("HEAVY", [ONE], Compute.TIMED, [OTHER, ONE], True),
+        ("TIMED", [ONE], Compute.HEAVY, [OTHER], False),
+        ("HEAVY", [], Compute.HEAVY, [], False),  # the CPU is shared by what trains
+        ("HEAVY", [], Compute.TIMED, [], True),  # and not by what measures
+        ("TIMED", [], Compute.HEAVY, [], True),
+    ],
+)
+def test_who_waits_for_whom(
+    theirs: str, their_gpus: list[str], ours: Compute, our_gpus: list[str], waits: bool
+) -> None:
+    process = another_run(theirs, their_gpus)
+    said: list[tuple[str, Holder | None]] = []
+
+    def ask(limit_s: float) -> None:
+        with devices.devices_of(
+            ours, run="ours", limit_s=limit_s, waiting=lambda *who: said.append(who), gpus=lambda: our_gpus
+        ) as held:
+            assert len(held) == (0 if ours is Compute.LIGHT else len(our_gpus) or 1)
+
+    try:
+        if waits:
+            with pytest.raises(LockTimeoutError, match="the other, pid"):
+                ask(0.0)
+            ((device, holder),) = said
+            assert device in (ONE, devices.CPU) and holder is not None and holder.pid == process.pid
+        else:
+            ask(0.0)
+            assert not said
+    finally:
+        process.kill()
+        process.wait()
+    ask(10.0)  # the kernel drops the locks of the dead
+
+
+def test_a_lock_is_open_to_all_users(folder: Path) -> None:
+    with devices.devices_of(Compute.TIMED, run="", limit_s=1, waiting=lambda *_: None, gpus=lambda: [ONE]):
+        assert folder.stat().st_mode & 0o7777 == 0o1777
+        assert (folder / f"{ONE}.lock").stat().st_mode & 0o777 == 0o666
+
+
+def test_a_part_of_a_gpu_is_visible_by_its_own_name(folder: Path) -> None:
+    part = "MIG-7f/1/0"
+    with devices.device_of(Compute.HEAVY, run="", limit_s=1, waiting=lambda *_: None, gpus=lambda: [part]) as device:
+        assert device.environment == {"CUDA_VISIBLE_DEVICES": part}
+        assert (folder / "MIG-7f_1_0.lock").exists()
+
+
+def test_what_stages_need() -> None:
+    given = {"engine": {"kind": "sglang", "urls": ["http://host:1"]}}
+    assert ROLLOUT.computes(RolloutConfig.model_validate(given)) is Compute.LIGHT
+    assert ROLLOUT.computes(RolloutConfig()) is Compute.HEAVY
+    assert SFT.computes(SFT.config()) is Compute.HEAVY
+    assert EVALUATION.computes(EVALUATION.config()) is Compute.TIMED
+    assert GATE.computes(GATE.config()) is Compute.LIGHT

@@ -1,0 +1,52 @@
+"""What a person sees: rate and time left, plain lines without a terminal, tables."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from draftsmith.flows.execution import display as module
+from draftsmith.flows.execution.display import Display, Rate
+
+
+def plain() -> tuple[Display, io.StringIO]:
+    stream = io.StringIO()
+    return Display(Console(file=stream, width=160)), stream
+
+
+def test_rate_and_time_left_count_only_the_work_of_this_attempt() -> None:
+    rate = Rate()
+    assert rate.update(100, 200, "steps", now=0.0) == (None, None)  # an earlier attempt made 100
+    assert rate.update(120, 200, "steps", now=10.0) == (2.0, 40.0)
+
+
+def test_the_rate_follows_the_last_half_minute_and_begins_anew_with_another_phase() -> None:
+    rate = Rate()
+    rate.update(0, 1000, "steps", now=0.0)
+    rate.update(600, 1000, "steps", now=60.0)
+    assert rate.update(630, 1000, "steps", now=90.0)[0] == pytest.approx(1.0)
+    assert rate.update(0, 50, "prompts", now=91.0) == (None, None)
+
+
+def test_without_a_terminal_progress_is_a_plain_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    display, stream = plain()
+    with display.stage("sft") as shown:
+        for step in range(1, 41):
+            clock[0] = float(step)
+            shown.progress(step, 400, "steps", {"loss": 2.125})
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "sft: started"
+    assert len(lines) == 5
+    assert lines[1] == "sft: 10/400 steps  1 steps/s  6 min 30 s left  loss=2.125"
+
+
+def test_a_narrow_terminal_breaks_cells_and_cuts_none() -> None:
+    stream = io.StringIO()
+    Display(Console(file=stream, width=16)).table(["key", "tau"], [["6b633f734bf9770b", "1.3333"]])
+    _, *lines = [line.split() for line in stream.getvalue().splitlines()]
+    assert "".join(line[0] for line in lines) == "6b633f734bf9770b"
+    assert "".join(line[1] for line in lines if len(line) > 1) == "1.3333"

@@ -1,0 +1,212 @@
+"""Making one node's artifact, where others work on the same store: runs of one home, and of two with a bucket."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageInterrupted
+from draftsmith.artifacts.store.manifest import MANIFEST, ArtifactRef
+from draftsmith.artifacts.store.open import STORE
+from draftsmith.artifacts.tracking.runs import Tracking
+from draftsmith.flows.cli.main import main
+from draftsmith.flows.config.options import StageOptions, check_runner
+from draftsmith.flows.execution import devices
+from draftsmith.flows.execution.display import Display
+from draftsmith.flows.execution.node import Workshop, _devices, make
+from draftsmith.flows.execution.process import StageFailedError
+from draftsmith.flows.execution.shards import Make, Order, side_by_side
+from draftsmith.flows.orchestration.flow_lifecycle import CancelledError
+from draftsmith.flows.planning.graph import key_of
+from draftsmith.stages.runtime.stage import Compute
+from tests.flows.toy import TOY, ToyConfig, toy_nodes, write_config
+from tests.flows.toy_stages.collect import CollectConfig
+from tests.flows.toy_stages.squares import SquaresConfig
+from tests.testbed.s3 import SECRET, bucket
+
+
+def test_code_that_is_edited_meanwhile_makes_nothing_of_the_old_key(
+    tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = ["old"]
+    pipeline = replace(TOY, code_digest=lambda _module: source[0], code_modules=lambda module: {module: source[0]})
+    config = ToyConfig(name="t", squares=SquaresConfig())
+    node = {node.name: node for node in toy_nodes(config)}["squares"]
+    workshop = Workshop(tmp_path, config, pipeline, Display(), tracking)
+    target = make(workshop, toy_nodes(config)[-1], {}).ref
+
+    def edits(*arguments: Any, **keywords: Any) -> Any:
+        source[0] = "new"
+        return _devices(*arguments, **keywords)
+
+    monkeypatch.setattr("draftsmith.flows.execution.node._devices", edits)
+    with pytest.raises(RetryableError, match=r"squares: the code here .* is not that of its key"):
+        make(workshop, node, {"first": target})
+    assert [each.stage for each in workshop.store.list()] == ["collect"]
+    assert workshop.store.manifest(make(workshop, node, {"first": target}).ref).code_digest == "new"
+
+
+def test_a_run_whose_commit_was_cut_off_has_its_figures_when_the_next_one_makes_it(
+    tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ToyConfig(name="t")
+    workshop = Workshop(tmp_path, config, TOY, Display(), tracking)
+
+    def full(path: Path, _text: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as patched, pytest.raises(DraftsmithError, match="the disk is full"):
+        patched.setattr("draftsmith.artifacts.store.local.write_text", full)
+        make(workshop, toy_nodes(config)[-1], {})
+    manifest = workshop.store.manifest(make(workshop, toy_nodes(config)[-1], {}).ref)
+    client, _ = tracking.connect()
+    run = client.get_run(str(manifest.mlflow_run_id))
+    assert run.info.status == "FINISHED" and manifest.metrics.items() <= run.data.metrics.items() and manifest.metrics
+    assert MANIFEST in [each.path for each in client.list_artifacts(run.info.run_id)]
+
+
+@pytest.mark.parametrize("waits_for", ["the artifact", "the CPU"])
+def test_a_run_that_is_cancelled_while_it_waits_starts_nothing(
+    waits_for: str, tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(devices.FOLDER, str(tmp_path / "devices"))
+    monkeypatch.setattr("draftsmith.flows.execution.devices.gpu_names", list)
+    target = CollectConfig(note_start=tmp_path / "started")
+    config = ToyConfig(name="t", target=target, stages=StageOptions(lock_wait_minutes=0.5))
+    node = next(node for node in toy_nodes(config) if node.name == "target")
+
+    def cancelled() -> None:
+        raise CancelledError("cancelled in Prefect")
+
+    workshop = Workshop(tmp_path / "home", config, TOY, Display(), tracking, check=cancelled)
+    with ExitStack() as others:
+        if waits_for == "the artifact":
+            others.enter_context(workshop.store.claim("collect", key_of(node, {}, config.seed, TOY)))
+        else:
+            others.enter_context(devices.devices_of(Compute.TIMED, run="", limit_s=1, waiting=lambda *_: None))
+        with pytest.raises(CancelledError):
+            make(workshop, node, {})
+    assert not (tmp_path / "started").exists() and not list(workshop.logs.glob("*.request.json"))
+
+
+def squares(
+    home: Path, tracking: Tracking, shards: int, *, note: Path, die: Path | None = None, **more: Any
+) -> ArtifactRef:
+    """The artifact of the node `squares`, made in so many shards."""
+    told = SquaresConfig(note_start=note, die=die)
+    config = ToyConfig(name="t", squares=told, stages=StageOptions(shards=shards))
+    nodes = {node.name: node for node in toy_nodes(config)}
+    workshop = Workshop(home, config, TOY, Display(), tracking, **more)
+    target = make(workshop, nodes["target"], {}).ref
+    return make(workshop, nodes["squares"], {"first": target}).ref
+
+
+def test_shards_change_nothing_and_a_killed_one_is_made_again_alone(
+    tmp_path: Path, tracking: Tracking, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note, die = tmp_path / "note", tmp_path / "die"
+    made = {count: squares(tmp_path / f"{count}", tracking, count, note=note, die=die) for count in (1, 3)}
+    assert made[1].key == made[3].key and made[1].content_id == made[3].content_id
+    assert (made[1].path / "squares.json").read_bytes() == (made[3].path / "squares.json").read_bytes()
+    first, *shards, last = note.read_text().splitlines()
+    assert (first, last) == ("whole", "joined")
+    assert sorted(shards) == [f"{n} of 3, device any" for n in (1, 2, 3)]
+    assert "squares: done in" in capsys.readouterr().out
+    assert len(list((tmp_path / "3" / "store" / "squares.shard").glob("[!.]*"))) == 3
+
+    note.unlink()
+    die.touch()
+    with pytest.raises(StageFailedError, match=r"stage squares\.shard was killed \(SIGKILL\)"):
+        squares(tmp_path / "killed", tracking, 3, note=note, die=die)
+    die.unlink()
+    again = squares(tmp_path / "killed", tracking, 3, note=note, die=die)
+    assert again.content_id == made[1].content_id
+    assert sorted(note.read_text().splitlines()) == [
+        "1 of 3, device any",
+        *["2 of 3, device any"] * 2,
+        "3 of 3, device any",
+        "joined",
+    ]
+
+
+def test_each_shard_has_a_gpu_of_its_own(tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(devices.FOLDER, str(tmp_path / "devices"))
+    for module in ("devices", "shards"):
+        monkeypatch.setattr(f"draftsmith.flows.execution.{module}.gpu_names", lambda: ["GPU-a", "GPU-b"])
+    squares(tmp_path / "home", tracking, 2, note=tmp_path / "note")
+    told = [line.partition("device ")[2] for line in (tmp_path / "note").read_text().splitlines()]
+    assert sorted(told) == ["", "GPU-a", "GPU-b"]  # and none for joining them
+
+
+def test_a_run_that_ends_asks_its_shards_to_stop(tmp_path: Path, tracking: Tracking) -> None:
+    def ended(
+        orders: Sequence[Order], make_one: Make, stop: Callable[[], None], check: Callable[[], None]
+    ) -> list[ArtifactRef]:
+        stop()
+        return side_by_side(orders, make_one, stop, check)
+
+    with pytest.raises(StageInterrupted, match="run the same command to continue"):
+        squares(tmp_path / "home", tracking, 2, note=tmp_path / "note", pool=ended)
+
+
+def test_a_runner_that_is_not_installed_is_told_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    check_runner(StageOptions())
+    with pytest.raises(DraftsmithError, match=r"^stages\.runner: .*pip install 'draftsmith\[ray\]'"):
+        check_runner(StageOptions.model_validate({"runner": "ray", "shards": 2}))
+
+
+@pytest.fixture
+def homes(tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, Path]]:
+    """Two, with a store in a bucket between them: stages of one run on different hosts."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.uri)
+    monkeypatch.setenv(STORE, "s3://teams/line")
+    with bucket("teams"):
+        yield tmp_path / "a", tmp_path / "b"
+
+
+def test_what_one_host_has_made_another_goes_on_from(
+    homes: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(write_config(tmp_path / "toy.yaml", target={"note_start": str(tmp_path / "started")}))
+
+    def at(home: Path, *command: str) -> str:
+        monkeypatch.setenv("DRAFTSMITH_HOME", str(home))
+        assert main(list(command), TOY) == 0
+        return capsys.readouterr().out
+
+    a, b = homes
+    for node in ("target", "left"):
+        at(a, "stage", node, config)
+    assert at(b, "status", config).count(" done") == 2 and at(b, "status").count(" done") == 2
+    assert "target: not new: collect/" in at(b, "why", config, "target")
+    plan = at(b, "run", config, "--plan")
+    assert plan.count("reused") >= 2
+    here = {path.parent.parent.name: sorted(p.name for p in path.parent.iterdir()) for path in b.rglob(MANIFEST)}
+    assert here == {"collect": [MANIFEST], "combine": [MANIFEST]}
+
+    at(b, "stage", "right", config)  # reads the target alone
+    here = {path.parent.parent.name: sorted(p.name for p in path.parent.iterdir()) for path in b.rglob(MANIFEST)}
+    assert here["collect"] == [MANIFEST, "metrics.jsonl", "numbers.json"]
+    assert (tmp_path / "started").read_text() == "started\n"
+    at(a, "stage", "total", config)  # what B has made
+    shown = at(b, "show", "collect", "--verify")
+    assert "every checksum is right" in shown and "store:      s3://teams/line" in shown and "numbers.json" in shown
+    total = next(line.split()[1] for line in at(b, "status", config).splitlines() if line.startswith("total"))
+    assert total == "combine"
+
+    # what is lost in the bucket is made again there, whatever lies in a home
+    for each in boto3.client("s3").list_objects_v2(Bucket="teams", Prefix="line/collect/")["Contents"]:
+        boto3.client("s3").delete_object(Bucket="teams", Key=each["Key"])
+    assert "to do" in at(tmp_path / "c", "status", config)
+    assert "nothing in" in at(b, "prune")
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or SECRET.encode() not in path.read_bytes()

@@ -1,0 +1,134 @@
+"""The run of a flow in MLflow, against a real SQLite database: opened once, found again, never empty."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.tracking.refresh_runs import OUTCOME, REUSED
+from draftsmith.artifacts.tracking.runs import Tracking
+from draftsmith.flows.execution.mlflow_run import RunRecord
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a database: making one takes seconds."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture
+def tracking(home: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Tracking:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    return Tracking(home, request.node.name)
+
+
+def artifacts(folder: Path, content: str = "c" * 64) -> dict[str, ArtifactRef]:
+    names = ("prompts", "line@champion", "report")
+    return {name: ArtifactRef(name, "k" * 64, content, folder / name) for name in names}
+
+
+def test_the_same_artifacts_are_the_same_run_and_others_are_not(tracking: Tracking, tmp_path: Path) -> None:
+    client, experiment = tracking.connect()
+    made = artifacts(tmp_path)
+    first = RunRecord(tracking, "weekly", {"seed": 0})
+    openers = [threading.Thread(target=first.open) for _ in range(4)]  # stages that run at the same time
+    for opener in openers:
+        opener.start()
+    for opener in openers:
+        opener.join()
+    run_id = first.open()
+    assert len(client.search_runs([experiment])) == 1
+    assert first.settle(made) == run_id
+    first.close("FINISHED", made, {"tau.opd": 2.5}, [], {"mlflow.note.content": "**Promoted.**"}, data=("prompts",))
+
+    for times in ("1", "2"):
+        again = RunRecord(tracking, "weekly", {"seed": 0})
+        assert again.settle(made) == run_id
+        again.close("FINISHED", made, {}, [], {"mlflow.note.content": "nothing was made"})
+        tags = client.get_run(run_id).data.tags
+        assert (tags[REUSED].split()[0], tags["mlflow.note.content"]) == (times, "**Promoted.**")
+    part = RunRecord(tracking, "weekly", {})
+    assert part.settle({"prompts": made["prompts"]}) == run_id, "a part of what it made"
+    (data,) = client.get_run(run_id).inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest) == ("prompts", "c" * 36)
+
+    for record, others in (
+        (RunRecord(tracking, "weekly", {}), artifacts(tmp_path, "d" * 64)),  # made again with other content
+        (RunRecord(tracking, "another", {}), made),
+    ):
+        assert record.settle(others) not in (None, run_id)
+        record.close("FINISHED", others, {}, [], {})
+    assert len(client.search_runs([experiment])) == 3
+
+
+def test_what_follows_from_what_an_earlier_run_had_only_looked_at_is_told_by_its_run(
+    tracking: Tracking, tmp_path: Path
+) -> None:
+    """`--until report`, and then the whole: every artifact is there."""
+    client, _ = tracking.connect()
+    made = artifacts(tmp_path)
+    looked = RunRecord(tracking, "weekly", {})
+    run_id = looked.open()
+    assert run_id is not None
+    looked.close("FINISHED", made, {"tau.opd": 2.5}, [], {"mlflow.note.content": "**Nothing has followed yet.**"})
+
+    def again(of: dict[str, ArtifactRef], outcome: str, note: str) -> dict[str, str]:
+        record = RunRecord(tracking, "weekly", {})
+        assert record.settle(of) == run_id
+        record.close(
+            "FINISHED", of, {"promoted": 1.0}, [], {OUTCOME: outcome, "mlflow.note.content": note}, concluded=True
+        )
+        return dict(client.get_run(run_id).data.tags)
+
+    part = again({"prompts": made["prompts"]}, "current", "**Current.**")
+    assert OUTCOME not in part and "Nothing has followed" in part["mlflow.note.content"], "it has made more than this"
+    whole = again(made, "promoted", "**Promoted.**")
+    assert (whole[OUTCOME], whole["mlflow.note.content"]) == ("promoted", "**Promoted.**")
+    assert whole[REUSED].startswith("2 times")
+    assert client.get_run(run_id).data.metrics == {"tau.opd": 2.5, "promoted": 1.0}
+    assert again(made, "refused", "**Refused.**")[OUTCOME] == "promoted", "what it came to stays"
+
+
+def test_a_run_that_mlflow_was_lost_for_is_opened_by_the_next_who_asks(
+    tracking: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, experiment = tracking.connect()
+    create, left = client.create_run, [2]
+
+    def lost_twice(*arguments: Any, **named: Any) -> Any:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise ConnectionError("connection refused")
+        return create(*arguments, **named)
+
+    monkeypatch.setattr(client, "create_run", lost_twice)
+    record = RunRecord(tracking, "weekly", {"seed": 0})
+    assert [record.open() is None for _ in range(3)] == [True, True, False]
+    assert record.settle(artifacts(tmp_path)) == record.open()
+    record.close("FINISHED", artifacts(tmp_path), {"tau.opd": 2.5}, [], {})
+    left[0] = 1
+    again = RunRecord(tracking, "weekly", {"seed": 1})
+    others = artifacts(tmp_path, "d" * 64)
+    assert [again.settle(others) is None for _ in range(2)] == [True, False]
+    again.close("FINISHED", others, {}, [], {})
+    assert [run.info.status for run in client.search_runs([experiment])] == ["FINISHED", "FINISHED"]
+    assert not list((tracking.folder / "refreshes").iterdir()), "nor is one held to be alive"
+
+
+def test_a_run_that_fails_before_its_first_stage_leaves_none_and_a_failed_one_is_not_reused(
+    tracking: Tracking, tmp_path: Path
+) -> None:
+    client, experiment = tracking.connect()
+    RunRecord(tracking, "weekly", {}).close("FAILED", {}, {}, [], {})
+    assert len(client.search_runs([experiment])) == 0
+    failed = RunRecord(tracking, "weekly", {})
+    run_id = failed.open()
+    failed.close("FAILED", artifacts(tmp_path), {}, [], {})
+    assert RunRecord(tracking, "weekly", {}).settle(artifacts(tmp_path)) != run_id

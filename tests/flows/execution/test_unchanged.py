@@ -1,0 +1,268 @@
+"""Damaged inputs and files that change: nothing is made from them, and nothing is kept of what was."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.artifacts.store.checksums import Checksums
+from draftsmith.artifacts.store.local import Claim, Store
+from draftsmith.artifacts.store.manifest import ELSEWHERE, ArtifactRef, sha256_file
+from draftsmith.artifacts.store.open import STORE
+from draftsmith.artifacts.tracking.runs import Tracking
+from draftsmith.flows.execution.display import Display
+from draftsmith.flows.execution.input_guard import unchanged
+from draftsmith.flows.execution.node import Workshop, make
+from draftsmith.flows.execution.process import StageOutcome, run_stage
+from draftsmith.flows.planning.graph import Node, Status, find, key_of, outdated, plan
+from tests.flows.toy import TOY, ToyConfig, toy_nodes
+from tests.flows.toy_stages.combine import CombineConfig
+from tests.testbed.artifacts import committed
+
+
+class Toy:
+    """A home with the toy's first artifact in it, and its node that reads that."""
+
+    def __init__(self, home: Path, tracking: Tracking) -> None:
+        config = ToyConfig(name="t")
+        self.nodes = {node.name: node for node in toy_nodes(config)}
+        self.workshop = Workshop(home, config, TOY, Display(), tracking)
+        self.target = make(self.workshop, self.nodes["target"], {}).ref
+        self.numbers = self.target.path / "numbers.json"
+
+    def left(self, config: CombineConfig | None = None) -> Node:
+        node = self.nodes["left"]
+        return node if config is None else replace(node, config=config)
+
+    def make(self, node: Node) -> ArtifactRef:
+        return make(self.workshop, node, {"first": self.target}).ref
+
+    def found(self, node: Node) -> ArtifactRef | None:
+        key = key_of(node, {"first": self.target}, self.workshop.config.seed, TOY)
+        return find(self.workshop.store, node, key)
+
+    def measure(self, figures: str) -> None:
+        """The first artifact again, with the same content and other volatile files."""
+        files = {"numbers.json": self.numbers.read_text(), "metrics.jsonl": figures}
+        store, key = self.workshop.store, self.target.key
+        measured = committed(store, "collect", files, key, force=True, volatile=("metrics.jsonl",))
+        assert (measured.key, measured.content_id) == (self.target.key, self.target.content_id)
+        self.target = measured
+
+
+@pytest.fixture
+def toy(tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> Toy:
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
+    return Toy(tmp_path / "home", tracking)
+
+
+def flip(path: Path, place: int = 1, bit: int = 1) -> None:
+    """The size stays."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """What happens while a stage's process runs."""
+
+    def run_and_act(*arguments: Any, **keywords: Any) -> StageOutcome:
+        outcome = run_stage(*arguments, **keywords)
+        act()
+        return outcome
+
+    monkeypatch.setattr("draftsmith.flows.execution.node.run_stage", run_and_act)
+
+
+def test_a_flipped_bit_in_an_input_is_found_before_a_stage_reads_it(toy: Toy) -> None:
+    flip(toy.numbers)
+    with pytest.raises(DraftsmithError, match=r"left: its input first: .*numbers\.json: .*stage target CONFIG --force"):
+        toy.make(toy.left())
+    assert toy.found(toy.left()) is None
+    flip(toy.numbers)
+    assert json.loads((toy.make(toy.left()).path / "numbers.json").read_text()) == [0 + 1 + 2 + 3 + 4]
+
+
+def test_a_flipped_bit_in_an_artifact_that_nobody_reads_is_no_hit(toy: Toy) -> None:
+    made = toy.make(toy.left())
+    flip(made.path / "numbers.json")
+    with pytest.raises(DraftsmithError, match=r"numbers\.json: .*--force left"):
+        toy.make(toy.left())
+    assert make(toy.workshop, toy.left(), {"first": toy.target}, force=True).ref == made
+
+
+@pytest.mark.parametrize(("how", "in_bucket"), [("flipped", True), ("gone", False)])
+def test_what_was_made_while_an_input_broke_is_not_kept(
+    how: str, in_bucket: bool, tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a bucket has another copy: the stage has read the damaged one."""
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
+    if in_bucket:
+        (tmp_path / "bucket").mkdir()
+        monkeypatch.setenv(STORE, f"file://{tmp_path / 'bucket'}")
+    toy = Toy(tmp_path / "home", tracking)
+    node, store = toy.left(), toy.workshop.store
+    with monkeypatch.context() as patch:
+        meanwhile(patch, lambda: flip(toy.numbers) if how == "flipped" else toy.numbers.unlink())
+        with pytest.raises(DraftsmithError, match=r"numbers\.json") as refused:
+            toy.make(node)
+    assert ("--force" in str(refused.value)) is not in_bucket
+    partial = store.partial("combine", key_of(node, {"first": toy.target}, 0, TOY))
+    assert not [path for path in partial.rglob("*") if path.is_file() and path.name == "numbers.json"]
+    assert toy.found(node) is None
+    if in_bucket:
+        assert json.loads((toy.make(node).path / "numbers.json").read_text()) == [0 + 1 + 2 + 3 + 4]
+
+
+def test_what_was_made_from_a_damaged_input_does_not_stay_a_hit(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A disk that forgets a bit touches no file: found when the file is hashed again."""
+    before = toy.make(replace(toy.left(), config=CombineConfig(factor=7)))
+    known = Checksums(toy.workshop.home)
+    known._file(toy.numbers).unlink(missing_ok=True)  # a week has gone by
+    monkeypatch.setattr("draftsmith.artifacts.store.checksums._CLOCK_S", -1.0)
+    known.of(toy.numbers)
+    stat = toy.numbers.stat()
+    flip(toy.numbers)
+    os.utime(toy.numbers, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    _forge(known, toy.numbers)
+    wrong = toy.make(toy.left())
+    monkeypatch.setattr("draftsmith.artifacts.store.checksums.AGAIN_AFTER_S", 0.0)
+    with pytest.raises(DraftsmithError, match="has changed since it was written"):
+        toy.workshop.store.verify_once(toy.target)
+    assert f"{wrong.path} was made from {toy.numbers}, which is damaged: set aside" in caplog.text
+    assert toy.found(toy.left()) is None
+    assert before.path.exists(), "it was made before the file was last whole"
+
+
+def _forge(checksums: Checksums, path: Path) -> None:
+    """The record, as if the last change had touched nothing of the file but its bits."""
+    stat, known = path.stat(), checksums.recorded(path)
+    assert known is not None
+    checksums._remember(replace(known, mtime_ns=stat.st_mtime_ns, ctime_ns=stat.st_ctime_ns))
+
+
+@pytest.mark.parametrize("when", ["before", "while the stage runs"])
+def test_an_input_that_another_run_makes_again_is_not_filed_under_the_old_key(
+    when: str, toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make_it_again() -> None:
+        committed(toy.workshop.store, "collect", {"numbers.json": "[1000]"}, toy.target.key, force=True)
+
+    if when == "before":
+        make_it_again()
+    else:
+        meanwhile(monkeypatch, make_it_again)
+    with pytest.raises(DraftsmithError, match=r"left: its input first .*another run"):
+        toy.make(toy.left())
+    assert toy.found(toy.left()) is None
+
+
+def test_a_file_that_changes_while_it_is_read_leaves_nothing_under_the_old_key(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    addend = tmp_path / "addend"
+    addend.write_text("5")
+    node = toy.left(CombineConfig(addend=addend))
+    key = key_of(node, {"first": toy.target}, 0, TOY)
+
+    def replace_it() -> None:
+        addend.write_text("6")
+
+    with monkeypatch.context() as patch:
+        meanwhile(patch, replace_it)
+        with pytest.raises(DraftsmithError, match=r"left: .*addend changed"):
+            toy.make(node)
+    assert toy.workshop.store.find("combine", key) is None
+    partial = toy.workshop.store.partial("combine", key)
+    assert not [each for name in ("out", "work") for each in (partial / name).rglob("*")]
+    made = toy.make(node)
+    assert made.key != key and json.loads((made.path / "numbers.json").read_text()) == [16]
+
+
+def test_what_shows_measurements_is_made_again_when_they_were_under_the_same_key(toy: Toy) -> None:
+    first = make(toy.workshop, toy.left(), {"first": toy.target})
+    assert make(toy.workshop, toy.left(), {"first": toy.target}).reused
+    toy.measure("anew")
+    planned = {item.node.name: item.status for item in plan(toy.workshop.config, toy.workshop.store, TOY)}
+    assert (planned["target"], planned["left"]) == (Status.HIT, Status.RUN)
+    again = make(toy.workshop, toy.left(), {"first": toy.target})
+    assert not again.reused and again.ref == first.ref
+    assert make(toy.workshop, toy.left(), {"first": toy.target}).reused
+
+
+def test_a_measurement_that_says_nothing_is_used_by_its_run_and_made_again_by_the_next(
+    tmp_path: Path, toy: Toy
+) -> None:
+    quiet = tmp_path / "quiet"
+    config = ToyConfig.model_validate({"name": "t", "target": {"inconclusive_until": str(quiet)}})
+    nodes = {node.name: node for node in toy_nodes(config)}
+
+    def statuses() -> dict[str, Status]:
+        return {item.node.name: item.status for item in plan(config, toy.workshop.store, TOY)}
+
+    first = make(toy.workshop, nodes["target"], {})
+    left = make(toy.workshop, nodes["left"], {"first": first.ref})
+    assert not left.reused, "this run goes on with it"
+    assert statuses()["target"] is Status.RUN
+    again = make(toy.workshop, nodes["target"], {})
+    assert not again.reused and again.ref.content_id == first.ref.content_id
+    quiet.touch()
+    assert not make(toy.workshop, nodes["target"], {}).reused
+    assert make(toy.workshop, nodes["target"], {}).reused
+    assert statuses()["target"] is Status.HIT
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_was_made_of_an_earlier_measurement_and_not_committed_is_not_taken(
+    force: bool, toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise DraftsmithError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "_complete", full)
+        with pytest.raises(DraftsmithError, match="the disk is full"):
+            make(toy.workshop, toy.left(), {"first": toy.target}, force=force)
+    toy.measure("anew")
+    made = make(toy.workshop, toy.left(), {"first": toy.target}, force=force)
+    assert not made.reused and not outdated(toy.workshop.store, toy.left(), made.ref, {"first": toy.target})
+    assert not list(toy.workshop.store.root.glob("combine/.partial-*"))
+
+
+def test_files_elsewhere_that_an_input_names_are_those_that_it_found(toy: Toy, tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    weights.write_bytes(b"1234")
+    files = {"numbers.json": "[1]", ELSEWHERE: json.dumps({str(weights): sha256_file(weights)})}
+    toy.target = committed(toy.workshop.store, "collect", files, toy.target.key, force=True)
+    toy.make(toy.left())
+    flip(weights)
+    for act in (lambda: None, weights.unlink):
+        act()
+        with pytest.raises(DraftsmithError, match="weights: is not what stage collect found"):
+            toy.make(toy.left(CombineConfig(factor=3)))
+
+
+def test_a_store_that_does_not_answer_takes_no_work_away(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, left = toy.workshop.store, toy.left()
+
+    def away(*_: object) -> None:
+        raise RetryableError("s3: does not answer")
+
+    with store.claim("combine", "b" * 64) as claim:
+        assert isinstance(claim, Claim)
+        with (
+            pytest.raises(RetryableError),
+            unchanged(store, left, {"first": toy.target}, claim, {}),
+        ):
+            (claim.work / "checkpoint.pt").write_text("hours")
+            monkeypatch.setattr(store, "manifest_at", away)
+        assert (claim.work / "checkpoint.pt").exists()

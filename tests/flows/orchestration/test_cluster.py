@@ -1,0 +1,34 @@
+"""A host of a cluster serves runs of several homes, one after the other, in one process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from draftsmith.artifacts.store.open import STORE
+from draftsmith.flows.orchestration import task_runners
+
+HOME = "DRAFTSMITH_HOME"
+
+
+@pytest.mark.parametrize("own", [{}, {HOME: "/its/own"}])
+def test_a_shard_is_made_where_its_run_keeps_everything(
+    own: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[str, str | None]] = []
+    monkeypatch.setenv(HOME, str(tmp_path))
+    monkeypatch.delenv(STORE, raising=False)
+    monkeypatch.setattr(task_runners, "_OWN", own)
+    monkeypatch.setattr(task_runners, "protect", lambda *_, **__: None)
+    monkeypatch.setattr(
+        task_runners, "make_shard", lambda _order, home: made.append((str(home), os.environ.get(STORE)))
+    )
+    order: Any = SimpleNamespace(config=SimpleNamespace(stages=SimpleNamespace(group_may_read=False)))
+    task_runners._Alone({HOME: "/homes/a", STORE: "s3://a/store"})(order)
+    task_runners._Alone({HOME: "/homes/b"})(order)
+    first, second = (own.get(HOME, home) for home in ("/homes/a", "/homes/b"))
+    assert made == [(first, "s3://a/store"), (second, None)]

@@ -1,0 +1,104 @@
+"""Deployments without a server: what is refused before one is asked, parameters that fit the form, pool templates."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.flows.cli.main import main
+from tests.flows.processes import ROOT
+from tests.flows.toy import TOY, write_config
+
+POOLS = ROOT / "configs" / "team" / "pools"
+
+
+def test_a_deployment_needs_a_server_that_stays_and_nodes_that_exist(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    config = str(write_config(tmp_path / "toy.yaml"))
+    assert main(["deploy", config, "--pool", "p"], TOY) == 2
+    assert "PREFECT_API_URL is not set" in capsys.readouterr().err
+    assert main(["deploy", config, "--pool", "p", "--force", "lfet"], TOY) == 2
+    assert "--force lfet: no such node" in capsys.readouterr().err
+    assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize(("cron", "timezone"), [("at noon", "UTC"), ("0 3 * * 1", "Nowhere/Here")])
+def test_what_is_no_schedule_is_one_clear_error(cron: str, timezone: str) -> None:
+    from draftsmith.flows.orchestration.deployment import Schedule
+
+    with pytest.raises(DraftsmithError, match=r"--cron .* five fields such as"):
+        Schedule(cron, timezone).checked()
+    (good,) = Schedule("0 3 * * 1", "Europe/Berlin").checked()
+    assert good.timezone == "Europe/Berlin"
+
+
+@pytest.mark.parametrize("url", ["hooks.example/x", "ftp://hooks.example"])
+def test_a_webhook_that_nothing_can_be_sent_to_is_one_clear_error(url: str) -> None:
+    from draftsmith.flows.orchestration.deployment import check_address
+
+    with pytest.raises(DraftsmithError, match=r"--webhook '.*': an address begins with https:// or http://"):
+        check_address(url)
+    check_address("http://10.0.0.7:8080/draftsmith?key=1")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_server_accepts_every_config_as_the_parameters_of_its_flow(path: Path) -> None:
+    from prefect.utilities.callables import parameter_schema
+    from prefect.utilities.schema_tools.validation import validate
+
+    from draftsmith.flows.orchestration.deployment import parameters
+    from draftsmith.flows.refresh.config import RefreshConfig
+    from draftsmith.flows.refresh.flow import refresh
+    from tests.testbed.refresh import load_config
+
+    config = load_config(path)
+    sent = parameters(config, ["target"])
+    validate(sent, parameter_schema(refresh).model_dump(), raise_on_error=True)
+    assert RefreshConfig.model_validate(sent["config"]) == config
+
+
+def test_a_window_of_days_is_one_of_every_run() -> None:
+    from draftsmith.flows.orchestration.deployment import parameters
+    from draftsmith.flows.refresh.config import RefreshConfig
+    from tests.testbed.refresh import load_config
+
+    config = load_config(ROOT / "configs" / "weekly.yaml")
+    sent = parameters(config, [])["config"]
+    assert sent["logs"]["since"] == sent["prompts"]["sources"][0]["since"] == "7d"
+    assert RefreshConfig.model_validate(sent) == config
+
+
+@pytest.mark.parametrize("path", sorted(POOLS.glob("*.json")), ids=lambda path: path.stem)
+def test_a_pool_template_uses_the_variables_that_it_has(path: Path) -> None:
+    template = json.loads(path.read_text())
+    used = set(re.findall(r"{{ (\w+) }}", json.dumps(template["job_configuration"])))
+    assert used == set(template["variables"]["properties"])
+
+
+def test_the_process_and_slurm_templates_are_settings_of_prefects_own_worker() -> None:
+    from prefect.workers.process import ProcessJobConfiguration
+
+    def made(name: str) -> ProcessJobConfiguration:
+        template = json.loads((POOLS / f"{name}.json").read_text())
+        values: dict[str, Any] = {"env": {"A": "1"}, "working_dir": "/tmp"}
+        found: ProcessJobConfiguration = asyncio.run(
+            ProcessJobConfiguration.from_template_and_values(template, values, client=object())  # type: ignore[arg-type]
+        )
+        return found
+
+    known = {"DRAFTSMITH_HOME": "/srv/draftsmith", "MLFLOW_TRACKING_URI": "http://mlflow.example:5000"}
+    for name in ("process", "slurm"):
+        assert made(name).env == {**known, "A": "1"}
+        assert str(made(name).working_dir) == "/tmp"
+    assert made("process").command is None
+    command = made("slurm").command
+    assert command is not None and command.startswith("srun ") and command.endswith(" -m prefect.engine")

@@ -1,0 +1,91 @@
+"""The template of a job of several pods: its names fit each other, and what a pod does follows from its number."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from draftsmith.artifacts.errors import DraftsmithError, RefusedError
+from draftsmith.stages.runtime.parallel_config import ParallelConfig
+from tests.flows.processes import ROOT
+
+SERVICE, JOB = yaml.safe_load_all((ROOT / "configs" / "scale" / "four-nodes-kubernetes.yml").read_text("utf-8"))
+POD: dict[str, Any] = JOB["spec"]["template"]["spec"]
+(CONTAINER,) = POD["containers"]
+ENVIRONMENT = {each["name"]: each["value"] for each in CONTAINER["env"]}
+
+
+def test_the_rendezvous_is_the_first_pod_by_the_name_that_the_service_gives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    job, service = JOB["metadata"]["name"], SERVICE["metadata"]["name"]
+    assert SERVICE["spec"]["selector"] == {"job-name": job} and POD["subdomain"] == service
+    monkeypatch.setenv("DRAFTSMITH_RENDEZVOUS", ENVIRONMENT["DRAFTSMITH_RENDEZVOUS"])
+    assert ParallelConfig(processes=8, nodes=4).endpoint() == (f"{job}-0.{service}", 29400)
+    assert JOB["spec"]["completions"] == JOB["spec"]["parallelism"] == 4
+    claimed = {each["name"] for each in POD["volumes"]}
+    assert {each["name"] for each in CONTAINER["volumeMounts"]} == claimed
+
+
+def pod(number: str, programs: Path, does: str, shell_begins: str = "") -> subprocess.Popen[str]:
+    """What the pod of this number runs.
+
+    does: what its program does after it has said its name and arguments.
+    """
+    for name in ("draftsmith", "torchrun"):
+        (programs / name).write_text(f'#!/bin/bash\necho {name} "$@"\n{does}\n')
+        (programs / name).chmod(0o755)
+    path = f"{programs}:{os.environ['PATH']}"
+    shell, option, script = CONTAINER["command"]
+    return subprocess.Popen(
+        [shell, option, f"{shell_begins}\n{script}"],
+        env={**os.environ, **ENVIRONMENT, "PATH": path, "CONFIG": "my.yaml", "JOB_COMPLETION_INDEX": number},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("code", [0, 75])
+def test_the_first_pod_runs_the_flow(code: int, tmp_path: Path) -> None:
+    with pod("0", tmp_path, f"exit {code}") as process:
+        printed, _ = process.communicate(timeout=60)
+    assert (printed, process.returncode) == ("draftsmith run my.yaml\n", code)
+
+
+def test_the_other_pods_run_torchrun_again_and_again(tmp_path: Path) -> None:
+    with pod("3", tmp_path, "exit 1", "sleep() { command sleep 0.1; }") as process:
+        assert process.stdout is not None
+        first, second = (process.stdout.readline() for _ in range(2))
+        process.terminate()
+        process.communicate(timeout=60)
+    assert first == second and "--nnodes=4 --nproc-per-node=8" in first
+    assert first.endswith(
+        f"--rdzv-endpoint={ENVIRONMENT['DRAFTSMITH_RENDEZVOUS']} --rdzv-conf=read_timeout=600 "
+        "-m draftsmith.stages.runtime.join\n"
+    )
+
+
+def test_a_refusal_is_no_failure_and_bad_input_fails_the_job_at_once(tmp_path: Path) -> None:
+    with pod("0", tmp_path, f"exit {RefusedError.exit_code}") as process:
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+    (rule,) = JOB["spec"]["podFailurePolicy"]["rules"]
+    assert (rule["action"], rule["onExitCodes"]) == (
+        "FailJob",
+        {"operator": "In", "values": [DraftsmithError.exit_code]},
+    )
+    assert POD["restartPolicy"] == "Never", "Kubernetes takes a podFailurePolicy with this alone"
+
+
+@pytest.mark.parametrize(("number", "pause_s"), [("0", 0.2), ("3", 0.0)])
+def test_a_pod_that_is_to_end_lets_its_program_save(number: str, pause_s: float, tmp_path: Path) -> None:
+    saves = "trap 'echo saved; exit 143' TERM\necho works\nwhile true; do sleep 0.05; done"
+    with pod(number, tmp_path, saves, f"trap 'sleep {pause_s}' DEBUG") as process:
+        assert process.stdout is not None
+        assert [process.stdout.readline() for _ in range(2)][1] == "works\n"
+        process.terminate()
+        said, _ = process.communicate(timeout=60)
+    assert (said, process.returncode) == ("saved\n", 143)

@@ -1,0 +1,45 @@
+"""Files outside the store belong into the key of the stage that reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fsspec
+
+from draftsmith.flows.planning.graph import external_digests
+from draftsmith.stages.data.logs.stage import LogsConfig
+from draftsmith.stages.data.prompts import PromptsConfig
+from draftsmith.stages.training.config import SftConfig
+
+
+def jsonl(path: Path) -> PromptsConfig:
+    return PromptsConfig.model_validate({"sources": [{"kind": "jsonl", "path": str(path)}], "train": 1, "heldout": 1})
+
+
+def test_the_weights_of_a_drafter_to_start_from_are_key_material(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"1")
+    before = external_digests(SftConfig(init_from=str(tmp_path)))
+    weights.write_bytes(b"2")
+    after = external_digests(SftConfig(init_from=str(tmp_path)))
+    assert before != after
+    assert len(after) == 2
+
+
+def test_the_key_material_of_a_plain_file_is_its_path_and_sha256(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b"{}")
+    digest = "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
+    assert external_digests(jsonl(path)) == {str(path): digest}
+
+
+def test_a_changed_file_of_a_bucket_changes_the_key_material() -> None:
+    system = fsspec.filesystem("memory")
+    system.pipe_file("/key-bucket/a.jsonl", b"1")
+    logs = LogsConfig(paths=["memory://key-bucket/*.jsonl"], temperature=0)
+    before = external_digests(logs)
+    assert len(before) == 1 and external_digests(logs) == before
+    system.pipe_file("/key-bucket/a.jsonl", b"2")
+    assert external_digests(logs) != before
+    system.rm("/key-bucket", recursive=True)

@@ -1,0 +1,116 @@
+"""The graph and its plan: order, keys, and what a change makes new."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.store.local import Claim, Store
+from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.flows.planning.graph import Node, PlannedNode, Status, in_order, key_of, plan
+from tests.flows.toy import COLLECT, COMBINE, TOY, ToyConfig, toy_nodes
+from tests.flows.toy_stages.collect import CollectConfig
+from tests.flows.toy_stages.combine import CombineConfig
+
+
+def fill(store: Store, config: ToyConfig, content: str = "1") -> dict[str, ArtifactRef]:
+    """Put an artifact of every node into the store, without running anything."""
+    made: dict[str, ArtifactRef] = {}
+    for node in in_order(toy_nodes(config)):
+        inputs = {name: made[source] for name, source in node.inputs.items()}
+        with store.claim(node.stage.name, key_of(node, inputs, config.seed, TOY)) as claim:
+            if isinstance(claim, Claim):
+                (claim.out / "numbers.json").write_text(f"{content} {node.name}")
+                made[node.name] = store.commit(
+                    claim, config=node.config.model_dump(mode="json"), inputs=inputs, code_digest="c", seed=config.seed
+                )
+            else:
+                made[node.name] = claim
+    return made
+
+
+def statuses(planned: list[PlannedNode]) -> dict[str, str]:
+    return {item.node.name: item.status.value for item in planned}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [
+        ([Node("a", COMBINE, CombineConfig(), {"first": "b"})], "comes from node b, which is not in the graph"),
+        ([Node("a", COMBINE, CombineConfig())], "needs the input first"),
+        ([Node("a", COLLECT, CollectConfig(), {"third": "a"})], "has no input third"),
+        ([Node("a", COLLECT, CollectConfig()), Node("a", COLLECT, CollectConfig())], "same name"),
+        (
+            [Node("a", COMBINE, CombineConfig(), {"first": "b"}), Node("b", COMBINE, CombineConfig(), {"first": "a"})],
+            "need each other: a, b",
+        ),
+    ],
+)
+def test_a_graph_that_does_not_fit_its_stages_is_refused(nodes: list[Node], message: str) -> None:
+    with pytest.raises(DraftsmithError, match=message):
+        in_order(nodes)
+
+
+def test_the_plan_of_an_empty_store_knows_only_the_keys_of_what_needs_nothing(tmp_path: Path) -> None:
+    planned = plan(ToyConfig(name="t"), Store(tmp_path), TOY)
+    assert statuses(planned) == {"target": "run", "left": "after", "right": "after", "total": "after"}
+    assert planned[0].key is not None
+    assert [item.after for item in planned[1:]] == [("target",), ("target",), ("left", "right")]
+
+
+def test_a_changed_field_makes_its_node_and_its_dependants_new_and_nothing_else(tmp_path: Path) -> None:
+    store, config = Store(tmp_path), ToyConfig(name="t")
+    fill(store, config)
+    assert set(statuses(plan(config, store, TOY)).values()) == {"reused"}
+
+    changed = config.model_copy(update={"left": CombineConfig(factor=5)})
+    assert statuses(plan(changed, store, TOY)) == {
+        "target": "reused",
+        "right": "reused",
+        "left": "run",
+        "total": "after",
+    }
+
+
+def test_options_that_only_say_how_to_run_make_nothing_new(tmp_path: Path) -> None:
+    store, config = Store(tmp_path), ToyConfig(name="t")
+    fill(store, config)
+    other = config.model_copy(update={"name": "u", "stages": config.stages.model_copy(update={"threads": 2})})
+    assert set(statuses(plan(other, store, TOY)).values()) == {"reused"}
+
+
+def test_another_seed_or_changed_code_makes_everything_new(tmp_path: Path) -> None:
+    store, config = Store(tmp_path), ToyConfig(name="t")
+    fill(store, config)
+    assert statuses(plan(config.model_copy(update={"seed": 1}), store, TOY))["target"] == "run"
+    edited = dataclasses.replace(TOY, code_digest=lambda module: module)
+    assert statuses(plan(config, store, edited))["target"] == "run"
+
+
+def test_what_an_attempt_left_is_planned_as_a_continuation(tmp_path: Path) -> None:
+    store, config = Store(tmp_path), ToyConfig(name="t")
+    target = plan(config, store, TOY)[0]
+    assert target.key is not None
+    with store.claim("collect", target.key) as claim:
+        assert isinstance(claim, Claim)
+        assert plan(config, store, TOY)[0].status is Status.RUN  # nothing saved yet
+        (claim.work / "saved.json").write_text("[]")
+    assert plan(config, store, TOY)[0].status is Status.RESUME
+
+
+def test_force_names_a_node_or_every_node_of_a_stage(tmp_path: Path) -> None:
+    store, config = Store(tmp_path), ToyConfig(name="t")
+    fill(store, config)
+    assert statuses(plan(config, store, TOY, ["left"])) == {
+        "target": "reused",
+        "right": "reused",
+        "left": "forced",
+        "total": "after",
+    }
+    forced = plan(config, store, TOY, ["combine"])
+    assert [item.node.name for item in forced if item.status is Status.FORCED] == ["left", "right"]
+    with pytest.raises(DraftsmithError, match="--force lfet"):
+        plan(config, store, TOY, ["lfet"])

@@ -1,0 +1,279 @@
+"""What a run reads of files: listed once, by stage `sources`; reused until the run that listed them has ended."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import fsspec
+import pytest
+from prefect.client.schemas.objects import FlowRun
+from prefect.context import FlowRunContext
+
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.artifacts.store.local import Store
+from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.tracking.runs import Tracking
+from draftsmith.flows.cli.main import main
+from draftsmith.flows.execution import node as nodes
+from draftsmith.flows.execution.node import Workshop, make
+from draftsmith.flows.execution.process import StageOutcome, StageRequest, run_stage
+from draftsmith.flows.orchestration import run
+from draftsmith.flows.orchestration.flow_lifecycle import Cancellation
+from draftsmith.flows.planning.graph import Node, PlannedNode, Status
+from draftsmith.flows.planning.inputs import external_digests
+from draftsmith.flows.planning.selection import Part
+from draftsmith.flows.refresh.graph import first_nodes
+from draftsmith.stages.data import listing, time_window
+from draftsmith.stages.data.listing import SourcesConfig
+from draftsmith.stages.data.logs.stage import LogsConfig
+from draftsmith.stages.data.prompts import PromptsConfig
+from draftsmith.stages.runtime.stage import LISTING, Listing
+from draftsmith.stages.target.config import TargetConfig
+from tests.flows.toy import TOY, ToyConfig, write_config
+from tests.testbed.context import RecordingContext
+
+
+def logs(path: Path | str, **more: Any) -> LogsConfig:
+    return LogsConfig(paths=[str(path)], temperature=0, **more)
+
+
+def prompts(path: Path | str, **more: Any) -> PromptsConfig:
+    source = {"kind": "jsonl", "path": str(path), **more}
+    return PromptsConfig.model_validate({"sources": [source], "train": 0, "heldout": 1})
+
+
+class Home:
+    """A home, and a folder of numbers that the node `left` adds, where more come. Stages run in this process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.numbers, self.allow = folder / "home", folder / "numbers", folder / "allow"
+        self.numbers.mkdir()
+        self.come("a")
+        left, total = {"addends": str(self.numbers / "*")}, {"allow": str(self.allow)}
+        self.file = str(write_config(folder / "toy.yaml", left=left, total=total))
+        self.config = ToyConfig.model_validate({"name": "toy", "left": left, "total": total})
+        self.lost = 0  # attempts at the next stage that are lost when they have saved something
+        self.saved: list[Path] = []  # what an attempt found
+
+    def come(self, name: str) -> None:
+        (self.numbers / name).write_text("1000")
+
+    def run(self, *force: str, until: str = "") -> int:
+        """Return the sum of the last node."""
+        part = Part.of((), [until] if until else ())
+        made, _ = run._run(self.config, TOY, force, part, Cancellation())
+        return self.number(made[until or "total"]["path"])
+
+    def number(self, path: str | Path) -> int:
+        return int(json.loads((Path(path) / "numbers.json").read_text())[0])
+
+    def planned(self, *force: str, deployed: bool = False) -> dict[str, PlannedNode]:
+        plan = Part().plan(self.config, Store(self.path / "store"), TOY, force, deployed=deployed)
+        return {item.node.name: item for item in plan}
+
+    def left_out(self, *force: str, deployed: bool = False) -> int:
+        return self.planned(*force, deployed=deployed)["sources"].newer
+
+    def task(self, workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], *_: Any, force: bool) -> Any:
+        """Try again what was lost, as a Prefect task does."""
+        while True:
+            try:
+                return make(workshop, node, inputs, force=force), None
+            except RetryableError:
+                self.come("meanwhile")
+
+    def stage(self, request: StageRequest, **_: Any) -> StageOutcome:
+        stage = importlib.import_module(request.module).STAGE
+        inputs = {name: Path(path) for name, path in request.inputs.items()}
+        context = RecordingContext(Path(request.out), Path(request.work), inputs, request.seed)
+        self.saved += context.work.glob("saved")
+        if request.stage == "combine" and self.lost:
+            self.lost -= 1
+            (context.work / "saved").touch()
+            raise RetryableError("the bucket does not answer")
+        config = stage.config.model_validate(request.config)
+        stage.run(context, config if request.listing is None else config.reading(Listing(**request.listing)))
+        return StageOutcome(0.1, dict(context.summaries))
+
+
+@pytest.fixture
+def home(tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> Home:
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.uri)
+    made = Home(tmp_path)
+    monkeypatch.setattr(run, "run_node", made.task)
+    monkeypatch.setattr(nodes, "run_stage", made.stage)
+    return made
+
+
+def test_an_interrupted_run_goes_on_with_its_listing_and_the_next_one_reads_the_new_files(home: Home) -> None:
+    with pytest.raises(DraftsmithError):
+        home.run()
+    home.come("b")
+    assert home.left_out() == 1 and home.planned()["left"].status is Status.HIT
+    home.allow.touch()
+    assert home.run() == 30 + 1000
+    assert home.left_out() == 0, "it has ended"
+    assert home.run() == 30 + 2000
+    assert home.planned()["sources"].status is home.planned()["total"].status is Status.HIT, "nothing is new"
+
+
+@pytest.mark.parametrize("what", ["a file goes", "other config", "forced", "next week"])
+def test_a_listing_holds_while_its_files_are_there_and_the_config_is_the_same(what: str, home: Home) -> None:
+    home.come("b")
+    with pytest.raises(DraftsmithError):
+        home.run()
+    home.come("c")
+    if what == "a file goes":
+        (home.numbers / "b").unlink()
+    elif what == "other config":
+        left = home.config.left.model_copy(update={"addends": str(home.numbers / "[a-z]")})
+        home.config = home.config.model_copy(update={"left": left})
+    elif what == "next week":
+        (note,) = (home.path / "sources").iterdir()
+        os.utime(note, (0, 0))
+    home.allow.touch()
+    assert home.run(*(["sources"] if what == "forced" else [])) == 30 + (2000 if what == "a file goes" else 3000)
+
+
+def test_a_run_that_fails_for_its_files_lists_anew(home: Home) -> None:
+    enough = home.allow.with_name("enough")
+    home.config = home.config.model_copy(update={"left": home.config.left.model_copy(update={"allow": enough})})
+    with pytest.raises(DraftsmithError):
+        home.run()
+    home.come("b")
+    enough.touch()
+    assert home.run(until="left") == 10 + 2000
+
+
+def test_a_retry_goes_on_where_the_attempt_before_was_lost_though_files_came(home: Home) -> None:
+    home.allow.touch()
+    home.lost = 1
+    assert home.run(until="left") == 10 + 1000
+    assert len(home.saved) == 1 and (home.numbers / "meanwhile").is_file()
+
+
+@pytest.mark.parametrize("how", ["grows", "goes before"])
+def test_a_file_that_changes_while_it_is_read_or_goes_after_it_was_listed_fails_the_stage(
+    how: str, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home.come("b")
+
+    def change(request: StageRequest, **more: Any) -> StageOutcome:
+        outcome = home.stage(request, **more)
+        if request.stage == ("collect" if how == "goes before" else "combine"):
+            (home.numbers / "b").write_text("2000") if how == "grows" else (home.numbers / "b").unlink()
+        return outcome
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nodes, "run_stage", change)
+        with pytest.raises(DraftsmithError, match=r"left: \S+/numbers/b"):
+            home.run(until="left")
+    assert home.run(until="left") == 10 + (3000 if how == "grows" else 1000)
+
+
+def test_what_is_made_again_after_a_run_has_ended_reads_no_new_files_but_of_a_deployment(home: Home) -> None:
+    home.allow.touch()
+    home.run()
+    home.come("b")
+    assert home.left_out("total") == 1 and home.left_out("sources") == 0
+    assert home.left_out("total", deployed=True) == 0, "every run of the deployment forces it"
+    assert home.planned("total")["left"].status is Status.HIT
+    assert home.run("target") == 30 + 1000
+    flow_run = FlowRun(flow_id=uuid4(), deployment_id=uuid4())
+    with FlowRunContext.model_construct(flow_run=flow_run):
+        assert home.run("target") == 30 + 2000
+
+
+def test_a_stage_alone_reads_what_was_listed_last(
+    home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(nodes, "run_stage", run_stage)  # in processes
+
+    def stage(*words: str) -> Path:
+        capsys.readouterr()
+        assert main(["stage", words[0], home.file, *words[1:]], TOY) == 0
+        return Path(capsys.readouterr().out.split()[-1])
+
+    for node in ("sources", "target"):
+        stage(node)
+    home.come("b")
+    assert home.number(stage("left")) == 10 + 1000
+    stage("right")
+    stage("sources", "--force")
+    assert home.number(stage("left")) == 10 + 2000
+    home.allow.touch()
+    assert home.number(stage("total")) == 30 + 2000
+    home.come("c")
+    assert home.left_out() == 0, "it began no run"
+    assert home.left_out("total") == 1
+
+
+def test_only_what_is_found_by_folder_pattern_address_or_relative_window_is_listed(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text("{}\n")
+    fixed, target = prompts(file), TargetConfig(source=str(tmp_path))
+    assert [node.name for node in first_nodes(target, fixed)] == ["target", "prompts"]
+    for each in (prompts(tmp_path), prompts(f"{tmp_path}/*"), prompts("s3://b/a.jsonl"), prompts(file, since="7d")):
+        sources, _, made = first_nodes(target, each, logs(file, since="2026-03-02"))
+        assert made.inputs == {"target": "target", "sources": sources.name} and sources.name == "prompts-sources"
+
+
+def test_a_window_begins_where_it_began_when_the_files_were_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock(datetime):
+        at = datetime(2026, 3, 2, 23, 0, tzinfo=UTC)
+
+        @classmethod
+        def now(cls, _zone: Any = None) -> Any:
+            return cls.at
+
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "a.jsonl").write_text("{}\n")
+    for module in (time_window, listing):
+        monkeypatch.setattr(module, "datetime", Clock)
+    config = logs(tmp_path / "logs", since="12h")
+    sources = config.to_list
+    assert sources is not None
+    then, key, began = sources.listing(), external_digests(sources), config.since_time
+    Clock.at = datetime(2026, 3, 3, 8, 0, tzinfo=UTC)
+    assert config.since_time != began and external_digests(sources) != key
+    assert config.reading(then).since_time == began
+    source = prompts(tmp_path / "logs", since="12h").reading(then).sources[0]
+    assert getattr(source, "since_time") == began  # noqa: B009 (of one kind of source)
+
+
+def test_a_listing_names_files_here_and_in_buckets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    system = fsspec.filesystem("memory")
+    (tmp_path / "a.jsonl").write_bytes(b"{}")
+    paths = (str(tmp_path / "*.jsonl"), "memory://listed/*.jsonl")
+    config = LogsConfig(paths=list(paths), temperature=0)
+    sources = SourcesConfig(paths=paths, field="logs.paths")
+    assert config.to_list == sources
+    try:
+        system.pipe_file("/listed/0.jsonl", b"{}\n")
+        (tmp_path / LISTING).write_text(sources.listing().text())
+        listed = Listing.read(tmp_path)
+        system.pipe_file("/listed/1.jsonl", b"{}\n")
+        (tmp_path / "b.jsonl").write_text("{}\n")
+        assert len(sources.listing().files) == 4
+        pinned = config.reading(listed)
+        assert len(pinned.files()) == 2 and pinned.external_files() == [tmp_path / "a.jsonl"]
+        assert list(pinned.external_versions()) == [listed.files[-1]]
+        assert pinned.model_copy(update={"rows": 3}).files() == pinned.files()
+        assert pinned.model_dump() == config.model_dump() and pinned.key_material() == config.key_material()
+        busy = OSError("503 Slow Down")
+        monkeypatch.setattr(type(system), "glob", lambda *_, **__: (_ for _ in ()).throw(busy))
+        with pytest.raises(RetryableError):
+            sources.listing()
+    finally:
+        system.rm("/listed", recursive=True)

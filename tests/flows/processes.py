@@ -1,0 +1,110 @@
+"""Looking at real processes from a test."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.testbed.databases import give_databases
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; one that has ended but was not waited for does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in ("Z", "X")
+
+
+def wait_until(condition: Callable[[], bool], what: str, limit_s: float = 60) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {limit_s} s: {what}"
+        time.sleep(0.02)
+
+
+def assert_gone(pid: int) -> None:
+    """A killed process takes a moment to end, an orphan stays."""
+    wait_until(lambda: not alive(pid), f"process {pid} is gone", limit_s=5)
+
+
+def pid_in(path: Path) -> int:
+    """The process id that a process is about to write to the file."""
+    # a refresh on a new home starts two databases: 10 s, a minute on a machine with seven times its load
+    wait_until(lambda: path.exists() and path.read_text() != "", f"process id in {path}", limit_s=180)
+    return int(path.read_text())
+
+
+def processes_of(home: Path) -> list[int]:
+    """Every living process that was started for this home: stages, their guards, the temporary Prefect server."""
+    wanted = f"DRAFTSMITH_HOME={home}".encode()
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if wanted in (folder / "environ").read_bytes().split(b"\0") and alive(int(folder.name)):
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def toy_command(home: Path, *arguments: str | Path, **variables: str) -> subprocess.Popen[str]:
+    """The `draftsmith` command with the toy pipeline, in a session of its own as a terminal would have it.
+
+    variables: added to its environment.
+    """
+    give_databases(home)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.flows.toy_command", *map(str, arguments)],
+        cwd=ROOT,
+        env={**environment, "DRAFTSMITH_HOME": str(home), **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # a background job of a script inherits an ignored SIGINT; a terminal's command does not
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def run_toy(home: Path, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end."""
+    with toy_command(home, *arguments, **variables) as process:
+        out, err = process.communicate(timeout=240)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+# The server ends with its process; to those who hold something at it, it is like one that stays.
+_SERVER = """
+import os
+from pathlib import Path
+from draftsmith.flows.pipeline import prefect_server
+
+server = prefect_server.start_prefect_server(Path(os.environ["DRAFTSMITH_HOME"]))
+server.wait()
+prefect_server._temporary.clear()
+"""
+
+
+def beside_server(home: Path, program: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a program of Python that has a Prefect server of its own (`server`). variables: added to its environment."""
+    give_databases(home)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    return subprocess.run(
+        [sys.executable, "-c", _SERVER + program],
+        cwd=ROOT,
+        env={**environment, "DRAFTSMITH_HOME": str(home), **variables},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )

@@ -1,0 +1,108 @@
+"""A small pipeline of real stages in real processes: target -> left, right -> total; sources -> left, if it lists."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from draftsmith.artifacts.errors import RefusedError
+from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.flows.config.options import RunOptions
+from draftsmith.flows.execution.display import Display, Ending
+from draftsmith.flows.planning.graph import Conclusion, Node, Pipeline
+from draftsmith.stages.runtime.stage import SOURCES
+from tests.flows.toy_stages.collect import CollectConfig
+from tests.flows.toy_stages.combine import CombineConfig
+from tests.flows.toy_stages.squares import SquaresConfig
+
+ASSET = "draftsmith://line/toy/champion"
+COLLECT, COMBINE, SQUARES = (f"tests.flows.pipeline.toy_stages.{name}" for name in ("collect", "combine", "squares"))
+
+
+class ToyConfig(RunOptions):
+    target: CollectConfig = CollectConfig()
+    left: CombineConfig = CombineConfig()
+    right: CombineConfig = CombineConfig(factor=2)
+    total: CombineConfig = CombineConfig()
+    squares: SquaresConfig | None = None
+    """One node more, which can be made in shards."""
+    verdict: Literal["promoted", "refused"] | None = None
+    """What the run comes to, if to anything."""
+    approve: bool = False
+    """Ask a person before."""
+
+
+@dataclass(frozen=True)
+class ToyCourse:
+    verdict: str
+    approve: bool = False
+    decisive: Collection[str] = ()
+
+    def stop(self, _node: Node, _made: Mapping[str, Path]) -> Conclusion | None:
+        return None
+
+    def finish(self, _made: Mapping[str, ArtifactRef], _run_id: str | None) -> Conclusion:
+        from draftsmith.flows.orchestration.announcements import approved
+
+        said = f'the sum is "{self.verdict}"'
+        if self.verdict == "refused":
+            return Conclusion("Refused", said, RefusedError(said))
+        if self.approve and not approved("toy@1"):
+            return Conclusion("Waiting", said, RefusedError(said))
+        return Conclusion("Promoted", said, asset=ASSET, metadata={"version": 1, "tau": 2.5})
+
+
+def toy_course(config: ToyConfig, _force: Collection[str]) -> ToyCourse | None:
+    return ToyCourse(config.verdict, config.approve) if config.verdict is not None else None
+
+
+def toy_nodes(config: ToyConfig) -> list[Node]:
+    more = [Node("squares", SQUARES, config.squares, {"first": "target"})] if config.squares is not None else []
+    reads: dict[str, str] = {}
+    if (listed := config.left.to_list) is not None:
+        reads = {SOURCES: SOURCES}
+        more.append(Node(SOURCES, "draftsmith.stages.data.listing", listed))
+    return [
+        *more,
+        Node("total", COMBINE, config.total, {"first": "left", "second": "right"}),
+        Node("left", COMBINE, config.left, {"first": "target", **reads}),
+        Node("right", COMBINE, config.right, {"first": "target"}),
+        Node("target", COLLECT, config.target),
+    ]
+
+
+def digest_of_file(module: str) -> str:
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None
+    return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
+
+
+def show_results(display: Display, made: Mapping[str, Path], ending: Ending) -> None:
+    display.line(f"{len(made)} nodes; MLflow: {ending.mlflow}")
+
+
+TOY = Pipeline(
+    ToyConfig,
+    toy_nodes,
+    "tests.flows.toy_flow:toy_refresh",
+    digest_of_file,
+    course=toy_course,
+    results="tests.flows.toy:show_results",
+    code_modules=lambda module: {module: digest_of_file(module)[:16]},
+)
+
+
+def write_config(path: Path, **sections: Any) -> Path:
+    import yaml
+
+    sections = {
+        "name": "toy",
+        "stages": {"min_free_gb": 0.01, "grace_seconds": 10, "retry_delay_seconds": 0},
+        **sections,
+    }
+    path.write_text(yaml.safe_dump(sections))
+    return path

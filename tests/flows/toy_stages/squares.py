@@ -1,0 +1,54 @@
+"""Toy stage `squares`: of the first numbers, in one piece or in shards."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+from draftsmith.stages.runtime.stage import WHOLE, Compute, Config, Shard, Stage, StageContext
+
+
+class SquaresConfig(Config):
+    numbers: int = 7
+    note_start: Path | None = None  # one line a process is added here
+    die: Path | None = None  # while this file exists, the second shard is killed when it has begun
+
+
+def shard(context: StageContext, config: SquaresConfig, part: Shard) -> None:
+    _note(config, f"{part.index + 1} of {part.of}, device {os.environ.get('CUDA_VISIBLE_DEVICES', 'any')}")
+    if part.index == 1 and config.die is not None and config.die.exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+    _write(context, {n: n * n for n in range(config.numbers) if part.takes(n)})
+
+
+def run(context: StageContext, config: SquaresConfig) -> None:
+    _note(config, "joined" if context.shards else "whole")
+    found: dict[int, int] = {}
+    for folder in context.shards:
+        found |= {int(n): square for n, square in json.loads((folder / "squares.json").read_text()).items()}
+    _write(context, found or {n: n * n for n in range(config.numbers) if WHOLE.takes(n)})
+
+
+def _write(context: StageContext, squares: dict[int, int]) -> None:
+    context.progress(len(squares), len(squares), "numbers")
+    (context.out / "squares.json").write_text(json.dumps(dict(sorted(squares.items()))))
+    context.summary(numbers=len(squares))
+
+
+def _note(config: SquaresConfig, line: str) -> None:
+    if config.note_start is not None:
+        with config.note_start.open("a") as stream:
+            stream.write(f"{line}\n")
+
+
+STAGE = Stage(
+    name="squares",
+    config=SquaresConfig,
+    inputs=("first",),
+    body=__name__,
+    compute=Compute.HEAVY,
+    sharded=True,
+    joins=Compute.LIGHT,
+)

@@ -1,0 +1,117 @@
+"""Whatever a row holds, the intake takes it, sets it aside or says that it cannot be read."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from draftsmith.stages.data.held_out import HeldOut
+from draftsmith.stages.data.logs.config import LogsConfig
+from draftsmith.stages.data.logs.filter import Intake, ShapeSieve, Taken
+from draftsmith.stages.data.rejects import Aside
+from draftsmith.stages.data.row_files import Row
+from tests.testbed.drafter import DrafterArtifacts
+
+TEXT = st.text(st.characters(), max_size=12)
+IDS = st.lists(st.one_of(st.integers(-1, 1200), st.integers(), st.booleans(), st.none()), max_size=6)
+MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system", "tool", "x"]), "content": TEXT}),
+    max_size=3,
+)
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXT),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXT, inner, max_size=3)),
+    max_leaves=5,
+)
+FIELDS: dict[str, st.SearchStrategy[Any]] = {
+    "messages": st.one_of(MESSAGES, JSON),
+    "completion": st.one_of(TEXT, JSON),
+    "prompt_token_ids": st.one_of(IDS, JSON),
+    "completion_token_ids": st.one_of(IDS, JSON),
+    "temperature": JSON,
+    "top_p": JSON,
+    "top_k": JSON,
+    "repetition_penalty": JSON,
+    "logit_bias": JSON,
+    "response_format": JSON,
+    "json_schema": JSON,
+    "reasoning_content": JSON,
+    "finish_reason": JSON,
+    "timestamp": JSON,
+    "id": JSON,
+    "team": JSON,
+}
+ROWS = st.fixed_dictionaries({}, optional=FIELDS)
+
+
+@pytest.fixture(scope="module")
+def listed() -> io.StringIO:
+    return io.StringIO()
+
+
+@pytest.fixture(scope="module")
+def intake(tiny_drafter: DrafterArtifacts, listed: io.StringIO) -> Intake:
+    config = LogsConfig(paths=["a"], temperature=0, max_bad_share=1)
+    return Intake(config, tiny_drafter.target, HeldOut(), Aside("logs.max_bad_share", 1, listed))
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(fields=ROWS)
+def test_no_row_breaks_the_intake(fields: dict[str, Any], intake: Intake, listed: io.StringIO) -> None:
+    before = sum(intake.aside.reasons.values())
+    taken = intake.take(Row("log.jsonl", 1, fields))
+    if isinstance(taken, Taken):
+        assert len(taken.response_ids) >= 2 and taken.prompt_ids.max() < 900
+        assert sum(intake.aside.reasons.values()) == before
+    else:
+        assert sum(intake.aside.reasons.values()) == before + 1
+        assert "\n" not in json.loads(listed.getvalue().splitlines()[-1])["reason"]
+
+
+SAMPLED = {"temperature": 0.7, "top_p": 0.9, "top_k": 20}
+
+
+@pytest.mark.parametrize(
+    ("stated", "said", "reason"),
+    [
+        ({}, {"top_p": 0.9, "top_k": 20, "min_p": 0.1}, None),  # greedy decoding reads none of them
+        ({}, {"repetition_penalty": 1.05}, "drawn with penalties"),
+        ({}, {"logit_bias": {"5": -100, "6": None}}, "drawn with a logit bias"),
+        ({}, {"logit_bias": {"5": 0, "6": None}, "response_format": {"type": "text"}}, None),
+        ({}, {"response_format": {"type": "json_object"}}, "drawn under a response_format"),
+        ({}, {"json_schema": '{"type": "object"}', "regex": None}, "drawn under a grammar"),
+        (SAMPLED, {"logit_bias": "none", "response_format": "markdown"}, None),
+        (SAMPLED, {"top_p": float(np.float32(0.9)), "top_k": 20, "min_p": 0.0}, None),
+        (SAMPLED, {"top_p": 1.0}, "another top_p"),
+        (SAMPLED, {"top_k": -1}, "another top_k"),
+        (SAMPLED, {"min_p": 0.05}, "drawn with min_p"),
+        (SAMPLED, {"presence_penalty": 0.5}, "drawn with penalties"),
+        (SAMPLED, {"top_p": "0.9 of them", "top_k": {"documents": 3}}, None),  # somebody else's fields
+        ({"temperature": 1}, {"top_k": -1}, None),
+        ({"temperature": 1}, {"top_k": 50}, "another top_k"),
+    ],
+)
+def test_a_row_that_says_another_law_than_the_stated_one_is_set_aside(
+    stated: dict[str, Any], said: dict[str, Any], reason: str | None
+) -> None:
+    aside = Aside("logs.max_bad_share", 0)
+    sieve = ShapeSieve(LogsConfig(paths=["a"], **({"temperature": 0} | stated)), aside)
+    row = {"prompt_token_ids": [1, 2], "completion_token_ids": [3, 4], **said}
+    assert sieve.take(Row("log.jsonl", 1, row)) is (True if reason is None else None)
+    assert dict(aside.reasons) == ({} if reason is None else {reason: 1})
+
+
+@pytest.mark.parametrize(("thought", "taken"), [("First I add 3 and 4.", None), (" ", True), (None, True), (7, True)])
+def test_text_that_a_reasoning_parser_has_cut_is_set_aside_and_ids_are_not(thought: Any, taken: bool | None) -> None:
+    aside = Aside("logs.max_bad_share", 0)
+    sieve = ShapeSieve(LogsConfig(paths=["a"], temperature=0), aside)
+    text = {"messages": [{"role": "user", "content": "3 + 4?"}], "completion": "7", "reasoning_content": thought}
+    assert sieve.take(Row("log.jsonl", 1, text)) is taken
+    assert dict(aside.reasons) == ({} if taken else {"thinking that is not in the completion": 1})
+    assert sieve.take(Row("log.jsonl", 2, text | {"prompt_token_ids": [1, 2], "completion_token_ids": [3, 4]})) is True

@@ -1,0 +1,84 @@
+"""Whether answers are a target's own at a temperature is seen in its log-probs of them, of real answers of a target."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+from draftsmith.stages.data.logs.likelihood_check import judge
+from draftsmith.stages.engines.base import SamplingParams
+from draftsmith.stages.target.sampling import Law
+from tests.stages.bench import GREEDY_TOKENS, Bench
+
+COUNT = 40
+Answers = list[tuple[list[int], list[int]]]  # prompt and response
+
+
+def answers(bench: Bench, temperature: float, top_p: float = 1.0, top_k: int = 0) -> Answers:
+    params = SamplingParams(GREEDY_TOKENS, temperature=temperature, top_p=top_p, top_k=top_k)
+    found = bench.answers(bench.requests(COUNT, params), slots=COUNT).values()
+    return [(each.request.prompt_ids, each.response_ids) for each in found if len(each.response_ids) > 8]
+
+
+@pytest.fixture(scope="module")
+def greedy(bench: Bench) -> Answers:
+    return answers(bench, 0.0)
+
+
+@pytest.fixture(scope="module")
+def sampled(bench: Bench) -> Answers:
+    return answers(bench, 1.0)
+
+
+def judged(bench: Bench, rows: Answers, temperature: float, top_p: float = 1.0, top_k: int = 0) -> Counter[str]:
+    return Counter(judge(bench.target, *row, Law.of(temperature, top_p, top_k)) for row in rows)
+
+
+def test_its_own_answers_are_not_flagged(bench: Bench, greedy: Answers, sampled: Answers) -> None:
+    assert judged(bench, greedy, 0.0) == {"": len(greedy)}
+    assert judged(bench, sampled, 1.0) == {"": len(sampled)}
+
+
+def test_another_temperature_is_seen(bench: Bench, sampled: Answers) -> None:
+    among_greedy = judged(bench, sampled, 0.0)  # what was drawn is often the best token everywhere
+    assert among_greedy[""] < 2 * len(sampled) / 3, among_greedy
+    hot = judged(bench, answers(bench, 3.0), 1.0)
+    assert hot["improbable"] > COUNT / 2, hot
+
+
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.9, 0), (1.0, 5), (0.9, 5)])
+def test_a_wider_top_p_or_top_k_than_is_stated_is_seen(bench: Bench, top_p: float, top_k: int) -> None:
+    """In answers of some dozen tokens that leave something to draw, which those at temperature 1 hardly do."""
+    narrow, wide = answers(bench, 1.5, top_p, top_k), answers(bench, 1.5)
+    assert judged(bench, narrow, 1.5, top_p, top_k) == {"": len(narrow)}
+    found = judged(bench, wide, 1.5, top_p, top_k)
+    assert found["outside top_p or top_k"] > len(wide) / 2, found
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_text_of_others_and_answers_that_were_cut_are_seen(
+    bench: Bench, greedy: Answers, sampled: Answers, temperature: float
+) -> None:
+    made = random.Random(0)
+    rows = greedy if temperature == 0 else sampled
+    size = bench.target.info.vocab_size
+
+    def flagged(change: Callable[[list[int]], list[int]]) -> float:
+        found = judged(bench, [(prompt, change(response)) for prompt, response in rows], temperature)
+        return 1 - found[""] / len(rows)
+
+    assert flagged(lambda response: [made.randrange(5, size) for _ in response]) == 1.0
+    assert flagged(lambda response: response[::-1]) > 0.9
+    assert flagged(lambda response: response[len(response) // 3 :]) > 0.8
+
+
+def test_a_seam_of_tokens_is_no_other_model(bench: Bench, greedy: Answers) -> None:
+    """One token of a long greedy answer that the target would not have chosen: text that was cut otherwise."""
+    long = [(prompt, response) for prompt, response in greedy if len(response) > 40][:5]
+    assert long
+    prompt, response = long[0]
+    last = [*response[:-1], (response[-1] + 7) % bench.target.info.vocab_size]
+    assert judge(bench.target, prompt, last, Law()) == ""

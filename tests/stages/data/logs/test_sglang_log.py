@@ -1,0 +1,59 @@
+"""Rows that `configs/README.md` makes of SGLang's own log, by the command that stands there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from draftsmith.stages.data.logs.config import LogsConfig
+from draftsmith.stages.data.logs.filter import ShapeSieve
+from draftsmith.stages.data.rejects import Aside
+from draftsmith.stages.data.row_files import Row
+
+README = Path(__file__).parents[4] / "configs" / "README.md"
+# Of SGLang 0.5.20 for a chat, shortened: fields that nothing reads are left out.
+PARAMS = {"temperature": 0.0, "max_new_tokens": 3, "stop": None, "top_p": 1.0, "top_k": -1, "min_p": 0.0}
+PARAMS |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "logit_bias": None}
+OUT = {"text": " How are", "output_ids": [94, 352, 758], "meta_info": {"completion_tokens": 3}}
+
+
+def line(event: str, **fields: Any) -> str:
+    said = {"timestamp": "2026-11-29T11:43:28.869656", "event": event, **fields}
+    return f"[2026-11-29 11:43:28] {json.dumps(said)}\n"
+
+
+def asked(ids: list[int] | None, **params: Any) -> dict[str, Any]:
+    return {"rid": "7434ec", "text": "What is", "input_ids": ids, "sampling_params": PARAMS | params, "stream": False}
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="no jq here")
+def test_the_command_makes_rows_of_token_ids_whose_settings_are_judged(tmp_path: Path) -> None:
+    command = next(block for block in README.read_text("utf-8").split("```") if block.strip().startswith("cat FOLDER"))
+    (tmp_path / "FOLDER").mkdir()
+    ended = [
+        asked([1, 315, 202]),
+        asked([1, 315, 203], json_schema='{"type": "object"}'),
+        asked(None),
+    ]
+    written = [
+        line("request.received.openai", obj={"messages": [{"role": "user", "content": "What is"}]}),
+        line("request.received", rid="7434ec", obj=asked([1, 315, 202])),
+        *(line("request.finished", rid="7434ec", obj=each, out=OUT) for each in ended),
+    ]
+    (tmp_path / "FOLDER" / "host_0.log.2026-11-29_10").write_text("".join(written))
+    (tmp_path / "FOLDER" / "host_0.log").write_text(written[-1][:100])  # it is being written
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    rows = [json.loads(row) for row in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [(row["prompt_token_ids"], row["completion_token_ids"]) for row in rows] == [
+        ([1, 315, 202], [94, 352, 758]),
+        ([1, 315, 203], [94, 352, 758]),
+    ]
+    sieve = ShapeSieve(LogsConfig(paths=["a"], temperature=0, since="2026-11-29"), Aside("logs.max_bad_share", 0))
+    assert [sieve.take(Row("answers.jsonl", n, row)) for n, row in enumerate(rows)] == [True, None]
+    assert dict(sieve.aside.reasons) == {"drawn under a grammar": 1}
+    assert sieve.newest is not None and sieve.newest.isoformat() == "2026-11-29T11:43:28.869656+00:00"

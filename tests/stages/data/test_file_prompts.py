@@ -1,0 +1,86 @@
+"""Prompts of files: the same as if every row were held, with few of them in memory."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from draftsmith.stages.data import prompt_supply as supplies_module
+from draftsmith.stages.data.prompt_config import SPLITS, Candidate, PromptsConfig
+from draftsmith.stages.data.prompt_supply import Supply, supplies
+from tests.stages.data.prompts_run import Row, error, questions, run, run_with_context, write_rows
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    """Rows of four weeks, some of them several times and on several days, some without a day."""
+    draw = random.Random(0)
+    rows: list[Row] = []
+    for number in range(400):
+        days = [f"2026-03-{draw.randrange(1, 29):02}" for _ in range(draw.choice((1, 1, 1, 2, 9)))]
+        rows += [{"prompt": f"Question {number}?", "time": day} for day in days]
+        rows += [{"prompt": f"Question {number}?"}] * (number % 10 == 0)
+    draw.shuffle(rows)
+    return write_rows(tmp_path / "log.jsonl", rows)
+
+
+def drawn(log: Path, heldout: int, **config: Any) -> tuple[list[list[str]], Supply]:
+    """What a supply gives to each split until it has none left, if it was asked for so many held-out prompts."""
+    source = {"kind": "jsonl", "path": str(log), "since": config.pop("since", None)}
+    asked = PromptsConfig.model_validate({"sources": [source], "train": 0, "heldout": heldout, **config})
+    (supply,) = supplies(asked.sources[0], asked)
+    return [[each.text_hash for each in iter(partial(supply.next, split), None)] for split in SPLITS], supply
+
+
+@pytest.mark.parametrize("train", [0, 1])
+@pytest.mark.parametrize("since", [None, "2026-03-20"])
+@pytest.mark.parametrize("share", [0.1, 1.0])
+@pytest.mark.parametrize("kept", [1, 7, 256])
+def test_they_are_those_of_the_plain_way(
+    kept: int, share: float, since: str | None, train: int, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is kept at a time, to the last one, duplicates among them, and with the same counts of both classes."""
+    monkeypatch.setattr(supplies_module, "_KEPT", kept)
+    plain, held = drawn(log, 10_000, train=train, heldout_share=share, since=since)
+    few, supply = drawn(log, 1, train=train, heldout_share=share, since=since)
+    assert few == plain and len(plain[0]) > 50
+    assert supply.of_class == held.of_class
+    assert supply.aside is not None and held.aside is not None and supply.aside.rows == held.aside.rows
+
+
+def test_no_more_are_held_than_may_be_asked_for(
+    target: Path, tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supplies_module, "_KEPT", 8)
+    most = 0
+    cut = supplies_module._cut
+
+    def watched(kept: dict[Any, Candidate], *rest: Any) -> Any:
+        nonlocal most
+        most = max(most, len(kept))
+        return cut(kept, *rest)
+
+    monkeypatch.setattr(supplies_module, "_cut", watched)
+    bounded = run(target, tmp_path / "1", log, train=0, heldout=12, validation=4, heldout_share=0.5)
+    assert 64 < most <= 129, "four times what is asked for, and as many again until they are sorted out"
+    most = 0
+    with_training = run(target, tmp_path / "2", log, train=1, heldout=12, validation=4, heldout_share=0.5)
+    assert 128 < most <= 257, "of both classes twice as many"
+    assert bounded == [row for row in with_training if row["split"] != "train"]
+
+
+def test_what_is_read_again_is_listed_once(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supplies_module, "_KEPT", 1)
+    monkeypatch.setattr(supplies_module, "_KEPT_TIMES", 0)
+    path = questions(tmp_path / "a.jsonl", 100)
+    with path.open("a") as file:
+        file.write('{"prompt": "half')
+    settings: dict[str, Any] = {"train": 0, "heldout_share": 0.5, "max_bad_share": 0.02}
+    rows, context = run_with_context(target, tmp_path / "1", path, heldout=20, **settings)
+    assert len(rows) == 20 and context.summaries["rows_set_aside"] == 1
+    assert len((tmp_path / "1" / "out" / "set_aside.jsonl").read_text().splitlines()) == 1
+    assert "of its 100 are of the held-out class" in error(target, tmp_path / "2", path, heldout=90, **settings)

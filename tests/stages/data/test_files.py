@@ -1,0 +1,183 @@
+"""Rows of files: every format gives the same, folders and globs are in order, and damage costs what it hit."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.data.row_files import BadRow, Row, local_files, matched, read_rows
+from tests.stages.data.row_files import SUFFIXES, content, packed, write
+
+ROWS = [{"prompt": f"Frage {number}: süß?", "n": number} for number in range(700)]
+
+
+def fields(files: list[str]) -> list[Any]:
+    return [row.fields if isinstance(row, Row) else row.reason for row in read_rows(files)]
+
+
+def read(path: Path) -> list[Row | BadRow]:
+    return list(read_rows([str(path)]))
+
+
+@pytest.fixture
+def bucket() -> Iterator[str]:
+    system = fsspec.filesystem("memory")
+    yield "memory://bucket"
+    system.store.clear()
+    system.pseudo_dirs[:] = [""]
+
+
+def put(address: str, data: bytes) -> None:
+    with fsspec.open(address, "wb") as file:
+        file.write(data)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_every_format_gives_the_same_rows(suffix: str, tmp_path: Path) -> None:
+    path = write(tmp_path / f"rows{suffix}", ROWS)
+    assert fields([str(path)]) == ROWS
+    assert [row.number for row in read(path)] == list(range(1, 701))
+
+
+def test_a_folder_is_its_files_of_rows_in_order_with_those_that_logrotate_has_renamed(tmp_path: Path) -> None:
+    names = ["2026/08/z.jsonl.zst", "2026/09/z.jsonl.gz", "a.jsonl", "a.jsonl-20261121.gz", "a.jsonl.1", "a.jsonl.2.gz"]
+    names += ["b.json.2026-11-21T03.zst", "c.ndjson", "d.json.gz", "e.json", "f.parquet"]
+    for name in reversed(names):
+        write(tmp_path / name, [{"n": name}])
+    for name in ("notes.txt", "_SUCCESS", ".hidden.jsonl", "_tmp/x.jsonl", "c.jsonl.part", "a.jsonl.1.tmp", "a.jsonl~"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"n": "not a log"}\n')
+    assert [row["n"] for row in fields(matched([str(tmp_path)], "logs.paths"))] == names
+
+
+def test_patterns_stand_as_given_and_no_file_comes_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("logs/b.jsonl", "logs/a.jsonl", "logs/day/c.jsonl", "other.jsonl"):
+        write(tmp_path / name, [{"n": 1}])
+    assert matched(["other.jsonl", "logs/*.jsonl", "logs"], "f") == [
+        "other.jsonl",
+        "logs/a.jsonl",
+        "logs/b.jsonl",
+        "logs/day/c.jsonl",
+    ]
+    assert matched(["logs/**/*.jsonl"], "f") == ["logs/a.jsonl", "logs/b.jsonl", "logs/day/c.jsonl"]
+    assert matched(["log?"], "f") == ["logs/a.jsonl", "logs/b.jsonl", "logs/day/c.jsonl"]
+    assert local_files(["memory://x/y", "other.jsonl"], "f") == [tmp_path / "other.jsonl"]
+
+
+def test_a_bracket_in_a_name_is_no_glob(tmp_path: Path) -> None:
+    path = write(tmp_path / "log[1].jsonl", [{"n": 1}])
+    assert matched([str(path)], "f") == [str(path)]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("none.jsonl", "none.jsonl is not an existing file: correct the path"),
+        ("*.jsonl", "matches no file: correct the pattern"),
+        ("empty", r"empty has no file of rows \(.jsonl, .ndjson or .json with"),
+        ("memory://bucket/none.jsonl", "memory://bucket/none.jsonl matches no file"),
+        ("memory://bucket/*.jsonl", "matches no file"),
+        ("warp://bucket/a.jsonl", "warp://bucket/a.jsonl: .*warp"),
+    ],
+)
+def test_what_matches_nothing_is_an_error(
+    pattern: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DraftsmithError, match=f"^logs.paths: .*{said}") as caught:
+        matched([pattern], "logs.paths")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_that_is_no_text_is_one_clear_error(tmp_path: Path) -> None:
+    """Of an archive from a machine with another encoding, say: neither a key nor a manifest can hold it."""
+    (tmp_path / os.fsdecode(b"caf\xe9.jsonl")).touch()
+    with pytest.raises(DraftsmithError, match=r"^logs\.paths: .*/caf\\udce9\.jsonl"):
+        local_files([str(tmp_path)], "logs.paths")
+
+
+def test_folders_and_globs_of_a_bucket(bucket: str) -> None:
+    for name in ("b.jsonl", "day/a.parquet", "day/_tmp/c.jsonl", "notes.txt"):
+        put(f"{bucket}/logs/{name}", b"")
+    names = ["memory:///bucket/logs/b.jsonl", "memory:///bucket/logs/day/a.parquet"]
+    assert [name.replace("memory://b", "memory:///b") for name in matched([f"{bucket}/logs"], "f")] == names
+    assert len(matched([f"{bucket}/logs/*.jsonl"], "f")) == 1
+
+
+def test_a_store_that_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, bucket: str) -> None:
+    def refuse(*_: object, **__: object) -> bool:
+        raise RuntimeError("Unable to locate\ncredentials")
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "isdir", refuse)
+    with pytest.raises(DraftsmithError, match=r"Unable to locate credentials.*check the address") as caught:
+        matched([f"{bucket}/logs"], "logs.paths")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_a_bad_line_costs_itself(suffix: str, tmp_path: Path) -> None:
+    lines = [b'{"n": 1}', b'{"n": 2', b'{"n": "\xff"}', b"", b"[4]", b"[" * 100_000, b'{"n": 7}']
+    (path := tmp_path / f"rows{suffix}").write_bytes(packed(b"\n".join(lines), suffix))
+    first, half, encoding, array, deep, last = read(path)
+    assert isinstance(first, Row) and isinstance(last, Row)
+    assert (first.fields, last.fields, last.number) == ({"n": 1}, {"n": 7}, 7)
+    for row, number, said in ((half, 2, "not JSON"), (encoding, 3, "not UTF-8"), (array, 5, "a JSON array, not an")):
+        assert isinstance(row, BadRow) and row.number == number and said in row.reason
+    assert isinstance(deep, BadRow)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
+def test_what_stands_before_the_end_of_a_cut_off_file_is_used(suffix: str, tmp_path: Path) -> None:
+    rows = [{"n": random.Random(number).getrandbits(200)} for number in range(20_000)]
+    whole = content(rows, suffix)
+    (path := tmp_path / f"rows{suffix}").write_bytes(whole[: len(whole) * 3 // 4])
+    *good, bad = read(path)
+    assert [row.fields for row in good if isinstance(row, Row)] == rows[: len(good)]
+    assert 10_000 < len(good) < 15_100
+    assert isinstance(bad, BadRow) and "damaged or cut off" in bad.reason and bad.number == len(good) + 1
+
+
+def test_a_damaged_parquet_file_is_one_bad_row(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", ROWS)
+    path.write_bytes(path.read_bytes()[:-20])
+    (bad,) = read(path)
+    assert isinstance(bad, BadRow) and "not a whole Parquet file" in bad.reason
+    write(tmp_path / "b.jsonl", ROWS[:1])
+    (path := tmp_path / "c.parquet.gz").write_bytes(b"x")
+    (packed_whole,) = read(path)
+    assert isinstance(packed_whole, BadRow) and "unpack it" in packed_whole.reason
+
+
+def test_a_file_that_is_gone_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DraftsmithError, match=r"gone\.jsonl does not exist"):
+        read(tmp_path / "gone.jsonl")
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    suffix=st.sampled_from(SUFFIXES),
+    cut=st.floats(0, 1),
+    flips=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=4),
+)
+def test_no_damage_breaks_the_reader(
+    suffix: str, cut: float, flips: list[tuple[float, int]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A file that was whole, cut off and with wrong bytes in it."""
+    data = bytearray(content(ROWS[:50], suffix))
+    for place, value in flips:
+        data[int(place * (len(data) - 1))] = value
+    path = tmp_path_factory.mktemp("damage") / f"x{suffix}"
+    path.write_bytes(data[: int(cut * len(data))])
+    for row in read(path):
+        assert isinstance(row, Row | BadRow)

@@ -1,0 +1,108 @@
+"""The class of a prompt is a function of its text, and token ids lead to the class of the text that they are."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from draftsmith.stages.data.chat_template import TemplateInverter, token_ids
+from draftsmith.stages.data.held_out import HeldOut, identity, place, read_held_out
+from draftsmith.stages.data.prompt_config import Candidate
+from draftsmith.stages.data.row_formats import Message
+from draftsmith.stages.target.info import model_path
+from draftsmith.stages.target.resolve import load_tokenizer
+from tests.stages.data.templates import DEEPSEEK, GPT_OSS, LLAMA
+from tests.testbed.drafter import DrafterArtifacts
+
+
+def said(*turns: str, system: str | None = None) -> list[Message]:
+    """Turns of a user and an assistant."""
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    roles = ("user", "assistant")
+    return messages + [{"role": roles[index % 2], "content": turn} for index, turn in enumerate(turns)]
+
+
+def test_the_class_of_a_prompt_never_changes() -> None:
+    """Numbers of this release: another hash would train on what measured before."""
+    assert identity(said("Hello")).hex() == "33f2611766804411d594174b3956ef40"
+    assert place(identity(said("Hello"))) == pytest.approx(0x33F2 / 0x10000, abs=1e-4)
+
+
+@given(st.text(alphabet="ab \n\t", min_size=1), st.sampled_from([" ", "\n", "\t  "]), st.text())
+def test_system_prompt_and_blank_space_are_no_way_out(text: str, blank: str, system: str) -> None:
+    plain = identity(said(text))
+    assert identity(said(f"{blank}{text.replace(' ', blank)}{blank}", system=system)) == plain
+
+
+def test_case_turns_and_roles_count() -> None:
+    texts = [said("hello"), said("Hello"), said("hello", "yes", "hello"), said("hello hello")]
+    assert len({identity(messages) for messages in texts}) == 4
+
+
+def test_the_turns_of_a_conversation_may_be_of_one_class() -> None:
+    """That of its first turn, whatever decides."""
+    turns = [said("hello", system="Be kind."), said("hello", "yes?", "what?"), said(" hello", "no.", "why?")]
+    assert {identity(messages, "conversation") for messages in turns} == {identity(said("hello"))}
+    assert len({identity(messages) for messages in turns}) == 3
+    greeted: list[Message] = [{"role": "assistant", "content": "How can I help?"}, *said("hello")]
+    assert identity(greeted, "conversation") == identity(said("hello")) != identity(greeted)
+
+
+@given(st.text(), st.floats(0.01, 1), st.floats(0.01, 1))
+def test_a_larger_share_contains_the_smaller(text: str, one: float, other: float) -> None:
+    small, large = sorted((one, other))
+    assert not HeldOut(small).holds(said(text), [1]) or HeldOut(large).holds(said(text), [1])
+
+
+def test_a_tenth_of_all_prompts_is_held_out() -> None:
+    held = sum(HeldOut().holds(said(f"Question {number}"), [number]) for number in range(4000))
+    assert 330 < held < 470
+
+
+def test_prompts_that_measure_outside_of_the_class_are_held_out_too(tiny_drafter: DrafterArtifacts) -> None:
+    held_out = read_held_out(tiny_drafter.prompts)
+    assert held_out.share == 0.25 and read_held_out(None) == HeldOut(0.1)
+    outside = HeldOut(1e-9, held_out.identities, held_out.token_digests)
+    from draftsmith.artifacts.tables.parquet import read_table
+    from draftsmith.artifacts.tables.schemas import PROMPTS
+
+    for row in read_table(tiny_drafter.prompts / "prompts.parquet", PROMPTS).to_pylist():
+        measured = row["split"] != "train"
+        assert outside.holds(row["messages"], [0]) is measured
+        assert outside.holds(said("another text"), row["token_ids"]) is measured
+
+
+@pytest.mark.parametrize("template", [None, LLAMA, GPT_OSS, DEEPSEEK])
+@pytest.mark.parametrize(
+    "messages",
+    [
+        said("What is  7 times 8?"),
+        said("Hello", "Yes?", "Tell a story."),
+        said("A", "b", "C", "d", "E", system="Be kind."),
+        said("Hello", system="Be kind."),
+    ],
+)
+@pytest.mark.parametrize("quiet", [False, True])
+def test_token_ids_are_of_the_class_of_their_text(
+    template: str | None, messages: list[Message], quiet: bool, tiny_drafter: DrafterArtifacts
+) -> None:
+    tokenizer = load_tokenizer(model_path(tiny_drafter.target))
+    if template is not None:
+        tokenizer.chat_template = template
+    sent = {"today": "Monday", "quiet": quiet, "thinking": quiet}
+    ids = token_ids(tokenizer, Candidate("test", messages, "row 1"), sent)
+    read = TemplateInverter(tokenizer, {"today": "Friday"}).messages(ids)
+    assert identity(read) == identity(messages)
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('never') }}", "{% for m in messages %}{{ m.content }}{% endfor %}", ""]
+)
+def test_a_template_that_cannot_be_read_backwards_gives_the_whole_text(
+    template: str, tiny_drafter: DrafterArtifacts
+) -> None:
+    tokenizer = load_tokenizer(model_path(tiny_drafter.target))
+    tokenizer.chat_template = template
+    ids = tokenizer("Tell a story", add_special_tokens=False)["input_ids"]
+    assert TemplateInverter(tokenizer, {}).messages(ids) == said("Tell a story")

@@ -1,0 +1,205 @@
+"""The sources of the stage `prompts`: every row shape, files, data sets, tasks, and what is wrong with them."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.data.prompt_config import SPLITS
+from draftsmith.stages.data.prompt_supply import supplies
+from draftsmith.stages.data.prompts import PromptsConfig
+from draftsmith.stages.data.row_formats import row_messages
+from tests.stages.data.prompts_run import Row, error, questions, run, run_with_context, texts, write_rows
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        ({"messages": [{"role": "user", "content": "Hi there"}]}, None),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi there"}]}]}, None),
+        ({"messages": [{"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Yes"}]}, None),
+        ({"messages": [{"role": "user", "content": "Hi there"}], "completion": "Yes"}, None),
+        ({"conversations": [{"from": "human", "value": "Hi there"}, {"from": "gpt", "value": "Yes"}]}, None),
+        ({"prompt": "Hi there"}, None),
+        ({"prompt": [{"role": "user", "content": "Hi there"}]}, None),
+        ({"messages": None, "prompt": "Hi there"}, None),
+        ({"question": "Hi there", "answer": "Yes"}, "question"),
+        ({"turns": ["Hi there", "And then?"]}, "turns"),
+        ({"chat": [{"role": "user", "content": "Hi there"}]}, "chat"),
+        ({"prompt": "other", "text": "Hi there"}, "text"),
+    ],
+)
+def test_every_shape_is_read(row: Row, field: str | None) -> None:
+    assert row_messages(row, field, "row 1") == [{"role": "user", "content": "Hi there"}]
+
+
+def test_earlier_turns_and_system_prompts_are_kept() -> None:
+    turns = [("system", "S"), ("human", "A"), ("gpt", "B"), ("human", "C"), ("gpt", "D")]
+    row = {"conversations": [{"from": role, "value": value} for role, value in turns]}
+    roles = [(message["role"], message["content"]) for message in row_messages(row, None, "row 1")]
+    assert roles == [("system", "S"), ("user", "A"), ("assistant", "B"), ("user", "C")]
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "said"),
+    [
+        ({"text": "x"}, None, "it has text: set the source's field"),
+        ({}, None, "it has nothing"),
+        ({"text": "x"}, "question", "no field question: set field to one of text"),
+        ({"prompt": "  "}, None, "prompt is blank"),
+        ({"prompt": 3}, None, "prompt is a JSON number"),
+        ({"messages": []}, None, "has no user message"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, None, "has no user message"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, None, "messages[0]: role 'wizard'"),
+        ({"messages": [{"role": "user", "content": {"a": 1}}]}, None, "messages[0]: content is a JSON object"),
+        ({"messages": [["user", "x"]]}, None, "messages[0] is a JSON array"),
+        ({"messages": [{"role": "user"}]}, None, "content is a JSON null"),
+    ],
+)
+def test_an_unknown_shape_names_row_and_remedy(row: Row, field: str | None, said: str) -> None:
+    with pytest.raises(DraftsmithError) as caught:
+        row_messages(row, field, "file.jsonl, row 7")
+    assert said in str(caught.value)
+    assert str(caught.value).startswith("file.jsonl, row 7")
+
+
+def test_gzip_and_blank_lines_and_a_byte_order_mark_are_read(target: Path, tmp_path: Path) -> None:
+    lines = '\ufeff{"prompt": "A"}\n\n{"prompt": "B"}\n{"prompt": "Ü"}\n'
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(lines.encode()))
+    rows = run(target, tmp_path, path)
+    assert {row["messages"][0]["content"] for row in rows} == {"A", "B", "Ü"}
+
+
+def test_suffix_and_system_prompt(target: Path, tmp_path: Path) -> None:
+    path = questions(tmp_path / "a.jsonl", 20)
+    source = {"kind": "jsonl", "path": str(path), "suffix": " Explain."}
+    rows = run(target, tmp_path, [source], system="General.", heldout_share=0.5)
+    for row in rows:
+        assert row["messages"][0] == {"role": "system", "content": "General."}
+        assert row["messages"][1]["content"].endswith("? Explain.")
+    kept = write_rows(
+        tmp_path / "b.jsonl",
+        [{"messages": [{"role": "system", "content": "Row."}, {"role": "user", "content": f"{i}"}]} for i in range(20)],
+    )
+    rows = run(target, tmp_path / "2", kept, system="General.", heldout_share=0.5)
+    assert {row["messages"][0]["content"] for row in rows} == {"Row."}
+
+
+def test_reasoning_gym_splits_have_different_prompts(target: Path, tmp_path: Path) -> None:
+    sources: list[Row] = [
+        {"kind": "reasoning_gym", "tasks": ["gsm_symbolic", "chain_sum"]},
+        {"kind": "reasoning_gym", "tasks": ["leg_counting"], "options": {"max_animals": 3}},
+    ]
+    settings = {"train": 30, "validation": 6, "heldout": 9, "max_prompt_tokens": 900}
+    rows, context = run_with_context(target, tmp_path, sources, **settings)
+    assert {row["source"] for row in rows} == {"gsm_symbolic", "chain_sum", "leg_counting"}
+    assert [row["source"] for row in rows[:3]] == ["gsm_symbolic", "chain_sum", "leg_counting"]
+    assert not texts(rows, "train") & (texts(rows, "heldout") | texts(rows, "validation"))
+    assert len({row["prompt_id"] for row in rows}) == 45
+    assert context.summaries["duplicates_removed"] < 3  # each split has seeds of its own: nothing came up again
+
+
+def test_a_task_gives_as_many_prompts_as_its_seeds_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of so many prompts that the candidates of a split would leave its range of seeds, for that of the next split."""
+    monkeypatch.setattr("draftsmith.stages.data.prompt_supply._SEEDS_PER_SPLIT", 50)
+    source = {"kind": "reasoning_gym", "tasks": ["chain_sum"]}
+    config = PromptsConfig.model_validate({"sources": [source], "train": 0, "heldout": 1})
+    (supply,) = supplies(config.sources[0], config)
+    given = 0
+    for split in SPLITS:
+        while supply.next(split) is not None:
+            given += 1
+    assert given > 0 and given + supply.passed_over == 50 * len(SPLITS)
+
+
+def test_a_local_folder_is_a_data_set(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    parquet, jsonl = tmp_path / "parquet", tmp_path / "jsonl"
+    parquet.mkdir()
+    jsonl.mkdir()
+    chats = [[{"role": "user", "content": f"Chat {index}"}] for index in range(6)]
+    pq.write_table(pa.table({"messages": chats}), parquet / "train.parquet")
+    write_rows(jsonl / "train.jsonl", [{"question": f"Row {index}", "answer": "x"} for index in range(6)])
+    sources: list[Row] = [
+        {"kind": "huggingface", "id": str(parquet)},
+        {"kind": "huggingface", "id": str(jsonl), "field": "question"},
+    ]
+    rows = run(target, tmp_path, sources, train=0, heldout=12, heldout_share=1)
+    contents = {row["messages"][0]["content"] for row in rows}
+    assert contents == {f"Chat {i}" for i in range(6)} | {f"Row {i}" for i in range(6)}
+    config = PromptsConfig.model_validate({"sources": sources, "train": 1, "heldout": 1})
+    assert config.external_files() == sorted([parquet / "train.parquet", jsonl / "train.jsonl"])
+    wrong = [{"kind": "huggingface", "id": str(jsonl), "field": "question", "split": "nights"}]
+    assert "nights" in error(target, tmp_path / "wrong", wrong)
+    assert "no field text" in (text := error(target, tmp_path / "field", [{**sources[1], "field": "text"}]))
+    assert f"{jsonl}, split train, row " in text
+    empty = tmp_path / "nothing"
+    empty.mkdir()
+    assert "no data files" in error(target, tmp_path / "none", [{"kind": "huggingface", "id": str(empty)}]).lower()
+
+
+def test_an_unreachable_data_set_is_one_clear_error(
+    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    text = error(target, tmp_path, [{"kind": "huggingface", "id": "draftsmith-tests/no-such-data"}])
+    assert "draftsmith-tests/no-such-data" in text
+    assert "check the id and the network" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty"),
+        (b'{"prompt": "a"}\n\n{"other": "b"}\n', "row 3: none of the shapes"),
+        (b'{"prompt": "a"}\n', "ran out of different prompts in split train"),
+        (b'{"prompt": "a"}\n{"prompt": "a"}\n{"prompt": "a"}\n', "2 duplicates"),
+    ],
+)
+def test_a_bad_file_names_row_and_remedy(content: bytes, said: str, target: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+    text = error(target, tmp_path, path, heldout=0)
+    assert said in text
+    assert "bad.jsonl" in text
+
+
+def test_wrong_tasks_and_options_say_what_to_correct(target: Path, tmp_path: Path) -> None:
+    def task(name: str, **options: object) -> list[Row]:
+        return [{"kind": "reasoning_gym", "tasks": [name], "options": options}]
+
+    assert "did you mean gsm_symbolic" in error(target, tmp_path, task("gsm_symbolik"))
+    assert "task chain_sum" in error(target, tmp_path, task("chain_sum", colour="red"))
+    assert "task chain_sum" in error(target, tmp_path, task("chain_sum", min_terms=9, max_terms=2))
+
+
+def test_a_filter_keeps_rows_by_their_fields(target: Path, tmp_path: Path) -> None:
+    rows = [{"problem": f"{kind} {i}", "source": kind, "level": i} for kind in "abc" for i in range(8)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    for source in (
+        {"kind": "jsonl", "path": str(path)},
+        {"kind": "huggingface", "id": str(dataset_folder(tmp_path, rows))},
+    ):
+        kept = run(
+            target, tmp_path / source["kind"],
+            [{**source, "field": "problem", "filter": {"source": ["a", "c"], "level": 3}}],
+            train=0, heldout=2, heldout_share=1,
+        )  # fmt: skip
+        assert {row["messages"][0]["content"] for row in kept} == {"a 3", "c 3"}
+        for filter, said in (({"sorce": "a"}, "no field sorce to filter by"), ({"source": "z"}, "no row passes")):
+            text = error(target, tmp_path / "bad", [{**source, "field": "problem", "filter": filter}])
+            assert said in text
+
+
+def dataset_folder(folder: Path, rows: list[Row]) -> Path:
+    path = folder / "dataset"
+    path.mkdir(exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path / "train.parquet")
+    return path

@@ -1,0 +1,182 @@
+"""The stage `prompts`: tokens, disjoint splits in the counts asked for, equal results twice, and clear errors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.data.prompts import STAGE, PromptsConfig
+from draftsmith.stages.target.config import TargetConfig
+from draftsmith.stages.target.resolve import resolve_target
+from tests.stages.data.prompts_run import Row, error, of_classes, questions, run, run_with_context, texts, write_rows
+
+
+def test_tokens_are_the_chat_template_up_to_the_answer(target: Path, tiny_target: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    path = write_rows(tmp_path / "a.jsonl", [{"prompt": "Tell a story."}])
+    (row,) = run(target, tmp_path, path, train=1, heldout=0, system="Be kind.")
+    text = AutoTokenizer.from_pretrained(tiny_target).decode(row["token_ids"])
+    assert text == (
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nTell a story.<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert row["messages"] == [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Tell a story."}]
+
+
+def test_splits_of_a_file_are_disjoint_and_shuffled(target: Path, tmp_path: Path) -> None:
+    written = of_classes("Question", 25, 15)
+    path = write_rows(tmp_path / "a.jsonl", written)
+    rows = run(target, tmp_path, path, train=25, validation=5, heldout=10)
+    train, validation, heldout = (texts(rows, split) for split in ("train", "validation", "heldout"))
+    assert (len(train), len(validation), len(heldout)) == (25, 5, 10)
+    assert len(train | validation | heldout) == 40
+    assert len({row["prompt_id"] for row in rows}) == 40
+    order = [row["messages"][0]["content"] for row in rows if row["split"] == "train"]
+    assert order != [row["prompt"] for row in written if row["prompt"] in order]
+
+
+def test_a_text_that_comes_twice_is_taken_once(target: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Question  number {index % 10}?" + " " * (index // 10)} for index in range(30)]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    other = questions(tmp_path / "b.jsonl", 20)
+    sources: list[Row] = [{"kind": "jsonl", "path": str(path)}, {"kind": "jsonl", "path": str(other)}]
+    # file a holds 10 different texts and b the same 10 and 10 more
+    taken, context = run_with_context(target, tmp_path, sources, train=4, heldout=4, heldout_share=0.5)
+    plain = {" ".join(row["messages"][-1]["content"].split()) for row in taken}
+    assert len(plain) == 8
+    assert context.summaries["duplicates_removed"] > 0
+
+
+def test_sources_take_turns(target: Path, tmp_path: Path) -> None:
+    other = [{"q": row["prompt"]} for row in of_classes("B", 2, 1)]
+    paths = [write_rows(tmp_path / "a.jsonl", of_classes("A", 3, 1)), write_rows(tmp_path / "b.jsonl", other)]
+    sources: list[Row] = [
+        {"kind": "jsonl", "path": str(paths[0])},
+        {"kind": "jsonl", "path": str(paths[1]), "field": "q"},
+    ]
+    rows = run(target, tmp_path, sources, train=5, heldout=2)
+    assert [row["source"] for row in rows if row["split"] == "train"] == ["a.jsonl", "b.jsonl"] * 2 + ["a.jsonl"]
+    summary = json.loads((tmp_path / "out" / "prompts.json").read_text())
+    assert summary["counts"] == {"a.jsonl": {"heldout": 1, "train": 3}, "b.jsonl": {"heldout": 1, "train": 2}}
+    assert summary["prompt_tokens"]["train"]["min"] > 0
+
+
+def test_the_same_config_gives_the_same_bytes_whatever_the_seed_of_the_run(target: Path, tmp_path: Path) -> None:
+    path = questions(tmp_path / "a.jsonl", 40)
+    sources: list[Row] = [
+        {"kind": "jsonl", "path": str(path)},
+        {"kind": "reasoning_gym", "tasks": ["chain_sum", "coin_flip"]},
+    ]
+    settings: dict[str, Any] = {"train": 12, "validation": 3, "heldout": 6}
+    first = run(target, tmp_path / "1", sources, run_seed=0, **settings)
+    again = run(target, tmp_path / "2", sources, run_seed=5, **settings)
+    assert first == again
+    for name in ("prompts.parquet", "prompts.json"):
+        assert (tmp_path / "1" / "out" / name).read_bytes() == (tmp_path / "2" / "out" / name).read_bytes()
+    other = run(target, tmp_path / "3", sources, **{**settings, "seed": 1})
+    assert texts(other, "train") != texts(first, "train")
+
+
+def test_more_training_prompts_leave_the_others_as_they_are(target: Path, tmp_path: Path) -> None:
+    sources: list[Row] = [{"kind": "reasoning_gym", "tasks": ["chain_sum"]}]
+    few = run(target, tmp_path / "1", sources, train=4, validation=3, heldout=5)
+    many = run(target, tmp_path / "2", sources, train=20, validation=3, heldout=5)
+    for split in ("heldout", "validation"):
+        assert texts(few, split) == texts(many, split)
+    assert texts(few, "train") < texts(many, "train")
+
+
+def test_a_long_prompt_is_an_error_or_skipped(target: Path, tmp_path: Path) -> None:
+    rows: list[Row] = [{"prompt": f"Short {index}"} for index in range(5)]
+    path = write_rows(tmp_path / "a.jsonl", [*rows, {"prompt": "word " * 300}])
+    text = error(target, tmp_path, path, train=0, heldout=6, heldout_share=1, max_prompt_tokens=100)
+    assert f"{path}, row 6: " in text
+    assert "prompts.max_prompt_tokens 100" in text
+    assert "too_long: skip" in text
+    settings: Row = {"max_prompt_tokens": 100, "too_long": "skip", "heldout_share": 1, "train": 0}
+    kept, context = run_with_context(target, tmp_path / "2", path, heldout=5, **settings)
+    assert len(kept) == 5
+    assert max(len(row["token_ids"]) for row in kept) <= 100
+    assert "1 too long" in error(target, tmp_path / "3", path, heldout=6, **settings)
+    assert context.summaries["too_long_skipped"] <= 1
+
+
+def test_preflight_finds_what_is_wrong_before_any_work(target: Path, tmp_path: Path) -> None:
+    def check(**settings: Any) -> None:
+        source = {"kind": "jsonl", "path": str(tmp_path / "absent.jsonl")}
+        config = PromptsConfig.model_validate({"sources": [source], "train": 1, "heldout": 1, **settings})
+        assert STAGE.preflight is not None
+        STAGE.preflight(config, target)
+
+    with pytest.raises(DraftsmithError, match=r"absent\.jsonl is not an existing file"):
+        check()
+    questions(tmp_path / "absent.jsonl", 3)
+    check()
+    with pytest.raises(DraftsmithError, match="max_prompt_tokens 1024"):
+        check(max_prompt_tokens=1024)
+
+
+def test_a_target_without_template_gets_plain_text_and_a_warning(tiny_target: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_target, tmp_path / "model"))
+    (folder / "chat_template.jinja").unlink()
+    plain = tmp_path / "target"
+    plain.mkdir()
+    resolve_target(TargetConfig(source=str(folder)), plain, lambda _line: None)
+    path = write_rows(tmp_path / "a.jsonl", [{"prompt": "Tell a story"}])
+    (row,), context = run_with_context(plain, tmp_path, path, train=1, heldout=0)
+    from transformers import AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(folder).decode(row["token_ids"]) == "Tell a story"
+    assert "no chat template" in context.logs[0]
+
+
+def test_template_arguments_reach_the_template_and_its_refusal_names_the_row(tiny_target: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_target, tmp_path / "model"))
+    (folder / "chat_template.jinja").write_text(
+        "{% if enable_thinking %}T{% else %}{{ raise_exception('no system prompts') }}{% endif %}"
+    )
+    artifact = tmp_path / "target"
+    artifact.mkdir()
+    resolve_target(TargetConfig(source=str(folder)), artifact, lambda _line: None)
+    path = write_rows(tmp_path / "a.jsonl", [{"prompt": "x"}])
+    only: Row = {"train": 0, "heldout": 1, "heldout_share": 1}
+    (row,) = run(artifact, tmp_path / "1", path, **only, chat_template_kwargs={"enable_thinking": True})
+    assert len(row["token_ids"]) == 1
+    text = error(artifact, tmp_path / "2", path, **only)
+    assert "row 1" in text
+    assert "no system prompts" in text
+
+
+def test_every_source_gives_its_own_counts_evenly_mixed(target: Path, tmp_path: Path) -> None:
+    few = write_rows(tmp_path / "few.jsonl", [{"prompt": f"few {i}"} for i in range(20)])
+    many = write_rows(tmp_path / "many.jsonl", [{"prompt": f"many {i}"} for i in range(40)])
+    sources = [
+        {"kind": "jsonl", "path": str(few), "counts": {"train": 4, "heldout": 2}},
+        {"kind": "jsonl", "path": str(many), "label": "lots", "counts": {"train": 12, "validation": 3}},
+    ]
+    rows = run(target, tmp_path, sources, train=None, heldout=None)
+    taken = [(row["split"], row["source"]) for row in rows]
+    assert taken.count(("train", "few.jsonl")) == 4 and taken.count(("train", "lots")) == 12
+    assert taken.count(("heldout", "few.jsonl")) == 2 and taken.count(("validation", "lots")) == 3
+    train = [source for split, source in taken if split == "train"]
+    assert all(train[start : start + 4].count("few.jsonl") == 1 for start in range(0, 16, 4))  # in every quarter
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"train": 1}, "heldout is required: give it here, or give every source its counts"),
+        ({"train": 1, "sources": [{"counts": {"train": 1}}]}, "the sources have counts: leave out train"),
+        ({"sources": [{"counts": {"train": 1}}, {}]}, "sources 1 have no counts, others have"),
+    ],
+)
+def test_counts_are_given_in_one_place(fields: Row, said: str) -> None:
+    sources = [{"kind": "jsonl", "path": "a.jsonl", **source} for source in fields.get("sources", [{}])]
+    with pytest.raises(ValidationError, match=said):
+        PromptsConfig.model_validate({**fields, "sources": sources})

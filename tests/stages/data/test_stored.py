@@ -1,0 +1,57 @@
+"""Stored trajectories: which are usable, and what is said if none is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.tables.parquet import write_table
+from draftsmith.artifacts.tables.schemas import TRAJECTORIES
+from draftsmith.stages.data.load import load_trajectories
+from draftsmith.stages.target.sampling import Law
+
+
+def write(folder: Path, *changes: dict[str, Any]) -> Path:
+    row: dict[str, Any] = {
+        "trajectory_id": "p/0", "prompt_id": "p", "split": "train", "sample": 0, "prompt_ids": [1, 2],
+        "response_ids": [3, 4, 5], "finish_reason": "stop", "temperature": 0.0, "top_p": 1.0, "top_k": 0, "seed": 0,
+        "engine": "e",
+    }  # fmt: skip
+    rows = [row | {"trajectory_id": f"p/{i}"} | change for i, change in enumerate(changes)]
+    write_table(folder / "trajectories.parquet", TRAJECTORIES, rows)
+    return folder
+
+
+SAMPLED = {"split": "heldout", "temperature": 0.5}
+
+
+def test_the_law_is_that_of_the_rows(tmp_path: Path) -> None:
+    """Greedy answers have no top-p and no top-k, whatever was said beside."""
+    both = {"top_p": 0.75, "top_k": 20}
+    assert load_trajectories(write(tmp_path, SAMPLED | both)).law == Law(0.5, 0.75, 20)
+    assert load_trajectories(write(tmp_path, both, {})).law == Law()
+
+
+def test_answers_of_one_token_are_counted_and_left_out(tmp_path: Path) -> None:
+    found = load_trajectories(write(tmp_path, {}, {"response_ids": [3]}, {"split": "heldout"}), ["train"])
+    assert [t.trajectory_id for t in found.trajectories] == ["p/0"]
+    assert found.trajectories[0].tokens == [1, 2, 3, 4, 5]
+    assert found.too_short == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([{}, {"split": "validation"}], "no answer of split heldout, only of train, validation; change fields"),
+        ([{"split": "heldout", "response_ids": [3]}], "no answer of two or more tokens"),
+        ([{"split": "heldout"}, {"split": "heldout", "temperature": 1.0}], r"values \[0.0, 1.0\] of temperature are"),
+        ([SAMPLED, {**SAMPLED, "top_p": 0.5}], r"values \[0.5, 1.0\] of top_p are mixed"),
+        ([SAMPLED, {**SAMPLED, "top_k": 20}], r"values \[0, 20\] of top_k are mixed"),
+    ],
+)
+def test_what_cannot_be_used_is_one_clear_error(tmp_path: Path, rows: list[dict[str, Any]], expected: str) -> None:
+    with pytest.raises(DraftsmithError, match=expected):
+        load_trajectories(write(tmp_path, *rows), ["heldout"])

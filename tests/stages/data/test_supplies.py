@@ -1,0 +1,128 @@
+"""Prompts of a source: every one serves the splits of its class alone, whatever the source, order and seed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from draftsmith.stages.data.held_out import HELDOUT_SHARE, identity, place
+from tests.stages.data.prompts_run import Row, error, questions, run, run_with_context, texts, write_rows
+
+
+def measured(rows: list[Row]) -> set[bytes]:
+    return {identity(row["messages"]) for row in rows if row["split"] != "train"}
+
+
+def trained(rows: list[Row]) -> set[bytes]:
+    return {identity(row["messages"]) for row in rows if row["split"] == "train"}
+
+
+def test_no_refresh_trains_on_what_another_measured(target: Path, tmp_path: Path) -> None:
+    """Other seeds, counts, files, system prompts and tasks: one text, one class."""
+    path = questions(tmp_path / "a.jsonl", 300)
+    data = tmp_path / "data"
+    data.mkdir()
+    questions(data / "train.jsonl", 300)
+    seen: list[list[Row]] = []
+    for seed in range(3):
+        sources: list[Row] = [
+            {"kind": "jsonl", "path": str(path)},
+            {"kind": "huggingface", "id": str(data), "field": "prompt"},
+            {"kind": "reasoning_gym", "tasks": ["chain_sum"]},
+        ]
+        settings: dict[str, Any] = {"train": 60 + 90 * seed, "heldout": 12, "validation": 6, "seed": seed}
+        settings["system"] = f"Be kind {seed}."
+        seen.append(run(target, tmp_path / str(seed), sources, **settings))
+    assert not set().union(*map(measured, seen)) & set().union(*map(trained, seen))
+    assert all(place(prompt) < HELDOUT_SHARE for rows in seen for prompt in measured(rows))
+
+
+def test_a_file_that_grows_goes_on_measuring_the_same_prompts(target: Path, tmp_path: Path) -> None:
+    few, many = questions(tmp_path / "a.jsonl", 200), questions(tmp_path / "b.jsonl", 240)
+    first, later = (
+        texts(run(target, tmp_path / path.stem, path, train=5, heldout=12), "heldout") for path in (few, many)
+    )
+    assert len(first & later) >= 7  # all but those that new rows came before
+
+
+def test_too_small_a_class_says_how_small_and_what_to_do(target: Path, tmp_path: Path) -> None:
+    path = questions(tmp_path / "a.jsonl", 100)
+    text = error(target, tmp_path, path, train=20, heldout=50)
+    held_out = sum(
+        place(identity([{"role": "user", "content": f"Question number {number}?"}])) < HELDOUT_SHARE
+        for number in range(100)
+    )
+    assert f"{held_out} of its 100 are of the held-out class, heldout_share 0.1" in text
+    assert "raise heldout_share" in text
+    narrow = run(target, tmp_path / "1", path, train=20, heldout=held_out)
+    wide = run(target, tmp_path / "2", path, train=20, heldout=30, heldout_share=0.5)
+    assert not measured(narrow) & trained(wide)
+    summary = json.loads((tmp_path / "2" / "out" / "prompts.json").read_text())
+    assert summary["heldout_share"] == 0.5
+
+
+def test_a_benchmark_may_be_held_out_as_a_whole(target: Path, tmp_path: Path) -> None:
+    """And nothing of it is trained on, although another source has it with another system prompt."""
+    benchmark = questions(tmp_path / "a.jsonl", 20)
+    kind = {"role": "system", "content": "Be kind."}
+    asked = [[kind, {"role": "user", "content": f"Question number {number}?"}] for number in range(30)]
+    other = write_rows(tmp_path / "b.jsonl", [{"messages": messages} for messages in asked])
+    sources: list[Row] = [
+        {"kind": "jsonl", "path": str(benchmark), "heldout_share": 1, "counts": {"heldout": 20}},
+        {"kind": "jsonl", "path": str(other), "counts": {"train": 7}},
+    ]
+    rows = run(target, tmp_path, sources, train=None, heldout=None)
+    assert len(measured(rows)) == 20 and len(trained(rows)) == 7
+    assert not measured(rows) & trained(rows)
+
+
+def test_prompts_of_a_log_without_text_stay_the_ids_that_were_logged(target: Path, tmp_path: Path) -> None:
+    as_text = run(target, tmp_path / "1", questions(tmp_path / "a.jsonl", 60), train=20, heldout=4, heldout_share=0.2)
+    logged = [{"prompt_token_ids": row["token_ids"], "completion_token_ids": [1, 2]} for row in as_text]
+    log = write_rows(tmp_path / "log.jsonl", [*logged, {"prompt_token_ids": []}, {"prompt_token_ids": [10**6]}])
+    rows = run(target, tmp_path / "2", log, train=20, heldout=4, heldout_share=0.2, max_bad_share=0.1)
+    assert {tuple(row["token_ids"]) for row in rows} == {tuple(row["token_ids"]) for row in as_text}
+    assert measured(rows) == measured(as_text), "of one class as text and as ids"
+    listed = [
+        json.loads(line)["reason"] for line in (tmp_path / "2" / "out" / "set_aside.jsonl").read_text().splitlines()
+    ]
+    assert "prompt_token_ids is empty" in listed[0] and "outside the target's vocabulary" in listed[1]
+    (with_suffix, *_) = run(
+        target, tmp_path / "3", [{"kind": "jsonl", "path": str(log), "suffix": " Explain."}],
+        train=1, heldout=1, max_bad_share=0.1, heldout_share=0.5,
+    )  # fmt: skip
+    assert with_suffix["messages"][-1]["content"].endswith(" Explain.")
+    assert with_suffix["token_ids"] not in [row["token_ids"] for row in as_text]
+
+
+def test_new_rows_come_first_and_old_ones_only_where_these_are_too_few(target: Path, tmp_path: Path) -> None:
+    days = [f"2026-03-{day:02}" for day in range(1, 29)]
+    rows = [{"prompt": f"Question {number} of {day}", "when": day} for day in days for number in range(3)]
+    path = write_rows(tmp_path / "log.jsonl", [*rows, {"prompt": "Question without a day"}])
+
+    def taken(count: int, since: str | None) -> list[str]:
+        source = {"kind": "jsonl", "path": str(path), "since": since, "fields": {"timestamp": "when"}}
+        found = run(target, tmp_path / f"{count}-{since}", [source], train=0, heldout=count, heldout_share=1)
+        return [row["messages"][0]["content"][-10:] for row in found]
+
+    assert set(taken(9, "2026-03-26")) == set(days[25:])
+    assert [*dict.fromkeys(taken(15, "2026-03-26")[9:])] == [days[24], days[23]], "then the newest of the others"
+    assert taken(85, "2026-03-26")[-1] == "hout a day"
+    assert len(set(taken(9, None))) > 3
+
+
+def test_bad_rows_are_set_aside_up_to_a_share(target: Path, tmp_path: Path) -> None:
+    bad: list[Any] = [{"text": "no prompt"}, {"prompt": "half a pair \ud83d"}]
+    path = write_rows(tmp_path / "a.jsonl", [*[{"prompt": f"Question {number}"} for number in range(97)], *bad])
+    with path.open("a") as file:
+        file.write('{"prompt": "half')
+    rows, context = run_with_context(target, tmp_path, path, max_bad_share=0.03)
+    assert len(rows) == 3 and context.summaries["rows_set_aside"] == 3
+    listed = [json.loads(line) for line in (tmp_path / "out" / "set_aside.jsonl").read_text().splitlines()]
+    assert [(entry["file"], entry["row"]) for entry in listed] == [(str(path), 98), (str(path), 99), (str(path), 100)]
+    assert "3 of 100 rows cannot be read, over prompts.max_bad_share 0.02" in error(
+        target, tmp_path / "2", path, max_bad_share=0.02
+    )
+    text = error(target, tmp_path / "3", path, max_bad_share=0)
+    assert text.startswith(f"{path}, row 98: none of the shapes") and text.endswith("set the source's field")

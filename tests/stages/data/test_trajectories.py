@@ -1,0 +1,68 @@
+"""Stored trajectories are read when they are asked for: as lists would be, and memory is flat in their number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from draftsmith.artifacts.tables.parquet import TableWriter
+from draftsmith.artifacts.tables.schemas import TRAJECTORIES
+from draftsmith.stages.data.load import load_trajectories
+from draftsmith.stages.data.trajectories import ids_of, lengths_of, responses_of
+from draftsmith.stages.training.batches import token_counts
+from tests.testbed.random_target import VOCAB_SIZE, trajectories, write_trajectories
+
+
+def test_stored_trajectories_are_those_that_were_written(tmp_path: Path) -> None:
+    made = trajectories(40)
+    stored = load_trajectories(write_trajectories(tmp_path, made)).trajectories
+    assert len(stored) == 40
+    assert list(stored) == made and stored[-1] == made[-1] and list(stored[3:30:4]) == made[3:30:4]
+    with pytest.raises(IndexError):
+        stored[40]
+
+
+def test_what_is_known_of_all_is_known_without_reading_them(tmp_path: Path) -> None:
+    made = trajectories(40)
+    stored = load_trajectories(write_trajectories(tmp_path, made)).trajectories
+    for of in (stored, made):
+        assert lengths_of(of).tolist() == [len(t.tokens) for t in made]
+        assert ids_of(of).to_pylist() == [t.trajectory_id for t in made]
+    for part in (slice(None), slice(5, 20, 3)):
+        tokens = [token for t in made[part] for token in t.tokens[t.prompt_length :]]
+        assert np.concatenate(list(responses_of(stored[part]))).tolist() == tokens
+        assert token_counts(stored[part], VOCAB_SIZE).tolist() == np.bincount(tokens, minlength=VOCAB_SIZE).tolist()
+
+
+def write_answers(folder: Path, count: int, tokens: int) -> Path:
+    """As a rollout of many long answers leaves them."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    with TableWriter(folder / "trajectories.parquet", TRAJECTORIES, group_bytes=1 << 18) as table:
+        for index in range(count):
+            row = {"trajectory_id": f"{index}/0", "prompt_id": f"{index}", "split": "train", "sample": 0, "seed": 0}
+            said = {"finish_reason": "length", "temperature": 0.0, "top_p": 1.0, "top_k": 0, "engine": "made"}
+            ids = rng.integers(0, VOCAB_SIZE, tokens).astype(np.int32)
+            table.append([row | said | {"prompt_ids": ids[:8], "response_ids": ids[8:]}])
+    return folder
+
+
+def test_memory_is_flat_in_the_number_of_answers(tmp_path: Path) -> None:
+    """200 and 1,600 answers of 4,000 tokens, 3 and 26 MB in row groups of 256 kB, drawn from and read in turn."""
+    peaks = {}
+    for count in (200, 1600):
+        folder = write_answers(tmp_path / str(count), count, 4000)
+        before, peak = pa.total_allocated_bytes(), 0
+        stored = load_trajectories(folder)
+        for index in np.random.default_rng(1).permutation(count)[:50].tolist():
+            assert len(stored.trajectories[index].tokens) == 4000
+            peak = max(peak, pa.total_allocated_bytes() - before)
+        for part in responses_of(stored.trajectories):
+            peak = max(peak, pa.total_allocated_bytes() - before + part.nbytes)
+        peaks[count] = peak
+        del stored
+    assert peaks[200] < 2.5 * 2**20
+    assert peaks[1600] - peaks[200] < 32 * 1400  # a name and its place stay of each

@@ -1,0 +1,189 @@
+"""The stage `rollout`: what it writes, that it goes on where it was stopped, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
+from draftsmith.artifacts.tables.parquet import read_table
+from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE, TRAJECTORIES
+from draftsmith.stages.data.load import DRAFTER_FOLDER, load_prompts, load_trajectories
+from draftsmith.stages.drafters.checkpoint import TOKENS_FILE
+from draftsmith.stages.drafters.digest import drafter_digest
+from draftsmith.stages.engines.rollout import STAGE, RolloutConfig, preflight
+from tests.stages.bench import Bench
+from tests.testbed.context import RecordingContext, StoppingContext
+from tests.testbed.drafter import DrafterArtifacts
+
+
+def config(**fields: Any) -> RolloutConfig:
+    return RolloutConfig.model_validate(
+        {
+            "splits": ["heldout"],
+            "prompts": 22,
+            "sampling": {"max_new_tokens": 40},
+            "engine": {"slots": 4},
+            "rows_per_shard": 3,
+            **fields,
+        }
+    )
+
+
+def context(
+    folder: Path, made: DrafterArtifacts, *, drafter: bool = False, stop_after: int | None = None
+) -> StoppingContext:
+    inputs = {"target": made.target, "prompts": made.prompts, **({"drafter": made.drafter} if drafter else {})}
+    return StoppingContext.under(folder, inputs, stop_after=stop_after)
+
+
+def rows(ctx: RecordingContext) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = read_table(ctx.out / "trajectories.parquet", TRAJECTORIES).to_pylist()
+    return found
+
+
+def test_answers_are_the_targets_in_the_order_of_the_prompts(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, bench: Bench
+) -> None:
+    ctx = context(tmp_path, tiny_drafter)
+    STAGE.run(ctx, config())
+    prompts = load_prompts(tiny_drafter.prompts, ["heldout"])[:22]
+    written = rows(ctx)
+    assert [row["prompt_id"] for row in written] == [p.prompt_id for p in prompts]
+    compared = 0
+    for row, prompt in zip(written, prompts, strict=True):
+        assert row["trajectory_id"] == f"{prompt.prompt_id}/0"
+        assert row["prompt_ids"] == prompt.token_ids
+        assert (row["split"], row["temperature"], row["top_p"], row["engine"]) == ("heldout", 0, 1, "embedded")
+        assert row["finish_reason"] in ("stop", "length")
+        if prompt.prompt_id in bench.greedy:
+            assert row["response_ids"] == bench.greedy[prompt.prompt_id][:40]
+            compared += 1
+    assert compared > 15
+    assert {row["verify_steps"] for row in read_table(ctx.out / "timings.parquet", TIMINGS).to_pylist()} == {0}
+    assert not (ctx.out / "trace.parquet").exists() and not (ctx.out / "trace.json").exists()
+    assert ctx.summaries["answers"] == 22
+    assert ctx.summaries["response_tokens"] == sum(len(row["response_ids"]) for row in written)
+    assert "tau" not in ctx.summaries
+    assert (22, 22, "answers") in ctx.progressed
+    assert ctx.progressed[-1] == (44, 44, "rows put together"), "of trajectories and timings"
+
+
+@pytest.mark.parametrize(("drafter", "temperature"), [(False, 0.0), (True, 1.0)], ids=["plain", "assisted, sampled"])
+def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
+    drafter: bool, temperature: float, tmp_path: Path, tiny_drafter: DrafterArtifacts
+) -> None:
+    cfg = config(sampling={"max_new_tokens": 40, "temperature": temperature}, prompts=22)
+    whole = context(tmp_path / "whole", tiny_drafter, drafter=drafter)
+    STAGE.run(whole, cfg)
+    for stop_after in (1, 8):
+        with pytest.raises(StageInterrupted):
+            STAGE.run(context(tmp_path / "cut", tiny_drafter, drafter=drafter, stop_after=stop_after), cfg)
+    last = context(tmp_path / "cut", tiny_drafter, drafter=drafter)
+    STAGE.run(last, cfg)
+    assert any("6 answers of an earlier attempt kept, 16 missing" in line for line in last.logs)
+    names = ["trajectories.parquet"] + (["trace.parquet", "trace.json"] if drafter else [])
+    for name in names:
+        assert (last.out / name).read_bytes() == (whole.out / name).read_bytes(), name
+    assert last.summaries["answers"] == 22
+
+
+@pytest.mark.parametrize("table", ["trajectories", "timings", "trace"])
+def test_a_truncated_last_shard_is_set_aside_and_made_again(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, table: str
+) -> None:
+    whole = context(tmp_path / "whole", tiny_drafter, drafter=True)
+    STAGE.run(whole, config())
+    with pytest.raises(StageInterrupted):
+        STAGE.run(context(tmp_path / "cut", tiny_drafter, drafter=True, stop_after=9), config())
+    shard = sorted((tmp_path / "cut" / "work" / table).glob("shard-*.parquet"))[-1]
+    shard.write_bytes(shard.read_bytes()[:-40])
+    last = context(tmp_path / "cut", tiny_drafter, drafter=True)
+    STAGE.run(last, config())
+    assert any(line.startswith("6 answers of an earlier attempt kept") for line in last.logs)
+    for name in ("trajectories.parquet", "trace.parquet"):
+        assert (last.out / name).read_bytes() == (whole.out / name).read_bytes(), name
+    timings = read_table(last.out / "timings.parquet", TIMINGS).to_pylist()
+    assert [row["trajectory_id"] for row in timings] == [row["trajectory_id"] for row in rows(last)]
+
+
+def test_an_assisted_rollout_gives_the_same_text_and_records_its_trace(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts
+) -> None:
+    plain, assisted = context(tmp_path / "a", tiny_drafter), context(tmp_path / "b", tiny_drafter, drafter=True)
+    STAGE.run(plain, config())
+    STAGE.run(assisted, config(drafting={"block_size": 5}))
+    assert rows(assisted) == rows(plain)
+    trace = read_table(assisted.out / "trace.parquet", TRACE).to_pylist()
+    by_answer = {row["trajectory_id"]: row for row in rows(assisted)}
+    for before, row in zip([None, *trace], trace, strict=False):
+        answer = by_answer[row["trajectory_id"]]
+        if row["step"] == 0:
+            assert row["anchor"] == len(answer["prompt_ids"])
+        else:
+            assert before is not None and row["step"] == before["step"] + 1
+            assert row["anchor"] == before["anchor"] + before["accepted"] + 1
+        assert len(row["proposed_ids"]) == 4
+    served = json.loads((assisted.out / "trace.json").read_text())
+    digest = drafter_digest(tiny_drafter.drafter / DRAFTER_FOLDER)
+    assert served == {
+        "drafter_digest": digest, "block_size": 5, "head_tokens": None,
+        "engine": "embedded", "dtype": "float32", "temperature": 0,
+    }  # fmt: skip
+    drafted = sum(len(row["response_ids"]) - 1 for row in by_answer.values())
+    assert assisted.summaries["tau"] == pytest.approx(drafted / len(trace))
+    assert assisted.summaries["tau"] > 2
+
+
+def test_a_reduced_head_that_the_drafter_cannot_have_is_said(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+    drafter = Path(shutil.copytree(tiny_drafter.drafter, tmp_path / "drafter"))
+    (drafter / DRAFTER_FOLDER / TOKENS_FILE).unlink()
+    ctx = context(tmp_path, tiny_drafter, drafter=True)
+    ctx = replace(ctx, inputs={**ctx.inputs, "drafter": drafter})
+    STAGE.run(ctx, config(drafting={"head_tokens": 5}))
+    assert any("drafter: says nothing of which tokens are frequent" in line for line in ctx.logs)
+
+
+def test_the_seed_of_the_run_decides_what_is_sampled(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+    cfg = config(prompts=12, sampling={"max_new_tokens": 30, "temperature": 1.2})
+    runs = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        ctx = context(tmp_path / name, tiny_drafter)
+        ctx.seed = seed
+        STAGE.run(ctx, cfg)
+        runs.append([row["response_ids"] for row in rows(ctx)])
+    assert runs[0] == runs[1] != runs[2]
+    stored = load_trajectories(tmp_path / "a" / "out")
+    assert stored.law.temperature == pytest.approx(1.2)
+    assert len(stored.trajectories) == 12
+
+
+def test_skip_and_prompts_cut_the_splits(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+    ctx = context(tmp_path, tiny_drafter)
+    STAGE.run(ctx, config(splits=["validation", "heldout"], skip=6, prompts=4, sampling={"max_new_tokens": 2}))
+    expected = load_prompts(tiny_drafter.prompts, ["validation", "heldout"])[6:10]
+    assert [row["prompt_id"] for row in rows(ctx)] == [p.prompt_id for p in expected]
+
+
+@pytest.mark.parametrize("fields", [{"skip": 60}, {"splits": ["absent"]}])
+def test_no_prompts_left_is_one_clear_error(
+    fields: dict[str, Any], tmp_path: Path, tiny_drafter: DrafterArtifacts
+) -> None:
+    with pytest.raises(DraftsmithError, match="are skipped") as caught:
+        STAGE.run(context(tmp_path, tiny_drafter), config(**fields))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_answer_that_does_not_fit_the_context_is_refused_before_work(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts
+) -> None:
+    with pytest.raises(DraftsmithError, match=r"10\d\d positions.*1024.*sampling"):
+        STAGE.run(context(tmp_path, tiny_drafter), config(sampling={"max_new_tokens": 1020}))
+    preflight(config(sampling={"max_new_tokens": 1023}), tiny_drafter.target)
+    with pytest.raises(DraftsmithError, match=r"sampling\.max_new_tokens: 1024 does not fit"):
+        preflight(config(sampling={"max_new_tokens": 1024}), tiny_drafter.target)

@@ -1,0 +1,279 @@
+"""How often verdicts are wrong and how often they find something, on simulated evaluations of three drafters.
+
+A rate of 5 % is allowed to be seen as 5 % plus three standard deviations of a binomial count over the repetitions, so
+that a true rate of 5 % passes in 99.9 % of seeds; the seeds are fixed.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from draftsmith.stages.evaluation.acceptance import acceptance_table, tau_differences
+from draftsmith.stages.evaluation.speed_table import log_ratios, speed_table
+from draftsmith.stages.evaluation.timed_runs import PLAIN, Setting
+from draftsmith.stages.evaluation.validity import steady
+from draftsmith.stages.evaluation.verdicts import FEWEST_TURNS, pairs, verdicts
+from draftsmith.stages.replay.stats import Tally
+from draftsmith.stages.runtime.statistics import Estimate
+
+SETTING = [Setting(0.0, 1)]
+ARMS = ("sft", "control", "opd")  # six verdicts
+NOISE = 0.03  # of an arm's turn, beside what its round has in common
+DIFFICULTY, TALENT = 0.25, 0.06  # standard deviations over prompts, in log tau: of all drafters, of a single one
+
+
+def allowed(repetitions: int, rate: float = 0.05) -> float:
+    return rate + 3 * math.sqrt(rate * (1 - rate) / repetitions)
+
+
+def simulated_speeds(
+    rng: np.random.Generator,
+    rounds: int,
+    concurrency: int,
+    gain: float = 0.0,
+    prompts: int = 16,
+    speedup: float = 1.6,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of the tables `turns` and `requests`. Of all prompts there are, opd is `gain` faster than the other
+    drafters, which are `speedup` times as fast as plain decoding.
+
+    Prompts differ in length and in tau, and each drafter is a little better on some and worse on others, the same ones
+    in every turn. The machine drifts by 5 % from round to round, and 0.5 % from turn to turn. One at a time, every
+    request has noise of its own too.
+    """
+    tokens = np.maximum(8, rng.lognormal(math.log(60), 0.4, prompts)).round()
+    difficulty = rng.normal(0, DIFFICULTY, prompts)
+    talent = {arm: rng.normal(0, TALENT, prompts) for arm in ARMS}
+    rising = math.exp((DIFFICULTY**2 + TALENT**2) / 2)  # mean of 1 / exp(difficulty + talent)
+    drift, turns, rows = 0.0, [], []
+    for round in range(rounds):
+        drift += rng.normal(0, 0.05)
+        arms = [PLAIN, *ARMS]
+        first = round % len(arms)
+        for order, arm in enumerate(arms[first:] + arms[:first]):
+            drift += rng.normal(0, 0.005)
+            seconds, steps = 0.04 * tokens, np.zeros(prompts)
+            if arm != PLAIN:
+                faster = np.exp(difficulty + talent[arm]) * rising * (1 + gain * (arm == "opd"))
+                seconds, steps = seconds / (speedup * faster), (tokens / (1.3 * speedup * faster)).round()
+            if concurrency == 1:
+                seconds = seconds * np.exp(rng.normal(0, NOISE, prompts))
+            seconds = seconds * math.exp(drift + rng.normal(0, NOISE))
+            turns.append(
+                {
+                    "round": round, "order": order, "arm": arm, "block_size": 4, "prompts": prompts,
+                    "concurrency": concurrency, "tokens": int(tokens.sum()),
+                    "wall_seconds": wall(seconds, concurrency), "draft_seconds": 0.0,
+                    "verify_seconds": 0.0, "verify_steps": int(steps.sum()),
+                }
+            )  # fmt: skip
+            rows += [
+                {
+                    "round": round, "arm": arm, "prompt_id": str(i), "tokens": int(tokens[i]), "identical": True,
+                    "latency_seconds": seconds[i], "first_token_seconds": math.nan, "verify_steps": int(steps[i]),
+                    "accepted": None,
+                }
+                for i in range(prompts)
+            ]  # fmt: skip
+    return turns, rows
+
+
+def simulated_by_prompt(
+    rng: np.random.Generator, prompts: int, gain: float = 0.0, load: float = 0.5, rounds: int = 2
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The same where arms alternate prompt by prompt, on a machine whose other load comes and goes within seconds.
+
+    Every answer takes up to 1 + `load` times as long, by a load that moves on from answer to answer and is half the
+    time not there, beside noise of 3 %.
+    """
+    tokens = np.maximum(8, rng.lognormal(math.log(60), 0.4, prompts)).round()
+    difficulty = rng.normal(0, DIFFICULTY, prompts)
+    talent = {arm: rng.normal(0, TALENT, prompts) for arm in ARMS}
+    arms, busy, rows = [PLAIN, *ARMS], 0.0, []
+    for round in range(rounds):
+        for place in range(prompts):
+            first = (round + place) % len(arms)
+            for arm in arms[first:] + arms[:first]:
+                busy = min(1.0, max(-1.0, busy + rng.normal(0, 0.4)))
+                seconds = 0.04 * tokens[place] * (1 + load * max(0.0, busy)) * math.exp(rng.normal(0, NOISE))
+                if arm != PLAIN:
+                    seconds /= 1.6 * math.exp(difficulty[place] + talent[arm][place]) * (1 + gain * (arm == "opd"))
+                rows.append(
+                    {
+                        "round": round, "arm": arm, "prompt_id": str(place), "tokens": int(tokens[place]),
+                        "temperature": 0.0, "concurrency": 1, "latency_seconds": seconds, "identical": True,
+                        "first_token_seconds": math.nan, "verify_steps": 9, "accepted": None,
+                    }
+                )  # fmt: skip
+    turns = [
+        {
+            "round": round, "order": 0, "arm": arm, "block_size": 4, "prompts": prompts, "concurrency": 1,
+            "temperature": 0.0, "batches": prompts, "tokens": int(tokens.sum()), "draft_seconds": 0.0,
+            "verify_seconds": 0.0, "verify_steps": 9 * prompts, "wall_seconds": sum(
+                row["latency_seconds"] for row in rows if (row["round"], row["arm"]) == (round, arm)
+            ),
+        }
+        for round in range(rounds)
+        for arm in arms
+    ]  # fmt: skip
+    return turns, rows
+
+
+def wall(seconds: np.ndarray, concurrency: int) -> float:
+    """Each request is sent as soon as one of those in flight has ended; the slowest ends the turn."""
+    ends = [0.0] * concurrency
+    for each in seconds:
+        heapq.heapreplace(ends, ends[0] + each)
+    return max(ends)
+
+
+def simulated_tallies(
+    rng: np.random.Generator, prompts: int, samples: int, gain: float = 0.0
+) -> tuple[dict[str, Tally], list[str]]:
+    """Tallies of answers of every arm, and the prompt of each answer; opd's tau is `gain` higher.
+
+    Prompts differ in length and difficulty, each drafter is a little better on some and worse on others, and answers to
+    one prompt have all that in common.
+    """
+    difficulty = rng.normal(math.log(2.2), DIFFICULTY, prompts)
+    talent = {arm: rng.normal(0, TALENT, prompts) for arm in ARMS}
+    length = rng.lognormal(math.log(60), 0.5, prompts)
+    tallies = {arm: Tally(samples * prompts) for arm in ARMS}
+    for sample in range(samples):
+        answers = slice(sample * prompts, (sample + 1) * prompts)
+        lengths = np.maximum(4, length * rng.lognormal(0, 0.2, prompts)).round().astype(int)
+        for arm in ARMS:
+            tau = np.maximum(1.02, np.exp(difficulty + talent[arm]) * (1 + gain * (arm == "opd")))
+            exact = lengths / tau
+            steps = np.clip((exact + rng.normal(0, 0.35, prompts) * np.sqrt(exact)).round().astype(int), 1, lengths)
+            tallies[arm].committed[answers], tallies[arm].steps[answers] = lengths, steps
+    return tallies, [str(prompt) for _ in range(samples) for prompt in range(prompts)]
+
+
+def said(found: list[dict[str, Any]], arm: str, other: str) -> bool:
+    (verdict,) = [each for each in found if (each["arm"], each["other"]) == (arm, other)]
+    return verdict["different"] is True
+
+
+@pytest.mark.parametrize(("concurrency", "prompts"), [(1, 6), (1, 48), (4, 12), (16, 48)])
+def test_equal_drafters_are_seldom_called_of_different_speed(concurrency: int, prompts: int) -> None:
+    """Any of the three verdicts of a report is wrong in at most 5 %, each single interval of its tables too."""
+    rng = np.random.default_rng(concurrency)
+    repetitions, wrong, outside = 400 if concurrency == 1 else 150, 0, 0
+    for _ in range(repetitions):
+        turns, rows = simulated_speeds(rng, FEWEST_TURNS, concurrency, prompts=prompts)
+        found = verdicts({}, log_ratios(turns, rows, pairs(ARMS), {}), prompts)
+        assert len(found) == 3
+        wrong += any(verdict["different"] for verdict in found)
+        of_two, by_request = ([each for each in table if each["arm"] != "control"] for table in (turns, rows))
+        single = speed_table(of_two, by_request, {})
+        outside += not single["opd"]["ratios"]["sft"]["low"] <= 1 <= single["opd"]["ratios"]["sft"]["high"]
+    assert wrong / repetitions <= allowed(repetitions)
+    assert outside / repetitions <= allowed(repetitions)
+
+
+@pytest.mark.parametrize(("prompts", "load"), [(6, 1.0), (12, 1.0), (40, 0.0), (40, 1.0)])
+def test_equal_drafters_are_seldom_called_different_prompt_by_prompt(prompts: int, load: float) -> None:
+    """Whatever else the machine does."""
+    rng = np.random.default_rng(prompts)
+    repetitions, wrong, outside = 300, 0, 0
+    for _ in range(repetitions):
+        turns, rows = simulated_by_prompt(rng, prompts, load=load)
+        ratios = log_ratios(turns, rows, pairs(ARMS), {})
+        wrong += any(verdict["different"] for verdict in verdicts({}, ratios, prompts))
+        low, high = ratios["opd", "sft"].interval() or (0, 0)
+        outside += not low <= 0 <= high
+    assert wrong / repetitions <= allowed(repetitions)
+    assert outside / repetitions <= allowed(repetitions)
+
+
+@pytest.mark.parametrize("load", [0.0, 1.0])
+def test_drafters_10_percent_apart_are_told_apart_on_40_prompts(load: float) -> None:
+    rng = np.random.default_rng(1)
+    repetitions, seen = 150, 0
+    for _ in range(repetitions):
+        turns, rows = simulated_by_prompt(rng, 40, gain=0.1, load=load, rounds=4)
+        two = [[row for row in table if row["round"] < 2] for table in (turns, rows)]
+        if steady(two[0], two[1], SETTING):
+            turns, rows = two
+        seen += said(verdicts({}, log_ratios(turns, rows, pairs(ARMS), {}), 40), "opd", "sft")
+    assert seen / repetitions >= 0.9
+
+
+@pytest.mark.parametrize(("concurrency", "prompts"), [(1, 6), (1, 16), (1, 64), (4, 16), (16, 64)])
+def test_a_drafter_as_fast_as_plain_decoding_is_seldom_called_faster(concurrency: int, prompts: int) -> None:
+    """As fast over all prompts that are served: on the few that are decoded it may well be faster. By the turns alone,
+    which decode the same ones again, it would be called so in 17 % (64 prompts) to 41 % (4). Several at a time, a turn
+    ends with its slowest: by the error of sums over prompts it would be called so in 10 % and more."""
+    rng = np.random.default_rng(prompts)
+    repetitions, faster, by_turns_alone = 400 if concurrency == 1 else 300, 0, 0
+    for _ in range(repetitions):
+        turns, rows = simulated_speeds(rng, FEWEST_TURNS, concurrency, prompts=prompts, speedup=1.0)
+        (found,) = log_ratios(turns, rows, [("sft", PLAIN)], {}).values()
+        faster += found.upper(0.05) > 0
+        (alone,) = log_ratios(turns, [], [("sft", PLAIN)], {}).values()
+        by_turns_alone += alone.upper(0.05) > 0
+    assert faster / repetitions <= allowed(repetitions)
+    assert by_turns_alone / repetitions > 0.1
+
+
+@pytest.mark.parametrize(
+    ("concurrency", "rounds", "gain"), [(1, 12, 0.05), (1, FEWEST_TURNS, 0.12), (16, 12, 0.1), (16, FEWEST_TURNS, 0.12)]
+)
+def test_a_real_difference_of_speed_is_found_in_most(concurrency: int, rounds: int, gain: float) -> None:
+    """In a report of six verdicts, 64 prompts. Of 500 evaluations, one request at a time: 12 turns find 5 % in 47 %, 5
+    turns find it in 19 and 12 % in 84 %; single intervals find 5 % in 74 % (12 turns) and in 45 % (5 turns). With 16
+    prompts 12 turns find 5 % in 17 %. Of 150, 16 at a time: 12 turns find 5 % in 13, 10 % in 55 %, 5 turns find 12 % in
+    56 %; with 256 prompts 12 turns find 5 % in 53 %."""
+    rng = np.random.default_rng(concurrency)
+    tau = {(f"{place}", "other"): Estimate(0.0, 0.1, 40, 39.0) for place in range(3)}
+    repetitions, seen = 200 if concurrency == 1 else 80, 0
+    for _ in range(repetitions):
+        turns, rows = simulated_speeds(rng, rounds, concurrency, gain, prompts=64)
+        found = verdicts(tau, log_ratios(turns, rows, pairs(ARMS), {}), 64)
+        assert len(found) == 6
+        seen += said(found, "opd", "sft")
+    assert seen / repetitions > 0.38
+
+
+@pytest.mark.parametrize(("prompts", "samples"), [(6, 1), (24, 4)])
+def test_equal_drafters_are_seldom_called_of_different_tau(prompts: int, samples: int) -> None:
+    rng = np.random.default_rng(prompts)
+    repetitions, wrong, outside = 500, 0, 0
+    for _ in range(repetitions):
+        tallies, of_prompt = simulated_tallies(rng, prompts, samples)
+        found = verdicts(tau_differences(tallies, of_prompt), {}, 0)
+        assert [verdict["prompts"] for verdict in found] == [prompts] * 3
+        wrong += any(verdict["different"] for verdict in found)
+        pair = {arm: tallies[arm] for arm in ("sft", "opd")}
+        single = acceptance_table(pair, of_prompt, [False] * len(of_prompt))["opd"]["differences"]["sft"]
+        outside += not single["low"] <= 0 <= single["high"]
+    assert wrong / repetitions <= allowed(repetitions)
+    assert outside / repetitions <= allowed(repetitions)
+
+
+def test_a_real_difference_of_tau_is_found_in_most() -> None:
+    rng = np.random.default_rng(0)
+    repetitions, seen = 100, 0
+    for _ in range(repetitions):
+        tallies, of_prompt = simulated_tallies(rng, 60, 4, gain=0.05)
+        seen += said(verdicts(tau_differences(tallies, of_prompt), {}, 0), "opd", "sft")
+    assert seen / repetitions > 0.8
+
+
+def test_too_few_turns_are_not_judged_and_do_not_widen_the_others() -> None:
+    rng = np.random.default_rng(0)
+    tallies, of_prompt = simulated_tallies(rng, 24, 1)
+    few = log_ratios(*simulated_speeds(rng, FEWEST_TURNS - 1, 1, gain=0.5), pairs(ARMS), {})
+    found = verdicts(tau_differences(tallies, of_prompt), few, 6)
+    assert [verdict["different"] for verdict in found if verdict["kind"] == "speed"] == [None] * 3
+    assert all(verdict["level"] == pytest.approx(1 - 0.05 / 3) for verdict in found)
+    enough = log_ratios(*simulated_speeds(rng, FEWEST_TURNS, 1, gain=0.5), pairs(ARMS), {})
+    both = verdicts(tau_differences(tallies, of_prompt), enough, 6)
+    assert all(verdict["level"] == pytest.approx(1 - 0.05 / 6) for verdict in both)
+    assert said([verdict for verdict in both if verdict["kind"] == "speed"], "opd", "sft")

@@ -1,0 +1,451 @@
+"""The stage `evaluation` on the tiny target: complete figures, tau by replay, exact outputs in float32."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
+from draftsmith.artifacts.store.manifest import content_id, describe_files
+from draftsmith.artifacts.tables.parquet import read_table
+from draftsmith.artifacts.tables.schemas import REQUESTS, TRAJECTORIES, TURNS
+from draftsmith.stages.data.load import load_trajectories
+from draftsmith.stages.evaluation import speed_embedded as embedded
+from draftsmith.stages.evaluation.config import EvaluationConfig
+from draftsmith.stages.evaluation.speed_embedded import SpeedTest
+from draftsmith.stages.evaluation.stage import STAGE, preflight
+from draftsmith.stages.evaluation.validity import steady
+from draftsmith.stages.replay.trace import tau
+from draftsmith.stages.runtime.stage import Shard
+from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.training.config import SftConfig
+from draftsmith.stages.training.sft.stage import STAGE as SFT
+from tests.stages.bench import Bench
+from tests.testbed.context import RecordingContext, StoppingContext
+from tests.testbed.drafter import DrafterArtifacts
+
+CONFIG = {
+    "sampling": {"max_new_tokens": 32}, "speed_prompts": 5, "validation_prompts": 2, "block_sizes": [3, 8, 16],
+    "exactness_prompts": 4, "concurrency": 2, "rounds": 5,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _as_many_rounds_as_asked_for() -> Iterator[None]:
+    """However busy the machine is that runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embedded, "steady", lambda *_: True)
+        yield
+
+
+@pytest.fixture(scope="module")
+def opd(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts) -> Path:
+    """A drafter a little different from the trained one."""
+    ctx = RecordingContext.under(
+        tmp_path_factory.mktemp("opd"),
+        {"target": tiny_drafter.target, "trajectories": tiny_drafter.rollout, "drafter": tiny_drafter.drafter},
+    )
+    SFT.run(ctx, SftConfig(steps=6, learning_rate=3e-3, compute_dtype="float32"))
+    return ctx.out
+
+
+def inputs(made: DrafterArtifacts, **drafters: Path) -> dict[str, Path]:
+    return {
+        "target": made.target, "prompts": made.prompts, "trajectories": made.heldout, "sft": made.drafter, **drafters,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts, opd: Path) -> RecordingContext:
+    ctx = RecordingContext.under(
+        tmp_path_factory.mktemp("evaluation"), inputs(tiny_drafter, opd=opd, control=tiny_drafter.drafter)
+    )
+    STAGE.run(ctx, EvaluationConfig.model_validate(CONFIG))
+    return ctx
+
+
+def figures(ctx: RecordingContext) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((ctx.out / "evaluation.json").read_text())
+    return content
+
+
+def test_tau_is_that_of_sequential_replay(
+    evaluated: RecordingContext, tiny_drafter: DrafterArtifacts, bench: Bench
+) -> None:
+    stored = load_trajectories(tiny_drafter.heldout, ["heldout"]).trajectories
+    traces = bench.sequential_traces(stored, "trained")
+    found = figures(evaluated)["drafters"]["sft"]
+    assert found["tau"] == pytest.approx(tau(traces))
+    assert found["verify_steps"] == sum(len(trace.anchors) for trace in traces)
+    assert found["tau_low"] < found["tau"] < found["tau_high"]
+    accepted = np.concatenate([trace.accepted for trace in traces])
+    assert found["accepted_histogram"] == np.bincount(accepted, minlength=8).tolist()
+    assert found["acceptance_by_offset"][0] == pytest.approx(
+        sum(int((trace.accepted >= 1).sum()) for trace in traces) / found["verify_steps"]
+    )
+
+
+def test_measured_seconds_are_no_content(
+    evaluated: RecordingContext, tiny_drafter: DrafterArtifacts, opd: Path, tmp_path: Path
+) -> None:
+    """Two evaluations that differ in time alone are one to the gate's key and the report's."""
+    other = RecordingContext.under(tmp_path, inputs(tiny_drafter, opd=opd, control=tiny_drafter.drafter))
+    STAGE.run(other, EvaluationConfig.model_validate(CONFIG | {"rounds": 1, "block_sizes": None, "speed_prompts": 2}))
+    assert figures(other)["speed"] != figures(evaluated)["speed"]
+    ids = [content_id(describe_files(ctx.out, STAGE.volatile)) for ctx in (evaluated, other)]
+    assert ids[0] == ids[1]
+    content = json.loads((other.out / "acceptance.json").read_text())
+    assert content["drafters"] == figures(evaluated)["drafters"]
+    assert {each["kind"] for each in content["compared"]} <= {"tau"}
+
+
+def test_acceptance_of_shards_is_that_of_one_process(
+    evaluated: RecordingContext, tiny_drafter: DrafterArtifacts, opd: Path, tmp_path: Path
+) -> None:
+    given = inputs(tiny_drafter, opd=opd, control=tiny_drafter.drafter)
+    config = EvaluationConfig.model_validate(CONFIG | {"rounds": 1, "block_sizes": None, "speed_prompts": 2})
+    parts = [RecordingContext.under(tmp_path / str(index), given) for index in range(3)]
+    for index, part in enumerate(parts):
+        STAGE.shard(part, config, Shard(index, 3))
+    joined = RecordingContext.under(tmp_path / "joined", given, shards=[part.out for part in parts])
+    STAGE.run(joined, config)
+    assert not (joined.work / "replayed").exists()  # by the shards alone
+    for name in ("acceptance.json", "contexts.json"):
+        assert (joined.out / name).read_bytes() == (evaluated.out / name).read_bytes(), name
+    replayed = [json.loads((part.out / "shard.json").read_text())["trained"] for part in parts]
+    assert all(replayed) and sum(replayed) == figures(joined)["heldout_trajectories"]
+
+
+def test_differences_are_paired(evaluated: RecordingContext) -> None:
+    drafters = figures(evaluated)["drafters"]
+    to_sft = drafters["opd"]["differences"]["sft"]
+    assert to_sft["value"] == pytest.approx(drafters["opd"]["tau"] - drafters["sft"]["tau"])
+    assert drafters["control"]["differences"] == {"sft": {"value": 0, "low": 0, "high": 0}}  # the same drafter
+    assert to_sft["value"] != 0 and drafters["opd"]["differences"]["control"] == to_sft
+    assert to_sft["high"] - to_sft["low"] < drafters["opd"]["tau_high"] - drafters["opd"]["tau_low"]
+
+
+def test_every_pair_has_its_verdicts_which_hold_together(evaluated: RecordingContext) -> None:
+    found = figures(evaluated)
+    of_pairs = [("opd", "sft"), ("opd", "control"), ("control", "sft")]
+    said = [(v["kind"], v["arm"], v["other"]) for v in found["verdicts"]]
+    assert sorted(said) == sorted((kind, *pair) for kind in ("tau", "speed") for pair in of_pairs)
+    for verdict in found["verdicts"]:
+        assert verdict["level"] == pytest.approx(1 - 0.05 / 6)
+        assert verdict["low"] <= verdict["value"] <= verdict["high"]
+        place = "drafters" if verdict["kind"] == "tau" else "speed"
+        single = found[place][verdict["arm"]]["differences" if place == "drafters" else "ratios"][verdict["other"]]
+        assert single["value"] == pytest.approx(verdict["value"])
+        assert verdict["low"] <= single["low"] and single["high"] <= verdict["high"]  # for one alone less is asked
+        if verdict["kind"] == "tau":
+            assert verdict["prompts"] == found["drafters"]["sft"]["prompts"]
+        else:
+            assert (verdict["turns"], verdict["prompts"]) == (5, 5)
+    same = next(v for v in found["verdicts"] if (v["kind"], v["arm"]) == ("tau", "control"))
+    assert same["different"] is False
+    assert found["training_seeds"] == {"sft": None, "control": None, "opd": None}  # plain folders, no artifacts
+
+
+def test_outputs_are_identical_in_float32(evaluated: RecordingContext) -> None:
+    exactness = figures(evaluated)["exactness"]
+    assert exactness == {
+        "serving_dtype": "float32", "identical_share": 1.0, "compared_outputs": 5 * 15, "median_margin": None,
+        "largest_margin": None, "fp32_prompts": 4, "fp32_identical": 4,
+    }  # fmt: skip
+
+
+def test_the_figures_are_complete(evaluated: RecordingContext) -> None:
+    found = figures(evaluated)
+    assert "(+1)" in found["definition_of_tau"]
+    assert found["heldout_trajectories"] == 60
+    assert (found["temperature"], found["concurrency"], found["head_tokens"]) == (0, 2, None)
+    candidates = found["block_size_candidates"]
+    assert candidates.keys() == {"sft", "opd", "control"} and found["validation_prompts"] == 2
+    assert all(each.keys() == {"3", "8"} for each in candidates.values())  # 16 is more than was trained
+    assert found["speed"].keys() == {"plain", "sft", "opd", "control"}
+    for arm in ("sft", "opd", "control"):
+        speed = found["speed"][arm]
+        fastest = max(candidates[arm], key=candidates[arm].__getitem__)
+        assert speed["block_size"] == int(fastest) and speed["turns"] == 5
+        assert speed["speedup_low"] <= speed["speedup"] <= speed["speedup_high"]
+        assert speed["tau_served"] > 1.5 and speed["identical_share"] == 1
+        assert speed["draft_share"] > 0 and speed["verify_share"] > 0
+        assert speed["draft_share"] + speed["verify_share"] < 1
+        assert len(speed["accepted_histogram"]) == int(fastest)
+        assert speed["request_tokens_per_s_median"] > 0
+    (setting,) = found["speed_by_setting"]
+    assert setting == {"temperature": 0, "concurrency": 2, "arms": found["speed"]}
+    assert (found["engine"], found["parity"]) == ("embedded", None)
+    assert 0 <= found["loop_share"] <= 1
+    assert found["tau_without_loops"].keys() == {"sft", "opd", "control"}
+    assert evaluated.summaries["tau_sft"] == found["drafters"]["sft"]["tau"]
+    assert evaluated.summaries["speedup_opd"] == found["speed"]["opd"]["speedup"]
+    assert evaluated.summaries["plain_tokens_per_s"] > 0
+
+
+def test_every_arm_has_a_row_for_every_prompt(evaluated: RecordingContext, tiny_drafter: DrafterArtifacts) -> None:
+    rows = read_table(evaluated.out / "requests.parquet", REQUESTS).to_pylist()
+    assert len(rows) == 5 * 4 * 5
+    answers = {
+        row["prompt_id"]: row["response_ids"]
+        for row in read_table(tiny_drafter.heldout / "trajectories.parquet", TRAJECTORIES).to_pylist()
+    }
+    for row in rows:
+        assert row["tokens"] == min(32, len(answers[row["prompt_id"]]))
+        assert row["first_difference"] == -1 and np.isnan(row["margin"])
+        assert row["identical"] is (None if row["arm"] == "plain" else True)
+        assert (row["verify_steps"] > 0) == (row["arm"] != "plain")
+        assert row["block_size"] == figures(evaluated)["speed"][row["arm"]].get("block_size", 1)
+        assert row["latency_seconds"] > 0 and row["concurrency"] == 2
+        assert row["response_ids"] == answers[row["prompt_id"]][:32]
+        assert (row["accepted"] is None) == (row["arm"] == "plain")
+
+
+def test_arms_alternate_by_small_batches_which_their_turns_add_up(evaluated: RecordingContext) -> None:
+    turns = read_table(evaluated.out / "turns.parquet", TURNS).to_pylist()
+    requests = read_table(evaluated.out / "requests.parquet", REQUESTS).to_pylist()
+    arms = ["plain", "sft", "control", "opd"]
+    assert {(turn["round"], turn["arm"]) for turn in turns} >= {(r, arm) for r in range(5) for arm in arms}
+    for turn in turns:
+        own = [r for r in requests if (r["round"], r["arm"]) == (turn["round"], turn["arm"])]
+        assert (turn["prompts"], turn["tokens"], turn["batches"]) == (5, sum(r["tokens"] for r in own), 2)
+        assert turn["verify_steps"] == sum(r["verify_steps"] for r in own)
+        # two in flight: longer than any request, shorter than one after the other
+        latencies = [r["latency_seconds"] for r in own]
+        assert max(latencies) <= turn["wall_seconds"] < sum(latencies)
+        assert turn["others_share"] is None or 0 <= turn["others_share"] <= 1.01
+    speed = figures(evaluated)["speed"]["sft"]
+    own = [turn for turn in turns if turn["arm"] == "sft"]
+    assert speed["tokens_per_s"] == pytest.approx(sum(t["tokens"] for t in own) / sum(t["wall_seconds"] for t in own))
+
+
+def test_every_prompt_is_decoded_by_all_arms_before_the_next_one(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, seen, threads = SpeedTest.decode, [], set()
+
+    def noted(
+        self: SpeedTest, target: Any, drafter: Any, size: int, prompts: Any, setting: Any, *rest: Any, **more: Any
+    ) -> Any:
+        if not rest and "max_new" not in more and target is self.target:
+            seen.append((drafter is None, [prompt.prompt_id for prompt in prompts]))
+            threads.add(torch.get_num_threads())
+        return decode(self, target, drafter, size, prompts, setting, *rest, **more)
+
+    monkeypatch.setattr(SpeedTest, "decode", noted)
+    ctx = RecordingContext.under(tmp_path, inputs(tiny_drafter))
+    config = {**CONFIG, "rounds": 2, "speed_prompts": 3, "concurrency": 1, "exactness_prompts": 0, "block_sizes": None}
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        STAGE.run(ctx, EvaluationConfig.model_validate(config))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    prompts = [prompt for _, prompt in seen]
+    assert len(seen) == 12 and all(len(prompt) == 1 for prompt in prompts)
+    assert prompts[::2] == prompts[1::2], "both arms, then the next prompt"
+    first = [plain for plain, _ in seen[::2]]
+    assert first[:6] == [True, False, True, False, True, False], "who begins rotates, by prompt and by round"
+    assert threads == {1}
+    found = figures(ctx)
+    assert found["speed"]["sft"]["turns"] == 2
+    (over_plain,) = [each for each in found["compared"] if (each["kind"], each["other"]) == ("speed", "plain")]
+    assert over_plain["units"] == 3, "prompts are the repetitions"
+
+
+def test_repetitions_that_differ_are_measured_again_and_then_by_the_next_run(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every second answer of a drafter takes three times as long, by a clock of the test."""
+    decode, calls = SpeedTest.decode, itertools.count()
+
+    def disturbed(self: SpeedTest, target: Any, drafter: Any, *rest: Any, **more: Any) -> Any:
+        answers, wall = decode(self, target, drafter, *rest, **more)
+        if drafter is not None:
+            for answer in answers:
+                answer.seconds = wall = wall * (1 + 9 * (next(calls) % 2))
+        return answers, wall
+
+    monkeypatch.setattr(SpeedTest, "decode", disturbed)
+    monkeypatch.setattr(embedded, "steady", steady)
+    ctx = RecordingContext.under(tmp_path, inputs(tiny_drafter))
+    config = {**CONFIG, "rounds": 2, "speed_prompts": 3, "concurrency": 1, "exactness_prompts": 0, "block_sizes": None}
+    STAGE.run(ctx, EvaluationConfig.model_validate(config))
+    found = figures(ctx)
+    assert found["speed"]["sft"]["turns"] == 4
+    assert ("noise", ["sft"]) in [(doubt["kind"], doubt["arms"]) for doubt in found["doubts"]]
+    assert ctx.summaries["inconclusive"] == 1.0
+
+
+def test_the_worst_contexts_of_every_arm_are_parts_of_its_answers(
+    evaluated: RecordingContext, tiny_drafter: DrafterArtifacts, bench: Bench
+) -> None:
+    contexts = json.loads((evaluated.out / "contexts.json").read_text())
+    assert contexts.keys() == {"sft", "control", "opd"}
+    stored = load_trajectories(tiny_drafter.heldout, ["heldout"]).trajectories
+    texts = {t.trajectory_id: bench.target.tokenizer.decode(t.tokens) for t in stored}
+    for found in contexts.values():
+        worst = [each for each in found if each["kind"] == "worst"]
+        assert 0 < len(worst) <= 10 and len(found) - len(worst) <= 2
+        assert [each["tau"] for each in worst] == sorted(each["tau"] for each in worst)
+        for each in found:
+            committed = "".join(step["kept"] + step["chosen"] for step in each["steps"])
+            assert each["before"] + committed + each["after"] in texts[each["trajectory_id"]]
+    assert min(each["tau"] for each in contexts["sft"]) < figures(evaluated)["drafters"]["sft"]["tau"]
+
+
+def test_an_interrupted_evaluation_goes_on_with_the_next_round(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+    """What was chosen and timed stays as it is; a round that was not finished is made again as a whole."""
+    config = EvaluationConfig.model_validate({**CONFIG, "rounds": 3, "speed_prompts": 2, "exactness_prompts": 0})
+    first = StoppingContext.under(tmp_path, inputs(tiny_drafter), stop_after=9, unit="answers")
+    with pytest.raises(StageInterrupted):
+        STAGE.run(first, config)
+    kept = [read_table(path, TURNS) for path in sorted(first.work.glob("rounds/*/turns.parquet"))]
+    assert len(kept) == 2
+    sizes = first.work / "block_sizes.json"
+    chosen = json.loads(sizes.read_text())
+    chosen["sft"]["3"] = 2 * max(chosen["sft"].values())  # what is there is not measured again
+    sizes.write_text(json.dumps(chosen))
+
+    ctx = RecordingContext.under(tmp_path, inputs(tiny_drafter))
+    STAGE.run(ctx, config)
+    turns = read_table(ctx.out / "turns.parquet", TURNS)
+    assert turns.slice(0, 4).to_pylist() == [row for table in kept for row in table.to_pylist()]
+    assert [row["block_size"] for row in turns.slice(4).to_pylist() if row["arm"] == "sft"] == [3]
+    assert figures(ctx)["block_size_candidates"] == chosen
+    speed = [v for v in figures(ctx)["verdicts"] if v["kind"] == "speed"]
+    assert speed == []  # a single drafter is compared with nothing
+
+
+def test_what_was_replayed_and_decoded_in_float32_is_kept(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen by changing it: what is there is not made again."""
+    load, asked = Target.load, []
+
+    def loaded(folder: Path, *, dtype: str | None = None, **named: Any) -> Target:
+        asked.append(dtype)
+        return load(folder, dtype=dtype, **named)
+
+    monkeypatch.setattr(Target, "load", loaded)
+    config = EvaluationConfig.model_validate({**CONFIG, "rounds": 1, "speed_prompts": 1, "block_sizes": None})
+    first = RecordingContext.under(tmp_path, inputs(tiny_drafter))
+    STAGE.run(first, config)
+    assert figures(first)["exactness"]["fp32_identical"] == 4
+    assert asked == [None, "float32"], "whatever dtype is served"
+    kept = json.loads((first.work / "exactness.json").read_text())
+    assert [len(answers) for answers in kept.values()] == [4, 4]
+    kept["1"][2] = [0]
+    (first.work / "exactness.json").write_text(json.dumps(kept))
+    (replayed,) = first.work.glob("replayed/trained/*.npz")
+    touched = replayed.stat().st_mtime_ns
+
+    again = RecordingContext.under(tmp_path, inputs(tiny_drafter))
+    STAGE.run(again, config)
+    assert figures(again)["exactness"]["fp32_identical"] == 3
+    assert [path.stat().st_mtime_ns for path in first.work.glob("replayed/trained/*.npz")] == [touched]
+    same = ("drafters", "sets", "validation_tau")
+    assert {name: figures(again)[name] for name in same} == {name: figures(first)[name] for name in same}
+
+
+def test_every_drafter_decodes_with_its_own_block(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, opd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock says that blocks of 3 are fast for one drafter and blocks of 8 for the other."""
+    decode = SpeedTest.decode
+
+    def timed(self: SpeedTest, target: Any, drafter: Any, block_size: int, *rest: Any, **more: Any) -> Any:
+        answers, wall = decode(self, target, drafter, block_size, *rest, **more)
+        is_sft = drafter is not None and drafter is seen.setdefault("sft", drafter)
+        return answers, (0.1 if (block_size == 3) == is_sft else 1.0) if drafter else wall
+
+    seen: dict[str, Any] = {}  # the first drafter that decodes is SFT's
+    monkeypatch.setattr(SpeedTest, "decode", timed)
+    ctx = RecordingContext.under(tmp_path, inputs(tiny_drafter, opd=opd))
+    config = {**CONFIG, "rounds": 1, "speed_prompts": 2, "exactness_prompts": 0}
+    STAGE.run(ctx, EvaluationConfig.model_validate(config))
+    speed = figures(ctx)["speed"]
+    assert (speed["sft"]["block_size"], speed["opd"]["block_size"]) == (3, 8)
+    assert "decoding with blocks of 3 (sft), 8 (opd)" in ctx.logs
+    assert [v["different"] for v in figures(ctx)["verdicts"] if v["kind"] == "speed"] == [None]  # of one turn
+
+
+def test_one_drafter_and_a_reduced_head(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+    ctx = RecordingContext.under(tmp_path, inputs(tiny_drafter))
+    config = {
+        **CONFIG,
+        "head_tokens": 150,
+        "block_sizes": None,
+        "exactness_prompts": 0,
+        "speed_prompts": 2,
+        "rounds": 1,
+    }
+    STAGE.run(ctx, EvaluationConfig.model_validate(config))
+    found = figures(ctx)
+    assert found["drafters"].keys() == {"sft"}
+    assert found["drafters"]["sft"]["tau"] <= found["drafters"]["sft"]["tau_full_head"] + 0.05
+    assert found["block_size_candidates"] == {}
+    assert found["speed"]["sft"]["block_size"] == 8
+    assert found["exactness"]["fp32_prompts"] == 0 and found["exactness"]["identical_share"] == 1
+
+
+def test_several_settings(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+    """Outputs do not depend on how many are in flight, nor sampled ones on the drafter."""
+    ctx = RecordingContext.under(tmp_path, inputs(tiny_drafter))
+    config = {
+        **CONFIG, "concurrency": [1, 3], "temperatures": [0, 1.0], "block_sizes": None, "speed_prompts": 3,
+        "sampling": {"max_new_tokens": 16}, "exactness_prompts": 0, "rounds": 2,
+    }  # fmt: skip
+    STAGE.run(ctx, EvaluationConfig.model_validate(config))
+    found = figures(ctx)
+    places = [(s["temperature"], s["concurrency"]) for s in found["speed_by_setting"]]
+    assert places == [(0, 1), (0, 3), (1, 1), (1, 3)]
+    assert found["speed"] == found["speed_by_setting"][0]["arms"]
+    assert (found["temperature"], found["concurrency"]) == (0, 1)
+    speedups = {(e["temperature"], e["concurrency"]): np.exp(e["value"]) for e in found["compared"] if "set" not in e}
+    of_settings = [s["arms"]["sft"]["speedup"] for s in found["speed_by_setting"]]
+    assert [speedups[place] for place in places] == pytest.approx(of_settings), "what the gate reads"
+    assert found["exactness"]["identical_share"] == 1 and found["exactness"]["compared_outputs"] == 2 * 4 * 3
+    assert ctx.summaries["speedup_sft"] == found["speed"]["sft"]["speedup"]
+    assert ctx.summaries["speedup_sft.t1.c3"] == found["speed_by_setting"][3]["arms"]["sft"]["speedup"]
+    rows = read_table(ctx.out / "requests.parquet", REQUESTS).to_pylist()
+    answers: dict[tuple[float, int, str], set[tuple[int, ...]]] = {}
+    for row in rows:
+        answers.setdefault((row["temperature"], row["round"], row["prompt_id"]), set()).add(tuple(row["response_ids"]))
+    assert len(rows) == 2 * 4 * 2 * 3 and len(answers) == 12
+    assert all(len(same) == 1 for same in answers.values())
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"engine": {"kind": "sglang", "urls": ["http://a"]}}, "engine.urls: running servers cannot serve drafters"),
+        ({"engine": {"kind": "sglang", "launch": {}, "python": "p"}, "head_tokens": 9}, "only the embedded engine"),
+        ({"concurrency": []}, "concurrency"),
+        ({"concurrency": 0}, "concurrency"),
+        ({"temperatures": [-1]}, "temperatures"),
+    ],
+)
+def test_wrong_settings_are_refused(config: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        EvaluationConfig.model_validate(config)
+
+
+def test_what_is_missing_is_said(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+    ctx = RecordingContext.under(tmp_path, {**inputs(tiny_drafter), "trajectories": tiny_drafter.rollout})
+    with pytest.raises(DraftsmithError, match="no answer of split heldout, only of train"):
+        STAGE.run(ctx, EvaluationConfig.model_validate(CONFIG))
+    longest = {**CONFIG, "sampling": {"max_new_tokens": 1020}}  # fits alone, but not behind a prompt
+    with pytest.raises(DraftsmithError, match="the longest prompt and 1020 new tokens need"):
+        STAGE.run(ctx, EvaluationConfig.model_validate(longest))
+    with pytest.raises(DraftsmithError, match=r"sampling\.max_new_tokens: 5000 does not fit"):
+        preflight(EvaluationConfig.model_validate({"sampling": {"max_new_tokens": 5000}}), tiny_drafter.target)

@@ -1,0 +1,249 @@
+"""Turns of servers, with the embedded engine in the place of each server."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageInterrupted
+from draftsmith.stages.data.load import DRAFTER_FOLDER
+from draftsmith.stages.drafters.checkpoint import load_drafter
+from draftsmith.stages.drafters.spec import DraftingConfig
+from draftsmith.stages.engines import embedded
+from draftsmith.stages.engines.base import Completion, Request
+from draftsmith.stages.engines.config import SGLangEngineConfig
+from draftsmith.stages.engines.embedded import EmbeddedEngine
+from draftsmith.stages.evaluation import speed_sglang as served_module
+from draftsmith.stages.evaluation.config import EvaluationConfig, prompts_to_decode
+from draftsmith.stages.evaluation.gate_rules import GateConfig, decide
+from draftsmith.stages.evaluation.speed_sglang import Served, measure_served
+from draftsmith.stages.evaluation.speed_table import speed_by_setting
+from draftsmith.stages.evaluation.timed_runs import Measured, requests_for
+from draftsmith.stages.target.causal_lm import Target
+from tests.testbed.context import RecordingContext, StoppingContext
+from tests.testbed.drafter import DrafterArtifacts
+
+CONFIG = EvaluationConfig.model_validate(
+    {
+        "engine": {"kind": "sglang", "python": "python", "launch": {}}, "sampling": {"max_new_tokens": 24}, "rounds": 2,
+        "concurrency": [1, 2], "speed_prompts": 2, "validation_prompts": 1, "parity_prompts": 6, "block_sizes": [3, 8],
+    }
+)  # fmt: skip
+
+
+LOST_S = 0.2  # before a request that was lost is repeated
+
+
+@dataclass
+class Server:
+    """What an evaluation asks of a server. `wasteful`: it counts more verify steps than it needs, and records none;
+    `retracts`: of the first answer alone, which it read again; `loses`: a request, in each of so many generations."""
+
+    engine: EmbeddedEngine
+    wasteful: bool = False
+    retracts: bool = False
+    was_full: bool = False
+    loses: int = 0
+    repeated: int = 0
+    name: str = "stand-in 1.0"
+    records_trace: bool = True
+
+    def flush_cache(self) -> None: ...
+
+    def set_concurrency(self, requests: int) -> None:
+        self.engine.slots = requests
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        if self.repeated < self.loses:
+            self.repeated += 1
+            time.sleep(LOST_S)
+        for place, answer in enumerate(self.engine.generate(requests)):
+            if retracted := self.retracts and answer.verify_steps > 0 and place == 0:
+                answer.retractions = 1
+            if self.wasteful or retracted or not self.records_trace:
+                answer.steps = []
+            if self.wasteful or retracted:
+                answer.verify_steps = round(1.25 * answer.verify_steps)
+            yield answer
+
+
+@dataclass(frozen=True)
+class StandIn(Served):
+    """Serves in this process; remembers which servers were started."""
+
+    started: list[tuple[str, int]] = field(default_factory=list)
+    wasteful: bool = False
+    retracts: bool = False
+    full: bool = False
+    loses: int = 0
+
+    @contextmanager
+    def server(self, drafter: Path | None, block_size: int, work: Path) -> Iterator[Any]:
+        self.started.append((work.name if drafter else "plain", block_size))
+        target = Target.load(self.ctx.inputs["target"])
+        loaded = load_drafter(drafter, target) if drafter else None
+        drafting = DraftingConfig(block_size=block_size) if drafter else None
+        engine = EmbeddedEngine(target, loaded, capacity=400, drafting=drafting)
+        yield Server(engine, self.wasteful, self.retracts, self.full, self.loses)
+
+
+def served(ctx: RecordingContext, made: DrafterArtifacts, **changes: Any) -> StandIn:
+    engine = CONFIG.engine
+    assert isinstance(engine, SGLangEngineConfig)
+    folder = made.drafter / DRAFTER_FOLDER
+    found = StandIn(ctx, CONFIG, engine, {"wide": folder, "narrow": folder}, {"wide": 8, "narrow": 5}, 400, "float32")
+    return replace(found, **changes)
+
+
+def measure(stand_in: StandIn, made: DrafterArtifacts) -> Measured:
+    return measure_served(stand_in, *prompts_to_decode(stand_in.config, made.prompts))
+
+
+def test_every_arm_has_its_block_and_its_turns_and_none_is_repeated(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts
+) -> None:
+    inputs = {"target": tiny_drafter.target}
+    first = StoppingContext.under(tmp_path, inputs, stop_after=4, unit="turns of servers")
+    before = served(first, tiny_drafter)
+    with pytest.raises(StageInterrupted):
+        measure(before, tiny_drafter)
+    # the candidates of each arm, none larger than it was trained on; then three turns and one of the next round
+    assert [size for _, size in before.started[:4]] == [3, 8, 3, 5]
+    assert [arm for arm, _ in before.started[4:]] == ["plain", "wide", "narrow", "wide"]
+
+    ctx = RecordingContext.under(tmp_path, inputs)
+    after = served(ctx, tiny_drafter)
+    found = measure(after, tiny_drafter)
+    assert [arm for arm, _ in after.started] == ["narrow", "plain"]
+    assert {arm: list(speeds) for arm, speeds in found.candidates.items()} == {"wide": ["3", "8"], "narrow": ["3", "5"]}
+    sizes = {arm: int(max(speeds, key=speeds.__getitem__)) for arm, speeds in found.candidates.items()} | {"plain": 1}
+    assert {(turn["arm"], turn["block_size"]) for turn in found.turns} == set(sizes.items())
+    assert {(row["arm"], row["block_size"]) for row in found.rows} == set(sizes.items())
+    assert ctx.logs[0] == f"decoding with blocks of {sizes['wide']} (wide), {sizes['narrow']} (narrow)"
+
+    order = [(turn["round"], turn["order"], turn["arm"]) for turn in found.turns if turn["concurrency"] == 2]
+    assert order == [
+        (0, 0, "plain"), (0, 1, "wide"), (0, 2, "narrow"), (1, 0, "wide"), (1, 1, "narrow"), (1, 2, "plain"),
+    ]  # fmt: skip
+    for turn in found.turns:
+        own = [
+            row for row in found.rows
+            if all(row[name] == turn[name] for name in ("round", "arm", "concurrency"))
+        ]  # fmt: skip
+        assert (len(own), turn["prompts"]) == (2, 2)
+        assert turn["tokens"] == sum(row["tokens"] for row in own) and turn["wall_seconds"] > 0
+    assert found.exactness["identical_share"] == 1
+    assert found.parity is not None
+    for figures in found.parity.values():
+        assert (figures["answers"], figures["different_steps"], figures["tau_difference"]) == (6, 0, 0)
+    one, two = speed_by_setting(found.turns, found.rows, after.settings, {})
+    assert one["arms"]["wide"]["turns"] == two["arms"]["narrow"]["turns"] == 2
+
+
+def test_a_round_that_another_machine_has_begun_is_measured_anew(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store on a shared disk, and a run that goes on elsewhere: its arms would be compared across machines."""
+    inputs = {"target": tiny_drafter.target}
+    config = CONFIG.model_copy(update={"block_sizes": None, "concurrency": (1,)})
+    first = StoppingContext.under(tmp_path, inputs, stop_after=4, unit="turns of servers")
+    with pytest.raises(StageInterrupted):
+        measure(served(first, tiny_drafter, config=config), tiny_drafter)
+    monkeypatch.setattr(served_module, "machine", lambda: {"cpu": "another"})
+    after = served(RecordingContext.under(tmp_path, inputs), tiny_drafter, config=config)
+    found = measure(after, tiny_drafter)
+    assert [arm for arm, _ in after.started] == ["wide", "narrow", "plain"]
+    assert [turn["round"] for turn in found.turns] == [0, 0, 0, 1, 1, 1]
+
+
+def test_an_engine_that_needs_more_steps_than_replay_is_refused_without_a_trace(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts
+) -> None:
+    """A fifth below: less than the share of steps that may differ. After one round, not after all of them."""
+    ctx = RecordingContext.under(tmp_path, {"target": tiny_drafter.target})
+    config = CONFIG.model_copy(update={"block_sizes": None, "concurrency": (1,), "parity_prompts": 20})
+    bfloat16: dict[str, Any] = {"config": config, "target_dtype": "bfloat16"}
+    wasteful = served(ctx, tiny_drafter, **bfloat16, wasteful=True)
+    with pytest.raises(DraftsmithError, match="evaluation: drafter wide: tau"):
+        measure(wasteful, tiny_drafter)
+    assert [arm for arm, _ in wasteful.started] == ["plain", "wide", "narrow"]
+    repaired = served(ctx, tiny_drafter, **bfloat16)
+    found = measure(repaired, tiny_drafter)
+    assert [arm for arm, _ in repaired.started][:3] == ["plain", "wide", "narrow"], "what was refused is not kept"
+    assert found.parity is not None
+    assert found.parity["wide"]["tau_difference"] < 0.05, "near-ties of bfloat16; a fifth is ten times as much"
+
+
+def test_a_server_that_refuses_requests_measures_the_pauses_of_who_asks(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts
+) -> None:
+    ctx = RecordingContext.under(tmp_path, {"target": tiny_drafter.target})
+    config = CONFIG.model_copy(update={"block_sizes": None, "concurrency": (2,)})
+    full = served(ctx, tiny_drafter, config=config, full=True)
+    with pytest.raises(DraftsmithError, match=r"evaluation\.concurrency"):
+        measure(full, tiny_drafter)
+    assert [arm for arm, _ in full.started] == ["plain"], "while it warms up"
+
+
+@pytest.mark.parametrize("loses", [2, 3])
+def test_a_turn_in_which_a_request_was_lost_is_measured_again(
+    loses: int, tmp_path: Path, tiny_drafter: DrafterArtifacts
+) -> None:
+    """The pause before it is repeated would be taken for slow decoding."""
+    ctx = RecordingContext.under(tmp_path, {"target": tiny_drafter.target})
+    config = CONFIG.model_copy(update={"block_sizes": None, "concurrency": (1,), "rounds": 1})
+    stand_in = served(ctx, tiny_drafter, config=config, loses=loses)
+    setting, prompts = stand_in.settings[0], prompts_to_decode(config, tiny_drafter.prompts)[0][:2]
+    began = time.perf_counter()
+    with stand_in.server(None, 1, tmp_path) as server:
+        if loses == 3:
+            with pytest.raises(RetryableError, match="3 attempts"):
+                stand_in.decode(server, requests_for(prompts, config, setting, 0), setting)
+        else:
+            answers, wall, _ = stand_in.decode(server, requests_for(prompts, config, setting, 0), setting)
+            assert len(answers) == len(prompts)
+            assert time.perf_counter() - began - wall >= loses * LOST_S, "of the last attempt alone"
+    assert sum(line.startswith("requests were lost (1), which took time") for line in ctx.logs) == loses
+
+
+def test_an_answer_that_was_retracted_says_nothing_of_the_drafter(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts
+) -> None:
+    """Steps behind a token that no step made are not replay's, in float32 neither."""
+    ctx = RecordingContext.under(tmp_path, {"target": tiny_drafter.target})
+    config = CONFIG.model_copy(update={"block_sizes": None, "concurrency": (1,), "rounds": 1})
+    found = measure(served(ctx, tiny_drafter, config=config, retracts=True), tiny_drafter)
+    assert found.parity is not None
+    assert {(each["answers"], each["tau_difference"]) for each in found.parity.values()} == {(5, 0.0)}
+    assert sum("1 of 6 answers were retracted" in line for line in ctx.logs) == len(found.parity)
+
+
+def test_a_server_that_keeps_wrong_proposals_is_seen_by_how_sure_the_target_was(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its steps are those of replay, which rebuilds them from the answers that it gave."""
+    right = embedded.verify
+
+    def keep_all(drafted: Any, logits: torch.Tensor, *settings: Any) -> Any:
+        found = right(drafted, logits, *settings)
+        if K := drafted.tokens.shape[1]:
+            tokens = torch.cat([drafted.tokens, logits[:, K:].argmax(-1)], 1)
+            found = replace(found, accepted=[K] * len(found.accepted), tokens=tokens)
+        return found
+
+    monkeypatch.setattr(embedded, "verify", keep_all)
+    ctx = RecordingContext.under(tmp_path, {"target": tiny_drafter.target})
+    config = CONFIG.model_copy(update={"block_sizes": None, "concurrency": (1,), "rounds": 1})
+    found = measure(served(ctx, tiny_drafter, config=config), tiny_drafter)
+    assert found.parity is not None and found.parity["wide"]["different_steps"] == 0
+    assert found.exactness["identical_share"] < 1 and found.exactness["median_margin"] > 0.01  # float32 parts at less
+    told = {"drafters": {"wide": {"tau": 3.0, "tau_low": 2.9}}, "exactness": found.exactness}
+    decision = decide(told, GateConfig(judge_speed=False))
+    assert not decision.promote and [rule.name for rule in decision.rules if not rule.passed] == ["near-ties"]

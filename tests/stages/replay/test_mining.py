@@ -1,0 +1,354 @@
+"""The stage `mining`: its table, its summary recomputed from the table, its parity with what was served."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
+from draftsmith.artifacts.tables.parquet import read_table, write_table
+from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE, VERIFY_STEPS
+from draftsmith.stages.data.load import DRAFTER_FOLDER, load_trajectories
+from draftsmith.stages.drafters.checkpoint import TOKENS_FILE, load_drafter, save_drafter
+from draftsmith.stages.drafters.digest import drafter_digest
+from draftsmith.stages.engines.rollout import STAGE as ROLLOUT
+from draftsmith.stages.engines.rollout import RolloutConfig
+from draftsmith.stages.replay.mining import STAGE, MiningConfig
+from draftsmith.stages.runtime.stage import Shard
+from tests.stages.bench import Bench
+from tests.testbed.context import RecordingContext, StoppingContext
+from tests.testbed.drafter import DrafterArtifacts
+
+
+@pytest.fixture(scope="module")
+def assisted(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts) -> Path:
+    """24 greedy answers with the drafter in the loop, and the trace that was recorded."""
+    ctx = RecordingContext.under(
+        tmp_path_factory.mktemp("assisted"),
+        {"target": tiny_drafter.target, "prompts": tiny_drafter.prompts, "drafter": tiny_drafter.drafter},
+    )
+    config = {"splits": ["heldout"], "prompts": 24, "sampling": {"max_new_tokens": 60}}
+    ROLLOUT.run(ctx, RolloutConfig.model_validate(config))
+    return ctx.out
+
+
+def mine(
+    folder: Path, made: DrafterArtifacts, trajectories: Path, *, drafter: Path | None = None,
+    stop_after: int | None = None,
+    **config: Any,
+) -> RecordingContext:  # fmt: skip
+    inputs = {"target": made.target, "drafter": drafter or made.drafter, "trajectories": trajectories}
+    ctx = StoppingContext.under(folder, inputs, stop_after=stop_after)
+    STAGE.run(ctx, MiningConfig.model_validate({"tokens_per_target_forward": 600, **config}))
+    return ctx
+
+
+@pytest.fixture(scope="module")
+def mined(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts, assisted: Path) -> RecordingContext:
+    return mine(tmp_path_factory.mktemp("mined"), tiny_drafter, assisted)
+
+
+def table(ctx: RecordingContext) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = read_table(ctx.out / "verify_steps.parquet", VERIFY_STEPS).to_pylist()
+    return rows
+
+
+def summary(ctx: RecordingContext) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((ctx.out / "summary.json").read_text())
+    return content
+
+
+def test_the_table_is_the_trace_that_was_served(mined: RecordingContext, assisted: Path) -> None:
+    columns = ["trajectory_id", "step", "anchor", "accepted", "proposed_ids"]
+    served = read_table(assisted / "trace.parquet", TRACE, columns).to_pylist()
+    assert [{name: row[name] for name in columns} for row in table(mined)] == served
+    found = summary(mined)
+    assert found["parity"] == {
+        "served_steps": len(served), "different_steps": 0, "mismatch_share": 0.0,
+        "answers": len({row["trajectory_id"] for row in served}), "served_tau": found["tau"],
+        "replayed_tau": found["tau"], "tau_difference": 0.0, "tau_difference_high": 0.0,
+    }  # fmt: skip
+    assert mined.summaries["parity_mismatch"] == mined.summaries["parity_tau_difference"] == 0
+
+
+def test_rows_agree_with_the_trajectory(mined: RecordingContext, assisted: Path) -> None:
+    tokens = {t.trajectory_id: t.tokens for t in load_trajectories(assisted).trajectories}
+    for row in table(mined):
+        rest = tokens[row["trajectory_id"]][row["anchor"] + 1 :]
+        accepted, proposed, rejected = row["accepted"], row["proposed_ids"], row["rejected_offset"]
+        assert rest[:accepted] == proposed[:accepted]
+        assert row["committed"] == min(accepted + 1, len(rest))
+        assert row["committed_id"] == (rest[accepted] if row["committed"] > accepted else -1)
+        assert rejected == (accepted + 1 if accepted < min(len(proposed), len(rest)) else 0)
+        judged = [not np.isnan(value) for value in row["target_logprobs"]]
+        assert judged == [k < len(rest) for k in range(len(proposed))]
+        assert row["judged"] == sum(judged)
+        if rejected:  # greedy text: the target's best token was committed
+            assert row["target_logprobs"][accepted] < row["best_logprob"] <= 0
+        else:
+            assert np.isnan(row["best_logprob"])
+
+
+def test_the_summary_is_what_the_table_says(mined: RecordingContext, bench: Bench) -> None:
+    rows, found = table(mined), summary(mined)
+    assert found["steps"] == len(rows)
+    assert found["tau"] == pytest.approx(np.mean([row["committed"] for row in rows]))
+    assert found["tau"] > 2
+    assert "(+1)" in found["definition_of_tau"]
+    errors = [row for row in rows if row["rejected_offset"]]
+    assert found["error_positions"] == len(errors)
+    certain = sum(np.exp(row["best_logprob"]) >= 0.9 for row in errors)
+    assert 0 < certain < len(errors)
+    assert found["certain_errors"] == {"at_least": 0.9, "share": pytest.approx(certain / len(errors))}
+    assert mined.summaries["certain_error_share"] == found["certain_errors"]["share"]
+    histogram = Counter(row["accepted"] for row in rows)
+    assert found["accepted_histogram"] == [histogram[n] for n in range(8)]
+    for k in range(1, 8):
+        judged = [row for row in rows if not np.isnan(row["target_logprobs"][k - 1])]
+        kept = sum(row["accepted"] >= k for row in judged)
+        assert found["acceptance_by_offset"][k - 1] == pytest.approx(kept / len(judged))
+    rejected = Counter(row["proposed_ids"][row["accepted"]] for row in errors)
+    assert {entry["id"]: entry["count"] for entry in found["most_rejected"]}.items() <= rejected.items()
+    assert found["most_rejected"][0]["count"] == max(rejected.values())
+    assert found["most_rejected"][0]["token"] == bench.target.tokenizer.decode([found["most_rejected"][0]["id"]])
+    pairs = Counter((row["proposed_ids"][row["accepted"]], row["committed_id"]) for row in errors)
+    assert [entry["count"] for entry in found["most_frequent_corrections"]] == [n for _, n in pairs.most_common(20)]
+    assert found["evaluated_blocks_per_step"] >= 1
+    assert found["trajectories_too_short"] == 0
+    for name in ("tau", "steps", "error_positions", "evaluated_blocks_per_step"):
+        assert mined.summaries[name] == found[name]
+    assert mined.progressed[-1] == (found["steps"], found["steps"], "steps put together")
+
+
+def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, mined: RecordingContext
+) -> None:
+    for _ in range(2):
+        with pytest.raises(StageInterrupted):
+            mine(tmp_path, tiny_drafter, assisted, stop_after=0)
+    shards = list((tmp_path / "work" / "verify_steps").glob("shard-*"))
+    assert len(shards) == 2
+    last = mine(tmp_path, tiny_drafter, assisted)
+    for name in ("verify_steps.parquet", "summary.json"):
+        assert (last.out / name).read_bytes() == (mined.out / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("count", [3, 40])  # of few groups: some shards have none
+def test_shards_give_the_same_bytes_as_one_process(
+    count: int, tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, mined: RecordingContext,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    inputs = {"target": tiny_drafter.target, "drafter": tiny_drafter.drafter, "trajectories": assisted}
+    config = MiningConfig(tokens_per_target_forward=600)
+    parts = [RecordingContext.under(tmp_path / str(index), inputs) for index in range(count)]
+    for index, part in enumerate(parts):
+        STAGE.shard(part, config, Shard(index, count))
+    counts = [json.loads((part.out / "shard.json").read_text())["trajectories"] for part in parts]
+    assert sum(counts) == len(load_trajectories(assisted).trajectories) and sum(n > 0 for n in counts) >= 3
+    assert all(part.progressed[-1][:2] == (n, n) for part, n in zip(parts, counts, strict=True) if n)
+    joined = RecordingContext.under(tmp_path / "joined", inputs, shards=[part.out for part in parts])
+    monkeypatch.setattr("draftsmith.stages.target.causal_lm.Target.load", None)  # nothing is left to compute
+    STAGE.run(joined, config)
+    for name in ("verify_steps.parquet", "summary.json"):
+        assert (joined.out / name).read_bytes() == (mined.out / name).read_bytes(), name
+
+
+def test_work_that_was_lost_with_its_shard_is_counted_once(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, mined: RecordingContext
+) -> None:
+    with pytest.raises(StageInterrupted):
+        mine(tmp_path, tiny_drafter, assisted, stop_after=0)
+    (shard,) = (tmp_path / "work" / "verify_steps").glob("shard-*")
+    with pytest.raises(StageInterrupted):
+        mine(tmp_path, tiny_drafter, assisted, stop_after=0)
+    shard = sorted((tmp_path / "work" / "verify_steps").glob("shard-*"))[-1]
+    shard.write_bytes(shard.read_bytes()[:-30])
+    last = mine(tmp_path, tiny_drafter, assisted)
+    assert (last.out / "summary.json").read_bytes() == (mined.out / "summary.json").read_bytes()
+
+
+@pytest.mark.parametrize("how", ["scored", "full", "sample"])
+def test_what_is_mined_is_what_is_read(
+    how: str, tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, mined: RecordingContext,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """In groups of another size too. A sample is a fixed one, and passes the parity gate like all."""
+    monkeypatch.setattr("draftsmith.stages.replay.mining.SAMPLE", 7)
+    other = mine(tmp_path, tiny_drafter, assisted, table=how, tokens_per_target_forward=4000)
+    names = {row["trajectory_id"] for row in table(other)}
+    assert (
+        len(names)
+        == summary(other)["trajectories"]
+        == summary(other)["parity"]["answers"]
+        == (7 if how == "sample" else 24)
+    )
+    expected = [row for row in table(mined) if row["trajectory_id"] in names]
+    for row, of_all in zip(table(other), expected, strict=True):
+        for name in row.keys() - {"target_logprobs", "best_logprob"}:
+            assert row[name] == of_all[name], name
+        logprobs = of_all["target_logprobs"]
+        if how != "scored" and row["rejected_offset"]:
+            logprobs[row["rejected_offset"] :] = [np.nan] * (len(logprobs) - row["rejected_offset"])
+        np.testing.assert_allclose(row["target_logprobs"], logprobs, atol=5e-4)
+        np.testing.assert_allclose(row["best_logprob"], of_all["best_logprob"], atol=5e-4)
+    again = mine(tmp_path / "again", tiny_drafter, assisted, table=how, tokens_per_target_forward=4000)
+    assert str(table(again)) == str(table(other))  # NaN is not equal to itself
+
+
+@pytest.fixture(scope="module")
+def other_drafter(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts, bench: Bench) -> Path:
+    """The artifact of a drafter whose weights were disturbed."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("other")
+    drafter = load_drafter(tiny_drafter.drafter / DRAFTER_FOLDER, bench.target)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in drafter.parameters():
+            parameter.mul_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
+    save_drafter(drafter, folder / DRAFTER_FOLDER, torch.float32)
+    return folder
+
+
+def test_another_drafter_is_mined_on_the_same_text_without_parity(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, other_drafter: Path, mined: RecordingContext
+) -> None:
+    ctx = mine(tmp_path, tiny_drafter, assisted, drafter=other_drafter)
+    assert summary(ctx)["parity"] is None
+    assert "parity_mismatch" not in ctx.summaries
+    assert summary(ctx)["tau"] < summary(mined)["tau"]
+
+
+def test_a_trace_served_by_another_drafter_is_refused(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, other_drafter: Path
+) -> None:
+    """trace.json claims the digest of the drafter that is mined: the steps tell."""
+    faked = Path(shutil.copytree(assisted, tmp_path / "faked"))
+    served = json.loads((faked / "trace.json").read_text())
+    served["drafter_digest"] = drafter_digest(other_drafter / DRAFTER_FOLDER)
+    (faked / "trace.json").write_text(json.dumps(served))
+    with pytest.raises(DraftsmithError, match="the engine did not serve this drafter") as caught:
+        mine(tmp_path, tiny_drafter, faked, drafter=other_drafter)
+    assert "\n" not in str(caught.value)
+    allowed = mine(tmp_path / "allowed", tiny_drafter, faked, drafter=other_drafter, max_parity_mismatch=1)
+    assert summary(allowed)["parity"]["mismatch_share"] > 0.1
+
+
+@pytest.fixture
+def retold(tmp_path: Path, assisted: Path) -> Callable[..., Path]:
+    """The assisted rollout as if another engine had made it: trace.json changed, tables rewritten."""
+
+    def retell(trace: list[dict[str, Any]], steps: Callable[[int], int] = lambda n: n, **changes: Any) -> Path:
+        folder = Path(shutil.copytree(assisted, tmp_path / "retold", dirs_exist_ok=True))
+        told = json.loads((folder / "trace.json").read_text())
+        (folder / "trace.json").write_text(json.dumps({**told, **changes}))
+        write_table(folder / "trace.parquet", TRACE, trace)
+        timings = read_table(folder / "timings.parquet", TIMINGS).to_pylist()
+        write_table(
+            folder / "timings.parquet", TIMINGS, [{**t, "verify_steps": steps(t["verify_steps"])} for t in timings]
+        )
+        return folder
+
+    return retell
+
+
+def test_one_other_step_is_refused_in_float32_and_allowed_in_bfloat16(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, retold: Callable[..., Path]
+) -> None:
+    trace = read_table(assisted / "trace.parquet", TRACE).to_pylist()
+    trace[3]["accepted"] += 1
+    with pytest.raises(DraftsmithError, match=f"mining: 1 of {len(trace)} verify steps .*greedy decoding allows none"):
+        mine(tmp_path, tiny_drafter, retold(trace))
+    ctx = mine(tmp_path / "bf16", tiny_drafter, retold(trace, dtype="bfloat16"))
+    assert summary(ctx)["parity"]["different_steps"] == 1
+    sampled = mine(tmp_path / "sampled", tiny_drafter, retold(trace, temperature=1.0))
+    assert summary(sampled)["parity"]["different_steps"] == 1
+
+
+def test_recorded_log_probs_are_compared(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, retold: Callable[..., Path], mined: RecordingContext
+) -> None:
+    trace = read_table(assisted / "trace.parquet", TRACE).to_pylist()
+    for row, own in zip(trace, table(mined), strict=True):
+        row["target_logprobs"] = [value + 1e-4 for value in own["target_logprobs"]]
+        row["target_logprobs"] = [-5.0 if np.isnan(value) else value for value in row["target_logprobs"]]
+    ctx = mine(tmp_path, tiny_drafter, retold(trace))
+    assert summary(ctx)["parity"]["largest_logprob_difference"] == pytest.approx(1e-4, rel=0.05)
+    trace[-1]["target_logprobs"][0] -= 0.01
+    with pytest.raises(DraftsmithError, match=r"by up to 0\.0099 in float32"):
+        mine(tmp_path / "other", tiny_drafter, retold(trace))
+
+
+def test_without_a_trace_the_counted_steps_are_compared(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, retold: Callable[..., Path]
+) -> None:
+    ctx = mine(tmp_path, tiny_drafter, retold([]))
+    assert summary(ctx)["parity"]["tau_difference"] == 0
+    assert "parity_mismatch" not in ctx.summaries
+    with pytest.raises(DraftsmithError, match=r"tau is .* as served and .* in replay"):
+        mine(tmp_path / "one-more", tiny_drafter, retold([], steps=lambda n: n + 1))
+    with pytest.raises(DraftsmithError, match=r"lower by .* at least \(2% is allowed"):  # a third more: 25 % may differ
+        mine(tmp_path / "more", tiny_drafter, retold([], steps=lambda n: round(1.3 * n), dtype="bfloat16"))
+    with pytest.raises(DraftsmithError, match=r"mining: tau is 1\.000 as served and"):
+        mine(tmp_path / "none", tiny_drafter, retold([], steps=lambda _: 0, dtype="bfloat16"))
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_the_steps_of_a_retracted_answer_are_not_compared(
+    recorded: bool, tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, retold: Callable[..., Path]
+) -> None:
+    """Its server read it again, which made a token without a verify step: from there on its steps are others."""
+    trace = read_table(assisted / "trace.parquet", TRACE).to_pylist()
+    folder = retold([row for row in trace if recorded and row["trajectory_id"] != trace[0]["trajectory_id"]])
+    timings = read_table(folder / "timings.parquet", TIMINGS).to_pylist()
+    (row,) = (row for row in timings if row["trajectory_id"] == trace[0]["trajectory_id"])
+    row["verify_steps"] += 1
+    write_table(folder / "timings.parquet", TIMINGS, timings)
+    with pytest.raises(DraftsmithError, match=r"tau is .* in replay .*float32 with greedy decoding allows none"):
+        mine(tmp_path / "another", tiny_drafter, folder)
+    row["retractions"] = 1
+    write_table(folder / "timings.parquet", TIMINGS, timings)
+    ctx = mine(tmp_path / "retracted", tiny_drafter, folder)
+    assert summary(ctx)["parity"]["answers"] == len({step["trajectory_id"] for step in trace}) - 1
+    write_table(folder / "timings.parquet", TIMINGS, [{**each, "retractions": 1} for each in timings])
+    ctx = mine(tmp_path / "all", tiny_drafter, folder)
+    assert any(f"{len(timings)} of {len(timings)} answers were retracted" in line for line in ctx.logs)
+
+
+def test_the_trained_block_size_may_be_written_out_on_one_side(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, retold: Callable[..., Path]
+) -> None:
+    ctx = mine(tmp_path, tiny_drafter, assisted, drafting={"block_size": 8})
+    assert summary(ctx)["parity"]["different_steps"] == 0
+    trace = read_table(assisted / "trace.parquet", TRACE).to_pylist()
+    ctx = mine(tmp_path / "other", tiny_drafter, retold(trace, block_size=8))
+    assert summary(ctx)["parity"]["different_steps"] == 0
+
+
+def test_a_reduced_head_that_the_drafter_cannot_have_is_said_and_compared_as_none(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, mined: RecordingContext, retold: Callable[..., Path]
+) -> None:
+    """Without the file that names the frequent tokens it drafts from all, whatever `head_tokens` says."""
+    drafter = Path(shutil.copytree(tiny_drafter.drafter, tmp_path / "drafter"))
+    (drafter / DRAFTER_FOLDER / TOKENS_FILE).unlink()
+    trace = read_table(assisted / "trace.parquet", TRACE).to_pylist()
+    served = retold(trace, drafter_digest=drafter_digest(drafter / DRAFTER_FOLDER))
+    ctx = mine(tmp_path / "mined", tiny_drafter, served, drafter=drafter, drafting={"head_tokens": 5})
+    assert any("drafter: says nothing of which tokens are frequent" in line for line in ctx.logs)
+    assert (ctx.out / "verify_steps.parquet").read_bytes() == (mined.out / "verify_steps.parquet").read_bytes()
+    assert summary(ctx)["parity"]["different_steps"] == 0
+
+
+def test_other_drafting_settings_have_no_parity(tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path) -> None:
+    ctx = mine(tmp_path, tiny_drafter, assisted, drafting={"block_size": 4})
+    assert summary(ctx)["parity"] is None
+    assert any("drafted with other settings (block_size 8)" in line for line in ctx.logs)
+    assert summary(ctx)["block_size"] == 4
+    assert {len(row["proposed_ids"]) for row in table(ctx)} == {3}

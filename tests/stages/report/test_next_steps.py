@@ -1,0 +1,58 @@
+"""Commands that a shell and the `draftsmith` command take as they are printed."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+import pytest
+
+from draftsmith.flows.cli.arguments import parser
+from draftsmith.stages.report.next_steps import Invocation, Step, invocation, next_steps, refresh_anyway
+from draftsmith.stages.report.review import review_of
+from tests.stages.report.sample_report import DECISION, OF_A_LINE
+
+ASKED = Invocation("my configs/it's.yaml", ["sft.steps=3", "name=a b"], "weekly", "4")
+SECONDS = {"evaluation": 120.0, "gate": 1.0}
+
+
+def steps(asked: Invocation = ASKED, **changes: Any) -> list[Step]:
+    review = review_of(OF_A_LINE, DECISION | changes)
+    assert review is not None
+    return next_steps(review, asked, SECONDS)
+
+
+def rule(name: str, *, judged: bool = True) -> dict[str, Any]:
+    return {"name": name, "passed": False, "judged": judged, "said": "why"}
+
+
+@pytest.mark.parametrize("outcome", ["promoted", "refused", "inconclusive", "measured"])
+def test_every_command_is_one(outcome: str) -> None:
+    made = steps(outcome=outcome, rules=[rule("tau")]) if outcome != "measured" else steps(Invocation("a.yaml"))
+    assert made
+    for step in [*made, refresh_anyway(ASKED)]:
+        program, *arguments = shlex.split(step.command)
+        assert program == "draftsmith"
+        options = parser().parse_args(arguments)
+        if options.does == "run" and outcome != "measured":
+            assert (str(options.config), options.overrides[:2]) == (ASKED.config, list(ASKED.overrides))
+
+
+def test_an_inconclusive_speed_is_measured_again_or_left_out() -> None:
+    again, by_acceptance, by_hand = steps()
+    assert again.command == ASKED.run() and "2 min" in again.label
+    assert "gate.judge_speed=false" in by_acceptance.command
+    assert "weekly@4" in by_hand.command
+    assert not any("judge_speed" in step.command for step in steps(rules=[rule("tau", judged=False)]))
+
+
+def test_a_drafter_that_changes_outputs_is_not_to_be_promoted_by_hand() -> None:
+    for name, offered in (("tau", True), ("lossless", False), ("near-ties", False), ("checksums", False)):
+        made = steps(outcome="refused", rules=[rule(name)])
+        assert any(" promote " in step.command for step in made) is offered, name
+
+
+def test_a_run_that_comes_from_no_command_has_no_file() -> None:
+    assert invocation(None, "weekly").run() == "draftsmith run CONFIG"
+    found = invocation('{"config": "a.yaml", "overrides": ["seed=2"]}', "weekly")
+    assert found == Invocation("a.yaml", ["seed=2"], "weekly")

@@ -1,0 +1,145 @@
+"""The report: one page that holds its figures, needs no network, and says what was found."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from draftsmith.stages.report.page import ReportData, render_report
+from tests.stages.report.sample_report import CONTEXTS, EVALUATION, HOSTILE, SERVED, of_a_line, sample
+
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+
+
+class Page(HTMLParser):
+    """Tags, texts and attributes of a page; refuses tags that do not close in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "br":
+            self.text += " "
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def render(tmp_path: Path, data: ReportData) -> Page:
+    render_report(tmp_path / "report.html", data)
+    return Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+
+
+def test_every_part_of_a_refresh_of_a_line_is_there_and_the_verdict_is_first(tmp_path: Path) -> None:
+    page = render(tmp_path, of_a_line())
+    sections = [attributes.get("class") or attributes.get("id") for tag, attributes in page.tags if tag == "section"]
+    assert sections == [
+        "verdict inconclusive", "drafters", "by-prompt-set", "gate", "trend", "contexts", "details",
+    ]  # fmt: skip
+    assert [tag for tag, _ in page.tags].count("svg") == 2
+    regions = [attributes["aria-label"] for _, attributes in page.tags if attributes.get("role") == "region"]
+    assert regions == [
+        "Drafters", "Speed by setting", "By prompt set", "Gate", "Stages",
+    ]  # fmt: skip
+    for text in ("0123456789ab", "draftsmith run weekly.yaml", "about 2 min", "450 s"):
+        assert text in page.text, "commit, next step, cost"
+    assert page.text.index("7%") < page.text.index("draftsmith run"), "warnings on the data are above"
+    assert "n.s." in page.text and "learning_rate" in page.text and "smollm2@3" in page.text
+
+
+def test_two_worst_and_two_typical_contexts_are_open(tmp_path: Path) -> None:
+    page = render(tmp_path, of_a_line())
+    assert sum(attributes.get("class") == "context" for _, attributes in page.tags) == len(CONTEXTS) == 12
+    before, _, after = page.text.partition("More contexts")
+    assert (before.count("Worst:"), before.count("Typical:")) == (2, 2)
+    assert (after.count("Worst:"), after.count("Typical:")) == (8, 0)
+
+
+def test_the_page_needs_no_network(tmp_path: Path) -> None:
+    render_report(tmp_path / "report.html", sample())
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?:|//[a-z]|@import|<script|<link|<img|<iframe", text)
+    targets = [attributes.get("href") for _, attributes in Page(text).tags if attributes.get("href")]
+    assert targets
+    assert all(target is not None and target.startswith("#") for target in targets)
+
+
+def test_ids_are_unique_and_every_reference_has_its_target(tmp_path: Path) -> None:
+    page = render(tmp_path, sample())
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    references = set(re.findall(r'(?:url\(|href=")#([^)"]+)', text))
+    assert references
+    assert references <= set(ids)
+
+
+def test_the_same_data_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        render_report(tmp_path / name, sample())
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_any_arm_is_shown(tmp_path: Path) -> None:
+    """Not only those of a refresh."""
+    speed = {"plain": {"tokens_per_s": 10.0}, "eagle3 opd": {"tokens_per_s": 12.34}}
+    evaluation = {"drafters": {"eagle3 opd": {"tau": 2.0}}, "speed": speed}
+    page = render(tmp_path, ReportData("Report", evaluation))
+    assert "eagle3 opd" in page.text and "12.3" in page.text
+
+
+@pytest.mark.parametrize("absent", ["control", "speed", "exactness", "drafters", "everything"])
+def test_absent_parts_are_left_out(tmp_path: Path, absent: str) -> None:
+    evaluation: dict[str, Any] = {name: value for name, value in EVALUATION.items() if name != absent}
+    for part in ("drafters", "speed", "tau_without_loops"):
+        evaluation[part] = {
+            arm: dict(value) if isinstance(value, dict) else value
+            for arm, value in evaluation.get(part, {}).items()
+            if arm != "control"
+        }
+    for figures in evaluation["drafters"].values():
+        figures["differences"] = {other: of for other, of in figures["differences"].items() if other != "control"}
+    evaluation["verdicts"] = [v for v in EVALUATION["verdicts"] if "control" not in (v["arm"], v["other"])]
+    data = ReportData("Report") if absent == "everything" else sample(evaluation=evaluation)
+    page = render(tmp_path, data)
+    assert "SFT continued" not in page.text
+    assert "None" not in page.text
+
+
+def test_speed_on_a_server_is_shown_by_setting(tmp_path: Path) -> None:
+    page = render(tmp_path, sample(evaluation=SERVED))
+    for text in ("Speed by setting", "980.8", "1,467.2", "0.688", "3 of 52", "3.320 in replay"):
+        assert text in page.text, text
+
+
+def test_unset_figures_are_shown_as_absent(tmp_path: Path) -> None:
+    evaluation = {"drafters": {"sft": {"tau": None}}, "speed": {"sft": {"tokens_per_s": None}}, "exactness": {}}
+    assert "None" not in render(tmp_path, ReportData("Report", evaluation)).text
+
+
+def test_what_models_and_files_say_is_nowhere_markup(tmp_path: Path) -> None:
+    page = render(tmp_path, of_a_line())
+    assert not [tag for tag, _ in page.tags if tag in ("script", "img")]
+    assert all(not name.startswith("on") for _, attributes in page.tags for name in attributes)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "\u202e" not in text and "\x1b" not in text
+    assert page.text.count("\\u202e\\x1b[2J") >= 2, "written out: in a context, in a table of sets"
+    assert HOSTILE not in page.text

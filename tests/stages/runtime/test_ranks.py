@@ -1,0 +1,319 @@
+"""Several processes train what one does, to 1e-5 in float32, and go on from another number of them; what a lost one
+leaves, signals, and a second node."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
+
+from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
+from draftsmith.stages.data.load import DRAFTER_FOLDER
+from draftsmith.stages.drafters.base import Drafter, DrafterInfo
+from draftsmith.stages.drafters.checkpoint import create_drafter, save_drafter
+from draftsmith.stages.drafters.eagle3.config import Eagle3Config
+from draftsmith.stages.replay.mining import STAGE as MINING
+from draftsmith.stages.replay.mining import MiningConfig
+from draftsmith.stages.runtime.checkpoint import checkpoints
+from draftsmith.stages.runtime.launch import RankReport, _cause, launch
+from draftsmith.stages.runtime.parallel_config import RENDEZVOUS, ParallelConfig
+from draftsmith.stages.target.causal_lm import Target
+from tests.flows.processes import ROOT, assert_gone, wait_until
+from tests.stages.runtime import short_of_memory, silent
+from tests.stages.runtime.attempts import CONFIG, LONG, TWO, Attempt, newest, ranks_of
+from tests.stages.runtime.test_stage_process import finish
+from tests.stages.runtime.test_stage_process import start as start_stage
+from tests.stages.runtime.trainings import AGAIN, IN_PARTS, MIDDLE, REDUCED, STEPS, Training, run_all
+from tests.testbed import random_target
+from tests.testbed.context import RecordingContext
+from tests.testbed.dflash2 import SIZES, random_dflash2
+from tests.testbed.dspark import random_dspark
+
+PAIR = ParallelConfig(processes=2)
+DFLASH = {"num_layers": 1, "block_size": 5, "target_layer_ids": [2, 0], "intermediate_size": 40}
+EAGLE3 = {"kind": "eagle3", "block_size": 4, "target_layer_ids": [0, 1, 2], "draft_vocab_size": 40}
+DFLASH2 = {**DFLASH, **SIZES, "kind": "dflash2"}
+DSPARK = {**DFLASH, "kind": "dspark", "markov_rank": 6}
+NAMES = ["sft dflash", "sft dflash2", "sft dspark", "sft eagle3", "opd dflash", "opd eagle3 again", "opd dflash2 drawn",
+         "opd dspark drawn again"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trainings(tmp_path_factory: pytest.TempPathFactory, plain_artifact: Path, plain_target: Target) -> list[Training]:
+    folder = tmp_path_factory.mktemp("inputs")
+    answers = random_target.write_trajectories(folder / "answers", random_target.trajectories(12, seed=5))
+    inputs = {"target": str(plain_artifact), "trajectories": str(answers)}
+    made = [
+        Training(
+            "sft dflash", "draftsmith.stages.training.sft.stage", {"drafter": DFLASH, **REDUCED, **IN_PARTS}, inputs
+        ),
+        Training("sft dflash2", "draftsmith.stages.training.sft.stage", {"drafter": DFLASH2, **REDUCED}, inputs),
+        Training("sft dspark", "draftsmith.stages.training.sft.stage", {"drafter": DSPARK, **IN_PARTS}, inputs),
+        Training("sft eagle3", "draftsmith.stages.training.sft.stage", {"drafter": EAGLE3}, inputs),
+    ]
+    sampled = random_target.write_trajectories(folder / "1.0", random_target.trajectories(12, seed=6), temperature=1.0)
+    again = {**AGAIN, **REDUCED, **IN_PARTS}
+    for name, drafter, texts, config in (
+        ("dflash", random_target.random_drafter(plain_target), answers, {}),
+        ("eagle3 again", eagle3(plain_target), answers, again),
+        # with steps of 1e-3 one weight of four ranks that shared two targets ended 1.1e-5 away, all others within 1e-6
+        ("dflash2 drawn", random_dflash2(plain_target), sampled, {**IN_PARTS, "learning_rate": 3e-4}),
+        ("dspark drawn again", random_dspark(plain_target), sampled, again),
+    ):
+        begun = mined(folder / name, drafter, plain_target, {**inputs, "trajectories": str(texts)})
+        made.append(Training(f"opd {name}", "draftsmith.stages.training.opd.stage", config, begun))
+    return made
+
+
+def eagle3(target: Target) -> Drafter:
+    """Of random weights so large that every part matters."""
+    drafter = create_drafter(Eagle3Config.model_validate(EAGLE3), target, 3, torch.arange(random_target.VOCAB_SIZE))
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in drafter.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(0.3 * noise if parameter.dim() == 2 else 1 + 0.3 * noise)
+    return drafter.eval()
+
+
+def mined(folder: Path, drafter: Drafter, target: Target, inputs: dict[str, str]) -> dict[str, str]:
+    """Inputs of OPD."""
+    drafter.frequent_tokens = torch.arange(random_target.VOCAB_SIZE)
+    drafter.info = DrafterInfo(target.info.digest, target.info.source, (), {})
+    save_drafter(drafter, folder / "drafter" / DRAFTER_FOLDER, torch.float32)
+    inputs = {**inputs, "drafter": str(folder / "drafter")}
+    context = RecordingContext.under(folder / "mining", {name: Path(path) for name, path in inputs.items()})
+    MINING.run(context, MiningConfig())
+    return {**inputs, "mined": str(context.out)}
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory, trainings: list[Training]) -> dict[str, RecordingContext]:
+    """What one process makes of them."""
+    contexts = {}
+    for training in trainings:
+        inputs = {name: Path(path) for name, path in training.inputs.items()}
+        contexts[training.name] = RecordingContext.under(tmp_path_factory.mktemp("one"), inputs)
+        training.run(contexts[training.name])
+    return contexts
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory, trainings: list[Training]) -> Path:
+    """Three processes to the middle, with AdamW split over them, and two from there, with AdamW whole, which share a
+    target."""
+    folder = tmp_path_factory.mktemp("several")
+    with pytest.raises(StageInterrupted):
+        start(folder, trainings, 3, MIDDLE, {"parallel": {"processes": 3, "shard_optimiser": True}})
+    start(folder, trainings, 2, None, {"parallel": {"processes": 2, "target_parallel": 2}})
+    return folder
+
+
+def start(folder: Path, trainings: list[Training], processes: int, stop_after: int | None, fields: Any) -> None:
+    launch(
+        ParallelConfig(processes=processes),
+        run_all,
+        (trainings, str(folder), stop_after, fields),
+        notes=folder / "ranks",
+        stop=threading.Event(),
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_several_processes_train_what_one_does(name: str, one: dict[str, RecordingContext], several: Path) -> None:
+    """Three up to the middle and two from there: every step's loss, its figures, and the weights at the end."""
+    alone = one[name]
+    begun, ended = (json.loads((several / name / f"said-{world}.json").read_text()) for world in (3, 2))
+    assert f"continuing from the checkpoint at step {MIDDLE} of {STEPS}" in ended["logs"]
+    measured = begun["measured"] + ended["measured"]
+    assert [step for step, _ in measured] == [step for step, _ in alone.measured] == list(range(STEPS))
+    for (_, ours), (_, theirs) in zip(measured, alone.measured, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+    for total in ("blocks", "positions"):
+        assert ended["summaries"][total] == pytest.approx(alone.summaries[total])
+    ours, theirs = (
+        load_file(out / DRAFTER_FOLDER / "model.safetensors") for out in (several / name / "out", alone.out)
+    )
+    assert ours.keys() == theirs.keys()
+    for tensor, values in theirs.items():
+        torch.testing.assert_close(ours[tensor], values, rtol=0, atol=1e-5, msg=lambda text: f"{tensor}: {text}")  # noqa: B023
+
+
+@pytest.fixture(scope="module")
+def inputs(trainings: list[Training]) -> dict[str, str]:
+    return dict(trainings[0].inputs)
+
+
+def test_a_lost_rank_ends_all_with_one_error(tmp_path: Path, inputs: dict[str, str]) -> None:
+    """Of a real stage process, whose group, and with it whose lifeline, is that of the ranks."""
+    lifeline, our_end = os.pipe()
+    process = start_stage(
+        tmp_path, "draftsmith.stages.training.sft.stage", {**CONFIG, **TWO}, inputs=inputs, lifeline=lifeline, threads=1
+    )
+    os.close(lifeline)
+
+    def begun() -> bool:
+        assert process.poll() is None, process.communicate()
+        return bool(checkpoints(tmp_path / "work"))
+
+    wait_until(begun, "the first checkpoint", limit_s=180)
+    ranks = ranks_of(tmp_path)
+    assert ranks.keys() == {0, 1}
+    assert {os.getpgid(pid) for pid in ranks.values()} == {process.pid}
+    os.kill(ranks[1], signal.SIGKILL)
+    code, events, _ = finish(process)
+    os.close(our_end)
+    errors = [event for event in events if event["event"] == "error"]
+    assert (code, len(errors)) == (75, 1)
+    assert "rank 1 of 2 was lost, with exit code -9" in errors[0]["message"]
+    for pid in ranks.values():
+        assert_gone(pid)
+
+    kept = newest(tmp_path)
+    alone, events = Attempt(tmp_path, inputs).ended()
+    assert (alone, events[-1]["event"]) == (0, "done")
+    logs = [event["message"] for event in events if event["event"] == "log"]
+    assert f"continuing from the checkpoint at step {kept} of {LONG}" in logs
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(LONG))
+
+
+@pytest.fixture
+def other_node() -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+    """What another node runs, as configs/scale/README.md says it: the rendezvous' port, and the process."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    torchrun = f"{sys.executable} -m torch.distributed.run --nnodes=2 --nproc-per-node=1 --local-addr=localhost"
+    meeting = f"--rdzv-backend=c10d --rdzv-endpoint=localhost:{port} --rdzv-conf=is_host=0"
+    loop = f"while true; do {torchrun} {meeting} -m draftsmith.stages.runtime.join; sleep 1; done"
+    process = subprocess.Popen(["bash", "-c", loop], cwd=ROOT, start_new_session=True)
+    yield port, process
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_two_nodes_train_together_until_a_rank_is_lost_or_one_is_asked_to_stop(
+    tmp_path: Path,
+    inputs: dict[str, str],
+    other_node: tuple[int, subprocess.Popen[bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What ended a rank is reported where the flow runs; the next attempt finds the other node. All save and end at the
+    same step."""
+    port, node = other_node
+    monkeypatch.setenv(RENDEZVOUS, f"localhost:{port}")
+    fields = {**CONFIG, "parallel": {"nodes": 2}}
+
+    def begun(after: int) -> subprocess.Popen[bytes]:
+        process = start_stage(tmp_path, "draftsmith.stages.training.sft.stage", fields, inputs=inputs, threads=1)
+
+        def there() -> bool:
+            assert process.poll() is None, process.communicate()
+            return bool(checkpoints(tmp_path / "work")) and newest(tmp_path) > after
+
+        wait_until(there, f"a checkpoint after step {after}", limit_s=180)
+        return process
+
+    lost = begun(0)
+    (rank,) = (
+        child.pid
+        for child in psutil.Process(node.pid).children(recursive=True)
+        if {"draftsmith.stages.runtime.join"}
+        == {each for each in child.cmdline() if each.startswith(("draftsm", "torch."))}
+    )
+    os.kill(rank, signal.SIGKILL)
+    code, events, _ = finish(lost)
+    assert code == 75 and "rank 1 of 2" in events[-1]["message"]
+    stopped = begun(newest(tmp_path))
+    stopped.send_signal(signal.SIGTERM)
+    code, events, _ = finish(stopped)
+    assert (code, events[-1]["kind"]) == (130, "StageInterrupted")
+    done = [event["done"] for event in events if event["event"] == "progress"]
+    assert newest(tmp_path) == done[-1], "what was asked to stop saved where it was"
+
+
+def test_a_rank_that_cannot_write_why_it_ended_is_reported_as_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path, *_: Any) -> None:
+        path.touch()  # names still fit
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", refused)
+    RankReport(0, "writing metrics.jsonl: the disk is full", 2).write(tmp_path)
+    cause = _cause(tmp_path, OSError("gone"), PAIR, stopped=False)
+    assert (type(cause), cause.exit_code) == (DraftsmithError, 2)
+    assert "rank 0" in str(cause) and "the disk is full" in str(cause)
+
+
+@pytest.mark.parametrize(
+    ("reported", "exit_code"),
+    [
+        ({0: "RuntimeError: Connection closed by peer [10.0.0.2]:4711"}, 75),  # rank 1 says nothing: it was lost
+        ({0: "RuntimeError: Connection closed by peer", 1: "RuntimeError: Connection closed by peer"}, 1),
+        ({0: "ValueError: a defect"}, 1),
+        ({}, 75),  # the other node never came
+    ],
+)
+def test_what_another_node_does_not_report_is_tried_again(
+    reported: dict[int, str], exit_code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("draftsmith.stages.runtime.launch._ECHO_S", 0.0)
+    for rank, message in reported.items():
+        RankReport(rank, message, 1).write(tmp_path)
+    monkeypatch.setenv(RENDEZVOUS, "first-node:29400")
+    nodes = ParallelConfig(nodes=2)
+    error = _cause(tmp_path, RendezvousTimeoutError(), nodes, stopped=False)
+    assert error.exit_code == exit_code
+
+
+def test_a_rank_that_hangs_is_named_and_the_same_command_goes_on(tmp_path: Path, inputs: dict[str, str]) -> None:
+    code, events = Attempt(tmp_path, inputs, module=silent.__name__, **TWO).ended()
+    errors = [event for event in events if event["event"] == "error"]
+    assert (code, len(errors)) == (75, 1)
+    assert "rank 1 of 2 did not answer: rank 0 waited in vain (" in errors[0]["message"]
+
+
+def test_bad_input_is_one_error_however_many_read_it(tmp_path: Path, inputs: dict[str, str]) -> None:
+    code, events = Attempt(tmp_path, inputs, init_from=str(tmp_path / "nothing"), **TWO).ended()
+    errors = [event for event in events if event["event"] == "error"]
+    assert (code, len(errors)) == (2, 1)
+    assert "nothing" in errors[0]["message"]
+
+
+def test_a_rank_without_memory_ends_all_and_the_next_attempt_takes_smaller_parts(
+    tmp_path: Path, inputs: dict[str, str]
+) -> None:
+    """It goes on from the checkpoint, with the parts that fit, on however many processes."""
+    steps = short_of_memory.REFUSED_AT + 3
+    fields: dict[str, Any] = {
+        "module": short_of_memory.__name__,
+        "steps": steps,
+        "micro_batch_tokens": 2 * short_of_memory.FITTING - 8,
+    }
+    code, events = Attempt(tmp_path, inputs, **fields, **TWO).ended()
+    errors = [event for event in events if event["event"] == "error"]
+    assert (code, len(errors)) == (75, 1)
+    assert "rank 1 of 2: out of memory with micro-batches of 72 tokens" in errors[0]["message"]
+
+    kept = newest(tmp_path)
+    code, events = Attempt(tmp_path, inputs, **fields).ended()
+    assert (code, events[-1]["event"]) == (0, "done")
+    logs = [event["message"] for event in events if event["event"] == "log"]
+    assert "micro-batches of 36 tokens: an attempt before had no memory for those of 72" in logs
+    assert f"continuing from the checkpoint at step {kept} of {steps}" in logs

@@ -1,0 +1,110 @@
+"""How the work of a step is split, and what a config of several processes says and refuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.runtime.parallel_config import RENDEZVOUS, ParallelConfig
+from draftsmith.stages.runtime.ranks import ALONE, Ranks
+from draftsmith.stages.target.estimate import Answers, Use
+from draftsmith.stages.training.config import OpdConfig, SftConfig
+from draftsmith.stages.training.estimate import row_bytes, training_memory
+from tests.flows.checks.test_resources import qwen_sizes
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8, 21])
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_every_answer_of_a_step_is_one_ranks(count: int, world: int) -> None:
+    lengths = np.random.default_rng([count, world]).integers(1, 5000, count).tolist()
+    if count < world:
+        with pytest.raises(ValueError, match="ranks"):
+            Ranks(0, world).rows(lengths)
+        return
+    dealt = [Ranks(rank, world).rows(lengths) for rank in range(world)]
+    assert sorted(row for rows in dealt for row in rows) == list(range(len(lengths)))
+    assert all(rows == sorted(rows) for rows in dealt)
+    counts = [len(rows) for rows in dealt]
+    assert max(counts) - min(counts) <= 1
+    assert ALONE.rows(lengths) == list(range(len(lengths)))
+
+
+def test_ranks_that_share_a_target_know_each_other_and_their_answers() -> None:
+    lengths = [7, 5, 9, 4, 6, 8, 3]
+    for rank in range(6):
+        ranks = Ranks(rank, 6, 3)
+        assert list(ranks.sharers) == [0, 1, 2] if rank < 3 else [3, 4, 5]
+        assert ranks.sharers[ranks.place] == rank
+        for other in ranks.sharers:
+            assert ranks.rows(lengths, other) == Ranks(other, 6).rows(lengths)
+
+
+def test_long_answers_are_spread_over_the_ranks() -> None:
+    lengths = [100, 4000, 200, 3900, 300, 3800]
+    tokens = [sum(lengths[row] for row in Ranks(rank, 3).rows(lengths)) for rank in range(3)]
+    assert tokens == [4100, 4100, 4100]
+
+
+@pytest.mark.parametrize("config", [SftConfig, OpdConfig])
+def test_how_many_processes_train_is_no_part_of_the_key(config: Any) -> None:
+    alone, several = config(), config(parallel={"processes": 8, "shard_optimiser": True})
+    assert several.parallel.world == 8
+    assert alone.key_material() == several.key_material()
+
+
+def test_the_control_is_trained_by_as_many_as_opd() -> None:
+    opd = OpdConfig(parallel=ParallelConfig(processes=4))
+    assert SftConfig().continued(opd).parallel == opd.parallel
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"sequences_per_step": 7, "parallel": {"processes": 4, "nodes": 2}}, "7 cannot be split over 8 processes"),
+        ({"parallel": {"processes": 0}}, "processes"),
+        ({"parallel": {"processes": 8, "target_parallel": 3}}, "8 processes are no whole number of groups of 3"),
+        ({"parallel": {"nodes": 2, "target_parallel": 2}}, "1 processes are no whole number of groups of 2"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        SftConfig.model_validate(fields)
+
+
+def test_nodes_meet_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(RENDEZVOUS, raising=False)
+    nodes = ParallelConfig(nodes=2)
+    with pytest.raises(DraftsmithError, match=f"{RENDEZVOUS} is not given"):
+        nodes.endpoint()
+    monkeypatch.setenv(RENDEZVOUS, "head:29400")
+    assert nodes.endpoint() == ("head", 29400)
+    monkeypatch.setenv(RENDEZVOUS, "head")
+    with pytest.raises(DraftsmithError, match="is 'head'"):
+        nodes.endpoint()
+
+
+def test_a_process_needs_memory_for_its_share_of_a_step() -> None:
+    """Of 21 answers over 8 processes 3; AdamW's moments, 8 of 18 bytes a parameter under autocast, split or not."""
+    sizes, answers = qwen_sizes(), Answers(longest=4608)
+    layers = sizes.target.parameters - sizes.target.vocabulary * sizes.target.hidden
+    sizes = replace(sizes, target=replace(sizes.target, divided=layers))
+
+    def parts(**parallel: Any) -> dict[str, float]:
+        config = SftConfig.model_validate({"sequences_per_step": 21, "parallel": parallel})
+        return training_memory(config, Use(sizes, answers=answers))
+
+    alone, shared, sharded = parts(), parts(processes=8), parts(processes=8, shard_optimiser=True)
+    assert shared["features"] == pytest.approx(alone["features"] * 3 / 21)
+    assert shared["next batch"] == 3 * 4608 * sizes.feature_bytes  # read while a step trains, on a GPU
+    assert shared["activations"] == 3 * row_bytes(SftConfig(), sizes, 4608)
+    assert alone["drafter with AdamW"] == shared["drafter with AdamW"] == 18 * sizes.drafter.parameters
+    assert sharded["drafter with AdamW"] == 11 * sizes.drafter.parameters
+    assert sharded["target"] == alone["target"]
+    halves = parts(processes=8, target_parallel=2)
+    assert halves["target"] == alone["target"] - layers  # bfloat16: two bytes each, of half of them
+    assert "next batch" not in halves  # nor is it read

@@ -1,0 +1,253 @@
+"""A checkpoint that is not whole, or whose class fails, is one clear error and no target of random weights."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.config import TargetConfig
+from draftsmith.stages.target.metadata import metadata_artifact
+from tests.testbed.families import FAMILIES, WORDS, write_family
+from tests.testbed.random_target import fill, save, write_artifact, write_model
+
+WEIGHTS = "model.safetensors"
+SLIDING = {"use_sliding_window": True, "layer_types": ["sliding_attention"] * 4}
+
+
+def change(model: Path, name: str, weight: torch.Tensor | None) -> None:
+    tensors = load_file(model / WEIGHTS)
+    del tensors[name]
+    save_file(tensors if weight is None else tensors | {name: weight}, model / WEIGHTS, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "said"),
+    [
+        ("model.layers.1.self_attn.o_proj.weight", None, r"lack model.layers.1.self_attn.o_proj.weight \(1 tensors"),
+        ("lm_head.weight", None, "lack lm_head.weight"),
+        ("model.embed_tokens.weight", None, "lack model.embed_tokens.weight"),
+        ("model.norm.weight", torch.ones(8), r"model.norm.weight has shape \[8\], and by config.json \[32\]"),
+    ],
+)
+def test_weights_that_are_not_whole_are_refused(
+    name: str, weight: torch.Tensor | None, said: str, tmp_path: Path
+) -> None:
+    artifact = write_artifact(tmp_path)
+    change(tmp_path / "model", name, weight)
+    with pytest.raises(DraftsmithError, match=rf"model/{WEIGHTS}: .*{said}"):
+        Target.load(artifact, device="cpu")
+
+
+def test_of_tied_weights_one_is_enough_and_the_part_for_images_is_not_read(tmp_path: Path) -> None:
+    write_family(tmp_path, "Gemma 3 with images")
+    tensors = load_file(tmp_path / WEIGHTS)
+    text = {name: weight for name, weight in tensors.items() if "vision" not in name}
+    assert len(text) < len(tensors) and not any("lm_head" in name for name in text)
+    save_file(text, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    Target.of(tmp_path, dtype="float32", device="cpu")
+
+
+def test_a_model_that_holds_a_causal_lm_whole_is_that_one(tmp_path: Path) -> None:
+    """It has no head of its own."""
+    from transformers import NemotronH_Omni_Reasoning_V3, NemotronH_Omni_Reasoning_V3_Config
+
+    vision = {"model_type": "radio", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "patch_size": 4, "image_size": 16, "max_img_size": 64}
+    config = NemotronH_Omni_Reasoning_V3_Config(
+        text_config=FAMILIES["Nemotron-H"](), vision_config=vision | {"video_temporal_patch_size": 2},
+        projector_hidden_size=16, vision_hidden_size=16, image_token_id=0,
+    )  # fmt: skip
+    model = NemotronH_Omni_Reasoning_V3(config)
+    fill(model, 0)
+    save(model, tmp_path, WORDS)
+    target = Target.of(tmp_path, dtype="float32", device="cpu")
+    ids = torch.arange(1, 21)[None]
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(target.logits(target.read(ids).hidden), expected, atol=1e-4, rtol=1e-4)
+    (tmp_path / "cut").mkdir()
+    for path in tmp_path.glob("*.json"):
+        (tmp_path / "cut" / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(tmp_path / WEIGHTS)
+    save_file({n: t for n, t in tensors.items() if "lm_head" not in n}, tmp_path / "cut" / WEIGHTS, {"format": "pt"})
+    with pytest.raises(DraftsmithError, match=r"lack language_model\.lm_head\.weight"):
+        Target.of(tmp_path / "cut", dtype="float32", device="cpu")
+
+
+def test_a_layer_that_lacks_one_of_its_experts_is_named_as_damaged(tmp_path: Path) -> None:
+    write_family(tmp_path, "Qwen3-MoE")
+    change(tmp_path, "model.layers.1.mlp.experts.3.up_proj.weight", None)
+    with pytest.raises(DraftsmithError, match=WEIGHTS):
+        Target.of(tmp_path, dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize("failing", ["model.model.forward", "model.get_output_embeddings"])
+def test_a_class_that_fails_is_named(failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = write_artifact(tmp_path)
+    from transformers import Qwen3ForCausalLM, Qwen3Model
+
+    def fail(*_args: object, **_kwargs: object) -> None:
+        raise KeyError("full_attention")
+
+    owner = Qwen3Model if failing == "model.model.forward" else Qwen3ForCausalLM
+    monkeypatch.setattr(owner, failing.split(".")[-1], fail)
+    with pytest.raises(DraftsmithError, match=r"Qwen3ForCausalLM .*KeyError: 'full_attention'"):
+        Target.load(artifact, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), OSError(28, "No space left on device"), RuntimeError("CUDA error: 2")]
+)
+def test_what_the_machine_refuses_is_not_the_models_fault(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = write_artifact(tmp_path)
+
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr("draftsmith.stages.target.causal_lm.check_agreement", refuse)
+    with pytest.raises(type(error)):
+        Target.load(artifact, device="cpu")
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    with pytest.raises(DraftsmithError, match=r"CUDA out of memory.*CUDA_VISIBLE_DEVICES"):
+        Target.load(artifact, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("fields", "known"),
+    [
+        ({"architectures": ["Qwen_3ForCausalLM"], "auto_map": {"AutoConfig": "its.Own"}}, True),
+        ({"architectures": ["OurFineTuneForCausalLM"]}, True),
+        ({"architectures": ["OurFineTuneForCausalLM"], "auto_map": {"AutoConfig": "its.Own"}}, False),
+        ({"architectures": ["OurFineTune"]}, False),
+        ({"architectures": ["Qwen3ForSequenceClassification"]}, False),
+    ],
+)
+def test_the_configs_type_counts_where_the_architecture_has_another_name(
+    fields: dict[str, object], known: bool, tmp_path: Path
+) -> None:
+    write_model(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with nullcontext() if known else pytest.raises(DraftsmithError, match="is not a causal language model"):
+        Target.of(tmp_path, dtype="float32", device="cpu")
+
+
+def test_weights_that_are_no_numbers_are_told_as_that(tmp_path: Path) -> None:
+    """Not as a model that computes something else: half of them overflow where float16 is too narrow."""
+    artifact = write_artifact(tmp_path)
+    change(tmp_path / "model", "model.norm.weight", torch.full((32,), torch.nan))
+    with pytest.raises(DraftsmithError, match="weights are damaged"):
+        Target.load(artifact, device="cpu")
+
+
+WRONG_SIZES: list[Any] = [-1, 0, 10**30, "8", []]
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "said"),
+    [
+        (
+            "config.json",
+            {"rope_parameters": {"rope_type": "own", "rope_theta": 1e4}},
+            r"cannot make a model of its config.json \(KeyError: 'own'\)",
+        ),
+        ("config.json", {"hidden_act": "own"}, r"cannot make a model of its config.json \(KeyError: 'own'\)"),
+        *(
+            ("config.json", {field: value}, rf"config\.json: .*\b{field}\b")
+            for field in ("hidden_size", "num_key_value_heads", "max_position_embeddings", "vocab_size", "rms_norm_eps")
+            for value in WRONG_SIZES
+        ),
+        *(
+            (
+                "config.json",
+                {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4} | {name: -1}},
+                name,
+            )
+            for name in ("rope_theta", "factor")
+        ),
+        ("config.json", SLIDING | {"sliding_window": None}, "cannot make a model of its config.json"),
+        ("config.json", SLIDING | {"sliding_window": 0}, "sliding_attention over 0 positions are not supported"),
+        ("generation_config.json", {"eos_token_id": "<end>"}, "eos_token_id '<end>' is no token id"),
+        ("generation_config.json", {"max_new_tokens": "many"}, r"generation_config\.json: cannot be read"),
+    ],
+    ids=str,
+)
+def test_what_its_small_files_say_wrong_is_one_clear_error(
+    file: str, fields: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    write_model(tmp_path)
+    path = tmp_path / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(DraftsmithError, match=said):
+        metadata_artifact(TargetConfig(source=str(tmp_path)), tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3", "{", "[" * 20_000])
+def test_a_generation_config_that_is_none_is_one_clear_error(content: str, tmp_path: Path) -> None:
+    """It was told as a model that cannot be read, when that was loaded."""
+    write_model(tmp_path)
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(DraftsmithError, match=r"generation_config\.json: cannot be read"):
+        metadata_artifact(TargetConfig(source=str(tmp_path)), tmp_path)
+
+
+def test_ids_that_no_token_has_end_no_answer(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [-1, 3, 64, 10**9]}))
+    assert metadata_artifact(TargetConfig(source=str(tmp_path)), tmp_path).eos_ids == [3, 63]
+
+
+def test_biases_that_its_config_does_not_say_are_one_clear_error(tmp_path: Path) -> None:
+    """They were left out: another model than the checkpoint's."""
+    artifact = write_artifact(tmp_path)
+    weights = tmp_path / "model" / WEIGHTS
+    bias = {"model.layers.0.self_attn.q_proj.bias": torch.ones(32), "model.of_images.bias": torch.ones(3)}
+    save_file(load_file(weights) | bias, weights, metadata={"format": "pt"})
+    with pytest.raises(DraftsmithError, match=r"model\.layers\.0\.self_attn\.q_proj\.bias"):
+        Target.load(artifact, device="cpu")
+
+
+def test_of_tensors_that_are_there_twice_none_is_taken(tmp_path: Path) -> None:
+    """transformers and servers take different ones."""
+    write_model(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    names = sorted(tensors)
+    halves = {"a.safetensors": names[:20], "b.safetensors": names[20:]}
+
+    def write_shards() -> None:
+        for file, half in halves.items():
+            save_file({name: tensors[name] for name in half}, tmp_path / file, metadata={"format": "pt"})
+
+    def described() -> object:
+        return metadata_artifact(TargetConfig(source=str(tmp_path)), tmp_path)
+
+    index = {"weight_map": {name: file for file, half in halves.items() for name in half}}
+    (tmp_path / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    write_shards()
+    with pytest.raises(DraftsmithError, match=rf"index\.json .*{WEIGHTS}"):
+        described()
+    (tmp_path / WEIGHTS).unlink()
+    described()
+    halves["b.safetensors"] = names[19:]
+    write_shards()
+    with pytest.raises(DraftsmithError, match=rf"b\.safetensors: {names[19]}"):
+        described()
+    (tmp_path / f"{WEIGHTS}.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(DraftsmithError, match=r"index\.json: names no weights"):
+        described()
+
+
+def test_the_folder_of_an_adapter_is_told_as_that(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(DraftsmithError, match=r"config\.json.*adapter"):
+        metadata_artifact(TargetConfig(source=str(tmp_path)), tmp_path)

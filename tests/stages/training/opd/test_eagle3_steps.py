@@ -1,0 +1,121 @@
+"""OPD's steps with an EAGLE-3 drafter: chains on its own proposals, trained as replay drafts them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from draftsmith.stages.training.batches import step_rng
+from draftsmith.stages.training.blocks import block_hidden, block_hidden_on, context_of
+from draftsmith.stages.training.opd.anchor_sources import RandomAnchors
+from draftsmith.stages.training.opd.loss import opd_loss
+from draftsmith.stages.training.opd.mined_table import draw_steps
+from draftsmith.stages.training.opd.remining import Remining
+from draftsmith.stages.training.opd.step import OpdStep
+from draftsmith.stages.training.opd.verify_steps import judge
+from tests.stages.bench import Bench
+from tests.stages.training.case import CHUNK, heads_of
+from tests.stages.training.world import INDICES, World, make_world, phases
+
+
+@pytest.fixture(scope="module")
+def world(eagle_bench: Bench) -> World:
+    return make_world(eagle_bench, moved_by=0.05)
+
+
+def test_chains_of_the_training_are_judged_as_replay_judges_them(world: World) -> None:
+    """At the anchors of its trace the steps are the trace: what is accepted is decided on the trajectory's tokens, what
+    is proposed behind a rejection is the drafter's own."""
+    drafter, batch = world.moved, world.batch
+    fresh = world.mined_by(drafter)
+    known = [fresh.steps[i] for i in INDICES]
+    anchors, expected = draw_steps(known, "visited", 30, phases(0, 1)[:, 0], torch.device("cpu"))
+    context = context_of(drafter, batch)
+    hidden = block_hidden(drafter, context, batch, anchors)
+    head = world.head_of(drafter)
+    tokens = batch.tokens.gather(1, anchors.positions)
+    own = drafter.propose(context, tokens, anchors.positions, drafter.block_size, head)
+    steps = judge(hidden, batch, anchors, head, proposals=4, proposed=own)
+    for name in ("accepted", "committed", "rejected_offset", "proposed"):
+        assert torch.equal(getattr(steps, name), getattr(expected, name)), name
+    scored = world.scored(steps, anchors, 4)
+    torch.testing.assert_close(scored.target_logprobs, expected.target_logprobs, equal_nan=True, atol=3e-4, rtol=1e-4)
+    without = judge(hidden, batch, anchors, head, proposals=4)
+    for name in ("accepted", "committed", "rejected_offset"):
+        assert torch.equal(getattr(without, name), getattr(expected, name)), name
+    assert not torch.equal(without.proposed, expected.proposed), "on the trajectory's tokens it proposes others"
+    small = judge(hidden, batch, anchors, head, proposals=2)
+    assert torch.equal(small.accepted, steps.accepted.clamp(max=2))
+
+
+def test_mining_again_gives_the_trace_of_the_current_weights(world: World) -> None:
+    remining = world.remining(10, scored=True)
+    figures = remining.refresh(10, INDICES, world.view())
+    fresh = world.mined_by(world.moved)
+    for i in INDICES:
+        for name in ("anchors", "accepted", "committed", "rejected_offset", "proposed"):
+            ours, expected = getattr(remining.steps(i), name), getattr(fresh.steps[i], name)
+            np.testing.assert_array_equal(ours, expected, err_msg=name)
+    assert 0 < figures["trace_changed_share"] < 1
+    assert figures["remined_trajectories"] == 3
+
+
+def test_a_step_has_the_loss_of_the_chains_that_mining_finds(world: World) -> None:
+    """Read from the table, or drafted, judged and scored in the step: proposals, scores and the states behind them."""
+    objective, many = world.objective("paper"), 30
+    drafter, batch, fresh = world.moved, world.batch, world.mined_by(world.moved)
+    known = [fresh.steps[i] for i in INDICES]
+    anchors, steps = draw_steps(known, "errors", many, phases(5, 1)[:, 0], torch.device("cpu"))
+    judged_behind = (steps.target_logprobs.isfinite().sum(-1) - 1)[steps.rejected_offset > 0]
+    assert int(judged_behind.sum()) > 50, "proposals behind a rejection, on the drafter's own prefix"
+
+    context, target_head = context_of(drafter, batch), world.target.head_weight
+    hidden = block_hidden(drafter, context, batch, anchors)
+    on_own = block_hidden_on(drafter, context, batch, anchors, steps.proposed)
+    heads = heads_of(drafter, world.target)
+    expected, on_trajectory = (
+        opd_loss(
+            hidden, batch, anchors, steps, heads, target_head, objective, on_proposals=states, positions_per_chunk=CHUNK
+        ).figures
+        for states in (on_own, None)
+    )
+    assert abs(expected["loss_rejected"] - on_trajectory["loss_rejected"]) > 0.01
+
+    class There(RandomAnchors):
+        def draw(self, *arguments: Any) -> Any:
+            return replace(super().draw(*arguments), anchors=anchors)
+
+    remining = Remining(fresh, drafter, every=0, scored=True)
+    mined = world.source("errors", many, remining)
+    for source in (There(many), mined):
+        report = world.step(source, objective).loss(5, INDICES, batch, step_rng(0, 5))
+        for name in ("loss_response", "loss_rejected"):
+            assert report.figures[name] == pytest.approx(expected[name], rel=1e-3), name
+        assert report.figures.get("steps_changed_share", 0) == 0
+
+
+@pytest.mark.parametrize("kind", ["successors", "random"])
+def test_drafting_in_a_step_leaves_its_gradient_alone(kind: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for its own proposals: bit for bit the gradient of a step that is handed the proposals ready-made."""
+    objective = world.objective("paper")
+    drafted: list[torch.Tensor] = []
+    propose = OpdStep._propose
+
+    def remembered(*arguments: Any) -> torch.Tensor:
+        if not drafted:
+            drafted.append(propose(*arguments))
+        return drafted[0]
+
+    monkeypatch.setattr(OpdStep, "_propose", remembered)
+    gradients = []
+    for _ in ("drafted in the step", "ready-made"):
+        with torch.autocast("cpu", torch.bfloat16):
+            report = world.step(world.source(kind), objective).loss(5, INDICES, world.batch, step_rng(0, 5))
+        gradients.append(torch.autograd.grad(report.loss, list(world.moved.parameters())))
+    for (name, _), a, b in zip(world.moved.named_parameters(), *gradients, strict=True):
+        assert a.any(), name
+        assert torch.equal(a, b), name

@@ -1,0 +1,259 @@
+"""The stage `opd` on real mined steps: every loss trains, what was learned shows on the trained text, runs resume."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
+from draftsmith.artifacts.tables.parquet import read_table
+from draftsmith.artifacts.tables.schemas import VERIFY_STEPS
+from draftsmith.stages.data.load import DRAFTER_FOLDER, load_trajectories
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.checkpoint import load_drafter, read_info
+from draftsmith.stages.drafters.digest import drafter_digest
+from draftsmith.stages.engines.rollout import STAGE as ROLLOUT
+from draftsmith.stages.engines.rollout import RolloutConfig
+from draftsmith.stages.replay.mining import STAGE as MINING
+from draftsmith.stages.replay.mining import MiningConfig
+from draftsmith.stages.training.config import OpdConfig
+from draftsmith.stages.training.opd.mined_table import load_mined
+from draftsmith.stages.training.opd.stage import STAGE
+from tests.stages.bench import Bench
+from tests.testbed.context import RecordingContext, StoppingContext
+from tests.testbed.drafter import DrafterArtifacts
+
+CONFIG = {
+    "steps": 30, "learning_rate": 3e-4, "sequences_per_step": 4, "anchors_per_sequence": 6, "compute_dtype": "float32",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Fresh answers with the drafter in the loop, and what was mined on them."""
+
+    trajectories: Path
+    steps: Path
+
+
+def answered(folder: Path, made: DrafterArtifacts, temperature: float) -> Answers:
+    inputs = {"target": made.target, "drafter": made.drafter}
+    rollout = RecordingContext.under(folder / "rollout", {**inputs, "prompts": made.prompts})
+    sampling = {"max_new_tokens": 60, "temperature": temperature}
+    config = {"splits": ["heldout"], "prompts": 16, "sampling": sampling, "engine": {"slots": 16}}
+    ROLLOUT.run(rollout, RolloutConfig.model_validate(config))
+    mining = RecordingContext.under(folder / "mining", {**inputs, "trajectories": rollout.out})
+    MINING.run(mining, MiningConfig())
+    return Answers(rollout.out, mining.out)
+
+
+@pytest.fixture(scope="module")
+def greedy(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts) -> Answers:
+    return answered(tmp_path_factory.mktemp("greedy"), tiny_drafter, 0.0)
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts) -> Answers:
+    return answered(tmp_path_factory.mktemp("sampled"), tiny_drafter, 1.0)
+
+
+@pytest.fixture(params=["greedy", "sampled"])
+def answers(request: pytest.FixtureRequest) -> Answers:
+    """Both, where the loss or the trace hangs on how the text was drawn."""
+    found: Answers = request.getfixturevalue(request.param)
+    return found
+
+
+def train(
+    folder: Path, made: DrafterArtifacts, answers: Answers, stop_after: int | None = None, **fields: Any
+) -> StoppingContext:
+    inputs = {
+        "target": made.target, "drafter": made.drafter, "trajectories": answers.trajectories, "mined": answers.steps,
+    }  # fmt: skip
+    ctx = StoppingContext.under(folder, inputs, stop_after=stop_after)
+    STAGE.run(ctx, OpdConfig.model_validate({**CONFIG, **fields}))
+    return ctx
+
+
+@torch.no_grad()
+def committed_nll(bench: Bench, drafter: Drafter, answers: Answers) -> float:
+    """Mean -log q of the tokens that the mined steps committed."""
+    trajectories = load_trajectories(answers.trajectories).trajectories
+    table = load_mined(answers.steps, trajectories, drafter.block_size)
+    total, count = 0.0, 0
+    for trajectory, steps in zip(trajectories, table.steps, strict=True):
+        _, context = bench.read([trajectory], drafter)
+        tokens = torch.tensor(trajectory.tokens)
+        anchors, committed = (torch.as_tensor(each).long() for each in (steps.anchors, steps.committed))
+        blocks = tokens[anchors][None, :, None].expand(-1, -1, drafter.block_size - 1)
+        hidden = drafter.block_hidden(context, blocks, anchors[None])[0]
+        law = torch.log_softmax(bench.target.logits(hidden), -1)  # [steps, block_size - 1, vocabulary]
+        for k in range(law.shape[1]):
+            kept = committed > k
+            total -= float(law[kept, k, tokens[anchors[kept] + 1 + k]].sum())
+            count += int(kept.sum())
+    return total / count
+
+
+@pytest.mark.parametrize("anchors", ["errors", "visited", "successors", "random"])
+def test_matched_opd_raises_the_likelihood_of_what_was_committed(
+    anchors: str, answers: Answers, bench: Bench, tiny_drafter: DrafterArtifacts, tmp_path: Path
+) -> None:
+    ctx = train(tmp_path, tiny_drafter, answers, anchors=anchors, steps=40)
+    before = committed_nll(bench, bench.drafters["trained"], answers)
+    after = committed_nll(bench, load_drafter(ctx.out / DRAFTER_FOLDER, bench.target), answers)
+    assert after < before
+    losses = [values["loss"] for _, values in ctx.measured]
+    assert len(losses) == 40 and np.isfinite(losses).all()
+    if anchors in ("errors", "visited"):  # the others train other positions at every step
+        assert np.mean(losses[-8:]) < np.mean(losses[:8])
+    assert ctx.summaries["mined_steps"] > 0
+    assert ctx.summaries["blocks"] == 40 * 4 * 6
+    steps = read_table(answers.steps / "verify_steps.parquet", VERIFY_STEPS).to_pylist()
+    trained = {row["trajectory_id"] for row in steps if row["rejected_offset"] or anchors != "errors"}
+    assert ctx.summaries["passes"] == 40 * 4 / len(trained)
+
+
+def test_the_papers_pair_trains_both_streams(
+    answers: Answers, bench: Bench, tiny_drafter: DrafterArtifacts, tmp_path: Path
+) -> None:
+    ctx = train(tmp_path, tiny_drafter, answers, loss="paper", anchors="errors", remine_every=0)
+    assert len(ctx.measured) == 30
+    for _, values in ctx.measured:
+        assert values["loss"] == pytest.approx(values["loss_response"] + values["loss_rejected"], rel=1e-5)
+        assert values["loss_response"] >= 0 and values["loss_rejected"] >= 0
+    rejected = [values["loss_rejected"] for _, values in ctx.measured]
+    assert np.mean(rejected[-8:]) < np.mean(rejected[:8])
+    load_drafter(ctx.out / DRAFTER_FOLDER, bench.target)
+
+
+def test_mining_again_shows_how_stale_the_trace_has_become(
+    greedy: Answers, tiny_drafter: DrafterArtifacts, tmp_path: Path
+) -> None:
+    """16 trajectories, 4 a step: from step 8 on, every second epoch is mined again."""
+    ctx = train(tmp_path, tiny_drafter, greedy, remine_every=8, learning_rate=3e-3, anchors="visited")
+    curve = {step: values["trace_changed_share"] for step, values in ctx.measured if "trace_changed_share" in values}
+    counts = {step: values["remined_trajectories"] for step, values in ctx.measured if "trace_changed_share" in values}
+    assert min(curve) == 8
+    assert sum(counts[step] for step in counts if step < 12) == 16  # one epoch
+    assert all(0 <= share <= 1 for share in curve.values())
+    assert np.mean(list(curve.values())) > 0.05  # weights that move that fast leave the mined trace
+    assert ctx.summaries["mining_s"] > 0
+    never = train(tmp_path / "never", tiny_drafter, greedy, steps=12, remine_every=0, anchors="visited")
+    assert not any("trace_changed_share" in values for _, values in never.measured)
+    assert all(0 <= values["steps_changed_share"] <= 1 for _, values in never.measured)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"anchors": "random", "remine_every": 5}, "judged with the current weights anyway: set it to 0"),
+        ({"loss": "papers"}, "no preset 'papers', use one of"),
+        ({"loss": {"temperature": 0.5}}, "name one of them in loss.response.loss"),
+        ({"loss": {"response": {"weight": 0}}}, "nothing would be trained"),
+        ({"loss": {"response": {"scope": "block", "beyond": 1}}}, "beyond is of scope committed"),
+        ({"loss": {"rejected": {"positions": {"kind": "d_pace"}}}}, "verification reaches no rejected position"),
+        ({"loss": {"response": {"positions": {"gamma": 2}}}}, "loss.response.positions.kind"),
+        (
+            {"loss": {"preset": "paper", "response": {"positions": {"kind": "d_pace"}}}},
+            "response.positions: a rejected stream needs weights that are known before the loss",
+        ),
+    ],
+)
+def test_a_config_that_cannot_be_meant_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message.replace(".", r"\.")):
+        OpdConfig.model_validate(fields)
+
+
+def test_presets_are_names_for_streams() -> None:
+    paper = OpdConfig.model_validate({"loss": "paper"})
+    assert paper.loss.response.loss == "bernoulli_kl"
+    assert (paper.loss.rejected.loss, paper.loss.rejected.positions.kind) == ("k3", "power")
+    assert OpdConfig.model_validate({"loss": "matched"}) == OpdConfig()
+    assert OpdConfig.model_validate(paper.model_dump(mode="json")) == paper
+    changed = OpdConfig.model_validate({"loss": {"preset": "paper", "rejected": {"weight": 0.1}}})
+    assert (changed.loss.rejected.loss, changed.loss.rejected.weight) == ("k3", 0.1)
+    assert changed.loss.response == paper.loss.response
+
+
+def test_auto_follows_how_the_trajectories_were_drawn(
+    answers: Answers, tiny_drafter: DrafterArtifacts, tmp_path: Path
+) -> None:
+    losses = {}
+    for verification in ("auto", "greedy", "sampled"):
+        ctx = train(tmp_path / verification, tiny_drafter, answers, steps=1, verification=verification)
+        losses[verification] = ctx.measured[0][1]["loss"]
+    sampled = load_trajectories(answers.trajectories).law.temperature > 0
+    assert losses["auto"] == losses["sampled" if sampled else "greedy"]
+    assert losses["sampled"] != losses["greedy"]
+
+
+def test_a_reduced_training_head_trains_too(greedy: Answers, tiny_drafter: DrafterArtifacts, tmp_path: Path) -> None:
+    ctx = train(tmp_path, tiny_drafter, greedy, head_tokens=100, head_negatives=30, loss="paper", steps=5)
+    assert all(np.isfinite(values["loss"]) for _, values in ctx.measured)
+
+
+def test_the_checkpoint_says_where_it_comes_from(
+    greedy: Answers, bench: Bench, tiny_drafter: DrafterArtifacts, tmp_path: Path
+) -> None:
+    ctx = train(tmp_path, tiny_drafter, greedy, steps=2)
+    info = read_info(ctx.out / DRAFTER_FOLDER)
+    assert info.parents == (drafter_digest(tiny_drafter.drafter / DRAFTER_FOLDER),)
+    assert info.target_digest == bench.target.info.digest
+    assert (info.training["stage"], info.training["steps"]) == ("opd", 2)
+    stored = json.loads((ctx.out / DRAFTER_FOLDER / "drafter.json").read_text())
+    assert stored["digest"] == drafter_digest(ctx.out / DRAFTER_FOLDER) != info.parents[0]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"loss": "paper"},
+        {"anchors": "visited", "remine_every": 3, "loss": "paper"},
+        {"anchors": "successors"},
+        {"anchors": "random", "loss": "paper"},
+        {"anchors": "visited", "remine_every": 1, "compute_dtype": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_an_interrupted_run_goes_on_bit_for_bit(
+    fields: dict[str, Any], sampled: Answers, tiny_drafter: DrafterArtifacts, tmp_path: Path
+) -> None:
+    """What was mined again hangs on weights of earlier steps."""
+    fields = {"steps": 8, "learning_rate": 3e-3} | fields
+    whole = train(tmp_path / "whole", tiny_drafter, sampled, **fields)
+    for stop_after in (3, 6):
+        with pytest.raises(StageInterrupted):
+            train(tmp_path / "cut", tiny_drafter, sampled, stop_after, **fields)
+    last = train(tmp_path / "cut", tiny_drafter, sampled, **fields)
+    assert last.measured[0][0] == 6
+    name = f"{DRAFTER_FOLDER}/model.safetensors"
+    assert (last.out / name).read_bytes() == (whole.out / name).read_bytes()
+    assert last.measured == whole.measured[6:]
+
+
+def test_a_trajectory_that_was_not_mined_is_one_clear_error(
+    greedy: Answers, tiny_drafter: DrafterArtifacts, tmp_path: Path
+) -> None:
+    """Of the anchors that are read from the table; the others need none of it."""
+    other = Answers(tiny_drafter.rollout, greedy.steps)
+    with pytest.raises(DraftsmithError):
+        train(tmp_path, tiny_drafter, other, anchors="visited")
+    assert train(tmp_path / "without", tiny_drafter, other, steps=1).summaries["blocks"] == 4 * 6
+
+
+def test_a_damaged_table_is_one_clear_error(greedy: Answers, tiny_drafter: DrafterArtifacts, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    content = (greedy.steps / "verify_steps.parquet").read_bytes()
+    (damaged / "verify_steps.parquet").write_bytes(content[: len(content) // 2])
+    with pytest.raises(DraftsmithError, match=r"verify_steps\.parquet: not a whole Parquet file") as caught:
+        train(tmp_path, tiny_drafter, Answers(greedy.trajectories, damaged))
+    assert "\n" not in str(caught.value)

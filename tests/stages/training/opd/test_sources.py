@@ -1,0 +1,251 @@
+"""Verify steps of the current weights: mined again, judged on the training's own blocks, rolled on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from draftsmith.stages.replay.chains import successors
+from draftsmith.stages.replay.replayer import score
+from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.training.batches import step_rng
+from draftsmith.stages.training.blocks import block_hidden, context_of, drawn_positions
+from draftsmith.stages.training.loss_config import LossConfig
+from draftsmith.stages.training.opd import step as opd_step
+from draftsmith.stages.training.opd import verify_steps
+from draftsmith.stages.training.opd.mined_table import MinedTable, draw_steps
+from draftsmith.stages.training.opd.remining import Remining
+from draftsmith.stages.training.opd.verify_steps import Unscored, all_scored, judge
+from tests.stages.bench import Bench
+from tests.stages.training.world import COUNT, INDICES, KINDS, PER_SEQUENCE, World, make_world, phases, without_errors
+
+
+@pytest.fixture(scope="module")
+def world(bench: Bench) -> World:
+    return make_world(bench, moved_by=0.3)
+
+
+def test_mining_again_gives_the_trace_of_the_current_weights(world: World) -> None:
+    remining = world.remining(scored=True)
+    figures = remining.refresh(10, INDICES, world.view())
+    traces = world.traces(world.moved)
+    gone = total = 0
+    for i in INDICES:
+        fresh, trace, mined = remining.steps(i), traces[i], world.table.steps[i]
+        for name in ("anchors", "accepted", "committed", "rejected_offset", "proposed"):
+            np.testing.assert_array_equal(getattr(fresh, name), getattr(trace, name), err_msg=name)
+        now = list(zip(trace.anchors.tolist(), trace.accepted.tolist(), strict=True))
+        then = list(zip(mined.anchors.tolist(), mined.accepted.tolist(), strict=True))
+        gone, total = gone + sum(step not in now for step in then), total + len(then)
+    assert 0 < gone < total
+    assert figures == {"trace_changed_share": gone / total, "remined_trajectories": 3}
+    for i in set(range(COUNT)) - set(INDICES):
+        assert remining.steps(i) is world.table.steps[i]
+    assert remining.mined.steps[INDICES[0]] is world.table.steps[INDICES[0]]
+
+
+def test_only_the_steps_that_are_drawn_are_scored(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of those the rejected proposals, once each; what was mined before keeps its scores."""
+    asked: list[list[Trace]] = []
+
+    def counted(target: Any, trajectories: Any, traces: list[Trace], *rest: Any) -> Any:
+        asked.append(traces)
+        return score(target, trajectories, traces, *rest)
+
+    monkeypatch.setattr(verify_steps, "score", counted)
+    remining = world.remining(every=10, scored=True)
+    remining.refresh(10, INDICES[:2], world.view(INDICES[:2]))  # the third keeps its trace
+    source = world.source("visited", remining=remining)
+    drawn = source.draw(9, INDICES, world.view(), phases(0, 1))  # too early for the third
+    assert drawn.steps is not None and list(drawn.unscored) == [0, 1]
+    unscored = Unscored(drawn.steps, world.batch.trajectories, drawn.anchors, drawn.unscored)
+    (steps,) = all_scored([unscored], world.target, 7, 2048)
+    fresh = world.mined_by(world.moved)
+    for row, i in enumerate(INDICES):
+        table = fresh.steps[i] if row < 2 else world.table.steps[i]
+        for a, anchor in enumerate(drawn.anchors.positions[row].tolist()):
+            place = table.anchors.tolist().index(anchor)
+            expected = table.target_logprobs[place]
+            np.testing.assert_allclose(steps.target_logprobs[row, a].numpy(), expected, atol=1e-4)
+            accepted = table.accepted[place]
+            assert np.isnan(expected[:accepted]).all()
+            assert np.isfinite(expected[accepted : accepted + 1]).all() or not table.rejected_offset[place]
+    assert [len(traces) for traces in asked] == [2]
+    assert all(len(t.anchors) == len(set(t.anchors.tolist())) <= PER_SEQUENCE for t in asked[0])
+
+
+def test_a_trajectory_is_mined_again_when_its_trace_is_old_enough(world: World) -> None:
+    remining = world.remining(every=10)
+    mined = {}
+    for step, indices in ((0, [0, 1]), (9, [0, 1]), (10, [0]), (15, [0, 1]), (19, [0, 1]), (20, [0, 1])):
+        figures = remining.refresh(step, indices, world.view(indices))
+        mined[step] = figures.get("remined_trajectories", 0)
+    assert mined == {0: 0, 9: 0, 10: 1, 15: 1, 19: 0, 20: 1}  # 0 at 10 and 20, 1 at 15
+    never = world.remining(every=0)
+    assert never.refresh(1000, [0], world.view([0])) == {}
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_a_checkpoint_brings_back_the_fresh_tables(scored: bool, world: World) -> None:
+    remining = world.remining(scored=scored)
+    remining.refresh(10, INDICES, world.view())
+    other = world.remining(scored=scored)
+    other.refresh(12, [1], world.view([1]))  # forgotten
+    other.load_state_dict(remining.state_dict())
+    for i in range(COUNT):
+        for name, value in vars(remining.steps(i)).items():
+            np.testing.assert_array_equal(value, getattr(other.steps(i), name), err_msg=name)
+    for step, again in ((19, 0), (20, 3)):
+        figures = other.refresh(step, INDICES, world.view())
+        assert figures.get("remined_trajectories", 0) == again
+
+
+def test_an_empty_memory_survives_a_checkpoint(world: World) -> None:
+    remining = world.remining()
+    remining.load_state_dict(world.remining().state_dict())
+    assert [remining.steps(i) for i in range(COUNT)] == world.table.steps
+
+
+def test_fresh_steps_fit_a_smaller_served_block(world: World) -> None:
+    """A table that was mined with a smaller block is mined again with that block, padded to the trained one."""
+    table = MinedTable(world.table.steps, 3)
+    remining = Remining(table, world.moved, every=1, scored=True)
+    remining.refresh(1, [0], world.view([0]))
+    fresh, trace = remining.steps(0), world.traces(world.moved, 4)[0]
+    np.testing.assert_array_equal(fresh.accepted, trace.accepted)
+    assert fresh.proposed.shape == (len(trace.anchors), world.moved.block_size - 1)
+    assert np.isnan(fresh.target_logprobs[:, 3:]).all()
+
+
+def test_blocks_of_the_training_are_judged_as_replay_judges_them(world: World) -> None:
+    """At the anchors of its trace, the steps are the trace; and so are the target's log-probs."""
+    fresh = world.mined_by(world.moved)
+    batch = world.batch
+    known = [fresh.steps[i] for i in INDICES]
+    anchors, expected = draw_steps(known, "visited", 30, phases(0, 1)[:, 0], torch.device("cpu"))
+    hidden = block_hidden(world.moved, context_of(world.moved, batch), batch, anchors)
+    head = world.head_of(world.moved)
+    steps = judge(hidden, batch, anchors, head, proposals=7)
+    for name in ("accepted", "committed", "rejected_offset", "proposed"):
+        assert torch.equal(getattr(steps, name), getattr(expected, name)), name
+    assert steps.target_logprobs.isnan().all()
+    scored = world.scored(steps, anchors, 7)
+    torch.testing.assert_close(scored.target_logprobs, expected.target_logprobs, equal_nan=True, atol=1e-4, rtol=1e-4)
+    small = judge(hidden, batch, anchors, head, proposals=2)
+    assert torch.equal(small.accepted, steps.accepted.clamp(max=2))
+    in_parts = world.scored(steps, anchors, 7, tokens=1)
+    torch.testing.assert_close(in_parts.target_logprobs, scored.target_logprobs, atol=1e-5, rtol=1e-5, equal_nan=True)
+    assert world.scored(small, anchors, 2).target_logprobs[..., 2:].isnan().all()
+
+
+def test_successors_are_what_one_block_of_the_current_weights_leads_to(world: World) -> None:
+    """Of positions all over the response; what two of them lead to is drawn once, and another one twice."""
+    per_sequence, view = 8, world.view()
+    source = world.source("successors", per_sequence)
+    on_trace = 0
+    traces = world.traces(world.moved)
+    for step in range(10):
+        drawn = source.draw(step, INDICES, view, phases(step, 2))
+        assert drawn.steps is None  # judged on the blocks of the step itself
+        assert drawn.anchors.blocks == len(INDICES) * per_sequence
+        before = np.stack(drawn_positions(view.batch.trajectories, per_sequence, phases(step, 2)[:, 0]))
+        behind = successors(
+            world.moved, view.context, view.batch.trajectories, torch.from_numpy(before), 8, view.head, None
+        ).numpy()
+        for row, i in enumerate(INDICES):
+            chosen = drawn.anchors.positions[row].tolist()
+            assert set(chosen) == set(behind[row].tolist())
+            on_trace += sum(anchor in traces[i].anchors for anchor in chosen)
+    by_chance = float(np.mean([len(traces[i].anchors) / world.trajectories[i].response_length for i in INDICES]))
+    assert on_trace / (10 * len(INDICES) * per_sequence) > 1.5 * by_chance
+
+
+def test_every_kind_trains_the_same_number_of_blocks(world: World) -> None:
+    """Also where a trajectory has fewer candidates than anchors."""
+    many, everywhere = 200, world.objective({"response": {"scope": "block"}})
+    positions = {}
+    for kind in KINDS:
+        remining = world.remining(every=1 if kind == "visited" else 0)
+        step = world.step(world.source(kind, many, remining=remining), everywhere, per_sequence=many)
+        report = step.loss(5, INDICES, world.batch, step_rng(0, 5))
+        assert report.blocks == len(INDICES) * many, kind
+        positions[kind] = report.positions / (report.blocks * 7)
+    assert min(positions.values()) > 0.6  # the rest lies beyond the ends: more of it where errors are late
+
+
+@pytest.mark.parametrize("proposals", [7, 3])
+@pytest.mark.parametrize(("kind", "response", "judged"), [
+    ("random", {"scope": "block"}, 0), ("random", {"scope": "committed"}, 0), ("random", {"beyond": 0}, 1),
+    ("successors", {"scope": "block"}, 0), ("successors", {}, 0), ("successors", {"beyond": 0}, 1),
+    ("visited", {"beyond": 0}, 0),
+])  # fmt: skip
+def test_blocks_are_judged_where_somebody_reads_it(
+    kind: str, response: dict[str, Any], judged: int, proposals: int, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where all offsets are trained, the loss itself finds what was accepted, and weighs as if it had been judged."""
+    calls = []
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        return judge(*arguments, **named)
+
+    monkeypatch.setattr(opd_step, "judge", counted)
+    source = world.source(kind, remining=world.remining())
+    step = world.step(source, world.objective({"response": response}), proposals=proposals)
+    batch = world.batch
+    loss = step.loss(5, INDICES, batch, step_rng(0, 5)).loss
+    assert len(calls) == judged
+    monkeypatch.setattr(LossConfig, "reads_steps", property(lambda _objective: True))
+    assert torch.equal(loss, step.loss(5, INDICES, batch, step_rng(0, 5)).loss)
+
+
+def test_a_trajectory_without_errors_lends_its_other_steps(world: World) -> None:
+    steps, right = world.table.steps[0], without_errors(world.table, 0)
+    anchors, drawn = draw_steps(right.steps, "errors", PER_SEQUENCE, np.array([0.3]), torch.device("cpu"))
+    assert anchors.blocks == PER_SEQUENCE
+    assert set(anchors.positions.flatten().tolist()) <= set(steps.anchors.tolist())
+    assert (drawn.rejected_offset == 0).all()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_mining_in_a_step_leaves_its_gradient_alone(autocast: bool, world: World) -> None:
+    """Autocast remembers its copies of weights: none made without gradient may reach the training."""
+    batch, objective = world.batch, world.objective("matched")
+    mined_before = world.remining(every=1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        mined_before.refresh(5, INDICES, world.view())
+    gradients = []
+    for remining in (mined_before, world.remining(every=1)):  # the second mines inside the step
+        step = world.step(world.source("visited", remining=remining), objective)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            report = step.loss(5, INDICES, batch, step_rng(0, 5))
+        gradients.append(torch.autograd.grad(report.loss, list(world.moved.parameters()), allow_unused=True))
+    for (name, _), a, b in zip(world.moved.named_parameters(), *gradients, strict=True):
+        assert a is not None and b is not None, name
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("kind", ["errors", "random", "successors"])
+def test_the_target_scores_proposals_only_for_a_rejected_stream(
+    kind: str, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forwards: list[int] = []
+    step_of = world.target.step
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        forwards.append(1)
+        return step_of(*arguments, **named)
+
+    monkeypatch.setattr(world.target, "step", counted)
+    for loss, wanted in (("matched", False), ("paper", True), ({"preset": "paper", "rejected": {"weight": 0}}, False)):
+        objective = world.objective(loss)
+        remining = world.remining(every=1, scored=objective.needs_scores)
+        step = world.step(world.source(kind, remining=remining), objective)
+        forwards.clear()
+        report = step.loss(5, INDICES, world.batch, step_rng(0, 5))
+        assert bool(forwards) == wanted
+        assert ("loss_rejected" in report.figures) == wanted
+        assert report.loss.isfinite()

@@ -1,0 +1,199 @@
+"""A DFlash drafter that goes on as DSpark, on sampled answers, through every stage that has a drafter in it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from draftsmith.artifacts.tables.parquet import read_table
+from draftsmith.artifacts.tables.schemas import REQUESTS, TRAJECTORIES, VERIFY_STEPS
+from draftsmith.stages.data.load import DRAFTER_FOLDER, load_trajectories
+from draftsmith.stages.drafters.checkpoint import load_drafter
+from draftsmith.stages.drafters.dspark.config import DSparkConfig
+from draftsmith.stages.engines.rollout import STAGE as ROLLOUT
+from draftsmith.stages.engines.rollout import RolloutConfig
+from draftsmith.stages.evaluation.config import EvaluationConfig
+from draftsmith.stages.evaluation.drift import STAGE as DRIFT
+from draftsmith.stages.evaluation.drift import DriftConfig
+from draftsmith.stages.evaluation.stage import STAGE as EVALUATION
+from draftsmith.stages.replay.mining import STAGE as MINING
+from draftsmith.stages.replay.mining import MiningConfig
+from draftsmith.stages.replay.replayer import Replayer
+from draftsmith.stages.replay.trace import tau
+from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.training.config import OpdConfig, SftConfig
+from draftsmith.stages.training.opd.stage import STAGE as OPD
+from draftsmith.stages.training.sft.stage import STAGE as SFT
+from tests.testbed.context import RecordingContext
+from tests.testbed.drafter import DrafterArtifacts
+
+TRAINING = {"sequences_per_step": 4, "anchors_per_sequence": 6, "compute_dtype": "float32", "learning_rate": 1e-3}
+SAMPLING = {"max_new_tokens": 40, "temperature": 1.0}
+
+
+@dataclass(frozen=True)
+class Made:
+    """Folders of artifacts."""
+
+    target: Path
+    prompts: Path
+    sft: Path
+    rollout: Path  # with the drafter in the loop
+    mining: Path
+
+    def inputs(self, *names: str) -> dict[str, Path]:
+        named = {"target": self.target, "drafter": self.sft, "trajectories": self.rollout, "mined": self.mining}
+        return {name: named[name] for name in names}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts) -> Made:
+    folder = tmp_path_factory.mktemp("dspark")
+    target, prompts = tiny_drafter.target, tiny_drafter.prompts
+    sft = RecordingContext.under(folder / "sft", {"target": target, "trajectories": tiny_drafter.rollout})
+    shape = {"kind": "dspark", "markov_rank": 16}
+    start = str(tiny_drafter.drafter / DRAFTER_FOLDER)
+    SFT.run(sft, SftConfig.model_validate({**TRAINING, "steps": 12, "init_from": start, "drafter": shape}))
+    inputs = {"target": target, "prompts": prompts, "drafter": sft.out}
+    rollout = RecordingContext.under(folder / "rollout", inputs)
+    config = {"splits": ["heldout"], "prompts": 24, "sampling": SAMPLING, "engine": {"slots": 24}}
+    ROLLOUT.run(rollout, RolloutConfig.model_validate(config))
+    mining = RecordingContext.under(folder / "mining", {**inputs, "trajectories": rollout.out})
+    MINING.run(mining, MiningConfig())
+    return Made(target, prompts, sft.out, rollout.out, mining.out)
+
+
+@pytest.fixture(scope="module")
+def target(made: Made) -> Target:
+    return Target.load(made.target, device="cpu")
+
+
+def test_sft_goes_on_from_dflash_as_dspark(made: Made, tiny_drafter: DrafterArtifacts, target: Target) -> None:
+    drafter = load_drafter(made.sft / DRAFTER_FOLDER, target)
+    before = load_drafter(tiny_drafter.drafter / DRAFTER_FOLDER, target)
+    assert (drafter.kind, drafter.block_size) == ("dspark", before.block_size)
+    assert len(drafter.info.parents) == 1
+    texts = load_trajectories(tiny_drafter.heldout, ["validation"]).trajectories
+    traces = Replayer(target).traces({"before": before, "after": drafter}, texts)
+    assert tau(traces["after"]) > 0.8 * tau(traces["before"]) > 1.6
+
+
+def restated(made: Made, folder: Path, **law: float) -> Path:
+    """The answers of the rollout in `folder`, as if drawn with another top-p or top-k."""
+    folder.mkdir()
+    table = read_table(made.rollout / "trajectories.parquet", TRAJECTORIES)
+    for name, value in law.items():
+        at = table.schema.get_field_index(name)
+        field = table.schema.field(at)
+        table = table.set_column(at, field, pa.array([value] * len(table), field.type))
+    pq.write_table(table, folder / "trajectories.parquet")
+    return folder
+
+
+def test_a_drafter_taken_as_it_is_has_the_same_tau(
+    made: Made, tiny_drafter: DrafterArtifacts, target: Target, tmp_path: Path
+) -> None:
+    ctx = RecordingContext.under(tmp_path, {"target": made.target, "trajectories": tiny_drafter.rollout})
+    start = str(tiny_drafter.drafter / DRAFTER_FOLDER)
+    shape = DSparkConfig(kind="dspark", markov_rank=16)
+    SFT.run(ctx, SftConfig(steps=0, init_from=start, drafter=shape))
+    drafters = {
+        "before": load_drafter(tiny_drafter.drafter / DRAFTER_FOLDER, target),
+        "after": load_drafter(ctx.out / DRAFTER_FOLDER, target),
+    }
+    traces = Replayer(target).traces(drafters, load_trajectories(tiny_drafter.heldout, ["validation"]).trajectories)
+    for before, after in zip(traces["before"], traces["after"], strict=True):
+        np.testing.assert_array_equal(before.proposed, after.proposed)
+
+
+def test_mining_draws_what_fits_the_answers(made: Made) -> None:
+    summary = json.loads((made.mining / "summary.json").read_text())
+    parity = summary["parity"]
+    assert "mismatch_share" not in parity  # steps are those served in law, not one by one
+    assert abs(parity["tau_difference"]) < 0.25  # of some 400 steps
+    steps = read_table(made.mining / "verify_steps.parquet", VERIFY_STEPS).to_pylist()
+    assert 0 < summary["error_positions"] < summary["steps"] == len(steps)
+    for step in steps:
+        if step["rejected_offset"] == 0:
+            continue
+        # a rejected proposal may be the committed token only where it is not: max(q - p, 0) has none of it
+        assert step["proposed_ids"][step["accepted"]] != step["committed_id"]
+        assert np.isfinite(step["target_logprobs"][: step["rejected_offset"]]).all()
+
+
+def test_answers_that_the_stated_law_does_not_draw_are_counted_and_said(made: Made, tmp_path: Path) -> None:
+    assert json.loads((made.mining / "summary.json").read_text())["outside_nucleus_share"] == 0  # of all tokens
+    inputs = {
+        **made.inputs("target", "drafter"),
+        "trajectories": restated(made, tmp_path / "rollout", top_p=0.8, top_k=40),
+    }
+    mining = RecordingContext.under(tmp_path / "mining", inputs)
+    MINING.run(mining, MiningConfig(max_parity_mismatch=1))
+    share = json.loads((mining.out / "summary.json").read_text())["outside_nucleus_share"]
+    assert share == mining.summaries["outside_nucleus_share"] > 0.01
+
+    inputs = {**inputs, "prompts": made.prompts, "sft": made.sft}
+    del inputs["drafter"]
+    evaluation = RecordingContext.under(tmp_path / "evaluation", inputs)
+    config: dict[str, Any] = {"sampling": SAMPLING, "speed_prompts": 1, "exactness_prompts": 0, "rounds": 1}
+    EVALUATION.run(evaluation, EvaluationConfig.model_validate(config))
+    assert json.loads((evaluation.out / "acceptance.json").read_text())["outside_nucleus_share"] == share
+    for ctx in (mining, evaluation):
+        assert len([line for line in ctx.logs if f"warning: {share:.1%}" in line]) == 1
+
+
+@pytest.mark.parametrize(
+    ("anchors", "response", "said"),
+    [
+        ("successors", {}, "ce_l1 on block"),
+        ("visited", {"loss": "forward_kl", "scope": "committed"}, "forward_kl on committed"),
+    ],
+)
+def test_opd_trains_on_sampled_verification(
+    anchors: str, response: dict[str, Any], said: str, made: Made, tmp_path: Path
+) -> None:
+    ctx = RecordingContext.under(tmp_path, made.inputs("target", "drafter", "trajectories", "mined"))
+    loss = {"response": response, "rejected": {"loss": "k3", "weight": 0.3}}
+    OPD.run(ctx, OpdConfig.model_validate({**TRAINING, "steps": 6, "anchors": anchors, "loss": loss}))
+    assert any(f"verification sampled: {said}" in line for line in ctx.logs)
+    for _, values in ctx.measured:
+        assert values["loss"] == pytest.approx(values["loss_response"] + 0.3 * values["loss_rejected"], rel=1e-5)
+        assert values["loss_rejected"] > 0
+    target = Target.load(made.target, device="cpu")
+    assert load_drafter(ctx.out / DRAFTER_FOLDER, target).kind == "dspark"
+
+
+def test_an_evaluation_measures_it_beside_dflash(made: Made, tiny_drafter: DrafterArtifacts, tmp_path: Path) -> None:
+    inputs = {
+        "target": made.target,
+        "prompts": made.prompts,
+        "trajectories": made.rollout,
+        "champion": tiny_drafter.drafter,
+        "sft": made.sft,
+    }
+    ctx = RecordingContext.under(tmp_path, inputs)
+    config: dict[str, Any] = {"sampling": SAMPLING, "speed_prompts": 3, "exactness_prompts": 2, "rounds": 2}
+    EVALUATION.run(ctx, EvaluationConfig.model_validate(config))
+    found = json.loads((ctx.out / "evaluation.json").read_text())
+    assert (found["exactness"]["fp32_prompts"], found["exactness"]["fp32_identical"]) == (2, 2)  # greedy ones
+    assert found["exactness"]["identical_share"] is None  # sampled ones have the law alone
+    figures = found["drafters"]["sft"]
+    assert 1 < figures["tau"] < 8 and figures["tau"] != sum(
+        (n + 1) * count for n, count in enumerate(figures["accepted_histogram"])
+    ) / sum(figures["accepted_histogram"])  # averaged over the draws
+    assert figures["differences"]["champion"]["value"] != 0
+
+    answers = read_table(ctx.out / "requests.parquet", REQUESTS).to_pylist()
+    for arm in ("plain", "champion", "sft"):
+        first, second = ([a["response_ids"] for a in answers if (a["arm"], a["round"]) == (arm, n)] for n in (0, 1))
+        assert first != second, "what an arm draws by luck is an error of its speed only if it is not the same again"
+    drift = RecordingContext.under(tmp_path / "drift", inputs | {"champion": made.sft})
+    DRIFT.run(drift, DriftConfig())
+    assert json.loads((drift.out / "drift.json").read_text())["all"]["tau"] == pytest.approx(figures["tau"])

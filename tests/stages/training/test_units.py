@@ -1,0 +1,62 @@
+"""Turns of a conversation that is held out as a whole are no independent observations."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from draftsmith.artifacts.tables.parquet import read_table, write_table
+from draftsmith.artifacts.tables.schemas import PROMPTS
+from draftsmith.stages.data.held_out import units_of
+from draftsmith.stages.evaluation.config import EvaluationConfig
+from draftsmith.stages.evaluation.drift import STAGE as DRIFT
+from draftsmith.stages.evaluation.drift import DriftConfig
+from draftsmith.stages.evaluation.stage import STAGE as EVALUATION
+from tests.testbed.context import RecordingContext
+from tests.testbed.drafter import DrafterArtifacts
+
+
+@pytest.fixture
+def prompts(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> Path:
+    """The tiny drafter's, every three of them turns of one conversation."""
+    folder = tmp_path / "prompts"
+    shutil.copytree(tiny_drafter.prompts, folder)
+    rows = read_table(folder / "prompts.parquet", PROMPTS).to_pylist()
+    places: Counter[str] = Counter()
+    for row in rows:
+        first = {"role": "user", "content": f"{row['split']} {places[row['split']] // 3}"}
+        places[row["split"]] += 1
+        row["messages"] = [first, {"role": "assistant", "content": "Yes."}, *row["messages"]]
+    write_table(folder / "prompts.parquet", PROMPTS, rows)
+    (folder / "prompts.json").write_text(json.dumps({"heldout_by": "conversation"}))
+    return folder
+
+
+def test_a_prompt_is_its_own_unit_or_its_conversation_s(prompts: Path, tiny_drafter: DrafterArtifacts) -> None:
+    rows = read_table(prompts / "prompts.parquet", PROMPTS).to_pylist()
+    names = [row["prompt_id"] for row in rows if row["split"] == "heldout"]
+    assert units_of(tiny_drafter.prompts, names) == names
+    assert set(Counter(units_of(prompts, names)).values()) == {3}
+    assert units_of(prompts, ["of logs"]) == ["of logs"]
+    bare = [row | {"messages": []} for row in rows]
+    write_table(prompts / "prompts.parquet", PROMPTS, bare)
+    assert units_of(prompts, names) == names, "of token ids alone nothing is known"
+
+
+def test_intervals_are_over_conversations(prompts: Path, tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+    inputs = {"target": tiny_drafter.target, "prompts": prompts, "trajectories": tiny_drafter.heldout}
+    drafters = {"champion": tiny_drafter.drafter, "opd": tiny_drafter.drafter}
+    drift = RecordingContext.under(tmp_path / "drift", inputs | drafters)
+    DRIFT.run(drift, DriftConfig())
+    assert json.loads((drift.out / "drift.json").read_text())["all"]["prompts"] == 20
+    ctx = RecordingContext.under(tmp_path / "evaluation", inputs | drafters)
+    config: dict[str, Any] = {"sampling": {"max_new_tokens": 4}, "speed_prompts": 1, "rounds": 1}
+    EVALUATION.run(ctx, EvaluationConfig.model_validate(config | {"exactness_prompts": 0}))
+    found = json.loads((ctx.out / "evaluation.json").read_text())
+    assert found["drafters"]["opd"]["prompts"] == found["verdicts"][0]["prompts"] == 20
+    assert found["compared"][0]["units"] == sum(each["opd"]["prompts"] for each in found["sets"].values()) == 20
