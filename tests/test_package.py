@@ -82,7 +82,10 @@ def test_an_import_that_breaks_a_rule_is_refused(tmp_path: Path) -> None:
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(path.read_bytes())
     rules = {
-        "The pipeline knows no stage": ("flows/planning/graph.py", "import draftsmith.stages.training.sft.stage"),
+        "know a stage only by its declaration": (
+            "flows/planning/graph.py",
+            "import draftsmith.stages.training.sft.stage",
+        ),
         "know neither Prefect nor MLflow": ("stages/replay/chains.py", "import mlflow"),
         "No circle of imports": ("stages/target/source.py", "import draftsmith.stages.target.config"),
     }

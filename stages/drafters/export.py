@@ -13,7 +13,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters import checkpoint_format, speculators
 from draftsmith.stages.drafters.checkpoint import TOKENS_FILE, read_info, write_info
 from draftsmith.stages.target.layers import model_class
-from draftsmith.stages.target.logit_map import scale_of
+from draftsmith.stages.target.logit_probe import scale_of
 
 
 def export_speculators(source: Path, target_model: Path, target: str, folder: Path) -> None:

@@ -25,13 +25,13 @@ from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.engines.base import Completion
 from draftsmith.stages.engines.embedded import EmbeddedEngine
+from draftsmith.stages.evaluation.exactness import add_margins
 from draftsmith.stages.evaluation.machine_load import LoadMeter
 from draftsmith.stages.evaluation.timed_runs import (
     PLAIN,
     Measured,
     Row,
     Setting,
-    add_margins,
     candidate_sizes,
     compare_with_plain,
     equality,

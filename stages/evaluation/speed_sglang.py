@@ -184,7 +184,7 @@ def _begin(folder: Path, arms: Sequence[str]) -> None:
 
 def _add_margins(served: Served, rows: Sequence[Row], heldout: Sequence[Prompt]) -> None:
     """What servers said otherwise with a drafter than without is held against the target in this process."""
-    from draftsmith.stages.evaluation.timed_runs import add_margins
+    from draftsmith.stages.evaluation.exactness import add_margins
     from draftsmith.stages.target.causal_lm import Target
 
     if parting := sum(row["first_difference"] >= 0 for row in rows):

@@ -23,7 +23,7 @@ from draftsmith.stages.target.info import TargetInfo, model_path, read_target_in
 from draftsmith.stages.target.kv_cache import Address, Rows, SlotCache
 from draftsmith.stages.target.layers import Layers, causal_lm_of, decoder_of, model_class, steady_positions
 from draftsmith.stages.target.loading import load_part, load_weights
-from draftsmith.stages.target.logit_map import scale_of
+from draftsmith.stages.target.logit_probe import scale_of
 from draftsmith.stages.target.packed_linear import PackedLinear, can_pack, pack
 from draftsmith.stages.target.self_check import check_agreement
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from draftsmith.stages.target.layers import usual_layer
+from draftsmith.stages.target.model_sizes import usual_layer
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROCESS = 600e6  # Python with torch and transformers imported; on a GPU about as much for its context

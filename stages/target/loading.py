@@ -12,7 +12,8 @@ import torch
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.runtime.ranks import Ranks
-from draftsmith.stages.target.layers import causal_lm_of, decoder_of, layer_configs, model_class
+from draftsmith.stages.target.layers import causal_lm_of, decoder_of, model_class
+from draftsmith.stages.target.model_sizes import layer_configs
 from draftsmith.stages.target.source import weight_files
 
 

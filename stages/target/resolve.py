@@ -16,8 +16,8 @@ from draftsmith.artifacts.store.manifest import ELSEWHERE
 from draftsmith.stages.target.config import Dtype, TargetConfig
 from draftsmith.stages.target.hub import check_snapshot, hub_snapshot
 from draftsmith.stages.target.info import TargetInfo, model_digest, tokenizer_digest, write_target_info
-from draftsmith.stages.target.layers import usual_layer, wrong_numbers
 from draftsmith.stages.target.logit_map import LogitMap
+from draftsmith.stages.target.model_sizes import usual_layer, wrong_numbers
 from draftsmith.stages.target.source import (
     TOKENIZER_FILES,
     Kind,

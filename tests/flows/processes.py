@@ -87,11 +87,11 @@ def run_toy(home: Path, *arguments: str | Path, **variables: str) -> subprocess.
 _SERVER = """
 import os
 from pathlib import Path
-from draftsmith.flows.pipeline import prefect_server
+from draftsmith.flows.orchestration import server as prefect
 
-server = prefect_server.start_prefect_server(Path(os.environ["DRAFTSMITH_HOME"]))
+server = prefect.start_prefect_server(Path(os.environ["DRAFTSMITH_HOME"]))
 server.wait()
-prefect_server._temporary.clear()
+prefect._temporary.clear()
 """
 
 

@@ -20,7 +20,7 @@ from tests.flows.toy_stages.combine import CombineConfig
 from tests.flows.toy_stages.squares import SquaresConfig
 
 ASSET = "draftsmith://line/toy/champion"
-COLLECT, COMBINE, SQUARES = (f"tests.flows.pipeline.toy_stages.{name}" for name in ("collect", "combine", "squares"))
+COLLECT, COMBINE, SQUARES = (f"tests.flows.toy_stages.{name}" for name in ("collect", "combine", "squares"))
 
 
 class ToyConfig(RunOptions):

@@ -14,7 +14,7 @@ from draftsmith.stages.drafters import checkpoint_format, speculators
 from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.layers import is_size
+from draftsmith.stages.target.model_sizes import is_size
 
 AnyDFlash = TypeVar("AnyDFlash", bound=DFlashDrafter)
 

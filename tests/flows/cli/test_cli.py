@@ -23,7 +23,7 @@ def saved_numbers(home: Path) -> int:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    code = "import sys, draftsmith.flows.cli.main; draftsmith.flows.cli.main(['--help'])"
+    code = "import sys, draftsmith.flows.cli.main as cli; cli.main(['--help'])"
     heavy = "print(sorted({'torch', 'prefect', 'mlflow', 'pydantic', 'rich', 'pyarrow'} & set(sys.modules)))"
     source = f"import atexit, sys; atexit.register(lambda: {heavy}); {code}"
     result = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -154,7 +154,7 @@ def test_no_process_outlives_the_command(tmp_path: Path) -> None:
 def test_a_second_interrupt_ends_at_once_and_in_silence(tmp_path: Path) -> None:
     """While Prefect still sends what it has, at the interpreter's exit."""
     code = (
-        "import atexit, sys, time; from draftsmith.flows import cli\n"
+        "import atexit, sys, time; from draftsmith.flows.cli import main as cli\n"
         "def interrupted(*_): raise KeyboardInterrupt\n"
         "cli.COMMANDS['status'] = interrupted\n"
         "atexit.register(time.sleep, 60)\n"

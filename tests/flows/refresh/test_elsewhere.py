@@ -74,7 +74,9 @@ def test_a_damaged_drafter_comes_back_where_there_is_a_copy_and_else_is_named(
         registry_commands.export(Display(), line, tmp_path / "copy", dry_run=False)
         assert drafter_digest(tmp_path / "copy") == digest
         taken = RecordingContext.under(tmp_path / "taken", {"target": plain_artifact})
-        CHAMPION.run(taken, resolve(config).champion)
+        champion = resolve(config).champion
+        assert champion is not None
+        CHAMPION.run(taken, champion)
         assert drafter_digest(taken.out / DRAFTER_FOLDER) == digest
     else:
         with pytest.raises(DraftsmithError, match=r"version 1: .*model\.safetensors: .*: restore it .*promote") as said:

@@ -31,4 +31,4 @@ def run(ctx: StageContext, config: Any) -> None:
     sft.STAGE.run(ctx, config)
 
 
-STAGE = replace(sft.STAGE, run=run)
+STAGE = replace(sft.STAGE, body=__name__)

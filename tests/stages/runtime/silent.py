@@ -26,4 +26,4 @@ def run(_ctx: StageContext, _config: Any) -> None:
     ranks.wait()
 
 
-STAGE = replace(sft.STAGE, run=run)
+STAGE = replace(sft.STAGE, body=__name__)
