@@ -1,0 +1,74 @@
+"""Base classes of results: records that keep unknown keys, and files that are read and written as they were."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from draftsmith.artifacts.atomic import write_text
+from draftsmith.artifacts.errors import DraftsmithError
+
+
+class Record(BaseModel):
+    """A JSON object: keys that were not set are not written, and keys of other versions are kept.
+
+    The order of the fields is that of the keys in the file. An attribute whose key has another name states it as alias.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the object as it stands in the file."""
+        return self.model_dump(by_alias=True, exclude_unset=True)
+
+
+class ResultFile(BaseModel):
+    """A JSON file of an artifact."""
+
+    FILE: ClassVar[str]
+    INDENT: ClassVar[int] = 2
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read the file of an artifact. Raises DraftsmithError if it is missing or is not such a file."""
+        path = folder / cls.FILE
+        try:
+            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise DraftsmithError(f"{path}: missing. Run its stage again.") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "content"
+            raise DraftsmithError(f"{path}: {where}: {first['msg']}. Run its stage again with --force.") from None
+        except ValueError as error:
+            raise DraftsmithError(f"{path}: not JSON ({error}). Run its stage again with --force.") from error
+
+    @classmethod
+    def read_if_there(cls, folder: Path | None) -> Self | None:
+        """Read the file of an artifact; None without the artifact or the file."""
+        return cls.read(folder) if folder is not None and (folder / cls.FILE).is_file() else None
+
+    def write(self, folder: Path, name: str | None = None) -> None:
+        """Write the file, by default under its own name."""
+        content = self.model_dump(by_alias=True, exclude_unset=True)
+        write_text(folder / (name or self.FILE), json.dumps(content, indent=self.INDENT) + "\n")
+
+
+class SetMetrics(Record):
+    """Metrics of a drafter on one prompt set, each with its 95 % interval."""
+
+    tau: float | None = None
+    low: float | None = None  # ends of tau's interval; None for a single prompt
+    high: float | None = None
+    prompts: int | None = None
+    speedup: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
+
+    @property
+    def has_interval(self) -> bool:
+        """Return whether tau has an interval."""
+        return self.low is not None

@@ -1,0 +1,53 @@
+"""Results of stages `prompts` and `logs`: `prompts.json` and `logs.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from draftsmith.artifacts.results.base import Record, ResultFile
+
+
+class PromptsSummary(ResultFile, Record):
+    """What stage `prompts` chose and left out."""
+
+    FILE: ClassVar[str] = "prompts.json"
+
+    counts: Mapping[str, Mapping[str, int]] = {}  # source -> split -> prompts
+    prompt_tokens: Mapping[str, Mapping[str, int]] = {}  # split -> min, p50, p90, max
+    duplicates_removed: int = 0
+    too_long_skipped: int = 0
+    heldout_share: float | None = None
+    heldout_by: str | None = None  # prompt or conversation
+    wrong_class_passed_over: int = 0
+    set_aside: Mapping[str, int] = {}  # reason -> rejected rows
+
+
+class LogWindow(Record):
+    """The times of the logged rows that were read."""
+
+    since: str | None = None
+    after: str | None = None
+    newest: str | None = None
+
+
+class LogsSummary(ResultFile, Record):
+    """What stage `logs` read, used and left out."""
+
+    FILE: ClassVar[str] = "logs.json"
+
+    rows_in_files: int | None = None
+    rows_read: int = 0
+    used: int = 0
+    replayed: int = 0  # answers of the earlier refresh that were mixed in
+    replay_left_out: str | None = None  # why none were
+    set_aside: Mapping[str, int] = {}  # reason -> rejected rows
+    outside_window: int = 0
+    filtered: int = 0
+    not_drawn: int = 0  # usable rows that were not sampled
+    response_tokens: int = 0
+    scored: int = 0
+    improbable: Mapping[str, int] = {}  # reason -> answers
+    heldout_share: float | None = None
+    window: LogWindow = LogWindow()
+    given_by: Mapping[str, str] = {}  # digests of the target and its tokenizer

@@ -1,0 +1,276 @@
+"""Results of stage `evaluation`: `evaluation.json` and `contexts.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Annotated, ClassVar
+
+from pydantic import Field, RootModel
+
+from draftsmith.artifacts.results.base import Record, ResultFile, SetMetrics
+
+CHAMPION, PLAIN = "champion", "plain"  # arms: the drafter that serves, and decoding without a drafter
+
+
+class Difference(Record):
+    """A difference between two drafters with its interval, None for a single prompt."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+class Acceptance(Record):
+    """Acceptance metrics of one drafter, by replay of held-out answers."""
+
+    tau: float
+    tau_low: float | None = None
+    tau_high: float | None = None
+    prompts: int = 0
+    verify_steps: int = 0
+    block_size: int | None = None
+    acceptance_by_offset: Sequence[float] = ()
+    accepted_histogram: Sequence[int] = ()
+    tau_without_loops: float | None = None
+    differences: Mapping[str, Difference] = {}
+    tau_full_head: float | None = None
+
+
+class SpeedMetrics(Record):
+    """Speed metrics of one arm at one setting. Decoding without a drafter has none from `speedup` on."""
+
+    tokens_per_s: float | None = None
+    turns: int = 0
+    prompts: int = 0
+    first_token_s_median: float | None = None
+    first_token_s_p95: float | None = None
+    request_tokens_per_s_median: float | None = None
+    speedup: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
+    ratios: Mapping[str, Difference] = {}
+    draft_ms_per_step: float | None = None
+    verify_ms_per_step: float | None = None
+    draft_share: float | None = None
+    verify_share: float | None = None
+    tau_served: float | None = None
+    identical_share: float | None = None
+    accepted_histogram: Sequence[int] = ()
+    block_size: int | None = None
+
+
+class SpeedTable(Record):
+    """Speed of every arm at one setting."""
+
+    temperature: float | None = None
+    concurrency: int | None = None
+    arms: Mapping[str, SpeedMetrics] = {}
+
+    @property
+    def name(self) -> str:
+        """Return the setting as metric names have it: `c16.t0` for 16 requests in flight at temperature 0."""
+        return setting_name(self.temperature, self.concurrency)
+
+
+def setting_name(temperature: float | None, concurrency: int | None) -> str:
+    """Return `c16.t0` for 16 requests in flight at temperature 0; empty where no speed was measured."""
+    return "" if temperature is None or concurrency is None else f"c{concurrency}.t{temperature:g}"
+
+
+class EstimateRecord(Record):
+    """A value with its standard error."""
+
+    value: float
+    error: float | None  # None: unknown
+    units: int
+    degrees: float  # of freedom of the error
+
+
+class Comparison(Record):
+    """The estimated difference of an arm to another one: of tau, or of the logarithm of the speed."""
+
+    kind: str  # tau or speed
+    arm: str
+    other: str
+    value: float
+    error: float | None
+    units: int
+    degrees: float
+    set: str | None = None  # of a tau: the prompt set; None: all prompts
+    base: float | None = None  # of a tau: the other's
+    gain: EstimateRecord | None = None  # of a tau: the difference as a share of the other's
+    temperature: float | None = None  # of a speed
+    concurrency: int | None = None
+
+
+class Verdict(Record):
+    """A comparison of two arms whose interval is adjusted for the number of comparisons."""
+
+    kind: str  # tau: a difference; speed: a factor
+    arm: str
+    other: str
+    value: float
+    prompts: int | None = None
+    turns: int | None = None
+    turns_needed: int | None = None
+    low: float | None = None
+    high: float | None = None
+    level: float
+    different: bool | None = None  # None: inconclusive
+
+
+class SpeedWarning(Record):
+    """A reason why speeds at one setting cannot be trusted."""
+
+    kind: str  # one of the kinds in `stages/evaluation/validity.py`
+    text: Annotated[str, Field(alias="said")]
+    temperature: float
+    concurrency: int
+    arms: Sequence[str] = ()  # that it concerns; empty: all
+
+    def concerns(self, arm: str) -> bool:
+        """Return whether the warning is about this arm."""
+        return not self.arms or arm in self.arms
+
+
+class Machine(Record):
+    """The machine that speed was measured on."""
+
+    cpu: str = ""
+    cores: int | None = None
+    memory_gb: int | None = None
+    gpus: Sequence[str] = ()
+
+
+class Exactness(Record):
+    """Agreement of outputs with and without a drafter."""
+
+    serving_dtype: str | None = None
+    identical_share: float | None = None
+    compared_outputs: int | None = None
+    median_margin: float | None = None
+    largest_margin: float | None = None
+    fp32_prompts: int | None = None
+    fp32_identical: int | None = None
+
+
+class Parity(Record):
+    """Agreement of a served drafter with replay."""
+
+    served_steps: int | None = None
+    different_steps: int | None = None
+    mismatch_share: float | None = None
+    largest_logprob_difference: float | None = None
+    answers: int | None = None
+    served_tau: float | None = None
+    replayed_tau: float | None = None
+    tau_difference: float | None = None
+    tau_difference_high: float | None = None
+
+
+class EvaluationResult(ResultFile, Record):
+    """What an evaluation measured. `acceptance.json` is the part of it that does not depend on time."""
+
+    FILE: ClassVar[str] = "evaluation.json"
+    ACCEPTANCE_FILE: ClassVar[str] = "acceptance.json"
+
+    definition_of_tau: str = ""
+    engine: str = ""
+    temperature: float | None = None  # of the first setting, as `concurrency`
+    concurrency: int | None = None
+    head_tokens: int | None = None
+    training_seeds: Mapping[str, int | None] = {}
+    verdicts: Sequence[Verdict] = ()
+    block_size_candidates: Mapping[str, Mapping[str, float]] = {}
+    validation_prompts: int | None = None
+    speed: Mapping[str, SpeedMetrics] = {}  # at the first setting
+    speed_by_setting: Sequence[SpeedTable] = ()
+    speed_warnings: Annotated[Sequence[SpeedWarning], Field(alias="doubts")] = ()
+    machine: Machine = Machine()
+    exactness: Exactness = Exactness()
+    parity: Mapping[str, Parity] | None = None
+    heldout_trajectories: int | None = None
+    outside_nucleus_share: float | None = None
+    drafters: Mapping[str, Acceptance] = {}
+    loop_share: float | None = None
+    tau_without_loops: Mapping[str, float | None] = {}
+    sets: Mapping[str, Mapping[str, SetMetrics]] = {}
+    comparisons: Annotated[Sequence[Comparison], Field(alias="compared")] = ()
+    validation_tau: Mapping[str, float | None] | None = None
+
+    @property
+    def has_champion(self) -> bool:
+        """Return whether a champion was among the drafters."""
+        return CHAMPION in self.drafters
+
+    @property
+    def challenger(self) -> str:
+        """Return the arm with the highest tau on the validation split; without one, the last training of a refresh."""
+        arms = [arm for arm in self.drafters if arm != CHAMPION]
+        taus = {arm: tau for arm, tau in (self.validation_tau or {}).items() if arm in arms and tau is not None}
+        if taus:
+            return max((arm for arm in arms if arm in taus), key=taus.__getitem__)
+        return "opd" if "opd" in arms else arms[-1]
+
+    @property
+    def setting(self) -> str:
+        """Return the name of the first setting; empty where no speed was measured."""
+        return setting_name(self.temperature, self.concurrency)
+
+    def speed_tables(self) -> Sequence[SpeedTable]:
+        """Return the speeds at every setting; those of the first alone where no other was measured."""
+        if self.speed_by_setting or not self.speed:
+            return self.speed_by_setting
+        return [SpeedTable(temperature=self.temperature, concurrency=self.concurrency, arms=self.speed)]
+
+    def compared(self, kind: str, arm: str, other: str) -> list[Comparison]:
+        """Return the comparisons of two arms: of tau by prompt set, or of speed by setting."""
+        return [each for each in self.comparisons if (each.kind, each.arm, each.other) == (kind, arm, other)]
+
+    def warnings_about(
+        self, temperature: float | None, concurrency: int | None, arms: Collection[str], kinds: Collection[str]
+    ) -> list[str]:
+        """Return the texts of the warnings of these kinds about any of these arms at a setting."""
+        return [
+            each.text
+            for each in self.speed_warnings
+            if each.kind in kinds
+            and (each.temperature, each.concurrency) == (temperature, concurrency)
+            and any(map(each.concerns, arms))
+        ]
+
+    def is_unreliable(self, arm: str) -> bool:
+        """Return whether there is a warning about the speed of an arm at the first setting."""
+        first = self.temperature, self.concurrency
+        return any(
+            (each.temperature, each.concurrency) == first and each.concerns(arm) for each in self.speed_warnings
+        )
+
+
+class ContextStep(Record):
+    """The text of one verify step."""
+
+    accepted: Annotated[str, Field(alias="kept")]
+    rejected: str  # the proposal that the target did not choose
+    dropped: str  # proposals after it
+    chosen: str  # by the target; empty where the answer ends
+
+
+class AnswerContext(Record):
+    """Some verify steps of an answer, with the text around them."""
+
+    kind: str  # worst or typical
+    tau: float
+    set: str
+    trajectory_id: str
+    position: int  # of the first token, in the answer
+    before: str
+    steps: Sequence[ContextStep]
+    after: str
+
+
+class Contexts(ResultFile, RootModel[dict[str, list[AnswerContext]]]):
+    """For each arm, where its proposals were accepted least, and where as usual."""
+
+    FILE: ClassVar[str] = "contexts.json"
+    INDENT: ClassVar[int] = 1

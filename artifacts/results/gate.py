@@ -1,0 +1,69 @@
+"""Results of stage `gate`: `decision.json` and `verdict.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from draftsmith.artifacts.results.base import Record, ResultFile
+
+THE_CHAMPION = "the champion"  # in a sentence: its version is the line's, and not of what was measured
+
+
+class RuleResult(Record):
+    """One rule of the gate and its result."""
+
+    name: str
+    passed: bool
+    text: Annotated[str, Field(alias="said")]  # with metrics and threshold
+    # value, end: of its interval, wanted: the threshold
+    metrics: Annotated[Mapping[str, int | float | None], Field(alias="figures")] = {}
+    conclusive: Annotated[bool, Field(alias="judged")] = True  # False: nothing measured is for it or against it
+
+    @property
+    def broken(self) -> bool:
+        """Return whether what was measured is against the rule."""
+        return self.conclusive and not self.passed
+
+    @property
+    def result(self) -> str:
+        """Return `passed`, `failed` or `inconclusive`."""
+        return "inconclusive" if not self.conclusive else "passed" if self.passed else "failed"
+
+
+class GateDecision(ResultFile, Record):
+    """What the gate decided about a challenger, and why."""
+
+    FILE: ClassVar[str] = "decision.json"
+
+    promote: bool
+    outcome: str  # promoted, refused or inconclusive
+    challenger: str  # the arm
+    champion: str | None = None  # None: there is none; else `champion`, or the number of its version
+    sentence: str = ""
+    rules: Sequence[RuleResult] = ()
+
+    @property
+    def failed(self) -> list[RuleResult]:
+        """Return the rules that are not passed."""
+        return [rule for rule in self.rules if not rule.passed]
+
+    def with_version(self, version: int) -> GateDecision:
+        """Return the decision with the champion's version: two lines may serve the same drafter."""
+        if not self.champion:
+            return self
+        sentence = self.sentence.replace(THE_CHAMPION, f"version {version}", 1)
+        return self.model_copy(update={"champion": str(version), "sentence": sentence})
+
+
+class GateVerdict(ResultFile, Record):
+    """The decision without metrics: the content of the artifact."""
+
+    FILE: ClassVar[str] = "verdict.json"
+
+    promote: bool
+    challenger: str
+    champion: bool
+    rules: Mapping[str, bool]

@@ -1,0 +1,58 @@
+"""Results of stages: what is read from a file is written as the same bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.results.base import ResultFile
+from draftsmith.artifacts.results.data import LogsSummary, PromptsSummary
+from draftsmith.artifacts.results.drift import DriftResult
+from draftsmith.artifacts.results.evaluation import Contexts, EvaluationResult
+from draftsmith.artifacts.results.gate import GateDecision, GateVerdict
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (EvaluationResult, "evaluation.json"),
+        (EvaluationResult, "evaluation_served.json"),
+        (EvaluationResult, "acceptance.json"),
+        (Contexts, "contexts.json"),
+        (GateDecision, "decision.json"),
+        (GateVerdict, "verdict.json"),
+        (DriftResult, "drift.json"),
+        (PromptsSummary, "prompts.json"),
+        (LogsSummary, "logs.json"),
+    ],
+)
+def test_a_result_is_written_as_the_bytes_that_were_read(kind: type[ResultFile], name: str, tmp_path: Path) -> None:
+    (tmp_path / kind.FILE).write_bytes((GOLDEN / name).read_bytes())
+    kind.read(tmp_path).write(tmp_path, "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (GOLDEN / name).read_bytes()
+
+
+def test_keys_of_another_version_are_kept(tmp_path: Path) -> None:
+    content = {**json.loads((GOLDEN / "decision.json").read_text()), "confidence": 0.9}
+    result = GateDecision.model_validate(content)
+    assert result.to_json() == content
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"promote": "perhaps"}'])
+def test_a_damaged_file_is_an_error_that_names_it(content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "decision.json").write_text(content)
+    with pytest.raises(DraftsmithError, match=r"decision\.json"):
+        GateDecision.read(tmp_path)
+
+
+def test_the_challenger_is_the_best_arm_on_the_validation_split() -> None:
+    arms = {name: {"tau": 3.0} for name in ("champion", "sft", "opd")}
+    taus = {"champion": 9.0, "sft": 3.4, "opd": 3.2}
+    assert EvaluationResult.model_validate({"drafters": arms, "validation_tau": taus}).challenger == "sft"
+    assert EvaluationResult.model_validate({"drafters": arms}).challenger == "opd"
