@@ -242,9 +242,7 @@ class EvaluationResult(ResultFile, Record):
     def is_unreliable(self, arm: str) -> bool:
         """Return whether there is a warning about the speed of an arm at the first setting."""
         first = self.temperature, self.concurrency
-        return any(
-            (each.temperature, each.concurrency) == first and each.concerns(arm) for each in self.speed_warnings
-        )
+        return any((each.temperature, each.concurrency) == first and each.concerns(arm) for each in self.speed_warnings)
 
 
 class ContextStep(Record):

@@ -37,7 +37,7 @@ def test_a_result_is_written_as_the_bytes_that_were_read(kind: type[ResultFile],
     assert (tmp_path / "again.json").read_bytes() == (GOLDEN / name).read_bytes()
 
 
-def test_keys_of_another_version_are_kept(tmp_path: Path) -> None:
+def test_keys_of_another_version_are_kept() -> None:
     content = {**json.loads((GOLDEN / "decision.json").read_text()), "confidence": 0.9}
     result = GateDecision.model_validate(content)
     assert result.to_json() == content
