@@ -42,7 +42,7 @@ from draftsmith.stages.runtime.statistics import Estimate
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.config import Dtype
 from draftsmith.stages.target.info import INFO_FILE
-from draftsmith.stages.target.sampling import Law
+from draftsmith.stages.target.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,7 +88,7 @@ class Answers(Sequence[Trajectory]):
 
     trajectories: Sequence[Trajectory]
     prompts: list[str]  # [N] names of the prompts; answers to the same prompt count as one observation
-    sampling: Law  # temperature (0: greedy), top_p and top_k that they were sampled with
+    sampling: SamplingParams  # temperature (0: greedy), top_p and top_k that they were sampled with
     rejected: Mapping[str, int] = field(default_factory=dict)  # reason -> number of rows of a file that are not used
 
     def __len__(self) -> int:
@@ -134,7 +134,7 @@ def read_answers(
     if (folder / "trajectories.parquet").is_file():
         stored = load_trajectories(folder, splits)
         rejected = {"answer shorter than two tokens": stored.too_short} if stored.too_short else {}
-        return Answers(stored.trajectories, stored.prompts, stored.law, rejected)
+        return Answers(stored.trajectories, stored.prompts, stored.sampling, rejected)
     if target is None:
         raise DraftsmithError(f"{source}: rows of a file need the target that gave the answers. Pass it as `target`.")
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
@@ -147,7 +147,7 @@ def read_answers(
     if not taken:
         raise DraftsmithError(f"{source}: no row of {rows.aside.rows} is usable ({rows.aside.said()}). Correct them.")
     prompts = [prompt_id(np.asarray(each.tokens[: each.prompt_length], np.int32)) for each in taken]
-    return Answers(taken, prompts, config.law, Counter(rows.aside.reasons))
+    return Answers(taken, prompts, config.sampling, Counter(rows.aside.reasons))
 
 
 class _AnswerRows(Sieve[Trajectory]):
@@ -217,7 +217,7 @@ def compare(target: Target, drafters: Mapping[str, Drafter], answers: Answers) -
     """
     if not drafters:
         raise DraftsmithError("compare: no drafter was given. Pass them by name, such as {'sft': drafter}.")
-    options = ReplayOptions(law=answers.sampling, with_proposals=False)
+    options = ReplayOptions(sampling=answers.sampling, with_proposals=False)
     tallies = Replayer(target, options).tally(drafters, answers.trajectories)
     looping = [has_loop(each.tokens[each.prompt_length :]) for each in answers]
     return Comparison(tallies, answers.prompts, acceptance_table(tallies, answers.prompts, looping))

@@ -17,7 +17,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.store.open import store_of
 from draftsmith.artifacts.tracking.runs import Tracking
-from draftsmith.flows.checks.comparisons import check_gate, check_laws
+from draftsmith.flows.checks.comparisons import check_gate, check_sampling
 from draftsmith.flows.checks.engines import check_engines, check_heads, check_parallel, check_shared_target
 from draftsmith.flows.checks.findings import Findings, FirstError
 from draftsmith.flows.checks.models import (
@@ -87,7 +87,7 @@ def check(config: RunOptions, pipeline: Pipeline, home: Path) -> Findings:
 def _without_target(found: Findings, nodes: Sequence[Node], to_make: Sequence[Node]) -> None:
     """What the config alone says. to_make: the nodes that are not done."""
     _check_earlier(found, to_make)
-    check_laws(found, nodes)
+    check_sampling(found, nodes)
     check_gate(found, nodes)
     check_supplies(found, nodes)
     check_sources(found, to_make)

@@ -1,4 +1,4 @@
-"""Checks of what is compared: speed that cannot be judged, and laws that are not one."""
+"""Checks of what is compared: speeds that cannot be judged, and sampling that differs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from draftsmith.stages.evaluation.gate_rules import GateConfig
 from draftsmith.stages.evaluation.timed_runs import settings_of
 from draftsmith.stages.evaluation.validity import fewest_prompts
 from draftsmith.stages.evaluation.verdicts import FEWEST_TURNS
-from draftsmith.stages.target.sampling import Law
+from draftsmith.stages.target.sampling import SamplingParams
 from draftsmith.stages.training.config import OpdConfig
 
 
@@ -42,9 +42,9 @@ def check_gate(found: Findings, nodes: Sequence[Node]) -> None:
             )
 
 
-def check_laws(found: Findings, nodes: Sequence[Node]) -> None:
-    """A warning where tau is measured on answers of another law than those that OPD learns from to serve under it, or
-    than speed is measured under first."""
+def check_sampling(found: Findings, nodes: Sequence[Node]) -> None:
+    """A warning where tau is measured on answers sampled otherwise than those that OPD learns from to serve under it,
+    or than speed is measured under first."""
     configs = {node.name: node.config for node in nodes}
     learned = {
         node.inputs["trajectories"]
@@ -54,26 +54,26 @@ def check_laws(found: Findings, nodes: Sequence[Node]) -> None:
     for node in nodes:
         if not isinstance(node.config, EvaluationConfig):
             continue
-        others = {name: _law_of(configs[name]) for name in sorted(learned)}
+        others = {name: _sampling_of(configs[name]) for name in sorted(learned)}
         first = settings_of(node.config)[0]
-        others["the first speed"] = node.config.sampling.law(first.temperature)
-        law = _law_of(configs[node.inputs["trajectories"]])
-        unlike = ", ".join(f"{name} is {_said(other)}" for name, other in others.items() if other != law)
+        others["the first speed"] = node.config.sampling.params(first.temperature)
+        sampling = _sampling_of(configs[node.inputs["trajectories"]])
+        unlike = ", ".join(f"{name} is {_said(other)}" for name, other in others.items() if other != sampling)
         if unlike:
             found.warn(
                 node.name,
-                f"not of one law: tau is of answers that are {_said(law)} (heldout.sampling), {unlike}: say in every "
-                "`sampling` how the drafter will serve",
+                f"sampling differs: tau is of answers that are {_said(sampling)} (heldout.sampling), {unlike}: say in "
+                "every `sampling` how the drafter will serve",
             )
 
 
-def _law_of(config: object) -> Law:
+def _sampling_of(config: object) -> SamplingParams:
     """That the answers of a node are drawn by."""
     if isinstance(config, LogsConfig):
-        return config.law
+        return config.sampling
     assert isinstance(config, RolloutConfig)
-    return config.sampling.law()
+    return config.sampling.params()
 
 
-def _said(law: Law) -> str:
-    return "greedy" if law.greedy else f"sampled at {law.temperature:g}, {law.truncation}"
+def _said(sampling: SamplingParams) -> str:
+    return "greedy" if sampling.greedy else f"sampled at {sampling.temperature:g}, {sampling.truncation}"

@@ -19,10 +19,10 @@ from draftsmith.artifacts.tables.readers import RowReader
 from draftsmith.artifacts.tables.schemas import PROMPTS, TRAJECTORIES
 from draftsmith.stages.data.trajectories import TrajectoryRows
 from draftsmith.stages.target.info import read_target_info
-from draftsmith.stages.target.sampling import Law
+from draftsmith.stages.target.sampling import SamplingParams
 
 DRAFTER_FOLDER = "drafter"  # inside the artifact of a training stage
-_LAW = ("temperature", "top_p", "top_k")  # columns
+_SAMPLING = ("temperature", "top_p", "top_k")  # columns
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class StoredTrajectories:
 
     trajectories: TrajectoryRows
     prompt_ids: pa.Array
-    law: Law  # that they were drawn with
+    sampling: SamplingParams  # that they were drawn with
     too_short: int  # answers of one token: nothing is drafted there
 
     def choose(self, indices: Sequence[int]) -> StoredTrajectories:
@@ -54,7 +54,7 @@ def load_trajectories(folder: Path, splits: Collection[str] | None = None) -> St
     """
     path = folder / "trajectories.parquet"
     reader = RowReader(path, TRAJECTORIES)
-    table = read_table(path, TRAJECTORIES, ["trajectory_id", "prompt_id", "split", *_LAW])
+    table = read_table(path, TRAJECTORIES, ["trajectory_id", "prompt_id", "split", *_SAMPLING])
     prompts, responses = _lengths(reader, "prompt_ids", "response_ids")
     wanted = np.ones(table.num_rows, dtype=bool)
     if splits is not None:
@@ -68,15 +68,15 @@ def load_trajectories(folder: Path, splits: Collection[str] | None = None) -> St
     places = np.flatnonzero(wanted & (responses >= 2))
     if not len(places):
         raise DraftsmithError(f"{path}: no answer of two or more tokens; check the prompts and max_new_tokens")
-    of_law = {name: sorted(table[name].take(places).unique().to_pylist()) for name in _LAW}
-    for name, values in of_law.items():
-        if len(values) > 1 and of_law["temperature"] != [0]:
+    of_sampling = {name: sorted(table[name].take(places).unique().to_pylist()) for name in _SAMPLING}
+    for name, values in of_sampling.items():
+        if len(values) > 1 and of_sampling["temperature"] != [0]:
             raise DraftsmithError(f"{path}: values {values} of {name} are mixed; roll out with one of them")
     ids, prompt_ids = (table[name].take(places).combine_chunks() for name in ("trajectory_id", "prompt_id"))
     lengths = prompts[places] + responses[places]
     rows = TrajectoryRows(reader, places, ids, lengths, prompts[places])
-    law = Law.of(*(values[0] for values in of_law.values()))
-    return StoredTrajectories(rows, prompt_ids, law, int(wanted.sum()) - len(places))
+    sampling = SamplingParams(*(values[0] for values in of_sampling.values()))
+    return StoredTrajectories(rows, prompt_ids, sampling, int(wanted.sum()) - len(places))
 
 
 def _lengths(reader: RowReader, *columns: str) -> list[np.ndarray]:

@@ -57,7 +57,8 @@ class Context:
 class Drafting(ABC):
     """Blocks in the making behind [B, A] anchors. Every call goes one offset further; a shallow copy goes its own way.
 
-    The softmax of the logits, at a temperature, is the law q that a proposal is drawn from and verified with.
+    The softmax of the logits, at a temperature, is the distribution q that a proposal is sampled from and verified
+    with.
     """
 
     head: Head
@@ -212,7 +213,7 @@ class Drafter(nn.Module, ABC):
 
     def choices(self, hidden: torch.Tensor, previous: torch.Tensor, columns: torch.Tensor, head: Head) -> torch.Tensor:
         """Of a drafter that `chooses`: float32 logits [..., k] of tokens, by their columns [..., k], behind `previous`
-        [...]. Differentiable. Their softmax over the candidates is its law q."""
+        [...]. Differentiable. Their softmax over the candidates is its q."""
         raise NotImplementedError
 
     def choose(self, hidden: torch.Tensor, anchor_tokens: torch.Tensor, head: Head) -> torch.Tensor:

@@ -48,7 +48,7 @@ class Head:
         return cls(weight[ids].contiguous(), ids, logit_map)
 
     def at(self, temperature: float) -> Self:
-        """The same whose softmax is the law that is drawn from at a temperature above 0."""
+        """Return the logits whose softmax is the distribution sampled from at a temperature above 0."""
         return self if temperature == 1.0 else replace(self, logit_map=self.logit_map.at(temperature))
 
     def for_decoding(self, target: Target) -> Self:

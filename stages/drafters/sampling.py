@@ -13,7 +13,7 @@ from enum import IntEnum
 import numpy as np
 import torch
 
-from draftsmith.stages.target.sampling import Law
+from draftsmith.stages.target.sampling import SamplingParams
 
 _PART, _SMALLEST_PART = 512, 32  # scores of a part; powers of two that divide the size of a vocabulary
 
@@ -76,40 +76,40 @@ def probability_among(
     return (probabilities(scores, temperature) * (candidates == tokens[..., None])).sum(-1)
 
 
-def sampled(logits: torch.Tensor, law: Law) -> torch.Tensor:
-    """float32 logits [..., V] → the distribution that is drawn from, float64 [..., V]. law: not greedy."""
-    return truncated(probabilities(logits, law.temperature), law)
+def sampled(logits: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
+    """float32 logits [..., V] → the distribution that is drawn from, float64 [..., V]. sampling: not greedy."""
+    return truncated(probabilities(logits, sampling.temperature), sampling)
 
 
-def truncated(p: torch.Tensor, law: Law) -> torch.Tensor:
+def truncated(p: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
     """What top-k, then top-p leave of a distribution [..., V], normalised.
 
     top-k keeps all tokens that are as likely as the k-th: more than k where they tie there. top-p keeps the smallest
     set of most likely tokens whose probability reaches it, among those that top-k keeps.
     """
-    if law.top_k:
-        p = _without(p, _behind(p, law.top_k))
-    return _without(p, _late(p, law.top_p)) if law.top_p < 1 else p
+    if sampling.top_k:
+        p = _without(p, _behind(p, sampling.top_k))
+    return _without(p, _late(p, sampling.top_p)) if sampling.top_p < 1 else p
 
 
-def outside(p: torch.Tensor, law: Law) -> torch.Tensor:
-    """bool [..., V], what these drop of a distribution [..., V]. law: that leaves tokens out."""
-    if not law.top_k:
-        return _late(p, law.top_p)
-    behind = _behind(p, law.top_k)
-    if law.top_p == 1:
+def outside(p: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
+    """bool [..., V], what these drop of a distribution [..., V]. sampling: one that leaves tokens out."""
+    if not sampling.top_k:
+        return _late(p, sampling.top_p)
+    behind = _behind(p, sampling.top_k)
+    if sampling.top_p == 1:
         return behind
     p = _without(p, behind)  # in the place of the whole one: sorting takes memory enough
-    return behind | _late(p, law.top_p)
+    return behind | _late(p, sampling.top_p)
 
 
-def is_outside(p: torch.Tensor, tokens: torch.Tensor, law: Law) -> torch.Tensor:
+def is_outside(p: torch.Tensor, tokens: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
     """bool [...], which of tokens [...] these drop of distributions [..., V]; without an order of the vocabulary, so of
     equally likely tokens top-p, too, drops none or all."""
-    if law.top_k:
-        p = _without(p, _behind(p, law.top_k))
+    if sampling.top_k:
+        p = _without(p, _behind(p, sampling.top_k))
     own = p.gather(-1, tokens[..., None])
-    return (own[..., 0] == 0) | ((p * (p > own)).sum(-1) >= law.top_p if law.top_p < 1 else False)
+    return (own[..., 0] == 0) | ((p * (p > own)).sum(-1) >= sampling.top_p if sampling.top_p < 1 else False)
 
 
 def _without(p: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:

@@ -6,25 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from draftsmith.stages.target.sampling import Law
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How the target's tokens are drawn."""
-
-    max_new_tokens: int
-    temperature: float = 0.0  # 0 = greedy
-    top_p: float = 1.0
-    top_k: int = 0  # 0 = all
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0.0
-
-    @property
-    def law(self) -> Law:
-        return Law.of(self.temperature, self.top_p, self.top_k)
+from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -33,7 +15,8 @@ class Request:
 
     request_id: str
     prompt_ids: list[int]
-    sampling: SamplingParams
+    max_new_tokens: int
+    sampling: SamplingParams = GREEDY
     seed: int = 0
 
 
@@ -84,7 +67,7 @@ class Completion:
 
 
 class Engine(Protocol):
-    """Generates with the target, with or without a drafter in the loop; the answers follow the same law."""
+    """Generates with the target, with or without a drafter in the loop; the answers follow the same distribution."""
 
     name: str  # with its version where it has one: kept beside every answer
     records_trace: bool  # whether completions carry their verify steps

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.redaction import secret_in, secrets_of
 from draftsmith.stages.runtime.stage import Config, Operational
-from draftsmith.stages.target.sampling import Law, TopK
+from draftsmith.stages.target.sampling import SamplingParams, TopK
 
 NO_REDUCED_HEAD = (
     "only the embedded engine drafts from a part of the vocabulary; leave it out, or set engine.kind: embedded"
@@ -267,9 +267,9 @@ class SamplingConfig(Config):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: TopK = 0
 
-    def law(self, temperature: float | None = None) -> Law:
-        """That is drawn from, at its temperature or another."""
-        return Law.of(self.temperature if temperature is None else temperature, self.top_p, self.top_k)
+    def params(self, temperature: float | None = None) -> SamplingParams:
+        """Return the sampling parameters, at this section's temperature or another."""
+        return SamplingParams(self.temperature if temperature is None else temperature, self.top_p, self.top_k)
 
 
 def served_dtype(engine: EmbeddedEngineConfig | SGLangEngineConfig, target_dtype: str) -> str | None:

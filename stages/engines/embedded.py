@@ -48,7 +48,7 @@ class _Row:
     @property
     def room(self) -> int:
         """Tokens that may still be committed."""
-        return self.request.sampling.max_new_tokens - len(self.done.response_ids)
+        return self.request.max_new_tokens - len(self.done.response_ids)
 
     def commit(self, tokens: list[int], eos_ids: frozenset[int]) -> int:
         """Append tokens up to a stop token or the length limit; returns how many were kept."""
@@ -68,9 +68,9 @@ class _Row:
 class EmbeddedEngine:
     """Greedy or sampled decoding of many requests; with a drafter, target-assisted (speculative) decoding.
 
-    Answers are those of plain decoding, token for token; in law, where a request is sampled and the drafter draws its
-    proposals from a q of its own (`Drafter.draws`). slots: requests in flight. capacity: positions a request may use
-    (prompt + response + the proposals of one block).
+    Answers are those of plain decoding, token for token; in distribution, where a request is sampled and the drafter
+    draws its proposals from a q of its own (`Drafter.draws`). slots: requests in flight. capacity: positions a request
+    may use (prompt + response + the proposals of one block).
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class EmbeddedEngine:
         """Read the prompts and commit each one's first token."""
         started = time.perf_counter()
         for request in requests:
-            prompt, new, proposals = len(request.prompt_ids), request.sampling.max_new_tokens, self.block_size - 1
+            prompt, new, proposals = len(request.prompt_ids), request.max_new_tokens, self.block_size - 1
             if prompt + new + proposals > self.capacity:
                 raise DraftsmithError(
                     f"request {request.request_id}: {prompt} prompt + {new} new + {proposals} proposed tokens exceed "

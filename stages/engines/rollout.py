@@ -27,7 +27,7 @@ from draftsmith.stages.runtime.stage import Compute, Config, Stage, StageContext
 
 if TYPE_CHECKING:
     from draftsmith.stages.data.load import PromptRows
-    from draftsmith.stages.engines.base import Completion, Engine, Request, SamplingParams
+    from draftsmith.stages.engines.base import Completion, Engine, Request
     from draftsmith.stages.engines.partial_answers import AnswerParts
 
 
@@ -108,13 +108,11 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
     from draftsmith.artifacts.tables.readers import PART_ROWS
     from draftsmith.stages.data.load import DRAFTER_FOLDER
     from draftsmith.stages.drafters.digest import drafter_digest
-    from draftsmith.stages.engines.base import SamplingParams
     from draftsmith.stages.engines.partial_answers import SCHEMAS, AnswerParts
     from draftsmith.stages.target.info import read_target_info
 
     prompts = prompts_to_answer(config, ctx.inputs["prompts"])
-    params = SamplingParams(**config.sampling.model_dump())
-    asked = _Asked(prompts, params, ctx.seed)
+    asked = _Asked(prompts, config.sampling, ctx.seed)
     parts = AnswerParts(ctx.work)
     _answer(ctx, config, parts, asked)
 
@@ -141,7 +139,7 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
             **config.drafting.key_material(),
             "engine": config.engine.kind,
             "dtype": served_dtype(config.engine, read_target_info(ctx.inputs["target"]).dtype),
-            "temperature": params.temperature,
+            "temperature": config.sampling.temperature,
         }
         (ctx.out / "trace.json").write_text(json.dumps(served, indent=2, sort_keys=True) + "\n")
     ctx.summary(
@@ -155,8 +153,9 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
 class _Asked:
     """The requests of a rollout, by their place; each is made when it is sent. Names stay in memory."""
 
-    def __init__(self, prompts: PromptRows, params: SamplingParams, seed: int):
-        self.prompts, self._params, self._seed = prompts, params, seed
+    def __init__(self, prompts: PromptRows, sampling: SamplingConfig, seed: int):
+        self.prompts, self._seed = prompts, seed
+        self._max_new_tokens, self._sampling = sampling.max_new_tokens, sampling.params()
         self.names = [f"{prompt}/0" for prompt in prompts.ids]
 
     def __len__(self) -> int:
@@ -169,7 +168,7 @@ class _Asked:
         for place in places:
             prompt = self.prompts[place]
             seed = request_seed(self._seed, prompt.prompt_id, 0)
-            yield Request(self.names[place], prompt.token_ids, self._params, seed)
+            yield Request(self.names[place], prompt.token_ids, self._max_new_tokens, self._sampling, seed)
 
 
 def _answer(ctx: StageContext, config: RolloutConfig, parts: AnswerParts, asked: _Asked) -> None:

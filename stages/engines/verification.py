@@ -16,7 +16,7 @@ import torch
 from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.sampling import Purpose, argmax, pick, probabilities, sampled, scattered, uniform
-from draftsmith.stages.engines.base import SamplingParams
+from draftsmith.stages.target.sampling import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Drafted:
     """A block a row."""
 
     tokens: torch.Tensor  # [n, K]
-    laws: dict[int, torch.Tensor] = field(default_factory=dict)  # row -> q [K, V] float64, where proposals were drawn
+    distributions: dict[int, torch.Tensor] = field(default_factory=dict)  # row -> q [K, V] float64, if sampled
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,15 @@ def draft(
         dtype=torch.float64,
         device=anchors.device,
     )
-    tokens, laws = [anchor_tokens], []
+    tokens, distributions = [anchor_tokens], []
     for k in range(block_size - 1):
         logits = drafting.logits(tokens[-1])[:, 0]
         columns = logits.argmax(-1)
         q = probabilities(logits[rows], temperatures)
         columns[rows] = pick(q, numbers[:, k])
-        laws.append(scattered(q, head.token_ids, vocabulary))
+        distributions.append(scattered(q, head.token_ids, vocabulary))
         tokens.append(head.to_tokens(columns)[:, None])
-    of_rows = torch.stack(laws, 1)  # [rows, K, V]
+    of_rows = torch.stack(distributions, 1)  # [rows, K, V]
     return Drafted(torch.cat(tokens[1:], 1), dict(zip(rows, of_rows, strict=True)))
 
 
@@ -83,7 +83,7 @@ def draw(
     rows = [row for row, params in enumerate(sampling) if not params.greedy]
     at = positions.tolist() if rows else []
     for row in rows:
-        p = sampled(logits[row], sampling[row].law)
+        p = sampled(logits[row], sampling[row])
         tokens[row] = pick(p, torch.tensor([uniform(seeds[row], each) for each in at[row]]).double())
     return tokens
 
@@ -99,17 +99,17 @@ def verify(
     predict."""
     tokens = torch.zeros_like(positions)
     accepted = [0] * len(sampling)
-    point = [row for row in range(len(sampling)) if row not in drafted.laws]
+    point = [row for row in range(len(sampling)) if row not in drafted.distributions]
     if point:
-        of_point = logits[point] if drafted.laws else logits
+        of_point = logits[point] if drafted.distributions else logits
         drawn = draw(of_point, positions[point], [sampling[r] for r in point], [seeds[r] for r in point])
         equal = (drafted.tokens[point] == drawn[:, :-1]).long().cumprod(1).sum(1).tolist()
         tokens[point] = drawn
         for row, count in zip(point, equal, strict=True):
             accepted[row] = count
     first = positions[:, 0].tolist()
-    for row, q in drafted.laws.items():
-        p = sampled(logits[row], sampling[row].law)
+    for row, q in drafted.distributions.items():
+        p = sampled(logits[row], sampling[row])
         kept, behind = _by_ratio(drafted.tokens[row], p, q, first[row], seeds[row])
         tokens[row, :kept], tokens[row, kept], accepted[row] = drafted.tokens[row, :kept], behind, kept
     return Verified(tokens, accepted)

@@ -58,7 +58,7 @@ def run(ctx: StageContext, config: DiagnosisConfig) -> None:
     from draftsmith.stages.data.load import load_prompts, positions_needed
     from draftsmith.stages.drafters.checkpoint import load_drafter
     from draftsmith.stages.drafters.spec import DraftingConfig
-    from draftsmith.stages.engines.base import Request, SamplingParams
+    from draftsmith.stages.engines.base import Request
     from draftsmith.stages.engines.sglang.client import key_header
     from draftsmith.stages.engines.sglang.engine import open_sglang
     from draftsmith.stages.evaluation.step_differences import Served, diagnose
@@ -69,9 +69,9 @@ def run(ctx: StageContext, config: DiagnosisConfig) -> None:
     said = _server_info(config.url, key_header(engine.api_key()))
     info, folder = read_target_info(ctx.inputs["target"]), Path(config.drafter)
     prompts = load_prompts(ctx.inputs["prompts"], ("validation", "heldout"))[: config.prompts]
-    params = SamplingParams(**config.sampling.model_dump())
+    max_new, sampling = config.sampling.max_new_tokens, config.sampling.params()
     block = said.get("speculative_num_draft_tokens")
-    longest = positions_needed(prompts, params.max_new_tokens, info.max_positions)
+    longest = positions_needed(prompts, max_new, info.max_positions)
     try:
         with open_sglang(
             engine,
@@ -83,7 +83,7 @@ def run(ctx: StageContext, config: DiagnosisConfig) -> None:
             log=ctx.log,
             check=ctx.check_interrupted,
         ) as server:
-            requests = [Request(p.prompt_id, p.token_ids, params, seed=ctx.seed) for p in prompts]
+            requests = [Request(p.prompt_id, p.token_ids, max_new, sampling, ctx.seed) for p in prompts]
             answers = []
             for answer in server.generate(requests):
                 answers.append(answer)
@@ -105,7 +105,7 @@ def run(ctx: StageContext, config: DiagnosisConfig) -> None:
             [trajectory_of(answer) for answer in answers],
             [answer.verify_steps for answer in answers],
             to_table(TRACE, [row for answer in answers for row in answer.trace_rows()]),
-            params.law,
+            sampling,
         ),
         DraftingConfig(),
         allowed=config.max_parity_mismatch,

@@ -28,7 +28,7 @@ def run(ctx: StageContext, config: DriftConfig) -> None:
     stored = load_trajectories(ctx.inputs["trajectories"], ["heldout"])
     target = Target.load(ctx.inputs["target"])
     champion = {"champion": load_drafter(ctx.inputs["champion"] / DRAFTER_FOLDER, target)}
-    options = ReplayOptions(config.drafting, stored.law, with_proposals=False)
+    options = ReplayOptions(config.drafting, stored.sampling, with_proposals=False)
     tallies = Replayer(target, options, ctx.log).tally(
         champion, stored.trajectories, progress=follow(ctx, "trajectories"), kept=ctx.work / "replayed"
     )

@@ -175,7 +175,7 @@ def _lossless(evaluation: Mapping[str, Any], config: GateConfig) -> Iterator[Rul
 def _lossless_as_served(exact: Mapping[str, Any], *, sampled: bool) -> Rule:
     """By outputs in the serving dtype alone, of which it is not known how sure the target was where they part."""
     share, dtype = exact.get("identical_share"), exact.get("serving_dtype")
-    if share is None and sampled:  # on servers: the law is the same, the numbers drawn are not
+    if share is None and sampled:  # on servers: the distribution is the same, the numbers drawn are not
         return Rule("lossless", True, "sampled outputs cannot be compared token for token")
     if share is None:
         said = "no output was compared with plain decoding: set evaluation.exactness_prompts"

@@ -75,7 +75,7 @@ def measure_embedded(
         rows, turns = test.take_turns(drafters, sizes, heldout[: config.speed_prompts], settings)
     drawn = any(
         drafter.draws for drafter in drafters.values()
-    )  # then sampled answers are plain decoding's in law alone
+    )  # then sampled answers are plain decoding's in distribution alone
     compare_with_plain(rows, sampled=not drawn)
     add_margins(target, rows, heldout)
     exactness = {"serving_dtype": target.info.dtype, **equality(rows)}

@@ -257,7 +257,7 @@ def _check_parity(served: Served, sizes: Mapping[str, int], heldout: Sequence[Pr
     config, dtype = served.config, served_dtype(served.engine, served.target_dtype)
     prompt_ids = {prompt.prompt_id: prompt.token_ids for prompt in heldout}
     target = Target.load(served.ctx.inputs["target"], dtype=dtype)
-    law = config.sampling.law(served.settings[0].temperature)
+    sampling = config.sampling.params(served.settings[0].temperature)
     parity: dict[str, dict[str, Any]] = {}
     drafter: dict[str, Drafter] = {}
     work = served.ctx.work
@@ -274,7 +274,7 @@ def _check_parity(served: Served, sizes: Mapping[str, int], heldout: Sequence[Pr
         ]
         drafter = {arm: load_drafter(checkpoint, target)}
         drafting = DraftingConfig(block_size=sizes[arm])
-        options = ReplayOptions(drafting, law, tokens_per_group=config.tokens_per_target_forward)
+        options = ReplayOptions(drafting, sampling, tokens_per_group=config.tokens_per_target_forward)
         found = Replayer(target, options, served.ctx.log).traces(
             drafter,
             trajectories,
@@ -285,13 +285,15 @@ def _check_parity(served: Served, sizes: Mapping[str, int], heldout: Sequence[Pr
         gate = Gate(
             "evaluation",
             float32=dtype == "float32",
-            greedy=law.greedy,
+            greedy=sampling.greedy,
             allowed=config.max_parity_mismatch,
             subject=f"drafter {arm}: ",
         )
         parity[arm] = {}
         try:
-            if steps.num_rows and not draws(drafter[arm], law):  # drawn steps are replay's in law, not one by one
+            if steps.num_rows and not draws(
+                drafter[arm], sampling
+            ):  # drawn steps are replay's in distribution, not one by one
                 parity[arm] = check_steps(gate, steps, to_table(TRACE, replayed))
             parity[arm] |= check_tau(
                 gate,

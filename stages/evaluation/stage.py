@@ -18,7 +18,7 @@ from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.evaluation.config import DRAFTERS, PREFIX, EvaluationConfig, prompts_to_decode
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.runtime.stage import INCONCLUSIVE, WHOLE, Compute, Shard, Stage, StageContext, follow
-from draftsmith.stages.target.sampling import Law
+from draftsmith.stages.target.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from draftsmith.stages.evaluation.timed_runs import Measured, Setting
@@ -187,7 +187,7 @@ def _acceptance(
     tallies = {}
     worst = {arm: Contexts() for arm in drafters}
     for setting, drafting in _draftings(config).items():
-        options = _replay_options(config, drafting, stored.law, with_proposals=setting == TOLD)
+        options = _replay_options(config, drafting, stored.sampling, with_proposals=setting == TOLD)
         tallies[setting] = Replayer(target, options, ctx.log).tally(
             drafters,
             stored.trajectories,
@@ -201,7 +201,7 @@ def _acceptance(
     # of the answers, so the same for all drafters that draw
     shares = [found.outside_nucleus_share for found in tallies["trained"].values()]
     outside = next((share for share in shares if share is not None), None)
-    if warning := truncation_warning(outside, stored.law):
+    if warning := truncation_warning(outside, stored.sampling):
         ctx.log(warning)
     sets = sets_of(ctx.inputs["prompts"], stored.prompts)
     decode = target.tokenizer.decode
@@ -231,11 +231,16 @@ def _draftings(config: EvaluationConfig) -> dict[str, DraftingConfig]:
 
 
 def _replay_options(
-    config: EvaluationConfig, drafting: DraftingConfig, law: Law, *, with_proposals: bool = False, shard: Shard = WHOLE
+    config: EvaluationConfig,
+    drafting: DraftingConfig,
+    sampling: SamplingParams,
+    *,
+    with_proposals: bool = False,
+    shard: Shard = WHOLE,
 ) -> ReplayOptions:
     return ReplayOptions(
         drafting,
-        law,
+        sampling,
         with_proposals=with_proposals,
         tokens_per_group=config.tokens_per_target_forward,
         shard=shard,
@@ -258,7 +263,7 @@ def shard(ctx: StageContext, config: EvaluationConfig, part: Shard) -> None:
     counts = {}
     for name, (split, drafting) in replays.items():
         stored = load_trajectories(ctx.inputs["trajectories"], [split])
-        options = _replay_options(config, drafting, stored.law, with_proposals=name == TOLD, shard=part)
+        options = _replay_options(config, drafting, stored.sampling, with_proposals=name == TOLD, shard=part)
         groups = Replayer(target, options, ctx.log).groups(
             drafters, stored.trajectories, progress=follow(ctx, "trajectories"), kept=ctx.out / REPLAYED / name
         )
@@ -277,7 +282,7 @@ def _validation_tau(
     if VALIDATION not in splits_of(ctx.inputs["trajectories"]):
         return None
     stored = load_trajectories(ctx.inputs["trajectories"], [VALIDATION])
-    tallies = Replayer(target, _replay_options(config, config.drafted(), stored.law), ctx.log).tally(
+    tallies = Replayer(target, _replay_options(config, config.drafted(), stored.sampling), ctx.log).tally(
         drafters,
         stored.trajectories,
         progress=follow(ctx, "trajectories"),

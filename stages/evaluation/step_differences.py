@@ -28,7 +28,7 @@ from draftsmith.stages.replay.replayer import Replayer, draws
 from draftsmith.stages.replay.stats import replay_sequentially
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.sampling import GREEDY, Law
+from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 
 THETAS = (10_000.0, 500_000.0, 1_000_000.0, 5_000_000.0)  # of public models; the first is what libraries fall back to
 SHORTEST_WINDOW = 8
@@ -42,7 +42,7 @@ class Served:
     trajectories: Sequence[Trajectory]  # its answers
     counts: Sequence[int]  # verify steps of each
     steps: pa.Table | None = None  # TRACE, where the engine records it
-    law: Law = GREEDY  # that the answers were drawn with
+    sampling: SamplingParams = GREEDY  # that the answers were drawn with
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def diagnose(
         return Diagnosis(served_tau, asis, agrees=True)
     longest = max(len(t.tokens) for t in served.trajectories)
     changes = list(changes_of(drafter, target, longest, served_block, special_ids, drafting))
-    if draws(drafter, served.law):  # a window is tried block by block, where proposals are argmaxes
+    if draws(drafter, served.sampling):  # a window is tried block by block, where proposals are argmaxes
         changes = [change for change in changes if change.window is None]
     tried = []
     for done, change in enumerate(changes):
@@ -176,11 +176,11 @@ def _explained(target: Target, drafter: Drafter, served: Served, drafting: Draft
     if change.window is not None:
         traces = _in_window(target, changed, served.trajectories, drafting, change.window)
     else:
-        replayer = Replayer(target, ReplayOptions(drafting, served.law))
+        replayer = Replayer(target, ReplayOptions(drafting, served.sampling))
         traces = replayer.traces({"it": changed}, served.trajectories)["it"]
     replayed = np.array([len(trace.anchors) for trace in traces])
     tau = sum(t.response_length - 1 for t in served.trajectories) / int(replayed.sum())
-    if served.steps is not None and served.steps.num_rows and not draws(drafter, served.law):
+    if served.steps is not None and served.steps.num_rows and not draws(drafter, served.sampling):
         gate = Gate("diagnosis", float32=False, greedy=True, allowed=1.0)
         rows = to_table(TRACE, trace_rows(served.trajectories, traces))
         return Explained(change, float(check_steps(gate, served.steps, rows)["mismatch_share"]), tau)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from draftsmith.stages.data.load import Prompt, request_seed
-from draftsmith.stages.engines.base import Completion, Request, SamplingParams
+from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.runtime.stage import StageContext
 
 if TYPE_CHECKING:
@@ -68,10 +68,9 @@ def requests_for(
 ) -> list[Request]:
     """One request a prompt; every arm gets the same ones. round: each has numbers of its own, since what arms that draw
     answer to the same ones differs too, by luck, which would be the same in every round and no error of any."""
-    sampling = config.sampling
-    most = min(max_new or sampling.max_new_tokens, sampling.max_new_tokens)
-    params = SamplingParams(most, setting.temperature, sampling.top_p, sampling.top_k)
-    return [Request(p.prompt_id, p.token_ids, params, request_seed(seed, p.prompt_id, round)) for p in prompts]
+    limit = config.sampling.max_new_tokens
+    most, sampling = min(max_new or limit, limit), config.sampling.params(setting.temperature)
+    return [Request(p.prompt_id, p.token_ids, most, sampling, request_seed(seed, p.prompt_id, round)) for p in prompts]
 
 
 def accepted_lengths(answer: Completion) -> list[int]:
@@ -150,7 +149,7 @@ def compare_with_plain(rows: Sequence[Row], sampled: bool) -> None:
     """Fill `identical` and `first_difference` of the speculative rows.
 
     sampled: whether answers drawn at a temperature are the same ones with and without a drafter (they follow the same
-    law on any engine, but only the embedded one draws the same numbers for both).
+    distribution on any engine, but only the embedded one draws the same numbers for both).
     """
     plain = {place_of(row): row for row in rows if row["arm"] == PLAIN}
     for row in rows:

@@ -88,10 +88,10 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
     summary["trajectories_too_short"] = stored.too_short
     drafted_as = {"drafter_digest": drafter_digest(drafter_folder), **config.drafting.model_dump()}
     dtype = read_target_info(ctx.inputs["target"]).dtype
-    drawn = draws(skeleton_of(drafter_folder), stored.law)
+    drawn = draws(skeleton_of(drafter_folder), stored.sampling)
     outside = totals["outside_nucleus"] / int(_committed(trajectories).sum()) if drawn else None
     summary["outside_nucleus_share"] = outside
-    if warning := truncation_warning(outside, stored.law):
+    if warning := truncation_warning(outside, stored.sampling):
         ctx.log(warning)
     summary["parity"] = parity(
         ctx, trajectories, trained, drafted_as, dtype, config, drawn=drawn, says_frequent=says_frequent
@@ -155,7 +155,7 @@ def mine_shard(
             return shards
         target = Target.load(ctx.inputs["target"])
         options = ReplayOptions(
-            config.drafting, stored.law, tokens_per_group=config.tokens_per_target_forward, shard=part
+            config.drafting, stored.sampling, tokens_per_group=config.tokens_per_target_forward, shard=part
         )
         for group in Replayer(target, options, ctx.log).mine(
             load_drafter(ctx.inputs["drafter"] / DRAFTER_FOLDER, target),
@@ -184,10 +184,10 @@ def parity(
     """Compare what the engine recorded while it served with replay: its steps, and how many it counted.
 
     trained: the drafter's block size; drafted_as: its digest and how it drafts here; dtype: of this replay. drawn: are
-    proposals drawn, so that steps are replay's in law, and only their number can be compared? says_frequent: does the
-    drafter name the frequent tokens? Where it does not, head_tokens decided nothing. None unless the same drafter
-    served with the same settings. Raises DraftsmithError if they differ in more steps than allowed: the drafter that
-    was served is then not this one.
+    proposals drawn, so that steps are replay's in distribution, and only their number can be compared? says_frequent:
+    does the drafter name the frequent tokens? Where it does not, head_tokens decided nothing. None unless the same
+    drafter served with the same settings. Raises DraftsmithError if they differ in more steps than allowed: the drafter
+    that was served is then not this one.
     """
     import numpy as np
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.runtime.stage import WHOLE, Shard
-from draftsmith.stages.target.sampling import GREEDY, Law
+from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 
 TREE_TOKENS = 512  # rejected proposals that the target scores in one forward, a trajectory
 POSITIONS_PER_CHUNK = 1024  # whose logits are held at once
@@ -28,7 +28,9 @@ class ReplayOptions:
     """What a replay depends on beside the drafters and the trajectories."""
 
     drafting: DraftingConfig = field(default_factory=DraftingConfig)  # left out: as each drafter was trained
-    law: Law = GREEDY  # the texts were sampled with; drafters that sample their proposals (`Drafter.draws`) follow it
+    sampling: SamplingParams = (
+        GREEDY  # the texts were sampled with; drafters that sample their proposals (`Drafter.draws`) follow it
+    )
     chains: int | None = None  # as in `replay_chains`
     with_proposals: bool = True  # as in `replay_chains`
     tokens_per_group: int = 4096  # with padding

@@ -26,7 +26,7 @@ from draftsmith.stages.runtime.memory import in_halves
 from draftsmith.stages.runtime.stage import WHOLE, Shard
 from draftsmith.stages.target.causal_lm import Target, TargetOutput
 from draftsmith.stages.target.kv_cache import SlotCache
-from draftsmith.stages.target.sampling import Law
+from draftsmith.stages.target.sampling import SamplingParams
 
 Found = TypeVar("Found")
 Replayed: TypeAlias = tuple[list[int], list[dict[str, Trace]]]  # indices in the set, and traces by drafter of each
@@ -111,10 +111,10 @@ class Replayer:
 
         def replay(group: Group) -> list[dict[str, Trace]]:
             hidden, outside = None, [0] * len(group.trajectories)
-            if any(draws(drafter, options.law) for drafter in drafters.values()):
+            if any(draws(drafter, options.sampling) for drafter in drafters.values()):
                 out = target.read(group.ids, layer_ids)
                 features, hidden = out.features, out.hidden
-                outside = outside_nucleus(target, hidden, group.trajectories, options.law)
+                outside = outside_nucleus(target, hidden, group.trajectories, options.sampling)
                 assert features is not None
             else:
                 features = target.features(group.ids, layer_ids)
@@ -159,7 +159,7 @@ class Replayer:
         The target reads a group once: its hidden states serve the drafter and the proposals up to the first rejection.
         suffixes: those after it are scored too, on the key/value cache of that read.
         """
-        target, law = self.target, self.options.law
+        target, sampling = self.target, self.options.sampling
         ready = _PreparedDrafter.of(target, drafter, self.options)
         tree_tokens = max(TREE_TOKENS, ready.block_size)
 
@@ -171,8 +171,8 @@ class Replayer:
                 out = target.read(group.ids, drafter.target_layer_ids)
             assert out.features is not None
             traces = ready.replay(target, out.features, group, out.hidden)
-            if draws(drafter, law):
-                traces = _with_outside(traces, outside_nucleus(target, out.hidden, group.trajectories, law))
+            if draws(drafter, sampling):
+                traces = _with_outside(traces, outside_nucleus(target, out.hidden, group.trajectories, sampling))
             scores = score_traces(target, cache, out.hidden, traces, ids=group.ids, tree_tokens=tree_tokens)
             return list(zip(traces, scores, strict=True))
 
@@ -277,9 +277,9 @@ def context_of(drafter: Drafter, features: torch.Tensor, group: Group) -> Contex
     return drafter.encode(features, group.ids, group.positions)
 
 
-def draws(drafter: Drafter, law: Law) -> bool:
-    """Return whether its proposals for requests of this law are sampled from its q. Else they are argmaxes."""
-    return drafter.draws and not law.greedy
+def draws(drafter: Drafter, sampling: SamplingParams) -> bool:
+    """Return whether its proposals for requests with this sampling are sampled from its q. Else they are argmaxes."""
+    return drafter.draws and not sampling.greedy
 
 
 def _with_outside(traces: Sequence[Trace], outside: Sequence[int]) -> list[Trace]:
@@ -305,10 +305,10 @@ class _PreparedDrafter:
 
     def replay(self, target: Target, features: torch.Tensor, group: Group, hidden: torch.Tensor | None) -> list[Trace]:
         """Traces of a group from the target's features [B, T, K*H] and, where proposals are sampled, hidden states."""
-        text, law = None, self.options.law
-        if draws(self.drafter, law):
+        text, sampling = None, self.options.sampling
+        if draws(self.drafter, sampling):
             assert hidden is not None
-            text = SampledText.of(target, hidden, group.trajectories, law, self.block_size - 1)
+            text = SampledText.of(target, hidden, group.trajectories, sampling, self.block_size - 1)
         return replay_chains(
             self.drafter,
             context_of(self.drafter, features, group),

@@ -4,9 +4,9 @@ It is exact in distribution.
 
 P(proposed and kept) of a token y is min(p(y), q(y)), and P(committed) is p(y). So given that y was committed it was the
 proposal, and kept, with probability min(1, q(y) / p(y)). Otherwise the step ended there: the rejected proposal has the
-law max(q - p, 0), normalised, and the rest of the block was drawn from q behind it. As long as everything is kept, the
-tokens that the drafter sees are the text's. A proposal that is an argmax is the case q(y) = 1: kept iff it is y, on
-average over p.
+distribution max(q - p, 0), normalised, and the rest of the block was drawn from q behind it. As long as everything is
+kept, the tokens that the drafter sees are the text's. A proposal that is an argmax is the case q(y) = 1: kept iff it is
+y, on average over p.
 
 A committed token that the stated top-k and top-p leave out (p(y) = 0) is verified by p before truncation. How many
 there are is counted (`outside_nucleus`): of texts that were sampled as stated there are next to none, as other kernels
@@ -38,7 +38,7 @@ from draftsmith.stages.drafters.sampling import (
 )
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.kv_cache import Rows
-from draftsmith.stages.target.sampling import Law
+from draftsmith.stages.target.sampling import SamplingParams
 
 FEW_OUTSIDE = 0.01  # share that is no reason for a warning: random weights in bfloat16 came to 0.5 %
 
@@ -54,7 +54,7 @@ class Verified:
 
 @dataclass(frozen=True)
 class SampledText:
-    """R trajectories with what decides about their proposals: the target's law, and their own uniform numbers.
+    """R trajectories with what decides about their proposals: the target's distribution, and their own uniform numbers.
 
     They are those of the trajectory's name: the same for every drafter, whatever the batch, and independent of the
     numbers that the text was drawn with.
@@ -63,7 +63,7 @@ class SampledText:
     hidden: torch.Tensor  # [R, T, H] of the target; entry i predicts position i + 1
     numbers: torch.Tensor  # [R, T + K, purposes] float64
     lengths: torch.Tensor  # [R] tokens
-    law: Law
+    sampling: SamplingParams
     logits: Callable[[torch.Tensor], torch.Tensor]  # of hidden states [..., H]: [..., V]
     vocabulary: int  # V
     said: torch.Tensor | None = None  # [R, T] float64, filled as it is asked for: what `of_text` has found, else NaN
@@ -74,7 +74,7 @@ class SampledText:
         target: Target,
         hidden: torch.Tensor,
         trajectories: Sequence[Trajectory],
-        law: Law,
+        sampling: SamplingParams,
         proposals: int,
         salt: int = 0,
     ) -> SampledText:
@@ -84,7 +84,7 @@ class SampledText:
         numbers = torch.from_numpy(np.stack(drawn)).to(hidden.device)
         lengths = torch.tensor([len(t.tokens) for t in trajectories], device=hidden.device)
         said = torch.full(hidden.shape[:2], torch.nan, dtype=torch.float64, device=hidden.device)
-        return cls(hidden, numbers, lengths, law, target.logits, len(target.head_weight), said)
+        return cls(hidden, numbers, lengths, sampling, target.logits, len(target.head_weight), said)
 
     def select(self, rows: Rows) -> SampledText:
         """Some of the trajectories."""
@@ -94,14 +94,14 @@ class SampledText:
         )
 
     @property
-    def laws_at_once(self) -> int:
+    def positions_at_once(self) -> int:
         """In float64, over all tokens."""
         return max(1, LOGITS_AT_ONCE // (2 * self.vocabulary))
 
     @property
     def anchors_at_once(self) -> int:
         """Of each trajectory."""
-        return max(1, self.laws_at_once // len(self.lengths))
+        return max(1, self.positions_at_once // len(self.lengths))
 
     def numbers_at(self, positions: torch.Tensor, purpose: Purpose) -> torch.Tensor:
         """[R, A] of positions [R, A]."""
@@ -109,31 +109,31 @@ class SampledText:
 
     @torch.no_grad()
     def of_text(self, positions: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
-        """float64 [R, N]: what the law says of the text's own tokens `following` [R, N] behind positions [R, N]; 1
-        where there is none (-1). Of tokens that the law leaves out, what it said before. Every position is computed
-        once."""
+        """float64 [R, N]: the probability of the text's own tokens `following` [R, N] behind positions [R, N]; 1 where
+        there is none (-1). Of tokens that sampling leaves out, their probability before truncation. Every position is
+        computed once."""
         at = positions.clamp(max=self.hidden.shape[1] - 1)
         said = torch.full_like(self.hidden[..., 0], torch.nan, dtype=torch.float64) if self.said is None else self.said
         # of a position that is asked for more than once, the text's token: another block may not reach it (-1)
         tokens = torch.full_like(said, -1, dtype=torch.int64).scatter_reduce_(1, at, following, "amax")
         rows, places = torch.nonzero((tokens >= 0) & said.isnan(), as_tuple=True)
-        for row, place in zip(rows.split(self.laws_at_once), places.split(self.laws_at_once), strict=True):
+        for row, place in zip(rows.split(self.positions_at_once), places.split(self.positions_at_once), strict=True):
             said[row, place] = self._of_tokens(row, place, tokens[row, place])
         return torch.where(following >= 0, said.gather(1, at), 1.0)
 
     def _of_tokens(self, rows: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Of each [n]; they fit into memory."""
-        if not self.law.truncates:
-            return probability_of(self._logits(rows, positions), tokens, self.law.temperature)
-        whole = probabilities(self._logits(rows, positions), self.law.temperature)
-        own, before = (p.gather(-1, tokens[:, None])[:, 0] for p in (truncated(whole, self.law), whole))
+        if not self.sampling.truncates:
+            return probability_of(self._logits(rows, positions), tokens, self.sampling.temperature)
+        whole = probabilities(self._logits(rows, positions), self.sampling.temperature)
+        own, before = (p.gather(-1, tokens[:, None])[:, 0] for p in (truncated(whole, self.sampling), whole))
         return torch.where(own > 0, own, before)
 
     @torch.no_grad()
-    def law_at(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def distribution_at(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """float64 [n, V]: what the target draws in rows [n] behind positions [n], behind the last one's too."""
         positions = positions.clamp(max=self.hidden.shape[1] - 1)
-        return sampled(self._logits(rows, positions), self.law)
+        return sampled(self._logits(rows, positions), self.sampling)
 
     def _logits(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         hidden = self.hidden[rows, positions]
@@ -142,13 +142,13 @@ class SampledText:
 
 
 def kept_by(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """From the laws of a committed token: how probable it is, up to 1, that it was the proposal, and kept."""
+    """From the distributions of a committed token: how probable it is, up to 1, that it was the proposal, and kept."""
     return q / p
 
 
 def rejected_by(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """From the laws of an offset [..., V]: weights that a proposal was drawn by of which it is known that it was
-    rejected."""
+    """From the distributions of an offset [..., V]: weights that a proposal was drawn by of which it is known that it
+    was rejected."""
     return (q - p).clamp(min=0)
 
 
@@ -229,7 +229,7 @@ def _draft_part(
     own = _DrafterSampler(text, copy.copy(on_text), anchors, before) if with_proposals else None
     found = Expectation(text, anchors)
     for k, y in enumerate(following.view_as(ahead).unbind(-1)):
-        q = on_text.probability(before, y, text.law.temperature)
+        q = on_text.probability(before, y, text.sampling.temperature)
         logits = None if own is None else own.logits()
         ends = found.take(q, said[..., k], y)
         before = y.clamp(min=0)
@@ -255,9 +255,9 @@ class _DrafterSampler:
         """The proposals of an offset with these logits. kept: bool [R, A], they are the text's tokens y [R, A]; ends:
         the step ends here with a rejected one."""
         head, away, behind = self.drafting.head, ~kept, self.anchors + len(self.ids)
-        weights, at_end = probabilities(logits[away], self.text.law.temperature), ends[away]
+        weights, at_end = probabilities(logits[away], self.text.sampling.temperature), ends[away]
         if at_end.any():
-            p = self.text.law_at(torch.nonzero(ends)[:, 0], behind[ends])
+            p = self.text.distribution_at(torch.nonzero(ends)[:, 0], behind[ends])
             weights[at_end] = rejected_by(weights[at_end], p if head.token_ids is None else p[..., head.token_ids])
         numbers = self.text.numbers_at(behind + 1, Purpose.PROPOSAL)
         columns, _ = head.to_columns(y)
@@ -267,32 +267,34 @@ class _DrafterSampler:
 
 
 @torch.no_grad()
-def outside_nucleus(target: Target, hidden: torch.Tensor, trajectories: Sequence[Trajectory], law: Law) -> list[int]:
+def outside_nucleus(
+    target: Target, hidden: torch.Tensor, trajectories: Sequence[Trajectory], sampling: SamplingParams
+) -> list[int]:
     """Count the tokens of each trajectory that top-k and top-p leave out, of those that verify steps commit.
 
-    hidden: [B, T, H] of the target. law: not greedy.
+    hidden: [B, T, H] of the target. sampling: not greedy.
     """
-    if not law.truncates:
+    if not sampling.truncates:
         return [0] * len(trajectories)
-    return [_count(target, row, trajectory, law) for row, trajectory in zip(hidden, trajectories, strict=True)]
+    return [_count(target, row, trajectory, sampling) for row, trajectory in zip(hidden, trajectories, strict=True)]
 
 
-def _count(target: Target, hidden: torch.Tensor, trajectory: Trajectory, law: Law) -> int:
+def _count(target: Target, hidden: torch.Tensor, trajectory: Trajectory, sampling: SamplingParams) -> int:
     tokens = torch.tensor(trajectory.tokens[trajectory.first_anchor + 1 :], device=hidden.device)
     before = hidden[trajectory.first_anchor : len(trajectory.tokens) - 1]
     count, at_once = 0, max(1, LOGITS_AT_ONCE // (2 * len(target.head_weight)))  # float64, over all tokens
     for states, ahead in zip(before.split(at_once), tokens.split(at_once), strict=True):
-        p = probabilities(target.logits(states), law.temperature)
-        count += int(is_outside(p, ahead, law).sum())
+        p = probabilities(target.logits(states), sampling.temperature)
+        count += int(is_outside(p, ahead, sampling).sum())
     return count
 
 
-def truncation_warning(share: float | None, law: Law) -> str | None:
+def truncation_warning(share: float | None, sampling: SamplingParams) -> str | None:
     """Return what to log for a share of tokens outside the nucleus; None for few, or where no drafter samples."""
     if share is None or share <= FEW_OUTSIDE:
         return None
     return (
-        f"warning: {share:.1%} of the answers' tokens cannot be sampled with {law.truncation} at temperature "
-        f"{law.temperature:g}, so tau may be wrong. Set logs.top_p and logs.top_k to what the answers were sampled "
-        "with; min_p and penalties cannot be set, so use answers without them, or greedy ones."
+        f"warning: {share:.1%} of the answers' tokens cannot be sampled with {sampling.truncation} at temperature "
+        f"{sampling.temperature:g}, so tau may be wrong. Set logs.top_p and logs.top_k to what the answers were "
+        "sampled with; min_p and penalties cannot be set, so use answers without them, or greedy ones."
     )

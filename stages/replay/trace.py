@@ -22,7 +22,9 @@ class Trace:
     proposed: np.ndarray  # [S, K] int
     evaluated_blocks: int  # work: blocks drafted to find the trace
     expected: np.ndarray | None = None  # [S] float64 tokens committed, on average over samples; None: argmaxes
-    outside_nucleus: int = 0  # tokens that verify steps committed and the stated law cannot draw; where it decides
+    outside_nucleus: int = (
+        0  # tokens that verify steps committed and the stated sampling cannot produce; where it decides
+    )
 
     @property
     def judged(self) -> np.ndarray:

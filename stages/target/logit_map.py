@@ -24,7 +24,7 @@ class LogitMap:
         return self.scale == self.temperature == 1.0 and self.softcap is None
 
     def at(self, temperature: float) -> LogitMap:
-        """The logits of the law that is drawn from at a temperature above 0."""
+        """Return the logits of the distribution that is sampled from at a temperature above 0."""
         return replace(self, temperature=self.temperature * temperature)
 
     def __call__(self, products: torch.Tensor) -> torch.Tensor:

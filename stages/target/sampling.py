@@ -1,4 +1,4 @@
-"""The law that texts were drawn by. Plans and checks read it, which load no torch."""
+"""Sampling parameters of answers. Imports no torch, since planning and checks read them."""
 
 from __future__ import annotations
 
@@ -8,32 +8,35 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 
-def _several(top_k: int) -> int:
+def _not_one(top_k: int) -> int:
     if top_k == 1:
-        raise ValueError("the most likely token alone is greedy decoding: say temperature 0")
+        raise ValueError("top_k 1 is greedy decoding. Set temperature to 0 instead.")
     return top_k
 
 
 TopK = Annotated[
     int,
-    Field(ge=0, le=2**31 - 1, description="only so many most likely tokens are drawn, in front of top_p; 0 = all"),
-    AfterValidator(_several),
+    Field(ge=0, le=2**31 - 1, description="sample from so many most likely tokens, cut before top_p; 0 = all"),
+    AfterValidator(_not_one),
 ]
 
 
 @dataclass(frozen=True)
-class Law:
-    """How texts were drawn from the target: at a temperature, of the `top_k` most likely tokens, and of these the
-    smallest set of most likely ones whose probability among them reaches `top_p`."""
+class SamplingParams:
+    """The distribution that answers are sampled from: the target's at a temperature, cut to the `top_k` most likely
+    tokens, and of these to the smallest set of most likely ones whose probability among them reaches `top_p`.
+
+    Greedy decoding has neither cut, so any two greedy ones are equal.
+    """
 
     temperature: float = 0.0  # 0 = greedy
     top_p: float = 1.0
     top_k: int = 0  # 0 = all
 
-    @classmethod
-    def of(cls, temperature: float, top_p: float, top_k: int) -> Law:
-        """Greedy texts have no top-p and no top-k."""
-        return cls(temperature, top_p, top_k) if temperature > 0 else GREEDY
+    def __post_init__(self) -> None:
+        if self.greedy:
+            object.__setattr__(self, "top_p", 1.0)
+            object.__setattr__(self, "top_k", 0)
 
     @property
     def greedy(self) -> bool:
@@ -41,13 +44,13 @@ class Law:
 
     @property
     def truncates(self) -> bool:
-        """Does it leave tokens out?"""
+        """Return whether some tokens can never be sampled."""
         return self.top_p < 1 or self.top_k > 0
 
     @property
     def truncation(self) -> str:
-        """What leaves tokens out, as a config says it."""
+        """Return the cuts in the words of a config."""
         return f"top_p {self.top_p:g}" + (f", top_k {self.top_k}" if self.top_k else "")
 
 
-GREEDY = Law()
+GREEDY = SamplingParams()

@@ -4,11 +4,11 @@ A loss is a function of the drafter's logits and of `Feedback`, which computes o
 positions. Under a reduced head both distributions are taken over its tokens; the probability of one committed token,
 which the Bernoulli form reads, is the target's over all tokens.
 
-Proposals that are drawn (`Drafter.draws`) follow the drafter's own law at the request's temperature, and so does the
-target: logits that are the target's draw as it does at any. Distributions are therefore compared at temperature 1. Only
-what is known of one temperature is held against the drafter at that: the tokens that were drawn at it, and whether a
-proposal would be kept. Where proposals are argmaxes the order of the drafter's logits alone counts, and what is kept
-is what the text has.
+Proposals that are drawn (`Drafter.draws`) follow the drafter's own distribution at the request's temperature, and so
+does the target: logits that are the target's draw as it does at any. Distributions are therefore compared at
+temperature 1. Only what is known of one temperature is held against the drafter at that: the tokens that were drawn at
+it, and whether a proposal would be kept. Where proposals are argmaxes the order of the drafter's logits alone counts,
+and what is kept is what the text has.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.sampling import outside
-from draftsmith.stages.target.sampling import GREEDY, Law
+from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training import losses
 from draftsmith.stages.training.batches import Batch
 from draftsmith.stages.training.blocks import Anchors, Share, Weighted, labels_of, tokens_at
@@ -43,7 +43,7 @@ class Feedback:
     head: Head  # the target's over the tokens of the training step
     target_head: torch.Tensor  # [V, H]
     temperature: float
-    law: Law = GREEDY  # that tokens and proposals are drawn under; greedy: proposals are argmaxes
+    sampling: SamplingParams = GREEDY  # that tokens and proposals are drawn under; greedy: proposals are argmaxes
     said: torch.Tensor | None = None  # [N] log p of the committed tokens, under the full head at temperature 1
 
     def logits(self) -> torch.Tensor:
@@ -51,11 +51,11 @@ class Feedback:
         return losses.at_temperature(self._logits, self.temperature)
 
     def verifying_logits(self) -> torch.Tensor:
-        """[N, V'] of the law that verifies proposals: at its temperature, with its top-k and top-p."""
-        logits = self._logits / self.law.temperature
-        if not self.law.truncates:
+        """[N, V'] of the distribution that verifies proposals: at its temperature, with its top-k and top-p."""
+        logits = self._logits / self.sampling.temperature
+        if not self.sampling.truncates:
             return logits
-        return logits.masked_fill(outside(logits.softmax(-1), self.law), losses.NOTHING)
+        return logits.masked_fill(outside(logits.softmax(-1), self.sampling), losses.NOTHING)
 
     @cached_property
     def _logits(self) -> torch.Tensor:
@@ -92,9 +92,9 @@ class Feedback:
         return replace(self, tokens=self.tokens[part], columns=self.columns[part], hidden=hidden, said=said)
 
 
-def drawn_at(law: Law) -> float:
-    """What divides the drafter's logits where tokens and proposals are drawn under a law."""
-    return 1.0 if law.greedy else law.temperature
+def drawn_at(sampling: SamplingParams) -> float:
+    """What divides the drafter's logits where tokens and proposals are sampled."""
+    return 1.0 if sampling.greedy else sampling.temperature
 
 
 RESPONSE_LOSSES: dict[str, Callable[[torch.Tensor, Feedback], torch.Tensor]] = {
@@ -103,7 +103,7 @@ RESPONSE_LOSSES: dict[str, Callable[[torch.Tensor, Feedback], torch.Tensor]] = {
         -losses.cross_entropy(logits, p.columns), p.token_logprob
     ),
     "forward_kl": lambda logits, p: losses.forward_kl(logits, p.logits()),
-    "ce_l1": lambda logits, p: losses.ce_l1(logits, p.logits(), p.columns, drawn_at(p.law)),
+    "ce_l1": lambda logits, p: losses.ce_l1(logits, p.logits(), p.columns, drawn_at(p.sampling)),
 }
 
 
@@ -138,14 +138,14 @@ def response_stream(
     config: ResponseStream,
     *,
     temperature: float,
-    law: Law = GREEDY,
+    sampling: SamplingParams = GREEDY,
     committed: torch.Tensor | None = None,
     proposals: int | None = None,
     positions_per_chunk: int,
 ) -> Stream:
     """Sums of the loss over the stream's positions.
 
-    temperature: of the target's distribution. law: that tokens and proposals are drawn under.
+    temperature: of the target's distribution. sampling: that of tokens and proposals.
 
     hidden: [B, A, K, H] of blocks drafted on the trajectory's own tokens. config: resolved. target_head: [V, H], the
     target's own. The scope `committed` reads committed, [B, A] tokens that the verify step committed; left out where
@@ -163,7 +163,7 @@ def response_stream(
     at = (anchors.positions[..., None] + offsets - 1).clamp(max=batch.tokens.shape[1] - 1)
     rows = torch.arange(at.shape[0], device=at.device)[:, None, None].expand_as(at)
     predicted_by = None if batch.hidden is None else batch.hidden[rows[where], at[where]]
-    feedback = Feedback(labels[where], columns[where], predicted_by, heads.target, target_head, temperature, law)
+    feedback = Feedback(labels[where], columns[where], predicted_by, heads.target, target_head, temperature, sampling)
     if config.loss == "bernoulli_kl":
         feedback = feedback.asked(positions_per_chunk)
     judged = _judged(hidden[places], feedback, heads, config, positions_per_chunk)
@@ -194,7 +194,7 @@ def _judged(
 ) -> _Judged:
     """Compute the losses chunk by chunk. hidden: [N, H]."""
     by_confidence = config.weights().kind == "d_pace"
-    cooled = heads.drafter.at(drawn_at(feedback.law))
+    cooled = heads.drafter.at(drawn_at(feedback.sampling))
     head = cooled if config.loss == "cross_entropy" else heads.drafter
     log_q = torch.zeros(len(hidden), device=hidden.device)
     loss_of = loss_function(config.loss)
@@ -209,7 +209,7 @@ def _judged(
         terms = loss_of(logits, here)
         if heads.confidence is not None:  # detached: what is said of the proposals is not to change them
             kept = correct[part].float()
-            if not here.law.greedy:
+            if not here.sampling.greedy:
                 drawn = cooled.logits(h.detach()) if cooled is not head else logits
                 kept = losses.acceptance(drawn.detach(), here.verifying_logits())
             terms = terms + losses.confidence(heads.confidence(h.detach()), kept)
@@ -238,7 +238,7 @@ def _with_choice(
         heads.drafter,
         config.loss,
         positions_per_chunk,
-        temperature=drawn_at(feedback.law),
+        temperature=drawn_at(feedback.sampling),
         token_logprob=feedback.said,
         target_logits=lambda part: feedback.of(part).logits(),
     )

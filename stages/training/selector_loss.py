@@ -1,9 +1,9 @@
 """Losses of a drafter that chooses among the head's candidates by the token before each offset.
 
-Beside the loss of its head, which keeps the right token among the candidates, stands the same loss of its law q, the
-softmax over the candidates. A right token that is missing takes the last candidate's place in the loss alone, so that
-it can be learned. What the target says of the candidates is its law over all tokens of the head: the rest of its mass
-is where nothing can be proposed.
+Beside the loss of its head, which keeps the right token among the candidates, stands the same loss of its distribution
+q, the softmax over the candidates. A right token that is missing takes the last candidate's place in the loss alone, so
+that it can be learned. What the target says of the candidates is its distribution over all tokens of the head: the rest
+of its mass is where nothing can be proposed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _rejected(logits: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
 # of q's logits [n, k], the token's -log q at the temperature that it was drawn at [n], and the target's log-probs of
 # the candidates [n, k]
 _DISTRIBUTION_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    # of the law given that a candidate is committed
+    # of the distribution given that a candidate is committed
     "forward_kl": lambda logits, _token, log_p: losses.forward_kl(logits, log_p),
     "ce_l1": lambda logits, token, log_p: 0.1 * token + 0.9 * 2 * _rejected(logits, log_p),
 }

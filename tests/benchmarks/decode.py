@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from draftsmith.stages.engines.base import Request, SamplingParams
+from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.info import model_path
@@ -50,8 +50,7 @@ def make_prompts(count: int, shortest: int, longest: int, vocab_size: int) -> li
 def engine_arm(target: Target, prompts: Sequence[list[int]], new_tokens: int) -> Callable[[], None]:
     """Our engine, one slot a prompt."""
     capacity = max(len(p) for p in prompts) + new_tokens
-    params = SamplingParams(new_tokens)
-    requests = [Request(str(i), p, params) for i, p in enumerate(prompts)]
+    requests = [Request(str(i), p, new_tokens) for i, p in enumerate(prompts)]
 
     def work() -> None:
         engine = EmbeddedEngine(target, slots=len(prompts), capacity=capacity)

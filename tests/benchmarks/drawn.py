@@ -23,14 +23,14 @@ from draftsmith.stages.drafters.dspark.config import DSparkConfig
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer, groups_of
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.sampling import GREEDY, Law
+from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 from tests.benchmarks import harness
 
 SHAPES: dict[str, Callable[..., DFlashConfig]] = {
     "DFlash2": partial(DFlash2Config, kind="dflash2"),
     "DSpark": partial(DSparkConfig, kind="dspark"),
 }
-LAWS = (Law(1.0), Law(1.0, 0.95))
+SAMPLINGS = (SamplingParams(1.0), SamplingParams(1.0, 0.95))
 
 
 def make_trajectories(count: int, tokens: int, vocabulary: int) -> list[Trajectory]:
@@ -39,7 +39,12 @@ def make_trajectories(count: int, tokens: int, vocabulary: int) -> list[Trajecto
 
 
 def measure(
-    name: str, target: Target, trajectories: list[Trajectory], law: Law, block_size: int, repetitions: int
+    name: str,
+    target: Target,
+    trajectories: list[Trajectory],
+    sampling: SamplingParams,
+    block_size: int,
+    repetitions: int,
 ) -> dict[str, Any]:
     """A row of figures for one architecture."""
     mask = target.tokenizer.convert_ids_to_tokens(target.info.mask_candidates[0])
@@ -50,22 +55,22 @@ def measure(
         for group in groups_of(trajectories, 4096, target.device):
             target.read(group.ids, drafter.target_layer_ids)
 
-    def replayed(law: Law, with_proposals: bool) -> Callable[[], Any]:
-        replayer = Replayer(target, ReplayOptions(law=law, with_proposals=with_proposals))
+    def replayed(sampling: SamplingParams, with_proposals: bool) -> Callable[[], Any]:
+        replayer = Replayer(target, ReplayOptions(sampling=sampling, with_proposals=with_proposals))
         return lambda: replayer.traces({"it": drafter}, trajectories)
 
     arms = {
         "forward": forward,
         "argmaxes": replayed(GREEDY, True),
-        "without": replayed(law, False),
-        "with": replayed(law, True),
-        "mining": lambda: list(Replayer(target, ReplayOptions(law=law)).mine(drafter, trajectories)),
+        "without": replayed(sampling, False),
+        "with": replayed(sampling, True),
+        "mining": lambda: list(Replayer(target, ReplayOptions(sampling=sampling)).mine(drafter, trajectories)),
     }
     seconds = {arm: harness.median(each) for arm, each in harness.alternate(arms, repetitions).items()}
-    steps = sum(len(trace.anchors) for trace in replayed(law, True)()["it"])
+    steps = sum(len(trace.anchors) for trace in replayed(sampling, True)()["it"])
     return {
         "drafter": name,
-        "law": law.truncation or "whole",
+        "sampling": sampling.truncation or "whole",
         "steps": steps,
         **{f"{arm}_s": value for arm, value in seconds.items()},
         "without_ms_of_a_step": 1e3 * (seconds["without"] - seconds["forward"]) / steps,
@@ -90,7 +95,9 @@ def main() -> None:
     target = harness.load_target(options.target)
     texts = make_trajectories(options.trajectories, options.tokens, target.info.vocab_size)
     rows = [
-        measure(name, target, texts, law, options.block_size, options.repetitions) for name in SHAPES for law in LAWS
+        measure(name, target, texts, sampling, options.block_size, options.repetitions)
+        for name in SHAPES
+        for sampling in SAMPLINGS
     ]
     vocabulary = len(target.head_weight)
     harness.print_table(

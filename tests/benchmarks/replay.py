@@ -29,13 +29,14 @@ from draftsmith.stages.data.load import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.data.trajectories import Trajectory, groups_by_length, pad_tokens
 from draftsmith.stages.drafters.base import Context
 from draftsmith.stages.drafters.checkpoint import load_drafter
-from draftsmith.stages.engines.base import Request, SamplingParams
+from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.mining import MiningConfig
 from draftsmith.stages.replay.stats import replay_sequentially
 from draftsmith.stages.replay.trace import Trace, tau
 from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.sampling import SamplingParams
 from tests.benchmarks import harness
 
 TOKENS_PER_FORWARD = MiningConfig().tokens_per_target_forward
@@ -90,7 +91,8 @@ class Bench:
             Request(
                 t.trajectory_id,
                 t.tokens[: t.prompt_length],
-                SamplingParams(t.response_length, temperature=self.temperature),
+                t.response_length,
+                SamplingParams(self.temperature),
                 seed=index,
             )
             for index, t in enumerate(self.trajectories[:prompts])
@@ -225,7 +227,7 @@ def main() -> None:
     stored = load_trajectories(trajectories)
     target = Target.load(target_folder)
     bench = Bench(
-        target, drafter_folder / DRAFTER_FOLDER, list(stored.trajectories[: options.count]), stored.law.temperature
+        target, drafter_folder / DRAFTER_FOLDER, list(stored.trajectories[: options.count]), stored.sampling.temperature
     )
     rows = measure(bench, options.chains, options.decode, options.repetitions)
     harness.print_table(

@@ -9,7 +9,7 @@ import torch
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.registry import DrafterConfig
-from draftsmith.stages.engines.base import Request, SamplingParams
+from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
@@ -52,7 +52,7 @@ def answers(reference: Target) -> list[Trajectory]:
 def answered(target: Target, drafter: Drafter | None, prompts: list[list[int]]) -> dict[str, list[int]]:
     """Greedy answers by the place of their prompt."""
     engine = EmbeddedEngine(target, drafter, slots=4, capacity=TINY.longest + 2 * NEW_TOKENS)
-    requests = [Request(str(i), ids, SamplingParams(NEW_TOKENS)) for i, ids in enumerate(prompts)]
+    requests = [Request(str(i), ids, NEW_TOKENS) for i, ids in enumerate(prompts)]
     return {done.request.request_id: done.response_ids for done in engine.generate(requests)}
 
 

@@ -18,7 +18,7 @@ from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE, TRAJECTORIES, TableSchema
 from draftsmith.stages.data.load import DRAFTER_FOLDER, load_prompts
 from draftsmith.stages.drafters.spec import DraftingConfig
-from draftsmith.stages.engines.base import Request, SamplingParams
+from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.rollout import STAGE, RolloutConfig
 from draftsmith.stages.engines.sglang.engine import open_sglang
@@ -27,6 +27,7 @@ from draftsmith.stages.engines.sglang.probe import check_weights, verifies_greed
 from draftsmith.stages.target.config import TargetConfig
 from draftsmith.stages.target.info import model_path, read_target_info, write_target_info
 from draftsmith.stages.target.resolve import describe
+from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -96,9 +97,11 @@ def open_with(url: str, made: DrafterArtifacts, work: Path, *, drafter: Path | N
     return open_sglang(SGLangEngineConfig.model_validate(served(url)), **settings)
 
 
-def requests(made: DrafterArtifacts, count: int, **sampling: Any) -> list[Request]:
-    params = SamplingParams(**{"max_new_tokens": 40, **sampling})
-    return [Request(p.prompt_id, p.token_ids, params) for p in load_prompts(made.prompts, ["heldout"])[:count]]
+def requests(
+    made: DrafterArtifacts, count: int, max_new_tokens: int = 40, sampling: SamplingParams = GREEDY
+) -> list[Request]:
+    prompts = load_prompts(made.prompts, ["heldout"])[:count]
+    return [Request(p.prompt_id, p.token_ids, max_new_tokens, sampling) for p in prompts]
 
 
 def test_the_first_tokens_time_is_measured_and_caches_are_flushed(
@@ -166,7 +169,7 @@ def test_sampling_with_a_drafter_on_a_cpu_is_refused(
         open_with(dflash_url, tiny_drafter, tmp_path, drafter=tiny_drafter.drafter / DRAFTER_FOLDER) as engine,
         pytest.raises(DraftsmithError, match=r"sampling\.temperature: SGLang verifies greedily on this device"),
     ):
-        list(engine.generate(requests(tiny_drafter, 2, temperature=1.0)))
+        list(engine.generate(requests(tiny_drafter, 2, sampling=SamplingParams(1.0))))
 
 
 def test_greedy_verification_is_found_by_its_tokens_alone(

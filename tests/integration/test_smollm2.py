@@ -9,7 +9,7 @@ import torch
 
 from draftsmith.stages.drafters.checkpoint import create_drafter
 from draftsmith.stages.drafters.dflash.config import DFlashConfig
-from draftsmith.stages.engines.base import Completion, Request, SamplingParams
+from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.info import model_path, read_target_info
@@ -50,13 +50,12 @@ def test_the_package_is_dequantised_and_described(artifact: Path) -> None:
 def decode(target: Target, speculative: bool, slots: int) -> dict[str, Completion]:
     shape = DFlashConfig(num_layers=1, block_size=4, num_target_features=2, mask_token="<empty_output>")
     drafter = create_drafter(shape, target, seed=0).to(target.dtype).eval() if speculative else None
-    params = SamplingParams(NEW_TOKENS)
     requests = []
     for question in QUESTIONS:
         messages = [{"role": "user", "content": question}]
         text = target.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids = target.tokenizer(text, add_special_tokens=False).input_ids
-        requests.append(Request(question, ids, params))
+        requests.append(Request(question, ids, NEW_TOKENS))
     engine = EmbeddedEngine(target, drafter, slots=slots, capacity=128)
     return {completion.request.request_id: completion for completion in engine.generate(requests)}
 

@@ -20,7 +20,7 @@ from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.trace import tau
 from draftsmith.stages.target.info import model_path
-from draftsmith.stages.target.sampling import Law
+from draftsmith.stages.target.sampling import SamplingParams
 from tests.stages.bench import GREEDY_TOKENS, Bench
 from tests.testbed.drafter import DrafterArtifacts
 from tests.vllm_cpu.engine import ask, vllm_python
@@ -116,7 +116,7 @@ def test_greedy_answers_and_verify_steps(
 
 
 @pytest.mark.parametrize(("make", "method", "other"), [(dflash2, "dflash", 4.0), (dspark, "dspark", 2.0)])
-def test_sampled_verify_steps_follow_the_law_of_replay(
+def test_sampled_verify_steps_follow_the_distribution_of_replay(
     make: Callable[[Bench], Drafter],
     method: str,
     other: float,
@@ -125,7 +125,7 @@ def test_sampled_verify_steps_follow_the_law_of_replay(
     tiny_drafter: DrafterArtifacts,
     tmp_path: Path,
 ) -> None:
-    """Proposals drawn from the drafter's own law: on the answers that were given, as many steps as replay takes.
+    """Proposals drawn from the drafter's own distribution: on the given answers, as many steps as replay takes.
     other: a temperature at which it takes clearly others."""
     target, folder, drafter = exported(make(bench), tiny_drafter, bench, tmp_path)
     prompts = [p.token_ids for p in bench.prompts[:SAMPLED]]
@@ -137,11 +137,11 @@ def test_sampled_verify_steps_follow_the_law_of_replay(
     texts = trajectories(bench, [each.tokens for each in answers])
     steps = np.array([each.steps for each in answers])
 
-    def distance(law: Law) -> float:
+    def distance(sampling: SamplingParams) -> float:
         """Mean difference of steps, in standard errors."""
-        replayed = Replayer(bench.target, ReplayOptions(law=law)).traces({"it": drafter}, texts)["it"]
+        replayed = Replayer(bench.target, ReplayOptions(sampling=sampling)).traces({"it": drafter}, texts)["it"]
         difference = steps - np.array([len(trace.anchors) for trace in replayed])
         return float(difference.mean() / (difference.std(ddof=1) / np.sqrt(len(steps))))
 
-    assert abs(distance(Law(1.0))) < 4
-    assert abs(distance(Law(other))) > 5, "that of another temperature would be seen"
+    assert abs(distance(SamplingParams(1.0))) < 4
+    assert abs(distance(SamplingParams(other))) > 5, "that of another temperature would be seen"

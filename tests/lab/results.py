@@ -39,7 +39,7 @@ def show_results(display: Display, made: Mapping[str, Path], _mlflow: str = "") 
         tallies: dict[Group, list[Tally]] = {}
         for group, folders in groups.items():  # the seeds of an arm are in memory together
             drafters = {str(folder): load_drafter(folder / DRAFTER_FOLDER, target) for folder in folders}
-            replayer = Replayer(target, ReplayOptions(law=stored.law, with_proposals=False))
+            replayer = Replayer(target, ReplayOptions(sampling=stored.sampling, with_proposals=False))
             replayed = replayer.tally(drafters, stored.trajectories)
             tallies[group] = list(replayed.values())
         costs = {group: [_cost(folder) for folder in folders] for group, folders in groups.items()}

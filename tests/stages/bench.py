@@ -14,18 +14,18 @@ from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.checkpoint import create_drafter, load_drafter
 from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.drafters.spec import DraftingConfig
-from draftsmith.stages.engines.base import Completion, Request, SamplingParams
+from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.stats import replay_sequentially
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.target.causal_lm import Target, TargetOutput
+from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 from tests.testbed import ties
 from tests.testbed.drafter import DrafterArtifacts
 from tests.testbed.target import MASK
 
 GREEDY_TOKENS = 80  # about half of the answers stop before, the others are cut
-GREEDY = SamplingParams(GREEDY_TOKENS)
 CAPACITY = 256
 
 
@@ -38,10 +38,17 @@ class Bench:
     prompts: list[Prompt]  # held-out, more than 50
     greedy: dict[str, list[int]]  # prompt id -> plain greedy answer of GREEDY_TOKENS tokens at most
 
-    def requests(self, count: int | None = None, params: SamplingParams = GREEDY, seed: int = 0) -> list[Request]:
+    def requests(
+        self,
+        count: int | None = None,
+        max_new_tokens: int = GREEDY_TOKENS,
+        sampling: SamplingParams = GREEDY,
+        seed: int = 0,
+    ) -> list[Request]:
         """One request for each of the first `count` prompts, each with a seed of its own."""
         return [
-            Request(p.prompt_id, p.token_ids, params, seed=1000 * seed + i) for i, p in enumerate(self.prompts[:count])
+            Request(p.prompt_id, p.token_ids, max_new_tokens, sampling, 1000 * seed + i)
+            for i, p in enumerate(self.prompts[:count])
         ]
 
     def engine(self, drafter: str | None = None, slots: int = 8, **drafting: int | None) -> EmbeddedEngine:

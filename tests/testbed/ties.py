@@ -14,8 +14,8 @@ import torch
 if TYPE_CHECKING:
     from draftsmith.stages.data.trajectories import Trajectory
     from draftsmith.stages.drafters.base import Drafter
-    from draftsmith.stages.engines.base import SamplingParams
     from draftsmith.stages.target.causal_lm import Target
+    from draftsmith.stages.target.sampling import SamplingParams
 
 # In float32, logits of the tiny target differ by less than 1e-4 between programs, of its drafters by about 1e-5 between
 # shapes; drawn numbers are held against sums of probabilities that differ by a few 1e-6, as do confidences.
@@ -53,7 +53,7 @@ def draft_margin(
     return min(_margin(drafting.logits(chains[..., k])) for k in range(block_size - 1))
 
 
-def draw_margin(target: Target, trajectory: Trajectory, params: SamplingParams, seed: int) -> float:
+def draw_margin(target: Target, trajectory: Trajectory, sampling: SamplingParams, seed: int) -> float:
     """The smallest distance of a sampled response's drawn numbers from the next token's, and of top-p from its cut;
     of top-k, the distance of the last token that it keeps from the next."""
     from draftsmith.stages.drafters.sampling import sampled, uniform
@@ -61,15 +61,15 @@ def draw_margin(target: Target, trajectory: Trajectory, params: SamplingParams, 
     logits = target.logits(
         target.read(torch.tensor([trajectory.tokens[:-1]])).hidden[0, trajectory.prompt_length - 1 :]
     )
-    p = sampled(logits, params.law)
+    p = sampled(logits, sampling)
     drawn = torch.tensor([[uniform(seed, at)] for at in range(trajectory.prompt_length, len(trajectory.tokens))])
     apart = (drawn - p.cumsum(-1)).abs().min()
-    if params.top_k:
-        at_the_edge = logits.topk(params.top_k + 1).values[..., -2:]
+    if sampling.top_k:
+        at_the_edge = logits.topk(sampling.top_k + 1).values[..., -2:]
         apart = torch.minimum(apart, (at_the_edge[..., 0] - at_the_edge[..., 1]).min().double())
-    if params.top_p < 1:
-        whole = sampled(logits, replace(params.law, top_p=1.0)).sort(-1, descending=True).values
-        apart = torch.minimum(apart, (whole.cumsum(-1) - params.top_p).abs().min())
+    if sampling.top_p < 1:
+        whole = sampled(logits, replace(sampling, top_p=1.0)).sort(-1, descending=True).values
+        apart = torch.minimum(apart, (whole.cumsum(-1) - sampling.top_p).abs().min())
     return float(apart)
 
 

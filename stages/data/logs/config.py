@@ -13,7 +13,7 @@ from draftsmith.stages.data.row_files import local_files, matched, remote_versio
 from draftsmith.stages.data.row_formats import FieldNames, Filter
 from draftsmith.stages.data.time_window import LAST, Since, as_time, beginning
 from draftsmith.stages.runtime.stage import Config, FilledIn
-from draftsmith.stages.target.sampling import Law, TopK
+from draftsmith.stages.target.sampling import SamplingParams, TopK
 
 _PATHS = "logs.paths"
 
@@ -100,9 +100,9 @@ class LogsConfig(Config):
     )
 
     @property
-    def law(self) -> Law:
+    def sampling(self) -> SamplingParams:
         """That the answers were drawn by."""
-        return Law.of(self.temperature, self.top_p, self.top_k)
+        return SamplingParams(self.temperature, self.top_p, self.top_k)
 
     @property
     def needs_time(self) -> bool:

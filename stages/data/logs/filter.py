@@ -117,7 +117,7 @@ class Sieve(ABC, Generic[T]):
             if not passes(self._config.filter, row.fields, row.where):
                 self.filtered += 1
                 return None
-            if (other := logged.drawn_otherwise(self._config.law)) is not None:
+            if (other := logged.drawn_otherwise(self._config.sampling)) is not None:
                 raise SetAside(other)
             made = self._made(logged, time)
             self.taken += 1

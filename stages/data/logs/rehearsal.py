@@ -17,7 +17,7 @@ from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 from draftsmith.stages.data.logs.answer_table import chosen_rows, parts
 from draftsmith.stages.data.logs.filter import Intake, content, prompt_id
 from draftsmith.stages.target.info import TargetInfo
-from draftsmith.stages.target.sampling import Law
+from draftsmith.stages.target.sampling import SamplingParams
 
 ORIGIN, CONTENTS = "earlier.json", "contents.npy"  # whose answers they are, and their digests
 _DIGEST_BYTES = 16
@@ -31,11 +31,11 @@ def lot(seed: int, content: bytes) -> int:
 
 @dataclass(frozen=True)
 class Earlier:
-    """What of an earlier artifact may be trained on: answers of the same law that fit the intake's limits."""
+    """What of an earlier artifact may be trained on: answers with the same sampling that fit the intake's limits."""
 
     path: Path
     contents: list[bytes | None]  # of every row; None: not to be used
-    of_other_laws: int = 0  # rows that are not used because they were drawn otherwise
+    of_other_sampling: int = 0  # rows that are not used because they were drawn otherwise
 
     def choose(self, count: int, seed: int, but: set[bytes]) -> np.ndarray:
         """[rows] bool: `count` of them drawn by seed, or as many as there are, none whose content is in `but`."""
@@ -60,7 +60,7 @@ def made_otherwise(folder: Path, info: TargetInfo) -> str | None:
     """What has changed since the answers of an earlier artifact were given; None: nothing has.
 
     Of another target they are answers that this one would not give, of another tokenizer their ids mean other text, and
-    tables of another version do not say the law that they were drawn by as it is said now.
+    tables of another version do not name the sampling of their answers as it is named now.
     """
     known = json.loads((folder / ORIGIN).read_text("utf-8"))
     now = {"tokenizer": info.tokenizer_digest, "target": info.digest}
@@ -71,9 +71,9 @@ def made_otherwise(folder: Path, info: TargetInfo) -> str | None:
 
 
 def read_earlier(
-    folder: Path, intake: Intake, law: Law, read: Callable[[int], None] = lambda _answers: None
+    folder: Path, intake: Intake, sampling: SamplingParams, read: Callable[[int], None] = lambda _answers: None
 ) -> Earlier:
-    """Of an artifact with `trajectories.parquet`. law: that the new answers were drawn by. read: called with how many
+    """Of an artifact with `trajectories.parquet`. sampling: that of the new answers. read: called with how many
     answers were read, now and then.
 
     Raises DraftsmithError if it is damaged or of another version.
@@ -82,20 +82,22 @@ def read_earlier(
     read_table(path, TRAJECTORIES, columns=["sample"])  # whole, and of this version
     contents: list[bytes | None] = []
     seen: set[bytes] = set()
-    stated = Law(float(np.float32(law.temperature)), float(np.float32(law.top_p)), law.top_k)  # as it is stored
-    of_other_laws = 0
+    stated = SamplingParams(
+        float(np.float32(sampling.temperature)), float(np.float32(sampling.top_p)), sampling.top_k
+    )  # as it is stored
+    of_other_sampling = 0
     for part in parts(path, _COLUMNS):
         for split, *drawn, prompt, response in zip(*(part[name] for name in _COLUMNS), strict=True):
             both, train = None, split.as_py() == "train"
-            if train and Law.of(*(each.as_py() for each in drawn)) == stated:
+            if train and SamplingParams(*(each.as_py() for each in drawn)) == stated:
                 both = _content(prompt.values.to_numpy(), response.values.to_numpy(), intake)
             elif train:
-                of_other_laws += 1
+                of_other_sampling += 1
             contents.append(None if both in seen else both)
             if both is not None:
                 seen.add(both)
         read(len(contents))
-    return Earlier(path, contents, of_other_laws)
+    return Earlier(path, contents, of_other_sampling)
 
 
 def write_contents(folder: Path, table: Path) -> None:

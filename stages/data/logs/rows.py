@@ -33,7 +33,7 @@ from draftsmith.stages.data.row_formats import (
     row_messages,
 )
 from draftsmith.stages.target.info import TargetInfo
-from draftsmith.stages.target.sampling import Law
+from draftsmith.stages.target.sampling import SamplingParams
 
 SHAPES = (
     '{"messages": [{"role", "content"}], "completion": text} or '
@@ -74,11 +74,11 @@ class LoggedRow(Row):
             raise DraftsmithError(f"{self.where}: temperature {value!r} is not a number of 0 or more: correct the row")
         return float(value)
 
-    def drawn_otherwise(self, law: Law) -> str | None:
-        """Return which of its settings says that the answer was drawn by another law than the one that is stated for
+    def drawn_otherwise(self, sampling: SamplingParams) -> str | None:
+        """Return which of its settings says that the answer was sampled otherwise than is stated for
         all; None where none does, or it says nothing. Raises DraftsmithError if its temperature is none."""
         temperature = self.temperature  # a Parquet file may have it as float32
-        if temperature is not None and not math.isclose(temperature, law.temperature, rel_tol=1e-6):
+        if temperature is not None and not math.isclose(temperature, sampling.temperature, rel_tol=1e-6):
             return "another temperature"
         if any(self._number(name, neutral) != neutral for name, neutral in _PENALTIES.items()):
             return "drawn with penalties"
@@ -89,14 +89,16 @@ class LoggedRow(Row):
             return "drawn under a response_format"
         if any(isinstance(grammar := self.fields.get(name), str) and grammar for name in _GRAMMARS):
             return "drawn under a grammar"
-        if law.greedy:
+        if sampling.greedy:
             return None
         if self._number("min_p", 0) != 0:
             return "drawn with min_p"
-        top_p = self._number("top_p", law.top_p)  # a Parquet file may have it as float32
-        if not 0 <= top_p <= 1 or not math.isclose(top_p, law.top_p, rel_tol=1e-6):
+        top_p = self._number("top_p", sampling.top_p)  # a Parquet file may have it as float32
+        if not 0 <= top_p <= 1 or not math.isclose(top_p, sampling.top_p, rel_tol=1e-6):
             return "another top_p"
-        said, stated = (k if 0 < k < _ALL_TOKENS else 0 for k in (self._number("top_k", law.top_k), law.top_k))
+        said, stated = (
+            k if 0 < k < _ALL_TOKENS else 0 for k in (self._number("top_k", sampling.top_k), sampling.top_k)
+        )
         return "another top_k" if said != stated else None
 
     def _number(self, name: str, usual: float) -> float:

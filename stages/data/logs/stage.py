@@ -133,10 +133,10 @@ def _earlier(ctx: StageContext, config: LogsConfig, intake: Intake) -> tuple[Ear
         ctx.progress(answers, answers, "earlier answers")
         ctx.check_interrupted()
 
-    earlier = read_earlier(ctx.inputs["earlier"], intake, config.law, tell)
-    if earlier.of_other_laws:
+    earlier = read_earlier(ctx.inputs["earlier"], intake, config.sampling, tell)
+    if earlier.of_other_sampling:
         ctx.log(
-            f"{earlier.of_other_laws} answers of the earlier refresh are left out: they were drawn at another "
+            f"{earlier.of_other_sampling} answers of the earlier refresh are left out: they were drawn at another "
             "temperature, top_p or top_k"
         )
     return earlier, None
@@ -160,7 +160,7 @@ def _judge(ctx: StageContext, config: LogsConfig, rows: int) -> list[str]:
     target, found, done = Target.load(ctx.inputs["target"]), [], 0
     for part in chosen_rows(ctx.out / "trajectories.parquet", mask):
         for row in part.select(["trajectory_id", "prompt_ids", "response_ids"]).to_pylist():
-            reason = judge(target, row["prompt_ids"], row["response_ids"], config.law)
+            reason = judge(target, row["prompt_ids"], row["response_ids"], config.sampling)
             if reason:
                 found.append({"trajectory_id": row["trajectory_id"], "reason": reason})
             done += 1
@@ -169,13 +169,15 @@ def _judge(ctx: StageContext, config: LogsConfig, rows: int) -> list[str]:
     write_text(ctx.out / "improbable.jsonl", "".join(json.dumps(each) + "\n" for each in found))
     by_reason = Counter(each["reason"] for each in found)
     if found:
-        law = f"temperature {config.temperature:g}" + (f", {config.law.truncation}" if config.temperature else "")
+        sampling = f"temperature {config.temperature:g}" + (
+            f", {config.sampling.truncation}" if config.temperature else ""
+        )
         remedy = (
             " Correct logs.top_p and logs.top_k; min_p and penalties cannot be stated, so log answers without them, or "
             "greedy ones."
         )
         ctx.log(
-            f"warning: {len(found)} of {count} answers are not what this target gives at {law} "
+            f"warning: {len(found)} of {count} answers are not what this target gives at {sampling} "
             f"({by_frequency(by_reason)}; improbable.jsonl): sampled otherwise, another model's, or a part was cut out?"
             f"{remedy if by_reason[OUTSIDE] else ''}"
         )

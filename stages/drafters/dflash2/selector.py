@@ -3,9 +3,9 @@
 Source: SGLang's `CandidateSelector` (srt/models/dflash.py, 0.5.20 and 0.5.23). Candidate c behind token p has the score
 unary[c] + <A[p] ⊙ W h, B[c]>. Its unary score is the head's logit: the head's product, by the scale and the soft cap in
 the checkpoint's config, which are the target's. The token before the first offset is the anchor's. The softmax over the
-candidates is the law q of an offset. Greedily the best candidate is taken offset by offset, each behind the one before
-it: what stands before an offset is a candidate too, so the scores of all pairs are made at once, and only the way
-through them is walked.
+candidates is the distribution q of an offset. Greedily the best candidate is taken offset by offset, each behind the
+one before it: what stands before an offset is a candidate too, so the scores of all pairs are made at once, and only
+the way through them is walked.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Source: arXiv 2607.05147, and SGLang 0.5.23 (srt/models/dspark.py, srt/speculative/dspark_components). The backbone is
 DFlash's. The logits of an offset are the target's head of its hidden state plus a bias of low rank of the token before
-it (`markov.py`), so a block is drawn offset by offset, and q is a law of its own for each. A linear head says of hidden
+it (`markov.py`), so a block is drawn offset by offset, and each has its own q. A linear head says of hidden
 state and token, or of the state alone, how probable it is that the proposal is kept, given that those before it are.
 """
 
@@ -26,7 +26,7 @@ class BiasedHead(Head):
     """The target's head over hidden states, plus `bias` [V, r] over what was read of the token before them.
 
     What comes out are the logits, whatever scale or soft cap the target's own have: SGLang draws from that softmax
-    (srt/models/dspark.py, `compute_base_logits`), and it is what losses hold against the target's law.
+    (srt/models/dspark.py, `compute_base_logits`), and it is what losses hold against the target's distribution.
     Takes both next to each other, [..., H + r], and does not look behind them. The bias is of all tokens: its rows are
     read at every use, so that several graphs with a gradient of their own may hang on one head.
     """

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.spec import DraftingConfig
-from draftsmith.stages.engines.base import Request, SamplingParams
+from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.config import NO_REDUCED_HEAD, SGLangEngineConfig
 from draftsmith.stages.engines.sglang import probe
 from draftsmith.stages.engines.sglang.client import LostError, away, get, json_object, send, wrong
@@ -197,7 +197,7 @@ def _check_room(url: str, server: dict[str, Any], expected: Expected) -> None:
 
 async def _check_generation(client: httpx.AsyncClient, url: str, server: dict[str, Any], expected: Expected) -> bool:
     """Generate greedily; the tokens must be of the vocabulary. Returns whether records of the steps came with them."""
-    request = Request("of the handshake", expected.probe_ids, SamplingParams(_PROBE_TOKENS))
+    request = Request("of the handshake", expected.probe_ids, _PROBE_TOKENS)
     traced = expected.trace and expected.drafter_folder is not None
     body = await probe.generate(client, url, request, traced=traced)
     meta = body.get("meta_info") or {}

@@ -21,9 +21,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from draftsmith.stages.engines.base import Request, SamplingParams
+from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.sglang.client import post, wrong
 from draftsmith.stages.engines.sglang.records import completion_of, generate_payload
+from draftsmith.stages.target.sampling import SamplingParams
 
 if TYPE_CHECKING:
     import httpx
@@ -40,6 +41,7 @@ TOLERANCE = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}  # nats, of the 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TEMPERATURE = 1e3
 _EQUAL = 3
+_NAME = "of the handshake"  # of its requests
 _ROUNDS = 3  # a near-tie of half precision may hide it from one
 _LOCK = threading.Lock()
 _KNOWN: dict[tuple[Path | int, ...], list[float]] = {}  # by a target's folder and the tokens
@@ -75,7 +77,7 @@ async def check_weights(
         )
     if quantization := server.get("quantization"):
         return [f"{url} serves {path} quantised ({quantization}): its weights could not be compared with the target's"]
-    theirs = served_logprobs(await post(client, url, "of the handshake", payload(tokens)), tokens)
+    theirs = served_logprobs(await post(client, url, _NAME, payload(tokens)), tokens)
     if theirs is None:
         return [f"{url} gives no log-probs of a prompt: the weights of {path} could not be compared with the target's"]
     try:
@@ -160,22 +162,16 @@ async def verifies_greedily(client: httpx.AsyncClient, url: str, target: TargetI
     prompt_ids: what is continued. Raises DraftsmithError if the server does not answer as it should.
     """
     for seed in range(_ROUNDS):
-        sampled = await _tokens(client, url, target, prompt_ids, SamplingParams(1 + _EQUAL, _TEMPERATURE), seed)
-        greedy = await _tokens(client, url, target, [*prompt_ids, sampled[0]], SamplingParams(_EQUAL))
+        sampled = await _tokens(
+            client, url, target, Request(_NAME, prompt_ids, 1 + _EQUAL, SamplingParams(_TEMPERATURE), seed)
+        )
+        greedy = await _tokens(client, url, target, Request(_NAME, [*prompt_ids, sampled[0]], _EQUAL))
         if sampled[1:] == greedy:
             return True
     return False
 
 
-async def _tokens(
-    client: httpx.AsyncClient,
-    url: str,
-    target: TargetInfo,
-    prompt_ids: list[int],
-    sampling: SamplingParams,
-    seed: int = 0,
-) -> list[int]:
-    request = Request("of the handshake", prompt_ids, sampling, seed)
+async def _tokens(client: httpx.AsyncClient, url: str, target: TargetInfo, request: Request) -> list[int]:
     body = await generate(client, url, request)
     done = completion_of(request, body, eos_ids=target.eos_ids, vocab_size=target.vocab_size)
     return done.response_ids

@@ -30,7 +30,7 @@ def generate_payload(request: Request, eos_ids: Sequence[int], traced: bool) -> 
         **_NUMBERS,
         **_NULLS,
         "temperature": sampling.temperature,
-        "max_new_tokens": sampling.max_new_tokens,
+        "max_new_tokens": request.max_new_tokens,
         "stop_token_ids": list(eos_ids),
         "ignore_eos": False,
     }
@@ -129,9 +129,9 @@ def _check_tokens(
     elif reason == "stop" and matched not in (None, tokens[-1]):
         # SGLang puts an end token over one that is outside the vocabulary, and says so here alone.
         wrong = f"was ended by {matched!r}, not by its last token: by a stop string, or by an error of the server"
-    elif reason == "length" and len(tokens) < request.sampling.max_new_tokens:
+    elif reason == "length" and len(tokens) < request.max_new_tokens:
         wrong = (
-            f"was cut after {len(tokens)} of {request.sampling.max_new_tokens} tokens: "
+            f"was cut after {len(tokens)} of {request.max_new_tokens} tokens: "
             "the server's context or key/value memory is too small; raise it or lower sampling.max_new_tokens"
         )
     elif reason not in ("stop", "length"):

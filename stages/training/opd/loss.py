@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from draftsmith.stages.target.sampling import GREEDY, Law
+from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training import losses
 from draftsmith.stages.training.batches import Batch
 from draftsmith.stages.training.blocks import Anchors, LossReport, Share, Weighted, tokens_at
@@ -27,14 +27,14 @@ def opd_loss(
     target_head: torch.Tensor,
     objective: LossConfig,
     *,
-    law: Law = GREEDY,
+    sampling: SamplingParams = GREEDY,
     on_proposals: torch.Tensor | None = None,
     proposals: int | None = None,
     positions_per_chunk: int,
 ) -> LossReport:
     """λ_acc · weighted mean(response stream) + λ_rej · weighted mean(rejected stream).
 
-    hidden: [B, A, K, H] of the blocks on the trajectories' tokens. law: that tokens and proposals are drawn under.
+    hidden: [B, A, K, H] of the blocks on the trajectories' tokens. sampling: that of tokens and proposals.
     steps: may be None unless `objective.reads_steps`. on_proposals: [B, A, K, H] on the drafter's own proposals,
     where that is not the same (autoregressive drafters). proposals: of a served block (left out: K). objective:
     resolved. target_head: [V, H]. The report's operations are left to who drafted the blocks.
@@ -49,7 +49,7 @@ def opd_loss(
         target_head,
         objective.response,
         temperature=objective.temperature,
-        law=law,
+        sampling=sampling,
         committed=None if steps is None else steps.committed,
         proposals=proposals,
         positions_per_chunk=positions_per_chunk,

@@ -36,7 +36,7 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
         stored.trajectories,
         mined,
         config,
-        law=stored.law,
+        sampling=stored.sampling,
         seed=ctx.seed,
         ranks=ranks,
     )

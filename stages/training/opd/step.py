@@ -16,7 +16,7 @@ from draftsmith.stages.replay.chains import committed_tokens, draft
 from draftsmith.stages.replay.sampled import SampledText
 from draftsmith.stages.runtime.ranks import Ranks
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.sampling import GREEDY, Law
+from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.batches import Batch, Portion
 from draftsmith.stages.training.blocks import (
     Anchors,
@@ -46,13 +46,13 @@ class OpdStep:
         objective: LossConfig,
         config: TrainingConfig,
         proposals: int,
-        law: Law = GREEDY,
+        sampling: SamplingParams = GREEDY,
     ):
-        """objective: resolved. proposals: of a served block, at most those of the trained one. law: that the texts were
-        drawn with, if the drafter draws its proposals under it."""
+        """objective: resolved. proposals: of a served block, at most those of the trained one. sampling: that the texts
+        were drawn with, if the drafter draws its proposals under it."""
         self.drafter, self.target, self.source = drafter, target, source
         self.objective, self.config, self.proposals = objective, config, proposals
-        self.law = law
+        self.sampling = sampling
         self.heads = HeadSource(drafter, target.head_weight, config)
 
     def loss(self, step: int, indices: Sequence[int], batch: Batch, rng: np.random.Generator) -> LossReport:
@@ -159,7 +159,7 @@ class OpdStep:
         clock.spent("drafter")
         steps = drawn.steps or drawn.judged
         # else the loss finds what was accepted: argmaxes that are the text's
-        judges = self.objective.reads_steps if self.law.greedy else self.objective.reads_committed
+        judges = self.objective.reads_steps if self.sampling.greedy else self.objective.reads_committed
         if steps is None and judges:
             steps = self._judged(hidden, context, batch, drawn.anchors, heads, clock, self._text(batch, step))
             if self.objective.needs_scores:
@@ -181,7 +181,7 @@ class OpdStep:
             heads,
             self.target.head_weight,
             self.objective,
-            law=self.law,
+            sampling=self.sampling,
             on_proposals=on_proposals,
             proposals=self.proposals,
             positions_per_chunk=self.config.positions_per_chunk,
@@ -189,7 +189,7 @@ class OpdStep:
         report.operations = operations_of(self.drafter, batch, drawn.anchors, report.positions, heads.drafter)
         if on_proposals is not None:  # the chains were drafted twice; nothing more went through the head
             report.operations += operations_of(self.drafter, batch, drawn.anchors, 0, heads.drafter, prefixes=0)
-        if drawn.steps is None or not self.law.greedy:  # judged by this very forward, not at all, or drawn
+        if drawn.steps is None or not self.sampling.greedy:  # judged by this very forward, not at all, or drawn
             report.figures.pop("steps_changed_share", None)
         report.figures |= drawn.figures
         clock.spent("head_and_loss")
@@ -232,11 +232,11 @@ class OpdStep:
 
     def _text(self, batch: Batch, step: int) -> SampledText | None:
         """What decides about proposals that are drawn; other numbers in every step."""
-        if self.law.greedy:
+        if self.sampling.greedy:
             return None
         assert batch.hidden is not None
         proposals = self.drafter.block_size - 1
-        return SampledText.of(self.target, batch.hidden, batch.trajectories, self.law, proposals, salt=step + 1)
+        return SampledText.of(self.target, batch.hidden, batch.trajectories, self.sampling, proposals, salt=step + 1)
 
 
 def _steps_of(drawn: Drawn) -> VerifySteps:

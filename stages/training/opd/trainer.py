@@ -10,7 +10,7 @@ from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.sampling import GREEDY, Law
+from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.batches import FeatureSource, Portion, parts_of, step_rng, trajectories_of_step
 from draftsmith.stages.training.blocks import LossReport
 from draftsmith.stages.training.config import OpdConfig
@@ -31,14 +31,14 @@ class OpdTraining:
         mined: MinedTable | pa.Table,
         config: OpdConfig,
         *,
-        law: Law = GREEDY,
+        sampling: SamplingParams = GREEDY,
         seed: int = 0,
         ranks: Ranks = ALONE,
     ):
         """drafter: float32 weights that are to be trained. mined: its steps on these trajectories (as a table,
         VERIFY_STEPS), on all of them where `config.reads_table`.
 
-        law: that the trajectories were sampled with. Raises DraftsmithError if nothing of the config's kind was mined.
+        sampling: that of the trajectories. Raises DraftsmithError if nothing of the config's kind was mined.
         """
         if isinstance(mined, pa.Table):
             mined = match_steps(mined, trajectories, drafter.block_size)
@@ -46,9 +46,11 @@ class OpdTraining:
         self.ranks, self._trajectories, self._device = ranks, trajectories, target.device
         self.kind: Kind = "errors" if config.anchors == "errors" else "visited"
         self.usable = mined.trajectories_with(self.kind) if config.reads_table else list(range(len(trajectories)))
-        self.sampled = config.verification == "sampled" or (config.verification == "auto" and not law.greedy)
-        drawn = law if self.sampled and drafter.draws else GREEDY
-        self.objective = config.loss.resolved(drafter.recipe, self.sampled, law.temperature if drawn.greedy else 1.0)
+        self.sampled = config.verification == "sampled" or (config.verification == "auto" and not sampling.greedy)
+        drawn = sampling if self.sampled and drafter.draws else GREEDY
+        self.objective = config.loss.resolved(
+            drafter.recipe, self.sampled, sampling.temperature if drawn.greedy else 1.0
+        )
         self.source = anchor_source(config, mined, drafter, scored=self.objective.needs_scores)
         self._features = FeatureSource(
             target,

@@ -117,12 +117,12 @@ def _drawn(
     text: SampledText,
 ) -> torch.Tensor:
     """[B, A] proposals kept, as the text's numbers decide. on_text: [B, A, K] tokens of the text, -1 behind the end."""
-    temperature = text.law.temperature
+    temperature = text.sampling.temperature
     if choice is not None:
         q = probability_among(*choice, on_text, temperature)
     else:
         columns, present = head.to_columns(on_text.clamp(min=0))
-        flat = (x.flatten(0, 2).split(text.laws_at_once) for x in (hidden, columns))
+        flat = (x.flatten(0, 2).split(text.positions_at_once) for x in (hidden, columns))
         parts = [probability_of(head.logits(own), of_own, temperature) for own, of_own in zip(*flat, strict=True)]
         q = torch.cat(parts).view_as(on_text) * (present & (on_text >= 0))
     behind = anchors.positions[..., None] + torch.arange(hidden.shape[2], device=hidden.device)

@@ -70,7 +70,7 @@ def run(ctx: StageContext, config: SftConfig) -> None:
         target,
         stored.trajectories,
         config,
-        law=stored.law,
+        sampling=stored.sampling,
         seed=ctx.seed,
         ranks=ranks,
     )

@@ -15,7 +15,7 @@ from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.sampling import GREEDY, Law
+from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.batches import Batch, FeatureSource, Portion, parts_of, step_rng, trajectories_of_step
 from draftsmith.stages.training.blocks import (
     Anchors,
@@ -40,12 +40,12 @@ def sft_loss(
     stream: ResponseStream,
     *,
     temperature: float,
-    law: Law = GREEDY,
+    sampling: SamplingParams = GREEDY,
     positions_per_chunk: int,
 ) -> LossReport:
     """Weighted mean over all offsets inside the trajectory. stream: resolved, of scope `block`; target_head: [V, H].
 
-    temperature: of the target's distribution. law: that tokens and proposals are drawn under.
+    temperature: of the target's distribution. sampling: that of tokens and proposals.
     """
     started = time.perf_counter()
     hidden = block_hidden(drafter, context_of(drafter, batch), batch, anchors)
@@ -58,7 +58,7 @@ def sft_loss(
         target_head,
         stream,
         temperature=temperature,
-        law=law,
+        sampling=sampling,
         positions_per_chunk=positions_per_chunk,
     )
     positions = int(response.positions.sum())
@@ -83,17 +83,17 @@ class SftTraining:
         trajectories: Sequence[Trajectory],
         config: SftConfig,
         *,
-        law: Law = GREEDY,
+        sampling: SamplingParams = GREEDY,
         seed: int = 0,
         ranks: Ranks = ALONE,
     ):
-        """drafter: float32 weights that are to be trained. law: that the trajectories were drawn by: see
+        """drafter: float32 weights that are to be trained. sampling: that of the trajectories: see
         `response.py` for what it is to a drafter that draws its proposals."""
         self.drafter, self.target, self.config, self.seed, self.ranks = drafter, target, config, seed, ranks
         self._trajectories = trajectories
-        self.stream = config.stream(drafter.recipe, sampled=not law.greedy)
-        self._law = law if drafter.draws else GREEDY
-        self._temperature = (law.temperature or 1.0) if self._law.greedy else 1.0
+        self.stream = config.stream(drafter.recipe, sampled=not sampling.greedy)
+        self._sampling = sampling if drafter.draws else GREEDY
+        self._temperature = (sampling.temperature or 1.0) if self._sampling.greedy else 1.0
         self._heads = HeadSource(drafter, target.head_weight, config)
         self._features = FeatureSource(
             target,
@@ -134,7 +134,7 @@ class SftTraining:
                 self.target.head_weight,
                 self.stream,
                 temperature=self._temperature,
-                law=self._law,
+                sampling=self._sampling,
                 positions_per_chunk=self.config.positions_per_chunk,
             )
             report.alone = len(parts) == self.ranks.world == 1

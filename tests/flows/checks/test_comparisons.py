@@ -1,4 +1,4 @@
-"""What is compared is of one law, or `check` says that it is not."""
+"""Compared answers are sampled alike, or `check` warns."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from draftsmith.flows.checks.comparisons import check_gate, check_laws
+from draftsmith.flows.checks.comparisons import check_gate, check_sampling
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.planning.graph import Node
 from draftsmith.flows.refresh.graph import refresh_nodes
@@ -18,7 +18,7 @@ SAMPLED = "sampling={max_new_tokens: 32, temperature: 0.7, top_p: 0.9}"
 
 def warnings(nodes: list[Node]) -> list[str]:
     found = Findings()
-    check_laws(found, nodes)
+    check_sampling(found, nodes)
     return found.remarks
 
 
@@ -27,12 +27,12 @@ def refreshed(*overrides: str) -> list[str]:
 
 
 @pytest.mark.parametrize("section", ["assisted", "evaluation", "heldout"])
-def test_tau_of_another_law_than_what_is_learned_or_timed_is_a_warning(section: str) -> None:
+def test_tau_sampled_otherwise_than_what_is_learned_or_timed_is_a_warning(section: str) -> None:
     (warning,) = refreshed(f"{section}.{SAMPLED}")
-    assert warning.startswith("warning: evaluation: not of one law") and "sampled at 0.7, top_p 0.9" in warning
+    assert warning.startswith("warning: evaluation: sampling differs") and "sampled at 0.7, top_p 0.9" in warning
 
 
-def test_one_law_is_no_warning_whatever_it_is(tmp_path: Path) -> None:
+def test_equal_sampling_is_no_warning(tmp_path: Path) -> None:
     everywhere = [f"{section}.{SAMPLED}" for section in ("rollout", "assisted", "heldout", "evaluation")]
     assert refreshed() == refreshed(*everywhere) == []
     assert refreshed("evaluation.temperatures=[0, 1]") == [], "of several settings the first is the headline"

@@ -14,7 +14,7 @@ from draftsmith.flows.planning.inputs import external_digests
 from draftsmith.flows.refresh.config import RefreshConfig, control_config, prompts_since
 from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.stages.drafters.champion import ChampionConfig
-from draftsmith.stages.target.sampling import GREEDY, Law
+from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.config import OpdConfig
 from tests.flows.processes import ROOT
 from tests.testbed.refresh import load_config
@@ -228,9 +228,9 @@ def test_logs_alone_make_a_refresh(tmp_path: Path) -> None:
     path.write_text(text.replace("temperature: 0.7", "temperature: 0.7, top_p: 0.9, top_k: 20"))
     longer = load_config(path, [f"{section}.sampling.max_new_tokens=4096" for section in ("heldout", "evaluation")])
     for sampling in (longer.heldout.sampling, longer.evaluation.sampling):
-        assert (sampling.max_new_tokens, sampling.law()) == (4096, Law(0.7, 0.9, 20))
+        assert (sampling.max_new_tokens, sampling.params()) == (4096, SamplingParams(0.7, 0.9, 20))
     greedy = load_config(path, ["evaluation.sampling.temperature=0"]).evaluation.sampling
-    assert (greedy.temperature, greedy.top_p, greedy.law()) == (0, 0.9, GREEDY)
+    assert (greedy.temperature, greedy.top_p, greedy.params()) == (0, 0.9, GREEDY)
     with pytest.raises(DraftsmithError, match=r"logs\.top_k: .*is greedy decoding"):
         load_config(path, ["logs.top_k=1"])
 

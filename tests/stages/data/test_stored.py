@@ -11,7 +11,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.tables.parquet import write_table
 from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 from draftsmith.stages.data.load import load_trajectories
-from draftsmith.stages.target.sampling import Law
+from draftsmith.stages.target.sampling import SamplingParams
 
 
 def write(folder: Path, *changes: dict[str, Any]) -> Path:
@@ -28,11 +28,11 @@ def write(folder: Path, *changes: dict[str, Any]) -> Path:
 SAMPLED = {"split": "heldout", "temperature": 0.5}
 
 
-def test_the_law_is_that_of_the_rows(tmp_path: Path) -> None:
+def test_sampling_is_read_from_the_rows(tmp_path: Path) -> None:
     """Greedy answers have no top-p and no top-k, whatever was said beside."""
     both = {"top_p": 0.75, "top_k": 20}
-    assert load_trajectories(write(tmp_path, SAMPLED | both)).law == Law(0.5, 0.75, 20)
-    assert load_trajectories(write(tmp_path, both, {})).law == Law()
+    assert load_trajectories(write(tmp_path, SAMPLED | both)).sampling == SamplingParams(0.5, 0.75, 20)
+    assert load_trajectories(write(tmp_path, both, {})).sampling == SamplingParams()
 
 
 def test_answers_of_one_token_are_counted_and_left_out(tmp_path: Path) -> None:

@@ -23,11 +23,12 @@ from draftsmith.stages.drafters.checkpoint import UPGRADES, check_whole, load_dr
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.registry import KINDS, DrafterConfig
-from draftsmith.stages.engines.base import Request, SamplingParams
+from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.stats import replay_sequentially
 from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.sampling import SamplingParams
 from tests.stages.drafters.edits import edit_tensors
 from tests.testbed import random_target, ties
 from tests.testbed.architectures import RANDOM
@@ -162,11 +163,11 @@ def test_replay_is_sequential_speculative_decoding(texts: Texts, block_size: int
 def test_decoding_is_lossless_and_its_steps_are_those_of_replay(texts: Texts, plain_target: Target) -> None:
     """Greedy and sampled requests in one batch, whose rows are taken over by others.
 
-    Where proposals of sampled ones are drawn, answers are the same in law alone, which other tests look at.
+    Where proposals of sampled ones are drawn, answers are the same in distribution alone, which other tests look at.
     """
     sampled = 0.0 if texts.drafter.draws else 1.0
     requests = [
-        Request(str(i), t.tokens[: 4 + 3 * i], SamplingParams(14 + i, temperature=sampled * (i % 2)), seed=i)
+        Request(str(i), t.tokens[: 4 + 3 * i], 14 + i, SamplingParams(sampled * (i % 2)), i)
         for i, t in enumerate(random_target.trajectories(4, seed=9))
     ]
     plain = {c.request.request_id: c for c in EmbeddedEngine(plain_target, slots=4, capacity=64).generate(requests)}

@@ -73,7 +73,7 @@ def test_on_given_tokens_it_says_what_training_sees(drafter: Drafter, plain_targ
     K = drafter.block_size - 1
     given = torch.randint(0, 50, (2, 3, K), generator=torch.Generator().manual_seed(0))
     given[..., 0] = blocks.at_anchors
-    trained = law_of(drafter, drafter.block_hidden(blocks.context, given, blocks.anchors), given, blocks.head)
+    trained = logits_of(drafter, drafter.block_hidden(blocks.context, given, blocks.anchors), given, blocks.head)
     drafting = drafter.drafting(*blocks.arguments, drafter.block_size, blocks.head)
     for k in range(K):
         other = copy.copy(drafting)  # goes its own way, and changes nothing here
@@ -81,8 +81,8 @@ def test_on_given_tokens_it_says_what_training_sees(drafter: Drafter, plain_targ
         assert torch.allclose(drafting.logits(given[..., k]), trained[..., k, :], atol=TOLERANCE)
 
 
-def law_of(drafter: Drafter, hidden: torch.Tensor, given: torch.Tensor, head: Head) -> torch.Tensor:
-    """[B, A, K, V'] logits of the law that a loss sees, at hidden states behind the given tokens."""
+def logits_of(drafter: Drafter, hidden: torch.Tensor, given: torch.Tensor, head: Head) -> torch.Tensor:
+    """[B, A, K, V'] logits of the distribution that a loss sees, at hidden states behind the given tokens."""
     logits = head.logits(hidden)
     if not drafter.chooses:
         return logits

@@ -51,7 +51,9 @@ def states(target: Target, count: int = 5) -> torch.Tensor:
     return 2 * torch.randn(count, target.embedding.shape[1], generator=torch.Generator().manual_seed(0))
 
 
-def test_dspark_draws_from_products_and_bias_as_sglang_does_and_learns_from_the_targets_law(target: Target) -> None:
+def test_dspark_draws_from_products_and_bias_as_sglang_does_and_learns_from_the_targets_distribution(
+    target: Target,
+) -> None:
     drafter = create_drafter(DSPARK, target, 0)
     assert isinstance(drafter, DSparkDrafter)
     w2 = drafter.markov_head.markov_w2.weight
@@ -98,8 +100,8 @@ def test_a_config_that_says_nothing_of_it_means_the_products(target: Target, tmp
     assert isinstance(loaded, DFlash2Drafter) and loaded.candidate_selector.unary_map == LogitMap()
 
 
-def test_an_upgraded_dspark_starts_at_the_law_of_the_scaled_head(family: str, target: Target) -> None:
-    """A cap has no such start: its proposals are the same, and its law is that of the products."""
+def test_an_upgraded_dspark_starts_at_the_distribution_of_the_scaled_head(family: str, target: Target) -> None:
+    """A cap has no such start: its proposals are the same, and its distribution is that of the products."""
     plain = random_drafter(target)
     plain.logit_map, plain.embedding_scale = target.logit_map, target.embedding_scale
     made = upgraded(plain, DSPARK, target, seed=0)

@@ -1,4 +1,4 @@
-"""Where a drafter draws its proposals, sampled answers follow the target's law, and the test rejects wrong rules."""
+"""Sampled answers follow the target's distribution where a drafter samples its proposals; wrong rules are caught."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.sampling import Purpose, pick, sampled, uniform
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines import verification
-from draftsmith.stages.engines.base import Completion, Request, SamplingParams
+from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.sampling import SamplingParams
 from tests.testbed.dflash2 import random_dflash2
 from tests.testbed.drawing import drawing_eagle3
 from tests.testbed.dspark import random_dspark
 
 PROMPT = [5, 3, 9, 1]
-PARAMS = SamplingParams(3, 1.5, top_p=0.95, top_k=40)  # the prefill's token, and two that a block proposed
+TOKENS_EACH = 3  # the prefill's token, and two that a block proposed
+SAMPLING = SamplingParams(1.5, top_p=0.95, top_k=40)
 ANSWERS = 800
 CLASSES = 6  # of tokens: counts of single pairs would be too small
 ALARM = 1e-6  # p-value, of fixed seeds
@@ -36,18 +38,18 @@ def answers(
     drafting: DraftingConfig | None = None,
 ) -> list[Completion]:
     engine = EmbeddedEngine(target, drafter, slots=slots, capacity=16, drafting=drafting)
-    requests = [Request(str(i), PROMPT, PARAMS, i) for i in range(count)]
+    requests = [Request(str(i), PROMPT, TOKENS_EACH, SAMPLING, i) for i in range(count)]
     return sorted(engine.generate(requests), key=lambda answer: int(answer.request.request_id))
 
 
 @pytest.fixture(scope="module")
-def law(plain_target: Target) -> np.ndarray:
+def distribution(plain_target: Target) -> np.ndarray:
     """[classes, classes] of the second and the third token, of answers that do not end before, from plain forwards."""
     end = plain_target.info.vocab_size - 1
 
     def behind(texts: torch.Tensor) -> torch.Tensor:
         logits = plain_target.logits(plain_target.read(texts).hidden[:, -1])
-        return sampled(logits, PARAMS.law)
+        return sampled(logits, SAMPLING)
 
     prompt = torch.tensor([PROMPT])
     tokens = torch.arange(end)
@@ -62,12 +64,12 @@ def law(plain_target: Target) -> np.ndarray:
     return (counts / counts.sum()).numpy()
 
 
-def p_value(found: list[Completion], law: np.ndarray) -> float:
-    counts = np.zeros_like(law)
+def p_value(found: list[Completion], distribution: np.ndarray) -> float:
+    counts = np.zeros_like(distribution)
     for answer in found:
         if len(answer.response_ids) == 3:
             counts[answer.response_ids[1] % CLASSES, answer.response_ids[2] % CLASSES] += 1
-    return float(stats.chisquare(counts.ravel(), (law * counts.sum()).ravel()).pvalue)
+    return float(stats.chisquare(counts.ravel(), (distribution * counts.sum()).ravel()).pvalue)
 
 
 @pytest.fixture(
@@ -80,12 +82,12 @@ def drafter(request: pytest.FixtureRequest, plain_target: Target) -> Drafter:
     return made
 
 
-def test_sampled_answers_follow_the_target(drafter: Drafter, law: np.ndarray, plain_target: Target) -> None:
+def test_sampled_answers_follow_the_target(drafter: Drafter, distribution: np.ndarray, plain_target: Target) -> None:
     found = answers(plain_target, drafter)
     accepted = [step.accepted for answer in found for step in answer.steps]
     assert min(accepted.count(n) for n in (0, 1, 2)) > 25
-    assert p_value(found, law) > ALARM
-    assert p_value(answers(plain_target, None), law) > ALARM  # the reference itself
+    assert p_value(found, distribution) > ALARM
+    assert p_value(answers(plain_target, None), distribution) > ALARM  # the reference itself
 
 
 def test_a_request_draws_the_same_in_any_batch(drafter: Drafter, plain_target: Target) -> None:
@@ -95,16 +97,16 @@ def test_a_request_draws_the_same_in_any_batch(drafter: Drafter, plain_target: T
         assert [(s.accepted, s.proposed) for s in answer.steps] == [(s.accepted, s.proposed) for s in other.steps]
 
 
-# ---- verification alone, of laws that are tables: many draws, so that every wrong rule is seen
+# ---- verification alone, of distributions that are tables: many draws, so that every wrong rule is seen
 
 DRAWS, TOKENS, OFFSETS = 3000, 5, 2
 TABLES = np.random.default_rng(0).dirichlet(np.full(TOKENS, 0.7), (2, OFFSETS + 1))  # p and q of each offset
 
 
-ALL = SamplingParams(9, temperature=1.0)
+ALL = SamplingParams(1.0)
 
 
-def committed(params: SamplingParams) -> list[list[int]]:
+def committed(sampling: SamplingParams) -> list[list[int]]:
     """The tokens of one step of each of many requests; p and q do not depend on what came before."""
     p, q = (torch.from_numpy(table) for table in TABLES)
     q = q[:-1]
@@ -118,21 +120,21 @@ def committed(params: SamplingParams) -> list[list[int]]:
         verification.Drafted(proposed, dict.fromkeys(range(DRAWS), q)),
         p.log().expand(DRAWS, -1, -1),
         torch.arange(1, OFFSETS + 2).expand(DRAWS, -1),
-        [params] * DRAWS,
+        [sampling] * DRAWS,
         list(range(DRAWS)),
     )
     return [row[: kept + 1] for row, kept in zip(found.tokens.tolist(), found.accepted, strict=True)]
 
 
-def least_p_value(params: SamplingParams = ALL) -> float:
-    """Over the places of a step: of the tokens there, whenever it was committed, against the target's law."""
-    values, steps = [], committed(params)
-    laws = sampled(torch.from_numpy(TABLES[0]).log(), params.law).numpy()
-    for place, law in enumerate(laws):
+def least_p_value(sampling: SamplingParams = ALL) -> float:
+    """Over the places of a step: of the tokens there, whenever it was committed, against the target's distribution."""
+    values, steps = [], committed(sampling)
+    distributions = sampled(torch.from_numpy(TABLES[0]).log(), sampling).numpy()
+    for place, distribution in enumerate(distributions):
         counts = np.bincount([step[place] for step in steps if len(step) > place], minlength=TOKENS)
-        if counts[law == 0].any():
+        if counts[distribution == 0].any():
             return 0.0
-        values.append(stats.chisquare(counts[law > 0], law[law > 0] * counts.sum()).pvalue)
+        values.append(stats.chisquare(counts[distribution > 0], distribution[distribution > 0] * counts.sum()).pvalue)
     return float(min(values))
 
 
@@ -164,9 +166,9 @@ WRONG: dict[str, Rule] = {
 }
 
 
-@pytest.mark.parametrize("params", [ALL, SamplingParams(9, temperature=1.3, top_p=0.9)], ids=str)
-def test_every_token_of_a_step_follows_the_target(params: SamplingParams) -> None:
-    assert least_p_value(params) > ALARM
+@pytest.mark.parametrize("sampling", [ALL, SamplingParams(1.3, top_p=0.9)], ids=str)
+def test_every_token_of_a_step_follows_the_target(sampling: SamplingParams) -> None:
+    assert least_p_value(sampling) > ALARM
 
 
 @pytest.mark.parametrize("rule", WRONG)

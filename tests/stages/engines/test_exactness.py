@@ -12,13 +12,14 @@ from transformers import AutoModelForCausalLM
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.sampling import sampled as distribution
 from draftsmith.stages.drafters.sampling import uniform
-from draftsmith.stages.engines.base import Completion, Request, SamplingParams
+from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.target.info import model_path
+from draftsmith.stages.target.sampling import SamplingParams
 from tests.stages.bench import GREEDY_TOKENS, Bench
 from tests.testbed.drafter import DrafterArtifacts
 
-SAMPLED = SamplingParams(max_new_tokens=32, temperature=1.0, top_p=0.95, top_k=20)
+SAMPLED = SamplingParams(temperature=1.0, top_p=0.95, top_k=20)
 
 
 def tokens_of(answers: dict[str, Completion]) -> dict[str, list[int]]:
@@ -38,7 +39,7 @@ class Sampled:
 
 @pytest.fixture(scope="module")
 def sampled(bench: Bench) -> Sampled:
-    requests = bench.requests(None, SAMPLED, seed=7)
+    requests = bench.requests(None, 32, SAMPLED, seed=7)
     answers = bench.answers(requests, slots=16)
     requests = bench.clearly_drawn(requests, answers)
     assert len(requests) > 40
@@ -125,22 +126,21 @@ def test_a_sampled_answer_depends_on_its_seed_and_not_on_its_batch(bench: Bench,
     assert sum(other[name] != sampled.answers[name] for name in other) > 20
 
 
-def test_every_sampled_token_inverts_the_targets_law_at_its_own_position(bench: Bench, sampled: Sampled) -> None:
+def test_every_sampled_token_inverts_the_targets_distribution_at_its_own_position(
+    bench: Bench, sampled: Sampled
+) -> None:
     for request in sampled.requests[:10]:
         answer, start = sampled.answers[request.request_id], len(request.prompt_ids)
         hidden = bench.target.read(torch.tensor([request.prompt_ids + answer])).hidden[0, start - 1 : -1]
-        law = distribution(bench.target.logits(hidden), SAMPLED.law)
+        p = distribution(bench.target.logits(hidden), SAMPLED)
         for j, token in enumerate(answer):
             u = uniform(request.seed, start + j)
-            assert float(law[j, :token].sum()) - 1e-5 <= u <= float(law[j, : token + 1].sum()) + 1e-5
+            assert float(p[j, :token].sum()) - 1e-5 <= u <= float(p[j, : token + 1].sum()) + 1e-5
 
 
 def test_answers_that_end_at_once_are_refilled(bench: Bench) -> None:
     """Length limits from one token on, so that rows finish at prefill, in a step, and at its very end."""
-    requests = [
-        Request(r.request_id, r.prompt_ids, SamplingParams(max_new_tokens=1 + i % 9), r.seed)
-        for i, r in enumerate(bench.requests(40))
-    ]
+    requests = [Request(r.request_id, r.prompt_ids, 1 + i % 9, seed=r.seed) for i, r in enumerate(bench.requests(40))]
     for drafter in (None, "trained"):
         answers = bench.answers(requests, drafter, slots=3)
         assert len(answers) == 40
@@ -179,7 +179,7 @@ def test_an_engine_generates_twice_and_an_abandoned_answer_leaves_nothing(bench:
 
 @pytest.mark.parametrize("spare", [-1, 0])
 def test_the_capacity_holds_prompt_answer_and_a_block_of_proposals(spare: int, bench: Bench) -> None:
-    request = bench.requests(1, SamplingParams(12))[0]
+    request = bench.requests(1, 12)[0]
     drafter = bench.drafters["trained"]
     needed = len(request.prompt_ids) + 12 + drafter.block_size - 1
     engine = EmbeddedEngine(bench.target, drafter, slots=1, capacity=needed + spare)

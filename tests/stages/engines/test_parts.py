@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from draftsmith.artifacts.tables.parquet import write_table
 from draftsmith.artifacts.tables.schemas import TIMINGS
-from draftsmith.stages.engines.base import Completion, Request, SamplingParams, VerifyStep
+from draftsmith.stages.engines.base import Completion, Request, VerifyStep
 from draftsmith.stages.engines.partial_answers import SCHEMAS, AnswerParts
 
 SPLITS = {"a": "train", "b": "train"}
@@ -18,7 +18,7 @@ SPLITS = {"a": "train", "b": "train"}
 def answer(name: str, response: list[int], accepted: list[int] | None = None) -> Completion:
     """With the verify steps that an engine recorded, or without."""
     steps = [VerifyStep(index, kept, [7, 8, 9]) for index, kept in enumerate(accepted or [])]
-    request = Request(name, [1, 2], SamplingParams(8))
+    request = Request(name, [1, 2], 8)
     return Completion(request, response, "length", steps, verify_steps=len(accepted or []))
 
 

@@ -159,7 +159,7 @@ def test_the_seed_of_the_run_decides_what_is_sampled(tmp_path: Path, tiny_drafte
         runs.append([row["response_ids"] for row in rows(ctx)])
     assert runs[0] == runs[1] != runs[2]
     stored = load_trajectories(tmp_path / "a" / "out")
-    assert stored.law.temperature == pytest.approx(1.2)
+    assert stored.sampling.temperature == pytest.approx(1.2)
     assert len(stored.trajectories) == 12
 
 

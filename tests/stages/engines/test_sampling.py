@@ -1,4 +1,4 @@
-"""How a token is drawn: what top-k and top-p keep, the cumulative law inverted, one number a seed and position."""
+"""Sampling of tokens: top-k and top-p, the inverse CDF, one uniform number per seed and position."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from draftsmith.stages.drafters.sampling import (
     sampled,
     uniform,
 )
-from draftsmith.stages.engines.base import SamplingParams
 from draftsmith.stages.engines.verification import draw
-from draftsmith.stages.target.sampling import Law
+from draftsmith.stages.target.sampling import SamplingParams
 
 
 def test_uniform_numbers_depend_on_seed_and_position_and_are_uniform() -> None:
@@ -68,7 +67,7 @@ def test_top_p_keeps_the_smallest_sufficient_set_of_what_top_k_keeps(
     ordered = np.cumsum(sorted(whole, reverse=True)[: top_k or len(whole)])
     if np.abs(ordered / ordered[-1] - top_p).min() < 1e-9 or len(set(whole)) < len(whole):
         return  # the definition itself rests on rounding
-    p = sampled(torch.tensor(logits), Law(temperature, top_p, top_k)).tolist()
+    p = sampled(torch.tensor(logits), SamplingParams(temperature, top_p, top_k)).tolist()
     assert {token for token, value in enumerate(p) if value > 0} == kept_by_hand(whole, top_p, top_k)
     assert abs(sum(p) - 1) < 1e-12
     kept = [whole[token] for token, value in enumerate(p) if value > 0]
@@ -78,7 +77,7 @@ def test_top_p_keeps_the_smallest_sufficient_set_of_what_top_k_keeps(
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.4])
 @pytest.mark.parametrize("top_k", [0, 2, 20, 500])
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_law_is_that_of_transformers_warpers(top_p: float, top_k: int, tied: bool) -> None:
+def test_the_distribution_is_that_of_transformers_warpers(top_p: float, top_k: int, tied: bool) -> None:
     """Temperature, top-k, top-p in this order; of tokens that tie at the k-th place top-k keeps all."""
     logits = 2 * torch.randn(64, 200, generator=torch.Generator().manual_seed(top_k)).double()
     if tied:  # as logits of half precision do; top-p is left out, for which of equal tokens it keeps is the sort's
@@ -86,18 +85,18 @@ def test_the_law_is_that_of_transformers_warpers(top_p: float, top_k: int, tied:
     warped = TemperatureLogitsWarper(0.7)(None, logits)
     warped = TopKLogitsWarper(top_k)(None, warped) if top_k else warped
     warped = TopPLogitsWarper(top_p)(None, warped) if top_p < 1 else warped
-    law = Law(0.7, top_p, top_k)
-    found = sampled(logits, law)
+    sampling = SamplingParams(0.7, top_p, top_k)
+    found = sampled(logits, sampling)
     assert torch.equal(found == 0, warped.isinf())
     torch.testing.assert_close(found, torch.softmax(warped, -1), rtol=1e-12, atol=0)
-    if law.truncates:
-        assert torch.equal(outside(torch.softmax(logits / 0.7, -1), law), warped.isinf())
+    if sampling.truncates:
+        assert torch.equal(outside(torch.softmax(logits / 0.7, -1), sampling), warped.isinf())
     if tied and top_k == 20:
         assert ((found > 0).sum(-1) > 20).any()
 
 
 @pytest.mark.parametrize("temperature", [0.02, 0.7, 1.0, 3.0])
-def test_of_single_tokens_a_law_is_what_it_is_of_all(temperature: float) -> None:
+def test_probabilities_of_single_tokens_equal_those_of_the_whole_distribution(temperature: float) -> None:
     logits = 20 * torch.randn(50, 3, 4000, generator=torch.Generator().manual_seed(0)) + 200
     columns = logits.argsort(-1)[..., -3].clone()
     columns[:10] = 7
@@ -112,15 +111,15 @@ def test_of_single_tokens_a_law_is_what_it_is_of_all(temperature: float) -> None
     assert torch.equal(probability_among(scores, candidates, tokens, temperature), expected)
 
 
-def test_draw_inverts_the_cumulative_law_of_each_row() -> None:
+def test_draw_inverts_the_cumulative_distribution_of_each_row() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 5, 17, generator=generator) * 2
     positions = torch.arange(5) + torch.tensor([[10], [20], [30]])
-    params = [SamplingParams(1, 0.8, top_k=6), SamplingParams(1), SamplingParams(1, 1.3, 0.7)]
+    params = [SamplingParams(0.8, top_k=6), SamplingParams(), SamplingParams(1.3, 0.7)]
     tokens = draw(logits, positions, params, [4, 5, 6])
     assert torch.equal(tokens[1], logits[1].argmax(-1))
     for row, seed in ((0, 4), (2, 6)):
-        p = sampled(logits[row], params[row].law).numpy()
+        p = sampled(logits[row], params[row]).numpy()
         for t in range(5):
             u, at = uniform(seed, int(positions[row, t])), int(tokens[row, t])
             assert p[t, at] > 0

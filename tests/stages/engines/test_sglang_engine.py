@@ -17,7 +17,7 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageIn
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 from draftsmith.stages.data.load import DRAFTER_FOLDER, load_prompts
-from draftsmith.stages.engines.base import Request, SamplingParams
+from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.rollout import STAGE, RolloutConfig
 from draftsmith.stages.engines.sglang import pool
 from draftsmith.stages.engines.sglang.engine import _MOST_UNANSWERED, SGLangEngine, UnansweredError
@@ -37,9 +37,9 @@ from tests.stages.engines.servers import (
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 
-FEW = [Request(f"r{i}", [10 * i + 5], SamplingParams(3)) for i in range(12)]
+FEW = [Request(f"r{i}", [10 * i + 5], 3) for i in range(12)]
 RIGHT = {f"r{i}": [10 * i + 6, 10 * i + 7, 10 * i + 8] for i in range(12)}
-MANY = [Request(f"r{i}", [i + 5], SamplingParams(3)) for i in range(100)]
+MANY = [Request(f"r{i}", [i + 5], 3) for i in range(100)]
 
 
 def answers_of(engine: SGLangEngine) -> dict[str, list[int]]:
@@ -158,7 +158,7 @@ def test_an_answer_that_was_retracted_is_taken_without_its_steps(
         opened(tiny_drafter, tmp_path, {"urls": [server.url]}, drafter=drafter) as engine,
     ):
         assert engine.records_trace
-        (found,) = engine.generate([Request("r", [5], SamplingParams(8))])
+        (found,) = engine.generate([Request("r", [5], 8)])
         assert len(asked_for(server)) == 1
     assert found.response_ids == list(range(6, 14))
     assert (found.verify_steps, found.retractions, len(found.steps)) == (1, 1, 0)

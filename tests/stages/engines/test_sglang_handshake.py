@@ -10,8 +10,9 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.data.load import DRAFTER_FOLDER
-from draftsmith.stages.engines.base import Request, SamplingParams
+from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.sglang.handshake import Expected, ServerInfo
+from draftsmith.stages.target.sampling import SamplingParams
 from tests.stages.engines.http_server import Refusal, answer
 from tests.stages.engines.servers import expected_of, good_server, opened, server_of, shake, speculating
 from tests.testbed.drafter import DrafterArtifacts
@@ -154,6 +155,6 @@ def test_a_sampled_rollout_on_such_servers_is_refused_and_a_greedy_one_is_not(
         server_of(assisted, generate=greedy_behind_the_first) as server,
         opened(tiny_drafter, tmp_path, {"urls": [server.url]}, drafter=tiny_drafter.drafter / DRAFTER_FOLDER) as engine,
     ):
-        assert len(list(engine.generate([Request("greedy", [5], SamplingParams(3))]))) == 1
+        assert len(list(engine.generate([Request("greedy", [5], 3)]))) == 1
         with pytest.raises(DraftsmithError, match=r"sampling\.temperature: SGLang verifies greedily on this device"):
-            list(engine.generate([Request("sampled", [5], SamplingParams(3, 1.0))]))
+            list(engine.generate([Request("sampled", [5], 3, SamplingParams(1.0))]))

@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
-from draftsmith.stages.engines.base import Completion, Request, SamplingParams
+from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.sglang import client
 from draftsmith.stages.engines.sglang import pool as pooling
 from draftsmith.stages.engines.sglang.client import Answer, FullError, LostError, check_status
@@ -41,7 +41,7 @@ def payload(token: int = 5, new: int = 3) -> dict[str, Any]:
 
 
 def completion(found: Answer) -> Completion:
-    return Completion(Request("r", [1], SamplingParams(3)), found.body["output_ids"], "length", [])
+    return Completion(Request("r", [1], 3), found.body["output_ids"], "length", [])
 
 
 def with_pool(

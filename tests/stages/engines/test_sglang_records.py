@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.engines.base import Completion, Request, SamplingParams
+from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.sglang.records import (
     BadAnswerError,
     IncompleteRecordsError,
@@ -18,9 +18,10 @@ from draftsmith.stages.engines.sglang.records import (
     trace_identity,
 )
 from draftsmith.stages.evaluation.timed_runs import accepted_lengths
+from draftsmith.stages.target.sampling import SamplingParams
 from tests.stages.bench import Bench
 
-REQUEST = Request("p/0", [10, 11, 12], SamplingParams(6))
+REQUEST = Request("p/0", [10, 11, 12], 6)
 EOS = (2, 0)
 
 
@@ -59,8 +60,8 @@ def as_records(long: Completion, length: int) -> list[Any]:
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 23])
 def test_cut_records_equal_the_embedded_engines_steps(length: int, bench: Bench) -> None:
     """Steps of a longer answer, cut where the shorter one ends, are the steps of decoding the shorter one."""
-    long = bench.answers(bench.requests(12, SamplingParams(60)), "trained")
-    short = bench.answers(bench.requests(12, SamplingParams(length)), "trained")
+    long = bench.answers(bench.requests(12, 60), "trained")
+    short = bench.answers(bench.requests(12, length), "trained")
     compared = 0
     for name, expected in short.items():
         whole = replace(long[name], steps=long[name].steps[:-1])  # the last one was cut by the end itself
@@ -89,7 +90,7 @@ def test_an_answer_of_logits_that_are_nan_is_a_bad_one(nan: float | None) -> Non
 
 
 def _short(new: int) -> Request:
-    return replace(REQUEST, sampling=SamplingParams(new))
+    return replace(REQUEST, max_new_tokens=new)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def test_the_plug_in_says_version_and_drafter() -> None:
 
 
 def test_payloads_say_how_to_draw_and_whether_to_record() -> None:
-    sampled = replace(REQUEST, sampling=SamplingParams(6, 0.7, 0.9, 20), seed=2**62 + 1)
+    sampled = replace(REQUEST, sampling=SamplingParams(0.7, 0.9, 20), seed=2**62 + 1)
     greedy = generate_payload(REQUEST, EOS, traced=False)
     assert greedy["input_ids"] == [10, 11, 12]
     asked = {

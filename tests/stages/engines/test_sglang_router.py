@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.data.load import DRAFTER_FOLDER
-from draftsmith.stages.engines.base import Request, SamplingParams
+from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.rollout import RolloutConfig
 from draftsmith.stages.engines.sglang import environment, router
 from draftsmith.stages.engines.sglang.handshake import Expected
@@ -25,7 +25,7 @@ from tests.stages.engines.servers import opened, refusing, server_of, speculatin
 from tests.stages.engines.test_sglang_config import after, config
 from tests.testbed.drafter import DrafterArtifacts
 
-REQUESTS = [Request(f"r{i}", [10 * i + 5], SamplingParams(8)) for i in range(4)]
+REQUESTS = [Request(f"r{i}", [10 * i + 5], 8) for i in range(4)]
 
 
 def without_unknown_fields(payload: dict[str, Any]) -> dict[str, Any]:

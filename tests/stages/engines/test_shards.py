@@ -81,7 +81,7 @@ def test_an_evaluation_replays_in_shards_what_one_process_does(
 
     def tallied(done: list[Path]) -> dict[str, Tally]:
         replayed.clear()
-        replayer = Replayer(plain_target, ReplayOptions(law=stored.law, tokens_per_group=TOKENS))
+        replayer = Replayer(plain_target, ReplayOptions(sampling=stored.sampling, tokens_per_group=TOKENS))
         return replayer.tally(
             made, stored.trajectories, done=done, progress=lambda count, _total: replayed.append(count)
         )

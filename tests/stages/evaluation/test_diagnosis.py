@@ -14,7 +14,6 @@ from draftsmith.artifacts.tables.schemas import TRACE
 from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter, FeatureContext
 from draftsmith.stages.drafters.spec import DraftingConfig
-from draftsmith.stages.engines.base import SamplingParams
 from draftsmith.stages.evaluation.step_differences import Diagnosis, Served, diagnose
 from tests.stages.bench import Bench, trajectory_of
 
@@ -58,7 +57,7 @@ def forgetful(drafter: Drafter) -> Drafter:
 
 def serve(bench: Bench, drafter: Drafter, *, recorded: bool = True, **drafting: int) -> Served:
     wrong = Bench(bench.target, {"wrong": drafter}, bench.prompts, bench.greedy)
-    requests = wrong.requests(PROMPTS, SamplingParams(TOKENS))
+    requests = wrong.requests(PROMPTS, TOKENS)
     answers = list(wrong.answers(requests, "wrong", slots=1, **drafting).values())
     answers = [answer for answer in answers if len(answer.response_ids) > 1]
     rows: Sequence[Any] = [row for answer in answers for row in answer.trace_rows()]

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from draftsmith.stages.data.load import Prompt
-from draftsmith.stages.engines.base import Completion, Request, SamplingParams, VerifyStep
+from draftsmith.stages.engines.base import Completion, Request, VerifyStep
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.speed_table import (
     alternates,
@@ -29,8 +29,9 @@ from draftsmith.stages.evaluation.timed_runs import (
     turn_of,
 )
 from draftsmith.stages.evaluation.verdicts import verdicts
+from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 
-GREEDY = Setting(0.0, 2)
+GREEDY_SETTING = Setting(0.0, 2)
 
 
 def answer(
@@ -39,7 +40,7 @@ def answer(
 ) -> Completion:  # fmt: skip
     """The draft takes a quarter of the time, verification a half."""
     return Completion(
-        Request(prompt, [1], SamplingParams(99)),
+        Request(prompt, [1], 99),
         [7] * tokens,
         "length",
         [VerifyStep(i, n, [0, 0, 0]) for i, n in enumerate(accepted or [])],
@@ -51,12 +52,17 @@ def answer(
     )
 
 
-def row(arm: str, given: Completion, round: int = 0, setting: Setting = GREEDY) -> dict[str, Any]:
+def row(arm: str, given: Completion, round: int = 0, setting: Setting = GREEDY_SETTING) -> dict[str, Any]:
     return row_of("embedded", round, arm, 4, setting, given)
 
 
 def turn(
-    arm: str, answers: list[Completion], wall: float, round: int = 0, setting: Setting = GREEDY, batches: int = 1
+    arm: str,
+    answers: list[Completion],
+    wall: float,
+    round: int = 0,
+    setting: Setting = GREEDY_SETTING,
+    batches: int = 1,
 ) -> dict[str, Any]:
     return turn_of("embedded", round, 0, arm, 4, setting, answers, wall, math.nan, batches)
 
@@ -223,7 +229,7 @@ def test_latencies_are_quantiles_over_requests() -> None:
 
 
 def test_settings_do_not_mix() -> None:
-    settings = [GREEDY, Setting(0.7, 2), Setting(0.7, 16)]
+    settings = [GREEDY_SETTING, Setting(0.7, 2), Setting(0.7, 16)]
     turns = [
         turn(arm, [answer("a", 10)], seconds / (i + 1), setting=setting)
         for i, setting in enumerate(settings)
@@ -265,9 +271,9 @@ def test_every_arm_gets_the_same_requests_at_every_setting() -> None:
     assert settings == [Setting(0, 1), Setting(0, 16), Setting(0.7, 1), Setting(0.7, 16)]
     prompts = [Prompt("a", "heldout", [1, 2]), Prompt("b", "heldout", [3])]
     (a, b), (_, hot) = requests_for(prompts, config, settings[0], 5), requests_for(prompts, config, settings[2], 5)
-    assert (a.prompt_ids, a.sampling) == ([1, 2], SamplingParams(9, 0.0, 0.9, 20))
-    assert hot == Request("b", [3], SamplingParams(9, 0.7, 0.9, 20), b.seed) and a.seed != b.seed
-    assert requests_for(prompts, config, settings[0], 5, max_new=4)[0].sampling.max_new_tokens == 4
+    assert (a.prompt_ids, a.max_new_tokens, a.sampling) == ([1, 2], 9, GREEDY)
+    assert hot == Request("b", [3], 9, SamplingParams(0.7, 0.9, 20), b.seed) and a.seed != b.seed
+    assert requests_for(prompts, config, settings[0], 5, max_new=4)[0].max_new_tokens == 4
     later, _ = requests_for(prompts, config, settings[2], 5, round=1)
     assert later.seed != a.seed, "what arms draw by luck must not be the same in every round"
     assert settings_of(EvaluationConfig()) == [Setting(0.0, 1)]

@@ -1,4 +1,4 @@
-"""Texts replayed under a top-p or top-k that did not draw them: counted, said, judged by the law before truncation."""
+"""Answers replayed under a top-p or top-k that cannot produce them: counted, reported, verified before truncation."""
 
 from __future__ import annotations
 
@@ -11,26 +11,25 @@ import torch
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.sampling import is_outside, outside, probabilities
-from draftsmith.stages.engines.base import Request, SamplingParams
+from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.sampled import Expectation, SampledText, truncation_warning
 from draftsmith.stages.replay.stats import Tally
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.sampling import Law
+from draftsmith.stages.target.sampling import SamplingParams
 from tests.stages.bench import trajectory_of
 from tests.testbed.dspark import random_dspark
 from tests.testbed.random_target import random_drafter
 
-WIDE, NARROW = Law(1.0), Law(1.0, 0.9)
-NARROWER = [NARROW, Law(1.0, 0.95, 12)]
+WIDE, NARROW = SamplingParams(1.0), SamplingParams(1.0, 0.9)
+NARROWER = [NARROW, SamplingParams(1.0, 0.95, 12)]
 COUNT, LENGTH = 60, 24
 
 
-def drawn(target: Target, law: Law) -> list[Trajectory]:
-    params = SamplingParams(LENGTH, law.temperature, law.top_p, law.top_k)
-    requests = [Request(str(i), [5, 3, 9, 1], params, i) for i in range(COUNT)]
+def drawn(target: Target, sampling: SamplingParams) -> list[Trajectory]:
+    requests = [Request(str(i), [5, 3, 9, 1], LENGTH, sampling, i) for i in range(COUNT)]
     answers = EmbeddedEngine(target, slots=COUNT, capacity=LENGTH + 8).generate(requests)
     return [trajectory_of(answer) for answer in answers if len(answer.response_ids) > 1]  # as they are loaded
 
@@ -40,7 +39,7 @@ def wide(plain_target: Target) -> list[Trajectory]:
     return drawn(plain_target, WIDE)
 
 
-def laws(target: Target, text: Trajectory) -> tuple[torch.Tensor, torch.Tensor]:
+def distributions(target: Target, text: Trajectory) -> tuple[torch.Tensor, torch.Tensor]:
     """[n, V] before truncation, and [n] the tokens, of the positions that verify steps commit."""
     logits = target.logits(target.read(torch.tensor([text.tokens])).hidden[0, text.first_anchor : -1])
     return probabilities(logits, 1.0), torch.tensor(text.tokens[text.first_anchor + 1 :])
@@ -48,17 +47,17 @@ def laws(target: Target, text: Trajectory) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("narrow", NARROWER, ids=str)
 def test_the_share_outside_the_nucleus_is_counted_and_said(
-    narrow: Law, wide: list[Trajectory], plain_target: Target, tmp_path: Path
+    narrow: SamplingParams, wide: list[Trajectory], plain_target: Target, tmp_path: Path
 ) -> None:
     drafters: dict[str, Drafter] = {"draws": random_dspark(plain_target), "argmax": random_drafter(plain_target)}
 
-    def replayed(texts: list[Trajectory], law: Law) -> dict[str, Tally]:
-        replayer = Replayer(plain_target, ReplayOptions(law=law))
-        return replayer.tally(drafters, texts, kept=tmp_path / f"{law.truncates}{texts is wide}")
+    def replayed(texts: list[Trajectory], sampling: SamplingParams) -> dict[str, Tally]:
+        replayer = Replayer(plain_target, ReplayOptions(sampling=sampling))
+        return replayer.tally(drafters, texts, kept=tmp_path / f"{sampling.truncates}{texts is wide}")
 
     count = total = 0
     for text in wide:
-        whole, tokens = laws(plain_target, text)
+        whole, tokens = distributions(plain_target, text)
         count += int(outside(whole, narrow).gather(1, tokens[:, None]).sum())
         total += len(tokens)
     for _ in range(2):  # the second time as they were kept
@@ -71,24 +70,24 @@ def test_the_share_outside_the_nucleus_is_counted_and_said(
     own = replayed(drawn(plain_target, narrow), narrow)["draws"].outside_nucleus_share
     assert own == 0 and truncation_warning(own, narrow) is None and truncation_warning(None, narrow) is None
 
-    groups = Replayer(plain_target, ReplayOptions(law=narrow)).mine(drafters["draws"], wide)
+    groups = Replayer(plain_target, ReplayOptions(sampling=narrow)).mine(drafters["draws"], wide)
     traces = [trace for group in groups for trace in group.traces]
     assert sum(trace.outside_nucleus for trace in traces) == count
 
 
 @pytest.mark.parametrize("narrow", NARROWER, ids=str)
-def test_a_token_outside_is_judged_by_the_law_before_truncation(
-    narrow: Law, wide: list[Trajectory], plain_target: Target
+def test_a_token_outside_is_judged_by_the_distribution_before_truncation(
+    narrow: SamplingParams, wide: list[Trajectory], plain_target: Target
 ) -> None:
     """q/p with the p that had not been cut: not certainly kept, as q over nothing would be."""
     for number, text in enumerate(wide):
-        whole, tokens = laws(plain_target, text)
+        whole, tokens = distributions(plain_target, text)
         places = torch.nonzero(is_outside(whole, tokens, narrow))[:, 0]
         hidden = plain_target.read(torch.tensor([text.tokens])).hidden
         sampled = SampledText.of(plain_target, hidden, [text], narrow, 4)
         for place in places[places < len(tokens) - 1].tolist():
             anchor, y = torch.tensor([[text.first_anchor + place]]), tokens[place]
-            assert sampled.law_at(torch.tensor([0]), anchor[0])[0, y] == 0
+            assert sampled.distribution_at(torch.tensor([0]), anchor[0])[0, y] == 0
             found = Expectation(sampled, anchor)
             found.take(0.4 * whole[place, y][None, None], sampled.of_text(anchor, y[None, None]), y[None, None])
             assert float(found.committed) == pytest.approx(1.4)
@@ -96,11 +95,12 @@ def test_a_token_outside_is_judged_by_the_law_before_truncation(
             break
 
 
-def test_tau_is_about_that_of_the_law_that_drew_the_texts(wide: list[Trajectory], plain_target: Target) -> None:
+def test_tau_is_about_that_of_the_sampling_of_the_answers(wide: list[Trajectory], plain_target: Target) -> None:
     """A fifth of the tokens are outside: were each of them kept, tau would be a tenth higher."""
     drafter = {"it": random_dspark(plain_target)}
     true, stated = (
-        Replayer(plain_target, ReplayOptions(law=law)).tally(drafter, wide)["it"].tau for law in (WIDE, Law(1.0, 0.8))
+        Replayer(plain_target, ReplayOptions(sampling=sampling)).tally(drafter, wide)["it"].tau
+        for sampling in (WIDE, SamplingParams(1.0, 0.8))
     )
     assert stated == pytest.approx(true, rel=0.05)
 
@@ -108,7 +108,10 @@ def test_tau_is_about_that_of_the_law_that_drew_the_texts(wide: list[Trajectory]
 def test_outside_without_an_order_is_that_with_one() -> None:
     generator = torch.Generator().manual_seed(0)
     p = torch.softmax(3 * torch.randn(50, 40, generator=generator, dtype=torch.float64), -1)
-    for law in [*(Law(1.0, top_p, top_k) for top_p in (0.3, 0.9, 0.99) for top_k in (0, 5)), Law(1.0, top_k=5)]:
-        expected = outside(p, law)
-        found = torch.stack([is_outside(p, torch.full((50,), token), law) for token in range(40)], -1)
+    for sampling in [
+        *(SamplingParams(1.0, top_p, top_k) for top_p in (0.3, 0.9, 0.99) for top_k in (0, 5)),
+        SamplingParams(1.0, top_k=5),
+    ]:
+        expected = outside(p, sampling)
+        found = torch.stack([is_outside(p, torch.full((50,), token), sampling) for token in range(40)], -1)
         assert np.array_equal(found.numpy(), expected.numpy()) and expected.any()

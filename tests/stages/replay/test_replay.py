@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +12,18 @@ from draftsmith.stages.data.load import DRAFTER_FOLDER
 from draftsmith.stages.data.trajectories import Trajectory, groups_by_length, pad_tokens
 from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
 from draftsmith.stages.drafters.lm_head import Head
-from draftsmith.stages.engines.base import Request, SamplingParams
+from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.replay.chains import start_anchors, successors
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.trace import Trace, tau
 from draftsmith.stages.target.causal_lm import Target
-from tests.stages.bench import GREEDY, Bench, assert_recorded, assert_same, trajectory_of
+from draftsmith.stages.target.sampling import GREEDY, SamplingParams
+from tests.stages.bench import Bench, assert_recorded, assert_same, trajectory_of
 from tests.testbed import random_target
 from tests.testbed.drafter import DrafterArtifacts
 
-SAMPLED = SamplingParams(48, temperature=1.0, top_p=0.9)
+SAMPLED = SamplingParams(temperature=1.0, top_p=0.9)
 
 
 @pytest.fixture(params=["bench", "eagle_bench"])
@@ -43,8 +43,8 @@ def test_replay_equals_the_reference_and_what_the_engine_recorded(
     drafter: str, drafting: dict[str, int], sampling: SamplingParams, any_bench: Bench
 ) -> None:
     bench = any_bench
-    sampling = replace(sampling, max_new_tokens=40 if drafter == "trained" else 24)  # the reference takes step by step
-    answers = bench.answers(bench.requests(16, sampling, seed=3), drafter, slots=5, **drafting)
+    limit = 40 if drafter == "trained" else 24  # the reference takes step by step
+    answers = bench.answers(bench.requests(16, limit, sampling, seed=3), drafter, slots=5, **drafting)
     trajectories = [trajectory_of(c) for c in answers.values() if len(c.response_ids) > 1]
     trajectories = bench.clear(trajectories, bench.drafters[drafter], **drafting)
     assert len(trajectories) >= 10
@@ -80,7 +80,7 @@ def test_sixteen_chains_do_little_more_than_one_block_a_step(bench: Bench) -> No
 
     The test bed is trained where the tests run, so its tau is not the same on every processor.
     """
-    served = bench.answers(bench.requests(None, SamplingParams(120, temperature=1.0), seed=3), slots=32).values()
+    served = bench.answers(bench.requests(None, 120, SamplingParams(1.0), seed=3), slots=32).values()
     trajectories = [trajectory_of(completion) for completion in served if len(completion.response_ids) > 1]
     trajectories = bench.clear(trajectories, bench.drafters["trained"])
     assert len(trajectories) > 40
@@ -156,7 +156,7 @@ def test_ends_are_neither_accepted_nor_rejected(bench: Bench) -> None:
 
 @pytest.mark.parametrize("limit", [2, 3, 5, 9, 17])
 def test_a_length_limit_inside_a_block_leaves_the_same_trace(limit: int, bench: Bench) -> None:
-    served = list(bench.answers(bench.requests(None, SamplingParams(limit)), "trained").values())
+    served = list(bench.answers(bench.requests(None, limit), "trained").values())
     assert_recorded(bench.replay([trajectory_of(c) for c in served], "trained", 4), served)
 
 
@@ -273,7 +273,7 @@ def test_a_float16_target_serves_and_is_replayed(tmp_path: Path) -> None:
     save_drafter(random_target.random_drafter(target), tmp_path / "drafter", target.dtype)
     drafter = load_drafter(tmp_path / "drafter", target)
     engine = EmbeddedEngine(target, drafter, slots=4, capacity=64)
-    requests = [Request(str(i), [5, 3, 9, 1][: i + 1], SamplingParams(20), i) for i in range(4)]
+    requests = [Request(str(i), [5, 3, 9, 1][: i + 1], 20, seed=i) for i in range(4)]
     answers = [each for each in engine.generate(requests) if len(each.response_ids) > 1]
     traces = Replayer(target).traces({"it": drafter}, [trajectory_of(answer) for answer in answers])["it"]
     assert len(traces) > 1

@@ -21,7 +21,7 @@ from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.sampling import Purpose, probabilities, seed_of, truncated
 from draftsmith.stages.drafters.spec import DraftingConfig
-from draftsmith.stages.engines.base import Completion, Request, SamplingParams
+from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.evaluation.acceptance import tau_by_set, tau_difference, taus_compared
 from draftsmith.stages.evaluation.gate_rules import CHAMPION
@@ -30,9 +30,9 @@ from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.trace import Trace, tau
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.sampling import Law
+from draftsmith.stages.target.sampling import SamplingParams
 from tests.stages.bench import trajectory_of
-from tests.stages.drafters.test_drafting import law_of
+from tests.stages.drafters.test_drafting import logits_of
 from tests.testbed import random_target
 from tests.testbed.dflash2 import random_dflash2
 from tests.testbed.drawing import drawing_dflash, drawing_eagle3
@@ -44,7 +44,7 @@ DRAFTERS: dict[str, Callable[[Target], Drafter]] = {
     "dspark": random_dspark,
     "eagle3": drawing_eagle3,
 }
-LAW = Law(temperature=1.5, top_p=0.95, top_k=40)
+SAMPLING = SamplingParams(temperature=1.5, top_p=0.95, top_k=40)
 PROMPT = [5, 3, 9, 1]
 ANSWERS, LENGTH = 500, 6
 ALARM = 1e-5  # p-value, of fixed seeds
@@ -56,9 +56,10 @@ def drafter(request: pytest.FixtureRequest, plain_target: Target) -> Drafter:
 
 
 def decoded(target: Target, drafter: Drafter | None, first_seed: int) -> list[Completion]:
-    params = SamplingParams(LENGTH, LAW.temperature, LAW.top_p, LAW.top_k)
     engine = EmbeddedEngine(target, drafter, slots=100, capacity=len(PROMPT) + LENGTH + 8)
-    return list(engine.generate([Request(str(i), PROMPT, params, i) for i in range(first_seed, first_seed + ANSWERS)]))
+    return list(
+        engine.generate([Request(str(i), PROMPT, LENGTH, SAMPLING, i) for i in range(first_seed, first_seed + ANSWERS)])
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +68,9 @@ def texts(plain_target: Target) -> list[Trajectory]:
 
 
 def replayed(
-    target: Target, drafter: Drafter, texts: Sequence[Trajectory], law: Law = LAW, **options: Any
+    target: Target, drafter: Drafter, texts: Sequence[Trajectory], sampling: SamplingParams = SAMPLING, **options: Any
 ) -> list[Trace]:
-    return Replayer(target, ReplayOptions(law=law, **options)).traces({"it": drafter}, texts)["it"]
+    return Replayer(target, ReplayOptions(sampling=sampling, **options)).traces({"it": drafter}, texts)["it"]
 
 
 # ---- the plain reference: one text, one block, one token after the other
@@ -88,7 +89,7 @@ class Plainly:
         out = self.target.read(tokens, self.drafter.target_layer_ids)
         assert out.features is not None
         logits = self.target.logits(out.hidden)[0]
-        self.p, self.whole = _law(logits, LAW), _law(logits, Law(LAW.temperature))
+        self.p, self.whole = _sampling(logits, SAMPLING), _sampling(logits, SamplingParams(SAMPLING.temperature))
         with torch.no_grad():
             self.context = self.drafter.encode(out.features, tokens, torch.arange(tokens.shape[1])[None])
         self.head = self.drafter.drafting_head(self.target.head_weight, None)
@@ -102,8 +103,8 @@ class Plainly:
         hidden = self.drafter.block_hidden(self.context, given, torch.tensor([[anchor]]))
         whole = np.zeros(self.target.info.vocab_size)
         ids = self.head.token_ids
-        logits = law_of(self.drafter, hidden, given, self.head)[0, 0, k - 1]
-        whole[slice(None) if ids is None else ids.numpy()] = _law(logits, Law(LAW.temperature))
+        logits = logits_of(self.drafter, hidden, given, self.head)[0, 0, k - 1]
+        whole[slice(None) if ids is None else ids.numpy()] = _sampling(logits, SamplingParams(SAMPLING.temperature))
         return whole
 
     def of_text(self, at: int) -> float:
@@ -155,14 +156,14 @@ class Plainly:
         return ahead[self.text.first_anchor]
 
 
-def _law(logits: torch.Tensor, law: Law) -> np.ndarray:
-    p = torch.softmax(logits.double() / law.temperature, -1).numpy()
-    if law.top_p < 1 or law.top_k:
+def _sampling(logits: torch.Tensor, sampling: SamplingParams) -> np.ndarray:
+    p = torch.softmax(logits.double() / sampling.temperature, -1).numpy()
+    if sampling.top_p < 1 or sampling.top_k:
         for row in p.reshape(-1, p.shape[-1]):
             order = np.argsort(-row)
-            row[order[law.top_k or len(row) :]] = 0
+            row[order[sampling.top_k or len(row) :]] = 0
             row /= row.sum()
-            row[order[np.concatenate([[0.0], row[order].cumsum()[:-1]]) >= law.top_p]] = 0
+            row[order[np.concatenate([[0.0], row[order].cumsum()[:-1]]) >= sampling.top_p]] = 0
         p = p / p.sum(-1, keepdims=True)
     return p
 
@@ -181,8 +182,7 @@ def test_parallel_replay_equals_the_plain_reference(
 
 
 def test_what_is_expected_is_what_drawing_comes_to(drafter: Drafter, plain_target: Target) -> None:
-    params = SamplingParams(20, LAW.temperature, LAW.top_p, LAW.top_k)
-    (answer,) = EmbeddedEngine(plain_target, capacity=32).generate([Request("", PROMPT, params, 2)])
+    (answer,) = EmbeddedEngine(plain_target, capacity=32).generate([Request("", PROMPT, 20, SAMPLING, 2)])
     text = trajectory_of(answer)
     assert text.response_length == 20
     copies = [Trajectory(str(i), text.tokens, text.prompt_length) for i in range(500)]  # each with its own numbers
@@ -207,10 +207,11 @@ def test_what_is_expected_is_what_drawing_comes_to(drafter: Drafter, plain_targe
 
 def test_tau_of_averages_varies_less_than_that_of_drawn_traces(plain_target: Target) -> None:
     """Over a corpus; a single short text may be an exception."""
-    params, draws = SamplingParams(30, LAW.temperature, LAW.top_p, LAW.top_k), 40
+    draws = 40
     engine = EmbeddedEngine(plain_target, capacity=48)
     texts = [
-        trajectory_of(answer) for answer in engine.generate([Request(str(i), PROMPT, params, i) for i in range(8)])
+        trajectory_of(answer)
+        for answer in engine.generate([Request(str(i), PROMPT, 30, SAMPLING, i) for i in range(8)])
     ]
     many = [Trajectory(f"{i}/{text.trajectory_id}", text.tokens, 4) for i in range(draws) for text in texts]
     traces = replayed(plain_target, random_dspark(plain_target), many)
@@ -234,7 +235,7 @@ def test_what_is_compared_watched_and_gated_are_averages(texts: list[Trajectory]
         sums = [sum(getattr(t, name).sum() for t in traces) for name in ("expected_committed", "committed")]
         assert abs(sums[0] - sums[1]) > 1
         averaged[arm] = sums[0] / sum(len(t.anchors) for t in traces)
-    tallies = Replayer(plain_target, ReplayOptions(law=LAW, with_proposals=False)).tally(arms, some)
+    tallies = Replayer(plain_target, ReplayOptions(sampling=SAMPLING, with_proposals=False)).tally(arms, some)
     prompts, sets = [text.trajectory_id for text in some], ["all"] * len(some)
     difference = averaged["opd"] - averaged[CHAMPION]
     assert tau_difference(tallies["opd"], tallies[CHAMPION]).value == pytest.approx(difference)
@@ -243,7 +244,7 @@ def test_what_is_compared_watched_and_gated_are_averages(texts: list[Trajectory]
     assert {arm: figures["tau"] for arm, figures in found.items()} == pytest.approx(averaged)
 
 
-# ---- in law: texts of plain decoding, replayed, against decoding with the drafter
+# ---- in distribution: texts of plain decoding, replayed, against decoding with the drafter
 
 
 def first_steps(texts: Sequence[Trajectory], accepted: Sequence[int]) -> Counter[tuple[int, int]]:
@@ -251,8 +252,8 @@ def first_steps(texts: Sequence[Trajectory], accepted: Sequence[int]) -> Counter
     return Counter((t.tokens[t.first_anchor + 1] % 4, n) for t, n in zip(texts, accepted, strict=True))
 
 
-def same_law(a: Counter[Any], b: Counter[Any]) -> float:
-    """p-value of two samples being of one law; what seldom came is pooled."""
+def same_distribution(a: Counter[Any], b: Counter[Any]) -> float:
+    """p-value of two samples being of one distribution; what seldom came is pooled."""
     common = [key for key in a | b if a[key] + b[key] >= 10]
     table = np.array([[counts[key] for key in common] for counts in (a, b)])
     rest = np.array([[sum(counts.values()) - row.sum()] for counts, row in zip((a, b), table, strict=True)])
@@ -271,10 +272,10 @@ def replay_counts(target: Target, drafter: Drafter, texts: Sequence[Trajectory])
     return first_steps(texts, [int(trace.accepted[0]) for trace in replayed(target, drafter, texts)])
 
 
-def test_accepted_lengths_have_the_law_of_sampled_decoding(
+def test_accepted_lengths_have_the_distribution_of_sampled_decoding(
     drafter: Drafter, served: Counter[tuple[int, int]], texts: list[Trajectory], plain_target: Target
 ) -> None:
-    assert same_law(served, replay_counts(plain_target, drafter, texts)) > ALARM
+    assert same_distribution(served, replay_counts(plain_target, drafter, texts)) > ALARM
 
 
 Ratio = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -295,16 +296,18 @@ def test_a_wrong_rule_is_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sampled, "kept_by", WRONG[rule])
-    assert same_law(served, replay_counts(plain_target, drafter, texts)) < ALARM
+    assert same_distribution(served, replay_counts(plain_target, drafter, texts)) < ALARM
 
 
-def test_the_targets_law_is_not_in_the_training_loops_dtype(texts: list[Trajectory], plain_target: Target) -> None:
+def test_the_targets_distribution_is_not_in_the_training_loops_dtype(
+    texts: list[Trajectory], plain_target: Target
+) -> None:
     hidden = plain_target.read(torch.tensor([texts[0].tokens])).hidden
-    text = sampled.SampledText.of(plain_target, hidden, texts[:1], LAW, 4)
+    text = sampled.SampledText.of(plain_target, hidden, texts[:1], SAMPLING, 4)
     at = torch.arange(len(texts[0].tokens))
     with torch.autocast("cpu", torch.bfloat16):
-        found = text.law_at(torch.zeros_like(at), at), text.of_text(at[None], at[None])
-    assert torch.equal(found[0], text.law_at(torch.zeros_like(at), at))
+        found = text.distribution_at(torch.zeros_like(at), at), text.of_text(at[None], at[None])
+    assert torch.equal(found[0], text.distribution_at(torch.zeros_like(at), at))
     assert torch.equal(found[1], replace(text, said=None).of_text(at[None], at[None]))
 
 
@@ -320,9 +323,9 @@ def test_how_far_blocks_are_kept_is_known_without_their_proposals(
         assert np.array_equal(one.expected, other.expected)
 
 
-@pytest.mark.parametrize("law", [LAW, Law(0.7)], ids=str)
+@pytest.mark.parametrize("sampling", [SAMPLING, SamplingParams(0.7)], ids=str)
 def test_what_the_target_says_of_a_text_is_computed_once(
-    law: Law, texts: list[Trajectory], plain_target: Target
+    sampling: SamplingParams, texts: list[Trajectory], plain_target: Target
 ) -> None:
     some = texts[:4]
     tokens = torch.tensor([text.tokens for text in some])
@@ -332,7 +335,7 @@ def test_what_the_target_says_of_a_text_is_computed_once(
         asked.append(len(hidden))
         return plain_target.logits(hidden)
 
-    text = sampled.SampledText.of(plain_target, plain_target.read(tokens).hidden, some, law, 4)
+    text = sampled.SampledText.of(plain_target, plain_target.read(tokens).hidden, some, sampling, 4)
     text = replace(text, logits=logits)
     following = torch.nn.functional.pad(tokens[:, 1:], (0, 3), value=-1)  # what blocks ask for reaches behind the end
     at = torch.arange(following.shape[1]).expand_as(following)
@@ -341,8 +344,8 @@ def test_what_the_target_says_of_a_text_is_computed_once(
     assert torch.equal(early, late[:, part]) and sum(asked) == tokens[:, 1:].numel()
     assert (late[:, tokens.shape[1] - 1 :] == 1).all()
     for row, one in enumerate(some):
-        whole = probabilities(plain_target.logits(text.hidden[row]), law.temperature)
-        p, y = truncated(whole, law), torch.tensor(one.tokens[1:])[:, None]
+        whole = probabilities(plain_target.logits(text.hidden[row]), sampling.temperature)
+        p, y = truncated(whole, sampling), torch.tensor(one.tokens[1:])[:, None]
         own, before = p[:-1].gather(1, y)[:, 0], whole[:-1].gather(1, y)[:, 0]
         expected = torch.where(own > 0, own, before)
         torch.testing.assert_close(late[row, : len(expected)], expected, rtol=1e-5, atol=0)
@@ -354,8 +357,11 @@ def test_what_the_target_says_of_a_text_is_computed_once(
 def test_greedy_texts_and_other_drafters_are_verified_by_equality(plain_target: Target) -> None:
     texts = random_target.trajectories(4)
     drawing, plain = drawing_dflash(plain_target), random_target.random_drafter(plain_target)
-    of_argmaxes = replayed(plain_target, plain, texts, LAW)
-    for other in (replayed(plain_target, drawing, texts, Law()), replayed(plain_target, plain, texts, Law())):
+    of_argmaxes = replayed(plain_target, plain, texts, SAMPLING)
+    for other in (
+        replayed(plain_target, drawing, texts, SamplingParams()),
+        replayed(plain_target, plain, texts, SamplingParams()),
+    ):
         for trace, expected in zip(other, of_argmaxes, strict=True):
             assert trace.expected is None
             np.testing.assert_array_equal(trace.proposed, expected.proposed)
@@ -378,8 +384,7 @@ def test_of_every_family_replay_is_the_plain_reference_and_proposals_are_scored_
     write_family(tmp_path, family)
     target = Target.of(tmp_path, dtype="float32", device="cpu")
     drafter = random_dspark(target)
-    params = SamplingParams(12, LAW.temperature, LAW.top_p, LAW.top_k)
-    requests = [Request(str(i), [5 + i, 3, 9, 1][: 3 + i % 2], params, i) for i in range(6)]
+    requests = [Request(str(i), [5 + i, 3, 9, 1][: 3 + i % 2], 12, SAMPLING, i) for i in range(6)]
     answers = EmbeddedEngine(target, drafter, slots=2, capacity=32).generate(requests)
     texts = [trajectory_of(answer) for answer in answers if len(answer.response_ids) > 4][:3]
     expected = [Plainly(target, drafter, text).trace() for text in texts]
@@ -388,13 +393,13 @@ def test_of_every_family_replay_is_the_plain_reference_and_proposals_are_scored_
         assert [steps(trace) for trace in replayed(target, drafter, texts, chains=chains)] == expected
 
     after_rejections = 0
-    for group in Replayer(target, ReplayOptions(law=LAW)).mine(drafter, texts):
+    for group in Replayer(target, ReplayOptions(sampling=SAMPLING)).mine(drafter, texts):
         for text, trace, scores in zip(group.trajectories, group.traces, group.scores, strict=True):
             for (anchor, accepted, row), found in zip(steps(trace), scores.target_logprobs, strict=True):
                 end = anchor + min(len(row), len(text.tokens) - 1 - anchor)
                 hidden = target.read(torch.tensor([text.tokens[: anchor + 1] + row])).hidden[0, anchor:end]
-                law = target.logits(hidden).log_softmax(-1)
-                of_row = law.gather(1, torch.tensor(row[: end - anchor])[:, None])[:, 0]
+                sampling = target.logits(hidden).log_softmax(-1)
+                of_row = sampling.gather(1, torch.tensor(row[: end - anchor])[:, None])[:, 0]
                 torch.testing.assert_close(torch.from_numpy(found[: end - anchor]), of_row, atol=2e-4, rtol=2e-4)
                 after_rejections += max(0, end - anchor - accepted - 1)
     assert after_rejections > 4

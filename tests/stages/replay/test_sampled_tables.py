@@ -1,6 +1,6 @@
-"""The rules of sampled replay on laws that are tables, against plain speculative sampling: all that happens in a step.
+"""Sampled replay on distributions that are tables, against plain speculative sampling: all that happens in a step.
 
-Steps are so cheap here that a wrong law of what was rejected, and of what follows it, is seen too.
+Steps are so cheap here that a wrong distribution of what was rejected, and of what follows it, is seen too.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.sampling import Purpose
 from draftsmith.stages.replay import sampled
 from draftsmith.stages.replay.sampled import SampledText
-from draftsmith.stages.target.sampling import Law
-from tests.stages.replay.test_sampled import same_law
+from draftsmith.stages.target.sampling import SamplingParams
+from tests.stages.replay.test_sampled import same_distribution
 
 V, DRAWS = 4, 20_000
 ALARM = 1e-6  # p-value, of fixed seeds
-LAWS = [Law(1.0), Law(0.6), Law(1.4, 0.85), Law(1.2, 0.9, 3)]
+SAMPLINGS = [SamplingParams(1.0), SamplingParams(0.6), SamplingParams(1.4, 0.85), SamplingParams(1.2, 0.9, 3)]
 
 Step = tuple[int, ...]  # the text's first two tokens, proposals kept, and both proposals
 
@@ -44,15 +44,15 @@ class Tables:
         p, q = np.log(np.random.default_rng(3).dirichlet(np.full(V, 0.8), (2, 3, V)))
         return cls(p, q[:2])
 
-    def laws(self, law: Law) -> tuple[np.ndarray, np.ndarray]:
+    def distributions(self, sampling: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
         """What is drawn by: top-k and top-p are the target's alone."""
-        p, q = (np.exp(x / law.temperature) for x in (self.p, self.q))
+        p, q = (np.exp(x / sampling.temperature) for x in (self.p, self.q))
         p, q = (x / x.sum(-1, keepdims=True) for x in (p, q))
         for row in p.reshape(-1, V):
             order = np.argsort(-row)
-            row[order[law.top_k or V :]] = 0
+            row[order[sampling.top_k or V :]] = 0
             row /= row.sum()
-            row[order[np.concatenate([[0.0], row[order].cumsum()[:-1]]) >= law.top_p]] = 0
+            row[order[np.concatenate([[0.0], row[order].cumsum()[:-1]]) >= sampling.top_p]] = 0
         return p / p.sum(-1, keepdims=True), q
 
 
@@ -65,9 +65,9 @@ def pick(rng: random.Random, weights: np.ndarray) -> int:
 
 
 @cache
-def decoded(law: Law) -> Counter[Step]:
+def decoded(sampling: SamplingParams) -> Counter[Step]:
     """Plain speculative sampling, one request after the other; what a step leaves open is drawn from the target."""
-    (p, q), rng, found = TABLES.laws(law), random.Random(0), Counter[Step]()
+    (p, q), rng, found = TABLES.distributions(sampling), random.Random(0), Counter[Step]()
     for _ in range(DRAWS):
         proposed = [pick(rng, q[0, ANCHOR])]
         proposed.append(pick(rng, q[1, proposed[0]]))
@@ -96,9 +96,9 @@ class Walk(Drafting):
 
 
 @cache
-def texts(law: Law) -> torch.Tensor:
+def texts(sampling: SamplingParams) -> torch.Tensor:
     """[DRAWS, 4] of the target alone: the anchor, and what is drawn behind it."""
-    p, rng, found = TABLES.laws(law)[0], random.Random(1), []
+    p, rng, found = TABLES.distributions(sampling)[0], random.Random(1), []
     for _ in range(DRAWS):
         text = [ANCHOR]
         for k in range(3):
@@ -107,15 +107,15 @@ def texts(law: Law) -> torch.Tensor:
     return torch.tensor(found)
 
 
-def replayed(law: Law) -> Counter[Step]:
+def replayed(sampling: SamplingParams) -> Counter[Step]:
     """The steps that replay finds for these texts."""
-    tokens, numbers = texts(law), np.random.default_rng(2).random((DRAWS, 6, len(Purpose)))
+    tokens, numbers = texts(sampling), np.random.default_rng(2).random((DRAWS, 6, len(Purpose)))
     places = torch.stack([torch.arange(4).expand(DRAWS, -1).clamp(max=2), tokens], -1).float()  # as hidden states
     text = SampledText(
         places,
         torch.from_numpy(numbers),
         torch.full((DRAWS,), 4),
-        law,
+        sampling,
         lambda hidden: torch.from_numpy(TABLES.p).float()[hidden[..., 0].long(), hidden[..., 1].long()],
         V,
     )
@@ -130,11 +130,11 @@ def replayed(law: Law) -> Counter[Step]:
     return Counter(map(tuple, rows.tolist()))
 
 
-@pytest.mark.parametrize("law", LAWS, ids=str)
-def test_steps_have_the_law_of_speculative_sampling(law: Law) -> None:
-    found = replayed(law)
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_steps_have_the_distribution_of_speculative_sampling(sampling: SamplingParams) -> None:
+    found = replayed(sampling)
     assert {key[2] for key in found} == {0, 1, 2} and len(found) > 40
-    assert same_law(decoded(law), found) > ALARM
+    assert same_distribution(decoded(sampling), found) > ALARM
 
 
 Rule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -150,6 +150,6 @@ WRONG: dict[str, tuple[str, Rule]] = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_rules_are_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     where, rule = WRONG[name]
-    right = decoded(LAWS[2])
+    right = decoded(SAMPLINGS[2])
     monkeypatch.setattr(sampled, where, rule)
-    assert same_law(right, replayed(LAWS[2])) < ALARM
+    assert same_distribution(right, replayed(SAMPLINGS[2])) < ALARM

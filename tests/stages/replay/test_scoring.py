@@ -52,12 +52,12 @@ def plainly(bench: Bench, trajectory: Trajectory, trace: Trace) -> StepScores:
     for s, anchor in enumerate(trace.anchors.tolist()):
         block = trace.proposed[s].tolist()
         out = bench.target.read(torch.tensor([trajectory.tokens[: anchor + 1] + block]))
-        law = torch.log_softmax(bench.target.logits(out.hidden[0, anchor:]), -1)  # row k-1 predicts offset k
+        sampling = torch.log_softmax(bench.target.logits(out.hidden[0, anchor:]), -1)  # row k-1 predicts offset k
         for k in range(1, K + 1):
             if anchor + k < len(trajectory.tokens):
-                logprobs[s, k - 1] = law[k - 1, block[k - 1]]
+                logprobs[s, k - 1] = sampling[k - 1, block[k - 1]]
         if rejected := int(trace.rejected_offset[s]):
-            best[s] = law[rejected - 1].max()
+            best[s] = sampling[rejected - 1].max()
     return StepScores(logprobs, best)
 
 

@@ -24,7 +24,7 @@ from draftsmith.stages.drafters.checkpoint import create_drafter
 from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.drafters.lm_head import Head
-from draftsmith.stages.engines.base import Completion, Request, SamplingParams
+from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.replay.mined_table import mined_table
 from draftsmith.stages.replay.options import ReplayOptions
@@ -100,7 +100,7 @@ class Case:
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False,
                 pad_token_id=0, eos_token_id=sorted(self.target.eos_ids),
             )  # fmt: skip
-            best = self.law(out.tolist())[:, length - 1 : -1].topk(2).values
+            best = self.distribution(out.tolist())[:, length - 1 : -1].topk(2).values
             unclear = best[..., 0] - best[..., 1] < CLEAR
             ended = torch.isin(out[:, length:], torch.tensor(sorted(self.target.eos_ids)))
             answers = [
@@ -114,7 +114,7 @@ class Case:
             found += long[:2]
         return found
 
-    def law(self, texts: list[list[int]]) -> torch.Tensor:
+    def distribution(self, texts: list[list[int]]) -> torch.Tensor:
         """Log-probs [n, T, V] of one plain forward of transformers', padded on the right."""
         width = max(map(len, texts))
         ids = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in texts])
@@ -138,9 +138,7 @@ class Case:
     @cached_property
     def decoded(self) -> dict[str, Completion]:
         """Speculatively, in batches of rows that finish and begin at different times."""
-        requests = [
-            Request(str(i), prompt, SamplingParams(len(answer))) for i, (prompt, answer) in enumerate(self.texts)
-        ]
+        requests = [Request(str(i), prompt, len(answer)) for i, (prompt, answer) in enumerate(self.texts)]
         engine = EmbeddedEngine(self.target, self.drafter, slots=3, capacity=64)
         return {completion.request.request_id: completion for completion in engine.generate(requests)}
 
@@ -186,7 +184,7 @@ def test_features_and_logprobs_are_those_of_a_plain_forward(case: Case) -> None:
     assert read.features is not None
     close(read.features[:1, : len(tokens)], expected)
     close(case.target.features(padded, LAYERS)[:1, : len(tokens)], expected)
-    close(case.target.logits(read.hidden[0, : len(tokens)]).log_softmax(-1), case.law([tokens])[0])
+    close(case.target.logits(read.hidden[0, : len(tokens)]).log_softmax(-1), case.distribution([tokens])[0])
 
 
 def test_greedy_decoding_is_transformers_own(case: Case) -> None:
@@ -212,25 +210,27 @@ def test_proposals_are_scored_on_the_prefix_that_they_were_made_on(case: Case) -
     rows = case.mined.to_pylist()
     for trajectory in case.trajectories:
         steps = [row for row in rows if row["trajectory_id"] == trajectory.trajectory_id]
-        laws = case.law([trajectory.tokens[: step["anchor"] + 1] + step["proposed_ids"] for step in steps])
-        for step, law in zip(steps, laws, strict=True):
+        distributions = case.distribution(
+            [trajectory.tokens[: step["anchor"] + 1] + step["proposed_ids"] for step in steps]
+        )
+        for step, distribution in zip(steps, distributions, strict=True):
             anchor = step["anchor"]
             judged = min(BLOCK - 1, len(trajectory.tokens) - 1 - anchor)
-            expected = law[range(anchor, anchor + judged), step["proposed_ids"][:judged]].tolist()
+            expected = distribution[range(anchor, anchor + judged), step["proposed_ids"][:judged]].tolist()
             assert step["target_logprobs"][:judged] == pytest.approx(expected, abs=TOLERANCE)
             behind_rejections += max(0, judged - (step["rejected_offset"] or judged))
     assert behind_rejections > 4
 
 
-def test_losses_and_proposals_read_the_familys_own_law(case: Case) -> None:
+def test_losses_and_proposals_read_the_familys_own_distribution(case: Case) -> None:
     tokens = case.trajectories[0].tokens
-    law, hidden = case.law([tokens])[0], case.target.read(torch.tensor([tokens])).hidden[0]
+    distribution, hidden = case.distribution([tokens])[0], case.target.read(torch.tensor([tokens])).hidden[0]
     heads = HeadSource(case.drafter, case.target.head_weight, TrainingConfig()).draw(np.random.default_rng(0), [])
     following = torch.tensor(tokens[1:])
     feedback = Feedback(following, following, hidden[:-1], heads.target, case.target.head_weight, temperature=1.0)
-    close(feedback.logits().log_softmax(-1), law[:-1])
-    close(feedback.asked().token_logprob, law[:-1].gather(1, following[:, None])[:, 0])
-    close(heads.drafter.logits(hidden).log_softmax(-1), law)
+    close(feedback.logits().log_softmax(-1), distribution[:-1])
+    close(feedback.asked().token_logprob, distribution[:-1].gather(1, following[:, None])[:, 0])
+    close(heads.drafter.logits(hidden).log_softmax(-1), distribution)
 
 
 def test_opd_takes_a_step_with_the_rejected_stream(case: Case) -> None:

@@ -30,7 +30,7 @@ from draftsmith.stages.drafters.dspark.model import DSparkDrafter
 from draftsmith.stages.drafters.eagle3.config import Eagle3Config
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
 from draftsmith.stages.target.estimate import ModelSize, Sizes
-from draftsmith.stages.target.sampling import GREEDY, Law
+from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.batches import Batch
 from draftsmith.stages.training.blocks import Anchors, LossReport, Share, Weighted, position_anchors
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
@@ -60,7 +60,7 @@ class FakeStep:
     drafter: DFlashConfig | Eagle3Config
     longest: int
     prompt: int = 512
-    law: Law = GREEDY  # of SFT's answers
+    sampling: SamplingParams = GREEDY  # of SFT's answers
 
     def sizes(self, device_memory: float) -> Sizes:
         """As `draftsmith check` has them."""
@@ -148,7 +148,7 @@ class FakeStep:
                 head,
                 config.stream(drafter.recipe, sampled=True),
                 temperature=1.0,
-                law=self.law,
+                sampling=self.sampling,
                 positions_per_chunk=config.positions_per_chunk,
             )
             report.alone = len(parts) == 1

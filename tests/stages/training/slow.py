@@ -110,8 +110,8 @@ class Slow:
             among = ranked
         else:
             among = [*ranked[:-1], column]
-        law = torch.log_softmax(torch.stack([score(c) for c in among]) / self.cooled, -1)
-        return Choice(among, law, among.index(column), present, best == column, self.drawn)
+        distribution = torch.log_softmax(torch.stack([score(c) for c in among]) / self.cooled, -1)
+        return Choice(among, distribution, among.index(column), present, best == column, self.drawn)
 
     def term(self, loss: str, log_q: torch.Tensor, column: int, log_p: torch.Tensor, of_token: float) -> torch.Tensor:
         """One of `PLAIN`."""
@@ -120,7 +120,7 @@ class Slow:
         return PLAIN[loss](log_q, column, log_p, of_token)
 
     def log_p(self, row: int, position: int, temperature: float = 1.0) -> torch.Tensor:
-        """[V'] the target's law of the token at `position` over the head's tokens; at 0 all is on the argmax."""
+        """[V'] the target's log-probs of the token at `position` over the head's tokens; at 0 all is on the argmax."""
         logits = self._target_logits(row, position)[self.tokens]
         if temperature == 0:
             return torch.where(torch.arange(len(logits)) == logits.argmax(), 0.0, -math.inf).double()

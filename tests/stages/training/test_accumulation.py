@@ -12,7 +12,7 @@ import torch
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.sampling import GREEDY, Law
+from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.batches import FeatureSource, parts_of
 from draftsmith.stages.training.blocks import LossReport, Share
 from draftsmith.stages.training.config import OpdConfig, SftConfig
@@ -83,10 +83,12 @@ SAMPLED = ["SFT", "successors", "errors, paper, reduced head", "visited, paper, 
 
 
 @pytest.mark.parametrize(
-    ("name", "law"), [*((name, GREEDY) for name in CASES), *((name, Law(0.8, 0.9, 40)) for name in SAMPLED)], ids=str
+    ("name", "sampling"),
+    [*((name, GREEDY) for name in CASES), *((name, SamplingParams(0.8, 0.9, 40)) for name in SAMPLED)],
+    ids=str,
 )
 def test_micro_batches_are_one_batch(
-    name: str, law: Law, drafter: Drafter, plain_target: Target, trajectories: list[Trajectory]
+    name: str, sampling: SamplingParams, drafter: Drafter, plain_target: Target, trajectories: list[Trajectory]
 ) -> None:
     """Proposals of sampled answers are sampled by numbers of the answers: the same in any micro-batch."""
     fields = CASES[name]
@@ -95,10 +97,10 @@ def test_micro_batches_are_one_batch(
     def make() -> Training:
         if name.startswith("SFT"):
             sft = SftConfig.model_validate(STEP | (fields or {}))
-            return SftTraining(drafter, plain_target, trajectories, sft, law=law)
+            return SftTraining(drafter, plain_target, trajectories, sft, sampling=sampling)
         config = OpdConfig.model_validate({**STEP, **(fields or {}), "head_negatives": 3})
         table = mined(trajectories, drafter.block_size - 1)
-        return OpdTraining(drafter, plain_target, trajectories, table, config, law=law)
+        return OpdTraining(drafter, plain_target, trajectories, table, config, sampling=sampling)
 
     whole, expected, one = trained(make, drafter, None)
     per_row = 3 * drafter.block_size

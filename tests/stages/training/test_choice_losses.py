@@ -11,7 +11,7 @@ import torch
 from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.sampling import GREEDY, Law
+from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.blocks import Anchors, LossReport, block_hidden, context_of
 from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.lm_heads import Heads
@@ -36,11 +36,11 @@ def choice_case(plain_target: Target) -> Case:
     return make_case(plain_target, (2, 0))
 
 
-DRAWN = Law(0.8, 0.9)
+DRAWN = SamplingParams(0.8, 0.9)
 
 
 @pytest.mark.parametrize(
-    ("loss", "part", "law"),
+    ("loss", "part", "sampling"),
     [
         ("cross_entropy", False, GREEDY),
         ("cross_entropy", True, DRAWN),
@@ -53,9 +53,9 @@ DRAWN = Law(0.8, 0.9)
     ],
 )
 def test_sft_trains_the_head_and_the_choice(
-    loss: Any, part: bool, law: Law, choice_case: Case, chooser: DFlash2Drafter, plain_target: Target
+    loss: Any, part: bool, sampling: SamplingParams, choice_case: Case, chooser: DFlash2Drafter, plain_target: Target
 ) -> None:
-    """part: softmaxes over every other token alone. law: that tokens are drawn under, which cross-entropy reads."""
+    """part: softmaxes over every other token alone. sampling: of the tokens, which cross-entropy reads."""
     tokens = list(range(0, 64, 2)) if part else list(range(64))
     head = Head.over(plain_target.head_weight, torch.tensor(tokens))
     report = sft_loss(
@@ -66,14 +66,14 @@ def test_sft_trains_the_head_and_the_choice(
         plain_target.head_weight,
         SftConfig(gamma=3.0, loss=loss).stream(chooser.recipe),
         temperature=0.8,
-        law=law,
+        sampling=sampling,
         positions_per_chunk=CHUNK,
     )
     slow = Slow.borrowing(choice_case, chooser, plain_target.head_weight, tokens)
     if loss == "cross_entropy":
-        slow = replace(slow, cooled=law.temperature or 1.0)
+        slow = replace(slow, cooled=sampling.temperature or 1.0)
     if loss == "ce_l1":
-        slow = replace(slow, drawn=law.temperature or 1.0)
+        slow = replace(slow, drawn=sampling.temperature or 1.0)
     expected, positions, accuracy = slow_sft(slow, loss, float(torch.tensor(-1 / 3.0).exp()), 0.8)
     assert_equal(report, expected, chooser)
     assert report.positions == positions
@@ -104,7 +104,7 @@ def opd(case: Case, drafter: DFlash2Drafter, target: Target, objective: LossConf
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_opd_reads_the_law_of_the_choice(
+def test_opd_reads_the_distribution_of_the_choice(
     name: str, choice_case: Case, chooser: DFlash2Drafter, plain_target: Target
 ) -> None:
     """On the text behind the text's tokens, on the drafter's own proposals behind these."""

@@ -60,7 +60,7 @@ def sft(case: Case, drafter: Drafter, target: Target, temperature: float = 1.0) 
 def test_the_training_time_test_equals_the_loop(
     temperature: float, eagle_case: Case, eagle: Eagle3Drafter, plain_target: Target
 ) -> None:
-    """Forward KL to the target's law over the draft vocabulary, 0.8 a step, on the trajectory's own tokens."""
+    """Forward KL to the target's distribution over the draft vocabulary, 0.8 a step, on the trajectory's own tokens."""
     report = sft(eagle_case, eagle, plain_target, temperature)
     slow = Slow.owning(eagle_case, eagle, plain_target.head_weight)
     loss, positions, accuracy = slow_sft(slow, "forward_kl", 0.8, temperature)

@@ -10,7 +10,7 @@ from draftsmith.stages.drafters.dflash2.config import DFlash2Config
 from draftsmith.stages.drafters.dspark.config import DSparkConfig
 from draftsmith.stages.drafters.eagle3.config import Eagle3Config
 from draftsmith.stages.target.estimate import PROCESS, Answers, Use
-from draftsmith.stages.target.sampling import Law
+from draftsmith.stages.target.sampling import SamplingParams
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
 from draftsmith.stages.training.estimate import row_bytes, training_memory
 from tests.stages.training.fake_step import FakeStep
@@ -28,12 +28,14 @@ STEPS = {
     "0.6B, DFlash, whole distribution": FakeStep(
         "Qwen3-0.6B", SftConfig.model_validate(SMALL | {"loss": "ce_l1"}), DFLASH, 1024
     ),
-    "0.6B, DSpark, SFT": FakeStep("Qwen3-0.6B", SftConfig.model_validate(SMALL), DSPARK, 1024, law=Law(0.7)),
+    "0.6B, DSpark, SFT": FakeStep(
+        "Qwen3-0.6B", SftConfig.model_validate(SMALL), DSPARK, 1024, sampling=SamplingParams(0.7)
+    ),
     "0.6B, DSpark, SFT, top-p": FakeStep(
-        "Qwen3-0.6B", SftConfig.model_validate(SMALL), DSPARK, 1024, law=Law(0.7, 0.9)
+        "Qwen3-0.6B", SftConfig.model_validate(SMALL), DSPARK, 1024, sampling=SamplingParams(0.7, 0.9)
     ),
     "0.6B, DSpark, SFT, top-k and top-p": FakeStep(
-        "Qwen3-0.6B", SftConfig.model_validate(SMALL), DSPARK, 1024, law=Law(0.7, 0.9, 20)
+        "Qwen3-0.6B", SftConfig.model_validate(SMALL), DSPARK, 1024, sampling=SamplingParams(0.7, 0.9, 20)
     ),
     "4B, DFlash, OPD": FakeStep("Qwen3-4B", OpdConfig.model_validate(SMALL | {"loss": "paper"}), DFLASH, 1024),
 }

@@ -97,7 +97,7 @@ SAMPLED = {"temperature": 0.7, "top_p": 0.9, "top_k": 20}
         ({"temperature": 1}, {"top_k": 50}, "another top_k"),
     ],
 )
-def test_a_row_that_says_another_law_than_the_stated_one_is_set_aside(
+def test_a_row_that_says_other_sampling_than_the_stated_one_is_rejected(
     stated: dict[str, Any], said: dict[str, Any], reason: str | None
 ) -> None:
     aside = Aside("logs.max_bad_share", 0)

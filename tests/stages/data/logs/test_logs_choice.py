@@ -21,7 +21,7 @@ from draftsmith.stages.data.load import load_trajectories
 from draftsmith.stages.data.logs.rehearsal import ORIGIN
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.time_window import iso
-from draftsmith.stages.target.sampling import Law
+from draftsmith.stages.target.sampling import SamplingParams
 from tests.stages.data.logs.logs_run import Logs, Row, as_ids, counts, given_by, set_aside, table, write
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
@@ -161,27 +161,27 @@ def test_a_share_of_the_answers_is_of_an_earlier_refresh(logs: Logs, earlier: Pa
     assert len(none) == 40 and found["replayed"] == 0
 
 
-def test_earlier_answers_of_another_law_are_left_out(logs: Logs) -> None:
+def test_earlier_answers_with_other_sampling_are_left_out(logs: Logs) -> None:
     """What is written can be trained on; greedy answers have no top-p and no top-k."""
     rows = read_table(logs.made.rollout / "trajectories.parquet", TRAJECTORIES).to_pylist()[60:90]
     folder = logs.folder / "earlier"
 
-    def mixed(temperature: float) -> tuple[RecordingContext, Law]:
+    def mixed(temperature: float) -> tuple[RecordingContext, SamplingParams]:
         others = [{"top_p": 0.8}] * 15 + [{"top_k": 0}] * 5 + [{"top_k": 40}] * 5 + [{}] * 5
-        law = {"temperature": temperature, "top_p": 0.95, "top_k": 20}
-        made = [row | law | other for row, other in zip(rows, others, strict=True)]
+        sampling = {"temperature": temperature, "top_p": 0.95, "top_k": 20}
+        made = [row | sampling | other for row, other in zip(rows, others, strict=True)]
         write_table(folder / "trajectories.parquet", TRAJECTORIES, made)
         (folder / ORIGIN).write_text(json.dumps(given_by(logs.made.target)))
-        config: Row = {**law, "scored": 0, "replay_share": 0.5}
+        config: Row = {**sampling, "scored": 0, "replay_share": 0.5}
         ctx = logs.run([as_ids(row) for row in logs.answers[:40]], inputs={"earlier": folder}, **config)
-        return ctx, load_trajectories(ctx.out).law
+        return ctx, load_trajectories(ctx.out).sampling
 
-    ctx, law = mixed(0.7)
+    ctx, sampling = mixed(0.7)
     assert counts(ctx)["replayed"] == 5
-    assert (law.temperature, law.top_p, law.top_k) == pytest.approx((0.7, 0.95, 20))
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == pytest.approx((0.7, 0.95, 20))
     assert any(line.startswith("25 answers of the earlier refresh are left out") for line in ctx.logs)
-    ctx, law = mixed(0.0)
-    assert counts(ctx)["replayed"] == 30 and law.greedy
+    ctx, sampling = mixed(0.0)
+    assert counts(ctx)["replayed"] == 30 and sampling.greedy
     assert not any("left out" in line for line in ctx.logs)
 
 

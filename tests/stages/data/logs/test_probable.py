@@ -9,17 +9,16 @@ from collections.abc import Callable
 import pytest
 
 from draftsmith.stages.data.logs.likelihood_check import judge
-from draftsmith.stages.engines.base import SamplingParams
-from draftsmith.stages.target.sampling import Law
-from tests.stages.bench import GREEDY_TOKENS, Bench
+from draftsmith.stages.target.sampling import SamplingParams
+from tests.stages.bench import Bench
 
 COUNT = 40
 Answers = list[tuple[list[int], list[int]]]  # prompt and response
 
 
 def answers(bench: Bench, temperature: float, top_p: float = 1.0, top_k: int = 0) -> Answers:
-    params = SamplingParams(GREEDY_TOKENS, temperature=temperature, top_p=top_p, top_k=top_k)
-    found = bench.answers(bench.requests(COUNT, params), slots=COUNT).values()
+    sampling = SamplingParams(temperature, top_p, top_k)
+    found = bench.answers(bench.requests(COUNT, sampling=sampling), slots=COUNT).values()
     return [(each.request.prompt_ids, each.response_ids) for each in found if len(each.response_ids) > 8]
 
 
@@ -34,7 +33,7 @@ def sampled(bench: Bench) -> Answers:
 
 
 def judged(bench: Bench, rows: Answers, temperature: float, top_p: float = 1.0, top_k: int = 0) -> Counter[str]:
-    return Counter(judge(bench.target, *row, Law.of(temperature, top_p, top_k)) for row in rows)
+    return Counter(judge(bench.target, *row, SamplingParams(temperature, top_p, top_k)) for row in rows)
 
 
 def test_its_own_answers_are_not_flagged(bench: Bench, greedy: Answers, sampled: Answers) -> None:
@@ -81,4 +80,4 @@ def test_a_seam_of_tokens_is_no_other_model(bench: Bench, greedy: Answers) -> No
     assert long
     prompt, response = long[0]
     last = [*response[:-1], (response[-1] + 7) % bench.target.info.vocab_size]
-    assert judge(bench.target, prompt, last, Law()) == ""
+    assert judge(bench.target, prompt, last, SamplingParams()) == ""

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.sampling import GREEDY, Law
+from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.batches import FeatureSource, step_rng
 from draftsmith.stages.training.blocks import Anchors, LossReport, block_hidden, context_of, labels_of, position_anchors
 from draftsmith.stages.training.config import SftConfig, TrainingConfig
@@ -77,7 +77,7 @@ def test_a_reduced_head_has_the_same_logits_of_its_tokens(plain_target: Target) 
 
 
 def loss_of(
-    drafter: DSparkDrafter, target: Target, law: Law = GREEDY, **fields: str
+    drafter: DSparkDrafter, target: Target, sampling: SamplingParams = GREEDY, **fields: str
 ) -> tuple[LossReport, Anchors, FeatureSource]:
     texts = random_target.trajectories(3, seed=5)
     source = FeatureSource(target, drafter.target_layer_ids, texts)
@@ -87,7 +87,15 @@ def loss_of(
     stream = SftConfig.model_validate(fields).stream(drafter.recipe)
     assert target.head_weight is heads.target.weight
     report = sft_loss(
-        drafter, batch, anchors, heads, target.head_weight, stream, temperature=1.0, law=law, positions_per_chunk=7
+        drafter,
+        batch,
+        anchors,
+        heads,
+        target.head_weight,
+        stream,
+        temperature=1.0,
+        sampling=sampling,
+        positions_per_chunk=7,
     )
     return report, anchors, source
 
@@ -95,9 +103,9 @@ def loss_of(
 @pytest.mark.parametrize(("confidence_head", "reads_token"), [(True, True), (True, False), (False, True)])
 def test_the_loss_is_the_authors(confidence_head: bool, reads_token: bool, plain_target: Target) -> None:
     """Value and gradient against the formula in float64, over whole rows of logits and without a chunk. Theirs holds
-    the confidence against what is kept of drawn proposals; of greedy answers see `test_drawn_law.py`."""
+    the confidence against what is kept of drawn proposals; of greedy answers see `test_sampled_losses.py`."""
     drafter = random_dspark(plain_target, confidence_head=confidence_head, confidence_reads_token=reads_token)
-    report, anchors, source = loss_of(drafter, plain_target, Law(1.0))
+    report, anchors, source = loss_of(drafter, plain_target, SamplingParams(1.0))
     report.loss.backward()
     found = {name: p.grad for name, p in drafter.named_parameters()}
     drafter.zero_grad(set_to_none=True)

@@ -94,10 +94,10 @@ def committed_nll(bench: Bench, drafter: Drafter, answers: Answers) -> float:
         anchors, committed = (torch.as_tensor(each).long() for each in (steps.anchors, steps.committed))
         blocks = tokens[anchors][None, :, None].expand(-1, -1, drafter.block_size - 1)
         hidden = drafter.block_hidden(context, blocks, anchors[None])[0]
-        law = torch.log_softmax(bench.target.logits(hidden), -1)  # [steps, block_size - 1, vocabulary]
-        for k in range(law.shape[1]):
+        distribution = torch.log_softmax(bench.target.logits(hidden), -1)  # [steps, block_size - 1, vocabulary]
+        for k in range(distribution.shape[1]):
             kept = committed > k
-            total -= float(law[kept, k, tokens[anchors[kept] + 1 + k]].sum())
+            total -= float(distribution[kept, k, tokens[anchors[kept] + 1 + k]].sum())
             count += int(kept.sum())
     return total / count
 
@@ -190,7 +190,7 @@ def test_auto_follows_how_the_trajectories_were_drawn(
     for verification in ("auto", "greedy", "sampled"):
         ctx = train(tmp_path / verification, tiny_drafter, answers, steps=1, verification=verification)
         losses[verification] = ctx.measured[0][1]["loss"]
-    sampled = load_trajectories(answers.trajectories).law.temperature > 0
+    sampled = load_trajectories(answers.trajectories).sampling.temperature > 0
     assert losses["auto"] == losses["sampled" if sampled else "greedy"]
     assert losses["sampled"] != losses["greedy"]
 

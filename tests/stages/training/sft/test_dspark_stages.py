@@ -85,11 +85,11 @@ def test_sft_goes_on_from_dflash_as_dspark(made: Made, tiny_drafter: DrafterArti
     assert tau(traces["after"]) > 0.8 * tau(traces["before"]) > 1.6
 
 
-def restated(made: Made, folder: Path, **law: float) -> Path:
+def restated(made: Made, folder: Path, **sampling: float) -> Path:
     """The answers of the rollout in `folder`, as if drawn with another top-p or top-k."""
     folder.mkdir()
     table = read_table(made.rollout / "trajectories.parquet", TRAJECTORIES)
-    for name, value in law.items():
+    for name, value in sampling.items():
         at = table.schema.get_field_index(name)
         field = table.schema.field(at)
         table = table.set_column(at, field, pa.array([value] * len(table), field.type))
@@ -116,7 +116,7 @@ def test_a_drafter_taken_as_it_is_has_the_same_tau(
 def test_mining_draws_what_fits_the_answers(made: Made) -> None:
     summary = json.loads((made.mining / "summary.json").read_text())
     parity = summary["parity"]
-    assert "mismatch_share" not in parity  # steps are those served in law, not one by one
+    assert "mismatch_share" not in parity  # steps are those served in distribution, not one by one
     assert abs(parity["tau_difference"]) < 0.25  # of some 400 steps
     steps = read_table(made.mining / "verify_steps.parquet", VERIFY_STEPS).to_pylist()
     assert 0 < summary["error_positions"] < summary["steps"] == len(steps)
@@ -128,7 +128,7 @@ def test_mining_draws_what_fits_the_answers(made: Made) -> None:
         assert np.isfinite(step["target_logprobs"][: step["rejected_offset"]]).all()
 
 
-def test_answers_that_the_stated_law_does_not_draw_are_counted_and_said(made: Made, tmp_path: Path) -> None:
+def test_answers_that_the_stated_sampling_cannot_produce_are_counted_and_said(made: Made, tmp_path: Path) -> None:
     assert json.loads((made.mining / "summary.json").read_text())["outside_nucleus_share"] == 0  # of all tokens
     inputs = {
         **made.inputs("target", "drafter"),
@@ -183,7 +183,7 @@ def test_an_evaluation_measures_it_beside_dflash(made: Made, tiny_drafter: Draft
     EVALUATION.run(ctx, EvaluationConfig.model_validate(config))
     found = json.loads((ctx.out / "evaluation.json").read_text())
     assert (found["exactness"]["fp32_prompts"], found["exactness"]["fp32_identical"]) == (2, 2)  # greedy ones
-    assert found["exactness"]["identical_share"] is None  # sampled ones have the law alone
+    assert found["exactness"]["identical_share"] is None  # sampled ones have the distribution alone
     figures = found["drafters"]["sft"]
     assert 1 < figures["tau"] < 8 and figures["tau"] != sum(
         (n + 1) * count for n, count in enumerate(figures["accepted_histogram"])
