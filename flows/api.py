@@ -19,7 +19,7 @@ import pandas as pd
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home, private_files
 from draftsmith.artifacts.host import reach_ourselves_directly
-from draftsmith.flows.config.load import config_from, read_config
+from draftsmith.flows.config.load import config_from_fields, read_config
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.orchestration.launch import launch
 from draftsmith.flows.orchestration.server import PrefectServer
@@ -245,7 +245,7 @@ def refresh(config: str | Path | Mapping[str, Any], *, until: str | Collection[s
     later. What was finished is kept.
     """
     if isinstance(config, Mapping):
-        options = config_from(config, REFRESH.config)
+        options = config_from_fields(config, REFRESH.config)
     else:
         options = read_config(config, (), REFRESH.config)
     display, nodes = Display(), [until] if isinstance(until, str) else until

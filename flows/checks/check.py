@@ -33,7 +33,7 @@ from draftsmith.flows.checks.resources import check_accelerators, check_resource
 from draftsmith.flows.config.options import RunOptions, check_runner
 from draftsmith.flows.execution.machine import check_home, free_disk_bytes
 from draftsmith.flows.orchestration import server
-from draftsmith.flows.planning.graph import Node, Pipeline, PlannedNode, Status, in_order, plan
+from draftsmith.flows.planning.graph import Node, Pipeline, PlannedNode, Status, plan, topological_order
 from draftsmith.stages.data.logs.rehearsal_stage import EarlierConfig, is_here
 from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.target.info import read_target_info
@@ -61,7 +61,7 @@ def check(config: RunOptions, pipeline: Pipeline, home: Path) -> Findings:
             found.warn(field, f"{program}: no such program here that can be run: correct it, or say where it is")
     nodes: list[Node] = []
     with found.part("graph"):
-        nodes = in_order(pipeline.nodes(config))
+        nodes = topological_order(pipeline.nodes(config))
         found.ok("graph", f"{len(nodes)} nodes: {', '.join(node.name for node in nodes)}")
     to_make = nodes
     with found.part("plan"):

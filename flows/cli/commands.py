@@ -47,15 +47,15 @@ def _diagnose(options: argparse.Namespace, _pipeline: Pipeline) -> None:
 def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOptions) -> None:
     from draftsmith.artifacts.store.open import store_of
     from draftsmith.artifacts.tracking.runs import Tracking
-    from draftsmith.flows.execution.display import Ending
-    from draftsmith.flows.execution.retry import patiently
+    from draftsmith.flows.execution.display import EndedRun
+    from draftsmith.flows.execution.retry import with_retries
     from draftsmith.flows.orchestration.launch import launch
-    from draftsmith.flows.planning.graph import named
+    from draftsmith.flows.planning.graph import load_attribute
     from draftsmith.flows.planning.selection import Part
 
     began, display = time.monotonic(), _display()
     store, part = store_of(home()), Part.of(options.start, options.until)
-    planned = patiently(lambda: part.plan(config, store, pipeline, options.force), config.stages, display.line)
+    planned = with_retries(lambda: part.plan(config, store, pipeline, options.force), config.stages, display.line)
     display.plan(planned)
     if options.plan:
         display.left_over(planned)  # a run says it where it begins
@@ -74,8 +74,8 @@ def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
     elif finished.artifacts and pipeline.results:
         refused = str(finished.refusal) if finished.refusal is not None else None
         passed, ui_command = time.monotonic() - began, Tracking(home(), config.experiment).ui_command
-        ending = Ending(config, str(options.config), options.overrides, ui_command, passed, refused)
-        named(pipeline.results)(display, finished.artifacts, ending)
+        ending = EndedRun(config, str(options.config), options.overrides, ui_command, passed, refused)
+        load_attribute(pipeline.results)(display, finished.artifacts, ending)
     if finished.refusal is not None:
         raise finished.refusal
 
@@ -124,11 +124,11 @@ def _make_alone(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
     from draftsmith.artifacts.tracking.runs import Tracking
     from draftsmith.flows.checks.check import check_alone
     from draftsmith.flows.execution.machine import check_home
-    from draftsmith.flows.execution.node import Workshop, make
-    from draftsmith.flows.execution.results import Folders
-    from draftsmith.flows.execution.retry import patiently
+    from draftsmith.flows.execution.node import RunContext, build_node
+    from draftsmith.flows.execution.results import ArtifactFolders
+    from draftsmith.flows.execution.retry import with_retries
     from draftsmith.flows.planning.graph import plan
-    from draftsmith.flows.planning.inputs import forget, held, hold
+    from draftsmith.flows.planning.inputs import forget_listings, note_listings, read_listings
     from draftsmith.stages.runtime.stage import SOURCES
 
     # a damaged artifact is no matter unless it is needed: it may be the one that is to be made again
@@ -148,19 +148,19 @@ def _make_alone(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
     check_home(home(), config)
     display, tracking = _display(), Tracking(home(), config.experiment)
     display.left_over(items)
-    display.lines(check_alone(node, Folders(store, inputs)))
+    display.lines(check_alone(node, ArtifactFolders(store, inputs)))
     for check in (store.check, tracking.check):
-        patiently(check, config.stages, display.line)
-    workshop = Workshop(home(), config, pipeline, display, tracking)
+        with_retries(check, config.stages, display.line)
+    context = RunContext(home(), config, pipeline, display, tracking)
     try:
-        made = patiently(lambda: make(workshop, node, inputs, force=options.force), config.stages, display.line)
+        made = with_retries(lambda: build_node(context, node, inputs, force=options.force), config.stages, display.line)
     except DraftsmithError as error:
         if SOURCES in inputs:
-            forget(config.name, error)
+            forget_listings(config.name, error)
         raise
     if node.stage.name == SOURCES:  # it begins no run, and ends none
-        keys = {**held(config.name, ended=True), node.name: made.ref.key}
-        hold(config.name, keys, ended=not held(config.name))
+        keys = {**read_listings(config.name, ended=True), node.name: made.ref.key}
+        note_listings(config.name, keys, ended=not read_listings(config.name))
     display.line(f"{node.name}: {made.ref.path}")
 
 
@@ -271,13 +271,13 @@ def _prune(options: argparse.Namespace, _pipeline: Pipeline) -> None:
 def _read(options: argparse.Namespace, pipeline: Pipeline, *, patient: bool = False) -> RunOptions:
     """The config, with what only the outside knows. patient: ask again for minutes, as everything of a run is."""
     from draftsmith.flows.config.load import read_config
-    from draftsmith.flows.execution.retry import patiently
-    from draftsmith.flows.planning.graph import resolved
+    from draftsmith.flows.execution.retry import with_retries
+    from draftsmith.flows.planning.graph import resolve_config
 
     config = read_config(options.config, options.overrides, pipeline.config)
     if not patient:
-        return resolved(config, pipeline)
-    return patiently(lambda: resolved(config, pipeline), config.stages, _display().line)
+        return resolve_config(config, pipeline)
+    return with_retries(lambda: resolve_config(config, pipeline), config.stages, _display().line)
 
 
 def _read_refresh(options: argparse.Namespace) -> RefreshConfig:

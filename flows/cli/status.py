@@ -20,9 +20,17 @@ from draftsmith.artifacts.store.open import store_of
 from draftsmith.artifacts.text import duration, short, size
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.attempt import read_attempt
-from draftsmith.flows.execution.display import Display, escape, figure, folded_table
-from draftsmith.flows.execution.results import Folders
-from draftsmith.flows.planning.graph import Pipeline, PlannedNode, Status, has_partial, made_before, named, plan
+from draftsmith.flows.execution.display import Display, escape, folded_table, format_number
+from draftsmith.flows.execution.results import ArtifactFolders
+from draftsmith.flows.planning.graph import (
+    Pipeline,
+    PlannedNode,
+    Status,
+    has_partial,
+    load_attribute,
+    manifests_of_node,
+    plan,
+)
 
 _ROWS, _CELL, _JSON_LINES = 3, 120, 40
 _TO_DO = "to do"
@@ -47,7 +55,7 @@ def status_of_config(display: Display, config: RunOptions, pipeline: Pipeline) -
 def _last_verdict(earlier: Sequence[Manifest], pipeline: Pipeline, store: Store) -> list[str]:
     """Return the verdict of the last run of this name that came to its report; nothing if its artifacts are gone."""
     node, _ = pipeline.report
-    manifest = next(iter(made_before(earlier, node)), None)
+    manifest = next(iter(manifests_of_node(earlier, node)), None)
     if manifest is None or not pipeline.verdict:
         return []
     report = manifest.ref(store.path(manifest.stage, manifest.key))
@@ -57,7 +65,7 @@ def _last_verdict(earlier: Sequence[Manifest], pipeline: Pipeline, store: Store)
         for name, entry in manifest.inputs.items()
         if store.manifest_at(entry.stage, entry.key) is not None
     }
-    lines: list[str] = named(pipeline.verdict)(Folders(store, {**made, node: report}))
+    lines: list[str] = load_attribute(pipeline.verdict)(ArtifactFolders(store, {**made, node: report}))
     return ["", f"Last report, {local_time(datetime.fromisoformat(manifest.created_at))}:", *lines] if lines else []
 
 
@@ -74,7 +82,7 @@ def _last_time(item: PlannedNode, earlier: Sequence[Manifest]) -> str:
     the next one is planned from that, in which nothing is done."""
     if item.status not in (Status.AFTER, Status.RUN):
         return ""
-    before = made_before(earlier, item.node.name)
+    before = manifests_of_node(earlier, item.node.name)
     return f"[dim]; last time {before[0].stage}/{before[0].key[:16]}[/dim]" if before else ""
 
 
@@ -228,4 +236,4 @@ def _parquet_head(display: Display, path: Path) -> None:
 
 
 def _figures(manifest: Manifest, limit: int | None = 4) -> str:
-    return "  ".join(f"{name}={figure(value)}" for name, value in list(manifest.metrics.items())[:limit])
+    return "  ".join(f"{name}={format_number(value)}" for name, value in list(manifest.metrics.items())[:limit])

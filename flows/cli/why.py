@@ -14,7 +14,7 @@ from draftsmith.artifacts.store.open import store_of
 from draftsmith.artifacts.text import flat, short
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.display import Display
-from draftsmith.flows.planning.graph import Node, Pipeline, PlannedNode, Status, made_before, plan, seed_of
+from draftsmith.flows.planning.graph import Node, Pipeline, PlannedNode, Status, manifests_of_node, node_seed, plan
 from draftsmith.flows.planning.inputs import external_digests
 from draftsmith.stages.runtime.stage import Config
 
@@ -68,7 +68,7 @@ def _state(item: PlannedNode, store: Store) -> str:
 def _earlier(manifests: Sequence[Manifest], run: str, item: PlannedNode) -> tuple[Manifest, str] | None:
     """The last artifact of another key that the node was, else the last one of its stage with the same inputs."""
     others = [each for each in manifests if each.key != item.key]
-    if before := made_before([each for each in others if each.run == run], item.node.name):
+    if before := manifests_of_node([each for each in others if each.run == run], item.node.name):
         return before[0], f"this node in the last run of {run} that had another key"
     same = [each for each in others if each.stage == item.node.stage.name and set(each.inputs) == set(item.node.inputs)]
     return (same[-1], "the last artifact of its stage (no run of this name has made the node)") if same else None
@@ -85,7 +85,7 @@ def _differences(
     node = item.node
     for field, before, now in _changed(*_decisive(old.config, node.config)):
         yield f"config   {field}: {short(before)} -> {short(now)}"
-    if (seed := seed_of(node, config)) != old.seed:
+    if (seed := node_seed(node, config)) != old.seed:
         yield f"seed     {old.seed} -> {seed}"
     for name in sorted({*old.inputs, *node.inputs}):
         yield from _input(name, old.inputs.get(name), node, planned, store)

@@ -68,7 +68,7 @@ def read_config(path: Path | str, overrides: Sequence[str], model: type[ModelT])
     return _validated(data, Path(path), changed, model)
 
 
-def config_from(fields: Mapping[str, Any], model: type[ModelT]) -> ModelT:
+def config_from_fields(fields: Mapping[str, Any], model: type[ModelT]) -> ModelT:
     """Return the config of fields that are given as objects.
 
     `extends` names a file relative to the current directory, or a shipped config. Raises `DraftsmithError` as

@@ -21,7 +21,7 @@ from draftsmith.artifacts.locks import user_name
 from draftsmith.artifacts.redaction import redacted
 from draftsmith.artifacts.store.manifest import local_time
 from draftsmith.artifacts.text import duration
-from draftsmith.flows.execution.display import Rate
+from draftsmith.flows.execution.display import ProgressRate
 
 NOTE = "attempt.json"
 _EVERY_S = 2.0  # the note is written again
@@ -66,7 +66,7 @@ class AttemptNote:
 
     def __init__(self, folder: Path, run: str, node: str) -> None:
         """folder: the attempt's, as `Store.partial` names it."""
-        self._path, self._rate, self._written = folder / NOTE, Rate(), 0.0
+        self._path, self._rate, self._written = folder / NOTE, ProgressRate(), 0.0
         now = time.time()
         self._note = Attempt(run, node, platform.node(), os.getpid(), user_name(), since=now, at=now)
         self._write()

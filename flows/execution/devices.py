@@ -26,7 +26,7 @@ _DEFAULT = "/tmp/draftsmith-devices"
 CPU = "cpu"
 
 
-Waiting = Callable[[str, Holder | None], None]
+OnWait = Callable[[str, Holder | None], None]
 _POLL_S = 0.5
 
 
@@ -39,19 +39,19 @@ class Device:
 
 
 @contextmanager
-def device_of(
+def lock_one_device(
     compute: Compute,
     *,
     run: str,
     limit_s: float,
-    waiting: Waiting,
+    waiting: OnWait,
     check: Callable[[], None] = lambda: None,
     gpus: Callable[[], Sequence[str]] | None = None,
 ) -> Iterator[Device]:
     """As `devices_of`, of one GPU: the first that is free, and that alone is visible to the process."""
     names = sorted(set((gpus or gpu_names)()))
     if compute is Compute.LIGHT or not names:
-        with devices_of(compute, run=run, limit_s=limit_s, waiting=waiting, check=check, gpus=lambda: ()) as locks:
+        with lock_devices(compute, run=run, limit_s=limit_s, waiting=waiting, check=check, gpus=lambda: ()) as locks:
             yield Device(locks)
         return
     began, told = time.monotonic(), False
@@ -78,12 +78,12 @@ def device_of(
 
 
 @contextmanager
-def devices_of(
+def lock_devices(
     compute: Compute,
     *,
     run: str,
     limit_s: float,
-    waiting: Waiting,
+    waiting: OnWait,
     check: Callable[[], None] = lambda: None,
     gpus: Callable[[], Sequence[str]] | None = None,
 ) -> Iterator[tuple[int, ...]]:

@@ -33,7 +33,7 @@ _STATUS_STYLE = {
 
 
 @dataclass(frozen=True)
-class Ending:
+class EndedRun:
     """A run that has ended, as the command that started it knows it: for the screen that shows its results."""
 
     config: RunOptions
@@ -44,7 +44,7 @@ class Ending:
     refused: str | None = None  # why nothing was promoted
 
 
-class Rate:
+class ProgressRate:
     """Work done a second over the last half minute, and from it the time left."""
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class StageDisplay:
         self._name = name
         self._bar = bar
         self._task: TaskID | None = bar.add_task(name, total=None, text="starting") if bar else None
-        self._rate = Rate()
+        self._rate = ProgressRate()
         self._last_line = time.monotonic()
 
     def progress(self, done: int, total: int, unit: str, figures: Mapping[str, float]) -> None:
@@ -82,10 +82,10 @@ class StageDisplay:
         rate, left = self._rate.update(done, total, unit, now)
         parts = [f"{done}/{total} {unit}"]
         if rate is not None:
-            parts.append(f"{figure(rate)} {unit}/s")
+            parts.append(f"{format_number(rate)} {unit}/s")
         if left is not None and done < total:
             parts.append(f"{duration(left)} left")
-        parts += [f"{name}={figure(value)}" for name, value in figures.items()]
+        parts += [f"{name}={format_number(value)}" for name, value in figures.items()]
         text = "  ".join(parts)
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, total=total, text=escape(text))
@@ -140,7 +140,7 @@ class Display:
             yield StageDisplay(self, name, bar)
 
     def finished(self, name: str, seconds: float, summary: Mapping[str, float]) -> None:
-        figures = "  ".join(f"{key}={figure(value)}" for key, value in summary.items())
+        figures = "  ".join(f"{key}={format_number(value)}" for key, value in summary.items())
         self.line(f"{name}: done in {duration(seconds)}" + (f"  {figures}" if figures else ""))
 
     def reused(self, name: str) -> None:
@@ -172,7 +172,7 @@ def escape(text: str) -> str:
     return markup.escape(printable(text))
 
 
-def figure(value: float) -> str:
+def format_number(value: float) -> str:
     """Four digits at least, never an exponent for what is counted."""
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.store.local import Claim, Store
 from draftsmith.artifacts.store.manifest import ArtifactRef
-from draftsmith.flows.planning.graph import Node, Pipeline, key_of
+from draftsmith.flows.planning.graph import Node, Pipeline, cache_key
 from draftsmith.flows.planning.inputs import external_digests
 
 
-def code_of(
+def snapshot_code(
     node: Node,
     inputs: Mapping[str, ArtifactRef],
     seed: int,
@@ -23,7 +23,7 @@ def code_of(
     """Return digest and modules of the code that a stage begins with, for its manifest. Raises RetryableError if it is
     not the code that the key was made of: a stage may wait for hours, and a shard be made on another host."""
     code = pipeline.code_digest(node.module), pipeline.code_modules(node.module)
-    if key_of(node, inputs, seed, pipeline, external) != key:
+    if cache_key(node, inputs, seed, pipeline, external) != key:
         raise RetryableError(
             f"{node.name}: the code here (or a file that it reads) is not that of its key: it was changed while the "
             "stage waited for its turn, or this host has another version: run the same command again, with the same "
@@ -33,7 +33,7 @@ def code_of(
 
 
 @contextmanager
-def unchanged(
+def inputs_unchanged(
     store: Store, node: Node, inputs: Mapping[str, ArtifactRef], claim: Claim, external: Mapping[str, str]
 ) -> Iterator[None]:
     """Around a stage. Raises DraftsmithError before the body if an input is damaged or a file is not that of the key

@@ -20,12 +20,20 @@ from draftsmith.artifacts.store.open import store_of
 from draftsmith.artifacts.tracking.runs import StageRun, Tracking
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.attempt import NOTE, AttemptNote
-from draftsmith.flows.execution.devices import Waiting, devices_of
+from draftsmith.flows.execution.devices import OnWait, lock_devices
 from draftsmith.flows.execution.display import Display, StageDisplay
-from draftsmith.flows.execution.input_guard import code_of, unchanged
+from draftsmith.flows.execution.input_guard import inputs_unchanged, snapshot_code
 from draftsmith.flows.execution.process import Event, StageOutcome, StageRequest, run_stage
-from draftsmith.flows.execution.shards import Order, Pool, Together, make_shard, orders_of, side_by_side
-from draftsmith.flows.planning.graph import Node, Pipeline, find, inconclusive, key_of, outdated, seed_of
+from draftsmith.flows.execution.shards import ShardJob, ShardPool, ShardProgress, build_shard, run_locally, shard_jobs
+from draftsmith.flows.planning.graph import (
+    Node,
+    Pipeline,
+    cache_key,
+    find_artifact,
+    is_inconclusive,
+    is_outdated,
+    node_seed,
+)
 from draftsmith.flows.planning.inputs import external_digests
 from draftsmith.stages.runtime.stage import SOURCES, Compute, Listing
 
@@ -33,7 +41,7 @@ log = logging.getLogger("draftsmith.stages")  # Prefect shows it in the run
 
 
 @dataclass(frozen=True)
-class Workshop:
+class RunContext:
     """What every node of a run is made with."""
 
     home: Path
@@ -43,7 +51,7 @@ class Workshop:
     tracking: Tracking
     refresh_run: Callable[[], str | None] = lambda: None  # MLflow's id of the run that the stages' runs are nested in
     check: Callable[[], None] = lambda: None  # called while a stage waits or runs; what it raises stops it
-    pool: Pool = side_by_side  # who makes the shards of a node
+    pool: ShardPool = run_locally  # who makes the shards of a node
 
     @property
     def store(self) -> Store:
@@ -55,20 +63,22 @@ class Workshop:
 
 
 @dataclass(frozen=True)
-class Made:
+class NodeResult:
     """A node's artifact, and whether it was there already."""
 
     ref: ArtifactRef
     reused: bool
 
 
-def make(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], *, force: bool = False) -> Made:
+def build_node(
+    context: RunContext, node: Node, inputs: Mapping[str, ArtifactRef], *, force: bool = False
+) -> NodeResult:
     """The node's artifact: reused from the store, or made by running its stage, going on from an earlier attempt.
 
     Raises the stage's own `DraftsmithError`; what the stage saved is kept for the next attempt.
     """
     if SOURCES in inputs:
-        workshop.store.fetch(inputs[SOURCES])
+        context.store.fetch(inputs[SOURCES])
         node = replace(node, config=node.config.reading(Listing.read(inputs[SOURCES].path)))
     external = external_digests(node.config)
     if gone := sorted((node.config.listed_files or frozenset()) - external.keys()):
@@ -76,59 +86,61 @@ def make(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], *, f
             f"{node.name}: {gone[0]} (and {len(gone) - 1} more) was there when the run began and is gone. Put it back, "
             "or run the same command again, which then reads what is there."
         )
-    key = key_of(node, inputs, seed_of(node, workshop.config), workshop.pipeline, external)
+    key = cache_key(node, inputs, node_seed(node, context.config), context.pipeline, external)
     stage = node.stage.name
-    ref = None if force else find(workshop.store, node, key, verify=True)
+    ref = None if force else find_artifact(context.store, node, key, verify=True)
     reused = True
     # also what an attempt left, or another run made
-    while ref is None or outdated(workshop.store, node, ref, inputs) or (reused and inconclusive(workshop.store, ref)):
+    while (
+        ref is None or is_outdated(context.store, node, ref, inputs) or (reused and is_inconclusive(context.store, ref))
+    ):
         force = force or ref is not None
-        with workshop.store.claim(
+        with context.store.claim(
             stage,
             key,
             force=force,
-            waiting=_say_waiting(workshop, node),
-            run=workshop.config.name,
-            limit_s=60 * workshop.config.stages.lock_wait_minutes,
-            check=workshop.check,
+            waiting=_say_waiting(context, node),
+            run=context.config.name,
+            limit_s=60 * context.config.stages.lock_wait_minutes,
+            check=context.check,
         ) as claim:
             reused = not isinstance(claim, Claim)
             if isinstance(claim, Claim):
-                ref = _run(workshop, node, inputs, claim, external)
+                ref = _run(context, node, inputs, claim, external)
             else:  # another run has made it, or the commit of an earlier attempt was still to be made
                 ref = claim
-                workshop.tracking.complete(workshop.store.manifest(ref), ref.path)
+                context.tracking.complete(context.store.manifest(ref), ref.path)
     if reused:
         with contextlib.suppress(OSError):
-            (workshop.store.partial(stage, key) / NOTE).unlink(missing_ok=True)  # of a forced attempt that failed
+            (context.store.partial(stage, key) / NOTE).unlink(missing_ok=True)  # of a forced attempt that failed
             os.utime(ref.path / MANIFEST)  # when it was last used: `draftsmith prune`
-        workshop.display.reused(node.name)
-    return Made(ref, reused)
+        context.display.reused(node.name)
+    return NodeResult(ref, reused)
 
 
-def _say_waiting(workshop: Workshop, node: Node) -> Callable[[Holder | None], None]:
+def _say_waiting(context: RunContext, node: Node) -> Callable[[Holder | None], None]:
     def say(holder: Holder | None) -> None:
         who = f" ({holder})" if holder is not None else ""
-        workshop.display.line(f"{node.name}: another run is making this artifact, waiting for it{who}")
+        context.display.line(f"{node.name}: another run is making this artifact, waiting for it{who}")
 
     return say
 
 
 def _devices(
-    workshop: Workshop, node: Node, compute: Compute, note: AttemptNote | None = None
+    context: RunContext, node: Node, compute: Compute, note: AttemptNote | None = None
 ) -> AbstractContextManager[tuple[int, ...]]:
-    options = workshop.config.stages
+    options = context.config.stages
     limit_s = 60 * options.lock_wait_minutes
-    waiting = _say_in_use(workshop, node, note)
-    return devices_of(compute, run=workshop.config.name, limit_s=limit_s, waiting=waiting, check=workshop.check)
+    waiting = _say_in_use(context, node, note)
+    return lock_devices(compute, run=context.config.name, limit_s=limit_s, waiting=waiting, check=context.check)
 
 
-def _say_in_use(workshop: Workshop, node: Node, note: AttemptNote | None = None) -> Waiting:
+def _say_in_use(context: RunContext, node: Node, note: AttemptNote | None = None) -> OnWait:
     def say(device: str, holder: Holder | None) -> None:
         # of those who share it the last one left its name, which may be this run
         who = f" ({holder})" if holder is not None and holder.pid != os.getpid() else " by another run"
         waits = f"waits for the device {device}, which is in use{who}"
-        workshop.display.line(f"{node.name}: {waits}")
+        context.display.line(f"{node.name}: {waits}")
         if note is not None:
             note.waiting(waits)  # for `draftsmith status`
 
@@ -136,7 +148,7 @@ def _say_in_use(workshop: Workshop, node: Node, note: AttemptNote | None = None)
 
 
 def _run(
-    workshop: Workshop,
+    context: RunContext,
     node: Node,
     inputs: Mapping[str, ArtifactRef],
     claim: Claim,
@@ -144,28 +156,28 @@ def _run(
 ) -> ArtifactRef:
     config = node.config.model_dump(mode="json")
     by_node = {node.inputs[name]: ref for name, ref in inputs.items()}
-    tracked = workshop.tracking.stage_run(
-        workshop.refresh_run(), claim.stage, claim.key, name=node.name, params=config, inputs=by_node
+    tracked = context.tracking.stage_run(
+        context.refresh_run(), claim.stage, claim.key, name=node.name, params=config, inputs=by_node
     )
-    note = AttemptNote(claim.out.parent, workshop.config.name, node.name)
+    note = AttemptNote(claim.out.parent, context.config.name, node.name)
     try:
         began = time.monotonic()
-        shards = _shards(workshop, node, inputs, claim, note)
+        shards = _shards(context, node, inputs, claim, note)
         spent = time.monotonic() - began if shards else 0.0
         compute = node.stage.computes(node.config)
         if shards and node.stage.joins is not None:
             compute = node.stage.joins
         with (
-            _devices(workshop, node, compute, note) as devices,
-            unchanged(workshop.store, node, inputs, claim, external),
+            _devices(context, node, compute, note) as devices,
+            inputs_unchanged(context.store, node, inputs, claim, external),
             tracked.system_metrics(),
         ):
             note.waiting("")
-            seed = seed_of(node, workshop.config)
-            code_digest, modules = code_of(node, inputs, seed, workshop.pipeline, external, claim.key)
-            outcome = _run_process(workshop, node, inputs, claim, tracked, devices, shards, note)
+            seed = node_seed(node, context.config)
+            code_digest, modules = snapshot_code(node, inputs, seed, context.pipeline, external, claim.key)
+            outcome = _run_process(context, node, inputs, claim, tracked, devices, shards, note)
             outcome.duration_s = round(outcome.duration_s + spent, 3)
-        ref = workshop.store.commit(
+        ref = context.store.commit(
             claim,
             config=config,
             inputs=inputs,
@@ -177,7 +189,7 @@ def _run(
             duration_s=outcome.duration_s,
             modules=modules,
             external=external,
-            run=workshop.config.name,
+            run=context.config.name,
             node=node.name,
         )
     except BaseException as error:
@@ -187,36 +199,36 @@ def _run(
         tracked.close("KILLED" if stopped else "FAILED")
         raise
     tracked.close("FINISHED", outcome.summary, ref.path)
-    workshop.display.finished(node.name, outcome.duration_s, outcome.summary)
+    context.display.finished(node.name, outcome.duration_s, outcome.summary)
     return ref
 
 
 def _shards(
-    workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], claim: Claim, note: AttemptNote
+    context: RunContext, node: Node, inputs: Mapping[str, ArtifactRef], claim: Claim, note: AttemptNote
 ) -> list[ArtifactRef]:
     """Artifacts of all shards of the node, whole on this machine; none if it is made in one piece."""
-    orders = orders_of(workshop.config, workshop.pipeline, node, inputs, claim)
+    orders = shard_jobs(context.config, context.pipeline, node, inputs, claim)
     if not orders:
         return []
-    with workshop.display.stage(node.name) as shown:
-        together, stopped = Together(shown, note.progress), threading.Event()
+    with context.display.stage(node.name) as shown:
+        together, stopped = ShardProgress(shown, note.progress), threading.Event()
 
         def check() -> None:
-            workshop.check()
+            context.check()
             if stopped.is_set():
                 raise StageInterrupted("the run was ended: run the same command to continue from what was saved")
 
-        def make_one(order: Order) -> ArtifactRef:
-            return make_shard(
+        def make_one(order: ShardJob) -> ArtifactRef:
+            return build_shard(
                 order,
-                workshop.home,
+                context.home,
                 on_event=lambda event: together.follow(order, event),
-                waiting=_say_in_use(workshop, node),
+                waiting=_say_in_use(context, node),
                 check=check,
             )
 
-        made = workshop.pool(orders, make_one, stopped.set, check)
-    store = workshop.store
+        made = context.pool(orders, make_one, stopped.set, check)
+    store = context.store
     here = [replace(ref, path=store.path(ref.stage, ref.key)) for ref in made]  # another host has another home
     for ref in here:
         store.fetch(ref)
@@ -225,7 +237,7 @@ def _shards(
 
 
 def _run_process(
-    workshop: Workshop,
+    context: RunContext,
     node: Node,
     inputs: Mapping[str, ArtifactRef],
     claim: Claim,
@@ -234,7 +246,7 @@ def _run_process(
     shards: Sequence[ArtifactRef],
     note: AttemptNote,
 ) -> StageOutcome:
-    options = workshop.config.stages
+    options = context.config.stages
     request = StageRequest(
         stage=claim.stage,
         module=node.module,
@@ -242,18 +254,18 @@ def _run_process(
         inputs={name: str(ref.path) for name, ref in inputs.items()},
         out=str(claim.out),
         work=str(claim.work),
-        seed=seed_of(node, workshop.config),
+        seed=node_seed(node, context.config),
         threads=options.threads,
         listing=asdict(listing) if (listing := node.config.listing()) is not None else None,
         shards=[str(ref.path) for ref in shards],
     )
-    log_path = workshop.logs / f"{claim.stage}-{claim.key[:16]}-{time.strftime('%Y%m%d-%H%M%S')}.log"
+    log_path = context.logs / f"{claim.stage}-{claim.key[:16]}-{time.strftime('%Y%m%d-%H%M%S')}.log"
 
     def follow(event: Event) -> None:
         claim.lock.check_now_and_then()
         _follow(event, node.name, shown, tracked, note)
 
-    with workshop.display.stage(node.name) as shown:
+    with context.display.stage(node.name) as shown:
         return run_stage(
             request,
             log_path=log_path,
@@ -262,7 +274,7 @@ def _run_process(
             on_event=follow,
             # The locks live as long as the process that writes and computes, even if we are killed.
             pass_fds=(claim.lock_fd, *devices),
-            check=workshop.check,
+            check=context.check,
         )
 
 

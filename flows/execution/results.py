@@ -9,7 +9,7 @@ from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import ArtifactRef
 
 
-class Refs(Mapping[str, ArtifactRef]):
+class LazyArtifacts(Mapping[str, ArtifactRef]):
     """Artifacts by node, each whole when it is taken by its name."""
 
     def __init__(self, store: Store, refs: Mapping[str, ArtifactRef]) -> None:
@@ -30,11 +30,11 @@ class Refs(Mapping[str, ArtifactRef]):
         return node in self._refs
 
 
-class Folders(Mapping[str, Path]):
+class ArtifactFolders(Mapping[str, Path]):
     """The same as folders. `items` fetches nothing: of what nobody has read, a folder may have its manifest alone."""
 
     def __init__(self, store: Store, refs: Mapping[str, ArtifactRef]) -> None:
-        self._refs, self._whole = refs, Refs(store, refs)
+        self._refs, self._whole = refs, LazyArtifacts(store, refs)
 
     def __getitem__(self, node: str) -> Path:
         return self._whole[node].path

@@ -29,7 +29,7 @@ def retry_notice(error: object, failures: int, delays: Sequence[float]) -> str:
     )
 
 
-def patiently(work: Callable[[], T], options: StageOptions, tell: Callable[[str], None]) -> T:
+def with_retries(work: Callable[[], T], options: StageOptions, tell: Callable[[str], None]) -> T:
     """Return `work()`, tried again after each `RetryableError` as `stages.retries` says.
 
     Raises the last error; any other error at once.

@@ -21,12 +21,12 @@ from draftsmith.artifacts.store.manifest import SHARD, ArtifactRef
 from draftsmith.artifacts.store.open import store_of
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.attempt import AttemptNote
-from draftsmith.flows.execution.devices import Waiting, device_of
+from draftsmith.flows.execution.devices import OnWait, lock_one_device
 from draftsmith.flows.execution.display import StageDisplay
-from draftsmith.flows.execution.input_guard import code_of, unchanged
+from draftsmith.flows.execution.input_guard import inputs_unchanged, snapshot_code
 from draftsmith.flows.execution.machine import gpu_names
 from draftsmith.flows.execution.process import Event, StageRequest, run_stage
-from draftsmith.flows.planning.graph import Node, Pipeline, seed_of
+from draftsmith.flows.planning.graph import Node, Pipeline, node_seed
 from draftsmith.flows.planning.inputs import external_digests
 from draftsmith.stages.runtime.stage import Shard
 
@@ -36,7 +36,7 @@ def _nobody_waits(_device: str, _holder: object) -> None:
 
 
 @dataclass(frozen=True)
-class Order:
+class ShardJob:
     """One shard of a node, as it travels to whoever makes it."""
 
     config: RunOptions
@@ -59,22 +59,22 @@ class Order:
         return f"{self.node.name}, shard {self.shard.index + 1} of {self.shard.of}"
 
 
-def orders_of(
+def shard_jobs(
     config: RunOptions, pipeline: Pipeline, node: Node, inputs: Mapping[str, ArtifactRef], claim: Claim
-) -> list[Order]:
+) -> list[ShardJob]:
     """Of a node that is to be made: one for each shard, none if one process does all."""
     count = config.stages.shards
     if not node.stage.sharded or count == 1:
         return []
-    return [Order(config, pipeline, node, inputs, claim.key, Shard(i, count), claim.forced) for i in range(count)]
+    return [ShardJob(config, pipeline, node, inputs, claim.key, Shard(i, count), claim.forced) for i in range(count)]
 
 
-def make_shard(
-    order: Order,
+def build_shard(
+    order: ShardJob,
     home: Path,
     *,
     on_event: Callable[[Event], None] = lambda _event: None,
-    waiting: Waiting = _nobody_waits,
+    waiting: OnWait = _nobody_waits,
     check: Callable[[], None] = lambda: None,
 ) -> ArtifactRef:
     """The shard's artifact: found, or made by a stage process on one device of this host. As `node.make`."""
@@ -97,13 +97,13 @@ def make_shard(
 
         try:
             with (
-                device_of(
+                lock_one_device(
                     node.stage.computes(node.config), run=run, limit_s=limit_s, waiting=waiting, check=check
                 ) as device,
-                unchanged(store, node, inputs, claim, external),
+                inputs_unchanged(store, node, inputs, claim, external),
             ):
-                seed = seed_of(node, order.config)
-                code_digest, _ = code_of(node, inputs, seed, order.pipeline, external, order.whole)
+                seed = node_seed(node, order.config)
+                code_digest, _ = snapshot_code(node, inputs, seed, order.pipeline, external, order.whole)
                 request = StageRequest(
                     stage=order.stage,
                     module=node.module,
@@ -142,17 +142,17 @@ def make_shard(
     return ref
 
 
-Make = Callable[[Order], ArtifactRef]
+BuildShard = Callable[[ShardJob], ArtifactRef]
 # Given orders, what makes one, what tells all that are made here to stop (called where the pool is ended itself), and
 # what raises if the run is to end: makes all of them, in order. When all have ended, raises the first error.
-Pool = Callable[[Sequence[Order], Make, Callable[[], None], Callable[[], None]], list[ArtifactRef]]
+ShardPool = Callable[[Sequence[ShardJob], BuildShard, Callable[[], None], Callable[[], None]], list[ArtifactRef]]
 
 
-def side_by_side(
-    orders: Sequence[Order], make: Make, stop: Callable[[], None], _check: Callable[[], None]
+def run_locally(
+    orders: Sequence[ShardJob], make: BuildShard, stop: Callable[[], None], _check: Callable[[], None]
 ) -> list[ArtifactRef]:
     """A `Pool` on this machine, where every shard checks for itself."""
-    with ThreadPoolExecutor(at_once(orders)) as pool:
+    with ThreadPoolExecutor(local_parallelism(orders)) as pool:
         futures = [pool.submit(make, order) for order in orders]
         try:
             wait(futures)
@@ -163,19 +163,19 @@ def side_by_side(
     return [future.result() for future in futures]
 
 
-def at_once(orders: Sequence[Order]) -> int:
+def local_parallelism(orders: Sequence[ShardJob]) -> int:
     """Shards that this machine makes at a time: one a GPU, or one a core."""
     return min(len(orders), len(gpu_names()) or os.cpu_count() or 1)
 
 
-class Together:
+class ShardProgress:
     """The progress of all shards of a node as one."""
 
     def __init__(self, shown: StageDisplay, progress: Callable[[int, int, str], None]) -> None:
         self._shown, self._progress, self._lock = shown, progress, threading.Lock()
         self._last: dict[int, tuple[int, int]] = {}
 
-    def follow(self, order: Order, event: Event) -> None:
+    def follow(self, order: ShardJob, event: Event) -> None:
         """An event of a shard's process."""
         with self._lock, contextlib.suppress(KeyError):
             if event["event"] == "log":

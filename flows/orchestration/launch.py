@@ -14,10 +14,10 @@ from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.execution.machine import check_home
-from draftsmith.flows.execution.results import Folders
-from draftsmith.flows.execution.retry import patiently
+from draftsmith.flows.execution.results import ArtifactFolders
+from draftsmith.flows.execution.retry import with_retries
 from draftsmith.flows.orchestration.server import PrefectServer, start_prefect_server
-from draftsmith.flows.planning.graph import Pipeline, named
+from draftsmith.flows.planning.graph import Pipeline, load_attribute
 from draftsmith.stages.runtime.memory import collect_as_usual
 
 
@@ -25,7 +25,7 @@ from draftsmith.stages.runtime.memory import collect_as_usual
 class Finished:
     """A run that came to its end."""
 
-    artifacts: Folders  # by node
+    artifacts: ArtifactFolders  # by node
     outcome: str | None  # promoted, refused, inconclusive, waiting, current; None: nothing was to be decided
     message: str  # the outcome with its reason
     refusal: RefusedError | None  # of a drafter that was not promoted
@@ -50,13 +50,13 @@ def launch(
     tracking = Tracking(home(), config.experiment)
     check_home(home(), config)
     server = start_prefect_server(home())
-    patiently(tracking.check, config.stages, display.line)  # while the server starts
-    flow = named(pipeline.flow)
-    patiently(lambda: server.wait(display.line), config.stages, display.line)
+    with_retries(tracking.check, config.stages, display.line)  # while the server starts
+    flow = load_attribute(pipeline.flow)
+    with_retries(lambda: server.wait(display.line), config.stages, display.line)
     from draftsmith.flows.orchestration.flow_lifecycle import run_flow  # imports httpx, as the flow does
 
     collect_as_usual()
     ended = run_flow(flow, config, lambda what: lost(server, what), force=force, start=start, until=until)
     refs = {name: ArtifactRef(e["stage"], e["key"], e["content_id"], Path(e["path"])) for name, e in ended.made.items()}
     refusal = ended.error if isinstance(ended.error, RefusedError) else None
-    return Finished(Folders(store_of(home()), refs), ended.outcome, ended.message, refusal)
+    return Finished(ArtifactFolders(store_of(home()), refs), ended.outcome, ended.message, refusal)

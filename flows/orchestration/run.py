@@ -29,23 +29,23 @@ from draftsmith.flows.config.options import RunOptions, check_runner
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.execution.machine import check_home
 from draftsmith.flows.execution.mlflow_run import RunRecord
-from draftsmith.flows.execution.node import Made, Workshop
-from draftsmith.flows.execution.results import Folders, Refs
-from draftsmith.flows.execution.retry import patiently
+from draftsmith.flows.execution.node import NodeResult, RunContext
+from draftsmith.flows.execution.results import ArtifactFolders, LazyArtifacts
+from draftsmith.flows.execution.retry import with_retries
 from draftsmith.flows.orchestration.announcements import announce, deployed, resumed, show_verdict
 from draftsmith.flows.orchestration.flow_lifecycle import Cancellation, CancelledError, body
 from draftsmith.flows.orchestration.task import run_node
 from draftsmith.flows.planning.graph import (
     Checks,
     Conclusion,
-    Course,
     Node,
     Pipeline,
+    RunPolicy,
     RunReview,
     forced_nodes,
-    resolved,
+    resolve_config,
 )
-from draftsmith.flows.planning.inputs import forget, held, hold
+from draftsmith.flows.planning.inputs import forget_listings, note_listings, read_listings
 from draftsmith.flows.planning.selection import Part
 from draftsmith.stages.runtime.stage import SOURCES
 
@@ -93,58 +93,58 @@ def _run(
     config: RunOptions, pipeline: Pipeline, force: Collection[str], part: Part, cancellation: Cancellation
 ) -> tuple[dict[str, dict[str, Any]], Conclusion | None]:
     display = Display()
-    config = patiently(lambda: resolved(config, pipeline), config.stages, display.line)
+    config = with_retries(lambda: resolve_config(config, pipeline), config.stages, display.line)
     redact_logs()
     reach_ourselves_directly()  # a deployment's run comes from no command
     logging.getLogger("draftsmith").setLevel(logging.INFO)  # without it Prefect does not show the stages' lines
     tracking = Tracking(home(), config.experiment)
-    workshop = Workshop(home(), config, pipeline, display, tracking, check=cancellation.check)
-    check_home(workshop.home, config)
+    context = RunContext(home(), config, pipeline, display, tracking, check=cancellation.check)
+    check_home(context.home, config)
     check_runner(config.stages)
-    for check in (workshop.store.check, workshop.tracking.check):
-        patiently(check, config.stages, workshop.display.line)
+    for check in (context.store.check, context.tracking.check):
+        with_retries(check, config.stages, context.display.line)
     if (warning := misplaced(tracking)) is not None:
-        workshop.display.line(f"warning: {warning}")
-    close_dead_runs(workshop.tracking, workshop.store)
+        context.display.line(f"warning: {warning}")
+    close_dead_runs(context.tracking, context.store)
     anew = () if resumed() else force  # what a run has forced before it was suspended is made
-    planned = patiently(
-        lambda: part.plan(config, workshop.store, pipeline, anew, deployed=deployed()),
+    planned = with_retries(
+        lambda: part.plan(config, context.store, pipeline, anew, deployed=deployed()),
         config.stages,
-        workshop.display.line,
+        context.display.line,
     )
     nodes = [item.node for item in planned]
     whole = not part.until  # also where every node is needed for it: who stops at the report looks before promoting
     checks = pipeline.checks() if pipeline.checks is not None else None
     forced = forced_nodes(nodes, anew)
-    concluding = pipeline.course(config, forced_nodes(nodes, force)) if pipeline.course is not None else None
-    course = concluding if whole else None
-    workshop.display.left_over(planned)
-    workshop.display.lines(checks.before(planned) if checks is not None else [])
-    record = RunRecord(workshop.tracking, config.name, config.model_dump(mode="json"))
-    workshop = dataclasses.replace(workshop, refresh_run=record.open)
-    made: dict[str, Made] = {}
+    concluding = pipeline.policy(config, forced_nodes(nodes, force)) if pipeline.policy is not None else None
+    policy = concluding if whole else None
+    context.display.left_over(planned)
+    context.display.lines(checks.before(planned) if checks is not None else [])
+    record = RunRecord(context.tracking, config.name, config.model_dump(mode="json"))
+    context = dataclasses.replace(context, refresh_run=record.open)
+    made: dict[str, NodeResult] = {}
     status: Status = "KILLED"
     ended = "**Stopped.** The same command goes on."
     conclusion: Conclusion | None = None
     try:
-        conclusion = _make_all(workshop, nodes, forced, made, checks, course)
+        conclusion = _make_all(context, nodes, forced, made, checks, policy)
         refs = _refs(made)
         run_id = record.settle(refs)
         if conclusion is None and pipeline.compared is not None and "evaluation" in made:
-            found = pipeline.compared(Folders(workshop.store, refs))
-            log_models(tracking, workshop.store.manifest(refs["evaluation"]), run_id, found)
-        if conclusion is None and (review := _review(workshop, made)) is not None:
-            show_verdict(config.name, f"{review.description}{tracking.link(run_id)}", workshop.display.line)
-        if conclusion is None and course is not None:
+            found = pipeline.compared(ArtifactFolders(context.store, refs))
+            log_models(tracking, context.store.manifest(refs["evaluation"]), run_id, found)
+        if conclusion is None and (review := _review(context, made)) is not None:
+            show_verdict(config.name, f"{review.description}{tracking.link(run_id)}", context.display.line)
+        if conclusion is None and policy is not None:
             registered.note(tracking)
-            conclusion = patiently(
-                lambda: course.finish(Refs(workshop.store, refs), record.settle(refs)),
+            conclusion = with_retries(
+                lambda: policy.conclude(LazyArtifacts(context.store, refs), record.settle(refs)),
                 config.stages,
-                workshop.display.line,
+                context.display.line,
             )
         status = "FINISHED"
         if whole:
-            hold(config.name, held(config.name), ended=True)
+            note_listings(config.name, read_listings(config.name), ended=True)
     except StageInterrupted:
         raise
     except Pause:  # a person is asked; the run goes on from what is made
@@ -154,61 +154,65 @@ def _run(
         status, ended = "FAILED", f"**Failed.** {redacted(one_line(error))}"
         raise
     finally:
-        figures, tags = _reviewed(workshop, made, conclusion, concludes=concluding is not None)
+        figures, tags = _reviewed(context, made, conclusion, concludes=concluding is not None)
         if status != "FINISHED":
             tags[NOTE] = f"{ended}\n\n{tags.get(NOTE, '')}".strip()
         record.close(
             status,
             _refs(made),
             figures,
-            _report(workshop, made),
+            _report(context, made),
             tags,
             pipeline.data,
             concluded=conclusion is not None,
         )
         if tracking.missed and status != "KILLED":  # of stages that ended while it was away
-            close_dead_runs(tracking, workshop.store)
-        kept = course.decisive if course is not None else ()
+            close_dead_runs(tracking, context.store)
+        kept = policy.sticky_force if policy is not None else ()
         if status != "FINISHED" and (told := _still_forced(forced, made, kept)):
-            workshop.display.line(told)
+            context.display.line(told)
     if conclusion is not None:
-        workshop.display.line(conclusion.message)
+        context.display.line(conclusion.message)
     return {name: _described(each) for name, each in made.items()}, conclusion
 
 
 def _make_all(
-    workshop: Workshop,
+    context: RunContext,
     nodes: Sequence[Node],
     forced: Collection[str],
-    made: dict[str, Made],
+    made: dict[str, NodeResult],
     checks: Checks | None,
-    course: Course | None,
+    policy: RunPolicy | None,
 ) -> Conclusion | None:
-    """Every node, until the course says that the run may end."""
+    """Every node, until the policy says that the run may end."""
     states: dict[str, State[Any]] = {}
     for node in nodes:
-        workshop.check()
+        context.check()
         inputs: dict[str, ArtifactRef] = {name: made[source].ref for name, source in node.inputs.items()}
         upstream = [states[source] for source in dict.fromkeys(node.inputs.values())]
         try:
-            made[node.name], states[node.name] = run_node(workshop, node, inputs, upstream, force=node.name in forced)
+            made[node.name], states[node.name] = run_node(context, node, inputs, upstream, force=node.name in forced)
         except DraftsmithError as error:
             if SOURCES in node.inputs:
-                forget(workshop.config.name, error)
+                forget_listings(context.config.name, error)
             raise
         if node.stage.name == SOURCES:
-            hold(workshop.config.name, {**held(workshop.config.name), node.name: made[node.name].ref.key})
-        folders = Folders(workshop.store, _refs(made))
+            note_listings(
+                context.config.name, {**read_listings(context.config.name), node.name: made[node.name].ref.key}
+            )
+        folders = ArtifactFolders(context.store, _refs(made))
         if checks is not None:
-            workshop.display.lines(checks.after(node, folders))
-        if course is not None:
-            conclusion = patiently(partial(course.stop, node, folders), workshop.config.stages, workshop.display.line)
+            context.display.lines(checks.after(node, folders))
+        if policy is not None:
+            conclusion = with_retries(
+                partial(policy.should_stop, node, folders), context.config.stages, context.display.line
+            )
             if conclusion is not None:
                 return conclusion
     return None
 
 
-def _still_forced(forced: Collection[str], made: Mapping[str, Made], kept: Collection[str]) -> str | None:
+def _still_forced(forced: Collection[str], made: Mapping[str, NodeResult], kept: Collection[str]) -> str | None:
     """What to force in the next run, where some of it is done: else it would be made once more. kept: names that decide
     how far the next one goes."""
     done = sorted(name for name in forced if name in made and not made[name].reused and name not in kept)
@@ -218,45 +222,45 @@ def _still_forced(forced: Collection[str], made: Mapping[str, Made], kept: Colle
     return f"{', '.join(done)}: made again and complete; go on{f' with{rest} only' if rest else ' without --force'}"
 
 
-def _refs(made: Mapping[str, Made]) -> dict[str, ArtifactRef]:
+def _refs(made: Mapping[str, NodeResult]) -> dict[str, ArtifactRef]:
     return {name: each.ref for name, each in made.items()}
 
 
 def _reviewed(
-    workshop: Workshop, made: Mapping[str, Made], conclusion: Conclusion | None, *, concludes: bool
+    context: RunContext, made: Mapping[str, NodeResult], conclusion: Conclusion | None, *, concludes: bool
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Figures and tags of the run: of the headline's node, of the review, and what the run came to. concludes: whether
     something follows from what was made, if it comes so far."""
-    node, figures, tags = made.get(workshop.pipeline.headline), {}, {}
+    node, figures, tags = made.get(context.pipeline.headline), {}, {}
     if node is not None:
-        figures = dict(workshop.store.manifest(node.ref).metrics)
-    review = _review(workshop, made)
+        figures = dict(context.store.manifest(node.ref).metrics)
+    review = _review(context, made)
     if review is not None:
-        figures |= review.figures
+        figures |= review.metrics
         tags = {**review.tags, NOTE: review.description if conclusion is None else review.concluded}
         if concludes and conclusion is None:
             tags.pop(OUTCOME, None)
             tags[NOTE] = f"**Nothing has followed from this yet.**\n\n{review.description}"
     if conclusion is not None:
-        figures |= conclusion.figures
+        figures |= conclusion.metrics
         tags |= conclusion.tags
         if NOTE not in tags or conclusion.overrules:
             tags[NOTE] = f"**{conclusion.name}.** {conclusion.message}"
     return figures, tags
 
 
-def _review(workshop: Workshop, made: Mapping[str, Made]) -> RunReview | None:
-    folders = Folders(workshop.store, _refs(made))
-    return workshop.pipeline.review(folders) if workshop.pipeline.review is not None else None
+def _review(context: RunContext, made: Mapping[str, NodeResult]) -> RunReview | None:
+    folders = ArtifactFolders(context.store, _refs(made))
+    return context.pipeline.review(folders) if context.pipeline.review is not None else None
 
 
-def _report(workshop: Workshop, made: Mapping[str, Made]) -> list[Path]:
-    name, file = workshop.pipeline.report
-    path = Folders(workshop.store, _refs(made))[name] / file if name in made else None
+def _report(context: RunContext, made: Mapping[str, NodeResult]) -> list[Path]:
+    name, file = context.pipeline.report
+    path = ArtifactFolders(context.store, _refs(made))[name] / file if name in made else None
     return [path] if path is not None and path.is_file() else []
 
 
-def _described(made: Made) -> dict[str, Any]:
+def _described(made: NodeResult) -> dict[str, Any]:
     ref = made.ref
     return {
         "stage": ref.stage,

@@ -17,20 +17,20 @@ from prefect.tasks import Task
 from draftsmith.artifacts.errors import RetryableError
 from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.flows.config.options import RETRY_JITTER
-from draftsmith.flows.execution.node import Made, Workshop, log, make
+from draftsmith.flows.execution.node import NodeResult, RunContext, build_node, log
 from draftsmith.flows.execution.retry import retry_notice
 from draftsmith.flows.orchestration.task_runners import mapped
 from draftsmith.flows.planning.graph import Node
 
 
 def run_node(
-    workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], upstream: Sequence[State[Any]], *, force: bool
-) -> tuple[Made, State[Any]]:
+    context: RunContext, node: Node, inputs: Mapping[str, ArtifactRef], upstream: Sequence[State[Any]], *, force: bool
+) -> tuple[NodeResult, State[Any]]:
     """Make the node's artifact as a task of the current flow run. `upstream` are drawn as its edges.
 
     Raises the error of the last attempt.
     """
-    options = workshop.config.stages
+    options = context.config.stages
     configured: Task[..., Any] = stage_task.with_options(
         name=node.stage.name,
         task_run_name=node.name,
@@ -40,16 +40,16 @@ def run_node(
         retry_jitter_factor=RETRY_JITTER,
         retry_condition_fn=_only_what_was_lost,
     )
-    state: State[Any] = configured(workshop, node, inputs, force, return_state=True, wait_for=list(upstream))
-    made: Made = state.result()
+    state: State[Any] = configured(context, node, inputs, force, return_state=True, wait_for=list(upstream))
+    made: NodeResult = state.result()
     return made, state
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def stage_task(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], force: bool) -> State[Any]:
+def stage_task(context: RunContext, node: Node, inputs: Mapping[str, ArtifactRef], force: bool) -> State[Any]:
     """The state says by its name what happened: Completed, or Reused."""
     try:
-        made = make(replace(workshop, pool=mapped), node, inputs, force=force)
+        made = build_node(replace(context, pool=mapped), node, inputs, force=force)
     except asyncio.CancelledError as error:  # Prefect throws it into the thread of a flow with a lease
         raise RetryableError(
             "Prefect's server no longer keeps the slot of this run's deployment: the run goes on without it"

@@ -24,7 +24,7 @@ from draftsmith.artifacts.home import home, protect
 from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.artifacts.store.open import STORE
 from draftsmith.flows.config.options import StageOptions
-from draftsmith.flows.execution.shards import Make, Order, at_once, make_shard
+from draftsmith.flows.execution.shards import BuildShard, ShardJob, build_shard, local_parallelism
 
 _POLL_S = 0.5
 _HOME = "DRAFTSMITH_HOME"
@@ -33,7 +33,7 @@ _OWN = {name: os.environ[name] for name in (_HOME, STORE) if name in os.environ}
 
 
 def mapped(
-    orders: Sequence[Order], make: Make, stop: Callable[[], None], check: Callable[[], None]
+    orders: Sequence[ShardJob], make: BuildShard, stop: Callable[[], None], check: Callable[[], None]
 ) -> list[ArtifactRef]:
     """A `shards.Pool`: a task a shard, on the config's runner."""
     options = orders[0].config.stages
@@ -56,7 +56,10 @@ def mapped(
 
 
 def _submit(
-    runner: TaskRunner[Any], resources: Callable[[], AbstractContextManager[Any]], orders: Sequence[Order], make: Make
+    runner: TaskRunner[Any],
+    resources: Callable[[], AbstractContextManager[Any]],
+    orders: Sequence[ShardJob],
+    make: BuildShard,
 ) -> list[PrefectFuture[Any]]:
     """In a context of its own: what the node's task was given (locks, a terminal) cannot travel with a shard's."""
     if isinstance(make, _Alone):
@@ -66,7 +69,7 @@ def _submit(
         return [runner.submit(each, {"order": order, "make": make}) for each, order in zip(tasks, orders, strict=True)]
 
 
-def _end(future: PrefectFuture[Any], order: Order, check: Callable[[], None]) -> ArtifactRef | BaseException:
+def _end(future: PrefectFuture[Any], order: ShardJob, check: Callable[[], None]) -> ArtifactRef | BaseException:
     """What a task came to, after waiting for it."""
     while True:
         try:
@@ -82,7 +85,7 @@ def _end(future: PrefectFuture[Any], order: Order, check: Callable[[], None]) ->
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def shard_task(order: Order, make: Make) -> ArtifactRef:
+def shard_task(order: ShardJob, make: BuildShard) -> ArtifactRef:
     """One shard: found in the store, or made by a stage process of its own."""
     return make(order)
 
@@ -93,7 +96,7 @@ class _Alone:
     def __init__(self, places: dict[str, str]) -> None:
         self._places = places
 
-    def __call__(self, order: Order) -> ArtifactRef:
+    def __call__(self, order: ShardJob) -> ArtifactRef:
         for name in (_HOME, STORE):  # a worker outlives a run: what the one before has set is no host's own
             place = _OWN.get(name, self._places.get(name))
             if place is None:
@@ -101,16 +104,16 @@ class _Alone:
             else:
                 os.environ[name] = place
         protect(home(), group_may_read=order.config.stages.group_may_read)
-        return make_shard(order, home())
+        return build_shard(order, home())
 
 
 def _runner(
-    options: StageOptions, orders: Sequence[Order]
+    options: StageOptions, orders: Sequence[ShardJob]
 ) -> tuple[TaskRunner[Any], Callable[[], AbstractContextManager[Any]]]:
     """The task runner, and a context in which tasks are submitted: what a shard asks of the cluster's resources."""
     if options.runner == "ray":
         return _ray(options)
-    return ThreadPoolTaskRunner(max_workers=at_once(orders)), nullcontext
+    return ThreadPoolTaskRunner(max_workers=local_parallelism(orders)), nullcontext
 
 
 def _ray(options: StageOptions) -> tuple[TaskRunner[Any], Callable[[], AbstractContextManager[Any]]]:

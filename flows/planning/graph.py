@@ -17,7 +17,7 @@ from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import ArtifactRef, FileEntry, Manifest, content_id
 from draftsmith.artifacts.tracking.models import Metrics
 from draftsmith.flows.config.options import RunOptions
-from draftsmith.flows.planning.inputs import external_digests, held
+from draftsmith.flows.planning.inputs import external_digests, read_listings
 from draftsmith.stages.runtime.stage import INCONCLUSIVE, LISTING, SOURCES, Config, Listing, Stage
 
 
@@ -54,7 +54,7 @@ class Conclusion:
     name: str  # of the flow's state, one word
     message: str
     error: DraftsmithError | None = None  # what the run ends with, after everything was kept and told
-    figures: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
     overrules: bool = False  # what the review says
     asset: str = ""  # in Prefect: what was promoted, such as draftsmith://line/NAME/champion
@@ -65,23 +65,23 @@ class Conclusion:
 class RunReview:
     """A run as MLflow shows it to who decides."""
 
-    figures: Mapping[str, float]
+    metrics: Mapping[str, float]
     description: str  # Markdown, what matters first
     concluded: str  # the same, of a run that came to the conclusion which the review expects
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
-class Course(Protocol):
+class RunPolicy(Protocol):
     """What decides how far a run goes, and what follows from it."""
 
     @property
-    def decisive(self) -> Collection[str]:
+    def sticky_force(self) -> Collection[str]:
         """Names to force that decide how far it goes: the same command needs them again."""
 
-    def stop(self, node: Node, made: Mapping[str, Path]) -> Conclusion | None:
+    def should_stop(self, node: Node, made: Mapping[str, Path]) -> Conclusion | None:
         """After a node: why the run may end here, or None to go on."""
 
-    def finish(self, made: Mapping[str, ArtifactRef], run_id: str | None) -> Conclusion | None:
+    def conclude(self, made: Mapping[str, ArtifactRef], run_id: str | None) -> Conclusion | None:
         """After the last node. Raises `OutdatedPlanError` if what the run was planned from has changed meanwhile."""
 
 
@@ -91,7 +91,7 @@ class OutdatedPlanError(DraftsmithError):
     exit_code = EXIT_RETRYABLE
 
 
-def named(text: str) -> Any:
+def load_attribute(text: str) -> Any:
     """Return what `module:attribute` names."""
     module, _, attribute = text.partition(":")
     return getattr(importlib.import_module(module), attribute)
@@ -107,7 +107,9 @@ class Pipeline:
     code_digest: Callable[[str], str] = code_digest  # of a stage's module
     checks: Callable[[], Checks] | None = None  # for one run
     resolve: Callable[[Any], Any] | None = None  # a config with what only the outside knows, when the plan is made
-    course: Callable[[Any, Collection[str]], Course | None] | None = None  # of a resolved config and the forced nodes
+    policy: Callable[[Any, Collection[str]], RunPolicy | None] | None = (
+        None  # of a resolved config and the forced nodes
+    )
     results: str = ""  # "module:function", given display, the nodes' folders, and an `Ending`
     verdict: str = ""  # "module:function", given the folders of the last report and its inputs: lines for `status`
     headline: str = ""  # the node whose figures are the run's in MLflow
@@ -153,7 +155,7 @@ class PlannedNode:
         )
 
 
-def in_order(nodes: Sequence[Node]) -> list[Node]:
+def topological_order(nodes: Sequence[Node]) -> list[Node]:
     """The nodes, each behind its inputs, else as given. A graph that does not fit its stages is an error."""
     by_name = {node.name: node for node in nodes}
     if len(by_name) != len(nodes):
@@ -187,12 +189,12 @@ def _check(node: Node, by_name: Mapping[str, Node]) -> None:
             raise DraftsmithError(f"node {node.name}: its input comes from node {source}, which is not in the graph")
 
 
-def seed_of(node: Node, config: RunOptions) -> int:
+def node_seed(node: Node, config: RunOptions) -> int:
     """The seed of a node in a run."""
     return config.seed if node.seed is None else node.seed
 
 
-def key_of(
+def cache_key(
     node: Node,
     inputs: Mapping[str, ArtifactRef],
     seed: int,
@@ -214,7 +216,7 @@ def key_of(
     )
 
 
-def resolved(config: RunOptions, pipeline: Pipeline) -> RunOptions:
+def resolve_config(config: RunOptions, pipeline: Pipeline) -> RunOptions:
     """The config that a plan is made of."""
     found: RunOptions = config if pipeline.resolve is None else pipeline.resolve(config)
     return found
@@ -237,7 +239,7 @@ def plan(
     again: only some nodes are wanted again: files that came since the last run listed them are left out, though that
     has ended.
     """
-    nodes = in_order(pipeline.nodes(config)) if nodes is None else nodes
+    nodes = topological_order(pipeline.nodes(config)) if nodes is None else nodes
     forced = forced_nodes(nodes, force)
     for node in nodes:
         try:
@@ -245,12 +247,12 @@ def plan(
         except DraftsmithError as error:
             raise type(error)(f"{node.name}: {error}") from error
     planned: dict[str, PlannedNode] = {}
-    known = held(config.name, ended=again)
+    known = read_listings(config.name, ended=again)
     for node in nodes:
         newer = 0
         if node.stage.name == SOURCES:
             node, newer = _with_listing(node, store, known.get(node.name) if node.name not in forced else None)
-        item = _plan_node(node, planned, seed_of(node, config), store, pipeline, node.name in forced)
+        item = _plan_node(node, planned, node_seed(node, config), store, pipeline, node.name in forced)
         if stop_at_damage and item.damage is not None:
             raise item.damage
         planned[node.name] = replace(item, newer=newer)
@@ -265,7 +267,7 @@ def _with_listing(node: Node, store: Store, key: str | None) -> tuple[Node, int]
     """
     listing = now = node.config.listing()
     assert listing is not None and now is not None
-    if key is not None and (ref := find(store, node, key, verify=True)) is not None:
+    if key is not None and (ref := find_artifact(store, node, key, verify=True)) is not None:
         store.fetch(ref)
         before = Listing.read(ref.path)
         same = store.manifest(ref).config == node.config.model_dump(mode="json")
@@ -290,16 +292,16 @@ def _plan_node(
             inputs[name] = ref
     if after:
         return PlannedNode(node, Status.AFTER, after=tuple(dict.fromkeys(after)))
-    key = key_of(node, inputs, seed, pipeline)
+    key = cache_key(node, inputs, seed, pipeline)
     if forced:
         return PlannedNode(node, Status.FORCED, key)
     try:
-        ref = find(store, node, key)
+        ref = find_artifact(store, node, key)
     except RetryableError:
         raise
     except DraftsmithError as damage:
         return PlannedNode(node, Status.DAMAGED, key, damage=damage)
-    if ref is not None and not outdated(store, node, ref, inputs) and not inconclusive(store, ref):
+    if ref is not None and not is_outdated(store, node, ref, inputs) and not is_inconclusive(store, ref):
         return PlannedNode(node, Status.HIT, key, ref)
     return PlannedNode(node, Status.RESUME if has_partial(store, node.stage.name, key) else Status.RUN, key)
 
@@ -314,7 +316,7 @@ def _foreseen(item: PlannedNode, store: Store) -> ArtifactRef | None:
     return ArtifactRef(SOURCES, item.key, content_id({LISTING: file}), store.path(SOURCES, item.key))
 
 
-def find(store: Store, node: Node, key: str, *, verify: bool = False) -> ArtifactRef | None:
+def find_artifact(store: Store, node: Node, key: str, *, verify: bool = False) -> ArtifactRef | None:
     """As `Store.find`; the error of a damaged artifact names the node, which is what `--force` takes.
 
     verify: by checksum, where a file was touched since it was last compared.
@@ -332,12 +334,12 @@ def find(store: Store, node: Node, key: str, *, verify: bool = False) -> Artifac
         raise DraftsmithError(f"{error} (here it is node {node.name}: `--force {node.name}`)") from error
 
 
-def made_before(manifests: Sequence[Manifest], node: str) -> list[Manifest]:
+def manifests_of_node(manifests: Sequence[Manifest], node: str) -> list[Manifest]:
     """Return those of the manifests (oldest first) that a node has made, the last one first."""
     return [manifest for manifest in reversed(manifests) if manifest.node == node]
 
 
-def outdated(store: Store, node: Node, ref: ArtifactRef, inputs: Mapping[str, ArtifactRef]) -> bool:
+def is_outdated(store: Store, node: Node, ref: ArtifactRef, inputs: Mapping[str, ArtifactRef]) -> bool:
     """Return whether the artifact was made from other measurements of the same content than its inputs hold now."""
     made_from = store.manifest(ref).inputs
     return any(
@@ -346,7 +348,7 @@ def outdated(store: Store, node: Node, ref: ArtifactRef, inputs: Mapping[str, Ar
     )
 
 
-def inconclusive(store: Store, ref: ArtifactRef) -> bool:
+def is_inconclusive(store: Store, ref: ArtifactRef) -> bool:
     """Return whether the artifact holds a measurement that says nothing: the next run measures again."""
     return bool(store.manifest(ref).metrics.get(INCONCLUSIVE))
 
@@ -359,16 +361,16 @@ def has_partial(store: Store, stage: str, key: str) -> bool:
 
 def forced_nodes(nodes: Sequence[Node], force: Collection[str]) -> set[str]:
     """The nodes that `--force` names."""
-    return named_nodes(nodes, force, "--force")
+    return select_nodes(nodes, force, "--force")
 
 
-def named_nodes(nodes: Sequence[Node], names: Collection[str], option: str) -> set[str]:
+def select_nodes(nodes: Sequence[Node], names: Collection[str], option: str) -> set[str]:
     """The nodes that an option names, by their own name or by their stage's. Raises DraftsmithError for no node."""
-    named: set[str] = set()
+    selected: set[str] = set()
     for name in names:
         matches = {node.name for node in nodes if node.name == name}
         matches = matches or {node.name for node in nodes if node.stage.name == name}
         if not matches:
             raise DraftsmithError(f"{option} {name}: no such node, use one of: {', '.join(n.name for n in nodes)}")
-        named |= matches
-    return named
+        selected |= matches
+    return selected

@@ -35,7 +35,7 @@ def external_digests(config: Config) -> dict[str, str]:
 _GOES_ON_S = 3 * 86400.0  # next week's run lists anew, whatever became of this week's
 
 
-def held(run: str, *, ended: bool = False) -> dict[str, str]:
+def read_listings(run: str, *, ended: bool = False) -> dict[str, str]:
     """Return the key of each node's listing if the run has not ended, or has `ended` too."""
     try:
         note = json.loads(_path(run).read_text("utf-8"))
@@ -45,14 +45,14 @@ def held(run: str, *, ended: bool = False) -> dict[str, str]:
         return {}
 
 
-def hold(run: str, keys: Mapping[str, str], *, ended: bool = False) -> None:
+def note_listings(run: str, keys: Mapping[str, str], *, ended: bool = False) -> None:
     """Note the listings of a run that works, or has `ended`. Without the note more is made again."""
-    if keys and (ended or held(run) != keys):
+    if keys and (ended or read_listings(run) != keys):
         with contextlib.suppress(DraftsmithError):
             write_text(_path(run), json.dumps({"keys": keys, "ended": ended}))
 
 
-def forget(run: str, error: DraftsmithError) -> None:
+def forget_listings(run: str, error: DraftsmithError) -> None:
     """Have the next run list anew if the error says that the input was bad."""
     if error.exit_code == EXIT_USER_ERROR and not isinstance(error, PastLimitError):
         with contextlib.suppress(OSError):

@@ -14,9 +14,9 @@ from draftsmith.flows.planning.graph import (
     PlannedNode,
     Status,
     forced_nodes,
-    in_order,
-    named_nodes,
     plan,
+    select_nodes,
+    topological_order,
 )
 
 
@@ -33,10 +33,10 @@ class Part:
 
     def nodes(self, graph: Sequence[Node]) -> list[Node]:
         """The nodes of the run, in order: those of `until` and all that these need."""
-        ordered = in_order(graph)
+        ordered = topological_order(graph)
         if not self.until:
             return ordered
-        wanted = named_nodes(ordered, self.until, "--until")
+        wanted = select_nodes(ordered, self.until, "--until")
         for node in reversed(ordered):
             if node.name in wanted:
                 wanted |= set(node.inputs.values())
@@ -65,7 +65,7 @@ class Part:
     def _starts_from_the_store(self, planned: Sequence[PlannedNode], forced: Collection[str]) -> None:
         """What lies neither at nor behind `start` is there, or forced: the rerun of a late stage must not begin with
         hours of earlier ones because a field has changed."""
-        made = named_nodes([item.node for item in planned], self.start, "--from") | set(forced)
+        made = select_nodes([item.node for item in planned], self.start, "--from") | set(forced)
         for item in planned:
             if made & set(item.node.inputs.values()):
                 made.add(item.node.name)

@@ -58,13 +58,13 @@ class RefreshCourse:
         self._drift_tags: dict[str, str] = {}
 
     @property
-    def decisive(self) -> frozenset[str]:
+    def sticky_force(self) -> frozenset[str]:
         """What a run that goes on must force: what was made again is no reason for its drift check any more."""
         return frozenset({"drift"} if self._forced and self.line.champion is not None else ())
 
     # -- drift ---------------------------------------------------------------------------------------------------
 
-    def stop(self, node: Node, made: Mapping[str, Path]) -> Conclusion | None:
+    def should_stop(self, node: Node, made: Mapping[str, Path]) -> Conclusion | None:
         """Behind the drift check: the refresh ends if the champion is current."""
         if node.name != "drift" or self.line.champion is None:
             return None
@@ -93,7 +93,7 @@ class RefreshCourse:
             f"promotion; {'; '.join(said)}"
         )
         metrics = {"tau.champion": tau, **self._drift_metrics}
-        return Conclusion("Current", message, figures=metrics, tags={OUTCOME: "current", **self._drift_tags})
+        return Conclusion("Current", message, metrics=metrics, tags={OUTCOME: "current", **self._drift_tags})
 
     def _reasons(self, drift: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
         """Why the refresh goes on; empty if nothing speaks for it."""
@@ -124,7 +124,7 @@ class RefreshCourse:
 
     # -- promotion -----------------------------------------------------------------------------------------------
 
-    def finish(self, made: Mapping[str, ArtifactRef], run_id: str | None) -> Conclusion | None:
+    def conclude(self, made: Mapping[str, ArtifactRef], run_id: str | None) -> Conclusion | None:
         """The challenger as a version of the line, and the champion if the gate says so."""
         decision = json.loads((made["gate"].path / DECISION).read_text("utf-8"))
         if self.line.champion is not None:

@@ -14,7 +14,7 @@ from draftsmith.artifacts.store.manifest import MANIFEST, Manifest, read_manifes
 from draftsmith.artifacts.tracking.models import ALL, Metrics
 from draftsmith.artifacts.tracking.refresh_runs import OUTCOME
 from draftsmith.artifacts.tracking.terms import plain_markdown
-from draftsmith.flows.execution.display import Display, Ending
+from draftsmith.flows.execution.display import Display, EndedRun
 from draftsmith.flows.planning.graph import RunReview
 from draftsmith.flows.refresh.line import registry
 from draftsmith.stages.data.load import DRAFTER_FOLDER
@@ -37,7 +37,7 @@ _VERDICTS = {
 _NOTHING_BROKEN = "Nothing is broken: drafters, answers and acceptance lengths are valid and kept."
 
 
-def show_results(display: Display, made: Mapping[str, Path], ending: Ending) -> None:
+def show_results(display: Display, made: Mapping[str, Path], ending: EndedRun) -> None:
     """Print the screen. made: node -> folder."""
     display.line("")
     for line in screen(made, ending):
@@ -53,7 +53,7 @@ def verdict_lines(made: Mapping[str, Path]) -> list[str]:
     return [f"{head}{review.outcome.sentence}", *([_NOTHING_BROKEN] if review.outcome.kind == "inconclusive" else [])]
 
 
-def screen(made: Mapping[str, Path], ending: Ending) -> list[str]:
+def screen(made: Mapping[str, Path], ending: EndedRun) -> list[str]:
     """Return the lines: at most 25 of 80 columns for a refresh, longer paths and commands apart."""
     line = getattr(ending.config, "registry", None)
     asked = Invocation(ending.file, ending.overrides, line.name if line is not None else None)
@@ -114,7 +114,7 @@ def _version(asked: Invocation, made: Mapping[str, Path], review: Review) -> str
     return str(known[-1]) if known else None
 
 
-def _verdict(review: Review, asked: Invocation, ending: Ending) -> list[str]:
+def _verdict(review: Review, asked: Invocation, ending: EndedRun) -> list[str]:
     kind, sentence = review.outcome.kind, review.outcome.sentence
     if kind == "promoted" and ending.refused is not None:  # the gate passed, and something else stood against it
         return _wrapped(f"NOT PROMOTED: {ending.refused}")
@@ -154,7 +154,7 @@ def _next(steps: Sequence[Step]) -> list[str]:
     return ["What to do", *lines] if lines else []
 
 
-def _where(made: Mapping[str, Path], review: Review | None, ending: Ending) -> list[str]:
+def _where(made: Mapping[str, Path], review: Review | None, ending: EndedRun) -> list[str]:
     report = [f"Report   {_short(made['report'] / 'report.html')}"] if "report" in made else []
     folder = made[review.candidate] / DRAFTER_FOLDER if review is not None and review.candidate in made else None
     drafter = [f"Drafter  {_short(folder)}"] if folder is not None and folder.is_dir() else []

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import draftsmith
-from draftsmith.flows.config.load import config_from
+from draftsmith.flows.config.load import config_from_fields
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
@@ -124,7 +124,9 @@ def test_a_single_prompt_has_no_interval(plain_target: Target, plain_drafter: DF
 
 
 def test_fields_of_a_config_may_extend_a_file(tmp_path: Path) -> None:
-    extended = config_from({"extends": str(ROOT / "configs" / "quickstart.yaml"), "opd": {"steps": 7}}, RefreshConfig)
+    extended = config_from_fields(
+        {"extends": str(ROOT / "configs" / "quickstart.yaml"), "opd": {"steps": 7}}, RefreshConfig
+    )
     assert extended.opd is not None and extended.opd.steps == 7 and extended.name == "quickstart"
     with pytest.raises(draftsmith.DraftsmithError):
         draftsmith.refresh({"extends": str(ROOT / "configs" / "quickstart.yaml"), "opd": {"setps": 7}})

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from draftsmith.artifacts.errors import RefusedError
 from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.flows.config.options import RunOptions
-from draftsmith.flows.execution.display import Display, Ending
+from draftsmith.flows.execution.display import Display, EndedRun
 from draftsmith.flows.planning.graph import Conclusion, Node, Pipeline
 from draftsmith.stages.runtime.stage import SOURCES
 from tests.flows.toy_stages.collect import CollectConfig
@@ -37,15 +37,15 @@ class ToyConfig(RunOptions):
 
 
 @dataclass(frozen=True)
-class ToyCourse:
+class ToyPolicy:
     verdict: str
     approve: bool = False
-    decisive: Collection[str] = ()
+    sticky_force: Collection[str] = ()
 
-    def stop(self, _node: Node, _made: Mapping[str, Path]) -> Conclusion | None:
+    def should_stop(self, _node: Node, _made: Mapping[str, Path]) -> Conclusion | None:
         return None
 
-    def finish(self, _made: Mapping[str, ArtifactRef], _run_id: str | None) -> Conclusion:
+    def conclude(self, _made: Mapping[str, ArtifactRef], _run_id: str | None) -> Conclusion:
         from draftsmith.flows.orchestration.announcements import approved
 
         said = f'the sum is "{self.verdict}"'
@@ -56,8 +56,8 @@ class ToyCourse:
         return Conclusion("Promoted", said, asset=ASSET, metadata={"version": 1, "tau": 2.5})
 
 
-def toy_course(config: ToyConfig, _force: Collection[str]) -> ToyCourse | None:
-    return ToyCourse(config.verdict, config.approve) if config.verdict is not None else None
+def toy_policy(config: ToyConfig, _force: Collection[str]) -> ToyPolicy | None:
+    return ToyPolicy(config.verdict, config.approve) if config.verdict is not None else None
 
 
 def toy_nodes(config: ToyConfig) -> list[Node]:
@@ -81,7 +81,7 @@ def digest_of_file(module: str) -> str:
     return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
 
 
-def show_results(display: Display, made: Mapping[str, Path], ending: Ending) -> None:
+def show_results(display: Display, made: Mapping[str, Path], ending: EndedRun) -> None:
     display.line(f"{len(made)} nodes; MLflow: {ending.mlflow}")
 
 
@@ -90,7 +90,7 @@ TOY = Pipeline(
     toy_nodes,
     "tests.flows.toy_flow:toy_refresh",
     digest_of_file,
-    course=toy_course,
+    policy=toy_policy,
     results="tests.flows.toy:show_results",
     code_modules=lambda module: {module: digest_of_file(module)[:16]},
 )

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store.local import Store
 from draftsmith.flows.config.load import read_config
-from draftsmith.flows.planning.graph import Node, key_of
+from draftsmith.flows.planning.graph import Node, cache_key
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.stages.catalog import STAGES
 from draftsmith.stages.replay.stats import Tally
@@ -80,10 +80,10 @@ def test_the_key_holds_the_source_of_a_named_loss(stage: str, tmp_path: Path, mo
         SftConfig(loss=name) if stage == "sft" else OpdConfig.model_validate({"loss": {"response": {"loss": name}}})
     )
     node = Node("it", STAGES[stage], config)
-    before = key_of(node, {}, 0, REFRESH)
-    assert key_of(node, {}, 0, REFRESH) == before
+    before = cache_key(node, {}, 0, REFRESH)
+    assert cache_key(node, {}, 0, REFRESH) == before
     source.write_text("def mine(logits, log_p): return log_p.sum(-1)\n")
-    assert key_of(node, {}, 0, REFRESH) != before
+    assert cache_key(node, {}, 0, REFRESH) != before
 
 
 @pytest.mark.parametrize("name", ["tv", "lk", "cross-entropy", "nowhere.at_all:mine", "tests.lab.losses:"])

@@ -10,7 +10,7 @@ from draftsmith.artifacts.store.manifest import InputEntry, Manifest
 from draftsmith.flows.checks import resources
 from draftsmith.flows.checks.estimates import Need
 from draftsmith.flows.checks.findings import Findings, Level
-from draftsmith.flows.planning.graph import Node, in_order
+from draftsmith.flows.planning.graph import Node, topological_order
 from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.stages.catalog import STAGES
 from draftsmith.stages.engines.rollout import RolloutConfig
@@ -53,7 +53,9 @@ def test_what_the_recipe_needs_by_hand() -> None:
     from tests.testbed.refresh import load_config
 
     sizes = qwen_sizes()
-    needed = resources._needs(in_order(refresh_nodes(load_config(ROOT / "configs" / "qwen3-4b-dflash.yaml"))), sizes)
+    needed = resources._needs(
+        topological_order(refresh_nodes(load_config(ROOT / "configs" / "qwen3-4b-dflash.yaml"))), sizes
+    )
     # per layer: q, o 2560·4096, k, v 2560·1024, three of 2560·9728, norms; then fc 5·2560·2560 and two norms
     layer = 2 * 2560 * 4096 + 2 * 2560 * 1024 + 3 * 2560 * 9728 + 2 * 2560 + 2 * 128
     parameters = 5 * layer + 5 * 2560 * 2560 + 2 * 2560

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.flows.planning.graph import in_order
+from draftsmith.flows.planning.graph import topological_order
 from draftsmith.flows.refresh.config import RefreshConfig, control_config
 from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.stages.engines.config import SGLangEngineConfig
@@ -25,7 +25,7 @@ RECIPES = ["qwen3-4b-dflash", "qwen3-4b-dflash-thinking", "qwen3-8b-dflash", "qw
 def test_a_config_loads_and_its_graph_is_in_order(path: Path) -> None:
     config = load_config(path)
     assert config.name == path.stem
-    nodes = [node.name for node in in_order(refresh_nodes(config))]
+    nodes = [node.name for node in topological_order(refresh_nodes(config))]
     first = next(name for name in nodes if not name.endswith("-sources"))
     assert first == "target" and nodes[-1] == "report"
     # what a stage process is sent is what it reads

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from draftsmith.flows.execution import display as module
-from draftsmith.flows.execution.display import Display, Rate
+from draftsmith.flows.execution.display import Display, ProgressRate
 
 
 def plain() -> tuple[Display, io.StringIO]:
@@ -17,13 +17,13 @@ def plain() -> tuple[Display, io.StringIO]:
 
 
 def test_rate_and_time_left_count_only_the_work_of_this_attempt() -> None:
-    rate = Rate()
+    rate = ProgressRate()
     assert rate.update(100, 200, "steps", now=0.0) == (None, None)  # an earlier attempt made 100
     assert rate.update(120, 200, "steps", now=10.0) == (2.0, 40.0)
 
 
 def test_the_rate_follows_the_last_half_minute_and_begins_anew_with_another_phase() -> None:
-    rate = Rate()
+    rate = ProgressRate()
     rate.update(0, 1000, "steps", now=0.0)
     rate.update(600, 1000, "steps", now=60.0)
     assert rate.update(630, 1000, "steps", now=90.0)[0] == pytest.approx(1.0)

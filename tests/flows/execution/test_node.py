@@ -21,11 +21,11 @@ from draftsmith.flows.cli.main import main
 from draftsmith.flows.config.options import StageOptions, check_runner
 from draftsmith.flows.execution import devices
 from draftsmith.flows.execution.display import Display
-from draftsmith.flows.execution.node import Workshop, _devices, make
+from draftsmith.flows.execution.node import RunContext, _devices, build_node
 from draftsmith.flows.execution.process import StageFailedError
-from draftsmith.flows.execution.shards import Make, Order, side_by_side
+from draftsmith.flows.execution.shards import BuildShard, ShardJob, run_locally
 from draftsmith.flows.orchestration.flow_lifecycle import CancelledError
-from draftsmith.flows.planning.graph import key_of
+from draftsmith.flows.planning.graph import cache_key
 from draftsmith.stages.runtime.stage import Compute
 from tests.flows.toy import TOY, ToyConfig, toy_nodes, write_config
 from tests.flows.toy_stages.collect import CollectConfig
@@ -40,8 +40,8 @@ def test_code_that_is_edited_meanwhile_makes_nothing_of_the_old_key(
     pipeline = replace(TOY, code_digest=lambda _module: source[0], code_modules=lambda module: {module: source[0]})
     config = ToyConfig(name="t", squares=SquaresConfig())
     node = {node.name: node for node in toy_nodes(config)}["squares"]
-    workshop = Workshop(tmp_path, config, pipeline, Display(), tracking)
-    target = make(workshop, toy_nodes(config)[-1], {}).ref
+    context = RunContext(tmp_path, config, pipeline, Display(), tracking)
+    target = build_node(context, toy_nodes(config)[-1], {}).ref
 
     def edits(*arguments: Any, **keywords: Any) -> Any:
         source[0] = "new"
@@ -49,24 +49,24 @@ def test_code_that_is_edited_meanwhile_makes_nothing_of_the_old_key(
 
     monkeypatch.setattr("draftsmith.flows.execution.node._devices", edits)
     with pytest.raises(RetryableError, match=r"squares: the code here .* is not that of its key"):
-        make(workshop, node, {"first": target})
-    assert [each.stage for each in workshop.store.list()] == ["collect"]
-    assert workshop.store.manifest(make(workshop, node, {"first": target}).ref).code_digest == "new"
+        build_node(context, node, {"first": target})
+    assert [each.stage for each in context.store.list()] == ["collect"]
+    assert context.store.manifest(build_node(context, node, {"first": target}).ref).code_digest == "new"
 
 
 def test_a_run_whose_commit_was_cut_off_has_its_figures_when_the_next_one_makes_it(
     tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = ToyConfig(name="t")
-    workshop = Workshop(tmp_path, config, TOY, Display(), tracking)
+    context = RunContext(tmp_path, config, TOY, Display(), tracking)
 
     def full(path: Path, _text: str) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     with monkeypatch.context() as patched, pytest.raises(DraftsmithError, match="the disk is full"):
         patched.setattr("draftsmith.artifacts.store.local.write_text", full)
-        make(workshop, toy_nodes(config)[-1], {})
-    manifest = workshop.store.manifest(make(workshop, toy_nodes(config)[-1], {}).ref)
+        build_node(context, toy_nodes(config)[-1], {})
+    manifest = context.store.manifest(build_node(context, toy_nodes(config)[-1], {}).ref)
     client, _ = tracking.connect()
     run = client.get_run(str(manifest.mlflow_run_id))
     assert run.info.status == "FINISHED" and manifest.metrics.items() <= run.data.metrics.items() and manifest.metrics
@@ -86,15 +86,15 @@ def test_a_run_that_is_cancelled_while_it_waits_starts_nothing(
     def cancelled() -> None:
         raise CancelledError("cancelled in Prefect")
 
-    workshop = Workshop(tmp_path / "home", config, TOY, Display(), tracking, check=cancelled)
+    context = RunContext(tmp_path / "home", config, TOY, Display(), tracking, check=cancelled)
     with ExitStack() as others:
         if waits_for == "the artifact":
-            others.enter_context(workshop.store.claim("collect", key_of(node, {}, config.seed, TOY)))
+            others.enter_context(context.store.claim("collect", cache_key(node, {}, config.seed, TOY)))
         else:
-            others.enter_context(devices.devices_of(Compute.TIMED, run="", limit_s=1, waiting=lambda *_: None))
+            others.enter_context(devices.lock_devices(Compute.TIMED, run="", limit_s=1, waiting=lambda *_: None))
         with pytest.raises(CancelledError):
-            make(workshop, node, {})
-    assert not (tmp_path / "started").exists() and not list(workshop.logs.glob("*.request.json"))
+            build_node(context, node, {})
+    assert not (tmp_path / "started").exists() and not list(context.logs.glob("*.request.json"))
 
 
 def squares(
@@ -104,9 +104,9 @@ def squares(
     told = SquaresConfig(note_start=note, die=die)
     config = ToyConfig(name="t", squares=told, stages=StageOptions(shards=shards))
     nodes = {node.name: node for node in toy_nodes(config)}
-    workshop = Workshop(home, config, TOY, Display(), tracking, **more)
-    target = make(workshop, nodes["target"], {}).ref
-    return make(workshop, nodes["squares"], {"first": target}).ref
+    context = RunContext(home, config, TOY, Display(), tracking, **more)
+    target = build_node(context, nodes["target"], {}).ref
+    return build_node(context, nodes["squares"], {"first": target}).ref
 
 
 def test_shards_change_nothing_and_a_killed_one_is_made_again_alone(
@@ -148,10 +148,10 @@ def test_each_shard_has_a_gpu_of_its_own(tmp_path: Path, tracking: Tracking, mon
 
 def test_a_run_that_ends_asks_its_shards_to_stop(tmp_path: Path, tracking: Tracking) -> None:
     def ended(
-        orders: Sequence[Order], make_one: Make, stop: Callable[[], None], check: Callable[[], None]
+        orders: Sequence[ShardJob], make_one: BuildShard, stop: Callable[[], None], check: Callable[[], None]
     ) -> list[ArtifactRef]:
         stop()
-        return side_by_side(orders, make_one, stop, check)
+        return run_locally(orders, make_one, stop, check)
 
     with pytest.raises(StageInterrupted, match="run the same command to continue"):
         squares(tmp_path / "home", tracking, 2, note=tmp_path / "note", pool=ended)

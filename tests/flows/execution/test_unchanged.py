@@ -18,10 +18,10 @@ from draftsmith.artifacts.store.manifest import ELSEWHERE, ArtifactRef, sha256_f
 from draftsmith.artifacts.store.open import STORE
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.execution.display import Display
-from draftsmith.flows.execution.input_guard import unchanged
-from draftsmith.flows.execution.node import Workshop, make
+from draftsmith.flows.execution.input_guard import inputs_unchanged
+from draftsmith.flows.execution.node import RunContext, build_node
 from draftsmith.flows.execution.process import StageOutcome, run_stage
-from draftsmith.flows.planning.graph import Node, Status, find, key_of, outdated, plan
+from draftsmith.flows.planning.graph import Node, Status, cache_key, find_artifact, is_outdated, plan
 from tests.flows.toy import TOY, ToyConfig, toy_nodes
 from tests.flows.toy_stages.combine import CombineConfig
 from tests.testbed.artifacts import committed
@@ -33,8 +33,8 @@ class Toy:
     def __init__(self, home: Path, tracking: Tracking) -> None:
         config = ToyConfig(name="t")
         self.nodes = {node.name: node for node in toy_nodes(config)}
-        self.workshop = Workshop(home, config, TOY, Display(), tracking)
-        self.target = make(self.workshop, self.nodes["target"], {}).ref
+        self.context = RunContext(home, config, TOY, Display(), tracking)
+        self.target = build_node(self.context, self.nodes["target"], {}).ref
         self.numbers = self.target.path / "numbers.json"
 
     def left(self, config: CombineConfig | None = None) -> Node:
@@ -42,16 +42,16 @@ class Toy:
         return node if config is None else replace(node, config=config)
 
     def make(self, node: Node) -> ArtifactRef:
-        return make(self.workshop, node, {"first": self.target}).ref
+        return build_node(self.context, node, {"first": self.target}).ref
 
     def found(self, node: Node) -> ArtifactRef | None:
-        key = key_of(node, {"first": self.target}, self.workshop.config.seed, TOY)
-        return find(self.workshop.store, node, key)
+        key = cache_key(node, {"first": self.target}, self.context.config.seed, TOY)
+        return find_artifact(self.context.store, node, key)
 
     def measure(self, figures: str) -> None:
         """The first artifact again, with the same content and other volatile files."""
         files = {"numbers.json": self.numbers.read_text(), "metrics.jsonl": figures}
-        store, key = self.workshop.store, self.target.key
+        store, key = self.context.store, self.target.key
         measured = committed(store, "collect", files, key, force=True, volatile=("metrics.jsonl",))
         assert (measured.key, measured.content_id) == (self.target.key, self.target.content_id)
         self.target = measured
@@ -95,7 +95,7 @@ def test_a_flipped_bit_in_an_artifact_that_nobody_reads_is_no_hit(toy: Toy) -> N
     flip(made.path / "numbers.json")
     with pytest.raises(DraftsmithError, match=r"numbers\.json: .*--force left"):
         toy.make(toy.left())
-    assert make(toy.workshop, toy.left(), {"first": toy.target}, force=True).ref == made
+    assert build_node(toy.context, toy.left(), {"first": toy.target}, force=True).ref == made
 
 
 @pytest.mark.parametrize(("how", "in_bucket"), [("flipped", True), ("gone", False)])
@@ -108,13 +108,13 @@ def test_what_was_made_while_an_input_broke_is_not_kept(
         (tmp_path / "bucket").mkdir()
         monkeypatch.setenv(STORE, f"file://{tmp_path / 'bucket'}")
     toy = Toy(tmp_path / "home", tracking)
-    node, store = toy.left(), toy.workshop.store
+    node, store = toy.left(), toy.context.store
     with monkeypatch.context() as patch:
         meanwhile(patch, lambda: flip(toy.numbers) if how == "flipped" else toy.numbers.unlink())
         with pytest.raises(DraftsmithError, match=r"numbers\.json") as refused:
             toy.make(node)
     assert ("--force" in str(refused.value)) is not in_bucket
-    partial = store.partial("combine", key_of(node, {"first": toy.target}, 0, TOY))
+    partial = store.partial("combine", cache_key(node, {"first": toy.target}, 0, TOY))
     assert not [path for path in partial.rglob("*") if path.is_file() and path.name == "numbers.json"]
     assert toy.found(node) is None
     if in_bucket:
@@ -126,7 +126,7 @@ def test_what_was_made_from_a_damaged_input_does_not_stay_a_hit(
 ) -> None:
     """A disk that forgets a bit touches no file: found when the file is hashed again."""
     before = toy.make(replace(toy.left(), config=CombineConfig(factor=7)))
-    known = Checksums(toy.workshop.home)
+    known = Checksums(toy.context.home)
     known._file(toy.numbers).unlink(missing_ok=True)  # a week has gone by
     monkeypatch.setattr("draftsmith.artifacts.store.checksums._CLOCK_S", -1.0)
     known.of(toy.numbers)
@@ -137,7 +137,7 @@ def test_what_was_made_from_a_damaged_input_does_not_stay_a_hit(
     wrong = toy.make(toy.left())
     monkeypatch.setattr("draftsmith.artifacts.store.checksums.AGAIN_AFTER_S", 0.0)
     with pytest.raises(DraftsmithError, match="has changed since it was written"):
-        toy.workshop.store.verify_once(toy.target)
+        toy.context.store.verify_once(toy.target)
     assert f"{wrong.path} was made from {toy.numbers}, which is damaged: set aside" in caplog.text
     assert toy.found(toy.left()) is None
     assert before.path.exists(), "it was made before the file was last whole"
@@ -155,7 +155,7 @@ def test_an_input_that_another_run_makes_again_is_not_filed_under_the_old_key(
     when: str, toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def make_it_again() -> None:
-        committed(toy.workshop.store, "collect", {"numbers.json": "[1000]"}, toy.target.key, force=True)
+        committed(toy.context.store, "collect", {"numbers.json": "[1000]"}, toy.target.key, force=True)
 
     if when == "before":
         make_it_again()
@@ -172,7 +172,7 @@ def test_a_file_that_changes_while_it_is_read_leaves_nothing_under_the_old_key(
     addend = tmp_path / "addend"
     addend.write_text("5")
     node = toy.left(CombineConfig(addend=addend))
-    key = key_of(node, {"first": toy.target}, 0, TOY)
+    key = cache_key(node, {"first": toy.target}, 0, TOY)
 
     def replace_it() -> None:
         addend.write_text("6")
@@ -181,22 +181,22 @@ def test_a_file_that_changes_while_it_is_read_leaves_nothing_under_the_old_key(
         meanwhile(patch, replace_it)
         with pytest.raises(DraftsmithError, match=r"left: .*addend changed"):
             toy.make(node)
-    assert toy.workshop.store.find("combine", key) is None
-    partial = toy.workshop.store.partial("combine", key)
+    assert toy.context.store.find("combine", key) is None
+    partial = toy.context.store.partial("combine", key)
     assert not [each for name in ("out", "work") for each in (partial / name).rglob("*")]
     made = toy.make(node)
     assert made.key != key and json.loads((made.path / "numbers.json").read_text()) == [16]
 
 
 def test_what_shows_measurements_is_made_again_when_they_were_under_the_same_key(toy: Toy) -> None:
-    first = make(toy.workshop, toy.left(), {"first": toy.target})
-    assert make(toy.workshop, toy.left(), {"first": toy.target}).reused
+    first = build_node(toy.context, toy.left(), {"first": toy.target})
+    assert build_node(toy.context, toy.left(), {"first": toy.target}).reused
     toy.measure("anew")
-    planned = {item.node.name: item.status for item in plan(toy.workshop.config, toy.workshop.store, TOY)}
+    planned = {item.node.name: item.status for item in plan(toy.context.config, toy.context.store, TOY)}
     assert (planned["target"], planned["left"]) == (Status.HIT, Status.RUN)
-    again = make(toy.workshop, toy.left(), {"first": toy.target})
+    again = build_node(toy.context, toy.left(), {"first": toy.target})
     assert not again.reused and again.ref == first.ref
-    assert make(toy.workshop, toy.left(), {"first": toy.target}).reused
+    assert build_node(toy.context, toy.left(), {"first": toy.target}).reused
 
 
 def test_a_measurement_that_says_nothing_is_used_by_its_run_and_made_again_by_the_next(
@@ -207,17 +207,17 @@ def test_a_measurement_that_says_nothing_is_used_by_its_run_and_made_again_by_th
     nodes = {node.name: node for node in toy_nodes(config)}
 
     def statuses() -> dict[str, Status]:
-        return {item.node.name: item.status for item in plan(config, toy.workshop.store, TOY)}
+        return {item.node.name: item.status for item in plan(config, toy.context.store, TOY)}
 
-    first = make(toy.workshop, nodes["target"], {})
-    left = make(toy.workshop, nodes["left"], {"first": first.ref})
+    first = build_node(toy.context, nodes["target"], {})
+    left = build_node(toy.context, nodes["left"], {"first": first.ref})
     assert not left.reused, "this run goes on with it"
     assert statuses()["target"] is Status.RUN
-    again = make(toy.workshop, nodes["target"], {})
+    again = build_node(toy.context, nodes["target"], {})
     assert not again.reused and again.ref.content_id == first.ref.content_id
     quiet.touch()
-    assert not make(toy.workshop, nodes["target"], {}).reused
-    assert make(toy.workshop, nodes["target"], {}).reused
+    assert not build_node(toy.context, nodes["target"], {}).reused
+    assert build_node(toy.context, nodes["target"], {}).reused
     assert statuses()["target"] is Status.HIT
 
 
@@ -231,18 +231,18 @@ def test_what_was_made_of_an_earlier_measurement_and_not_committed_is_not_taken(
     with monkeypatch.context() as patch:
         patch.setattr(Store, "_complete", full)
         with pytest.raises(DraftsmithError, match="the disk is full"):
-            make(toy.workshop, toy.left(), {"first": toy.target}, force=force)
+            build_node(toy.context, toy.left(), {"first": toy.target}, force=force)
     toy.measure("anew")
-    made = make(toy.workshop, toy.left(), {"first": toy.target}, force=force)
-    assert not made.reused and not outdated(toy.workshop.store, toy.left(), made.ref, {"first": toy.target})
-    assert not list(toy.workshop.store.root.glob("combine/.partial-*"))
+    made = build_node(toy.context, toy.left(), {"first": toy.target}, force=force)
+    assert not made.reused and not is_outdated(toy.context.store, toy.left(), made.ref, {"first": toy.target})
+    assert not list(toy.context.store.root.glob("combine/.partial-*"))
 
 
 def test_files_elsewhere_that_an_input_names_are_those_that_it_found(toy: Toy, tmp_path: Path) -> None:
     weights = tmp_path / "weights"
     weights.write_bytes(b"1234")
     files = {"numbers.json": "[1]", ELSEWHERE: json.dumps({str(weights): sha256_file(weights)})}
-    toy.target = committed(toy.workshop.store, "collect", files, toy.target.key, force=True)
+    toy.target = committed(toy.context.store, "collect", files, toy.target.key, force=True)
     toy.make(toy.left())
     flip(weights)
     for act in (lambda: None, weights.unlink):
@@ -252,7 +252,7 @@ def test_files_elsewhere_that_an_input_names_are_those_that_it_found(toy: Toy, t
 
 
 def test_a_store_that_does_not_answer_takes_no_work_away(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, left = toy.workshop.store, toy.left()
+    store, left = toy.context.store, toy.left()
 
     def away(*_: object) -> None:
         raise RetryableError("s3: does not answer")
@@ -261,7 +261,7 @@ def test_a_store_that_does_not_answer_takes_no_work_away(toy: Toy, monkeypatch: 
         assert isinstance(claim, Claim)
         with (
             pytest.raises(RetryableError),
-            unchanged(store, left, {"first": toy.target}, claim, {}),
+            inputs_unchanged(store, left, {"first": toy.target}, claim, {}),
         ):
             (claim.work / "checkpoint.pt").write_text("hours")
             monkeypatch.setattr(store, "manifest_at", away)

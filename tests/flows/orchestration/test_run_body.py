@@ -16,12 +16,12 @@ from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.artifacts.tracking import registry_homes as registered
 from draftsmith.artifacts.tracking.refresh_runs import OUTCOME
 from draftsmith.flows.config.options import StageOptions
-from draftsmith.flows.execution.node import Workshop
+from draftsmith.flows.execution.node import RunContext
 from draftsmith.flows.orchestration import run
 from draftsmith.flows.orchestration.flow_lifecycle import Cancellation
 from draftsmith.flows.planning.graph import Conclusion, OutdatedPlanError
 from draftsmith.flows.planning.selection import Part
-from tests.flows.toy import TOY, ToyConfig, ToyCourse, toy_course
+from tests.flows.toy import TOY, ToyConfig, ToyPolicy, toy_policy
 
 
 @pytest.fixture(autouse=True)
@@ -34,9 +34,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def ended(
-    course: Callable[..., ToyCourse | None] | None, *force: str, until: tuple[str, ...] = (), **options: Any
+    course: Callable[..., ToyPolicy | None] | None, *force: str, until: tuple[str, ...] = (), **options: Any
 ) -> Conclusion | None:
-    pipeline = TOY if course is None else dataclasses.replace(TOY, course=course)
+    pipeline = TOY if course is None else dataclasses.replace(TOY, policy=course)
     config = ToyConfig(name="t", verdict="promoted", stages=StageOptions(**options))
     return run._run(config, pipeline, force, Part(until=until), Cancellation())[1]
 
@@ -54,9 +54,9 @@ def test_a_part_concludes_nothing_even_if_it_needs_every_node(
     """Who stops at the last node looks at it before anything follows from it."""
     forced: list[Collection[str]] = []
 
-    def course(config: ToyConfig, force: Collection[str]) -> ToyCourse | None:
+    def course(config: ToyConfig, force: Collection[str]) -> ToyPolicy | None:
         forced.append(force)
-        return toy_course(config, force)
+        return toy_policy(config, force)
 
     assert (ended(course, "combine", until=until) is not None) == concludes
     assert set(forced[0]) == {"left", "right", "total"}, "nodes, by whatever name they were forced"
@@ -81,13 +81,13 @@ def test_mlflow_says_why_a_run_has_ended_early_and_the_screen_what_to_force(
 ) -> None:
     asked: list[object] = []
 
-    class Late(ToyCourse):
+    class Late(ToyPolicy):
         def finish(self, *_: object) -> Conclusion:
             asked.append(_)
             raise raised
 
-    def made_left(workshop: Workshop, _nodes: object, _forced: object, made: dict[str, Any], *_rest: object) -> None:
-        workshop.refresh_run()
+    def made_left(context: RunContext, _nodes: object, _forced: object, made: dict[str, Any], *_rest: object) -> None:
+        context.refresh_run()
         made["left"] = SimpleNamespace(reused=False, ref=ArtifactRef("combine", "k" * 64, "c" * 64, home))
 
     monkeypatch.setattr(run, "_make_all", made_left)
@@ -112,7 +112,7 @@ def test_what_follows_from_a_run_waits_until_mlflow_has_the_run(monkeypatch: pyt
             raise ConnectionError("connection refused")
         return create(client, *arguments, **named)
 
-    class Uploads(ToyCourse):
+    class Uploads(ToyPolicy):
         def finish(self, made: Mapping[str, ArtifactRef], run_id: str | None) -> Conclusion:
             if run_id is None:
                 raise RetryableError("MLflow has no run")

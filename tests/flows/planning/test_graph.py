@@ -10,7 +10,7 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store.local import Claim, Store
 from draftsmith.artifacts.store.manifest import ArtifactRef
-from draftsmith.flows.planning.graph import Node, PlannedNode, Status, in_order, key_of, plan
+from draftsmith.flows.planning.graph import Node, PlannedNode, Status, cache_key, plan, topological_order
 from tests.flows.toy import COLLECT, COMBINE, TOY, ToyConfig, toy_nodes
 from tests.flows.toy_stages.collect import CollectConfig
 from tests.flows.toy_stages.combine import CombineConfig
@@ -19,9 +19,9 @@ from tests.flows.toy_stages.combine import CombineConfig
 def fill(store: Store, config: ToyConfig, content: str = "1") -> dict[str, ArtifactRef]:
     """Put an artifact of every node into the store, without running anything."""
     made: dict[str, ArtifactRef] = {}
-    for node in in_order(toy_nodes(config)):
+    for node in topological_order(toy_nodes(config)):
         inputs = {name: made[source] for name, source in node.inputs.items()}
-        with store.claim(node.stage.name, key_of(node, inputs, config.seed, TOY)) as claim:
+        with store.claim(node.stage.name, cache_key(node, inputs, config.seed, TOY)) as claim:
             if isinstance(claim, Claim):
                 (claim.out / "numbers.json").write_text(f"{content} {node.name}")
                 made[node.name] = store.commit(
@@ -51,7 +51,7 @@ def statuses(planned: list[PlannedNode]) -> dict[str, str]:
 )
 def test_a_graph_that_does_not_fit_its_stages_is_refused(nodes: list[Node], message: str) -> None:
     with pytest.raises(DraftsmithError, match=message):
-        in_order(nodes)
+        topological_order(nodes)
 
 
 def test_the_plan_of_an_empty_store_knows_only_the_keys_of_what_needs_nothing(tmp_path: Path) -> None:

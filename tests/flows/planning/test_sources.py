@@ -22,7 +22,7 @@ from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.cli.main import main
 from draftsmith.flows.execution import node as nodes
-from draftsmith.flows.execution.node import Workshop, make
+from draftsmith.flows.execution.node import RunContext, build_node
 from draftsmith.flows.execution.process import StageOutcome, StageRequest, run_stage
 from draftsmith.flows.orchestration import run
 from draftsmith.flows.orchestration.flow_lifecycle import Cancellation
@@ -81,11 +81,11 @@ class Home:
     def left_out(self, *force: str, deployed: bool = False) -> int:
         return self.planned(*force, deployed=deployed)["sources"].newer
 
-    def task(self, workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], *_: Any, force: bool) -> Any:
+    def task(self, context: RunContext, node: Node, inputs: Mapping[str, ArtifactRef], *_: Any, force: bool) -> Any:
         """Try again what was lost, as a Prefect task does."""
         while True:
             try:
-                return make(workshop, node, inputs, force=force), None
+                return build_node(context, node, inputs, force=force), None
             except RetryableError:
                 self.come("meanwhile")
 

@@ -61,7 +61,7 @@ def gated(
 
 def finished(config: RefreshConfig, made: Mapping[str, ArtifactRef], run_id: str | None = None) -> Conclusion:
     """What a refresh comes to that is planned now and has made this."""
-    ended = RefreshCourse(resolve(config), ()).finish(made, run_id)
+    ended = RefreshCourse(resolve(config), ()).conclude(made, run_id)
     assert ended is not None
     return ended
 

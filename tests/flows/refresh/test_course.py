@@ -102,10 +102,10 @@ def test_the_loser_of_two_refreshes_is_planned_again_against_the_new_champion(
 ) -> None:
     store, config = Store(home / "store"), config_of(line)
     slow, fast = (RefreshCourse(resolve(config), ()) for _ in range(2))
-    fast.finish(gated(store, drafters[0]), None)
+    fast.conclude(gated(store, drafters[0]), None)
     made = gated(store, drafters[1])
     with pytest.raises(OutdatedPlanError, match="version 1 is the champion by now"):
-        slow.finish(made, None)
+        slow.conclude(made, None)
     assert [version.number for version in registry().versions(line)] == [1], "nothing of it was registered"
 
     again = resolve(config)
@@ -195,7 +195,7 @@ def test_a_hook_that_a_killed_run_owes_is_called_by_the_next_with_the_same_key(
     with pytest.raises(KeyboardInterrupt):
         finished(config, first)
     for _ in range(2):
-        assert RefreshCourse(resolve(config), ()).stop(*checked(resolve(config), home)) is not None
+        assert RefreshCourse(resolve(config), ()).should_stop(*checked(resolve(config), home)) is not None
     assert len(told) == 2 and told[0] == told[1], "until a call has ended"
     decision = json.loads((first["gate"].path / DECISION).read_text())
     assert told[0].items() >= {**decision, "line": line, "version": 1}.items()

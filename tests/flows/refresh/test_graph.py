@@ -9,7 +9,7 @@ import yaml
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.flows.config.options import TimeLimit
-from draftsmith.flows.planning.graph import in_order
+from draftsmith.flows.planning.graph import topological_order
 from draftsmith.flows.planning.inputs import external_digests
 from draftsmith.flows.refresh.config import RefreshConfig, control_config, prompts_since
 from draftsmith.flows.refresh.graph import refresh_nodes
@@ -44,7 +44,7 @@ def of_line(*overrides: str, champion: bool) -> RefreshConfig:
 
 
 def test_a_refresh_of_a_line_goes_on_from_its_champion_and_ends_at_the_gate() -> None:
-    nodes = {node.name: node for node in in_order(refresh_nodes(of_line(champion=True)))}
+    nodes = {node.name: node for node in topological_order(refresh_nodes(of_line(champion=True)))}
     assert list(nodes) == [
         *("target", "prompts", "heldout", "champion", "drift", "rollout", "sft", "assisted", "mining", "opd"),
         *("control", "evaluation", "gate", "report"),
@@ -100,7 +100,7 @@ def test_a_line_answers_validation_prompts_too() -> None:
 
 
 def test_the_nodes_fit_their_stages_and_come_in_the_order_of_the_method(config: RefreshConfig) -> None:
-    assert [node.name for node in in_order(refresh_nodes(config))] == [
+    assert [node.name for node in topological_order(refresh_nodes(config))] == [
         *("target", "prompts", "heldout", "rollout", "sft", "assisted", "mining", "opd", "control"),
         *("evaluation", "report"),
     ]
@@ -130,7 +130,7 @@ def test_logged_answers_take_the_place_of_both_rollouts(tmp_path: Path) -> None:
     without = {key: value for key, value in yaml.safe_load(text).items() if key not in ("rollout", "assisted")}
     for config_text in (text + logs, yaml.safe_dump(without) + logs):
         path.write_text(config_text)
-        nodes = {node.name: node for node in in_order(refresh_nodes(load_config(path)))}
+        nodes = {node.name: node for node in topological_order(refresh_nodes(load_config(path)))}
         assert not {"rollout", "assisted"} & set(nodes)
         assert {name for name, node in nodes.items() if "logs" in node.inputs.values()} == {
             *("sft", "mining", "opd", "control"),
@@ -206,7 +206,7 @@ def test_logs_alone_make_a_refresh(tmp_path: Path) -> None:
     assert source.model_dump()["path"] == str(log)
     assert config.prompts.wanted("train") == 0 and config.prompts.wanted("heldout") > 0
     assert config.heldout.sampling.temperature == config.evaluation.sampling.temperature == 0.7
-    assert [node.name for node in in_order(refresh_nodes(config))] == [
+    assert [node.name for node in topological_order(refresh_nodes(config))] == [
         *("target", "prompts", "heldout", "logs", "sft", "mining", "opd", "control", "evaluation", "gate", "report"),
     ]
     text = path.read_text()

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from draftsmith.artifacts.store.manifest import ArtifactRef
-from draftsmith.flows.execution.display import Display, Ending
+from draftsmith.flows.execution.display import Display, EndedRun
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.line import registry
 from draftsmith.flows.refresh.summary import WIDTH, screen, show_results
@@ -23,9 +23,9 @@ pytestmark = pytest.mark.usefixtures("home")
 LINES = 25
 
 
-def ending(config: RefreshConfig, **changes: Any) -> Ending:
+def ending(config: RefreshConfig, **changes: Any) -> EndedRun:
     fields: dict[str, Any] = {"overrides": ["seed=2"], "mlflow": "mlflow ui --db x", "seconds": 400.0}
-    return Ending(config, "configs/weekly.yaml", **(fields | changes))
+    return EndedRun(config, "configs/weekly.yaml", **(fields | changes))
 
 
 def ended(folder: Path, evaluation: dict[str, Any], decision: dict[str, Any] | None, **made: Path) -> dict[str, Path]:

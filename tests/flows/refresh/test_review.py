@@ -13,7 +13,7 @@ from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.tracking.models import ALL
 from draftsmith.artifacts.tracking.runs import NOTE, Tracking
 from draftsmith.flows.execution.display import Display
-from draftsmith.flows.execution.node import Made, Workshop
+from draftsmith.flows.execution.node import NodeResult, RunContext
 from draftsmith.flows.orchestration.run import _reviewed
 from draftsmith.flows.planning.graph import Conclusion
 from draftsmith.flows.refresh.graph import REFRESH
@@ -49,8 +49,8 @@ def test_the_note_of_a_run_says_what_followed(conclusion: Conclusion | None, sai
     told = {"outcome": {**asdict(found), "label": found.label}, "doubts": [], "figures": {}}
     store = Store(home / "store")
     report = committed(store, "report", {"review.json": json.dumps(told)})
-    workshop = Workshop(home, config_of("a-line"), REFRESH, Display(), Tracking(home))
-    _, tags = _reviewed(workshop, {"report": Made(report, reused=True)}, conclusion, concludes=True)
+    context = RunContext(home, config_of("a-line"), REFRESH, Display(), Tracking(home))
+    _, tags = _reviewed(context, {"report": NodeResult(report, reused=True)}, conclusion, concludes=True)
     bold = [line for line in tags[NOTE].splitlines() if line.startswith("**")]
     assert len(bold) == len(said) and all(map(str.startswith, bold, said)), tags[NOTE]
 
