@@ -82,7 +82,7 @@ def test_mlflow_says_why_a_run_has_ended_early_and_the_screen_what_to_force(
     asked: list[object] = []
 
     class Late(ToyPolicy):
-        def finish(self, *_: object) -> Conclusion:
+        def conclude(self, *_: object) -> Conclusion:
             asked.append(_)
             raise raised
 
@@ -113,10 +113,10 @@ def test_what_follows_from_a_run_waits_until_mlflow_has_the_run(monkeypatch: pyt
         return create(client, *arguments, **named)
 
     class Uploads(ToyPolicy):
-        def finish(self, made: Mapping[str, ArtifactRef], run_id: str | None) -> Conclusion:
+        def conclude(self, made: Mapping[str, ArtifactRef], run_id: str | None) -> Conclusion:
             if run_id is None:
                 raise RetryableError("MLflow has no run")
-            return super().finish(made, run_id)
+            return super().conclude(made, run_id)
 
     monkeypatch.setattr(MlflowClient, "create_run", lost_twice)
     conclusion = ended(lambda *_: Uploads("promoted"), retries=1, retry_delay_seconds=0)
