@@ -33,7 +33,7 @@ class HookConfig(Config):
         Field(min_length=1, description="and its arguments; the decision comes on standard input"),
     ] = None
     url: Annotated[str | None, Field(pattern="^https?://", description="the decision is its POST body")] = None
-    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    timeout_s: Annotated[float, Field(gt=0, description="how long the hook may take")] = 60.0
 
     @model_validator(mode="after")
     def _one_of_both(self) -> HookConfig:

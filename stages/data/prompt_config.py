@@ -26,9 +26,9 @@ SPLITS: tuple[Split, ...] = ("heldout", "validation", "train")
 class Counts(Config):
     """How many prompts of each split one source gives."""
 
-    train: int = Field(default=0, ge=0)
-    validation: int = Field(default=0, ge=0)
-    heldout: int = Field(default=0, ge=0)
+    train: int = Field(default=0, ge=0, description="prompts that are trained on")
+    validation: int = Field(default=0, ge=0, description="prompts that choices are made on")
+    heldout: int = Field(default=0, ge=0, description="prompts that drafters are measured on")
 
 
 class _SourceBase(Config):
@@ -142,7 +142,7 @@ class PromptsConfig(Config):
         min_length=1, description="tasks, files and data sets have equal shares unless every source has counts"
     )
     train: int | None = Field(default=None, ge=0, description="required unless the sources have counts")
-    validation: int | None = Field(default=None, ge=0)
+    validation: int | None = Field(default=None, ge=0, description="prompts that choices are made on")
     heldout: int | None = Field(default=None, ge=0, description="required unless the sources have counts")
     heldout_share: float = Field(
         default=HELDOUT_SHARE,
@@ -165,14 +165,14 @@ class PromptsConfig(Config):
         description="share of a source's rows that may be unreadable: they are set aside. 0: the first one is an error",
     )
     max_prompt_tokens: int = Field(default=512, ge=1, description="after the chat template")
-    too_long: Literal["error", "skip"] = "error"
+    too_long: Literal["error", "skip"] = Field(default="error", description="what a longer prompt is")
     system: str | None = Field(
         default=None, description="system prompt where a row has none; the template's own if not set"
     )
     chat_template_kwargs: dict[str, bool | int | float | str | None] = Field(
         default={}, description="passed to the chat template, e.g. enable_thinking: false"
     )
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, description="another seed chooses other prompts")
     of_logs: Annotated[
         bool, FilledIn(), Operational(), Field(description="whether the sources are the logs, as none were given")
     ] = False

@@ -141,7 +141,7 @@ class LaunchConfig(Config):
     servers: Annotated[
         int, Field(ge=1, description="how many; each takes tensor_parallel * data_parallel GPUs"), Operational()
     ] = 1
-    tensor_parallel: Annotated[int, Field(ge=1), Operational()] = 1
+    tensor_parallel: Annotated[int, Field(ge=1, description="GPUs that hold one copy"), Operational()] = 1
     data_parallel: Annotated[
         int, Field(ge=1, description="replicas of the model in each server, which spreads its requests"), Operational()
     ] = 1
@@ -223,7 +223,7 @@ class SGLangEngineConfig(Config):
     concurrency: Annotated[
         int, Field(ge=1, description="requests in flight, a replica of the model"), Operational()
     ] = 32
-    request_timeout_s: Annotated[float, Field(gt=0), Operational()] = 1800.0
+    request_timeout_s: Annotated[float, Field(gt=0, description="wait for one answer"), Operational()] = 1800.0
 
     @model_validator(mode="after")
     def _given_or_launched(self) -> SGLangEngineConfig:
@@ -262,9 +262,9 @@ EngineConfig = Annotated[
 class SamplingConfig(Config):
     """How the target's tokens are drawn."""
 
-    max_new_tokens: Annotated[int, Field(ge=2)] = 512
+    max_new_tokens: Annotated[int, Field(ge=2, description="longest answer, in tokens")] = 512
     temperature: Annotated[float, Field(ge=0, description="0 = greedy")] = 0.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1, description="nucleus; 1: all tokens")] = 1.0
     top_k: TopK = 0
 
     def params(self, temperature: float | None = None) -> SamplingParams:

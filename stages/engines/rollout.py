@@ -37,7 +37,7 @@ _PART_ANSWERS = 64  # put together at a time
 class RolloutConfig(Config):
     """Which prompts are answered, and how."""
 
-    splits: tuple[str, ...] = ("train",)
+    splits: Annotated[tuple[str, ...], Field(description="of the prompts")] = ("train",)
     skip: Annotated[int, Field(ge=0, description="prompts left out at the beginning of the splits")] = 0
     prompts: Annotated[int | None, Field(ge=1, description="how many; left out: all")] = None
     sampling: SamplingConfig = SamplingConfig()

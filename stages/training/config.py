@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 class OptimiserConfig(Config):
     """How the weights move."""
 
-    steps: Annotated[int, Field(ge=1)] = 1000
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    steps: Annotated[int, Field(ge=1, description="optimiser steps")] = 1000
+    learning_rate: Annotated[float, Field(gt=0, description="peak of the cosine schedule")] = 1e-3
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1, description="share of the steps with a linear warm-up")] = 0.05
+    weight_decay: Annotated[float, Field(ge=0, description="AdamW's")] = 0.0
+    clip_norm: Annotated[float, Field(gt=0, description="largest norm of a step's gradient")] = 1.0
     compute_dtype: Annotated[
         Literal["bfloat16", "float32"], Field(description="weights stay float32; bfloat16 = autocast")
     ] = "bfloat16"
@@ -40,8 +40,8 @@ class OptimiserConfig(Config):
 class TrainingConfig(OptimiserConfig):
     """What a step is made of."""
 
-    sequences_per_step: Annotated[int, Field(ge=1)] = 8
-    anchors_per_sequence: Annotated[int, Field(ge=1)] = 16
+    sequences_per_step: Annotated[int, Field(ge=1, description="answers a step, over all processes")] = 8
+    anchors_per_sequence: Annotated[int, Field(ge=1, description="blocks trained a step and answer")] = 16
     head_tokens: Annotated[
         int | None,
         Field(
@@ -50,7 +50,7 @@ class TrainingConfig(OptimiserConfig):
             "`head_negatives` random others, instead of the whole vocabulary; OPD judges verify steps over them too",
         ),
     ] = None
-    head_negatives: Annotated[int, Field(ge=0)] = 1024
+    head_negatives: Annotated[int, Field(ge=0, description="random tokens beside those of `head_tokens`")] = 1024
     positions_per_chunk: Annotated[int, Field(ge=1, description="bounds the memory for logits")] = 512
     feature_memory_mb: Annotated[
         float,
@@ -183,8 +183,8 @@ class SftConfig(TrainingConfig):
 class OpdConfig(TrainingConfig):
     """What is distilled, and where."""
 
-    steps: Annotated[int, Field(ge=1)] = 400
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    steps: Annotated[int, Field(ge=1, description="optimiser steps")] = 400
+    learning_rate: Annotated[float, Field(gt=0, description="peak of the cosine schedule")] = 3e-4
     verification: Annotated[
         Literal["auto", "greedy", "sampled"],
         Field(

@@ -16,7 +16,7 @@ class DFlashConfig(Config):
     """Shape of a new DFlash drafter. Sizes left out follow the target, as z-lab's checkpoints do."""
 
     kind: Literal["dflash"] = "dflash"
-    num_layers: Annotated[int, Field(ge=1)] = 5
+    num_layers: Annotated[int, Field(ge=1, description="decoder layers")] = 5
     block_size: Annotated[int, Field(ge=2, description="anchor + proposals")] = 16
     target_layer_ids: Annotated[
         tuple[int, ...] | None,
@@ -32,7 +32,7 @@ class DFlashConfig(Config):
             "151669); left out: the tokenizer's mask token"
         ),
     ] = None
-    intermediate_size: Annotated[int | None, Field(ge=1)] = None
+    intermediate_size: Annotated[int | None, Field(ge=1, description="width of the MLP; left out: the target's")] = None
     sliding_window: Annotated[
         int | None,
         Field(

@@ -31,4 +31,4 @@ class Eagle3Config(Config):
         int | None,
         Field(ge=2, description="propose only from this many most frequent tokens of the answers; left out: all"),
     ] = None
-    intermediate_size: Annotated[int | None, Field(ge=1)] = None
+    intermediate_size: Annotated[int | None, Field(ge=1, description="width of the MLP; left out: the target's")] = None
