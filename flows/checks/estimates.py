@@ -1,6 +1,6 @@
-"""What every stage needs of a machine, by its name. Letters of the formulas as in `stages/target/estimate.py`.
+"""Estimates of what each stage needs of a machine. Letters of the formulas as in `stages/target/estimate.py`.
 
-No stage imports this module: a better estimate makes no artifact anew.
+No stage imports this module, so a better estimate changes no cache key (`tests/stages/test_digests.py`).
 """
 
 from __future__ import annotations
@@ -14,170 +14,201 @@ from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.engines.config import EmbeddedEngineConfig, SGLangEngineConfig
 from draftsmith.stages.engines.rollout import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
-from draftsmith.stages.replay.estimate import cached_read, scoring_logits
 from draftsmith.stages.replay.mining import SAMPLE, MiningConfig
 from draftsmith.stages.replay.options import TREE_TOKENS
 from draftsmith.stages.runtime.checkpoint import GENERATIONS
 from draftsmith.stages.target.config import TargetConfig
 from draftsmith.stages.target.estimate import (
-    ANSWER_BYTES,
     PROCESS,
-    TABLES,
-    TRACE_STEPS_PER_TOKEN,
-    Answers,
+    AnswerCounts,
+    ModelSize,
     Sizes,
     Use,
 )
 from draftsmith.stages.target.source import source_kind
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
-from draftsmith.stages.training.estimate import training_memory
+from draftsmith.stages.training.estimate import cached_read, scoring_logits, training_memory
+
+_TABLES = 150e6  # decoded row groups of the tables that a stage reads and writes, whatever their length
+_ANSWER_BYTES = 120  # names and indices of an answer: all of it that stays in memory
+_TOKEN_BYTES = 4  # an int32 in a table, before compression
+_VERIFY_STEPS_PER_TOKEN = 0.5  # where nothing is known of the drafter: tau 2
 
 
 @dataclass(frozen=True)
-class Servers:
-    """SGLang servers: bytes on every one of `gpus` GPUs."""
+class ServerNeed:
+    """The bytes that SGLang's servers need on each of `gpus` GPUs."""
 
     gpus: int
     weights: float
-    requests: float  # key/value memory of all that are in flight
+    requests: float  # key/value memory of all requests in flight
 
 
 @dataclass(frozen=True)
 class Need:
-    """What one use of a stage needs: bytes of each of its processes, of the disk, and the work that takes the time."""
+    """What a node needs: memory of each of its processes and disk space in bytes, and the work that takes the time."""
 
-    memory: float = 0.0  # of the device that computes, at the peak; 0: no model is loaded
-    tables: float = 0.0  # of the host, whatever the device
-    loaded: float = 0.0  # that passes through the host on its way to a GPU
-    processes: int = 1  # on a machine
-    devices: int = 1  # GPUs that are held meanwhile, where there are any
-    servers: Servers | None = None
-    disk: float = 0.0  # of its artifact, tables before compression
-    passing: float = 0.0  # on disk only while it runs
-    makes: Answers | None = None
-    work: tuple[str, float] | None = None  # decode, replay: tokens; train: block positions
+    memory: float = 0.0  # peak of the device that computes; 0: no model is loaded
+    tables: float = 0.0  # host memory, whatever the device
+    loaded: float = 0.0  # passes through host memory on its way to a GPU
+    processes: int = 1  # on one machine
+    devices: int = 1  # GPUs in use, if there are any
+    servers: ServerNeed | None = None
+    disk: float = 0.0  # its artifact, tables before compression
+    temporary_disk: float = 0.0  # only while it runs
+    makes: AnswerCounts | None = None
+    work: tuple[str, float] | None = None  # ("decode" or "replay", tokens) or ("train", block positions)
 
 
 def _decoding(slots: int, longest: int, drafter: bool, sizes: Sizes) -> float:
-    """Return the key/value memory of target and drafter, slots · (T + block) · (2 · layers · kv_heads · head_dim · s),
-    of a drafter's layers that slide, window + block at most; and a step's logits, slots · block · V · (4 + s)."""
+    """Return the bytes of target's and drafter's key/value caches and of one step's logits.
+
+    Caches: slots · (T + block) · (2 · layers · kv_heads · head_dim · s), where a drafter's sliding layer keeps at most
+    window + block positions. Logits: slots · block · V · (4 + s).
+    """
     s, block = sizes.itemsize, sizes.block_size if drafter else 1
-    kept = (longest + block) * sizes.target.kv_bytes_per_token(s)
-    kept += sizes.drafter.kv_bytes(longest + block, block, s) if drafter else 0
-    return float(slots * (kept + block * sizes.target.vocabulary * (4 + s)))
+    per_slot = (longest + block) * sizes.target.kv_bytes_per_token(s)
+    per_slot += _kv_bytes(sizes.drafter, longest + block, block, s) if drafter else 0
+    return float(slots * (per_slot + block * sizes.target.vocabulary * (4 + s)))
+
+
+def _kv_bytes(model: ModelSize, positions: int, block: int, itemsize: int) -> int:
+    """Return the key/value bytes of one request; a sliding layer keeps at most its window and a block."""
+    entries = (model.layers - len(model.windows)) * positions + sum(min(positions, w + block) for w in model.windows)
+    return 2 * entries * model.kv_heads * model.head_dim * itemsize
 
 
 def _embedded(slots: int, longest: int, drafter: bool, head_tokens: int | None, sizes: Sizes) -> float:
-    """P · s + P_d · s and what decoding takes; packed on a CPU are a head, V · H · s, and copies of the drafter and of
-    its part of the head."""
+    """Return P · s + P_d · s and what decoding takes.
+
+    On a CPU in half precision also the packed weights: the head, V · H · s, and copies of the drafter and of its rows
+    of the head.
+    """
     own = sizes.weights(sizes.drafter) + sizes.reduced_head(head_tokens)[1] if drafter else 0.0
     packed = sizes.itemsize == 2 and not sizes.accelerated  # `target/packed_linear.py`; the decoder's are replaced
-    more = own + sizes.target.vocabulary * sizes.target.hidden * sizes.itemsize if packed else 0.0
-    return PROCESS + sizes.weights(sizes.target) + own + more + _decoding(slots, longest, drafter, sizes)
+    copies = own + sizes.target.vocabulary * sizes.target.hidden * sizes.itemsize if packed else 0.0
+    return PROCESS + sizes.weights(sizes.target) + own + copies + _decoding(slots, longest, drafter, sizes)
 
 
 def _launched(
     engine: SGLangEngineConfig, servers: int, in_flight: int, longest: int, drafter: bool, sizes: Sizes
-) -> Servers | None:
-    """A GPU needs (P · s + P_d · s + in_flight · (T + block) · key/value bytes) / tp. None: the servers run already."""
+) -> ServerNeed | None:
+    """Return the need of launched servers, (P · s + P_d · s + in_flight · (T + block) · key/value bytes) / tp a GPU.
+
+    None if the config names servers that run already.
+    """
     if engine.launch is None:
         return None
     s, tp, block = sizes.itemsize, engine.launch.tensor_parallel, sizes.block_size if drafter else 1
     weights = sizes.weights(sizes.target) + (sizes.weights(sizes.drafter) if drafter else 0.0)
     entries = sizes.target.kv_bytes_per_token(s) + (sizes.drafter.kv_bytes_per_token(s) if drafter else 0)
-    gpus = servers * engine.launch.data_parallel * tp  # replicas have requests of their own
-    return Servers(gpus, weights / tp, in_flight * (longest + block) * entries / tp)
+    gpus = servers * engine.launch.data_parallel * tp  # each replica has its own requests
+    return ServerNeed(gpus, weights / tp, in_flight * (longest + block) * entries / tp)
 
 
-def _tables(answers: Answers | None) -> float:
-    """Return the host memory of a stage that reads or makes so many answers, however long they are."""
-    return TABLES + ANSWER_BYTES * (answers.count if answers is not None and math.isfinite(answers.count) else 0.0)
+def _tables(answers: AnswerCounts | None) -> float:
+    """Return the host memory in bytes of a stage that reads or makes these answers."""
+    return _TABLES + _ANSWER_BYTES * (answers.count if answers is not None and math.isfinite(answers.count) else 0.0)
 
 
-def of_target(config: TargetConfig, use: Use) -> Need:
-    """The dequantised copy of a GGUF file, P · s; a folder or a hub's snapshot stays where it is."""
+def _table_bytes(answers: AnswerCounts) -> float:
+    """Return the size of the answers' table, answers · T · 4; 0 if their number is unknown."""
+    return answers.count * answers.longest * _TOKEN_BYTES if math.isfinite(answers.count) else 0.0
+
+
+def _target(config: TargetConfig, use: Use) -> Need:
+    """Return the disk space of a GGUF file's dequantised copy, P · s; other models are not copied."""
     copied = source_kind(config.source) in ("gguf", "package")
     return Need(disk=use.sizes.weights(use.sizes.target) if copied else 0.0)
 
 
-def of_rollout(config: RolloutConfig, use: Use) -> Need:
-    """With a drafter in the loop 8 · (block - 1) + 24 bytes for each verify step beside the answers."""
+def _rollout(config: RolloutConfig, use: Use) -> Need:
+    """Return the need of decoding; with a drafter, 8 · (block - 1) + 24 bytes a verify step beside the answers."""
     sizes, drafter, engine = use.sizes, use.drafters > 0, config.engine
     longest = sizes.longest_prompt + config.sampling.max_new_tokens
     count = sum(config.counts(use.prompts).values())
     tokens = count * config.sampling.max_new_tokens
-    made = Answers(longest, count, tokens * TRACE_STEPS_PER_TOKEN)
+    made = AnswerCounts(longest, count, tokens * _VERIFY_STEPS_PER_TOKEN)
     memory, servers = 0.0, None
     if isinstance(engine, EmbeddedEngineConfig):
         memory = _embedded(engine.slots, longest, drafter, config.drafting.head_tokens, sizes)
     elif engine.launch is not None:
         servers = _launched(engine, engine.launch.servers, engine.concurrency, longest, drafter, sizes)
-    disk = made.bytes + (made.verify_steps * (8 * (sizes.block_size - 1) + 24) if drafter else 0.0)
+    disk = _table_bytes(made) + (made.verify_steps * (8 * (sizes.block_size - 1) + 24) if drafter else 0.0)
     return Need(
         memory=memory, tables=_tables(made), loaded=sizes.weights(sizes.target) if memory else 0.0, servers=servers,
-        disk=disk, passing=disk, makes=made, work=("decode", tokens) if memory else None,
+        disk=disk, temporary_disk=disk, makes=made, work=("decode", tokens) if memory else None,
         devices=servers.gpus if servers else 1,
     )  # fmt: skip
 
 
-def of_logs(config: LogsConfig, use: Use) -> Need:
-    """Its tables, as far as the config says how many rows there are, and the target where it reads answers."""
+def _logs(config: LogsConfig, use: Use) -> Need:
+    """Return the need of the tables, if the config limits their rows, and of the target if it scores the answers."""
     longest = config.max_tokens or use.sizes.positions
-    steps = (config.rows or 0) * longest * TRACE_STEPS_PER_TOKEN
-    made, weights = Answers(longest, config.rows or math.inf, steps), use.sizes.weights(use.sizes.target)
+    steps = (config.rows or 0) * longest * _VERIFY_STEPS_PER_TOKEN
+    made, weights = AnswerCounts(longest, config.rows or math.inf, steps), use.sizes.weights(use.sizes.target)
     memory, loaded = (PROCESS + weights, weights) if config.scored else (0.0, 0.0)
-    return Need(memory, _tables(made), loaded, disk=made.bytes, passing=made.bytes, makes=made)
+    return Need(memory, _tables(made), loaded, disk=_table_bytes(made), temporary_disk=_table_bytes(made), makes=made)
 
 
-def of_sft(config: SftConfig, use: Use) -> Need:
-    """Without steps P · s and 4 · P_d in one process, which reads the drafter and writes it, P_d · s."""
+def _sft(config: SftConfig, use: Use) -> Need:
+    """Return the need of a training; without steps, P · s + 4 · P_d in one process that writes P_d · s."""
     if config.steps:
-        return _of_training(config, use)
+        return _training(config, use)
     sizes, weights = use.sizes, use.sizes.weights(use.sizes.target)
     own = sizes.weights(sizes.drafter, 4)
     return Need(PROCESS + weights + own, _tables(use.answers), weights + own, disk=sizes.weights(sizes.drafter))
 
 
-def of_opd(config: OpdConfig, use: Use) -> Need:
-    return _of_training(config, use, mines=config.oldest_trace > 0, scores=config.loss.needs_scores)
+def _opd(config: OpdConfig, use: Use) -> Need:
+    """Return the need of a training that may replay and score its answers again."""
+    return _training(config, use, mines=config.oldest_trace > 0, scores=config.loss.needs_scores)
 
 
-def _of_training(config: TrainingConfig, use: Use, *, mines: bool = False, scores: bool = False) -> Need:
-    """On disk the drafter, P_d · s, and while it trains two checkpoints of 12 · P_d, which pass through the host."""
+def _training(config: TrainingConfig, use: Use, *, mines: bool = False, scores: bool = False) -> Need:
+    """Return the need of `training_memory`, of a drafter on disk, P_d · s, and of two checkpoints, 12 · P_d each.
+
+    A checkpoint passes through host memory.
+    """
     parts, sizes = training_memory(config, use, mines=mines, scores=scores), use.sizes
     blocks = config.steps * config.sequences_per_step * config.anchors_per_sequence
     return Need(
         memory=sum(parts.values()), tables=_tables(use.answers),
         loaded=parts["target"] + 12.0 * sizes.drafter.parameters,
         processes=config.parallel.processes, devices=config.parallel.world,
-        disk=sizes.weights(sizes.drafter), passing=GENERATIONS * 12.0 * sizes.drafter.parameters,
+        disk=sizes.weights(sizes.drafter), temporary_disk=GENERATIONS * 12.0 * sizes.drafter.parameters,
         work=("train", blocks * (sizes.block_size - 1) / config.parallel.world),
     )  # fmt: skip
 
 
-def of_mining(config: MiningConfig, use: Use) -> Need:
-    """P · s + P_d · s, features of one group of tokens and the logits of a chunk; scored: also the group's read into
-    key/value memory. A row of the table is 8 · (block - 1) + 72 bytes."""
+def _mining(config: MiningConfig, use: Use) -> Need:
+    """Return P · s + P_d · s, the features of one group of tokens and the logits of a chunk.
+
+    With a scored table also the target's forward over the group. A row of the table has 8 · (block - 1) + 72 bytes.
+    """
     sizes, tokens = use.sizes, max(config.tokens_per_target_forward, use.longest)
     weights = sizes.weights(sizes.target) + sizes.weights(sizes.drafter)
-    read = 0.0
+    scoring = 0.0
     if config.table == "scored":
-        read = sum(cached_read(tokens, use.longest, sizes, max(TREE_TOKENS, sizes.block_size)).values())
+        scoring = sum(cached_read(tokens, use.longest, sizes, max(TREE_TOKENS, sizes.block_size)).values())
     head = sizes.reduced_head(config.drafting.head_tokens)[1]
     steps = use.answers.verify_steps if use.answers is not None else 0.0
     if config.table == "sample" and use.answers is not None:
         steps *= min(1.0, SAMPLE / use.answers.count)
     disk = steps * (8 * (sizes.block_size - 1) + 72)
     return Need(
-        memory=PROCESS + weights + head + tokens * sizes.feature_bytes + scoring_logits(sizes) + read,
-        tables=_tables(use.answers), loaded=weights, disk=disk, passing=disk,
-        work=("replay", steps / TRACE_STEPS_PER_TOKEN),
+        memory=PROCESS + weights + head + tokens * sizes.feature_bytes + scoring_logits(sizes) + scoring,
+        tables=_tables(use.answers), loaded=weights, disk=disk, temporary_disk=disk,
+        work=("replay", steps / _VERIFY_STEPS_PER_TOKEN),
     )  # fmt: skip
 
 
-def of_evaluation(config: EvaluationConfig, use: Use) -> Need:
-    """P · s + drafters · P_d · s, and features of one group. On the embedded engine also what decoding takes at the
-    highest concurrency, and for the comparison in float32 a second target and drafter: 4 · P + 4 · P_d."""
+def _evaluation(config: EvaluationConfig, use: Use) -> Need:
+    """Return P · s + drafters · P_d · s and the features of one group of tokens.
+
+    On the embedded engine also what decoding takes at the highest concurrency and, for the exactness check in float32,
+    a second target and drafter: 4 · P + 4 · P_d.
+    """
     sizes, longest = use.sizes, use.sizes.longest_prompt + config.sampling.max_new_tokens
     weights = sizes.weights(sizes.target) + use.drafters * sizes.weights(sizes.drafter)
     memory = PROCESS + weights + sizes.reduced_head(config.head_tokens)[1]
@@ -193,11 +224,11 @@ def of_evaluation(config: EvaluationConfig, use: Use) -> Need:
 
 
 NEEDS: dict[str, Callable[[Any, Use], Need]] = {
-    "target": of_target,
-    "rollout": of_rollout,
-    "logs": of_logs,
-    "sft": of_sft,
-    "mining": of_mining,
-    "opd": of_opd,
-    "evaluation": of_evaluation,
+    "target": _target,
+    "rollout": _rollout,
+    "logs": _logs,
+    "sft": _sft,
+    "mining": _mining,
+    "opd": _opd,
+    "evaluation": _evaluation,
 }

@@ -84,13 +84,13 @@ def check_resources(
         found.skip("resources", "not estimated: the drafter's shape is not known here")
         return
     needs, history = _needs(nodes, sizes), _History(store_of(home).list(), nodes)
-    elsewhere, disk, passing, seconds, hours, unknown = runs_elsewhere(nodes), 0.0, 0.0, 0.0, 0.0, []
+    elsewhere, disk, temporary, seconds, hours, unknown = runs_elsewhere(nodes), 0.0, 0.0, 0.0, 0.0, []
     for node in to_make:
         need = needs.get(node.name, Need())
         took, how = _time(node, need, history, sizes, elsewhere=elsewhere)
         if node.name not in needs and took is None:  # tables and files: seconds
             continue
-        disk, passing = disk + need.disk, max(passing, need.passing)
+        disk, temporary = disk + need.disk, max(temporary, need.temporary_disk)
         parts = [f"disk {size(need.disk)}"] if need.disk else []
         if took is None:
             unknown.append(node.name)
@@ -101,7 +101,7 @@ def check_resources(
             parts.append(cost)
         _compare(found, node, need, ", ".join(parts), elsewhere=elsewhere)
     if to_make:
-        _compare_disk(found, disk + passing, home)
+        _compare_disk(found, disk + temporary, home)
         left_out = f"; not measured: {', '.join(unknown)}" if unknown else ""
         cost = _cost(hours, price)
         found.ok("time", f"about {duration(seconds)}{f', {cost}' if cost else ''}{left_out}")
@@ -115,7 +115,7 @@ def _sizes(nodes: Sequence[Node], artifact: Path, plans: Plans) -> Sizes | None:
     info = read_target_info(artifact)
     return Sizes(
         target=target_size(model_path(artifact)),
-        drafter=ModelSize.of(plan.config, plan.parameters),
+        drafter=ModelSize.from_config(plan.config, plan.parameters),
         features=len(plan.target_layer_ids),
         block_size=plan.block_size,
         itemsize=DTYPE_BYTES[info.dtype],

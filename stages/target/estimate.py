@@ -1,4 +1,4 @@
-"""Sizes of target and drafter from their configs alone, and what a stage needs of a machine with such models.
+"""The sizes of target and drafter that memory estimates are made of, from the models' configs alone.
 
 Letters of the formulas, here and in `flows/checks/estimates.py`: P, P_d parameters of target and drafter, s bytes of an
 element in the serving dtype, T positions of the longest sequence (prompt limit + new tokens), H hidden size, K target
@@ -19,10 +19,6 @@ from draftsmith.stages.target.model_sizes import usual_layer
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROCESS = 600e6  # Python with torch and transformers imported; on a GPU about as much for its context
-TABLES = 150e6  # decoded row groups of the tables that a stage reads and writes, whatever their length
-ANSWER_BYTES = 120  # names and places of an answer, which is all of it that stays in memory
-TOKEN_BYTES = 4  # an int32 in a table, before compression
-TRACE_STEPS_PER_TOKEN = 0.5  # verify steps a token where nothing is known of the drafter: tau 2
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,7 @@ class ModelSize:
     divided: int = 0  # of the parameters, those that ranks divide which share the model
 
     @classmethod
-    def of(cls, config: Any, parameters: int, divided: int = 0) -> ModelSize:
+    def from_config(cls, config: Any, parameters: int, divided: int = 0) -> ModelSize:
         usual = usual_layer(config)
         heads = usual.num_attention_heads
         sliding = [kind for kind in getattr(config, "layer_types", None) or () if kind == "sliding_attention"]
@@ -62,11 +58,6 @@ class ModelSize:
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """2 · layers · kv_heads · head_dim · itemsize: keys and values of one position."""
         return 2 * self.layers * self.kv_heads * self.head_dim * itemsize
-
-    def kv_bytes(self, positions: int, block: int, itemsize: int) -> int:
-        """Of one request, where a layer that slides keeps its window and a block at most."""
-        entries = (self.layers - len(self.windows)) * positions + sum(min(positions, w + block) for w in self.windows)
-        return 2 * entries * self.kv_heads * self.head_dim * itemsize
 
 
 @dataclass(frozen=True)
@@ -102,17 +93,12 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Answers:
-    """The trajectories that a stage makes, as far as its config says."""
+class AnswerCounts:
+    """How many answers a stage reads or makes, and how long they are, as far as its config says."""
 
     longest: int  # T
     count: float = math.inf  # at most
     verify_steps: float = 0.0  # in all, about
-
-    @property
-    def bytes(self) -> float:
-        """Of the table: answers · T · 4."""
-        return self.count * self.longest * TOKEN_BYTES if math.isfinite(self.count) else 0.0
 
 
 @dataclass(frozen=True)
@@ -122,7 +108,7 @@ class Use:
     sizes: Sizes
     prompts: Mapping[str, int] = field(default_factory=dict)  # split -> how many there are, in the order of their rows
     drafters: int = 0  # among the inputs
-    answers: Answers | None = None  # the trajectories that it reads
+    answers: AnswerCounts | None = None  # the trajectories that it reads
 
     @property
     def longest(self) -> int:
@@ -132,14 +118,9 @@ class Use:
 
 def target_size(folder: Path) -> ModelSize:
     """Of the model whose config.json lies in `folder`."""
-    import torch
-    from transformers import AutoConfig
-
-    from draftsmith.stages.target.layers import model_class
+    from draftsmith.stages.target.layers import weightless_model
     from draftsmith.stages.target.loading import divided_parameters
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    with torch.device("meta"):
-        model = model_class(config).from_config(config)
+    model = weightless_model(folder)
     parameters = sum(p.numel() for p in model.parameters())  # tied ones once
-    return ModelSize.of(config.get_text_config(), parameters, divided_parameters(model))
+    return ModelSize.from_config(model.config.get_text_config(), parameters, divided_parameters(model))

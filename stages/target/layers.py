@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -116,6 +117,15 @@ def model_class(config: Any) -> Any:
 
     known = type(config) in AutoModelForCausalLM._model_mapping
     return AutoModelForCausalLM if known else AutoModelForImageTextToText
+
+
+def weightless_model(folder: Path) -> Any:
+    """Build the model whose config.json lies in `folder` on torch's meta device: shapes without memory."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with torch.device("meta"):
+        return model_class(config).from_config(config)
 
 
 def causal_lm_of(model: Any) -> Any:

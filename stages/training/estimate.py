@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from draftsmith.artifacts.host import memory_bytes
 from draftsmith.stages.drafters import activations
 from draftsmith.stages.drafters.registry import KINDS
-from draftsmith.stages.replay.estimate import cached_read, scoring_logits
-from draftsmith.stages.target.estimate import DTYPE_BYTES, PROCESS, Answers, ModelSize, Sizes, Use
+from draftsmith.stages.replay.options import POSITIONS_PER_CHUNK, TREE_TOKENS
+from draftsmith.stages.target.estimate import DTYPE_BYTES, PROCESS, AnswerCounts, ModelSize, Sizes, Use
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
 
 if TYPE_CHECKING:
@@ -77,6 +77,25 @@ def training_memory(config: TrainingConfig, use: Use, *, mines: bool = False, sc
     return fixed | max(graph, drawing, key=lambda parts: sum(parts.values()))
 
 
+def cached_read(tokens: int, longest: int, sizes: Sizes, tree_tokens: int = TREE_TOKENS) -> dict[str, float]:
+    """Return the bytes of a forward over g tokens in g / T rows, each with room for a tree of proposals.
+
+    Keys and values of g + rows · tree positions; the attention mask, rows · T · (T + tree) · s, and once more for each
+    query head of a key/value head.
+    """
+    rows, groups = max(1, tokens // longest), sizes.target.heads // sizes.target.kv_heads
+    copies = 1 if groups == 1 else 1 + groups
+    return {
+        "key/value memory": float((tokens + rows * tree_tokens) * sizes.target.kv_bytes_per_token(sizes.itemsize)),
+        "attention mask": float(copies * rows * longest * (longest + tree_tokens) * sizes.itemsize),
+    }
+
+
+def scoring_logits(sizes: Sizes) -> float:
+    """Return the bytes of a chunk's logits in the serving dtype, in float32, and of their log-softmax."""
+    return float(POSITIONS_PER_CHUNK * sizes.target.vocabulary * (2 * 4 + sizes.itemsize))
+
+
 def _logits(config: TrainingConfig, sizes: Sizes, rows_of_head: int) -> float:
     a, chunk, loss = DTYPE_BYTES[config.compute_dtype], config.positions_per_chunk, _loss(config, sizes.kind)
     if (own := activations.by_own_logits(sizes.kind, sizes.drafter, chunk, a)) is not None:
@@ -131,7 +150,7 @@ def micro_batch_tokens(config: TrainingConfig, target: Target, drafter: Drafter,
     if config.micro_batch_tokens is not None:
         return min(config.micro_batch_tokens, whole)
     sizes = loaded_sizes(target, drafter, longest)
-    memory = training_memory(config, Use(sizes, answers=Answers(longest)), mines=True, scores=True)
+    memory = training_memory(config, Use(sizes, answers=AnswerCounts(longest)), mines=True, scores=True)
     fixed = sum(size for part, size in memory.items() if part in _ALWAYS)
     return rows_at_once(config, sizes, longest, fixed) * row_tokens(config, sizes, longest)
 
@@ -141,10 +160,10 @@ def loaded_sizes(target: Target, drafter: Drafter, longest: int) -> Sizes:
     from draftsmith.stages.target.loading import divided_parameters
 
     return Sizes(
-        ModelSize.of(
+        ModelSize.from_config(
             target.config, sum(p.numel() for p in target.model.parameters()), divided_parameters(target.model)
         ),
-        ModelSize.of(drafter.config, sum(p.numel() for p in drafter.parameters())),
+        ModelSize.from_config(drafter.config, sum(p.numel() for p in drafter.parameters())),
         features=len(drafter.target_layer_ids),
         block_size=drafter.block_size,
         itemsize=target.dtype.itemsize,

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from draftsmith.stages.target.estimate import PROCESS, Answers, Use
+from draftsmith.stages.target.estimate import PROCESS, AnswerCounts, Use
 from draftsmith.stages.training.estimate import loaded_sizes, micro_batch_tokens, row_tokens, training_memory
 from draftsmith.stages.training.loop import MicroBatches, train
 from draftsmith.stages.training.opd.trainer import OpdTraining
@@ -80,7 +80,7 @@ def _of_training(
     limit = micro_batch_tokens(config, target, drafter, scale.longest)
     sizes = loaded_sizes(target, drafter, scale.longest)
     scores = isinstance(training, OpdTraining) and training.objective.needs_scores
-    use = Use(sizes, answers=Answers(scale.longest, len(trajectories)))
+    use = Use(sizes, answers=AnswerCounts(scale.longest, len(trajectories)))
     parts = training_memory(config, use, mines=kind != "SFT", scores=scores)
     profiled = Profile(target.device, WARM + repetitions + 1)
     if on_gpu:

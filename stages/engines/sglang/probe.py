@@ -115,10 +115,11 @@ def _own_logprobs(target_folder: Path, tokens: Sequence[int], log: Callable[[str
 
     from draftsmith.artifacts.host import free_memory_bytes
     from draftsmith.stages.target.causal_lm import Target
-    from draftsmith.stages.target.estimate import DTYPE_BYTES, target_size
     from draftsmith.stages.target.info import model_path, read_target_info
+    from draftsmith.stages.target.layers import weightless_model
 
-    size = target_size(model_path(target_folder)).parameters * DTYPE_BYTES[read_target_info(target_folder).dtype]
+    parameters = sum(p.numel() for p in weightless_model(model_path(target_folder)).parameters())
+    size = parameters * getattr(torch, read_target_info(target_folder).dtype).itemsize
     needed, free = f"{size / 1e9:.1f} GB", free_memory_bytes()
     if size > free:
         raise NoRoomError(f"which takes {needed} of memory where {free / 1e9:.1f} GB are free")

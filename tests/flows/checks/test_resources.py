@@ -16,7 +16,7 @@ from draftsmith.stages.catalog import STAGES
 from draftsmith.stages.engines.rollout import RolloutConfig
 from draftsmith.stages.runtime.stage import Config
 from draftsmith.stages.target.config import TargetConfig
-from draftsmith.stages.target.estimate import PROCESS, Answers, ModelSize, Sizes
+from draftsmith.stages.target.estimate import PROCESS, AnswerCounts, ModelSize, Sizes
 from draftsmith.stages.training.config import SftConfig
 from tests.flows.checks.test_check import QWEN3_4B
 from tests.flows.processes import ROOT
@@ -36,8 +36,8 @@ def qwen_sizes() -> Sizes:
     tokenizer = SimpleNamespace(convert_ids_to_tokens=lambda _: None)  # the mask token is an unused row
     drafter = plan_of_new(DFlashConfig(mask_token=151669), target, lambda: tokenizer)
     return Sizes(
-        ModelSize.of(target, 4_022_468_096),
-        ModelSize.of(drafter.config, drafter.parameters),
+        ModelSize.from_config(target, 4_022_468_096),
+        ModelSize.from_config(drafter.config, drafter.parameters),
         features=5,
         block_size=16,
         itemsize=2,
@@ -62,7 +62,7 @@ def test_what_the_recipe_needs_by_hand() -> None:
     assert sizes.drafter.parameters == parameters
     opd, servers = needed["opd"], needed["assisted"].servers
     assert 0.6 * 80e9 < opd.memory < 0.86 * 80e9  # one of 8 processes: 3 of 21 answers
-    assert (opd.processes, opd.disk, opd.passing) == (8, 2 * parameters, 24 * parameters)
+    assert (opd.processes, opd.disk, opd.temporary_disk) == (8, 2 * parameters, 24 * parameters)
     assert opd.loaded == 2 * 4_022_468_096 + 12 * parameters
     per_token = 2 * 36 * 8 * 128 * 2 + 2 * 5 * 8 * 128 * 2
     assert servers is not None and servers.gpus == 8
@@ -72,7 +72,7 @@ def test_what_the_recipe_needs_by_hand() -> None:
     )
     assert not needed["assisted"].memory, "the answers are made elsewhere"
     as_it_is = needed["sft"]
-    assert (as_it_is.processes, as_it_is.passing) == (1, 0)
+    assert (as_it_is.processes, as_it_is.temporary_disk) == (1, 0)
     assert as_it_is.memory == PROCESS + 2 * 4_022_468_096 + 4 * parameters
 
 
@@ -151,8 +151,8 @@ def test_a_stage_takes_what_it_took_here_by_its_size(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(resources, "gpus", lambda: (80e9,))  # of which nothing was measured
     asked, few = SftConfig(steps=200), SftConfig(steps=50)
     here = [made("target", TARGET, 30), made("rollout", RolloutConfig(), 60, ("target",), answers=100.0)]
-    assert seconds("rollout", RolloutConfig(), Need(makes=Answers(100, count=300)), here) == 180
-    assert seconds("rollout", RolloutConfig(), Need(makes=Answers(100, count=300)), here, OTHER) is None
+    assert seconds("rollout", RolloutConfig(), Need(makes=AnswerCounts(100, count=300)), here) == 180
+    assert seconds("rollout", RolloutConfig(), Need(makes=AnswerCounts(100, count=300)), here, OTHER) is None
     sft = made("sft", few, 100, TRAINED)
     assert seconds("sft", asked, Need(), [*here, sft]) == 400
     sft.metrics["seconds"] = 125.0  # of all attempts: its checkpoint counts on

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.runtime.parallel_config import RENDEZVOUS, ParallelConfig
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
-from draftsmith.stages.target.estimate import Answers, Use
+from draftsmith.stages.target.estimate import AnswerCounts, Use
 from draftsmith.stages.training.config import OpdConfig, SftConfig
 from draftsmith.stages.training.estimate import row_bytes, training_memory
 from tests.flows.checks.test_resources import qwen_sizes
@@ -90,7 +90,7 @@ def test_nodes_meet_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_process_needs_memory_for_its_share_of_a_step() -> None:
     """Of 21 answers over 8 processes 3; AdamW's moments, 8 of 18 bytes a parameter under autocast, split or not."""
-    sizes, answers = qwen_sizes(), Answers(longest=4608)
+    sizes, answers = qwen_sizes(), AnswerCounts(longest=4608)
     layers = sizes.target.parameters - sizes.target.vocabulary * sizes.target.hidden
     sizes = replace(sizes, target=replace(sizes.target, divided=layers))
 

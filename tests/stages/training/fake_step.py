@@ -69,8 +69,8 @@ class FakeStep:
             parameters = sum(p.numel() for p in Qwen3ForCausalLM(target).parameters())
         plan = self._plan(target)
         return Sizes(
-            ModelSize.of(target, parameters),
-            ModelSize.of(plan.config, plan.parameters),
+            ModelSize.from_config(target, parameters),
+            ModelSize.from_config(plan.config, plan.parameters),
             features=len(plan.target_layer_ids),
             block_size=plan.block_size,
             itemsize=2,

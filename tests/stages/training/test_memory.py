@@ -9,7 +9,7 @@ from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.drafters.dflash2.config import DFlash2Config
 from draftsmith.stages.drafters.dspark.config import DSparkConfig
 from draftsmith.stages.drafters.eagle3.config import Eagle3Config
-from draftsmith.stages.target.estimate import PROCESS, Answers, Use
+from draftsmith.stages.target.estimate import PROCESS, AnswerCounts, Use
 from draftsmith.stages.target.sampling import SamplingParams
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
 from draftsmith.stages.training.estimate import row_bytes, training_memory
@@ -48,7 +48,7 @@ def estimated_and_tracked(
     """Bytes of the estimate without what no tensor is, bytes of the tracker, rows of a micro-batch."""
     config: TrainingConfig = step.config
     sizes = step.sizes(device_memory)
-    parts = training_memory(config, Use(sizes, answers=Answers(step.longest)))
+    parts = training_memory(config, Use(sizes, answers=AnswerCounts(step.longest)))
     rows = round(parts["activations"] / row_bytes(config, sizes, step.longest))
     return sum(parts.values()) - PROCESS, step.peak_bytes(rows, mask_entries), rows
 
