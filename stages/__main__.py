@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from draftsmith.artifacts.redaction import redact_logs
-from draftsmith.stages.runtime.memory import collect_seldom
-from draftsmith.stages.runtime.process import event_stream, keep_freed_memory, run_request, stop_when_asked
+from draftsmith.stages.runtime.memory import relax_gc
+from draftsmith.stages.runtime.process import event_stream, install_stop_handlers, keep_freed_memory, run_request
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,9 +21,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     redact_logs()
-    collect_seldom()
+    relax_gc()
     keep_freed_memory()
-    stop = stop_when_asked()
+    stop = install_stop_handlers()
     return run_request(json.loads(options.request.read_text("utf-8")), event_stream(), stop)
 
 

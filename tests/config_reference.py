@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from draftsmith.flows.refresh.config import RefreshConfig
-from draftsmith.stages.runtime.stage import Config, Operational
+from draftsmith.stages.runtime.stage import Config, NotInKey
 
 PAGE = Path(__file__).parents[1] / "configs" / "reference.md"
 _HEAD = """# Every config field
@@ -101,7 +101,7 @@ def rows(model: Model) -> Iterator[str]:
     for name, info in model.model_fields.items():
         if name in filled:
             continue
-        shown = f"*`{name}`*" if any(isinstance(mark, Operational) for mark in info.metadata) else f"`{name}`"
+        shown = f"*`{name}`*" if any(isinstance(mark, NotInKey) for mark in info.metadata) else f"`{name}`"
         inner = list(dict.fromkeys(models_in(info.annotation)))
         links = " ".join(f"[{each.__name__}](#{each.__name__.lower()})" for each in inner)
         meaning = info.description or below.get(name) or ("; ".join(map(summary, inner)) if inner else "")

@@ -175,7 +175,7 @@ def _tried(source: ReasoningGymSource, config: PromptsConfig) -> list[Supply]:
 
 
 def _check_files(found: Findings, name: str, source: JsonlSource, config: PromptsConfig) -> None:
-    files = matched([source.path], config.of_paths, config.listed_files)
+    files = matched([source.path], config.of_paths, config.pinned_files)
     if not config.of_logs:
         _may_grow(found, name, files)
     known = [Path(file).stat().st_size for file in files if not is_remote(file)]

@@ -17,7 +17,7 @@ from draftsmith.artifacts.host import reach_ourselves_directly
 from draftsmith.artifacts.redaction import printable, redact_logs, redacted
 from draftsmith.flows.cli.arguments import parser
 from draftsmith.flows.cli.commands import COMMANDS
-from draftsmith.stages.runtime.memory import collect_seldom
+from draftsmith.stages.runtime.memory import relax_gc
 
 if TYPE_CHECKING:
     from draftsmith.flows.planning.graph import Pipeline
@@ -30,7 +30,7 @@ _CONTINUE = "what was finished or saved is kept: run the same command again to c
 def main(arguments: Sequence[str] | None = None, pipeline: Pipeline | None = None) -> int:
     """Run the command and return its exit code. `pipeline` is the refresh unless given."""
     options = parser().parse_args(arguments)
-    collect_seldom()
+    relax_gc()
     code = _code_of(options, pipeline)
     if (server := getattr(options, "lost_prefect", None)) is not None:
         server.leave(code)

@@ -35,7 +35,7 @@ from draftsmith.flows.planning.graph import (
     node_seed,
 )
 from draftsmith.flows.planning.inputs import external_digests
-from draftsmith.stages.runtime.stage import SOURCES, Compute, Listing
+from draftsmith.stages.runtime.stage import SOURCES, Compute, InputListing
 
 log = logging.getLogger("draftsmith.stages")  # Prefect shows it in the run
 
@@ -79,9 +79,9 @@ def build_node(
     """
     if SOURCES in inputs:
         context.store.fetch(inputs[SOURCES])
-        node = replace(node, config=node.config.reading(Listing.read(inputs[SOURCES].path)))
+        node = replace(node, config=node.config.with_pinned_files(InputListing.read(inputs[SOURCES].path)))
     external = external_digests(node.config)
-    if gone := sorted((node.config.listed_files or frozenset()) - external.keys()):
+    if gone := sorted((node.config.pinned_files or frozenset()) - external.keys()):
         raise DraftsmithError(
             f"{node.name}: {gone[0]} (and {len(gone) - 1} more) was there when the run began and is gone. Put it back, "
             "or run the same command again, which then reads what is there."
@@ -164,9 +164,9 @@ def _run(
         began = time.monotonic()
         shards = _shards(context, node, inputs, claim, note)
         spent = time.monotonic() - began if shards else 0.0
-        compute = node.stage.computes(node.config)
-        if shards and node.stage.joins is not None:
-            compute = node.stage.joins
+        compute = node.stage.compute_for(node.config)
+        if shards and node.stage.join_compute is not None:
+            compute = node.stage.join_compute
         with (
             _devices(context, node, compute, note) as devices,
             inputs_unchanged(context.store, node, inputs, claim, external),
@@ -256,7 +256,7 @@ def _run_process(
         work=str(claim.work),
         seed=node_seed(node, context.config),
         threads=options.threads,
-        listing=asdict(listing) if (listing := node.config.listing()) is not None else None,
+        listing=asdict(listing) if (listing := node.config.list_inputs()) is not None else None,
         shards=[str(ref.path) for ref in shards],
     )
     log_path = context.logs / f"{claim.stage}-{claim.key[:16]}-{time.strftime('%Y%m%d-%H%M%S')}.log"
@@ -284,7 +284,7 @@ def _follow(event: Event, name: str, shown: StageDisplay, tracked: StageRun, not
             log.info("%s: %s", name, event["message"])
             shown.log(event["message"])
         case "progress":
-            shown.progress(event["done"], event["total"], event["unit"], event["figures"])
+            shown.progress(event["done"], event["total"], event["unit"], event["metrics"])
             note.progress(event["done"], event["total"], event["unit"])
         case "metrics":
             tracked.metrics(event["step"], event["values"])

@@ -25,7 +25,7 @@ from draftsmith.artifacts.errors import (
     StageInterrupted,
 )
 from draftsmith.flows.config.options import TimeLimit
-from draftsmith.stages.runtime.child_process import ChildProcess, how_it_ended, project_environment
+from draftsmith.stages.runtime.child_process import ChildProcess, describe_exit, project_environment
 
 _POLL_S = 0.2
 _DRAIN_S = 1.0  # to read what a stage wrote just before it ended
@@ -51,7 +51,7 @@ class StageRequest:
     work: str
     seed: int
     threads: int | None = None
-    listing: dict[str, Any] | None = None  # `Listing` of the files that it reads; None: all that are there
+    listing: dict[str, Any] | None = None  # `InputListing` of the files that it reads; None: all that are there
     shard: dict[str, int] | None = None  # `Shard` of which the process makes its part; None: the whole
     shards: list[str] = field(default_factory=list)  # folders of all shards that the whole is made of
 
@@ -153,7 +153,7 @@ class _RunningStage:
         """Ask the stage to save and end; return when it has, or after `grace_s`. A second Ctrl-C does not wait."""
         if self._process.poll() is not None:
             return
-        self._child.ask_to_end(grace_s)  # it alone: it decides what becomes of its own workers while it saves
+        self._child.request_stop(grace_s)  # it alone: it decides what becomes of its own workers while it saves
         deadline = time.monotonic() + grace_s
         while self._process.poll() is None and time.monotonic() < deadline:
             with contextlib.suppress(Exception):  # an error in on_event may be why we are here
@@ -216,5 +216,5 @@ class _RunningStage:
 
 def _how_it_ended(code: int) -> str:
     if code == -signal.SIGKILL:
-        return f"{how_it_ended(code)}: most often the machine ran out of memory; use smaller batches"
-    return f"{how_it_ended(code)} without a word: the end of its log says more"
+        return f"{describe_exit(code)}: most often the machine ran out of memory; use smaller batches"
+    return f"{describe_exit(code)} without a word: the end of its log says more"

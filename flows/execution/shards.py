@@ -98,7 +98,7 @@ def build_shard(
         try:
             with (
                 lock_one_device(
-                    node.stage.computes(node.config), run=run, limit_s=limit_s, waiting=waiting, check=check
+                    node.stage.compute_for(node.config), run=run, limit_s=limit_s, waiting=waiting, check=check
                 ) as device,
                 inputs_unchanged(store, node, inputs, claim, external),
             ):

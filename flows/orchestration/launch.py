@@ -18,7 +18,7 @@ from draftsmith.flows.execution.results import ArtifactFolders
 from draftsmith.flows.execution.retry import with_retries
 from draftsmith.flows.orchestration.server import PrefectServer, start_prefect_server
 from draftsmith.flows.planning.graph import Pipeline, load_attribute
-from draftsmith.stages.runtime.memory import collect_as_usual
+from draftsmith.stages.runtime.memory import restore_gc
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def launch(
     with_retries(lambda: server.wait(display.line), config.stages, display.line)
     from draftsmith.flows.orchestration.flow_lifecycle import run_flow  # imports httpx, as the flow does
 
-    collect_as_usual()
+    restore_gc()
     ended = run_flow(flow, config, lambda what: lost(server, what), force=force, start=start, until=until)
     refs = {name: ArtifactRef(e["stage"], e["key"], e["content_id"], Path(e["path"])) for name, e in ended.made.items()}
     refusal = ended.error if isinstance(ended.error, RefusedError) else None

@@ -26,7 +26,7 @@ _SAID_AFTER_S = 4.0  # that it is waited for
 _STOP_LIMIT_S = 5.0
 # uvicorn, with less of a start: it imports Prefect's server, and waits
 _UVICORN = (
-    "import runpy; from draftsmith.stages.runtime.memory import collect_seldom; collect_seldom(); "
+    "import runpy; from draftsmith.stages.runtime.memory import relax_gc; relax_gc(); "
     "runpy.run_module('uvicorn', run_name='__main__', alter_sys=True)"
 )
 Say = Callable[[str], None]

@@ -18,7 +18,7 @@ from draftsmith.artifacts.store.manifest import ArtifactRef, FileEntry, Manifest
 from draftsmith.artifacts.tracking.models import Metrics
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.planning.inputs import external_digests, read_listings
-from draftsmith.stages.runtime.stage import INCONCLUSIVE, LISTING, SOURCES, Config, Listing, Stage
+from draftsmith.stages.runtime.stage import INCONCLUSIVE, LISTING_FILE, SOURCES, Config, InputListing, Stage
 
 
 @dataclass(frozen=True)
@@ -265,14 +265,14 @@ def _with_listing(node: Node, store: Store, key: str | None) -> tuple[Node, int]
     key: of the listing that the run goes on with, where that is of the same config and all its files are there; else
     it is what is there.
     """
-    listing = now = node.config.listing()
+    listing = now = node.config.list_inputs()
     assert listing is not None and now is not None
     if key is not None and (ref := find_artifact(store, node, key, verify=True)) is not None:
         store.fetch(ref)
-        before = Listing.read(ref.path)
+        before = InputListing.read(ref.path)
         same = store.manifest(ref).config == node.config.model_dump(mode="json")
         listing = before if same and set(before.files) <= set(now.files) else now
-    return replace(node, config=node.config.reading(listing)), len(now.files) - len(listing.files)
+    return replace(node, config=node.config.with_pinned_files(listing)), len(now.files) - len(listing.files)
 
 
 def _plan_node(
@@ -282,9 +282,9 @@ def _plan_node(
     after: list[str] = []
     for name, source in node.inputs.items():
         if before[source].node.stage.name == SOURCES:
-            listing = before[source].node.config.listing()
+            listing = before[source].node.config.list_inputs()
             assert listing is not None
-            node = replace(node, config=node.config.reading(listing))
+            node = replace(node, config=node.config.with_pinned_files(listing))
         ref = before[source].ref or _foreseen(before[source], store)
         if ref is None:
             after.append(source)
@@ -308,12 +308,12 @@ def _plan_node(
 
 def _foreseen(item: PlannedNode, store: Store) -> ArtifactRef | None:
     """Return what a listing will be that is to be made."""
-    listing = item.node.config.listing() if item.node.stage.name == SOURCES else None
+    listing = item.node.config.list_inputs() if item.node.stage.name == SOURCES else None
     if listing is None or item.key is None:
         return None
-    content = listing.text().encode()
+    content = listing.to_json().encode()
     file = FileEntry(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content), volatile=False)
-    return ArtifactRef(SOURCES, item.key, content_id({LISTING: file}), store.path(SOURCES, item.key))
+    return ArtifactRef(SOURCES, item.key, content_id({LISTING_FILE: file}), store.path(SOURCES, item.key))
 
 
 def find_artifact(store: Store, node: Node, key: str, *, verify: bool = False) -> ArtifactRef | None:

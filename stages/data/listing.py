@@ -14,13 +14,13 @@ from pathlib import Path
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.stages.data.row_files import is_remote, listed_as, matched
 from draftsmith.stages.data.time_window import absolute, is_relative
-from draftsmith.stages.runtime.stage import LISTING, SOURCES, Config, Listing, Stage, StageContext
+from draftsmith.stages.runtime.stage import LISTING_FILE, SOURCES, Config, InputListing, Stage, StageContext
 
 
 def run(ctx: StageContext, config: SourcesConfig) -> None:
     """Write `sources.json`: `files`, and `since` with the beginning of every window."""
-    listing = config.listing()
-    write_text(ctx.out / LISTING, listing.text())
+    listing = config.list_inputs()
+    write_text(ctx.out / LISTING_FILE, listing.to_json())
     ctx.summary(files=len(listing.files))
 
 
@@ -39,15 +39,15 @@ class SourcesConfig(Config):
             return None
         return SourcesConfig(paths=tuple(paths), field=field, windows=relative)
 
-    def listing(self) -> Listing:
+    def list_inputs(self) -> InputListing:
         if self._listing is not None:
             return self._listing
         now = datetime.now(UTC)
         files = sorted({listed_as(name) for name in matched(self.paths, self.field)})
-        return Listing(files, {window: absolute(window, now) for window in self.windows})
+        return InputListing(files, {window: absolute(window, now) for window in self.windows})
 
     def external_versions(self) -> dict[str, str]:
-        listing = self.listing()
+        listing = self.list_inputs()
         return dict.fromkeys(listing.files, "listed") | dict(listing.since)
 
 

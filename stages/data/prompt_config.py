@@ -16,7 +16,7 @@ from draftsmith.stages.data.listing import SourcesConfig
 from draftsmith.stages.data.row_files import local_files, remote_versions
 from draftsmith.stages.data.row_formats import FieldNames, Filter, Message
 from draftsmith.stages.data.time_window import Since, beginning
-from draftsmith.stages.runtime.stage import NOT_FETCHED, Config, FilledIn, Listing, Operational
+from draftsmith.stages.runtime.stage import NOT_FETCHED, Config, FilledIn, InputListing, NotInKey
 
 Split = Literal["train", "validation", "heldout"]
 # Held-out prompts are drawn first: a text that comes up twice stays there and is not trained on.
@@ -174,7 +174,7 @@ class PromptsConfig(Config):
     )
     seed: int = Field(default=0, ge=0, description="another seed chooses other prompts")
     of_logs: Annotated[
-        bool, FilledIn(), Operational(), Field(description="whether the sources are the logs, as none were given")
+        bool, FilledIn(), NotInKey(), Field(description="whether the sources are the logs, as none were given")
     ] = False
 
     @model_validator(mode="after")
@@ -227,10 +227,10 @@ class PromptsConfig(Config):
         windows = [source.since for source in self.sources if isinstance(source, JsonlSource)]
         return SourcesConfig.of(self._paths, self.of_paths, windows)
 
-    def reading(self, listing: Listing) -> PromptsConfig:
+    def with_pinned_files(self, listing: InputListing) -> PromptsConfig:
         """Return this config, and each of its sources, reading the files of a listing."""
-        sources = [source.reading(listing) for source in self.sources]
-        return super().reading(listing).model_copy(update={"sources": sources})
+        sources = [source.with_pinned_files(listing) for source in self.sources]
+        return super().with_pinned_files(listing).model_copy(update={"sources": sources})
 
     @property
     def _paths(self) -> list[str]:
@@ -244,7 +244,7 @@ class PromptsConfig(Config):
         found: list[Path] = []
         for source in self.sources:
             if isinstance(source, JsonlSource):
-                found += local_files([source.path], self.of_paths, self.listed_files)
+                found += local_files([source.path], self.of_paths, self.pinned_files)
             elif isinstance(source, HuggingFaceSource) and not source.of_hub:
                 found += [path for path in Path(source.id).absolute().rglob("*") if path.is_file()]
         return sorted(set(found))
@@ -253,7 +253,7 @@ class PromptsConfig(Config):
         """Files of rows elsewhere, with their versions, and data sets of the hub, with their commits."""
         sets = [source for source in self.sources if isinstance(source, HuggingFaceSource) and source.of_hub]
         commits = {f"datasets/{source.id}": source.commit or NOT_FETCHED for source in sets}
-        return remote_versions(self._paths, self.of_paths, self.listed_files) | commits
+        return remote_versions(self._paths, self.of_paths, self.pinned_files) | commits
 
 
 @dataclass(frozen=True)

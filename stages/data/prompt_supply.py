@@ -146,7 +146,7 @@ def supplies(
         """Yield the candidates that may be asked for; where none is trained on, those of the held-out class alone."""
         first, empty = aside.rows == 0, True  # what is read once more is counted and listed once
         counted = aside if first else Aside("prompts.max_bad_share", config.max_bad_share)
-        rows = read_rows(matched([source.path], "prompts.sources", source.listed_files))
+        rows = read_rows(matched([source.path], "prompts.sources", source.pinned_files))
         for row, candidate in candidates(rows, counted):
             empty = False
             if wanted["train"] or place(candidate.group) < share:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from draftsmith.stages.runtime.stage import Listing
+from draftsmith.stages.runtime.stage import InputListing
 
 TIME_FIELDS = ("timestamp", "created", "created_at", "time")
 LAST = "last"  # a window that begins behind what an earlier refresh has read: whoever runs refreshes says where
@@ -69,7 +69,7 @@ def is_relative(window: str) -> bool:
     return _RELATIVE.fullmatch(window.strip()) is not None
 
 
-def beginning(window: str | None, listing: Listing | None) -> datetime | None:
+def beginning(window: str | None, listing: InputListing | None) -> datetime | None:
     """Return where a window begins: as the run's listing has it, else now. None for no window and for `last`."""
     if window is None or window == LAST:
         return None

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.runtime.stage import Config, Operational, Stage, StageContext
+from draftsmith.stages.runtime.stage import Config, NotInKey, Stage, StageContext
 
 RECORD = "champion.json"
 
@@ -23,15 +23,13 @@ RECORD = "champion.json"
 class ChampionConfig(Config):
     """A version of a drafter line."""
 
-    line: Annotated[str, Operational()]
-    version: Annotated[int, Field(ge=1), Operational()]
-    folder: Annotated[str, Field(description="of the artifact, or of the uploaded drafter"), Operational()]
+    line: Annotated[str, NotInKey()]
+    version: Annotated[int, Field(ge=1), NotInKey()]
+    folder: Annotated[str, Field(description="of the artifact, or of the uploaded drafter"), NotInKey()]
     content_id: Annotated[str, Field(description="of the artifact")]
     drafter_digest: Annotated[str, Field(description="of its checkpoint")]
-    promoted_at: Annotated[str, Operational()] = ""
-    figures: Annotated[dict[str, Any], Operational()] = Field(
-        default={}, description="what it was worth at its promotion"
-    )
+    promoted_at: Annotated[str, NotInKey()] = ""
+    figures: Annotated[dict[str, Any], NotInKey()] = Field(default={}, description="what it was worth at its promotion")
 
 
 def run(ctx: StageContext, config: ChampionConfig) -> None:

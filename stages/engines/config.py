@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.redaction import secret_in, secrets_of
-from draftsmith.stages.runtime.stage import Config, Operational
+from draftsmith.stages.runtime.stage import Config, NotInKey
 from draftsmith.stages.target.sampling import SamplingParams, TopK
 
 NO_REDUCED_HEAD = (
@@ -139,11 +139,11 @@ class LaunchConfig(Config):
     """SGLang servers that the stage starts, waits for and stops. What is left out is SGLang's own default."""
 
     servers: Annotated[
-        int, Field(ge=1, description="how many; each takes tensor_parallel * data_parallel GPUs"), Operational()
+        int, Field(ge=1, description="how many; each takes tensor_parallel * data_parallel GPUs"), NotInKey()
     ] = 1
-    tensor_parallel: Annotated[int, Field(ge=1, description="GPUs that hold one copy"), Operational()] = 1
+    tensor_parallel: Annotated[int, Field(ge=1, description="GPUs that hold one copy"), NotInKey()] = 1
     data_parallel: Annotated[
-        int, Field(ge=1, description="replicas of the model in each server, which spreads its requests"), Operational()
+        int, Field(ge=1, description="replicas of the model in each server, which spreads its requests"), NotInKey()
     ] = 1
     router: Annotated[
         Literal["cache_aware", "power_of_two", "round_robin", "random"] | None,
@@ -151,12 +151,12 @@ class LaunchConfig(Config):
             description="SGLang's router in front of the servers, with this policy, in place of the least loaded "
             "server for each request; needs sglang-router in the environment of engine.python"
         ),
-        Operational(),
+        NotInKey(),
     ] = None
     memory_fraction: Annotated[
         float | None,
         Field(gt=0, lt=1, description="of a GPU's memory, for weights and key/value memory"),
-        Operational(),
+        NotInKey(),
     ] = None
     options: Annotated[
         dict[str, OptionValue | tuple[OptionValue, ...]],
@@ -174,7 +174,7 @@ class LaunchConfig(Config):
         Field(default_factory=dict, description="variables added to the servers' environment, which is the command's"),
     ]
     start_timeout_s: Annotated[
-        float, Field(gt=0, description="until a server answers; loading and graph capture included"), Operational()
+        float, Field(gt=0, description="until a server answers; loading and graph capture included"), NotInKey()
     ] = 900.0
 
     @model_validator(mode="after")
@@ -204,26 +204,24 @@ class SGLangEngineConfig(Config):
     urls: Annotated[
         tuple[Annotated[str, AfterValidator(_http_address)], ...],
         Field(description="running servers of the same target, or SGLang's routers in front of some"),
-        Operational(),
+        NotInKey(),
     ] = ()
     api_key_env: Annotated[
         Annotated[str, AfterValidator(_variable)] | None,
         Field(description="variable of the environment with the API key of `urls`; launched servers have their own"),
-        Operational(),
+        NotInKey(),
     ] = None
     launch: LaunchConfig | None = None
     python: Annotated[
         Path | None,
         Field(description="interpreter of the environment that has SGLang; needed to launch"),
-        Operational(),
+        NotInKey(),
     ] = None
     trace: Annotated[
-        bool, Field(description="ask the plug-in for verify steps, where the server has it"), Operational()
+        bool, Field(description="ask the plug-in for verify steps, where the server has it"), NotInKey()
     ] = True
-    concurrency: Annotated[
-        int, Field(ge=1, description="requests in flight, a replica of the model"), Operational()
-    ] = 32
-    request_timeout_s: Annotated[float, Field(gt=0, description="wait for one answer"), Operational()] = 1800.0
+    concurrency: Annotated[int, Field(ge=1, description="requests in flight, a replica of the model"), NotInKey()] = 32
+    request_timeout_s: Annotated[float, Field(gt=0, description="wait for one answer"), NotInKey()] = 1800.0
 
     @model_validator(mode="after")
     def _given_or_launched(self) -> SGLangEngineConfig:

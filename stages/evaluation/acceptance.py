@@ -11,7 +11,7 @@ import numpy as np
 from draftsmith.stages.evaluation.gate_rules import CHAMPION, as_figures, compared
 from draftsmith.stages.evaluation.verdicts import Pair, pairs
 from draftsmith.stages.replay.stats import Tally
-from draftsmith.stages.runtime.statistics import Estimate, jackknife, ratio, ratio_difference, ratio_gain, sums_of
+from draftsmith.stages.runtime.statistics import Estimate, jackknife, ratio, ratio_difference, ratio_gain, sum_by_key
 
 _MULTIPLIER = np.uint64(6364136223846793005)  # odd; products wrap
 
@@ -119,6 +119,6 @@ def _places(sets: Sequence[str], name: str | None) -> np.ndarray:
 def _by_prompt(tally: Tally, prompts: Sequence[str], places: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """[prompts] committed tokens and verify steps of all answers to each prompt; of some trajectories alone."""
     if places is None:
-        return sums_of(prompts, tally.committed), sums_of(prompts, tally.steps)
+        return sum_by_key(prompts, tally.committed), sum_by_key(prompts, tally.steps)
     chosen = [prompts[index] for index in places]
-    return sums_of(chosen, tally.committed[places]), sums_of(chosen, tally.steps[places])
+    return sum_by_key(chosen, tally.committed[places]), sum_by_key(chosen, tally.steps[places])

@@ -12,7 +12,7 @@ from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageInterrupted
 from draftsmith.stages.engines.config import SamplingConfig, SGLangEngineConfig
 from draftsmith.stages.replay.parity import MaxParityMismatch
-from draftsmith.stages.runtime.stage import Compute, Config, Operational, Stage, StageContext, follow
+from draftsmith.stages.runtime.stage import Compute, Config, NotInKey, Stage, StageContext, progress_callback
 
 if TYPE_CHECKING:
     from draftsmith.stages.data.trajectories import Trajectory
@@ -26,7 +26,7 @@ class DiagnosisConfig(Config):
     """One server, and the drafter that it should serve."""
 
     url: str
-    api_key_env: Annotated[str | None, Operational()] = None
+    api_key_env: Annotated[str | None, NotInKey()] = None
     """As `engine.api_key_env`: the variable of the environment that holds the server's API key."""
     drafter: Annotated[str, Field(description="folder of the checkpoint")]
     prompts: Annotated[int, Field(ge=1, description="validation and held-out prompts that the server answers")] = 16
@@ -111,7 +111,7 @@ def run(ctx: StageContext, config: DiagnosisConfig) -> None:
         allowed=config.max_parity_mismatch,
         served_block=block,
         special_ids=target.tokenizer.all_special_ids,
-        progress=follow(ctx, "changes"),
+        progress=progress_callback(ctx, "changes"),
     )
     told = {"sentence": found.sentence, "agrees": found.agrees, "served_tau": found.served_tau}
     lists = {name: [each.row() for each in getattr(found, name)] for name in ("causes", "tried")}

@@ -11,8 +11,8 @@ from pydantic import Field
 from scipy.special import stdtrit
 
 from draftsmith.stages.drafters.spec import DraftingConfig
-from draftsmith.stages.runtime.stage import Compute, Config, FilledIn, Operational, Stage, StageContext, follow
-from draftsmith.stages.runtime.statistics import CONFIDENCE, simultaneous
+from draftsmith.stages.runtime.stage import Compute, Config, FilledIn, NotInKey, Stage, StageContext, progress_callback
+from draftsmith.stages.runtime.statistics import CONFIDENCE, simultaneous_level
 
 
 def run(ctx: StageContext, config: DriftConfig) -> None:
@@ -30,7 +30,7 @@ def run(ctx: StageContext, config: DriftConfig) -> None:
     champion = {"champion": load_drafter(ctx.inputs["champion"] / DRAFTER_FOLDER, target)}
     options = ReplayOptions(config.drafting, stored.sampling, with_proposals=False)
     tallies = Replayer(target, options, ctx.log).tally(
-        champion, stored.trajectories, progress=follow(ctx, "trajectories"), kept=ctx.work / "replayed"
+        champion, stored.trajectories, progress=progress_callback(ctx, "trajectories"), kept=ctx.work / "replayed"
     )
     sets, units = sets_of(ctx.inputs["prompts"], stored.prompts), units_of(ctx.inputs["prompts"], stored.prompts)
     found = {
@@ -51,12 +51,12 @@ class DriftConfig(Config):
     """When a refresh goes on."""
 
     threshold: Annotated[
-        float, Field(ge=0, le=1, description="share of its tau that the champion may have lost"), Operational()
+        float, Field(ge=0, le=1, description="share of its tau that the champion may have lost"), NotInKey()
     ] = 0.03
     max_age_days: Annotated[
         float,
         Field(gt=0, description="the line is refreshed anyway if its last refresh, promoted or not, is longer ago"),
-        Operational(),
+        NotInKey(),
     ] = 90.0
     drafting: Annotated[DraftingConfig, FilledIn()] = DraftingConfig()
     """As drafters draft in the evaluation."""
@@ -70,7 +70,7 @@ def fallen(drift: Mapping[str, Any], reference: Mapping[str, Any], threshold: fl
     5 % of checks where nothing fell.
     """
     judged = [name for name in drift if _known(drift, name) and _known(reference, name)]
-    shared = 0.5 + simultaneous(sum(name != ALL for name in judged)) / 2
+    shared = 0.5 + simultaneous_level(sum(name != ALL for name in judged)) / 2
     said = []
     for name in judged:
         now, before, kept = drift[name], reference[name], 1 - threshold

@@ -49,7 +49,7 @@ from draftsmith.stages.evaluation.timed_runs import (
 from draftsmith.stages.evaluation.validity import steady
 from draftsmith.stages.replay.parity import Gate, check_steps, check_tau, trace_rows
 from draftsmith.stages.runtime.memory import release_memory
-from draftsmith.stages.runtime.stage import StageContext, follow
+from draftsmith.stages.runtime.stage import StageContext, progress_callback
 
 if TYPE_CHECKING:
     from draftsmith.stages.drafters.base import Drafter
@@ -278,7 +278,7 @@ def _check_parity(served: Served, sizes: Mapping[str, int], heldout: Sequence[Pr
         found = Replayer(target, options, served.ctx.log).traces(
             drafter,
             trajectories,
-            progress=follow(served.ctx, "trajectories"),
+            progress=progress_callback(served.ctx, "trajectories"),
             kept=work / "replayed" / "parity" / arm,
         )[arm]
         replayed = trace_rows(trajectories, found)

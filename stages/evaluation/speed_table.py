@@ -21,7 +21,7 @@ import numpy as np
 
 from draftsmith.stages.evaluation.timed_runs import PLAIN, Setting
 from draftsmith.stages.evaluation.verdicts import Pair, pairs
-from draftsmith.stages.runtime.statistics import Estimate, jackknife, mean, sums_of, together
+from draftsmith.stages.runtime.statistics import Estimate, combine_errors, jackknife, mean_estimate, sum_by_key
 
 Units = Mapping[str, str]  # what each prompt is an observation of; a prompt that has none is one itself
 
@@ -149,8 +149,8 @@ def log_ratios(
         if by_prompt and over_prompts is not None:
             found[arm, other] = over_prompts
             continue
-        ratio = mean(np.array([math.log(speeds[arm][n] / speeds[other][n]) for n in sorted(speeds[other])]))
-        found[arm, other] = ratio if over_prompts is None else together(ratio, over_prompts)
+        ratio = mean_estimate(np.array([math.log(speeds[arm][n] / speeds[other][n]) for n in sorted(speeds[other])]))
+        found[arm, other] = ratio if over_prompts is None else combine_errors(ratio, over_prompts)
     return found
 
 
@@ -162,7 +162,7 @@ def _over_prompts(rows: Sequence[Mapping[str, Any]], pair: Pair, units: Units, i
         return None
     keys = [units.get(row["prompt_id"], row["prompt_id"]) for row in timed]
     sums = [
-        sums_of(keys, np.array([row[name] * (row["arm"] == arm) for row in timed], dtype=np.float64))
+        sum_by_key(keys, np.array([row[name] * (row["arm"] == arm) for row in timed], dtype=np.float64))
         for arm in pair
         for name in ("tokens", "latency_seconds")
     ]

@@ -17,7 +17,7 @@ from draftsmith.stages.drafters.spec import NO_FREQUENT_TOKENS, DraftingConfig
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.evaluation.config import DRAFTERS, PREFIX, EvaluationConfig, prompts_to_decode
 from draftsmith.stages.replay.options import ReplayOptions
-from draftsmith.stages.runtime.stage import INCONCLUSIVE, WHOLE, Compute, Shard, Stage, StageContext, follow
+from draftsmith.stages.runtime.stage import INCONCLUSIVE, WHOLE, Compute, Shard, Stage, StageContext, progress_callback
 from draftsmith.stages.target.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def _acceptance(
             drafters,
             stored.trajectories,
             also=worst if setting == TOLD else {},
-            progress=follow(ctx, "trajectories"),
+            progress=progress_callback(ctx, "trajectories"),
             kept=ctx.work / REPLAYED / setting,
             done=[folder / REPLAYED / setting for folder in ctx.shards],
         )
@@ -265,7 +265,10 @@ def shard(ctx: StageContext, config: EvaluationConfig, part: Shard) -> None:
         stored = load_trajectories(ctx.inputs["trajectories"], [split])
         options = _replay_options(config, drafting, stored.sampling, with_proposals=name == TOLD, shard=part)
         groups = Replayer(target, options, ctx.log).groups(
-            drafters, stored.trajectories, progress=follow(ctx, "trajectories"), kept=ctx.out / REPLAYED / name
+            drafters,
+            stored.trajectories,
+            progress=progress_callback(ctx, "trajectories"),
+            kept=ctx.out / REPLAYED / name,
         )
         counts[name] = sum(len(indices) for indices, _ in groups)
     write_text(ctx.out / "shard.json", json.dumps({"shard": part.index, "of": part.of, **counts}) + "\n")
@@ -285,7 +288,7 @@ def _validation_tau(
     tallies = Replayer(target, _replay_options(config, config.drafted(), stored.sampling), ctx.log).tally(
         drafters,
         stored.trajectories,
-        progress=follow(ctx, "trajectories"),
+        progress=progress_callback(ctx, "trajectories"),
         kept=ctx.work / REPLAYED / VALIDATION,
         done=[folder / REPLAYED / VALIDATION for folder in ctx.shards],
     )

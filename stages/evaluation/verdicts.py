@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from draftsmith.stages.runtime.statistics import Estimate, simultaneous
+from draftsmith.stages.runtime.statistics import Estimate, simultaneous_level
 
 Pair = tuple[str, str]  # an arm, and the one it is compared with
 
@@ -36,7 +36,7 @@ def verdicts(tau: Mapping[Pair, Estimate], speed: Mapping[Pair, Estimate], speed
     """
     judged = [estimate.units >= 2 for estimate in tau.values()]
     judged += [_enough(estimate) for estimate in speed.values()]
-    level = simultaneous(sum(judged))
+    level = simultaneous_level(sum(judged))
     found = []
     for (arm, other), estimate in tau.items():
         said = {"kind": "tau", "arm": arm, "other": other, "value": estimate.value, "prompts": estimate.units}

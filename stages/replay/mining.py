@@ -258,5 +258,5 @@ STAGE = Stage(
     body=__name__,
     compute=Compute.HEAVY,
     sharded=True,
-    joins=Compute.LIGHT,
+    join_compute=Compute.LIGHT,
 )

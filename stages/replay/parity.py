@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.runtime.stage import Operational
+from draftsmith.stages.runtime.stage import NotInKey
 
 MaxParityMismatch = Annotated[
     float,
@@ -24,7 +24,7 @@ MaxParityMismatch = Annotated[
         "a drafter is trained (seen: 5 to 18 %); a wrong drafter contradicts nearly all. In float32 with greedy "
         "decoding none may. tau as served may not be measurably lower than replay's in any case. 1: never fail",
     ),
-    Operational(),
+    NotInKey(),
 ]
 LOGPROB_TOLERANCE = 1e-3  # float32: kernels of other shapes differ by about 1e-5
 # Proposals that replay accepts, and steps that an engine needed more than replay: so few may be near-ties.

@@ -22,7 +22,7 @@ from draftsmith.stages.replay.sampled import SampledText, outside_nucleus
 from draftsmith.stages.replay.scoring import StepScores, score_traces
 from draftsmith.stages.replay.stats import Tally
 from draftsmith.stages.replay.trace import Trace
-from draftsmith.stages.runtime.memory import in_halves
+from draftsmith.stages.runtime.memory import retry_in_halves
 from draftsmith.stages.runtime.stage import WHOLE, Shard
 from draftsmith.stages.target.causal_lm import Target, TargetOutput
 from draftsmith.stages.target.kv_cache import SlotCache
@@ -225,7 +225,7 @@ def count_in(trajectories: Sequence[Trajectory], tokens_per_group: int, shard: S
 def _indices_of(trajectories: Sequence[Trajectory], tokens_per_group: int, shard: Shard) -> Iterator[list[int]]:
     """The same groups whichever shard: what is computed of a group may depend, in its last bits, on its shape."""
     for number, indices in enumerate(groups_by_length(lengths_of(trajectories), tokens_per_group)):
-        if shard.takes(number):
+        if shard.contains(number):
             yield indices
 
 
@@ -242,7 +242,7 @@ def _in_halves(group: Group, work: Callable[[Group], Sequence[Found]], log: Call
         indices, trajectories = zip(*some, strict=True)
         return work(Group(list(indices), list(trajectories), pad_tokens(trajectories, group.ids.device)))
 
-    return in_halves(members, of, log)
+    return retry_in_halves(members, of, log)
 
 
 def score(

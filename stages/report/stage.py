@@ -22,7 +22,7 @@ from draftsmith.stages.report.names import target_name
 from draftsmith.stages.report.next_steps import COMMAND, invocation, next_steps
 from draftsmith.stages.report.page import ReportData, render_report
 from draftsmith.stages.report.review import machine, review_of
-from draftsmith.stages.runtime.stage import Config, FilledIn, Operational, Stage, StageContext
+from draftsmith.stages.runtime.stage import Config, FilledIn, NotInKey, Stage, StageContext
 
 ANSWERS = "trajectories"  # the input of stages that read answers: several nodes make some
 _ANSWERS_OF = {"evaluation": "heldout", "drift": "heldout", "sft": "rollout"}  # node that makes them; else `assisted`
@@ -36,11 +36,11 @@ class ReportConfig(Config):
         FilledIn(),
         Field(description="line and version of the drafter that serves"),
     ] = None
-    line: Annotated[str | None, FilledIn(), Operational(), Field(description="the line of drafters")] = None
+    line: Annotated[str | None, FilledIn(), NotInKey(), Field(description="the line of drafters")] = None
     history: Annotated[
         tuple[dict[str, Any], ...],
         FilledIn(),
-        Operational(),
+        NotInKey(),
         Field(description="what the line's drafters were worth, and when"),
     ] = ()
 

@@ -57,12 +57,12 @@ class ChildProcess:
     def ended(self) -> str | None:
         """Return how the process ended; None while it runs."""
         code = self.process.poll()
-        return None if code is None else how_it_ended(code)
+        return None if code is None else describe_exit(code)
 
-    def ask_to_end(self, grace_s: float) -> None:
+    def request_stop(self, grace_s: float) -> None:
         """Send SIGTERM to the process alone, which has `grace_s` from now on, whatever becomes of this one."""
         with suppress(BrokenPipeError):  # its guard is gone
-            parent_watch.promise(self._our_end, grace_s)
+            parent_watch.extend_grace(self._our_end, grace_s)
         self.process.send_signal(signal.SIGTERM)
 
     def end(self, grace_s: float = 0.0, gone_s: float = 0.0) -> None:
@@ -93,12 +93,12 @@ def project_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
-def how_it_ended(code: int) -> str:
+def describe_exit(code: int) -> str:
     """Return what an exit code says, in words."""
     return f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
 
 
-def tail(log: Path) -> str:
+def last_lines(log: Path) -> str:
     """Return the last lines of a log."""
     with suppress(OSError), log.open(encoding="utf-8", errors="replace") as file:
         return "".join(deque(file, maxlen=_TAIL_LINES)).rstrip()

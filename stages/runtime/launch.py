@@ -33,7 +33,7 @@ from draftsmith.artifacts.errors import (
     from_os_error,
 )
 from draftsmith.artifacts.host import visible_gpus
-from draftsmith.stages.runtime.stage import Parallel
+from draftsmith.stages.runtime.stage import ParallelConfig
 
 _NOTES = "ranks"  # folder in `work`, with one for each launch: what of an earlier one still ends writes into its own
 _TORCHRUN_ID = "none"  # `--rdzv-id` of a torchrun that names none
@@ -96,7 +96,7 @@ def _started(notes: Path) -> dict[int, str]:
 
 
 def run_ranks(
-    parallel: Parallel,
+    parallel: ParallelConfig,
     entry: Callable[..., int],
     request: Mapping[str, Any],
     events: str,
@@ -125,7 +125,12 @@ def _check_devices(processes: int) -> None:
 
 
 def launch(
-    parallel: Parallel, entry: Callable[..., int], arguments: tuple[Any, ...], *, notes: Path, stop: threading.Event
+    parallel: ParallelConfig,
+    entry: Callable[..., int],
+    arguments: tuple[Any, ...],
+    *,
+    notes: Path,
+    stop: threading.Event,
 ) -> None:
     """Run `entry(*arguments)` on this node's ranks; return when all ranks have returned.
 
@@ -181,7 +186,7 @@ def launch(
         raise StageInterrupted("the stage was asked to stop: run the same command to continue from what it saved")
 
 
-def _cause(notes: Path, error: BaseException, parallel: Parallel, *, stopped: bool) -> DraftsmithError:
+def _cause(notes: Path, error: BaseException, parallel: ParallelConfig, *, stopped: bool) -> DraftsmithError:
     """Return the one error that ended all ranks. Ranks that lose another one report that, which is no cause."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError

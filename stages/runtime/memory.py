@@ -28,7 +28,7 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def in_halves(
+def retry_in_halves(
     parts: Sequence[Part], work: Callable[[Sequence[Part]], Sequence[Result]], log: Callable[[str], None]
 ) -> list[Result]:
     """`work(parts)`, one result a part; if the memory does not hold them together, of the first half and the second.
@@ -51,11 +51,11 @@ def in_halves(
 _USUAL, _AT_START = gc.get_threshold(), (50_000, 20, 20)
 
 
-def collect_seldom() -> None:
+def relax_gc() -> None:
     """From here to the work itself: the first progress that a stage reports, the flow of a command."""
     gc.set_threshold(*_AT_START)
 
 
-def collect_as_usual() -> None:
+def restore_gc() -> None:
     """From here on."""
     gc.set_threshold(*_USUAL)

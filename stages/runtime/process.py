@@ -26,8 +26,8 @@ from typing import Any
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted, disk_error_of, from_os_error
 from draftsmith.artifacts.redaction import redact_logs, redacted
-from draftsmith.stages.runtime.memory import collect_as_usual, collect_seldom
-from draftsmith.stages.runtime.stage import Config, Listing, Shard, Stage
+from draftsmith.stages.runtime.memory import relax_gc, restore_gc
+from draftsmith.stages.runtime.stage import Config, InputListing, Shard, Stage
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 METRICS_FILE = "metrics.jsonl"
@@ -92,9 +92,9 @@ class ProcessContext:
     def log(self, message: str) -> None:
         self._events.send("log", message=message)
 
-    def progress(self, done: int, total: int, unit: str, **figures: float) -> None:
-        collect_as_usual()
-        self._events.send("progress", done=done, total=total, unit=unit, figures=figures)
+    def progress(self, done: int, total: int, unit: str, **metrics: float) -> None:
+        restore_gc()
+        self._events.send("progress", done=done, total=total, unit=unit, metrics=metrics)
 
     def metrics(self, step: int, **values: float) -> None:
         values = {name: float(value) for name, value in values.items()}
@@ -122,7 +122,7 @@ class ProcessContext:
             raise StageInterrupted("the stage was asked to stop: run the same command to continue from what it saved")
 
 
-class SilentContext(ProcessContext):
+class SecondaryRankContext(ProcessContext):
     """Of a rank that is not the first: what there is once, the first says and writes."""
 
     def metrics(self, step: int, **values: float) -> None:
@@ -176,7 +176,7 @@ def _asked(
     stage: Stage = importlib.import_module(request["module"]).STAGE
     config = stage.config.model_validate(request["config"])
     if request.get("listing") is not None:
-        config = config.reading(Listing(**request["listing"]))
+        config = config.with_pinned_files(InputListing(**request["listing"]))
     out, work = Path(request["out"]), Path(request["work"])
     out.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
@@ -195,25 +195,25 @@ def run_rank(request: Mapping[str, Any] | None, events_path: str) -> int:
     exit code, and with it all ranks.
     """
     from draftsmith.stages.runtime.launch import RankReport, note_start
-    from draftsmith.stages.runtime.ranks import meet, process_group
+    from draftsmith.stages.runtime.ranks import process_group, rendezvous
 
     redact_logs()
-    collect_seldom()
+    relax_gc()
     keep_freed_memory()
-    stop = stop_when_asked()
+    stop = install_stop_handlers()
     rank = int(os.environ["LOCAL_RANK"])  # of the flow's node, also among all
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     try:
         if request is not None:
             note_start(Path(request["notes"]), rank)
-        store, rank, request = meet(request)
+        store, rank, request = rendezvous(request)
         events = EventStream(os.open(events_path if rank == 0 else os.devnull, os.O_WRONLY))
         if not Path(request["notes"]).is_dir():
             raise DraftsmithError(
                 f"{request['work']} is not on {socket.gethostname()}. Mount DRAFTSMITH_HOME there, under the same path "
                 "as on the node that runs the flow."
             )
-        stage, config, context = _asked(request, events, stop, ProcessContext if rank == 0 else SilentContext)
+        stage, config, context = _asked(request, events, stop, ProcessContext if rank == 0 else SecondaryRankContext)
         with process_group(store, rank):
             stage.run(context, config)
     except StageInterrupted as error:
@@ -256,7 +256,7 @@ def _crash(events: EventStream, error: BaseException) -> int:
     return 1
 
 
-def stop_when_asked() -> threading.Event:
+def install_stop_handlers() -> threading.Event:
     """Set by SIGTERM and SIGINT."""
     stop = threading.Event()
 

@@ -27,30 +27,30 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
-    sharing: int = 1  # neighbours that hold one copy of the target together
+    target_parallel: int = 1  # neighbouring ranks that hold one copy of the target together
 
     @classmethod
-    def here(cls, sharing: int = 1) -> Ranks:
-        """As the process was started. sharing: as the config of its training says, where it is one of several."""
-        return cls(dist.get_rank(), dist.get_world_size(), sharing) if dist.is_initialized() else cls()
+    def current(cls, target_parallel: int = 1) -> Ranks:
+        """Return this process's rank, as the launcher started it. target_parallel: of the training's config."""
+        return cls(dist.get_rank(), dist.get_world_size(), target_parallel) if dist.is_initialized() else cls()
 
     @property
-    def first(self) -> bool:
-        """The one that writes what there is once: checkpoints, metrics, the artifact."""
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which alone writes checkpoints, metrics and the artifact."""
         return self.rank == 0
 
     @property
-    def place(self) -> int:
-        """This one's among those with which it shares the target."""
-        return self.rank % self.sharing
+    def target_index(self) -> int:
+        """The index of this rank among those that share its copy of the target."""
+        return self.rank % self.target_parallel
 
     @property
-    def sharers(self) -> range:
-        """The ranks that hold this one's copy of the target, itself included."""
-        first = self.rank - self.place
-        return range(first, first + self.sharing)
+    def target_group(self) -> range:
+        """The ranks that hold this rank's copy of the target, itself included."""
+        first = self.rank - self.target_index
+        return range(first, first + self.target_parallel)
 
-    def rows(self, lengths: Sequence[int], rank: int | None = None) -> list[int]:
+    def assigned_rows(self, lengths: Sequence[int], rank: int | None = None) -> list[int]:
         """Which rows of a step are this rank's, or another's, in order: dealt by their lengths, there and back, longest
         first.
 
@@ -73,14 +73,14 @@ class Ranks:
         dist.all_gather_object(said, mine)
         return said
 
-    def gather_from_sharers(self, mine: T) -> list[T]:
+    def gather_in_target_group(self, mine: T) -> list[T]:
         """What every rank says with which this one shares the target, in their order."""
-        if self.sharing == 1:
+        if self.target_parallel == 1:
             return [mine]
         said = self.gather(mine)
-        return [said[rank] for rank in self.sharers]
+        return [said[rank] for rank in self.target_group]
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until all are here."""
         self.gather(None)
 
@@ -102,7 +102,7 @@ class Ranks:
                 _gradient(p).copy_(part.view_as(p))
 
     @torch.no_grad()
-    def same_weights(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+    def broadcast_weights(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """The first rank's weights, everywhere."""
         if self.world > 1:
             for parameter in parameters:
@@ -139,7 +139,7 @@ _FLOW = "draftsmith/flow"  # key of the ranks' store: what the node that runs th
 def process_group(store: Store | None = None, rank: int = -1) -> Iterator[None]:
     """Meet the other ranks, as the launcher's environment says; each takes the GPU of its place on the machine.
 
-    store, rank: as `meet` returns them; left out, the environment's.
+    store, rank: as `rendezvous` returns them; left out, the environment's.
     """
     import torch
     from torch import distributed as dist
@@ -156,7 +156,7 @@ def process_group(store: Store | None = None, rank: int = -1) -> Iterator[None]:
     dist.destroy_process_group()  # not of one that failed: others may be gone
 
 
-def meet(request: Mapping[str, Any] | None) -> tuple[Store, int, dict[str, Any]]:
+def rendezvous(request: Mapping[str, Any] | None) -> tuple[Store, int, dict[str, Any]]:
     """Return the store of the ranks, the number of this one, and the request, which one node gives: the flow's.
 
     Its ranks are numbered first. torchrun numbers nodes by their host names.

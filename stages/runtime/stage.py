@@ -1,27 +1,31 @@
-"""The contract between a stage and whoever runs it: its declaration, and what its body may use."""
+"""The contract between a stage and its runner: the stage's declaration, and what its body may use."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Annotated, Any, Protocol, Self
 
-from pydantic import BaseModel, ConfigDict, PrivateAttr
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
-SOURCES = "sources"  # a stage, and the input of another one that reads the files which it lists
-LISTING = "sources.json"  # its file
-INCONCLUSIVE = "inconclusive"  # in a stage's summary: what it measured says nothing, and the next run measures again
-NOT_FETCHED = "not fetched"  # the version of something on the hub that could not be asked for its commit yet
+from draftsmith.artifacts.errors import DraftsmithError
+
+SOURCES = "sources"  # the stage that lists input files, and the input of the stages that read those files
+LISTING_FILE = "sources.json"  # its artifact's file
+INCONCLUSIVE = "inconclusive"  # in a stage's summary: the measurement decides nothing, so the next run repeats it
+NOT_FETCHED = "not fetched"  # version of a hub repository whose commit could not be looked up yet
+RENDEZVOUS = "DRAFTSMITH_RENDEZVOUS"  # environment variable: HOST:PORT of the node that runs the flow
 
 
-class Operational:
-    """Marks a field (`Annotated[int, Operational()]`) that says where or how fast, not what is computed.
+class NotInKey:
+    """Marks a field (`Annotated[int, NotInKey()]`) that says where or how fast a stage runs, not what it computes.
 
-    Such a field is no part of a stage's key: another address or time limit must not make an artifact again.
+    Such a field is left out of the cache key: another address or time limit must not remake an artifact.
     """
 
 
@@ -30,19 +34,19 @@ class FilledIn:
 
 
 @dataclass(frozen=True)
-class Listing:
-    """The files of rows that a stage reads in one run, and where its windows of time begin."""
+class InputListing:
+    """The files of rows that a stage reads in one run, and where its time windows begin."""
 
     files: Sequence[str]  # absolute paths and addresses, sorted
     since: Mapping[str, str]  # window as it was written, such as 7d -> ISO time
 
     @staticmethod
-    def read(folder: Path) -> Listing:
-        """Read an artifact of stage `sources`."""
-        return Listing(**json.loads((folder / LISTING).read_text("utf-8")))
+    def read(folder: Path) -> InputListing:
+        """Read the artifact of stage `sources`."""
+        return InputListing(**json.loads((folder / LISTING_FILE).read_text("utf-8")))
 
-    def text(self) -> str:
-        """Return what the artifact holds."""
+    def to_json(self) -> str:
+        """Return the content of `sources.json`."""
         return json.dumps({"files": self.files, "since": self.since}, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -50,24 +54,25 @@ class Config(BaseModel):
     """Base of every config section: frozen, and an unknown field is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)
-    _listing: Listing | None = PrivateAttr(default=None)
+    _listing: InputListing | None = PrivateAttr(default=None)
 
-    def reading(self, listing: Listing) -> Self:
-        """Return this config reading the files of a listing and no others, though more have come meanwhile."""
+    def with_pinned_files(self, listing: InputListing) -> Self:
+        """Return this config, which then reads the listed files alone even if more have arrived since."""
         pinned = self.model_copy()
         pinned._listing = listing
         return pinned
 
-    def listing(self) -> Listing | None:
-        """Return what `reading` was given; None: all files that are there. Of stage `sources` what is there, then.
+    def list_inputs(self) -> InputListing | None:
+        """Return the pinned listing; None if the stage reads whatever files exist.
 
-        Raises DraftsmithError for a pattern that matches nothing, RetryableError for a bucket that does not answer.
+        The config of stage `sources` lists the files if none are pinned. It raises DraftsmithError for a pattern that
+        matches nothing, and RetryableError for a bucket that does not answer.
         """
         return self._listing
 
     @property
-    def listed_files(self) -> frozenset[str] | None:
-        """The files of the listing."""
+    def pinned_files(self) -> frozenset[str] | None:
+        """The files of the pinned listing; None without one."""
         return None if self._listing is None else frozenset(self._listing.files)
 
     @classmethod
@@ -76,42 +81,88 @@ class Config(BaseModel):
         return [n for n, field in cls.model_fields.items() if any(isinstance(m, FilledIn) for m in field.metadata)]
 
     def key_material(self) -> dict[str, Any]:
-        """What of this config decides the result, as JSON values."""
-        return _decisive(self, self.model_dump(mode="json"))
+        """Return the fields that determine the result, as JSON values, for the cache key."""
+        return _without_unkeyed(self, self.model_dump(mode="json"))
 
     def external_files(self) -> list[Path]:
-        """Files outside the store that the stage reads: their content belongs into its key."""
+        """Return the local files outside the store that the stage reads; their checksums are part of the cache key."""
         return []
 
     def external_versions(self) -> dict[str, str]:
-        """Such files that are not on this machine: address and what changes with the content, which the key holds."""
+        """Return the remote inputs as address -> a version that changes with the content; part of the cache key."""
         return {}
 
     def programs(self) -> dict[str, str]:
-        """Versions of programs of other environments that would decide the result now, as far as they can be asked."""
+        """Return versions of programs in other environments that determine the result, as far as they are known."""
         return {}
 
 
-def _decisive(config: BaseModel, dumped: dict[str, Any]) -> dict[str, Any]:
-    """Return `dumped` without the operational fields of `config` and of the configs directly inside it."""
+def _without_unkeyed(config: BaseModel, dumped: dict[str, Any]) -> dict[str, Any]:
+    """Return `dumped` without the `NotInKey` fields of `config` and of the configs directly inside it."""
     kept = {}
     for name, info in type(config).model_fields.items():
         value = getattr(config, name)
-        if any(isinstance(mark, Operational) for mark in info.metadata):
+        if any(isinstance(mark, NotInKey) for mark in info.metadata):
             continue
-        kept[name] = _decisive(value, dumped[name]) if isinstance(value, BaseModel) else dumped[name]
+        kept[name] = _without_unkeyed(value, dumped[name]) if isinstance(value, BaseModel) else dumped[name]
     return kept
+
+
+class ParallelConfig(Config):
+    """The processes that train one drafter together.
+
+    They divide the answers of every step among them. Each process has one device, the target and the drafter.
+    """
+
+    processes: Annotated[int, Field(ge=1, description="on each node; with GPUs one each")] = 1
+    nodes: Annotated[int, Field(ge=1, description="the others run `torchrun`, see configs/scale/README.md")] = 1
+    target_parallel: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="processes of a node that share one copy of the target, each with a slice of every layer; for "
+            "a target that leaves too little memory on a GPU for training",
+        ),
+    ] = 1
+    shard_optimiser: Annotated[
+        bool, Field(description="AdamW's two moments, 8 bytes a parameter, are split over the processes")
+    ] = False
+
+    @model_validator(mode="after")
+    def _check_target_groups(self) -> ParallelConfig:
+        if self.processes % self.target_parallel:
+            raise ValueError(
+                f"target_parallel: {self.processes} processes cannot be divided into groups of {self.target_parallel}. "
+                "Set a number that divides processes."
+            )
+        return self
+
+    @property
+    def world(self) -> int:
+        """The number of processes on all nodes."""
+        return self.processes * self.nodes
+
+    def endpoint(self) -> tuple[str, int]:
+        """Return the host and port where the nodes meet. Raises DraftsmithError if the environment has no valid one."""
+        address = os.environ.get(RENDEZVOUS) or ""
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdecimal():
+            problem = f"is {address!r}" if address else "is not set"
+            raise DraftsmithError(
+                f"parallel.nodes: {RENDEZVOUS} {problem}. Set it to HOST:PORT of the node that runs the flow."
+            )
+        return host, int(port)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One of several parts of a stage's work, which are made beside each other. Every process cuts them alike."""
+    """One of several shards of a stage's work, which are made concurrently. Every process divides the work alike."""
 
     index: int = 0
     of: int = 1
 
-    def takes(self, number: int) -> bool:
-        """Whether a piece of the work, counted from 0, is in it."""
+    def contains(self, number: int) -> bool:
+        """Return whether the unit of work with this number, counted from 0, belongs to the shard."""
         return number % self.of == self.index
 
 
@@ -119,39 +170,39 @@ WHOLE = Shard()
 
 
 class StageContext(Protocol):
-    """What a stage may use: `stages/runtime/process.py` implements it for a run, plain objects do for tests."""
+    """The services of a running stage. `runtime/process.py` implements them for a run; tests use plain objects."""
 
     out: Path  # its content becomes the artifact; kept between attempts until the artifact is complete
-    work: Path  # shards and checkpoints of an unfinished attempt; dropped when the artifact is complete
+    work: Path  # files and checkpoints of an unfinished attempt; deleted when the artifact is complete
     inputs: Mapping[str, Path]  # input name -> folder of a complete artifact
     seed: int
-    shards: Sequence[Path]  # artifacts of all shards of this stage's work; none: nobody has made them
+    shards: Sequence[Path]  # artifacts of all shards of this stage's work; empty if it was not divided
 
     def log(self, message: str) -> None:
-        """One line for the log of the run."""
+        """Write one line to the log of the run."""
 
-    def progress(self, done: int, total: int, unit: str, **figures: float) -> None:
-        """Work done so far; the runner adds rate and time left. `figures` are shown beside it, e.g. loss=2.1."""
+    def progress(self, done: int, total: int, unit: str, **metrics: float) -> None:
+        """Report the work done so far; the runner adds rate and time left. metrics: shown beside it, e.g. loss=2.1."""
 
     def metrics(self, step: int, **values: float) -> None:
-        """Values over steps (written to `metrics.jsonl`, and to MLflow by the flow)."""
+        """Record values over steps, in `metrics.jsonl` and, by the flow, in MLflow."""
 
     def rewind_metrics(self, step: int) -> None:
-        """Drop metrics at `step` and later: a resumed stage writes them again."""
+        """Drop the metrics of `step` and later: a resumed stage writes them again."""
 
     def summary(self, **values: float) -> None:
-        """Final figures of the stage: kept in the manifest, shown in the plan and in MLflow."""
+        """Record the final metrics of the stage, for its manifest, the plan and MLflow."""
 
     @property
     def interrupted(self) -> bool:
-        """Was the stage asked to stop? Save, then call `check_interrupted`."""
+        """Whether the stage was asked to stop. It should then save and call `check_interrupted`."""
 
     def check_interrupted(self) -> None:
         """Raise `StageInterrupted` if the stage was asked to stop. Call it where everything is saved."""
 
 
-def follow(ctx: StageContext, unit: str) -> Callable[[int, int], None]:
-    """For a loop that knows no stage: shows how far it is, and ends it between two parts if that was asked for."""
+def progress_callback(ctx: StageContext, unit: str) -> Callable[[int, int], None]:
+    """Return a callback (done, total) for code that does not know stages: it reports progress and stops when asked."""
 
     def progress(done: int, total: int) -> None:
         ctx.progress(done, total, unit)
@@ -161,33 +212,11 @@ def follow(ctx: StageContext, unit: str) -> Callable[[int, int], None]:
 
 
 class Compute(StrEnum):
-    """What a stage needs of the machine's devices."""
+    """The kind of work that a stage does, by what it needs of the machine's devices."""
 
     LIGHT = "light"  # tables and files
     HEAVY = "heavy"  # loads a model
-    TIMED = "timed"  # measures speed: nothing else may compute there
-
-
-class Parallel(Protocol):
-    """How many processes run a stage together (`stages/runtime/parallel_config.py`)."""
-
-    @property
-    def processes(self) -> int:
-        """On each node."""
-
-    @property
-    def nodes(self) -> int: ...
-
-    @property
-    def target_parallel(self) -> int:
-        """That share one copy of the target."""
-
-    @property
-    def world(self) -> int:
-        """In all."""
-
-    def endpoint(self) -> tuple[str, int]:
-        """Host and port where nodes meet. Raises DraftsmithError if nobody says it."""
+    TIMED = "timed"  # measures speed: nothing else may compute on the device
 
 
 @dataclass(frozen=True)
@@ -196,23 +225,23 @@ class Stage:
 
     name: str
     config: type[Config]
-    inputs: tuple[str, ...]  # names of the artifacts that it reads; "name?": optional, "name*": all that begin so
-    body: str  # module whose function `run(ctx, config)` does the work; imported by the stage's own process alone
+    inputs: tuple[str, ...]  # names of the artifacts that it reads; "name?": optional, "name*": all with this prefix
+    body: str  # module with `run(ctx, config)`, which does the work; only the stage's own process imports it
     # Cheap checks of the config against the resolved target (folder with target.json); no weights are loaded.
     preflight: Callable[[Any, Path], None] | None = None
-    compute: Compute | Callable[[Any], Compute] = Compute.LIGHT  # or what says it of a config
-    # How many processes run it together, as ranks that know each other; left out: one.
-    parallel: Callable[[Any], Parallel] | None = None
-    # Files that are no part of the content: timings, origins.
+    compute: Compute | Callable[[Any], Compute] = Compute.LIGHT  # or a function of the config that returns it
+    # Returns how many processes run the stage together, as ranks; None: always one.
+    parallel: Callable[[Any], ParallelConfig] | None = None
+    # Files that are not part of the content id, such as timings.
     volatile: tuple[str, ...] = field(default=("metrics.jsonl",))
-    # Inputs of which it reads volatile files too. Where these were measured anew, with the same content, it is made
-    # again under its key.
+    # Inputs whose volatile files it reads too. If these were measured again and the content stayed the same, the stage
+    # is run again under its key.
     reads_volatile: tuple[str, ...] = ()
-    # Whether the body has `shard(ctx, config, shard)`, which makes one shard of the work as an artifact of its own, in
-    # another process or on another host. `run` then finds all of them in `StageContext.shards` and makes of them what
-    # it makes alone, to the bit, however many there are.
+    # Whether the body has `shard(ctx, config, shard)`, which makes one shard of the work as an artifact, in another
+    # process or on another host. `run` then finds all shards in `StageContext.shards`, and its result is the same to
+    # the bit as without them, however many there are.
     sharded: bool = False
-    joins: Compute | None = None  # what `run` needs where shards have done the rest; None: as without them
+    join_compute: Compute | None = None  # what `run` needs if it finds shards; None: the same as without them
 
     def run(self, ctx: StageContext, config: Config) -> None:
         """Do the work in this process."""
@@ -222,6 +251,6 @@ class Stage:
         """Make one shard of the work in this process."""
         importlib.import_module(self.body).shard(ctx, config, shard)
 
-    def computes(self, config: Config) -> Compute:
-        """What it needs with this config."""
+    def compute_for(self, config: Config) -> Compute:
+        """Return what the stage needs with this config."""
         return self.compute if isinstance(self.compute, Compute) else self.compute(config)

@@ -3,7 +3,7 @@
 A percentile bootstrap over few units is too narrow. The jackknife with Student's t keeps what it says with four prompts
 too, needs no seed, and gives the same interval every time. Its degrees of freedom are those of the effective number of
 units: with n - 1, long answers that outweigh short ones made it say "different" of equals in 6 to 7 % instead of 5 %.
-What was repeated on a sample of prompts has both errors (`together`).
+What was repeated on a sample of prompts has both errors (`combine_errors`).
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ def jackknife(statistic: Callable[..., np.ndarray], *samples: np.ndarray) -> Est
     return Estimate(value, error, units, max(_FEWEST_DEGREES, 1 / float((weights**2).sum()) - 1))
 
 
-def mean(values: np.ndarray) -> Estimate:
+def mean_estimate(values: np.ndarray) -> Estimate:
     """The mean of independent values [units]."""
     units = len(values)
     error = float(values.std(ddof=1)) / math.sqrt(units) if units > 1 else math.nan
     return Estimate(float(values.mean()), error, units, units - 1.0)
 
 
-def together(repeated: Estimate, sampled: Estimate) -> Estimate:
+def combine_errors(repeated: Estimate, sampled: Estimate) -> Estimate:
     """The value of the first with the errors of both: of its repetitions, and of the sample that all of them used.
 
     Welch and Satterthwaite's degrees of freedom. What varies from observation to observation is in both errors, so the
@@ -81,7 +81,7 @@ def together(repeated: Estimate, sampled: Estimate) -> Estimate:
     return Estimate(repeated.value, error, repeated.units, degrees)
 
 
-def sums_of(keys: Sequence[Hashable], values: np.ndarray) -> np.ndarray:
+def sum_by_key(keys: Sequence[Hashable], values: np.ndarray) -> np.ndarray:
     """[units] sums of the values that have the same key, in the order in which keys first come.
 
     Several answers to one prompt are no independent units: together they are one.
@@ -110,6 +110,6 @@ def ratio_gain(
     return numerator / denominator / (other_numerator / other_denominator) - 1
 
 
-def simultaneous(count: int) -> float:
+def simultaneous_level(count: int) -> float:
     """Level of each of `count` intervals that hold together at `CONFIDENCE` (Bonferroni: whatever their dependence)."""
     return 1 - (1 - CONFIDENCE) / max(1, count)

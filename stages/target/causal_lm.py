@@ -87,7 +87,7 @@ class Target:
                     f"target {path}: does not fit into the GPU's free memory ({one_line(error, 200)}): see what else "
                     "holds it, or choose a device by CUDA_VISIBLE_DEVICES (empty: the CPU)"
                 ) from error
-            if ranks.sharing > 1 or disk_error_of(error) or out_of_memory(error) or "CUDA error" in str(error):
+            if ranks.target_parallel > 1 or disk_error_of(error) or out_of_memory(error) or "CUDA error" in str(error):
                 raise
             raise DraftsmithError(
                 f"target {path}: {info.architecture} cannot be read part by part as it is done here "
@@ -104,7 +104,7 @@ class Target:
             torch.backends.cudnn.allow_tf32 = False  # convolutions of recurrent layers too are float32
         try:
             loaded: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": register()}
-            if ranks.sharing > 1:
+            if ranks.target_parallel > 1:
                 model = load_part(path, ranks, device, **loaded)
             else:
                 kind = model_class(AutoConfig.from_pretrained(path, local_files_only=True))
@@ -115,9 +115,9 @@ class Target:
                 raise
             raise DraftsmithError(f"target {path}: cannot be loaded ({error}); rerun stage 'target'") from error
         model = causal_lm_of(model)
-        if ranks.sharing == 1:
+        if ranks.target_parallel == 1:
             pack(decoder_of(model))
-        return cls(model, tokenizer, info, ranks.sharing)
+        return cls(model, tokenizer, info, ranks.target_parallel)
 
     @classmethod
     def of(cls, source: str | Path, dtype: Dtype = "bfloat16", device: str | None = None) -> Target:

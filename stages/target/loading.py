@@ -130,14 +130,14 @@ def load_part(folder: Path, ranks: Ranks, device: str, **arguments: Any) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.auto_factory import _get_model_class
 
-    check_divides(folder, ranks.sharing)
+    check_divides(folder, ranks.target_parallel)
     from transformers.distributed import DistributedConfig
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     kind = _get_model_class(config, model_class(config)._model_mapping)
     where = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
     mesh = init_device_mesh(
-        where.type, (ranks.world // ranks.sharing, ranks.sharing), mesh_dim_names=("data", "target")
+        where.type, (ranks.world // ranks.target_parallel, ranks.target_parallel), mesh_dim_names=("data", "target")
     )
 
     class Part(kind):  # type: ignore[misc, valid-type]
@@ -152,7 +152,7 @@ def load_part(folder: Path, ranks: Ranks, device: str, **arguments: Any) -> Any:
             self._tp_plan = _plan_of(self)
 
     Part.__name__, Part.__qualname__, Part.__module__ = kind.__name__, kind.__qualname__, kind.__module__
-    return load_weights(Part, folder, distributed_config=DistributedConfig(tp_size=ranks.sharing), **arguments)
+    return load_weights(Part, folder, distributed_config=DistributedConfig(tp_size=ranks.target_parallel), **arguments)
 
 
 @dataclass(frozen=True)

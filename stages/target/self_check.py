@@ -47,8 +47,8 @@ def check_agreement(target: Any, where: str, ranks: Ranks = ALONE) -> None:
         found["cached forwards of one token"] = (_in_parts(target, ids, 1), plain[:, _READ:])
     else:
         found["forwards over a tree"] = _branches(target, ids, plain)
-    if ranks.sharing > 1:
-        found["hidden states of a part"] = (plain.cpu(), ranks.gather_from_sharers(plain.cpu())[0])
+    if ranks.target_parallel > 1:
+        found["hidden states of a part"] = (plain.cpu(), ranks.gather_in_target_group(plain.cpu())[0])
     for what, (ours, theirs) in found.items():
         off = ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).median()
         if not off <= _TOLERANCE[target.dtype]:  # NaN too

@@ -58,7 +58,7 @@ class Portion:
     @classmethod
     def of_rank(cls, trajectories: Sequence[Trajectory], ranks: Ranks, device: torch.device) -> Portion:
         """Of all trajectories of a step those that this rank trains."""
-        rows = ranks.rows([len(t.tokens) for t in trajectories])
+        rows = ranks.assigned_rows([len(t.tokens) for t in trajectories])
         return cls(rows, len(trajectories), pad_tokens(trajectories, device), ranks)
 
 
@@ -115,12 +115,12 @@ class FeatureSource:
 
     def own(self, indices: Sequence[int], ranks: Ranks) -> list[int]:
         """Those of a step's trajectories that this rank trains."""
-        return [indices[row] for row in ranks.rows(self._lengths[list(indices)].tolist())]
+        return [indices[row] for row in ranks.assigned_rows(self._lengths[list(indices)].tolist())]
 
     def shared(self, indices: Sequence[int], ranks: Ranks) -> list[int]:
         """Those of a step's trajectories that any rank trains which shares the target with this one."""
         lengths = self._lengths[list(indices)].tolist()
-        rows = sorted(row for rank in ranks.sharers for row in ranks.rows(lengths, rank))
+        rows = sorted(row for rank in ranks.target_group for row in ranks.assigned_rows(lengths, rank))
         return [indices[row] for row in rows]
 
     def prefetch(self, indices: Sequence[int]) -> None:

@@ -10,8 +10,7 @@ from pydantic import Field, model_validator
 from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.drafters.registry import DrafterConfig
 from draftsmith.stages.replay.options import TokensPerForward
-from draftsmith.stages.runtime.parallel_config import ParallelConfig
-from draftsmith.stages.runtime.stage import NOT_FETCHED, Config, Operational
+from draftsmith.stages.runtime.stage import NOT_FETCHED, Config, NotInKey, ParallelConfig
 from draftsmith.stages.training.loss_config import LossConfig, LossName, PositionWeights, ResponseStream, loss_file
 
 if TYPE_CHECKING:
@@ -29,12 +28,12 @@ class OptimiserConfig(Config):
     compute_dtype: Annotated[
         Literal["bfloat16", "float32"], Field(description="weights stay float32; bfloat16 = autocast")
     ] = "bfloat16"
-    checkpoint_every: Annotated[int, Field(ge=1, description="steps"), Operational()] = 100
+    checkpoint_every: Annotated[int, Field(ge=1, description="steps"), NotInKey()] = 100
     checkpoint_minutes: Annotated[
-        float, Field(gt=0, description="at most so long apart too: what a killed training loses"), Operational()
+        float, Field(gt=0, description="at most so long apart too: what a killed training loses"), NotInKey()
     ] = 10
     # No part of the key, as a micro-batch is not: what several processes train is what one trains but for rounding.
-    parallel: Annotated[ParallelConfig, Operational()] = ParallelConfig()
+    parallel: Annotated[ParallelConfig, NotInKey()] = ParallelConfig()
 
 
 class TrainingConfig(OptimiserConfig):
@@ -55,7 +54,7 @@ class TrainingConfig(OptimiserConfig):
     feature_memory_mb: Annotated[
         float,
         Field(gt=0, description="target features kept in memory; if it does not hold all, rounding differs"),
-        Operational(),
+        NotInKey(),
     ] = 2048.0
     tokens_per_target_forward: TokensPerForward = 2048
     micro_batch_tokens: Annotated[
@@ -65,7 +64,7 @@ class TrainingConfig(OptimiserConfig):
             description="of trajectories and blocks that go through the drafter at once; a step of more is split, with "
             "the same loss but for rounding; left out: what fits by the estimate of memory",
         ),
-        Operational(),
+        NotInKey(),
     ] = None
 
     @model_validator(mode="after")

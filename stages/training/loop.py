@@ -193,12 +193,12 @@ def _save(
 ) -> None:
     """Of the first rank; all are here when it is there."""
     moments = whole_state(optimiser, ranks)
-    if ranks.first:
+    if ranks.is_main:
         state = {"totals": totals, "drafter": drafter.state_dict(), "optimiser": moments}
         if memory is not None:
             state["memory"] = memory.state_dict()
         save_checkpoint(ctx.work, step, state)
-    ranks.wait()
+    ranks.barrier()
 
 
 def _restore(
@@ -212,9 +212,9 @@ def _restore(
 
     Raises RetryableError if ranks see others: the disk of a node may lag behind.
     """
-    found = load_checkpoint(ctx.work, ctx.log) if ranks.first else None
-    ranks.wait()  # what is damaged has been set aside
-    if not ranks.first:
+    found = load_checkpoint(ctx.work, ctx.log) if ranks.is_main else None
+    ranks.barrier()  # what is damaged has been set aside
+    if not ranks.is_main:
         found = load_checkpoint(ctx.work, ctx.log)
     seen = ranks.gather(0 if found is None else found[0])
     if len(set(seen)) > 1:
@@ -222,7 +222,7 @@ def _restore(
             f"{ctx.work}: ranks see checkpoints of the steps {sorted(set(seen))}: all nodes must see the same files"
         )
     if found is None:
-        ranks.same_weights(drafter.parameters())
+        ranks.broadcast_weights(drafter.parameters())
         return 0, {}
     step, state = found
     drafter.load_state_dict(state["drafter"])
@@ -325,4 +325,4 @@ def whole_state(optimiser: torch.optim.Optimizer, ranks: Ranks) -> dict[str, Any
     consolidate = getattr(optimiser, "consolidate_state_dict", None)
     if consolidate is not None:
         consolidate(to=0)
-    return optimiser.state_dict() if ranks.first else None
+    return optimiser.state_dict() if ranks.is_main else None

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from draftsmith.stages.runtime.parallel_config import ParallelConfig
 from draftsmith.stages.runtime.ranks import Ranks, process_group
+from draftsmith.stages.runtime.stage import ParallelConfig
 from draftsmith.stages.training.config import TrainingConfig
 from draftsmith.stages.training.loop import make_optimiser, restore, whole_state
 
@@ -37,14 +37,14 @@ def group(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def test_what_is_sent_arrives(group: str) -> None:
     backends = dict(each.split(":") for each in dist.get_backend_config().split(","))
     assert (backends["cpu"], backends[group]) == ("gloo", "gloo" if group == "cpu" else "nccl")
-    assert Ranks.here() == Ranks(0, 1)
+    assert Ranks.current() == Ranks(0, 1)
     assert SENDING.gather({"loss": 1.5}) == [{"loss": 1.5}] * 2
     used, unused = (torch.nn.Parameter(torch.arange(6.0, device=group).view(2, 3)) for _ in range(2))
     used.grad = torch.full_like(used, 0.25)
     SENDING.sum_gradients([used, unused])
     assert used.grad.tolist() == [[0.25] * 3] * 2
     assert unused.grad is None
-    SENDING.same_weights([used])
+    SENDING.broadcast_weights([used])
     assert used.flatten().tolist() == list(range(6))
 
 

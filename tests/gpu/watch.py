@@ -28,9 +28,9 @@ class Timed(RecordingContext):
     ends: list[float] = field(default_factory=list)
     after_step: Callable[[], object] = lambda: None
 
-    def progress(self, done: int, total: int, unit: str, **figures: float) -> None:
+    def progress(self, done: int, total: int, unit: str, **metrics: float) -> None:
         harness.drain()
-        super().progress(done, total, unit, **figures)
+        super().progress(done, total, unit, **metrics)
         self.ends.append(time.perf_counter())
         self.after_step()
 

@@ -16,7 +16,7 @@ from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.stats import Tally
-from draftsmith.stages.runtime.statistics import jackknife, sums_of
+from draftsmith.stages.runtime.statistics import jackknife, sum_by_key
 from draftsmith.stages.target.causal_lm import Target
 
 HEAD = ("arm", "steps", "positions", "seconds", "tau", "of the seeds", "to the control", "95 %", "gain")
@@ -67,7 +67,7 @@ def rows(
         others = tallies.get((control, steps), []) if control is not None and arm != control else []
         if others:
             parts = [part for seed in (*seeds, *others) for part in (seed.committed, seed.steps)]
-            estimate = jackknife(_mean_difference, *(sums_of(units, part) for part in parts))
+            estimate = jackknife(_mean_difference, *(sum_by_key(units, part) for part in parts))
             ends = estimate.interval()
             gain = estimate.value / float(np.mean([other.tau for other in others]))
             interval = f"[{ends[0]:+.3f}, {ends[1]:+.3f}]" if ends is not None else ""

@@ -37,7 +37,7 @@ class RecordingContext:
     def log(self, message: str) -> None:
         self.logs.append(message)
 
-    def progress(self, done: int, total: int, unit: str, **figures: float) -> None:  # noqa: ARG002
+    def progress(self, done: int, total: int, unit: str, **metrics: float) -> None:  # noqa: ARG002
         self.progressed.append((done, total, unit))
 
     def metrics(self, step: int, **values: float) -> None:
@@ -66,8 +66,8 @@ class StoppingContext(RecordingContext):
     unit: str | None = None  # None: whatever is counted
     act: Callable[[], None] | None = None  # instead of asking it to stop
 
-    def progress(self, done: int, total: int, unit: str, **figures: float) -> None:
-        super().progress(done, total, unit, **figures)
+    def progress(self, done: int, total: int, unit: str, **metrics: float) -> None:
+        super().progress(done, total, unit, **metrics)
         if self.stop_after is None or done < self.stop_after or self.unit not in (None, unit):
             return
         self.stop_after = None

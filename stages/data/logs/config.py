@@ -136,7 +136,7 @@ class LogsConfig(Config):
     def files(self) -> list[str]:
         """The logs, in the order in which they are read. Raises DraftsmithError for a path, folder or glob without
         any."""
-        return matched(self.paths, _PATHS, self.listed_files)
+        return matched(self.paths, _PATHS, self.pinned_files)
 
     @property
     def to_list(self) -> SourcesConfig | None:
@@ -145,8 +145,8 @@ class LogsConfig(Config):
 
     def external_files(self) -> list[Path]:
         """The logs on this machine. Raises DraftsmithError for a path, folder or glob without any."""
-        return local_files(self.paths, _PATHS, self.listed_files)
+        return local_files(self.paths, _PATHS, self.pinned_files)
 
     def external_versions(self) -> dict[str, str]:
         """The logs elsewhere, with their versions."""
-        return remote_versions(self.paths, _PATHS, self.listed_files)
+        return remote_versions(self.paths, _PATHS, self.pinned_files)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.runtime.stage import Config, Operational, Stage, StageContext
+from draftsmith.stages.runtime.stage import Config, NotInKey, Stage, StageContext
 
 if TYPE_CHECKING:
     from draftsmith.artifacts.store.local import Store
@@ -24,7 +24,7 @@ TABLE = "trajectories.parquet"
 class EarlierConfig(Config):
     """Answers of a refresh that promoted its drafter."""
 
-    folder: Annotated[str, Operational()]
+    folder: Annotated[str, NotInKey()]
     """Of the artifact that holds them."""
     sha256: str
     """Of their table."""

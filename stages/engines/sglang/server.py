@@ -18,7 +18,7 @@ from draftsmith.artifacts.host import all_gpus
 from draftsmith.artifacts.redaction import MASK
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import LaunchConfig, OptionValue, SGLangEngineConfig, option_name
-from draftsmith.stages.runtime.child_process import ChildProcess, tail
+from draftsmith.stages.runtime.child_process import ChildProcess, last_lines
 
 # What runs inside the servers (pyproject's entry point). Answers' records are its work: named here, it counts in the
 # code's digest of every stage that asks servers.
@@ -201,7 +201,7 @@ class ServerProcess:
 
     def tail(self) -> str:
         """Return the last lines of the log."""
-        return self._without_key(tail(self.log_path))
+        return self._without_key(last_lines(self.log_path))
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._api_key, MASK) if self._api_key else text

@@ -24,7 +24,7 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
     from draftsmith.stages.training.opd.mined_table import load_mined
     from draftsmith.stages.training.opd.trainer import OpdTraining
 
-    ranks = Ranks.here(config.parallel.target_parallel)
+    ranks = Ranks.current(config.parallel.target_parallel)
     stored = load_trajectories(ctx.inputs["trajectories"])
     target = Target.load(ctx.inputs["target"], ranks=ranks)
     folder = ctx.inputs["drafter"] / DRAFTER_FOLDER
@@ -46,7 +46,7 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
     blocks = config.anchors_per_sequence * drafter.block_size  # tokens of a row beside its trajectory
     micro_batches = MicroBatches(training.micro_batches, limit, blocks, ctx.log, ctx.work)
     totals = train(ctx, drafter, config, micro_batches, training.source, ranks)
-    if not ranks.first:
+    if not ranks.is_main:
         return
     drafter.info = DrafterInfo(
         target_digest=target.info.digest,

@@ -146,11 +146,11 @@ def all_scored(
             trajectory, trace, place = _asked(part, row, proposals)
             asked.append((trajectory, trace))
             places.append(place)
-    of_ranks = ranks.gather_from_sharers(asked)
+    of_ranks = ranks.gather_in_target_group(asked)
     everything = [each for of_rank in of_ranks for each in of_rank]
     texts, traces = [text for text, _ in everything], [trace for _, trace in everything]
     scores = score(target, texts, traces, tokens_per_forward) if everything else []
-    before = sum(map(len, of_ranks[: ranks.place]))
+    before = sum(map(len, of_ranks[: ranks.target_index]))
     mine = iter(zip(scores[before : before + len(asked)], places, strict=True))
     found = []
     for part in parts:

@@ -8,8 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.runtime.parallel_config import ParallelConfig
-from draftsmith.stages.runtime.stage import Compute, Stage, StageContext
+from draftsmith.stages.runtime.stage import Compute, ParallelConfig, Stage, StageContext
 from draftsmith.stages.training.config import SftConfig
 
 _TRAINED = ("blocks", "positions")
@@ -51,7 +50,7 @@ def run(ctx: StageContext, config: SftConfig) -> None:
     from draftsmith.stages.training.loop import MicroBatches, train
     from draftsmith.stages.training.sft.trainer import SftTraining
 
-    ranks = Ranks.here(config.parallel.target_parallel)
+    ranks = Ranks.current(config.parallel.target_parallel)
     start = _start(ctx, config)
     stored = load_trajectories(ctx.inputs["trajectories"])
     target = Target.load(ctx.inputs["target"], ranks=ranks)
@@ -84,7 +83,7 @@ def run(ctx: StageContext, config: SftConfig) -> None:
     blocks = config.anchors_per_sequence * drafter.block_size  # tokens of a row beside its trajectory
     micro_batches = MicroBatches(training.micro_batches, limit, blocks, ctx.log, ctx.work)
     totals = train(ctx, drafter, config, micro_batches, ranks=ranks)
-    if not ranks.first:
+    if not ranks.is_main:
         return
     drafter.info = DrafterInfo(
         target_digest=target.info.digest,

@@ -12,7 +12,7 @@ from draftsmith.flows.checks import engines as parallel
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.planning.graph import Node
 from draftsmith.stages.engines.rollout import RolloutConfig
-from draftsmith.stages.runtime.parallel_config import RENDEZVOUS
+from draftsmith.stages.runtime.stage import RENDEZVOUS
 from draftsmith.stages.training.config import OpdConfig, SftConfig
 
 

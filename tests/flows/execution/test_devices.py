@@ -100,8 +100,8 @@ def test_a_part_of_a_gpu_is_visible_by_its_own_name(folder: Path) -> None:
 
 def test_what_stages_need() -> None:
     given = {"engine": {"kind": "sglang", "urls": ["http://host:1"]}}
-    assert ROLLOUT.computes(RolloutConfig.model_validate(given)) is Compute.LIGHT
-    assert ROLLOUT.computes(RolloutConfig()) is Compute.HEAVY
-    assert SFT.computes(SFT.config()) is Compute.HEAVY
-    assert EVALUATION.computes(EVALUATION.config()) is Compute.TIMED
-    assert GATE.computes(GATE.config()) is Compute.LIGHT
+    assert ROLLOUT.compute_for(RolloutConfig.model_validate(given)) is Compute.LIGHT
+    assert ROLLOUT.compute_for(RolloutConfig()) is Compute.HEAVY
+    assert SFT.compute_for(SFT.config()) is Compute.HEAVY
+    assert EVALUATION.compute_for(EVALUATION.config()) is Compute.TIMED
+    assert GATE.compute_for(GATE.config()) is Compute.LIGHT

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from draftsmith.artifacts.errors import DraftsmithError, RefusedError
-from draftsmith.stages.runtime.parallel_config import ParallelConfig
+from draftsmith.stages.runtime.stage import ParallelConfig
 from tests.flows.processes import ROOT
 
 SERVICE, JOB = yaml.safe_load_all((ROOT / "configs" / "scale" / "four-nodes-kubernetes.yml").read_text("utf-8"))

@@ -34,7 +34,7 @@ from draftsmith.stages.data import listing, time_window
 from draftsmith.stages.data.listing import SourcesConfig
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.prompts import PromptsConfig
-from draftsmith.stages.runtime.stage import LISTING, Listing
+from draftsmith.stages.runtime.stage import LISTING_FILE, InputListing
 from draftsmith.stages.target.config import TargetConfig
 from tests.flows.toy import TOY, ToyConfig, write_config
 from tests.testbed.context import RecordingContext
@@ -99,7 +99,9 @@ class Home:
             (context.work / "saved").touch()
             raise RetryableError("the bucket does not answer")
         config = stage.config.model_validate(request.config)
-        stage.run(context, config if request.listing is None else config.reading(Listing(**request.listing)))
+        stage.run(
+            context, config if request.listing is None else config.with_pinned_files(InputListing(**request.listing))
+        )
         return StageOutcome(0.1, dict(context.summaries))
 
 
@@ -244,11 +246,11 @@ def test_a_window_begins_where_it_began_when_the_files_were_listed(
     config = logs(tmp_path / "logs", since="12h")
     sources = config.to_list
     assert sources is not None
-    then, key, began = sources.listing(), external_digests(sources), config.since_time
+    then, key, began = sources.list_inputs(), external_digests(sources), config.since_time
     Clock.at = datetime(2026, 3, 3, 8, 0, tzinfo=UTC)
     assert config.since_time != began and external_digests(sources) != key
-    assert config.reading(then).since_time == began
-    source = prompts(tmp_path / "logs", since="12h").reading(then).sources[0]
+    assert config.with_pinned_files(then).since_time == began
+    source = prompts(tmp_path / "logs", since="12h").with_pinned_files(then).sources[0]
     assert getattr(source, "since_time") == began  # noqa: B009 (of one kind of source)
 
 
@@ -261,12 +263,12 @@ def test_a_listing_names_files_here_and_in_buckets(tmp_path: Path, monkeypatch: 
     assert config.to_list == sources
     try:
         system.pipe_file("/listed/0.jsonl", b"{}\n")
-        (tmp_path / LISTING).write_text(sources.listing().text())
-        listed = Listing.read(tmp_path)
+        (tmp_path / LISTING_FILE).write_text(sources.list_inputs().to_json())
+        listed = InputListing.read(tmp_path)
         system.pipe_file("/listed/1.jsonl", b"{}\n")
         (tmp_path / "b.jsonl").write_text("{}\n")
-        assert len(sources.listing().files) == 4
-        pinned = config.reading(listed)
+        assert len(sources.list_inputs().files) == 4
+        pinned = config.with_pinned_files(listed)
         assert len(pinned.files()) == 2 and pinned.external_files() == [tmp_path / "a.jsonl"]
         assert list(pinned.external_versions()) == [listed.files[-1]]
         assert pinned.model_copy(update={"rows": 3}).files() == pinned.files()
@@ -274,6 +276,6 @@ def test_a_listing_names_files_here_and_in_buckets(tmp_path: Path, monkeypatch: 
         busy = OSError("503 Slow Down")
         monkeypatch.setattr(type(system), "glob", lambda *_, **__: (_ for _ in ()).throw(busy))
         with pytest.raises(RetryableError):
-            sources.listing()
+            sources.list_inputs()
     finally:
         system.rm("/listed", recursive=True)

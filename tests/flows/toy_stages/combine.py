@@ -23,7 +23,7 @@ class CombineConfig(Config):
         return SourcesConfig.of([self.addends], "addends", []) if self.addends is not None else None
 
     def external_files(self) -> list[Path]:
-        several = local_files([self.addends], "addends", self.listed_files) if self.addends is not None else []
+        several = local_files([self.addends], "addends", self.pinned_files) if self.addends is not None else []
         return several if self.addend is None else [self.addend, *several]
 
 

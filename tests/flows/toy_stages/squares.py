@@ -20,7 +20,7 @@ def shard(context: StageContext, config: SquaresConfig, part: Shard) -> None:
     _note(config, f"{part.index + 1} of {part.of}, device {os.environ.get('CUDA_VISIBLE_DEVICES', 'any')}")
     if part.index == 1 and config.die is not None and config.die.exists():
         os.kill(os.getpid(), signal.SIGKILL)
-    _write(context, {n: n * n for n in range(config.numbers) if part.takes(n)})
+    _write(context, {n: n * n for n in range(config.numbers) if part.contains(n)})
 
 
 def run(context: StageContext, config: SquaresConfig) -> None:
@@ -28,7 +28,7 @@ def run(context: StageContext, config: SquaresConfig) -> None:
     found: dict[int, int] = {}
     for folder in context.shards:
         found |= {int(n): square for n, square in json.loads((folder / "squares.json").read_text()).items()}
-    _write(context, found or {n: n * n for n in range(config.numbers) if WHOLE.takes(n)})
+    _write(context, found or {n: n * n for n in range(config.numbers) if WHOLE.contains(n)})
 
 
 def _write(context: StageContext, squares: dict[int, int]) -> None:
@@ -50,5 +50,5 @@ STAGE = Stage(
     body=__name__,
     compute=Compute.HEAVY,
     sharded=True,
-    joins=Compute.LIGHT,
+    join_compute=Compute.LIGHT,
 )

@@ -138,9 +138,9 @@ def test_a_group_that_the_memory_does_not_hold_is_replayed_in_halves(
 
     (mined,) = Replayer(plain_target).mine(plain_drafter, TEXTS)
     monkeypatch.setattr(plain_target, "step", small_step)
-    (in_halves,) = Replayer(plain_target).mine(plain_drafter, TEXTS)
-    assert in_halves.trajectories == mined.trajectories
-    for ours, expected_scores in zip(in_halves.scores, mined.scores, strict=True):
+    (retry_in_halves,) = Replayer(plain_target).mine(plain_drafter, TEXTS)
+    assert retry_in_halves.trajectories == mined.trajectories
+    for ours, expected_scores in zip(retry_in_halves.scores, mined.scores, strict=True):
         np.testing.assert_allclose(ours.target_logprobs, expected_scores.target_logprobs, atol=2e-4)
     fits = 2
     with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):

@@ -41,7 +41,7 @@ def say(artifacts: Mapping[str, str], folder: str) -> int:
     torch.set_num_threads(1)
     note_start(Path(folder) / "ranks", int(os.environ["RANK"]))
     with process_group():
-        ranks = Ranks.here(SHARING)
+        ranks = Ranks.current(SHARING)
         for name, artifact in artifacts.items():
             said = Said.by(Target.load(Path(artifact), device="cpu", ranks=ranks))
             torch.save(vars(said), Path(folder) / f"{name}.{ranks.rank}")

@@ -17,13 +17,13 @@ from draftsmith.stages.training.sft import stage as sft
 
 
 def run(_ctx: StageContext, _config: Any) -> None:
-    ranks = Ranks.here()
-    ranks.wait()
+    ranks = Ranks.current()
+    ranks.barrier()
     _set_pg_timeout(timedelta(seconds=2), dist.group.WORLD)
     if ranks.rank == 1:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # else the launcher kills it half a minute later
         time.sleep(600)
-    ranks.wait()
+    ranks.barrier()
 
 
 STAGE = replace(sft.STAGE, body=__name__)

@@ -30,7 +30,7 @@ from draftsmith.stages.replay.mining import STAGE as MINING
 from draftsmith.stages.replay.mining import MiningConfig
 from draftsmith.stages.runtime.checkpoint import checkpoints
 from draftsmith.stages.runtime.launch import RankReport, _cause, launch
-from draftsmith.stages.runtime.parallel_config import RENDEZVOUS, ParallelConfig
+from draftsmith.stages.runtime.stage import RENDEZVOUS, ParallelConfig
 from draftsmith.stages.target.causal_lm import Target
 from tests.flows.processes import ROOT, assert_gone, wait_until
 from tests.stages.runtime import short_of_memory, silent

@@ -10,7 +10,7 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.runtime.launch import launch
-from draftsmith.stages.runtime.parallel_config import ParallelConfig
+from draftsmith.stages.runtime.stage import ParallelConfig
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.estimate import target_size
 from draftsmith.stages.target.info import model_path

@@ -10,8 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.runtime.parallel_config import RENDEZVOUS, ParallelConfig
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
+from draftsmith.stages.runtime.stage import RENDEZVOUS, ParallelConfig
 from draftsmith.stages.target.estimate import AnswerCounts, Use
 from draftsmith.stages.training.config import OpdConfig, SftConfig
 from draftsmith.stages.training.estimate import row_bytes, training_memory
@@ -24,29 +24,29 @@ def test_every_answer_of_a_step_is_one_ranks(count: int, world: int) -> None:
     lengths = np.random.default_rng([count, world]).integers(1, 5000, count).tolist()
     if count < world:
         with pytest.raises(ValueError, match="ranks"):
-            Ranks(0, world).rows(lengths)
+            Ranks(0, world).assigned_rows(lengths)
         return
-    dealt = [Ranks(rank, world).rows(lengths) for rank in range(world)]
+    dealt = [Ranks(rank, world).assigned_rows(lengths) for rank in range(world)]
     assert sorted(row for rows in dealt for row in rows) == list(range(len(lengths)))
     assert all(rows == sorted(rows) for rows in dealt)
     counts = [len(rows) for rows in dealt]
     assert max(counts) - min(counts) <= 1
-    assert ALONE.rows(lengths) == list(range(len(lengths)))
+    assert ALONE.assigned_rows(lengths) == list(range(len(lengths)))
 
 
 def test_ranks_that_share_a_target_know_each_other_and_their_answers() -> None:
     lengths = [7, 5, 9, 4, 6, 8, 3]
     for rank in range(6):
         ranks = Ranks(rank, 6, 3)
-        assert list(ranks.sharers) == [0, 1, 2] if rank < 3 else [3, 4, 5]
-        assert ranks.sharers[ranks.place] == rank
-        for other in ranks.sharers:
-            assert ranks.rows(lengths, other) == Ranks(other, 6).rows(lengths)
+        assert list(ranks.target_group) == [0, 1, 2] if rank < 3 else [3, 4, 5]
+        assert ranks.target_group[ranks.target_index] == rank
+        for other in ranks.target_group:
+            assert ranks.assigned_rows(lengths, other) == Ranks(other, 6).assigned_rows(lengths)
 
 
 def test_long_answers_are_spread_over_the_ranks() -> None:
     lengths = [100, 4000, 200, 3900, 300, 3800]
-    tokens = [sum(lengths[row] for row in Ranks(rank, 3).rows(lengths)) for rank in range(3)]
+    tokens = [sum(lengths[row] for row in Ranks(rank, 3).assigned_rows(lengths)) for rank in range(3)]
     assert tokens == [4100, 4100, 4100]
 
 
@@ -67,8 +67,8 @@ def test_the_control_is_trained_by_as_many_as_opd() -> None:
     [
         ({"sequences_per_step": 7, "parallel": {"processes": 4, "nodes": 2}}, "7 cannot be split over 8 processes"),
         ({"parallel": {"processes": 0}}, "processes"),
-        ({"parallel": {"processes": 8, "target_parallel": 3}}, "8 processes are no whole number of groups of 3"),
-        ({"parallel": {"nodes": 2, "target_parallel": 2}}, "1 processes are no whole number of groups of 2"),
+        ({"parallel": {"processes": 8, "target_parallel": 3}}, "8 processes cannot be divided into groups of 3"),
+        ({"parallel": {"nodes": 2, "target_parallel": 2}}, "1 processes cannot be divided into groups of 2"),
     ],
 )
 def test_what_cannot_be_split_is_refused(fields: dict[str, Any], said: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from draftsmith.stages.runtime import parent_watch
-from draftsmith.stages.runtime.memory import collect_seldom
+from draftsmith.stages.runtime.memory import relax_gc
 from draftsmith.stages.runtime.process import EventStream, ProcessContext
 from tests.flows.processes import ROOT, alive, pid_in, wait_until
 from tests.flows.toy import COLLECT
@@ -71,7 +71,7 @@ def test_a_stage_reports_its_work_and_leaves_its_output(tmp_path: Path) -> None:
     assert [event["event"] for event in events] == [
         *("log", "metrics", "progress", "metrics", "progress", "summary", "done"),
     ]
-    assert events[2] == {"event": "progress", "done": 1, "total": 2, "unit": "numbers", "figures": {"last": 7}}
+    assert events[2] == {"event": "progress", "done": 1, "total": 2, "unit": "numbers", "metrics": {"last": 7}}
     assert events[5]["values"] == {"numbers": 2.0}
     assert json.loads((tmp_path / "out" / "numbers.json").read_text()) == [7, 8]
     metrics = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
@@ -85,7 +85,7 @@ def test_garbage_is_collected_seldom_until_work_is_reported(tmp_path: Path, monk
         out=tmp_path, work=tmp_path, inputs={}, seed=0, events=EventStream(heard), stop=threading.Event()
     )
     try:
-        collect_seldom()
+        relax_gc()
         context.log("libraries are being imported")
         assert gc.get_threshold()[0] > 10 * usual[0]
         context.progress(1, 2, "numbers")

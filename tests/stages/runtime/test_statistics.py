@@ -11,11 +11,11 @@ from scipy import stats
 from draftsmith.stages.runtime.statistics import (
     Estimate,
     jackknife,
-    mean,
+    mean_estimate,
     ratio,
     ratio_difference,
-    simultaneous,
-    sums_of,
+    simultaneous_level,
+    sum_by_key,
 )
 
 
@@ -49,7 +49,7 @@ def test_units_that_outweigh_the_others_cost_degrees_of_freedom() -> None:
 
 def test_of_equal_denominators_it_is_the_interval_of_a_mean() -> None:
     values = np.array([1.0, 2.0, 4.0, 9.0])
-    found, known = jackknife(ratio, values, np.ones(4)), mean(values)
+    found, known = jackknife(ratio, values, np.ones(4)), mean_estimate(values)
     assert (found.value, found.error) == (pytest.approx(known.value), pytest.approx(known.error))
     low, high = stats.t.interval(0.95, 3, loc=4.0, scale=values.std(ddof=1) / 2)
     assert known.interval() == (pytest.approx(low), pytest.approx(high))
@@ -70,12 +70,12 @@ def test_a_ratio_is_of_sums() -> None:
 
 
 def test_one_unit_has_no_interval() -> None:
-    for one in (jackknife(ratio, np.array([6.0]), np.array([2.0])), mean(np.array([3.0]))):
+    for one in (jackknife(ratio, np.array([6.0]), np.array([2.0])), mean_estimate(np.array([3.0]))):
         assert (one.value, one.units, one.interval(), one.upper()) == (3.0, 1, None, math.inf)
 
 
 def test_values_of_one_key_are_summed_in_the_order_of_their_first() -> None:
-    assert sums_of(["b", "a", "b"], np.array([1.0, 2.0, 4.0])).tolist() == [5.0, 2.0]
+    assert sum_by_key(["b", "a", "b"], np.array([1.0, 2.0, 4.0])).tolist() == [5.0, 2.0]
 
 
 def test_one_end_of_a_one_sided_interval_is_nearer() -> None:
@@ -85,4 +85,4 @@ def test_one_end_of_a_one_sided_interval_is_nearer() -> None:
 
 
 def test_the_level_of_each_of_many_intervals() -> None:
-    assert [simultaneous(count) for count in (0, 1, 5)] == pytest.approx([0.95, 0.95, 0.99])
+    assert [simultaneous_level(count) for count in (0, 1, 5)] == pytest.approx([0.95, 0.95, 0.99])

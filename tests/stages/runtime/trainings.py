@@ -47,19 +47,19 @@ def run_all(trainings: Sequence[Training], folder: str, stop_after: int | None, 
     note_start(Path(folder) / "ranks", int(os.environ["RANK"]))
     code = 0
     with process_group():
-        ranks = Ranks.here()
+        ranks = Ranks.current()
         for training in trainings:
             place = Path(folder) / training.name
-            place = place if ranks.first else place / f"rank {ranks.rank}"
+            place = place if ranks.is_main else place / f"rank {ranks.rank}"
             context = StoppingContext.under(place, {name: Path(path) for name, path in training.inputs.items()})
             context.work = Path(folder) / training.name / "work"
-            context.stop_after = stop_after if ranks.first else None
+            context.stop_after = stop_after if ranks.is_main else None
             try:
                 training.run(context, **fields)
             except StageInterrupted:
                 code = EXIT_INTERRUPTED
-            assert ranks.first or not list(context.out.iterdir()), "only the first rank writes"
-            if ranks.first:
+            assert ranks.is_main or not list(context.out.iterdir()), "only the first rank writes"
+            if ranks.is_main:
                 said = {"measured": context.measured, "logs": context.logs, "summaries": context.summaries}
                 (place / f"said-{ranks.world}.json").write_text(json.dumps(said))
     return code
