@@ -65,7 +65,7 @@ def test_cores_of_another_machine_than_the_one_that_runs_say_nothing(monkeypatch
 def test_nodes_without_a_rendezvous_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(RENDEZVOUS, raising=False)
     said = line({"nodes": 2}, 0, monkeypatch)
-    assert said is not None and said.startswith(f"error parallel.nodes: {RENDEZVOUS} is not given")
+    assert said is not None and said.startswith(f"error parallel.nodes: {RENDEZVOUS} is not set")
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_what_cannot_be_split_is_refused(fields: dict[str, Any], said: str) -> N
 def test_nodes_meet_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(RENDEZVOUS, raising=False)
     nodes = ParallelConfig(nodes=2)
-    with pytest.raises(DraftsmithError, match=f"{RENDEZVOUS} is not given"):
+    with pytest.raises(DraftsmithError, match=f"{RENDEZVOUS} is not set"):
         nodes.endpoint()
     monkeypatch.setenv(RENDEZVOUS, "head:29400")
     assert nodes.endpoint() == ("head", 29400)
