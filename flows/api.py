@@ -37,7 +37,7 @@ from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.evaluation.acceptance import acceptance_table, has_loop, tau_difference
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
-from draftsmith.stages.replay.stats import Tally
+from draftsmith.stages.replay.stats import AcceptanceStats
 from draftsmith.stages.runtime.statistics import Estimate
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.config import Dtype
@@ -166,7 +166,7 @@ class _AnswerRows(Sieve[Trajectory]):
 class Comparison:
     """Drafters that were replayed on the same answers; all statistics are over prompts, as in an evaluation."""
 
-    tallies: Mapping[str, Tally]  # drafter -> committed tokens and verify steps of each answer
+    tallies: Mapping[str, AcceptanceStats]  # drafter -> committed tokens and verify steps of each answer
     prompts: Sequence[str]  # [N] of each answer
     table: Mapping[str, Mapping[str, Any]]  # drafter -> its metrics, as in `acceptance.json` of an evaluation
 
@@ -218,7 +218,7 @@ def compare(target: Target, drafters: Mapping[str, Drafter], answers: Answers) -
     if not drafters:
         raise DraftsmithError("compare: no drafter was given. Pass them by name, such as {'sft': drafter}.")
     options = ReplayOptions(sampling=answers.sampling, with_proposals=False)
-    tallies = Replayer(target, options).tally(drafters, answers.trajectories)
+    tallies = Replayer(target, options).acceptance(drafters, answers.trajectories)
     looping = [has_loop(each.tokens[each.prompt_length :]) for each in answers]
     return Comparison(tallies, answers.prompts, acceptance_table(tallies, answers.prompts, looping))
 

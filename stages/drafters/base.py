@@ -54,7 +54,7 @@ class Context:
     """What a drafter knows of the verified prefix. Positions behind an anchor never see it: readers mask."""
 
 
-class Drafting(ABC):
+class BlockSampler(ABC):
     """Blocks in the making behind [B, A] anchors. Every call goes one offset further; a shallow copy goes its own way.
 
     The softmax of the logits, at a temperature, is the distribution q that a proposal is sampled from and verified
@@ -77,7 +77,7 @@ class Drafting(ABC):
         return probability_of(self.logits(tokens), columns, temperature) * (present & (following >= 0))
 
 
-class Parallel(Drafting):
+class ParallelSampler(BlockSampler):
     """Of a drafter whose offsets do not see each other's tokens: all were computed at once."""
 
     def __init__(self, hidden: torch.Tensor, head: Head):
@@ -101,9 +101,9 @@ class Drafter(nn.Module, ABC):
     kind: ClassVar[str]  # this and `recipe`: of its `Traits`
     autoregressive: ClassVar[bool]  # do the hidden states of an offset depend on the tokens at the offsets before it?
     has_own_head: ClassVar[bool]  # is the head over the draft vocabulary a part of the drafter, and trained with it?
-    chooses: ClassVar[bool] = False  # is a proposal chosen among the head's best by the token before it? See `choices`
+    has_selector: ClassVar[bool] = False  # does the token before a proposal choose it among the head's best?
     corrects_head: ClassVar[bool] = False  # does it add trained terms of its own to the target's head?
-    draws: ClassVar[bool] = False  # are proposals of sampled requests drawn from its own q, and verified with it?
+    samples_proposals: ClassVar[bool] = False  # are a sampled request's proposals sampled from q, and verified with it?
     recipe: ClassVar[TrainingRecipe]
     layer_names: ClassVar[tuple[str, ...]]  # children whose linear maps read hidden states of the context or a block
 
@@ -182,15 +182,15 @@ class Drafter(nn.Module, ABC):
     def training_operations(self, shape: StepShape) -> float:
         """Floating-point operations of the matrix products of one step, forward and backward; formula at each."""
 
-    def drafting(
+    def block_sampler(
         self, context: Context, anchor_tokens: torch.Tensor, anchors: torch.Tensor, block_size: int, head: Head
-    ) -> Drafting:
+    ) -> BlockSampler:
         """Begin a block behind each anchor, to be drafted offset by offset. anchor_tokens, anchors: [B, A].
 
-        What a drafter that `draws` is sampled by; others may leave it as it is here, for offsets computed at once.
+        This implementation is for offsets that one forward computes. A drafter with `samples_proposals` overrides it.
         """
         tokens = anchor_tokens[..., None].expand(-1, -1, block_size - 1)
-        return Parallel(self.block_hidden(context, tokens, anchors), head)
+        return ParallelSampler(self.block_hidden(context, tokens, anchors), head)
 
     @abstractmethod
     def propose(
@@ -206,18 +206,24 @@ class Drafter(nn.Module, ABC):
         anchor_tokens, anchors: [B, A]. Returns token ids [B, A, block_size-1].
         """
 
-    def candidates(self, hidden: torch.Tensor, head: Head) -> torch.Tensor:
-        """Of a drafter that `chooses`: columns [..., k] of the head's tokens that it chooses among, at hidden [..., H].
-        Without gradient."""
+    def selector_candidates(self, hidden: torch.Tensor, head: Head) -> torch.Tensor:
+        """Return the columns [..., k] of the head's tokens that the selector chooses among, at hidden [..., H].
+
+        Without gradient. Only for a drafter with `has_selector`.
+        """
         raise NotImplementedError
 
-    def choices(self, hidden: torch.Tensor, previous: torch.Tensor, columns: torch.Tensor, head: Head) -> torch.Tensor:
-        """Of a drafter that `chooses`: float32 logits [..., k] of tokens, by their columns [..., k], behind `previous`
-        [...]. Differentiable. Their softmax over the candidates is its q."""
+    def selector_logits(
+        self, hidden: torch.Tensor, previous: torch.Tensor, columns: torch.Tensor, head: Head
+    ) -> torch.Tensor:
+        """Return the float32 logits [..., k] of tokens, by their columns [..., k], after `previous` [...].
+
+        Differentiable. Their softmax over the candidates is q. Only for a drafter with `has_selector`.
+        """
         raise NotImplementedError
 
-    def choose(self, hidden: torch.Tensor, anchor_tokens: torch.Tensor, head: Head) -> torch.Tensor:
-        """Of a drafter that `chooses`: proposals [B, A, K] from hidden states [B, A, K, H] that are there already."""
+    def selector_propose(self, hidden: torch.Tensor, anchor_tokens: torch.Tensor, head: Head) -> torch.Tensor:
+        """Return proposals [B, A, K] from hidden states [B, A, K, H]. Only for a drafter with `has_selector`."""
         raise NotImplementedError
 
 
@@ -226,22 +232,22 @@ def as_input(features: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return features if torch.is_autocast_enabled(features.device.type) else features.to(dtype)
 
 
-def best_of(hidden: torch.Tensor, head: Head) -> torch.Tensor:
+def argmax_tokens(hidden: torch.Tensor, head: Head) -> torch.Tensor:
     """Return the argmax of the head's logits at hidden states [..., H] as token ids.
 
     Logits are there for `LOGITS_AT_ONCE` at a time.
     """
     at_once = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
-    parts = [best_among(head.raw_logits(part), head) for part in hidden.flatten(0, -2).split(at_once)]
+    parts = [argmax_of_products(head.raw_logits(part), head) for part in hidden.flatten(0, -2).split(at_once)]
     return torch.cat(parts).view(hidden.shape[:-1])
 
 
-def best_among(raw: torch.Tensor, head: Head) -> torch.Tensor:
+def argmax_of_products(raw: torch.Tensor, head: Head) -> torch.Tensor:
     """raw: [..., V'] the head's products → token ids [...]."""
     return head.to_tokens(argmax(raw))
 
 
-def in_parts(
+def propose_in_chunks(
     propose: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     hidden: torch.Tensor,
     anchor_tokens: torch.Tensor,

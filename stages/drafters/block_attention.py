@@ -31,7 +31,7 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 @dataclass(frozen=True)
-class Reach:
+class ContextMask:
     """How far the blocks of a batch read. Entry i of a prefix is position i, and query s of a block at position
     seen + s of its row: it sees entries below `seen`, and of its own block's keys as many as there are.
 
@@ -149,7 +149,7 @@ class Reach:
         yield slice(row, row + 1), slice(begin, len(bounds)), slice(low, max(low, high))
 
 
-def block_attention(queries: torch.Tensor, prefix: KeysValues, own: KeysValues, reach: Reach) -> torch.Tensor:
+def block_attention(queries: torch.Tensor, prefix: KeysValues, own: KeysValues, reach: ContextMask) -> torch.Tensor:
     """Softmax attention of A blocks a row, with the scale 1 / √D.
 
     queries: [B, heads, A, S, D]; prefix: keys and values [B, kv_heads, T, D]; own: keys and values
@@ -182,7 +182,7 @@ class _Merged(torch.autograd.Function):
         values: torch.Tensor,
         own_keys: torch.Tensor,
         own_values: torch.Tensor,
-        reach: Reach,
+        reach: ContextMask,
         S: int,
     ) -> torch.Tensor:
         own = _mask(reach.own(S, own_keys.shape[3]), q)
@@ -263,7 +263,7 @@ def _mask(sees: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
     return added[None, None] if added.dim() == 2 else added.flatten(1, 2)[:, None]
 
 
-def _one_block(q: torch.Tensor, prefix: KeysValues, own: KeysValues, reach: Reach, S: int) -> torch.Tensor:
+def _one_block(q: torch.Tensor, prefix: KeysValues, own: KeysValues, reach: ContextMask, S: int) -> torch.Tensor:
     """A = 1: prefix and block are one sequence, and no other block is read in vain."""
     T, J = prefix[0].shape[2], own[0].shape[3]
     ends = (reach.bounds[0].min(), reach.bounds[1].max()) if reach.local else (0, T)
@@ -283,7 +283,7 @@ def _one_block(q: torch.Tensor, prefix: KeysValues, own: KeysValues, reach: Reac
     )[:, :, None]
 
 
-def _with_flex(q: torch.Tensor, prefix: KeysValues, own: KeysValues, reach: Reach) -> torch.Tensor:
+def _with_flex(q: torch.Tensor, prefix: KeysValues, own: KeysValues, reach: ContextMask) -> torch.Tensor:
     assert not reach.ring, "requests in flight have one block each"
     _, _, _, S, D = q.shape
     T, J = prefix[0].shape[2], own[0].shape[3]

@@ -87,7 +87,7 @@ def _containers(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, bool]]:
         yield name, raw.get(name), isinstance(raw.get(name), dict | None)
 
 
-def of_speculators(folder: Path) -> bool:
+def is_speculators(folder: Path) -> bool:
     """Is a checkpoint, whose config.json could be read, in the layout of speculators?"""
     return speculators.KIND in json.loads((folder / CONFIG_FILE).read_text())
 

@@ -47,7 +47,7 @@ class Head:
             return cls(weight, None, logit_map)
         return cls(weight[ids].contiguous(), ids, logit_map)
 
-    def at(self, temperature: float) -> Self:
+    def with_temperature(self, temperature: float) -> Self:
         """Return the logits whose softmax is the distribution sampled from at a temperature above 0."""
         return self if temperature == 1.0 else replace(self, logit_map=self.logit_map.at(temperature))
 

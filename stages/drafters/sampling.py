@@ -39,7 +39,7 @@ def uniform(seed: int, position: int, purpose: Purpose = Purpose.TARGET) -> floa
     return float(uniforms(seed, position)[purpose])
 
 
-def seed_of(name: str, salt: int = 0) -> int:
+def seed_from_name(name: str, salt: int = 0) -> int:
     """A seed (64 bits) for what has a name of its own."""
     return int.from_bytes(hashlib.sha256(f"{salt}/{name}".encode()).digest()[:8], "big")
 
@@ -76,12 +76,12 @@ def probability_among(
     return (probabilities(scores, temperature) * (candidates == tokens[..., None])).sum(-1)
 
 
-def sampled(logits: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
+def sampling_distribution(logits: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
     """float32 logits [..., V] → the distribution that is drawn from, float64 [..., V]. sampling: not greedy."""
-    return truncated(probabilities(logits, sampling.temperature), sampling)
+    return truncate(probabilities(logits, sampling.temperature), sampling)
 
 
-def truncated(p: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
+def truncate(p: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
     """What top-k, then top-p leave of a distribution [..., V], normalised.
 
     top-k keeps all tokens that are as likely as the k-th: more than k where they tie there. top-p keeps the smallest
@@ -92,7 +92,7 @@ def truncated(p: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
     return _without(p, _late(p, sampling.top_p)) if sampling.top_p < 1 else p
 
 
-def outside(p: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
+def truncation_mask(p: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
     """bool [..., V], what these drop of a distribution [..., V]. sampling: one that leaves tokens out."""
     if not sampling.top_k:
         return _late(p, sampling.top_p)
@@ -103,7 +103,7 @@ def outside(p: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
     return behind | _late(p, sampling.top_p)
 
 
-def is_outside(p: torch.Tensor, tokens: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
+def is_truncated(p: torch.Tensor, tokens: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
     """bool [...], which of tokens [...] these drop of distributions [..., V]; without an order of the vocabulary, so of
     equally likely tokens top-p, too, drops none or all."""
     if sampling.top_k:
@@ -127,7 +127,7 @@ def _late(p: torch.Tensor, top_p: float) -> torch.Tensor:
     return torch.zeros_like(dropped).scatter(-1, order, dropped)
 
 
-def pick(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+def sample_inverse_cdf(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     """Indices [...] drawn in proportion to `weights` [..., V], by uniform numbers [...]."""
     cumulative = weights.cumsum(-1)
     sought = numbers.to(weights)[..., None] * cumulative[..., -1:]
@@ -135,7 +135,7 @@ def pick(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     return index.clamp(max=weights.shape[-1] - 1)
 
 
-def scattered(weights: torch.Tensor, token_ids: torch.Tensor | None, vocabulary: int) -> torch.Tensor:
+def scatter_to_vocab(weights: torch.Tensor, token_ids: torch.Tensor | None, vocabulary: int) -> torch.Tensor:
     """Weights [..., V'] of some tokens as weights of all [..., V], 0 for the others."""
     if token_ids is None:
         return weights

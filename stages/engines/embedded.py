@@ -69,8 +69,8 @@ class EmbeddedEngine:
     """Greedy or sampled decoding of many requests; with a drafter, target-assisted (speculative) decoding.
 
     Answers are those of plain decoding, token for token; in distribution, where a request is sampled and the drafter
-    draws its proposals from a q of its own (`Drafter.draws`). slots: requests in flight. capacity: positions a request
-    may use (prompt + response + the proposals of one block).
+    draws its proposals from a q of its own (`Drafter.samples_proposals`). slots: requests in flight. capacity:
+    positions a request may use (prompt + response + the proposals of one block).
     """
 
     def __init__(

@@ -15,7 +15,15 @@ import torch
 
 from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.lm_head import Head
-from draftsmith.stages.drafters.sampling import Purpose, argmax, pick, probabilities, sampled, scattered, uniform
+from draftsmith.stages.drafters.sampling import (
+    Purpose,
+    argmax,
+    probabilities,
+    sample_inverse_cdf,
+    sampling_distribution,
+    scatter_to_vocab,
+    uniform,
+)
 from draftsmith.stages.target.sampling import SamplingParams
 
 
@@ -48,10 +56,10 @@ def draft(
     seeds: Sequence[int],
 ) -> Drafted:
     """A block behind the anchor of each row. anchor_tokens, anchors: [n, 1]."""
-    rows = [row for row, params in enumerate(sampling) if drafter.draws and not params.greedy]
+    rows = [row for row, params in enumerate(sampling) if drafter.samples_proposals and not params.greedy]
     if not rows:  # argmaxes, also where the drafter could draw
         return Drafted(drafter.propose(context, anchor_tokens, anchors, block_size, head)[:, 0])
-    drafting = drafter.drafting(context, anchor_tokens, anchors, block_size, head)
+    drafting = drafter.block_sampler(context, anchor_tokens, anchors, block_size, head)
     temperatures = torch.tensor([sampling[row].temperature for row in rows], device=anchors.device)[:, None]
     at = anchors[:, 0].tolist()  # once: each would wait for the device
     numbers = torch.tensor(
@@ -64,8 +72,8 @@ def draft(
         logits = drafting.logits(tokens[-1])[:, 0]
         columns = logits.argmax(-1)
         q = probabilities(logits[rows], temperatures)
-        columns[rows] = pick(q, numbers[:, k])
-        distributions.append(scattered(q, head.token_ids, vocabulary))
+        columns[rows] = sample_inverse_cdf(q, numbers[:, k])
+        distributions.append(scatter_to_vocab(q, head.token_ids, vocabulary))
         tokens.append(head.to_tokens(columns)[:, None])
     of_rows = torch.stack(distributions, 1)  # [rows, K, V]
     return Drafted(torch.cat(tokens[1:], 1), dict(zip(rows, of_rows, strict=True)))
@@ -83,8 +91,8 @@ def draw(
     rows = [row for row, params in enumerate(sampling) if not params.greedy]
     at = positions.tolist() if rows else []
     for row in rows:
-        p = sampled(logits[row], sampling[row])
-        tokens[row] = pick(p, torch.tensor([uniform(seeds[row], each) for each in at[row]]).double())
+        p = sampling_distribution(logits[row], sampling[row])
+        tokens[row] = sample_inverse_cdf(p, torch.tensor([uniform(seeds[row], each) for each in at[row]]).double())
     return tokens
 
 
@@ -109,7 +117,7 @@ def verify(
             accepted[row] = count
     first = positions[:, 0].tolist()
     for row, q in drafted.distributions.items():
-        p = sampled(logits[row], sampling[row])
+        p = sampling_distribution(logits[row], sampling[row])
         kept, behind = _by_ratio(drafted.tokens[row], p, q, first[row], seeds[row])
         tokens[row, :kept], tokens[row, kept], accepted[row] = drafted.tokens[row, :kept], behind, kept
     return Verified(tokens, accepted)
@@ -123,5 +131,5 @@ def _by_ratio(
     for k, ratio in enumerate(ratios):
         if uniform(seed, first + k, Purpose.ACCEPT) >= ratio:
             rest, number = (p[k] - q[k]).clamp(min=0), uniform(seed, first + k, Purpose.RESIDUAL)
-            return k, pick(rest, torch.tensor(number, dtype=rest.dtype))
-    return len(ratios), pick(p[-1], torch.tensor(uniform(seed, first + len(ratios)), dtype=p.dtype))
+            return k, sample_inverse_cdf(rest, torch.tensor(number, dtype=rest.dtype))
+    return len(ratios), sample_inverse_cdf(p[-1], torch.tensor(uniform(seed, first + len(ratios)), dtype=p.dtype))

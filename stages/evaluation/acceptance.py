@@ -10,7 +10,7 @@ import numpy as np
 
 from draftsmith.stages.evaluation.gate_rules import CHAMPION, as_figures, compared
 from draftsmith.stages.evaluation.verdicts import Pair, pairs
-from draftsmith.stages.replay.stats import Tally
+from draftsmith.stages.replay.stats import AcceptanceStats
 from draftsmith.stages.runtime.statistics import Estimate, jackknife, ratio, ratio_difference, ratio_gain, sum_by_key
 
 _MULTIPLIER = np.uint64(6364136223846793005)  # odd; products wrap
@@ -32,7 +32,7 @@ def has_loop(tokens: Sequence[int], n: int = 6, times: int = 3) -> bool:
 
 
 def acceptance_table(
-    tallies: Mapping[str, Tally], prompts: Sequence[str], looping: Sequence[bool]
+    tallies: Mapping[str, AcceptanceStats], prompts: Sequence[str], looping: Sequence[bool]
 ) -> dict[str, dict[str, Any]]:
     """Figures of each drafter, with 95 % intervals over prompts; differences to others are paired.
 
@@ -66,12 +66,12 @@ def acceptance_table(
     return table
 
 
-def tau_differences(tallies: Mapping[str, Tally], prompts: Sequence[str]) -> dict[Pair, Estimate]:
+def tau_differences(tallies: Mapping[str, AcceptanceStats], prompts: Sequence[str]) -> dict[Pair, Estimate]:
     """`tau_difference` of each compared pair."""
     return {(arm, other): tau_difference(tallies[arm], tallies[other], prompts) for arm, other in pairs(list(tallies))}
 
 
-def tau_difference(tally: Tally, other: Tally, prompts: Sequence[str] | None = None) -> Estimate:
+def tau_difference(tally: AcceptanceStats, other: AcceptanceStats, prompts: Sequence[str] | None = None) -> Estimate:
     """tau of a drafter minus that of another one on the same trajectories, paired over prompts.
 
     prompts: the id of each trajectory's prompt; left out: every trajectory has its own.
@@ -81,7 +81,7 @@ def tau_difference(tally: Tally, other: Tally, prompts: Sequence[str] | None = N
 
 
 def tau_by_set(
-    tallies: Mapping[str, Tally], prompts: Sequence[str], sets: Sequence[str]
+    tallies: Mapping[str, AcceptanceStats], prompts: Sequence[str], sets: Sequence[str]
 ) -> dict[str, dict[str, dict[str, float | int | None]]]:
     """Set -> drafter -> tau with its 95 % interval over prompts. sets: of each trajectory."""
     found: dict[str, dict[str, dict[str, float | int | None]]] = {}
@@ -94,7 +94,9 @@ def tau_by_set(
     return found
 
 
-def taus_compared(tallies: Mapping[str, Tally], prompts: Sequence[str], sets: Sequence[str]) -> list[dict[str, Any]]:
+def taus_compared(
+    tallies: Mapping[str, AcceptanceStats], prompts: Sequence[str], sets: Sequence[str]
+) -> list[dict[str, Any]]:
     """Every drafter against the champion, over all prompts (set None) and within each set; empty without a champion."""
     if CHAMPION not in tallies:
         return []
@@ -116,7 +118,9 @@ def _places(sets: Sequence[str], name: str | None) -> np.ndarray:
     return np.array([index for index, each in enumerate(sets) if name is None or each == name], dtype=np.int64)
 
 
-def _by_prompt(tally: Tally, prompts: Sequence[str], places: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def _by_prompt(
+    tally: AcceptanceStats, prompts: Sequence[str], places: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """[prompts] committed tokens and verify steps of all answers to each prompt; of some trajectories alone."""
     if places is None:
         return sum_by_key(prompts, tally.committed), sum_by_key(prompts, tally.steps)

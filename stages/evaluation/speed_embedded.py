@@ -74,7 +74,7 @@ def measure_embedded(
         ctx.log(told(sizes))
         rows, turns = test.take_turns(drafters, sizes, heldout[: config.speed_prompts], settings)
     drawn = any(
-        drafter.draws for drafter in drafters.values()
+        drafter.samples_proposals for drafter in drafters.values()
     )  # then sampled answers are plain decoding's in distribution alone
     compare_with_plain(rows, sampled=not drawn)
     add_margins(target, rows, heldout)

@@ -47,7 +47,7 @@ from draftsmith.stages.evaluation.timed_runs import (
     turn_of,
 )
 from draftsmith.stages.evaluation.validity import steady
-from draftsmith.stages.replay.parity import Gate, check_steps, check_tau, trace_rows
+from draftsmith.stages.replay.parity import ParityTolerance, check_steps, check_tau, trace_rows
 from draftsmith.stages.runtime.memory import release_memory
 from draftsmith.stages.runtime.stage import StageContext, progress_callback
 
@@ -251,7 +251,7 @@ def _check_parity(served: Served, sizes: Mapping[str, int], heldout: Sequence[Pr
     """
     from draftsmith.stages.drafters.checkpoint import load_drafter
     from draftsmith.stages.replay.options import ReplayOptions
-    from draftsmith.stages.replay.replayer import Replayer, draws
+    from draftsmith.stages.replay.replayer import Replayer, samples_proposals
     from draftsmith.stages.target.causal_lm import Target
 
     config, dtype = served.config, served_dtype(served.engine, served.target_dtype)
@@ -282,7 +282,7 @@ def _check_parity(served: Served, sizes: Mapping[str, int], heldout: Sequence[Pr
             kept=work / "replayed" / "parity" / arm,
         )[arm]
         replayed = trace_rows(trajectories, found)
-        gate = Gate(
+        gate = ParityTolerance(
             "evaluation",
             float32=dtype == "float32",
             greedy=sampling.greedy,
@@ -291,7 +291,7 @@ def _check_parity(served: Served, sizes: Mapping[str, int], heldout: Sequence[Pr
         )
         parity[arm] = {}
         try:
-            if steps.num_rows and not draws(
+            if steps.num_rows and not samples_proposals(
                 drafter[arm], sampling
             ):  # drawn steps are replay's in distribution, not one by one
                 parity[arm] = check_steps(gate, steps, to_table(TRACE, replayed))

@@ -188,7 +188,7 @@ def _acceptance(
     worst = {arm: Contexts() for arm in drafters}
     for setting, drafting in _draftings(config).items():
         options = _replay_options(config, drafting, stored.sampling, with_proposals=setting == TOLD)
-        tallies[setting] = Replayer(target, options, ctx.log).tally(
+        tallies[setting] = Replayer(target, options, ctx.log).acceptance(
             drafters,
             stored.trajectories,
             also=worst if setting == TOLD else {},
@@ -285,7 +285,7 @@ def _validation_tau(
     if VALIDATION not in splits_of(ctx.inputs["trajectories"]):
         return None
     stored = load_trajectories(ctx.inputs["trajectories"], [VALIDATION])
-    tallies = Replayer(target, _replay_options(config, config.drafted(), stored.sampling), ctx.log).tally(
+    tallies = Replayer(target, _replay_options(config, config.drafted(), stored.sampling), ctx.log).acceptance(
         drafters,
         stored.trajectories,
         progress=progress_callback(ctx, "trajectories"),

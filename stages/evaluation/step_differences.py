@@ -23,8 +23,8 @@ from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter, FeatureContext
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.replay.options import ReplayOptions
-from draftsmith.stages.replay.parity import Gate, check_steps, trace_rows
-from draftsmith.stages.replay.replayer import Replayer, draws
+from draftsmith.stages.replay.parity import ParityTolerance, check_steps, trace_rows
+from draftsmith.stages.replay.replayer import Replayer, samples_proposals
 from draftsmith.stages.replay.stats import replay_sequentially
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.target.causal_lm import Target
@@ -116,7 +116,7 @@ def diagnose(
         return Diagnosis(served_tau, asis, agrees=True)
     longest = max(len(t.tokens) for t in served.trajectories)
     changes = list(changes_of(drafter, target, longest, served_block, special_ids, drafting))
-    if draws(drafter, served.sampling):  # a window is tried block by block, where proposals are argmaxes
+    if samples_proposals(drafter, served.sampling):  # a window is tried block by block, where proposals are argmaxes
         changes = [change for change in changes if change.window is None]
     tried = []
     for done, change in enumerate(changes):
@@ -180,8 +180,8 @@ def _explained(target: Target, drafter: Drafter, served: Served, drafting: Draft
         traces = replayer.traces({"it": changed}, served.trajectories)["it"]
     replayed = np.array([len(trace.anchors) for trace in traces])
     tau = sum(t.response_length - 1 for t in served.trajectories) / int(replayed.sum())
-    if served.steps is not None and served.steps.num_rows and not draws(drafter, served.sampling):
-        gate = Gate("diagnosis", float32=False, greedy=True, allowed=1.0)
+    if served.steps is not None and served.steps.num_rows and not samples_proposals(drafter, served.sampling):
+        gate = ParityTolerance("diagnosis", float32=False, greedy=True, allowed=1.0)
         rows = to_table(TRACE, trace_rows(served.trajectories, traces))
         return Explained(change, float(check_steps(gate, served.steps, rows)["mismatch_share"]), tau)
     apart = np.abs(np.asarray(served.counts) - replayed).sum() / replayed.sum()

@@ -17,7 +17,7 @@ import torch
 from draftsmith.stages.data.trajectories import Trajectory, pad_tokens
 from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.lm_head import Head
-from draftsmith.stages.replay.sampled import SampledText, Verified, draft_sampled
+from draftsmith.stages.replay.sampled import TargetSampler, VerifiedBlocks, draft_sampled
 from draftsmith.stages.replay.trace import Trace
 
 # Blocks that a round should hold before more chains are worth their extra blocks: by then matrix products are at
@@ -41,7 +41,7 @@ def replay_chains(
     head: Head,
     chains: int | None = None,
     *,
-    text: SampledText | None = None,
+    text: TargetSampler | None = None,
     with_proposals: bool = True,
     blocks_per_round: int = BLOCKS_PER_ROUND,
 ) -> list[Trace]:
@@ -91,7 +91,7 @@ def successors(
     anchors: torch.Tensor,
     block_size: int,
     head: Head,
-    text: SampledText | None,
+    text: TargetSampler | None,
 ) -> torch.Tensor:
     """Return the anchors [R, A] that a verify step at each of `anchors` [R, A] leads to.
 
@@ -122,9 +122,9 @@ def draft(
     block_size: int,
     head: Head,
     *,
-    text: SampledText | None = None,
+    text: TargetSampler | None = None,
     with_proposals: bool = True,
-) -> Verified:
+) -> VerifiedBlocks:
     """Draft a block behind every anchor [R, A] and verify it against the committed `tokens`.
 
     with_proposals: as in `draft_sampled`.
@@ -134,7 +134,7 @@ def draft(
     proposed = drafter.propose(context, tokens.gather(1, anchors).clamp(min=0), anchors, block_size, head)
     ahead = anchors[..., None] + torch.arange(1, block_size, device=anchors.device)
     truth = tokens.gather(1, ahead.flatten(1)).view_as(ahead)
-    return Verified(proposed, (proposed == truth).long().cumprod(-1).sum(-1))
+    return VerifiedBlocks(proposed, (proposed == truth).long().cumprod(-1).sum(-1))
 
 
 def start_anchors(trajectory: Trajectory, chains: int) -> list[int]:

@@ -16,7 +16,7 @@ from draftsmith.artifacts.tables.parquet import places, read_table
 from draftsmith.artifacts.tables.readers import KeyedRows, RowReader
 from draftsmith.artifacts.tables.schemas import EVALUATED, VERIFY_STEPS
 from draftsmith.stages.replay.mined_table import steps_table
-from draftsmith.stages.replay.replayer import Mined
+from draftsmith.stages.replay.replayer import MinedGroup
 
 SHARD_STEPS = 1 << 16  # a shard is written when so many steps wait,
 SHARD_SECONDS = 60.0  # or the first of them has waited so long: what a kill loses
@@ -27,12 +27,12 @@ _TOTALS = ("evaluated_blocks", "outside_nucleus")  # of each trajectory, columns
 
 
 class MinedShards:
-    """Mined groups, kept in `work`. What waits is written when the body ends, in whichever way."""
+    """MinedGroup groups, kept in `work`. What waits is written when the body ends, in whichever way."""
 
     def __init__(self, work: Path, done: Sequence[Path] = ()):
         """done: such folders of others, which hold all there is: they are read instead."""
         self._parts, self._done = Parts(work, _SCHEMAS, _GROUP_BYTES), done
-        self._waiting: list[Mined] = []
+        self._waiting: list[MinedGroup] = []
         self._count, self._since = 0, 0.0
 
     def __enter__(self) -> Self:
@@ -43,7 +43,7 @@ class MinedShards:
     ) -> None:
         self._write()
 
-    def add(self, group: Mined) -> None:
+    def add(self, group: MinedGroup) -> None:
         """Take a group; it is on disk a shard later."""
         if not self._waiting:
             self._since = time.monotonic()

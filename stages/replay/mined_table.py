@@ -1,4 +1,4 @@
-"""Mined steps as a table: a row a verify step, and the figures of all of them."""
+"""MinedGroup steps as a table: a row a verify step, and the figures of all of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from draftsmith.artifacts.tables.schemas import VERIFY_STEPS
 from draftsmith.stages.data.trajectories import Trajectory, ids_of
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.replay.options import ReplayOptions
-from draftsmith.stages.replay.replayer import Mined, Replayer
+from draftsmith.stages.replay.replayer import MinedGroup, Replayer
 from draftsmith.stages.replay.scoring import StepScores
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.target.causal_lm import Target
@@ -27,7 +27,7 @@ def mined_table(
     return to_table(VERIFY_STEPS, ordered(pa.concat_tables(tables), "trajectory_id", ids_of(trajectories)))
 
 
-def steps_table(group: Mined) -> pa.Table:
+def steps_table(group: MinedGroup) -> pa.Table:
     """The rows of VERIFY_STEPS of a mined group."""
     members = zip(group.trajectories, group.traces, group.scores, strict=True)
     return pa.concat_tables([_steps(*member) for member in members])
@@ -62,7 +62,7 @@ def _lists(values: np.ndarray, kind: pa.DataType) -> pa.Array:
 CERTAIN = 0.9  # the target's probability of its best token
 
 
-class MinedFigures:
+class MiningMetrics:
     """Figures of a trace, from its rows of VERIFY_STEPS in any parts. Sums are divided once, at the end."""
 
     def __init__(self, block_size: int):
@@ -70,7 +70,7 @@ class MinedFigures:
         self.steps = self._committed = self._errors = self._certain = 0
         self._judged, self._kept = np.zeros((2, block_size - 1), dtype=np.int64)
         self._accepted = np.zeros(block_size, dtype=np.int64)
-        self._rejected, self._corrections = Frequent(), Frequent()
+        self._rejected, self._corrections = HeavyHitters(), HeavyHitters()
 
     def add(self, table: pa.Table) -> None:
         """Some rows."""
@@ -122,7 +122,7 @@ class MinedFigures:
         }
 
 
-class Frequent:
+class HeavyHitters:
     """How often values came. Of more than `most` different ones those that came least are forgotten.
 
     Lossy counting: a count is too low by at most `short`, which is 0 as long as nothing was forgotten.

@@ -16,7 +16,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.data.logs.rehearsal import lot
 from draftsmith.stages.drafters.spec import NO_FREQUENT_TOKENS, DraftingConfig
 from draftsmith.stages.replay.options import ReplayOptions, TokensPerForward
-from draftsmith.stages.replay.parity import COMPARED, Gate, MaxParityMismatch, StepComparison, check_tau
+from draftsmith.stages.replay.parity import COMPARED, MaxParityMismatch, ParityTolerance, StepComparison, check_tau
 from draftsmith.stages.runtime.stage import WHOLE, Compute, Config, FilledIn, Shard, Stage, StageContext
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
     from draftsmith.stages.data.load import DRAFTER_FOLDER
     from draftsmith.stages.drafters.checkpoint import TOKENS_FILE, block_size_of, skeleton_of
     from draftsmith.stages.drafters.digest import drafter_digest
-    from draftsmith.stages.replay.mined_table import MinedFigures
-    from draftsmith.stages.replay.replayer import draws
+    from draftsmith.stages.replay.mined_table import MiningMetrics
+    from draftsmith.stages.replay.replayer import samples_proposals
     from draftsmith.stages.replay.sampled import truncation_warning
     from draftsmith.stages.target.info import model_path, read_target_info
 
@@ -72,7 +72,7 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_path(ctx.inputs["target"]), local_files_only=True)
 
     # long answers have millions of steps: no Python object for each from here on, and never all of them in memory
-    figures = MinedFigures(config.drafting.block_size or trained)
+    figures = MiningMetrics(config.drafting.block_size or trained)
     rows = shards.rows(trajectories.ids)
     total = int(rows.counts.sum())
     with TableWriter(ctx.out / "verify_steps.parquet", VERIFY_STEPS) as table:
@@ -88,7 +88,7 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
     summary["trajectories_too_short"] = stored.too_short
     drafted_as = {"drafter_digest": drafter_digest(drafter_folder), **config.drafting.model_dump()}
     dtype = read_target_info(ctx.inputs["target"]).dtype
-    drawn = draws(skeleton_of(drafter_folder), stored.sampling)
+    drawn = samples_proposals(skeleton_of(drafter_folder), stored.sampling)
     outside = totals["outside_nucleus"] / int(_committed(trajectories).sum()) if drawn else None
     summary["outside_nucleus_share"] = outside
     if warning := truncation_warning(outside, stored.sampling):
@@ -211,7 +211,7 @@ def parity(
                 f"({_drafting(served_as)}) than section mining ({_drafting(drafted_as)})"
             )
         return None
-    gate = Gate(
+    gate = ParityTolerance(
         "mining",
         float32=told.get("dtype") == dtype == "float32",
         greedy=told.get("temperature") == 0,

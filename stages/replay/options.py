@@ -28,9 +28,7 @@ class ReplayOptions:
     """What a replay depends on beside the drafters and the trajectories."""
 
     drafting: DraftingConfig = field(default_factory=DraftingConfig)  # left out: as each drafter was trained
-    sampling: SamplingParams = (
-        GREEDY  # the texts were sampled with; drafters that sample their proposals (`Drafter.draws`) follow it
-    )
+    sampling: SamplingParams = GREEDY  # of the answers; drafters with `samples_proposals` sample their proposals so too
     chains: int | None = None  # as in `replay_chains`
     with_proposals: bool = True  # as in `replay_chains`
     tokens_per_group: int = 4096  # with padding

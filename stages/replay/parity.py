@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Gate:
+class ParityTolerance:
     """How far served and replayed steps may be apart.
 
     section: of the config, for the error. float32: served and replayed in float32. greedy: decoded so.
@@ -88,7 +88,7 @@ def trace_rows(trajectories: Sequence[Trajectory], traces: Sequence[Trace]) -> l
 COMPARED = ("trajectory_id", "anchor", "accepted", "proposed_ids", "target_logprobs")  # columns that a comparison reads
 
 
-def check_steps(gate: Gate, served: pa.Table, replayed: pa.Table) -> dict[str, Any]:
+def check_steps(gate: ParityTolerance, served: pa.Table, replayed: pa.Table) -> dict[str, Any]:
     """Compare recorded with replayed steps on the trajectories that have recorded ones, at once."""
     comparison = StepComparison()
     comparison.add(served, replayed)
@@ -121,7 +121,7 @@ class StepComparison:
         if apart is not None:
             self._apart = apart if self._apart is None else max(self._apart, apart)
 
-    def check(self, gate: Gate) -> dict[str, Any]:
+    def check(self, gate: ParityTolerance) -> dict[str, Any]:
         """Raises DraftsmithError if too many differ, or float32 log-probs of the target are apart."""
         total = max(self._served, self._replayed)
         different = total - self._equal
@@ -140,7 +140,7 @@ class StepComparison:
         return figures
 
 
-def check_tau(gate: Gate, committed: np.ndarray, served: np.ndarray, replayed: np.ndarray) -> dict[str, Any]:
+def check_tau(gate: ParityTolerance, committed: np.ndarray, served: np.ndarray, replayed: np.ndarray) -> dict[str, Any]:
     """Compare how many steps the engine counted for the same answers with replay: needs no recorded trace.
 
     committed, served, replayed: [answers] tokens behind the first one, verify steps that the engine counted (0: it

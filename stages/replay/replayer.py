@@ -18,9 +18,9 @@ from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.options import TREE_TOKENS, ReplayOptions
-from draftsmith.stages.replay.sampled import SampledText, outside_nucleus
+from draftsmith.stages.replay.sampled import TargetSampler, outside_nucleus
 from draftsmith.stages.replay.scoring import StepScores, score_traces
-from draftsmith.stages.replay.stats import Tally
+from draftsmith.stages.replay.stats import AcceptanceStats
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.runtime.memory import retry_in_halves
 from draftsmith.stages.runtime.stage import WHOLE, Shard
@@ -32,19 +32,19 @@ Found = TypeVar("Found")
 Replayed: TypeAlias = tuple[list[int], list[dict[str, Trace]]]  # indices in the set, and traces by drafter of each
 
 
-class TakesTraces(Protocol):
+class TraceConsumer(Protocol):
     """What needs every trace once."""
 
     def add(self, places: Sequence[int], traces: Sequence[Trace]) -> None:
         """Take the traces of the trajectories at `places`."""
 
 
-def quietly(*_: Any) -> None:
+def do_nothing(*_: Any) -> None:
     """Report progress, or log a line, to nobody."""
 
 
 @dataclass(frozen=True)
-class Mined:
+class MinedGroup:
     """The traces of one group, and what the target said of proposals."""
 
     trajectories: list[Trajectory]
@@ -56,7 +56,7 @@ class Replayer:
     """Replays drafters on trajectories. The target reads each trajectory once for all of them."""
 
     def __init__(
-        self, target: Target, options: ReplayOptions | None = None, log: Callable[[str], None] = quietly
+        self, target: Target, options: ReplayOptions | None = None, log: Callable[[str], None] = do_nothing
     ) -> None:
         """log: takes a line where memory was refused and a group is done in two halves."""
         self.target, self.options, self.log = target, options or ReplayOptions(), log
@@ -66,23 +66,23 @@ class Replayer:
     ) -> dict[str, list[Trace]]:
         """Return the traces of every drafter, in the order of the trajectories. settings: as of `groups`.
 
-        All traces are in memory at once: for the metrics of many trajectories there is `tally`.
+        All traces are in memory at once: for the metrics of many trajectories there is `acceptance`.
         """
         traces: dict[int, dict[str, Trace]] = {}
         for indices, found in self.groups(drafters, trajectories, **settings):
             traces |= dict(zip(indices, found, strict=True))
         return {name: [traces[i][name] for i in range(len(trajectories))] for name in drafters}
 
-    def tally(
+    def acceptance(
         self,
         drafters: Mapping[str, Drafter],
         trajectories: Sequence[Trajectory],
         *,
-        also: Mapping[str, TakesTraces] | None = None,
+        also: Mapping[str, TraceConsumer] | None = None,
         **settings: Any,
-    ) -> dict[str, Tally]:
+    ) -> dict[str, AcceptanceStats]:
         """Return tallies in place of traces. also: what takes those of a drafter too. settings: as of `groups`."""
-        tallies = {name: Tally(len(trajectories)) for name in drafters}
+        tallies = {name: AcceptanceStats(len(trajectories)) for name in drafters}
         for indices, found in self.groups(drafters, trajectories, **settings):
             for name, tally in tallies.items():
                 traces = [each[name] for each in found]
@@ -96,7 +96,7 @@ class Replayer:
         drafters: Mapping[str, Drafter],
         trajectories: Sequence[Trajectory],
         *,
-        progress: Callable[[int, int], Any] = quietly,
+        progress: Callable[[int, int], Any] = do_nothing,
         kept: Path | None = None,
         done: Sequence[Path] = (),
     ) -> Iterator[Replayed]:
@@ -111,7 +111,7 @@ class Replayer:
 
         def replay(group: Group) -> list[dict[str, Trace]]:
             hidden, outside = None, [0] * len(group.trajectories)
-            if any(draws(drafter, options.sampling) for drafter in drafters.values()):
+            if any(samples_proposals(drafter, options.sampling) for drafter in drafters.values()):
                 out = target.read(group.ids, layer_ids)
                 features, hidden = out.features, out.hidden
                 outside = outside_nucleus(target, hidden, group.trajectories, options.sampling)
@@ -153,7 +153,7 @@ class Replayer:
         *,
         suffixes: bool = True,
         finished: Callable[[list[int]], bool] = lambda _indices: False,
-    ) -> Iterator[Mined]:
+    ) -> Iterator[MinedGroup]:
         """Replay and score group by group, except those that are `finished`, which is asked with their indices.
 
         The target reads a group once: its hidden states serve the drafter and the proposals up to the first rejection.
@@ -171,14 +171,14 @@ class Replayer:
                 out = target.read(group.ids, drafter.target_layer_ids)
             assert out.features is not None
             traces = ready.replay(target, out.features, group, out.hidden)
-            if draws(drafter, sampling):
+            if samples_proposals(drafter, sampling):
                 traces = _with_outside(traces, outside_nucleus(target, out.hidden, group.trajectories, sampling))
             scores = score_traces(target, cache, out.hidden, traces, ids=group.ids, tree_tokens=tree_tokens)
             return list(zip(traces, scores, strict=True))
 
         for group in self._groups_of(trajectories, finished):
             found = _in_halves(group, replay, self.log)
-            yield Mined(group.trajectories, [trace for trace, _ in found], [scores for _, scores in found])
+            yield MinedGroup(group.trajectories, [trace for trace, _ in found], [scores for _, scores in found])
 
     def _groups_of(self, trajectories: Sequence[Trajectory], skip: Callable[[list[int]], bool]) -> Iterator[Group]:
         options = self.options
@@ -277,9 +277,9 @@ def context_of(drafter: Drafter, features: torch.Tensor, group: Group) -> Contex
     return drafter.encode(features, group.ids, group.positions)
 
 
-def draws(drafter: Drafter, sampling: SamplingParams) -> bool:
+def samples_proposals(drafter: Drafter, sampling: SamplingParams) -> bool:
     """Return whether its proposals for requests with this sampling are sampled from its q. Else they are argmaxes."""
-    return drafter.draws and not sampling.greedy
+    return drafter.samples_proposals and not sampling.greedy
 
 
 def _with_outside(traces: Sequence[Trace], outside: Sequence[int]) -> list[Trace]:
@@ -306,9 +306,9 @@ class _PreparedDrafter:
     def replay(self, target: Target, features: torch.Tensor, group: Group, hidden: torch.Tensor | None) -> list[Trace]:
         """Traces of a group from the target's features [B, T, K*H] and, where proposals are sampled, hidden states."""
         text, sampling = None, self.options.sampling
-        if draws(self.drafter, sampling):
+        if samples_proposals(self.drafter, sampling):
             assert hidden is not None
-            text = SampledText.of(target, hidden, group.trajectories, sampling, self.block_size - 1)
+            text = TargetSampler.for_trajectories(target, hidden, group.trajectories, sampling, self.block_size - 1)
         return replay_chains(
             self.drafter,
             context_of(self.drafter, features, group),

@@ -24,17 +24,17 @@ import numpy as np
 import torch
 
 from draftsmith.stages.data.trajectories import Trajectory
-from draftsmith.stages.drafters.base import LOGITS_AT_ONCE, Context, Drafter, Drafting
+from draftsmith.stages.drafters.base import LOGITS_AT_ONCE, BlockSampler, Context, Drafter
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.sampling import (
     Purpose,
-    is_outside,
-    pick,
+    is_truncated,
     probabilities,
     probability_of,
-    sampled,
-    seed_of,
-    truncated,
+    sample_inverse_cdf,
+    sampling_distribution,
+    seed_from_name,
+    truncate,
 )
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.kv_cache import Rows
@@ -44,7 +44,7 @@ FEW_OUTSIDE = 0.01  # share that is no reason for a warning: random weights in b
 
 
 @dataclass(frozen=True)
-class Verified:
+class VerifiedBlocks:
     """Blocks behind [R, A] anchors, verified against the text."""
 
     proposed: torch.Tensor  # [R, A, K] token ids
@@ -53,7 +53,7 @@ class Verified:
 
 
 @dataclass(frozen=True)
-class SampledText:
+class TargetSampler:
     """R trajectories with what decides about their proposals: the target's distribution, and their own uniform numbers.
 
     They are those of the trajectory's name: the same for every drafter, whatever the batch, and independent of the
@@ -69,7 +69,7 @@ class SampledText:
     said: torch.Tensor | None = None  # [R, T] float64, filled as it is asked for: what `of_text` has found, else NaN
 
     @classmethod
-    def of(
+    def for_trajectories(
         cls,
         target: Target,
         hidden: torch.Tensor,
@@ -77,16 +77,16 @@ class SampledText:
         sampling: SamplingParams,
         proposals: int,
         salt: int = 0,
-    ) -> SampledText:
+    ) -> TargetSampler:
         """hidden: [R, T, H]. salt: another one draws anew."""
         shape = hidden.shape[1] + proposals, len(Purpose)  # filled position by position: any width has the same numbers
-        drawn = [np.random.default_rng(seed_of(t.trajectory_id, salt)).random(shape) for t in trajectories]
+        drawn = [np.random.default_rng(seed_from_name(t.trajectory_id, salt)).random(shape) for t in trajectories]
         numbers = torch.from_numpy(np.stack(drawn)).to(hidden.device)
         lengths = torch.tensor([len(t.tokens) for t in trajectories], device=hidden.device)
         said = torch.full(hidden.shape[:2], torch.nan, dtype=torch.float64, device=hidden.device)
         return cls(hidden, numbers, lengths, sampling, target.logits, len(target.head_weight), said)
 
-    def select(self, rows: Rows) -> SampledText:
+    def select(self, rows: Rows) -> TargetSampler:
         """Some of the trajectories."""
         said = None if self.said is None else self.said[rows]
         return replace(
@@ -94,21 +94,21 @@ class SampledText:
         )
 
     @property
-    def positions_at_once(self) -> int:
+    def positions_per_chunk(self) -> int:
         """In float64, over all tokens."""
         return max(1, LOGITS_AT_ONCE // (2 * self.vocabulary))
 
     @property
-    def anchors_at_once(self) -> int:
+    def anchors_per_chunk(self) -> int:
         """Of each trajectory."""
-        return max(1, self.positions_at_once // len(self.lengths))
+        return max(1, self.positions_per_chunk // len(self.lengths))
 
     def numbers_at(self, positions: torch.Tensor, purpose: Purpose) -> torch.Tensor:
         """[R, A] of positions [R, A]."""
         return self.numbers[..., purpose].gather(1, positions)
 
     @torch.no_grad()
-    def of_text(self, positions: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
+    def answer_probability(self, positions: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
         """float64 [R, N]: the probability of the text's own tokens `following` [R, N] behind positions [R, N]; 1 where
         there is none (-1). Of tokens that sampling leaves out, their probability before truncation. Every position is
         computed once."""
@@ -117,7 +117,9 @@ class SampledText:
         # of a position that is asked for more than once, the text's token: another block may not reach it (-1)
         tokens = torch.full_like(said, -1, dtype=torch.int64).scatter_reduce_(1, at, following, "amax")
         rows, places = torch.nonzero((tokens >= 0) & said.isnan(), as_tuple=True)
-        for row, place in zip(rows.split(self.positions_at_once), places.split(self.positions_at_once), strict=True):
+        for row, place in zip(
+            rows.split(self.positions_per_chunk), places.split(self.positions_per_chunk), strict=True
+        ):
             said[row, place] = self._of_tokens(row, place, tokens[row, place])
         return torch.where(following >= 0, said.gather(1, at), 1.0)
 
@@ -126,14 +128,14 @@ class SampledText:
         if not self.sampling.truncates:
             return probability_of(self._logits(rows, positions), tokens, self.sampling.temperature)
         whole = probabilities(self._logits(rows, positions), self.sampling.temperature)
-        own, before = (p.gather(-1, tokens[:, None])[:, 0] for p in (truncated(whole, self.sampling), whole))
+        own, before = (p.gather(-1, tokens[:, None])[:, 0] for p in (truncate(whole, self.sampling), whole))
         return torch.where(own > 0, own, before)
 
     @torch.no_grad()
     def distribution_at(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """float64 [n, V]: what the target draws in rows [n] behind positions [n], behind the last one's too."""
         positions = positions.clamp(max=self.hidden.shape[1] - 1)
-        return sampled(self._logits(rows, positions), self.sampling)
+        return sampling_distribution(self._logits(rows, positions), self.sampling)
 
     def _logits(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         hidden = self.hidden[rows, positions]
@@ -141,24 +143,24 @@ class SampledText:
             return self.logits(hidden).float()
 
 
-def kept_by(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+def acceptance_ratio(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """From the distributions of a committed token: how probable it is, up to 1, that it was the proposal, and kept."""
     return q / p
 
 
-def rejected_by(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+def rejection_weights(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """From the distributions of an offset [..., V]: weights that a proposal was drawn by of which it is known that it
     was rejected."""
     return (q - p).clamp(min=0)
 
 
-class Expectation:
+class ExpectedCommits:
     """How far blocks are kept, offset after offset: as it was drawn, and on average.
 
     Σ_k Π_{j≤k} min(1, q_j(y_j) / p_j(y_j)) proposals are kept on average, less those that the text's end cuts off.
     """
 
-    def __init__(self, text: SampledText, anchors: torch.Tensor):
+    def __init__(self, text: TargetSampler, anchors: torch.Tensor):
         """anchors: [R, A] that the blocks are behind."""
         self.text, self.anchors = text, anchors
         self.offset = 0
@@ -174,7 +176,7 @@ class Expectation:
         """
         self.offset += 1
         judged = tokens >= 0
-        chance = kept_by(q, p.clamp(min=torch.finfo(p.dtype).tiny)).clamp(max=1) * judged
+        chance = acceptance_ratio(q, p.clamp(min=torch.finfo(p.dtype).tiny)).clamp(max=1) * judged
         self._reached = self._reached * chance
         # the last token of a text is committed by a step that reaches it, whether it was proposed or not
         inside = self.anchors + self.offset < self.text.lengths[:, None] - 1
@@ -190,14 +192,14 @@ class Expectation:
 def draft_sampled(
     drafter: Drafter,
     context: Context,
-    text: SampledText,
+    text: TargetSampler,
     tokens: torch.Tensor,
     anchors: torch.Tensor,
     block_size: int,
     head: Head,
     *,
     with_proposals: bool,
-) -> Verified:
+) -> VerifiedBlocks:
     """Do what `draft` does for argmaxes: a block behind every anchor [R, A], sampled so that it fits the text.
 
     tokens: [R, T + K] of the text, -1 after its end. with_proposals: else they are zeros; how many are accepted is
@@ -205,15 +207,15 @@ def draft_sampled(
     """
     parts = [
         _draft_part(drafter, context, text, tokens, part, block_size, head, with_proposals)
-        for part in anchors.split(text.anchors_at_once, 1)
+        for part in anchors.split(text.anchors_per_chunk, 1)
     ]
-    return Verified(*(torch.cat(found, 1) for found in zip(*parts, strict=True)))
+    return VerifiedBlocks(*(torch.cat(found, 1) for found in zip(*parts, strict=True)))
 
 
 def _draft_part(
     drafter: Drafter,
     context: Context,
-    text: SampledText,
+    text: TargetSampler,
     tokens: torch.Tensor,
     anchors: torch.Tensor,
     block_size: int,
@@ -224,10 +226,10 @@ def _draft_part(
     before = tokens.gather(1, anchors).clamp(min=0)
     ahead = anchors[..., None] + torch.arange(block_size - 1, device=anchors.device)  # positions before the offsets
     following = tokens.gather(1, (ahead + 1).flatten(1))
-    said = text.of_text(ahead.flatten(1), following).view_as(ahead)
-    on_text = drafter.drafting(context, before, anchors, block_size, head)
+    said = text.answer_probability(ahead.flatten(1), following).view_as(ahead)
+    on_text = drafter.block_sampler(context, before, anchors, block_size, head)
     own = _DrafterSampler(text, copy.copy(on_text), anchors, before) if with_proposals else None
-    found = Expectation(text, anchors)
+    found = ExpectedCommits(text, anchors)
     for k, y in enumerate(following.view_as(ahead).unbind(-1)):
         q = on_text.probability(before, y, text.sampling.temperature)
         logits = None if own is None else own.logits()
@@ -242,7 +244,7 @@ def _draft_part(
 class _DrafterSampler:
     """What is proposed behind anchors [R, A]: the text's tokens while they are accepted, sampled ones after that."""
 
-    def __init__(self, text: SampledText, drafting: Drafting, anchors: torch.Tensor, before: torch.Tensor):
+    def __init__(self, text: TargetSampler, drafting: BlockSampler, anchors: torch.Tensor, before: torch.Tensor):
         """before: [R, A] the anchors' tokens."""
         self.text, self.drafting, self.anchors, self.before = text, drafting, anchors, before
         self.ids: list[torch.Tensor] = []
@@ -258,10 +260,12 @@ class _DrafterSampler:
         weights, at_end = probabilities(logits[away], self.text.sampling.temperature), ends[away]
         if at_end.any():
             p = self.text.distribution_at(torch.nonzero(ends)[:, 0], behind[ends])
-            weights[at_end] = rejected_by(weights[at_end], p if head.token_ids is None else p[..., head.token_ids])
+            weights[at_end] = rejection_weights(
+                weights[at_end], p if head.token_ids is None else p[..., head.token_ids]
+            )
         numbers = self.text.numbers_at(behind + 1, Purpose.PROPOSAL)
         columns, _ = head.to_columns(y)
-        columns = columns.masked_scatter(away, pick(weights, numbers[away]))
+        columns = columns.masked_scatter(away, sample_inverse_cdf(weights, numbers[away]))
         self.before = torch.where(kept, y, head.to_tokens(columns))
         self.ids.append(self.before)
 
@@ -285,7 +289,7 @@ def _count(target: Target, hidden: torch.Tensor, trajectory: Trajectory, samplin
     count, at_once = 0, max(1, LOGITS_AT_ONCE // (2 * len(target.head_weight)))  # float64, over all tokens
     for states, ahead in zip(before.split(at_once), tokens.split(at_once), strict=True):
         p = probabilities(target.logits(states), sampling.temperature)
-        count += int(is_outside(p, ahead, sampling).sum())
+        count += int(is_truncated(p, ahead, sampling).sum())
     return count
 
 

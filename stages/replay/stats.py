@@ -14,7 +14,7 @@ from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.replay.trace import Trace
 
 
-class Tally:
+class AcceptanceStats:
     """Of N trajectories; traces may come in any order, and need not be kept."""
 
     def __init__(self, trajectories: int):
@@ -39,7 +39,7 @@ class Tally:
             )
 
     @classmethod
-    def of(cls, traces: Sequence[Trace]) -> Self:
+    def from_traces(cls, traces: Sequence[Trace]) -> Self:
         """Of all trajectories, in their order."""
         tally = cls(len(traces))
         tally.add(range(len(traces)), traces)

@@ -12,7 +12,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Context, Drafter, StepShape
 from draftsmith.stages.drafters.lm_head import Head
-from draftsmith.stages.replay.sampled import SampledText
+from draftsmith.stages.replay.sampled import TargetSampler
 from draftsmith.stages.training.batches import Batch
 
 
@@ -41,7 +41,7 @@ class View:
     # Holds every token of the batch, so what is right can be proposed; under a reduced head a wrong token that it lacks
     # cannot, and is not seen to be rejected.
     head: Head
-    text: SampledText | None = None  # where proposals are drawn; left out, they are argmaxes
+    text: TargetSampler | None = None  # where proposals are drawn; left out, they are argmaxes
 
 
 class Share(float):

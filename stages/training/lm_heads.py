@@ -25,7 +25,7 @@ class Heads:
     drafter: Head
     target: Head
     trained: bool  # is the drafter's a part of it, so that it needs a gradient?
-    chooser: Drafter | None = None  # the drafter, where it chooses among the head's candidates (`Drafter.chooses`)
+    chooser: Drafter | None = None  # the drafter, where it chooses among the head's candidates (`Drafter.has_selector`)
     confidence: Callable[[torch.Tensor], torch.Tensor] | None = None  # `Drafter.confidence`, where there is one
 
 
@@ -53,7 +53,7 @@ class HeadSource:
             corrected = self.drafter.head_over(self.target_head, head.token_ids)
             confidence = self.drafter.confidence if self.drafter.has_confidence else None
             return Heads(corrected, head, trained=True, confidence=confidence)
-        return Heads(head, head, trained=False, chooser=self.drafter if self.drafter.chooses else None)
+        return Heads(head, head, trained=False, chooser=self.drafter if self.drafter.has_selector else None)
 
 
 def sampled_head(

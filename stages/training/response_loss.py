@@ -4,11 +4,11 @@ A loss is a function of the drafter's logits and of `Feedback`, which computes o
 positions. Under a reduced head both distributions are taken over its tokens; the probability of one committed token,
 which the Bernoulli form reads, is the target's over all tokens.
 
-Proposals that are drawn (`Drafter.draws`) follow the drafter's own distribution at the request's temperature, and so
-does the target: logits that are the target's draw as it does at any. Distributions are therefore compared at
-temperature 1. Only what is known of one temperature is held against the drafter at that: the tokens that were drawn at
-it, and whether a proposal would be kept. Where proposals are argmaxes the order of the drafter's logits alone counts,
-and what is kept is what the text has.
+Proposals that are drawn (`Drafter.samples_proposals`) follow the drafter's own distribution at the request's
+temperature, and so does the target: logits that are the target's draw as it does at any. Distributions are therefore
+compared at temperature 1. Only what is known of one temperature is held against the drafter at that: the tokens that
+were drawn at it, and whether a proposal would be kept. Where proposals are argmaxes the order of the drafter's logits
+alone counts, and what is kept is what the text has.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from functools import cached_property
 import torch
 
 from draftsmith.stages.drafters.lm_head import Head
-from draftsmith.stages.drafters.sampling import outside
+from draftsmith.stages.drafters.sampling import truncation_mask
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training import losses
 from draftsmith.stages.training.batches import Batch
@@ -55,7 +55,7 @@ class Feedback:
         logits = self._logits / self.sampling.temperature
         if not self.sampling.truncates:
             return logits
-        return logits.masked_fill(outside(logits.softmax(-1), self.sampling), losses.NOTHING)
+        return logits.masked_fill(truncation_mask(logits.softmax(-1), self.sampling), losses.NOTHING)
 
     @cached_property
     def _logits(self) -> torch.Tensor:
@@ -194,7 +194,7 @@ def _judged(
 ) -> _Judged:
     """Compute the losses chunk by chunk. hidden: [N, H]."""
     by_confidence = config.weights().kind == "d_pace"
-    cooled = heads.drafter.at(drawn_at(feedback.sampling))
+    cooled = heads.drafter.with_temperature(drawn_at(feedback.sampling))
     head = cooled if config.loss == "cross_entropy" else heads.drafter
     log_q = torch.zeros(len(hidden), device=hidden.device)
     loss_of = loss_function(config.loss)

@@ -62,7 +62,7 @@ def chosen(
     """
     named = losses.imported(loss) if ":" in loss else None
     with torch.no_grad():
-        among = drafter.candidates(hidden, head)
+        among = drafter.selector_candidates(hidden, head)
         present = (among == columns[:, None]).any(-1)
         among = torch.cat([among[:, :-1], torch.where(present, among[:, -1], columns)[:, None]], -1)
         place = (among == columns[:, None]).long().argmax(-1)
@@ -73,7 +73,7 @@ def chosen(
     correct, log_q = torch.zeros_like(present), torch.full_like(place, -torch.inf, dtype=torch.float32)
 
     def values(h: torch.Tensor, part: slice) -> torch.Tensor:
-        logits, at, inside = drafter.choices(h, previous[part], among[part], head), place[part], present[part]
+        logits, at, inside = drafter.selector_logits(h, previous[part], among[part], head), place[part], present[part]
         of_token = losses.cross_entropy(losses.at_temperature(logits, temperature), at)
         with torch.no_grad():
             correct[part] = inside & (logits.argmax(-1) == at)

@@ -103,7 +103,7 @@ def test_a_comparison_has_the_statistics_of_an_evaluation(plain_target: Target, 
     drafters = {"one": plain_drafter, "two": random_target.random_drafter(plain_target, 1)}
     answers = answers_of([20, 9, 14, 30], ["a", "b", "b", "c"])
     comparison = draftsmith.compare(plain_target, drafters, answers)
-    tallies = Replayer(plain_target).tally(drafters, answers.trajectories)
+    tallies = Replayer(plain_target).acceptance(drafters, answers.trajectories)
     expected = acceptance_table(tallies, answers.prompts, [False] * 4)
     table = comparison.to_pandas()
     assert list(table.index) == ["one", "two"] and (table["prompts"] == 3).all()

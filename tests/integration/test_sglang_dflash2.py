@@ -109,7 +109,7 @@ def test_every_part_of_the_drafter_shows_in_what_was_served(traced: Traced) -> N
         other = copy.deepcopy(traced.drafter)
         with torch.no_grad():
             if part == "window":
-                other.sights = [type(sight)(None, sight.causal) for sight in other.sights]
+                other.spans = [type(sight)(None, sight.causal) for sight in other.spans]
             elif part == "selector":
                 other.candidate_selector.successor_codebook.zero_()
             else:

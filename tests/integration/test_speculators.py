@@ -69,5 +69,5 @@ def test_the_library_reads_every_form(plain_target: Target, plain_artifact: Path
         assert len(load_file(Path(folder) / "model.safetensors")) == len(drafter.state_dict()) + 2
         assert read["layer_ids"] == [layer + 1 for layer in drafter.target_layer_ids]
         assert (read["mask_token_id"], read["proposals"]) == (drafter.mask_token_id, drafter.block_size - 1)
-        assert read["windows"] == [sight.window for sight in drafter.sights]
-        assert read["both_ways"] is not drafter.sights[0].causal
+        assert read["windows"] == [sight.window for sight in drafter.spans]
+        assert read["both_ways"] is not drafter.spans[0].causal

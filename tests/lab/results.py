@@ -15,7 +15,7 @@ from draftsmith.stages.data.load import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
-from draftsmith.stages.replay.stats import Tally
+from draftsmith.stages.replay.stats import AcceptanceStats
 from draftsmith.stages.runtime.statistics import jackknife, sum_by_key
 from draftsmith.stages.target.causal_lm import Target
 
@@ -36,11 +36,11 @@ def show_results(display: Display, made: Mapping[str, Path], _mlflow: str = "") 
             groups.setdefault((training["arm"], int(training["steps"])), []).append(folder)
     for split in ("validation", "heldout"):
         stored = load_trajectories(made["heldout"], [split])
-        tallies: dict[Group, list[Tally]] = {}
+        tallies: dict[Group, list[AcceptanceStats]] = {}
         for group, folders in groups.items():  # the seeds of an arm are in memory together
             drafters = {str(folder): load_drafter(folder / DRAFTER_FOLDER, target) for folder in folders}
             replayer = Replayer(target, ReplayOptions(sampling=stored.sampling, with_proposals=False))
-            replayed = replayer.tally(drafters, stored.trajectories)
+            replayed = replayer.acceptance(drafters, stored.trajectories)
             tallies[group] = list(replayed.values())
         costs = {group: [_cost(folder) for folder in folders] for group, folders in groups.items()}
         units = units_of(prompts, stored.prompts)
@@ -53,7 +53,9 @@ def show_results(display: Display, made: Mapping[str, Path], _mlflow: str = "") 
 
 
 def rows(
-    tallies: Mapping[Group, Sequence[Tally]], costs: Mapping[Group, Sequence[Sequence[float]]], units: Sequence[str]
+    tallies: Mapping[Group, Sequence[AcceptanceStats]],
+    costs: Mapping[Group, Sequence[Sequence[float]]],
+    units: Sequence[str],
 ) -> list[list[str]]:
     """Return a row for every arm and number of steps: tau of each seed, and the paired difference to the control.
 

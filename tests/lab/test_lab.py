@@ -17,7 +17,7 @@ from draftsmith.flows.config.load import read_config
 from draftsmith.flows.planning.graph import Node, cache_key
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.stages.catalog import STAGES
-from draftsmith.stages.replay.stats import Tally
+from draftsmith.stages.replay.stats import AcceptanceStats
 from draftsmith.stages.training import losses
 from draftsmith.stages.training.config import OpdConfig, SftConfig
 from tests.integration.test_refresh import Home
@@ -100,8 +100,8 @@ def test_a_module_without_the_function_is_one_error() -> None:
 
 
 def test_the_interval_is_of_the_mean_over_seeds() -> None:
-    def tally(committed: list[float]) -> Tally:
-        made = Tally(len(committed))
+    def tally(committed: list[float]) -> AcceptanceStats:
+        made = AcceptanceStats(len(committed))
         made.committed, made.steps = np.array(committed), np.ones(len(committed))
         return made
 

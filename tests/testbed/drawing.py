@@ -13,13 +13,13 @@ from tests.testbed.eagle3 import random_eagle3
 class DrawingDFlash(DFlashDrafter):
     """Whose offsets do not see each other."""
 
-    draws = True
+    samples_proposals = True
 
 
 class DrawingEagle3(Eagle3Drafter):
     """Whose offsets see the proposals before them, and whose vocabulary is a part of the target's."""
 
-    draws = True
+    samples_proposals = True
 
 
 def drawing_dflash(target: Target) -> Drafter:

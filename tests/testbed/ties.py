@@ -48,7 +48,7 @@ def draft_margin(
     head, block_size = drafter.drafting_head(target.head_weight, head_tokens), block_size or drafter.block_size
     at = tokens[0][anchors]
     own = drafter.propose(context, at, anchors, block_size, head)
-    drafting = drafter.drafting(context, at, anchors, block_size, head)
+    drafting = drafter.block_sampler(context, at, anchors, block_size, head)
     chains = torch.cat([at[..., None], own], -1)
     return min(_margin(drafting.logits(chains[..., k])) for k in range(block_size - 1))
 
@@ -56,19 +56,19 @@ def draft_margin(
 def draw_margin(target: Target, trajectory: Trajectory, sampling: SamplingParams, seed: int) -> float:
     """The smallest distance of a sampled response's drawn numbers from the next token's, and of top-p from its cut;
     of top-k, the distance of the last token that it keeps from the next."""
-    from draftsmith.stages.drafters.sampling import sampled, uniform
+    from draftsmith.stages.drafters.sampling import sampling_distribution, uniform
 
     logits = target.logits(
         target.read(torch.tensor([trajectory.tokens[:-1]])).hidden[0, trajectory.prompt_length - 1 :]
     )
-    p = sampled(logits, sampling)
+    p = sampling_distribution(logits, sampling)
     drawn = torch.tensor([[uniform(seed, at)] for at in range(trajectory.prompt_length, len(trajectory.tokens))])
     apart = (drawn - p.cumsum(-1)).abs().min()
     if sampling.top_k:
         at_the_edge = logits.topk(sampling.top_k + 1).values[..., -2:]
         apart = torch.minimum(apart, (at_the_edge[..., 0] - at_the_edge[..., 1]).min().double())
     if sampling.top_p < 1:
-        whole = sampled(logits, replace(sampling, top_p=1.0)).sort(-1, descending=True).values
+        whole = sampling_distribution(logits, replace(sampling, top_p=1.0)).sort(-1, descending=True).values
         apart = torch.minimum(apart, (whole.cumsum(-1) - sampling.top_p).abs().min())
     return float(apart)
 

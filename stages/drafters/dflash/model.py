@@ -22,10 +22,10 @@ from draftsmith.stages.drafters.base import (
     Drafter,
     DrafterInfo,
     StepShape,
+    argmax_tokens,
     as_input,
-    best_of,
 )
-from draftsmith.stages.drafters.block_attention import KeysValues, Reach, block_attention
+from draftsmith.stages.drafters.block_attention import ContextMask, KeysValues, block_attention
 from draftsmith.stages.drafters.dflash.config import TRAITS
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.target.kv_cache import KeyValueSlots, Rows
@@ -41,21 +41,21 @@ class FeatureContext(Context):
 
 
 @dataclass
-class SlotContext(Context):
+class FeatureSlots(Context):
     """The same while decoding: one row a request. A layer with a window keeps what its window can reach, in a ring."""
 
     layers: list[KeyValueSlots]
 
 
 @dataclass(frozen=True)
-class Sight:
+class AttentionSpan:
     """What the queries of a layer see, as SGLang reads it from a config."""
 
     window: int | None  # positions, the query's own included, of context and block; None: all
     causal: bool  # no position of the block ahead of the query
 
     @classmethod
-    def of(cls, config: Any) -> list[Sight]:
+    def by_layer(cls, config: Any) -> list[AttentionSpan]:
         """Of every layer. Blocks are read in both directions; behind a window, only backwards, unless `is_causal`
         says otherwise for all layers."""
         causal = getattr(config, "is_causal", None)
@@ -91,7 +91,7 @@ class DFlashAttention(nn.Module):
         return keys.to(values.dtype), values  # under autocast the norm leaves float32 behind
 
     def forward(
-        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], context: KeysValues, reach: Reach
+        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], context: KeysValues, reach: ContextMask
     ) -> torch.Tensor:
         """x: [B, Q, H] positions of A blocks, as many of each; reach: of the blocks into the context."""
         queries = self.q_norm(self._heads(self.q_proj(x))).transpose(1, 2)
@@ -143,7 +143,7 @@ class DFlashDrafter(Drafter):
         self.fc = nn.Linear(len(self.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList([self._layer(config) for _ in range(config.num_hidden_layers)])
-        self.sights = Sight.of(config)
+        self.spans = AttentionSpan.by_layer(config)
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary = Qwen3RotaryEmbedding(config)
 
@@ -190,11 +190,11 @@ class DFlashDrafter(Drafter):
         x = F.embedding(block.flatten(1), self._embedding[0]).to(self.norm.weight.dtype) * self.embedding_scale
         first = None if context.window is None else anchors - context.window
         reaches = {
-            sight: Reach(anchors, first, sight.window, sight.causal, context.rings and sight.window is not None)
-            for sight in self.sights
+            sight: ContextMask(anchors, first, sight.window, sight.causal, context.rings and sight.window is not None)
+            for sight in self.spans
         }
         rope = self._rope(positions, x)
-        for layer, sight, keys_values in zip(self._layers(), self.sights, context.layers, strict=True):
+        for layer, sight, keys_values in zip(self._layers(), self.spans, context.layers, strict=True):
             x = layer(x, rope, keys_values, reaches[sight])
         return self.norm(x).unflatten(1, (A, queries))
 
@@ -218,14 +218,14 @@ class DFlashDrafter(Drafter):
         N, tokens = shape.prefixes * shape.rows * shape.width, shape.blocks * B
         fc = N * len(self.target_layer_ids) * H * H
         layer = N * 2 * H * k + tokens * (2 * H * q + 2 * H * k + 3 * H * c.intermediate_size)
-        seen = sum(shape.seen_within(sight.window) for sight in self.sights)  # of all layers
+        seen = sum(shape.seen_within(sight.window) for sight in self.spans)  # of all layers
         attention = B * q * seen + c.num_hidden_layers * tokens * q * B
         head = shape.head_positions * shape.head_rows * H
         return 2.0 * (2 * fc + 3 * c.num_hidden_layers * layer + 7 * attention + 2 * head)
 
-    def new_context(self, rows: int, capacity: int) -> SlotContext:
-        entries = [capacity if s.window is None else min(capacity, s.window + self.block_size) for s in self.sights]
-        return SlotContext([KeyValueSlots(rows, count) for count in entries])
+    def new_context(self, rows: int, capacity: int) -> FeatureSlots:
+        entries = [capacity if s.window is None else min(capacity, s.window + self.block_size) for s in self.spans]
+        return FeatureSlots([KeyValueSlots(rows, count) for count in entries])
 
     @torch.no_grad()
     def propose(
@@ -237,7 +237,7 @@ class DFlashDrafter(Drafter):
         head: Head,
     ) -> torch.Tensor:
         hidden = self.block_hidden(context, anchor_tokens[..., None].expand(-1, -1, block_size - 1), anchors)
-        return best_of(hidden, head)
+        return argmax_tokens(hidden, head)
 
     def head_over(self, target_head: torch.Tensor, token_ids: torch.Tensor | None) -> Head:
         return Head.over(target_head, token_ids, self.logit_map)
@@ -251,11 +251,11 @@ class DFlashDrafter(Drafter):
         positions: torch.Tensor,
         lengths: torch.Tensor | None = None,
     ) -> None:
-        assert isinstance(context, SlotContext)
+        assert isinstance(context, FeatureSlots)
         if isinstance(rows, slice):
             rows = torch.arange(rows.start, rows.stop, device=positions.device)
         encoded = self.encode(features, tokens, positions)
-        for slots, sight, (keys, values) in zip(context.layers, self.sights, encoded.layers, strict=True):
+        for slots, sight, (keys, values) in zip(context.layers, self.spans, encoded.layers, strict=True):
             keys, values, at = keys.transpose(1, 2), values.transpose(1, 2), positions
             if sight.window is not None:
                 newest = _newest(positions, lengths, slots.capacity)
@@ -267,13 +267,13 @@ class DFlashDrafter(Drafter):
         if isinstance(context, FeatureContext):
             layers = [(keys[rows, :, :length], values[rows, :, :length]) for keys, values in context.layers]
             return FeatureContext(layers, context.window)
-        assert isinstance(context, SlotContext)
-        of_layers = zip(self.sights, context.layers, strict=True)
+        assert isinstance(context, FeatureSlots)
+        of_layers = zip(self.spans, context.layers, strict=True)
         layers = [s.read(rows, length if sight.window is None else s.capacity) for sight, s in of_layers]
         return FeatureContext(layers, rings=True)
 
     def move_row(self, context: Context, source: int, to: int) -> None:
-        assert isinstance(context, SlotContext)
+        assert isinstance(context, FeatureSlots)
         for slots in context.layers:
             slots.move_row(source, to)
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
-from draftsmith.stages.drafters.base import Context, Drafting, StepShape
+from draftsmith.stages.drafters.base import BlockSampler, Context, StepShape
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter, DFlashLayer
 from draftsmith.stages.drafters.dflash2.config import TRAITS
 from draftsmith.stages.drafters.dflash2.convolution import BlockConvolution
-from draftsmith.stages.drafters.dflash2.selector import CandidateSelector, Walk
+from draftsmith.stages.drafters.dflash2.selector import CandidateSelector, SelectorSampler
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.target.logit_map import LogitMap
 
@@ -44,7 +44,7 @@ class DFlash2Drafter(DFlashDrafter):
     """Parameter names are SGLang's: those of DFlash, the convolutions', and `candidate_selector.…`."""
 
     kind, recipe = TRAITS.kind, TRAITS.recipe
-    draws, chooses = True, True
+    samples_proposals, has_selector = True, True
 
     def __init__(self, config: Qwen3Config, embedding: torch.Tensor):
         """config: as of DFlash, with the sizes of convolutions and selector in `dflash_config`, and what makes unary
@@ -73,11 +73,11 @@ class DFlash2Drafter(DFlashDrafter):
                 module.initialise()
         self.candidate_selector.initialise(generator)
 
-    def drafting(
+    def block_sampler(
         self, context: Context, anchor_tokens: torch.Tensor, anchors: torch.Tensor, block_size: int, head: Head
-    ) -> Drafting:
+    ) -> BlockSampler:
         tokens = anchor_tokens[..., None].expand(-1, -1, block_size - 1)
-        return Walk(self.candidate_selector, self.block_hidden(context, tokens, anchors), head)
+        return SelectorSampler(self.candidate_selector, self.block_hidden(context, tokens, anchors), head)
 
     @torch.no_grad()
     def propose(
@@ -93,13 +93,15 @@ class DFlash2Drafter(DFlashDrafter):
         return self.candidate_selector.best(hidden, anchor_tokens, head)
 
     @torch.no_grad()
-    def choose(self, hidden: torch.Tensor, anchor_tokens: torch.Tensor, head: Head) -> torch.Tensor:
+    def selector_propose(self, hidden: torch.Tensor, anchor_tokens: torch.Tensor, head: Head) -> torch.Tensor:
         return self.candidate_selector.best(hidden, anchor_tokens, head)
 
-    def candidates(self, hidden: torch.Tensor, head: Head) -> torch.Tensor:
+    def selector_candidates(self, hidden: torch.Tensor, head: Head) -> torch.Tensor:
         return self.candidate_selector.candidates(hidden, head)[0]
 
-    def choices(self, hidden: torch.Tensor, previous: torch.Tensor, columns: torch.Tensor, head: Head) -> torch.Tensor:
+    def selector_logits(
+        self, hidden: torch.Tensor, previous: torch.Tensor, columns: torch.Tensor, head: Head
+    ) -> torch.Tensor:
         rows = head.weight[columns].to(hidden.dtype)
         unary = (rows @ hidden[..., None])[..., 0].float()
         selector = self.candidate_selector

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from draftsmith.stages.drafters.base import LOGITS_AT_ONCE, Drafting, in_parts
+from draftsmith.stages.drafters.base import LOGITS_AT_ONCE, BlockSampler, propose_in_chunks
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.sampling import probability_among
 from draftsmith.stages.target.logit_map import LogitMap
@@ -68,7 +68,7 @@ class CandidateSelector(nn.Module):
             return self._best(hidden, anchor_tokens, head)
 
         of_block = hidden.shape[2] * self.top_k * self.successor_codebook.shape[1]
-        return in_parts(propose, hidden, anchor_tokens, of_block)
+        return propose_in_chunks(propose, hidden, anchor_tokens, of_block)
 
     def _best(self, hidden: torch.Tensor, anchor_tokens: torch.Tensor, head: Head) -> torch.Tensor:
         columns, unary = self.candidates(hidden, head)
@@ -82,7 +82,7 @@ class CandidateSelector(nn.Module):
         return tokens.gather(-1, torch.cat(places[1:], -1)[..., None])[..., 0]
 
 
-class Walk(Drafting):
+class SelectorSampler(BlockSampler):
     """Through the candidates of blocks, offset by offset, behind whatever token is drawn."""
 
     def __init__(self, selector: CandidateSelector, hidden: torch.Tensor, head: Head):

@@ -183,7 +183,7 @@ def load(folder: Path, target: Target, dtype: torch.dtype) -> DSparkDrafter:
     check_fits(config, target.config, str(folder))
     drafter = DSparkDrafter(config, target.embedding)
     found = checkpoint_format.read_tensors(folder)
-    if checkpoint_format.of_speculators(folder):
+    if checkpoint_format.is_speculators(folder):
         found = speculators.own_tensors(found, target.embedding, target.head_weight, str(folder))
     tensors = {name: tensor for each, tensor in found.items() if (name := own_name(each)) is not None}
     expected = {name: tuple(p.shape) for name, p in drafter.named_parameters()}

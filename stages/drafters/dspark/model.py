@@ -14,7 +14,14 @@ import torch
 from torch import nn
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
-from draftsmith.stages.drafters.base import LOGITS_AT_ONCE, Context, Drafting, StepShape, best_among, in_parts
+from draftsmith.stages.drafters.base import (
+    LOGITS_AT_ONCE,
+    BlockSampler,
+    Context,
+    StepShape,
+    argmax_of_products,
+    propose_in_chunks,
+)
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.drafters.dspark.config import TRAITS
 from draftsmith.stages.drafters.dspark.markov import markov_head
@@ -64,7 +71,7 @@ class DSparkDrafter(DFlashDrafter):
     """
 
     kind, recipe = TRAITS.kind, TRAITS.recipe
-    autoregressive, draws, corrects_head = True, True, True
+    autoregressive, samples_proposals, corrects_head = True, True, True
 
     def __init__(self, config: Qwen3Config, embedding: torch.Tensor):
         """config: as of DFlash, with `markov_rank`, `enable_confidence_head`, `confidence_head_with_markov` and
@@ -111,10 +118,10 @@ class DSparkDrafter(DFlashDrafter):
         head = Head.over(target_head, token_ids)
         return BiasedHead(head.weight, head.token_ids, bias=self.markov_head.markov_w2.weight)
 
-    def drafting(
+    def block_sampler(
         self, context: Context, anchor_tokens: torch.Tensor, anchors: torch.Tensor, block_size: int, head: Head
-    ) -> MarkovDrafting:
-        return MarkovDrafting(self, self.backbone(context, anchor_tokens, anchors, block_size - 1), head)
+    ) -> MarkovSampler:
+        return MarkovSampler(self, self.backbone(context, anchor_tokens, anchors, block_size - 1), head)
 
     @torch.no_grad()
     def propose(
@@ -128,9 +135,9 @@ class DSparkDrafter(DFlashDrafter):
         hidden = self.backbone(context, anchor_tokens, anchors, block_size - 1)
 
         def propose(hidden: torch.Tensor, anchor_tokens: torch.Tensor) -> torch.Tensor:
-            return MarkovDrafting(self, hidden, head).best(anchor_tokens)
+            return MarkovSampler(self, hidden, head).best(anchor_tokens)
 
-        return in_parts(propose, hidden, anchor_tokens, (block_size - 1) * head.weight.shape[0])
+        return propose_in_chunks(propose, hidden, anchor_tokens, (block_size - 1) * head.weight.shape[0])
 
     @property
     def has_confidence(self) -> bool:
@@ -160,7 +167,7 @@ class DSparkDrafter(DFlashDrafter):
         return super().training_operations(shape) + 2.0 * (of_heads + 3 * shape.blocks * K * in_front)
 
 
-class MarkovDrafting(Drafting):
+class MarkovSampler(BlockSampler):
     """Blocks behind one backbone forward. Where `LOGITS_AT_ONCE` suffice, the head is read once for all offsets."""
 
     head: BiasedHead
@@ -188,5 +195,5 @@ class MarkovDrafting(Drafting):
         """Of all offsets, each behind the best token before it. anchor_tokens: [B, A]."""
         tokens = [anchor_tokens]
         for _ in range(self._hidden.shape[2]):
-            tokens.append(best_among(self._raw_logits(tokens[-1]), self.head))
+            tokens.append(argmax_of_products(self._raw_logits(tokens[-1]), self.head))
         return torch.stack(tokens[1:], -1)

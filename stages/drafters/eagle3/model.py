@@ -21,15 +21,15 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, Lla
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 from draftsmith.stages.drafters.base import (
+    BlockSampler,
     Context,
     Drafter,
     DrafterInfo,
-    Drafting,
     StepShape,
+    argmax_tokens,
     as_input,
-    best_of,
 )
-from draftsmith.stages.drafters.block_attention import Reach, block_attention
+from draftsmith.stages.drafters.block_attention import ContextMask, block_attention
 from draftsmith.stages.drafters.eagle3.config import TRAITS
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.target.kv_cache import KeyValueSlots, Rows
@@ -44,7 +44,7 @@ class PrefixContext(Context):
     features: torch.Tensor  # [B, T, H], behind `fc`
 
 
-class SlotContext(Context):
+class PrefixSlots(Context):
     """The same while decoding: one row a request, position p at index p + 1.
 
     Index 0 takes the entry in front of the first position, which is nobody's, so that a prompt needs no special case.
@@ -108,7 +108,7 @@ class EagleLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class _Chain(Drafting):
+class _Chain(BlockSampler):
     """A chains a row in the making: each call takes the next token of every chain."""
 
     def __init__(self, drafter: Eagle3Drafter, context: PrefixContext, anchors: torch.Tensor, head: Head | None = None):
@@ -119,7 +119,7 @@ class _Chain(Drafting):
         self.features = context.features.gather(
             1, self.positions[..., None].expand(-1, -1, context.features.shape[-1])
         )  # [B, A, H]
-        self.reach = Reach(self.positions)
+        self.reach = ContextMask(self.positions)
         self._keys: list[torch.Tensor] = []  # each [B, kv_heads, A, D]
         self._values: list[torch.Tensor] = []
 
@@ -205,14 +205,14 @@ class Eagle3Drafter(Drafter):
         chain = _Chain(self, context, anchors)
         return torch.stack([chain.step(tokens[..., k]) for k in range(tokens.shape[-1])], 2)
 
-    def drafting(
+    def block_sampler(
         self,
         context: Context,
         anchor_tokens: torch.Tensor,  # noqa: ARG002
         anchors: torch.Tensor,
         block_size: int,  # noqa: ARG002
         head: Head,
-    ) -> Drafting:
+    ) -> BlockSampler:
         assert isinstance(context, PrefixContext)
         return _Chain(self, context, anchors, head)
 
@@ -229,7 +229,7 @@ class Eagle3Drafter(Drafter):
         chain = _Chain(self, context, anchors)
         tokens = [anchor_tokens]
         for _ in range(block_size - 1):
-            tokens.append(best_of(chain.step(tokens[-1]), head))
+            tokens.append(argmax_tokens(chain.step(tokens[-1]), head))
         return torch.stack(tokens[1:], -1)
 
     def head_over(self, target_head: torch.Tensor, token_ids: torch.Tensor | None) -> Head:  # noqa: ARG002
@@ -258,8 +258,8 @@ class Eagle3Drafter(Drafter):
         head = shape.head_positions * shape.head_rows * H
         return 2.0 * (2 * fc + 3 * layer + 7 * attention + 4 * head)
 
-    def new_context(self, rows: int, capacity: int) -> SlotContext:
-        return SlotContext(rows, capacity)
+    def new_context(self, rows: int, capacity: int) -> PrefixSlots:
+        return PrefixSlots(rows, capacity)
 
     def extend(
         self,
@@ -271,7 +271,7 @@ class Eagle3Drafter(Drafter):
         lengths: torch.Tensor | None = None,  # noqa: ARG002
     ) -> None:
         """The first token completes the entry before it, which held a proposal or nothing until now."""
-        assert isinstance(context, SlotContext)
+        assert isinstance(context, PrefixSlots)
         if isinstance(rows, slice):
             rows = torch.arange(rows.start, rows.stop, device=positions.device)
         row_index = rows[:, None]
@@ -287,12 +287,12 @@ class Eagle3Drafter(Drafter):
         if isinstance(context, PrefixContext):
             keys, values = (entries[rows, :, :length] for entries in (context.keys, context.values))
             return PrefixContext(keys, values, context.features[rows, :length])
-        assert isinstance(context, SlotContext) and context.features is not None
+        assert isinstance(context, PrefixSlots) and context.features is not None
         keys, values = (entries[:, :, 1:] for entries in context.entries.read(rows, length + 1))
         return PrefixContext(keys, values, context.features[rows, 1 : length + 1])
 
     def move_row(self, context: Context, source: int, to: int) -> None:
-        assert isinstance(context, SlotContext)
+        assert isinstance(context, PrefixSlots)
         context.entries.move_row(source, to)
         if context.features is not None:
             context.features[to] = context.features[source]

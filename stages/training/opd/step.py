@@ -13,7 +13,7 @@ from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.replay.chains import committed_tokens, draft
-from draftsmith.stages.replay.sampled import SampledText
+from draftsmith.stages.replay.sampled import TargetSampler
 from draftsmith.stages.runtime.ranks import Ranks
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams
@@ -203,7 +203,7 @@ class OpdStep:
         anchors: Anchors,
         heads: Heads,
         clock: _Clock,
-        text: SampledText | None,
+        text: TargetSampler | None,
     ) -> VerifySteps:
         """The verify steps of blocks with hidden states [B, A, K, H]; the target has not scored them."""
         own_chains = (self.drafter.autoregressive or text is not None) and self.objective.needs_scores
@@ -222,7 +222,7 @@ class OpdStep:
         return steps
 
     def _propose(
-        self, context: Context, batch: Batch, anchors: Anchors, head: Head, text: SampledText | None
+        self, context: Context, batch: Batch, anchors: Anchors, head: Head, text: TargetSampler | None
     ) -> torch.Tensor:
         """[B, A, K] of the current weights."""
         size = self.drafter.block_size
@@ -230,13 +230,15 @@ class OpdStep:
         found = draft(self.drafter, context, tokens, anchors.positions, size, head, text=text)
         return found.proposed
 
-    def _text(self, batch: Batch, step: int) -> SampledText | None:
+    def _text(self, batch: Batch, step: int) -> TargetSampler | None:
         """What decides about proposals that are drawn; other numbers in every step."""
         if self.sampling.greedy:
             return None
         assert batch.hidden is not None
         proposals = self.drafter.block_size - 1
-        return SampledText.of(self.target, batch.hidden, batch.trajectories, self.sampling, proposals, salt=step + 1)
+        return TargetSampler.for_trajectories(
+            self.target, batch.hidden, batch.trajectories, self.sampling, proposals, salt=step + 1
+        )
 
 
 def _steps_of(drawn: Drawn) -> VerifySteps:

@@ -47,7 +47,7 @@ class OpdTraining:
         self.kind: Kind = "errors" if config.anchors == "errors" else "visited"
         self.usable = mined.trajectories_with(self.kind) if config.reads_table else list(range(len(trajectories)))
         self.sampled = config.verification == "sampled" or (config.verification == "auto" and not sampling.greedy)
-        drawn = sampling if self.sampled and drafter.draws else GREEDY
+        drawn = sampling if self.sampled and drafter.samples_proposals else GREEDY
         self.objective = config.loss.resolved(
             drafter.recipe, self.sampled, sampling.temperature if drawn.greedy else 1.0
         )

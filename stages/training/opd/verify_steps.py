@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from draftsmith.stages.data.trajectories import Trajectory
-from draftsmith.stages.drafters.base import LOGITS_AT_ONCE, Drafter, best_of
+from draftsmith.stages.drafters.base import LOGITS_AT_ONCE, Drafter, argmax_tokens
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.sampling import probability_among, probability_of
 from draftsmith.stages.replay.replayer import score
-from draftsmith.stages.replay.sampled import Expectation, SampledText
+from draftsmith.stages.replay.sampled import ExpectedCommits, TargetSampler
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
 from draftsmith.stages.target.causal_lm import Target
@@ -53,7 +53,7 @@ def judge(
     proposals: int,
     proposed: torch.Tensor | None = None,
     chooser: Drafter | None = None,
-    text: SampledText | None = None,
+    text: TargetSampler | None = None,
 ) -> VerifySteps:
     """The verify steps of blocks that were drafted already: no second pass of the drafter.
 
@@ -74,7 +74,7 @@ def judge(
         best = _best(hidden, head, choice)
         accepted = ((best == labels) & inside).long().cumprod(-1).sum(-1)
         if chooser is not None and proposed is None:
-            proposed = chooser.choose(hidden, before[..., 0], head)
+            proposed = chooser.selector_propose(hidden, before[..., 0], head)
         proposed = best if proposed is None else proposed
     else:
         accepted = _drawn(hidden, on_text, anchors, head, choice, text)
@@ -93,17 +93,19 @@ Choice: TypeAlias = tuple[torch.Tensor, torch.Tensor]  # scores and token ids of
 def _choice(hidden: torch.Tensor, before: torch.Tensor, head: Head, chooser: Drafter) -> Choice:
     """Of the candidates at hidden states [..., H], behind tokens [...]. The head's rows of all of them, which are many
     times the hidden states, are there for `LOGITS_AT_ONCE` numbers at a time."""
-    columns = chooser.candidates(hidden, head)
+    columns = chooser.selector_candidates(hidden, head)
     at_once = max(1, LOGITS_AT_ONCE // (columns.shape[-1] * hidden.shape[-1]))
     flat = (x.split(at_once) for x in (hidden.flatten(0, -2), before.flatten(), columns.flatten(0, -2)))
-    scores = torch.cat([chooser.choices(own, tokens, among, head) for own, tokens, among in zip(*flat, strict=True)])
+    scores = torch.cat(
+        [chooser.selector_logits(own, tokens, among, head) for own, tokens, among in zip(*flat, strict=True)]
+    )
     return scores.view(columns.shape), head.to_tokens(columns)
 
 
 def _best(hidden: torch.Tensor, head: Head, choice: Choice | None) -> torch.Tensor:
     """[B, A, K] behind the tokens of the text."""
     if choice is None:
-        return best_of(hidden, head)
+        return argmax_tokens(hidden, head)
     scores, candidates = choice
     return candidates.gather(-1, scores.argmax(-1, keepdim=True))[..., 0]
 
@@ -114,7 +116,7 @@ def _drawn(
     anchors: Anchors,
     head: Head,
     choice: Choice | None,
-    text: SampledText,
+    text: TargetSampler,
 ) -> torch.Tensor:
     """[B, A] proposals kept, as the text's numbers decide. on_text: [B, A, K] tokens of the text, -1 behind the end."""
     temperature = text.sampling.temperature
@@ -122,12 +124,12 @@ def _drawn(
         q = probability_among(*choice, on_text, temperature)
     else:
         columns, present = head.to_columns(on_text.clamp(min=0))
-        flat = (x.flatten(0, 2).split(text.positions_at_once) for x in (hidden, columns))
+        flat = (x.flatten(0, 2).split(text.positions_per_chunk) for x in (hidden, columns))
         parts = [probability_of(head.logits(own), of_own, temperature) for own, of_own in zip(*flat, strict=True)]
         q = torch.cat(parts).view_as(on_text) * (present & (on_text >= 0))
     behind = anchors.positions[..., None] + torch.arange(hidden.shape[2], device=hidden.device)
-    p = text.of_text(behind.flatten(1), on_text.flatten(1)).view_as(q)
-    found = Expectation(text, anchors.positions)
+    p = text.answer_probability(behind.flatten(1), on_text.flatten(1)).view_as(q)
+    found = ExpectedCommits(text, anchors.positions)
     for of_q, of_p, tokens in zip(q.unbind(-1), p.unbind(-1), on_text.unbind(-1), strict=True):
         found.take(of_q, of_p, tokens)
     return found.accepted

@@ -92,7 +92,7 @@ class SftTraining:
         self.drafter, self.target, self.config, self.seed, self.ranks = drafter, target, config, seed, ranks
         self._trajectories = trajectories
         self.stream = config.stream(drafter.recipe, sampled=not sampling.greedy)
-        self._sampling = sampling if drafter.draws else GREEDY
+        self._sampling = sampling if drafter.samples_proposals else GREEDY
         self._temperature = (sampling.temperature or 1.0) if self._sampling.greedy else 1.0
         self._heads = HeadSource(drafter, target.head_weight, config)
         self._features = FeatureSource(

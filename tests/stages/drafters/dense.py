@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from draftsmith.stages.drafters.block_attention import KeysValues, Reach
+from draftsmith.stages.drafters.block_attention import ContextMask, KeysValues
 
 
-def dense_attention(queries: torch.Tensor, prefix: KeysValues, own: KeysValues, reach: Reach) -> torch.Tensor:
+def dense_attention(queries: torch.Tensor, prefix: KeysValues, own: KeysValues, reach: ContextMask) -> torch.Tensor:
     """As `block_attention`."""
     _, heads, A, S, _ = queries.shape
     keys, values = (torch.cat([p, o.flatten(2, 3)], 2) for p, o in zip(prefix, own, strict=True))
@@ -23,7 +23,7 @@ def dense_attention(queries: torch.Tensor, prefix: KeysValues, own: KeysValues, 
     return out.transpose(1, 2).flatten(2).unflatten(1, (A, S))
 
 
-def block_mask(reach: Reach, T: int, S: int, J: int) -> torch.Tensor:
+def block_mask(reach: ContextMask, T: int, S: int, J: int) -> torch.Tensor:
     """bool [B, A · S, T + A · J]: the entries that are seen of the prefix, and the block's own keys."""
     B, A = reach.seen.shape
     seen = reach.seen[:, :, None, None]

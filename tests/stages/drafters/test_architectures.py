@@ -165,7 +165,7 @@ def test_decoding_is_lossless_and_its_steps_are_those_of_replay(texts: Texts, pl
 
     Where proposals of sampled ones are drawn, answers are the same in distribution alone, which other tests look at.
     """
-    sampled = 0.0 if texts.drafter.draws else 1.0
+    sampled = 0.0 if texts.drafter.samples_proposals else 1.0
     requests = [
         Request(str(i), t.tokens[: 4 + 3 * i], 14 + i, SamplingParams(sampled * (i % 2)), i)
         for i, t in enumerate(random_target.trajectories(4, seed=9))

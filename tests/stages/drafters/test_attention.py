@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from draftsmith.stages.drafters import block_attention as attention
-from draftsmith.stages.drafters.block_attention import Reach, block_attention
+from draftsmith.stages.drafters.block_attention import ContextMask, block_attention
 from tests.stages.drafters.dense import dense_attention
 from tests.stages.kernel_flops import KERNEL_FLOPS
 
@@ -26,7 +26,7 @@ class Case:
     queries: torch.Tensor
     prefix: tuple[torch.Tensor, torch.Tensor]
     own: tuple[torch.Tensor, torch.Tensor]
-    reach: Reach
+    reach: ContextMask
 
     @property
     def inputs(self) -> list[torch.Tensor]:
@@ -38,7 +38,10 @@ class Case:
         reach = self.reach
         seen, first = reach.seen.to(device), None if reach.first is None else reach.first.to(device)
         return Case(
-            queries, (rest[0], rest[1]), (rest[2], rest[3]), Reach(seen, first, reach.window, reach.causal, reach.ring)
+            queries,
+            (rest[0], rest[1]),
+            (rest[2], rest[3]),
+            ContextMask(seen, first, reach.window, reach.causal, reach.ring),
         )
 
     def attended(self) -> torch.Tensor:
@@ -75,7 +78,7 @@ def make_case(
 ) -> Case:
     """heads: key heads and queries' heads of each. Blocks see anything from nothing to more than there is.
 
-    before: entries that a block sees of what lies before it; window and causal: as of `Reach`.
+    before: entries that a block sees of what lies before it; window and causal: as of `ContextMask`.
     """
     draw = torch.Generator().manual_seed(seed)
     kv_heads, shared = heads
@@ -86,7 +89,7 @@ def make_case(
         randn(B, kv_heads * shared, A, S, D, generator=draw),
         (randn(B, kv_heads, T, D, generator=draw), randn(B, kv_heads, T, D, generator=draw)),
         (randn(B, kv_heads, A, J, D, generator=draw), randn(B, kv_heads, A, J, D, generator=draw)),
-        Reach(seen, None if before is None else seen - before, window, causal),
+        ContextMask(seen, None if before is None else seen - before, window, causal),
     )
 
 
@@ -143,7 +146,9 @@ def test_operations_and_what_is_read_are_bound_by_a_window() -> None:
 
     def counted(T: int) -> int:
         case = make_case(2, (1, 2), T, A, S, S, 8, window=W, causal=True)
-        case.reach = Reach(torch.stack([torch.linspace(W, T, A).long(), torch.linspace(T // 2, T, A).long()]), None, W)
+        case.reach = ContextMask(
+            torch.stack([torch.linspace(W, T, A).long(), torch.linspace(T // 2, T, A).long()]), None, W
+        )
         with FlopCounterMode(display=False, custom_mapping=KERNEL_FLOPS) as counter:
             case.gradients("parts")
         return int(counter.get_total_flops())
@@ -158,10 +163,10 @@ def test_a_ring_is_read_as_the_prefix_that_it_was_written_from(window: int) -> N
     """Entries behind the block's anchor were written too, over some that no window reaches any more."""
     T, S, C = 30, 4, window + 4
     case = make_case(3, (2, 2), T, 1, S, S, 8, window=window, causal=True)
-    case.reach = Reach(torch.tensor([[21], [2], [0]]), None, window, True)
+    case.reach = ContextMask(torch.tensor([[21], [2], [0]]), None, window, True)
     written = case.reach.seen + S - 1  # positions from 0 on
     newest = written - 1 - (written - 1 - torch.arange(C)) % C
     keys, values = (x.gather(2, newest.clamp(min=0)[:, None, :, None].expand(-1, 2, -1, 8)) for x in case.prefix)
-    ring = Reach(case.reach.seen, None, window, True, ring=True)
+    ring = ContextMask(case.reach.seen, None, window, True, ring=True)
     found = block_attention(case.queries, (keys, values), case.own, ring)
     torch.testing.assert_close(found, case.dense(), atol=FLOAT32, rtol=FLOAT32)

@@ -23,7 +23,7 @@ from draftsmith.stages.drafters.checkpoint import (
 )
 from draftsmith.stages.drafters.dflash.checkpoint import default_layer_ids
 from draftsmith.stages.drafters.dflash.config import DFlashConfig
-from draftsmith.stages.drafters.dflash.model import DFlashDrafter, Sight
+from draftsmith.stages.drafters.dflash.model import AttentionSpan, DFlashDrafter
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.info import model_path
 from tests.stages.drafters.edits import Edit, cut, edit_config, edit_tensors, remove, write
@@ -270,7 +270,7 @@ def test_windows_are_written_where_engines_read_them(plain_target: Target, tmp_p
     assert (config["layer_types"], config["sliding_window"], config["use_sliding_window"]) == (types, 3, True)
     loaded = load_drafter(tmp_path, plain_target)
     assert isinstance(loaded, DFlashDrafter)
-    assert loaded.sights == [Sight(3, causal=True), Sight(None, causal=False)]
+    assert loaded.spans == [AttentionSpan(3, causal=True), AttentionSpan(None, causal=False)]
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ class Blocks:
 def test_the_best_of_every_offset_is_what_a_block_proposes(drafter: Drafter, plain_target: Target) -> None:
     blocks = Blocks(plain_target, drafter)
     block = drafter.propose(*blocks.arguments, drafter.block_size, blocks.head)
-    drafting = drafter.drafting(*blocks.arguments, drafter.block_size, blocks.head)
+    drafting = drafter.block_sampler(*blocks.arguments, drafter.block_size, blocks.head)
     tokens = blocks.at_anchors
     for k in range(drafter.block_size - 1):
         tokens = blocks.head.to_tokens(drafting.logits(tokens).argmax(-1))
@@ -74,7 +74,7 @@ def test_on_given_tokens_it_says_what_training_sees(drafter: Drafter, plain_targ
     given = torch.randint(0, 50, (2, 3, K), generator=torch.Generator().manual_seed(0))
     given[..., 0] = blocks.at_anchors
     trained = logits_of(drafter, drafter.block_hidden(blocks.context, given, blocks.anchors), given, blocks.head)
-    drafting = drafter.drafting(*blocks.arguments, drafter.block_size, blocks.head)
+    drafting = drafter.block_sampler(*blocks.arguments, drafter.block_size, blocks.head)
     for k in range(K):
         other = copy.copy(drafting)  # goes its own way, and changes nothing here
         other.logits(given[..., k] + 1)
@@ -84,8 +84,8 @@ def test_on_given_tokens_it_says_what_training_sees(drafter: Drafter, plain_targ
 def logits_of(drafter: Drafter, hidden: torch.Tensor, given: torch.Tensor, head: Head) -> torch.Tensor:
     """[B, A, K, V'] logits of the distribution that a loss sees, at hidden states behind the given tokens."""
     logits = head.logits(hidden)
-    if not drafter.chooses:
+    if not drafter.has_selector:
         return logits
-    columns = drafter.candidates(hidden, head)
-    chosen = drafter.choices(hidden, given, columns, head)
+    columns = drafter.selector_candidates(hidden, head)
+    chosen = drafter.selector_logits(hidden, given, columns, head)
     return torch.full_like(logits, -torch.inf).scatter(-1, columns, chosen)

@@ -85,7 +85,7 @@ def test_the_choice_of_dflash2_starts_at_the_logits_that_an_engine_makes_of_its_
         columns, unary = each.candidate_selector.candidates(hidden, head)
         logits = target.logits(hidden).gather(-1, columns)
         torch.testing.assert_close(unary, logits)
-        torch.testing.assert_close(each.choices(hidden, previous, columns, head), logits)
+        torch.testing.assert_close(each.selector_logits(hidden, previous, columns, head), logits)
     with pytest.raises(DraftsmithError, match="speculators has no such field"):
         to_speculators(raw, "someone/target", [])
 

@@ -55,7 +55,7 @@ def test_what_is_read_back_is_the_drafter(
     assert type(loaded) is type(drafter)
     assert loaded.state_dict().keys() == drafter.state_dict().keys()
     assert all(tensor.equal(drafter.state_dict()[name]) for name, tensor in loaded.state_dict().items())
-    assert (loaded.sights, loaded.mask_token_id) == (drafter.sights, drafter.mask_token_id)
+    assert (loaded.spans, loaded.mask_token_id) == (drafter.spans, drafter.mask_token_id)
     assert (loaded.block_size, loaded.target_layer_ids) == (drafter.block_size, drafter.target_layer_ids)
     save_drafter(loaded, tmp_path / "again", torch.float32)
     for name in ("config.json", "model.safetensors"):
@@ -165,7 +165,7 @@ def test_every_layer_reads_a_block_as_it_does_here_where_one_field_says_it_of_al
     drafter = FORMS[form](plain_target)
     config = json.loads((exported(drafter, plain_artifact, tmp_path) / "config.json").read_text())
     assert config["sliding_window_non_causal"] is both_ways
-    assert {sight.causal for sight in drafter.sights} == {not both_ways}
+    assert {sight.causal for sight in drafter.spans} == {not both_ways}
 
 
 def test_embedding_and_head_are_stored_as_the_backbone_is(

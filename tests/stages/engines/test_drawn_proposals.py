@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.drafters.sampling import Purpose, pick, sampled, uniform
+from draftsmith.stages.drafters.sampling import Purpose, sample_inverse_cdf, sampling_distribution, uniform
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines import verification
 from draftsmith.stages.engines.base import Completion, Request
@@ -49,7 +49,7 @@ def distribution(plain_target: Target) -> np.ndarray:
 
     def behind(texts: torch.Tensor) -> torch.Tensor:
         logits = plain_target.logits(plain_target.read(texts).hidden[:, -1])
-        return sampled(logits, SAMPLING)
+        return sampling_distribution(logits, SAMPLING)
 
     prompt = torch.tensor([PROMPT])
     tokens = torch.arange(end)
@@ -112,7 +112,9 @@ def committed(sampling: SamplingParams) -> list[list[int]]:
     q = q[:-1]
     proposed = torch.stack(
         [
-            pick(q, torch.tensor([uniform(seed, 1 + k, Purpose.PROPOSAL) for k in range(OFFSETS)]).double())
+            sample_inverse_cdf(
+                q, torch.tensor([uniform(seed, 1 + k, Purpose.PROPOSAL) for k in range(OFFSETS)]).double()
+            )
             for seed in range(DRAWS)
         ]
     )
@@ -129,7 +131,7 @@ def committed(sampling: SamplingParams) -> list[list[int]]:
 def least_p_value(sampling: SamplingParams = ALL) -> float:
     """Over the places of a step: of the tokens there, whenever it was committed, against the target's distribution."""
     values, steps = [], committed(sampling)
-    distributions = sampled(torch.from_numpy(TABLES[0]).log(), sampling).numpy()
+    distributions = sampling_distribution(torch.from_numpy(TABLES[0]).log(), sampling).numpy()
     for place, distribution in enumerate(distributions):
         counts = np.bincount([step[place] for step in steps if len(step) > place], minlength=TOKENS)
         if counts[distribution == 0].any():
@@ -148,8 +150,8 @@ def _walk(ratio: Callable[..., float], rest: Callable[..., torch.Tensor]) -> Rul
         for k, x in enumerate(proposed.tolist()):
             if uniform(seed, first + k, Purpose.ACCEPT) >= ratio(float(p[k, x]), float(q[k, x])):
                 number = uniform(seed, first + k, Purpose.RESIDUAL)
-                return k, pick(rest(p[k], q[k]), torch.tensor(number).double())
-        return len(proposed), pick(p[-1], torch.tensor(uniform(seed, first + len(proposed))).double())
+                return k, sample_inverse_cdf(rest(p[k], q[k]), torch.tensor(number).double())
+        return len(proposed), sample_inverse_cdf(p[-1], torch.tensor(uniform(seed, first + len(proposed))).double())
 
     return rule
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.drafters.sampling import sampled as distribution
+from draftsmith.stages.drafters.sampling import sampling_distribution as distribution
 from draftsmith.stages.drafters.sampling import uniform
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine

@@ -12,11 +12,11 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from draftsmith.stages.drafters.sampling import (
     argmax,
-    outside,
     probabilities,
     probability_among,
     probability_of,
-    sampled,
+    sampling_distribution,
+    truncation_mask,
     uniform,
 )
 from draftsmith.stages.engines.verification import draw
@@ -67,7 +67,7 @@ def test_top_p_keeps_the_smallest_sufficient_set_of_what_top_k_keeps(
     ordered = np.cumsum(sorted(whole, reverse=True)[: top_k or len(whole)])
     if np.abs(ordered / ordered[-1] - top_p).min() < 1e-9 or len(set(whole)) < len(whole):
         return  # the definition itself rests on rounding
-    p = sampled(torch.tensor(logits), SamplingParams(temperature, top_p, top_k)).tolist()
+    p = sampling_distribution(torch.tensor(logits), SamplingParams(temperature, top_p, top_k)).tolist()
     assert {token for token, value in enumerate(p) if value > 0} == kept_by_hand(whole, top_p, top_k)
     assert abs(sum(p) - 1) < 1e-12
     kept = [whole[token] for token, value in enumerate(p) if value > 0]
@@ -86,11 +86,11 @@ def test_the_distribution_is_that_of_transformers_warpers(top_p: float, top_k: i
     warped = TopKLogitsWarper(top_k)(None, warped) if top_k else warped
     warped = TopPLogitsWarper(top_p)(None, warped) if top_p < 1 else warped
     sampling = SamplingParams(0.7, top_p, top_k)
-    found = sampled(logits, sampling)
+    found = sampling_distribution(logits, sampling)
     assert torch.equal(found == 0, warped.isinf())
     torch.testing.assert_close(found, torch.softmax(warped, -1), rtol=1e-12, atol=0)
     if sampling.truncates:
-        assert torch.equal(outside(torch.softmax(logits / 0.7, -1), sampling), warped.isinf())
+        assert torch.equal(truncation_mask(torch.softmax(logits / 0.7, -1), sampling), warped.isinf())
     if tied and top_k == 20:
         assert ((found > 0).sum(-1) > 20).any()
 
@@ -119,7 +119,7 @@ def test_draw_inverts_the_cumulative_distribution_of_each_row() -> None:
     tokens = draw(logits, positions, params, [4, 5, 6])
     assert torch.equal(tokens[1], logits[1].argmax(-1))
     for row, seed in ((0, 4), (2, 6)):
-        p = sampled(logits[row], params[row]).numpy()
+        p = sampling_distribution(logits[row], params[row]).numpy()
         for t in range(5):
             u, at = uniform(seed, int(positions[row, t])), int(tokens[row, t])
             assert p[t, at] > 0

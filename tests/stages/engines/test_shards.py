@@ -18,7 +18,7 @@ from draftsmith.stages.replay.mining import STAGE as MINING
 from draftsmith.stages.replay.mining import MiningConfig
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
-from draftsmith.stages.replay.stats import Tally
+from draftsmith.stages.replay.stats import AcceptanceStats
 from draftsmith.stages.runtime.stage import Shard
 from draftsmith.stages.target.causal_lm import Target
 from tests.testbed import random_target
@@ -79,10 +79,10 @@ def test_an_evaluation_replays_in_shards_what_one_process_does(
     made = {"sft": random_dflash2(plain_target), "opd": random_dspark(plain_target)}
     replayed: list[int] = []
 
-    def tallied(done: list[Path]) -> dict[str, Tally]:
+    def tallied(done: list[Path]) -> dict[str, AcceptanceStats]:
         replayed.clear()
         replayer = Replayer(plain_target, ReplayOptions(sampling=stored.sampling, tokens_per_group=TOKENS))
-        return replayer.tally(
+        return replayer.acceptance(
             made, stored.trajectories, done=done, progress=lambda count, _total: replayed.append(count)
         )
 

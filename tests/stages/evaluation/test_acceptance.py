@@ -12,7 +12,7 @@ from draftsmith.stages.evaluation.acceptance import (
     tau_differences,
     taus_compared,
 )
-from draftsmith.stages.replay.stats import Tally
+from draftsmith.stages.replay.stats import AcceptanceStats
 from draftsmith.stages.replay.trace import Trace
 
 
@@ -21,8 +21,8 @@ def trace(length: int, anchors: list[int], accepted: list[int]) -> Trace:
     return Trace(length, np.array(anchors), np.array(accepted), np.zeros(shape, int), len(anchors))
 
 
-def tallies(**traces: list[Trace]) -> dict[str, Tally]:
-    return {name: Tally.of(found) for name, found in traces.items()}
+def tallies(**traces: list[Trace]) -> dict[str, AcceptanceStats]:
+    return {name: AcceptanceStats.from_traces(found) for name, found in traces.items()}
 
 
 def test_acceptance_table_by_hand() -> None:

@@ -18,7 +18,7 @@ from draftsmith.stages.evaluation.speed_table import log_ratios, speed_table
 from draftsmith.stages.evaluation.timed_runs import PLAIN, Setting
 from draftsmith.stages.evaluation.validity import steady
 from draftsmith.stages.evaluation.verdicts import FEWEST_TURNS, pairs, verdicts
-from draftsmith.stages.replay.stats import Tally
+from draftsmith.stages.replay.stats import AcceptanceStats
 from draftsmith.stages.runtime.statistics import Estimate
 
 SETTING = [Setting(0.0, 1)]
@@ -134,7 +134,7 @@ def wall(seconds: np.ndarray, concurrency: int) -> float:
 
 def simulated_tallies(
     rng: np.random.Generator, prompts: int, samples: int, gain: float = 0.0
-) -> tuple[dict[str, Tally], list[str]]:
+) -> tuple[dict[str, AcceptanceStats], list[str]]:
     """Tallies of answers of every arm, and the prompt of each answer; opd's tau is `gain` higher.
 
     Prompts differ in length and difficulty, each drafter is a little better on some and worse on others, and answers to
@@ -143,7 +143,7 @@ def simulated_tallies(
     difficulty = rng.normal(math.log(2.2), DIFFICULTY, prompts)
     talent = {arm: rng.normal(0, TALENT, prompts) for arm in ARMS}
     length = rng.lognormal(math.log(60), 0.5, prompts)
-    tallies = {arm: Tally(samples * prompts) for arm in ARMS}
+    tallies = {arm: AcceptanceStats(samples * prompts) for arm in ARMS}
     for sample in range(samples):
         answers = slice(sample * prompts, (sample + 1) * prompts)
         lengths = np.maximum(4, length * rng.lognormal(0, 0.2, prompts)).round().astype(int)

@@ -10,13 +10,13 @@ import torch
 
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.drafters.sampling import is_outside, outside, probabilities
+from draftsmith.stages.drafters.sampling import is_truncated, probabilities, truncation_mask
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
-from draftsmith.stages.replay.sampled import Expectation, SampledText, truncation_warning
-from draftsmith.stages.replay.stats import Tally
+from draftsmith.stages.replay.sampled import ExpectedCommits, TargetSampler, truncation_warning
+from draftsmith.stages.replay.stats import AcceptanceStats
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import SamplingParams
 from tests.stages.bench import trajectory_of
@@ -51,14 +51,14 @@ def test_the_share_outside_the_nucleus_is_counted_and_said(
 ) -> None:
     drafters: dict[str, Drafter] = {"draws": random_dspark(plain_target), "argmax": random_drafter(plain_target)}
 
-    def replayed(texts: list[Trajectory], sampling: SamplingParams) -> dict[str, Tally]:
+    def replayed(texts: list[Trajectory], sampling: SamplingParams) -> dict[str, AcceptanceStats]:
         replayer = Replayer(plain_target, ReplayOptions(sampling=sampling))
-        return replayer.tally(drafters, texts, kept=tmp_path / f"{sampling.truncates}{texts is wide}")
+        return replayer.acceptance(drafters, texts, kept=tmp_path / f"{sampling.truncates}{texts is wide}")
 
     count = total = 0
     for text in wide:
         whole, tokens = distributions(plain_target, text)
-        count += int(outside(whole, narrow).gather(1, tokens[:, None]).sum())
+        count += int(truncation_mask(whole, narrow).gather(1, tokens[:, None]).sum())
         total += len(tokens)
     for _ in range(2):  # the second time as they were kept
         found = replayed(wide, narrow)
@@ -82,14 +82,16 @@ def test_a_token_outside_is_judged_by_the_distribution_before_truncation(
     """q/p with the p that had not been cut: not certainly kept, as q over nothing would be."""
     for number, text in enumerate(wide):
         whole, tokens = distributions(plain_target, text)
-        places = torch.nonzero(is_outside(whole, tokens, narrow))[:, 0]
+        places = torch.nonzero(is_truncated(whole, tokens, narrow))[:, 0]
         hidden = plain_target.read(torch.tensor([text.tokens])).hidden
-        sampled = SampledText.of(plain_target, hidden, [text], narrow, 4)
+        sampled = TargetSampler.for_trajectories(plain_target, hidden, [text], narrow, 4)
         for place in places[places < len(tokens) - 1].tolist():
             anchor, y = torch.tensor([[text.first_anchor + place]]), tokens[place]
             assert sampled.distribution_at(torch.tensor([0]), anchor[0])[0, y] == 0
-            found = Expectation(sampled, anchor)
-            found.take(0.4 * whole[place, y][None, None], sampled.of_text(anchor, y[None, None]), y[None, None])
+            found = ExpectedCommits(sampled, anchor)
+            found.take(
+                0.4 * whole[place, y][None, None], sampled.answer_probability(anchor, y[None, None]), y[None, None]
+            )
             assert float(found.committed) == pytest.approx(1.4)
         if number >= 10:
             break
@@ -99,7 +101,7 @@ def test_tau_is_about_that_of_the_sampling_of_the_answers(wide: list[Trajectory]
     """A fifth of the tokens are outside: were each of them kept, tau would be a tenth higher."""
     drafter = {"it": random_dspark(plain_target)}
     true, stated = (
-        Replayer(plain_target, ReplayOptions(sampling=sampling)).tally(drafter, wide)["it"].tau
+        Replayer(plain_target, ReplayOptions(sampling=sampling)).acceptance(drafter, wide)["it"].tau
         for sampling in (WIDE, SamplingParams(1.0, 0.8))
     )
     assert stated == pytest.approx(true, rel=0.05)
@@ -112,6 +114,6 @@ def test_outside_without_an_order_is_that_with_one() -> None:
         *(SamplingParams(1.0, top_p, top_k) for top_p in (0.3, 0.9, 0.99) for top_k in (0, 5)),
         SamplingParams(1.0, top_k=5),
     ]:
-        expected = outside(p, sampling)
-        found = torch.stack([is_outside(p, torch.full((50,), token), sampling) for token in range(40)], -1)
+        expected = truncation_mask(p, sampling)
+        found = torch.stack([is_truncated(p, torch.full((50,), token), sampling) for token in range(40)], -1)
         assert np.array_equal(found.numpy(), expected.numpy()) and expected.any()

@@ -11,12 +11,12 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.tables.parquet import to_table
 from draftsmith.artifacts.tables.schemas import TRACE
 from draftsmith.stages.replay import parity
-from draftsmith.stages.replay.parity import Gate, check_tau
+from draftsmith.stages.replay.parity import ParityTolerance, check_tau
 
-BF16 = Gate("mining", float32=False, greedy=True, allowed=0.25)
-FP32 = Gate("evaluation", float32=True, greedy=True, allowed=0.25, subject="drafter opd: ")
-SAMPLED = Gate("mining", float32=True, greedy=False, allowed=0.25)
-OFF = Gate("mining", float32=True, greedy=True, allowed=1.0)
+BF16 = ParityTolerance("mining", float32=False, greedy=True, allowed=0.25)
+FP32 = ParityTolerance("evaluation", float32=True, greedy=True, allowed=0.25, subject="drafter opd: ")
+SAMPLED = ParityTolerance("mining", float32=True, greedy=False, allowed=0.25)
+OFF = ParityTolerance("mining", float32=True, greedy=True, allowed=1.0)
 
 
 def step(anchor: int, accepted: int = 1, trajectory: str = "a", logprobs: list[float] | None = None) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def steps(count: int, **changes: Any) -> list[dict[str, Any]]:
     return [step(2 * i, **changes) for i in range(count)]
 
 
-def check_steps(gate: Gate, served: list[dict[str, Any]], replayed: list[dict[str, Any]]) -> dict[str, Any]:
+def check_steps(gate: ParityTolerance, served: list[dict[str, Any]], replayed: list[dict[str, Any]]) -> dict[str, Any]:
     return parity.check_steps(gate, to_table(TRACE, served), to_table(TRACE, replayed))
 
 
@@ -106,7 +106,7 @@ def test_log_probs_are_compared_where_both_sides_have_them(
     assert found.get("largest_logprob_difference") == apart
 
 
-def tau_of(gate: Gate, committed: list[int], served: list[int], replayed: list[int]) -> dict[str, Any]:
+def tau_of(gate: ParityTolerance, committed: list[int], served: list[int], replayed: list[int]) -> dict[str, Any]:
     return check_tau(gate, np.array(committed), np.array(served), np.array(replayed))
 
 

@@ -19,7 +19,7 @@ from scipy import stats
 
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.drafters.sampling import Purpose, probabilities, seed_of, truncated
+from draftsmith.stages.drafters.sampling import Purpose, probabilities, seed_from_name, truncate
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
@@ -93,7 +93,7 @@ class Plainly:
         with torch.no_grad():
             self.context = self.drafter.encode(out.features, tokens, torch.arange(tokens.shape[1])[None])
         self.head = self.drafter.drafting_head(self.target.head_weight, None)
-        self.numbers = np.random.default_rng(seed_of(self.text.trajectory_id)).random((64, len(Purpose)))
+        self.numbers = np.random.default_rng(seed_from_name(self.text.trajectory_id)).random((64, len(Purpose)))
 
     @torch.no_grad()
     def q(self, anchor: int, chain: list[int], k: int) -> np.ndarray:
@@ -107,7 +107,7 @@ class Plainly:
         whole[slice(None) if ids is None else ids.numpy()] = _sampling(logits, SamplingParams(SAMPLING.temperature))
         return whole
 
-    def of_text(self, at: int) -> float:
+    def answer_probability(self, at: int) -> float:
         """What the target says of the text's token at a position: before top-p where that leaves it out."""
         y = self.text.tokens[at]
         return float(self.p[at - 1][y] or self.whole[at - 1][y])
@@ -121,7 +121,7 @@ class Plainly:
             inside = at < len(self.text.tokens)
             if on_text and inside:
                 y = self.text.tokens[at]
-                if numbers[Purpose.ACCEPT] < q[y] / self.of_text(at):
+                if numbers[Purpose.ACCEPT] < q[y] / self.answer_probability(at):
                     accepted += 1
                     chain.append(y)
                     continue
@@ -147,7 +147,7 @@ class Plainly:
                 if (at := anchor + k) >= len(self.text.tokens):
                     break
                 y = self.text.tokens[at]
-                kept = min(1.0, self.q(anchor, self.text.tokens[anchor:at], k)[y] / self.of_text(at))
+                kept = min(1.0, self.q(anchor, self.text.tokens[anchor:at], k)[y] / self.answer_probability(at))
                 total += reach * (1 - kept) * ahead[at]
                 reach *= kept
             else:
@@ -235,7 +235,7 @@ def test_what_is_compared_watched_and_gated_are_averages(texts: list[Trajectory]
         sums = [sum(getattr(t, name).sum() for t in traces) for name in ("expected_committed", "committed")]
         assert abs(sums[0] - sums[1]) > 1
         averaged[arm] = sums[0] / sum(len(t.anchors) for t in traces)
-    tallies = Replayer(plain_target, ReplayOptions(sampling=SAMPLING, with_proposals=False)).tally(arms, some)
+    tallies = Replayer(plain_target, ReplayOptions(sampling=SAMPLING, with_proposals=False)).acceptance(arms, some)
     prompts, sets = [text.trajectory_id for text in some], ["all"] * len(some)
     difference = averaged["opd"] - averaged[CHAMPION]
     assert tau_difference(tallies["opd"], tallies[CHAMPION]).value == pytest.approx(difference)
@@ -295,7 +295,7 @@ def test_a_wrong_rule_is_seen(
     plain_target: Target,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sampled, "kept_by", WRONG[rule])
+    monkeypatch.setattr(sampled, "acceptance_ratio", WRONG[rule])
     assert same_distribution(served, replay_counts(plain_target, drafter, texts)) < ALARM
 
 
@@ -303,12 +303,12 @@ def test_the_targets_distribution_is_not_in_the_training_loops_dtype(
     texts: list[Trajectory], plain_target: Target
 ) -> None:
     hidden = plain_target.read(torch.tensor([texts[0].tokens])).hidden
-    text = sampled.SampledText.of(plain_target, hidden, texts[:1], SAMPLING, 4)
+    text = sampled.TargetSampler.for_trajectories(plain_target, hidden, texts[:1], SAMPLING, 4)
     at = torch.arange(len(texts[0].tokens))
     with torch.autocast("cpu", torch.bfloat16):
-        found = text.distribution_at(torch.zeros_like(at), at), text.of_text(at[None], at[None])
+        found = text.distribution_at(torch.zeros_like(at), at), text.answer_probability(at[None], at[None])
     assert torch.equal(found[0], text.distribution_at(torch.zeros_like(at), at))
-    assert torch.equal(found[1], replace(text, said=None).of_text(at[None], at[None]))
+    assert torch.equal(found[1], replace(text, said=None).answer_probability(at[None], at[None]))
 
 
 def test_how_far_blocks_are_kept_is_known_without_their_proposals(
@@ -335,22 +335,22 @@ def test_what_the_target_says_of_a_text_is_computed_once(
         asked.append(len(hidden))
         return plain_target.logits(hidden)
 
-    text = sampled.SampledText.of(plain_target, plain_target.read(tokens).hidden, some, sampling, 4)
+    text = sampled.TargetSampler.for_trajectories(plain_target, plain_target.read(tokens).hidden, some, sampling, 4)
     text = replace(text, logits=logits)
     following = torch.nn.functional.pad(tokens[:, 1:], (0, 3), value=-1)  # what blocks ask for reaches behind the end
     at = torch.arange(following.shape[1]).expand_as(following)
     part = slice(2, 7)
-    early, late = text.of_text(at[:, part], following[:, part]), text.of_text(at, following)
+    early, late = text.answer_probability(at[:, part], following[:, part]), text.answer_probability(at, following)
     assert torch.equal(early, late[:, part]) and sum(asked) == tokens[:, 1:].numel()
     assert (late[:, tokens.shape[1] - 1 :] == 1).all()
     for row, one in enumerate(some):
         whole = probabilities(plain_target.logits(text.hidden[row]), sampling.temperature)
-        p, y = truncated(whole, sampling), torch.tensor(one.tokens[1:])[:, None]
+        p, y = truncate(whole, sampling), torch.tensor(one.tokens[1:])[:, None]
         own, before = p[:-1].gather(1, y)[:, 0], whole[:-1].gather(1, y)[:, 0]
         expected = torch.where(own > 0, own, before)
         torch.testing.assert_close(late[row, : len(expected)], expected, rtol=1e-5, atol=0)
         chosen = text.select(torch.tensor([row]))
-        assert torch.equal(chosen.of_text(at[:1], following[row][None])[0], late[row])
+        assert torch.equal(chosen.answer_probability(at[:1], following[row][None])[0], late[row])
     assert sum(asked) == tokens[:, 1:].numel()
 
 

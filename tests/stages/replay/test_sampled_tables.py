@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 import torch
 
-from draftsmith.stages.drafters.base import Drafter, Drafting
+from draftsmith.stages.drafters.base import BlockSampler, Drafter
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.sampling import Purpose
 from draftsmith.stages.replay import sampled
-from draftsmith.stages.replay.sampled import SampledText
+from draftsmith.stages.replay.sampled import TargetSampler
 from draftsmith.stages.target.sampling import SamplingParams
 from tests.stages.replay.test_sampled import same_distribution
 
@@ -85,7 +85,7 @@ def decoded(sampling: SamplingParams) -> Counter[Step]:
     return found
 
 
-class Walk(Drafting):
+class Walk(BlockSampler):
     """The drafter's table."""
 
     offset, head = 0, Head(torch.eye(V))
@@ -111,7 +111,7 @@ def replayed(sampling: SamplingParams) -> Counter[Step]:
     """The steps that replay finds for these texts."""
     tokens, numbers = texts(sampling), np.random.default_rng(2).random((DRAWS, 6, len(Purpose)))
     places = torch.stack([torch.arange(4).expand(DRAWS, -1).clamp(max=2), tokens], -1).float()  # as hidden states
-    text = SampledText(
+    text = TargetSampler(
         places,
         torch.from_numpy(numbers),
         torch.full((DRAWS,), 4),
@@ -119,7 +119,7 @@ def replayed(sampling: SamplingParams) -> Counter[Step]:
         lambda hidden: torch.from_numpy(TABLES.p).float()[hidden[..., 0].long(), hidden[..., 1].long()],
         V,
     )
-    drafter = cast("Drafter", SimpleNamespace(drafting=lambda *_: Walk()))
+    drafter = cast("Drafter", SimpleNamespace(block_sampler=lambda *_: Walk()))
     padded, context = torch.nn.functional.pad(tokens, (0, 2), value=-1), cast("Any", None)
     anchors = torch.zeros(DRAWS, 1, dtype=torch.long)
     found = sampled.draft_sampled(drafter, context, text, padded, anchors, 3, Walk.head, with_proposals=True)
@@ -139,11 +139,11 @@ def test_steps_have_the_distribution_of_speculative_sampling(sampling: SamplingP
 
 Rule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 WRONG: dict[str, tuple[str, Rule]] = {
-    "kept by p / q": ("kept_by", lambda q, p: p / q),
-    "kept by p": ("kept_by", lambda _q, p: p),
-    "rejected from all of q": ("rejected_by", lambda q, _p: q),
-    "rejected from p": ("rejected_by", lambda _q, p: p),
-    "rejected where p has more": ("rejected_by", lambda q, p: (p - q).clamp(min=0)),
+    "kept by p / q": ("acceptance_ratio", lambda q, p: p / q),
+    "kept by p": ("acceptance_ratio", lambda _q, p: p),
+    "rejected from all of q": ("rejection_weights", lambda q, _p: q),
+    "rejected from p": ("rejection_weights", lambda _q, p: p),
+    "rejected where p has more": ("rejection_weights", lambda q, p: (p - q).clamp(min=0)),
 }
 
 

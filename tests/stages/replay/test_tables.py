@@ -1,4 +1,4 @@
-"""Mined figures add up over parts, and the most frequent values are those of a plain count."""
+"""MinedGroup figures add up over parts, and the most frequent values are those of a plain count."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pytest
 from draftsmith.artifacts.tables.parquet import to_table
 from draftsmith.artifacts.tables.schemas import VERIFY_STEPS
 from draftsmith.stages.data.trajectories import Trajectory
-from draftsmith.stages.replay.mined_table import Frequent, MinedFigures, steps_table
-from draftsmith.stages.replay.replayer import Mined
+from draftsmith.stages.replay.mined_table import HeavyHitters, MiningMetrics, steps_table
+from draftsmith.stages.replay.replayer import MinedGroup
 from draftsmith.stages.replay.scoring import StepScores
-from draftsmith.stages.replay.stats import Tally
+from draftsmith.stages.replay.stats import AcceptanceStats
 from draftsmith.stages.replay.trace import Trace, tau
 
 K = 3
@@ -28,7 +28,7 @@ class Words:
         return "".join(map(str, ids))
 
 
-def mined(count: int, seed: int = 0) -> Mined:
+def mined(count: int, seed: int = 0) -> MinedGroup:
     """Groups of made-up steps; few tokens, so that corrections repeat."""
     rng = np.random.default_rng(seed)
     trajectories, traces, scores = [], [], []
@@ -48,10 +48,10 @@ def mined(count: int, seed: int = 0) -> Mined:
         trajectories.append(Trajectory(f"p{index}/0", tokens, 4))
         traces.append(trace)
         scores.append(StepScores(said, best))
-    return Mined(trajectories, traces, scores)
+    return MinedGroup(trajectories, traces, scores)
 
 
-def plain_rows(group: Mined) -> list[dict[str, Any]]:
+def plain_rows(group: MinedGroup) -> list[dict[str, Any]]:
     """The reference: one Python object a value."""
     rows = []
     for trajectory, trace, scores in zip(group.trajectories, group.traces, group.scores, strict=True):
@@ -84,7 +84,7 @@ def test_the_table_of_a_group_is_that_of_its_rows() -> None:
 
 def test_figures_do_not_depend_on_the_parts() -> None:
     table, rng = steps_table(mined(60)), np.random.default_rng(1)
-    whole, parts, start = MinedFigures(K + 1), MinedFigures(K + 1), 0
+    whole, parts, start = MiningMetrics(K + 1), MiningMetrics(K + 1), 0
     whole.add(table)
     while start < table.num_rows:
         count = int(rng.integers(1, 90))
@@ -104,31 +104,31 @@ def test_frequent_values_are_kept_however_many_come(most: int) -> None:
     """Half of 20,000 values are a few that repeat, the others come once each."""
     rng = np.random.default_rng(most)
     values = np.where(rng.random(20_000) < 0.5, rng.geometric(0.3, 20_000), 10**9 + np.arange(20_000))
-    frequent, plain = Frequent(most), Counter(values.tolist())
+    frequent, plain = HeavyHitters(most), Counter(values.tolist())
     for part in np.split(values, np.sort(rng.integers(0, 20_000, 60))):
         frequent.add(part)
         assert len(frequent._values) <= most
     for value, count in frequent.most_common(3):
         assert plain[value] - frequent.short <= count <= plain[value]
     assert [value for value, _ in frequent.most_common(3)] == [value for value, _ in plain.most_common(3)]
-    exact = Frequent()
+    exact = HeavyHitters()
     exact.add(values)
     assert (exact.most_common(20), exact.short) == (plain.most_common(20), 0)
 
 
 def test_a_tally_says_what_the_traces_say() -> None:
     traces = mined(25).traces
-    tally, order = Tally(len(traces)), np.random.default_rng(0).permutation(len(traces))
+    tally, order = AcceptanceStats(len(traces)), np.random.default_rng(0).permutation(len(traces))
     for part in np.split(order, [3, 11]):
         tally.add(part.tolist(), [traces[i] for i in part])
-    assert tally.tau == Tally.of(traces).tau == tau(traces)
+    assert tally.tau == AcceptanceStats.from_traces(traces).tau == tau(traces)
     assert tally.committed.tolist() == [trace.committed.sum() for trace in traces]
     assert tally.steps.tolist() == [len(trace.anchors) for trace in traces]
     for histogram, name in ((tally.accepted, "accepted"), (tally.judged, "judged")):
         values = np.concatenate([getattr(trace, name) for trace in traces])
         assert histogram.tolist() == np.bincount(values, minlength=K + 1).tolist()
     assert tally.block_size == K + 1
-    assert np.isnan(Tally(0).tau)
+    assert np.isnan(AcceptanceStats(0).tau)
 
 
 def test_arrow_tables_of_many_steps_are_no_python_objects() -> None:

@@ -206,7 +206,7 @@ def slow_sft(slow: Slow, loss: str, decay: float, temperature: float = 1.0) -> t
             column, weight = slow.tokens.index(label), decay ** (k - 1)
             log_p, of_token = slow.log_p(row, anchor + k, temperature), slow.token_log_p(row, anchor + k, label)
             term, right = slow.term(loss, log_q[k - 1], column, log_p, of_token), int(log_q[k - 1].argmax()) == column
-            if slow.drafter.chooses:
+            if slow.drafter.has_selector:
                 choice = slow.choice(row, anchor, sequence[anchor + 1 :], k, column)
                 term, right = term + choice.term(loss, log_p, of_token), choice.taken
             total = total + weight * term
@@ -234,7 +234,7 @@ def slow_opd(slow: Slow, objective: LossConfig) -> tuple[torch.Tensor, int]:
         labels = {k: label for k, label in labels.items() if label in tokens}
         of_labels = {k: float(log_q[k - 1, tokens.index(label)].detach()) for k, label in labels.items()}
         choices = {}
-        if slow.drafter.chooses:
+        if slow.drafter.has_selector:
             choices = {
                 k: slow.choice(row, anchor, sequence[anchor + 1 :], k, tokens.index(label))
                 for k, label in labels.items()
@@ -264,7 +264,7 @@ def slow_opd(slow: Slow, objective: LossConfig) -> tuple[torch.Tensor, int]:
                 continue
             weight = plain_weight(objective.rejected.positions, k, {})
             log_q_of_it = log_q[k - 1, tokens.index(proposed[k - 1])]
-            if slow.drafter.chooses:
+            if slow.drafter.has_selector:
                 choice = slow.choice(row, anchor, proposed, k, tokens.index(proposed[k - 1]))
                 log_q_of_it = choice.log_q[choice.place]
             term = differentiable(plain_k3, log_q_of_it, log_p_of_it)

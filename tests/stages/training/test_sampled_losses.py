@@ -11,11 +11,11 @@ import torch
 
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.lm_head import Head
-from draftsmith.stages.drafters.sampling import probabilities, sampled
+from draftsmith.stages.drafters.sampling import probabilities, sampling_distribution
 from draftsmith.stages.replay import sampled as sampled_replay
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
-from draftsmith.stages.replay.sampled import SampledText
+from draftsmith.stages.replay.sampled import TargetSampler
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import SamplingParams
 from draftsmith.stages.training.batches import FeatureSource, step_rng
@@ -103,7 +103,7 @@ def test_the_confidence_is_of_what_is_kept_under_the_distribution(sampling: Samp
     terms = judged_at(sampling, "forward_kl", torch.zeros(N, dtype=torch.long), hidden, heads) - plain
     kept = 1 - (terms - np.log1p(np.exp(-said))) / said  # binary cross-entropy is linear in what it is held against
     q = probabilities(hidden @ own.weight.T, sampling.temperature)
-    p = sampled(hidden @ weight.T, sampling)
+    p = sampling_distribution(hidden @ weight.T, sampling)
     expected = torch.minimum(p, q).sum(-1).float()
     torch.testing.assert_close(kept.detach(), expected, atol=1e-4, rtol=0)
 
@@ -126,7 +126,9 @@ def test_every_step_of_opd_draws_its_proposals_by_numbers_of_its_own(plain_targe
     training = OpdTraining(drafter, plain_target, texts, table, OpdConfig(), sampling=SamplingParams(0.7))
     batch = FeatureSource(plain_target, drafter.target_layer_ids, texts).batch([0, 1])
     assert batch.hidden is not None
-    of_mining = SampledText.of(plain_target, batch.hidden, texts, SamplingParams(0.7), drafter.block_size - 1)
+    of_mining = TargetSampler.for_trajectories(
+        plain_target, batch.hidden, texts, SamplingParams(0.7), drafter.block_size - 1
+    )
     of_steps = [training._step._text(batch, step) for step in (0, 1, 1)]
     numbers = [text.numbers for text in (of_mining, *of_steps) if text is not None]
     assert [torch.equal(a, b) for a, b in itertools.pairwise(numbers)] == [False, False, True]
@@ -189,7 +191,9 @@ def test_a_smaller_served_block_keeps_what_its_offsets_keep(make: Any, plain_tar
     assert of_target is not None
 
     def accepted(proposals: int, salt: int) -> torch.Tensor:
-        text = SampledText.of(plain_target, of_target, texts, SamplingParams(1.5), drafter.block_size - 1, salt)
+        text = TargetSampler.for_trajectories(
+            plain_target, of_target, texts, SamplingParams(1.5), drafter.block_size - 1, salt
+        )
         known: Any = {"proposals": proposals, "chooser": heads.chooser, "text": text}
         return judge(hidden, batch, anchors, heads.drafter, **known).accepted
 
@@ -206,7 +210,7 @@ def test_blocks_are_judged_alike_however_many_laws_fit_into_memory(
     anchors = position_anchors(texts, 5, step_rng(0, 0), torch.device("cpu"))
     heads = HeadSource(drafter, plain_target.head_weight, TrainingConfig()).draw(step_rng(0, 0), [batch.tokens])
     assert batch.hidden is not None
-    text = SampledText.of(plain_target, batch.hidden, texts, sampling, drafter.block_size - 1)
+    text = TargetSampler.for_trajectories(plain_target, batch.hidden, texts, sampling, drafter.block_size - 1)
 
     def judged() -> tuple[Any, ...]:
         hidden = block_hidden(drafter, context_of(drafter, batch), batch, anchors)
@@ -219,19 +223,19 @@ def test_blocks_are_judged_alike_however_many_laws_fit_into_memory(
     monkeypatch.setattr(sampled_replay, "LOGITS_AT_ONCE", 2 * len(texts) * V)  # fewer than one distribution a text
     monkeypatch.setattr(verify_steps, "LOGITS_AT_ONCE", 7 * 7 * drafter.config.hidden_size)  # of 7 candidates
     of_choices = note_choices(drafter, monkeypatch)
-    assert text.anchors_at_once == 1
+    assert text.anchors_per_chunk == 1
     assert all(np.array_equal(a, b) for a, b in zip(judged(), whole, strict=True))
-    assert all(count <= 7 for count in of_choices) and bool(of_choices) == drafter.chooses
+    assert all(count <= 7 for count in of_choices) and bool(of_choices) == drafter.has_selector
 
 
 def note_choices(drafter: Drafter, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many positions are asked for together, from here on."""
     noted: list[int] = []
-    choices = drafter.choices
+    choices = drafter.selector_logits
 
     def taken(hidden: torch.Tensor, *others: Any) -> torch.Tensor:
         noted.append(hidden[..., 0].numel())
         return choices(hidden, *others)
 
-    monkeypatch.setattr(drafter, "choices", taken)
+    monkeypatch.setattr(drafter, "selector_logits", taken)
     return noted

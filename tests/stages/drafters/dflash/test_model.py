@@ -9,7 +9,7 @@ import torch
 
 from draftsmith.stages.drafters.checkpoint import create_drafter
 from draftsmith.stages.drafters.dflash.config import DFlashConfig
-from draftsmith.stages.drafters.dflash.model import SlotContext
+from draftsmith.stages.drafters.dflash.model import FeatureSlots
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.target.causal_lm import Target
 from tests.stages.drafters.dflash import reference
@@ -94,5 +94,5 @@ def test_a_layer_with_a_window_keeps_what_its_window_can_reach(plain_target: Tar
     drafter = random_target.random_drafter(plain_target, sliding_window=20, layer_types=(SLIDING, FULL))
     for capacity in (10, 4096):
         context = drafter.new_context(2, capacity)
-        assert isinstance(context, SlotContext)
+        assert isinstance(context, FeatureSlots)
         assert [slots.capacity for slots in context.layers] == [min(capacity, 20 + drafter.block_size), capacity]

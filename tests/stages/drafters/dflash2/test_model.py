@@ -79,7 +79,7 @@ def test_a_dflash_drafter_goes_on_as_dflash2_with_the_same_proposals_and_tau(pla
     made = upgraded(plain, DFlash2Config(kind="dflash2", num_layers=7, block_size=3, **SIZES), plain_target, seed=0)
     assert isinstance(made, DFlash2Drafter)
     assert (made.block_size, made.target_layer_ids, len(made.layers)) == (5, [2, 0], 2), "its own shape stays"
-    assert made.frequent_tokens is plain.frequent_tokens and made.sights == plain.sights
+    assert made.frequent_tokens is plain.frequent_tokens and made.spans == plain.spans
     trajectories = random_target.trajectories(4, seed=2)
     traces = []
     for drafter in (plain, made):
