@@ -52,7 +52,7 @@ def one_line(error: BaseException, most: int | None = None) -> str:
     return f"{said[:most].rpartition(' ')[0] or said[:most]} …"
 
 
-def disk_error_of(error: BaseException) -> OSError | None:
+def find_disk_error(error: BaseException) -> OSError | None:
     """The disk's refusal that an error is; for a full disk also that it comes from.
 
     torch, safetensors and shutil raise classes of their own where a disk is full. Other refusals behind an error may
@@ -93,5 +93,5 @@ def from_os_error(error: OSError, doing: str) -> DraftsmithError:
     return DraftsmithError(f"{doing}{where}: {advice}; then run the same command again, finished work is kept")
 
 
-class PastLimitError(DraftsmithError):
+class TimeLimitError(DraftsmithError):
     """The stage ran past its time limit. It goes on from what it saved."""

@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from draftsmith.artifacts.errors import DraftsmithError
 
-OWNER_ALONE, GROUP_READS = 0o077, 0o027  # umasks
+OWNER_ONLY, GROUP_READABLE = 0o077, 0o027  # umasks
 _user: int | None = None  # the umask that the command was started with
 _LONGEST = 200  # bytes of a file's name, of 255 that file systems take: an ending comes, and a mark while it is written
 UPLOADED = "uploaded"  # in it: copies of drafters that MLflow has, touched whenever one is used
@@ -40,7 +40,7 @@ def home() -> Path:
     return path
 
 
-def file_name(name: str) -> str:
+def run_file_name(name: str) -> str:
     """Return the name of a file that belongs to a run of this name, without its ending: another run, another file."""
     quoted = quote(name, safe="")
     if len(quoted) <= _LONGEST:
@@ -48,17 +48,17 @@ def file_name(name: str) -> str:
     return f"{quoted[: _LONGEST - 33]}-{hashlib.sha256(name.encode()).hexdigest()[:32]}"
 
 
-def private(path: str, flags: int) -> int:
+def open_0600(path: str, flags: int) -> int:
     """Open a file as an `opener` of `open`: a new one is for its owner alone, whatever the umask."""
     return os.open(path, flags, 0o600)
 
 
 @contextmanager
-def private_files(home: Path) -> Iterator[None]:
+def home_umask(home: Path) -> Iterator[None]:
     """Let those who may read the home read what the block makes; the umask is restored after it."""
     global _user
     readable = home.is_dir() and bool(home.stat().st_mode & stat.S_IRGRP)
-    before = os.umask(GROUP_READS if readable else OWNER_ALONE)
+    before = os.umask(GROUP_READABLE if readable else OWNER_ONLY)
     outermost = _user is None
     if outermost:
         _user = before
@@ -70,9 +70,9 @@ def private_files(home: Path) -> Iterator[None]:
             _user = None
 
 
-def protect(home: Path, *, group_may_read: bool) -> None:
+def protect_home(home: Path, *, group_may_read: bool) -> None:
     """Make the home for its owner alone, or readable by its group; and from here on what this process makes."""
-    umask = GROUP_READS if group_may_read else OWNER_ALONE
+    umask = GROUP_READABLE if group_may_read else OWNER_ONLY
     os.umask(umask)
     home.mkdir(parents=True, exist_ok=True)
     mode = stat.S_IMODE(home.stat().st_mode)
@@ -82,13 +82,13 @@ def protect(home: Path, *, group_may_read: bool) -> None:
             home.chmod(wanted)
 
 
-def users_umask() -> int:
+def user_umask() -> int:
     """Return the umask of files outside the home: copies from it, and what a command of the user makes."""
     return 0o022 if _user is None else _user
 
 
-def for_users(folder: Path) -> None:
+def apply_user_umask(folder: Path) -> None:
     """Give what was copied out of the home the modes that its user gives to new files."""
-    umask = users_umask()
+    umask = user_umask()
     for path in (folder, *folder.rglob("*")):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)

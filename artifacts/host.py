@@ -11,7 +11,7 @@ from pathlib import Path
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 MOUNTS = Path("/proc/self/mounts")
 # SQLite's locks and its write order are not kept there (https://www.sqlite.org/howtocorrupt.html, section 2.1).
-NETWORK = frozenset(
+NETWORK_FILE_SYSTEMS = frozenset(
     (
         *("9p", "afs", "beegfs", "ceph", "cifs", "coda", "davfs", "fhgfs", "glusterfs", "gpfs", "juicefs", "lustre"),
         *("ncpfs", "nfs", "nfs4", "orangefs", "pvfs2", "smb3", "smbfs", "wekafs"),
@@ -20,7 +20,7 @@ NETWORK = frozenset(
 _FUSE_NETWORK = re.compile(
     r"fuse\.(.*(nfs|ssh|smb|cifs|s3|gcs|blob|dav|rclone|juice|gluster|ceph|seaweed|alluxio|goofys|weka).*)"
 )
-_OURSELVES = ("127.0.0.1", "localhost")
+_LOCALHOST = ("127.0.0.1", "localhost")
 
 
 def memory_bytes() -> float:
@@ -84,13 +84,13 @@ def visible_gpus() -> list[Gpu]:
         return list(known)
     found = []
     for each in filter(None, (name.strip() for name in named.split(","))):
-        if (gpu := _named(each, known)) is None:
+        if (gpu := _find_gpu(each, known)) is None:
             break
         found.append(gpu)
     return found
 
 
-def _named(name: str, known: tuple[Gpu, ...]) -> Gpu | None:
+def _find_gpu(name: str, known: tuple[Gpu, ...]) -> Gpu | None:
     if name.isdecimal():
         return known[int(name)] if int(name) < len(known) else None
     if name.startswith("MIG-"):
@@ -126,10 +126,10 @@ def file_system(path: Path) -> tuple[str, str]:
 def network_file_system(path: Path) -> str | None:
     """Return type and mount point of a file system that other machines may share, in words; None for a local one."""
     kind, place = file_system(path)
-    return f"{kind} at {place}" if kind in NETWORK or _FUSE_NETWORK.fullmatch(kind) else None
+    return f"{kind} at {place}" if kind in NETWORK_FILE_SYSTEMS or _FUSE_NETWORK.fullmatch(kind) else None
 
 
-def reach_ourselves_directly() -> None:
+def bypass_proxy_for_localhost() -> None:
     """Exclude this machine from proxies, for this process and those that it starts: its servers are unknown to them.
 
     What the user has excluded stays.
@@ -137,5 +137,5 @@ def reach_ourselves_directly() -> None:
     known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     hosts = [host.strip() for host in known.split(",")]
     if known.strip() != "*":  # libraries read one of the two names, or the first that is set
-        exclusions = ",".join(filter(None, [known, *(each for each in _OURSELVES if each not in hosts)]))
+        exclusions = ",".join(filter(None, [known, *(each for each in _LOCALHOST if each not in hosts)]))
         os.environ["no_proxy"] = os.environ["NO_PROXY"] = exclusions

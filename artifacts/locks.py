@@ -24,7 +24,7 @@ from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 
-OTHERS_LIMIT_S = 600.0  # a database that is migrated, a server that starts
+LOCK_LIMIT_S = 600.0  # a database that is migrated, a server that starts
 _POLL_S = 0.2
 _CHECK_EVERY_S = 10.0
 _NOTE_BYTES = 4096
@@ -67,7 +67,7 @@ class Lock:
     def check(self) -> None:
         """Raise LockLostError if the file names another holder by now, or is gone."""
         try:  # by its name: a lock file that was removed and made again is another one
-            found = _holder(self.path.read_bytes())
+            found = _parse_holder(self.path.read_bytes())
         except FileNotFoundError:
             found = None
         except OSError as error:
@@ -79,50 +79,52 @@ class Lock:
                 "not kept; run the same command again, which waits for the other"
             )
 
-    def check_now_and_then(self) -> None:
+    def check_periodically(self) -> None:
         """`check`, at most every few seconds: for a holder that works for hours."""
         if time.monotonic() - self._checked[0] > _CHECK_EVERY_S:
             self._checked[0] = time.monotonic()
             self.check()
 
 
+@dataclass(frozen=True)
+class LockWait:
+    """Holds how long to wait for a lock's holder, and what to do meanwhile."""
+
+    limit_s: float = LOCK_LIMIT_S  # then LockTimeoutError is raised
+    limit_field: str = ""  # the config field that sets the limit, for the error
+    on_wait: Callable[[Holder | None], None] = lambda _holder: None  # called once, if there is a wait
+    check: Callable[[], None] = lambda: None  # called repeatedly during the wait, which ends with what this raises
+
+
 @contextmanager
 def locked(
-    path: Path,
-    waiting: Callable[[Holder | None], None] | None = None,
-    *,
-    run: str = "",
-    limit_s: float = OTHERS_LIMIT_S,
-    limit_field: str = "",
-    shared: bool = False,
-    mode: int | None = None,
-    check: Callable[[], None] = lambda: None,
+    path: Path, run: str = "", wait: LockWait = LockWait(), *, shared: bool = False, mode: int | None = None
 ) -> Iterator[Lock]:
-    """Hold the lock file's lock, after waiting for its holder.
+    """Hold the lock of a file, after waiting for its holder.
 
-    There is no unlocking: the lock goes when the last process that has the descriptor closes it or dies, so a child
-    that inherits it keeps the lock as long as it lives. `waiting` is called once if another process holds the lock,
-    with who that is. `run` is told to those who wait for us. Raises LockTimeoutError after `limit_s`, which the field
-    `limit_field` of the config says, and what `check` raises, which is called while it waits. `shared`: others may hold
-    it too, unless one holds it alone. `mode`: of the file, whatever the umask; left out, the folder's group may read
-    it, to see that it is held, if it may read the folder.
+    There is no unlocking: the lock is released when the last process that has the descriptor closes it or dies. So a
+    child that inherits the descriptor keeps the lock as long as it lives.
+
+    run: shown to other processes that wait for this one. shared: others may share the lock, and it excludes only those
+    that want it exclusively. mode: permissions of the file, whatever the umask; by default the group may read it if it
+    may read the folder. Raises LockTimeoutError, and what `wait.check` raises.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if mode is None:
         mode = 0o600 | (path.parent.stat().st_mode & stat.S_IRGRP)
-    began = time.monotonic()
+    began, waiting = time.monotonic(), False
     while True:
         fd = _open(path, mode)
         try:
             while not _try_lock(fd, shared):
-                if tell := waiting:
-                    waiting = None
-                    tell(holder_of(path))
-                if time.monotonic() - began > limit_s:
-                    raise _waited(path, limit_s, limit_field)
-                check()
+                if not waiting:
+                    waiting = True
+                    wait.on_wait(lock_holder(path))
+                if time.monotonic() - began > wait.limit_s:
+                    raise _timeout_error(path, wait)
+                wait.check()
                 time.sleep(_POLL_S)
-            if not _is(fd, path):  # removed while we waited: the lock is another file's
+            if not _is_file_at(fd, path):  # removed during the wait: the lock is another file's
                 continue
             token = "" if shared else secrets.token_hex(8)
             _write_holder(fd, Holder(token, platform.node(), os.getpid(), user_name(), run, _now()))
@@ -149,10 +151,10 @@ def is_locked(path: Path) -> bool:
         os.close(fd)
 
 
-def holder_of(path: Path) -> Holder | None:
+def lock_holder(path: Path) -> Holder | None:
     """Who took the lock last; None if nobody did, or left no name."""
     try:
-        return _holder(path.read_bytes())
+        return _parse_holder(path.read_bytes())
     except OSError:
         return None
 
@@ -168,14 +170,15 @@ def _open(path: Path, mode: int) -> int:
     return fd
 
 
-def _waited(path: Path, limit_s: float, field: str) -> LockTimeoutError:
+def _timeout_error(path: Path, wait: LockWait) -> LockTimeoutError:
+    field = f" {wait.limit_field} sets how long to wait." if wait.limit_field else ""
     return LockTimeoutError(
-        f"{path}: waited {limit_s / 60:g} minutes for {holder_of(path) or 'another process'}: let it end or stop it, "
-        f"then run the same command again{f' ({field} says how long to wait)' if field else ''}"
+        f"{path}: waited {wait.limit_s / 60:g} minutes for {lock_holder(path) or 'another process'}. Let it end or "
+        f"stop it, then run the same command again.{field}"
     )
 
 
-def _is(fd: int, path: Path) -> bool:
+def _is_file_at(fd: int, path: Path) -> bool:
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(fd), path.stat())
     return False
@@ -187,7 +190,7 @@ def _write_holder(fd: int, holder: Holder) -> None:
     os.ftruncate(fd, len(note))
 
 
-def _holder(note: bytes) -> Holder | None:
+def _parse_holder(note: bytes) -> Holder | None:
     try:
         return Holder(**json.loads(note[:_NOTE_BYTES]))
     except (ValueError, TypeError):

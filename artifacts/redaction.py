@@ -19,8 +19,18 @@ from typing import Any
 MASK = "***"
 _SHORTEST_VALUE = 8  # of a variable of the environment that is masked wherever it turns up
 
-_ALWAYS = {"PASSWORD", "PASSWD", "PASSPHRASE", "SECRET", "SECRETS", "CREDENTIAL", "CREDENTIALS", "APIKEY", "BEARER"}
-_OF_TEXT = {  # … token: one of a text
+_SECRET_WORDS = {
+    "PASSWORD",
+    "PASSWD",
+    "PASSPHRASE",
+    "SECRET",
+    "SECRETS",
+    "CREDENTIAL",
+    "CREDENTIALS",
+    "APIKEY",
+    "BEARER",
+}
+_TOKENS_OF_TEXT = {  # … token: one of a text
     "MASK",
     "EOS",
     "BOS",
@@ -58,8 +68,16 @@ _KNOWN = {
     "private keys": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----[^-]*(?:-----END [A-Z ]*PRIVATE KEY-----)?"),
 }
 
-_PLAIN = re.compile(r"[\t\n\x20-\x7e]*")
-_ESCAPED = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # control, direction and joining marks, halves of surrogate pairs
+_PRINTABLE_ASCII = re.compile(r"[\t\n\x20-\x7e]*")
+_ESCAPED_CATEGORIES = {
+    "Cc",
+    "Cf",
+    "Cs",
+    "Co",
+    "Cn",
+    "Zl",
+    "Zp",
+}  # control, direction and joining marks, halves of surrogate pairs
 
 
 def is_secret_name(name: str) -> bool:
@@ -68,14 +86,14 @@ def is_secret_name(name: str) -> bool:
     parts = [part for word in re.split(r"[^A-Z0-9]+", words) if (part := word.rstrip("0123456789"))]
     if not parts or parts == ["KEY"] or parts[-1] == "ENV":  # a field that names a variable of the environment
         return False
-    if _ALWAYS & set(parts) or re.search(r"(API|ACCESS|SECRET|PRIVATE)_?KEY", "_".join(parts)):
+    if _SECRET_WORDS & set(parts) or re.search(r"(API|ACCESS|SECRET|PRIVATE)_?KEY", "_".join(parts)):
         return True
     if parts[-1] == "TOKEN":
-        return len(parts) == 1 or parts[-2] not in _OF_TEXT
+        return len(parts) == 1 or parts[-2] not in _TOKENS_OF_TEXT
     return parts[-1] == "KEY"
 
 
-def secret_in(text: str) -> str | None:
+def describe_secret(text: str) -> str | None:
     """What in a text is a secret by its looks, in words; None if nothing is."""
     if _AUTHORITY.search(text) or _DATABASE.search(text):
         return "an address with a user or password in it"
@@ -88,32 +106,32 @@ def secret_in(text: str) -> str | None:
     return "a credential" if _ASSIGNED.search(text) or _HEADER.search(text) else None
 
 
-def secrets_of(config: Any, place: str = "") -> Iterator[tuple[str, str]]:
+def find_secrets(config: Any, place: str = "") -> Iterator[tuple[str, str]]:
     """(field, why) of everything in a nested config that looks like a secret. Values are not told."""
     if isinstance(config, Mapping):
         for name, value in config.items():
             field = f"{place}.{name}" if place else str(name)
             if is_secret_name(str(name)) and value and isinstance(value, str | int) and not isinstance(value, bool):
                 yield redacted(field), "its name looks like that of a secret"
-            elif (why := secret_in(str(name))) is not None:
+            elif (why := describe_secret(str(name))) is not None:
                 yield redacted(field), f"its name holds {why}"
             else:
-                yield from secrets_of(value, field)
+                yield from find_secrets(value, field)
     elif isinstance(config, list | tuple):
         for index, value in enumerate(config):
-            yield from secrets_of(value, f"{place}.{index}")
-    elif isinstance(config, str) and (why := secret_in(config)) is not None:
+            yield from find_secrets(value, f"{place}.{index}")
+    elif isinstance(config, str) and (why := describe_secret(config)) is not None:
         yield place, f"it holds {why}"
 
 
 def redacted(text: str) -> str:
     """The text with `***` for every secret: of addresses, headers, known kinds, and of the environment by name."""
-    for value in _of_environment():
+    for value in _environment_secrets():
         text = text.replace(value, MASK)
     for pattern in _KNOWN.values():
         text = pattern.sub(MASK, text)
     text = _DATABASE.sub(rf"\1{MASK}@", _AUTHORITY.sub(rf"\1{MASK}@", text))
-    text = _PARAMETER.sub(_without_secret, text)
+    text = _PARAMETER.sub(_mask_parameter, text)
     return _HEADER.sub(rf"\1 {MASK}", _ASSIGNED.sub(rf"\1{MASK}", text))
 
 
@@ -142,12 +160,12 @@ def _is_secret_parameter(name: str) -> bool:
     return is_secret_name(name) or words[-1] in _SIGNATURES
 
 
-def _without_secret(found: re.Match[str]) -> str:
+def _mask_parameter(found: re.Match[str]) -> str:
     before, name, _ = found.groups()
     return f"{before}{name}={MASK}" if _is_secret_parameter(name) else found.group()
 
 
-def _of_environment() -> list[str]:
+def _environment_secrets() -> list[str]:
     """Values of variables that are called as secrets are, longest first: one may hold another."""
     found = {v for k, v in os.environ.items() if len(v) >= _SHORTEST_VALUE and is_secret_name(k)}
     return sorted(found, key=len, reverse=True)
@@ -158,13 +176,13 @@ def printable(text: str) -> str:
 
     A terminal acts on control characters (colours, its title, the clipboard); marks of direction reorder what is read.
     """
-    if _PLAIN.fullmatch(text):
+    if _PRINTABLE_ASCII.fullmatch(text):
         return text
-    return "".join(_shown(character) for character in text)
+    return "".join(_escape(character) for character in text)
 
 
-def _shown(character: str) -> str:
-    if character in "\t\n" or unicodedata.category(character) not in _ESCAPED:
+def _escape(character: str) -> str:
+    if character in "\t\n" or unicodedata.category(character) not in _ESCAPED_CATEGORIES:
         return character
     code = ord(character)
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

@@ -6,10 +6,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-SHOWN = 60  # characters of a value
+MAX_CHARS = 60  # characters of a value
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return `8 s`, `2 min 05 s` or `3 h 20 min`."""
     whole = round(seconds)
     if whole < 60:
@@ -19,7 +19,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def size(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Return bytes as `812 B` or `3.4 MB`."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
@@ -28,13 +28,13 @@ def size(count: float) -> str:
     return f"{count:.1f} GB"
 
 
-def short(value: Any, most: int = SHOWN) -> str:
+def shorten(value: Any, most: int = MAX_CHARS) -> str:
     """Return a text as it is and any other value as JSON, cut to so many characters."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """Return fields by their dotted path. What holds nothing stays a value, so that it can differ too."""
     if isinstance(value, Mapping) and (value or not prefix):
         items = list(value.items())
@@ -44,5 +44,5 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: value}
     found: dict[str, Any] = {}
     for name, each in items:
-        found |= flat(each, f"{prefix}.{name}" if prefix else str(name))
+        found |= flatten(each, f"{prefix}.{name}" if prefix else str(name))
     return found

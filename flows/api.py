@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.home import home, private_files
-from draftsmith.artifacts.host import reach_ourselves_directly
+from draftsmith.artifacts.home import home, home_umask
+from draftsmith.artifacts.host import bypass_proxy_for_localhost
 from draftsmith.flows.config.load import config_from_fields, read_config
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.orchestration.launch import launch
@@ -253,7 +253,7 @@ def refresh(config: str | Path | Mapping[str, Any], *, until: str | Collection[s
     def lost(_server: PrefectServer, what: str) -> None:
         display.line(f"warning: {what}")
 
-    reach_ourselves_directly()
-    with private_files(home()):
+    bypass_proxy_for_localhost()
+    with home_umask(home()):
         ended = launch(options, REFRESH, display, lost, until=list(nodes) if nodes else None)
     return RefreshResult(ended.artifacts, ended.outcome, ended.message)

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.redaction import redacted, secrets_of
+from draftsmith.artifacts.redaction import find_secrets, redacted
 from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import MANIFEST, read_manifest
 from draftsmith.flows.config.load import read_config
@@ -102,7 +102,7 @@ def test_any_override(overrides: list[str]) -> None:
 
 @given(JSON)
 def test_a_config_without_secrets_has_none_after_masking(config: Any) -> None:
-    for place, why in secrets_of(config):
+    for place, why in find_secrets(config):
         assert isinstance(place, str) and why
     text = json.dumps(config)
     assert redacted(redacted(text)) == redacted(text)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, one_line
-from draftsmith.artifacts.redaction import secret_in
-from draftsmith.artifacts.retry import repeated
+from draftsmith.artifacts.redaction import describe_secret
+from draftsmith.artifacts.retry import retry_on
 
-_OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_LOCAL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _PROBE = ".written-once"  # an object that the check writes
-_WRITTEN = "written"
-_TRIES = 3
+_WRITE = "written"
+_ATTEMPTS = 3
 
 Result = TypeVar("Result")
 
@@ -31,7 +31,7 @@ class Bucket:
         self.address, self._field = address.rstrip("/"), field
         if "://" not in address:
             raise DraftsmithError(f"{field}: {address}: give an address such as s3://bucket/prefix")
-        if (secret := secret_in(address)) is not None:
+        if (secret := describe_secret(address)) is not None:
             raise DraftsmithError(
                 f"{field}: {address}: it is {secret}: leave it out, and give it to the file system's package in the "
                 "environment (for S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile)"
@@ -74,11 +74,11 @@ class Bucket:
 
     def write(self, name: str, content: bytes) -> None:
         """Write the object, in place of another if there is one."""
-        self._call(name, _WRITTEN, lambda: self._system.pipe_file(self._path(name), content))
+        self._call(name, _WRITE, lambda: self._system.pipe_file(self._path(name), content))
 
     def upload(self, path: Path, name: str) -> None:
         """Write a file's content as an object; it is there when it is whole."""
-        self._call(name, _WRITTEN, lambda: self._system.put_file(str(path), self._path(name)))
+        self._call(name, _WRITE, lambda: self._system.put_file(str(path), self._path(name)))
 
     def download(self, name: str, path: Path) -> bool:
         """Write the object's content into a file; return False if there is none."""
@@ -110,13 +110,13 @@ class Bucket:
 
     def _call(self, name: str, doing: str, act: Callable[[], Result]) -> Result:
         """Call the file system, and again where that may help."""
-        again = repeated(Exception, given_up=lambda error, attempts, _seconds: _is_final(error) or attempts == _TRIES)
+        again = retry_on(Exception, give_up=lambda error, attempts, _seconds: _is_final(error) or attempts == _ATTEMPTS)
         try:
             return again(act)()
         except Exception as error:  # of whichever package: no credentials, no such bucket, no network
-            if _is_of_this_disk(error):
+            if _is_local_disk_error(error):
                 raise
-            if isinstance(error, FileNotFoundError) and doing == _WRITTEN:
+            if isinstance(error, FileNotFoundError) and doing == _WRITE:
                 raise DraftsmithError(
                     f"{self._field}: {self.address}: there is no such bucket ({one_line(error)}): correct the "
                     "address, or make it"
@@ -128,9 +128,9 @@ class Bucket:
 
 
 def _is_final(error: BaseException) -> bool:
-    return isinstance(error, FileNotFoundError) or _is_of_this_disk(error)
+    return isinstance(error, FileNotFoundError) or _is_local_disk_error(error)
 
 
-def _is_of_this_disk(error: BaseException) -> bool:
+def _is_local_disk_error(error: BaseException) -> bool:
     """Whether an error is of this machine's files: an object store's errors name none."""
-    return isinstance(error, OSError) and bool(error.filename or error.errno in _OF_A_DISK)
+    return isinstance(error, OSError) and bool(error.filename or error.errno in _LOCAL_DISK_ERRORS)

@@ -16,12 +16,14 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store.manifest import sha256_file
 
 FOLDER = "checksums"  # in the home
-AGAIN_AFTER_S = 7 * 24 * 3600.0  # a disk that forgets bits touches no file
-_CLOCK_S = 2.0  # file systems tell times no finer: what changed so recently may change again and look the same
+MAX_AGE_S = 7 * 24 * 3600.0  # a disk that forgets bits touches no file
+_CLOCK_RESOLUTION_S = (
+    2.0  # file systems tell times no finer: what changed so recently may change again and look the same
+)
 
 
 @dataclass(frozen=True)
-class Known:
+class CachedChecksum:
     """What a file was when it was hashed."""
 
     path: str
@@ -33,11 +35,11 @@ class Known:
     at: float  # seconds since the epoch, before it was read
 
     @property
-    def own_sum(self) -> str:
+    def self_checksum(self) -> str:
         """Of what is known itself: a bit that the disk forgot in it must not accuse a file that is whole."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
-    def is_of(self, stat: os.stat_result) -> bool:
+    def matches(self, stat: os.stat_result) -> bool:
         """Whether the file has not been touched since; contents that were written and put back count as touched."""
         known = (self.size, self.mtime_ns, self.ctime_ns, self.inode)
         return known == (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
@@ -49,48 +51,50 @@ class Checksums:
     def __init__(self, home: Path) -> None:
         self._folder = home / FOLDER
 
-    def of(self, path: Path) -> str:
+    def sha256(self, path: Path) -> str:
         """Of the file's content. Raises OSError if it cannot be read."""
-        return self.known(path).sha256
+        return self.checksum(path).sha256
 
-    def known(self, path: Path) -> Known:
+    def checksum(self, path: Path) -> CachedChecksum:
         """The same, with when it was read. Raises DraftsmithError if it is written to meanwhile."""
         path = path.absolute()
-        found, before, at = self._still(path), path.stat(), time.time()
+        found, before, at = self._lookup(path), path.stat(), time.time()
         if found is not None:
             return found
         digest = sha256_file(path)
-        now = Known(str(path), before.st_size, before.st_mtime_ns, before.st_ctime_ns, before.st_ino, digest, at)
-        if not now.is_of(path.stat()):
+        now = CachedChecksum(
+            str(path), before.st_size, before.st_mtime_ns, before.st_ctime_ns, before.st_ino, digest, at
+        )
+        if not now.matches(path.stat()):
             raise DraftsmithError(f"{path}: somebody writes to it while it is read; give a copy that stays as it is")
-        if at - before.st_ctime_ns / 1e9 > _CLOCK_S:
+        if at - before.st_ctime_ns / 1e9 > _CLOCK_RESOLUTION_S:
             self._remember(now)
         return now
 
-    def recorded(self, path: Path) -> Known | None:
+    def cached(self, path: Path) -> CachedChecksum | None:
         """What is known of the file from the last time, whether it was touched since or not."""
         try:
             kept = json.loads(self._file(path.absolute()).read_bytes())
-            known, whole = Known(**kept["known"]), kept["sum"]
+            known, whole = CachedChecksum(**kept["known"]), kept["sum"]
         except (OSError, ValueError, TypeError, KeyError):
             return None
-        return known if whole == known.own_sum and known.path == str(path.absolute()) else None
+        return known if whole == known.self_checksum and known.path == str(path.absolute()) else None
 
-    def unread(self, paths: Iterable[Path]) -> int:
+    def uncached_bytes(self, paths: Iterable[Path]) -> int:
         """Bytes of those files that would have to be read. Raises OSError for one that is gone."""
-        return sum(path.stat().st_size for path in paths if self._still(path.absolute()) is None)
+        return sum(path.stat().st_size for path in paths if self._lookup(path.absolute()) is None)
 
-    def _still(self, path: Path) -> Known | None:
+    def _lookup(self, path: Path) -> CachedChecksum | None:
         """What is known of a file, if nothing has touched it since and that is not too long ago."""
-        found = self.recorded(path)
-        still = found is not None and found.is_of(path.stat()) and 0 <= time.time() - found.at < AGAIN_AFTER_S
+        found = self.cached(path)
+        still = found is not None and found.matches(path.stat()) and 0 <= time.time() - found.at < MAX_AGE_S
         return found if still else None
 
-    def _remember(self, known: Known) -> None:
+    def _remember(self, known: CachedChecksum) -> None:
         if not self._folder.parent.is_dir():  # a home that is not there yet is not begun by looking at a file
             return
         with suppress(DraftsmithError):  # of a store that may only be read, everything is hashed again
-            text = json.dumps({"known": asdict(known), "sum": known.own_sum})
+            text = json.dumps({"known": asdict(known), "sum": known.self_checksum})
             write_text(self._file(Path(known.path)), text, durable=False)
 
     def _file(self, path: Path) -> Path:

@@ -89,13 +89,13 @@ def _source(text: str, package: str, path: Path) -> _Source:
     try:
         memory = Path(importlib.util.cache_from_source(str(path))).with_suffix(".draftsmith.json")
     except NotImplementedError:  # a Python that compiles nothing to a file
-        return _read(text, package)
-    stamp = hashlib.sha256("\0".join([_reading(), package, text]).encode()).hexdigest()
+        return _parse_source(text, package)
+    stamp = hashlib.sha256("\0".join([_parser_version(), package, text]).encode()).hexdigest()
     with suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged: it is read again
         known = json.loads(memory.read_bytes())
         if known["stamp"] == stamp:
             return _Source(known["identity"], tuple((target, what) for target, what in known["imports"]))
-    source = _read(text, package)
+    source = _parse_source(text, package)
     if not sys.dont_write_bytecode:
         with suppress(DraftsmithError):
             write_text(memory, json.dumps({"stamp": stamp, **asdict(source)}), durable=False)
@@ -103,18 +103,18 @@ def _source(text: str, package: str, path: Path) -> _Source:
 
 
 @cache
-def _reading() -> str:
+def _parser_version() -> str:
     """What the reading of a source depends on beside the source: this module, and Python's grammar."""
     return f"{platform.python_version()} {Path(__file__).read_text(encoding='utf-8')}"
 
 
-def _read(text: str, package: str) -> _Source:
-    bare = _Bare(package)
+def _parse_source(text: str, package: str) -> _Source:
+    bare = _BareSource(package)
     tree = bare.visit(ast.parse(text))
     return _Source(hashlib.sha256(ast.unparse(tree).encode()).hexdigest(), tuple(bare.imports))
 
 
-class _Bare(ast.NodeTransformer):
+class _BareSource(ast.NodeTransformer):
     """Takes out strings that are statements (docstrings), imports of the project, and names of its modules."""
 
     def __init__(self, package: str) -> None:

@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -20,8 +20,8 @@ from urllib.parse import unquote, urlparse
 from draftsmith.artifacts.atomic import disk_errors, fsync, remove_temporary, write_text
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
-from draftsmith.artifacts.locks import Holder, Lock, is_locked, locked
-from draftsmith.artifacts.store.checksums import Checksums, Known
+from draftsmith.artifacts.locks import Lock, LockWait, is_locked, locked
+from draftsmith.artifacts.store.checksums import CachedChecksum, Checksums
 from draftsmith.artifacts.store.manifest import (
     MANIFEST,
     PENDING,
@@ -30,28 +30,29 @@ from draftsmith.artifacts.store.manifest import (
     FileEntry,
     InputEntry,
     Manifest,
-    Pending,
+    PendingManifest,
+    Provenance,
     artifact_files,
     canonical_json,
     content_id,
     damaged,
     describe_files,
-    elsewhere,
+    file_sizes,
+    find_named,
     manifest_text,
-    overwrite,
+    overwrite_in_place,
+    package_versions,
+    read_checked_manifest,
+    read_elsewhere,
     read_manifest,
     read_pending,
-    set_aside_space,
+    reserve_space,
     sha256_file,
-    sizes_of,
-    the_one_named,
-    versions,
-    whole_manifest,
 )
 
 log = logging.getLogger(__name__)
+_FOREVER = LockWait(math.inf)
 SHORT = 16  # hex digits of a key in a folder's name
-_WAIT_FIELD = "stages.lock_wait_minutes"
 PARTIAL, REPLACED = ".partial-", ".replaced-"  # beginnings of the names of what is no artifact, or none any more
 
 
@@ -81,7 +82,7 @@ class Store:
         self._checksums = Checksums(self.root.parent)
 
     @property
-    def where(self) -> str:
+    def location(self) -> str:
         """Of the artifacts, for a person."""
         return str(self.root)
 
@@ -106,7 +107,7 @@ class Store:
         """Where the complete artifact stands, or will stand."""
         return self.root / stage / key[:SHORT]
 
-    def partial(self, stage: str, key: str) -> Path:
+    def partial_path(self, stage: str, key: str) -> Path:
         """Where an unfinished attempt keeps `out` and `work`."""
         return self.root / stage / f"{PARTIAL}{key[:SHORT]}"
 
@@ -133,7 +134,7 @@ class Store:
     def fetch(self, ref: ArtifactRef, files: Collection[str] | None = None) -> None:
         """Have an artifact's files (all, or these) under its path, for who is about to read them: here they are."""
 
-    def here(self, folder: Path) -> Path:
+    def localize(self, folder: Path) -> Path:
         """Where the artifact is that a run kept as this folder, maybe on another host: here, where it says."""
         return folder
 
@@ -152,12 +153,12 @@ class Store:
         path = Path(unquote(urlparse(text).path) if text.startswith("file://") else text).expanduser()
         if path.is_dir() and (path / MANIFEST).is_file():
             return read_manifest(path).ref(path.resolve())
-        manifest = the_one_named(text, self.list(), self.where)
+        manifest = find_named(text, self.list(), self.location)
         return manifest.ref(self.path(manifest.stage, manifest.key))
 
     def verify(self, ref: ArtifactRef) -> None:
         """Check every checksum, and that no file was added or taken away."""
-        manifest = whole_manifest(ref.path, ref.stage)
+        manifest = read_checked_manifest(ref.path, ref.stage)
         if (manifest.key, manifest.content_id) != (ref.key, ref.content_id):
             raise damaged(ref.path / MANIFEST, ref.stage, "names another key or content id")
         for name in artifact_files(ref.path):
@@ -167,7 +168,7 @@ class Store:
             if not (ref.path / name).is_file():
                 raise damaged(ref.path / name, ref.stage, "is missing")
             if sha256_file(ref.path / name) != entry.sha256:
-                self._mend(ref, name, "has changed since it was written")
+                self._repair(ref, name, "has changed since it was written")
 
     def verify_once(self, ref: ArtifactRef, *, and_elsewhere: bool = True, read: bool = False) -> None:
         """Check the checksum of every file that was touched since it was last checked here, and of those that the
@@ -176,21 +177,21 @@ class Store:
         For whoever is about to read them, or has (`read`): what was read is not mended. What was made from a damaged
         artifact since it was last found whole is set aside, with a log line: it is no artifact any more.
         """
-        manifest = whole_manifest(ref.path, ref.stage)
-        for name, entry in (manifest.files if read else self.to_verify(ref, manifest)).items():
+        manifest = read_checked_manifest(ref.path, ref.stage)
+        for name, entry in (manifest.files if read else self.files_to_verify(ref, manifest)).items():
             path = ref.path / name
-            before = self._checksums.recorded(path)
+            before = self._checksums.cached(path)
             try:
-                sha256 = self._checksums.of(path)
+                sha256 = self._checksums.sha256(path)
             except OSError as error:
-                self._mend(ref, name, f"cannot be read ({error.strerror})", read=read)
+                self._repair(ref, name, f"cannot be read ({error.strerror})", read=read)
                 continue
             if sha256 != entry.sha256:
-                self._set_doubtful_aside(ref, path, before)
-                self._mend(ref, name, "has changed since it was written: its checksum is another", read=read)
-        for name, sha256 in elsewhere(ref.path).items() if and_elsewhere else ():
+                self._quarantine_dependents(ref, path, before)
+                self._repair(ref, name, "has changed since it was written: its checksum is another", read=read)
+        for name, sha256 in read_elsewhere(ref.path).items() if and_elsewhere else ():
             try:
-                same = self._checksums.of(Path(name)) == sha256
+                same = self._checksums.sha256(Path(name)) == sha256
             except OSError:
                 same = False
             if not same:
@@ -199,28 +200,28 @@ class Store:
                     f"`--force {ref.stage}` to the command"
                 )
 
-    def to_verify(self, ref: ArtifactRef, manifest: Manifest) -> Mapping[str, FileEntry]:  # noqa: ARG002
+    def files_to_verify(self, ref: ArtifactRef, manifest: Manifest) -> Mapping[str, FileEntry]:  # noqa: ARG002
         """The files that are there, or ought to be."""
         return manifest.files
 
-    def _mend(self, ref: ArtifactRef, name: str, what: str, *, read: bool = False) -> None:  # noqa: ARG002
+    def _repair(self, ref: ArtifactRef, name: str, what: str, *, read: bool = False) -> None:  # noqa: ARG002
         """A file of an artifact is not as it was written; what: how. Raises DraftsmithError: it has no other copy."""
         raise damaged(ref.path / name, ref.stage, what)
 
-    def _set_doubtful_aside(self, ref: ArtifactRef, path: Path, known: Known | None) -> None:
+    def _quarantine_dependents(self, ref: ArtifactRef, path: Path, known: CachedChecksum | None) -> None:
         """What was made from an artifact since one of its files was last whole. known: of that time."""
         whole_until = self.manifest(ref).created_at
         if known is not None:
             stat = path.stat()
-            touched = stat.st_ctime if not known.is_of(stat) else known.at
+            touched = stat.st_ctime if not known.matches(stat) else known.at
             whole_until = datetime.fromtimestamp(touched, UTC).isoformat(timespec="milliseconds")
         for made in self.list():
             sources = [(entry.stage, entry.key, entry.content_id) for entry in made.inputs.values()]
             if (ref.stage, ref.key, ref.content_id) in sources and made.created_at > whole_until:
                 folder = self.path(made.stage, made.key)
-                log.warning("%s was made from %s, which is damaged: %s", folder, path, self._set_aside(folder))
+                log.warning("%s was made from %s, which is damaged: %s", folder, path, self._quarantine(folder))
 
-    def _set_aside(self, folder: Path) -> str:
+    def _quarantine(self, folder: Path) -> str:
         """An artifact is none any more; says what became of it."""
         aside = folder.with_name(f"{REPLACED}{folder.name}-{time.time_ns()}")
         folder.rename(aside)
@@ -235,26 +236,20 @@ class Store:
         key: str,
         *,
         force: bool = False,
-        waiting: Callable[[Holder | None], None] | None = None,
         run: str = "",
-        limit_s: float = math.inf,
-        check: Callable[[], None] = lambda: None,
+        wait: LockWait = _FOREVER,
     ) -> Iterator[Claim | ArtifactRef]:
         """Take the key's lock (waiting for its holder) and yield a `Claim`, or the artifact if it is finished by then.
 
-        `force` makes the artifact again although it is complete, and not from what an attempt without it left; it goes
-        on from what an earlier forced attempt saved, and logs where that lies. What an earlier attempt made but could
-        not commit is committed here.
-        `waiting` is called once if another process holds the lock, with who that is; `run` tells it who we are. Raises
-        LockTimeoutError after `limit_s`, and what `check` raises, which is called while it waits. The kernel drops the
-        lock of a dead process.
+        Commits what an earlier attempt made but could not commit. The kernel releases the lock of a dead process.
+
+        force: make the artifact again although it is complete. It does not continue an attempt without `force`, but
+        does continue an earlier forced one, and logs where that is. run, wait: as in `locked`.
         """
         with ExitStack() as stack:
             with disk_errors(f"claiming {stage}"):
-                place = self._lock(stage, key)
-                held = locked(place, waiting, run=run, limit_s=limit_s, limit_field=_WAIT_FIELD, check=check)
-                lock = stack.enter_context(held)
-                partial = self.partial(stage, key)
+                lock = stack.enter_context(locked(self._lock(stage, key), run, wait))
+                partial = self.partial_path(stage, key)
                 begun_by_force, name = partial / "forced", ""
                 forced_before = begun_by_force.exists()
                 finished = self._finish_interrupted_commit(stage, key)
@@ -274,7 +269,7 @@ class Store:
                         name = begun_by_force.read_text()
                     else:
                         begun_by_force.unlink(missing_ok=True)
-                    set_aside_space(partial / PENDING)
+                    reserve_space(partial / PENDING)
             yield done or Claim(stage, key, partial / "out", partial / "work", lock, name)
 
     def is_claimed(self, stage: str, key: str) -> bool:
@@ -284,19 +279,11 @@ class Store:
     def commit(
         self,
         claim: Claim,
+        made_from: Provenance,
         *,
-        config: Mapping[str, Any],
-        inputs: Mapping[str, ArtifactRef],
-        code_digest: str,
-        seed: int,
         metrics: Mapping[str, float] | None = None,
         volatile: tuple[str, ...] = (),
-        mlflow_run_id: str | None = None,
         duration_s: float | None = None,
-        modules: Mapping[str, str] | None = None,
-        external: Mapping[str, str] | None = None,
-        run: str = "",
-        node: str = "",
     ) -> ArtifactRef:
         """Make `claim.out` the artifact: its manifest last, everything on disk, then one rename.
 
@@ -313,35 +300,35 @@ class Store:
                 fsync(claim.out / name)
             for folder in (claim.out, *(path for path in claim.out.rglob("*") if path.is_dir())):
                 fsync(folder)
-            pending = Pending(
+            pending = PendingManifest(
                 volatile=volatile,
-                sizes=sizes_of(claim.out),
+                sizes=file_sizes(claim.out),
                 schema_version=SCHEMA_VERSION,
                 stage=claim.stage,
                 key=claim.key,
                 content_id="",
                 created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
-                config=dict(config),
-                inputs={name: InputEntry.of(ref) for name, ref in inputs.items()},
-                code_digest=code_digest,
-                seed=seed,
+                config=dict(made_from.config),
+                inputs={name: InputEntry.from_ref(ref) for name, ref in made_from.inputs.items()},
+                code_digest=made_from.code_digest,
+                seed=made_from.seed,
                 files={},
-                # a figure that is not a number has no JSON form and would make the manifest unreadable
+                # NaN and infinity have no JSON form and would make the manifest unreadable
                 metrics={name: value for name, value in (metrics or {}).items() if math.isfinite(value)},
-                mlflow_run_id=mlflow_run_id,
+                mlflow_run_id=made_from.mlflow_run_id,
                 duration_s=round(time.monotonic() - claim.started if duration_s is None else duration_s, 3),
-                versions=versions(claim.out),
-                modules=dict(modules or {}),
-                external=dict(external or {}),
-                run=run,
-                node=node,
+                versions=package_versions(claim.out),
+                modules=dict(made_from.modules),
+                external=dict(made_from.external),
+                run=made_from.run,
+                node=made_from.node,
             )
-            overwrite(self.partial(claim.stage, claim.key) / PENDING, pending.model_dump_json().encode())
+            overwrite_in_place(self.partial_path(claim.stage, claim.key) / PENDING, pending.model_dump_json().encode())
             return self._complete(pending, claim.lock)
 
-    def _complete(self, pending: Pending, lock: Lock | None = None) -> ArtifactRef:
+    def _complete(self, pending: PendingManifest, lock: Lock | None = None) -> ArtifactRef:
         """Commit the files of an attempt that has ended."""
-        out = self.partial(pending.stage, pending.key) / "out"
+        out = self.partial_path(pending.stage, pending.key) / "out"
         files = describe_files(out, pending.volatile)
         fields = pending.model_dump(exclude={"volatile", "sizes"})
         manifest = Manifest.model_validate({**fields, "files": files, "content_id": content_id(files)})
@@ -352,7 +339,7 @@ class Store:
 
     def _install(self, manifest: Manifest) -> ArtifactRef:
         """Rename a complete `out` to its final name. Killed anywhere in here, the next claim ends what was begun."""
-        partial, final = self.partial(manifest.stage, manifest.key), self.path(manifest.stage, manifest.key)
+        partial, final = self.partial_path(manifest.stage, manifest.key), self.path(manifest.stage, manifest.key)
         shutil.rmtree(partial / "work", ignore_errors=True)
         replaced = None
         if final.exists():
@@ -369,7 +356,7 @@ class Store:
 
     def _finish_interrupted_commit(self, stage: str, key: str) -> ArtifactRef | None:
         """The artifact of a stage that had ended when its commit was cut off, or could not be written."""
-        out = self.partial(stage, key) / "out"
+        out = self.partial_path(stage, key) / "out"
         if (out / MANIFEST).exists():
             try:
                 self._check(out, stage, key)
@@ -379,11 +366,11 @@ class Store:
         if (pending := read_pending(out.with_name(PENDING))) is None:
             return None
         remove_temporary(out)  # a manifest that was being written is none of the sizes
-        return None if pending.sizes != sizes_of(out) else self._complete(pending)
+        return None if pending.sizes != file_sizes(out) else self._complete(pending)
 
     def _check(self, folder: Path, stage: str, key: str) -> ArtifactRef:
         """Manifest present and readable, of this key, and every file there with its size."""
-        manifest = whole_manifest(folder, stage)
+        manifest = read_checked_manifest(folder, stage)
         if manifest.key != key:
             raise damaged(folder / MANIFEST, stage, f"is of another key, {manifest.key[:SHORT]}")
         for name, entry in manifest.files.items():

@@ -8,7 +8,7 @@ import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
@@ -28,7 +28,7 @@ SHARD = ".shard"  # end of the name of a stage whose artifacts are parts of anot
 # bucket that does not answer), the next claim makes it without the stage.
 PENDING = "pending.json"
 _PENDING_BYTES = 1 << 16  # set aside when the attempt begins, so that a full disk cannot refuse them at its end
-_FEWEST = 4  # characters of a key or content id that name an artifact
+_MIN_PREFIX = 4  # characters of a key or content id that name an artifact
 _CHECKSUM = "checksum"  # of the manifest itself
 VERSIONS = "versions.json"  # a file of an artifact: name -> version of what made it, beside this environment's packages
 _PACKAGES = (
@@ -52,14 +52,29 @@ class ArtifactRef:
         return self.path.as_uri()
 
 
-def _inside(name: str) -> str:
+@dataclass(frozen=True)
+class Provenance:
+    """Holds what an artifact was made from and by which run, for its manifest."""
+
+    config: Mapping[str, Any]
+    inputs: Mapping[str, ArtifactRef]  # name of the input -> artifact
+    code_digest: str
+    seed: int
+    modules: Mapping[str, str] = field(default_factory=dict)
+    external: Mapping[str, str] = field(default_factory=dict)
+    mlflow_run_id: str | None = None
+    run: str = ""
+    node: str = ""
+
+
+def _check_relative(name: str) -> str:
     """A path that cannot lead out of the folder that it is taken from: a manifest may come from elsewhere."""
     if not name or name.startswith("/") or "\0" in name or ".." in name.split("/"):
         raise ValueError(f"{name!r} leads out of its folder")
     return name
 
 
-_Inside = Annotated[str, AfterValidator(_inside)]
+_RelativePath = Annotated[str, AfterValidator(_check_relative)]
 
 
 class _Frozen(BaseModel):
@@ -73,27 +88,27 @@ class FileEntry(_Frozen):
 
 
 class InputEntry(_Frozen):
-    stage: _Inside
-    key: _Inside
+    stage: _RelativePath
+    key: _RelativePath
     content_id: str
     volatile_id: str
 
     @classmethod
-    def of(cls, ref: ArtifactRef) -> Self:
+    def from_ref(cls, ref: ArtifactRef) -> Self:
         return cls(stage=ref.stage, key=ref.key, content_id=ref.content_id, volatile_id=ref.volatile_id)
 
 
 class Manifest(_Frozen):
     schema_version: int
-    stage: _Inside
-    key: _Inside
+    stage: _RelativePath
+    key: _RelativePath
     content_id: str
     created_at: str  # ISO 8601, UTC
     config: dict[str, Any]
     inputs: dict[str, InputEntry]
     code_digest: str
     seed: int
-    files: dict[_Inside, FileEntry]  # path relative to the artifact's folder, with forward slashes
+    files: dict[_RelativePath, FileEntry]  # path relative to the artifact's folder, with forward slashes
     metrics: dict[str, float]
     mlflow_run_id: str | None
     duration_s: float  # of the attempt that completed it
@@ -186,7 +201,7 @@ def parse_manifest(content: bytes, where: Path | str) -> Manifest:
         raise DraftsmithError(f"{where}: not a readable manifest (truncated or edited)") from error
 
 
-def elsewhere(folder: Path) -> dict[str, str]:
+def read_elsewhere(folder: Path) -> dict[str, str]:
     """What an artifact says of files elsewhere that belong to it: path -> sha256; nothing for one that says nothing.
 
     Raises `DraftsmithError` if it is damaged.
@@ -198,12 +213,12 @@ def elsewhere(folder: Path) -> dict[str, str]:
         raise DraftsmithError(f"{path}: cannot be read (truncated or edited): make the artifact again") from error
 
 
-def note_versions(folder: Path, **found: str) -> None:
+def write_versions(folder: Path, **found: str) -> None:
     """Keep, beside what a stage makes, the versions of programs outside this environment that decided it."""
     (folder / VERSIONS).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
-def versions(folder: Path | None = None) -> dict[str, str]:
+def package_versions(folder: Path | None = None) -> dict[str, str]:
     """Versions that can change a result, without importing anything heavy, and those that the stage noted.
 
     They are no part of a key: most updates change nothing, and each would make everything again.
@@ -218,7 +233,7 @@ def versions(folder: Path | None = None) -> dict[str, str]:
     return found | (json.loads(noted.read_bytes()) if noted is not None and noted.is_file() else {})
 
 
-def whole_manifest(folder: Path, stage: str) -> Manifest:
+def read_checked_manifest(folder: Path, stage: str) -> Manifest:
     """Return the manifest of a folder, whose content id is that of its files. Raises DraftsmithError."""
     try:
         manifest = read_manifest(folder)
@@ -243,23 +258,23 @@ def damaged(where: Path | str, stage: str, what: str) -> DraftsmithError:
     return DraftsmithError(f"{where}: {what}; {remedy(stage)}")
 
 
-class Pending(Manifest):
+class PendingManifest(Manifest):
     """A manifest whose files are not described yet."""
 
     volatile: tuple[str, ...]
     sizes: dict[str, int]  # of the files that are there, by name
 
 
-def sizes_of(out: Path) -> dict[str, int]:
+def file_sizes(out: Path) -> dict[str, int]:
     return {name: (out / name).stat().st_size for name in artifact_files(out)}
 
 
-def set_aside_space(path: Path) -> None:
+def reserve_space(path: Path) -> None:
     with path.open("wb") as file, suppress(OSError):  # some file systems cannot: the bytes are asked for at the end
         os.posix_fallocate(file.fileno(), 0, _PENDING_BYTES)
 
 
-def overwrite(path: Path, content: bytes) -> None:
+def overwrite_in_place(path: Path, content: bytes) -> None:
     """Write in the space that a file has, so that a full disk takes it. Lost in a crash, the stage is run again."""
     with path.open("r+b") as file:
         file.write(content)
@@ -267,17 +282,17 @@ def overwrite(path: Path, content: bytes) -> None:
         file.truncate()
 
 
-def read_pending(path: Path) -> Pending | None:
+def read_pending(path: Path) -> PendingManifest | None:
     """Return what was written at the end of a stage; None: it has not ended."""
     try:
-        return Pending.model_validate_json(path.read_bytes())
+        return PendingManifest.model_validate_json(path.read_bytes())
     except (OSError, ValueError):
         return None
 
 
-def the_one_named(text: str, manifests: Sequence[Manifest], where: str) -> Manifest:
+def find_named(text: str, manifests: Sequence[Manifest], where: str) -> Manifest:
     """Return the one manifest that `text` names. Raises DraftsmithError, with `where`, for none or several."""
-    matches = [manifest for manifest in manifests if _names(text, manifest)]
+    matches = [manifest for manifest in manifests if _matches(text, manifest)]
     if len(matches) == 1:
         return matches[0]
     if not matches:
@@ -286,10 +301,10 @@ def the_one_named(text: str, manifests: Sequence[Manifest], where: str) -> Manif
     raise DraftsmithError(f"{text!r} names {len(matches)} artifacts: choose one by its key, e.g. {choices}")
 
 
-def _names(text: str, manifest: Manifest) -> bool:
+def _matches(text: str, manifest: Manifest) -> bool:
     stage, slash, prefix = text.rpartition("/")
     if slash:
         return stage == manifest.stage and bool(prefix) and manifest.key.startswith(prefix)
     if text == manifest.stage:
         return True
-    return len(text) >= _FEWEST and (manifest.key.startswith(text) or manifest.content_id.startswith(text))
+    return len(text) >= _MIN_PREFIX and (manifest.key.startswith(text) or manifest.content_id.startswith(text))

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from draftsmith.artifacts.atomic import atomic_path, disk_errors, remove_temporary, write_text
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
-from draftsmith.artifacts.locks import locked
+from draftsmith.artifacts.locks import LockWait, locked
 from draftsmith.artifacts.store.bucket import Bucket
 from draftsmith.artifacts.store.local import REPLACED, SHORT, Store
 from draftsmith.artifacts.store.manifest import (
@@ -40,6 +40,7 @@ from draftsmith.artifacts.store.manifest import (
 )
 
 log = logging.getLogger(__name__)
+STORE_VARIABLE = "DRAFTSMITH_STORE"  # an address for fsspec, such as s3://bucket/prefix
 _FETCH_LIMIT_S = 24 * 3600.0  # for another process of this home that fetches the same artifact
 
 
@@ -53,7 +54,7 @@ class MirroredStore(Store):
         self._seen: dict[tuple[str, str], Manifest] = {}  # stage and short key: as they were last read
 
     @property
-    def where(self) -> str:
+    def location(self) -> str:
         return self._bucket.address
 
     def check(self) -> None:
@@ -105,10 +106,10 @@ class MirroredStore(Store):
         self.fetch(ref)
         super().verify(ref)
 
-    def to_verify(self, ref: ArtifactRef, manifest: Manifest) -> Mapping[str, FileEntry]:
+    def files_to_verify(self, ref: ArtifactRef, manifest: Manifest) -> Mapping[str, FileEntry]:
         return {name: entry for name, entry in manifest.files.items() if (ref.path / name).exists()}
 
-    def _mend(self, ref: ArtifactRef, name: str, what: str, *, read: bool = False) -> None:
+    def _repair(self, ref: ArtifactRef, name: str, what: str, *, read: bool = False) -> None:
         """Pull a damaged copy once more, unless it was `read`. Raises DraftsmithError then, and if the bucket's is
         damaged too."""
         if read:
@@ -117,7 +118,7 @@ class MirroredStore(Store):
         with self._fetching(ref):
             self._pull(read_manifest(ref.path), name, ref.path / name)
 
-    def _set_aside(self, folder: Path) -> str:
+    def _quarantine(self, folder: Path) -> str:
         """Which host made it is not known: what others read there was whole."""
         return f"make it again (`--force {folder.parent.name}`) if this host made it"
 
@@ -153,7 +154,7 @@ class MirroredStore(Store):
             for name in _missing(ref.path, wanted):
                 self._pull(manifest, name, ref.path / name)
 
-    def here(self, folder: Path) -> Path:
+    def localize(self, folder: Path) -> Path:
         for place in (folder, folder.parent):  # of an artifact, or a folder in it
             manifest = self.manifest_at(place.parent.name, place.name) if len(place.name) == SHORT else None
             if manifest is not None:
@@ -168,7 +169,7 @@ class MirroredStore(Store):
         lock = self.root / ref.stage / f".lock-fetch-{ref.key[:SHORT]}"
         with (
             disk_errors(f"fetching {ref.stage}"),
-            locked(lock, run=f"fetching {ref.stage}", limit_s=_FETCH_LIMIT_S),
+            locked(lock, f"fetching {ref.stage}", LockWait(_FETCH_LIMIT_S)),
         ):
             yield
 
@@ -203,7 +204,7 @@ class MirroredStore(Store):
 
     def _install(self, manifest: Manifest) -> ArtifactRef:
         """Push, then rename here. Killed or cut off anywhere in here, the next claim of this home goes on."""
-        partial = self.partial(manifest.stage, manifest.key)
+        partial = self.partial_path(manifest.stage, manifest.key)
         forced = (partial / "forced").exists()
         first = None if forced else self._pushed(manifest.stage, manifest.key[:SHORT])
         if first is not None and first.files != manifest.files:
@@ -253,3 +254,12 @@ def _missing(folder: Path, files: Mapping[str, FileEntry]) -> list[str]:
     """Return those that are not there, or not whole."""
     sizes = {name: (folder / name).stat().st_size for name in files if (folder / name).is_file()}
     return [name for name, entry in files.items() if sizes.get(name) != entry.bytes]
+
+
+def open_store(home: Path) -> Store:
+    """Return the store of a home: `<home>/store`, mirrored in the bucket of `DRAFTSMITH_STORE` if that is set.
+
+    Raises DraftsmithError for an address that cannot be used.
+    """
+    root, address = home / "store", os.environ.get(STORE_VARIABLE)
+    return MirroredStore(root, Bucket(address, STORE_VARIABLE)) if address else Store(root)

@@ -18,12 +18,12 @@ from pathlib import Path
 from draftsmith.artifacts.atomic import disk_errors
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import UPLOADED
-from draftsmith.artifacts.locks import OTHERS_LIMIT_S, LockTimeoutError, holder_of, is_locked, locked
+from draftsmith.artifacts.locks import LOCK_LIMIT_S, LockTimeoutError, LockWait, is_locked, lock_holder, locked
 from draftsmith.artifacts.store.local import PARTIAL, REPLACED, SHORT
-from draftsmith.artifacts.store.manifest import MANIFEST, SHARD, Manifest, elsewhere, read_manifest
-from draftsmith.artifacts.store.open import store_of
+from draftsmith.artifacts.store.manifest import MANIFEST, SHARD, Manifest, read_elsewhere, read_manifest
+from draftsmith.artifacts.store.mirror import open_store
 
-Place = tuple[str, str]  # stage and short key: the folder in the store
+ArtifactPlace = tuple[str, str]  # stage and short key: the folder in the store
 _LOCK = ".lock-artifacts"  # of the home: whoever reads shares it, whoever removes has it alone
 _LOGS = ("*.log", "*.request.json")
 REPLACED_ARTIFACT = "replaced artifact"
@@ -38,12 +38,12 @@ class Leftover:
     bytes: int
     touched: float  # seconds since the epoch: the latest of its files
     lock: Path | None = None  # who works on it holds this
-    joined_in: Path | None = None  # of a shard: the stage's folder, where it is taken up by an attempt at a node
+    node_folder: Path | None = None  # of a shard: the stage's folder, where it is taken up by an attempt at a node
 
     def remove(self) -> bool:
         """Delete it, unless a run has taken it up since."""
         with disk_errors(f"removing {self.path}"):
-            if self.joined_in is not None and _attempts(self.joined_in):
+            if self.node_folder is not None and _attempts(self.node_folder):
                 return False
             if self.lock is None:
                 _delete(self.path)
@@ -65,28 +65,28 @@ class Leftover:
 
 def leftovers(home: Path, before: float) -> list[Leftover]:
     """Return a home's leftovers that were last touched before a moment (seconds since the epoch), largest first."""
-    root = store_of(home).root
+    root = open_store(home).root
     found = list(_logs(home / "logs"))
     for folder in root.glob(f"*/{PARTIAL}*"):
         lock = folder.with_name(f".lock-{folder.name.removeprefix(PARTIAL)}")
         complete = (folder / "out" / MANIFEST).exists()  # killed between two renames: the next run ends it
         if not complete and not is_locked(lock):
-            found.append(_described("unfinished attempt", folder, lock))
+            found.append(_describe("unfinished attempt", folder, lock))
     for stage in root.glob(f"*{SHARD}"):
         node = stage.with_name(stage.name.removesuffix(SHARD))
         if _attempts(node):  # which may go on with any of them; a shard does not say of which node it is
             continue
         for folder in stage.glob("[!.]*/"):  # of a node that is made, or that was given up
-            found.append(_described("shard", folder, folder.with_name(f".lock-{folder.name}"), node))
-    found += [_described("copy of an uploaded drafter", folder) for folder in (home / UPLOADED).glob("*/")]
-    found += [_described(REPLACED_ARTIFACT, folder) for folder in root.glob(f"*/{REPLACED}*")]
+            found.append(_describe("shard", folder, folder.with_name(f".lock-{folder.name}"), node))
+    found += [_describe("copy of an uploaded drafter", folder) for folder in (home / UPLOADED).glob("*/")]
+    found += [_describe(REPLACED_ARTIFACT, folder) for folder in root.glob(f"*/{REPLACED}*")]
     return sorted((each for each in found if each.touched < before), key=lambda each: -each.bytes)
 
 
 def _logs(folder: Path) -> Iterator[Leftover]:
     for pattern in _LOGS:
         for path in folder.glob(pattern):
-            yield _described("log", path)
+            yield _describe("log", path)
 
 
 def _attempts(stage: Path) -> bool:
@@ -94,9 +94,9 @@ def _attempts(stage: Path) -> bool:
     return any(stage.glob(f"{PARTIAL}*"))
 
 
-def _described(what: str, path: Path, lock: Path | None = None, joined_in: Path | None = None) -> Leftover:
+def _describe(what: str, path: Path, lock: Path | None = None, node_folder: Path | None = None) -> Leftover:
     stats = [each.lstat() for each in [path, *path.rglob("*")]]
-    return Leftover(what, path, sum(s.st_size for s in stats), max(s.st_mtime for s in stats), lock, joined_in)
+    return Leftover(what, path, sum(s.st_size for s in stats), max(s.st_mtime for s in stats), lock, node_folder)
 
 
 def _delete(path: Path) -> None:
@@ -107,44 +107,37 @@ def _delete(path: Path) -> None:
 
 
 @contextmanager
-def in_use(
+def artifacts_in_use(
     home: Path,
     run: str,
     say: Callable[[str], None] = lambda _line: None,
     *,
-    limit_s: float = OTHERS_LIMIT_S,
+    limit_s: float = LOCK_LIMIT_S,
     check: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
     """Keep what this run finds in the store until it ends. Waits for who removes artifacts, as `locked` does."""
     with ExitStack() as stack, disk_errors("taking artifacts into use:"):
-        waiting = locked(
-            home / _LOCK,
-            lambda holder: say(f"artifacts are being removed, waiting for that ({holder})"),
-            run=run,
-            limit_s=limit_s,
-            shared=True,
-            check=check,
-        )
-        stack.enter_context(waiting)
+        wait = LockWait(limit_s, "", lambda holder: say(f"waiting while artifacts are removed ({holder})"), check)
+        stack.enter_context(locked(home / _LOCK, run, wait, shared=True))
         held = stack.pop_all()
     with held:  # the disk's errors from here on are the run's own
         yield
 
 
 @contextmanager
-def nobody_reads(home: Path) -> Iterator[None]:
+def exclusive_for_prune(home: Path) -> Iterator[None]:
     """For who removes artifacts. Raises DraftsmithError while a run is alive: it looks for what is there when it
     begins, and reads it hours later."""
     with ExitStack() as stack:
         of_runs = [*(home / "refreshes").glob(".lock-*"), *(home / "store").glob("*/.lock-*")]
         try:
             with disk_errors("removing artifacts:"):
-                stack.enter_context(locked(home / _LOCK, run="prune --artifacts", limit_s=0))
+                stack.enter_context(locked(home / _LOCK, "prune --artifacts", LockWait(0)))
             held = next((path for path in of_runs if is_locked(path)), None)
         except LockTimeoutError:
             held = home / _LOCK
         if held is not None:
-            who = f": {holder}" if (holder := holder_of(held)) is not None else ""
+            who = f": {holder}" if (holder := lock_holder(held)) is not None else ""
             raise DraftsmithError(
                 f"a run of {home} is alive (it holds {held}{who}): what it is going to read must stay; prune artifacts "
                 "when it has ended"
@@ -153,7 +146,7 @@ def nobody_reads(home: Path) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Unused(Leftover):
+class UnusedArtifact(Leftover):
     """A complete artifact; `touched` is when a run has last made or used it."""
 
     def remove(self) -> bool:
@@ -170,7 +163,7 @@ class Unused(Leftover):
         return True
 
 
-def unused(root: Path, before: float, needed: Collection[str]) -> list[Unused]:
+def unused_artifacts(root: Path, before: float, needed: Collection[str]) -> list[UnusedArtifact]:
     """Artifacts in the (resolved) folder of a store that were last used before a moment, largest first.
 
     before: seconds since the epoch; a run touches the manifest of what it reuses. needed: content ids of artifacts that
@@ -178,7 +171,9 @@ def unused(root: Path, before: float, needed: Collection[str]) -> list[Unused]:
     it was given as a path. A folder whose manifest cannot be read stays too.
     """
     there = dict(_artifacts(root))
-    last = {place: max(_made(each), root.joinpath(*place, MANIFEST).stat().st_mtime) for place, each in there.items()}
+    last = {
+        place: max(_created(each), root.joinpath(*place, MANIFEST).stat().st_mtime) for place, each in there.items()
+    }
     stays = {place for place, each in there.items() if last[place] >= before or each.content_id in needed}
     to_follow = [(root.joinpath(*place), there[place]) for place in stays]
     to_follow += [(folder, each) for folder, each in _replaced(root) if each.content_id in needed]
@@ -190,7 +185,7 @@ def unused(root: Path, before: float, needed: Collection[str]) -> list[Unused]:
     return sorted(found, key=lambda each: -each.bytes)
 
 
-def _artifacts(root: Path) -> Iterator[tuple[Place, Manifest]]:
+def _artifacts(root: Path) -> Iterator[tuple[ArtifactPlace, Manifest]]:
     for folder in root.glob("[!.]*/[!.]*/"):
         if not folder.parent.name.endswith(SHARD):  # which `leftovers` lists
             with suppress(DraftsmithError):
@@ -204,20 +199,20 @@ def _replaced(root: Path) -> Iterator[tuple[Path, Manifest]]:
             yield folder, read_manifest(folder)
 
 
-def _sources(root: Path, folder: Path, manifest: Manifest) -> Iterator[Place]:
+def _sources(root: Path, folder: Path, manifest: Manifest) -> Iterator[ArtifactPlace]:
     for entry in manifest.inputs.values():
         yield entry.stage, entry.key[:SHORT]
-    for path in (*manifest.external, *elsewhere(folder)):
+    for path in (*manifest.external, *read_elsewhere(folder)):
         with suppress(ValueError):  # outside the store
             stage, key, *_ = Path(path).resolve().relative_to(root).parts
             yield stage, key
 
 
-def _made(manifest: Manifest) -> float:
+def _created(manifest: Manifest) -> float:
     return datetime.fromisoformat(manifest.created_at).timestamp()
 
 
-def _unused(root: Path, place: Place, manifest: Manifest, last: float) -> Unused:
+def _unused(root: Path, place: ArtifactPlace, manifest: Manifest, last: float) -> UnusedArtifact:
     folder = root.joinpath(*place)
     size = sum(path.stat().st_size for name in manifest.files if (path := folder / name).is_file())  # not fetched: none
-    return Unused("artifact", folder, size, last, folder.with_name(f".lock-{folder.name}"))
+    return UnusedArtifact("artifact", folder, size, last, folder.with_name(f".lock-{folder.name}"))

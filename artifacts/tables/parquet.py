@@ -18,7 +18,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.tables.schemas import TableSchema
 
 # How every table is written; its pages carry checksums, which every reader here verifies.
-WRITTEN: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
+WRITE_OPTIONS: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
 
 Rows: TypeAlias = Sequence[Mapping[str, Any]] | pa.Table
 
@@ -46,7 +46,7 @@ class TableWriter:
     def __enter__(self) -> Self:
         with ExitStack() as opened:
             tmp = opened.enter_context(atomic_path(self.path))
-            written = WRITTEN | {"use_dictionary": _repeating(self.schema.columns)}
+            written = WRITE_OPTIONS | {"use_dictionary": _dictionary_columns(self.schema.columns)}
             self._file = opened.enter_context(pq.ParquetWriter(tmp, self.schema.with_metadata, **written))
             self._opened = opened.pop_all()
         return self
@@ -82,7 +82,7 @@ class TableWriter:
         self._waiting, self._filled = [], 0
 
 
-def _repeating(columns: pa.Schema) -> list[str]:
+def _dictionary_columns(columns: pa.Schema) -> list[str]:
     """Parquet's names of the columns whose values come again. A dictionary of floats takes longer to make than all the
     rest of a table, and more room than it saves."""
 
@@ -114,29 +114,29 @@ def read_table(path: Path, schema: TableSchema, columns: list[str] | None = None
 
     The checksums of what is read are verified; a table with a flipped bit is as damaged as a truncated one.
     """
-    with reading(path), open_table(path, schema) as file:
+    with table_errors(path), open_table(path, schema) as file:
         return file.read(columns)
 
 
-def is_of_this_version(path: Path, schema: TableSchema) -> bool:
+def has_current_version(path: Path, schema: TableSchema) -> bool:
     """Whether a table is of this schema's very version. Raises DraftsmithError for a file that is damaged."""
-    with reading(path, schema.name):
+    with table_errors(path, schema.name):
         metadata = pq.read_schema(path).metadata or {}
     return metadata.get(b"draftsmith.version") == str(schema.version).encode()
 
 
 def open_table(path: Path, schema: TableSchema) -> pq.ParquetFile:
-    """The file of a table of exactly this schema and version. Raises DraftsmithError; reads need `reading` around."""
+    """Open a table of exactly this schema and version. Raises DraftsmithError; wrap reads in `table_errors`."""
     if path.is_dir():
         raise DraftsmithError(f"{path}: a folder, expected one Parquet file of {schema.name}")
-    with reading(path, schema.name):
+    with table_errors(path, schema.name):
         file = pq.ParquetFile(path, page_checksum_verification=True)
         _check_schema(path, schema, file.schema_arrow)
         return file
 
 
 @contextmanager
-def reading(path: Path, what: str = "it") -> Iterator[None]:
+def table_errors(path: Path, what: str = "it") -> Iterator[None]:
     """Turn what reading a Parquet file raises into one clear DraftsmithError. what: the table that is missing."""
     try:
         yield
@@ -180,21 +180,21 @@ def _column(field: pa.Field, rows: Sequence[Mapping[str, Any]]) -> pa.Array:
         raise ValueError(f"column {field.name} should be {field.type}: {error}") from error
 
 
-def places(table: pa.Table, column: str, values: Sequence[str] | pa.Array) -> np.ndarray:
+def index_in(table: pa.Table, column: str, values: Sequence[str] | pa.Array) -> np.ndarray:
     """[rows] int64: where each row's `column` stands among `values`, -1 if it does not."""
     known = values if isinstance(values, pa.Array) else pa.array(values, pa.string())
     found = pc.index_in(table[column], value_set=known)
     return pc.fill_null(found, -1).to_numpy().astype(np.int64)
 
 
-def ordered(table: pa.Table, column: str, values: Sequence[str] | pa.Array) -> pa.Table:
+def select_in_order(table: pa.Table, column: str, values: Sequence[str] | pa.Array) -> pa.Table:
     """The rows whose `column` is one of `values`, in their order; rows that share one keep theirs."""
-    place = places(table, column, values)
+    place = index_in(table, column, values)
     order = np.argsort(place, kind="stable")
     return table.take(order[place[order] >= 0])
 
 
-def padded(table: pa.Table, column: str, width: int, fill: float, dtype: type) -> np.ndarray:
+def pad_lists(table: pa.Table, column: str, width: int, fill: float, dtype: type) -> np.ndarray:
     """[rows, width]: a column of lists of up to `width` numbers, without a Python object for each; nulls are empty."""
     lengths = pc.fill_null(pc.list_value_length(table[column]), 0).to_numpy()
     matrix = np.full((table.num_rows, width), fill, dtype=dtype)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from draftsmith.artifacts.tables.parquet import open_table, reading
+from draftsmith.artifacts.tables.parquet import open_table, table_errors
 from draftsmith.artifacts.tables.schemas import TableSchema
 
 _OPEN_FILES = 16
@@ -32,7 +32,7 @@ class RowReader:
         groups: list[int] = []
         counts: list[int] = []
         for file, path in enumerate(self._paths):
-            with reading(path), open_table(path, schema) as opened:
+            with table_errors(path), open_table(path, schema) as opened:
                 rows = [opened.metadata.row_group(g).num_rows for g in range(opened.num_row_groups)]
             files += [file] * len(rows)
             groups += range(len(rows))
@@ -46,7 +46,7 @@ class RowReader:
     def num_rows(self) -> int:
         return int(self._starts[-1])
 
-    def place_of(self, rows: np.ndarray) -> np.ndarray:
+    def file_index(self, rows: np.ndarray) -> np.ndarray:
         """[n] which of the paths holds each of these rows."""
         group = np.searchsorted(self._starts, rows, "right") - 1
         found: np.ndarray = np.append(self._files, -1)[np.minimum(group, len(self._files))]
@@ -82,7 +82,7 @@ class RowReader:
 
     def _read(self, place: int, columns: Sequence[str]) -> pa.Table:
         file = int(self._files[place])
-        with reading(self._paths[file]):
+        with table_errors(self._paths[file]):
             if file not in self._open:
                 self._open[file] = open_table(self._paths[file], self._schema)
                 while len(self._open) > _OPEN_FILES:
@@ -91,7 +91,7 @@ class RowReader:
             return self._open[file].read_row_group(int(self._groups[place]), list(columns), use_threads=False)
 
 
-PART_ROWS = 1 << 15
+BATCH_ROWS = 1 << 15
 _KEY = "trajectory_id"  # the column of the keys
 
 
@@ -119,7 +119,7 @@ class KeyedRows:
         # of a key that comes twice the last assignment holds
         self.starts[place[wanted]], self.stops[place[wanted]] = starts[wanted], stops[wanted]
 
-    def leave_out(self, keys: np.ndarray) -> None:
+    def exclude(self, keys: np.ndarray) -> None:
         """keys: [N] bool, of which no row is wanted."""
         self.starts[keys] = self.stops[keys] = 0
 
@@ -129,7 +129,7 @@ class KeyedRows:
         found: np.ndarray = self.stops - self.starts
         return found
 
-    def key_of(self, rows: np.ndarray) -> np.ndarray:
+    def key_index(self, rows: np.ndarray) -> np.ndarray:
         """[n] the keys that rows of the table belong to, -1 for those of none."""
         order = np.argsort(self.starts, kind="stable")
         order = order[self.counts[order] > 0]
@@ -138,17 +138,17 @@ class KeyedRows:
         key = order[np.maximum(np.searchsorted(self.starts[order], rows, "right") - 1, 0)]
         return np.where((rows >= self.starts[key]) & (rows < self.stops[key]), key, -1)
 
-    def of(self, indices: Sequence[int] | np.ndarray, columns: Sequence[str]) -> pa.Table:
+    def take(self, indices: Sequence[int] | np.ndarray, columns: Sequence[str]) -> pa.Table:
         """The rows of some keys, in their order."""
         parts = [self._reader.rows(int(self.starts[i]), int(self.stops[i]), columns) for i in indices]
         return pa.concat_tables(parts) if parts else self._reader.rows(0, 0, columns)
 
-    def in_order(self, columns: Sequence[str], rows: int = PART_ROWS) -> Iterator[pa.Table]:
+    def batches(self, columns: Sequence[str], rows: int = BATCH_ROWS) -> Iterator[pa.Table]:
         """The rows of all keys in their order, some whole keys of about `rows` rows at a time."""
-        for indices in self.together(rows):
-            yield self.of(indices, columns)
+        for indices in self.batch_indices(rows):
+            yield self.take(indices, columns)
 
-    def together(self, rows: int = PART_ROWS) -> Iterator[np.ndarray]:
+    def batch_indices(self, rows: int = BATCH_ROWS) -> Iterator[np.ndarray]:
         """Indices of keys that follow each other and have about `rows` rows (at least one key)."""
         ends = np.cumsum(self.counts)
         start = before = 0

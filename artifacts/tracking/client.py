@@ -19,7 +19,7 @@ from draftsmith.artifacts.host import network_file_system
 
 _TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"  # read by MLflow at every request
 _WEIGHTS_S = 1800  # for a file of gigabytes: a server in front of a bucket answers when its own copy is done
-_with_weights = threading.Lock()
+_timeout_lock = threading.Lock()
 
 
 def configure() -> None:
@@ -33,14 +33,14 @@ def configure() -> None:
 
 
 @contextmanager
-def waiting_for_weights() -> Iterator[None]:
+def weights_timeout() -> Iterator[None]:
     """Wait for the server's answer as long as the largest file takes, in here. A repetition sends it whole once more,
     so there are no more of them than elsewhere.
 
     The setting is the process's: others who wait for it come one after the other, and a request of another thread is
     given up as late meanwhile.
     """
-    with _with_weights:
+    with _timeout_lock:
         before = os.environ.get(_TIMEOUT)
         os.environ[_TIMEOUT] = str(max(_WEIGHTS_S, int(before or 0)))
         try:
@@ -52,7 +52,7 @@ def waiting_for_weights() -> Iterator[None]:
                 os.environ[_TIMEOUT] = before
 
 
-def reach(uri: str, timeout_s: float = 5.0) -> None:
+def ping(uri: str, timeout_s: float = 5.0) -> None:
     """Ask a server as MLflow does: with its user and password, proxies and certificates. Any answer will do, whatever
     its status: MLflow then says what it thinks of it. Raises ConnectionError with what the system says of it."""
     configure()
@@ -73,7 +73,7 @@ def _first_cause(error: BaseException) -> BaseException:
     return error
 
 
-def refuse_shared_database(path: Path, whose: str, advice: str) -> None:
+def check_database_disk(path: Path, whose: str, advice: str) -> None:
     """Raise DraftsmithError if a database of SQLite would lie on a network file system."""
     if (shared := network_file_system(path)) is not None:
         raise DraftsmithError(
@@ -88,7 +88,7 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(found.group(1)) if found else None
 
 
-def copy_to_read(uri: str) -> Path:
+def copy_database(uri: str) -> Path:
     """What the database of an address holds now, in a folder that goes with this process. Nothing is written there."""
     folder = Path(tempfile.mkdtemp(prefix="draftsmith-read-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -37,7 +37,7 @@ def log_models(
 
     run_id = evaluation.mlflow_run_id or run_id
     digest = evaluation.inputs["trajectories"].content_id[:_DIGEST_CHARS]
-    with tracking.tolerant():
+    with tracking.best_effort():
         client, experiment = tracking.connect()
         for name, (made, metrics) in drafters.items() if run_id is not None else ():
             model = _find(client, experiment, made) or _create(client, experiment, name, made)
@@ -55,7 +55,7 @@ def log_models(
 
 def link_version(tracking: Tracking, version: Version, made: Manifest) -> None:
     """Have a registered version and its logged model name each other."""
-    with tracking.tolerant():
+    with tracking.best_effort():
         client, experiment = tracking.connect()
         if (model := _find(client, experiment, made)) is None:
             return

@@ -13,18 +13,19 @@ from draftsmith.artifacts.locks import is_locked
 from draftsmith.artifacts.store.local import SHORT, Store
 from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.artifacts.tracking.runs import HOME, KEY, NOTE, STAGE, Tracking
-from draftsmith.artifacts.tracking.terms import allowed, end_run, log_metrics, review_files
+from draftsmith.artifacts.tracking.terms import end_run, log_metrics, review_files, sanitize_key
 
 _MADE = "made."  # params of a refresh: which artifact each of its nodes is
 OUTCOME = "outcome"  # a tag: what a refresh came to
 REUSED = "reused"  # a tag: how often a finished refresh was asked for again, and when last
-_A_REFRESH = f"tags.{STAGE} = 'refresh'"
+_IS_REFRESH = f"tags.{STAGE} = 'refresh'"
 
 
 def artifact_params(made: Mapping[str, ArtifactRef]) -> dict[str, str]:
     """Return each node's artifact, by its place in the store and its content."""
     return {
-        allowed(f"{_MADE}{name}"): f"{ref.stage}/{ref.key[:SHORT]}#{ref.content_id[:16]}" for name, ref in made.items()
+        sanitize_key(f"{_MADE}{name}"): f"{ref.stage}/{ref.key[:SHORT]}#{ref.content_id[:16]}"
+        for name, ref in made.items()
     }
 
 
@@ -34,25 +35,25 @@ def find_refresh(tracking: Tracking, name: str, made: Mapping[str, ArtifactRef])
     None if there is none, or MLflow failed.
     """
     wanted = artifact_params(made)
-    with tracking.tolerant():
+    with tracking.best_effort():
         client, experiment = tracking.connect()
-        finished = f"{_named(name)} and {_A_REFRESH} and attributes.status = 'FINISHED'"
+        finished = f"{_name_filter(name)} and {_IS_REFRESH} and attributes.status = 'FINISHED'"
         for run in client.search_runs([experiment], finished, max_results=100):
             if wanted.items() <= run.data.params.items():
                 return str(run.info.run_id)
     return None
 
 
-def tag_again(tracking: Tracking, run_id: str) -> None:
+def mark_reused(tracking: Tracking, run_id: str) -> None:
     """Note of a finished refresh that it was asked for once more, and that everything was there."""
-    with tracking.tolerant():
+    with tracking.best_effort():
         client, _ = tracking.connect()
         times = int(client.get_run(run_id).data.tags.get(REUSED, "0").partition(" ")[0]) + 1
         now = datetime.now(UTC).isoformat(timespec="seconds")
         client.set_tag(run_id, REUSED, f"{times} time{'s' * (times > 1)}, last at {now}")
 
 
-def conclude(
+def record_outcome(
     tracking: Tracking,
     run_id: str,
     made: Mapping[str, ArtifactRef],
@@ -63,7 +64,7 @@ def conclude(
 
     One that has come to something, or has made more than these, stays as it is.
     """
-    with tracking.tolerant():
+    with tracking.best_effort():
         client, _ = tracking.connect()
         known = client.get_run(run_id).data
         its_own = {name: value for name, value in known.params.items() if name.startswith(_MADE)}
@@ -74,15 +75,15 @@ def conclude(
             client.set_tag(run_id, name, text)
 
 
-def folders_of(tracking: Tracking, name: str, node: str) -> dict[str, str]:
+def artifact_folders(tracking: Tracking, name: str, node: str) -> dict[str, str]:
     """Return the folder of each artifact of a refresh, by node; empty if there is none.
 
     name: the id of its run, or its name: the last one then that has made `node`, which not every refresh comes to.
     """
     client, _ = tracking.connect()
     every = [each.experiment_id for each in client.search_experiments()]
-    chosen = f"attributes.run_id = '{name}'" if re.fullmatch("[0-9a-f]{32}", name) else _named(name)
-    for run in client.search_runs(every, f"{chosen} and {_A_REFRESH}", max_results=100):
+    chosen = f"attributes.run_id = '{name}'" if re.fullmatch("[0-9a-f]{32}", name) else _name_filter(name)
+    for run in client.search_runs(every, f"{chosen} and {_IS_REFRESH}", max_results=100):
         store = Path(run.data.tags.get(HOME, "").partition(":")[2]) / "store"
         params = run.data.params.items()
         found = {n.removeprefix(_MADE): str(store / v.rsplit("#", 1)[0]) for n, v in params if n.startswith(_MADE)}
@@ -91,7 +92,7 @@ def folders_of(tracking: Tracking, name: str, node: str) -> dict[str, str]:
     return {}
 
 
-def _named(name: str) -> str:
+def _name_filter(name: str) -> str:
     quote = '"' if "'" in name else "'"  # MLflow's filters have no other way out
     return f"attributes.run_name = {quote}{name}{quote}"
 
@@ -104,7 +105,7 @@ def close_dead_runs(tracking: Tracking, store: Store) -> list[str]:
     stages'.
     """
     closed: list[str] = []
-    with tracking.tolerant():
+    with tracking.best_effort():
         client, _ = tracking.connect()
         every = [each.experiment_id for each in client.search_experiments()]
         gone: set[str] = set()  # refreshes
@@ -114,7 +115,7 @@ def close_dead_runs(tracking: Tracking, store: Store) -> list[str]:
             tags, stage, key = run.data.tags, run.data.tags[STAGE], run.data.tags[KEY]
             lock = tracking.refresh_file(key) if stage == "refresh" else None
             here = lock.exists() if lock is not None else tags.get("mlflow.parentRunId") in gone
-            if not here and not tracking.is_of_here(run):
+            if not here and not tracking.is_local_run(run):
                 continue
             held = is_locked(lock) if lock is not None else store.is_claimed(stage, key)
             if held or client.get_run(run.info.run_id).info.status != "RUNNING":  # it has ended since the search
@@ -139,12 +140,12 @@ def _made_by(run_id: str, store: Store, stage: str, key: str) -> ArtifactRef | N
         return None
 
 
-def misplaced(tracking: Tracking) -> str | None:
+def describe_misplaced_files(tracking: Tracking) -> str | None:
     """Of a home that was moved or is a copy: where runs would put files, in words; None if that is in the home, or is
     a server's business."""
-    if not tracking.is_own:
+    if not tracking.is_default:
         return None
-    with tracking.tolerant():
+    with tracking.best_effort():
         client, experiment = tracking.connect()
         location = str(client.get_experiment(experiment).artifact_location)
         if location.startswith("file:") and not Path(unquote(urlparse(location).path)).is_relative_to(tracking.folder):

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
-from draftsmith.artifacts.errors import DraftsmithError, RetryableError, disk_error_of, from_os_error
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError, find_disk_error, from_os_error
 from draftsmith.artifacts.locks import Lock, locked, user_name
 from draftsmith.artifacts.store.manifest import ArtifactRef
-from draftsmith.artifacts.tracking.client import waiting_for_weights
-from draftsmith.artifacts.tracking.runs import LOCKED, OTHER_SCHEMA, Tracking, first_line, refuses_us
-from draftsmith.artifacts.tracking.terms import every, plain_markdown
+from draftsmith.artifacts.tracking.client import weights_timeout
+from draftsmith.artifacts.tracking.runs import LOCKED, SCHEMA_MISMATCH, Tracking, first_line, is_permission_error
+from draftsmith.artifacts.tracking.terms import escape_markdown, paginate
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -34,12 +34,12 @@ CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 _TAG, _EVENT, _DRIFT = "draftsmith.", "draftsmith.event.", "draftsmith.drift."
 _IDENTITY = ("stage", "key", "content_id")
 # tags of what a version was worth when it was promoted: drift checks compare with that
-RECORD = (
+PROMOTION_TAGS = (
     *("figures", "measured_with", "tau", "tau_interval", "speedup", "speedup_interval"),
     *("decision", "outcome", "rules", "report"),
 )
 _DRAFTER = "drafter"  # the folder of a version's artifact that servers load, and of its copy in MLflow
-_LASTING = ("not a database", "malformed", "readonly", "unable to open database", OTHER_SCHEMA)  # no retry mends
+_LASTING = ("not a database", "malformed", "readonly", "unable to open database", SCHEMA_MISMATCH)  # no retry mends
 PROMOTED, BY_HAND, ROLLED_BACK = "promoted", "promoted by hand", "rolled back to"  # of an event
 
 
@@ -74,7 +74,7 @@ class Version:
         """Where MLflow's artifact store has its drafter (`runs:/ID/drafter`); empty if it was not uploaded."""
         return self.tags.get("uploaded", "")
 
-    def figures(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """What it was worth at its promotion (tag `figures`), empty where nothing was measured."""
         return dict(json.loads(self.tags.get("figures", "{}")))
 
@@ -133,22 +133,22 @@ class Registry:
 
     def content_ids(self) -> set[str]:
         """Of every version of every line."""
-        return set(self._contents().values())
+        return set(self._content_ids().values())
 
     def needed_content_ids(self) -> set[str]:
         """Of every version of every line that an alias names, or the last event: who serves, and who served before."""
         with self._client() as client:
-            models = every(client.search_registered_models)
+            models = paginate(client.search_registered_models)
             named = {(model.name, number) for model in models for number in _named_versions(model)}
-        return {content for version, content in self._contents().items() if version in named}
+        return {content for version, content in self._content_ids().items() if version in named}
 
     def events(self, line: str) -> list[LineEvent]:
         """Oldest first."""
-        return [LineEvent(**event) for event in self._told(line, _EVENT)]
+        return [LineEvent(**event) for event in self._line_tags(line, _EVENT)]
 
     def drift(self, line: str) -> list[dict[str, Any]]:
         """What drift checks of a line's champions saw, oldest first."""
-        return self._told(line, _DRIFT)
+        return self._line_tags(line, _DRIFT)
 
     def resolve(self, text: str) -> Version:
         """`LINE@champion`, `LINE@previous`, `LINE@3`, or `LINE` for its champion. Raises DraftsmithError."""
@@ -160,11 +160,11 @@ class Registry:
         if found is None:
             known = ", ".join(f"@{each.number}" for each in self.versions(line))
             if not known:
-                raise self.unknown(line)
+                raise self.unknown_line(line)
             raise DraftsmithError(f"{text}: {line} has no {which}: its versions are {known}")
         return found
 
-    def unknown(self, line: str) -> DraftsmithError:
+    def unknown_line(self, line: str) -> DraftsmithError:
         """Of a line that is not there."""
         with self._client() as client:
             names = sorted(each.name for each in client.search_registered_models())
@@ -176,16 +176,16 @@ class Registry:
     def register(
         self, line: str, ref: ArtifactRef, tags: Mapping[str, str], *, run_id: str | None = None, upload: bool = False
     ) -> Version:
-        """The artifact as a version of the line, which is made if need be; the same content is registered once.
+        """Register an artifact as a version of a line, which is created if need be; equal content is registered once.
 
-        Tags of a version that is there already are brought up to date, without `RECORD` where it was promoted. upload:
-        its drafter also goes into MLflow's artifact store (of the run `run_id`), for machines that do not share the
-        store: `download` fetches it there. Raises RetryableError if there is no run for it.
+        Updates the tags of a version that exists already, except `PROMOTION_TAGS` if it was promoted.
+        upload: also copy its drafter to MLflow's artifact store, under the run `run_id`, for machines that do not share
+        the store; `download` fetches it there. Raises RetryableError if there is no run.
         """
-        self._tracking.must_write()
+        self._tracking.require_writable()
         identity = {name: str(getattr(ref, name)) for name in _IDENTITY}
         with self._client() as client:
-            with self._one_at_a_time(line, "registering"):
+            with self._line_lock(line, "registering"):
                 found = [each for each in self.versions(line) if each.content_id == ref.content_id]
                 known = found[-1] if found else None
                 wanted = upload and (known is None or not known.uploaded)
@@ -195,12 +195,12 @@ class Registry:
                 tagged = {**identity, **tags}
                 number = self._create(client, line, ref, run_id, tagged) if known is None else known.number
             if wanted:
-                with waiting_for_weights():
+                with weights_timeout():
                     client.log_artifacts(run_id, str(ref.path / _DRAFTER), _DRAFTER)
                 identity["uploaded"] = f"runs:/{run_id}/{_DRAFTER}"
-            kept = RECORD if known is not None and "promoted_at" in known.tags else ()
+            kept = PROMOTION_TAGS if known is not None and "promoted_at" in known.tags else ()
             self._tag(client, line, number, {**identity, **{n: value for n, value in tags.items() if n not in kept}})
-            with self._one_at_a_time(line, "registering"):
+            with self._line_lock(line, "registering"):
                 model = self._model(client, line)
                 if model is None or int(model.aliases.get(CHAMPION, 0)) != number:
                     client.set_registered_model_alias(line, CHALLENGER, str(number))
@@ -222,7 +222,7 @@ class Registry:
         run_id, _, name = version.uploaded.removeprefix("runs:/").partition("/")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with self._client() as client, tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder.parent) as scratch:
-            with waiting_for_weights():
+            with weights_timeout():
                 copied = Path(client.download_artifacts(run_id, name, scratch))
             with suppress(OSError):  # another process was faster
                 copied.rename(folder)
@@ -246,8 +246,8 @@ class Registry:
         and `previous` last: the same call again, or `complete`, goes on where it was lost. In one home a lock keeps
         promotions apart. A home elsewhere knows no lock of ours: the alias is compared again before it is moved.
         """
-        self._tracking.must_write()
-        with self._client() as client, self._one_at_a_time(version.line, f"promotion of {version}"):
+        self._tracking.require_writable()
+        with self._client() as client, self._line_lock(version.line, f"promotion of {version}"):
             model = self._model(client, version.line)
             since = None if expected is None else expected.number
             events = {n: text for n, text in (model.tags if model else {}).items() if n.startswith(_EVENT)}
@@ -286,7 +286,7 @@ class Registry:
                 f"{'none' if expected is None else f'version {expected}'}: decide again"
             )
 
-    def complete(self, line: str) -> LineEvent | None:
+    def complete_promotion(self, line: str) -> LineEvent | None:
         """End a promotion whose MLflow was lost between `champion` and `previous`; None if there is none."""
         events, champion, previous = self.events(line), self.champion(line), self.alias(line, PREVIOUS)
         if not events or champion is None:
@@ -300,7 +300,7 @@ class Registry:
         self.promote(champion, expected=self.version(line, last.before), why=last.why, what=last.what)
         return last
 
-    def rolled_back(self, version: Version) -> LineEvent | None:
+    def rollback_event(self, version: Version) -> LineEvent | None:
         """The event by which somebody took a version out of service, unless it was made the champion since."""
         about = [each for each in self.events(version.line) if version.number in (each.version, each.before)]
         if not about or about[-1].what not in (BY_HAND, ROLLED_BACK) or about[-1].version == version.number:
@@ -309,14 +309,14 @@ class Registry:
 
     def tag(self, version: Version, tags: Mapping[str, str]) -> None:
         """A `decision` among the tags is the version's description too."""
-        self._tracking.must_write()
+        self._tracking.require_writable()
         with self._client() as client:
             self._tag(client, version.line, version.number, tags)
 
     def add_drift(self, line: str, seen: Mapping[str, Any]) -> None:
         """Keep what a drift check saw, unless it is the last one again."""
-        self._tracking.must_write()
-        with self._client() as client, self._one_at_a_time(line, f"drift check of {line}"):
+        self._tracking.require_writable()
+        with self._client() as client, self._line_lock(line, f"drift check of {line}"):
             known = self.drift(line)
             if known and {**known[-1], "at": None} == {**seen, "at": None}:
                 return
@@ -324,11 +324,11 @@ class Registry:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _contents(self) -> dict[tuple[str, int], str]:
+    def _content_ids(self) -> dict[tuple[str, int], str]:
         """Content ids by line and version."""
         tag = f"{_TAG}content_id"
         with self._client() as client:
-            found = every(client.search_model_versions)
+            found = paginate(client.search_model_versions)
             return {(each.name, int(each.version)): each.tags[tag] for each in found if tag in each.tags}
 
     def _tag(self, client: MlflowClient, line: str, number: int, tags: Mapping[str, str]) -> None:
@@ -346,24 +346,28 @@ class Registry:
         except DraftsmithError:
             raise
         except Exception as error:
-            raise self._said(error) from error
+            raise self._to_error(error) from error
 
-    def _said(self, error: Exception) -> DraftsmithError:
+    def _to_error(self, error: Exception) -> DraftsmithError:
         reason = first_line(error)
         if getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE":
             return DraftsmithError(f"MLflow's model registry refused this: {reason}: correct the name or the value")
-        if (refused := disk_error_of(error)) is not None:  # a connection's errors are OSErrors too
+        if (refused := find_disk_error(error)) is not None:  # a connection's errors are OSErrors too
             return from_os_error(refused, "MLflow's model registry:")
-        if not self._tracking.is_own or any(known in reason for known in (LOCKED, *_LASTING)):
-            lasts = (self._tracking.is_own and LOCKED not in reason) or OTHER_SCHEMA in reason or refuses_us(error)
-            return (DraftsmithError if lasts else RetryableError)(self._tracking.unusable(error))
+        if not self._tracking.is_default or any(known in reason for known in (LOCKED, *_LASTING)):
+            lasts = (
+                (self._tracking.is_default and LOCKED not in reason)
+                or SCHEMA_MISMATCH in reason
+                or is_permission_error(error)
+            )
+            return (DraftsmithError if lasts else RetryableError)(self._tracking.unusable_message(error))
         return RetryableError(f"MLflow's model registry failed ({reason}): see that MLflow is there")
 
-    def _one_at_a_time(self, line: str, what: str) -> AbstractContextManager[Lock]:
+    def _line_lock(self, line: str, what: str) -> AbstractContextManager[Lock]:
         """Return the lock of a line in this home."""
-        return locked(self._tracking.folder / "registry" / f".lock-{line}", run=what)
+        return locked(self._tracking.folder / "registry" / f".lock-{line}", what)
 
-    def _told(self, line: str, prefix: str) -> list[dict[str, Any]]:
+    def _line_tags(self, line: str, prefix: str) -> list[dict[str, Any]]:
         """What the tags of a line hold that begin so, oldest first."""
         with self._client() as client:
             found = self._model(client, line)
@@ -385,7 +389,7 @@ class Registry:
 def _description(champion: Version, what: str, why: str) -> str:
     """Return the description of a registered model, in Markdown: who is champion, why, and where the report is."""
     since = f"{what.removesuffix(' to')} {champion.tags['promoted_at']}"
-    lines = [f"**Champion: version {champion.number}**, {since}.", plain_markdown(why)]
+    lines = [f"**Champion: version {champion.number}**, {since}.", escape_markdown(why)]
     if report := champion.tags.get("report"):
         lines.append(f"Report: `{report}`")
     return "\n\n".join(lines)

@@ -19,10 +19,10 @@ from draftsmith.artifacts.locks import locked
 from draftsmith.artifacts.redaction import redacted
 from draftsmith.artifacts.store.manifest import ArtifactRef, Manifest
 from draftsmith.artifacts.tracking.client import (
+    check_database_disk,
     configure,
-    copy_to_read,
-    reach,
-    refuse_shared_database,
+    copy_database,
+    ping,
     sqlite_file,
 )
 from draftsmith.artifacts.tracking.datasets import log_datasets
@@ -48,10 +48,10 @@ EXPERIMENT = "draftsmith"
 STAGE, KEY, HOME = "stage", "key", "home"
 NOTE = "mlflow.note.content"  # the tag that MLflow shows as a run's description
 _KIND = ("mlflow.experimentKind", "custom_model_development")  # else MLflow asks what the experiment is for
-OTHER_SCHEMA = "out-of-date database schema"  # of a database: what MLflow says where another version made it
+SCHEMA_MISMATCH = "out-of-date database schema"  # of a database: what MLflow says where another version made it
 LOCKED = "database is locked"  # what SQLite says of one that another program is writing to
 _HTTP = ("http://", "https://")
-_OF_A_DATABASE = re.compile(r"\([\w.]+\.\w+Error\) ")  # (sqlite3.OperationalError) …
+_DATABASE_ERROR = re.compile(r"\([\w.]+\.\w+Error\) ")  # (sqlite3.OperationalError) …
 FLUSH_S = 5.0  # metrics reach MLflow at most this late
 AFTER_FAILURE_S = 60.0  # until they are sent again; doubles with every further failure, up to 8 minutes
 
@@ -65,7 +65,7 @@ class Tracking:
         self.experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment or EXPERIMENT
         self.default_uri = f"sqlite:///{self.folder / 'mlflow.db'}"
         self.uri = os.environ.get("MLFLOW_TRACKING_URI") or self.default_uri
-        self.is_own = self.uri == self.default_uri  # of this home alone: nobody else's, and no server's
+        self.is_default = self.uri == self.default_uri  # of this home alone: nobody else's, and no server's
         self._connected: tuple[MlflowClient, str] | None = None
         self._warned = False
         self._refresh: str | None = None
@@ -80,7 +80,7 @@ class Tracking:
     def link(self, run_id: str | None) -> str:
         """Return a link to a run's page, in Markdown; empty where MLflow is no server, or does not answer."""
         if run_id is not None and self.uri.startswith(_HTTP):
-            with self.tolerant():
+            with self.best_effort():
                 experiment = self.connect()[0].get_run(run_id).info.experiment_id
                 server = re.sub("//[^/@]*@", "//", self.uri.rstrip("/"))
                 return f" ([in MLflow]({server}/#/experiments/{experiment}/runs/{run_id}/artifacts/report.html))"
@@ -89,33 +89,35 @@ class Tracking:
     def check(self) -> None:
         """One clear error, within seconds, if MLflow cannot be used. Call it before long work."""
         try:
-            self.must_write()
+            self.require_writable()
             if self.uri.startswith(_HTTP):
-                reach(self.uri)
-            self._must_take_runs()
+                ping(self.uri)
+            self._check_experiment()
         except DraftsmithError:
             raise
         except Exception as error:
             reason = first_line(error)
-            passes = not refuses_us(error) and (LOCKED in reason or self.uri.startswith(_HTTP))  # it may come back
-            raise (RetryableError if passes else DraftsmithError)(self.unusable(error)) from error
+            passes = not is_permission_error(error) and (
+                LOCKED in reason or self.uri.startswith(_HTTP)
+            )  # it may come back
+            raise (RetryableError if passes else DraftsmithError)(self.unusable_message(error)) from error
 
-    def unusable(self, error: Exception) -> str:
+    def unusable_message(self, error: Exception) -> str:
         """That MLflow cannot be used, why, and what to do."""
         reason = first_line(error)
-        if refuses_us(error):
+        if is_permission_error(error):
             return (
                 f"MLFLOW_TRACKING_URI {redacted(self.uri)}: {reason}; it refuses this user: correct user and password "
                 "(in the address, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD), or ask for the right"
             )
         if LOCKED in reason:
             return f"MLflow's database {redacted(self.uri)} is locked: end what holds it"
-        if OTHER_SCHEMA in reason:
+        if SCHEMA_MISMATCH in reason:
             return (
                 f"MLflow's database {redacted(self.uri)} is of another version of MLflow than is installed here: back "
                 f"it up and run `mlflow db upgrade {redacted(self.uri)}`, or install the version that it is of"
             )
-        if self.is_own:
+        if self.is_default:
             return (
                 f"MLflow's database {redacted(self.uri)}: {reason}; make it writable, or restore it from a backup "
                 "(moved away, it starts anew: lines, champions and runs are lost, artifacts stay)"
@@ -128,7 +130,7 @@ class Tracking:
     def open_refresh(self, name: str, params: Mapping[str, Any]) -> str | None:
         """Start the run of a refresh; None if MLflow failed. It counts as alive as long as this process lives."""
         key = secrets.token_hex(8)
-        with self.tolerant():
+        with self.best_effort():
             client, experiment = self.connect()
             self._refresh_lock.enter_context(locked(self.refresh_file(key)))
             self._refresh_files.append(self.refresh_file(key))
@@ -148,7 +150,7 @@ class Tracking:
     ) -> None:
         """End the refresh's run with metrics, files (the report), tags (what it came to), data sets and more params."""
         run_id, self._refresh = self._refresh, None
-        with self._refresh_lock.pop_all(), self.tolerant():
+        with self._refresh_lock.pop_all(), self.best_effort():
             if run_id is not None:
                 client, _ = self.connect()
                 for tag, value in (tags or {}).items():
@@ -175,7 +177,7 @@ class Tracking:
         An unfinished run of the same key is resumed by its id. `name` defaults to the stage's.
         """
         run = StageRun(self)
-        with self.tolerant(run):
+        with self.best_effort(run):
             client, experiment = self.connect()
             tags = self._tags(stage, key) | ({"mlflow.parentRunId": parent_run_id} if parent_run_id else {})
             old = self._unfinished(key)
@@ -191,27 +193,27 @@ class Tracking:
             log_datasets(client, run.run_id, inputs or {})
         return run
 
-    def complete(self, manifest: Manifest, folder: Path) -> None:
+    def finish_interrupted_run(self, manifest: Manifest, folder: Path) -> None:
         """Of an artifact that is there although its run has ended otherwise, when its commit was cut off."""
         run_id = manifest.mlflow_run_id
         if run_id is not None:
-            with self.tolerant():
+            with self.best_effort():
                 client, _ = self.connect()
                 if client.get_run(run_id).info.status in ("FAILED", "KILLED"):
                     end_run(client, run_id, "FINISHED", manifest.metrics, review_files(folder))
 
-    def check_place(self) -> None:
+    def check_file_system(self) -> None:
         """Raise DraftsmithError if the database is SQLite on a network file system."""
         if (database := sqlite_file(self.uri)) is not None:
             advice = "start an MLflow server and set MLFLOW_TRACKING_URI to its address"
-            refuse_shared_database(database, "MLflow's database", advice)
+            check_database_disk(database, "MLflow's database", advice)
 
-    def is_of_here(self, run: Run) -> bool:
+    def is_local_run(self, run: Run) -> bool:
         """Return whether a run is of this home and machine: locks say nothing about the processes of another one."""
         return bool(run.data.tags.get(HOME) == self._home)
 
     @property
-    def missed(self) -> bool:
+    def had_failures(self) -> bool:
         """Whether MLflow failed while something was told."""
         return self._warned
 
@@ -227,12 +229,12 @@ class Tracking:
         Of a home that may only be read, a copy of the database is read: MLflow writes to one that it opens.
         """
         if self._connected is None:
-            self.check_place()
+            self.check_file_system()
             configure()
             if self.read_only:
-                self._connected = self._open(f"sqlite:///{copy_to_read(self.uri)}")
+                self._connected = self._open(f"sqlite:///{copy_database(self.uri)}")
             else:
-                with locked(self.folder / ".lock-mlflow", run="MLflow's database"):
+                with locked(self.folder / ".lock-mlflow", "MLflow's database"):
                     self._connected = self._open(self.uri)
         return self._connected
 
@@ -244,7 +246,7 @@ class Tracking:
             return False
         return not all(os.access(path, os.W_OK) for path in (database, database.parent))
 
-    def must_write(self) -> None:
+    def require_writable(self) -> None:
         """Raise DraftsmithError where nothing can be written."""
         if self.read_only:
             raise DraftsmithError(f"MLflow's database {redacted(self.uri)}: you may only read it: ask its owner")
@@ -262,7 +264,7 @@ class Tracking:
         try:
             return client, self._experiment(client)
         except Exception as error:
-            if not self.is_own or "out-of-date database schema" not in str(error):
+            if not self.is_default or "out-of-date database schema" not in str(error):
                 raise
             upgrade_database(uri)
             return client, self._experiment(client)
@@ -276,7 +278,7 @@ class Tracking:
             return client.create_experiment(name, artifact_location=location, tags=dict([_KIND]))
         return found.experiment_id
 
-    def _must_take_runs(self) -> None:
+    def _check_experiment(self) -> None:
         """Raise DraftsmithError if the experiment was deleted: MLflow finds it still, and refuses runs in it.
 
         One that somebody else has made, or an earlier version, is marked as one of model development.
@@ -307,11 +309,11 @@ class Tracking:
     def _unfinished(self, key: str) -> Run | None:
         client, experiment = self.connect()
         wanted = f"tags.{KEY} = '{key}' and attributes.status != 'FINISHED'"
-        runs = filter(self.is_of_here, client.search_runs([experiment], wanted, max_results=1000))
+        runs = filter(self.is_local_run, client.search_runs([experiment], wanted, max_results=1000))
         return max(runs, key=lambda run: run.info.start_time, default=None)
 
     @contextmanager
-    def tolerant(self, run: StageRun | None = None) -> Iterator[None]:
+    def best_effort(self, run: StageRun | None = None) -> Iterator[None]:
         """Swallow any failure of MLflow with one warning; the stage goes on, and its run tries again later."""
         try:
             yield
@@ -355,7 +357,7 @@ class StageRun:
         """Have MLflow's own monitor log every ten seconds what the machine does."""
         monitor = None
         if self.run_id is not None:
-            with self._tracking.tolerant():
+            with self._tracking.best_effort():
                 import pynvml  # noqa: F401  # the monitor looks at GPUs if it was imported
                 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
@@ -374,7 +376,7 @@ class StageRun:
         def send(client: MlflowClient, run_id: str) -> None:
             log_metrics(client, run_id, [p for p in points if p[2] > self._known_step(client, run_id, p[0])])
 
-        self._do(send)
+        self._call(send)
         self._flushed = time.monotonic()
         if self._failures == failures:  # sent, or there is no run to send it to
             self._buffer, self._failures = [], 0
@@ -394,11 +396,11 @@ class StageRun:
             def end(client: MlflowClient, run_id: str) -> None:
                 end_run(client, run_id, status, metrics or {}, review_files(folder) if folder is not None else ())
 
-            self._do(end)
+            self._call(end)
 
-    def _do(self, act: Callable[[MlflowClient, str], None]) -> None:
+    def _call(self, act: Callable[[MlflowClient, str], None]) -> None:
         if self.run_id is not None:
-            with self._tracking.tolerant(self):
+            with self._tracking.best_effort(self):
                 act(self._tracking.connect()[0], self.run_id)
 
     def _known_step(self, client: MlflowClient, run_id: str, name: str) -> int:
@@ -414,7 +416,7 @@ def _is_db(uri: str) -> bool:
     return uri.startswith(("sqlite:", "postgresql", "mysql", "mssql"))
 
 
-def refuses_us(error: Exception) -> bool:
+def is_permission_error(error: Exception) -> bool:
     """Whether a server knows better than to let this user do that: no retry helps."""
     return getattr(error, "error_code", None) in ("PERMISSION_DENIED", "UNAUTHENTICATED")
 
@@ -422,4 +424,4 @@ def refuses_us(error: Exception) -> bool:
 def first_line(error: BaseException) -> str:
     """The first line; of SQLAlchemy's, which says where it was, the one that says what: the database's own."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return redacted(next(filter(_OF_A_DATABASE.match, lines), lines[0]))[:300]
+    return redacted(next(filter(_DATABASE_ERROR.match, lines), lines[0]))[:300]

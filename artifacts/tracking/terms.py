@@ -38,7 +38,7 @@ REVIEW_FILES = (
 REVIEW_BYTES = 20_000_000  # anything larger is no review file
 
 
-def allowed(name: str) -> str:
+def sanitize_key(name: str) -> str:
     """A name with `_` for every character that MLflow refuses in keys."""
     return re.sub(r"[^\w\-. :/]", "_", name)[:PARAM_KEY_CHARS]
 
@@ -63,7 +63,7 @@ def source_tags() -> dict[str, str]:
     return tags
 
 
-def plain_markdown(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Return the text so that no markup in it acts: names of prompt sets are anyone's words."""
     return text.replace("<", "&lt;").replace("[", "\\[").replace("`", "\\`")
 
@@ -72,7 +72,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """A nested config as MLflow params: dotted names, lists as JSON, long values cut to MLflow's limit."""
     flat: dict[str, str] = {}
     for name, value in config.items():
-        key = allowed(f"{prefix}{name}")
+        key = sanitize_key(f"{prefix}{name}")
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{key}.")
         else:
@@ -93,7 +93,7 @@ def log_metrics(client: MlflowClient, run_id: str, points: list[tuple[str, float
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
-    metrics = [Metric(allowed(name), value, now, step) for name, value, step in points]
+    metrics = [Metric(sanitize_key(name), value, now, step) for name, value, step in points]
     for start in range(0, len(metrics), METRICS_PER_BATCH):
         client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_BATCH])
 
@@ -128,7 +128,7 @@ def upgrade_database(uri: str) -> None:
     upgrade.callback(uri)
 
 
-def every(search: Callable[..., Any]) -> Iterator[Any]:
+def paginate(search: Callable[..., Any]) -> Iterator[Any]:
     """What a search of MLflow's client finds, page by page."""
     token = None
     while True:

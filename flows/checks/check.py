@@ -15,7 +15,7 @@ from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
-from draftsmith.artifacts.store.open import store_of
+from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.checks.comparisons import check_gate, check_sampling
 from draftsmith.flows.checks.engines import check_engines, check_heads, check_parallel, check_shared_target
@@ -49,10 +49,10 @@ def check(config: RunOptions, pipeline: Pipeline, home: Path) -> Findings:
         check_home(home, config)
         if new:
             home.rmdir()
-        store_of(home).check()
+        open_store(home).check()
         found.ok("home", f"{home} can be written, {free_disk_bytes(home) / 1e9:.0f} GB free")
     with found.part("databases"):
-        Tracking(home).check_place()
+        Tracking(home).check_file_system()
         server.check_place(home)
     with found.part("runner"):
         check_runner(config.stages)
@@ -65,7 +65,7 @@ def check(config: RunOptions, pipeline: Pipeline, home: Path) -> Findings:
         found.ok("graph", f"{len(nodes)} nodes: {', '.join(node.name for node in nodes)}")
     to_make = nodes
     with found.part("plan"):
-        planned = plan(config, store_of(home), pipeline)
+        planned = plan(config, open_store(home), pipeline)
         nodes = [item.node for item in planned]
         to_make = [item.node for item in planned if item.status is not Status.HIT]
         states = [item.status.value for item in planned]

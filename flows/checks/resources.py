@@ -9,8 +9,8 @@ from typing import Any
 
 from draftsmith.artifacts.host import memory_bytes
 from draftsmith.artifacts.store.manifest import Manifest
-from draftsmith.artifacts.store.open import store_of
-from draftsmith.artifacts.text import duration, size
+from draftsmith.artifacts.store.mirror import open_store
+from draftsmith.artifacts.text import format_bytes, format_duration
 from draftsmith.flows.checks.drafters import is_drafter
 from draftsmith.flows.checks.engines import runs_elsewhere
 from draftsmith.flows.checks.estimates import NEEDS, Need
@@ -83,7 +83,7 @@ def check_resources(
     if sizes is None:
         found.skip("resources", "not estimated: the drafter's shape is not known here")
         return
-    needs, history = _needs(nodes, sizes), _History(store_of(home).list(), nodes)
+    needs, history = _needs(nodes, sizes), _History(open_store(home).list(), nodes)
     elsewhere, disk, temporary, seconds, hours, unknown = runs_elsewhere(nodes), 0.0, 0.0, 0.0, 0.0, []
     for node in to_make:
         need = needs.get(node.name, Need())
@@ -91,7 +91,7 @@ def check_resources(
         if node.name not in needs and took is None:  # tables and files: seconds
             continue
         disk, temporary = disk + need.disk, max(temporary, need.temporary_disk)
-        parts = [f"disk {size(need.disk)}"] if need.disk else []
+        parts = [f"disk {format_bytes(need.disk)}"] if need.disk else []
         if took is None:
             unknown.append(node.name)
         else:
@@ -104,7 +104,7 @@ def check_resources(
         _compare_disk(found, disk + temporary, home)
         left_out = f"; not measured: {', '.join(unknown)}" if unknown else ""
         cost = _cost(hours, price)
-        found.ok("time", f"about {duration(seconds)}{f', {cost}' if cost else ''}{left_out}")
+        found.ok("time", f"about {format_duration(seconds)}{f', {cost}' if cost else ''}{left_out}")
 
 
 def _sizes(nodes: Sequence[Node], artifact: Path, plans: Plans) -> Sizes | None:
@@ -159,7 +159,7 @@ def _compare(found: Findings, node: Node, need: Need, rest: str, *, elsewhere: b
             fullest, advice = _TOO_MUCH + 1, "raise engine.launch.tensor_parallel or memory_fraction"
     each = " each" if need.processes > 1 else ""
     parts = [
-        f"{what} {size(needed)}{each}" + ("" if elsewhere else f" of {size(has)}")
+        f"{what} {format_bytes(needed)}{each}" + ("" if elsewhere else f" of {format_bytes(has)}")
         for what, (needed, has) in sizes.items()
     ]
     text = ", ".join([*parts, rest])
@@ -181,7 +181,7 @@ def _usable(node: Node, servers: int) -> float:
 
 def _compare_disk(found: Findings, needed: float, home: Path) -> None:
     has = free_disk_bytes(home)
-    text = f"at most {size(needed)}; {size(has)} free at {home}"
+    text = f"at most {format_bytes(needed)}; {format_bytes(has)} free at {home}"
     if needed > has:
         found.error("disk", f"{text}: free some space or point DRAFTSMITH_HOME at another disk")
     elif needed > _TIGHT * has:
@@ -203,7 +203,7 @@ def _time(node: Node, need: Need, history: _History, sizes: Sizes, *, elsewhere:
     if (last := history.last(node)) is not None:
         seconds = max(last.duration_s, last.metrics.get("seconds", 0.0))  # of all attempts where it counted them
         seconds *= _times(node, need, last)
-        return seconds, f"{duration(seconds)} by its last run"
+        return seconds, f"{format_duration(seconds)} by its last run"
     device = (gpu_model() or "GPU") if gpus() else "CPU"
     kind, work = need.work or ("", 0.0)
     rate = next((each for each in MEASURED if each.device in device and each.work == kind), None)
@@ -211,7 +211,7 @@ def _time(node: Node, need: Need, history: _History, sizes: Sizes, *, elsewhere:
         return None, "not measured"
     seconds = work / rate.a_second * sizes.target.parameters / rate.parameters
     unit = "block positions" if kind == "train" else "tokens"
-    return seconds, f"{duration(seconds)} by {rate.a_second:,.0f} {unit}/s ({rate.where})"
+    return seconds, f"{format_duration(seconds)} by {rate.a_second:,.0f} {unit}/s ({rate.where})"
 
 
 class _History:

@@ -45,7 +45,7 @@ def _diagnose(options: argparse.Namespace, _pipeline: Pipeline) -> None:
 
 
 def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOptions) -> None:
-    from draftsmith.artifacts.store.open import store_of
+    from draftsmith.artifacts.store.mirror import open_store
     from draftsmith.artifacts.tracking.runs import Tracking
     from draftsmith.flows.execution.display import EndedRun
     from draftsmith.flows.execution.retry import with_retries
@@ -54,7 +54,7 @@ def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
     from draftsmith.flows.planning.selection import Part
 
     began, display = time.monotonic(), _display()
-    store, part = store_of(home()), Part.of(options.start, options.until)
+    store, part = open_store(home()), Part.of(options.start, options.until)
     planned = with_retries(lambda: part.plan(config, store, pipeline, options.force), config.stages, display.line)
     display.plan(planned)
     if options.plan:
@@ -112,15 +112,15 @@ def _check(options: argparse.Namespace, pipeline: Pipeline) -> None:
 
 
 def _stage(options: argparse.Namespace, pipeline: Pipeline) -> None:
-    from draftsmith.artifacts.store.retention import in_use
+    from draftsmith.artifacts.store.retention import artifacts_in_use
 
     config = _read(options, pipeline)
-    with in_use(home(), config.name, _display().line):
+    with artifacts_in_use(home(), config.name, _display().line):
         _make_alone(options, pipeline, config)
 
 
 def _make_alone(options: argparse.Namespace, pipeline: Pipeline, config: RunOptions) -> None:
-    from draftsmith.artifacts.store.open import store_of
+    from draftsmith.artifacts.store.mirror import open_store
     from draftsmith.artifacts.tracking.runs import Tracking
     from draftsmith.flows.checks.check import check_alone
     from draftsmith.flows.execution.machine import check_home
@@ -132,7 +132,7 @@ def _make_alone(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
     from draftsmith.stages.runtime.stage import SOURCES
 
     # a damaged artifact is no matter unless it is needed: it may be the one that is to be made again
-    store, forced = store_of(home()), [options.name] if options.force else []
+    store, forced = open_store(home()), [options.name] if options.force else []
     items = plan(config, store, pipeline, forced, stop_at_damage=False, again=True)
     planned = {item.node.name: item for item in items}
     if options.name not in planned:

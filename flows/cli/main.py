@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from draftsmith.artifacts.errors import EXIT_INTERRUPTED, DraftsmithError, RefusedError, from_os_error, one_line
-from draftsmith.artifacts.home import home, private_files
-from draftsmith.artifacts.host import reach_ourselves_directly
+from draftsmith.artifacts.home import home, home_umask
+from draftsmith.artifacts.host import bypass_proxy_for_localhost
 from draftsmith.artifacts.redaction import printable, redact_logs, redacted
 from draftsmith.flows.cli.arguments import parser
 from draftsmith.flows.cli.commands import COMMANDS
@@ -40,10 +40,10 @@ def main(arguments: Sequence[str] | None = None, pipeline: Pipeline | None = Non
 def _code_of(options: argparse.Namespace, pipeline: Pipeline | None) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     redact_logs()
-    reach_ourselves_directly()
+    bypass_proxy_for_localhost()
     _show_warnings()
     try:
-        with private_files(home()):
+        with home_umask(home()):
             COMMANDS[options.does](options, pipeline or _refresh())
     except KeyboardInterrupt:
         return _fail(f"interrupted; {_CONTINUE}", EXIT_INTERRUPTED)

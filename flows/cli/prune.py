@@ -10,9 +10,15 @@ from datetime import UTC, datetime
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.store.manifest import local_time
-from draftsmith.artifacts.store.open import store_of
-from draftsmith.artifacts.store.retention import REPLACED_ARTIFACT, Leftover, leftovers, nobody_reads, unused
-from draftsmith.artifacts.text import size
+from draftsmith.artifacts.store.mirror import open_store
+from draftsmith.artifacts.store.retention import (
+    REPLACED_ARTIFACT,
+    Leftover,
+    exclusive_for_prune,
+    leftovers,
+    unused_artifacts,
+)
+from draftsmith.artifacts.text import format_bytes
 from draftsmith.artifacts.tracking import registry_homes as registered
 from draftsmith.artifacts.tracking.registry import Registry
 from draftsmith.artifacts.tracking.runs import Tracking
@@ -25,7 +31,7 @@ def prune(display: Display, days: float, *, artifacts: bool, delete: bool) -> No
     artifacts: complete artifacts too that no run has used for so long, but for those that drafter lines need. Raises
     DraftsmithError for their deletion while a run of this home is alive.
     """
-    with nobody_reads(home()) if artifacts and delete else nullcontext():
+    with exclusive_for_prune(home()) if artifacts and delete else nullcontext():
         _prune(display, days, artifacts=artifacts, delete=delete)
 
 
@@ -37,7 +43,7 @@ def _prune(display: Display, days: float, *, artifacts: bool, delete: bool) -> N
     if replaced and (named := _known(display, "replaced artifacts", Registry.content_ids)) is not None:
         found += [each for each in replaced if not _is_named(each, named)]
     if artifacts and (needed := _known(display, "complete artifacts", Registry.needed_content_ids)) is not None:
-        found += unused(store_of(home()).root, before, needed)
+        found += unused_artifacts(open_store(home()).root, before, needed)
     if not found:
         display.line(f"nothing in {home()} was left behind and not touched for {days:g} days")
     elif delete:
@@ -52,7 +58,7 @@ def _known(display: Display, what: str, ask: Callable[[Registry], set[str]]) -> 
     """Content ids that drafter lines need, by `ask`: a champion that was deleted has no other copy. None, and a line
     that says why, if nobody can say."""
     tracking = Tracking(home())
-    if (why := registered.elsewhere(tracking)) is not None:
+    if (why := registered.describe_other_trackers(tracking)) is not None:
         display.line(f"{what} are kept: {why}")
         return None
     try:
@@ -70,7 +76,7 @@ def _list(display: Display, found: Sequence[Leftover], command: str) -> None:
     table = folded_table("what", "path", "size", "last touched")
     for each in found:
         touched = local_time(datetime.fromtimestamp(each.touched, UTC))
-        table.add_row(each.what, str(each.path.relative_to(home())), size(each.bytes), touched)
+        table.add_row(each.what, str(each.path.relative_to(home())), format_bytes(each.bytes), touched)
     display.console.print(table)
     display.line(f"{_total(found)} in all; `{command}` removes it")
 
@@ -82,4 +88,4 @@ def _delete(display: Display, found: Sequence[Leftover]) -> None:
 
 
 def _total(found: Sequence[Leftover]) -> str:
-    return size(sum(each.bytes for each in found))
+    return format_bytes(sum(each.bytes for each in found))

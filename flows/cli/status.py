@@ -15,9 +15,8 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.store.local import PARTIAL, Store
 from draftsmith.artifacts.store.manifest import ArtifactRef, InputEntry, Manifest, local_time
-from draftsmith.artifacts.store.mirror import MirroredStore
-from draftsmith.artifacts.store.open import store_of
-from draftsmith.artifacts.text import duration, short, size
+from draftsmith.artifacts.store.mirror import MirroredStore, open_store
+from draftsmith.artifacts.text import format_bytes, format_duration, shorten
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.attempt import read_attempt
 from draftsmith.flows.execution.display import Display, escape, folded_table, format_number
@@ -39,7 +38,7 @@ _MOST_BYTES = 50_000_000  # of a file that is fetched for a look at it
 
 def status_of_config(display: Display, config: RunOptions, pipeline: Pipeline) -> None:
     """One line a node of the config: done, running, unfinished, failed (with its last error), damaged, or waiting."""
-    store = store_of(home())
+    store = open_store(home())
     table = folded_table("node", "stage", "key", "state")
     planned = plan(config, store, pipeline, stop_at_damage=False)
     earlier = [manifest for manifest in store.list() if manifest.run == config.name]
@@ -89,8 +88,8 @@ def _last_time(item: PlannedNode, earlier: Sequence[Manifest]) -> str:
 def _state_of(
     store: Store, stage: str, key: str, *, done: bool, partial: bool, damage: DraftsmithError | None = None
 ) -> str:
-    attempt = read_attempt(store.partial(stage, key))
-    if store.partial(stage, key).exists() and store.is_claimed(stage, key):
+    attempt = read_attempt(store.partial_path(stage, key))
+    if store.partial_path(stage, key).exists() and store.is_claimed(stage, key):
         state = "waiting" if attempt is not None and attempt.waits else "running"
         return f"[cyan]{state}[/cyan]" + (f": {escape(str(attempt))}" if attempt is not None else "")
     if damage is not None:
@@ -105,7 +104,7 @@ def _state_of(
 
 def status_of_store(display: Display) -> None:
     """All artifacts, oldest first, then what is running or unfinished."""
-    store = store_of(home())
+    store = open_store(home())
     table = folded_table("stage", "key", "state", "made at", "took", "size", "figures")
     for manifest in store.list():
         table.add_row(
@@ -113,8 +112,8 @@ def status_of_store(display: Display) -> None:
             escape(manifest.key[:16]),
             _state_of(store, manifest.stage, manifest.key, done=True, partial=False, damage=_damage(store, manifest)),
             local_time(datetime.fromisoformat(manifest.created_at)),
-            duration(manifest.duration_s),
-            size(sum(entry.bytes for entry in manifest.files.values())),
+            format_duration(manifest.duration_s),
+            format_bytes(sum(entry.bytes for entry in manifest.files.values())),
             escape(_figures(manifest)),
         )
     for folder in sorted(store.root.glob(f"*/{PARTIAL}*")):
@@ -124,7 +123,7 @@ def status_of_store(display: Display) -> None:
     if table.row_count:
         display.console.print(table)
     else:
-        display.line(f"nothing in {store.where} yet: start with `draftsmith run CONFIG`")
+        display.line(f"nothing in {store.location} yet: start with `draftsmith run CONFIG`")
 
 
 def _damage(store: Store, manifest: Manifest) -> DraftsmithError | None:
@@ -143,7 +142,7 @@ def show(display: Display, text: str, *, verify: bool = False) -> None:
 
     verify: compare every file with its checksum first; raises DraftsmithError at the first that differs.
     """
-    store = store_of(home())
+    store = open_store(home())
     ref = store.resolve(text)
     if verify:
         store.verify(ref)
@@ -151,9 +150,9 @@ def show(display: Display, text: str, *, verify: bool = False) -> None:
     display.line(f"{ref.stage}/{ref.key}")
     for name, value in (
         ("folder", str(ref.path)),
-        *((("store", store.where),) if store.where != str(store.root) else ()),
+        *((("store", store.location),) if store.location != str(store.root) else ()),
         ("content", f"{ref.content_id}, every checksum is right" if verify else ref.content_id),
-        ("made at", f"{manifest.created_at} in {duration(manifest.duration_s)}"),
+        ("made at", f"{manifest.created_at} in {format_duration(manifest.duration_s)}"),
         ("seed", str(manifest.seed)),
         ("code", manifest.code_digest),
         ("versions", ", ".join(f"{package} {version}" for package, version in manifest.versions.items())),
@@ -178,7 +177,7 @@ def _has_head(name: str) -> bool:
 def _files(manifest: Manifest) -> Table:
     table = folded_table("file", "size", "sha256", "")
     for name, entry in sorted(manifest.files.items()):
-        table.add_row(escape(name), size(entry.bytes), entry.sha256[:16], "volatile" if entry.volatile else "")
+        table.add_row(escape(name), format_bytes(entry.bytes), entry.sha256[:16], "volatile" if entry.volatile else "")
     return table
 
 
@@ -218,7 +217,7 @@ def _shown(display: Display, path: Path) -> None:
         lines = json.dumps(json.loads(path.read_text("utf-8")), indent=2, ensure_ascii=False).splitlines()
         display.line(f"\n{path.name}")
         for line in lines[:_JSON_LINES]:
-            display.line(f"  {short(line, _CELL)}")
+            display.line(f"  {shorten(line, _CELL)}")
         if len(lines) > _JSON_LINES:
             display.line(f"  ... {len(lines) - _JSON_LINES} more lines")
 
@@ -232,7 +231,7 @@ def _parquet_head(display: Display, path: Path) -> None:
     for position, row in enumerate(rows):
         display.line(f"  row {position}")
         for name, value in row.items():
-            display.line(f"    {name}: {short(str(value), _CELL)}")
+            display.line(f"    {name}: {shorten(str(value), _CELL)}")
 
 
 def _figures(manifest: Manifest, limit: int | None = 4) -> str:

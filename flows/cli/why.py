@@ -9,9 +9,9 @@ from typing import Any
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.store.local import Store
-from draftsmith.artifacts.store.manifest import ArtifactRef, InputEntry, Manifest, local_time, versions
-from draftsmith.artifacts.store.open import store_of
-from draftsmith.artifacts.text import flat, short
+from draftsmith.artifacts.store.manifest import ArtifactRef, InputEntry, Manifest, local_time, package_versions
+from draftsmith.artifacts.store.mirror import open_store
+from draftsmith.artifacts.text import flatten, shorten
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.planning.graph import Node, Pipeline, PlannedNode, Status, manifests_of_node, node_seed, plan
@@ -24,7 +24,7 @@ _ABSENT = "nothing"
 def why(display: Display, config: RunOptions, pipeline: Pipeline, name: str) -> None:
     """Says what makes the key of a node new against the last run of this name, field by field, file by file, module by
     module; of a node whose key is not known yet, also what it waits for. Raises DraftsmithError for no such node."""
-    store = store_of(home())
+    store = open_store(home())
     planned = {item.node.name: item for item in plan(config, store, pipeline)}
     if name not in planned:
         raise DraftsmithError(f"no node {name!r}: use one of {', '.join(planned)}")
@@ -84,15 +84,15 @@ def _differences(
 ) -> Iterator[str]:
     node = item.node
     for field, before, now in _changed(*_decisive(old.config, node.config)):
-        yield f"config   {field}: {short(before)} -> {short(now)}"
+        yield f"config   {field}: {shorten(before)} -> {shorten(now)}"
     if (seed := node_seed(node, config)) != old.seed:
         yield f"seed     {old.seed} -> {seed}"
     for name in sorted({*old.inputs, *node.inputs}):
         yield from _input(name, old.inputs.get(name), node, planned, store)
     for path, before, now in _changed(old.external, external_digests(node.config)):
-        yield f"file     {path}: {short(before[:16])} -> {short(now[:16])}"
+        yield f"file     {path}: {shorten(before[:16])} -> {shorten(now[:16])}"
     yield from _code(old, node, pipeline)
-    installed = versions() | node.config.programs()
+    installed = package_versions() | node.config.programs()
     known = {package: version for package, version in old.versions.items() if package in installed}
     for package, before, now in _changed(known, installed):
         yield f"version  {package}: {before} -> {now} (no part of the key)"
@@ -102,9 +102,9 @@ def _differences(
 
 def _decisive(old: Mapping[str, Any], now: Config) -> tuple[dict[str, Any], dict[str, Any]]:
     """The fields of the old config and of this one that are a part of their keys."""
-    after = flat(now.key_material())
-    operational = flat(now.model_dump(mode="json")).keys() - after.keys()
-    return {field: value for field, value in flat(old).items() if field not in operational}, after
+    after = flatten(now.key_material())
+    operational = flatten(now.model_dump(mode="json")).keys() - after.keys()
+    return {field: value for field, value in flatten(old).items() if field not in operational}, after
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:

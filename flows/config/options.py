@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.redaction import secrets_of
+from draftsmith.artifacts.locks import Holder, LockWait
+from draftsmith.artifacts.redaction import find_secrets
 from draftsmith.flows.config.errors import field_paths
 from draftsmith.stages.runtime.stage import Config
 
@@ -72,6 +73,12 @@ class StageOptions(Config):
         """Seconds before each retry, without jitter."""
         return [self.retry_delay_seconds * 2**retry for retry in range(self.retries)]
 
+    def lock_wait(
+        self, check: Callable[[], None], on_wait: Callable[[Holder | None], None] = lambda _holder: None
+    ) -> LockWait:
+        """Return how to wait for the lock of an artifact."""
+        return LockWait(60 * self.lock_wait_minutes, "stages.lock_wait_minutes", on_wait, check)
+
     def time_limit(self, node: str) -> TimeLimit:
         """Of one attempt at a node."""
         return TimeLimit(60 * self.time_limits.get(node, DAY_MINUTES), f"stages.time_limits.{node}")
@@ -107,7 +114,7 @@ class RunOptions(Config):
     def _without_secrets(cls, data: Any) -> Any:
         """A config is written to manifests, to MLflow, to Prefect's database and to the report."""
         numbers = {path.rpartition(".")[2] for path in field_paths(cls) if path.endswith("_tokens")}
-        for field, why in secrets_of(data):
+        for field, why in find_secrets(data):
             if f"{field.rpartition('.')[2]}s" in numbers:  # misspelt, which the schema says
                 continue
             raise ValueError(

@@ -20,7 +20,7 @@ from draftsmith.artifacts.errors import DraftsmithError, one_line
 from draftsmith.artifacts.locks import user_name
 from draftsmith.artifacts.redaction import redacted
 from draftsmith.artifacts.store.manifest import local_time
-from draftsmith.artifacts.text import duration
+from draftsmith.artifacts.text import format_duration
 from draftsmith.flows.execution.display import ProgressRate
 
 NOTE = "attempt.json"
@@ -53,12 +53,12 @@ class Attempt:
     def __str__(self) -> str:
         now = time.time()
         text = f"node {self.node} of {self.run} on {self.host} (pid {self.pid}, user {self.user}) since "
-        text += f"{_local(self.since)} ({duration(now - self.since)})"
+        text += f"{_local(self.since)} ({format_duration(now - self.since)})"
         if self.waits:
             text += f", {self.waits}"
         if self.total:
-            text += f", {self.done}/{self.total} {self.unit}, reported {duration(max(0.0, now - self.at))} ago"
-        return text + (f", {duration(self.left_s)} left then" if self.left_s is not None else "")
+            text += f", {self.done}/{self.total} {self.unit}, reported {format_duration(max(0.0, now - self.at))} ago"
+        return text + (f", {format_duration(self.left_s)} left then" if self.left_s is not None else "")
 
 
 class AttemptNote:

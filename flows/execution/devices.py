@@ -14,10 +14,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from draftsmith.artifacts.atomic import disk_errors
-from draftsmith.artifacts.locks import Holder, LockTimeoutError, holder_of, locked
+from draftsmith.artifacts.locks import Holder, LockTimeoutError, LockWait, lock_holder, locked
 from draftsmith.flows.execution.machine import gpu_names, plain
 from draftsmith.stages.runtime.stage import Compute
 
@@ -60,7 +61,7 @@ def lock_one_device(
             with ExitStack() as stack:
                 try:
                     with disk_errors("taking the lock of a device:"):
-                        lock = stack.enter_context(locked(_lock_of(name), run=run, limit_s=0, mode=0o666))
+                        lock = stack.enter_context(locked(_lock_of(name), run, LockWait(0), mode=0o666))
                 except LockTimeoutError:
                     continue
                 yield Device((lock.fd,), {"CUDA_VISIBLE_DEVICES": name})
@@ -72,7 +73,7 @@ def lock_one_device(
             )
         if not told:
             told = True
-            waiting(", ".join(names), holder_of(_lock_of(names[0])))
+            waiting(", ".join(names), lock_holder(_lock_of(names[0])))
         check()
         time.sleep(_POLL_S)
 
@@ -101,17 +102,9 @@ def lock_devices(
         held = []
         for name in wanted:
             with disk_errors("taking the lock of a device:"):
-                lock = locked(
-                    _lock_of(name),
-                    lambda holder, name=name: waiting(name, holder),  # type: ignore[misc]
-                    run=run,
-                    limit_s=limit_s,
-                    limit_field="stages.lock_wait_minutes",
-                    shared=name == CPU and compute is not Compute.TIMED,
-                    mode=0o666,
-                    check=check,
-                )
-                held.append(stack.enter_context(lock).fd)
+                wait = LockWait(limit_s, "stages.lock_wait_minutes", partial(waiting, name), check)
+                shared = name == CPU and compute is not Compute.TIMED
+                held.append(stack.enter_context(locked(_lock_of(name), run, wait, shared=shared, mode=0o666)).fd)
         yield tuple(held)
 
 

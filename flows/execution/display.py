@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from draftsmith.artifacts.redaction import printable
-from draftsmith.artifacts.text import duration
+from draftsmith.artifacts.text import format_duration
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.planning.graph import PlannedNode, Status
 
@@ -84,7 +84,7 @@ class StageDisplay:
         if rate is not None:
             parts.append(f"{format_number(rate)} {unit}/s")
         if left is not None and done < total:
-            parts.append(f"{duration(left)} left")
+            parts.append(f"{format_duration(left)} left")
         parts += [f"{name}={format_number(value)}" for name, value in figures.items()]
         text = "  ".join(parts)
         if self._bar is not None and self._task is not None:
@@ -141,7 +141,7 @@ class Display:
 
     def finished(self, name: str, seconds: float, summary: Mapping[str, float]) -> None:
         figures = "  ".join(f"{key}={format_number(value)}" for key, value in summary.items())
-        self.line(f"{name}: done in {duration(seconds)}" + (f"  {figures}" if figures else ""))
+        self.line(f"{name}: done in {format_duration(seconds)}" + (f"  {figures}" if figures else ""))
 
     def reused(self, name: str) -> None:
         self.line(f"{name}: reused")

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError, from_os_error
-from draftsmith.artifacts.home import protect
+from draftsmith.artifacts.home import protect_home
 from draftsmith.artifacts.host import visible_gpus
 from draftsmith.flows.config.options import RunOptions
 
@@ -52,7 +52,7 @@ def free_disk_bytes(folder: Path) -> float:
 def check_home(home: Path, options: RunOptions) -> None:
     """The home exists, is closed to others, can be written, and its disk has room."""
     try:
-        protect(home, group_may_read=options.stages.group_may_read)
+        protect_home(home, group_may_read=options.stages.group_may_read)
         with tempfile.TemporaryFile(dir=home) as probe:
             probe.write(b"x")
     except OSError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.artifacts.store.manifest import ArtifactRef
-from draftsmith.artifacts.tracking.refresh_runs import artifact_params, conclude, find_refresh, tag_again
+from draftsmith.artifacts.tracking.refresh_runs import artifact_params, find_refresh, mark_reused, record_outcome
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.artifacts.tracking.terms import Status
 
@@ -62,8 +62,8 @@ class RunRecord:
         """
         if self._earlier is not None:
             if concluded:
-                conclude(self.tracking, self._earlier, made, figures, tags)
-            tag_again(self.tracking, self._earlier)
+                record_outcome(self.tracking, self._earlier, made, figures, tags)
+            mark_reused(self.tracking, self._earlier)
         else:
             inputs = {name: made[name] for name in data if name in made}
             self.tracking.close_refresh(status, figures, files, tags, inputs, artifact_params(made))

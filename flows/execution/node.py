@@ -15,8 +15,8 @@ from pathlib import Path
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.artifacts.locks import Holder
 from draftsmith.artifacts.store.local import Claim, Store
-from draftsmith.artifacts.store.manifest import MANIFEST, ArtifactRef
-from draftsmith.artifacts.store.open import store_of
+from draftsmith.artifacts.store.manifest import MANIFEST, ArtifactRef, Provenance
+from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.artifacts.tracking.runs import StageRun, Tracking
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.attempt import NOTE, AttemptNote
@@ -55,7 +55,7 @@ class RunContext:
 
     @property
     def store(self) -> Store:
-        return store_of(self.home)
+        return open_store(self.home)
 
     @property
     def logs(self) -> Path:
@@ -99,20 +99,18 @@ def build_node(
             stage,
             key,
             force=force,
-            waiting=_say_waiting(context, node),
             run=context.config.name,
-            limit_s=60 * context.config.stages.lock_wait_minutes,
-            check=context.check,
+            wait=context.config.stages.lock_wait(context.check, _say_waiting(context, node)),
         ) as claim:
             reused = not isinstance(claim, Claim)
             if isinstance(claim, Claim):
                 ref = _run(context, node, inputs, claim, external)
             else:  # another run has made it, or the commit of an earlier attempt was still to be made
                 ref = claim
-                context.tracking.complete(context.store.manifest(ref), ref.path)
+                context.tracking.finish_interrupted_run(context.store.manifest(ref), ref.path)
     if reused:
         with contextlib.suppress(OSError):
-            (context.store.partial(stage, key) / NOTE).unlink(missing_ok=True)  # of a forced attempt that failed
+            (context.store.partial_path(stage, key) / NOTE).unlink(missing_ok=True)  # of a forced attempt that failed
             os.utime(ref.path / MANIFEST)  # when it was last used: `draftsmith prune`
         context.display.reused(node.name)
     return NodeResult(ref, reused)
@@ -179,18 +177,20 @@ def _run(
             outcome.duration_s = round(outcome.duration_s + spent, 3)
         ref = context.store.commit(
             claim,
-            config=config,
-            inputs=inputs,
-            code_digest=code_digest,
-            seed=seed,
+            Provenance(
+                config,
+                inputs,
+                code_digest,
+                seed,
+                modules,
+                external,
+                mlflow_run_id=tracked.run_id,
+                run=context.config.name,
+                node=node.name,
+            ),
             metrics=outcome.summary,
             volatile=node.stage.volatile,
-            mlflow_run_id=tracked.run_id,
             duration_s=outcome.duration_s,
-            modules=modules,
-            external=external,
-            run=context.config.name,
-            node=node.name,
         )
     except BaseException as error:
         stopped = isinstance(error, StageInterrupted) or not isinstance(error, Exception)
@@ -262,7 +262,7 @@ def _run_process(
     log_path = context.logs / f"{claim.stage}-{claim.key[:16]}-{time.strftime('%Y%m%d-%H%M%S')}.log"
 
     def follow(event: Event) -> None:
-        claim.lock.check_now_and_then()
+        claim.lock.check_periodically()
         _follow(event, node.name, shown, tracked, note)
 
     with context.display.stage(node.name) as shown:

@@ -20,9 +20,9 @@ from draftsmith.artifacts.errors import (
     EXIT_INTERRUPTED,
     EXIT_RETRYABLE,
     DraftsmithError,
-    PastLimitError,
     RetryableError,
     StageInterrupted,
+    TimeLimitError,
 )
 from draftsmith.flows.config.options import TimeLimit
 from draftsmith.stages.runtime.child_process import ChildProcess, describe_exit, project_environment
@@ -136,12 +136,12 @@ class _RunningStage:
         self._done = False
 
     def wait(self, limit: TimeLimit, check: Callable[[], None]) -> None:
-        """Wait until the process has ended. Raises `PastLimitError` at the time limit, and what `check` raises."""
+        """Wait until the process has ended. Raises `TimeLimitError` at the time limit, and what `check` raises."""
         deadline = self._started + limit.seconds
         while self._process.poll() is None:
             check()
             if time.monotonic() > deadline:
-                raise PastLimitError(
+                raise TimeLimitError(
                     f"stage {self._name} ran past its limit of {limit.seconds / 60:g} minutes and was stopped: raise "
                     f"{limit.field} and run the same command again, which goes on from what it saved "
                     f"(log: {self._log_path})"

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from draftsmith.artifacts.errors import RetryableError
-from draftsmith.artifacts.retry import repeated
-from draftsmith.artifacts.text import duration
+from draftsmith.artifacts.retry import retry_on
+from draftsmith.artifacts.text import format_duration
 from draftsmith.flows.config.options import RETRY_JITTER, StageOptions
 
 T = TypeVar("T")
@@ -20,12 +20,12 @@ def retry_notice(error: object, failures: int, delays: Sequence[float]) -> str:
     failures: attempts that have failed so far, at most as many as there are delays. The first notice also says how
     often and for how long it is tried, and how to stop.
     """
-    again = f"{error}. Trying again in about {duration(delays[failures - 1])} ({failures} of {len(delays)})"
+    again = f"{error}. Trying again in about {format_duration(delays[failures - 1])} ({failures} of {len(delays)})"
     if failures > 1:
         return again
     return (
-        f"{again}, and for about {duration(sum(delays))} in all. Ctrl-C stops the run (of a deployment: cancel it in "
-        "Prefect), and the same command continues it."
+        f"{again}, and for about {format_duration(sum(delays))} in all. Ctrl-C stops the run (of a deployment: cancel "
+        "it in Prefect), and the same command continues it."
     )
 
 
@@ -36,10 +36,10 @@ def with_retries(work: Callable[[], T], options: StageOptions, tell: Callable[[s
     """
 
     delay = options.retry_delay_seconds
-    again = repeated(
+    again = retry_on(
         RetryableError,
-        given_up=lambda _error, attempts, _seconds: attempts > options.retries,
+        give_up=lambda _error, attempts, _seconds: attempts > options.retries,
         pause_s=lambda _error, attempts: delay * (2 ** (attempts - 1) + random.uniform(0, RETRY_JITTER)),
-        note=lambda error, attempts: tell(retry_notice(error, attempts, options.retry_delays)),
+        on_retry=lambda error, attempts: tell(retry_notice(error, attempts, options.retry_delays)),
     )
     return again(work)()

@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from draftsmith.artifacts.store.local import Claim
-from draftsmith.artifacts.store.manifest import SHARD, ArtifactRef
-from draftsmith.artifacts.store.open import store_of
+from draftsmith.artifacts.store.manifest import SHARD, ArtifactRef, Provenance
+from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.attempt import AttemptNote
 from draftsmith.flows.execution.devices import OnWait, lock_one_device
@@ -78,21 +78,21 @@ def build_shard(
     check: Callable[[], None] = lambda: None,
 ) -> ArtifactRef:
     """The shard's artifact: found, or made by a stage process on one device of this host. As `node.make`."""
-    store, options, node = store_of(home), order.config.stages, order.node
+    store, options, node = open_store(home), order.config.stages, order.node
     inputs = {name: replace(ref, path=store.path(ref.stage, ref.key)) for name, ref in order.inputs.items()}
     limit_s, external = 60 * options.lock_wait_minutes, external_digests(order.node.config)
     if (ref := store.find(order.stage, order.key)) is not None:
         store.verify_once(ref, and_elsewhere=False)
         return ref
     run, logs = order.config.name, home / "logs"
-    with store.claim(order.stage, order.key, run=run, limit_s=limit_s, check=check) as claim:
+    with store.claim(order.stage, order.key, run=run, wait=options.lock_wait(check)) as claim:
         if not isinstance(claim, Claim):
             return claim
         config = node.config.model_dump(mode="json")
         note = AttemptNote(claim.out.parent, run, str(order))
 
         def follow(event: Event) -> None:
-            claim.lock.check_now_and_then()
+            claim.lock.check_periodically()
             on_event(event)
 
         try:
@@ -127,14 +127,10 @@ def build_shard(
                 )
             ref = store.commit(
                 claim,
-                config=config,
-                inputs=inputs,
-                code_digest=code_digest,
-                seed=seed,
+                Provenance(config, inputs, code_digest, seed, external=external),
                 metrics=outcome.summary,
                 volatile=node.stage.volatile,
                 duration_s=outcome.duration_s,
-                external=external,
             )
         except Exception as error:
             note.failed(error)

@@ -9,7 +9,7 @@ from pathlib import Path
 from draftsmith.artifacts.errors import RefusedError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.store.manifest import ArtifactRef
-from draftsmith.artifacts.store.open import store_of
+from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.display import Display
@@ -59,4 +59,4 @@ def launch(
     ended = run_flow(flow, config, lambda what: lost(server, what), force=force, start=start, until=until)
     refs = {name: ArtifactRef(e["stage"], e["key"], e["content_id"], Path(e["path"])) for name, e in ended.made.items()}
     refusal = ended.error if isinstance(ended.error, RefusedError) else None
-    return Finished(ArtifactFolders(store_of(home()), refs), ended.outcome, ended.message, refusal)
+    return Finished(ArtifactFolders(open_store(home()), refs), ended.outcome, ended.message, refusal)

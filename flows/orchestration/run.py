@@ -16,13 +16,13 @@ from prefect.states import Cancelled, Completed, Failed
 
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted, one_line
 from draftsmith.artifacts.home import home
-from draftsmith.artifacts.host import reach_ourselves_directly
+from draftsmith.artifacts.host import bypass_proxy_for_localhost
 from draftsmith.artifacts.redaction import redact_logs, redacted
 from draftsmith.artifacts.store.manifest import ArtifactRef
-from draftsmith.artifacts.store.retention import in_use
+from draftsmith.artifacts.store.retention import artifacts_in_use
 from draftsmith.artifacts.tracking import registry_homes as registered
 from draftsmith.artifacts.tracking.models import log_models
-from draftsmith.artifacts.tracking.refresh_runs import OUTCOME, close_dead_runs, misplaced
+from draftsmith.artifacts.tracking.refresh_runs import OUTCOME, close_dead_runs, describe_misplaced_files
 from draftsmith.artifacts.tracking.runs import NOTE, Tracking
 from draftsmith.artifacts.tracking.terms import Status
 from draftsmith.flows.config.options import RunOptions, check_runner
@@ -86,7 +86,7 @@ def run_graph(
 
 def _reading(config: RunOptions, cancellation: Cancellation) -> AbstractContextManager[None]:
     limit_s = 60 * config.stages.lock_wait_minutes
-    return in_use(home(), config.name, Display().line, limit_s=limit_s, check=cancellation.check)
+    return artifacts_in_use(home(), config.name, Display().line, limit_s=limit_s, check=cancellation.check)
 
 
 def _run(
@@ -95,7 +95,7 @@ def _run(
     display = Display()
     config = with_retries(lambda: resolve_config(config, pipeline), config.stages, display.line)
     redact_logs()
-    reach_ourselves_directly()  # a deployment's run comes from no command
+    bypass_proxy_for_localhost()  # a deployment's run comes from no command
     logging.getLogger("draftsmith").setLevel(logging.INFO)  # without it Prefect does not show the stages' lines
     tracking = Tracking(home(), config.experiment)
     context = RunContext(home(), config, pipeline, display, tracking, check=cancellation.check)
@@ -103,7 +103,7 @@ def _run(
     check_runner(config.stages)
     for check in (context.store.check, context.tracking.check):
         with_retries(check, config.stages, context.display.line)
-    if (warning := misplaced(tracking)) is not None:
+    if (warning := describe_misplaced_files(tracking)) is not None:
         context.display.line(f"warning: {warning}")
     close_dead_runs(context.tracking, context.store)
     anew = () if resumed() else force  # what a run has forced before it was suspended is made
@@ -136,7 +136,7 @@ def _run(
         if conclusion is None and (review := _review(context, made)) is not None:
             show_verdict(config.name, f"{review.description}{tracking.link(run_id)}", context.display.line)
         if conclusion is None and policy is not None:
-            registered.note(tracking)
+            registered.note_tracker(tracking)
             conclusion = with_retries(
                 lambda: policy.conclude(LazyArtifacts(context.store, refs), record.settle(refs)),
                 config.stages,
@@ -166,7 +166,7 @@ def _run(
             pipeline.data,
             concluded=conclusion is not None,
         )
-        if tracking.missed and status != "KILLED":  # of stages that ended while it was away
+        if tracking.had_failures and status != "KILLED":  # of stages that ended while it was away
             close_dead_runs(tracking, context.store)
         kept = policy.sticky_force if policy is not None else ()
         if status != "FINISHED" and (told := _still_forced(forced, made, kept)):

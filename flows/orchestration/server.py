@@ -18,7 +18,7 @@ from typing import IO, NoReturn
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, from_os_error
 from draftsmith.artifacts.locks import locked
-from draftsmith.artifacts.tracking.client import refuse_shared_database, sqlite_file
+from draftsmith.artifacts.tracking.client import check_database_disk, sqlite_file
 from draftsmith.stages.runtime.child_process import ChildProcess, project_environment
 
 _START_LIMIT_S = 180.0  # 3 s on a used home, 8 to 12 s on a new one, more on a busy machine
@@ -142,7 +142,7 @@ def check_place(home: Path) -> None:
     folder = Path(os.environ.get("PREFECT_HOME") or home / "prefect").expanduser()
     if (database := sqlite_file(given) if given else folder / "prefect.db") is not None:
         advice = "start a Prefect server and set PREFECT_API_URL to its address"
-        refuse_shared_database(database, "Prefect's database", advice)
+        check_database_disk(database, "Prefect's database", advice)
 
 
 def _must_answer(url: str) -> None:

@@ -20,16 +20,16 @@ from prefect.futures import PrefectFuture
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from draftsmith.artifacts.errors import RetryableError, StageInterrupted
-from draftsmith.artifacts.home import home, protect
+from draftsmith.artifacts.home import home, protect_home
 from draftsmith.artifacts.store.manifest import ArtifactRef
-from draftsmith.artifacts.store.open import STORE
+from draftsmith.artifacts.store.mirror import STORE_VARIABLE
 from draftsmith.flows.config.options import StageOptions
 from draftsmith.flows.execution.shards import BuildShard, ShardJob, build_shard, local_parallelism
 
 _POLL_S = 0.5
 _HOME = "DRAFTSMITH_HOME"
 # of this host, whoever's run it serves
-_OWN = {name: os.environ[name] for name in (_HOME, STORE) if name in os.environ}
+_OWN = {name: os.environ[name] for name in (_HOME, STORE_VARIABLE) if name in os.environ}
 
 
 def mapped(
@@ -38,7 +38,7 @@ def mapped(
     """A `shards.Pool`: a task a shard, on the config's runner."""
     options = orders[0].config.stages
     runner, resources = _runner(options, orders)
-    places = {STORE: os.environ[STORE]} if STORE in os.environ else {}
+    places = {STORE_VARIABLE: os.environ[STORE_VARIABLE]} if STORE_VARIABLE in os.environ else {}
     places |= {_HOME: str(home())}
     if options.runner != "local":
         make = _Alone(places)
@@ -97,13 +97,13 @@ class _Alone:
         self._places = places
 
     def __call__(self, order: ShardJob) -> ArtifactRef:
-        for name in (_HOME, STORE):  # a worker outlives a run: what the one before has set is no host's own
+        for name in (_HOME, STORE_VARIABLE):  # a worker outlives a run: what the one before has set is no host's own
             place = _OWN.get(name, self._places.get(name))
             if place is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = place
-        protect(home(), group_may_read=order.config.stages.group_may_read)
+        protect_home(home(), group_may_read=order.config.stages.group_may_read)
         return build_shard(order, home())
 
 

@@ -355,7 +355,7 @@ def is_inconclusive(store: Store, ref: ArtifactRef) -> bool:
 
 def has_partial(store: Store, stage: str, key: str) -> bool:
     """Whether an unfinished attempt left anything to go on from."""
-    partial = store.partial(stage, key)
+    partial = store.partial_path(stage, key)
     return any(path.is_file() for name in ("out", "work") for path in (partial / name).rglob("*"))
 
 

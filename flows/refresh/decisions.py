@@ -13,7 +13,7 @@ from draftsmith.artifacts.home import home
 from draftsmith.artifacts.store.manifest import ArtifactRef, read_manifest
 from draftsmith.artifacts.tracking.models import link_version
 from draftsmith.artifacts.tracking.refresh_runs import OUTCOME
-from draftsmith.artifacts.tracking.registry import CHAMPION, RECORD, ChampionMovedError, Version
+from draftsmith.artifacts.tracking.registry import CHAMPION, PROMOTION_TAGS, ChampionMovedError, Version
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.planning.graph import Conclusion, Node, OutdatedPlanError
@@ -150,7 +150,7 @@ class RefreshCourse:
             error = RefusedError(f"{version} is not promoted: {decision['outcome']}")  # the screen says why
             return self._conclusion("Inconclusive" if inconclusive else "Refused", said, decision, version, error)
         at = f"{version.line}@{version.number}"
-        if (undone := line.rolled_back(version)) is not None:  # the same inputs have made it again
+        if (undone := line.rollback_event(version)) is not None:  # the same inputs have made it again
             said = (
                 f"{version} is not promoted: {undone.by} took it out of service at {undone.at} ({undone.why}), and "
                 f"nothing that makes it has changed since; to serve it: `draftsmith promote {at}`"
@@ -168,7 +168,7 @@ class RefreshCourse:
     ) -> Conclusion:
         says = promotion_hook.due(self.config.on_promote, decision)
         if "promoted_at" in version.tags:  # it comes back: what it is worth today
-            says |= {name: tags[name] for name in RECORD if name in tags}
+            says |= {name: tags[name] for name in PROMOTION_TAGS if name in tags}
         if CHAMPION in version.aliases:  # another launcher of the same config was faster
             says = {}
         try:

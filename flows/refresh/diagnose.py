@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.redaction import secret_in
+from draftsmith.artifacts.redaction import describe_secret
 from draftsmith.flows.checks.check import RunChecks
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.display import Display
@@ -70,7 +70,7 @@ def diagnose_config(
     refresh: RefreshConfig, url: str, drafter: str, prompts: int | None, api_key_env: str | None = None
 ) -> DiagnoseConfig:
     """Of the drafter that a command names: a folder, or `LINE@alias` of the registry."""
-    if (why := secret_in(url)) is not None:
+    if (why := describe_secret(url)) is not None:
         raise DraftsmithError(f"--url: it holds {why}: name the variable that has the key with --api-key-env")
     _, source = named_drafter(drafter)
     if not Path(source).is_dir():

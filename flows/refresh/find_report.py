@@ -7,8 +7,8 @@ from pathlib import Path
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.store.local import Store
-from draftsmith.artifacts.store.open import store_of
-from draftsmith.artifacts.tracking.refresh_runs import folders_of
+from draftsmith.artifacts.store.mirror import open_store
+from draftsmith.artifacts.tracking.refresh_runs import artifact_folders
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.config.load import read_config
 from draftsmith.flows.config.options import RunOptions
@@ -33,12 +33,12 @@ def report_of_config(name: str, config: RunOptions, pipeline: Pipeline) -> Path:
     A line goes on from another champion after a promotion. Raises DraftsmithError if there is none.
     """
     node, _ = pipeline.report
-    store = store_of(home())
+    store = open_store(home())
     for planned in plan(resolve_config(config, pipeline), store, pipeline, again=True, stop_at_damage=False):
         if planned.node.name == node and planned.ref is not None:
             store.fetch(planned.ref)
             return planned.ref.path / _PAGE
-    last = folders_of(Tracking(home(), config.experiment), config.name, node).get(node)
+    last = artifact_folders(Tracking(home(), config.experiment), config.name, node).get(node)
     if last is not None:
         return _page(name, _here(store, Path(last)))
     raise DraftsmithError(
@@ -49,10 +49,10 @@ def report_of_config(name: str, config: RunOptions, pipeline: Pipeline) -> Path:
 def report_of_text(name: str) -> Path:
     """Return the page of an artifact of stage `report` (folder, start of a key or content id), or of a refresh's run in
     MLflow (its name or id; of several runs of a name the last). Raises DraftsmithError."""
-    store = store_of(home())
+    store = open_store(home())
     if Path(name).expanduser().is_dir():
         return _page(name, Path(name).expanduser().resolve())
-    found = folders_of(Tracking(home()), name, "report")
+    found = artifact_folders(Tracking(home()), name, "report")
     if "report" in found:
         return _page(name, _here(store, Path(found["report"])))
     try:
@@ -69,7 +69,7 @@ def report_of_text(name: str) -> Path:
 
 def _here(store: Store, folder: Path) -> Path:
     """Return the artifact that a run kept as this folder: in a home that was moved since, by its stage and key."""
-    kept, own = store.here(folder), store.path(folder.parent.name, folder.name)
+    kept, own = store.localize(folder), store.path(folder.parent.name, folder.name)
     return own if own.is_dir() and not kept.is_dir() else kept
 
 

@@ -22,7 +22,7 @@ from draftsmith.artifacts.store.checksums import Checksums
 from draftsmith.artifacts.store.local import REPLACED, Store
 from draftsmith.artifacts.store.manifest import MANIFEST, ArtifactRef, InputEntry, read_manifest, sha256_file
 from draftsmith.artifacts.tracking.registry import PROMOTED, Registry, Version
-from draftsmith.artifacts.tracking.registry_homes import never_here
+from draftsmith.artifacts.tracking.registry_homes import describe_wrong_tracker
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.stages.data.load import DRAFTER_FOLDER
 from draftsmith.stages.data.logs.rehearsal_stage import TABLE, EarlierConfig
@@ -91,10 +91,10 @@ def registry() -> Registry:
 
 def folder_of(version: Version) -> Path:
     """Its artifact, on this machine: fetched if the store is a bucket."""
-    from draftsmith.artifacts.store.open import store_of
+    from draftsmith.artifacts.store.mirror import open_store
 
-    store = store_of(home())
-    return store.here(in_this_home(version, store) or version.path)
+    store = open_store(home())
+    return store.localize(in_this_home(version, store) or version.path)
 
 
 def in_this_home(version: Version | InputEntry, store: Store) -> Path | None:
@@ -111,9 +111,9 @@ def in_this_home(version: Version | InputEntry, store: Store) -> Path | None:
 def checkpoint_of(version: Version) -> Path:
     """Its drafter: in the store where that is here and, of a version that was uploaded, whole; else a copy of what was
     uploaded with it. Of another nothing is verified: there is no copy to take."""
-    from draftsmith.artifacts.store.open import store_of
+    from draftsmith.artifacts.store.mirror import open_store
 
-    store = store_of(home())
+    store = open_store(home())
     if (folder := in_this_home(version, store)) is not None:
         if version.uploaded and (damaged := _damaged_file(store, folder)) is not None:
             log.warning("%s: %s is damaged: what was uploaded is taken", version, damaged)
@@ -131,10 +131,10 @@ def _damaged_file(store: Store, folder: Path) -> Path | None:
     """Of an artifact's drafter, one that is not as it was written. What nobody touched is not read again, and what a
     bucket has is not fetched: a plan is shown without it."""
     checksums, manifest = Checksums(home()), read_manifest(folder)
-    for name, entry in store.to_verify(manifest.ref(folder), manifest).items():
+    for name, entry in store.files_to_verify(manifest.ref(folder), manifest).items():
         if name.startswith(f"{DRAFTER_FOLDER}/"):
             try:
-                whole = checksums.of(folder / name) == entry.sha256
+                whole = checksums.sha256(folder / name) == entry.sha256
             except OSError:
                 whole = False
             if not whole:
@@ -187,7 +187,7 @@ def as_it_stands(line: RegistryConfig) -> RegistryConfig:
 
 def _check_begins(line: str, versions: Sequence[Version]) -> None:
     """Of a line without a champion: what serves now would be replaced by whatever beats plain decoding."""
-    if not versions and (elsewhere := never_here(Tracking(home()))) is not None:  # who forgot a variable
+    if not versions and (elsewhere := describe_wrong_tracker(Tracking(home()))) is not None:  # who forgot a variable
         raise DraftsmithError(
             f"{line}: it has no version here; {elsewhere}, or begin the line here (`--set registry.restart=true`)"
         )
@@ -271,10 +271,10 @@ def history(line: str) -> list[dict[str, Any]]:
             "at": measured_at.get(each.number) or each.created_at,
             "version": each.number,
             "what": "promoted" if each.tags.get("promoted_at") else "refused",
-            **each.figures()["all"],
+            **each.metrics()["all"],
         }
         for each in known.versions(line)
-        if "all" in each.figures()
+        if "all" in each.metrics()
     ]
     checked = [{"what": "checked"} | seen for seen in known.drift(line)]
     return sorted(promoted + checked, key=lambda point: str(point["at"]))[-_MOST_POINTS:]
@@ -288,7 +288,7 @@ def champion_config(version: Version) -> ChampionConfig:
         content_id=version.content_id,
         drafter_digest=version.tags.get("drafter_digest", ""),
         promoted_at=version.tags.get("promoted_at", ""),
-        figures=version.figures(),
+        figures=version.metrics(),
     )
 
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from draftsmith.artifacts.home import users_umask
+from draftsmith.artifacts.home import user_umask
 from draftsmith.flows.refresh.line import registry
 from draftsmith.stages.runtime.stage import Config
 
@@ -91,7 +91,7 @@ def _run(command: tuple[str, ...], body: str, timeout_s: float) -> str | None:
                 stderr=said,
                 timeout=timeout_s,
                 check=False,
-                umask=users_umask(),
+                umask=user_umask(),
             )
             said.seek(0)
             printed = said.read().decode("utf-8", "replace").strip().splitlines()

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from draftsmith.artifacts.errors import DraftsmithError, RetryableError, disk_error_of, from_os_error
-from draftsmith.artifacts.home import for_users, home
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError, find_disk_error, from_os_error
+from draftsmith.artifacts.home import apply_user_umask, home
 from draftsmith.artifacts.store.manifest import MANIFEST, Manifest, read_manifest, remedy
-from draftsmith.artifacts.store.open import store_of
-from draftsmith.artifacts.store.retention import in_use
+from draftsmith.artifacts.store.mirror import open_store
+from draftsmith.artifacts.store.retention import artifacts_in_use
 from draftsmith.artifacts.tracking.registry import BY_HAND, PREVIOUS, ROLLED_BACK, Registry, Version
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.refresh.line import FASTEST_BLOCK, folder_of, in_this_home, registry, uploaded_copy
@@ -31,7 +31,7 @@ def champions(display: Display, line: str) -> None:
     lines = registry()
     versions = lines.versions(line)
     if not versions:
-        raise lines.unknown(line)
+        raise lines.unknown_line(line)
     head = ["version", "alias", "outcome", "why", "tau", "speed-up", "registered"]
     rows = [_row(each) for each in versions]
     if display.console.width >= _WIDE:
@@ -65,19 +65,19 @@ def promote(display: Display, text: str, why: str, *, dry_run: bool) -> None:
     lines = registry()
     version = lines.resolve(text)
     if not dry_run:
-        lines.complete(version.line)
+        lines.complete_promotion(version.line)
     _move(display, lines, version, why or "by hand", BY_HAND, dry_run=dry_run)
 
 
 def rollback(display: Display, line: str, why: str, *, dry_run: bool) -> None:
     """The previous champion serves again, unless that is the one that a rollback has just taken out of service."""
     lines = registry()
-    lost = None if dry_run else lines.complete(line)
+    lost = None if dry_run else lines.complete_promotion(line)
     if lost is not None and lost.what == ROLLED_BACK:  # the same command, when MLflow was lost in the midst of it
         display.line(f"{line} version {lost.version} is the champion now, in place of version {lost.before}")
         return
     version = lines.resolve(f"{line}@{PREVIOUS}")
-    undone = lines.rolled_back(version)
+    undone = lines.rollback_event(version)
     if undone is not None and undone.what == ROLLED_BACK:
         raise DraftsmithError(
             f"{version} served before, and {undone.by} rolled it back at {undone.at} ({undone.why}): to have it or "
@@ -102,7 +102,7 @@ def _move(display: Display, lines: Registry, version: Version, why: str, what: s
         verified(version)
         display.line(f"{version} would become the champion in place of {from_what} (nothing was changed)")
         return
-    with in_use(home(), f"promotion of {version}", display.line):  # until an alias says that it is needed
+    with artifacts_in_use(home(), f"promotion of {version}", display.line):  # until an alias says that it is needed
         verified(version)
         lines.promote(version, expected=now, why=why, what=what)
     display.line(f"{version} is the champion now, in place of {from_what}; restart or reload the servers that draft")
@@ -112,7 +112,7 @@ def export(display: Display, text: str, folder: Path, layout: str = "sglang", *,
     """A verified copy of a version's checkpoint: as it is, which is what SGLang loads, or in vLLM's `speculators`."""
     version = registry().resolve(text)
     writable = os.access(home(), os.W_OK)  # in a home that we only read, nobody sees that we do
-    with in_use(home(), f"export of {version}", display.line) if writable else nullcontext():
+    with artifacts_in_use(home(), f"export of {version}", display.line) if writable else nullcontext():
         _export(display, version, folder, layout, dry_run=dry_run)
 
 
@@ -144,7 +144,7 @@ def _export(display: Display, version: Version, folder: Path, layout: str, *, dr
 
     with _whole(folder):
         shutil.copytree(source, folder, dirs_exist_ok=True)
-        for_users(folder)
+        apply_user_umask(folder)
         if drafter_digest(folder) != version.tags.get("drafter_digest", drafter_digest(source)):
             raise DraftsmithError(f"{folder}: the copy differs from what was registered: try again, or another disk")
     display.line(f"{version}: {size / 1e6:.1f} MB in {folder}")
@@ -161,7 +161,7 @@ def _whole(folder: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
-        disk = disk_error_of(error) or error
+        disk = find_disk_error(error) or error
         if isinstance(disk, OSError):
             raise from_os_error(disk, f"exporting to {folder}{':' * bool(disk.filename)}") from error
         raise
@@ -172,8 +172,8 @@ def _export_speculators(version: Version, source: Path, folder: Path) -> None:
 
     if not (folder_of(version) / MANIFEST).is_file():
         raise DraftsmithError(f"{version}: its artifact, which names the target, is not here: mount the store")
-    store, made_from = store_of(home()), _manifest(version, folder_of(version)).inputs["target"]
-    store.here(store.path(made_from.stage, made_from.key))  # fetched, if the store is a bucket
+    store, made_from = open_store(home()), _manifest(version, folder_of(version)).inputs["target"]
+    store.localize(store.path(made_from.stage, made_from.key))  # fetched, if the store is a bucket
     if (target := in_this_home(made_from, store)) is None:  # whose table and head are copied
         raise DraftsmithError(
             f"{version}: the target that it was made for ({made_from.stage}/{made_from.key[:16]}, content "
@@ -183,7 +183,7 @@ def _export_speculators(version: Version, source: Path, folder: Path) -> None:
     store.verify_once(read_manifest(target).ref(target))  # and the model, where that stays elsewhere
     info = read_target_info(target)
     export_speculators(source, model_path(target), info.source, folder)
-    for_users(folder)
+    apply_user_umask(folder)
 
 
 def verified(version: Version) -> Path:
@@ -213,7 +213,7 @@ def _verify(version: Version, folder: Path) -> None:
             f"{version}: {folder} holds other content by now (made again with --force): register it by a refresh"
         )
     try:
-        store_of(home()).verify(ref)
+        open_store(home()).verify(ref)
     except RetryableError:
         raise
     except DraftsmithError as error:  # to make it again is no remedy here: that needs the refresh of then

@@ -13,7 +13,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store.manifest import MANIFEST, Manifest, read_manifest
 from draftsmith.artifacts.tracking.models import ALL, Metrics
 from draftsmith.artifacts.tracking.refresh_runs import OUTCOME
-from draftsmith.artifacts.tracking.terms import plain_markdown
+from draftsmith.artifacts.tracking.terms import escape_markdown
 from draftsmith.flows.execution.display import Display, EndedRun
 from draftsmith.flows.planning.graph import RunReview
 from draftsmith.flows.refresh.line import registry
@@ -234,8 +234,8 @@ def _description(told: Mapping[str, Any], found: Mapping[str, Any], folder: Path
     """Return the verdict or what was done, why, and where the report is, in Markdown."""
     lines = []
     if found:
-        lines += [f"**{found['label']}.** {plain_markdown(found['sentence'])}", ""]
-        lines += [f"- {plain_markdown(reason)}" for reason in found["reasons"]]
+        lines += [f"**{found['label']}.** {escape_markdown(found['sentence'])}", ""]
+        lines += [f"- {escape_markdown(reason)}" for reason in found["reasons"]]
     if told["doubts"]:
-        lines += ["", "Not to be relied on:", "", *(f"- {plain_markdown(doubt)}" for doubt in told["doubts"])]
+        lines += ["", "Not to be relied on:", "", *(f"- {escape_markdown(doubt)}" for doubt in told["doubts"])]
     return "\n".join([*lines, "", f"Report: `{folder / 'report.html'}`"]).strip()

@@ -62,9 +62,9 @@ def run(ctx: StageContext, config: ChampionConfig) -> None:
 def checkpoint_of(config: ChampionConfig) -> Path:
     """Its checkpoint as it lies in the store or was uploaded. Raises DraftsmithError if it is not there."""
     from draftsmith.artifacts.home import home
-    from draftsmith.artifacts.store.open import store_of
+    from draftsmith.artifacts.store.mirror import open_store
 
-    source = store_of(home()).here(Path(config.folder))
+    source = open_store(home()).localize(Path(config.folder))
     if not source.is_dir():
         raise DraftsmithError(
             f"{config.line} version {config.version}: its folder {source} is not here: mount the store that it lies "

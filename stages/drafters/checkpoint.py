@@ -255,7 +255,7 @@ def drafter_source(source: str, revision: str | None = None) -> Path:
 
     commit = hub_commit(source, revision) or revision
     folder = hub_snapshot("sft.init_from", source, commit, ["*.json", "*.safetensors", "*.npy"])
-    check_snapshot(folder, Checksums(home()).of)
+    check_snapshot(folder, Checksums(home()).sha256)
     return folder
 
 

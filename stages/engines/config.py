@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.redaction import secret_in, secrets_of
+from draftsmith.artifacts.redaction import describe_secret, find_secrets
 from draftsmith.stages.runtime.stage import Config, NotInKey
 from draftsmith.stages.target.sampling import SamplingParams, TopK
 
@@ -74,7 +74,7 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def _http_address(url: str) -> str:
-    if (why := secret_in(url)) is not None:
+    if (why := describe_secret(url)) is not None:
         raise ValueError(f"holds {why}: name the variable of the environment that has the key in api_key_env")
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"{url!r} is no address: write http://{url}")
@@ -96,7 +96,7 @@ def _variable(name: str) -> str:
 
 def _no_secrets(named: dict[str, Any]) -> dict[str, Any]:
     """A config is written to manifests, to MLflow and to the report."""
-    for name, why in secrets_of(named):
+    for name, why in find_secrets(named):
         raise ValueError(
             f"{name} looks like a secret ({why}), and a config is shown in MLflow and in reports: set what is needed "
             "in the environment of the command instead, the servers inherit it"

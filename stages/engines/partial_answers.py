@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from draftsmith.artifacts.store.parts import Parts
 from draftsmith.artifacts.tables.readers import KeyedRows, RowReader
 from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE, TRAJECTORIES
+from draftsmith.artifacts.tables.shards import TableShards
 from draftsmith.stages.engines.base import Completion
 
 SCHEMAS = {"timings": TIMINGS, "trace": TRACE, "trajectories": TRAJECTORIES}  # in the order of writing
@@ -20,7 +20,7 @@ class AnswerParts:
     """Answers with their timings and verify steps, kept in a folder."""
 
     def __init__(self, folder: Path) -> None:
-        self._parts = Parts(folder, SCHEMAS)
+        self._parts = TableShards(folder, SCHEMAS)
 
     def append(self, completions: Sequence[Completion], splits: Mapping[str, str], engine: str) -> None:
         """Write one part; nothing for no answers. splits: of each prompt, by its id."""
@@ -60,9 +60,9 @@ class AnswerParts:
             name: KeyedRows(reader, keys, counter="step" if name == "trace" else None)
             for name, reader in readers.items()
         }
-        part = {name: readers[name].place_of(rows.starts) for name, rows in found.items()}
+        part = {name: readers[name].file_index(rows.starts) for name, rows in found.items()}
         for name, rows in found.items():
-            rows.leave_out(part[name] != part["trajectories"])
+            rows.exclude(part[name] != part["trajectories"])
         return found
 
     def _read(self, name: str, columns: list[str]) -> tuple[pa.Table, np.ndarray]:

@@ -105,7 +105,7 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
     import pyarrow.compute as pc
 
     from draftsmith.artifacts.tables.parquet import TableWriter
-    from draftsmith.artifacts.tables.readers import PART_ROWS
+    from draftsmith.artifacts.tables.readers import BATCH_ROWS
     from draftsmith.stages.data.load import DRAFTER_FOLDER
     from draftsmith.stages.drafters.digest import drafter_digest
     from draftsmith.stages.engines.partial_answers import SCHEMAS, AnswerParts
@@ -123,7 +123,7 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
     tokens = stopped = steps = 0
     for name, schema in tables.items():
         with TableWriter(ctx.out / f"{name}.parquet", schema) as table:
-            for part in rows[name].in_order(schema.columns.names, PART_ROWS if name == "trace" else _PART_ANSWERS):
+            for part in rows[name].batches(schema.columns.names, BATCH_ROWS if name == "trace" else _PART_ANSWERS):
                 table.append(part)
                 done += part.num_rows
                 ctx.progress(done, total, "rows put together")  # of many long answers it takes minutes
@@ -173,7 +173,7 @@ class _Asked:
 
 def _answer(ctx: StageContext, config: RolloutConfig, parts: AnswerParts, asked: _Asked) -> None:
     """Make the parts that are missing."""
-    from draftsmith.artifacts.store.manifest import note_versions
+    from draftsmith.artifacts.store.manifest import write_versions
     from draftsmith.stages.data.load import DRAFTER_FOLDER, positions_needed
     from draftsmith.stages.target.info import read_target_info
 
@@ -186,7 +186,7 @@ def _answer(ctx: StageContext, config: RolloutConfig, parts: AnswerParts, asked:
     splits = dict(zip(asked.prompts.ids, asked.prompts.splits, strict=True))
     with _engine(ctx, config, drafter_folder, longest) as engine:
         if engine.name.startswith("sglang"):
-            note_versions(ctx.out, sglang=engine.name.removeprefix("sglang "))
+            write_versions(ctx.out, sglang=engine.name.removeprefix("sglang "))
         finished = parts.finished(with_trace=engine.records_trace)  # whole without steps where the engine has none
         missing = _missing(asked.names, finished, at_once, engine.batch_decides)
         done = len(asked) - sum(map(len, missing))

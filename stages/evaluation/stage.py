@@ -37,7 +37,7 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
     `acceptance.json` is what the key decides; `evaluation.json` is that and what depends on time.
     """
     from draftsmith.artifacts.atomic import write_text
-    from draftsmith.artifacts.store.manifest import note_versions
+    from draftsmith.artifacts.store.manifest import write_versions
     from draftsmith.artifacts.tables.parquet import write_table
     from draftsmith.artifacts.tables.schemas import REQUESTS, TURNS
     from draftsmith.stages.data.held_out import units_of
@@ -95,7 +95,7 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
     }
     (ctx.out / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n")
     if measured.engine.startswith("sglang"):
-        note_versions(ctx.out, sglang=measured.engine.removeprefix("sglang "))
+        write_versions(ctx.out, sglang=measured.engine.removeprefix("sglang "))
     write_table(ctx.out / "requests.parquet", REQUESTS, measured.rows)
     write_table(ctx.out / "turns.parquet", TURNS, measured.turns)
     if any(doubt["kind"] in AGAIN for doubt in doubted):

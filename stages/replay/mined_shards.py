@@ -11,10 +11,10 @@ from typing import Self
 import numpy as np
 import pyarrow as pa
 
-from draftsmith.artifacts.store.parts import Parts, shard_paths
-from draftsmith.artifacts.tables.parquet import places, read_table
+from draftsmith.artifacts.tables.parquet import index_in, read_table
 from draftsmith.artifacts.tables.readers import KeyedRows, RowReader
 from draftsmith.artifacts.tables.schemas import EVALUATED, VERIFY_STEPS
+from draftsmith.artifacts.tables.shards import Parts, shard_paths
 from draftsmith.stages.replay.mined_table import steps_table
 from draftsmith.stages.replay.replayer import MinedGroup
 
@@ -77,7 +77,7 @@ class MinedShards:
         counts = np.zeros((len(_TOTALS), len(ids)), dtype=np.int64)
         for path in self._paths("evaluated_blocks"):  # by trajectory: one that was mined again is not counted twice
             table = read_table(path, EVALUATED)
-            place = places(table, "trajectory_id", ids)
+            place = index_in(table, "trajectory_id", ids)
             for of_name, name in zip(counts, _TOTALS, strict=True):
                 of_name[place[place >= 0]] = table[name].to_numpy()[place >= 0]
         return dict(zip(_TOTALS, counts.sum(1).tolist(), strict=True))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from draftsmith.artifacts.tables.parquet import ordered, padded, to_table
+from draftsmith.artifacts.tables.parquet import pad_lists, select_in_order, to_table
 from draftsmith.artifacts.tables.schemas import VERIFY_STEPS
 from draftsmith.stages.data.trajectories import Trajectory, ids_of
 from draftsmith.stages.drafters.base import Drafter
@@ -24,7 +24,7 @@ def mined_table(
 ) -> pa.Table:
     """Return VERIFY_STEPS of a drafter on trajectories in memory, in their order, all of it scored."""
     tables = [steps_table(group) for group in Replayer(target, options).mine(drafter, trajectories)]
-    return to_table(VERIFY_STEPS, ordered(pa.concat_tables(tables), "trajectory_id", ids_of(trajectories)))
+    return to_table(VERIFY_STEPS, select_in_order(pa.concat_tables(tables), "trajectory_id", ids_of(trajectories)))
 
 
 def steps_table(group: MinedGroup) -> pa.Table:
@@ -78,7 +78,7 @@ class MiningMetrics:
         accepted = table["accepted"].to_numpy()
         judged = np.arange(K) < table["judged"].to_numpy()[:, None]
         wrong = np.flatnonzero(table["rejected_offset"].to_numpy())
-        proposed = padded(table, "proposed_ids", K, -1, np.int64)[wrong, accepted[wrong]]  # behind what was accepted
+        proposed = pad_lists(table, "proposed_ids", K, -1, np.int64)[wrong, accepted[wrong]]  # behind what was accepted
         self.steps += table.num_rows
         self._committed += int(table["committed"].to_numpy().sum())
         self._errors += len(wrong)

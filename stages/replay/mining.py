@@ -76,7 +76,7 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
     rows = shards.rows(trajectories.ids)
     total = int(rows.counts.sum())
     with TableWriter(ctx.out / "verify_steps.parquet", VERIFY_STEPS) as table:
-        for part in rows.in_order(VERIFY_STEPS.columns.names):
+        for part in rows.batches(VERIFY_STEPS.columns.names):
             table.append(part)
             figures.add(part)
             ctx.progress(table.rows, total, "steps put together")  # which takes minutes
@@ -191,7 +191,7 @@ def parity(
     """
     import numpy as np
 
-    from draftsmith.artifacts.tables.parquet import places, read_table
+    from draftsmith.artifacts.tables.parquet import index_in, read_table
     from draftsmith.artifacts.tables.readers import KeyedRows, RowReader
     from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE, VERIFY_STEPS
 
@@ -221,13 +221,13 @@ def parity(
     replayed = KeyedRows(RowReader(ctx.out / "verify_steps.parquet", VERIFY_STEPS), ids)
     recorded = KeyedRows(RowReader(folder / "trace.parquet", TRACE), ids)
     comparison = StepComparison()
-    for indices in recorded.together():
+    for indices in recorded.batch_indices():
         traced = indices[recorded.counts[indices] > 0]
-        comparison.add(recorded.of(traced, COMPARED), replayed.of(traced, COMPARED))
+        comparison.add(recorded.take(traced, COMPARED), replayed.take(traced, COMPARED))
         ctx.check_interrupted()
     figures = comparison.check(gate) if recorded.counts.any() and not drawn else {}
     timings = read_table(folder / "timings.parquet", TIMINGS, ["trajectory_id", "verify_steps", "retractions"])
-    place = places(timings, "trajectory_id", ids)
+    place = index_in(timings, "trajectory_id", ids)
     served, retractions = np.zeros((2, len(ids)), dtype=np.int64)
     for counts, name in ((served, "verify_steps"), (retractions, "retractions")):
         counts[place[place >= 0]] = timings[name].to_numpy()[place >= 0]

@@ -108,10 +108,10 @@ class StepComparison:
         another length."""
         import numpy as np
 
-        from draftsmith.artifacts.tables.parquet import ordered
+        from draftsmith.artifacts.tables.parquet import select_in_order
 
         known = served["trajectory_id"].unique()
-        replayed = ordered(replayed, "trajectory_id", known)
+        replayed = select_in_order(replayed, "trajectory_id", known)
         _, in_served, in_replayed = np.intersect1d(_keys(served, known), _keys(replayed, known), return_indices=True)
         equal = _same(served.take(in_served), replayed.take(in_replayed))
         self._served += served.num_rows
@@ -186,9 +186,9 @@ def _keys(table: pa.Table, trajectories: pa.Array) -> np.ndarray:
     """[rows] int64: one number a (trajectory, anchor)."""
     import numpy as np
 
-    from draftsmith.artifacts.tables.parquet import places
+    from draftsmith.artifacts.tables.parquet import index_in
 
-    return (places(table, "trajectory_id", trajectories) << 32) + table["anchor"].to_numpy().astype(np.int64)
+    return (index_in(table, "trajectory_id", trajectories) << 32) + table["anchor"].to_numpy().astype(np.int64)
 
 
 def _same(a: pa.Table, b: pa.Table) -> np.ndarray:
@@ -196,10 +196,10 @@ def _same(a: pa.Table, b: pa.Table) -> np.ndarray:
     import numpy as np
     import pyarrow.compute as pc
 
-    from draftsmith.artifacts.tables.parquet import padded
+    from draftsmith.artifacts.tables.parquet import pad_lists
 
     longest = max((pc.max(pc.list_value_length(t["proposed_ids"])).as_py() or 0 for t in (a, b)), default=0)
-    proposed = [padded(table, "proposed_ids", longest, -1, np.int64) for table in (a, b)]
+    proposed = [pad_lists(table, "proposed_ids", longest, -1, np.int64) for table in (a, b)]
     equal: np.ndarray = (proposed[0] == proposed[1]).all(1) & (a["accepted"].to_numpy() == b["accepted"].to_numpy())
     return equal
 
@@ -209,13 +209,13 @@ def _largest_difference(served: pa.Table, replayed: pa.Table) -> float | None:
     import numpy as np
     import pyarrow.compute as pc
 
-    from draftsmith.artifacts.tables.parquet import padded
+    from draftsmith.artifacts.tables.parquet import pad_lists
 
     both = pc.and_(pc.is_valid(served["target_logprobs"]), pc.is_valid(replayed["target_logprobs"]))
     tables = served.filter(both), replayed.filter(both)
     lengths = [pc.list_value_length(table["target_logprobs"]).to_numpy() for table in tables]
     longest = max((int(each.max()) for each in lengths if len(each)), default=0)
-    a, b = (padded(table, "target_logprobs", longest, np.nan, np.float64) for table in tables)
+    a, b = (pad_lists(table, "target_logprobs", longest, np.nan, np.float64) for table in tables)
     judged = ~np.isnan(b) & (np.arange(longest) < lengths[0][:, None])  # beyond the end of the answer replay has none
     if not judged.any():
         return None

@@ -158,9 +158,9 @@ def _figures(made: Mapping[str, tuple[Manifest, Path]], stage: str, file: str) -
     manifest, folder = made[stage]
     if not (folder / file).is_file() and file in manifest.files:
         from draftsmith.artifacts.home import home
-        from draftsmith.artifacts.store.open import store_of
+        from draftsmith.artifacts.store.mirror import open_store
 
-        store_of(home()).fetch(manifest.ref(folder), [file])
+        open_store(home()).fetch(manifest.ref(folder), [file])
     return _read_json(folder / file) if (folder / file).is_file() else {}
 
 

@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any
 
 from draftsmith.artifacts.atomic import write_text
-from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted, disk_error_of, from_os_error
+from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted, find_disk_error, from_os_error
 from draftsmith.artifacts.redaction import redact_logs, redacted
 from draftsmith.stages.runtime.memory import relax_gc, restore_gc
 from draftsmith.stages.runtime.stage import Config, InputListing, Shard, Stage
@@ -233,7 +233,7 @@ def _known(error: BaseException, request: Mapping[str, Any]) -> DraftsmithError 
     """What a person is told of it: our own error, or that the disk refused something; None for anything unforeseen."""
     if isinstance(error, DraftsmithError):
         return error
-    refused = disk_error_of(error)
+    refused = find_disk_error(error)
     return from_os_error(refused, f"stage {request['stage']}: writing") if refused else None
 
 

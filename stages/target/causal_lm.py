@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from draftsmith.artifacts.errors import DraftsmithError, disk_error_of, is_full_disk, one_line
+from draftsmith.artifacts.errors import DraftsmithError, find_disk_error, is_full_disk, one_line
 from draftsmith.stages.runtime.memory import out_of_memory
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
 from draftsmith.stages.target.attention import register
@@ -87,7 +87,12 @@ class Target:
                     f"target {path}: does not fit into the GPU's free memory ({one_line(error, 200)}): see what else "
                     "holds it, or choose a device by CUDA_VISIBLE_DEVICES (empty: the CPU)"
                 ) from error
-            if ranks.target_parallel > 1 or disk_error_of(error) or out_of_memory(error) or "CUDA error" in str(error):
+            if (
+                ranks.target_parallel > 1
+                or find_disk_error(error)
+                or out_of_memory(error)
+                or "CUDA error" in str(error)
+            ):
                 raise
             raise DraftsmithError(
                 f"target {path}: {info.architecture} cannot be read part by part as it is done here "

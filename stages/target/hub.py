@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from draftsmith.artifacts.atomic import write_text
-from draftsmith.artifacts.errors import DraftsmithError, RetryableError, disk_error_of, one_line
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError, find_disk_error, one_line
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ASK_TIMEOUT_S = 10.0
@@ -68,7 +68,7 @@ def hub_snapshot(
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=allow, ignore_patterns=ignore))
     except Exception as error:  # the hub's library raises its HTTP client's own errors too
-        if disk_error_of(error) is not None:
+        if find_disk_error(error) is not None:
             raise
         unreached = unreached or (DraftsmithError if constants.HF_HUB_OFFLINE else RetryableError)
         kind = DraftsmithError if hub_answered(error) else unreached

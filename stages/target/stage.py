@@ -12,7 +12,7 @@ def run(ctx: StageContext, config: TargetConfig) -> None:
     from draftsmith.artifacts.store.checksums import Checksums
     from draftsmith.stages.target.resolve import resolve_target
 
-    info = resolve_target(config, ctx.out, ctx.log, Checksums(home()).of)
+    info = resolve_target(config, ctx.out, ctx.log, Checksums(home()).sha256)
     ctx.log(
         f"target {info.source}: {info.architecture}, {info.num_layers} layers, hidden {info.hidden_size}, "
         f"vocabulary {info.vocab_size}, {info.dtype}"

@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from draftsmith.artifacts.errors import disk_error_of
+from draftsmith.artifacts.errors import find_disk_error
 
 FULL, REFUSED = OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EACCES, "Permission denied")
 
@@ -34,4 +34,4 @@ def behind(first: Exception, second: Exception, *, suppress: bool = False) -> Ex
     ],
 )
 def test_any_other_error_is_not_the_disks(error: Exception) -> None:
-    assert disk_error_of(error) is None
+    assert find_disk_error(error) is None

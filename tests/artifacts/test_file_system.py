@@ -60,7 +60,7 @@ def test_mlflows_database_is_refused_there(mount: Mount, tmp_path: Path, monkeyp
         Tracking(tmp_path / "home").check()
     assert caught.value.exit_code == 2 and not list((tmp_path / "home").iterdir())
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/local.db")
-    Tracking(tmp_path / "home").check_place()
+    Tracking(tmp_path / "home").check_file_system()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/home/other.db")
     with pytest.raises(DraftsmithError, match="network file system"):
         Tracking(tmp_path).check()

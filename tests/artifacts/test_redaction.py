@@ -8,7 +8,14 @@ import logging
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.redaction import is_secret_name, printable, redact_logs, redacted, secret_in, secrets_of
+from draftsmith.artifacts.redaction import (
+    describe_secret,
+    find_secrets,
+    is_secret_name,
+    printable,
+    redact_logs,
+    redacted,
+)
 
 SECRET = "Zk9-marker.7Qx"
 HOLDING = [
@@ -51,19 +58,19 @@ PLAIN = [
 
 @pytest.mark.parametrize("text", HOLDING)
 def test_a_secret_is_found_and_masked(text: str) -> None:
-    assert secret_in(text), text
+    assert describe_secret(text), text
     assert SECRET not in redacted(f"GET {text} failed")
     assert "GET " in redacted(f"GET {text} failed") and " failed" in redacted(f"GET {text} failed")
 
 
 @pytest.mark.parametrize("text", KNOWN)
 def test_well_known_kinds_of_secrets_are_found_and_masked(text: str) -> None:
-    assert secret_in(text) and text not in redacted(f"with {text} in it")
+    assert describe_secret(text) and text not in redacted(f"with {text} in it")
 
 
 @pytest.mark.parametrize("text", PLAIN)
 def test_other_texts_stay_as_they_are(text: str) -> None:
-    assert secret_in(text) is None
+    assert describe_secret(text) is None
     assert redacted(text) == text
 
 
@@ -82,7 +89,7 @@ def test_secrets_of_a_config_are_told_by_their_place_and_not_by_their_value() ->
         "hook": {"command": ["notify", f"--password={SECRET}"]},
         "pin": {"password": 1234, "mask_token": "<mask>", "retries": 3},
     }
-    found = dict(secrets_of(config))
+    found = dict(find_secrets(config))
     assert set(found) == {"engine.urls.1", "engine.launch.environment.MY_TOKEN", "hook.command.1", "pin.password"}
     assert SECRET not in str(found)
 

@@ -138,7 +138,7 @@ class Home:
 
     def partial_of(self, artifact: str) -> Path:
         stage, key = artifact.split("/")
-        return self.store.partial(stage, key)
+        return self.store.partial_path(stage, key)
 
     def config_of(self, artifact: str) -> dict[str, Any]:
         """What the stage that makes it was last asked for."""

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from draftsmith.artifacts.text import duration
+from draftsmith.artifacts.text import format_duration
 from tests.faults.catalogue import faults
 from tests.faults.configs import NODES
 from tests.faults.home import SERVER
@@ -124,7 +124,7 @@ def _told(rows: Iterator[Row], total: int, path: Path) -> Iterator[Row]:
     for done, row in enumerate(rows, start=1):
         write_rows(path, [row])
         each_s = (time.monotonic() - begun) / done
-        left = f"{each_s:.0f} s a fault, {duration(each_s * (total - done))} left"
+        left = f"{each_s:.0f} s a fault, {format_duration(each_s * (total - done))} left"
         said = f"{row.node:<10} {row.fault:<38} {row.point:<17} {row.seconds:5.1f} s  {row.outcome}"
         print(f"{done}/{total}  {said}  ({left})", flush=True)
         yield row

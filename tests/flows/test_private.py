@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from draftsmith.artifacts.home import for_users, private_files, protect
+from draftsmith.artifacts.home import apply_user_umask, home_umask, protect_home
 from draftsmith.artifacts.store.local import Store
 from draftsmith.flows.cli.main import main
 from tests.flows.processes import ROOT
@@ -55,7 +55,7 @@ def test_a_home_that_was_open_is_closed(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir(mode=0o755)
     before = os.umask(0o022)
     try:
-        protect(tmp_path / "home", group_may_read=False)
+        protect_home(tmp_path / "home", group_may_read=False)
         assert (tmp_path / "home").stat().st_mode & 0o777 == 0o700
         (tmp_path / "home" / "file").touch()
         assert (tmp_path / "home" / "file").stat().st_mode & 0o777 == 0o600
@@ -66,12 +66,12 @@ def test_a_home_that_was_open_is_closed(tmp_path: Path) -> None:
 def test_what_is_copied_out_has_the_users_modes(tmp_path: Path) -> None:
     before = os.umask(0o022)
     try:
-        with private_files(tmp_path):
+        with home_umask(tmp_path):
             out = tmp_path / "out"
             out.mkdir()
             (out / "model.safetensors").touch()
             assert (out / "model.safetensors").stat().st_mode & 0o777 == 0o600
-            for_users(out)
+            apply_user_umask(out)
         assert (out.stat().st_mode & 0o777, (out / "model.safetensors").stat().st_mode & 0o777) == (0o755, 0o644)
     finally:
         os.umask(before)

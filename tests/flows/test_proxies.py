@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from draftsmith.artifacts.host import reach_ourselves_directly
+from draftsmith.artifacts.host import bypass_proxy_for_localhost
 from draftsmith.flows.cli.main import main
 
 
@@ -25,7 +25,7 @@ def test_this_machine_is_reached_directly_and_exclusions_stay(
 ) -> None:
     if known is not None:
         monkeypatch.setenv(name, known)
-    reach_ourselves_directly()
+    bypass_proxy_for_localhost()
     for host in ("127.0.0.1", "localhost", *([known] if known and known != "*" else [])):
         assert urllib.request.proxy_bypass(host), host
     assert bool(urllib.request.proxy_bypass("gpu1.elsewhere")) == (known == "*")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.artifacts.store.local import Claim, Store
-from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.store.manifest import ArtifactRef, Provenance
 
 Fill = Mapping[str, str] | Callable[[Path], object]
 
@@ -28,5 +28,6 @@ def committed(
             for name, text in fill.items():
                 (claim.out / name).parent.mkdir(parents=True, exist_ok=True)
                 (claim.out / name).write_text(text)
+        measured = {name: fields.pop(name) for name in ("metrics", "volatile") if name in fields}
         usual: dict[str, Any] = {"config": {}, "inputs": {}, "code_digest": "c", "seed": 0}
-        return store.commit(claim, **(usual | fields))
+        return store.commit(claim, Provenance(**(usual | fields)), **measured)

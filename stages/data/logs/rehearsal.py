@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from draftsmith.artifacts.atomic import atomic_path
-from draftsmith.artifacts.tables.parquet import is_of_this_version, read_table, reading
+from draftsmith.artifacts.tables.parquet import has_current_version, read_table, table_errors
 from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 from draftsmith.stages.data.logs.answer_table import chosen_rows, parts
 from draftsmith.stages.data.logs.filter import Intake, content, prompt_id
@@ -65,7 +65,7 @@ def made_otherwise(folder: Path, info: TargetInfo) -> str | None:
     known = json.loads((folder / ORIGIN).read_text("utf-8"))
     now = {"tokenizer": info.tokenizer_digest, "target": info.digest}
     changed = [f"the {what}" for what, digest in now.items() if known[f"{what}_digest"] != digest]
-    if not is_of_this_version(folder / "trajectories.parquet", TRAJECTORIES):
+    if not has_current_version(folder / "trajectories.parquet", TRAJECTORIES):
         changed.append("what is stored of answers")
     return " and ".join(changed) or None
 
@@ -103,7 +103,7 @@ def read_earlier(
 def write_contents(folder: Path, table: Path) -> None:
     """`CONTENTS` of a table of answers: [different answers, 16] uint8, `Taken.content` of each. Raises DraftsmithError
     for a table that is damaged; what is read has been in it from the first version on."""
-    with reading(table, TRAJECTORIES.name):
+    with table_errors(table, TRAJECTORIES.name):
         different = {
             content(prompt.values.to_numpy(), response.values.to_numpy())
             for part in parts(table, ["prompt_ids", "response_ids"])

@@ -40,9 +40,9 @@ def is_here(config: EarlierConfig) -> bool:
     """Whether this machine or the store's bucket has the answers. Fetches nothing; raises RetryableError if the bucket
     does not answer."""
     from draftsmith.artifacts.home import home
-    from draftsmith.artifacts.store.open import store_of
+    from draftsmith.artifacts.store.mirror import open_store
 
-    store, folder = store_of(home()), Path(config.folder)
+    store, folder = open_store(home()), Path(config.folder)
     if any((place / TABLE).is_file() for place in (folder, _in_this_home(store, folder))):
         return True
     stored = store.manifest_at(folder.parent.name, folder.name)
@@ -60,11 +60,11 @@ def run(ctx: StageContext, config: EarlierConfig) -> None:
     from draftsmith.artifacts.atomic import atomic_path, write_text
     from draftsmith.artifacts.home import home
     from draftsmith.artifacts.store.manifest import sha256_file
-    from draftsmith.artifacts.store.open import store_of
+    from draftsmith.artifacts.store.mirror import open_store
     from draftsmith.stages.data.logs.rehearsal import ORIGIN, write_contents
 
-    store, folder = store_of(home()), Path(config.folder)
-    source = store.here(folder) / TABLE
+    store, folder = open_store(home()), Path(config.folder)
+    source = store.localize(folder) / TABLE
     if not source.is_file():  # its checksum says whether it is the one
         source = _in_this_home(store, folder) / TABLE
     advice = "restore it, or set logs.replay_share and logs.lateness_hours to 0"

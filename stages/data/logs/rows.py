@@ -17,8 +17,8 @@ from typing import Any, Self, TypeAlias
 import pyarrow.parquet as pq
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.store.parts import Parts
 from draftsmith.artifacts.tables.schemas import TOKENISED
+from draftsmith.artifacts.tables.shards import TableShards
 from draftsmith.stages.data.chat_template import text_after_answer, token_ids
 from draftsmith.stages.data.logs.config import LogsConfig
 from draftsmith.stages.data.prompt_config import Candidate
@@ -163,7 +163,7 @@ class TokenCache:
     """
 
     def __init__(self, folder: Path):
-        self._parts = Parts(folder, {"texts": TOKENISED})
+        self._parts = TableShards(folder, {"texts": TOKENISED})
         self._cached = _cached_rows(self._parts.paths("texts"))
         self._next = next(self._cached, None)
         self._waiting: list[dict[str, Any]] = []

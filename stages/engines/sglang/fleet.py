@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
-from draftsmith.artifacts.retry import repeated
+from draftsmith.artifacts.retry import retry_on
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.sglang.client import key_header
 from draftsmith.stages.engines.sglang.handshake import Expected, ServerInfo, check_server, records_through
@@ -195,9 +195,9 @@ class Fleet:
     async def _flush(self, url: str) -> None:
         import httpx
 
-        @repeated(
+        @retry_on(
             httpx.HTTPError,
-            given_up=lambda _error, _attempts, seconds: seconds > _FLUSH_TIMEOUT_S,
+            give_up=lambda _error, _attempts, seconds: seconds > _FLUSH_TIMEOUT_S,
             pause_s=lambda _error, _attempts: _POLL_S,
         )
         async def flush() -> None:

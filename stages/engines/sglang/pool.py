@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
-from draftsmith.artifacts.retry import backed_off, repeated
+from draftsmith.artifacts.retry import backoff_s, retry_on
 from draftsmith.stages.engines.base import Completion
 from draftsmith.stages.engines.sglang.client import Answer, FullError, LostError, SilentError, generate, probe
 from draftsmith.stages.engines.sglang.records import BadAnswerError
@@ -161,11 +161,11 @@ class ServerPool:
         server is left.
         """
         asked = _Asked(name, payload, read)
-        again = repeated(
+        again = retry_on(
             tuple(_TRIES),
-            given_up=lambda error, _attempts, _seconds: asked.given_up(error),
+            give_up=lambda error, _attempts, _seconds: asked.given_up(error),
             pause_s=_pause_s,
-            note=lambda error, _attempts: self._note(asked, error),
+            on_retry=lambda error, _attempts: self._note(asked, error),
         )
         task = asyncio.current_task()
         assert task is not None
@@ -306,7 +306,7 @@ class ServerPool:
             return server.ended() is not None or seconds > limit_s
 
         try:
-            await repeated(LostError, given_up=given_up)(look)()
+            await retry_on(LostError, give_up=given_up)(look)()
         except Exception as error:  # whatever it was, requests must not wait for ever
             self.deaths.add(server.requests, server.url)
             self._lose(server, server.ended() or str(error))
@@ -356,4 +356,4 @@ def _pause_s(error: BaseException, attempts: int) -> float:
     """Return the seconds before a request is sent again; a full server may say them itself."""
     if isinstance(error, FullError):
         return min(_LONGEST_REST_S, max(error.wait_s, _REST_S * random.uniform(0.5, 1.5)))
-    return backed_off(error, attempts)
+    return backoff_s(error, attempts)

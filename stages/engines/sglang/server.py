@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.home import private
+from draftsmith.artifacts.home import open_0600
 from draftsmith.artifacts.host import all_gpus
 from draftsmith.artifacts.redaction import MASK
 from draftsmith.stages.drafters.spec import DraftingConfig
@@ -164,7 +164,7 @@ class ServerProcess:
         # without what would lead another interpreter to this one's packages
         ours = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
         try:
-            with open(self.log_path, "ab", opener=private) as log:
+            with open(self.log_path, "ab", opener=open_0600) as log:
                 log.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command)}\n".encode())
                 log.flush()
                 self._child = ChildProcess(
@@ -182,7 +182,7 @@ class ServerProcess:
         if self._api_key is None:
             return []
         self._key_file.unlink(missing_ok=True)
-        with open(self._key_file, "x", opener=private) as file:
+        with open(self._key_file, "x", opener=open_0600) as file:
             file.write(f"api-key: {json.dumps(self._api_key)}\n")
         return ["--config", os.fspath(self._key_file.absolute())]
 

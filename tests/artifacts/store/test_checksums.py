@@ -52,7 +52,7 @@ def exchanged(path: Path) -> None:
 def test_a_file_is_read_once_by_whoever_asks(home: Path, tmp_path: Path, reads: list[Path]) -> None:
     path = tmp_path / "weights"
     path.write_bytes(b"bytes")
-    assert {Checksums(home).of(path) for _ in range(3)} == {sha256_file(path)}
+    assert {Checksums(home).sha256(path) for _ in range(3)} == {sha256_file(path)}
     assert reads == [path]
 
 
@@ -62,9 +62,9 @@ def test_a_touched_file_is_read_again_also_if_size_and_time_are_the_same(
 ) -> None:
     path, kept = tmp_path / "weights", Checksums(home)
     path.write_bytes(b"bytes")
-    before = kept.of(path)
+    before = kept.sha256(path)
     touch(path)
-    assert kept.of(path) == sha256_file(path) != before
+    assert kept.sha256(path) == sha256_file(path) != before
     assert len(reads) == 2
 
 
@@ -73,15 +73,15 @@ def test_a_file_is_read_again_after_a_week(
 ) -> None:
     path, kept = tmp_path / "weights", Checksums(home)
     path.write_bytes(b"bytes")
-    now = kept.known(path).at
-    monkeypatch.setattr(checksums.time, "time", lambda: now + checksums.AGAIN_AFTER_S - 1)
-    kept.of(path)
+    now = kept.checksum(path).at
+    monkeypatch.setattr(checksums.time, "time", lambda: now + checksums.MAX_AGE_S - 1)
+    kept.sha256(path)
     assert len(reads) == 1
-    monkeypatch.setattr(checksums.time, "time", lambda: now + checksums.AGAIN_AFTER_S + 1)
-    kept.of(path)
+    monkeypatch.setattr(checksums.time, "time", lambda: now + checksums.MAX_AGE_S + 1)
+    kept.sha256(path)
     assert len(reads) == 2
     monkeypatch.setattr(checksums.time, "time", lambda: now - 60)
-    kept.of(path)
+    kept.sha256(path)
     assert len(reads) == 3, "a record from the future says nothing of the file's last week"
 
 
@@ -92,19 +92,19 @@ def test_what_was_written_a_moment_ago_is_not_kept_as_known(
     path = tmp_path / "weights"
     path.write_bytes(b"bytes")
     for _ in range(2):
-        Checksums(home).of(path)
+        Checksums(home).sha256(path)
     assert len(reads) == 2
 
 
 def test_a_record_that_lost_a_bit_accuses_no_file(home: Path, tmp_path: Path, reads: list[Path]) -> None:
     path = tmp_path / "weights"
     path.write_bytes(b"bytes")
-    Checksums(home).of(path)
+    Checksums(home).sha256(path)
     (record,) = (home / checksums.FOLDER).iterdir()
     whole = record.read_bytes()
     for place in range(len(whole)):
         record.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        assert Checksums(home).of(path) == sha256_file(path), place
+        assert Checksums(home).sha256(path) == sha256_file(path), place
     assert len(reads) > 1
 
 
@@ -121,12 +121,12 @@ def test_a_file_that_is_written_to_while_it_is_read_is_one_clear_error(
 
     monkeypatch.setattr(checksums, "sha256_file", hashed)
     with pytest.raises(DraftsmithError, match=r"log\.jsonl: somebody writes to it while it is read"):
-        Checksums(home).of(path)
+        Checksums(home).sha256(path)
 
 
 def test_a_home_that_is_not_there_yet_is_not_begun_by_looking_at_a_file(tmp_path: Path) -> None:
     path = tmp_path / "weights"
     path.write_bytes(b"weights")
     put_back(path)
-    assert Checksums(tmp_path / "none").of(path) == sha256_file(path)
+    assert Checksums(tmp_path / "none").sha256(path) == sha256_file(path)
     assert not (tmp_path / "none").exists()

@@ -31,7 +31,7 @@ SCRIPT = textwrap.dedent(
             assert isinstance(claim, Claim)
             row = dict(prompt_id="a", source="", split="train", messages=[], token_ids=tokens)
             write_table(claim.out / "prompts.parquet", PROMPTS, [row])
-            return store.commit(claim, config={}, inputs={}, code_digest="c", seed=0)
+            return store.commit(claim, Provenance({}, {}, "c", 0))
 
     first = make("a", [1, 2, 3])
     exec(sys.argv[2])
@@ -94,7 +94,7 @@ COMMIT = textwrap.dedent(
                     other.write(bytes(4096))
         except OSError as error:
             print(error.strerror)
-        made = store.commit(claim, config={}, inputs={}, code_digest="c", seed=0)
+        made = store.commit(claim, Provenance({}, {}, "c", 0))
     print(*sorted(path.name for path in made.path.iterdir()))
     """
 )

@@ -14,7 +14,7 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.store.bucket import Bucket
 from draftsmith.artifacts.store.local import Claim, Store
 from draftsmith.artifacts.store.manifest import MANIFEST, ArtifactRef
-from draftsmith.artifacts.store.open import STORE, store_of
+from draftsmith.artifacts.store.mirror import STORE_VARIABLE, open_store
 from tests.artifacts.store.test_store import KEY, OTHER, commit, make
 from tests.testbed.s3 import SECRET, bucket
 
@@ -36,14 +36,14 @@ def a(served: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:  
     s3fs.S3FileSystem.clear_instance_cache()
     for name in objects():
         boto3.client("s3").delete_object(Bucket="lines", Key=f"drafters/{name}")
-    monkeypatch.setenv(STORE, ADDRESS)
-    return store_of(tmp_path / "a")
+    monkeypatch.setenv(STORE_VARIABLE, ADDRESS)
+    return open_store(tmp_path / "a")
 
 
 @pytest.fixture
 def b(a: Store, tmp_path: Path) -> Store:  # noqa: ARG001
     """The same store, as home B sees it."""
-    return store_of(tmp_path / "b")
+    return open_store(tmp_path / "b")
 
 
 def objects() -> dict[str, int]:
@@ -88,7 +88,7 @@ def test_what_one_home_makes_the_other_finds_and_fetches_when_it_reads(a: Store,
     b.verify(found)
     with b.claim("rollout", KEY) as claim:
         assert claim == found
-    assert b.here(made.path / "deep") == found.path / "deep"  # as A wrote it down
+    assert b.localize(made.path / "deep") == found.path / "deep"  # as A wrote it down
 
 
 def test_a_flipped_bit_is_refused_by_name_and_mended_by_force(a: Store, b: Store) -> None:
@@ -106,7 +106,7 @@ def test_a_flipped_bit_is_refused_by_name_and_mended_by_force(a: Store, b: Store
     assert not (found.path / "deep" / "b.txt").exists()
     again = two_files(b, force=True)  # the same content: it goes where the damaged one was
     assert again.content_id == found.content_id
-    third = store_of(b.root.parent.parent / "c")
+    third = open_store(b.root.parent.parent / "c")
     whole = third.find("rollout", KEY)
     assert whole is not None
     third.verify(whole)
@@ -215,7 +215,7 @@ def test_a_home_that_may_only_be_read_sees_the_store(a: Store, tmp_path: Path) -
     (tmp_path / "r").mkdir()
     (tmp_path / "r").chmod(0o500)
     try:
-        reader = store_of(tmp_path / "r")
+        reader = open_store(tmp_path / "r")
         found = reader.find("rollout", KEY)
         assert found is not None and reader.manifest(found).key == KEY
     finally:
@@ -229,18 +229,18 @@ def test_addresses_that_cannot_be_and_errors_without_secrets(tmp_path: Path, mon
         (f"s3://me:{SECRET}@bucket/prefix", "an address with a user or password in it"),
         ("nonesuch://bucket", "nonesuch"),
     ):
-        monkeypatch.setenv(STORE, address)
-        with pytest.raises(DraftsmithError, match=f"^{STORE}: .*{why}") as refused:
-            store_of(tmp_path)
+        monkeypatch.setenv(STORE_VARIABLE, address)
+        with pytest.raises(DraftsmithError, match=f"^{STORE_VARIABLE}: .*{why}") as refused:
+            open_store(tmp_path)
         assert SECRET not in str(refused.value)
-    monkeypatch.setenv(STORE, "s3://no-such-bucket/x")
-    assert store_of(tmp_path).find("rollout", KEY) is None
-    monkeypatch.setenv(STORE, ADDRESS)
+    monkeypatch.setenv(STORE_VARIABLE, "s3://no-such-bucket/x")
+    assert open_store(tmp_path).find("rollout", KEY) is None
+    monkeypatch.setenv(STORE_VARIABLE, ADDRESS)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:9/{SECRET}")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     import s3fs
 
     s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(RetryableError, match="check the address, the credentials and the network") as lost:
-        store_of(tmp_path).find("rollout", KEY)
+        open_store(tmp_path).find("rollout", KEY)
     assert SECRET not in str(lost.value) and "127.0.0.1:9/***" in str(lost.value) and ADDRESS in str(lost.value)

@@ -13,7 +13,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.locks import LockTimeoutError, locked
 from draftsmith.artifacts.store.local import REPLACED, Claim, Store
 from draftsmith.artifacts.store.manifest import ELSEWHERE, MANIFEST, ArtifactRef
-from draftsmith.artifacts.store.retention import in_use, leftovers, nobody_reads, unused
+from draftsmith.artifacts.store.retention import artifacts_in_use, exclusive_for_prune, leftovers, unused_artifacts
 from tests.testbed.artifacts import committed
 
 OLD, YOUNG, KEY = "ab" * 32, "cd" * 32, "ef" * 32
@@ -34,8 +34,8 @@ def attempt(store: Store, key: str, age_days: float) -> Path:
     with store.claim("sft", key) as claim:
         assert isinstance(claim, Claim)
         (claim.work / "checkpoint.pt").write_bytes(b"x" * 100)
-    age(store.partial("sft", key), age_days)
-    return store.partial("sft", key)
+    age(store.partial_path("sft", key), age_days)
+    return store.partial_path("sft", key)
 
 
 def age(path: Path, days: float) -> None:
@@ -115,7 +115,7 @@ def used(ref: ArtifactRef, at: float = LATER) -> None:
 
 def stages(store: Store, *, needed: tuple[str, ...] = ()) -> set[str]:
     """Of what may go."""
-    return {each.path.parent.name for each in unused(store.root, LATER, needed)}
+    return {each.path.parent.name for each in unused_artifacts(store.root, LATER, needed)}
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def chain(store: Store) -> list[ArtifactRef]:
 
 def test_what_was_used_stays_with_what_it_was_made_from(store: Store, chain: list[ArtifactRef]) -> None:
     _, answers, sft, _ = chain
-    assert unused(store.root, time.time() - 1000, ()) == [], "all of it is young"
+    assert unused_artifacts(store.root, time.time() - 1000, ()) == [], "all of it is young"
     assert stages(store) == {"target", "rollout", "sft", "opd"}
     assert stages(store, needed=(chain[3].content_id,)) == {"sft"}
     used(sft, LATER - 1)
@@ -165,7 +165,7 @@ def test_it_goes_unless_a_run_holds_it_and_never_by_halves(
     store: Store, chain: list[ArtifactRef], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used(chain[2])
-    (found,) = unused(store.root, LATER, ())
+    (found,) = unused_artifacts(store.root, LATER, ())
     assert found.path == chain[3].path and found.bytes == len("opd") and found.lock is not None
     with locked(found.lock):
         assert not found.remove() and store.find("opd", chain[3].key) is not None
@@ -178,7 +178,7 @@ def test_it_goes_unless_a_run_holds_it_and_never_by_halves(
     assert (aside / "x").is_file() and not (aside / MANIFEST).exists(), "no version's drafter: it is a leftover"
     used(chain[2], 0)
     used(chain[1])
-    (sft,) = unused(store.root, LATER, ())
+    (sft,) = unused_artifacts(store.root, LATER, ())
     assert sft.remove() and not list((store.root / "sft").glob("[!.l]*")) and not list((store.root / "sft").glob(".r*"))
 
 
@@ -192,9 +192,14 @@ def test_what_a_drafter_of_a_line_was_made_from_stays_also_where_its_key_was_mad
 
 def test_who_removes_is_alone_and_who_reads_waits_for_that(tmp_path: Path) -> None:
     alive = pytest.raises(DraftsmithError, match=r"is alive \(it holds .*lock-artifacts: run another, pid")
-    with in_use(tmp_path, "one"), in_use(tmp_path, "another"), alive, nobody_reads(tmp_path):  # runs beside each other
+    one, another = artifacts_in_use(tmp_path, "one"), artifacts_in_use(tmp_path, "another")  # runs share the lock
+    with one, another, alive, exclusive_for_prune(tmp_path):
         pass
     said: list[str] = []
-    with nobody_reads(tmp_path), pytest.raises(LockTimeoutError), in_use(tmp_path, "one", said.append, limit_s=0):
+    with (
+        exclusive_for_prune(tmp_path),
+        pytest.raises(LockTimeoutError),
+        artifacts_in_use(tmp_path, "one", said.append, limit_s=0),
+    ):
         pass
-    assert len(said) == 1 and "waiting for that (run prune --artifacts, pid" in said[0]
+    assert len(said) == 1 and "(run prune --artifacts, pid" in said[0]

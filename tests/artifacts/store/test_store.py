@@ -14,7 +14,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.locks import LockLostError
 from draftsmith.artifacts.store.local import Claim, Store
-from draftsmith.artifacts.store.manifest import MANIFEST, ArtifactRef, describe_files
+from draftsmith.artifacts.store.manifest import MANIFEST, ArtifactRef, Provenance, describe_files
 
 KEY = "ab" * 32
 OTHER = "cd" * 32
@@ -22,8 +22,9 @@ OTHER = "cd" * 32
 
 def commit(store: Store, claim: Claim | ArtifactRef, **changes: Any) -> ArtifactRef:
     assert isinstance(claim, Claim)
+    measured = {name: changes.pop(name) for name in ("metrics", "volatile") if name in changes}
     fields: dict[str, Any] = {"config": {}, "inputs": {}, "code_digest": "c", "seed": 0}
-    return store.commit(claim, **(fields | changes))
+    return store.commit(claim, Provenance(**(fields | changes)), **measured)
 
 
 def make(
@@ -74,7 +75,7 @@ def test_a_committed_artifact_is_found_with_its_manifest(store: Store) -> None:
     assert manifest.files["deep/data.txt"].bytes == 6
     assert manifest.files["metrics.jsonl"].volatile
     assert manifest.versions["python"].startswith("3.")
-    assert not store.partial("rollout", KEY).exists()
+    assert not store.partial_path("rollout", KEY).exists()
     store.verify(ref)
 
 
@@ -136,7 +137,7 @@ def test_a_forced_claim_starts_empty_and_goes_on_from_a_forced_attempt(
     assert attempt(force=True, saved="half") == []
     assert caplog.text == ""
     assert attempt(force=True, saved="more") == ["half"]  # a retry, or the same command after an interruption
-    assert f"to begin anew, delete {store.partial('rollout', KEY)}" in caplog.text
+    assert f"to begin anew, delete {store.partial_path('rollout', KEY)}" in caplog.text
     assert attempt(force=False, saved="other") == ["more"]
     assert attempt(force=True, saved="") == []
     assert names[0] == names[3] == "" and names[1] == names[2] != names[4], "its shards are made again once"
@@ -169,7 +170,7 @@ def test_files_that_changed_behind_a_failed_commit_are_made_again(
         patch.setattr("draftsmith.artifacts.store.local.describe_files", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             make(store)
-    (store.partial("rollout", KEY) / "out" / "data.txt").write_text("other answers")
+    (store.partial_path("rollout", KEY) / "out" / "data.txt").write_text("other answers")
     with store.claim("rollout", KEY) as claim:
         assert isinstance(claim, Claim)
 

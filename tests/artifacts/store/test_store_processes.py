@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from draftsmith.artifacts.locks import Holder, LockTimeoutError
+from draftsmith.artifacts.locks import Holder, LockTimeoutError, LockWait
 from draftsmith.artifacts.store.local import Claim, Store
-from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.store.manifest import ArtifactRef, Provenance
 from tests.artifacts.store.test_store import KEY, commit, make
 from tests.flows.processes import wait_until
 
@@ -30,13 +30,14 @@ RUNNER = textwrap.dedent(
     from pathlib import Path
     from draftsmith.artifacts.errors import DraftsmithError
     from draftsmith.artifacts.store.local import Claim, Store
+    from draftsmith.artifacts.store.manifest import Provenance
 
     store = Store(Path(sys.argv[1]))
     def make():
         with store.claim("rollout", sys.argv[2], force=sys.argv[4] == "force") as claim:
             if isinstance(claim, Claim):
                 exec(sys.argv[3], globals() | {"claim": claim})
-                return store.commit(claim, config={}, inputs={}, code_digest="c", seed=0)
+                return store.commit(claim, Provenance({}, {}, "c", 0))
             return claim
     try:
         print(make().content_id)
@@ -147,7 +148,7 @@ def test_a_waiting_claim_says_so_once(store: Store) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
     said: list[Holder | None] = []
-    with store.claim("rollout", KEY, waiting=said.append) as found:
+    with store.claim("rollout", KEY, wait=LockWait(on_wait=said.append)) as found:
         assert isinstance(found, ArtifactRef)
     (holder,) = said
     assert holder is not None and holder.pid == process.pid
@@ -162,7 +163,7 @@ def test_a_wait_has_a_limit_and_says_for_whom(store: Store) -> None:
     assert process.stdout.readline() == "held\n"
     with (
         pytest.raises(LockTimeoutError, match=rf"pid {process.pid} of .* since .*stages\.lock_wait_minutes") as caught,
-        store.claim("rollout", KEY, limit_s=0.3),
+        store.claim("rollout", KEY, wait=LockWait(0.3, "stages.lock_wait_minutes")),
     ):
         pass
     assert caught.value.exit_code == 75
@@ -180,7 +181,7 @@ def test_a_paused_holder_whose_lock_was_taken_over_cannot_commit(store: Store, l
         print("paused", flush=True)
         os.kill(os.getpid(), signal.SIGSTOP)
         try:
-            store.commit(claim, config={}, inputs={}, code_digest="c", seed=0)
+            store.commit(claim, Provenance({}, {}, "c", 0))
         except DraftsmithError as error:
             print(type(error).__name__, error, flush=True)
         else:
@@ -202,7 +203,7 @@ def test_a_paused_holder_whose_lock_was_taken_over_cannot_commit(store: Store, l
         with store.claim("rollout", KEY) as claim:
             assert isinstance(claim, Claim)
             (claim.out / "data.txt").write_text("of the other")
-            ref = store.commit(claim, config={}, inputs={}, code_digest="c", seed=0)
+            ref = store.commit(claim, Provenance({}, {}, "c", 0))
     process.send_signal(signal.SIGCONT)
     said = process.stdout.readline()
     process.wait()

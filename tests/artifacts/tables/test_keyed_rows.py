@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from draftsmith.artifacts.store.parts import Parts, shard_paths
-from draftsmith.artifacts.tables.parquet import ordered, to_table, write_table
+from draftsmith.artifacts.tables.parquet import select_in_order, to_table, write_table
 from draftsmith.artifacts.tables.readers import KeyedRows, RowReader
 from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE
+from draftsmith.artifacts.tables.shards import TableShards, shard_paths
 
 COLUMNS = TRACE.columns.names
 KEYS = [f"p{index}/0" for index in range(40)]
@@ -36,7 +36,7 @@ def shuffled(folder: Path) -> pa.Table:
     """40 keys of 0 to 19 steps each, in shards of any order. Returns all rows."""
     rng = np.random.default_rng(0)
     tables = [steps(KEYS[i], int(rng.integers(0, 20))) for i in rng.permutation(40)]
-    parts = Parts(folder, {"trace": TRACE}, group_bytes=500)
+    parts = TableShards(folder, {"trace": TRACE}, group_bytes=500)
     for start in range(0, 40, 7):
         parts.append({"trace": pa.concat_tables(tables[start : start + 7])})
     return pa.concat_tables(tables)
@@ -48,10 +48,10 @@ def test_rows_come_in_the_order_of_the_keys(tmp_path: Path) -> None:
     rows = KeyedRows(RowReader(shard_paths(tmp_path / "trace"), TRACE, keep=2), pa.array(KEYS))
     assert rows.counts.tolist() == [whole["trajectory_id"].to_pylist().count(key) for key in KEYS]
     for size in (1, 30, 10**6):
-        parts = list(rows.in_order(COLUMNS, size))
-        assert pa.concat_tables(parts).equals(ordered(whole, "trajectory_id", KEYS))
+        parts = list(rows.batches(COLUMNS, size))
+        assert pa.concat_tables(parts).equals(select_in_order(whole, "trajectory_id", KEYS))
         assert all(part.num_rows <= max(size, 19) for part in parts)
-    assert rows.of([7, 3], ["trajectory_id"])["trajectory_id"].unique().to_pylist() == ["p7/0", "p3/0"]
+    assert rows.take([7, 3], ["trajectory_id"])["trajectory_id"].unique().to_pylist() == ["p7/0", "p3/0"]
 
 
 def test_a_row_knows_its_key(tmp_path: Path) -> None:
@@ -59,17 +59,17 @@ def test_a_row_knows_its_key(tmp_path: Path) -> None:
     reader = RowReader(shard_paths(tmp_path / "trace"), TRACE)
     names = pa.concat_tables(reader.parts(["trajectory_id"]))["trajectory_id"].to_pylist()
     known = KEYS[5:30]
-    found = KeyedRows(reader, pa.array(known)).key_of(np.arange(reader.num_rows))
+    found = KeyedRows(reader, pa.array(known)).key_index(np.arange(reader.num_rows))
     assert [known[key] if key >= 0 else None for key in found] == [name if name in known else None for name in names]
 
 
 def test_the_last_attempt_at_a_key_holds(tmp_path: Path) -> None:
-    parts = Parts(tmp_path, {"trace": TRACE})
+    parts = TableShards(tmp_path, {"trace": TRACE})
     for table in (steps("a", 3), steps("b", 2), steps("a", 2, anchor=50)):
         parts.append({"trace": table})
     rows = KeyedRows(RowReader(shard_paths(tmp_path / "trace"), TRACE), pa.array(["a", "b", "c"]))
     assert rows.counts.tolist() == [2, 2, 0]
-    assert rows.of([0], ["anchor"])["anchor"].to_pylist() == [50, 51]
+    assert rows.take([0], ["anchor"])["anchor"].to_pylist() == [50, 51]
 
 
 @pytest.mark.parametrize("keys", [["a", "b"], []])
@@ -78,4 +78,4 @@ def test_without_a_counter_every_row_is_one(tmp_path: Path, keys: list[str]) -> 
     rows = [numbers | {"trajectory_id": key, "verify_steps": n} for n, key in enumerate(["b", "x", "a", "b"])]
     write_table(tmp_path / "t.parquet", TIMINGS, rows)
     found = KeyedRows(RowReader(tmp_path / "t.parquet", TIMINGS), pa.array(keys, pa.string()), counter=None)
-    assert found.of(range(len(keys)), ["verify_steps"])["verify_steps"].to_pylist() == [2, 3][: len(keys)]
+    assert found.take(range(len(keys)), ["verify_steps"])["verify_steps"].to_pylist() == [2, 3][: len(keys)]

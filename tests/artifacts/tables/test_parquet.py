@@ -13,7 +13,7 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.tables import schemas
-from draftsmith.artifacts.tables.parquet import ordered, padded, places, read_table, to_table, write_table
+from draftsmith.artifacts.tables.parquet import index_in, pad_lists, read_table, select_in_order, to_table, write_table
 from draftsmith.artifacts.tables.schemas import PROMPTS, TRACE, VERIFY_STEPS, TableSchema
 
 
@@ -144,11 +144,11 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path: Path) -> None:
 def test_rows_are_ordered_by_a_list_of_values_and_keep_their_own_order() -> None:
     rows = [trace_row(step, trajectory_id=name) for step in range(3) for name in "bac"]
     table = pa.concat_tables([to_table(TRACE, rows[:4]), to_table(TRACE, rows[4:])])  # shards are chunks
-    assert places(table, "trajectory_id", ["c", "b"]).tolist() == [1, -1, 0] * 3
-    found = ordered(table, "trajectory_id", ["c", "b", "absent"])
+    assert index_in(table, "trajectory_id", ["c", "b"]).tolist() == [1, -1, 0] * 3
+    found = select_in_order(table, "trajectory_id", ["c", "b", "absent"])
     assert found["trajectory_id"].to_pylist() == ["c"] * 3 + ["b"] * 3
     assert found["step"].to_pylist() == [0, 1, 2] * 2
-    assert ordered(TRACE.with_metadata.empty_table(), "trajectory_id", ["a"]).num_rows == 0
+    assert select_in_order(TRACE.with_metadata.empty_table(), "trajectory_id", ["a"]).num_rows == 0
 
 
 def test_lists_are_padded_as_they_would_be_one_by_one() -> None:
@@ -156,7 +156,7 @@ def test_lists_are_padded_as_they_would_be_one_by_one() -> None:
     rows = [trace_row(target_logprobs=each) for each in lists]
     table = pa.concat_tables([to_table(TRACE, rows[:1]), to_table(TRACE, rows[1:])])
     expected = [[*(each or []), *[7.0] * (4 - len(each or []))] for each in lists]
-    assert padded(table, "target_logprobs", 4, 7.0, np.float32).tolist() == expected
-    assert padded(table.slice(2), "target_logprobs", 4, 7.0, np.float32).tolist() == expected[2:]
+    assert pad_lists(table, "target_logprobs", 4, 7.0, np.float32).tolist() == expected
+    assert pad_lists(table.slice(2), "target_logprobs", 4, 7.0, np.float32).tolist() == expected[2:]
     with pytest.raises(ValueError):
-        padded(table, "target_logprobs", 2, 7.0, np.float32)
+        pad_lists(table, "target_logprobs", 2, 7.0, np.float32)

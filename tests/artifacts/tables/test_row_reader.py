@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.store.parts import Parts
 from draftsmith.artifacts.tables.parquet import TableWriter, read_table, to_table, write_table
 from draftsmith.artifacts.tables.readers import RowReader
 from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE
+from draftsmith.artifacts.tables.shards import TableShards
 
 COLUMNS = TRACE.columns.names
 
@@ -60,7 +60,7 @@ def test_rows_by_range_are_those_of_the_table(tmp_path: Path) -> None:
     """Of one file, and of the same rows in shards of different lengths."""
     table, rng = steps(400), np.random.default_rng(2)
     write_table(tmp_path / "t.parquet", TRACE, table, group_bytes=3000)
-    parts, written = Parts(tmp_path, {"shards": TRACE}, group_bytes=1000), 0
+    parts, written = TableShards(tmp_path, {"shards": TRACE}, group_bytes=1000), 0
     while written < table.num_rows:
         count = int(rng.integers(1, 60))
         parts.append({"shards": table.slice(written, count)})

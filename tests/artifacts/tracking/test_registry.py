@@ -60,7 +60,7 @@ def test_a_line_keeps_who_served_when_and_why(line: str, registry: Registry, tmp
     assert champion is not None
     assert (champion.number, champion.content_id, champion.key) == (1, "content-a", "key-a")
     assert champion.path == tmp_path / "store" / "opd" / "a"
-    assert champion.figures() == {"tau": 2.5}
+    assert champion.metrics() == {"tau": 2.5}
     registry.promote(second, expected=champion, why="tau +0.3")
     assert [version.aliases for version in registry.versions(line)] == [("previous",), ("champion",)]
     registry.promote(first, expected=second, why="latency", what="rolled back")

@@ -125,10 +125,10 @@ def test_a_rollback_that_is_repeated_swaps_nothing_back(
     registry_commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
     assert serving(served, line) == (1, 2)
     assert [each.what for each in served.events(line)] == ["promoted", "promoted", "rolled back to"]
-    undone = served.rolled_back(bad)
-    assert undone is not None and undone.why == "it accepts nothing" and served.rolled_back(good) is None
+    undone = served.rollback_event(bad)
+    assert undone is not None and undone.why == "it accepts nothing" and served.rollback_event(good) is None
     served.promote(bad, expected=good, why="by hand")
-    assert served.rolled_back(bad) is None
+    assert served.rollback_event(bad) is None
 
 
 @pytest.mark.usefixtures("by_hand")

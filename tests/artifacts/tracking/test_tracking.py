@@ -27,7 +27,7 @@ from draftsmith.artifacts.locks import user_name
 from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import MANIFEST, ArtifactRef
 from draftsmith.artifacts.tracking import terms as mlflow_terms
-from draftsmith.artifacts.tracking.refresh_runs import misplaced
+from draftsmith.artifacts.tracking.refresh_runs import describe_misplaced_files
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.artifacts.tracking.terms import flatten
 from tests.testbed.artifacts import committed
@@ -296,13 +296,13 @@ def test_an_experiment_that_was_deleted_takes_no_runs_and_is_told_before_the_wor
 
 
 def test_files_of_runs_that_would_lie_in_the_home_of_before_are_warned_of(migrated: Path, tmp_path: Path) -> None:
-    assert misplaced(Tracking(migrated)) is None
+    assert describe_misplaced_files(Tracking(migrated)) is None
     moved = tmp_path / "moved"
     moved.mkdir()
     shutil.copy(migrated / "mlflow.db", moved)
-    said = misplaced(Tracking(moved))
+    said = describe_misplaced_files(Tracking(moved))
     assert said is not None and f"into {(migrated / 'mlartifacts' / 'draftsmith').as_uri()}, outside of" in said
-    assert misplaced(Tracking(moved, "a-new-one")) is None
+    assert describe_misplaced_files(Tracking(moved, "a-new-one")) is None
 
 
 def test_a_failure_during_the_work_is_one_warning_and_loses_nothing(

@@ -50,14 +50,14 @@ def test_what_is_replaced_stays_where_another_mlflow_has_the_lines(
 ) -> None:
     with monkeypatch.context() as runs:
         runs.setenv("MLFLOW_TRACKING_URI", "http://user:hidden@mlflow.example:5000")
-        registered.note(Tracking(home))
+        registered.note_tracker(Tracking(home))
     assert "hidden" not in (home / registered.NOTE).read_text()
     assert "mlflow.example" in pruned(capsys)
     assert replaced.exists() and not (home / "mlflow.db").exists(), "none is asked, or made"
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/runs.db")
     for _ in range(2):
-        registered.note(Tracking(home))
+        registered.note_tracker(Tracking(home))
     assert "mlflow.example" in pruned(capsys) and replaced.exists(), "it may be who serves there"
     (home / registered.NOTE).write_text(f"sqlite:///{tmp_path}/runs.db\n")
     assert "removed" in pruned(capsys) and not replaced.exists()
@@ -76,7 +76,7 @@ def test_the_homes_own_database_is_its_own_wherever_the_home_lies(
 ) -> None:
     assert "mlflow.db" in pruned(capsys) and replaced.exists()
     Tracking(home).connect()
-    registered.note(Tracking(home))
+    registered.note_tracker(Tracking(home))
     moved = home.rename(tmp_path / "moved")
     monkeypatch.setenv("DRAFTSMITH_HOME", str(moved))
     assert "removed" in pruned(capsys) and not list(moved.glob(f"store/opd/{REPLACED}*"))
@@ -91,7 +91,7 @@ def test_a_line_keeps_who_serves_who_served_and_what_they_were_made_from(home: P
     """Four drafters of a line: the first served before the second, the third was refused and the fourth just now."""
     store, lines = Store(home / "store"), Registry(Tracking(home))
     Tracking(home).connect()
-    registered.note(Tracking(home))
+    registered.note_tracker(Tracking(home))
     answers = [artifact(store, "rollout", f"answers {week}") for week in range(4)]
     drafters = [artifact(store, "opd", f"drafter {week}", {"answers": each}) for week, each in enumerate(answers)]
     champion = None

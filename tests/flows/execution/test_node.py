@@ -15,7 +15,7 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageInterrupted
 from draftsmith.artifacts.store.manifest import MANIFEST, ArtifactRef
-from draftsmith.artifacts.store.open import STORE
+from draftsmith.artifacts.store.mirror import STORE_VARIABLE
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.cli.main import main
 from draftsmith.flows.config.options import StageOptions, check_runner
@@ -168,7 +168,7 @@ def test_a_runner_that_is_not_installed_is_told_before_the_run(monkeypatch: pyte
 def homes(tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, Path]]:
     """Two, with a store in a bucket between them: stages of one run on different hosts."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.uri)
-    monkeypatch.setenv(STORE, "s3://teams/line")
+    monkeypatch.setenv(STORE_VARIABLE, "s3://teams/line")
     with bucket("teams"):
         yield tmp_path / "a", tmp_path / "b"
 

@@ -15,7 +15,7 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.store.checksums import Checksums
 from draftsmith.artifacts.store.local import Claim, Store
 from draftsmith.artifacts.store.manifest import ELSEWHERE, ArtifactRef, sha256_file
-from draftsmith.artifacts.store.open import STORE
+from draftsmith.artifacts.store.mirror import STORE_VARIABLE
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.execution.input_guard import inputs_unchanged
@@ -106,7 +106,7 @@ def test_what_was_made_while_an_input_broke_is_not_kept(
     monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
     if in_bucket:
         (tmp_path / "bucket").mkdir()
-        monkeypatch.setenv(STORE, f"file://{tmp_path / 'bucket'}")
+        monkeypatch.setenv(STORE_VARIABLE, f"file://{tmp_path / 'bucket'}")
     toy = Toy(tmp_path / "home", tracking)
     node, store = toy.left(), toy.context.store
     with monkeypatch.context() as patch:
@@ -114,7 +114,7 @@ def test_what_was_made_while_an_input_broke_is_not_kept(
         with pytest.raises(DraftsmithError, match=r"numbers\.json") as refused:
             toy.make(node)
     assert ("--force" in str(refused.value)) is not in_bucket
-    partial = store.partial("combine", cache_key(node, {"first": toy.target}, 0, TOY))
+    partial = store.partial_path("combine", cache_key(node, {"first": toy.target}, 0, TOY))
     assert not [path for path in partial.rglob("*") if path.is_file() and path.name == "numbers.json"]
     assert toy.found(node) is None
     if in_bucket:
@@ -128,14 +128,14 @@ def test_what_was_made_from_a_damaged_input_does_not_stay_a_hit(
     before = toy.make(replace(toy.left(), config=CombineConfig(factor=7)))
     known = Checksums(toy.context.home)
     known._file(toy.numbers).unlink(missing_ok=True)  # a week has gone by
-    monkeypatch.setattr("draftsmith.artifacts.store.checksums._CLOCK_S", -1.0)
-    known.of(toy.numbers)
+    monkeypatch.setattr("draftsmith.artifacts.store.checksums._CLOCK_RESOLUTION_S", -1.0)
+    known.sha256(toy.numbers)
     stat = toy.numbers.stat()
     flip(toy.numbers)
     os.utime(toy.numbers, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     _forge(known, toy.numbers)
     wrong = toy.make(toy.left())
-    monkeypatch.setattr("draftsmith.artifacts.store.checksums.AGAIN_AFTER_S", 0.0)
+    monkeypatch.setattr("draftsmith.artifacts.store.checksums.MAX_AGE_S", 0.0)
     with pytest.raises(DraftsmithError, match="has changed since it was written"):
         toy.context.store.verify_once(toy.target)
     assert f"{wrong.path} was made from {toy.numbers}, which is damaged: set aside" in caplog.text
@@ -145,7 +145,7 @@ def test_what_was_made_from_a_damaged_input_does_not_stay_a_hit(
 
 def _forge(checksums: Checksums, path: Path) -> None:
     """The record, as if the last change had touched nothing of the file but its bits."""
-    stat, known = path.stat(), checksums.recorded(path)
+    stat, known = path.stat(), checksums.cached(path)
     assert known is not None
     checksums._remember(replace(known, mtime_ns=stat.st_mtime_ns, ctime_ns=stat.st_ctime_ns))
 
@@ -182,7 +182,7 @@ def test_a_file_that_changes_while_it_is_read_leaves_nothing_under_the_old_key(
         with pytest.raises(DraftsmithError, match=r"left: .*addend changed"):
             toy.make(node)
     assert toy.context.store.find("combine", key) is None
-    partial = toy.context.store.partial("combine", key)
+    partial = toy.context.store.partial_path("combine", key)
     assert not [each for name in ("out", "work") for each in (partial / name).rglob("*")]
     made = toy.make(node)
     assert made.key != key and json.loads((made.path / "numbers.json").read_text()) == [16]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from draftsmith.artifacts.store.open import STORE
+from draftsmith.artifacts.store.mirror import STORE_VARIABLE
 from draftsmith.flows.orchestration import task_runners
 
 HOME = "DRAFTSMITH_HOME"
@@ -21,14 +21,14 @@ def test_a_shard_is_made_where_its_run_keeps_everything(
 ) -> None:
     made: list[tuple[str, str | None]] = []
     monkeypatch.setenv(HOME, str(tmp_path))
-    monkeypatch.delenv(STORE, raising=False)
+    monkeypatch.delenv(STORE_VARIABLE, raising=False)
     monkeypatch.setattr(task_runners, "_OWN", own)
     monkeypatch.setattr(task_runners, "protect", lambda *_, **__: None)
     monkeypatch.setattr(
-        task_runners, "make_shard", lambda _order, home: made.append((str(home), os.environ.get(STORE)))
+        task_runners, "make_shard", lambda _order, home: made.append((str(home), os.environ.get(STORE_VARIABLE)))
     )
     order: Any = SimpleNamespace(config=SimpleNamespace(stages=SimpleNamespace(group_may_read=False)))
-    task_runners._Alone({HOME: "/homes/a", STORE: "s3://a/store"})(order)
+    task_runners._Alone({HOME: "/homes/a", STORE_VARIABLE: "s3://a/store"})(order)
     task_runners._Alone({HOME: "/homes/b"})(order)
     first, second = (own.get(HOME, home) for home in ("/homes/a", "/homes/b"))
     assert made == [(first, "s3://a/store"), (second, None)]

@@ -9,7 +9,7 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store.local import Claim, Store
-from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.store.manifest import ArtifactRef, Provenance
 from draftsmith.flows.planning.graph import Node, PlannedNode, Status, cache_key, plan, topological_order
 from tests.flows.toy import COLLECT, COMBINE, TOY, ToyConfig, toy_nodes
 from tests.flows.toy_stages.collect import CollectConfig
@@ -25,7 +25,7 @@ def fill(store: Store, config: ToyConfig, content: str = "1") -> dict[str, Artif
             if isinstance(claim, Claim):
                 (claim.out / "numbers.json").write_text(f"{content} {node.name}")
                 made[node.name] = store.commit(
-                    claim, config=node.config.model_dump(mode="json"), inputs=inputs, code_digest="c", seed=config.seed
+                    claim, Provenance(node.config.model_dump(mode="json"), inputs, "c", config.seed)
                 )
             else:
                 made[node.name] = claim

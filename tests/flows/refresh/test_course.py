@@ -15,7 +15,7 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store.local import REPLACED, Store
 from draftsmith.artifacts.store.manifest import MANIFEST, ArtifactRef
-from draftsmith.artifacts.store.open import STORE, store_of
+from draftsmith.artifacts.store.mirror import STORE_VARIABLE, open_store
 from draftsmith.artifacts.store.retention import leftovers
 from draftsmith.artifacts.tracking.registry import PREVIOUS
 from draftsmith.artifacts.tracking.runs import Tracking
@@ -49,7 +49,7 @@ def test_a_promotion_moves_the_alias_and_calls_the_hook(
     assert decision["source"] == drafters[0].uri
     champion = registry().champion(line)
     assert champion is not None and champion.content_id == drafters[0].content_id
-    figures = champion.figures()
+    figures = champion.metrics()
     assert figures["all"] == {
         "tau": 2.5, "low": 2.4, "high": 2.6, "prompts": 40, "speedup": 1.2, "speedup_low": 1.15, "speedup_high": 1.25,
     }  # fmt: skip
@@ -167,7 +167,7 @@ def test_a_refusal_of_the_champions_own_content_leaves_its_record(
     assert ended.name == "Refused"
     (version,) = registry().versions(line)
     assert (version.tags["decision"], version.tags["tau"]) == ("promoted: why", "2.5000")
-    assert version.figures()["all"]["tau"] == 2.5 and version.aliases == ("champion",)
+    assert version.metrics()["all"]["tau"] == 2.5 and version.aliases == ("champion",)
     client, _ = Tracking(home).connect()
     assert client.get_model_version(line, "1").description == "promoted: why"
 
@@ -261,11 +261,13 @@ def test_a_version_is_found_in_a_home_that_was_moved_and_where_its_key_was_made_
 def test_a_version_of_a_bucket_is_fetched_where_its_manifest_alone_is_known(
     line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(STORE, f"file://{tmp_path}/bucket")
-    made = committed(store_of(home), "opd", lambda out: shutil.copytree(drafters[0].path, out, dirs_exist_ok=True), "c")
+    monkeypatch.setenv(STORE_VARIABLE, f"file://{tmp_path}/bucket")
+    made = committed(
+        open_store(home), "opd", lambda out: shutil.copytree(drafters[0].path, out, dirs_exist_ok=True), "c"
+    )
     registry().register(line, made, {})
     monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "other"))
-    other = store_of(tmp_path / "other")
+    other = open_store(tmp_path / "other")
     assert other.find("opd", made.key) is not None, "which keeps the manifest"
     assert not (other.path("opd", made.key) / DRAFTER_FOLDER).exists()
     (version,) = registry().versions(line)

@@ -89,7 +89,7 @@ def test_a_line_that_another_mlflow_has_does_not_begin_here_unasked(
     line: str, home: Path, drafters: list[ArtifactRef], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same command in a shell without the schedule's variables: its drafter would have no champion to beat."""
-    registered.note(Tracking(home))
+    registered.note_tracker(Tracking(home))
     finished(config_of(line), gated(Store(home / "store"), drafters[0]))
     assert resolve(config_of("another")).champion is None, "a line may begin where others are"
     with monkeypatch.context() as forgotten:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store.local import Store
-from draftsmith.artifacts.store.retention import nobody_reads
+from draftsmith.artifacts.store.retention import exclusive_for_prune
 from draftsmith.artifacts.tracking.registry import Version
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.refresh import registry_commands
@@ -80,7 +80,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.usefixtures("version")
 def test_nothing_is_pruned_while_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def pruned_meanwhile(_folder: Path) -> None:
-        with pytest.raises(DraftsmithError, match=r"a run of .* is alive"), nobody_reads(tmp_path / "home"):
+        with pytest.raises(DraftsmithError, match=r"a run of .* is alive"), exclusive_for_prune(tmp_path / "home"):
             pass
         seen.append(True)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from draftsmith.artifacts.home import private_files
+from draftsmith.artifacts.home import home_umask
 from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.flows.execution.display import Display
@@ -44,7 +44,7 @@ def test_what_a_command_makes_has_the_modes_that_its_user_gives(tmp_path: Path) 
     """The home's files are for its owner alone; a drafter that a hook copies to a server is not."""
     before = os.umask(0o022)
     try:
-        with private_files(tmp_path / "home"):
+        with home_umask(tmp_path / "home"):
             assert call(HookConfig(command=("touch", str(tmp_path / "copied"))), DECISION) is None
     finally:
         os.umask(before)

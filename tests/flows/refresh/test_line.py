@@ -13,7 +13,7 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.store.manifest import ArtifactRef
-from draftsmith.artifacts.store.open import STORE, store_of
+from draftsmith.artifacts.store.mirror import STORE_VARIABLE, open_store
 from draftsmith.artifacts.tracking.registry import Version
 from draftsmith.flows.checks.check import RunChecks
 from draftsmith.flows.planning.graph import PlannedNode, Status
@@ -144,7 +144,7 @@ def test_the_champions_answers_are_found_in_a_bucket_and_in_a_home_that_was_move
     answers = EarlierConfig.model_validate_json(promoted.version.tags["answers"])
 
     def stored() -> EarlierConfig:
-        ref = committed(store_of(home()), "logs", lambda out: shutil.copy(promoted.read.out / TABLE, out))
+        ref = committed(open_store(home()), "logs", lambda out: shutil.copy(promoted.read.out / TABLE, out))
         return answers.model_copy(update={"folder": f"/gone/{ref.stage}/{ref.path.name}"})
 
     moved = stored()
@@ -152,7 +152,7 @@ def test_the_champions_answers_are_found_in_a_bucket_and_in_a_home_that_was_move
     STAGE.run(RecordingContext.under(tmp_path / "moved", {}), moved)
     monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "another"))
     assert not is_here(moved)
-    monkeypatch.setenv(STORE, f"file://{tmp_path / 'bucket'}")
+    monkeypatch.setenv(STORE_VARIABLE, f"file://{tmp_path / 'bucket'}")
     assert not is_here(moved)
     in_bucket = stored()
     monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "a-third"))

@@ -25,7 +25,7 @@ def answer(name: str, response: list[int], accepted: list[int] | None = None) ->
 def tables_of(parts: AnswerParts, ids: list[str]) -> dict[str, pa.Table]:
     """Whole, in the order of the answers."""
     rows = parts.rows(ids)
-    return {name: rows[name].of(range(len(ids)), schema.columns.names) for name, schema in SCHEMAS.items()}
+    return {name: rows[name].take(range(len(ids)), schema.columns.names) for name, schema in SCHEMAS.items()}
 
 
 def contents(parts: AnswerParts, ids: list[str]) -> list[tuple[str, list[int], list[int]]]:

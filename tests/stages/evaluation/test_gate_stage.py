@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from draftsmith.artifacts.store.local import Claim, Store
+from draftsmith.artifacts.store.manifest import Provenance
 from draftsmith.stages.evaluation.gate import DECISION, VERDICT, run
 from draftsmith.stages.evaluation.gate_rules import CHAMPION, PLAIN, GateConfig, compared
 from draftsmith.stages.runtime.statistics import Estimate
@@ -51,7 +52,7 @@ def test_a_damaged_drafter_of_either_side_is_a_broken_rule(damaged: str | None, 
         with store.claim("opd", key * 64) as claim:
             assert isinstance(claim, Claim)
             (claim.out / "model.safetensors").write_text(arm)
-            inputs[arm] = store.commit(claim, config={}, inputs={}, code_digest="", seed=0).path
+            inputs[arm] = store.commit(claim, Provenance({}, {}, "", 0)).path
     found = {"drafters": {"opd": {"tau": 1.3, "tau_low": 1.2}}, "exactness": EXACT}
     (tmp_path / "evaluation.json").write_text(json.dumps(found))
     if damaged is not None:

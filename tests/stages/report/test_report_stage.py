@@ -11,7 +11,7 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store.local import Claim, Store
-from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.store.manifest import ArtifactRef, Provenance
 from draftsmith.stages.report.next_steps import COMMAND
 from draftsmith.stages.report.stage import STAGE, ReportConfig
 from tests.stages.report.sample_report import CONTEXTS, DECISION, EVALUATION, OF_A_LINE
@@ -26,7 +26,7 @@ def put(
         assert isinstance(claim, Claim)
         for name, text in files.items():
             (claim.out / name).write_text(text)
-        return store.commit(claim, config={"of": stage}, inputs=inputs, code_digest="c", seed=seed)
+        return store.commit(claim, Provenance({"of": stage}, inputs, "c", seed))
 
 
 @pytest.fixture

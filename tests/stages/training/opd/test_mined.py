@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.tables.parquet import TableWriter, ordered, write_table
+from draftsmith.artifacts.tables.parquet import TableWriter, select_in_order, write_table
 from draftsmith.artifacts.tables.schemas import VERIFY_STEPS
 from draftsmith.stages.replay.mined_table import steps_table
 from draftsmith.stages.training.opd.mined_table import load_mined, match_steps
@@ -42,7 +42,7 @@ def test_steps_on_disk_are_those_that_were_mined(tmp_path: Path) -> None:
 def test_answers_that_were_not_mined_and_longer_blocks_are_refused(tmp_path: Path) -> None:
     group = mined(8)
     names = [trajectory.trajectory_id for trajectory in group.trajectories]
-    table = ordered(steps_table(group), "trajectory_id", names[:-1])
+    table = select_in_order(steps_table(group), "trajectory_id", names[:-1])
     write_table(tmp_path / "verify_steps.parquet", VERIFY_STEPS, table)
     with pytest.raises(DraftsmithError, match="p7/0"):
         load_mined(tmp_path, group.trajectories, K + 1)

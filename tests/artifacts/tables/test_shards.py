@@ -8,8 +8,8 @@ import pytest
 
 from draftsmith.artifacts.atomic import TMP_PREFIX
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.store.parts import Parts
 from draftsmith.artifacts.tables.schemas import EVALUATED, TRACE
+from draftsmith.artifacts.tables.shards import TableShards
 from tests.artifacts.tables.test_parquet import trace_row
 
 SCHEMAS = {"evaluated": EVALUATED, "trace": TRACE}
@@ -22,27 +22,27 @@ def rows(step: int) -> dict[str, list[dict[str, object]]]:
     }
 
 
-def steps(parts: Parts) -> list[int]:
+def steps(parts: TableShards) -> list[int]:
     return [step for table in parts.tables("trace", ["step"]) for step in table["step"].to_pylist()]
 
 
 def test_parts_are_read_in_order_and_the_next_attempt_goes_on_behind_them(tmp_path: Path) -> None:
-    parts = Parts(tmp_path, SCHEMAS)
+    parts = TableShards(tmp_path, SCHEMAS)
     assert steps(parts) == []
     for step in (0, 1):
         parts.append(rows(step))
-    again = Parts(tmp_path, SCHEMAS)
+    again = TableShards(tmp_path, SCHEMAS)
     again.append(rows(2))
-    assert steps(again) == steps(Parts(tmp_path, SCHEMAS)) == [0, 1, 2]
+    assert steps(again) == steps(TableShards(tmp_path, SCHEMAS)) == [0, 1, 2]
     assert [path.name for path in again.paths("trace")] == [f"shard-0000{number}.parquet" for number in range(3)]
 
 
 def test_a_part_without_its_last_table_does_not_count_and_is_written_over(tmp_path: Path) -> None:
-    parts = Parts(tmp_path, SCHEMAS)
+    parts = TableShards(tmp_path, SCHEMAS)
     parts.append(rows(0))
     with pytest.raises(DraftsmithError):
         parts.append({**rows(1), "trace": [trace_row(step="x")]})
-    again = Parts(tmp_path, SCHEMAS)
+    again = TableShards(tmp_path, SCHEMAS)
     assert steps(again) == [0]
     again.append(rows(2))
     assert [t["evaluated_blocks"].to_pylist() for t in again.tables("evaluated")] == [[0], [2]]
@@ -53,13 +53,13 @@ def test_a_part_without_its_last_table_does_not_count_and_is_written_over(tmp_pa
 def test_a_damaged_part_is_set_aside_wherever_it_stands(
     number: int, table: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    parts = Parts(tmp_path, SCHEMAS)
+    parts = TableShards(tmp_path, SCHEMAS)
     for step in range(3):
         parts.append(rows(step))
     shard = parts.paths(table)[number]
     content = shard.read_bytes()
     shard.write_bytes(content[: len(content) // 2])
-    assert steps(Parts(tmp_path, SCHEMAS)) == [step for step in range(3) if step != number]
+    assert steps(TableShards(tmp_path, SCHEMAS)) == [step for step in range(3) if step != number]
     assert str(shard) in caplog.text
     for name in SCHEMAS:  # of it nothing becomes part of an artifact
         assert (tmp_path / name / f"{TMP_PREFIX}damaged-{shard.name}").exists()

@@ -16,7 +16,7 @@ from draftsmith.artifacts.tables.schemas import TableSchema
 log = logging.getLogger(__name__)
 
 
-class Parts:
+class TableShards:
     """Tables in shards: `FOLDER/TABLE/shard-00000.parquet`, … A part is a shard of each table under the same number.
 
     The last table is written last, and only it makes a part count: what a killed attempt left of one is written over. A
