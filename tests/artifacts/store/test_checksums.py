@@ -24,7 +24,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         return sha256_file(path)
 
     monkeypatch.setattr(checksums, "sha256_file", hashed)
-    monkeypatch.setattr(checksums, "_CLOCK_S", -1.0)
+    monkeypatch.setattr(checksums, "_CLOCK_RESOLUTION_S", -1.0)
     return seen
 
 
@@ -88,7 +88,7 @@ def test_a_file_is_read_again_after_a_week(
 def test_what_was_written_a_moment_ago_is_not_kept_as_known(
     home: Path, tmp_path: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checksums, "_CLOCK_S", 60.0)
+    monkeypatch.setattr(checksums, "_CLOCK_RESOLUTION_S", 60.0)
     path = tmp_path / "weights"
     path.write_bytes(b"bytes")
     for _ in range(2):

@@ -121,7 +121,7 @@ def test_what_was_read_once_is_kept_beside_the_compiled_modules_and_read_again_w
     assert digest() == plain
     (kept,) = (project / "stages" / "__pycache__").glob("sampling.*.json")
     with monkeypatch.context() as unread:
-        unread.setattr(code_digest_module, "_read", pytest.fail)
+        unread.setattr(code_digest_module, "_parse_source", pytest.fail)
         assert digest() == plain
     for damage in ("{", "[]", kept.read_text().replace('"stamp": "', '"stamp": "0'), "{}"):
         kept.write_text(damage)

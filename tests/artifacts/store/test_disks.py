@@ -22,6 +22,7 @@ SCRIPT = textwrap.dedent(
     from draftsmith.artifacts.tables.parquet import write_table
     from draftsmith.artifacts.tables.schemas import PROMPTS
     from draftsmith.artifacts.store.local import Claim, Store
+    from draftsmith.artifacts.store.manifest import Provenance
 
     folder = Path(sys.argv[1])
     store = Store(folder / "store")
@@ -45,7 +46,7 @@ SCRIPT = textwrap.dedent(
         os.seteuid(os.getuid())
     assert [m.key[0] for m in store.list()] == ["a"]
     store.verify(first)
-    partial = store.partial("prompts", "b" * 64)
+    partial = store.partial_path("prompts", "b" * 64)
     assert not partial.exists() or not list(partial.rglob("*.parquet")) + list(partial.rglob("manifest.json"))
     """
 )
@@ -84,6 +85,7 @@ COMMIT = textwrap.dedent(
     import sys
     from pathlib import Path
     from draftsmith.artifacts.store.local import Store
+    from draftsmith.artifacts.store.manifest import Provenance
 
     store = Store(Path(sys.argv[1]))
     with store.claim("rollout", "ab" * 32) as claim:
@@ -115,7 +117,7 @@ TORCH = textwrap.dedent(
     import sys
     from pathlib import Path
     import torch
-    from draftsmith.artifacts.errors import disk_error_of, from_os_error
+    from draftsmith.artifacts.errors import find_disk_error, from_os_error
     from draftsmith.stages.drafters.checkpoint_format import write_checkpoint
     from draftsmith.stages.runtime.checkpoint import save_checkpoint
 
@@ -131,7 +133,7 @@ TORCH = textwrap.dedent(
         try:
             attempt()
         except Exception as error:
-            print(from_os_error(disk_error_of(error), type(error).__name__))
+            print(from_os_error(find_disk_error(error), type(error).__name__))
     """
 )
 

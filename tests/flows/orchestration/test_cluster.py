@@ -23,7 +23,7 @@ def test_a_shard_is_made_where_its_run_keeps_everything(
     monkeypatch.setenv(HOME, str(tmp_path))
     monkeypatch.delenv(STORE_VARIABLE, raising=False)
     monkeypatch.setattr(task_runners, "_OWN", own)
-    monkeypatch.setattr(task_runners, "protect", lambda *_, **__: None)
+    monkeypatch.setattr(task_runners, "protect_home", lambda *_, **__: None)
     monkeypatch.setattr(
         task_runners, "make_shard", lambda _order, home: made.append((str(home), os.environ.get(STORE_VARIABLE)))
     )

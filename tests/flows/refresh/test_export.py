@@ -85,7 +85,7 @@ def test_nothing_is_pruned_while_it_is_copied(tmp_path: Path, monkeypatch: pytes
         seen.append(True)
 
     seen: list[bool] = []
-    monkeypatch.setattr(registry_commands, "for_users", pruned_meanwhile)
+    monkeypatch.setattr(registry_commands, "apply_user_umask", pruned_meanwhile)
     registry_commands.export(Display(), "line", tmp_path / "out", dry_run=False)
     assert seen == [True]
 
