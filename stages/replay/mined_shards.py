@@ -14,7 +14,7 @@ import pyarrow as pa
 from draftsmith.artifacts.tables.parquet import index_in, read_table
 from draftsmith.artifacts.tables.readers import KeyedRows, RowReader
 from draftsmith.artifacts.tables.schemas import EVALUATED, VERIFY_STEPS
-from draftsmith.artifacts.tables.shards import Parts, shard_paths
+from draftsmith.artifacts.tables.shards import TableShards, shard_paths
 from draftsmith.stages.replay.mined_table import steps_table
 from draftsmith.stages.replay.replayer import MinedGroup
 
@@ -31,7 +31,7 @@ class MinedShards:
 
     def __init__(self, work: Path, done: Sequence[Path] = ()):
         """done: such folders of others, which hold all there is: they are read instead."""
-        self._parts, self._done = Parts(work, _SCHEMAS, _GROUP_BYTES), done
+        self._parts, self._done = TableShards(work, _SCHEMAS, _GROUP_BYTES), done
         self._waiting: list[MinedGroup] = []
         self._count, self._since = 0, 0.0
 
