@@ -23,6 +23,7 @@ from draftsmith.flows.config.load import config_from_fields, read_config
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.orchestration.launch import launch
 from draftsmith.flows.orchestration.server import PrefectServer
+from draftsmith.flows.planning.graph import Selection
 from draftsmith.flows.refresh.evaluate import named_drafter
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.stages.data.load import load_trajectories
@@ -248,12 +249,13 @@ def refresh(config: str | Path | Mapping[str, Any], *, until: str | Collection[s
         options = config_from_fields(config, REFRESH.config)
     else:
         options = read_config(config, (), REFRESH.config)
-    display, nodes = Display(), [until] if isinstance(until, str) else until
+    display = Display()
+    selection = Selection.from_options(None, None, [until] if isinstance(until, str) else until)
 
     def lost(_server: PrefectServer, what: str) -> None:
         display.line(f"warning: {what}")
 
     bypass_proxy_for_localhost()
     with home_umask(home()):
-        ended = launch(options, REFRESH, display, lost, until=list(nodes) if nodes else None)
+        ended = launch(options, REFRESH, display, lost, selection)
     return RefreshResult(ended.artifacts, ended.outcome, ended.message)

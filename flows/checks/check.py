@@ -70,8 +70,8 @@ def check(config: RunOptions, pipeline: Pipeline, home: Path) -> Findings:
         to_make = [item.node for item in planned if item.status is not Status.HIT]
         states = [item.status.value for item in planned]
         found.ok("plan", ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)))
-        for left_over in filter(None, [item.left_over for item in planned]):
-            found.ok("plan", left_over)
+        for notice in filter(None, [item.newer_files_notice for item in planned]):
+            found.ok("plan", notice)
     _without_target(found, nodes, nodes)
     with tempfile.TemporaryDirectory(prefix="draftsmith-check-") as scratch:
         if resolve_metadata(found, nodes, Path(scratch)):

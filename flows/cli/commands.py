@@ -50,15 +50,14 @@ def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
     from draftsmith.flows.execution.display import EndedRun
     from draftsmith.flows.execution.retry import with_retries
     from draftsmith.flows.orchestration.launch import launch
-    from draftsmith.flows.planning.graph import load_attribute
-    from draftsmith.flows.planning.selection import Part
+    from draftsmith.flows.planning.graph import Selection, load_attribute, plan
 
     began, display = time.monotonic(), _display()
-    store, part = open_store(home()), Part.of(options.start, options.until)
-    planned = with_retries(lambda: part.plan(config, store, pipeline, options.force), config.stages, display.line)
+    store, selection = open_store(home()), Selection.from_options(options.force, options.start, options.until)
+    planned = with_retries(lambda: plan(config, store, pipeline, selection), config.stages, display.line)
     display.plan(planned)
     if options.plan:
-        display.left_over(planned)  # a run says it where it begins
+        display.newer_files(planned)  # a run says it where it begins
         display.lines(pipeline.checks().before(planned) if pipeline.checks is not None else [])
         return
 
@@ -66,8 +65,7 @@ def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
         display.line(f"warning: {what}")
         options.lost_prefect = server
 
-    selection = {"force": options.force, "start": options.start, "until": options.until}
-    finished = launch(config, pipeline, display, lost, **selection)
+    finished = launch(config, pipeline, display, lost, selection)
     if options.until:
         for name, folder in finished.artifacts.items():
             display.line(f"{name}: {folder}")
@@ -127,13 +125,13 @@ def _make_alone(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
     from draftsmith.flows.execution.node import RunContext, build_node
     from draftsmith.flows.execution.results import ArtifactFolders
     from draftsmith.flows.execution.retry import with_retries
-    from draftsmith.flows.planning.graph import plan
+    from draftsmith.flows.planning.graph import Selection, plan
     from draftsmith.flows.planning.inputs import forget_listings, note_listings, read_listings
     from draftsmith.stages.runtime.stage import SOURCES
 
     # a damaged artifact is no matter unless it is needed: it may be the one that is to be made again
-    store, forced = open_store(home()), [options.name] if options.force else []
-    items = plan(config, store, pipeline, forced, stop_at_damage=False, again=True)
+    store, forced = open_store(home()), (options.name,) if options.force else ()
+    items = plan(config, store, pipeline, Selection(force=forced, reuse_listing=True), stop_at_damage=False)
     planned = {item.node.name: item for item in items}
     if options.name not in planned:
         raise DraftsmithError(f"no node {options.name!r}: use one of {', '.join(planned)}")
@@ -147,7 +145,7 @@ def _make_alone(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
         inputs[name] = ref
     check_home(home(), config)
     display, tracking = _display(), Tracking(home(), config.experiment)
-    display.left_over(items)
+    display.newer_files(items)
     display.lines(check_alone(node, ArtifactFolders(store, inputs)))
     for check in (store.check, tracking.check):
         with_retries(check, config.stages, display.line)
@@ -235,10 +233,10 @@ def _export(options: argparse.Namespace, _pipeline: Pipeline) -> None:
 def _deploy(options: argparse.Namespace, pipeline: Pipeline) -> None:
     from draftsmith.flows.config.load import read_config
     from draftsmith.flows.orchestration.server import lasting_server
-    from draftsmith.flows.planning.graph import forced_nodes
+    from draftsmith.flows.planning.graph import Selection
 
     config = read_config(options.config, options.overrides, pipeline.config)
-    forced_nodes(pipeline.nodes(config), options.force)  # said here, not when it runs at night
+    Selection(force=tuple(options.force)).forced(pipeline.nodes(config))  # said here, not when it runs at night
     api = lasting_server(home())
     from draftsmith.flows.orchestration.deployment import Schedule, deploy
 

@@ -46,7 +46,7 @@ def status_of_config(display: Display, config: RunOptions, pipeline: Pipeline) -
         state = _state(item, store) + _last_time(item, earlier)
         table.add_row(item.node.name, item.node.stage.name, (item.key or "-")[:16], state)
     display.console.print(table)
-    display.left_over(planned)
+    display.newer_files(planned)
     for line in _last_verdict(earlier, pipeline, store):
         display.line(line)
 

@@ -32,7 +32,7 @@ def why(display: Display, config: RunOptions, pipeline: Pipeline, name: str) -> 
     for each in _with_what_it_waits_for(planned, name):
         item = planned[each]
         display.line(f"{each}: {_state(item, store)}")
-        display.left_over([item])
+        display.newer_files([item])
         earlier = _earlier(manifests, config.name, item)
         if earlier is None:
             display.line("  there is no earlier artifact of it to compare with")

@@ -123,9 +123,9 @@ class Display:
             table.add_row(item.node.name, item.node.stage.name, key, f"[{style}]{what}[/{style}]")
         self.console.print(table)
 
-    def left_over(self, planned: Sequence[PlannedNode]) -> None:
+    def newer_files(self, planned: Sequence[PlannedNode]) -> None:
         """Which nodes of a plan do not read what is there, but what an earlier run began with."""
-        for text in filter(None, [item.left_over for item in planned]):
+        for text in filter(None, [item.newer_files_notice for item in planned]):
             self.line(text)
 
     @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from draftsmith.flows.execution.machine import check_home
 from draftsmith.flows.execution.results import ArtifactFolders
 from draftsmith.flows.execution.retry import with_retries
 from draftsmith.flows.orchestration.server import PrefectServer, start_prefect_server
-from draftsmith.flows.planning.graph import Pipeline, load_attribute
+from draftsmith.flows.planning.graph import Pipeline, Selection, load_attribute
 from draftsmith.stages.runtime.memory import restore_gc
 
 
@@ -36,16 +36,13 @@ def launch(
     pipeline: Pipeline,
     display: Display,
     lost: Callable[[PrefectServer, str], None],
-    *,
-    force: Collection[str] | None = None,
-    start: Collection[str] | None = None,
-    until: Collection[str] | None = None,
+    selection: Selection,
 ) -> Finished:
     """Run the flow of a config, as `draftsmith run` and `draftsmith.refresh` do.
 
-    force, start, until: names of nodes, as of the command's options. lost: called if Prefect's server was lost before
-    it knew how the run ended. Raises DraftsmithError for everything that went wrong; a drafter that was not promoted is
-    no error here.
+    lost: called if Prefect's server was lost before it knew how the run ended.
+
+    Raises DraftsmithError for everything that went wrong; a drafter that was not promoted is no error here.
     """
     tracking = Tracking(home(), config.experiment)
     check_home(home(), config)
@@ -56,7 +53,8 @@ def launch(
     from draftsmith.flows.orchestration.flow_lifecycle import run_flow  # imports httpx, as the flow does
 
     restore_gc()
-    ended = run_flow(flow, config, lambda what: lost(server, what), force=force, start=start, until=until)
+    options = {name: list(getattr(selection, name)) for name in ("force", "start", "until")}
+    ended = run_flow(flow, config, lambda what: lost(server, what), **options)
     refs = {name: ArtifactRef(e["stage"], e["key"], e["content_id"], Path(e["path"])) for name, e in ended.made.items()}
     refusal = ended.error if isinstance(ended.error, RefusedError) else None
     return Finished(ArtifactFolders(open_store(home()), refs), ended.outcome, ended.message, refusal)

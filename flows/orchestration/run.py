@@ -42,11 +42,11 @@ from draftsmith.flows.planning.graph import (
     Pipeline,
     RunPolicy,
     RunReview,
-    forced_nodes,
+    Selection,
+    plan,
     resolve_config,
 )
 from draftsmith.flows.planning.inputs import forget_listings, note_listings, read_listings
-from draftsmith.flows.planning.selection import Part
 from draftsmith.stages.runtime.stage import SOURCES
 
 
@@ -67,7 +67,8 @@ def run_graph(
     conclusion: Conclusion | None = None
     try:
         with body() as said, Cancellation() as cancellation, _reading(config, cancellation):
-            made, conclusion = _run(config, pipeline, force or (), Part.of(start, until), cancellation)
+            selection = Selection.from_options(force, start, until, deployed=deployed())
+            made, conclusion = _run(config, pipeline, selection, cancellation)
             said.made = made
             if conclusion is not None:
                 said.outcome, said.message = conclusion.name.lower(), conclusion.message
@@ -90,7 +91,7 @@ def _reading(config: RunOptions, cancellation: Cancellation) -> AbstractContextM
 
 
 def _run(
-    config: RunOptions, pipeline: Pipeline, force: Collection[str], part: Part, cancellation: Cancellation
+    config: RunOptions, pipeline: Pipeline, selection: Selection, cancellation: Cancellation
 ) -> tuple[dict[str, dict[str, Any]], Conclusion | None]:
     display = Display()
     config = with_retries(lambda: resolve_config(config, pipeline), config.stages, display.line)
@@ -106,19 +107,21 @@ def _run(
     if (warning := describe_misplaced_files(tracking)) is not None:
         context.display.line(f"warning: {warning}")
     close_dead_runs(context.tracking, context.store)
-    anew = () if resumed() else force  # what a run has forced before it was suspended is made
+    forcing = selection
+    if resumed():  # what the run has forced before it was suspended is made
+        selection = dataclasses.replace(selection, force=())
     planned = with_retries(
-        lambda: part.plan(config, context.store, pipeline, anew, deployed=deployed()),
-        config.stages,
-        context.display.line,
+        lambda: plan(config, context.store, pipeline, selection), config.stages, context.display.line
     )
     nodes = [item.node for item in planned]
-    whole = not part.until  # also where every node is needed for it: who stops at the report looks before promoting
+    whole = (
+        not selection.until
+    )  # also where every node is needed for it: who stops at the report looks before promoting
     checks = pipeline.checks() if pipeline.checks is not None else None
-    forced = forced_nodes(nodes, anew)
-    concluding = pipeline.policy(config, forced_nodes(nodes, force)) if pipeline.policy is not None else None
+    forced = selection.forced(nodes)
+    concluding = pipeline.policy(config, forcing.forced(nodes)) if pipeline.policy is not None else None
     policy = concluding if whole else None
-    context.display.left_over(planned)
+    context.display.newer_files(planned)
     context.display.lines(checks.before(planned) if checks is not None else [])
     record = RunRecord(context.tracking, config.name, config.model_dump(mode="json"))
     context = dataclasses.replace(context, refresh_run=record.open)
@@ -237,14 +240,14 @@ def _reviewed(
     review = _review(context, made)
     if review is not None:
         figures |= review.metrics
-        tags = {**review.tags, NOTE: review.description if conclusion is None else review.concluded}
+        tags = {**review.tags, NOTE: review.description if conclusion is None else review.concluded_description}
         if concludes and conclusion is None:
             tags.pop(OUTCOME, None)
             tags[NOTE] = f"**Nothing has followed from this yet.**\n\n{review.description}"
     if conclusion is not None:
         figures |= conclusion.metrics
         tags |= conclusion.tags
-        if NOTE not in tags or conclusion.overrules:
+        if NOTE not in tags or conclusion.overrules_review:
             tags[NOTE] = f"**{conclusion.name}.** {conclusion.message}"
     return figures, tags
 

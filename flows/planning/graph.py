@@ -1,4 +1,4 @@
-"""The graph of a run: its nodes in order, their keys, and what the store already has."""
+"""The graph of a run: its nodes in order, their cache keys, and the plan, which says what the store already has."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from draftsmith.stages.runtime.stage import INCONCLUSIVE, LISTING_FILE, SOURCES,
 
 @dataclass(frozen=True)
 class Node:
-    """One use of a stage in a run: several nodes may use the same stage with other configs and inputs."""
+    """One use of a stage in a run. Several nodes may use the same stage with other configs and inputs."""
 
     name: str
-    module: str  # of the stage, e.g. "draftsmith.stages.training.sft.stage"
+    module: str  # the stage's, e.g. "draftsmith.stages.training.sft.stage"
     config: Config
     inputs: Mapping[str, str] = field(default_factory=dict)  # name of the stage's input -> name of the node
-    seed: int | None = None  # None: the run's
+    seed: int | None = None  # None: the run's seed
 
     @property
     def stage(self) -> Stage:
@@ -38,88 +38,92 @@ class Node:
 
 
 class Checks(Protocol):
-    """What a run checks on its way. Raises DraftsmithError for what it cannot get past; returns lines to print."""
+    """The checks during a run. Each returns lines to print, or raises DraftsmithError if the run cannot go on."""
 
     def before(self, planned: Sequence[PlannedNode]) -> list[str]:
-        """Before the first stage runs."""
+        """Check the plan before the first stage runs."""
 
-    def after(self, node: Node, made: Mapping[str, Path]) -> list[str]:
-        """When a node is done. made: the artifacts so far, by node."""
+    def after(self, node: Node, folders: Mapping[str, Path]) -> list[str]:
+        """Check a node that has just been built. folders: the artifacts so far, by node."""
 
 
 @dataclass(frozen=True)
 class Conclusion:
-    """What a run came to, beyond its artifacts."""
+    """The outcome of a run beyond its artifacts, such as a promotion."""
 
-    name: str  # of the flow's state, one word
+    name: str  # of the flow's state in Prefect, one word
     message: str
-    error: DraftsmithError | None = None  # what the run ends with, after everything was kept and told
+    error: DraftsmithError | None = None  # raised at the end of the run, after everything is stored and reported
     metrics: Mapping[str, float] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
-    overrules: bool = False  # what the review says
-    asset: str = ""  # in Prefect: what was promoted, such as draftsmith://line/NAME/champion
+    overrules_review: bool = False  # in the description of the MLflow run
+    asset: str = ""  # in Prefect: the promoted model, such as draftsmith://line/NAME/champion
     metadata: Mapping[str, Any] = field(default_factory=dict)  # of the asset
 
 
 @dataclass(frozen=True)
 class RunReview:
-    """A run as MLflow shows it to who decides."""
+    """Metrics, description and tags of a run in MLflow, for those who review it."""
 
     metrics: Mapping[str, float]
-    description: str  # Markdown, what matters first
-    concluded: str  # the same, of a run that came to the conclusion which the review expects
+    description: str  # Markdown, the most important first
+    concluded_description: str  # used once the run has come to the expected conclusion
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
 class RunPolicy(Protocol):
-    """What decides how far a run goes, and what follows from it."""
+    """Decides whether a run ends early, and what follows from its artifacts."""
 
     @property
     def sticky_force(self) -> Collection[str]:
-        """Names to force that decide how far it goes: the same command needs them again."""
+        """Names for `--force` that a run which continues a failed one needs again, though they were built."""
 
-    def should_stop(self, node: Node, made: Mapping[str, Path]) -> Conclusion | None:
-        """After a node: why the run may end here, or None to go on."""
+    def should_stop(self, node: Node, folders: Mapping[str, Path]) -> Conclusion | None:
+        """Return the conclusion with which the run ends after this node, or None if it goes on."""
 
-    def conclude(self, made: Mapping[str, ArtifactRef], run_id: str | None) -> Conclusion | None:
-        """After the last node. Raises `OutdatedPlanError` if what the run was planned from has changed meanwhile."""
+    def conclude(self, artifacts: Mapping[str, ArtifactRef], run_id: str | None) -> Conclusion | None:
+        """Act on the artifacts after the last node. run_id: the run's id in MLflow.
+
+        Raises `OutdatedPlanError` if what the plan was based on has changed meanwhile.
+        """
 
 
 class OutdatedPlanError(DraftsmithError):
-    """What the run was planned from has changed. Its retry plans anew and reuses what is done."""
+    """Raised when what the plan was based on has changed. Running again makes a new plan and reuses finished nodes."""
 
     exit_code = EXIT_RETRYABLE
 
 
 def load_attribute(text: str) -> Any:
-    """Return what `module:attribute` names."""
+    """Return the object that "module:attribute" names."""
     module, _, attribute = text.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A kind of run: its config, its graph, and the Prefect flow that runs it."""
+    """A kind of run: its config, its graph, and the Prefect flow that runs it.
+
+    Functions that are given as "module:attribute" are imported when they are used. `folders` maps each node to the
+    folder of its artifact.
+    """
 
     config: type[RunOptions]
-    nodes: Callable[[Any], list[Node]]  # the nodes of a config, any order
-    flow: str  # "module:attribute", imported only when a run starts
-    code_digest: Callable[[str], str] = code_digest  # of a stage's module
-    checks: Callable[[], Checks] | None = None  # for one run
-    resolve: Callable[[Any], Any] | None = None  # a config with what only the outside knows, when the plan is made
-    policy: Callable[[Any, Collection[str]], RunPolicy | None] | None = (
-        None  # of a resolved config and the forced nodes
-    )
-    results: str = ""  # "module:function", given display, the nodes' folders, and an `Ending`
-    verdict: str = ""  # "module:function", given the folders of the last report and its inputs: lines for `status`
-    headline: str = ""  # the node whose figures are the run's in MLflow
-    review: Callable[[Mapping[str, Path]], RunReview | None] | None = (
-        None  # of the nodes' folders: what MLflow shows too
-    )
-    # of the nodes' folders: the drafters that node `evaluation` compared, with their metrics by data set
+    nodes: Callable[[Any], list[Node]]  # config -> nodes in any order
+    flow: str  # "module:attribute"
+    code_digest: Callable[[str], str] = code_digest  # module of a stage -> digest of its code
+    checks: Callable[[], Checks] | None = None  # makes the checks of one run
+    resolve: Callable[[Any], Any] | None = None  # fills in what only the outside knows, such as the champion
+    # resolved config, forced nodes -> policy
+    policy: Callable[[Any, Collection[str]], RunPolicy | None] | None = None
+    results: str = ""  # "module:function" of display, folders, `EndedRun`: prints the results
+    verdict: str = ""  # "module:function" of the folders of the last report and its inputs: lines for `status`
+    headline: str = ""  # node whose metrics become those of the run in MLflow
+    review: Callable[[Mapping[str, Path]], RunReview | None] | None = None  # folders -> review
+    # folders -> the drafters that node `evaluation` compared, with their metrics by data set
     compared: Callable[[Mapping[str, Path]], Mapping[str, tuple[Manifest, Metrics]]] | None = None
-    data: tuple[str, ...] = ()  # nodes that are the run's data sets
-    report: tuple[str, str] = ("", "")  # the node and the file of it that a person reads first
+    data: tuple[str, ...] = ()  # nodes that are data sets of the run in MLflow
+    report: tuple[str, str] = ("", "")  # node and file of the report
     code_modules: Callable[[str], dict[str, str]] = code_modules  # what the digest is over, for `draftsmith why`
 
 
@@ -136,33 +140,94 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class PlannedNode:
+    """A node with what a run would do with it."""
+
     node: Node
     status: Status
-    key: str | None = None  # None while an input has still to be made
+    key: str | None = None  # cache key; None if an input is not built yet
     ref: ArtifactRef | None = None  # of a hit
-    after: tuple[str, ...] = ()  # nodes that must be made before the key is known
-    damage: DraftsmithError | None = None  # what is wrong with an artifact that is there, and what to do
-    newer: int = 0  # files that came since the listing that the run goes on with
+    after: tuple[str, ...] = ()  # nodes that must be built before the key is known
+    damage: DraftsmithError | None = None  # what is wrong with the stored artifact, and the remedy
+    newer_files: int = 0  # files that appeared since the listing that the run reuses
 
     @property
-    def left_over(self) -> str | None:
-        """Say how many files a listing of the last run leaves out, and what would read them."""
-        if not self.newer:
+    def newer_files_notice(self) -> str | None:
+        """Return a line about the files that the reused listing leaves out, or None if there are none."""
+        if not self.newer_files:
             return None
         return (
-            f"{self.node.name}: the run goes on with the files that the last one listed. {self.newer} that came since "
-            f"are for the next one; `--force {self.node.name}` reads them now."
+            f"{self.node.name}: the run reuses the last run's listing of files. {self.newer_files} newer ones are left "
+            f"to the next run; `--force {self.node.name}` reads them now."
         )
 
 
+@dataclass(frozen=True)
+class Selection:
+    """What a command selects of a graph. A name is a node's, or a stage's for all its nodes."""
+
+    force: tuple[str, ...] = ()  # nodes to build again although the store has them
+    start: tuple[str, ...] = ()  # `--from`: the first nodes; what does not follow from them must be in the store
+    until: tuple[str, ...] = ()  # nodes to build, with all that they need; empty: the whole graph
+    reuse_listing: bool = False  # read the files that the last run listed, although that run has ended
+
+    @classmethod
+    def from_options(
+        cls,
+        force: Collection[str] | None,
+        start: Collection[str] | None,
+        until: Collection[str] | None,
+        *,
+        deployed: bool = False,
+    ) -> Selection:
+        """Return the selection of a command, or of a deployment's run.
+
+        A person who names nodes repeats a part of the last run, so its listing is reused. A deployment forces the same
+        nodes in every run, so that its `force` does not say this.
+        """
+        repeats = bool(start) or (bool(force) and not deployed)
+        return cls(tuple(force or ()), tuple(start or ()), tuple(until or ()), reuse_listing=repeats)
+
+    def nodes(self, graph: Sequence[Node]) -> list[Node]:
+        """Return the nodes of `until` and all that they need, in order."""
+        ordered = topological_order(graph)
+        if not self.until:
+            return ordered
+        wanted = nodes_named(ordered, self.until, "--until")
+        for node in reversed(ordered):
+            if node.name in wanted:
+                wanted |= set(node.inputs.values())
+        return [node for node in ordered if node.name in wanted]
+
+    def forced(self, nodes: Sequence[Node]) -> set[str]:
+        """Return the names of the nodes to build again. Raises DraftsmithError for an unknown name."""
+        return nodes_named(nodes, self.force, "--force")
+
+    def check_start(self, planned: Sequence[PlannedNode]) -> None:
+        """Raise DraftsmithError if a node that does not follow from `start` has to be built.
+
+        Without this check a changed field could make the rerun of a late stage begin with hours of earlier ones.
+        """
+        nodes = [item.node for item in planned]
+        built = nodes_named(nodes, self.start, "--from") | self.forced(nodes)
+        for node in nodes:
+            if built & set(node.inputs.values()):
+                built.add(node.name)
+        missing = [item.node.name for item in planned if item.status is not Status.HIT and item.node.name not in built]
+        if missing:
+            raise DraftsmithError(
+                f"--from {', '.join(self.start)}: {', '.join(missing)}: not in the store, though needed before. Name "
+                f"them with --from too, or leave --from out; `draftsmith why CONFIG {missing[0]}` says what changed."
+            )
+
+
 def topological_order(nodes: Sequence[Node]) -> list[Node]:
-    """The nodes, each behind its inputs, else as given. A graph that does not fit its stages is an error."""
+    """Return the nodes, each after its inputs, else as given. Raises DraftsmithError for a graph that does not fit."""
     by_name = {node.name: node for node in nodes}
     if len(by_name) != len(nodes):
         twice = sorted(name for name, count in Counter(node.name for node in nodes).items() if count > 1)
         raise DraftsmithError(f"two nodes have the same name: {', '.join(twice)}")
     for node in nodes:
-        _check(node, by_name)
+        _check_inputs(node, by_name)
     ordered: list[Node] = []
     waiting = list(nodes)
     while waiting:
@@ -175,12 +240,12 @@ def topological_order(nodes: Sequence[Node]) -> list[Node]:
     return ordered
 
 
-def _check(node: Node, by_name: Mapping[str, Node]) -> None:
+def _check_inputs(node: Node, by_name: Mapping[str, Node]) -> None:
     stage = node.stage
-    known = {name.removesuffix("?") for name in stage.inputs}
-    many = tuple(name.removesuffix("*") for name in stage.inputs if name.endswith("*"))
+    declared = {name.removesuffix("?") for name in stage.inputs}
+    prefixes = tuple(name.removesuffix("*") for name in stage.inputs if name.endswith("*"))
     required = {name for name in stage.inputs if not name.endswith(("?", "*"))}
-    if unknown := {name for name in set(node.inputs) - known if not (many and name.startswith(many))}:
+    if unknown := {name for name in set(node.inputs) - declared if not (prefixes and name.startswith(prefixes))}:
         raise DraftsmithError(f"node {node.name}: stage {stage.name} has no input {', '.join(sorted(unknown))}")
     if missing := required - set(node.inputs):
         raise DraftsmithError(f"node {node.name}: stage {stage.name} needs the input {', '.join(sorted(missing))}")
@@ -189,8 +254,20 @@ def _check(node: Node, by_name: Mapping[str, Node]) -> None:
             raise DraftsmithError(f"node {node.name}: its input comes from node {source}, which is not in the graph")
 
 
+def nodes_named(nodes: Sequence[Node], names: Collection[str], option: str) -> set[str]:
+    """Return the nodes that an option names by their own name or their stage's. Raises DraftsmithError for no node."""
+    selected: set[str] = set()
+    for name in names:
+        matches = {node.name for node in nodes if node.name == name}
+        matches = matches or {node.name for node in nodes if node.stage.name == name}
+        if not matches:
+            raise DraftsmithError(f"{option} {name}: no such node. Use one of: {', '.join(n.name for n in nodes)}.")
+        selected |= matches
+    return selected
+
+
 def node_seed(node: Node, config: RunOptions) -> int:
-    """The seed of a node in a run."""
+    """Return the seed of a node in a run."""
     return config.seed if node.seed is None else node.seed
 
 
@@ -201,69 +278,70 @@ def cache_key(
     pipeline: Pipeline,
     external: Mapping[str, str] | None = None,
 ) -> str:
-    """Identity of what the node computes from these inputs. external: its `external_digests`, where they are known."""
+    """Return the cache key of what the node computes from these inputs.
+
+    external: the node's `external_digests`; None: computed here.
+    """
     if external is None:
         external = external_digests(node.config)
-    # what was measured at other settings is no remeasurement, though its content be the same
+    # a measurement at other settings has another key, though the same content
     measured = {name: inputs[name].key for name in node.stage.reads_volatile if name in inputs}
-    said = {"external_files": dict(external), "measured": measured}
+    more = {"external_files": dict(external), "measured": measured}
     return Store.key(
         stage=node.stage.name,
         code_digest=pipeline.code_digest(node.module),
-        config=node.config.key_material() | {name: what for name, what in said.items() if what},
+        config=node.config.key_material() | {name: value for name, value in more.items() if value},
         inputs=inputs,
         seed=seed,
     )
 
 
 def resolve_config(config: RunOptions, pipeline: Pipeline) -> RunOptions:
-    """The config that a plan is made of."""
-    found: RunOptions = config if pipeline.resolve is None else pipeline.resolve(config)
-    return found
+    """Return the config with what only the outside knows, which the plan is based on."""
+    resolved: RunOptions = config if pipeline.resolve is None else pipeline.resolve(config)
+    return resolved
 
 
 def plan(
     config: RunOptions,
     store: Store,
     pipeline: Pipeline,
-    force: Collection[str] = (),
+    selection: Selection = Selection(),
     *,
-    nodes: Sequence[Node] | None = None,
     stop_at_damage: bool = True,
-    again: bool = False,
 ) -> list[PlannedNode]:
-    """What a run would do now, in the order in which it would do it. Reads the store, changes nothing.
+    """Return what a run would do now, in order. Reads the store and changes nothing.
 
-    nodes: only these of the graph, which are in order and need no others.
-    stop_at_damage: a damaged artifact is an error, as it is for a run; else it is a node like one that is not made.
-    again: only some nodes are wanted again: files that came since the last run listed them are left out, though that
-    has ended.
+    stop_at_damage: raise the error of a damaged artifact, as a run does; False: return it with the node.
     """
-    nodes = topological_order(pipeline.nodes(config)) if nodes is None else nodes
-    forced = forced_nodes(nodes, force)
+    nodes = selection.nodes(pipeline.nodes(config))
+    forced = selection.forced(nodes)
     for node in nodes:
         try:
-            node.config.external_files()  # a file that is not there is an error now, not when its turn comes
+            node.config.external_files()  # a missing file is an error now, not hours later
         except DraftsmithError as error:
             raise type(error)(f"{node.name}: {error}") from error
     planned: dict[str, PlannedNode] = {}
-    known = read_listings(config.name, ended=again)
+    listings = read_listings(config.name, ended=selection.reuse_listing)
     for node in nodes:
-        newer = 0
+        newer_files = 0
         if node.stage.name == SOURCES:
-            node, newer = _with_listing(node, store, known.get(node.name) if node.name not in forced else None)
+            key = listings.get(node.name) if node.name not in forced else None
+            node, newer_files = _with_listing(node, store, key)
         item = _plan_node(node, planned, node_seed(node, config), store, pipeline, node.name in forced)
         if stop_at_damage and item.damage is not None:
             raise item.damage
-        planned[node.name] = replace(item, newer=newer)
+        planned[node.name] = replace(item, newer_files=newer_files)
+    if selection.start:
+        selection.check_start(list(planned.values()))
     return list(planned.values())
 
 
 def _with_listing(node: Node, store: Store, key: str | None) -> tuple[Node, int]:
-    """Return a node of stage `sources` with its listing, and how many files that leaves out.
+    """Return a node of stage `sources` with its listing, and the number of files that this leaves out.
 
-    key: of the listing that the run goes on with, where that is of the same config and all its files are there; else
-    it is what is there.
+    key: of the listing to reuse, if it is of the same config and all its files are there; else the files are listed
+    now.
     """
     listing = now = node.config.list_inputs()
     assert listing is not None and now is not None
@@ -285,7 +363,7 @@ def _plan_node(
             listing = before[source].node.config.list_inputs()
             assert listing is not None
             node = replace(node, config=node.config.with_pinned_files(listing))
-        ref = before[source].ref or _foreseen(before[source], store)
+        ref = before[source].ref or _expected_listing(before[source], store)
         if ref is None:
             after.append(source)
         else:
@@ -306,8 +384,8 @@ def _plan_node(
     return PlannedNode(node, Status.RESUME if has_partial(store, node.stage.name, key) else Status.RUN, key)
 
 
-def _foreseen(item: PlannedNode, store: Store) -> ArtifactRef | None:
-    """Return what a listing will be that is to be made."""
+def _expected_listing(item: PlannedNode, store: Store) -> ArtifactRef | None:
+    """Return the artifact that a node of stage `sources` will have: its content is known before it is built."""
     listing = item.node.config.list_inputs() if item.node.stage.name == SOURCES else None
     if listing is None or item.key is None:
         return None
@@ -317,16 +395,16 @@ def _foreseen(item: PlannedNode, store: Store) -> ArtifactRef | None:
 
 
 def find_artifact(store: Store, node: Node, key: str, *, verify: bool = False) -> ArtifactRef | None:
-    """As `Store.find`; the error of a damaged artifact names the node, which is what `--force` takes.
+    """Return the node's artifact in the store, if there is one. The error of a damaged one names the node to force.
 
-    verify: by checksum, where a file was touched since it was last compared.
+    verify: compare checksums of files that were touched since they were last compared.
     """
     try:
         ref = store.find(node.stage.name, key)
         if ref is not None and verify:
             store.verify_once(ref, and_elsewhere=False)
         return ref
-    except RetryableError:  # no damage: the store does not answer
+    except RetryableError:  # the store does not answer: no damage
         raise
     except DraftsmithError as error:
         if node.name == node.stage.name:
@@ -335,12 +413,12 @@ def find_artifact(store: Store, node: Node, key: str, *, verify: bool = False) -
 
 
 def manifests_of_node(manifests: Sequence[Manifest], node: str) -> list[Manifest]:
-    """Return those of the manifests (oldest first) that a node has made, the last one first."""
+    """Return those of the manifests (oldest first) that belong to a node, newest first."""
     return [manifest for manifest in reversed(manifests) if manifest.node == node]
 
 
 def is_outdated(store: Store, node: Node, ref: ArtifactRef, inputs: Mapping[str, ArtifactRef]) -> bool:
-    """Return whether the artifact was made from other measurements of the same content than its inputs hold now."""
+    """Return whether an input was measured again, with the same content, after the artifact was made from it."""
     made_from = store.manifest(ref).inputs
     return any(
         name in inputs and name in made_from and made_from[name].volatile_id != inputs[name].volatile_id
@@ -349,28 +427,11 @@ def is_outdated(store: Store, node: Node, ref: ArtifactRef, inputs: Mapping[str,
 
 
 def is_inconclusive(store: Store, ref: ArtifactRef) -> bool:
-    """Return whether the artifact holds a measurement that says nothing: the next run measures again."""
+    """Return whether the artifact holds an inconclusive measurement, which the next run repeats."""
     return bool(store.manifest(ref).metrics.get(INCONCLUSIVE))
 
 
 def has_partial(store: Store, stage: str, key: str) -> bool:
-    """Whether an unfinished attempt left anything to go on from."""
+    """Return whether an unfinished attempt left files to resume from."""
     partial = store.partial_path(stage, key)
     return any(path.is_file() for name in ("out", "work") for path in (partial / name).rglob("*"))
-
-
-def forced_nodes(nodes: Sequence[Node], force: Collection[str]) -> set[str]:
-    """The nodes that `--force` names."""
-    return select_nodes(nodes, force, "--force")
-
-
-def select_nodes(nodes: Sequence[Node], names: Collection[str], option: str) -> set[str]:
-    """The nodes that an option names, by their own name or by their stage's. Raises DraftsmithError for no node."""
-    selected: set[str] = set()
-    for name in names:
-        matches = {node.name for node in nodes if node.name == name}
-        matches = matches or {node.name for node in nodes if node.stage.name == name}
-        if not matches:
-            raise DraftsmithError(f"{option} {name}: no such node, use one of: {', '.join(n.name for n in nodes)}")
-        selected |= matches
-    return selected

@@ -200,7 +200,7 @@ class RefreshCourse:
         asset = f"draftsmith://line/{version.line}/champion" if promoted else ""
         metadata = {"version": version.number, "tau": float(version.tags["tau"]), "source": version.source}
         return Conclusion(
-            name, message, error, self._drift_metrics, tags, overrules=overruled, asset=asset, metadata=metadata
+            name, message, error, self._drift_metrics, tags, overrules_review=overruled, asset=asset, metadata=metadata
         )
 
 

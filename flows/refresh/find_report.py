@@ -12,7 +12,7 @@ from draftsmith.artifacts.tracking.refresh_runs import artifact_folders
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.config.load import read_config
 from draftsmith.flows.config.options import RunOptions
-from draftsmith.flows.planning.graph import Pipeline, plan, resolve_config
+from draftsmith.flows.planning.graph import Pipeline, Selection, plan, resolve_config
 
 _PAGE = "report.html"
 
@@ -34,7 +34,8 @@ def report_of_config(name: str, config: RunOptions, pipeline: Pipeline) -> Path:
     """
     node, _ = pipeline.report
     store = open_store(home())
-    for planned in plan(resolve_config(config, pipeline), store, pipeline, again=True, stop_at_damage=False):
+    last_listing = Selection(reuse_listing=True)
+    for planned in plan(resolve_config(config, pipeline), store, pipeline, last_listing, stop_at_damage=False):
         if planned.node.name == node and planned.ref is not None:
             store.fetch(planned.ref)
             return planned.ref.path / _PAGE

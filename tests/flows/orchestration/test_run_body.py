@@ -19,8 +19,7 @@ from draftsmith.flows.config.options import StageOptions
 from draftsmith.flows.execution.node import RunContext
 from draftsmith.flows.orchestration import run
 from draftsmith.flows.orchestration.flow_lifecycle import Cancellation
-from draftsmith.flows.planning.graph import Conclusion, OutdatedPlanError
-from draftsmith.flows.planning.selection import Part
+from draftsmith.flows.planning.graph import Conclusion, OutdatedPlanError, Selection
 from tests.flows.toy import TOY, ToyConfig, ToyPolicy, toy_policy
 
 
@@ -38,7 +37,7 @@ def ended(
 ) -> Conclusion | None:
     pipeline = TOY if course is None else dataclasses.replace(TOY, policy=course)
     config = ToyConfig(name="t", verdict="promoted", stages=StageOptions(**options))
-    return run._run(config, pipeline, force, Part(until=until), Cancellation())[1]
+    return run._run(config, pipeline, Selection(force, until=until), Cancellation())[1]
 
 
 def mlflow_runs(home: Path) -> dict[str, Any]:

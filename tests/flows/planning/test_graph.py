@@ -10,7 +10,7 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store.local import Claim, Store
 from draftsmith.artifacts.store.manifest import ArtifactRef, Provenance
-from draftsmith.flows.planning.graph import Node, PlannedNode, Status, cache_key, plan, topological_order
+from draftsmith.flows.planning.graph import Node, PlannedNode, Selection, Status, cache_key, plan, topological_order
 from tests.flows.toy import COLLECT, COMBINE, TOY, ToyConfig, toy_nodes
 from tests.flows.toy_stages.collect import CollectConfig
 from tests.flows.toy_stages.combine import CombineConfig
@@ -104,13 +104,47 @@ def test_what_an_attempt_left_is_planned_as_a_continuation(tmp_path: Path) -> No
 def test_force_names_a_node_or_every_node_of_a_stage(tmp_path: Path) -> None:
     store, config = Store(tmp_path), ToyConfig(name="t")
     fill(store, config)
-    assert statuses(plan(config, store, TOY, ["left"])) == {
+    assert statuses(plan(config, store, TOY, Selection(force=("left",)))) == {
         "target": "reused",
         "right": "reused",
         "left": "forced",
         "total": "after",
     }
-    forced = plan(config, store, TOY, ["combine"])
+    forced = plan(config, store, TOY, Selection(force=("combine",)))
     assert [item.node.name for item in forced if item.status is Status.FORCED] == ["left", "right"]
     with pytest.raises(DraftsmithError, match="--force lfet"):
-        plan(config, store, TOY, ["lfet"])
+        plan(config, store, TOY, Selection(force=("lfet",)))
+
+
+def test_until_makes_a_node_and_what_it_needs(tmp_path: Path) -> None:
+    config, store = ToyConfig(name="t"), Store(tmp_path)
+    assert list(statuses(plan(config, store, TOY, Selection(until=("left",))))) == ["target", "left"]
+    assert len(plan(config, store, TOY, Selection(until=("combine",)))) == 4  # a stage: all its nodes
+    with pytest.raises(DraftsmithError, match="--until lfet"):
+        plan(config, store, TOY, Selection(until=("lfet",)))
+
+
+def test_from_takes_all_before_it_from_the_store(tmp_path: Path) -> None:
+    config, store = ToyConfig(name="t"), Store(tmp_path)
+    fill(store, config)
+    changed = config.model_copy(update={"left": CombineConfig(factor=5)})
+    made = {"target": "reused", "left": "run", "right": "reused", "total": "after"}
+    assert statuses(plan(changed, store, TOY, Selection(start=("left",)))) == made
+
+    both = changed.model_copy(update={"right": CombineConfig(factor=6)})
+    with pytest.raises(DraftsmithError, match=r"--from left: right: "):
+        plan(both, store, TOY, Selection(start=("left",)))
+    with pytest.raises(DraftsmithError, match=r"--from total: left: "):
+        plan(changed, store, TOY, Selection(start=("total",)))
+    assert statuses(plan(both, store, TOY, Selection(start=("left", "right"))))["right"] == "run"
+    assert statuses(plan(both, store, TOY, Selection(("right",), start=("left",))))["right"] == "forced"
+
+
+def test_until_leaves_out_what_from_would_miss(tmp_path: Path) -> None:
+    config, store = ToyConfig(name="t"), Store(tmp_path)
+    fill(store, config)
+    both = config.model_copy(update={"left": CombineConfig(factor=5), "right": CombineConfig(factor=6)})
+    assert statuses(plan(both, store, TOY, Selection(start=("left",), until=("left",)))) == {
+        "target": "reused",
+        "left": "run",
+    }

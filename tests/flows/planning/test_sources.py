@@ -25,10 +25,10 @@ from draftsmith.flows.execution import node as nodes
 from draftsmith.flows.execution.node import RunContext, build_node
 from draftsmith.flows.execution.process import StageOutcome, StageRequest, run_stage
 from draftsmith.flows.orchestration import run
+from draftsmith.flows.orchestration.announcements import deployed
 from draftsmith.flows.orchestration.flow_lifecycle import Cancellation
-from draftsmith.flows.planning.graph import Node, PlannedNode, Status
+from draftsmith.flows.planning.graph import Node, PlannedNode, Selection, Status, plan
 from draftsmith.flows.planning.inputs import external_digests
-from draftsmith.flows.planning.selection import Part
 from draftsmith.flows.refresh.graph import first_nodes
 from draftsmith.stages.data import listing, time_window
 from draftsmith.stages.data.listing import SourcesConfig
@@ -67,19 +67,19 @@ class Home:
 
     def run(self, *force: str, until: str = "") -> int:
         """Return the sum of the last node."""
-        part = Part.of((), [until] if until else ())
-        made, _ = run._run(self.config, TOY, force, part, Cancellation())
+        selection = Selection.from_options(force, (), [until] if until else (), deployed=deployed())
+        made, _ = run._run(self.config, TOY, selection, Cancellation())
         return self.number(made[until or "total"]["path"])
 
     def number(self, path: str | Path) -> int:
         return int(json.loads((Path(path) / "numbers.json").read_text())[0])
 
     def planned(self, *force: str, deployed: bool = False) -> dict[str, PlannedNode]:
-        plan = Part().plan(self.config, Store(self.path / "store"), TOY, force, deployed=deployed)
-        return {item.node.name: item for item in plan}
+        selection = Selection.from_options(force, (), (), deployed=deployed)
+        return {item.node.name: item for item in plan(self.config, Store(self.path / "store"), TOY, selection)}
 
     def left_out(self, *force: str, deployed: bool = False) -> int:
-        return self.planned(*force, deployed=deployed)["sources"].newer
+        return self.planned(*force, deployed=deployed)["sources"].newer_files
 
     def task(self, context: RunContext, node: Node, inputs: Mapping[str, ArtifactRef], *_: Any, force: bool) -> Any:
         """Try again what was lost, as a Prefect task does."""

@@ -82,7 +82,7 @@ def test_what_is_not_promoted_becomes_a_version_and_no_champion(
 def test_a_person_promotes_what_was_to_be_approved(line: str, home: Path, drafters: list[ArtifactRef]) -> None:
     config, made = config_of(line, registry={"name": line, "approve": True}), gated(Store(home / "store"), drafters[0])
     ended = finished(config, made)
-    assert (ended.name, ended.overrules, ended.asset) == ("Waiting", True, "")
+    assert (ended.name, ended.overrules_review, ended.asset) == ("Waiting", True, "")
     assert ended.error is not None and ended.error.exit_code == 3
     assert serving(line) is None and f"`draftsmith promote {line}@1`" in ended.message
     registry_commands.promote(Display(), f"{line}@1", "", dry_run=False)

@@ -25,7 +25,9 @@ from tests.testbed.artifacts import committed
 
 DECISION = {"outcome": "promoted", "promote": True, "challenger": "opd", "champion": "3", "rules": []}
 EVALUATION = {"drafters": {"opd": {"tau": 3.5}, "champion": {"tau": 3.0}}}
-OVERRULED = Conclusion("Refused", "version 4 is not promoted: somebody took it out", RefusedError("no"), overrules=True)
+OVERRULED = Conclusion(
+    "Refused", "version 4 is not promoted: somebody took it out", RefusedError("no"), overrules_review=True
+)
 
 
 @pytest.mark.parametrize(
