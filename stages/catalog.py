@@ -14,7 +14,7 @@ STAGES = {
     "drift": "draftsmith.stages.evaluation.drift",
     "earlier": "draftsmith.stages.data.logs.rehearsal_stage",
     "logs": "draftsmith.stages.data.logs.stage",
-    "rollout": "draftsmith.stages.engines.rollout",
+    "rollout": "draftsmith.stages.engines.stage",
     "sft": "draftsmith.stages.training.sft.stage",
     "mining": "draftsmith.stages.replay.mining",
     "opd": "draftsmith.stages.training.opd.stage",

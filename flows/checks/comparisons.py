@@ -8,7 +8,7 @@ from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.planning.graph import Node
 from draftsmith.stages.data.logs.config import LogsConfig
 from draftsmith.stages.data.prompts import PromptsConfig
-from draftsmith.stages.engines.rollout import RolloutConfig
+from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.gate_rules import GateConfig
 from draftsmith.stages.evaluation.timed_runs import settings_of

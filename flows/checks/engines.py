@@ -11,8 +11,8 @@ from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.execution.machine import gpus
 from draftsmith.flows.planning.graph import Node
 from draftsmith.stages.engines.config import GREEDY_ONLY
-from draftsmith.stages.engines.rollout import RolloutConfig
 from draftsmith.stages.engines.sglang import environment
+from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.engines.config import EmbeddedEngineConfig, SGLangEngineConfig
-from draftsmith.stages.engines.rollout import RolloutConfig
+from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.replay.mining import SAMPLE, MiningConfig
 from draftsmith.stages.replay.options import TREE_TOKENS

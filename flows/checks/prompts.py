@@ -28,7 +28,7 @@ from draftsmith.stages.data.prompts import OF_MORE_LOGS, PromptsConfig
 from draftsmith.stages.data.rejects import UNREADABLE, Aside
 from draftsmith.stages.data.row_files import is_remote, matched, no_rows, read_rows
 from draftsmith.stages.data.row_formats import SetAside, row_messages
-from draftsmith.stages.engines.rollout import RolloutConfig, prompts_to_answer, too_few
+from draftsmith.stages.engines.stage import RolloutConfig, prompt_shortage, prompts_to_answer
 from draftsmith.stages.evaluation.config import EvaluationConfig, prompts_to_decode
 
 _COUNTED_BYTES = 1 << 28  # larger files are only looked into
@@ -62,7 +62,9 @@ def check_supplies(found: Findings, nodes: Sequence[Node]) -> None:
         prompts = by_name[node.inputs["prompts"]].config
         if isinstance(prompts, PromptsConfig):
             answered.setdefault(node.inputs["prompts"], []).append(node.config)
-            if problem := too_few(node.config, sum(prompts.wanted(s) for s in SPLITS if s in node.config.splits)):
+            if problem := prompt_shortage(
+                node.config, sum(prompts.wanted(s) for s in SPLITS if s in node.config.splits)
+            ):
                 found.error(node.name, problem)
     for name, rollouts in answered.items():
         prompts = by_name[name].config

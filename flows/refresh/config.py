@@ -17,7 +17,7 @@ from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.data.time_window import LAST
 from draftsmith.stages.drafters.champion import ChampionConfig
 from draftsmith.stages.engines.config import SamplingConfig
-from draftsmith.stages.engines.rollout import RolloutConfig
+from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.drift import DriftConfig
 from draftsmith.stages.evaluation.gate_rules import GateConfig

@@ -16,7 +16,7 @@ from draftsmith.stages.engines.base import Completion
 SCHEMAS = {"timings": TIMINGS, "trace": TRACE, "trajectories": TRAJECTORIES}  # in the order of writing
 
 
-class AnswerParts:
+class PartialAnswers:
     """Answers with their timings and verify steps, kept in a folder."""
 
     def __init__(self, folder: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 from draftsmith.artifacts.errors import RetryableError
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE, TRAJECTORIES
-from draftsmith.stages.engines.rollout import STAGE, RolloutConfig
+from draftsmith.stages.engines.stage import STAGE, RolloutConfig
 from tests.flows.processes import wait_until
 from tests.sglang_cpu.options import CPU_ENVIRONMENT, CPU_OPTIONS
 from tests.stages.engines.servers import living
@@ -121,7 +121,7 @@ def test_no_server_outlives_its_stage(tmp_path: Path, tiny_drafter: DrafterArtif
     config = settings(launched(sglang_env))
     asked = {
         "stage": "rollout",
-        "module": "draftsmith.stages.engines.rollout",
+        "module": "draftsmith.stages.engines.stage",
         "config": config,
         "inputs": {name: str(path) for name, path in inputs(tiny_drafter).items()},
         "out": str(tmp_path / "out"),

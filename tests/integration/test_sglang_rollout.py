@@ -20,10 +20,10 @@ from draftsmith.stages.data.load import DRAFTER_FOLDER, load_prompts
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.engines.rollout import STAGE, RolloutConfig
 from draftsmith.stages.engines.sglang.engine import open_sglang
 from draftsmith.stages.engines.sglang.handshake import Expected
 from draftsmith.stages.engines.sglang.probe import check_weights, verifies_greedily
+from draftsmith.stages.engines.stage import STAGE, RolloutConfig
 from draftsmith.stages.target.config import TargetConfig
 from draftsmith.stages.target.info import model_path, read_target_info, write_target_info
 from draftsmith.stages.target.resolve import describe

@@ -11,7 +11,7 @@ import pytest
 
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import TRAJECTORIES
-from draftsmith.stages.engines.rollout import STAGE, RolloutConfig
+from draftsmith.stages.engines.stage import STAGE, RolloutConfig
 from tests.integration.test_sglang_failures import (  # noqa: F401  (a fixture)
     PROMPTS,
     _command_line,

@@ -29,7 +29,7 @@ from draftsmith.flows.orchestration.run import run_graph
 from draftsmith.flows.planning.graph import Node, Pipeline
 from draftsmith.stages.catalog import STAGES
 from draftsmith.stages.data.prompts import PromptsConfig
-from draftsmith.stages.engines.rollout import RolloutConfig
+from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.replay.mining import MiningConfig
 from draftsmith.stages.runtime.stage import Config
 from draftsmith.stages.target.config import TargetConfig
@@ -124,7 +124,7 @@ def lab_nodes(config: LabConfig) -> list[Node]:
     nodes = [
         Node("target", "draftsmith.stages.target.stage", _target(folder)),
         Node("prompts", "draftsmith.stages.data.prompts", _prompts(config, config.prompts), {"target": "target"}),
-        Node("rollout", "draftsmith.stages.engines.rollout", config.rollout, asked),
+        Node("rollout", "draftsmith.stages.engines.stage", config.rollout, asked),
         Node(
             "sft", "draftsmith.stages.training.sft.stage", config.sft, {"target": "target", "trajectories": "rollout"}
         ),
@@ -145,8 +145,8 @@ def lab_nodes(config: LabConfig) -> list[Node]:
     learned = {"target": current, "trajectories": "fresh"}
     mined = {**learned, "drafter": base}
     nodes += [
-        Node("fresh", "draftsmith.stages.engines.rollout", config.fresh, asked),
-        Node("heldout", "draftsmith.stages.engines.rollout", config.heldout, asked),
+        Node("fresh", "draftsmith.stages.engines.stage", config.fresh, asked),
+        Node("heldout", "draftsmith.stages.engines.stage", config.heldout, asked),
         Node("mining", "draftsmith.stages.replay.mining", config.mining, mined),
     ]
     for name, arm in config.arms.items():

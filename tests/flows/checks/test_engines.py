@@ -11,7 +11,7 @@ import pytest
 from draftsmith.flows.checks import engines
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.planning.graph import Node
-from draftsmith.stages.engines.rollout import RolloutConfig
+from draftsmith.stages.engines.stage import RolloutConfig
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_servers_need_no_more_gpus_than_there_are(
     monkeypatch.setattr(engines, "gpus", lambda: (80e9,) * 2)
     config = RolloutConfig.model_validate({"engine": {"kind": "sglang", "python": sys.executable, "launch": launch}})
     found = Findings()
-    engines._check_gpus(found, [Node("assisted", "draftsmith.stages.engines.rollout", config)])
+    engines._check_gpus(found, [Node("assisted", "draftsmith.stages.engines.stage", config)])
     assert [line.check for line in found.lines] == ["assisted: GPUs"] * errors
 
 
@@ -36,7 +36,7 @@ def test_heads_that_servers_cannot_spread_are_told(over: int, fits: bool, plain_
         engine = {"kind": "sglang", "python": sys.executable, "launch": launch}
         config = RolloutConfig.model_validate({"engine": engine})
         found = Findings()
-        engines.check_heads(found, [Node("heldout", "draftsmith.stages.engines.rollout", config)], plain_artifact)
+        engines.check_heads(found, [Node("heldout", "draftsmith.stages.engines.stage", config)], plain_artifact)
         assert bool(found.lines) == (not fits and not options)
         assert all(f"{over} does not divide the target's 4 heads (2 of keys and values)" in w for w in found.remarks)
         assert found.errors == 0

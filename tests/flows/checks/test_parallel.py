@@ -11,7 +11,7 @@ from draftsmith.flows.checks import engines
 from draftsmith.flows.checks import engines as parallel
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.planning.graph import Node
-from draftsmith.stages.engines.rollout import RolloutConfig
+from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.runtime.stage import RENDEZVOUS
 from draftsmith.stages.training.config import OpdConfig, SftConfig
 
@@ -54,7 +54,7 @@ def test_cores_of_another_machine_than_the_one_that_runs_say_nothing(monkeypatch
     served = {"engine": {"kind": "sglang", "python": "python", "launch": {"servers": 8}}}
     training = SftConfig.model_validate({"parallel": {"processes": 8}})
     nodes = [
-        Node("rollout", "draftsmith.stages.engines.rollout", RolloutConfig.model_validate(served)),
+        Node("rollout", "draftsmith.stages.engines.stage", RolloutConfig.model_validate(served)),
         Node("sft", "draftsmith.stages.training.sft.stage", training),
     ]
     found = Findings()

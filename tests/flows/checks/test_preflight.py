@@ -18,7 +18,7 @@ from draftsmith.stages.catalog import STAGES
 from draftsmith.stages.data.load import DRAFTER_FOLDER, load_prompts
 from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.drafters.champion import ChampionConfig
-from draftsmith.stages.engines.rollout import RolloutConfig
+from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.replay.mining import MiningConfig
 from draftsmith.stages.target.info import read_target_info
@@ -62,7 +62,7 @@ def test_a_rollout_finds_the_prompts_that_it_asks_for(fields: dict[str, int], er
     asked = {"target": "target", "prompts": "prompts"}
     nodes = [
         Node("prompts", "draftsmith.stages.data.prompts", prompts, {"target": "target"}),
-        Node("answers", "draftsmith.stages.engines.rollout", RolloutConfig.model_validate(fields), asked),
+        Node("answers", "draftsmith.stages.engines.stage", RolloutConfig.model_validate(fields), asked),
     ]
     found = Findings()
     check_supplies(found, nodes)
@@ -125,11 +125,9 @@ def test_sampling_with_a_drafter_on_a_cpus_servers_is_an_error_before_anything_r
         check_engines(FirstError(), [Node("speed", "draftsmith.stages.evaluation.stage", config, {"sft": "sft"})])
     rollout = RolloutConfig.model_validate({"engine": engine, "sampling": {"temperature": 1}})
     with pytest.raises(DraftsmithError, match=r"assisted: sampling\.temperature"):
-        check_engines(
-            FirstError(), [Node("assisted", "draftsmith.stages.engines.rollout", rollout, {"drafter": "sft"})]
-        )
+        check_engines(FirstError(), [Node("assisted", "draftsmith.stages.engines.stage", rollout, {"drafter": "sft"})])
     with pytest.raises(DraftsmithError, match=r"sglang \(rollout\): engine\.python"):  # without a drafter it may sample
-        check_engines(FirstError(), [Node("rollout", "draftsmith.stages.engines.rollout", rollout, {})])
+        check_engines(FirstError(), [Node("rollout", "draftsmith.stages.engines.stage", rollout, {})])
 
 
 def test_prompts_that_are_too_long_for_a_later_stage_are_found_once_they_are_made(
@@ -156,7 +154,7 @@ def test_the_champion_is_a_drafter_whose_shape_is_known(tiny_drafter: DrafterArt
         nodes = [
             Node("champion", "draftsmith.stages.drafters.champion", serves, {"target": "target"}),
             Node("sft", "draftsmith.stages.training.sft.stage", SftConfig(), learned),
-            Node("assisted", "draftsmith.stages.engines.rollout", assisted, {"target": "target", "drafter": "sft"}),
+            Node("assisted", "draftsmith.stages.engines.stage", assisted, {"target": "target", "drafter": "sft"}),
         ]
         return check_drafters(FirstError(), nodes, tiny_drafter.target, whole=True)
 

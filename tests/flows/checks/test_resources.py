@@ -13,7 +13,7 @@ from draftsmith.flows.checks.findings import Findings, Level
 from draftsmith.flows.planning.graph import Node, topological_order
 from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.stages.catalog import STAGES
-from draftsmith.stages.engines.rollout import RolloutConfig
+from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.runtime.stage import Config
 from draftsmith.stages.target.config import TargetConfig
 from draftsmith.stages.target.estimate import PROCESS, AnswerCounts, ModelSize, Sizes

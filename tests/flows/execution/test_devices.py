@@ -12,8 +12,8 @@ import pytest
 
 from draftsmith.artifacts.locks import Holder, LockTimeoutError
 from draftsmith.flows.execution import devices
-from draftsmith.stages.engines.rollout import STAGE as ROLLOUT
-from draftsmith.stages.engines.rollout import RolloutConfig
+from draftsmith.stages.engines.stage import STAGE as ROLLOUT
+from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.gate import STAGE as GATE
 from draftsmith.stages.evaluation.stage import STAGE as EVALUATION
 from draftsmith.stages.runtime.stage import Compute

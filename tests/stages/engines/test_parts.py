@@ -10,7 +10,7 @@ import pyarrow as pa
 from draftsmith.artifacts.tables.parquet import write_table
 from draftsmith.artifacts.tables.schemas import TIMINGS
 from draftsmith.stages.engines.base import Completion, Request, VerifyStep
-from draftsmith.stages.engines.partial_answers import SCHEMAS, AnswerParts
+from draftsmith.stages.engines.partial_answers import SCHEMAS, PartialAnswers
 
 SPLITS = {"a": "train", "b": "train"}
 
@@ -22,13 +22,13 @@ def answer(name: str, response: list[int], accepted: list[int] | None = None) ->
     return Completion(request, response, "length", steps, verify_steps=len(accepted or []))
 
 
-def tables_of(parts: AnswerParts, ids: list[str]) -> dict[str, pa.Table]:
+def tables_of(parts: PartialAnswers, ids: list[str]) -> dict[str, pa.Table]:
     """Whole, in the order of the answers."""
     rows = parts.rows(ids)
     return {name: rows[name].take(range(len(ids)), schema.columns.names) for name, schema in SCHEMAS.items()}
 
 
-def contents(parts: AnswerParts, ids: list[str]) -> list[tuple[str, list[int], list[int]]]:
+def contents(parts: PartialAnswers, ids: list[str]) -> list[tuple[str, list[int], list[int]]]:
     """(id, response, accepted of its trace) of every answer."""
     tables = tables_of(parts, ids)
     steps = tables["trace"].to_pylist()
@@ -44,11 +44,11 @@ def contents(parts: AnswerParts, ids: list[str]) -> list[tuple[str, list[int], l
 
 def test_an_answer_made_again_without_a_trace_does_not_keep_the_old_one(tmp_path: Path) -> None:
     """Killed between the trace's shard and the answers', and the servers of the second attempt have no plug-in."""
-    killed = AnswerParts(tmp_path)
+    killed = PartialAnswers(tmp_path)
     killed.append([answer("a/0", [3, 4, 5], [2])], SPLITS, "first")
     killed.append([answer("b/0", [6, 7], [0, 0])], SPLITS, "first")
     (tmp_path / "trajectories" / "shard-00001.parquet").unlink()
-    again = AnswerParts(tmp_path)
+    again = PartialAnswers(tmp_path)
     assert again.finished(with_trace=True) == {"a/0"}
     again.append([answer("b/0", [6, 8])], SPLITS, "second")
     assert contents(again, ["a/0", "b/0"]) == [("a/0", [3, 4, 5], [2]), ("b/0", [6, 8], [])]
@@ -56,7 +56,7 @@ def test_an_answer_made_again_without_a_trace_does_not_keep_the_old_one(tmp_path
 
 
 def test_an_answer_made_again_for_its_trace_has_the_rows_of_its_last_part(tmp_path: Path) -> None:
-    parts = AnswerParts(tmp_path)
+    parts = PartialAnswers(tmp_path)
     parts.append([answer("b/0", [6, 7]), answer("a/0", [3])], SPLITS, "first")  # counted, but not recorded
     write_table(tmp_path / "timings" / "shard-00000.parquet", TIMINGS, _with_steps(parts, 2))
     assert (parts.finished(with_trace=False), parts.finished(with_trace=True)) == ({"a/0", "b/0"}, set())
@@ -66,12 +66,12 @@ def test_an_answer_made_again_for_its_trace_has_the_rows_of_its_last_part(tmp_pa
 
 
 def test_an_answer_that_a_recording_engine_gave_without_its_steps_is_not_made_again(tmp_path: Path) -> None:
-    parts = AnswerParts(tmp_path)
+    parts = PartialAnswers(tmp_path)
     retracted = replace(answer("b/0", [6, 7]), verify_steps=2)
     parts.append([answer("a/0", [3, 4], [1]), retracted], SPLITS, "e")
-    assert AnswerParts(tmp_path).finished(with_trace=True) == {"a/0", "b/0"}
+    assert PartialAnswers(tmp_path).finished(with_trace=True) == {"a/0", "b/0"}
 
 
-def _with_steps(parts: AnswerParts, steps: int) -> list[dict[str, object]]:
+def _with_steps(parts: PartialAnswers, steps: int) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = tables_of(parts, ["a/0", "b/0"])["timings"].to_pylist()
     return [row | {"verify_steps": steps} for row in rows]

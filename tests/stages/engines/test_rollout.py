@@ -16,7 +16,7 @@ from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE, TRAJECTORIES
 from draftsmith.stages.data.load import DRAFTER_FOLDER, load_prompts, load_trajectories
 from draftsmith.stages.drafters.checkpoint import TOKENS_FILE
 from draftsmith.stages.drafters.digest import drafter_digest
-from draftsmith.stages.engines.rollout import STAGE, RolloutConfig, preflight
+from draftsmith.stages.engines.stage import STAGE, RolloutConfig, preflight
 from tests.stages.bench import Bench
 from tests.testbed.context import RecordingContext, StoppingContext
 from tests.testbed.drafter import DrafterArtifacts
@@ -71,7 +71,7 @@ def test_answers_are_the_targets_in_the_order_of_the_prompts(
     assert ctx.summaries["response_tokens"] == sum(len(row["response_ids"]) for row in written)
     assert "tau" not in ctx.summaries
     assert (22, 22, "answers") in ctx.progressed
-    assert ctx.progressed[-1] == (44, 44, "rows put together"), "of trajectories and timings"
+    assert ctx.progressed[-1] == (44, 44, "rows written"), "of trajectories and timings"
 
 
 @pytest.mark.parametrize(("drafter", "temperature"), [(False, 0.0), (True, 1.0)], ids=["plain", "assisted, sampled"])

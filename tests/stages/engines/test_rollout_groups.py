@@ -14,7 +14,7 @@ from draftsmith.artifacts.errors import StageInterrupted
 from draftsmith.artifacts.store.manifest import content_id, describe_files
 from draftsmith.artifacts.tables.parquet import write_table
 from draftsmith.artifacts.tables.schemas import PROMPTS
-from draftsmith.stages.engines.rollout import STAGE, RolloutConfig
+from draftsmith.stages.engines.stage import STAGE, RolloutConfig
 from draftsmith.stages.target.info import INFO_FILE
 from tests.testbed.context import StoppingContext
 from tests.testbed.random_target import TEXT_TOKENS

@@ -14,8 +14,8 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.host import Gpu
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import LaunchConfig, SGLangEngineConfig
-from draftsmith.stages.engines.rollout import RolloutConfig
 from draftsmith.stages.engines.sglang import server
+from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
 
 

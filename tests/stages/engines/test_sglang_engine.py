@@ -18,10 +18,10 @@ from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 from draftsmith.stages.data.load import DRAFTER_FOLDER, load_prompts
 from draftsmith.stages.engines.base import Request
-from draftsmith.stages.engines.rollout import STAGE, RolloutConfig
 from draftsmith.stages.engines.sglang import pool
 from draftsmith.stages.engines.sglang.engine import _MOST_UNANSWERED, SGLangEngine, UnansweredError
 from draftsmith.stages.engines.sglang.handshake import Expected
+from draftsmith.stages.engines.stage import STAGE, RolloutConfig
 from tests.stages.engines.http_server import Refusal, answer, is_probe
 from tests.stages.engines.servers import (
     STAND_IN,

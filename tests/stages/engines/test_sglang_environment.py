@@ -10,8 +10,8 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.engines.rollout import RolloutConfig
 from draftsmith.stages.engines.sglang.environment import environment_warnings, installed, unreachable
+from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from tests.stages.engines.http_server import serving
 

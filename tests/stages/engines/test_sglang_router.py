@@ -16,9 +16,9 @@ from pydantic import ValidationError
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.data.load import DRAFTER_FOLDER
 from draftsmith.stages.engines.base import Request
-from draftsmith.stages.engines.rollout import RolloutConfig
 from draftsmith.stages.engines.sglang import environment, router
 from draftsmith.stages.engines.sglang.handshake import Expected
+from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from tests.stages.engines.http_server import HttpServer, Reply, serving
 from tests.stages.engines.servers import opened, refusing, server_of, speculating

@@ -18,8 +18,8 @@ from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE, VERIFY_STEPS
 from draftsmith.stages.data.load import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.drafters.checkpoint import TOKENS_FILE, load_drafter, save_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
-from draftsmith.stages.engines.rollout import STAGE as ROLLOUT
-from draftsmith.stages.engines.rollout import RolloutConfig
+from draftsmith.stages.engines.stage import STAGE as ROLLOUT
+from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.replay.mining import STAGE, MiningConfig
 from draftsmith.stages.runtime.stage import Shard
 from tests.stages.bench import Bench

@@ -19,8 +19,8 @@ from draftsmith.stages.data.load import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter, read_info
 from draftsmith.stages.drafters.digest import drafter_digest
-from draftsmith.stages.engines.rollout import STAGE as ROLLOUT
-from draftsmith.stages.engines.rollout import RolloutConfig
+from draftsmith.stages.engines.stage import STAGE as ROLLOUT
+from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.replay.mining import STAGE as MINING
 from draftsmith.stages.replay.mining import MiningConfig
 from draftsmith.stages.training.config import OpdConfig

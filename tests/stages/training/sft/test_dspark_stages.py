@@ -17,8 +17,8 @@ from draftsmith.artifacts.tables.schemas import REQUESTS, TRAJECTORIES, VERIFY_S
 from draftsmith.stages.data.load import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.dspark.config import DSparkConfig
-from draftsmith.stages.engines.rollout import STAGE as ROLLOUT
-from draftsmith.stages.engines.rollout import RolloutConfig
+from draftsmith.stages.engines.stage import STAGE as ROLLOUT
+from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.drift import STAGE as DRIFT
 from draftsmith.stages.evaluation.drift import DriftConfig

@@ -14,8 +14,8 @@ from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import REQUESTS
 from draftsmith.stages.data.load import DRAFTER_FOLDER
 from draftsmith.stages.drafters.checkpoint import load_drafter, read_info
-from draftsmith.stages.engines.rollout import STAGE as ROLLOUT
-from draftsmith.stages.engines.rollout import RolloutConfig
+from draftsmith.stages.engines.stage import STAGE as ROLLOUT
+from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.stage import STAGE as EVALUATION
 from draftsmith.stages.replay.mining import STAGE as MINING

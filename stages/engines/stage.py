@@ -1,0 +1,105 @@
+"""Stage `rollout`: the target answers prompts, alone (data for SFT) or with a drafter (data for mining and OPD)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.data.load import PromptRows, check_answer_fits, load_prompts
+from draftsmith.stages.drafters.spec import DraftingConfig
+from draftsmith.stages.engines.config import (
+    NO_REDUCED_HEAD,
+    EmbeddedEngineConfig,
+    EngineConfig,
+    SamplingConfig,
+    SGLangEngineConfig,
+)
+from draftsmith.stages.engines.sglang.environment import programs_of
+from draftsmith.stages.runtime.stage import Compute, Config, Stage
+
+
+class RolloutConfig(Config):
+    """Selects the prompts to answer, the engine, and how tokens are sampled."""
+
+    splits: tuple[str, ...] = ("train",)
+    skip: Annotated[int, Field(ge=0, description="prompts to leave out at the beginning of the splits")] = 0
+    prompts: Annotated[int | None, Field(ge=1, description="how many; left out: all")] = None
+    sampling: SamplingConfig = SamplingConfig()
+    engine: EngineConfig = EmbeddedEngineConfig()
+    drafting: DraftingConfig = DraftingConfig()
+    rows_per_shard: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="answers in one batch: a killed stage loses at most these. The embedded engine decodes them "
+            "together, which decides near-ties of half precision. Left out: 16 per slot, or 32 of servers",
+        ),
+    ] = None
+
+    @model_validator(mode="after")
+    def _engine_has_a_reduced_head(self) -> RolloutConfig:
+        if isinstance(self.engine, SGLangEngineConfig) and self.drafting.head_tokens is not None:
+            raise ValueError(f"drafting.head_tokens: {NO_REDUCED_HEAD}")
+        return self
+
+    def programs(self) -> dict[str, str]:
+        return programs_of(self.engine)
+
+    def counts(self, available: Mapping[str, int]) -> dict[str, int]:
+        """Return how many prompts of each split are answered.
+
+        available: how many prompts each split has, in the order of their rows.
+        """
+        skip, left = self.skip, math.inf if self.prompts is None else self.prompts
+        counts = {}
+        for split, number in available.items():
+            selected = number if split in self.splits else 0
+            counts[split] = int(min(left, max(0, selected - skip)))
+            skip, left = max(0, skip - selected), left - counts[split]
+        return counts
+
+
+def prompt_shortage(config: RolloutConfig, available: int) -> str | None:
+    """Return why `available` prompts of the splits are too few; None if they are enough."""
+    left = available - config.skip
+    if left > 0 and left >= (config.prompts or 0):
+        return None
+    return (
+        f"splits {list(config.splits)} have {available} prompts, {config.skip} are skipped and "
+        f"{config.prompts or 'all others'} wanted. Raise the counts in section prompts, or lower skip or prompts."
+    )
+
+
+def prompts_to_answer(config: RolloutConfig, folder: Path) -> PromptRows:
+    """Load the prompts to answer from an artifact of stage `prompts`. Raises DraftsmithError if there are too few."""
+    available = load_prompts(folder, config.splits)
+    if not (selected := available[config.skip :][: config.prompts]):
+        raise DraftsmithError(f"rollout: {prompt_shortage(config, len(available))}")
+    return selected
+
+
+def preflight(config: RolloutConfig, target: Path) -> None:
+    """Check that the longest answer fits into the target's context."""
+    check_answer_fits(config.sampling.max_new_tokens, target)
+
+
+def _compute(config: RolloutConfig) -> Compute:
+    """Return what the stage needs: nothing of this machine's devices if the servers run already."""
+    running = isinstance(config.engine, SGLangEngineConfig) and config.engine.launch is None
+    return Compute.LIGHT if running else Compute.HEAVY
+
+
+STAGE = Stage(
+    name="rollout",
+    config=RolloutConfig,
+    inputs=("target", "prompts", "drafter?"),
+    body="draftsmith.stages.engines.rollout",
+    preflight=preflight,
+    compute=_compute,
+    volatile=("metrics.jsonl", "timings.parquet", "versions.json"),
+)
