@@ -27,6 +27,7 @@ _BENCHMARK = re.compile(r"python -m (tests\.benchmarks\.\w+)")
 FILES = sorted(
     [
         ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
         *(
             file
             for room in ("artifacts", "configs", "flows", "stages", "tests")
@@ -102,7 +103,7 @@ def test_a_readme_names_every_module_and_room_beside_it(room: str) -> None:
 
 
 def test_flows_tells_every_option_and_what_a_gate_asks_for() -> None:
-    said = (ROOT / "flows" / "README.md").read_text("utf-8")
+    said = "".join((ROOT / "flows" / name).read_text("utf-8") for name in ("README.md", "refresh/README.md"))
     commands = next(action for action in parser()._actions if action.dest == "command")
     assert isinstance(commands.choices, dict)
     options = {option for each in commands.choices.values() for option in _OPTION.findall(each.format_help())}

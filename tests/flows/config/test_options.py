@@ -31,7 +31,9 @@ _YAML = [
 _LAB = list(ROOT.glob("tests/lab/experiments/*.yaml"))
 _PAGES = [
     *(ROOT / name for name in ("README.md", "flows/README.md", "stages/README.md", "artifacts/README.md")),
-    *(ROOT / name for name in ("configs/README.md", "configs/scale/README.md", "stages/engines/sglang/README.md")),
+    *(ROOT / "configs" / name for name in ("README.md", "own-logs.md", "scale/README.md", "team/README.md")),
+    *(ROOT / "flows" / name for name in ("failed-night.md", "promote-by-hand.md", "refresh/README.md")),
+    ROOT / "stages" / "engines" / "sglang" / "README.md",
 ]
 _CODE = re.compile(r"^ *```.*?^ *```$|`[^`]+`", re.MULTILINE | re.DOTALL)
 

@@ -1,4 +1,4 @@
-"""Rows that `configs/README.md` makes of SGLang's own log, by the command that stands there."""
+"""Rows that `configs/own-logs.md` makes of SGLang's own log, by the command that stands there."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from draftsmith.stages.data.logs.filter import ShapeSieve
 from draftsmith.stages.data.rejects import Aside
 from draftsmith.stages.data.row_files import Row
 
-README = Path(__file__).parents[4] / "configs" / "README.md"
+README = Path(__file__).parents[4] / "configs" / "own-logs.md"
 # Of SGLang 0.5.20 for a chat, shortened: fields that nothing reads are left out.
 PARAMS = {"temperature": 0.0, "max_new_tokens": 3, "stop": None, "top_p": 1.0, "top_k": -1, "min_p": 0.0}
 PARAMS |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "logit_bias": None}
