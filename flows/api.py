@@ -24,7 +24,7 @@ from draftsmith.flows.execution.display import Display
 from draftsmith.flows.orchestration.launch import launch
 from draftsmith.flows.orchestration.server import PrefectServer
 from draftsmith.flows.planning.graph import Selection
-from draftsmith.flows.refresh.evaluate import named_drafter
+from draftsmith.flows.refresh.evaluate import resolve_drafter
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.stages.data.load import load_trajectories
 from draftsmith.stages.data.logs.config import LogsConfig
@@ -80,7 +80,7 @@ def load_drafter(source: str | Path, target: Target) -> Drafter:
     text = str(source)
     if text.startswith(_MODELS):
         text = text.removeprefix(_MODELS).replace("/", "@", 1)
-    return checkpoint.load_drafter(named_drafter(text)[1], target)
+    return checkpoint.load_drafter(resolve_drafter(text)[1], target)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,1 +1,1 @@
-"""What can be said before a run: one list of findings, which `check` prints and a run raises the first error of."""
+"""The checks before a run: `draftsmith check` prints all findings, and a run raises the first error."""

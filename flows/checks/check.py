@@ -1,9 +1,8 @@
-"""The checks of a run. `draftsmith check` makes all of them and prints the list; a run raises the first error.
+"""Runs the checks of a config. `draftsmith check` prints all results; a run raises the first error.
 
-An error is something that the run cannot get past, a warning something that will work less well. What could not be
-checked here is neither: a hub that cannot be reached says nothing about the config, and the machine that will run may
-well reach it. A run checks what it knows when it knows it: before its first stage, when the target is there, and when
-the prompts are.
+An error stops the run, a warning means that something will work less well. A skipped check is neither: if the hub
+cannot be reached here, the machine that will run may still reach it. A run makes each check as early as it can: before
+its first stage, when the target is ready, and when the prompts are.
 """
 
 from __future__ import annotations
@@ -18,18 +17,24 @@ from draftsmith.artifacts.home import home
 from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.checks.comparisons import check_gate, check_sampling
-from draftsmith.flows.checks.engines import check_engines, check_heads, check_parallel, check_shared_target
-from draftsmith.flows.checks.findings import Findings, FirstError
+from draftsmith.flows.checks.engines import check_engines, check_parallel, check_shared_target, check_tensor_parallel
+from draftsmith.flows.checks.findings import Findings, RaisingFindings
 from draftsmith.flows.checks.models import (
-    Plans,
+    DrafterPlans,
     check_drafters,
-    check_first_drafters,
-    check_nodes,
+    check_initial_drafters,
+    check_stage_settings,
     check_target,
-    resolve_metadata,
+    fetch_target_metadata,
 )
-from draftsmith.flows.checks.prompts import check_lengths, check_logs, check_longest, check_sources, check_supplies
-from draftsmith.flows.checks.resources import check_accelerators, check_resources
+from draftsmith.flows.checks.prompts import (
+    check_lengths,
+    check_logs,
+    check_max_lengths,
+    check_prompt_counts,
+    check_sources,
+)
+from draftsmith.flows.checks.resources import check_accelerators, check_resources, model_sizes
 from draftsmith.flows.config.options import RunOptions, check_runner
 from draftsmith.flows.execution.machine import check_home, free_disk_bytes
 from draftsmith.flows.orchestration import server
@@ -40,123 +45,137 @@ from draftsmith.stages.target.info import read_target_info
 
 
 def check(config: RunOptions, pipeline: Pipeline, home: Path) -> Findings:
-    """All checks of a config that fits its schema, without loading weights. They leave nothing behind, but for MLflow's
-    database, which is asked for the champion of a line, and an empty object in the bucket of a store."""
-    found = Findings()
-    found.ok("schema", f"{config.name}: every field is known and in range")
-    with found.part("home"):
+    """Make all checks of a valid config, without loading weights, and return their results.
+
+    They leave no files, except MLflow's database, which is asked for the line's champion, and an empty object in the
+    store's bucket.
+    """
+    findings = Findings()
+    findings.ok("schema", f"{config.name}: every field is known and in range")
+    with findings.check("home"):
         new = not home.exists()
         check_home(home, config)
         if new:
             home.rmdir()
         open_store(home).check()
-        found.ok("home", f"{home} can be written, {free_disk_bytes(home) / 1e9:.0f} GB free")
-    with found.part("databases"):
+        findings.ok("home", f"{home} can be written, {free_disk_bytes(home) / 1e9:.0f} GB free")
+    with findings.check("databases"):
         Tracking(home).check_file_system()
         server.check_place(home)
-    with found.part("runner"):
+    with findings.check("runner"):
         check_runner(config.stages)
     for field, program in config.called.items():
         if shutil.which(program) is None:
-            found.warn(field, f"{program}: no such program here that can be run: correct it, or say where it is")
+            findings.warn(field, f"{program}: no such program here. Correct the name or give its path.")
     nodes: list[Node] = []
-    with found.part("graph"):
+    with findings.check("graph"):
         nodes = topological_order(pipeline.nodes(config))
-        found.ok("graph", f"{len(nodes)} nodes: {', '.join(node.name for node in nodes)}")
+        findings.ok("graph", f"{len(nodes)} nodes: {', '.join(node.name for node in nodes)}")
     to_make = nodes
-    with found.part("plan"):
+    with findings.check("plan"):
         planned = plan(config, open_store(home), pipeline)
         nodes = [item.node for item in planned]
         to_make = [item.node for item in planned if item.status is not Status.HIT]
         states = [item.status.value for item in planned]
-        found.ok("plan", ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)))
+        findings.ok("plan", ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)))
         for notice in filter(None, [item.newer_files_notice for item in planned]):
-            found.ok("plan", notice)
-    _without_target(found, nodes, nodes)
+            findings.ok("plan", notice)
+    _without_target(findings, nodes, nodes)
     with tempfile.TemporaryDirectory(prefix="draftsmith-check-") as scratch:
-        if resolve_metadata(found, nodes, Path(scratch)):
-            plans = _with_target(found, nodes, nodes, Path(scratch), whole=False)
-            with found.part("resources"):
-                check_resources(found, nodes, to_make, Path(scratch), plans, home, config.stages.price_per_hour)
+        if fetch_target_metadata(findings, nodes, Path(scratch)):
+            plans = _with_target(findings, nodes, nodes, Path(scratch), whole=False)
+            with findings.check("resources"):
+                sizes = model_sizes(nodes, Path(scratch), plans)
+                check_resources(findings, nodes, to_make, sizes, home, config.stages.price_per_hour)
         else:
-            check_logs(found, nodes, None)
-            check_first_drafters(found, nodes)
-    return found
+            check_logs(findings, nodes, None)
+            check_initial_drafters(findings, nodes)
+    return findings
 
 
-def _without_target(found: Findings, nodes: Sequence[Node], to_make: Sequence[Node]) -> None:
-    """What the config alone says. to_make: the nodes that are not done."""
-    _check_earlier(found, to_make)
-    check_sampling(found, nodes)
-    check_gate(found, nodes)
-    check_supplies(found, nodes)
-    check_sources(found, to_make)
-    check_engines(found, to_make)
-    check_parallel(found, to_make)
+def _without_target(findings: Findings, nodes: Sequence[Node], to_make: Sequence[Node]) -> None:
+    """Make the checks that need only the config. to_make: the nodes that are not in the store."""
+    _check_earlier(findings, to_make)
+    check_sampling(findings, nodes)
+    check_gate(findings, nodes)
+    check_prompt_counts(findings, nodes)
+    check_sources(findings, to_make)
+    check_engines(findings, to_make)
+    check_parallel(findings, to_make)
 
 
-def _check_earlier(found: Findings, to_make: Sequence[Node]) -> None:
-    """The answers that a line's champion was trained on: asked for before held-out prompts are answered."""
+def _check_earlier(findings: Findings, to_make: Sequence[Node]) -> None:
+    """Check that the answers which the line's champion was trained on are in the store.
+
+    Before the run answers held-out prompts, which takes long.
+    """
     for node in to_make:
-        with found.part(node.name):
+        with findings.check(node.name):
             if isinstance(node.config, EarlierConfig) and not is_here(node.config):
                 raise DraftsmithError(
-                    f"{node.config.folder}: the answers of the champion's refresh are not here: restore them, or set "
-                    "logs.replay_share to 0"
+                    f"{node.config.folder}: the answers of the champion's refresh are missing. Restore them, or set "
+                    "logs.replay_share to 0."
                 )
 
 
 def _with_target(
-    found: Findings, nodes: Sequence[Node], to_make: Sequence[Node], artifact: Path, *, whole: bool
-) -> Plans:
-    """What target and drafters say. artifact: of the target; whole: with its weights."""
-    with found.part("target"):
-        check_target(found, to_make, artifact)
-    plans = check_drafters(found, nodes, artifact, whole=whole)
-    check_longest(found, to_make, read_target_info(artifact).max_positions)
-    check_nodes(found, to_make, artifact, whole=whole)
-    check_shared_target(found, to_make, artifact)
-    check_heads(found, to_make, artifact)
-    check_logs(found, to_make, artifact)
-    with found.part("GPUs"):
-        check_accelerators(found)
+    findings: Findings, nodes: Sequence[Node], to_make: Sequence[Node], artifact: Path, *, whole: bool
+) -> DrafterPlans:
+    """Make the checks that need the target; return the drafters' plans.
+
+    artifact: the target's. whole: it has its weights.
+    """
+    with findings.check("target"):
+        check_target(findings, to_make, artifact)
+    plans = check_drafters(findings, nodes, artifact, whole=whole)
+    check_max_lengths(findings, to_make, read_target_info(artifact).max_positions)
+    check_stage_settings(findings, to_make, artifact, whole=whole)
+    check_shared_target(findings, to_make, artifact)
+    check_tensor_parallel(findings, to_make, artifact)
+    check_logs(findings, to_make, artifact)
+    with findings.check("GPUs"):
+        check_accelerators(findings)
     return plans
 
 
 class RunChecks:
-    """The same checks in the course of a run. Raises the first error as DraftsmithError."""
+    """Makes the same checks while a run proceeds. Raises the first error as DraftsmithError."""
 
     def before(self, planned: Sequence[PlannedNode]) -> list[str]:
-        """Check before the first stage. Returns warnings and what was not checked, a line each."""
+        """Check before the first stage. Return warnings and skipped checks, one line each."""
         self._nodes = [item.node for item in planned]
         self._to_make = [item.node for item in planned if item.status is not Status.HIT]
-        found = FirstError()
-        _without_target(found, self._nodes, self._to_make)
-        check_first_drafters(found, self._to_make)
-        return found.remarks
+        findings = RaisingFindings()
+        _without_target(findings, self._nodes, self._to_make)
+        check_initial_drafters(findings, self._to_make)
+        return findings.remarks
 
     def after(self, node: Node, made: Mapping[str, Path]) -> list[str]:
-        """Check when a node is done. made: artifacts by node. Returns lines as above."""
-        found = FirstError()
+        """Check after a node. made: artifacts by node. Return lines as `before`."""
+        findings = RaisingFindings()
         if not self._to_make:
             return []
         if node.stage.name == "target":
             target = made[node.name]
-            plans = _with_target(found, self._nodes, self._to_make, target, whole=True)
-            with found.part("resources"):
-                check_resources(found, self._nodes, self._to_make, target, plans, home())
+            plans = _with_target(findings, self._nodes, self._to_make, target, whole=True)
+            with findings.check("resources"):
+                sizes = model_sizes(self._nodes, target, plans)
+                check_resources(findings, self._nodes, self._to_make, sizes, home())
         elif isinstance(node.config, PromptsConfig):
             positions = read_target_info(made[node.inputs["target"]]).max_positions
-            check_lengths(found, self._to_make, node.name, made[node.name], positions)
-        return found.remarks
+            check_lengths(findings, self._to_make, node.name, made[node.name], positions)
+        return findings.remarks
 
 
-def check_alone(node: Node, inputs: Mapping[str, Path]) -> list[str]:
-    """Check a node that is made alone. inputs: artifacts by the names of the stage's inputs. Returns lines as above."""
-    found = FirstError()
-    check_engines(found, [node])
-    check_parallel(found, [node])
+def check_node(node: Node, inputs: Mapping[str, Path]) -> list[str]:
+    """Check a node that is made alone. Return warnings and skipped checks, one line each.
+
+    inputs: artifacts by the names of the stage's inputs.
+    """
+    findings = RaisingFindings()
+    check_engines(findings, [node])
+    check_parallel(findings, [node])
     if "target" in inputs:
-        check_nodes(found, [node], inputs["target"], whole=True)
-        check_shared_target(found, [node], inputs["target"])
-    return found.remarks
+        check_stage_settings(findings, [node], inputs["target"], whole=True)
+        check_shared_target(findings, [node], inputs["target"])
+    return findings.remarks

@@ -1,4 +1,4 @@
-"""Checks of what is compared: speeds that cannot be judged, and sampling that differs."""
+"""Checks that what an evaluation compares can be compared: enough timed runs, and one sampling."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from draftsmith.stages.target.sampling import SamplingParams
 from draftsmith.stages.training.config import OpdConfig
 
 
-def check_gate(found: Findings, nodes: Sequence[Node]) -> None:
-    """A warning where speed is measured so seldom that the gate will not judge it, and so promote nothing."""
+def check_gate(findings: Findings, nodes: Sequence[Node]) -> None:
+    """Warn if too few timed runs make every speed inconclusive, so that the gate cannot promote."""
     by_name = {node.name: node for node in nodes}
     for node in nodes:
         if not isinstance(node.config, GateConfig) or not node.config.judge_speed:
@@ -31,20 +31,22 @@ def check_gate(found: Findings, nodes: Sequence[Node]) -> None:
         needed = [
             ("evaluation.rounds", measured.rounds, 1 if measured.by_prompt else FEWEST_TURNS),
             ("evaluation.speed_prompts", measured.speed_prompts, fewest),
-            ("the number of held-out prompts,", prompts.wanted("heldout"), fewest),  # of which those are a sample
+            ("the number of held-out prompts,", prompts.wanted("heldout"), fewest),  # speed_prompts are a sample
         ]
-        too_low = [f"{what} {has} (from {least} on)" for what, has, least in needed if has < least]
+        too_low = [f"{what} {has} (at least {least} are needed)" for what, has, least in needed if has < least]
         if too_low:
-            found.warn(
+            findings.warn(
                 node.name,
-                f"will promote nothing, as it judges no speed by {', '.join(too_low)}: raise it, or let tau alone "
-                "decide (gate.judge_speed: false)",
+                f"cannot promote: speed stays inconclusive with {', '.join(too_low)}. Raise it, or let tau alone "
+                "decide (gate.judge_speed: false).",
             )
 
 
-def check_sampling(found: Findings, nodes: Sequence[Node]) -> None:
-    """A warning where tau is measured on answers sampled otherwise than those that OPD learns from to serve under it,
-    or than speed is measured under first."""
+def check_sampling(findings: Findings, nodes: Sequence[Node]) -> None:
+    """Warn if tau is measured on answers that were sampled differently from OPD's or from the first speed setting's.
+
+    Answers of OPD count only if it adapts to their sampling (`opd.verification: auto`).
+    """
     configs = {node.name: node.config for node in nodes}
     learned = {
         node.inputs["trajectories"]
@@ -58,22 +60,22 @@ def check_sampling(found: Findings, nodes: Sequence[Node]) -> None:
         first = settings_of(node.config)[0]
         others["the first speed"] = node.config.sampling.params(first.temperature)
         sampling = _sampling_of(configs[node.inputs["trajectories"]])
-        unlike = ", ".join(f"{name} is {_said(other)}" for name, other in others.items() if other != sampling)
+        unlike = ", ".join(f"{name} is {_describe(other)}" for name, other in others.items() if other != sampling)
         if unlike:
-            found.warn(
+            findings.warn(
                 node.name,
-                f"sampling differs: tau is of answers that are {_said(sampling)} (heldout.sampling), {unlike}: say in "
-                "every `sampling` how the drafter will serve",
+                f"sampling differs: tau is measured on answers that are {_describe(sampling)} (heldout.sampling), "
+                f"{unlike}. Set every `sampling` as the drafter will serve.",
             )
 
 
 def _sampling_of(config: object) -> SamplingParams:
-    """That the answers of a node are drawn by."""
+    """Return the sampling of the answers that a node makes or reads."""
     if isinstance(config, LogsConfig):
         return config.sampling
     assert isinstance(config, RolloutConfig)
     return config.sampling.params()
 
 
-def _said(sampling: SamplingParams) -> str:
+def _describe(sampling: SamplingParams) -> str:
     return "greedy" if sampling.greedy else f"sampled at {sampling.temperature:g}, {sampling.truncation}"

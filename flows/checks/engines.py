@@ -1,4 +1,4 @@
-"""Checks of the engines: SGLang's environment, running servers, GPUs."""
+"""Checks SGLang's environment, running servers, GPUs, and trainings over several processes."""
 
 from __future__ import annotations
 
@@ -14,81 +14,90 @@ from draftsmith.stages.engines.config import GREEDY_ONLY
 from draftsmith.stages.engines.sglang import environment
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
+from draftsmith.stages.target.info import model_path
 
 
-def check_engines(found: Findings, nodes: Sequence[Node]) -> None:
-    """Interpreters, servers that should be running, and what launched servers cannot do here."""
+def check_engines(findings: Findings, nodes: Sequence[Node]) -> None:
+    """Check SGLang's interpreters, servers that should be running, and the GPUs of servers to be launched."""
     for node in nodes:
-        if problem := cannot_sample(node):
-            found.error(node.name, problem)
+        if problem := sampling_problem(node):
+            findings.error(node.name, problem)
     for config, names in sglang_engines(nodes):
         check = f"sglang ({', '.join(names)})"
-        with found.part(check):
+        with findings.check(check):
             config.api_key()
             if config.python is not None:
                 has = environment.installed(config.python)
-                found.ok(check, f"{config.python}: sglang {has.sglang}, torch {has.torch}")
+                findings.ok(check, f"{config.python}: sglang {has.sglang}, torch {has.torch}")
                 if missing := environment.router_missing(config, has):
-                    found.error(check, missing)
+                    findings.error(check, missing)
                 for warning in environment.environment_warnings(config, has):
-                    found.warn(check, warning)
+                    findings.warn(check, warning)
             for url in config.urls:
                 if reason := environment.unreachable(url):
-                    found.skip(check, f"{url} does not answer now ({reason}): start it before the stage runs")
+                    findings.skip(check, f"{url} does not answer now ({reason}). Start it before the stage runs.")
                 else:
-                    found.ok(check, f"{url} answers")
-    _check_gpus(found, nodes)
+                    findings.ok(check, f"{url} answers")
+    _check_gpus(findings, nodes)
 
 
-def _check_gpus(found: Findings, nodes: Sequence[Node]) -> None:
+def _check_gpus(findings: Findings, nodes: Sequence[Node]) -> None:
     here = len(gpus())
     for node in nodes:
         engine = sglang_engine(node)
         if engine is None or engine.launch is None or engine.launch.on_cpu or not here:
             continue
-        servers = 1 if isinstance(node.config, EvaluationConfig) else engine.launch.servers  # one at a time, see there
+        # an evaluation runs one server at a time
+        servers = 1 if isinstance(node.config, EvaluationConfig) else engine.launch.servers
         wanted = servers * engine.launch.gpus
         if here < wanted:
-            found.error(
+            findings.error(
                 f"{node.name}: GPUs",
-                f"{servers} servers of {engine.launch.gpus} GPUs need {wanted}, {here} are here. Lower "
+                f"{servers} servers of {engine.launch.gpus} GPUs need {wanted}, and {here} are here. Lower "
                 "engine.launch.servers, data_parallel or tensor_parallel.",
             )
     if runs_elsewhere(nodes):
-        found.skip("GPUs", "none is visible here, so memory is not compared: check again on the machine that will run")
+        findings.skip(
+            "GPUs", "none is visible here, so memory is not compared. Check again on the machine that will run."
+        )
 
 
-def check_heads(found: Findings, nodes: Sequence[Node], artifact: Path) -> None:
-    """A server spreads the target's heads evenly over its GPUs, which SGLang finds out when it starts. artifact: of the
-    target."""
-    from draftsmith.stages.drafters.checkpoint import read_target_config
-    from draftsmith.stages.target.info import model_path
+def check_tensor_parallel(findings: Findings, nodes: Sequence[Node], artifact: Path) -> None:
+    """Warn if a server cannot divide the target's attention heads evenly over its GPUs.
+
+    SGLang finds that out only when it starts.
+
+    artifact: the target's.
+    """
+    from draftsmith.stages.drafters.checkpoint import read_target_config  # imports torch, and planning must not
 
     for node in nodes:
         engine = sglang_engine(node)
-        if engine is None or engine.launch is None or engine.launch.on_cpu:  # there SGLang fills up what lacks
+        if engine is None or engine.launch is None or engine.launch.on_cpu:  # on CPUs SGLang pads the heads
             continue
-        over = engine.launch.tensor_parallel
-        with found.part(node.name):
+        ranks = engine.launch.tensor_parallel
+        with findings.check(node.name):
             config = read_target_config(model_path(artifact))
             heads, shared = config.num_attention_heads, config.num_key_value_heads
-            if heads % over or (shared % over and over % shared):
-                found.warn(
+            if heads % ranks or (shared % ranks and ranks % shared):
+                findings.warn(
                     node.name,
-                    f"engine.launch.tensor_parallel: {over} does not divide the target's {heads} heads ({shared} of "
-                    "keys and values), and SGLang starts no server of most models then: give a number that does",
+                    f"engine.launch.tensor_parallel: {ranks} does not divide the target's {heads} heads ({shared} of "
+                    "keys and values), and most models then fail to start in SGLang. Give a number that does.",
                 )
 
 
 def runs_elsewhere(nodes: Sequence[Node]) -> bool:
-    """Whether servers are to be launched on GPUs and this machine has none: it is not the one that will run."""
+    """Return whether servers need GPUs and this machine has none, so another machine will run the config."""
     engines = [engine for node in nodes if (engine := sglang_engine(node)) is not None]
     return not gpus() and any(engine.launch is not None and not engine.launch.on_cpu for engine in engines)
 
 
-def cannot_sample(node: Node) -> str | None:
-    """Why a launched server would change sampled answers there; None if it would not. Of running servers the handshake
-    finds it."""
+def sampling_problem(node: Node) -> str | None:
+    """Return why a launched server would change sampled answers, None if it would not.
+
+    Servers that run already are checked by the handshake.
+    """
     engine, config = sglang_engine(node), node.config
     if not drafts_on_sglang(node) or engine is None or engine.launch is None or not engine.launch.on_cpu:
         return None
@@ -98,37 +107,36 @@ def cannot_sample(node: Node) -> str | None:
     return f"sampling.temperature: {GREEDY_ONLY}" if sampled else None
 
 
-def check_shared_target(found: Findings, nodes: Sequence[Node], artifact: Path) -> None:
-    """A target that processes are to share can be divided among them. artifact: of the target."""
-    from draftsmith.stages.target.info import model_path
-    from draftsmith.stages.target.loading import check_divides
+def check_shared_target(findings: Findings, nodes: Sequence[Node], artifact: Path) -> None:
+    """Check that a target that processes share can be divided among them. artifact: the target's."""
+    from draftsmith.stages.target.loading import check_divides  # imports torch, and planning must not
 
     for node in nodes:
         parallel = node.stage.parallel(node.config) if node.stage.parallel is not None else None
         if parallel is None or parallel.target_parallel == 1:
             continue
         check = f"{node.name}: target"
-        with found.part(check):
+        with findings.check(check):
             check_divides(model_path(artifact), parallel.target_parallel)
-            found.ok(check, f"{parallel.target_parallel} processes share a copy")
+            findings.ok(check, f"{parallel.target_parallel} processes share a copy")
 
 
-def check_parallel(found: Findings, nodes: Sequence[Node]) -> None:
-    """A GPU for every process, where there are GPUs, and a rendezvous for several nodes."""
+def check_parallel(findings: Findings, nodes: Sequence[Node]) -> None:
+    """Check that every process has a GPU, if there are any, and that several nodes have a rendezvous."""
     here, elsewhere = len(gpus()), runs_elsewhere(nodes)
     for node in nodes:
         parallel = node.stage.parallel(node.config) if node.stage.parallel is not None else None
         if parallel is None or parallel.world == 1:
             continue
         check, count = f"{node.name}: processes", parallel.processes
-        with found.part(check):
+        with findings.check(check):
             meet = "" if parallel.nodes == 1 else f" on each of {parallel.nodes} nodes that meet at %s:%d"
             text = f"{count}{meet % parallel.endpoint() if meet else ''}"
             if 0 < here < count:
-                found.error(check, f"{text} need a GPU each, {here} are here. Lower parallel.processes.")
+                findings.error(check, f"{text} need a GPU each, and {here} are here. Lower parallel.processes.")
             elif not here and not elsewhere and count > (os.cpu_count() or 1):
-                found.warn(
-                    check, f"{text}, more than this machine has cores ({os.cpu_count()}): that only makes it slower"
+                findings.warn(
+                    check, f"{text} are more than this machine's {os.cpu_count()} cores, which only makes it slower."
                 )
             else:
-                found.ok(check, text)
+                findings.ok(check, text)

@@ -1,4 +1,4 @@
-"""Checks of target and drafters from their small files: what they are, and whether they belong together."""
+"""Checks from their small files what target and drafters are, and that they fit each other."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.flows.checks.drafters import drafters_of, drafts_on_sglang, trains_anew
+from draftsmith.flows.checks.drafters import creates_drafter, drafter_origins, drafts_on_sglang
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.planning.graph import Node
 from draftsmith.stages.data.chat_template import token_ids
@@ -18,58 +18,60 @@ from draftsmith.stages.drafters.registry import DrafterConfig
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.target.config import TargetConfig
 from draftsmith.stages.target.estimate import target_size
+from draftsmith.stages.target.info import model_path, read_target_info
+from draftsmith.stages.target.metadata import UnreachableError, fetch_metadata, metadata_artifact
+from draftsmith.stages.target.resolve import load_tokenizer
 from draftsmith.stages.training.config import SftConfig
 
 if TYPE_CHECKING:
     from draftsmith.stages.drafters.checkpoint import DrafterPlan
 
-Plans = Mapping[str, "DrafterPlan"]  # of the drafters that a run begins with, by node
+DrafterPlans = Mapping[str, "DrafterPlan"]  # node -> the drafter that a run starts with there
 
 
-def resolve_metadata(found: Findings, nodes: Sequence[Node], artifact: Path) -> bool:
-    """Write what is known of the target without its weights as a target artifact. False if nothing is."""
-    from draftsmith.stages.target.metadata import UnreachableError, metadata_artifact
-
+def fetch_target_metadata(findings: Findings, nodes: Sequence[Node], artifact: Path) -> bool:
+    """Write a target artifact without weights. Return False if the config has no target or it cannot be reached."""
     target = next((node.config for node in nodes if isinstance(node.config, TargetConfig)), None)
     if target is None:
         return False
-    with found.part("target"):
+    with findings.check("target"):
         try:
             metadata_artifact(target, artifact)
         except UnreachableError as error:
             left_out = "tokenizer, chat template, drafter, context, memory, disk"
-            found.skip("target", f"{error}; not checked: {left_out}", unreachable=True)
+            findings.skip("target", f"{error}. Not checked: {left_out}.", unreachable=True)
             return False
         return True
     return False
 
 
-def check_target(found: Findings, nodes: Sequence[Node], artifact: Path) -> None:
-    """What the target is, and that its chat template takes what the prompts give it. artifact: of the target."""
-    from draftsmith.stages.target.info import model_path, read_target_info
-
+def check_target(findings: Findings, nodes: Sequence[Node], artifact: Path) -> None:
+    """Report what the target is, and check that its chat template takes the prompts. artifact: the target's."""
     info, size = read_target_info(artifact), target_size(model_path(artifact))
-    found.ok(
+    findings.ok(
         "target",
         f"{info.source}: {info.architecture}, {size.parameters / 1e6:,.0f}M parameters, {info.num_layers} layers, "
         f"hidden {info.hidden_size}, vocabulary {info.vocab_size}, {info.max_positions} positions, {info.dtype}",
     )
     config = next((node.config for node in nodes if isinstance(node.config, TargetConfig)), None)
     if config is not None and info.kind == "hub" and config.revision is None:
-        found.warn("target.revision", f"not set: now {info.revision}, reused until `--force target` takes a newer one")
+        findings.warn(
+            "target.revision",
+            f"not set. Now {info.revision}, which is reused until `--force target` takes a newer one.",
+        )
     for node in nodes:
         if isinstance(node.config, PromptsConfig):
-            with found.part("chat template"):
-                _check_template(found, node.config, model_path(artifact))
+            with findings.check("chat template"):
+                _check_template(findings, node.config, model_path(artifact))
 
 
-def _check_template(found: Findings, config: PromptsConfig, folder: Path) -> None:
-    """The template takes a system prompt and the kwargs; a kwarg that changes nothing is told."""
-    from draftsmith.stages.target.resolve import load_tokenizer
-
+def _check_template(findings: Findings, config: PromptsConfig, folder: Path) -> None:
+    """Check that the template takes a system prompt and the kwargs; warn of a kwarg that it does not read."""
     tokenizer = load_tokenizer(folder)
     if not tokenizer.chat_template:
-        found.warn("chat template", "the target has none: prompts are plain text, chat_template_kwargs are ignored")
+        findings.warn(
+            "chat template", "the target has none. Prompts are plain text, and chat_template_kwargs are ignored."
+        )
         return
     messages = [{"role": "user", "content": "Hello"}]
     if system := config.system:
@@ -78,81 +80,85 @@ def _check_template(found: Findings, config: PromptsConfig, folder: Path) -> Non
     try:
         ids = token_ids(tokenizer, candidate, config.chat_template_kwargs)
     except DraftsmithError as error:
-        system_too = f" behind a system prompt: leave out {config.section}.system" if system else ": correct it"
-        raise DraftsmithError(f"the target's refuses a question ({error.__cause__}){system_too}") from error
+        refused, remedy = "a question", "Correct it."
+        if system:
+            refused, remedy = "a question after a system prompt", f"Remove {config.section}.system."
+        raise DraftsmithError(f"the target's rejects {refused} ({error.__cause__}). {remedy}") from error
     for name in config.chat_template_kwargs:
         if name not in str(tokenizer.chat_template):
-            found.warn(
+            findings.warn(
                 "chat template",
-                f"it does not read {name}: correct {config.section}.chat_template_kwargs or leave it out",
+                f"it does not read {name}. Correct {config.section}.chat_template_kwargs or remove it.",
             )
     given = ", ".join(f"{name}={value}" for name, value in config.chat_template_kwargs.items())
-    found.ok("chat template", f"works{f' with {given}' if given else ''}: {len(ids)} tokens around one word")
+    findings.ok("chat template", f"works{f' with {given}' if given else ''}: {len(ids)} tokens around one word")
 
 
-def check_nodes(found: Findings, nodes: Sequence[Node], artifact: Path, *, whole: bool) -> None:
-    """Every stage's own checks of its config against the target.
+def check_stage_settings(findings: Findings, nodes: Sequence[Node], artifact: Path, *, whole: bool) -> None:
+    """Run every stage's own check of its settings against the target.
 
-    whole: the target has its weights, and those of a drafter to start from may be fetched; else from small files only.
+    whole: the target has its weights, and a drafter's weights may be fetched; else only small files are read.
     """
     for node in nodes:
-        if isinstance(node.config, SftConfig) and not (trains_anew(node) and whole):
-            continue  # it goes on with a drafter of this run, not with what its section says of a new one
+        if isinstance(node.config, SftConfig) and not (creates_drafter(node) and whole):
+            continue  # it continues a drafter of this run; section sft describes a new one
         if (check := node.stage.preflight) is not None:
-            with found.part(node.name):
+            with findings.check(node.name):
                 check(node.config, artifact)
-                found.ok(node.name, "its settings fit the target")
+                findings.ok(node.name, "its settings fit the target")
 
 
-def check_first_drafters(found: Findings, nodes: Sequence[Node]) -> None:
-    """Look for every drafter that a run starts from, on the hub where it is no folder here."""
-    from draftsmith.stages.target.metadata import UnreachableError
-
+def check_initial_drafters(findings: Findings, nodes: Sequence[Node]) -> None:
+    """Check that every drafter that a run starts from is a folder here or on the hub."""
     for node in nodes:
-        if isinstance(node.config, SftConfig) and trains_anew(node) and node.config.init_from:
+        if isinstance(node.config, SftConfig) and creates_drafter(node) and node.config.init_from:
             check = f"{node.name}: drafter"
-            with found.part(check):
+            with findings.check(check):
                 try:
                     _drafter_metadata(node.config.init_from, node.config.init_revision)
                 except UnreachableError as error:
-                    found.skip(check, str(error), unreachable=True)
+                    findings.skip(check, str(error), unreachable=True)
 
 
-def check_drafters(found: Findings, nodes: Sequence[Node], artifact: Path, *, whole: bool) -> Plans:
-    """Every drafter that a run begins with, and what is asked of it where it drafts. artifact, whole: as above."""
+def check_drafters(findings: Findings, nodes: Sequence[Node], artifact: Path, *, whole: bool) -> DrafterPlans:
+    """Check every drafter that a run starts with, and the settings of the nodes that draft with it.
+
+    artifact: the target's. whole: as of `check_stage_settings`. Returns the drafters as they are trained.
+    """
     plans: dict[str, DrafterPlan] = {}
-    serving: dict[str, DrafterPlan] = {}  # champions, before they become anything else
+    serving: dict[str, DrafterPlan] = {}  # champions as they serve: training may change their kind
     served = [node.name for node in nodes if drafts_on_sglang(node)]
     for node in nodes:
-        if isinstance(node.config, SftConfig) and trains_anew(node):
-            with found.part(f"{node.name}: drafter"):
-                if plan := _check_drafter(found, node.name, node.config, artifact, served, whole=whole):
+        if isinstance(node.config, SftConfig) and creates_drafter(node):
+            with findings.check(f"{node.name}: drafter"):
+                if plan := _check_drafter(findings, node.name, node.config, artifact, served, whole=whole):
                     plans[node.name] = plan
         elif isinstance(node.config, ChampionConfig):
-            with found.part(node.name):
-                goes_on = [each for each in nodes if each.inputs.get("drafter") == node.name]
-                sft = next((each.config for each in goes_on if isinstance(each.config, SftConfig)), None)
-                serving[node.name], plans[node.name] = _check_champion(found, node.name, node.config, artifact, sft)
+            with findings.check(node.name):
+                readers = [reader.config for reader in nodes if reader.inputs.get("drafter") == node.name]
+                sft = next((config for config in readers if isinstance(config, SftConfig)), None)
+                serving[node.name], plans[node.name] = _check_champion(findings, node.name, node.config, artifact, sft)
     by_name = {node.name: node for node in nodes}
     for node in nodes:
-        # who reads a champion itself has it as it serves, not as what it is trained on as
+        # nodes other than SFT read a champion as it serves
         known = plans if isinstance(node.config, SftConfig) else {**plans, **_read_by(node, serving)}
-        for plan in (known[origin.name] for origin in drafters_of(node, by_name) if origin.name in known):
-            _check_drafting(found, node, plan)
+        for plan in (known[origin.name] for origin in drafter_origins(node, by_name) if origin.name in known):
+            _check_drafting(findings, node, plan)
     return plans
 
 
-def _read_by(node: Node, plans: Plans) -> Plans:
+def _read_by(node: Node, plans: DrafterPlans) -> DrafterPlans:
     return {source: plans[source] for source in node.inputs.values() if source in plans}
 
 
 def _check_drafter(
-    found: Findings, node: str, config: SftConfig, artifact: Path, served: Sequence[str], *, whole: bool
+    findings: Findings, node: str, config: SftConfig, artifact: Path, served: Sequence[str], *, whole: bool
 ) -> DrafterPlan | None:
-    """Layer ids, mask token, block size and shape: of the checkpoint to start from, or of the new drafter.
+    """Check layer ids, mask token, block size and shape of the checkpoint to start from or of a new drafter.
 
-    served: nodes in which SGLang drafts with it.
+    served: nodes in which SGLang drafts with it. None if the checkpoint cannot be reached.
     """
+    # these import torch, and planning must not
     from draftsmith.stages.drafters.checkpoint import (
         architecture_of,
         check_whole,
@@ -163,9 +169,6 @@ def _check_drafter(
         read_target_config,
     )
     from draftsmith.stages.drafters.checkpoint_format import NoMaskTokenError, unservable_layers
-    from draftsmith.stages.target.info import model_path, read_target_info
-    from draftsmith.stages.target.metadata import UnreachableError
-    from draftsmith.stages.target.resolve import load_tokenizer
 
     name, folder, info = f"{node}: drafter", model_path(artifact), read_target_info(artifact)
     target_config = read_target_config(folder)
@@ -178,14 +181,14 @@ def _check_drafter(
             fetch = drafter_source if whole else _drafter_metadata
             source = fetch(config.init_from, config.init_revision)
         except UnreachableError as error:
-            found.skip(name, f"{error}; not checked: its layers, mask token, memory, disk", unreachable=True)
+            findings.skip(name, f"{error}. Not checked: layers, mask token, memory, disk.", unreachable=True)
             return None
         where = config.init_from
         plan = plan_of_checkpoint(source, target_config, where, tokenizer, config.drafter)
-        kept = plan.kind == kind_of(architecture_of(source))  # else it becomes what the section says
-        if kept and config.drafter != SftConfig.model_fields["drafter"].default:
-            found.warn(name, f"section drafter is not used: {where} has its own shape; remove the section")
-        if source == Path(config.init_from).expanduser():  # of the hub's only small files are here
+        keeps_kind = plan.kind == kind_of(architecture_of(source))  # else it becomes the kind of section drafter
+        if keeps_kind and config.drafter != SftConfig.model_fields["drafter"].default:
+            findings.warn(name, f"section drafter is not used: {where} has its own shape. Remove the section.")
+        if source == Path(config.init_from).expanduser():  # of a hub checkpoint, only small files are here
             check_whole(source)
     else:
         try:
@@ -194,26 +197,25 @@ def _check_drafter(
             raise DraftsmithError(f"{error}: {', '.join(map(str, info.mask_candidates[:4]))}, …") from error
     if reason := unservable_layers(plan.target_layer_ids, target_config.num_hidden_layers):
         if served:
-            what = f"change {node}.drafter.target_layer_ids"
-            if config.init_from:  # its layers are what it was trained on
-                what = "take another drafter, or the embedded engine there"
-            found.error(name, f"{reason}, and SGLang is to draft with it in {', '.join(served)}: {what}")
+            remedy = f"Change {node}.drafter.target_layer_ids."
+            if config.init_from:  # it was trained on its layers
+                remedy = "Use another drafter, or the embedded engine there."
+            findings.error(name, f"{reason}, and SGLang drafts with it in {', '.join(served)}. {remedy}")
         else:
-            found.warn(name, f"{reason}: this drafter will work in the embedded engine only")
-    found.ok(name, f"{where}: {plan.description}, {plan.parameters / 1e6:,.1f}M parameters")
+            findings.warn(name, f"{reason}. This drafter works in the embedded engine only.")
+    findings.ok(name, f"{where}: {plan.description}, {plan.parameters / 1e6:,.1f}M parameters")
     return plan
 
 
 def _check_champion(
-    found: Findings, node: str, config: ChampionConfig, artifact: Path, sft: SftConfig | None
+    findings: Findings, node: str, config: ChampionConfig, artifact: Path, sft: SftConfig | None
 ) -> tuple[DrafterPlan, DrafterPlan]:
-    """That its checkpoint is there and fits the target. As it serves, and as it is trained on.
+    """Check that the champion's checkpoint is there and fits the target. Return it as it serves and as it is trained.
 
-    sft: of what goes on with it, if anything does.
+    sft: the training that continues it, if any.
     """
+    # imports torch, and planning must not
     from draftsmith.stages.drafters.checkpoint import kind_after, plan_of_checkpoint, read_target_config
-    from draftsmith.stages.target.info import model_path
-    from draftsmith.stages.target.resolve import load_tokenizer
 
     where, folder = f"{config.line} version {config.version}", model_path(artifact)
     target_config = read_target_config(folder)
@@ -223,51 +225,51 @@ def _check_champion(
         return plan_of_checkpoint(checkpoint, target_config, where, lambda: load_tokenizer(folder), shape)
 
     serves = planned(None)
-    found.ok(node, f"{where}: {serves.description}, {serves.parameters / 1e6:,.1f}M parameters")
+    findings.ok(node, f"{where}: {serves.description}, {serves.parameters / 1e6:,.1f}M parameters")
     trained = serves if shape is None or kind_after(serves.kind, shape) == serves.kind else planned(shape)
     if trained is not serves:
-        found.ok(node, f"it goes on as: {trained.description}, {trained.parameters / 1e6:,.1f}M parameters")
-    if shape is not None and (ignored := _not_as_said(shape, trained)):
-        found.warn(
+        findings.ok(node, f"it is trained as: {trained.description}, {trained.parameters / 1e6:,.1f}M parameters")
+    if shape is not None and (ignored := _ignored_fields(shape, trained)):
+        findings.warn(
             node,
-            f"sft.drafter: {', '.join(ignored)}: not used, as the line goes on from its champion and keeps its "
-            "shape; take it out, or begin again as the section says: --set registry.restart=true",
+            f"sft.drafter: {', '.join(ignored)}: not used, because the line continues from its champion and keeps its "
+            "shape. Remove it, or start again from the section with --set registry.restart=true.",
         )
     return serves, trained
 
 
-def _not_as_said(shape: DrafterConfig, plan: DrafterPlan) -> list[str]:
-    """What a section says of a drafter that this one is not."""
+def _ignored_fields(shape: DrafterConfig, plan: DrafterPlan) -> list[str]:
+    """Return the fields of section drafter that the champion's shape overrides."""
     if shape == SftConfig.model_fields["drafter"].default:
         return []
     fields, given = type(shape).model_fields, shape.model_fields_set
-    whole = given == fields.keys()  # one that was sent: nobody knows what its file says
+    whole = given == fields.keys()  # a deployment sends every field: those of its file are unknown
     sizes = {"num_layers": plan.config.num_hidden_layers, "block_size": plan.block_size}
-    said = {"kind": shape.kind} | {
+    asked = {"kind": shape.kind} | {
         name: getattr(shape, name)
         for name in sizes
         if name in fields and (getattr(shape, name) != fields[name].default if whole else name in given)
     }
-    is_now = {"kind": plan.kind, **sizes}
-    return [f"{name} {value} (the champion: {is_now[name]})" for name, value in said.items() if value != is_now[name]]
+    champion = {"kind": plan.kind, **sizes}
+    return [
+        f"{name} {value} (the champion: {champion[name]})" for name, value in asked.items() if value != champion[name]
+    ]
 
 
 def _drafter_metadata(source: str, revision: str | None) -> Path:
-    """The folder, or the small files of a hub checkpoint."""
-    from draftsmith.stages.target.metadata import fetch_metadata
-
+    """Return the folder of a drafter, or of a hub checkpoint's small files."""
     folder = Path(source).expanduser()
     return folder if folder.is_dir() else fetch_metadata(source, revision, "sft.init_from")
 
 
-def _check_drafting(found: Findings, node: Node, plan: DrafterPlan) -> None:
-    """What a node asks of its drafter, against what that can do."""
-    with found.part(node.name):
+def _check_drafting(findings: Findings, node: Node, plan: DrafterPlan) -> None:
+    """Check a node's drafting settings against its drafter."""
+    with findings.check(node.name):
         getattr(node.config, "drafting", DraftingConfig()).block_of(plan.block_size)
     sizes = getattr(node.config, "block_sizes", None)
     if sizes and max(sizes) < plan.block_size:
-        found.warn(node.name, f"block_sizes: {list(sizes)} leave out {plan.block_size}, as it is trained")
+        findings.warn(node.name, f"block_sizes: {list(sizes)} lack {plan.block_size}, the trained block size.")
     if over := [size for size in sizes or () if size > plan.block_size]:
-        found.warn(
-            node.name, f"block_sizes {over} are larger than the trained {plan.block_size}, which is taken instead"
+        findings.warn(
+            node.name, f"block_sizes: {over} are larger than the trained {plan.block_size}, which is used instead."
         )

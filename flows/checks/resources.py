@@ -1,4 +1,4 @@
-"""What each stage of a run needs, one line a stage: memory, disk, time and cost, beside what the machine has."""
+"""Estimates the memory, disk space, time and cost of each node, and compares them with what the machine has."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from draftsmith.flows.checks.drafters import is_drafter
 from draftsmith.flows.checks.engines import runs_elsewhere
 from draftsmith.flows.checks.estimates import NEEDS, Need
 from draftsmith.flows.checks.findings import Findings
-from draftsmith.flows.checks.models import Plans
+from draftsmith.flows.checks.models import DrafterPlans
 from draftsmith.flows.execution.machine import free_disk_bytes, gpu_model, gpu_names, gpus
 from draftsmith.flows.planning.graph import Node
 from draftsmith.stages.data.prompt_config import SPLITS
@@ -23,8 +23,8 @@ from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.target.estimate import DTYPE_BYTES, PROCESS, ModelSize, Sizes, Use, target_size
 from draftsmith.stages.target.info import model_path, read_target_info
 
-_TIGHT, _TOO_MUCH = 0.85, 1.35  # of what is there: estimates are meant to be right within a third
-_SGLANG_FRACTION = 0.85  # of a GPU's memory that SGLang takes by itself, about
+_TIGHT, _TOO_MUCH = 0.85, 1.35  # needed / available: estimates are meant to be right within a third
+_SGLANG_FRACTION = 0.85  # of a GPU's memory that SGLang takes by default, about
 _ADVICE = {
     "rollout": "lower engine.slots or sampling.max_new_tokens",
     "logs": "lower logs.max_tokens",
@@ -35,60 +35,60 @@ _ADVICE_TRAINING = "lower micro_batch_tokens, feature_memory_mb, sequences_per_s
 
 
 @dataclass(frozen=True)
-class Rate:
-    """Work a second of one device with a target of so many parameters; of a larger one it is proportionally less."""
+class MeasuredRate:
+    """Work per second that was measured on one device; with a larger target it is proportionally less."""
 
-    device: str  # in the name of a GPU; `CPU`
+    device: str  # part of a GPU's name, or `CPU`
     work: str  # as in `Need.work`
     a_second: float
-    parameters: float
+    parameters: float  # of the target
     where: str
 
 
-# tests/benchmarks/README.md. No GPU's was measured.
+# from tests/benchmarks/README.md; no GPU was measured
 _ON = "SmolLM2-135M on 2 cores of AMD Zen 4"
-MEASURED = (
-    Rate("CPU", "decode", 501, 135e6, f"{_ON}, 32 in flight"),
-    Rate("CPU", "replay", 318, 135e6, _ON),
-    Rate("CPU", "train", 348, 135e6, f"{_ON}, one thread"),
+MEASURED_RATES = (
+    MeasuredRate("CPU", "decode", 501, 135e6, f"{_ON}, 32 in flight"),
+    MeasuredRate("CPU", "replay", 318, 135e6, _ON),
+    MeasuredRate("CPU", "train", 348, 135e6, f"{_ON}, one thread"),
 )
 
 
-def check_accelerators(found: Findings) -> None:
-    """Whether torch computes on the GPUs that this machine has."""
+def check_accelerators(findings: Findings) -> None:
+    """Warn if torch cannot use the GPUs of this machine."""
     if not (names := gpu_names()):
         return
-    import torch
+    import torch  # planning must not import it
 
     if not torch.cuda.is_available():
-        found.warn(
+        findings.warn(
             "GPUs",
-            f"{', '.join(names)}: torch {torch.__version__} can use none, so stages compute on the CPU: install a "
-            "build for CUDA, or a newer driver; CUDA_VISIBLE_DEVICES= (empty) says that this is wanted",
+            f"{', '.join(names)}: torch {torch.__version__} can use none, so stages compute on the CPU. Install a "
+            "build for CUDA or a newer driver, or set CUDA_VISIBLE_DEVICES= (empty) to hide this warning.",
         )
 
 
 def check_resources(
-    found: Findings,
+    findings: Findings,
     nodes: Sequence[Node],
     to_make: Sequence[Node],
-    artifact: Path,
-    plans: Plans,
+    sizes: Sizes | None,
     home: Path,
     price: float | None = None,
 ) -> None:
-    """Add a line a node that is to be made, and one for all. artifact: of the target; plans: of drafters trained anew;
-    price: of an hour of a GPU, or of the machine where it has none."""
-    sizes = _sizes(nodes, artifact, plans)
+    """Add a line for each node in `to_make`, and one for the whole run.
+
+    sizes: from `model_sizes`. price: of an hour of a GPU, or of the machine if it has none.
+    """
     if sizes is None:
-        found.skip("resources", "not estimated: the drafter's shape is not known here")
+        findings.skip("resources", "not estimated, because the drafter's shape is not known here")
         return
     needs, history = _needs(nodes, sizes), _History(open_store(home).list(), nodes)
     elsewhere, disk, temporary, seconds, hours, unknown = runs_elsewhere(nodes), 0.0, 0.0, 0.0, 0.0, []
     for node in to_make:
         need = needs.get(node.name, Need())
         took, how = _time(node, need, history, sizes, elsewhere=elsewhere)
-        if node.name not in needs and took is None:  # tables and files: seconds
+        if node.name not in needs and took is None:  # it takes seconds
             continue
         disk, temporary = disk + need.disk, max(temporary, need.temporary_disk)
         parts = [f"disk {format_bytes(need.disk)}"] if need.disk else []
@@ -99,15 +99,19 @@ def check_resources(
         parts.append(f"time {how}")
         if took is not None and (cost := _cost(took * need.devices / 3600, price)):
             parts.append(cost)
-        _compare(found, node, need, ", ".join(parts), elsewhere=elsewhere)
+        _compare(findings, node, need, ", ".join(parts), elsewhere=elsewhere)
     if to_make:
-        _compare_disk(found, disk + temporary, home)
+        _compare_disk(findings, disk + temporary, home)
         left_out = f"; not measured: {', '.join(unknown)}" if unknown else ""
         cost = _cost(hours, price)
-        found.ok("time", f"about {format_duration(seconds)}{f', {cost}' if cost else ''}{left_out}")
+        findings.ok("time", f"about {format_duration(seconds)}{f', {cost}' if cost else ''}{left_out}")
 
 
-def _sizes(nodes: Sequence[Node], artifact: Path, plans: Plans) -> Sizes | None:
+def model_sizes(nodes: Sequence[Node], artifact: Path, plans: DrafterPlans) -> Sizes | None:
+    """Return the sizes of the target and of a run's largest drafter; None without prompts or a drafter.
+
+    artifact: the target's.
+    """
     prompts = next((node.config for node in nodes if isinstance(node.config, PromptsConfig)), None)
     plan = max(plans.values(), key=lambda plan: plan.parameters, default=None)
     if prompts is None or plan is None:
@@ -128,24 +132,24 @@ def _sizes(nodes: Sequence[Node], artifact: Path, plans: Plans) -> Sizes | None:
 
 
 def _needs(nodes: Sequence[Node], sizes: Sizes) -> dict[str, Need]:
-    """Return what each node needs whose stage says it. nodes: each after its inputs."""
-    found: dict[str, Need] = {}
+    """Return the need of each node whose stage has an estimate. nodes: in topological order."""
+    needs: dict[str, Need] = {}
     by_name = {node.name: node for node in nodes}
     for node in nodes:
-        if (need := NEEDS.get(node.stage.name)) is None:
+        if (estimate := NEEDS.get(node.stage.name)) is None:
             continue
         prompts = by_name[node.inputs["prompts"]].config if "prompts" in node.inputs else None
         counts: dict[str, int] = {}
         if isinstance(prompts, PromptsConfig):
             counts = {split: prompts.wanted(split) for split in SPLITS}
-        source = found.get(node.inputs.get("trajectories", ""))
+        source = needs.get(node.inputs.get("trajectories", ""))
         drafters = sum(is_drafter(name) for name in node.inputs)
-        found[node.name] = need(node.config, Use(sizes, counts, drafters, source.makes if source else None))
-    return found
+        needs[node.name] = estimate(node.config, Use(sizes, counts, drafters, source.makes if source else None))
+    return needs
 
 
-def _compare(found: Findings, node: Node, need: Need, rest: str, *, elsewhere: bool) -> None:
-    """Add a node's line: an error where it cannot fit, a warning where it is tight. elsewhere: on another machine."""
+def _compare(findings: Findings, node: Node, need: Need, rest: str, *, elsewhere: bool) -> None:
+    """Add a node's line: an error if it cannot fit, a warning if it is tight. elsewhere: it runs on another machine."""
     host = need.tables + (PROCESS + need.loaded if gpus() else need.memory)
     sizes = {"memory": (host, memory_bytes() / need.processes)} if host else {}
     if gpus() and need.memory:
@@ -164,34 +168,34 @@ def _compare(found: Findings, node: Node, need: Need, rest: str, *, elsewhere: b
     ]
     text = ", ".join([*parts, rest])
     if fullest > _TOO_MUCH and not elsewhere:
-        found.error(check, f"{text}: too much. {advice.capitalize()}.")
+        findings.error(check, f"{text}: too much. {advice.capitalize()}.")
     elif fullest > _TIGHT and not elsewhere:
-        found.warn(check, f"{text}: tight. {advice.capitalize()}.")
+        findings.warn(check, f"{text}: tight. {advice.capitalize()}.")
     else:
-        found.ok(check, text)
+        findings.ok(check, text)
 
 
 def _usable(node: Node, servers: int) -> float:
-    """Return the bytes that a launched server may take of each GPU."""
+    """Return how many bytes of each GPU a launched server may use."""
     launch = node.config.engine.launch  # type: ignore[attr-defined]
     if launch.on_cpu:
         return memory_bytes() / servers
     return min(gpus(), default=0.0) * float(launch.memory_fraction or _SGLANG_FRACTION)
 
 
-def _compare_disk(found: Findings, needed: float, home: Path) -> None:
+def _compare_disk(findings: Findings, needed: float, home: Path) -> None:
     has = free_disk_bytes(home)
     text = f"at most {format_bytes(needed)}; {format_bytes(has)} free at {home}"
     if needed > has:
-        found.error("disk", f"{text}: free some space or point DRAFTSMITH_HOME at another disk")
+        findings.error("disk", f"{text}: too little. Free some space or point DRAFTSMITH_HOME at another disk.")
     elif needed > _TIGHT * has:
-        found.warn("disk", f"{text}: tight")
+        findings.warn("disk", f"{text}: tight")
     else:
-        found.ok("disk", text)
+        findings.ok("disk", text)
 
 
 def _cost(hours: float, price: float | None) -> str:
-    """Return the hours of GPUs, or of this machine where it has none, and what they cost."""
+    """Return the hours of GPUs, or of this machine if it has none, and their price."""
     if not gpus() and price is None:
         return ""
     unit = "GPU hours" if gpus() else "hours of this machine"
@@ -199,14 +203,14 @@ def _cost(hours: float, price: float | None) -> str:
 
 
 def _time(node: Node, need: Need, history: _History, sizes: Sizes, *, elsewhere: bool) -> tuple[float | None, str]:
-    """Return the seconds that a node takes, if they are known, and how they are said."""
+    """Return the seconds that a node takes, None if unknown, and their text with its source."""
     if (last := history.last(node)) is not None:
-        seconds = max(last.duration_s, last.metrics.get("seconds", 0.0))  # of all attempts where it counted them
-        seconds *= _times(node, need, last)
+        seconds = max(last.duration_s, last.metrics.get("seconds", 0.0))  # the metric includes earlier attempts
+        seconds *= _work_ratio(node, need, last)
         return seconds, f"{format_duration(seconds)} by its last run"
     device = (gpu_model() or "GPU") if gpus() else "CPU"
     kind, work = need.work or ("", 0.0)
-    rate = next((each for each in MEASURED if each.device in device and each.work == kind), None)
+    rate = next((each for each in MEASURED_RATES if each.device in device and each.work == kind), None)
     if rate is None or elsewhere:
         return None, "not measured"
     seconds = work / rate.a_second * sizes.target.parameters / rate.parameters
@@ -215,19 +219,19 @@ def _time(node: Node, need: Need, history: _History, sizes: Sizes, *, elsewhere:
 
 
 class _History:
-    """What was made here, oldest first."""
+    """The artifacts of the store, oldest first."""
 
     def __init__(self, made: Sequence[Manifest], nodes: Sequence[Node]):
         self._made, self._nodes = made, {node.name: node for node in nodes}
         self._configs = {(each.stage, each.key): each.config for each in made}
 
     def last(self, node: Node) -> Manifest | None:
-        """Return the last run of the node's stage with such inputs, target and kind of drafter that took any time."""
+        """Return the last artifact of the node's stage with the same input names, target and kind of drafter."""
         target = self._nodes.get(node.inputs.get("target", ""), node).config.model_dump(mode="json")
         alike = _inputs(node.inputs), _model(target), _drafter(node.config.model_dump(mode="json"))
         for each in reversed(self._made):
-            of = each.inputs.get("target")
-            model = each.config if of is None else self._configs.get((of.stage, of.key), {})
+            source = each.inputs.get("target")
+            model = each.config if source is None else self._configs.get((source.stage, source.key), {})
             like = _inputs(each.inputs), _model(model), _drafter(each.config)
             if each.stage == node.stage.name and each.duration_s > 0 and like == alike:
                 return each
@@ -246,18 +250,18 @@ def _drafter(config: Mapping[str, Any]) -> Any:
     return config["drafter"].get("kind") if isinstance(config.get("drafter"), dict) else None
 
 
-def _times(node: Node, need: Need, last: Manifest) -> float:
-    """Return how much more the node has to do than its last run; 1 where nothing says."""
+def _work_ratio(node: Node, need: Need, last: Manifest) -> float:
+    """Return the node's work as a multiple of its last run's; 1 if unknown."""
     try:
         if node.stage.name == "rollout" and need.makes is not None:
             return need.makes.count / last.metrics["answers"] or 1.0
         return _blocks(node.config.model_dump()) / _blocks(last.config) or 1.0
-    except (KeyError, ZeroDivisionError):  # no training, or one of another release
+    except (KeyError, ZeroDivisionError):  # not a training, or one of another release
         return 1.0
 
 
 def _blocks(config: Mapping[str, Any]) -> float:
-    """Return the blocks that each of a training's processes has."""
+    """Return the number of blocks that each process of a training reads."""
     parallel = config.get("parallel") or {}
     world = parallel.get("processes", 1) * parallel.get("nodes", 1)
     return float(config["steps"] * config["sequences_per_step"] * config["anchors_per_sequence"] / world)

@@ -120,7 +120,7 @@ def _stage(options: argparse.Namespace, pipeline: Pipeline) -> None:
 def _make_alone(options: argparse.Namespace, pipeline: Pipeline, config: RunOptions) -> None:
     from draftsmith.artifacts.store.mirror import open_store
     from draftsmith.artifacts.tracking.runs import Tracking
-    from draftsmith.flows.checks.check import check_alone
+    from draftsmith.flows.checks.check import check_node
     from draftsmith.flows.execution.machine import check_home
     from draftsmith.flows.execution.node import RunContext, build_node
     from draftsmith.flows.execution.results import ArtifactFolders
@@ -146,7 +146,7 @@ def _make_alone(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
     check_home(home(), config)
     display, tracking = _display(), Tracking(home(), config.experiment)
     display.newer_files(items)
-    display.lines(check_alone(node, ArtifactFolders(store, inputs)))
+    display.lines(check_node(node, ArtifactFolders(store, inputs)))
     for check in (store.check, tracking.check):
         with_retries(check, config.stages, display.line)
     context = RunContext(home(), config, pipeline, display, tracking)
@@ -232,12 +232,12 @@ def _export(options: argparse.Namespace, _pipeline: Pipeline) -> None:
 
 def _deploy(options: argparse.Namespace, pipeline: Pipeline) -> None:
     from draftsmith.flows.config.load import read_config
-    from draftsmith.flows.orchestration.server import lasting_server
+    from draftsmith.flows.orchestration.server import permanent_server
     from draftsmith.flows.planning.graph import Selection
 
     config = read_config(options.config, options.overrides, pipeline.config)
     Selection(force=tuple(options.force)).forced(pipeline.nodes(config))  # said here, not when it runs at night
-    api = lasting_server(home())
+    api = permanent_server(home())
     from draftsmith.flows.orchestration.deployment import Schedule, deploy
 
     schedule = Schedule(options.cron, options.timezone)

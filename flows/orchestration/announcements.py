@@ -14,20 +14,20 @@ from prefect.context import FlowRunContext
 from prefect.events import emit_event
 from prefect.flow_runs import suspend_flow_run
 
-from draftsmith.flows.orchestration.flow_lifecycle import is_loss
-from draftsmith.flows.orchestration.server import is_temporary
+from draftsmith.flows.orchestration.flow_lifecycle import is_api_loss
+from draftsmith.flows.orchestration.server import uses_temporary_server
 from draftsmith.flows.planning.graph import Conclusion
 
 
 def show_verdict(run: str, markdown: str, say: Callable[[str], None]) -> None:
     """Put the verdict on the page of the flow run. A temporary server has no pages."""
-    if is_temporary():
+    if uses_temporary_server():
         return
     key = re.sub("[^a-z0-9]+", "-", f"{run} verdict".lower()).strip("-")
     try:
         create_markdown_artifact(markdown, key=key, description=f"The verdict on {run}.")
     except httpx.HTTPError as error:
-        if not is_loss(error):
+        if not is_api_loss(error):
             raise
         say(f"warning: Prefect's server is lost ({type(error).__name__}). The flow run's page lacks the verdict.")
 

@@ -38,7 +38,7 @@ _ENVIRONMENT = {
 
 
 @dataclass(frozen=True)
-class Deployed:
+class DeploymentInfo:
     """A deployment as the server knows it."""
 
     name: str  # FLOW/NAME
@@ -78,7 +78,7 @@ def deploy(
     webhook: str | None = None,
     silent_days: float | None = None,
     folder: Path,
-) -> Deployed:
+) -> DeploymentInfo:
     """Create the deployment of the config's flow under the config's name, or change it if it is there.
 
     api: URL of Prefect's server. pool: a work pool that exists. force: nodes that every run makes again, such as
@@ -112,7 +112,7 @@ def deploy(
             call_webhook(client, webhook, made, deployment.name, heartbeat_s=HEARTBEAT_S, silent_days=silent_days)
         told = has_webhook(client, deployment.name)
     ui = api.rstrip("/").removesuffix("/api")
-    return Deployed(deployment.full_name, f"{ui}/deployments/deployment/{made}", created, told)
+    return DeploymentInfo(deployment.full_name, f"{ui}/deployments/deployment/{made}", created, told)
 
 
 def parameters(config: RunOptions, force: Sequence[str]) -> dict[str, Any]:

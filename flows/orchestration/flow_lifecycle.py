@@ -20,7 +20,7 @@ Nodes = dict[str, dict[str, Any]]
 
 
 @dataclass
-class Body:
+class FlowResult:
     """The body of a flow, and what it came to."""
 
     ended: bool = False
@@ -30,13 +30,13 @@ class Body:
     error: BaseException | None = None
 
 
-_BODY: ContextVar[Body | None] = ContextVar("body", default=None)
+_RESULT: ContextVar[FlowResult | None] = ContextVar("body", default=None)
 
 
 @contextmanager
-def body() -> Iterator[Body]:
+def body() -> Iterator[FlowResult]:
     """To be entered by the body of a flow; it keeps what the body came to for `run_flow`."""
-    current = _BODY.get() or Body()
+    current = _RESULT.get() or FlowResult()
     try:
         yield current
     except BaseException as error:
@@ -46,32 +46,32 @@ def body() -> Iterator[Body]:
         current.ended = True
 
 
-def run_flow(flow: Any, config: Any, lost: Callable[[str], None], **options: Any) -> Body:
+def run_flow(flow: Any, config: Any, lost: Callable[[str], None], **options: Any) -> FlowResult:
     """Call the flow of a config, with options. Return its body, which may hold a RefusedError, or raise what its body
     raised; `lost` is called if Prefect was lost before it knew how the run ended.
 
     Raises RetryableError if Prefect's API was lost before the body began, or so long that the body could not go on.
     """
-    current = Body()
-    token = _BODY.set(current)
+    current = FlowResult()
+    token = _RESULT.set(current)
     try:
         flow(config, **options)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
         if not current.ended:
-            if not is_loss(error):
+            if not is_api_loss(error):
                 raise
             raise RetryableError(
                 f"Prefect's API was lost before the run began ({_said(error)}); run it again"
             ) from error
-        if current.error is not None and current.error is not error and is_loss(error):
+        if current.error is not None and current.error is not error and is_api_loss(error):
             lost(f"Prefect could not be told how the run ended ({_said(error)})")
         elif current.error is None:
             lost(f"Prefect could not be told that the run ended well ({_said(error)}); its artifacts are complete")
     finally:
-        _BODY.reset(token)
-    if current.error is not None and is_loss(current.error):
+        _RESULT.reset(token)
+    if current.error is not None and is_api_loss(current.error):
         raise RetryableError(
             f"Prefect's API was lost during the run ({_said(current.error)}): start its server again, then run the "
             "same command; what is finished is kept"
@@ -81,7 +81,7 @@ def run_flow(flow: Any, config: Any, lost: Callable[[str], None], **options: Any
     return current
 
 
-def is_loss(error: BaseException) -> bool:
+def is_api_loss(error: BaseException) -> bool:
     """Of the API: not there, or ill."""
     if isinstance(error, httpx.HTTPStatusError):
         return error.response.status_code >= 500

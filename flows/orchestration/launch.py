@@ -22,7 +22,7 @@ from draftsmith.stages.runtime.memory import restore_gc
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinishedRun:
     """A run that came to its end."""
 
     artifacts: ArtifactFolders  # by node
@@ -37,7 +37,7 @@ def launch(
     display: Display,
     lost: Callable[[PrefectServer, str], None],
     selection: Selection,
-) -> Finished:
+) -> FinishedRun:
     """Run the flow of a config, as `draftsmith run` and `draftsmith.refresh` do.
 
     lost: called if Prefect's server was lost before it knew how the run ended.
@@ -57,4 +57,4 @@ def launch(
     ended = run_flow(flow, config, lambda what: lost(server, what), **options)
     refs = {name: ArtifactRef(e["stage"], e["key"], e["content_id"], Path(e["path"])) for name, e in ended.made.items()}
     refusal = ended.error if isinstance(ended.error, RefusedError) else None
-    return Finished(ArtifactFolders(open_store(home()), refs), ended.outcome, ended.message, refusal)
+    return FinishedRun(ArtifactFolders(open_store(home()), refs), ended.outcome, ended.message, refusal)

@@ -112,7 +112,7 @@ def start_prefect_server(home: Path) -> PrefectServer:
     return PrefectServer(url, wait, stop)
 
 
-def lasting_server(home: Path) -> str:
+def permanent_server(home: Path) -> str:
     """The URL of the server that `PREFECT_API_URL` names, which answers. Call it before Prefect is imported.
 
     Raises DraftsmithError.
@@ -128,7 +128,7 @@ def lasting_server(home: Path) -> str:
     return url
 
 
-def is_temporary() -> bool:
+def uses_temporary_server() -> bool:
     """Whether this process reports to a server of its own, which ends with it."""
     return os.environ.get("PREFECT_API_URL") in (None, *_temporary)
 

@@ -19,7 +19,7 @@ from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.flows.config.options import RETRY_JITTER
 from draftsmith.flows.execution.node import NodeResult, RunContext, build_node, log
 from draftsmith.flows.execution.retry import retry_notice
-from draftsmith.flows.orchestration.task_runners import mapped
+from draftsmith.flows.orchestration.task_runners import run_shards
 from draftsmith.flows.planning.graph import Node
 
 
@@ -38,7 +38,7 @@ def run_node(
         retries=options.retries,
         retry_delay_seconds=options.retry_delays,
         retry_jitter_factor=RETRY_JITTER,
-        retry_condition_fn=_only_what_was_lost,
+        retry_condition_fn=_is_retryable,
     )
     state: State[Any] = configured(context, node, inputs, force, return_state=True, wait_for=list(upstream))
     made: NodeResult = state.result()
@@ -49,7 +49,7 @@ def run_node(
 def stage_task(context: RunContext, node: Node, inputs: Mapping[str, ArtifactRef], force: bool) -> State[Any]:
     """The state says by its name what happened: Completed, or Reused."""
     try:
-        made = build_node(replace(context, pool=mapped), node, inputs, force=force)
+        made = build_node(replace(context, pool=run_shards), node, inputs, force=force)
     except asyncio.CancelledError as error:  # Prefect throws it into the thread of a flow with a lease
         raise RetryableError(
             "Prefect's server no longer keeps the slot of this run's deployment: the run goes on without it"
@@ -58,7 +58,7 @@ def stage_task(context: RunContext, node: Node, inputs: Mapping[str, ArtifactRef
     return Completed(name="Reused" if made.reused else "Completed", message=where, data=made)
 
 
-def _only_what_was_lost(task: Task[..., Any], run: PrefectTaskRun, state: State[Any]) -> bool:
+def _is_retryable(task: Task[..., Any], run: PrefectTaskRun, state: State[Any]) -> bool:
     """Retry the loss of an engine or a queue, never an error that another attempt would meet again.
 
     Prefect asks only while retries are left.

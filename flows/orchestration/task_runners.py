@@ -1,4 +1,4 @@
-"""The shards of a node as mapped Prefect tasks: on this machine, or on the hosts of a Ray cluster.
+"""The shards of a node as run_shards Prefect tasks: on this machine, or on the hosts of a Ray cluster.
 
 A host of a cluster needs this version of Draftsmith, the store (a shared home under the same path, or the same bucket
 with a home of its own in its `DRAFTSMITH_HOME`), and what every stage needs of the environment. Its own scheduler gives
@@ -32,7 +32,7 @@ _HOME = "DRAFTSMITH_HOME"
 _OWN = {name: os.environ[name] for name in (_HOME, STORE_VARIABLE) if name in os.environ}
 
 
-def mapped(
+def run_shards(
     orders: Sequence[ShardJob], make: BuildShard, stop: Callable[[], None], check: Callable[[], None]
 ) -> list[ArtifactRef]:
     """A `shards.Pool`: a task a shard, on the config's runner."""
@@ -41,7 +41,7 @@ def mapped(
     places = {STORE_VARIABLE: os.environ[STORE_VARIABLE]} if STORE_VARIABLE in os.environ else {}
     places |= {_HOME: str(home())}
     if options.runner != "local":
-        make = _Alone(places)
+        make = _OnClusterHost(places)
     with runner:
         try:
             futures = copy_context().run(_submit, runner, resources, orders, make)
@@ -62,7 +62,7 @@ def _submit(
     make: BuildShard,
 ) -> list[PrefectFuture[Any]]:
     """In a context of its own: what the node's task was given (locks, a terminal) cannot travel with a shard's."""
-    if isinstance(make, _Alone):
+    if isinstance(make, _OnClusterHost):
         TaskRunContext.__var__.set(None)  # type: ignore[arg-type]
     with resources():
         tasks = [shard_task.with_options(name=order.stage, task_run_name=str(order)) for order in orders]
@@ -90,7 +90,7 @@ def shard_task(order: ShardJob, make: BuildShard) -> ArtifactRef:
     return make(order)
 
 
-class _Alone:
+class _OnClusterHost:
     """Makes a shard on a host of a cluster, where nothing of the run is but what travels. places: of the run's host."""
 
     def __init__(self, places: dict[str, str]) -> None:

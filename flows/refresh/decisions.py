@@ -20,16 +20,16 @@ from draftsmith.flows.planning.graph import Conclusion, Node, OutdatedPlanError
 from draftsmith.flows.refresh import promotion_hook
 from draftsmith.flows.refresh.config import DEFAULT_SAMPLING, RefreshConfig, measured_with, prompts_since
 from draftsmith.flows.refresh.line import (
-    AHEAD_DAYS,
     BLOCK_SIZE,
+    MAX_CLOCK_SKEW_DAYS,
     age_days,
-    as_it_stands,
     check_held_out,
     failed_rules,
     log_tags,
     registry,
-    tag_ended,
+    tag_refreshed,
     version_tags,
+    with_current_champion,
 )
 from draftsmith.flows.refresh.summary import DETAIL
 from draftsmith.stages.data.logs.rehearsal_stage import is_here
@@ -45,7 +45,7 @@ _PLAN_ANEW = "Run the same command again: it plans anew and reuses what is done.
 _IN_FRONT = ("target", "prompts", "heldout", "champion")  # nodes of the drift check's own
 
 
-class RefreshCourse:
+class RefreshPolicy:
     """Of one refresh of a line of drafters."""
 
     def __init__(self, config: RefreshConfig, force: Collection[str]) -> None:
@@ -106,7 +106,7 @@ class RefreshCourse:
             reasons.append("the target has changed since its promotion")
         if (days := age_days(self.line.refreshed_at)) > config.max_age_days:
             reasons.append(f"the last refresh was {days:.0f} days ago, more than {config.max_age_days:g}")
-        if days < -AHEAD_DAYS:
+        if days < -MAX_CLOCK_SKEW_DAYS:
             reasons.append(f"the last refresh was at {self.line.refreshed_at}, which is ahead of this machine's clock")
         if differently := self._measured_differently():  # unlike figures say nothing of drift
             return [*reasons, f"measured differently since its promotion: {', '.join(differently)}"]
@@ -146,7 +146,7 @@ class RefreshCourse:
         if not decision["promote"]:
             said = f"{version} is not promoted: {decision['sentence']}"
             inconclusive = decision["outcome"] == "inconclusive"
-            tag_ended(version)
+            tag_refreshed(version)
             error = RefusedError(f"{version} is not promoted: {decision['outcome']}")  # the screen says why
             return self._conclusion("Inconclusive" if inconclusive else "Refused", said, decision, version, error)
         at = f"{version.line}@{version.number}"
@@ -155,11 +155,11 @@ class RefreshCourse:
                 f"{version} is not promoted: {undone.by} took it out of service at {undone.at} ({undone.why}), and "
                 f"nothing that makes it has changed since; to serve it: `draftsmith promote {at}`"
             )
-            tag_ended(version)
+            tag_refreshed(version)
             return self._conclusion("Refused", said, decision, version, RefusedError(said))
         if self.line.approve and CHAMPION not in version.aliases and not _approved(at):
             said = f"{version} waits for a person (registry.approve). To promote it: `draftsmith promote {at}`"
-            tag_ended(version)
+            tag_refreshed(version)
             return self._conclusion("Waiting", said, decision, version, RefusedError(said))
         return self._promote(version, expected, decision, tags)
 
@@ -175,7 +175,7 @@ class RefreshCourse:
             registry().promote(version, expected=expected, why=decision["sentence"], tags=says)
         except ChampionMovedError as error:
             raise OutdatedPlanError(f"{error}. {_PLAN_ANEW}") from error
-        tag_ended(version)
+        tag_refreshed(version)
         said = f"{version} is the champion: {decision['sentence']}"
         if became := promotion_hook.call_if_due(self.config.on_promote, version.line):
             said += f"; {became}"
@@ -219,7 +219,7 @@ def resolve(config: RefreshConfig) -> RefreshConfig:
     if config.registry is None:
         return config
     check_held_out(config.registry.name, config.prompts)
-    line = as_it_stands(config.registry)
+    line = with_current_champion(config.registry)
     found: dict[str, Config] = {"registry": line, "prompts": prompts_since(config.prompts, line.read_until)}
     if config.logs is not None and config.logs.since == LAST:
         found["logs"] = config.logs.model_copy(update={"after": line.read_until})
@@ -229,5 +229,5 @@ def resolve(config: RefreshConfig) -> RefreshConfig:
     return config.model_copy(update=found)
 
 
-def course(config: RefreshConfig, force: Collection[str]) -> RefreshCourse | None:
-    return RefreshCourse(config, force) if config.registry is not None else None
+def refresh_policy(config: RefreshConfig, force: Collection[str]) -> RefreshPolicy | None:
+    return RefreshPolicy(config, force) if config.registry is not None else None

@@ -16,7 +16,7 @@ from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.planning.graph import Node, Pipeline
 from draftsmith.flows.refresh.config import RefreshConfig
-from draftsmith.flows.refresh.evaluate import named_drafter
+from draftsmith.flows.refresh.evaluate import resolve_drafter
 from draftsmith.flows.refresh.graph import first_nodes
 from draftsmith.stages.catalog import STAGES
 from draftsmith.stages.data.prompts import PromptsConfig
@@ -72,7 +72,7 @@ def diagnose_config(
     """Of the drafter that a command names: a folder, or `LINE@alias` of the registry."""
     if (why := describe_secret(url)) is not None:
         raise DraftsmithError(f"--url: it holds {why}: name the variable that has the key with --api-key-env")
-    _, source = named_drafter(drafter)
+    _, source = resolve_drafter(drafter)
     if not Path(source).is_dir():
         raise DraftsmithError(f"{drafter}: give the folder of the checkpoint that the server loads, or NAME@champion")
     try:

@@ -68,7 +68,7 @@ def evaluate_config(refresh: RefreshConfig, drafters: list[str]) -> EvaluateConf
     """Of the drafters that a command names: folders, hub ids, or `LINE@alias` of the registry."""
     named: dict[str, str] = {}
     for text in drafters:
-        name, source = named_drafter(text)
+        name, source = resolve_drafter(text)
         while name in _TAKEN or name in named:
             name = f"{name}-{len(named) + 1}"
         named[name] = source
@@ -78,7 +78,7 @@ def evaluate_config(refresh: RefreshConfig, drafters: list[str]) -> EvaluateConf
     return EvaluateConfig(name=f"{refresh.name}-evaluate", drafters=named, **measured)
 
 
-def named_drafter(text: str) -> tuple[str, str]:
+def resolve_drafter(text: str) -> tuple[str, str]:
     """(name of the arm, source) of what a command names."""
     if Path(text).expanduser().is_dir():
         folder = Path(text).expanduser().resolve()

@@ -13,7 +13,7 @@ from draftsmith.flows.refresh.config import (
     sft_config,
     starts_from_champion,
 )
-from draftsmith.flows.refresh.decisions import course, resolve
+from draftsmith.flows.refresh.decisions import refresh_policy, resolve
 from draftsmith.flows.refresh.summary import compared, review
 from draftsmith.stages.catalog import STAGES
 from draftsmith.stages.data.logs.stage import LogsConfig
@@ -112,7 +112,7 @@ REFRESH = Pipeline(
     flow="draftsmith.flows.refresh.flow:refresh",
     checks=RunChecks,
     resolve=resolve,
-    policy=course,
+    policy=refresh_policy,
     results="draftsmith.flows.refresh.summary:show_results",
     verdict="draftsmith.flows.refresh.summary:verdict_lines",
     review=review,

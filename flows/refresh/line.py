@@ -42,7 +42,7 @@ FASTEST_BLOCK = "fastest_block"  # what decoded fastest, the anchor included
 BLOCK_SIZE = "drafting.block_size"  # among the settings that figures were taken with
 _SHARES, _BY, _SUFFIXES = "heldout_shares", "heldout_by", "suffixes"
 REFRESHED_AT = "refreshed_at"  # a version's tag: when a refresh came to it last
-AHEAD_DAYS = 1 / 24  # by which the clocks of two hosts may differ
+MAX_CLOCK_SKEW_DAYS = 1 / 24  # by which the clocks of two hosts may differ
 
 
 class RegistryConfig(Config):
@@ -89,15 +89,15 @@ def registry() -> Registry:
     return Registry(Tracking(home()))
 
 
-def folder_of(version: Version) -> Path:
+def artifact_folder(version: Version) -> Path:
     """Its artifact, on this machine: fetched if the store is a bucket."""
     from draftsmith.artifacts.store.mirror import open_store
 
     store = open_store(home())
-    return store.localize(in_this_home(version, store) or version.path)
+    return store.localize(find_artifact(version, store) or version.path)
 
 
-def in_this_home(version: Version | InputEntry, store: Store) -> Path | None:
+def find_artifact(version: Version | InputEntry, store: Store) -> Path | None:
     """Its artifact where a version does not say it is: in a home that was moved or is a copy, or set aside when the
     same key was made again. None too if the key has other content now."""
     folder = store.path(version.stage, version.key)
@@ -114,17 +114,17 @@ def checkpoint_of(version: Version) -> Path:
     from draftsmith.artifacts.store.mirror import open_store
 
     store = open_store(home())
-    if (folder := in_this_home(version, store)) is not None:
+    if (folder := find_artifact(version, store)) is not None:
         if version.uploaded and (damaged := _damaged_file(store, folder)) is not None:
             log.warning("%s: %s is damaged: what was uploaded is taken", version, damaged)
-            return uploaded_copy(version)
+            return download_upload(version)
         return folder / DRAFTER_FOLDER
     checkpoint = version.path / DRAFTER_FOLDER
     if not version.uploaded or checkpoint.is_dir():
         return checkpoint
     if store.manifest_at(version.stage, version.key) is not None:  # in a bucket, or of the same key here
-        return folder_of(version) / DRAFTER_FOLDER
-    return uploaded_copy(version)
+        return artifact_folder(version) / DRAFTER_FOLDER
+    return download_upload(version)
 
 
 def _damaged_file(store: Store, folder: Path) -> Path | None:
@@ -142,7 +142,7 @@ def _damaged_file(store: Store, folder: Path) -> Path | None:
     return None
 
 
-def uploaded_copy(version: Version) -> Path:
+def download_upload(version: Version) -> Path:
     """What was uploaded with a version, in this home. Raises DraftsmithError if it is not what was registered."""
     from draftsmith.stages.drafters.digest import drafter_digest
 
@@ -161,7 +161,7 @@ def uploaded_copy(version: Version) -> Path:
     return folder
 
 
-def as_it_stands(line: RegistryConfig) -> RegistryConfig:
+def with_current_champion(line: RegistryConfig) -> RegistryConfig:
     """With who serves now, and what was read and learned for it."""
     known = registry()
     version = known.champion(line.name)
@@ -293,7 +293,7 @@ def champion_config(version: Version) -> ChampionConfig:
 
 
 def age_days(refreshed_at: str | None, now: datetime | None = None) -> float:
-    """Since a refresh; 0 if there was none, less than `-AHEAD_DAYS` if the clock of its host was wrong, or is here."""
+    """Since a refresh; 0 if there was none, below `-MAX_CLOCK_SKEW_DAYS` if a clock is wrong."""
     if refreshed_at is None:
         return 0.0
     return ((now or datetime.now(UTC)) - datetime.fromisoformat(refreshed_at)).total_seconds() / 86400
@@ -324,7 +324,7 @@ def version_tags(
         "speedup": f"{speed['speedup']:.4f}" if "speedup" in speed else "",
         FASTEST_BLOCK: str(speed.get("block_size") or ""),
         "speedup_interval": json.dumps([speed.get("speedup_low"), speed.get("speedup_high")]),
-        "figures": json.dumps(figures_of(evaluation, arm)),
+        "figures": json.dumps(promotion_metrics(evaluation, arm)),
         _MEASURED_WITH: json.dumps({**settings, BLOCK_SIZE: drafter.get("block_size")}),
         "decision": decision["sentence"][:4000],
         "outcome": decision["outcome"],
@@ -352,12 +352,12 @@ def prompt_tags(prompts: PromptsConfig) -> dict[str, str]:
     }
 
 
-def tag_ended(version: Version) -> None:
+def tag_refreshed(version: Version) -> None:
     """A refresh has come to its end with this version: one that was lost before goes on. What a clock said that was
     ahead counts no more."""
     lines = registry()
     for each in lines.versions(version.line):
-        if age_days(each.tags.get(REFRESHED_AT) or None) < -AHEAD_DAYS:
+        if age_days(each.tags.get(REFRESHED_AT) or None) < -MAX_CLOCK_SKEW_DAYS:
             lines.tag(each, {REFRESHED_AT: ""})
     lines.tag(version, {REFRESHED_AT: datetime.now(UTC).isoformat(timespec="seconds")})
 
@@ -369,7 +369,7 @@ def log_tags(logs: ArtifactRef) -> dict[str, str]:
     return {"answers": answers.model_dump_json(), "read_until": said["window"]["newest"] or ""}
 
 
-def figures_of(evaluation: Mapping[str, Any], arm: str) -> dict[str, dict[str, Any]]:
+def promotion_metrics(evaluation: Mapping[str, Any], arm: str) -> dict[str, dict[str, Any]]:
     """tau and speed-up with their intervals, of all prompts and of as many sets as a tag can say: a drift check
     compares with tau later."""
     drafter, speed = evaluation["drafters"][arm], (evaluation.get("speed") or {}).get(arm) or {}

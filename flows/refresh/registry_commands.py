@@ -17,7 +17,7 @@ from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.artifacts.store.retention import artifacts_in_use
 from draftsmith.artifacts.tracking.registry import BY_HAND, PREVIOUS, ROLLED_BACK, Registry, Version
 from draftsmith.flows.execution.display import Display
-from draftsmith.flows.refresh.line import FASTEST_BLOCK, folder_of, in_this_home, registry, uploaded_copy
+from draftsmith.flows.refresh.line import FASTEST_BLOCK, artifact_folder, download_upload, find_artifact, registry
 from draftsmith.stages.data.load import DRAFTER_FOLDER
 from draftsmith.stages.target.info import model_path, read_target_info
 
@@ -170,11 +170,11 @@ def _whole(folder: Path) -> Iterator[None]:
 def _export_speculators(version: Version, source: Path, folder: Path) -> None:
     from draftsmith.stages.drafters.export import export_speculators
 
-    if not (folder_of(version) / MANIFEST).is_file():
+    if not (artifact_folder(version) / MANIFEST).is_file():
         raise DraftsmithError(f"{version}: its artifact, which names the target, is not here: mount the store")
-    store, made_from = open_store(home()), _manifest(version, folder_of(version)).inputs["target"]
+    store, made_from = open_store(home()), _manifest(version, artifact_folder(version)).inputs["target"]
     store.localize(store.path(made_from.stage, made_from.key))  # fetched, if the store is a bucket
-    if (target := in_this_home(made_from, store)) is None:  # whose table and head are copied
+    if (target := find_artifact(made_from, store)) is None:  # whose table and head are copied
         raise DraftsmithError(
             f"{version}: the target that it was made for ({made_from.stage}/{made_from.key[:16]}, content "
             f"{made_from.content_id[:16]}) is not in the store any more, or was made again and is another: export the "
@@ -189,14 +189,14 @@ def _export_speculators(version: Version, source: Path, folder: Path) -> None:
 def verified(version: Version) -> Path:
     """Its checkpoint on this machine, after every file of its artifact was compared with what was written; of a version
     that was uploaded, where the artifact is not here or damaged, the copy. Raises DraftsmithError."""
-    folder = folder_of(version)
+    folder = artifact_folder(version)
     try:
         _verify(version, folder)
     except RetryableError:
         raise
     except DraftsmithError:
         if version.uploaded:
-            return uploaded_copy(version)
+            return download_upload(version)
         raise
     return folder / DRAFTER_FOLDER
 

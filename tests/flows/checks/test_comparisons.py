@@ -17,9 +17,9 @@ SAMPLED = "sampling={max_new_tokens: 32, temperature: 0.7, top_p: 0.9}"
 
 
 def warnings(nodes: list[Node]) -> list[str]:
-    found = Findings()
-    check_sampling(found, nodes)
-    return found.remarks
+    findings = Findings()
+    check_sampling(findings, nodes)
+    return findings.remarks
 
 
 def refreshed(*overrides: str) -> list[str]:
@@ -61,7 +61,7 @@ def test_equal_sampling_is_no_warning(tmp_path: Path) -> None:
 def test_a_gate_that_can_promote_nothing_is_told_before_anything_is_spent(
     low: str | None, overrides: list[str]
 ) -> None:
-    found = Findings()
-    check_gate(found, refresh_nodes(load_config(ROOT / "configs" / "quickstart.yaml", overrides)))
-    assert len(found.remarks) == (low is not None)
-    assert low is None or low in found.remarks[0]
+    findings = Findings()
+    check_gate(findings, refresh_nodes(load_config(ROOT / "configs" / "quickstart.yaml", overrides)))
+    assert len(findings.remarks) == (low is not None)
+    assert low is None or low in findings.remarks[0]

@@ -23,9 +23,9 @@ def test_servers_need_no_more_gpus_than_there_are(
 ) -> None:
     monkeypatch.setattr(engines, "gpus", lambda: (80e9,) * 2)
     config = RolloutConfig.model_validate({"engine": {"kind": "sglang", "python": sys.executable, "launch": launch}})
-    found = Findings()
-    engines._check_gpus(found, [Node("assisted", "draftsmith.stages.engines.stage", config)])
-    assert [line.check for line in found.lines] == ["assisted: GPUs"] * errors
+    findings = Findings()
+    engines._check_gpus(findings, [Node("assisted", "draftsmith.stages.engines.stage", config)])
+    assert [line.check for line in findings.lines] == ["assisted: GPUs"] * errors
 
 
 @pytest.mark.parametrize(("over", "fits"), [(4, True), (3, False)])
@@ -35,8 +35,10 @@ def test_heads_that_servers_cannot_spread_are_told(over: int, fits: bool, plain_
         launch = {"tensor_parallel": over, "options": options}
         engine = {"kind": "sglang", "python": sys.executable, "launch": launch}
         config = RolloutConfig.model_validate({"engine": engine})
-        found = Findings()
-        engines.check_heads(found, [Node("heldout", "draftsmith.stages.engines.stage", config)], plain_artifact)
-        assert bool(found.lines) == (not fits and not options)
-        assert all(f"{over} does not divide the target's 4 heads (2 of keys and values)" in w for w in found.remarks)
-        assert found.errors == 0
+        findings = Findings()
+        engines.check_tensor_parallel(
+            findings, [Node("heldout", "draftsmith.stages.engines.stage", config)], plain_artifact
+        )
+        assert bool(findings.lines) == (not fits and not options)
+        assert all(f"{over} does not divide the target's 4 heads (2 of keys and values)" in w for w in findings.remarks)
+        assert findings.errors == 0

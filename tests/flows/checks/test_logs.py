@@ -32,7 +32,7 @@ def metadata(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
-def found(metadata: Path | None, path: Path, rows: list[Any], **config: Any) -> tuple[Level, str]:
+def check_log(metadata: Path | None, path: Path, rows: list[Any], **config: Any) -> tuple[Level, str]:
     (line,) = all_found(metadata, path, rows, **config).lines
     assert line.check == "logs"
     return line.level, line.text
@@ -67,10 +67,10 @@ def asks(number: int) -> list[dict[str, str]]:
 
 def test_good_logs_are_counted(metadata: Path, tmp_path: Path) -> None:
     rows = [answer(number) for number in range(9)]
-    level, text = found(metadata, tmp_path / "a.jsonl", [*rows, answer(20, temperature=1)])
+    level, text = check_log(metadata, tmp_path / "a.jsonl", [*rows, answer(20, temperature=1)])
     assert level is Level.OK and "9 of all 10 rows can be used" in text
     rows = [answer(number, temperature=number % 2) for number in range(10)]
-    level, text = found(metadata, tmp_path / "a.jsonl", rows)
+    level, text = check_log(metadata, tmp_path / "a.jsonl", rows)
     assert level is Level.WARNING and "5 of all 10 rows can be used" in text
 
 
@@ -101,13 +101,13 @@ def test_a_prompt_that_comes_again_is_counted_once(tmp_path: Path) -> None:
     ],
 )
 def test_nothing_that_can_be_used_is_an_error(rows: list[Any], said: str, metadata: Path, tmp_path: Path) -> None:
-    level, text = found(metadata, tmp_path / "a.jsonl", rows)
+    level, text = check_log(metadata, tmp_path / "a.jsonl", rows)
     assert level is Level.ERROR and said in text
 
 
 def test_a_window_is_no_fault_of_its_rows(metadata: Path, tmp_path: Path) -> None:
     rows = [answer(number, time=f"2026-03-0{number}") for number in range(1, 10)]
-    level, text = found(metadata, tmp_path / "a.jsonl", rows, since="2026-03-08")
+    level, text = check_log(metadata, tmp_path / "a.jsonl", rows, since="2026-03-08")
     assert level is Level.OK and text == "2 of all 9 rows can be used; not used: 7 outside the window"
 
 
@@ -118,9 +118,9 @@ def test_rows_of_another_model_are_told_and_left_out_by_a_filter(metadata: Path,
     told, counted = findings.lines
     assert told.level is Level.WARNING and "2 models (6 of ours, 3 of theirs): `logs.filter: {model: …}`" in told.text
     assert counted.text == "9 of all 9 rows can be used"
-    level, text = found(metadata, path, rows, filter={"model": "ours"})
+    level, text = check_log(metadata, path, rows, filter={"model": "ours"})
     assert level is Level.OK and text == "6 of all 9 rows can be used; not used: 3 not let through by filter"
-    level, text = found(metadata, path, rows, filter={"modell": "ours"})
+    level, text = check_log(metadata, path, rows, filter={"modell": "ours"})
     assert level is Level.ERROR and "no field modell to filter by: correct filter, its fields are completion," in text
 
 
@@ -129,8 +129,8 @@ def test_only_the_first_rows_of_a_long_log_are_read(
 ) -> None:
     monkeypatch.setattr(checks, "_LOG_ROWS", 5)
     rows = [answer(number) for number in range(9)]
-    assert found(metadata, tmp_path / "a.jsonl", rows) == (Level.OK, "5 of the first 5 rows can be used")
-    level, text = found(metadata, tmp_path / "b.jsonl", [answer(1, temperature=1)] * 9)
+    assert check_log(metadata, tmp_path / "a.jsonl", rows) == (Level.OK, "5 of the first 5 rows can be used")
+    level, text = check_log(metadata, tmp_path / "b.jsonl", [answer(1, temperature=1)] * 9)
     assert level is Level.WARNING and "0 of the first 5 rows can be used" in text  # the rest may be of use
 
 

@@ -23,9 +23,9 @@ def line(
     monkeypatch.setattr(parallel, "gpus", lambda: (80e9,) * gpus)
     monkeypatch.setattr(parallel.os, "cpu_count", lambda: 4)
     node = Node(name, "draftsmith.stages.training.sft.stage", SftConfig.model_validate({"parallel": fields, **config}))
-    found = Findings()
-    parallel.check_parallel(found, [node])
-    return f"{found.lines[0].level.value} {found.lines[0].text}" if found.lines else None
+    findings = Findings()
+    parallel.check_parallel(findings, [node])
+    return f"{findings.lines[0].level.value} {findings.lines[0].text}" if findings.lines else None
 
 
 @pytest.mark.parametrize(
@@ -57,9 +57,9 @@ def test_cores_of_another_machine_than_the_one_that_runs_say_nothing(monkeypatch
         Node("rollout", "draftsmith.stages.engines.stage", RolloutConfig.model_validate(served)),
         Node("sft", "draftsmith.stages.training.sft.stage", training),
     ]
-    found = Findings()
-    parallel.check_parallel(found, nodes)
-    assert [(line.level.value, line.text) for line in found.lines] == [("ok", "8")]
+    findings = Findings()
+    parallel.check_parallel(findings, nodes)
+    assert [(line.level.value, line.text) for line in findings.lines] == [("ok", "8")]
 
 
 def test_nodes_without_a_rendezvous_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +75,7 @@ def test_nodes_without_a_rendezvous_are_an_error(monkeypatch: pytest.MonkeyPatch
 def test_a_target_that_processes_share_is_checked(sharing: int, said: list[str], plain_artifact: Path) -> None:
     fields = {"processes": 4, "target_parallel": sharing}
     node = Node("opd", "draftsmith.stages.training.opd.stage", OpdConfig.model_validate({"parallel": fields}))
-    found = Findings()
-    parallel.check_shared_target(found, [node], plain_artifact)
-    lines = [f"{line.level.value} {line.text}" for line in found.lines]
+    findings = Findings()
+    parallel.check_shared_target(findings, [node], plain_artifact)
+    lines = [f"{line.level.value} {line.text}" for line in findings.lines]
     assert len(lines) == len(said) and all(line.startswith(begin) for line, begin in zip(lines, said, strict=True))

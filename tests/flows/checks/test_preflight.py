@@ -10,9 +10,9 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.flows.checks.engines import check_engines
-from draftsmith.flows.checks.findings import Findings, FirstError, Level
-from draftsmith.flows.checks.models import Plans, check_drafters, check_nodes
-from draftsmith.flows.checks.prompts import check_lengths, check_supplies
+from draftsmith.flows.checks.findings import Findings, Level, RaisingFindings
+from draftsmith.flows.checks.models import DrafterPlans, check_drafters, check_stage_settings
+from draftsmith.flows.checks.prompts import check_lengths, check_prompt_counts
 from draftsmith.flows.planning.graph import Node
 from draftsmith.stages.catalog import STAGES
 from draftsmith.stages.data.load import DRAFTER_FOLDER, load_prompts
@@ -31,8 +31,8 @@ from tests.testbed.target import MASK
 
 def check_target(nodes: list[Node], target: Path) -> None:
     """As a run does once the target is there."""
-    check_drafters(FirstError(), nodes, target, whole=True)
-    check_nodes(FirstError(), nodes, target, whole=True)
+    check_drafters(RaisingFindings(), nodes, target, whole=True)
+    check_stage_settings(RaisingFindings(), nodes, target, whole=True)
 
 
 def test_every_stage_checks_its_config_against_the_target(tmp_path: Path) -> None:
@@ -64,9 +64,9 @@ def test_a_rollout_finds_the_prompts_that_it_asks_for(fields: dict[str, int], er
         Node("prompts", "draftsmith.stages.data.prompts", prompts, {"target": "target"}),
         Node("answers", "draftsmith.stages.engines.stage", RolloutConfig.model_validate(fields), asked),
     ]
-    found = Findings()
-    check_supplies(found, nodes)
-    assert found.errors == errors
+    findings = Findings()
+    check_prompt_counts(findings, nodes)
+    assert findings.errors == errors
 
 
 @pytest.mark.parametrize(
@@ -88,10 +88,10 @@ def test_a_section_beside_a_checkpoint_is_used_where_the_drafter_becomes_what_it
         SftConfig.model_validate(start),
         {"target": "t", "trajectories": "r"},
     )
-    found = Findings()
-    plans = check_drafters(found, [sft], tiny_drafter.target, whole=True)
+    findings = Findings()
+    plans = check_drafters(findings, [sft], tiny_drafter.target, whole=True)
     assert plans["sft"].kind == kind
-    assert any("section drafter is not used" in line.text for line in found.lines) == noted
+    assert any("section drafter is not used" in line.text for line in findings.lines) == noted
 
 
 def test_every_node_is_held_against_the_drafter_that_it_reads(tiny_drafter: DrafterArtifacts) -> None:
@@ -122,12 +122,14 @@ def test_sampling_with_a_drafter_on_a_cpus_servers_is_an_error_before_anything_r
     engine = {"kind": "sglang", "python": "python", "launch": {"options": {"device": "cpu"}}}
     config = EvaluationConfig.model_validate({"engine": engine, "temperatures": [0, 1]})
     with pytest.raises(DraftsmithError, match=r"speed: temperatures: SGLang verifies greedily on this device"):
-        check_engines(FirstError(), [Node("speed", "draftsmith.stages.evaluation.stage", config, {"sft": "sft"})])
+        check_engines(RaisingFindings(), [Node("speed", "draftsmith.stages.evaluation.stage", config, {"sft": "sft"})])
     rollout = RolloutConfig.model_validate({"engine": engine, "sampling": {"temperature": 1}})
     with pytest.raises(DraftsmithError, match=r"assisted: sampling\.temperature"):
-        check_engines(FirstError(), [Node("assisted", "draftsmith.stages.engines.stage", rollout, {"drafter": "sft"})])
+        check_engines(
+            RaisingFindings(), [Node("assisted", "draftsmith.stages.engines.stage", rollout, {"drafter": "sft"})]
+        )
     with pytest.raises(DraftsmithError, match=r"sglang \(rollout\): engine\.python"):  # without a drafter it may sample
-        check_engines(FirstError(), [Node("rollout", "draftsmith.stages.engines.stage", rollout, {})])
+        check_engines(RaisingFindings(), [Node("rollout", "draftsmith.stages.engines.stage", rollout, {})])
 
 
 def test_prompts_that_are_too_long_for_a_later_stage_are_found_once_they_are_made(
@@ -140,14 +142,14 @@ def test_prompts_that_are_too_long_for_a_later_stage_are_found_once_they_are_mad
             fields: dict[str, Any] = {"sampling": {"max_new_tokens": limit - longest + over}}
             fields |= {"splits": ["heldout"]} if made is RolloutConfig else {"validation_prompts": 1}
             node = Node("late", STAGES[module], made.model_validate(fields), {"prompts": "prompts"})
-            found = Findings()
+            findings = Findings()
             for name in ("prompts", "other_prompts"):
-                check_lengths(found, [node], name, tiny_drafter.prompts, limit)
-            assert [line.check for line in found.lines] == ["late"] * over
+                check_lengths(findings, [node], name, tiny_drafter.prompts, limit)
+            assert [line.check for line in findings.lines] == ["late"] * over
 
 
 def test_the_champion_is_a_drafter_whose_shape_is_known(tiny_drafter: DrafterArtifacts) -> None:
-    def plans_of(folder: Path, **drafting: int) -> Plans:
+    def plans_of(folder: Path, **drafting: int) -> DrafterPlans:
         serves = ChampionConfig(line="line", version=3, folder=str(folder), content_id="c", drafter_digest="d")
         learned = {"target": "target", "trajectories": "rollout", "drafter": "champion"}
         assisted = RolloutConfig.model_validate({"drafting": drafting} if drafting else {})
@@ -156,7 +158,7 @@ def test_the_champion_is_a_drafter_whose_shape_is_known(tiny_drafter: DrafterArt
             Node("sft", "draftsmith.stages.training.sft.stage", SftConfig(), learned),
             Node("assisted", "draftsmith.stages.engines.stage", assisted, {"target": "target", "drafter": "sft"}),
         ]
-        return check_drafters(FirstError(), nodes, tiny_drafter.target, whole=True)
+        return check_drafters(RaisingFindings(), nodes, tiny_drafter.target, whole=True)
 
     checkpoint = tiny_drafter.drafter / DRAFTER_FOLDER
     (plan,) = plans_of(checkpoint).values()
@@ -186,10 +188,10 @@ def test_a_shape_that_the_line_does_not_take_is_told(
         Node("champion", "draftsmith.stages.drafters.champion", serves, {"target": "target"}),
         Node("sft", "draftsmith.stages.training.sft.stage", sft, {"target": "target", "drafter": "champion"}),
     ]
-    found = Findings()
-    (plan,) = check_drafters(found, nodes, tiny_drafter.target, whole=True).values()
+    findings = Findings()
+    (plan,) = check_drafters(findings, nodes, tiny_drafter.target, whole=True).values()
     now = json.loads((folder / "config.json").read_text())
-    told = [line.text for line in found.lines if line.level is Level.WARNING]
+    told = [line.text for line in findings.lines if line.level is Level.WARNING]
     expected = said and said.format(block=now["block_size"], layers=now["num_hidden_layers"])
     assert [text.split("sft.drafter: ")[1].split(": not used")[0] for text in told] == ([expected] if expected else [])
     assert plan.kind == ("dspark" if section.get("kind") == "dspark" else "dflash")

@@ -102,25 +102,25 @@ def test_memory_is_compared_where_it_is_needed(
     """A GPU's with the models, the host's with tables and what passes through, in shares of its processes."""
     monkeypatch.setattr(resources, "gpus", lambda: gpus)
     monkeypatch.setattr(resources, "memory_bytes", lambda: host)
-    found = Findings()
+    findings = Findings()
     resources._compare(
-        found, Node("sft", "draftsmith.stages.training.sft.stage", SftConfig()), need, "", elsewhere=False
+        findings, Node("sft", "draftsmith.stages.training.sft.stage", SftConfig()), need, "", elsewhere=False
     )
-    assert [(line.check, line.level) for line in found.lines] == [("sft: needs", level)]
-    found = Findings()
+    assert [(line.check, line.level) for line in findings.lines] == [("sft: needs", level)]
+    findings = Findings()
     resources._compare(
-        found, Node("sft", "draftsmith.stages.training.sft.stage", SftConfig()), need, "", elsewhere=True
+        findings, Node("sft", "draftsmith.stages.training.sft.stage", SftConfig()), need, "", elsewhere=True
     )
-    assert [line.level for line in found.lines] == [Level.OK], "of another machine nothing is known"
+    assert [line.level for line in findings.lines] == [Level.OK], "of another machine nothing is known"
 
 
 def test_gpus_that_torch_cannot_use_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     for names, count in ([], 0), (["GPU-a1"], 1):
         monkeypatch.setattr(resources, "gpu_names", lambda names=names: names)
-        found = Findings()
-        resources.check_accelerators(found)
-        assert [line.check for line in found.lines] == ["GPUs"] * count
+        findings = Findings()
+        resources.check_accelerators(findings)
+        assert [line.check for line in findings.lines] == ["GPUs"] * count
 
 
 def made(stage: str, config: Config, seconds: float, inputs: tuple[str, ...] = (), **metrics: float) -> Manifest:

@@ -28,7 +28,7 @@ def test_a_shard_is_made_where_its_run_keeps_everything(
         task_runners, "make_shard", lambda _order, home: made.append((str(home), os.environ.get(STORE_VARIABLE)))
     )
     order: Any = SimpleNamespace(config=SimpleNamespace(stages=SimpleNamespace(group_may_read=False)))
-    task_runners._Alone({HOME: "/homes/a", STORE_VARIABLE: "s3://a/store"})(order)
-    task_runners._Alone({HOME: "/homes/b"})(order)
+    task_runners._OnClusterHost({HOME: "/homes/a", STORE_VARIABLE: "s3://a/store"})(order)
+    task_runners._OnClusterHost({HOME: "/homes/b"})(order)
     first, second = (own.get(HOME, home) for home in ("/homes/a", "/homes/b"))
     assert made == [(first, "s3://a/store"), (second, None)]

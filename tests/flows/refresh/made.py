@@ -11,7 +11,7 @@ from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.flows.planning.graph import Conclusion, Node
 from draftsmith.flows.refresh.config import RefreshConfig
-from draftsmith.flows.refresh.decisions import RefreshCourse, resolve
+from draftsmith.flows.refresh.decisions import RefreshPolicy, resolve
 from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.flows.refresh.line import registry
 from draftsmith.stages.evaluation.gate import DECISION
@@ -61,7 +61,7 @@ def gated(
 
 def finished(config: RefreshConfig, made: Mapping[str, ArtifactRef], run_id: str | None = None) -> Conclusion:
     """What a refresh comes to that is planned now and has made this."""
-    ended = RefreshCourse(resolve(config), ()).conclude(made, run_id)
+    ended = RefreshPolicy(resolve(config), ()).conclude(made, run_id)
     assert ended is not None
     return ended
 

@@ -23,10 +23,10 @@ from draftsmith.flows.cli.prune import prune
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.planning.graph import OutdatedPlanError
 from draftsmith.flows.refresh import promotion_hook, registry_commands
-from draftsmith.flows.refresh.decisions import RefreshCourse, resolve
+from draftsmith.flows.refresh.decisions import RefreshPolicy, resolve
 from draftsmith.flows.refresh.evaluate import evaluate_config, evaluate_nodes
 from draftsmith.flows.refresh.graph import refresh_nodes
-from draftsmith.flows.refresh.line import checkpoint_of, folder_of, registry
+from draftsmith.flows.refresh.line import artifact_folder, checkpoint_of, registry
 from draftsmith.stages.data.load import DRAFTER_FOLDER
 from draftsmith.stages.evaluation.gate import DECISION
 from tests.flows.refresh.made import checked, config_of, finished, gated, page_of, serving
@@ -101,7 +101,7 @@ def test_the_loser_of_two_refreshes_is_planned_again_against_the_new_champion(
     line: str, home: Path, drafters: list[ArtifactRef]
 ) -> None:
     store, config = Store(home / "store"), config_of(line)
-    slow, fast = (RefreshCourse(resolve(config), ()) for _ in range(2))
+    slow, fast = (RefreshPolicy(resolve(config), ()) for _ in range(2))
     fast.conclude(gated(store, drafters[0]), None)
     made = gated(store, drafters[1])
     with pytest.raises(OutdatedPlanError, match="version 1 is the champion by now"):
@@ -195,7 +195,7 @@ def test_a_hook_that_a_killed_run_owes_is_called_by_the_next_with_the_same_key(
     with pytest.raises(KeyboardInterrupt):
         finished(config, first)
     for _ in range(2):
-        assert RefreshCourse(resolve(config), ()).should_stop(*checked(resolve(config), home)) is not None
+        assert RefreshPolicy(resolve(config), ()).should_stop(*checked(resolve(config), home)) is not None
     assert len(told) == 2 and told[0] == told[1], "until a call has ended"
     decision = json.loads((first["gate"].path / DECISION).read_text())
     assert told[0].items() >= {**decision, "line": line, "version": 1}.items()
@@ -242,10 +242,10 @@ def test_a_version_is_found_in_a_home_that_was_moved_and_where_its_key_was_made_
     monkeypatch.setenv("DRAFTSMITH_HOME", str(moved))
     version = registry().resolve(line)
     place = Store(moved / "store").path(version.stage, version.key)
-    assert folder_of(version) == place and checkpoint_of(version) == place / DRAFTER_FOLDER
+    assert artifact_folder(version) == place and checkpoint_of(version) == place / DRAFTER_FOLDER
     assert registry_commands.verified(version) == place / DRAFTER_FOLDER
     aside = place.rename(place.with_name(f"{REPLACED}{place.name}-1"))
-    assert folder_of(version) == aside
+    assert artifact_folder(version) == aside
     os.utime(aside, (0, 0))
     for path in aside.rglob("*"):
         os.utime(path, (0, 0))
@@ -255,7 +255,7 @@ def test_a_version_is_found_in_a_home_that_was_moved_and_where_its_key_was_made_
     shutil.copytree(aside, place)
     (place / MANIFEST).chmod(0o600)
     (place / MANIFEST).write_text("{")
-    assert folder_of(version) == aside and resolve(config_of(line)).registry is not None, "a damaged one is none"
+    assert artifact_folder(version) == aside and resolve(config_of(line)).registry is not None, "a damaged one is none"
 
 
 def test_a_version_of_a_bucket_is_fetched_where_its_manifest_alone_is_known(
@@ -274,5 +274,5 @@ def test_a_version_of_a_bucket_is_fetched_where_its_manifest_alone_is_known(
     uploaded = dataclasses.replace(version, tags={**version.tags, "uploaded": "runs:/a/drafter"})
     assert uploaded.uploaded and checkpoint_of(uploaded) == other.path("opd", made.key) / DRAFTER_FOLDER
     assert not checkpoint_of(uploaded).exists(), "to plan fetches no weights"
-    assert (folder_of(version) / DRAFTER_FOLDER / "config.json").is_file()
+    assert (artifact_folder(version) / DRAFTER_FOLDER / "config.json").is_file()
     assert registry_commands.verified(version) == other.path("opd", made.key) / DRAFTER_FOLDER

@@ -17,8 +17,8 @@ from draftsmith.artifacts.tracking.registry import CHAMPION, Registry
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.refresh import registry_commands
-from draftsmith.flows.refresh.decisions import RefreshCourse, resolve
-from draftsmith.flows.refresh.line import figures_of, history, registry
+from draftsmith.flows.refresh.decisions import RefreshPolicy, resolve
+from draftsmith.flows.refresh.line import history, promotion_metrics, registry
 from tests.flows.refresh.made import checked, config_of, finished, gated
 
 
@@ -30,7 +30,7 @@ def test_a_line_is_refreshed_when_its_last_refresh_is_too_old(
 
     def stops(force: tuple[str, ...] = (), restart: bool = False, **drift: float) -> str | None:
         config = resolve(config_of(line, drift=drift, registry={"name": line, "restart": restart}))
-        ended = RefreshCourse(config, force).should_stop(*checked(config, home))
+        ended = RefreshPolicy(config, force).should_stop(*checked(config, home))
         assert ended is None or ended.tags[OUTCOME] == ended.name.lower(), "as MLflow shows it"
         return None if ended is None else ended.name
 
@@ -40,7 +40,7 @@ def test_a_line_is_refreshed_when_its_last_refresh_is_too_old(
     assert stops(force=("drift",)) is None and stops(force=("evaluation",)) is None and stops(restart=True) is None
     resolved = resolve(config_of(line))
     for force, kept in (("drift", {"drift"}), ("evaluation", {"drift"}), ("target", set())):
-        assert RefreshCourse(resolved, (force,)).sticky_force == kept, "else the next one would find no reason to go on"
+        assert RefreshPolicy(resolved, (force,)).sticky_force == kept, "else the next one would find no reason to go on"
     assert registry().drift(line)[-1]["decision"] == "the line begins again (registry.restart)"
     registry().tag(version, {"promoted_at": "2020-01-01T00:00:00+00:00"})
     assert stops() == "Current", "what counts is the last refresh"
@@ -49,7 +49,7 @@ def test_a_line_is_refreshed_when_its_last_refresh_is_too_old(
     assert "the last refresh was" in registry().drift(line)[-1]["decision"]
     assert stops(max_age_days=36500) == "Current"
     node, made = checked(config := resolve(config_of(line, drift={"max_age_days": 36500})), home, target_changed=True)
-    assert RefreshCourse(config, ()).should_stop(node, made) is None, "whatever tau is"
+    assert RefreshPolicy(config, ()).should_stop(node, made) is None, "whatever tau is"
     assert registry().drift(line)[-1]["decision"] == "the target has changed since its promotion"
     registry().tag(version, {"refreshed_at": "2120-01-01T00:00:00+00:00"})
     assert stops() is None, "the clock of a host was wrong, or is"
@@ -86,7 +86,7 @@ def test_figures_of_other_settings_are_not_compared(line: str, home: Path, draft
 
     def decided(**sections: Any) -> str:
         config = resolve(config_of(line, **sections))
-        RefreshCourse(config, ()).should_stop(*checked(config, home, all=low))
+        RefreshPolicy(config, ()).should_stop(*checked(config, home, all=low))
         return str(registry().drift(line)[-1]["decision"])
 
     assert decided().startswith("all: tau 1.000"), "the same settings: a fall is one"
@@ -111,7 +111,7 @@ def test_as_many_sets_have_a_baseline_as_a_tag_holds() -> None:
 
     def kept(sets: int) -> dict[str, dict[str, Any]]:
         named = {f"task{n}": {"opd": of_a_set} for n in range(sets)}
-        found = figures_of({"drafters": {"opd": taus}, "sets": named}, "opd")
+        found = promotion_metrics({"drafters": {"opd": taus}, "sets": named}, "opd")
         assert len(json.dumps(found)) < 5000
         return found
 
