@@ -1,4 +1,4 @@
-"""`draftsmith check`: what it finds, and that one failure hides no other."""
+"""`draftsmith check` finds what a run would stop at, and one failure hides no other."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def run(tmp_path: Path, config: dict[str, Any], *arguments: str) -> int:
 
 
 def levels(out: str) -> dict[str, list[str]]:
-    """check → levels of its lines."""
-    found: dict[str, list[str]] = {}
+    """Return the levels of the printed lines by check."""
+    levels_by_check: dict[str, list[str]] = {}
     for line in out.splitlines():
         if shown := re.match(r"(ok|warning|not checked|error) +(\S.*?)  ", line):
-            found.setdefault(shown[2], []).append(shown[1])
-    return found
+            levels_by_check.setdefault(shown[2], []).append(shown[1])
+    return levels_by_check
 
 
 def test_a_good_config_passes_and_nothing_is_left(
@@ -68,7 +68,7 @@ def test_a_good_config_passes_and_nothing_is_left(
 
 
 @pytest.mark.usefixtures("home")
-def test_all_checks_run_and_each_failure_says_what_to_do(
+def test_one_run_reports_the_failures_of_all_checks(
     tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config["prompts"]["sources"][0]["path"] = str(tmp_path / "gone.jsonl")
@@ -79,7 +79,7 @@ def test_all_checks_run_and_each_failure_says_what_to_do(
     config["stages"]["min_free_gb"] = 1e9
     assert run(tmp_path, config) == 2
     captured = capsys.readouterr()
-    for said in (
+    for text in (
         "1e+09 GB wanted (stages.min_free_gb)",
         "gone.jsonl is not an existing file: correct the path",
         "target_layer_ids [0, 99] do not fit layers 0 … 3 of the target; name layers of it, or give a drafter",
@@ -87,33 +87,33 @@ def test_all_checks_run_and_each_failure_says_what_to_do(
         "no-python does not exist: build one with `make sglang-gpu`",
         "sampling.max_new_tokens: 1000000 does not fit into the target's",
     ):
-        assert said in captured.out, captured.out
+        assert text in captured.out, captured.out
     assert levels(captured.out)["target"] == ["ok"]
-    assert captured.out.count("gone.jsonl") == 1, "an error that several checks meet is told once"
+    assert captured.out.count("gone.jsonl") == 1, "an error that several checks meet is reported once"
     assert captured.err.count("\n") == 1 and "checks failed" in captured.err
 
 
 @pytest.mark.usefixtures("home")
-def test_layers_that_sglang_does_not_hand_over_are_an_error_where_it_is_to_draft(
+def test_layers_that_sglang_cannot_return_are_an_error_only_where_it_drafts(
     tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str], tiny_drafter: DrafterArtifacts
 ) -> None:
     config["sft"]["drafter"]["target_layer_ids"] = [0, 3]
     assert run(tmp_path, config) == 0
-    assert "this drafter will work in the embedded engine only" in capsys.readouterr().out
-    told = "name the last layer, behind which SGLang takes nothing, and SGLang is to draft with it in"
+    assert "works in the embedded engine only" in capsys.readouterr().out
+    drafts = "SGLang drafts with it in assisted."
     config["assisted"]["engine"] = {"kind": "sglang", "urls": ["http://127.0.0.1:9"]}
     assert run(tmp_path, config) == 2
-    assert f"{told} assisted: change sft.drafter.target_layer_ids" in capsys.readouterr().out
-    begun = Path(shutil.copytree(tiny_drafter.drafter / "drafter", tmp_path / "begun"))
-    shape = json.loads((begun / "config.json").read_text())
+    assert f"{drafts} Change sft.drafter.target_layer_ids" in capsys.readouterr().out
+    start = Path(shutil.copytree(tiny_drafter.drafter / "drafter", tmp_path / "start"))
+    shape = json.loads((start / "config.json").read_text())
     shape["dflash_config"]["target_layer_ids"] = [0, 1, 3]
-    (begun / "config.json").write_text(json.dumps(shape))
-    assert run(tmp_path, config | {"sft": {"init_from": str(begun)}}) == 2
-    assert f"{told} assisted: take another drafter" in capsys.readouterr().out
+    (start / "config.json").write_text(json.dumps(shape))
+    assert run(tmp_path, config | {"sft": {"init_from": str(start)}}) == 2
+    assert f"{drafts} Use another drafter" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("home")
-def test_a_target_of_another_family_is_one_finding_and_the_other_checks_go_on(
+def test_an_unsupported_target_is_one_error_and_the_other_checks_go_on(
     tmp_path: Path, tiny_target: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Path(shutil.copytree(tiny_target, tmp_path / "neox"))
@@ -128,10 +128,10 @@ def test_a_target_of_another_family_is_one_finding_and_the_other_checks_go_on(
 
 
 @pytest.mark.usefixtures("home")
-def test_a_system_prompt_that_the_template_refuses_is_told_as_one(
+def test_a_system_prompt_that_the_template_rejects_is_reported_as_such(
     tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As Gemma's does: no row is to blame."""
+    """Gemma's template rejects one: the config is at fault, and no row."""
     model = shutil.copytree(config["target"]["source"], tmp_path / "strict")
     refusing = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ messages[0].content }}"
@@ -140,13 +140,13 @@ def test_a_system_prompt_that_the_template_refuses_is_told_as_one(
     config["target"]["source"] = str(model)
     config["prompts"]["system"] = "Be brief."
     assert run(tmp_path, config) == 2
-    said = " ".join(capsys.readouterr().out.split())
-    assert "the target's refuses a question (no system) behind a system prompt: leave out prompts.system" in said
+    out = " ".join(capsys.readouterr().out.split())
+    assert "(no system). Remove prompts.system." in out
 
 
 @pytest.mark.usefixtures("home")
 @pytest.mark.parametrize(("program", "runs"), [("sh", True), ("./deploy.sh", False)])
-def test_what_is_called_after_a_promotion_is_there(
+def test_the_program_of_on_promote_must_exist(
     program: str,
     runs: bool,
     tmp_path: Path,
@@ -162,7 +162,7 @@ def test_what_is_called_after_a_promotion_is_there(
 
 
 @pytest.mark.usefixtures("home")
-def test_doubtful_settings_are_warnings(
+def test_settings_that_work_less_well_are_warnings(
     tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config["prompts"]["chat_template_kwargs"] = {"enable_thinking": False}
@@ -173,13 +173,13 @@ def test_doubtful_settings_are_warnings(
     assert run(tmp_path, config) == 0
     out = capsys.readouterr().out
     assert "it does not read enable_thinking" in out
-    assert "tau is of answers that are sampled at 0.7" in out
-    assert "block_sizes [12] are larger than the trained 6" in out
-    assert "train: 5 of 16 prompts are answered: raise the rollouts' prompts, or lower prompts.train" in out
+    assert "answers that are sampled at 0.7" in out
+    assert "[12] are larger than the trained 6" in out
+    assert "5 of 16 prompts are answered" in out
 
 
 @pytest.mark.usefixtures("home")
-def test_a_file_with_too_few_prompts_to_measure_on_is_told(
+def test_too_few_held_out_rows_are_an_error(
     tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "rows.jsonl"
@@ -187,7 +187,7 @@ def test_a_file_with_too_few_prompts_to_measure_on_is_told(
     config["prompts"]["sources"] = [{"kind": "jsonl", "path": str(path)}]
     config["prompts"] |= {"heldout": 20, "train": 16}
     assert run(tmp_path, config) == 2
-    assert "of 40 rows are of the held-out class (heldout_share 0.1), 22 held-out" in capsys.readouterr().out
+    assert "of 40 rows are held out (heldout_share 0.1), and 22 " in capsys.readouterr().out
 
 
 README = (ROOT / "README.md").read_text("utf-8")
@@ -202,7 +202,7 @@ OWN_MODEL = README.partition("# my-model.yaml\n")[2].partition("```")[0]
         ("extends: configs/model.yaml\nname: own\n", r"path: prompts\.jsonl}].*# ([\d,]+) different prompts"),
     ],
 )
-def test_one_file_of_the_size_that_a_comment_says_is_enough(
+def test_the_number_of_rows_in_a_configs_comment_is_enough(
     text: str,
     size: str,
     tmp_path: Path,
@@ -225,17 +225,17 @@ def test_one_file_of_the_size_that_a_comment_says_is_enough(
 
 
 @pytest.mark.usefixtures("home")
-def test_a_drafter_to_start_from_is_whole(
+def test_a_truncated_drafter_to_start_from_is_an_error(
     tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str], tiny_drafter: DrafterArtifacts
 ) -> None:
-    begun = Path(shutil.copytree(tiny_drafter.drafter / "drafter", tmp_path / "begun"))
-    os.truncate(begun / "model.safetensors", 1000)
-    assert run(tmp_path, config | {"sft": {"init_from": str(begun)}}) == 2
+    start = Path(shutil.copytree(tiny_drafter.drafter / "drafter", tmp_path / "start"))
+    os.truncate(start / "model.safetensors", 1000)
+    assert run(tmp_path, config | {"sft": {"init_from": str(start)}}) == 2
     assert "model.safetensors: cannot be read" in capsys.readouterr().out
 
 
 def hub_cache(folder: Path, tokenizer: Path) -> Path:
-    """A hub cache that holds the small files of Qwen3-4B (its real numbers, another tokenizer) and of its drafter."""
+    """Make a hub cache with the small files of Qwen3-4B (its real sizes, another tokenizer) and of its drafter."""
 
     def snapshot(repository: str, config: dict[str, Any]) -> Path:
         root = folder / f"models--{repository.replace('/', '--')}"
@@ -271,14 +271,14 @@ def test_the_recipe_is_checked_from_the_hubs_small_files(tmp_path: Path, tiny_ta
     errors = [line for line in out.splitlines() if line.startswith("error") and "free some space" not in line]
     assert errors == [line for line in out.splitlines() if ".venv-sglang/bin/python does not exist" in line] != []
     assert "4,022M parameters, 36 layers, hidden 2560, vocabulary 151936, 40960 positions, bfloat16" in out
-    assert f"not set: now {REVISION}, reused until `--force target` takes a newer one" in out
+    assert f"{REVISION} is reused until `--force target`" in out
     assert "5 layers on target layers [1, 9, 17, 25, 33], blocks of 16, mask token 151669 (beyond" in out
     assert "each of 8 servers' GPUs" in out and "none is visible here" in out
     assert levels(out)["opd: needs"] == ["ok"] and levels(out)["prompts.sources.0"] == ["not checked"]
 
 
 @pytest.mark.usefixtures("home")
-def test_a_hub_that_cannot_be_reached_is_worth_another_try(
+def test_an_unreachable_hub_exits_with_the_code_for_a_retry(
     tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -288,11 +288,11 @@ def test_a_hub_that_cannot_be_reached_is_worth_another_try(
     captured = capsys.readouterr()
     assert levels(captured.out)["sft: drafter"] == ["not checked"] and "sft: drafter" in captured.err
     config["assisted"]["skip"] = 100
-    assert run(tmp_path, config) == 2, "an error is no matter of trying again"
+    assert run(tmp_path, config) == 2, "a retry does not help an error"
 
 
 @pytest.mark.usefixtures("home")
-def test_servers_that_are_not_up_are_not_checked(
+def test_servers_that_do_not_answer_are_not_checked(
     tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config["assisted"]["engine"] = {"kind": "sglang", "urls": ["http://127.0.0.1:9"]}

@@ -1,4 +1,4 @@
-"""Compared answers are sampled alike, or `check` warns."""
+"""`check` warns if compared answers are sampled differently, or if the gate can never promote."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ def refreshed(*overrides: str) -> list[str]:
 
 
 @pytest.mark.parametrize("section", ["assisted", "evaluation", "heldout"])
-def test_tau_sampled_otherwise_than_what_is_learned_or_timed_is_a_warning(section: str) -> None:
+def test_one_section_with_its_own_sampling_is_a_warning(section: str) -> None:
     (warning,) = refreshed(f"{section}.{SAMPLED}")
     assert warning.startswith("warning: evaluation: sampling differs") and "sampled at 0.7, top_p 0.9" in warning
 
 
-def test_equal_sampling_is_no_warning(tmp_path: Path) -> None:
+def test_equal_sampling_gives_no_warning(tmp_path: Path) -> None:
     everywhere = [f"{section}.{SAMPLED}" for section in ("rollout", "assisted", "heldout", "evaluation")]
     assert refreshed() == refreshed(*everywhere) == []
     assert refreshed("evaluation.temperatures=[0, 1]") == [], "of several settings the first is the headline"
-    assert refreshed("heldout.sampling={top_p: 0.5, top_k: 20}") == [], "greedy answers have none"
-    of_some = [f"{section}.sampling.top_k=20" for section in ("heldout", "evaluation", "assisted")]
-    (warning,) = refreshed(*everywhere, *of_some[:2])
-    assert "sampled at 0.7, top_p 0.9, top_k 20 (heldout.sampling), assisted is sampled at 0.7, top_p 0.9:" in warning
-    assert refreshed(*everywhere, *of_some) == []
-    assert refreshed(f"assisted.{SAMPLED}", "opd.verification=greedy") == [], "it is said how the drafter will serve"
+    assert refreshed("heldout.sampling={top_p: 0.5, top_k: 20}") == [], "top_p and top_k do not change greedy answers"
+    with_top_k = [f"{section}.sampling.top_k=20" for section in ("heldout", "evaluation", "assisted")]
+    (warning,) = refreshed(*everywhere, *with_top_k[:2])
+    assert "sampled at 0.7, top_p 0.9, top_k 20 (heldout.sampling), assisted is sampled at 0.7, top_p 0.9" in warning
+    assert refreshed(*everywhere, *with_top_k) == []
+    assert refreshed(f"assisted.{SAMPLED}", "opd.verification=greedy") == [], "opd states how the drafter serves"
     (log := tmp_path / "log.jsonl").write_text("{}\n")
     logs = f"logs={{paths: {log}, temperature: 0.7}}"
     assert len(refreshed(logs)) == 1
@@ -52,15 +52,13 @@ def test_equal_sampling_is_no_warning(tmp_path: Path) -> None:
     ("low", "overrides"),
     [
         ("evaluation.rounds 2", ["evaluation.rounds=2", "evaluation.concurrency=2"]),
-        ("evaluation.speed_prompts 4", ["evaluation.rounds=1", "evaluation.speed_prompts=4"]),  # the repetitions
+        ("evaluation.speed_prompts 4", ["evaluation.rounds=1", "evaluation.speed_prompts=4"]),  # of its rounds
         ("held-out prompts, 31", ["evaluation.concurrency=16", "evaluation.speed_prompts=32", "prompts.heldout=31"]),
         (None, ["evaluation.rounds=2", "gate.judge_speed=false"]),
         (None, ["registry=null"]),
     ],
 )
-def test_a_gate_that_can_promote_nothing_is_told_before_anything_is_spent(
-    low: str | None, overrides: list[str]
-) -> None:
+def test_a_gate_that_can_never_promote_is_a_warning(low: str | None, overrides: list[str]) -> None:
     findings = Findings()
     check_gate(findings, refresh_nodes(load_config(ROOT / "configs" / "quickstart.yaml", overrides)))
     assert len(findings.remarks) == (low is not None)

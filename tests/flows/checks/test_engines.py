@@ -1,4 +1,4 @@
-"""Servers that need more GPUs than there are, or over which the target cannot be spread."""
+"""`check` finds servers that need more GPUs than there are, or that cannot divide the target's heads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from draftsmith.stages.engines.stage import RolloutConfig
     ("launch", "errors"),
     [({"servers": 2, "tensor_parallel": 2}, 1), ({"data_parallel": 4}, 1), ({"servers": 2}, 0)],
 )
-def test_servers_need_no_more_gpus_than_there_are(
+def test_servers_that_need_more_gpus_than_there_are_are_an_error(
     launch: dict[str, Any], errors: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engines, "gpus", lambda: (80e9,) * 2)
@@ -28,11 +28,11 @@ def test_servers_need_no_more_gpus_than_there_are(
     assert [line.check for line in findings.lines] == ["assisted: GPUs"] * errors
 
 
-@pytest.mark.parametrize(("over", "fits"), [(4, True), (3, False)])
-def test_heads_that_servers_cannot_spread_are_told(over: int, fits: bool, plain_artifact: Path) -> None:
-    """SGLang finds that out when the server starts: of an evaluation's, after all trainings. The target has 4 heads."""
+@pytest.mark.parametrize(("ranks", "fits"), [(4, True), (3, False)])
+def test_heads_that_servers_cannot_divide_are_a_warning(ranks: int, fits: bool, plain_artifact: Path) -> None:
+    """The target has 4 heads. SGLang on a CPU pads them."""
     for options in ({}, {"device": "cpu"}):
-        launch = {"tensor_parallel": over, "options": options}
+        launch = {"tensor_parallel": ranks, "options": options}
         engine = {"kind": "sglang", "python": sys.executable, "launch": launch}
         config = RolloutConfig.model_validate({"engine": engine})
         findings = Findings()
@@ -40,5 +40,5 @@ def test_heads_that_servers_cannot_spread_are_told(over: int, fits: bool, plain_
             findings, [Node("heldout", "draftsmith.stages.engines.stage", config)], plain_artifact
         )
         assert bool(findings.lines) == (not fits and not options)
-        assert all(f"{over} does not divide the target's 4 heads (2 of keys and values)" in w for w in findings.remarks)
+        assert all(f"{ranks} does not divide the target's 4 heads" in w for w in findings.remarks)
         assert findings.errors == 0

@@ -1,4 +1,4 @@
-"""Checks in the course of a run: the first error ends it, before any long work."""
+"""Checks during a run: the first error stops it before any long stage."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.testbed.target import MASK
 
 
 def check_target(nodes: list[Node], target: Path) -> None:
-    """As a run does once the target is there."""
+    """Make the checks that a run makes once it has the target."""
     check_drafters(RaisingFindings(), nodes, target, whole=True)
     check_stage_settings(RaisingFindings(), nodes, target, whole=True)
 
@@ -42,8 +42,8 @@ def test_every_stage_checks_its_config_against_the_target(tmp_path: Path) -> Non
         check_target(toy_nodes(bad), tmp_path)
 
 
-def test_sft_that_goes_on_with_a_drafter_is_not_checked_as_a_new_one(tiny_drafter: DrafterArtifacts) -> None:
-    """The control of a refresh keeps the section `sft`, whose drafter may not fit: it is not what is trained."""
+def test_sft_that_continues_a_drafter_is_not_checked_as_a_new_one(tiny_drafter: DrafterArtifacts) -> None:
+    """The control of a refresh has section sft, but does not train the drafter that the section describes."""
     config = SftConfig.model_validate({"drafter": {"mask_token": "<never>"}})
     learned = {"target": "target", "trajectories": "rollout"}
     control = Node("control", "draftsmith.stages.training.sft.stage", config, {**learned, "drafter": "sft"})
@@ -55,7 +55,7 @@ def test_sft_that_goes_on_with_a_drafter_is_not_checked_as_a_new_one(tiny_drafte
 @pytest.mark.parametrize(
     ("fields", "errors"), [({"skip": 8}, 1), ({"skip": 3, "prompts": 6}, 1), ({"skip": 3, "prompts": 5}, 0), ({}, 0)]
 )
-def test_a_rollout_finds_the_prompts_that_it_asks_for(fields: dict[str, int], errors: int) -> None:
+def test_a_rollout_with_too_few_prompts_is_an_error(fields: dict[str, int], errors: int) -> None:
     prompts = PromptsConfig.model_validate(
         {"sources": [{"kind": "jsonl", "path": "p.jsonl"}], "train": 8, "validation": 0, "heldout": 2}
     )
@@ -78,7 +78,7 @@ def test_a_rollout_finds_the_prompts_that_it_asks_for(fields: dict[str, int], er
         ({"kind": "eagle3"}, "dflash", True),
     ],
 )
-def test_a_section_beside_a_checkpoint_is_used_where_the_drafter_becomes_what_it_says(
+def test_section_drafter_beside_a_checkpoint_is_used_only_for_a_change_of_kind(
     section: dict[str, Any], kind: str, noted: bool, tiny_drafter: DrafterArtifacts
 ) -> None:
     start = {"init_from": str(tiny_drafter.drafter / "drafter")} | ({"drafter": section} if section else {})
@@ -94,8 +94,8 @@ def test_a_section_beside_a_checkpoint_is_used_where_the_drafter_becomes_what_it
     assert any("section drafter is not used" in line.text for line in findings.lines) == noted
 
 
-def test_every_node_is_held_against_the_drafter_that_it_reads(tiny_drafter: DrafterArtifacts) -> None:
-    """Of two drafters, only the one with the larger blocks can draft them."""
+def test_every_node_is_checked_against_the_drafter_that_it_reads(tiny_drafter: DrafterArtifacts) -> None:
+    """Only one of two drafters was trained with blocks that large."""
     shape = {"block_size": 4, "mask_token": MASK, "num_layers": 1, "target_layer_ids": [0, 2]}
     learned = {"target": "t", "trajectories": "r"}
 
@@ -118,7 +118,7 @@ def test_every_node_is_held_against_the_drafter_that_it_reads(tiny_drafter: Draf
         check_target(nodes("small", 8), tiny_drafter.target)
 
 
-def test_sampling_with_a_drafter_on_a_cpus_servers_is_an_error_before_anything_runs() -> None:
+def test_sampling_with_a_drafter_on_cpu_servers_is_an_error() -> None:
     engine = {"kind": "sglang", "python": "python", "launch": {"options": {"device": "cpu"}}}
     config = EvaluationConfig.model_validate({"engine": engine, "temperatures": [0, 1]})
     with pytest.raises(DraftsmithError, match=r"speed: temperatures: SGLang verifies greedily on this device"):
@@ -132,7 +132,7 @@ def test_sampling_with_a_drafter_on_a_cpus_servers_is_an_error_before_anything_r
         check_engines(RaisingFindings(), [Node("rollout", "draftsmith.stages.engines.stage", rollout, {})])
 
 
-def test_prompts_that_are_too_long_for_a_later_stage_are_found_once_they_are_made(
+def test_prompts_that_are_too_long_for_a_stage_are_an_error(
     tiny_drafter: DrafterArtifacts,
 ) -> None:
     limit = read_target_info(tiny_drafter.target).max_positions
@@ -148,7 +148,7 @@ def test_prompts_that_are_too_long_for_a_later_stage_are_found_once_they_are_mad
             assert [line.check for line in findings.lines] == ["late"] * over
 
 
-def test_the_champion_is_a_drafter_whose_shape_is_known(tiny_drafter: DrafterArtifacts) -> None:
+def test_settings_are_checked_against_the_champions_drafter(tiny_drafter: DrafterArtifacts) -> None:
     def plans_of(folder: Path, **drafting: int) -> DrafterPlans:
         serves = ChampionConfig(line="line", version=3, folder=str(folder), content_id="c", drafter_digest="d")
         learned = {"target": "target", "trajectories": "rollout", "drafter": "champion"}
@@ -170,7 +170,7 @@ def test_the_champion_is_a_drafter_whose_shape_is_known(tiny_drafter: DrafterArt
 
 
 @pytest.mark.parametrize(
-    ("section", "said"),
+    ("section", "ignored"),
     [
         ({}, None),
         ({"kind": "eagle3"}, "kind eagle3 (the champion: dflash)"),
@@ -178,8 +178,8 @@ def test_the_champion_is_a_drafter_whose_shape_is_known(tiny_drafter: DrafterArt
         ({"kind": "dspark"}, None),
     ],
 )
-def test_a_shape_that_the_line_does_not_take_is_told(
-    section: dict[str, Any], said: str | None, tiny_drafter: DrafterArtifacts
+def test_fields_that_the_champion_overrides_are_a_warning(
+    section: dict[str, Any], ignored: str | None, tiny_drafter: DrafterArtifacts
 ) -> None:
     folder = tiny_drafter.drafter / DRAFTER_FOLDER
     serves = ChampionConfig(line="line", version=3, folder=str(folder), content_id="c", drafter_digest="d")
@@ -191,7 +191,9 @@ def test_a_shape_that_the_line_does_not_take_is_told(
     findings = Findings()
     (plan,) = check_drafters(findings, nodes, tiny_drafter.target, whole=True).values()
     now = json.loads((folder / "config.json").read_text())
-    told = [line.text for line in findings.lines if line.level is Level.WARNING]
-    expected = said and said.format(block=now["block_size"], layers=now["num_hidden_layers"])
-    assert [text.split("sft.drafter: ")[1].split(": not used")[0] for text in told] == ([expected] if expected else [])
+    warnings = [line.text for line in findings.lines if line.level is Level.WARNING]
+    expected = ignored and ignored.format(block=now["block_size"], layers=now["num_hidden_layers"])
+    assert [text.split("sft.drafter: ")[1].split(": not used")[0] for text in warnings] == (
+        [expected] if expected else []
+    )
     assert plan.kind == ("dspark" if section.get("kind") == "dspark" else "dflash")

@@ -1,4 +1,4 @@
-"""What a stage needs is of the right size, is compared where it is needed, and takes what it took here or elsewhere."""
+"""Estimates of memory, disk and time, and their comparison with the machine."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def qwen_sizes() -> Sizes:
     )
 
 
-def test_what_the_recipe_needs_by_hand() -> None:
+def test_needs_of_the_recipe_equal_a_calculation_by_hand() -> None:
     from tests.testbed.refresh import load_config
 
     sizes = qwen_sizes()
@@ -70,13 +70,13 @@ def test_what_the_recipe_needs_by_hand() -> None:
         2 * (4_022_468_096 + parameters),
         32 * (512 + 4096 + 16) * per_token,
     )
-    assert not needed["assisted"].memory, "the answers are made elsewhere"
-    as_it_is = needed["sft"]
-    assert (as_it_is.processes, as_it_is.temporary_disk) == (1, 0)
-    assert as_it_is.memory == PROCESS + 2 * 4_022_468_096 + 4 * parameters
+    assert not needed["assisted"].memory, "servers make the answers"
+    untrained = needed["sft"]
+    assert (untrained.processes, untrained.temporary_disk) == (1, 0)
+    assert untrained.memory == PROCESS + 2 * 4_022_468_096 + 4 * parameters
 
 
-def test_trajectories_take_no_more_disk_than_estimated(tiny_drafter: DrafterArtifacts) -> None:
+def test_answers_take_no_more_disk_space_than_estimated(tiny_drafter: DrafterArtifacts) -> None:
     from draftsmith.artifacts.tables.parquet import read_table
     from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 
@@ -96,10 +96,10 @@ def test_trajectories_take_no_more_disk_than_estimated(tiny_drafter: DrafterArti
         (Need(memory=20e9, tables=1e9, processes=4), (), 64e9, Level.WARNING),
     ],
 )
-def test_memory_is_compared_where_it_is_needed(
+def test_gpu_and_host_memory_are_compared_separately(
     need: Need, gpus: tuple[float, ...], host: float, level: Level, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A GPU's with the models, the host's with tables and what passes through, in shares of its processes."""
+    """GPU memory holds the models; host memory holds tables and passing weights, and all processes share it."""
     monkeypatch.setattr(resources, "gpus", lambda: gpus)
     monkeypatch.setattr(resources, "memory_bytes", lambda: host)
     findings = Findings()
@@ -111,10 +111,10 @@ def test_memory_is_compared_where_it_is_needed(
     resources._compare(
         findings, Node("sft", "draftsmith.stages.training.sft.stage", SftConfig()), need, "", elsewhere=True
     )
-    assert [line.level for line in findings.lines] == [Level.OK], "of another machine nothing is known"
+    assert [line.level for line in findings.lines] == [Level.OK], "the memory of another machine is unknown"
 
 
-def test_gpus_that_torch_cannot_use_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_that_torch_cannot_use_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     for names, count in ([], 0), (["GPU-a1"], 1):
         monkeypatch.setattr(resources, "gpu_names", lambda names=names: names)
@@ -124,7 +124,7 @@ def test_gpus_that_torch_cannot_use_are_told(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def made(stage: str, config: Config, seconds: float, inputs: tuple[str, ...] = (), **metrics: float) -> Manifest:
-    """An artifact of the target with key `one`, or of another where its config says so."""
+    """Return an artifact of the target with key `one`, or of the other target."""
     key = "one" if config != OTHER else "other"
     entries = {name: InputEntry(stage=name, key="one", content_id="c", volatile_id="") for name in inputs}
     return Manifest(
@@ -137,7 +137,7 @@ def made(stage: str, config: Config, seconds: float, inputs: tuple[str, ...] = (
 def seconds(
     stage: str, config: Config, need: Need, history: list[Manifest], target: TargetConfig = TARGET, **elsewhere: bool
 ) -> float | None:
-    """How long a node takes by its last run, or by what was measured."""
+    """Return the estimated seconds of a node."""
     inputs = {name: name for name in (TRAINED if stage == "sft" else ("target",))}
     node = Node(stage, STAGES[stage], config, inputs)
     nodes = [Node("target", "draftsmith.stages.target.stage", target), node]
@@ -147,15 +147,15 @@ def seconds(
     return took
 
 
-def test_a_stage_takes_what_it_took_here_by_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources, "gpus", lambda: (80e9,))  # of which nothing was measured
+def test_time_is_estimated_from_the_last_run_and_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "gpus", lambda: (80e9,))  # without a measured rate
     asked, few = SftConfig(steps=200), SftConfig(steps=50)
     here = [made("target", TARGET, 30), made("rollout", RolloutConfig(), 60, ("target",), answers=100.0)]
     assert seconds("rollout", RolloutConfig(), Need(makes=AnswerCounts(100, count=300)), here) == 180
     assert seconds("rollout", RolloutConfig(), Need(makes=AnswerCounts(100, count=300)), here, OTHER) is None
     sft = made("sft", few, 100, TRAINED)
     assert seconds("sft", asked, Need(), [*here, sft]) == 400
-    sft.metrics["seconds"] = 125.0  # of all attempts: its checkpoint counts on
+    sft.metrics["seconds"] = 125.0  # includes earlier attempts
     assert seconds("sft", asked, Need(), [*here, sft]) == 500
     many = SftConfig.model_validate({"steps": 50, "parallel": {"processes": 4}})
     assert seconds("sft", asked, Need(), [*here, made("sft", many, 100, TRAINED)]) == 1600
@@ -163,7 +163,7 @@ def test_a_stage_takes_what_it_took_here_by_its_size(monkeypatch: pytest.MonkeyP
     assert seconds("sft", eagle, Need(), [*here, sft]) is None
 
 
-def test_what_never_ran_here_takes_what_was_measured_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_without_a_last_run_is_estimated_from_measured_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     need = Need(work=("decode", 5010.0))
     monkeypatch.setattr(resources, "gpus", lambda: ())
     assert seconds("rollout", RolloutConfig(), need, []) == pytest.approx(10 * 4_022_468_096 / 135e6)
