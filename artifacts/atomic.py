@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and disk errors that say what to do."""
+"""Atomic writes of files, and clear messages for disk errors."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 from draftsmith.artifacts.errors import from_os_error
 
-TMP_PREFIX = ".tmp-"  # what a killed process leaves behind under this prefix never becomes part of an artifact
+TMP_PREFIX = ".tmp-"  # files of a killed process with this prefix never become part of an artifact
 
 
 @contextmanager
 def disk_errors(doing: str) -> Iterator[None]:
-    """Turn an `OSError` of the body into one clear `DraftsmithError`; `doing` is a phrase such as 'writing x'."""
+    """Turn an OSError of the body into one clear DraftsmithError. doing: a phrase such as "writing x"."""
     try:
         yield
     except OSError as error:
@@ -23,9 +23,9 @@ def disk_errors(doing: str) -> Iterator[None]:
 
 @contextmanager
 def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """Yield a temporary sibling to write to, which takes the place of `path` when the body ends without an error.
+    """Yield a temporary path in the same folder, which replaces `path` if the body ends without an error.
 
-    durable: it is on the disk then; false for a cache, which may be lost with the machine.
+    durable: flush the file and its folder to disk; false for a cache, which may be lost in a crash.
     """
     tmp = path.with_name(f"{TMP_PREFIX}{os.getpid()}-{path.name}")
     try:
@@ -36,7 +36,7 @@ def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
         tmp.replace(path)
         if durable:
             fsync(path.parent)
-    except OSError as error:  # named after the file that was meant, not after the temporary one
+    except OSError as error:  # the message names the final file, not the temporary one
         plain = OSError(error.errno, error.strerror) if error.errno else OSError(str(error))
         raise from_os_error(plain, f"writing {path}") from error
     finally:
@@ -45,19 +45,19 @@ def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str, *, durable: bool = True) -> None:
-    """Replace the content of `path` in one step."""
+    """Replace the content of `path` atomically."""
     with atomic_path(path, durable=durable) as tmp:
         tmp.write_text(text, encoding="utf-8")
 
 
 def remove_temporary(folder: Path) -> None:
-    """Remove what processes that were killed have left in a folder."""
+    """Remove temporary files that killed processes left in a folder."""
     for leftover in folder.rglob(f"{TMP_PREFIX}*"):
         leftover.unlink()
 
 
 def fsync(path: Path) -> None:
-    """Bring a file's content, or a folder's entries, to the disk."""
+    """Flush a file's content, or a folder's entries, to disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

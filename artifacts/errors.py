@@ -1,4 +1,4 @@
-"""Errors for the person who must act: what was wrong, where (file, field, row), what to do."""
+"""Errors for the person who must act: the cause, where it is (file, field or row) and the remedy; and exit codes."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import re
 
 from draftsmith.artifacts.redaction import redacted
 
-EXIT_USER_ERROR = 2  # bad config, data, checkpoint or disk: a retry cannot help
-EXIT_RETRYABLE = 75  # EX_TEMPFAIL: something outside went away (an engine, a queue)
+EXIT_USER_ERROR = 2  # bad config, data, checkpoint or disk: a retry does not help
+EXIT_RETRYABLE = 75  # EX_TEMPFAIL: something outside this process went away (an engine, a server)
 EXIT_INTERRUPTED = 130
 
 
 class DraftsmithError(Exception):
-    """Bad input or environment. The message is one line, names the file, field or row, and says what to do.
+    """Bad input or environment. The message is one line that names the file, field or row and says what to do.
 
-    Secrets in it are masked, and so are ends of lines, which names from a file may hold: it is logged, kept and shown
-    in many places.
+    The message is logged, stored and shown in many places, so secrets and line breaks (names from a file may contain
+    them) are replaced.
     """
 
     exit_code = EXIT_USER_ERROR
@@ -27,36 +27,36 @@ class DraftsmithError(Exception):
 
 
 class RetryableError(DraftsmithError):
-    """Something outside this process was lost; the same stage may succeed when run again."""
+    """Something outside this process was lost; the same stage may succeed when it is run again."""
 
     exit_code = EXIT_RETRYABLE
 
 
 class RefusedError(DraftsmithError):
-    """Everything ran, and what it made was found not good enough."""
+    """Everything ran, but the result was rejected."""
 
     exit_code = 3
 
 
 class StageInterrupted(DraftsmithError):
-    """The stage was asked to stop and has saved what it had; running it again continues there."""
+    """The stage was asked to stop and saved its state; the next run continues from there."""
 
     exit_code = EXIT_INTERRUPTED
 
 
-def one_line(error: BaseException, most: int | None = None) -> str:
-    """What it says, without ends of lines; its kind where it says nothing. most: characters, cut between words."""
-    said = " ".join(str(error).split()) or type(error).__name__
-    if most is None or len(said) <= most:
-        return said
-    return f"{said[:most].rpartition(' ')[0] or said[:most]} …"
+def one_line(error: BaseException, max_chars: int | None = None) -> str:
+    """Return the error's message on one line, cut between words to `max_chars`; the class name if there is none."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    if max_chars is None or len(message) <= max_chars:
+        return message
+    return f"{message[:max_chars].rpartition(' ')[0] or message[:max_chars]} …"
 
 
 def find_disk_error(error: BaseException) -> OSError | None:
-    """The disk's refusal that an error is; for a full disk also that it comes from.
+    """Return the disk error that `error` is, or the full disk that caused it; None if it is neither.
 
-    torch, safetensors and shutil raise classes of their own where a disk is full. Other refusals behind an error may
-    have been dealt with before it, such as a cache that could not be written.
+    torch, safetensors and shutil raise other classes when the disk is full, so the chain of causes is searched for
+    that. It is not searched for other disk errors: those may have been handled, such as a cache that is not writable.
     """
     if isinstance(error, OSError) and error.errno in _DISK_ADVICE:
         return error
@@ -74,24 +74,28 @@ def find_disk_error(error: BaseException) -> OSError | None:
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Or a quota that is used up."""
+    """Return whether the disk is full or its quota is used up."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 _DISK_ADVICE = {
-    errno.ENOSPC: "the disk is full: free some space",
-    errno.EDQUOT: "the disk quota is used up: free some space",
-    errno.EROFS: "the file system is read-only: mount it writable or point DRAFTSMITH_HOME elsewhere",
-    errno.EACCES: "permission denied: make it writable or point DRAFTSMITH_HOME elsewhere",
+    errno.ENOSPC: "the disk is full. Free some space",
+    errno.EDQUOT: "the disk quota is used up. Free some space",
+    errno.EROFS: "the file system is read-only. Mount it writable or set DRAFTSMITH_HOME to another folder",
+    errno.EACCES: "permission denied. Make it writable or set DRAFTSMITH_HOME to another folder",
 }
 
 
 def from_os_error(error: OSError, doing: str) -> DraftsmithError:
-    """One clear error for a failed disk operation; `doing` is a short phrase such as 'writing trajectories'."""
+    """Return one clear error for a failed disk operation.
+
+    doing: a short phrase such as "writing trajectories".
+    """
     where = f" {error.filename}" if error.filename else ""
-    advice = _DISK_ADVICE.get(error.errno or 0, os.strerror(error.errno) if error.errno else str(error))
-    return DraftsmithError(f"{doing}{where}: {advice}; then run the same command again, finished work is kept")
+    cause = os.strerror(error.errno) if error.errno else str(error)
+    advice = _DISK_ADVICE.get(error.errno or 0, f"{cause}. Check the disk")
+    return DraftsmithError(f"{doing}{where}: {advice}, then run the same command again. Finished work is kept.")
 
 
 class TimeLimitError(DraftsmithError):
-    """The stage ran past its time limit. It goes on from what it saved."""
+    """The stage exceeded its time limit; the next attempt continues from what it saved."""

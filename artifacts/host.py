@@ -1,4 +1,4 @@
-"""What this machine has and how it is reached: memory, GPUs, file systems, and no proxy to itself."""
+"""Properties of this machine: memory, GPUs, file systems, and how to reach it without a proxy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 MOUNTS = Path("/proc/self/mounts")
-# SQLite's locks and its write order are not kept there (https://www.sqlite.org/howtocorrupt.html, section 2.1).
+# SQLite's locks and write order do not hold on these (https://www.sqlite.org/howtocorrupt.html, section 2.1).
 NETWORK_FILE_SYSTEMS = frozenset(
     (
         *("9p", "afs", "beegfs", "ceph", "cifs", "coda", "davfs", "fhgfs", "glusterfs", "gpfs", "juicefs", "lustre"),
@@ -24,7 +24,7 @@ _LOCALHOST = ("127.0.0.1", "localhost")
 
 
 def memory_bytes() -> float:
-    """Return the bytes of physical memory, or the limit of the container that this runs in."""
+    """Return the bytes of physical memory, or the container's limit if that is lower."""
     physical = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     for path in _CGROUP_LIMITS:
         try:
@@ -37,8 +37,8 @@ def memory_bytes() -> float:
 
 
 def free_memory_bytes() -> float:
-    """Return the bytes that this process may still take, of the machine's free memory and of its container."""
-    import psutil
+    """Return the bytes that this process can still allocate, within the machine's free memory and the container's."""
+    import psutil  # here, since planning imports this module and needs neither psutil nor pynvml to start
 
     left = memory_bytes() - psutil.Process().memory_info().rss
     return max(0.0, min(float(psutil.virtual_memory().available), left))
@@ -46,17 +46,17 @@ def free_memory_bytes() -> float:
 
 @dataclass(frozen=True)
 class Gpu:
-    """An NVIDIA GPU, or a part of one (MIG)."""
+    """An NVIDIA GPU, or a MIG slice of one."""
 
-    uuid: str  # the same for all users; of a part the name that CUDA_VISIBLE_DEVICES gives it
-    memory: float  # bytes; of a part those of the whole first GPU
+    uuid: str  # the same for all users; for a MIG slice its name in CUDA_VISIBLE_DEVICES
+    memory: float  # bytes; for a MIG slice those of the whole first GPU
     model: str
 
 
 @functools.cache
 def all_gpus() -> tuple[Gpu, ...]:
-    """Return every NVIDIA GPU in the order of nvidia-smi, without opening a context."""
-    import pynvml
+    """Return every NVIDIA GPU in the order of nvidia-smi, without creating a CUDA context."""
+    import pynvml  # as psutil above
 
     try:
         pynvml.nvmlInit()
@@ -76,66 +76,63 @@ def all_gpus() -> tuple[Gpu, ...]:
 def visible_gpus() -> list[Gpu]:
     """Return the GPUs that CUDA_VISIBLE_DEVICES names by number or UUID, or all if it is not set.
 
-    As CUDA reads it, names after one that is not there do not count.
+    Like CUDA, ignores every name after the first that does not exist.
     """
-    known = all_gpus()
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not known or named is None:
-        return list(known)
-    found = []
-    for each in filter(None, (name.strip() for name in named.split(","))):
-        if (gpu := _find_gpu(each, known)) is None:
+    gpus = all_gpus()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not gpus or visible is None:
+        return list(gpus)
+    selected = []
+    for name in filter(None, (name.strip() for name in visible.split(","))):
+        if (gpu := _find_gpu(name, gpus)) is None:
             break
-        found.append(gpu)
-    return found
+        selected.append(gpu)
+    return selected
 
 
-def _find_gpu(name: str, known: tuple[Gpu, ...]) -> Gpu | None:
+def _find_gpu(name: str, gpus: tuple[Gpu, ...]) -> Gpu | None:
     if name.isdecimal():
-        return known[int(name)] if int(name) < len(known) else None
+        return gpus[int(name)] if int(name) < len(gpus) else None
     if name.startswith("MIG-"):
-        return replace(known[0], uuid=name)
-    begun = [gpu for gpu in known if gpu.uuid.startswith(name)] if name.startswith("GPU-") else []
-    return begun[0] if len(begun) == 1 else None
+        return replace(gpus[0], uuid=name)
+    matches = [gpu for gpu in gpus if gpu.uuid.startswith(name)] if name.startswith("GPU-") else []
+    return matches[0] if len(matches) == 1 else None
 
 
 def file_system(path: Path) -> tuple[str, str]:
-    """Return (type, mount point) of the file system of a path, or of the nearest folder above it that exists.
+    """Return (type, mount point) of the file system of a path; ("", "") if it is unknown.
 
-    ("", "") where the system does not say.
+    A path that does not exist has the file system of its nearest existing parent.
     """
-    there = path.absolute()
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    there = there.resolve()
+    existing = path.absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    existing = existing.resolve()
     try:
         lines = MOUNTS.read_text("utf-8", errors="surrogateescape").splitlines()
     except OSError:
         return "", ""
-    found, place = "", ""
+    kind, mount_point = "", ""
     for line in lines:
         fields = line.split(" ")
         if len(fields) < 3:
             continue
         mounted = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal.group(1), 8)), fields[1])
-        if there.is_relative_to(mounted) and len(mounted) >= len(place):  # the last one mounted there is on top
-            found, place = fields[2], mounted
-    return found, place
+        if existing.is_relative_to(mounted) and len(mounted) >= len(mount_point):  # the last mount is on top
+            kind, mount_point = fields[2], mounted
+    return kind, mount_point
 
 
 def network_file_system(path: Path) -> str | None:
-    """Return type and mount point of a file system that other machines may share, in words; None for a local one."""
-    kind, place = file_system(path)
-    return f"{kind} at {place}" if kind in NETWORK_FILE_SYSTEMS or _FUSE_NETWORK.fullmatch(kind) else None
+    """Return "type at mount point" if the path is on a network file system, else None."""
+    kind, mount_point = file_system(path)
+    return f"{kind} at {mount_point}" if kind in NETWORK_FILE_SYSTEMS or _FUSE_NETWORK.fullmatch(kind) else None
 
 
 def bypass_proxy_for_localhost() -> None:
-    """Exclude this machine from proxies, for this process and those that it starts: its servers are unknown to them.
-
-    What the user has excluded stays.
-    """
-    known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    hosts = [host.strip() for host in known.split(",")]
-    if known.strip() != "*":  # libraries read one of the two names, or the first that is set
-        exclusions = ",".join(filter(None, [known, *(each for each in _LOCALHOST if each not in hosts)]))
+    """Add this machine to `no_proxy`, for this process and its children: a proxy cannot reach our servers."""
+    excluded = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    hosts = [host.strip() for host in excluded.split(",")]
+    if excluded.strip() != "*":  # libraries read one of the two names, or the first that is set
+        exclusions = ",".join(filter(None, [excluded, *(host for host in _LOCALHOST if host not in hosts)]))
         os.environ["no_proxy"] = os.environ["NO_PROXY"] = exclusions

@@ -1,9 +1,9 @@
-"""File locks that the kernel drops when their holder dies, with a note of who holds them.
+"""File locks that the kernel releases when their holder dies, with a note that names the holder.
 
-On one machine the kernel tells truly who lives. On a file system that several machines share it may not: a server that
-starts again, or a lease that runs out, frees the lock of a holder that is only slow. Every holder therefore writes a
-token of its own into the lock file, and checks before it makes anything final that it still stands there
-(`Lock.check`): a holder that was thought dead cannot write.
+On one machine the kernel knows reliably which holders are alive. On a shared file system it may not: a restarted server
+or an expired lease releases the lock of a holder that is only slow. So every holder writes a unique token into the
+lock file, and before it commits anything checks that the token is still there (`Lock.check`). A holder that was
+presumed dead therefore cannot commit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 
-LOCK_LIMIT_S = 600.0  # a database that is migrated, a server that starts
+LOCK_LIMIT_S = 600.0  # enough for a database migration or the start of a server
 _POLL_S = 0.2
 _CHECK_EVERY_S = 10.0
 _NOTE_BYTES = 4096
@@ -32,7 +32,7 @@ _NOTE_BYTES = 4096
 
 @dataclass(frozen=True)
 class Holder:
-    """Who took a lock, and when."""
+    """Identifies the process that took a lock, and when."""
 
     token: str
     host: str
@@ -48,39 +48,41 @@ class Holder:
 
 
 class LockTimeoutError(RetryableError):
-    """The holder of a lock did not let it go in time."""
+    """The holder of a lock did not release it in time."""
 
 
 class LockLostError(DraftsmithError):
-    """Another process took the lock over: what this one made must not become final."""
+    """Another process took over the lock, so this one must not commit anything."""
 
 
 @dataclass(frozen=True)
 class Lock:
-    """A lock that is held as long as the last process that has its descriptor lives."""
+    """A lock that lasts until the last process that has its descriptor ends."""
 
     path: Path
     fd: int
-    token: str  # empty where the lock is shared by several
-    _checked: list[float] = field(default_factory=lambda: [time.monotonic()])  # when, last
+    token: str  # empty if the lock is shared
+    _checked: list[float] = field(default_factory=lambda: [time.monotonic()])  # time of the last check
 
     def check(self) -> None:
-        """Raise LockLostError if the file names another holder by now, or is gone."""
-        try:  # by its name: a lock file that was removed and made again is another one
+        """Raise LockLostError if the lock file is gone or names another holder."""
+        try:  # by path, not by descriptor: a lock file that was removed and created again is another file
             found = _parse_holder(self.path.read_bytes())
         except FileNotFoundError:
             found = None
         except OSError as error:
-            raise RetryableError(f"{self.path}: cannot be read ({error.strerror}): is the disk there?") from error
+            raise RetryableError(
+                f"{self.path}: cannot be read ({error.strerror}). Check that the disk is mounted."
+            ) from error
         if found is None or found.token != self.token:
-            by = str(found) if found is not None else "nobody that left a name"
+            by = str(found) if found is not None else "an unknown process"
             raise LockLostError(
-                f"{self.path}: the lock was taken over by {by}, while this run was thought dead: what this one made is "
-                "not kept; run the same command again, which waits for the other"
+                f"{self.path}: the lock was taken over by {by}, while this run was presumed dead, so its result is "
+                "discarded. Run the same command again: it waits for the other run."
             )
 
     def check_periodically(self) -> None:
-        """`check`, at most every few seconds: for a holder that works for hours."""
+        """Call `check`, but at most every ten seconds: for long work."""
         if time.monotonic() - self._checked[0] > _CHECK_EVERY_S:
             self._checked[0] = time.monotonic()
             self.check()
@@ -135,9 +137,9 @@ def locked(
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a living process holds the lock, as far as we can see: one that we may not read counts as held.
+    """Return whether a living process holds the lock. A lock file that we may not read counts as locked.
 
-    Changes nothing, so it may be asked of a store that we only read.
+    Writes nothing, so it also works in a read-only store.
     """
     try:
         fd = os.open(path, os.O_RDONLY)
@@ -152,7 +154,7 @@ def is_locked(path: Path) -> bool:
 
 
 def lock_holder(path: Path) -> Holder | None:
-    """Who took the lock last; None if nobody did, or left no name."""
+    """Return who took the lock last; None if nobody did or the note cannot be read."""
     try:
         return _parse_holder(path.read_bytes())
     except OSError:
@@ -160,12 +162,12 @@ def lock_holder(path: Path) -> Holder | None:
 
 
 def _open(path: Path, mode: int) -> int:
-    """A link is not followed: the folder may be open to all."""
-    try:  # where /tmp is protected, O_CREAT of another user's file is refused
+    """Open the lock file, creating it if need be. Links are not followed: anybody may write to the folder."""
+    try:  # in a protected /tmp, O_CREAT of another user's file is refused
         fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
     except FileNotFoundError:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, mode)
-    with suppress(OSError):  # another user's
+    with suppress(OSError):  # another user's file
         os.fchmod(fd, mode)
     return fd
 
@@ -210,7 +212,7 @@ def _now() -> str:
 
 
 def user_name() -> str:
-    """Of whoever runs this process."""
+    """Return the name of the user who runs this process."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # a container whose user has no name

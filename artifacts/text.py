@@ -1,4 +1,4 @@
-"""Values in few words, for screens and errors: durations, sizes, long values cut, nested ones by dotted path."""
+"""Formats values for screens and errors: durations, sizes, shortened values, nested fields by dotted path."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-MAX_CHARS = 60  # characters of a value
+MAX_CHARS = 60
 
 
 def format_duration(seconds: float) -> str:
@@ -20,7 +20,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """Return bytes as `812 B` or `3.4 MB`."""
+    """Return a number of bytes as `812 B` or `3.4 MB`."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -28,21 +28,21 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} GB"
 
 
-def shorten(value: Any, most: int = MAX_CHARS) -> str:
-    """Return a text as it is and any other value as JSON, cut to so many characters."""
+def shorten(value: Any, max_chars: int = MAX_CHARS) -> str:
+    """Return a string as it is, any other value as JSON, cut to `max_chars`."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    return text if len(text) <= max_chars else f"{text[: max_chars - 1]}…"
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Return fields by their dotted path. What holds nothing stays a value, so that it can differ too."""
+    """Return the fields of a nested value by dotted path. An empty mapping or list counts as a value."""
     if isinstance(value, Mapping) and (value or not prefix):
         items = list(value.items())
-    elif isinstance(value, list) and any(isinstance(each, (dict, list)) for each in value):
+    elif isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
         items = list(enumerate(value))
     else:
         return {prefix: value}
-    found: dict[str, Any] = {}
-    for name, each in items:
-        found |= flatten(each, f"{prefix}.{name}" if prefix else str(name))
-    return found
+    fields: dict[str, Any] = {}
+    for name, item in items:
+        fields |= flatten(item, f"{prefix}.{name}" if prefix else str(name))
+    return fields

@@ -73,7 +73,7 @@ def test_a_full_disk_is_one_clear_error_and_earlier_artifacts_stay(tmp_path: Pat
     """A tmpfs of 1 MiB where mounts are allowed; a limit on the size of files (the same write fails) elsewhere."""
     if can_mount():
         message = try_disk(tmp_path, "", mount="-o size=1m")
-        assert "the disk is full: free some space" in message
+        assert "the disk is full" in message
     else:
         message = try_disk(tmp_path, "resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))")
         assert "File too large" in message
@@ -146,7 +146,7 @@ def test_a_full_disk_is_known_behind_the_errors_of_torch_and_safetensors(tmp_pat
     assert result.returncode == 0, result.stderr
     checkpoint, drafter = result.stdout.splitlines()
     for line in (checkpoint, drafter):
-        assert "the disk is full: free some space" in line
+        assert "the disk is full" in line
     assert drafter.startswith("SafetensorError")
 
 
@@ -160,7 +160,7 @@ def test_a_folder_without_permission_is_one_clear_error(tmp_path: Path) -> None:
                 parent.chmod(0o755)
         refuse += "\nos.seteuid(65534)"
     message = try_disk(tmp_path, refuse)
-    assert "permission denied: make it writable or point DRAFTSMITH_HOME elsewhere" in message
+    assert "permission denied" in message
 
 
 @pytest.mark.skipif(

@@ -132,7 +132,7 @@ def test_a_full_disk_leaves_no_half_of_a_drafter_and_the_same_command_works_when
 
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "copyfile", full)
-        with pytest.raises(DraftsmithError, match=r"exporting to .*/copy: the disk is full: free some space"):
+        with pytest.raises(DraftsmithError, match=r"exporting to .*/copy: the disk is full. Free some space"):
             registry_commands.export(Display(), "line", tmp_path / "copy", dry_run=False)
     assert not (tmp_path / "copy").exists()
     registry_commands.export(Display(), "line", tmp_path / "copy", dry_run=False)
