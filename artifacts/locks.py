@@ -71,9 +71,7 @@ class Lock:
         except FileNotFoundError:
             found = None
         except OSError as error:
-            raise RetryableError(
-                f"{self.path}: cannot be read ({error.strerror}). Check that the disk is mounted."
-            ) from error
+            raise RetryableError(f"{self.path}: cannot be read ({error.strerror}). Check the disk.") from error
         if found is None or found.token != self.token:
             by = str(found) if found is not None else "an unknown process"
             raise LockLostError(

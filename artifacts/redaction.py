@@ -1,9 +1,9 @@
-"""Secrets: what looks like one, and texts without them.
+"""Detection and masking of secrets, and escaping of control characters.
 
-A config is written to manifests, to MLflow, to Prefect's database and to the report, so a secret in it is refused by
-what its name or its value looks like; and whatever is shown, logged or kept as text passes through `redacted`. Both
-stand here alone. Secrets come from the environment, which stage processes and servers inherit. What others wrote, such
-as a model, is shown by `printable`.
+A config is written to manifests, MLflow, Prefect's database and the report, so one that holds anything like a secret is
+refused (`find_secrets`). Text that is shown, logged or stored passes through `redacted`. Secrets belong in the
+environment, which stage processes and servers inherit. Text from others, such as a model's answer, passes through
+`printable`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 MASK = "***"
-_SHORTEST_VALUE = 8  # of a variable of the environment that is masked wherever it turns up
+_MIN_SECRET_CHARS = 8  # shorter values of environment variables are not masked: they occur in ordinary text
 
 _SECRET_WORDS = {
     "PASSWORD",
@@ -30,7 +30,7 @@ _SECRET_WORDS = {
     "APIKEY",
     "BEARER",
 }
-_TOKENS_OF_TEXT = {  # … token: one of a text
+_TOKENS_OF_TEXT = {  # such as eos_token, which is no credential
     "MASK",
     "EOS",
     "BOS",
@@ -46,7 +46,7 @@ _TOKENS_OF_TEXT = {  # … token: one of a text
     "FIRST",
     "PER",
 }
-_SIGNATURES = {"SIG", "SIGNATURE", "AUTH", "KEY", "AUTHORIZATION"}  # parameters of an address
+_SIGNATURES = {"SIG", "SIGNATURE", "AUTH", "KEY", "AUTHORIZATION"}  # URL parameters
 
 _AUTHORITY = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/?#\s'\"<>]+@", re.IGNORECASE)
 _DATABASE = re.compile(r"(\b(?:postgres|mysql|mariadb|mssql|oracle)[a-z0-9+]*://)[^\s'\"]+@", re.IGNORECASE)
@@ -77,24 +77,24 @@ _ESCAPED_CATEGORIES = {
     "Cn",
     "Zl",
     "Zp",
-}  # control, direction and joining marks, halves of surrogate pairs
+}  # control characters, direction marks, lone surrogates
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a field, option or variable is called as secrets are: `HF_TOKEN`, `api-key`, `dbPassword`."""
-    words = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).upper()
-    parts = [part for word in re.split(r"[^A-Z0-9]+", words) if (part := word.rstrip("0123456789"))]
-    if not parts or parts == ["KEY"] or parts[-1] == "ENV":  # a field that names a variable of the environment
+    """Return whether a field, option or variable is named like a secret: `HF_TOKEN`, `api-key`, `dbPassword`."""
+    spaced = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).upper()
+    words = [word for digits in re.split(r"[^A-Z0-9]+", spaced) if (word := digits.rstrip("0123456789"))]
+    if not words or words == ["KEY"] or words[-1] == "ENV":  # *_ENV fields hold the name of an environment variable
         return False
-    if _SECRET_WORDS & set(parts) or re.search(r"(API|ACCESS|SECRET|PRIVATE)_?KEY", "_".join(parts)):
+    if _SECRET_WORDS & set(words) or re.search(r"(API|ACCESS|SECRET|PRIVATE)_?KEY", "_".join(words)):
         return True
-    if parts[-1] == "TOKEN":
-        return len(parts) == 1 or parts[-2] not in _TOKENS_OF_TEXT
-    return parts[-1] == "KEY"
+    if words[-1] == "TOKEN":
+        return len(words) == 1 or words[-2] not in _TOKENS_OF_TEXT
+    return words[-1] == "KEY"
 
 
 def describe_secret(text: str) -> str | None:
-    """What in a text is a secret by its looks, in words; None if nothing is."""
+    """Return a description of the first thing in a text that looks like a secret; None if there is none."""
     if _AUTHORITY.search(text) or _DATABASE.search(text):
         return "an address with a user or password in it"
     for _, name, _ in _PARAMETER.findall(text):
@@ -102,15 +102,15 @@ def describe_secret(text: str) -> str | None:
             return f"an address with the parameter {name}"
     for whose, pattern in _KNOWN.items():
         if pattern.search(text):
-            return f"a text that looks like a secret of the kind {whose}"
+            return f"a text that looks like a secret ({whose})"
     return "a credential" if _ASSIGNED.search(text) or _HEADER.search(text) else None
 
 
-def find_secrets(config: Any, place: str = "") -> Iterator[tuple[str, str]]:
-    """(field, why) of everything in a nested config that looks like a secret. Values are not told."""
+def find_secrets(config: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (field, reason) of everything in a nested config that looks like a secret, without the values."""
     if isinstance(config, Mapping):
         for name, value in config.items():
-            field = f"{place}.{name}" if place else str(name)
+            field = f"{path}.{name}" if path else str(name)
             if is_secret_name(str(name)) and value and isinstance(value, str | int) and not isinstance(value, bool):
                 yield redacted(field), "its name looks like that of a secret"
             elif (why := describe_secret(str(name))) is not None:
@@ -119,13 +119,13 @@ def find_secrets(config: Any, place: str = "") -> Iterator[tuple[str, str]]:
                 yield from find_secrets(value, field)
     elif isinstance(config, list | tuple):
         for index, value in enumerate(config):
-            yield from find_secrets(value, f"{place}.{index}")
+            yield from find_secrets(value, f"{path}.{index}")
     elif isinstance(config, str) and (why := describe_secret(config)) is not None:
-        yield place, f"it holds {why}"
+        yield path, f"it holds {why}"
 
 
 def redacted(text: str) -> str:
-    """The text with `***` for every secret: of addresses, headers, known kinds, and of the environment by name."""
+    """Return the text with `***` for every secret: in URLs, headers, known formats, and values from the environment."""
     for value in _environment_secrets():
         text = text.replace(value, MASK)
     for pattern in _KNOWN.values():
@@ -136,23 +136,23 @@ def redacted(text: str) -> str:
 
 
 def redact_logs() -> None:
-    """Let every log record of this process be made without secrets, tracebacks and those of libraries included."""
+    """Redact every log record of this process, including tracebacks and records of libraries."""
     make = logging.getLogRecordFactory()
     if getattr(make, "redacts", False):
         return
 
-    def made(*arguments: Any, **named: Any) -> logging.LogRecord:
-        record = make(*arguments, **named)
+    def redacting_factory(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make(*args, **kwargs)
         try:
             record.msg, record.args = redacted(record.getMessage()), None
-        except Exception:  # a record that its own arguments do not fit: its handler says so
+        except Exception:  # its arguments do not fit its format: the handler reports that
             return record
         if record.exc_info and record.exc_info[1] is not None:
             record.exc_text = redacted("".join(traceback.format_exception(record.exc_info[1]))).rstrip()
         return record
 
-    made.redacts = True  # type: ignore[attr-defined]
-    logging.setLogRecordFactory(made)
+    redacting_factory.redacts = True  # type: ignore[attr-defined]
+    logging.setLogRecordFactory(redacting_factory)
 
 
 def _is_secret_parameter(name: str) -> bool:
@@ -160,21 +160,21 @@ def _is_secret_parameter(name: str) -> bool:
     return is_secret_name(name) or words[-1] in _SIGNATURES
 
 
-def _mask_parameter(found: re.Match[str]) -> str:
-    before, name, _ = found.groups()
-    return f"{before}{name}={MASK}" if _is_secret_parameter(name) else found.group()
+def _mask_parameter(match: re.Match[str]) -> str:
+    before, name, _ = match.groups()
+    return f"{before}{name}={MASK}" if _is_secret_parameter(name) else match.group()
 
 
 def _environment_secrets() -> list[str]:
-    """Values of variables that are called as secrets are, longest first: one may hold another."""
-    found = {v for k, v in os.environ.items() if len(v) >= _SHORTEST_VALUE and is_secret_name(k)}
-    return sorted(found, key=len, reverse=True)
+    """Return the values of variables that are named like secrets, longest first: one may contain another."""
+    values = {v for k, v in os.environ.items() if len(v) >= _MIN_SECRET_CHARS and is_secret_name(k)}
+    return sorted(values, key=len, reverse=True)
 
 
 def printable(text: str) -> str:
-    """The text with control characters and invisible marks written out (`\\x1b`, `\\u202e`); tab and newline stay.
+    """Return the text with control and invisible characters escaped (`\\x1b`, `\\u202e`), except tab and newline.
 
-    A terminal acts on control characters (colours, its title, the clipboard); marks of direction reorder what is read.
+    A terminal acts on control characters (colours, title, clipboard), and direction marks reorder the text.
     """
     if _PRINTABLE_ASCII.fullmatch(text):
         return text

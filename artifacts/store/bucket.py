@@ -1,4 +1,4 @@
-"""A folder of an object store, through fsspec: whole objects by name, retried, and one clear error for what fails."""
+"""A folder of an object store, accessed through fsspec, with retries and clear errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from draftsmith.artifacts.redaction import describe_secret
 from draftsmith.artifacts.retry import retry_on
 
 _LOCAL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-_PROBE = ".written-once"  # an object that the check writes
+_PROBE = ".written-once"  # an object that `check` writes
 _WRITE = "written"
 _ATTEMPTS = 3
 
@@ -20,26 +20,26 @@ Result = TypeVar("Result")
 
 
 class Bucket:
-    """Objects under an address such as `s3://bucket/prefix`. Their names have forward slashes.
+    """Objects under an address such as `s3://bucket/prefix`, with forward slashes in their names.
 
-    Credentials come from the environment, as the file system's package takes them, and stand in no address. Raises
-    DraftsmithError for an address that cannot be used, RetryableError where the store does not answer.
+    Credentials come from the environment, in the way of fsspec's package for the protocol, never from the address.
+    Raises DraftsmithError for an unusable address, RetryableError if the object store cannot be reached.
     """
 
     def __init__(self, address: str, field: str) -> None:
-        """field: what names the address in errors."""
+        """field: name of the setting, for errors."""
         self.address, self._field = address.rstrip("/"), field
         if "://" not in address:
-            raise DraftsmithError(f"{field}: {address}: give an address such as s3://bucket/prefix")
+            raise DraftsmithError(f"{field}: {address} is no address. Give one such as s3://bucket/prefix.")
         if (secret := describe_secret(address)) is not None:
             raise DraftsmithError(
-                f"{field}: {address}: it is {secret}: leave it out, and give it to the file system's package in the "
-                "environment (for S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile)"
+                f"{field}: {address} is {secret}. Remove it, and set the credentials in the environment (for S3 "
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile)."
             )
-        import fsspec
+        import fsspec  # here: only a store with a bucket needs it
 
         try:
-            options = {"use_listings_cache": False}  # others write too
+            options = {"use_listings_cache": False}  # other hosts write too
             if address.startswith(("file:", "local:")):
                 options["auto_mkdir"] = True
             self._system, root = fsspec.core.url_to_fs(self.address, **options)
@@ -51,7 +51,7 @@ class Bucket:
         return f"{self.address}/{name}"
 
     def check(self) -> None:
-        """Write an empty object. Raises DraftsmithError where there is no such bucket."""
+        """Write an empty object. Raises DraftsmithError if there is no such bucket."""
         self.write(_PROBE, b"")
 
     def read(self, name: str) -> bytes | None:
@@ -59,29 +59,29 @@ class Bucket:
         return self.read_all([name]).get(name)
 
     def read_all(self, names: Iterable[str]) -> dict[str, bytes]:
-        """Return the content of many objects, as far as they are there."""
+        """Return the content of those objects that exist, by name."""
         paths = {self._path(name): name for name in names}
 
         def cat() -> dict[str, bytes]:
             contents = self._system.cat(list(paths), on_error="return") if paths else {}
-            there = {path: each for path, each in contents.items() if not isinstance(each, FileNotFoundError)}
-            for each in there.values():
-                if isinstance(each, Exception):
-                    raise each
-            return {paths[path]: bytes(each) for path, each in there.items()}
+            existing = {path: found for path, found in contents.items() if not isinstance(found, FileNotFoundError)}
+            for found in existing.values():
+                if isinstance(found, Exception):
+                    raise found
+            return {paths[path]: bytes(found) for path, found in existing.items()}
 
         return self._call(next(iter(paths.values()), ""), "read", cat)
 
     def write(self, name: str, content: bytes) -> None:
-        """Write the object, in place of another if there is one."""
+        """Write the object, replacing any existing one."""
         self._call(name, _WRITE, lambda: self._system.pipe_file(self._path(name), content))
 
     def upload(self, path: Path, name: str) -> None:
-        """Write a file's content as an object; it is there when it is whole."""
+        """Upload a file as an object, which appears only when it is complete."""
         self._call(name, _WRITE, lambda: self._system.put_file(str(path), self._path(name)))
 
     def download(self, name: str, path: Path) -> bool:
-        """Write the object's content into a file; return False if there is none."""
+        """Download the object into a file; return False if there is none."""
 
         def get() -> bool:
             try:
@@ -93,7 +93,7 @@ class Bucket:
         return self._call(name, "read", get)
 
     def sizes(self, folder: str = "") -> dict[str, int]:
-        """Return the bytes of every object below a folder, by its name (from the address on)."""
+        """Return the size in bytes of every object below a folder, by its name relative to the address."""
 
         def find() -> dict[str, int]:
             self._system.invalidate_cache()
@@ -109,21 +109,21 @@ class Bucket:
         return f"{self._root}/{name}"
 
     def _call(self, name: str, doing: str, act: Callable[[], Result]) -> Result:
-        """Call the file system, and again where that may help."""
+        """Call the file system, with retries; `doing` completes "cannot be …" in errors."""
         again = retry_on(Exception, give_up=lambda error, attempts, _seconds: _is_final(error) or attempts == _ATTEMPTS)
         try:
             return again(act)()
-        except Exception as error:  # of whichever package: no credentials, no such bucket, no network
+        except Exception as error:  # depends on the package: no credentials, no such bucket, no network
             if _is_local_disk_error(error):
                 raise
             if isinstance(error, FileNotFoundError) and doing == _WRITE:
                 raise DraftsmithError(
-                    f"{self._field}: {self.address}: there is no such bucket ({one_line(error)}): correct the "
-                    "address, or make it"
+                    f"{self._field}: {self.address}: there is no such bucket ({one_line(error)}). Correct the address "
+                    "or create the bucket."
                 ) from error
             raise RetryableError(
-                f"{self.address_of(name)}: cannot be {doing} ({one_line(error)}): check the address, the credentials "
-                "and the network"
+                f"{self.address_of(name)}: cannot be {doing} ({one_line(error)}). Check the address, the credentials "
+                "and the network."
             ) from error
 
 
@@ -132,5 +132,5 @@ def _is_final(error: BaseException) -> bool:
 
 
 def _is_local_disk_error(error: BaseException) -> bool:
-    """Whether an error is of this machine's files: an object store's errors name none."""
+    """Return whether an error is about a local file: an object store's errors name none."""
     return isinstance(error, OSError) and bool(error.filename or error.errno in _LOCAL_DISK_ERRORS)

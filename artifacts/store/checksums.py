@@ -1,4 +1,4 @@
-"""Checksums of files that are read again and again: a file is hashed once, for as long as nothing touches it."""
+"""A cache of file checksums: a file is hashed once until it is touched."""
 
 from __future__ import annotations
 
@@ -15,16 +15,14 @@ from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store.manifest import sha256_file
 
-FOLDER = "checksums"  # in the home
-MAX_AGE_S = 7 * 24 * 3600.0  # a disk that forgets bits touches no file
-_CLOCK_RESOLUTION_S = (
-    2.0  # file systems tell times no finer: what changed so recently may change again and look the same
-)
+FOLDER = "checksums"  # folder in the home
+MAX_AGE_S = 7 * 24 * 3600.0  # then a file is hashed again: bit rot changes no file times
+_CLOCK_RESOLUTION_S = 2.0  # coarsest of file systems: a file changed so recently may change again unnoticed
 
 
 @dataclass(frozen=True)
 class CachedChecksum:
-    """What a file was when it was hashed."""
+    """A file's checksum, with its size, times and inode when it was hashed."""
 
     path: str
     size: int
@@ -32,70 +30,73 @@ class CachedChecksum:
     ctime_ns: int
     inode: int
     sha256: str
-    at: float  # seconds since the epoch, before it was read
+    at: float  # seconds since the epoch, just before it was hashed
 
     @property
     def self_checksum(self) -> str:
-        """Of what is known itself: a bit that the disk forgot in it must not accuse a file that is whole."""
+        """Return a checksum of this record: if bit rot damages the record, the file must not be reported as damaged."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
     def matches(self, stat: os.stat_result) -> bool:
-        """Whether the file has not been touched since; contents that were written and put back count as touched."""
-        known = (self.size, self.mtime_ns, self.ctime_ns, self.inode)
-        return known == (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+        """Return whether the file is untouched since. Content that was changed and restored counts as touched."""
+        hashed = (self.size, self.mtime_ns, self.ctime_ns, self.inode)
+        return hashed == (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
 
 
 class Checksums:
-    """sha256 of files, remembered in a folder with one small file for each; one that cannot be written costs time."""
+    """The sha256 of files, cached in a folder of the home with one small JSON file each.
+
+    Where the cache cannot be written, files are hashed every time.
+    """
 
     def __init__(self, home: Path) -> None:
         self._folder = home / FOLDER
 
     def sha256(self, path: Path) -> str:
-        """Of the file's content. Raises OSError if it cannot be read."""
+        """Return the sha256 of a file's content. Raises OSError if the file cannot be read."""
         return self.checksum(path).sha256
 
     def checksum(self, path: Path) -> CachedChecksum:
-        """The same, with when it was read. Raises DraftsmithError if it is written to meanwhile."""
+        """Return the file's record, hashing it if need be. Raises DraftsmithError if it is written to meanwhile."""
         path = path.absolute()
-        found, before, at = self._lookup(path), path.stat(), time.time()
-        if found is not None:
-            return found
+        cached, before, at = self._lookup(path), path.stat(), time.time()
+        if cached is not None:
+            return cached
         digest = sha256_file(path)
         now = CachedChecksum(
             str(path), before.st_size, before.st_mtime_ns, before.st_ctime_ns, before.st_ino, digest, at
         )
         if not now.matches(path.stat()):
-            raise DraftsmithError(f"{path}: somebody writes to it while it is read; give a copy that stays as it is")
+            raise DraftsmithError(f"{path}: another process is writing to it. Give a copy that does not change.")
         if at - before.st_ctime_ns / 1e9 > _CLOCK_RESOLUTION_S:
             self._remember(now)
         return now
 
     def cached(self, path: Path) -> CachedChecksum | None:
-        """What is known of the file from the last time, whether it was touched since or not."""
+        """Return the file's last record, even if the file was touched since; None if there is none."""
         try:
-            kept = json.loads(self._file(path.absolute()).read_bytes())
-            known, whole = CachedChecksum(**kept["known"]), kept["sum"]
+            stored = json.loads(self._file(path.absolute()).read_bytes())
+            record, checksum = CachedChecksum(**stored["known"]), stored["sum"]
         except (OSError, ValueError, TypeError, KeyError):
             return None
-        return known if whole == known.self_checksum and known.path == str(path.absolute()) else None
+        return record if checksum == record.self_checksum and record.path == str(path.absolute()) else None
 
     def uncached_bytes(self, paths: Iterable[Path]) -> int:
-        """Bytes of those files that would have to be read. Raises OSError for one that is gone."""
+        """Return the total bytes of the files that would have to be hashed. Raises OSError for a missing file."""
         return sum(path.stat().st_size for path in paths if self._lookup(path.absolute()) is None)
 
     def _lookup(self, path: Path) -> CachedChecksum | None:
-        """What is known of a file, if nothing has touched it since and that is not too long ago."""
-        found = self.cached(path)
-        still = found is not None and found.matches(path.stat()) and 0 <= time.time() - found.at < MAX_AGE_S
-        return found if still else None
+        """Return the file's record, if the file was not touched since and the record is recent."""
+        record = self.cached(path)
+        valid = record is not None and record.matches(path.stat()) and 0 <= time.time() - record.at < MAX_AGE_S
+        return record if valid else None
 
-    def _remember(self, known: CachedChecksum) -> None:
-        if not self._folder.parent.is_dir():  # a home that is not there yet is not begun by looking at a file
+    def _remember(self, record: CachedChecksum) -> None:
+        if not self._folder.parent.is_dir():  # reading a file must not create a home
             return
-        with suppress(DraftsmithError):  # of a store that may only be read, everything is hashed again
-            text = json.dumps({"known": asdict(known), "sum": known.self_checksum})
-            write_text(self._file(Path(known.path)), text, durable=False)
+        with suppress(DraftsmithError):  # a read-only home
+            text = json.dumps({"known": asdict(record), "sum": record.self_checksum})
+            write_text(self._file(Path(record.path)), text, durable=False)
 
     def _file(self, path: Path) -> Path:
         return self._folder / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json"

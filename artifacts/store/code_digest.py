@@ -1,7 +1,7 @@
 """Digest of the code that makes an artifact: a stage's module and every project module that it imports.
 
-What a module computes counts, where it lives does not: the store would otherwise make everything again whenever a file
-is moved or a folder renamed. So a module is known by its source, and an import by the source that it leads to.
+The digest depends on what a module contains, not on its path: moving a file or renaming a folder must not invalidate
+every artifact. So a module is identified by its source, and an import by the source of the imported module.
 """
 
 from __future__ import annotations
@@ -21,55 +21,55 @@ from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError
 
 PACKAGE = "draftsmith"
-_SHORT = 16  # hex digits of a source's identity where it is only shown and compared
-_ROOT = Path(__file__).resolve().parents[2]  # the folder that is the package: a checkout's, or an installed one
+_SHORT = 16  # hex digits of a source's identity in a manifest, where it is only shown and compared
+_ROOT = Path(__file__).resolve().parents[2]  # the folder of the package, in a checkout or installed
 
 
 def code_digest(module: str, root: Path = _ROOT) -> str:
-    """sha256 over the closure of `module`: comments, docstrings, layout and places of modules do not count, any other
-    change does.
+    """Return the sha256 over `module` and all project modules that it imports, directly or not.
 
-    Imports are followed wherever they stand (in functions too), with the `__init__` of every package on the way, and
-    so is a string that is a module's dotted name: a registry of implementations imported by name.
+    Comments, docstrings, layout and paths of modules do not count; any other change does. Imports are followed
+    everywhere, also in functions, with the `__init__` of every package on the way. A string that is a module's dotted
+    name counts as an import: registries import implementations by name.
     """
     sources = _closure(module, root)
     entries = set()
     for source in sources.values():
-        leads_to = sorted(f"{what} {sources[target].identity}" for target, what in source.imports if target in sources)
-        entries.add("\0".join([source.identity, *leads_to]))
+        imports = sorted(f"{names} {sources[target].identity}" for target, names in source.imports if target in sources)
+        entries.add("\0".join([source.identity, *imports]))
     return hashlib.sha256("\n".join(sorted(entries)).encode()).hexdigest()
 
 
 def code_modules(module: str, root: Path = _ROOT) -> dict[str, str]:
-    """What the digest is over, module by module: the name of each, and the start of the sha256 of its bare source."""
+    """Return the modules that the digest covers: name -> start of the sha256 of its bare source."""
     return {name: source.identity[:_SHORT] for name, source in sorted(_closure(module, root).items())}
 
 
 def _closure(module: str, root: Path) -> dict[str, _Source]:
-    """The sources of `module` and of every project module that it leads to, by name."""
+    """Return the sources of `module` and of every project module that it imports, directly or not, by name."""
     if _file(module, root) is None:
-        raise DraftsmithError(f"no module {module} under {root}: the stage's module must belong to {PACKAGE}")
+        raise DraftsmithError(f"no module {module} under {root}. A stage's module must belong to {PACKAGE}.")
     sources: dict[str, _Source] = {}
-    waiting = _with_parents(module)
-    while waiting:
-        name = waiting.pop()
+    to_read = _with_parents(module)
+    while to_read:
+        name = to_read.pop()
         if name not in sources and (path := _file(name, root)) is not None:
             package = name if path.name == "__init__.py" else name.rpartition(".")[0]
             sources[name] = _source(path.read_text(encoding="utf-8"), package, path)
-            waiting += [parent for target, _ in sources[name].imports for parent in _with_parents(target)]
+            to_read += [parent for target, _ in sources[name].imports for parent in _with_parents(target)]
     return sources
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A module: what it says without its imports of the project, and what it imports from where."""
+    """A parsed module: the identity of its source without project imports, and those imports."""
 
     identity: str  # sha256 of the bare source
-    imports: tuple[tuple[str, str], ...]  # (dotted name that may be a module, the names taken from it)
+    imports: tuple[tuple[str, str], ...]  # (dotted name that may be a module, names imported from it)
 
 
 def _file(module: str, root: Path) -> Path | None:
-    """Of a project module; None if `module` names something else, or the package itself, which has no file."""
+    """Return the file of a project module; None for any other name, and for the package itself."""
     package, *parts = module.split(".")
     if package != PACKAGE or not parts:
         return None
@@ -84,27 +84,26 @@ def _with_parents(name: str) -> list[str]:
 
 @lru_cache(maxsize=1024)
 def _source(text: str, package: str, path: Path) -> _Source:
-    """Of the text in this file. What was read once lies beside Python's compiled modules, where those are kept: parsing
-    200 modules takes seconds."""
+    """Parse a module's text, with a cache beside Python's compiled modules: parsing 200 modules takes seconds."""
     try:
-        memory = Path(importlib.util.cache_from_source(str(path))).with_suffix(".draftsmith.json")
-    except NotImplementedError:  # a Python that compiles nothing to a file
+        cache_file = Path(importlib.util.cache_from_source(str(path))).with_suffix(".draftsmith.json")
+    except NotImplementedError:  # this Python writes no compiled files
         return _parse_source(text, package)
     stamp = hashlib.sha256("\0".join([_parser_version(), package, text]).encode()).hexdigest()
-    with suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged: it is read again
-        known = json.loads(memory.read_bytes())
-        if known["stamp"] == stamp:
-            return _Source(known["identity"], tuple((target, what) for target, what in known["imports"]))
+    with suppress(OSError, ValueError, KeyError, TypeError):  # missing or damaged: parsed again
+        cached = json.loads(cache_file.read_bytes())
+        if cached["stamp"] == stamp:
+            return _Source(cached["identity"], tuple((target, names) for target, names in cached["imports"]))
     source = _parse_source(text, package)
     if not sys.dont_write_bytecode:
         with suppress(DraftsmithError):
-            write_text(memory, json.dumps({"stamp": stamp, **asdict(source)}), durable=False)
+            write_text(cache_file, json.dumps({"stamp": stamp, **asdict(source)}), durable=False)
     return source
 
 
 @cache
 def _parser_version() -> str:
-    """What the reading of a source depends on beside the source: this module, and Python's grammar."""
+    """Return what parsing depends on besides the source: Python's version and the text of this module."""
     return f"{platform.python_version()} {Path(__file__).read_text(encoding='utf-8')}"
 
 
@@ -115,7 +114,7 @@ def _parse_source(text: str, package: str) -> _Source:
 
 
 class _BareSource(ast.NodeTransformer):
-    """Takes out strings that are statements (docstrings), imports of the project, and names of its modules."""
+    """Removes docstrings, imports of project modules, and strings that name them; collects the imports."""
 
     def __init__(self, package: str) -> None:
         self._package = package
@@ -142,9 +141,9 @@ class _BareSource(ast.NodeTransformer):
             base = ".".join([*parents, base] if base else parents)
         if base.partition(".")[0] != PACKAGE:
             return node
-        for alias in node.names:  # of a module, or a module of a package
-            taken = alias.name if alias.asname is None else f"{alias.name} as {alias.asname}"
-            self.imports += [(base, taken), (f"{base}.{alias.name}", f"module as {alias.asname or alias.name}")]
+        for alias in node.names:  # each is a name in a module, or a module in a package
+            imported = alias.name if alias.asname is None else f"{alias.name} as {alias.asname}"
+            self.imports += [(base, imported), (f"{base}.{alias.name}", f"module as {alias.asname or alias.name}")]
         return None
 
     def visit_Constant(self, node: ast.Constant) -> ast.AST:
@@ -160,7 +159,7 @@ def _is_string(statement: ast.stmt) -> bool:
 
 
 def _is_module_name(text: str) -> bool:
-    """`draftsmith.stages.training.sft.stage`, or `draftsmith.flows.refresh.flow:refresh`."""
+    """Return whether a string is like `draftsmith.stages.training.sft.stage` or `draftsmith.flows.api:refresh`."""
     module, _, attribute = text.partition(":")
     parts = module.split(".")
     return parts[0] == PACKAGE and len(parts) > 1 and all(p.isidentifier() for p in parts) and "." not in attribute

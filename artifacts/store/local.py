@@ -1,4 +1,4 @@
-"""The content-addressed store: an artifact stands under its final name only when it is complete."""
+"""The content-addressed store on a disk: an artifact has its final path only when it is complete."""
 
 from __future__ import annotations
 
@@ -53,24 +53,24 @@ from draftsmith.artifacts.store.manifest import (
 log = logging.getLogger(__name__)
 _FOREVER = LockWait(math.inf)
 SHORT = 16  # hex digits of a key in a folder's name
-PARTIAL, REPLACED = ".partial-", ".replaced-"  # beginnings of the names of what is no artifact, or none any more
+PARTIAL, REPLACED = ".partial-", ".replaced-"  # prefixes of folders that are not yet, or no longer, artifacts
 
 
 @dataclass(frozen=True)
 class Claim:
-    """The right to make one artifact, held as long as its lock. Both folders keep their content between attempts."""
+    """The exclusive right to make one artifact, as long as its lock lasts. Both folders persist between attempts."""
 
     stage: str
     key: str
     out: Path  # becomes the artifact
-    work: Path  # shards and checkpoints of the attempt; dropped when the artifact is complete
+    work: Path  # shards and checkpoints of the attempt; deleted when the artifact is complete
     lock: Lock
-    forced: str = ""  # a name of a forced attempt, which it keeps where it goes on: its shards are made again once
+    forced: str = ""  # id of a forced attempt, kept when it is continued: its shards are made again only once
     started: float = field(default_factory=time.monotonic)
 
     @property
     def lock_fd(self) -> int:
-        """To be given to the stage's process (`pass_fds`): the lock lives as long as whoever writes."""
+        """Return the descriptor to pass to the stage's process, so that the lock lasts as long as the writer."""
         return self.lock.fd
 
 
@@ -83,16 +83,16 @@ class Store:
 
     @property
     def location(self) -> str:
-        """Of the artifacts, for a person."""
+        """Return where the artifacts are, for display."""
         return str(self.root)
 
-    # -- names ---------------------------------------------------------------------------------------------------
+        """Return the lock's descriptor for the stage process, so that the lock lasts as long as the writer."""
 
     @staticmethod
     def key(
         stage: str, code_digest: str, config: Mapping[str, Any], inputs: Mapping[str, ArtifactRef], seed: int
     ) -> str:
-        """Identity of a computation: sha256 of the stage, its code, its own config, its inputs' content and seed."""
+        """Return the key of a computation: sha256 of the stage, its code, config, seed and its inputs' content."""
         material = {
             "schema": SCHEMA_VERSION,
             "stage": stage,
@@ -104,20 +104,20 @@ class Store:
         return hashlib.sha256(canonical_json(material).encode()).hexdigest()
 
     def path(self, stage: str, key: str) -> Path:
-        """Where the complete artifact stands, or will stand."""
+        """Return the folder of the complete artifact, which may not exist yet."""
         return self.root / stage / key[:SHORT]
 
     def partial_path(self, stage: str, key: str) -> Path:
-        """Where an unfinished attempt keeps `out` and `work`."""
+        """Return the folder with `out` and `work` of an unfinished attempt."""
         return self.root / stage / f"{PARTIAL}{key[:SHORT]}"
 
     def check(self) -> None:
-        """For who is about to work for hours: raises DraftsmithError where artifacts cannot be kept."""
+        """Raise DraftsmithError if artifacts cannot be stored. Call it before long work."""
 
     # -- finding -------------------------------------------------------------------------------------------------
 
     def find(self, stage: str, key: str) -> ArtifactRef | None:
-        """The complete artifact of this key, or None. A damaged one is an error that says how to make it again."""
+        """Return the complete artifact of this key, or None. Raises DraftsmithError for a damaged one."""
         path = self.path(stage, key)
         return self._check(path, stage, key) if path.is_dir() else None
 
@@ -125,31 +125,31 @@ class Store:
         return read_manifest(ref.path)
 
     def manifest_at(self, stage: str, key: str) -> Manifest | None:
-        """Of the artifact of a key, or of its first `SHORT` digits. None if there is none that can be read."""
+        """Return the manifest of a key, or of its first `SHORT` digits; None if it is missing or unreadable."""
         try:
             return read_manifest(self.path(stage, key))
         except DraftsmithError:
             return None
 
     def fetch(self, ref: ArtifactRef, files: Collection[str] | None = None) -> None:
-        """Have an artifact's files (all, or these) under its path, for who is about to read them: here they are."""
+        """Make an artifact's files (all, or these) available under its path. Here they always are."""
 
     def localize(self, folder: Path) -> Path:
-        """Where the artifact is that a run kept as this folder, maybe on another host: here, where it says."""
+        """Return the local folder of an artifact that a run, maybe on another host, had in this folder."""
         return folder
 
     def list(self) -> list[Manifest]:
-        """Manifests of all complete artifacts, oldest first. An unreadable one is left out with a log line."""
-        found = []
+        """Return the manifests of all complete artifacts, oldest first, without unreadable ones, which are logged."""
+        manifests = []
         for folder in sorted(self.root.glob("[!.]*/[!.]*/")):
             try:
-                found.append(read_manifest(folder))
+                manifests.append(read_manifest(folder))
             except DraftsmithError as error:
-                log.warning("left out of the list: %s", error)
-        return sorted(found, key=lambda manifest: manifest.created_at)
+                log.warning("ignored in the list: %s", error)
+        return sorted(manifests, key=lambda manifest: manifest.created_at)
 
     def resolve(self, text: str) -> ArtifactRef:
-        """The one artifact that `text` names: a stage, a key or content id by prefix, `stage/key`, a path or URI."""
+        """Return the one artifact of `text`: a stage, a prefix of a key or content id, `stage/key`, a path or URI."""
         path = Path(unquote(urlparse(text).path) if text.startswith("file://") else text).expanduser()
         if path.is_dir() and (path / MANIFEST).is_file():
             return read_manifest(path).ref(path.resolve())
@@ -157,7 +157,7 @@ class Store:
         return manifest.ref(self.path(manifest.stage, manifest.key))
 
     def verify(self, ref: ArtifactRef) -> None:
-        """Check every checksum, and that no file was added or taken away."""
+        """Check every checksum, and that no file was added or removed."""
         manifest = read_checked_manifest(ref.path, ref.stage)
         if (manifest.key, manifest.content_id) != (ref.key, ref.content_id):
             raise damaged(ref.path / MANIFEST, ref.stage, "names another key or content id")
@@ -171,11 +171,11 @@ class Store:
                 self._repair(ref, name, "has changed since it was written")
 
     def verify_once(self, ref: ArtifactRef, *, and_elsewhere: bool = True, read: bool = False) -> None:
-        """Check the checksum of every file that was touched since it was last checked here, and of those that the
-        artifact names elsewhere (`ELSEWHERE`), which only its readers need.
+        """Check the checksum of every file that was touched since the last check.
 
-        For whoever is about to read them, or has (`read`): what was read is not mended. What was made from a damaged
-        artifact since it was last found whole is set aside, with a log line: it is no artifact any more.
+        Artifacts that were made from a damaged one since it was last intact are quarantined, with a log line.
+        and_elsewhere: also check files outside the artifact that its readers need (`ELSEWHERE`). read: the files were
+        read already, so that repairing a damaged one is no use and an error is raised.
         """
         manifest = read_checked_manifest(ref.path, ref.stage)
         for name, entry in (manifest.files if read else self.files_to_verify(ref, manifest)).items():
@@ -188,7 +188,7 @@ class Store:
                 continue
             if sha256 != entry.sha256:
                 self._quarantine_dependents(ref, path, before)
-                self._repair(ref, name, "has changed since it was written: its checksum is another", read=read)
+                self._repair(ref, name, "has changed since it was written (wrong checksum)", read=read)
         for name, sha256 in read_elsewhere(ref.path).items() if and_elsewhere else ():
             try:
                 same = self._checksums.sha256(Path(name)) == sha256
@@ -196,36 +196,36 @@ class Store:
                 same = False
             if not same:
                 raise DraftsmithError(
-                    f"{name}: is not what stage {ref.stage} found there; put it back, or take what is there now: add "
-                    f"`--force {ref.stage}` to the command"
+                    f"{name}: has changed since stage {ref.stage} read it. Restore it, or add `--force {ref.stage}` to "
+                    "the command to use what is there now."
                 )
 
     def files_to_verify(self, ref: ArtifactRef, manifest: Manifest) -> Mapping[str, FileEntry]:  # noqa: ARG002
-        """The files that are there, or ought to be."""
+        """Return the files that are, or should be, on this machine."""
         return manifest.files
 
     def _repair(self, ref: ArtifactRef, name: str, what: str, *, read: bool = False) -> None:  # noqa: ARG002
-        """A file of an artifact is not as it was written; what: how. Raises DraftsmithError: it has no other copy."""
+        """Repair a damaged file, or raise DraftsmithError: this store has no other copy. what: is wrong with it."""
         raise damaged(ref.path / name, ref.stage, what)
 
-    def _quarantine_dependents(self, ref: ArtifactRef, path: Path, known: CachedChecksum | None) -> None:
-        """What was made from an artifact since one of its files was last whole. known: of that time."""
-        whole_until = self.manifest(ref).created_at
-        if known is not None:
+    def _quarantine_dependents(self, ref: ArtifactRef, path: Path, last_intact: CachedChecksum | None) -> None:
+        """Quarantine what was made from an artifact after its damaged file `path` was last intact."""
+        intact_until = self.manifest(ref).created_at
+        if last_intact is not None:
             stat = path.stat()
-            touched = stat.st_ctime if not known.matches(stat) else known.at
-            whole_until = datetime.fromtimestamp(touched, UTC).isoformat(timespec="milliseconds")
-        for made in self.list():
-            sources = [(entry.stage, entry.key, entry.content_id) for entry in made.inputs.values()]
-            if (ref.stage, ref.key, ref.content_id) in sources and made.created_at > whole_until:
-                folder = self.path(made.stage, made.key)
+            touched = stat.st_ctime if not last_intact.matches(stat) else last_intact.at
+            intact_until = datetime.fromtimestamp(touched, UTC).isoformat(timespec="milliseconds")
+        for manifest in self.list():
+            sources = [(entry.stage, entry.key, entry.content_id) for entry in manifest.inputs.values()]
+            if (ref.stage, ref.key, ref.content_id) in sources and manifest.created_at > intact_until:
+                folder = self.path(manifest.stage, manifest.key)
                 log.warning("%s was made from %s, which is damaged: %s", folder, path, self._quarantine(folder))
 
     def _quarantine(self, folder: Path) -> str:
-        """An artifact is none any more; says what became of it."""
-        aside = folder.with_name(f"{REPLACED}{folder.name}-{time.time_ns()}")
-        folder.rename(aside)
-        return f"set aside as {aside.name}"
+        """Rename an artifact's folder so that it is none any more; return what was done, for the log."""
+        renamed = folder.with_name(f"{REPLACED}{folder.name}-{time.time_ns()}")
+        folder.rename(renamed)
+        return f"renamed to {renamed.name}"
 
     # -- making --------------------------------------------------------------------------------------------------
 
@@ -239,7 +239,7 @@ class Store:
         run: str = "",
         wait: LockWait = _FOREVER,
     ) -> Iterator[Claim | ArtifactRef]:
-        """Take the key's lock (waiting for its holder) and yield a `Claim`, or the artifact if it is finished by then.
+        """Take the key's lock and yield a `Claim`, or the artifact if it is complete by then.
 
         Commits what an earlier attempt made but could not commit. The kernel releases the lock of a dead process.
 
@@ -250,14 +250,14 @@ class Store:
             with disk_errors(f"claiming {stage}"):
                 lock = stack.enter_context(locked(self._lock(stage, key), run, wait))
                 partial = self.partial_path(stage, key)
-                begun_by_force, name = partial / "forced", ""
-                forced_before = begun_by_force.exists()
+                forced_file, forced = partial / "forced", ""
+                forced_before = forced_file.exists()
                 finished = self._finish_interrupted_commit(stage, key)
-                done = (finished if forced_before else None) if force else self.find(stage, key)
-                if done is None:
+                complete = (finished if forced_before else None) if force else self.find(stage, key)
+                if complete is None:
                     if force and forced_before:
                         log.warning(
-                            "%s goes on from an earlier forced attempt; to begin anew, delete %s", stage, partial
+                            "%s continues an earlier forced attempt. To start from scratch, delete %s.", stage, partial
                         )
                     elif force and partial.exists():
                         shutil.rmtree(partial)
@@ -265,15 +265,15 @@ class Store:
                         folder.mkdir(parents=True, exist_ok=True)
                     if force:
                         if not forced_before:
-                            begun_by_force.write_text(secrets.token_hex(8))
-                        name = begun_by_force.read_text()
+                            forced_file.write_text(secrets.token_hex(8))
+                        forced = forced_file.read_text()
                     else:
-                        begun_by_force.unlink(missing_ok=True)
+                        forced_file.unlink(missing_ok=True)
                     reserve_space(partial / PENDING)
-            yield done or Claim(stage, key, partial / "out", partial / "work", lock, name)
+            yield complete or Claim(stage, key, partial / "out", partial / "work", lock, forced)
 
     def is_claimed(self, stage: str, key: str) -> bool:
-        """Whether a living process holds this key's lock."""
+        """Return whether a living process holds this key's lock."""
         return is_locked(self._lock(stage, key))
 
     def commit(
@@ -285,17 +285,19 @@ class Store:
         volatile: tuple[str, ...] = (),
         duration_s: float | None = None,
     ) -> ArtifactRef:
-        """Make `claim.out` the artifact: its manifest last, everything on disk, then one rename.
+        """Turn `claim.out` into the artifact: flush its files, write its manifest last, then rename it.
 
-        If it fails on the way (a full disk), the next claim of this key commits what is there. Raises LockLostError
-        if the claim's lock was taken over meanwhile.
+        If this fails midway (a full disk), the next claim of this key finishes the commit. Raises LockLostError if the
+        claim's lock was taken over meanwhile. volatile: names or patterns of files that differ between identical runs.
         """
         claim.lock.check()
         with disk_errors(f"completing {claim.stage}"):
             remove_temporary(claim.out)
             names = artifact_files(claim.out)
             if not names:
-                raise DraftsmithError(f"stage {claim.stage} wrote nothing to {claim.out}: there is no artifact to keep")
+                raise DraftsmithError(
+                    f"stage {claim.stage} wrote nothing to {claim.out}. Check that it writes its output there."
+                )
             for name in names:
                 fsync(claim.out / name)
             for folder in (claim.out, *(path for path in claim.out.rglob("*") if path.is_dir())):
@@ -327,25 +329,25 @@ class Store:
             return self._complete(pending, claim.lock)
 
     def _complete(self, pending: PendingManifest, lock: Lock | None = None) -> ArtifactRef:
-        """Commit the files of an attempt that has ended."""
+        """Commit the files of a stage that has ended."""
         out = self.partial_path(pending.stage, pending.key) / "out"
         files = describe_files(out, pending.volatile)
         fields = pending.model_dump(exclude={"volatile", "sizes"})
         manifest = Manifest.model_validate({**fields, "files": files, "content_id": content_id(files)})
-        if lock is not None:  # again: the checksums of a large artifact take minutes
+        if lock is not None:  # checked again, since the checksums of a large artifact take minutes
             lock.check()
         write_text(out / MANIFEST, manifest_text(manifest))
         return self._install(manifest)
 
     def _install(self, manifest: Manifest) -> ArtifactRef:
-        """Rename a complete `out` to its final name. Killed anywhere in here, the next claim ends what was begun."""
+        """Rename a complete `out` to its final path. If this is killed midway, the next claim finishes it."""
         partial, final = self.partial_path(manifest.stage, manifest.key), self.path(manifest.stage, manifest.key)
         shutil.rmtree(partial / "work", ignore_errors=True)
         replaced = None
         if final.exists():
             replaced = final.with_name(f"{REPLACED}{final.name}-{time.time_ns()}")
             final.rename(replaced)
-            os.utime(replaced)  # since when it is one
+            os.utime(replaced)  # `draftsmith prune` reads here when it was replaced
         (partial / "out").rename(final)
         for folder in (final.parent, self.root, self.root.parent):  # these too may be new
             fsync(folder)
@@ -355,24 +357,24 @@ class Store:
         return manifest.ref(final)
 
     def _finish_interrupted_commit(self, stage: str, key: str) -> ArtifactRef | None:
-        """The artifact of a stage that had ended when its commit was cut off, or could not be written."""
+        """Commit the output of a stage whose commit was interrupted or failed; None if there is none."""
         out = self.partial_path(stage, key) / "out"
         if (out / MANIFEST).exists():
             try:
                 self._check(out, stage, key)
                 return self._install(read_manifest(out))
             except DraftsmithError:
-                (out / MANIFEST).unlink()  # made again below, or an attempt like any other
+                (out / MANIFEST).unlink()  # written again below, or by another attempt
         if (pending := read_pending(out.with_name(PENDING))) is None:
             return None
-        remove_temporary(out)  # a manifest that was being written is none of the sizes
+        remove_temporary(out)  # an unfinished manifest does not count among the sizes
         return None if pending.sizes != file_sizes(out) else self._complete(pending)
 
     def _check(self, folder: Path, stage: str, key: str) -> ArtifactRef:
-        """Manifest present and readable, of this key, and every file there with its size."""
+        """Return the artifact of a folder after checking its manifest, its key and the size of every file."""
         manifest = read_checked_manifest(folder, stage)
         if manifest.key != key:
-            raise damaged(folder / MANIFEST, stage, f"is of another key, {manifest.key[:SHORT]}")
+            raise damaged(folder / MANIFEST, stage, f"has another key, {manifest.key[:SHORT]}")
         for name, entry in manifest.files.items():
             try:
                 size = (folder / name).stat().st_size
@@ -383,7 +385,7 @@ class Store:
         return manifest.ref(folder)
 
     def discard(self, claim: Claim) -> None:
-        """Forget what an attempt has made so far: it read what it should not have."""
+        """Delete what an attempt has made so far, because its inputs changed."""
         for folder in (claim.out, claim.work):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True, exist_ok=True)
@@ -393,7 +395,7 @@ class Store:
 
 
 def _holds_other_content(folder: Path, content: str) -> bool:
-    """A replaced artifact stays (hidden) only if it is sound and others may have been made from its content."""
+    """Return whether a replaced artifact is readable and others may have been made from its content: then it stays."""
     try:
         return read_manifest(folder).content_id != content
     except DraftsmithError:

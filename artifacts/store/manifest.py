@@ -1,4 +1,4 @@
-"""The manifest: what an artifact is made of, from what, by which code, and how its content is identified."""
+"""The manifest of an artifact: its files, inputs, config and code, and the id of its content."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from draftsmith.artifacts.errors import DraftsmithError
 
-SCHEMA_VERSION = 1  # part of every key: raising it makes every artifact new
+SCHEMA_VERSION = 1  # part of every key: raising it invalidates every artifact
 MANIFEST = "manifest.json"
-# A file of an artifact, path -> sha256: files elsewhere (a model's folder) that whoever reads the artifact reads too.
+# File of an artifact: path -> sha256 of files outside it (such as a model's folder) that its readers also read.
 ELSEWHERE = "elsewhere.json"
-SHARD = ".shard"  # end of the name of a stage whose artifacts are parts of another's
-# In the folder of an attempt: what the manifest of a stage that has ended will say. If the commit fails (a full disk, a
-# bucket that does not answer), the next claim makes it without the stage.
+SHARD = ".shard"  # suffix of the stage name of shards
+# File in the folder of an attempt: the manifest-to-be of a stage that has ended. If the commit fails (a full disk, an
+# unreachable bucket), the next claim commits without running the stage again.
 PENDING = "pending.json"
-_PENDING_BYTES = 1 << 16  # set aside when the attempt begins, so that a full disk cannot refuse them at its end
-_MIN_PREFIX = 4  # characters of a key or content id that name an artifact
-_CHECKSUM = "checksum"  # of the manifest itself
-VERSIONS = "versions.json"  # a file of an artifact: name -> version of what made it, beside this environment's packages
+_PENDING_BYTES = 1 << 16  # reserved when the attempt begins, so that a full disk cannot prevent the write at its end
+_MIN_PREFIX = 4  # characters of a key or content id that identify an artifact
+_CHECKSUM = "checksum"  # field: checksum of the manifest itself
+VERSIONS = "versions.json"  # file of an artifact: versions of programs outside this environment that made it
 _PACKAGES = (
     *("draftsmith", "torch", "transformers", "tokenizers", "safetensors", "gguf", "accelerate"),
     *("pyarrow", "numpy", "scipy", "datasets", "reasoning-gym", "huggingface-hub"),
@@ -39,13 +39,13 @@ _PACKAGES = (
 
 @dataclass(frozen=True)
 class ArtifactRef:
-    """A complete artifact, small enough to travel between processes."""
+    """Identifies a complete artifact; small enough to pass between processes."""
 
     stage: str
     key: str  # sha256 of what the artifact was made from
-    content_id: str  # sha256 of what it holds
+    content_id: str  # sha256 of its non-volatile files
     path: Path
-    volatile_id: str = ""  # the same of its volatile files: what was measured when it was made
+    volatile_id: str = ""  # sha256 of its volatile files, such as timings
 
     @property
     def uri(self) -> str:
@@ -68,7 +68,7 @@ class Provenance:
 
 
 def _check_relative(name: str) -> str:
-    """A path that cannot lead out of the folder that it is taken from: a manifest may come from elsewhere."""
+    """Refuse a path that leads out of its folder: a manifest may come from another machine."""
     if not name or name.startswith("/") or "\0" in name or ".." in name.split("/"):
         raise ValueError(f"{name!r} leads out of its folder")
     return name
@@ -84,7 +84,7 @@ class _Frozen(BaseModel):
 class FileEntry(_Frozen):
     sha256: str
     bytes: int
-    volatile: bool  # differs between identical runs (timings): not part of the content id
+    volatile: bool  # differs between identical runs (timings), so it is no part of the content id
 
 
 class InputEntry(_Frozen):
@@ -111,29 +111,29 @@ class Manifest(_Frozen):
     files: dict[_RelativePath, FileEntry]  # path relative to the artifact's folder, with forward slashes
     metrics: dict[str, float]
     mlflow_run_id: str | None
-    duration_s: float  # of the attempt that completed it
+    duration_s: float  # duration of the attempt that completed it
     versions: dict[str, str]
-    modules: dict[str, str]  # of the code, each with the start of its source's digest; none of a shard
-    external: dict[str, str]  # files outside the store that the key holds, with their digests
-    run: str = ""  # name of the run that made it, and
-    node: str = ""  # of the node that it was there
+    modules: dict[str, str]  # module -> start of its source's digest; empty for a shard
+    external: dict[str, str]  # files outside the store that are part of the key, with their digests
+    run: str = ""  # name of the run that made it
+    node: str = ""  # name of the node in that run
 
     def ref(self, path: Path) -> ArtifactRef:
         return ArtifactRef(self.stage, self.key, self.content_id, path, content_id(self.files, volatile=True))
 
 
 def local_time(moment: datetime) -> str:
-    """A moment as people here read it, with its offset from UTC."""
+    """Format a time in the local time zone, with its offset from UTC."""
     return moment.astimezone().isoformat(sep=" ", timespec="seconds")
 
 
 def canonical_json(value: object) -> str:
-    """The one text of a JSON value, whatever the order of its fields. NaN and infinity have none."""
+    """Return the canonical JSON text of a value: sorted fields, no spaces. NaN and infinity are errors."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def content_id(files: Mapping[str, FileEntry], *, volatile: bool = False) -> str:
-    """Identity of a content: sha256 over the sorted (path, sha256) of its files that are not volatile, or of those."""
+    """Return the sha256 over the sorted (path, sha256) of the non-volatile files, or of the volatile ones."""
     counted = sorted((path, entry.sha256) for path, entry in files.items() if entry.volatile == volatile)
     return hashlib.sha256(canonical_json(counted).encode()).hexdigest()
 
@@ -144,16 +144,16 @@ def sha256_file(path: Path) -> str:
 
 
 def artifact_files(folder: Path) -> list[str]:
-    """Relative paths of an artifact's files, its manifest aside. A link is refused: an artifact holds its content."""
+    """Return the relative paths of an artifact's files, except its manifest. Raises DraftsmithError for a link."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir()]
     for path in paths:
         if path.is_symlink() or not path.is_file():
-            raise DraftsmithError(f"{path}: an artifact holds regular files only; copy the content instead of a link")
+            raise DraftsmithError(f"{path}: an artifact holds only regular files. Copy the content instead of a link.")
     return [name for path in paths if (name := path.relative_to(folder).as_posix()) != MANIFEST]
 
 
 def describe_files(folder: Path, volatile: Iterable[str]) -> dict[str, FileEntry]:
-    """Checksums and sizes of all files; `volatile` are names or patterns such as `timings/*`."""
+    """Return checksums and sizes of all files. volatile: names or patterns such as `timings/*`."""
     patterns = tuple(volatile)
     return {
         name: FileEntry(
@@ -166,8 +166,8 @@ def describe_files(folder: Path, volatile: Iterable[str]) -> dict[str, FileEntry
 
 
 def manifest_text(manifest: Manifest) -> str:
-    """The content of a manifest's file, with a checksum over its fields."""
-    fields = json.loads(manifest.model_dump_json())  # as it is read
+    """Return the content of a manifest's file, including a checksum over its fields."""
+    fields = json.loads(manifest.model_dump_json())  # the checksum is over the fields as they are read
     return json.dumps({**fields, _CHECKSUM: _checksum(fields)}, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -176,7 +176,7 @@ def _checksum(fields: Mapping[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder. Raises `DraftsmithError` if it is absent, damaged or of another version."""
+    """Read the manifest of a folder. Raises DraftsmithError if it is missing, damaged or of another version."""
     path = folder / MANIFEST
     try:
         data = path.read_bytes()
@@ -188,81 +188,82 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def parse_manifest(content: bytes, where: Path | str) -> Manifest:
-    """The manifest that a file holds; `where` names it in errors. Raises `DraftsmithError`."""
+    """Parse the content of a manifest's file; `where` names the file in errors. Raises DraftsmithError."""
     try:
         data = json.loads(content)
-        found = data.get("schema_version")
-        if found != SCHEMA_VERSION:
-            raise DraftsmithError(f"{where}: schema version {found}, this Draftsmith reads {SCHEMA_VERSION}")
+        version = data.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise DraftsmithError(f"{where}: schema version {version}, this Draftsmith reads {SCHEMA_VERSION}")
         if data.pop(_CHECKSUM, None) != _checksum(data):
-            raise DraftsmithError(f"{where}: has changed since it was written: its checksum is another")
+            raise DraftsmithError(f"{where}: has changed since it was written (wrong checksum)")
         return Manifest.model_validate(data)
     except (ValueError, AttributeError, RecursionError, ValidationError) as error:
         raise DraftsmithError(f"{where}: not a readable manifest (truncated or edited)") from error
 
 
 def read_elsewhere(folder: Path) -> dict[str, str]:
-    """What an artifact says of files elsewhere that belong to it: path -> sha256; nothing for one that says nothing.
+    """Return path -> sha256 of the files outside the artifact that belong to it, if any.
 
-    Raises `DraftsmithError` if it is damaged.
+    Raises DraftsmithError if the list is damaged.
     """
     path = folder / ELSEWHERE
     try:
         return dict(json.loads(path.read_bytes())) if path.is_file() else {}
     except ValueError as error:
-        raise DraftsmithError(f"{path}: cannot be read (truncated or edited): make the artifact again") from error
+        raise DraftsmithError(f"{path}: cannot be read (truncated or edited). Make the artifact again.") from error
 
 
-def write_versions(folder: Path, **found: str) -> None:
-    """Keep, beside what a stage makes, the versions of programs outside this environment that decided it."""
-    (folder / VERSIONS).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+def write_versions(folder: Path, **programs: str) -> None:
+    """Write the versions of programs outside this environment that affect a stage's output."""
+    (folder / VERSIONS).write_text(json.dumps(programs, indent=2) + "\n", encoding="utf-8")
 
 
 def package_versions(folder: Path | None = None) -> dict[str, str]:
-    """Versions that can change a result, without importing anything heavy, and those that the stage noted.
+    """Return the versions of packages that can change a result, and those that the stage wrote in `folder`.
 
-    They are no part of a key: most updates change nothing, and each would make everything again.
+    Imports none of them. Versions are no part of a key: most updates change no result, but all would invalidate it.
     """
-    found = {"python": platform.python_version(), "machine": platform.machine()}
+    installed = {"python": platform.python_version(), "machine": platform.machine()}
     for name in _PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
     noted = folder / VERSIONS if folder is not None else None
-    return found | (json.loads(noted.read_bytes()) if noted is not None and noted.is_file() else {})
+    return installed | (json.loads(noted.read_bytes()) if noted is not None and noted.is_file() else {})
 
 
 def read_checked_manifest(folder: Path, stage: str) -> Manifest:
-    """Return the manifest of a folder, whose content id is that of its files. Raises DraftsmithError."""
+    """Return the manifest of a folder, after checking its content id. Raises DraftsmithError."""
     try:
         manifest = read_manifest(folder)
     except DraftsmithError as error:
-        raise DraftsmithError(f"{error}: {remedy(stage)}") from error
+        raise DraftsmithError(f"{error}. {remedy(stage)}") from error
     check_content(manifest, folder / MANIFEST)
     return manifest
 
 
 def check_content(manifest: Manifest, where: Path | str) -> None:
-    """Raise DraftsmithError if a manifest's content id does not follow from its files."""
+    """Raise DraftsmithError if a manifest's content id does not match its files."""
     if content_id(manifest.files) != manifest.content_id:
-        raise damaged(where, manifest.stage, "its content id does not follow from its files")
+        raise damaged(where, manifest.stage, "its content id does not match its files")
 
 
 def remedy(stage: str) -> str:
-    return f"make it again: add `--force {stage.removesuffix(SHARD)}` to the command"
+    """Return the sentence that says how to make a stage's artifact again."""
+    return f"Make it again: add `--force {stage.removesuffix(SHARD)}` to the command."
 
 
 def damaged(where: Path | str, stage: str, what: str) -> DraftsmithError:
-    """Return the error that names a file, what is wrong with it, and how its artifact is made again."""
-    return DraftsmithError(f"{where}: {what}; {remedy(stage)}")
+    """Return the error that names a file, what is wrong with it, and the remedy."""
+    return DraftsmithError(f"{where}: {what}. {remedy(stage)}")
 
 
 class PendingManifest(Manifest):
-    """A manifest whose files are not described yet."""
+    """A manifest whose files have no checksums yet."""
 
     volatile: tuple[str, ...]
-    sizes: dict[str, int]  # of the files that are there, by name
+    sizes: dict[str, int]  # bytes of each file of the attempt
 
 
 def file_sizes(out: Path) -> dict[str, int]:
@@ -270,12 +271,13 @@ def file_sizes(out: Path) -> dict[str, int]:
 
 
 def reserve_space(path: Path) -> None:
-    with path.open("wb") as file, suppress(OSError):  # some file systems cannot: the bytes are asked for at the end
+    """Reserve disk space for a pending manifest."""
+    with path.open("wb") as file, suppress(OSError):  # not every file system can; then the write at the end may fail
         os.posix_fallocate(file.fileno(), 0, _PENDING_BYTES)
 
 
 def overwrite_in_place(path: Path, content: bytes) -> None:
-    """Write in the space that a file has, so that a full disk takes it. Lost in a crash, the stage is run again."""
+    """Write into the space that a file already has, so that it works on a full disk. Not durable in a crash."""
     with path.open("r+b") as file:
         file.write(content)
         file.flush()
@@ -283,7 +285,7 @@ def overwrite_in_place(path: Path, content: bytes) -> None:
 
 
 def read_pending(path: Path) -> PendingManifest | None:
-    """Return what was written at the end of a stage; None: it has not ended."""
+    """Return the pending manifest that was written at the end of a stage; None if the stage has not ended."""
     try:
         return PendingManifest.model_validate_json(path.read_bytes())
     except (OSError, ValueError):
@@ -291,14 +293,14 @@ def read_pending(path: Path) -> PendingManifest | None:
 
 
 def find_named(text: str, manifests: Sequence[Manifest], where: str) -> Manifest:
-    """Return the one manifest that `text` names. Raises DraftsmithError, with `where`, for none or several."""
+    """Return the one manifest that `text` identifies among those in `where`. Raises DraftsmithError otherwise."""
     matches = [manifest for manifest in manifests if _matches(text, manifest)]
     if len(matches) == 1:
         return matches[0]
     if not matches:
-        raise DraftsmithError(f"no artifact matches {text!r} in {where}: `draftsmith status` lists them")
+        raise DraftsmithError(f"no artifact matches {text!r} in {where}. `draftsmith status` lists them.")
     choices = ", ".join(f"{m.stage}/{m.key[:12]} ({m.created_at})" for m in matches[-5:])
-    raise DraftsmithError(f"{text!r} names {len(matches)} artifacts: choose one by its key, e.g. {choices}")
+    raise DraftsmithError(f"{text!r} matches {len(matches)} artifacts. Choose one by its key, such as {choices}.")
 
 
 def _matches(text: str, manifest: Manifest) -> bool:

@@ -1,12 +1,12 @@
-"""A store that is mirrored in a bucket: artifacts are pushed when they are committed, and pulled when they are missing.
+"""A store that is mirrored in a bucket: artifacts are pushed at commit, and pulled when they are missing here.
 
-In the bucket an artifact is `STAGE/KEY/manifest.json` (KEY: its first digits, as on a disk), and its files lie beside
-it under their content: `STAGE/KEY/CONTENT-VOLATILE/…`. Files go up first and the manifest last, so that an artifact is
-there if and only if its manifest is. Of two hosts that make the same key at once, the second takes the artifact of the
-first. `--force` replaces the manifest; the files of the old one stay, for whoever reads them.
+In the bucket an artifact has its manifest at `STAGE/KEY/manifest.json` (KEY: its first digits, as on disk) and its
+files at `STAGE/KEY/CONTENT-VOLATILE/…`, by their content ids. Files are pushed first and the manifest last, so that an
+artifact exists if and only if its manifest does. If two hosts make the same key concurrently, the second takes the
+artifact of the first. `--force` replaces the manifest; the files of the old one stay for their readers.
 
-`<home>/store` has the same folders as a store on a disk. The bucket's manifests count; an artifact whose files were not
-read here yet has its manifest alone.
+`<home>/store` has the same folders as a store on disk, as a cache: the bucket's manifests are authoritative, and an
+artifact whose files were not read here yet has only its manifest.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ from draftsmith.artifacts.store.manifest import (
 
 log = logging.getLogger(__name__)
 STORE_VARIABLE = "DRAFTSMITH_STORE"  # an address for fsspec, such as s3://bucket/prefix
-_FETCH_LIMIT_S = 24 * 3600.0  # for another process of this home that fetches the same artifact
+_FETCH_LIMIT_S = 24 * 3600.0  # wait for another process of this home that fetches the same artifact
 
 
 class MirroredStore(Store):
-    """As `Store`, with the artifacts in a bucket too."""
+    """A store whose artifacts are also in a bucket."""
 
     def __init__(self, root: Path, bucket: Bucket) -> None:
-        """root: of the copies on this machine."""
+        """root: folder of the copies on this machine."""
         super().__init__(root)
         self._bucket = bucket
-        self._seen: dict[tuple[str, str], Manifest] = {}  # stage and short key: as they were last read
+        self._seen: dict[tuple[str, str], Manifest] = {}  # (stage, short key) -> manifest in the bucket when last read
 
     @property
     def location(self) -> str:
@@ -71,8 +71,8 @@ class MirroredStore(Store):
                 self._bucket.address_of(_manifest_name(stage, key)), stage, f"is of another key, {manifest.key[:SHORT]}"
             )
         try:
-            self._keep(manifest)
-        except OSError as error:  # a home that may only be read: the manifest is kept in memory
+            self._adopt_manifest(manifest)
+        except OSError as error:  # in a read-only home the manifest stays in memory
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
         return manifest.ref(self.path(stage, key))
@@ -90,17 +90,17 @@ class MirroredStore(Store):
             return None
 
     def list(self) -> list[Manifest]:
-        found = []
+        manifests = []
         names = [name for name in self._bucket.sizes() if name.count("/") == 2 and name.endswith(f"/{MANIFEST}")]
         for name, content in self._bucket.read_all(names).items():
             try:
                 manifest = parse_manifest(content, self._bucket.address_of(name))
             except DraftsmithError as error:
-                log.warning("left out of the list: %s", error)
+                log.warning("ignored in the list: %s", error)
                 continue
             self._seen[manifest.stage, manifest.key[:SHORT]] = manifest
-            found.append(manifest)
-        return sorted(found, key=lambda manifest: manifest.created_at)
+            manifests.append(manifest)
+        return sorted(manifests, key=lambda manifest: manifest.created_at)
 
     def verify(self, ref: ArtifactRef) -> None:
         self.fetch(ref)
@@ -110,20 +110,19 @@ class MirroredStore(Store):
         return {name: entry for name, entry in manifest.files.items() if (ref.path / name).exists()}
 
     def _repair(self, ref: ArtifactRef, name: str, what: str, *, read: bool = False) -> None:
-        """Pull a damaged copy once more, unless it was `read`. Raises DraftsmithError then, and if the bucket's is
-        damaged too."""
+        """Fetch a damaged copy again. Raises DraftsmithError if it was `read` or is damaged in the bucket."""
         if read:
-            raise DraftsmithError(f"{ref.path / name}: {what}; run the same command again, which fetches it again")
-        log.warning("%s: %s: fetched again", ref.path / name, what)
+            raise DraftsmithError(f"{ref.path / name}: {what}. Run the same command again: it fetches the file again.")
+        log.warning("%s: %s. It is fetched again.", ref.path / name, what)
         with self._fetching(ref):
             self._pull(read_manifest(ref.path), name, ref.path / name)
 
     def _quarantine(self, folder: Path) -> str:
-        """Which host made it is not known: what others read there was whole."""
-        return f"make it again (`--force {folder.parent.name}`) if this host made it"
+        """Only return advice: another host with an intact copy may have made the artifact."""
+        return f"if this host made it, make it again with `--force {folder.parent.name}`"
 
     def _pushed(self, stage: str, short: str) -> Manifest | None:
-        """Return the manifest in the bucket. Raises DraftsmithError for a damaged one."""
+        """Return the manifest in the bucket, or None. Raises DraftsmithError for a damaged one."""
         name = _manifest_name(stage, short)
         content = self._bucket.read(name)
         if content is None:
@@ -132,7 +131,7 @@ class MirroredStore(Store):
         address = self._bucket.address_of(name)
         manifest = parse_manifest(content, address)
         if (manifest.stage, manifest.key[:SHORT]) != (stage, short):
-            raise damaged(address, stage, f"is that of {manifest.stage}/{manifest.key[:SHORT]}")
+            raise damaged(address, stage, f"belongs to {manifest.stage}/{manifest.key[:SHORT]}")
         check_content(manifest, address)
         self._seen[stage, short] = manifest
         return manifest
@@ -140,32 +139,32 @@ class MirroredStore(Store):
     # -- pulling -------------------------------------------------------------------------------------------------
 
     def fetch(self, ref: ArtifactRef, files: Collection[str] | None = None) -> None:
-        """Have the files of an artifact under its path, each compared with its checksum when it comes.
+        """Download an artifact's missing files (all, or these) and verify their checksums.
 
-        Raises DraftsmithError for what is gone or damaged in the bucket, RetryableError if that does not answer.
+        Raises DraftsmithError for files missing or damaged in the bucket, RetryableError if it cannot be reached.
         """
         manifest = self.manifest(ref)
         wanted = {name: entry for name, entry in manifest.files.items() if files is None or name in files}
         if not _missing(ref.path, wanted):
             return
         with self._fetching(ref):
-            self._keep(manifest)
+            self._adopt_manifest(manifest)
             remove_temporary(ref.path)
             for name in _missing(ref.path, wanted):
                 self._pull(manifest, name, ref.path / name)
 
     def localize(self, folder: Path) -> Path:
-        for place in (folder, folder.parent):  # of an artifact, or a folder in it
-            manifest = self.manifest_at(place.parent.name, place.name) if len(place.name) == SHORT else None
+        for path in (folder, folder.parent):  # an artifact, or a folder in one
+            manifest = self.manifest_at(path.parent.name, path.name) if len(path.name) == SHORT else None
             if manifest is not None:
                 ref = manifest.ref(self.path(manifest.stage, manifest.key))
                 self.fetch(ref)
-                return ref.path / folder.relative_to(place)
+                return ref.path / folder.relative_to(path)
         return folder
 
     @contextmanager
     def _fetching(self, ref: ArtifactRef) -> Iterator[None]:
-        """Let one process of this home at a time write an artifact's copy."""
+        """Hold the lock under which one process of this home at a time writes an artifact's copy."""
         lock = self.root / ref.stage / f".lock-fetch-{ref.key[:SHORT]}"
         with (
             disk_errors(f"fetching {ref.stage}"),
@@ -174,59 +173,59 @@ class MirroredStore(Store):
             yield
 
     def _pull(self, manifest: Manifest, name: str, path: Path) -> None:
-        source = f"{_files_of(manifest)}/{name}"
+        source = f"{_files_folder(manifest)}/{name}"
         with atomic_path(path) as tmp:
-            for _ in range(2):  # what the network damages once comes whole the second time
+            for _ in range(2):  # a second time, in case the network damaged it
                 if not self._bucket.download(source, tmp):
                     raise damaged(self._bucket.address_of(source), manifest.stage, "is missing")
                 if sha256_file(tmp) == manifest.files[name].sha256:
                     return
-            what = "has changed since it was uploaded: its checksum is another"
+            what = "has changed since it was uploaded (wrong checksum)"
             raise damaged(self._bucket.address_of(source), manifest.stage, what)
 
-    def _keep(self, manifest: Manifest) -> None:
-        """Have the folder of an artifact with its manifest. One of another content is moved aside: it may be in use."""
+    def _adopt_manifest(self, manifest: Manifest) -> None:
+        """Create an artifact's folder with this manifest. Renames one of other content, which may be in use."""
         folder = self.path(manifest.stage, manifest.key)
         with suppress(DraftsmithError):
-            kept = read_manifest(folder)
-            if kept.files == manifest.files:
-                if kept.created_at != manifest.created_at:  # made again, with what it was
+            local = read_manifest(folder)
+            if local.files == manifest.files:
+                if local.created_at != manifest.created_at:  # made again with the same content
                     write_text(folder / MANIFEST, manifest_text(manifest))
                 return
         if folder.exists():
             with suppress(FileNotFoundError):  # another process was faster
-                folder.rename(aside := folder.with_name(f"{REPLACED}{folder.name}-{time.time_ns()}"))
-                os.utime(aside)
+                folder.rename(renamed := folder.with_name(f"{REPLACED}{folder.name}-{time.time_ns()}"))
+                os.utime(renamed)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / MANIFEST, manifest_text(manifest))
 
     # -- pushing -------------------------------------------------------------------------------------------------
 
     def _install(self, manifest: Manifest) -> ArtifactRef:
-        """Push, then rename here. Killed or cut off anywhere in here, the next claim of this home goes on."""
+        """Push, then rename locally. If this is interrupted, the next claim in this home continues."""
         partial = self.partial_path(manifest.stage, manifest.key)
         forced = (partial / "forced").exists()
         first = None if forced else self._pushed(manifest.stage, manifest.key[:SHORT])
         if first is not None and first.files != manifest.files:
-            log.warning("another host has made %s/%s meanwhile: its artifact is taken", first.stage, first.key[:SHORT])
-            self._keep(first)
+            log.warning("another host made %s/%s first. Its artifact is used.", first.stage, first.key[:SHORT])
+            self._adopt_manifest(first)
             shutil.rmtree(partial)
             return first.ref(self.path(first.stage, first.key))
         self._push(manifest, partial / "out", again=forced)
         return super()._install(manifest)
 
     def _push(self, manifest: Manifest, folder: Path, *, again: bool = False) -> None:
-        """Upload files, then the manifest. again: also files that are there."""
-        beside = _files_of(manifest)
-        there = {} if again else self._bucket.sizes(beside)
+        """Upload the files, then the manifest. again: upload also files that are in the bucket already."""
+        target = _files_folder(manifest)
+        uploaded = {} if again else self._bucket.sizes(target)
         for name, entry in manifest.files.items():
-            if there.get(f"{beside}/{name}") != entry.bytes:
-                self._bucket.upload(folder / name, f"{beside}/{name}")
+            if uploaded.get(f"{target}/{name}") != entry.bytes:
+                self._bucket.upload(folder / name, f"{target}/{name}")
         self._bucket.write(_manifest_name(manifest.stage, manifest.key), manifest_text(manifest).encode())
         self._seen[manifest.stage, manifest.key[:SHORT]] = manifest
 
     def _finish_interrupted_commit(self, stage: str, key: str) -> ArtifactRef | None:
-        """Also push an artifact that this home made before the bucket was chosen, in place of making it again."""
+        """Finish a commit; also push an artifact that this home made before it had a bucket."""
         finished = super()._finish_interrupted_commit(stage, key)
         folder = self.path(stage, key)
         if finished is not None or not folder.is_dir() or self._bucket.read(_manifest_name(stage, key)) is not None:
@@ -235,7 +234,7 @@ class MirroredStore(Store):
             ref = self._check(folder, stage, key)
             super().verify(ref)
         except DraftsmithError:
-            return None  # no whole artifact: made again
+            return None  # damaged: it is made again
         self._push(read_manifest(folder), folder)
         return ref
 
@@ -244,14 +243,14 @@ def _manifest_name(stage: str, key: str) -> str:
     return f"{stage}/{key[:SHORT]}/{MANIFEST}"
 
 
-def _files_of(manifest: Manifest) -> str:
-    """Return the folder of an artifact's files in the bucket: the same for the same content."""
+def _files_folder(manifest: Manifest) -> str:
+    """Return the folder of an artifact's files in the bucket, which depends on their content."""
     volatile = content_id(manifest.files, volatile=True)
     return f"{manifest.stage}/{manifest.key[:SHORT]}/{manifest.content_id[:SHORT]}-{volatile[:SHORT]}"
 
 
 def _missing(folder: Path, files: Mapping[str, FileEntry]) -> list[str]:
-    """Return those that are not there, or not whole."""
+    """Return the names of files that are missing here or have another size."""
     sizes = {name: (folder / name).stat().st_size for name in files if (folder / name).is_file()}
     return [name for name, entry in files.items() if sizes.get(name) != entry.bytes]
 

@@ -1,4 +1,4 @@
-"""Parts of an unfinished attempt: rows that are on the disk whole, or not at all, so that the next attempt goes on."""
+"""Tables of an unfinished attempt, written shard by shard so that the next attempt can continue."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ log = logging.getLogger(__name__)
 
 
 class TableShards:
-    """Tables in shards: `FOLDER/TABLE/shard-00000.parquet`, … A part is a shard of each table under the same number.
+    """Tables in numbered shards, `FOLDER/TABLE/shard-00000.parquet`; a number stands for one shard of each table.
 
-    The last table is written last, and only it makes a part count: what a killed attempt left of one is written over. A
-    damaged part is set aside as a whole, with a log line: its rows are made again.
+    The shard of the last table is written last and completes the number; an incomplete number is overwritten. If any
+    shard is damaged, all of its number are renamed, with a log line, and their rows are made again.
     """
 
     def __init__(self, folder: Path, schemas: Mapping[str, TableSchema], group_bytes: int = GROUP_BYTES) -> None:
-        """schemas: of the tables, in the order in which they are written."""
+        """Find the complete shards in a folder. schemas: of the tables, in the order in which they are written."""
         self.folder, self.schemas, self._group_bytes = folder, dict(schemas), group_bytes
         last = [int(path.stem.removeprefix("shard-")) for path in shard_paths(folder / list(schemas)[-1])]
-        self.numbers = [number for number in last if self._whole(number)]
+        self.numbers = [number for number in last if self._is_intact(number)]
         self._next = last[-1] + 1 if last else 0
 
     def append(self, rows: Mapping[str, Rows]) -> None:
-        """Write one part: the rows of each table."""
+        """Write the next shard of each table."""
         for name, schema in self.schemas.items():
             write_table(self._path(name, self._next), schema, rows[name], self._group_bytes)
         self.numbers.append(self._next)
@@ -42,15 +42,15 @@ class TableShards:
         return [self._path(name, number) for number in self.numbers]
 
     def tables(self, name: str, columns: list[str] | None = None) -> list[pa.Table]:
-        """Return the rows of a table, or some of its columns, part by part."""
+        """Return the rows of a table, or some of its columns, shard by shard."""
         return [read_table(path, self.schemas[name], columns) for path in self.paths(name)]
 
-    def _whole(self, number: int) -> bool:
+    def _is_intact(self, number: int) -> bool:
         try:
             for name, schema in self.schemas.items():
                 read_table(self._path(name, number), schema)
         except DraftsmithError as error:
-            log.warning("what an earlier attempt left is damaged, and is made again: %s", error)
+            log.warning("rows of an earlier attempt are damaged and will be made again: %s", error)
             for name in self.schemas:
                 if (path := self._path(name, number)).exists():
                     path.rename(path.with_name(f"{TMP_PREFIX}damaged-{path.name}"))

@@ -38,7 +38,7 @@ def prune(display: Display, days: float, *, artifacts: bool, delete: bool) -> No
 def _prune(display: Display, days: float, *, artifacts: bool, delete: bool) -> None:
     before = time.time() - days * 86400
     found = leftovers(home(), before)
-    replaced = [each for each in found if each.what == REPLACED_ARTIFACT]
+    replaced = [each for each in found if each.kind == REPLACED_ARTIFACT]
     found = [each for each in found if each not in replaced]
     if replaced and (named := _known(display, "replaced artifacts", Registry.content_ids)) is not None:
         found += [each for each in replaced if not _is_named(each, named)]
@@ -76,7 +76,7 @@ def _list(display: Display, found: Sequence[Leftover], command: str) -> None:
     table = folded_table("what", "path", "size", "last touched")
     for each in found:
         touched = local_time(datetime.fromtimestamp(each.touched, UTC))
-        table.add_row(each.what, str(each.path.relative_to(home())), format_bytes(each.bytes), touched)
+        table.add_row(each.kind, str(each.path.relative_to(home())), format_bytes(each.bytes), touched)
     display.console.print(table)
     display.line(f"{_total(found)} in all; `{command}` removes it")
 

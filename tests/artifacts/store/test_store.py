@@ -137,7 +137,7 @@ def test_a_forced_claim_starts_empty_and_goes_on_from_a_forced_attempt(
     assert attempt(force=True, saved="half") == []
     assert caplog.text == ""
     assert attempt(force=True, saved="more") == ["half"]  # a retry, or the same command after an interruption
-    assert f"to begin anew, delete {store.partial_path('rollout', KEY)}" in caplog.text
+    assert f"delete {store.partial_path('rollout', KEY)}" in caplog.text
     assert attempt(force=False, saved="other") == ["more"]
     assert attempt(force=True, saved="") == []
     assert names[0] == names[3] == "" and names[1] == names[2] != names[4], "its shards are made again once"
@@ -198,7 +198,7 @@ def test_a_link_is_refused_because_an_artifact_holds_its_content(store: Store, t
     with store.claim("rollout", KEY) as claim:
         assert isinstance(claim, Claim)
         (claim.out / "weights").symlink_to(tmp_path)
-        with pytest.raises(DraftsmithError, match=r"weights.*copy the content"):
+        with pytest.raises(DraftsmithError, match=r"weights: an artifact holds only regular files"):
             commit(store, claim)
 
 
@@ -288,9 +288,9 @@ def test_resolve_takes_stage_key_content_id_path_and_uri(store: Store) -> None:
 def test_resolve_refuses_an_ambiguous_or_unknown_name(store: Store) -> None:
     make(store, "one", key="abcdef" + "0" * 58)
     make(store, "two", key="abcdee" + "0" * 58)
-    with pytest.raises(DraftsmithError, match="'rollout' names 2 artifacts: choose one by its key"):
+    with pytest.raises(DraftsmithError, match="'rollout' matches 2 artifacts"):
         store.resolve("rollout")
-    with pytest.raises(DraftsmithError, match="names 2 artifacts"):
+    with pytest.raises(DraftsmithError, match="matches 2 artifacts"):
         store.resolve("abcde")
     assert store.resolve("abcdef").key.startswith("abcdef")
     with pytest.raises(DraftsmithError, match="no artifact matches 'sft'"):

@@ -138,7 +138,7 @@ def test_what_was_made_from_a_damaged_input_does_not_stay_a_hit(
     monkeypatch.setattr("draftsmith.artifacts.store.checksums.MAX_AGE_S", 0.0)
     with pytest.raises(DraftsmithError, match="has changed since it was written"):
         toy.context.store.verify_once(toy.target)
-    assert f"{wrong.path} was made from {toy.numbers}, which is damaged: set aside" in caplog.text
+    assert f"{wrong.path} was made from {toy.numbers}, which is damaged: renamed" in caplog.text
     assert toy.found(toy.left()) is None
     assert before.path.exists(), "it was made before the file was last whole"
 
@@ -247,7 +247,7 @@ def test_files_elsewhere_that_an_input_names_are_those_that_it_found(toy: Toy, t
     flip(weights)
     for act in (lambda: None, weights.unlink):
         act()
-        with pytest.raises(DraftsmithError, match="weights: is not what stage collect found"):
+        with pytest.raises(DraftsmithError, match="weights: has changed since stage collect read it"):
             toy.make(toy.left(CombineConfig(factor=3)))
 
 
