@@ -86,7 +86,7 @@ class Store:
         """Return where the artifacts are, for display."""
         return str(self.root)
 
-        """Return the lock's descriptor for the stage process, so that the lock lasts as long as the writer."""
+    # -- keys and paths ------------------------------------------------------------------------------------------
 
     @staticmethod
     def key(
