@@ -27,7 +27,7 @@ _TOTALS = ("evaluated_blocks", "outside_nucleus")  # of each trajectory, columns
 
 
 class MinedShards:
-    """MinedGroup groups, kept in `work`. What waits is written when the body ends, in whichever way."""
+    """Mined groups, kept in `work`. What waits is written when the body ends, in whichever way."""
 
     def __init__(self, work: Path, done: Sequence[Path] = ()):
         """done: such folders of others, which hold all there is: they are read instead."""

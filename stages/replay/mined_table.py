@@ -1,4 +1,4 @@
-"""MinedGroup steps as a table: a row a verify step, and the figures of all of them."""
+"""Mined steps as a table: a row a verify step, and the figures of all of them."""
 
 from __future__ import annotations
 

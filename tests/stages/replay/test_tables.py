@@ -1,4 +1,4 @@
-"""MinedGroup figures add up over parts, and the most frequent values are those of a plain count."""
+"""Mined figures add up over parts, and the most frequent values are those of a plain count."""
 
 from __future__ import annotations
 
