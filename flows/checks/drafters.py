@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from draftsmith.flows.planning.graph import Node
-from draftsmith.stages.drafters.champion import ChampionConfig
+from draftsmith.stages.drafters.stage import ChampionConfig
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.evaluation.config import DRAFTERS
 from draftsmith.stages.training.config import SftConfig

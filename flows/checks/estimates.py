@@ -14,8 +14,8 @@ from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.engines.config import EmbeddedEngineConfig, SGLangEngineConfig
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
-from draftsmith.stages.replay.mining import SAMPLE, MiningConfig
 from draftsmith.stages.replay.options import TREE_TOKENS
+from draftsmith.stages.replay.stage import SAMPLE, MiningConfig
 from draftsmith.stages.runtime.checkpoint import GENERATIONS
 from draftsmith.stages.target.config import TargetConfig
 from draftsmith.stages.target.estimate import (

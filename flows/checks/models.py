@@ -13,9 +13,9 @@ from draftsmith.flows.planning.graph import Node
 from draftsmith.stages.data.chat_template import token_ids
 from draftsmith.stages.data.prompt_config import Candidate
 from draftsmith.stages.data.prompts import PromptsConfig
-from draftsmith.stages.drafters.champion import ChampionConfig, checkpoint_of
 from draftsmith.stages.drafters.registry import DrafterConfig
 from draftsmith.stages.drafters.spec import DraftingConfig
+from draftsmith.stages.drafters.stage import ChampionConfig
 from draftsmith.stages.target.config import TargetConfig
 from draftsmith.stages.target.estimate import target_size
 from draftsmith.stages.target.info import model_path, read_target_info
@@ -219,7 +219,7 @@ def _check_champion(
 
     where, folder = f"{config.line} version {config.version}", model_path(artifact)
     target_config = read_target_config(folder)
-    checkpoint, shape = checkpoint_of(config), sft.drafter if sft is not None else None
+    checkpoint, shape = config.checkpoint(), sft.drafter if sft is not None else None
 
     def planned(shape: DrafterConfig | None) -> DrafterPlan:
         return plan_of_checkpoint(checkpoint, target_config, where, lambda: load_tokenizer(folder), shape)

@@ -15,13 +15,13 @@ from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.prompt_config import SPLITS, JsonlSource
 from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.data.time_window import LAST
-from draftsmith.stages.drafters.champion import ChampionConfig
+from draftsmith.stages.drafters.stage import ChampionConfig
 from draftsmith.stages.engines.config import SamplingConfig
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.drift import DriftConfig
 from draftsmith.stages.evaluation.gate_rules import GateConfig
-from draftsmith.stages.replay.mining import MiningConfig
+from draftsmith.stages.replay.stage import MiningConfig
 from draftsmith.stages.report.stage import ReportConfig
 from draftsmith.stages.runtime.stage import Config
 from draftsmith.stages.target.config import TargetConfig

@@ -34,7 +34,7 @@ from draftsmith.flows.refresh.line import (
 from draftsmith.flows.refresh.summary import DETAIL
 from draftsmith.stages.data.logs.rehearsal_stage import is_here
 from draftsmith.stages.data.time_window import LAST
-from draftsmith.stages.drafters.champion import RECORD as TARGET_RECORD
+from draftsmith.stages.drafters.stage import RECORD as TARGET_RECORD
 from draftsmith.stages.evaluation.drift import fallen, unjudged
 from draftsmith.stages.evaluation.gate import DECISION
 from draftsmith.stages.evaluation.gate_rules import with_version

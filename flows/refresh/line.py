@@ -28,7 +28,7 @@ from draftsmith.stages.data.load import DRAFTER_FOLDER
 from draftsmith.stages.data.logs.rehearsal_stage import TABLE, EarlierConfig
 from draftsmith.stages.data.prompt_config import HuggingFaceSource, JsonlSource, PromptSource, ReasoningGymSource
 from draftsmith.stages.data.prompts import PromptsConfig
-from draftsmith.stages.drafters.champion import ChampionConfig
+from draftsmith.stages.drafters.stage import ChampionConfig
 from draftsmith.stages.runtime.stage import Config, FilledIn
 
 log = logging.getLogger(__name__)

@@ -17,8 +17,7 @@ from draftsmith.stages.engines.config import (
     SGLangEngineConfig,
 )
 from draftsmith.stages.engines.sglang.environment import programs_of
-from draftsmith.stages.replay.options import TokensPerForward
-from draftsmith.stages.replay.parity import MaxParityMismatch
+from draftsmith.stages.replay.options import MaxParityMismatch, TokensPerForward
 from draftsmith.stages.runtime.stage import Config
 
 if TYPE_CHECKING:

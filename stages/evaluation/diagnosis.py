@@ -11,7 +11,7 @@ from pydantic import Field
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageInterrupted
 from draftsmith.stages.engines.config import SamplingConfig, SGLangEngineConfig
-from draftsmith.stages.replay.parity import MaxParityMismatch
+from draftsmith.stages.replay.options import MaxParityMismatch
 from draftsmith.stages.runtime.stage import Compute, Config, NotInKey, Stage, StageContext, progress_callback
 
 if TYPE_CHECKING:

@@ -1,101 +1,80 @@
-"""Mining: the verification trace of the drafter on stored answers, as far as somebody reads it.
+"""The body of stage `mining`: replays and scores the answers, writes the table, and compares it with the served steps.
 
-Where OPD takes its anchors from the table, all answers are mined. Else a sample is enough: for the review, and for the
-parity gate.
+Groups that were mined stay on disk, so that a rerun goes on after them.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+import numpy as np
+from transformers import AutoTokenizer
 
+from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.tables.parquet import TableWriter, index_in, read_table
+from draftsmith.artifacts.tables.readers import KeyedRows, RowReader
+from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE, VERIFY_STEPS
+from draftsmith.stages.data.load import DRAFTER_FOLDER, StoredTrajectories, load_trajectories
 from draftsmith.stages.data.logs.rehearsal import lot
+from draftsmith.stages.data.trajectories import TrajectoryRows
+from draftsmith.stages.drafters.checkpoint import TOKENS_FILE, block_size_of, load_drafter, skeleton_of
+from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.spec import NO_FREQUENT_TOKENS, DraftingConfig
-from draftsmith.stages.replay.options import ReplayOptions, TokensPerForward
-from draftsmith.stages.replay.parity import COMPARED, MaxParityMismatch, ParityTolerance, StepComparison, check_tau
-from draftsmith.stages.runtime.stage import WHOLE, Compute, Config, FilledIn, Shard, Stage, StageContext
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from draftsmith.stages.data.load import StoredTrajectories
-    from draftsmith.stages.data.trajectories import TrajectoryRows
-    from draftsmith.stages.replay.mined_shards import MinedShards
-
-
-class MiningConfig(Config):
-    """How the trace is rebuilt."""
-
-    drafting: DraftingConfig = DraftingConfig()
-    tokens_per_target_forward: TokensPerForward = 8192
-    max_parity_mismatch: MaxParityMismatch = 0.25
-    table: Annotated[
-        Literal["sample", "full", "scored"],
-        Field(
-            description="sample: the steps of a few hundred answers; full: of all; scored: "
-            "also the target's log-probs of what follows a rejected proposal"
-        ),
-        FilledIn(),
-    ] = "scored"
-
+from draftsmith.stages.replay.mined_shards import MinedShards
+from draftsmith.stages.replay.mined_table import MiningMetrics
+from draftsmith.stages.replay.options import ReplayOptions
+from draftsmith.stages.replay.parity import COMPARED, ParityMetrics, ParityTolerance, StepComparison, check_tau
+from draftsmith.stages.replay.replayer import Replayer, count_in, samples_proposals
+from draftsmith.stages.replay.sampled import truncation_warning
+from draftsmith.stages.replay.stage import SAMPLE, MiningConfig
+from draftsmith.stages.runtime.stage import WHOLE, Shard, StageContext
+from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.info import model_path, read_target_info
 
 SHARD = "shard.json"  # of a shard's artifact: what is in it
-SAMPLE = 256  # answers: tau within about 2 %, and as sharp a parity gate
 
 
 def run(ctx: StageContext, config: MiningConfig) -> None:
-    """Replay and score what no shard has, kept so that a rerun continues; then the table, in the answers' order."""
-    from transformers import AutoTokenizer
-
-    from draftsmith.artifacts.tables.parquet import TableWriter
-    from draftsmith.artifacts.tables.schemas import VERIFY_STEPS
-    from draftsmith.stages.data.load import DRAFTER_FOLDER
-    from draftsmith.stages.drafters.checkpoint import TOKENS_FILE, block_size_of, skeleton_of
-    from draftsmith.stages.drafters.digest import drafter_digest
-    from draftsmith.stages.replay.mined_table import MiningMetrics
-    from draftsmith.stages.replay.replayer import samples_proposals
-    from draftsmith.stages.replay.sampled import truncation_warning
-    from draftsmith.stages.target.info import model_path, read_target_info
-
+    """Mine what no shard holds yet, then write the table in the order of the answers, and its summary."""
     stored = _read_answers(ctx, config)
     trajectories = stored.trajectories
     drafter_folder = ctx.inputs["drafter"] / DRAFTER_FOLDER
-    says_frequent = (drafter_folder / TOKENS_FILE).is_file()
-    if config.drafting.head_tokens and not says_frequent:
+    drafter = _MinedDrafter(
+        drafter_digest(drafter_folder),
+        block_size_of(drafter_folder),
+        samples_proposals(skeleton_of(drafter_folder), stored.sampling),
+        has_frequent_tokens=(drafter_folder / TOKENS_FILE).is_file(),
+    )
+    if config.drafting.head_tokens and not drafter.has_frequent_tokens:
         ctx.log(f"drafter: {NO_FREQUENT_TOKENS}")
     shards = mine_shard(ctx, config, stored, ctx.work)
-    trained = block_size_of(drafter_folder)
     tokenizer = AutoTokenizer.from_pretrained(model_path(ctx.inputs["target"]), local_files_only=True)
 
     # long answers have millions of steps: no Python object for each from here on, and never all of them in memory
-    figures = MiningMetrics(config.drafting.block_size or trained)
+    metrics = MiningMetrics(config.drafting.block_size or drafter.block_size)
     rows = shards.rows(trajectories.ids)
     total = int(rows.counts.sum())
     with TableWriter(ctx.out / "verify_steps.parquet", VERIFY_STEPS) as table:
-        for part in rows.batches(VERIFY_STEPS.columns.names):
-            table.append(part)
-            figures.add(part)
+        for batch in rows.batches(VERIFY_STEPS.columns.names):
+            table.append(batch)
+            metrics.add(batch)
             ctx.progress(table.rows, total, "steps put together")  # which takes minutes
             ctx.check_interrupted()
-    summary = figures.summary(tokenizer)
+    summary = metrics.summary(tokenizer)
     totals = shards.totals(trajectories.ids)
-    summary["evaluated_blocks_per_step"] = totals["evaluated_blocks"] / figures.steps
+    summary["evaluated_blocks_per_step"] = totals["evaluated_blocks"] / metrics.steps
     summary["trajectories"] = len(trajectories)
     summary["trajectories_too_short"] = stored.too_short
-    drafted_as = {"drafter_digest": drafter_digest(drafter_folder), **config.drafting.model_dump()}
-    dtype = read_target_info(ctx.inputs["target"]).dtype
-    drawn = samples_proposals(skeleton_of(drafter_folder), stored.sampling)
-    outside = totals["outside_nucleus"] / int(_committed(trajectories).sum()) if drawn else None
+    committed = int(_committed(trajectories).sum())
+    outside = totals["outside_nucleus"] / committed if drafter.samples_proposals else None
     summary["outside_nucleus_share"] = outside
     if warning := truncation_warning(outside, stored.sampling):
         ctx.log(warning)
-    summary["parity"] = parity(
-        ctx, trajectories, trained, drafted_as, dtype, config, drawn=drawn, says_frequent=says_frequent
-    )
+    parity = check_parity(ctx, trajectories, config, drafter)
+    summary["parity"] = parity
     (ctx.out / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     ctx.summary(
         **{k: summary[k] for k in ("tau", "steps", "error_positions", "evaluated_blocks_per_step")},
@@ -103,17 +82,14 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
         **({} if outside is None else {"outside_nucleus_share": outside}),
         **{
             f"parity_{name.removesuffix('_share')}": value
-            for name, value in (summary["parity"] or {}).items()
-            if name in ("mismatch_share", "tau_difference")
+            for name, value in (parity or {}).items()
+            if name in ("mismatch_share", "tau_difference") and value is not None
         },
     )
 
 
 def shard(ctx: StageContext, config: MiningConfig, part: Shard) -> None:
-    """The steps of the answers of one shard, as `run` reads them."""
-    from draftsmith.artifacts.atomic import write_text
-    from draftsmith.stages.replay.replayer import count_in
-
+    """Mine the answers of one shard, for `run` to read."""
     stored = _read_answers(ctx, config)
     mine_shard(ctx, config, stored, ctx.out, part)
     count = count_in(stored.trajectories, config.tokens_per_target_forward, part)
@@ -123,8 +99,6 @@ def shard(ctx: StageContext, config: MiningConfig, part: Shard) -> None:
 
 def _read_answers(ctx: StageContext, config: MiningConfig) -> StoredTrajectories:
     """Return the answers that are mined, in the artifact's order."""
-    from draftsmith.stages.data.load import load_trajectories
-
     stored = load_trajectories(ctx.inputs["trajectories"])
     count = len(stored.trajectories)
     if config.table != "sample" or count <= SAMPLE:
@@ -138,20 +112,17 @@ def _read_answers(ctx: StageContext, config: MiningConfig) -> StoredTrajectories
 def mine_shard(
     ctx: StageContext, config: MiningConfig, stored: StoredTrajectories, folder: Path, part: Shard = WHOLE
 ) -> MinedShards:
-    """Replay and score the groups of a shard that are not in `folder` yet; where all shards are given, take these."""
-    from draftsmith.stages.data.load import DRAFTER_FOLDER
-    from draftsmith.stages.drafters.checkpoint import load_drafter
-    from draftsmith.stages.replay.mined_shards import MinedShards
-    from draftsmith.stages.replay.replayer import Replayer, count_in
-    from draftsmith.stages.target.causal_lm import Target
+    """Replay and score the groups of a shard that are not in `folder` yet, or open the shards if all were made.
 
+    Raises DraftsmithError if the shards do not hold all answers.
+    """
     trajectories = stored.trajectories
     with MinedShards(folder, ctx.shards) as shards:
         finished = shards.rows(trajectories.ids).counts > 0
         done, total = int(finished.sum()), count_in(trajectories, config.tokens_per_target_forward, part)
         if ctx.shards or done == total:
             if done != total:
-                raise DraftsmithError(f"mining: the shards hold {done} of {total} answers: add `--force mining`")
+                raise DraftsmithError(f"mining: the shards hold {done} of {total} answers. Add `--force mining`.")
             return shards
         target = Target.load(ctx.inputs["target"])
         options = ReplayOptions(
@@ -170,51 +141,50 @@ def mine_shard(
     return shards
 
 
-def parity(
-    ctx: StageContext,
-    trajectories: TrajectoryRows,
-    trained: int,
-    drafted_as: dict[str, Any],
-    dtype: str,
-    config: MiningConfig,
-    *,
-    drawn: bool,
-    says_frequent: bool,
-) -> dict[str, Any] | None:
-    """Compare what the engine recorded while it served with replay: its steps, and how many it counted.
+@dataclass(frozen=True)
+class _MinedDrafter:
+    """The properties of the drafter that decide how far served steps can be compared with replay."""
 
-    trained: the drafter's block size; drafted_as: its digest and how it drafts here; dtype: of this replay. drawn: are
-    proposals drawn, so that steps are replay's in distribution, and only their number can be compared? says_frequent:
-    does the drafter name the frequent tokens? Where it does not, head_tokens decided nothing. None unless the same
-    drafter served with the same settings. Raises DraftsmithError if they differ in more steps than allowed: the drafter
-    that was served is then not this one.
+    digest: str
+    block_size: int  # as trained
+    samples_proposals: bool  # then steps are replay's in distribution, and only their number can be compared
+    has_frequent_tokens: bool  # without them `head_tokens` has no effect
+
+    def effective(self, drafting: DraftingConfig) -> DraftingConfig:
+        """Return the settings that drafting with this drafter comes to."""
+        return DraftingConfig(
+            block_size=drafting.block_size or self.block_size,
+            head_tokens=drafting.head_tokens if self.has_frequent_tokens else None,
+        )
+
+
+def check_parity(
+    ctx: StageContext, trajectories: TrajectoryRows, config: MiningConfig, drafter: _MinedDrafter
+) -> ParityMetrics | None:
+    """Compare the steps that the engine recorded and counted while it served with the replayed ones.
+
+    Returns None unless the same drafter served with the same settings. Raises DraftsmithError if more steps differ than
+    allowed: the drafter that was served is then not this one.
     """
-    import numpy as np
-
-    from draftsmith.artifacts.tables.parquet import index_in, read_table
-    from draftsmith.artifacts.tables.readers import KeyedRows, RowReader
-    from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE, VERIFY_STEPS
-
     folder = ctx.inputs["trajectories"]
     path = folder / "trace.json"
     if not path.exists():
         return None
-    told = json.loads(path.read_text())
-    served_as = {name: told.get(name) for name in drafted_as}
-    for settings in (served_as, drafted_as):
-        settings["block_size"] = settings["block_size"] or trained  # left out: as it was trained
-        settings["head_tokens"] = settings["head_tokens"] if says_frequent else None
-    if served_as != drafted_as:
-        if served_as["drafter_digest"] == drafted_as["drafter_digest"]:
-            ctx.log(
-                "served steps are not compared with replay: the rollout drafted with other settings "
-                f"({_drafting(served_as)}) than section mining ({_drafting(drafted_as)})"
-            )
+    served_with = json.loads(path.read_text())
+    if served_with.get("drafter_digest") != drafter.digest:
         return None
-    gate = ParityTolerance(
+    recorded_drafting = DraftingConfig(**{name: served_with.get(name) for name in DraftingConfig.model_fields})
+    served_drafting, drafting = drafter.effective(recorded_drafting), drafter.effective(config.drafting)
+    if served_drafting != drafting:
+        ctx.log(
+            "served steps are not compared with replay: the rollout drafted with other settings "
+            f"({_describe(served_drafting)}) than section mining ({_describe(drafting)})"
+        )
+        return None
+    tolerance = ParityTolerance(
         "mining",
-        float32=told.get("dtype") == dtype == "float32",
-        greedy=told.get("temperature") == 0,
+        float32=served_with.get("dtype") == read_target_info(ctx.inputs["target"]).dtype == "float32",
+        greedy=served_with.get("temperature") == 0,
         allowed=config.max_parity_mismatch,
     )
     ids = trajectories.ids
@@ -225,38 +195,29 @@ def parity(
         traced = indices[recorded.counts[indices] > 0]
         comparison.add(recorded.take(traced, COMPARED), replayed.take(traced, COMPARED))
         ctx.check_interrupted()
-    figures = comparison.check(gate) if recorded.counts.any() and not drawn else {}
+    metrics: ParityMetrics = {}
+    if recorded.counts.any() and not drafter.samples_proposals:
+        metrics |= comparison.check(tolerance)
     timings = read_table(folder / "timings.parquet", TIMINGS, ["trajectory_id", "verify_steps", "retractions"])
-    place = index_in(timings, "trajectory_id", ids)
+    index = index_in(timings, "trajectory_id", ids)
     served, retractions = np.zeros((2, len(ids)), dtype=np.int64)
     for counts, name in ((served, "verify_steps"), (retractions, "retractions")):
-        counts[place[place >= 0]] = timings[name].to_numpy()[place >= 0]
-    whole = retractions == 0  # the others' steps are not replay's: a token of theirs was made without one
-    if not whole.all():
+        counts[index[index >= 0]] = timings[name].to_numpy()[index >= 0]
+    complete = retractions == 0  # a retracted answer has a token that no verify step made
+    if not complete.all():
         ctx.log(
-            f"{(~whole).sum()} of {len(whole)} answers were retracted by a full server: their steps are not compared"
+            f"{(~complete).sum()} of {len(complete)} answers were retracted by a full server: their steps are not "
+            "compared"
         )
-    if whole.any():
-        figures |= check_tau(gate, _committed(trajectories)[whole], served[whole], replayed.counts[whole])
-    return figures
+    if complete.any():
+        metrics |= check_tau(tolerance, _committed(trajectories)[complete], served[complete], replayed.counts[complete])
+    return metrics
 
 
 def _committed(trajectories: TrajectoryRows) -> np.ndarray:
-    """[N] tokens of verify steps: the prefill's is committed before any."""
+    """Return [N] the tokens that verify steps committed: all but the first, which prefill commits."""
     return trajectories.lengths - trajectories.prompt_lengths - 1
 
 
-def _drafting(settings: dict[str, Any]) -> str:
-    found = {name: settings[name] for name in DraftingConfig.model_fields}
-    return ", ".join(f"{name} {value}" for name, value in found.items() if value is not None)
-
-
-STAGE = Stage(
-    name="mining",
-    config=MiningConfig,
-    inputs=("target", "drafter", "trajectories"),
-    body=__name__,
-    compute=Compute.HEAVY,
-    sharded=True,
-    join_compute=Compute.LIGHT,
-)
+def _describe(drafting: DraftingConfig) -> str:
+    return ", ".join(f"{name} {value}" for name, value in drafting if value is not None)

@@ -8,11 +8,11 @@ from typing import Annotated, TypeAlias
 from pydantic import Field
 
 from draftsmith.stages.drafters.spec import DraftingConfig
-from draftsmith.stages.runtime.stage import WHOLE, Shard
+from draftsmith.stages.runtime.stage import WHOLE, NotInKey, Shard
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 
 TREE_TOKENS = 512  # rejected proposals that the target scores in one forward, a trajectory
-POSITIONS_PER_CHUNK = 1024  # whose logits are held at once
+POSITIONS_PER_CHUNK = 1024  # whose logits are in memory together
 TokensPerForward: TypeAlias = Annotated[
     int,
     Field(
@@ -20,6 +20,18 @@ TokensPerForward: TypeAlias = Annotated[
         description="of answers, with padding, that the target reads in one forward (a longer answer alone); features, "
         "keys and values grow with it: lower where memory is tight, higher where a GPU is not busy",
     ),
+]
+
+MaxParityMismatch: TypeAlias = Annotated[
+    float,
+    Field(
+        ge=0,
+        le=1,
+        description="share of served verify steps that replay may contradict: near-ties in bf16, more of them the less "
+        "a drafter is trained (seen: 5 to 18 %); a wrong drafter contradicts nearly all. In float32 with greedy "
+        "decoding none may. tau as served may not be measurably lower than replay's in any case. 1: never fail",
+    ),
+    NotInKey(),
 ]
 
 

@@ -32,7 +32,7 @@ from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.replay.chains import replay_chains
-from draftsmith.stages.replay.mining import MiningConfig
+from draftsmith.stages.replay.stage import MiningConfig
 from draftsmith.stages.replay.stats import replay_sequentially
 from draftsmith.stages.replay.trace import Trace, tau
 from draftsmith.stages.target.causal_lm import Target

@@ -30,7 +30,7 @@ from draftsmith.flows.planning.graph import Node, Pipeline
 from draftsmith.stages.catalog import STAGES
 from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.engines.stage import RolloutConfig
-from draftsmith.stages.replay.mining import MiningConfig
+from draftsmith.stages.replay.stage import MiningConfig
 from draftsmith.stages.runtime.stage import Config
 from draftsmith.stages.target.config import TargetConfig
 from draftsmith.stages.training.config import OpdConfig, SftConfig
@@ -147,7 +147,7 @@ def lab_nodes(config: LabConfig) -> list[Node]:
     nodes += [
         Node("fresh", "draftsmith.stages.engines.stage", config.fresh, asked),
         Node("heldout", "draftsmith.stages.engines.stage", config.heldout, asked),
-        Node("mining", "draftsmith.stages.replay.mining", config.mining, mined),
+        Node("mining", "draftsmith.stages.replay.stage", config.mining, mined),
     ]
     for name, arm in config.arms.items():
         inputs = {"opd": {**mined, "mined": "mining"}, "sft": mined if arm.init == "base" else learned}[arm.stage]

@@ -17,10 +17,10 @@ from draftsmith.flows.planning.graph import Node
 from draftsmith.stages.catalog import STAGES
 from draftsmith.stages.data.load import DRAFTER_FOLDER, load_prompts
 from draftsmith.stages.data.prompts import PromptsConfig
-from draftsmith.stages.drafters.champion import ChampionConfig
+from draftsmith.stages.drafters.stage import ChampionConfig
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
-from draftsmith.stages.replay.mining import MiningConfig
+from draftsmith.stages.replay.stage import MiningConfig
 from draftsmith.stages.target.info import read_target_info
 from draftsmith.stages.training.config import SftConfig
 from tests.flows.toy import ToyConfig, toy_nodes
@@ -110,7 +110,7 @@ def test_every_node_is_checked_against_the_drafter_that_it_reads(tiny_drafter: D
                 "large", "draftsmith.stages.training.sft.stage", SftConfig.model_validate({"drafter": eagle}), learned
             ),
             Node("more", "draftsmith.stages.training.sft.stage", SftConfig(), {**learned, "drafter": name}),
-            Node("mining", "draftsmith.stages.replay.mining", mining, {**learned, "drafter": "more"}),
+            Node("mining", "draftsmith.stages.replay.stage", mining, {**learned, "drafter": "more"}),
         ]
 
     check_target(nodes("large", 8), tiny_drafter.target)
@@ -154,7 +154,7 @@ def test_settings_are_checked_against_the_champions_drafter(tiny_drafter: Drafte
         learned = {"target": "target", "trajectories": "rollout", "drafter": "champion"}
         assisted = RolloutConfig.model_validate({"drafting": drafting} if drafting else {})
         nodes = [
-            Node("champion", "draftsmith.stages.drafters.champion", serves, {"target": "target"}),
+            Node("champion", "draftsmith.stages.drafters.stage", serves, {"target": "target"}),
             Node("sft", "draftsmith.stages.training.sft.stage", SftConfig(), learned),
             Node("assisted", "draftsmith.stages.engines.stage", assisted, {"target": "target", "drafter": "sft"}),
         ]
@@ -185,7 +185,7 @@ def test_fields_that_the_champion_overrides_are_a_warning(
     serves = ChampionConfig(line="line", version=3, folder=str(folder), content_id="c", drafter_digest="d")
     sft = SftConfig.model_validate({"drafter": section} if section else {})
     nodes = [
-        Node("champion", "draftsmith.stages.drafters.champion", serves, {"target": "target"}),
+        Node("champion", "draftsmith.stages.drafters.stage", serves, {"target": "target"}),
         Node("sft", "draftsmith.stages.training.sft.stage", sft, {"target": "target", "drafter": "champion"}),
     ]
     findings = Findings()

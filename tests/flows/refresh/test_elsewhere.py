@@ -17,8 +17,8 @@ from draftsmith.flows.execution.display import Display
 from draftsmith.flows.refresh import registry_commands
 from draftsmith.flows.refresh.decisions import resolve
 from draftsmith.stages.data.load import DRAFTER_FOLDER
-from draftsmith.stages.drafters.champion import STAGE as CHAMPION
 from draftsmith.stages.drafters.digest import drafter_digest
+from draftsmith.stages.drafters.stage import STAGE as CHAMPION
 from tests.flows.refresh.made import config_of, finished, gated, serving
 from tests.testbed.context import RecordingContext
 

@@ -13,7 +13,7 @@ from draftsmith.flows.planning.graph import topological_order
 from draftsmith.flows.planning.inputs import external_digests
 from draftsmith.flows.refresh.config import RefreshConfig, control_config, prompts_since
 from draftsmith.flows.refresh.graph import refresh_nodes
-from draftsmith.stages.drafters.champion import ChampionConfig
+from draftsmith.stages.drafters.stage import ChampionConfig
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.config import OpdConfig
 from tests.flows.processes import ROOT

@@ -15,7 +15,7 @@ from draftsmith.flows.execution.display import Display, EndedRun
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.line import registry
 from draftsmith.flows.refresh.summary import WIDTH, screen, show_results
-from draftsmith.stages.drafters.champion import ChampionConfig
+from draftsmith.stages.drafters.stage import ChampionConfig
 from tests.flows.refresh.made import config_of
 from tests.stages.report.sample_report import DECISION, EVALUATION, HOSTILE, OF_A_LINE
 

@@ -13,9 +13,9 @@ import torch
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.data.load import DRAFTER_FOLDER
 from draftsmith.stages.drafters.base import DrafterInfo
-from draftsmith.stages.drafters.champion import RECORD, STAGE, ChampionConfig
 from draftsmith.stages.drafters.checkpoint import read_info, save_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
+from draftsmith.stages.drafters.stage import RECORD, STAGE, ChampionConfig
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.info import read_target_info, write_target_info
 from tests.testbed.context import RecordingContext

@@ -14,10 +14,10 @@ from draftsmith.stages.drafters.base import Drafter, DrafterInfo
 from draftsmith.stages.drafters.checkpoint import save_drafter
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.stage import STAGE as EVALUATION
-from draftsmith.stages.replay.mining import STAGE as MINING
-from draftsmith.stages.replay.mining import MiningConfig
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
+from draftsmith.stages.replay.stage import STAGE as MINING
+from draftsmith.stages.replay.stage import MiningConfig
 from draftsmith.stages.replay.stats import AcceptanceStats
 from draftsmith.stages.runtime.stage import Shard
 from draftsmith.stages.target.causal_lm import Target

@@ -85,7 +85,7 @@ def test_the_largest_difference_of_log_probs_is_reported_and_bounded_in_float32(
     for wrong in (-2.1, float("nan")):
         served[0]["target_logprobs"][1] = wrong
         for gate in (FP32, SAMPLED):
-            with pytest.raises(DraftsmithError, match="the engine serves another target"):
+            with pytest.raises(DraftsmithError, match="serves another target"):
                 check_steps(gate, served[:1], replayed[:1])
         check_steps(BF16, served[:1], replayed[:1])
 
@@ -133,7 +133,7 @@ def test_counted_steps_are_compared_as_tau() -> None:
 def test_a_served_tau_that_is_measurably_lower_fails_within_the_limit_of_steps_too(count: int) -> None:
     """4.84 where replay says 6.0 is 19 % off, and 25 % of the steps may differ."""
     with pytest.raises(
-        DraftsmithError, match=r"tau is [45]\.\d+ as served and 6\.\d+ .* lower by \d+\.\d% at least .*rotary"
+        DraftsmithError, match=r"tau is [45]\.\d+ as served and 6\.\d+ .* lower by at least \d+\.\d% .*rotary"
     ):
         tau_of(BF16, *answers(count, 4.84 / 6.0))
     assert tau_of(OFF, *answers(count, 4.84 / 6.0))["tau_difference"] == pytest.approx(-0.19, abs=0.03)
@@ -164,7 +164,7 @@ def test_of_few_answers_only_a_large_difference_is_refused() -> None:
     """Equal differences of two answers are no proof; what is farther off than steps may differ is."""
     few = tau_of(BF16, [100, 100], [48, 48], [40, 40])
     assert (few["tau_difference_high"], few["tau_difference"]) == (None, pytest.approx(-1 / 6))
-    with pytest.raises(DraftsmithError, match=r"mining: tau is 1.667 .*check rotary settings, layer ids and dtype"):
+    with pytest.raises(DraftsmithError, match=r"mining: tau is 1.667 .*rotary settings"):
         tau_of(BF16, [100], [60], [40])
     same = tau_of(BF16, [30] * 5, [11] * 5, [10] * 5)  # five near-ties, though all on one side
     assert same["tau_difference_high"] < -parity.TAU_TOLERANCE

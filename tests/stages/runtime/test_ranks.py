@@ -26,8 +26,8 @@ from draftsmith.stages.data.load import DRAFTER_FOLDER
 from draftsmith.stages.drafters.base import Drafter, DrafterInfo
 from draftsmith.stages.drafters.checkpoint import create_drafter, save_drafter
 from draftsmith.stages.drafters.eagle3.config import Eagle3Config
-from draftsmith.stages.replay.mining import STAGE as MINING
-from draftsmith.stages.replay.mining import MiningConfig
+from draftsmith.stages.replay.stage import STAGE as MINING
+from draftsmith.stages.replay.stage import MiningConfig
 from draftsmith.stages.runtime.checkpoint import checkpoints
 from draftsmith.stages.runtime.launch import RankReport, _cause, launch
 from draftsmith.stages.runtime.stage import RENDEZVOUS, ParallelConfig

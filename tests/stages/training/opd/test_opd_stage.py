@@ -21,8 +21,8 @@ from draftsmith.stages.drafters.checkpoint import load_drafter, read_info
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.engines.stage import STAGE as ROLLOUT
 from draftsmith.stages.engines.stage import RolloutConfig
-from draftsmith.stages.replay.mining import STAGE as MINING
-from draftsmith.stages.replay.mining import MiningConfig
+from draftsmith.stages.replay.stage import STAGE as MINING
+from draftsmith.stages.replay.stage import MiningConfig
 from draftsmith.stages.training.config import OpdConfig
 from draftsmith.stages.training.opd.mined_table import load_mined
 from draftsmith.stages.training.opd.stage import STAGE

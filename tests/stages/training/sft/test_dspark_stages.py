@@ -23,9 +23,9 @@ from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.drift import STAGE as DRIFT
 from draftsmith.stages.evaluation.drift import DriftConfig
 from draftsmith.stages.evaluation.stage import STAGE as EVALUATION
-from draftsmith.stages.replay.mining import STAGE as MINING
-from draftsmith.stages.replay.mining import MiningConfig
 from draftsmith.stages.replay.replayer import Replayer
+from draftsmith.stages.replay.stage import STAGE as MINING
+from draftsmith.stages.replay.stage import MiningConfig
 from draftsmith.stages.replay.trace import tau
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.training.config import OpdConfig, SftConfig

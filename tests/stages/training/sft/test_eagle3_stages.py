@@ -18,8 +18,8 @@ from draftsmith.stages.engines.stage import STAGE as ROLLOUT
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.stage import STAGE as EVALUATION
-from draftsmith.stages.replay.mining import STAGE as MINING
-from draftsmith.stages.replay.mining import MiningConfig
+from draftsmith.stages.replay.stage import STAGE as MINING
+from draftsmith.stages.replay.stage import MiningConfig
 from draftsmith.stages.training.config import OpdConfig, SftConfig
 from draftsmith.stages.training.opd.stage import STAGE as OPD
 from draftsmith.stages.training.sft.stage import STAGE as SFT
