@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
@@ -23,7 +23,7 @@ from draftsmith.flows.execution.attempt import NOTE, AttemptNote
 from draftsmith.flows.execution.devices import OnWait, lock_devices
 from draftsmith.flows.execution.display import Display, StageDisplay
 from draftsmith.flows.execution.input_guard import inputs_unchanged, snapshot_code
-from draftsmith.flows.execution.process import Event, StageOutcome, StageRequest, run_stage
+from draftsmith.flows.execution.process import Event, StageOutcome, run_stage
 from draftsmith.flows.execution.shards import ShardJob, ShardPool, ShardProgress, build_shard, run_locally, shard_jobs
 from draftsmith.flows.planning.graph import (
     Node,
@@ -35,7 +35,7 @@ from draftsmith.flows.planning.graph import (
     node_seed,
 )
 from draftsmith.flows.planning.inputs import external_digests
-from draftsmith.stages.runtime.stage import SOURCES, Compute, InputListing
+from draftsmith.stages.runtime.stage import SOURCES, Compute, InputListing, StageRequest
 
 log = logging.getLogger("draftsmith.stages")  # Prefect shows it in the run
 
@@ -251,13 +251,13 @@ def _run_process(
         stage=claim.stage,
         module=node.module,
         config=node.config.model_dump(mode="json"),
-        inputs={name: str(ref.path) for name, ref in inputs.items()},
-        out=str(claim.out),
-        work=str(claim.work),
+        inputs={name: ref.path for name, ref in inputs.items()},
+        out=claim.out,
+        work=claim.work,
         seed=node_seed(node, context.config),
         threads=options.threads,
-        listing=asdict(listing) if (listing := node.config.list_inputs()) is not None else None,
-        shards=[str(ref.path) for ref in shards],
+        listing=node.config.list_inputs(),
+        shards=[ref.path for ref in shards],
     )
     log_path = context.logs / f"{claim.stage}-{claim.key[:16]}-{time.strftime('%Y%m%d-%H%M%S')}.log"
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from draftsmith.artifacts.errors import (
 )
 from draftsmith.flows.config.options import TimeLimit
 from draftsmith.stages.runtime.child_process import ChildProcess, describe_exit, project_environment
+from draftsmith.stages.runtime.stage import StageRequest
 
 _POLL_S = 0.2
 _DRAIN_S = 1.0  # to read what a stage wrote just before it ended
@@ -37,23 +38,6 @@ class StageFailedError(DraftsmithError):
     """The stage's process failed. The message is the stage's own line and where its log is."""
 
     exit_code = 1
-
-
-@dataclass(frozen=True)
-class StageRequest:
-    """What `python -m draftsmith.stages` is asked to do."""
-
-    stage: str
-    module: str
-    config: dict[str, Any]
-    inputs: dict[str, str]  # name -> folder of a complete artifact
-    out: str
-    work: str
-    seed: int
-    threads: int | None = None
-    listing: dict[str, Any] | None = None  # `InputListing` of the files that it reads; None: all that are there
-    shard: dict[str, int] | None = None  # `Shard` of which the process makes its part; None: the whole
-    shards: list[str] = field(default_factory=list)  # folders of all shards that the whole is made of
 
 
 @dataclass
@@ -86,7 +70,7 @@ def run_stage(
     check()
     log_path.parent.mkdir(parents=True, exist_ok=True)
     request_path = log_path.with_suffix(".request.json")
-    request_path.write_text(json.dumps(asdict(request), indent=2), "utf-8")
+    request_path.write_text(request.model_dump_json(indent=2), "utf-8")
     with log_path.open("ab") as log:
         child = ChildProcess(
             # -P: a folder of the user that is called `draftsmith` must not hide ours

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from draftsmith.artifacts.store.local import Claim
@@ -25,10 +25,10 @@ from draftsmith.flows.execution.devices import OnWait, lock_one_device
 from draftsmith.flows.execution.display import StageDisplay
 from draftsmith.flows.execution.input_guard import inputs_unchanged, snapshot_code
 from draftsmith.flows.execution.machine import gpu_names
-from draftsmith.flows.execution.process import Event, StageRequest, run_stage
+from draftsmith.flows.execution.process import Event, run_stage
 from draftsmith.flows.planning.graph import Node, Pipeline, node_seed
 from draftsmith.flows.planning.inputs import external_digests
-from draftsmith.stages.runtime.stage import Shard
+from draftsmith.stages.runtime.stage import Shard, StageRequest
 
 
 def _nobody_waits(_device: str, _holder: object) -> None:
@@ -108,12 +108,12 @@ def build_shard(
                     stage=order.stage,
                     module=node.module,
                     config=config,
-                    inputs={name: str(ref.path) for name, ref in inputs.items()},
-                    out=str(claim.out),
-                    work=str(claim.work),
+                    inputs={name: ref.path for name, ref in inputs.items()},
+                    out=claim.out,
+                    work=claim.work,
                     seed=seed,
                     threads=options.threads,
-                    shard=asdict(order.shard),
+                    shard=order.shard,
                 )
                 outcome = run_stage(
                     request,

@@ -1,7 +1,7 @@
-"""Checkpoints of a training: two generations, each with its checksum; a damaged one falls back to the one before.
+"""Checkpoints of a training: the last two, each with its checksum. If one is damaged, the one before is used.
 
-A file is named `checkpoint-STEP-DIGEST.pt` after the optimiser steps it holds and the sha256 of its bytes, so that what
-it says of itself appears with it in one rename.
+A file is named `checkpoint-STEP-DIGEST.pt` after the completed optimiser steps and the sha256 of its bytes, so that
+content and checksum appear in one rename.
 """
 
 from __future__ import annotations
@@ -15,54 +15,54 @@ from draftsmith.artifacts.atomic import TMP_PREFIX, atomic_path, disk_errors, fs
 from draftsmith.artifacts.store.manifest import sha256_file
 
 GENERATIONS = 2
-_DIGITS = 16  # of the digest
-_NEW = "checkpoint.new"  # written whole, then named after its digest
+_DIGEST_DIGITS = 16
+_NEW = "checkpoint.new"  # the name until the file is complete and its digest is known
 _NAME = re.compile(r"checkpoint-(\d+)-([0-9a-f]+)\.pt")
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Keep `state` (tensors and plain values) as what was reached after `step` steps, and the generation before it."""
-    import torch
+    """Save `state` (tensors and plain values) after `step` optimiser steps; keep the checkpoint before it too."""
+    import torch  # only here: `draftsmith check` reads GENERATIONS of this module
 
-    for left in folder.glob(f"{TMP_PREFIX}*-{_NEW}"):  # by an attempt that was killed amid its own
-        left.unlink()
-    with atomic_path(folder / _NEW) as tmp, tmp.open("wb") as file:  # of a path, torch does not say why it failed
+    for leftover in folder.glob(f"{TMP_PREFIX}*-{_NEW}"):  # of an attempt that was killed while it wrote
+        leftover.unlink()
+    with atomic_path(folder / _NEW) as tmp, tmp.open("wb") as file:  # given a path, torch hides why writing failed
         torch.save(state, file)
     with disk_errors(f"writing a checkpoint in {folder}"):
-        digest = sha256_file(folder / _NEW)[:_DIGITS]
+        digest = sha256_file(folder / _NEW)[:_DIGEST_DIGITS]
         path = (folder / _NEW).rename(folder / f"checkpoint-{step:08d}-{digest}.pt")
         fsync(folder)
-        for old in checkpoints(folder)[GENERATIONS:]:
+        for old in list_checkpoints(folder)[GENERATIONS:]:
             old.unlink()
     return path
 
 
 def load_checkpoint(folder: Path, log: Callable[[str], None]) -> tuple[int, dict[str, Any]] | None:
-    """Return steps and state of the newest whole checkpoint, on the CPU; None: the training begins.
+    """Return the step and state of the newest intact checkpoint, on the CPU; None if there is none.
 
-    A damaged one is set aside and told to `log`: what it held is computed again.
+    A damaged checkpoint is renamed and reported to `log`: training continues from the one before.
     """
-    import torch
+    import torch  # as above
 
-    for path in checkpoints(folder):
-        step, digest = _parts(path)
-        if sha256_file(path)[:_DIGITS] == digest:
+    for path in list_checkpoints(folder):
+        step, digest = _step_and_digest(path)
+        if sha256_file(path)[:_DIGEST_DIGITS] == digest:
             return step, torch.load(path, map_location="cpu", weights_only=True)
-        aside = path.with_name(f"{TMP_PREFIX}damaged-{path.name}")
-        path.replace(aside)
-        rest = [_parts(older)[0] for older in checkpoints(folder)]
-        onwards = f"the one of step {rest[0]}" if rest else "the beginning, there is none before it"
-        log(f"the checkpoint of step {step} is damaged (now {aside}): going on from {onwards}")
+        damaged = path.with_name(f"{TMP_PREFIX}damaged-{path.name}")
+        path.replace(damaged)
+        older = list_checkpoints(folder)
+        start = f"the checkpoint of step {_step_and_digest(older[0])[0]}" if older else "the beginning"
+        log(f"warning: the checkpoint of step {step} is damaged (now {damaged}). Training continues from {start}.")
     return None
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Those of a folder, the newest first."""
-    found = [path for path in folder.glob("checkpoint-*.pt") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: (_parts(path)[0], path.stat().st_mtime_ns), reverse=True)
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of a folder, the newest first."""
+    paths = [path for path in folder.glob("checkpoint-*.pt") if _NAME.fullmatch(path.name)]
+    return sorted(paths, key=lambda path: (_step_and_digest(path)[0], path.stat().st_mtime_ns), reverse=True)
 
 
-def _parts(path: Path) -> tuple[int, str]:
+def _step_and_digest(path: Path) -> tuple[int, str]:
     match = _NAME.fullmatch(path.name)
     assert match is not None
     return int(match[1]), match[2]

@@ -1,4 +1,7 @@
-"""When the memory does not hold a piece of work: once more in halves, where its parts do not depend on each other."""
+"""Memory of a stage process: retries after an allocator's refusal, and the thresholds of garbage collection.
+
+The command line imports this module first, so torch is imported only where it is used.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,12 @@ import gc
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-Part = TypeVar("Part")
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Is it the refusal of an allocator: Python's, torch's on a CPU or on a GPU?"""
+    """Return whether an allocator raised the error: Python's, or torch's on a CPU or a GPU."""
     import torch
 
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
@@ -20,7 +23,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def release_memory() -> None:
-    """Give the memory of what was dropped back to the device."""
+    """Return the memory of dropped objects to the device."""
     import torch
 
     gc.collect()
@@ -29,33 +32,33 @@ def release_memory() -> None:
 
 
 def retry_in_halves(
-    parts: Sequence[Part], work: Callable[[Sequence[Part]], Sequence[Result]], log: Callable[[str], None]
+    items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]], log: Callable[[str], None]
 ) -> list[Result]:
-    """`work(parts)`, one result a part; if the memory does not hold them together, of the first half and the second.
+    """Return `work(items)`, one result per item; if memory runs out, call it on the first and the second half.
 
-    Only for results that do not depend on the other parts of a call, but for the rounding of other matrix shapes.
+    Use it only if an item's result does not depend on the other items of the call, except for rounding.
     """
     try:
-        return list(work(parts))
+        return list(work(items))
     except Exception as error:
-        if not out_of_memory(error) or len(parts) < 2:
+        if not out_of_memory(error) or len(items) < 2:
             raise
-    release_memory()  # not above: the error's frames hold what is to be given back
-    middle = len(parts) // 2
-    log(f"out of memory with {len(parts)} together: once more with {middle}")
-    return [*work(parts[:middle]), *work(parts[middle:])]
+    release_memory()  # not in the handler: the error's frames still hold the memory there
+    middle = len(items) // 2
+    log(f"out of memory with {len(items)} together: once more with {middle}")
+    return [*work(items[:middle]), *work(items[middle:])]
 
 
-# How many new objects Python collects garbage after. While libraries are imported nearly all of them stay, and looking
-# through them over and over would be a fifth of what a start takes.
-_USUAL, _AT_START = gc.get_threshold(), (50_000, 20, 20)
+# Allocations between collections. While libraries are imported nearly all new objects stay, and scanning them again and
+# again would take a fifth of the start-up time.
+_DEFAULT, _AT_START = gc.get_threshold(), (50_000, 20, 20)
 
 
 def relax_gc() -> None:
-    """From here to the work itself: the first progress that a stage reports, the flow of a command."""
+    """Collect garbage rarely until the work starts: a stage's first progress, or the flow of a command."""
     gc.set_threshold(*_AT_START)
 
 
 def restore_gc() -> None:
-    """From here on."""
-    gc.set_threshold(*_USUAL)
+    """Collect garbage at Python's default rate again."""
+    gc.set_threshold(*_DEFAULT)

@@ -1,29 +1,30 @@
-"""What the processes of one training tell each other: small objects, sums of gradients, whole weights.
+"""Communication between the ranks of one training: small objects, sums of gradients, whole weights.
 
-A rank is one of them, numbered from 0; the first writes. Everything here must be called by all, in the same order.
+Ranks are numbered from 0; rank 0 writes. All ranks must call everything here, in the same order.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import distributed as dist
 
-if TYPE_CHECKING:
-    from torch.distributed import Store
+from draftsmith.stages.runtime.stage import StageRequest
+
 T = TypeVar("T")
-_BUCKET = 2**26  # bytes of gradients that are sent at once
+_BUCKET_BYTES = 2**26  # of gradients in one all-reduce
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together; alone by default, and then nothing is sent."""
+    """This process among the ranks of its training. By default it is the only one, and nothing is sent."""
 
     rank: int = 0
     world: int = 1
@@ -31,7 +32,7 @@ class Ranks:
 
     @classmethod
     def current(cls, target_parallel: int = 1) -> Ranks:
-        """Return this process's rank, as the launcher started it. target_parallel: of the training's config."""
+        """Return this process's ranks, as the launcher started it. target_parallel: of the training's config."""
         return cls(dist.get_rank(), dist.get_world_size(), target_parallel) if dist.is_initialized() else cls()
 
     @property
@@ -51,42 +52,42 @@ class Ranks:
         return range(first, first + self.target_parallel)
 
     def assigned_rows(self, lengths: Sequence[int], rank: int | None = None) -> list[int]:
-        """Which rows of a step are this rank's, or another's, in order: dealt by their lengths, there and back, longest
-        first.
+        """Return the rows of a step that this rank, or another one, computes, in ascending order.
 
-        Every row is somebody's, and their numbers differ by one at most. Raises ValueError if a rank would have none.
+        Rows are dealt by length, longest first, in rank order and back. Every row has one rank, and the ranks' counts
+        differ by one at most. Raises ValueError if a rank would have none.
         """
         if len(lengths) < self.world:
             raise ValueError(f"{len(lengths)} rows for {self.world} ranks")
-        rank, dealt = self.rank if rank is None else rank, []
-        for place, row in enumerate(sorted(range(len(lengths)), key=lambda row: -lengths[row])):
-            turn, at = divmod(place, self.world)
-            if (at if turn % 2 == 0 else self.world - 1 - at) == rank:
-                dealt.append(row)
-        return sorted(dealt)
+        rank, rows = self.rank if rank is None else rank, []
+        for index, row in enumerate(sorted(range(len(lengths)), key=lambda row: -lengths[row])):
+            lap, offset = divmod(index, self.world)
+            if (offset if lap % 2 == 0 else self.world - 1 - offset) == rank:
+                rows.append(row)
+        return sorted(rows)
 
     def gather(self, mine: T) -> list[T]:
-        """What every rank says, in their order. Of host memory: it goes through pickle."""
+        """Return every rank's object, in the order of the ranks. Objects are pickled: tensors must be on the CPU."""
         if self.world == 1:
             return [mine]
-        said: list[T] = [mine] * self.world
-        dist.all_gather_object(said, mine)
-        return said
+        objects: list[T] = [mine] * self.world
+        dist.all_gather_object(objects, mine)
+        return objects
 
     def gather_in_target_group(self, mine: T) -> list[T]:
-        """What every rank says with which this one shares the target, in their order."""
+        """Return the objects of the ranks that share this rank's copy of the target, in their order."""
         if self.target_parallel == 1:
             return [mine]
-        said = self.gather(mine)
-        return [said[rank] for rank in self.target_group]
+        objects = self.gather(mine)
+        return [objects[rank] for rank in self.target_group]
 
     def barrier(self) -> None:
-        """Until all are here."""
+        """Wait until every rank is here."""
         self.gather(None)
 
     @torch.no_grad()
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Every gradient becomes the sum of all ranks'; one that no rank has stays absent."""
+        """Replace every gradient by the sum over all ranks; one that no rank has stays None."""
         if self.world == 1:
             return
         trained = list(parameters)
@@ -98,12 +99,12 @@ class Ranks:
         for bucket in _buckets(used):
             flat = torch.cat([_gradient(p).flatten() for p in bucket])
             dist.all_reduce(flat)
-            for p, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-                _gradient(p).copy_(part.view_as(p))
+            for p, gradient in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                _gradient(p).copy_(gradient.view_as(p))
 
     @torch.no_grad()
     def broadcast_weights(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """The first rank's weights, everywhere."""
+        """Copy the weights of rank 0 to all ranks."""
         if self.world > 1:
             for parameter in parameters:
                 dist.broadcast(parameter.data, src=0)
@@ -118,12 +119,12 @@ def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 
 def _buckets(parameters: Iterable[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
-    """Neighbours of one dtype, of so many bytes together."""
+    """Yield runs of consecutive parameters that have one dtype and fit into a bucket."""
     bucket: list[torch.nn.Parameter] = []
     size = 0
     for parameter in parameters:
         bytes_ = parameter.numel() * parameter.element_size()
-        if bucket and (size + bytes_ > _BUCKET or bucket[0].dtype != parameter.dtype):
+        if bucket and (size + bytes_ > _BUCKET_BYTES or bucket[0].dtype != parameter.dtype):
             yield bucket
             bucket, size = [], 0
         bucket.append(parameter)
@@ -132,40 +133,37 @@ def _buckets(parameters: Iterable[torch.nn.Parameter]) -> Iterator[list[torch.nn
         yield bucket
 
 
-_FLOW = "draftsmith/flow"  # key of the ranks' store: what the node that runs the flow says
+_FLOW = "draftsmith/flow"  # key in the ranks' store: what the node of the flow sends
 
 
 @contextmanager
-def process_group(store: Store | None = None, rank: int = -1) -> Iterator[None]:
-    """Meet the other ranks, as the launcher's environment says; each takes the GPU of its place on the machine.
+def process_group(store: dist.Store | None = None, rank: int = -1) -> Iterator[None]:
+    """Join the process group that the launcher's environment describes; each rank takes the GPU of its local rank.
 
-    store, rank: as `rendezvous` returns them; left out, the environment's.
+    store, rank: as `rendezvous` returns them; by default those of the environment.
     """
-    import torch
-    from torch import distributed as dist
-
     world = -1 if store is None else int(os.environ["WORLD_SIZE"])
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        # plain objects go through the host
+        # gloo: for objects, which stay in host memory
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, store=store, rank=rank, world_size=world)
     else:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     yield
-    dist.destroy_process_group()  # not of one that failed: others may be gone
+    dist.destroy_process_group()  # not after an error: other ranks may be lost
 
 
-def rendezvous(request: Mapping[str, Any] | None) -> tuple[Store, int, dict[str, Any]]:
-    """Return the store of the ranks, the number of this one, and the request, which one node gives: the flow's.
+def rendezvous(request: StageRequest | None, notes: Path | None) -> tuple[dist.Store, int, StageRequest, Path]:
+    """Return the ranks' store, this rank's number, and the request and notes folder, which the flow's node sends.
 
-    Its ranks are numbered first. torchrun numbers nodes by their host names.
+    The ranks of the flow's node come first; torchrun numbers nodes by their host names. request, notes: None on a node
+    other than the flow's.
     """
-    from torch.distributed import PrefixStore, TCPStore
-
-    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if request is not None and int(os.environ["LOCAL_RANK"]) == 0:
-        store.set(_FLOW, json.dumps({"rank": rank, "request": dict(request)}))
+        store.set(_FLOW, json.dumps({"rank": rank, "request": request.model_dump(mode="json"), "notes": str(notes)}))
     flow = json.loads(store.get(_FLOW))
-    return PrefixStore("ranks", store), (rank - flow["rank"]) % world, flow["request"]
+    request = StageRequest.model_validate(flow["request"])
+    return dist.PrefixStore("ranks", store), (rank - flow["rank"]) % world, request, Path(flow["notes"])

@@ -169,6 +169,24 @@ class Shard:
 WHOLE = Shard()
 
 
+class StageRequest(BaseModel):
+    """The work that one process of `python -m draftsmith.stages` is asked to do."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stage: str
+    module: str  # that declares the stage
+    config: dict[str, Any]
+    inputs: dict[str, Path]  # name -> folder of a complete artifact
+    out: Path
+    work: Path
+    seed: int
+    threads: int | None = None
+    listing: InputListing | None = None  # the files to read; None: whatever files exist
+    shard: Shard | None = None  # the shard to make; None: the whole artifact
+    shards: list[Path] = []  # folders of all shards that the whole is put together from
+
+
 class StageContext(Protocol):
     """The services of a running stage. `runtime/process.py` implements them for a run; tests use plain objects."""
 

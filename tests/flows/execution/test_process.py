@@ -18,7 +18,8 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.locks import is_locked
 from draftsmith.flows.config.options import TimeLimit
-from draftsmith.flows.execution.process import Event, StageFailedError, StageOutcome, StageRequest, run_stage
+from draftsmith.flows.execution.process import Event, StageFailedError, StageOutcome, run_stage
+from draftsmith.stages.runtime.stage import StageRequest
 from tests.flows.processes import ROOT, assert_gone, pid_in, wait_until
 from tests.flows.toy import COLLECT
 
@@ -28,7 +29,9 @@ MISBEHAVE = "tests.flows.toy_stages.misbehave"
 def run(
     folder: Path, module: str, config: dict[str, Any], *, limit_s: float = 60, grace_s: float = 5, **options: Any
 ) -> StageOutcome:
-    request = StageRequest("toy", module, config, {}, str(folder / "out"), str(folder / "work"), seed=0)
+    request = StageRequest(
+        stage="toy", module=module, config=config, inputs={}, out=folder / "out", work=folder / "work", seed=0
+    )
     options.setdefault("on_event", lambda _: None)
     return run_stage(
         request,

@@ -23,7 +23,7 @@ from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.cli.main import main
 from draftsmith.flows.execution import node as nodes
 from draftsmith.flows.execution.node import RunContext, build_node
-from draftsmith.flows.execution.process import StageOutcome, StageRequest, run_stage
+from draftsmith.flows.execution.process import StageOutcome, run_stage
 from draftsmith.flows.orchestration import run
 from draftsmith.flows.orchestration.announcements import deployed
 from draftsmith.flows.orchestration.flow_lifecycle import Cancellation
@@ -34,7 +34,7 @@ from draftsmith.stages.data import listing, time_window
 from draftsmith.stages.data.listing import SourcesConfig
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.prompts import PromptsConfig
-from draftsmith.stages.runtime.stage import LISTING_FILE, InputListing
+from draftsmith.stages.runtime.stage import LISTING_FILE, InputListing, StageRequest
 from draftsmith.stages.target.config import TargetConfig
 from tests.flows.toy import TOY, ToyConfig, write_config
 from tests.testbed.context import RecordingContext
@@ -91,17 +91,14 @@ class Home:
 
     def stage(self, request: StageRequest, **_: Any) -> StageOutcome:
         stage = importlib.import_module(request.module).STAGE
-        inputs = {name: Path(path) for name, path in request.inputs.items()}
-        context = RecordingContext(Path(request.out), Path(request.work), inputs, request.seed)
+        context = RecordingContext(request.out, request.work, request.inputs, request.seed)
         self.saved += context.work.glob("saved")
         if request.stage == "combine" and self.lost:
             self.lost -= 1
             (context.work / "saved").touch()
             raise RetryableError("the bucket does not answer")
         config = stage.config.model_validate(request.config)
-        stage.run(
-            context, config if request.listing is None else config.with_pinned_files(InputListing(**request.listing))
-        )
+        stage.run(context, config if request.listing is None else config.with_pinned_files(request.listing))
         return StageOutcome(0.1, dict(context.summaries))
 
 

@@ -9,8 +9,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from draftsmith.stages.runtime.checkpoint import checkpoints
+from draftsmith.stages.runtime.checkpoint import list_checkpoints
 from draftsmith.stages.runtime.process import EventStream, run_request
+from draftsmith.stages.runtime.stage import StageRequest
 from tests.flows.processes import wait_until
 
 LONG = 100
@@ -34,10 +35,16 @@ class Attempt:
     ):
         self.folder, self.stop = folder, threading.Event()
         read_end, write_end = os.pipe()
-        request = {
-            "stage": "sft", "module": module, "config": {**CONFIG, **fields}, "inputs": inputs,
-            "out": str(folder / "out"), "work": str(folder / "work"), "seed": 1, "threads": 1,
-        }  # fmt: skip
+        request = StageRequest(
+            stage="sft",
+            module=module,
+            config={**CONFIG, **fields},
+            inputs={name: Path(path) for name, path in inputs.items()},
+            out=folder / "out",
+            work=folder / "work",
+            seed=1,
+            threads=1,
+        )
         self._lines: list[str] = []
         self._reader = threading.Thread(target=self._read, args=(read_end,))
         self._runner = threading.Thread(target=self._run, args=(request, write_end))
@@ -49,7 +56,7 @@ class Attempt:
         with os.fdopen(read_end) as stream:
             self._lines.extend(stream)
 
-    def _run(self, request: dict[str, Any], write_end: int) -> None:
+    def _run(self, request: StageRequest, write_end: int) -> None:
         self.code = run_request(request, EventStream(write_end), self.stop)
         os.close(write_end)
 
@@ -58,7 +65,7 @@ class Attempt:
 
         def there() -> bool:
             assert self._runner.is_alive(), f"it ended: {self._lines[-1:]}"
-            return any(int(path.name[11:19]) > step for path in checkpoints(self.folder / "work"))
+            return any(int(path.name[11:19]) > step for path in list_checkpoints(self.folder / "work"))
 
         wait_until(there, f"a checkpoint behind step {step}", limit_s=180)
 
@@ -76,4 +83,4 @@ def ranks_of(folder: Path) -> dict[int, int]:
 
 
 def newest(folder: Path) -> int:
-    return int(checkpoints(folder / "work")[0].name[11:19])
+    return int(list_checkpoints(folder / "work")[0].name[11:19])

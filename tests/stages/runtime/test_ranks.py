@@ -28,7 +28,7 @@ from draftsmith.stages.drafters.checkpoint import create_drafter, save_drafter
 from draftsmith.stages.drafters.eagle3.config import Eagle3Config
 from draftsmith.stages.replay.stage import STAGE as MINING
 from draftsmith.stages.replay.stage import MiningConfig
-from draftsmith.stages.runtime.checkpoint import checkpoints
+from draftsmith.stages.runtime.checkpoint import list_checkpoints
 from draftsmith.stages.runtime.launch import RankReport, _cause, launch
 from draftsmith.stages.runtime.stage import RENDEZVOUS, ParallelConfig
 from draftsmith.stages.target.causal_lm import Target
@@ -168,7 +168,7 @@ def test_a_lost_rank_ends_all_with_one_error(tmp_path: Path, inputs: dict[str, s
 
     def begun() -> bool:
         assert process.poll() is None, process.communicate()
-        return bool(checkpoints(tmp_path / "work"))
+        return bool(list_checkpoints(tmp_path / "work"))
 
     wait_until(begun, "the first checkpoint", limit_s=180)
     ranks = ranks_of(tmp_path)
@@ -224,7 +224,7 @@ def test_two_nodes_train_together_until_a_rank_is_lost_or_one_is_asked_to_stop(
 
         def there() -> bool:
             assert process.poll() is None, process.communicate()
-            return bool(checkpoints(tmp_path / "work")) and newest(tmp_path) > after
+            return bool(list_checkpoints(tmp_path / "work")) and newest(tmp_path) > after
 
         wait_until(there, f"a checkpoint after step {after}", limit_s=180)
         return process

@@ -18,6 +18,7 @@ import pytest
 from draftsmith.stages.runtime import parent_watch
 from draftsmith.stages.runtime.memory import relax_gc
 from draftsmith.stages.runtime.process import EventStream, ProcessContext
+from draftsmith.stages.runtime.stage import StageRequest
 from tests.flows.processes import ROOT, alive, pid_in, wait_until
 from tests.flows.toy import COLLECT
 
@@ -80,10 +81,9 @@ def test_a_stage_reports_its_work_and_leaves_its_output(tmp_path: Path) -> None:
 
 def test_garbage_is_collected_seldom_until_work_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of_tests, usual, heard = gc.get_threshold(), (700, 10, 10), os.open(os.devnull, os.O_WRONLY)
-    monkeypatch.setattr("draftsmith.stages.runtime.memory._USUAL", usual)
-    context = ProcessContext(
-        out=tmp_path, work=tmp_path, inputs={}, seed=0, events=EventStream(heard), stop=threading.Event()
-    )
+    monkeypatch.setattr("draftsmith.stages.runtime.memory._DEFAULT", usual)
+    request = StageRequest(stage="collect", module=COLLECT, config={}, inputs={}, out=tmp_path, work=tmp_path, seed=0)
+    context = ProcessContext(request, EventStream(heard), threading.Event())
     try:
         relax_gc()
         context.log("libraries are being imported")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
-from draftsmith.stages.runtime.checkpoint import checkpoints
+from draftsmith.stages.runtime.checkpoint import list_checkpoints
 from draftsmith.stages.runtime.ranks import Ranks
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.training.blocks import LossReport
@@ -84,7 +84,7 @@ def test_a_gradient_that_is_not_finite_reaches_neither_weights_nor_checkpoint(
     with pytest.raises(DraftsmithError, match=r"gradient's norm is (nan|inf) at step 1; lower learning_rate"):
         train(context, drafter, OptimiserConfig(steps=2, compute_dtype="float32"), micro_batches)
     assert all(parameter.isfinite().all() for parameter in drafter.parameters())
-    assert checkpoints(context.work) == []
+    assert list_checkpoints(context.work) == []
 
 
 def test_metrics_of_an_attempt_that_reached_no_checkpoint_are_not_kept(tmp_path: Path, plain_target: Target) -> None:
@@ -103,7 +103,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
 ) -> None:
     whole, context = (RecordingContext.under(tmp_path / name) for name in ("whole", "cut"))
     assert trained(whole, plain_target, steps=7) == trained(context, plain_target, steps=7)
-    newest, before = checkpoints(context.work)
+    newest, before = list_checkpoints(context.work)
     assert [path.name[11:19] for path in (newest, before)] == ["00000007", "00000006"]
     spoil(newest, damage)
     context.logs.clear()
@@ -112,13 +112,13 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
     assert context.logs[0].endswith("going on from the one of step 6")
     assert [step for step, _ in context.measured] == list(range(7))
     assert again == trained(whole, plain_target, steps=7)
-    assert len(checkpoints(context.work)) == 2
+    assert len(list_checkpoints(context.work)) == 2
 
 
 def test_a_training_whose_checkpoints_are_all_damaged_begins_again(tmp_path: Path, plain_target: Target) -> None:
     context = RecordingContext.under(tmp_path)
     weights = trained(context, plain_target, steps=2)
-    for path in checkpoints(context.work):
+    for path in list_checkpoints(context.work):
         spoil(path, "a flipped bit")
     assert trained(context, plain_target, steps=2) == weights
     assert context.logs[-1].endswith("going on from the beginning, there is none before it")
@@ -130,7 +130,7 @@ def test_what_an_attempt_left_that_was_killed_amid_a_checkpoint_takes_no_room(
     context = RecordingContext.under(tmp_path)
     (context.work / ".tmp-77-checkpoint.new").write_bytes(b"the first half")
     trained(context, plain_target, steps=3)
-    assert sorted(context.work.iterdir()) == sorted(checkpoints(context.work))
+    assert sorted(context.work.iterdir()) == sorted(list_checkpoints(context.work))
 
 
 def trained(context: RecordingContext, target: Target, steps: int) -> list[float]:
