@@ -131,36 +131,6 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-def run_request(request: StageRequest, events: EventStream, stop: threading.Event) -> int:
-    """Run the requested stage and return the exit code. An error becomes one `error` event."""
-    try:
-        if request.threads:
-            use_threads(request.threads)
-        stage, config = load_stage(request)
-        parallel = stage.parallel(config) if stage.parallel is not None else None
-        if parallel is not None and parallel.world > 1 and request.shard is None:
-            use_threads(max(1, (request.threads or os.cpu_count() or 1) // parallel.processes))
-            # only here: torch takes seconds to load, and reads the number of threads when it is loaded
-            from draftsmith.stages.runtime.rank_process import run_ranks
-
-            run_ranks(parallel, request, events.path, stop)
-        else:
-            context = ProcessContext(request, events, stop)
-            if request.shard is None:
-                stage.run(context, config)
-            else:
-                stage.shard(context, config, request.shard)
-    except BaseException as error:
-        print_traceback()
-        known = expected_error(error, request)
-        code = 1 if known is None else known.exit_code
-        message = error_line(error) if known is None else str(known)
-        events.send("error", kind=type(known or error).__name__, message=message, exit_code=code)
-        return code
-    events.send("done")
-    return 0
-
-
 def use_threads(count: int) -> None:
     """Set the number of threads of the numerical libraries that this process and its ranks have yet to load."""
     for variable in _THREAD_VARIABLES:

@@ -9,8 +9,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from draftsmith.stages.__main__ import run_request
 from draftsmith.stages.runtime.checkpoint import list_checkpoints
-from draftsmith.stages.runtime.process import EventStream, run_request
+from draftsmith.stages.runtime.process import EventStream
 from draftsmith.stages.runtime.stage import StageRequest
 from tests.flows.processes import wait_until
 
