@@ -18,7 +18,7 @@ from draftsmith.artifacts.store.manifest import ArtifactRef, InputEntry, Manifes
 from draftsmith.artifacts.store.mirror import MirroredStore, open_store
 from draftsmith.artifacts.text import format_bytes, format_duration, shorten
 from draftsmith.flows.config.options import RunOptions
-from draftsmith.flows.execution.attempt import read_attempt
+from draftsmith.flows.execution.attempt_note import read_attempt
 from draftsmith.flows.execution.display import Display, escape, folded_table, format_number
 from draftsmith.flows.execution.results import ArtifactFolders
 from draftsmith.flows.planning.graph import (

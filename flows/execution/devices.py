@@ -35,7 +35,7 @@ _POLL_S = 0.5
 class Device:
     """What a process may compute on: the locks that it inherits, and what tells it so."""
 
-    locks: tuple[int, ...]
+    locks: tuple[int, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -52,8 +52,8 @@ def lock_one_device(
     """As `devices_of`, of one GPU: the first that is free, and that alone is visible to the process."""
     names = sorted(set((gpus or gpu_names)()))
     if compute is Compute.LIGHT or not names:
-        with lock_devices(compute, run=run, limit_s=limit_s, waiting=waiting, check=check, gpus=lambda: ()) as locks:
-            yield Device(locks)
+        with lock_devices(compute, run=run, limit_s=limit_s, waiting=waiting, check=check, gpus=lambda: ()) as device:
+            yield device
         return
     began, told = time.monotonic(), False
     while True:
@@ -87,14 +87,14 @@ def lock_devices(
     waiting: OnWait,
     check: Callable[[], None] = lambda: None,
     gpus: Callable[[], Sequence[str]] | None = None,
-) -> Iterator[tuple[int, ...]]:
+) -> Iterator[Device]:
     """Hold the locks of the devices that a stage computes on; yields their descriptors, which its process inherits.
 
     `waiting` is called with the device and its holder where the stage has to wait, `check` while it does, and what that
     raises ends it; LockTimeoutError after `limit_s`.
     """
     if compute is Compute.LIGHT:
-        yield ()
+        yield Device()
         return
     names = (gpus or gpu_names)()
     wanted = sorted(set(names)) or [CPU]  # everybody takes them in this order, so nobody waits for another in a circle
@@ -105,7 +105,7 @@ def lock_devices(
                 wait = LockWait(limit_s, "stages.lock_wait_minutes", partial(waiting, name), check)
                 shared = name == CPU and compute is not Compute.TIMED
                 held.append(stack.enter_context(locked(_lock_of(name), run, wait, shared=shared, mode=0o666)).fd)
-        yield tuple(held)
+        yield Device(tuple(held))
 
 
 def _lock_of(name: str) -> Path:

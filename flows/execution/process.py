@@ -40,9 +40,20 @@ class StageFailedError(DraftsmithError):
     exit_code = 1
 
 
+@dataclass(frozen=True)
+class ProcessOptions:
+    """How a stage's process is run."""
+
+    log_path: Path
+    limit: TimeLimit
+    grace_s: float  # time to save, from the request to stop until it is killed
+    pass_fds: tuple[int, ...] = ()  # kept open in the process, such as the lock of what it writes
+    environment: Mapping[str, str] = field(default_factory=dict)  # added to ours
+
+
 @dataclass
 class StageOutcome:
-    """What a stage that ended well reported."""
+    """The report of a stage that ended well."""
 
     duration_s: float
     summary: dict[str, float] = field(default_factory=dict)
@@ -50,24 +61,21 @@ class StageOutcome:
 
 def run_stage(
     request: StageRequest,
-    *,
-    log_path: Path,
-    limit: TimeLimit,
-    grace_s: float,
+    options: ProcessOptions,
     on_event: Callable[[Event], None],
-    pass_fds: tuple[int, ...] = (),
     check: Callable[[], None] = lambda: None,
-    environment: Mapping[str, str] | None = None,
 ) -> StageOutcome:
     """Run the stage to its end and hand every event to `on_event` as it comes.
 
-    Whatever ends the wait (the time limit, Ctrl-C, SIGTERM turned into an exception, an error in `on_event` or in
-    `check`, which is called before it starts and while it runs), the stage is asked to stop, has `grace_s` to save, and
-    then its whole group is killed. If we are killed meanwhile, it still has them. `pass_fds` are kept open in the
-    stage's process (the lock of what it writes); `environment` is added to ours. Raises `DraftsmithError` with the
-    stage's own line and the path of its log.
+    check: called before the start and during the run; what it raises ends the stage.
+
+    Whatever ends the wait (the time limit, Ctrl-C, SIGTERM turned into an exception, an error in `on_event` or
+    `check`), the stage is asked to stop, has `grace_s` seconds to save, and then its whole process group is killed. It
+    has this time even if we are killed meanwhile. Raises `DraftsmithError` with the stage's own line and the path of
+    its log.
     """
     check()
+    log_path = options.log_path
     log_path.parent.mkdir(parents=True, exist_ok=True)
     request_path = log_path.with_suffix(".request.json")
     request_path.write_text(request.model_dump_json(indent=2), "utf-8")
@@ -81,19 +89,19 @@ def run_stage(
                 # another busy program decode a quarter as fast as with this
                 "GOMP_SPINCOUNT": "10000",
                 **project_environment(),
-                **(environment or {}),
+                **options.environment,
                 "PYTHONUNBUFFERED": "1",
             },
             stdout=subprocess.PIPE,
             stderr=log,
-            pass_fds=pass_fds,
+            pass_fds=options.pass_fds,
         )
     try:
         stage = _RunningStage(request.stage, child, log_path, on_event)
         try:
-            stage.wait(limit, check)
+            stage.wait(options.limit, check)
         except BaseException:
-            stage.stop(grace_s)
+            stage.stop(options.grace_s)
             raise
         return stage.outcome()
     finally:

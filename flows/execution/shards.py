@@ -1,133 +1,65 @@
-"""A node whose work is made in shards: each an artifact of its own, in a process of its own, on this host or another.
+"""A node that is built in shards: each is an artifact and a process of its own, on this host or another.
 
-A lost shard is made again alone; the node's own artifact is made of all of them, and is the same however many there
-were: its key says nothing of shards, and theirs follow from it.
+A lost shard is built again alone. The node's artifact is joined from all shards, and does not depend on their number.
+The shards' keys follow from the node's key, which does not mention shards.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from draftsmith.artifacts.store.local import Claim
-from draftsmith.artifacts.store.manifest import SHARD, ArtifactRef, Provenance
+from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.artifacts.store.mirror import open_store
-from draftsmith.flows.config.options import RunOptions
-from draftsmith.flows.execution.attempt import AttemptNote
-from draftsmith.flows.execution.devices import OnWait, lock_one_device
+from draftsmith.flows.execution.attempt import NO_WATCH, StageJob, Watch, run_attempt
+from draftsmith.flows.execution.attempt_note import AttemptNote
+from draftsmith.flows.execution.devices import lock_one_device
 from draftsmith.flows.execution.display import StageDisplay
-from draftsmith.flows.execution.input_guard import inputs_unchanged, snapshot_code
 from draftsmith.flows.execution.machine import gpu_names
-from draftsmith.flows.execution.process import Event, run_stage
-from draftsmith.flows.planning.graph import Node, Pipeline, node_seed
+from draftsmith.flows.execution.process import Event
 from draftsmith.flows.planning.inputs import external_digests
-from draftsmith.stages.runtime.stage import Shard, StageRequest
+from draftsmith.stages.runtime.stage import Shard
 
 
-def _nobody_waits(_device: str, _holder: object) -> None:
-    """Nobody is told."""
-
-
-@dataclass(frozen=True)
-class ShardJob:
-    """One shard of a node, as it travels to whoever makes it."""
-
-    config: RunOptions
-    pipeline: Pipeline
-    node: Node
-    inputs: Mapping[str, ArtifactRef]
-    whole: str  # key of the node's artifact
-    shard: Shard
-    attempt: str = ""  # of a forced one: its shards are made again too, each once
-
-    @property
-    def stage(self) -> str:
-        return f"{self.node.stage.name}{SHARD}"
-
-    @property
-    def key(self) -> str:
-        return hashlib.sha256(f"{self.whole}{self.attempt} {self.shard.index}/{self.shard.of}".encode()).hexdigest()
-
-    def __str__(self) -> str:
-        return f"{self.node.name}, shard {self.shard.index + 1} of {self.shard.of}"
-
-
-def shard_jobs(
-    config: RunOptions, pipeline: Pipeline, node: Node, inputs: Mapping[str, ArtifactRef], claim: Claim
-) -> list[ShardJob]:
-    """Of a node that is to be made: one for each shard, none if one process does all."""
-    count = config.stages.shards
-    if not node.stage.sharded or count == 1:
+def shard_jobs(job: StageJob, claim: Claim) -> list[StageJob]:
+    """Return one job for each shard of a node that is to be built; none if one process does all the work."""
+    count = job.config.stages.shards
+    if not job.node.stage.sharded or count == 1:
         return []
-    return [ShardJob(config, pipeline, node, inputs, claim.key, Shard(i, count), claim.forced) for i in range(count)]
+    return [replace(job, shard=Shard(i, count), forced_attempt=claim.forced) for i in range(count)]
 
 
-def build_shard(
-    order: ShardJob,
-    home: Path,
-    *,
-    on_event: Callable[[Event], None] = lambda _event: None,
-    waiting: OnWait = _nobody_waits,
-    check: Callable[[], None] = lambda: None,
-) -> ArtifactRef:
-    """The shard's artifact: found, or made by a stage process on one device of this host. As `node.make`."""
-    store, options, node = open_store(home), order.config.stages, order.node
-    inputs = {name: replace(ref, path=store.path(ref.stage, ref.key)) for name, ref in order.inputs.items()}
-    limit_s, external = 60 * options.lock_wait_minutes, external_digests(order.node.config)
-    if (ref := store.find(order.stage, order.key)) is not None:
+def build_shard(job: StageJob, home: Path, watch: Watch = NO_WATCH) -> ArtifactRef:
+    """Return a shard's artifact: from the store, or built by a stage process on one device of this host.
+
+    Raises as `node.build_node` does.
+    """
+    store, options, node = open_store(home), job.config.stages, job.node
+    inputs = {name: replace(ref, path=store.path(ref.stage, ref.key)) for name, ref in job.inputs.items()}
+    job = replace(job, inputs=inputs, external=external_digests(node.config))  # as they are on this host
+    if (ref := store.find(job.stage, job.key)) is not None:
         store.verify_once(ref, and_elsewhere=False)
         return ref
-    run, logs = order.config.name, home / "logs"
-    with store.claim(order.stage, order.key, run=run, wait=options.lock_wait(check)) as claim:
+    with store.claim(job.stage, job.key, run=job.config.name, wait=options.lock_wait(watch.check)) as claim:
         if not isinstance(claim, Claim):
             return claim
-        config = node.config.model_dump(mode="json")
-        note = AttemptNote(claim.out.parent, run, str(order))
-
-        def follow(event: Event) -> None:
-            claim.lock.check_periodically()
-            on_event(event)
-
+        note = AttemptNote(claim.out.parent, job.config.name, str(job))
         try:
-            with (
-                lock_one_device(
-                    node.stage.compute_for(node.config), run=run, limit_s=limit_s, waiting=waiting, check=check
-                ) as device,
-                inputs_unchanged(store, node, inputs, claim, external),
-            ):
-                seed = node_seed(node, order.config)
-                code_digest, _ = snapshot_code(node, inputs, seed, order.pipeline, external, order.whole)
-                request = StageRequest(
-                    stage=order.stage,
-                    module=node.module,
-                    config=config,
-                    inputs={name: ref.path for name, ref in inputs.items()},
-                    out=claim.out,
-                    work=claim.work,
-                    seed=seed,
-                    threads=options.threads,
-                    shard=order.shard,
-                )
-                outcome = run_stage(
-                    request,
-                    log_path=logs / f"{order.stage}-{order.key[:16]}-{time.strftime('%Y%m%d-%H%M%S')}.log",
-                    limit=options.time_limit(node.name),
-                    grace_s=options.grace_seconds,
-                    on_event=follow,
-                    pass_fds=(claim.lock_fd, *device.locks),
-                    check=check,
-                    environment=device.environment,
-                )
-            ref = store.commit(
+            compute = node.stage.compute_for(node.config)
+            limit_s = 60 * options.lock_wait_minutes
+            with lock_one_device(
+                compute, run=job.config.name, limit_s=limit_s, waiting=watch.on_wait, check=watch.check
+            ) as device:
+                outcome, made_from = run_attempt(job, claim, home, device, watch)
+            return store.commit(
                 claim,
-                Provenance(config, inputs, code_digest, seed, external=external),
+                replace(made_from, modules={}),  # the node's manifest has them
                 metrics=outcome.summary,
                 volatile=node.stage.volatile,
                 duration_s=outcome.duration_s,
@@ -135,21 +67,20 @@ def build_shard(
         except Exception as error:
             note.failed(error)
             raise
-    return ref
 
 
-BuildShard = Callable[[ShardJob], ArtifactRef]
-# Given orders, what makes one, what tells all that are made here to stop (called where the pool is ended itself), and
-# what raises if the run is to end: makes all of them, in order. When all have ended, raises the first error.
-ShardPool = Callable[[Sequence[ShardJob], BuildShard, Callable[[], None], Callable[[], None]], list[ArtifactRef]]
+BuildShard = Callable[[StageJob], ArtifactRef]
+# Given jobs, a function that builds one, one that stops all that are being built here (called if the pool itself is
+# ended), and one that raises if the run is to end: builds all, in order. Raises the first error when all have ended.
+ShardPool = Callable[[Sequence[StageJob], BuildShard, Callable[[], None], Callable[[], None]], list[ArtifactRef]]
 
 
 def run_locally(
-    orders: Sequence[ShardJob], make: BuildShard, stop: Callable[[], None], _check: Callable[[], None]
+    jobs: Sequence[StageJob], build: BuildShard, stop: Callable[[], None], _check: Callable[[], None]
 ) -> list[ArtifactRef]:
-    """A `Pool` on this machine, where every shard checks for itself."""
-    with ThreadPoolExecutor(local_parallelism(orders)) as pool:
-        futures = [pool.submit(make, order) for order in orders]
+    """Build the shards on this machine. A `ShardPool`; every shard checks whether the run is to end."""
+    with ThreadPoolExecutor(local_parallelism(jobs)) as pool:
+        futures = [pool.submit(build, job) for job in jobs]
         try:
             wait(futures)
         except BaseException:  # a signal
@@ -159,9 +90,9 @@ def run_locally(
     return [future.result() for future in futures]
 
 
-def local_parallelism(orders: Sequence[ShardJob]) -> int:
-    """Shards that this machine makes at a time: one a GPU, or one a core."""
-    return min(len(orders), len(gpu_names()) or os.cpu_count() or 1)
+def local_parallelism(jobs: Sequence[StageJob]) -> int:
+    """Return how many shards this machine builds at a time: one a GPU, or one a core."""
+    return min(len(jobs), len(gpu_names()) or os.cpu_count() or 1)
 
 
 class ShardProgress:
@@ -169,15 +100,16 @@ class ShardProgress:
 
     def __init__(self, shown: StageDisplay, progress: Callable[[int, int, str], None]) -> None:
         self._shown, self._progress, self._lock = shown, progress, threading.Lock()
-        self._last: dict[int, tuple[int, int]] = {}
+        self._last: dict[int, tuple[int, int]] = {}  # index of the shard -> units done, units in all
 
-    def follow(self, order: ShardJob, event: Event) -> None:
-        """An event of a shard's process."""
+    def follow(self, job: StageJob, event: Event) -> None:
+        """Handle an event of a shard's process."""
+        assert job.shard is not None
         with self._lock, contextlib.suppress(KeyError):
             if event["event"] == "log":
-                self._shown.log(f"shard {order.shard.index + 1} of {order.shard.of}: {event['message']}")
+                self._shown.log(f"shard {job.shard.index + 1} of {job.shard.of}: {event['message']}")
             elif event["event"] == "progress":
-                self._last[order.shard.index] = event["done"], event["total"]
-                done, total = (sum(each) for each in zip(*self._last.values(), strict=True))
+                self._last[job.shard.index] = event["done"], event["total"]
+                done, total = (sum(counts) for counts in zip(*self._last.values(), strict=True))
                 self._shown.progress(done, total, event["unit"], {})
                 self._progress(done, total, event["unit"])

@@ -1,4 +1,4 @@
-"""The shards of a node as run_shards Prefect tasks: on this machine, or on the hosts of a Ray cluster.
+"""The shards of a node as mapped Prefect tasks: on this machine, or on the hosts of a Ray cluster.
 
 A host of a cluster needs this version of Draftsmith, the store (a shared home under the same path, or the same bucket
 with a home of its own in its `DRAFTSMITH_HOME`), and what every stage needs of the environment. Its own scheduler gives
@@ -24,7 +24,8 @@ from draftsmith.artifacts.home import home, protect_home
 from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.artifacts.store.mirror import STORE_VARIABLE
 from draftsmith.flows.config.options import StageOptions
-from draftsmith.flows.execution.shards import BuildShard, ShardJob, build_shard, local_parallelism
+from draftsmith.flows.execution.attempt import StageJob
+from draftsmith.flows.execution.shards import BuildShard, build_shard, local_parallelism
 
 _POLL_S = 0.5
 _HOME = "DRAFTSMITH_HOME"
@@ -33,7 +34,7 @@ _OWN = {name: os.environ[name] for name in (_HOME, STORE_VARIABLE) if name in os
 
 
 def run_shards(
-    orders: Sequence[ShardJob], make: BuildShard, stop: Callable[[], None], check: Callable[[], None]
+    orders: Sequence[StageJob], make: BuildShard, stop: Callable[[], None], check: Callable[[], None]
 ) -> list[ArtifactRef]:
     """A `shards.Pool`: a task a shard, on the config's runner."""
     options = orders[0].config.stages
@@ -58,7 +59,7 @@ def run_shards(
 def _submit(
     runner: TaskRunner[Any],
     resources: Callable[[], AbstractContextManager[Any]],
-    orders: Sequence[ShardJob],
+    orders: Sequence[StageJob],
     make: BuildShard,
 ) -> list[PrefectFuture[Any]]:
     """In a context of its own: what the node's task was given (locks, a terminal) cannot travel with a shard's."""
@@ -69,7 +70,7 @@ def _submit(
         return [runner.submit(each, {"order": order, "make": make}) for each, order in zip(tasks, orders, strict=True)]
 
 
-def _end(future: PrefectFuture[Any], order: ShardJob, check: Callable[[], None]) -> ArtifactRef | BaseException:
+def _end(future: PrefectFuture[Any], order: StageJob, check: Callable[[], None]) -> ArtifactRef | BaseException:
     """What a task came to, after waiting for it."""
     while True:
         try:
@@ -85,7 +86,7 @@ def _end(future: PrefectFuture[Any], order: ShardJob, check: Callable[[], None])
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def shard_task(order: ShardJob, make: BuildShard) -> ArtifactRef:
+def shard_task(order: StageJob, make: BuildShard) -> ArtifactRef:
     """One shard: found in the store, or made by a stage process of its own."""
     return make(order)
 
@@ -96,7 +97,7 @@ class _OnClusterHost:
     def __init__(self, places: dict[str, str]) -> None:
         self._places = places
 
-    def __call__(self, order: ShardJob) -> ArtifactRef:
+    def __call__(self, order: StageJob) -> ArtifactRef:
         for name in (_HOME, STORE_VARIABLE):  # a worker outlives a run: what the one before has set is no host's own
             place = _OWN.get(name, self._places.get(name))
             if place is None:
@@ -108,7 +109,7 @@ class _OnClusterHost:
 
 
 def _runner(
-    options: StageOptions, orders: Sequence[ShardJob]
+    options: StageOptions, orders: Sequence[StageJob]
 ) -> tuple[TaskRunner[Any], Callable[[], AbstractContextManager[Any]]]:
     """The task runner, and a context in which tasks are submitted: what a shard asks of the cluster's resources."""
     if options.runner == "ray":

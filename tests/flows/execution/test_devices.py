@@ -66,7 +66,7 @@ def test_who_waits_for_whom(
         with devices.lock_devices(
             ours, run="ours", limit_s=limit_s, waiting=lambda *who: said.append(who), gpus=lambda: our_gpus
         ) as held:
-            assert len(held) == (0 if ours is Compute.LIGHT else len(our_gpus) or 1)
+            assert len(held.locks) == (0 if ours is Compute.LIGHT else len(our_gpus) or 1)
 
     try:
         if waits:

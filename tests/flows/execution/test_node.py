@@ -20,10 +20,11 @@ from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.cli.main import main
 from draftsmith.flows.config.options import StageOptions, check_runner
 from draftsmith.flows.execution import devices
+from draftsmith.flows.execution.attempt import StageJob
 from draftsmith.flows.execution.display import Display
-from draftsmith.flows.execution.node import RunContext, _devices, build_node
+from draftsmith.flows.execution.node import RunContext, build_node
 from draftsmith.flows.execution.process import StageFailedError
-from draftsmith.flows.execution.shards import BuildShard, ShardJob, run_locally
+from draftsmith.flows.execution.shards import BuildShard, run_locally
 from draftsmith.flows.orchestration.flow_lifecycle import CancelledError
 from draftsmith.flows.planning.graph import cache_key
 from draftsmith.stages.runtime.stage import Compute
@@ -45,9 +46,9 @@ def test_code_that_is_edited_meanwhile_makes_nothing_of_the_old_key(
 
     def edits(*arguments: Any, **keywords: Any) -> Any:
         source[0] = "new"
-        return _devices(*arguments, **keywords)
+        return devices.lock_devices(*arguments, **keywords)
 
-    monkeypatch.setattr("draftsmith.flows.execution.node._devices", edits)
+    monkeypatch.setattr("draftsmith.flows.execution.node.lock_devices", edits)
     with pytest.raises(RetryableError, match=r"squares: the code here .* is not that of its key"):
         build_node(context, node, {"first": target})
     assert [each.stage for each in context.store.list()] == ["collect"]
@@ -94,7 +95,7 @@ def test_a_run_that_is_cancelled_while_it_waits_starts_nothing(
             others.enter_context(devices.lock_devices(Compute.TIMED, run="", limit_s=1, waiting=lambda *_: None))
         with pytest.raises(CancelledError):
             build_node(context, node, {})
-    assert not (tmp_path / "started").exists() and not list(context.logs.glob("*.request.json"))
+    assert not (tmp_path / "started").exists() and not list(context.home.glob("logs/*.request.json"))
 
 
 def squares(
@@ -148,12 +149,12 @@ def test_each_shard_has_a_gpu_of_its_own(tmp_path: Path, tracking: Tracking, mon
 
 def test_a_run_that_ends_asks_its_shards_to_stop(tmp_path: Path, tracking: Tracking) -> None:
     def ended(
-        orders: Sequence[ShardJob], make_one: BuildShard, stop: Callable[[], None], check: Callable[[], None]
+        jobs: Sequence[StageJob], build: BuildShard, stop: Callable[[], None], check: Callable[[], None]
     ) -> list[ArtifactRef]:
         stop()
-        return run_locally(orders, make_one, stop, check)
+        return run_locally(jobs, build, stop, check)
 
-    with pytest.raises(StageInterrupted, match="run the same command to continue"):
+    with pytest.raises(StageInterrupted, match="Run the same command to continue"):
         squares(tmp_path / "home", tracking, 2, note=tmp_path / "note", pool=ended)
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,13 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.locks import is_locked
 from draftsmith.flows.config.options import TimeLimit
-from draftsmith.flows.execution.process import Event, StageFailedError, StageOutcome, run_stage
+from draftsmith.flows.execution.process import (
+    Event,
+    ProcessOptions,
+    StageFailedError,
+    StageOutcome,
+    run_stage,
+)
 from draftsmith.stages.runtime.stage import StageRequest
 from tests.flows.processes import ROOT, assert_gone, pid_in, wait_until
 from tests.flows.toy import COLLECT
@@ -27,19 +34,20 @@ MISBEHAVE = "tests.flows.toy_stages.misbehave"
 
 
 def run(
-    folder: Path, module: str, config: dict[str, Any], *, limit_s: float = 60, grace_s: float = 5, **options: Any
+    folder: Path,
+    module: str,
+    config: dict[str, Any],
+    *,
+    limit_s: float = 60,
+    grace_s: float = 5,
+    on_event: Callable[[Event], None] = lambda _: None,
+    pass_fds: tuple[int, ...] = (),
 ) -> StageOutcome:
     request = StageRequest(
         stage="toy", module=module, config=config, inputs={}, out=folder / "out", work=folder / "work", seed=0
     )
-    options.setdefault("on_event", lambda _: None)
-    return run_stage(
-        request,
-        log_path=folder / "toy.log",
-        limit=TimeLimit(limit_s, "stages.time_limits.toy"),
-        grace_s=grace_s,
-        **options,
-    )
+    limit = TimeLimit(limit_s, "stages.time_limits.toy")
+    return run_stage(request, ProcessOptions(folder / "toy.log", limit, grace_s, pass_fds), on_event)
 
 
 @pytest.mark.parametrize(

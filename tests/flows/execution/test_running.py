@@ -12,8 +12,8 @@ from rich.console import Console
 from draftsmith.artifacts.store.local import Claim, Store
 from draftsmith.flows.cli.main import main
 from draftsmith.flows.cli.status import status_of_config
-from draftsmith.flows.execution import attempt
-from draftsmith.flows.execution.attempt import AttemptNote
+from draftsmith.flows.execution import attempt_note
+from draftsmith.flows.execution.attempt_note import AttemptNote
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.planning.graph import plan
 from tests.flows.toy import TOY, ToyConfig, write_config
@@ -23,7 +23,7 @@ def test_a_running_node_is_told_with_its_process_and_its_progress(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path))
-    monkeypatch.setattr(attempt, "_EVERY_S", 0.0)
+    monkeypatch.setattr(attempt_note, "_EVERY_S", 0.0)
     config, store = ToyConfig(name="t"), Store(tmp_path / "store")
     key = plan(config, store, TOY)[0].key
     assert key is not None
@@ -42,7 +42,7 @@ def test_a_running_node_is_told_with_its_process_and_its_progress(
     assert "to do" in status().splitlines()[1], "a process that was killed leaves its note, and no lock"
     note.failed(ValueError("the matrix is\nsingular"))
     assert "failed" in status() and "the matrix is singular" in status()
-    (claim.out.parent / attempt.NOTE).write_text('{"run": ')
+    (claim.out.parent / attempt_note.NOTE).write_text('{"run": ')
     assert "failed" not in status()
 
 

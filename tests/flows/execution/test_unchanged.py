@@ -17,8 +17,8 @@ from draftsmith.artifacts.store.local import Claim, Store
 from draftsmith.artifacts.store.manifest import ELSEWHERE, ArtifactRef, sha256_file
 from draftsmith.artifacts.store.mirror import STORE_VARIABLE
 from draftsmith.artifacts.tracking.runs import Tracking
+from draftsmith.flows.execution.attempt import StageJob, inputs_unchanged
 from draftsmith.flows.execution.display import Display
-from draftsmith.flows.execution.input_guard import inputs_unchanged
 from draftsmith.flows.execution.node import RunContext, build_node
 from draftsmith.flows.execution.process import StageOutcome, run_stage
 from draftsmith.flows.planning.graph import Node, Status, cache_key, find_artifact, is_outdated, plan
@@ -78,7 +78,7 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> Non
         act()
         return outcome
 
-    monkeypatch.setattr("draftsmith.flows.execution.node.run_stage", run_and_act)
+    monkeypatch.setattr("draftsmith.flows.execution.attempt.run_stage", run_and_act)
 
 
 def test_a_flipped_bit_in_an_input_is_found_before_a_stage_reads_it(toy: Toy) -> None:
@@ -259,10 +259,8 @@ def test_a_store_that_does_not_answer_takes_no_work_away(toy: Toy, monkeypatch: 
 
     with store.claim("combine", "b" * 64) as claim:
         assert isinstance(claim, Claim)
-        with (
-            pytest.raises(RetryableError),
-            inputs_unchanged(store, left, {"first": toy.target}, claim, {}),
-        ):
+        job = StageJob(toy.context.config, TOY, left, {"first": toy.target}, claim.key)
+        with pytest.raises(RetryableError), inputs_unchanged(store, job, claim):
             (claim.work / "checkpoint.pt").write_text("hours")
             monkeypatch.setattr(store, "manifest_at", away)
         assert (claim.work / "checkpoint.pt").exists()

@@ -21,7 +21,7 @@ from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.cli.main import main
-from draftsmith.flows.execution import node as nodes
+from draftsmith.flows.execution import attempt
 from draftsmith.flows.execution.node import RunContext, build_node
 from draftsmith.flows.execution.process import StageOutcome, run_stage
 from draftsmith.flows.orchestration import run
@@ -89,7 +89,7 @@ class Home:
             except RetryableError:
                 self.come("meanwhile")
 
-    def stage(self, request: StageRequest, **_: Any) -> StageOutcome:
+    def stage(self, request: StageRequest, *_: Any) -> StageOutcome:
         stage = importlib.import_module(request.module).STAGE
         context = RecordingContext(request.out, request.work, request.inputs, request.seed)
         self.saved += context.work.glob("saved")
@@ -108,7 +108,7 @@ def home(tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.uri)
     made = Home(tmp_path)
     monkeypatch.setattr(run, "run_node", made.task)
-    monkeypatch.setattr(nodes, "run_stage", made.stage)
+    monkeypatch.setattr(attempt, "run_stage", made.stage)
     return made
 
 
@@ -165,14 +165,14 @@ def test_a_file_that_changes_while_it_is_read_or_goes_after_it_was_listed_fails_
 ) -> None:
     home.come("b")
 
-    def change(request: StageRequest, **more: Any) -> StageOutcome:
-        outcome = home.stage(request, **more)
+    def change(request: StageRequest, *more: Any) -> StageOutcome:
+        outcome = home.stage(request, *more)
         if request.stage == ("collect" if how == "goes before" else "combine"):
             (home.numbers / "b").write_text("2000") if how == "grows" else (home.numbers / "b").unlink()
         return outcome
 
     with monkeypatch.context() as patch:
-        patch.setattr(nodes, "run_stage", change)
+        patch.setattr(attempt, "run_stage", change)
         with pytest.raises(DraftsmithError, match=r"left: \S+/numbers/b"):
             home.run(until="left")
     assert home.run(until="left") == 10 + (3000 if how == "grows" else 1000)
@@ -194,7 +194,7 @@ def test_what_is_made_again_after_a_run_has_ended_reads_no_new_files_but_of_a_de
 def test_a_stage_alone_reads_what_was_listed_last(
     home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(nodes, "run_stage", run_stage)  # in processes
+    monkeypatch.setattr(attempt, "run_stage", run_stage)  # in processes
 
     def stage(*words: str) -> Path:
         capsys.readouterr()
