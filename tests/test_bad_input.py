@@ -173,7 +173,7 @@ DATA = {
         prepare=write("none/readme.txt", "x"),
     ),
     "no such protocol": Bad("nope://b/x", source("nope://b/x.jsonl"), arguments=CHECK),
-    "an unknown kind of source": Bad("kind is 'csv': use one of", {"prompts.sources": [{"kind": "csv", "path": "a"}]}),
+    "an unknown kind of source": Bad("kind is 'csv'. Use one of", {"prompts.sources": [{"kind": "csv", "path": "a"}]}),
 }
 DISK = {
     "the home is a file": Bad("preparing", arguments=RUN, prepare=write("home", "x")),

@@ -64,7 +64,7 @@ def check(config: RunOptions, pipeline: Pipeline, home: Path) -> Findings:
         server.check_place(home)
     with findings.check("runner"):
         check_runner(config.stages)
-    for field, program in config.called.items():
+    for field, program in config.external_programs.items():
         if shutil.which(program) is None:
             findings.warn(field, f"{program}: no such program here. Correct the name or give its path.")
     nodes: list[Node] = []

@@ -1,4 +1,4 @@
-"""What is wrong with a config, field by field, in words for the person who writes it."""
+"""Describes the errors of a config field by field, for the person who writes it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from draftsmith.artifacts.redaction import redacted
 
-PathKey = tuple[int | str, ...]  # of a field: sections, and places in lists
+PathKey = tuple[int | str, ...]  # of a field: names of sections, and indices in lists
 OVERRIDE = "--set"
 
 _EXPECTED = {
@@ -35,7 +35,7 @@ _EXPECTED = {
     "path_type": "a path",
     "none_required": "nothing (null)",
 }
-# Fields that an earlier version took, by section and name, and values of fields: what to do instead.
+# Fields and values that an earlier version accepted, by section and name: what to do instead.
 REMOVED = {
     "kind": "Run experiments with `python -m tests.lab.run FILE` in a checkout (tests/lab/README.md), or remove it.",
     "report": "Remove the section.",
@@ -71,31 +71,31 @@ _QUOTED = re.compile(r"'[^']*'")
 _LENGTH = {"too_short": "a list", "string_too_short": "a text"}
 
 
-def describe(
-    error: ValidationError, path: Path, changed: list[PathKey], model: type[BaseModel], written: dict[str, Any]
+def describe_errors(
+    error: ValidationError, path: Path, overridden: list[PathKey], model: type[BaseModel], written: dict[str, Any]
 ) -> str:
-    """All errors in one line: the file, then each field with its problem; misspelt fields first.
+    """Return all errors in one line: the file, then each field with its problem, misspelt fields first.
 
-    changed: the fields that overrides have set. written: the config before anything is filled in; what is wrong with a
-    field that was filled in is told where nothing else is wrong.
+    overridden: the fields that `--set` has set. written: the config as written; errors of fields that were filled in
+    are reported only if there are no others.
     """
     details = error.errors(include_url=False)
     details = [each for each in details if each["type"] == "missing" or _is_in(written, each, model)] or details
     # A misspelt field often makes another one "missing": the misspelling is the cause.
     details.sort(key=lambda detail: detail["type"] != "extra_forbidden")
-    told: list[str] = []
+    problems: list[str] = []
     while details:
         first, *details = _with_alternatives(details, model)
         location = _location(first, model)
         field = ".".join(str(part) for part in location)
-        overridden = any(change[: len(location)] == location or location[: len(change)] == change for change in changed)
-        by_override = overridden and field and first["type"] != "missing"
+        touched = any(key[: len(location)] == location or location[: len(key)] == key for key in overridden)
+        by_override = touched and field and first["type"] != "missing"
         where = f"{OVERRIDE} {field}: " if by_override else f"{field}: " if field else ""
         problem = f"{where}{_problem(first, location, field, model)}"
-        told.append(
-            problem if by_override or any(line.startswith(f"{path}: ") for line in told) else f"{path}: {problem}"
-        )
-    return "; ".join(dict.fromkeys(told))
+        problem += "" if problem.endswith((".", "?")) else "."
+        file_named = any(line.startswith(f"{path}: ") for line in problems)
+        problems.append(problem if by_override or file_named else f"{path}: {problem}")
+    return " ".join(dict.fromkeys(problems))
 
 
 def _location(detail: Any, model: type[BaseModel]) -> PathKey:
@@ -112,12 +112,12 @@ def _is_in(written: Any, detail: Any, model: type[BaseModel]) -> bool:
 
 
 def _with_alternatives(details: list[Any], model: type[BaseModel]) -> list[Any]:
-    """Return one error for a union of types and choices in place of one for each of its members."""
-    first, place = details[0], _location(details[0], model)
+    """Merge the errors of all members of a union of types and choices into one, the first."""
+    first, location = details[0], _location(details[0], model)
     if first["type"] not in (*_EXPECTED, "literal_error"):
         return details
     alike = [each for each in details if each["type"] in (*_EXPECTED, "literal_error")]
-    same = [each for each in alike if _location(each, model) == place]
+    same = [each for each in alike if _location(each, model) == location]
     choices = [choice for each in same for choice in _QUOTED.findall(each.get("ctx", {}).get("expected", ""))]
     types = [_EXPECTED[each["type"]] for each in same if each["type"] in _EXPECTED]
     wanted = [f"one of {', '.join(dict.fromkeys(choices))}"] if choices else []
@@ -136,68 +136,67 @@ def _problem(detail: Any, location: PathKey, field: str, model: type[BaseModel])
     if gone := REMOVED.get(f"{name}={value}"):
         return f"this value is gone. {gone}"
     if kind == "missing":
-        return f"this field is required: add it to the file or pass {OVERRIDE} {field}=VALUE"
+        return f"this field is required. Add it to the file, or pass {OVERRIDE} {field}=VALUE."
     wanted = detail.get("wanted")
     if not wanted and not isinstance(value, dict) and kind != "value_error" and models_at(model, location):
-        wanted = _EXPECTED["model_type"]  # of a section that comes in several kinds
+        wanted = _EXPECTED["model_type"]  # a section of several kinds
     if wanted:
-        return f"expected {wanted}, got {short(value)}: change the value"
+        return f"expected {wanted}, got {show_value(value)}. Change the value."
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         return _unknown_kind(detail)
     if kind in _LENGTH:
         fewest = detail["ctx"]["min_length"]
-        return f"expected {_LENGTH[kind]} of length {fewest} or more, got {short(value)}: change the value"
+        return f"expected {_LENGTH[kind]} of length {fewest} or more, got {show_value(value)}. Change the value."
     if kind == "string_pattern_mismatch":
-        return f"expected a text that matches {detail['ctx']['pattern']}, got {short(value)}: change the value"
+        return f"expected a text that matches {detail['ctx']['pattern']}, got {show_value(value)}. Change the value."
     message = " ".join(detail["msg"].split()).removeprefix("Value error, ").removeprefix("Assertion failed, ")
     message = message.removeprefix("Input should be ")
     if message != detail["msg"] and detail["msg"].startswith("Input should be "):
-        return f"expected {message}, got {short(value)}: change the value"
+        return f"expected {message}, got {show_value(value)}. Change the value."
     return message
 
 
 def _unknown_kind(detail: Any) -> str:
-    """Of a section that comes in several kinds."""
     named, value = str(detail["ctx"]["discriminator"]).strip("'"), detail.get("input")
     choices = detail["ctx"].get("expected_tags", "")
-    if named.endswith("()"):  # a function says which, of sections that may leave `kind` out
+    if named.endswith("()"):  # a function that finds the kind of a section without the field
         named = "kind"
     if isinstance(value, dict) and named in value:
-        return f"{named} is {short(value[named])}: use one of {choices}"
-    return f"a field {named} is needed here, which says how the others are read: add it"
+        return f"{named} is {show_value(value[named])}. Use one of {choices}."
+    return f"the field {named} is missing, which decides what the others mean. Use one of {choices}."
 
 
 def _unknown_field(location: PathKey, model: type[BaseModel]) -> str:
     name = str(location[-1])
     siblings = sorted({sibling for section in models_at(model, location[:-1]) for sibling in section.model_fields})
     prefix = [str(part) for part in location[:-1]]
-    if name in siblings:  # of a section that comes in several kinds
-        return f"a field of another kind of {'.'.join(prefix)}: remove it, or write the whole section anew"
+    if name in siblings:
+        return f"a field of another kind of {'.'.join(prefix)}. Remove it, or write the whole section anew."
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
     if close:
-        return f"unknown field, did you mean {'.'.join([*prefix, close[0]])}?"
+        return f"unknown field. Did you mean {'.'.join([*prefix, close[0]])}?"
     elsewhere = dict.fromkeys(path for path in field_paths(model) if path.rpartition(".")[2] == name)
     if elsewhere:
-        return f"unknown field here, did you mean {' or '.join(list(elsewhere)[:3])}?"
-    return f"unknown field, remove it or use one of: {', '.join(siblings)}"
+        return f"unknown field here. Did you mean {' or '.join(list(elsewhere)[:3])}?"
+    return f"unknown field. Remove it, or use one of: {', '.join(siblings)}."
 
 
 def _path_of(location: Sequence[int | str], model: type[BaseModel], *, keep_last: bool) -> PathKey:
-    """Pydantic's location without the names of union members that it puts between the fields."""
+    """Remove the names of union members that pydantic puts between the fields of a location."""
     kept: list[int | str] = []
     for position, part in enumerate(location):
-        known = (
+        is_field = (
             isinstance(part, int)
             or _is_open(model, kept)
             or any(part in section.model_fields for section in models_at(model, kept))
         )
-        if known or (keep_last and position == len(location) - 1):
+        if is_field or (keep_last and position == len(location) - 1):
             kept.append(part)
     return tuple(kept)
 
 
 def _is_open(model: type[BaseModel], path: Sequence[int | str]) -> bool:
-    """Whether `path` leads to a mapping with free names."""
+    """Return whether `path` leads to a mapping with free names."""
     return any(typing.get_origin(annotation) is dict for annotation in _annotations(model, path))
 
 
@@ -226,7 +225,7 @@ def _step(annotation: Any, part: int | str) -> Iterator[Any]:
 
 
 def _members(annotation: Any) -> Iterator[Any]:
-    """The members of a union, or the annotation itself, without `Annotated`."""
+    """Yield the members of a union, or the annotation itself, without `Annotated`."""
     origin = typing.get_origin(annotation)
     if origin is typing.Annotated:
         yield from _members(typing.get_args(annotation)[0])
@@ -238,7 +237,7 @@ def _members(annotation: Any) -> Iterator[Any]:
 
 
 def field_paths(model: type[BaseModel], prefix: str = "", depth: int = 0) -> Iterator[str]:
-    """All fields of a config, with the sections before them."""
+    """Yield all fields of a config, with their sections: `sft.steps`."""
     for name, field in model.model_fields.items():
         yield prefix + name
         if depth < 4:
@@ -247,7 +246,8 @@ def field_paths(model: type[BaseModel], prefix: str = "", depth: int = 0) -> Ite
                     yield from field_paths(member, f"{prefix}{name}.", depth + 1)
 
 
-def short(value: Any) -> str:
+def show_value(value: Any) -> str:
+    """Return a value of a config as errors show it: short, on one line, without secrets."""
     if value is None:
         return "nothing"
     text = redacted(repr(value))

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationInfo, model_validator
 
 from draftsmith.flows.config.errors import models_at
-from draftsmith.flows.config.load import OF_FILE
+from draftsmith.flows.config.load import FROM_FILE
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.refresh.line import RegistryConfig
 from draftsmith.flows.refresh.promotion_hook import HookConfig
@@ -72,7 +72,7 @@ class RefreshConfig(RunOptions):
     def _left_out(cls, data: Any, info: ValidationInfo) -> Any:
         """What is left out of `heldout`; and beside logs: without sources held-out prompts are rows of the logs, new
         ones first, sampled as the answers were."""
-        if info.context == OF_FILE and isinstance(data, dict):
+        if info.context == FROM_FILE and isinstance(data, dict):
             _refuse_what_is_filled_in(data)
         if not isinstance(data, dict):
             return data
@@ -174,7 +174,7 @@ class RefreshConfig(RunOptions):
         return self.registry.name if self.registry is not None else None
 
     @property
-    def called(self) -> dict[str, str]:
+    def external_programs(self) -> dict[str, str]:
         command = self.on_promote.command if self.on_promote is not None else None
         return {"on_promote.command": command[0]} if command else {}
 

@@ -23,7 +23,7 @@ from prefect import flow
 from pydantic import Field, field_validator, model_validator
 
 from draftsmith.flows.checks.check import RunChecks
-from draftsmith.flows.config.load import merged
+from draftsmith.flows.config.load import merge_configs
 from draftsmith.flows.config.options import PlainName, RunOptions
 from draftsmith.flows.orchestration.run import run_graph
 from draftsmith.flows.planning.graph import Node, Pipeline
@@ -113,7 +113,7 @@ class LabConfig(RunOptions):
     def arm_config(self, arm: Arm, steps: int) -> SftConfig | OpdConfig:
         """Return the stage's config of an arm."""
         config = self.opd if arm.stage == "opd" else self.sft.continued(self.opd)
-        return type(config).model_validate(merged(config.model_dump() | {"steps": steps}, arm.change))
+        return type(config).model_validate(merge_configs(config.model_dump() | {"steps": steps}, arm.change))
 
 
 def lab_nodes(config: LabConfig) -> list[Node]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from draftsmith.flows.config.load import merged, read_config
+from draftsmith.flows.config.load import merge_configs, read_config
 from draftsmith.flows.refresh.config import RefreshConfig
 from tests.testbed.procedural.training import MASK
 
@@ -31,7 +31,7 @@ def small_refresh(name: str, target: Path | str, prompts: Path | str, answer: in
         # one round: a machine that is busy with other tests has no repetitions that disagree
         "evaluation": {"sampling": sampling, "validation_prompts": 2, "rounds": 1},
     }
-    return merged(base, fields)
+    return merge_configs(base, fields)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RefreshConfig:

@@ -9,7 +9,7 @@ import pytest
 from pydantic import Field, model_validator
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.flows.config.load import merged, read_config
+from draftsmith.flows.config.load import merge_configs, read_config
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.stages.runtime.stage import Config
 from tests.flows.toy import ToyConfig
@@ -83,16 +83,16 @@ def test_overrides_are_yaml_and_reach_into_lists_and_new_sections(file: Path) ->
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("sft.stpes=2", "--set sft.stpes: unknown field, did you mean sft.steps?"),
-        ("temperature=2", "unknown field here, did you mean sft.decoding.temperature or opd.decoding.temperature?"),
-        ("sft.decoding={kind: sampled, ties: 1}", "--set sft.decoding.ties: a field of another kind of sft.decoding:"),
-        ("sft.zzz=2", "unknown field, remove it or use one of: decoding, loss, rate, sources, steps, weights"),
-        ("sft.steps=many", "--set sft.steps: expected an integer, got 'many': change the value"),
-        ("sft.loss=peper", "--set sft.loss: expected one of 'auto', 'paper', 'matched', got 'peper': change the value"),
+        ("sft.stpes=2", "--set sft.stpes: unknown field. Did you mean sft.steps?"),
+        ("temperature=2", "unknown field here. Did you mean sft.decoding.temperature or opd.decoding.temperature?"),
+        ("sft.decoding={kind: sampled, ties: 1}", "--set sft.decoding.ties: a field of another kind of sft.decoding."),
+        ("sft.zzz=2", "unknown field. Remove it, or use one of: decoding, loss, rate, sources, steps, weights"),
+        ("sft.steps=many", "--set sft.steps: expected an integer, got 'many'"),
+        ("sft.loss=peper", "--set sft.loss: expected one of 'auto', 'paper', 'matched', got 'peper'"),
         ("sft.sources.0.count=0", "--set sft.sources.0.count: expected greater than or equal to 1, got 0"),
         ("sft.steps=3", "--set sft: steps must be even: add one"),
-        ("sft.steps=no", "--set sft.steps: expected a number, got true or false (as yes, no, on, off are)"),
-        ("sft.sources.7.count=2", "sft.sources is a list of 2 in the file: use an index from 0 to 1"),
+        ("sft.steps=no", "--set sft.steps: expected a number, got true or false"),
+        ("sft.sources.7.count=2", "sft.sources is a list of 2 in the file. Use an index from 0 to 1"),
     ],
 )
 def test_a_bad_override_is_named_with_what_to_do(file: Path, override: str, expected: str) -> None:
@@ -105,11 +105,11 @@ def test_a_bad_override_is_named_with_what_to_do(file: Path, override: str, expe
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("nme: a\n", "nme: unknown field, did you mean name?; name: this field is required"),
-        ("sft: {}\n", "name: this field is required: add it to the file or pass --set name=VALUE"),
+        ("nme: a\n", "nme: unknown field. Did you mean name? name: this field is required"),
+        ("sft: {}\n", "name: this field is required. Add it to the file, or pass --set name=VALUE."),
         ("name: a\nsft: {rate: yes}\n", "sft.rate: expected a number, got true or false"),
         ("name: [a]\n", "name: expected a text (put it in quotes), got ['a']"),
-        ("name: a\nname: b\n", "line 2, column 1: not valid YAML: field 'name' stands twice: keep one"),
+        ("name: a\nname: b\n", "line 2, column 1: not valid YAML: field 'name' stands twice"),
         ("name: 2026-13-45\n", "not valid YAML: month must be in 1..12"),
         ("- name\n", "expected a mapping of fields such as 'name: my-run', got ['name']"),
     ],
@@ -133,12 +133,12 @@ def test_a_removed_value_is_named_with_what_to_do(tmp_path: Path) -> None:
 
 def test_a_mapping_of_another_kind_is_replaced() -> None:
     base: dict[str, Any] = {"drafter": {"num_layers": 2, "block_size": 6}, "weights": {"kind": "power", "delta": 0.8}}
-    assert merged(base, {"drafter": {"block_size": 4}})["drafter"] == {"num_layers": 2, "block_size": 4}
-    same = merged(base, {"drafter": {"kind": "dflash", "block_size": 4}})  # which the base left out
+    assert merge_configs(base, {"drafter": {"block_size": 4}})["drafter"] == {"num_layers": 2, "block_size": 4}
+    same = merge_configs(base, {"drafter": {"kind": "dflash", "block_size": 4}})  # which the base left out
     assert same["drafter"] == {"kind": "dflash", "num_layers": 2, "block_size": 4}
     for weights in ({"kind": "uniform"}, {"preset": "paper"}):
-        assert merged(base, {"weights": weights})["weights"] == weights
-    assert merged(base, {"weights": {"kind": "power", "gamma": 2}})["weights"] == base["weights"] | {"gamma": 2}
+        assert merge_configs(base, {"weights": weights})["weights"] == weights
+    assert merge_configs(base, {"weights": {"kind": "power", "gamma": 2}})["weights"] == base["weights"] | {"gamma": 2}
 
 
 def test_a_file_extends_another_field_by_field(tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def test_a_split_that_is_measured_must_be_answered() -> None:
 
 def test_a_time_limit_for_an_unknown_node_is_refused() -> None:
     with pytest.raises(
-        DraftsmithError, match=r"stages\.time_limits\.stf: no such node, use one of: assisted, champion, control,"
+        DraftsmithError, match=r"stages\.time_limits\.stf: no such node. Use one of: assisted, champion, control,"
     ):
         load_config(ROOT / "configs" / "quickstart.yaml", ["stages.time_limits.stf=5"])
     limits = load_config(ROOT / "configs" / "quickstart.yaml", ["stages.time_limits.control=5"]).stages
