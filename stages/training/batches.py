@@ -1,9 +1,9 @@
-"""Batches of trajectories with the target's features, recomputed where they are used and kept in memory while they fit.
+"""Batches of answers with the target's features, recomputed where they are used and kept in memory while they fit.
 
-Nothing of the size of a hidden state goes to disk. While memory holds the features of all trajectories they are
-computed in fixed groups and kept. Where it does not, none are kept: of epochs that are drawn at random, what fits is
-seldom what is drawn next. A batch's trajectories are then read in groups of their own. Either way the bits depend on
-the batch alone, not on whether training was interrupted, nor on whether they were read ahead.
+Nothing of the size of a hidden state goes to disk. If memory holds the features of all answers, they are computed in
+fixed groups and kept. If not, none are kept: epochs are shuffled, so what fits is seldom what comes next, and the
+answers of each batch are read in groups of similar length. Either way the bits depend on the batch alone, not on
+whether training was interrupted, nor on whether features were read ahead.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from draftsmith.stages.data.trajectories import Trajectory, groups_by_length, lengths_of, pad_tokens, responses_of
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
 from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.training.config import TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Batch:
     positions: torch.Tensor  # [B, T]
 
     def rows(self, part: slice) -> Batch:
-        """Some of the trajectories, padded to the longest of them."""
+        """Return some of the trajectories, padded to the longest of them."""
         trajectories = self.trajectories[part]
         width = max(len(t.tokens) for t in trajectories)
         tokens, features, positions = (x[part, :width] for x in (self.tokens, self.features, self.positions))
@@ -41,30 +42,38 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Portion:
-    """The rows of a step that one rank trains: those of its batch, in this order."""
+class RankSlice:
+    """The answers of a step that one rank trains, split into micro-batches."""
 
-    rows: list[int]  # of the step's rows
-    count: int  # that the step has
-    tokens: torch.Tensor  # [B, T] of the whole step: what a head must hold
+    indices: list[int]  # of the answers among all trajectories
+    batch: Batch  # these answers, in this order
+    micro_batches: list[slice]  # rows of the batch
+    rows: list[int]  # which rows of the whole step they are
+    step_tokens: torch.Tensor  # [R, T] of all R answers of the step: what a head must hold
     ranks: Ranks = ALONE
 
     @classmethod
-    def of_all(cls, batch: Batch) -> Portion:
-        """One process: the batch is the step."""
-        count = len(batch.trajectories)
-        return cls(list(range(count)), count, batch.tokens)
+    def whole_step(cls, indices: Sequence[int], batch: Batch, micro_batches: list[slice] | None = None) -> RankSlice:
+        """Return the slice of a process that trains alone. micro_batches: left out, the whole batch is one."""
+        rows = list(range(len(indices)))
+        return cls(list(indices), batch, micro_batches or [slice(0, len(rows))], rows, batch.tokens)
 
-    @classmethod
-    def of_rank(cls, trajectories: Sequence[Trajectory], ranks: Ranks, device: torch.device) -> Portion:
-        """Of all trajectories of a step those that this rank trains."""
-        rows = ranks.assigned_rows([len(t.tokens) for t in trajectories])
-        return cls(rows, len(trajectories), pad_tokens(trajectories, device), ranks)
+    @property
+    def is_one_batch(self) -> bool:
+        """Whether the whole step is a single batch."""
+        return len(self.micro_batches) == self.ranks.world == 1
+
+    @property
+    def step_rows(self) -> int:
+        """AnswerCounts in the whole step."""
+        return len(self.step_tokens)
 
 
-def parts_of(batch: Batch, block_tokens: int, limit: int | None) -> list[slice]:
-    """Neighbouring rows as micro-batches of at most `limit` tokens, or of one row: padded trajectories, and
-    block_tokens of blocks a row. None: all rows are one."""
+def split_rows(batch: Batch, block_tokens: int, limit: int | None) -> list[slice]:
+    """Split a batch into neighbouring rows of at most `limit` tokens, or of one row; None: all rows are one part.
+
+    block_tokens: tokens of a row's blocks, which count beside its padded trajectory.
+    """
     lengths = [len(t.tokens) for t in batch.trajectories]
     parts: list[slice] = []
     start, longest = 0, 0
@@ -87,94 +96,113 @@ class FeatureSource:
         target: Target,
         layer_ids: Sequence[int],
         trajectories: Sequence[Trajectory],
+        config: TrainingConfig,
         *,
-        tokens_per_group: int = 2048,
-        memory_mb: float = 2048,
         with_hidden: bool = True,
         ahead: bool | None = None,
     ):
-        """tokens_per_group: read by the target in one forward. memory_mb: features are kept if it holds those of all.
+        """Decide whether features are kept: if `config.feature_memory_mb` holds those of all trajectories.
 
-        with_hidden: for losses that ask for the target's distribution; without, its last layers are not run. ahead:
-        whether `prefetch` does anything; left out: where it takes no time from anything else, on CUDA.
+        with_hidden: for losses that read the target's distribution; without, its last layers are not run.
+        ahead: whether `prefetch` does anything; left out: on CUDA, where it takes no time from anything else.
         """
         self.with_hidden = with_hidden
         self.target, self.layer_ids, self.trajectories = target, tuple(layer_ids), trajectories
         self._lengths = lengths = lengths_of(trajectories)
         width = target.head_weight.shape[1] * (len(self.layer_ids) + with_hidden)
-        self._kept = int(lengths.sum()) * width * target.dtype.itemsize <= memory_mb * 2**20
-        self._tokens_per_group = tokens_per_group
-        self._groups = list(groups_by_length(lengths, tokens_per_group)) if self._kept else []
+        self._keeps = int(lengths.sum()) * width * target.dtype.itemsize <= config.feature_memory_mb * 2**20
+        self._tokens_per_group = config.tokens_per_target_forward
+        self._groups = list(groups_by_length(lengths, self._tokens_per_group)) if self._keeps else []
         self._group_of = {index: g for g, group in enumerate(self._groups) for index in group}
         self._cache: dict[int, dict[int, _Read]] = {}
         on_cuda = target.device.type == "cuda"
-        # not of a shared target, whose parts would talk beside the gradients: two kinds of messages in any order
-        self._reads_ahead = not self._kept and target.sharing == 1 and (on_cuda if ahead is None else ahead)
+        # Never with a shared target: its messages and those of the gradients would interleave in any order.
+        self._reads_ahead = not self._keeps and target.sharing == 1 and (on_cuda if ahead is None else ahead)
         self._stream = torch.cuda.Stream(target.device) if self._reads_ahead and on_cuda else None
         self._ahead: tuple[tuple[int, ...], dict[int, _Read]] | None = None
 
     def own(self, indices: Sequence[int], ranks: Ranks) -> list[int]:
-        """Those of a step's trajectories that this rank trains."""
+        """Return those of a step's trajectories that this rank trains."""
         return [indices[row] for row in ranks.assigned_rows(self._lengths[list(indices)].tolist())]
 
     def shared(self, indices: Sequence[int], ranks: Ranks) -> list[int]:
-        """Those of a step's trajectories that any rank trains which shares the target with this one."""
+        """Return those of a step's trajectories that the ranks train which share the target with this one."""
         lengths = self._lengths[list(indices)].tolist()
         rows = sorted(row for rank in ranks.target_group for row in ranks.assigned_rows(lengths, rank))
         return [indices[row] for row in rows]
 
     def prefetch(self, indices: Sequence[int]) -> None:
-        """Begin to read what the next `batch` will ask for: on CUDA in a stream of its own, beside what is queued from
-        here on. Memory then holds the features of two batches."""
+        """Start to read what the next `batch` will need, on CUDA in a separate stream beside the queued kernels.
+
+        Memory then holds the features of two batches.
+        """
         if not self._reads_ahead:
             return
-        beside: AbstractContextManager[object] = nullcontext()
+        stream: AbstractContextManager[object] = nullcontext()
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self.target.device))
-            beside = torch.cuda.stream(self._stream)
-        with beside:
-            self._ahead = tuple(indices), self._all_of(indices)
+            stream = torch.cuda.stream(self._stream)
+        with stream:
+            self._ahead = tuple(indices), self._read_all(indices)
 
-    def _found(self, indices: Sequence[int], shared: Sequence[int]) -> dict[int, _Read]:
-        """What was read ahead, if that was for these; else read here, with all that is `shared`."""
+    def batch(self, indices: Sequence[int], shared: Sequence[int] | None = None) -> Batch:
+        """Return the trajectories at `indices` with their features.
+
+        shared: these and the trajectories that other ranks read now with the same copy of the target; left out: these.
+        """
+        trajectories = [self.trajectories[i] for i in indices]
+        reads = self._prefetched(indices)
+        if reads is None:
+            reads = self._read_all(indices if shared is None else shared, wanted=set(indices))
+        features, *hidden = (
+            torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+            for rows in zip(*(reads[i] for i in indices), strict=True)
+        )
+        positions = torch.arange(features.shape[1], device=features.device).expand(len(indices), -1)
+        tokens = pad_tokens(trajectories, features.device)
+        return Batch(trajectories, tokens, features, hidden[0] if hidden else None, positions)
+
+    def _prefetched(self, indices: Sequence[int]) -> dict[int, _Read] | None:
+        """Return what was read ahead, if that was for these trajectories."""
         ahead, self._ahead = self._ahead, None
         if ahead is None or ahead[0] != tuple(indices):
-            return self._all_of(shared, wanted=set(indices))
+            return None
         if self._stream is not None:
-            here = torch.cuda.current_stream(self.target.device)
-            here.wait_stream(self._stream)
+            current = torch.cuda.current_stream(self.target.device)
+            current.wait_stream(self._stream)
             for read in ahead[1].values():
-                for part in read:
-                    part.record_stream(here)  # made in the other stream, which must not have its memory back too early
+                for tensor in read:  # made in the other stream, which must not reuse its memory too early
+                    tensor.record_stream(current)
         return ahead[1]
 
-    def _all_of(self, indices: Sequence[int], wanted: Set[int] | None = None) -> dict[int, _Read]:
-        """What the target says of these trajectories, or of those of them that are wanted."""
-        found: dict[int, _Read] = {}
-        if self._kept:
+    def _read_all(self, indices: Sequence[int], wanted: Set[int] | None = None) -> dict[int, _Read]:
+        """Read these trajectories with the target; return those that are wanted (left out: all)."""
+        reads: dict[int, _Read] = {}
+        if self._keeps:
             for g in dict.fromkeys(self._group_of[i] for i in indices):
                 if g not in self._cache:
-                    self._cache[g] = self._of_group(self._groups[g], self._tokens_of(self._groups[g]))
-                found |= self._cache[g]
-            return found
-        drawn = list(dict.fromkeys(indices))
-        groups = [[drawn[place] for place in g] for g in groups_by_length(self._lengths[drawn], self._tokens_per_group)]
+                    self._cache[g] = self._read_group(self._groups[g], self._tokens_of(self._groups[g]))
+                reads |= self._cache[g]
+            return reads
+        unique = list(dict.fromkeys(indices))
+        by_length = groups_by_length(self._lengths[unique], self._tokens_per_group)
+        groups = [[unique[i] for i in group] for group in by_length]
         tokens = [self._tokens_of(group) for group in groups]  # all first: a copy would wait for the forward before it
         for group, ids in zip(groups, tokens, strict=True):
-            read = self._of_group(group, ids)
-            found |= read if wanted is None else {i: read[i] for i in group if i in wanted}
-        return found
+            read = self._read_group(group, ids)
+            reads |= read if wanted is None else {i: read[i] for i in group if i in wanted}
+        return reads
 
     def _tokens_of(self, members: Sequence[int]) -> torch.Tensor:
         return pad_tokens([self.trajectories[i] for i in members], self.target.device)
 
-    def _of_group(self, members: Sequence[int], ids: torch.Tensor) -> dict[int, _Read]:
-        """Of trajectories that the target reads in one forward. ids: their tokens [n, T]."""
+    def _read_group(self, members: Sequence[int], ids: torch.Tensor) -> dict[int, _Read]:
+        """Read trajectories in one forward. ids: their tokens [n, T]."""
         with torch.autocast(self.target.device.type, enabled=False):  # the training loop's is for the drafter alone
             read = self._read(ids)
         lengths = self._lengths[list(members)].tolist()
         return {
-            i: tuple(part[row, :n].clone() for part in read)
+            i: tuple(tensor[row, :n].clone() for tensor in read)
             for row, (i, n) in enumerate(zip(members, lengths, strict=True))
         }
 
@@ -185,26 +213,13 @@ class FeatureSource:
         assert out.features is not None
         return out.features, out.hidden
 
-    def batch(self, indices: Sequence[int], shared: Sequence[int] | None = None) -> Batch:
-        """The trajectories at `indices`, with their features. shared: with those of other ranks, which read them now
-        too, by parts of the target that need each other; left out: these alone."""
-        trajectories = [self.trajectories[i] for i in indices]
-        found = self._found(indices, indices if shared is None else shared)
-        parts = [found[i] for i in indices]
-        features, *hidden = (
-            torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True) for rows in zip(*parts, strict=True)
-        )
-        positions = torch.arange(features.shape[1], device=features.device).expand(len(indices), -1)
-        tokens = pad_tokens(trajectories, features.device)
-        return Batch(trajectories, tokens, features, hidden[0] if hidden else None, positions)
-
 
 def trajectories_of_step(count: int, per_step: int, step: int, seed: int) -> list[int]:
-    """Which trajectories step `step` trains on: epochs of seeded permutations, cut without gaps. Stateless."""
+    """Return the indices that step `step` trains on: seeded permutations of `count`, one epoch after the other."""
     indices = []
-    for drawn in range(step * per_step, (step + 1) * per_step):
-        epoch, place = divmod(drawn, count)
-        indices.append(int(_permutation(count, seed, epoch)[place]))
+    for number in range(step * per_step, (step + 1) * per_step):
+        epoch, position = divmod(number, count)
+        indices.append(int(_permutation(count, seed, epoch)[position]))
     return indices
 
 
@@ -214,12 +229,12 @@ def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def step_rng(seed: int, step: int) -> np.random.Generator:
-    """The random numbers of one step: the same whether or not training was interrupted before it."""
+    """Return the random numbers of one step: the same whether or not training was interrupted before it."""
     return np.random.default_rng([seed, 1, step])
 
 
 def token_counts(trajectories: Sequence[Trajectory], vocab_size: int) -> torch.Tensor:
-    """How often each token [V] occurs in the responses."""
+    """Count how often each token [V] occurs in the answers."""
     counts = np.zeros(vocab_size, dtype=np.int64)
     for tokens in responses_of(trajectories):
         counts += np.bincount(tokens, minlength=vocab_size)
@@ -227,7 +242,7 @@ def token_counts(trajectories: Sequence[Trajectory], vocab_size: int) -> torch.T
 
 
 def frequent_tokens(counts: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
-    """All token ids [V], most frequent first; ties by id, or in the order that they had `before` [V]."""
+    """Return all token ids [V], most frequent first; ties by id, or in the order that they had in `before` [V]."""
     if before is None:
         return counts.argsort(descending=True, stable=True)
     return before[counts[before].argsort(descending=True, stable=True)]

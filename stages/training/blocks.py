@@ -1,4 +1,4 @@
-"""What SFT and OPD share: blocks behind anchors, their labels, and the report of a step's loss."""
+"""Blocks after anchors, their labels, what a loss reads, and the report of a step's loss: shared by SFT and OPD."""
 
 from __future__ import annotations
 
@@ -13,80 +13,106 @@ from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Context, Drafter, StepShape
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.replay.sampled import TargetSampler
+from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.batches import Batch
+from draftsmith.stages.training.lm_heads import SoftmaxHeads
 
 
 @dataclass(frozen=True)
 class Anchors:
-    """Where blocks are trained: A anchors a row, rows with fewer padded with copies that have valid = False."""
+    """The anchors of B trajectories, A a row; rows with fewer are padded with copies that have valid = False."""
 
     positions: torch.Tensor  # [B, A] absolute
     valid: torch.Tensor  # bool [B, A]
 
     @property
     def blocks(self) -> int:
+        """Number of valid anchors."""
         return int(self.valid.sum())
-
-    def rows(self, part: slice | list[int]) -> Anchors:
-        """Some rows of the batch."""
-        return Anchors(self.positions[part], self.valid[part])
 
 
 @dataclass(frozen=True)
-class View:
+class DraftingView:
     """A batch as the drafter sees it in one step."""
 
     batch: Batch
     context: Context  # of its trajectories, with gradient
-    # Holds every token of the batch, so what is right can be proposed; under a reduced head a wrong token that it lacks
-    # cannot, and is not seen to be rejected.
+    # Holds every token of the batch, so the right token can always be proposed. A wrong token that a reduced head lacks
+    # cannot be, and its rejection goes unseen.
     head: Head
-    text: TargetSampler | None = None  # where proposals are drawn; left out, they are argmaxes
+    sampler: TargetSampler | None = None  # if proposals are sampled; left out, they are argmaxes
 
 
-class Share(float):
-    """A quotient that remembers what it is of, so that those of several micro-batches become one."""
+@dataclass(frozen=True)
+class DraftedBlocks:
+    """Blocks of K proposals that the drafter drafted after the anchors of a batch."""
 
-    part: float
-    whole: float
+    batch: Batch
+    anchors: Anchors
+    hidden: torch.Tensor  # [B, A, K, H] on the trajectories' own tokens, with gradient
+    # [B, A, K, H] on the drafter's own proposals, where that is not the same (autoregressive drafters)
+    on_proposals: torch.Tensor | None = None
 
-    def __new__(cls, part: float, whole: float) -> Share:
-        share = super().__new__(cls, part / whole if whole else 0.0)
-        share.part, share.whole = float(part), float(whole)
-        return share
 
-    def __reduce__(self) -> tuple[type[Share], tuple[float, float]]:
-        return Share, (self.part, self.whole)
+@dataclass(frozen=True)
+class LossContext:
+    """What a loss reads beside the blocks; the same for all micro-batches of a step."""
+
+    heads: SoftmaxHeads
+    target_head: torch.Tensor  # [V, H] the target's own
+    positions_per_chunk: int  # bounds the memory for logits
+    sampling: SamplingParams = GREEDY  # that tokens and proposals are sampled with; greedy: proposals are argmaxes
+
+    @property
+    def proposal_temperature(self) -> float:
+        """What divides the drafter's logits when it samples proposals."""
+        return 1.0 if self.sampling.greedy else self.sampling.temperature
+
+
+class Ratio(float):
+    """A quotient that remembers its two terms, so that those of several micro-batches can be merged."""
+
+    numerator: float
+    denominator: float
+
+    def __new__(cls, numerator: float, denominator: float) -> Ratio:
+        ratio = super().__new__(cls, numerator / denominator if denominator else 0.0)
+        ratio.numerator, ratio.denominator = float(numerator), float(denominator)
+        return ratio
+
+    def __reduce__(self) -> tuple[type[Ratio], tuple[float, float]]:
+        return Ratio, (self.numerator, self.denominator)
 
     @classmethod
-    def merged(cls, values: Sequence[float]) -> float:
-        """The share of all together; plain numbers are counts and add up."""
-        if isinstance(values[0], Share):
-            shares = [value for value in values if isinstance(value, Share)]
-            return cls(sum(s.part for s in shares), sum(s.whole for s in shares))
+    def merge(cls, values: Sequence[float]) -> float:
+        """Return the ratio of all values together; plain numbers are counts and add up."""
+        if isinstance(values[0], Ratio):
+            ratios = [value for value in values if isinstance(value, Ratio)]
+            return cls(sum(r.numerator for r in ratios), sum(r.denominator for r in ratios))
         return sum(values)
 
 
 @dataclass(frozen=True)
-class Weighted:
-    """A stream's sums: its mean is total / weight."""
+class WeightedMean:
+    """A weighted mean as its two sums, and its factor in the loss."""
 
-    factor: float  # of the mean in the loss
+    factor: float
     total: torch.Tensor  # Σ w · v, with gradient
     weight: torch.Tensor  # Σ w
 
     @classmethod
-    def of(cls, values: torch.Tensor, weights: torch.Tensor, factor: float = 1.0) -> Weighted:
+    def from_values(cls, values: torch.Tensor, weights: torch.Tensor, factor: float = 1.0) -> WeightedMean:
+        """Sum values [N] with weights [N]."""
         return cls(factor, (weights * values).sum(), weights.sum())
 
     @property
     def mean(self) -> torch.Tensor:
-        """0 without any."""
+        """The mean, with gradient; 0 without any value."""
         return self.total / self.weight.clamp(min=1e-9)
 
-    def share(self) -> Share:
-        """The mean, to be merged with those of other micro-batches."""
-        return Share(float(self.total.detach()), float(self.weight))
+    def ratio(self) -> Ratio:
+        """Return the mean without gradient, to be merged with those of other micro-batches."""
+        return Ratio(float(self.total.detach()), float(self.weight))
 
 
 @dataclass
@@ -96,51 +122,52 @@ class LossReport:
     loss: torch.Tensor
     blocks: int  # trained blocks
     positions: int  # block positions with a loss
-    figures: dict[str, float] = field(default_factory=dict)
-    # mining, drafter, head_and_loss: on an accelerator a part may wait for kernels that the one before it queued
+    metrics: dict[str, float] = field(default_factory=dict)
+    # mining, drafter, head_and_loss: on an accelerator one phase may wait for kernels that the one before it queued
     seconds: dict[str, float] = field(default_factory=dict)
     operations: float = 0.0  # of the drafter's matrix products, forward and backward
-    streams: tuple[Weighted, ...] = ()  # that the loss is the sum of the means of
-    alone: bool = True  # a whole step, not one of its micro-batches
-    whole: tuple[float, ...] | None = None  # of a micro-batch with several streams: Σ w of each in the whole step
+    streams: tuple[WeightedMean, ...] = ()  # the loss is the sum of their means
+    is_full_step: bool = True  # not one of several micro-batches
+    step_weights: tuple[float, ...] | None = None  # of a micro-batch with several streams: Σ w of each in the full step
 
 
-def context_of(drafter: Drafter, batch: Batch) -> Context:
-    """What the drafter knows of the batch's trajectories, with gradient."""
+def encode_batch(drafter: Drafter, batch: Batch) -> Context:
+    """Return what the drafter knows of the batch's trajectories, with gradient."""
     return drafter.encode(batch.features, batch.tokens, batch.positions)
 
 
-def block_hidden(drafter: Drafter, context: Context, batch: Batch, anchors: Anchors) -> torch.Tensor:
-    """[B, A, K, H] for the batch's anchors, on the trajectories' own tokens."""
-    return drafter.block_hidden(context, tokens_at(batch, anchors, 0, drafter.block_size - 1), anchors.positions)
+def draft_blocks(drafter: Drafter, context: Context, batch: Batch, anchors: Anchors) -> DraftedBlocks:
+    """Draft a block after every anchor of a batch, on the trajectories' own tokens."""
+    tokens = tokens_at(batch, anchors, 0, drafter.block_size - 1)
+    return DraftedBlocks(batch, anchors, drafter.block_hidden(context, tokens, anchors.positions))
 
 
-def block_hidden_on(
-    drafter: Drafter, context: Context, batch: Batch, anchors: Anchors, proposed: torch.Tensor
+def hidden_on_proposals(
+    drafter: Drafter, context: Context, blocks: DraftedBlocks, proposed: torch.Tensor
 ) -> torch.Tensor:
-    """[B, A, K, H] on the drafter's own proposals [B, A, K]: what it felt when it made them."""
-    before = torch.cat([tokens_at(batch, anchors, 0, 1), proposed[..., :-1]], -1)
-    return drafter.block_hidden(context, before, anchors.positions)
+    """Return the hidden states [B, A, K, H] on the drafter's own proposals [B, A, K], as when it proposed them."""
+    before = torch.cat([tokens_at(blocks.batch, blocks.anchors, 0, 1), proposed[..., :-1]], -1)
+    return drafter.block_hidden(context, before, blocks.anchors.positions)
 
 
-def labels_of(batch: Batch, anchors: Anchors, K: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Committed token at each offset 1 … K [B, A, K], and whether the trajectory reaches that far."""
+def block_labels(batch: Batch, anchors: Anchors, K: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the committed token at each offset 1 … K [B, A, K], and whether the trajectory reaches that far."""
     at = anchors.positions[..., None] + torch.arange(1, K + 1, device=anchors.positions.device)
     lengths = torch.tensor([len(t.tokens) for t in batch.trajectories], device=at.device)
     return tokens_at(batch, anchors, 1, K), (at < lengths[:, None, None]) & anchors.valid[..., None]
 
 
 def tokens_at(batch: Batch, anchors: Anchors, first: int, count: int) -> torch.Tensor:
-    """[B, A, count] of the offsets first, first + 1, …; the row's last token beyond its end."""
+    """Return the tokens [B, A, count] at the offsets first, first + 1, …; beyond a row's end its last token."""
     offsets = torch.arange(first, first + count, device=anchors.positions.device)
     at = (anchors.positions[..., None] + offsets).clamp(max=batch.tokens.shape[1] - 1)
     return batch.tokens.gather(1, at.flatten(1)).view_as(at)
 
 
-def operations_of(
+def count_operations(
     drafter: Drafter, batch: Batch, anchors: Anchors, positions: int, head: Head, *, prefixes: int = 1
 ) -> float:
-    """Of one step that trains `positions` block positions behind these anchors, with softmaxes over `head`."""
+    """Count the operations of a step that trains `positions` block positions, with softmaxes over `head`."""
     rows, width = batch.tokens.shape
     return drafter.training_operations(
         StepShape(rows, width, anchors.positions, positions, head.weight.shape[0], prefixes)
@@ -148,40 +175,43 @@ def operations_of(
 
 
 def position_anchors(
-    trajectories: Sequence[Trajectory], per_sequence: int, rng: np.random.Generator, device: torch.device
+    trajectories: Sequence[Trajectory], per_sequence: int, phases: np.ndarray, device: torch.device
 ) -> Anchors:
-    """`per_sequence` positions of each response, different ones where it is long enough."""
-    return pad_anchors(drawn_positions(trajectories, per_sequence, rng.random(len(trajectories))), device)
+    """Return `per_sequence` positions of each answer as anchors, spread evenly at its phase in [0, 1) of `phases` [B].
+
+    Positions differ where the answer is long enough.
+    """
+    return pad_anchors(sample_positions(trajectories, per_sequence, phases), device)
 
 
-def drawn_positions(trajectories: Sequence[Trajectory], per_sequence: int, phases: np.ndarray) -> list[np.ndarray]:
-    """The same as [per_sequence] of each, at its phase in [0, 1) of `phases` [B].
+def sample_positions(trajectories: Sequence[Trajectory], per_sequence: int, phases: np.ndarray) -> list[np.ndarray]:
+    """Return the positions of `position_anchors`, [per_sequence] of each answer.
 
-    Raises DraftsmithError for a response without a position that has a token behind it.
+    Raises DraftsmithError for an answer without a position that has a following token.
     """
     for t in trajectories:
         if t.last_anchor < t.first_anchor:
-            raise DraftsmithError(f"trajectory {t.trajectory_id}: an answer of one token trains nothing: leave it out")
+            raise DraftsmithError(f"trajectory {t.trajectory_id}: the answer has one token. Leave it out.")
     return [
-        evenly(np.arange(t.first_anchor, t.last_anchor + 1), per_sequence, phase)
+        systematic_sample(np.arange(t.first_anchor, t.last_anchor + 1), per_sequence, phase)
         for t, phase in zip(trajectories, phases, strict=True)
     ]
 
 
-def evenly(candidates: np.ndarray, count: int, phase: float) -> np.ndarray:
-    """`count` of the candidates [N], in order: one of every N/count neighbours, all at one phase in [0, 1).
+def systematic_sample(candidates: np.ndarray, count: int, phase: float) -> np.ndarray:
+    """Return `count` of the candidates [N], in order: one of every N/count neighbours, all at one phase in [0, 1).
 
-    Systematic sampling: at a random phase each is as probable as if it were drawn alone, but the blocks behind them
-    overlap little, and a step sees the whole response. One is drawn again only where there are fewer, so that every
-    step of training has the same number of blocks whatever its anchors are.
+    At a random phase each candidate is as probable as in independent sampling, but the blocks overlap little, and a
+    step sees the whole answer. A candidate is taken twice only if there are fewer than `count`, so that every step of a
+    training has the same number of blocks whatever its anchors are.
     """
-    places = ((np.arange(count) + phase) * len(candidates) / count).astype(np.int64)
-    return candidates[np.minimum(places, len(candidates) - 1)]  # rounding
+    indices = ((np.arange(count) + phase) * len(candidates) / count).astype(np.int64)
+    return candidates[np.minimum(indices, len(candidates) - 1)]  # rounding may reach N
 
 
-def pad_anchors(chosen: Sequence[np.ndarray], device: torch.device) -> Anchors:
-    """Positions of each row, padded with copies of the last one that are not valid."""
-    A = max(len(row) for row in chosen)
-    positions = np.stack([np.pad(row, (0, A - len(row)), mode="edge") for row in chosen])
-    valid = np.stack([np.arange(A) < len(row) for row in chosen])
+def pad_anchors(rows: Sequence[np.ndarray], device: torch.device) -> Anchors:
+    """Return the positions of each row as anchors, padded with copies of the last one that are not valid."""
+    A = max(len(row) for row in rows)
+    positions = np.stack([np.pad(row, (0, A - len(row)), mode="edge") for row in rows])
+    valid = np.stack([np.arange(A) < len(row) for row in rows])
     return Anchors(torch.from_numpy(positions).to(device), torch.from_numpy(valid).to(device))

@@ -1,47 +1,55 @@
-"""Memory of a training step, and how many of its tokens go through the drafter at once."""
+"""Estimates the memory of a training step, and how many of its answers fit into one micro-batch."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
-from draftsmith.artifacts.host import memory_bytes
 from draftsmith.stages.drafters import activations
 from draftsmith.stages.drafters.registry import KINDS
 from draftsmith.stages.replay.options import POSITIONS_PER_CHUNK, TREE_TOKENS
-from draftsmith.stages.target.estimate import DTYPE_BYTES, PROCESS, AnswerCounts, ModelSize, Sizes, Use
+from draftsmith.stages.target.estimate import DTYPE_BYTES, PROCESS, Sizes, Use
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
 
-if TYPE_CHECKING:
-    from draftsmith.stages.drafters.base import Drafter
-    from draftsmith.stages.target.causal_lm import Target
-
 USABLE = 0.85  # of a device's memory: the rest is for what the allocator leaves unused
-# copies of a chunk's float32 logits that a loss needs at once; of a named one as many as the greediest of the lab's
+# Copies of a chunk's float32 logits that a loss needs at once; a named loss, as many as the greediest of the lab's.
 _COPIES = {"cross_entropy": 5, "bernoulli_kl": 5, "forward_kl": 7, "ce_l1": 5}
 _COPIES_OF_NAMED = 6
-# the rest comes and goes
-_ALWAYS = ("process", "target", "drafter with AdamW", "features", "next batch", "head", "logits")
 
 
 def training_memory(config: TrainingConfig, use: Use, *, mines: bool = False, scores: bool = False) -> dict[str, float]:
-    """Return the bytes by part, at the moment when the forward of a micro-batch has ended and the gradient of others is
-    there already.
+    """Return the bytes by purpose, when the forward of a micro-batch has ended and the gradient of others is there.
 
-    Of several processes each needs this, with B the answers of a step that it trains.
+    Of several processes each needs this, with B the answers of a step that it trains. Beside `fixed_memory`:
 
-    P · s, the layers of which are divided by the processes that share a target; and 16 · P_d: float32 weights,
-    gradients and the two moments of AdamW (8 of them, which may be split over the processes); under autocast a copy,
-    2 · P_d.
-    Features kept: feature_memory_mb at most, and none where it does not hold those of all answers; of the step's batch:
-    B · T · (K + 1) · H · s, twice while they are made of what the target's forwards gave; on a GPU also those of the
-    next batch, which is read meanwhile unless the target is shared.
     Activations: what the drafter keeps of the tokens of a micro-batch, trajectories and blocks
     (`stages/drafters/activations.py`), and of each position with a loss its state and its gradient.
-    Logits: 5 to 7 · positions_per_chunk · V · 4; of a head with weights of the drafter's more of these, as its
-    architecture says (`kept.py` too).
-    mines: traces again while training, the logits of mining. scores: the target judges rejected proposals, the read of
-    mining. Either is done before the graph of a micro-batch is made.
+    mines: the logits of mining, as traces are mined again while training. scores: the forward of mining, as the target
+    scores rejected proposals. Both come before the graph of a micro-batch.
+    """
+    sizes, longest, B = use.sizes, use.longest, rows_of_process(config)
+    fixed = fixed_memory(config, use)
+    rows = min(B, rows_at_once(config, sizes, longest, sum(fixed.values())))
+    graph = {"activations": rows * row_bytes(config, sizes, longest)}
+    mining = {"mining again": scoring_logits(sizes)} if mines else {}
+    if scores:
+        tokens_read = min(max(config.tokens_per_target_forward, longest), B * longest)
+        mining |= cached_read(tokens_read, longest, sizes)
+    if rows == B:  # a step that is one batch verifies its blocks while their graph is there
+        return fixed | graph | mining
+    return fixed | max(graph, mining, key=lambda parts: sum(parts.values()))
+
+
+def fixed_memory(config: TrainingConfig, use: Use) -> dict[str, float]:
+    """Return the bytes by purpose that do not depend on the size of micro-batches.
+
+    Target: P · s, the layers of which are divided by the processes that share a target.
+    Drafter: 16 · P_d for float32 weights, gradients and the two moments of AdamW (8 of the 16, which may be split over
+    the processes); under autocast a copy, 2 · P_d.
+    Features: feature_memory_mb at most, and none if it does not hold those of all answers; of the step's batch
+    B · T · (K + 1) · H · s, twice while the target's forwards are copied into it; on a GPU also those of the next
+    batch, which is read meanwhile unless the target is shared.
+    Logits: 5 to 7 · positions_per_chunk · V · 4; more if the head has weights of the drafter, as its architecture says
+    (`activations.by_own_logits`).
     """
     sizes, longest = use.sizes, use.longest
     drafter, B = sizes.drafter, rows_of_process(config)
@@ -65,16 +73,7 @@ def training_memory(config: TrainingConfig, use: Use, *, mines: bool = False, sc
     }
     if sizes.accelerated and not features and config.parallel.target_parallel == 1:
         fixed["next batch"] = float(B * longest * sizes.feature_bytes)
-    of_row = row_bytes(config, sizes, longest)
-    at_once = min(B, rows_at_once(config, sizes, longest, sum(fixed.values())))
-    graph = {"activations": at_once * of_row}
-    drawing = {"mining again": scoring_logits(sizes)} if mines else {}
-    if scores:
-        tokens_read = min(max(config.tokens_per_target_forward, longest), B * longest)
-        drawing |= cached_read(tokens_read, longest, sizes)
-    if at_once == B:  # a step that is one batch judges its blocks while their graph is there
-        return fixed | graph | drawing
-    return fixed | max(graph, drawing, key=lambda parts: sum(parts.values()))
+    return fixed
 
 
 def cached_read(tokens: int, longest: int, sizes: Sizes, tree_tokens: int = TREE_TOKENS) -> dict[str, float]:
@@ -104,7 +103,7 @@ def _logits(config: TrainingConfig, sizes: Sizes, rows_of_head: int) -> float:
 
 
 def _loss(config: TrainingConfig, kind: str) -> str:
-    """Of the response, behind a frozen head; where it is decided by the answers, the one that needs more."""
+    """Return the name of the response's loss; if the answers decide it, that of the loss which needs more memory."""
     if isinstance(config, SftConfig):
         return KINDS[kind].recipe.loss_on(sampled=True) if config.loss == "auto" else config.loss
     assert isinstance(config, OpdConfig)
@@ -114,7 +113,7 @@ def _loss(config: TrainingConfig, kind: str) -> str:
 
 
 def row_bytes(config: TrainingConfig, sizes: Sizes, longest: int) -> float:
-    """What the drafter keeps for backward of one trajectory with its blocks."""
+    """Return the bytes that the drafter keeps for backward of one trajectory with its blocks."""
     a, K, A = DTYPE_BYTES[config.compute_dtype], sizes.block_size - 1, config.anchors_per_sequence
     of_blocks = A * activations.by_block(sizes.kind, sizes.drafter, sizes.block_size, a)
     of_context = longest * activations.by_context_token(sizes.kind, sizes.drafter, a)
@@ -123,12 +122,12 @@ def row_bytes(config: TrainingConfig, sizes: Sizes, longest: int) -> float:
 
 
 def rows_of_process(config: TrainingConfig) -> int:
-    """Answers of a step that one process trains, at most."""
+    """Return the most answers of a step that one process trains."""
     return math.ceil(config.sequences_per_step / config.parallel.world)
 
 
 def rows_at_once(config: TrainingConfig, sizes: Sizes, longest: int, fixed: float) -> int:
-    """Rows of a micro-batch: as the config says, or as many as fit beside `fixed` bytes; at least one."""
+    """Return the rows of a micro-batch: as the config says, or as many as fit beside `fixed` bytes; at least one."""
     if config.micro_batch_tokens is not None:
         return max(1, config.micro_batch_tokens // row_tokens(config, sizes, longest))
     memory = sizes.device_memory / (1 if sizes.accelerated else config.parallel.processes)
@@ -137,48 +136,5 @@ def rows_at_once(config: TrainingConfig, sizes: Sizes, longest: int, fixed: floa
 
 
 def row_tokens(config: TrainingConfig, sizes: Sizes, longest: int) -> int:
-    """Of one trajectory with its blocks."""
+    """Return the tokens of one trajectory with its blocks."""
     return longest + config.anchors_per_sequence * sizes.block_size
-
-
-def micro_batch_tokens(config: TrainingConfig, target: Target, drafter: Drafter, longest: int) -> int:
-    """Tokens of trajectories and blocks that go through the drafter at once on the target's device.
-
-    longest: trajectory. What the config says, or what fits by the estimate; no more than a process trains in a step.
-    """
-    whole = rows_of_process(config) * (longest + config.anchors_per_sequence * drafter.block_size)
-    if config.micro_batch_tokens is not None:
-        return min(config.micro_batch_tokens, whole)
-    sizes = loaded_sizes(target, drafter, longest)
-    memory = training_memory(config, Use(sizes, answers=AnswerCounts(longest)), mines=True, scores=True)
-    fixed = sum(size for part, size in memory.items() if part in _ALWAYS)
-    return rows_at_once(config, sizes, longest, fixed) * row_tokens(config, sizes, longest)
-
-
-def loaded_sizes(target: Target, drafter: Drafter, longest: int) -> Sizes:
-    """Of models that are there, on the target's device. longest: trajectory."""
-    from draftsmith.stages.target.loading import divided_parameters
-
-    return Sizes(
-        ModelSize.from_config(
-            target.config, sum(p.numel() for p in target.model.parameters()), divided_parameters(target.model)
-        ),
-        ModelSize.from_config(drafter.config, sum(p.numel() for p in drafter.parameters())),
-        features=len(drafter.target_layer_ids),
-        block_size=drafter.block_size,
-        itemsize=target.dtype.itemsize,
-        longest_prompt=longest,
-        positions=longest,
-        kind=drafter.kind,
-        device_memory=_device_memory(target),
-        accelerated=target.device.type == "cuda",
-    )
-
-
-def _device_memory(target: Target) -> float:
-    if target.device.type == "cuda":
-        import torch
-
-        free, _ = torch.cuda.mem_get_info(target.device)  # a server may have the rest
-        return float(free + torch.cuda.memory_reserved(target.device))
-    return memory_bytes()

@@ -1,8 +1,8 @@
 """The heads that training computes its softmax over: the same tokens for drafter and target.
 
 A drafter with a head of its own is trained over its draft vocabulary. One that borrows the target's is trained over all
-tokens, or over a sample that holds what matters: the most frequent tokens, every token of the step's trajectories, and
-fresh random others, so that no token escapes being pushed down: it also serves with the full head.
+tokens, or over a sample that holds what matters: the most frequent tokens, every token of the step's answers, and fresh
+random others, so that the drafter learns to give every token little probability: it also serves with the full head.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from draftsmith.stages.training.config import TrainingConfig
 
 
 @dataclass(frozen=True)
-class Heads:
+class SoftmaxHeads:
     """Two heads over the same tokens, in the same order."""
 
     drafter: Head
     target: Head
-    trained: bool  # is the drafter's a part of it, so that it needs a gradient?
-    chooser: Drafter | None = None  # the drafter, where it chooses among the head's candidates (`Drafter.has_selector`)
-    confidence: Callable[[torch.Tensor], torch.Tensor] | None = None  # `Drafter.confidence`, where there is one
+    trained: bool  # whether the drafter's head belongs to its weights, so that it needs a gradient
+    selector: Drafter | None = None  # the drafter, if it selects among the head's candidates (`Drafter.has_selector`)
+    confidence: Callable[[torch.Tensor], torch.Tensor] | None = None  # `Drafter.confidence`, if it has one
 
 
 class HeadSource:
@@ -39,21 +39,21 @@ class HeadSource:
         self._target_over_own = Head.over(target_head, own.token_ids, drafter.logit_map) if own else None
 
     @property
-    def sampled(self) -> bool:
-        """Whether a step's head holds what is needed, and little else."""
+    def is_reduced(self) -> bool:
+        """Whether a step's head holds a sample of the tokens only."""
         return self._target_over_own is None and self.config.head_tokens is not None
 
-    def draw(self, rng: np.random.Generator, needed: Sequence[torch.Tensor]) -> Heads:
-        """needed: token ids that must be in a sampled head, any shape."""
+    def sample(self, rng: np.random.Generator, needed: Sequence[torch.Tensor]) -> SoftmaxHeads:
+        """Return the heads of one step. needed: token ids that a reduced head must hold, any shape."""
         if self._target_over_own is not None:
-            return Heads(self.drafter.head_over(self.target_head, None), self._target_over_own, trained=True)
+            return SoftmaxHeads(self.drafter.head_over(self.target_head, None), self._target_over_own, trained=True)
         whole = Head(self.target_head, logit_map=self.drafter.logit_map)
         head = sampled_head(whole, self.drafter.frequent_tokens, self.config, rng, needed)
         if self.drafter.corrects_head:
             corrected = self.drafter.head_over(self.target_head, head.token_ids)
             confidence = self.drafter.confidence if self.drafter.has_confidence else None
-            return Heads(corrected, head, trained=True, confidence=confidence)
-        return Heads(head, head, trained=False, chooser=self.drafter if self.drafter.has_selector else None)
+            return SoftmaxHeads(corrected, head, trained=True, confidence=confidence)
+        return SoftmaxHeads(head, head, trained=False, selector=self.drafter if self.drafter.has_selector else None)
 
 
 def sampled_head(
@@ -63,7 +63,10 @@ def sampled_head(
     rng: np.random.Generator,
     needed: Sequence[torch.Tensor],
 ) -> Head:
-    """whole: the target's; frequent_tokens: [V] ids by frequency; needed: ids that must be in it, any shape."""
+    """Return the target's head over a sample of its tokens, or the whole head if the config asks for no sample.
+
+    whole: the target's head. frequent_tokens: [V] ids by frequency. needed: ids that must be in it, any shape.
+    """
     weight = whole.weight
     vocab = weight.shape[0]
     if config.head_tokens is None or frequent_tokens is None or config.head_tokens >= vocab:

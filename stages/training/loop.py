@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
@@ -17,71 +16,27 @@ from draftsmith.stages.runtime.checkpoint import load_checkpoint, save_checkpoin
 from draftsmith.stages.runtime.memory import out_of_memory, release_memory
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
 from draftsmith.stages.runtime.stage import StageContext
-from draftsmith.stages.training.blocks import LossReport, Share
+from draftsmith.stages.training.blocks import LossReport, Ratio
 from draftsmith.stages.training.config import OptimiserConfig
+from draftsmith.stages.training.micro_batches import MicroBatches
+
+StateDict: TypeAlias = dict[str, Any]  # tensors and plain values, as torch's modules and optimisers have it
+
+
+class Resumable(Protocol):
+    """What a training remembers between steps besides weights."""
+
+    def state_dict(self) -> StateDict: ...
+
+    def load_state_dict(self, state: StateDict) -> None: ...
 
 
 def cosine(step: int, config: OptimiserConfig) -> float:
-    """Factor of the learning rate at `step` (0-based): linear warm-up, then cosine to zero."""
+    """Return the factor of the learning rate at `step` (0-based): linear warm-up, then cosine to zero."""
     warmup = max(1, round(config.steps * config.warmup_fraction))
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
-
-
-_FITTING = "micro_batch_tokens"  # file in `work`
-
-
-class Resumable(Protocol):
-    """What a training remembers between steps besides weights: tensors and plain values under string keys."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class MicroBatches:
-    """The parts of a step, of as many tokens as the memory has held so far."""
-
-    def __init__(
-        self,
-        make: Callable[[int, int], Iterable[LossReport]],
-        limit: int,
-        least: int,
-        log: Callable[[str], None],
-        work: Path,
-    ):
-        """make: of a step and a limit, its parts of at most so many tokens, or of one row. limit: to begin with, no
-        more than a whole step has. least: tokens of any row are more. work: of the stage, where an attempt that ended
-        for want of memory left what fits."""
-        self._make, self._least, self._log, self._noted = make, least, log, work / _FITTING
-        self.limit = limit
-        noted = self._noted.read_text("utf-8", "replace") if self._noted.exists() else ""
-        if noted.isdecimal() and 0 < (fitting := int(noted)) < limit:  # what is damaged is found out once more
-            log(f"micro-batches of {fitting} tokens: an attempt before had no memory for those of {2 * fitting}")
-            self.limit = fitting
-
-    def __call__(self, step: int) -> Iterable[LossReport]:
-        return self._make(step, self.limit)
-
-    def halve(self) -> bool:
-        """Smaller parts from here on. False: every part is one row already."""
-        if self.limit <= self._least:
-            return False
-        self._log(f"out of memory with micro-batches of {self.limit} tokens: once more with {self.limit // 2}")
-        self.limit //= 2
-        return True
-
-    def halve_for_all(self, ranks: Ranks) -> None:
-        """End the training of several ranks, which cannot know that one begins its step anew, so that another attempt
-        goes on in smaller parts. Returns if every part is one row already. Raises RetryableError."""
-        if self.limit <= self._least:
-            return
-        self._noted.write_text(str(self.limit // 2), "utf-8")
-        raise RetryableError(
-            f"rank {ranks.rank} of {ranks.world}: out of memory with micro-batches of {self.limit} tokens: the same "
-            f"command continues from the checkpoint with {self.limit // 2}"
-        )
 
 
 def train(
@@ -92,31 +47,33 @@ def train(
     memory: Resumable | None = None,
     ranks: Ranks = ALONE,
 ) -> dict[str, float]:
-    """Run or continue `config.steps` steps on float32 weights in place. Returns additive totals.
+    """Run or continue `config.steps` steps on float32 weights in place. Return additive totals.
 
-    `micro_batches(step)` are the parts of a step, each with its graph, made one after the other. They must depend on
-    nothing but the step, the weights and `memory`, which only they may change. Of several ranks each has its own parts,
-    and all have the same weights and memory after a step; the first rank's checkpoint is that of all, and of any
-    number of ranks. A step of `MicroBatches` that the memory does not hold is made again in parts of half the size: at
-    once by a process that trains alone, by the next attempt of several ranks.
-    Checkpoints, the memory in them, go to `ctx.work`. Raises DraftsmithError if the loss or its gradient is not finite,
-    RetryableError where the next attempt needs less memory.
+    `micro_batches(step)` yields the micro-batches of a step, each with its graph. They must depend on nothing but the
+    step, the weights and `memory`, which only they may change. Each of several ranks has other micro-batches; all have
+    the same weights and memory after a step. The first rank's checkpoint, in `ctx.work`, serves all ranks, and any
+    number of them. If a step of `MicroBatches` does not fit into memory, it is repeated in micro-batches of half the
+    size: immediately in a process that trains alone, in the next attempt with several ranks.
+
+    Raises DraftsmithError if the loss or its gradient is not finite, RetryableError if the next attempt needs less
+    memory.
     """
-    optimiser = make_optimiser(drafter.parameters(), config, ranks)
-    first, totals = _restore(ctx, drafter, optimiser, memory, ranks)
+    state = _TrainingState(drafter, make_optimiser(drafter.parameters(), config, ranks), memory)
+    optimiser, totals = state.optimiser, state.totals
+    first = state.restore(ctx, ranks)
     if first:
         ctx.log(f"continuing from the checkpoint at step {first} of {config.steps}")
     ctx.rewind_metrics(first)  # an attempt that was killed wrote beyond its checkpoint, or never reached one
     drafter.train()
     device_type = next(drafter.parameters()).device.type
-    kept = time.monotonic()
+    saved = time.monotonic()
     for step in range(first, config.steps):
         started = time.perf_counter()
         for group in optimiser.param_groups:
             group["lr"] = config.learning_rate * cosine(step, config)
         while True:
             try:
-                accumulation, backward_s = _accumulated(micro_batches, step, device_type, config)
+                accumulation, backward_s = _accumulate(micro_batches, step, device_type, config)
                 break
             except Exception as error:
                 if not (isinstance(micro_batches, MicroBatches) and out_of_memory(error)):
@@ -125,13 +82,13 @@ def train(
                     micro_batches.halve_for_all(ranks)
                 if ranks.world > 1 or not micro_batches.halve():
                     raise
-            optimiser.zero_grad(set_to_none=True)  # what the parts before it gave
-            release_memory()  # not above: the error's frames hold what is to be given back
+            optimiser.zero_grad(set_to_none=True)  # the gradient of micro-batches before the failed one
+            release_memory()  # outside `except`: the error's frames hold the memory that is to be freed
         before_update = time.perf_counter()
         report = accumulation.finish(drafter.parameters(), ranks)
         loss = float(report.loss)
         norm = float(torch.nn.utils.clip_grad_norm_(drafter.parameters(), config.clip_norm))
-        _must_be_finite("gradient's norm", norm, step)  # before it reaches weights and checkpoint
+        _check_finite("gradient's norm", norm, step)  # before it reaches weights and checkpoint
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         done = time.perf_counter()
@@ -140,41 +97,41 @@ def train(
         _add(totals, **{f"{name}_s": value for name, value in report.seconds.items()})
         _add(totals, backward_and_update_s=backward_s + done - before_update)
         ctx.metrics(
-            step, loss=loss, grad_norm=norm, learning_rate=optimiser.param_groups[0]["lr"], **report.figures,
+            step, loss=loss, grad_norm=norm, learning_rate=optimiser.param_groups[0]["lr"], **report.metrics,
             trained_positions=totals["positions"],
         )  # fmt: skip
         ctx.progress(step + 1, config.steps, "steps", loss=loss)
-        due = (step + 1) % config.checkpoint_every == 0 or time.monotonic() - kept >= 60 * config.checkpoint_minutes
+        due = (step + 1) % config.checkpoint_every == 0 or time.monotonic() - saved >= 60 * config.checkpoint_minutes
         dues, stops = zip(*ranks.gather((due, ctx.interrupted)), strict=True)  # clocks differ, and so do signals
         if any(dues) or any(stops) or step + 1 == config.steps:
-            _save(ctx, step + 1, totals, drafter, optimiser, memory, ranks)
-            kept = time.monotonic()
+            state.save(ctx, step + 1, ranks)
+            saved = time.monotonic()
             if any(stops):  # all end, or none
                 ctx.check_interrupted()
-                raise StageInterrupted("another process of the training was asked to stop")
+                raise StageInterrupted("another process of the training was asked to stop. Run the same command again.")
     drafter.eval()
     return totals
 
 
-def _accumulated(
+def _accumulate(
     micro_batches: Callable[[int], Iterable[LossReport]], step: int, device_type: str, config: OptimiserConfig
 ) -> tuple[Accumulation, float]:
-    """The gradient of a step's parts, and the seconds of their backward passes."""
-    accumulation, parts, backward_s = Accumulation(), iter(micro_batches(step)), 0.0
+    """Accumulate the gradient of a step's micro-batches. Return it with the seconds of their backward passes."""
+    accumulation, reports, backward_s = Accumulation(), iter(micro_batches(step)), 0.0
     while True:
         with torch.autocast(device_type, torch.bfloat16, enabled=config.compute_dtype == "bfloat16"):
-            part = next(parts, None)
-        if part is None:
+            report = next(reports, None)
+        if report is None:
             return accumulation, backward_s
         before_backward = time.perf_counter()
-        _must_be_finite("loss", float(part.loss.detach()), step)
-        accumulation.add(part)
+        _check_finite("loss", float(report.loss.detach()), step)
+        accumulation.add(report)
         backward_s += time.perf_counter() - before_backward
 
 
-def _must_be_finite(what: str, value: float, step: int) -> None:
+def _check_finite(name: str, value: float, step: int) -> None:
     if not math.isfinite(value):
-        raise DraftsmithError(f"training: the {what} is {value} at step {step}; lower learning_rate, then run again")
+        raise DraftsmithError(f"training: the {name} is {value} at step {step}. Lower learning_rate, then run again.")
 
 
 def _add(totals: dict[str, float], **values: float) -> None:
@@ -182,69 +139,69 @@ def _add(totals: dict[str, float], **values: float) -> None:
         totals[name] = totals.get(name, 0.0) + value
 
 
-def _save(
-    ctx: StageContext,
-    step: int,
-    totals: dict[str, float],
-    drafter: Drafter,
-    optimiser: torch.optim.Optimizer,
-    memory: Resumable | None,
-    ranks: Ranks,
-) -> None:
-    """Of the first rank; all are here when it is there."""
-    moments = whole_state(optimiser, ranks)
-    if ranks.is_main:
-        state = {"totals": totals, "drafter": drafter.state_dict(), "optimiser": moments}
-        if memory is not None:
-            state["memory"] = memory.state_dict()
-        save_checkpoint(ctx.work, step, state)
-    ranks.barrier()
+@dataclass
+class _TrainingState:
+    """What a checkpoint holds: enough to continue as if nothing had happened."""
 
+    drafter: Drafter
+    optimiser: torch.optim.Optimizer
+    memory: Resumable | None
+    totals: dict[str, float] = field(default_factory=dict)
 
-def _restore(
-    ctx: StageContext,
-    drafter: Drafter,
-    optimiser: torch.optim.Optimizer,
-    memory: Resumable | None,
-    ranks: Ranks,
-) -> tuple[int, dict[str, float]]:
-    """The step to go on with, and the totals so far. The checkpoint may be of another kind or number of devices.
+    def save(self, ctx: StageContext, step: int, ranks: Ranks) -> None:
+        """Save on the first rank, then wait for all ranks."""
+        moments = whole_state(self.optimiser, ranks)
+        if ranks.is_main:
+            state = {"totals": self.totals, "drafter": self.drafter.state_dict(), "optimiser": moments}
+            if self.memory is not None:
+                state["memory"] = self.memory.state_dict()
+            save_checkpoint(ctx.work, step, state)
+        ranks.barrier()
 
-    Raises RetryableError if ranks see others: the disk of a node may lag behind.
-    """
-    found = load_checkpoint(ctx.work, ctx.log) if ranks.is_main else None
-    ranks.barrier()  # what is damaged has been set aside
-    if not ranks.is_main:
-        found = load_checkpoint(ctx.work, ctx.log)
-    seen = ranks.gather(0 if found is None else found[0])
-    if len(set(seen)) > 1:
-        raise RetryableError(
-            f"{ctx.work}: ranks see checkpoints of the steps {sorted(set(seen))}: all nodes must see the same files"
-        )
-    if found is None:
-        ranks.broadcast_weights(drafter.parameters())
-        return 0, {}
-    step, state = found
-    drafter.load_state_dict(state["drafter"])
-    restore(optimiser, state["optimiser"])
-    if memory is not None:
-        memory.load_state_dict(state["memory"])
-    return step, state["totals"]
+    def restore(self, ctx: StageContext, ranks: Ranks) -> int:
+        """Load the newest checkpoint, which may come from other devices, or another number of them.
+
+        Returns the step to continue with; without a checkpoint all ranks take the first one's weights. Raises
+        RetryableError if ranks see different checkpoints: the disk of a node may lag.
+        """
+        found = load_checkpoint(ctx.work, ctx.log) if ranks.is_main else None
+        ranks.barrier()  # the first rank has quarantined damaged files
+        if not ranks.is_main:
+            found = load_checkpoint(ctx.work, ctx.log)
+        steps = ranks.gather(0 if found is None else found[0])
+        if len(set(steps)) > 1:
+            raise RetryableError(
+                f"{ctx.work}: ranks see checkpoints of different steps {sorted(set(steps))}. Mount the same folder on "
+                "all nodes."
+            )
+        if found is None:
+            ranks.broadcast_weights(self.drafter.parameters())
+            return 0
+        step, state = found
+        self.drafter.load_state_dict(state["drafter"])
+        restore(self.optimiser, state["optimiser"])
+        if self.memory is not None:
+            self.memory.load_state_dict(state["memory"])
+        self.totals.update(state["totals"])
+        return step
 
 
 class Accumulation:
-    """Micro-batches of one step, each added when its loss is there, so that one graph is held at a time."""
+    """The gradient of a step, micro-batch by micro-batch, so that one graph is in memory at a time."""
 
     def __init__(self) -> None:
         self._reports: list[LossReport] = []
 
     def add(self, report: LossReport) -> None:
-        """Add the gradient of a micro-batch. Of a single stream it is that of the sum, which `finish` divides: its
-        weight in the whole step is not known before; several streams must bring theirs (`LossReport.whole`)."""
-        if report.alone:
+        """Add the gradient of a micro-batch.
+
+        With a single stream it is the gradient of the sum, which `finish` divides, since the weight of the full step is
+        not known before. Several streams must bring their weights (`LossReport.step_weights`).
+        """
+        if report.is_full_step:
             report.loss.backward()
-        elif report.whole is not None:
-            parts = zip(report.streams, report.whole, strict=True)
+        elif report.step_weights is not None:
+            parts = zip(report.streams, report.step_weights, strict=True)
             torch.stack([s.factor / max(w, 1e-9) * s.total for s, w in parts]).sum().backward()
         else:
             (stream,) = report.streams
@@ -253,51 +210,51 @@ class Accumulation:
         self._reports.append(report)
 
     def finish(self, parameters: Iterable[torch.nn.Parameter], ranks: Ranks = ALONE) -> LossReport:
-        """The report of the step, whose gradient is that of its loss. Seconds are this rank's own."""
-        if self._reports[0].alone:
+        """Return the report of the step; the parameters' gradient becomes that of its loss. Seconds are this rank's."""
+        if self._reports[0].is_full_step:
             return self._reports[0]
         trained = list(parameters)
-        mine = [_Sums.of(report) for report in self._reports]
-        sums = [each for of_rank in ranks.gather(mine) for each in of_rank]
+        own = [_Sums.from_report(report) for report in self._reports]
+        sums = [s for of_rank in ranks.gather(own) for s in of_rank]
         ranks.sum_gradients(trained)
         factors = [stream.factor for stream in self._reports[0].streams]
-        means = [Share.merged(shares) for shares in zip(*(each.streams for each in sums), strict=True)]
-        if self._reports[0].whole is None:
-            weight = max(sum(each.streams[0].whole for each in sums), 1e-9)
+        means = [Ratio.merge(ratios) for ratios in zip(*(s.streams for s in sums), strict=True)]
+        if self._reports[0].step_weights is None:
+            weight = max(sum(s.streams[0].denominator for s in sums), 1e-9)
             for parameter in trained:
                 if parameter.grad is not None:
                     parameter.grad.div_(weight)
-        figures = dict.fromkeys(name for each in sums for name in each.figures)  # a part may lack one
+        names = dict.fromkeys(name for s in sums for name in s.metrics)  # a micro-batch may lack one
         return LossReport(
             torch.tensor(sum(factor * mean for factor, mean in zip(factors, means, strict=True))),
-            sum(each.blocks for each in sums),
-            sum(each.positions for each in sums),
-            {name: Share.merged([each.figures[name] for each in sums if name in each.figures]) for name in figures},
+            sum(s.blocks for s in sums),
+            sum(s.positions for s in sums),
+            {name: Ratio.merge([s.metrics[name] for s in sums if name in s.metrics]) for name in names},
             {name: sum(report.seconds[name] for report in self._reports) for name in self._reports[0].seconds},
-            sum(each.operations for each in sums),
+            sum(s.operations for s in sums),
         )
 
 
 @dataclass(frozen=True)
 class _Sums:
-    """Of a micro-batch what the step's report needs, in plain numbers that other ranks can read."""
+    """What a step's report needs of a micro-batch, in plain numbers that are sent to other ranks."""
 
-    streams: tuple[Share, ...]
+    streams: tuple[Ratio, ...]
     blocks: int
     positions: int
-    figures: dict[str, float]
+    metrics: dict[str, float]
     operations: float
 
     @classmethod
-    def of(cls, report: LossReport) -> _Sums:
-        streams = tuple(stream.share() for stream in report.streams)
-        return cls(streams, report.blocks, report.positions, report.figures, report.operations)
+    def from_report(cls, report: LossReport) -> _Sums:
+        streams = tuple(stream.ratio() for stream in report.streams)
+        return cls(streams, report.blocks, report.positions, report.metrics, report.operations)
 
 
 def make_optimiser(
     parameters: Iterable[torch.nn.Parameter], config: OptimiserConfig, ranks: Ranks = ALONE
 ) -> torch.optim.Optimizer:
-    """Split if the config says so: every rank then moves its part of the weights and sends it to the others."""
+    """Return AdamW; if the config shards it, each rank updates a shard of the weights and sends it to the others."""
     settings: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": (0.9, 0.95),
@@ -305,23 +262,26 @@ def make_optimiser(
         "fused": True,  # one pass over weights, gradients and moments
     }
     if ranks.world > 1 and config.parallel.shard_optimiser:
-        from torch.distributed.optim import ZeroRedundancyOptimizer
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # takes a second, which only sharding needs
 
         return ZeroRedundancyOptimizer(list(parameters), torch.optim.AdamW, **settings)
     return torch.optim.AdamW(parameters, **settings)
 
 
-def restore(optimiser: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """From `whole_state`. Moments that are split are taken with their counts of steps on the CPU, where the fused step
-    on a GPU does not look for them (pytorch/pytorch#124133)."""
+def restore(optimiser: torch.optim.Optimizer, state: StateDict) -> None:
+    """Load a state of `whole_state`.
+
+    Sharded moments come with their step counts on the CPU, where the fused step on a GPU does not look for them
+    (pytorch/pytorch#124133).
+    """
     optimiser.load_state_dict(state)
     own = getattr(optimiser, "optim", optimiser)
     for parameter, values in own.state.items():
         values["step"] = values["step"].to(parameter.device)
 
 
-def whole_state(optimiser: torch.optim.Optimizer, ranks: Ranks) -> dict[str, Any] | None:
-    """AdamW's own state dict on the first rank, None on others. All call it."""
+def whole_state(optimiser: torch.optim.Optimizer, ranks: Ranks) -> StateDict | None:
+    """Return AdamW's state dict on the first rank, None on others. All ranks must call it."""
     consolidate = getattr(optimiser, "consolidate_state_dict", None)
     if consolidate is not None:
         consolidate(to=0)

@@ -128,7 +128,7 @@ class ResponseStream(Config):
         return self
 
     @property
-    def asks_target(self) -> bool:
+    def reads_target(self) -> bool:
         """Does the loss of a resolved stream read the target's distribution, or the committed tokens alone?"""
         return self.loss != "cross_entropy"
 

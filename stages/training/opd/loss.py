@@ -6,129 +6,116 @@ import time
 
 import torch
 
-from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training import losses
 from draftsmith.stages.training.batches import Batch
-from draftsmith.stages.training.blocks import Anchors, LossReport, Share, Weighted, tokens_at
+from draftsmith.stages.training.blocks import (
+    Anchors,
+    DraftedBlocks,
+    LossContext,
+    LossReport,
+    Ratio,
+    WeightedMean,
+    tokens_at,
+)
 from draftsmith.stages.training.chunked_loss import chunked_values
-from draftsmith.stages.training.lm_heads import Heads
+from draftsmith.stages.training.lm_heads import SoftmaxHeads
 from draftsmith.stages.training.loss_config import LossConfig
 from draftsmith.stages.training.opd.verify_steps import VerifySteps
-from draftsmith.stages.training.response_loss import position_weights, response_stream, response_weight
-from draftsmith.stages.training.selector_loss import choice_logprobs
+from draftsmith.stages.training.response_loss import position_weights, response_loss, response_weight
+from draftsmith.stages.training.selector_loss import selector_logprobs
 
 
 def opd_loss(
-    hidden: torch.Tensor,
-    batch: Batch,
-    anchors: Anchors,
-    steps: VerifySteps | None,
-    heads: Heads,
-    target_head: torch.Tensor,
+    blocks: DraftedBlocks,
+    context: LossContext,
     objective: LossConfig,
-    *,
-    sampling: SamplingParams = GREEDY,
-    on_proposals: torch.Tensor | None = None,
+    steps: VerifySteps | None,
     proposals: int | None = None,
-    positions_per_chunk: int,
 ) -> LossReport:
-    """λ_acc · weighted mean(response stream) + λ_rej · weighted mean(rejected stream).
+    """Compute λ_acc · weighted mean(response stream) + λ_rej · weighted mean(rejected stream).
 
-    hidden: [B, A, K, H] of the blocks on the trajectories' tokens. sampling: that of tokens and proposals.
-    steps: may be None unless `objective.reads_steps`. on_proposals: [B, A, K, H] on the drafter's own proposals,
-    where that is not the same (autoregressive drafters). proposals: of a served block (left out: K). objective:
-    resolved. target_head: [V, H]. The report's operations are left to who drafted the blocks.
+    objective: resolved. steps: may be None unless `objective.reads_steps`. proposals: of a served block; left out: K.
+    The caller adds the report's operations: it drafted the blocks.
     """
     started = time.perf_counter()
     assert objective.temperature is not None, "resolve the objective first"
-    response = response_stream(
-        hidden,
-        batch,
-        anchors,
-        heads,
-        target_head,
-        objective.response,
-        temperature=objective.temperature,
-        sampling=sampling,
-        committed=None if steps is None else steps.committed,
-        proposals=proposals,
-        positions_per_chunk=positions_per_chunk,
-    )
+    committed = None if steps is None else steps.committed
+    response = response_loss(blocks, context, objective.response, objective.temperature, committed, proposals)
     streams = [response.sums]
     trained = response.positions
-    figures: dict[str, float] = {
-        "loss_response": response.sums.share(),
+    metrics: dict[str, float] = {
+        "loss_response": response.sums.ratio(),
         "accuracy": response.accuracy,
     }
     if steps is not None:
-        figures["steps_changed_share"] = _changed(steps, response.correct, anchors)
+        metrics["steps_changed_share"] = _changed_ratio(steps, response.correct, blocks.anchors)
     if objective.needs_scores:
         assert steps is not None, "a rejected stream needs verify steps"
-        own = hidden if on_proposals is None else on_proposals
-        sums, where = _rejected(own, batch, anchors, steps, heads, objective, positions_per_chunk)
-        figures["loss_rejected"] = sums.share()
+        sums, mask = _rejected_stream(blocks, context, objective, steps)
+        metrics["loss_rejected"] = sums.ratio()
         streams.append(sums)
-        trained = trained | where
+        trained = trained | mask
     loss = torch.stack([stream.factor * stream.mean for stream in streams]).sum()
     seconds = {"head_and_loss": time.perf_counter() - started}
-    return LossReport(loss, anchors.blocks, int(trained.sum()), figures, seconds, streams=tuple(streams))
+    return LossReport(loss, blocks.anchors.blocks, int(trained.sum()), metrics, seconds, streams=tuple(streams))
 
 
 def stream_weights(
-    batch: Batch, anchors: Anchors, steps: VerifySteps, heads: Heads, objective: LossConfig
+    batch: Batch, anchors: Anchors, steps: VerifySteps, heads: SoftmaxHeads, objective: LossConfig
 ) -> tuple[float, float]:
-    """The sums of the weights of both streams: known without a forward, as `reads_steps` says."""
+    """Sum the weights of both streams, which are known without a forward if the objective has a rejected stream."""
     K = steps.proposed.shape[2]
     response = response_weight(batch, anchors, K, heads.drafter, objective.response, steps.committed)
-    where, _ = _rejected_places(anchors, steps, heads)
-    offsets = torch.arange(1, K + 1, device=where.device)
-    weights = position_weights(objective.rejected.positions, offsets, where, torch.empty(0))
-    return response, float(weights[where].sum())
+    mask, _ = _rejected_positions(anchors, steps, heads)
+    offsets = torch.arange(1, K + 1, device=mask.device)
+    weights = position_weights(objective.rejected.positions, offsets, mask, torch.empty(0))
+    return response, float(weights[mask].sum())
 
 
-def _rejected_places(anchors: Anchors, steps: VerifySteps, heads: Heads) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the rejected stream has positions, and the columns of the proposals in the head, each [B, A, K]."""
+def _rejected_positions(anchors: Anchors, steps: VerifySteps, heads: SoftmaxHeads) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mask of the rejected stream's positions, and the proposals' columns in the head, each [B, A, K]."""
     offsets = torch.arange(1, steps.proposed.shape[2] + 1, device=steps.proposed.device)
-    columns, known = heads.drafter.to_columns(steps.proposed)
+    columns, present = heads.drafter.to_columns(steps.proposed)
     first = steps.rejected_offset[..., None]
-    judged = steps.target_logprobs.isfinite() & anchors.valid[..., None]
-    return (offsets >= first) & (first > 0) & judged & known, columns
+    scored = steps.target_logprobs.isfinite() & anchors.valid[..., None]
+    return (offsets >= first) & (first > 0) & scored & present, columns
 
 
-def _rejected(
-    hidden: torch.Tensor,
-    batch: Batch,
-    anchors: Anchors,
-    steps: VerifySteps,
-    heads: Heads,
-    objective: LossConfig,
-    positions_per_chunk: int,
-) -> tuple[Weighted, torch.Tensor]:
-    """The drafter's proposals from the first rejected one on, judged on their own prefix: sums, positions [B, A, K]."""
+def _rejected_stream(
+    blocks: DraftedBlocks, context: LossContext, objective: LossConfig, steps: VerifySteps
+) -> tuple[WeightedMean, torch.Tensor]:
+    """Compute the loss of the drafter's proposals from the first rejected one on, each after its own prefix.
+
+    Returns the stream's sums and the mask [B, A, K] of its positions.
+    """
+    heads = context.heads
+    hidden = blocks.hidden if blocks.on_proposals is None else blocks.on_proposals
     offsets = torch.arange(1, hidden.shape[2] + 1, device=hidden.device)
-    where, columns = _rejected_places(anchors, steps, heads)
-    log_p, taken = steps.target_logprobs[where], columns[where]
-    own = hidden[where.nonzero(as_tuple=True)]
-    if heads.chooser is not None:
-        before = torch.cat([tokens_at(batch, anchors, 0, 1), steps.proposed[..., :-1]], -1)[where]
-        log_q = choice_logprobs(heads.chooser, own, before, taken, heads.drafter, positions_per_chunk)
+    mask, all_columns = _rejected_positions(blocks.anchors, steps, heads)
+    log_p, columns = steps.target_logprobs[mask], all_columns[mask]
+    rejected = hidden[mask.nonzero(as_tuple=True)]
+    if heads.selector is not None:
+        anchor_tokens = tokens_at(blocks.batch, blocks.anchors, 0, 1)
+        previous = torch.cat([anchor_tokens, steps.proposed[..., :-1]], -1)[mask]
+        log_q = selector_logprobs(rejected, previous, columns, context)
     else:
         log_q = chunked_values(
-            own,
-            positions_per_chunk,
-            lambda h, part: -losses.cross_entropy(heads.drafter.logits(h), taken[part]),
+            rejected,
+            context.positions_per_chunk,
+            lambda h, part: -losses.cross_entropy(heads.drafter.logits(h), columns[part]),
             trained_head=heads.trained,
         )
     terms = losses.k3_reverse_kl(log_q, log_p)
-    weights = position_weights(objective.rejected.positions, offsets, where, log_p)
-    return Weighted.of(terms, weights[where], objective.rejected.weight), where
+    weights = position_weights(objective.rejected.positions, offsets, mask, log_p)
+    return WeightedMean.from_values(terms, weights[mask], objective.rejected.weight), mask
 
 
-def _changed(steps: VerifySteps, correct: torch.Tensor, anchors: Anchors) -> Share:
-    """Share of the trained steps at which the drafter no longer keeps as many tokens as `steps` says.
+def _changed_ratio(steps: VerifySteps, correct: torch.Tensor, anchors: Anchors) -> Ratio:
+    """Return the share of the trained steps that would no longer accept as many proposals as `steps` has.
 
-    Known without work: offsets up to the first rejection are in the stream, and say whether it is still the first.
+    It costs nothing: offsets up to the first rejection are in the stream, which shows whether it is still the first.
+    correct: bool [B, A, K], as in `StreamLoss`.
     """
-    now = correct.long().cumprod(-1).sum(-1)  # at least: nothing is known beyond the stream
+    now = correct.long().cumprod(-1).sum(-1)  # a lower bound: nothing is known of offsets outside the stream
     different = torch.where(steps.rejected_offset > 0, now != steps.accepted, now < steps.accepted) & anchors.valid
-    return Share(int(different.sum()), int(anchors.valid.sum()))
+    return Ratio(int(different.sum()), int(anchors.valid.sum()))

@@ -1,4 +1,4 @@
-"""The mined table as OPD reads it: verify steps by trajectory, drawn as anchors of a batch."""
+"""The mined table as OPD reads it: verify steps by trajectory, sampled as anchors of a batch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import pyarrow.compute as pc
 import torch
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.tables.parquet import index_in, pad_lists, select_in_order
+from draftsmith.artifacts.tables.parquet import ordered, padded, places
 from draftsmith.artifacts.tables.readers import KeyedRows, RowReader
 from draftsmith.artifacts.tables.schemas import VERIFY_STEPS
 from draftsmith.stages.data.trajectories import Trajectory, ids_of
-from draftsmith.stages.training.blocks import Anchors, evenly, pad_anchors
+from draftsmith.stages.training.blocks import Anchors, pad_anchors, systematic_sample
 from draftsmith.stages.training.opd.verify_steps import VerifySteps
 
-Kind = Literal["errors", "visited"]
+StepKind = Literal["errors", "visited"]
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,15 @@ class TrajectorySteps:
     committed: np.ndarray  # [S]
     rejected_offset: np.ndarray  # [S] 0 = nothing rejected
     proposed: np.ndarray  # [S, K]
-    target_logprobs: np.ndarray  # [S, K] float32, NaN where not judged or not scored
+    target_logprobs: np.ndarray  # [S, K] float32, NaN where not scored
 
-    def of_kind(self, kind: Kind) -> np.ndarray:
-        """Indices of the steps that qualify as anchors."""
+    def of_kind(self, kind: StepKind) -> np.ndarray:
+        """Return the indices of the steps that qualify as anchors."""
         return np.flatnonzero(self.rejected_offset > 0) if kind == "errors" else np.arange(len(self.anchors))
 
 
 class StoredSteps(Sequence[TrajectorySteps]):
-    """The steps of N trajectories, read from their table when they are asked for."""
+    """The steps of N trajectories, each read from their table when it is needed."""
 
     def __init__(self, rows: KeyedRows, errors: np.ndarray, proposals: int):
         """rows: of VERIFY_STEPS. errors: [N] steps that rejected something. proposals: K of the trained block."""
@@ -51,7 +51,7 @@ class StoredSteps(Sequence[TrajectorySteps]):
         return len(self.errors)
 
     def __getitem__(self, index: int) -> TrajectorySteps:  # type: ignore[override]  # nobody takes a slice
-        return _steps(self.rows.take([index], _COLUMNS), self.proposals)
+        return _steps(self.rows.of([index], _COLUMNS), self.proposals)
 
 
 @dataclass(frozen=True)
@@ -61,49 +61,50 @@ class MinedTable:
     steps: Sequence[TrajectorySteps]
     proposals: int  # of a mined block: at most those of the trained block
 
-    def counts(self, kind: Kind) -> np.ndarray:
-        """[N] steps of this kind."""
+    def counts(self, kind: StepKind) -> np.ndarray:
+        """Count the steps of this kind of each trajectory [N]."""
         if isinstance(self.steps, StoredSteps):
             return self.steps.errors if kind == "errors" else self.steps.rows.counts
         return np.array([len(s.of_kind(kind)) for s in self.steps], dtype=np.int64)
 
-    def count(self, kind: Kind) -> int:
+    def count(self, kind: StepKind) -> int:
+        """Count all steps of this kind."""
         return int(self.counts(kind).sum())
 
-    def trajectories_with(self, kind: Kind) -> list[int]:
-        """Indices of the trajectories that have at least one such step."""
-        found: list[int] = np.flatnonzero(self.counts(kind)).tolist()
-        if not found:
-            raise DraftsmithError(f"opd.anchors: no mined step is of kind {kind!r}; the drafter made no error there")
-        return found
+    def trajectories_with(self, kind: StepKind) -> list[int]:
+        """Return the indices of the trajectories that have at least one such step."""
+        indices: list[int] = np.flatnonzero(self.counts(kind)).tolist()
+        if not indices:
+            raise DraftsmithError(f"opd.anchors: no mined step is of kind {kind}. Train on kind visited or successors.")
+        return indices
 
 
-def draw_steps(
-    steps: Sequence[TrajectorySteps], kind: Kind, per_sequence: int, phases: np.ndarray, device: torch.device
+def sample_steps(
+    steps: Sequence[TrajectorySteps], kind: StepKind, per_sequence: int, phases: np.ndarray, device: torch.device
 ) -> tuple[Anchors, VerifySteps]:
-    """Draw `per_sequence` steps of each of B trajectories, at its phase in [0, 1) of `phases` [B].
+    """Sample `per_sequence` steps of each of B trajectories, at its phase in [0, 1) of `phases` [B].
 
-    One that has none of the kind any more lends all that it has.
+    A trajectory that has no step of the kind any more gives any of its steps.
     """
     chosen = []
-    for each, phase in zip(steps, phases, strict=True):
-        candidates = each.of_kind(kind)
-        chosen.append(evenly(candidates if len(candidates) else each.of_kind("visited"), per_sequence, phase))
+    for row, phase in zip(steps, phases, strict=True):
+        candidates = row.of_kind(kind)
+        chosen.append(systematic_sample(candidates if len(candidates) else row.of_kind("visited"), per_sequence, phase))
 
     def column(name: str) -> torch.Tensor:
-        values = [getattr(each, name)[picked] for each, picked in zip(steps, chosen, strict=True)]
+        values = [getattr(row, name)[indices] for row, indices in zip(steps, chosen, strict=True)]
         return torch.from_numpy(np.stack(values)).to(device)
 
-    anchors = pad_anchors([each.anchors[picked] for each, picked in zip(steps, chosen, strict=True)], device)
+    anchors = pad_anchors([row.anchors[indices] for row, indices in zip(steps, chosen, strict=True)], device)
     names = ("accepted", "committed", "rejected_offset", "proposed", "target_logprobs")
     return anchors, VerifySteps(*(column(name) for name in names))
 
 
 def load_mined(folder: Path, trajectories: Sequence[Trajectory], block_size: int, *, whole: bool = True) -> MinedTable:
-    """Match verify_steps.parquet of a mining artifact to the trajectories that OPD trains on. It stays on disk.
+    """Match verify_steps.parquet of a mining artifact to the trajectories that OPD trains on. The rows stay on disk.
 
-    block_size: of the trained drafter. Raises DraftsmithError if the table's proposals are longer than its block, or,
-    with `whole`, if a trajectory was not mined.
+    block_size: of the trained drafter. whole: whether every trajectory must be mined. Raises DraftsmithError if one is
+    not, or if the table's proposals are longer than the drafter's block.
     """
     path = folder / "verify_steps.parquet"
     reader, ids = RowReader(path, VERIFY_STEPS), ids_of(trajectories)
@@ -112,8 +113,8 @@ def load_mined(folder: Path, trajectories: Sequence[Trajectory], block_size: int
         _check_mined(rows.counts, ids, str(path))
     errors, longest, row = np.zeros(len(ids), dtype=np.int64), 0, 0
     for part in reader.parts(["rejected_offset", "proposed_ids"]):
-        wrong = rows.key_index(row + np.flatnonzero(part["rejected_offset"].to_numpy()))
-        errors += np.bincount(wrong[wrong >= 0], minlength=len(ids))
+        rejecting = rows.key_of(row + np.flatnonzero(part["rejected_offset"].to_numpy()))
+        errors += np.bincount(rejecting[rejecting >= 0], minlength=len(ids))
         longest = max(longest, pc.max(pc.list_value_length(part["proposed_ids"])).as_py())
         row += part.num_rows
     _check_length(longest, block_size, str(path))
@@ -121,10 +122,10 @@ def load_mined(folder: Path, trajectories: Sequence[Trajectory], block_size: int
 
 
 def match_steps(table: pa.Table, trajectories: Sequence[Trajectory], block_size: int) -> MinedTable:
-    """Match VERIFY_STEPS in memory as `load_mined` does."""
+    """Match a table of VERIFY_STEPS in memory as `load_mined` does."""
     ids = ids_of(trajectories)
-    table = select_in_order(table, "trajectory_id", ids)
-    bounds = np.searchsorted(index_in(table, "trajectory_id", ids), np.arange(len(ids) + 1))
+    table = ordered(table, "trajectory_id", ids)
+    bounds = np.searchsorted(places(table, "trajectory_id", ids), np.arange(len(ids) + 1))
     _check_mined(np.diff(bounds), ids, "mined steps")
     longest = int(pc.max(pc.list_value_length(table["proposed_ids"])).as_py())
     _check_length(longest, block_size, "mined steps")
@@ -133,33 +134,33 @@ def match_steps(table: pa.Table, trajectories: Sequence[Trajectory], block_size:
 
 
 def _check_mined(counts: np.ndarray, ids: pa.Array, where: str) -> None:
-    """counts: [N] steps of each trajectory."""
+    """Raise DraftsmithError if a trajectory has no step. counts: [N] steps of each trajectory."""
     if not counts.all():
         name = ids[int(counts.argmin())].as_py()
         raise DraftsmithError(
-            f"{where}: trajectory {name} was not mined. Run stage mining again, on all answers (`table: full` or "
-            "`scored`); an answer of one token has no step: leave it out."
+            f"{where}: trajectory {name} was not mined. Mine all answers (`table: full` or `scored`), and leave out "
+            "answers of one token."
         )
 
 
 def _check_length(longest: int, block_size: int, where: str) -> None:
-    """longest: proposals of a mined step."""
+    """Raise DraftsmithError if blocks are longer than the drafter's. longest: proposals of a mined step."""
     if longest > block_size - 1:
         raise DraftsmithError(
-            f"{where}: blocks of {longest + 1} tokens, the drafter was trained on {block_size}. Mine again."
+            f"{where}: mined with blocks of {longest + 1} tokens, more than the drafter's {block_size}. Mine again."
         )
 
 
 def _steps(table: pa.Table, proposals: int) -> TrajectorySteps:
-    """The rows of one trajectory. A smaller mined block is padded to the trained one."""
+    """Convert the rows of one trajectory, padded to `proposals` of the trained block if the mined one is smaller."""
     anchors, accepted, committed, rejected = (table[name].to_numpy().astype(np.int64) for name in _NUMBERS)
     return TrajectorySteps(
         anchors,
         accepted,
         committed,
         rejected,
-        pad_lists(table, "proposed_ids", proposals, 0, np.int64),
-        pad_lists(table, "target_logprobs", proposals, np.nan, np.float32),
+        padded(table, "proposed_ids", proposals, 0, np.int64),
+        padded(table, "target_logprobs", proposals, np.nan, np.float32),
     )
 
 

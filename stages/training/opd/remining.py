@@ -1,14 +1,13 @@
 """Re-mining: the trace of a trajectory replayed with the drafter's current weights while it is being trained.
 
-A trajectory is mined again when a batch draws it and its last mining is `every` or more optimiser steps old, so work is
-done for what is trained only, and an older trace is forgotten: memory holds those of `every` steps, however many
-trajectories there are. Which tables are fresh depends on earlier weights: they are part of the checkpoint.
+A trajectory is mined again when a batch needs it and its last mining is `every` or more optimiser steps old. So only
+what is trained is mined. Older traces are dropped: memory holds those of `every` steps, however many trajectories there
+are. The fresh steps depend on earlier weights, so they are part of the checkpoint.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,37 +17,30 @@ from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.runtime.ranks import Ranks
-from draftsmith.stages.training.blocks import Share, View
+from draftsmith.stages.training.blocks import DraftingView, Ratio
+from draftsmith.stages.training.loop import StateDict
 from draftsmith.stages.training.opd.mined_table import MinedTable, TrajectorySteps
 
-# Of the trace as it was mined before the training, for each chain: with fewer, chains draft much in vain; with more,
-# rounds are many and small.
+# Steps of the mined trace for each chain. With fewer, chains draft much in vain; with more, rounds are many and small.
 STEPS_PER_CHAIN = 4
 
 
 class Remining:
     """A mined table whose rows are replaced by fresh ones; `every` = 0 keeps it as it was mined."""
 
-    def __init__(
-        self,
-        mined: MinedTable,
-        drafter: Drafter,
-        *,
-        every: int,
-        scored: bool,
-    ):
-        """scored: the target is asked about the proposals of drawn steps, for a loss with a rejected stream."""
+    def __init__(self, mined: MinedTable, drafter: Drafter, *, every: int, scored: bool):
+        """scored: whether the target scores the proposals of sampled steps, for a loss with a rejected stream."""
         self.mined, self.drafter, self.every, self.scored = mined, drafter, every, scored
         self._fresh: dict[int, TrajectorySteps] = {}
         self._mined_at: dict[int, int] = {}  # trajectory -> optimiser step of its fresh trace
-        self._untold: set[int] = set()  # whose traces other ranks do not have
+        self._unshared: set[int] = set()  # trajectories whose fresh traces other ranks do not have
 
     def steps(self, index: int) -> TrajectorySteps:
         """Return the newest steps of a trajectory."""
         return self._fresh[index] if index in self._fresh else self.mined.steps[index]
 
-    def refresh(self, step: int, indices: Sequence[int], view: View) -> dict[str, float]:
-        """Mine again what is too old among the trajectories `indices` of a view. Returns figures of what changed."""
+    def refresh(self, step: int, indices: Sequence[int], view: DraftingView) -> dict[str, float]:
+        """Mine again what is too old among the trajectories `indices` of a view. Return metrics of what changed."""
         if not self.every:
             return {}
         self._forget(step)
@@ -57,36 +49,37 @@ class Remining:
             return {}
         trajectories = [view.batch.trajectories[row] for row in rows.values()]
         mined = [self.mined.steps[i] for i in rows]
-        known = np.mean([len(each.anchors) for each in mined])
-        traces = self._replay(view, list(rows.values()), trajectories, max(1, round(known / STEPS_PER_CHAIN)))
-        changed = steps = 0
+        mined_steps = np.mean([len(steps.anchors) for steps in mined])
+        traces = self._replay(view, list(rows.values()), trajectories, max(1, round(mined_steps / STEPS_PER_CHAIN)))
+        changed = total = 0
         for i, before, trace in zip(rows, mined, traces, strict=True):
             fresh = self._padded(trace)
             changed += _steps_gone(before, fresh)
-            steps += len(before.anchors)
+            total += len(before.anchors)
             self._fresh[i], self._mined_at[i] = fresh, step
-            self._untold.add(i)
-        return {"trace_changed_share": Share(changed, steps), "remined_trajectories": len(rows)}
+            self._unshared.add(i)
+        return {"trace_changed_share": Ratio(changed, total), "remined_trajectories": len(rows)}
 
     def _forget(self, step: int) -> None:
-        """Traces that are too old to be drawn: whoever draws their trajectories mines them again."""
+        """Drop traces that are too old: a step that needs their trajectories mines them again."""
         for i in [i for i, mined_at in self._mined_at.items() if step - mined_at >= self.every]:
             del self._mined_at[i], self._fresh[i]
 
     def share(self, ranks: Ranks) -> None:
-        """Fresh traces of all ranks, everywhere: whoever draws an answer next must know how old its trace is."""
+        """Send fresh traces to all ranks: the rank that trains an answer next must know how old its trace is."""
         if self.every:
             news = {
                 i: (self._mined_at[i], {name: getattr(self._fresh[i], name) for name in self._remembered})
-                for i in sorted(self._untold)
+                for i in sorted(self._unshared)
             }
-            for told in ranks.gather(news):
-                for i, (step, columns) in told.items():
+            for of_rank in ranks.gather(news):
+                for i, (step, columns) in of_rank.items():
                     self._mined_at[i], self._fresh[i] = step, self._steps_of(columns)
-        self._untold.clear()
+        self._unshared.clear()
 
     @torch.no_grad()
-    def _replay(self, view: View, rows: list[int], trajectories: list[Trajectory], chains: int) -> list[Trace]:
+    def _replay(self, view: DraftingView, rows: list[int], trajectories: list[Trajectory], chains: int) -> list[Trace]:
+        """Replay the trajectories in `rows` of a view, each in so many chains."""
         width = max(len(t.tokens) for t in trajectories)
         chosen = torch.tensor(rows, device=view.batch.tokens.device)
         return replay_chains(
@@ -96,19 +89,19 @@ class Remining:
             self.mined.proposals + 1,
             view.head,
             chains,
-            text=None if view.text is None else view.text.select(chosen),
+            text=None if view.sampler is None else view.sampler.select(chosen),
             with_proposals=self.scored,
         )
 
     def unscored(self, indices: Sequence[int]) -> list[int]:
-        """Rows of the trajectories `indices` of whose steps the target is yet to be asked: those of fresh traces.
+        """Return the rows of `indices` whose steps the target has yet to score: those of fresh traces.
 
-        A trace has many times the steps that are trained of it: only those that are drawn are scored.
+        A trace has many times the steps that are trained: only sampled ones are scored.
         """
         return [row for row, i in enumerate(indices) if i in self._mined_at] if self.scored else []
 
     def _padded(self, trace: Trace) -> TrajectorySteps:
-        """A trace as wide as the trained block. Proposals that no loss reads are left out: checkpoints stay small."""
+        """Pad a trace to the trained block. Proposals that no loss reads are left out: checkpoints stay small."""
         shape = (len(trace.anchors), self.drafter.block_size - 1)
         proposed, unscored = _not_scored(shape)
         if self.scored:
@@ -117,34 +110,35 @@ class Remining:
             trace.anchors, trace.accepted, trace.committed, trace.rejected_offset, proposed, unscored
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """The fresh tables, concatenated."""
+    def state_dict(self) -> StateDict:
+        """Return the fresh steps of all trajectories, concatenated."""
         order = sorted(self._mined_at)
         fresh = [self._fresh[i] for i in order]
-        state: dict[str, Any] = {
+        state: StateDict = {
             "trajectories": torch.tensor(order, dtype=torch.int64),
             "mined_at": torch.tensor([self._mined_at[i] for i in order], dtype=torch.int64),
             "counts": torch.tensor([len(s.anchors) for s in fresh], dtype=torch.int64),
         }
         return state | {name: _joined([getattr(s, name) for s in fresh]) for name in self._remembered}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Back to the tables of a checkpoint."""
+    def load_state_dict(self, state: StateDict) -> None:
+        """Restore the fresh steps of a checkpoint."""
         self._fresh.clear()
         order, counts = state["trajectories"].tolist(), state["counts"].tolist()
         self._mined_at = dict(zip(order, state["mined_at"].tolist(), strict=True))
         start = 0
         for i, count in zip(order, counts, strict=True):
-            part = slice(start, start + count)
-            self._fresh[i] = self._steps_of({name: state[name][part].numpy() for name in self._remembered})
+            rows = slice(start, start + count)
+            self._fresh[i] = self._steps_of({name: state[name][rows].numpy() for name in self._remembered})
             start += count
 
     @property
     def _remembered(self) -> tuple[str, ...]:
+        """Columns of fresh steps that are stored."""
         return (*_TRACE, "proposed") if self.scored else _TRACE
 
     def _steps_of(self, columns: Mapping[str, np.ndarray]) -> TrajectorySteps:
-        """Of the columns that are remembered."""
+        """Return steps from the columns that are stored."""
         proposed, logprobs = _not_scored((len(columns["anchors"]), self.drafter.block_size - 1))
         anchors, accepted, committed, rejected = (columns[name] for name in _TRACE)
         return TrajectorySteps(anchors, accepted, committed, rejected, columns.get("proposed", proposed), logprobs)
@@ -158,11 +152,11 @@ def _joined(arrays: list[np.ndarray]) -> torch.Tensor:
 
 
 def _not_scored(shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Of no memory: many trajectories have them."""
+    """Return proposals and log-probs of unscored steps; they take no memory, which many trajectories would need."""
     return np.broadcast_to(np.int64(0), shape), np.broadcast_to(np.float32(np.nan), shape)
 
 
 def _steps_gone(mined: TrajectorySteps, fresh: TrajectorySteps) -> int:
-    """How many of the mined steps the fresh trace no longer contains: same anchor, same tokens kept."""
+    """Count the mined steps that the fresh trace lacks: same anchor, same number of accepted proposals."""
     now = set(zip(fresh.anchors.tolist(), fresh.accepted.tolist(), strict=True))
     return sum(step not in now for step in zip(mined.anchors.tolist(), mined.accepted.tolist(), strict=True))

@@ -1,237 +1,230 @@
-"""One step of OPD: draw anchors, draft their blocks with gradient, know their verify steps, take the loss."""
+"""One step of OPD: sample anchors, draft their blocks with gradient, find their verify steps, take the loss."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Context, Drafter
-from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.replay.chains import committed_tokens, draft
 from draftsmith.stages.replay.sampled import TargetSampler
 from draftsmith.stages.runtime.ranks import Ranks
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams
-from draftsmith.stages.training.batches import Batch, Portion
+from draftsmith.stages.training.batches import Batch, RankSlice
 from draftsmith.stages.training.blocks import (
-    Anchors,
+    DraftedBlocks,
+    DraftingView,
+    LossContext,
     LossReport,
-    View,
-    block_hidden,
-    block_hidden_on,
-    context_of,
-    operations_of,
+    count_operations,
+    draft_blocks,
+    encode_batch,
+    hidden_on_proposals,
 )
 from draftsmith.stages.training.config import TrainingConfig
-from draftsmith.stages.training.lm_heads import Heads, HeadSource
+from draftsmith.stages.training.lm_heads import HeadSource, SoftmaxHeads
 from draftsmith.stages.training.loss_config import LossConfig
-from draftsmith.stages.training.opd.anchor_sources import AnchorSource, Drawn
+from draftsmith.stages.training.opd.anchor_sources import AnchorSource, StepAnchors
 from draftsmith.stages.training.opd.loss import opd_loss, stream_weights
-from draftsmith.stages.training.opd.verify_steps import Unscored, VerifySteps, all_scored, judge
+from draftsmith.stages.training.opd.verify_steps import UnscoredSteps, VerifySteps, score_steps, verify_blocks
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What every step of a training trains, and how."""
+
+    config: TrainingConfig
+    objective: LossConfig  # resolved
+    proposals: int  # of a served block, at most those of the trained one
+    sampling: SamplingParams = GREEDY  # of the answers, if the drafter samples its proposals under it
+
+
+@dataclass
+class _MicroBatch:
+    """Rows of a step on their way from anchors to a loss."""
+
+    batch: Batch
+    anchors: StepAnchors
+    sampler: TargetSampler | None  # if proposals are sampled
+    context: Context | None  # with gradient, if it is kept
 
 
 class OpdStep:
-    """The parts that all steps share."""
+    """The steps of a training: anchors of one source, one objective."""
 
-    def __init__(
-        self,
-        drafter: Drafter,
-        target: Target,
-        source: AnchorSource,
-        objective: LossConfig,
-        config: TrainingConfig,
-        proposals: int,
-        sampling: SamplingParams = GREEDY,
-    ):
-        """objective: resolved. proposals: of a served block, at most those of the trained one. sampling: that the texts
-        were drawn with, if the drafter draws its proposals under it."""
-        self.drafter, self.target, self.source = drafter, target, source
-        self.objective, self.config, self.proposals = objective, config, proposals
-        self.sampling = sampling
-        self.heads = HeadSource(drafter, target.head_weight, config)
+    def __init__(self, drafter: Drafter, target: Target, source: AnchorSource, options: StepOptions):
+        self.drafter, self.target, self.source, self.options = drafter, target, source, options
+        self.objective, self.sampling = options.objective, options.sampling
+        self.heads = HeadSource(drafter, target.head_weight, options.config)
 
     def loss(self, step: int, indices: Sequence[int], batch: Batch, rng: np.random.Generator) -> LossReport:
-        """batch: of the trajectories `indices`. The source learns what the drafter did."""
-        (report,) = self.micro_batches(step, indices, batch, rng, [slice(0, len(indices))])
+        """Return the loss of a step as one batch, that of the trajectories `indices`, with gradient."""
+        (report,) = self.micro_batches(step, RankSlice.whole_step(indices, batch), rng)
         return report
 
-    def micro_batches(
-        self,
-        step: int,
-        indices: Sequence[int],
-        batch: Batch,
-        rng: np.random.Generator,
-        parts: Sequence[slice],
-        portion: Portion | None = None,
-    ) -> Iterator[LossReport]:
-        """The same in parts, rows of the batch. Of several parts all anchors are drawn first, under the same weights as
-        the loss: the head is the same for all, and so is what two streams are divided by.
+    def micro_batches(self, step: int, rank_slice: RankSlice, rng: np.random.Generator) -> Iterator[LossReport]:
+        """Yield the losses of a step's micro-batches.
 
-        portion: which rows of the step the batch has, where other ranks train the rest; left out: all.
+        Of several micro-batches all anchors are sampled first, under the weights that the loss sees: all have the same
+        head, and the same weights that divide their two streams.
         """
-        clock, portion = _Clock(), portion or Portion.of_all(batch)
-        heads = self.heads.draw(rng, [portion.tokens])
-        phases = rng.random((portion.count, self.source.numbers))[portion.rows]
+        clock, ranks, single = _Clock(), rank_slice.ranks, rank_slice.is_one_batch
+        heads = self.heads.sample(rng, [rank_slice.step_tokens])
+        phases = rng.random((rank_slice.step_rows, self.source.numbers))[rank_slice.rows]
         clock.spent("head_and_loss")
-        alone = len(parts) == portion.ranks.world == 1
-        drawn, context = [], None
-        for part in parts:
-            rows = batch.rows(part)
-            with torch.set_grad_enabled(alone and torch.is_grad_enabled()):
-                context = context_of(self.drafter, rows)
-                clock.spent("drafter")
-                text = self._text(rows, step)
-                view = View(rows, context, heads.drafter, text)
-                found = self.source.draw(step, indices[part], view, phases[part])
-                clock.spent("mining")
-                if not alone and found.steps is None and self.objective.needs_scores:
-                    hidden = block_hidden(self.drafter, context, rows, found.anchors)
-                    judged = self._judged(hidden, context, rows, found.anchors, heads, clock, text)
-                    found = replace(found, judged=judged, unscored=range(len(rows.trajectories)))
-            drawn.append(found)
-        self.source.share(portion.ranks)
+        parts = [
+            self._sample_anchors(step, rank_slice, rows, phases[rows], heads, clock)
+            for rows in rank_slice.micro_batches
+        ]
+        self.source.share(ranks)
+        step_weights = None
         if self.objective.needs_scores:
-            drawn = self._scored(drawn, [batch.trajectories[part] for part in parts], portion.ranks)
-        whole = None
-        if not alone:
-            context = None
-            if self.objective.needs_scores:
-                heads = self._with_rejected(rng, drawn, portion)
-                of_parts = [
-                    stream_weights(batch.rows(part), found.anchors, _steps_of(found), heads, self.objective)
-                    for part, found in zip(parts, drawn, strict=True)
-                ]
-                of_ranks = portion.ranks.gather([sum(weights) for weights in zip(*of_parts, strict=True)])
-                whole = tuple(sum(weights) for weights in zip(*of_ranks, strict=True))
+            self._score(parts, ranks)
+            if not single:
+                heads = self._with_rejected(rng, parts, rank_slice)
+                step_weights = self._step_weights(parts, heads, ranks)
         clock.spent("mining")
-        for part, found in zip(parts, drawn, strict=True):
+        for part in parts:
             clock.resume()
-            report = self._trained(batch.rows(part), context, found, heads, rng if alone else None, clock, step)
-            report.alone, report.whole = alone, whole
+            report = self._train(part, heads, rng if single else None, clock)
+            report.is_full_step, report.step_weights = single, step_weights
             report.seconds = clock.take()
             yield report
 
-    def _scored(
-        self, drawn: Sequence[Drawn], trajectories: Sequence[Sequence[Trajectory]], ranks: Ranks
-    ) -> list[Drawn]:
-        """What was drawn of these trajectories, with what the target says of its steps where that is not known yet."""
-        asked = [
-            Unscored(_steps_of(found), of_part, found.anchors, found.unscored)
-            for found, of_part in zip(drawn, trajectories, strict=True)
-            if found.steps is not None or found.judged is not None
-        ]
-        if not asked:  # of one batch alone, whose blocks are judged where they are trained
-            return list(drawn)
-        scored = all_scored(asked, self.target, self.proposals, self.config.tokens_per_target_forward, ranks)
-        return [
-            replace(found, steps=steps) if found.judged is None else replace(found, judged=steps)
-            for found, steps in zip(drawn, scored, strict=True)
-        ]
-
-    def _with_rejected(self, rng: np.random.Generator, drawn: Sequence[Drawn], portion: Portion) -> Heads:
-        """The heads of a step that also hold what any rank's verify steps rejected."""
-        needed = [portion.tokens]
-        if self.heads.sampled:
-            proposed = torch.cat([_steps_of(found).proposed.unique() for found in drawn]).cpu()
-            needed += [ids.to(portion.tokens.device) for ids in portion.ranks.gather(proposed)]
-        return self.heads.draw(rng, needed)
-
-    def _trained(
+    def _sample_anchors(
         self,
-        batch: Batch,
-        context: Context | None,
-        drawn: Drawn,
-        heads: Heads,
-        rng: np.random.Generator | None,
-        clock: _Clock,
         step: int,
+        rank_slice: RankSlice,
+        rows: slice,
+        phases: np.ndarray,
+        heads: SoftmaxHeads,
+        clock: _Clock,
+    ) -> _MicroBatch:
+        """Sample the anchors of some rows of the slice, and find their verify steps if the full step needs them first.
+
+        phases: [rows, numbers] of the source.
+        """
+        single, batch = rank_slice.is_one_batch, rank_slice.batch.rows(rows)
+        with torch.set_grad_enabled(single and torch.is_grad_enabled()):
+            context = encode_batch(self.drafter, batch)
+            clock.spent("drafter")
+            sampler = self._sampler(batch, step)
+            view = DraftingView(batch, context, heads.drafter, sampler)
+            anchors = self.source.sample(step, rank_slice.indices[rows], view, phases)
+            clock.spent("mining")
+            if not single and anchors.steps is None and self.objective.needs_scores:
+                blocks = draft_blocks(self.drafter, context, batch, anchors.anchors)
+                verified = self._verify(blocks, context, heads, sampler)
+                clock.spent("drafter")
+                anchors = replace(anchors, verified=verified, unscored=range(len(batch.trajectories)))
+        return _MicroBatch(batch, anchors, sampler, context if single else None)
+
+    def _score(self, parts: Sequence[_MicroBatch], ranks: Ranks) -> None:
+        """Let the target score the known steps that it has yet to score.
+
+        A single batch whose blocks are verified as they are trained has none.
+        """
+        known = [(part, part.anchors.known_steps) for part in parts]
+        unscored = [
+            UnscoredSteps(steps, part.batch.trajectories, part.anchors.anchors, part.anchors.unscored)
+            for part, steps in known
+            if steps is not None
+        ]
+        if not unscored:
+            return
+        tokens = self.options.config.tokens_per_target_forward
+        scored = score_steps(unscored, self.target, self.options.proposals, tokens, ranks)
+        for part, steps in zip(parts, scored, strict=True):
+            if part.anchors.verified is None:
+                part.anchors = replace(part.anchors, steps=steps)
+            else:
+                part.anchors = replace(part.anchors, verified=steps)
+
+    def _with_rejected(
+        self, rng: np.random.Generator, parts: Sequence[_MicroBatch], rank_slice: RankSlice
+    ) -> SoftmaxHeads:
+        """Return heads that also hold the tokens which any rank's verify steps rejected."""
+        needed = [rank_slice.step_tokens]
+        if self.heads.is_reduced:
+            proposed = torch.cat([_known_steps(part).proposed.unique() for part in parts]).cpu()
+            needed += [ids.to(needed[0].device) for ids in rank_slice.ranks.gather(proposed)]
+        return self.heads.sample(rng, needed)
+
+    def _step_weights(self, parts: Sequence[_MicroBatch], heads: SoftmaxHeads, ranks: Ranks) -> tuple[float, ...]:
+        """Return the weights of both streams in the full step."""
+        of_parts = [
+            stream_weights(part.batch, part.anchors.anchors, _known_steps(part), heads, self.objective)
+            for part in parts
+        ]
+        of_ranks = ranks.gather([sum(weights) for weights in zip(*of_parts, strict=True)])
+        return tuple(sum(weights) for weights in zip(*of_ranks, strict=True))
+
+    def _train(
+        self, part: _MicroBatch, heads: SoftmaxHeads, rng: np.random.Generator | None, clock: _Clock
     ) -> LossReport:
-        """context: of the batch, with gradient, where it is there already. rng: for a head that also holds what is
-        rejected, where this is not known yet."""
-        if context is None:
-            context = context_of(self.drafter, batch)
-        hidden = block_hidden(self.drafter, context, batch, drawn.anchors)
+        """Draft the blocks of a micro-batch and return their loss.
+
+        rng: for a head that also holds rejected tokens, if they are not known before.
+        """
+        batch, anchors, config = part.batch, part.anchors, self.options.config
+        context = encode_batch(self.drafter, batch) if part.context is None else part.context
+        blocks = draft_blocks(self.drafter, context, batch, anchors.anchors)
         clock.spent("drafter")
-        steps = drawn.steps or drawn.judged
-        # else the loss finds what was accepted: argmaxes that are the text's
-        judges = self.objective.reads_steps if self.sampling.greedy else self.objective.reads_committed
-        if steps is None and judges:
-            steps = self._judged(hidden, context, batch, drawn.anchors, heads, clock, self._text(batch, step))
+        steps = anchors.known_steps
+        # else the loss itself finds what was accepted: argmaxes that are the answer's tokens
+        needs_steps = self.objective.reads_steps if self.sampling.greedy else self.objective.reads_committed
+        if steps is None and needs_steps:
+            steps = self._verify(blocks, context, heads, part.sampler)
+            clock.spent("drafter")
             if self.objective.needs_scores:
-                asked = Unscored(steps, batch.trajectories, drawn.anchors, range(len(batch.trajectories)))
-                (steps,) = all_scored([asked], self.target, self.proposals, self.config.tokens_per_target_forward)
+                rows = range(len(batch.trajectories))
+                unscored = UnscoredSteps(steps, batch.trajectories, anchors.anchors, rows)
+                (steps,) = score_steps(
+                    [unscored], self.target, self.options.proposals, config.tokens_per_target_forward
+                )
                 clock.spent("mining")
-        on_proposals = None
         if self.drafter.autoregressive and self.objective.needs_scores:
             assert steps is not None
-            on_proposals = block_hidden_on(self.drafter, context, batch, drawn.anchors, steps.proposed)
+            on_proposals = hidden_on_proposals(self.drafter, context, blocks, steps.proposed)
+            blocks = replace(blocks, on_proposals=on_proposals)
         clock.spent("drafter")
         if rng is not None and self.objective.needs_scores and steps is not None:
-            heads = self.heads.draw(rng, [batch.tokens, steps.proposed])
-        report = opd_loss(
-            hidden,
-            batch,
-            drawn.anchors,
-            steps,
-            heads,
-            self.target.head_weight,
-            self.objective,
-            sampling=self.sampling,
-            on_proposals=on_proposals,
-            proposals=self.proposals,
-            positions_per_chunk=self.config.positions_per_chunk,
-        )
-        report.operations = operations_of(self.drafter, batch, drawn.anchors, report.positions, heads.drafter)
-        if on_proposals is not None:  # the chains were drafted twice; nothing more went through the head
-            report.operations += operations_of(self.drafter, batch, drawn.anchors, 0, heads.drafter, prefixes=0)
-        if drawn.steps is None or not self.sampling.greedy:  # judged by this very forward, not at all, or drawn
-            report.figures.pop("steps_changed_share", None)
-        report.figures |= drawn.figures
+            heads = self.heads.sample(rng, [batch.tokens, steps.proposed])
+        loss_context = LossContext(heads, self.target.head_weight, config.positions_per_chunk, self.sampling)
+        report = opd_loss(blocks, loss_context, self.objective, steps, self.options.proposals)
+        report.operations = count_operations(self.drafter, batch, anchors.anchors, report.positions, heads.drafter)
+        if blocks.on_proposals is not None:  # the chains were drafted twice; nothing more went through the head
+            report.operations += count_operations(self.drafter, batch, anchors.anchors, 0, heads.drafter, prefixes=0)
+        if anchors.steps is None or not self.sampling.greedy:  # found by this very forward, not at all, or by sampling
+            report.metrics.pop("steps_changed_share", None)
+        report.metrics |= anchors.metrics
         clock.spent("head_and_loss")
         return report
 
-    def _judged(
-        self,
-        hidden: torch.Tensor,
-        context: Context,
-        batch: Batch,
-        anchors: Anchors,
-        heads: Heads,
-        clock: _Clock,
-        text: TargetSampler | None,
+    def _verify(
+        self, blocks: DraftedBlocks, context: Context, heads: SoftmaxHeads, sampler: TargetSampler | None
     ) -> VerifySteps:
-        """The verify steps of blocks with hidden states [B, A, K, H]; the target has not scored them."""
-        own_chains = (self.drafter.autoregressive or text is not None) and self.objective.needs_scores
-        proposed = self._propose(context, batch, anchors, heads.drafter, text) if own_chains else None
-        steps = judge(
-            hidden,
-            batch,
-            anchors,
-            heads.drafter,
-            proposals=self.proposals,
-            proposed=proposed,
-            chooser=heads.chooser,
-            text=text,
-        )
-        clock.spent("drafter")
-        return steps
+        """Return the verify steps of drafted blocks; the target has not scored them."""
+        own_chains = (self.drafter.autoregressive or sampler is not None) and self.objective.needs_scores
+        proposed = self._propose(blocks, context, heads, sampler) if own_chains else None
+        return verify_blocks(blocks, heads, proposals=self.options.proposals, proposed=proposed, sampler=sampler)
 
     def _propose(
-        self, context: Context, batch: Batch, anchors: Anchors, head: Head, text: TargetSampler | None
+        self, blocks: DraftedBlocks, context: Context, heads: SoftmaxHeads, sampler: TargetSampler | None
     ) -> torch.Tensor:
-        """[B, A, K] of the current weights."""
-        size = self.drafter.block_size
+        """Return the drafter's own proposals [B, A, K] under the current weights."""
+        batch, size = blocks.batch, self.drafter.block_size
         tokens = committed_tokens(batch.trajectories, size - 1, batch.tokens.device)
-        found = draft(self.drafter, context, tokens, anchors.positions, size, head, text=text)
-        return found.proposed
+        positions = blocks.anchors.positions
+        return draft(self.drafter, context, tokens, positions, size, heads.drafter, text=sampler).proposed
 
-    def _text(self, batch: Batch, step: int) -> TargetSampler | None:
-        """What decides about proposals that are drawn; other numbers in every step."""
+    def _sampler(self, batch: Batch, step: int) -> TargetSampler | None:
+        """Return what decides about sampled proposals, with other random numbers in every step; None: argmaxes."""
         if self.sampling.greedy:
             return None
         assert batch.hidden is not None
@@ -241,8 +234,8 @@ class OpdStep:
         )
 
 
-def _steps_of(drawn: Drawn) -> VerifySteps:
-    steps = drawn.steps or drawn.judged
+def _known_steps(part: _MicroBatch) -> VerifySteps:
+    steps = part.anchors.known_steps
     assert steps is not None, "a rejected stream needs verify steps"
     return steps
 
@@ -253,17 +246,17 @@ class _Clock:
     def __init__(self) -> None:
         self._since, self._seconds = time.perf_counter(), dict.fromkeys(("mining", "drafter", "head_and_loss"), 0.0)
 
-    def spent(self, what: str) -> None:
-        """On this, since the last call."""
+    def spent(self, phase: str) -> None:
+        """Add the time since the last call to a phase."""
         now = time.perf_counter()
-        self._seconds[what] += now - self._since
+        self._seconds[phase] += now - self._since
         self._since = now
 
     def resume(self) -> None:
-        """Leave out what was done since the last call: the gradient of another part."""
+        """Leave out the time since the last call, in which the caller took another micro-batch's gradient."""
         self._since = time.perf_counter()
 
     def take(self) -> dict[str, float]:
-        """What was spent since this was asked."""
+        """Return the seconds by phase since the last call of `take`."""
         taken, self._seconds = self._seconds, dict.fromkeys(self._seconds, 0.0)
         return taken

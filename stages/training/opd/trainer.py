@@ -1,107 +1,109 @@
-"""OPD put together: features, the mined table, anchors and loss of every step of a training."""
+"""OPD: the answers, the mined table, the anchors and the loss of every step of a training."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pyarrow as pa
+import torch
 
-from draftsmith.stages.data.trajectories import Trajectory
+from draftsmith.stages.data.load import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.checkpoint import descends_from, load_drafter
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
+from draftsmith.stages.runtime.stage import StageContext
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.sampling import GREEDY, SamplingParams
-from draftsmith.stages.training.batches import FeatureSource, Portion, parts_of, step_rng, trajectories_of_step
+from draftsmith.stages.target.sampling import GREEDY
+from draftsmith.stages.training.batches import step_rng
 from draftsmith.stages.training.blocks import LossReport
 from draftsmith.stages.training.config import OpdConfig
 from draftsmith.stages.training.opd.anchor_sources import AnchorSource, RandomAnchors, SuccessorAnchors, TableAnchors
-from draftsmith.stages.training.opd.mined_table import Kind, MinedTable, match_steps
+from draftsmith.stages.training.opd.mined_table import MinedTable, StepKind, load_mined, match_steps
 from draftsmith.stages.training.opd.remining import Remining
-from draftsmith.stages.training.opd.step import OpdStep
+from draftsmith.stages.training.opd.step import OpdStep, StepOptions
+from draftsmith.stages.training.trainer import Trainer, TrainingData
 
 
-class OpdTraining:
-    """`loss(step)` depends on nothing but the step, the drafter's weights and `source`, which remembers."""
+def run(ctx: StageContext, config: OpdConfig) -> None:
+    """Continue training the drafter that was mined, on its own steps."""
+    ranks = Ranks.current(config.parallel.target_parallel)
+    stored = load_trajectories(ctx.inputs["trajectories"])
+    target = Target.load(ctx.inputs["target"], ranks=ranks)
+    folder = ctx.inputs["drafter"] / DRAFTER_FOLDER
+    drafter = load_drafter(folder, target, torch.float32)
+    mined = load_mined(ctx.inputs["mined"], stored.trajectories, drafter.block_size, whole=config.reads_table)
+    data = MinedData(trajectories=stored.trajectories, sampling=stored.sampling, mined=mined)
+    training = OpdTraining(drafter, target, data, config, seed=ctx.seed, ranks=ranks)
+    ctx.log(str(training))
+    totals = training.train(ctx)
+    if not ranks.is_main:
+        return
+    training.save(ctx, "opd", descends_from(folder), totals)
+    ctx.summary(**totals, mined_steps=mined.count(training.kind), passes=training.passes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinedData(TrainingData):
+    """The answers that a drafter is trained on, with its verify steps there."""
+
+    mined: MinedTable | pa.Table  # a table: of VERIFY_STEPS; of all answers where `OpdConfig.reads_table`
+
+
+class OpdTraining(Trainer):
+    """Trains on the blocks where the drafter's own verification leads."""
+
+    config: OpdConfig
+    memory: AnchorSource
 
     def __init__(
         self,
         drafter: Drafter,
         target: Target,
-        trajectories: Sequence[Trajectory],
-        mined: MinedTable | pa.Table,
+        data: MinedData,
         config: OpdConfig,
         *,
-        sampling: SamplingParams = GREEDY,
         seed: int = 0,
         ranks: Ranks = ALONE,
     ):
-        """drafter: float32 weights that are to be trained. mined: its steps on these trajectories (as a table,
-        VERIFY_STEPS), on all of them where `config.reads_table`.
-
-        sampling: that of the trajectories. Raises DraftsmithError if nothing of the config's kind was mined.
-        """
-        if isinstance(mined, pa.Table):
-            mined = match_steps(mined, trajectories, drafter.block_size)
-        self.config, self.mined, self.seed, self._block_size = config, mined, seed, drafter.block_size
-        self.ranks, self._trajectories, self._device = ranks, trajectories, target.device
-        self.kind: Kind = "errors" if config.anchors == "errors" else "visited"
-        self.usable = mined.trajectories_with(self.kind) if config.reads_table else list(range(len(trajectories)))
+        """drafter: float32 weights that are to be trained. Raises DraftsmithError if no step of the config's kind was
+        mined."""
+        super().__init__(drafter, target, data, config, seed=seed, ranks=ranks)
+        mined, sampling = data.mined, data.sampling
+        self.mined = match_steps(mined, data.trajectories, drafter.block_size) if isinstance(mined, pa.Table) else mined
+        self.kind: StepKind = "errors" if config.anchors == "errors" else "visited"
+        if config.reads_table:
+            self.usable = self.mined.trajectories_with(self.kind)
         self.sampled = config.verification == "sampled" or (config.verification == "auto" and not sampling.greedy)
-        drawn = sampling if self.sampled and drafter.samples_proposals else GREEDY
-        self.objective = config.loss.resolved(
-            drafter.recipe, self.sampled, sampling.temperature if drawn.greedy else 1.0
-        )
-        self.source = anchor_source(config, mined, drafter, scored=self.objective.needs_scores)
-        self._features = FeatureSource(
-            target,
-            drafter.target_layer_ids,
-            trajectories,
-            tokens_per_group=config.tokens_per_target_forward,
-            memory_mb=config.feature_memory_mb,
-            with_hidden=self.objective.response.asks_target or drafter.has_confidence or not drawn.greedy,
-        )
-        self._step = OpdStep(drafter, target, self.source, self.objective, config, mined.proposals, drawn)
+        self._sampling = sampling if self.sampled and drafter.samples_proposals else GREEDY
+        temperature = sampling.temperature if self._sampling.greedy else 1.0
+        self.objective = config.loss.resolved(drafter.recipe, self.sampled, temperature)
+        self.memory = anchor_source(config, self.mined, drafter, scored=self.objective.needs_scores)
+        options = StepOptions(config, self.objective, self.mined.proposals, self._sampling)
+        self._step = OpdStep(drafter, target, self.memory, options)
 
     @property
-    def passes(self) -> float:
-        """How often a trajectory is drawn, on average."""
-        return self.config.passes(len(self.usable))
-
-    def loss(self, step: int) -> LossReport:
-        """Of optimiser step `step` as one batch, with gradient."""
-        (report,) = self.micro_batches(step, limit=None)
-        return report
+    def reads_target(self) -> bool:
+        return self.objective.response.reads_target or self.drafter.has_confidence or not self._sampling.greedy
 
     def micro_batches(self, step: int, limit: int | None) -> Iterator[LossReport]:
-        """The same in parts of at most `limit` tokens, those of this rank."""
-        chosen = self._chosen(step)
-        portion = Portion.of_rank([self._trajectories[i] for i in chosen], self.ranks, self._device)
-        own = [chosen[row] for row in portion.rows]
-        batch = self._features.batch(own, self._features.shared(chosen, self.ranks))
-        if step + 1 < self.config.steps:
-            self._features.prefetch(self._features.own(self._chosen(step + 1), self.ranks))
-        parts = parts_of(batch, self.config.anchors_per_sequence * self._block_size, limit)
-        return self._step.micro_batches(step, own, batch, step_rng(self.seed, step), parts, portion)
-
-    def _chosen(self, step: int) -> list[int]:
-        places = trajectories_of_step(len(self.usable), self.config.sequences_per_step, step, self.seed)
-        return [self.usable[i] for i in places]
+        return self._step.micro_batches(step, self.rank_slice(step, limit), step_rng(self.seed, step))
 
     def __str__(self) -> str:
-        """What is trained, in one line."""
+        """Describe in one line what is trained."""
         config, response = self.config, self.objective.response
-        beyond = f", weight exp(-d/{response.beyond:g}) at d behind the correction" if response.beyond else ""
+        beyond = f", weight exp(-d/{response.beyond:g}) at d after the correction" if response.beyond else ""
         return (
             f"verification {'sampled' if self.sampled else 'greedy'}: {response.loss} on {response.scope} offsets"
             f"{beyond}{', k3 on rejected ones' if self.objective.needs_scores else ''}; anchors {config.anchors}"
             f"{f' of {self.mined.count(self.kind)} mined steps' if config.reads_table else ''}; {len(self.usable)} "
-            f"trajectories, each in {self.passes:.3g} steps on average"
+            f"answers, {self.passes:.3g} passes over each"
             f"{f', mined again after {config.oldest_trace} steps' if config.oldest_trace else ''}"
         )
 
 
 def anchor_source(config: OpdConfig, mined: MinedTable, drafter: Drafter, *, scored: bool) -> AnchorSource:
-    """The source of anchors that a config asks for. scored: as of `Remining`."""
+    """Return the source of anchors that a config asks for. scored: as of `Remining`."""
     count = config.anchors_per_sequence
     if config.anchors == "random":
         return RandomAnchors(count)

@@ -1,4 +1,4 @@
-"""SFT's loss: all offsets of blocks behind anchors anywhere, in the form that the architecture's authors use.
+"""SFT: all offsets of blocks after anchors anywhere, with the loss that the architecture's authors use.
 
 DFlash (arXiv 2602.06036): cross-entropy on the committed token, weight exp(-(k-1)/γ) at offset k. EAGLE-3
 (arXiv 2503.01840): the training-time test on the target's distribution over the draft vocabulary, 0.8 a step.
@@ -7,60 +7,105 @@ DFlash (arXiv 2602.06036): cross-entropy on the committed token, weight exp(-(k-
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
-from draftsmith.stages.data.trajectories import Trajectory
+from draftsmith.stages.data.load import DRAFTER_FOLDER, load_trajectories, splits_of
 from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.checkpoint import (
+    create_drafter,
+    descends_from,
+    drafter_source,
+    load_drafter,
+    upgraded,
+)
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
+from draftsmith.stages.runtime.stage import StageContext
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.sampling import GREEDY, SamplingParams
-from draftsmith.stages.training.batches import Batch, FeatureSource, Portion, parts_of, step_rng, trajectories_of_step
+from draftsmith.stages.target.sampling import GREEDY
+from draftsmith.stages.training.batches import Batch, frequent_tokens, step_rng, token_counts
 from draftsmith.stages.training.blocks import (
     Anchors,
+    LossContext,
     LossReport,
-    block_hidden,
-    context_of,
-    operations_of,
+    count_operations,
+    draft_blocks,
+    encode_batch,
     position_anchors,
 )
 from draftsmith.stages.training.config import SftConfig
-from draftsmith.stages.training.lm_heads import Heads, HeadSource
+from draftsmith.stages.training.lm_heads import HeadSource
 from draftsmith.stages.training.loss_config import ResponseStream
-from draftsmith.stages.training.response_loss import response_stream
+from draftsmith.stages.training.response_loss import response_loss
+from draftsmith.stages.training.sft.stage import check_start
+from draftsmith.stages.training.trainer import Trainer, TrainingData
+
+
+def run(ctx: StageContext, config: SftConfig) -> None:
+    """Train, then write the checkpoint in the layout that engines load. Without steps the drafter is taken as it is."""
+    ranks = Ranks.current(config.parallel.target_parallel)
+    start = _start(ctx, config)
+    stored = load_trajectories(ctx.inputs["trajectories"])
+    target = Target.load(ctx.inputs["target"], ranks=ranks)
+    counts = token_counts(stored.trajectories, target.info.vocab_size)
+    if start is not None:
+        drafter = load_drafter(start, target, torch.float32, of_any_target=config.adopt)
+        drafter = upgraded(drafter, config.drafter, target, ctx.seed)
+    else:
+        drafter = create_drafter(config.drafter, target, ctx.seed, frequent_tokens(counts))
+    earlier = drafter.frequent_tokens  # of the answers that it was trained on before; untrained, it keeps them
+    if (earlier is None or config.steps) and "train" in splits_of(ctx.inputs["trajectories"]):  # never evaluation's
+        before = None if earlier is None else earlier.cpu()
+        drafter.frequent_tokens = frequent_tokens(counts, before).to(target.device)
+    data = TrainingData(trajectories=stored.trajectories, sampling=stored.sampling)
+    training = SftTraining(drafter, target, data, config, seed=ctx.seed, ranks=ranks)
+    covered = drafter.head_over(target.head_weight, None).token_ids
+    coverage = 1.0 if covered is None else float(counts[covered.cpu()].sum() / counts.sum())
+    ctx.log(f"{training}; {coverage:.2%} of the answers' tokens can be proposed")
+    if drafter.has_own_head and config.head_tokens is not None:
+        ctx.log("sft.head_tokens is ignored: this drafter has a head of its own (drafter.draft_vocab_size)")
+    totals = training.train(ctx)
+    if not ranks.is_main:
+        return
+    training.save(ctx, "sft", () if start is None else descends_from(start), totals)
+    ctx.summary(
+        **totals,
+        parameters=sum(p.numel() for p in drafter.parameters()),
+        trajectories=len(stored.trajectories),
+        passes=training.passes,
+        draft_vocabulary_coverage=coverage,
+    )
+
+
+def _start(ctx: StageContext, config: SftConfig) -> Path | None:
+    """Return the checkpoint to continue from: the input, or that of `init_from`; None: random weights.
+
+    Raises DraftsmithError for settings of a checkpoint where there is none.
+    """
+    if "drafter" in ctx.inputs:
+        return ctx.inputs["drafter"] / DRAFTER_FOLDER
+    check_start(config)
+    return drafter_source(config.init_from, config.init_revision) if config.init_from else None
 
 
 def sft_loss(
     drafter: Drafter,
     batch: Batch,
     anchors: Anchors,
-    heads: Heads,
-    target_head: torch.Tensor,
+    context: LossContext,
     stream: ResponseStream,
-    *,
     temperature: float,
-    sampling: SamplingParams = GREEDY,
-    positions_per_chunk: int,
 ) -> LossReport:
-    """Weighted mean over all offsets inside the trajectory. stream: resolved, of scope `block`; target_head: [V, H].
+    """Compute the weighted mean over all offsets inside the trajectory.
 
-    temperature: of the target's distribution. sampling: that of tokens and proposals.
+    stream: resolved, of scope `block`. temperature: of the target's distribution.
     """
     started = time.perf_counter()
-    hidden = block_hidden(drafter, context_of(drafter, batch), batch, anchors)
+    blocks = draft_blocks(drafter, encode_batch(drafter, batch), batch, anchors)
     drafted = time.perf_counter()
-    response = response_stream(
-        hidden,
-        batch,
-        anchors,
-        heads,
-        target_head,
-        stream,
-        temperature=temperature,
-        sampling=sampling,
-        positions_per_chunk=positions_per_chunk,
-    )
+    response = response_loss(blocks, context, stream, temperature)
     positions = int(response.positions.sum())
     return LossReport(
         response.sums.mean,
@@ -68,86 +113,58 @@ def sft_loss(
         positions,
         {"accuracy": response.accuracy},
         {"drafter": drafted - started, "head_and_loss": time.perf_counter() - drafted},
-        operations_of(drafter, batch, anchors, positions, heads.drafter),
+        count_operations(drafter, batch, anchors, positions, context.heads.drafter),
         streams=(response.sums,),
     )
 
 
-class SftTraining:
-    """SFT put together: `loss(step)` depends on nothing but the step and the drafter's weights."""
+class SftTraining(Trainer):
+    """Trains on the answers' own tokens."""
+
+    config: SftConfig
 
     def __init__(
         self,
         drafter: Drafter,
         target: Target,
-        trajectories: Sequence[Trajectory],
+        data: TrainingData,
         config: SftConfig,
         *,
-        sampling: SamplingParams = GREEDY,
         seed: int = 0,
         ranks: Ranks = ALONE,
     ):
-        """drafter: float32 weights that are to be trained. sampling: that of the trajectories: see
-        `response.py` for what it is to a drafter that draws its proposals."""
-        self.drafter, self.target, self.config, self.seed, self.ranks = drafter, target, config, seed, ranks
-        self._trajectories = trajectories
-        self.stream = config.stream(drafter.recipe, sampled=not sampling.greedy)
-        self._sampling = sampling if drafter.samples_proposals else GREEDY
-        self._temperature = (sampling.temperature or 1.0) if self._sampling.greedy else 1.0
+        """drafter: float32 weights that are to be trained. data: `response_loss` tells what its sampling changes."""
+        super().__init__(drafter, target, data, config, seed=seed, ranks=ranks)
+        self.stream = config.stream(drafter.recipe, sampled=not data.sampling.greedy)
+        self._sampling = data.sampling if drafter.samples_proposals else GREEDY
+        self._temperature = (data.sampling.temperature or 1.0) if self._sampling.greedy else 1.0
         self._heads = HeadSource(drafter, target.head_weight, config)
-        self._features = FeatureSource(
-            target,
-            drafter.target_layer_ids,
-            trajectories,
-            tokens_per_group=config.tokens_per_target_forward,
-            memory_mb=config.feature_memory_mb,
-            with_hidden=self.stream.asks_target or drafter.has_confidence,
-        )
-        self._count = len(trajectories)
 
-    def loss(self, step: int) -> LossReport:
-        """Of optimiser step `step` as one batch, with gradient."""
-        (report,) = self.micro_batches(step, limit=None)
-        return report
+    @property
+    def reads_target(self) -> bool:
+        return self.stream.reads_target or self.drafter.has_confidence
 
     def micro_batches(self, step: int, limit: int | None) -> Iterator[LossReport]:
-        """The same in parts of at most `limit` tokens, those of this rank. Anchors and head are drawn for the whole
-        step."""
-        rng = step_rng(self.seed, step)
-        chosen = self._chosen(step)
-        trajectories = [self._trajectories[i] for i in chosen]
-        portion = Portion.of_rank(trajectories, self.ranks, self.target.device)
-        own = [chosen[row] for row in portion.rows]
-        batch = self._features.batch(own, self._features.shared(chosen, self.ranks))
-        if step + 1 < self.config.steps:
-            self._features.prefetch(self._features.own(self._chosen(step + 1), self.ranks))
-        anchors = position_anchors(trajectories, self.config.anchors_per_sequence, rng, self.target.device)
-        heads = self._heads.draw(rng, [portion.tokens])
-        anchors = anchors.rows(portion.rows)
-        parts = parts_of(batch, anchors.positions.shape[1] * self.drafter.block_size, limit)
-        for part in parts:
-            report = sft_loss(
-                self.drafter,
-                batch.rows(part),
-                anchors.rows(part),
-                heads,
-                self.target.head_weight,
-                self.stream,
-                temperature=self._temperature,
-                sampling=self._sampling,
-                positions_per_chunk=self.config.positions_per_chunk,
+        rank_slice, rng = self.rank_slice(step, limit), step_rng(self.seed, step)
+        # for the full step, whatever this rank trains of it
+        phases = rng.random(rank_slice.step_rows)[rank_slice.rows]
+        heads = self._heads.sample(rng, [rank_slice.step_tokens])
+        config = self.config
+        context = LossContext(heads, self.target.head_weight, config.positions_per_chunk, self._sampling)
+        for rows in rank_slice.micro_batches:
+            batch = rank_slice.batch.rows(rows)
+            anchors = position_anchors(
+                batch.trajectories, config.anchors_per_sequence, phases[rows], self.target.device
             )
-            report.alone = len(parts) == self.ranks.world == 1
+            report = sft_loss(self.drafter, batch, anchors, context, self.stream, self._temperature)
+            report.is_full_step = rank_slice.is_one_batch
             yield report
 
-    def _chosen(self, step: int) -> list[int]:
-        return trajectories_of_step(self._count, self.config.sequences_per_step, step, self.seed)
-
     def __str__(self) -> str:
-        """What is trained, in one line."""
+        """Describe in one line what is trained."""
         weights = self.stream.weights()
-        of_offset = f"exp(-(k-1)/{weights.gamma:.3g})" if weights.kind == "exponential" else "D-PACE's"
+        formula = f"exp(-(k-1)/{weights.gamma:.3g})" if weights.kind == "exponential" else "D-PACE's"
         return (
-            f"{self.stream.loss} at all offsets, weight {of_offset} at offset k; {self._count} answers, drawn "
-            f"{self.config.passes(self._count):.3g} times each"
+            f"{self.stream.loss} at all offsets, weight {formula} at offset k; {len(self.usable)} answers, "
+            f"{self.passes:.3g} passes over each"
         )

@@ -1,0 +1,115 @@
+"""The trainer that SFT and OPD share: the answers of every step, micro-batches that fit into memory, the checkpoint."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from draftsmith.stages.data.load import DRAFTER_FOLDER
+from draftsmith.stages.data.trajectories import Trajectory, lengths_of, pad_tokens
+from draftsmith.stages.drafters.base import Drafter, DrafterInfo
+from draftsmith.stages.drafters.checkpoint import save_drafter
+from draftsmith.stages.runtime.ranks import ALONE, Ranks
+from draftsmith.stages.runtime.stage import StageContext
+from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.sampling import GREEDY, SamplingParams
+from draftsmith.stages.training.batches import FeatureSource, RankSlice, split_rows, trajectories_of_step
+from draftsmith.stages.training.blocks import LossReport
+from draftsmith.stages.training.config import TrainingConfig
+from draftsmith.stages.training.loop import Resumable, train
+from draftsmith.stages.training.micro_batches import MicroBatches, micro_batch_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """The answers that a drafter is trained on."""
+
+    trajectories: Sequence[Trajectory]
+    sampling: SamplingParams = GREEDY  # that they were generated with
+
+
+class Trainer(ABC):
+    """Trains a drafter. `loss(step)` depends on nothing but the step, the drafter's weights and `memory`."""
+
+    config: TrainingConfig
+    usable: Sequence[int]  # indices of the trajectories that are trained
+    memory: Resumable | None = None  # what is remembered between steps
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        target: Target,
+        data: TrainingData,
+        config: TrainingConfig,
+        *,
+        seed: int = 0,
+        ranks: Ranks = ALONE,
+    ):
+        """drafter: float32 weights that are to be trained."""
+        self.drafter, self.target, self.config, self.seed, self.ranks = drafter, target, config, seed, ranks
+        self.trajectories, self.usable = data.trajectories, range(len(data.trajectories))
+
+    @property
+    @abstractmethod
+    def reads_target(self) -> bool:
+        """Whether batches need the target's hidden states, beside its features."""
+
+    @abstractmethod
+    def micro_batches(self, step: int, limit: int | None) -> Iterator[LossReport]:
+        """Yield the losses of a step, with gradient, in this rank's micro-batches of at most `limit` tokens."""
+
+    def loss(self, step: int) -> LossReport:
+        """Return the loss of optimiser step `step` as one batch, with gradient."""
+        (report,) = self.micro_batches(step, limit=None)
+        return report
+
+    @property
+    def passes(self) -> float:
+        """How often a trajectory is trained, on average."""
+        return self.config.passes(len(self.usable))
+
+    def rank_slice(self, step: int, limit: int | None) -> RankSlice:
+        """Return what this rank trains in a step, and start to read what it trains next."""
+        indices = self._indices(step)
+        trajectories = [self.trajectories[i] for i in indices]
+        rows = self.ranks.assigned_rows([len(t.tokens) for t in trajectories])
+        own = [indices[row] for row in rows]
+        batch = self._features.batch(own, self._features.shared(indices, self.ranks))
+        if step + 1 < self.config.steps:
+            self._features.prefetch(self._features.own(self._indices(step + 1), self.ranks))
+        micro_batches = split_rows(batch, self._block_tokens, limit)
+        return RankSlice(own, batch, micro_batches, rows, pad_tokens(trajectories, self.target.device), self.ranks)
+
+    def _indices(self, step: int) -> list[int]:
+        order = trajectories_of_step(len(self.usable), self.config.sequences_per_step, step, self.seed)
+        return [self.usable[i] for i in order]
+
+    @cached_property
+    def _features(self) -> FeatureSource:
+        layers = self.drafter.target_layer_ids
+        return FeatureSource(self.target, layers, self.trajectories, self.config, with_hidden=self.reads_target)
+
+    @property
+    def _block_tokens(self) -> int:
+        """Tokens of a row's blocks."""
+        return self.config.anchors_per_sequence * self.drafter.block_size
+
+    def train(self, ctx: StageContext) -> dict[str, float]:
+        """Run or continue all steps. Return additive totals, as `loop.train` does."""
+        longest = int(lengths_of(self.trajectories).max())
+        limit = micro_batch_tokens(self.config, self.target, self.drafter, longest)
+        micro_batches = MicroBatches(self.micro_batches, limit, self._block_tokens, ctx)
+        return train(ctx, self.drafter, self.config, micro_batches, self.memory, self.ranks)
+
+    def save(self, ctx: StageContext, stage: str, parents: tuple[str, ...], totals: dict[str, float]) -> None:
+        """Write the drafter in the layout that engines load. parents: digests of the drafters that it descends from."""
+        trained = {name: totals.get(name, 0) for name in ("blocks", "positions")}
+        self.drafter.info = DrafterInfo(
+            target_digest=self.target.info.digest,
+            target_source=self.target.info.source,
+            parents=parents,
+            training={"stage": stage, "steps": self.config.steps, **trained},
+        )
+        save_drafter(self.drafter, ctx.out / DRAFTER_FOLDER, self.target.dtype)
