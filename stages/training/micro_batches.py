@@ -73,7 +73,7 @@ def micro_batch_tokens(config: TrainingConfig, target: Target, drafter: Drafter,
     if config.micro_batch_tokens is not None:
         return min(config.micro_batch_tokens, whole)
     sizes = loaded_sizes(target, drafter, longest)
-    fixed = fixed_memory(config, Use(sizes, answers=AnswerCounts(longest)))
+    fixed = sum(fixed_memory(config, Use(sizes, answers=AnswerCounts(longest))).values())
     return rows_at_once(config, sizes, longest, fixed) * row_tokens(config, sizes, longest)
 
 

@@ -40,12 +40,20 @@ from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.training import losses
 from draftsmith.stages.training.batches import Batch, FeatureSource, frequent_tokens, step_rng, token_counts
-from draftsmith.stages.training.blocks import Anchors, LossReport, block_hidden, context_of, labels_of, position_anchors
+from draftsmith.stages.training.blocks import (
+    Anchors,
+    LossContext,
+    LossReport,
+    block_labels,
+    draft_blocks,
+    encode_batch,
+    position_anchors,
+)
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
 from draftsmith.stages.training.lm_heads import HeadSource
 from draftsmith.stages.training.loop import make_optimiser
 from draftsmith.stages.training.opd.mined_table import MinedTable, TrajectorySteps
-from draftsmith.stages.training.opd.step import OpdStep
+from draftsmith.stages.training.opd.step import OpdStep, StepOptions
 from draftsmith.stages.training.opd.trainer import anchor_source
 from draftsmith.stages.training.sft.trainer import sft_loss
 from tests.benchmarks import harness, machine
@@ -132,7 +140,9 @@ class Step:
         config = OpdConfig.model_validate(self.config.model_dump() | fields)
         objective = config.loss.resolved(self.drafter.recipe, config.verification == "sampled", 0.0)
         source = anchor_source(config, self.world.table, self.drafter, scored=objective.needs_scores)
-        return OpdStep(self.drafter, self.world.target, source, objective, config, self.world.table.proposals)
+        return OpdStep(
+            self.drafter, self.world.target, source, StepOptions(config, objective, self.world.table.proposals)
+        )
 
     def _loss(self, features: FeatureSource) -> LossReport:
         """The step's loss; reading the features is not part of it."""
@@ -141,21 +151,14 @@ class Step:
         if self.opd is not None:
             return self.opd.loss(self.step, indices, batch, rng)
         started = time.perf_counter()
-        anchors = position_anchors(batch.trajectories, config.anchors_per_sequence, rng, self.world.target.device)
-        heads = self.heads.draw(rng, [batch.tokens])
+        phases, target = rng.random(len(indices)), self.world.target
+        anchors = position_anchors(batch.trajectories, config.anchors_per_sequence, phases, target.device)
+        heads = self.heads.sample(rng, [batch.tokens])
         selected = time.perf_counter()
         if self.dense:
             return self._dense_loss(batch, anchors)
-        report = sft_loss(
-            self.drafter,
-            batch,
-            anchors,
-            heads,
-            self.world.target.head_weight,
-            self.stream,
-            temperature=1.0,
-            positions_per_chunk=config.positions_per_chunk,
-        )
+        context = LossContext(heads, target.head_weight, config.positions_per_chunk)
+        report = sft_loss(self.drafter, batch, anchors, context, self.stream, temperature=1.0)
         report.seconds["head_and_loss"] += selected - started
         return report
 
@@ -163,10 +166,10 @@ class Step:
         """Of sft_loss with cross-entropy: the same value."""
         started = time.perf_counter()
         with patch.object(dflash_model, "block_attention", dense_attention):
-            hidden = block_hidden(self.drafter, context_of(self.drafter, batch), batch, anchors)
+            hidden = draft_blocks(self.drafter, encode_batch(self.drafter, batch), batch, anchors).hidden
         drafted = time.perf_counter()
         K = hidden.shape[2]
-        labels, inside = labels_of(batch, anchors, K)
+        labels, inside = block_labels(batch, anchors, K)
         logits = F.linear(hidden, self.world.target.head_weight).float()
         terms = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view_as(labels)
         weights = losses.decay_weights(torch.arange(1, K + 1), GAMMA) * inside
@@ -180,7 +183,8 @@ class Step:
         """Seconds of every part, and the positions trained. The head's selection counts as head."""
         self.step += 1
         began = time.perf_counter()
-        features = FeatureSource(self.world.target, self.drafter.target_layer_ids, self.world.trajectories)
+        layers = self.drafter.target_layer_ids
+        features = FeatureSource(self.world.target, layers, self.world.trajectories, self.config)
         features.batch(range(len(self.world.trajectories)))
         read = time.perf_counter()
         with torch.autocast(self.world.target.device.type, torch.bfloat16):

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from draftsmith.stages.target.estimate import PROCESS, AnswerCounts, Use
-from draftsmith.stages.training.estimate import loaded_sizes, micro_batch_tokens, row_tokens, training_memory
-from draftsmith.stages.training.loop import MicroBatches, train
+from draftsmith.stages.training.estimate import row_tokens, training_memory
+from draftsmith.stages.training.loop import train
+from draftsmith.stages.training.micro_batches import MicroBatches, loaded_sizes, micro_batch_tokens
 from draftsmith.stages.training.opd.trainer import OpdTraining
 from tests.benchmarks import harness, machine
 from tests.gpu.trainings import KINDS, make_training
@@ -86,12 +87,11 @@ def _of_training(
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    memory = training.source if isinstance(training, OpdTraining) else None
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder, watched(target) as read, profiled.profiler:
         context = Timed.under(Path(folder), after_step=profiled.profiler.step)
         of_row = config.anchors_per_sequence * drafter.block_size  # tokens beside its trajectory
-        micro_batches = MicroBatches(training.micro_batches, limit, of_row, print, context.work)
-        totals = train(context, drafter, config, micro_batches, memory)
+        micro_batches = MicroBatches(training.micro_batches, limit, of_row, context)
+        totals = train(context, drafter, config, micro_batches, training.memory)
     peak = torch.cuda.max_memory_allocated() if on_gpu else None
     profiled.save(traces / f"{_file_name(kind)}.trace.json.gz")
     seconds = harness.median([end - start for start, end in pairwise(context.ends)][WARM - 1 : WARM - 1 + repetitions])

@@ -14,8 +14,8 @@ from draftsmith.artifacts.errors import StageInterrupted
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.registry import DrafterConfig
 from draftsmith.stages.training.batches import FeatureSource
+from draftsmith.stages.training.config import TrainingConfig
 from draftsmith.stages.training.loop import train
-from draftsmith.stages.training.opd.trainer import OpdTraining
 from tests.gpu.trainings import KINDS, Training, make_training
 from tests.gpu.world import EAGLE3, TINY, make_drafter, make_target, make_trajectories
 from tests.testbed import random_target
@@ -74,9 +74,8 @@ def trained(device: str, folder: Path, kind: str, stop_after: int | None = None)
     """Losses of the steps of one attempt under autocast, in micro-batches."""
     drafter, training = training_on(device, TINY.drafter, kind, "bfloat16", steps=STEPS, learning_rate=3e-3)
     context = StoppingContext.under(folder, stop_after=stop_after)
-    memory = training.source if isinstance(training, OpdTraining) else None
     with suppress(StageInterrupted):
-        train(context, drafter, training.config, lambda step: training.micro_batches(step, 80), memory)
+        train(context, drafter, training.config, lambda step: training.micro_batches(step, 80), training.memory)
     return [figures["loss"] for _, figures in context.measured]
 
 
@@ -94,9 +93,9 @@ def test_features_that_are_read_ahead_are_those_of_their_batch(device: str) -> N
     """Beside other work, in memory that is used again."""
     target = make_target(TINY, device, "bfloat16", alike=True)
     trajectories = make_trajectories(TINY, equally_long=False)
+    config = TrainingConfig(tokens_per_target_forward=64, feature_memory_mb=1e-6)
     ahead, in_turn = (
-        FeatureSource(target, (2, 0), trajectories, tokens_per_group=64, memory_mb=1e-6, ahead=reads_ahead)
-        for reads_ahead in (True, False)
+        FeatureSource(target, (2, 0), trajectories, config, ahead=reads_ahead) for reads_ahead in (True, False)
     )
     assert (ahead._stream is not None) == (device == "cuda")
     work = torch.randn(512, 512, device=device)

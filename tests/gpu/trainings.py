@@ -12,8 +12,9 @@ from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.training.config import OpdConfig, SftConfig
 from draftsmith.stages.training.opd.mined_table import MinedTable
-from draftsmith.stages.training.opd.trainer import OpdTraining
+from draftsmith.stages.training.opd.trainer import MinedData, OpdTraining
 from draftsmith.stages.training.sft.trainer import SftTraining
+from draftsmith.stages.training.trainer import TrainingData
 from tests.benchmarks.sft_step import made_up_steps
 
 TAU = 4.0  # of the verify steps that are made up
@@ -33,7 +34,9 @@ def make_training(
     """kind: of KINDS. step: fields of TrainingConfig."""
     fields = KINDS[kind]
     if fields is None:
-        return SftTraining(drafter, target, trajectories, SftConfig.model_validate(step))
+        data = TrainingData(trajectories=trajectories)
+        return SftTraining(drafter, target, data, SftConfig.model_validate(step))
     rng, K = np.random.default_rng(1), drafter.block_size - 1
     table = MinedTable([made_up_steps(t, K, TAU, rng) for t in trajectories], K)
-    return OpdTraining(drafter, target, trajectories, table, OpdConfig.model_validate({**step, **fields}))
+    mined = MinedData(trajectories=trajectories, mined=table)
+    return OpdTraining(drafter, target, mined, OpdConfig.model_validate({**step, **fields}))

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import torch
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.tables.parquet import ordered, padded, places
+from draftsmith.artifacts.tables.parquet import index_in, pad_lists, select_in_order
 from draftsmith.artifacts.tables.readers import KeyedRows, RowReader
 from draftsmith.artifacts.tables.schemas import VERIFY_STEPS
 from draftsmith.stages.data.trajectories import Trajectory, ids_of
@@ -51,7 +51,7 @@ class StoredSteps(Sequence[TrajectorySteps]):
         return len(self.errors)
 
     def __getitem__(self, index: int) -> TrajectorySteps:  # type: ignore[override]  # nobody takes a slice
-        return _steps(self.rows.of([index], _COLUMNS), self.proposals)
+        return _steps(self.rows.take([index], _COLUMNS), self.proposals)
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def load_mined(folder: Path, trajectories: Sequence[Trajectory], block_size: int
         _check_mined(rows.counts, ids, str(path))
     errors, longest, row = np.zeros(len(ids), dtype=np.int64), 0, 0
     for part in reader.parts(["rejected_offset", "proposed_ids"]):
-        rejecting = rows.key_of(row + np.flatnonzero(part["rejected_offset"].to_numpy()))
+        rejecting = rows.key_index(row + np.flatnonzero(part["rejected_offset"].to_numpy()))
         errors += np.bincount(rejecting[rejecting >= 0], minlength=len(ids))
         longest = max(longest, pc.max(pc.list_value_length(part["proposed_ids"])).as_py())
         row += part.num_rows
@@ -124,8 +124,8 @@ def load_mined(folder: Path, trajectories: Sequence[Trajectory], block_size: int
 def match_steps(table: pa.Table, trajectories: Sequence[Trajectory], block_size: int) -> MinedTable:
     """Match a table of VERIFY_STEPS in memory as `load_mined` does."""
     ids = ids_of(trajectories)
-    table = ordered(table, "trajectory_id", ids)
-    bounds = np.searchsorted(places(table, "trajectory_id", ids), np.arange(len(ids) + 1))
+    table = select_in_order(table, "trajectory_id", ids)
+    bounds = np.searchsorted(index_in(table, "trajectory_id", ids), np.arange(len(ids) + 1))
     _check_mined(np.diff(bounds), ids, "mined steps")
     longest = int(pc.max(pc.list_value_length(table["proposed_ids"])).as_py())
     _check_length(longest, block_size, "mined steps")
@@ -159,8 +159,8 @@ def _steps(table: pa.Table, proposals: int) -> TrajectorySteps:
         accepted,
         committed,
         rejected,
-        padded(table, "proposed_ids", proposals, 0, np.int64),
-        padded(table, "target_logprobs", proposals, np.nan, np.float32),
+        pad_lists(table, "proposed_ids", proposals, 0, np.int64),
+        pad_lists(table, "target_logprobs", proposals, np.nan, np.float32),
     )
 
 

@@ -58,7 +58,7 @@ def test_dspark_draws_from_products_and_bias_as_sglang_does_and_learns_from_the_
     assert isinstance(drafter, DSparkDrafter)
     w2 = drafter.markov_head.markov_w2.weight
     w2.data.normal_(generator=torch.Generator().manual_seed(1))
-    heads = HeadSource(drafter, target.head_weight, TrainingConfig()).draw(np.random.default_rng(0), [])
+    heads = HeadSource(drafter, target.head_weight, TrainingConfig()).sample(np.random.default_rng(0), [])
     hidden, before = states(target), torch.tensor([3, 9, 27, 1, 0])
     both = drafter.with_bias(hidden, read := drafter.markov_head.read(before), read)
     expected = hidden @ target.head_weight.T + read @ w2.T

@@ -38,10 +38,11 @@ from draftsmith.stages.target.kv_cache import SlotCache
 from draftsmith.stages.target.layers import Layers
 from draftsmith.stages.target.logit_map import LogitMap
 from draftsmith.stages.target.self_check import check_agreement
-from draftsmith.stages.training.config import TrainingConfig
+from draftsmith.stages.training.blocks import LossContext
+from draftsmith.stages.training.config import OpdConfig, TrainingConfig
 from draftsmith.stages.training.lm_heads import HeadSource
-from draftsmith.stages.training.opd.trainer import OpdConfig, OpdTraining
-from draftsmith.stages.training.response_loss import Feedback
+from draftsmith.stages.training.opd.trainer import MinedData, OpdTraining
+from draftsmith.stages.training.target_signal import TargetSignal
 from tests.testbed.families import ALTERNATING, FAMILIES, RECURRENT, SHAPE, WINDOW, WORDS, write_family
 from tests.testbed.random_target import VOCAB_SIZE, save
 
@@ -225,17 +226,19 @@ def test_proposals_are_scored_on_the_prefix_that_they_were_made_on(case: Case) -
 def test_losses_and_proposals_read_the_familys_own_distribution(case: Case) -> None:
     tokens = case.trajectories[0].tokens
     distribution, hidden = case.distribution([tokens])[0], case.target.read(torch.tensor([tokens])).hidden[0]
-    heads = HeadSource(case.drafter, case.target.head_weight, TrainingConfig()).draw(np.random.default_rng(0), [])
+    heads = HeadSource(case.drafter, case.target.head_weight, TrainingConfig()).sample(np.random.default_rng(0), [])
     following = torch.tensor(tokens[1:])
-    feedback = Feedback(following, following, hidden[:-1], heads.target, case.target.head_weight, temperature=1.0)
-    close(feedback.logits().log_softmax(-1), distribution[:-1])
-    close(feedback.asked().token_logprob, distribution[:-1].gather(1, following[:, None])[:, 0])
+    context = LossContext(heads, case.target.head_weight, positions_per_chunk=512)
+    signal = TargetSignal(following, following, hidden[:-1], context, temperature=1.0)
+    close(signal.logits().log_softmax(-1), distribution[:-1])
+    close(signal.with_token_logprobs().token_logprob, distribution[:-1].gather(1, following[:, None])[:, 0])
     close(heads.drafter.logits(hidden).log_softmax(-1), distribution)
 
 
 def test_opd_takes_a_step_with_the_rejected_stream(case: Case) -> None:
     config = OpdConfig.model_validate({"sequences_per_step": 3, "loss": "paper"})
-    training = OpdTraining(case.drafter, case.target, case.trajectories, case.mined, config)
+    data = MinedData(trajectories=case.trajectories, mined=case.mined)
+    training = OpdTraining(case.drafter, case.target, data, config)
     report = training.loss(0)
     report.loss.backward()
     assert report.positions > 0 and torch.isfinite(report.loss)

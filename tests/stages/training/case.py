@@ -11,10 +11,18 @@ import torch
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.batches import Batch, FeatureSource
-from draftsmith.stages.training.blocks import Anchors, pad_anchors
+from draftsmith.stages.training.blocks import (
+    Anchors,
+    DraftedBlocks,
+    LossContext,
+    draft_blocks,
+    encode_batch,
+    pad_anchors,
+)
 from draftsmith.stages.training.config import TrainingConfig
-from draftsmith.stages.training.lm_heads import Heads, HeadSource
+from draftsmith.stages.training.lm_heads import HeadSource, SoftmaxHeads
 from draftsmith.stages.training.opd.verify_steps import VerifySteps
 from tests.testbed import random_target
 
@@ -32,26 +40,36 @@ class Case:
     trajectories: list[Trajectory]
 
     def blocks(self) -> list[tuple[int, int, int]]:
-        """(row, index of the anchor, its position) of the real anchors."""
+        """Return (row, index of the anchor, its position) of the valid anchors."""
         valid, positions = self.anchors.valid.tolist(), self.anchors.positions.tolist()
         return [(b, a, positions[b][a]) for b in range(len(valid)) for a in range(len(valid[b])) if valid[b][a]]
 
 
+def blocks_of(case: Case, drafter: Drafter) -> DraftedBlocks:
+    """Draft the case's blocks with gradient."""
+    return draft_blocks(drafter, encode_batch(drafter, case.batch), case.batch, case.anchors)
+
+
 def hidden_of(batch: Batch) -> torch.Tensor:
-    """[B, T, H] the target's, which batches for losses on its distribution carry."""
+    """Return the target's hidden states [B, T, H], which batches for losses on its distribution carry."""
     assert batch.hidden is not None
     return batch.hidden
 
 
-def heads_of(drafter: Drafter, target: Target) -> Heads:
-    """All that it can propose."""
-    return HeadSource(drafter, target.head_weight, TrainingConfig()).draw(np.random.default_rng(0), [])
+def heads_of(drafter: Drafter, target: Target) -> SoftmaxHeads:
+    """Return heads over all tokens that the drafter can propose."""
+    return HeadSource(drafter, target.head_weight, TrainingConfig()).sample(np.random.default_rng(0), [])
+
+
+def loss_context(heads: SoftmaxHeads, target: Target, sampling: SamplingParams = GREEDY) -> LossContext:
+    """Return a context whose losses take many chunks."""
+    return LossContext(heads, target.head_weight, CHUNK, sampling)
 
 
 def make_case(target: Target, layer_ids: Sequence[int]) -> Case:
-    """The same for every test."""
+    """Return the same case for every test."""
     trajectories = random_target.trajectories(3, seed=11)
-    source = FeatureSource(target, layer_ids, trajectories)
+    source = FeatureSource(target, layer_ids, trajectories, TrainingConfig())
     rng = np.random.default_rng(0)
     chosen = [
         np.array([t.first_anchor, t.first_anchor + 3, t.last_anchor - 2, t.last_anchor - 1, t.last_anchor])

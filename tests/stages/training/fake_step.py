@@ -1,4 +1,4 @@
-"""A training step in any model's shapes, without its memory: torch's tracker says what it would take.
+"""A training step in any model's shapes, without its memory: torch's tracker reports what it would take.
 
 Floating-point tensors are fake (shapes alone), bookkeeping is real: anchors, tokens, verify steps. What runs is the
 training's own code, with the gradients of other micro-batches and AdamW's moments there already.
@@ -31,16 +31,17 @@ from draftsmith.stages.drafters.eagle3.config import Eagle3Config
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
 from draftsmith.stages.target.estimate import ModelSize, Sizes
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams
-from draftsmith.stages.training.batches import Batch
-from draftsmith.stages.training.blocks import Anchors, LossReport, Share, Weighted, position_anchors
+from draftsmith.stages.training.batches import Batch, RankSlice
+from draftsmith.stages.training.blocks import Anchors, LossContext, LossReport, Ratio, WeightedMean, position_anchors
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
 from draftsmith.stages.training.lm_heads import HeadSource
 from draftsmith.stages.training.loop import Accumulation
-from draftsmith.stages.training.opd.anchor_sources import Drawn, RandomAnchors
-from draftsmith.stages.training.opd.step import OpdStep
+from draftsmith.stages.training.opd.anchor_sources import RandomAnchors, StepAnchors
+from draftsmith.stages.training.opd.step import OpdStep, StepOptions
 from draftsmith.stages.training.opd.verify_steps import VerifySteps
 from draftsmith.stages.training.sft.trainer import sft_loss
 
+_CPU = torch.device("cpu")
 _OF_KIND = {"dflash": DFlashDrafter, "dflash2": DFlash2Drafter, "dspark": DSparkDrafter}
 _SHARED = {"vocab_size": 151936, "head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 8}
 TARGETS = {
@@ -117,7 +118,7 @@ class FakeStep:
         tracker = _Peak()
         tracker.track_external(target, drafter, features, hidden, *gradients, *moments)
         accumulation = Accumulation()
-        no_number = patch.object(Weighted, "share", lambda _: Share(0, 1))  # a fake one cannot be read
+        no_number = patch.object(WeightedMean, "ratio", lambda _: Ratio(0, 1))  # a fake one cannot be read
         with no_number, patch.object(block_attention, "_MASK_ENTRIES", mask_entries), tracker:
             reports = self._reports(drafter, target.get_output_embeddings().weight, batch, parts)
             for _ in range(min(2, len(parts))):
@@ -133,25 +134,21 @@ class FakeStep:
         if isinstance(config, OpdConfig):
             objective = config.loss.resolved(drafter.recipe, False, 0.0)
             source = _Rejected(config.anchors_per_sequence, drafter.block_size - 1)
-            step = OpdStep(drafter, SimpleNamespace(head_weight=head), source, objective, config, source.proposals)  # type: ignore[arg-type]
-            yield from step.micro_batches(0, range(len(batch.trajectories)), batch, rng, parts)
+            options = StepOptions(config, objective, source.proposals)
+            step = OpdStep(drafter, SimpleNamespace(head_weight=head), source, options)  # type: ignore[arg-type]
+            whole = RankSlice.whole_step(range(len(batch.trajectories)), batch, list(parts))
+            yield from step.micro_batches(0, whole, rng)
             return
         assert isinstance(config, SftConfig)
-        anchors = position_anchors(batch.trajectories, config.anchors_per_sequence, rng, torch.device("cpu"))
-        heads = HeadSource(drafter, head, config).draw(rng, [])
+        phases = rng.random(len(batch.trajectories))
+        heads = HeadSource(drafter, head, config).sample(rng, [])
+        context = LossContext(heads, head, config.positions_per_chunk, self.sampling)
+        stream = config.stream(drafter.recipe, sampled=True)
         for part in islice(parts, 2):
-            report = sft_loss(
-                drafter,
-                batch.rows(part),
-                anchors.rows(part),
-                heads,
-                head,
-                config.stream(drafter.recipe, sampled=True),
-                temperature=1.0,
-                sampling=self.sampling,
-                positions_per_chunk=config.positions_per_chunk,
-            )
-            report.alone = len(parts) == 1
+            rows = batch.rows(part)
+            anchors = position_anchors(rows.trajectories, config.anchors_per_sequence, phases[part], _CPU)
+            report = sft_loss(drafter, rows, anchors, context, stream, temperature=1.0)
+            report.is_full_step = len(parts) == 1
             yield report
 
 
@@ -162,9 +159,9 @@ class _Rejected(RandomAnchors):
         super().__init__(per_sequence)
         self.proposals = proposals
 
-    def draw(self, step: int, indices: Sequence[int], view: Any, phases: np.ndarray) -> Drawn:
-        anchors = super().draw(step, indices, view, phases).anchors
-        return Drawn(anchors, _steps(anchors, self.proposals))
+    def sample(self, step: int, indices: Sequence[int], view: Any, phases: np.ndarray) -> StepAnchors:
+        anchors = super().sample(step, indices, view, phases).anchors
+        return StepAnchors(anchors, _steps(anchors, self.proposals))
 
 
 def _steps(anchors: Anchors, K: int) -> VerifySteps:

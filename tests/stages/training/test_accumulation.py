@@ -13,13 +13,14 @@ from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams
-from draftsmith.stages.training.batches import FeatureSource, parts_of
-from draftsmith.stages.training.blocks import LossReport, Share
-from draftsmith.stages.training.config import OpdConfig, SftConfig
+from draftsmith.stages.training.batches import FeatureSource, split_rows
+from draftsmith.stages.training.blocks import LossReport, Ratio
+from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
 from draftsmith.stages.training.loop import Accumulation
 from draftsmith.stages.training.opd.mined_table import MinedTable, TrajectorySteps
-from draftsmith.stages.training.opd.trainer import OpdTraining
+from draftsmith.stages.training.opd.trainer import MinedData, OpdTraining
 from draftsmith.stages.training.sft.trainer import SftTraining
+from draftsmith.stages.training.trainer import TrainingData
 from tests.testbed import random_target
 from tests.testbed.architectures import RANDOM
 
@@ -97,10 +98,12 @@ def test_micro_batches_are_one_batch(
     def make() -> Training:
         if name.startswith("SFT"):
             sft = SftConfig.model_validate(STEP | (fields or {}))
-            return SftTraining(drafter, plain_target, trajectories, sft, sampling=sampling)
+            return SftTraining(drafter, plain_target, TrainingData(trajectories=trajectories, sampling=sampling), sft)
         config = OpdConfig.model_validate({**STEP, **(fields or {}), "head_negatives": 3})
         table = mined(trajectories, drafter.block_size - 1)
-        return OpdTraining(drafter, plain_target, trajectories, table, config, sampling=sampling)
+        return OpdTraining(
+            drafter, plain_target, MinedData(trajectories=trajectories, sampling=sampling, mined=table), config
+        )
 
     whole, expected, one = trained(make, drafter, None)
     per_row = 3 * drafter.block_size
@@ -111,19 +114,21 @@ def test_micro_batches_are_one_batch(
         assert float((gradient - expected).norm() / expected.norm()) < ROUNDING
         assert float(report.loss) == pytest.approx(float(whole.loss), rel=1e-5)
         assert (report.blocks, report.positions) == (whole.blocks, whole.positions)
-        assert report.figures == pytest.approx(whole.figures, rel=1e-5)
-        assert report.figures.keys() == whole.figures.keys()
+        assert report.metrics == pytest.approx(whole.metrics, rel=1e-5)
+        assert report.metrics.keys() == whole.metrics.keys()
 
 
 def test_rows_are_parted_in_their_order_and_one_row_may_exceed_the_limit(
     plain_target: Target, plain_drafter: Drafter, trajectories: list[Trajectory]
 ) -> None:
-    batch = FeatureSource(plain_target, plain_drafter.target_layer_ids, trajectories).batch(range(COUNT))
+    batch = FeatureSource(plain_target, plain_drafter.target_layer_ids, trajectories, TrainingConfig()).batch(
+        range(COUNT)
+    )
     lengths = [len(t.tokens) for t in trajectories]
-    assert parts_of(batch, 10, None) == [slice(0, COUNT)]
-    assert parts_of(batch, 10, 1) == [slice(i, i + 1) for i in range(COUNT)]
+    assert split_rows(batch, 10, None) == [slice(0, COUNT)]
+    assert split_rows(batch, 10, 1) == [slice(i, i + 1) for i in range(COUNT)]
     for limit in range(20, 5 * (max(lengths) + 10), 7):
-        parts = parts_of(batch, 10, limit)
+        parts = split_rows(batch, 10, limit)
         assert [i for part in parts for i in range(COUNT)[part]] == list(range(COUNT))
         for part in parts:
             padded = len(lengths[part]) * (max(lengths[part]) + 10)
@@ -132,7 +137,7 @@ def test_rows_are_parted_in_their_order_and_one_row_may_exceed_the_limit(
     assert two.tokens.shape[1] == two.features.shape[1] == max(lengths[1:3])
 
 
-def test_shares_are_merged_as_sums() -> None:
-    merged = Share.merged([Share(1, 4), Share(3, 4), Share(0, 0)])
-    assert (merged, float(Share(0, 0))) == (0.5, 0.0)
-    assert Share.merged([2, 3]) == 5
+def test_ratios_are_merged_as_sums() -> None:
+    merged = Ratio.merge([Ratio(1, 4), Ratio(3, 4), Ratio(0, 0)])
+    assert (merged, float(Ratio(0, 0))) == (0.5, 0.0)
+    assert Ratio.merge([2, 3]) == 5

@@ -7,6 +7,7 @@ import torch
 
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.training.batches import Batch, FeatureSource
+from draftsmith.stages.training.config import TrainingConfig
 from tests.stages.training.case import hidden_of
 from tests.testbed import random_target
 
@@ -15,8 +16,9 @@ STEPS = [[7, 0, 11], [3, 1, 9], [2, 5, 4]]
 
 
 def source_of(target: Target, ahead: bool, memory_mb: float = 1e-6) -> FeatureSource:
-    """Of a CPU, where the code is CUDA's but for the stream."""
-    return FeatureSource(target, (2, 0), TRAJECTORIES, tokens_per_group=64, memory_mb=memory_mb, ahead=ahead)
+    """Return a source on a CPU, where the code is CUDA's but for the stream."""
+    config = TrainingConfig(tokens_per_target_forward=64, feature_memory_mb=memory_mb)
+    return FeatureSource(target, (2, 0), TRAJECTORIES, config, ahead=ahead)
 
 
 def trained(source: FeatureSource, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], list[Batch]]:

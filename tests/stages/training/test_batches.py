@@ -26,6 +26,11 @@ TRAJECTORIES = random_target.trajectories(12, seed=5)
 LAYERS = (2, 0)
 
 
+def reading(memory_mb: float = 2048) -> TrainingConfig:
+    """Return a config with small forwards of the target."""
+    return TrainingConfig(tokens_per_target_forward=64, feature_memory_mb=memory_mb)
+
+
 @given(st.integers(1, 9), st.integers(1, 12), st.integers(0, 3))
 @settings(deadline=None)
 def test_every_epoch_takes_each_trajectory_once(count: int, per_step: int, seed: int) -> None:
@@ -43,7 +48,7 @@ def test_epochs_and_seeds_have_their_own_order() -> None:
 @pytest.mark.parametrize("memory_mb", [2048, 1e-6])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_features_equal_direct_reads(memory_mb: float, autocast: bool, plain_target: Target) -> None:
-    source = FeatureSource(plain_target, LAYERS, TRAJECTORIES, tokens_per_group=64, memory_mb=memory_mb)
+    source = FeatureSource(plain_target, LAYERS, TRAJECTORIES, reading(memory_mb))
     for indices in ([3, 0, 7], [11, 3, 3], [0, 1, 2, 4]):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # as the training loop calls it
             batch = source.batch(indices)
@@ -63,9 +68,7 @@ def test_features_equal_direct_reads(memory_mb: float, autocast: bool, plain_tar
 
 @pytest.mark.parametrize("memory_mb", [2048, 0.02, 1e-6])  # for all, for some, for none
 def test_features_have_the_same_bits_in_any_order(memory_mb: float, plain_target: Target) -> None:
-    used, fresh = (
-        FeatureSource(plain_target, LAYERS, TRAJECTORIES, tokens_per_group=64, memory_mb=memory_mb) for _ in range(2)
-    )
+    used, fresh = (FeatureSource(plain_target, LAYERS, TRAJECTORIES, reading(memory_mb)) for _ in range(2))
     for indices in ([5, 6], [1, 9], [6, 5]):
         used.batch(indices)
     for indices in ([9, 1], [5, 6], [2, 2]):
@@ -76,8 +79,8 @@ def test_features_have_the_same_bits_in_any_order(memory_mb: float, plain_target
 
 def test_batches_for_losses_on_tokens_alone_carry_the_same_features(plain_target: Target) -> None:
     """Without hidden states, layers behind the last feature are not run; what is left has the same bits."""
-    full = FeatureSource(plain_target, LAYERS, TRAJECTORIES, tokens_per_group=64)
-    lean = FeatureSource(plain_target, LAYERS, TRAJECTORIES, tokens_per_group=64, with_hidden=False)
+    full = FeatureSource(plain_target, LAYERS, TRAJECTORIES, reading())
+    lean = FeatureSource(plain_target, LAYERS, TRAJECTORIES, reading(), with_hidden=False)
     for indices in ([5, 6], [1, 9]):
         assert lean.batch(indices).hidden is None
         assert torch.equal(lean.batch(indices).features, full.batch(indices).features)
@@ -100,7 +103,7 @@ def noted_reads(source: FeatureSource, monkeypatch: pytest.MonkeyPatch) -> list[
 def test_the_target_reads_only_what_is_asked_for_and_once_while_memory_lasts(
     memory_mb: float, reads: int, plain_target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = FeatureSource(plain_target, LAYERS, TRAJECTORIES, tokens_per_group=64, memory_mb=memory_mb)
+    source = FeatureSource(plain_target, LAYERS, TRAJECTORIES, reading(memory_mb))
     seen = noted_reads(source, monkeypatch)
     order = [7, 0, 11, 3, 1, 9, 2, 5, 10, 4, 8, 6]  # neighbours are of different length
     for _ in range(2):
@@ -114,7 +117,7 @@ def test_the_target_reads_only_what_is_asked_for_and_once_while_memory_lasts(
 def test_features_that_are_not_kept_are_read_in_large_forwards(
     plain_target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = FeatureSource(plain_target, LAYERS, TRAJECTORIES, tokens_per_group=64, memory_mb=1e-6)
+    source = FeatureSource(plain_target, LAYERS, TRAJECTORIES, reading(1e-6))
     seen = noted_reads(source, monkeypatch)
     source.batch([7, 0, 11, 3, 7])
     assert sum(rows for rows, _ in seen) == 4  # one of them is asked for twice

@@ -12,14 +12,14 @@ from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams
-from draftsmith.stages.training.blocks import Anchors, LossReport, block_hidden, context_of
+from draftsmith.stages.training.blocks import Anchors, LossReport, draft_blocks, encode_batch
 from draftsmith.stages.training.config import SftConfig
-from draftsmith.stages.training.lm_heads import Heads
+from draftsmith.stages.training.lm_heads import SoftmaxHeads
 from draftsmith.stages.training.loss_config import LossConfig
 from draftsmith.stages.training.opd.loss import opd_loss
-from draftsmith.stages.training.opd.verify_steps import judge
+from draftsmith.stages.training.opd.verify_steps import verify_blocks
 from draftsmith.stages.training.sft.trainer import sft_loss
-from tests.stages.training.case import CHUNK, Case, heads_of, make_case
+from tests.stages.training.case import Case, blocks_of, heads_of, loss_context, make_case
 from tests.stages.training.slow import Slow, assert_equal, slow_opd, slow_sft
 from tests.testbed.dflash2 import random_dflash2
 
@@ -62,12 +62,9 @@ def test_sft_trains_the_head_and_the_choice(
         chooser,
         choice_case.batch,
         choice_case.anchors,
-        Heads(head, head, trained=False, chooser=chooser),
-        plain_target.head_weight,
+        loss_context(SoftmaxHeads(head, head, trained=False, selector=chooser), plain_target, sampling),
         SftConfig(gamma=3.0, loss=loss).stream(chooser.recipe),
         temperature=0.8,
-        sampling=sampling,
-        positions_per_chunk=CHUNK,
     )
     slow = Slow.borrowing(choice_case, chooser, plain_target.head_weight, tokens)
     if loss == "cross_entropy":
@@ -77,7 +74,7 @@ def test_sft_trains_the_head_and_the_choice(
     expected, positions, accuracy = slow_sft(slow, loss, float(torch.tensor(-1 / 3.0).exp()), 0.8)
     assert_equal(report, expected, chooser)
     assert report.positions == positions
-    assert report.figures["accuracy"] == pytest.approx(accuracy)
+    assert report.metrics["accuracy"] == pytest.approx(accuracy)
 
 
 OBJECTIVES: dict[str, Any] = {
@@ -91,16 +88,8 @@ OBJECTIVES: dict[str, Any] = {
 
 
 def opd(case: Case, drafter: DFlash2Drafter, target: Target, objective: LossConfig) -> LossReport:
-    return opd_loss(
-        block_hidden(drafter, context_of(drafter, case.batch), case.batch, case.anchors),
-        case.batch,
-        case.anchors,
-        case.steps,
-        heads_of(drafter, target),
-        target.head_weight,
-        objective,
-        positions_per_chunk=CHUNK,
-    )
+    context = loss_context(heads_of(drafter, target), target)
+    return opd_loss(blocks_of(case, drafter), context, objective, case.steps)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -137,8 +126,8 @@ def test_verify_steps_are_those_of_its_proposals(
     )
     changed = Case(batch, case.anchors, case.steps, batch.trajectories)
     with torch.no_grad():
-        hidden = block_hidden(chooser, context_of(chooser, batch), batch, case.anchors)
-    steps = judge(hidden, batch, case.anchors, head, proposals=4, chooser=chooser)
+        blocks = draft_blocks(chooser, encode_batch(chooser, batch), batch, case.anchors)
+    steps = verify_blocks(blocks, heads_of(chooser, plain_target), proposals=4)
     proposed = chooser.propose(*_asked(changed, chooser), head)
     assert torch.equal(steps.proposed, proposed)
     kept = set()
@@ -155,5 +144,5 @@ def test_verify_steps_are_those_of_its_proposals(
 def _asked(case: Case, chooser: DFlash2Drafter) -> tuple[Any, torch.Tensor, torch.Tensor, int]:
     anchors: Anchors = case.anchors
     with torch.no_grad():
-        context = context_of(chooser, case.batch)
+        context = encode_batch(chooser, case.batch)
     return context, case.batch.tokens.gather(1, anchors.positions), anchors.positions, chooser.block_size

@@ -11,13 +11,13 @@ import torch
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.training.blocks import LossReport, block_hidden, block_hidden_on, context_of
+from draftsmith.stages.training.blocks import LossReport, encode_batch, hidden_on_proposals
 from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.loss_config import LossConfig
 from draftsmith.stages.training.opd.loss import opd_loss
 from draftsmith.stages.training.opd.verify_steps import VerifySteps
 from draftsmith.stages.training.sft.trainer import sft_loss
-from tests.stages.training.case import CHUNK, Case, K, heads_of, make_case
+from tests.stages.training.case import Case, K, blocks_of, heads_of, loss_context, make_case
 from tests.stages.training.slow import Slow, assert_equal, slow_opd, slow_sft
 from tests.testbed.eagle3 import random_eagle3
 
@@ -48,11 +48,9 @@ def sft(case: Case, drafter: Drafter, target: Target, temperature: float = 1.0) 
         drafter,
         case.batch,
         case.anchors,
-        heads_of(drafter, target),
-        target.head_weight,
+        loss_context(heads_of(drafter, target), target),
         SftConfig().stream(drafter.recipe),
         temperature=temperature,
-        positions_per_chunk=CHUNK,
     )
 
 
@@ -66,7 +64,7 @@ def test_the_training_time_test_equals_the_loop(
     loss, positions, accuracy = slow_sft(slow, "forward_kl", 0.8, temperature)
     assert_equal(report, loss, eagle)
     assert (report.blocks, report.positions) == (len(eagle_case.blocks()), positions)
-    assert report.figures["accuracy"] == pytest.approx(accuracy)
+    assert report.metrics["accuracy"] == pytest.approx(accuracy)
     labels = [
         label
         for row, _, anchor in eagle_case.blocks()
@@ -89,18 +87,10 @@ OBJECTIVES: dict[str, Any] = {
 
 
 def opd(case: Case, drafter: Drafter, target: Target, objective: LossConfig) -> LossReport:
-    context = context_of(drafter, case.batch)
-    return opd_loss(
-        block_hidden(drafter, context, case.batch, case.anchors),
-        case.batch,
-        case.anchors,
-        case.steps,
-        heads_of(drafter, target),
-        target.head_weight,
-        objective,
-        on_proposals=block_hidden_on(drafter, context, case.batch, case.anchors, case.steps.proposed),
-        positions_per_chunk=CHUNK,
-    )
+    blocks = blocks_of(case, drafter)
+    states = hidden_on_proposals(drafter, encode_batch(drafter, case.batch), blocks, case.steps.proposed)
+    context = loss_context(heads_of(drafter, target), target)
+    return opd_loss(replace(blocks, on_proposals=states), context, objective, case.steps)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -10,7 +10,7 @@ from draftsmith.stages.drafters import block_attention
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.training.batches import FeatureSource, step_rng
-from draftsmith.stages.training.blocks import LossReport, position_anchors
+from draftsmith.stages.training.blocks import LossContext, LossReport, position_anchors
 from draftsmith.stages.training.config import SftConfig, TrainingConfig
 from draftsmith.stages.training.lm_heads import HeadSource
 from draftsmith.stages.training.sft.trainer import sft_loss
@@ -33,22 +33,14 @@ def test_the_formula_is_what_torch_counts(
 ) -> None:
     monkeypatch.setattr(block_attention, "_MASK_ENTRIES", 1)
     trajectories = random_target.trajectories(1, seed=5)
-    batch = FeatureSource(plain_target, any_drafter.target_layer_ids, trajectories).batch([0])
-    anchors = position_anchors(trajectories, 4, step_rng(0, 0), torch.device("cpu"))
-    heads = HeadSource(any_drafter, plain_target.head_weight, TrainingConfig()).draw(step_rng(0, 0), [batch.tokens])
+    batch = FeatureSource(plain_target, any_drafter.target_layer_ids, trajectories, TrainingConfig()).batch([0])
+    anchors = position_anchors(trajectories, 4, step_rng(0, 0).random(1), torch.device("cpu"))
+    heads = HeadSource(any_drafter, plain_target.head_weight, TrainingConfig()).sample(step_rng(0, 0), [batch.tokens])
     stream = SftConfig(loss="cross_entropy").stream(any_drafter.recipe)
 
     def step() -> LossReport:
-        report = sft_loss(
-            any_drafter,
-            batch,
-            anchors,
-            heads,
-            plain_target.head_weight,
-            stream,
-            temperature=1.0,
-            positions_per_chunk=1024,
-        )
+        context = LossContext(heads, plain_target.head_weight, positions_per_chunk=1024)
+        report = sft_loss(any_drafter, batch, anchors, context, stream, temperature=1.0)
         report.loss.backward()
         any_drafter.zero_grad(set_to_none=True)
         return report

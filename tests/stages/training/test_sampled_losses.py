@@ -1,4 +1,4 @@
-"""A drafter that draws its proposals: what it is compared with, whatever temperature and top-p answers have."""
+"""Losses on sampled answers: distributions at temperature 1, tokens and confidence at the answers' sampling."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ from draftsmith.stages.replay.sampled import TargetSampler
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import SamplingParams
 from draftsmith.stages.training.batches import FeatureSource, step_rng
-from draftsmith.stages.training.blocks import Anchors, block_hidden, context_of, position_anchors
+from draftsmith.stages.training.blocks import Anchors, LossContext, draft_blocks, encode_batch, position_anchors
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
-from draftsmith.stages.training.lm_heads import Heads, HeadSource
+from draftsmith.stages.training.lm_heads import HeadSource, SoftmaxHeads
 from draftsmith.stages.training.loss_config import PositionWeights, ResponseStream
 from draftsmith.stages.training.opd import verify_steps
-from draftsmith.stages.training.opd.trainer import OpdTraining
-from draftsmith.stages.training.opd.verify_steps import judge
-from draftsmith.stages.training.response_loss import Feedback, _judged
+from draftsmith.stages.training.opd.trainer import MinedData, OpdTraining
+from draftsmith.stages.training.opd.verify_steps import verify_blocks
+from draftsmith.stages.training.response_loss import head_loss
 from draftsmith.stages.training.sft.trainer import SftTraining
+from draftsmith.stages.training.target_signal import TargetSignal
+from draftsmith.stages.training.trainer import Trainer, TrainingData
 from tests.stages.training.test_accumulation import mined
 from tests.testbed import random_target
 from tests.testbed.dflash2 import random_dflash2
@@ -44,19 +46,19 @@ SAMPLINGS = [
 ]
 
 
-def judged_at(
-    sampling: SamplingParams, loss: Any, tokens: torch.Tensor, hidden: torch.Tensor, heads: Heads
+def losses_at(
+    sampling: SamplingParams, loss: Any, tokens: torch.Tensor, hidden: torch.Tensor, heads: SoftmaxHeads
 ) -> torch.Tensor:
-    """[N] losses, as the trainings ask for them. hidden: the drafter's, with gradient; the target's are the same."""
-    target = hidden.detach()
-    feedback = Feedback(tokens, tokens, target, Head(heads.target.weight), heads.target.weight, 1.0, sampling)
+    """Return the losses [N] of a training. hidden: the drafter's, with gradient; the target's are the same."""
+    context = LossContext(heads, heads.target.weight, 4, sampling)
+    signal = TargetSignal(tokens, tokens, hidden.detach(), context, 1.0)
     stream = ResponseStream(loss=loss, scope="block", beyond=0, positions=PositionWeights(kind="uniform"))
-    return _judged(hidden, feedback, heads, stream, positions_per_chunk=4).terms
+    return head_loss(hidden, signal, stream).terms
 
 
 def a_head() -> tuple[torch.Tensor, torch.Tensor]:
-    draw = torch.Generator().manual_seed(0)
-    return torch.randn(V, H, generator=draw), torch.randn(N, H, generator=draw)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(V, H, generator=generator), torch.randn(N, H, generator=generator)
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
@@ -66,71 +68,77 @@ def test_the_targets_own_logits_have_no_loss_at_any_temperature(
     loss: Any, trained: bool, sampling: SamplingParams
 ) -> None:
     weight, hidden = a_head()
-    own = hidden.requires_grad_()
-    terms = judged_at(sampling, loss, torch.zeros(N, dtype=torch.long), own, Heads(Head(weight), Head(weight), trained))
+    hidden.requires_grad_()
+    heads = SoftmaxHeads(Head(weight), Head(weight), trained)
+    terms = losses_at(sampling, loss, torch.zeros(N, dtype=torch.long), hidden, heads)
     torch.testing.assert_close(terms.detach(), torch.zeros(N), atol=1e-6, rtol=0)
     if loss == "forward_kl":
-        (slope,) = torch.autograd.grad(terms.sum(), own)
+        (slope,) = torch.autograd.grad(terms.sum(), hidden)
         assert float(slope.abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize("sampling", [SamplingParams(0.6), SamplingParams(1.5)], ids=str)
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize(("loss", "share"), [("cross_entropy", 1.0), ("ce_l1", 0.1)])
-def test_nor_do_tokens_that_were_drawn_at_a_temperature_move_them(
+def test_tokens_sampled_at_a_temperature_do_not_move_the_targets_own_logits(
     loss: Any, share: float, trained: bool, sampling: SamplingParams
 ) -> None:
-    """On average over what the target draws there, the slope of cross-entropy is zero, and at no other temperature."""
+    """On average over what the target samples there, the slope of cross-entropy is zero; at another temperature not."""
     weight, hidden = a_head()
     p = probabilities(hidden[0] @ weight.T, sampling.temperature).float()
     slopes = {}
-    for asked in (sampling, SamplingParams(1.0)):
-        own = hidden[:1].expand(V, H).clone().requires_grad_()
-        heads = Heads(Head(weight), Head(weight), trained)
-        terms = judged_at(asked, loss, torch.arange(V), own, heads)
-        (slope,) = torch.autograd.grad((terms * p).sum(), own)
-        slopes[asked.temperature] = float(slope.sum(0).abs().max())
+    for trained_for in (sampling, SamplingParams(1.0)):
+        rows = hidden[:1].expand(V, H).clone().requires_grad_()
+        heads = SoftmaxHeads(Head(weight), Head(weight), trained)
+        terms = losses_at(trained_for, loss, torch.arange(V), rows, heads)
+        (slope,) = torch.autograd.grad((terms * p).sum(), rows)
+        slopes[trained_for.temperature] = float(slope.sum(0).abs().max())
     assert slopes[sampling.temperature] < 1e-5 < 1e-2 * share < slopes[1.0]
 
 
+LOGIT = 2.0  # of a confidence that is the same everywhere
+
+
+def confidence_labels(
+    sampling: SamplingParams, tokens: torch.Tensor, hidden: torch.Tensor, own: Head, target: Head
+) -> torch.Tensor:
+    """Return what the confidence is trained on [N]: binary cross-entropy is linear in its label."""
+    without = losses_at(sampling, "forward_kl", tokens, hidden, SoftmaxHeads(own, target, True))
+    heads = SoftmaxHeads(own, target, True, confidence=lambda h: torch.full(h.shape[:1], LOGIT))
+    terms = losses_at(sampling, "forward_kl", tokens, hidden, heads) - without
+    return (1 - (terms - np.log1p(np.exp(-LOGIT))) / LOGIT).detach()
+
+
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_the_confidence_is_of_what_is_kept_under_the_distribution(sampling: SamplingParams) -> None:
+def test_the_confidence_of_sampled_answers_is_the_acceptance_probability(sampling: SamplingParams) -> None:
     weight, hidden = a_head()
     own = Head(weight * 0.7)  # another distribution than the target's
-    said = 2.0
-    heads = Heads(own, Head(weight), trained=True, confidence=lambda h: torch.full(h.shape[:1], said))
-    plain = judged_at(sampling, "forward_kl", torch.zeros(N, dtype=torch.long), hidden, Heads(own, Head(weight), True))
-    terms = judged_at(sampling, "forward_kl", torch.zeros(N, dtype=torch.long), hidden, heads) - plain
-    kept = 1 - (terms - np.log1p(np.exp(-said))) / said  # binary cross-entropy is linear in what it is held against
+    labels = confidence_labels(sampling, torch.zeros(N, dtype=torch.long), hidden, own, Head(weight))
     q = probabilities(hidden @ own.weight.T, sampling.temperature)
     p = sampling_distribution(hidden @ weight.T, sampling)
-    expected = torch.minimum(p, q).sum(-1).float()
-    torch.testing.assert_close(kept.detach(), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(labels, torch.minimum(p, q).sum(-1).float(), atol=1e-4, rtol=0)
 
 
-def test_of_greedy_answers_it_is_whether_the_argmax_is_kept() -> None:
+def test_the_confidence_of_greedy_answers_is_whether_the_argmax_is_accepted() -> None:
     weight, hidden = a_head()
-    own, said, K = Head(weight * 0.7), 2.0, torch.arange(N)
-    text = (hidden @ weight.T).argmax(-1)
-    text[::2] = (hidden @ own.weight.T).argmin(-1)[::2]  # where another token stands
-    plain = judged_at(SamplingParams(), "forward_kl", text, hidden, Heads(own, Head(weight), True))
-    heads = Heads(own, Head(weight), trained=True, confidence=lambda h: torch.full(h.shape[:1], said))
-    kept = 1 - (judged_at(SamplingParams(), "forward_kl", text, hidden, heads) - plain - np.log1p(np.exp(-said))) / said
-    torch.testing.assert_close(kept.detach(), (K % 2).float(), atol=1e-4, rtol=0)
+    own = Head(weight * 0.7)
+    answer = (hidden @ weight.T).argmax(-1)
+    answer[::2] = (hidden @ own.weight.T).argmin(-1)[::2]  # another token than the proposal
+    labels = confidence_labels(SamplingParams(), answer, hidden, own, Head(weight))
+    torch.testing.assert_close(labels, (torch.arange(N) % 2).float(), atol=1e-4, rtol=0)
 
 
-def test_every_step_of_opd_draws_its_proposals_by_numbers_of_its_own(plain_target: Target) -> None:
-    """Neither those of the step before nor those of mining: what was rejected then may be kept now."""
-    texts, drafter = random_target.trajectories(2, seed=2), random_dspark(plain_target)
-    table = mined(texts, drafter.block_size - 1)
-    training = OpdTraining(drafter, plain_target, texts, table, OpdConfig(), sampling=SamplingParams(0.7))
-    batch = FeatureSource(plain_target, drafter.target_layer_ids, texts).batch([0, 1])
+def test_every_step_of_opd_verifies_with_other_random_numbers(plain_target: Target) -> None:
+    """Neither those of the step before nor those of mining: what was rejected then may be accepted now."""
+    answers, drafter = random_target.trajectories(2, seed=2), random_dspark(plain_target)
+    table, sampling = mined(answers, drafter.block_size - 1), SamplingParams(0.7)
+    data = MinedData(trajectories=answers, sampling=sampling, mined=table)
+    training = OpdTraining(drafter, plain_target, data, OpdConfig())
+    batch = FeatureSource(plain_target, drafter.target_layer_ids, answers, TrainingConfig()).batch([0, 1])
     assert batch.hidden is not None
-    of_mining = TargetSampler.for_trajectories(
-        plain_target, batch.hidden, texts, SamplingParams(0.7), drafter.block_size - 1
-    )
-    of_steps = [training._step._text(batch, step) for step in (0, 1, 1)]
-    numbers = [text.numbers for text in (of_mining, *of_steps) if text is not None]
+    of_mining = TargetSampler.for_trajectories(plain_target, batch.hidden, answers, sampling, drafter.block_size - 1)
+    of_steps = [training._step._sampler(batch, step) for step in (0, 1, 1)]
+    numbers = [sampler.numbers for sampler in (of_mining, *of_steps) if sampler is not None]
     assert [torch.equal(a, b) for a, b in itertools.pairwise(numbers)] == [False, False, True]
 
 
@@ -138,104 +146,99 @@ WHOLE: dict[str, Any] = {"scope": "block", "beyond": 0, "positions": {"kind": "u
 
 
 @pytest.mark.parametrize("kind", ["sft", "opd"])
-def test_trainings_hold_tokens_and_confidence_against_the_answers_distribution(kind: str, plain_target: Target) -> None:
-    texts = random_target.trajectories(4, seed=2)
+def test_only_losses_of_tokens_and_confidence_depend_on_the_answers_sampling(kind: str, plain_target: Target) -> None:
+    answers = random_target.trajectories(4, seed=2)
 
-    def loss(drafter: Drafter, of: str, sampling: SamplingParams) -> float:
+    def loss(drafter: Drafter, name: str, sampling: SamplingParams) -> float:
+        training: Trainer
         if kind == "sft":
-            training: Any = SftTraining(
-                drafter, plain_target, texts, SftConfig.model_validate({"loss": of}), sampling=sampling
-            )
+            data = TrainingData(trajectories=answers, sampling=sampling)
+            training = SftTraining(drafter, plain_target, data, SftConfig.model_validate({"loss": name}))
         else:
-            table = mined(texts, drafter.block_size - 1)
-            config = OpdConfig.model_validate({"anchors": "random", "loss": {"response": {"loss": of, **WHOLE}}})
-            training = OpdTraining(drafter, plain_target, texts, table, config, sampling=sampling)
+            table = mined(answers, drafter.block_size - 1)
+            config = OpdConfig.model_validate({"anchors": "random", "loss": {"response": {"loss": name, **WHOLE}}})
+            steps = MinedData(trajectories=answers, sampling=sampling, mined=table)
+            training = OpdTraining(drafter, plain_target, steps, config)
         return float(training.loss(0).loss.detach())
 
-    choosing, biased = random_dflash2(plain_target), random_dspark(plain_target)
-    same = pytest.approx(loss(choosing, "forward_kl", SamplingParams(1.0)), rel=1e-6)
-    assert loss(choosing, "forward_kl", SamplingParams(0.7)) == same, "distributions are compared at temperature 1"
-    for of in ("cross_entropy", "ce_l1"):
-        assert loss(choosing, of, SamplingParams(0.7)) != pytest.approx(
-            loss(choosing, of, SamplingParams(1.0)), rel=1e-4
-        ), of
-    plain = loss(biased, "forward_kl", SamplingParams(0.7))
+    selecting, with_confidence = random_dflash2(plain_target), random_dspark(plain_target)
+    same = pytest.approx(loss(selecting, "forward_kl", SamplingParams(1.0)), rel=1e-6)
+    assert loss(selecting, "forward_kl", SamplingParams(0.7)) == same, "distributions are compared at temperature 1"
+    for name in ("cross_entropy", "ce_l1"):
+        at_one = loss(selecting, name, SamplingParams(1.0))
+        assert loss(selecting, name, SamplingParams(0.7)) != pytest.approx(at_one, rel=1e-4), name
+    untruncated = loss(with_confidence, "forward_kl", SamplingParams(0.7))
     for sampling in (SamplingParams(0.7, 0.5), SamplingParams(0.7, top_k=3)):
-        assert loss(biased, "forward_kl", sampling) != pytest.approx(plain, rel=1e-4), "confidence"
+        assert loss(with_confidence, "forward_kl", sampling) != pytest.approx(untruncated, rel=1e-4), "confidence"
 
 
 @pytest.mark.parametrize(("temperature", "losses"), [(0.0, ("cross_entropy",) * 2), (0.7, ("cross_entropy", "ce_l1"))])
-def test_sft_of_sampled_answers_reads_the_distribution_where_that_was_better(
+def test_the_default_loss_of_sft_on_sampled_answers_depends_on_the_architecture(
     temperature: float, losses: tuple[str, ...], plain_target: Target
 ) -> None:
-    texts, drafters = random_target.trajectories(2), (random_drafter(plain_target), random_dflash2(plain_target))
-    trainings = [
-        SftTraining(each, plain_target, texts, SftConfig(), sampling=SamplingParams(temperature)) for each in drafters
-    ]
-    assert tuple(each.stream.loss for each in trainings) == losses
-    asked = SftTraining(
-        drafters[1], plain_target, texts, SftConfig(loss="cross_entropy"), sampling=SamplingParams(temperature)
-    )
-    assert asked.stream.loss == "cross_entropy", "what is asked for is done"
+    drafters = (random_drafter(plain_target), random_dflash2(plain_target))
+    data = TrainingData(trajectories=random_target.trajectories(2), sampling=SamplingParams(temperature))
+    trainings = [SftTraining(drafter, plain_target, data, SftConfig()) for drafter in drafters]
+    assert tuple(training.stream.loss for training in trainings) == losses
+    named = SftTraining(drafters[1], plain_target, data, SftConfig(loss="cross_entropy"))
+    assert named.stream.loss == "cross_entropy"
 
 
 @pytest.mark.parametrize("make", [random_dspark, random_dflash2])
-def test_a_smaller_served_block_keeps_what_its_offsets_keep(make: Any, plain_target: Target) -> None:
-    """Blocks overlap: what one does not serve, another one serves."""
-    drafter, texts = make(plain_target), random_target.trajectories(2, seed=5)
-    batch = FeatureSource(plain_target, drafter.target_layer_ids, texts, with_hidden=True).batch([0, 1])
-    positions = torch.tensor([[t.first_anchor + i for i in (4, 3, 2, 1, 0)] for t in texts])
+def test_a_smaller_served_block_accepts_what_its_offsets_accept(make: Any, plain_target: Target) -> None:
+    """Blocks overlap: an offset that one block does not serve, another one serves."""
+    drafter, answers = make(plain_target), random_target.trajectories(2, seed=5)
+    batch = FeatureSource(plain_target, drafter.target_layer_ids, answers, TrainingConfig()).batch([0, 1])
+    positions = torch.tensor([[t.first_anchor + i for i in (4, 3, 2, 1, 0)] for t in answers])
     anchors = Anchors(positions, torch.ones_like(positions, dtype=torch.bool))
-    heads = HeadSource(drafter, plain_target.head_weight, TrainingConfig()).draw(step_rng(0, 0), [batch.tokens])
-    hidden, of_target = block_hidden(drafter, context_of(drafter, batch), batch, anchors), batch.hidden
+    heads = HeadSource(drafter, plain_target.head_weight, TrainingConfig()).sample(step_rng(0, 0), [batch.tokens])
+    blocks, of_target = draft_blocks(drafter, encode_batch(drafter, batch), batch, anchors), batch.hidden
     assert of_target is not None
 
     def accepted(proposals: int, salt: int) -> torch.Tensor:
-        text = TargetSampler.for_trajectories(
-            plain_target, of_target, texts, SamplingParams(1.5), drafter.block_size - 1, salt
+        sampler = TargetSampler.for_trajectories(
+            plain_target, of_target, answers, SamplingParams(1.5), drafter.block_size - 1, salt
         )
-        known: Any = {"proposals": proposals, "chooser": heads.chooser, "text": text}
-        return judge(hidden, batch, anchors, heads.drafter, **known).accepted
+        return verify_blocks(blocks, heads, proposals=proposals, sampler=sampler).accepted
 
     for salt in range(30):
         assert torch.equal(accepted(1, salt), accepted(drafter.block_size - 1, salt).clamp(max=1))
 
 
 @pytest.mark.parametrize("make", [random_dspark, random_dflash2])
-def test_blocks_are_judged_alike_however_many_laws_fit_into_memory(
+def test_verification_is_the_same_however_many_distributions_fit_into_memory(
     make: Any, plain_target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drafter, texts, sampling = make(plain_target), random_target.trajectories(3, seed=5), SamplingParams(0.8, 0.9, 30)
-    batch = FeatureSource(plain_target, drafter.target_layer_ids, texts, with_hidden=True).batch([0, 1, 2])
-    anchors = position_anchors(texts, 5, step_rng(0, 0), torch.device("cpu"))
-    heads = HeadSource(drafter, plain_target.head_weight, TrainingConfig()).draw(step_rng(0, 0), [batch.tokens])
+    drafter, answers, sampling = make(plain_target), random_target.trajectories(3, seed=5), SamplingParams(0.8, 0.9, 30)
+    batch = FeatureSource(plain_target, drafter.target_layer_ids, answers, TrainingConfig()).batch([0, 1, 2])
+    anchors = position_anchors(answers, 5, step_rng(0, 0).random(3), torch.device("cpu"))
+    heads = HeadSource(drafter, plain_target.head_weight, TrainingConfig()).sample(step_rng(0, 0), [batch.tokens])
     assert batch.hidden is not None
-    text = TargetSampler.for_trajectories(plain_target, batch.hidden, texts, sampling, drafter.block_size - 1)
+    sampler = TargetSampler.for_trajectories(plain_target, batch.hidden, answers, sampling, drafter.block_size - 1)
 
-    def judged() -> tuple[Any, ...]:
-        hidden = block_hidden(drafter, context_of(drafter, batch), batch, anchors)
-        known = {"proposals": drafter.block_size - 1, "chooser": heads.chooser, "text": text}
-        steps = judge(hidden, batch, anchors, heads.drafter, **known)
+    def verified() -> tuple[Any, ...]:
+        blocks = draft_blocks(drafter, encode_batch(drafter, batch), batch, anchors)
+        steps = verify_blocks(blocks, heads, proposals=drafter.block_size - 1, sampler=sampler)
         replayer = Replayer(plain_target, ReplayOptions(sampling=sampling))
-        return steps.accepted, replayer.traces({"it": drafter}, texts)["it"][0].proposed
+        return steps.accepted, replayer.traces({"it": drafter}, answers)["it"][0].proposed
 
-    whole = judged()
-    monkeypatch.setattr(sampled_replay, "LOGITS_AT_ONCE", 2 * len(texts) * V)  # fewer than one distribution a text
+    whole = verified()
+    monkeypatch.setattr(sampled_replay, "LOGITS_AT_ONCE", 2 * len(answers) * V)  # fewer than one distribution an answer
     monkeypatch.setattr(verify_steps, "LOGITS_AT_ONCE", 7 * 7 * drafter.config.hidden_size)  # of 7 candidates
-    of_choices = note_choices(drafter, monkeypatch)
-    assert text.anchors_per_chunk == 1
-    assert all(np.array_equal(a, b) for a, b in zip(judged(), whole, strict=True))
-    assert all(count <= 7 for count in of_choices) and bool(of_choices) == drafter.has_selector
+    sizes = record_selector_calls(drafter, monkeypatch)
+    assert sampler.anchors_per_chunk == 1
+    assert all(np.array_equal(a, b) for a, b in zip(verified(), whole, strict=True))
+    assert all(size <= 7 for size in sizes) and bool(sizes) == drafter.has_selector
 
 
-def note_choices(drafter: Drafter, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many positions are asked for together, from here on."""
-    noted: list[int] = []
-    choices = drafter.selector_logits
+def record_selector_calls(drafter: Drafter, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Record the number of positions in each call of the selector, from here on."""
+    sizes: list[int] = []
+    selector_logits = drafter.selector_logits
 
-    def taken(hidden: torch.Tensor, *others: Any) -> torch.Tensor:
-        noted.append(hidden[..., 0].numel())
-        return choices(hidden, *others)
+    def recorded(hidden: torch.Tensor, *others: Any) -> torch.Tensor:
+        sizes.append(hidden[..., 0].numel())
+        return selector_logits(hidden, *others)
 
-    monkeypatch.setattr(drafter, "selector_logits", taken)
-    return noted
+    monkeypatch.setattr(drafter, "selector_logits", recorded)
+    return sizes

@@ -17,14 +17,14 @@ from draftsmith.stages.replay.stats import replay_sequentially
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.training.batches import Batch, FeatureSource, step_rng
-from draftsmith.stages.training.blocks import Anchors, View, context_of
+from draftsmith.stages.training.blocks import Anchors, DraftingView, encode_batch
 from draftsmith.stages.training.config import TrainingConfig
 from draftsmith.stages.training.loss_config import LossConfig
 from draftsmith.stages.training.opd.anchor_sources import AnchorSource, RandomAnchors, SuccessorAnchors, TableAnchors
 from draftsmith.stages.training.opd.mined_table import MinedTable, TrajectorySteps
 from draftsmith.stages.training.opd.remining import Remining
-from draftsmith.stages.training.opd.step import OpdStep
-from draftsmith.stages.training.opd.verify_steps import Unscored, VerifySteps, all_scored
+from draftsmith.stages.training.opd.step import OpdStep, StepOptions
+from draftsmith.stages.training.opd.verify_steps import UnscoredSteps, VerifySteps, score_steps
 from tests.stages.bench import Bench
 
 COUNT, PER_SEQUENCE = 6, 5
@@ -75,12 +75,12 @@ class World:
 
     def scored(self, steps: VerifySteps, anchors: Anchors, proposals: int, tokens: int = 2048) -> VerifySteps:
         """Steps at anchors of the batch; tokens: that the target reads in one forward."""
-        asked = Unscored(steps, self.batch.trajectories, anchors, range(len(INDICES)))
-        return all_scored([asked], self.target, proposals, tokens)[0]
+        unscored = UnscoredSteps(steps, self.batch.trajectories, anchors, range(len(INDICES)))
+        return score_steps([unscored], self.target, proposals, tokens)[0]
 
-    def view(self, indices: list[int] = INDICES, drafter: Drafter | None = None) -> View:
+    def view(self, indices: list[int] = INDICES, drafter: Drafter | None = None) -> DraftingView:
         batch, drafter = self.features.batch(indices), drafter or self.moved
-        return View(batch, context_of(drafter, batch), self.head_of(drafter))
+        return DraftingView(batch, encode_batch(drafter, batch), self.head_of(drafter))
 
     def remining(self, every: int = 10, *, scored: bool = False, drafter: Drafter | None = None) -> Remining:
         return Remining(self.table, drafter or self.moved, every=every, scored=scored)
@@ -113,7 +113,8 @@ class World:
     ) -> OpdStep:
         """Of the moved drafter; proposals: of a served block, left out: of the trained one."""
         config = TrainingConfig(sequences_per_step=len(INDICES), anchors_per_sequence=per_sequence)
-        return OpdStep(self.moved, self.target, source, objective, config, proposals or self.table.proposals)
+        options = StepOptions(config, objective, proposals or self.table.proposals)
+        return OpdStep(self.moved, self.target, source, options)
 
 
 def make_world(bench: Bench, moved_by: float) -> World:
@@ -124,7 +125,7 @@ def make_world(bench: Bench, moved_by: float) -> World:
         for parameter in moved.parameters():
             parameter.add_(moved_by * parameter.std() * torch.randn(parameter.shape, generator=generator))
     trajectories = bench.clear(bench.answered(), moved)[:COUNT]
-    features = FeatureSource(bench.target, moved.target_layer_ids, trajectories)
+    features = FeatureSource(bench.target, moved.target_layer_ids, trajectories, TrainingConfig())
     unmined = World(bench, moved, trajectories, MinedTable([], moved.block_size - 1), features)
     return replace(unmined, table=unmined.mined_by(unmined.trained))
 

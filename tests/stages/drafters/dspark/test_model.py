@@ -10,7 +10,15 @@ from draftsmith.stages.drafters.dspark.model import DSparkDrafter
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.batches import FeatureSource, step_rng
-from draftsmith.stages.training.blocks import Anchors, LossReport, block_hidden, context_of, labels_of, position_anchors
+from draftsmith.stages.training.blocks import (
+    Anchors,
+    LossContext,
+    LossReport,
+    block_labels,
+    draft_blocks,
+    encode_batch,
+    position_anchors,
+)
 from draftsmith.stages.training.config import SftConfig, TrainingConfig
 from draftsmith.stages.training.lm_heads import HeadSource
 from draftsmith.stages.training.sft.trainer import sft_loss
@@ -80,23 +88,14 @@ def loss_of(
     drafter: DSparkDrafter, target: Target, sampling: SamplingParams = GREEDY, **fields: str
 ) -> tuple[LossReport, Anchors, FeatureSource]:
     texts = random_target.trajectories(3, seed=5)
-    source = FeatureSource(target, drafter.target_layer_ids, texts)
+    source = FeatureSource(target, drafter.target_layer_ids, texts, TrainingConfig())
     batch = source.batch([0, 1, 2])
-    anchors = position_anchors(texts, 3, step_rng(0, 0), torch.device("cpu"))
-    heads = HeadSource(drafter, target.head_weight, TrainingConfig()).draw(step_rng(0, 0), [batch.tokens])
+    anchors = position_anchors(texts, 3, step_rng(0, 0).random(3), torch.device("cpu"))
+    heads = HeadSource(drafter, target.head_weight, TrainingConfig()).sample(step_rng(0, 0), [batch.tokens])
     stream = SftConfig.model_validate(fields).stream(drafter.recipe)
     assert target.head_weight is heads.target.weight
-    report = sft_loss(
-        drafter,
-        batch,
-        anchors,
-        heads,
-        target.head_weight,
-        stream,
-        temperature=1.0,
-        sampling=sampling,
-        positions_per_chunk=7,
-    )
+    context = LossContext(heads, target.head_weight, 7, sampling)
+    report = sft_loss(drafter, batch, anchors, context, stream, temperature=1.0)
     return report, anchors, source
 
 
@@ -111,8 +110,8 @@ def test_the_loss_is_the_authors(confidence_head: bool, reads_token: bool, plain
     drafter.zero_grad(set_to_none=True)
 
     batch, K = source.batch([0, 1, 2]), drafter.block_size - 1
-    labels, inside = labels_of(batch, anchors, K)
-    hidden = block_hidden(drafter, context_of(drafter, batch), batch, anchors)
+    labels, inside = block_labels(batch, anchors, K)
+    hidden = draft_blocks(drafter, encode_batch(drafter, batch), batch, anchors).hidden
     state, before = hidden.split([32, 6], -1)
     logits = (state @ plain_target.head_weight.T + before @ drafter.markov_head.markov_w2.weight.T).double()
     at = (anchors.positions[..., None] + torch.arange(K)).clamp(max=batch.tokens.shape[1] - 1)

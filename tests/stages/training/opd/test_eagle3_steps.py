@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from draftsmith.stages.training.batches import step_rng
-from draftsmith.stages.training.blocks import block_hidden, block_hidden_on, context_of
+from draftsmith.stages.training.blocks import draft_blocks, encode_batch, hidden_on_proposals
 from draftsmith.stages.training.opd.anchor_sources import RandomAnchors
 from draftsmith.stages.training.opd.loss import opd_loss
-from draftsmith.stages.training.opd.mined_table import draw_steps
+from draftsmith.stages.training.opd.mined_table import sample_steps
 from draftsmith.stages.training.opd.remining import Remining
 from draftsmith.stages.training.opd.step import OpdStep
-from draftsmith.stages.training.opd.verify_steps import judge
+from draftsmith.stages.training.opd.verify_steps import verify_blocks
 from tests.stages.bench import Bench
-from tests.stages.training.case import CHUNK, heads_of
+from tests.stages.training.case import heads_of, loss_context
 from tests.stages.training.world import INDICES, World, make_world, phases
 
 
@@ -33,22 +33,22 @@ def test_chains_of_the_training_are_judged_as_replay_judges_them(world: World) -
     drafter, batch = world.moved, world.batch
     fresh = world.mined_by(drafter)
     known = [fresh.steps[i] for i in INDICES]
-    anchors, expected = draw_steps(known, "visited", 30, phases(0, 1)[:, 0], torch.device("cpu"))
-    context = context_of(drafter, batch)
-    hidden = block_hidden(drafter, context, batch, anchors)
-    head = world.head_of(drafter)
+    anchors, expected = sample_steps(known, "visited", 30, phases(0, 1)[:, 0], torch.device("cpu"))
+    context = encode_batch(drafter, batch)
+    blocks = draft_blocks(drafter, context, batch, anchors)
+    head, heads = world.head_of(drafter), heads_of(drafter, world.target)
     tokens = batch.tokens.gather(1, anchors.positions)
     own = drafter.propose(context, tokens, anchors.positions, drafter.block_size, head)
-    steps = judge(hidden, batch, anchors, head, proposals=4, proposed=own)
+    steps = verify_blocks(blocks, heads, proposals=4, proposed=own)
     for name in ("accepted", "committed", "rejected_offset", "proposed"):
         assert torch.equal(getattr(steps, name), getattr(expected, name)), name
     scored = world.scored(steps, anchors, 4)
     torch.testing.assert_close(scored.target_logprobs, expected.target_logprobs, equal_nan=True, atol=3e-4, rtol=1e-4)
-    without = judge(hidden, batch, anchors, head, proposals=4)
+    without = verify_blocks(blocks, heads, proposals=4)
     for name in ("accepted", "committed", "rejected_offset"):
         assert torch.equal(getattr(without, name), getattr(expected, name)), name
     assert not torch.equal(without.proposed, expected.proposed), "on the trajectory's tokens it proposes others"
-    small = judge(hidden, batch, anchors, head, proposals=2)
+    small = verify_blocks(blocks, heads, proposals=2)
     assert torch.equal(small.accepted, steps.accepted.clamp(max=2))
 
 
@@ -69,33 +69,30 @@ def test_a_step_has_the_loss_of_the_chains_that_mining_finds(world: World) -> No
     objective, many = world.objective("paper"), 30
     drafter, batch, fresh = world.moved, world.batch, world.mined_by(world.moved)
     known = [fresh.steps[i] for i in INDICES]
-    anchors, steps = draw_steps(known, "errors", many, phases(5, 1)[:, 0], torch.device("cpu"))
+    anchors, steps = sample_steps(known, "errors", many, phases(5, 1)[:, 0], torch.device("cpu"))
     judged_behind = (steps.target_logprobs.isfinite().sum(-1) - 1)[steps.rejected_offset > 0]
     assert int(judged_behind.sum()) > 50, "proposals behind a rejection, on the drafter's own prefix"
 
-    context, target_head = context_of(drafter, batch), world.target.head_weight
-    hidden = block_hidden(drafter, context, batch, anchors)
-    on_own = block_hidden_on(drafter, context, batch, anchors, steps.proposed)
-    heads = heads_of(drafter, world.target)
+    context = encode_batch(drafter, batch)
+    blocks = draft_blocks(drafter, context, batch, anchors)
+    on_own = hidden_on_proposals(drafter, context, blocks, steps.proposed)
+    read = loss_context(heads_of(drafter, world.target), world.target)
     expected, on_trajectory = (
-        opd_loss(
-            hidden, batch, anchors, steps, heads, target_head, objective, on_proposals=states, positions_per_chunk=CHUNK
-        ).figures
-        for states in (on_own, None)
+        opd_loss(replace(blocks, on_proposals=states), read, objective, steps).metrics for states in (on_own, None)
     )
     assert abs(expected["loss_rejected"] - on_trajectory["loss_rejected"]) > 0.01
 
     class There(RandomAnchors):
-        def draw(self, *arguments: Any) -> Any:
-            return replace(super().draw(*arguments), anchors=anchors)
+        def sample(self, *arguments: Any) -> Any:
+            return replace(super().sample(*arguments), anchors=anchors)
 
     remining = Remining(fresh, drafter, every=0, scored=True)
     mined = world.source("errors", many, remining)
     for source in (There(many), mined):
         report = world.step(source, objective).loss(5, INDICES, batch, step_rng(0, 5))
         for name in ("loss_response", "loss_rejected"):
-            assert report.figures[name] == pytest.approx(expected[name], rel=1e-3), name
-        assert report.figures.get("steps_changed_share", 0) == 0
+            assert report.metrics[name] == pytest.approx(expected[name], rel=1e-3), name
+        assert report.metrics.get("steps_changed_share", 0) == 0
 
 
 @pytest.mark.parametrize("kind", ["successors", "random"])

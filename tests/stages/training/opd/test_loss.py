@@ -13,12 +13,12 @@ from draftsmith.stages.drafters.dspark.model import DSparkDrafter
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.training.blocks import LossReport, block_hidden, context_of
-from draftsmith.stages.training.lm_heads import Heads
+from draftsmith.stages.training.blocks import LossReport
+from draftsmith.stages.training.lm_heads import SoftmaxHeads
 from draftsmith.stages.training.loss_config import LossConfig, PositionWeights
 from draftsmith.stages.training.opd.loss import opd_loss
 from draftsmith.stages.training.opd.verify_steps import VerifySteps
-from tests.stages.training.case import CHUNK, Case, K
+from tests.stages.training.case import Case, K, blocks_of, loss_context
 from tests.stages.training.slow import Slow, assert_equal, slow_opd
 
 
@@ -74,17 +74,8 @@ def opd(
     tokens: list[int] | None = None,
 ) -> LossReport:
     head = Head.over(target.head_weight, None if tokens is None else torch.tensor(tokens))
-    hidden = block_hidden(drafter, context_of(drafter, case.batch), case.batch, case.anchors)
-    return opd_loss(
-        hidden,
-        case.batch,
-        case.anchors,
-        case.steps,
-        Heads(head, head, trained=False),
-        target.head_weight,
-        objective,
-        positions_per_chunk=CHUNK,
-    )
+    context = loss_context(SoftmaxHeads(head, head, trained=False), target)
+    return opd_loss(blocks_of(case, drafter), context, objective, case.steps)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -127,8 +118,8 @@ def test_without_rejections_the_paper_has_its_response_stream_alone(
 ) -> None:
     steps = replace(case.steps, rejected_offset=torch.zeros_like(case.steps.rejected_offset))
     report = opd(replace(case, steps=steps), plain_drafter, plain_target, OBJECTIVES["paper"])
-    assert report.figures["loss_rejected"] == 0
-    assert float(report.loss.detach()) == pytest.approx(report.figures["loss_response"])
+    assert report.metrics["loss_rejected"] == 0
+    assert float(report.loss.detach()) == pytest.approx(report.metrics["loss_response"])
 
 
 def test_steps_that_changed_are_counted(case: Case, plain_drafter: DFlashDrafter, plain_target: Target) -> None:
@@ -142,14 +133,14 @@ def test_steps_that_changed_are_counted(case: Case, plain_drafter: DFlashDrafter
     different = [int(case.steps.accepted[at]) != kept for at, kept in now.items()]
     assert sum(different) > 0
     report = opd(case, plain_drafter, plain_target, OBJECTIVES["matched greedy"])
-    assert report.figures["steps_changed_share"] == pytest.approx(sum(different) / len(different))
+    assert report.metrics["steps_changed_share"] == pytest.approx(sum(different) / len(different))
     judged = VerifySteps(*(x.clone() for x in vars(case.steps).values()))
     for (row, index), kept in now.items():
         length = len(case.trajectories[row].tokens) - 1 - int(case.anchors.positions[row, index])
         judged.accepted[row, index], judged.committed[row, index] = kept, min(kept + 1, length)
         judged.rejected_offset[row, index] = kept + 1 if kept < min(K, length) else 0
     report = opd(replace(case, steps=judged), plain_drafter, plain_target, OBJECTIVES["matched greedy"])
-    assert report.figures["steps_changed_share"] == 0
+    assert report.metrics["steps_changed_share"] == 0
 
 
 def test_the_target_gets_no_gradient(case: Case, drafter: DFlashDrafter, plain_target: Target) -> None:

@@ -12,14 +12,15 @@ from draftsmith.stages.replay.chains import successors
 from draftsmith.stages.replay.replayer import score
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.training.batches import step_rng
-from draftsmith.stages.training.blocks import block_hidden, context_of, drawn_positions
+from draftsmith.stages.training.blocks import draft_blocks, encode_batch, sample_positions
 from draftsmith.stages.training.loss_config import LossConfig
 from draftsmith.stages.training.opd import step as opd_step
 from draftsmith.stages.training.opd import verify_steps
-from draftsmith.stages.training.opd.mined_table import MinedTable, draw_steps
+from draftsmith.stages.training.opd.mined_table import MinedTable, sample_steps
 from draftsmith.stages.training.opd.remining import Remining
-from draftsmith.stages.training.opd.verify_steps import Unscored, all_scored, judge
+from draftsmith.stages.training.opd.verify_steps import UnscoredSteps, score_steps, verify_blocks
 from tests.stages.bench import Bench
+from tests.stages.training.case import heads_of
 from tests.stages.training.world import COUNT, INDICES, KINDS, PER_SEQUENCE, World, make_world, phases, without_errors
 
 
@@ -59,10 +60,10 @@ def test_only_the_steps_that_are_drawn_are_scored(world: World, monkeypatch: pyt
     remining = world.remining(every=10, scored=True)
     remining.refresh(10, INDICES[:2], world.view(INDICES[:2]))  # the third keeps its trace
     source = world.source("visited", remining=remining)
-    drawn = source.draw(9, INDICES, world.view(), phases(0, 1))  # too early for the third
+    drawn = source.sample(9, INDICES, world.view(), phases(0, 1))  # too early for the third
     assert drawn.steps is not None and list(drawn.unscored) == [0, 1]
-    unscored = Unscored(drawn.steps, world.batch.trajectories, drawn.anchors, drawn.unscored)
-    (steps,) = all_scored([unscored], world.target, 7, 2048)
+    unscored = UnscoredSteps(drawn.steps, world.batch.trajectories, drawn.anchors, drawn.unscored)
+    (steps,) = score_steps([unscored], world.target, 7, 2048)
     fresh = world.mined_by(world.moved)
     for row, i in enumerate(INDICES):
         table = fresh.steps[i] if row < 2 else world.table.steps[i]
@@ -125,16 +126,16 @@ def test_blocks_of_the_training_are_judged_as_replay_judges_them(world: World) -
     fresh = world.mined_by(world.moved)
     batch = world.batch
     known = [fresh.steps[i] for i in INDICES]
-    anchors, expected = draw_steps(known, "visited", 30, phases(0, 1)[:, 0], torch.device("cpu"))
-    hidden = block_hidden(world.moved, context_of(world.moved, batch), batch, anchors)
-    head = world.head_of(world.moved)
-    steps = judge(hidden, batch, anchors, head, proposals=7)
+    anchors, expected = sample_steps(known, "visited", 30, phases(0, 1)[:, 0], torch.device("cpu"))
+    blocks = draft_blocks(world.moved, encode_batch(world.moved, batch), batch, anchors)
+    heads = heads_of(world.moved, world.target)
+    steps = verify_blocks(blocks, heads, proposals=7)
     for name in ("accepted", "committed", "rejected_offset", "proposed"):
         assert torch.equal(getattr(steps, name), getattr(expected, name)), name
     assert steps.target_logprobs.isnan().all()
     scored = world.scored(steps, anchors, 7)
     torch.testing.assert_close(scored.target_logprobs, expected.target_logprobs, equal_nan=True, atol=1e-4, rtol=1e-4)
-    small = judge(hidden, batch, anchors, head, proposals=2)
+    small = verify_blocks(blocks, heads, proposals=2)
     assert torch.equal(small.accepted, steps.accepted.clamp(max=2))
     in_parts = world.scored(steps, anchors, 7, tokens=1)
     torch.testing.assert_close(in_parts.target_logprobs, scored.target_logprobs, atol=1e-5, rtol=1e-5, equal_nan=True)
@@ -148,10 +149,10 @@ def test_successors_are_what_one_block_of_the_current_weights_leads_to(world: Wo
     on_trace = 0
     traces = world.traces(world.moved)
     for step in range(10):
-        drawn = source.draw(step, INDICES, view, phases(step, 2))
+        drawn = source.sample(step, INDICES, view, phases(step, 2))
         assert drawn.steps is None  # judged on the blocks of the step itself
         assert drawn.anchors.blocks == len(INDICES) * per_sequence
-        before = np.stack(drawn_positions(view.batch.trajectories, per_sequence, phases(step, 2)[:, 0]))
+        before = np.stack(sample_positions(view.batch.trajectories, per_sequence, phases(step, 2)[:, 0]))
         behind = successors(
             world.moved, view.context, view.batch.trajectories, torch.from_numpy(before), 8, view.head, None
         ).numpy()
@@ -190,9 +191,9 @@ def test_blocks_are_judged_where_somebody_reads_it(
 
     def counted(*arguments: Any, **named: Any) -> Any:
         calls.append(1)
-        return judge(*arguments, **named)
+        return verify_blocks(*arguments, **named)
 
-    monkeypatch.setattr(opd_step, "judge", counted)
+    monkeypatch.setattr(opd_step, "verify_blocks", counted)
     source = world.source(kind, remining=world.remining())
     step = world.step(source, world.objective({"response": response}), proposals=proposals)
     batch = world.batch
@@ -204,7 +205,7 @@ def test_blocks_are_judged_where_somebody_reads_it(
 
 def test_a_trajectory_without_errors_lends_its_other_steps(world: World) -> None:
     steps, right = world.table.steps[0], without_errors(world.table, 0)
-    anchors, drawn = draw_steps(right.steps, "errors", PER_SEQUENCE, np.array([0.3]), torch.device("cpu"))
+    anchors, drawn = sample_steps(right.steps, "errors", PER_SEQUENCE, np.array([0.3]), torch.device("cpu"))
     assert anchors.blocks == PER_SEQUENCE
     assert set(anchors.positions.flatten().tolist()) <= set(steps.anchors.tolist())
     assert (drawn.rejected_offset == 0).all()
@@ -247,5 +248,5 @@ def test_the_target_scores_proposals_only_for_a_rejected_stream(
         forwards.clear()
         report = step.loss(5, INDICES, world.batch, step_rng(0, 5))
         assert bool(forwards) == wanted
-        assert ("loss_rejected" in report.figures) == wanted
+        assert ("loss_rejected" in report.metrics) == wanted
         assert report.loss.isfinite()

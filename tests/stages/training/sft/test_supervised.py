@@ -11,9 +11,9 @@ from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.training.config import SftConfig
-from draftsmith.stages.training.lm_heads import Heads
+from draftsmith.stages.training.lm_heads import SoftmaxHeads
 from draftsmith.stages.training.sft.trainer import sft_loss
-from tests.stages.training.case import CHUNK, Case
+from tests.stages.training.case import Case, loss_context
 from tests.stages.training.slow import Slow, assert_equal, slow_sft
 
 
@@ -28,14 +28,12 @@ def test_sft_loss_equals_the_loop(
         drafter,
         case.batch,
         case.anchors,
-        Heads(head, head, trained=False),
-        plain_target.head_weight,
+        loss_context(SoftmaxHeads(head, head, trained=False), plain_target),
         SftConfig(gamma=gamma).stream(drafter.recipe),
         temperature=1.0,
-        positions_per_chunk=CHUNK,
     )
     slow = Slow.borrowing(case, drafter, plain_target.head_weight, tokens)
     loss, positions, accuracy = slow_sft(slow, "cross_entropy", math.exp(-1 / gamma))
     assert_equal(report, loss, drafter)
     assert (report.blocks, report.positions) == (len(case.blocks()), positions)
-    assert report.figures["accuracy"] == pytest.approx(accuracy)
+    assert report.metrics["accuracy"] == pytest.approx(accuracy)
