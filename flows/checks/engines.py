@@ -27,14 +27,14 @@ def check_engines(findings: Findings, nodes: Sequence[Node]) -> None:
         with findings.check(check):
             config.api_key()
             if config.python is not None:
-                has = environment.installed(config.python)
+                has = environment.inspect_environment(config.python)
                 findings.ok(check, f"{config.python}: sglang {has.sglang}, torch {has.torch}")
-                if missing := environment.router_missing(config, has):
+                if missing := environment.missing_router(config, has):
                     findings.error(check, missing)
                 for warning in environment.environment_warnings(config, has):
                     findings.warn(check, warning)
             for url in config.urls:
-                if reason := environment.unreachable(url):
+                if reason := environment.health_problem(url):
                     findings.skip(check, f"{url} does not answer now ({reason}). Start it before the stage runs.")
                 else:
                     findings.ok(check, f"{url} answers")

@@ -140,7 +140,7 @@ def _export(display: Display, version: Version, folder: Path, layout: str, *, dr
         return
     from draftsmith.stages.drafters.digest import drafter_digest
     from draftsmith.stages.drafters.spec import DraftingConfig
-    from draftsmith.stages.engines.sglang.server import algorithm_of, block_size_of, drafting_options
+    from draftsmith.stages.engines.sglang.server import drafting_options, served_block_size, speculative_algorithm
 
     with _whole(folder):
         shutil.copytree(source, folder, dirs_exist_ok=True)
@@ -148,9 +148,9 @@ def _export(display: Display, version: Version, folder: Path, layout: str, *, dr
         if drafter_digest(folder) != version.tags.get("drafter_digest", drafter_digest(source)):
             raise DraftsmithError(f"{folder}: the copy differs from what was registered: try again, or another disk")
     display.line(f"{version}: {size / 1e6:.1f} MB in {folder}")
-    algorithm = algorithm_of(folder)
+    algorithm = speculative_algorithm(folder)
     fastest = version.tags.get(FASTEST_BLOCK)  # empty where no speed was measured
-    block = int(fastest) if fastest else block_size_of(folder, DraftingConfig(), algorithm)
+    block = int(fastest) if fastest else served_block_size(folder, DraftingConfig(), algorithm)
     display.line(f"  for SGLang: {shlex.join(drafting_options(folder, algorithm, block))}")
 
 

@@ -22,6 +22,7 @@ from draftsmith.stages.engines.config import EmbeddedEngineConfig, SamplingConfi
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.engines.partial_answers import SCHEMAS, PartialAnswers
 from draftsmith.stages.engines.sglang.engine import open_sglang
+from draftsmith.stages.engines.sglang.requirements import server_requirements
 from draftsmith.stages.engines.stage import RolloutConfig, prompts_to_answer
 from draftsmith.stages.runtime.stage import StageContext
 from draftsmith.stages.target.causal_lm import Target
@@ -135,16 +136,8 @@ def _open_engine(ctx: StageContext, config: RolloutConfig, drafter: Path | None,
     """
     drafting = config.drafting
     if isinstance(config.engine, SGLangEngineConfig):
-        with open_sglang(
-            config.engine,
-            target_folder=ctx.inputs["target"],
-            drafter_folder=drafter,
-            drafting=drafting,
-            longest=longest,
-            work=ctx.work,
-            log=ctx.log,
-            check=ctx.check_interrupted,
-        ) as engine:
+        required = server_requirements(config.engine, ctx.inputs["target"], drafter, drafting, longest)
+        with open_sglang(config.engine, required, ctx.work, ctx.log, ctx.check_interrupted) as engine:
             yield engine
         return
     target = Target.load(ctx.inputs["target"])

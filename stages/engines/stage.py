@@ -19,7 +19,7 @@ from draftsmith.stages.engines.config import (
     SamplingConfig,
     SGLangEngineConfig,
 )
-from draftsmith.stages.engines.sglang.environment import programs_of
+from draftsmith.stages.engines.sglang.environment import engine_programs
 from draftsmith.stages.runtime.stage import Compute, Config, Stage
 
 
@@ -48,7 +48,7 @@ class RolloutConfig(Config):
         return self
 
     def programs(self) -> dict[str, str]:
-        return programs_of(self.engine)
+        return engine_programs(self.engine)
 
     def counts(self, available: Mapping[str, int]) -> dict[str, int]:
         """Return how many prompts of each split are answered.

@@ -16,7 +16,7 @@ from draftsmith.stages.engines.config import (
     SamplingConfig,
     SGLangEngineConfig,
 )
-from draftsmith.stages.engines.sglang.environment import programs_of
+from draftsmith.stages.engines.sglang.environment import engine_programs
 from draftsmith.stages.replay.options import MaxParityMismatch, TokensPerForward
 from draftsmith.stages.runtime.stage import Config
 
@@ -125,7 +125,7 @@ class EvaluationConfig(Config):
         return material
 
     def programs(self) -> dict[str, str]:
-        return programs_of(self.engine)
+        return engine_programs(self.engine)
 
 
 def prompts_to_decode(config: EvaluationConfig, folder: Path) -> tuple[Sequence[Prompt], Sequence[Prompt]]:

@@ -61,6 +61,7 @@ def run(ctx: StageContext, config: DiagnosisConfig) -> None:
     from draftsmith.stages.engines.base import Request
     from draftsmith.stages.engines.sglang.client import key_header
     from draftsmith.stages.engines.sglang.engine import open_sglang
+    from draftsmith.stages.engines.sglang.requirements import server_requirements
     from draftsmith.stages.evaluation.step_differences import Served, diagnose
     from draftsmith.stages.target.causal_lm import Target
     from draftsmith.stages.target.info import read_target_info
@@ -73,16 +74,9 @@ def run(ctx: StageContext, config: DiagnosisConfig) -> None:
     block = said.get("speculative_num_draft_tokens")
     longest = positions_needed(prompts, max_new, info.max_positions)
     try:
-        with open_sglang(
-            engine,
-            target_folder=ctx.inputs["target"],
-            drafter_folder=folder,
-            drafting=DraftingConfig(block_size=block),
-            longest=longest,
-            work=ctx.work,
-            log=ctx.log,
-            check=ctx.check_interrupted,
-        ) as server:
+        drafting = DraftingConfig(block_size=block)
+        required = server_requirements(engine, ctx.inputs["target"], folder, drafting, longest)
+        with open_sglang(engine, required, ctx.work, ctx.log, ctx.check_interrupted) as server:
             requests = [Request(p.prompt_id, p.token_ids, max_new, sampling, ctx.seed) for p in prompts]
             answers = []
             for answer in server.generate(requests):
@@ -135,7 +129,7 @@ def _server_info(url: str, headers: dict[str, str]) -> dict[str, Any]:
     none or refuses the key."""
     import httpx
 
-    from draftsmith.stages.engines.sglang.client import LostError, check_status
+    from draftsmith.stages.engines.sglang.client import RequestLostError, check_status
 
     try:
         for name in ("server_info", "get_server_info"):
@@ -143,7 +137,7 @@ def _server_info(url: str, headers: dict[str, str]) -> dict[str, Any]:
             if response.status_code != 404:
                 check_status(name, url, response.status_code, response.text)
                 return dict(response.json())
-    except LostError as error:
+    except RequestLostError as error:
         raise RetryableError(f"{url} {error}: is the server up?") from error
     except (httpx.HTTPError, ValueError, TypeError) as error:
         raise RetryableError(f"{url} cannot be reached ({type(error).__name__} {error}): is the server up?") from error

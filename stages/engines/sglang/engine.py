@@ -9,37 +9,34 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
-from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.config import GREEDY_ONLY, SGLangEngineConfig
-from draftsmith.stages.engines.sglang.client import Answer, RefusedRequestError
-from draftsmith.stages.engines.sglang.pool import DeadlyRequestError, LostTooOftenError, ServerPool, TimedOutError
-from draftsmith.stages.engines.sglang.records import BadAnswerError, completion_of, generate_payload
-
-if TYPE_CHECKING:
-    from draftsmith.stages.engines.sglang.fleet import Fleet
-    from draftsmith.stages.engines.sglang.handshake import Expected
+from draftsmith.stages.engines.sglang.client import RefusedRequestError, ServerAnswer
+from draftsmith.stages.engines.sglang.fleet import Fleet, open_fleet
+from draftsmith.stages.engines.sglang.pool import LostTooOftenError, PoisonRequestError, ServerPool, TimedOutError
+from draftsmith.stages.engines.sglang.records import BadAnswerError, generate_payload, read_completion
+from draftsmith.stages.engines.sglang.requirements import ServerRequirements
 
 T = TypeVar("T")
-_CHECK_S = 0.5  # between two looks at whether the stage was asked to stop, while it waits for servers
-_MOST_UNANSWERED = 20  # requests; then the cause is not the prompt
-# Others may fare better.
-_OF_ONE_REQUEST = (RefusedRequestError, TimedOutError, LostTooOftenError, DeadlyRequestError, BadAnswerError)
+_CHECK_S = 0.5  # between two calls of `check` while waiting for servers
+_MAX_UNANSWERED = 20  # requests; beyond, the cause is not the prompt
+# Errors of one request: others may succeed.
+_REQUEST_ERRORS = (RefusedRequestError, TimedOutError, LostTooOftenError, PoisonRequestError, BadAnswerError)
 
 
 class UnansweredError(DraftsmithError):
     """Some requests have no answer, and would have none the next time."""
 
 
-def _go_on() -> None:
-    """Nobody asks to stop."""
+def _continue() -> None:
+    """Do nothing: the caller never stops."""
 
 
 class LoopThread:
-    """An event loop in a thread of its own, for a caller that is not asynchronous."""
+    """An event loop in its own thread, for a caller that is not asynchronous."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -49,8 +46,8 @@ class LoopThread:
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    def run(self, work: Coroutine[Any, Any, T], check: Callable[[], None] = _go_on) -> T:
-        """Run to its end; what ends the wait (Ctrl-C, or `check`, asked twice a second) cancels it."""
+    def run(self, work: Coroutine[Any, Any, T], check: Callable[[], None] = _continue) -> T:
+        """Run a coroutine to its end. An exception of `check`, called twice a second, or Ctrl-C cancels it."""
         future = self.submit(work)
         try:
             while not future.done():
@@ -63,7 +60,7 @@ class LoopThread:
             raise
 
     def call(self, function: Callable[[], None]) -> None:
-        """Call a function in the loop, and wait for it."""
+        """Call a function in the loop and wait for it."""
 
         async def called() -> None:
             function()
@@ -86,7 +83,7 @@ class LoopThread:
 
 
 class SGLangEngine:
-    """Fulfils `draftsmith.stages.engines.base.Engine`; made by `open_sglang`.
+    """Implements `draftsmith.stages.engines.base.Engine`; opened by `open_sglang`.
 
     `first_token_seconds` of completions is NaN unless the engine was opened with `measure_first_token`.
     """
@@ -96,22 +93,22 @@ class SGLangEngine:
         loop: LoopThread,
         fleet: Fleet,
         pool: ServerPool,
-        expected: Expected,
+        required: ServerRequirements,
         log: Callable[[str], None],
-        check: Callable[[], None] = _go_on,
+        check: Callable[[], None] = _continue,
     ):
-        self._loop, self._fleet, self._pool, self._expected = loop, fleet, pool, expected
+        self._loop, self._fleet, self._pool, self._required = loop, fleet, pool, required
         self._log, self._check = log, check
         self.records_trace = fleet.records_trace
-        self.batch_decides = False  # it does, but a server batches what it has at the moment
+        self.batch_decides = False  # a server batches whatever it has at the moment
         self.name = fleet.name
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Yield answers in the order in which they finish. Closing the iterator aborts what is in flight.
 
-        A request that fails does not end the others: when all are through, one error names those without an answer.
-        After `_MOST_UNANSWERED` of them no new ones are sent. Where no request can succeed (no server is left, the API
-        key is refused), completions that have finished come first, then its error.
+        A request that fails does not end the others: after all of them, one error names those without an answer. After
+        `_MAX_UNANSWERED` such requests no new ones are sent. Where no request can succeed (no server is left, the API
+        key is refused), finished completions come first, then the error.
         """
         pending: dict[Future[Completion], str] = {}
         finished: queue.SimpleQueue[Future[Completion]] = queue.SimpleQueue()
@@ -121,7 +118,7 @@ class SGLangEngine:
             while True:
                 # Twice as many as can be in flight, so that servers stay full while the caller writes.
                 while (
-                    sum(not isinstance(error, DeadlyRequestError) for error in unanswered.values()) < _MOST_UNANSWERED
+                    sum(not isinstance(error, PoisonRequestError) for error in unanswered.values()) < _MAX_UNANSWERED
                     and len(pending) < 2 * self._pool.capacity
                     and (request := next(queued, None)) is not None
                 ):
@@ -139,73 +136,66 @@ class SGLangEngine:
                 error = done.exception()
                 if error is None:
                     yield done.result()
-                elif isinstance(error, _OF_ONE_REQUEST):
+                elif isinstance(error, _REQUEST_ERRORS):
                     unanswered[name] = error
-                    self._log(f"left without an answer: {error}")
+                    self._log(f"no answer: {error}")
                 else:
-                    yield from _completions(finished)
+                    yield from _drain(finished)
                     raise error
         finally:
             for future in pending:
                 future.cancel()
         if unanswered:
-            self._loop.call(lambda: self._pool.deaths.forget(unanswered))  # named once: whoever asks again may
-            raise _without_answers(unanswered)
+            self._loop.call(lambda: self._pool.deaths.forget(unanswered))  # reported; another run may try again
+            raise _unanswered_error(unanswered)
 
     async def _answer(self, request: Request) -> Completion:
         if self._fleet.greedy_only and not request.sampling.greedy:
             raise DraftsmithError(f"sampling.temperature: {GREEDY_ONLY}")
-        payload = generate_payload(request, self._expected.target.eos_ids, self.records_trace)
-        return await self._pool.ask(request.request_id, payload, lambda answer: self._completion(request, answer))
+        payload = generate_payload(request, self._required.target.eos_ids, self.records_trace)
+        return await self._pool.send(request.request_id, payload, lambda answer: self._completion(request, answer))
 
-    def _completion(self, request: Request, answer: Answer) -> Completion:
-        # A server that was full may have read an answer again, which makes a token without a verify step. Its tokens
-        # are right; it is taken without its steps, which mining replays.
+    def _completion(self, request: Request, answer: ServerAnswer) -> Completion:
+        # A full server may have retracted the answer and prefilled it again, which gives a token without a verify
+        # step. Its tokens are right; its steps are not read, and mining replays them.
         retracted = int(answer.body.get("meta_info", {}).get("num_retractions") or 0)
-        return completion_of(
-            request,
-            answer.body,
-            eos_ids=self._expected.target.eos_ids,
-            vocab_size=self._expected.target.vocab_size,
-            records_of=self._expected.drafter_digest if self.records_trace and not retracted else None,
-            seconds=answer.seconds,
-            first_token_seconds=answer.first_token_seconds,
-        )
+        digest = self._required.drafter_digest if self.records_trace and not retracted else None
+        return read_completion(request, answer, self._required.target, digest)
 
     @property
     def was_full(self) -> bool:
-        """Return whether a server refused requests for being full, so that they waited here."""
+        """Return whether a server refused requests because it was full, so that they waited here."""
         return any(server.was_full for server in self._pool.servers)
 
     @property
-    def repeated(self) -> int:
-        """Return how many attempts were lost so far, or got an answer that was not what was asked for."""
-        return self._pool.repeated
+    def retries(self) -> int:
+        """Return how many attempts at requests were lost so far, or got an answer that does not fit the request."""
+        return self._pool.retries
 
     def set_concurrency(self, total: int | None) -> None:
-        """Bound the requests in flight on all servers together; None: `engine.concurrency` a server again."""
+        """Bound the requests in flight on all servers together; None: `engine.concurrency` per replica again."""
         self._loop.call(lambda: self._pool.set_concurrency(total))
 
     def flush_cache(self) -> None:
-        """Forget cached prefixes on all servers, when they are idle. Raises RetryableError if one stays busy."""
+        """Empty the prefix caches of all servers once they are idle. Raises RetryableError if one stays busy."""
         self._loop.run(self._fleet.flush_cache(), self._check)
 
 
-def _without_answers(errors: dict[str, DraftsmithError]) -> DraftsmithError:
-    """Return one error for the requests that failed, by their names."""
+def _unanswered_error(errors: dict[str, DraftsmithError]) -> DraftsmithError:
+    """Return one error that names the failed requests."""
     names, first = list(errors), next(iter(errors.values()))
     many = f"{len(names)} requests ({', '.join(names)}) have" if len(names) > 1 else "one request has"
-    stopped = "; so many that no new ones were sent" if len(names) >= _MOST_UNANSWERED else ""
+    stopped = "; so many that no new ones were sent" if len(names) >= _MAX_UNANSWERED else ""
     kind = RetryableError if all(isinstance(error, RetryableError) for error in errors.values()) else UnansweredError
     return kind(
-        f"engine: {many} no answer{stopped}: {first}; a rollout keeps all other answers, and the same command asks "
-        "only for what is missing: mend the cause, or take these prompts (named by prompt_id of prompts.parquet, and "
-        "sample) out of prompts.sources, with which all answers are made again"
+        f"engine: {many} no answer{stopped}. The first: {first} Remove the cause and run the same command: a rollout "
+        "keeps all other answers. Or remove these prompts (prompt_id of prompts.parquet, and sample) from "
+        "prompts.sources; then all answers are generated again."
     )
 
 
-def _completions(finished: queue.SimpleQueue[Future[Completion]]) -> Iterator[Completion]:
-    """Yield those that have finished without an error."""
+def _drain(finished: queue.SimpleQueue[Future[Completion]]) -> Iterator[Completion]:
+    """Yield the completions that have finished without an error."""
     with suppress(queue.Empty):
         while True:
             future = finished.get_nowait()
@@ -216,40 +206,24 @@ def _completions(finished: queue.SimpleQueue[Future[Completion]]) -> Iterator[Co
 @contextmanager
 def open_sglang(
     config: SGLangEngineConfig,
-    *,
-    target_folder: Path,
-    drafter_folder: Path | None,
-    drafting: DraftingConfig,
-    longest: int,
+    required: ServerRequirements,
     work: Path,
     log: Callable[[str], None],
-    measure_first_token: bool = False,
-    check: Callable[[], None] = _go_on,
+    check: Callable[[], None] = _continue,
 ) -> Iterator[SGLangEngine]:
-    """Open servers that pass the handshake, started here if the config says so and stopped on exit.
+    """Open servers that meet the requirements; those started here are stopped on exit.
 
-    longest: positions of the longest request. work: launched servers' logs go to its folder `servers`. check: called
-    while it waits for servers; what it raises ends the wait.
+    work: launched servers' logs go to its folder `servers`. check: called while waiting for servers; an exception of
+    it ends the wait.
     Raises DraftsmithError for a config, server or drafter that does not fit, RetryableError if no server answers.
     """
-    from draftsmith.stages.engines.sglang.fleet import open_fleet
-    from draftsmith.stages.engines.sglang.handshake import Expected
-
-    expected = Expected.of(
-        config,
-        target_folder=target_folder,
-        drafter_folder=drafter_folder,
-        drafting=drafting,
-        longest=longest,
-        stream=measure_first_token,
-    )
     # Servers are started from this thread, which therefore must outlive them: see ServerProcess.
     loop = LoopThread()
     try:
-        fleet = open_fleet(config, expected, work / "servers", log)
+        fleet = open_fleet(config, required, work / "servers", log)
         try:
             pool = loop.run(fleet.start(), check)
-            yield SGLangEngine(loop, fleet, pool, expected, log, check)
+            yield SGLangEngine(loop, fleet, pool, required, log, check)
         finally:
             loop.run(fleet.stop())
     finally:

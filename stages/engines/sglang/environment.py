@@ -1,4 +1,4 @@
-"""Checks of an SGLang engine's config before anything is started: cheap, and without importing SGLang or torch here."""
+"""Cheap checks of an SGLang engine's config before anything starts; imports neither SGLang nor torch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from draftsmith.stages.engines.sglang.protocol import SUPPORTED, supported
 PLUGIN_GROUP, PLUGIN = "sglang.srt.plugins", "draftsmith"
 _PROBE_TIMEOUT_S = 60.0
 _URL_TIMEOUT_S = 3.0
+_ADVICE = "Build one with `make sglang-gpu` (or `make sglang-cpu`) and set engine.python to the path that it prints."
 
-# Run by the other interpreter: reads installed metadata, imports nothing of SGLang. The current directory is left out:
-# its own metadata (that of a checkout of this project) is not in that environment.
+# Run by the other interpreter: reads the metadata of installed packages, imports nothing of SGLang. The current
+# directory is left out, since the metadata of a checkout of this project there is not that environment's.
 _PROBE = f"""
 import sys
 sys.path = [place for place in sys.path if place]
@@ -32,8 +33,8 @@ print(json.dumps({{key: version(name) for key, name in names.items()}} | {{"plug
 
 
 @dataclass(frozen=True)
-class Installed:
-    """What the interpreter of `engine.python` has."""
+class SGLangEnvironment:
+    """The packages that the interpreter of `engine.python` has installed."""
 
     sglang: str
     torch: str | None
@@ -41,17 +42,16 @@ class Installed:
     router: str | None = None
 
 
-def installed(python: Path) -> Installed:
-    """Ask the interpreter what it has. Raises DraftsmithError: no such interpreter, it fails, or no SGLang in it."""
-    advice = "build one with `make sglang-gpu` (or `make sglang-cpu`) and give the path that it prints"
+def inspect_environment(python: Path) -> SGLangEnvironment:
+    """Ask an interpreter for its packages. Raises DraftsmithError if it is missing, fails, or has no SGLang."""
     path = python.expanduser()
     if not path.is_file():
-        raise DraftsmithError(f"engine.python: {path.absolute()} does not exist: {advice}")
+        raise DraftsmithError(f"engine.python: {path.absolute()} does not exist. {_ADVICE}")
     if not os.access(path, os.X_OK):
-        raise DraftsmithError(f"engine.python: {path.absolute()} cannot be executed: {advice}")
+        raise DraftsmithError(f"engine.python: {path.absolute()} cannot be executed. {_ADVICE}")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONHOME"}
     try:
-        # Not resolved: a virtual environment's python is a link, and what it is called decides what it finds.
+        # Not resolved: a virtual environment's python is a link, whose path decides what it finds.
         done = subprocess.run(
             [os.fspath(path.absolute()), "-c", _PROBE],
             capture_output=True,
@@ -60,54 +60,57 @@ def installed(python: Path) -> Installed:
             check=True,
             env=environment,
         )
-        found = json.loads(done.stdout.splitlines()[-1])
+        versions = json.loads(done.stdout.splitlines()[-1])
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         stderr = getattr(error, "stderr", None)
         reason = (str(stderr).strip().splitlines() or [str(error)])[-1] if stderr else str(error)
         raise DraftsmithError(
-            f"engine.python: {path.absolute()} is not a Python that runs ({reason}): {advice}"
+            f"engine.python: {path.absolute()} is not a Python that runs ({reason}). {_ADVICE}"
         ) from None
-    if found["sglang"] is None:
-        raise DraftsmithError(f"engine.python: {path.absolute()} has no sglang installed: {advice}")
-    return Installed(found["sglang"], found["torch"], bool(found["plugin"]), found["router"])
+    if versions["sglang"] is None:
+        raise DraftsmithError(f"engine.python: {path.absolute()} has no sglang installed. {_ADVICE}")
+    return SGLangEnvironment(versions["sglang"], versions["torch"], bool(versions["plugin"]), versions["router"])
 
 
-def router_missing(config: SGLangEngineConfig, found: Installed) -> str | None:
-    """Return what to do if a router is to be launched and is not installed; None: nothing."""
-    if config.launch is None or config.launch.router is None or found.router is not None:
+def missing_router(config: SGLangEngineConfig, environment: SGLangEnvironment) -> str | None:
+    """Return the error for a router that is to be launched and is not installed; None if there is no problem."""
+    if config.launch is None or config.launch.router is None or environment.router is not None:
         return None
-    return f"engine.launch.router: `{config.python} -m pip install sglang-router` adds it, or leave the field out"
+    return (
+        f"engine.launch.router: sglang-router is not installed. `{config.python} -m pip install sglang-router` adds "
+        "it, or remove the field."
+    )
 
 
-def programs_of(engine: EmbeddedEngineConfig | SGLangEngineConfig) -> dict[str, str]:
-    """Return SGLang's version, of servers that would be launched; running ones say theirs when they are asked."""
+def engine_programs(engine: EmbeddedEngineConfig | SGLangEngineConfig) -> dict[str, str]:
+    """Return SGLang's version for servers that would be launched; running ones report theirs in the handshake."""
     if not isinstance(engine, SGLangEngineConfig) or engine.launch is None or engine.python is None:
         return {}
     try:
-        return {"sglang": installed(engine.python).sglang}
+        return {"sglang": inspect_environment(engine.python).sglang}
     except DraftsmithError:
         return {}
 
 
-def environment_warnings(config: SGLangEngineConfig, found: Installed) -> list[str]:
-    """Return what will work less well than it could in this environment."""
+def environment_warnings(config: SGLangEngineConfig, environment: SGLangEnvironment) -> list[str]:
+    """Return warnings about an untested release and a missing plug-in."""
     warnings = []
-    if not supported(found.sglang):
+    if not supported(environment.sglang):
         warnings.append(
-            f"sglang {found.sglang} is outside the tested {SUPPORTED}: traces may be refused; "
-            "install a release of that range"
+            f"sglang {environment.sglang} is outside the tested {SUPPORTED}, so traces may be refused. Install a "
+            "release of that range."
         )
-    if config.trace and not found.plugin:
+    if config.trace and not environment.plugin:
         warnings.append(
-            f"the plug-in ({PLUGIN_GROUP}: {PLUGIN}) is not installed beside sglang: mining will replay; "
-            f"`{config.python} -m pip install --no-deps .` in this project's folder adds it"
+            f"the plug-in ({PLUGIN_GROUP}: {PLUGIN}) is not installed beside sglang, so mining will replay. "
+            f"`{config.python} -m pip install --no-deps .` in this project's folder adds it."
         )
     return warnings
 
 
-def unreachable(url: str) -> str | None:
+def health_problem(url: str) -> str | None:
     """Return why a server's /health does not answer; None if it does."""
-    import httpx
+    import httpx  # 0.2 s, and planning imports this module
 
     try:
         response = httpx.get(f"{url.rstrip('/')}/health", timeout=_URL_TIMEOUT_S)

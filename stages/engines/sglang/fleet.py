@@ -1,4 +1,4 @@
-"""The servers of one engine: given by address or launched, checked, stopped at the end."""
+"""The servers of one engine: launched or given by address, checked, and stopped at the end."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import httpx
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.retry import retry_on
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.sglang.client import key_header
-from draftsmith.stages.engines.sglang.handshake import Expected, ServerInfo, check_server, records_through
-from draftsmith.stages.engines.sglang.pool import Deaths, Server, ServerPool
+from draftsmith.stages.engines.sglang.handshake import ServerInfo, check_server, router_passes_records
+from draftsmith.stages.engines.sglang.pool import DeathLog, Server, ServerPool
 from draftsmith.stages.engines.sglang.protocol import ENVIRONMENT
-from draftsmith.stages.engines.sglang.router import router_command, wait_for_workers, workers_behind
-from draftsmith.stages.engines.sglang.server import ServerProcess, command, free_ports, server_processes
-
-if TYPE_CHECKING:
-    import httpx
+from draftsmith.stages.engines.sglang.requirements import ServerRequirements
+from draftsmith.stages.engines.sglang.router import router_command, router_workers, wait_for_workers
+from draftsmith.stages.engines.sglang.server import ServerProcess, free_ports, server_command, server_processes
 
 _CONNECT_TIMEOUT_S = 10.0
 _KEEP_ALIVE_S = 2.0  # less than a server's own, or requests would be sent on connections that it is closing
@@ -29,18 +28,18 @@ _FLUSH_TIMEOUT_S = 60.0
 
 
 class Fleet:
-    """See the module. Everything but the properties runs in the engine's event loop."""
+    """The servers of one engine. Everything but the properties runs in the engine's event loop."""
 
     def __init__(
         self,
         config: SGLangEngineConfig,
-        expected: Expected,
+        required: ServerRequirements,
         processes: list[ServerProcess],
         folder: Path,
         log: Callable[[str], None],
         api_key: str | None = None,
     ):
-        self._config, self._expected, self._log, self._folder = config, expected, log, folder
+        self._config, self._required, self._log, self._folder = config, required, log, folder
         self._processes = processes
         self._info: dict[str, ServerInfo] = {}  # by address
         self._api_key = api_key
@@ -50,7 +49,7 @@ class Fleet:
 
     @property
     def name(self) -> str:
-        """Return sglang and the version, or versions, of the servers."""
+        """Return "sglang" with the versions of the servers."""
         return "sglang " + ", ".join(sorted({info.version for info in self._info.values()}))
 
     @property
@@ -67,17 +66,15 @@ class Fleet:
         return self._http
 
     async def start(self) -> ServerPool:
-        """Start what is to be started, check every server. Raises DraftsmithError if one is wrong.
+        """Launch the servers if there are none yet, and check each. Raises DraftsmithError if one is wrong.
 
-        One of several that does not start or answer is left out.
+        If one of several does not start or answer, the others serve.
         """
-        import httpx
-
         self._http = httpx.AsyncClient(
             headers=key_header(self._api_key),
             timeout=httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S),
             limits=httpx.Limits(max_connections=None, keepalive_expiry=_KEEP_ALIVE_S),
-            trust_env=not self._processes,  # no proxy between this machine and itself
+            trust_env=not self._processes,  # no proxy for servers on this machine
         )
         if self._processes:
             started = time.monotonic()
@@ -95,38 +92,37 @@ class Fleet:
         for error in errors:
             self._log(f"left out: {error}")
         if self._processes:
-            self._log(f"SGLang answers after {time.monotonic() - started:.0f} s")
+            self._log(f"SGLang is ready after {time.monotonic() - started:.0f} s")
         if self._config.launch is not None and self._config.launch.router is not None:
             servers = [await self._open_router(servers)]
-        if self._expected.trace and self._expected.drafter_folder and not self.records_trace:
-            self._log("no plug-in on the servers: verify steps are not recorded, mining replays them")
+        if self._required.trace and self._required.drafter_folder and not self.records_trace:
+            self._log("the servers have no plug-in: verify steps are not recorded, mining replays them")
         self._pool = ServerPool(
             self._client,
             servers,
-            concurrency=self._config.concurrency,
-            timeout_s=self._config.request_timeout_s,
-            deaths=Deaths(self._folder / "deaths.json"),
-            log=self._log,
-            stream=self._expected.stream,
+            self._config,
+            DeathLog(self._folder / "deaths.json"),
+            self._log,
+            stream=self._required.measure_first_token,
         )
         return self._pool
 
     async def _open_given(self, url: str) -> Server:
-        """Check what answers at an address; all servers behind a router, for any of them may answer."""
-        workers = await workers_behind(self._client, url)
+        """Check the server at an address, or all servers of the router there, since any of them may answer."""
+        workers = await router_workers(self._client, url)
         if workers is None:
             return Server(url, (await self._check(url, ours=False)).replicas)
         if not workers:
             raise RetryableError(f"engine.urls: the router {url} has no healthy server. Start them, then run again.")
         infos = await asyncio.gather(*(self._check(worker, ours=False) for worker in workers))
-        return await self._behind_router(url, workers, sum(info.replicas for info in infos))
+        return await self._router_server(url, workers, sum(info.replicas for info in infos))
 
     async def _open_launched(self, process: ServerProcess) -> Server:
         try:
             await self._launch(process, "options")
             info = await self._check(process.url, ours=True)
         except RetryableError:
-            await asyncio.to_thread(process.stop, 0)  # others may need its GPU
+            await asyncio.to_thread(process.stop, 0)  # its GPU may be needed by others
             raise
         return Server(process.url, info.replicas, processes=(process,))
 
@@ -140,25 +136,23 @@ class Fleet:
         await self._launch(router, "router")
         await wait_for_workers(self._client, router.url, len(servers), self._config.launch.start_timeout_s)
         replicas = sum(server.replicas for server in servers)
-        found = await self._behind_router(router.url, [server.url for server in servers], replicas)
-        found.processes = (router, *(process for server in servers for process in server.processes))
-        return found
+        server = await self._router_server(router.url, [server.url for server in servers], replicas)
+        server.processes = (router, *(process for worker in servers for process in worker.processes))
+        return server
 
-    async def _behind_router(self, url: str, workers: list[str], replicas: int) -> Server:
-        self._records_through_routers &= await records_through(self._client, url, self._expected)
+    async def _router_server(self, url: str, workers: list[str], replicas: int) -> Server:
+        self._records_through_routers &= await router_passes_records(self._client, url, self._required)
         self._log(f"{url} routes to {len(workers)} servers")
         return Server(url, replicas, tuple(workers))
 
     async def _check(self, url: str, *, ours: bool) -> ServerInfo:
-        self._info[url] = info = await check_server(self._client, url, self._expected, self._log, ours=ours)
+        self._info[url] = info = await check_server(self._client, url, self._required, self._log, ours=ours)
         for remark in info.remarks:
             self._log(remark)
         return info
 
     async def _launch(self, process: ServerProcess, section: str) -> None:
         """Start a server and wait until it is healthy. Raises RetryableError with its log if that does not happen."""
-        import httpx
-
         assert self._config.launch is not None
         limit = self._config.launch.start_timeout_s
         deadline = time.monotonic() + limit
@@ -168,33 +162,33 @@ class Fleet:
                 if process.refused_options:
                     self._log(f"the end of {process.log_path}:\n{process.tail()}")
                     raise DraftsmithError(
-                        f"engine.launch.{section}: SGLang does not understand its command, see the end of "
-                        f"{process.log_path}. Correct the section launch."
+                        f"engine.launch.{section}: SGLang does not understand its command. Correct the section "
+                        f"launch; the reason is at the end of {process.log_path}."
                     )
-                raise self._not_started(process, ended)
+                raise self._start_error(process, ended)
             if time.monotonic() > deadline:
-                raise self._not_started(process, f"gave no answer in {limit:g} s (engine.launch.start_timeout_s)")
+                raise self._start_error(process, f"gave no answer in {limit:g} s (engine.launch.start_timeout_s)")
             try:
                 response = await self._client.get(f"{process.url}/health", timeout=_CONNECT_TIMEOUT_S)
                 if response.status_code == 200:
-                    process.answers()
+                    process.remove_key_file()
                     return
             except httpx.HTTPError:
                 pass
             await asyncio.sleep(_POLL_S)
 
-    def _not_started(self, process: ServerProcess, what: str) -> RetryableError:
+    def _start_error(self, process: ServerProcess, what: str) -> RetryableError:
         self._log(f"the end of {process.log_path}:\n{process.tail()}")
-        return RetryableError(f"engine.launch: the SGLang server {what} while it started (log: {process.log_path})")
+        return RetryableError(
+            f"engine.launch: the SGLang server {what} while it started. See its log {process.log_path}."
+        )
 
     async def flush_cache(self) -> None:
-        """POST /flush_cache to every server that is there; waits until it is idle."""
+        """Empty the prefix cache of every server that is not lost; waits until it is idle."""
         assert self._pool is not None
         await asyncio.gather(*(self._flush(server.url) for server in self._pool.servers if server.lost is None))
 
     async def _flush(self, url: str) -> None:
-        import httpx
-
         @retry_on(
             httpx.HTTPError,
             give_up=lambda _error, _attempts, seconds: seconds > _FLUSH_TIMEOUT_S,
@@ -207,7 +201,8 @@ class Fleet:
             await flush()
         except httpx.HTTPError as error:
             raise RetryableError(
-                f"engine: {url}/flush_cache did not succeed in {_FLUSH_TIMEOUT_S:g} s: {error}"
+                f"engine: {url}/flush_cache did not succeed in {_FLUSH_TIMEOUT_S:g} s ({error}). Run the same "
+                "command again."
             ) from error
 
     async def stop(self) -> None:
@@ -219,22 +214,24 @@ class Fleet:
         await asyncio.gather(*(asyncio.to_thread(process.stop) for process in self._processes))
 
 
-def open_fleet(config: SGLangEngineConfig, expected: Expected, folder: Path, log: Callable[[str], None]) -> Fleet:
-    """Return the servers that a config means, not started yet. Raises DraftsmithError if they cannot be."""
+def open_fleet(
+    config: SGLangEngineConfig, required: ServerRequirements, folder: Path, log: Callable[[str], None]
+) -> Fleet:
+    """Return the servers of a config, not started yet. Raises DraftsmithError if the config cannot be met."""
     processes = []
     api_key = config.api_key()
     if config.launch is not None:
         api_key = secrets.token_hex(32)
-        line = command(
+        line = server_command(
             config,
-            model_folder=expected.model_folder,
-            dtype=expected.target.dtype,
-            drafter_folder=expected.drafter_folder,
-            algorithm=expected.algorithm,
-            block_size=expected.block_size,
+            model_folder=required.model_folder,
+            dtype=required.target.dtype,
+            drafter_folder=required.drafter_folder,
+            algorithm=required.algorithm,
+            block_size=required.block_size,
         )
         launch = config.launch
-        if launch.router is not None and expected.trace:  # it does not pass on that a request asks
+        if launch.router is not None and required.trace:  # a router drops the request's own parameter
             launch = launch.model_copy(update={"environment": {ENVIRONMENT: "1", **launch.environment}})
         processes = server_processes(launch, line, folder, api_key)
-    return Fleet(config, expected, processes, folder, log, api_key)
+    return Fleet(config, required, processes, folder, log, api_key)

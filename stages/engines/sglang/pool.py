@@ -1,4 +1,4 @@
-"""Sends requests to servers: bounds and spreads them, and repeats elsewhere what was lost."""
+"""Distributes requests over servers, limits those in flight, and sends lost ones again, elsewhere if possible."""
 
 from __future__ import annotations
 
@@ -11,26 +11,34 @@ from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import httpx
 
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.retry import backoff_s, retry_on
 from draftsmith.stages.engines.base import Completion
-from draftsmith.stages.engines.sglang.client import Answer, FullError, LostError, SilentError, generate, probe
+from draftsmith.stages.engines.config import SGLangEngineConfig
+from draftsmith.stages.engines.sglang.client import (
+    RequestLostError,
+    ServerAnswer,
+    ServerFullError,
+    ServerStalledError,
+    check_health,
+    generate,
+)
 from draftsmith.stages.engines.sglang.records import BadAnswerError
+from draftsmith.stages.engines.sglang.server import ServerProcess
 
-if TYPE_CHECKING:
-    import httpx
-
-    from draftsmith.stages.engines.sglang.server import ServerProcess
-
-_DEADLY = 2  # servers that died with a request: it is not sent again
-_BEAT_S = 60.0  # a server that has requests and has answered none for so long is probed
-_PATIENCE_S = 60.0  # with a server whose probes fail, before it is lost
-_SILENT_S = 600.0  # with one that is there and computes nothing: it may compile; SGLang's watchdog ends it after 300
-_FULL_S = 3600.0  # of a server that takes no request and answers none, before it is given up
-_REST_S, _LONGEST_REST_S = 1.0, 600.0  # before a full server is asked again
+_MAX_DEATHS = 2  # of servers that had a request: it is not sent again
+_PROBE_AFTER_S = 60.0  # without an answer of a server that has requests, before its health is checked
+_FAILING_LIMIT_S = 60.0  # of failing health checks, before a server is lost
+_STALLED_LIMIT_S = (
+    600.0  # of a server that is up and computes nothing: it may compile; SGLang's watchdog ends it at 300
+)
+_FULL_LIMIT_S = 3600.0  # without any answer of a full server, before its requests are given up
+_FULL_PAUSE_S, _MAX_FULL_PAUSE_S = 1.0, 600.0  # before a full server is tried again
 _ABORT_TIMEOUT_S = 5.0
 
 
@@ -42,32 +50,33 @@ class TimedOutError(DraftsmithError):
     """A request was not finished in time by a server that computes."""
 
 
-class DeadlyRequestError(DraftsmithError):
-    """Servers died while they had this request: it is not sent again."""
+class PoisonRequestError(DraftsmithError):
+    """Servers died while they had this request, so it is not sent again."""
 
 
-_TRIES: dict[type[Exception], int] = {LostError: 6, BadAnswerError: 3, TimedOutError: 2}
+_TRIES: dict[type[Exception], int] = {RequestLostError: 6, BadAnswerError: 3, TimedOutError: 2}
 
 
-class Deaths:
-    """Which servers died while they had a request. Kept in a file: the stage is retried when no server is left."""
+class DeathLog:
+    """The servers that died, by request in flight; a file, since the stage is retried when no server is left."""
 
     def __init__(self, path: Path):
         self._path = path
         self._servers: dict[str, list[str]] = json.loads(path.read_text("utf-8")) if path.exists() else {}
 
-    def of(self, name: str) -> list[str]:
-        return self._servers.get(name, [])
+    def servers(self, request: str) -> list[str]:
+        """Return the addresses of the servers that died while they had this request."""
+        return self._servers.get(request, [])
 
-    def add(self, names: Collection[str], url: str) -> None:
-        for name in names:
-            self._servers.setdefault(name, []).append(url)
+    def record(self, requests: Collection[str], url: str) -> None:
+        for request in requests:
+            self._servers.setdefault(request, []).append(url)
         self._write()
 
-    def forget(self, names: Collection[str]) -> None:
-        if known := self._servers.keys() & set(names):
-            for name in known:
-                del self._servers[name]
+    def forget(self, requests: Collection[str]) -> None:
+        if recorded := self._servers.keys() & set(requests):
+            for request in recorded:
+                del self._servers[request]
             self._write()
 
     def _write(self) -> None:
@@ -76,21 +85,21 @@ class Deaths:
 
 @dataclass(eq=False)
 class Server:
-    """A server as the client sees it, made inside the event loop. Times are of the monotonic clock."""
+    """A server as the client sees it, created inside the event loop. Times are of the monotonic clock."""
 
     url: str
     replicas: int = 1  # of the model, which share its requests
-    behind: tuple[str, ...] = ()  # of a router: the servers that it asks
-    processes: tuple[ServerProcess, ...] = ()  # started here: the one that listens at `url`, then those behind a router
+    workers: tuple[str, ...] = ()  # of a router: the servers that it routes to
+    processes: tuple[ServerProcess, ...] = ()  # started here: the one that listens at `url`, then a router's workers
     requests: set[str] = field(default_factory=set)  # in flight
-    lost: str | None = None  # why it is asked no more
-    gone: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    examination: asyncio.Task[None] | None = None  # no new requests meanwhile
+    lost: str | None = None  # why it gets no more requests
+    lost_event: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    health_check: asyncio.Task[None] | None = None  # it gets no new requests meanwhile
     answered_at: float = field(default_factory=time.monotonic)
     was_full: bool = False
 
     def ended(self) -> str | None:
-        """Return how its process ended, or the last one behind it; None: it runs, or was not started here."""
+        """Return how its process, or the last of its workers, ended; None: it runs, or was not started here."""
         ends = [process.ended() for process in self.processes]
         if not ends or not (ends[0] or (len(ends) > 1 and all(ends[1:]))):
             return None
@@ -99,53 +108,52 @@ class Server:
 
 
 @dataclass(eq=False)
-class _Asked:
-    """A request that is to be answered."""
+class PendingRequest:
+    """A request without an answer yet."""
 
     name: str
     payload: dict[str, Any]
-    read: Callable[[Answer], Completion]
-    avoid: Server | None = None  # where it failed last: asked only where no other server is left
-    failures: int = 0  # attempts that count: the refusal of a full server is none
+    read: Callable[[ServerAnswer], Completion]
+    avoid: Server | None = None  # where it failed last: used only if no other server is left
+    failures: int = 0  # attempts that count; the refusal of a full server does not
 
-    def given_up(self, error: BaseException) -> bool:
-        """Return whether it is not sent again after this error."""
-        if isinstance(error, FullError):
+    def give_up(self, error: BaseException) -> bool:
+        """Count a failure. Returns whether the request is not sent again."""
+        if isinstance(error, ServerFullError):
             assert self.avoid is not None
-            return time.monotonic() - self.avoid.answered_at > _FULL_S
+            return time.monotonic() - self.avoid.answered_at > _FULL_LIMIT_S
         self.failures += 1
         return self.failures >= next(tries for kind, tries in _TRIES.items() if isinstance(error, kind))
 
 
 class ServerPool:
-    """Spreads requests over servers; to be used inside one event loop.
+    """Distributes requests over servers; to be used inside one event loop.
 
-    concurrency: requests in flight, a replica. stream: measure the first token's time.
+    config: limits the requests in flight per replica, and the time of one. stream: measure the first token's time.
     """
 
     def __init__(
         self,
         client: httpx.AsyncClient,
         servers: list[Server],
-        *,
-        concurrency: int,
-        timeout_s: float,
-        deaths: Deaths,
+        config: SGLangEngineConfig,
+        deaths: DeathLog,
         log: Callable[[str], None],
+        *,
         stream: bool = False,
     ):
         self.servers, self.deaths = servers, deaths
-        self.repeated = 0  # attempts at requests that had to be made again
-        self._client, self._stream, self._timeout_s = client, stream, timeout_s
-        self._concurrency, self._log = concurrency, log
+        self.retries = 0  # attempts that had to be repeated
+        self._client, self._stream, self._timeout_s = client, stream, config.request_timeout_s
+        self._concurrency, self._log = config.concurrency, log
         self._total: int | None = None
         self._changed = asyncio.Event()
-        self._asking: set[asyncio.Task[Any]] = set()
+        self._sending: set[asyncio.Task[Any]] = set()
         self._reported: set[ServerProcess] = set()
 
     @property
     def capacity(self) -> int:
-        """Return how many requests are in flight while no server is lost."""
+        """Return how many requests may be in flight while no server is lost."""
         return self._total or sum(self._concurrency * server.replicas for server in self.servers)
 
     def set_concurrency(self, total: int | None) -> None:
@@ -153,192 +161,189 @@ class ServerPool:
         self._total = total
         self._wake()
 
-    async def ask(self, name: str, payload: dict[str, Any], read: Callable[[Answer], Completion]) -> Completion:
-        """POST /generate to the least loaded server, and elsewhere again, until `read` takes the answer.
+    async def send(self, name: str, payload: dict[str, Any], read: Callable[[ServerAnswer], Completion]) -> Completion:
+        """POST /generate to the least loaded server, and again, elsewhere if possible, until `read` accepts the answer.
 
-        Raises RefusedRequestError if a server does not take the request, TimedOutError, BadAnswerError or
-        LostTooOftenError after the last attempt, DeadlyRequestError if servers died with it, RetryableError if no
-        server is left.
+        Raises RefusedRequestError if a server refuses the request, TimedOutError, BadAnswerError or LostTooOftenError
+        after the last attempt, PoisonRequestError if servers died with it, RetryableError if no server is left.
         """
-        asked = _Asked(name, payload, read)
-        again = retry_on(
+        request = PendingRequest(name, payload, read)
+        retry = retry_on(
             tuple(_TRIES),
-            give_up=lambda error, _attempts, _seconds: asked.given_up(error),
+            give_up=lambda error, _attempts, _seconds: request.give_up(error),
             pause_s=_pause_s,
-            on_retry=lambda error, _attempts: self._note(asked, error),
+            on_retry=lambda error, _attempts: self._note_retry(request, error),
         )
         task = asyncio.current_task()
         assert task is not None
-        self._asking.add(task)
+        self._sending.add(task)
         try:
-            return await again(self._attempt)(asked)
-        except LostError as error:
+            return await retry(self._attempt)(request)
+        except RequestLostError as error:
             raise LostTooOftenError(
                 f"request {name}: was lost each time, the last time: {error}. Look at the server's log."
             ) from error
         finally:
-            self._asking.discard(task)
+            self._sending.discard(task)
 
-    def _note(self, asked: _Asked, error: BaseException) -> None:
-        assert asked.avoid is not None
-        if isinstance(error, FullError):
-            if not asked.avoid.was_full:
-                asked.avoid.was_full = True
+    def _note_retry(self, request: PendingRequest, error: BaseException) -> None:
+        assert request.avoid is not None
+        if isinstance(error, ServerFullError):
+            if not request.avoid.was_full:
+                request.avoid.was_full = True
                 self._log(
-                    f"SGLang server {asked.avoid.url} is full: it {error}. Requests wait; lower engine.concurrency."
+                    f"SGLang server {request.avoid.url} is full: it {error}. Requests wait; lower engine.concurrency."
                 )
             return
-        self.repeated += 1
+        self.retries += 1
         if isinstance(error, BadAnswerError):
-            self._log(f"asked for again: {error} ({asked.avoid.url})")
+            self._log(f"sent again: {error} ({request.avoid.url})")
 
-    async def _attempt(self, asked: _Asked) -> Completion:
-        """Ask one server."""
-        server = await self._reserve(asked)
+    async def _attempt(self, request: PendingRequest) -> Completion:
+        server = await self._reserve(request)
         try:
-            return asked.read(await self._post(server, asked))
-        except (LostError, BadAnswerError, TimedOutError):
-            asked.avoid = server
+            return request.read(await self._post(server, request))
+        except (RequestLostError, BadAnswerError, TimedOutError):
+            request.avoid = server
             raise
         finally:
-            server.requests.discard(asked.name)
+            server.requests.discard(request.name)
             self._wake()
 
-    async def _reserve(self, asked: _Asked) -> Server:
+    async def _reserve(self, request: PendingRequest) -> Server:
         """Wait for a server with room."""
         while True:
-            if len(died := self.deaths.of(asked.name)) >= _DEADLY:
-                raise DeadlyRequestError(
-                    f"request {asked.name}: was in flight when {len(died)} SGLang servers died ({', '.join(died)}), "
+            if len(died := self.deaths.servers(request.name)) >= _MAX_DEATHS:
+                raise PoisonRequestError(
+                    f"request {request.name}: was in flight when {len(died)} SGLang servers died ({', '.join(died)}), "
                     "and is not sent again. Look at the ends of their logs."
                 )
-            there = [server for server in self.servers if server.lost is None]
-            if not there:
-                gone = "; ".join(f"{server.url} {server.lost}" for server in self.servers)
+            alive = [server for server in self.servers if server.lost is None]
+            if not alive:
+                reasons = "; ".join(f"{server.url} {server.lost}" for server in self.servers)
                 raise RetryableError(
-                    f"request {asked.name}: no SGLang server is left: {gone}. Start those of engine.urls again "
+                    f"request {request.name}: no SGLang server is left: {reasons}. Start those of engine.urls again "
                     "and run the same command, finished answers are kept."
                 )
-            others = [server for server in there if server is not asked.avoid] or there
-            if free := [server for server in others if self._has_room(server)]:
+            candidates = [server for server in alive if server is not request.avoid] or alive
+            if free := [server for server in candidates if self._has_room(server)]:
                 server = min(free, key=lambda server: len(server.requests) / server.replicas)
-                server.requests.add(asked.name)
+                server.requests.add(request.name)
                 return server
             await self._changed.wait()
 
     def _has_room(self, server: Server) -> bool:
-        if server.examination is not None:
+        if server.health_check is not None:
             return False
         if self._total is not None:
             return sum(len(each.requests) for each in self.servers) < self._total
         return len(server.requests) < self._concurrency * server.replicas
 
     def _wake(self) -> None:
-        """Let requests that wait for a server look again."""
+        """Let requests that wait for a server check again."""
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def _post(self, server: Server, asked: _Asked) -> Answer:
-        """POST /generate once. What was lost is raised when it is known whether the server still lives."""
+    async def _post(self, server: Server, request: PendingRequest) -> ServerAnswer:
+        """POST /generate once. A loss is raised when it is known whether the server still lives."""
         rid = uuid.uuid4().hex
-        payload = {**asked.payload, "rid": rid}
-        post = asyncio.create_task(generate(self._client, server.url, asked.name, payload, stream=self._stream))
+        payload = {**request.payload, "rid": rid}
+        post = asyncio.create_task(generate(self._client, server.url, request.name, payload, stream=self._stream))
         try:
-            if not await self._answered(server, post):
-                await self._examine(server)
+            if not await self._wait_for_answer(server, post):
+                await self._check_health(server)
                 if server.lost is not None:
-                    raise LostError(server.lost)
+                    raise RequestLostError(server.lost)
                 raise TimedOutError(
-                    f"request {asked.name}: {server.url} computes, but did not finish it in {self._timeout_s:g} s "
+                    f"request {request.name}: {server.url} computes, but did not finish it in {self._timeout_s:g} s "
                     "(engine.request_timeout_s). Raise it, or lower engine.concurrency (requests wait for each other) "
                     "or sampling.max_new_tokens."
                 )
             answer = post.result()
-        except FullError:
+        except ServerFullError:
             raise
-        except LostError:
+        except RequestLostError:
             if server.lost is None:
-                await self._examine(server)
+                await self._check_health(server)
             raise
         finally:
             if not post.done():
                 post.cancel()
                 await self._abort(server, rid)
         server.answered_at = time.monotonic()
-        self.deaths.forget([asked.name])
+        self.deaths.forget([request.name])
         return answer
 
-    async def _answered(self, server: Server, post: asyncio.Task[Answer]) -> bool:
-        """Wait for an answer, at most as long as the config says. Raises LostError if the server is lost meanwhile."""
+    async def _wait_for_answer(self, server: Server, post: asyncio.Task[ServerAnswer]) -> bool:
+        """Wait for an answer; False after the config's time limit. Raises RequestLostError if the server is lost."""
         deadline = time.monotonic() + self._timeout_s
-        either: set[asyncio.Future[Any]] = {post, server.gone}
+        either: set[asyncio.Future[Any]] = {post, server.lost_event}
         while not post.done():
             if (left := deadline - time.monotonic()) <= 0:
                 return False
-            await asyncio.wait(either, timeout=min(left, _BEAT_S), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, timeout=min(left, _PROBE_AFTER_S), return_when=asyncio.FIRST_COMPLETED)
             if not post.done() and server.lost is not None:
-                raise LostError(server.lost)
-            if not post.done() and time.monotonic() - server.answered_at > _BEAT_S:
-                self._examine(server)  # one that went dark breaks no connection
+                raise RequestLostError(server.lost)
+            if not post.done() and time.monotonic() - server.answered_at > _PROBE_AFTER_S:
+                self._check_health(server)  # a host that lost power breaks no connection
         return True
 
     async def _abort(self, server: Server, rid: str) -> None:
         if server.lost is None:
-            for url in server.behind or (server.url,):
+            for url in server.workers or (server.url,):
                 with suppress(Exception):
                     await self._client.post(f"{url}/abort_request", json={"rid": rid}, timeout=_ABORT_TIMEOUT_S)
 
-    def _examine(self, server: Server) -> Awaitable[None]:
-        """Find out whether a server still lives: once for all requests that wonder, and whoever waits for it."""
-        if server.examination is None:
-            server.examination = asyncio.create_task(self._examined(server))
-        return asyncio.shield(server.examination)
+    def _check_health(self, server: Server) -> Awaitable[None]:
+        """Start one health check for all requests of a server that want it, or join the one that runs."""
+        if server.health_check is None:
+            server.health_check = asyncio.create_task(self._run_health_check(server))
+        return asyncio.shield(server.health_check)
 
-    async def _examined(self, server: Server) -> None:
+    async def _run_health_check(self, server: Server) -> None:
+        """Check until the server answers, or mark it lost."""
         since = time.monotonic()
 
-        async def look() -> None:
+        async def check() -> None:
             if server.answered_at < since:
-                await self._probe(server)
+                await self._check_once(server)
 
-        def given_up(error: BaseException, _attempts: int, seconds: float) -> bool:
-            limit_s = _SILENT_S if isinstance(error, SilentError) else _PATIENCE_S
+        def give_up(error: BaseException, _attempts: int, seconds: float) -> bool:
+            limit_s = _STALLED_LIMIT_S if isinstance(error, ServerStalledError) else _FAILING_LIMIT_S
             return server.ended() is not None or seconds > limit_s
 
         try:
-            await retry_on(LostError, give_up=given_up)(look)()
-        except Exception as error:  # whatever it was, requests must not wait for ever
-            self.deaths.add(server.requests, server.url)
-            self._lose(server, server.ended() or str(error))
+            await retry_on(RequestLostError, give_up=give_up)(check)()
+        except Exception as error:  # of any kind: requests must not wait for ever
+            self.deaths.record(server.requests, server.url)
+            self._mark_lost(server, server.ended() or str(error))
         finally:
-            self._report_processes(server)
-            server.examination = None
+            self._log_ended_processes(server)
+            server.health_check = None
             self._wake()
 
-    async def _probe(self, server: Server) -> None:
-        """Ask whether it computes; of a router, whether it is there and one of its servers computes."""
-        import httpx
-
-        urls = server.behind or (server.url,)
-        each = await asyncio.gather(*(probe(self._client, url) for url in urls), return_exceptions=True)
-        errors = [error for error in each if error is not None]
+    async def _check_once(self, server: Server) -> None:
+        """Check that the server computes; for a router, that it answers and one of its workers computes."""
+        urls = server.workers or (server.url,)
+        results = await asyncio.gather(*(check_health(self._client, url) for url in urls), return_exceptions=True)
+        errors = [error for error in results if error is not None]
         if len(errors) == len(urls):
             raise errors[0]
-        if server.behind:
+        if server.workers:
             try:
                 await self._client.get(f"{server.url}/workers", timeout=_ABORT_TIMEOUT_S)
             except httpx.HTTPError as error:
-                raise LostError(f"{type(error).__name__} {error}") from error
+                raise RequestLostError(f"{type(error).__name__} {error}") from error
 
-    def _lose(self, server: Server, why: str) -> None:
-        """Ask it no more; what it has in flight goes to the others."""
+    def _mark_lost(self, server: Server, reason: str) -> None:
+        """Send it no more requests; those in flight go to the others."""
         if server.lost is None:
-            server.lost = why
-            self._log(f"SGLang server {server.url} is lost: {why}")
-            server.gone.set_result(None)
+            server.lost = reason
+            self._log(f"SGLang server {server.url} is lost: {reason}")
+            server.lost_event.set_result(None)
             self._wake()
 
-    def _report_processes(self, server: Server) -> None:
+    def _log_ended_processes(self, server: Server) -> None:
         for process in server.processes:
             if (how := process.ended()) and process not in self._reported:
                 self._reported.add(process)
@@ -346,14 +351,14 @@ class ServerPool:
 
     async def close(self) -> None:
         """Abort what is in flight."""
-        tasks = [*self._asking, *(each.examination for each in self.servers if each.examination is not None)]
+        tasks = [*self._sending, *(each.health_check for each in self.servers if each.health_check is not None)]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _pause_s(error: BaseException, attempts: int) -> float:
-    """Return the seconds before a request is sent again; a full server may say them itself."""
-    if isinstance(error, FullError):
-        return min(_LONGEST_REST_S, max(error.wait_s, _REST_S * random.uniform(0.5, 1.5)))
+    """Return the seconds before a request is sent again; a full server may have named them."""
+    if isinstance(error, ServerFullError):
+        return min(_MAX_FULL_PAUSE_S, max(error.wait_s, _FULL_PAUSE_S * random.uniform(0.5, 1.5)))
     return backoff_s(error, attempts)

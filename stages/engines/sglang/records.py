@@ -1,17 +1,19 @@
-"""A request as /generate takes it, and its answer as a completion: tokens checked, records cut where it ends."""
+"""Payloads for /generate, and completions from its answers: tokens checked, records cut at the answer's end."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.base import Completion, Request, VerifyStep
+from draftsmith.stages.engines.sglang.client import ServerAnswer
 from draftsmith.stages.engines.sglang.protocol import KEY, PROTOCOL
+from draftsmith.stages.target.info import TargetInfo
 
-# SGLang fills up what a request leaves out with the server's `--preferred-sampling-params`: nothing is left out.
-_NUMBERS = {
+# SGLang takes what a request leaves out from the server's `--preferred-sampling-params`, so nothing is left out.
+_NEUTRAL = {
     "top_p": 1.0,
     "top_k": -1,
     "min_p": 0.0,
@@ -19,16 +21,15 @@ _NUMBERS = {
     "frequency_penalty": 0.0,
     "presence_penalty": 0.0,
     "repetition_penalty": 1.0,
+    **dict.fromkeys(("stop", "stop_regex", "logit_bias", "json_schema", "regex", "ebnf", "structural_tag")),
 }
-_NULLS = dict.fromkeys(("stop", "stop_regex", "logit_bias", "json_schema", "regex", "ebnf", "structural_tag"))
 
 
 def generate_payload(request: Request, eos_ids: Sequence[int], traced: bool) -> dict[str, Any]:
-    """The body of /generate for a request."""
+    """Return the body of /generate for a request. traced: ask the plug-in for the verify steps."""
     sampling = request.sampling
     params: dict[str, Any] = {
-        **_NUMBERS,
-        **_NULLS,
+        **_NEUTRAL,
         "temperature": sampling.temperature,
         "max_new_tokens": request.max_new_tokens,
         "stop_token_ids": list(eos_ids),
@@ -36,24 +37,24 @@ def generate_payload(request: Request, eos_ids: Sequence[int], traced: bool) -> 
     }
     if not sampling.greedy:
         params["top_p"], params["top_k"] = sampling.top_p, sampling.top_k or -1
-        params["sampling_seed"] = request.seed  # heeded with --enable-deterministic-inference
+        params["sampling_seed"] = request.seed  # used only with --enable-deterministic-inference
     if traced:
         params["custom_params"] = {KEY: True}
     return {"input_ids": request.prompt_ids, "sampling_params": params}
 
 
 class BadAnswerError(DraftsmithError):
-    """An answer is not what was asked for."""
+    """An answer does not fit its request."""
 
 
 class IncompleteRecordsError(BadAnswerError):
     """The records of an answer do not cover all of its tokens."""
 
 
-def trace_identity(request_id: str, meta: dict[str, Any]) -> str | None:
-    """Digest of the drafter that the plug-in says it serves ("" if it does not say); None without any record.
+def recorded_drafter(request_id: str, meta: dict[str, Any]) -> str | None:
+    """Return the digest of the drafter that the plug-in reports; "" if it reports none, None without any record.
 
-    Raises DraftsmithError if the plug-in speaks another version.
+    Raises DraftsmithError if the plug-in uses another version of the protocol.
     """
     records = [record for record in meta.get(KEY) or () if record]
     if not records:
@@ -61,44 +62,38 @@ def trace_identity(request_id: str, meta: dict[str, Any]) -> str | None:
     if (version := records[0].get("v")) != PROTOCOL:
         raise DraftsmithError(
             f"request {request_id}: the server's plug-in records version {version}, this Draftsmith reads "
-            f"{PROTOCOL}; install the same Draftsmith in the server's environment"
+            f"{PROTOCOL}. Install the same Draftsmith in the server's environment."
         )
     return str(records[0].get("drafter") or "")
 
 
-def completion_of(
-    request: Request,
-    body: dict[str, Any],
-    *,
-    eos_ids: Collection[int],
-    vocab_size: int,
-    records_of: str | None = None,
-    seconds: float = 0.0,
-    first_token_seconds: float = float("nan"),
+def read_completion(
+    request: Request, answer: ServerAnswer, target: TargetInfo, drafter_digest: str | None = None
 ) -> Completion:
-    """Read a finished /generate answer.
+    """Return the completion of a finished /generate.
 
-    records_of: digest of the drafter whose verify steps are read; None: they are not wanted.
-    Raises BadAnswerError, naming the request, if it is not what was asked for.
+    drafter_digest: of the drafter whose verify steps are read; None: no steps are read.
+    Raises BadAnswerError, which names the request, if the answer does not fit it.
     """
     try:
-        meta = body["meta_info"]
+        body, meta = answer.body, answer.body["meta_info"]
         tokens, reason = [int(token) for token in body["output_ids"]], str(meta["finish_reason"]["type"])
         steps_counted = int(meta.get("spec_verify_ct") or 0)
         retractions = int(meta.get("num_retractions") or 0)
         accepted_counts = [int(count) for count in meta.get("spec_correct_drafts_histogram") or ()]
     except (KeyError, TypeError, ValueError) as error:
         raise BadAnswerError(
-            f"request {request.request_id}: the server's answer has no {error}; is this a supported SGLang release?"
+            f"request {request.request_id}: the server's answer has no {error}. Use a supported release of SGLang."
         ) from error
-    _check_tokens(request, tokens, reason, meta, eos_ids, vocab_size)
+    if wrong := _wrong_tokens(request, tokens, reason, meta, target):
+        raise BadAnswerError(f"request {request.request_id}: the server's answer {wrong}")
     steps = []
-    if records_of is not None:
-        drafter = trace_identity(request.request_id, meta)
-        if drafter not in (None, records_of):
+    if drafter_digest is not None:
+        drafter = recorded_drafter(request.request_id, meta)
+        if drafter not in (None, drafter_digest):
             raise BadAnswerError(
                 f"request {request.request_id}: its verify steps are of the drafter "
-                f"{drafter[:12] or 'without a digest'}, not of {records_of[:12]}: start the server with that one again"
+                f"{drafter[:12] or 'without a digest'}, not of {drafter_digest[:12]}. Start the server with that one."
             )
         steps = read_steps(request, tokens, meta)
     return Completion(
@@ -109,42 +104,47 @@ def completion_of(
         verify_steps=len(steps) or steps_counted,
         retractions=retractions,
         accepted_counts=accepted_counts,
-        seconds=seconds,
-        first_token_seconds=first_token_seconds,
+        seconds=answer.seconds,
+        first_token_seconds=answer.first_token_seconds,
     )
 
 
-def _check_tokens(
-    request: Request, tokens: list[int], reason: str, meta: dict[str, Any], eos_ids: Collection[int], vocab_size: int
-) -> None:
-    wrong, matched = None, meta["finish_reason"].get("matched")
+def _wrong_tokens(
+    request: Request, tokens: list[int], reason: str, meta: dict[str, Any], target: TargetInfo
+) -> str | None:
+    """Return what is wrong with the tokens of an answer and what to do; None if they are right."""
+    matched, prompt_length = meta["finish_reason"].get("matched"), len(request.prompt_ids)
     if not tokens:
-        wrong = "is empty"
-    elif not all(0 <= token < vocab_size for token in tokens):
-        wrong = f"has token {max(tokens)}, the target's vocabulary ends at {vocab_size - 1}: another model is served"
-    elif meta.get("prompt_tokens", len(request.prompt_ids)) != len(request.prompt_ids):
-        wrong = f"is to {meta['prompt_tokens']} prompt tokens, {len(request.prompt_ids)} were sent"
-    elif reason == "stop" and tokens[-1] not in eos_ids:
-        wrong = f"ends at token {tokens[-1]}, which is no end token of the target: the server has other stop tokens"
-    elif reason == "stop" and matched not in (None, tokens[-1]):
-        # SGLang puts an end token over one that is outside the vocabulary, and says so here alone.
-        wrong = f"was ended by {matched!r}, not by its last token: by a stop string, or by an error of the server"
-    elif reason == "length" and len(tokens) < request.max_new_tokens:
-        wrong = (
-            f"was cut after {len(tokens)} of {request.max_new_tokens} tokens: "
-            "the server's context or key/value memory is too small; raise it or lower sampling.max_new_tokens"
+        return "is empty. Look at the server's log."
+    if not all(0 <= token < target.vocab_size for token in tokens):
+        return (
+            f"has token {max(tokens)}, the target's vocabulary ends at {target.vocab_size - 1}: another model is "
+            "served. Serve the target."
         )
-    elif reason not in ("stop", "length"):
-        wrong = f"ended by {reason!r}"
-    if wrong:
-        raise BadAnswerError(f"request {request.request_id}: the server's answer {wrong}")
+    if meta.get("prompt_tokens", prompt_length) != prompt_length:
+        return f"is to {meta['prompt_tokens']} prompt tokens, {prompt_length} were sent. Look at the server's log."
+    if reason == "stop" and tokens[-1] not in target.eos_ids:
+        return f"ends at token {tokens[-1]}, no end token of the target. Start the server without other stop tokens."
+    if reason == "stop" and matched not in (None, tokens[-1]):
+        # SGLang replaces a token outside the vocabulary by an end token, and reports it here alone.
+        return (
+            f"was ended by {matched!r}, not by its last token. Look for a stop string, or an error in the server's log."
+        )
+    if reason == "length" and len(tokens) < request.max_new_tokens:
+        return (
+            f"was cut after {len(tokens)} of {request.max_new_tokens} tokens: the server's context or key/value "
+            "memory is too small. Raise it or lower sampling.max_new_tokens."
+        )
+    if reason not in ("stop", "length"):
+        return f"ended by {reason!r}. Look at the server's log."
+    return None
 
 
 def read_steps(request: Request, tokens: list[int], meta: dict[str, Any]) -> list[VerifyStep]:
-    """The verify steps of an answer from the plug-in's records, one element an output token.
+    """Return the verify steps of an answer from the plug-in's records, one element per output token.
 
-    The first token comes from reading the prompt; every other one must belong to exactly one step. A step that went
-    past the end of the answer is cut there, as the embedded engine does. Raises IncompleteRecordsError otherwise,
+    The first token comes from the prefill; every other one must belong to exactly one step. A step that went past the
+    end of the answer is cut there, as the embedded engine does. Raises IncompleteRecordsError otherwise,
     BadAnswerError for log-probs that are NaN.
     """
     records = meta.get(KEY) or []
@@ -155,34 +155,35 @@ def read_steps(request: Request, tokens: list[int], meta: dict[str, Any]) -> lis
             continue
         if "refused" in record:
             raise _incomplete(request, f"no record at token {index}: {record['refused']}")
-        anchor, block, kept = int(record["anchor"]), [int(token) for token in record["block"]], int(record["accepted"])
+        anchor, block = int(record["anchor"]), [int(token) for token in record["block"]]
+        accepted = int(record["accepted"])
         if index != at or anchor != len(request.prompt_ids) + index - 1:
             raise _incomplete(request, f"token {index} has a step with anchor {anchor}; a step at token {at} was due")
         if at >= len(tokens):
             raise _incomplete(request, f"a step at token {at} of {len(tokens)}")
-        committed = min(kept + 1, len(tokens) - at)
-        accepted = min(kept, committed)
-        if [*block[:kept], record["bonus"]][:committed] != tokens[at : at + committed]:
-            raise _incomplete(request, f"the step at token {at} says other tokens than the answer has")
-        if (logprobs := record.get("logprobs")) is not None and not all(map(_is_number, logprobs)):
+        committed = min(accepted + 1, len(tokens) - at)
+        if [*block[:accepted], record["bonus"]][:committed] != tokens[at : at + committed]:
+            raise _incomplete(request, f"the step at token {at} has other tokens than the answer")
+        if (logprobs := record.get("logprobs")) is not None and not all(map(_is_finite, logprobs)):
             raise BadAnswerError(
-                f"request {request.request_id}: the server's log-probs at token {index} are no numbers, so that the "
-                "answer is no use: its logits are NaN; look for a dtype or a kernel that overflows"
+                f"request {request.request_id}: the server's log-probs at token {index} are NaN, and so are its "
+                "logits. Look for a dtype or a kernel that overflows."
             )
-        steps.append(VerifyStep(anchor, accepted, block, None if logprobs is None else [float(x) for x in logprobs]))
+        logprobs = None if logprobs is None else [float(x) for x in logprobs]
+        steps.append(VerifyStep(anchor, min(accepted, committed), block, logprobs))
         at += committed
     if at != max(len(tokens), 1):
         raise _incomplete(request, f"they end at token {at} of {len(tokens)}")
     return steps
 
 
-def _is_number(value: float | None) -> bool:
-    """JSON has no NaN: SGLang writes null."""
+def _is_finite(value: float | None) -> bool:
+    """Return whether a log-prob is a number. JSON has no NaN: SGLang writes null."""
     return value is not None and math.isfinite(value)
 
 
-def _incomplete(request: Request, what: str) -> IncompleteRecordsError:
+def _incomplete(request: Request, reason: str) -> IncompleteRecordsError:
     return IncompleteRecordsError(
-        f"request {request.request_id}: the records of its verify steps do not fit its answer: {what}; "
-        "check the plug-in's version, or set engine.trace: false (mining then replays)"
+        f"request {request.request_id}: the records of its verify steps do not fit its answer: {reason}. "
+        "Check the plug-in's version, or set engine.trace: false (mining then replays)."
     )

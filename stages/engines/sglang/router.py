@@ -1,8 +1,8 @@
-"""SGLang's router in front of servers: how one is started, and which servers stand behind one.
+"""SGLang's router: its command line, and the servers that it routes to.
 
-A router passes on the fields of a request that it knows (0.3.2: not `custom_params`, `stream_interval` or
-`/abort_request`). So servers behind one record verify steps only where their environment asks for it, whether they do
-is asked through the router, and an abort goes to each of them.
+A router forwards only fields of a request that it knows (0.3.2: not `custom_params`, `stream_interval` or
+`/abort_request`). So its servers record verify steps only if their environment asks for it, which a request through the
+router finds out, and an abort goes to each of them.
 """
 
 from __future__ import annotations
@@ -13,18 +13,22 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import httpx
 
 from draftsmith.artifacts.errors import RetryableError
 from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.engines.sglang.client import LostError, RefusedRequestError, away, check_status, send
-
-if TYPE_CHECKING:
-    import httpx
+from draftsmith.stages.engines.sglang.client import (
+    RefusedRequestError,
+    RequestLostError,
+    check_status,
+    query,
+    unreachable_server,
+)
 
 _SCRIPT = Path(__file__).with_name("router_main.py")
 _POLL_S = 0.5
-_PATIENCE_S = 60
+_EXTRA_TIMEOUT_S = 60
 
 
 def router_command(config: SGLangEngineConfig, workers: Sequence[str], metrics_port: int) -> list[str]:
@@ -35,43 +39,45 @@ def router_command(config: SGLangEngineConfig, workers: Sequence[str], metrics_p
         os.fspath(_SCRIPT),
         *("--host", "127.0.0.1", "--policy", config.launch.router, "--worker-urls", *workers),
         *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)),
-        # a server that failed for a moment is asked again soon
+        # a server that failed for a moment is tried again soon
         *("--worker-startup-check-interval", "1", "--health-check-interval-secs", "2"),
         *("--health-success-threshold", "1", "--cb-timeout-duration-secs", "5"),
         # A request that ends servers would end one a try of the router's, unseen: it is repeated here. Until a dead
         # server is left, it costs every request that the router gives it a try.
         *("--disable-retries", "--cb-failure-threshold", "2"),
-        # longer than ours, for its own is an error 5xx, which would be repeated
-        *("--request-timeout-secs", str(round(config.request_timeout_s) + _PATIENCE_S), "--log-level", "warn"),
+        # longer than our own limit, since a timeout of the router is an error 5xx, which would be retried
+        *("--request-timeout-secs", str(round(config.request_timeout_s) + _EXTRA_TIMEOUT_S), "--log-level", "warn"),
     ]
 
 
-async def workers_behind(client: httpx.AsyncClient, url: str) -> list[str] | None:
+async def router_workers(client: httpx.AsyncClient, url: str) -> list[str] | None:
     """Return the addresses of a router's healthy servers; None: it is no router.
 
     Raises RetryableError if it does not answer or cannot say, DraftsmithError for one that wants a key.
     """
     try:
-        response = await send(client, "GET", f"{url}/workers")
+        response = await query(client, "GET", f"{url}/workers")
         if response.status_code == 501:
-            return None  # of a gateway that knows no such path
+            return None  # a gateway that knows no such path
         check_status("of the handshake", url, response.status_code, response.text)
         return [str(each["url"]) for each in response.json()["workers"] if each.get("is_healthy")]
-    except LostError as error:
-        raise away(url, error) from error
+    except RequestLostError as error:
+        raise unreachable_server(url, error) from error
     except (RefusedRequestError, ValueError, KeyError, TypeError):
         return None  # a server, or a gateway in front of one, which the handshake checks
 
 
 async def wait_for_workers(client: httpx.AsyncClient, url: str, count: int, limit_s: float) -> None:
-    """Wait until a router has found so many servers healthy. Raises RetryableError."""
+    """Wait until a router has `count` healthy servers. Raises RetryableError."""
     deadline = time.monotonic() + limit_s
     while True:
         found: list[str] = []
         with suppress(RetryableError):
-            found = await workers_behind(client, url) or []
+            found = await router_workers(client, url) or []
         if len(found) >= count:
             return
         if time.monotonic() > deadline:
-            raise RetryableError(f"engine.launch.router: it found {len(found)} of {count} servers in {limit_s:g} s")
+            raise RetryableError(
+                f"engine.launch.router: it found {len(found)} of {count} servers in {limit_s:g} s. See router.log."
+            )
         await asyncio.sleep(_POLL_S)

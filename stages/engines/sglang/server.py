@@ -1,4 +1,4 @@
-"""SGLang servers that the stage starts: their command, their GPUs, their log, and their end together with the stage."""
+"""SGLang servers that the stage starts: command line, GPUs, log, and an end together with the stage."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import LaunchConfig, OptionValue, SGLangEngineConfig, option_name
 from draftsmith.stages.runtime.child_process import ChildProcess, last_lines
 
-# What runs inside the servers (pyproject's entry point). Answers' records are its work: named here, it counts in the
-# code's digest of every stage that asks servers.
+# Runs inside the servers (pyproject's entry point) and records verify steps. Named here, it counts in the code digest
+# of every stage that uses servers.
 PLUGIN = "draftsmith.stages.engines.sglang.plugin:activate"
 
-_STOP_GRACE_S = 20.0  # SGLang looks for SIGTERM every 5 s, then frees its memory itself
-_LAST_WAIT_S = 5.0  # for killed processes to be gone; zombies that nobody collects stay
-_USAGE = 2  # argparse's exit code
+_STOP_GRACE_S = 20.0  # SGLang checks for SIGTERM every 5 s, then frees its memory itself
+_KILL_WAIT_S = 5.0  # for killed processes to disappear; zombies that nobody reaps stay
+_USAGE_ERROR = 2  # argparse's exit code
 _PORTS = range(20000, 32000)
 
 
-def algorithm_of(drafter_folder: Path) -> str:
+def speculative_algorithm(drafter_folder: Path) -> str:
     """Return DFLASH, DSPARK or EAGLE3, by the architecture in the drafter's config.json."""
     names = _drafter_config(drafter_folder).get("architectures") or []
-    told = " ".join(map(str, names)).lower()
-    return next((algorithm for algorithm in ("EAGLE3", "DSPARK") if algorithm.lower() in told), "DFLASH")
+    architectures = " ".join(map(str, names)).lower()
+    return next((name for name in ("EAGLE3", "DSPARK") if name.lower() in architectures), "DFLASH")
 
 
-def block_size_of(drafter_folder: Path, drafting: DraftingConfig, algorithm: str) -> int:
-    """Return the tokens of a verify step. Raises DraftsmithError if nothing says it, or if it was not trained."""
+def served_block_size(drafter_folder: Path, drafting: DraftingConfig, algorithm: str) -> int:
+    """Return the tokens of a verify step. Raises DraftsmithError if it is unknown, or larger than the trained one."""
     raw = _drafter_config(drafter_folder)
     trained = raw.get("block_size") or (raw.get("dflash_config") or {}).get("block_size")
     if algorithm == "EAGLE3":
         if (block_size := drafting.block_size or trained) is None:
             raise DraftsmithError(
-                "drafting.block_size: this EAGLE-3 checkpoint does not say how far it drafts; "
-                "set it (4 = the anchor and three proposals)"
+                "drafting.block_size: this EAGLE-3 checkpoint does not state how far it drafts. "
+                "Set it (4 = the anchor and three proposals)."
             )
         return int(block_size)
     if trained is None:
-        raise DraftsmithError(f"drafter {drafter_folder / 'config.json'}: field block_size is missing; add it")
-    trained += algorithm == "DSPARK"  # whose checkpoints count proposals alone
+        raise DraftsmithError(f"drafter {drafter_folder / 'config.json'}: field block_size is missing. Add it.")
+    trained += algorithm == "DSPARK"  # its checkpoints count proposals without the anchor
     return drafting.block_of(int(trained))
 
 
@@ -59,13 +59,13 @@ def _drafter_config(folder: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise DraftsmithError(f"drafter {path}: cannot be read ({error}); give a drafter's folder") from error
+        raise DraftsmithError(f"drafter {path}: cannot be read ({error}). Give a drafter's folder.") from error
     if not isinstance(raw, dict):
-        raise DraftsmithError(f"drafter {path}: is not a JSON object; give a drafter's folder")
+        raise DraftsmithError(f"drafter {path}: is not a JSON object. Give a drafter's folder.")
     return raw
 
 
-def command(
+def server_command(
     config: SGLangEngineConfig,
     *,
     model_folder: Path,
@@ -76,10 +76,10 @@ def command(
 ) -> list[str]:
     """Return the server's command line without its port."""
     assert config.launch is not None and config.python is not None
-    python, launch = config.python.expanduser().absolute(), config.launch  # not resolved: a venv's link is its identity
+    python, launch = config.python.expanduser().absolute(), config.launch  # not resolved: a venv is found by its link
     if not python.is_file():
         raise DraftsmithError(
-            f"engine.python: {python} is not there; `make sglang-gpu` builds the environment and prints its path"
+            f"engine.python: {python} does not exist. `make sglang-gpu` builds the environment and prints its path."
         )
     parts = [os.fspath(python), "-m", "sglang.launch_server", "--model-path", os.fspath(model_folder.absolute())]
     parts += ["--host", "127.0.0.1", "--dtype", dtype]
@@ -99,7 +99,7 @@ def drafting_options(folder: Path, algorithm: str, block_size: int) -> list[str]
     parts = ["--speculative-algorithm", algorithm, "--speculative-draft-model-path", os.fspath(folder.absolute())]
     if algorithm == "EAGLE3":  # a chain has one branch
         parts += ["--speculative-num-steps", str(block_size - 1), "--speculative-eagle-topk", "1"]
-    if algorithm == "DSPARK":  # it takes its checkpoint's size, and refuses another one beside it
+    if algorithm == "DSPARK":  # must equal the checkpoint's
         parts += ["--speculative-dspark-block-size", str(block_size - 1)]
     return [*parts, "--speculative-num-draft-tokens", str(block_size)]
 
@@ -116,14 +116,14 @@ def _options(options: Mapping[str, OptionValue | tuple[OptionValue, ...]]) -> li
 
 
 def usable_gpus() -> list[str]:
-    """Return what CUDA_VISIBLE_DEVICES may be set to, one entry a GPU; empty on a machine without one."""
-    if (listed := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:  # names GPUs of every maker
+    """Return the values for CUDA_VISIBLE_DEVICES, one per GPU; empty on a machine without one."""
+    if (listed := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:  # the only source for GPUs other than NVIDIA's
         return [name.strip() for name in listed.split(",") if name.strip() not in ("", "-1")]
     return [gpu.uuid for gpu in all_gpus()]
 
 
-def share_gpus(launch: LaunchConfig, gpus: Sequence[str]) -> list[str | None]:
-    """CUDA_VISIBLE_DEVICES of every server; None where there is no GPU. Raises DraftsmithError if there are too few."""
+def assign_gpus(launch: LaunchConfig, gpus: Sequence[str]) -> list[str | None]:
+    """Return CUDA_VISIBLE_DEVICES of every server, None without GPUs. Raises DraftsmithError if there are too few."""
     if not gpus or launch.on_cpu:
         return [None] * launch.servers
     each = launch.gpus
@@ -132,7 +132,7 @@ def share_gpus(launch: LaunchConfig, gpus: Sequence[str]) -> list[str | None]:
         shape += f" and data_parallel {launch.data_parallel}" if launch.data_parallel > 1 else ""
         raise DraftsmithError(
             f"engine.launch: {launch.servers} servers of {shape} need {launch.servers * each} GPUs, "
-            f"{len(gpus)} can be seen; lower one of them"
+            f"{len(gpus)} are visible. Lower one of them."
         )
     return [",".join(gpus[i * each : (i + 1) * each]) for i in range(launch.servers)]
 
@@ -140,8 +140,8 @@ def share_gpus(launch: LaunchConfig, gpus: Sequence[str]) -> list[str | None]:
 class ServerProcess:
     """A server, or a router, as a `ChildProcess` that logs to a file.
 
-    api_key: what requests must show, so that other users of the machine cannot ask the server. SGLang reads it from no
-    variable; a file that only we may read keeps it out of the command line, which everybody may.
+    api_key: required of every request, so that other users of the machine cannot use the server. SGLang does not read
+    it from the environment; a file with mode 0600 keeps it out of the command line, which everybody can read.
     """
 
     def __init__(
@@ -161,24 +161,26 @@ class ServerProcess:
         """Start the server, its output appended to the log."""
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         command = [*self._command, *self._key_arguments()]
-        # without what would lead another interpreter to this one's packages
-        ours = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+        # without variables that would lead another interpreter to this one's packages
+        inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
         try:
             with open(self.log_path, "ab", opener=open_0600) as log:
                 log.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command)}\n".encode())
                 log.flush()
                 self._child = ChildProcess(
                     command,
-                    environment={**ours, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **self._environment},
+                    environment={**inherited, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **self._environment},
                     stdout=log,
                     stderr=log,
                     folder=self.log_path.parent,
                 )
         except OSError as error:
-            raise DraftsmithError(f"engine.launch: {command[0]} cannot be started: {error}") from error
+            raise DraftsmithError(
+                f"engine.launch: {command[0]} cannot be started ({error}). Correct engine.python."
+            ) from error
 
     def _key_arguments(self) -> list[str]:
-        """Write a file with the key, for the option `--config`; it goes when the server answers, or has ended."""
+        """Write the key to a file for the option `--config`; it is removed when the server answers or has ended."""
         if self._api_key is None:
             return []
         self._key_file.unlink(missing_ok=True)
@@ -186,8 +188,8 @@ class ServerProcess:
             file.write(f"api-key: {json.dumps(self._api_key)}\n")
         return ["--config", os.fspath(self._key_file.absolute())]
 
-    def answers(self) -> None:
-        """Forget the file of the key: the server has read its options."""
+    def remove_key_file(self) -> None:
+        """Remove the file of the API key, once the server has read its options."""
         self._key_file.unlink(missing_ok=True)
 
     def ended(self) -> str | None:
@@ -196,8 +198,8 @@ class ServerProcess:
 
     @property
     def refused_options(self) -> bool:
-        """Return whether it ended because it did not understand its command: another start would end the same way."""
-        return self._child is not None and self._child.process.poll() == _USAGE
+        """Return whether it ended because it did not understand its command, so that another start would too."""
+        return self._child is not None and self._child.process.poll() == _USAGE_ERROR
 
     def tail(self) -> str:
         """Return the last lines of the log."""
@@ -207,34 +209,34 @@ class ServerProcess:
         return text.replace(self._api_key, MASK) if self._api_key else text
 
     def stop(self, grace_s: float = _STOP_GRACE_S) -> None:
-        """Ask the server to end, wait up to `grace_s`, then kill it with all that it started."""
+        """Terminate the server, wait up to `grace_s`, then kill it with all its descendants."""
         if self._child is None:
             return
-        self._child.end(grace_s, _LAST_WAIT_S)
+        self._child.end(grace_s, _KILL_WAIT_S)
         self._key_file.unlink(missing_ok=True)
         with suppress(OSError):  # SGLang writes all its options to its log
-            said = self.log_path.read_text(encoding="utf-8", errors="surrogateescape")
-            if (without := self._without_key(said)) != said:
-                self.log_path.write_text(without, encoding="utf-8", errors="surrogateescape")
+            text = self.log_path.read_text(encoding="utf-8", errors="surrogateescape")
+            if (masked := self._without_key(text)) != text:
+                self.log_path.write_text(masked, encoding="utf-8", errors="surrogateescape")
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports below the range from which kernels give them out: a server binds its own when it has its model."""
-    found = []
+    """Return ports below the kernel's ephemeral range, since a server binds its port only after loading its model."""
+    ports = []
     for port in random.sample(_PORTS, 200 + count):
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
-            found.append(port)
-        if len(found) == count:
-            return found
-    raise DraftsmithError(f"engine.launch: no free port found in {_PORTS}")
+            ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise DraftsmithError(f"engine.launch: no free port in {_PORTS.start} to {_PORTS.stop - 1}. Stop other servers.")
 
 
 def server_processes(
     launch: LaunchConfig, command: Sequence[str], folder: Path, api_key: str | None
 ) -> list[ServerProcess]:
-    """Return the servers of a config, not started yet; their logs in `folder`."""
-    shares = share_gpus(launch, () if launch.on_cpu else usable_gpus())
+    """Return the servers of a config, not started yet; their logs go to `folder`."""
+    shares = assign_gpus(launch, () if launch.on_cpu else usable_gpus())
     return [
         ServerProcess(
             command,

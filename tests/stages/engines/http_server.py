@@ -16,7 +16,7 @@ Reply = Callable[[dict[str, Any]], dict[str, Any] | None]  # payload -> body; No
 
 
 class Refusal(Exception):
-    """Answer with this status."""
+    """ServerAnswer with this status."""
 
     def __init__(self, status: int, text: str = "told to", **headers: str) -> None:
         super().__init__(text)

@@ -15,7 +15,8 @@ import httpx
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.sglang.engine import SGLangEngine, open_sglang
-from draftsmith.stages.engines.sglang.handshake import Expected, ServerInfo, check_server
+from draftsmith.stages.engines.sglang.handshake import ServerInfo, check_server
+from draftsmith.stages.engines.sglang.requirements import ServerRequirements, server_requirements
 from tests.stages.engines.http_server import HttpServer, Refusal, Reply, answer, is_probe, serving
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -44,34 +45,21 @@ def opened(
     log: Callable[[str], None] = print,
     check: Callable[[], None] = lambda: None,
 ) -> AbstractContextManager[SGLangEngine]:
-    return open_sglang(
-        SGLangEngineConfig.model_validate({"kind": "sglang", **config}),
-        target_folder=made.target,
-        drafter_folder=drafter,
-        drafting=DraftingConfig(),
-        longest=100,
-        work=work,
-        log=log,
-        check=check,
-    )
+    parsed = SGLangEngineConfig.model_validate({"kind": "sglang", **config})
+    required = server_requirements(parsed, made.target, drafter, DraftingConfig(), 100)
+    return open_sglang(parsed, required, work, log, check)
 
 
-def expected_of(made: DrafterArtifacts, drafter: Path | None) -> Expected:
-    return Expected.of(
-        SGLangEngineConfig.model_validate({"kind": "sglang", "urls": ["http://x"]}),
-        target_folder=made.target,
-        drafter_folder=drafter,
-        drafting=DraftingConfig(),
-        longest=200,
-        stream=False,
-    )
+def requirements_of(made: DrafterArtifacts, drafter: Path | None) -> ServerRequirements:
+    config = SGLangEngineConfig.model_validate({"kind": "sglang", "urls": ["http://x"]})
+    return server_requirements(config, made.target, drafter, DraftingConfig(), 200)
 
 
-def good_model(expected: Expected) -> dict[str, Any]:
+def good_model(expected: ServerRequirements) -> dict[str, Any]:
     return {"model_path": str(expected.model_folder)}
 
 
-def good_server(expected: Expected) -> dict[str, Any]:
+def good_server(expected: ServerRequirements) -> dict[str, Any]:
     drafting = {
         "speculative_algorithm": "DFLASH",
         "speculative_draft_model_path": str(expected.drafter_folder),
@@ -98,7 +86,7 @@ def speculating(payload: dict[str, Any], digest: str | None = None) -> dict[str,
 
 @contextmanager
 def server_of(
-    expected: Expected,
+    expected: ServerRequirements,
     *,
     model: dict[str, Any] | None = None,
     server: dict[str, Any] | None = None,
@@ -119,7 +107,9 @@ def server_of(
         yield running
 
 
-def shake(server: HttpServer, expected: Expected, *, ours: bool = False, logs: list[str] | None = None) -> ServerInfo:
+def shake(
+    server: HttpServer, expected: ServerRequirements, *, ours: bool = False, logs: list[str] | None = None
+) -> ServerInfo:
     async def run() -> ServerInfo:
         async with httpx.AsyncClient(trust_env=False) as client:
             log = (logs if logs is not None else []).append

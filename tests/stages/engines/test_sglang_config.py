@@ -24,8 +24,8 @@ def config(**launch: Any) -> SGLangEngineConfig:
 
 
 def line(found: SGLangEngineConfig, drafter: Path | None = None, block_size: int | None = None) -> list[str]:
-    algorithm = server.algorithm_of(drafter) if drafter else None
-    return server.command(
+    algorithm = server.speculative_algorithm(drafter) if drafter else None
+    return server.server_command(
         found,
         model_folder=Path("/models/target"),
         dtype="bfloat16",
@@ -67,36 +67,36 @@ def test_parallelism_memory_and_further_options_pass_through() -> None:
 
 def test_dflash_drafts_blocks_of_the_trained_size_unless_told_otherwise(tmp_path: Path) -> None:
     folder = drafter(tmp_path / "d", architectures=["DFlashDraftModel"], block_size=16)
-    assert server.block_size_of(folder, DraftingConfig(), "DFLASH") == 16
-    assert server.block_size_of(folder, DraftingConfig(block_size=8), "DFLASH") == 8
+    assert server.served_block_size(folder, DraftingConfig(), "DFLASH") == 16
+    assert server.served_block_size(folder, DraftingConfig(block_size=8), "DFLASH") == 8
     words = line(config(), folder, 8)
     assert after(words, "--speculative-algorithm") == "DFLASH"
     assert after(words, "--speculative-draft-model-path") == str(folder)
     assert after(words, "--speculative-num-draft-tokens") == "8"
     assert "--speculative-num-steps" not in words
     with pytest.raises(DraftsmithError, match=r"drafting\.block_size: 17 is larger than the trained 16"):
-        server.block_size_of(folder, DraftingConfig(block_size=17), "DFLASH")
+        server.served_block_size(folder, DraftingConfig(block_size=17), "DFLASH")
 
 
 def test_eagle3_drafts_a_chain_as_long_as_the_block(tmp_path: Path) -> None:
     folder = drafter(tmp_path / "d", architectures=["LlamaForCausalLMEagle3"])
-    assert server.algorithm_of(folder) == "EAGLE3"
-    words = line(config(), folder, server.block_size_of(folder, DraftingConfig(block_size=5), "EAGLE3"))
+    assert server.speculative_algorithm(folder) == "EAGLE3"
+    words = line(config(), folder, server.served_block_size(folder, DraftingConfig(block_size=5), "EAGLE3"))
     names = ("algorithm", "num-steps", "eagle-topk", "num-draft-tokens")
     assert [after(words, f"--speculative-{name}") for name in names] == ["EAGLE3", "4", "1", "5"]
-    with pytest.raises(DraftsmithError, match="does not say how far it drafts; set it"):
-        server.block_size_of(folder, DraftingConfig(), "EAGLE3")
+    with pytest.raises(DraftsmithError, match="does not state how far it drafts"):
+        server.served_block_size(folder, DraftingConfig(), "EAGLE3")
 
 
 def test_dspark_counts_proposals_without_the_anchor(tmp_path: Path) -> None:
     folder = drafter(tmp_path, architectures=["Qwen3DSparkModel"], block_size=7)
-    assert server.algorithm_of(folder) == "DSPARK"
-    assert server.block_size_of(folder, DraftingConfig(), "DSPARK") == 8
-    words = line(config(), folder, server.block_size_of(folder, DraftingConfig(block_size=5), "DSPARK"))
+    assert server.speculative_algorithm(folder) == "DSPARK"
+    assert server.served_block_size(folder, DraftingConfig(), "DSPARK") == 8
+    words = line(config(), folder, server.served_block_size(folder, DraftingConfig(block_size=5), "DSPARK"))
     names = ("algorithm", "dspark-block-size", "num-draft-tokens")
     assert [after(words, f"--speculative-{name}") for name in names] == ["DSPARK", "4", "5"]
     with pytest.raises(DraftsmithError, match="9 is larger than the trained 8"):
-        server.block_size_of(folder, DraftingConfig(block_size=9), "DSPARK")
+        server.served_block_size(folder, DraftingConfig(block_size=9), "DSPARK")
 
 
 def test_a_rollout_on_sglang_drafts_from_the_whole_vocabulary() -> None:
@@ -174,15 +174,15 @@ def test_the_key_of_given_servers_comes_from_the_environment(monkeypatch: pytest
 
 def test_every_server_gets_gpus_of_its_own() -> None:
     two = LaunchConfig.model_validate({"servers": 2, "tensor_parallel": 2})
-    assert server.share_gpus(two, ["4", "5", "6", "7"]) == ["4,5", "6,7"]
-    with pytest.raises(DraftsmithError, match="2 servers of tensor_parallel 2 need 4 GPUs, 3 can be seen"):
-        server.share_gpus(two, ["0", "1", "2"])
-    assert server.share_gpus(two, []) == [None, None]
+    assert server.assign_gpus(two, ["4", "5", "6", "7"]) == ["4,5", "6,7"]
+    with pytest.raises(DraftsmithError, match="2 servers of tensor_parallel 2 need 4 GPUs, 3 are visible"):
+        server.assign_gpus(two, ["0", "1", "2"])
+    assert server.assign_gpus(two, []) == [None, None]
     on_cpu = LaunchConfig.model_validate({"servers": 2, "options": {"device": "cpu"}})
-    assert server.share_gpus(on_cpu, ["0"]) == [None, None]
+    assert server.assign_gpus(on_cpu, ["0"]) == [None, None]
     replicas = config(servers=2, data_parallel=2)
     assert replicas.launch is not None
-    assert server.share_gpus(replicas.launch, ["0", "1", "2", "3"]) == ["0,1", "2,3"]
+    assert server.assign_gpus(replicas.launch, ["0", "1", "2", "3"]) == ["0,1", "2,3"]
     assert after(line(replicas), "--dp-size") == "2"
 
 

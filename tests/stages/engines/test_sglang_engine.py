@@ -19,8 +19,8 @@ from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 from draftsmith.stages.data.load import DRAFTER_FOLDER, load_prompts
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.sglang import pool
-from draftsmith.stages.engines.sglang.engine import _MOST_UNANSWERED, SGLangEngine, UnansweredError
-from draftsmith.stages.engines.sglang.handshake import Expected
+from draftsmith.stages.engines.sglang.engine import _MAX_UNANSWERED, SGLangEngine, UnansweredError
+from draftsmith.stages.engines.sglang.requirements import ServerRequirements
 from draftsmith.stages.engines.stage import STAGE, RolloutConfig
 from tests.stages.engines.http_server import Refusal, answer, is_probe
 from tests.stages.engines.servers import (
@@ -59,7 +59,7 @@ def names_until_error(engine: SGLangEngine, kind: type[DraftsmithError]) -> tupl
 
 
 def test_a_bad_answer_is_asked_for_again_at_another_server(
-    plain: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path
+    plain: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
     def cut_short(payload: dict[str, Any]) -> dict[str, Any]:
         return answer(payload) | ({} if is_probe(payload) else {"output_ids": [1]})
@@ -71,8 +71,8 @@ def test_a_bad_answer_is_asked_for_again_at_another_server(
         opened(tiny_drafter, tmp_path, {"urls": [bad.url, good.url]}, log=logs.append) as engine,
     ):
         assert answers_of(engine) == RIGHT
-        assert 1 <= engine.repeated <= len(FEW)
-    assert sum(bad.url in line for line in logs) >= engine.repeated
+        assert 1 <= engine.retries <= len(FEW)
+    assert sum(bad.url in line for line in logs) >= engine.retries
 
 
 @pytest.mark.parametrize(("status", "again", "kind"), [(400, 1, UnansweredError), (500, 6, RetryableError)])
@@ -80,7 +80,7 @@ def test_others_are_answered_and_one_error_names_those_that_are_not(
     status: int,
     again: int,
     kind: type[DraftsmithError],
-    plain: Expected,
+    plain: ServerRequirements,
     tiny_drafter: DrafterArtifacts,
     tmp_path: Path,
 ) -> None:
@@ -96,14 +96,14 @@ def test_others_are_answered_and_one_error_names_those_that_are_not(
 
 
 def test_where_nothing_is_answered_it_stops_early_and_lets_what_was_sent_finish(
-    plain: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path
+    plain: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
     enough = threading.Event()
     logs: list[str] = []
 
     def told(line: str) -> None:
         logs.append(line)
-        if sum("left without an answer" in each for each in logs) == _MOST_UNANSWERED:
+        if sum("no answer" in each for each in logs) == _MAX_UNANSWERED:
             enough.set()
 
     def generate(payload: dict[str, Any]) -> dict[str, Any]:
@@ -119,18 +119,18 @@ def test_where_nothing_is_answered_it_stops_early_and_lets_what_was_sent_finish(
     ):
         got, _ = names_until_error(engine, UnansweredError)
         assert got == ["r0"]
-        assert _MOST_UNANSWERED < len(asked_for(server)) < len(MANY)
+        assert _MAX_UNANSWERED < len(asked_for(server)) < len(MANY)
         server.replies["/generate"] = answer
         assert len(list(engine.generate(MANY))) == len(MANY)
 
 
 def test_requests_that_servers_died_with_are_named_once_and_the_others_are_answered(
-    plain: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path
+    plain: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
     """However many: as many as were in flight."""
-    deadly = [request.request_id for request in MANY[: _MOST_UNANSWERED + 5]]
+    deadly = [request.request_id for request in MANY[: _MAX_UNANSWERED + 5]]
     for url in ("http://a", "http://b"):
-        pool.Deaths(tmp_path / "servers" / "deaths.json").add(deadly, url)
+        pool.DeathLog(tmp_path / "servers" / "deaths.json").record(deadly, url)
     with (
         server_of(plain) as server,
         opened(tiny_drafter, tmp_path, {"urls": [server.url], "concurrency": 4}) as engine,
@@ -142,7 +142,7 @@ def test_requests_that_servers_died_with_are_named_once_and_the_others_are_answe
 
 
 def test_an_answer_that_was_retracted_is_taken_without_its_steps(
-    assisted: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path
+    assisted: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
     """Its tokens are right, its records have gaps. Asked for once more, it would be one more on a full server."""
 
@@ -164,7 +164,9 @@ def test_an_answer_that_was_retracted_is_taken_without_its_steps(
     assert (found.verify_steps, found.retractions, len(found.steps)) == (1, 1, 0)
 
 
-def test_a_refused_key_ends_it_at_once(plain: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path) -> None:
+def test_a_refused_key_ends_it_at_once(
+    plain: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
+) -> None:
     with (
         server_of(plain, generate=refusing(401)) as server,
         opened(tiny_drafter, tmp_path, {"urls": [server.url], "concurrency": 1}) as engine,
@@ -174,7 +176,7 @@ def test_a_refused_key_ends_it_at_once(plain: Expected, tiny_drafter: DrafterArt
 
 
 def test_a_rollout_keeps_all_answers_and_a_rerun_asks_only_for_the_missing_one(
-    plain: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path
+    plain: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
     prompts = load_prompts(tiny_drafter.prompts, ["heldout"])[:20]
     refused = prompts[7]
@@ -214,19 +216,19 @@ def test_a_rollout_keeps_all_answers_and_a_rerun_asks_only_for_the_missing_one(
 
 
 def test_a_given_server_that_does_not_answer_is_left_out(
-    plain: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path
+    plain: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
     logs: list[str] = []
-    with server_of(plain) as away, server_of(plain) as here:
-        away.stop()
-        with opened(tiny_drafter, tmp_path, {"urls": [away.url, here.url]}, log=logs.append) as engine:
+    with server_of(plain) as ended, server_of(plain) as here:
+        ended.stop()
+        with opened(tiny_drafter, tmp_path, {"urls": [ended.url, here.url]}, log=logs.append) as engine:
             assert answers_of(engine) == RIGHT
-        with pytest.raises(RetryableError, match=away.url), opened(tiny_drafter, tmp_path, {"urls": [away.url]}):
+        with pytest.raises(RetryableError, match=ended.url), opened(tiny_drafter, tmp_path, {"urls": [ended.url]}):
             raise AssertionError("it must not open")
-    assert any(away.url in line for line in logs)
+    assert any(ended.url in line for line in logs)
 
 
-def launched(expected: Expected, mode: str = "serve", **launch: Any) -> dict[str, Any]:
+def launched(expected: ServerRequirements, mode: str = "serve", **launch: Any) -> dict[str, Any]:
     """A config that launches stand-ins."""
     replies = {"/model_info": good_model(expected), "/server_info": good_server(expected)}
     environment = {"STAND_IN": mode, "STAND_IN_REPLIES": json.dumps(replies), "PYTHONPATH": STAND_IN}
@@ -236,7 +238,7 @@ def launched(expected: Expected, mode: str = "serve", **launch: Any) -> dict[str
 
 @pytest.mark.parametrize("mode", ["silent once", "fail once"])
 def test_one_of_several_launched_servers_that_does_not_come_up_is_left_out_and_stopped(
-    mode: str, plain: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path
+    mode: str, plain: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
     with opened(tiny_drafter, tmp_path, launched(plain, mode, servers=2)) as engine:
         assert engine._pool.capacity == 4
@@ -251,7 +253,7 @@ def test_one_of_several_launched_servers_that_does_not_come_up_is_left_out_and_s
         ("fail", RetryableError, "sglang-0.log"),
         ("refuse", DraftsmithError, "engine.launch.options"),
         ("mute", RetryableError, "engine.launch.start_timeout_s"),
-        ("serve", DraftsmithError, "is it a SGLang server"),
+        ("serve", DraftsmithError, "address of a SGLang server"),
     ],
 )
 def test_a_server_that_does_not_start_as_sglang_does_is_one_error(
@@ -274,7 +276,7 @@ def test_a_server_that_does_not_start_as_sglang_does_is_one_error(
 
 
 def test_a_new_bound_holds_from_the_first_request_on(
-    plain: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path
+    plain: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
     """A turn of a speed measurement that began with the last one's requests in flight would measure that."""
     with (
@@ -297,7 +299,7 @@ def when(stop: threading.Event) -> Callable[[], None]:
 
 
 def test_a_stage_that_waits_for_an_answer_reacts_to_a_stop_within_seconds(
-    plain: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path
+    plain: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
     stop = threading.Event()
 

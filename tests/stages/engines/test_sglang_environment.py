@@ -10,14 +10,14 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.engines.sglang.environment import environment_warnings, installed, unreachable
+from draftsmith.stages.engines.sglang.environment import environment_warnings, health_problem, inspect_environment
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from tests.stages.engines.http_server import serving
 
 
 def interpreter(folder: Path, version: str | None, *, plugin: bool = False) -> Path:
-    """This Python with other installed packages beside it, as their metadata says."""
+    """This Python with other inspect_environment packages beside it, as their metadata says."""
     packages = folder / "packages"
     for name, release, points in (
         ("sglang", version, ""),
@@ -57,14 +57,14 @@ def server() -> Iterator[str]:
         ("0.5.23.post1", True, []),
         ("0.5.19", True, ["sglang 0.5.19 is outside the tested >=0.5.20,<0.5.24"]),
         ("0.5.24", True, ["sglang 0.5.24 is outside the tested"]),
-        ("0.5.22", False, ["is not installed beside sglang: mining will replay"]),
+        ("0.5.22", False, ["is not installed beside sglang"]),
     ],
 )
 def test_version_and_plugin_are_read_from_the_other_environment(
     tmp_path: Path, version: str, plugin: bool, said: list[str]
 ) -> None:
     python = interpreter(tmp_path, version, plugin=plugin)
-    found = installed(python)
+    found = inspect_environment(python)
     assert found.sglang == version
     warnings = environment_warnings(config(python), found)
     assert len(warnings) == len(said)
@@ -85,13 +85,13 @@ def test_a_stage_that_launches_servers_knows_their_version(tmp_path: Path) -> No
 
 def test_a_missing_plugin_does_not_matter_where_no_trace_is_asked_for(tmp_path: Path) -> None:
     python = interpreter(tmp_path, "0.5.21")
-    assert environment_warnings(config(python, trace=False), installed(python)) == []
+    assert environment_warnings(config(python, trace=False), inspect_environment(python)) == []
 
 
 def test_an_interpreter_that_cannot_launch_is_an_error(tmp_path: Path) -> None:
     def refused(python: Path) -> str:
         with pytest.raises(DraftsmithError) as caught:
-            installed(python)
+            inspect_environment(python)
         assert "make sglang-gpu" in str(caught.value)
         return str(caught.value)
 
@@ -107,6 +107,6 @@ def test_an_interpreter_that_cannot_launch_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_server_that_does_not_answer_says_why(server: str) -> None:
-    assert unreachable(server) is None
-    assert unreachable(server + "/elsewhere") == "HTTP 404"
-    assert "ConnectError" in str(unreachable("http://127.0.0.1:9"))
+    assert health_problem(server) is None
+    assert health_problem(server + "/elsewhere") == "HTTP 404"
+    assert "ConnectError" in str(health_problem("http://127.0.0.1:9"))

@@ -11,31 +11,32 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.data.load import DRAFTER_FOLDER
 from draftsmith.stages.engines.base import Request
-from draftsmith.stages.engines.sglang.handshake import Expected, ServerInfo
+from draftsmith.stages.engines.sglang.handshake import ServerInfo
+from draftsmith.stages.engines.sglang.requirements import ServerRequirements
 from draftsmith.stages.target.sampling import SamplingParams
 from tests.stages.engines.http_server import Refusal, answer
-from tests.stages.engines.servers import expected_of, good_server, opened, server_of, shake, speculating
+from tests.stages.engines.servers import good_server, opened, requirements_of, server_of, shake, speculating
 from tests.testbed.drafter import DrafterArtifacts
 
 OLD = ("get_model_info", "get_server_info")
 
 
 @pytest.mark.parametrize("names", [("model_info", "server_info"), OLD], ids=["new names", "old names"])
-def test_the_right_server_is_accepted(names: tuple[str, str], plain: Expected) -> None:
+def test_the_right_server_is_accepted(names: tuple[str, str], plain: ServerRequirements) -> None:
     with server_of(plain, names=names) as server:
         assert shake(server, plain, ours=True) == ServerInfo("0.5.20", records_trace=False)
         (remark,) = shake(server, plain).remarks
     assert "no log-probs" in remark
 
 
-def test_records_of_this_drafter_are_trusted(assisted: Expected) -> None:
+def test_records_of_this_drafter_are_trusted(assisted: ServerRequirements) -> None:
     with server_of(assisted, digest=assisted.drafter_digest) as server:
         info = shake(server, assisted)
     assert (info.records_trace, info.greedy_only) == (True, False)
     assert not any("plug-in" in remark for remark in info.remarks)
 
 
-def test_without_the_plug_in_nothing_is_recorded(assisted: Expected) -> None:
+def test_without_the_plug_in_nothing_is_recorded(assisted: ServerRequirements) -> None:
     with server_of(assisted) as server:
         info = shake(server, assisted)
         assert not info.records_trace and any("plug-in" in remark for remark in info.remarks)
@@ -44,19 +45,19 @@ def test_without_the_plug_in_nothing_is_recorded(assisted: Expected) -> None:
         assert "custom_params" not in server.asked[-1][1]["sampling_params"]
 
 
-def test_a_speculating_server_may_roll_out_plainly(plain: Expected, assisted: Expected) -> None:
+def test_a_speculating_server_may_roll_out_plainly(plain: ServerRequirements, assisted: ServerRequirements) -> None:
     with server_of(plain, server=good_server(assisted), generate=speculating) as server:
         info = shake(server, plain)
     assert any("lossless" in remark for remark in info.remarks)
     lossy = good_server(assisted) | {"speculative_accept_threshold_single": 0.9}
     with (
         server_of(plain, server=lossy, generate=speculating) as server,
-        pytest.raises(DraftsmithError, match=r"keeps proposals that the target would not \(--speculative-accept"),
+        pytest.raises(DraftsmithError, match=r"accepts proposals that the target would reject \(--speculative-accept"),
     ):
         shake(server, plain)
 
 
-def test_a_release_that_was_never_tested_is_told_of_running_servers_too(plain: Expected) -> None:
+def test_a_release_that_was_never_tested_is_told_of_running_servers_too(plain: ServerRequirements) -> None:
     for version, told in (("0.5.23", []), ("0.5.24.dev3", ["0.5.24.dev3"]), (None, ["None"])):
         with server_of(plain, server={"version": version}) as server:
             remarks = shake(server, plain, ours=True).remarks
@@ -74,7 +75,7 @@ def test_a_release_that_was_never_tested_is_told_of_running_servers_too(plain: E
         ({"generate": lambda p: answer(p) | {"output_ids": []}}, "is empty"),
     ],
 )
-def test_a_wrong_server_is_one_clear_error(wrong: dict[str, Any], what: str, plain: Expected) -> None:
+def test_a_wrong_server_is_one_clear_error(wrong: dict[str, Any], what: str, plain: ServerRequirements) -> None:
     with server_of(plain, **wrong) as server, pytest.raises(DraftsmithError, match=what) as caught:
         shake(server, plain)
     assert not isinstance(caught.value, RetryableError)
@@ -84,21 +85,21 @@ def test_a_wrong_server_is_one_clear_error(wrong: dict[str, Any], what: str, pla
 @pytest.mark.parametrize(
     ("wrong", "what"),
     [
-        ({"server": {"speculative_algorithm": None}}, "without a drafter: start it with"),
+        ({"server": {"speculative_algorithm": None}}, "without a drafter"),
         ({"server": {"speculative_algorithm": "EAGLE3"}}, "drafts by EAGLE3"),
         ({"server": {"speculative_num_draft_tokens": 5}}, "blocks of 5, drafting.block_size means 8"),
-        ({"server": {"speculative_eagle_topk": 4}}, "drafts with --speculative-eagle-topk 4; start it with 1"),
+        ({"server": {"speculative_eagle_topk": 4}}, "drafts with --speculative-eagle-topk 4"),
         ({"digest": "0" * 64}, "drafts with 000000000000, not"),
         ({"digest": ""}, "a drafter without a digest"),
         ({"generate": answer}, "spec_verify_ct"),
     ],
 )
-def test_a_wrong_drafter_is_one_clear_error(wrong: dict[str, Any], what: str, assisted: Expected) -> None:
+def test_a_wrong_drafter_is_one_clear_error(wrong: dict[str, Any], what: str, assisted: ServerRequirements) -> None:
     with server_of(assisted, **wrong) as server, pytest.raises(DraftsmithError, match=what):
         shake(server, assisted)
 
 
-def test_a_server_in_trouble_may_be_asked_again_later(plain: Expected) -> None:
+def test_a_server_in_trouble_may_be_asked_again_later(plain: ServerRequirements) -> None:
     def busy(_: dict[str, Any]) -> dict[str, Any]:
         raise Refusal(503)
 
@@ -123,12 +124,12 @@ def greedy_behind_the_first(payload: dict[str, Any], ties: int = 0) -> dict[str,
 
 
 @pytest.mark.parametrize("ties", [0, 2])
-def test_greedy_verification_is_found_by_its_tokens(ties: int, assisted: Expected) -> None:
+def test_greedy_verification_is_found_by_its_tokens(ties: int, assisted: ServerRequirements) -> None:
     with server_of(assisted, generate=lambda p: greedy_behind_the_first(p, ties)) as server:
         assert shake(server, assisted).greedy_only
 
 
-def test_a_server_that_draws_is_not_taken_for_a_greedy_one(assisted: Expected) -> None:
+def test_a_server_that_draws_is_not_taken_for_a_greedy_one(assisted: ServerRequirements) -> None:
     with server_of(assisted, server={"device": "xpu"}) as server:
         assert not shake(server, assisted).greedy_only
         temperatures = [
@@ -138,18 +139,18 @@ def test_a_server_that_draws_is_not_taken_for_a_greedy_one(assisted: Expected) -
 
 
 def test_on_a_cpu_a_speculating_server_is_greedy_only_without_being_asked(
-    assisted: Expected, tiny_drafter: DrafterArtifacts
+    assisted: ServerRequirements, tiny_drafter: DrafterArtifacts
 ) -> None:
     with server_of(assisted, server={"device": "cpu"}) as server:
         assert shake(server, assisted, ours=True).greedy_only
         assert server.count("/generate") == 1
-    plain = expected_of(tiny_drafter, None)
+    plain = requirements_of(tiny_drafter, None)
     with server_of(plain, server={"device": "cpu"}, generate=answer) as server:
         assert not shake(server, plain).greedy_only
 
 
 def test_a_sampled_rollout_on_such_servers_is_refused_and_a_greedy_one_is_not(
-    assisted: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path
+    assisted: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
     with (
         server_of(assisted, generate=greedy_behind_the_first) as server,

@@ -18,13 +18,14 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.engines.base import Completion, Request
+from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.sglang import client
 from draftsmith.stages.engines.sglang import pool as pooling
-from draftsmith.stages.engines.sglang.client import Answer, FullError, LostError, check_status
+from draftsmith.stages.engines.sglang.client import RequestLostError, ServerAnswer, ServerFullError, check_status
 from draftsmith.stages.engines.sglang.pool import (
-    DeadlyRequestError,
-    Deaths,
+    DeathLog,
     LostTooOftenError,
+    PoisonRequestError,
     Server,
     ServerPool,
     TimedOutError,
@@ -40,7 +41,7 @@ def payload(token: int = 5, new: int = 3) -> dict[str, Any]:
     return {"input_ids": [1, token], "sampling_params": {"temperature": 0, "max_new_tokens": new}}
 
 
-def completion(found: Answer) -> Completion:
+def completion(found: ServerAnswer) -> Completion:
     return Completion(Request("r", [1], 3), found.body["output_ids"], "length", [])
 
 
@@ -55,16 +56,16 @@ def with_pool(
 ) -> tuple[Any, list[str]]:
     """Run `body` with a pool of these servers; its result and what was logged. fields: of each `Server`."""
     logs: list[str] = []
+    config = SGLangEngineConfig(kind="sglang", urls=("http://x",), concurrency=concurrency, request_timeout_s=timeout_s)
 
     async def run(folder: str) -> Any:
         async with httpx.AsyncClient(timeout=httpx.Timeout(None, connect=5), trust_env=False) as http:
             pool = ServerPool(
                 http,
                 [Server(server.url, **fields) for server in servers],
-                concurrency=concurrency,
-                timeout_s=timeout_s,
-                deaths=Deaths(deaths or Path(folder) / "deaths.json"),
-                log=logs.append,
+                config,
+                DeathLog(deaths or Path(folder) / "deaths.json"),
+                logs.append,
             )
             try:
                 async with asyncio.timeout(60):
@@ -77,7 +78,7 @@ def with_pool(
 
 
 async def ask(pool: ServerPool, number: int = 5) -> Completion:
-    return await pool.ask(f"r{number}", payload(number), completion)
+    return await pool.send(f"r{number}", payload(number), completion)
 
 
 async def ask_many(pool: ServerPool, count: int) -> list[list[int]]:
@@ -129,7 +130,7 @@ def test_what_was_lost_is_asked_again_and_counted(error: Refusal | None) -> None
 
         async def run(pool: ServerPool) -> Any:
             found = await ask_many(pool, 20)
-            return found, pool.repeated
+            return found, pool.retries
 
         (found, repeated), logs = with_pool([server], run)
         assert (found, repeated) == (EXPECTED[:20], 4)
@@ -153,12 +154,12 @@ def test_an_answer_without_an_end_is_asked_again(body: dict[str, Any]) -> None:
 
 
 def test_a_bad_answer_is_an_error_in_the_end() -> None:
-    def read(_: Answer) -> Completion:
+    def read(_: ServerAnswer) -> Completion:
         raise BadAnswerError("no use")
 
     with serving(answer) as server:
         with pytest.raises(BadAnswerError):
-            with_pool([server], lambda pool: pool.ask("r0", payload(), read))
+            with_pool([server], lambda pool: pool.send("r0", payload(), read))
         assert server.count("/generate") == pooling._TRIES[BadAnswerError]
 
 
@@ -184,13 +185,13 @@ def with_room_for(number: int, status: int, text: str, answers: Reply) -> Reply:
 def test_requests_wait_for_a_full_server_and_a_refusal_costs_no_attempt(
     status: int, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(pooling._TRIES, LostError, 1)
+    monkeypatch.setitem(pooling._TRIES, RequestLostError, 1)
     with serving(with_room_for(2, status, text, lambda asked: answer(asked, delay_s=0.05))) as server:
 
         async def run(pool: ServerPool) -> Any:
             assert not pool.servers[0].was_full
             found = await ask_many(pool, 20)
-            return found, pool.repeated, pool.servers[0].was_full
+            return found, pool.retries, pool.servers[0].was_full
 
         (found, repeated, was_full), logs = with_pool([server], run, concurrency=8)
         assert (found, repeated, was_full) == (EXPECTED[:20], 0, True)
@@ -199,7 +200,7 @@ def test_requests_wait_for_a_full_server_and_a_refusal_costs_no_attempt(
 
 
 def test_a_server_that_is_full_for_ever_is_an_error_that_another_run_may_cure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pooling, "_FULL_S", 0.2)
+    monkeypatch.setattr(pooling, "_FULL_LIMIT_S", 0.2)
     with serving(refusing(429)) as server, pytest.raises(LostTooOftenError):
         with_pool([server], ask)
 
@@ -229,12 +230,12 @@ def test_which_refusals_mean_that_a_server_is_full(
 ) -> None:
     if header == IN_1000_S:
         header = formatdate(time.time() + 1000, usegmt=True)
-    with pytest.raises(LostError) as caught:
+    with pytest.raises(RequestLostError) as caught:
         check_status("r", "http://a", status, text, header)
     if wait_s is None:
-        assert not isinstance(caught.value, FullError)
+        assert not isinstance(caught.value, ServerFullError)
     else:
-        assert isinstance(caught.value, FullError) and wait_s - 100 <= caught.value.wait_s <= wait_s
+        assert isinstance(caught.value, ServerFullError) and wait_s - 100 <= caught.value.wait_s <= wait_s
 
 
 # ---- servers that die
@@ -270,8 +271,8 @@ def test_requests_of_a_server_that_dies_move_to_the_others_at_once() -> None:
 @pytest.mark.parametrize("status", [503, 500])
 def test_a_server_whose_probes_fail_for_a_while_is_waited_for(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Longer where it is there and computes nothing."""
-    monkeypatch.setattr(pooling, "_PATIENCE_S", 30.0 if status == 500 else 0.0)
-    monkeypatch.setattr(pooling, "_SILENT_S", 30.0)
+    monkeypatch.setattr(pooling, "_FAILING_LIMIT_S", 30.0 if status == 500 else 0.0)
+    monkeypatch.setattr(pooling, "_STALLED_LIMIT_S", 30.0)
     silent = iter([True, True])
 
     def at_first(_: dict[str, Any]) -> dict[str, Any]:
@@ -291,7 +292,7 @@ def test_a_gateway_without_the_endpoint_is_probed_by_a_generation() -> None:
 
 
 def test_a_server_that_goes_dark_is_found_long_before_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pooling, "_BEAT_S", 0.2)
+    monkeypatch.setattr(pooling, "_PROBE_AFTER_S", 0.2)
     monkeypatch.setattr(client, "_HEALTH_TIMEOUT_S", 0.3)
     over = threading.Event()
 
@@ -313,14 +314,14 @@ def test_a_router_lives_while_it_and_one_of_its_servers_do() -> None:
         serving(answer) as gone,
     ):
         gone.stop()
-        found, _ = with_pool([front], lambda pool: ask_many(pool, 4), behind=(gone.url, good.url))
+        found, _ = with_pool([front], lambda pool: ask_many(pool, 4), workers=(gone.url, good.url))
         assert found == EXPECTED[:4]
         front.replies["/generate"] = refusing(500)
         with pytest.raises(RetryableError, match="no SGLang server is left"):
-            with_pool([front], lambda pool: ask_many(pool, 4), behind=(gone.url,))
+            with_pool([front], lambda pool: ask_many(pool, 4), workers=(gone.url,))
         front.stop()
         with pytest.raises(RetryableError, match="no SGLang server is left"):
-            with_pool([front], lambda pool: ask_many(pool, 4), behind=(good.url,))
+            with_pool([front], lambda pool: ask_many(pool, 4), workers=(good.url,))
 
 
 # ---- requests that servers died with
@@ -362,7 +363,7 @@ def test_a_request_that_was_in_flight_at_two_deaths_is_named_and_the_others_are_
         errors, logs = with_pool(running, errors_of, concurrency=2)
         assert sum(server.running for server in running) == 2
     assert 5 in errors and len(errors) <= 2  # one more may have been beside it both times
-    assert all(isinstance(error, DeadlyRequestError) for error in errors.values())
+    assert all(isinstance(error, PoisonRequestError) for error in errors.values())
     assert not any(isinstance(error, RetryableError) for error in errors.values())
     assert "request r5" in str(errors[5])
     assert sum("is lost" in line for line in logs) == 2
@@ -376,13 +377,13 @@ def test_deaths_are_remembered_when_the_stage_is_retried(tmp_path: Path) -> None
             errors, _ = with_pool(running, errors_of, concurrency=1, deaths=file)
         kinds = {type(error) for number, error in errors.items() if number > 5}
         assert kinds == {RetryableError}
-        assert type(errors[5]) is (DeadlyRequestError if attempt else RetryableError)
+        assert type(errors[5]) is (PoisonRequestError if attempt else RetryableError)
     with mortal(1, {5}.__contains__) as running:
         errors, _ = with_pool(running, errors_of, deaths=file)
         assert running[0].running
-    assert set(errors) == {5} and isinstance(errors[5], DeadlyRequestError)
-    Deaths(file).forget(["r5"])
-    assert not Deaths(file).of("r5")
+    assert set(errors) == {5} and isinstance(errors[5], PoisonRequestError)
+    DeathLog(file).forget(["r5"])
+    assert not DeathLog(file).servers("r5")
 
 
 # ---- time limits

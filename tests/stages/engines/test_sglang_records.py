@@ -9,15 +9,17 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.base import Completion, Request
+from draftsmith.stages.engines.sglang.client import ServerAnswer
 from draftsmith.stages.engines.sglang.records import (
     BadAnswerError,
     IncompleteRecordsError,
-    completion_of,
     generate_payload,
+    read_completion,
     read_steps,
-    trace_identity,
+    recorded_drafter,
 )
 from draftsmith.stages.evaluation.timed_runs import accepted_lengths
+from draftsmith.stages.target.info import TargetInfo
 from draftsmith.stages.target.sampling import SamplingParams
 from tests.stages.bench import Bench
 
@@ -39,7 +41,8 @@ def body(
 
 
 def read(answer: dict[str, Any], request: Request = REQUEST, with_records: bool = True) -> Completion:
-    return completion_of(request, answer, eos_ids=EOS, vocab_size=900, records_of="d" if with_records else None)
+    target = TargetInfo.model_construct(eos_ids=list(EOS), vocab_size=900)
+    return read_completion(request, ServerAnswer(answer), target, "d" if with_records else None)
 
 
 GOOD = [None, record(3, [21, 22, 99], 2, 23), None, None, record(6, [24, 25, 26], 3, 27), None]
@@ -84,7 +87,7 @@ def test_a_stop_token_inside_an_accepted_block_cuts_its_step() -> None:
 def test_an_answer_of_logits_that_are_nan_is_a_bad_one(nan: float | None) -> None:
     """JSON has no NaN: SGLang writes null."""
     answer = body([20, 21], [None, record(3, [21, 5, 6], 1, 7, logprobs=[-0.5, nan, -2])], "length")
-    with pytest.raises(BadAnswerError, match="request p/0: the server's log-probs at token 1 are no numbers"):
+    with pytest.raises(BadAnswerError, match="request p/0: the server's log-probs at token 1 are NaN"):
         read(answer, _short(2))
     assert read(answer, _short(2), with_records=False).response_ids == [20, 21]
 
@@ -136,11 +139,11 @@ def test_an_answer_that_is_not_what_was_asked_for_is_refused(answer: dict[str, A
 
 
 def test_the_plug_in_says_version_and_drafter() -> None:
-    assert trace_identity("r", {}) is None
-    assert trace_identity("r", {"draftsmith_trace": [None, None]}) is None
-    assert trace_identity("r", {"draftsmith_trace": [{"v": "1", "drafter": "abc"}]}) == "abc"
+    assert recorded_drafter("r", {}) is None
+    assert recorded_drafter("r", {"draftsmith_trace": [None, None]}) is None
+    assert recorded_drafter("r", {"draftsmith_trace": [{"v": "1", "drafter": "abc"}]}) == "abc"
     with pytest.raises(DraftsmithError, match="records version 2, this Draftsmith reads 1"):
-        trace_identity("r", {"draftsmith_trace": [{"v": "2", "drafter": "abc"}]})
+        recorded_drafter("r", {"draftsmith_trace": [{"v": "2", "drafter": "abc"}]})
 
 
 def test_payloads_say_how_to_draw_and_whether_to_record() -> None:

@@ -17,7 +17,7 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.data.load import DRAFTER_FOLDER
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.sglang import environment, router
-from draftsmith.stages.engines.sglang.handshake import Expected
+from draftsmith.stages.engines.sglang.requirements import ServerRequirements
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from tests.stages.engines.http_server import HttpServer, Reply, serving
@@ -48,7 +48,7 @@ def router_of(*workers: HttpServer, healthy: bool = True) -> Iterator[HttpServer
 
 @pytest.mark.parametrize("asked_by_environment", [True, False])
 def test_every_server_behind_a_router_is_checked_and_the_router_is_asked(
-    asked_by_environment: bool, assisted: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path
+    asked_by_environment: bool, assisted: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
     """What requests ask for does not get through; steps are recorded where the servers' environment asks for it."""
 
@@ -76,7 +76,7 @@ def test_every_server_behind_a_router_is_checked_and_the_router_is_asked(
 
 
 def test_a_wrong_server_behind_a_router_is_refused(
-    assisted: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path
+    assisted: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
     drafter = tiny_drafter.drafter / DRAFTER_FOLDER
     with server_of(assisted) as good, server_of(assisted, server={"speculative_num_draft_tokens": 4}) as bad:
@@ -94,24 +94,24 @@ def test_a_wrong_server_behind_a_router_is_refused(
             pass
 
 
-def test_a_router_that_wants_a_key_is_told_from_a_server() -> None:
-    def behind(reply: Reply | None) -> list[str] | None:
+def test_a_router_that_requires_a_key_is_not_taken_for_a_server() -> None:
+    def workers(reply: Reply | None) -> list[str] | None:
         async def ask(url: str) -> list[str] | None:
             async with httpx.AsyncClient(trust_env=False) as client:
-                return await router.workers_behind(client, url)
+                return await router.router_workers(client, url)
 
         with serving(lambda _: {}, **({} if reply is None else {"workers": reply})) as running:
             return asyncio.run(ask(running.url))
 
-    assert behind(None) is None
-    assert behind(lambda _: {"something": "else"}) is None
-    assert behind(lambda _: {"workers": [{"url": "http://a", "is_healthy": True}]}) == ["http://a"]
+    assert workers(None) is None
+    assert workers(lambda _: {"something": "else"}) is None
+    assert workers(lambda _: {"workers": [{"url": "http://a", "is_healthy": True}]}) == ["http://a"]
     with pytest.raises(DraftsmithError, match="api_key_env"):
-        behind(refusing(401))
-    for away in (refusing(503), refusing(500), lambda _: None):
-        with pytest.raises(RetryableError, match="see that the server runs"):
-            behind(away)
-    assert behind(refusing(405)) is None and behind(refusing(501)) is None
+        workers(refusing(401))
+    for unreachable in (refusing(503), refusing(500), lambda _: None):
+        with pytest.raises(RetryableError, match="Check that the server runs"):
+            workers(unreachable)
+    assert workers(refusing(405)) is None and workers(refusing(501)) is None
 
 
 def test_a_router_is_for_a_rollout_on_several_servers() -> None:
@@ -131,7 +131,7 @@ def test_a_router_is_for_a_rollout_on_several_servers() -> None:
 
 def test_a_router_that_is_not_installed_is_found_by_the_check() -> None:
     routed = config(servers=2, router="cache_aware")
-    here = environment.Installed("0.5.20", "2.13.0", True, None)
-    assert "-m pip install sglang-router" in (environment.router_missing(routed, here) or "")
-    assert environment.router_missing(config(servers=2), here) is None
-    assert environment.router_missing(routed, environment.Installed("0.5.20", "2.13.0", True, "0.3.2")) is None
+    here = environment.SGLangEnvironment("0.5.20", "2.13.0", True, None)
+    assert "-m pip install sglang-router" in (environment.missing_router(routed, here) or "")
+    assert environment.missing_router(config(servers=2), here) is None
+    assert environment.missing_router(routed, environment.SGLangEnvironment("0.5.20", "2.13.0", True, "0.3.2")) is None

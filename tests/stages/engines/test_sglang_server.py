@@ -72,7 +72,7 @@ def test_the_key_of_a_server_is_in_no_command_line_and_in_no_log(tmp_path: Path)
         assert key not in server.tail() and "api_key='***'" in server.tail()
         assert httpx.get(f"{server.url}/model_info").status_code == 401
         assert httpx.get(f"{server.url}/model_info", headers=key_header(key)).status_code == 200
-        server.answers()
+        server.remove_key_file()
         assert not list(tmp_path.glob("*.yaml"))
     finally:
         server.stop(grace_s=0)

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.engines.sglang.handshake import Expected
 from draftsmith.stages.engines.sglang.probe import own_logprobs
+from draftsmith.stages.engines.sglang.requirements import ServerRequirements
 from draftsmith.stages.target.config import TargetConfig
 from draftsmith.stages.target.info import model_path, write_target_info
 from draftsmith.stages.target.resolve import describe
@@ -24,7 +24,7 @@ from tests.testbed.drafter import DrafterArtifacts
 COMMIT, OTHER = "a1" * 20, "b2" * 20
 
 
-def of_hub(expected: Expected) -> Expected:
+def of_hub(expected: ServerRequirements) -> ServerRequirements:
     return replace(expected, target=expected.target.model_copy(update={"source": "org/model", "revision": COMMIT}))
 
 
@@ -57,14 +57,14 @@ def other_revision(tiny_drafter: DrafterArtifacts, tmp_path_factory: pytest.Temp
     return folder
 
 
-def test_a_server_of_the_same_commit_of_the_hub_is_accepted_and_of_another_refused(plain: Expected) -> None:
+def test_a_server_of_the_same_commit_of_the_hub_is_accepted_and_of_another_refused(plain: ServerRequirements) -> None:
     expected = of_hub(plain)
     with server_of(expected, model={"model_path": "org/model"}, server={"revision": COMMIT}) as server:
         assert shake(server, expected).remarks == []
         assert not any("return_logprob" in payload for _, payload in server.asked)
     with (
         server_of(expected, model={"model_path": "org/model"}, server={"revision": OTHER}) as server,
-        pytest.raises(DraftsmithError, match=f"of revision {OTHER}, .*start it with --revision {COMMIT}"),
+        pytest.raises(DraftsmithError, match=f"of revision {OTHER}, .*--revision {COMMIT}"),
     ):
         shake(server, expected)
 
@@ -73,7 +73,7 @@ def test_a_server_of_the_same_commit_of_the_hub_is_accepted_and_of_another_refus
     ("path", "revision"), [("org/model", None), ("org/model", "main"), ("/on/another/machine", None)]
 )
 def test_without_files_or_a_commit_a_server_is_known_by_what_it_computes(
-    plain: Expected, other_revision: Path, path: str, revision: str | None
+    plain: ServerRequirements, other_revision: Path, path: str, revision: str | None
 ) -> None:
     expected = of_hub(plain)
     ours, others = (own_logprobs(folder, plain.scored_ids, print) for folder in (plain.target_folder, other_revision))
@@ -84,12 +84,12 @@ def test_without_files_or_a_commit_a_server_is_known_by_what_it_computes(
     assert f"serves {path}: log-probs of {len(ours)} fixed tokens are 0.0009 nats from the target's" in remark
     with (
         server_of(expected, **says, generate=scoring(others)) as server,
-        pytest.raises(DraftsmithError, match=rf"nats from those of the target org/model .*serve revision {COMMIT}"),
+        pytest.raises(DraftsmithError, match=rf"nats from those of the target org/model .*revision {COMMIT}"),
     ):
         shake(server, expected)
 
 
-def test_quantised_weights_are_not_compared_and_that_is_said(plain: Expected) -> None:
+def test_quantised_weights_are_not_compared_and_that_is_said(plain: ServerRequirements) -> None:
     expected = of_hub(plain)
     says: dict[str, Any] = {"model": {"model_path": "org/model"}, "server": {"quantization": "fp8"}}
     with server_of(expected, **says) as server:

@@ -51,7 +51,7 @@ class Server:
     retracts: bool = False
     was_full: bool = False
     loses: int = 0
-    repeated: int = 0
+    retries: int = 0
     name: str = "stand-in 1.0"
     records_trace: bool = True
 
@@ -61,8 +61,8 @@ class Server:
         self.engine.slots = requests
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        if self.repeated < self.loses:
-            self.repeated += 1
+        if self.retries < self.loses:
+            self.retries += 1
             time.sleep(LOST_S)
         for place, answer in enumerate(self.engine.generate(requests)):
             if retracted := self.retracts and answer.verify_steps > 0 and place == 0:

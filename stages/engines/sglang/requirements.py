@@ -1,0 +1,78 @@
+"""Requirements that every server of an engine must meet: the target, the drafter, and room for the longest request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.drafters.checkpoint import check_drafter, check_layers
+from draftsmith.stages.drafters.digest import drafter_digest
+from draftsmith.stages.drafters.spec import DraftingConfig
+from draftsmith.stages.engines.config import NO_REDUCED_HEAD, SGLangEngineConfig
+from draftsmith.stages.engines.sglang.server import served_block_size, speculative_algorithm
+from draftsmith.stages.target.info import TargetInfo, model_path, read_target_info
+from draftsmith.stages.target.resolve import load_tokenizer
+
+PROBE_TEXT = "What is 12 + 30?\n\tNaïve café, 3.14 °C; 你好, привет."  # tokenizers split it differently
+SCORED_TEXT = (  # its log-probs are compared where a server's weights have no known revision
+    "Question: a train leaves at 9:40 and arrives at 13:05. How long does it travel? Answer: from 9:40 to 13:05 there "
+    "are 3 hours and 25 minutes.\n\ndef median(values: list[float]) -> float:\n    ordered = sorted(values)\n"
+    "    middle = len(ordered) // 2\n    return ordered[middle]\n\nLa pluie est tombée toute la nuit, et au matin le "
+    "jardin sentait la terre. In 1969 two people walked on the Moon for the first time."
+)
+
+
+@dataclass(frozen=True)
+class ServerRequirements:
+    """What a server must serve."""
+
+    target: TargetInfo
+    target_folder: Path  # the target's artifact
+    model_folder: Path
+    probe_ids: list[int]  # PROBE_TEXT in the target's tokenizer, without special tokens
+    scored_ids: list[int]  # SCORED_TEXT, likewise
+    longest: int  # positions of the longest request
+    measure_first_token: bool = False
+    drafter_folder: Path | None = None
+    drafter_digest: str | None = None
+    algorithm: str | None = None
+    block_size: int | None = None
+    trace: bool = False  # whether verify steps are to be recorded
+
+
+def server_requirements(
+    config: SGLangEngineConfig,
+    target_folder: Path,
+    drafter_folder: Path | None,
+    drafting: DraftingConfig,
+    longest: int,
+    *,
+    measure_first_token: bool = False,
+) -> ServerRequirements:
+    """Return the requirements on servers that decode a target, with a drafter if one is given.
+
+    target_folder: the target's artifact. longest: positions of the longest request, prompt and answer.
+    Raises DraftsmithError if the drafter was made for another target, or cannot draft as the config says.
+    """
+    target, model_folder = read_target_info(target_folder), model_path(target_folder)
+    tokenizer = load_tokenizer(model_folder)
+    probe_ids, scored_ids = (tokenizer.encode(text, add_special_tokens=False) for text in (PROBE_TEXT, SCORED_TEXT))
+    plain = ServerRequirements(
+        target, target_folder, model_folder, probe_ids, scored_ids, longest, measure_first_token=measure_first_token
+    )
+    if drafter_folder is None:
+        return plain
+    if drafting.head_tokens is not None:
+        raise DraftsmithError(f"drafting.head_tokens: {NO_REDUCED_HEAD}")
+    check_drafter(drafter_folder, target.digest)
+    check_layers(drafter_folder, target.num_layers)
+    algorithm = speculative_algorithm(drafter_folder)
+    return replace(
+        plain,
+        drafter_folder=drafter_folder,
+        drafter_digest=drafter_digest(drafter_folder),
+        algorithm=algorithm,
+        block_size=served_block_size(drafter_folder, drafting, algorithm),
+        trace=config.trace,
+    )
