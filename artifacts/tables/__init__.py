@@ -1,1 +1,1 @@
-"""Parquet tables: schemas, writing, reading in parts."""
+"""Parquet tables: schemas, writing, and reading by row group, by key and in shards."""

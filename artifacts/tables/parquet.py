@@ -1,4 +1,4 @@
-"""Versioned Parquet tables: written in one step, checked when read."""
+"""Versioned Parquet tables: written atomically, and checked when they are read."""
 
 from __future__ import annotations
 
@@ -17,37 +17,38 @@ from draftsmith.artifacts.atomic import atomic_path
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.tables.schemas import TableSchema
 
-# How every table is written; its pages carry checksums, which every reader here verifies.
+# Options of every table. Its pages have checksums, which every reader here verifies.
 WRITE_OPTIONS: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
 
 Rows: TypeAlias = Sequence[Mapping[str, Any]] | pa.Table
 
-GROUP_BYTES = 4 << 20  # of a row group before compression, about: what a reader of single rows decodes for one
+GROUP_BYTES = 4 << 20  # approximate size of a row group before compression: a reader decodes that much for one row
 
 
 def write_table(path: Path, schema: TableSchema, rows: Rows, group_bytes: int = GROUP_BYTES) -> None:
-    """Write `rows` to `path`; the file appears whole or not at all."""
+    """Write `rows` to `path` atomically."""
     with TableWriter(path, schema, group_bytes) as table:
         table.append(rows)
 
 
 class TableWriter:
-    """A table that is appended to, with one row group in memory; the file appears when the body ends without an error.
+    """Writes a table in several calls, with one row group in memory.
 
-    Row groups hold about `group_bytes`. Where they end depends on the rows alone, not on how they were appended.
+    The file appears when the `with` body ends without an error. Row groups hold about `group_bytes`; their boundaries
+    depend only on the rows, not on how they were appended.
     """
 
     def __init__(self, path: Path, schema: TableSchema, group_bytes: int = GROUP_BYTES) -> None:
         self.path, self.schema, self._group_bytes = path, schema, group_bytes
-        self._waiting: list[pa.Table] = []
-        self._filled = 0  # bytes that wait
+        self._pending: list[pa.Table] = []
+        self._pending_bytes = 0
         self.rows = 0
 
     def __enter__(self) -> Self:
         with ExitStack() as opened:
             tmp = opened.enter_context(atomic_path(self.path))
-            written = WRITE_OPTIONS | {"use_dictionary": _dictionary_columns(self.schema.columns)}
-            self._file = opened.enter_context(pq.ParquetWriter(tmp, self.schema.with_metadata, **written))
+            options = WRITE_OPTIONS | {"use_dictionary": _dictionary_columns(self.schema.columns)}
+            self._file = opened.enter_context(pq.ParquetWriter(tmp, self.schema.with_metadata, **options))
             self._opened = opened.pop_all()
         return self
 
@@ -61,30 +62,32 @@ class TableWriter:
             self._opened.__exit__(kind, error, trace)
 
     def append(self, rows: Rows) -> None:
-        """Raises DraftsmithError as `to_table` does."""
+        """Append rows. Raises DraftsmithError as `to_table` does."""
         table = to_table(self.schema, rows)
         self.rows += table.num_rows
         ends = np.cumsum(_row_bytes(table))
         start = before = 0
         while start < table.num_rows:
-            place = int(np.searchsorted(ends, before + self._group_bytes - self._filled))
-            stop = min(place + 1, table.num_rows)
-            self._waiting.append(table.slice(start, stop - start))
-            self._filled += int(ends[stop - 1]) - before
+            last = int(np.searchsorted(ends, before + self._group_bytes - self._pending_bytes))
+            stop = min(last + 1, table.num_rows)
+            self._pending.append(table.slice(start, stop - start))
+            self._pending_bytes += int(ends[stop - 1]) - before
             start, before = stop, int(ends[stop - 1])
-            if self._filled >= self._group_bytes:
+            if self._pending_bytes >= self._group_bytes:
                 self._flush()
 
     def _flush(self) -> None:
-        if self._waiting:
-            group = pa.concat_tables(self._waiting).combine_chunks()
+        if self._pending:
+            group = pa.concat_tables(self._pending).combine_chunks()
             self._file.write_table(group, row_group_size=max(1, group.num_rows))
-        self._waiting, self._filled = [], 0
+        self._pending, self._pending_bytes = [], 0
 
 
 def _dictionary_columns(columns: pa.Schema) -> list[str]:
-    """Parquet's names of the columns whose values come again. A dictionary of floats takes longer to make than all the
-    rest of a table, and more room than it saves."""
+    """Return Parquet's names of the columns to write with a dictionary: all but floats.
+
+    A dictionary of floats takes longer to build than the rest of a table, and more space than it saves.
+    """
 
     def leaves(name: str, kind: pa.DataType) -> Iterator[str]:
         if pa.types.is_list(kind):
@@ -99,7 +102,7 @@ def _dictionary_columns(columns: pa.Schema) -> list[str]:
 
 
 def _row_bytes(table: pa.Table) -> np.ndarray:
-    """[rows] about: four a list's element, eight a column that is no list."""
+    """Return the approximate bytes of each row, shape [rows]: 4 per list element, 8 per other column."""
     sizes = np.zeros(table.num_rows, dtype=np.int64)
     for column in table.columns:
         if pa.types.is_list(column.type):
@@ -110,16 +113,13 @@ def _row_bytes(table: pa.Table) -> np.ndarray:
 
 
 def read_table(path: Path, schema: TableSchema, columns: list[str] | None = None) -> pa.Table:
-    """Read a table, or some of its columns, if it is whole and of exactly this schema and version.
-
-    The checksums of what is read are verified; a table with a flipped bit is as damaged as a truncated one.
-    """
+    """Read a table, or some of its columns, and verify schema, version and checksums. Raises DraftsmithError."""
     with table_errors(path), open_table(path, schema) as file:
         return file.read(columns)
 
 
 def has_current_version(path: Path, schema: TableSchema) -> bool:
-    """Whether a table is of this schema's very version. Raises DraftsmithError for a file that is damaged."""
+    """Return whether a table has the version of this schema. Raises DraftsmithError for a damaged file."""
     with table_errors(path, schema.name):
         metadata = pq.read_schema(path).metadata or {}
     return metadata.get(b"draftsmith.version") == str(schema.version).encode()
@@ -128,7 +128,7 @@ def has_current_version(path: Path, schema: TableSchema) -> bool:
 def open_table(path: Path, schema: TableSchema) -> pq.ParquetFile:
     """Open a table of exactly this schema and version. Raises DraftsmithError; wrap reads in `table_errors`."""
     if path.is_dir():
-        raise DraftsmithError(f"{path}: a folder, expected one Parquet file of {schema.name}")
+        raise DraftsmithError(f"{path}: is a folder. Give one Parquet file of {schema.name}.")
     with table_errors(path, schema.name):
         file = pq.ParquetFile(path, page_checksum_verification=True)
         _check_schema(path, schema, file.schema_arrow)
@@ -136,26 +136,26 @@ def open_table(path: Path, schema: TableSchema) -> pq.ParquetFile:
 
 
 @contextmanager
-def table_errors(path: Path, what: str = "it") -> Iterator[None]:
-    """Turn what reading a Parquet file raises into one clear DraftsmithError. what: the table that is missing."""
+def table_errors(path: Path, table: str = "it") -> Iterator[None]:
+    """Turn errors of reading a Parquet file into one clear DraftsmithError. table: its name, if the file is missing."""
     try:
         yield
     except FileNotFoundError:
-        raise DraftsmithError(f"{path}: no such file; run the stage that writes {what} again") from None
+        raise DraftsmithError(f"{path}: no such file. Run the stage that writes {table} again.") from None
     except PermissionError as error:
-        raise DraftsmithError(f"{path}: permission denied; make it readable") from error
-    except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:  # the last: of the name of a column
+        raise DraftsmithError(f"{path}: permission denied. Make it readable.") from error
+    except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:  # the last for a column name
         raise DraftsmithError(
-            f"{path}: not a whole Parquet file (truncated, damaged or of another format); restore it, or make it again "
-            "by adding `--force` and the name of its stage to the command"
+            f"{path}: not a complete Parquet file (truncated, damaged or of another format). Restore it, or make it "
+            "again: add `--force` and the name of its stage to the command."
         ) from error
 
 
 def to_table(schema: TableSchema, rows: Rows) -> pa.Table:
-    """Rows as a table of this schema. A missing, unknown or badly typed column is an error that names it."""
+    """Convert rows to a table of this schema. Raises DraftsmithError for a missing, unknown or badly typed column."""
     names = schema.columns.names
-    found = [set(rows.column_names)] if isinstance(rows, pa.Table) else [set(row) for row in rows]
-    for index, columns in enumerate(found):
+    columns_of_rows = [set(rows.column_names)] if isinstance(rows, pa.Table) else [set(row) for row in rows]
+    for index, columns in enumerate(columns_of_rows):
         if columns != set(names):
             missing, unknown = sorted(set(names) - columns), sorted(columns - set(names))
             raise DraftsmithError(f"{schema.name}, row {index}: missing columns {missing}, unknown columns {unknown}")
@@ -163,7 +163,7 @@ def to_table(schema: TableSchema, rows: Rows) -> pa.Table:
         if isinstance(rows, pa.Table):
             table = rows.select(names).replace_schema_metadata(None).cast(schema.columns)
         else:
-            # One column at a time: Arrow's own message does not say which one is wrong.
+            # One column at a time, since Arrow's own message does not name the column.
             table = pa.table([_column(field, rows) for field in schema.columns], schema=schema.columns)
     except (pa.ArrowException, ValueError, TypeError) as error:
         raise DraftsmithError(f"{schema.name}: {error}") from error
@@ -181,21 +181,21 @@ def _column(field: pa.Field, rows: Sequence[Mapping[str, Any]]) -> pa.Array:
 
 
 def index_in(table: pa.Table, column: str, values: Sequence[str] | pa.Array) -> np.ndarray:
-    """[rows] int64: where each row's `column` stands among `values`, -1 if it does not."""
-    known = values if isinstance(values, pa.Array) else pa.array(values, pa.string())
-    found = pc.index_in(table[column], value_set=known)
-    return pc.fill_null(found, -1).to_numpy().astype(np.int64)
+    """Return the index of each row's `column` in `values`, int64 of shape [rows]; -1 if it is not among them."""
+    value_set = values if isinstance(values, pa.Array) else pa.array(values, pa.string())
+    indices = pc.index_in(table[column], value_set=value_set)
+    return pc.fill_null(indices, -1).to_numpy().astype(np.int64)
 
 
 def select_in_order(table: pa.Table, column: str, values: Sequence[str] | pa.Array) -> pa.Table:
-    """The rows whose `column` is one of `values`, in their order; rows that share one keep theirs."""
-    place = index_in(table, column, values)
-    order = np.argsort(place, kind="stable")
-    return table.take(order[place[order] >= 0])
+    """Return the rows whose `column` is among `values`, in the order of `values`; the sort is stable."""
+    indices = index_in(table, column, values)
+    order = np.argsort(indices, kind="stable")
+    return table.take(order[indices[order] >= 0])
 
 
 def pad_lists(table: pa.Table, column: str, width: int, fill: float, dtype: type) -> np.ndarray:
-    """[rows, width]: a column of lists of up to `width` numbers, without a Python object for each; nulls are empty."""
+    """Return a column of lists of up to `width` numbers as a matrix [rows, width]; a null is an empty list."""
     lengths = pc.fill_null(pc.list_value_length(table[column]), 0).to_numpy()
     matrix = np.full((table.num_rows, width), fill, dtype=dtype)
     matrix[np.arange(width) < lengths[:, None]] = pc.list_flatten(table[column]).to_numpy()
@@ -206,14 +206,14 @@ def _check_schema(path: Path, schema: TableSchema, found: pa.Schema) -> None:
     metadata = found.metadata or {}
     name = metadata.get(b"draftsmith.table", b"").decode()
     if name != schema.name:
-        what = f"a table of {name}" if name else "a Parquet file that Draftsmith did not write"
-        raise DraftsmithError(f"{path}: {what}, expected {schema.name}; point the config at the right artifact")
+        what = f"is a table of {name}" if name else "was not written by Draftsmith"
+        raise DraftsmithError(f"{path}: {what}, but {schema.name} is expected. Give the right artifact in the config.")
     version = metadata.get(b"draftsmith.version", b"?").decode()
     if version != str(schema.version):
         raise DraftsmithError(
-            f"{path}: {name} of version {version}, this Draftsmith reads version {schema.version}; "
-            "run the stage that wrote it again"
+            f"{path}: {name} has version {version}, but this Draftsmith reads version {schema.version}. "
+            "Run the stage that wrote it again."
         )
     for field in schema.columns:
         if field.name not in found.names or found.field(field.name).type != field.type:
-            raise DraftsmithError(f"{path}: column {field.name} is absent or not {field.type}; run its stage again")
+            raise DraftsmithError(f"{path}: column {field.name} is missing or not {field.type}. Run its stage again.")

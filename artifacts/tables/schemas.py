@@ -1,4 +1,4 @@
-"""The tables that pass between stages: columns, types and versions (ids are int32 lists, absolute positions int32)."""
+"""Schemas of the tables that pass between stages. Token ids are int32 lists, absolute positions int32."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _LOGPROBS = pa.list_(pa.float32())
 
 @dataclass(frozen=True)
 class TableSchema:
-    """A named, versioned table. Raise `version` whenever a column changes its name, type or meaning."""
+    """The schema of a named table. Raise `version` whenever a column changes its name, type or meaning."""
 
     name: str
     version: int
-    columns: pa.Schema  # no metadata; `nullable=False` columns are checked when rows are written
+    columns: pa.Schema  # without metadata; `nullable=False` is checked when rows are written
 
     @property
     def with_metadata(self) -> pa.Schema:
@@ -38,13 +38,13 @@ PROMPTS = _table(
     token_ids=_IDS,  # after the chat template
 )
 
-TOKENISED = _table(  # of an unfinished attempt
+TOKENISED = _table(  # cache of an unfinished attempt
     "tokenised",
     1,
     key=pa.string(),
     prompt_ids=_IDS,
     response_ids=_IDS,
-    reason=pa.string(),  # why the row is not used; empty
+    reason=pa.string(),  # why the row is rejected; empty if it is used
 )
 
 TRAJECTORIES = _table(
@@ -64,28 +64,28 @@ TRAJECTORIES = _table(
     engine=pa.string(),
 )
 
-TIMINGS = _table(  # volatile: beside the trajectories, in a file of its own
+TIMINGS = _table(  # volatile, so in another file than the trajectories
     "timings",
     3,
     trajectory_id=pa.string(),
     seconds=pa.float64(),
     first_token_seconds=pa.float64(),  # NaN = not measured
-    verify_steps=pa.int32(),  # 0 = plain decoding
-    retractions=pa.int32(),  # times that a server read it again: each made a token without a verify step
+    verify_steps=pa.int32(),  # 0 = without a drafter
+    retractions=pa.int32(),  # preemptions by the server, each of which generated a token without a verify step
     draft_seconds=pa.float64(),
     verify_seconds=pa.float64(),
 )
 
-TRACE = _table(  # what an engine recorded while it served
+TRACE = _table(  # verify steps as an engine recorded them
     "trace",
     2,
     nullable=("target_logprobs",),
     trajectory_id=pa.string(),
     step=pa.int32(),
-    anchor=pa.int32(),  # position in prompt + response
+    anchor=pa.int32(),  # position in prompt + answer
     accepted=pa.int32(),
     proposed_ids=_IDS,
-    target_logprobs=_LOGPROBS,  # of the proposals on their draft-induced prefix; null where not recorded
+    target_logprobs=_LOGPROBS,  # of the proposals, given the proposals before them; null where not recorded
 )
 
 VERIFY_STEPS = _table(
@@ -93,33 +93,33 @@ VERIFY_STEPS = _table(
     2,
     trajectory_id=pa.string(),
     step=pa.int32(),
-    anchor=pa.int32(),  # position in prompt + response
-    accepted=pa.int32(),  # n, proposals kept
-    committed=pa.int32(),  # tokens committed by the step: n + 1 unless the end cut it
-    rejected_offset=pa.int32(),  # of the first rejected proposal; 0 = nothing rejected
-    judged=pa.int32(),  # proposals that lie inside the answer; the others are neither accepted nor rejected
+    anchor=pa.int32(),  # position in prompt + answer
+    accepted=pa.int32(),  # n, accepted proposals
+    committed=pa.int32(),  # tokens committed by the step: n + 1, unless the answer ends before
+    rejected_offset=pa.int32(),  # offset of the first rejected proposal; 0 = nothing rejected
+    judged=pa.int32(),  # proposals inside the answer; those beyond its end are neither accepted nor rejected
     proposed_ids=_IDS,
-    target_logprobs=_LOGPROBS,  # of the proposals on their draft-induced prefix; NaN where not judged or not scored
-    committed_id=pa.int32(),  # correction or bonus; -1 if the end cut the step
-    best_logprob=pa.float32(),  # of the target's best token at the rejection; NaN where nothing was rejected
+    target_logprobs=_LOGPROBS,  # of the proposals, given those before them; NaN if beyond the end or not scored
+    committed_id=pa.int32(),  # correction or bonus token; -1 if the answer ends before
+    best_logprob=pa.float32(),  # of the target's most likely token at the rejection; NaN if nothing was rejected
 )
 
-EVALUATED = _table(  # an answer a row, beside the shards of mined steps
+EVALUATED = _table(  # one row per replayed answer, beside the shards of mined steps
     "evaluated",
     2,
     trajectory_id=pa.string(),
-    evaluated_blocks=pa.int64(),  # drafted to find the trace
-    outside_nucleus=pa.int64(),  # its tokens that the stated top-k and top-p leave out; 0 where proposals are argmaxes
+    evaluated_blocks=pa.int64(),  # blocks drafted by the replay
+    outside_nucleus=pa.int64(),  # tokens that top_k and top_p exclude; 0 for greedy proposals
 )
 
-REQUESTS = _table(  # what evaluation decoded
+REQUESTS = _table(  # one row per request of an evaluation
     "requests",
     3,
     nullable=("accepted", "identical"),
     round=pa.int32(),
     request_id=pa.string(),  # "<prompt_id>/<arm>"
     prompt_id=pa.string(),
-    arm=pa.string(),  # plain, or a drafter's name
+    arm=pa.string(),  # "plain" (without a drafter), or a drafter's name
     engine=pa.string(),
     block_size=pa.int32(),
     temperature=pa.float64(),  # 0 = greedy
@@ -127,33 +127,33 @@ REQUESTS = _table(  # what evaluation decoded
     tokens=pa.int32(),
     response_ids=_IDS,
     verify_steps=pa.int32(),
-    accepted=_IDS,  # proposals kept by each verify step (only counted: ascending); null where not known
-    latency_seconds=pa.float64(),  # from the request to its last token
+    accepted=_IDS,  # accepted proposals of each verify step (ascending if only counts are known); null if unknown
+    latency_seconds=pa.float64(),  # from sending the request to its last token
     first_token_seconds=pa.float64(),  # NaN = not measured
     draft_seconds=pa.float64(),
     verify_seconds=pa.float64(),
-    identical=pa.bool_(),  # to plain decoding of the same prompt; null where that does not apply
-    first_difference=pa.int32(),  # position in the response; -1 = none
-    margin=pa.float32(),  # logits of the worse token there below the target's best; NaN = none, or not known
+    identical=pa.bool_(),  # to the baseline's answer; null where that does not apply
+    first_difference=pa.int32(),  # position in the answer; -1 = none
+    margin=pa.float32(),  # logit gap between the target's best and the differing token; NaN if none or unknown
 )
 
-TURNS = _table(  # how long evaluation took: an arm decodes all prompts of a setting
+TURNS = _table(  # one row per timed run: an arm decodes all prompts of a setting once
     "turns",
     3,
     nullable=("others_share",),
-    round=pa.int32(),  # in which all arms had their turn
-    order=pa.int32(),  # place of the arm's turn in its round, from 0
+    round=pa.int32(),  # one timed run of every arm
+    order=pa.int32(),  # index of the run in its round, from 0
     arm=pa.string(),
     engine=pa.string(),
     block_size=pa.int32(),
     temperature=pa.float64(),
     concurrency=pa.int32(),
     prompts=pa.int32(),
-    batches=pa.int32(),  # parts of the turn, between which the other arms had theirs; 1: timed as a whole
+    batches=pa.int32(),  # slices of the run, interleaved with those of other arms; 1 = timed in one piece
     tokens=pa.int64(),
     wall_seconds=pa.float64(),
-    draft_seconds=pa.float64(),  # 0 where the engine does not say
+    draft_seconds=pa.float64(),  # 0 if the engine does not report it
     verify_seconds=pa.float64(),
-    verify_steps=pa.int64(),  # 0 = plain decoding
-    others_share=pa.float64(),  # of the CPU time of all cores that others took meanwhile; null where it is unknown
+    verify_steps=pa.int64(),  # 0 = without a drafter
+    others_share=pa.float64(),  # share of all cores' CPU time used by other processes meanwhile; null if unknown
 )

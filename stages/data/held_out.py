@@ -68,7 +68,7 @@ def read_held_out(prompts: Path | None) -> HeldOut:
         return HeldOut()
     share, by = _class(prompts / "prompts.json")
     identities, digests = set(), set()
-    for part in RowReader(prompts / "prompts.parquet", PROMPTS).parts(["split", "messages", "token_ids"]):
+    for part in RowReader(prompts / "prompts.parquet", PROMPTS).row_groups(["split", "messages", "token_ids"]):
         for row in part.filter(pc.not_equal(part["split"], "train")).to_pylist():
             identities.add(identity(row["messages"], by))
             digests.add(digest(row["token_ids"]))
@@ -81,7 +81,7 @@ def units_of(prompts: Path, prompt_ids: Sequence[str]) -> list[str]:
     if _class(prompts / "prompts.json")[1] == "prompt":
         return list(prompt_ids)
     known = {}
-    for part in RowReader(prompts / "prompts.parquet", PROMPTS).parts(["prompt_id", "split", "messages"]):
+    for part in RowReader(prompts / "prompts.parquet", PROMPTS).row_groups(["prompt_id", "split", "messages"]):
         for row in part.filter(pc.not_equal(part["split"], "train")).to_pylist():
             if any(message["role"] == "user" for message in row["messages"]):  # else nothing is known of its beginning
                 known[row["prompt_id"]] = identity(row["messages"], "conversation").hex()

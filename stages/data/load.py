@@ -82,7 +82,7 @@ def load_trajectories(folder: Path, splits: Collection[str] | None = None) -> St
 def _lengths(reader: RowReader, *columns: str) -> list[np.ndarray]:
     """Return [rows] numbers of tokens, for each column."""
     found: list[list[np.ndarray]] = [[np.zeros(0, dtype=np.int64)] for _ in columns]
-    for part in reader.parts(list(columns)):
+    for part in reader.row_groups(list(columns)):
         for lengths, name in zip(found, columns, strict=True):
             lengths.append(pc.list_value_length(part[name]).to_numpy().astype(np.int64))
     return [np.concatenate(each) for each in found]

@@ -83,7 +83,7 @@ class TrajectoryRows(Sequence[Trajectory]):
         wanted = np.zeros(self.reader.num_rows, dtype=bool)
         wanted[self.places] = True
         start = 0
-        for part in self.reader.parts(["response_ids"]):
+        for part in self.reader.row_groups(["response_ids"]):
             chosen = part.filter(pa.array(wanted[start : start + part.num_rows]))
             start += part.num_rows
             yield pc.list_flatten(chosen["response_ids"]).to_numpy()

@@ -57,7 +57,7 @@ def test_rows_come_in_the_order_of_the_keys(tmp_path: Path) -> None:
 def test_a_row_knows_its_key(tmp_path: Path) -> None:
     shuffled(tmp_path)
     reader = RowReader(shard_paths(tmp_path / "trace"), TRACE)
-    names = pa.concat_tables(reader.parts(["trajectory_id"]))["trajectory_id"].to_pylist()
+    names = pa.concat_tables(reader.row_groups(["trajectory_id"]))["trajectory_id"].to_pylist()
     known = KEYS[5:30]
     found = KeyedRows(reader, pa.array(known)).key_index(np.arange(reader.num_rows))
     assert [known[key] if key >= 0 else None for key in found] == [name if name in known else None for name in names]

@@ -81,7 +81,7 @@ def test_a_truncated_file_is_named(tmp_path: Path, kept: float) -> None:
     write_table(path, TRACE, [trace_row(step) for step in range(1000)])
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * kept)])
-    with pytest.raises(DraftsmithError, match=r"t\.parquet: not a whole Parquet file .*--force"):
+    with pytest.raises(DraftsmithError, match=r"t\.parquet: not a complete Parquet file .*--force"):
         read_table(path, TRACE)
 
 
@@ -105,21 +105,21 @@ def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path: Path) -> None:
 
 def test_foreign_files_are_refused_by_what_they_are(tmp_path: Path) -> None:
     pq.write_table(pa.table({"step": [1]}), tmp_path / "foreign.parquet")
-    with pytest.raises(DraftsmithError, match=r"foreign\.parquet: a Parquet file that Draftsmith did not write"):
+    with pytest.raises(DraftsmithError, match=r"foreign\.parquet: was not written by Draftsmith"):
         read_table(tmp_path / "foreign.parquet", TRACE)
     write_table(tmp_path / "other.parquet", PROMPTS, [])
     with pytest.raises(DraftsmithError, match=r"other\.parquet: a table of prompts, expected trace"):
         read_table(tmp_path / "other.parquet", TRACE)
     (tmp_path / "text.parquet").write_text("prompt_id,split\n")
-    with pytest.raises(DraftsmithError, match=r"text\.parquet: not a whole Parquet file"):
+    with pytest.raises(DraftsmithError, match=r"text\.parquet: not a complete Parquet file"):
         read_table(tmp_path / "text.parquet", TRACE)
-    with pytest.raises(DraftsmithError, match="a folder, expected one Parquet file"):
+    with pytest.raises(DraftsmithError, match="is a folder"):
         read_table(tmp_path, TRACE)
 
 
 def test_another_version_is_refused_with_both_numbers(tmp_path: Path) -> None:
     write_table(tmp_path / "t.parquet", TableSchema("trace", TRACE.version + 1, TRACE.columns), [trace_row()])
-    message = f"trace of version {TRACE.version + 1}, this Draftsmith reads version {TRACE.version}"
+    message = f"trace has version {TRACE.version + 1}, but this Draftsmith reads version {TRACE.version}"
     with pytest.raises(DraftsmithError, match=message):
         read_table(tmp_path / "t.parquet", TRACE)
 
@@ -129,7 +129,7 @@ def test_a_column_of_another_type_is_refused(tmp_path: Path) -> None:
         [field if field.name != "anchor" else pa.field("anchor", pa.int64()) for field in TRACE.columns]
     )
     write_table(tmp_path / "t.parquet", TableSchema("trace", TRACE.version, columns), [trace_row()])
-    with pytest.raises(DraftsmithError, match="column anchor is absent or not int32"):
+    with pytest.raises(DraftsmithError, match="column anchor is missing or not int32"):
         read_table(tmp_path / "t.parquet", TRACE)
 
 

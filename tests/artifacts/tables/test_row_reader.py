@@ -72,13 +72,13 @@ def test_rows_by_range_are_those_of_the_table(tmp_path: Path) -> None:
         assert reader.num_rows == table.num_rows
         for start, stop in [(0, 400), (0, 0), (399, 400), *np.sort(rng.integers(0, 401, (50, 2)))]:
             assert reader.rows(start, stop, COLUMNS).equals(table.slice(start, stop - start))
-        assert pa.concat_tables(reader.parts(COLUMNS)).equals(table)
+        assert pa.concat_tables(reader.row_groups(COLUMNS)).equals(table)
         assert reader.rows(7, 9, ["anchor"]).to_pydict() == {"anchor": [7, 8]}
 
 
 def test_damage_and_other_tables_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
-    with pytest.raises(DraftsmithError, match=r"t\.parquet: no such file; run the stage that writes trace again"):
+    with pytest.raises(DraftsmithError, match=r"t\.parquet: no such file. Run the stage that writes trace again"):
         RowReader(path, TRACE)
     write_table(path, TRACE, steps(100))
     with pytest.raises(DraftsmithError, match="a table of trace, expected timings"):
@@ -86,5 +86,5 @@ def test_damage_and_other_tables_are_refused_by_name(tmp_path: Path) -> None:
     whole = path.read_bytes()
     reader = RowReader(path, TRACE)
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DraftsmithError, match="not a whole Parquet file"):
+    with pytest.raises(DraftsmithError, match="not a complete Parquet file"):
         reader.rows(0, 1, COLUMNS)
