@@ -100,8 +100,8 @@ _KEY = "trajectory_id"  # column of the keys
 class KeyedRows:
     """Reads the rows of each of N keys, which are contiguous; if attempts wrote a key several times, the last counts.
 
-    Holds 16 bytes per key in memory. The rows of a key begin where the column `counter` is 0; without a counter each row
-    stands alone.
+    Holds 16 bytes per key in memory. The rows of a key begin where the column `counter` is 0; without one a key has one
+    row.
     """
 
     def __init__(self, reader: RowReader, keys: pa.Array, counter: str | None = "step"):

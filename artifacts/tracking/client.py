@@ -1,4 +1,4 @@
-"""MLflow's client: its settings, whether its server answers, and how long it waits where weights are sent."""
+"""Settings of MLflow's client, a check that its server answers, and access to SQLite databases."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.host import network_file_system
 
 _TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"  # read by MLflow at every request
-_WEIGHTS_S = 1800  # for a file of gigabytes: a server in front of a bucket answers when its own copy is done
+_WEIGHTS_S = 1800  # for gigabytes: a server in front of a bucket answers only after its own upload
 _timeout_lock = threading.Lock()
 
 
 def configure() -> None:
-    """Set what MLflow reads from the environment, where that does not say otherwise. Call it before mlflow is imported.
+    """Set MLflow's environment variables that are not set. Call this before mlflow is imported.
 
-    Requests are short, and a stage waits for them: a server that is silent is given up within a minute.
+    Time-outs are short, since a stage waits for the requests: a silent server fails within a minute.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault(_TIMEOUT, "15")
@@ -34,11 +34,10 @@ def configure() -> None:
 
 @contextmanager
 def weights_timeout() -> Iterator[None]:
-    """Wait for the server's answer as long as the largest file takes, in here. A repetition sends it whole once more,
-    so there are no more of them than elsewhere.
+    """Raise the time-out of requests in the body, for uploads and downloads of weights.
 
-    The setting is the process's: others who wait for it come one after the other, and a request of another thread is
-    given up as late meanwhile.
+    The time-out belongs to the process: a lock serializes users of this function, and requests of other threads have
+    the long time-out too meanwhile.
     """
     with _timeout_lock:
         before = os.environ.get(_TIMEOUT)
@@ -53,9 +52,11 @@ def weights_timeout() -> Iterator[None]:
 
 
 def ping(uri: str, timeout_s: float = 5.0) -> None:
-    """Ask a server as MLflow does: with its user and password, proxies and certificates. Any answer will do, whatever
-    its status: MLflow then says what it thinks of it. Raises ConnectionError with what the system says of it."""
-    configure()
+    """Send a request to a server with MLflow's own credentials, proxies and certificates; any status will do.
+
+    Raises ConnectionError with the system's message.
+    """
+    configure()  # before mlflow is imported, which takes seconds and which planning does not need
     from mlflow.exceptions import MlflowException
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
@@ -74,27 +75,27 @@ def _first_cause(error: BaseException) -> BaseException:
 
 
 def check_database_disk(path: Path, whose: str, advice: str) -> None:
-    """Raise DraftsmithError if a database of SQLite would lie on a network file system."""
+    """Raise DraftsmithError if a path for an SQLite database is on a network file system."""
     if (shared := network_file_system(path)) is not None:
         raise DraftsmithError(
-            f"{whose} {path} lies on a network file system ({shared}), where SQLite's locks fail and data are lost: "
-            f"{advice}, or point DRAFTSMITH_HOME at a local disk"
+            f"{whose} {path} is on a network file system ({shared}), where SQLite's locks fail and data are lost. "
+            f"{advice}, or set DRAFTSMITH_HOME to a folder on a local disk."
         )
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """The file of a database's address; None for another kind of database, or one in memory."""
-    found = re.fullmatch(r"sqlite(?:\+\w+)?:///(?!:memory:)([^?]+)(?:\?.*)?", uri)
-    return Path(found.group(1)) if found else None
+    """Return the file of an SQLite address; None for another database, or one in memory."""
+    match = re.fullmatch(r"sqlite(?:\+\w+)?:///(?!:memory:)([^?]+)(?:\?.*)?", uri)
+    return Path(match.group(1)) if match else None
 
 
 def copy_database(uri: str) -> Path:
-    """What the database of an address holds now, in a folder that goes with this process. Nothing is written there."""
+    """Return a copy of an SQLite database, which is deleted when this process ends. Opens the original read-only."""
     folder = Path(tempfile.mkdtemp(prefix="draftsmith-read-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     with (
-        closing(sqlite3.connect(f"file:{quote(str(sqlite_file(uri)))}?mode=ro", uri=True)) as there,
-        closing(sqlite3.connect(folder / "copy.db")) as here,
+        closing(sqlite3.connect(f"file:{quote(str(sqlite_file(uri)))}?mode=ro", uri=True)) as source,
+        closing(sqlite3.connect(folder / "copy.db")) as target,
     ):
-        there.backup(here)
+        source.backup(target)
     return folder / "copy.db"

@@ -1,4 +1,4 @@
-"""Describe artifacts as data sets of an MLflow run: a readable name, rows, columns, and our own content digest."""
+"""Logging of artifacts as data sets of an MLflow run: a readable name, rows, columns and the content id."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ if TYPE_CHECKING:
     from mlflow.entities import Dataset
 
 _DIGEST_CHARS, _NAME_CHARS = 36, 200
-_COUNTS = "prompts.json"  # of the stage that chooses prompts: how many there are, by source and split
+_COUNTS = "prompts.json"  # file of the prompts stage: number of prompts by source and split
 _SPLITS = ("train", "validation", "heldout")
 
 
 def log_datasets(client: MlflowClient, run_id: str, inputs: Mapping[str, ArtifactRef]) -> None:
-    """Log the artifacts, by the names of their nodes, as data sets of a run."""
+    """Log artifacts as data sets of a run. inputs: node -> artifact."""
     from mlflow.entities import DatasetInput, InputTag
 
-    found = [DatasetInput(_dataset(node, ref), [InputTag("mlflow.data.context", node)]) for node, ref in inputs.items()]
-    if found:
-        client.log_inputs(run_id, found)
+    datasets = [
+        DatasetInput(_dataset(node, ref), [InputTag("mlflow.data.context", node)]) for node, ref in inputs.items()
+    ]
+    if datasets:
+        client.log_inputs(run_id, datasets)
 
 
 def _dataset(node: str, ref: ArtifactRef) -> Dataset:
@@ -35,12 +37,12 @@ def _dataset(node: str, ref: ArtifactRef) -> Dataset:
     try:
         rows, columns = _table(ref.path)
         metrics = read_manifest(ref.path).metrics
-    except (DraftsmithError, OSError, ValueError):  # it may be elsewhere, or damaged: then it has its digest alone
+    except (DraftsmithError, OSError, ValueError):  # only in the bucket, or damaged: the data set has only its digest
         rows, columns, metrics = None, [], {}
     profile = {"num_rows": rows} if rows is not None else {}
     return Dataset(
         name=_name(node, ref.path, rows)[:_NAME_CHARS],
-        digest=ref.content_id[:_DIGEST_CHARS],  # MLflow's own looks at a sample of the rows
+        digest=ref.content_id[:_DIGEST_CHARS],  # MLflow's own digest covers only a sample of the rows
         source_type="local",
         source=json.dumps({"uri": ref.uri}),
         schema=json.dumps({"mlflow_colspec": columns}) if columns else None,
@@ -49,11 +51,11 @@ def _dataset(node: str, ref: ArtifactRef) -> Dataset:
 
 
 def _table(folder: Path) -> tuple[int | None, list[dict[str, Any]]]:
-    """Return rows and columns of the artifact's main table, the largest one; (None, []) if it has none here."""
+    """Return the number of rows and the columns of the artifact's largest table; (None, []) if there is none here."""
     tables = sorted(folder.glob("*.parquet"), key=lambda path: path.stat().st_size)
     if not tables:
         return None, []
-    import pyarrow.parquet as parquet
+    import pyarrow.parquet as parquet  # here, since most artifacts have no table
 
     footer = parquet.ParquetFile(tables[-1])
     columns = [

@@ -1,7 +1,7 @@
-"""Show compared drafters as MLflow's logged models, with metrics by data set, and link registered versions to them.
+"""Compared drafters as MLflow's logged models, with metrics by data set and links from registered versions.
 
-A drafter is known by the checksum of its weights: the champion of this week is the `opd` of an earlier one, and gets
-the metrics of every comparison that it was in.
+A drafter is identified by the checksum of its weights: this week's champion is the `opd` of an earlier refresh, and
+gets the metrics of every comparison that it was in.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
 
-ALL = ""  # the data set that is all of them together
+ALL = ""  # stands for all data sets together
 _WEIGHTS, _FILE = "weights", "drafter/model.safetensors"
 _DIGEST_CHARS = 36
 Metrics = Mapping[str, Mapping[str, float]]  # data set -> name -> value
@@ -29,11 +29,11 @@ Metrics = Mapping[str, Mapping[str, float]]  # data set -> name -> value
 def log_models(
     tracking: Tracking, evaluation: Manifest, run_id: str | None, drafters: Mapping[str, tuple[Manifest, Metrics]]
 ) -> None:
-    """Log each compared drafter, unless this evaluation's metrics are there.
+    """Log each compared drafter as a model, unless it has this evaluation's metrics already.
 
-    run_id: of the refresh, for an evaluation that has no run of its own. drafters: by name; what made it, and metrics.
+    run_id: of the refresh, for an evaluation without a run. drafters: name -> manifest of the drafter, and its metrics.
     """
-    from mlflow.entities import Metric
+    from mlflow.entities import Metric  # here: importing mlflow takes seconds
 
     run_id = evaluation.mlflow_run_id or run_id
     digest = evaluation.inputs["trajectories"].content_id[:_DIGEST_CHARS]
@@ -43,18 +43,18 @@ def log_models(
             model = _find(client, experiment, made) or _create(client, experiment, name, made)
             if any(each.run_id == run_id for each in model.metrics or ()):
                 continue
-            # MLflow keeps one value of a name and a millisecond, and takes the last one where no data set is asked for
-            sets, now = sorted(metrics, key=lambda each: each == ALL), int(time.time() * 1000)
+            # MLflow keeps one value per name and millisecond, and shows the last one if no data set is chosen.
+            datasets, now = sorted(metrics, key=lambda name: name == ALL), int(time.time() * 1000)
             points = [
-                Metric(key, value, now + place, 0, model.model_id, each or None, digest if each else None)
-                for place, each in enumerate(sets)
-                for key, value in metrics[each].items()
+                Metric(key, value, now + index, 0, model.model_id, dataset or None, digest if dataset else None)
+                for index, dataset in enumerate(datasets)
+                for key, value in metrics[dataset].items()
             ]
             client.log_batch(run_id, metrics=points)
 
 
 def link_version(tracking: Tracking, version: Version, made: Manifest) -> None:
-    """Have a registered version and its logged model name each other."""
+    """Link a registered version and its logged model to each other."""
     with tracking.best_effort():
         client, experiment = tracking.connect()
         if (model := _find(client, experiment, made)) is None:
@@ -62,10 +62,10 @@ def link_version(tracking: Tracking, version: Version, made: Manifest) -> None:
         page = f"[Metrics by prompt set](#/experiments/{experiment}/models/{model.model_id})"
         client.update_model_version(version.line, str(version.number), f"{version.tags['decision']}\n\n{page}")
         client.set_model_version_tag(version.line, str(version.number), "draftsmith.model_id", model.model_id)
-        known = json.loads((model.tags or {}).get("mlflow.modelVersions", "[]"))
-        here = {"name": version.line, "version": str(version.number)}
-        if here not in known:
-            client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": json.dumps([*known, here])})
+        linked = json.loads((model.tags or {}).get("mlflow.modelVersions", "[]"))
+        link = {"name": version.line, "version": str(version.number)}
+        if link not in linked:
+            client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": json.dumps([*linked, link])})
 
 
 def _find(client: MlflowClient, experiment: str, made: Manifest) -> LoggedModel | None:
@@ -80,7 +80,7 @@ def _create(client: MlflowClient, experiment: str, name: str, made: Manifest) ->
         experiment,
         name=re.sub("[/:.%\"']", "_", name),
         source_run_id=made.mlflow_run_id,
-        tags={"mlflow.model.isExternal": "true"},  # the store has its files
+        tags={"mlflow.model.isExternal": "true"},  # its files are in the store
         params=params,
         model_type="drafter",
     )

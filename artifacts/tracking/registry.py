@@ -1,10 +1,10 @@
-"""Drafter lines in MLflow's model registry: versions that point to artifacts, and who of them serves.
+"""Model lines in MLflow's model registry: versions that point to artifacts, and which of them serves.
 
-A line is a registered model. A version is one drafter: its source is the artifact in the store, and its tags say what
-it is, what it was made for and what it was worth. The alias `champion` is the version that serves, `previous` the one
-before it, `challenger` the last one that was measured against it. What happened to a line (promotions, rollbacks, drift
-checks) is a tag of the line for each event. Nothing here is tolerant of a lost MLflow: a promotion that nobody can see
-is none.
+A line is a registered model. A version is one drafter: its source is the artifact in the store, and its tags describe
+it, its target and its metrics. The alias `champion` is the version that serves, `previous` the champion before it, and
+`challenger` the last version that was compared with the champion. Each event of a line (promotion, rollback, drift
+check) is a tag of the registered model. Unlike the runs, nothing here ignores failures of MLflow: a promotion that is
+not recorded did not happen.
 """
 
 from __future__ import annotations
@@ -33,18 +33,24 @@ if TYPE_CHECKING:
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 _TAG, _EVENT, _DRIFT = "draftsmith.", "draftsmith.event.", "draftsmith.drift."
 _IDENTITY = ("stage", "key", "content_id")
-# tags of what a version was worth when it was promoted: drift checks compare with that
+# Tags with the metrics of a version at its promotion, which drift checks compare with.
 PROMOTION_TAGS = (
     *("figures", "measured_with", "tau", "tau_interval", "speedup", "speedup_interval"),
     *("decision", "outcome", "rules", "report"),
 )
-_DRAFTER = "drafter"  # the folder of a version's artifact that servers load, and of its copy in MLflow
-_LASTING = ("not a database", "malformed", "readonly", "unable to open database", SCHEMA_MISMATCH)  # no retry mends
-PROMOTED, BY_HAND, ROLLED_BACK = "promoted", "promoted by hand", "rolled back to"  # of an event
+_DRAFTER = "drafter"  # folder of an artifact that servers load, and of its copy in MLflow
+_PERMANENT = (
+    "not a database",
+    "malformed",
+    "readonly",
+    "unable to open database",
+    SCHEMA_MISMATCH,
+)  # a retry does not help
+PROMOTED, BY_HAND, ROLLED_BACK = "promoted", "promoted by hand", "rolled back to"  # values of `LineEvent.what`
 
 
 class ChampionMovedError(DraftsmithError):
-    """Another refresh has promoted a drafter of this line in the meantime."""
+    """Another refresh has promoted a drafter of this line meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class Version:
     stage: str
     key: str
     content_id: str
-    tags: Mapping[str, str] = field(default_factory=dict)  # without our prefix
+    tags: Mapping[str, str] = field(default_factory=dict)  # without the prefix `draftsmith.`
     aliases: tuple[str, ...] = ()
     created_at: str = ""  # ISO 8601, UTC
 
@@ -66,33 +72,33 @@ class Version:
 
     @property
     def path(self) -> Path:
-        """The artifact's folder, on a machine that shares the store."""
+        """Return the artifact's folder, on a machine that shares the store."""
         return Path(unquote(urlparse(self.source).path))
 
     @property
     def uploaded(self) -> str:
-        """Where MLflow's artifact store has its drafter (`runs:/ID/drafter`); empty if it was not uploaded."""
+        """Return the drafter's address in MLflow's artifact store (`runs:/ID/drafter`); empty if not uploaded."""
         return self.tags.get("uploaded", "")
 
     def metrics(self) -> dict[str, Any]:
-        """What it was worth at its promotion (tag `figures`), empty where nothing was measured."""
+        """Return its metrics at its promotion (tag `figures`); empty if nothing was measured."""
         return dict(json.loads(self.tags.get("figures", "{}")))
 
 
 @dataclass(frozen=True)
 class LineEvent:
-    """What was done to a line."""
+    """A promotion or rollback of a line."""
 
     at: str  # ISO 8601, UTC
     by: str  # user@host
     what: str  # promoted, promoted by hand, rolled back to
     version: int
-    before: int | None  # the champion until then
+    before: int | None  # version of the champion until then
     why: str
 
 
 class Registry:
-    """The drafter lines of one MLflow."""
+    """The model lines in one MLflow."""
 
     def __init__(self, tracking: Tracking) -> None:
         self._tracking = tracking
@@ -100,16 +106,18 @@ class Registry:
     # -- reading -------------------------------------------------------------------------------------------------
 
     def champion(self, line: str) -> Version | None:
+        """Return the version that serves; None if there is none."""
         return self.alias(line, CHAMPION)
 
     def alias(self, line: str, alias: str) -> Version | None:
-        """The version that an alias of a line names; None if the line or the alias is not there."""
+        """Return the version with an alias; None if the line or the alias does not exist."""
         with self._client() as client:
             found = self._model(client, line)
             number = None if found is None else found.aliases.get(alias)
             return None if number is None else _version(client.get_model_version(line, number))
 
     def version(self, line: str, number: int) -> Version:
+        """Return a version by number. Raises DraftsmithError if it does not exist."""
         with self._client() as client:
             from mlflow.exceptions import MlflowException
 
@@ -119,39 +127,39 @@ class Registry:
                 if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                     raise
         known = ", ".join(str(each.number) for each in self.versions(line)) or "none"
-        raise DraftsmithError(f"{line} has no version {number}: it has {known} (`draftsmith champions {line}`)")
+        raise DraftsmithError(f"{line} has no version {number}. It has {known} (`draftsmith champions {line}`).")
 
     def versions(self, line: str) -> list[Version]:
-        """Oldest first; none for a line that is not there."""
+        """Return the versions of a line, oldest first; none if the line does not exist."""
         with self._client() as client:
             if (model := self._model(client, line)) is None:
                 return []
             found = client.search_model_versions(f"name = '{line}'", max_results=10_000)
-            for each in found:  # a search does not say them, and to ask for each takes as long as there are versions
+            for each in found:  # a search returns no aliases, and one request per version is slow
                 each.aliases = [name for name, number in model.aliases.items() if int(number) == int(each.version)]
             return sorted(map(_version, found), key=lambda version: version.number)
 
     def content_ids(self) -> set[str]:
-        """Of every version of every line."""
+        """Return the content ids of all versions of all lines."""
         return set(self._content_ids().values())
 
     def needed_content_ids(self) -> set[str]:
-        """Of every version of every line that an alias names, or the last event: who serves, and who served before."""
+        """Return the content ids of all versions named by an alias or the last event: the current and the previous."""
         with self._client() as client:
             models = paginate(client.search_registered_models)
             named = {(model.name, number) for model in models for number in _named_versions(model)}
         return {content for version, content in self._content_ids().items() if version in named}
 
     def events(self, line: str) -> list[LineEvent]:
-        """Oldest first."""
+        """Return the promotions and rollbacks of a line, oldest first."""
         return [LineEvent(**event) for event in self._line_tags(line, _EVENT)]
 
     def drift(self, line: str) -> list[dict[str, Any]]:
-        """What drift checks of a line's champions saw, oldest first."""
+        """Return the results of drift checks of a line's champions, oldest first."""
         return self._line_tags(line, _DRIFT)
 
     def resolve(self, text: str) -> Version:
-        """`LINE@champion`, `LINE@previous`, `LINE@3`, or `LINE` for its champion. Raises DraftsmithError."""
+        """Return the version of `LINE@ALIAS`, `LINE@3`, or `LINE` for its champion. Raises DraftsmithError."""
         line, _, which = text.partition("@")
         which = which or CHAMPION
         if which.isdecimal():
@@ -161,15 +169,18 @@ class Registry:
             known = ", ".join(f"@{each.number}" for each in self.versions(line))
             if not known:
                 raise self.unknown_line(line)
-            raise DraftsmithError(f"{text}: {line} has no {which}: its versions are {known}")
+            raise DraftsmithError(f"{text}: {line} has no {which}. Its versions are {known}.")
         return found
 
     def unknown_line(self, line: str) -> DraftsmithError:
-        """Of a line that is not there."""
+        """Return the error for a line that does not exist."""
         with self._client() as client:
             names = sorted(each.name for each in client.search_registered_models())
-        there = f"{self._tracking.uri} has {', '.join(names)}" if names else f"{self._tracking.uri} has no line yet"
-        return DraftsmithError(f"{line}: no refresh has registered a drafter under this name (registry.name): {there}")
+        existing = ", ".join(names) or "no line yet"
+        return DraftsmithError(
+            f"{line}: no refresh has registered a drafter under this name (registry.name). {self._tracking.uri} has "
+            f"{existing}."
+        )
 
     # -- writing -------------------------------------------------------------------------------------------------
 
@@ -186,20 +197,22 @@ class Registry:
         identity = {name: str(getattr(ref, name)) for name in _IDENTITY}
         with self._client() as client:
             with self._line_lock(line, "registering"):
-                found = [each for each in self.versions(line) if each.content_id == ref.content_id]
-                known = found[-1] if found else None
-                wanted = upload and (known is None or not known.uploaded)
-                if wanted and run_id is None:
-                    said = "MLflow has no run of this refresh, into which its drafter is to be uploaded"
-                    raise RetryableError(f"{line}: {said}: see that MLflow is there")
+                same = [version for version in self.versions(line) if version.content_id == ref.content_id]
+                existing = same[-1] if same else None
+                to_upload = upload and (existing is None or not existing.uploaded)
+                if to_upload and run_id is None:
+                    raise RetryableError(
+                        f"{line}: the drafter cannot be uploaded, since MLflow has no run of this refresh. Check that "
+                        "MLflow can be reached."
+                    )
                 tagged = {**identity, **tags}
-                number = self._create(client, line, ref, run_id, tagged) if known is None else known.number
-            if wanted:
+                number = self._create(client, line, ref, run_id, tagged) if existing is None else existing.number
+            if to_upload:
                 with weights_timeout():
                     client.log_artifacts(run_id, str(ref.path / _DRAFTER), _DRAFTER)
                 identity["uploaded"] = f"runs:/{run_id}/{_DRAFTER}"
-            kept = PROMOTION_TAGS if known is not None and "promoted_at" in known.tags else ()
-            self._tag(client, line, number, {**identity, **{n: value for n, value in tags.items() if n not in kept}})
+            fixed = PROMOTION_TAGS if existing is not None and "promoted_at" in existing.tags else ()
+            self._tag(client, line, number, {**identity, **{n: value for n, value in tags.items() if n not in fixed}})
             with self._line_lock(line, "registering"):
                 model = self._model(client, line)
                 if model is None or int(model.aliases.get(CHAMPION, 0)) != number:
@@ -209,16 +222,16 @@ class Registry:
     def _create(
         self, client: MlflowClient, line: str, ref: ArtifactRef, run_id: str | None, tags: Mapping[str, str]
     ) -> int:
-        """A new version, with its tags at once: a killed run leaves none without, which would be registered again."""
+        """Create a version together with its tags: without them a killed run's version would be registered again."""
         if self._model(client, line) is None:
             client.create_registered_model(line, description="A model line of Draftsmith. It has no champion yet.")
-        served = self._tracking.uri.startswith(("http://", "https://"))  # which refuses paths that are not its own
-        source = f"draftsmith-store:{ref.path}" if served else ref.uri
+        is_server = self._tracking.uri.startswith(("http://", "https://"))  # a server refuses file paths
+        source = f"draftsmith-store:{ref.path}" if is_server else ref.uri
         named = {f"{_TAG}{name}": value for name, value in tags.items()}
         return int(client.create_model_version(line, source=source, run_id=run_id, tags=named).version)
 
     def download(self, version: Version, folder: Path) -> None:
-        """The drafter that was uploaded with a version, as `folder`, which appears whole or not at all."""
+        """Download the uploaded drafter of a version to `folder`, atomically."""
         run_id, _, name = version.uploaded.removeprefix("runs:/").partition("/")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with self._client() as client, tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder.parent) as scratch:
@@ -227,7 +240,7 @@ class Registry:
             with suppress(OSError):  # another process was faster
                 copied.rename(folder)
             if not folder.is_dir():
-                raise DraftsmithError(f"{folder}: cannot be written: see that the disk is there")
+                raise DraftsmithError(f"{folder}: cannot be written. Check the disk.")
 
     def promote(
         self,
@@ -238,28 +251,30 @@ class Registry:
         what: str = PROMOTED,
         tags: Mapping[str, str] = {},
     ) -> None:
-        """Make a version the champion, and the champion the previous one.
+        """Make a version the champion, and the champion `previous`.
 
-        expected: the champion that the decision was made against. Raises ChampionMovedError if it is another one by
-        now: of two refreshes that promote at once, the second has to decide again. tags: of the version, which say
-        nothing of a promotion that comes to nothing. MLflow may be lost at any moment, so the event and they come first
-        and `previous` last: the same call again, or `complete`, goes on where it was lost. In one home a lock keeps
-        promotions apart. A home elsewhere knows no lock of ours: the alias is compared again before it is moved.
+        MLflow may fail between two requests, so the event comes first and `previous` last: the same call again, or
+        `complete_promotion`, continues. In one home a lock serializes promotions. Homes elsewhere do not see it, so the
+        alias is compared again before it is moved.
+
+        expected: the champion that the decision was made against. Raises ChampionMovedError if another one serves by
+        now: of two concurrent promotions, the second has to decide again. why: the reason. what: the kind of event.
+        tags: of the version, written only if the promotion goes ahead.
         """
         self._tracking.require_writable()
         with self._client() as client, self._line_lock(version.line, f"promotion of {version}"):
             model = self._model(client, version.line)
             since = None if expected is None else expected.number
             events = {n: text for n, text in (model.tags if model else {}).items() if n.startswith(_EVENT)}
-            known = LineEvent(**json.loads(events[max(events)])) if events else None
-            begun = known is not None and (known.version, known.before, known.what) == (version.number, since, what)
-            self._check_champion(model, version, since, begun=begun)
+            last = LineEvent(**json.loads(events[max(events)])) if events else None
+            resumed = last is not None and (last.version, last.before, last.what) == (version.number, since, what)
+            self._check_champion(model, version, since, resumed=resumed)
             at = datetime.now(UTC).isoformat(timespec="seconds")
-            if not begun:
+            if not resumed:
                 by = f"{user_name()}@{platform.node()}"
                 event = LineEvent(at=at, by=by, what=what, version=version.number, before=since, why=why[:1000])
-                after = 1 + max((int(n.removeprefix(_EVENT).partition(".")[0]) for n in events), default=-1)
-                name = f"{_EVENT}{after:06d}.{version.number}"  # of two homes at once each has its own
+                index = 1 + max((int(n.removeprefix(_EVENT).partition(".")[0]) for n in events), default=-1)
+                name = f"{_EVENT}{index:06d}.{version.number}"  # unique even if two homes promote concurrently
                 client.set_registered_model_tag(version.line, name, json.dumps(asdict(event)))
                 try:
                     self._check_champion(self._model(client, version.line), version, since)
@@ -276,56 +291,56 @@ class Registry:
             if since is not None and since != version.number:
                 client.set_registered_model_alias(version.line, PREVIOUS, str(since))
 
-    def _check_champion(self, model: Any, version: Version, expected: int | None, *, begun: bool = False) -> None:
-        """Raise ChampionMovedError if another version serves than expected. begun: `version` may serve already."""
-        now = None if model is None else model.aliases.get(CHAMPION)
-        before = None if now is None else int(now)
-        if before != expected and not (begun and before == version.number):
+    def _check_champion(self, model: Any, version: Version, expected: int | None, *, resumed: bool = False) -> None:
+        """Raise ChampionMovedError if another version serves than expected; if `resumed`, `version` may serve."""
+        alias = None if model is None else model.aliases.get(CHAMPION)
+        champion = None if alias is None else int(alias)
+        if champion != expected and not (resumed and champion == version.number):
             raise ChampionMovedError(
-                f"{version.line}: version {before} is the champion by now, the decision was made against "
-                f"{'none' if expected is None else f'version {expected}'}: decide again"
+                f"{version.line}: version {champion} is the champion by now, but the decision was made against "
+                f"{'none' if expected is None else f'version {expected}'}. Decide again."
             )
 
     def complete_promotion(self, line: str) -> LineEvent | None:
-        """End a promotion whose MLflow was lost between `champion` and `previous`; None if there is none."""
+        """Finish a promotion that was interrupted before `previous` was set; return its event, or None."""
         events, champion, previous = self.events(line), self.champion(line), self.alias(line, PREVIOUS)
         if not events or champion is None:
             return None
         last = events[-1]
-        ended = previous is not None and previous.number == last.before
-        if ended or champion.number != last.version or last.before in (None, last.version):
+        complete = previous is not None and previous.number == last.before
+        if complete or champion.number != last.version or last.before in (None, last.version):
             return None
-        if last.before not in {each.number for each in self.versions(line)}:  # deleted in MLflow since, its alias too
+        if last.before not in {version.number for version in self.versions(line)}:  # deleted in MLflow since
             return None
         self.promote(champion, expected=self.version(line, last.before), why=last.why, what=last.what)
         return last
 
     def rollback_event(self, version: Version) -> LineEvent | None:
-        """The event by which somebody took a version out of service, unless it was made the champion since."""
-        about = [each for each in self.events(version.line) if version.number in (each.version, each.before)]
-        if not about or about[-1].what not in (BY_HAND, ROLLED_BACK) or about[-1].version == version.number:
+        """Return the event by which a person replaced a version, unless it became the champion again since."""
+        events = [event for event in self.events(version.line) if version.number in (event.version, event.before)]
+        if not events or events[-1].what not in (BY_HAND, ROLLED_BACK) or events[-1].version == version.number:
             return None
-        return about[-1]
+        return events[-1]
 
     def tag(self, version: Version, tags: Mapping[str, str]) -> None:
-        """A `decision` among the tags is the version's description too."""
+        """Set tags of a version; a tag `decision` also becomes its description."""
         self._tracking.require_writable()
         with self._client() as client:
             self._tag(client, version.line, version.number, tags)
 
-    def add_drift(self, line: str, seen: Mapping[str, Any]) -> None:
-        """Keep what a drift check saw, unless it is the last one again."""
+    def add_drift(self, line: str, result: Mapping[str, Any]) -> None:
+        """Record the result of a drift check, unless it repeats the last one."""
         self._tracking.require_writable()
         with self._client() as client, self._line_lock(line, f"drift check of {line}"):
-            known = self.drift(line)
-            if known and {**known[-1], "at": None} == {**seen, "at": None}:
+            earlier = self.drift(line)
+            if earlier and {**earlier[-1], "at": None} == {**result, "at": None}:
                 return
-            client.set_registered_model_tag(line, f"{_DRIFT}{len(known):06d}", json.dumps(dict(seen)))
+            client.set_registered_model_tag(line, f"{_DRIFT}{len(earlier):06d}", json.dumps(dict(result)))
 
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _content_ids(self) -> dict[tuple[str, int], str]:
-        """Content ids by line and version."""
+        """Return (line, version) -> content id."""
         tag = f"{_TAG}content_id"
         with self._client() as client:
             found = paginate(client.search_model_versions)
@@ -339,7 +354,7 @@ class Registry:
 
     @contextmanager
     def _client(self) -> Iterator[MlflowClient]:
-        """Errors of MLflow are one clear error: worth a retry where a server may come back."""
+        """Yield MLflow's client, and turn its errors into one clear DraftsmithError, retryable where that may help."""
         try:
             client, _ = self._tracking.connect()
             yield client
@@ -351,31 +366,31 @@ class Registry:
     def _to_error(self, error: Exception) -> DraftsmithError:
         reason = first_line(error)
         if getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE":
-            return DraftsmithError(f"MLflow's model registry refused this: {reason}: correct the name or the value")
-        if (refused := find_disk_error(error)) is not None:  # a connection's errors are OSErrors too
-            return from_os_error(refused, "MLflow's model registry:")
-        if not self._tracking.is_default or any(known in reason for known in (LOCKED, *_LASTING)):
-            lasts = (
+            return DraftsmithError(f"MLflow's model registry refused this: {reason}. Correct the name or the value.")
+        if (disk_error := find_disk_error(error)) is not None:  # not any OSError: those of connections are OSErrors too
+            return from_os_error(disk_error, "MLflow's model registry:")
+        if not self._tracking.is_default or any(text in reason for text in (LOCKED, *_PERMANENT)):
+            permanent = (
                 (self._tracking.is_default and LOCKED not in reason)
                 or SCHEMA_MISMATCH in reason
                 or is_permission_error(error)
             )
-            return (DraftsmithError if lasts else RetryableError)(self._tracking.unusable_message(error))
-        return RetryableError(f"MLflow's model registry failed ({reason}): see that MLflow is there")
+            return (DraftsmithError if permanent else RetryableError)(self._tracking.unusable_message(error))
+        return RetryableError(f"MLflow's model registry failed ({reason}). Check that MLflow can be reached.")
 
     def _line_lock(self, line: str, what: str) -> AbstractContextManager[Lock]:
         """Return the lock of a line in this home."""
         return locked(self._tracking.folder / "registry" / f".lock-{line}", what)
 
     def _line_tags(self, line: str, prefix: str) -> list[dict[str, Any]]:
-        """What the tags of a line hold that begin so, oldest first."""
+        """Return the parsed values of a line's tags with this prefix, oldest first."""
         with self._client() as client:
             found = self._model(client, line)
             tags = {} if found is None else found.tags
             return [json.loads(tags[name]) for name in sorted(tags) if name.startswith(prefix)]
 
     def _model(self, client: MlflowClient, line: str) -> Any:
-        """The registered model with aliases and tags; None if there is none."""
+        """Return the registered model with aliases and tags; None if it does not exist."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -387,7 +402,7 @@ class Registry:
 
 
 def _description(champion: Version, what: str, why: str) -> str:
-    """Return the description of a registered model, in Markdown: who is champion, why, and where the report is."""
+    """Return a registered model's description in Markdown: the champion, why, and the report."""
     since = f"{what.removesuffix(' to')} {champion.tags['promoted_at']}"
     lines = [f"**Champion: version {champion.number}**, {since}.", escape_markdown(why)]
     if report := champion.tags.get("report"):
@@ -396,7 +411,7 @@ def _description(champion: Version, what: str, why: str) -> str:
 
 
 def _version(found: Any) -> Version:
-    """A version of MLflow's as one of ours."""
+    """Convert MLflow's model version to a `Version`."""
     tags = {name.removeprefix(_TAG): value for name, value in found.tags.items() if name.startswith(_TAG)}
     stage, key, content_id = (tags.pop(name, "") for name in _IDENTITY)
     created = datetime.fromtimestamp(found.creation_timestamp / 1000, UTC).isoformat(timespec="seconds")
@@ -405,7 +420,7 @@ def _version(found: Any) -> Version:
 
 
 def _named_versions(model: Any) -> set[int]:
-    """By an alias, or by the last event: one that was cut off has yet to make the champion before it `previous`."""
+    """Return the versions named by an alias, or by the last event, which may not have set `previous` yet."""
     events = sorted(name for name in model.tags if name.startswith(_EVENT))
     last = json.loads(model.tags[events[-1]]) if events else {}
     return {int(number) for number in (*model.aliases.values(), last.get("version"), last.get("before")) if number}

@@ -1,4 +1,4 @@
-"""MLflow's view of refreshes and stages. The store is the truth: a tracking failure is a warning, never a loss."""
+"""MLflow runs of refreshes and stages. The store is authoritative, so a failure of MLflow is only a warning."""
 
 from __future__ import annotations
 
@@ -44,28 +44,33 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EXPERIMENT = "draftsmith"
-# tags of every run: its stage ("refresh" for a whole one), what it makes, and the host and folder of its home
+# Tags of every run: its stage ("refresh" for a whole one), the key of what it makes, host and folder of its home.
 STAGE, KEY, HOME = "stage", "key", "home"
-NOTE = "mlflow.note.content"  # the tag that MLflow shows as a run's description
-_KIND = ("mlflow.experimentKind", "custom_model_development")  # else MLflow asks what the experiment is for
-SCHEMA_MISMATCH = "out-of-date database schema"  # of a database: what MLflow says where another version made it
-LOCKED = "database is locked"  # what SQLite says of one that another program is writing to
+NOTE = "mlflow.note.content"  # tag that MLflow shows as a run's description
+_KIND = (
+    "mlflow.experimentKind",
+    "custom_model_development",
+)  # without it MLflow's page asks for the kind of experiment
+SCHEMA_MISMATCH = "out-of-date database schema"  # MLflow's message for a database of another version
+LOCKED = "database is locked"  # SQLite's message while another program writes
 _HTTP = ("http://", "https://")
 _DATABASE_ERROR = re.compile(r"\([\w.]+\.\w+Error\) ")  # (sqlite3.OperationalError) …
 FLUSH_S = 5.0  # metrics reach MLflow at most this late
-AFTER_FAILURE_S = 60.0  # until they are sent again; doubles with every further failure, up to 8 minutes
+AFTER_FAILURE_S = 60.0  # pause after a failure; doubles with every further one, up to 8 minutes
 
 
 class Tracking:
-    """One process's connection to MLflow: the default database under `folder` (the home), or `MLFLOW_TRACKING_URI`."""
+    """The connection to MLflow at `MLFLOW_TRACKING_URI`, by default the database in `folder` (the home)."""
 
     def __init__(self, folder: Path | None = None, experiment: str | None = None) -> None:
-        """experiment: what the runs are filed under, unless `MLFLOW_EXPERIMENT_NAME` says it."""
+        """experiment: name of the experiment, unless `MLFLOW_EXPERIMENT_NAME` is set."""
         self.folder = (folder or home()).resolve()
         self.experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment or EXPERIMENT
         self.default_uri = f"sqlite:///{self.folder / 'mlflow.db'}"
         self.uri = os.environ.get("MLFLOW_TRACKING_URI") or self.default_uri
-        self.is_default = self.uri == self.default_uri  # of this home alone: nobody else's, and no server's
+        self.is_default = (
+            self.uri == self.default_uri
+        )  # the home's own database, which no other home and no server uses
         self._connected: tuple[MlflowClient, str] | None = None
         self._warned = False
         self._refresh: str | None = None
@@ -73,12 +78,12 @@ class Tracking:
 
     @property
     def ui_command(self) -> str:
-        """What a user runs to look at the runs."""
+        """Return the command, or the address, to look at the runs."""
         uri = redacted(self.uri)
         return f"mlflow ui --backend-store-uri {uri}" if _is_db(self.uri) else uri
 
     def link(self, run_id: str | None) -> str:
-        """Return a link to a run's page, in Markdown; empty where MLflow is no server, or does not answer."""
+        """Return a Markdown link to a run's page; empty if MLflow is no server, or does not answer."""
         if run_id is not None and self.uri.startswith(_HTTP):
             with self.best_effort():
                 experiment = self.connect()[0].get_run(run_id).info.experiment_id
@@ -87,7 +92,7 @@ class Tracking:
         return ""
 
     def check(self) -> None:
-        """One clear error, within seconds, if MLflow cannot be used. Call it before long work."""
+        """Raise one clear error within seconds if MLflow cannot be used. Call this before long work."""
         try:
             self.require_writable()
             if self.uri.startswith(_HTTP):
@@ -97,38 +102,36 @@ class Tracking:
             raise
         except Exception as error:
             reason = first_line(error)
-            passes = not is_permission_error(error) and (
-                LOCKED in reason or self.uri.startswith(_HTTP)
-            )  # it may come back
-            raise (RetryableError if passes else DraftsmithError)(self.unusable_message(error)) from error
+            retryable = not is_permission_error(error) and (LOCKED in reason or self.uri.startswith(_HTTP))
+            raise (RetryableError if retryable else DraftsmithError)(self.unusable_message(error)) from error
 
     def unusable_message(self, error: Exception) -> str:
-        """That MLflow cannot be used, why, and what to do."""
+        """Return the message that MLflow cannot be used: the cause and the remedy."""
         reason = first_line(error)
         if is_permission_error(error):
             return (
-                f"MLFLOW_TRACKING_URI {redacted(self.uri)}: {reason}; it refuses this user: correct user and password "
-                "(in the address, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD), or ask for the right"
+                f"MLFLOW_TRACKING_URI {redacted(self.uri)} refuses this user ({reason}). Correct user and password (in "
+                "the address, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD), or ask for permission."
             )
         if LOCKED in reason:
-            return f"MLflow's database {redacted(self.uri)} is locked: end what holds it"
+            return f"MLflow's database {redacted(self.uri)} is locked. Stop the program that uses it."
         if SCHEMA_MISMATCH in reason:
             return (
-                f"MLflow's database {redacted(self.uri)} is of another version of MLflow than is installed here: back "
-                f"it up and run `mlflow db upgrade {redacted(self.uri)}`, or install the version that it is of"
+                f"MLflow's database {redacted(self.uri)} was made by another version of MLflow. Back it up and run "
+                f"`mlflow db upgrade {redacted(self.uri)}`, or install that version."
             )
         if self.is_default:
             return (
-                f"MLflow's database {redacted(self.uri)}: {reason}; make it writable, or restore it from a backup "
-                "(moved away, it starts anew: lines, champions and runs are lost, artifacts stay)"
+                f"MLflow's database {redacted(self.uri)}: {reason}. Make it writable, or restore it from a backup: a new "
+                "database would lack all lines, champions and runs."
             )
         return (
-            f"MLFLOW_TRACKING_URI {redacted(self.uri)}: {reason}; start the server, correct the variable, or unset it "
-            "to use SQLite"
+            f"MLFLOW_TRACKING_URI {redacted(self.uri)}: {reason}. Start the server, correct the variable, or unset it "
+            "to use SQLite."
         )
 
     def open_refresh(self, name: str, params: Mapping[str, Any]) -> str | None:
-        """Start the run of a refresh; None if MLflow failed. It counts as alive as long as this process lives."""
+        """Start the run of a refresh and return its id; None if MLflow failed. It is alive as long as this process."""
         key = secrets.token_hex(8)
         with self.best_effort():
             client, experiment = self.connect()
@@ -148,7 +151,7 @@ class Tracking:
         inputs: Mapping[str, ArtifactRef] | None = None,
         params: Mapping[str, str] | None = None,
     ) -> None:
-        """End the refresh's run with metrics, files (the report), tags (what it came to), data sets and more params."""
+        """End the refresh's run. files: the report. tags: its outcome. inputs: its data sets."""
         run_id, self._refresh = self._refresh, None
         with self._refresh_lock.pop_all(), self.best_effort():
             if run_id is not None:
@@ -158,7 +161,7 @@ class Tracking:
                 log_params(client, run_id, params or {})
                 log_datasets(client, run_id, inputs or {})
                 end_run(client, run_id, status, metrics or {}, files)
-            for file in self._refresh_files:  # else the next run ends it, by the file maybe that of another host
+            for file in self._refresh_files:  # a later run, even on another host, closes runs that left their file
                 file.unlink(missing_ok=True)
             self._refresh_files.clear()
 
@@ -172,9 +175,9 @@ class Tracking:
         params: Mapping[str, Any] | None = None,
         inputs: Mapping[str, ArtifactRef] | None = None,
     ) -> StageRun:
-        """The nested run of a stage, with its config and its data sets. Call it with the key's lock held.
+        """Start the nested run of a stage, or resume the unfinished one of the same key. Needs the key's lock.
 
-        An unfinished run of the same key is resumed by its id. `name` defaults to the stage's.
+        name: of the run, by default the stage's. params: the stage's config. inputs: its data sets.
         """
         run = StageRun(self)
         with self.best_effort(run):
@@ -194,7 +197,7 @@ class Tracking:
         return run
 
     def finish_interrupted_run(self, manifest: Manifest, folder: Path) -> None:
-        """Of an artifact that is there although its run has ended otherwise, when its commit was cut off."""
+        """Mark the run of a complete artifact as finished, if it failed because the commit was interrupted."""
         run_id = manifest.mlflow_run_id
         if run_id is not None:
             with self.best_effort():
@@ -205,28 +208,28 @@ class Tracking:
     def check_file_system(self) -> None:
         """Raise DraftsmithError if the database is SQLite on a network file system."""
         if (database := sqlite_file(self.uri)) is not None:
-            advice = "start an MLflow server and set MLFLOW_TRACKING_URI to its address"
+            advice = "Start an MLflow server and set MLFLOW_TRACKING_URI to its address"
             check_database_disk(database, "MLflow's database", advice)
 
     def is_local_run(self, run: Run) -> bool:
-        """Return whether a run is of this home and machine: locks say nothing about the processes of another one."""
+        """Return whether a run is of this home and machine: locks do not cover processes elsewhere."""
         return bool(run.data.tags.get(HOME) == self._home)
 
     @property
     def had_failures(self) -> bool:
-        """Whether MLflow failed while something was told."""
+        """Return whether MLflow failed at any request."""
         return self._warned
 
     def refresh_file(self, key: str) -> Path:
-        """The lock of a refresh, held as long as its process lives."""
+        """Return the lock file of a refresh, which is locked as long as its process lives."""
         return self.folder / "refreshes" / f".lock-{key[:16]}"
 
     # -- inside --------------------------------------------------------------------------------------------------
 
     def connect(self) -> tuple[MlflowClient, str]:
-        """The client and the experiment's id; migrates a database first, one process at a time.
+        """Return the client and the experiment's id; one process at a time migrates an old database first.
 
-        Of a home that may only be read, a copy of the database is read: MLflow writes to one that it opens.
+        In a read-only home it opens a copy of the database, since MLflow writes to any that it opens.
         """
         if self._connected is None:
             self.check_file_system()
@@ -240,24 +243,26 @@ class Tracking:
 
     @property
     def read_only(self) -> bool:
-        """Whether the database is a file that this user may only read: SQLite writes to its folder too."""
+        """Return whether this user may not write the database file or its folder, which SQLite also writes to."""
         database = sqlite_file(self.uri)
         if database is None or not database.is_file():
             return False
         return not all(os.access(path, os.W_OK) for path in (database, database.parent))
 
     def require_writable(self) -> None:
-        """Raise DraftsmithError where nothing can be written."""
+        """Raise DraftsmithError if the database is read-only."""
         if self.read_only:
-            raise DraftsmithError(f"MLflow's database {redacted(self.uri)}: you may only read it: ask its owner")
+            raise DraftsmithError(
+                f"MLflow's database {redacted(self.uri)} is read-only for you. Ask its owner for permission."
+            )
 
     def _open(self, uri: str) -> tuple[MlflowClient, str]:
         for noisy in ("alembic", "mlflow"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
-        from mlflow import MlflowClient
+        from mlflow import MlflowClient  # here: the import takes seconds, and planning does not need it
 
-        logging.getLogger("mlflow").setLevel(logging.WARNING)  # its import configured it again
-        if os.environ.get("DRAFTSMITH_DEBUG") != "1":  # we tell what failed, in a line and not with its traceback
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # its import sets the level again
+        if os.environ.get("DRAFTSMITH_DEBUG") != "1":  # we report failures in one line, without MLflow's traceback
             for noisy in ("mlflow.store.db", "mlflow.system_metrics"):
                 logging.getLogger(noisy).setLevel(logging.CRITICAL)
         client = MlflowClient(uri, registry_uri=uri)
@@ -273,31 +278,31 @@ class Tracking:
         name = self.experiment
         found = client.get_experiment_by_name(name)
         if found is None:
-            # A server decides for itself where artifacts go; for a bare database, this home keeps them.
+            # A server chooses where its files go; with a bare database they go into this home.
             location = (self.folder / "mlartifacts" / name).as_uri() if _is_db(self.uri) else None
             return client.create_experiment(name, artifact_location=location, tags=dict([_KIND]))
         return found.experiment_id
 
     def _check_experiment(self) -> None:
-        """Raise DraftsmithError if the experiment was deleted: MLflow finds it still, and refuses runs in it.
+        """Raise DraftsmithError if the experiment was deleted, since MLflow still finds it but refuses runs.
 
-        One that somebody else has made, or an earlier version, is marked as one of model development.
+        Sets the kind of an experiment that was created by others or by an earlier version.
         """
-        client, experiment = self.connect()
-        found = client.get_experiment(experiment)
-        if found.lifecycle_stage == "deleted":
+        client, experiment_id = self.connect()
+        experiment = client.get_experiment(experiment_id)
+        if experiment.lifecycle_stage == "deleted":
             restore = (
-                f"MLFLOW_TRACKING_URI={redacted(self.uri)} mlflow experiments restore --experiment-id {experiment}"
+                f"MLFLOW_TRACKING_URI={redacted(self.uri)} mlflow experiments restore --experiment-id {experiment_id}"
             )
             raise DraftsmithError(
-                f"MLflow's experiment {self.experiment} is deleted and takes no runs: restore it (`{restore}`), or set "
-                "MLFLOW_EXPERIMENT_NAME to another name"
+                f"MLflow's experiment {self.experiment} is deleted and takes no runs. Restore it (`{restore}`), or set "
+                "MLFLOW_EXPERIMENT_NAME to another name."
             )
-        if _KIND[0] not in found.tags:
+        if _KIND[0] not in experiment.tags:
             from mlflow.exceptions import MlflowException
 
-            with suppress(MlflowException):  # who may only add runs is no worse off without it
-                client.set_experiment_tag(experiment, *_KIND)
+            with suppress(MlflowException):  # a user who may only add runs does not need it
+                client.set_experiment_tag(experiment_id, *_KIND)
 
     def _tags(self, stage: str, key: str) -> dict[str, str]:
         return {STAGE: stage, KEY: key, HOME: self._home, **source_tags()}
@@ -314,7 +319,7 @@ class Tracking:
 
     @contextmanager
     def best_effort(self, run: StageRun | None = None) -> Iterator[None]:
-        """Swallow any failure of MLflow with one warning; the stage goes on, and its run tries again later."""
+        """Suppress any failure of MLflow in the body, with one warning; the stage goes on, and `run` retries later."""
         try:
             yield
         except Exception as error:
@@ -322,7 +327,7 @@ class Tracking:
                 run.failed()
             if not self._warned:
                 log.warning(
-                    "MLflow at %s failed (%s): results are kept in the store, MLflow may lack a part",
+                    "MLflow at %s failed (%s). Results are safe in the store, but MLflow may lack some of them.",
                     redacted(self.uri),
                     first_line(error),
                 )
@@ -330,7 +335,7 @@ class Tracking:
 
 
 class StageRun:
-    """The run of one stage. Metrics are sent in batches, and kept while MLflow fails: it does not hold up the stage."""
+    """The run of one stage. Metrics are sent in batches, and buffered while MLflow fails, so the stage never waits."""
 
     def __init__(self, tracking: Tracking) -> None:
         self.run_id: str | None = None
@@ -339,10 +344,10 @@ class StageRun:
         self._buffer: list[tuple[str, float, int]] = []
         self._flushed = time.monotonic()
         self._failures = 0
-        self._last_step: dict[str, int] = {}  # of a resumed run: steps that MLflow already has are not sent again
+        self._last_step: dict[str, int] = {}  # in a resumed run: metric -> last step that MLflow has
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Values of one step; they reach MLflow within `FLUSH_S` seconds of a later call, or when the run ends."""
+        """Log the values of one step. They are sent at the first call after `FLUSH_S` seconds, or when the run ends."""
         self._buffer += [(name, float(value), step) for name, value in values.items()]
         waited = time.monotonic() - self._flushed
         if self._failures:
@@ -354,11 +359,11 @@ class StageRun:
 
     @contextmanager
     def system_metrics(self) -> Iterator[None]:
-        """Have MLflow's own monitor log every ten seconds what the machine does."""
+        """Log the machine's load every ten seconds during the body, with MLflow's own monitor."""
         monitor = None
         if self.run_id is not None:
             with self._tracking.best_effort():
-                import pynvml  # noqa: F401  # the monitor looks at GPUs if it was imported
+                import pynvml  # noqa: F401  # the monitor logs GPUs only if this was imported
                 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
                 uri = self._tracking.uri
@@ -371,6 +376,7 @@ class StageRun:
                 monitor.finish()
 
     def flush(self) -> None:
+        """Send the buffered metrics; keep them if that fails."""
         points, failures = list(self._buffer), self._failures
 
         def send(client: MlflowClient, run_id: str) -> None:
@@ -382,16 +388,16 @@ class StageRun:
             self._buffer, self._failures = [], 0
 
     def failed(self) -> None:
-        """A part of what was sent may be there: what is known of the run is asked again."""
+        """Note a failure: some of the metrics may have arrived, so the last steps are read from MLflow again."""
         self._failures += 1
         self.resumed = True
         self._last_step.clear()
 
     def close(self, status: Status, metrics: Mapping[str, float] | None = None, folder: Path | None = None) -> None:
-        """End the run with its final figures and the review files of the artifact's `folder`, never its weights."""
+        """End the run with its final metrics and the review files of the artifact in `folder`, never its weights."""
         self.flush()
 
-        if not self._failures:  # else `dead_runs.py` ends it, and nobody waits here once more
+        if not self._failures:  # otherwise `close_dead_runs` ends it later
 
             def end(client: MlflowClient, run_id: str) -> None:
                 end_run(client, run_id, status, metrics or {}, review_files(folder) if folder is not None else ())
@@ -417,11 +423,11 @@ def _is_db(uri: str) -> bool:
 
 
 def is_permission_error(error: Exception) -> bool:
-    """Whether a server knows better than to let this user do that: no retry helps."""
+    """Return whether a server refuses this user, so that a retry does not help."""
     return getattr(error, "error_code", None) in ("PERMISSION_DENIED", "UNAUTHENTICATED")
 
 
 def first_line(error: BaseException) -> str:
-    """The first line; of SQLAlchemy's, which says where it was, the one that says what: the database's own."""
+    """Return the first line of an error; for SQLAlchemy's errors, the database's own message."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return redacted(next(filter(_DATABASE_ERROR.match, lines), lines[0]))[:300]

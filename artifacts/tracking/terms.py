@@ -1,4 +1,4 @@
-"""Our configs, metrics and artifacts in MLflow's terms and within its limits."""
+"""Conversion of configs, metrics and files to MLflow, within its limits."""
 
 from __future__ import annotations
 
@@ -35,21 +35,20 @@ REVIEW_FILES = (
     "*.svg",
     "*.png",
 )
-REVIEW_BYTES = 20_000_000  # anything larger is no review file
+REVIEW_BYTES = 20_000_000  # larger files are not uploaded
 
 
 def sanitize_key(name: str) -> str:
-    """A name with `_` for every character that MLflow refuses in keys."""
+    """Return a name with `_` for every character that MLflow refuses in keys, cut to its limit."""
     return re.sub(r"[^\w\-. :/]", "_", name)[:PARAM_KEY_CHARS]
 
 
 def source_tags() -> dict[str, str]:
-    """Return MLflow's own tags on who runs which command, and of which commit.
+    """Return MLflow's own tags for user, command and commit.
 
-    The commit is that of this package's checkout, or else of the repository that the command is run in; there is no tag
-    where there is neither.
+    The commit is that of this package's checkout, or else of the repository in the working directory, if any.
     """
-    from mlflow.utils.git_utils import get_git_commit
+    from mlflow.utils.git_utils import get_git_commit  # here: importing mlflow takes seconds
 
     program, *arguments = sys.argv
     name = "draftsmith" if Path(program).name == "__main__.py" else Path(program).name
@@ -64,12 +63,12 @@ def source_tags() -> dict[str, str]:
 
 
 def escape_markdown(text: str) -> str:
-    """Return the text so that no markup in it acts: names of prompt sets are anyone's words."""
+    """Return the text with its Markdown and HTML escaped: names of prompt sets are arbitrary."""
     return text.replace("<", "&lt;").replace("[", "\\[").replace("`", "\\`")
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """A nested config as MLflow params: dotted names, lists as JSON, long values cut to MLflow's limit."""
+    """Return a nested config as MLflow params: dotted names, lists as JSON, long values cut to MLflow's limit."""
     flat: dict[str, str] = {}
     for name, value in config.items():
         key = sanitize_key(f"{prefix}{name}")
@@ -82,6 +81,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def log_params(client: MlflowClient, run_id: str, config: Mapping[str, Any]) -> None:
+    """Log a nested config as params, in batches."""
     from mlflow.entities import Param
 
     params = [Param(key, value) for key, value in flatten(config).items()]
@@ -90,6 +90,7 @@ def log_params(client: MlflowClient, run_id: str, config: Mapping[str, Any]) -> 
 
 
 def log_metrics(client: MlflowClient, run_id: str, points: list[tuple[str, float, int]]) -> None:
+    """Log (name, value, step) points, in batches."""
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
@@ -99,11 +100,10 @@ def log_metrics(client: MlflowClient, run_id: str, points: list[tuple[str, float
 
 
 def end_run(
-    client: MlflowClient, run_id: str, status: Status, figures: Mapping[str, float], files: Iterable[Path] = ()
+    client: MlflowClient, run_id: str, status: Status, metrics: Mapping[str, float], files: Iterable[Path] = ()
 ) -> None:
-    """With its final figures and files. Where the files are refused, as their place is another's or gone, the run has
-    ended all the same."""
-    log_metrics(client, run_id, [(name, float(value), 0) for name, value in figures.items()])
+    """End a run with its final metrics and files. If a file cannot be logged, end it first, then raise the error."""
+    log_metrics(client, run_id, [(name, float(value), 0) for name, value in metrics.items()])
     refused: Exception | None = None
     try:
         for path in files:
@@ -116,20 +116,20 @@ def end_run(
 
 
 def review_files(folder: Path) -> list[Path]:
-    """Of an artifact, never its weights."""
-    found = [path for pattern in REVIEW_FILES for path in sorted(folder.glob(pattern))]
-    return [path for path in found if path.stat().st_size <= REVIEW_BYTES]
+    """Return the files of an artifact that reviewers need, never its weights."""
+    paths = [path for pattern in REVIEW_FILES for path in sorted(folder.glob(pattern))]
+    return [path for path in paths if path.stat().st_size <= REVIEW_BYTES]
 
 
 def upgrade_database(uri: str) -> None:
-    """Bring a database of an older MLflow up to date, through MLflow's own command."""
+    """Migrate a database of an older MLflow, through MLflow's own command."""
     from mlflow.db import upgrade
 
     upgrade.callback(uri)
 
 
 def paginate(search: Callable[..., Any]) -> Iterator[Any]:
-    """What a search of MLflow's client finds, page by page."""
+    """Yield the results of a search of MLflow's client, page by page."""
     token = None
     while True:
         page = search(page_token=token)

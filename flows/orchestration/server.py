@@ -141,7 +141,7 @@ def check_place(home: Path) -> None:
     given = next((value for name in names if (value := os.environ.get(name))), None)
     folder = Path(os.environ.get("PREFECT_HOME") or home / "prefect").expanduser()
     if (database := sqlite_file(given) if given else folder / "prefect.db") is not None:
-        advice = "start a Prefect server and set PREFECT_API_URL to its address"
+        advice = "Start a Prefect server and set PREFECT_API_URL to its address"
         check_database_disk(database, "Prefect's database", advice)
 
 

@@ -189,7 +189,7 @@ def _check_begins(line: str, versions: Sequence[Version]) -> None:
     """Of a line without a champion: what serves now would be replaced by whatever beats plain decoding."""
     if not versions and (elsewhere := describe_wrong_tracker(Tracking(home()))) is not None:  # who forgot a variable
         raise DraftsmithError(
-            f"{line}: it has no version here; {elsewhere}, or begin the line here (`--set registry.restart=true`)"
+            f"{line}: it has no version here; {elsewhere}, or begin the line here (`--set registry.restart=true`)."
         )
     served = [each for each in versions if "promoted_at" in each.tags]
     if served:

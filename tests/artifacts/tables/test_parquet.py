@@ -108,7 +108,7 @@ def test_foreign_files_are_refused_by_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(DraftsmithError, match=r"foreign\.parquet: was not written by Draftsmith"):
         read_table(tmp_path / "foreign.parquet", TRACE)
     write_table(tmp_path / "other.parquet", PROMPTS, [])
-    with pytest.raises(DraftsmithError, match=r"other\.parquet: a table of prompts, expected trace"):
+    with pytest.raises(DraftsmithError, match=r"other\.parquet: is a table of prompts, but trace is expected"):
         read_table(tmp_path / "other.parquet", TRACE)
     (tmp_path / "text.parquet").write_text("prompt_id,split\n")
     with pytest.raises(DraftsmithError, match=r"text\.parquet: not a complete Parquet file"):

@@ -81,7 +81,7 @@ def test_damage_and_other_tables_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(DraftsmithError, match=r"t\.parquet: no such file. Run the stage that writes trace again"):
         RowReader(path, TRACE)
     write_table(path, TRACE, steps(100))
-    with pytest.raises(DraftsmithError, match="a table of trace, expected timings"):
+    with pytest.raises(DraftsmithError, match="is a table of trace, but timings is expected"):
         RowReader(path, TIMINGS)
     whole = path.read_bytes()
     reader = RowReader(path, TRACE)

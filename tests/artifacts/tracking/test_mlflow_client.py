@@ -113,7 +113,7 @@ def test_user_and_password_of_the_address_are_shown_to_the_server_and_to_nobody_
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://team:hunter%2F2@{behind_a_password}")
     Tracking(tmp_path).check()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://team:hunter3@{behind_a_password}")
-    told = r"MLFLOW_TRACKING_URI http://\*\*\*@127.*401.*who are you.*correct user and password"
+    told = r"MLFLOW_TRACKING_URI http://\*\*\*@127.*401.*who are you.*Correct user and password"
     with pytest.raises(DraftsmithError, match=told) as refused:
         Tracking(tmp_path).check()
     assert not isinstance(refused.value, RetryableError)

@@ -172,6 +172,6 @@ def test_what_a_retry_does_not_mend_is_no_lost_server(served: Registry, tmp_path
     assert not isinstance(refused.value, RetryableError)
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "mlflow.db").write_text("no database at all, for 16 bytes and more")
-    with pytest.raises(DraftsmithError, match=r"mlflow\.db: .*restore it from a backup .*lines, champions") as damaged:
+    with pytest.raises(DraftsmithError, match=r"mlflow\.db: .*restore it from a backup.*lines, champions") as damaged:
         Registry(Tracking(tmp_path / "home")).champion("line")
     assert not isinstance(damaged.value, RetryableError)

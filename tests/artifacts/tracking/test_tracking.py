@@ -268,7 +268,7 @@ def test_a_database_that_another_program_has_locked_is_asked_again(
         raise MlflowException("(sqlite3.OperationalError) database is locked")
 
     monkeypatch.setattr(MlflowClient, "get_experiment_by_name", locked)
-    with pytest.raises(RetryableError, match=r"MLflow's database sqlite:.* is locked: end what holds it"):
+    with pytest.raises(RetryableError, match=r"MLflow's database sqlite:.* is locked"):
         tracking.check()
 
 
@@ -279,7 +279,7 @@ def test_a_database_that_may_only_be_read_is_told_before_the_work(
     shutil.copy(migrated / "mlflow.db", tmp_path)
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "mlflow.db" and access(path, mode))
-    with pytest.raises(DraftsmithError, match=r"mlflow\.db: you may only read it: ask its owner"):
+    with pytest.raises(DraftsmithError, match=r"mlflow\.db is read-only"):
         Tracking(tmp_path).check()
     assert Tracking(tmp_path).connect()[0].search_registered_models() == []
 
@@ -301,7 +301,7 @@ def test_files_of_runs_that_would_lie_in_the_home_of_before_are_warned_of(migrat
     moved.mkdir()
     shutil.copy(migrated / "mlflow.db", moved)
     said = describe_misplaced_files(Tracking(moved))
-    assert said is not None and f"into {(migrated / 'mlartifacts' / 'draftsmith').as_uri()}, outside of" in said
+    assert said is not None and f"to {(migrated / 'mlartifacts' / 'draftsmith').as_uri()}, outside" in said
     assert describe_misplaced_files(Tracking(moved, "a-new-one")) is None
 
 
@@ -323,7 +323,7 @@ def test_a_failure_during_the_work_is_one_warning_and_loses_nothing(
         broken.close_refresh("FINISHED")
     warnings = [record for record in caplog.records if record.name == "draftsmith.artifacts.tracking.runs"]
     assert len(warnings) == 1
-    assert "results are kept in the store" in warnings[0].getMessage()
+    assert "Results are safe in the store" in warnings[0].getMessage()
     assert "no such table" in warnings[0].getMessage()
     assert not [record for record in caplog.records if record.name.startswith("mlflow")]  # nor a traceback of its own
 

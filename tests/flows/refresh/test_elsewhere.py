@@ -94,7 +94,7 @@ def test_a_line_that_another_mlflow_has_does_not_begin_here_unasked(
     assert resolve(config_of("another")).champion is None, "a line may begin where others are"
     with monkeypatch.context() as forgotten:
         forgotten.delenv("MLFLOW_TRACKING_URI")
-        wanted = rf"^{line}: it has no version here; .* in sqlite:.*, none in mlflow\.db: set MLFLOW_TRACKING_URI as"
+        wanted = rf"^{line}: it has no version here; .* in sqlite:.*, none in mlflow\.db\. Set MLFLOW_TRACKING_URI as"
         with pytest.raises(DraftsmithError, match=wanted):
             resolve(config_of(line))
         assert resolve(config_of(line, registry={"name": line, "restart": True})).champion is None
