@@ -122,8 +122,8 @@ class Tracking:
             )
         if self.is_default:
             return (
-                f"MLflow's database {redacted(self.uri)}: {reason}. Make it writable, or restore it from a backup: a new "
-                "database would lack all lines, champions and runs."
+                f"MLflow's database {redacted(self.uri)}: {reason}. Make it writable, or restore it from a backup. A "
+                "new database would lack all lines, champions and runs."
             )
         return (
             f"MLFLOW_TRACKING_URI {redacted(self.uri)}: {reason}. Start the server, correct the variable, or unset it "

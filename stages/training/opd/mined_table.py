@@ -112,7 +112,7 @@ def load_mined(folder: Path, trajectories: Sequence[Trajectory], block_size: int
     if whole:
         _check_mined(rows.counts, ids, str(path))
     errors, longest, row = np.zeros(len(ids), dtype=np.int64), 0, 0
-    for part in reader.parts(["rejected_offset", "proposed_ids"]):
+    for part in reader.row_groups(["rejected_offset", "proposed_ids"]):
         rejecting = rows.key_index(row + np.flatnonzero(part["rejected_offset"].to_numpy()))
         errors += np.bincount(rejecting[rejecting >= 0], minlength=len(ids))
         longest = max(longest, pc.max(pc.list_value_length(part["proposed_ids"])).as_py())
