@@ -1,4 +1,4 @@
-"""The data that every engine takes and returns, and the interface between them."""
+"""The requests and completions of every engine, and the interface of an engine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to answer. The same seed gives the same answer, whatever else is in the batch (up to float ties)."""
+    """A prompt to answer. The same seed gives the same answer whatever else is in the batch, up to float ties."""
 
     request_id: str
     prompt_ids: list[int]
@@ -22,37 +22,37 @@ class Request:
 
 @dataclass(frozen=True)
 class VerifyStep:
-    """One verification: what was proposed behind which anchor, and how much of it was kept."""
+    """One verification: the proposals after an anchor, and how many were accepted."""
 
-    anchor: int  # absolute position (prompt + response) of the last committed token
-    accepted: int  # proposals kept, 0 … block_size-1; at most what the end of the answer left room for
-    proposed: list[int]  # block_size-1 tokens
-    target_logprobs: list[float] | None = None  # of the proposals on their draft-induced prefix, where recorded
+    anchor: int  # position of the last committed token, the prompt included
+    accepted: int  # proposals, 0 … block_size - 1; cut at the end of the answer
+    proposed: list[int]  # block_size - 1 tokens
+    target_logprobs: list[float] | None = None  # of each proposal after the proposals before it, if recorded
 
 
 @dataclass
 class Completion:
     """The answer to a request.
 
-    `seconds` is its latency: embedded, from the start of its prefill; served, as the client saw it, queueing included.
-    draft and verify seconds are its share of the work: the time of a batch's step divided by the rows in it (0 where
-    the engine does not say).
+    `seconds` is the latency: of the embedded engine from the start of the prefill, of servers as the client measures
+    it, queueing included. `draft_seconds` and `verify_seconds` are the time of the batch's steps divided by the rows in
+    them (0 if the engine does not measure them).
     """
 
     request: Request
     response_ids: list[int] = field(default_factory=list)
     finish_reason: str = ""  # "stop" or "length"
-    steps: list[VerifyStep] = field(default_factory=list)  # empty for plain decoding, or if no trace was recorded
-    verify_steps: int = 0  # how many there were, recorded or not; 0 for plain decoding
-    retractions: int = 0  # times that a server read it again, which makes a token without a verify step
-    accepted_counts: list[int] = field(default_factory=list)  # steps that kept 0, 1, … proposals, where only counted
+    steps: list[VerifyStep] = field(default_factory=list)  # empty without a drafter, or if not recorded
+    verify_steps: int = 0  # their number, recorded or not; 0 without a drafter
+    retractions: int = 0  # prefills repeated by a full server: each gives a token without a verify step
+    accepted_counts: list[int] = field(default_factory=list)  # steps with 0, 1, … accepted proposals, if only counted
     seconds: float = 0.0
-    first_token_seconds: float = float("nan")  # from the request to its first token, where measured
+    first_token_seconds: float = float("nan")  # from the request to its first token, if measured
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
 
     def trace_rows(self) -> list[dict[str, Any]]:
-        """Its recorded steps as rows of TRACE."""
+        """Return the recorded steps as rows of TRACE."""
         return [
             {
                 "trajectory_id": self.request.request_id,
@@ -67,11 +67,11 @@ class Completion:
 
 
 class Engine(Protocol):
-    """Generates with the target, with or without a drafter in the loop; the answers follow the same distribution."""
+    """Generates with the target, with or without a drafter; the answers follow the same distribution."""
 
-    name: str  # with its version where it has one: kept beside every answer
-    records_trace: bool  # whether completions carry their verify steps
-    batch_decides: bool  # whether what is asked for at once may change an answer: near-ties of half precision do
+    name: str  # stored with every answer; servers add their version
+    records_trace: bool  # completions have their verify steps
+    batch_decides: bool  # the batch may change an answer, by near-ties of half precision
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """Answers in the order in which they finish."""
+        """Yield completions in the order in which they finish."""

@@ -1,9 +1,9 @@
-"""The embedded engine: batched decoding in this process, plain or with a drafter in the loop, lossless.
+"""The embedded engine: lossless batched decoding in this process, with or without a drafter.
 
-Every request owns a row of the key/value memory. A finished row is refilled from the queue at once, so the batch stays
+Every request owns a row of the KV cache. A finished row is refilled from the queue immediately, so the batch stays
 full. Invariant between steps: the target's cache and the drafter's context hold exactly the positions before `anchor`,
-the position of the last committed token, which is the next input. A target with recurrent layers reads what a verify
-step committed once more: its states stay at the anchor until then.
+the position of the last committed token, which is the next input. A target with recurrent layers reads the committed
+tokens of a verify step once more: its states stay at the anchor until then.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from draftsmith.stages.data.trajectories import groups_by_length
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request, VerifyStep
-from draftsmith.stages.engines.verification import Drafted, draft, draw, verify
+from draftsmith.stages.engines.verification import BlockDrafter, Drafted, sample_target, verify
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.kv_cache import Rows
 
-# Prompts of similar length are read together, at most this many tokens: matrix products are at their full rate with
-# a few hundred rows, and more prompts in one forward only mean more padding.
+# Prompts of similar length are prefilled together, up to this many tokens: matrix products reach their full rate with a
+# few hundred rows, and more prompts in one forward only mean more padding.
 PREFILL_TOKENS = 512
 
 
@@ -46,31 +46,31 @@ class _Row:
         return self.done.response_ids[-1]
 
     @property
-    def room(self) -> int:
-        """Tokens that may still be committed."""
+    def tokens_left(self) -> int:
+        """Return how many tokens may still be committed."""
         return self.request.max_new_tokens - len(self.done.response_ids)
 
     def commit(self, tokens: list[int], eos_ids: frozenset[int]) -> int:
-        """Append tokens up to a stop token or the length limit; returns how many were kept."""
-        kept = 0
-        for token in tokens[: self.room]:
+        """Append tokens up to a stop token or the length limit. Returns how many were appended."""
+        committed = 0
+        for token in tokens[: self.tokens_left]:
             self.done.response_ids.append(token)
-            kept += 1
+            committed += 1
             if token in eos_ids:
                 self.done.finish_reason = "stop"
                 break
-        if not self.done.finish_reason and self.room == 0:
+        if not self.done.finish_reason and self.tokens_left == 0:
             self.done.finish_reason = "length"
-        self.anchor += kept
-        return kept
+        self.anchor += committed
+        return committed
 
 
 class EmbeddedEngine:
-    """Greedy or sampled decoding of many requests; with a drafter, target-assisted (speculative) decoding.
+    """Greedy or sampled decoding of many requests; speculative decoding with a drafter.
 
-    Answers are those of plain decoding, token for token; in distribution, where a request is sampled and the drafter
-    draws its proposals from a q of its own (`Drafter.samples_proposals`). slots: requests in flight. capacity:
-    positions a request may use (prompt + response + the proposals of one block).
+    Answers equal those without a drafter token for token. If a request is sampled and the drafter samples its proposals
+    (`Drafter.samples_proposals`), they are equal in distribution.
+    slots: requests in flight. capacity: positions of a request (prompt, answer and the proposals of one block).
     """
 
     def __init__(
@@ -89,18 +89,19 @@ class EmbeddedEngine:
         self.block_size = 1
         if drafter:
             self.block_size = drafting.block_of(drafter.block_size)
-            self.head = drafter.drafting_head(target.head_weight, drafting.head_tokens).for_decoding(target)
             self.drafter = drafter.for_decoding()
+            head = drafter.drafting_head(target.head_weight, drafting.head_tokens).for_decoding(target)
+            self._blocks = BlockDrafter(self.drafter, head, self.block_size, target.info.vocab_size)
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """Answers in the order in which they finish. Closing the iterator drops what is in flight."""
+        """Yield completions in the order in which they finish. Closing the iterator drops requests in flight."""
         queue = iter(requests)
         self.cache = self.target.new_cache(self.slots, self.capacity)
         self.context = self.drafter.new_context(self.slots, self.capacity) if self.drafter else None
         rows: list[_Row] = []
         while True:
             arrivals = list(islice(queue, self.slots - len(rows)))
-            for group in self._read_together([len(r.prompt_ids) for r in arrivals]):
+            for group in self._prefill_groups([len(r.prompt_ids) for r in arrivals]):
                 rows += self._prefill([arrivals[i] for i in group], first_row=len(rows))
             if not rows:
                 return
@@ -110,8 +111,8 @@ class EmbeddedEngine:
                 if rows[index].done.finish_reason:
                     yield self._retire(rows, index)
 
-    def _read_together(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Places of prompts that one forward reads. States would move on over padding: then they are equally long."""
+    def _prefill_groups(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Yield the indices of prompts for each forward: equally long ones if states would advance over padding."""
         for group in groups_by_length(lengths, PREFILL_TOKENS):
             if not self.target.layers.recurrent:
                 yield group
@@ -120,7 +121,7 @@ class EmbeddedEngine:
                 yield [i for i in group if lengths[i] == length]
 
     def _retire(self, rows: list[_Row], index: int) -> Completion:
-        """Take a finished row out and move the last one into its place: rows in flight stay contiguous."""
+        """Remove a finished row and move the last one into its slot, so that rows in flight stay contiguous."""
         row, last = rows[index], rows.pop()
         if last is not row:
             rows[index] = last
@@ -138,7 +139,7 @@ class EmbeddedEngine:
             if prompt + new + proposals > self.capacity:
                 raise DraftsmithError(
                     f"request {request.request_id}: {prompt} prompt + {new} new + {proposals} proposed tokens exceed "
-                    f"the engine's capacity of {self.capacity}"
+                    f"the engine's capacity of {self.capacity}. Raise the capacity."
                 )
         device = self.target.device
         lengths = torch.tensor([len(r.prompt_ids) for r in requests], device=device)
@@ -151,12 +152,7 @@ class EmbeddedEngine:
             with torch.no_grad():
                 self.drafter.extend(self.context, at, out.features, ids, positions, lengths)
         last = out.hidden[torch.arange(len(requests), device=device), lengths - 1]
-        tokens = draw(
-            self.target.logits(last)[:, None],
-            lengths[:, None],
-            [r.sampling for r in requests],
-            [r.seed for r in requests],
-        )
+        tokens = sample_target(self.target.logits(last)[:, None], lengths[:, None], requests)
         rows = []
         for request, token in zip(requests, tokens[:, 0].tolist(), strict=True):
             row = _Row(Completion(request), anchor=len(request.prompt_ids) - 1, started=started)
@@ -171,21 +167,11 @@ class EmbeddedEngine:
         at = slice(0, len(rows))
         anchors = torch.tensor([row.anchor for row in rows], device=device)
         ids = torch.tensor([[row.last_token] for row in rows], device=device)
-        sampling, seeds = [row.request.sampling for row in rows], [row.request.seed for row in rows]
+        requests = [row.request for row in rows]
         drafted = Drafted(ids[:, 1:])
         if self.drafter and self.context:
             context = self.drafter.select(self.context, at, int(anchors.max()))
-            drafted = draft(
-                self.drafter,
-                context,
-                ids,
-                anchors[:, None],
-                self.block_size,
-                self.head,
-                self.target.info.vocab_size,
-                sampling,
-                seeds,
-            )
+            drafted = self._blocks.draft(context, ids, anchors[:, None], requests)
             ids = torch.cat([ids, drafted.tokens], 1)  # [n, block_size]
         proposed = drafted.tokens.tolist()
         drafted_at = time.perf_counter()
@@ -195,18 +181,20 @@ class EmbeddedEngine:
         if self.drafter and self.context and out.features is not None:
             with torch.no_grad():
                 self.drafter.extend(self.context, at, out.features, ids, positions)
-        found = verify(drafted, self.target.logits(out.hidden), positions + 1, sampling, seeds)
+        verified = verify(drafted, self.target.logits(out.hidden), positions + 1, requests)
         committed = []
-        for row, block, kept, tokens in zip(rows, proposed, found.accepted, found.tokens.tolist(), strict=True):
+        for row, block, accepted, tokens in zip(
+            rows, proposed, verified.accepted, verified.tokens.tolist(), strict=True
+        ):
             anchor = row.anchor
-            committed.append(row.commit(tokens[: kept + 1], self.target.eos_ids))
+            committed.append(row.commit(tokens[: accepted + 1], self.target.eos_ids))
             if self.drafter:
-                row.done.steps.append(VerifyStep(anchor, min(kept, committed[-1]), block))
+                row.done.steps.append(VerifyStep(anchor, min(accepted, committed[-1]), block))
                 row.done.verify_steps += 1
         if self.drafter:
             self.target.commit(ids, positions, self.cache, 0, committed)
         share = 1.0 / len(rows)
-        verified = time.perf_counter()
+        verified_at = time.perf_counter()
         for row in rows:
             row.done.draft_seconds += (drafted_at - started) * share
-            row.done.verify_seconds += (verified - drafted_at) * share
+            row.done.verify_seconds += (verified_at - drafted_at) * share

@@ -1,4 +1,4 @@
-"""The answers of an unfinished rollout."""
+"""The stored answers of an unfinished rollout."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ SCHEMAS = {"timings": TIMINGS, "trace": TRACE, "trajectories": TRAJECTORIES}  # 
 
 
 class PartialAnswers:
-    """Answers with their timings and verify steps, kept in a folder."""
+    """Answers with their timings and verify steps, in shards of tables in a folder."""
 
     def __init__(self, folder: Path) -> None:
-        self._parts = TableShards(folder, SCHEMAS)
+        self._shards = TableShards(folder, SCHEMAS)
 
     def append(self, completions: Sequence[Completion], splits: Mapping[str, str], engine: str) -> None:
-        """Write one part; nothing for no answers. splits: of each prompt, by its id."""
+        """Write one shard; nothing for no answers. splits: prompt id -> split."""
         if completions:
-            self._parts.append(
+            self._shards.append(
                 {
                     "timings": [_timing(each) for each in completions],
                     "trace": [row for each in completions for row in each.trace_rows()],
@@ -34,40 +34,40 @@ class PartialAnswers:
             )
 
     def finished(self, *, with_trace: bool) -> set[str]:
-        """Return the ids of the answers that are there; `with_trace`, of those whose verify steps are there too.
+        """Return the ids of the stored answers; with `with_trace`, of those whose verify steps are stored too.
 
-        An engine that records steps wrote all answers of a part, and gives one without steps only where these cannot be
-        told (retracted by its server).
+        A shard comes from one engine. One that records steps leaves them out only for answers that a server retracted,
+        so a shard with any step counts as traced.
         """
-        answers, parts = self._read("trajectories", ["trajectory_id"])
+        answers, shards = self._read("trajectories", ["trajectory_id"])
         ids = answers["trajectory_id"].to_pylist()
         if not with_trace:
             return set(ids)
-        latest = dict(zip(ids, parts.tolist(), strict=True))
+        latest = dict(zip(ids, shards.tolist(), strict=True))
         timings, timed_in = self._read("timings", ["trajectory_id", "verify_steps"])
-        traced = {part for part, steps in enumerate(self._parts.tables("trace", ["step"])) if steps.num_rows}
+        traced = {shard for shard, steps in enumerate(self._shards.tables("trace", ["step"])) if steps.num_rows}
         return {
             row["trajectory_id"]
-            for row, part in zip(timings.to_pylist(), timed_in.tolist(), strict=True)
-            if latest[row["trajectory_id"]] == part and (part in traced or row["verify_steps"] == 0)
+            for row, shard in zip(timings.to_pylist(), timed_in.tolist(), strict=True)
+            if latest[row["trajectory_id"]] == shard and (shard in traced or row["verify_steps"] == 0)
         }
 
     def rows(self, answers: list[str]) -> dict[str, KeyedRows]:
-        """Return the rows of each answer by table; of one that was made again those of its last part."""
+        """Return the rows of each answer by table; for an answer generated twice, those of its last shard."""
         keys = pa.array(answers, pa.string())
-        readers = {name: RowReader(self._parts.paths(name), schema, keep=8) for name, schema in SCHEMAS.items()}
-        found = {
+        readers = {name: RowReader(self._shards.paths(name), schema, keep=8) for name, schema in SCHEMAS.items()}
+        tables = {
             name: KeyedRows(reader, keys, counter="step" if name == "trace" else None)
             for name, reader in readers.items()
         }
-        part = {name: readers[name].file_index(rows.starts) for name, rows in found.items()}
-        for name, rows in found.items():
-            rows.exclude(part[name] != part["trajectories"])
-        return found
+        shard = {name: readers[name].file_index(rows.starts) for name, rows in tables.items()}
+        for name, rows in tables.items():
+            rows.exclude(shard[name] != shard["trajectories"])
+        return tables
 
     def _read(self, name: str, columns: list[str]) -> tuple[pa.Table, np.ndarray]:
-        """Return columns of a row an answer, of all parts, and which part each row is of."""
-        tables = self._parts.tables(name, columns)
+        """Return columns of a table with one row per answer, of all shards, and the shard of each row."""
+        tables = self._shards.tables(name, columns)
         if not tables:
             return SCHEMAS[name].with_metadata.empty_table().select(columns), np.zeros(0, dtype=np.int64)
         return pa.concat_tables(tables), np.repeat(np.arange(len(tables)), [table.num_rows for table in tables])

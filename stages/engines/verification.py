@@ -1,9 +1,9 @@
-"""Proposals of requests in flight, and which of them the target keeps.
+"""Drafting of blocks for requests in flight, and their verification by the target.
 
-Greedy requests, and drafters that propose their argmax, keep what equals the target's own token. Where a drafter draws
-its proposals from a q of its own, the rule is that of speculative sampling (arXiv 2211.17192): keep x with probability
-min(1, p(x) / q(x)), else draw from max(p - q, 0). What is committed follows p either way. A position is decided once:
-proposals behind a rejection decide nothing, so the next block may draw there with the same numbers.
+Greedy requests, and drafters that propose their argmax, accept what equals the target's own token. Where a drafter
+samples its proposals from a distribution q, the rule is that of speculative sampling (arXiv 2211.17192): accept x with
+probability min(1, p(x) / q(x)), else sample from max(p - q, 0). Committed tokens follow p either way. A position is
+decided once: proposals after a rejection decide nothing, so the next block may use the same numbers there.
 """
 
 from __future__ import annotations
@@ -24,109 +24,116 @@ from draftsmith.stages.drafters.sampling import (
     scatter_to_vocab,
     uniform,
 )
-from draftsmith.stages.target.sampling import SamplingParams
+from draftsmith.stages.engines.base import Request
 
 
 @dataclass(frozen=True)
 class Drafted:
-    """A block a row."""
+    """The proposals of one block per row."""
 
     tokens: torch.Tensor  # [n, K]
     distributions: dict[int, torch.Tensor] = field(default_factory=dict)  # row -> q [K, V] float64, if sampled
 
 
 @dataclass(frozen=True)
-class Verified:
-    """What the target says of it."""
+class Verification:
+    """The target's decision on one block per row."""
 
-    tokens: torch.Tensor  # [n, K + 1]; of a row the first accepted + 1 are committed
-    accepted: list[int]
-
-
-@torch.no_grad()
-def draft(
-    drafter: Drafter,
-    context: Context,
-    anchor_tokens: torch.Tensor,
-    anchors: torch.Tensor,
-    block_size: int,
-    head: Head,
-    vocabulary: int,
-    sampling: Sequence[SamplingParams],
-    seeds: Sequence[int],
-) -> Drafted:
-    """A block behind the anchor of each row. anchor_tokens, anchors: [n, 1]."""
-    rows = [row for row, params in enumerate(sampling) if drafter.samples_proposals and not params.greedy]
-    if not rows:  # argmaxes, also where the drafter could draw
-        return Drafted(drafter.propose(context, anchor_tokens, anchors, block_size, head)[:, 0])
-    drafting = drafter.block_sampler(context, anchor_tokens, anchors, block_size, head)
-    temperatures = torch.tensor([sampling[row].temperature for row in rows], device=anchors.device)[:, None]
-    at = anchors[:, 0].tolist()  # once: each would wait for the device
-    numbers = torch.tensor(
-        [[uniform(seeds[row], at[row] + k, Purpose.PROPOSAL) for k in range(1, block_size)] for row in rows],
-        dtype=torch.float64,
-        device=anchors.device,
-    )
-    tokens, distributions = [anchor_tokens], []
-    for k in range(block_size - 1):
-        logits = drafting.logits(tokens[-1])[:, 0]
-        columns = logits.argmax(-1)
-        q = probabilities(logits[rows], temperatures)
-        columns[rows] = sample_inverse_cdf(q, numbers[:, k])
-        distributions.append(scatter_to_vocab(q, head.token_ids, vocabulary))
-        tokens.append(head.to_tokens(columns)[:, None])
-    of_rows = torch.stack(distributions, 1)  # [rows, K, V]
-    return Drafted(torch.cat(tokens[1:], 1), dict(zip(rows, of_rows, strict=True)))
+    tokens: torch.Tensor  # [n, K + 1]; the first accepted + 1 of a row are committed
+    accepted: list[int]  # [n]
 
 
-def draw(
-    logits: torch.Tensor, positions: torch.Tensor, sampling: Sequence[SamplingParams], seeds: Sequence[int]
-) -> torch.Tensor:
-    """Return [n, T] the target's tokens of several rows: greedy, or with one uniform number a (seed, position).
+@dataclass(frozen=True)
+class BlockDrafter:
+    """A drafter with the settings that it drafts with."""
 
-    logits: [n, T, V]; positions: [n, T] of the tokens. Verification of proposals that are an argmax accepts one iff it
-    is this token, so that speculative decoding gives the tokens of plain decoding.
+    drafter: Drafter
+    head: Head
+    block_size: int
+    vocabulary: int  # of the target
+
+    @torch.no_grad()
+    def draft(
+        self, context: Context, anchor_tokens: torch.Tensor, anchors: torch.Tensor, requests: Sequence[Request]
+    ) -> Drafted:
+        """Draft a block after the anchor of each request. anchor_tokens, anchors: [n, 1]."""
+        drafter, head, block_size = self.drafter, self.head, self.block_size
+        rows = [row for row, each in enumerate(requests) if drafter.samples_proposals and not each.sampling.greedy]
+        if not rows:
+            return Drafted(drafter.propose(context, anchor_tokens, anchors, block_size, head)[:, 0])
+        sampler = drafter.block_sampler(context, anchor_tokens, anchors, block_size, head)
+        temperatures = torch.tensor([requests[row].sampling.temperature for row in rows], device=anchors.device)[
+            :, None
+        ]
+        at = anchors[:, 0].tolist()  # in one transfer: each waits for the device
+        numbers = torch.tensor(
+            [
+                [uniform(requests[row].seed, at[row] + k, Purpose.PROPOSAL) for k in range(1, block_size)]
+                for row in rows
+            ],
+            dtype=torch.float64,
+            device=anchors.device,
+        )
+        tokens, distributions = [anchor_tokens], []
+        for k in range(block_size - 1):
+            logits = sampler.logits(tokens[-1])[:, 0]
+            columns = logits.argmax(-1)
+            q = probabilities(logits[rows], temperatures)
+            columns[rows] = sample_inverse_cdf(q, numbers[:, k])
+            distributions.append(scatter_to_vocab(q, head.token_ids, self.vocabulary))
+            tokens.append(head.to_tokens(columns)[:, None])
+        by_row = torch.stack(distributions, 1)  # [rows, K, V]
+        return Drafted(torch.cat(tokens[1:], 1), dict(zip(rows, by_row, strict=True)))
+
+
+def sample_target(logits: torch.Tensor, positions: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+    """Return the target's tokens [n, T]: argmaxes, or sampled with one uniform number per seed and position.
+
+    logits: [n, T, V]; positions: [n, T] of the tokens. A proposal that is an argmax is accepted if it equals this
+    token, so that speculative decoding gives the tokens of decoding without a drafter.
     """
     tokens = argmax(logits)
-    rows = [row for row, params in enumerate(sampling) if not params.greedy]
+    rows = [row for row, request in enumerate(requests) if not request.sampling.greedy]
     at = positions.tolist() if rows else []
     for row in rows:
-        p = sampling_distribution(logits[row], sampling[row])
-        tokens[row] = sample_inverse_cdf(p, torch.tensor([uniform(seeds[row], each) for each in at[row]]).double())
+        p = sampling_distribution(logits[row], requests[row].sampling)
+        numbers = torch.tensor([uniform(requests[row].seed, position) for position in at[row]]).double()
+        tokens[row] = sample_inverse_cdf(p, numbers)
     return tokens
 
 
 def verify(
-    drafted: Drafted,
-    logits: torch.Tensor,
-    positions: torch.Tensor,
-    sampling: Sequence[SamplingParams],
-    seeds: Sequence[int],
-) -> Verified:
-    """logits: [n, K + 1, V] of the target behind the anchor and each proposal; positions: [n, K + 1] of what they
-    predict."""
+    drafted: Drafted, logits: torch.Tensor, positions: torch.Tensor, requests: Sequence[Request]
+) -> Verification:
+    """Verify one block per request.
+
+    logits: [n, K + 1, V] of the target after the anchor and each proposal. positions: [n, K + 1] that they predict.
+    """
     tokens = torch.zeros_like(positions)
-    accepted = [0] * len(sampling)
-    point = [row for row in range(len(sampling)) if row not in drafted.distributions]
-    if point:
-        of_point = logits[point] if drafted.distributions else logits
-        drawn = draw(of_point, positions[point], [sampling[r] for r in point], [seeds[r] for r in point])
-        equal = (drafted.tokens[point] == drawn[:, :-1]).long().cumprod(1).sum(1).tolist()
-        tokens[point] = drawn
-        for row, count in zip(point, equal, strict=True):
+    accepted = [0] * len(requests)
+    argmaxes = [row for row in range(len(requests)) if row not in drafted.distributions]
+    if argmaxes:
+        their_logits = logits[argmaxes] if drafted.distributions else logits
+        own = sample_target(their_logits, positions[argmaxes], [requests[row] for row in argmaxes])
+        equal = (drafted.tokens[argmaxes] == own[:, :-1]).long().cumprod(1).sum(1).tolist()
+        tokens[argmaxes] = own
+        for row, count in zip(argmaxes, equal, strict=True):
             accepted[row] = count
     first = positions[:, 0].tolist()
     for row, q in drafted.distributions.items():
-        p = sampling_distribution(logits[row], sampling[row])
-        kept, behind = _by_ratio(drafted.tokens[row], p, q, first[row], seeds[row])
-        tokens[row, :kept], tokens[row, kept], accepted[row] = drafted.tokens[row, :kept], behind, kept
-    return Verified(tokens, accepted)
+        p = sampling_distribution(logits[row], requests[row].sampling)
+        count, following = _verify_sampled(drafted.tokens[row], p, q, first[row], requests[row].seed)
+        tokens[row, :count], tokens[row, count], accepted[row] = drafted.tokens[row, :count], following, count
+    return Verification(tokens, accepted)
 
 
-def _by_ratio(
+def _verify_sampled(
     proposed: torch.Tensor, p: torch.Tensor, q: torch.Tensor, first: int, seed: int
 ) -> tuple[int, torch.Tensor]:
-    """Proposals kept, and the token behind them. proposed [K], p [K + 1, V], q [K, V]; first: position of the first."""
+    """Return how many proposals are accepted, and the token after them.
+
+    proposed: [K]; p: [K + 1, V]; q: [K, V]; first: position of the first proposal.
+    """
     ratios = (p[:-1].gather(1, proposed[:, None]) / q.gather(1, proposed[:, None]))[:, 0].tolist()
     for k, ratio in enumerate(ratios):
         if uniform(seed, first + k, Purpose.ACCEPT) >= ratio:

@@ -122,8 +122,7 @@ def committed(sampling: SamplingParams) -> list[list[int]]:
         verification.Drafted(proposed, dict.fromkeys(range(DRAWS), q)),
         p.log().expand(DRAWS, -1, -1),
         torch.arange(1, OFFSETS + 2).expand(DRAWS, -1),
-        [sampling] * DRAWS,
-        list(range(DRAWS)),
+        [Request("", [], 9, sampling, seed) for seed in range(DRAWS)],
     )
     return [row[: kept + 1] for row, kept in zip(found.tokens.tolist(), found.accepted, strict=True)]
 
@@ -175,5 +174,5 @@ def test_every_token_of_a_step_follows_the_target(sampling: SamplingParams) -> N
 
 @pytest.mark.parametrize("rule", WRONG)
 def test_wrong_rules_are_caught(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verification, "_by_ratio", WRONG[rule])
+    monkeypatch.setattr(verification, "_verify_sampled", WRONG[rule])
     assert least_p_value() < ALARM

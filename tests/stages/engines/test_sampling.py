@@ -19,7 +19,8 @@ from draftsmith.stages.drafters.sampling import (
     truncation_mask,
     uniform,
 )
-from draftsmith.stages.engines.verification import draw
+from draftsmith.stages.engines.base import Request
+from draftsmith.stages.engines.verification import sample_target
 from draftsmith.stages.target.sampling import SamplingParams
 
 
@@ -116,7 +117,8 @@ def test_draw_inverts_the_cumulative_distribution_of_each_row() -> None:
     logits = torch.randn(3, 5, 17, generator=generator) * 2
     positions = torch.arange(5) + torch.tensor([[10], [20], [30]])
     params = [SamplingParams(0.8, top_k=6), SamplingParams(), SamplingParams(1.3, 0.7)]
-    tokens = draw(logits, positions, params, [4, 5, 6])
+    requests = [Request("", [], 1, each, seed) for each, seed in zip(params, (4, 5, 6), strict=True)]
+    tokens = sample_target(logits, positions, requests)
     assert torch.equal(tokens[1], logits[1].argmax(-1))
     for row, seed in ((0, 4), (2, 6)):
         p = sampling_distribution(logits[row], params[row]).numpy()
