@@ -32,12 +32,12 @@ class Batch:
     hidden: torch.Tensor | None  # [B, T, H] after the target's final norm: predicts the next position
     positions: torch.Tensor  # [B, T]
 
-    def rows(self, part: slice) -> Batch:
+    def select(self, rows: slice) -> Batch:
         """Return some of the trajectories, padded to the longest of them."""
-        trajectories = self.trajectories[part]
+        trajectories = self.trajectories[rows]
         width = max(len(t.tokens) for t in trajectories)
-        tokens, features, positions = (x[part, :width] for x in (self.tokens, self.features, self.positions))
-        hidden = None if self.hidden is None else self.hidden[part, :width]
+        tokens, features, positions = (x[rows, :width] for x in (self.tokens, self.features, self.positions))
+        hidden = None if self.hidden is None else self.hidden[rows, :width]
         return Batch(trajectories, tokens, features, hidden, positions)
 
 
@@ -60,12 +60,12 @@ class RankSlice:
 
     @property
     def is_one_batch(self) -> bool:
-        """Whether the whole step is a single batch."""
+        """Return whether the whole step is a single batch."""
         return len(self.micro_batches) == self.ranks.world == 1
 
     @property
     def step_rows(self) -> int:
-        """AnswerCounts in the whole step."""
+        """Return the number of answers in the whole step."""
         return len(self.step_tokens)
 
 

@@ -27,7 +27,7 @@ class Anchors:
 
     @property
     def blocks(self) -> int:
-        """Number of valid anchors."""
+        """Return the number of valid anchors."""
         return int(self.valid.sum())
 
 
@@ -65,7 +65,7 @@ class LossContext:
 
     @property
     def proposal_temperature(self) -> float:
-        """What divides the drafter's logits when it samples proposals."""
+        """Return what divides the drafter's logits when it samples proposals."""
         return 1.0 if self.sampling.greedy else self.sampling.temperature
 
 
@@ -107,7 +107,7 @@ class WeightedMean:
 
     @property
     def mean(self) -> torch.Tensor:
-        """The mean, with gradient; 0 without any value."""
+        """Return the mean, with gradient; 0 without any value."""
         return self.total / self.weight.clamp(min=1e-9)
 
     def ratio(self) -> Ratio:

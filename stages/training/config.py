@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class OptimiserConfig(Config):
-    """How the weights move."""
+    """The optimiser, its schedule and its checkpoints."""
 
     steps: Annotated[int, Field(ge=1, description="optimiser steps")] = 1000
     learning_rate: Annotated[float, Field(gt=0, description="peak of the cosine schedule")] = 1e-3
@@ -30,30 +30,36 @@ class OptimiserConfig(Config):
     ] = "bfloat16"
     checkpoint_every: Annotated[int, Field(ge=1, description="steps"), NotInKey()] = 100
     checkpoint_minutes: Annotated[
-        float, Field(gt=0, description="at most so long apart too: what a killed training loses"), NotInKey()
+        float,
+        Field(gt=0, description="longest time between checkpoints: what a killed training loses at most"),
+        NotInKey(),
     ] = 10
-    # No part of the key, as a micro-batch is not: what several processes train is what one trains but for rounding.
+    # Not in the key, like micro-batches: several processes train what one trains, but for rounding.
     parallel: Annotated[ParallelConfig, NotInKey()] = ParallelConfig()
 
 
 class TrainingConfig(OptimiserConfig):
-    """What a step is made of."""
+    """The answers, blocks and softmax of every step."""
 
-    sequences_per_step: Annotated[int, Field(ge=1, description="answers a step, over all processes")] = 8
-    anchors_per_sequence: Annotated[int, Field(ge=1, description="blocks trained a step and answer")] = 16
+    sequences_per_step: Annotated[int, Field(ge=1, description="answers in each step, over all processes")] = 8
+    anchors_per_sequence: Annotated[int, Field(ge=1, description="blocks trained in each answer of a step")] = 16
     head_tokens: Annotated[
         int | None,
         Field(
             ge=2,
-            description="softmax over this many most frequent tokens, those of the step's trajectories and "
-            "`head_negatives` random others, instead of the whole vocabulary; OPD judges verify steps over them too",
+            description="softmax over this many most frequent tokens, those of the step's answers and `head_negatives` "
+            "random others, instead of the whole vocabulary; OPD finds verify steps over them too",
         ),
     ] = None
     head_negatives: Annotated[int, Field(ge=0, description="random tokens beside those of `head_tokens`")] = 1024
     positions_per_chunk: Annotated[int, Field(ge=1, description="bounds the memory for logits")] = 512
     feature_memory_mb: Annotated[
         float,
-        Field(gt=0, description="target features kept in memory; if it does not hold all, rounding differs"),
+        Field(
+            gt=0,
+            description="memory for the target features of all answers; if they do not fit, none are kept, and "
+            "rounding differs",
+        ),
         NotInKey(),
     ] = 2048.0
     tokens_per_target_forward: TokensPerForward = 2048
@@ -61,8 +67,8 @@ class TrainingConfig(OptimiserConfig):
         int | None,
         Field(
             ge=1,
-            description="of trajectories and blocks that go through the drafter at once; a step of more is split, with "
-            "the same loss but for rounding; left out: what fits by the estimate of memory",
+            description="tokens of answers and blocks that go through the drafter at once; a step of more is split, "
+            "with the same loss but for rounding; left out: what fits by the estimate of memory",
         ),
         NotInKey(),
     ] = None
@@ -71,20 +77,20 @@ class TrainingConfig(OptimiserConfig):
     def _every_process_has_an_answer(self) -> TrainingConfig:
         if self.sequences_per_step < self.parallel.world:
             raise ValueError(
-                f"sequences_per_step: {self.sequences_per_step} cannot be split over {self.parallel.world} processes "
-                "(parallel): raise it, or lower processes or nodes"
+                f"sequences_per_step: {self.sequences_per_step} cannot be split over {self.parallel.world} processes. "
+                "Raise it, or lower parallel.processes or parallel.nodes."
             )
         return self
 
     def passes(self, trajectories: int) -> float:
-        """How often a training of all steps draws each of so many trajectories: SFT learns few answers by heart."""
+        """Return how often the whole training sees each of so many trajectories; SFT memorises few answers."""
         return self.steps * self.sequences_per_step / trajectories
 
 
 class SftConfig(TrainingConfig):
-    """A loss at every offset of blocks behind anchors anywhere in a response, weighted by its offset."""
+    """A loss at every offset of blocks after anchors anywhere in an answer, weighted by offset."""
 
-    steps: Annotated[int, Field(ge=0, description="0: take the drafter of init_from as it is")] = 1000
+    steps: Annotated[int, Field(ge=0, description="optimiser steps; 0: take the drafter of init_from as it is")] = 1000
     drafter: DrafterConfig = DFlashConfig()
     init_from: Annotated[
         str | None,
@@ -98,13 +104,13 @@ class SftConfig(TrainingConfig):
         ),
     ] = None
     adopt: Annotated[
-        bool, Field(description="go on from a drafter although it was made for another revision of the target")
+        bool, Field(description="continue from a drafter although it was made for another revision of the target")
     ] = False
     loss: Annotated[
         LossName,
         Field(
             description="auto is what the architecture's authors train with: cross_entropy on the committed token for "
-            "DFlash and DFlash2 (of sampled answers ce_l1 for DFlash2), ce_l1 for DSpark, forward_kl to the target's "
+            "DFlash and DFlash2 (on sampled answers ce_l1 for DFlash2), ce_l1 for DSpark, forward_kl to the target's "
             "distribution for EAGLE-3; MODULE:FUNCTION is a loss of your own"
         ),
     ] = "auto"
@@ -112,15 +118,15 @@ class SftConfig(TrainingConfig):
         float | None,
         Field(
             gt=0,
-            description="left out, as the authors have it: 7 for DFlash (blocks of 16), 4 for DSpark (of 8), 0.8 a "
-            "step for EAGLE-3",
+            description="of exponential weights; left out, the authors': 7 for DFlash (blocks of 16), 4 for DSpark "
+            "(of 8), 0.8 a step for EAGLE-3",
         ),
     ] = None
 
     weights: Annotated[
         Literal["exponential", "d_pace"],
         Field(
-            description="of the offsets of a block: exp(-(k-1)/gamma), or D-PACE's (arXiv 2605.18810), from the "
+            description="weights of a block's offsets k: exp(-(k-1)/gamma), or D-PACE's (arXiv 2605.18810), from the "
             "drafter's own confidence"
         ),
     ] = "exponential"
@@ -128,25 +134,30 @@ class SftConfig(TrainingConfig):
     @model_validator(mode="after")
     def _gamma_is_read(self) -> SftConfig:
         if self.gamma is not None and self.weights != "exponential":
-            raise ValueError("gamma is of weights: exponential; leave one of the two out")
+            raise ValueError("gamma is read by `weights: exponential` only. Leave one of the two out.")
         return self
 
     @model_validator(mode="after")
     def _untrained_only_from_a_checkpoint(self) -> SftConfig:
         if self.steps == 0 and self.init_from is None and not self.adopt:
-            raise ValueError("steps: 0 takes a drafter as it is: name it in init_from, or train for at least one step")
+            raise ValueError(
+                "steps: 0 steps train nothing. Name a drafter in init_from, or train for at least one step."
+            )
         return self
 
     @model_validator(mode="after")
     def _about_a_checkpoint(self) -> SftConfig:
-        """`steps: 0, adopt: true` alone adopts the stage's input."""
+        """Refuse fields of a checkpoint without one; `steps: 0, adopt: true` alone adopts the stage's input."""
         for name in ("adopt", "init_revision"):
             if getattr(self, name) and self.init_from is None and not (name == "adopt" and self.steps == 0):
-                raise ValueError(f"{name} is about the drafter of init_from: name it there, or leave {name} out")
+                raise ValueError(f"{name} needs a drafter in init_from. Name one, or leave {name} out.")
         return self
 
     def stream(self, recipe: TrainingRecipe, *, sampled: bool = False) -> ResponseStream:
-        """What is trained, with the architecture's own recipe where fields are left open. sampled: the answers are."""
+        """Return the resolved stream, from the architecture's own recipe where fields are left open.
+
+        sampled: whether the answers are.
+        """
         return ResponseStream(
             loss=recipe.loss_on(sampled=sampled) if self.loss == "auto" else self.loss,
             scope="block",
@@ -154,78 +165,78 @@ class SftConfig(TrainingConfig):
         )
 
     def continued(self, like: TrainingConfig) -> SftConfig:
-        """SFT continued exactly as another training trains, but for the anchors and the loss: the fair comparison.
+        """Return SFT that continues exactly as another training does, but for anchors and loss: the fair comparison.
 
-        It starts from the drafter that it is given as an input.
+        It starts from the drafter that is its input.
         """
         shared = {name: getattr(like, name) for name in TrainingConfig.model_fields}
         return self.model_copy(update={**shared, "init_from": None, "init_revision": None, "adopt": False})
 
     def external_files(self) -> list[Path]:
-        """The checkpoint that `init_from` names, if it is a folder, and the source of a named loss."""
+        """Return the files of the checkpoint in `init_from`, if it is a folder, and the source of a named loss."""
         source = [loss_file(self.loss)] if ":" in self.loss else []
         folder = Path(self.init_from).expanduser() if self.init_from else None
         if folder is None or not folder.is_dir():
             return source
-        kept = {".json", ".safetensors", ".npy"}
-        return source + sorted(path.absolute() for path in folder.iterdir() if path.suffix in kept)
+        suffixes = {".json", ".safetensors", ".npy"}
+        return source + sorted(path.absolute() for path in folder.iterdir() if path.suffix in suffixes)
 
     def external_versions(self) -> dict[str, str]:
-        """The commit of the checkpoint that `init_from` names, if it is of the hub."""
+        """Return the commit of the checkpoint that `init_from` names, if it is on the hub."""
         if self.init_from is None or Path(self.init_from).expanduser().is_dir():
             return {}
-        from draftsmith.stages.target.hub import hub_commit
+        from draftsmith.stages.target.hub import hub_commit  # loads the hub's client, which planning seldom needs
 
         return {self.init_from: hub_commit(self.init_from, self.init_revision) or NOT_FETCHED}
 
 
 class OpdConfig(TrainingConfig):
-    """What is distilled, and where."""
+    """A loss from the target's feedback on verify steps, and which steps are trained."""
 
     steps: Annotated[int, Field(ge=1, description="optimiser steps")] = 400
     learning_rate: Annotated[float, Field(gt=0, description="peak of the cosine schedule")] = 3e-4
     verification: Annotated[
         Literal["auto", "greedy", "sampled"],
         Field(
-            description="the rule that the drafter will serve under, which decides the loss where that is left open; "
-            "auto: as the trajectories were drawn"
+            description="the verification rule that the drafter will serve under, which decides the loss where that "
+            "is left open; auto: as the answers were sampled"
         ),
     ] = "auto"
     loss: Annotated[
         LossConfig,
         Field(
             description="matched: what fits the verification rule and the architecture; paper: Bernoulli forward KL on "
-            "what verification committed plus k3 reverse KL on the rejected suffix; or the streams in full"
+            "committed tokens plus k3 reverse KL on the rejected suffix; or the streams in full"
         ),
     ] = LossConfig()
     anchors: Annotated[
         Literal["errors", "visited", "successors", "random"],
         Field(
-            description="mined verify steps that rejected something, all that were visited, successors (where a verify "
-            "step of the current weights leads from positions all over the response), or positions whatever the "
-            "drafter does there"
+            description="errors: mined verify steps that rejected something; visited: all mined steps; successors: "
+            "where a verify step of the current weights leads from positions all over the answer; random: positions "
+            "of the answer, whatever the drafter does there"
         ),
     ] = "successors"
     remine_every: Annotated[
         int | None,
         Field(
             ge=0,
-            description="mine a trajectory again, with the current weights, when a batch draws it and its trace is so "
-            "many steps old; 0: train on the trace as it was mined; left out: 1 where anchors are read off a trace",
+            description="mine an answer again, with the current weights, when a step trains it and its trace is this "
+            "many steps old; 0: train on the trace as it was mined; left out: 1 for anchors errors and visited",
         ),
     ] = None
 
     @property
     def reads_table(self) -> bool:
-        """Return whether anchors are steps of the mined table, which then has to hold those of all answers."""
+        """Return whether anchors are steps of the mined table, which must then hold those of all answers."""
         return self.anchors in ("errors", "visited")
 
     @model_validator(mode="after")
     def _remines_a_trace(self) -> OpdConfig:
         if self.remine_every and not self.reads_table:
             raise ValueError(
-                f"remine_every: anchors {self.anchors!r} are judged with the current weights anyway: set it to 0, or "
-                "train on 'errors' or 'visited'"
+                f"remine_every: anchors {self.anchors} use the current weights anyway. Set it to 0, or anchors to "
+                "errors or visited."
             )
         return self
 
@@ -236,7 +247,7 @@ class OpdConfig(TrainingConfig):
 
     @property
     def oldest_trace(self) -> int:
-        """`remine_every` where it was left open too; 0: no trace is mined again."""
+        """Return the age in steps at which a trace is mined again, also where `remine_every` is left open; 0: never."""
         if self.remine_every is not None:
             return self.remine_every
         return 1 if self.reads_table else 0

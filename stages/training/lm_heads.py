@@ -33,14 +33,14 @@ class HeadSource:
     """The heads of every step of a training."""
 
     def __init__(self, drafter: Drafter, target_head: torch.Tensor, config: TrainingConfig):
-        """target_head: [V, H]."""
+        """Keep the target's head over the drafter's vocabulary, if that is its own. target_head: [V, H]."""
         self.drafter, self.target_head, self.config = drafter, target_head, config
         own = drafter.head_over(target_head, None) if drafter.has_own_head else None
         self._target_over_own = Head.over(target_head, own.token_ids, drafter.logit_map) if own else None
 
     @property
     def is_reduced(self) -> bool:
-        """Whether a step's head holds a sample of the tokens only."""
+        """Return whether a step's head holds a sample of the tokens only."""
         return self._target_over_own is None and self.config.head_tokens is not None
 
     def sample(self, rng: np.random.Generator, needed: Sequence[torch.Tensor]) -> SoftmaxHeads:

@@ -201,8 +201,8 @@ class Accumulation:
         if report.is_full_step:
             report.loss.backward()
         elif report.step_weights is not None:
-            parts = zip(report.streams, report.step_weights, strict=True)
-            torch.stack([s.factor / max(w, 1e-9) * s.total for s, w in parts]).sum().backward()
+            weighted = zip(report.streams, report.step_weights, strict=True)
+            torch.stack([s.factor / max(w, 1e-9) * s.total for s, w in weighted]).sum().backward()
         else:
             (stream,) = report.streams
             (stream.factor * stream.total).backward()

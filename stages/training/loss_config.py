@@ -1,4 +1,4 @@
-"""Which losses OPD is made of: two streams, each with a loss, a weight and weights of its positions; and presets.
+"""The losses of SFT and OPD: streams, each with a loss, a weight and weights of its positions; and presets.
 
 Names and formulas are in `stages/training/losses.py`, their meaning in `response_loss.py` and `opd/loss.py`.
 """
@@ -16,7 +16,7 @@ from draftsmith.stages.runtime.stage import Config
 if TYPE_CHECKING:
     from draftsmith.stages.drafters.spec import TrainingRecipe
 
-BEYOND = 1.0  # why: "Which offsets are trained" in `tests/lab/README.md`
+BEYOND = 1.0  # the reason: "Which offsets are trained" in `tests/lab/README.md`
 
 TOKEN_LOSSES = ("cross_entropy", "bernoulli_kl")  # read the committed token
 DISTRIBUTION_LOSSES = ("forward_kl", "ce_l1")  # read the target's distribution, as a named function does
@@ -27,34 +27,34 @@ def loss_file(name: str) -> Path:
     """Return the source file of the loss `MODULE:FUNCTION`. Raises ValueError (for validators of configs)."""
     module, _, function = name.partition(":")
     try:
-        found = importlib.util.find_spec(module)
+        spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):
-        found = None
-    if found is None or not found.has_location or not function.isidentifier():
+        spec = None
+    if spec is None or not spec.has_location or not function.isidentifier():
         raise ValueError(f"no loss {name}. Name MODULE:FUNCTION, with the module on Python's path (PYTHONPATH).")
-    return Path(str(found.origin))
+    return Path(str(spec.origin))
 
 
-def _known(name: str) -> str:
+def _check_name(name: str) -> str:
     if ":" in name:
         loss_file(name)
     elif name in _REMOVED:
         raise ValueError(
-            f"{name} is a loss of the lab now. Name tests.lab.losses:{name}, with the checkout on PYTHONPATH."
+            f"{name} is a loss of tests/lab now. Name tests.lab.losses:{name}, with the checkout on PYTHONPATH."
         )
     elif name not in ("auto", *TOKEN_LOSSES, *DISTRIBUTION_LOSSES):
-        known = ", ".join(("auto", *TOKEN_LOSSES, *DISTRIBUTION_LOSSES))
-        raise ValueError(f"no loss {name!r}. Use one of {known}, or a function of yours as MODULE:FUNCTION.")
+        names = ", ".join(("auto", *TOKEN_LOSSES, *DISTRIBUTION_LOSSES))
+        raise ValueError(f"no loss {name!r}. Use one of {names}, or a function of yours as MODULE:FUNCTION.")
     return name
 
 
-LossName = Annotated[str, AfterValidator(_known)]
+LossName = Annotated[str, AfterValidator(_check_name)]
 """A loss of Draftsmith, or `MODULE:FUNCTION` (`losses.imported`), whose source file is a part of the stage's key."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     # the form that fits the verification rule and the architecture
     "matched": {},
-    # Draft-OPD, arXiv 2605.29343: Bernoulli forward KL on what was committed, k3 reverse KL on the rejected suffix
+    # Draft-OPD, arXiv 2605.29343: Bernoulli forward KL on committed tokens, k3 reverse KL on the rejected suffix
     "paper": {
         "response": {"loss": "bernoulli_kl", "scope": "committed", "beyond": 0, "positions": {"kind": "uniform"}},
         "rejected": {"loss": "k3"},
@@ -72,15 +72,17 @@ class PositionWeights(Config):
             "expected accepted length under the drafter's own confidence, smoothed by 0.5"
         ),
     ]
-    gamma: Annotated[float, Field(gt=0, description="of exponential; 7 in DFlash's paper, for blocks of 16")] = 7.0
-    delta: Annotated[float, Field(gt=0, le=1, description="of power; 0.8 in Draft-OPD's paper")] = 0.8
+    gamma: Annotated[
+        float, Field(gt=0, description="of exponential weights; 7 in DFlash's paper, for blocks of 16")
+    ] = 7.0
+    delta: Annotated[float, Field(gt=0, le=1, description="of power weights; 0.8 in Draft-OPD's paper")] = 0.8
 
 
 _UNIFORM = PositionWeights(kind="uniform")
 
 
 class ResponseStream(Config):
-    """Committed tokens."""
+    """The stream of committed tokens."""
 
     loss: Annotated[
         LossName,
@@ -96,24 +98,24 @@ class ResponseStream(Config):
         float,
         Field(
             ge=0,
-            description="of a drafter with a selector (DFlash2): weight of the same loss of its choice among the "
+            description="for a drafter with a selector (DFlash2): weight of the same loss of its choice among the "
             "candidates, beside that of its head",
         ),
     ] = 1.0
     scope: Annotated[
         Literal["auto", "committed", "block"],
         Field(
-            description="committed: accepted prefix and correction, what verification reaches, and what follows with "
-            "falling weight (`beyond`); block: all offsets, as SFT does; auto: committed (EAGLE-3 and DSpark: "
-            "block, unless `beyond` is given)"
+            description="committed: the accepted prefix and the correction, which verification reaches, and what "
+            "follows with falling weight (`beyond`); block: all offsets, as SFT does; auto: committed (EAGLE-3 and "
+            "DSpark: block, unless `beyond` is given)"
         ),
     ] = "auto"
     beyond: Annotated[
         float | None,
         Field(
             ge=0,
-            description="of scope committed: the offset d behind the correction is trained with weight exp(-d/beyond): "
-            f"what is reached once this error is mended; 0 = none of them; left out: {BEYOND:g}",
+            description="for scope committed: the offset d after the correction is trained with weight exp(-d/beyond), "
+            f"as it is reached once this error is corrected; 0 = none of them; left out: {BEYOND:g}",
         ),
     ] = None
     positions: Annotated[
@@ -124,22 +126,22 @@ class ResponseStream(Config):
     @model_validator(mode="after")
     def _beyond_what_is_committed(self) -> ResponseStream:
         if self.beyond and self.scope == "block":
-            raise ValueError("beyond is of scope committed: leave one of the two out")
+            raise ValueError("beyond is read with scope committed only. Leave one of the two out.")
         return self
 
     @property
     def reads_target(self) -> bool:
-        """Does the loss of a resolved stream read the target's distribution, or the committed tokens alone?"""
+        """Return whether the loss of a resolved stream reads more of the target than the committed tokens."""
         return self.loss != "cross_entropy"
 
     def weights(self) -> PositionWeights:
-        """Of a resolved stream."""
+        """Return the position weights of a resolved stream."""
         assert self.positions is not None, "resolve the weights first"
         return self.positions
 
 
 class RejectedStream(Config):
-    """The drafter's own proposals from the first rejected one on. Without it, nothing needs to be scored."""
+    """The stream of the drafter's own proposals from the first rejected one on. Without it, nothing is scored."""
 
     loss: Annotated[Literal["none", "k3"], Field(description="k3: reverse KL, estimated at the proposals")] = "none"
     weight: Annotated[float, Field(ge=0, description="λ_rej")] = 1.0
@@ -148,12 +150,12 @@ class RejectedStream(Config):
     @model_validator(mode="after")
     def _fixed_weights(self) -> RejectedStream:
         if self.positions.kind == "d_pace":
-            raise ValueError("verification reaches no rejected position: use uniform, exponential or power weights")
+            raise ValueError("d_pace does not weigh rejected positions. Use uniform, exponential or power weights.")
         return self
 
 
 class LossConfig(Config):
-    """`matched`, `paper`, or the streams; `preset: paper` beside streams changes a preset in parts."""
+    """`matched`, `paper`, or the streams; `preset: paper` beside streams changes some fields of the preset."""
 
     response: ResponseStream = ResponseStream()
     rejected: RejectedStream = RejectedStream()
@@ -161,8 +163,8 @@ class LossConfig(Config):
         float | None,
         Field(
             ge=0,
-            description="of the target's distribution where the loss reads it; 0 = its argmax alone; "
-            "left out: that of the trajectories, 1 if they are greedy or the drafter draws its proposals",
+            description="of the target's distribution where the loss reads it; 0 = its argmax alone; left out: that "
+            "of the answers, 1 if they are greedy or the drafter samples its proposals",
         ),
     ] = None
 
@@ -175,7 +177,7 @@ class LossConfig(Config):
             return value
         name = value["preset"]
         if name not in PRESETS:
-            raise ValueError(f"no preset {name!r}, use one of {sorted(PRESETS)} or a mapping of fields")
+            raise ValueError(f"no preset {name!r}. Use {' or '.join(sorted(PRESETS))}, or a mapping of fields.")
         expanded = {stream: dict(fields) for stream, fields in PRESETS[name].items()}
         for field, given in value.items():
             if field != "preset":
@@ -187,37 +189,39 @@ class LossConfig(Config):
     def _fits_together(self) -> LossConfig:
         if self.temperature is not None and self.response.loss in ("auto", *TOKEN_LOSSES):
             readers = ", ".join(DISTRIBUTION_LOSSES)
-            raise ValueError(f"temperature is read by {readers} only: name one of them in loss.response.loss")
+            raise ValueError(f"temperature is read by {readers} only. Name one of them in loss.response.loss.")
         if self.response.weight == 0 and (self.rejected.loss == "none" or self.rejected.weight == 0):
-            raise ValueError("both streams have weight 0: nothing would be trained")
+            raise ValueError("both streams have weight 0, so nothing would be trained. Raise one of the weights.")
         if self.needs_scores and self.response.positions is not None and self.response.positions.kind == "d_pace":
             raise ValueError(
-                "response.positions: a rejected stream needs weights that are known before the loss, which d_pace's "
-                "are not: use uniform, exponential or power weights"
+                "response.positions: d_pace's weights are not known before the loss, as a rejected stream needs. Use "
+                "uniform, exponential or power weights."
             )
         return self
 
     @property
     def needs_scores(self) -> bool:
-        """Does it read the target's log-probs of rejected proposals?"""
+        """Return whether the loss reads the target's log-probs of rejected proposals."""
         return self.rejected.loss != "none" and self.rejected.weight > 0
 
     @property
     def reads_steps(self) -> bool:
-        """Must verify steps be known before the loss is taken? Where all offsets are trained, the loss finds them."""
+        """Return whether verify steps must be known before the loss; if all offsets are trained, it finds them."""
         return self.needs_scores or (self.response.scope == "committed" and not self.response.beyond)
 
     @property
     def reads_committed(self) -> bool:
-        """Does it depend on what a verify step commits at all?"""
+        """Return whether the loss depends on what a verify step commits at all."""
         return self.needs_scores or self.response.scope == "committed"
 
     def resolved(self, recipe: TrainingRecipe, sampled: bool, temperature: float) -> LossConfig:
-        """With the loss and scope that fit architecture and verification rule, the temperature of that sampling, and
-        weights, where left open. Evidence: `tests/lab/README.md`."""
+        """Return this config with every open field resolved; the evidence is in `tests/lab/README.md`.
+
+        recipe: the architecture's. sampled: the verification rule. temperature: of the sampling.
+        """
         loss, scope = self.response.loss, self.response.scope
         beyond, positions = self.response.beyond, self.response.positions
-        as_in_sft = recipe.loss in DISTRIBUTION_LOSSES  # SFT on the target's distribution goes on with it
+        as_in_sft = recipe.loss in DISTRIBUTION_LOSSES  # SFT on the target's distribution continues with it
         if loss == "auto":
             of_rule = "forward_kl" if sampled else "cross_entropy"
             loss = recipe.loss if as_in_sft else of_rule
@@ -228,10 +232,10 @@ class LossConfig(Config):
         if positions is None:
             whole = scope == "block"
             positions = PositionWeights(kind="exponential", gamma=recipe.gamma) if whole else _UNIFORM
-        made = {"loss": loss, "scope": scope, "beyond": beyond, "positions": positions}
+        resolved = {"loss": loss, "scope": scope, "beyond": beyond, "positions": positions}
         return self.model_copy(
             update={
-                "response": self.response.model_copy(update=made),
+                "response": self.response.model_copy(update=resolved),
                 "temperature": (temperature or 1.0) if self.temperature is None else self.temperature,
             }
         )

@@ -21,18 +21,18 @@ NOTHING = -1e9  # a logit whose probability is exactly 0, and finite, so that 0 
 
 
 def cross_entropy(logits_q: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
-    """-log q(token). logits_q [N, V], column [N] → [N]. The greedy rule: only the target's argmax matters."""
+    """Return -log q(token). logits_q [N, V], column [N] → [N]. The greedy rule: only the target's argmax matters."""
     return logits_q.logsumexp(-1) - logits_q.gather(-1, column[:, None])[:, 0]
 
 
 def forward_kl(logits_q: torch.Tensor, logits_p: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) over the vocabulary, logits [N, V] each → [N]. The sampled rule: q should be large where p is."""
+    """Return KL(p || q) over the vocabulary, logits [N, V] → [N]. The sampled rule: q should be large where p is."""
     log_p = torch.log_softmax(logits_p, -1)
     return (log_p.exp() * (log_p - torch.log_softmax(logits_q, -1))).sum(-1)
 
 
 def total_variation(logits_q: torch.Tensor, logits_p: torch.Tensor) -> torch.Tensor:
-    """½ Σ |p - q|, logits [N, V] each → [N]: the probability that a proposal drawn from q is rejected."""
+    """Return ½ Σ |p - q|, logits [N, V] each → [N]: the probability that a proposal sampled from q is rejected."""
     return 0.5 * (logits_p.softmax(-1) - logits_q.softmax(-1)).abs().sum(-1)
 
 
@@ -52,34 +52,34 @@ def imported(name: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
 def ce_l1(
     logits_q: torch.Tensor, logits_p: torch.Tensor, column: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
-    """0.1 · cross-entropy + 0.9 · Σ |p - q|: DSpark's (arXiv 2607.05147). logits [N, V] each, column [N] → [N].
+    """Return DSpark's 0.1 · cross-entropy + 0.9 · Σ |p - q| (arXiv 2607.05147). logits [N, V], column [N] → [N].
 
-    temperature: that the tokens were drawn at.
+    temperature: that the tokens were sampled at.
     """
     of_token = cross_entropy(at_temperature(logits_q, temperature), column)
     return 0.1 * of_token + 0.9 * 2 * total_variation(logits_q, logits_p)
 
 
-def confidence(logit: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Binary cross-entropy of a predicted probability that a proposal is kept, its logit [N], against it [N] → [N]."""
-    return functional.binary_cross_entropy_with_logits(logit, kept, reduction="none")
+def confidence(logit: torch.Tensor, accepted: torch.Tensor) -> torch.Tensor:
+    """Return the binary cross-entropy of a predicted acceptance probability, its logit [N], and the true one [N]."""
+    return functional.binary_cross_entropy_with_logits(logit, accepted, reduction="none")
 
 
 @torch.no_grad()
 def acceptance(logits_q: torch.Tensor, logits_p: torch.Tensor) -> torch.Tensor:
-    """Σ min(p, q): the probability [N] that a proposal drawn from q is kept."""
+    """Return Σ min(p, q): the probability [N] that a proposal sampled from q is accepted."""
     return (1 - total_variation(logits_q, logits_p)).clamp(0, 1)
 
 
 def at_temperature(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Logits [N, V] of the distribution at a temperature; 0 puts everything on the argmax."""
+    """Return the logits [N, V] of the distribution at a temperature; 0 puts everything on the argmax."""
     if temperature > 0:
         return logits if temperature == 1 else logits / temperature
     return torch.full_like(logits, NOTHING).scatter_(-1, logits.argmax(-1, keepdim=True), 0.0)
 
 
 def bernoulli_forward_kl(log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
-    """The response stream of the paper: KL between "this token or not" under p and q, from their log-probs [N].
+    """Return the paper's response loss: KL between "this token or not" under p and q, from their log-probs [N].
 
     p·log(p/q) + (1-p)·log((1-p)/(1-q)), log-probs floored, the term clamped.
     """
@@ -91,7 +91,7 @@ def bernoulli_forward_kl(log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tens
 
 
 def k3_reverse_kl(log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
-    """The rejected stream of the paper: exp(Δ) - Δ - 1 with Δ = log p - log q of the drafter's own proposal, [N].
+    """Return the paper's rejected loss: exp(Δ) - Δ - 1 with Δ = log p - log q of the drafter's own proposal, [N].
 
     An unbiased, non-negative estimate of KL(q || p) at samples of q (Schulman, "Approximating KL divergence", k3).
     """
@@ -100,29 +100,28 @@ def k3_reverse_kl(log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
 
 
 def _log_complement(log_x: torch.Tensor) -> torch.Tensor:
-    """log(1 - exp(log_x)), floored like every log-prob."""
+    """Return log(1 - exp(log_x)), floored like every log-prob."""
     return torch.log((-torch.expm1(log_x)).clamp(min=torch.finfo(log_x.dtype).tiny)).clamp(min=LOG_FLOOR)
 
 
 def decay_weights(offsets: torch.Tensor, gamma: float) -> torch.Tensor:
-    """exp(-(k-1)/γ): DFlash's weights of offsets k = 1, 2, … (arXiv 2602.06036)."""
+    """Return exp(-(k-1)/γ): DFlash's weights of offsets k = 1, 2, … (arXiv 2602.06036)."""
     return torch.exp(-(offsets.float() - 1) / gamma)
 
 
 def power_weights(offsets: torch.Tensor, delta: float) -> torch.Tensor:
-    """δ^(k-1): the paper's weights of the rejected stream."""
+    """Return δ^(k-1): the paper's weights of the rejected stream."""
     return delta ** (offsets.float() - 1)
 
 
 def d_pace_weights(
     log_q: torch.Tensor, inside: torch.Tensor, alpha: float = 0.5, absent: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """D-PACE (arXiv 2605.18810): how much offset k matters to the expected accepted length, Σ_{i≥k} Π_{j≤i} q̃_j.
+    """Return D-PACE's weights [..., K] (arXiv 2605.18810): how much offset k adds to the expected accepted length.
 
-    q̃ = (1 - α) q + α is the drafter's smoothed confidence in the committed token, without gradient; its
-    authors take an α of 0.5. log_q: [..., K] of
-    these tokens; inside: bool [..., K], the offsets that count → [..., K]. absent: those of the text that cannot be
-    proposed, which have no weight and a q of 0.
+    That is Σ_{i≥k} Π_{j≤i} q̃_j, where q̃ = (1 - α) q + α is the drafter's smoothed confidence in the committed token,
+    without gradient; the authors take an α of 0.5. log_q: [..., K] of these tokens. inside: bool [..., K], the offsets
+    that count. absent: bool [..., K], offsets whose token cannot be proposed: no weight and a q of 0.
     """
     counted = inside if absent is None else inside | absent
     smoothed = torch.where(inside, (1 - alpha) * log_q.exp() + alpha, 1.0)

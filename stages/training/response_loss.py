@@ -62,7 +62,7 @@ class StreamLoss:
 
     @property
     def accuracy(self) -> Ratio:
-        """Share of its positions where the drafter would propose the committed token."""
+        """Return the share of its positions where the drafter would propose the committed token."""
         return Ratio(int(self.correct.sum()), int(self.positions.sum()))
 
 
@@ -120,15 +120,15 @@ def head_loss(hidden: torch.Tensor, signal: TargetSignal, stream: ResponseStream
     loss_of = loss_function(stream.loss)
     correct = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
 
-    def values(h: torch.Tensor, part: slice) -> torch.Tensor:
-        logits, here = head.logits(h), signal.chunk(part)
+    def values(h: torch.Tensor, chunk: slice) -> torch.Tensor:
+        logits, here = head.logits(h), signal.at(chunk)
         with torch.no_grad():
-            correct[part] = logits.argmax(-1) == here.columns
+            correct[chunk] = logits.argmax(-1) == here.columns
             if by_confidence:
-                log_q[part] = -losses.cross_entropy(logits, here.columns)
+                log_q[chunk] = -losses.cross_entropy(logits, here.columns)
         terms = loss_of(logits, here)
         if heads.confidence is not None:  # detached: the confidence must not change the proposals that it describes
-            accepted = correct[part].float()
+            accepted = correct[chunk].float()
             if not context.sampling.greedy:
                 scaled = scaled_head.logits(h.detach()) if scaled_head is not head else logits
                 accepted = losses.acceptance(scaled.detach(), here.verifying_logits())

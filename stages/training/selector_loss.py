@@ -67,31 +67,35 @@ def selector_loss(hidden: torch.Tensor, previous: torch.Tensor, signal: TargetSi
     hidden: [N, H] of the drafter. previous: [N] tokens before these positions. loss: a resolved name.
     """
     context = signal.context
-    drafter, head, chunk = context.heads.selector, context.heads.drafter, context.positions_per_chunk
+    drafter, head, size = context.heads.selector, context.heads.drafter, context.positions_per_chunk
     assert drafter is not None
     named = losses.imported(loss) if ":" in loss else None
     candidates = _candidates(drafter, hidden, signal.columns, context)
     among, index, present = candidates.columns, candidates.index, candidates.present
     log_p = torch.zeros(among.shape, device=among.device)  # computed once: backward calls `values` again
-    for part in slices(len(among) if named or loss in _DISTRIBUTION_LOSSES else 0, chunk):
-        log_p[part] = torch.log_softmax(signal.chunk(part).logits(), -1).gather(-1, among[part])
+    for chunk in slices(len(among) if named or loss in _DISTRIBUTION_LOSSES else 0, size):
+        log_p[chunk] = torch.log_softmax(signal.at(chunk).logits(), -1).gather(-1, among[chunk])
     correct, log_q = torch.zeros_like(present), torch.full_like(index, -torch.inf, dtype=torch.float32)
 
-    def values(h: torch.Tensor, part: slice) -> torch.Tensor:
-        logits, at, inside = drafter.selector_logits(h, previous[part], among[part], head), index[part], present[part]
+    def values(h: torch.Tensor, chunk: slice) -> torch.Tensor:
+        logits, at, inside = (
+            drafter.selector_logits(h, previous[chunk], among[chunk], head),
+            index[chunk],
+            present[chunk],
+        )
         of_token = losses.cross_entropy(losses.at_temperature(logits, context.proposal_temperature), at)
         with torch.no_grad():
-            correct[part] = inside & (logits.argmax(-1) == at)
-            log_q[part] = torch.where(inside, -of_token, -torch.inf)
+            correct[chunk] = inside & (logits.argmax(-1) == at)
+            log_q[chunk] = torch.where(inside, -of_token, -torch.inf)
         if loss == "cross_entropy":
             return of_token
         if loss == "bernoulli_kl":
-            return losses.bernoulli_forward_kl(-losses.cross_entropy(logits, at), signal.token_logprob[part])
+            return losses.bernoulli_forward_kl(-losses.cross_entropy(logits, at), signal.token_logprob[chunk])
         if named is not None:
-            return named(logits, log_p[part])
-        return _DISTRIBUTION_LOSSES[loss](logits, of_token, log_p[part])
+            return named(logits, log_p[chunk])
+        return _DISTRIBUTION_LOSSES[loss](logits, of_token, log_p[chunk])
 
-    terms = chunked_values(hidden, chunk, values, trained_head=True)
+    terms = chunked_values(hidden, size, values, trained_head=True)
     return PositionLosses(terms, correct, log_q)
 
 
@@ -106,8 +110,8 @@ def selector_logprobs(
     assert drafter is not None
     candidates = _candidates(drafter, hidden, columns, context)
 
-    def values(h: torch.Tensor, part: slice) -> torch.Tensor:
-        logits = drafter.selector_logits(h, previous[part], candidates.columns[part], head)
-        return -losses.cross_entropy(logits, candidates.index[part])
+    def values(h: torch.Tensor, chunk: slice) -> torch.Tensor:
+        logits = drafter.selector_logits(h, previous[chunk], candidates.columns[chunk], head)
+        return -losses.cross_entropy(logits, candidates.index[chunk])
 
     return chunked_values(hidden, context.positions_per_chunk, values, trained_head=True)

@@ -52,13 +52,16 @@ class TargetSignal:
             logprob = chunked_values(
                 self.hidden,
                 self.context.positions_per_chunk,
-                lambda h, part: -losses.cross_entropy(full.logits(h), self.tokens[part]),
+                lambda h, chunk: -losses.cross_entropy(full.logits(h), self.tokens[chunk]),
             )
         return replace(self, stored_logprob=logprob)
 
     @property
     def token_logprob(self) -> torch.Tensor:
-        """[N] log-probability of the committed tokens under the full head; call `with_token_logprobs` first."""
+        """Return the log-probability [N] of the committed tokens under the full head.
+
+        Call `with_token_logprobs` first.
+        """
         assert self.stored_logprob is not None
         return self.stored_logprob
 
@@ -68,9 +71,9 @@ class TargetSignal:
         with torch.autocast(self.hidden.device.type, enabled=False):  # the training loop's is for the drafter alone
             return head.logits(self.hidden)
 
-    def chunk(self, part: slice) -> TargetSignal:
-        """Return the signal at some of the positions."""
-        hidden, logprob = (None if x is None else x[part] for x in (self.hidden, self.stored_logprob))
+    def at(self, chunk: slice) -> TargetSignal:
+        """Return the signal at a chunk of the positions."""
+        hidden, logprob = (None if x is None else x[chunk] for x in (self.hidden, self.stored_logprob))
         return replace(
-            self, tokens=self.tokens[part], columns=self.columns[part], hidden=hidden, stored_logprob=logprob
+            self, tokens=self.tokens[chunk], columns=self.columns[chunk], hidden=hidden, stored_logprob=logprob
         )

@@ -47,14 +47,14 @@ class Trainer(ABC):
         seed: int = 0,
         ranks: Ranks = ALONE,
     ):
-        """drafter: float32 weights that are to be trained."""
+        """Train on all trajectories, unless a subclass narrows `usable`. drafter: float32 weights to train."""
         self.drafter, self.target, self.config, self.seed, self.ranks = drafter, target, config, seed, ranks
         self.trajectories, self.usable = data.trajectories, range(len(data.trajectories))
 
     @property
     @abstractmethod
     def reads_target(self) -> bool:
-        """Whether batches need the target's hidden states, beside its features."""
+        """Return whether batches need the target's hidden states, beside its features."""
 
     @abstractmethod
     def micro_batches(self, step: int, limit: int | None) -> Iterator[LossReport]:
@@ -67,7 +67,7 @@ class Trainer(ABC):
 
     @property
     def passes(self) -> float:
-        """How often a trajectory is trained, on average."""
+        """Return how often a trajectory is trained, on average."""
         return self.config.passes(len(self.usable))
 
     def rank_slice(self, step: int, limit: int | None) -> RankSlice:
@@ -93,7 +93,7 @@ class Trainer(ABC):
 
     @property
     def _block_tokens(self) -> int:
-        """Tokens of a row's blocks."""
+        """Return the tokens of a row's blocks."""
         return self.config.anchors_per_sequence * self.drafter.block_size
 
     def train(self, ctx: StageContext) -> dict[str, float]:

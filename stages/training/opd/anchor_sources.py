@@ -41,7 +41,7 @@ class StepAnchors:
 
     @property
     def known_steps(self) -> VerifySteps | None:
-        """The verify steps, wherever they come from."""
+        """Return the verify steps, wherever they come from; None if nobody knows them yet."""
         return self.steps or self.verified
 
 
@@ -122,7 +122,7 @@ class SuccessorAnchors(StatelessSource):
     numbers = 2
 
     def __init__(self, drafter: Drafter, proposals: int, per_sequence: int):
-        """proposals: of a served block."""
+        """Take positions of `per_sequence` blocks. proposals: of a served block."""
         self.drafter, self.proposals, self.per_sequence = drafter, proposals, per_sequence
 
     def sample(self, step: int, indices: Sequence[int], view: DraftingView, phases: np.ndarray) -> StepAnchors:  # noqa: ARG002

@@ -102,7 +102,7 @@ def _rejected_stream(
         log_q = chunked_values(
             rejected,
             context.positions_per_chunk,
-            lambda h, part: -losses.cross_entropy(heads.drafter.logits(h), columns[part]),
+            lambda h, chunk: -losses.cross_entropy(heads.drafter.logits(h), columns[chunk]),
             trained_head=heads.trained,
         )
     terms = losses.k3_reverse_kl(log_q, log_p)

@@ -44,7 +44,7 @@ class StoredSteps(Sequence[TrajectorySteps]):
     """The steps of N trajectories, each read from their table when it is needed."""
 
     def __init__(self, rows: KeyedRows, errors: np.ndarray, proposals: int):
-        """rows: of VERIFY_STEPS. errors: [N] steps that rejected something. proposals: K of the trained block."""
+        """Read rows of VERIFY_STEPS. errors: [N] steps that rejected something. proposals: K of the trained block."""
         self.rows, self.errors, self.proposals = rows, errors, proposals
 
     def __len__(self) -> int:
@@ -112,11 +112,11 @@ def load_mined(folder: Path, trajectories: Sequence[Trajectory], block_size: int
     if whole:
         _check_mined(rows.counts, ids, str(path))
     errors, longest, row = np.zeros(len(ids), dtype=np.int64), 0, 0
-    for part in reader.row_groups(["rejected_offset", "proposed_ids"]):
-        rejecting = rows.key_index(row + np.flatnonzero(part["rejected_offset"].to_numpy()))
+    for group in reader.row_groups(["rejected_offset", "proposed_ids"]):
+        rejecting = rows.key_index(row + np.flatnonzero(group["rejected_offset"].to_numpy()))
         errors += np.bincount(rejecting[rejecting >= 0], minlength=len(ids))
-        longest = max(longest, pc.max(pc.list_value_length(part["proposed_ids"])).as_py())
-        row += part.num_rows
+        longest = max(longest, pc.max(pc.list_value_length(group["proposed_ids"])).as_py())
+        row += group.num_rows
     _check_length(longest, block_size, str(path))
     return MinedTable(StoredSteps(rows, errors, block_size - 1), longest)
 
@@ -129,8 +129,8 @@ def match_steps(table: pa.Table, trajectories: Sequence[Trajectory], block_size:
     _check_mined(np.diff(bounds), ids, "mined steps")
     longest = int(pc.max(pc.list_value_length(table["proposed_ids"])).as_py())
     _check_length(longest, block_size, "mined steps")
-    parts = (table.slice(start, stop - start) for start, stop in itertools.pairwise(bounds.tolist()))
-    return MinedTable([_steps(part, block_size - 1) for part in parts], longest)
+    tables = (table.slice(start, stop - start) for start, stop in itertools.pairwise(bounds.tolist()))
+    return MinedTable([_steps(rows, block_size - 1) for rows in tables], longest)
 
 
 def _check_mined(counts: np.ndarray, ids: pa.Array, where: str) -> None:

@@ -29,7 +29,7 @@ class Remining:
     """A mined table whose rows are replaced by fresh ones; `every` = 0 keeps it as it was mined."""
 
     def __init__(self, mined: MinedTable, drafter: Drafter, *, every: int, scored: bool):
-        """scored: whether the target scores the proposals of sampled steps, for a loss with a rejected stream."""
+        """Start with mined steps. scored: whether the target scores sampled ones, for a loss with a rejected stream."""
         self.mined, self.drafter, self.every, self.scored = mined, drafter, every, scored
         self._fresh: dict[int, TrajectorySteps] = {}
         self._mined_at: dict[int, int] = {}  # trajectory -> optimiser step of its fresh trace
@@ -134,7 +134,7 @@ class Remining:
 
     @property
     def _remembered(self) -> tuple[str, ...]:
-        """Columns of fresh steps that are stored."""
+        """Return the columns of fresh steps that are stored."""
         return (*_TRACE, "proposed") if self.scored else _TRACE
 
     def _steps_of(self, columns: Mapping[str, np.ndarray]) -> TrajectorySteps:

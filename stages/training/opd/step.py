@@ -77,21 +77,21 @@ class OpdStep:
         heads = self.heads.sample(rng, [rank_slice.step_tokens])
         phases = rng.random((rank_slice.step_rows, self.source.numbers))[rank_slice.rows]
         clock.spent("head_and_loss")
-        parts = [
+        micro_batches = [
             self._sample_anchors(step, rank_slice, rows, phases[rows], heads, clock)
             for rows in rank_slice.micro_batches
         ]
         self.source.share(ranks)
         step_weights = None
         if self.objective.needs_scores:
-            self._score(parts, ranks)
+            self._score(micro_batches, ranks)
             if not single:
-                heads = self._with_rejected(rng, parts, rank_slice)
-                step_weights = self._step_weights(parts, heads, ranks)
+                heads = self._with_rejected(rng, micro_batches, rank_slice)
+                step_weights = self._step_weights(micro_batches, heads, ranks)
         clock.spent("mining")
-        for part in parts:
+        for micro_batch in micro_batches:
             clock.resume()
-            report = self._train(part, heads, rng if single else None, clock)
+            report = self._train(micro_batch, heads, rng if single else None, clock)
             report.is_full_step, report.step_weights = single, step_weights
             report.seconds = clock.take()
             yield report
@@ -109,7 +109,7 @@ class OpdStep:
 
         phases: [rows, numbers] of the source.
         """
-        single, batch = rank_slice.is_one_batch, rank_slice.batch.rows(rows)
+        single, batch = rank_slice.is_one_batch, rank_slice.batch.select(rows)
         with torch.set_grad_enabled(single and torch.is_grad_enabled()):
             context = encode_batch(self.drafter, batch)
             clock.spent("drafter")
@@ -124,62 +124,68 @@ class OpdStep:
                 anchors = replace(anchors, verified=verified, unscored=range(len(batch.trajectories)))
         return _MicroBatch(batch, anchors, sampler, context if single else None)
 
-    def _score(self, parts: Sequence[_MicroBatch], ranks: Ranks) -> None:
+    def _score(self, micro_batches: Sequence[_MicroBatch], ranks: Ranks) -> None:
         """Let the target score the known steps that it has yet to score.
 
         A single batch whose blocks are verified as they are trained has none.
         """
-        known = [(part, part.anchors.known_steps) for part in parts]
+        known = [(micro_batch, micro_batch.anchors.known_steps) for micro_batch in micro_batches]
         unscored = [
-            UnscoredSteps(steps, part.batch.trajectories, part.anchors.anchors, part.anchors.unscored)
-            for part, steps in known
+            UnscoredSteps(
+                steps, micro_batch.batch.trajectories, micro_batch.anchors.anchors, micro_batch.anchors.unscored
+            )
+            for micro_batch, steps in known
             if steps is not None
         ]
         if not unscored:
             return
         tokens = self.options.config.tokens_per_target_forward
         scored = score_steps(unscored, self.target, self.options.proposals, tokens, ranks)
-        for part, steps in zip(parts, scored, strict=True):
-            if part.anchors.verified is None:
-                part.anchors = replace(part.anchors, steps=steps)
+        for micro_batch, steps in zip(micro_batches, scored, strict=True):
+            if micro_batch.anchors.verified is None:
+                micro_batch.anchors = replace(micro_batch.anchors, steps=steps)
             else:
-                part.anchors = replace(part.anchors, verified=steps)
+                micro_batch.anchors = replace(micro_batch.anchors, verified=steps)
 
     def _with_rejected(
-        self, rng: np.random.Generator, parts: Sequence[_MicroBatch], rank_slice: RankSlice
+        self, rng: np.random.Generator, micro_batches: Sequence[_MicroBatch], rank_slice: RankSlice
     ) -> SoftmaxHeads:
         """Return heads that also hold the tokens which any rank's verify steps rejected."""
         needed = [rank_slice.step_tokens]
         if self.heads.is_reduced:
-            proposed = torch.cat([_known_steps(part).proposed.unique() for part in parts]).cpu()
+            proposed = torch.cat([_known_steps(micro_batch).proposed.unique() for micro_batch in micro_batches]).cpu()
             needed += [ids.to(needed[0].device) for ids in rank_slice.ranks.gather(proposed)]
         return self.heads.sample(rng, needed)
 
-    def _step_weights(self, parts: Sequence[_MicroBatch], heads: SoftmaxHeads, ranks: Ranks) -> tuple[float, ...]:
+    def _step_weights(
+        self, micro_batches: Sequence[_MicroBatch], heads: SoftmaxHeads, ranks: Ranks
+    ) -> tuple[float, ...]:
         """Return the weights of both streams in the full step."""
         of_parts = [
-            stream_weights(part.batch, part.anchors.anchors, _known_steps(part), heads, self.objective)
-            for part in parts
+            stream_weights(
+                micro_batch.batch, micro_batch.anchors.anchors, _known_steps(micro_batch), heads, self.objective
+            )
+            for micro_batch in micro_batches
         ]
         of_ranks = ranks.gather([sum(weights) for weights in zip(*of_parts, strict=True)])
         return tuple(sum(weights) for weights in zip(*of_ranks, strict=True))
 
     def _train(
-        self, part: _MicroBatch, heads: SoftmaxHeads, rng: np.random.Generator | None, clock: _Clock
+        self, micro_batch: _MicroBatch, heads: SoftmaxHeads, rng: np.random.Generator | None, clock: _Clock
     ) -> LossReport:
         """Draft the blocks of a micro-batch and return their loss.
 
         rng: for a head that also holds rejected tokens, if they are not known before.
         """
-        batch, anchors, config = part.batch, part.anchors, self.options.config
-        context = encode_batch(self.drafter, batch) if part.context is None else part.context
+        batch, anchors, config = micro_batch.batch, micro_batch.anchors, self.options.config
+        context = encode_batch(self.drafter, batch) if micro_batch.context is None else micro_batch.context
         blocks = draft_blocks(self.drafter, context, batch, anchors.anchors)
         clock.spent("drafter")
         steps = anchors.known_steps
         # else the loss itself finds what was accepted: argmaxes that are the answer's tokens
         needs_steps = self.objective.reads_steps if self.sampling.greedy else self.objective.reads_committed
         if steps is None and needs_steps:
-            steps = self._verify(blocks, context, heads, part.sampler)
+            steps = self._verify(blocks, context, heads, micro_batch.sampler)
             clock.spent("drafter")
             if self.objective.needs_scores:
                 rows = range(len(batch.trajectories))
@@ -234,8 +240,8 @@ class OpdStep:
         )
 
 
-def _known_steps(part: _MicroBatch) -> VerifySteps:
-    steps = part.anchors.known_steps
+def _known_steps(micro_batch: _MicroBatch) -> VerifySteps:
+    steps = micro_batch.anchors.known_steps
     assert steps is not None, "a rejected stream needs verify steps"
     return steps
 

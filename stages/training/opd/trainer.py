@@ -66,8 +66,11 @@ class OpdTraining(Trainer):
         seed: int = 0,
         ranks: Ranks = ALONE,
     ):
-        """drafter: float32 weights that are to be trained. Raises DraftsmithError if no step of the config's kind was
-        mined."""
+        """Choose the anchors' source and resolve the loss.
+
+        drafter: float32 weights that are to be trained. Raises DraftsmithError if no step of the config's kind was
+        mined.
+        """
         super().__init__(drafter, target, data, config, seed=seed, ranks=ranks)
         mined, sampling = data.mined, data.sampling
         self.mined = match_steps(mined, data.trajectories, drafter.block_size) if isinstance(mined, pa.Table) else mined

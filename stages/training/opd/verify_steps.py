@@ -145,10 +145,10 @@ def score_steps(
     A step that was sampled more than once is scored once. Ranks that share the target score all their steps together.
     """
     traces, indices = [], []  # of each row: its trajectory and trace, and which of the trace's steps its anchors are
-    for part in unscored:
-        for row in part.rows:
-            trace, index = _row_trace(part, row, proposals)
-            traces.append((part.trajectories[row], trace))
+    for group in unscored:
+        for row in group.rows:
+            trace, index = _row_trace(group, row, proposals)
+            traces.append((group.trajectories[row], trace))
             indices.append(index)
     of_ranks = ranks.gather_in_target_group(traces)
     everything = [pair for of_rank in of_ranks for pair in of_rank]
@@ -157,21 +157,21 @@ def score_steps(
     before = sum(map(len, of_ranks[: ranks.target_index]))
     own_scores = iter(zip(scores[before : before + len(traces)], indices, strict=True))
     scored = []
-    for part in unscored:
-        logprobs = part.steps.target_logprobs.clone()
-        for row in part.rows:
+    for group in unscored:
+        logprobs = group.steps.target_logprobs.clone()
+        for row in group.rows:
             of_row, index = next(own_scores)
             logprobs[row, :, :proposals] = torch.from_numpy(of_row.target_logprobs[index]).to(logprobs.device)
-        scored.append(replace(part.steps, target_logprobs=logprobs))
+        scored.append(replace(group.steps, target_logprobs=logprobs))
     return scored
 
 
-def _row_trace(part: UnscoredSteps, row: int, proposals: int) -> tuple[Trace, np.ndarray]:
+def _row_trace(group: UnscoredSteps, row: int, proposals: int) -> tuple[Trace, np.ndarray]:
     """Return a row's steps as a trace, each once, and the index [A] in it of the step at each anchor."""
-    steps = part.steps
+    steps = group.steps
     positions, first, index = np.unique(
-        part.anchors.positions[row].cpu().numpy(), return_index=True, return_inverse=True
+        group.anchors.positions[row].cpu().numpy(), return_index=True, return_inverse=True
     )
     accepted = steps.accepted[row].cpu().numpy()[first]
     proposed = steps.proposed[row, :, :proposals].cpu().numpy()[first]
-    return Trace(len(part.trajectories[row].tokens), positions, accepted, proposed, len(proposed)), index
+    return Trace(len(group.trajectories[row].tokens), positions, accepted, proposed, len(proposed)), index

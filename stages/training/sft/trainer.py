@@ -133,7 +133,7 @@ class SftTraining(Trainer):
         seed: int = 0,
         ranks: Ranks = ALONE,
     ):
-        """drafter: float32 weights that are to be trained. data: `response_loss` tells what its sampling changes."""
+        """Resolve the loss, which the data's sampling decides too. drafter: float32 weights to train."""
         super().__init__(drafter, target, data, config, seed=seed, ranks=ranks)
         self.stream = config.stream(drafter.recipe, sampled=not data.sampling.greedy)
         self._sampling = data.sampling if drafter.samples_proposals else GREEDY
@@ -152,7 +152,7 @@ class SftTraining(Trainer):
         config = self.config
         context = LossContext(heads, self.target.head_weight, config.positions_per_chunk, self._sampling)
         for rows in rank_slice.micro_batches:
-            batch = rank_slice.batch.rows(rows)
+            batch = rank_slice.batch.select(rows)
             anchors = position_anchors(
                 batch.trajectories, config.anchors_per_sequence, phases[rows], self.target.device
             )

@@ -145,7 +145,7 @@ class FakeStep:
         context = LossContext(heads, head, config.positions_per_chunk, self.sampling)
         stream = config.stream(drafter.recipe, sampled=True)
         for part in islice(parts, 2):
-            rows = batch.rows(part)
+            rows = batch.select(part)
             anchors = position_anchors(rows.trajectories, config.anchors_per_sequence, phases[part], _CPU)
             report = sft_loss(drafter, rows, anchors, context, stream, temperature=1.0)
             report.is_full_step = len(parts) == 1

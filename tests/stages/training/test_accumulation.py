@@ -133,7 +133,7 @@ def test_rows_are_parted_in_their_order_and_one_row_may_exceed_the_limit(
         for part in parts:
             padded = len(lengths[part]) * (max(lengths[part]) + 10)
             assert padded <= limit or len(lengths[part]) == 1
-    two = batch.rows(slice(1, 3))
+    two = batch.select(slice(1, 3))
     assert two.tokens.shape[1] == two.features.shape[1] == max(lengths[1:3])
 
 
