@@ -1,4 +1,4 @@
-"""Which engine generates, and how tokens are drawn."""
+"""Configs of the engines and of sampling."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from draftsmith.stages.runtime.stage import Config, NotInKey
 from draftsmith.stages.target.sampling import SamplingParams, TopK
 
 NO_REDUCED_HEAD = (
-    "only the embedded engine drafts from a part of the vocabulary; leave it out, or set engine.kind: embedded"
+    "only the embedded engine drafts from a part of the vocabulary. Remove it, or set engine.kind: embedded."
 )
-GREEDY_ONLY = (  # behind the name of the field
-    "SGLang verifies greedily on this device, as on every CPU, so a drafter would change sampled answers; set it to 0, "
-    "roll out without a drafter, or use an NVIDIA GPU"
+GREEDY_ONLY = (  # follows the name of the field
+    "SGLang verifies greedily on this device, as on every CPU, so a drafter would change sampled answers. Set it to 0, "
+    "roll out without a drafter, or use an NVIDIA GPU."
 )
 OptionValue = str | int | float | bool
 
-_HTTP_ONLY = "nothing: launched servers are asked over HTTP, which the API key guards"
+_HTTP_ONLY = "nothing: launched servers are used over HTTP, which the API key protects"
 _LOSSLESS = "nothing: below 1 the answers are not the target's"
-_OTHER_RULES = "nothing: in replay EAGLE-3 proposes argmaxes, and every proposal is judged by itself"
+_OTHER_RULES = "nothing: in replay EAGLE-3 proposes argmaxes, and every proposal is verified by itself"
 _NO_PIPELINES = (
     "nothing: a server gets tensor_parallel * data_parallel GPUs, and DFLASH and DSPARK draft with no pipeline"
 )
-# Set by the stage from other fields: given twice, the two could contradict each other.
-_OWN_OPTIONS = {
+# Set by the stage from other fields, which a second value could contradict. Values follow "is set by".
+_RESERVED_OPTIONS = {
     "model-path": "the section target",
     "model": "the section target",
-    "host": "nothing: launched servers listen on this machine alone",
+    "host": "nothing: launched servers listen on this machine only",
     "port": "nothing: a free one is taken",
     "dtype": "target.dtype",
     "tp": "engine.launch.tensor_parallel",
@@ -45,7 +45,7 @@ _OWN_OPTIONS = {
     "data-parallel-size": "engine.launch.data_parallel",
     "pp-size": _NO_PIPELINES,
     "pipeline-parallel-size": _NO_PIPELINES,
-    "nnodes": "nothing: a launched server is on this machine alone",
+    "nnodes": "nothing: a launched server runs on this machine only",
     "mem-fraction-static": "engine.launch.memory_fraction",
     "speculative-algorithm": "the drafter's checkpoint",
     "speculative-draft-model-path": "the drafter of the refresh",
@@ -60,9 +60,9 @@ _OWN_OPTIONS = {
     "speculative-use-rejection-sampling": _OTHER_RULES,
     "speculative-use-block-verification": _OTHER_RULES,
     "preferred-sampling-params": "the section sampling",
-    "json-model-override-args": "the target's config.json: servers compute by it",
-    "config": "nothing: a file of options could set any of them; write them here",
-    "tokenizer-worker-num": "nothing: with several SGLang takes no API key, and launched servers have one",
+    "json-model-override-args": "the target's config.json",
+    "config": "nothing: a file could set any option; write them here",
+    "tokenizer-worker-num": "nothing: with several workers SGLang supports no API key, which launched servers have",
     "grpc-mode": _HTTP_ONLY,
     "smg-grpc-mode": _HTTP_ONLY,
     "grpc-port": _HTTP_ONLY,
@@ -75,56 +75,56 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 def _http_address(url: str) -> str:
     if (why := describe_secret(url)) is not None:
-        raise ValueError(f"holds {why}: name the variable of the environment that has the key in api_key_env")
+        raise ValueError(f"contains {why}. Name the environment variable that holds the key in api_key_env.")
     if not url.startswith(("http://", "https://")):
-        raise ValueError(f"{url!r} is no address: write http://{url}")
+        raise ValueError(f"{url!r} is no address. Write http://{url}.")
     try:
         parts = urlsplit(url)
-        whole = bool(parts.hostname) and parts.port != 0 and not any(map(str.isspace, url))
-    except ValueError:  # of its port
-        whole = False
-    if not whole:
-        raise ValueError(f"{url!r} is no address of a server: write one such as http://host:30000")
+        valid = bool(parts.hostname) and parts.port != 0 and not any(map(str.isspace, url))
+    except ValueError:  # a wrong port
+        valid = False
+    if not valid:
+        raise ValueError(f"{url!r} is no address of a server. Write one such as http://host:30000.")
     return url
 
 
-def _variable(name: str) -> str:
+def _variable_name(name: str) -> str:
     if not _VARIABLE.fullmatch(name):
-        raise ValueError("give the name of a variable of the environment, such as SGLANG_API_KEY, not the key itself")
+        raise ValueError("is no name of an environment variable. Give one such as SGLANG_API_KEY, not the key itself.")
     return name
 
 
-def _no_secrets(named: dict[str, Any]) -> dict[str, Any]:
-    """A config is written to manifests, to MLflow and to the report."""
-    for name, why in find_secrets(named):
+def _no_secrets(fields: dict[str, Any]) -> dict[str, Any]:
+    """Refuse secrets: a config is written to manifests, to MLflow and to the report."""
+    for name, why in find_secrets(fields):
         raise ValueError(
-            f"{name} looks like a secret ({why}), and a config is shown in MLflow and in reports: set what is needed "
-            "in the environment of the command instead, the servers inherit it"
+            f"{name} looks like a secret ({why}), and a config is shown in MLflow and in reports. Set it in the "
+            "environment of the command instead, which servers inherit."
         )
-    return named
+    return fields
 
 
 def option_name(key: str) -> str:
-    """The name of an option of SGLang's server as its command line has it, without the dashes before it."""
+    """Return the name of an option on the command line of SGLang's server, without leading dashes."""
     return key.lstrip("-").replace("_", "-")
 
 
-def _not_our_own(options: dict[str, Any]) -> dict[str, Any]:
-    """Nothing that a field sets: not by its name, not by its beginning (argparse completes it), not as `name=value`,
-    and not as the value of another option."""
+def _no_reserved_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Refuse options that a field sets: by name, by prefix (argparse completes it), as `name=value`, and as the value
+    of another option."""
     for key, value in options.items():
         name = option_name(key)
-        if field := _OWN_OPTIONS.get(name):
-            raise ValueError(f"{key}: is set by {field}; leave it out here")
+        if field := _RESERVED_OPTIONS.get(name):
+            raise ValueError(f"{key}: is set by {field}. Remove it here.")
         if not _OPTION_NAME.fullmatch(name):
-            raise ValueError(f"{key}: is no name of an option; write the name alone, and its value behind the colon")
-        if meant := next((own for own in _OWN_OPTIONS if own.startswith(name)), None):
-            raise ValueError(f"{key}: SGLang would read it as --{meant}, which is set by {_OWN_OPTIONS[meant]}")
+            raise ValueError(f"{key}: is no name of an option. Write the name alone, and its value after the colon.")
+        if meant := next((reserved for reserved in _RESERVED_OPTIONS if reserved.startswith(name)), None):
+            raise ValueError(f"{key}: SGLang would read it as --{meant}, which is set by {_RESERVED_OPTIONS[meant]}.")
         if (name, value) in _RANDOM_WEIGHTS:
-            raise ValueError(f"{key}: {value} serves random weights; leave it out here")
+            raise ValueError(f"{key}: {value} serves random weights. Remove it here.")
         for item in value if isinstance(value, list | tuple) else (value,):
             if str(item).startswith("-") and not _NUMBER.fullmatch(str(item)):
-                raise ValueError(f"{key}: SGLang would read its value {item!r} as another option; correct it")
+                raise ValueError(f"{key}: SGLang would read its value {item!r} as another option. Correct it.")
     return options
 
 
@@ -136,7 +136,7 @@ class EmbeddedEngineConfig(Config):
 
 
 class LaunchConfig(Config):
-    """SGLang servers that the stage starts, waits for and stops. What is left out is SGLang's own default."""
+    """SGLang servers that the stage starts, waits for and stops. Fields left out have SGLang's defaults."""
 
     servers: Annotated[
         int, Field(ge=1, description="how many; each takes tensor_parallel * data_parallel GPUs"), NotInKey()
@@ -161,7 +161,7 @@ class LaunchConfig(Config):
     options: Annotated[
         dict[str, OptionValue | tuple[OptionValue, ...]],
         AfterValidator(_no_secrets),
-        AfterValidator(_not_our_own),
+        AfterValidator(_no_reserved_options),
         Field(
             default_factory=dict,
             description="further options of SGLang's server without their dashes, e.g. {attention-backend: fa3}; "
@@ -178,22 +178,22 @@ class LaunchConfig(Config):
     ] = 900.0
 
     @model_validator(mode="after")
-    def _a_router_has_servers(self) -> LaunchConfig:
+    def _router_has_servers(self) -> LaunchConfig:
         if self.router is not None and self.servers == 1:
             raise ValueError(
-                "router: one server needs none; raise servers, or leave it out (replicas of one server share their "
-                "requests by themselves)"
+                "router: one server needs none. Raise servers, or remove it (replicas of one server share their "
+                "requests by themselves)."
             )
         return self
 
     @property
     def gpus(self) -> int:
-        """Of one server."""
+        """Return the GPUs of one server."""
         return self.tensor_parallel * self.data_parallel
 
     @property
     def on_cpu(self) -> bool:
-        """Are the servers told to run on the CPU?"""
+        """Return whether the servers run on the CPU by their options."""
         return {option_name(key): value for key, value in self.options.items()}.get("device") == "cpu"
 
 
@@ -207,7 +207,7 @@ class SGLangEngineConfig(Config):
         NotInKey(),
     ] = ()
     api_key_env: Annotated[
-        Annotated[str, AfterValidator(_variable)] | None,
+        Annotated[str, AfterValidator(_variable_name)] | None,
         Field(description="variable of the environment with the API key of `urls`; launched servers have their own"),
         NotInKey(),
     ] = None
@@ -224,41 +224,41 @@ class SGLangEngineConfig(Config):
     request_timeout_s: Annotated[float, Field(gt=0, description="wait for one answer"), NotInKey()] = 1800.0
 
     @model_validator(mode="after")
-    def _given_or_launched(self) -> SGLangEngineConfig:
+    def _urls_or_launch(self) -> SGLangEngineConfig:
         if bool(self.urls) == (self.launch is not None):
-            raise ValueError("give urls (running servers) or launch (start them), one of the two")
+            raise ValueError("give either urls (running servers) or launch (start them)")
         if self.launch is not None and self.python is None:
             raise ValueError(
-                "python: needed to launch, the interpreter of the environment that has SGLang "
-                "(`make sglang-gpu` and `make sglang-cpu` build one and print its path)"
+                "python: needed to launch. Give the interpreter of the environment that has SGLang "
+                "(`make sglang-gpu` and `make sglang-cpu` build one and print its path)."
             )
         if self.api_key_env is not None and not self.urls:
-            raise ValueError("api_key_env: is for urls; launched servers get a key of their own, leave it out")
+            raise ValueError("api_key_env: is for urls, launched servers get a random key. Remove it.")
         return self
 
     def api_key(self) -> str | None:
-        """The API key of the given servers. Raises DraftsmithError if the variable that should hold it is not set."""
+        """Return the API key of the servers of `urls`. Raises DraftsmithError if its variable is not set."""
         if self.api_key_env is None:
             return None
         if not (key := os.environ.get(self.api_key_env, "").strip()):
-            raise DraftsmithError(f"engine.api_key_env: the variable {self.api_key_env} is not set: export it")
+            raise DraftsmithError(f"engine.api_key_env: the variable {self.api_key_env} is not set. Export it.")
         return key
 
 
-def _kind(value: Any) -> str:
-    """Which engine a section means: embedded unless it says otherwise."""
+def _engine_kind(value: Any) -> str:
+    """Return the kind of an engine section, embedded by default."""
     kind = value.get("kind", "embedded") if isinstance(value, dict) else getattr(value, "kind", "")
     return str(kind)
 
 
 EngineConfig = Annotated[
     Annotated[EmbeddedEngineConfig, Tag("embedded")] | Annotated[SGLangEngineConfig, Tag("sglang")],
-    Discriminator(_kind),
+    Discriminator(_engine_kind),
 ]
 
 
 class SamplingConfig(Config):
-    """How the target's tokens are drawn."""
+    """The length of answers and the sampling of their tokens."""
 
     max_new_tokens: Annotated[int, Field(ge=2, description="longest answer, in tokens")] = 512
     temperature: Annotated[float, Field(ge=0, description="0 = greedy")] = 0.0
@@ -271,7 +271,7 @@ class SamplingConfig(Config):
 
 
 def served_dtype(engine: EmbeddedEngineConfig | SGLangEngineConfig, target_dtype: str) -> str | None:
-    """What an engine computes in; None for running servers, which say it nowhere in the config."""
+    """Return the dtype that an engine computes in; None for running servers, whose dtype is not in the config."""
     if isinstance(engine, SGLangEngineConfig):
         return target_dtype if engine.launch else None
     return target_dtype

@@ -106,10 +106,10 @@ def test_a_rollout_on_sglang_drafts_from_the_whole_vocabulary() -> None:
 
 
 def test_an_address_needs_its_scheme() -> None:
-    with pytest.raises(ValidationError, match="'gpu1:30000' is no address: write http://gpu1:30000"):
+    with pytest.raises(ValidationError, match="'gpu1:30000' is no address"):
         SGLangEngineConfig.model_validate({"kind": "sglang", "urls": ["gpu1:30000"]})
     for mistyped in ("http://gpu1:3000o", "http://gpu1:300000", "http://", "http://[::1:30000", "http://gpu1:30000 "):
-        with pytest.raises(ValidationError, match="is no address of a server: write one such as http://host:30000"):
+        with pytest.raises(ValidationError, match="is no address of a server"):
             SGLangEngineConfig.model_validate({"kind": "sglang", "urls": [mistyped]})
     for well in ("http://gpu1", "https://gpu1:443/sglang/", "http://[::1]:30000"):
         assert SGLangEngineConfig.model_validate({"kind": "sglang", "urls": [well]}).urls == (well,)
@@ -141,7 +141,7 @@ def test_an_option_that_has_a_field_of_its_own_is_refused(option: str) -> None:
     ],
 )
 def test_options_cannot_override_what_the_stage_sets(options: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError, match=r"leave it out here|would read|no name of an option"):
+    with pytest.raises(ValidationError, match=r"Remove it here|would read|no name of an option"):
         config(options=options)
 
 

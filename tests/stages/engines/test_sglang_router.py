@@ -115,7 +115,7 @@ def test_a_router_that_requires_a_key_is_not_taken_for_a_server() -> None:
 
 
 def test_a_router_is_for_a_rollout_on_several_servers() -> None:
-    with pytest.raises(ValidationError, match="router: one server needs none; raise servers"):
+    with pytest.raises(ValidationError, match="router: one server needs none"):
         config(router="cache_aware", data_parallel=2)
     routed = config(servers=2, router="round_robin")
     words = router.router_command(routed, ["http://127.0.0.1:1", "http://127.0.0.1:2"], 3)
