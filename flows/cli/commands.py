@@ -1,4 +1,9 @@
-"""What every command does, by its name in `arguments.py`. Everything heavy is imported by the command that needs it."""
+"""The commands, by their names in `arguments.py`.
+
+`main` imports this module after it has parsed the arguments, so that the help imports nothing heavy. What is imported
+here costs little beside the graph of a refresh, which every command needs. Torch, Prefect and MLflow cost seconds: the
+modules imported here load them on first use.
+"""
 
 from __future__ import annotations
 
@@ -7,57 +12,78 @@ import json
 import os
 import shlex
 import time
+import webbrowser
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.home import home
+from draftsmith.artifacts.store.mirror import open_store
+from draftsmith.artifacts.store.retention import artifacts_in_use
+from draftsmith.artifacts.tracking.runs import Tracking
+from draftsmith.flows.checks.check import check, check_node
+from draftsmith.flows.checks.findings import show
+from draftsmith.flows.cli.prune import prune
+from draftsmith.flows.cli.status import show_artifact, show_config_status, show_store_status
+from draftsmith.flows.cli.why import explain_key
+from draftsmith.flows.config.load import read_config
+from draftsmith.flows.config.options import RunOptions
+from draftsmith.flows.execution.display import Display, EndedRun
+from draftsmith.flows.execution.machine import check_home
+from draftsmith.flows.execution.node import RunContext, build_node
+from draftsmith.flows.execution.results import ArtifactFolders
+from draftsmith.flows.execution.retry import with_retries
+from draftsmith.flows.orchestration.launch import launch
+from draftsmith.flows.orchestration.server import PrefectServer, permanent_server
+from draftsmith.flows.planning.graph import (
+    Pipeline,
+    PlannedNode,
+    Selection,
+    Status,
+    load_attribute,
+    plan,
+    resolve_config,
+)
+from draftsmith.flows.planning.inputs import forget_listings, note_listings, read_listings
+from draftsmith.flows.refresh import diagnose, registry_commands
+from draftsmith.flows.refresh.config import RefreshConfig
+from draftsmith.flows.refresh.evaluate import EVALUATE, evaluate_config
+from draftsmith.flows.refresh.find_report import find_report
+from draftsmith.flows.refresh.graph import REFRESH
+from draftsmith.flows.refresh.init import QUESTIONS, write_first_config
+from draftsmith.stages.report.next_steps import COMMAND
+from draftsmith.stages.runtime.stage import SOURCES
 
-if TYPE_CHECKING:
-    from draftsmith.flows.config.options import RunOptions
-    from draftsmith.flows.execution.display import Display
-    from draftsmith.flows.orchestration.server import PrefectServer
-    from draftsmith.flows.planning.graph import Pipeline, PlannedNode
-    from draftsmith.flows.refresh.config import RefreshConfig
+
+def run_command(options: argparse.Namespace, pipeline: Pipeline | None) -> None:
+    """Run the command that `options.command` names. pipeline: of the config's run; None: the refresh."""
+    COMMANDS[options.command](options, pipeline or REFRESH)
 
 
 def _run(options: argparse.Namespace, pipeline: Pipeline) -> None:
-    """Run the config's flow and print what it found, or only print the plan."""
-    from draftsmith.stages.report.next_steps import COMMAND
-
     os.environ[COMMAND] = json.dumps({"config": str(options.config), "overrides": options.overrides})
-    _run_config(options, pipeline, _read(options, pipeline, patient=not options.plan))
+    _run_config(options, pipeline, _read_config(options, pipeline, retry=not options.plan))
 
 
 def _evaluate(options: argparse.Namespace, _pipeline: Pipeline) -> None:
-    from draftsmith.flows.refresh.evaluate import EVALUATE, evaluate_config
-
     _run_config(options, EVALUATE, evaluate_config(_read_refresh(options), options.drafters))
 
 
 def _diagnose(options: argparse.Namespace, _pipeline: Pipeline) -> None:
-    from draftsmith.flows.refresh.diagnose import DIAGNOSE, NODE, diagnose_config
-
-    config = _read_refresh(options)
-    options.force = [*options.force, NODE]  # what a server does is not known from before
-    asked = diagnose_config(config, options.url, options.drafter, options.prompts, options.api_key_env)
-    _run_config(options, DIAGNOSE, asked)
+    refresh = _read_refresh(options)
+    options.force = [*options.force, diagnose.NODE]  # the server may answer differently from last time
+    config = diagnose.diagnose_config(refresh, options.url, options.drafter, options.prompts, options.api_key_env)
+    _run_config(options, diagnose.DIAGNOSE, config)
 
 
 def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOptions) -> None:
-    from draftsmith.artifacts.store.mirror import open_store
-    from draftsmith.artifacts.tracking.runs import Tracking
-    from draftsmith.flows.execution.display import EndedRun
-    from draftsmith.flows.execution.retry import with_retries
-    from draftsmith.flows.orchestration.launch import launch
-    from draftsmith.flows.planning.graph import Selection, load_attribute, plan
-
-    began, display = time.monotonic(), _display()
+    """Run the config's flow and print its results, or only print the plan."""
+    began, display = time.monotonic(), Display()
     store, selection = open_store(home()), Selection.from_options(options.force, options.start, options.until)
     planned = with_retries(lambda: plan(config, store, pipeline, selection), config.stages, display.line)
     display.plan(planned)
     if options.plan:
-        display.newer_files(planned)  # a run says it where it begins
+        display.newer_files(planned)
         display.lines(pipeline.checks().before(planned) if pipeline.checks is not None else [])
         return
 
@@ -70,71 +96,54 @@ def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
         for name, folder in finished.artifacts.items():
             display.line(f"{name}: {folder}")
     elif finished.artifacts and pipeline.results:
-        refused = str(finished.refusal) if finished.refusal is not None else None
-        passed, ui_command = time.monotonic() - began, Tracking(home(), config.experiment).ui_command
-        ending = EndedRun(config, str(options.config), options.overrides, ui_command, passed, refused)
-        load_attribute(pipeline.results)(display, finished.artifacts, ending)
+        refusal = str(finished.refusal) if finished.refusal is not None else None
+        seconds, ui_command = time.monotonic() - began, Tracking(home(), config.experiment).ui_command
+        ended = EndedRun(config, str(options.config), options.overrides, ui_command, seconds, refusal)
+        load_attribute(pipeline.results)(display, finished.artifacts, ended)
     if finished.refusal is not None:
         raise finished.refusal
 
 
 def _init(options: argparse.Namespace, pipeline: Pipeline) -> None:
-    from draftsmith.flows.refresh.init import QUESTIONS, write_first_config
-
     write_first_config(options.file, options.beginning, {name: getattr(options, name) for name in QUESTIONS})
     command = shlex.join(["draftsmith", "run", str(options.file)])
-    _display().line(f"{options.file}: written. When its check is good: {command}")
+    Display().line(f"{options.file}: written. If its check passes, run it: {command}")
     options.config, options.overrides = options.file, []
     _check(options, pipeline)
 
 
 def _check(options: argparse.Namespace, pipeline: Pipeline) -> None:
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when the library is imported
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when the checks import the library
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from draftsmith.flows.checks.check import check
-    from draftsmith.flows.checks.findings import show
-
-    config = _read(options, pipeline)
-    found = check(config, pipeline, home())
-    show(_display(), found.lines)
-    _display().line(found.summary)
-    if found.errors:
+    config, display = _read_config(options, pipeline), Display()
+    findings = check(config, pipeline, home())
+    show(display, findings.lines)
+    display.line(findings.summary)
+    if findings.errors:
         raise DraftsmithError(
-            f"{found.errors} of {len(found.lines)} checks failed: {options.config} cannot run like this"
+            f"{findings.errors} of {len(findings.lines)} checks failed. Correct {options.config} as they say."
         )
-    if found.unreachable:
+    if findings.unreachable:
         raise RetryableError(
-            f"{', '.join(found.unreachable)}: not checked, as something outside could not be reached. Check again on a "
-            "machine that reaches it."
+            f"{', '.join(findings.unreachable)}: not checked, as something outside could not be reached. Check again "
+            "on a machine that reaches it."
         )
 
 
 def _stage(options: argparse.Namespace, pipeline: Pipeline) -> None:
-    from draftsmith.artifacts.store.retention import artifacts_in_use
-
-    config = _read(options, pipeline)
-    with artifacts_in_use(home(), config.name, _display().line):
-        _make_alone(options, pipeline, config)
+    config = _read_config(options, pipeline)
+    with artifacts_in_use(home(), config.name, Display().line):
+        _build_alone(options, pipeline, config)
 
 
-def _make_alone(options: argparse.Namespace, pipeline: Pipeline, config: RunOptions) -> None:
-    from draftsmith.artifacts.store.mirror import open_store
-    from draftsmith.artifacts.tracking.runs import Tracking
-    from draftsmith.flows.checks.check import check_node
-    from draftsmith.flows.execution.machine import check_home
-    from draftsmith.flows.execution.node import RunContext, build_node
-    from draftsmith.flows.execution.results import ArtifactFolders
-    from draftsmith.flows.execution.retry import with_retries
-    from draftsmith.flows.planning.graph import Selection, plan
-    from draftsmith.flows.planning.inputs import forget_listings, note_listings, read_listings
-    from draftsmith.stages.runtime.stage import SOURCES
-
-    # a damaged artifact is no matter unless it is needed: it may be the one that is to be made again
+def _build_alone(options: argparse.Namespace, pipeline: Pipeline, config: RunOptions) -> None:
+    """Build one node with its inputs from the store, without Prefect."""
+    # A damaged artifact matters only if it is an input: it may be the one to build again.
     store, forced = open_store(home()), (options.name,) if options.force else ()
     items = plan(config, store, pipeline, Selection(force=forced, reuse_listing=True), stop_at_damage=False)
     planned = {item.node.name: item for item in items}
     if options.name not in planned:
-        raise DraftsmithError(f"no node {options.name!r}: use one of {', '.join(planned)}")
+        raise DraftsmithError(f"no node {options.name!r}. Use one of {', '.join(planned)}.")
     node = planned[options.name].node
     inputs = {}
     for name, source in node.inputs.items():
@@ -144,157 +153,121 @@ def _make_alone(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
             raise DraftsmithError(_missing_input(options, name, planned[source]))
         inputs[name] = ref
     check_home(home(), config)
-    display, tracking = _display(), Tracking(home(), config.experiment)
+    display, tracking = Display(), Tracking(home(), config.experiment)
     display.newer_files(items)
     display.lines(check_node(node, ArtifactFolders(store, inputs)))
-    for check in (store.check, tracking.check):
-        with_retries(check, config.stages, display.line)
+    for service in (store, tracking):
+        with_retries(service.check, config.stages, display.line)
     context = RunContext(home(), config, pipeline, display, tracking)
     try:
-        made = with_retries(lambda: build_node(context, node, inputs, force=options.force), config.stages, display.line)
+        result = with_retries(
+            lambda: build_node(context, node, inputs, force=options.force), config.stages, display.line
+        )
     except DraftsmithError as error:
         if SOURCES in inputs:
             forget_listings(config.name, error)
         raise
-    if node.stage.name == SOURCES:  # it begins no run, and ends none
-        keys = {**read_listings(config.name, ended=True), node.name: made.ref.key}
+    if node.stage.name == SOURCES:  # without beginning or ending a run
+        keys = {**read_listings(config.name, ended=True), node.name: result.ref.key}
         note_listings(config.name, keys, ended=not read_listings(config.name))
-    display.line(f"{node.name}: {made.ref.path}")
+    display.line(f"{node.name}: {result.ref.path}")
 
 
 def _missing_input(options: argparse.Namespace, name: str, source: PlannedNode) -> str:
-    from draftsmith.flows.planning.graph import Status
-
     rest = [str(options.config), *(word for override in options.overrides for word in ("--set", override))]
-    made_alone = source.status is not Status.AFTER  # else its own inputs are missing too
-    command = ["draftsmith", "stage", source.node.name, *rest] if made_alone else ["draftsmith", "run", *rest]
+    inputs_present = source.status is not Status.AFTER
+    command = ["draftsmith", "stage", source.node.name, *rest] if inputs_present else ["draftsmith", "run", *rest]
     return (
-        f"stage {options.name}: its input {name!r} (node {source.node.name}) is not in the store: make it with "
-        f"`{shlex.join(command)}`"
+        f"stage {options.name}: its input {name!r} (node {source.node.name}) is not in the store. Build it with "
+        f"`{shlex.join(command)}`."
     )
 
 
 def _why(options: argparse.Namespace, pipeline: Pipeline) -> None:
-    from draftsmith.flows.cli.why import why
-
-    why(_display(), _read(options, pipeline), pipeline, options.name)
+    explain_key(Display(), _read_config(options, pipeline), pipeline, options.name)
 
 
 def _status(options: argparse.Namespace, pipeline: Pipeline) -> None:
-    from draftsmith.flows.cli import status
-
     if options.config is None:
-        status.status_of_store(_display())
+        show_store_status(Display())
     else:
-        status.status_of_config(_display(), _read(options, pipeline), pipeline)
+        show_config_status(Display(), _read_config(options, pipeline), pipeline)
 
 
 def _show(options: argparse.Namespace, _pipeline: Pipeline) -> None:
-    from draftsmith.flows.cli import status
-
-    status.show(_display(), options.artifact, verify=options.verify)
+    show_artifact(Display(), options.artifact, verify=options.verify)
 
 
 def _report(options: argparse.Namespace, pipeline: Pipeline) -> None:
-    from draftsmith.flows.refresh.find_report import find_report
-
     page = find_report(options.refresh, pipeline)
-    _display().line(str(page))
+    Display().line(str(page))
     if options.open:
-        import webbrowser
-
         webbrowser.open(page.as_uri())
 
 
 def _champions(options: argparse.Namespace, _pipeline: Pipeline) -> None:
-    from draftsmith.flows.refresh import registry_commands
-
-    registry_commands.champions(_display(), options.line)
+    registry_commands.champions(Display(), options.line)
 
 
 def _promote(options: argparse.Namespace, _pipeline: Pipeline) -> None:
-    from draftsmith.flows.refresh import registry_commands
-
-    registry_commands.promote(_display(), options.version, options.why, dry_run=options.dry_run)
+    registry_commands.promote(Display(), options.version, options.why, dry_run=options.dry_run)
 
 
 def _rollback(options: argparse.Namespace, _pipeline: Pipeline) -> None:
-    from draftsmith.flows.refresh import registry_commands
-
-    registry_commands.rollback(_display(), options.line, options.why, dry_run=options.dry_run)
+    registry_commands.rollback(Display(), options.line, options.why, dry_run=options.dry_run)
 
 
 def _export(options: argparse.Namespace, _pipeline: Pipeline) -> None:
-    from draftsmith.flows.refresh import registry_commands
-
-    registry_commands.export(_display(), options.version, options.folder, options.format, dry_run=options.dry_run)
+    registry_commands.export(Display(), options.version, options.folder, options.format, dry_run=options.dry_run)
 
 
 def _deploy(options: argparse.Namespace, pipeline: Pipeline) -> None:
-    from draftsmith.flows.config.load import read_config
-    from draftsmith.flows.orchestration.server import permanent_server
-    from draftsmith.flows.planning.graph import Selection
-
     config = read_config(options.config, options.overrides, pipeline.config)
-    Selection(force=tuple(options.force)).forced(pipeline.nodes(config))  # said here, not when it runs at night
+    Selection(force=tuple(options.force)).forced(pipeline.nodes(config))  # an unknown node is an error now
     api = permanent_server(home())
+    # imports Prefect, which reads the environment that `permanent_server` sets
     from draftsmith.flows.orchestration.deployment import Schedule, deploy
 
-    schedule = Schedule(options.cron, options.timezone)
-    made = deploy(
+    deployment = deploy(
         config,
         pipeline,
         api,
         pool=options.pool,
-        schedule=schedule,
+        schedule=Schedule(options.cron, options.timezone),
         force=options.force,
         webhook=options.webhook,
         silent_days=options.silent_after,
         folder=Path.cwd(),
     )
-    when = f"{options.cron} ({options.timezone})" if options.cron else "when it is asked to"
-    became = "created" if made.created else "changed"
-    told = "with its webhook" if made.webhook else "without a webhook"
-    if made.webhook and options.webhook is None:
-        told = "with the webhook that it had"
-    _display().line(f"{made.name}: {became}, in work pool {options.pool}, {when}, {told}: {made.url}")
+    when = f"{options.cron} ({options.timezone})" if options.cron else "on request"
+    action = "created" if deployment.created else "changed"
+    webhook = "with its webhook" if deployment.webhook else "without a webhook"
+    if deployment.webhook and options.webhook is None:
+        webhook = "with its earlier webhook"
+    Display().line(f"{deployment.name}: {action}, in work pool {options.pool}, {when}, {webhook}: {deployment.url}")
 
 
 def _prune(options: argparse.Namespace, _pipeline: Pipeline) -> None:
-    from draftsmith.flows.cli.prune import prune
-
-    prune(_display(), options.days, artifacts=options.artifacts, delete=options.delete)
+    prune(Display(), options.days, artifacts=options.artifacts, delete=options.delete)
 
 
-def _read(options: argparse.Namespace, pipeline: Pipeline, *, patient: bool = False) -> RunOptions:
-    """The config, with what only the outside knows. patient: ask again for minutes, as everything of a run is."""
-    from draftsmith.flows.config.load import read_config
-    from draftsmith.flows.execution.retry import with_retries
-    from draftsmith.flows.planning.graph import resolve_config
-
+def _read_config(options: argparse.Namespace, pipeline: Pipeline, *, retry: bool = False) -> RunOptions:
+    """Return the config with what only the outside knows. retry: ask the outside again for minutes, as a run does."""
     config = read_config(options.config, options.overrides, pipeline.config)
-    if not patient:
+    if not retry:
         return resolve_config(config, pipeline)
-    return with_retries(lambda: resolve_config(config, pipeline), config.stages, _display().line)
+    return with_retries(lambda: resolve_config(config, pipeline), config.stages, Display().line)
 
 
 def _read_refresh(options: argparse.Namespace) -> RefreshConfig:
-    from draftsmith.flows.refresh.config import RefreshConfig
-    from draftsmith.flows.refresh.graph import REFRESH
-
-    config = _read(options, REFRESH)
+    config = _read_config(options, REFRESH)
     assert isinstance(config, RefreshConfig)
     return config
 
 
-def _display() -> Display:
-    from draftsmith.flows.execution.display import Display
-
-    return Display()
-
-
-COMMANDS = {
+COMMANDS: Mapping[str, Callable[[argparse.Namespace, Pipeline], None]] = {
     "run": _run,
+    "refresh": _run,
     "check": _check,
     "init": _init,
     "stage": _stage,

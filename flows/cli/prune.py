@@ -1,4 +1,4 @@
-"""`draftsmith prune`: what was left behind, and asked to, complete artifacts that nothing needs any more."""
+"""`draftsmith prune`: removes leftovers of unfinished work and, on request, artifacts that nothing needs any more."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from draftsmith.flows.execution.display import Display, folded_table
 
 
 def prune(display: Display, days: float, *, artifacts: bool, delete: bool) -> None:
-    """What was left behind and not touched for so many days; deletes it if asked to.
+    """List leftovers that were not touched for so many days, or delete them.
 
-    artifacts: complete artifacts too that no run has used for so long, but for those that drafter lines need. Raises
-    DraftsmithError for their deletion while a run of this home is alive.
+    artifacts: also complete artifacts that no run has used for so long, except those that drafter lines need. Raises
+    DraftsmithError if these are to be deleted while a run of this home is alive.
     """
     with exclusive_for_prune(home()) if artifacts and delete else nullcontext():
         _prune(display, days, artifacts=artifacts, delete=delete)
@@ -37,26 +37,28 @@ def prune(display: Display, days: float, *, artifacts: bool, delete: bool) -> No
 
 def _prune(display: Display, days: float, *, artifacts: bool, delete: bool) -> None:
     before = time.time() - days * 86400
-    found = leftovers(home(), before)
-    replaced = [each for each in found if each.kind == REPLACED_ARTIFACT]
-    found = [each for each in found if each not in replaced]
-    if replaced and (named := _known(display, "replaced artifacts", Registry.content_ids)) is not None:
-        found += [each for each in replaced if not _is_named(each, named)]
-    if artifacts and (needed := _known(display, "complete artifacts", Registry.needed_content_ids)) is not None:
-        found += unused_artifacts(open_store(home()).root, before, needed)
-    if not found:
-        display.line(f"nothing in {home()} was left behind and not touched for {days:g} days")
+    obsolete = leftovers(home(), before)
+    replaced = [item for item in obsolete if item.kind == REPLACED_ARTIFACT]
+    obsolete = [item for item in obsolete if item not in replaced]
+    if replaced and (needed := _ids_of_lines(display, "replaced artifacts", Registry.content_ids)) is not None:
+        obsolete += [item for item in replaced if not _is_needed(item, needed)]
+    if artifacts and (needed := _ids_of_lines(display, "complete artifacts", Registry.needed_content_ids)) is not None:
+        obsolete += unused_artifacts(open_store(home()).root, before, needed)
+    if not obsolete:
+        display.line(f"nothing in {home()} was left over and not touched for {days:g} days")
     elif delete:
-        _delete(display, found)
+        _delete(display, obsolete)
     else:
-        _list(display, found, f"draftsmith prune {'--artifacts ' if artifacts else ''}--days {days:g} --delete")
+        _list(display, obsolete, f"draftsmith prune {'--artifacts ' if artifacts else ''}--days {days:g} --delete")
     if not artifacts:
-        display.line("complete artifacts stay; `--artifacts` also takes those that nothing needs any more")
+        display.line("Complete artifacts are kept. `--artifacts` also removes those that nothing needs any more.")
 
 
-def _known(display: Display, what: str, ask: Callable[[Registry], set[str]]) -> set[str] | None:
-    """Content ids that drafter lines need, by `ask`: a champion that was deleted has no other copy. None, and a line
-    that says why, if nobody can say."""
+def _ids_of_lines(display: Display, what: str, ask: Callable[[Registry], set[str]]) -> set[str] | None:
+    """Return the content ids that drafter lines need, or None if they are unknown, which a line reports.
+
+    A champion has no other copy, so that nothing is deleted then.
+    """
     tracking = Tracking(home())
     if (why := registered.describe_other_trackers(tracking)) is not None:
         display.line(f"{what} are kept: {why}")
@@ -64,28 +66,28 @@ def _known(display: Display, what: str, ask: Callable[[Registry], set[str]]) -> 
     try:
         return ask(Registry(tracking))
     except DraftsmithError as error:
-        display.line(f"{what} are kept, as nobody can say whether a drafter line needs them: {error}")
+        display.line(f"{what} are kept, as it is unknown whether a drafter line needs them: {error}")
         return None
 
 
-def _is_named(replaced: Leftover, named: set[str]) -> bool:
-    return replaced.content is not None and any(each.startswith(replaced.content) for each in named)
+def _is_needed(replaced: Leftover, needed: set[str]) -> bool:
+    return replaced.content is not None and any(content_id.startswith(replaced.content) for content_id in needed)
 
 
-def _list(display: Display, found: Sequence[Leftover], command: str) -> None:
+def _list(display: Display, obsolete: Sequence[Leftover], command: str) -> None:
     table = folded_table("what", "path", "size", "last touched")
-    for each in found:
-        touched = local_time(datetime.fromtimestamp(each.touched, UTC))
-        table.add_row(each.kind, str(each.path.relative_to(home())), format_bytes(each.bytes), touched)
+    for item in obsolete:
+        touched = local_time(datetime.fromtimestamp(item.touched, UTC))
+        table.add_row(item.kind, str(item.path.relative_to(home())), format_bytes(item.bytes), touched)
     display.console.print(table)
-    display.line(f"{_total(found)} in all; `{command}` removes it")
+    display.line(f"{_total(obsolete)} in all. `{command}` removes them.")
 
 
-def _delete(display: Display, found: Sequence[Leftover]) -> None:
-    removed = [each for each in found if each.remove()]
-    kept = ", ".join(each.path.name for each in found if each not in removed)
-    display.line(f"removed {_total(removed)}" + (f", but for what a run has taken up: {kept}" if kept else ""))
+def _delete(display: Display, obsolete: Sequence[Leftover]) -> None:
+    removed = [item for item in obsolete if item.remove()]
+    kept = ", ".join(item.path.name for item in obsolete if item not in removed)
+    display.line(f"removed {_total(removed)}" + (f", except what a run uses again: {kept}" if kept else ""))
 
 
-def _total(found: Sequence[Leftover]) -> str:
-    return format_bytes(sum(each.bytes for each in found))
+def _total(items: Sequence[Leftover]) -> str:
+    return format_bytes(sum(item.bytes for item in items))

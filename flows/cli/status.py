@@ -1,4 +1,4 @@
-"""What the store holds, for a person: the state of every node, and an artifact with its lineage and a look inside."""
+"""Shows what the store holds: the state of every node, and an artifact with its lineage and a look inside."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as parquet
 from rich.table import Table
 from rich.tree import Tree
 
@@ -31,19 +32,19 @@ from draftsmith.flows.planning.graph import (
     plan,
 )
 
-_ROWS, _CELL, _JSON_LINES = 3, 120, 40
+_ROWS, _CELL, _JSON_LINES = 3, 120, 40  # shown of a table, a cell (characters) and a JSON file
 _TO_DO = "to do"
-_MOST_BYTES = 50_000_000  # of a file that is fetched for a look at it
+_PREVIEW_BYTES = 50_000_000  # larger files are not fetched for a preview
 
 
-def status_of_config(display: Display, config: RunOptions, pipeline: Pipeline) -> None:
-    """One line a node of the config: done, running, unfinished, failed (with its last error), damaged, or waiting."""
+def show_config_status(display: Display, config: RunOptions, pipeline: Pipeline) -> None:
+    """Show the nodes of a config: done, running, unfinished, failed (with the last error), damaged, or waiting."""
     store = open_store(home())
     table = folded_table("node", "stage", "key", "state")
     planned = plan(config, store, pipeline, stop_at_damage=False)
     earlier = [manifest for manifest in store.list() if manifest.run == config.name]
     for item in planned:
-        state = _state(item, store) + _last_time(item, earlier)
+        state = _node_state(item, store) + _last_artifact(item, earlier)
         table.add_row(item.node.name, item.node.stage.name, (item.key or "-")[:16], state)
     display.console.print(table)
     display.newer_files(planned)
@@ -52,40 +53,42 @@ def status_of_config(display: Display, config: RunOptions, pipeline: Pipeline) -
 
 
 def _last_verdict(earlier: Sequence[Manifest], pipeline: Pipeline, store: Store) -> list[str]:
-    """Return the verdict of the last run of this name that came to its report; nothing if its artifacts are gone."""
+    """Return the verdict of the last run of this name that made a report; nothing if its artifacts are gone."""
     node, _ = pipeline.report
     manifest = next(iter(manifests_of_node(earlier, node)), None)
     if manifest is None or not pipeline.verdict:
         return []
     report = manifest.ref(store.path(manifest.stage, manifest.key))
-    # of one run: a later one that failed may have measured anew and not decided
-    made = {
+    # All from the run of the report: a later one may have measured again and failed before its decision.
+    inputs = {
         name: ArtifactRef(entry.stage, entry.key, entry.content_id, store.path(entry.stage, entry.key))
         for name, entry in manifest.inputs.items()
         if store.manifest_at(entry.stage, entry.key) is not None
     }
-    lines: list[str] = load_attribute(pipeline.verdict)(ArtifactFolders(store, {**made, node: report}))
+    lines: list[str] = load_attribute(pipeline.verdict)(ArtifactFolders(store, {**inputs, node: report}))
     return ["", f"Last report, {local_time(datetime.fromisoformat(manifest.created_at))}:", *lines] if lines else []
 
 
-def _state(item: PlannedNode, store: Store) -> str:
+def _node_state(item: PlannedNode, store: Store) -> str:
     if item.status is Status.AFTER or item.key is None:
         return f"[dim]waits for {', '.join(item.after)}[/dim]"
     stage = item.node.stage.name
     partial = has_partial(store, stage, item.key)
-    return _state_of(store, stage, item.key, done=item.ref is not None, partial=partial, damage=item.damage)
+    return _artifact_state(store, stage, item.key, done=item.ref is not None, partial=partial, damage=item.damage)
 
 
-def _last_time(item: PlannedNode, earlier: Sequence[Manifest]) -> str:
-    """Of a node that is to be made: what it was in the last run of this name. Once a refresh has promoted its drafter,
-    the next one is planned from that, in which nothing is done."""
+def _last_artifact(item: PlannedNode, earlier: Sequence[Manifest]) -> str:
+    """Return which artifact an unbuilt node had in the last run of this name.
+
+    After a promotion the plan starts from the new champion, so that nothing of the last run would be seen otherwise.
+    """
     if item.status not in (Status.AFTER, Status.RUN):
         return ""
     before = manifests_of_node(earlier, item.node.name)
     return f"[dim]; last time {before[0].stage}/{before[0].key[:16]}[/dim]" if before else ""
 
 
-def _state_of(
+def _artifact_state(
     store: Store, stage: str, key: str, *, done: bool, partial: bool, damage: DraftsmithError | None = None
 ) -> str:
     attempt = read_attempt(store.partial_path(stage, key))
@@ -95,39 +98,40 @@ def _state_of(
     if damage is not None:
         return f"[red]damaged[/red]: {escape(str(damage))}"
     if attempt is not None and attempt.error:
-        rest = ", goes on from what it saved" if partial else ""
+        rest = ", resumes from what it saved" if partial else ""
         return f"[red]failed[/red] {attempt.failed_at}{rest}: {escape(attempt.error)}"
     if done:
         return "[green]done[/green]"
-    return "[yellow]unfinished[/yellow], goes on from what it saved" if partial else _TO_DO
+    return "[yellow]unfinished[/yellow], resumes from what it saved" if partial else _TO_DO
 
 
-def status_of_store(display: Display) -> None:
-    """All artifacts, oldest first, then what is running or unfinished."""
+def show_store_status(display: Display) -> None:
+    """Show all artifacts, oldest first, then what is running or unfinished."""
     store = open_store(home())
-    table = folded_table("stage", "key", "state", "made at", "took", "size", "figures")
+    table = folded_table("stage", "key", "state", "made at", "took", "size", "metrics")
     for manifest in store.list():
+        damage = _damage(store, manifest)
         table.add_row(
             escape(manifest.stage),
             escape(manifest.key[:16]),
-            _state_of(store, manifest.stage, manifest.key, done=True, partial=False, damage=_damage(store, manifest)),
+            _artifact_state(store, manifest.stage, manifest.key, done=True, partial=False, damage=damage),
             local_time(datetime.fromisoformat(manifest.created_at)),
             format_duration(manifest.duration_s),
             format_bytes(sum(entry.bytes for entry in manifest.files.values())),
-            escape(_figures(manifest)),
+            escape(_metrics(manifest)),
         )
     for folder in sorted(store.root.glob(f"*/{PARTIAL}*")):
         stage, key = folder.parent.name, folder.name.removeprefix(PARTIAL)
-        state = _state_of(store, stage, key, done=False, partial=has_partial(store, stage, key))
+        state = _artifact_state(store, stage, key, done=False, partial=has_partial(store, stage, key))
         table.add_row(stage, key, "[yellow]unfinished[/yellow], nothing is saved yet" if state == _TO_DO else state)
     if table.row_count:
         display.console.print(table)
     else:
-        display.line(f"nothing in {store.location} yet: start with `draftsmith run CONFIG`")
+        display.line(f"nothing in {store.location} yet. Start with `draftsmith run CONFIG`.")
 
 
 def _damage(store: Store, manifest: Manifest) -> DraftsmithError | None:
-    """What is wrong with an artifact, as far as a look at its files says: none is read. Of a bucket nothing is."""
+    """Return the error of an artifact whose files are missing or have another size. A bucket is not checked."""
     if isinstance(store, MirroredStore):
         return None
     try:
@@ -137,10 +141,11 @@ def _damage(store: Store, manifest: Manifest) -> DraftsmithError | None:
     return None
 
 
-def show(display: Display, text: str, *, verify: bool = False) -> None:
-    """The artifact that `text` names: its manifest, files, lineage back to the data, and the head of its tables.
+def show_artifact(display: Display, text: str, *, verify: bool = False) -> None:
+    """Show the artifact that `text` names: its manifest, files, lineage back to the data, and a preview of its tables.
 
-    verify: compare every file with its checksum first; raises DraftsmithError at the first that differs.
+    text: a stage, the start of a key or content id, or a path. verify: compare every file with its checksum first, and
+    raise DraftsmithError at the first that differs.
     """
     store = open_store(home())
     ref = store.resolve(text)
@@ -157,21 +162,17 @@ def show(display: Display, text: str, *, verify: bool = False) -> None:
         ("code", manifest.code_digest),
         ("versions", ", ".join(f"{package} {version}" for package, version in manifest.versions.items())),
         ("MLflow run", manifest.mlflow_run_id or "-"),
-        ("figures", _figures(manifest, limit=None) or "-"),
+        ("metrics", _metrics(manifest, limit=None) or "-"),
         ("config", json.dumps(manifest.config, ensure_ascii=False)),
     ):
         display.line(f"  {name + ':':<12}{value}")
     display.console.print(_files(manifest))
     display.console.print(_lineage(store, manifest))
-    heads = [name for name, entry in sorted(manifest.files.items()) if _has_head(name) and entry.bytes <= _MOST_BYTES]
-    store.fetch(ref, heads)
+    small = (name for name, entry in sorted(manifest.files.items()) if entry.bytes <= _PREVIEW_BYTES)
+    store.fetch(ref, [name for name in small if name.endswith((".parquet", ".json"))])
     for name in sorted(manifest.files):
         if (ref.path / name).is_file():
-            _head(display, ref.path / name)
-
-
-def _has_head(name: str) -> bool:
-    return name.endswith((".parquet", ".json"))
+            _preview(display, ref.path / name)
 
 
 def _files(manifest: Manifest) -> Table:
@@ -183,56 +184,54 @@ def _files(manifest: Manifest) -> Table:
 
 def _lineage(store: Store, manifest: Manifest) -> Tree:
     tree = Tree(escape(f"made from: {manifest.stage}/{manifest.key[:16]}"))
-    _grow(tree, store, manifest.inputs, seen=set())
+    _add_inputs(tree, store, manifest.inputs, seen=set())
     return tree
 
 
-def _grow(tree: Tree, store: Store, inputs: dict[str, InputEntry], seen: set[str]) -> None:
+def _add_inputs(tree: Tree, store: Store, inputs: dict[str, InputEntry], seen: set[str]) -> None:
     for name, entry in inputs.items():
         label = escape(f"{name}: {entry.stage}/{entry.key[:16]}  content {entry.content_id[:16]}")
-        made = store.manifest_at(entry.stage, entry.key)
-        if made is not None and {"line", "version"} <= made.config.keys():  # a drafter that came from a registry
-            label += escape(f"  {made.config['line']} version {made.config['version']}")
-        if made is None:
+        source = store.manifest_at(entry.stage, entry.key)
+        if source is not None and {"line", "version"} <= source.config.keys():  # a drafter from the registry
+            label += escape(f"  {source.config['line']} version {source.config['version']}")
+        if source is None:
             tree.add(f"{label} [red](no longer in the store)[/red]")
         elif entry.key in seen:
             tree.add(f"{label} [dim](above)[/dim]")
         else:
             seen.add(entry.key)
-            _grow(tree.add(label), store, made.inputs, seen)
+            _add_inputs(tree.add(label), store, source.inputs, seen)
 
 
-def _head(display: Display, path: Path) -> None:
+def _preview(display: Display, path: Path) -> None:
     try:
-        _shown(display, path)
-    except (OSError, ValueError) as error:  # pyarrow's, and JSON's, are ValueErrors
+        if path.suffix == ".parquet":
+            _preview_parquet(display, path)
+        elif path.suffix == ".json":
+            _preview_json(display, path)
+    except (OSError, ValueError) as error:  # errors of pyarrow and JSON are ValueErrors
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DraftsmithError(f"{path}: cannot be read ({reason}); `--verify` says whether it is damaged") from error
+        raise DraftsmithError(f"{path}: cannot be read ({reason}). `--verify` says whether it is damaged.") from error
 
 
-def _shown(display: Display, path: Path) -> None:
-    if path.suffix == ".parquet":
-        _parquet_head(display, path)
-    elif path.suffix == ".json":
-        lines = json.dumps(json.loads(path.read_text("utf-8")), indent=2, ensure_ascii=False).splitlines()
-        display.line(f"\n{path.name}")
-        for line in lines[:_JSON_LINES]:
-            display.line(f"  {shorten(line, _CELL)}")
-        if len(lines) > _JSON_LINES:
-            display.line(f"  ... {len(lines) - _JSON_LINES} more lines")
+def _preview_json(display: Display, path: Path) -> None:
+    lines = json.dumps(json.loads(path.read_text("utf-8")), indent=2, ensure_ascii=False).splitlines()
+    display.line(f"\n{path.name}")
+    for line in lines[:_JSON_LINES]:
+        display.line(f"  {shorten(line, _CELL)}")
+    if len(lines) > _JSON_LINES:
+        display.line(f"  ... {len(lines) - _JSON_LINES} more lines")
 
 
-def _parquet_head(display: Display, path: Path) -> None:
-    import pyarrow.parquet as parquet
-
+def _preview_parquet(display: Display, path: Path) -> None:
     file = parquet.ParquetFile(path)
     display.line(f"\n{path.name}: {file.metadata.num_rows} rows")
     rows: list[dict[str, Any]] = next(file.iter_batches(batch_size=_ROWS)).to_pylist() if file.metadata.num_rows else []
-    for position, row in enumerate(rows):
-        display.line(f"  row {position}")
+    for index, row in enumerate(rows):
+        display.line(f"  row {index}")
         for name, value in row.items():
             display.line(f"    {name}: {shorten(str(value), _CELL)}")
 
 
-def _figures(manifest: Manifest, limit: int | None = 4) -> str:
+def _metrics(manifest: Manifest, limit: int | None = 4) -> str:
     return "  ".join(f"{name}={format_number(value)}" for name, value in list(manifest.metrics.items())[:limit])

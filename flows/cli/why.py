@@ -1,4 +1,4 @@
-"""Why a node's key is new: what differs from the artifact that the node was in the run before."""
+"""Explains why a node's cache key is new: what differs from the node's artifact in the last run."""
 
 from __future__ import annotations
 
@@ -21,57 +21,60 @@ from draftsmith.stages.runtime.stage import Config
 _ABSENT = "nothing"
 
 
-def why(display: Display, config: RunOptions, pipeline: Pipeline, name: str) -> None:
-    """Says what makes the key of a node new against the last run of this name, field by field, file by file, module by
-    module; of a node whose key is not known yet, also what it waits for. Raises DraftsmithError for no such node."""
+def explain_key(display: Display, config: RunOptions, pipeline: Pipeline, name: str) -> None:
+    """Show how a node's key differs from the last run of this name, by field, file and module of the code.
+
+    The nodes that an unknown key depends on follow. Raises DraftsmithError for an unknown node.
+    """
     store = open_store(home())
     planned = {item.node.name: item for item in plan(config, store, pipeline)}
     if name not in planned:
-        raise DraftsmithError(f"no node {name!r}: use one of {', '.join(planned)}")
+        raise DraftsmithError(f"no node {name!r}. Use one of {', '.join(planned)}.")
     manifests = store.list()
-    for each in _with_what_it_waits_for(planned, name):
-        item = planned[each]
-        display.line(f"{each}: {_state(item, store)}")
+    for node in _with_dependencies(planned, name):
+        item = planned[node]
+        display.line(f"{node}: {_state(item, store)}")
         display.newer_files([item])
-        earlier = _earlier(manifests, config.name, item)
-        if earlier is None:
+        reference = _reference(manifests, config.name, item)
+        if reference is None:
             display.line("  there is no earlier artifact of it to compare with")
             continue
-        manifest, whose = earlier
+        manifest, description = reference
         made = local_time(datetime.fromisoformat(manifest.created_at))
-        display.line(f"  against {manifest.stage}/{manifest.key[:16]}, {whose}, made {made}:")
-        found = list(_differences(manifest, item, planned, config, pipeline, store))
-        for line in found or ["nothing differs that a manifest holds"]:
+        display.line(f"  against {manifest.stage}/{manifest.key[:16]}, {description}, made {made}:")
+        lines = list(_differences(manifest, item, planned, config, pipeline, store))
+        for line in lines or ["nothing differs that a manifest records"]:
             display.line(f"    {line}")
 
 
-def _with_what_it_waits_for(planned: Mapping[str, PlannedNode], name: str) -> list[str]:
-    """The node, then those that it waits for, the nearest first."""
-    found = [name]
-    for each in found:
-        found += [source for source in planned[each].after if source not in found]
-    return found
+def _with_dependencies(planned: Mapping[str, PlannedNode], name: str) -> list[str]:
+    """Return the node and the unbuilt nodes that its key depends on, the nearest first."""
+    nodes = [name]
+    for node in nodes:  # which grows meanwhile
+        nodes += [source for source in planned[node].after if source not in nodes]
+    return nodes
 
 
 def _state(item: PlannedNode, store: Store) -> str:
     if item.key is None:
-        return f"its key is known when there is {', '.join(item.after)}"
+        return f"its key is known after {', '.join(item.after)}"
     if item.ref is not None:
         made = local_time(datetime.fromisoformat(store.manifest(item.ref).created_at))
         return f"not new: {item.ref.stage}/{item.key[:16]} is in the store, made {made}"
     if store.manifest_at(item.node.stage.name, item.key) is not None:
-        return f"made again: the artifact of the key {item.key[:16]} was made from other measurements of its inputs"
-    rest = ", and an unfinished attempt that goes on" if item.status is Status.RESUME else ""
+        return f"built again: its inputs were measured again after the artifact of the key {item.key[:16]}"
+    rest = ", but an unfinished attempt resumes" if item.status is Status.RESUME else ""
     return f"new: no artifact has the key {item.key[:16]}{rest}"
 
 
-def _earlier(manifests: Sequence[Manifest], run: str, item: PlannedNode) -> tuple[Manifest, str] | None:
-    """The last artifact of another key that the node was, else the last one of its stage with the same inputs."""
-    others = [each for each in manifests if each.key != item.key]
-    if before := manifests_of_node([each for each in others if each.run == run], item.node.name):
+def _reference(manifests: Sequence[Manifest], run: str, item: PlannedNode) -> tuple[Manifest, str] | None:
+    """Return the artifact to compare with, and its description: the node's last one, else its stage's last one."""
+    others = [manifest for manifest in manifests if manifest.key != item.key]
+    if before := manifests_of_node([manifest for manifest in others if manifest.run == run], item.node.name):
         return before[0], f"this node in the last run of {run} that had another key"
-    same = [each for each in others if each.stage == item.node.stage.name and set(each.inputs) == set(item.node.inputs)]
-    return (same[-1], "the last artifact of its stage (no run of this name has made the node)") if same else None
+    stage, inputs = item.node.stage.name, set(item.node.inputs)
+    same = [manifest for manifest in others if manifest.stage == stage and set(manifest.inputs) == inputs]
+    return (same[-1], "the last artifact of its stage (no run of this name has built the node)") if same else None
 
 
 def _differences(
@@ -83,31 +86,32 @@ def _differences(
     store: Store,
 ) -> Iterator[str]:
     node = item.node
-    for field, before, now in _changed(*_decisive(old.config, node.config)):
+    for field, before, now in _changed(*_key_fields(old.config, node.config)):
         yield f"config   {field}: {shorten(before)} -> {shorten(now)}"
     if (seed := node_seed(node, config)) != old.seed:
         yield f"seed     {old.seed} -> {seed}"
     for name in sorted({*old.inputs, *node.inputs}):
         yield from _input(name, old.inputs.get(name), node, planned, store)
     for path, before, now in _changed(old.external, external_digests(node.config)):
-        yield f"file     {path}: {shorten(before[:16])} -> {shorten(now[:16])}"
+        yield f"file     {path}: {str(before)[:16]} -> {str(now)[:16]}"
     yield from _code(old, node, pipeline)
     installed = package_versions() | node.config.programs()
-    known = {package: version for package, version in old.versions.items() if package in installed}
-    for package, before, now in _changed(known, installed):
+    recorded = {package: version for package, version in old.versions.items() if package in installed}
+    for package, before, now in _changed(recorded, installed):
         yield f"version  {package}: {before} -> {now} (no part of the key)"
-    for package in sorted(old.versions.keys() - installed.keys()):  # of a server, say, which is asked when it serves
+    for package in sorted(old.versions.keys() - installed.keys()):  # such as a server's, which only the stage asks
         yield f"version  {package}: {old.versions[package]} -> not known before the stage runs (no part of the key)"
 
 
-def _decisive(old: Mapping[str, Any], now: Config) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The fields of the old config and of this one that are a part of their keys."""
+def _key_fields(old: Mapping[str, Any], now: Config) -> tuple[Mapping[str, object], Mapping[str, object]]:
+    """Return the fields of the old config and of the new one that are part of their keys."""
     after = flatten(now.key_material())
     operational = flatten(now.model_dump(mode="json")).keys() - after.keys()
     return {field: value for field, value in flatten(old).items() if field not in operational}, after
 
 
-def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+def _changed(before: Mapping[str, object], now: Mapping[str, object]) -> Iterator[tuple[str, object, object]]:
+    """Yield the names whose values differ, with both values."""
     for name in sorted({*before, *now}):
         if (old := before.get(name, _ABSENT)) != (new := now.get(name, _ABSENT)):
             yield name, old, new
@@ -118,19 +122,19 @@ def _input(
 ) -> Iterator[str]:
     source = planned[node.inputs[name]] if name in node.inputs else None
     if source is None or old is None:
-        yield f"input    {name}: {'taken away' if source is None else f'new, node {source.node.name}'}"
+        yield f"input    {name}: {'removed' if source is None else f'new, node {source.node.name}'}"
     elif source.ref is None:
-        yield f"input    {name}: node {source.node.name} has still to be made"
+        yield f"input    {name}: node {source.node.name} is not built yet"
     elif source.ref.content_id != old.content_id:
-        files = _files(old, source.ref, store)
+        files = _changed_files(old, source.ref, store)
         yield (
             f"input    {name}: content {old.content_id[:16]} -> {source.ref.content_id[:16]} of node "
             f"{source.node.name}{files}; `draftsmith why CONFIG {source.node.name}` says why"
         )
 
 
-def _files(old: InputEntry, now: ArtifactRef, store: Store) -> str:
-    """The files of an input that differ, where the old one is still there."""
+def _changed_files(old: InputEntry, now: ArtifactRef, store: Store) -> str:
+    """Return the files of an input that differ, if the old input is still in the store."""
     before = store.manifest_at(old.stage, old.key)
     if before is None or before.content_id != old.content_id:
         return ""
@@ -144,9 +148,8 @@ def _files(old: InputEntry, now: ArtifactRef, store: Store) -> str:
 def _code(old: Manifest, node: Node, pipeline: Pipeline) -> Iterator[str]:
     if pipeline.code_digest(node.module) == old.code_digest:
         return
-    found = False
-    for module, before, now in _changed(old.modules, pipeline.code_modules(node.module)):
-        found = True
-        yield f"code     {module}: " + ("added" if before == _ABSENT else "taken away" if now == _ABSENT else "changed")
-    if not found:
-        yield "code     which module is imported where"
+    changes = list(_changed(old.modules, pipeline.code_modules(node.module)))
+    for module, before, now in changes:
+        yield f"code     {module}: " + ("added" if before == _ABSENT else "removed" if now == _ABSENT else "changed")
+    if not changes:
+        yield "code     which module imports which"

@@ -1,7 +1,7 @@
-"""The note of an attempt at an artifact: who makes it, where, since when, how far it is, and why it failed.
+"""The note of an attempt at an artifact: who builds it, where, since when, its progress, and why it failed.
 
-It lies in the attempt's folder and goes with that when the artifact is complete. Whether somebody works on it, the lock
-of the key says: a process that was killed leaves its note as it was.
+The note is a file in the attempt's folder, and is deleted with it when the artifact is complete. A killed process
+leaves its note in place, so only the lock of the key shows whether the attempt is running.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from draftsmith.artifacts.text import format_duration
 from draftsmith.flows.execution.display import ProgressRate
 
 NOTE = "attempt.json"
-_EVERY_S = 2.0  # the note is written again
+_EVERY_S = 2.0  # between two writes of the progress
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """An attempt at an artifact. Moments are seconds since the epoch."""
+    """An attempt at an artifact, as its note records it. Moments are seconds since the epoch."""
 
     run: str
     node: str
@@ -42,12 +42,12 @@ class Attempt:
     total: int = 0
     unit: str = ""
     left_s: float | None = None
-    waits: str = ""  # for what, before it begins
-    error: str = ""  # one line: why it failed
+    waits: str = ""  # what it waits for, before it begins
+    error: str = ""  # why it failed, one line
 
     @property
     def failed_at(self) -> str:
-        """When it failed, as people here read it."""
+        """When it failed, in local time."""
         return _local(self.at)
 
     def __str__(self) -> str:
@@ -62,29 +62,29 @@ class Attempt:
 
 
 class AttemptNote:
-    """Writes the note of one attempt. It never fails itself: the disk may be what failed."""
+    """Writes the note of one attempt. It never raises: a full disk may be what ended the attempt."""
 
     def __init__(self, folder: Path, run: str, node: str) -> None:
-        """folder: the attempt's, as `Store.partial` names it."""
+        """folder: the attempt's, as `Store.partial_path` returns it."""
         self._path, self._rate, self._written = folder / NOTE, ProgressRate(), 0.0
         now = time.time()
         self._note = Attempt(run, node, platform.node(), os.getpid(), user_name(), since=now, at=now)
         self._write()
 
     def progress(self, done: int, total: int, unit: str) -> None:
-        """Write how far it is, every two seconds."""
+        """Write the progress, at most every two seconds."""
         _, left = self._rate.update(done, total, unit, time.monotonic())
         self._note = replace(self._note, at=time.time(), done=done, total=total, unit=unit, left_s=left)
         if time.monotonic() - self._written > _EVERY_S:
             self._write()
 
     def waiting(self, what: str) -> None:
-        """Write what it waits for; an empty text: for nothing any more."""
+        """Write what the attempt waits for; an empty text: it has begun."""
         self._note = replace(self._note, waits=what)
         self._write()
 
     def failed(self, error: BaseException) -> None:
-        """Write why it failed."""
+        """Write why the attempt failed."""
         self._note = replace(self._note, at=time.time(), error=redacted(one_line(error)))
         self._write()
 
@@ -95,7 +95,7 @@ class AttemptNote:
 
 
 def read_attempt(folder: Path) -> Attempt | None:
-    """Return the note in the folder of an attempt, if there is one that can be read."""
+    """Return the note in the folder of an attempt, or None if there is no readable one."""
     try:
         return Attempt(**json.loads((folder / NOTE).read_text("utf-8")))
     except (OSError, ValueError, TypeError):

@@ -1,9 +1,9 @@
-"""The run of a flow in MLflow: opened with the first stage that is made, found again where nothing had to be made."""
+"""The MLflow run of a flow: opened with the first stage that is built, or found if nothing has to be built."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,26 +16,29 @@ from draftsmith.artifacts.tracking.terms import Status
 
 @dataclass
 class RunRecord:
-    """Of one flow run. Stages that run at the same time open it once."""
+    """The MLflow run of one flow run. Stages that run concurrently open it once."""
 
     tracking: Tracking
     name: str
     params: Mapping[str, Any]
+    data: Collection[str] = ()  # nodes whose artifacts are the run's data sets
     _id: str | None = None
-    _begun: bool = False  # a stage is made, or was: no earlier run has the same artifacts
-    _earlier: str | None = None  # the finished run that has made the same artifacts
+    _building: bool = False  # a stage was built, so that no earlier run has the same artifacts
+    _earlier: str | None = None  # the finished run that has the same artifacts
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def open(self) -> str | None:
-        """For a stage that is to be made: MLflow's id of the run; None if MLflow failed: the next call tries again."""
-        self._begun = True
+        """Return the run's id for a stage that is to be built; None if MLflow failed: the next call tries again."""
+        self._building = True
         return self._open()
 
-    def settle(self, made: Mapping[str, ArtifactRef]) -> str | None:
-        """When all nodes are there: the id of this run, or of the earlier one that has the very same artifacts; None if
-        MLflow failed: the next call tries again."""
-        if not self._begun and self._id is None and self._earlier is None:
-            self._earlier = find_refresh(self.tracking, self.name, made)
+    def find_or_open(self, artifacts: Mapping[str, ArtifactRef]) -> str | None:
+        """Return the id of this run, or of the earlier one that has the very same artifacts.
+
+        Returns None if MLflow failed: the next call tries again.
+        """
+        if not self._building and self._id is None and self._earlier is None:
+            self._earlier = find_refresh(self.tracking, self.name, artifacts)
         return self._earlier or self._open()
 
     def _open(self) -> str | None:
@@ -47,23 +50,22 @@ class RunRecord:
     def close(
         self,
         status: Status,
-        made: Mapping[str, ArtifactRef],
-        figures: Mapping[str, float],
+        artifacts: Mapping[str, ArtifactRef],
+        metrics: Mapping[str, float],
         files: Iterable[Path],
         tags: Mapping[str, str],
-        data: Iterable[str] = (),
         *,
         concluded: bool = False,
     ) -> None:
-        """End the run; an earlier one is only tagged, unless it had only looked (`--until`) and something follows now
-        (`concluded`). A run that failed before any stage was begun leaves none.
+        """End the run. One that failed before its first stage was built leaves none in MLflow.
 
-        data: the nodes of `made` that are its data sets.
+        An earlier run with the same artifacts is only tagged as reused, unless it ended without a conclusion
+        (`--until`) and this one is `concluded`.
         """
         if self._earlier is not None:
             if concluded:
-                record_outcome(self.tracking, self._earlier, made, figures, tags)
+                record_outcome(self.tracking, self._earlier, artifacts, metrics, tags)
             mark_reused(self.tracking, self._earlier)
         else:
-            inputs = {name: made[name] for name in data if name in made}
-            self.tracking.close_refresh(status, figures, files, tags, inputs, artifact_params(made))
+            inputs = {name: artifacts[name] for name in self.data if name in artifacts}
+            self.tracking.close_refresh(status, metrics, files, tags, inputs, artifact_params(artifacts))

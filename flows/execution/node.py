@@ -149,7 +149,7 @@ def _build(context: RunContext, job: StageJob, claim: Claim) -> ArtifactRef:
                 compute,
                 run=context.config.name,
                 limit_s=60 * options.lock_wait_minutes,
-                waiting=_report_device_wait(context, node, note),
+                on_wait=_report_device_wait(context, node, note),
                 check=context.check,
             ) as device,
             tracked.system_metrics(),

@@ -1,4 +1,4 @@
-"""What a run has made, for whoever reads it: an artifact is fetched when it is asked for, if the store is far away."""
+"""Artifacts of a run by node. From a remote store, one is downloaded when it is first read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from draftsmith.artifacts.store.manifest import ArtifactRef
 
 
 class LazyArtifacts(Mapping[str, ArtifactRef]):
-    """Artifacts by node, each whole when it is taken by its name."""
+    """Artifacts by node. Looking one up downloads its files."""
 
     def __init__(self, store: Store, refs: Mapping[str, ArtifactRef]) -> None:
         self._store, self._refs = store, refs
@@ -31,13 +31,13 @@ class LazyArtifacts(Mapping[str, ArtifactRef]):
 
 
 class ArtifactFolders(Mapping[str, Path]):
-    """The same as folders. `items` fetches nothing: of what nobody has read, a folder may have its manifest alone."""
+    """Folders of artifacts by node. `items` downloads nothing: a folder may hold the manifest alone."""
 
     def __init__(self, store: Store, refs: Mapping[str, ArtifactRef]) -> None:
-        self._refs, self._whole = refs, LazyArtifacts(store, refs)
+        self._refs, self._artifacts = refs, LazyArtifacts(store, refs)
 
     def __getitem__(self, node: str) -> Path:
-        return self._whole[node].path
+        return self._artifacts[node].path
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._refs)

@@ -1,4 +1,4 @@
-"""Retries with exponential back-off and jitter, while the hub, Prefect or MLflow cannot be reached."""
+"""Retries with exponential back-off and jitter while the Hub, Prefect or MLflow cannot be reached."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ T = TypeVar("T")
 
 
 def retry_notice(error: object, failures: int, delays: Sequence[float]) -> str:
-    """Return what the user reads when an attempt has failed and another one follows.
+    """Return the line that is printed when an attempt has failed and another one follows.
 
-    failures: attempts that have failed so far, at most as many as there are delays. The first notice also says how
-    often and for how long it is tried, and how to stop.
+    failures: number of failed attempts so far, at most as many as there are delays (s). The first notice also says for
+    how long it is tried, and how to stop.
     """
     again = f"{error}. Trying again in about {format_duration(delays[failures - 1])} ({failures} of {len(delays)})"
     if failures > 1:
@@ -30,11 +30,10 @@ def retry_notice(error: object, failures: int, delays: Sequence[float]) -> str:
 
 
 def with_retries(work: Callable[[], T], options: StageOptions, tell: Callable[[str], None]) -> T:
-    """Return `work()`, tried again after each `RetryableError` as `stages.retries` says.
+    """Return `work()`, which is retried after each `RetryableError`, `stages.retries` times.
 
-    Raises the last error; any other error at once.
+    tell: prints a line before each retry. Raises the last error. Another error is not retried.
     """
-
     delay = options.retry_delay_seconds
     again = retry_on(
         RetryableError,

@@ -54,7 +54,7 @@ def build_shard(job: StageJob, home: Path, watch: Watch = NO_WATCH) -> ArtifactR
             compute = node.stage.compute_for(node.config)
             limit_s = 60 * options.lock_wait_minutes
             with lock_one_device(
-                compute, run=job.config.name, limit_s=limit_s, waiting=watch.on_wait, check=watch.check
+                compute, run=job.config.name, limit_s=limit_s, on_wait=watch.on_wait, check=watch.check
             ) as device:
                 outcome, made_from = run_attempt(job, claim, home, device, watch)
             return store.commit(

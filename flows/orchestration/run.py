@@ -123,7 +123,7 @@ def _run(
     policy = concluding if whole else None
     context.display.newer_files(planned)
     context.display.lines(checks.before(planned) if checks is not None else [])
-    record = RunRecord(context.tracking, config.name, config.model_dump(mode="json"))
+    record = RunRecord(context.tracking, config.name, config.model_dump(mode="json"), pipeline.data)
     context = dataclasses.replace(context, refresh_run=record.open)
     made: dict[str, NodeResult] = {}
     status: Status = "KILLED"
@@ -132,7 +132,7 @@ def _run(
     try:
         conclusion = _make_all(context, nodes, forced, made, checks, policy)
         refs = _refs(made)
-        run_id = record.settle(refs)
+        run_id = record.find_or_open(refs)
         if conclusion is None and pipeline.compared is not None and "evaluation" in made:
             found = pipeline.compared(ArtifactFolders(context.store, refs))
             log_models(tracking, context.store.manifest(refs["evaluation"]), run_id, found)
@@ -141,7 +141,7 @@ def _run(
         if conclusion is None and policy is not None:
             registered.note_tracker(tracking)
             conclusion = with_retries(
-                lambda: policy.conclude(LazyArtifacts(context.store, refs), record.settle(refs)),
+                lambda: policy.conclude(LazyArtifacts(context.store, refs), record.find_or_open(refs)),
                 config.stages,
                 context.display.line,
             )
@@ -166,7 +166,6 @@ def _run(
             figures,
             _report(context, made),
             tags,
-            pipeline.data,
             concluded=conclusion is not None,
         )
         if tracking.had_failures and status != "KILLED":  # of stages that ended while it was away

@@ -72,7 +72,7 @@ def test_single_stages_take_their_inputs_from_the_store(tmp_path: Path, capsys: 
     assert main(["stage", "left", config, "--set", "target.count=3"], TOY) == 0
     assert "left: reused" in capsys.readouterr().out
     assert main(["stage", "lfet", config], TOY) == 2
-    assert "no node 'lfet': use one of target, left, right, total" in capsys.readouterr().err
+    assert "no node 'lfet'. Use one of target, left, right, total" in capsys.readouterr().err
 
     assert main(["status", config, "--set", "target.count=3"], TOY) == 0
     states = {line.split()[0]: line.split()[3:] for line in capsys.readouterr().out.splitlines()}
@@ -142,7 +142,7 @@ def test_no_process_outlives_the_command(tmp_path: Path) -> None:
     assert_gone(worker)
     wait_until(lambda: not processes_of(home), "no process of this home is left", limit_s=5)
     logs = "".join(path.read_text() for path in (home / "logs").glob("*.log"))
-    assert "run the same command again to continue" in err
+    assert "Run the same command again to continue" in err
     assert "StageInterrupted" in logs
 
     saved = saved_numbers(home)
@@ -154,9 +154,9 @@ def test_no_process_outlives_the_command(tmp_path: Path) -> None:
 def test_a_second_interrupt_ends_at_once_and_in_silence(tmp_path: Path) -> None:
     """While Prefect still sends what it has, at the interpreter's exit."""
     code = (
-        "import atexit, sys, time; from draftsmith.flows.cli import main as cli\n"
+        "import atexit, sys, time; from draftsmith.flows.cli import commands, main as cli\n"
         "def interrupted(*_): raise KeyboardInterrupt\n"
-        "cli.COMMANDS['status'] = interrupted\n"
+        "commands.COMMANDS['status'] = interrupted\n"
         "atexit.register(time.sleep, 60)\n"
         "sys.exit(cli.main(['status']))"
     )
@@ -168,6 +168,6 @@ def test_a_second_interrupt_ends_at_once_and_in_silence(tmp_path: Path) -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as command:
         assert command.stderr is not None
-        assert command.stderr.readline().startswith("draftsmith: error: interrupted;")
+        assert command.stderr.readline().startswith("draftsmith: error: interrupted.")
         command.send_signal(signal.SIGINT)
         assert command.wait(20) == 130 and command.stderr.read() == ""

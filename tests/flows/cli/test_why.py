@@ -36,8 +36,8 @@ def test_fields_seeds_inputs_files_code_and_versions_are_told(
     assert "code" not in new and "file" not in new
 
     behind = told("left", "--set", "target.count=4", "--set", "left.factor=7")
-    assert behind.startswith("left: its key is known when there is target\n")
-    assert "config   factor: 1 -> 7\n" in behind and "input    first: node target has still to be made" in behind
+    assert behind.startswith("left: its key is known after target\n")
+    assert "config   factor: 1 -> 7\n" in behind and "input    first: node target is not built yet" in behind
     assert "\ntarget: new: " in behind and "config   count: 3 -> 4\n" in behind
 
     added.write_text("2")
@@ -63,6 +63,6 @@ def test_fields_seeds_inputs_files_code_and_versions_are_told(
 
     # of a run with another name: the nearest that there is
     other = told("target", "--set", "name=other", "--set", "target.count=9")
-    assert "the last artifact of its stage (no run of this name has made the node)" in other
+    assert "the last artifact of its stage (no run of this name has built the node)" in other
     assert "config   count: 4 -> 9\n" in other
     assert main(["why", config, "lfet"], TOY) == 2

@@ -34,7 +34,7 @@ def another_run(compute: str, gpus: Sequence[str]) -> subprocess.Popen[str]:
         import sys
         from draftsmith.flows.execution.devices import lock_devices
         from draftsmith.stages.runtime.stage import Compute
-        with lock_devices(Compute.{compute}, run="the other", limit_s=60, waiting=print, gpus=lambda: {list(gpus)!r}):
+        with lock_devices(Compute.{compute}, run="the other", limit_s=60, on_wait=print, gpus=lambda: {list(gpus)!r}):
             print("held", flush=True)
             sys.stdin.readline()
     """
@@ -64,7 +64,7 @@ def test_who_waits_for_whom(
 
     def ask(limit_s: float) -> None:
         with devices.lock_devices(
-            ours, run="ours", limit_s=limit_s, waiting=lambda *who: said.append(who), gpus=lambda: our_gpus
+            ours, run="ours", limit_s=limit_s, on_wait=lambda *who: said.append(who), gpus=lambda: our_gpus
         ) as held:
             assert len(held.locks) == (0 if ours is Compute.LIGHT else len(our_gpus) or 1)
 
@@ -84,7 +84,7 @@ def test_who_waits_for_whom(
 
 
 def test_a_lock_is_open_to_all_users(folder: Path) -> None:
-    with devices.lock_devices(Compute.TIMED, run="", limit_s=1, waiting=lambda *_: None, gpus=lambda: [ONE]):
+    with devices.lock_devices(Compute.TIMED, run="", limit_s=1, on_wait=lambda *_: None, gpus=lambda: [ONE]):
         assert folder.stat().st_mode & 0o7777 == 0o1777
         assert (folder / f"{ONE}.lock").stat().st_mode & 0o777 == 0o666
 
@@ -92,7 +92,7 @@ def test_a_lock_is_open_to_all_users(folder: Path) -> None:
 def test_a_part_of_a_gpu_is_visible_by_its_own_name(folder: Path) -> None:
     part = "MIG-7f/1/0"
     with devices.lock_one_device(
-        Compute.HEAVY, run="", limit_s=1, waiting=lambda *_: None, gpus=lambda: [part]
+        Compute.HEAVY, run="", limit_s=1, on_wait=lambda *_: None, gpus=lambda: [part]
     ) as device:
         assert device.environment == {"CUDA_VISIBLE_DEVICES": part}
         assert (folder / "MIG-7f_1_0.lock").exists()

@@ -92,7 +92,7 @@ def test_a_run_that_is_cancelled_while_it_waits_starts_nothing(
         if waits_for == "the artifact":
             others.enter_context(context.store.claim("collect", cache_key(node, {}, config.seed, TOY)))
         else:
-            others.enter_context(devices.lock_devices(Compute.TIMED, run="", limit_s=1, waiting=lambda *_: None))
+            others.enter_context(devices.lock_devices(Compute.TIMED, run="", limit_s=1, on_wait=lambda *_: None))
         with pytest.raises(CancelledError):
             build_node(context, node, {})
     assert not (tmp_path / "started").exists() and not list(context.home.glob("logs/*.request.json"))

@@ -37,7 +37,7 @@ def artifacts(folder: Path, content: str = "c" * 64) -> dict[str, ArtifactRef]:
 def test_the_same_artifacts_are_the_same_run_and_others_are_not(tracking: Tracking, tmp_path: Path) -> None:
     client, experiment = tracking.connect()
     made = artifacts(tmp_path)
-    first = RunRecord(tracking, "weekly", {"seed": 0})
+    first = RunRecord(tracking, "weekly", {"seed": 0}, data=("prompts",))
     openers = [threading.Thread(target=first.open) for _ in range(4)]  # stages that run at the same time
     for opener in openers:
         opener.start()
@@ -45,17 +45,17 @@ def test_the_same_artifacts_are_the_same_run_and_others_are_not(tracking: Tracki
         opener.join()
     run_id = first.open()
     assert len(client.search_runs([experiment])) == 1
-    assert first.settle(made) == run_id
-    first.close("FINISHED", made, {"tau.opd": 2.5}, [], {"mlflow.note.content": "**Promoted.**"}, data=("prompts",))
+    assert first.find_or_open(made) == run_id
+    first.close("FINISHED", made, {"tau.opd": 2.5}, [], {"mlflow.note.content": "**Promoted.**"})
 
     for times in ("1", "2"):
         again = RunRecord(tracking, "weekly", {"seed": 0})
-        assert again.settle(made) == run_id
+        assert again.find_or_open(made) == run_id
         again.close("FINISHED", made, {}, [], {"mlflow.note.content": "nothing was made"})
         tags = client.get_run(run_id).data.tags
         assert (tags[REUSED].split()[0], tags["mlflow.note.content"]) == (times, "**Promoted.**")
     part = RunRecord(tracking, "weekly", {})
-    assert part.settle({"prompts": made["prompts"]}) == run_id, "a part of what it made"
+    assert part.find_or_open({"prompts": made["prompts"]}) == run_id, "a part of what it made"
     (data,) = client.get_run(run_id).inputs.dataset_inputs
     assert (data.dataset.name, data.dataset.digest) == ("prompts", "c" * 36)
 
@@ -63,7 +63,7 @@ def test_the_same_artifacts_are_the_same_run_and_others_are_not(tracking: Tracki
         (RunRecord(tracking, "weekly", {}), artifacts(tmp_path, "d" * 64)),  # made again with other content
         (RunRecord(tracking, "another", {}), made),
     ):
-        assert record.settle(others) not in (None, run_id)
+        assert record.find_or_open(others) not in (None, run_id)
         record.close("FINISHED", others, {}, [], {})
     assert len(client.search_runs([experiment])) == 3
 
@@ -81,7 +81,7 @@ def test_what_follows_from_what_an_earlier_run_had_only_looked_at_is_told_by_its
 
     def again(of: dict[str, ArtifactRef], outcome: str, note: str) -> dict[str, str]:
         record = RunRecord(tracking, "weekly", {})
-        assert record.settle(of) == run_id
+        assert record.find_or_open(of) == run_id
         record.close(
             "FINISHED", of, {"promoted": 1.0}, [], {OUTCOME: outcome, "mlflow.note.content": note}, concluded=True
         )
@@ -111,12 +111,12 @@ def test_a_run_that_mlflow_was_lost_for_is_opened_by_the_next_who_asks(
     monkeypatch.setattr(client, "create_run", lost_twice)
     record = RunRecord(tracking, "weekly", {"seed": 0})
     assert [record.open() is None for _ in range(3)] == [True, True, False]
-    assert record.settle(artifacts(tmp_path)) == record.open()
+    assert record.find_or_open(artifacts(tmp_path)) == record.open()
     record.close("FINISHED", artifacts(tmp_path), {"tau.opd": 2.5}, [], {})
     left[0] = 1
     again = RunRecord(tracking, "weekly", {"seed": 1})
     others = artifacts(tmp_path, "d" * 64)
-    assert [again.settle(others) is None for _ in range(2)] == [True, False]
+    assert [again.find_or_open(others) is None for _ in range(2)] == [True, False]
     again.close("FINISHED", others, {}, [], {})
     assert [run.info.status for run in client.search_runs([experiment])] == ["FINISHED", "FINISHED"]
     assert not list((tracking.folder / "refreshes").iterdir()), "nor is one held to be alive"
@@ -131,4 +131,4 @@ def test_a_run_that_fails_before_its_first_stage_leaves_none_and_a_failed_one_is
     failed = RunRecord(tracking, "weekly", {})
     run_id = failed.open()
     failed.close("FAILED", artifacts(tmp_path), {}, [], {})
-    assert RunRecord(tracking, "weekly", {}).settle(artifacts(tmp_path)) != run_id
+    assert RunRecord(tracking, "weekly", {}).find_or_open(artifacts(tmp_path)) != run_id

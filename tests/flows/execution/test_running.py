@@ -11,7 +11,7 @@ from rich.console import Console
 
 from draftsmith.artifacts.store.local import Claim, Store
 from draftsmith.flows.cli.main import main
-from draftsmith.flows.cli.status import status_of_config
+from draftsmith.flows.cli.status import show_config_status
 from draftsmith.flows.execution import attempt_note
 from draftsmith.flows.execution.attempt_note import AttemptNote
 from draftsmith.flows.execution.display import Display
@@ -30,7 +30,7 @@ def test_a_running_node_is_told_with_its_process_and_its_progress(
 
     def status() -> str:
         console = Console(width=400, record=True)
-        status_of_config(Display(console), config, TOY)
+        show_config_status(Display(console), config, TOY)
         return console.export_text()
 
     with store.claim("collect", key) as claim:

@@ -34,7 +34,7 @@ def test_every_command_is_one(outcome: str) -> None:
         program, *arguments = shlex.split(step.command)
         assert program == "draftsmith"
         options = parser().parse_args(arguments)
-        if options.does == "run" and outcome != "measured":
+        if options.command == "run" and outcome != "measured":
             assert (str(options.config), options.overrides[:2]) == (ASKED.config, list(ASKED.overrides))
 
 
