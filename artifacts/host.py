@@ -8,6 +8,9 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
+import pynvml
+
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 MOUNTS = Path("/proc/self/mounts")
 # SQLite's locks and write order do not hold on these (https://www.sqlite.org/howtocorrupt.html, section 2.1).
@@ -38,8 +41,6 @@ def memory_bytes() -> float:
 
 def free_memory_bytes() -> float:
     """Return the bytes that this process can still allocate, within the machine's free memory and the container's."""
-    import psutil  # here, since planning imports this module and needs neither psutil nor pynvml to start
-
     left = memory_bytes() - psutil.Process().memory_info().rss
     return max(0.0, min(float(psutil.virtual_memory().available), left))
 
@@ -56,8 +57,6 @@ class Gpu:
 @functools.cache
 def all_gpus() -> tuple[Gpu, ...]:
     """Return every NVIDIA GPU in the order of nvidia-smi, without creating a CUDA context."""
-    import pynvml  # as psutil above
-
     try:
         pynvml.nvmlInit()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]

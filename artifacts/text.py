@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 MAX_CHARS = 60
 
@@ -28,13 +27,13 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} GB"
 
 
-def shorten(value: Any, max_chars: int = MAX_CHARS) -> str:
+def shorten(value: object, max_chars: int = MAX_CHARS) -> str:
     """Return a string as it is, any other value as JSON, cut to `max_chars`."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= max_chars else f"{text[: max_chars - 1]}…"
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(value: object, prefix: str = "") -> dict[str, object]:
     """Return the fields of a nested value by dotted path. An empty mapping or list counts as a value."""
     if isinstance(value, Mapping) and (value or not prefix):
         items = list(value.items())
@@ -42,7 +41,7 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
         items = list(enumerate(value))
     else:
         return {prefix: value}
-    fields: dict[str, Any] = {}
+    fields: dict[str, object] = {}
     for name, item in items:
         fields |= flatten(item, f"{prefix}.{name}" if prefix else str(name))
     return fields

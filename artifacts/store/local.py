@@ -14,7 +14,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlparse
 
 from draftsmith.artifacts.atomic import disk_errors, fsync, remove_temporary, write_text
@@ -90,7 +89,7 @@ class Store:
 
     @staticmethod
     def key(
-        stage: str, code_digest: str, config: Mapping[str, Any], inputs: Mapping[str, ArtifactRef], seed: int
+        stage: str, code_digest: str, config: Mapping[str, object], inputs: Mapping[str, ArtifactRef], seed: int
     ) -> str:
         """Return the key of a computation: sha256 of the stage, its code, config, seed and its inputs' content."""
         material = {

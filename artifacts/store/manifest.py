@@ -56,7 +56,7 @@ class ArtifactRef:
 class Provenance:
     """Holds what an artifact was made from and by which run, for its manifest."""
 
-    config: Mapping[str, Any]
+    config: Mapping[str, object]
     inputs: Mapping[str, ArtifactRef]  # name of the input -> artifact
     code_digest: str
     seed: int
@@ -171,7 +171,7 @@ def manifest_text(manifest: Manifest) -> str:
     return json.dumps({**fields, _CHECKSUM: _checksum(fields)}, indent=2, ensure_ascii=False) + "\n"
 
 
-def _checksum(fields: Mapping[str, Any]) -> str:
+def _checksum(fields: Mapping[str, object]) -> str:
     return hashlib.sha256(canonical_json(fields).encode()).hexdigest()
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeAlias
+from typing import Self, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -18,9 +18,9 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.tables.schemas import TableSchema
 
 # Options of every table. Its pages have checksums, which every reader here verifies.
-WRITE_OPTIONS: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
+WRITE_OPTIONS: dict[str, object] = {"compression": "zstd", "write_page_checksum": True}
 
-Rows: TypeAlias = Sequence[Mapping[str, Any]] | pa.Table
+Rows: TypeAlias = Sequence[Mapping[str, object]] | pa.Table
 
 GROUP_BYTES = 4 << 20  # approximate size of a row group before compression: a reader decodes that much for one row
 
@@ -173,7 +173,7 @@ def to_table(schema: TableSchema, rows: Rows) -> pa.Table:
     return table.replace_schema_metadata(schema.with_metadata.metadata)
 
 
-def _column(field: pa.Field, rows: Sequence[Mapping[str, Any]]) -> pa.Array:
+def _column(field: pa.Field, rows: Sequence[Mapping[str, object]]) -> pa.Array:
     try:
         return pa.array([row[field.name] for row in rows], field.type)
     except (pa.ArrowException, TypeError, OverflowError) as error:

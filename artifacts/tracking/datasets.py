@@ -6,7 +6,9 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import pyarrow.parquet as pq
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store.manifest import ArtifactRef, read_manifest
@@ -22,7 +24,7 @@ _SPLITS = ("train", "validation", "heldout")
 
 def log_datasets(client: MlflowClient, run_id: str, inputs: Mapping[str, ArtifactRef]) -> None:
     """Log artifacts as data sets of a run. inputs: node -> artifact."""
-    from mlflow.entities import DatasetInput, InputTag
+    from mlflow.entities import DatasetInput, InputTag  # here: importing mlflow takes seconds
 
     datasets = [
         DatasetInput(_dataset(node, ref), [InputTag("mlflow.data.context", node)]) for node, ref in inputs.items()
@@ -32,7 +34,7 @@ def log_datasets(client: MlflowClient, run_id: str, inputs: Mapping[str, Artifac
 
 
 def _dataset(node: str, ref: ArtifactRef) -> Dataset:
-    from mlflow.entities import Dataset
+    from mlflow.entities import Dataset  # here: importing mlflow takes seconds
 
     try:
         rows, columns = _table(ref.path)
@@ -50,14 +52,12 @@ def _dataset(node: str, ref: ArtifactRef) -> Dataset:
     )
 
 
-def _table(folder: Path) -> tuple[int | None, list[dict[str, Any]]]:
+def _table(folder: Path) -> tuple[int | None, list[dict[str, object]]]:
     """Return the number of rows and the columns of the artifact's largest table; (None, []) if there is none here."""
     tables = sorted(folder.glob("*.parquet"), key=lambda path: path.stat().st_size)
     if not tables:
         return None, []
-    import pyarrow.parquet as parquet  # here, since most artifacts have no table
-
-    footer = parquet.ParquetFile(tables[-1])
+    footer = pq.ParquetFile(tables[-1])
     columns = [
         {"name": field.name, "type": str(field.type), "required": not field.nullable} for field in footer.schema_arrow
     ]

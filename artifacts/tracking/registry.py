@@ -119,7 +119,7 @@ class Registry:
     def version(self, line: str, number: int) -> Version:
         """Return a version by number. Raises DraftsmithError if it does not exist."""
         with self._client() as client:
-            from mlflow.exceptions import MlflowException
+            from mlflow.exceptions import MlflowException  # here: importing mlflow takes seconds
 
             try:
                 return _version(client.get_model_version(line, str(number)))
@@ -328,7 +328,7 @@ class Registry:
         with self._client() as client:
             self._tag(client, version.line, version.number, tags)
 
-    def add_drift(self, line: str, result: Mapping[str, Any]) -> None:
+    def add_drift(self, line: str, result: Mapping[str, object]) -> None:
         """Record the result of a drift check, unless it repeats the last one."""
         self._tracking.require_writable()
         with self._client() as client, self._line_lock(line, f"drift check of {line}"):
@@ -391,7 +391,7 @@ class Registry:
 
     def _model(self, client: MlflowClient, line: str) -> Any:
         """Return the registered model with aliases and tags; None if it does not exist."""
-        from mlflow.exceptions import MlflowException
+        from mlflow.exceptions import MlflowException  # here: importing mlflow takes seconds
 
         try:
             return client.get_registered_model(line)

@@ -11,7 +11,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import pynvml  # noqa: F401  # MLflow's monitor logs GPUs only if this is imported
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.home import home
@@ -130,7 +132,7 @@ class Tracking:
             "to use SQLite."
         )
 
-    def open_refresh(self, name: str, params: Mapping[str, Any]) -> str | None:
+    def open_refresh(self, name: str, params: Mapping[str, object]) -> str | None:
         """Start the run of a refresh and return its id; None if MLflow failed. It is alive as long as this process."""
         key = secrets.token_hex(8)
         with self.best_effort():
@@ -172,7 +174,7 @@ class Tracking:
         key: str,
         *,
         name: str | None = None,
-        params: Mapping[str, Any] | None = None,
+        params: Mapping[str, object] | None = None,
         inputs: Mapping[str, ArtifactRef] | None = None,
     ) -> StageRun:
         """Start the nested run of a stage, or resume the unfinished one of the same key. Needs the key's lock.
@@ -299,7 +301,7 @@ class Tracking:
                 "MLFLOW_EXPERIMENT_NAME to another name."
             )
         if _KIND[0] not in experiment.tags:
-            from mlflow.exceptions import MlflowException
+            from mlflow.exceptions import MlflowException  # here: importing mlflow takes seconds
 
             with suppress(MlflowException):  # a user who may only add runs does not need it
                 client.set_experiment_tag(experiment_id, *_KIND)
@@ -363,7 +365,7 @@ class StageRun:
         monitor = None
         if self.run_id is not None:
             with self._tracking.best_effort():
-                import pynvml  # noqa: F401  # the monitor logs GPUs only if this was imported
+                # here: importing mlflow takes seconds
                 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
                 uri = self._tracking.uri

@@ -67,7 +67,7 @@ def escape_markdown(text: str) -> str:
     return text.replace("<", "&lt;").replace("[", "\\[").replace("`", "\\`")
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flatten(config: Mapping[str, object], prefix: str = "") -> dict[str, str]:
     """Return a nested config as MLflow params: dotted names, lists as JSON, long values cut to MLflow's limit."""
     flat: dict[str, str] = {}
     for name, value in config.items():
@@ -80,9 +80,9 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def log_params(client: MlflowClient, run_id: str, config: Mapping[str, Any]) -> None:
+def log_params(client: MlflowClient, run_id: str, config: Mapping[str, object]) -> None:
     """Log a nested config as params, in batches."""
-    from mlflow.entities import Param
+    from mlflow.entities import Param  # here: importing mlflow takes seconds
 
     params = [Param(key, value) for key, value in flatten(config).items()]
     for start in range(0, len(params), PARAMS_PER_BATCH):
@@ -91,7 +91,7 @@ def log_params(client: MlflowClient, run_id: str, config: Mapping[str, Any]) -> 
 
 def log_metrics(client: MlflowClient, run_id: str, points: list[tuple[str, float, int]]) -> None:
     """Log (name, value, step) points, in batches."""
-    from mlflow.entities import Metric
+    from mlflow.entities import Metric  # here: importing mlflow takes seconds
 
     now = int(time.time() * 1000)
     metrics = [Metric(sanitize_key(name), value, now, step) for name, value, step in points]
@@ -123,7 +123,7 @@ def review_files(folder: Path) -> list[Path]:
 
 def upgrade_database(uri: str) -> None:
     """Migrate a database of an older MLflow, through MLflow's own command."""
-    from mlflow.db import upgrade
+    from mlflow.db import upgrade  # here: importing mlflow takes seconds
 
     upgrade.callback(uri)
 
