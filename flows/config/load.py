@@ -14,6 +14,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.flows.config.errors import OVERRIDE, PathKey, describe_errors, show_value
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
+Fields = dict[str, Any]  # of a config, as YAML gives them
 FROM_FILE = {"from_file": True}  # validation context: a person wrote this config, the run has filled in nothing
 _DEFAULT_KINDS = {"drafter": "dflash", "engine": "embedded"}  # of sections that may leave `kind` out
 
@@ -69,7 +70,7 @@ def read_config(path: Path | str, overrides: Sequence[str], model: type[ModelT])
     return _validate(data, Path(path), overridden, model)
 
 
-def config_from_fields(fields: Mapping[str, Any], model: type[ModelT]) -> ModelT:
+def config_from_fields(fields: Mapping[str, object], model: type[ModelT]) -> ModelT:
     """Return the config of fields that are given as Python objects.
 
     `extends` names a file relative to the current directory, or a shipped config. Raises `DraftsmithError` as
@@ -81,7 +82,7 @@ def config_from_fields(fields: Mapping[str, Any], model: type[ModelT]) -> ModelT
     return _validate(data, Path("config"), [], model)
 
 
-def _validate(data: dict[str, Any], path: Path, overridden: list[PathKey], model: type[ModelT]) -> ModelT:
+def _validate(data: Fields, path: Path, overridden: list[PathKey], model: type[ModelT]) -> ModelT:
     try:
         config = model.model_validate(data, context=FROM_FILE)
     except ValidationError as error:
@@ -111,7 +112,7 @@ def _booleans_read_as_numbers(data: Any, value: Any, key: PathKey = ()) -> Itera
             yield from _booleans_read_as_numbers(inner, validated, (*key, index))
 
 
-def merge_configs(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+def merge_configs(base: Fields, change: Fields) -> Fields:
     """Return `base` with the fields of `change`: mappings are merged field by field, everything else is replaced.
 
     A mapping with another `kind`, or a `preset`, replaces the old one as a whole, whose fields would not fit. Null
@@ -135,7 +136,7 @@ def shipped_configs() -> Path:
     return Path(__file__).resolve().parents[2] / "configs"
 
 
-def _read_yaml(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _read_yaml(path: Path, extending: tuple[Path, ...] = ()) -> Fields:
     """Return the fields of a file, merged over those of the file that it extends.
 
     extending: the files that extend this one.
@@ -161,7 +162,7 @@ def _extended_file(other: Any, folder: Path, where: str) -> Path:
     return file if file.exists() else shipped
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def _read_mapping(path: Path) -> Fields:
     try:
         text = path.read_text("utf-8")
     except FileNotFoundError:
@@ -201,7 +202,7 @@ def _parse(text: str, where: str) -> Any:
         raise DraftsmithError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def _apply_override(data: dict[str, Any], override: str) -> PathKey:
+def _apply_override(data: Fields, override: str) -> PathKey:
     """Set one field in `data`, with new sections on the way if needed, and return its key."""
     name, separator, text = override.partition("=")
     steps = name.strip().split(".")

@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: the plan, progress with rate and time left, lines and tables."""
+"""Prints to the terminal: the plan, progress with rate and time left, lines and tables."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from draftsmith.artifacts.text import format_duration
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.planning.graph import PlannedNode, Status
 
-_LINE_EVERY_S = 10.0  # where nobody watches a moving bar: a log file, CI
+_LINE_EVERY_S = 10.0  # without a terminal: in a log file, in CI
 _RATE_WINDOW_S = 30.0
 _PLAIN_WIDTH = 160
 _STATUS_STYLE = {
@@ -34,25 +34,28 @@ _STATUS_STYLE = {
 
 @dataclass(frozen=True)
 class EndedRun:
-    """A run that has ended, as the command that started it knows it: for the screen that shows its results."""
+    """A run that has ended, with what the screen of its results shows of the command."""
 
     config: RunOptions
-    file: str  # of the config, as it was typed
-    overrides: Sequence[str]  # by `--set`
-    mlflow: str  # the command that shows the runs, or a server's URL
+    file: str  # the config, as it was typed
+    overrides: Sequence[str]  # of `--set`
+    mlflow: str  # the command that shows the runs, or the server's URL
     seconds: float
     refused: str | None = None  # why nothing was promoted
 
 
 class ProgressRate:
-    """Work done a second over the last half minute, and from it the time left."""
+    """The rate of work over the last half minute, and the time left by it."""
 
     def __init__(self) -> None:
         self._points: deque[tuple[float, int]] = deque()
         self._kind: tuple[int, str] | None = None
 
     def update(self, done: int, total: int, unit: str, now: float) -> tuple[float | None, float | None]:
-        """(units a second, seconds left), None while unknown. A new total, unit or start begins anew."""
+        """Return (units a second, seconds left), or None while unknown.
+
+        done, total: units of work. now: a clock's time in seconds. Another total or unit, or less done, starts afresh.
+        """
         if self._kind != (total, unit) or (self._points and done < self._points[-1][1]):
             self._points.clear()
             self._kind = (total, unit)
@@ -67,7 +70,7 @@ class ProgressRate:
 
 
 class StageDisplay:
-    """One stage while it runs."""
+    """Shows the progress and the log of one running stage."""
 
     def __init__(self, display: Display, name: str, bar: Progress | None) -> None:
         self._display = display
@@ -77,7 +80,8 @@ class StageDisplay:
         self._rate = ProgressRate()
         self._last_line = time.monotonic()
 
-    def progress(self, done: int, total: int, unit: str, figures: Mapping[str, float]) -> None:
+    def progress(self, done: int, total: int, unit: str, metrics: Mapping[str, float]) -> None:
+        """Show the progress: on a terminal at once, otherwise as a line now and then."""
         now = time.monotonic()
         rate, left = self._rate.update(done, total, unit, now)
         parts = [f"{done}/{total} {unit}"]
@@ -85,7 +89,7 @@ class StageDisplay:
             parts.append(f"{format_number(rate)} {unit}/s")
         if left is not None and done < total:
             parts.append(f"{format_duration(left)} left")
-        parts += [f"{name}={format_number(value)}" for name, value in figures.items()]
+        parts += [f"{name}={format_number(value)}" for name, value in metrics.items()]
         text = "  ".join(parts)
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, total=total, text=escape(text))
@@ -94,11 +98,12 @@ class StageDisplay:
             self._display.line(f"{self._name}: {text}")
 
     def log(self, message: str) -> None:
+        """Print a line of the stage."""
         self._display.line(f"{self._name}: {message}")
 
 
 class Display:
-    """Everything that a run prints. On a terminal a moving bar, elsewhere a plain line now and then."""
+    """Prints everything of a run. Progress is a bar on a terminal, otherwise a line now and then."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console()
@@ -106,13 +111,16 @@ class Display:
             self.console = Console(width=_PLAIN_WIDTH)
 
     def line(self, text: str) -> None:
+        """Print a line of text, which may come from outside."""
         self.console.print(escape(text), highlight=False, soft_wrap=True)
 
     def lines(self, texts: Iterable[str]) -> None:
+        """Print several lines."""
         for text in texts:
             self.line(text)
 
     def plan(self, planned: Sequence[PlannedNode]) -> None:
+        """Print a plan as a table."""
         table = Table(title="Plan", title_justify="left", box=None, pad_edge=False)
         for column in ("node", "stage", "key", "what happens"):
             table.add_column(column, no_wrap=column != "what happens")
@@ -124,9 +132,8 @@ class Display:
         self.console.print(table)
 
     def newer_files(self, planned: Sequence[PlannedNode]) -> None:
-        """Which nodes of a plan do not read what is there, but what an earlier run began with."""
-        for text in filter(None, [item.newer_files_notice for item in planned]):
-            self.line(text)
+        """Print which nodes of a plan reuse a listing of files that leaves newer ones out."""
+        self.lines(filter(None, [item.newer_files_notice for item in planned]))
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[StageDisplay]:
@@ -140,10 +147,12 @@ class Display:
             yield StageDisplay(self, name, bar)
 
     def finished(self, name: str, seconds: float, summary: Mapping[str, float]) -> None:
-        figures = "  ".join(f"{key}={format_number(value)}" for key, value in summary.items())
-        self.line(f"{name}: done in {format_duration(seconds)}" + (f"  {figures}" if figures else ""))
+        """Print that a node was built, with its metrics."""
+        metrics = "  ".join(f"{key}={format_number(value)}" for key, value in summary.items())
+        self.line(f"{name}: done in {format_duration(seconds)}" + (f"  {metrics}" if metrics else ""))
 
     def reused(self, name: str) -> None:
+        """Print that a node was reused."""
         self.line(f"{name}: reused")
 
     def table(
@@ -155,10 +164,13 @@ class Display:
         caption: str = "",
         text_columns: int = 1,
     ) -> None:
-        """Words in the first columns, figures in the others; what is broken elsewhere stays on one line here."""
+        """Print a table, with words in the first `text_columns` columns and numbers in the others.
+
+        head: the headings. A line break in a cell becomes a space.
+        """
         table = Table(title=escape(title) or None, title_justify="left", box=None, pad_edge=False)
-        for place, heading in enumerate(head):
-            justify: Literal["left", "right"] = "left" if place < text_columns else "right"
+        for index, heading in enumerate(head):
+            justify: Literal["left", "right"] = "left" if index < text_columns else "right"
             table.add_column(escape(heading), justify=justify, overflow="fold")
         for row in rows:
             table.add_row(*(escape(cell.replace("\n", " ")) for cell in row))
@@ -168,17 +180,17 @@ class Display:
 
 
 def escape(text: str) -> str:
-    """A text of others for a terminal: neither markup nor control characters act."""
+    """Return a text from outside in which neither markup nor control characters take effect."""
     return markup.escape(printable(text))
 
 
 def format_number(value: float) -> str:
-    """Four digits at least, never an exponent for what is counted."""
+    """Return a number with four significant digits, or all digits from 1000 on."""
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def folded_table(*columns: str) -> Table:
-    """Whose cells are broken over lines rather than cut: paths stay whole."""
+    """Return a table whose long cells are wrapped and never cut, so that paths stay complete."""
     table = Table(box=None, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")

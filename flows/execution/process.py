@@ -1,4 +1,4 @@
-"""Running one stage as a process: its events, its time limit, and its end together with its whole group."""
+"""Runs one stage as a process: its events, its time limit, and the end of its whole process group."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ Event = dict[str, Any]
 
 
 class StageFailedError(DraftsmithError):
-    """The stage's process failed. The message is the stage's own line and where its log is."""
+    """Raised when a stage's process failed. The message is the stage's own line and the path of its log."""
 
     exit_code = 1
 
 
 @dataclass(frozen=True)
 class ProcessOptions:
-    """How a stage's process is run."""
+    """Options of a stage's process."""
 
     log_path: Path
     limit: TimeLimit
@@ -81,12 +81,12 @@ def run_stage(
     request_path.write_text(request.model_dump_json(indent=2), "utf-8")
     with log_path.open("ab") as log:
         child = ChildProcess(
-            # -P: a folder of the user that is called `draftsmith` must not hide ours
+            # -P: a folder `draftsmith` in the current folder must not hide the package
             [sys.executable, "-P", "-m", "draftsmith.stages", str(request_path)],
             environment={
-                "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # numbers are nvidia-smi's, as those of locks and checks
-                # how long a thread of GNU's OpenMP spins before it sleeps: by default so long that two threads beside
-                # another busy program decode a quarter as fast as with this
+                "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # numbers as in nvidia-smi, the locks and the checks
+                # Threads of GNU's OpenMP spin before they sleep, by default so long that two threads on a busy machine
+                # decode at a quarter of the speed with this.
                 "GOMP_SPINCOUNT": "10000",
                 **project_environment(),
                 **options.environment,
@@ -109,7 +109,7 @@ def run_stage(
 
 
 class _RunningStage:
-    """Reads the events of a stage's process and knows how it ended."""
+    """Reads the events of a stage's process until its end."""
 
     def __init__(self, name: str, child: ChildProcess, log_path: Path, on_event: Callable[[Event], None]) -> None:
         assert child.process.stdout is not None
@@ -134,31 +134,31 @@ class _RunningStage:
             check()
             if time.monotonic() > deadline:
                 raise TimeLimitError(
-                    f"stage {self._name} ran past its limit of {limit.seconds / 60:g} minutes and was stopped: raise "
-                    f"{limit.field} and run the same command again, which goes on from what it saved "
-                    f"(log: {self._log_path})"
+                    f"stage {self._name} ran past its limit of {limit.seconds / 60:g} minutes and was stopped. Raise "
+                    f"{limit.field} and run the same command again, which resumes from what was saved "
+                    f"(log: {self._log_path})."
                 )
             self._read(min(_POLL_S, max(0.0, deadline - time.monotonic())))
         self._drain()
 
     def stop(self, grace_s: float) -> None:
-        """Ask the stage to save and end; return when it has, or after `grace_s`. A second Ctrl-C does not wait."""
+        """Ask the stage to save and end, and wait for that at most `grace_s`. A second Ctrl-C does not wait."""
         if self._process.poll() is not None:
             return
-        self._child.request_stop(grace_s)  # it alone: it decides what becomes of its own workers while it saves
+        self._child.request_stop(grace_s)  # only the stage: it ends its own workers when it has saved
         deadline = time.monotonic() + grace_s
         while self._process.poll() is None and time.monotonic() < deadline:
-            with contextlib.suppress(Exception):  # an error in on_event may be why we are here
+            with contextlib.suppress(Exception):  # on_event may have raised the error that ends the stage
                 self._read(_POLL_S)
 
     def outcome(self) -> StageOutcome:
-        """Return what a process that ended well has reported. Raises the error of one that failed."""
+        """Return the report of a process that ended well. Raises the error of one that failed."""
         code = self._process.returncode
         if code == 0 and self._done:
             return StageOutcome(round(time.monotonic() - self._started, 3), self._summary)
         where = f"(log: {self._log_path})"
         if self._error is None:
-            raise StageFailedError(f"stage {self._name} {_how_it_ended(code)} {where}")
+            raise StageFailedError(f"stage {self._name} {_describe_end(code)} {where}.")
         message = f"stage {self._name}: {self._error.get('message', 'failed')} {where}"
         if code == EXIT_RETRYABLE:
             raise RetryableError(message)
@@ -169,13 +169,13 @@ class _RunningStage:
         raise StageFailedError(message)
 
     def _drain(self) -> None:
-        """Read what is left in the pipe. A worker that survived its stage may hold it open, so not until its end."""
+        """Read the rest of the pipe, for a limited time: a worker that survived its stage may keep it open."""
         deadline = time.monotonic() + _DRAIN_S
         while self._read(0.0) and time.monotonic() < deadline:
             pass
 
     def _read(self, timeout: float) -> bool:
-        """Handle the events that are there; False if there was nothing to read."""
+        """Handle the events that have arrived, after waiting at most `timeout` seconds. False if there were none."""
         if not self._selector.get_map():
             time.sleep(timeout)  # the stream has ended, the process not yet
             return False
@@ -195,9 +195,9 @@ class _RunningStage:
             event = json.loads(line)
             kind = event["event"]
         except (ValueError, KeyError, TypeError):
-            return  # not one of ours: a process that was killed in the middle of a line
+            return  # a process that was killed in the middle of a line
         if kind == "summary":
-            # A manifest is JSON, which has no NaN: a figure that is not a number is a figure that there is not.
+            # A manifest is JSON, which has no NaN: such a metric is left out.
             self._summary.update({name: value for name, value in event["values"].items() if math.isfinite(value)})
         elif kind == "error":
             self._error = event
@@ -206,7 +206,7 @@ class _RunningStage:
         self._on_event(event)
 
 
-def _how_it_ended(code: int) -> str:
+def _describe_end(code: int) -> str:
     if code == -signal.SIGKILL:
-        return f"{describe_exit(code)}: most often the machine ran out of memory; use smaller batches"
-    return f"{describe_exit(code)} without a word: the end of its log says more"
+        return f"{describe_exit(code)}, most often because the machine ran out of memory. Use smaller batches"
+    return f"{describe_exit(code)} without an error message. See the end of its log"

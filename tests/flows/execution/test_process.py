@@ -76,7 +76,7 @@ def test_figures_that_are_not_numbers_are_left_out(tmp_path: Path) -> None:
 
 def test_at_the_time_limit_the_stage_saves_and_its_worker_is_killed(tmp_path: Path) -> None:
     worker_file = tmp_path / "worker"
-    with pytest.raises(DraftsmithError, match=r"limit of 0\.03\d* minutes.*raise stages\.time_limits\.toy and"):
+    with pytest.raises(DraftsmithError, match=r"limit of 0\.03\d* minutes.*Raise stages\.time_limits\.toy and"):
         run(tmp_path, COLLECT, {"count": 999, "seconds_each": 0.1, "worker": str(worker_file)}, limit_s=2)
     assert_gone(pid_in(worker_file))
     assert json.loads((tmp_path / "work" / "saved.json").read_text())
