@@ -67,13 +67,13 @@ class Lock:
     def check(self) -> None:
         """Raise LockLostError if the lock file is gone or names another holder."""
         try:  # by path, not by descriptor: a lock file that was removed and created again is another file
-            found = _parse_holder(self.path.read_bytes())
+            holder = _parse_holder(self.path.read_bytes())
         except FileNotFoundError:
-            found = None
+            holder = None
         except OSError as error:
             raise RetryableError(f"{self.path}: cannot be read ({error.strerror}). Check the disk.") from error
-        if found is None or found.token != self.token:
-            by = str(found) if found is not None else "an unknown process"
+        if holder is None or holder.token != self.token:
+            by = str(holder) if holder is not None else "an unknown process"
             raise LockLostError(
                 f"{self.path}: the lock was taken over by {by}, while this run was presumed dead, so its result is "
                 "discarded. Run the same command again: it waits for the other run."

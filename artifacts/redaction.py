@@ -100,9 +100,9 @@ def describe_secret(text: str) -> str | None:
     for _, name, _ in _PARAMETER.findall(text):
         if _is_secret_parameter(name):
             return f"an address with the parameter {name}"
-    for whose, pattern in _KNOWN.items():
+    for kind, pattern in _KNOWN.items():
         if pattern.search(text):
-            return f"a text that looks like a secret ({whose})"
+            return f"a text that looks like a secret ({kind})"
     return "a credential" if _ASSIGNED.search(text) or _HEADER.search(text) else None
 
 

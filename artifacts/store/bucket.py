@@ -64,11 +64,11 @@ class Bucket:
 
         def cat() -> dict[str, bytes]:
             contents = self._system.cat(list(paths), on_error="return") if paths else {}
-            existing = {path: found for path, found in contents.items() if not isinstance(found, FileNotFoundError)}
-            for found in existing.values():
-                if isinstance(found, Exception):
-                    raise found
-            return {paths[path]: bytes(found) for path, found in existing.items()}
+            existing = {path: value for path, value in contents.items() if not isinstance(value, FileNotFoundError)}
+            for value in existing.values():
+                if isinstance(value, Exception):
+                    raise value
+            return {paths[path]: bytes(value) for path, value in existing.items()}
 
         return self._call(next(iter(paths.values()), ""), "read", cat)
 

@@ -144,13 +144,13 @@ class MirroredStore(Store):
         Raises DraftsmithError for files missing or damaged in the bucket, RetryableError if it cannot be reached.
         """
         manifest = self.manifest(ref)
-        wanted = {name: entry for name, entry in manifest.files.items() if files is None or name in files}
-        if not _missing(ref.path, wanted):
+        requested = {name: entry for name, entry in manifest.files.items() if files is None or name in files}
+        if not _missing(ref.path, requested):
             return
         with self._fetching(ref):
             self._adopt_manifest(manifest)
             remove_temporary(ref.path)
-            for name in _missing(ref.path, wanted):
+            for name in _missing(ref.path, requested):
                 self._pull(manifest, name, ref.path / name)
 
     def localize(self, folder: Path) -> Path:

@@ -172,17 +172,18 @@ def unused_artifacts(root: Path, before: float, needed: Collection[str]) -> list
     needed: content ids of artifacts that stay whatever their age.
     """
     artifacts = dict(_artifacts(root))
-    last = {
-        place: max(_created(each), root.joinpath(*place, MANIFEST).stat().st_mtime) for place, each in artifacts.items()
+    last_use = {
+        ref: max(_created(manifest), root.joinpath(*ref, MANIFEST).stat().st_mtime)
+        for ref, manifest in artifacts.items()
     }
-    stays = {place for place, each in artifacts.items() if last[place] >= before or each.content_id in needed}
-    to_follow = [(root.joinpath(*place), artifacts[place]) for place in stays]
-    to_follow += [(folder, each) for folder, each in _replaced(root) if each.content_id in needed]
+    stays = {ref for ref, m in artifacts.items() if last_use[ref] >= before or m.content_id in needed}
+    to_follow = [(root.joinpath(*ref), artifacts[ref]) for ref in stays]
+    to_follow += [(folder, manifest) for folder, manifest in _replaced(root) if manifest.content_id in needed]
     while to_follow:
-        new = {each for each in _sources(root, *to_follow.pop()) if each in artifacts} - stays
+        new = {ref for ref in _sources(root, *to_follow.pop()) if ref in artifacts} - stays
         stays |= new
-        to_follow += [(root.joinpath(*place), artifacts[place]) for place in new]
-    unused = [_unused(root, place, artifacts[place], last[place]) for place in artifacts.keys() - stays]
+        to_follow += [(root.joinpath(*ref), artifacts[ref]) for ref in new]
+    unused = [_unused(root, ref, artifacts[ref], last_use[ref]) for ref in artifacts.keys() - stays]
     return sorted(unused, key=lambda each: -each.bytes)
 
 
@@ -213,8 +214,8 @@ def _created(manifest: Manifest) -> float:
     return datetime.fromisoformat(manifest.created_at).timestamp()
 
 
-def _unused(root: Path, place: ShortRef, manifest: Manifest, last: float) -> UnusedArtifact:
-    folder = root.joinpath(*place)
+def _unused(root: Path, ref: ShortRef, manifest: Manifest, last: float) -> UnusedArtifact:
+    folder = root.joinpath(*ref)
     size = sum(
         path.stat().st_size for name in manifest.files if (path := folder / name).is_file()
     )  # others are only in the bucket

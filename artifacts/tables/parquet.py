@@ -202,8 +202,8 @@ def pad_lists(table: pa.Table, column: str, width: int, fill: float, dtype: type
     return matrix
 
 
-def _check_schema(path: Path, schema: TableSchema, found: pa.Schema) -> None:
-    metadata = found.metadata or {}
+def _check_schema(path: Path, schema: TableSchema, actual: pa.Schema) -> None:
+    metadata = actual.metadata or {}
     name = metadata.get(b"draftsmith.table", b"").decode()
     if name != schema.name:
         what = f"is a table of {name}" if name else "was not written by Draftsmith"
@@ -215,5 +215,5 @@ def _check_schema(path: Path, schema: TableSchema, found: pa.Schema) -> None:
             "Run the stage that wrote it again."
         )
     for field in schema.columns:
-        if field.name not in found.names or found.field(field.name).type != field.type:
+        if field.name not in actual.names or actual.field(field.name).type != field.type:
             raise DraftsmithError(f"{path}: column {field.name} is missing or not {field.type}. Run its stage again.")

@@ -74,11 +74,11 @@ def _first_cause(error: BaseException) -> BaseException:
     return error
 
 
-def check_database_disk(path: Path, whose: str, advice: str) -> None:
+def check_database_disk(path: Path, name: str, advice: str) -> None:
     """Raise DraftsmithError if a path for an SQLite database is on a network file system."""
     if (shared := network_file_system(path)) is not None:
         raise DraftsmithError(
-            f"{whose} {path} is on a network file system ({shared}), where SQLite's locks fail and data are lost. "
+            f"{name} {path} is on a network file system ({shared}), where SQLite's locks fail and data are lost. "
             f"{advice}, or set DRAFTSMITH_HOME to a folder on a local disk."
         )
 

@@ -72,7 +72,7 @@ def _name(node: str, folder: Path, rows: int | None) -> str:
     except (OSError, ValueError, KeyError):
         return node if rows is None else f"{node}, {rows} rows"
     splits: Counter[str] = Counter()
-    for each in counts.values():
-        splits.update(each)
+    for by_split in counts.values():
+        splits.update(by_split)
     others = f" + {len(counts) - 1}" if len(counts) > 1 else ""
     return f"{first}{others}, {'/'.join(str(splits[name]) for name in _SPLITS)}"

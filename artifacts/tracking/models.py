@@ -39,9 +39,9 @@ def log_models(
     digest = evaluation.inputs["trajectories"].content_id[:_DIGEST_CHARS]
     with tracking.best_effort():
         client, experiment = tracking.connect()
-        for name, (made, metrics) in drafters.items() if run_id is not None else ():
-            model = _find(client, experiment, made) or _create(client, experiment, name, made)
-            if any(each.run_id == run_id for each in model.metrics or ()):
+        for name, (drafter, metrics) in drafters.items() if run_id is not None else ():
+            model = _find(client, experiment, drafter) or _create(client, experiment, name, drafter)
+            if any(metric.run_id == run_id for metric in model.metrics or ()):
                 continue
             # MLflow keeps one value per name and millisecond, and shows the last one if no data set is chosen.
             datasets, now = sorted(metrics, key=lambda name: name == ALL), int(time.time() * 1000)
@@ -53,11 +53,11 @@ def log_models(
             client.log_batch(run_id, metrics=points)
 
 
-def link_version(tracking: Tracking, version: Version, made: Manifest) -> None:
+def link_version(tracking: Tracking, version: Version, drafter: Manifest) -> None:
     """Link a registered version and its logged model to each other."""
     with tracking.best_effort():
         client, experiment = tracking.connect()
-        if (model := _find(client, experiment, made)) is None:
+        if (model := _find(client, experiment, drafter)) is None:
             return
         page = f"[Metrics by prompt set](#/experiments/{experiment}/models/{model.model_id})"
         client.update_model_version(version.line, str(version.number), f"{version.tags['decision']}\n\n{page}")
@@ -68,18 +68,23 @@ def link_version(tracking: Tracking, version: Version, made: Manifest) -> None:
             client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": json.dumps([*linked, link])})
 
 
-def _find(client: MlflowClient, experiment: str, made: Manifest) -> LoggedModel | None:
-    wanted = f"params.{_WEIGHTS} = '{made.files[_FILE].sha256}'"
-    found = client.search_logged_models([experiment], wanted, max_results=1)
-    return found[0] if found else None
+def _find(client: MlflowClient, experiment: str, drafter: Manifest) -> LoggedModel | None:
+    weights = f"params.{_WEIGHTS} = '{drafter.files[_FILE].sha256}'"
+    models = client.search_logged_models([experiment], weights, max_results=1)
+    return models[0] if models else None
 
 
-def _create(client: MlflowClient, experiment: str, name: str, made: Manifest) -> LoggedModel:
-    params = {_WEIGHTS: made.files[_FILE].sha256, "stage": made.stage, "key": made.key, "content_id": made.content_id}
+def _create(client: MlflowClient, experiment: str, name: str, drafter: Manifest) -> LoggedModel:
+    params = {
+        _WEIGHTS: drafter.files[_FILE].sha256,
+        "stage": drafter.stage,
+        "key": drafter.key,
+        "content_id": drafter.content_id,
+    }
     model = client.create_logged_model(
         experiment,
         name=re.sub("[/:.%\"']", "_", name),
-        source_run_id=made.mlflow_run_id,
+        source_run_id=drafter.mlflow_run_id,
         tags={"mlflow.model.isExternal": "true"},  # its files are in the store
         params=params,
         model_type="drafter",

@@ -21,20 +21,20 @@ REUSED = "reused"  # tag: how often a finished refresh was run again without new
 _IS_REFRESH = f"tags.{STAGE} = 'refresh'"
 
 
-def artifact_params(made: Mapping[str, ArtifactRef]) -> dict[str, str]:
+def artifact_params(artifacts: Mapping[str, ArtifactRef]) -> dict[str, str]:
     """Return the params that record each node's artifact: folder in the store and content id."""
     return {
         sanitize_key(f"{_MADE}{name}"): f"{ref.stage}/{ref.key[:SHORT]}#{ref.content_id[:16]}"
-        for name, ref in made.items()
+        for name, ref in artifacts.items()
     }
 
 
-def find_refresh(tracking: Tracking, name: str, made: Mapping[str, ArtifactRef]) -> str | None:
+def find_refresh(tracking: Tracking, name: str, artifacts: Mapping[str, ArtifactRef]) -> str | None:
     """Return the run id of the last finished refresh of that name and experiment with all these artifacts.
 
     Returns None if there is none, or if MLflow failed.
     """
-    wanted = artifact_params(made)
+    wanted = artifact_params(artifacts)
     with tracking.best_effort():
         client, experiment = tracking.connect()
         finished = f"{_name_filter(name)} and {_IS_REFRESH} and attributes.status = 'FINISHED'"
@@ -56,7 +56,7 @@ def mark_reused(tracking: Tracking, run_id: str) -> None:
 def record_outcome(
     tracking: Tracking,
     run_id: str,
-    made: Mapping[str, ArtifactRef],
+    artifacts: Mapping[str, ArtifactRef],
     metrics: Mapping[str, float],
     tags: Mapping[str, str],
 ) -> None:
@@ -65,7 +65,7 @@ def record_outcome(
         client, _ = tracking.connect()
         run = client.get_run(run_id).data
         recorded = {name: value for name, value in run.params.items() if name.startswith(_MADE)}
-        if OUTCOME in run.tags or recorded != artifact_params(made) or tags.items() <= run.tags.items():
+        if OUTCOME in run.tags or recorded != artifact_params(artifacts) or tags.items() <= run.tags.items():
             return
         log_metrics(client, run_id, [(name, value, 0) for name, value in metrics.items()])
         for name, text in tags.items():

@@ -112,8 +112,8 @@ class Registry:
     def alias(self, line: str, alias: str) -> Version | None:
         """Return the version with an alias; None if the line or the alias does not exist."""
         with self._client() as client:
-            found = self._model(client, line)
-            number = None if found is None else found.aliases.get(alias)
+            model = self._model(client, line)
+            number = None if model is None else model.aliases.get(alias)
             return None if number is None else _version(client.get_model_version(line, number))
 
     def version(self, line: str, number: int) -> Version:
@@ -126,18 +126,19 @@ class Registry:
             except MlflowException as error:
                 if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                     raise
-        known = ", ".join(str(each.number) for each in self.versions(line)) or "none"
-        raise DraftsmithError(f"{line} has no version {number}. It has {known} (`draftsmith champions {line}`).")
+        numbers = ", ".join(str(version.number) for version in self.versions(line)) or "none"
+        raise DraftsmithError(f"{line} has no version {number}. It has {numbers} (`draftsmith champions {line}`).")
 
     def versions(self, line: str) -> list[Version]:
         """Return the versions of a line, oldest first; none if the line does not exist."""
         with self._client() as client:
             if (model := self._model(client, line)) is None:
                 return []
-            found = client.search_model_versions(f"name = '{line}'", max_results=10_000)
-            for each in found:  # a search returns no aliases, and one request per version is slow
-                each.aliases = [name for name, number in model.aliases.items() if int(number) == int(each.version)]
-            return sorted(map(_version, found), key=lambda version: version.number)
+            versions = client.search_model_versions(f"name = '{line}'", max_results=10_000)
+            for version in versions:  # a search returns no aliases, and one request per version is slow
+                aliases = [name for name, number in model.aliases.items() if int(number) == int(version.version)]
+                version.aliases = aliases
+            return sorted(map(_version, versions), key=lambda version: version.number)
 
     def content_ids(self) -> set[str]:
         """Return the content ids of all versions of all lines."""
@@ -164,18 +165,18 @@ class Registry:
         which = which or CHAMPION
         if which.isdecimal():
             return self.version(line, int(which))
-        found = self.alias(line, which)
-        if found is None:
-            known = ", ".join(f"@{each.number}" for each in self.versions(line))
-            if not known:
+        version = self.alias(line, which)
+        if version is None:
+            numbers = ", ".join(f"@{version.number}" for version in self.versions(line))
+            if not numbers:
                 raise self.unknown_line(line)
-            raise DraftsmithError(f"{text}: {line} has no {which}. Its versions are {known}.")
-        return found
+            raise DraftsmithError(f"{text}: {line} has no {which}. Its versions are {numbers}.")
+        return version
 
     def unknown_line(self, line: str) -> DraftsmithError:
         """Return the error for a line that does not exist."""
         with self._client() as client:
-            names = sorted(each.name for each in client.search_registered_models())
+            names = sorted(model.name for model in client.search_registered_models())
         existing = ", ".join(names) or "no line yet"
         return DraftsmithError(
             f"{line}: no refresh has registered a drafter under this name (registry.name). {self._tracking.uri} has "
@@ -343,8 +344,8 @@ class Registry:
         """Return (line, version) -> content id."""
         tag = f"{_TAG}content_id"
         with self._client() as client:
-            found = paginate(client.search_model_versions)
-            return {(each.name, int(each.version)): each.tags[tag] for each in found if tag in each.tags}
+            versions = paginate(client.search_model_versions)
+            return {(each.name, int(each.version)): each.tags[tag] for each in versions if tag in each.tags}
 
     def _tag(self, client: MlflowClient, line: str, number: int, tags: Mapping[str, str]) -> None:
         for name, value in tags.items():
@@ -385,8 +386,8 @@ class Registry:
     def _line_tags(self, line: str, prefix: str) -> list[dict[str, Any]]:
         """Return the parsed values of a line's tags with this prefix, oldest first."""
         with self._client() as client:
-            found = self._model(client, line)
-            tags = {} if found is None else found.tags
+            model = self._model(client, line)
+            tags = {} if model is None else model.tags
             return [json.loads(tags[name]) for name in sorted(tags) if name.startswith(prefix)]
 
     def _model(self, client: MlflowClient, line: str) -> Any:
@@ -410,13 +411,23 @@ def _description(champion: Version, what: str, why: str) -> str:
     return "\n\n".join(lines)
 
 
-def _version(found: Any) -> Version:
+def _version(model_version: Any) -> Version:
     """Convert MLflow's model version to a `Version`."""
-    tags = {name.removeprefix(_TAG): value for name, value in found.tags.items() if name.startswith(_TAG)}
+    tags = {name.removeprefix(_TAG): value for name, value in model_version.tags.items() if name.startswith(_TAG)}
     stage, key, content_id = (tags.pop(name, "") for name in _IDENTITY)
-    created = datetime.fromtimestamp(found.creation_timestamp / 1000, UTC).isoformat(timespec="seconds")
-    source = str(found.source).replace("draftsmith-store:", "file://")
-    return Version(found.name, int(found.version), source, stage, key, content_id, tags, tuple(found.aliases), created)
+    created = datetime.fromtimestamp(model_version.creation_timestamp / 1000, UTC).isoformat(timespec="seconds")
+    source = str(model_version.source).replace("draftsmith-store:", "file://")
+    return Version(
+        model_version.name,
+        int(model_version.version),
+        source,
+        stage,
+        key,
+        content_id,
+        tags,
+        tuple(model_version.aliases),
+        created,
+    )
 
 
 def _named_versions(model: Any) -> set[int]:

@@ -278,12 +278,12 @@ class Tracking:
 
     def _experiment(self, client: MlflowClient) -> str:
         name = self.experiment
-        found = client.get_experiment_by_name(name)
-        if found is None:
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
             # A server chooses where its files go; with a bare database they go into this home.
             location = (self.folder / "mlartifacts" / name).as_uri() if _is_db(self.uri) else None
             return client.create_experiment(name, artifact_location=location, tags=dict([_KIND]))
-        return found.experiment_id
+        return experiment.experiment_id
 
     def _check_experiment(self) -> None:
         """Raise DraftsmithError if the experiment was deleted, since MLflow still finds it but refuses runs.
@@ -315,8 +315,8 @@ class Tracking:
 
     def _unfinished(self, key: str) -> Run | None:
         client, experiment = self.connect()
-        wanted = f"tags.{KEY} = '{key}' and attributes.status != 'FINISHED'"
-        runs = filter(self.is_local_run, client.search_runs([experiment], wanted, max_results=1000))
+        query = f"tags.{KEY} = '{key}' and attributes.status != 'FINISHED'"
+        runs = filter(self.is_local_run, client.search_runs([experiment], query, max_results=1000))
         return max(runs, key=lambda run: run.info.start_time, default=None)
 
     @contextmanager
