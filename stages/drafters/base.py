@@ -227,6 +227,23 @@ class Drafter(nn.Module, ABC):
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class BlockDrafter:
+    """A drafter with the head and the block size that it drafts with."""
+
+    drafter: Drafter
+    head: Head
+    block_size: int
+
+    def propose(self, context: Context, anchor_tokens: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+        """Draft blocks greedily, as `Drafter.propose` does. Returns token ids [B, A, block_size-1]."""
+        return self.drafter.propose(context, anchor_tokens, anchors, self.block_size, self.head)
+
+    def sampler(self, context: Context, anchor_tokens: torch.Tensor, anchors: torch.Tensor) -> BlockSampler:
+        """Begin to sample blocks, as `Drafter.block_sampler` does."""
+        return self.drafter.block_sampler(context, anchor_tokens, anchors, self.block_size, self.head)
+
+
 def as_input(features: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The target's features as a product in `dtype` takes them; autocast takes them as they are, without a copy."""
     return features if torch.is_autocast_enabled(features.device.type) else features.to(dtype)

@@ -30,7 +30,7 @@ def run(ctx: StageContext, config: DriftConfig) -> None:
     champion = {"champion": load_drafter(ctx.inputs["champion"] / DRAFTER_FOLDER, target)}
     options = ReplayOptions(config.drafting, stored.sampling, with_proposals=False)
     tallies = Replayer(target, options, ctx.log).acceptance(
-        champion, stored.trajectories, progress=progress_callback(ctx, "trajectories"), kept=ctx.work / "replayed"
+        champion, stored.trajectories, progress=progress_callback(ctx, "trajectories"), cache=ctx.work / "replayed"
     )
     sets, units = sets_of(ctx.inputs["prompts"], stored.prompts), units_of(ctx.inputs["prompts"], stored.prompts)
     found = {

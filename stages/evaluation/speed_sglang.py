@@ -274,7 +274,7 @@ def _check_parity(served: Served, sizes: Mapping[str, int], heldout: Sequence[Pr
             drafter,
             trajectories,
             progress=progress_callback(served.ctx, "trajectories"),
-            kept=work / "replayed" / "parity" / arm,
+            cache=work / "replayed" / "parity" / arm,
         )[arm]
         replayed = trace_rows(trajectories, found)
         gate = ParityTolerance(

@@ -193,8 +193,8 @@ def _acceptance(
             stored.trajectories,
             also=worst if setting == TOLD else {},
             progress=progress_callback(ctx, "trajectories"),
-            kept=ctx.work / REPLAYED / setting,
-            done=[folder / REPLAYED / setting for folder in ctx.shards],
+            cache=ctx.work / REPLAYED / setting,
+            shards=[folder / REPLAYED / setting for folder in ctx.shards],
         )
     units = units_of(ctx.inputs["prompts"], stored.prompts)
     table = acceptance_table(tallies["trained"], units, looping)
@@ -268,7 +268,7 @@ def shard(ctx: StageContext, config: EvaluationConfig, part: Shard) -> None:
             drafters,
             stored.trajectories,
             progress=progress_callback(ctx, "trajectories"),
-            kept=ctx.out / REPLAYED / name,
+            cache=ctx.out / REPLAYED / name,
         )
         counts[name] = sum(len(indices) for indices, _ in groups)
     write_text(ctx.out / "shard.json", json.dumps({"shard": part.index, "of": part.of, **counts}) + "\n")
@@ -289,8 +289,8 @@ def _validation_tau(
         drafters,
         stored.trajectories,
         progress=progress_callback(ctx, "trajectories"),
-        kept=ctx.work / REPLAYED / VALIDATION,
-        done=[folder / REPLAYED / VALIDATION for folder in ctx.shards],
+        cache=ctx.work / REPLAYED / VALIDATION,
+        shards=[folder / REPLAYED / VALIDATION for folder in ctx.shards],
     )
     return {name: found.tau for name, found in tallies.items()}
 

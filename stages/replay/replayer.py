@@ -1,4 +1,4 @@
-"""Replay and mining of a set of trajectories, in groups of similar length that the target reads in one forward each."""
+"""Replays and mines a set of trajectories, in groups of similar length that the target reads in one forward each."""
 
 from __future__ import annotations
 
@@ -7,45 +7,51 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypedDict, TypeVar, Unpack
 
 import numpy as np
 import torch
 
 from draftsmith.artifacts.atomic import atomic_path
 from draftsmith.stages.data.trajectories import Trajectory, groups_by_length, lengths_of, pad_tokens
-from draftsmith.stages.drafters.base import Context, Drafter
-from draftsmith.stages.drafters.lm_head import Head
+from draftsmith.stages.drafters.base import BlockDrafter, Drafter
 from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.options import TREE_TOKENS, ReplayOptions
 from draftsmith.stages.replay.sampled import TargetSampler, outside_nucleus
-from draftsmith.stages.replay.scoring import StepScores, score_traces
+from draftsmith.stages.replay.scoring import EncodedGroup, StepScores, score_traces
 from draftsmith.stages.replay.stats import AcceptanceStats
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.runtime.memory import retry_in_halves
 from draftsmith.stages.runtime.stage import WHOLE, Shard
-from draftsmith.stages.target.causal_lm import Target, TargetOutput
-from draftsmith.stages.target.kv_cache import SlotCache
+from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import SamplingParams
 
-Found = TypeVar("Found")
-Replayed: TypeAlias = tuple[list[int], list[dict[str, Trace]]]  # indices in the set, and traces by drafter of each
+Result = TypeVar("Result")
+GroupTraces: TypeAlias = tuple[list[int], list[dict[str, Trace]]]  # indices in the set, and traces by drafter of each
 
 
 class TraceConsumer(Protocol):
-    """What needs every trace once."""
+    """Takes every trace once."""
 
-    def add(self, places: Sequence[int], traces: Sequence[Trace]) -> None:
-        """Take the traces of the trajectories at `places`."""
+    def add(self, indices: Sequence[int], traces: Sequence[Trace]) -> None:
+        """Take the traces of the trajectories `indices`."""
 
 
 def do_nothing(*_: Any) -> None:
-    """Report progress, or log a line, to nobody."""
+    """Ignore progress, or a line of the log."""
+
+
+class ReplaySettings(TypedDict, total=False):
+    """The keyword arguments of `Replayer.groups`."""
+
+    progress: Callable[[int, int], Any]
+    cache: Path | None
+    shards: Sequence[Path]
 
 
 @dataclass(frozen=True)
 class MinedGroup:
-    """The traces of one group, and what the target said of proposals."""
+    """The traces of one group, and their scores."""
 
     trajectories: list[Trajectory]
     traces: list[Trace]
@@ -58,19 +64,22 @@ class Replayer:
     def __init__(
         self, target: Target, options: ReplayOptions | None = None, log: Callable[[str], None] = do_nothing
     ) -> None:
-        """log: takes a line where memory was refused and a group is done in two halves."""
+        """log: takes a line when memory was refused and a group is done in two halves."""
         self.target, self.options, self.log = target, options or ReplayOptions(), log
 
     def traces(
-        self, drafters: Mapping[str, Drafter], trajectories: Sequence[Trajectory], **settings: Any
+        self,
+        drafters: Mapping[str, Drafter],
+        trajectories: Sequence[Trajectory],
+        **settings: Unpack[ReplaySettings],
     ) -> dict[str, list[Trace]]:
         """Return the traces of every drafter, in the order of the trajectories. settings: as of `groups`.
 
-        All traces are in memory at once: for the metrics of many trajectories there is `acceptance`.
+        All traces are in memory together: for the metrics of many trajectories there is `acceptance`.
         """
         traces: dict[int, dict[str, Trace]] = {}
-        for indices, found in self.groups(drafters, trajectories, **settings):
-            traces |= dict(zip(indices, found, strict=True))
+        for indices, by_drafter in self.groups(drafters, trajectories, **settings):
+            traces |= dict(zip(indices, by_drafter, strict=True))
         return {name: [traces[i][name] for i in range(len(trajectories))] for name in drafters}
 
     def acceptance(
@@ -79,17 +88,20 @@ class Replayer:
         trajectories: Sequence[Trajectory],
         *,
         also: Mapping[str, TraceConsumer] | None = None,
-        **settings: Any,
+        **settings: Unpack[ReplaySettings],
     ) -> dict[str, AcceptanceStats]:
-        """Return tallies in place of traces. also: what takes those of a drafter too. settings: as of `groups`."""
-        tallies = {name: AcceptanceStats(len(trajectories)) for name in drafters}
-        for indices, found in self.groups(drafters, trajectories, **settings):
-            for name, tally in tallies.items():
-                traces = [each[name] for each in found]
-                tally.add(indices, traces)
+        """Return the acceptance of every drafter, without keeping the traces.
+
+        also: takes the traces of a drafter too. settings: as of `groups`.
+        """
+        stats = {name: AcceptanceStats(len(trajectories)) for name in drafters}
+        for indices, by_drafter in self.groups(drafters, trajectories, **settings):
+            for name, of_drafter in stats.items():
+                traces = [each[name] for each in by_drafter]
+                of_drafter.add(indices, traces)
                 if also and name in also:
                     also[name].add(indices, traces)
-        return tallies
+        return stats
 
     def groups(
         self,
@@ -97,54 +109,60 @@ class Replayer:
         trajectories: Sequence[Trajectory],
         *,
         progress: Callable[[int, int], Any] = do_nothing,
-        kept: Path | None = None,
-        done: Sequence[Path] = (),
-    ) -> Iterator[Replayed]:
+        cache: Path | None = None,
+        shards: Sequence[Path] = (),
+    ) -> Iterator[GroupTraces]:
         """Yield the traces of every drafter, some trajectories at a time, each trajectory once.
 
-        progress: takes trajectories done and in all, after every group. kept: a folder of this replay alone, in which
-        an interrupted one finds what it has done. done: such folders of others, with shards of the same.
+        progress: takes the number of trajectories done and of all, after every group.
+        cache: a folder of this replay alone, in which an interrupted one finds what it has done.
+        shards: caches of other processes, which replayed shards of the same set.
         """
-        options, target = self.options, self.target
+        options = self.options
         layer_ids = sorted({layer for d in drafters.values() for layer in d.target_layer_ids})
-        ready = {name: _PreparedDrafter.of(target, drafter, options) for name, drafter in drafters.items()}
+        prepared = {name: self._prepare(drafter) for name, drafter in drafters.items()}
+        any_samples = any(samples_proposals(drafter, options.sampling) for drafter in drafters.values())
 
         def replay(group: Group) -> list[dict[str, Trace]]:
             hidden, outside = None, [0] * len(group.trajectories)
-            if any(samples_proposals(drafter, options.sampling) for drafter in drafters.values()):
-                out = target.read(group.ids, layer_ids)
-                features, hidden = out.features, out.hidden
-                outside = outside_nucleus(target, hidden, group.trajectories, options.sampling)
-                assert features is not None
+            if any_samples:
+                encoded = encode_group(self.target, group, layer_ids)
+                hidden = encoded.hidden
+                outside = outside_nucleus(self.target, hidden, group.trajectories, options.sampling)
+                assert encoded.features is not None
+                features = encoded.features
             else:
-                features = target.features(group.ids, layer_ids)
+                features = self.target.features(group.ids, layer_ids)
             by_layer = dict(zip(layer_ids, features.chunk(len(layer_ids), -1), strict=True))
-            found = {}
-            for name, each in ready.items():
-                features = torch.cat([by_layer[k] for k in each.drafter.target_layer_ids], -1)
-                found[name] = _with_outside(each.replay(target, features, group, hidden), outside)
-            return [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)]
+            traces = {}
+            for name, drafter in prepared.items():
+                features = torch.cat([by_layer[k] for k in drafter.drafter.target_layer_ids], -1)
+                traces[name] = _with_outside(self._replay(drafter, features, group, hidden), outside)
+            return [dict(zip(traces, row, strict=True)) for row in zip(*traces.values(), strict=True)]
 
-        names, there = list(drafters), np.zeros(len(trajectories), dtype=bool)
-        store = TraceCache(kept, names) if kept is not None else None
-        for folder in (*((store,) if store is not None else ()), *(TraceCache(folder, names) for folder in done)):
-            for indices, found in folder.read():
-                new = [row for row, index in enumerate(indices) if not there[index]]
-                there[indices] = True
-                yield [indices[row] for row in new], [found[row] for row in new]
+        names, finished = list(drafters), np.zeros(len(trajectories), dtype=bool)
+
+        def unfinished(indices: list[int], by_drafter: list[dict[str, Trace]]) -> GroupTraces:
+            new = [row for row, index in enumerate(indices) if not finished[index]]
+            finished[indices] = True
+            return [indices[row] for row in new], [by_drafter[row] for row in new]
+
+        own_cache = TraceCache(cache, names) if cache is not None else None
+        caches = [*([own_cache] if own_cache is not None else []), *(TraceCache(folder, names) for folder in shards)]
+        for each in caches:
+            for indices, by_drafter in each.read():
+                yield unfinished(indices, by_drafter)
         total = count_in(trajectories, options.tokens_per_group, options.shard)
         try:
-            for group in self._groups_of(trajectories, lambda each: bool(there[each].all())):
-                found = _in_halves(group, replay, self.log)
-                if store is not None:
-                    store.add(group.indices, {name: [each[name] for each in found] for name in names})
-                new = [row for row, index in enumerate(group.indices) if not there[index]]
-                there[group.indices] = True
-                yield [group.indices[row] for row in new], [found[row] for row in new]
-                progress(int(there.sum()), total)
+            for group in self._groups_of(trajectories, lambda indices: bool(finished[indices].all())):
+                by_drafter = _in_halves(group, replay, self.log)
+                if own_cache is not None:
+                    own_cache.add(group.indices, by_drafter)
+                yield unfinished(group.indices, by_drafter)
+                progress(int(finished.sum()), total)
         finally:
-            if store is not None:
-                store.flush()
+            if own_cache is not None:
+                own_cache.flush()
 
     def mine(
         self,
@@ -154,42 +172,69 @@ class Replayer:
         suffixes: bool = True,
         finished: Callable[[list[int]], bool] = lambda _indices: False,
     ) -> Iterator[MinedGroup]:
-        """Replay and score group by group, except those that are `finished`, which is asked with their indices.
+        """Replay and score group by group.
 
         The target reads a group once: its hidden states serve the drafter and the proposals up to the first rejection.
-        suffixes: those after it are scored too, on the key/value cache of that read.
+        suffixes: score the proposals after it too, on the key/value cache of that read.
+        finished: takes the indices of a group; groups that it returns True for are left out.
         """
-        target, sampling = self.target, self.options.sampling
-        ready = _PreparedDrafter.of(target, drafter, self.options)
-        tree_tokens = max(TREE_TOKENS, ready.block_size)
+        sampling = self.options.sampling
+        prepared = self._prepare(drafter)
+        tree_tokens = max(TREE_TOKENS, prepared.block_size) if suffixes else 0
 
         def replay(group: Group) -> list[tuple[Trace, StepScores]]:
-            cache = None
-            if suffixes:
-                out, cache = read(target, group, tree_tokens, drafter.target_layer_ids)
-            else:
-                out = target.read(group.ids, drafter.target_layer_ids)
-            assert out.features is not None
-            traces = ready.replay(target, out.features, group, out.hidden)
+            encoded = encode_group(self.target, group, drafter.target_layer_ids, tree_tokens)
+            assert encoded.features is not None
+            traces = self._replay(prepared, encoded.features, group, encoded.hidden)
             if samples_proposals(drafter, sampling):
-                traces = _with_outside(traces, outside_nucleus(target, out.hidden, group.trajectories, sampling))
-            scores = score_traces(target, cache, out.hidden, traces, ids=group.ids, tree_tokens=tree_tokens)
-            return list(zip(traces, scores, strict=True))
+                outside = outside_nucleus(self.target, encoded.hidden, group.trajectories, sampling)
+                traces = _with_outside(traces, outside)
+            return list(zip(traces, score_traces(self.target, encoded, traces), strict=True))
 
         for group in self._groups_of(trajectories, finished):
-            found = _in_halves(group, replay, self.log)
-            yield MinedGroup(group.trajectories, [trace for trace, _ in found], [scores for _, scores in found])
+            scored = _in_halves(group, replay, self.log)
+            yield MinedGroup(group.trajectories, [trace for trace, _ in scored], [scores for _, scores in scored])
 
     def _groups_of(self, trajectories: Sequence[Trajectory], skip: Callable[[list[int]], bool]) -> Iterator[Group]:
         options = self.options
         return groups_of(trajectories, options.tokens_per_group, self.target.device, skip, options.shard)
+
+    def _prepare(self, drafter: Drafter) -> BlockDrafter:
+        """Return the drafter as it is replayed, with packed weights where possible. Call it once for all groups."""
+        drafting = self.options.drafting
+        head = drafter.drafting_head(self.target.head_weight, drafting.head_tokens).for_decoding(self.target)
+        return BlockDrafter(drafter.for_decoding(), head, drafting.block_size or drafter.block_size)
+
+    def _replay(
+        self, drafter: BlockDrafter, features: torch.Tensor, group: Group, hidden: torch.Tensor | None
+    ) -> list[Trace]:
+        """Return the traces of a group.
+
+        features: [B, T, K*H] of the target; hidden: [B, T, H] of the target, where proposals are sampled.
+        """
+        sampler, options = None, self.options
+        if samples_proposals(drafter.drafter, options.sampling):
+            assert hidden is not None
+            sampler = TargetSampler.for_trajectories(
+                self.target, hidden, group.trajectories, options.sampling, drafter.block_size - 1
+            )
+        with torch.no_grad():
+            context = drafter.drafter.encode(features, group.ids, group.positions)
+        return replay_chains(
+            drafter,
+            context,
+            group.trajectories,
+            options.chains,
+            sampler=sampler,
+            with_proposals=options.with_proposals,
+        )
 
 
 @dataclass(frozen=True)
 class Group:
     """B trajectories of similar length, padded on the right to T tokens."""
 
-    indices: list[int]  # in the corpus
+    indices: list[int]  # in the set
     trajectories: list[Trajectory]
     ids: torch.Tensor  # [B, T]
 
@@ -206,9 +251,11 @@ def groups_of(
     skip: Callable[[list[int]], bool] = lambda _indices: False,
     shard: Shard = WHOLE,
 ) -> Iterator[Group]:
-    """The trajectories in groups of at most `tokens_per_group` tokens with padding (or of one). Deterministic.
+    """Yield the trajectories in groups of at most `tokens_per_group` tokens with padding (or of one trajectory).
 
-    skip: of the indices of a group, which is not read then. shard: of the groups; they are those of the whole.
+    The groups depend on the lengths alone.
+    skip: takes the indices of a group; groups that it returns True for are left out.
+    shard: of the groups, which are the same for all shards.
     """
     for indices in _indices_of(trajectories, tokens_per_group, shard):
         if skip(indices):
@@ -218,31 +265,35 @@ def groups_of(
 
 
 def count_in(trajectories: Sequence[Trajectory], tokens_per_group: int, shard: Shard) -> int:
-    """Trajectories in the groups of a shard."""
+    """Count the trajectories in the groups of a shard."""
     return sum(map(len, _indices_of(trajectories, tokens_per_group, shard)))
 
 
 def _indices_of(trajectories: Sequence[Trajectory], tokens_per_group: int, shard: Shard) -> Iterator[list[int]]:
-    """The same groups whichever shard: what is computed of a group may depend, in its last bits, on its shape."""
+    """Yield the indices of each group of a shard.
+
+    The groups are the same however many shards there are, because the last bits of a result may depend on its group's
+    shape.
+    """
     for number, indices in enumerate(groups_by_length(lengths_of(trajectories), tokens_per_group)):
         if shard.contains(number):
             yield indices
 
 
-def _in_halves(group: Group, work: Callable[[Group], Sequence[Found]], log: Callable[[str], None]) -> list[Found]:
-    """What `work` finds, one for each trajectory of the group; in two halves where the memory does not hold it.
+def _in_halves(group: Group, work: Callable[[Group], Sequence[Result]], log: Callable[[str], None]) -> list[Result]:
+    """Return the results of `work`, one per trajectory of the group; in two halves if memory is refused.
 
-    A row of a batch does not depend on the others: what is masked contributes nothing.
+    A row of a batch does not depend on the others, because what is masked contributes nothing.
     """
     members = list(zip(group.indices, group.trajectories, strict=True))
 
-    def of(some: Sequence[tuple[int, Trajectory]]) -> Sequence[Found]:
+    def work_on(some: Sequence[tuple[int, Trajectory]]) -> Sequence[Result]:
         if len(some) == len(members):
             return work(group)
         indices, trajectories = zip(*some, strict=True)
         return work(Group(list(indices), list(trajectories), pad_tokens(trajectories, group.ids.device)))
 
-    return retry_in_halves(members, of, log)
+    return retry_in_halves(members, work_on, log)
 
 
 def score(
@@ -253,83 +304,46 @@ def score(
     tree_tokens = max(TREE_TOKENS, traces[0].proposed.shape[1] + 1) if traces else TREE_TOKENS
     for group in groups_of(trajectories, tokens_per_group, target.device):
         with torch.autocast(target.device.type, enabled=False):  # a training loop's is for the drafter alone
-            out, cache = read(target, group, tree_tokens)
-            of_group = [traces[i] for i in group.indices]
-            found = score_traces(
-                target, cache, out.hidden, of_group, ids=group.ids, tree_tokens=tree_tokens, rejected_only=True
-            )
-        scores |= dict(zip(group.indices, found, strict=True))
+            encoded = encode_group(target, group, tree_tokens=tree_tokens)
+            of_group = score_traces(target, encoded, [traces[i] for i in group.indices], rejected_only=True)
+        scores |= dict(zip(group.indices, of_group, strict=True))
     return [scores[i] for i in range(len(trajectories))]
 
 
-def read(
-    target: Target, group: Group, tree_tokens: int, layer_ids: Sequence[int] = ()
-) -> tuple[TargetOutput, SlotCache]:
-    """The target's forward over a group, and its cache with `tree_tokens` free entries behind each trajectory."""
+def encode_group(target: Target, group: Group, layer_ids: Sequence[int] = (), tree_tokens: int = 0) -> EncodedGroup:
+    """Run the target over a group.
+
+    layer_ids: layers that the features are taken from.
+    tree_tokens: free cache entries after each trajectory; 0: no cache is kept.
+    """
+    if not tree_tokens:
+        out = target.read(group.ids, layer_ids)
+        return EncodedGroup(group.ids, out.hidden, out.features)
     B, T = group.ids.shape
     cache = target.new_cache(B, T + tree_tokens)
-    return target.step(group.ids, group.positions, cache, slice(0, B), layer_ids=layer_ids), cache
-
-
-@torch.no_grad()
-def context_of(drafter: Drafter, features: torch.Tensor, group: Group) -> Context:
-    """What the drafter knows of a group's trajectories, from the target's features [B, T, K*H]."""
-    return drafter.encode(features, group.ids, group.positions)
+    out = target.step(group.ids, group.positions, cache, slice(0, B), layer_ids=layer_ids)
+    return EncodedGroup(group.ids, out.hidden, out.features, cache, tree_tokens)
 
 
 def samples_proposals(drafter: Drafter, sampling: SamplingParams) -> bool:
-    """Return whether its proposals for requests with this sampling are sampled from its q. Else they are argmaxes."""
+    """Return whether proposals for requests with this sampling are sampled from the drafter's q, or are argmaxes."""
     return drafter.samples_proposals and not sampling.greedy
 
 
 def _with_outside(traces: Sequence[Trace], outside: Sequence[int]) -> list[Trace]:
-    """The same with the number of tokens outside the nucleus."""
+    """Return the traces with the number of tokens outside the nucleus."""
     return [replace(trace, outside_nucleus=count) for trace, count in zip(traces, outside, strict=True)]
-
-
-@dataclass(frozen=True)
-class _PreparedDrafter:
-    """A drafter as it is replayed."""
-
-    drafter: Drafter  # with packed weights, where there can be any
-    head: Head
-    block_size: int
-    options: ReplayOptions
-
-    @classmethod
-    def of(cls, target: Target, drafter: Drafter, options: ReplayOptions) -> _PreparedDrafter:
-        """To be made once for all groups: weights are packed here."""
-        drafting = options.drafting
-        head = drafter.drafting_head(target.head_weight, drafting.head_tokens).for_decoding(target)
-        return cls(drafter.for_decoding(), head, drafting.block_size or drafter.block_size, options)
-
-    def replay(self, target: Target, features: torch.Tensor, group: Group, hidden: torch.Tensor | None) -> list[Trace]:
-        """Traces of a group from the target's features [B, T, K*H] and, where proposals are sampled, hidden states."""
-        text, sampling = None, self.options.sampling
-        if samples_proposals(self.drafter, sampling):
-            assert hidden is not None
-            text = TargetSampler.for_trajectories(target, hidden, group.trajectories, sampling, self.block_size - 1)
-        return replay_chains(
-            self.drafter,
-            context_of(self.drafter, features, group),
-            group.trajectories,
-            self.block_size,
-            self.head,
-            self.options.chains,
-            text=text,
-            with_proposals=self.options.with_proposals,
-        )
 
 
 WRITTEN_EVERY_S = 30.0
 _STEPS = ("anchors", "accepted", "proposed")  # arrays of a row a step; "expected" too, in all traces or none
-_NUMBERS = ("length", "evaluated_blocks", "outside_nucleus")  # one a trace
+_NUMBERS = ("length", "evaluated_blocks", "outside_nucleus")  # one per trace
 
 
 class TraceCache:
-    """The traces of some drafters on disk while a replay runs, so that an interrupted one goes on from there.
+    """Stores the traces of some drafters on disk while a replay runs, so that an interrupted one goes on from there.
 
-    Files of what the last half minute replayed: that is what a kill loses, and many short groups make few files. The
+    A file holds what the last half minute replayed: a kill loses no more, and many short groups make few files. The
     folder is of this replay alone.
     """
 
@@ -337,24 +351,23 @@ class TraceCache:
         self.folder, self.drafters = folder, list(drafters)
         self._waiting: dict[int, dict[str, Trace]] = {}
         self._written = time.monotonic()
-        self._there = sorted(folder.glob("traces-*.npz"))
-        self._next = int(self._there[-1].stem.removeprefix("traces-")) + 1 if self._there else 0
+        self._files = sorted(folder.glob("traces-*.npz"))
+        self._next = int(self._files[-1].stem.removeprefix("traces-")) + 1 if self._files else 0
 
-    def read(self) -> Iterator[tuple[list[int], list[dict[str, Trace]]]]:
-        """What an earlier run has left, a shard at a time: places, and their traces by drafter."""
-        for path in self._there:
-            found = _read(path, self.drafters)
-            yield list(found), list(found.values())
+    def read(self) -> Iterator[GroupTraces]:
+        """Yield the traces of an earlier run, a file at a time."""
+        for path in self._files:
+            traces = _read(path, self.drafters)
+            yield list(traces), list(traces.values())
 
-    def add(self, places: Sequence[int], found: Mapping[str, Sequence[Trace]]) -> None:
-        """Keep a group's traces; on disk after a while, or with `flush`."""
-        for row, place in enumerate(places):
-            self._waiting[place] = {name: found[name][row] for name in self.drafters}
+    def add(self, indices: Sequence[int], traces: Sequence[dict[str, Trace]]) -> None:
+        """Add a group's traces, by drafter for each trajectory. They are on disk after a while, or with `flush`."""
+        self._waiting |= dict(zip(indices, traces, strict=True))
         if time.monotonic() - self._written >= WRITTEN_EVERY_S:
             self.flush()
 
     def flush(self) -> None:
-        """Everything that was added is on disk."""
+        """Write everything that was added."""
         if self._waiting:
             with atomic_path(self.folder / f"traces-{self._next:05d}.npz") as tmp, tmp.open("wb") as file:
                 np.savez(file, **_arrays(self._waiting, self.drafters))  # type: ignore[arg-type]
@@ -379,12 +392,12 @@ def _arrays(traces: Mapping[int, Mapping[str, Trace]], drafters: Sequence[str]) 
 
 
 def _read(path: Path, drafters: Sequence[str]) -> dict[int, dict[str, Trace]]:
-    """Of one shard; nothing of a damaged one (zip has checksums) or one of other drafters: it is replayed again."""
+    """Read one file. A damaged one (zip has checksums) and one of other drafters are empty: replay makes them again."""
     try:
         with np.load(path) as arrays:
             if arrays["drafters"].tolist() != list(drafters):
                 return {}
-            traces: dict[int, dict[str, Trace]] = {int(place): {} for place in arrays["places"]}
+            traces: dict[int, dict[str, Trace]] = {int(index): {} for index in arrays["places"]}
             for d, name in enumerate(drafters):
                 ends = np.cumsum(arrays[f"{d}.steps"])[:-1]
                 columns = {
@@ -393,10 +406,10 @@ def _read(path: Path, drafters: Sequence[str]) -> dict[int, dict[str, Trace]]:
                     if f"{d}.{field}" in arrays
                 }
                 numbers = {field: arrays[f"{d}.{field}"] for field in _NUMBERS}
-                for row, place in enumerate(traces):
+                for row, index in enumerate(traces):
                     steps: dict[str, Any] = {field: values[row] for field, values in columns.items()}
                     steps |= {field: int(values[row]) for field, values in numbers.items()}
-                    traces[place][name] = Trace(**steps)
+                    traces[index][name] = Trace(**steps)
             return traces
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return {}

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from draftsmith.stages.data.trajectories import Trajectory
-from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.base import BlockDrafter, Drafter
 from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.runtime.ranks import Ranks
@@ -83,13 +83,11 @@ class Remining:
         width = max(len(t.tokens) for t in trajectories)
         chosen = torch.tensor(rows, device=view.batch.tokens.device)
         return replay_chains(
-            self.drafter,
+            BlockDrafter(self.drafter, view.head, self.mined.proposals + 1),
             self.drafter.select(view.context, chosen, width),
             trajectories,
-            self.mined.proposals + 1,
-            view.head,
             chains,
-            text=None if view.sampler is None else view.sampler.select(chosen),
+            sampler=None if view.sampler is None else view.sampler.select(chosen),
             with_proposals=self.scored,
         )
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from draftsmith.stages.drafters.base import Context, Drafter
+from draftsmith.stages.drafters.base import BlockDrafter, Context, Drafter
 from draftsmith.stages.replay.chains import committed_tokens, draft
 from draftsmith.stages.replay.sampled import TargetSampler
 from draftsmith.stages.runtime.ranks import Ranks
@@ -227,7 +227,8 @@ class OpdStep:
         batch, size = blocks.batch, self.drafter.block_size
         tokens = committed_tokens(batch.trajectories, size - 1, batch.tokens.device)
         positions = blocks.anchors.positions
-        return draft(self.drafter, context, tokens, positions, size, heads.drafter, text=sampler).proposed
+        drafter = BlockDrafter(self.drafter, heads.drafter, size)
+        return draft(drafter, context, tokens, positions, sampler).proposed
 
     def _sampler(self, batch: Batch, step: int) -> TargetSampler | None:
         """Return what decides about sampled proposals, with other random numbers in every step; None: argmaxes."""

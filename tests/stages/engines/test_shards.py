@@ -83,7 +83,7 @@ def test_an_evaluation_replays_in_shards_what_one_process_does(
         replayed.clear()
         replayer = Replayer(plain_target, ReplayOptions(sampling=stored.sampling, tokens_per_group=TOKENS))
         return replayer.acceptance(
-            made, stored.trajectories, done=done, progress=lambda count, _total: replayed.append(count)
+            made, stored.trajectories, shards=done, progress=lambda count, _total: replayed.append(count)
         )
 
     whole = tallied([])

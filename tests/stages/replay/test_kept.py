@@ -36,7 +36,7 @@ def replayed(target: Target, drafter: DFlashDrafter, folder: Path | None, stop_a
 
     drafters = {"drafter:a:5:0": drafter, "b": drafter}
     made = Replayer(target, ReplayOptions(tokens_per_group=40))
-    return made.traces(drafters, TEXTS, kept=folder, progress=progress), done
+    return made.traces(drafters, TEXTS, cache=folder, progress=progress), done
 
 
 def assert_equal(ours: dict[str, list[Trace]], expected: dict[str, list[Trace]]) -> None:
@@ -98,7 +98,7 @@ def test_traces_that_are_damaged_or_of_other_drafters_are_made_again(
     first.write_bytes(content if damage != "cut short" else content[:50])
     if damage == "of other drafters":
         first.unlink()
-        Replayer(plain_target).traces({"c": plain_drafter}, TEXTS[:2], kept=tmp_path / "other")
+        Replayer(plain_target).traces({"c": plain_drafter}, TEXTS[:2], cache=tmp_path / "other")
         (tmp_path / "other" / "traces-00000.npz").rename(first)
     read.clear()
     again, _ = replayed(plain_target, plain_drafter, tmp_path)

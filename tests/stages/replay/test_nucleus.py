@@ -53,7 +53,7 @@ def test_the_share_outside_the_nucleus_is_counted_and_said(
 
     def replayed(texts: list[Trajectory], sampling: SamplingParams) -> dict[str, AcceptanceStats]:
         replayer = Replayer(plain_target, ReplayOptions(sampling=sampling))
-        return replayer.acceptance(drafters, texts, kept=tmp_path / f"{sampling.truncates}{texts is wide}")
+        return replayer.acceptance(drafters, texts, cache=tmp_path / f"{sampling.truncates}{texts is wide}")
 
     count = total = 0
     for text in wide:

@@ -7,6 +7,7 @@ comes up, which trained weights would not show.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from draftsmith.stages.data.trajectories import Trajectory
-from draftsmith.stages.drafters.base import Context, Drafter
+from draftsmith.stages.drafters.base import BlockDrafter, Context, Drafter
 from draftsmith.stages.drafters.lm_head import Head
+from draftsmith.stages.replay import chains as replay
 from draftsmith.stages.replay.chains import REJECTIONS_TO_SPLIT, ChainState, RejectionRate, replay_chains
 from draftsmith.stages.replay.stats import replay_sequentially
 from draftsmith.stages.target.kv_cache import Rows
@@ -94,9 +96,8 @@ class Case:
     def check(self, chains: int | None, blocks_per_round: int) -> tuple[int, int, int]:
         """Traces equal to the reference's. Returns rounds, blocks evaluated, and steps."""
         drafter = TableDrafter()
-        found = replay_chains(
-            drafter, self.context, self.trajectories, self.block_size, HEAD, chains, blocks_per_round=blocks_per_round
-        )
+        with patch.object(replay, "BLOCKS_PER_ROUND", blocks_per_round):
+            found = replay_chains(BlockDrafter(drafter, HEAD, self.block_size), self.context, self.trajectories, chains)
         for i, (trace, trajectory) in enumerate(zip(found, self.trajectories, strict=True)):
             alone = Table(self.context.tokens[i : i + 1])
             expected = replay_sequentially(TableDrafter(), alone, trajectory, self.block_size, HEAD)
@@ -157,7 +158,7 @@ def test_a_batch_that_fills_a_round_gets_one_chain_each() -> None:
 def test_finished_rows_leave_the_batch() -> None:
     case = Case.drawn(4, [20, 20, 20, 400], 8, 0.5, 1000)
     drafter = TableDrafter()
-    replay_chains(drafter, case.context, case.trajectories, case.block_size, HEAD, 1)
+    replay_chains(BlockDrafter(drafter, HEAD, case.block_size), case.context, case.trajectories, 1)
     rows = [rows for rows, _ in drafter.shapes]
     assert rows[0] == 4 and rows[-1] == 1 and rows == sorted(rows, reverse=True)
     assert rows.count(1) > 0.8 * len(rows)

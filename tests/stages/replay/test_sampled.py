@@ -308,7 +308,7 @@ def test_the_targets_distribution_is_not_in_the_training_loops_dtype(
     with torch.autocast("cpu", torch.bfloat16):
         found = text.distribution_at(torch.zeros_like(at), at), text.answer_probability(at[None], at[None])
     assert torch.equal(found[0], text.distribution_at(torch.zeros_like(at), at))
-    assert torch.equal(found[1], replace(text, said=None).answer_probability(at[None], at[None]))
+    assert torch.equal(found[1], replace(text, cached=None).answer_probability(at[None], at[None]))
 
 
 def test_how_far_blocks_are_kept_is_known_without_their_proposals(

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from draftsmith.stages.drafters.base import BlockSampler, Drafter
+from draftsmith.stages.drafters.base import BlockDrafter, BlockSampler, Drafter
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.sampling import Purpose
 from draftsmith.stages.replay import sampled
@@ -85,7 +85,7 @@ def decoded(sampling: SamplingParams) -> Counter[Step]:
     return found
 
 
-class Walk(BlockSampler):
+class TableSampler(BlockSampler):
     """The drafter's table."""
 
     offset, head = 0, Head(torch.eye(V))
@@ -119,10 +119,12 @@ def replayed(sampling: SamplingParams) -> Counter[Step]:
         lambda hidden: torch.from_numpy(TABLES.p).float()[hidden[..., 0].long(), hidden[..., 1].long()],
         V,
     )
-    drafter = cast("Drafter", SimpleNamespace(block_sampler=lambda *_: Walk()))
+    drafter = cast("Drafter", SimpleNamespace(block_sampler=lambda *_: TableSampler()))
     padded, context = torch.nn.functional.pad(tokens, (0, 2), value=-1), cast("Any", None)
     anchors = torch.zeros(DRAWS, 1, dtype=torch.long)
-    found = sampled.draft_sampled(drafter, context, text, padded, anchors, 3, Walk.head, with_proposals=True)
+    found = sampled.draft_sampled(
+        BlockDrafter(drafter, TableSampler.head, 3), context, text, padded, anchors, with_proposals=True
+    )
     assert found.expected is not None
     off = found.accepted + 1 - found.expected
     assert abs(float(off.mean())) < 5 * float(off.std()) / DRAWS**0.5, "what is expected is what drawing comes to"

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
 
 from draftsmith.stages.data.trajectories import Trajectory, pad_tokens
+from draftsmith.stages.drafters.base import BlockDrafter
 from draftsmith.stages.replay.chains import replay_chains
-from draftsmith.stages.replay.scoring import StepScores, score_traces
+from draftsmith.stages.replay.scoring import EncodedGroup, StepScores, score_traces
 from draftsmith.stages.replay.trace import Trace
-from draftsmith.stages.target.kv_cache import SlotCache
 from tests.stages.bench import Bench
 
 TOLERANCE = 3e-4  # nats, float32; the trees are other matrix shapes than one block
@@ -22,8 +22,7 @@ TOLERANCE = 3e-4  # nats, float32; the trees are other matrix shapes than one bl
 class Replayed:
     trajectories: list[Trajectory]
     traces: list[Trace]
-    cache: SlotCache
-    hidden: torch.Tensor
+    group: EncodedGroup
 
 
 def replayed(bench: Bench, name: str, *, count: int = 6, tokens: int = 40, free: int = 600) -> Replayed:
@@ -41,8 +40,8 @@ def replayed(bench: Bench, name: str, *, count: int = 6, tokens: int = 40, free:
     with torch.no_grad():
         context = drafter.encode(out.features, ids, positions)
     head = drafter.drafting_head(bench.target.head_weight, None)
-    traces = replay_chains(drafter, context, trajectories, drafter.block_size, head)
-    return Replayed(trajectories, traces, cache, out.hidden)
+    traces = replay_chains(BlockDrafter(drafter, head, drafter.block_size), context, trajectories)
+    return Replayed(trajectories, traces, EncodedGroup(ids, out.hidden, cache=cache))
 
 
 def plainly(bench: Bench, trajectory: Trajectory, trace: Trace) -> StepScores:
@@ -71,11 +70,10 @@ def test_scores_equal_one_plain_forward_a_block(
     """And where nothing is asked after the first rejection, they are the same up to there."""
     bench: Bench = request.getfixturevalue(where)
     r = replayed(bench, drafter)
-    scores = score_traces(
-        bench.target, r.cache, r.hidden, r.traces, tree_tokens=tree_tokens, positions_per_chunk=positions_per_chunk
-    )
-    without = score_traces(bench.target, None, r.hidden, r.traces, positions_per_chunk=positions_per_chunk)
-    only = score_traces(bench.target, r.cache, r.hidden, r.traces, tree_tokens=tree_tokens, rejected_only=True)
+    group, uncached = replace(r.group, tree_tokens=tree_tokens), replace(r.group, cache=None)
+    scores = score_traces(bench.target, group, r.traces, positions_per_chunk=positions_per_chunk)
+    without = score_traces(bench.target, uncached, r.traces, positions_per_chunk=positions_per_chunk)
+    only = score_traces(bench.target, group, r.traces, rejected_only=True)
     after_rejections = 0
     for i, (trajectory, trace) in enumerate(zip(r.trajectories, r.traces, strict=True)):
         expected = plainly(bench, trajectory, trace)
@@ -93,11 +91,13 @@ def test_scores_equal_one_plain_forward_a_block(
 
 def test_scoring_leaves_the_trajectories_in_the_cache_alone(bench: Bench) -> None:
     r = replayed(bench, "trained", free=16)
-    T = r.hidden.shape[1]
-    before = [slots.read(slice(0, 6), T)[0].clone() for slots in r.cache.slots]
-    first = score_traces(bench.target, r.cache, r.hidden, r.traces, tree_tokens=16)
-    for slots, keys in zip(r.cache.slots, before, strict=True):
+    group = replace(r.group, tree_tokens=16)
+    assert group.cache is not None
+    T = group.ids.shape[1]
+    before = [slots.read(slice(0, 6), T)[0].clone() for slots in group.cache.slots]
+    first = score_traces(bench.target, group, r.traces)
+    for slots, keys in zip(group.cache.slots, before, strict=True):
         assert torch.equal(slots.read(slice(0, 6), T)[0], keys)
-    again = score_traces(bench.target, r.cache, r.hidden, r.traces, tree_tokens=16)
+    again = score_traces(bench.target, group, r.traces)
     for a, b in zip(first, again, strict=True):
         np.testing.assert_array_equal(a.target_logprobs, b.target_logprobs)
