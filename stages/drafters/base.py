@@ -1,4 +1,4 @@
-"""The interface of a drafter: what engines, replay and training may ask of any architecture."""
+"""The interface of a drafter, which engines, replay and training use for every architecture."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOGITS_AT_ONCE = 2**26  # 256 MB in float32
 
 @dataclass(frozen=True)
 class DrafterInfo:
-    """Where a drafter comes from: written beside its weights as `drafter.json`."""
+    """The origin of a drafter, written beside its weights as `drafter.json`."""
 
     target_digest: str = ""
     target_source: str = ""
@@ -32,30 +32,30 @@ class DrafterInfo:
 
 @dataclass(frozen=True)
 class StepShape:
-    """The sizes of one training step that its work depends on."""
+    """The sizes of a training step that its number of operations depends on."""
 
     rows: int  # trajectories
     width: int  # positions that they are padded to
     anchors: torch.Tensor  # [rows, A] positions
     head_positions: int  # block positions with a loss
     head_rows: int  # tokens in the softmax
-    prefixes: int = 1  # how often the trajectories are encoded; 0 where chains are drafted again on the same context
+    prefixes: int = 1  # how often the trajectories are encoded; 0 if chains are drafted again on the same context
 
     @property
     def blocks(self) -> int:
         return self.anchors.numel()
 
     def seen_within(self, window: int | None) -> int:
-        """Positions before the anchors, of all anchors together, that a layer with this window reads."""
+        """Return how many positions before all anchors together a layer with this window reads."""
         return int((self.anchors if window is None else self.anchors.clamp(max=window - 1)).sum())
 
 
 class Context:
-    """What a drafter knows of the verified prefix. Positions behind an anchor never see it: readers mask."""
+    """A drafter's state of the verified prefix. Whoever reads it masks what is not before an anchor."""
 
 
 class BlockSampler(ABC):
-    """Blocks in the making behind [B, A] anchors. Every call goes one offset further; a shallow copy goes its own way.
+    """Samples blocks after [B, A] anchors. Every call advances by one offset; a shallow copy advances independently.
 
     The softmax of the logits, at a temperature, is the distribution q that a proposal is sampled from and verified
     with.
@@ -65,23 +65,26 @@ class BlockSampler(ABC):
 
     @abstractmethod
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """float32 [B, A, V'] over the head's tokens, of the next offset; -inf for what cannot be proposed there.
+        """Return the float32 logits [B, A, V'] of the next offset, over the head's tokens, -inf for tokens that it
+        cannot propose.
 
         tokens: [B, A] at the offset before it, at first the anchors' own.
         """
 
     def probability(self, tokens: torch.Tensor, following: torch.Tensor, temperature: float) -> torch.Tensor:
-        """float64 [B, A]: q of the tokens `following` [B, A] (-1: of none, 0) at the next offset; it goes further as
-        `logits` does."""
+        """Return float64 [B, A]: q of the tokens `following` [B, A] at the next offset, 0 for -1.
+
+        Advances by one offset, as `logits` does. tokens: as in `logits`.
+        """
         columns, present = self.head.to_columns(following.clamp(min=0))
         return probability_of(self.logits(tokens), columns, temperature) * (present & (following >= 0))
 
 
 class ParallelSampler(BlockSampler):
-    """Of a drafter whose offsets do not see each other's tokens: all were computed at once."""
+    """Samples from a drafter whose offsets do not depend on each other's tokens: one forward computed them all."""
 
     def __init__(self, hidden: torch.Tensor, head: Head):
-        """hidden: [B, A, K, H], as `block_hidden` has it."""
+        """hidden: [B, A, K, H] from `block_hidden`."""
         self._hidden, self.head, self._drafted = hidden, head, 0
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
@@ -96,9 +99,9 @@ class Drafter(nn.Module, ABC):
     target_layer_ids: Sequence[int]  # layer k = hidden state AFTER target layer k
     frequent_tokens: torch.Tensor | None  # [V] token ids, most frequent first in the training data
     info: DrafterInfo
-    logit_map: LogitMap = PLAIN  # the target's, which holds for every head that is made of its own
-    embedding_scale: float = 1.0  # the target's: of what its first layer reads
-    kind: ClassVar[str]  # this and `recipe`: of its `Traits`
+    logit_map: LogitMap = PLAIN  # the target's, for heads that are made from the target's head
+    embedding_scale: float = 1.0  # the target's: a factor on the embeddings that its first layer reads
+    kind: ClassVar[str]  # this and `recipe` come from its `Traits`
     autoregressive: ClassVar[bool]  # do the hidden states of an offset depend on the tokens at the offsets before it?
     has_own_head: ClassVar[bool]  # is the head over the draft vocabulary a part of the drafter, and trained with it?
     has_selector: ClassVar[bool] = False  # does the token before a proposal choose it among the head's best?
@@ -109,23 +112,23 @@ class Drafter(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, features: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor) -> Context:
-        """Target features [B, T, K*H] of tokens [B, T] at positions 0 … T-1 → context for `block_hidden`.
+        """Encode target features [B, T, K*H] of tokens [B, T] at positions 0 … T-1 as a context for `block_hidden`.
 
         Differentiable. What an anchor's block reads of it depends on the tokens up to the anchor alone.
         """
 
     @abstractmethod
     def block_hidden(self, context: Context, tokens: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
-        """Hidden states that predict offsets 1 … K behind each anchor. Differentiable.
+        """Return the hidden states [B, A, K, H] that predict offsets 1 … K after each anchor. Differentiable.
 
-        tokens: [B, A, K], the anchor's token and those at offsets 1 … K-1 (read by an autoregressive drafter only);
-        anchors: [B, A] absolute positions. A row's blocks see what the target knew before their anchor, and themselves,
-        never each other. Returns [B, A, K, H].
+        A row's blocks see the target's features before their anchor, and themselves, never each other.
+        tokens: [B, A, K], the anchor's token and those at offsets 1 … K-1 (read by an autoregressive drafter only).
+        anchors: [B, A] absolute positions.
         """
 
     @abstractmethod
     def new_context(self, rows: int, capacity: int) -> Context:
-        """An empty context for decoding, with one row a request."""
+        """Return an empty context for decoding, with one row per request."""
 
     @abstractmethod
     def extend(
@@ -139,15 +142,16 @@ class Drafter(nn.Module, ABC):
     ) -> None:
         """Add target features [n, T, K*H] of tokens [n, T] at consecutive positions [n, T].
 
-        Entries at positions seen before are replaced. Every row starts at most one behind the last committed position.
-        lengths: [n] columns in front of each row's padding; left out: all, or as many as a block has are no padding.
+        Entries at positions that were added before are replaced. Every row starts at most one after the last committed
+        position.
+        lengths: [n] columns before each row's padding. None: there is no padding, or it is shorter than a block.
         """
 
     @abstractmethod
     def select(self, context: Context, rows: Rows, length: int) -> Context:
-        """The first `length` positions of some rows, as `block_hidden` takes it; no copy for a slice of rows.
+        """Return the first `length` positions of some rows, for `block_hidden`; a slice of rows is not copied.
 
-        Takes either kind of context: of `encode` (replay drops rows that are finished) or of `new_context` (decoding).
+        Takes either kind of context: from `encode` (replay drops finished rows) or from `new_context` (decoding).
         """
 
     @abstractmethod
@@ -156,10 +160,10 @@ class Drafter(nn.Module, ABC):
 
     @abstractmethod
     def head_over(self, target_head: torch.Tensor, token_ids: torch.Tensor | None) -> Head:
-        """The head over some token ids (None: all that the drafter can propose). target_head: [V, H], the target's."""
+        """Return the head over some token ids (None: all that the drafter can propose). target_head: [V, H]."""
 
     def drafting_head(self, target_head: torch.Tensor, head_tokens: int | None) -> Head:
-        """The head to draft with: all tokens, or the `head_tokens` most frequent ones of the training data."""
+        """Return the head to draft with: over all tokens, or the `head_tokens` most frequent in the training data."""
         if head_tokens is None or self.frequent_tokens is None:
             return self.head_over(target_head, None)
         return self.head_over(target_head, self.frequent_tokens[:head_tokens])
@@ -170,22 +174,24 @@ class Drafter(nn.Module, ABC):
 
     @property
     def has_confidence(self) -> bool:
-        """Does it say how probable it is that its proposals are kept?"""
+        """Whether it predicts how probable it is that its proposals are accepted."""
         return False
 
     def confidence(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [...] of the probability that the proposal is kept that hidden states [..., H] lead to, given that
-        those before it are. Of a drafter that `has_confidence`."""
+        """Return logits [...] of the probability that a proposal is accepted, given that those before it are.
+
+        hidden: [..., H] that the proposal comes from. Only for a drafter with `has_confidence`.
+        """
         raise NotImplementedError
 
     @abstractmethod
     def training_operations(self, shape: StepShape) -> float:
-        """Floating-point operations of the matrix products of one step, forward and backward; formula at each."""
+        """Return the floating-point operations of one step's matrix products, forward and backward."""
 
     def block_sampler(
         self, context: Context, anchor_tokens: torch.Tensor, anchors: torch.Tensor, block_size: int, head: Head
     ) -> BlockSampler:
-        """Begin a block behind each anchor, to be drafted offset by offset. anchor_tokens, anchors: [B, A].
+        """Begin a block after each anchor, to be sampled offset by offset. anchor_tokens, anchors: [B, A].
 
         This implementation is for offsets that one forward computes. A drafter with `samples_proposals` overrides it.
         """
@@ -201,9 +207,9 @@ class Drafter(nn.Module, ABC):
         block_size: int,
         head: Head,
     ) -> torch.Tensor:
-        """Draft one block behind each anchor, greedily and without gradient.
+        """Draft one block after each anchor, greedily and without gradient. Returns token ids [B, A, block_size-1].
 
-        anchor_tokens, anchors: [B, A]. Returns token ids [B, A, block_size-1].
+        anchor_tokens, anchors: [B, A].
         """
 
     def selector_candidates(self, hidden: torch.Tensor, head: Head) -> torch.Tensor:
@@ -245,22 +251,22 @@ class BlockDrafter:
 
 
 def as_input(features: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The target's features as a product in `dtype` takes them; autocast takes them as they are, without a copy."""
+    """Cast the target's features to `dtype`; under autocast return them as they are, without a copy."""
     return features if torch.is_autocast_enabled(features.device.type) else features.to(dtype)
 
 
 def argmax_tokens(hidden: torch.Tensor, head: Head) -> torch.Tensor:
-    """Return the argmax of the head's logits at hidden states [..., H] as token ids.
+    """Return the argmax of the head's logits at hidden states [..., H] as token ids [...].
 
-    Logits are there for `LOGITS_AT_ONCE` at a time.
+    At most `LOGITS_AT_ONCE` logits are in memory together.
     """
-    at_once = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
-    parts = [argmax_of_products(head.raw_logits(part), head) for part in hidden.flatten(0, -2).split(at_once)]
-    return torch.cat(parts).view(hidden.shape[:-1])
+    count = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+    chunks = [argmax_of_products(head.raw_logits(chunk), head) for chunk in hidden.flatten(0, -2).split(count)]
+    return torch.cat(chunks).view(hidden.shape[:-1])
 
 
 def argmax_of_products(raw: torch.Tensor, head: Head) -> torch.Tensor:
-    """raw: [..., V'] the head's products → token ids [...]."""
+    """Return the token ids [...] with the largest of the head's products [..., V']."""
     return head.to_tokens(argmax(raw))
 
 
@@ -270,8 +276,11 @@ def propose_in_chunks(
     anchor_tokens: torch.Tensor,
     numbers: int,
 ) -> torch.Tensor:
-    """Of hidden states [B, A, K, H] behind tokens [B, A], what `propose` makes of some blocks at a time, [1, n, K, H]
-    and [1, n]: as many as have `LOGITS_AT_ONCE` numbers, so many each."""
+    """Return the proposals [B, A, K] for hidden states [B, A, K, H] after tokens [B, A], some blocks at a time.
+
+    propose: takes the states [1, n, K, H] and tokens [1, n] of n blocks.
+    numbers: that `propose` holds in memory for one block; n blocks hold at most `LOGITS_AT_ONCE`.
+    """
     B, A, count = *anchor_tokens.shape, max(1, LOGITS_AT_ONCE // numbers)
     blocks = (x.flatten(0, 1)[None].split(count, 1) for x in (hidden, anchor_tokens))
-    return torch.cat([propose(*of_blocks) for of_blocks in zip(*blocks, strict=True)], 1).view(B, A, -1)
+    return torch.cat([propose(*chunk) for chunk in zip(*blocks, strict=True)], 1).view(B, A, -1)

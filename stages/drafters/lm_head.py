@@ -1,4 +1,4 @@
-"""The target's head over all tokens, or over a part of the vocabulary: less work when most tokens never occur."""
+"""The target's head, over all tokens or over a part of the vocabulary: less work if most tokens never occur."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def flat_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [..., H] times weight [V, H], as one matrix product.
+    """Multiply x [..., H] by weight [V, H], as one matrix product.
 
     A view with more dimensions that is not contiguous would become a batched product that copies the whole weight.
     """
@@ -26,20 +26,16 @@ def flat_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Head:
-    """weight: [V', H], frozen. token_ids: [V'] sorted ids of the target's vocabulary, or None for all of it.
+    """A frozen head over V' tokens."""
 
-    logit_map: from products with `weight` to logits. product: the same product made by another form of the weight,
-    without gradient; None: by the weight as it is.
-    """
-
-    weight: torch.Tensor
-    token_ids: torch.Tensor | None = None
-    logit_map: LogitMap = PLAIN
-    product: Callable[[torch.Tensor], torch.Tensor] | None = None
+    weight: torch.Tensor  # [V', H]
+    token_ids: torch.Tensor | None = None  # [V'] sorted ids of the target's vocabulary; None: all of it
+    logit_map: LogitMap = PLAIN  # from products with `weight` to logits
+    product: Callable[[torch.Tensor], torch.Tensor] | None = None  # multiplies by packed weights, without gradient
 
     @classmethod
     def over(cls, weight: torch.Tensor, token_ids: torch.Tensor | None, logit_map: LogitMap = PLAIN) -> Head:
-        """Rows `token_ids` of the full head `weight` [V, H]."""
+        """Return the head of rows `token_ids` of the full head `weight` [V, H]."""
         if token_ids is None:
             return cls(weight, None, logit_map)
         ids = token_ids.unique().to(weight.device)
@@ -59,20 +55,26 @@ class Head:
         return replace(self, product=target.head if own else PackedLinear(self.weight))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [..., H] → float32 logits [..., V']."""
+        """Return the float32 logits [..., V'] of hidden states [..., H]."""
         return self.logit_map(self.raw_logits(hidden).float())
 
     def raw_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The products that logits are made of, in the same order, in the weight's dtype."""
+        """Return the products [..., V'] that the logits are computed from, in the weight's dtype.
+
+        Their order is that of the logits.
+        """
         hidden = hidden.to(self.weight.dtype)
         return flat_linear(hidden, self.weight) if self.product is None else self.product(hidden)
 
     def to_tokens(self, index: torch.Tensor) -> torch.Tensor:
-        """Columns of the logits → token ids."""
+        """Return the token ids of columns of the logits."""
         return index if self.token_ids is None else self.token_ids[index]
 
     def to_columns(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids → (columns of the logits, bool: is the token in this head). Columns of absent tokens are 0."""
+        """Return the columns of token ids in the logits, and bool: whether the token is in this head.
+
+        Columns of absent tokens are 0.
+        """
         if self.token_ids is None:
             return tokens, torch.ones_like(tokens, dtype=torch.bool)
         columns = torch.searchsorted(self.token_ids, tokens).clamp(max=self.token_ids.numel() - 1)

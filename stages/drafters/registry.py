@@ -1,4 +1,4 @@
-"""The architectures by their kind: the one place where they are listed. Without torch, for whoever plans."""
+"""Lists the architectures by kind; no other module does. Plans read this module, so it imports no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from draftsmith.stages.drafters.eagle3.config import Eagle3Config
 from draftsmith.stages.drafters.spec import Traits
 
 KINDS: dict[str, Traits] = {traits.kind: traits for traits in (DFLASH, DFLASH2, DSPARK, EAGLE3)}
-# The modules that make, load and save them (`architecture.py`), which import torch.
+# The modules that create, load and save them, each an `Architecture`. They import torch.
 CHECKPOINTS = {
     "dflash": "draftsmith.stages.drafters.dflash.checkpoint",
     "dflash2": "draftsmith.stages.drafters.dflash2.checkpoint",
@@ -31,7 +31,7 @@ def _kind_of(value: Any) -> str:
     return str(kind)
 
 
-# What a new drafter looks like; `drafter` in a config.
+# The shape of a new drafter; `drafter` in a config.
 DrafterConfig = Annotated[
     Annotated[DFlashConfig, Tag("dflash")]
     | Annotated[DFlash2Config, Tag("dflash2")]

@@ -1,7 +1,7 @@
-"""Drawing tokens: temperature, top-k and top-p, with uniform numbers of a (seed, position).
+"""Sampling of tokens: temperature, top-k and top-p, with uniform numbers of a (seed, position).
 
-The numbers depend on nothing else, so a request draws the same tokens in any batch. A position has one for each
-purpose, independent of the others: which of them decides a position's token is decided before it is read.
+The numbers depend on nothing else, so a request samples the same tokens in any batch. A position has one number for
+each purpose, independent of the others: which of them decides a position's token is settled before it is read.
 """
 
 from __future__ import annotations
@@ -15,55 +15,59 @@ import torch
 
 from draftsmith.stages.target.sampling import SamplingParams
 
-_PART, _SMALLEST_PART = 512, 32  # scores of a part; powers of two that divide the size of a vocabulary
+_SLICE, _SMALLEST_SLICE = 512, 32  # scores; powers of two that divide the size of a vocabulary
 
 
 class Purpose(IntEnum):
-    """What a position's numbers are for."""
+    """The purposes of a position's numbers."""
 
-    TARGET = 0  # the token is drawn from the target: plain decoding, and behind a block that was accepted whole
-    ACCEPT = 1  # is the proposal kept?
-    PROPOSAL = 2  # the proposal is drawn from the drafter's q
-    RESIDUAL = 3  # the token behind a rejection is drawn from what q has too little of
+    TARGET = 0  # the token is sampled from the target: without a drafter, or after a block that was accepted whole
+    ACCEPT = 1  # is the proposal accepted?
+    PROPOSAL = 2  # the proposal is sampled from the drafter's q
+    RESIDUAL = 3  # the token after a rejection is sampled from what q has too little of
 
 
 def uniforms(seed: int, position: int) -> np.ndarray:
-    """[purposes] numbers in [0, 1) from the counter-based generator Philox, keyed by seed and position."""
+    """Return [purposes] numbers in [0, 1) from the counter-based generator Philox, keyed by seed and position."""
     key = np.array([seed & (2**64 - 1), position], dtype=np.uint64)
     numbers: np.ndarray = np.random.Generator(np.random.Philox(key=key)).random(len(Purpose))
     return numbers
 
 
 def uniform(seed: int, position: int, purpose: Purpose = Purpose.TARGET) -> float:
-    """One of them."""
+    """Return one of the numbers."""
     return float(uniforms(seed, position)[purpose])
 
 
 def seed_from_name(name: str, salt: int = 0) -> int:
-    """A seed (64 bits) for what has a name of its own."""
+    """Return a seed (64 bits) for a unique name. salt: another one gives another seed."""
     return int.from_bytes(hashlib.sha256(f"{salt}/{name}".encode()).digest()[:8], "big")
 
 
 def argmax(scores: torch.Tensor) -> torch.Tensor:
-    """`scores.argmax(-1)`, the first of equal ones. On the CPU by maxima of parts, for which torch has fast kernels, a
-    multiple of them faster over a vocabulary."""
-    part = math.gcd(scores.shape[-1], _PART)
-    if scores.device.type != "cpu" or part < _SMALLEST_PART:
+    """Return `scores.argmax(-1)`, the first of equal ones.
+
+    On the CPU it takes the maxima of slices first: torch's kernels for them are several times faster over a vocabulary.
+    """
+    size = math.gcd(scores.shape[-1], _SLICE)
+    if scores.device.type != "cpu" or size < _SMALLEST_SLICE:
         return scores.argmax(-1)
-    parts = scores.unflatten(-1, (-1, part))
-    which = parts.amax(-1).argmax(-1, keepdim=True)
-    within = parts.gather(-2, which[..., None].expand(*which.shape, part))[..., 0, :].argmax(-1)
-    return which[..., 0] * part + within
+    slices = scores.unflatten(-1, (-1, size))
+    best = slices.amax(-1).argmax(-1, keepdim=True)
+    within = slices.gather(-2, best[..., None].expand(*best.shape, size))[..., 0, :].argmax(-1)
+    return best[..., 0] * size + within
 
 
 def probabilities(logits: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
-    """float32 logits [..., V] → their distribution, float64 [..., V]. temperature: above 0."""
+    """Return the distribution of float32 logits [..., V], float64 [..., V]. temperature: above 0."""
     return torch.softmax(logits.double() / temperature, -1)
 
 
 def probability_of(logits: torch.Tensor, columns: torch.Tensor, temperature: float) -> torch.Tensor:
-    """float64 [...]: `probabilities` of float32 logits [..., V] at columns [...], to float32's precision: without a
-    distribution in float64."""
+    """Return float64 [...]: `probabilities` of float32 logits [..., V] at columns [...], to the precision of float32.
+
+    It takes no memory for a distribution in float64.
+    """
     relative = (logits - logits.amax(-1, keepdim=True)) / temperature
     own = relative.gather(-1, columns[..., None])[..., 0].double().exp()
     return own / relative.exp_().sum(-1).double()
@@ -72,42 +76,53 @@ def probability_of(logits: torch.Tensor, columns: torch.Tensor, temperature: flo
 def probability_among(
     scores: torch.Tensor, candidates: torch.Tensor, tokens: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """float64 [...] of tokens [...] that are drawn among candidates [..., k] by their scores; 0 of what is none."""
+    """Return float64 [...]: the probability of tokens [...] sampled from candidates [..., k] by their scores.
+
+    It is 0 for tokens that are no candidates.
+    """
     return (probabilities(scores, temperature) * (candidates == tokens[..., None])).sum(-1)
 
 
 def sampling_distribution(logits: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
-    """float32 logits [..., V] → the distribution that is drawn from, float64 [..., V]. sampling: not greedy."""
+    """Return the distribution that is sampled from, float64 [..., V], for float32 logits [..., V].
+
+    sampling: not greedy.
+    """
     return truncate(probabilities(logits, sampling.temperature), sampling)
 
 
 def truncate(p: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
-    """What top-k, then top-p leave of a distribution [..., V], normalised.
+    """Apply top-k, then top-p to a distribution [..., V], and normalise it.
 
     top-k keeps all tokens that are as likely as the k-th: more than k where they tie there. top-p keeps the smallest
     set of most likely tokens whose probability reaches it, among those that top-k keeps.
     """
     if sampling.top_k:
-        p = _without(p, _behind(p, sampling.top_k))
-    return _without(p, _late(p, sampling.top_p)) if sampling.top_p < 1 else p
+        p = _without(p, _after_top_k(p, sampling.top_k))
+    return _without(p, _after_top_p(p, sampling.top_p)) if sampling.top_p < 1 else p
 
 
 def truncation_mask(p: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
-    """bool [..., V], what these drop of a distribution [..., V]. sampling: one that leaves tokens out."""
+    """Return bool [..., V]: the tokens of a distribution [..., V] that top-k and top-p leave out.
+
+    sampling: one that leaves tokens out.
+    """
     if not sampling.top_k:
-        return _late(p, sampling.top_p)
-    behind = _behind(p, sampling.top_k)
+        return _after_top_p(p, sampling.top_p)
+    after_top_k = _after_top_k(p, sampling.top_k)
     if sampling.top_p == 1:
-        return behind
-    p = _without(p, behind)  # in the place of the whole one: sorting takes memory enough
-    return behind | _late(p, sampling.top_p)
+        return after_top_k
+    p = _without(p, after_top_k)  # frees the whole distribution: sorting takes much memory already
+    return after_top_k | _after_top_p(p, sampling.top_p)
 
 
 def is_truncated(p: torch.Tensor, tokens: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
-    """bool [...], which of tokens [...] these drop of distributions [..., V]; without an order of the vocabulary, so of
-    equally likely tokens top-p, too, drops none or all."""
+    """Return bool [...]: whether top-k and top-p leave tokens [...] out of distributions [..., V].
+
+    The vocabulary is not sorted: of equally likely tokens, top-p leaves out none or all.
+    """
     if sampling.top_k:
-        p = _without(p, _behind(p, sampling.top_k))
+        p = _without(p, _after_top_k(p, sampling.top_k))
     own = p.gather(-1, tokens[..., None])
     return (own[..., 0] == 0) | ((p * (p > own)).sum(-1) >= sampling.top_p if sampling.top_p < 1 else False)
 
@@ -117,18 +132,18 @@ def _without(p: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
     return p / p.sum(-1, keepdim=True)
 
 
-def _behind(p: torch.Tensor, top_k: int) -> torch.Tensor:
+def _after_top_k(p: torch.Tensor, top_k: int) -> torch.Tensor:
     return p < p.topk(min(top_k, p.shape[-1])).values[..., -1:]
 
 
-def _late(p: torch.Tensor, top_p: float) -> torch.Tensor:
+def _after_top_p(p: torch.Tensor, top_p: float) -> torch.Tensor:
     ordered, order = p.sort(-1, descending=True)
     dropped = ordered.cumsum(-1) - ordered >= top_p  # the mass before this token already suffices
     return torch.zeros_like(dropped).scatter(-1, order, dropped)
 
 
 def sample_inverse_cdf(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """Indices [...] drawn in proportion to `weights` [..., V], by uniform numbers [...]."""
+    """Return indices [...] sampled in proportion to `weights` [..., V], by uniform numbers [...]."""
     cumulative = weights.cumsum(-1)
     sought = numbers.to(weights)[..., None] * cumulative[..., -1:]
     index = torch.searchsorted(cumulative, sought, right=True).squeeze(-1)
@@ -136,7 +151,7 @@ def sample_inverse_cdf(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Te
 
 
 def scatter_to_vocab(weights: torch.Tensor, token_ids: torch.Tensor | None, vocabulary: int) -> torch.Tensor:
-    """Weights [..., V'] of some tokens as weights of all [..., V], 0 for the others."""
+    """Return the weights [..., V'] of some tokens as weights of all [..., V], 0 for the others."""
     if token_ids is None:
         return weights
     whole = weights.new_zeros(*weights.shape[:-1], vocabulary)

@@ -1,4 +1,4 @@
-"""What an architecture is, for its model and for whoever plans with it: no torch here, and nothing that is loaded."""
+"""Describes an architecture: traits, its module's interface, settings. Plans read it, so it imports no torch."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingRecipe:
-    """How an architecture's authors train it on the target's answers, but where something else was found better."""
+    """How an architecture is trained on the target's answers: as its authors do, unless another way was better."""
 
-    loss: str  # of a position, by its name in `stages/training/losses.py`
+    loss: str  # of a position, named as in `stages/training/losses.py`
     gamma: float  # offset k has the weight exp(-(k-1)/gamma)
-    sampled_loss: str | None = None  # on answers that were sampled, if another one
+    sampled_loss: str | None = None  # on answers that were sampled; None: the same
 
     def loss_on(self, *, sampled: bool) -> str:
-        """On answers that were sampled, or are greedy."""
+        """Return the loss for answers that were sampled, or for greedy ones."""
         return self.sampled_loss or self.loss if sampled else self.loss
 
 
 @dataclass(frozen=True)
 class Traits:
-    """Of one architecture: `TRAITS` of a module `draftsmith.stages.drafters.<kind>.traits`."""
+    """The traits of one architecture: `TRAITS` of `draftsmith.stages.drafters.<kind>.config`."""
 
     kind: str  # as in `drafter.kind` of a config
     recipe: TrainingRecipe
 
 
 class Architecture(Protocol):
-    """What a module `draftsmith.stages.drafters.<kind>.checkpoint` offers; configs are those of transformers."""
+    """The interface of a module `draftsmith.stages.drafters.<kind>.checkpoint`. Configs are those of transformers."""
 
     ARCHITECTURE: str  # in `architectures` of config.json
 
@@ -50,17 +50,17 @@ class Architecture(Protocol):
     def target_layer_ids(self, config: Any) -> list[int]: ...
     def description(self, config: Any, tokenizer: Callable[[], Any]) -> str: ...
     def skeleton(self, config: Any) -> Any: ...
-    def own_name(self, name: str) -> str | None: ...  # of a file's tensor, in the model; None: no weight of its own
+    def own_name(self, name: str) -> str | None: ...  # a file's tensor in the model; None: not the drafter's
     def create(self, config: Any, target: Target, seed: int, frequent: torch.Tensor | None = None) -> Any: ...
     def save(self, drafter: Any, folder: Path, dtype: torch.dtype) -> None: ...
     def load(self, folder: Path, target: Target, dtype: torch.dtype) -> Any: ...
 
 
-NO_FREQUENT_TOKENS = "says nothing of which tokens are frequent, so it drafts from all"  # what head_tokens then does
+NO_FREQUENT_TOKENS = "has no frequent_tokens.npy, so head_tokens has no effect"
 
 
 class DraftingConfig(Config):
-    """How a drafter drafts. Part of every trace: other settings propose other tokens."""
+    """How a drafter drafts. It is part of every trace, because other settings propose other tokens."""
 
     block_size: Annotated[int | None, Field(ge=2, description="left out: the trained block size")] = None
     head_tokens: Annotated[

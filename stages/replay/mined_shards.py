@@ -1,4 +1,4 @@
-"""The steps of an unfinished mining on disk: few large shards, so that a rerun goes on and files stay few."""
+"""Stores the steps of an unfinished mining on disk in a few large files, so that a rerun goes on after them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from draftsmith.artifacts.tables.shards import TableShards, shard_paths
 from draftsmith.stages.replay.mined_table import steps_table
 from draftsmith.stages.replay.replayer import MinedGroup
 
-SHARD_STEPS = 1 << 16  # a shard is written when so many steps wait,
-SHARD_SECONDS = 60.0  # or the first of them has waited so long: what a kill loses
+SHARD_STEPS = 1 << 16  # a shard is written when this many steps wait,
+SHARD_SECONDS = 60.0  # or when the first of them has waited this long: a kill loses no more
 # The table is in another order than the shards: a row group is read for a trajectory or two.
 _GROUP_BYTES = 1 << 18
 _SCHEMAS = {"evaluated_blocks": EVALUATED, "verify_steps": VERIFY_STEPS}
@@ -27,10 +27,10 @@ _TOTALS = ("evaluated_blocks", "outside_nucleus")  # of each trajectory, columns
 
 
 class MinedShards:
-    """Mined groups, kept in `work`. What waits is written when the body ends, in whichever way."""
+    """Mined groups on disk in `work`. A context manager: groups that wait are written when the block ends."""
 
     def __init__(self, work: Path, done: Sequence[Path] = ()):
-        """done: such folders of others, which hold all there is: they are read instead."""
+        """done: folders of other processes that together hold all groups; they are read instead of `work`."""
         self._parts, self._done = TableShards(work, _SCHEMAS, _GROUP_BYTES), done
         self._waiting: list[MinedGroup] = []
         self._count, self._since = 0, 0.0
@@ -44,7 +44,7 @@ class MinedShards:
         self._write()
 
     def add(self, group: MinedGroup) -> None:
-        """Take a group; it is on disk a shard later."""
+        """Add a group. It is on disk when the next shard is written."""
         if not self._waiting:
             self._since = time.monotonic()
         self._waiting.append(group)
@@ -69,15 +69,15 @@ class MinedShards:
         return self._parts.paths(name)
 
     def rows(self, ids: pa.Array) -> KeyedRows:
-        """The steps of each trajectory, as far as they are on disk. ids: [N] names of the trajectories."""
+        """Return the steps of each trajectory, as far as they are on disk. ids: [N] names of the trajectories."""
         return KeyedRows(RowReader(self._paths("verify_steps"), VERIFY_STEPS, keep=32), ids)
 
     def totals(self, ids: pa.Array) -> dict[str, int]:
-        """Of these trajectories: blocks that were drafted to find their steps, tokens outside the nucleus."""
+        """Return the blocks that were drafted for these trajectories, and their tokens outside the nucleus."""
         counts = np.zeros((len(_TOTALS), len(ids)), dtype=np.int64)
         for path in self._paths("evaluated_blocks"):  # by trajectory: one that was mined again is not counted twice
             table = read_table(path, EVALUATED)
-            place = index_in(table, "trajectory_id", ids)
+            index = index_in(table, "trajectory_id", ids)
             for of_name, name in zip(counts, _TOTALS, strict=True):
-                of_name[place[place >= 0]] = table[name].to_numpy()[place >= 0]
+                of_name[index[index >= 0]] = table[name].to_numpy()[index >= 0]
         return dict(zip(_TOTALS, counts.sum(1).tolist(), strict=True))

@@ -1,9 +1,9 @@
-"""Mined steps as a table: a row a verify step, and the figures of all of them."""
+"""Writes mined steps as a table, a row per verify step, and summarises them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -22,20 +22,20 @@ from draftsmith.stages.target.causal_lm import Target
 def mined_table(
     target: Target, drafter: Drafter, trajectories: Sequence[Trajectory], options: ReplayOptions | None = None
 ) -> pa.Table:
-    """Return VERIFY_STEPS of a drafter on trajectories in memory, in their order, all of it scored."""
+    """Mine trajectories in memory, and return their VERIFY_STEPS in the same order, with all proposals scored."""
     tables = [steps_table(group) for group in Replayer(target, options).mine(drafter, trajectories)]
     return to_table(VERIFY_STEPS, select_in_order(pa.concat_tables(tables), "trajectory_id", ids_of(trajectories)))
 
 
 def steps_table(group: MinedGroup) -> pa.Table:
-    """The rows of VERIFY_STEPS of a mined group."""
+    """Return the rows of VERIFY_STEPS of a mined group."""
     members = zip(group.trajectories, group.traces, group.scores, strict=True)
     return pa.concat_tables([_steps(*member) for member in members])
 
 
 def _steps(trajectory: Trajectory, trace: Trace, scores: StepScores) -> pa.Table:
     tokens = np.array(trajectory.tokens)
-    behind = np.minimum(trace.anchors + trace.accepted + 1, len(tokens) - 1)
+    following = np.minimum(trace.anchors + trace.accepted + 1, len(tokens) - 1)
     columns = {
         "trajectory_id": pa.repeat(trajectory.trajectory_id, len(trace.anchors)),
         "step": np.arange(len(trace.anchors)),
@@ -46,14 +46,14 @@ def _steps(trajectory: Trajectory, trace: Trace, scores: StepScores) -> pa.Table
         "judged": trace.judged,
         "proposed_ids": _lists(trace.proposed, pa.int32()),
         "target_logprobs": _lists(scores.target_logprobs, pa.float32()),
-        "committed_id": np.where(trace.committed > trace.accepted, tokens[behind], -1),
+        "committed_id": np.where(trace.committed > trace.accepted, tokens[following], -1),
         "best_logprob": scores.best_logprob,
     }
     return to_table(VERIFY_STEPS, pa.table(columns))
 
 
 def _lists(values: np.ndarray, kind: pa.DataType) -> pa.Array:
-    """[rows] lists: the rows of `values` [rows, width]."""
+    """Return [rows] lists: the rows of `values` [rows, width]."""
     rows, width = values.shape
     offsets = (np.arange(rows + 1) * width).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.reshape(-1)).cast(kind))
@@ -62,49 +62,95 @@ def _lists(values: np.ndarray, kind: pa.DataType) -> pa.Array:
 CERTAIN = 0.9  # the target's probability of its best token
 
 
+class CertainErrors(TypedDict):
+    """The errors at which the target was certain of its best token; at the others it was uncertain itself."""
+
+    at_least: float
+    share: float | None
+
+
+class RejectedToken(TypedDict):
+    """How often a token was the rejected proposal."""
+
+    token: str
+    id: int
+    count: int
+
+
+class Correction(TypedDict):
+    """How often a token was committed in place of a rejected one."""
+
+    proposed: str
+    committed: str
+    count: int
+
+
+class MiningSummary(TypedDict):
+    """The content of summary.json of stage `mining`; the stage adds the last fields."""
+
+    definition_of_tau: str
+    tau: float
+    steps: int
+    error_positions: int
+    certain_errors: CertainErrors
+    block_size: int
+    acceptance_by_offset: list[float | None]
+    accepted_histogram: list[int]
+    counts_short_by_at_most: int
+    most_rejected: list[RejectedToken]
+    most_frequent_corrections: list[Correction]
+    evaluated_blocks_per_step: NotRequired[float]
+    trajectories: NotRequired[int]
+    trajectories_too_short: NotRequired[int]
+    outside_nucleus_share: NotRequired[float | None]
+    parity: NotRequired[dict[str, float | None] | None]
+
+
 class MiningMetrics:
-    """Figures of a trace, from its rows of VERIFY_STEPS in any parts. Sums are divided once, at the end."""
+    """Sums up verify steps from rows of VERIFY_STEPS, however they are divided. Sums are divided once, at the end."""
 
     def __init__(self, block_size: int):
         self.block_size = block_size
         self.steps = self._committed = self._errors = self._certain = 0
-        self._judged, self._kept = np.zeros((2, block_size - 1), dtype=np.int64)
+        self._verified, self._accepted_at = np.zeros((2, block_size - 1), dtype=np.int64)  # by offset
         self._accepted = np.zeros(block_size, dtype=np.int64)
         self._rejected, self._corrections = HeavyHitters(), HeavyHitters()
 
     def add(self, table: pa.Table) -> None:
-        """Some rows."""
+        """Add some rows."""
         K = self.block_size - 1
         accepted = table["accepted"].to_numpy()
-        judged = np.arange(K) < table["judged"].to_numpy()[:, None]
+        verified = np.arange(K) < table["judged"].to_numpy()[:, None]
         wrong = np.flatnonzero(table["rejected_offset"].to_numpy())
-        proposed = pad_lists(table, "proposed_ids", K, -1, np.int64)[wrong, accepted[wrong]]  # behind what was accepted
+        proposed = pad_lists(table, "proposed_ids", K, -1, np.int64)[
+            wrong, accepted[wrong]
+        ]  # the first after the accepted ones
         self.steps += table.num_rows
         self._committed += int(table["committed"].to_numpy().sum())
         self._errors += len(wrong)
         self._certain += int((np.exp(table["best_logprob"].to_numpy()[wrong]) >= CERTAIN).sum())
-        self._judged += judged.sum(0)
-        self._kept += (judged & (np.arange(K) < accepted[:, None])).sum(0)
+        self._verified += verified.sum(0)
+        self._accepted_at += (verified & (np.arange(K) < accepted[:, None])).sum(0)
         self._accepted += np.bincount(accepted, minlength=K + 1)
         self._rejected.add(proposed)
         self._corrections.add(proposed << 32 | table["committed_id"].to_numpy()[wrong].astype(np.int64))
 
-    def summary(self, tokenizer: Any) -> dict[str, Any]:
-        """Ready for JSON."""
+    def summary(self, tokenizer: Any) -> MiningSummary:
+        """Return the summary, ready for JSON."""
         rejected, corrections = self._rejected.most_common(20), self._corrections.most_common(20)
         return {
             "definition_of_tau": "committed tokens per verify step, the target's own token included (+1)",
             "tau": self._committed / self.steps,
             "steps": self.steps,
             "error_positions": self._errors,
-            "certain_errors": {  # at the others the target was in doubt itself
+            "certain_errors": {
                 "at_least": CERTAIN,
                 "share": self._certain / self._errors if self._errors else None,
             },
             "block_size": self.block_size,
             "acceptance_by_offset": [
-                kept / judged if judged else None
-                for kept, judged in zip(self._kept.tolist(), self._judged.tolist(), strict=True)
+                accepted / verified if verified else None
+                for accepted, verified in zip(self._accepted_at.tolist(), self._verified.tolist(), strict=True)
             ],
             "accepted_histogram": self._accepted.tolist(),
             "counts_short_by_at_most": max(self._rejected.short, self._corrections.short),
@@ -123,9 +169,9 @@ class MiningMetrics:
 
 
 class HeavyHitters:
-    """How often values came. Of more than `most` different ones those that came least are forgotten.
+    """Counts how often values occur. Of more than `most` different ones the least frequent are forgotten.
 
-    Lossy counting: a count is too low by at most `short`, which is 0 as long as nothing was forgotten.
+    This is lossy counting: a count is too low by at most `short`, which is 0 as long as nothing was forgotten.
     """
 
     def __init__(self, most: int = 1 << 21):
@@ -135,14 +181,14 @@ class HeavyHitters:
         self._seen = self._counted = 0
 
     def add(self, values: np.ndarray) -> None:
-        """values: [n] int64."""
+        """Count values [n] int64."""
         self._waiting.append(values)
         self._seen += len(values)
         if self._seen - self._counted >= self._most:
             self._count()
 
     def most_common(self, count: int) -> list[tuple[int, int]]:
-        """Values and how often they came, most frequent first, of equals the one that came first."""
+        """Return values and their counts, most frequent first; of equal counts, the value that occurred first."""
         self._count()
         order = np.lexsort([self._first, -self._counts])[:count]
         return list(zip(self._values[order].tolist(), self._counts[order].tolist(), strict=True))
@@ -150,15 +196,16 @@ class HeavyHitters:
     def _count(self) -> None:
         if not self._waiting:
             return
-        found, first, counts = np.unique(np.concatenate(self._waiting), return_index=True, return_counts=True)
-        self._values, place, back = np.unique(
-            np.concatenate([self._values, found]), return_index=True, return_inverse=True
+        values, first, counts = np.unique(np.concatenate(self._waiting), return_index=True, return_counts=True)
+        self._values, index, inverse = np.unique(
+            np.concatenate([self._values, values]), return_index=True, return_inverse=True
         )
-        self._first = np.concatenate([self._first, first + self._counted])[place]  # known ones stand before
-        self._counts = np.bincount(back, np.concatenate([self._counts, counts])).astype(np.int64)
+        self._first = np.concatenate([self._first, first + self._counted])[index]  # earlier values come first
+        self._counts = np.bincount(inverse, np.concatenate([self._counts, counts])).astype(np.int64)
         self._waiting, self._counted = [], self._seen
         floor = 1
         while len(self._values) > self._most:
-            kept = self._counts > floor
-            self._values, self._counts, self._first = self._values[kept], self._counts[kept], self._first[kept]
+            frequent = self._counts > floor
+            self._values, self._counts = self._values[frequent], self._counts[frequent]
+            self._first = self._first[frequent]
             self.short, floor = self.short + floor, 2 * floor

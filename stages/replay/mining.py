@@ -77,7 +77,10 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
     summary["parity"] = parity
     (ctx.out / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     ctx.summary(
-        **{k: summary[k] for k in ("tau", "steps", "error_positions", "evaluated_blocks_per_step")},
+        tau=summary["tau"],
+        steps=summary["steps"],
+        error_positions=summary["error_positions"],
+        evaluated_blocks_per_step=summary["evaluated_blocks_per_step"],
         **({} if (share := summary["certain_errors"]["share"]) is None else {"certain_error_share": share}),
         **({} if outside is None else {"outside_nucleus_share": outside}),
         **{

@@ -1,4 +1,4 @@
-"""How trajectories are replayed, and how much of it is in memory at once. Estimates read it, which load no torch."""
+"""Options of replay, and the sizes that bound its memory. Plans read this module, so it imports no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.runtime.stage import WHOLE, NotInKey, Shard
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 
-TREE_TOKENS = 512  # rejected proposals that the target scores in one forward, a trajectory
+TREE_TOKENS = 512  # rejected proposals of a trajectory that the target scores in one forward
 POSITIONS_PER_CHUNK = 1024  # whose logits are in memory together
 TokensPerForward: TypeAlias = Annotated[
     int,
@@ -37,11 +37,11 @@ MaxParityMismatch: TypeAlias = Annotated[
 
 @dataclass(frozen=True)
 class ReplayOptions:
-    """What a replay depends on beside the drafters and the trajectories."""
+    """The options of a replay."""
 
     drafting: DraftingConfig = field(default_factory=DraftingConfig)  # left out: as each drafter was trained
     sampling: SamplingParams = GREEDY  # of the answers; drafters with `samples_proposals` sample their proposals so too
     chains: int | None = None  # as in `replay_chains`
     with_proposals: bool = True  # as in `replay_chains`
     tokens_per_group: int = 4096  # with padding
-    shard: Shard = WHOLE  # of the groups; they are those of the whole
+    shard: Shard = WHOLE  # of the groups, which are the same for all shards

@@ -1,4 +1,4 @@
-"""What acceptance figures need of the traces of one drafter: two sums a trajectory, and histograms over all steps."""
+"""Acceptance statistics of traces, and the sequential reference of replay."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from draftsmith.stages.replay.trace import Trace
 
 
 class AcceptanceStats:
-    """Of N trajectories; traces may come in any order, and need not be kept."""
+    """Sums and histograms over the traces of one drafter on N trajectories, which may come in any order."""
 
     def __init__(self, trajectories: int):
-        self.committed = np.zeros(trajectories)  # [N] tokens that verify steps committed, on average where drawn
+        self.committed = np.zeros(trajectories)  # [N] tokens that verify steps committed, on average if sampled
         self.steps = np.zeros(trajectories)  # [N] verify steps
-        self.accepted = np.zeros(0, dtype=np.int64)  # [K + 1] steps by proposals kept
-        self.judged = np.zeros(0, dtype=np.int64)  # [K + 1] steps by proposals that lie inside the trajectory
-        self._drawn = self._outside = 0  # tokens that drawn steps committed, and those outside the nucleus
+        self.accepted = np.zeros(0, dtype=np.int64)  # [K + 1] steps by the number of accepted proposals
+        self.judged = np.zeros(0, dtype=np.int64)  # [K + 1] steps by the number of proposals inside the trajectory
+        # tokens that steps with sampled proposals committed, and those of them outside the nucleus
+        self._sampled = self._outside = 0
 
     def add(self, indices: Iterable[int], traces: Iterable[Trace]) -> None:
-        """Take the traces of the trajectories `indices`, each of them once."""
+        """Add the traces of the trajectories `indices`, each of them once."""
         for index, trace in zip(indices, traces, strict=True):
             size = trace.proposed.shape[1] + 1
             self.committed[index], self.steps[index] = trace.expected_committed.sum(), len(trace.anchors)
             accepted, judged = (np.bincount(each, minlength=size) for each in (trace.accepted, trace.judged))
             if trace.expected is not None:
-                self._drawn += int(trace.committed.sum())
+                self._sampled += int(trace.committed.sum())
                 self._outside += trace.outside_nucleus
             first = len(self.accepted) == 0
             self.accepted, self.judged = (
@@ -40,10 +41,10 @@ class AcceptanceStats:
 
     @classmethod
     def from_traces(cls, traces: Sequence[Trace]) -> Self:
-        """Of all trajectories, in their order."""
-        tally = cls(len(traces))
-        tally.add(range(len(traces)), traces)
-        return tally
+        """Return the statistics of all trajectories, whose traces are given in order."""
+        stats = cls(len(traces))
+        stats.add(range(len(traces)), traces)
+        return stats
 
     @property
     def block_size(self) -> int:
@@ -57,14 +58,17 @@ class AcceptanceStats:
 
     @property
     def outside_nucleus_share(self) -> float | None:
-        """Of the committed tokens; None where nothing is drawn."""
-        return self._outside / self._drawn if self._drawn else None
+        """Share of the committed tokens that top-k and top-p leave out; None if no proposals are sampled."""
+        return self._outside / self._sampled if self._sampled else None
 
 
 def replay_sequentially(
     drafter: Drafter, context: Context, trajectory: Trajectory, block_size: int, head: Head
 ) -> Trace:
-    """context: of this trajectory alone (batch of one), over all its positions."""
+    """Return the trace of a drafter, one block after the other: the reference that parallel replay must equal.
+
+    context: of this trajectory alone (batch of one), over all its positions.
+    """
     tokens, anchor = trajectory.tokens, trajectory.first_anchor
     device = head.weight.device
     anchors, accepted, proposed = [], [], []
@@ -77,15 +81,15 @@ def replay_sequentially(
             head,
         )
         proposals = block[0, 0].tolist()
-        kept = 0
+        matching = 0
         for proposal, token in zip(proposals, tokens[anchor + 1 :], strict=False):
             if proposal != token:
                 break
-            kept += 1
+            matching += 1
         anchors.append(anchor)
-        accepted.append(kept)
+        accepted.append(matching)
         proposed.append(proposals)
-        anchor += kept + 1
+        anchor += matching + 1
     return Trace(
         len(tokens),
         np.array(anchors, dtype=np.int64),

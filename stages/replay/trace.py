@@ -1,15 +1,11 @@
-"""Trajectories as replay reads them, and the verification trace that it returns."""
+"""The verification trace that replay returns, and tau."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:  # plans and checks read trajectories without it
-    pass
 
 
 @dataclass(frozen=True)
@@ -18,13 +14,11 @@ class Trace:
 
     length: int  # tokens in the trajectory
     anchors: np.ndarray  # [S] int, absolute positions
-    accepted: np.ndarray  # [S] int, proposals kept
+    accepted: np.ndarray  # [S] int, proposals accepted
     proposed: np.ndarray  # [S, K] int
     evaluated_blocks: int  # work: blocks drafted to find the trace
     expected: np.ndarray | None = None  # [S] float64 tokens committed, on average over samples; None: argmaxes
-    outside_nucleus: int = (
-        0  # tokens that verify steps committed and the stated sampling cannot produce; where it decides
-    )
+    outside_nucleus: int = 0  # committed tokens that the stated sampling leaves out; counted if proposals are sampled
 
     @property
     def judged(self) -> np.ndarray:
@@ -38,8 +32,11 @@ class Trace:
 
     @property
     def expected_committed(self) -> np.ndarray:
-        """[S] the same on average over what is drawn behind each anchor. As estimates of tau their sums vary less: a
-        trace with more steps than usual is one whose steps were cut short by their numbers."""
+        """[S] the same on average over the samples after each anchor.
+
+        Its sum is the less noisy estimate of tau: a trace with more steps than usual is one whose random numbers cut
+        the steps short.
+        """
         return self.committed if self.expected is None else self.expected
 
     @property
