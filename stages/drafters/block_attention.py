@@ -1,11 +1,11 @@
 """Attention of blocks: each over the part of a shared prefix that it may see, and over itself, never over another.
 
-The mask over prefix and all blocks, which says the same, has (A · S) · (T + A · J) entries, nearly all of them false
-for the blocks of others. On CUDA flex attention (arXiv 2412.05496) skips what is false. Elsewhere the two parts are
-computed as what they are, each by the fused kernel, and merged by their log-sum-exp; the kernel's backward takes the
-gradient of a part from the output and the log-sum-exp of the whole, as ring attention does (arXiv 2310.01889). Either
-way work is linear in the number of blocks, and in what a block sees of the prefix, and kept for backward are inputs,
-output and a log-sum-exp: no scores.
+A dense mask over prefix and all blocks would have (A · S) · (T + A · J) entries, nearly all of them false, for other
+blocks. On CUDA flex attention (arXiv 2412.05496) skips what is false. Elsewhere prefix and blocks are computed
+separately, each by the fused kernel, and merged by their log-sum-exp; the kernel's backward takes the gradient of each
+from the output and the log-sum-exp of the whole, as ring attention does (arXiv 2310.01889). Either way work is linear
+in the number of blocks and in what a block sees of the prefix, and backward needs inputs, output and a log-sum-exp: no
+scores.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 
-_HIDDEN = -1e9  # added to a score that is not to count; finite, so that a part without anything visible is no NaN
-# Of the prefix part's mask at once: blocks are read in groups, and a group reads no further than its last block sees.
+_HIDDEN = -1e9  # added to masked scores; finite, so that a block that sees nothing of the prefix gives no NaN
+# Entries of the prefix's mask in memory: blocks are read in groups, and a group reads no further than its last block.
 _MASK_ENTRIES = 2**22
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -32,24 +32,24 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 @dataclass(frozen=True)
 class ContextMask:
-    """How far the blocks of a batch read. Entry i of a prefix is position i, and query s of a block at position
-    seen + s of its row: it sees entries below `seen`, and of its own block's keys as many as there are.
+    """What the blocks of a batch see of the prefix and of themselves.
 
-    window: only entries and own keys less than so many positions behind the query, itself included (a layer's sliding
-    window); causal: no own key ahead of the query. first: no entry before this one, whatever the query.
+    Entry i of a prefix is position i. Query s of a block is at position seen + s of its row: it sees entries below
+    `seen`, and all keys of its own block.
     """
 
     seen: torch.Tensor  # [B, A] integers
-    first: torch.Tensor | None = None  # [B, A]; None: from the beginning
+    first: torch.Tensor | None = None  # [B, A]: no query sees an entry before it; None: from the beginning
+    # A layer's sliding window: positions that a query sees, counted backwards from its own, which is included.
     window: int | None = None
-    causal: bool = False
-    # The prefix is a ring: entry i holds the newest position below `seen` that leaves the rest i by its length.
+    causal: bool = False  # a query sees no own key after itself
+    # The prefix is a ring: entry i holds the newest position below `seen` that is i modulo the ring's length.
     ring: bool = False
     _masks: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     @cached_property
     def bounds(self) -> np.ndarray:
-        """[2, B, A]: the first entry that any query of a block may see, and the end of them."""
+        """[2, B, A]: the first entry that any query of a block may see, and the one after the last."""
         seen = np.array(self.seen.tolist())
         first = np.zeros_like(seen) if self.first is None else np.array(self.first.tolist())
         if self.window is not None:
@@ -58,15 +58,15 @@ class ContextMask:
 
     @property
     def local(self) -> bool:
-        """Does a block see a small part of a long prefix only?"""
+        """Whether a block sees only a small part of a long prefix."""
         return self.window is not None and not self.ring
 
     def visible(
         self, entries: slice, queries: int, rows: slice = slice(None), group: slice = slice(None)
     ) -> torch.Tensor | None:
-        """bool [B, A, S or 1, entries]: what each query of some blocks sees of some entries of the prefix.
+        """Return bool [B, A, S or 1, entries]: what each query of some blocks sees of some entries of the prefix.
 
-        One row for all queries where they see the same; None where all see everything.
+        It has one row for all queries if they see the same, and is None if all see everything.
         """
         first, end = self.bounds[:, rows, group]
         within = self.window is None or end.max() + queries - 1 - self.window < entries.start
@@ -85,23 +85,26 @@ class ContextMask:
         return sees
 
     def own(self, queries: int, keys: int) -> torch.Tensor | None:
-        """bool [S, J]: what a query sees of its own block; None: everything."""
+        """Return bool [S, J]: what a query sees of its own block; None: everything."""
         if not self.causal and (self.window is None or self.window >= queries):
             return None
-        behind = torch.arange(queries, device=self.seen.device)[:, None] - torch.arange(keys, device=self.seen.device)
-        sees = behind >= 0 if self.causal else torch.ones_like(behind, dtype=torch.bool)
-        return sees if self.window is None else sees & (behind < self.window)
+        distance = torch.arange(queries, device=self.seen.device)[:, None] - torch.arange(keys, device=self.seen.device)
+        sees = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
+        return sees if self.window is None else sees & (distance < self.window)
 
     def block_mask(self, T: int, S: int, J: int) -> Any:
-        """Flex attention's, of A · S queries over T entries of a prefix and A · J of blocks; the same in all layers."""
+        """Return flex attention's mask of A · S queries over T entries of a prefix and A · J of blocks.
+
+        It is the same in all layers.
+        """
         if (T, S, J) not in self._masks:
             B, A = self.seen.shape
-            # tensors: a number would be compiled in, and every length compiled anew
+            # tensors, because numbers would be compiled in, and every length compiled anew
             device = self.seen.device
             prefix, queries, own = (torch.tensor(n, device=device) for n in (T, S, J))
             seen, first = self.seen, torch.zeros_like(self.seen) if self.first is None else self.first
             window = torch.tensor(T + S + J if self.window is None else self.window, device=device)
-            ahead = torch.tensor(0 if self.causal else J, device=device)  # own keys beyond the query that it sees
+            ahead = torch.tensor(0 if self.causal else J, device=device)  # own keys after the query that it sees
 
             def sees(b: torch.Tensor, _h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
                 block, s = q // queries, q % queries
@@ -114,16 +117,16 @@ class ContextMask:
             self._masks[T, S, J] = _flex().mask(sees, B, None, A * S, T + A * J, device)
         return self._masks[T, S, J]
 
-    def parts(self, T: int, R: int) -> list[tuple[slice, slice, slice]]:
-        """Rows, neighbouring blocks of them, and the entries that these may see of T, to be read at once.
+    def chunks(self, T: int, R: int) -> list[tuple[slice, slice, slice]]:
+        """Return rows, neighbouring blocks of them, and the entries of T that these may see, to be read together.
 
-        Blocks of R queries each are read together while the mask of it stays small; windows also while the entries in
-        between are few: work is bound by the window then, however long the prefix is.
+        Blocks of R queries each are read together while their mask stays small. With windows, the entries between them
+        must also be few: then the window bounds the work, however long the prefix is.
         """
         if (T, R) not in self._masks:
             B, A = self.seen.shape
             if self.local:
-                self._masks[T, R] = [part for b in range(B) for part in self._windows(b, T, R)]
+                self._masks[T, R] = [chunk for b in range(B) for chunk in self._windows(b, T, R)]
             else:
                 count = max(1, _MASK_ENTRIES // (B * R * T)) if T else A
                 groups = [slice(start, min(start + count, A)) for start in range(0, A, count)]
@@ -131,11 +134,11 @@ class ContextMask:
                 self._masks[T, R] = [
                     (slice(0, B), group, slice(0, end)) for group, end in zip(groups, ends, strict=True)
                 ]
-        found: list[tuple[slice, slice, slice]] = self._masks[T, R]
-        return found
+        chunks: list[tuple[slice, slice, slice]] = self._masks[T, R]
+        return chunks
 
     def _windows(self, row: int, T: int, R: int) -> Iterator[tuple[slice, slice, slice]]:
-        """Blocks of one row, whose windows do not move with those of other rows."""
+        """Yield chunks of the blocks of one row, whose windows do not move with those of other rows."""
         assert self.window is not None
         begin, low, high = 0, T, 0
         bounds = self.bounds[:, row].clip(max=T).T.tolist()
@@ -149,30 +152,34 @@ class ContextMask:
         yield slice(row, row + 1), slice(begin, len(bounds)), slice(low, max(low, high))
 
 
-def block_attention(queries: torch.Tensor, prefix: KeysValues, own: KeysValues, reach: ContextMask) -> torch.Tensor:
-    """Softmax attention of A blocks a row, with the scale 1 / √D.
+def block_attention(
+    queries: torch.Tensor, prefix: KeysValues, own: KeysValues, context_mask: ContextMask
+) -> torch.Tensor:
+    """Return softmax attention [B, A, S, heads · D] of A blocks per row, with the scale 1 / √D, in the values' dtype.
 
-    queries: [B, heads, A, S, D]; prefix: keys and values [B, kv_heads, T, D]; own: keys and values
-    [B, kv_heads, A, J, D]. Query heads that read one key head are neighbours, as in transformers. Returns
-    [B, A, S, heads · D] in the values' dtype.
+    queries: [B, heads, A, S, D]; query heads that read one key head are neighbours, as in transformers.
+    prefix: keys and values [B, kv_heads, T, D]; own: keys and values [B, kv_heads, A, J, D].
     """
     dtype = own[1].dtype
     keys, values, own_keys, own_values = (x.to(dtype) for x in (*prefix, *own))
     B, heads, A, S, D = queries.shape
     kv_heads = keys.shape[1]
     if queries.is_cuda and A > 1:
-        return _with_flex(queries.to(dtype), (keys, values), (own_keys, own_values), reach)
+        return _with_flex(queries.to(dtype), (keys, values), (own_keys, own_values), context_mask)
     # the query heads of a key head as further queries of it: keys and values are read in place, not repeated
     q = queries.to(dtype).view(B, kv_heads, heads // kv_heads, A, S, D).transpose(2, 3).flatten(3, 4).contiguous()
     if queries.is_cuda:
-        out = _one_block(q, (keys, values), (own_keys, own_values), reach, S)
+        out = _one_block(q, (keys, values), (own_keys, own_values), context_mask, S)
     else:
-        out = _Merged.apply(q, keys, values, own_keys, own_values, reach, S)
+        out = _Merged.apply(q, keys, values, own_keys, own_values, context_mask, S)
     return out.unflatten(3, (-1, S)).permute(0, 2, 4, 1, 3, 5).flatten(3)
 
 
 class _Merged(torch.autograd.Function):
-    """q: [B, kv_heads, A, R, D] with R = query heads of a key head · S; others as in `block_attention`. Like q."""
+    """Attention over prefix and block, merged. Returns a tensor like q.
+
+    q: [B, kv_heads, A, R, D] with R = query heads of a key head · S; others as in `block_attention`.
+    """
 
     @staticmethod
     def forward(
@@ -182,41 +189,42 @@ class _Merged(torch.autograd.Function):
         values: torch.Tensor,
         own_keys: torch.Tensor,
         own_values: torch.Tensor,
-        reach: ContextMask,
+        context_mask: ContextMask,
         S: int,
     ) -> torch.Tensor:
-        own = _mask(reach.own(S, own_keys.shape[3]), q)
+        own = _mask(context_mask.own(S, own_keys.shape[3]), q)
         out, total = _forward(*(_blocks(x) for x in (q, own_keys, own_values)), attn_mask=own)
         out, total = out.view(q.shape), total.view(q.shape[:4])  # [B, kv_heads, A, R] float32
-        for rows, group, entries in reach.parts(keys.shape[2], q.shape[3]):
+        for rows, group, entries in context_mask.chunks(keys.shape[2], q.shape[3]):
             if entries.start >= entries.stop:
                 continue
-            asked, mask = q[rows, :, group], _mask(reach.visible(entries, S, rows, group), q)
-            read = _forward(asked.flatten(2, 3), keys[rows, :, entries], values[rows, :, entries], attn_mask=mask)
-            from_prefix, seen = read[0].reshape(asked.shape), read[1].reshape(asked.shape[:4])
+            some, mask = q[rows, :, group], _mask(context_mask.visible(entries, S, rows, group), q)
+            read = _forward(some.flatten(2, 3), keys[rows, :, entries], values[rows, :, entries], attn_mask=mask)
+            from_prefix, seen = read[0].reshape(some.shape), read[1].reshape(some.shape[:4])
             both = torch.logaddexp(total[rows, :, group], seen)
             share = (seen - both).exp()[..., None]  # of the prefix in the softmax of the whole
             out[rows, :, group] = torch.lerp(out[rows, :, group].to(share.dtype), from_prefix.to(share.dtype), share)
             total[rows, :, group] = both
         ctx.save_for_backward(q, keys, values, own_keys, own_values, out, total)
-        ctx.reach, ctx.S = reach, S
+        ctx.context_mask, ctx.S = context_mask, S
         return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
         q, keys, values, own_keys, own_values, out, total = ctx.saved_tensors
-        reach, S, grad = ctx.reach, ctx.S, grad_outputs[0]
+        context_mask, S, grad = ctx.context_mask, ctx.S, grad_outputs[0]
         of_q, of_own_keys, of_own_values = (torch.empty_like(x) for x in (q, own_keys, own_values))
         of_keys, of_values = (torch.zeros(x.shape, dtype=total.dtype, device=x.device) for x in (keys, values))
-        own_sees = _each_query(reach.own(S, own_keys.shape[3]), q)
-        for rows, group, entries in reach.parts(keys.shape[2], q.shape[3]):
+        own_sees = _each_query(context_mask.own(S, own_keys.shape[3]), q)
+        for rows, group, entries in context_mask.chunks(keys.shape[2], q.shape[3]):
             whole = [x[rows, :, group] for x in (grad, q, out, total)]
-            own = _own_backward(own_keys[rows, :, group], own_values[rows, :, group], own_sees, *whole)
+            own_group = own_keys[rows, :, group], own_values[rows, :, group]
+            own = _own_backward(own_group, own_sees, *whole)
             of_q[rows, :, group], of_own_keys[rows, :, group], of_own_values[rows, :, group] = own
             if entries.start < entries.stop:
                 grad_of, q_of, out_of, total_of = (x.flatten(2, 3) for x in whole)
                 read = (keys[rows, :, entries], values[rows, :, entries])
-                mask = _mask(reach.visible(entries, S, rows, group), q)
+                mask = _mask(context_mask.visible(entries, S, rows, group), q)
                 dq, dk, dv = _backward(grad_of, q_of, *read, out_of, total_of, 0.0, False, attn_mask=mask)
                 of_q[rows, :, group] += dq.reshape(whole[1].shape)
                 of_keys[rows, :, entries] += dk
@@ -225,16 +233,15 @@ class _Merged(torch.autograd.Function):
 
 
 def _own_backward(
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    own: KeysValues,
     sees: torch.Tensor | None,
     grad: torch.Tensor,
     q: torch.Tensor,
     out: torch.Tensor,
     total: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What the blocks' own part adds to the gradients of q, keys and values: few keys, for which the kernel is slow."""
-    grad, q, out, keys, values = (x.to(total.dtype) for x in (grad, q, out, keys, values))
+    """Return what a block's own keys add to the gradients of q, keys and values. For so few keys the kernel is slow."""
+    grad, q, out, keys, values = (x.to(total.dtype) for x in (grad, q, out, *own))
     scale = 1 / math.sqrt(q.shape[-1])
     weights = (scale * (q @ keys.mT) - total[..., None]).exp()  # [B, kv_heads, A, R, J]
     if sees is not None:
@@ -244,17 +251,17 @@ def _own_backward(
 
 
 def _blocks(x: torch.Tensor) -> torch.Tensor:
-    """[B, kv_heads, A, …] as the kernel takes independent sequences: [B · kv_heads, A, …]."""
+    """Reshape [B, kv_heads, A, …] to independent sequences of the kernel: [B · kv_heads, A, …]."""
     return x.flatten(0, 1)
 
 
 def _each_query(sees: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
-    """[…, S or 1, keys] → […, R, keys]: of the queries of all heads that read one key head."""
+    """Repeat […, S or 1, keys] to […, R, keys], for the queries of all heads that read one key head."""
     return None if sees is None else sees.repeat(*[1] * (sees.dim() - 2), q.shape[3] // sees.shape[-2], 1)
 
 
 def _mask(sees: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
-    """bool [S, J], or [B, A, S or 1, entries], as what is added to the scores of queries [B, 1, A · R, keys]."""
+    """Return what to add to the scores [B, 1, A · R, keys], for bool [S, J] or [B, A, S or 1, entries]."""
     each = _each_query(sees, q)
     if each is None:
         return None
@@ -263,15 +270,15 @@ def _mask(sees: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
     return added[None, None] if added.dim() == 2 else added.flatten(1, 2)[:, None]
 
 
-def _one_block(q: torch.Tensor, prefix: KeysValues, own: KeysValues, reach: ContextMask, S: int) -> torch.Tensor:
-    """A = 1: prefix and block are one sequence, and no other block is read in vain."""
+def _one_block(q: torch.Tensor, prefix: KeysValues, own: KeysValues, context_mask: ContextMask, S: int) -> torch.Tensor:
+    """Attend for A = 1: prefix and block are one sequence, and no other block is read in vain."""
     T, J = prefix[0].shape[2], own[0].shape[3]
-    ends = (reach.bounds[0].min(), reach.bounds[1].max()) if reach.local else (0, T)
+    ends = (context_mask.bounds[0].min(), context_mask.bounds[1].max()) if context_mask.local else (0, T)
     entries = slice(*(int(end.clip(0, T)) for end in np.array(ends)))
     keys, values = (
         torch.cat([of_prefix[:, :, entries], of_own[:, :, 0]], 2) for of_prefix, of_own in zip(prefix, own, strict=True)
     )
-    of_prefix, of_own = reach.visible(entries, S), reach.own(S, J)
+    of_prefix, of_own = context_mask.visible(entries, S), context_mask.own(S, J)
     if of_prefix is None and of_own is None:
         return F.scaled_dot_product_attention(q[:, :, 0], keys, values)[:, :, None]
     B = len(q)
@@ -283,15 +290,20 @@ def _one_block(q: torch.Tensor, prefix: KeysValues, own: KeysValues, reach: Cont
     )[:, :, None]
 
 
-def _with_flex(q: torch.Tensor, prefix: KeysValues, own: KeysValues, reach: ContextMask) -> torch.Tensor:
-    assert not reach.ring, "requests in flight have one block each"
+def _with_flex(q: torch.Tensor, prefix: KeysValues, own: KeysValues, context_mask: ContextMask) -> torch.Tensor:
+    assert not context_mask.ring, "requests in flight have one block each"
     _, _, _, S, D = q.shape
     T, J = prefix[0].shape[2], own[0].shape[3]
     keys, values = (
         torch.cat([of_prefix, of_own.flatten(2, 3)], 2) for of_prefix, of_own in zip(prefix, own, strict=True)
     )
     out = _flex().attention(
-        q.flatten(2, 3), keys, values, block_mask=reach.block_mask(T, S, J), scale=1 / math.sqrt(D), enable_gqa=True
+        q.flatten(2, 3),
+        keys,
+        values,
+        block_mask=context_mask.block_mask(T, S, J),
+        scale=1 / math.sqrt(D),
+        enable_gqa=True,
     )
     return out.transpose(1, 2).flatten(2).unflatten(1, (-1, S))
 
@@ -307,11 +319,12 @@ _MOST_GRAPHS = 64
 
 @cache
 def _flex(compiled: bool = True) -> _Flex:
+    # imported here: it loads torch's compiler, which only CUDA needs
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if not compiled:
         return _Flex(flex_attention, create_block_mask)
-    # a graph for each of: gradients or none, one row or several, one block of queries or of keys or several, and sizes
-    # that are equal by chance. Behind the limit (8) attention would run unfused, with all its scores in memory
+    # One graph for each of: gradients or none, one row or several, one block of queries or of keys or several, sizes
+    # that are equal by chance. Over the default limit of 8, attention runs unfused, with all its scores in memory.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
     return _Flex(torch.compile(flex_attention, dynamic=True), torch.compile(create_block_mask, dynamic=True))

@@ -33,31 +33,33 @@ from draftsmith.stages.target.kv_cache import KeyValueSlots, Rows
 
 @dataclass
 class FeatureContext(Context):
-    """Per layer keys and values [B, kv_heads, T, head_dim] of the target's features, rotated to their positions."""
+    """Keys and values [B, kv_heads, T, head_dim] of the target's features per layer, rotated to their positions."""
 
     layers: list[KeysValues]  # entry i is position i
-    window: int | None = None  # so many positions before its anchor are all that a block sees; None: all of them
-    rings: bool = False  # of layers with a window entry i is the newest position that leaves the rest i by their number
+    window: int | None = None  # positions before its anchor that a block sees; None: all of them
+    rings: bool = False  # in layers with a window, entry i is the newest position that is i modulo their number
 
 
 @dataclass
 class FeatureSlots(Context):
-    """The same while decoding: one row a request. A layer with a window keeps what its window can reach, in a ring."""
+    """The context while decoding, with one row per request. A layer with a window keeps in a ring what it can reach."""
 
     layers: list[KeyValueSlots]
 
 
 @dataclass(frozen=True)
 class AttentionSpan:
-    """What the queries of a layer see, as SGLang reads it from a config."""
+    """The positions that the queries of a layer see, as SGLang reads it from a config."""
 
     window: int | None  # positions, the query's own included, of context and block; None: all
-    causal: bool  # no position of the block ahead of the query
+    causal: bool  # no position of the block after the query
 
     @classmethod
     def by_layer(cls, config: Any) -> list[AttentionSpan]:
-        """Of every layer. Blocks are read in both directions; behind a window, only backwards, unless `is_causal`
-        says otherwise for all layers."""
+        """Return the span of every layer.
+
+        Blocks are read in both directions; in layers with a window only backwards, unless `is_causal` sets all layers.
+        """
         causal = getattr(config, "is_causal", None)
         types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
         sliding = [kind == "sliding_attention" for kind in types]
@@ -65,7 +67,7 @@ class AttentionSpan:
 
 
 class DFlashAttention(nn.Module):
-    """Block queries over context and block. `k_proj`, `v_proj` and `k_norm` serve both."""
+    """Attention of block queries over context and block. `k_proj`, `v_proj` and `k_norm` serve both."""
 
     def __init__(self, config: Qwen3Config):
         super().__init__()
@@ -84,21 +86,23 @@ class DFlashAttention(nn.Module):
     def keys_values(
         self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x: [B, T, H] → rotated keys and values, each [B, kv_heads, T, head_dim]."""
+        """Return rotated keys and values, each [B, kv_heads, T, head_dim]. x: [B, T, H]."""
         keys = self.k_norm(self._heads(self.k_proj(x))).transpose(1, 2)
         keys, _ = apply_rotary_pos_emb(keys, keys, *rope)
         values = self._heads(self.v_proj(x)).transpose(1, 2)
-        return keys.to(values.dtype), values  # under autocast the norm leaves float32 behind
+        return keys.to(values.dtype), values  # under autocast the norm returns float32
 
     def forward(
-        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], context: KeysValues, reach: ContextMask
+        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], context: KeysValues, context_mask: ContextMask
     ) -> torch.Tensor:
-        """x: [B, Q, H] positions of A blocks, as many of each; reach: of the blocks into the context."""
+        """Attend. x: [B, Q, H] positions of A blocks, as many of each; context_mask: of these blocks."""
         queries = self.q_norm(self._heads(self.q_proj(x))).transpose(1, 2)
         queries, _ = apply_rotary_pos_emb(queries, queries, *rope)
-        blocks = (reach.seen.shape[1], -1)
-        keys, values = (part.unflatten(2, blocks) for part in self.keys_values(x, rope))
-        return self.o_proj(block_attention(queries.unflatten(2, blocks), context, (keys, values), reach).flatten(1, 2))
+        blocks = (context_mask.seen.shape[1], -1)
+        keys, values = (each.unflatten(2, blocks) for each in self.keys_values(x, rope))
+        return self.o_proj(
+            block_attention(queries.unflatten(2, blocks), context, (keys, values), context_mask).flatten(1, 2)
+        )
 
 
 class DFlashLayer(nn.Module):
@@ -114,17 +118,20 @@ class DFlashLayer(nn.Module):
     def keys_values(
         self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the context, which is read as it is: `input_layernorm` is for the block only."""
+        """Return keys and values of the context, read as it is: `input_layernorm` is for the block only."""
         return self.self_attn.keys_values(x, rope)
 
     def forward(self, x: torch.Tensor, *attention_arguments: Any) -> torch.Tensor:
-        """x: [B, Q, H]; the other arguments are those of `DFlashAttention.forward`."""
+        """Run the layer. x: [B, Q, H]; the other arguments are those of `DFlashAttention.forward`."""
         x = x + self.self_attn(self.input_layernorm(x), *attention_arguments)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class DFlashDrafter(Drafter):
-    """Parameter names are z-lab's: `fc`, `hidden_norm`, `norm`, `layers.{i}.…`. Embedding and head are the target's."""
+    """The draft model. Parameter names are z-lab's: `fc`, `hidden_norm`, `norm`, `layers.{i}.…`.
+
+    Embedding and head are the target's.
+    """
 
     kind, recipe = TRAITS.kind, TRAITS.recipe
     autoregressive, has_own_head = False, False
@@ -151,7 +158,7 @@ class DFlashDrafter(Drafter):
         return DFlashLayer(config)
 
     def initialise(self, generator: torch.Generator, head_weight: torch.Tensor) -> None:
-        """Random weights with a sane first loss (about the logarithm of the vocabulary's size). head_weight: [V, H].
+        """Set random weights with a sane first loss, about the logarithm of the vocabulary's size. head_weight: [V, H].
 
         Two things make a naive start explode. The frozen head expects the scale of the target's final norm, tens of
         units: the final norm starts where the logits have unit variance instead. And every query starts from the same
@@ -181,7 +188,7 @@ class DFlashDrafter(Drafter):
         return self.block(context, tokens[..., 0], anchors, tokens.shape[-1] + 1)[:, :, 1:]
 
     def block(self, context: Context, anchor_tokens: torch.Tensor, anchors: torch.Tensor, queries: int) -> torch.Tensor:
-        """Hidden states [B, A, queries, H] of blocks of an anchor and masks. anchor_tokens, anchors: [B, A]."""
+        """Return hidden states [B, A, queries, H] of blocks of an anchor and masks. anchor_tokens, anchors: [B, A]."""
         assert isinstance(context, FeatureContext)
         B, A = anchors.shape
         block = anchor_tokens.new_full((B, A, queries), self.mask_token_id)
@@ -189,13 +196,13 @@ class DFlashDrafter(Drafter):
         positions = (anchors[..., None] + torch.arange(queries, device=anchors.device)).flatten(1)
         x = F.embedding(block.flatten(1), self._embedding[0]).to(self.norm.weight.dtype) * self.embedding_scale
         first = None if context.window is None else anchors - context.window
-        reaches = {
-            sight: ContextMask(anchors, first, sight.window, sight.causal, context.rings and sight.window is not None)
-            for sight in self.spans
+        masks = {
+            span: ContextMask(anchors, first, span.window, span.causal, context.rings and span.window is not None)
+            for span in self.spans
         }
         rope = self._rope(positions, x)
-        for layer, sight, keys_values in zip(self._layers(), self.spans, context.layers, strict=True):
-            x = layer(x, rope, keys_values, reaches[sight])
+        for layer, span, keys_values in zip(self._layers(), self.spans, context.layers, strict=True):
+            x = layer(x, rope, keys_values, masks[span])
         return self.norm(x).unflatten(1, (A, queries))
 
     @property
@@ -204,7 +211,8 @@ class DFlashDrafter(Drafter):
         return self.block_size
 
     def training_operations(self, shape: StepShape) -> float:
-        """With N = rows · T positions, b = rows · A blocks of B tokens, q and k the widths of queries and keys:
+        """Count operations, with N = rows · T positions, b = rows · A blocks of B tokens, and q and k the widths of queries
+        and keys:
 
         fc: N · F·H², forward and the gradient of its weights (2 passes; the target's features need none); all other
         weights in 3 passes: N · L·2Hk (context) + b·B · L·(2Hq + 2Hk + 3HI) (blocks); attention, L times, 2 products
@@ -218,7 +226,7 @@ class DFlashDrafter(Drafter):
         N, tokens = shape.prefixes * shape.rows * shape.width, shape.blocks * B
         fc = N * len(self.target_layer_ids) * H * H
         layer = N * 2 * H * k + tokens * (2 * H * q + 2 * H * k + 3 * H * c.intermediate_size)
-        seen = sum(shape.seen_within(sight.window) for sight in self.spans)  # of all layers
+        seen = sum(shape.seen_within(span.window) for span in self.spans)  # of all layers
         attention = B * q * seen + c.num_hidden_layers * tokens * q * B
         head = shape.head_positions * shape.head_rows * H
         return 2.0 * (2 * fc + 3 * c.num_hidden_layers * layer + 7 * attention + 2 * head)
@@ -255,9 +263,9 @@ class DFlashDrafter(Drafter):
         if isinstance(rows, slice):
             rows = torch.arange(rows.start, rows.stop, device=positions.device)
         encoded = self.encode(features, tokens, positions)
-        for slots, sight, (keys, values) in zip(context.layers, self.spans, encoded.layers, strict=True):
+        for slots, span, (keys, values) in zip(context.layers, self.spans, encoded.layers, strict=True):
             keys, values, at = keys.transpose(1, 2), values.transpose(1, 2), positions
-            if sight.window is not None:
+            if span.window is not None:
                 newest = _newest(positions, lengths, slots.capacity)
                 keys, values = (x[torch.arange(len(x), device=x.device)[:, None], newest] for x in (keys, values))
                 at = positions.gather(1, newest) % slots.capacity
@@ -269,7 +277,7 @@ class DFlashDrafter(Drafter):
             return FeatureContext(layers, context.window)
         assert isinstance(context, FeatureSlots)
         of_layers = zip(self.spans, context.layers, strict=True)
-        layers = [s.read(rows, length if sight.window is None else s.capacity) for sight, s in of_layers]
+        layers = [s.read(rows, length if span.window is None else s.capacity) for span, s in of_layers]
         return FeatureContext(layers, rings=True)
 
     def move_row(self, context: Context, source: int, to: int) -> None:
@@ -279,8 +287,10 @@ class DFlashDrafter(Drafter):
 
 
 def _newest(positions: torch.Tensor, lengths: torch.Tensor | None, count: int) -> torch.Tensor:
-    """[n, at most count] columns of positions [n, T]: those in front of each row's end, what lies behind it left out
-    where there are more. lengths: [n] columns up to each end; None: all."""
+    """Return columns [n, at most count] of positions [n, T]: the last ones before each row's end.
+
+    lengths: [n] columns up to each end; None: all.
+    """
     n, T = positions.shape
     ends = positions.new_full((n,), T) if lengths is None else lengths
     first = (ends - count).clamp(min=0)

@@ -1,1 +1,1 @@
-"""DFlash2: DFlash with convolutions over the block, and a selector that walks through candidates of every offset."""
+"""DFlash2: DFlash with convolutions over the block, and a selector among the candidates of every offset."""

@@ -9,19 +9,65 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 from draftsmith.stages.drafters.base import BlockSampler, Context, StepShape
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter, DFlashLayer
 from draftsmith.stages.drafters.dflash2.config import TRAITS
-from draftsmith.stages.drafters.dflash2.convolution import BlockConvolution
 from draftsmith.stages.drafters.dflash2.selector import CandidateSelector, SelectorSampler
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.target.logit_map import LogitMap
 
+BEFORE, AFTER = 0, 1  # the sublayer: first index of the kernels
+
+
+class BlockConvolution(nn.Module):
+    """Grouped dynamic convolution over the positions of a block, before and after a sublayer.
+
+    Source: the parameters and the order of SGLang's `DFlashGroupedConv` (srt/models/dflash.py, 0.5.20 and 0.5.23).
+    Output c at position i is Σ_t (base[t, c] + δ[i, t, group of c]) · x[i - t, c]; a tap never reaches into another
+    block. One projection of a sublayer's input gives δ of both sides. Parameter names are SGLang's: `base_kernel`
+    [2, taps, H] and `kernel_projection`. It is the identity at the start.
+    """
+
+    def __init__(self, hidden_size: int, taps: int, group_size: int):
+        super().__init__()
+        self.taps, self.groups = taps, hidden_size // group_size
+        self.base_kernel = nn.Parameter(torch.zeros(2, taps, hidden_size))
+        self.kernel_projection = nn.Linear(hidden_size, 2 * taps * self.groups, bias=False)
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Set both sides to the identity, at which all parameters have gradients."""
+        self.base_kernel.zero_()
+        self.base_kernel[:, 0] = 1.0
+        self.kernel_projection.weight.zero_()
+
+    def before(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sublayer's input, and the kernels for its output. x: [..., S, H] of whole blocks."""
+        kernels = self.kernel_projection(x).unflatten(-1, (2, self.taps, self.groups))
+        return self._convolve(x, kernels[..., BEFORE, :, :], BEFORE), kernels[..., AFTER, :, :]
+
+    def after(self, x: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
+        """Convolve the sublayer's output x, which is shaped like its input, with the kernels from `before`."""
+        return self._convolve(x, kernels, AFTER)
+
+    def _convolve(self, x: torch.Tensor, kernels: torch.Tensor, side: int) -> torch.Tensor:
+        """Convolve one side. kernels: [..., S, taps, groups]."""
+        grouped = x.unflatten(-1, (self.groups, -1))
+        base = self.base_kernel[side].unflatten(-1, (self.groups, -1))  # [taps, groups, H / groups]
+        out = (base[0] + kernels[..., 0, :, None]) * grouped
+        for tap in range(1, min(self.taps, x.shape[-2])):  # what is before the block counts as zero
+            shifted = F.pad(grouped[..., :-tap, :, :], (0, 0, 0, 0, tap, 0))
+            out = out + (base[tap] + kernels[..., tap, :, None]) * shifted
+        return out.flatten(-2)
+
 
 class DFlash2Layer(DFlashLayer):
-    """A DFlash layer with `attention_conv` and `mlp_conv` around its sublayers; without, where a config has none."""
+    """A DFlash layer with `attention_conv` and `mlp_conv` around its sublayers, if the config has convolutions."""
 
     def __init__(self, config: Qwen3Config):
         super().__init__(config)
@@ -32,23 +78,29 @@ class DFlash2Layer(DFlashLayer):
     def forward(self, x: torch.Tensor, *attention_arguments: Any) -> torch.Tensor:
         if self.attention_conv is None or self.mlp_conv is None:
             return super().forward(x, *attention_arguments)
-        blocks = (attention_arguments[-1].seen.shape[1], -1)  # of the reach: what a convolution must not leave
+        blocks = (
+            attention_arguments[-1].seen.shape[1],
+            -1,
+        )  # of the context mask: a convolution must not leave its block
         inner, kernels = self.attention_conv.before(self.input_layernorm(x).unflatten(1, blocks))
         attended = self.self_attn(inner.flatten(1, 2), *attention_arguments)
-        x = x + self.attention_conv.behind(attended.unflatten(1, blocks), kernels).flatten(1, 2)
+        x = x + self.attention_conv.after(attended.unflatten(1, blocks), kernels).flatten(1, 2)
         inner, kernels = self.mlp_conv.before(self.post_attention_layernorm(x).unflatten(1, blocks))
-        return x + self.mlp_conv.behind(self.mlp(inner), kernels).flatten(1, 2)
+        return x + self.mlp_conv.after(self.mlp(inner), kernels).flatten(1, 2)
 
 
 class DFlash2Drafter(DFlashDrafter):
-    """Parameter names are SGLang's: those of DFlash, the convolutions', and `candidate_selector.…`."""
+    """The draft model. Parameter names are SGLang's: DFlash's, the convolutions', and `candidate_selector.…`."""
 
     kind, recipe = TRAITS.kind, TRAITS.recipe
     samples_proposals, has_selector = True, True
 
     def __init__(self, config: Qwen3Config, embedding: torch.Tensor):
-        """config: as of DFlash, with the sizes of convolutions and selector in `dflash_config`, and what makes unary
-        scores of the head's products."""
+        """Create the model.
+
+        config: as for DFlash, with the sizes of convolutions and selector in `dflash_config`, and the scale and soft
+        cap of unary scores.
+        """
         super().__init__(config, embedding)
         sizes = config.dflash_config
         self.candidate_selector = CandidateSelector(
@@ -67,7 +119,7 @@ class DFlash2Drafter(DFlashDrafter):
         self.initialise_additions(generator)
 
     def initialise_additions(self, generator: torch.Generator) -> None:
-        """What DFlash lacks starts as if it were not there: the same proposals."""
+        """Initialise what DFlash lacks so that the proposals are the same as without it."""
         for module in self.modules():
             if isinstance(module, BlockConvolution):
                 module.initialise()
@@ -109,13 +161,16 @@ class DFlash2Drafter(DFlashDrafter):
         return selector.unary_map(unary) + pairs[..., 0, :]
 
     def training_operations(self, shape: StepShape) -> float:
-        """As of DFlash, and: the projections of the kernels, H · 2·taps·groups twice a layer and token, in 3 passes; of
-        each position with a loss the candidates, V'·H once, and their scores, k·H (unary) in 3 passes, k·r (pairs) and
-        H·r (projection) in 4: they are computed again in backward."""
+        """Count operations as for DFlash, and in addition:
+
+        the projections of the kernels, H · 2·taps·groups twice per layer and token, in 3 passes; for each position with
+        a loss the candidates, V'·H once, and their scores, k·H (unary) in 3 passes, k·r (pairs) and H·r (projection) in
+        4: they are computed again in backward.
+        """
         c, sizes = self.config, self.config.dflash_config
         H, r, k = c.hidden_size, sizes["selector_rank"], min(sizes["selector_top_k"], shape.head_rows)
         taps = sizes.get("conv_kernel_size") or 0
         kernels = 2 * H * 2 * taps * (H // sizes["conv_group_size"]) if taps else 0
         convolutions = shape.blocks * self.block_size * c.num_hidden_layers * kernels
-        chosen = shape.head_positions * (shape.head_rows * H + 3 * k * H + 4 * (k * r + H * r))
-        return super().training_operations(shape) + 2.0 * (3 * convolutions + chosen)
+        selector = shape.head_positions * (shape.head_rows * H + 3 * k * H + 4 * (k * r + H * r))
+        return super().training_operations(shape) + 2.0 * (3 * convolutions + selector)

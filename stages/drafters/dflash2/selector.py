@@ -1,11 +1,11 @@
-"""The selector: of every offset the top candidates of the head, scored by the token before them.
+"""The selector: scores the head's top candidates of every offset by the token before them.
 
-Source: SGLang's `CandidateSelector` (srt/models/dflash.py, 0.5.20 and 0.5.23). Candidate c behind token p has the score
+Source: SGLang's `CandidateSelector` (srt/models/dflash.py, 0.5.20 and 0.5.23). Candidate c after token p has the score
 unary[c] + <A[p] ⊙ W h, B[c]>. Its unary score is the head's logit: the head's product, by the scale and the soft cap in
 the checkpoint's config, which are the target's. The token before the first offset is the anchor's. The softmax over the
-candidates is the distribution q of an offset. Greedily the best candidate is taken offset by offset, each behind the
-one before it: what stands before an offset is a candidate too, so the scores of all pairs are made at once, and only
-the way through them is walked.
+candidates is the distribution q of an offset. Greedily the best candidate is taken offset by offset, given the one
+before it. What stands before an offset is a candidate too, so the scores of all pairs are computed in one batch, and
+only the path through them is sequential.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from draftsmith.stages.target.logit_map import LogitMap
 
 
 class CandidateSelector(nn.Module):
-    """Parameter names are SGLang's: A `predecessor_codebook`, B `successor_codebook` [V, r], W `hidden_projection`."""
+    """Scores candidates. Parameter names are SGLang's.
+
+    A is `predecessor_codebook`, B `successor_codebook`, both [V, r], W is `hidden_projection`.
+    """
 
     def __init__(self, hidden_size: int, vocab_size: int, rank: int, top_k: int, unary_map: LogitMap):
         super().__init__()
@@ -32,7 +35,7 @@ class CandidateSelector(nn.Module):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """No pair has a score, so that the best token of the head is taken; B alone is zero, and so has a gradient."""
+        """Give every pair the score 0, so that the head's best token is taken. B alone is zero, and has a gradient."""
         nn.init.normal_(self.predecessor_codebook, generator=generator)
         width = self.hidden_projection.in_features
         nn.init.normal_(self.hidden_projection.weight, std=width**-0.5, generator=generator)
@@ -40,29 +43,33 @@ class CandidateSelector(nn.Module):
 
     @torch.no_grad()
     def candidates(self, hidden: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden [..., H] → columns [..., k] of the head's best tokens, best first, and their unary scores."""
+        """Return the columns [..., k] of the head's best tokens, best first, and their unary scores.
+
+        hidden: [..., H].
+        """
         flat, k = hidden.flatten(0, -2), min(self.top_k, head.weight.shape[0])
-        parts = [
-            head.raw_logits(part).topk(k, -1) for part in flat.split(max(1, LOGITS_AT_ONCE // head.weight.shape[0]))
-        ]
+        count = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+        chunks = [head.raw_logits(chunk).topk(k, -1) for chunk in flat.split(count)]
         shape = (*hidden.shape[:-1], k)
-        columns = torch.cat([part.indices for part in parts]).view(shape)
-        return columns, self.unary_map(torch.cat([part.values for part in parts]).float()).view(shape)
+        columns = torch.cat([chunk.indices for chunk in chunks]).view(shape)
+        return columns, self.unary_map(torch.cat([chunk.values for chunk in chunks]).float()).view(shape)
 
     def gates(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [..., H] → W h [..., r]."""
+        """Return W h [..., r] of hidden states [..., H]."""
         projected: torch.Tensor = self.hidden_projection(hidden)
         return projected
 
     def pairs(self, gates: torch.Tensor, previous: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """float32 [..., p, k]: the scores of candidate tokens [..., k] behind each of the tokens [..., p], at hidden
-        states with the gates [..., r]."""
+        """Return float32 [..., p, k]: the scores of candidate tokens [..., k] after each of the tokens [..., p].
+
+        gates: [..., r] of the hidden states.
+        """
         before = F.embedding(previous, self.predecessor_codebook) * gates[..., None, :]
         keys = F.embedding(tokens, self.successor_codebook)
         return (before.to(keys.dtype) @ keys.mT).float()
 
     def best(self, hidden: torch.Tensor, anchor_tokens: torch.Tensor, head: Head) -> torch.Tensor:
-        """hidden: [B, A, K, H]; anchor_tokens: [B, A] → the best way [B, A, K] through the candidates."""
+        """Return the best path [B, A, K] through the candidates. hidden: [B, A, K, H]; anchor_tokens: [B, A]."""
 
         def propose(hidden: torch.Tensor, anchor_tokens: torch.Tensor) -> torch.Tensor:
             return self._best(hidden, anchor_tokens, head)
@@ -76,14 +83,14 @@ class CandidateSelector(nn.Module):
         first = anchor_tokens[..., None, None].expand_as(tokens[..., :1, :])
         pairs = self.pairs(self.gates(hidden), torch.cat([first, tokens[..., :-1, :]], -2), tokens)
         scores = unary[..., None, :] + pairs  # [B, A, K, k before it, k]
-        best, places = scores.argmax(-1), [torch.zeros_like(anchor_tokens)[..., None]]
+        best, path = scores.argmax(-1), [torch.zeros_like(anchor_tokens)[..., None]]
         for k in range(hidden.shape[-2]):
-            places.append(best[..., k, :].gather(-1, places[-1]))
-        return tokens.gather(-1, torch.cat(places[1:], -1)[..., None])[..., 0]
+            path.append(best[..., k, :].gather(-1, path[-1]))
+        return tokens.gather(-1, torch.cat(path[1:], -1)[..., None])[..., 0]
 
 
 class SelectorSampler(BlockSampler):
-    """Through the candidates of blocks, offset by offset, behind whatever token is drawn."""
+    """Samples among the candidates of blocks, offset by offset."""
 
     def __init__(self, selector: CandidateSelector, hidden: torch.Tensor, head: Head):
         """hidden: [B, A, K, H]."""
@@ -92,7 +99,7 @@ class SelectorSampler(BlockSampler):
         self._tokens, self._gates = head.to_tokens(self._columns), selector.gates(hidden)
 
     def _scores(self, tokens: torch.Tensor) -> tuple[int, torch.Tensor]:
-        """The next offset, and [B, A, k] of its candidates."""
+        """Return the next offset, and the scores [B, A, k] of its candidates."""
         k = self._drafted
         self._drafted += 1
         pairs = self._selector.pairs(self._gates[:, :, k], tokens[..., None], self._tokens[:, :, k])

@@ -119,7 +119,7 @@ class _Chain(BlockSampler):
         self.features = context.features.gather(
             1, self.positions[..., None].expand(-1, -1, context.features.shape[-1])
         )  # [B, A, H]
-        self.reach = ContextMask(self.positions)
+        self.context_mask = ContextMask(self.positions)
         self._keys: list[torch.Tensor] = []  # each [B, kv_heads, A, D]
         self._values: list[torch.Tensor] = []
 
@@ -132,7 +132,7 @@ class _Chain(BlockSampler):
         self._keys, self._values = [*self._keys, keys], [*self._values, values]
         own = torch.stack(self._keys, 3), torch.stack(self._values, 3)
         queries = layer.self_attn.queries(x, rope)[..., None, :]  # one of each chain
-        attended = block_attention(queries, (self.context.keys, self.context.values), own, self.reach)
+        attended = block_attention(queries, (self.context.keys, self.context.values), own, self.context_mask)
         self.features = layer.finish(self.features, attended[:, :, 0])
         return self.drafter.norm(self.features)
 

@@ -11,8 +11,7 @@ from draftsmith.stages.drafters.base import BlockDrafter
 from draftsmith.stages.drafters.checkpoint import upgraded
 from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.drafters.dflash2.config import DFlash2Config
-from draftsmith.stages.drafters.dflash2.convolution import BlockConvolution
-from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
+from draftsmith.stages.drafters.dflash2.model import BlockConvolution, DFlash2Drafter
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.trace import tau
