@@ -234,7 +234,7 @@ class Drafter(nn.Module, ABC):
 
 
 @dataclass(frozen=True)
-class BlockDrafter:
+class PreparedDrafter:
     """A drafter with the head and the block size that it drafts with."""
 
     drafter: Drafter

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from draftsmith.stages.data.trajectories import Trajectory, pad_tokens
-from draftsmith.stages.drafters.base import BlockDrafter, Context
+from draftsmith.stages.drafters.base import Context, PreparedDrafter
 from draftsmith.stages.replay.sampled import TargetSampler, VerifiedBlocks, draft_sampled
 from draftsmith.stages.replay.trace import Trace
 
@@ -33,7 +33,7 @@ BLOCKS_TO_ESTIMATE = 8  # blocks that the rate of rejections is estimated from, 
 
 @torch.no_grad()
 def replay_chains(
-    drafter: BlockDrafter,
+    drafter: PreparedDrafter,
     context: Context,
     trajectories: Sequence[Trajectory],
     chains: int | None = None,
@@ -82,7 +82,7 @@ def replay_chains(
 
 @torch.no_grad()
 def successors(
-    drafter: BlockDrafter,
+    drafter: PreparedDrafter,
     context: Context,
     trajectories: Sequence[Trajectory],
     anchors: torch.Tensor,
@@ -110,7 +110,7 @@ def committed_tokens(trajectories: Sequence[Trajectory], proposals: int, device:
 
 
 def draft(
-    drafter: BlockDrafter,
+    drafter: PreparedDrafter,
     context: Context,
     tokens: torch.Tensor,
     anchors: torch.Tensor,

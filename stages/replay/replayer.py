@@ -14,7 +14,7 @@ import torch
 
 from draftsmith.artifacts.atomic import atomic_path
 from draftsmith.stages.data.trajectories import Trajectory, groups_by_length, lengths_of, pad_tokens
-from draftsmith.stages.drafters.base import BlockDrafter, Drafter
+from draftsmith.stages.drafters.base import Drafter, PreparedDrafter
 from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.options import TREE_TOKENS, ReplayOptions
 from draftsmith.stages.replay.sampled import TargetSampler, outside_nucleus
@@ -199,14 +199,14 @@ class Replayer:
         options = self.options
         return groups_of(trajectories, options.tokens_per_group, self.target.device, skip, options.shard)
 
-    def _prepare(self, drafter: Drafter) -> BlockDrafter:
+    def _prepare(self, drafter: Drafter) -> PreparedDrafter:
         """Return the drafter as it is replayed, with packed weights where possible. Call it once for all groups."""
         drafting = self.options.drafting
         head = drafter.drafting_head(self.target.head_weight, drafting.head_tokens).for_decoding(self.target)
-        return BlockDrafter(drafter.for_decoding(), head, drafting.block_size or drafter.block_size)
+        return PreparedDrafter(drafter.for_decoding(), head, drafting.block_size or drafter.block_size)
 
     def _replay(
-        self, drafter: BlockDrafter, features: torch.Tensor, group: Group, hidden: torch.Tensor | None
+        self, drafter: PreparedDrafter, features: torch.Tensor, group: Group, hidden: torch.Tensor | None
     ) -> list[Trace]:
         """Return the traces of a group.
 

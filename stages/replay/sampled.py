@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from draftsmith.stages.data.trajectories import Trajectory
-from draftsmith.stages.drafters.base import LOGITS_AT_ONCE, BlockDrafter, BlockSampler, Context
+from draftsmith.stages.drafters.base import LOGITS_AT_ONCE, BlockSampler, Context, PreparedDrafter
 from draftsmith.stages.drafters.sampling import (
     Purpose,
     is_truncated,
@@ -195,7 +195,7 @@ class ExpectedCommits:
 
 @torch.no_grad()
 def draft_sampled(
-    drafter: BlockDrafter,
+    drafter: PreparedDrafter,
     context: Context,
     sampler: TargetSampler,
     tokens: torch.Tensor,
@@ -216,7 +216,7 @@ def draft_sampled(
 
 
 def _draft_chunk(
-    drafter: BlockDrafter,
+    drafter: PreparedDrafter,
     context: Context,
     sampler: TargetSampler,
     tokens: torch.Tensor,

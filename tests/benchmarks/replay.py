@@ -27,7 +27,7 @@ import torch
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.data.load import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.data.trajectories import Trajectory, groups_by_length, pad_tokens
-from draftsmith.stages.drafters.base import BlockDrafter, Context
+from draftsmith.stages.drafters.base import Context, PreparedDrafter
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
@@ -75,7 +75,7 @@ class Bench:
         ]
 
     def replay(self, group: list[Trajectory], context: Context, count: int | None) -> list[Trace]:
-        return replay_chains(BlockDrafter(self.drafter, self.head, self.drafter.block_size), context, group, count)
+        return replay_chains(PreparedDrafter(self.drafter, self.head, self.drafter.block_size), context, group, count)
 
     def chains(self, count: int | None) -> list[Trace]:
         """Traces in the order of the trajectories."""

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from draftsmith.stages.data.trajectories import Trajectory
-from draftsmith.stages.drafters.base import BlockDrafter
+from draftsmith.stages.drafters.base import PreparedDrafter
 from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter, upgraded
 from draftsmith.stages.drafters.dflash2.config import DFlash2Config
 from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
@@ -63,7 +63,7 @@ class Traced:
     def replayed(self, drafter: DFlash2Drafter) -> list[Trace]:
         head = drafter.drafting_head(self.bench.target.head_weight, None)
         _, context = self.bench.read(self.trajectories, drafter)
-        return replay_chains(BlockDrafter(drafter, head, drafter.block_size), context, self.trajectories)
+        return replay_chains(PreparedDrafter(drafter, head, drafter.block_size), context, self.trajectories)
 
     @property
     def drafter(self) -> DFlash2Drafter:

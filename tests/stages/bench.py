@@ -10,7 +10,7 @@ import torch
 
 from draftsmith.stages.data.load import DRAFTER_FOLDER, Prompt, load_prompts
 from draftsmith.stages.data.trajectories import Trajectory, pad_tokens
-from draftsmith.stages.drafters.base import BlockDrafter, Context, Drafter
+from draftsmith.stages.drafters.base import Context, Drafter, PreparedDrafter
 from draftsmith.stages.drafters.checkpoint import create_drafter, load_drafter
 from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.drafters.spec import DraftingConfig
@@ -118,7 +118,9 @@ class Bench:
         model = self.drafters[drafter]
         head = model.drafting_head(self.target.head_weight, head_tokens)
         context = self.read(trajectories, model)[1]
-        return replay_chains(BlockDrafter(model, head, block_size or model.block_size), context, trajectories, chains)
+        return replay_chains(
+            PreparedDrafter(model, head, block_size or model.block_size), context, trajectories, chains
+        )
 
     def sequential_traces(
         self,

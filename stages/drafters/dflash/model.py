@@ -211,7 +211,7 @@ class DFlashDrafter(Drafter):
         return self.block_size
 
     def training_operations(self, shape: StepShape) -> float:
-        """Count operations, with N = rows · T positions, b = rows · A blocks of B tokens, and q and k the widths of queries
+        """Count operations, with N = rows · T positions, b = rows · A blocks of B tokens, q and k the widths of queries
         and keys:
 
         fc: N · F·H², forward and the gradient of its weights (2 passes; the target's features need none); all other

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from draftsmith.stages.drafters.base import BlockDrafter, Drafter
+from draftsmith.stages.drafters.base import Drafter, PreparedDrafter
 from draftsmith.stages.replay.chains import successors
 from draftsmith.stages.runtime.ranks import Ranks
 from draftsmith.stages.training.blocks import (
@@ -129,7 +129,7 @@ class SuccessorAnchors(StatelessSource):
         trajectories, device = view.batch.trajectories, view.batch.tokens.device
         positions = np.stack(sample_positions(trajectories, self.per_sequence, phases[:, 0]))
         following = successors(
-            BlockDrafter(self.drafter, view.head, self.proposals + 1),
+            PreparedDrafter(self.drafter, view.head, self.proposals + 1),
             view.context,
             trajectories,
             torch.from_numpy(positions).to(device),

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from draftsmith.stages.data.trajectories import Trajectory
-from draftsmith.stages.drafters.base import BlockDrafter, Drafter
+from draftsmith.stages.drafters.base import Drafter, PreparedDrafter
 from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.runtime.ranks import Ranks
@@ -83,7 +83,7 @@ class Remining:
         width = max(len(t.tokens) for t in trajectories)
         chosen = torch.tensor(rows, device=view.batch.tokens.device)
         return replay_chains(
-            BlockDrafter(self.drafter, view.head, self.mined.proposals + 1),
+            PreparedDrafter(self.drafter, view.head, self.mined.proposals + 1),
             self.drafter.select(view.context, chosen, width),
             trajectories,
             chains,

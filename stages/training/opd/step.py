@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from draftsmith.stages.drafters.base import BlockDrafter, Context, Drafter
+from draftsmith.stages.drafters.base import Context, Drafter, PreparedDrafter
 from draftsmith.stages.replay.chains import committed_tokens, draft
 from draftsmith.stages.replay.sampled import TargetSampler
 from draftsmith.stages.runtime.ranks import Ranks
@@ -227,7 +227,7 @@ class OpdStep:
         batch, size = blocks.batch, self.drafter.block_size
         tokens = committed_tokens(batch.trajectories, size - 1, batch.tokens.device)
         positions = blocks.anchors.positions
-        drafter = BlockDrafter(self.drafter, heads.drafter, size)
+        drafter = PreparedDrafter(self.drafter, heads.drafter, size)
         return draft(drafter, context, tokens, positions, sampler).proposed
 
     def _sampler(self, batch: Batch, step: int) -> TargetSampler | None:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.data.trajectories import Trajectory, pad_tokens
-from draftsmith.stages.drafters.base import BlockDrafter, Context, Drafter, DrafterInfo
+from draftsmith.stages.drafters.base import Context, Drafter, DrafterInfo, PreparedDrafter
 from draftsmith.stages.drafters.checkpoint import UPGRADES, check_whole, load_drafter, save_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.lm_head import Head
@@ -148,7 +148,9 @@ def test_drafting_from_slots_equals_the_whole_context_after_rejections(texts: Te
 @pytest.mark.parametrize("block_size", [5, 3])
 def test_replay_is_sequential_speculative_decoding(texts: Texts, block_size: int) -> None:
     traces = [
-        replay_chains(BlockDrafter(texts.drafter, texts.head, block_size), texts.context(), texts.trajectories, chains)
+        replay_chains(
+            PreparedDrafter(texts.drafter, texts.head, block_size), texts.context(), texts.trajectories, chains
+        )
         for chains in (1, 6, None)
     ]
     for row, trajectory in enumerate(texts.trajectories):

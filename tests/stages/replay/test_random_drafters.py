@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from draftsmith.stages.data.trajectories import Trajectory
-from draftsmith.stages.drafters.base import BlockDrafter, Context, Drafter
+from draftsmith.stages.drafters.base import Context, Drafter, PreparedDrafter
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.replay import chains as replay
 from draftsmith.stages.replay.chains import REJECTIONS_TO_SPLIT, ChainState, RejectionRate, replay_chains
@@ -97,7 +97,9 @@ class Case:
         """Traces equal to the reference's. Returns rounds, blocks evaluated, and steps."""
         drafter = TableDrafter()
         with patch.object(replay, "BLOCKS_PER_ROUND", blocks_per_round):
-            found = replay_chains(BlockDrafter(drafter, HEAD, self.block_size), self.context, self.trajectories, chains)
+            found = replay_chains(
+                PreparedDrafter(drafter, HEAD, self.block_size), self.context, self.trajectories, chains
+            )
         for i, (trace, trajectory) in enumerate(zip(found, self.trajectories, strict=True)):
             alone = Table(self.context.tokens[i : i + 1])
             expected = replay_sequentially(TableDrafter(), alone, trajectory, self.block_size, HEAD)
@@ -158,7 +160,7 @@ def test_a_batch_that_fills_a_round_gets_one_chain_each() -> None:
 def test_finished_rows_leave_the_batch() -> None:
     case = Case.drawn(4, [20, 20, 20, 400], 8, 0.5, 1000)
     drafter = TableDrafter()
-    replay_chains(BlockDrafter(drafter, HEAD, case.block_size), case.context, case.trajectories, 1)
+    replay_chains(PreparedDrafter(drafter, HEAD, case.block_size), case.context, case.trajectories, 1)
     rows = [rows for rows, _ in drafter.shapes]
     assert rows[0] == 4 and rows[-1] == 1 and rows == sorted(rows, reverse=True)
     assert rows.count(1) > 0.8 * len(rows)

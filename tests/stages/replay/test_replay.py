@@ -10,7 +10,7 @@ import torch
 
 from draftsmith.stages.data.load import DRAFTER_FOLDER
 from draftsmith.stages.data.trajectories import Trajectory, groups_by_length, pad_tokens
-from draftsmith.stages.drafters.base import BlockDrafter
+from draftsmith.stages.drafters.base import PreparedDrafter
 from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.engines.base import Request
@@ -104,7 +104,7 @@ def test_a_successor_is_where_a_block_of_its_own_leads(drafter: str, bench: Benc
     )
     _, context = bench.read(trajectories, model)
     behind = successors(
-        BlockDrafter(model, head, model.block_size), context, trajectories, torch.from_numpy(positions), None
+        PreparedDrafter(model, head, model.block_size), context, trajectories, torch.from_numpy(positions), None
     )
     assert behind.shape == positions.shape
     for row, t in enumerate(trajectories):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from draftsmith.stages.drafters.base import BlockDrafter, BlockSampler, Drafter
+from draftsmith.stages.drafters.base import BlockSampler, Drafter, PreparedDrafter
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.sampling import Purpose
 from draftsmith.stages.replay import sampled
@@ -123,7 +123,7 @@ def replayed(sampling: SamplingParams) -> Counter[Step]:
     padded, context = torch.nn.functional.pad(tokens, (0, 2), value=-1), cast("Any", None)
     anchors = torch.zeros(DRAWS, 1, dtype=torch.long)
     found = sampled.draft_sampled(
-        BlockDrafter(drafter, TableSampler.head, 3), context, text, padded, anchors, with_proposals=True
+        PreparedDrafter(drafter, TableSampler.head, 3), context, text, padded, anchors, with_proposals=True
     )
     assert found.expected is not None
     off = found.accepted + 1 - found.expected

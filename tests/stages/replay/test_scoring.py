@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from draftsmith.stages.data.trajectories import Trajectory, pad_tokens
-from draftsmith.stages.drafters.base import BlockDrafter
+from draftsmith.stages.drafters.base import PreparedDrafter
 from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.scoring import EncodedGroup, StepScores, score_traces
 from draftsmith.stages.replay.trace import Trace
@@ -40,7 +40,7 @@ def replayed(bench: Bench, name: str, *, count: int = 6, tokens: int = 40, free:
     with torch.no_grad():
         context = drafter.encode(out.features, ids, positions)
     head = drafter.drafting_head(bench.target.head_weight, None)
-    traces = replay_chains(BlockDrafter(drafter, head, drafter.block_size), context, trajectories)
+    traces = replay_chains(PreparedDrafter(drafter, head, drafter.block_size), context, trajectories)
     return Replayed(trajectories, traces, EncodedGroup(ids, out.hidden, cache=cache))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from draftsmith.stages.drafters.base import BlockDrafter
+from draftsmith.stages.drafters.base import PreparedDrafter
 from draftsmith.stages.drafters.checkpoint import upgraded
 from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.drafters.dflash2.config import DFlash2Config
@@ -89,7 +89,7 @@ def test_a_dflash_drafter_goes_on_as_dflash2_with_the_same_proposals_and_tau(pla
         assert features is not None
         with torch.no_grad():
             context = drafter.encode(features, tokens, torch.arange(10).expand(4, -1))
-        traces.append(replay_chains(BlockDrafter(drafter, Head(plain_target.head_weight), 5), context, short))
+        traces.append(replay_chains(PreparedDrafter(drafter, Head(plain_target.head_weight), 5), context, short))
     for one, other in zip(*traces, strict=True):
         assert one.proposed.tolist() == other.proposed.tolist() and one.accepted.tolist() == other.accepted.tolist()
     assert tau(traces[0]) == tau(traces[1])

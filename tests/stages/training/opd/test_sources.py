@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from draftsmith.stages.drafters.base import BlockDrafter
+from draftsmith.stages.drafters.base import PreparedDrafter
 from draftsmith.stages.replay.chains import successors
 from draftsmith.stages.replay.replayer import score
 from draftsmith.stages.replay.trace import Trace
@@ -155,7 +155,7 @@ def test_successors_are_what_one_block_of_the_current_weights_leads_to(world: Wo
         assert drawn.anchors.blocks == len(INDICES) * per_sequence
         before = np.stack(sample_positions(view.batch.trajectories, per_sequence, phases(step, 2)[:, 0]))
         behind = successors(
-            BlockDrafter(world.moved, view.head, 8),
+            PreparedDrafter(world.moved, view.head, 8),
             view.context,
             view.batch.trajectories,
             torch.from_numpy(before),
