@@ -1,4 +1,4 @@
-"""What tests of the flows have in common."""
+"""Fixtures for the tests of the flows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from draftsmith.artifacts.tracking.runs import Tracking
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty home, with no MLflow server beside it."""
+    """Return an empty home, and set no MLflow server."""
     folder = tmp_path / "home"
     monkeypatch.setenv("DRAFTSMITH_HOME", str(folder))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -20,5 +20,5 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def tracking(tmp_path_factory: pytest.TempPathFactory) -> Tracking:
-    """MLflow with a database of its own, which takes ten seconds to make."""
+    """Return MLflow with its own database, which takes ten seconds to create."""
     return Tracking(tmp_path_factory.mktemp("mlflow"))

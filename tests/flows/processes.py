@@ -1,4 +1,4 @@
-"""Looking at real processes from a test."""
+"""Starts and watches real processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def alive(pid: int) -> bool:
-    """Whether the process runs; one that has ended but was not waited for does not."""
+    """Return whether the process runs. A zombie does not."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
@@ -32,19 +32,19 @@ def wait_until(condition: Callable[[], bool], what: str, limit_s: float = 60) ->
 
 
 def assert_gone(pid: int) -> None:
-    """A killed process takes a moment to end, an orphan stays."""
+    """Assert that the process ends: a killed one takes a moment, an orphan stays."""
     wait_until(lambda: not alive(pid), f"process {pid} is gone", limit_s=5)
 
 
 def pid_in(path: Path) -> int:
-    """The process id that a process is about to write to the file."""
-    # a refresh on a new home starts two databases: 10 s, a minute on a machine with seven times its load
+    """Wait for the process id that a process writes to the file."""
+    # a refresh on a new home creates two databases: 10 s, a minute on a machine with seven times its load
     wait_until(lambda: path.exists() and path.read_text() != "", f"process id in {path}", limit_s=180)
     return int(path.read_text())
 
 
 def processes_of(home: Path) -> list[int]:
-    """Every living process that was started for this home: stages, their guards, the temporary Prefect server."""
+    """Return all processes that run for this home: stages, their guards, the temporary Prefect server."""
     wanted = f"DRAFTSMITH_HOME={home}".encode()
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
@@ -57,7 +57,7 @@ def processes_of(home: Path) -> list[int]:
 
 
 def toy_command(home: Path, *arguments: str | Path, **variables: str) -> subprocess.Popen[str]:
-    """The `draftsmith` command with the toy pipeline, in a session of its own as a terminal would have it.
+    """Start the `draftsmith` command with the toy pipeline, in a new session as from a terminal.
 
     variables: added to its environment.
     """
@@ -83,7 +83,7 @@ def run_toy(home: Path, *arguments: str | Path, **variables: str) -> subprocess.
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-# The server ends with its process; to those who hold something at it, it is like one that stays.
+# The server ends with its process, but counts as a permanent one here.
 _SERVER = """
 import os
 from pathlib import Path
@@ -96,7 +96,7 @@ prefect._temporary.clear()
 
 
 def beside_server(home: Path, program: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a program of Python that has a Prefect server of its own (`server`). variables: added to its environment."""
+    """Run a Python program with its own Prefect server (`server`). variables: added to its environment."""
     give_databases(home)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     return subprocess.run(

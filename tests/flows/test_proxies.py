@@ -1,4 +1,4 @@
-"""A proxy in the environment, and servers of Prefect, MLflow and SGLang on this machine."""
+"""Servers of Prefect, MLflow and SGLang on this machine are reached without the proxy of the environment."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from draftsmith.flows.cli.main import main
 
 
 @pytest.fixture(autouse=True)
-def _a_proxy_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+def _unreachable_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     for each in ("no_proxy", "NO_PROXY"):
-        monkeypatch.setenv(each, "")  # put back after the test
+        monkeypatch.setenv(each, "")  # restored after the test
         monkeypatch.delenv(each)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
 
 
 @pytest.mark.parametrize(("name", "known"), [("no_proxy", "corp.internal"), ("NO_PROXY", "*"), ("no_proxy", None)])
-def test_this_machine_is_reached_directly_and_exclusions_stay(
+def test_localhost_is_reached_without_the_proxy_and_exclusions_stay(
     monkeypatch: pytest.MonkeyPatch, name: str, known: str | None
 ) -> None:
     if known is not None:
@@ -31,8 +31,7 @@ def test_this_machine_is_reached_directly_and_exclusions_stay(
     assert bool(urllib.request.proxy_bypass("gpu1.elsewhere")) == (known == "*")
 
 
-def test_every_command_reaches_this_machine_directly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also one that starts no Prefect server of its own."""
+def test_every_command_reaches_localhost_without_the_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path))
     assert not urllib.request.proxy_bypass("127.0.0.1")
     assert main(["status"]) == 0

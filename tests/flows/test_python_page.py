@@ -1,4 +1,4 @@
-"""The blocks of `flows/python.md`, run as they stand there, on the tiny target."""
+"""The code blocks of `flows/python.md`, run unchanged on the tiny target."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def blocks() -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path, tiny_target: Path, tiny_prompts: Path, tiny_drafter: DrafterArtifacts) -> Path:
-    """A folder in which the page's names are the test bed's: a path that exists goes before a hub id."""
+    """Return a folder in which the page's names are paths to the test bed, which take precedence over hub ids."""
     for name, source in {
         "Qwen/Qwen3-4B": tiny_target,
         "z-lab/Qwen3-4B-DFlash-b16": tiny_drafter.drafter / DRAFTER_FOLDER,
@@ -73,7 +73,7 @@ def folder(tmp_path: Path, tiny_target: Path, tiny_prompts: Path, tiny_drafter: 
     return tmp_path
 
 
-def test_the_page_runs_as_it_stands(folder: Path) -> None:
+def test_the_code_of_the_page_runs(folder: Path) -> None:
     (folder / "page.py").write_text("\n".join([*blocks(), _ASK]), "utf-8")
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
     done = subprocess.run(

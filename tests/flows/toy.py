@@ -1,4 +1,4 @@
-"""A small pipeline of real stages in real processes: target -> left, right -> total; sources -> left, if it lists."""
+"""A small pipeline of real stages in real processes: target -> left, right -> total; sources -> left if it lists."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class ToyConfig(RunOptions):
     right: CombineConfig = CombineConfig(factor=2)
     total: CombineConfig = CombineConfig()
     squares: SquaresConfig | None = None
-    """One node more, which can be made in shards."""
+    """Another node, which can be built in shards."""
     verdict: Literal["promoted", "refused"] | None = None
-    """What the run comes to, if to anything."""
+    """The conclusion of the run, if it has one."""
     approve: bool = False
-    """Ask a person before."""
+    """Ask a person before the promotion."""
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,18 @@ class ToyPolicy:
     approve: bool = False
     sticky_force: Collection[str] = ()
 
-    def should_stop(self, _node: Node, _made: Mapping[str, Path]) -> Conclusion | None:
+    def should_stop(self, _node: Node, _folders: Mapping[str, Path]) -> Conclusion | None:
         return None
 
-    def conclude(self, _made: Mapping[str, ArtifactRef], _run_id: str | None) -> Conclusion:
+    def conclude(self, _artifacts: Mapping[str, ArtifactRef], _run_id: str | None) -> Conclusion:
         from draftsmith.flows.orchestration.announcements import approved
 
-        said = f'the sum is "{self.verdict}"'
+        message = f'the sum is "{self.verdict}"'
         if self.verdict == "refused":
-            return Conclusion("Refused", said, RefusedError(said))
+            return Conclusion("Refused", message, RefusedError(message))
         if self.approve and not approved("toy@1"):
-            return Conclusion("Waiting", said, RefusedError(said))
-        return Conclusion("Promoted", said, asset=ASSET, metadata={"version": 1, "tau": 2.5})
+            return Conclusion("Waiting", message, RefusedError(message))
+        return Conclusion("Promoted", message, asset=ASSET, metadata={"version": 1, "tau": 2.5})
 
 
 def toy_policy(config: ToyConfig, _force: Collection[str]) -> ToyPolicy | None:
@@ -81,8 +81,8 @@ def digest_of_file(module: str) -> str:
     return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
 
 
-def show_results(display: Display, made: Mapping[str, Path], ending: EndedRun) -> None:
-    display.line(f"{len(made)} nodes; MLflow: {ending.mlflow}")
+def show_results(display: Display, folders: Mapping[str, Path], ended: EndedRun) -> None:
+    display.line(f"{len(folders)} nodes; MLflow: {ended.mlflow}")
 
 
 TOY = Pipeline(

@@ -1,6 +1,6 @@
 """The `draftsmith` command with the toy pipeline: `python -m tests.flows.toy_command refresh CONFIG`.
 
-TOY_FLOW in its environment names another flow of it.
+The environment variable TOY_FLOW names another flow of the pipeline.
 """
 
 from __future__ import annotations

@@ -32,7 +32,6 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_a_plan_loads_no_model_library() -> None:
-    """Seconds of an unchanged refresh, which has nothing to make."""
     script = (
         "import sys, draftsmith.flows.refresh.graph; "
         "print(sorted({'torch', 'transformers', 'scipy.stats', 'prefect', 'mlflow', 'datasets'} & set(sys.modules)))"
@@ -41,7 +40,7 @@ def test_a_plan_loads_no_model_library() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_a_tracking_database_that_cannot_be_reached_is_found_before_the_work(
+def test_an_unreachable_mlflow_is_reported_before_the_work(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
@@ -88,7 +87,7 @@ def test_single_stages_take_their_inputs_from_the_store(tmp_path: Path, capsys: 
     assert "total=3" in shown
 
 
-def test_a_damaged_artifact_is_shown_and_made_again_alone(
+def test_a_damaged_artifact_is_shown_and_rebuilt_alone(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = str(write_config(tmp_path / "toy.yaml"))
@@ -117,7 +116,7 @@ def test_an_unexpected_error_is_one_line_and_a_traceback_only_on_request(
 ) -> None:
     arguments = ["stage", "target", str(write_config(tmp_path / "toy.yaml", target={"count": -1, "seconds_each": 0}))]
     (home / "store").mkdir(parents=True)
-    (home / "store" / "collect").touch()  # a file where a folder must be
+    (home / "store" / "collect").touch()  # a file in place of a folder
     assert main(arguments, TOY) in (1, 2)
     assert "Traceback" not in capsys.readouterr().err
     monkeypatch.setenv("DRAFTSMITH_DEBUG", "1")
@@ -127,7 +126,7 @@ def test_an_unexpected_error_is_one_line_and_a_traceback_only_on_request(
 
 @pytest.mark.integration
 def test_no_process_outlives_the_command(tmp_path: Path) -> None:
-    """Asked to stop. SIGINT and SIGKILL, of a whole run: `orchestration/test_run.py`."""
+    """By SIGTERM. SIGINT and SIGKILL of a whole run: `orchestration/test_run.py`."""
     home, worker_file = tmp_path / "home", tmp_path / "worker"
     target = {"count": 40, "seconds_each": 0.05, "worker": str(worker_file)}
     config = write_config(tmp_path / "toy.yaml", target=target)
@@ -151,8 +150,8 @@ def test_no_process_outlives_the_command(tmp_path: Path) -> None:
     assert f"going on from {saved}" in again.stdout
 
 
-def test_a_second_interrupt_ends_at_once_and_in_silence(tmp_path: Path) -> None:
-    """While Prefect still sends what it has, at the interpreter's exit."""
+def test_a_second_interrupt_ends_the_command_immediately_and_silently(tmp_path: Path) -> None:
+    """Prefect may still send events at the interpreter's exit."""
     code = (
         "import atexit, sys, time; from draftsmith.flows.cli import commands, main as cli\n"
         "def interrupted(*_): raise KeyboardInterrupt\n"

@@ -1,4 +1,4 @@
-"""Artifacts are deleted only where the MLflow that is asked knows what this home's drafter lines need."""
+"""Artifacts are deleted only if the MLflow server in use knows what this home's drafter lines need."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from tests.testbed.artifacts import committed
 
 @pytest.fixture
 def replaced(home: Path) -> Path:
-    """An artifact that was made again since, long ago."""
+    """Return an artifact that was replaced long ago."""
     made = committed(Store(home / "store"), "opd", {"x": "first"}).path
-    aside = made.rename(made.with_name(f"{REPLACED}{made.name}-1"))
-    for each in [aside, *aside.rglob("*")]:
+    replaced = made.rename(made.with_name(f"{REPLACED}{made.name}-1"))
+    for each in [replaced, *replaced.rglob("*")]:
         os.utime(each, (0, 0))
-    return aside
+    return replaced
 
 
 def pruned(capsys: pytest.CaptureFixture[str]) -> str:
@@ -39,13 +39,13 @@ def pruned(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize("days", ["-1", "nan"])
-def test_days_that_are_none_delete_nothing(replaced: Path, days: str) -> None:
+def test_an_invalid_number_of_days_deletes_nothing(replaced: Path, days: str) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["prune", "--days", days, "--delete"])
     assert ended.value.code == 2 and replaced.exists()
 
 
-def test_what_is_replaced_stays_where_another_mlflow_has_the_lines(
+def test_replaced_artifacts_are_kept_if_another_mlflow_has_lines(
     home: Path, replaced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as runs:
@@ -53,17 +53,17 @@ def test_what_is_replaced_stays_where_another_mlflow_has_the_lines(
         registered.note_tracker(Tracking(home))
     assert "hidden" not in (home / registered.NOTE).read_text()
     assert "mlflow.example" in pruned(capsys)
-    assert replaced.exists() and not (home / "mlflow.db").exists(), "none is asked, or made"
+    assert replaced.exists() and not (home / "mlflow.db").exists(), "no database is asked or created"
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/runs.db")
     for _ in range(2):
         registered.note_tracker(Tracking(home))
-    assert "mlflow.example" in pruned(capsys) and replaced.exists(), "it may be who serves there"
+    assert "mlflow.example" in pruned(capsys) and replaced.exists(), "it may be the champion there"
     (home / registered.NOTE).write_text(f"sqlite:///{tmp_path}/runs.db\n")
     assert "removed" in pruned(capsys) and not replaced.exists()
 
 
-def test_the_homes_own_database_is_where_no_address_is_set(
+def test_the_homes_database_counts_as_another_mlflow_if_an_address_is_set(
     home: Path, replaced: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (home / registered.NOTE).write_text("mlflow.db\n")
@@ -71,7 +71,7 @@ def test_the_homes_own_database_is_where_no_address_is_set(
     assert "mlflow.db" in pruned(capsys) and replaced.exists()
 
 
-def test_the_homes_own_database_is_its_own_wherever_the_home_lies(
+def test_a_moved_home_still_recognises_its_database(
     home: Path, replaced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "mlflow.db" in pruned(capsys) and replaced.exists()
@@ -87,8 +87,8 @@ def artifact(store: Store, stage: str, content: str, inputs: dict[str, ArtifactR
     return committed(store, stage, {"x": content}, key, inputs=inputs or {})
 
 
-def test_a_line_keeps_who_serves_who_served_and_what_they_were_made_from(home: Path) -> None:
-    """Four drafters of a line: the first served before the second, the third was refused and the fourth just now."""
+def test_the_champion_its_predecessor_and_their_inputs_are_kept(home: Path) -> None:
+    """Register four drafters of a line: the first two served in turn, the third was refused, the fourth is new."""
     store, lines = Store(home / "store"), Registry(Tracking(home))
     Tracking(home).connect()
     registered.note_tracker(Tracking(home))
@@ -102,7 +102,7 @@ def test_a_line_keeps_who_serves_who_served_and_what_they_were_made_from(home: P
             champion = version
     for _ in range(2):
         assert main(["prune", "--artifacts", "--days", "0"]) == 0, "it only lists"
-    assert main(["prune", "--artifacts", "--delete"]) == 0 and all(each.path.exists() for each in drafters), "young"
+    assert main(["prune", "--artifacts", "--delete"]) == 0 and all(each.path.exists() for each in drafters), "too new"
     assert main(["prune", "--days", "0", "--delete"]) == 0 and all(each.path.exists() for each in drafters)
     assert main(["prune", "--artifacts", "--days", "0", "--delete"]) == 0
     assert [each.path.exists() for each in drafters] == [each.path.exists() for each in answers]
@@ -110,7 +110,7 @@ def test_a_line_keeps_who_serves_who_served_and_what_they_were_made_from(home: P
     assert main(["promote", "line@3"]) == 2
 
 
-def test_what_a_run_has_used_lately_stays(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_recently_used_artifacts_are_kept(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Tracking(home).connect()
     used, other = (artifact(Store(home / "store"), "rollout", text) for text in ("used", "other"))
     os.utime(used.path / MANIFEST, (2**31, 2**31))
@@ -118,7 +118,7 @@ def test_what_a_run_has_used_lately_stays(home: Path, capsys: pytest.CaptureFixt
     assert used.path.exists() and not other.path.exists() and "removed 5 B" in capsys.readouterr().out
 
 
-def test_nothing_that_a_living_run_may_read_goes(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_deleted_while_a_run_is_alive(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Tracking(home).connect()
     kept = artifact(Store(home / "store"), "rollout", "text")
     for lock in (home / "refreshes" / ".lock-abc", home / "store" / "sft" / ".lock-def"):
@@ -128,9 +128,7 @@ def test_nothing_that_a_living_run_may_read_goes(home: Path, capsys: pytest.Capt
             assert main(["prune", "--artifacts", "--days", "0"]) == 0 and kept.path.exists()
 
 
-def test_a_run_is_alive_from_before_its_plan_and_a_promotion_until_an_alias_names_the_version(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_runs_and_promotions_block_pruning(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = artifact(Store(home / "store"), "opd", "text")
     version = Registry(Tracking(home)).register("line", made, {})
     pruned: list[int] = []
@@ -146,7 +144,7 @@ def test_a_run_is_alive_from_before_its_plan_and_a_promotion_until_an_alias_name
     assert pruned == [2, 2]
 
 
-def test_complete_artifacts_stay_where_another_mlflow_has_the_lines(
+def test_complete_artifacts_are_kept_if_another_mlflow_has_lines(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kept = artifact(Store(home / "store"), "rollout", "text")

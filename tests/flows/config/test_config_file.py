@@ -1,4 +1,4 @@
-"""Config files and overrides: what is read, and that every error is one line which says what to do."""
+"""Config files and overrides: what is read, and that every error is one line with a remedy."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["configs/model.yaml", "model.yaml"])
-def test_a_file_extends_a_shipped_config_unless_there_is_one_beside_it(name: str, tmp_path: Path) -> None:
+def test_a_file_beside_the_config_is_extended_rather_than_a_shipped_one(name: str, tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
     path.write_text(f"extends: {name}\nname: own\n")
     config = read_config(path, [], RefreshConfig)
@@ -95,7 +95,7 @@ def test_overrides_are_yaml_and_reach_into_lists_and_new_sections(file: Path) ->
         ("sft.sources.7.count=2", "sft.sources is a list of 2 in the file. Use an index from 0 to 1"),
     ],
 )
-def test_a_bad_override_is_named_with_what_to_do(file: Path, override: str, expected: str) -> None:
+def test_the_error_of_a_bad_override_names_it_with_a_remedy(file: Path, override: str, expected: str) -> None:
     with pytest.raises(DraftsmithError) as caught:
         read_config(file, [override], Example)
     assert expected in str(caught.value)
@@ -114,7 +114,7 @@ def test_a_bad_override_is_named_with_what_to_do(file: Path, override: str, expe
         ("- name\n", "expected a mapping of fields such as 'name: my-run', got ['name']"),
     ],
 )
-def test_a_bad_file_is_named_with_its_field_and_what_to_do(tmp_path: Path, text: str, expected: str) -> None:
+def test_the_error_of_a_bad_file_names_the_field_with_a_remedy(tmp_path: Path, text: str, expected: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(DraftsmithError) as caught:
@@ -124,7 +124,7 @@ def test_a_bad_file_is_named_with_its_field_and_what_to_do(tmp_path: Path, text:
     assert "\n" not in str(caught.value)
 
 
-def test_a_removed_value_is_named_with_what_to_do(tmp_path: Path) -> None:
+def test_a_removed_value_is_reported_with_a_remedy(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("name: run\nstages: {runner: dask}\n")
     with pytest.raises(DraftsmithError, match=r"stages\.runner: this value is gone. Use ray"):
@@ -134,7 +134,7 @@ def test_a_removed_value_is_named_with_what_to_do(tmp_path: Path) -> None:
 def test_a_mapping_of_another_kind_is_replaced() -> None:
     base: dict[str, Any] = {"drafter": {"num_layers": 2, "block_size": 6}, "weights": {"kind": "power", "delta": 0.8}}
     assert merge_configs(base, {"drafter": {"block_size": 4}})["drafter"] == {"num_layers": 2, "block_size": 4}
-    same = merge_configs(base, {"drafter": {"kind": "dflash", "block_size": 4}})  # which the base left out
+    same = merge_configs(base, {"drafter": {"kind": "dflash", "block_size": 4}})  # the base leaves the default kind out
     assert same["drafter"] == {"kind": "dflash", "num_layers": 2, "block_size": 4}
     for weights in ({"kind": "uniform"}, {"preset": "paper"}):
         assert merge_configs(base, {"weights": weights})["weights"] == weights
@@ -153,7 +153,7 @@ def test_a_file_extends_another_field_by_field(tmp_path: Path) -> None:
     assert [source.count for source in config.sft.sources] == [5]
 
 
-def test_null_takes_out_a_section_of_the_file_beneath_or_of_the_file(tmp_path: Path) -> None:
+def test_null_removes_a_section_of_the_file_or_of_the_extended_one(tmp_path: Path) -> None:
     base, top = tmp_path / "base.yaml", tmp_path / "top.yaml"
     base.write_text("name: base\nsft: {steps: 4, decoding: {kind: sampled}, weights: {a: 1.0}}\nopd: {steps: 4}\n")
     top.write_text("extends: base.yaml\nsft: {decoding: null}\nopd: null\n")
@@ -164,7 +164,7 @@ def test_null_takes_out_a_section_of_the_file_beneath_or_of_the_file(tmp_path: P
         read_config(top, ["opd=null"], Example)
 
 
-def test_files_that_extend_each_other_or_nothing_are_named(tmp_path: Path) -> None:
+def test_files_that_extend_each_other_or_a_missing_file_are_reported(tmp_path: Path) -> None:
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     first.write_text("extends: second.yaml\n")
     second.write_text("extends: first.yaml\n")

@@ -1,4 +1,4 @@
-"""Every config file of the repository loads, its graph is in order, and the paper's recipe says what the paper says."""
+"""Every config file of the repository loads, its graph is ordered, and the recipes have the paper's settings."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _YAML = re.compile(r"^```yaml\n# (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize(("name", "text"), _YAML.findall((CONFIGS.parent / "README.md").read_text("utf-8")))
-def test_the_readmes_configs_load_and_begin_at_the_drafter_that_serves(name: str, text: str, tmp_path: Path) -> None:
+def test_the_readmes_configs_load_and_start_from_the_serving_drafter(name: str, text: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
     config = load_config(tmp_path / name)
     nodes = {node.name: node for node in refresh_nodes(config)}
@@ -48,10 +48,10 @@ def test_the_readmes_configs_load_and_begin_at_the_drafter_that_serves(name: str
         assert config.assisted.prompts == config.prompts.train == config.opd.steps * config.opd.sequences_per_step
 
 
-def test_the_weekly_refresh_begins_at_a_public_drafter_or_at_a_new_one(tmp_path: Path) -> None:
+def test_the_weekly_refresh_starts_from_a_public_drafter_or_a_new_one(tmp_path: Path) -> None:
     config = load_config(CONFIGS / "weekly.yaml")
     assert (config.sft.init_from, config.sft.steps) == ("z-lab/Qwen3-4B-DFlash-b16", 0)
-    assert config.sft.drafter == SftConfig().drafter, "nothing is said of what a checkpoint has itself"
+    assert config.sft.drafter == SftConfig().drafter, "the checkpoint decides"
     text = (CONFIGS / "weekly.yaml").read_text("utf-8")
     path = tmp_path / "weekly.yaml"
     begins, instead = [line for line in text.splitlines(keepends=True) if re.match(r"(# )?sft:", line)]
@@ -61,7 +61,7 @@ def test_the_weekly_refresh_begins_at_a_public_drafter_or_at_a_new_one(tmp_path:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_an_evaluation_has_repetitions_enough_to_judge_speed(path: Path) -> None:
+def test_an_evaluation_has_enough_repetitions_to_compare_speeds(path: Path) -> None:
     evaluation = load_config(path).evaluation
     repetitions = evaluation.speed_prompts if evaluation.by_prompt else evaluation.rounds
     assert repetitions >= FEWEST_TURNS
@@ -101,7 +101,7 @@ def test_the_recipe_has_the_papers_settings(name: str) -> None:
     assert config.evaluation.temperatures == (0, 1)
 
 
-def test_one_gpu_is_four_overrides_as_the_recipe_says() -> None:
+def test_the_recipe_fits_one_gpu_with_its_four_overrides() -> None:
     sections = ("rollout", "assisted", "heldout", "evaluation")
     config = load_config(
         CONFIGS / "qwen3-4b-dflash.yaml", [f"{section}.engine.launch.servers=1" for section in sections]
@@ -117,7 +117,7 @@ def test_one_gpu_is_four_overrides_as_the_recipe_says() -> None:
     ("field", "told"),
     [("since: soon", "logs.since: 'soon' is no window"), ("temperature: hot", "logs.temperature: expected a number")],
 )
-def test_what_is_wrong_is_told_of_the_field_that_was_written(field: str, told: str, tmp_path: Path) -> None:
+def test_an_error_names_the_field_that_was_written(field: str, told: str, tmp_path: Path) -> None:
     """Other sections take their settings over from that of the logs."""
     path = tmp_path / "logs.yaml"
     path.write_text("name: a\ntarget: {source: b}\nlogs: {temperature: 0, paths: c.jsonl}\n")
@@ -127,6 +127,6 @@ def test_what_is_wrong_is_told_of_the_field_that_was_written(field: str, told: s
     assert told in str(caught.value) and len(re.findall(r"[\w.]+: (?:expected|')", str(caught.value))) == 1
 
 
-def test_a_section_heldout_need_not_say_its_splits() -> None:
+def test_the_section_heldout_has_its_splits_by_default() -> None:
     config = load_config(CONFIGS / "model.yaml", ["heldout={sampling: {max_new_tokens: 8}}"])
     assert config.heldout.splits == RefreshConfig.model_fields["heldout"].default.splits

@@ -1,4 +1,4 @@
-"""A config field exists where a YAML of the repository sets it or a README names it; the others are listed here."""
+"""A config field exists only if a YAML of the repository sets it or a README names it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def field_of(model: type[BaseModel], name: str) -> Field:
 
 
 def options(model: type[BaseModel], section: str = "") -> dict[Field, set[str]]:
-    """Return what a file may set, in this section and those inside it, with the names of their sections."""
+    """Return the fields that a file may set, in this section and those inside it, with the names of their sections."""
     found: dict[Field, set[str]] = {}
     for name, info in model.model_fields.items():
         if issubclass(model, Config) and name in model.filled_in():
@@ -65,7 +65,7 @@ def options(model: type[BaseModel], section: str = "") -> dict[Field, set[str]]:
 
 
 def set_in(data: Any, models: list[type[BaseModel]]) -> set[Field]:
-    """Return the fields that some data sets. models: what it may be."""
+    """Return the fields that some data sets. models: its possible types."""
     found: set[Field] = set()
     for each in data if isinstance(data, list) else [data]:
         fields = each.items() if isinstance(each, dict) else []
@@ -80,7 +80,7 @@ def set_in(data: Any, models: list[type[BaseModel]]) -> set[Field]:
     return found
 
 
-def test_every_option_is_set_by_a_file_or_named_by_a_page() -> None:
+def test_every_field_is_set_by_a_yaml_or_named_by_a_page() -> None:
     known = options(RefreshConfig)
     used = set_in(config_of(FULL), [RefreshConfig])
     for path in _YAML:
@@ -96,8 +96,7 @@ def test_every_option_is_set_by_a_file_or_named_by_a_page() -> None:
 
 
 def named_by_pages(known: dict[Field, set[str]]) -> set[Field]:
-    """Return the fields that code of a page sets (YAML), names after their section or, where no other is called so,
-    alone."""
+    """Return the fields that the code of a page sets (YAML) or names: with their section, or alone if unambiguous."""
     found: set[Field] = set()
     owners = Counter(name for _, name in known)
     for page in _PAGES:
@@ -114,5 +113,5 @@ def named_by_pages(known: dict[Field, set[str]]) -> set[Field]:
     return found
 
 
-def test_a_field_that_is_gone_is_not_there() -> None:
+def test_removed_fields_do_not_exist() -> None:
     assert not {".".join(path.split(".")[-2:]) for path in field_paths(RefreshConfig)} & REMOVED.keys()

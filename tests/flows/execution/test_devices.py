@@ -1,4 +1,4 @@
-"""One accelerator, one user: across processes, and by the names that all users of a machine see."""
+"""A device has one user at a time, across processes and users."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def another_run(compute: str, gpus: Sequence[str]) -> subprocess.Popen[str]:
-    """A process that holds devices until its input ends."""
+    """Start a process that locks devices until its input ends."""
     program = f"""
         import sys
         from draftsmith.flows.execution.devices import lock_devices
@@ -56,7 +56,7 @@ def another_run(compute: str, gpus: Sequence[str]) -> subprocess.Popen[str]:
         ("TIMED", [], Compute.HEAVY, [], True),
     ],
 )
-def test_who_waits_for_whom(
+def test_stages_wait_for_devices_in_use(
     theirs: str, their_gpus: list[str], ours: Compute, our_gpus: list[str], waits: bool
 ) -> None:
     process = another_run(theirs, their_gpus)
@@ -83,13 +83,13 @@ def test_who_waits_for_whom(
     ask(10.0)  # the kernel drops the locks of the dead
 
 
-def test_a_lock_is_open_to_all_users(folder: Path) -> None:
+def test_all_users_may_take_a_lock(folder: Path) -> None:
     with devices.lock_devices(Compute.TIMED, run="", limit_s=1, on_wait=lambda *_: None, gpus=lambda: [ONE]):
         assert folder.stat().st_mode & 0o7777 == 0o1777
         assert (folder / f"{ONE}.lock").stat().st_mode & 0o777 == 0o666
 
 
-def test_a_part_of_a_gpu_is_visible_by_its_own_name(folder: Path) -> None:
+def test_a_slice_of_a_gpu_is_visible_by_its_name(folder: Path) -> None:
     part = "MIG-7f/1/0"
     with devices.lock_one_device(
         Compute.HEAVY, run="", limit_s=1, on_wait=lambda *_: None, gpus=lambda: [part]
@@ -98,7 +98,7 @@ def test_a_part_of_a_gpu_is_visible_by_its_own_name(folder: Path) -> None:
         assert (folder / "MIG-7f_1_0.lock").exists()
 
 
-def test_what_stages_need() -> None:
+def test_stages_declare_how_they_compute() -> None:
     given = {"engine": {"kind": "sglang", "urls": ["http://host:1"]}}
     assert ROLLOUT.compute_for(RolloutConfig.model_validate(given)) is Compute.LIGHT
     assert ROLLOUT.compute_for(RolloutConfig()) is Compute.HEAVY

@@ -1,4 +1,4 @@
-"""What a person sees: rate and time left, plain lines without a terminal, tables."""
+"""The terminal: rate and time left, lines without a terminal, tables."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def plain() -> tuple[Display, io.StringIO]:
     return Display(Console(file=stream, width=160)), stream
 
 
-def test_rate_and_time_left_count_only_the_work_of_this_attempt() -> None:
+def test_rate_and_time_left_ignore_the_work_of_earlier_attempts() -> None:
     rate = ProgressRate()
     assert rate.update(100, 200, "steps", now=0.0) == (None, None)  # an earlier attempt made 100
     assert rate.update(120, 200, "steps", now=10.0) == (2.0, 40.0)
 
 
-def test_the_rate_follows_the_last_half_minute_and_begins_anew_with_another_phase() -> None:
+def test_the_rate_covers_half_a_minute_and_starts_afresh_with_another_unit() -> None:
     rate = ProgressRate()
     rate.update(0, 1000, "steps", now=0.0)
     rate.update(600, 1000, "steps", now=60.0)
@@ -30,7 +30,7 @@ def test_the_rate_follows_the_last_half_minute_and_begins_anew_with_another_phas
     assert rate.update(0, 50, "prompts", now=91.0) == (None, None)
 
 
-def test_without_a_terminal_progress_is_a_plain_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_terminal_progress_is_an_occasional_line(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
     display, stream = plain()
@@ -44,7 +44,7 @@ def test_without_a_terminal_progress_is_a_plain_line_now_and_then(monkeypatch: p
     assert lines[1] == "sft: 10/400 steps  1 steps/s  6 min 30 s left  loss=2.125"
 
 
-def test_a_narrow_terminal_breaks_cells_and_cuts_none() -> None:
+def test_cells_are_wrapped_and_not_cut_on_a_narrow_terminal() -> None:
     stream = io.StringIO()
     Display(Console(file=stream, width=16)).table(["key", "tau"], [["6b633f734bf9770b", "1.3333"]])
     _, *lines = [line.split() for line in stream.getvalue().splitlines()]

@@ -1,4 +1,4 @@
-"""A home that can be written, with room on its disk."""
+"""The GPUs that a run sees."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ GPUS = [("GPU-a1", 24, "RTX 4090"), ("GPU-b2", 80, "H100")]
         ("", [], [], None),
     ],
 )
-def test_gpus_are_told_apart_by_what_no_other_machine_has(
+def test_gpus_are_identified_by_uuid(
     visible: str | None,
     seen: list[str],
     memory: list[int],
     model: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """And described as what they are, on a machine with several kinds; those that are not there are not counted."""
+    """On a machine with several kinds of GPU. CUDA ignores the names after one that does not exist."""
     monkeypatch.setattr(host, "all_gpus", lambda: tuple(Gpu(uuid, gib * 2**30, name) for uuid, gib, name in GPUS))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:

@@ -1,4 +1,4 @@
-"""Making one node's artifact, where others work on the same store: runs of one home, and of two with a bucket."""
+"""Building one node's artifact while other runs, of this home or another one, use the same store."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.flows.toy_stages.squares import SquaresConfig
 from tests.testbed.s3 import SECRET, bucket
 
 
-def test_code_that_is_edited_meanwhile_makes_nothing_of_the_old_key(
+def test_code_edited_while_a_stage_waits_builds_nothing_under_the_old_key(
     tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = ["old"]
@@ -55,7 +55,7 @@ def test_code_that_is_edited_meanwhile_makes_nothing_of_the_old_key(
     assert context.store.manifest(build_node(context, node, {"first": target}).ref).code_digest == "new"
 
 
-def test_a_run_whose_commit_was_cut_off_has_its_figures_when_the_next_one_makes_it(
+def test_an_interrupted_commit_is_finished_with_its_metrics_in_mlflow(
     tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = ToyConfig(name="t")
@@ -75,7 +75,7 @@ def test_a_run_whose_commit_was_cut_off_has_its_figures_when_the_next_one_makes_
 
 
 @pytest.mark.parametrize("waits_for", ["the artifact", "the CPU"])
-def test_a_run_that_is_cancelled_while_it_waits_starts_nothing(
+def test_a_run_cancelled_while_it_waits_starts_nothing(
     waits_for: str, tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(devices.FOLDER, str(tmp_path / "devices"))
@@ -101,7 +101,7 @@ def test_a_run_that_is_cancelled_while_it_waits_starts_nothing(
 def squares(
     home: Path, tracking: Tracking, shards: int, *, note: Path, die: Path | None = None, **more: Any
 ) -> ArtifactRef:
-    """The artifact of the node `squares`, made in so many shards."""
+    """Build the node `squares` in so many shards."""
     told = SquaresConfig(note_start=note, die=die)
     config = ToyConfig(name="t", squares=told, stages=StageOptions(shards=shards))
     nodes = {node.name: node for node in toy_nodes(config)}
@@ -110,7 +110,7 @@ def squares(
     return build_node(context, nodes["squares"], {"first": target}).ref
 
 
-def test_shards_change_nothing_and_a_killed_one_is_made_again_alone(
+def test_shards_change_nothing_and_a_killed_one_is_rebuilt_alone(
     tmp_path: Path, tracking: Tracking, capsys: pytest.CaptureFixture[str]
 ) -> None:
     note, die = tmp_path / "note", tmp_path / "die"
@@ -138,7 +138,7 @@ def test_shards_change_nothing_and_a_killed_one_is_made_again_alone(
     ]
 
 
-def test_each_shard_has_a_gpu_of_its_own(tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_shard_has_its_own_gpu(tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(devices.FOLDER, str(tmp_path / "devices"))
     for module in ("devices", "shards"):
         monkeypatch.setattr(f"draftsmith.flows.execution.{module}.gpu_names", lambda: ["GPU-a", "GPU-b"])
@@ -158,7 +158,7 @@ def test_a_run_that_ends_asks_its_shards_to_stop(tmp_path: Path, tracking: Track
         squares(tmp_path / "home", tracking, 2, note=tmp_path / "note", pool=ended)
 
 
-def test_a_runner_that_is_not_installed_is_told_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_runner_is_reported_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     check_runner(StageOptions())
     with pytest.raises(DraftsmithError, match=r"^stages\.runner: .*pip install 'draftsmith\[ray\]'"):
@@ -167,14 +167,14 @@ def test_a_runner_that_is_not_installed_is_told_before_the_run(monkeypatch: pyte
 
 @pytest.fixture
 def homes(tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, Path]]:
-    """Two, with a store in a bucket between them: stages of one run on different hosts."""
+    """Return two homes with a common store in a bucket, as on two hosts."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.uri)
     monkeypatch.setenv(STORE_VARIABLE, "s3://teams/line")
     with bucket("teams"):
         yield tmp_path / "a", tmp_path / "b"
 
 
-def test_what_one_host_has_made_another_goes_on_from(
+def test_hosts_with_a_common_bucket_reuse_each_others_artifacts(
     homes: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = str(write_config(tmp_path / "toy.yaml", target={"note_start": str(tmp_path / "started")}))
@@ -204,7 +204,7 @@ def test_what_one_host_has_made_another_goes_on_from(
     total = next(line.split()[1] for line in at(b, "status", config).splitlines() if line.startswith("total"))
     assert total == "combine"
 
-    # what is lost in the bucket is made again there, whatever lies in a home
+    # what is lost in the bucket is built again, although a home has a copy
     for each in boto3.client("s3").list_objects_v2(Bucket="teams", Prefix="line/collect/")["Contents"]:
         boto3.client("s3").delete_object(Bucket="teams", Key=each["Key"])
     assert "to do" in at(tmp_path / "c", "status", config)

@@ -1,4 +1,4 @@
-"""Running a stage's process: outcomes, the time limit, and that nothing outlives its runner."""
+"""A stage's process: outcomes, the time limit, and that nothing outlives its runner."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_an_error_is_one_line_with_the_path_of_the_log(
     assert str(tmp_path / "toy.log") in str(caught.value)
 
 
-def test_figures_that_are_not_numbers_are_left_out(tmp_path: Path) -> None:
+def test_metrics_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
     assert run(tmp_path, MISBEHAVE, {"way": "nan"}).summary == {"steps": 3.0}
 
 
@@ -89,8 +89,8 @@ def test_a_stage_that_does_not_stop_is_killed_after_the_grace_period(tmp_path: P
     assert 2 <= time.monotonic() - started < 60
 
 
-def test_a_stage_that_was_asked_to_stop_has_its_grace_although_its_runner_is_killed(tmp_path: Path) -> None:
-    """As Prefect kills a cancelled run: SIGTERM, and SIGKILL before the stage has saved."""
+def test_a_stage_has_its_grace_period_although_its_runner_is_killed(tmp_path: Path) -> None:
+    """Prefect kills a cancelled run so: SIGTERM, then SIGKILL before the stage has saved."""
     program = f"""
         import signal
         from pathlib import Path
@@ -117,7 +117,7 @@ def test_a_stage_that_was_asked_to_stop_has_its_grace_although_its_runner_is_kil
     assert_gone(worker)
 
 
-def test_an_error_of_the_follower_ends_the_stage(tmp_path: Path) -> None:
+def test_an_error_in_on_event_ends_the_stage(tmp_path: Path) -> None:
     worker_file = tmp_path / "worker"
 
     def follow(event: Event) -> None:
@@ -129,13 +129,13 @@ def test_an_error_of_the_follower_ends_the_stage(tmp_path: Path) -> None:
     assert_gone(pid_in(worker_file))
 
 
-def test_a_worker_does_not_outlive_a_stage_that_ended_well(tmp_path: Path) -> None:
+def test_a_worker_does_not_outlive_a_successful_stage(tmp_path: Path) -> None:
     worker_file = tmp_path / "worker"
     run(tmp_path, COLLECT, {"count": 1, "worker": str(worker_file)})
     assert_gone(pid_in(worker_file))
 
 
-def test_the_stage_holds_the_lock_that_it_was_given(tmp_path: Path) -> None:
+def test_the_stage_keeps_an_inherited_lock(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     ours = os.open(lock, os.O_RDWR | os.O_CREAT)
     fcntl.flock(ours, fcntl.LOCK_EX)

@@ -1,4 +1,4 @@
-"""Files outside the store belong into the key of the stage that reads them."""
+"""Files outside the store are part of the cache key of the stage that reads them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def jsonl(path: Path) -> PromptsConfig:
     return PromptsConfig.model_validate({"sources": [{"kind": "jsonl", "path": str(path)}], "train": 1, "heldout": 1})
 
 
-def test_the_weights_of_a_drafter_to_start_from_are_key_material(tmp_path: Path) -> None:
+def test_the_weights_of_the_initial_drafter_are_part_of_the_key(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"1")
@@ -27,14 +27,14 @@ def test_the_weights_of_a_drafter_to_start_from_are_key_material(tmp_path: Path)
     assert len(after) == 2
 
 
-def test_the_key_material_of_a_plain_file_is_its_path_and_sha256(tmp_path: Path) -> None:
+def test_a_file_is_part_of_the_key_by_path_and_sha256(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(b"{}")
     digest = "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
     assert external_digests(jsonl(path)) == {str(path): digest}
 
 
-def test_a_changed_file_of_a_bucket_changes_the_key_material() -> None:
+def test_a_changed_file_in_a_bucket_changes_the_key() -> None:
     system = fsspec.filesystem("memory")
     system.pipe_file("/key-bucket/a.jsonl", b"1")
     logs = LogsConfig(paths=["memory://key-bucket/*.jsonl"], temperature=0)

@@ -1,4 +1,4 @@
-"""The graph and its plan: order, keys, and what a change makes new."""
+"""The graph and its plan: order, keys, what a change rebuilds, `--force`, `--from` and `--until`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.flows.toy_stages.combine import CombineConfig
 
 
 def fill(store: Store, config: ToyConfig, content: str = "1") -> dict[str, ArtifactRef]:
-    """Put an artifact of every node into the store, without running anything."""
+    """Commit an artifact of every node to the store, without running anything."""
     made: dict[str, ArtifactRef] = {}
     for node in topological_order(toy_nodes(config)):
         inputs = {name: made[source] for name, source in node.inputs.items()}
@@ -54,14 +54,14 @@ def test_a_graph_that_does_not_fit_its_stages_is_refused(nodes: list[Node], mess
         topological_order(nodes)
 
 
-def test_the_plan_of_an_empty_store_knows_only_the_keys_of_what_needs_nothing(tmp_path: Path) -> None:
+def test_with_an_empty_store_only_nodes_without_inputs_have_keys(tmp_path: Path) -> None:
     planned = plan(ToyConfig(name="t"), Store(tmp_path), TOY)
     assert statuses(planned) == {"target": "run", "left": "after", "right": "after", "total": "after"}
     assert planned[0].key is not None
     assert [item.after for item in planned[1:]] == [("target",), ("target",), ("left", "right")]
 
 
-def test_a_changed_field_makes_its_node_and_its_dependants_new_and_nothing_else(tmp_path: Path) -> None:
+def test_a_changed_field_changes_its_node_and_its_dependants_only(tmp_path: Path) -> None:
     store, config = Store(tmp_path), ToyConfig(name="t")
     fill(store, config)
     assert set(statuses(plan(config, store, TOY)).values()) == {"reused"}
@@ -75,14 +75,14 @@ def test_a_changed_field_makes_its_node_and_its_dependants_new_and_nothing_else(
     }
 
 
-def test_options_that_only_say_how_to_run_make_nothing_new(tmp_path: Path) -> None:
+def test_options_of_how_to_run_change_no_key(tmp_path: Path) -> None:
     store, config = Store(tmp_path), ToyConfig(name="t")
     fill(store, config)
     other = config.model_copy(update={"name": "u", "stages": config.stages.model_copy(update={"threads": 2})})
     assert set(statuses(plan(other, store, TOY)).values()) == {"reused"}
 
 
-def test_another_seed_or_changed_code_makes_everything_new(tmp_path: Path) -> None:
+def test_another_seed_or_changed_code_changes_every_key(tmp_path: Path) -> None:
     store, config = Store(tmp_path), ToyConfig(name="t")
     fill(store, config)
     assert statuses(plan(config.model_copy(update={"seed": 1}), store, TOY))["target"] == "run"
@@ -90,7 +90,7 @@ def test_another_seed_or_changed_code_makes_everything_new(tmp_path: Path) -> No
     assert statuses(plan(config, store, edited))["target"] == "run"
 
 
-def test_what_an_attempt_left_is_planned_as_a_continuation(tmp_path: Path) -> None:
+def test_an_unfinished_attempt_is_resumed(tmp_path: Path) -> None:
     store, config = Store(tmp_path), ToyConfig(name="t")
     target = plan(config, store, TOY)[0]
     assert target.key is not None
@@ -116,15 +116,15 @@ def test_force_names_a_node_or_every_node_of_a_stage(tmp_path: Path) -> None:
         plan(config, store, TOY, Selection(force=("lfet",)))
 
 
-def test_until_makes_a_node_and_what_it_needs(tmp_path: Path) -> None:
+def test_until_builds_a_node_and_what_it_needs(tmp_path: Path) -> None:
     config, store = ToyConfig(name="t"), Store(tmp_path)
     assert list(statuses(plan(config, store, TOY, Selection(until=("left",))))) == ["target", "left"]
-    assert len(plan(config, store, TOY, Selection(until=("combine",)))) == 4  # a stage: all its nodes
+    assert len(plan(config, store, TOY, Selection(until=("combine",)))) == 4  # all nodes of the stage
     with pytest.raises(DraftsmithError, match="--until lfet"):
         plan(config, store, TOY, Selection(until=("lfet",)))
 
 
-def test_from_takes_all_before_it_from_the_store(tmp_path: Path) -> None:
+def test_from_needs_everything_before_it_in_the_store(tmp_path: Path) -> None:
     config, store = ToyConfig(name="t"), Store(tmp_path)
     fill(store, config)
     changed = config.model_copy(update={"left": CombineConfig(factor=5)})
@@ -140,7 +140,7 @@ def test_from_takes_all_before_it_from_the_store(tmp_path: Path) -> None:
     assert statuses(plan(both, store, TOY, Selection(("right",), start=("left",))))["right"] == "forced"
 
 
-def test_until_leaves_out_what_from_would_miss(tmp_path: Path) -> None:
+def test_until_excludes_nodes_that_from_would_miss(tmp_path: Path) -> None:
     config, store = ToyConfig(name="t"), Store(tmp_path)
     fill(store, config)
     both = config.model_copy(update={"left": CombineConfig(factor=5), "right": CombineConfig(factor=6)})

@@ -1,4 +1,4 @@
-"""Toy stage `collect`: writes numbers, one at a time, going on from those that an earlier attempt saved."""
+"""Toy stage `collect`: writes numbers one at a time, and resumes from those that an earlier attempt saved."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from draftsmith.stages.runtime.stage import INCONCLUSIVE, Compute, Config, Stage
 
 
 class CollectConfig(Config):
-    """What to collect, and how to go wrong."""
+    """The numbers to collect, and how to fail."""
 
     count: int = 5
     seconds_each: float = 0.0
-    fail_at: int | None = None  # a user's error when so many are there, unless the file `allow` exists
+    fail_at: int | None = None  # a user's error after so many numbers, unless the file `allow` exists
     allow: Path | None = None
     lose_engine_until: Path | None = None  # a retryable error on every attempt, counted in this file, up to two
     worker: Path | None = None  # start a grandchild that writes its process id here
-    note_start: Path | None = None  # one line a start is added here
-    seconds_to_save: float = 0.0  # that it takes when it is asked to stop
-    inconclusive_until: Path | None = None  # while this file is not there, what was measured says nothing
-    tells: str | None = None  # a variable of the environment that is told in a log, a library's log and an error
+    note_start: Path | None = None  # a line is added here at every start
+    seconds_to_save: float = 0.0  # after the request to stop
+    inconclusive_until: Path | None = None  # the measurement is inconclusive until this file exists
+    leaks: str | None = None  # environment variable whose value appears in a log, a library's log and an error
 
 
 def run(context: StageContext, config: CollectConfig) -> None:
@@ -36,8 +36,8 @@ def run(context: StageContext, config: CollectConfig) -> None:
         _start_worker(config.worker)
     if config.lose_engine_until is not None:
         _lose_engine(config.lose_engine_until)
-    if config.tells is not None:
-        _tell(context, os.environ[config.tells])
+    if config.leaks is not None:
+        _leak(context, os.environ[config.leaks])
     saved = context.work / "saved.json"
     numbers: list[int] = json.loads(saved.read_text()) if saved.exists() else []
     context.log(f"going on from {len(numbers)}")
@@ -67,13 +67,13 @@ def _lose_engine(count_file: Path) -> None:
         raise RetryableError("the engine went away: start it again")
 
 
-def _tell(context: StageContext, secret: str) -> None:
-    """As libraries do with addresses; once in an error that is tried again."""
+def _leak(context: StageContext, secret: str) -> None:
+    """Log the secret as libraries log addresses, and raise it in a retryable error once."""
     context.log(f"asking {secret}")
     logging.getLogger("a library").warning("GET %s", secret)
-    told = context.work / "told"
-    if not told.exists():
-        told.touch()
+    leaked = context.work / "leaked"
+    if not leaked.exists():
+        leaked.touch()
         try:
             raise ValueError(f"no answer of {secret}")
         except ValueError as error:
@@ -81,7 +81,7 @@ def _tell(context: StageContext, secret: str) -> None:
 
 
 def _start_worker(pid_file: Path) -> None:
-    """A grandchild that ignores SIGTERM and would sleep for ten minutes."""
+    """Start a grandchild that ignores SIGTERM and sleeps for ten minutes."""
     import subprocess
     import sys
 

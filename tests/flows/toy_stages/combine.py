@@ -1,4 +1,4 @@
-"""Toy stage `combine`: a sum of the numbers of one or two artifacts."""
+"""Toy stage `combine`: the sum of the numbers of one or two artifacts."""
 
 from __future__ import annotations
 

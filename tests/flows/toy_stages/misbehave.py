@@ -1,4 +1,4 @@
-"""Toy stage `misbehave`: goes wrong, or behaves oddly, in the way that its config says."""
+"""Toy stage `misbehave`: fails or behaves oddly in the way that its config names."""
 
 from __future__ import annotations
 

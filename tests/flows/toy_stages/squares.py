@@ -1,4 +1,4 @@
-"""Toy stage `squares`: of the first numbers, in one piece or in shards."""
+"""Toy stage `squares`: the squares of the first numbers, in one piece or in shards."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from draftsmith.stages.runtime.stage import WHOLE, Compute, Config, Shard, Stage
 
 class SquaresConfig(Config):
     numbers: int = 7
-    note_start: Path | None = None  # one line a process is added here
-    die: Path | None = None  # while this file exists, the second shard is killed when it has begun
+    note_start: Path | None = None  # a line is added here by every process
+    die: Path | None = None  # while this file exists, the second shard is killed
 
 
 def shard(context: StageContext, config: SquaresConfig, part: Shard) -> None:
@@ -25,10 +25,10 @@ def shard(context: StageContext, config: SquaresConfig, part: Shard) -> None:
 
 def run(context: StageContext, config: SquaresConfig) -> None:
     _note(config, "joined" if context.shards else "whole")
-    found: dict[int, int] = {}
+    squares: dict[int, int] = {}
     for folder in context.shards:
-        found |= {int(n): square for n, square in json.loads((folder / "squares.json").read_text()).items()}
-    _write(context, found or {n: n * n for n in range(config.numbers) if WHOLE.contains(n)})
+        squares |= {int(n): square for n, square in json.loads((folder / "squares.json").read_text()).items()}
+    _write(context, squares or {n: n * n for n in range(config.numbers) if WHOLE.contains(n)})
 
 
 def _write(context: StageContext, squares: dict[int, int]) -> None:

@@ -1,4 +1,4 @@
-"""`draftsmith status` says who makes an artifact, where, since when, and how far it is."""
+"""`draftsmith status` shows who builds an artifact, where, since when, and its progress."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ from draftsmith.flows.planning.graph import plan
 from tests.flows.toy import TOY, ToyConfig, write_config
 
 
-def test_a_running_node_is_told_with_its_process_and_its_progress(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_running_node_is_shown_with_its_process_and_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path))
     monkeypatch.setattr(attempt_note, "_EVERY_S", 0.0)
     config, store = ToyConfig(name="t"), Store(tmp_path / "store")
@@ -47,10 +45,10 @@ def test_a_running_node_is_told_with_its_process_and_its_progress(
 
 
 @pytest.mark.usefixtures("home")
-def test_a_node_that_is_to_be_made_is_told_with_what_it_was_in_the_last_run(
+def test_an_unbuilt_node_is_shown_with_its_last_artifact(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Behind a promotion a refresh is planned from its new champion: all that was made is still to be seen."""
+    """After a promotion the plan starts from the new champion; the last artifacts are still shown."""
     monkeypatch.setenv("COLUMNS", "300")
     config = str(write_config(tmp_path / "toy.yaml", target={"count": 3}))
     for node in ("target", "left"):

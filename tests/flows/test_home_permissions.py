@@ -1,4 +1,4 @@
-"""Who may read a home: its owner alone, or its group; and what a user may do who can only read it."""
+"""Permissions of a home: only its owner or also its group may read it, and a reader can look without changing it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     before = os.umask(0o022)
     yield tmp_path / "home"
-    assert os.umask(before) == 0o022  # the command puts it back
+    assert os.umask(before) == 0o022  # the command restores it
 
 
 def modes(home: Path) -> set[int]:
-    """Of everything in the home, but for the bits of who may execute."""
+    """Return the modes of everything in the home, without the bits for execution."""
     return {path.lstat().st_mode & 0o666 for path in (home, *home.rglob("*"))}
 
 
@@ -47,11 +47,11 @@ def test_a_home_is_for_its_owner_or_its_group(
     assert main(["stage", "target", str(config)], TOY) == 0
     folders = {path.stat().st_mode & 0o777 for path in (home, *home.rglob("*")) if path.is_dir()}
     assert folders == ({0o750} if group_may_read else {0o700})
-    assert modes(home) - {0o600} == files - {0o600}  # locks and logs of servers may be the owner's in any case
+    assert modes(home) - {0o600} == files - {0o600}  # locks and logs of servers may be 0600 in any case
     assert (home / "mlflow.db").stat().st_mode & 0o777 in files
 
 
-def test_a_home_that_was_open_is_closed(tmp_path: Path) -> None:
+def test_an_open_home_is_closed_to_others(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir(mode=0o755)
     before = os.umask(0o022)
     try:
@@ -63,7 +63,7 @@ def test_a_home_that_was_open_is_closed(tmp_path: Path) -> None:
         os.umask(before)
 
 
-def test_what_is_copied_out_has_the_users_modes(tmp_path: Path) -> None:
+def test_exported_files_have_the_users_permissions(tmp_path: Path) -> None:
     before = os.umask(0o022)
     try:
         with home_umask(tmp_path):
@@ -89,7 +89,7 @@ for arguments in json.loads(sys.argv[1]):
 
 
 def as_reader(home: Path, commands: list[list[str]]) -> list[str]:
-    """What commands print, run by a user who may read the home through its group: root without the power over all."""
+    """Return what commands print if run by a user who reads the home through its group (root without capabilities)."""
     powerless = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
     done = subprocess.run(
         [*powerless, sys.executable, "-c", COMMANDS, json.dumps(commands)],
@@ -105,7 +105,7 @@ def as_reader(home: Path, commands: list[list[str]]) -> list[str]:
 
 
 def give_away(home: Path) -> None:
-    """Everything becomes another user's, where that may be, and can only be read."""
+    """Make everything read-only and, where possible, another user's."""
     for path in (home, *home.rglob("*")):
         if os.geteuid() == 0:
             os.chown(path, NOBODY, os.getgid())
@@ -113,7 +113,7 @@ def give_away(home: Path) -> None:
 
 
 @pytest.mark.integration
-def test_who_may_only_read_can_look_and_changes_nothing(home: Path, tmp_path: Path) -> None:
+def test_a_user_with_read_access_can_look_but_changes_nothing(home: Path, tmp_path: Path) -> None:
     stages = {"min_free_gb": 0.01, "group_may_read": True}
     config = str(write_config(tmp_path / "toy.yaml", stages=stages))
     assert main(["stage", "target", config], TOY) == 0

@@ -1,4 +1,4 @@
-"""The run of a flow in MLflow, against a real SQLite database: opened once, found again, never empty."""
+"""The MLflow run of a flow, with a real SQLite database: opened once, found again, never empty."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a database: making one takes seconds."""
+    """Share a home, since its database takes seconds to create."""
     return tmp_path_factory.mktemp("home")
 
 
@@ -34,7 +34,7 @@ def artifacts(folder: Path, content: str = "c" * 64) -> dict[str, ArtifactRef]:
     return {name: ArtifactRef(name, "k" * 64, content, folder / name) for name in names}
 
 
-def test_the_same_artifacts_are_the_same_run_and_others_are_not(tracking: Tracking, tmp_path: Path) -> None:
+def test_the_same_artifacts_reuse_the_run_and_others_open_one(tracking: Tracking, tmp_path: Path) -> None:
     client, experiment = tracking.connect()
     made = artifacts(tmp_path)
     first = RunRecord(tracking, "weekly", {"seed": 0}, data=("prompts",))
@@ -60,7 +60,7 @@ def test_the_same_artifacts_are_the_same_run_and_others_are_not(tracking: Tracki
     assert (data.dataset.name, data.dataset.digest) == ("prompts", "c" * 36)
 
     for record, others in (
-        (RunRecord(tracking, "weekly", {}), artifacts(tmp_path, "d" * 64)),  # made again with other content
+        (RunRecord(tracking, "weekly", {}), artifacts(tmp_path, "d" * 64)),  # rebuilt with other content
         (RunRecord(tracking, "another", {}), made),
     ):
         assert record.find_or_open(others) not in (None, run_id)
@@ -68,10 +68,8 @@ def test_the_same_artifacts_are_the_same_run_and_others_are_not(tracking: Tracki
     assert len(client.search_runs([experiment])) == 3
 
 
-def test_what_follows_from_what_an_earlier_run_had_only_looked_at_is_told_by_its_run(
-    tracking: Tracking, tmp_path: Path
-) -> None:
-    """`--until report`, and then the whole: every artifact is there."""
+def test_a_conclusion_is_recorded_in_the_earlier_run_that_had_none(tracking: Tracking, tmp_path: Path) -> None:
+    """After `--until report` every artifact exists, and the whole run only concludes."""
     client, _ = tracking.connect()
     made = artifacts(tmp_path)
     looked = RunRecord(tracking, "weekly", {})
@@ -96,7 +94,7 @@ def test_what_follows_from_what_an_earlier_run_had_only_looked_at_is_told_by_its
     assert again(made, "refused", "**Refused.**")[OUTCOME] == "promoted", "what it came to stays"
 
 
-def test_a_run_that_mlflow_was_lost_for_is_opened_by_the_next_who_asks(
+def test_a_run_that_mlflow_failed_to_open_is_opened_later(
     tracking: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client, experiment = tracking.connect()
@@ -119,12 +117,10 @@ def test_a_run_that_mlflow_was_lost_for_is_opened_by_the_next_who_asks(
     assert [again.find_or_open(others) is None for _ in range(2)] == [True, False]
     again.close("FINISHED", others, {}, [], {})
     assert [run.info.status for run in client.search_runs([experiment])] == ["FINISHED", "FINISHED"]
-    assert not list((tracking.folder / "refreshes").iterdir()), "nor is one held to be alive"
+    assert not list((tracking.folder / "refreshes").iterdir()), "no run counts as alive"
 
 
-def test_a_run_that_fails_before_its_first_stage_leaves_none_and_a_failed_one_is_not_reused(
-    tracking: Tracking, tmp_path: Path
-) -> None:
+def test_a_run_without_stages_leaves_none_and_a_failed_one_is_not_reused(tracking: Tracking, tmp_path: Path) -> None:
     client, experiment = tracking.connect()
     RunRecord(tracking, "weekly", {}).close("FAILED", {}, {}, [], {})
     assert len(client.search_runs([experiment])) == 0

@@ -1,4 +1,4 @@
-"""What a run reads of files: listed once, by stage `sources`; reused until the run that listed them has ended."""
+"""Stage `sources` lists the files of a run once. The listing is reused until that run has ended."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def prompts(path: Path | str, **more: Any) -> PromptsConfig:
 
 
 class Home:
-    """A home, and a folder of numbers that the node `left` adds, where more come. Stages run in this process."""
+    """A home, and a folder of files with numbers that the node `left` adds. Stages run in this process."""
 
     def __init__(self, folder: Path) -> None:
         self.path, self.numbers, self.allow = folder / "home", folder / "numbers", folder / "allow"
@@ -59,14 +59,14 @@ class Home:
         left, total = {"addends": str(self.numbers / "*")}, {"allow": str(self.allow)}
         self.file = str(write_config(folder / "toy.yaml", left=left, total=total))
         self.config = ToyConfig.model_validate({"name": "toy", "left": left, "total": total})
-        self.lost = 0  # attempts at the next stage that are lost when they have saved something
-        self.saved: list[Path] = []  # what an attempt found
+        self.lost = 0  # attempts at the next stage that fail after they saved something
+        self.saved: list[Path] = []  # files that attempts have resumed from
 
     def come(self, name: str) -> None:
         (self.numbers / name).write_text("1000")
 
     def run(self, *force: str, until: str = "") -> int:
-        """Return the sum of the last node."""
+        """Run the pipeline and return the sum of the last node."""
         selection = Selection.from_options(force, (), [until] if until else (), deployed=deployed())
         made, _ = run._run(self.config, TOY, selection, Cancellation())
         return self.number(made[until or "total"]["path"])
@@ -82,7 +82,7 @@ class Home:
         return self.planned(*force, deployed=deployed)["sources"].newer_files
 
     def task(self, context: RunContext, node: Node, inputs: Mapping[str, ArtifactRef], *_: Any, force: bool) -> Any:
-        """Try again what was lost, as a Prefect task does."""
+        """Retry a retryable error, as a Prefect task does."""
         while True:
             try:
                 return build_node(context, node, inputs, force=force), None
@@ -112,7 +112,7 @@ def home(tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch) ->
     return made
 
 
-def test_an_interrupted_run_goes_on_with_its_listing_and_the_next_one_reads_the_new_files(home: Home) -> None:
+def test_a_continued_run_reuses_its_listing_and_the_next_run_reads_new_files(home: Home) -> None:
     with pytest.raises(DraftsmithError):
         home.run()
     home.come("b")
@@ -125,7 +125,7 @@ def test_an_interrupted_run_goes_on_with_its_listing_and_the_next_one_reads_the_
 
 
 @pytest.mark.parametrize("what", ["a file goes", "other config", "forced", "next week"])
-def test_a_listing_holds_while_its_files_are_there_and_the_config_is_the_same(what: str, home: Home) -> None:
+def test_a_listing_is_reused_if_its_files_exist_and_the_config_is_the_same(what: str, home: Home) -> None:
     home.come("b")
     with pytest.raises(DraftsmithError):
         home.run()
@@ -142,7 +142,7 @@ def test_a_listing_holds_while_its_files_are_there_and_the_config_is_the_same(wh
     assert home.run(*(["sources"] if what == "forced" else [])) == 30 + (2000 if what == "a file goes" else 3000)
 
 
-def test_a_run_that_fails_for_its_files_lists_anew(home: Home) -> None:
+def test_after_bad_input_the_files_are_listed_again(home: Home) -> None:
     enough = home.allow.with_name("enough")
     home.config = home.config.model_copy(update={"left": home.config.left.model_copy(update={"allow": enough})})
     with pytest.raises(DraftsmithError):
@@ -152,7 +152,7 @@ def test_a_run_that_fails_for_its_files_lists_anew(home: Home) -> None:
     assert home.run(until="left") == 10 + 2000
 
 
-def test_a_retry_goes_on_where_the_attempt_before_was_lost_though_files_came(home: Home) -> None:
+def test_a_retry_resumes_although_new_files_arrived(home: Home) -> None:
     home.allow.touch()
     home.lost = 1
     assert home.run(until="left") == 10 + 1000
@@ -160,7 +160,7 @@ def test_a_retry_goes_on_where_the_attempt_before_was_lost_though_files_came(hom
 
 
 @pytest.mark.parametrize("how", ["grows", "goes before"])
-def test_a_file_that_changes_while_it_is_read_or_goes_after_it_was_listed_fails_the_stage(
+def test_a_listed_file_that_changes_or_disappears_fails_the_stage(
     how: str, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home.come("b")
@@ -178,7 +178,7 @@ def test_a_file_that_changes_while_it_is_read_or_goes_after_it_was_listed_fails_
     assert home.run(until="left") == 10 + (3000 if how == "grows" else 1000)
 
 
-def test_what_is_made_again_after_a_run_has_ended_reads_no_new_files_but_of_a_deployment(home: Home) -> None:
+def test_a_forced_node_reads_no_new_files_except_in_a_deployment(home: Home) -> None:
     home.allow.touch()
     home.run()
     home.come("b")
@@ -191,7 +191,7 @@ def test_what_is_made_again_after_a_run_has_ended_reads_no_new_files_but_of_a_de
         assert home.run("target") == 30 + 2000
 
 
-def test_a_stage_alone_reads_what_was_listed_last(
+def test_a_single_stage_reuses_the_last_listing(
     home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(attempt, "run_stage", run_stage)  # in processes
@@ -215,7 +215,7 @@ def test_a_stage_alone_reads_what_was_listed_last(
     assert home.left_out("total") == 1
 
 
-def test_only_what_is_found_by_folder_pattern_address_or_relative_window_is_listed(tmp_path: Path) -> None:
+def test_only_folders_patterns_addresses_and_relative_windows_are_listed(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text("{}\n")
     fixed, target = prompts(file), TargetConfig(source=str(tmp_path))
@@ -225,9 +225,7 @@ def test_only_what_is_found_by_folder_pattern_address_or_relative_window_is_list
         assert made.inputs == {"target": "target", "sources": sources.name} and sources.name == "prompts-sources"
 
 
-def test_a_window_begins_where_it_began_when_the_files_were_listed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_window_starts_relative_to_the_time_of_the_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Clock(datetime):
         at = datetime(2026, 3, 2, 23, 0, tzinfo=UTC)
 
@@ -251,7 +249,7 @@ def test_a_window_begins_where_it_began_when_the_files_were_listed(
     assert getattr(source, "since_time") == began  # noqa: B009 (of one kind of source)
 
 
-def test_a_listing_names_files_here_and_in_buckets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_listing_names_local_files_and_files_in_buckets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     system = fsspec.filesystem("memory")
     (tmp_path / "a.jsonl").write_bytes(b"{}")
     paths = (str(tmp_path / "*.jsonl"), "memory://listed/*.jsonl")

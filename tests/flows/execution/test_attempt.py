@@ -1,4 +1,4 @@
-"""Damaged inputs and files that change: nothing is made from them, and nothing is kept of what was."""
+"""Damaged inputs and changing files: nothing is built from them, and the output of such an attempt is discarded."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.testbed.artifacts import committed
 
 
 class Toy:
-    """A home with the toy's first artifact in it, and its node that reads that."""
+    """A home with the toy's first artifact, and the node that reads it."""
 
     def __init__(self, home: Path, tracking: Tracking) -> None:
         config = ToyConfig(name="t")
@@ -49,7 +49,7 @@ class Toy:
         return find_artifact(self.context.store, node, key)
 
     def measure(self, figures: str) -> None:
-        """The first artifact again, with the same content and other volatile files."""
+        """Build the first artifact again, with the same content and other volatile files."""
         files = {"numbers.json": self.numbers.read_text(), "metrics.jsonl": figures}
         store, key = self.context.store, self.target.key
         measured = committed(store, "collect", files, key, force=True, volatile=("metrics.jsonl",))
@@ -64,14 +64,14 @@ def toy(tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def flip(path: Path, place: int = 1, bit: int = 1) -> None:
-    """The size stays."""
+    """Flip a bit, which keeps the size."""
     content = bytearray(path.read_bytes())
     content[place] ^= 1 << bit
     path.write_bytes(content)
 
 
 def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
-    """What happens while a stage's process runs."""
+    """Call `act` while a stage's process runs."""
 
     def run_and_act(*arguments: Any, **keywords: Any) -> StageOutcome:
         outcome = run_stage(*arguments, **keywords)
@@ -81,7 +81,7 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> Non
     monkeypatch.setattr("draftsmith.flows.execution.attempt.run_stage", run_and_act)
 
 
-def test_a_flipped_bit_in_an_input_is_found_before_a_stage_reads_it(toy: Toy) -> None:
+def test_a_flipped_bit_in_an_input_is_found_before_the_stage_starts(toy: Toy) -> None:
     flip(toy.numbers)
     with pytest.raises(DraftsmithError, match=r"left: its input first: .*numbers\.json: .*stage target CONFIG --force"):
         toy.make(toy.left())
@@ -90,7 +90,7 @@ def test_a_flipped_bit_in_an_input_is_found_before_a_stage_reads_it(toy: Toy) ->
     assert json.loads((toy.make(toy.left()).path / "numbers.json").read_text()) == [0 + 1 + 2 + 3 + 4]
 
 
-def test_a_flipped_bit_in_an_artifact_that_nobody_reads_is_no_hit(toy: Toy) -> None:
+def test_an_artifact_with_a_flipped_bit_is_not_reused(toy: Toy) -> None:
     made = toy.make(toy.left())
     flip(made.path / "numbers.json")
     with pytest.raises(DraftsmithError, match=r"numbers\.json: .*--force left"):
@@ -99,10 +99,10 @@ def test_a_flipped_bit_in_an_artifact_that_nobody_reads_is_no_hit(toy: Toy) -> N
 
 
 @pytest.mark.parametrize(("how", "in_bucket"), [("flipped", True), ("gone", False)])
-def test_what_was_made_while_an_input_broke_is_not_kept(
+def test_the_output_is_discarded_if_an_input_breaks_meanwhile(
     how: str, in_bucket: bool, tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where a bucket has another copy: the stage has read the damaged one."""
+    """Even if a bucket has another copy: the stage has read the damaged one."""
     monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
     if in_bucket:
         (tmp_path / "bucket").mkdir()
@@ -121,10 +121,10 @@ def test_what_was_made_while_an_input_broke_is_not_kept(
         assert json.loads((toy.make(node).path / "numbers.json").read_text()) == [0 + 1 + 2 + 3 + 4]
 
 
-def test_what_was_made_from_a_damaged_input_does_not_stay_a_hit(
+def test_artifacts_made_from_a_damaged_input_are_not_reused(
     toy: Toy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A disk that forgets a bit touches no file: found when the file is hashed again."""
+    """A disk that loses a bit leaves the time of the file: found when it is hashed again."""
     before = toy.make(replace(toy.left(), config=CombineConfig(factor=7)))
     known = Checksums(toy.context.home)
     known._file(toy.numbers).unlink(missing_ok=True)  # a week has gone by
@@ -140,18 +140,18 @@ def test_what_was_made_from_a_damaged_input_does_not_stay_a_hit(
         toy.context.store.verify_once(toy.target)
     assert f"{wrong.path} was made from {toy.numbers}, which is damaged: renamed" in caplog.text
     assert toy.found(toy.left()) is None
-    assert before.path.exists(), "it was made before the file was last whole"
+    assert before.path.exists(), "the input was intact after it was built"
 
 
 def _forge(checksums: Checksums, path: Path) -> None:
-    """The record, as if the last change had touched nothing of the file but its bits."""
+    """Change the record as if only the bits of the file had changed, not its times."""
     stat, known = path.stat(), checksums.cached(path)
     assert known is not None
     checksums._remember(replace(known, mtime_ns=stat.st_mtime_ns, ctime_ns=stat.st_ctime_ns))
 
 
 @pytest.mark.parametrize("when", ["before", "while the stage runs"])
-def test_an_input_that_another_run_makes_again_is_not_filed_under_the_old_key(
+def test_nothing_is_built_from_an_input_that_another_run_rebuilt(
     when: str, toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def make_it_again() -> None:
@@ -166,7 +166,7 @@ def test_an_input_that_another_run_makes_again_is_not_filed_under_the_old_key(
     assert toy.found(toy.left()) is None
 
 
-def test_a_file_that_changes_while_it_is_read_leaves_nothing_under_the_old_key(
+def test_a_file_that_changes_while_it_is_read_fails_the_stage(
     toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     addend = tmp_path / "addend"
@@ -188,7 +188,7 @@ def test_a_file_that_changes_while_it_is_read_leaves_nothing_under_the_old_key(
     assert made.key != key and json.loads((made.path / "numbers.json").read_text()) == [16]
 
 
-def test_what_shows_measurements_is_made_again_when_they_were_under_the_same_key(toy: Toy) -> None:
+def test_a_node_is_rebuilt_after_its_input_was_measured_again(toy: Toy) -> None:
     first = build_node(toy.context, toy.left(), {"first": toy.target})
     assert build_node(toy.context, toy.left(), {"first": toy.target}).reused
     toy.measure("anew")
@@ -199,9 +199,7 @@ def test_what_shows_measurements_is_made_again_when_they_were_under_the_same_key
     assert build_node(toy.context, toy.left(), {"first": toy.target}).reused
 
 
-def test_a_measurement_that_says_nothing_is_used_by_its_run_and_made_again_by_the_next(
-    tmp_path: Path, toy: Toy
-) -> None:
+def test_an_inconclusive_measurement_is_repeated_by_the_next_run(tmp_path: Path, toy: Toy) -> None:
     quiet = tmp_path / "quiet"
     config = ToyConfig.model_validate({"name": "t", "target": {"inconclusive_until": str(quiet)}})
     nodes = {node.name: node for node in toy_nodes(config)}
@@ -222,7 +220,7 @@ def test_a_measurement_that_says_nothing_is_used_by_its_run_and_made_again_by_th
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_what_was_made_of_an_earlier_measurement_and_not_committed_is_not_taken(
+def test_an_uncommitted_artifact_of_an_earlier_measurement_is_not_used(
     force: bool, toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -238,7 +236,7 @@ def test_what_was_made_of_an_earlier_measurement_and_not_committed_is_not_taken(
     assert not list(toy.context.store.root.glob("combine/.partial-*"))
 
 
-def test_files_elsewhere_that_an_input_names_are_those_that_it_found(toy: Toy, tmp_path: Path) -> None:
+def test_files_outside_the_store_that_an_input_names_must_not_change(toy: Toy, tmp_path: Path) -> None:
     weights = tmp_path / "weights"
     weights.write_bytes(b"1234")
     files = {"numbers.json": "[1]", ELSEWHERE: json.dumps({str(weights): sha256_file(weights)})}
@@ -251,7 +249,7 @@ def test_files_elsewhere_that_an_input_names_are_those_that_it_found(toy: Toy, t
             toy.make(toy.left(CombineConfig(factor=3)))
 
 
-def test_a_store_that_does_not_answer_takes_no_work_away(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_does_not_answer_discards_no_work(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     store, left = toy.context.store, toy.left()
 
     def away(*_: object) -> None:
