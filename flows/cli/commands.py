@@ -87,8 +87,8 @@ def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
         display.lines(pipeline.checks().before(planned) if pipeline.checks is not None else [])
         return
 
-    def lost(server: PrefectServer, what: str) -> None:
-        display.line(f"warning: {what}")
+    def lost(server: PrefectServer, message: str) -> None:
+        display.line(f"warning: {message}")
         options.lost_prefect = server
 
     finished = launch(config, pipeline, display, lost, selection)

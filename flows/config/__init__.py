@@ -1,1 +1,1 @@
-"""Reads configs: files, fields of a run, and errors that name the field."""
+"""Loads configs: files, options of a run, and errors that name the field."""

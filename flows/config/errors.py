@@ -80,14 +80,15 @@ def describe_errors(
     are reported only if there are no others.
     """
     details = error.errors(include_url=False)
-    details = [each for each in details if each["type"] == "missing" or _is_in(written, each, model)] or details
+    as_written = [detail for detail in details if detail["type"] == "missing" or _is_in(written, detail, model)]
+    details = as_written or details
     # A misspelt field often makes another one "missing": the misspelling is the cause.
     details.sort(key=lambda detail: detail["type"] != "extra_forbidden")
     problems: list[str] = []
     while details:
         first, *details = _with_alternatives(details, model)
         location = _location(first, model)
-        field = ".".join(str(part) for part in location)
+        field = ".".join(str(step) for step in location)
         touched = any(key[: len(location)] == location or location[: len(key)] == key for key in overridden)
         by_override = touched and field and first["type"] != "missing"
         where = f"{OVERRIDE} {field}: " if by_override else f"{field}: " if field else ""
@@ -103,9 +104,9 @@ def _location(detail: Any, model: type[BaseModel]) -> PathKey:
 
 
 def _is_in(written: Any, detail: Any, model: type[BaseModel]) -> bool:
-    for part in _location(detail, model):
+    for step in _location(detail, model):
         try:
-            written = written[part]
+            written = written[step]
         except (LookupError, TypeError):
             return False
     return True
@@ -116,20 +117,20 @@ def _with_alternatives(details: list[Any], model: type[BaseModel]) -> list[Any]:
     first, location = details[0], _location(details[0], model)
     if first["type"] not in (*_EXPECTED, "literal_error"):
         return details
-    alike = [each for each in details if each["type"] in (*_EXPECTED, "literal_error")]
-    same = [each for each in alike if _location(each, model) == location]
-    choices = [choice for each in same for choice in _QUOTED.findall(each.get("ctx", {}).get("expected", ""))]
-    types = [_EXPECTED[each["type"]] for each in same if each["type"] in _EXPECTED]
+    alike = [detail for detail in details if detail["type"] in (*_EXPECTED, "literal_error")]
+    same = [detail for detail in alike if _location(detail, model) == location]
+    choices = [choice for detail in same for choice in _QUOTED.findall(detail.get("ctx", {}).get("expected", ""))]
+    types = [_EXPECTED[detail["type"]] for detail in same if detail["type"] in _EXPECTED]
     wanted = [f"one of {', '.join(dict.fromkeys(choices))}"] if choices else []
     return [
         {**first, "wanted": " or ".join(dict.fromkeys(wanted + types))},
-        *(each for each in details if each not in same),
+        *(detail for detail in details if detail not in same),
     ]
 
 
 def _problem(detail: Any, location: PathKey, field: str, model: type[BaseModel]) -> str:
     kind, value = detail["type"], detail.get("input")
-    name = ".".join([part for part in location if isinstance(part, str)][-2:])
+    name = ".".join([step for step in location if isinstance(step, str)][-2:])
     if kind == "extra_forbidden":
         gone = REMOVED.get(name)
         return f"this field is gone. {gone}" if gone else _unknown_field(location, model)
@@ -169,7 +170,7 @@ def _unknown_kind(detail: Any) -> str:
 def _unknown_field(location: PathKey, model: type[BaseModel]) -> str:
     name = str(location[-1])
     siblings = sorted({sibling for section in models_at(model, location[:-1]) for sibling in section.model_fields})
-    prefix = [str(part) for part in location[:-1]]
+    prefix = [str(step) for step in location[:-1]]
     if name in siblings:
         return f"a field of another kind of {'.'.join(prefix)}. Remove it, or write the whole section anew."
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
@@ -184,14 +185,14 @@ def _unknown_field(location: PathKey, model: type[BaseModel]) -> str:
 def _path_of(location: Sequence[int | str], model: type[BaseModel], *, keep_last: bool) -> PathKey:
     """Remove the names of union members that pydantic puts between the fields of a location."""
     kept: list[int | str] = []
-    for position, part in enumerate(location):
+    for index, step in enumerate(location):
         is_field = (
-            isinstance(part, int)
+            isinstance(step, int)
             or _is_open(model, kept)
-            or any(part in section.model_fields for section in models_at(model, kept))
+            or any(step in section.model_fields for section in models_at(model, kept))
         )
-        if is_field or (keep_last and position == len(location) - 1):
-            kept.append(part)
+        if is_field or (keep_last and index == len(location) - 1):
+            kept.append(step)
     return tuple(kept)
 
 
@@ -206,21 +207,21 @@ def models_at(model: type[BaseModel], path: Sequence[int | str]) -> list[type[Ba
 
 
 def _annotations(model: type[BaseModel], path: Sequence[int | str]) -> list[Any]:
-    found: list[Any] = [model]
-    for part in path:
-        found = [member for annotation in found for member in _step(annotation, part)]
-    return found
+    annotations: list[Any] = [model]
+    for step in path:
+        annotations = [member for annotation in annotations for member in _step(annotation, step)]
+    return annotations
 
 
-def _step(annotation: Any, part: int | str) -> Iterator[Any]:
+def _step(annotation: Any, step: int | str) -> Iterator[Any]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        if part in annotation.model_fields:
-            yield from _members(annotation.model_fields[str(part)].annotation)
+        if step in annotation.model_fields:
+            yield from _members(annotation.model_fields[str(step)].annotation)
         return
     arguments = typing.get_args(annotation)
     if typing.get_origin(annotation) is dict:
         yield from _members(arguments[1])
-    elif isinstance(part, int) and arguments:
+    elif isinstance(step, int) and arguments:
         yield from _members(arguments[0])
 
 

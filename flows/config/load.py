@@ -180,10 +180,10 @@ def _read_mapping(path: Path) -> Fields:
 
 
 def _unshared(value: Any) -> Any:
-    """Return a copy in which a YAML alias is an object of its own, so that an override changes one place only."""
+    """Return a copy in which every YAML alias is a separate object, so that an override changes only one field."""
     if isinstance(value, dict):
-        return {name: _unshared(each) for name, each in value.items()}
-    return [_unshared(each) for each in value] if isinstance(value, list) else value
+        return {name: _unshared(inner) for name, inner in value.items()}
+    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _parse(text: str, where: str) -> Any:
@@ -209,32 +209,32 @@ def _apply_override(data: Fields, override: str) -> PathKey:
     if not separator or not all(steps):
         raise DraftsmithError(f"{OVERRIDE} {override}: expected FIELD=VALUE, such as {OVERRIDE} sft.steps=200.")
     value = _parse(text, f"{OVERRIDE} {override}")
-    here: Any = data
+    section: Any = data
     path: list[int | str] = []
-    for position, step in enumerate(steps):
-        last = position == len(steps) - 1
-        shown = ".".join(steps[:position]) or "the config"
-        if isinstance(here, list):
-            if not step.isdecimal() or int(step) >= len(here):
+    for index, step in enumerate(steps):
+        last = index == len(steps) - 1
+        section_name = ".".join(steps[:index]) or "the config"
+        if isinstance(section, list):
+            if not step.isdecimal() or int(step) >= len(section):
                 raise DraftsmithError(
-                    f"{OVERRIDE} {override}: {shown} is a list of {len(here)} in the file. "
-                    + (f"Use an index from 0 to {len(here) - 1}." if here else "Set the whole list.")
+                    f"{OVERRIDE} {override}: {section_name} is a list of {len(section)} in the file. "
+                    + (f"Use an index from 0 to {len(section) - 1}." if section else "Set the whole list.")
                 )
             key: int | str = int(step)
-        elif isinstance(here, dict):
+        elif isinstance(section, dict):
             key = step
-            if not last and here.get(key) is None:
+            if not last and section.get(key) is None:
                 # Validation reports a misspelt section under the name that was written.
-                here[key] = {}
+                section[key] = {}
         else:
             raise DraftsmithError(
-                f"{OVERRIDE} {override}: {shown} is {show_value(here)} in the file, which has no fields."
+                f"{OVERRIDE} {override}: {section_name} is {show_value(section)} in the file, which has no fields."
             )
         path.append(key)
-        if last and value is None and isinstance(here, dict) and isinstance(here.get(key), dict):
-            del here[key]  # as `merge_configs` does
+        if last and value is None and isinstance(section, dict) and isinstance(section.get(key), dict):
+            del section[key]  # as `merge_configs` does
         elif last:
-            here[key] = value
+            section[key] = value
         else:
-            here = here[key]
+            section = section[key]
     return tuple(path)

@@ -1,1 +1,1 @@
-"""Makes one node: its process, devices, log, and MLflow run."""
+"""Builds one node: its process, devices, shards, log and MLflow run."""

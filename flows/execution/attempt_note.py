@@ -78,9 +78,9 @@ class AttemptNote:
         if time.monotonic() - self._written > _EVERY_S:
             self._write()
 
-    def waiting(self, what: str) -> None:
+    def waiting(self, reason: str) -> None:
         """Write what the attempt waits for; an empty text: it has begun."""
-        self._note = replace(self._note, waits=what)
+        self._note = replace(self._note, waits=reason)
         self._write()
 
     def failed(self, error: BaseException) -> None:

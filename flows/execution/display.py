@@ -126,9 +126,9 @@ class Display:
             table.add_column(column, no_wrap=column != "what happens")
         for item in planned:
             style = _STATUS_STYLE[item.status]
-            what = f"after {', '.join(item.after)}" if item.status is Status.AFTER else item.status.value
+            action = f"after {', '.join(item.after)}" if item.status is Status.AFTER else item.status.value
             key = item.key[:16] if item.key else "-"
-            table.add_row(item.node.name, item.node.stage.name, key, f"[{style}]{what}[/{style}]")
+            table.add_row(item.node.name, item.node.stage.name, key, f"[{style}]{action}[/{style}]")
         self.console.print(table)
 
     def newer_files(self, planned: Sequence[PlannedNode]) -> None:

@@ -29,16 +29,16 @@ def retry_notice(error: object, failures: int, delays: Sequence[float]) -> str:
     )
 
 
-def with_retries(work: Callable[[], T], options: StageOptions, tell: Callable[[str], None]) -> T:
+def with_retries(work: Callable[[], T], options: StageOptions, notify: Callable[[str], None]) -> T:
     """Return `work()`, which is retried after each `RetryableError`, `stages.retries` times.
 
-    tell: prints a line before each retry. Raises the last error. Another error is not retried.
+    notify: prints a line before each retry. Raises the last error. Another error is not retried.
     """
     delay = options.retry_delay_seconds
     again = retry_on(
         RetryableError,
         give_up=lambda _error, attempts, _seconds: attempts > options.retries,
         pause_s=lambda _error, attempts: delay * (2 ** (attempts - 1) + random.uniform(0, RETRY_JITTER)),
-        on_retry=lambda error, attempts: tell(retry_notice(error, attempts, options.retry_delays)),
+        on_retry=lambda error, attempts: notify(retry_notice(error, attempts, options.retry_delays)),
     )
     return again(work)()

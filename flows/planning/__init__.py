@@ -1,1 +1,1 @@
-"""What a run will do: its graph of nodes, their cache keys, and the part that is asked for."""
+"""Plans a run: its graph of nodes, their cache keys, and what the store already has."""
