@@ -28,10 +28,10 @@ from draftsmith.flows.refresh.evaluate import resolve_drafter
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.stages.data.load import load_trajectories
 from draftsmith.stages.data.logs.config import LogsConfig
-from draftsmith.stages.data.logs.filter import Sieve, prompt_id
-from draftsmith.stages.data.logs.rows import LoggedRow, Reader
-from draftsmith.stages.data.rejects import Aside
-from draftsmith.stages.data.row_files import matched, read_rows
+from draftsmith.stages.data.logs.filter import RowFilter, prompt_id
+from draftsmith.stages.data.logs.rows import AnswerReader, LoggedRow
+from draftsmith.stages.data.rejects import RejectLog
+from draftsmith.stages.data.row_files import match_files, read_rows
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters import checkpoint
 from draftsmith.stages.drafters.base import Drafter
@@ -143,22 +143,26 @@ def read_answers(
         {"paths": [str(source)], "chat_template_kwargs": dict(chat_template_kwargs or {}), **sampling}
     )
     rows = _AnswerRows(config, target)
-    taken = [each for row in read_rows(matched(config.paths, "read_answers")) if (each := rows.take(row)) is not None]
-    rows.aside.check()
+    taken = [
+        each for row in read_rows(match_files(config.paths, "read_answers")) if (each := rows.accept(row)) is not None
+    ]
+    rows.rejects.check()
     if not taken:
-        raise DraftsmithError(f"{source}: no row of {rows.aside.rows} is usable ({rows.aside.said()}). Correct them.")
+        raise DraftsmithError(
+            f"{source}: no row of {rows.rejects.rows} is usable ({rows.rejects.describe()}). Correct them."
+        )
     prompts = [prompt_id(np.asarray(each.tokens[: each.prompt_length], np.int32)) for each in taken]
-    return Answers(taken, prompts, config.sampling, Counter(rows.aside.reasons))
+    return Answers(taken, prompts, config.sampling, Counter(rows.rejects.reasons))
 
 
-class _AnswerRows(Sieve[Trajectory]):
+class _AnswerRows(RowFilter[Trajectory]):
     """Makes a trajectory of each row, by the tokenizer of a loaded target."""
 
     def __init__(self, config: LogsConfig, target: Target):
-        super().__init__(config, Aside("the allowed share", _MAX_BAD_SHARE))
-        self._reader = Reader(target.tokenizer, target.info, config)
+        super().__init__(config, RejectLog("the allowed share", _MAX_BAD_SHARE))
+        self._reader = AnswerReader(target.tokenizer, target.info, config)
 
-    def _made(self, row: LoggedRow, time: datetime | None) -> Trajectory:  # noqa: ARG002
+    def _convert(self, row: LoggedRow, time: datetime | None) -> Trajectory:  # noqa: ARG002
         answer = self._reader.read(row)
         return Trajectory(row.where, answer.prompt_ids + answer.response_ids, len(answer.prompt_ids))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 STAGES = {
     "target": "draftsmith.stages.target.stage",
-    "sources": "draftsmith.stages.data.listing",
+    "sources": "draftsmith.stages.data.sources",
     "prompts": "draftsmith.stages.data.prompts",
     "champion": "draftsmith.stages.drafters.stage",
     "drift": "draftsmith.stages.evaluation.drift",

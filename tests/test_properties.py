@@ -24,7 +24,7 @@ from draftsmith.artifacts.store.manifest import MANIFEST, read_manifest
 from draftsmith.flows.config.load import read_config
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.stages.data.logs.rows import LoggedRow, logged_ids, logged_text
-from draftsmith.stages.data.row_formats import SetAside, row_messages
+from draftsmith.stages.data.row_formats import RejectedRow, row_messages
 from draftsmith.stages.data.time_window import row_time
 from tests.test_bad_input import base
 from tests.testbed.artifacts import committed
@@ -47,7 +47,7 @@ def ours() -> Iterator[None]:
     """Nothing but our own error, in one line, or the reason why a row is set aside may come out."""
     try:
         yield
-    except SetAside as reason:
+    except RejectedRow as reason:
         assert "\n" not in str(reason)
     except DraftsmithError as error:
         assert str(error) and "\n" not in str(error).strip()

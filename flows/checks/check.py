@@ -39,7 +39,7 @@ from draftsmith.flows.config.options import RunOptions, check_runner
 from draftsmith.flows.execution.machine import check_home, free_disk_bytes
 from draftsmith.flows.orchestration import server
 from draftsmith.flows.planning.graph import Node, Pipeline, PlannedNode, Status, plan, topological_order
-from draftsmith.stages.data.logs.rehearsal_stage import EarlierConfig, is_here
+from draftsmith.stages.data.logs.rehearsal_stage import EarlierConfig, is_available
 from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.target.info import read_target_info
 
@@ -111,7 +111,7 @@ def _check_earlier(findings: Findings, to_make: Sequence[Node]) -> None:
     """
     for node in to_make:
         with findings.check(node.name):
-            if isinstance(node.config, EarlierConfig) and not is_here(node.config):
+            if isinstance(node.config, EarlierConfig) and not is_available(node.config):
                 raise DraftsmithError(
                     f"{node.config.folder}: the answers of the champion's refresh are missing. Restore them, or set "
                     "logs.replay_share to 0."

@@ -31,7 +31,7 @@ def check_gate(findings: Findings, nodes: Sequence[Node]) -> None:
         needed = [
             ("evaluation.rounds", measured.rounds, 1 if measured.by_prompt else FEWEST_TURNS),
             ("evaluation.speed_prompts", measured.speed_prompts, fewest),
-            ("the number of held-out prompts,", prompts.wanted("heldout"), fewest),  # speed_prompts are a sample
+            ("the number of held-out prompts,", prompts.prompt_count("heldout"), fewest),  # speed_prompts are a sample
         ]
         too_low = [f"{what} {has} (at least {least} are needed)" for what, has, least in needed if has < least]
         if too_low:

@@ -11,7 +11,7 @@ from draftsmith.flows.checks.drafters import creates_drafter, drafter_origins, d
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.planning.graph import Node
 from draftsmith.stages.data.chat_template import token_ids
-from draftsmith.stages.data.prompt_config import Candidate
+from draftsmith.stages.data.prompt_config import PromptCandidate
 from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.drafters.registry import DrafterConfig
 from draftsmith.stages.drafters.spec import DraftingConfig
@@ -76,7 +76,7 @@ def _check_template(findings: Findings, config: PromptsConfig, folder: Path) -> 
     messages = [{"role": "user", "content": "Hello"}]
     if system := config.system:
         messages = [{"role": "system", "content": system}, *messages]
-    candidate = Candidate("check", messages, "chat template")
+    candidate = PromptCandidate("check", messages, "chat template")
     try:
         ids = token_ids(tokenizer, candidate, config.chat_template_kwargs)
     except DraftsmithError as error:

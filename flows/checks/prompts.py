@@ -10,24 +10,24 @@ from pathlib import Path
 from draftsmith.artifacts.errors import DraftsmithError, one_line
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.planning.graph import Node
-from draftsmith.stages.data.held_out import HeldOut, identity, place
+from draftsmith.stages.data.held_out import HeldOut, hash_fraction, prompt_identity
 from draftsmith.stages.data.load import Prompt, positions_needed
 from draftsmith.stages.data.logs.config import LogsConfig
-from draftsmith.stages.data.logs.filter import Intake, ShapeSieve
+from draftsmith.stages.data.logs.filter import Exclusions, LogFilter, SchemaFilter
 from draftsmith.stages.data.prompt_config import (
     SPLITS,
-    Candidate,
     HuggingFaceSource,
     JsonlSource,
+    PromptCandidate,
     PromptSource,
     ReasoningGymSource,
     Split,
 )
-from draftsmith.stages.data.prompt_supply import Supply, load_rows, prompt_rows, supplies
-from draftsmith.stages.data.prompts import OF_MORE_LOGS, PromptsConfig
-from draftsmith.stages.data.rejects import UNREADABLE, Aside
-from draftsmith.stages.data.row_files import is_remote, matched, no_rows, read_rows
-from draftsmith.stages.data.row_formats import SetAside, row_messages
+from draftsmith.stages.data.prompt_streams import PromptStream, load_rows, open_streams, prompt_rows
+from draftsmith.stages.data.prompts import MORE_LOGS, PromptsConfig
+from draftsmith.stages.data.rejects import UNREADABLE, RejectLog
+from draftsmith.stages.data.row_files import is_remote, match_files, no_rows_error, read_rows
+from draftsmith.stages.data.row_formats import RejectedRow, row_messages
 from draftsmith.stages.engines.stage import RolloutConfig, prompt_shortage, prompts_to_answer
 from draftsmith.stages.evaluation.config import EvaluationConfig, prompts_to_decode
 
@@ -46,7 +46,7 @@ def check_sources(findings: Findings, nodes: Sequence[Node]) -> None:
                 name = node.config.section if node.config.of_logs else f"{node.name}.sources.{index}"
                 with findings.check(name):
                     _check_source(findings, name, source, node.config)
-            sources = [each for each in node.config.sources if isinstance(each, HuggingFaceSource) and each.of_hub]
+            sources = [each for each in node.config.sources if isinstance(each, HuggingFaceSource) and each.is_on_hub]
             if sources:
                 names = ", ".join(dict.fromkeys(each.id for each in sources))
                 findings.skip(node.name, f"whether {names} have enough rows. A run counts them when it fetches them.")
@@ -63,13 +63,13 @@ def check_prompt_counts(findings: Findings, nodes: Sequence[Node]) -> None:
         if isinstance(prompts, PromptsConfig):
             answered.setdefault(node.inputs["prompts"], []).append(node.config)
             if problem := prompt_shortage(
-                node.config, sum(prompts.wanted(s) for s in SPLITS if s in node.config.splits)
+                node.config, sum(prompts.prompt_count(s) for s in SPLITS if s in node.config.splits)
             ):
                 findings.error(node.name, problem)
     for name, rollouts in answered.items():
         prompts = by_name[name].config
         assert isinstance(prompts, PromptsConfig)
-        wanted, used = prompts.wanted("train"), _answered(rollouts, prompts.wanted("train"))
+        wanted, used = prompts.prompt_count("train"), _answered(rollouts, prompts.prompt_count("train"))
         if 0 < used < _MUCH_UNUSED * wanted:
             findings.warn(
                 name,
@@ -123,7 +123,7 @@ def _share(config: PromptsConfig, source: PromptSource, splits: Sequence[Split] 
     if source.counts is not None:
         return sum(getattr(source.counts, split) for split in splits)
     weights = sum(_weight(each) for each in config.sources)
-    return round(sum(config.wanted(split) for split in splits) * _weight(source) / weights)
+    return round(sum(config.prompt_count(split) for split in splits) * _weight(source) / weights)
 
 
 def _weight(source: PromptSource) -> int:
@@ -144,7 +144,7 @@ def _check_source(findings: Findings, name: str, source: PromptSource, config: P
             findings.ok(name, _enough_rows(source, source.id, len(rows), wanted, filtered=bool(source.filter)))
             try:
                 row_messages(rows[0], source.field, f"{source.id}, row 1")
-            except (DraftsmithError, SetAside) as error:  # other rows may be better
+            except (DraftsmithError, RejectedRow) as error:  # other rows may be better
                 findings.warn(name, str(error))
         case HuggingFaceSource():
             _check_hub(findings, name, source)
@@ -172,27 +172,27 @@ def _check_hub(findings: Findings, name: str, source: HuggingFaceSource) -> None
         findings.ok(name, f"data set {source.id} is on the hub")
 
 
-def _open_streams(source: ReasoningGymSource, config: PromptsConfig) -> list[Supply]:
+def _open_streams(source: ReasoningGymSource, config: PromptsConfig) -> list[PromptStream]:
     """Return a procedural source's prompt streams after each has made one prompt, which checks name and options."""
-    streams = supplies(source, config)
+    streams = open_streams(source, config)
     for stream in streams:
         stream.next("heldout")
     return streams
 
 
 def _check_files(findings: Findings, name: str, source: JsonlSource, config: PromptsConfig) -> None:
-    files = matched([source.path], config.of_paths, config.pinned_files)
+    files = match_files([source.path], config.paths_field, config.pinned_files)
     if not config.of_logs:
         _may_grow(findings, name, files)
     known = [Path(file).stat().st_size for file in files if not is_remote(file)]
     whole = len(known) == len(files) and sum(known) <= _COUNTED_BYTES
     share = source.heldout_share or config.heldout_share
-    aside = Aside(f"{config.section}.max_bad_share", config.max_bad_share)
+    aside = RejectLog(f"{config.section}.max_bad_share", config.max_bad_share)
     seen: set[str] = set()
     rows = held_out = unread = duplicates = 0
-    as_they_are = not (source.suffix or config.system)
-    for _, messages, _ in prompt_rows(source, read_rows(files), aside, as_they_are=as_they_are):
-        text = Candidate(source.path, messages, "").text_hash if messages else ""
+    unchanged = not (source.suffix or config.system)
+    for _, messages, _ in prompt_rows(source, read_rows(files), aside, unchanged=unchanged):
+        text = PromptCandidate(source.path, messages, "").text_hash if messages else ""
         if text in seen:
             duplicates += 1
             continue
@@ -200,7 +200,7 @@ def _check_files(findings: Findings, name: str, source: JsonlSource, config: Pro
             seen.add(text)
         rows += 1
         unread += not text  # token ids alone, which the stage decodes
-        held_out += place(identity(messages, config.heldout_by)) < share
+        held_out += hash_fraction(prompt_identity(messages, config.heldout_by)) < share
         if not whole:
             findings.skip(
                 name, f"whether {source.path} has enough rows. It can be read, and is too large to count here."
@@ -216,7 +216,7 @@ def _check_files(findings: Findings, name: str, source: JsonlSource, config: Pro
     label = f"{source.path}, without {duplicates} duplicates" if duplicates else source.path
     if config.of_logs and rows < wanted:
         raise DraftsmithError(
-            f"{label} has {rows} row(s), and {wanted} held-out and validation prompts are wanted: {OF_MORE_LOGS}"
+            f"{label} has {rows} row(s), and {wanted} held-out and validation prompts are wanted. {MORE_LOGS}."
         )
     findings.ok(name, _enough_rows(source, label, rows, wanted, filtered=False))
     if source.suffix or unread:
@@ -230,9 +230,11 @@ def _check_files(findings: Findings, name: str, source: JsonlSource, config: Pro
     if held_out < measured:
         lower = _counts(source, ("heldout", "validation"))
         remedy = f"Lower {lower}, or raise heldout_share (a larger share contains the smaller)."
+        if config.of_logs:
+            remedy = f"{MORE_LOGS}."
         raise DraftsmithError(
             f"{label}: {held_out} of {rows} rows are held out (heldout_share {share:g}), and {measured} held-out and "
-            f"validation prompts are wanted. {OF_MORE_LOGS if config.of_logs else remedy}"
+            f"validation prompts are wanted. {remedy}"
         )
 
 
@@ -276,16 +278,16 @@ def check_logs(findings: Findings, nodes: Sequence[Node], target: Path | None) -
             prompts = next((other.config for other in nodes if other.name == node.inputs.get("prompts")), None)
             held_out = HeldOut()  # the prompts themselves may not be made yet
             if isinstance(prompts, PromptsConfig):
-                held_out = HeldOut(prompts.share_elsewhere, by=prompts.heldout_by)
+                held_out = HeldOut(prompts.max_heldout_share, by=prompts.heldout_by)
             with findings.check(node.name):
                 _check_log(findings, node.name, node.config, target, held_out)
 
 
 def _check_log(findings: Findings, name: str, config: LogsConfig, target: Path | None, held_out: HeldOut) -> None:
-    aside = Aside(f"{name}.max_bad_share", config.max_bad_share)
-    sieve: Intake | ShapeSieve = ShapeSieve(config, aside)
+    aside = RejectLog(f"{name}.max_bad_share", config.max_bad_share)
+    sieve: LogFilter | SchemaFilter = SchemaFilter(config, aside)
     if target is not None:
-        sieve = Intake(config, target, held_out, aside)
+        sieve = LogFilter(config, target, Exclusions(held_out), aside)
     used, whole, end = 0, True, time.monotonic() + _LOG_SECONDS
     files = config.files()
     _may_grow(findings, name, files)
@@ -293,14 +295,14 @@ def _check_log(findings: Findings, name: str, config: LogsConfig, target: Path |
         if aside.rows >= _LOG_ROWS or time.monotonic() > end:
             whole = False
             break
-        used += sieve.take(row) is not None
+        used += sieve.accept(row) is not None
     read = "all" if whole else "the first"
-    unused = ", ".join([text for text in (aside.said(), sieve.not_meant) if text])
+    unused = ", ".join([text for text in (aside.describe(), sieve.describe_unselected()) if text])
     line = f"{used} of {read} {aside.rows} rows can be used{f'; not used: {unused}' if unused else ''}"
     if target is None:
         line += " (checked without the target's tokenizer)"
     aside.check()
-    for warning in sieve.doubts():
+    for warning in sieve.warnings():
         findings.warn(name, warning)
     if sieve.outside_window + sieve.overlap == aside.rows and not whole:
         findings.skip(name, f"whether there are rows of the window. {line}; others may follow")
@@ -309,7 +311,7 @@ def _check_log(findings: Findings, name: str, config: LogsConfig, target: Path |
         findings.warn(name, f"no row is later than {config.after}. Without new rows, only a drift check is possible.")
         return
     if not aside.rows:
-        raise DraftsmithError(no_rows(config.paths))
+        raise DraftsmithError(no_rows_error(config.paths))
     if not used and whole:
         raise DraftsmithError(f"{', '.join(config.paths)}: {line}. Give other files or correct section {name}.")
     in_scope = aside.rows - sieve.outside_window - sieve.filtered

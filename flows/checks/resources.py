@@ -141,7 +141,7 @@ def _needs(nodes: Sequence[Node], sizes: Sizes) -> dict[str, Need]:
         prompts = by_name[node.inputs["prompts"]].config if "prompts" in node.inputs else None
         counts: dict[str, int] = {}
         if isinstance(prompts, PromptsConfig):
-            counts = {split: prompts.wanted(split) for split in SPLITS}
+            counts = {split: prompts.prompt_count(split) for split in SPLITS}
         source = needs.get(node.inputs.get("trajectories", ""))
         drafters = sum(is_drafter(name) for name in node.inputs)
         needs[node.name] = estimate(node.config, Use(sizes, counts, drafters, source.makes if source else None))

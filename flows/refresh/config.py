@@ -128,11 +128,11 @@ class RefreshConfig(RunOptions):
             raise ValueError(
                 f"heldout.splits: {list(self.heldout.splits)} lacks heldout, which drafters are measured on: add it"
             )
-        if self.prompts.wanted("heldout") == 0:
+        if self.prompts.prompt_count("heldout") == 0:
             raise ValueError("prompts.heldout: drafters are measured on this split: give its number")
-        if self.evaluation.block_sizes and self.prompts.wanted("validation") == 0:
+        if self.evaluation.block_sizes and self.prompts.prompt_count("validation") == 0:
             raise ValueError("prompts.validation: evaluation.block_sizes needs this split: give its number")
-        counts = self.heldout.counts({split: self.prompts.wanted(split) for split in SPLITS})
+        counts = self.heldout.counts({split: self.prompts.prompt_count(split) for split in SPLITS})
         if not counts["heldout"]:
             raise ValueError(
                 "heldout: skip and prompts leave out all of split heldout, which drafters are measured on. Change "

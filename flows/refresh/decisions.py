@@ -32,7 +32,7 @@ from draftsmith.flows.refresh.line import (
     with_current_champion,
 )
 from draftsmith.flows.refresh.summary import DETAIL
-from draftsmith.stages.data.logs.rehearsal_stage import is_here
+from draftsmith.stages.data.logs.rehearsal_stage import is_available
 from draftsmith.stages.data.time_window import LAST
 from draftsmith.stages.drafters.stage import RECORD as TARGET_RECORD
 from draftsmith.stages.evaluation.drift import fallen, unjudged
@@ -223,7 +223,7 @@ def resolve(config: RefreshConfig) -> RefreshConfig:
     found: dict[str, Config] = {"registry": line, "prompts": prompts_since(config.prompts, line.read_until)}
     if config.logs is not None and config.logs.since == LAST:
         found["logs"] = config.logs.model_copy(update={"after": line.read_until})
-    if config.logs is not None and not config.logs.replay_share and line.answers and not is_here(line.answers):
+    if config.logs is not None and not config.logs.replay_share and line.answers and not is_available(line.answers):
         # on a machine without the store: rows that come late are lost rather than the refresh
         found["registry"] = line.model_copy(update={"answers": None})
     return config.model_copy(update=found)

@@ -27,7 +27,7 @@ def first_nodes(target: TargetConfig, prompts: PromptsConfig, logs: LogsConfig |
 
     They are listed where they are found by folder, pattern or address, or since a time that is counted back from now.
     """
-    readers = {"prompts": prompts.to_list, "logs": logs.to_list if logs is not None else None}
+    readers = {"prompts": prompts.sources_config, "logs": logs.sources_config if logs is not None else None}
     listings = [
         Node(f"{name}-{SOURCES}", STAGES["sources"], listed) for name, listed in readers.items() if listed is not None
     ]
@@ -39,7 +39,7 @@ def first_nodes(target: TargetConfig, prompts: PromptsConfig, logs: LogsConfig |
 
 
 def _reads(name: str, config: PromptsConfig | LogsConfig) -> dict[str, str]:
-    return {} if config.to_list is None else {SOURCES: f"{name}-{SOURCES}"}
+    return {} if config.sources_config is None else {SOURCES: f"{name}-{SOURCES}"}
 
 
 def refresh_nodes(config: RefreshConfig) -> list[Node]:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.data.row_files import Row, matched, read_rows
+from draftsmith.stages.data.row_files import Row, match_files, read_rows
 
 _TEMPLATES = Path(__file__).parent / "beginnings"
 _ROWS = 9200  # of prompts: what configs/model.yaml is made for, and assumed of a file that is not there yet
@@ -100,7 +100,7 @@ def _asked(question: Question) -> str:
 def _sizes(prompts: str) -> dict[str, int]:
     """Return numbers of prompts and steps that fit the rows of the files, one in ten of which may be measured on."""
     try:
-        found = islice(read_rows(matched([prompts], "--prompts")), _ROWS)  # more change nothing
+        found = islice(read_rows(match_files([prompts], "--prompts")), _ROWS)  # more change nothing
         rows = sum(isinstance(row, Row) for row in found)
     except DraftsmithError:  # not there yet; the check says so
         rows = _ROWS

@@ -1,4 +1,4 @@
-"""Stored artifacts as the numerical rooms take them."""
+"""Loads the prompts and trajectories of artifacts."""
 
 from __future__ import annotations
 
@@ -31,74 +31,74 @@ class StoredTrajectories:
 
     trajectories: TrajectoryRows
     prompt_ids: pa.Array
-    sampling: SamplingParams  # that they were drawn with
-    too_short: int  # answers of one token: nothing is drafted there
+    sampling: SamplingParams  # of the answers
+    too_short: int  # left out: answers of one token, on which nothing can be drafted
 
-    def choose(self, indices: Sequence[int]) -> StoredTrajectories:
-        """Return some of them, by index."""
+    def select(self, indices: Sequence[int]) -> StoredTrajectories:
+        """Return the trajectories at these indices."""
         return replace(
-            self, trajectories=self.trajectories.choose(indices), prompt_ids=self.prompt_ids.take(pa.array(indices))
+            self, trajectories=self.trajectories.select(indices), prompt_ids=self.prompt_ids.take(pa.array(indices))
         )
 
     @property
     def prompts(self) -> list[str]:
-        """The prompt of each: answers to the same one are no independent observations."""
+        """The prompt of each trajectory. Answers to the same prompt are not independent."""
         names: list[str] = self.prompt_ids.to_pylist()
         return names
 
 
 def load_trajectories(folder: Path, splits: Collection[str] | None = None) -> StoredTrajectories:
-    """trajectories.parquet of an artifact, restricted to some splits.
+    """Load `trajectories.parquet` of an artifact, or those of its answers that are in some splits.
 
-    Raises DraftsmithError if nothing of these splits, nothing usable, or a mix of temperatures (top_p, top_k) is there.
+    Raises DraftsmithError if there is no usable answer, or if temperature, top_p or top_k differ between answers.
     """
     path = folder / "trajectories.parquet"
     reader = RowReader(path, TRAJECTORIES)
     table = read_table(path, TRAJECTORIES, ["trajectory_id", "prompt_id", "split", *_SAMPLING])
-    prompts, responses = _lengths(reader, "prompt_ids", "response_ids")
+    prompts, answers = _lengths(reader, "prompt_ids", "response_ids")
     wanted = np.ones(table.num_rows, dtype=bool)
     if splits is not None:
         wanted = pc.is_in(table["split"], value_set=pa.array(list(splits), pa.string())).to_numpy()
         if not wanted.any():
             there = sorted(table["split"].unique().to_pylist())
             raise DraftsmithError(
-                f"{path}: no answer of split {' or '.join(splits)}, only of {', '.join(there)}; change fields "
-                "splits and prompts of the section that made it"
+                f"{path} has no answer of split {' or '.join(splits)}, only of {', '.join(there)}. Change fields "
+                "splits and prompts of the section that made it."
             )
-    places = np.flatnonzero(wanted & (responses >= 2))
+    places = np.flatnonzero(wanted & (answers >= 2))
     if not len(places):
-        raise DraftsmithError(f"{path}: no answer of two or more tokens; check the prompts and max_new_tokens")
-    of_sampling = {name: sorted(table[name].take(places).unique().to_pylist()) for name in _SAMPLING}
-    for name, values in of_sampling.items():
-        if len(values) > 1 and of_sampling["temperature"] != [0]:
-            raise DraftsmithError(f"{path}: values {values} of {name} are mixed; roll out with one of them")
+        raise DraftsmithError(f"{path} has no answer of two or more tokens. Check the prompts and max_new_tokens.")
+    values_of = {name: sorted(table[name].take(places).unique().to_pylist()) for name in _SAMPLING}
+    for name, values in values_of.items():
+        if len(values) > 1 and values_of["temperature"] != [0]:
+            raise DraftsmithError(f"{path} mixes the values {values} of {name}. Roll out with one of them.")
     ids, prompt_ids = (table[name].take(places).combine_chunks() for name in ("trajectory_id", "prompt_id"))
-    lengths = prompts[places] + responses[places]
+    lengths = prompts[places] + answers[places]
     rows = TrajectoryRows(reader, places, ids, lengths, prompts[places])
-    sampling = SamplingParams(*(values[0] for values in of_sampling.values()))
+    sampling = SamplingParams(*(values[0] for values in values_of.values()))
     return StoredTrajectories(rows, prompt_ids, sampling, int(wanted.sum()) - len(places))
 
 
 def _lengths(reader: RowReader, *columns: str) -> list[np.ndarray]:
-    """Return [rows] numbers of tokens, for each column."""
-    found: list[list[np.ndarray]] = [[np.zeros(0, dtype=np.int64)] for _ in columns]
-    for part in reader.row_groups(list(columns)):
-        for lengths, name in zip(found, columns, strict=True):
-            lengths.append(pc.list_value_length(part[name]).to_numpy().astype(np.int64))
-    return [np.concatenate(each) for each in found]
+    """Return [rows] token counts, for each column."""
+    counts: list[list[np.ndarray]] = [[np.zeros(0, dtype=np.int64)] for _ in columns]
+    for batch in reader.row_groups(list(columns)):
+        for lengths, name in zip(counts, columns, strict=True):
+            lengths.append(pc.list_value_length(batch[name]).to_numpy().astype(np.int64))
+    return [np.concatenate(lengths) for lengths in counts]
 
 
-def splits_of(folder: Path) -> set[str]:
-    """The splits that the trajectories of an artifact are of."""
+def stored_splits(folder: Path) -> set[str]:
+    """Return the splits that occur in the trajectories of an artifact."""
     table = read_table(folder / "trajectories.parquet", TRAJECTORIES, ["split"])
     return set(table["split"].unique().to_pylist())
 
 
-def sets_of(folder: Path, prompt_ids: Sequence[str]) -> list[str]:
-    """The prompt set (its source) of each prompt, from an artifact of stage `prompts`; "logs" for others."""
+def prompt_sets(folder: Path, prompt_ids: Sequence[str]) -> list[str]:
+    """Return the prompt set (source) of each prompt, from an artifact of stage `prompts`; "logs" for other prompts."""
     table = read_table(folder / "prompts.parquet", PROMPTS, ["prompt_id", "source"])
-    known = dict(zip(table["prompt_id"].to_pylist(), table["source"].to_pylist(), strict=True))
-    return [known.get(prompt_id, "logs") for prompt_id in prompt_ids]
+    sources = dict(zip(table["prompt_id"].to_pylist(), table["source"].to_pylist(), strict=True))
+    return [sources.get(prompt_id, "logs") for prompt_id in prompt_ids]
 
 
 @dataclass(frozen=True)
@@ -112,11 +112,10 @@ class Prompt:
 
 @dataclass(frozen=True, eq=False)
 class PromptRows(Sequence[Prompt]):
-    """N rows of a table of prompts. Token ids are read when a prompt is asked for; its name and places stay in
-    memory."""
+    """N rows of a table of prompts. Token ids are read on access; the other columns stay in memory."""
 
     reader: RowReader  # of PROMPTS
-    places: np.ndarray  # [N] rows of the table, ascending
+    places: np.ndarray  # [N] row numbers in the table, ascending
     ids: list[str]  # [N]
     splits: list[str]  # [N]
     lengths: np.ndarray  # [N] tokens
@@ -139,7 +138,7 @@ class PromptRows(Sequence[Prompt]):
 
 
 def load_prompts(folder: Path, splits: Collection[str]) -> PromptRows:
-    """prompts.parquet of an artifact, in its order."""
+    """Load the prompts of some splits from `prompts.parquet` of an artifact, in its order."""
     path = folder / "prompts.parquet"
     reader, wanted = RowReader(path, PROMPTS), pa.array(list(splits), pa.string())
     table = read_table(path, PROMPTS, ["prompt_id", "split"])
@@ -151,27 +150,35 @@ def load_prompts(folder: Path, splits: Collection[str]) -> PromptRows:
 
 
 def positions_needed(prompts: Sequence[Prompt], max_new_tokens: int, max_positions: int) -> int:
-    """Positions of the longest prompt with its answer. Raises DraftsmithError if the target's context is shorter."""
+    """Return the positions of the longest prompt with its answer.
+
+    Raises DraftsmithError if the target's context (`max_positions`) is shorter.
+    """
     lengths = prompts.lengths if isinstance(prompts, PromptRows) else [len(prompt.token_ids) for prompt in prompts]
     needed = int(max(lengths)) + max_new_tokens
     if needed > max_positions:
         raise DraftsmithError(
-            f"the longest prompt and {max_new_tokens} new tokens need {needed} positions, the target has "
-            f"{max_positions}; lower sampling.max_new_tokens or prompts.max_prompt_tokens"
+            f"the longest prompt and {max_new_tokens} new tokens need {needed} positions, but the target has "
+            f"{max_positions}. Lower sampling.max_new_tokens or prompts.max_prompt_tokens."
         )
     return needed
 
 
 def check_answer_fits(max_new_tokens: int, target: Path) -> None:
-    """An answer alone must fit into the context. target: its artifact. Raises DraftsmithError."""
+    """Raise DraftsmithError if an answer alone does not fit into the context. target: folder of its artifact."""
     limit = read_target_info(target).max_positions
     if max_new_tokens >= limit:
         raise DraftsmithError(
-            f"sampling.max_new_tokens: {max_new_tokens} does not fit into the target's {limit} positions; lower it"
+            f"sampling.max_new_tokens: {max_new_tokens} does not fit into the target's {limit} positions. Lower it."
         )
 
 
 def request_seed(seed: int, prompt_id: str, sample: int) -> int:
-    """A request's own seed (63 bits): independent of which other prompts are in the run."""
+    """Return the seed of a request (63 bits), which does not depend on the other prompts of the run."""
     digest = hashlib.sha256(f"{seed}/{prompt_id}/{sample}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def random_rank(seed: int, content: bytes) -> int:
+    """Return 63 bits by which to order items at random, from the seed and the item's content alone."""
+    return int.from_bytes(hashlib.sha256(f"lot {seed} ".encode() + content).digest()[:8], "big") >> 1

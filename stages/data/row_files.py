@@ -1,7 +1,7 @@
-"""Files of rows: JSON Lines and Parquet, plain or compressed, on this machine or behind fsspec (`s3://bucket/…`).
+"""Reads files of rows: JSON Lines and Parquet, plain or compressed, on this machine or through fsspec (`s3://…`).
 
-A row that cannot be read comes back as a `BadRow` with its reason, and so does the end of a file that is cut off: what
-stands before it is used. Only what concerns a file as a whole (it is gone, or may not be read) is an error.
+A row that cannot be read is returned as a `BadRow` with its reason, and so is the end of a truncated file: the rows
+before it are used. Only a problem of a whole file (it is missing or not readable) is an error.
 """
 
 from __future__ import annotations
@@ -18,18 +18,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, one_line
 
 KINDS = ".jsonl, .ndjson or .json with an object a line, also with .gz or .zst, or .parquet"
-# what is taken out of a folder; behind the suffix a number or a date, as logrotate writes them
-_OF_ROWS = re.compile(r".*(\.(jsonl|ndjson|json)([.-]\d[\d.T_-]*)?(\.gz|\.zst)?|\.parquet(\.gz|\.zst)?)")
+# names of files in a folder; a number or a date may follow the suffix, as logrotate writes them
+_ROW_FILE = re.compile(r".*(\.(jsonl|ndjson|json)([.-]\d[\d.T_-]*)?(\.gz|\.zst)?|\.parquet(\.gz|\.zst)?)")
 _CHUNK = 1 << 18  # bytes
 _REPORT_EVERY_S = 1.0
-_PARQUET_ROWS = 256  # Python objects of so many rows at a time
+_PARQUET_ROWS = 256  # converted to Python objects together
 
 
 @dataclass(frozen=True)
 class _Line:
+    """A row's place in a file."""
+
     file: str
     number: int  # from 1; blank lines count
 
@@ -52,17 +57,18 @@ class BadRow(_Line):
     reason: str
 
 
-class CutOff(BadRow):
-    """Where a damaged file ends."""
+class TruncatedFile(BadRow):
+    """The end of a damaged file."""
 
 
 class Throttle:
-    """Says when progress is due: once a second, however many rows there are and however long one takes."""
+    """Limits progress reports to one a second."""
 
     def __init__(self) -> None:
         self._reported = time.monotonic()
 
     def is_due(self) -> bool:
+        """Return whether a second has passed since the last report, and start the next one if so."""
         now = time.monotonic()
         due = now - self._reported >= _REPORT_EVERY_S
         if due:
@@ -71,39 +77,40 @@ class Throttle:
 
 
 def is_remote(pattern: str) -> bool:
-    """Is this an address for fsspec, not a path?"""
+    """Return whether this is an address for fsspec, not a path."""
     return "://" in pattern and not pattern.startswith("file://")
 
 
-def matched(patterns: Sequence[str], field: str, only: Collection[str] | None = None) -> list[str]:
-    """The files that paths, folders and globs name: pattern by pattern, sorted within each, every file once.
+def match_files(patterns: Sequence[str], field: str, only: Collection[str] | None = None) -> list[str]:
+    """Return the files that paths, folders and globs name: pattern by pattern, sorted within each, every file once.
 
-    field: names the config's field in errors. only: of those, the ones that a listing has (`listed_as`). Raises
-    DraftsmithError for a pattern that matches nothing, and for a name that no manifest could hold.
+    field: the config field, for errors. only: canonical names to restrict the result to. Raises DraftsmithError for a
+    pattern that matches nothing, and for a name that a manifest cannot hold.
     """
-    found: dict[str, None] = {}
+    names: dict[str, None] = {}
     for pattern in patterns:
-        found |= dict.fromkeys(_remote(pattern, field) if is_remote(pattern) else _local(pattern, field))
-    for name in found:
+        names |= dict.fromkeys(_remote(pattern, field) if is_remote(pattern) else _local(pattern, field))
+    for name in names:
         if (shown := name.encode("utf-8", "backslashreplace").decode()) != name:
-            raise DraftsmithError(f"{field}: {shown}: its name is not UTF-8 text: rename the file")
-    return [name for name in found if only is None or listed_as(name) in only]
+            raise DraftsmithError(f"{field}: {shown}: its name is not UTF-8 text. Rename the file.")
+    return [name for name in names if only is None or canonical_name(name) in only]
 
 
-def listed_as(name: str) -> str:
+def canonical_name(name: str) -> str:
     """Return the name of a file in a listing: an address, or an absolute path."""
     return name if is_remote(name) else str(Path(name).absolute())
 
 
 def local_files(patterns: Sequence[str], field: str, only: Collection[str] | None = None) -> list[Path]:
-    """Return those of `matched` that are on this machine, absolute."""
-    return [Path(name).absolute() for name in matched([each for each in patterns if not is_remote(each)], field, only)]
+    """Return the absolute paths of the matching files on this machine; arguments as of `match_files`."""
+    local = [pattern for pattern in patterns if not is_remote(pattern)]
+    return [Path(name).absolute() for name in match_files(local, field, only)]
 
 
 def remote_versions(patterns: Sequence[str], field: str, only: Collection[str] | None = None) -> dict[str, str]:
-    """Return address → size and tag of every matched file that is not on this machine: other content, another text.
+    """Return address → size and tag of every matching remote file, which change with its content.
 
-    The tag is the store's own (ETag, MD5), else fsspec's checksum of what the store says about the file.
+    The tag is the store's own (ETag, MD5), else fsspec's checksum of the store's information about the file.
     """
     versions: dict[str, str] = {}
     for pattern in filter(is_remote, patterns):
@@ -124,15 +131,15 @@ def _local(pattern: str, field: str) -> list[str]:
     if path.is_dir():
         if files := _in_folder(path):
             return files
-        raise DraftsmithError(f"{field}: folder {path} has no file of rows ({KINDS}): correct the path")
+        raise DraftsmithError(f"{field}: folder {path} has no file of rows ({KINDS}). Correct the path.")
     if not glob.has_magic(str(path)):
-        raise DraftsmithError(f"{field}: {path.absolute()} is not an existing file: correct the path")
+        raise DraftsmithError(f"{field}: {path.absolute()} is not an existing file. Correct the path.")
     files = []
-    for name in sorted(glob.glob(str(path), recursive=True)):  # noqa: PTH207 (Path.glob takes no absolute one)
+    for name in sorted(glob.glob(str(path), recursive=True)):  # noqa: PTH207 (Path.glob accepts no absolute pattern)
         files += _in_folder(Path(name)) if Path(name).is_dir() and "**" not in pattern else []
         files += [name] if Path(name).is_file() else []
     if not files:
-        raise DraftsmithError(f"{field}: {path} matches no file: correct the pattern")
+        raise DraftsmithError(f"{field}: {path} matches no file. Correct the pattern.")
     return files
 
 
@@ -142,14 +149,14 @@ def _in_folder(folder: Path) -> list[str]:
 
 
 def _holds_rows(name: str) -> bool:
-    """By its name below a folder; what begins with a dot or an underscore is somebody's bookkeeping."""
+    """Return whether a file in a folder has rows, by its name; names with a leading dot or underscore are internal."""
     parts = name.split("/")
-    return _OF_ROWS.fullmatch(parts[-1]) is not None and not any(part.startswith((".", "_")) for part in parts)
+    return _ROW_FILE.fullmatch(parts[-1]) is not None and not any(part.startswith((".", "_")) for part in parts)
 
 
 def _file_system(address: str, field: str) -> tuple[Any, str]:
-    """The file system of an address, and the path there."""
-    import fsspec
+    """Return the file system of an address, and the path in it."""
+    import fsspec  # takes a while to load, and few configs have addresses
 
     try:
         return fsspec.core.url_to_fs(address)
@@ -158,33 +165,33 @@ def _file_system(address: str, field: str) -> tuple[Any, str]:
 
 
 def _remote(pattern: str, field: str) -> dict[str, dict[str, Any]]:
-    """Address → what its file system tells about the file, sorted."""
+    """Return address → the file system's information about the file, sorted."""
     system, path = _file_system(pattern, field)
     try:
         system.invalidate_cache()
         if glob.has_magic(path):
-            found = system.glob(path, detail=True)
-            found = {name: info for name, info in found.items() if info.get("type") == "file"}
+            files = system.glob(path, detail=True)
+            files = {name: info for name, info in files.items() if info.get("type") == "file"}
         elif system.isdir(path):
-            found = system.find(path, detail=True)
+            files = system.find(path, detail=True)
             start = len(path.rstrip("/")) + 1
-            found = {name: info for name, info in found.items() if _holds_rows(name[start:])}
+            files = {name: info for name, info in files.items() if _holds_rows(name[start:])}
         else:
-            found = {path: system.info(path)} if system.isfile(path) else {}
-    except Exception as error:  # of whichever package: no credentials, no such bucket, no network
+            files = {path: system.info(path)} if system.isfile(path) else {}
+    except Exception as error:  # any package's: no credentials, no such bucket, no network
         raise RetryableError(
-            f"{field}: {pattern}: cannot be listed ({one_line(error)}): check the address, the credentials and the "
-            "network"
+            f"{field}: {pattern}: cannot be listed ({one_line(error)}). Check the address, the credentials and the "
+            "network."
         ) from error
-    if not found:
-        raise DraftsmithError(f"{field}: {pattern} matches no file ({KINDS} in a folder): correct the address")
-    return {str(system.unstrip_protocol(name)): found[name] for name in sorted(found)}
+    if not files:
+        raise DraftsmithError(f"{field}: {pattern} matches no file ({KINDS} in a folder). Correct the address.")
+    return {str(system.unstrip_protocol(name)): files[name] for name in sorted(files)}
 
 
 def read_rows(files: Sequence[str]) -> Iterator[Row | BadRow]:
-    """All rows of the files in turn, one in memory at a time (of Parquet: some hundreds).
+    """Yield all rows of the files in order, with one in memory at a time (some hundreds of Parquet).
 
-    Raises DraftsmithError for a file that is gone or may not be read, RetryableError where a remote one fails.
+    Raises DraftsmithError for a file that is missing or not readable, RetryableError if a remote one fails.
     """
     for file in files:
         try:
@@ -194,26 +201,26 @@ def read_rows(files: Sequence[str]) -> Iterator[Row | BadRow]:
                 else:
                     yield from _json_rows(file, raw)
         except FileNotFoundError:
-            raise DraftsmithError(f"{file} does not exist: correct the path") from None
+            raise DraftsmithError(f"{file} does not exist. Correct the path.") from None
         except DraftsmithError:
             raise
         except Exception as error:
             if is_remote(file):
-                raise RetryableError(f"{file}: cannot be read ({one_line(error)}): check the network") from error
+                raise RetryableError(f"{file}: cannot be read ({one_line(error)}). Check the network.") from error
             if isinstance(error, OSError):
                 raise DraftsmithError(
-                    f"{file}: cannot be read ({one_line(error)}): make it readable, or leave it out"
+                    f"{file}: cannot be read ({one_line(error)}). Make it readable, or leave it out."
                 ) from error
             raise
 
 
-def no_rows(paths: Sequence[str]) -> str:
-    """Return the error for files in which no line is a row."""
+def no_rows_error(paths: Sequence[str]) -> str:
+    """Return the error message for files without any row."""
     return f"{', '.join(paths)}: is empty. Give a file with one JSON object a line."
 
 
-class _DamagedError(Exception):
-    """The rest of the file cannot be read; the message is the reason."""
+class _TruncatedError(Exception):
+    """Raised where the rest of a file cannot be read; the message is the reason."""
 
 
 def _opened(file: str) -> AbstractContextManager[IO[bytes]]:
@@ -227,48 +234,48 @@ def _json_rows(file: str, raw: IO[bytes]) -> Iterator[Row | BadRow]:
     number = 0
     try:
         if file.endswith((".parquet.gz", ".parquet.zst")):
-            raise _DamagedError("a Parquet file that is compressed as a whole: unpack it")
+            raise _TruncatedError("a Parquet file that is compressed as a whole: unpack it")
         for number, line in enumerate(_lines(file, raw), start=1):
             if line.strip():
                 parsed = _parsed(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
                 yield BadRow(file, number, parsed) if isinstance(parsed, str) else Row(file, number, parsed)
-    except _DamagedError as damage:
-        yield CutOff(file, number + 1, str(damage))
+    except _TruncatedError as reason:
+        yield TruncatedFile(file, number + 1, str(reason))
 
 
 def _lines(file: str, raw: IO[bytes]) -> Iterator[bytes]:
-    """Lines without their ends. Raises _DamagedError behind the last whole one where compressed data break off."""
+    """Yield lines without their ends. Raises _TruncatedError after the last whole line of truncated compressed data."""
     read: Any = raw.read
-    packed = ""
+    compression = ""
     if file.endswith(".gz"):
-        packed, read = "gzip", gzip.GzipFile(fileobj=raw).read1  # `read` loses what it has when the data break off
+        compression, read = "gzip", gzip.GzipFile(fileobj=raw).read1  # `read` loses its data at a truncation
     elif file.endswith(".zst"):
-        import pyarrow as pa
-
-        packed, read = "zstd", pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd").read
-    begun: list[bytes] = []
-    while chunk := _chunk(read, packed):
+        compression, read = "zstd", pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd").read
+    partial: list[bytes] = []  # of one line
+    while chunk := _chunk(read, compression):
         first, *rest = chunk.split(b"\n")
-        begun.append(first)
+        partial.append(first)
         if rest:
-            yield b"".join(begun)
+            yield b"".join(partial)
             yield from rest[:-1]
-            begun = [rest[-1]]
-    if last := b"".join(begun):
+            partial = [rest[-1]]
+    if last := b"".join(partial):
         yield last
 
 
-def _chunk(read: Any, packed: str) -> bytes:
+def _chunk(read: Any, compression: str) -> bytes:
     try:
         return bytes(read(_CHUNK))
     except (EOFError, zlib.error, OSError) as error:
-        if not packed or (isinstance(error, OSError) and error.errno is not None):  # the disk's or the net's refusal
+        if not compression or (isinstance(error, OSError) and error.errno is not None):  # of the disk or the network
             raise
-        raise _DamagedError(f"damaged or cut off {packed} ({one_line(error)}): copy or download it again") from error
+        raise _TruncatedError(
+            f"damaged or truncated {compression} ({one_line(error)}): copy or download it again"
+        ) from error
 
 
 def _parsed(line: bytes) -> dict[str, Any] | str:
-    """The row, or why there is none."""
+    """Return the row, or the reason why there is none."""
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -276,14 +283,11 @@ def _parsed(line: bytes) -> dict[str, Any] | str:
     except (ValueError, RecursionError) as error:
         return f"not JSON ({one_line(error)}): every line must be one JSON object"
     if not isinstance(row, dict):
-        return f"a JSON {kind_of(row)}, not an object: every line must be one JSON object"
+        return f"a JSON {json_type(row)}, not an object: every line must be one JSON object"
     return row
 
 
 def _parquet_rows(file: str, raw: IO[bytes]) -> Iterator[Row | BadRow]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     number = 0
     try:
         for batch in pq.ParquetFile(raw, page_checksum_verification=True).iter_batches(batch_size=_PARQUET_ROWS):
@@ -294,11 +298,11 @@ def _parquet_rows(file: str, raw: IO[bytes]) -> Iterator[Row | BadRow]:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         reason = f"not a whole Parquet file ({one_line(error, 200)}): copy or download it again"
-        yield CutOff(file, number + 1, reason)
+        yield TruncatedFile(file, number + 1, reason)
 
 
-def _python_rows(batch: Any) -> Iterator[dict[str, Any] | str]:
-    """Rows of a batch; a value that Python cannot hold (text that is no UTF-8, a year above 9999) costs its row."""
+def _python_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | str]:
+    """Yield the rows of a batch; for a row with a value that Python cannot hold (the year 10000), the reason."""
     try:
         yield from batch.to_pylist()
         return
@@ -311,7 +315,7 @@ def _python_rows(batch: Any) -> Iterator[dict[str, Any] | str]:
             yield f"a value that cannot be read ({one_line(error)}): correct the row"
 
 
-def kind_of(value: Any) -> str:
-    """What JSON calls it."""
+def json_type(value: Any) -> str:
+    """Return the JSON name of a value's type."""
     names = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
     return names.get(type(value), "null")

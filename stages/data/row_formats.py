@@ -1,7 +1,7 @@
-"""The shapes in which a row holds a prompt.
+"""Reads the prompt of a row, for stages `prompts` and `logs`.
 
-Both stages that read rows, `prompts` and `logs`, read a prompt here: of token ids and text in one row the ids are the
-prompt and its messages say whose class it is (`held_out.py`), and what text alone cannot ask again is set aside.
+If a row has both token ids and text, the ids are the prompt and its messages decide its held-out class (`held_out.py`).
+A row is rejected if its text alone cannot reproduce the prompt.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.data.row_files import kind_of
+from draftsmith.stages.data.row_files import json_type
 
 Message: TypeAlias = dict[str, str]  # role, content
-Value: TypeAlias = str | int | float | bool
-Filter: TypeAlias = dict[str, Value | list[Value]]  # of a config: field -> what it may be
+FieldValue: TypeAlias = str | int | float | bool
+FieldFilter: TypeAlias = dict[str, FieldValue | list[FieldValue]]  # of a config: field -> allowed values
+Fields: TypeAlias = Mapping[str, Any]  # a row as it was written: JSON of any shape
 LogField: TypeAlias = Literal[
     "messages", "completion", "prompt_token_ids", "completion_token_ids", "finish_reason", "timestamp"
 ]
-FieldNames: TypeAlias = dict[LogField, str]  # of a config: our name of a field -> its name in the rows
+FieldNames: TypeAlias = dict[LogField, str]  # of a config: our name for a field -> its name in the rows
 
 _ROLES = {
     "system": "system",
@@ -35,123 +36,124 @@ _ROLES = {
     "function": "tool",
 }
 PROMPT_IDS = "prompt_token_ids"
-_CHATS = ("messages", "conversations")  # lists of messages, maybe as JSON text
+_CHATS = ("messages", "conversations")  # lists of messages, possibly as JSON text
 _TEXTS = (*_CHATS, "prompt")
 _SHAPES = '{"messages": [{"role", "content"}]}, {"conversations": [{"from", "value"}]} or {"prompt": text or messages}'
 TOOLS = "tools, which a prompt made of its messages would lack"
 NOT_TEXT = "images or other parts of messages that are not text"
 
 
-class SetAside(Exception):
-    """This row can be read, but not used; the message is the reason, as it is counted."""
+class RejectedRow(Exception):
+    """Raised for a row that can be read but not used; the message is the reason that is counted."""
 
 
-def passes(wanted: Filter, row: Mapping[str, Any], where: str) -> bool:
-    """Whether a filter lets the row through; `where` names the row in the error for a field that it lacks."""
+def matches_filter(wanted: FieldFilter, row: Fields, where: str) -> bool:
+    """Return whether a row passes a filter. Raises DraftsmithError, which names `where`, if it lacks the field."""
     for name, values in wanted.items():
         if name not in row:
             known = ", ".join(sorted(row)) or "none"
-            raise DraftsmithError(f"{where}: no field {name} to filter by: correct filter, its fields are {known}")
+            raise DraftsmithError(f"{where}: no field {name} to filter by. Correct filter; the fields are {known}.")
         if row[name] not in (values if isinstance(values, list) else [values]):
             return False
     return True
 
 
-def renamed(row: Mapping[str, Any], names: FieldNames) -> Mapping[str, Any]:
-    """Return the row with our names for the fields that `names` gives; a field that it lacks is None.
+def rename_fields(row: Fields, names: FieldNames) -> Fields:
+    """Return the row with our names for its fields; a named field that it lacks is None.
 
-    Under another name `messages` may be plain text too: then it is the one message of a user.
+    Under another name, `messages` may also be plain text, which becomes one user message.
     """
     if not names:
         return row
-    made: dict[str, Any] = dict(row)
-    made.update((ours, row.get(theirs)) for ours, theirs in names.items())
-    if "messages" in names and isinstance(text := made["messages"], str):
+    renamed: dict[str, Any] = dict(row)
+    renamed.update((ours, row.get(theirs)) for ours, theirs in names.items())
+    if "messages" in names and isinstance(text := renamed["messages"], str):
         try:
             _unpacked(text, "")
         except DraftsmithError:
-            made["messages"] = [{"role": "user", "content": text}]
-    return made
+            renamed["messages"] = [{"role": "user", "content": text}]
+    return renamed
 
 
-def prompt_ids(row: Mapping[str, Any], field: str | None, where: str) -> list[int] | None:
-    """The prompt of a row that has it as token ids, as logs may, whatever text is beside them; else None.
+def prompt_token_ids(row: Fields, field: str | None, where: str) -> list[int] | None:
+    """Return the token ids of a row's prompt, whatever text is beside them; None if it has none.
 
-    field: the one that a config names in place of all these.
+    field: the field of the prompt if a config names one; then ids are ignored.
     """
     if field is not None or row.get(PROMPT_IDS) is None:
         return None
-    if not (ids := row_ids(row, PROMPT_IDS, where)):
-        raise DraftsmithError(f"{where}: {PROMPT_IDS} is empty: remove the row")
+    if not (ids := token_ids_field(row, PROMPT_IDS, where)):
+        raise DraftsmithError(f"{where}: {PROMPT_IDS} is empty. Remove the row.")
     return ids
 
 
-def messages_beside_ids(row: Mapping[str, Any], *, tools: bool = True) -> list[Message] | None:
-    """The prompt of a row of token ids as messages; None where the ids alone say it. A `prompt` beside them does not
-    count: it is often what the chat template has made already.
+def messages_beside_ids(row: Fields, *, tools: bool = True) -> list[Message] | None:
+    """Return the messages of a prompt of token ids; None if the row has none that can be read.
 
-    tools: as in `row_messages`. Raises SetAside.
+    A `prompt` beside the ids is ignored: it is often the output of the chat template. tools: as in `row_messages`.
+    Raises RejectedRow.
     """
     name = next((name for name in _CHATS if row.get(name) is not None), None)
     if name is None:
         if not tools and _calls_tools(row, ()):
-            raise SetAside(TOOLS)
+            raise RejectedRow(TOOLS)
         return None
     try:
         messages = row_messages(row, name, "", tools=tools)
-    except DraftsmithError:  # not in our words: the ids are readable all the same
+    except DraftsmithError:  # another shape: the ids can still be used
         return None
     return messages if is_unicode(*(message["content"] for message in messages)) else None
 
 
 def row_messages(
-    row: Mapping[str, Any], field: str | None, where: str, *, tools: bool = False, answered: bool = True
+    row: Fields, field: str | None, where: str, *, tools: bool = False, answered: bool = True
 ) -> list[Message]:
-    """The prompt of a row as messages that end before an answer; `where` names the row in errors.
+    """Return the prompt of a row as messages that end before an answer.
 
     Answers at the end of a conversation (and a `completion` beside it) are left out: the target will give its own.
-    tools: whether a row that calls tools is read too, without its calls. answered: whether it may end with an answer.
-    Raises SetAside for what messages of text do not hold, DraftsmithError for a row of another shape.
+    where: names the row in errors. tools: whether a row that calls tools is read too, without its calls. answered:
+    whether it may end with an answer. Raises RejectedRow for content that text cannot hold, DraftsmithError for a row
+    of another shape.
     """
     if field is not None:
         if row.get(field) is None:
-            raise DraftsmithError(f"{where}: no field {field}: set field to one of {', '.join(sorted(row)) or 'none'}")
+            raise DraftsmithError(f"{where}: no field {field}. Set field to one of {', '.join(sorted(row)) or 'none'}.")
         name = field
     else:
-        found = [name for name in _TEXTS if row.get(name) is not None]
-        if not found:
+        present = [name for name in _TEXTS if row.get(name) is not None]
+        if not present:
             known = ", ".join(sorted(row)) or "nothing"
-            raise DraftsmithError(f"{where}: none of the shapes {_SHAPES}; it has {known}: set the source's field")
-        name = found[0]
+            raise DraftsmithError(f"{where}: none of the shapes {_SHAPES}; it has {known}. Set the source's field.")
+        name = present[0]
     value = _unpacked(row[name], f"{where}: {name}") if name in _CHATS else row[name]
-    # a field of another name is asked as it is, whatever tools stand beside it
+    # a field of another name is the prompt as it is, whatever tools are beside it
     if not tools and _calls_tools(row if name in _TEXTS else {}, value):
-        raise SetAside(TOOLS)
+        raise RejectedRow(TOOLS)
     messages = _messages(value, f"{where}: {name}")
     while messages and messages[-1]["role"] == "assistant":
         if not answered:
-            raise DraftsmithError(f"{where}: {name} end with an answer: it belongs into 'completion' alone")
+            raise DraftsmithError(f"{where}: {name} end with an answer. It belongs in 'completion' alone.")
         messages.pop()
     if not any(message["role"] == "user" for message in messages):
-        raise DraftsmithError(f"{where}: {name} has no user message: remove the row or add one")
+        raise DraftsmithError(f"{where}: {name} has no user message. Remove the row or add one.")
     return messages
 
 
-def row_ids(row: Mapping[str, Any], name: str, where: str) -> list[int]:
-    """A field of token ids. Raises DraftsmithError for anything else."""
+def token_ids_field(row: Fields, name: str, where: str) -> list[int]:
+    """Return a field of token ids. Raises DraftsmithError for anything else."""
     value = row.get(name)
     if not isinstance(value, list):
-        raise DraftsmithError(f"{where}: {name} must be a list of token ids: correct the row")
-    if not value or (set(map(type, value)) == {int} and min(value) >= 0):  # of thousands: without a loop here
+        raise DraftsmithError(f"{where}: {name} must be a list of token ids. Correct the row.")
+    if not value or (set(map(type, value)) == {int} and min(value) >= 0):  # fast for thousands of ids
         return value
     for index, token in enumerate(value):
         if isinstance(token, bool) or not isinstance(token, int) or token < 0:
-            raise DraftsmithError(f"{where}: {name}[{index}] is {token!r}, not a token id: correct the row")
+            raise DraftsmithError(f"{where}: {name}[{index}] is {token!r}, not a token id. Correct the row.")
     return value
 
 
 def is_unicode(*texts: str) -> bool:
-    """Half a surrogate pair, which JSON can hold (an emoji cut in two), is no text that a tokenizer takes."""
+    """Return whether a tokenizer accepts the texts: JSON can hold half a surrogate pair (an emoji cut in two)."""
     try:
         for text in texts:
             text.encode()
@@ -160,9 +162,9 @@ def is_unicode(*texts: str) -> bool:
     return True
 
 
-def _calls_tools(row: Mapping[str, Any], messages: Any) -> bool:
-    """The target was told of tools, called one, or read what it returned."""
-    return any(_given(row.get(name)) for name in ("tools", "functions")) or (
+def _calls_tools(row: Fields, messages: Any) -> bool:
+    """Return whether tools were offered, called or answered in a row."""
+    return any(_is_given(row.get(name)) for name in ("tools", "functions")) or (
         isinstance(messages, list | tuple)
         and any(
             isinstance(each, dict) and (_calls(each) or each.get("role", each.get("from")) in ("tool", "function"))
@@ -171,17 +173,17 @@ def _calls_tools(row: Mapping[str, Any], messages: Any) -> bool:
     )
 
 
-def _calls(message: Mapping[str, Any]) -> bool:
+def _calls(message: Fields) -> bool:
     return bool(message.get("tool_calls") or message.get("function_call"))
 
 
-def _given(value: Any) -> bool:
-    """Is it more than nothing? A column of JSON text says so as text."""
+def _is_given(value: Any) -> bool:
+    """Return whether a value is not empty, also as JSON text."""
     return bool(value) and not (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null"))
 
 
 def _unpacked(value: Any, where: str) -> Any:
-    """Messages that an export has written as JSON text; other text there would be taken for a user's words."""
+    """Return the messages that an export wrote as JSON text. Other text would be mistaken for a user message."""
     if not isinstance(value, str):
         return value
     try:
@@ -189,34 +191,36 @@ def _unpacked(value: Any, where: str) -> Any:
     except (ValueError, RecursionError):
         parsed = None
     if not isinstance(parsed, list) or not all(isinstance(each, dict) for each in parsed):
-        raise DraftsmithError(f"{where} is text, but no JSON list of messages: give a list, or text in `prompt`")
+        raise DraftsmithError(f"{where} is text, but not a JSON list of messages. Give a list, or text in `prompt`.")
     return parsed
 
 
 def _messages(value: Any, where: str) -> list[Message]:
     if isinstance(value, str):
         if not value.strip():
-            raise DraftsmithError(f"{where} is blank: remove the row")
+            raise DraftsmithError(f"{where} is blank. Remove the row.")
         return [{"role": "user", "content": value}]
     if not isinstance(value, list):
-        raise DraftsmithError(f"{where} is a JSON {kind_of(value)}: it must be text or a list of messages")
-    if value and isinstance(value[0], str):  # the turns of a multi-turn question: its first one is a prompt
+        raise DraftsmithError(f"{where} is a JSON {json_type(value)}. It must be text or a list of messages.")
+    if value and isinstance(value[0], str):  # the turns of a multi-turn question: the first one is the prompt
         return _messages(value[0], where)
     messages = []
     for index, entry in enumerate(value):
-        place = f"{where}[{index}]"
+        entry_name = f"{where}[{index}]"
         if not isinstance(entry, dict):
-            raise DraftsmithError(f"{place} is a JSON {kind_of(entry)}: it must be a message with role and content")
+            raise DraftsmithError(
+                f"{entry_name} is a JSON {json_type(entry)}. It must be a message with role and content."
+            )
         role, content = entry.get("role", entry.get("from")), entry.get("content", entry.get("value"))
         if not isinstance(role, str) or role.lower() not in _ROLES:
-            raise DraftsmithError(f"{place}: role {role!r} is not one of {', '.join(_ROLES)}: correct the row")
+            raise DraftsmithError(f"{entry_name}: role {role!r} is not one of {', '.join(_ROLES)}. Correct the row.")
         if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") for part in content):
             if any(part["type"] != "text" for part in content):
-                raise SetAside(NOT_TEXT)
+                raise RejectedRow(NOT_TEXT)
             content = "".join(str(part.get("text", "")) for part in content)
         if content is None and _calls(entry):
             content = ""
         if not isinstance(content, str):
-            raise DraftsmithError(f"{place}: content is a JSON {kind_of(content)}: it must be text")
+            raise DraftsmithError(f"{entry_name}: content is a JSON {json_type(content)}. It must be text.")
         messages.append({"role": _ROLES[role.lower()], "content": content})
     return messages

@@ -16,7 +16,7 @@ from itertools import islice
 import torch
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.data.trajectories import groups_by_length
+from draftsmith.stages.data.trajectories import group_by_length
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request, VerifyStep
@@ -113,7 +113,7 @@ class EmbeddedEngine:
 
     def _prefill_groups(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Yield the indices of prompts for each forward: equally long ones if states would advance over padding."""
-        for group in groups_by_length(lengths, PREFILL_TOKENS):
+        for group in group_by_length(lengths, PREFILL_TOKENS):
             if not self.target.layers.recurrent:
                 yield group
                 continue

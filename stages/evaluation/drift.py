@@ -17,8 +17,8 @@ from draftsmith.stages.runtime.statistics import CONFIDENCE, simultaneous_level
 
 def run(ctx: StageContext, config: DriftConfig) -> None:
     """Write `drift.json`: tau with its 95 % interval over prompts, of all answers and of each prompt set."""
-    from draftsmith.stages.data.held_out import units_of
-    from draftsmith.stages.data.load import DRAFTER_FOLDER, load_trajectories, sets_of
+    from draftsmith.stages.data.held_out import independent_units
+    from draftsmith.stages.data.load import DRAFTER_FOLDER, load_trajectories, prompt_sets
     from draftsmith.stages.drafters.checkpoint import load_drafter
     from draftsmith.stages.evaluation.acceptance import tau_by_set
     from draftsmith.stages.replay.options import ReplayOptions
@@ -32,7 +32,10 @@ def run(ctx: StageContext, config: DriftConfig) -> None:
     tallies = Replayer(target, options, ctx.log).acceptance(
         champion, stored.trajectories, progress=progress_callback(ctx, "trajectories"), cache=ctx.work / "replayed"
     )
-    sets, units = sets_of(ctx.inputs["prompts"], stored.prompts), units_of(ctx.inputs["prompts"], stored.prompts)
+    sets, units = (
+        prompt_sets(ctx.inputs["prompts"], stored.prompts),
+        independent_units(ctx.inputs["prompts"], stored.prompts),
+    )
     found = {
         name: figures["champion"]
         for of in ([ALL] * len(sets), sets)

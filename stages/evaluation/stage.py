@@ -40,8 +40,8 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
     from draftsmith.artifacts.store.manifest import write_versions
     from draftsmith.artifacts.tables.parquet import write_table
     from draftsmith.artifacts.tables.schemas import REQUESTS, TURNS
-    from draftsmith.stages.data.held_out import units_of
-    from draftsmith.stages.data.load import sets_of
+    from draftsmith.stages.data.held_out import independent_units
+    from draftsmith.stages.data.load import prompt_sets
     from draftsmith.stages.evaluation.machine_load import machine
     from draftsmith.stages.evaluation.speed_table import (
         alternates,
@@ -59,12 +59,12 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
     table = acceptance["drafters"]
     settings = settings_of(config)
     asked = list(dict.fromkeys(row["prompt_id"] for row in measured.rows))
-    units = dict(zip(asked, units_of(ctx.inputs["prompts"], asked), strict=True))
+    units = dict(zip(asked, independent_units(ctx.inputs["prompts"], asked), strict=True))
     by_setting = speed_by_setting(measured.turns, measured.rows, settings, units)
     speed = by_setting[0]["arms"]
     acceptance["compared"] += _speeds_compared(measured, settings, list(table), units)  # not in its own file
     turns, rows = (at_setting(each, settings[0]) for each in (measured.turns, measured.rows))
-    of_prompt = dict(zip(asked, sets_of(ctx.inputs["prompts"], asked), strict=True))
+    of_prompt = dict(zip(asked, prompt_sets(ctx.inputs["prompts"], asked), strict=True))
     for name, arms in speed_by_set(rows, of_prompt, units, alternating=alternates(turns)).items():
         for arm, speedup in arms.items():
             acceptance["sets"].setdefault(name, {}).setdefault(arm, {}).update(speedup)
@@ -168,8 +168,8 @@ def _acceptance(
     ctx: StageContext, config: EvaluationConfig, target: Any, drafters: dict[str, Any]
 ) -> tuple[dict[str, Any], Mapping[Pair, Estimate]]:
     """Every drafter replayed on the same held-out trajectories: figures, and the differences that verdicts are of."""
-    from draftsmith.stages.data.held_out import units_of
-    from draftsmith.stages.data.load import load_trajectories, sets_of
+    from draftsmith.stages.data.held_out import independent_units
+    from draftsmith.stages.data.load import load_trajectories, prompt_sets
     from draftsmith.stages.evaluation.acceptance import (
         acceptance_table,
         has_loop,
@@ -196,14 +196,14 @@ def _acceptance(
             cache=ctx.work / REPLAYED / setting,
             shards=[folder / REPLAYED / setting for folder in ctx.shards],
         )
-    units = units_of(ctx.inputs["prompts"], stored.prompts)
+    units = independent_units(ctx.inputs["prompts"], stored.prompts)
     table = acceptance_table(tallies["trained"], units, looping)
     # of the answers, so the same for all drafters that draw
     shares = [found.outside_nucleus_share for found in tallies["trained"].values()]
     outside = next((share for share in shares if share is not None), None)
     if warning := truncation_warning(outside, stored.sampling):
         ctx.log(warning)
-    sets = sets_of(ctx.inputs["prompts"], stored.prompts)
+    sets = prompt_sets(ctx.inputs["prompts"], stored.prompts)
     decode = target.tokenizer.decode
     contexts = {arm: found.told(stored.trajectories, sets, decode) for arm, found in worst.items()}
     (ctx.out / CONTEXTS).write_text(json.dumps(contexts, indent=1) + "\n")
@@ -250,7 +250,7 @@ def _replay_options(
 def shard(ctx: StageContext, config: EvaluationConfig, part: Shard) -> None:
     """The replays of one shard of the answers, as the acceptance of `run` reads them. Speed is measured there."""
     from draftsmith.artifacts.atomic import write_text
-    from draftsmith.stages.data.load import DRAFTER_FOLDER, load_trajectories, splits_of
+    from draftsmith.stages.data.load import DRAFTER_FOLDER, load_trajectories, stored_splits
     from draftsmith.stages.drafters.checkpoint import load_drafter
     from draftsmith.stages.replay.replayer import Replayer
     from draftsmith.stages.target.causal_lm import Target
@@ -258,7 +258,7 @@ def shard(ctx: StageContext, config: EvaluationConfig, part: Shard) -> None:
     target = Target.load(ctx.inputs["target"])
     drafters = {arm: load_drafter(folder / DRAFTER_FOLDER, target) for arm, folder in _drafters_of(ctx).items()}
     replays = {name: ("heldout", drafting) for name, drafting in _draftings(config).items()}
-    if VALIDATION in splits_of(ctx.inputs["trajectories"]):
+    if VALIDATION in stored_splits(ctx.inputs["trajectories"]):
         replays[VALIDATION] = (VALIDATION, config.drafted())
     counts = {}
     for name, (split, drafting) in replays.items():
@@ -279,10 +279,10 @@ def _validation_tau(
     ctx: StageContext, config: EvaluationConfig, target: Any, drafters: dict[str, Any]
 ) -> dict[str, float] | None:
     """tau of each drafter on the validation split, which choices between them are made on; None without its answers."""
-    from draftsmith.stages.data.load import load_trajectories, splits_of
+    from draftsmith.stages.data.load import load_trajectories, stored_splits
     from draftsmith.stages.replay.replayer import Replayer
 
-    if VALIDATION not in splits_of(ctx.inputs["trajectories"]):
+    if VALIDATION not in stored_splits(ctx.inputs["trajectories"]):
         return None
     stored = load_trajectories(ctx.inputs["trajectories"], [VALIDATION])
     tallies = Replayer(target, _replay_options(config, config.drafted(), stored.sampling), ctx.log).acceptance(

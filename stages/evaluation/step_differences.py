@@ -109,7 +109,7 @@ def diagnose(
     allowed: share of steps that may differ for near-ties. served_block: what the engine says that it drafts, if it
     does. special_ids: of the tokenizer, which an engine might take for the mask token.
     """
-    tokens = sum(t.response_length - 1 for t in served.trajectories)
+    tokens = sum(t.answer_length - 1 for t in served.trajectories)
     served_tau = tokens / max(1, sum(served.counts))
     asis = _explained(target, drafter, served, drafting, Change("nothing", "as it is"))
     if asis.mismatch <= allowed:
@@ -179,7 +179,7 @@ def _explained(target: Target, drafter: Drafter, served: Served, drafting: Draft
         replayer = Replayer(target, ReplayOptions(drafting, served.sampling))
         traces = replayer.traces({"it": changed}, served.trajectories)["it"]
     replayed = np.array([len(trace.anchors) for trace in traces])
-    tau = sum(t.response_length - 1 for t in served.trajectories) / int(replayed.sum())
+    tau = sum(t.answer_length - 1 for t in served.trajectories) / int(replayed.sum())
     if served.steps is not None and served.steps.num_rows and not samples_proposals(drafter, served.sampling):
         gate = ParityTolerance("diagnosis", float32=False, greedy=True, allowed=1.0)
         rows = to_table(TRACE, trace_rows(served.trajectories, traces))

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from draftsmith.artifacts.tables.parquet import pad_lists, select_in_order, to_table
 from draftsmith.artifacts.tables.schemas import VERIFY_STEPS
-from draftsmith.stages.data.trajectories import Trajectory, ids_of
+from draftsmith.stages.data.trajectories import Trajectory, trajectory_ids
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import MinedGroup, Replayer
@@ -24,7 +24,9 @@ def mined_table(
 ) -> pa.Table:
     """Mine trajectories in memory, and return their VERIFY_STEPS in the same order, with all proposals scored."""
     tables = [steps_table(group) for group in Replayer(target, options).mine(drafter, trajectories)]
-    return to_table(VERIFY_STEPS, select_in_order(pa.concat_tables(tables), "trajectory_id", ids_of(trajectories)))
+    return to_table(
+        VERIFY_STEPS, select_in_order(pa.concat_tables(tables), "trajectory_id", trajectory_ids(trajectories))
+    )
 
 
 def steps_table(group: MinedGroup) -> pa.Table:

@@ -17,8 +17,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.tables.parquet import TableWriter, index_in, read_table
 from draftsmith.artifacts.tables.readers import KeyedRows, RowReader
 from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE, VERIFY_STEPS
-from draftsmith.stages.data.load import DRAFTER_FOLDER, StoredTrajectories, load_trajectories
-from draftsmith.stages.data.logs.rehearsal import lot
+from draftsmith.stages.data.load import DRAFTER_FOLDER, StoredTrajectories, load_trajectories, random_rank
 from draftsmith.stages.data.trajectories import TrajectoryRows
 from draftsmith.stages.drafters.checkpoint import TOKENS_FILE, block_size_of, load_drafter, skeleton_of
 from draftsmith.stages.drafters.digest import drafter_digest
@@ -107,9 +106,9 @@ def _read_answers(ctx: StageContext, config: MiningConfig) -> StoredTrajectories
     if config.table != "sample" or count <= SAMPLE:
         return stored
     names = stored.trajectories.ids.to_pylist()
-    first = sorted(range(count), key=lambda index: lot(ctx.seed, names[index].encode()))[:SAMPLE]
+    first = sorted(range(count), key=lambda index: random_rank(ctx.seed, names[index].encode()))[:SAMPLE]
     ctx.log(f"mining {SAMPLE} of {count} answers: no anchor of opd is read from the table")
-    return stored.choose(sorted(first))
+    return stored.select(sorted(first))
 
 
 def mine_shard(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from draftsmith.artifacts.atomic import atomic_path
-from draftsmith.stages.data.trajectories import Trajectory, groups_by_length, lengths_of, pad_tokens
+from draftsmith.stages.data.trajectories import Trajectory, group_by_length, pad_tokens, trajectory_lengths
 from draftsmith.stages.drafters.base import Drafter, PreparedDrafter
 from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.options import TREE_TOKENS, ReplayOptions
@@ -275,7 +275,7 @@ def _indices_of(trajectories: Sequence[Trajectory], tokens_per_group: int, shard
     The groups are the same however many shards there are, because the last bits of a result may depend on its group's
     shape.
     """
-    for number, indices in enumerate(groups_by_length(lengths_of(trajectories), tokens_per_group)):
+    for number, indices in enumerate(group_by_length(trajectory_lengths(trajectories), tokens_per_group)):
         if shard.contains(number):
             yield indices
 

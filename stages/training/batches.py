@@ -16,7 +16,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from draftsmith.stages.data.trajectories import Trajectory, groups_by_length, lengths_of, pad_tokens, responses_of
+from draftsmith.stages.data.trajectories import (
+    Trajectory,
+    answer_tokens,
+    group_by_length,
+    pad_tokens,
+    trajectory_lengths,
+)
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.training.config import TrainingConfig
@@ -108,11 +114,11 @@ class FeatureSource:
         """
         self.with_hidden = with_hidden
         self.target, self.layer_ids, self.trajectories = target, tuple(layer_ids), trajectories
-        self._lengths = lengths = lengths_of(trajectories)
+        self._lengths = lengths = trajectory_lengths(trajectories)
         width = target.head_weight.shape[1] * (len(self.layer_ids) + with_hidden)
         self._keeps = int(lengths.sum()) * width * target.dtype.itemsize <= config.feature_memory_mb * 2**20
         self._tokens_per_group = config.tokens_per_target_forward
-        self._groups = list(groups_by_length(lengths, self._tokens_per_group)) if self._keeps else []
+        self._groups = list(group_by_length(lengths, self._tokens_per_group)) if self._keeps else []
         self._group_of = {index: g for g, group in enumerate(self._groups) for index in group}
         self._cache: dict[int, dict[int, _Read]] = {}
         on_cuda = target.device.type == "cuda"
@@ -185,7 +191,7 @@ class FeatureSource:
                 reads |= self._cache[g]
             return reads
         unique = list(dict.fromkeys(indices))
-        by_length = groups_by_length(self._lengths[unique], self._tokens_per_group)
+        by_length = group_by_length(self._lengths[unique], self._tokens_per_group)
         groups = [[unique[i] for i in group] for group in by_length]
         tokens = [self._tokens_of(group) for group in groups]  # all first: a copy would wait for the forward before it
         for group, ids in zip(groups, tokens, strict=True):
@@ -236,7 +242,7 @@ def step_rng(seed: int, step: int) -> np.random.Generator:
 def token_counts(trajectories: Sequence[Trajectory], vocab_size: int) -> torch.Tensor:
     """Count how often each token [V] occurs in the answers."""
     counts = np.zeros(vocab_size, dtype=np.int64)
-    for tokens in responses_of(trajectories):
+    for tokens in answer_tokens(trajectories):
         counts += np.bincount(tokens, minlength=vocab_size)
     return torch.from_numpy(counts)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from draftsmith.stages.data.load import DRAFTER_FOLDER
-from draftsmith.stages.data.trajectories import Trajectory, lengths_of, pad_tokens
+from draftsmith.stages.data.trajectories import Trajectory, pad_tokens, trajectory_lengths
 from draftsmith.stages.drafters.base import Drafter, DrafterInfo
 from draftsmith.stages.drafters.checkpoint import save_drafter
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
@@ -98,7 +98,7 @@ class Trainer(ABC):
 
     def train(self, ctx: StageContext) -> dict[str, float]:
         """Run or continue all steps. Return additive totals, as `loop.train` does."""
-        longest = int(lengths_of(self.trajectories).max())
+        longest = int(trajectory_lengths(self.trajectories).max())
         limit = micro_batch_tokens(self.config, self.target, self.drafter, longest)
         micro_batches = MicroBatches(self.micro_batches, limit, self._block_tokens, ctx)
         return train(ctx, self.drafter, self.config, micro_batches, self.memory, self.ranks)

@@ -26,7 +26,7 @@ import torch
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.data.load import DRAFTER_FOLDER, load_trajectories
-from draftsmith.stages.data.trajectories import Trajectory, groups_by_length, pad_tokens
+from draftsmith.stages.data.trajectories import Trajectory, group_by_length, pad_tokens
 from draftsmith.stages.drafters.base import Context, PreparedDrafter
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.engines.base import Request
@@ -63,7 +63,7 @@ class Bench:
         return self.drafter.encode(features, ids, positions)
 
     def groups(self) -> list[list[Trajectory]]:
-        grouped = groups_by_length([len(t.tokens) for t in self.trajectories], TOKENS_PER_FORWARD)
+        grouped = group_by_length([len(t.tokens) for t in self.trajectories], TOKENS_PER_FORWARD)
         return [[self.trajectories[i] for i in group] for group in grouped]
 
     def sequentially(self) -> list[Trace]:
@@ -91,7 +91,7 @@ class Bench:
             Request(
                 t.trajectory_id,
                 t.tokens[: t.prompt_length],
-                t.response_length,
+                t.answer_length,
                 SamplingParams(self.temperature),
                 seed=index,
             )

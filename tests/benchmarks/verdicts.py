@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from draftsmith.artifacts.store.manifest import read_manifest
-from draftsmith.stages.data.held_out import units_of
+from draftsmith.stages.data.held_out import independent_units
 from draftsmith.stages.data.load import DRAFTER_FOLDER, load_prompts
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.evaluation import speed_embedded as embedded
@@ -114,7 +114,7 @@ def main() -> None:
     with beside(options.load):
         turns, rows = measured_rounds(inputs, arms, config, manifest.seed, options.rounds)
     asked = list(dict.fromkeys(row["prompt_id"] for row in rows))
-    units = dict(zip(asked, units_of(inputs["prompts"], asked), strict=True))
+    units = dict(zip(asked, independent_units(inputs["prompts"], asked), strict=True))
     count: Counter[str] = Counter()
     speedups, errors = [], []
     for own_turns, own_rows in measurements(turns, rows, config):

@@ -63,9 +63,9 @@ def toy_policy(config: ToyConfig, _force: Collection[str]) -> ToyPolicy | None:
 def toy_nodes(config: ToyConfig) -> list[Node]:
     more = [Node("squares", SQUARES, config.squares, {"first": "target"})] if config.squares is not None else []
     reads: dict[str, str] = {}
-    if (listed := config.left.to_list) is not None:
+    if (listed := config.left.sources_config) is not None:
         reads = {SOURCES: SOURCES}
-        more.append(Node(SOURCES, "draftsmith.stages.data.listing", listed))
+        more.append(Node(SOURCES, "draftsmith.stages.data.sources", listed))
     return [
         *more,
         Node("total", COMBINE, config.total, {"first": "left", "second": "right"}),

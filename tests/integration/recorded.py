@@ -111,7 +111,7 @@ class Served:
 
 def trace_of(trajectory: Trajectory, elements: list[Any]) -> Trace:
     """The trace that the plug-in returned, one element an output token, cut where the trajectory ends."""
-    assert len(elements) == trajectory.response_length
+    assert len(elements) == trajectory.answer_length
     steps = [element for element in elements if element and "anchor" in element]
     anchors = np.array([step["anchor"] for step in steps], dtype=np.int64)
     assert [at for at, element in enumerate(elements) if element in steps] == (

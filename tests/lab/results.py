@@ -10,7 +10,7 @@ import numpy as np
 
 from draftsmith.artifacts.store.manifest import read_manifest
 from draftsmith.flows.execution.display import Display
-from draftsmith.stages.data.held_out import units_of
+from draftsmith.stages.data.held_out import independent_units
 from draftsmith.stages.data.load import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.replay.options import ReplayOptions
@@ -43,7 +43,7 @@ def show_results(display: Display, made: Mapping[str, Path], _mlflow: str = "") 
             replayed = replayer.acceptance(drafters, stored.trajectories)
             tallies[group] = list(replayed.values())
         costs = {group: [_cost(folder) for folder in folders] for group, folders in groups.items()}
-        units = units_of(prompts, stored.prompts)
+        units = independent_units(prompts, stored.prompts)
         display.table(
             HEAD,
             rows(tallies, costs, units),

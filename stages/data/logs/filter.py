@@ -1,10 +1,10 @@
-"""The intake of a log: which of its rows may be trained on, judged one by one, for the stage and for its check."""
+"""Decides which rows of a log may be trained on, row by row, for the stage and for its check."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,12 +14,12 @@ import numpy as np
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.data.chat_template import TemplateInverter
-from draftsmith.stages.data.held_out import HeldOut, digest
+from draftsmith.stages.data.held_out import HeldOut, token_digest
 from draftsmith.stages.data.logs.config import LogsConfig
-from draftsmith.stages.data.logs.rows import LoggedRow, Reader, TokenCache, logged_ids, logged_text
-from draftsmith.stages.data.rejects import Aside
+from draftsmith.stages.data.logs.rows import AnswerReader, LoggedRow, TokenCache, logged_ids, logged_text
+from draftsmith.stages.data.rejects import RejectLog
 from draftsmith.stages.data.row_files import BadRow, Row
-from draftsmith.stages.data.row_formats import SetAside, messages_beside_ids, passes, renamed
+from draftsmith.stages.data.row_formats import Message, RejectedRow, matches_filter, messages_beside_ids, rename_fields
 from draftsmith.stages.data.time_window import TIME_FIELDS, row_time
 from draftsmith.stages.target.info import model_path, read_target_info
 from draftsmith.stages.target.resolve import load_tokenizer
@@ -27,20 +27,20 @@ from draftsmith.stages.target.resolve import load_tokenizer
 HELD_OUT = "prompt of the validation or held-out split"
 DUPLICATE = "duplicate of an earlier row"
 USED_BEFORE = "used by the champion's refresh"
-_MODEL = "model"  # the field in which services write whose answer it is
-_MOST_MODELS = 5  # that are named
-_MUCH = 0.5  # of the rows taken
+_MODEL = "model"  # the field in which services log whose answer it is
+_MAX_MODELS_NAMED = 5
+_MANY = 0.5  # share of the accepted rows
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Taken:
-    """An answer that may be used."""
+class AcceptedAnswer:
+    """An answer that may be trained on."""
 
     prompt_ids: np.ndarray  # int32
     response_ids: np.ndarray  # int32
     finish_reason: str  # stop | length
-    content: bytes  # digest of both: equal answers to equal prompts
+    content: bytes  # of `answer_content`
 
     @property
     def prompt_id(self) -> str:
@@ -48,88 +48,87 @@ class Taken:
 
 
 def prompt_id(ids: np.ndarray) -> str:
-    """16 digits that equal prompts share."""
-    return digest(ids).hex()[:16]
+    """Return 16 digits that equal prompts share."""
+    return token_digest(ids).hex()[:16]
 
 
-def content(prompt_ids: np.ndarray, response_ids: np.ndarray) -> bytes:
-    """16 bytes that equal answers to equal prompts share."""
-    return digest(np.concatenate([prompt_ids, np.array([-1], np.int32), response_ids]))
+def answer_content(prompt_ids: np.ndarray, answer_ids: np.ndarray) -> bytes:
+    """Return 16 bytes that equal answers to equal prompts share."""
+    return token_digest(np.concatenate([prompt_ids, np.array([-1], np.int32), answer_ids]))
 
 
-class Sieve(ABC, Generic[T]):
-    """Rows of a log one by one: what of them is made into a `T`, and why the others are not."""
+class RowFilter(ABC, Generic[T]):
+    """Accepts the rows of a log one by one, as objects of type `T`, or rejects them with a reason."""
 
-    def __init__(self, config: LogsConfig, aside: Aside):
-        self.aside, self._config = aside, config
+    def __init__(self, config: LogsConfig, rejects: RejectLog):
+        self.rejects, self._config = rejects, config
         self.outside_window = 0
-        self.filtered = 0  # rows inside the window that `filter` does not let through
-        self._models: Counter[str] = Counter()  # of the rows taken, where they say one
-        self.taken = self._endless = 0  # rows taken, and of these, of text, those that do not say how they ended
-        self.overlap = 0  # rows inside the window that a refresh before may have read
-        self._outside: tuple[str, bool] = "", False  # the file of the row before, and whether that was
+        self.filtered = 0  # rows inside the window that `filter` excludes
+        self._models: Counter[str] = Counter()  # of the accepted rows that name one
+        self.accepted = self._unfinished = 0  # accepted rows; of these, rows of text without a finish_reason
+        self.overlap = 0  # rows inside the window that the champion's refresh may have read
+        self._previous: tuple[str, bool] = "", False  # of the row before: its file, and whether outside the window
         self.newest: datetime | None = None  # of all rows read
-        # a row of a clock that is wrong must not hide the rows of days to come from `since: last`
+        # a row from a wrong clock must not make `since: last` skip the rows of days to come
         self._latest = datetime.now(UTC) + timedelta(days=1)
 
-    @property
-    def not_meant(self) -> str:
-        """How many rows were not asked for, in words; empty where all were."""
+    def describe_unselected(self) -> str:
+        """Return how many rows the config does not select, in words; empty if there are none."""
         counts = {"outside the window": self.outside_window, "not let through by filter": self.filtered}
         return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
 
-    def doubts(self) -> list[str]:
-        """What is doubtful about the rows that were taken, and what to do."""
-        found = []
+    def warnings(self) -> list[str]:
+        """Return what is suspicious about the accepted rows, each with a remedy."""
+        warnings = []
         if len(self._models) > 1 and _MODEL not in self._config.filter:
-            named = ", ".join(f"{count} of {name}" for name, count in self._models.most_common(_MOST_MODELS))
-            found.append(
-                f"the rows name {len(self._models)} models ({named}): `logs.filter: {{{_MODEL}: …}}` takes those of one"
+            named = ", ".join(f"{count} of {name}" for name, count in self._models.most_common(_MAX_MODELS_NAMED))
+            warnings.append(
+                f"the rows name {len(self._models)} models ({named}). Select one with `logs.filter: {{{_MODEL}: …}}`."
             )
-        if self._endless > _MUCH * self.taken:
-            found.append(
-                f"{self._endless} of {self.taken} rows are text without a finish_reason: only where that is `stop` is "
-                "the stop token known to follow, and drafters learn where answers end"
+        if self._unfinished > _MANY * self.accepted:
+            warnings.append(
+                f"{self._unfinished} of {self.accepted} rows are text without a finish_reason. Log it: only after "
+                "`stop` is the stop token added, from which drafters learn where answers end."
             )
-        return found
+        return warnings
 
     @abstractmethod
-    def _made(self, row: LoggedRow, time: datetime | None) -> T:
-        """Of a row inside the window. Raises SetAside, and DraftsmithError for one of another shape."""
+    def _convert(self, row: LoggedRow, time: datetime | None) -> T:
+        """Return what a row inside the window gives. Raises RejectedRow, and DraftsmithError for another shape."""
 
-    def take(self, row: Row | BadRow) -> T | None:
-        """None for a row that is not used. Raises DraftsmithError where no bad row is allowed."""
-        self.aside.rows += 1
+    def accept(self, row: Row | BadRow) -> T | None:
+        """Return what the row gives; None if it is rejected. Raises DraftsmithError where no bad row is allowed."""
+        self.rejects.rows += 1
         if isinstance(row, BadRow):
-            # nobody can say when it was logged: about when the row before it was
-            self.aside.unreadable(row, outside=self._outside == (row.file, True))
+            # its time is unknown, so it counts as logged at about the time of the row before it
+            self.rejects.add_unreadable(row, outside=self._previous == (row.file, True))
             return None
-        logged = LoggedRow(row.file, row.number, dict(renamed(row.fields, self._config.fields)))
+        logged = LoggedRow(row.file, row.number, dict(rename_fields(row.fields, self._config.fields)))
         try:
             time = row_time(logged.fields)
             inside = self._in_window(time)
-            self._outside = row.file, not inside
+            self._previous = row.file, not inside
             if not inside:
                 self.outside_window += 1
-                self.aside.outside += 1
+                self.rejects.outside += 1
                 return None
-            self.overlap += self._config.read_before(time)
-            if not passes(self._config.filter, row.fields, row.where):
+            self.overlap += self._config.may_have_been_read(time)
+            if not matches_filter(self._config.filter, row.fields, row.where):
                 self.filtered += 1
                 return None
-            if (other := logged.drawn_otherwise(self._config.sampling)) is not None:
-                raise SetAside(other)
-            made = self._made(logged, time)
-            self.taken += 1
-            self._endless += logged.endless
+            if (difference := logged.sampling_difference(self._config.sampling)) is not None:
+                raise RejectedRow(difference)
+            converted = self._convert(logged, time)
+            self.accepted += 1
+            self._unfinished += logged.lacks_finish_reason
             if isinstance(model := row.fields.get(_MODEL), str):
                 self._models[model] += 1
-            return made
-        except SetAside as reason:
-            self.aside.unusable(row.file, row.number, logged.log_id, str(reason))
+            return converted
+        except RejectedRow as reason:
+            self.rejects.add_unusable(row.file, row.number, logged.log_id, str(reason))
         except DraftsmithError as error:
             bad = BadRow(row.file, row.number, str(error).removeprefix(f"{row.where}: "))
-            self.aside.unreadable(bad, logged.log_id)
+            self.rejects.add_unreadable(bad, logged.log_id)
         return None
 
     def _in_window(self, time: datetime | None) -> bool:
@@ -139,16 +138,16 @@ class Sieve(ABC, Generic[T]):
         if not self._config.needs_time:
             return True
         if time is None:
-            raise SetAside(f"no time that can be read in {', '.join(TIME_FIELDS)} (logs.fields names another)")
+            raise RejectedRow(f"no time that can be read in {', '.join(TIME_FIELDS)} (logs.fields names another)")
         if future:
-            raise SetAside("time in the future")
-        return self._config.holds(time)
+            raise RejectedRow("time in the future")
+        return self._config.in_window(time)
 
 
-class ShapeSieve(Sieve[bool]):
-    """Judges rows without a tokenizer: by time, temperature and shape."""
+class SchemaFilter(RowFilter[bool]):
+    """Checks rows without a tokenizer: their time, sampling and shape."""
 
-    def _made(self, row: LoggedRow, time: datetime | None) -> bool:  # noqa: ARG002
+    def _convert(self, row: LoggedRow, time: datetime | None) -> bool:  # noqa: ARG002
         if logged_ids(row) is None:
             logged_text(row)
         else:
@@ -156,39 +155,54 @@ class ShapeSieve(Sieve[bool]):
         return True
 
 
-class Intake(Sieve[Taken]):
-    """Rows → answers, each at most once."""
+@dataclass(frozen=True)
+class Exclusions:
+    """The answers that are not trained on: those to held-out prompts, and those that the champion has seen."""
+
+    held_out: HeldOut
+    used_before: Set[bytes] = frozenset()  # `answer_content` of the answers that the champion's refresh used
+
+
+class LogFilter(RowFilter[AcceptedAnswer]):
+    """Accepts the answers that may be trained on, each once."""
 
     def __init__(
         self,
         config: LogsConfig,
         target: Path,
-        held_out: HeldOut,
-        aside: Aside,
+        exclusions: Exclusions,
+        rejects: RejectLog,
         cache: TokenCache | None = None,
-        used_before: Set[bytes] = frozenset(),
     ):
-        """target: its artifact, of which only the small files are read. cache: what an earlier attempt tokenised.
-        used_before: `Taken.content` of the answers that the champion's refresh has used."""
-        super().__init__(config, aside)
-        self._used_before = used_before
+        """Load the tokenizer. target: folder of its artifact. cache: the token ids of an earlier attempt."""
+        super().__init__(config, rejects)
+        self._exclusions = exclusions
         self.info = read_target_info(target)
-        self.reader = Reader(load_tokenizer(model_path(target)), self.info, config, cache)
-        self.unrendered = TemplateInverter(self.reader.tokenizer, config.chat_template_kwargs)
-        self.held_out = held_out
-        self._seen: set[bytes] = set()  # `Taken.content`
+        self.reader = AnswerReader(load_tokenizer(model_path(target)), self.info, config, cache)
+        self._inverter = TemplateInverter(self.reader.tokenizer, config.chat_template_kwargs)
+        self._seen: set[bytes] = set()  # `answer_content`
 
-    def _made(self, row: LoggedRow, time: datetime | None) -> Taken:
+    def _convert(self, row: LoggedRow, time: datetime | None) -> AcceptedAnswer:
         answer = self.reader.read(row)
-        prompt_ids, response_ids = (np.asarray(ids, np.int32) for ids in (answer.prompt_ids, answer.response_ids))
-        messages = self.unrendered.messages(answer.prompt_ids) if answer.messages is None else answer.messages
-        if self.held_out.holds(messages, prompt_ids):
-            raise SetAside(HELD_OUT)
-        both = content(prompt_ids, response_ids)
-        if both in self._seen:
-            raise SetAside(DUPLICATE)
-        if both in self._used_before and self._config.read_before(time):
-            raise SetAside(USED_BEFORE)
-        self._seen.add(both)
+        prompt_ids, answer_ids = (np.asarray(ids, np.int32) for ids in (answer.prompt_ids, answer.response_ids))
+        if self.is_held_out(prompt_ids, answer.messages):
+            raise RejectedRow(HELD_OUT)
+        content = answer_content(prompt_ids, answer_ids)
+        if content in self._seen:
+            raise RejectedRow(DUPLICATE)
+        if content in self._exclusions.used_before and self._config.may_have_been_read(time):
+            raise RejectedRow(USED_BEFORE)
+        self._seen.add(content)
         stopped = answer.response_ids[-1] in self.reader.eos_ids
-        return Taken(prompt_ids, response_ids, "stop" if stopped else "length", both)
+        return AcceptedAnswer(prompt_ids, answer_ids, "stop" if stopped else "length", content)
+
+    def is_held_out(self, prompt_ids: np.ndarray, messages: Sequence[Message] | None = None) -> bool:
+        """Return whether the prompt must not be trained on. messages: of the row; None: decode them from the ids."""
+        known = self._inverter.messages(prompt_ids) if messages is None else messages
+        return self._exclusions.held_out.is_held_out(known, prompt_ids)
+
+    def fits(self, prompt_ids: np.ndarray, answer_ids: np.ndarray) -> bool:
+        """Return whether an answer has a usable length and the target's vocabulary."""
+        if len(answer_ids) < 2 or len(prompt_ids) + len(answer_ids) > self.reader.max_tokens:
+            return False
+        return bool(max(prompt_ids.max(initial=0), answer_ids.max(initial=0)) < self.reader.vocab_size)

@@ -1,130 +1,159 @@
-"""Answers of an earlier refresh, mixed in so that a drafter does not forget what it was good at."""
+"""Answers of an earlier refresh, mixed in so that a drafter does not forget: the body of stage `earlier`, their use."""
 
 from __future__ import annotations
 
-import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from draftsmith.artifacts.atomic import atomic_path
+from draftsmith.artifacts.atomic import atomic_path, write_text
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.home import home
+from draftsmith.artifacts.store.manifest import sha256_file
+from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.artifacts.tables.parquet import has_current_version, read_table, table_errors
 from draftsmith.artifacts.tables.schemas import TRAJECTORIES
-from draftsmith.stages.data.logs.answer_table import chosen_rows, parts
-from draftsmith.stages.data.logs.filter import Intake, content, prompt_id
+from draftsmith.stages.data.load import random_rank
+from draftsmith.stages.data.logs.answer_table import read_batches, select_rows
+from draftsmith.stages.data.logs.filter import LogFilter, answer_content, prompt_id
+from draftsmith.stages.data.logs.rehearsal_stage import TABLE, EarlierConfig, folder_in_home
+from draftsmith.stages.runtime.stage import StageContext
 from draftsmith.stages.target.info import TargetInfo
 from draftsmith.stages.target.sampling import SamplingParams
 
-ORIGIN, CONTENTS = "earlier.json", "contents.npy"  # whose answers they are, and their digests
+ORIGIN, _CONTENTS = "earlier.json", "contents.npy"  # digests of target and tokenizer; digests of the answers
 _DIGEST_BYTES = 16
 _COLUMNS = ["split", "temperature", "top_p", "top_k", "prompt_ids", "response_ids"]
 
 
-def lot(seed: int, content: bytes) -> int:
-    """Return 63 bits that rank an answer among others, by seed and content alone. Smaller ones are drawn first."""
-    return int.from_bytes(hashlib.sha256(f"lot {seed} ".encode() + content).digest()[:8], "big") >> 1
+def run(ctx: StageContext, config: EarlierConfig) -> None:
+    """Write the digests of the answers, their target and, to replay them, a verified copy of their table.
+
+    Raises DraftsmithError if the table is missing or has changed.
+    """
+    store, folder = open_store(home()), Path(config.folder)
+    source = store.localize(folder) / TABLE
+    if not source.is_file():
+        source = folder_in_home(store, folder) / TABLE  # its checksum decides whether it is the right one
+    remedy = "Restore it, or set logs.replay_share and logs.lateness_hours to 0."
+    if not source.is_file():
+        raise DraftsmithError(f"{source}, with the answers of the champion's refresh, does not exist. {remedy}")
+    with atomic_path(ctx.out / TABLE) if config.replayed else nullcontext(source) as path:
+        if config.replayed:
+            shutil.copyfile(source, path)
+        if sha256_file(path) != config.sha256:
+            raise DraftsmithError(f"{source} has changed since the champion was trained on it. {remedy}")
+        _write_contents(ctx.out, path)
+    write_text(ctx.out / ORIGIN, config.model_dump_json(include={"target_digest", "tokenizer_digest"}) + "\n")
+
+
+def _write_contents(folder: Path, table: Path) -> None:
+    """Write `answer_content` of all different answers as [answers, 16] uint8.
+
+    All versions of the table have the columns that are read here. Raises DraftsmithError for a damaged table.
+    """
+    with table_errors(table, TRAJECTORIES.name):
+        contents = {
+            answer_content(prompt.values.to_numpy(), answer.values.to_numpy())
+            for batch in read_batches(table, ["prompt_ids", "response_ids"])
+            for prompt, answer in zip(batch["prompt_ids"], batch["response_ids"], strict=True)
+        }
+    with atomic_path(folder / _CONTENTS) as path, path.open("wb") as file:
+        np.save(file, np.frombuffer(b"".join(sorted(contents)), np.uint8).reshape(-1, _DIGEST_BYTES))
+
+
+def read_contents(folder: Path) -> frozenset[bytes]:
+    """Return `answer_content` of all answers of an artifact of stage `earlier`."""
+    return frozenset(content.tobytes() for content in np.load(folder / _CONTENTS))
+
+
+def changes_since(folder: Path, info: TargetInfo) -> str | None:
+    """Return what has changed since the answers of an artifact of stage `earlier` were given; None if nothing has.
+
+    Another target would give other answers, another tokenizer reads other text in their ids, and tables of another
+    version do not record the sampling in today's form.
+    """
+    origin = json.loads((folder / ORIGIN).read_text("utf-8"))
+    current = {"tokenizer": info.tokenizer_digest, "target": info.digest}
+    changed = [f"the {what}" for what, digest in current.items() if origin[f"{what}_digest"] != digest]
+    if not has_current_version(folder / TABLE, TRAJECTORIES):
+        changed.append("the format of stored answers")
+    return " and ".join(changed) or None
 
 
 @dataclass(frozen=True)
-class Earlier:
-    """What of an earlier artifact may be trained on: answers with the same sampling that fit the intake's limits."""
+class EarlierAnswers:
+    """The answers of an earlier artifact that may be trained on: same sampling, and accepted by the log filter."""
 
     path: Path
     contents: list[bytes | None]  # of every row; None: not to be used
-    of_other_sampling: int = 0  # rows that are not used because they were drawn otherwise
+    of_other_sampling: int = 0  # rows that are not used because they were sampled differently
 
-    def choose(self, count: int, seed: int, but: set[bytes]) -> np.ndarray:
-        """[rows] bool: `count` of them drawn by seed, or as many as there are, none whose content is in `but`."""
-        ranked = sorted((lot(seed, each), row) for row, each in enumerate(self.contents) if each and each not in but)
+    def choose(self, count: int, seed: int, excluded: set[bytes]) -> np.ndarray:
+        """Return a mask [rows] of `count` random answers, or of all there are, without those in `excluded`."""
+        usable = [(content, row) for row, content in enumerate(self.contents) if content and content not in excluded]
+        ranked = sorted((random_rank(seed, content), row) for content, row in usable)
         mask = np.zeros(len(self.contents), dtype=bool)
         mask[[row for _, row in ranked[:count]]] = True
         return mask
 
     @property
     def usable(self) -> int:
-        return sum(each is not None for each in self.contents)
+        return sum(content is not None for content in self.contents)
 
     def rows(self, mask: np.ndarray) -> Iterator[pa.Table]:
-        """The rows of the mask, part by part, with the prompt's identity that the stage `logs` gives."""
-        for part in chosen_rows(self.path, mask):
-            ids = [prompt_id(row.values.to_numpy()) for row in part["prompt_ids"]]
-            place = part.column_names.index("prompt_id")
-            yield part.set_column(place, "prompt_id", pa.array(ids, pa.string()))
+        """Yield the rows that the mask selects in batches, with the prompt ids of stage `logs`."""
+        for batch in select_rows(self.path, mask):
+            ids = [prompt_id(row.values.to_numpy()) for row in batch["prompt_ids"]]
+            column = batch.column_names.index("prompt_id")
+            yield batch.set_column(column, "prompt_id", pa.array(ids, pa.string()))
 
 
-def made_otherwise(folder: Path, info: TargetInfo) -> str | None:
-    """What has changed since the answers of an earlier artifact were given; None: nothing has.
+def read_earlier_answers(
+    folder: Path,
+    log_filter: LogFilter,
+    sampling: SamplingParams,
+    progress: Callable[[int], None],
+) -> EarlierAnswers:
+    """Read the usable answers of an artifact of stage `earlier`.
 
-    Of another target they are answers that this one would not give, of another tokenizer their ids mean other text, and
-    tables of another version do not name the sampling of their answers as it is named now.
+    sampling: of the new answers. progress: called with the number of answers read. Raises DraftsmithError if the table
+    is damaged or of another version.
     """
-    known = json.loads((folder / ORIGIN).read_text("utf-8"))
-    now = {"tokenizer": info.tokenizer_digest, "target": info.digest}
-    changed = [f"the {what}" for what, digest in now.items() if known[f"{what}_digest"] != digest]
-    if not has_current_version(folder / "trajectories.parquet", TRAJECTORIES):
-        changed.append("what is stored of answers")
-    return " and ".join(changed) or None
-
-
-def read_earlier(
-    folder: Path, intake: Intake, sampling: SamplingParams, read: Callable[[int], None] = lambda _answers: None
-) -> Earlier:
-    """Of an artifact with `trajectories.parquet`. sampling: that of the new answers. read: called with how many
-    answers were read, now and then.
-
-    Raises DraftsmithError if it is damaged or of another version.
-    """
-    path = folder / "trajectories.parquet"
-    read_table(path, TRAJECTORIES, columns=["sample"])  # whole, and of this version
+    path = folder / TABLE
+    read_table(path, TRAJECTORIES, columns=["sample"])  # checks that it is intact and of this version
     contents: list[bytes | None] = []
     seen: set[bytes] = set()
-    stated = SamplingParams(
-        float(np.float32(sampling.temperature)), float(np.float32(sampling.top_p)), sampling.top_k
-    )  # as it is stored
+    stored_sampling = _as_stored(sampling)
     of_other_sampling = 0
-    for part in parts(path, _COLUMNS):
-        for split, *drawn, prompt, response in zip(*(part[name] for name in _COLUMNS), strict=True):
-            both, train = None, split.as_py() == "train"
-            if train and SamplingParams(*(each.as_py() for each in drawn)) == stated:
-                both = _content(prompt.values.to_numpy(), response.values.to_numpy(), intake)
-            elif train:
-                of_other_sampling += 1
-            contents.append(None if both in seen else both)
-            if both is not None:
-                seen.add(both)
-        read(len(contents))
-    return Earlier(path, contents, of_other_sampling)
+    for batch in read_batches(path, _COLUMNS):
+        for split, *values, prompt, answer in zip(*(batch[name] for name in _COLUMNS), strict=True):
+            content = None
+            if split.as_py() == "train":
+                if SamplingParams(*(value.as_py() for value in values)) == stored_sampling:
+                    content = _usable_content(prompt.values.to_numpy(), answer.values.to_numpy(), log_filter)
+                else:
+                    of_other_sampling += 1
+            contents.append(None if content in seen else content)
+            if content is not None:
+                seen.add(content)
+        progress(len(contents))
+    return EarlierAnswers(path, contents, of_other_sampling)
 
 
-def write_contents(folder: Path, table: Path) -> None:
-    """`CONTENTS` of a table of answers: [different answers, 16] uint8, `Taken.content` of each. Raises DraftsmithError
-    for a table that is damaged; what is read has been in it from the first version on."""
-    with table_errors(table, TRAJECTORIES.name):
-        different = {
-            content(prompt.values.to_numpy(), response.values.to_numpy())
-            for part in parts(table, ["prompt_ids", "response_ids"])
-            for prompt, response in zip(part["prompt_ids"], part["response_ids"], strict=True)
-        }
-    with atomic_path(folder / CONTENTS) as path, path.open("wb") as file:
-        np.save(file, np.frombuffer(b"".join(sorted(different)), np.uint8).reshape(-1, _DIGEST_BYTES))
+def _as_stored(sampling: SamplingParams) -> SamplingParams:
+    """Return the sampling with the precision of the table's columns."""
+    return SamplingParams(float(np.float32(sampling.temperature)), float(np.float32(sampling.top_p)), sampling.top_k)
 
 
-def read_contents(folder: Path) -> frozenset[bytes]:
-    """`Taken.content` of all answers of an earlier artifact."""
-    return frozenset(each.tobytes() for each in np.load(folder / CONTENTS))
-
-
-def _content(prompt: np.ndarray, response: np.ndarray, intake: Intake) -> bytes | None:
-    """None for an answer that the intake would not take."""
-    limits = intake.reader
-    if len(response) < 2 or len(prompt) + len(response) > limits.max_tokens:
+def _usable_content(prompt: np.ndarray, answer: np.ndarray, log_filter: LogFilter) -> bytes | None:
+    """Return `answer_content`; None for an answer that the filter would reject."""
+    if not log_filter.fits(prompt, answer) or log_filter.is_held_out(prompt):
         return None
-    if max(prompt.max(initial=0), response.max(initial=0)) >= limits.vocab_size:
-        return None
-    if intake.held_out.holds(intake.unrendered.messages(prompt), prompt):
-        return None
-    return content(prompt, response)
+    return answer_content(prompt, answer)

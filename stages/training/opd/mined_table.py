@@ -17,7 +17,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.tables.parquet import index_in, pad_lists, select_in_order
 from draftsmith.artifacts.tables.readers import KeyedRows, RowReader
 from draftsmith.artifacts.tables.schemas import VERIFY_STEPS
-from draftsmith.stages.data.trajectories import Trajectory, ids_of
+from draftsmith.stages.data.trajectories import Trajectory, trajectory_ids
 from draftsmith.stages.training.blocks import Anchors, pad_anchors, systematic_sample
 from draftsmith.stages.training.opd.verify_steps import VerifySteps
 
@@ -107,7 +107,7 @@ def load_mined(folder: Path, trajectories: Sequence[Trajectory], block_size: int
     not, or if the table's proposals are longer than the drafter's block.
     """
     path = folder / "verify_steps.parquet"
-    reader, ids = RowReader(path, VERIFY_STEPS), ids_of(trajectories)
+    reader, ids = RowReader(path, VERIFY_STEPS), trajectory_ids(trajectories)
     rows = KeyedRows(reader, ids)
     if whole:
         _check_mined(rows.counts, ids, str(path))
@@ -123,7 +123,7 @@ def load_mined(folder: Path, trajectories: Sequence[Trajectory], block_size: int
 
 def match_steps(table: pa.Table, trajectories: Sequence[Trajectory], block_size: int) -> MinedTable:
     """Match a table of VERIFY_STEPS in memory as `load_mined` does."""
-    ids = ids_of(trajectories)
+    ids = trajectory_ids(trajectories)
     table = select_in_order(table, "trajectory_id", ids)
     bounds = np.searchsorted(index_in(table, "trajectory_id", ids), np.arange(len(ids) + 1))
     _check_mined(np.diff(bounds), ids, "mined steps")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from draftsmith.stages.data.load import DRAFTER_FOLDER, load_trajectories, splits_of
+from draftsmith.stages.data.load import DRAFTER_FOLDER, load_trajectories, stored_splits
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import (
     create_drafter,
@@ -56,7 +56,7 @@ def run(ctx: StageContext, config: SftConfig) -> None:
     else:
         drafter = create_drafter(config.drafter, target, ctx.seed, frequent_tokens(counts))
     earlier = drafter.frequent_tokens  # of the answers that it was trained on before; untrained, it keeps them
-    if (earlier is None or config.steps) and "train" in splits_of(ctx.inputs["trajectories"]):  # never evaluation's
+    if (earlier is None or config.steps) and "train" in stored_splits(ctx.inputs["trajectories"]):  # never evaluation's
         before = None if earlier is None else earlier.cpu()
         drafter.frequent_tokens = frequent_tokens(counts, before).to(target.device)
     data = TrainingData(trajectories=stored.trajectories, sampling=stored.sampling)

@@ -84,7 +84,7 @@ def test_the_recipe_has_the_papers_settings(name: str) -> None:
     counts = {source.label: source.counts.train for source in config.prompts.sources if source.counts}  # type: ignore[union-attr]
     trained_on = {label: count for label, count in counts.items() if count}
     assert trained_on == {"olympiad": 4000, "code": 5000, "math": 5000, "gsm8k": 2000}
-    assert config.prompts.wanted("train") == config.assisted.prompts == 16_000
+    assert config.prompts.prompt_count("train") == config.assisted.prompts == 16_000
     assert (config.prompts.max_prompt_tokens, config.assisted.sampling.max_new_tokens) == (512, 4096)
     assert config.assisted.sampling.temperature == 0
     opd = config.opd

@@ -30,10 +30,11 @@ from draftsmith.flows.orchestration.flow_lifecycle import Cancellation
 from draftsmith.flows.planning.graph import Node, PlannedNode, Selection, Status, plan
 from draftsmith.flows.planning.inputs import external_digests
 from draftsmith.flows.refresh.graph import first_nodes
-from draftsmith.stages.data import listing, time_window
-from draftsmith.stages.data.listing import SourcesConfig
+from draftsmith.stages.data import sources as sources_stage
+from draftsmith.stages.data import time_window
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.prompts import PromptsConfig
+from draftsmith.stages.data.sources import SourcesConfig
 from draftsmith.stages.runtime.stage import LISTING_FILE, InputListing, StageRequest
 from draftsmith.stages.target.config import TargetConfig
 from tests.flows.toy import TOY, ToyConfig, write_config
@@ -236,10 +237,10 @@ def test_a_window_starts_relative_to_the_time_of_the_listing(tmp_path: Path, mon
     monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "a.jsonl").write_text("{}\n")
-    for module in (time_window, listing):
+    for module in (time_window, sources_stage):
         monkeypatch.setattr(module, "datetime", Clock)
     config = logs(tmp_path / "logs", since="12h")
-    sources = config.to_list
+    sources = config.sources_config
     assert sources is not None
     then, key, began = sources.list_inputs(), external_digests(sources), config.since_time
     Clock.at = datetime(2026, 3, 3, 8, 0, tzinfo=UTC)
@@ -255,7 +256,7 @@ def test_a_listing_names_local_files_and_files_in_buckets(tmp_path: Path, monkey
     paths = (str(tmp_path / "*.jsonl"), "memory://listed/*.jsonl")
     config = LogsConfig(paths=list(paths), temperature=0)
     sources = SourcesConfig(paths=paths, field="logs.paths")
-    assert config.to_list == sources
+    assert config.sources_config == sources
     try:
         system.pipe_file("/listed/0.jsonl", b"{}\n")
         (tmp_path / LISTING_FILE).write_text(sources.list_inputs().to_json())

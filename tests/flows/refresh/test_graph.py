@@ -204,7 +204,7 @@ def test_logs_alone_make_a_refresh(tmp_path: Path) -> None:
     config = load_config(path)
     (source,) = config.prompts.sources
     assert source.model_dump()["path"] == str(log)
-    assert config.prompts.wanted("train") == 0 and config.prompts.wanted("heldout") > 0
+    assert config.prompts.prompt_count("train") == 0 and config.prompts.prompt_count("heldout") > 0
     assert config.heldout.sampling.temperature == config.evaluation.sampling.temperature == 0.7
     assert [node.name for node in topological_order(refresh_nodes(config))] == [
         *("target", "prompts", "heldout", "logs", "sft", "mining", "opd", "control", "evaluation", "gate", "report"),
@@ -222,8 +222,8 @@ def test_logs_alone_make_a_refresh(tmp_path: Path) -> None:
     assert source.model_dump()["since"] == "2026-03-05T00:00:00Z"
     path.write_text(text + "prompts: {heldout_by: conversation, heldout: 300}\n")
     some = load_config(path).prompts
-    assert (some.heldout_by, some.wanted("heldout"), some.wanted("validation"), some.of_logs) == (
-        *("conversation", 300, prompts.wanted("validation"), True),
+    assert (some.heldout_by, some.prompt_count("heldout"), some.prompt_count("validation"), some.of_logs) == (
+        *("conversation", 300, prompts.prompt_count("validation"), True),
     )
     path.write_text(text.replace("temperature: 0.7", "temperature: 0.7, top_p: 0.9, top_k: 20"))
     longer = load_config(path, [f"{section}.sampling.max_new_tokens=4096" for section in ("heldout", "evaluation")])

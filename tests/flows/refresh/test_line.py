@@ -21,7 +21,7 @@ from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.decisions import resolve
 from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.flows.refresh.line import log_tags, prompt_tags, registry
-from draftsmith.stages.data.logs.rehearsal_stage import STAGE, TABLE, EarlierConfig, is_here
+from draftsmith.stages.data.logs.rehearsal_stage import STAGE, TABLE, EarlierConfig, is_available
 from draftsmith.stages.data.logs.stage import STAGE as LOGS
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.target.info import read_target_info
@@ -148,15 +148,15 @@ def test_the_champions_answers_are_found_in_a_bucket_and_in_a_home_that_was_move
         return answers.model_copy(update={"folder": f"/gone/{ref.stage}/{ref.path.name}"})
 
     moved = stored()
-    assert is_here(moved)
+    assert is_available(moved)
     STAGE.run(RecordingContext.under(tmp_path / "moved", {}), moved)
     monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "another"))
-    assert not is_here(moved)
+    assert not is_available(moved)
     monkeypatch.setenv(STORE_VARIABLE, f"file://{tmp_path / 'bucket'}")
-    assert not is_here(moved)
+    assert not is_available(moved)
     in_bucket = stored()
     monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "a-third"))
-    assert is_here(in_bucket) and not list((tmp_path / "a-third").rglob(TABLE))
+    assert is_available(in_bucket) and not list((tmp_path / "a-third").rglob(TABLE))
     STAGE.run(RecordingContext.under(tmp_path / "fetched", {}), in_bucket)
 
 

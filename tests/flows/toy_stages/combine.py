@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.data.listing import SourcesConfig
 from draftsmith.stages.data.row_files import local_files
+from draftsmith.stages.data.sources import SourcesConfig
 from draftsmith.stages.runtime.stage import SOURCES, Config, Stage, StageContext
 
 
@@ -19,8 +19,8 @@ class CombineConfig(Config):
     addends: str | None = None  # a pattern of such files
 
     @property
-    def to_list(self) -> SourcesConfig | None:
-        return SourcesConfig.of([self.addends], "addends", []) if self.addends is not None else None
+    def sources_config(self) -> SourcesConfig | None:
+        return SourcesConfig.from_paths([self.addends], "addends", []) if self.addends is not None else None
 
     def external_files(self) -> list[Path]:
         several = local_files([self.addends], "addends", self.pinned_files) if self.addends is not None else []

@@ -12,7 +12,7 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import PROMPTS
-from draftsmith.stages.data.held_out import HELDOUT_SHARE, identity, place
+from draftsmith.stages.data.held_out import HELDOUT_SHARE, hash_fraction, prompt_identity
 from draftsmith.stages.data.prompts import STAGE, PromptsConfig
 from tests.testbed.context import RecordingContext
 
@@ -29,7 +29,7 @@ def of_classes(text: str, train: int, heldout: int) -> list[Row]:
     wanted, found = {False: train, True: heldout}, []
     for number in count():
         row = {"prompt": f"{text} {number}"}
-        held_out = place(identity([{"role": "user", "content": row["prompt"]}])) < HELDOUT_SHARE
+        held_out = hash_fraction(prompt_identity([{"role": "user", "content": row["prompt"]}])) < HELDOUT_SHARE
         if wanted[held_out] > 0:
             wanted[held_out] -= 1
             found.append(row)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from draftsmith.stages.data import prompt_supply as supplies_module
-from draftsmith.stages.data.prompt_config import SPLITS, Candidate, PromptsConfig
-from draftsmith.stages.data.prompt_supply import Supply, supplies
+from draftsmith.stages.data import prompt_streams as supplies_module
+from draftsmith.stages.data.prompt_config import SPLITS, PromptCandidate, PromptsConfig
+from draftsmith.stages.data.prompt_streams import PromptStream, open_streams
 from tests.stages.data.prompts_run import Row, error, questions, run, run_with_context, write_rows
 
 
@@ -28,11 +28,11 @@ def log(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "log.jsonl", rows)
 
 
-def drawn(log: Path, heldout: int, **config: Any) -> tuple[list[list[str]], Supply]:
+def drawn(log: Path, heldout: int, **config: Any) -> tuple[list[list[str]], PromptStream]:
     """What a supply gives to each split until it has none left, if it was asked for so many held-out prompts."""
     source = {"kind": "jsonl", "path": str(log), "since": config.pop("since", None)}
     asked = PromptsConfig.model_validate({"sources": [source], "train": 0, "heldout": heldout, **config})
-    (supply,) = supplies(asked.sources[0], asked)
+    (supply,) = open_streams(asked.sources[0], asked)
     return [[each.text_hash for each in iter(partial(supply.next, split), None)] for split in SPLITS], supply
 
 
@@ -44,27 +44,27 @@ def test_they_are_those_of_the_plain_way(
     kept: int, share: float, since: str | None, train: int, log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever is kept at a time, to the last one, duplicates among them, and with the same counts of both classes."""
-    monkeypatch.setattr(supplies_module, "_KEPT", kept)
+    monkeypatch.setattr(supplies_module, "_MIN_KEPT", kept)
     plain, held = drawn(log, 10_000, train=train, heldout_share=share, since=since)
     few, supply = drawn(log, 1, train=train, heldout_share=share, since=since)
     assert few == plain and len(plain[0]) > 50
-    assert supply.of_class == held.of_class
-    assert supply.aside is not None and held.aside is not None and supply.aside.rows == held.aside.rows
+    assert supply.class_counts == held.class_counts
+    assert supply.rejects is not None and held.rejects is not None and supply.rejects.rows == held.rejects.rows
 
 
 def test_no_more_are_held_than_may_be_asked_for(
     target: Path, tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supplies_module, "_KEPT", 8)
+    monkeypatch.setattr(supplies_module, "_MIN_KEPT", 8)
     most = 0
-    cut = supplies_module._cut
+    cut = supplies_module._drop_highest
 
-    def watched(kept: dict[Any, Candidate], *rest: Any) -> Any:
+    def watched(kept: dict[Any, PromptCandidate], *rest: Any) -> Any:
         nonlocal most
         most = max(most, len(kept))
         return cut(kept, *rest)
 
-    monkeypatch.setattr(supplies_module, "_cut", watched)
+    monkeypatch.setattr(supplies_module, "_drop_highest", watched)
     bounded = run(target, tmp_path / "1", log, train=0, heldout=12, validation=4, heldout_share=0.5)
     assert 64 < most <= 129, "four times what is asked for, and as many again until they are sorted out"
     most = 0
@@ -74,8 +74,8 @@ def test_no_more_are_held_than_may_be_asked_for(
 
 
 def test_what_is_read_again_is_listed_once(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supplies_module, "_KEPT", 1)
-    monkeypatch.setattr(supplies_module, "_KEPT_TIMES", 0)
+    monkeypatch.setattr(supplies_module, "_MIN_KEPT", 1)
+    monkeypatch.setattr(supplies_module, "_KEPT_PER_PROMPT", 0)
     path = questions(tmp_path / "a.jsonl", 100)
     with path.open("a") as file:
         file.write('{"prompt": "half')

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.data.row_files import BadRow, Row, local_files, matched, read_rows
+from draftsmith.stages.data.row_files import BadRow, Row, local_files, match_files, read_rows
 from tests.stages.data.row_files import SUFFIXES, content, packed, write
 
 ROWS = [{"prompt": f"Frage {number}: süß?", "n": number} for number in range(700)]
@@ -56,27 +56,27 @@ def test_a_folder_is_its_files_of_rows_in_order_with_those_that_logrotate_has_re
     for name in ("notes.txt", "_SUCCESS", ".hidden.jsonl", "_tmp/x.jsonl", "c.jsonl.part", "a.jsonl.1.tmp", "a.jsonl~"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text('{"n": "not a log"}\n')
-    assert [row["n"] for row in fields(matched([str(tmp_path)], "logs.paths"))] == names
+    assert [row["n"] for row in fields(match_files([str(tmp_path)], "logs.paths"))] == names
 
 
 def test_patterns_stand_as_given_and_no_file_comes_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("logs/b.jsonl", "logs/a.jsonl", "logs/day/c.jsonl", "other.jsonl"):
         write(tmp_path / name, [{"n": 1}])
-    assert matched(["other.jsonl", "logs/*.jsonl", "logs"], "f") == [
+    assert match_files(["other.jsonl", "logs/*.jsonl", "logs"], "f") == [
         "other.jsonl",
         "logs/a.jsonl",
         "logs/b.jsonl",
         "logs/day/c.jsonl",
     ]
-    assert matched(["logs/**/*.jsonl"], "f") == ["logs/a.jsonl", "logs/b.jsonl", "logs/day/c.jsonl"]
-    assert matched(["log?"], "f") == ["logs/a.jsonl", "logs/b.jsonl", "logs/day/c.jsonl"]
+    assert match_files(["logs/**/*.jsonl"], "f") == ["logs/a.jsonl", "logs/b.jsonl", "logs/day/c.jsonl"]
+    assert match_files(["log?"], "f") == ["logs/a.jsonl", "logs/b.jsonl", "logs/day/c.jsonl"]
     assert local_files(["memory://x/y", "other.jsonl"], "f") == [tmp_path / "other.jsonl"]
 
 
 def test_a_bracket_in_a_name_is_no_glob(tmp_path: Path) -> None:
     path = write(tmp_path / "log[1].jsonl", [{"n": 1}])
-    assert matched([str(path)], "f") == [str(path)]
+    assert match_files([str(path)], "f") == [str(path)]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_what_matches_nothing_is_an_error(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DraftsmithError, match=f"^logs.paths: .*{said}") as caught:
-        matched([pattern], "logs.paths")
+        match_files([pattern], "logs.paths")
     assert "\n" not in str(caught.value)
 
 
@@ -111,8 +111,8 @@ def test_folders_and_globs_of_a_bucket(bucket: str) -> None:
     for name in ("b.jsonl", "day/a.parquet", "day/_tmp/c.jsonl", "notes.txt"):
         put(f"{bucket}/logs/{name}", b"")
     names = ["memory:///bucket/logs/b.jsonl", "memory:///bucket/logs/day/a.parquet"]
-    assert [name.replace("memory://b", "memory:///b") for name in matched([f"{bucket}/logs"], "f")] == names
-    assert len(matched([f"{bucket}/logs/*.jsonl"], "f")) == 1
+    assert [name.replace("memory://b", "memory:///b") for name in match_files([f"{bucket}/logs"], "f")] == names
+    assert len(match_files([f"{bucket}/logs/*.jsonl"], "f")) == 1
 
 
 def test_a_store_that_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, bucket: str) -> None:
@@ -121,7 +121,7 @@ def test_a_store_that_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, bucke
 
     monkeypatch.setattr(type(fsspec.filesystem("memory")), "isdir", refuse)
     with pytest.raises(DraftsmithError, match=r"Unable to locate credentials.*check the address") as caught:
-        matched([f"{bucket}/logs"], "logs.paths")
+        match_files([f"{bucket}/logs"], "logs.paths")
     assert "\n" not in str(caught.value)
 
 

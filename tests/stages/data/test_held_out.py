@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from draftsmith.stages.data.chat_template import TemplateInverter, token_ids
-from draftsmith.stages.data.held_out import HeldOut, identity, place, read_held_out
-from draftsmith.stages.data.prompt_config import Candidate
+from draftsmith.stages.data.held_out import HeldOut, hash_fraction, prompt_identity, read_held_out
+from draftsmith.stages.data.prompt_config import PromptCandidate
 from draftsmith.stages.data.row_formats import Message
 from draftsmith.stages.target.info import model_path
 from draftsmith.stages.target.resolve import load_tokenizer
@@ -25,38 +25,38 @@ def said(*turns: str, system: str | None = None) -> list[Message]:
 
 def test_the_class_of_a_prompt_never_changes() -> None:
     """Numbers of this release: another hash would train on what measured before."""
-    assert identity(said("Hello")).hex() == "33f2611766804411d594174b3956ef40"
-    assert place(identity(said("Hello"))) == pytest.approx(0x33F2 / 0x10000, abs=1e-4)
+    assert prompt_identity(said("Hello")).hex() == "33f2611766804411d594174b3956ef40"
+    assert hash_fraction(prompt_identity(said("Hello"))) == pytest.approx(0x33F2 / 0x10000, abs=1e-4)
 
 
 @given(st.text(alphabet="ab \n\t", min_size=1), st.sampled_from([" ", "\n", "\t  "]), st.text())
 def test_system_prompt_and_blank_space_are_no_way_out(text: str, blank: str, system: str) -> None:
-    plain = identity(said(text))
-    assert identity(said(f"{blank}{text.replace(' ', blank)}{blank}", system=system)) == plain
+    plain = prompt_identity(said(text))
+    assert prompt_identity(said(f"{blank}{text.replace(' ', blank)}{blank}", system=system)) == plain
 
 
 def test_case_turns_and_roles_count() -> None:
     texts = [said("hello"), said("Hello"), said("hello", "yes", "hello"), said("hello hello")]
-    assert len({identity(messages) for messages in texts}) == 4
+    assert len({prompt_identity(messages) for messages in texts}) == 4
 
 
 def test_the_turns_of_a_conversation_may_be_of_one_class() -> None:
     """That of its first turn, whatever decides."""
     turns = [said("hello", system="Be kind."), said("hello", "yes?", "what?"), said(" hello", "no.", "why?")]
-    assert {identity(messages, "conversation") for messages in turns} == {identity(said("hello"))}
-    assert len({identity(messages) for messages in turns}) == 3
+    assert {prompt_identity(messages, "conversation") for messages in turns} == {prompt_identity(said("hello"))}
+    assert len({prompt_identity(messages) for messages in turns}) == 3
     greeted: list[Message] = [{"role": "assistant", "content": "How can I help?"}, *said("hello")]
-    assert identity(greeted, "conversation") == identity(said("hello")) != identity(greeted)
+    assert prompt_identity(greeted, "conversation") == prompt_identity(said("hello")) != prompt_identity(greeted)
 
 
 @given(st.text(), st.floats(0.01, 1), st.floats(0.01, 1))
 def test_a_larger_share_contains_the_smaller(text: str, one: float, other: float) -> None:
     small, large = sorted((one, other))
-    assert not HeldOut(small).holds(said(text), [1]) or HeldOut(large).holds(said(text), [1])
+    assert not HeldOut(small).is_held_out(said(text), [1]) or HeldOut(large).is_held_out(said(text), [1])
 
 
 def test_a_tenth_of_all_prompts_is_held_out() -> None:
-    held = sum(HeldOut().holds(said(f"Question {number}"), [number]) for number in range(4000))
+    held = sum(HeldOut().is_held_out(said(f"Question {number}"), [number]) for number in range(4000))
     assert 330 < held < 470
 
 
@@ -69,8 +69,8 @@ def test_prompts_that_measure_outside_of_the_class_are_held_out_too(tiny_drafter
 
     for row in read_table(tiny_drafter.prompts / "prompts.parquet", PROMPTS).to_pylist():
         measured = row["split"] != "train"
-        assert outside.holds(row["messages"], [0]) is measured
-        assert outside.holds(said("another text"), row["token_ids"]) is measured
+        assert outside.is_held_out(row["messages"], [0]) is measured
+        assert outside.is_held_out(said("another text"), row["token_ids"]) is measured
 
 
 @pytest.mark.parametrize("template", [None, LLAMA, GPT_OSS, DEEPSEEK])
@@ -91,9 +91,9 @@ def test_token_ids_are_of_the_class_of_their_text(
     if template is not None:
         tokenizer.chat_template = template
     sent = {"today": "Monday", "quiet": quiet, "thinking": quiet}
-    ids = token_ids(tokenizer, Candidate("test", messages, "row 1"), sent)
+    ids = token_ids(tokenizer, PromptCandidate("test", messages, "row 1"), sent)
     read = TemplateInverter(tokenizer, {"today": "Friday"}).messages(ids)
-    assert identity(read) == identity(messages)
+    assert prompt_identity(read) == prompt_identity(messages)
 
 
 @pytest.mark.parametrize(

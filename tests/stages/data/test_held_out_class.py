@@ -52,7 +52,7 @@ def test_a_benchmark_takes_nothing_from_the_logs() -> None:
     def share(section: float, *own: float | None) -> float:
         sources = [{"kind": "jsonl", "path": str(number), "heldout_share": each} for number, each in enumerate(own)]
         settings = {"sources": sources, "train": 0, "heldout": 1, "heldout_share": section}
-        return PromptsConfig.model_validate(settings).share_elsewhere
+        return PromptsConfig.model_validate(settings).max_heldout_share
 
     assert share(0.1, None) == share(0.1, 1) == share(0.1, 0.05, 1) == 0.1
     assert share(0.1, None, 0.3, 0.2, 1) == 0.3 and share(1, None) == 1

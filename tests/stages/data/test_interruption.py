@@ -10,7 +10,7 @@ import pytest
 from draftsmith.artifacts.errors import StageInterrupted
 from draftsmith.stages.data import prompts, row_files
 from draftsmith.stages.data.logs import stage as logs
-from draftsmith.stages.data.logs.rows import Reader, TokenCache
+from draftsmith.stages.data.logs.rows import AnswerReader, TokenCache
 from tests.stages.data.logs.logs_run import write
 from tests.stages.data.prompts_run import of_classes, write_rows
 from tests.testbed.context import StoppingContext
@@ -46,13 +46,13 @@ def test_answers_that_were_tokenised_are_read_back_bad_rows_among_them(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    real = Reader._tokenised
+    real = AnswerReader._tokenised
 
-    def counted(self: Reader, row: Any, messages: Any, completion: str) -> Any:
+    def counted(self: AnswerReader, row: Any, messages: Any, completion: str) -> Any:
         seen.append(row.where)
         return real(self, row, messages, completion)
 
-    monkeypatch.setattr(Reader, "_tokenised", counted)
+    monkeypatch.setattr(AnswerReader, "_tokenised", counted)
     rows: list[Any] = [
         {"messages": [{"role": "user", "content": f"Say {number}."}], "completion": f"Here is {number} for you."}
         for number in range(600)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from draftsmith.stages.data.held_out import HELDOUT_SHARE, identity, place
+from draftsmith.stages.data.held_out import HELDOUT_SHARE, hash_fraction, prompt_identity
 from draftsmith.stages.data.logs import stage as logs
 from draftsmith.stages.data.row_formats import NOT_TEXT, TOOLS
 from draftsmith.stages.target.config import TargetConfig
@@ -123,7 +123,7 @@ def test_what_measures_is_never_trained_on(case: str, with_template: Callable[[s
     trained_on = {of[tuple(row["prompt_ids"])] for row in trained}
     assert len(asked_here) == 20 and not asked_here & trained_on
     text = [[each | {"content": each["content"] or ""} for each in turns(number)] for number in numbers]
-    held_out = {number for number in numbers if place(identity(text[number])) < HELDOUT_SHARE}
+    held_out = {number for number in numbers if hash_fraction(prompt_identity(text[number])) < HELDOUT_SHARE}
     assert trained_on == set(numbers) - held_out, "of the class of its messages"
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.data.prompt_config import SPLITS
-from draftsmith.stages.data.prompt_supply import supplies
+from draftsmith.stages.data.prompt_streams import open_streams
 from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.data.row_formats import row_messages
 from tests.stages.data.prompts_run import Row, error, questions, run, run_with_context, texts, write_rows
@@ -107,15 +107,15 @@ def test_reasoning_gym_splits_have_different_prompts(target: Path, tmp_path: Pat
 
 def test_a_task_gives_as_many_prompts_as_its_seeds_allow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of so many prompts that the candidates of a split would leave its range of seeds, for that of the next split."""
-    monkeypatch.setattr("draftsmith.stages.data.prompt_supply._SEEDS_PER_SPLIT", 50)
+    monkeypatch.setattr("draftsmith.stages.data.prompt_streams._SEEDS_PER_SPLIT", 50)
     source = {"kind": "reasoning_gym", "tasks": ["chain_sum"]}
     config = PromptsConfig.model_validate({"sources": [source], "train": 0, "heldout": 1})
-    (supply,) = supplies(config.sources[0], config)
+    (supply,) = open_streams(config.sources[0], config)
     given = 0
     for split in SPLITS:
         while supply.next(split) is not None:
             given += 1
-    assert given > 0 and given + supply.passed_over == 50 * len(SPLITS)
+    assert given > 0 and given + supply.discarded == 50 * len(SPLITS)
 
 
 def test_a_local_folder_is_a_data_set(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

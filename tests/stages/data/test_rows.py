@@ -9,20 +9,20 @@ from typing import Any
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.data.held_out import identity
+from draftsmith.stages.data.held_out import prompt_identity
 from draftsmith.stages.data.logs.rows import LoggedRow, logged_text
 from draftsmith.stages.data.prompt_config import JsonlSource
-from draftsmith.stages.data.prompt_supply import prompt_rows
-from draftsmith.stages.data.rejects import Aside
+from draftsmith.stages.data.prompt_streams import prompt_rows
+from draftsmith.stages.data.rejects import RejectLog
 from draftsmith.stages.data.row_files import read_rows
 from draftsmith.stages.data.row_formats import (
     NOT_TEXT,
     TOOLS,
-    SetAside,
+    RejectedRow,
     is_unicode,
     messages_beside_ids,
-    prompt_ids,
-    renamed,
+    prompt_token_ids,
+    rename_fields,
     row_messages,
 )
 
@@ -56,7 +56,7 @@ CHAT = [
 )
 def test_the_class_of_a_row_never_changes(row: dict[str, Any], digest: str) -> None:
     """Numbers of this release: another way to read a row would train on what measured before."""
-    assert identity(row_messages(row, None, "row 1")).hex() == digest
+    assert prompt_identity(row_messages(row, None, "row 1")).hex() == digest
 
 
 def test_messages_may_be_json_text() -> None:
@@ -91,10 +91,10 @@ def test_other_text_in_place_of_messages_is_no_prompt(text: str, name: str) -> N
     ],
 )
 def test_what_text_cannot_ask_again_is_set_aside(row: dict[str, Any], reason: str) -> None:
-    with pytest.raises(SetAside, match=reason):
+    with pytest.raises(RejectedRow, match=reason):
         row_messages(row, None, "row 1")
     if "messages" in row:
-        with pytest.raises(SetAside, match=reason):
+        with pytest.raises(RejectedRow, match=reason):
             logged_text(LoggedRow("log", 1, row | {"completion": "Yes"}))
 
 
@@ -108,10 +108,10 @@ def test_no_tools_are_no_reason_and_a_named_field_is_asked_as_it_is() -> None:
 
 def test_token_ids_are_the_prompt_whatever_is_beside_them() -> None:
     for text in ({}, {"messages": CHAT}, {"prompt": "<user>Hello"}, {"conversations": CHAT}):
-        assert prompt_ids({"prompt_token_ids": [5, 6]} | text, None, "row 1") == [5, 6]
-    assert prompt_ids({"prompt_token_ids": [5, 6], "question": "Hello"}, "question", "row 1") is None
+        assert prompt_token_ids({"prompt_token_ids": [5, 6]} | text, None, "row 1") == [5, 6]
+    assert prompt_token_ids({"prompt_token_ids": [5, 6], "question": "Hello"}, "question", "row 1") is None
     with pytest.raises(DraftsmithError, match="row 1: prompt_token_ids is empty"):
-        prompt_ids({"prompt_token_ids": [], "messages": CHAT}, None, "row 1")
+        prompt_token_ids({"prompt_token_ids": [], "messages": CHAT}, None, "row 1")
 
 
 @pytest.mark.parametrize(
@@ -132,12 +132,12 @@ def test_messages_beside_token_ids(row: dict[str, Any], messages: list[dict[str,
 
 
 def test_images_and_tools_that_something_is_added_to_are_set_aside_with_token_ids_too() -> None:
-    with pytest.raises(SetAside, match=NOT_TEXT):
+    with pytest.raises(RejectedRow, match=NOT_TEXT):
         messages_beside_ids({"messages": [IMAGE]})
     tools: dict[str, Any]
     for tools in ({"tools": [{"type": "function"}]}, {"messages": [ASKED, CALL, RETURNED]}):
         messages_beside_ids(tools)
-        with pytest.raises(SetAside, match=TOOLS):
+        with pytest.raises(RejectedRow, match=TOOLS):
             messages_beside_ids(tools, tools=False)
 
 
@@ -153,7 +153,7 @@ def test_a_prompt_under_another_name_is_the_same_in_prompts_and_logs(asked: Any,
     fields = {"question": asked, "reply": "Once.", "messages": "of somebody else"}
     (tmp_path / "a.jsonl").write_text(json.dumps(fields) + "\n")
     source = JsonlSource.model_validate({"path": str(tmp_path / "a.jsonl"), "fields": names})
-    ((_, messages, _),) = prompt_rows(source, read_rows([source.path]), Aside("prompts.max_bad_share", 0))
-    renamed_row = LoggedRow("log", 1, dict(renamed(fields, names)))  # type: ignore[arg-type]
+    ((_, messages, _),) = prompt_rows(source, read_rows([source.path]), RejectLog("prompts.max_bad_share", 0))
+    renamed_row = LoggedRow("log", 1, dict(rename_fields(fields, names)))  # type: ignore[arg-type]
     assert logged_text(renamed_row) == (messages, "Once.")
     assert messages[-1]["content"] == (asked if asked in ("Tell a story.", "[not JSON") else CHAT[-1]["content"])

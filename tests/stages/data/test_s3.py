@@ -8,7 +8,7 @@ import boto3
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.data.row_files import matched, read_rows, remote_versions
+from draftsmith.stages.data.row_files import match_files, read_rows, remote_versions
 from tests.stages.data.test_files import ROWS, SUFFIXES, content, fields
 from tests.testbed.s3 import bucket
 
@@ -25,12 +25,12 @@ def put() -> Iterator[None]:
 @pytest.mark.usefixtures("put")
 def test_a_bucket_of_s3_gives_what_the_disk_gives() -> None:
     for suffix in SUFFIXES:
-        files = matched([f"s3://answers/week/rows{suffix}"], "logs.paths")
+        files = match_files([f"s3://answers/week/rows{suffix}"], "logs.paths")
         assert fields(files) == ROWS[:9]
-    assert len(fields(matched(["s3://answers/week"], "logs.paths"))) == 9 * len(SUFFIXES)
-    assert len(matched(["s3://answers/*/rows*.gz"], "logs.paths")) == sum("gz" in suffix for suffix in SUFFIXES)
+    assert len(fields(match_files(["s3://answers/week"], "logs.paths"))) == 9 * len(SUFFIXES)
+    assert len(match_files(["s3://answers/*/rows*.gz"], "logs.paths")) == sum("gz" in suffix for suffix in SUFFIXES)
     with pytest.raises(DraftsmithError, match=r"^logs\.paths: .*s3://answers/none\.jsonl"):
-        matched(["s3://answers/none.jsonl"], "logs.paths")
+        match_files(["s3://answers/none.jsonl"], "logs.paths")
 
 
 @pytest.mark.usefixtures("put")

@@ -45,11 +45,11 @@ def test_answers_of_one_token_are_counted_and_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        ([{}, {"split": "validation"}], "no answer of split heldout, only of train, validation; change fields"),
+        ([{}, {"split": "validation"}], "no answer of split heldout, only of train, validation"),
         ([{"split": "heldout", "response_ids": [3]}], "no answer of two or more tokens"),
         ([{"split": "heldout"}, {"split": "heldout", "temperature": 1.0}], r"values \[0.0, 1.0\] of temperature are"),
-        ([SAMPLED, {**SAMPLED, "top_p": 0.5}], r"values \[0.5, 1.0\] of top_p are mixed"),
-        ([SAMPLED, {**SAMPLED, "top_k": 20}], r"values \[0, 20\] of top_k are mixed"),
+        ([SAMPLED, {**SAMPLED, "top_p": 0.5}], r"mixes the values \[0.5, 1.0\] of top_p"),
+        ([SAMPLED, {**SAMPLED, "top_k": 20}], r"mixes the values \[0, 20\] of top_k"),
     ],
 )
 def test_what_cannot_be_used_is_one_clear_error(tmp_path: Path, rows: list[dict[str, Any]], expected: str) -> None:

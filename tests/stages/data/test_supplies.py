@@ -6,16 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from draftsmith.stages.data.held_out import HELDOUT_SHARE, identity, place
+from draftsmith.stages.data.held_out import HELDOUT_SHARE, hash_fraction, prompt_identity
 from tests.stages.data.prompts_run import Row, error, questions, run, run_with_context, texts, write_rows
 
 
 def measured(rows: list[Row]) -> set[bytes]:
-    return {identity(row["messages"]) for row in rows if row["split"] != "train"}
+    return {prompt_identity(row["messages"]) for row in rows if row["split"] != "train"}
 
 
 def trained(rows: list[Row]) -> set[bytes]:
-    return {identity(row["messages"]) for row in rows if row["split"] == "train"}
+    return {prompt_identity(row["messages"]) for row in rows if row["split"] == "train"}
 
 
 def test_no_refresh_trains_on_what_another_measured(target: Path, tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_no_refresh_trains_on_what_another_measured(target: Path, tmp_path: Path
         settings["system"] = f"Be kind {seed}."
         seen.append(run(target, tmp_path / str(seed), sources, **settings))
     assert not set().union(*map(measured, seen)) & set().union(*map(trained, seen))
-    assert all(place(prompt) < HELDOUT_SHARE for rows in seen for prompt in measured(rows))
+    assert all(hash_fraction(prompt) < HELDOUT_SHARE for rows in seen for prompt in measured(rows))
 
 
 def test_a_file_that_grows_goes_on_measuring_the_same_prompts(target: Path, tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_too_small_a_class_says_how_small_and_what_to_do(target: Path, tmp_path:
     path = questions(tmp_path / "a.jsonl", 100)
     text = error(target, tmp_path, path, train=20, heldout=50)
     held_out = sum(
-        place(identity([{"role": "user", "content": f"Question number {number}?"}])) < HELDOUT_SHARE
+        hash_fraction(prompt_identity([{"role": "user", "content": f"Question number {number}?"}])) < HELDOUT_SHARE
         for number in range(100)
     )
     assert f"{held_out} of its 100 are of the held-out class, heldout_share 0.1" in text

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from draftsmith.stages.data.time_window import absolute, as_time, iso, row_time
+from draftsmith.stages.data.time_window import parse_time, resolve_window, row_time, to_iso
 
 NOON = datetime(2026, 3, 5, 12, 34, 56, tzinfo=UTC)
 SECONDS = 1772714096  # NOON
@@ -24,21 +24,21 @@ SECONDS = 1772714096  # NOON
     ],
 )  # fmt: skip
 def test_a_time_is_read_as_it_is_written(value: Any) -> None:
-    assert as_time(value) == NOON
+    assert parse_time(value) == NOON
 
 
 @pytest.mark.parametrize("value", ["2026-03-05", "20260305", date(2026, 3, 5)])
 def test_a_date_is_its_midnight(value: Any) -> None:
-    assert as_time(value) == datetime(2026, 3, 5, tzinfo=UTC)
+    assert parse_time(value) == datetime(2026, 3, 5, tzinfo=UTC)
 
 
 @given(st.one_of(st.text(max_size=30), st.integers(), st.floats(), st.booleans(), st.none(), st.lists(st.integers())))
 def test_what_is_no_time_is_none(value: Any) -> None:
-    assert as_time(value) is None or as_time(value).tzinfo is UTC  # type: ignore[union-attr]
+    assert parse_time(value) is None or parse_time(value).tzinfo is UTC  # type: ignore[union-attr]
 
 
 def test_the_usual_fields_are_tried() -> None:
-    assert row_time({"created": SECONDS}) == row_time({"time": iso(NOON)}) == NOON
+    assert row_time({"created": SECONDS}) == row_time({"time": to_iso(NOON)}) == NOON
     assert row_time({"timestamp": SECONDS, "created_at": 0}) == NOON
     assert row_time({"at": SECONDS}) is None
 
@@ -55,20 +55,20 @@ def test_the_usual_fields_are_tried() -> None:
     ],
 )
 def test_a_window_becomes_absolute_and_stays_it(window: str, start: str) -> None:
-    assert absolute(window, NOON) == start
-    assert absolute(start, NOON + timedelta(days=3)) == start
+    assert resolve_window(window, NOON) == start
+    assert resolve_window(start, NOON + timedelta(days=3)) == start
 
 
 @given(st.integers(0, 86_399), st.integers(0, 86_399))
 def test_a_window_of_days_is_the_same_all_day_and_covers_them(one: int, other: int) -> None:
     midnight = datetime(2026, 3, 5, tzinfo=UTC)
     now = midnight + timedelta(seconds=one)
-    start = absolute("3d", now)
-    assert start == absolute("3d", midnight + timedelta(seconds=other))
+    start = resolve_window("3d", now)
+    assert start == resolve_window("3d", midnight + timedelta(seconds=other))
     assert timedelta(days=3) <= now - datetime.fromisoformat(start) < timedelta(days=4)
 
 
 @pytest.mark.parametrize("window", ["7 weeks", "", "yesterday", "-3d", "999999d"])
 def test_what_is_no_window_says_what_is(window: str) -> None:
     with pytest.raises(ValueError, match="give"):
-        absolute(window, NOON)
+        resolve_window(window, NOON)

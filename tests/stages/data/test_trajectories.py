@@ -11,7 +11,7 @@ import pytest
 from draftsmith.artifacts.tables.parquet import TableWriter
 from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 from draftsmith.stages.data.load import load_trajectories
-from draftsmith.stages.data.trajectories import ids_of, lengths_of, responses_of
+from draftsmith.stages.data.trajectories import answer_tokens, trajectory_ids, trajectory_lengths
 from draftsmith.stages.training.batches import token_counts
 from tests.testbed.random_target import VOCAB_SIZE, trajectories, write_trajectories
 
@@ -29,11 +29,11 @@ def test_what_is_known_of_all_is_known_without_reading_them(tmp_path: Path) -> N
     made = trajectories(40)
     stored = load_trajectories(write_trajectories(tmp_path, made)).trajectories
     for of in (stored, made):
-        assert lengths_of(of).tolist() == [len(t.tokens) for t in made]
-        assert ids_of(of).to_pylist() == [t.trajectory_id for t in made]
+        assert trajectory_lengths(of).tolist() == [len(t.tokens) for t in made]
+        assert trajectory_ids(of).to_pylist() == [t.trajectory_id for t in made]
     for part in (slice(None), slice(5, 20, 3)):
         tokens = [token for t in made[part] for token in t.tokens[t.prompt_length :]]
-        assert np.concatenate(list(responses_of(stored[part]))).tolist() == tokens
+        assert np.concatenate(list(answer_tokens(stored[part]))).tolist() == tokens
         assert token_counts(stored[part], VOCAB_SIZE).tolist() == np.bincount(tokens, minlength=VOCAB_SIZE).tolist()
 
 
@@ -60,7 +60,7 @@ def test_memory_is_flat_in_the_number_of_answers(tmp_path: Path) -> None:
         for index in np.random.default_rng(1).permutation(count)[:50].tolist():
             assert len(stored.trajectories[index].tokens) == 4000
             peak = max(peak, pa.total_allocated_bytes() - before)
-        for part in responses_of(stored.trajectories):
+        for part in answer_tokens(stored.trajectories):
             peak = max(peak, pa.total_allocated_bytes() - before + part.nbytes)
         peaks[count] = peak
         del stored

@@ -107,7 +107,7 @@ class Case:
             np.testing.assert_array_equal(trace.anchors, expected.anchors)
             np.testing.assert_array_equal(trace.accepted, expected.accepted)
             np.testing.assert_array_equal(trace.proposed, expected.proposed)
-            assert len(trace.anchors) <= trace.evaluated_blocks <= max(0, trajectory.response_length - 1)
+            assert len(trace.anchors) <= trace.evaluated_blocks <= max(0, trajectory.answer_length - 1)
             if chains == 1:
                 assert trace.evaluated_blocks == len(trace.anchors)
         steps = sum(len(t.anchors) for t in found)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from draftsmith.stages.data.load import DRAFTER_FOLDER
-from draftsmith.stages.data.trajectories import Trajectory, groups_by_length, pad_tokens
+from draftsmith.stages.data.trajectories import Trajectory, group_by_length, pad_tokens
 from draftsmith.stages.drafters.base import PreparedDrafter
 from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
 from draftsmith.stages.drafters.lm_head import Head
@@ -148,7 +148,7 @@ def test_ends_are_neither_accepted_nor_rejected(bench: Bench) -> None:
     ]
     kinds = set()
     for trajectory, trace in zip(cut, bench.replay(cut, "trained", 3), strict=True):
-        assert trace.committed.sum() == trajectory.response_length - 1
+        assert trace.committed.sum() == trajectory.answer_length - 1
         for s, anchor in enumerate(trace.anchors.tolist()):
             expected = rule_of_the_engine(anchor, trajectory.tokens, trace.proposed[s].tolist())
             found = trace.accepted[s], trace.committed[s], trace.judged[s], trace.rejected_offset[s]
@@ -230,7 +230,7 @@ def test_all_accepted_commits_the_bonus_token() -> None:
 
 def test_first_and_last_anchor() -> None:
     trajectory = Trajectory("", list(range(10)), 4)
-    assert (trajectory.first_anchor, trajectory.last_anchor, trajectory.response_length) == (4, 8, 6)
+    assert (trajectory.first_anchor, trajectory.last_anchor, trajectory.answer_length) == (4, 8, 6)
     assert start_anchors(trajectory, 1) == [4]
     assert start_anchors(trajectory, 2) == [4, 6]
     assert start_anchors(trajectory, 50) == [4, 5, 6, 7, 8]
@@ -239,11 +239,11 @@ def test_first_and_last_anchor() -> None:
 
 def test_groups_hold_every_index_once_and_keep_to_the_bound() -> None:
     lengths = np.random.default_rng(0).integers(5, 120, 300).tolist()
-    groups = list(groups_by_length(lengths, 512))
+    groups = list(group_by_length(lengths, 512))
     assert sorted(i for group in groups for i in group) == list(range(300))
     assert all(len(group) * max(lengths[i] for i in group) <= 512 or len(group) == 1 for group in groups)
-    assert list(groups_by_length([900, 3], 512)) == [[1], [0]]
-    assert list(groups_by_length([], 512)) == []
+    assert list(group_by_length([900, 3], 512)) == [[1], [0]]
+    assert list(group_by_length([], 512)) == []
 
 
 def test_padding_is_on_the_right() -> None:

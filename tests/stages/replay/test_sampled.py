@@ -184,7 +184,7 @@ def test_parallel_replay_equals_the_plain_reference(
 def test_what_is_expected_is_what_drawing_comes_to(drafter: Drafter, plain_target: Target) -> None:
     (answer,) = EmbeddedEngine(plain_target, capacity=32).generate([Request("", PROMPT, 20, SAMPLING, 2)])
     text = trajectory_of(answer)
-    assert text.response_length == 20
+    assert text.answer_length == 20
     copies = [Trajectory(str(i), text.tokens, text.prompt_length) for i in range(500)]  # each with its own numbers
     traces = replayed(plain_target, drafter, copies)
     at = np.concatenate([trace.anchors for trace in traces])
@@ -201,7 +201,7 @@ def test_what_is_expected_is_what_drawing_comes_to(drafter: Drafter, plain_targe
             varied += here.std() > 0.3
     assert varied >= 3
 
-    exact = (text.response_length - 1) / Plainly(plain_target, drafter, text).steps_expected()
+    exact = (text.answer_length - 1) / Plainly(plain_target, drafter, text).steps_expected()
     assert tau(traces) == pytest.approx(exact, rel=0.04)  # ratio of sums; the text's end counts
 
 

@@ -13,7 +13,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store.manifest import ELSEWHERE, sha256_file
 from draftsmith.flows.planning.inputs import external_digests
 from draftsmith.stages.data.prompt_config import HuggingFaceSource
-from draftsmith.stages.data.prompt_supply import load_rows
+from draftsmith.stages.data.prompt_streams import load_rows
 from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.drafters.checkpoint import drafter_source
 from draftsmith.stages.runtime.stage import NOT_FETCHED

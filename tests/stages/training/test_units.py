@@ -12,7 +12,7 @@ import pytest
 
 from draftsmith.artifacts.tables.parquet import read_table, write_table
 from draftsmith.artifacts.tables.schemas import PROMPTS
-from draftsmith.stages.data.held_out import units_of
+from draftsmith.stages.data.held_out import independent_units
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.drift import STAGE as DRIFT
 from draftsmith.stages.evaluation.drift import DriftConfig
@@ -40,12 +40,12 @@ def prompts(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> Path:
 def test_a_prompt_is_its_own_unit_or_its_conversation_s(prompts: Path, tiny_drafter: DrafterArtifacts) -> None:
     rows = read_table(prompts / "prompts.parquet", PROMPTS).to_pylist()
     names = [row["prompt_id"] for row in rows if row["split"] == "heldout"]
-    assert units_of(tiny_drafter.prompts, names) == names
-    assert set(Counter(units_of(prompts, names)).values()) == {3}
-    assert units_of(prompts, ["of logs"]) == ["of logs"]
+    assert independent_units(tiny_drafter.prompts, names) == names
+    assert set(Counter(independent_units(prompts, names)).values()) == {3}
+    assert independent_units(prompts, ["of logs"]) == ["of logs"]
     bare = [row | {"messages": []} for row in rows]
     write_table(prompts / "prompts.parquet", PROMPTS, bare)
-    assert units_of(prompts, names) == names, "of token ids alone nothing is known"
+    assert independent_units(prompts, names) == names, "of token ids alone nothing is known"
 
 
 def test_intervals_are_over_conversations(prompts: Path, tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from draftsmith.stages.data.held_out import HeldOut
 from draftsmith.stages.data.logs.config import LogsConfig
-from draftsmith.stages.data.logs.filter import Intake, ShapeSieve, Taken
-from draftsmith.stages.data.rejects import Aside
+from draftsmith.stages.data.logs.filter import AcceptedAnswer, Exclusions, LogFilter, SchemaFilter
+from draftsmith.stages.data.rejects import RejectLog
 from draftsmith.stages.data.row_files import Row
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -56,21 +56,21 @@ def listed() -> io.StringIO:
 
 
 @pytest.fixture(scope="module")
-def intake(tiny_drafter: DrafterArtifacts, listed: io.StringIO) -> Intake:
+def intake(tiny_drafter: DrafterArtifacts, listed: io.StringIO) -> LogFilter:
     config = LogsConfig(paths=["a"], temperature=0, max_bad_share=1)
-    return Intake(config, tiny_drafter.target, HeldOut(), Aside("logs.max_bad_share", 1, listed))
+    return LogFilter(config, tiny_drafter.target, Exclusions(HeldOut()), RejectLog("logs.max_bad_share", 1, listed))
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(fields=ROWS)
-def test_no_row_breaks_the_intake(fields: dict[str, Any], intake: Intake, listed: io.StringIO) -> None:
-    before = sum(intake.aside.reasons.values())
-    taken = intake.take(Row("log.jsonl", 1, fields))
-    if isinstance(taken, Taken):
+def test_no_row_breaks_the_intake(fields: dict[str, Any], intake: LogFilter, listed: io.StringIO) -> None:
+    before = sum(intake.rejects.reasons.values())
+    taken = intake.accept(Row("log.jsonl", 1, fields))
+    if isinstance(taken, AcceptedAnswer):
         assert len(taken.response_ids) >= 2 and taken.prompt_ids.max() < 900
-        assert sum(intake.aside.reasons.values()) == before
+        assert sum(intake.rejects.reasons.values()) == before
     else:
-        assert sum(intake.aside.reasons.values()) == before + 1
+        assert sum(intake.rejects.reasons.values()) == before + 1
         assert "\n" not in json.loads(listed.getvalue().splitlines()[-1])["reason"]
 
 
@@ -100,18 +100,20 @@ SAMPLED = {"temperature": 0.7, "top_p": 0.9, "top_k": 20}
 def test_a_row_that_says_other_sampling_than_the_stated_one_is_rejected(
     stated: dict[str, Any], said: dict[str, Any], reason: str | None
 ) -> None:
-    aside = Aside("logs.max_bad_share", 0)
-    sieve = ShapeSieve(LogsConfig(paths=["a"], **({"temperature": 0} | stated)), aside)
+    aside = RejectLog("logs.max_bad_share", 0)
+    sieve = SchemaFilter(LogsConfig(paths=["a"], **({"temperature": 0} | stated)), aside)
     row = {"prompt_token_ids": [1, 2], "completion_token_ids": [3, 4], **said}
-    assert sieve.take(Row("log.jsonl", 1, row)) is (True if reason is None else None)
+    assert sieve.accept(Row("log.jsonl", 1, row)) is (True if reason is None else None)
     assert dict(aside.reasons) == ({} if reason is None else {reason: 1})
 
 
 @pytest.mark.parametrize(("thought", "taken"), [("First I add 3 and 4.", None), (" ", True), (None, True), (7, True)])
 def test_text_that_a_reasoning_parser_has_cut_is_set_aside_and_ids_are_not(thought: Any, taken: bool | None) -> None:
-    aside = Aside("logs.max_bad_share", 0)
-    sieve = ShapeSieve(LogsConfig(paths=["a"], temperature=0), aside)
+    aside = RejectLog("logs.max_bad_share", 0)
+    sieve = SchemaFilter(LogsConfig(paths=["a"], temperature=0), aside)
     text = {"messages": [{"role": "user", "content": "3 + 4?"}], "completion": "7", "reasoning_content": thought}
-    assert sieve.take(Row("log.jsonl", 1, text)) is taken
+    assert sieve.accept(Row("log.jsonl", 1, text)) is taken
     assert dict(aside.reasons) == ({} if taken else {"thinking that is not in the completion": 1})
-    assert sieve.take(Row("log.jsonl", 2, text | {"prompt_token_ids": [1, 2], "completion_token_ids": [3, 4]})) is True
+    assert (
+        sieve.accept(Row("log.jsonl", 2, text | {"prompt_token_ids": [1, 2], "completion_token_ids": [3, 4]})) is True
+    )

@@ -11,12 +11,12 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import TRAJECTORIES
-from draftsmith.stages.data.logs.filter import ShapeSieve
-from draftsmith.stages.data.logs.rows import LoggedRow, Reader
+from draftsmith.stages.data.logs.filter import SchemaFilter
+from draftsmith.stages.data.logs.rows import AnswerReader, LoggedRow
 from draftsmith.stages.data.logs.stage import STAGE, LogsConfig
-from draftsmith.stages.data.rejects import Aside
+from draftsmith.stages.data.rejects import RejectLog
 from draftsmith.stages.data.row_files import read_rows
-from draftsmith.stages.data.row_formats import TOOLS, SetAside
+from draftsmith.stages.data.row_formats import TOOLS, RejectedRow
 from draftsmith.stages.target.info import model_path, read_target_info
 from draftsmith.stages.target.resolve import load_tokenizer
 from tests.stages.data.logs.logs_run import Logs, Row, as_ids, counts, set_aside, table
@@ -33,9 +33,9 @@ def eos(tiny_drafter: DrafterArtifacts) -> int:
     return read_target_info(tiny_drafter.target).eos_ids[0]
 
 
-def reader_of(made: DrafterArtifacts, tokenizer: Any, eos_ids: list[int]) -> Reader:
+def reader_of(made: DrafterArtifacts, tokenizer: Any, eos_ids: list[int]) -> AnswerReader:
     info = read_target_info(made.target).model_copy(update={"vocab_size": len(tokenizer), "eos_ids": eos_ids})
-    return Reader(tokenizer, info, LogsConfig(paths=["a"], temperature=0, max_tokens=500))
+    return AnswerReader(tokenizer, info, LogsConfig(paths=["a"], temperature=0, max_tokens=500))
 
 
 def as_text(row: Row, tokenizer: Any, eos: int) -> Row:
@@ -150,7 +150,7 @@ def test_text_that_the_tokenizer_changes_is_set_aside(logs: Logs) -> None:
     reader = reader_of(logs.made, composing, [2])
     messages = logs.answers[0]["messages"]
     assert reader.read(LoggedRow("log", 1, {"messages": messages, "completion": "caf\u00e9"})).response_ids
-    with pytest.raises(SetAside, match="does not survive"):
+    with pytest.raises(RejectedRow, match="does not survive"):
         reader.read(LoggedRow("log", 1, {"messages": messages, "completion": "cafe\u0301"}))
 
 
@@ -171,7 +171,7 @@ def test_a_cut_that_tokenises_differently_is_set_aside(logs: Logs, tokenizer: An
 
     rest = " " + tokenizer.decode(logs.answers[0]["response_ids"][:12], skip_special_tokens=True).strip()
     assert len(read(token, rest)) > 2
-    with pytest.raises(SetAside, match="tokenised differently together"):
+    with pytest.raises(RejectedRow, match="tokenised differently together"):
         read(token[:2], token[2:] + rest)
 
 
@@ -208,11 +208,11 @@ def test_several_files_in_turn_and_a_bound_on_the_rows(logs: Logs) -> None:
 )
 def test_a_malformed_row_is_one_error_that_names_file_and_row(logs: Logs, row: Row | str, message: str) -> None:
     path = logs.write("log.jsonl", [{"prompt_token_ids": [1], "completion_token_ids": [3, 4]}, row])
-    sieve = ShapeSieve(LogsConfig(paths=[str(path)], temperature=0), Aside("logs.max_bad_share", 0))
+    sieve = SchemaFilter(LogsConfig(paths=[str(path)], temperature=0), RejectLog("logs.max_bad_share", 0))
     first, second = read_rows([str(path)])
-    assert sieve.take(first)
+    assert sieve.accept(first)
     with pytest.raises(DraftsmithError, match=message) as caught:
-        sieve.take(second)
+        sieve.accept(second)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 

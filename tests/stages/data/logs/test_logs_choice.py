@@ -20,7 +20,7 @@ from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 from draftsmith.stages.data.load import load_trajectories
 from draftsmith.stages.data.logs.rehearsal import ORIGIN
 from draftsmith.stages.data.logs.stage import LogsConfig
-from draftsmith.stages.data.time_window import iso
+from draftsmith.stages.data.time_window import to_iso
 from draftsmith.stages.target.sampling import SamplingParams
 from tests.stages.data.logs.logs_run import Logs, Row, as_ids, counts, given_by, set_aside, table, write
 from tests.testbed.context import RecordingContext
@@ -116,7 +116,7 @@ def test_a_window_that_another_follows_is_read_whole_whatever_its_files_are_call
 def test_a_relative_window_stays_as_it_was_written_and_begins_at_a_midnight() -> None:
     config = LogsConfig.model_validate({"paths": "a", "temperature": 0, "since": " 7d"})
     assert config.since == "7d" and config.since_time is not None
-    assert iso(config.since_time).endswith("T00:00:00Z") and config.holds(datetime.now(UTC))
+    assert to_iso(config.since_time).endswith("T00:00:00Z") and config.in_window(datetime.now(UTC))
     assert LogsConfig.model_validate(config.model_dump(mode="json")) == config  # what the stage's process is sent
 
 

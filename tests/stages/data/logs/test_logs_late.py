@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.data.time_window import as_time
+from draftsmith.stages.data.time_window import parse_time
 from tests.stages.data.logs.logs_run import Logs, Row, as_ids, counts, set_aside, table, write
 from tests.testbed.context import RecordingContext
 
@@ -18,7 +18,7 @@ NOON = "2026-03-05T12:00:00Z"
 
 def at(row: Row, minutes: float) -> Row:
     """Logged so many minutes after noon."""
-    noon = as_time(NOON)
+    noon = parse_time(NOON)
     assert noon is not None
     return as_ids(row) | {"created": int(noon.timestamp() + 60 * minutes)}
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from draftsmith.stages.data.logs.likelihood_check import judge
+from draftsmith.stages.data.logs.likelihood_check import check_likelihood
 from draftsmith.stages.target.sampling import SamplingParams
 from tests.stages.bench import Bench
 
@@ -33,7 +33,7 @@ def sampled(bench: Bench) -> Answers:
 
 
 def judged(bench: Bench, rows: Answers, temperature: float, top_p: float = 1.0, top_k: int = 0) -> Counter[str]:
-    return Counter(judge(bench.target, *row, SamplingParams(temperature, top_p, top_k)) for row in rows)
+    return Counter(check_likelihood(bench.target, *row, SamplingParams(temperature, top_p, top_k)) for row in rows)
 
 
 def test_its_own_answers_are_not_flagged(bench: Bench, greedy: Answers, sampled: Answers) -> None:
@@ -80,4 +80,4 @@ def test_a_seam_of_tokens_is_no_other_model(bench: Bench, greedy: Answers) -> No
     assert long
     prompt, response = long[0]
     last = [*response[:-1], (response[-1] + 7) % bench.target.info.vocab_size]
-    assert judge(bench.target, prompt, last, SamplingParams()) == ""
+    assert check_likelihood(bench.target, prompt, last, SamplingParams()) == ""

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from draftsmith.stages.data.logs.config import LogsConfig
-from draftsmith.stages.data.logs.filter import ShapeSieve
-from draftsmith.stages.data.rejects import Aside
+from draftsmith.stages.data.logs.filter import SchemaFilter
+from draftsmith.stages.data.rejects import RejectLog
 from draftsmith.stages.data.row_files import Row
 
 README = Path(__file__).parents[4] / "configs" / "own-logs.md"
@@ -53,7 +53,7 @@ def test_the_command_makes_rows_of_token_ids_whose_settings_are_judged(tmp_path:
         ([1, 315, 202], [94, 352, 758]),
         ([1, 315, 203], [94, 352, 758]),
     ]
-    sieve = ShapeSieve(LogsConfig(paths=["a"], temperature=0, since="2026-11-29"), Aside("logs.max_bad_share", 0))
-    assert [sieve.take(Row("answers.jsonl", n, row)) for n, row in enumerate(rows)] == [True, None]
-    assert dict(sieve.aside.reasons) == {"drawn under a grammar": 1}
+    sieve = SchemaFilter(LogsConfig(paths=["a"], temperature=0, since="2026-11-29"), RejectLog("logs.max_bad_share", 0))
+    assert [sieve.accept(Row("answers.jsonl", n, row)) for n, row in enumerate(rows)] == [True, None]
+    assert dict(sieve.rejects.reasons) == {"drawn under a grammar": 1}
     assert sieve.newest is not None and sieve.newest.isoformat() == "2026-11-29T11:43:28.869656+00:00"

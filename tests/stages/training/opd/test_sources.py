@@ -165,7 +165,7 @@ def test_successors_are_what_one_block_of_the_current_weights_leads_to(world: Wo
             chosen = drawn.anchors.positions[row].tolist()
             assert set(chosen) == set(behind[row].tolist())
             on_trace += sum(anchor in traces[i].anchors for anchor in chosen)
-    by_chance = float(np.mean([len(traces[i].anchors) / world.trajectories[i].response_length for i in INDICES]))
+    by_chance = float(np.mean([len(traces[i].anchors) / world.trajectories[i].answer_length for i in INDICES]))
     assert on_trace / (10 * len(INDICES) * per_sequence) > 1.5 * by_chance
 
 

@@ -1,0 +1,228 @@
+"""The body of stage `logs`: collects the usable answers of the files, and mixes in those of an earlier refresh."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+
+from draftsmith.artifacts.atomic import atomic_path, write_text
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.data.held_out import read_held_out
+from draftsmith.stages.data.logs.answer_table import TrajectoryTable, answer_batches, select_rows
+from draftsmith.stages.data.logs.config import LogsConfig
+from draftsmith.stages.data.logs.filter import USED_BEFORE, AcceptedAnswer, Exclusions, LogFilter
+from draftsmith.stages.data.logs.likelihood_check import OUTSIDE, check_likelihood
+from draftsmith.stages.data.logs.rehearsal import EarlierAnswers, changes_since, read_contents, read_earlier_answers
+from draftsmith.stages.data.logs.rows import SHAPES, TokenCache
+from draftsmith.stages.data.logs.stage import preflight
+from draftsmith.stages.data.rejects import RejectLog, describe_counts
+from draftsmith.stages.data.row_files import Throttle, is_remote, no_rows_error, read_rows
+from draftsmith.stages.data.time_window import LAST, to_iso
+from draftsmith.stages.runtime.stage import StageContext
+from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.info import read_target_info
+
+_REPORT_EVERY = 256  # rows
+
+
+def run(ctx: StageContext, config: LogsConfig) -> None:
+    """Write `trajectories.parquet`, `set_aside.jsonl` (file, row, id, reason) and `logs.json` (counts, window).
+
+    Between attempts it keeps the token ids of texts, which take most of the time.
+    """
+    preflight(config, ctx.inputs["target"])
+    if config.overlaps and "earlier" not in ctx.inputs:
+        ctx.log(
+            f"cannot tell which rows up to {config.after} the champion was trained on, so they are left out and "
+            "logs.lateness_hours is ignored"
+        )
+        config = config.model_copy(update={"lateness_hours": 0.0})
+    held_out = read_held_out(ctx.inputs.get("prompts"))
+    with (
+        atomic_path(ctx.out / "set_aside.jsonl") as rejects_path,
+        rejects_path.open("w", encoding="utf-8") as lines,
+        TokenCache(ctx.work / "tokenised") as cache,
+        TrajectoryTable(ctx.out / "trajectories.parquet") as table,
+    ):
+        rejects = RejectLog("logs.max_bad_share", config.max_bad_share, lines)
+        used_before = read_contents(ctx.inputs["earlier"]) if config.overlaps else frozenset()
+        log_filter = LogFilter(config, ctx.inputs["target"], Exclusions(held_out, used_before), rejects, cache)
+        earlier, changed = _earlier_answers(ctx, config, log_filter)
+        max_new = _max_new_answers(config, earlier)
+        contents: set[bytes] = set()  # of the answers that are used
+        for batch in answer_batches(_read(ctx, config, log_filter, max_new, contents)):
+            table.add(
+                batch,
+                temperature=config.temperature,
+                top_p=config.top_p,
+                top_k=config.top_k,
+                seed=0,  # unknown
+                engine="logs",
+            )
+        rejects.check()
+        if not table.rows:
+            raise DraftsmithError(_nothing_usable(config, log_filter))
+        used = table.rows
+        if earlier is not None:
+            for batch in earlier.rows(earlier.choose(_replay_count(config, used), ctx.seed, contents)):
+                table.add(batch)
+            ctx.log(f"{table.rows - used} answers of the earlier refresh mixed in")
+    for warning in log_filter.warnings():
+        ctx.log(f"warning: {warning}")
+    if cache.hits:
+        ctx.log(f"{cache.hits} answers were tokenised by an earlier attempt")
+    if rejects.reasons:
+        ctx.log(f"{used} rows used, {rejects.reasons.total()} rejected: {rejects.describe()}")
+    improbable = _find_improbable(ctx, config, table.rows)
+    replayed, info = table.rows - used, read_target_info(ctx.inputs["target"])
+    whole = _reads_all_rows(config, max_new) and not any(is_remote(file) for file in config.files())
+    counts = {
+        "rows_in_files": rejects.rows - rejects.truncated if whole else None,
+        "rows_read": rejects.rows,
+        "used": used,
+        "replayed": replayed,
+        "replay_left_out": changed,
+        "set_aside": dict(rejects.reasons.most_common()),
+        "outside_window": log_filter.outside_window,
+        "filtered": log_filter.filtered,
+        "not_drawn": log_filter.accepted - used,
+        "response_tokens": table.answer_tokens,
+        "scored": min(config.scored, table.rows),
+        "improbable": dict(Counter(improbable).most_common()),
+        "heldout_share": held_out.share,
+        "window": _window(config, log_filter),
+        "given_by": {"target_digest": info.digest, "tokenizer_digest": info.tokenizer_digest},
+    }
+    write_text(ctx.out / "logs.json", json.dumps(counts, indent=2, ensure_ascii=True) + "\n")
+    ctx.summary(
+        answers=table.rows,
+        response_tokens=table.answer_tokens,
+        rows_set_aside=rejects.reasons.total(),
+        improbable=len(improbable),
+        replayed=replayed,
+        replay_left_out=float(changed is not None),
+    )
+
+
+def _earlier_answers(
+    ctx: StageContext, config: LogsConfig, log_filter: LogFilter
+) -> tuple[EarlierAnswers | None, str | None]:
+    """Return the answers that the champion was trained on, or what has changed since they were given."""
+    if not config.replay_share or "earlier" not in ctx.inputs:
+        return None, None
+    if changed := changes_since(ctx.inputs["earlier"], log_filter.info):
+        ctx.log(f"warning: no answers of the earlier refresh are mixed in, since {changed} changed after it")
+        return None, changed
+
+    def progress(answers: int) -> None:
+        ctx.progress(answers, answers, "earlier answers")
+        ctx.check_interrupted()
+
+    earlier = read_earlier_answers(ctx.inputs["earlier"], log_filter, config.sampling, progress)
+    if earlier.of_other_sampling:
+        ctx.log(
+            f"{earlier.of_other_sampling} answers of the earlier refresh are left out: they were sampled at another "
+            "temperature, top_p or top_k"
+        )
+    return earlier, None
+
+
+def _find_improbable(ctx: StageContext, config: LogsConfig, rows: int) -> list[str]:
+    """Score answers that are evenly spread over the table; return the reasons against those that fail."""
+    count = min(config.scored, rows)
+    if not count:
+        return []
+    mask = np.zeros(rows, dtype=bool)
+    mask[np.linspace(0, rows - 1, count).astype(int)] = True
+    target, failed, done = Target.load(ctx.inputs["target"]), [], 0
+    for batch in select_rows(ctx.out / "trajectories.parquet", mask):
+        for row in batch.select(["trajectory_id", "prompt_ids", "response_ids"]).to_pylist():
+            reason = check_likelihood(target, row["prompt_ids"], row["response_ids"], config.sampling)
+            if reason:
+                failed.append({"trajectory_id": row["trajectory_id"], "reason": reason})
+            done += 1
+            ctx.progress(done, count, "answers read by the target", improbable=len(failed))
+            ctx.check_interrupted()
+    write_text(ctx.out / "improbable.jsonl", "".join(json.dumps(entry) + "\n" for entry in failed))
+    by_reason = Counter(entry["reason"] for entry in failed)
+    if failed:
+        sampling = f"temperature {config.temperature:g}" + (
+            f", {config.sampling.truncation}" if config.temperature else ""
+        )
+        remedy = (
+            " Correct logs.top_p and logs.top_k. min_p and penalties cannot be configured, so log answers without "
+            "them, or greedy ones."
+        )
+        ctx.log(
+            f"warning: {len(failed)} of {count} answers are not what this target gives at {sampling} "
+            f"({describe_counts(by_reason)}; improbable.jsonl). They may have been sampled differently, come from "
+            f"another model, or lack a part.{remedy if by_reason[OUTSIDE] else ''}"
+        )
+    return list(by_reason.elements())
+
+
+def _reads_all_rows(config: LogsConfig, max_new: int | None) -> bool:
+    """Return whether reading goes on after the last answer that is used.
+
+    The next window of `since: last` begins after the newest row read, so no row of this window may stay unread.
+    """
+    return max_new is None or config.since == LAST or config.after is not None
+
+
+def _read(
+    ctx: StageContext, config: LogsConfig, log_filter: LogFilter, max_new: int | None, contents: set[bytes]
+) -> Iterator[AcceptedAnswer]:
+    """Yield the answers that are used, and add their contents to `contents`."""
+    throttle, all_rows = Throttle(), _reads_all_rows(config, max_new)
+    for number, row in enumerate(read_rows(config.files()), start=1):
+        answer = log_filter.accept(row)
+        if answer is not None and (max_new is None or log_filter.accepted <= max_new):
+            contents.add(answer.content)
+            yield answer
+        if throttle.is_due() or number % _REPORT_EVERY == 0:  # a row of a megabyte takes seconds
+            ctx.progress(number, number, "rows", used=len(contents))
+        ctx.check_interrupted()
+        if not all_rows and log_filter.accepted == max_new:
+            break
+
+
+def _max_new_answers(config: LogsConfig, earlier: EarlierAnswers | None) -> int | None:
+    """Return the limit of new answers: `rows` less the replayed ones; None without a limit."""
+    if config.rows is None or earlier is None:
+        return config.rows
+    return config.rows - min(int(config.replay_share * config.rows + 1e-9), earlier.usable)
+
+
+def _replay_count(config: LogsConfig, new: int) -> int:
+    """Return how many earlier answers make up `replay_share` beside this many new ones."""
+    count = int(new * config.replay_share / (1 - config.replay_share) + 1e-9)
+    return count if config.rows is None else min(count, config.rows - new)
+
+
+def _nothing_usable(config: LogsConfig, log_filter: LogFilter) -> str:
+    """Return the error for logs without a usable answer."""
+    rejects, paths = log_filter.rejects, ", ".join(config.paths)
+    if not rejects.rows:
+        return no_rows_error(config.paths)
+    if log_filter.outside_window + rejects.reasons[USED_BEFORE] == rejects.rows:
+        since = f"from {to_iso(config.since_time)} or later" if config.since_time is not None else ""
+        after = f"later than {config.after}" if config.after is not None else ""
+        window = " and ".join(part for part in (since, after) if part)
+        return f"logs: none of {rejects.rows} rows of {paths} is {window}. Give newer files or an earlier time."
+    reasons = ", ".join([text for text in (rejects.describe(), log_filter.describe_unselected()) if text])
+    return (
+        f"logs: none of {rejects.rows} rows of {paths} can be used ({reasons}). Give rows of the shapes {SHAPES}, "
+        "token ids if text does not survive."
+    )
+
+
+def _window(config: LogsConfig, log_filter: LogFilter) -> dict[str, str | None]:
+    """Return absolute times. newest: of all rows read, used or not; the next `since: last` begins after it."""
+    return {
+        "since": None if config.since_time is None else to_iso(config.since_time),
+        "after": config.after,
+        "newest": None if log_filter.newest is None else to_iso(log_filter.newest),
+    }
