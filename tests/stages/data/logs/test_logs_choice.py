@@ -204,7 +204,7 @@ def test_answers_of_another_target_are_not_mixed_in(
     assert (found["used"], found["replayed"]) == ((40, 0) if changed else (32, 8))
     assert found["replay_left_out"] == changed and ctx.summaries["replay_left_out"] == float(changed is not None)
     said = [line for line in ctx.logs if "no answers of the earlier refresh are mixed in" in line]
-    assert len(said) == (changed is not None) and all(f": {changed} changed" in line for line in said)
+    assert len(said) == (changed is not None) and all(f"since {changed} changed" in line for line in said)
 
 
 def test_answers_of_this_log_are_not_mixed_in_again(logs: Logs) -> None:
