@@ -100,7 +100,7 @@ def describe_errors(
 
 
 def _location(detail: Any, model: type[BaseModel]) -> PathKey:
-    return _path_of(detail["loc"], model, keep_last=detail["type"] == "extra_forbidden")
+    return _field_path(detail["loc"], model, keep_last=detail["type"] == "extra_forbidden")
 
 
 def _is_in(written: Any, detail: Any, model: type[BaseModel]) -> bool:
@@ -158,13 +158,13 @@ def _problem(detail: Any, location: PathKey, field: str, model: type[BaseModel])
 
 
 def _unknown_kind(detail: Any) -> str:
-    named, value = str(detail["ctx"]["discriminator"]).strip("'"), detail.get("input")
+    name, value = str(detail["ctx"]["discriminator"]).strip("'"), detail.get("input")
     choices = detail["ctx"].get("expected_tags", "")
-    if named.endswith("()"):  # a function that finds the kind of a section without the field
-        named = "kind"
-    if isinstance(value, dict) and named in value:
-        return f"{named} is {show_value(value[named])}. Use one of {choices}."
-    return f"the field {named} is missing, which decides what the others mean. Use one of {choices}."
+    if name.endswith("()"):  # a function that finds the kind of a section without the field
+        name = "kind"
+    if isinstance(value, dict) and name in value:
+        return f"{name} is {show_value(value[name])}. Use one of {choices}."
+    return f"the field {name} is missing, which decides what the others mean. Add it."
 
 
 def _unknown_field(location: PathKey, model: type[BaseModel]) -> str:
@@ -182,7 +182,7 @@ def _unknown_field(location: PathKey, model: type[BaseModel]) -> str:
     return f"unknown field. Remove it, or use one of: {', '.join(siblings)}."
 
 
-def _path_of(location: Sequence[int | str], model: type[BaseModel], *, keep_last: bool) -> PathKey:
+def _field_path(location: Sequence[int | str], model: type[BaseModel], *, keep_last: bool) -> PathKey:
     """Remove the names of union members that pydantic puts between the fields of a location."""
     kept: list[int | str] = []
     for index, step in enumerate(location):
@@ -209,11 +209,11 @@ def models_at(model: type[BaseModel], path: Sequence[int | str]) -> list[type[Ba
 def _annotations(model: type[BaseModel], path: Sequence[int | str]) -> list[Any]:
     annotations: list[Any] = [model]
     for step in path:
-        annotations = [member for annotation in annotations for member in _step(annotation, step)]
+        annotations = [member for annotation in annotations for member in _member_annotations(annotation, step)]
     return annotations
 
 
-def _step(annotation: Any, step: int | str) -> Iterator[Any]:
+def _member_annotations(annotation: Any, step: int | str) -> Iterator[Any]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         if step in annotation.model_fields:
             yield from _members(annotation.model_fields[str(step)].annotation)
