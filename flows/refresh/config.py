@@ -1,4 +1,4 @@
-"""The config of a refresh: one frozen model is YAML schema, flow parameter, overrides, MLflow's params and keys."""
+"""The config of a refresh: one model for YAML, overrides, flow parameters, MLflow's params and cache keys."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from draftsmith.stages.target.config import TargetConfig
 from draftsmith.stages.training.config import OpdConfig, SftConfig
 
 # held-out prompts of a refresh from logs alone: enough for an interval of a few percent
-_OF_LOGS = {"train": 0, "validation": 16, "heldout": 128, "max_prompt_tokens": 2048, "too_long": "skip"}
-_MEASURED = ("validation", "heldout")  # the splits that drafters are measured on, and chosen
-_READ_ALIKE = ("max_bad_share", "chat_template_kwargs")  # a prompt is the same in both sections
+_LOG_PROMPTS = {"train": 0, "validation": 16, "heldout": 128, "max_prompt_tokens": 2048, "too_long": "skip"}
+_MEASURED = ("validation", "heldout")  # splits: the challenger is chosen on one, drafters are measured on the other
+_SHARED = ("max_bad_share", "chat_template_kwargs")  # fields that prompts take from logs
 
 
 class RefreshOptions(Config):
-    """Which comparisons the refresh makes beside the drafters themselves."""
+    """Options of the comparisons that a refresh makes."""
 
     control: bool = True
-    """Also continue SFT for as many steps and blocks as OPD: the drafter that OPD has to beat."""
+    """Also continue SFT for as many steps and blocks as OPD: the drafter that OPD must beat."""
 
 
 class RefreshConfig(RunOptions):
@@ -47,49 +47,50 @@ class RefreshConfig(RunOptions):
     target: TargetConfig
     prompts: PromptsConfig
     logs: LogsConfig | None = None
-    """Answers that the target gave in production. They take the place of `rollout` and of `assisted`, which may then be
-    left out and are not read: SFT is trained on them, they are mined with the SFT drafter, and OPD is trained on them.
-    Only held-out prompts are answered by the target here."""
+    """Answers that the target gave in production. They replace sections `rollout` and `assisted`, which are then not
+    read: SFT is trained on them, they are mined with the SFT drafter, and OPD is trained on them. A run then only makes
+    the target's answers to held-out prompts."""
     rollout: RolloutConfig | None = None
     """The target's answers that SFT is trained on."""
     sft: SftConfig = SftConfig()
     assisted: RolloutConfig | None = None
-    """Rollout with the SFT drafter in the loop: the trajectories that are mined and that OPD is trained on."""
+    """Rollout with the SFT drafter: the answers that are mined and that OPD is trained on."""
     mining: MiningConfig = MiningConfig()
     opd: OpdConfig = OpdConfig()
     heldout: RolloutConfig = RolloutConfig(splits=_MEASURED)
-    """The target's answers to held-out prompts, which drafters are compared on."""
+    """The target's answers to held-out prompts, on which drafters are compared."""
     evaluation: EvaluationConfig = EvaluationConfig()
     registry: RegistryConfig | None = None
-    """The line of drafters that this refresh goes on with: from its champion, to its next one. Without it a refresh
-    stands alone: it begins as section `sft` says, and promotes nothing."""
+    """The model line that this refresh continues from its champion. Without it a refresh starts from section `sft` and
+    promotes nothing."""
     drift: DriftConfig = DriftConfig()
     gate: GateConfig = GateConfig()
     on_promote: HookConfig | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _left_out(cls, data: Any, info: ValidationInfo) -> Any:
-        """What is left out of `heldout`; and beside logs: without sources held-out prompts are rows of the logs, new
-        ones first, sampled as the answers were."""
-        if info.context == FROM_FILE and isinstance(data, dict):
-            _refuse_what_is_filled_in(data)
+    def _fill_in(cls, data: Any, info: ValidationInfo) -> Any:
+        """Fill in the splits of `heldout`, and what follows from section logs.
+
+        Without sources, held-out prompts are rows of the logs, new ones first. Answers are sampled as the logged ones.
+        """
         if not isinstance(data, dict):
             return data
-        made = dict(data)
+        if info.context == FROM_FILE:
+            _reject_filled_in(data)
+        filled = dict(data)
         if isinstance(data.get("heldout"), dict):
-            made["heldout"] = {"splits": _MEASURED, **data["heldout"]}
+            filled["heldout"] = {"splits": _MEASURED, **data["heldout"]}
         if not isinstance(data.get("logs"), dict):
-            return made
+            return filled
         logs = data["logs"]
         paths, given = logs.get("paths"), data.get("prompts", {})
         if paths and isinstance(given, dict) and "sources" not in given:
-            of_rows = ("since", "filter", "fields")
-            given_too = {name: logs[name] for name in of_rows if logs.get(name) is not None}
-            read = {name: logs[name] for name in _READ_ALIKE if logs.get(name) is not None}
-            each = [paths] if isinstance(paths, str) else paths
-            sources = [{"kind": "jsonl", "path": path, **given_too} for path in each]
-            made["prompts"] = {"sources": sources, **_OF_LOGS, **read, **given, "of_logs": True}
+            row_fields = {name: logs[name] for name in ("since", "filter", "fields") if logs.get(name) is not None}
+            shared = {name: logs[name] for name in _SHARED if logs.get(name) is not None}
+            all_paths = [paths] if isinstance(paths, str) else paths
+            sources = [{"kind": "jsonl", "path": path, **row_fields} for path in all_paths]
+            filled["prompts"] = {"sources": sources, **_LOG_PROMPTS, **shared, **given, "of_logs": True}
         sampled = {
             "temperature": logs.get("temperature", 0),
             "top_p": logs.get("top_p", 1),
@@ -100,87 +101,88 @@ class RefreshConfig(RunOptions):
             if isinstance(given, dict):
                 own = given.get("sampling", {})
                 sampling = {**sampled, **own} if isinstance(own, dict) else own
-                made[section] = {**fields, **given, "sampling": sampling}
-        return made
+                filled[section] = {**fields, **given, "sampling": sampling}
+        return filled
 
     @model_validator(mode="after")
-    def _answers_come_from_somewhere(self) -> RefreshConfig:
+    def _has_answers(self) -> RefreshConfig:
         if self.logs is None:
             for name in ("rollout", "assisted"):
                 if getattr(self, name) is None:
-                    raise ValueError(f"{name} is required: give this section, or logs with answers of the target")
+                    raise ValueError(f"{name} is required. Give this section, or logs with answers of the target.")
         return self
 
     @model_validator(mode="after")
-    def _logs_are_no_benchmark(self) -> RefreshConfig:
+    def _trains_on_logs(self) -> RefreshConfig:
         read = self.logs.paths if self.logs is not None else []
         for index, source in enumerate(self.prompts.sources):
             if source.heldout_share == 1 and isinstance(source, JsonlSource) and source.path in read:
                 raise ValueError(
                     f"prompts.sources.{index}.heldout_share: 1 holds out every row of {source.path}, which section "
-                    "logs trains on: give a share below 1"
+                    "logs trains on. Give a share below 1."
                 )
         return self
 
     @model_validator(mode="after")
-    def _what_is_measured_is_there(self) -> RefreshConfig:
+    def _has_measured_splits(self) -> RefreshConfig:
         if "heldout" not in self.heldout.splits:
             raise ValueError(
-                f"heldout.splits: {list(self.heldout.splits)} lacks heldout, which drafters are measured on: add it"
+                f"heldout.splits: {list(self.heldout.splits)} lacks heldout, on which drafters are measured. Add it."
             )
         if self.prompts.prompt_count("heldout") == 0:
-            raise ValueError("prompts.heldout: drafters are measured on this split: give its number")
+            raise ValueError("prompts.heldout: no prompts, and drafters are measured on them. Give their number.")
         if self.evaluation.block_sizes and self.prompts.prompt_count("validation") == 0:
-            raise ValueError("prompts.validation: evaluation.block_sizes needs this split: give its number")
+            raise ValueError("prompts.validation: no prompts, but evaluation.block_sizes needs some. Give a number.")
         counts = self.heldout.counts({split: self.prompts.prompt_count(split) for split in SPLITS})
         if not counts["heldout"]:
             raise ValueError(
-                "heldout: skip and prompts leave out all of split heldout, which drafters are measured on. Change "
-                f"them, or lower the counts in section prompts (they are taken in the order {', '.join(SPLITS)})."
+                "heldout: skip and prompts leave out all of split heldout, on which drafters are measured. Change "
+                f"them, or lower the counts in section prompts (they are used in the order {', '.join(SPLITS)})."
             )
         return self
 
     @model_validator(mode="after")
-    def _a_line_chooses_its_challenger(self) -> RefreshConfig:
+    def _has_validation_for_a_line(self) -> RefreshConfig:
         if self.registry is not None and "validation" not in self.heldout.splits:
-            raise ValueError("heldout.splits: add validation: the challenger is chosen on its answers (registry)")
+            raise ValueError("heldout.splits: lacks validation, where the challenger is chosen (registry). Add it.")
         return self
 
     @model_validator(mode="after")
-    def _a_champion_is_of_a_line(self) -> RefreshConfig:
+    def _champion_needs_a_line(self) -> RefreshConfig:
         if self.registry is None and self.sft.init_from == CHAMPION:
-            raise ValueError("sft.init_from: `champion` needs section registry, which names the line")
+            raise ValueError("sft.init_from: `champion` needs section registry, which names the line. Add it.")
         if self.registry is not None and self.registry.restart and self.sft.init_from == CHAMPION:
-            raise ValueError("registry.restart: sft.init_from says `champion`; leave one of the two out")
+            raise ValueError("registry.restart: it contradicts sft.init_from `champion`. Remove one of the two.")
         return self
 
     @model_validator(mode="after")
-    def _what_was_read_is_known(self) -> RefreshConfig:
+    def _last_needs_a_line(self) -> RefreshConfig:
         if self.registry is None:
-            needs = "`last` needs section registry, whose champion says what was read"
+            needs = "`last` needs section registry, whose champion states what was read. Add it."
             if self.logs is not None and self.logs.since == LAST:
                 raise ValueError(f"logs.since: {needs}")
             if _since_last(self.prompts):
                 raise ValueError(f"prompts.sources: since: {needs}")
             if self.logs is not None and self.logs.replay_share:
                 raise ValueError(
-                    "logs.replay_share: needs section registry, whose champion says what it was trained on"
+                    "logs.replay_share: needs section registry, whose champion states what it was trained on. Add it."
                 )
         return self
 
     @property
     def experiment(self) -> str | None:
-        """One a drafter line: its refreshes are compared with each other."""
+        """Return the MLflow experiment: one for each line, so that its refreshes are compared."""
         return self.registry.name if self.registry is not None else None
 
     @property
     def external_programs(self) -> dict[str, str]:
+        """Return the programs that a run calls, by field."""
         command = self.on_promote.command if self.on_promote is not None else None
         return {"on_promote.command": command[0]} if command else {}
 
     @property
     def champion(self) -> ChampionConfig | None:
-        """Who serves, of a resolved config."""
+        """Return the champion of a resolved config."""
         return self.registry.champion if self.registry is not None else None
 
     @model_validator(mode="after")
@@ -190,8 +192,8 @@ class RefreshConfig(RunOptions):
         return self
 
 
-def _refuse_what_is_filled_in(data: dict[str, Any]) -> None:
-    """Raise ValueError for a field that a run looks up: it would be replaced without a word."""
+def _reject_filled_in(data: dict[str, Any]) -> None:
+    """Raise ValueError for a field that a run fills in, and would overwrite."""
     for section, given in data.items():
         for model in models_at(RefreshConfig, [section]) if isinstance(given, dict) else []:
             for name in model.filled_in() if issubclass(model, Config) else []:
@@ -204,7 +206,7 @@ def _since_last(prompts: PromptsConfig) -> bool:
 
 
 def prompts_since(prompts: PromptsConfig, read_until: str | None) -> PromptsConfig:
-    """With the time that `last` means, in place of it."""
+    """Return prompts with the time that `since: last` means."""
     sources = [
         source.model_copy(update={"since": read_until})
         if isinstance(source, JsonlSource) and source.since == LAST
@@ -214,24 +216,24 @@ def prompts_since(prompts: PromptsConfig, read_until: str | None) -> PromptsConf
     return prompts.model_copy(update={"sources": sources})
 
 
-CHAMPION = "champion"  # of `sft.init_from`: that of the registry, and random weights where there is none
+CHAMPION = "champion"  # value of `sft.init_from`: the line's champion, or random weights without one
 
 
 def starts_from_champion(config: RefreshConfig) -> bool:
-    """Whether SFT goes on from the champion; `sft.init_from` is where a line begins, and begins again if asked to."""
+    """Return whether SFT continues the champion; `sft.init_from` is where a line starts or restarts."""
     return config.registry is not None and config.champion is not None and not config.registry.restart
 
 
 def sft_config(config: RefreshConfig) -> SftConfig:
-    """Of the warm-start: what `init_from: champion` means is the graph's business."""
+    """Return the config of SFT. A drafter to continue is its input in the graph, not `init_from`."""
     if config.sft.init_from != CHAMPION and not starts_from_champion(config):
-        return config.sft  # where the line begins
+        return config.sft
     start = {"init_from": None, "init_revision": None, "adopt": config.sft.steps == 0}
     return config.sft.model_copy(update=start)
 
 
 def mining_config(config: RefreshConfig) -> MiningConfig:
-    """Return how much is mined: what OPD's anchors and its loss read."""
+    """Return the config of mining with the table that OPD's anchors and loss read."""
     table = "sample"
     if config.opd.reads_table:
         table = "scored" if config.opd.loss.needs_scores else "full"
@@ -239,18 +241,18 @@ def mining_config(config: RefreshConfig) -> MiningConfig:
 
 
 def drift_config(config: RefreshConfig) -> DriftConfig:
-    """The champion drafts as drafters do when their figures are taken."""
+    """Return the config of the drift check, in which the champion drafts as in an evaluation."""
     return config.drift.model_copy(update={"drafting": config.evaluation.drafted()})
 
 
-# of `measured_with`: what a version was measured with whose settings were kept before a field was added
+# settings of `measured_with` for versions that were registered before a field existed
 DEFAULT_SAMPLING = {
     f"heldout.sampling.{name}": value for name, value in SamplingConfig().model_dump(mode="json").items()
 }
 
 
 def measured_with(config: RefreshConfig) -> dict[str, Any]:
-    """The settings that tau depends on, beside drafter, target and prompts, by field."""
+    """Return by field the settings that tau depends on, beside drafter, target and prompts."""
     sections = {"heldout.sampling": config.heldout.sampling, "drafting": config.evaluation.drafted()}
     return {
         f"{section}.{name}": value
@@ -260,7 +262,7 @@ def measured_with(config: RefreshConfig) -> dict[str, Any]:
 
 
 def report_config(config: RefreshConfig) -> ReportConfig:
-    """Return who serves, and what the line's champions were worth until now."""
+    """Return the config of the report: the champion, and tau of the line over time."""
     if config.registry is None:
         return ReportConfig()
     serves = (config.champion.line, config.champion.version) if config.champion is not None else None
@@ -268,5 +270,5 @@ def report_config(config: RefreshConfig) -> ReportConfig:
 
 
 def control_config(config: RefreshConfig) -> SftConfig:
-    """The control of a refresh."""
+    """Return the config of the control: SFT continued for as long as OPD."""
     return config.sft.continued(config.opd)

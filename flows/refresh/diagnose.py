@@ -1,4 +1,4 @@
-"""Why a running server's acceptance is not that of replay: the graph and the config of `draftsmith diagnose`."""
+"""Finds out why a running server accepts less than replay: config and graph of `draftsmith diagnose`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NODE = "diagnosis"
 
 
 class DiagnoseConfig(RunOptions):
-    """A server, and the sections of a refresh that say what it is asked."""
+    """A server, and the sections of a refresh from which it is asked prompts."""
 
     target: TargetConfig
     prompts: PromptsConfig
@@ -36,7 +36,7 @@ class DiagnoseConfig(RunOptions):
 
 
 def diagnose_nodes(config: DiagnoseConfig) -> list[Node]:
-    """Target, prompts, and what the server does with them."""
+    """Return the nodes of target, prompts and the server's diagnosis."""
     asked = {"target": "target", "prompts": "prompts"}
     return [
         *first_nodes(config.target, config.prompts),
@@ -45,16 +45,17 @@ def diagnose_nodes(config: DiagnoseConfig) -> list[Node]:
 
 
 def show_diagnosis(display: Display, folders: Mapping[str, Path], _ui: str) -> None:
-    found = json.loads((folders[NODE] / RESULT).read_text("utf-8"))
-    tried = found.get("tried", [])
+    """Print the diagnosis: a table of the changes of replay that were tried, and a sentence."""
+    result = json.loads((folders[NODE] / RESULT).read_text("utf-8"))
+    tried = result.get("tried", [])
     if tried:
         head = ["replay with", "change", "steps that differ", "tau"]
         rows = [
-            [each["cause"], each["change"], f"{each['mismatch']:.1%}", f"{each['tau']:.3f}"]
-            for each in [found["as_it_is"], *tried]
+            [change["cause"], change["change"], f"{change['mismatch']:.1%}", f"{change['tau']:.3f}"]
+            for change in [result["as_it_is"], *tried]
         ]
         display.table(head, rows, text_columns=2)
-    display.line(found["sentence"])
+    display.line(result["sentence"])
 
 
 DIAGNOSE = Pipeline(
@@ -69,19 +70,19 @@ DIAGNOSE = Pipeline(
 def diagnose_config(
     refresh: RefreshConfig, url: str, drafter: str, prompts: int | None, api_key_env: str | None = None
 ) -> DiagnoseConfig:
-    """Of the drafter that a command names: a folder, or `LINE@alias` of the registry."""
+    """Return the config that diagnoses a server. drafter: a folder, or `LINE@alias` of the registry."""
     if (why := describe_secret(url)) is not None:
-        raise DraftsmithError(f"--url: it holds {why}: name the variable that has the key with --api-key-env")
+        raise DraftsmithError(f"--url: it contains {why}. Name the variable that has the key with --api-key-env.")
     _, source = resolve_drafter(drafter)
     if not Path(source).is_dir():
-        raise DraftsmithError(f"{drafter}: give the folder of the checkpoint that the server loads, or NAME@champion")
+        raise DraftsmithError(f"{drafter}: not a folder. Give the checkpoint that the server loads, or NAME@champion.")
     try:
         SGLangEngineConfig(kind="sglang", urls=(url,), api_key_env=api_key_env).api_key()
     except ValidationError as error:
         first = error.errors()[0]
         option = "--api-key-env" if "api_key_env" in first["loc"] else "--url"
         raise DraftsmithError(f"{option}: {first['msg'].removeprefix('Value error, ')}") from None
-    asked: dict[str, Any] = {"api_key_env": api_key_env} | ({} if prompts is None else {"prompts": prompts})
-    diagnosis = DiagnosisConfig(url=url.rstrip("/"), drafter=source, sampling=refresh.heldout.sampling, **asked)
-    parts = {part: getattr(refresh, part) for part in ("target", "prompts", "stages", "seed")}
-    return DiagnoseConfig(name=f"{refresh.name}-diagnose", diagnosis=diagnosis, **parts)
+    options: dict[str, Any] = {"api_key_env": api_key_env} | ({} if prompts is None else {"prompts": prompts})
+    diagnosis = DiagnosisConfig(url=url.rstrip("/"), drafter=source, sampling=refresh.heldout.sampling, **options)
+    sections = {name: getattr(refresh, name) for name in ("target", "prompts", "stages", "seed")}
+    return DiagnoseConfig(name=f"{refresh.name}-diagnose", diagnosis=diagnosis, **sections)

@@ -1,4 +1,4 @@
-"""Find the report of a refresh: by its config file, its run in MLflow, or the report's artifact."""
+"""Finds the report of a refresh by its config file, its run in MLflow, or its artifact."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PAGE = "report.html"
 
 
 def find_report(name: str, pipeline: Pipeline) -> Path:
-    """Return the page of a refresh. Raises DraftsmithError if there is none.
+    """Return the report page of a refresh. Raises DraftsmithError if there is none.
 
     name: a config file (of `pipeline`), a run of MLflow, or an artifact.
     """
@@ -28,9 +28,10 @@ def find_report(name: str, pipeline: Pipeline) -> Path:
 
 
 def report_of_config(name: str, config: RunOptions, pipeline: Pipeline) -> Path:
-    """Return the report that a config's refresh would reuse, or else the last that one of its name has made.
+    """Return the report that a config's refresh would reuse, or else the last one of a refresh of its name.
 
-    A line goes on from another champion after a promotion. Raises DraftsmithError if there is none.
+    After a promotion a refresh plans from another champion, so its report is no longer in the plan. Raises
+    DraftsmithError if there is none.
     """
     node, _ = pipeline.report
     store = open_store(home())
@@ -41,21 +42,24 @@ def report_of_config(name: str, config: RunOptions, pipeline: Pipeline) -> Path:
             return planned.ref.path / _PAGE
     last = artifact_folders(Tracking(home(), config.experiment), config.name, node).get(node)
     if last is not None:
-        return _page(name, _here(store, Path(last)))
+        return _page(name, _current_folder(store, Path(last)))
     raise DraftsmithError(
-        f"{name}: its refresh has no report yet: run `draftsmith run {name}`, or name a run of MLflow"
+        f"{name}: its refresh has no report yet. Run `draftsmith run {name}`, or name a run in MLflow."
     )
 
 
 def report_of_text(name: str) -> Path:
-    """Return the page of an artifact of stage `report` (folder, start of a key or content id), or of a refresh's run in
-    MLflow (its name or id; of several runs of a name the last). Raises DraftsmithError."""
+    """Return the page of an artifact of stage `report`, or of a refresh's run in MLflow.
+
+    name: the artifact's folder, or the start of its key or content id; or name or id of a run (the last of its name).
+    Raises DraftsmithError if there is none.
+    """
     store = open_store(home())
     if Path(name).expanduser().is_dir():
         return _page(name, Path(name).expanduser().resolve())
     found = artifact_folders(Tracking(home()), name, "report")
     if "report" in found:
-        return _page(name, _here(store, Path(found["report"])))
+        return _page(name, _current_folder(store, Path(found["report"])))
     try:
         ref = store.resolve(name)
         store.fetch(ref)
@@ -64,19 +68,19 @@ def report_of_text(name: str) -> Path:
         raise
     except DraftsmithError as error:
         raise DraftsmithError(
-            f"{name}: neither a config file, nor a refresh's run in MLflow with a report, nor an artifact ({error})"
+            f"{name}: not a config file, a refresh's run in MLflow with a report, or an artifact ({error})"
         ) from error
 
 
-def _here(store: Store, folder: Path) -> Path:
-    """Return the artifact that a run kept as this folder: in a home that was moved since, by its stage and key."""
-    kept, own = store.localize(folder), store.path(folder.parent.name, folder.name)
-    return own if own.is_dir() and not kept.is_dir() else kept
+def _current_folder(store: Store, folder: Path) -> Path:
+    """Return the folder of an artifact that a run recorded; if the home was moved, the one of its stage and key."""
+    recorded, current = store.localize(folder), store.path(folder.parent.name, folder.name)
+    return current if current.is_dir() and not recorded.is_dir() else recorded
 
 
 def _page(name: str, folder: Path) -> Path:
     if not (folder / _PAGE).is_file():
         raise DraftsmithError(
-            f"{name}: {folder} holds no {_PAGE}: give a report's artifact; if it was pruned, its run in MLflow has that"
+            f"{name}: {folder} has no {_PAGE}. Give a report's artifact; of a pruned one, MLflow has the page."
         )
     return folder / _PAGE

@@ -1,4 +1,4 @@
-"""The refresh of a drafter as a Prefect flow, for the command, a deployment and a schedule."""
+"""The Prefect flows of refresh, evaluate and diagnose, for commands, deployments and schedules."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def refresh(
 
     Args:
         config: The run, as in a YAML file of `configs/`.
-        force: Names of nodes to make again although the store has them.
-        start: Begin at these nodes: all that is neither there nor behind them must be in the store.
+        force: Nodes to make again although the store has them.
+        start: Nodes to start from; all nodes that do not follow from them must be in the store.
         until: Make only these nodes and what they need; nothing is promoted.
     """
     return run_graph(config, REFRESH, force, start, until)
@@ -41,9 +41,9 @@ def evaluate(
     """Compare drafters on held-out prompts, without training any.
 
     Args:
-        config: The drafters, and how they are measured.
-        force: Names of nodes to make again although the store has them.
-        start: Begin at these nodes: all that is neither there nor behind them must be in the store.
+        config: The drafters and how they are measured.
+        force: Nodes to make again although the store has them.
+        start: Nodes to start from; all nodes that do not follow from them must be in the store.
         until: Make only these nodes and what they need; nothing is promoted.
     """
     return run_graph(config, EVALUATE, force, start, until)
@@ -56,12 +56,12 @@ def diagnose(
     start: list[str] | None = None,
     until: list[str] | None = None,
 ) -> Any:
-    """See whether a running server drafts as replay does, and if not, why.
+    """Check whether a running server drafts as replay does, and if not, why.
 
     Args:
-        config: The server, the drafter, and what is asked.
-        force: Names of nodes to make again although the store has them.
-        start: Begin at these nodes: all that is neither there nor behind them must be in the store.
+        config: The server, the drafter and the prompts.
+        force: Nodes to make again although the store has them.
+        start: Nodes to start from; all nodes that do not follow from them must be in the store.
         until: Make only these nodes and what they need; nothing is promoted.
     """
     return run_graph(config, DIAGNOSE, force, start, until)

@@ -1,4 +1,4 @@
-"""The graph of a refresh: which stage reads which artifact."""
+"""The graph of a refresh: its nodes, and which node reads which."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from draftsmith.stages.target.config import TargetConfig
 
 
 def first_nodes(target: TargetConfig, prompts: PromptsConfig, logs: LogsConfig | None = None) -> list[Node]:
-    """Return what every graph begins with: listings of the files that prompts and logs are read from, target, prompts.
+    """Return the nodes that every graph starts with: listings of the prompts' and logs' files, target, prompts.
 
-    They are listed where they are found by folder, pattern or address, or since a time that is counted back from now.
+    Files are listed if they are given by folder, pattern or address, or since a time that is relative to now.
     """
     readers = {"prompts": prompts.sources_config, "logs": logs.sources_config if logs is not None else None}
     listings = [
@@ -48,21 +48,21 @@ def refresh_nodes(config: RefreshConfig) -> list[Node]:
     asked = {**target, "prompts": "prompts"}
     nodes = [
         *first_nodes(config.target, config.prompts, config.logs),
-        Node("heldout", STAGES["rollout"], config.heldout, asked),  # early: its errors come before the long stages
+        Node("heldout", STAGES["rollout"], config.heldout, asked),  # early: long stages follow
     ]
     champion = {}
-    if config.champion is not None:  # its drift check comes before anything is spent
+    if config.champion is not None:  # its drift check comes before the long stages
         champion = {"champion": "champion"}
         nodes.append(Node("champion", STAGES["champion"], config.champion, target))
-        seen = {**asked, **champion, "trajectories": "heldout"}
-        nodes.append(Node("drift", STAGES["drift"], drift_config(config), seen))
+        checked = {**asked, **champion, "trajectories": "heldout"}
+        nodes.append(Node("drift", STAGES["drift"], drift_config(config), checked))
     if config.logs is not None:
         answers, earlier = "logs", {}
-        known = config.registry.answers if config.registry is not None else None
-        if known is not None and (config.logs.replay_share or config.logs.overlaps):
+        learned_from = config.registry.answers if config.registry is not None else None
+        if learned_from is not None and (config.logs.replay_share or config.logs.overlaps):
             earlier = {"earlier": "earlier"}
-            taken = known.model_copy(update={"replayed": config.logs.replay_share > 0})
-            nodes.append(Node("earlier", STAGES["earlier"], taken))
+            rehearsal = learned_from.model_copy(update={"replayed": config.logs.replay_share > 0})
+            nodes.append(Node("earlier", STAGES["earlier"], rehearsal))
         inputs = {**asked, **earlier, **_reads("logs", config.logs)}
         nodes.append(Node(answers, STAGES["logs"], config.logs, inputs))
     else:
@@ -80,26 +80,26 @@ def refresh_nodes(config: RefreshConfig) -> list[Node]:
     )
     if config.logs is None:
         assert config.assisted is not None and config.rollout is not None  # RefreshConfig has checked it
-        the_same, answers = config.sft.steps > 0 and config.assisted.skip == config.rollout.skip, "assisted"
+        same_answers, answers = config.sft.steps > 0 and config.assisted.skip == config.rollout.skip, "assisted"
         nodes.append(Node(answers, STAGES["rollout"], config.assisted, {**asked, "drafter": "sft"}))
     else:
-        the_same = True
-    seed = config.seed + 1000 if the_same else None  # other batches of the same answers than SFT's
-    learned = {**target, "trajectories": answers, "drafter": "sft"}
+        same_answers = True
+    seed = config.seed + 1000 if same_answers else None  # of the same answers, other batches than SFT's
+    training = {**target, "trajectories": answers, "drafter": "sft"}
     drafters = {"sft": "sft", "opd": "opd"}
     nodes += [
-        Node("mining", STAGES["mining"], mining_config(config), learned),
-        Node("opd", STAGES["opd"], config.opd, {**learned, "mined": "mining"}, seed),
+        Node("mining", STAGES["mining"], mining_config(config), training),
+        Node("opd", STAGES["opd"], config.opd, {**training, "mined": "mining"}, seed),
     ]
     if config.refresh.control:
         drafters["control"] = "control"
-        nodes.append(Node("control", STAGES["sft"], control_config(config), learned, seed))
+        nodes.append(Node("control", STAGES["sft"], control_config(config), training, seed))
     measured = {**asked, "trajectories": "heldout", **champion, **drafters}
     reported = {"mining": "mining", "evaluation": "evaluation", **drafters}
     nodes.append(Node("evaluation", STAGES["evaluation"], config.evaluation, measured))
     if config.registry is not None:
-        judged = {"evaluation": "evaluation", **champion, **drafters}
-        nodes.append(Node("gate", STAGES["gate"], config.gate, judged))
+        gated = {"evaluation": "evaluation", **champion, **drafters}
+        nodes.append(Node("gate", STAGES["gate"], config.gate, gated))
         reported["gate"] = "gate"
         if champion:
             reported["drift"] = "drift"

@@ -1,4 +1,4 @@
-"""`draftsmith init`: writes the config of a first refresh from what a person answers or a script passes."""
+"""Writes the config of a first refresh for `draftsmith init`, from a person's answers or a script's options."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.data.row_files import Row, match_files, read_rows
 
 _TEMPLATES = Path(__file__).parent / "beginnings"
-_ROWS = 9200  # of prompts: what configs/model.yaml is made for, and assumed of a file that is not there yet
+_ROWS = 9200  # prompts that configs/model.yaml needs; also assumed for a file that does not exist yet
 _TRAIN, _VALIDATION, _HELDOUT = 8000, 64, 512
-_PER_STEP = 8  # answers in a training step of configs/model.yaml
+_PER_STEP = 8  # answers of a training step in configs/model.yaml
 
 
 @dataclass(frozen=True)
 class Question:
-    """A value that a config needs; its name is the option's."""
+    """A value that a config needs; its key in `QUESTIONS` is the option's name."""
 
     text: str
     default: str
-    number: bool = False  # a number is written as one, other values as text
+    number: bool = False  # parsed as YAML; other values are text
 
 
 QUESTIONS = {
@@ -45,7 +45,7 @@ BEGINNINGS = {
     "drafter": ("target", "drafter", "prompts"),
     "node": ("target", "drafter"),
 }
-_WHAT = {
+_DESCRIPTIONS = {
     "model": "your own target and prompts, and a new drafter",
     "logs": "answers that your target gave in production",
     "drafter": "a drafter of the hub, your prompts",
@@ -54,55 +54,56 @@ _WHAT = {
 
 
 def write_first_config(path: Path, beginning: str | None, given: Mapping[str, str | None]) -> None:
-    """Write the config of a beginning to a new file; ask for what is not given if there is a terminal.
+    """Write a config from a template to a new file; on a terminal, ask for the values that are not given.
 
-    given: answers by question, None where an option is left out. Raises DraftsmithError, and writes nothing then.
+    beginning: name of the template. given: option -> value, None if it is left out. Raises DraftsmithError without
+    writing anything.
     """
     if path.exists():
         raise DraftsmithError(f"{path} exists. Give the name of a new file.")
     if not path.absolute().parent.is_dir():
-        raise DraftsmithError(f"{path.parent}: no such folder. Make it, or give another file.")
-    asking = sys.stdin.isatty()
+        raise DraftsmithError(f"{path.parent}: no such folder. Create it, or give another file.")
+    interactive = sys.stdin.isatty()
     if beginning is None:
-        if not asking:
+        if not interactive:
             raise DraftsmithError(f"--from is missing. Give one of {', '.join(BEGINNINGS)}.")
-        beginning = _asked_beginning()
-    asked = BEGINNINGS[beginning]
-    if unused := [name for name, value in given.items() if value is not None and name not in asked]:
+        beginning = _ask_beginning()
+    names = BEGINNINGS[beginning]
+    if unused := [name for name, value in given.items() if value is not None and name not in names]:
         option = f"--{unused[0].replace('_', '-')}"
-        raise DraftsmithError(f"{option} says nothing with --from {beginning}. Leave it out.")
+        raise DraftsmithError(f"{option} is not used with --from {beginning}. Remove it.")
     values: dict[str, Any] = {"name": re.sub(r"^[^\w]+|[^\w.-]", "-", path.stem).strip("-") or "draftsmith"}
-    for name in asked:
+    for name in names:
         value = given[name]
         if value is None:
-            value = _asked(QUESTIONS[name]) if asking else QUESTIONS[name].default
+            value = _ask(QUESTIONS[name]) if interactive else QUESTIONS[name].default
         values[name] = yaml.safe_load(value) if QUESTIONS[name].number else value
-    if "prompts" in asked:
-        values |= _sizes(values["prompts"])
+    if "prompts" in names:
+        values |= _counts(values["prompts"])
     template = Template((_TEMPLATES / f"{beginning}.yaml").read_text("utf-8"))
     text = template.substitute({name: _as_yaml(value) for name, value in values.items()})
     with path.open("x", encoding="utf-8") as file:
         file.write(text)
 
 
-def _asked_beginning() -> str:
-    for name, what in _WHAT.items():
-        print(f"  {name:<8} {what}")
+def _ask_beginning() -> str:
+    for name, description in _DESCRIPTIONS.items():
+        print(f"  {name:<8} {description}")
     while (answer := input(f"Begin with ({', '.join(BEGINNINGS)}) [model]: ").strip() or "model") not in BEGINNINGS:
         print(f"{answer!r} is none of them.")
     return answer
 
 
-def _asked(question: Question) -> str:
+def _ask(question: Question) -> str:
     return input(f"{question.text} [{question.default}]: ").strip() or question.default
 
 
-def _sizes(prompts: str) -> dict[str, int]:
-    """Return numbers of prompts and steps that fit the rows of the files, one in ten of which may be measured on."""
+def _counts(prompts: str) -> dict[str, int]:
+    """Return counts of prompts and steps that fit the files' rows, one in ten of which may be held out."""
     try:
-        found = islice(read_rows(match_files([prompts], "--prompts")), _ROWS)  # more change nothing
-        rows = sum(isinstance(row, Row) for row in found)
-    except DraftsmithError:  # not there yet; the check says so
+        first = islice(read_rows(match_files([prompts], "--prompts")), _ROWS)
+        rows = sum(isinstance(row, Row) for row in first)
+    except DraftsmithError:  # it does not exist yet, which the check reports
         rows = _ROWS
     few = rows < _ROWS
     train = rows * 4 // 5 if few else _TRAIN
@@ -116,6 +117,6 @@ def _sizes(prompts: str) -> dict[str, int]:
 
 
 def _as_yaml(value: Any) -> str:
-    """Return a value as it stands inside of {…}, in quotes where it needs them."""
+    """Return a value as YAML inside of {…}, quoted if it must be."""
     text = yaml.safe_dump({"v": value}, default_flow_style=True, allow_unicode=True, width=sys.maxsize)
     return text.removeprefix("{v: ").removesuffix("}\n")

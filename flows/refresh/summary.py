@@ -1,4 +1,4 @@
-"""The final screen of a refresh: verdict, table, gate, what to do next, and where everything is."""
+"""The screen at the end of a refresh, and what MLflow shows of it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.results.evaluation import EvaluationResult
 from draftsmith.artifacts.store.manifest import MANIFEST, Manifest, read_manifest
 from draftsmith.artifacts.tracking.models import ALL, Metrics
 from draftsmith.artifacts.tracking.refresh_runs import OUTCOME
@@ -20,12 +21,11 @@ from draftsmith.flows.refresh.line import registry
 from draftsmith.stages.data.load import DRAFTER_FOLDER
 from draftsmith.stages.evaluation.gate import DECISION
 from draftsmith.stages.evaluation.gate_rules import with_version
-from draftsmith.stages.report.metrics import point_name
 from draftsmith.stages.report.names import duration, number, target_name
 from draftsmith.stages.report.next_steps import Invocation, Step, next_steps, refresh_anyway
 from draftsmith.stages.report.review import Review, review_of
 from draftsmith.stages.report.stage import REVIEW
-from draftsmith.stages.report.tables import drafters
+from draftsmith.stages.report.tables import drafters as drafter_table
 
 WIDTH = 80
 _VERDICTS = {
@@ -34,92 +34,93 @@ _VERDICTS = {
     "inconclusive": "NOT PROMOTED: inconclusive. ",
     "measured": "MEASURED: ",
 }
-_NOTHING_BROKEN = "Nothing is broken: drafters, answers and acceptance lengths are valid and kept."
+_NOTHING_BROKEN = "Nothing is broken: drafters, answers and acceptance lengths are valid and stored."
 
 
-def show_results(display: Display, made: Mapping[str, Path], ending: EndedRun) -> None:
-    """Print the screen. made: node -> folder."""
+def show_results(display: Display, folders: Mapping[str, Path], ending: EndedRun) -> None:
+    """Print the screen at the end of a run. folders: node -> folder of its artifact."""
     display.line("")
-    for line in screen(made, ending):
+    for line in screen(folders, ending):
         display.line(line)
 
 
-def verdict_lines(made: Mapping[str, Path]) -> list[str]:
-    """Return what the gate says, of the nodes that are there; empty without an evaluation or a gate."""
-    review = _review(made) if "gate" in made else None
+def verdict_lines(folders: Mapping[str, Path]) -> list[str]:
+    """Return the gate's verdict in lines; empty without an evaluation or a gate."""
+    review = _review(folders) if "gate" in folders else None
     if review is None:
         return []
     head = "THE GATE SAYS PROMOTE: " if review.outcome.kind == "promoted" else _VERDICTS[review.outcome.kind]
     return [f"{head}{review.outcome.sentence}", *([_NOTHING_BROKEN] if review.outcome.kind == "inconclusive" else [])]
 
 
-def screen(made: Mapping[str, Path], ending: EndedRun) -> list[str]:
-    """Return the lines: at most 25 of 80 columns for a refresh, longer paths and commands apart."""
+def screen(folders: Mapping[str, Path], ending: EndedRun) -> list[str]:
+    """Return the lines of the screen, at most 25 with 80 columns, except for long paths and commands."""
     line = getattr(ending.config, "registry", None)
-    asked = Invocation(ending.file, ending.overrides, line.name if line is not None else None)
+    command = Invocation(ending.file, ending.overrides, line.name if line is not None else None)
     champion = line.champion if line is not None else None
-    review = _review(made, champion.version if champion is not None else None)
-    title = [ending.config.name, _target(made), review.machine if review is not None else "", duration(ending.seconds)]
+    review = _review(folders, champion.version if champion is not None else None)
+    machine = review.machine if review is not None else ""
+    title = [ending.config.name, _target(folders), machine, duration(ending.seconds)]
     lines = [" · ".join(filter(None, title)), ""]
     steps: Sequence[Step] = ()
     if review is not None:
-        asked = replace(asked, version=_version(asked, made, review) or asked.version)
+        command = replace(command, version=_version(command, folders, review) or command.version)
         lines += [
-            *_verdict(review, asked, ending),
+            *_verdict(review, command, ending),
             "",
-            *_table(review, _json(made, "evaluation", "evaluation.json")),
+            *_table(review, _json(folders, "evaluation", "evaluation.json")),
         ]
         if review.checks:
             lines += _wrapped("Gate  " + "  ".join(f"{tick} {group}" for tick, group in review.ticks()), "      ")
-        if "report" in made:
-            steps = next_steps(review, asked, _seconds(made))
-    elif "drift" in made and champion is not None:
-        drift = json.loads((made["drift"] / "drift.json").read_text("utf-8"))["all"]
+        if "report" in folders:
+            steps = next_steps(review, command, _seconds(folders))
+    elif "drift" in folders and champion is not None:
+        drift = json.loads((folders["drift"] / "drift.json").read_text("utf-8"))["all"]
         before = number((champion.figures.get("all") or {}).get("tau"), ".2f")
         lines += _wrapped(
             f"CURRENT: {champion.line}@{champion.version} stays. Acceptance length {drift['tau']:.2f} on "
             f"{drift['prompts']} prompts, {before} at its promotion: no significant drift. Nothing was trained."
         )
-        steps = [refresh_anyway(asked)]
-    return [*lines, *_next(steps), "", *_where(made, review, ending)]
+        steps = [refresh_anyway(command)]
+    return [*lines, *_next(steps), "", *_where(folders, review, ending)]
 
 
-def _review(made: Mapping[str, Path], version: int | None = None) -> Review | None:
-    """version: of the champion."""
-    evaluation = _json(made, "evaluation", "evaluation.json")
-    decision = _json(made, "gate", DECISION)
+def _review(folders: Mapping[str, Path], version: int | None = None) -> Review | None:
+    """Return the review of evaluation and gate. version: the champion's."""
+    evaluation = _json(folders, "evaluation", "evaluation.json")
+    decision = _json(folders, "gate", DECISION)
     return review_of(evaluation, decision if version is None else with_version(decision, version))
 
 
-def _json(made: Mapping[str, Path], node: str, file: str) -> dict[str, Any]:
-    path = made[node] / file if node in made else None
+def _json(folders: Mapping[str, Path], node: str, file: str) -> dict[str, Any]:
+    path = folders[node] / file if node in folders else None
     return json.loads(path.read_text("utf-8")) if path is not None and path.is_file() else {}
 
 
-def _target(made: Mapping[str, Path]) -> str:
-    if "target" not in made or not (made["target"] / MANIFEST).is_file():
+def _target(folders: Mapping[str, Path]) -> str:
+    if "target" not in folders or not (folders["target"] / MANIFEST).is_file():
         return ""
-    return target_name(str(read_manifest(made["target"]).config.get("source", "")))
+    return target_name(str(read_manifest(folders["target"]).config.get("source", "")))
 
 
-def _version(asked: Invocation, made: Mapping[str, Path], review: Review) -> str | None:
-    """The number under which the candidate was registered; None if MLflow cannot be asked."""
-    if asked.line is None or review.candidate not in made:
+def _version(command: Invocation, folders: Mapping[str, Path], review: Review) -> str | None:
+    """Return the version of the challenger; None if it has none or MLflow does not answer."""
+    if command.line is None or review.candidate not in folders:
         return None
     try:
-        content = read_manifest(made[review.candidate]).content_id
-        known = [each.number for each in registry().versions(asked.line) if each.content_id == content]
+        content = read_manifest(folders[review.candidate]).content_id
+        numbers = [version.number for version in registry().versions(command.line) if version.content_id == content]
     except DraftsmithError:
         return None
-    return str(known[-1]) if known else None
+    return str(numbers[-1]) if numbers else None
 
 
-def _verdict(review: Review, asked: Invocation, ending: EndedRun) -> list[str]:
+def _verdict(review: Review, command: Invocation, ending: EndedRun) -> list[str]:
     kind, sentence = review.outcome.kind, review.outcome.sentence
-    if kind == "promoted" and ending.refused is not None:  # the gate passed, and something else stood against it
+    if kind == "promoted" and ending.refused is not None:  # the gate passed, but a rollback or an approval stops it
         return _wrapped(f"NOT PROMOTED: {ending.refused}")
     if kind == "promoted":
-        sentence = f"{asked.line}@{asked.version}. {review.outcome.followed}"
+        sentence = f"{command.line}@{command.version}. {review.outcome.followed}"
     return [
         *_wrapped(f"{_VERDICTS[kind]}{sentence}"),
         *([_NOTHING_BROKEN] if kind == "inconclusive" else []),
@@ -127,7 +128,7 @@ def _verdict(review: Review, asked: Invocation, ending: EndedRun) -> list[str]:
 
 
 def _table(review: Review, evaluation: Mapping[str, Any]) -> list[str]:
-    table = drafters(review, evaluation, short=True)
+    table = drafter_table(review, evaluation, short=True)
     rows = [[cell.replace("\n", " ") for cell in row] for row in [table.head, *table.rows]]
     widths = [max(len(row[column]) for row in rows) for column in range(len(table.head))]
     widths[0] = max(12, min(widths[0], WIDTH - sum(widths[1:]) - 2 * len(widths[1:])))
@@ -136,27 +137,27 @@ def _table(review: Review, evaluation: Mapping[str, Any]) -> list[str]:
 
 
 def _cut(name: str, width: int) -> str:
-    """What differs between long names is often at their end."""
+    """Pad or cut a name from its start, as long names often differ at their end."""
     return name.ljust(width) if len(name) <= width else f"…{name[1 - width :]}"
 
 
-def _seconds(made: Mapping[str, Path]) -> dict[str, float]:
-    there = [node for node in ("evaluation", "gate") if node in made and (made[node] / MANIFEST).is_file()]
-    return {node: read_manifest(made[node]).duration_s for node in there}
+def _seconds(folders: Mapping[str, Path]) -> dict[str, float]:
+    nodes = [node for node in ("evaluation", "gate") if node in folders and (folders[node] / MANIFEST).is_file()]
+    return {node: read_manifest(folders[node]).duration_s for node in nodes}
 
 
 def _next(steps: Sequence[Step]) -> list[str]:
-    """A command may be copied with its comment."""
+    """Return each next step as a command with its label as a comment, so that both can be pasted into a shell."""
     lines = []
     for step in steps:
-        whole = f"  {step.command}  # {step.label}"
-        lines += [whole] if len(whole) <= WIDTH else [f"  # {step.label}", f"  {step.command}"]
+        line = f"  {step.command}  # {step.label}"
+        lines += [line] if len(line) <= WIDTH else [f"  # {step.label}", f"  {step.command}"]
     return ["What to do", *lines] if lines else []
 
 
-def _where(made: Mapping[str, Path], review: Review | None, ending: EndedRun) -> list[str]:
-    report = [f"Report   {_short(made['report'] / 'report.html')}"] if "report" in made else []
-    folder = made[review.candidate] / DRAFTER_FOLDER if review is not None and review.candidate in made else None
+def _where(folders: Mapping[str, Path], review: Review | None, ending: EndedRun) -> list[str]:
+    report = [f"Report   {_short(folders['report'] / 'report.html')}"] if "report" in folders else []
+    folder = folders[review.candidate] / DRAFTER_FOLDER if review is not None and review.candidate in folders else None
     drafter = [f"Drafter  {_short(folder)}"] if folder is not None and folder.is_dir() else []
     return [*report, *drafter, f"MLflow   {ending.mlflow}"]
 
@@ -169,73 +170,69 @@ def _wrapped(text: str, indent: str = "") -> list[str]:
     return textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_on_hyphens=False)
 
 
-DETAIL = "detail/"  # prefix of every metric that is no headline
+DETAIL = "detail/"  # prefix of all metrics but the headlines
 _HEADLINE = (
     *("tau.challenger", "tau.challenger.low", "tau.challenger.high", "tau.champion"),
     *("tau_gain", "tau_gain.low", "tau_gain.high"),
     *("rules_broken", "rules_unjudged", "cost.wall_s"),
 )
-_OF_A_MODEL = ("tau", "speedup")
-_OF_SPEED = ("speedup", "tokens_per_s")  # headlines too, of the first setting that was measured
+_MODEL_METRICS = ("tau", "speedup")  # of a logged model
+_SPEED_HEADLINES = ("speedup", "tokens_per_s")  # at the first setting
 
 
-def review(made: Mapping[str, Path]) -> RunReview | None:
-    """Return what the report's `review.json` says; None where the refresh has not come so far.
-
-    made: node -> folder.
-    """
-    path = made["report"] / REVIEW if "report" in made else None
+def review(folders: Mapping[str, Path]) -> RunReview | None:
+    """Return the review in the report's `review.json`; None without a report. folders: node -> folder."""
+    path = folders["report"] / REVIEW if "report" in folders else None
     if path is None or not path.is_file():
         return None
-    told = json.loads(path.read_text("utf-8"))
-    verdict = told["outcome"] or {}
+    content = json.loads(path.read_text("utf-8"))
+    verdict = content["outcome"] or {}
     followed = verdict.get("followed")
-    act = {**verdict, "label": "Promoted", "sentence": followed} if followed else verdict
-    description, concluded = (_description(told, found, path.parent) for found in (verdict, act))
+    promoted = {**verdict, "label": "Promoted", "sentence": followed} if followed else verdict
+    description, concluded = (_description(content, outcome, path.parent) for outcome in (verdict, promoted))
     tags = {OUTCOME: verdict["kind"]} if verdict else {}
-    return RunReview(metric_names(told["figures"], _setting(made)), description, concluded, tags)
+    return RunReview(metric_names(content["figures"], _setting(folders)), description, concluded, tags)
 
 
-def compared(made: Mapping[str, Path]) -> dict[str, tuple[Manifest, Metrics]]:
-    """Return each drafter that the evaluation compared: what made it, and its metrics by prompt set.
+def compared(folders: Mapping[str, Path]) -> dict[str, tuple[Manifest, Metrics]]:
+    """Return the manifest of each drafter that the evaluation compared, and its metrics by prompt set.
 
-    made: node -> folder, with an evaluation.
+    folders: node -> folder, with an evaluation.
     """
-    evaluation = json.loads((made["evaluation"] / "evaluation.json").read_text("utf-8"))
-    folders = dict(made.items())  # a drafter's manifest will do: nothing is fetched
-    found: dict[str, tuple[Manifest, Metrics]] = {}
-    for arm, acceptance in evaluation["drafters"].items():
-        sets = {name: arms[arm] for name, arms in (evaluation.get("sets") or {}).items() if arm in arms}
-        overall = {**acceptance, **((evaluation.get("speed") or {}).get(arm) or {})}
-        metrics = {name: {key: each[key] for key in _OF_A_MODEL if key in each} for name, each in sets.items()}
-        metrics[ALL] = {key: overall[key] for key in _OF_A_MODEL if key in overall}
-        found[arm] = (read_manifest(folders[arm]), metrics)
-    return found
+    evaluation = json.loads((folders["evaluation"] / "evaluation.json").read_text("utf-8"))
+    paths = dict(folders.items())  # only manifests are read, so nothing is fetched
+    drafters: dict[str, tuple[Manifest, Metrics]] = {}
+    for arm, acceptance in evaluation.drafters.items():
+        records = {name: arms[arm].to_json() for name, arms in evaluation.sets.items() if arm in arms}
+        records[ALL] = acceptance.to_json() | (evaluation.speed[arm].to_json() if arm in evaluation.speed else {})
+        metrics = {
+            name: {key: record[key] for key in _MODEL_METRICS if key in record} for name, record in records.items()
+        }
+        drafters[arm] = (read_manifest(paths[arm]), metrics)
+    return drafters
 
 
 def metric_names(metrics: Mapping[str, float], setting: str = "") -> dict[str, float]:
     """Return the metrics of a refresh under their names in MLflow: at most 12 headlines, the rest under `DETAIL`.
 
-    setting: of the headlines on speed, such as `c16.t0`.
+    setting: the one of the speed headlines, such as `c16.t0`.
     """
-    headlines = {*_HEADLINE, *(f"{name}.{setting}" for name in _OF_SPEED)}
+    headlines = {*_HEADLINE, *(f"{name}.{setting}" for name in _SPEED_HEADLINES)}
     return {name if name in headlines else f"{DETAIL}{name}": value for name, value in metrics.items()}
 
 
-def _setting(made: Mapping[str, Path]) -> str:
+def _setting(folders: Mapping[str, Path]) -> str:
     """Return the setting of the evaluation's headline; empty where no speed was measured."""
-    path = made["evaluation"] / "evaluation.json" if "evaluation" in made else None
-    evaluation = json.loads(path.read_text("utf-8")) if path is not None and path.is_file() else {}
-    known = {name: evaluation.get(name) for name in ("concurrency", "temperature")}
-    return "" if None in known.values() else point_name(known)
+    evaluation = EvaluationResult.read_if_there(folders.get("evaluation"))
+    return evaluation.setting if evaluation is not None else ""
 
 
-def _description(told: Mapping[str, Any], found: Mapping[str, Any], folder: Path) -> str:
-    """Return the verdict or what was done, why, and where the report is, in Markdown."""
+def _description(content: Mapping[str, Any], outcome: Mapping[str, Any], folder: Path) -> str:
+    """Return the outcome with its reasons, speed warnings and the report's path, in Markdown."""
     lines = []
-    if found:
-        lines += [f"**{found['label']}.** {escape_markdown(found['sentence'])}", ""]
-        lines += [f"- {escape_markdown(reason)}" for reason in found["reasons"]]
-    if told["doubts"]:
-        lines += ["", "Not to be relied on:", "", *(f"- {escape_markdown(doubt)}" for doubt in told["doubts"])]
+    if outcome:
+        lines += [f"**{outcome['label']}.** {escape_markdown(outcome['sentence'])}", ""]
+        lines += [f"- {escape_markdown(reason)}" for reason in outcome["reasons"]]
+    if content["doubts"]:
+        lines += ["", "Unreliable:", "", *(f"- {escape_markdown(warning)}" for warning in content["doubts"])]
     return "\n".join([*lines, "", f"Report: `{folder / 'report.html'}`"]).strip()

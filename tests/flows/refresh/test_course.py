@@ -243,7 +243,7 @@ def test_a_version_is_found_in_a_home_that_was_moved_and_where_its_key_was_made_
     version = registry().resolve(line)
     place = Store(moved / "store").path(version.stage, version.key)
     assert artifact_folder(version) == place and checkpoint_of(version) == place / DRAFTER_FOLDER
-    assert registry_commands.verified(version) == place / DRAFTER_FOLDER
+    assert registry_commands.verify_checkpoint(version) == place / DRAFTER_FOLDER
     aside = place.rename(place.with_name(f"{REPLACED}{place.name}-1"))
     assert artifact_folder(version) == aside
     os.utime(aside, (0, 0))
@@ -275,4 +275,4 @@ def test_a_version_of_a_bucket_is_fetched_where_its_manifest_alone_is_known(
     assert uploaded.uploaded and checkpoint_of(uploaded) == other.path("opd", made.key) / DRAFTER_FOLDER
     assert not checkpoint_of(uploaded).exists(), "to plan fetches no weights"
     assert (artifact_folder(version) / DRAFTER_FOLDER / "config.json").is_file()
-    assert registry_commands.verified(version) == other.path("opd", made.key) / DRAFTER_FOLDER
+    assert registry_commands.verify_checkpoint(version) == other.path("opd", made.key) / DRAFTER_FOLDER

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.results.evaluation import EvaluationResult
 from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.artifacts.tracking.refresh_runs import OUTCOME
@@ -111,7 +112,7 @@ def test_as_many_sets_have_a_baseline_as_a_tag_holds() -> None:
 
     def kept(sets: int) -> dict[str, dict[str, Any]]:
         named = {f"task{n}": {"opd": of_a_set} for n in range(sets)}
-        found = promotion_metrics({"drafters": {"opd": taus}, "sets": named}, "opd")
+        found = promotion_metrics(EvaluationResult.model_validate({"drafters": {"opd": taus}, "sets": named}), "opd")
         assert len(json.dumps(found)) < 5000
         return found
 
