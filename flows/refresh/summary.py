@@ -34,7 +34,7 @@ _VERDICTS = {
     "inconclusive": "NOT PROMOTED: inconclusive. ",
     "measured": "MEASURED: ",
 }
-_NOTHING_BROKEN = "Nothing is broken: drafters, answers and acceptance lengths are valid and stored."
+_NOTHING_BROKEN = "Nothing is broken. Drafters, answers and acceptance lengths are valid."
 
 
 def show_results(display: Display, folders: Mapping[str, Path], ending: EndedRun) -> None:
@@ -199,7 +199,7 @@ def compared(folders: Mapping[str, Path]) -> dict[str, tuple[Manifest, Metrics]]
 
     folders: node -> folder, with an evaluation.
     """
-    evaluation = json.loads((folders["evaluation"] / "evaluation.json").read_text("utf-8"))
+    evaluation = EvaluationResult.read(folders["evaluation"])
     paths = dict(folders.items())  # only manifests are read, so nothing is fetched
     drafters: dict[str, tuple[Manifest, Metrics]] = {}
     for arm, acceptance in evaluation.drafters.items():

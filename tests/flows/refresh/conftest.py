@@ -1,4 +1,4 @@
-"""A line of drafters of the test's own, in a home with two trained drafters."""
+"""A model line for each test, in a home with two trained drafters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.testbed.random_target import random_drafter
 
 @pytest.fixture(scope="module")
 def mlflow(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One database for all tests: to make one takes seconds."""
+    """One database for all tests, since creating one takes seconds."""
     return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
 
 
@@ -32,13 +32,13 @@ def home(mlflow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def line() -> str:
-    """A line of the test's own."""
+    """A new line for each test."""
     return f"line-{secrets.token_hex(4)}"
 
 
 @pytest.fixture
 def drafters(home: Path, plain_target: Target) -> list[ArtifactRef]:
-    """Two artifacts of trainings."""
+    """Two artifacts of trainings with different drafters."""
     store = Store(home / "store")
 
     def training(seed: int) -> ArtifactRef:

@@ -1,4 +1,4 @@
-"""Behind the drift check: whether a refresh of a line goes on, and what is said of it."""
+"""A refresh of a line continues after its drift check, or ends as current, with a reason."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from draftsmith.flows.execution.display import Display
 from draftsmith.flows.refresh import registry_commands
 from draftsmith.flows.refresh.decisions import RefreshPolicy, resolve
 from draftsmith.flows.refresh.line import history, promotion_metrics, registry
-from tests.flows.refresh.made import checked, config_of, finished, gated
+from tests.flows.refresh.line_runs import checked, config_of, finished, gated
 
 
-def test_a_line_is_refreshed_when_its_last_refresh_is_too_old(
+def test_a_refresh_continues_if_forced_or_if_the_last_one_is_too_old(
     line: str, home: Path, drafters: list[ArtifactRef]
 ) -> None:
     store = Store(home / "store")
@@ -32,38 +32,40 @@ def test_a_line_is_refreshed_when_its_last_refresh_is_too_old(
     def stops(force: tuple[str, ...] = (), restart: bool = False, **drift: float) -> str | None:
         config = resolve(config_of(line, drift=drift, registry={"name": line, "restart": restart}))
         ended = RefreshPolicy(config, force).should_stop(*checked(config, home))
-        assert ended is None or ended.tags[OUTCOME] == ended.name.lower(), "as MLflow shows it"
+        assert ended is None or ended.tags[OUTCOME] == ended.name.lower(), "the tag in MLflow"
         return None if ended is None else ended.name
 
     (version,) = registry().versions(line)
     assert stops() == "Current"
-    assert stops(force=("target",)) == "Current", "a new revision is looked for, not assumed"
+    assert stops(force=("target",)) == "Current", "the target was made again, but may not have changed"
     assert stops(force=("drift",)) is None and stops(force=("evaluation",)) is None and stops(restart=True) is None
     resolved = resolve(config_of(line))
     for force, kept in (("drift", {"drift"}), ("evaluation", {"drift"}), ("target", set())):
-        assert RefreshPolicy(resolved, (force,)).sticky_force == kept, "else the next one would find no reason to go on"
-    assert registry().drift(line)[-1]["decision"] == "the line begins again (registry.restart)"
+        assert RefreshPolicy(resolved, (force,)).sticky_force == kept, (
+            "else the next run would find no reason to continue"
+        )
+    assert registry().drift(line)[-1]["decision"] == "the line starts again (registry.restart)"
     registry().tag(version, {"promoted_at": "2020-01-01T00:00:00+00:00"})
-    assert stops() == "Current", "what counts is the last refresh"
+    assert stops() == "Current", "the last refresh counts, not the last promotion"
     registry().tag(version, {"refreshed_at": "2020-01-01T00:00:00+00:00"})
     assert stops() is None
     assert "the last refresh was" in registry().drift(line)[-1]["decision"]
     assert stops(max_age_days=36500) == "Current"
     node, made = checked(config := resolve(config_of(line, drift={"max_age_days": 36500})), home, target_changed=True)
-    assert RefreshPolicy(config, ()).should_stop(node, made) is None, "whatever tau is"
+    assert RefreshPolicy(config, ()).should_stop(node, made) is None, "a changed target is a reason whatever tau is"
     assert registry().drift(line)[-1]["decision"] == "the target has changed since its promotion"
     registry().tag(version, {"refreshed_at": "2120-01-01T00:00:00+00:00"})
-    assert stops() is None, "the clock of a host was wrong, or is"
+    assert stops() is None, "a clock is wrong"
     assert "2120-01-01T00:00:00+00:00, which is ahead of" in registry().drift(line)[-1]["decision"]
     finished(config_of(line), gated(store, drafters[1], "refused"))
-    assert stops() == "Current", "a refresh that was refused is one, and ends what a wrong clock said"
+    assert stops() == "Current", "a refused refresh counts, and replaces the tag of a wrong clock"
 
 
 @pytest.mark.parametrize("lost", ["the alias", "the version"])
-def test_a_line_whose_champion_was_deleted_in_mlflow_does_not_begin_again_by_itself(
+def test_a_line_whose_champion_was_deleted_in_mlflow_is_an_error(
     lost: str, line: str, home: Path, drafters: list[ArtifactRef]
 ) -> None:
-    """What beats plain decoding alone would take the place of what serves."""
+    """A new line would promote whatever beats decoding without a drafter."""
     for drafter in drafters:
         finished(config_of(line), gated(Store(home / "store"), drafter))
     client, _ = Tracking(home).connect()
@@ -77,11 +79,11 @@ def test_a_line_whose_champion_was_deleted_in_mlflow_does_not_begin_again_by_its
     again = resolve(config_of(line, registry={"name": line, "restart": True}))
     assert again.registry is not None and again.registry.champion is None
     registry_commands.promote(Display(), f"{line}@{last}", "", dry_run=False)
-    assert (found := resolve(config_of(line)).registry) is not None and found.champion is not None
-    assert found.champion.version == last
+    champion = resolve(config_of(line)).champion
+    assert champion is not None and champion.version == last
 
 
-def test_figures_of_other_settings_are_not_compared(line: str, home: Path, drafters: list[ArtifactRef]) -> None:
+def test_taus_measured_with_other_settings_are_not_compared(line: str, home: Path, drafters: list[ArtifactRef]) -> None:
     finished(config_of(line), gated(Store(home / "store"), drafters[0]))
     low = {"tau": 1.0, "low": 0.9, "high": 1.1, "prompts": 40}
 
@@ -90,38 +92,38 @@ def test_figures_of_other_settings_are_not_compared(line: str, home: Path, draft
         RefreshPolicy(config, ()).should_stop(*checked(config, home, all=low))
         return str(registry().drift(line)[-1]["decision"])
 
-    assert decided().startswith("all: tau 1.000"), "the same settings: a fall is one"
+    assert decided().startswith("all: tau 1.000"), "the settings are the same"
     shorter = {"splits": ["validation", "heldout"], "sampling": {"max_new_tokens": 256}}
-    otherwise = "measured differently since its promotion: "
-    assert decided(heldout=shorter) == f"{otherwise}heldout.sampling.max_new_tokens 256, was 512"
-    assert decided(evaluation={"head_tokens": 64}) == f"{otherwise}drafting.head_tokens 64, was left out"
+    changed = "measured differently since its promotion: "
+    assert decided(heldout=shorter) == f"{changed}heldout.sampling.max_new_tokens 256, was 512"
+    assert decided(evaluation={"head_tokens": 64}) == f"{changed}drafting.head_tokens 64, was left out"
     (version,) = registry().versions(line)
     known = json.loads(version.tags["measured_with"])
     assert known.pop("heldout.sampling.top_k") == 0
     registry().tag(version, {"measured_with": json.dumps(known)})
-    assert decided().startswith("all: tau 1.000"), "a version of before top_k was a setting"
+    assert decided().startswith("all: tau 1.000"), "the version is older than top_k"
     some = {**shorter, "sampling": {"top_k": 20}}
-    assert decided(heldout=some) == f"{otherwise}heldout.sampling.top_k 20, was 0"
+    assert decided(heldout=some) == f"{changed}heldout.sampling.top_k 20, was 0"
     registry().tag(version, {"measured_with": ""})
-    assert decided(heldout=shorter).startswith("all: tau 1.000"), "a version that does not say them"
+    assert decided(heldout=shorter).startswith("all: tau 1.000"), "the version has no settings"
 
 
-def test_as_many_sets_have_a_baseline_as_a_tag_holds() -> None:
+def test_a_tag_has_the_metrics_of_as_many_sets_as_it_holds() -> None:
     taus = {"tau": 3.0, "tau_low": 2.9, "tau_high": 3.1, "prompts": 300}
-    of_a_set = {"tau": 3.0, "low": 2.9, "high": 3.1, "prompts": 10, "speedup": 1.25}
+    set_metrics = {"tau": 3.0, "low": 2.9, "high": 3.1, "prompts": 10, "speedup": 1.25}
 
-    def kept(sets: int) -> dict[str, dict[str, Any]]:
-        named = {f"task{n}": {"opd": of_a_set} for n in range(sets)}
-        found = promotion_metrics(EvaluationResult.model_validate({"drafters": {"opd": taus}, "sets": named}), "opd")
-        assert len(json.dumps(found)) < 5000
-        return found
+    def stored(sets: int) -> dict[str, dict[str, Any]]:
+        named = {f"task{n}": {"opd": set_metrics} for n in range(sets)}
+        metrics = promotion_metrics(EvaluationResult.model_validate({"drafters": {"opd": taus}, "sets": named}), "opd")
+        assert len(json.dumps(metrics)) < 5000
+        return metrics
 
-    assert kept(30)["task29"] == of_a_set
-    assert kept(70)["task69"] == {"tau": 3.0, "low": 2.9, "prompts": 10}, "without what no drift check reads"
-    assert 70 < len(kept(500)) < 500
+    assert stored(30)["task29"] == set_metrics
+    assert stored(70)["task69"] == {"tau": 3.0, "low": 2.9, "prompts": 10}, "only what a drift check reads"
+    assert 70 < len(stored(500)) < 500
 
 
-def test_a_version_that_comes_back_stands_where_its_figures_were_taken(
+def test_history_places_a_version_at_its_last_measurement(
     line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     again = gated(Store(tmp_path / "other" / "store"), drafters[0], tau=3.5)
@@ -130,5 +132,5 @@ def test_a_version_that_comes_back_stands_where_its_figures_were_taken(
     registry_commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
     days = [replace(event, at=f"2120-01-0{day}") for day, event in enumerate(registry().events(line), 1)]
     monkeypatch.setattr(Registry, "events", lambda _self, _line: days)
-    told = [(point["at"], point["version"], point["tau"]) for point in history(line)]
-    assert told == [("2120-01-02", 2, 2.5), ("2120-01-03", 1, 3.5)], "not where a person had it serve"
+    points = [(point["at"], point["version"], point["tau"]) for point in history(line)]
+    assert points == [("2120-01-02", 2, 2.5), ("2120-01-03", 1, 3.5)], "not at the rollback"

@@ -1,4 +1,4 @@
-"""A version of a line, copied out in each layout."""
+"""Export of a version in each layout."""
 
 from __future__ import annotations
 
@@ -37,33 +37,33 @@ def copied(folder: Path) -> Callable[[Path], object]:
 
 @pytest.fixture
 def version(plain_target: Target, plain_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Version:
-    """A drafter of the store, made for a target of the store."""
+    """A version whose drafter and target are in the store."""
     monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
     store = Store(tmp_path / "home" / "store")
     save_drafter(random_drafter(plain_target), tmp_path / "made" / DRAFTER_FOLDER, torch.float32)
     target = committed(store, "target", copied(plain_artifact))
     ref = committed(store, "opd", copied(tmp_path / "made"), inputs={"target": target})
-    found = Version("line", 1, ref.uri, ref.stage, ref.key, ref.content_id)
-    monkeypatch.setattr(registry_commands, "registry", lambda: SimpleNamespace(resolve=lambda _text: found))
-    return found
+    version = Version("line", 1, ref.uri, ref.stage, ref.key, ref.content_id)
+    monkeypatch.setattr(registry_commands, "registry", lambda: SimpleNamespace(resolve=lambda _text: version))
+    return version
 
 
-def test_how_a_server_drafts_with_it_is_said(
+def test_an_export_prints_the_servers_options(
     version: Version, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     registry_commands.export(Display(), "line", tmp_path / "trained", dry_run=False)
     by = f"--speculative-algorithm DFLASH --speculative-draft-model-path {tmp_path}/"
     block = json.loads((tmp_path / "trained" / "config.json").read_text())["block_size"]
-    assert f"for SGLang: {by}trained --speculative-num-draft-tokens {block}" in told(capsys)
+    assert f"for SGLang: {by}trained --speculative-num-draft-tokens {block}" in printed(capsys)
     cast("dict[str, str]", version.tags)[FASTEST_BLOCK] = "3"
     registry_commands.export(Display(), "line", tmp_path / "fastest", dry_run=False)
-    assert block != 3 and f"{by}fastest --speculative-num-draft-tokens 3" in told(capsys)
+    assert block != 3 and f"{by}fastest --speculative-num-draft-tokens 3" in printed(capsys)
     registry_commands.export(Display(), "line", tmp_path / "vllm", "speculators", dry_run=False)
-    assert f"for vLLM: vllm serve {tmp_path}/vllm" in told(capsys)
+    assert f"for vLLM: vllm serve {tmp_path}/vllm" in printed(capsys)
 
 
 @pytest.mark.parametrize("promoted", [True, False])
-def test_a_version_that_was_not_promoted_is_copied_with_a_warning(
+def test_exporting_a_version_that_was_not_promoted_warns(
     promoted: bool, version: Version, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tags = {"promoted_at": "2026-03-01"} if promoted else {"decision": "tau fell"}
@@ -73,24 +73,24 @@ def test_a_version_that_was_not_promoted_is_copied_with_a_warning(
     assert (tmp_path / "copy" / "config.json").is_file() and ("tau fell" in caplog.text) is not promoted
 
 
-def told(capsys: pytest.CaptureFixture[str]) -> str:
+def printed(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.usefixtures("version")
-def test_nothing_is_pruned_while_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prune_waits_for_an_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def pruned_meanwhile(_folder: Path) -> None:
         with pytest.raises(DraftsmithError, match=r"a run of .* is alive"), exclusive_for_prune(tmp_path / "home"):
             pass
-        seen.append(True)
+        refused.append(True)
 
-    seen: list[bool] = []
+    refused: list[bool] = []
     monkeypatch.setattr(registry_commands, "apply_user_umask", pruned_meanwhile)
     registry_commands.export(Display(), "line", tmp_path / "out", dry_run=False)
-    assert seen == [True]
+    assert refused == [True]
 
 
-def test_each_layout_holds_the_drafter(version: Version, plain_target: Target, tmp_path: Path) -> None:
+def test_each_layout_has_the_same_drafter(version: Version, plain_target: Target, tmp_path: Path) -> None:
     source = version.path / DRAFTER_FOLDER
     registry_commands.export(Display(), "line", tmp_path / "own", dry_run=False)
     assert drafter_digest(tmp_path / "own") == drafter_digest(source)
@@ -106,20 +106,18 @@ def test_each_layout_holds_the_drafter(version: Version, plain_target: Target, t
 
 
 @pytest.mark.usefixtures("version")
-def test_a_target_that_was_made_again_gives_no_table_to_a_drafter_of_the_one_before(
-    plain_target: Target, tmp_path: Path
-) -> None:
+def test_the_embedding_is_never_copied_from_another_target(plain_target: Target, tmp_path: Path) -> None:
     store = Store(tmp_path / "home" / "store")
     committed(store, "target", copied(write_artifact(tmp_path / "revised", seed=1)), force=True)
     registry_commands.export(Display(), "line", tmp_path / "vllm", "speculators", dry_run=False)
     assert load_file(tmp_path / "vllm" / "model.safetensors")["lm_head.weight"].equal(plain_target.head_weight)
     (replaced,) = (store.root / "target").glob(".replaced-*")
     shutil.rmtree(replaced)
-    with pytest.raises(DraftsmithError, match=r"the target that it was made for .* was made again and is another"):
+    with pytest.raises(DraftsmithError, match="the target that it was trained for"):
         registry_commands.export(Display(), "line", tmp_path / "none", "speculators", dry_run=False)
 
 
-def test_a_full_disk_leaves_no_half_of_a_drafter_and_the_same_command_works_when_it_has_space(
+def test_a_full_disk_leaves_no_partial_export(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = shutil.copyfile
@@ -140,22 +138,22 @@ def test_a_full_disk_leaves_no_half_of_a_drafter_and_the_same_command_works_when
 
 
 @pytest.mark.usefixtures("version")
-def test_what_is_in_the_way_is_told_and_stays(tmp_path: Path) -> None:
+def test_existing_files_are_an_error_and_stay(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
-    for name, said in (("file", "is a file: give a new folder"), ("full", "is not empty: give a new folder")):
-        with pytest.raises(DraftsmithError, match=said):
+    for name, problem in (("file", "is a file"), ("full", "is not empty")):
+        with pytest.raises(DraftsmithError, match=problem):
             registry_commands.export(Display(), "line", tmp_path / name, dry_run=False)
     assert (tmp_path / "file").read_text() == (tmp_path / "full" / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
-    [("a changed file", "has changed since it was written"), ("made again", "holds other content by now")],
+    ("damage", "reason"),
+    [("a changed file", "has changed since it was written"), ("made again", "has other content now")],
 )
-def test_what_is_not_what_was_registered_is_neither_copied_out_nor_made_the_champion(
-    damage: str, said: str, version: Version, plain_target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_changed_artifact_is_neither_exported_nor_promoted(
+    damage: str, reason: str, version: Version, plain_target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if damage == "a changed file":
         weights = version.path / DRAFTER_FOLDER / "model.safetensors"
@@ -168,17 +166,17 @@ def test_what_is_not_what_was_registered_is_neither_copied_out_nor_made_the_cham
         committed(Store(tmp_path / "home" / "store"), "opd", copied(tmp_path / "other"))
     moved: list[Version] = []
     line = SimpleNamespace(
-        rolled_back=lambda _version: None,
+        rollback_event=lambda _version: None,
         resolve=lambda _text: version,
-        complete=lambda _line: None,
+        complete_promotion=lambda _line: None,
         champion=lambda _line: None,
         promote=lambda promoted, **_fields: moved.append(promoted),
     )
     monkeypatch.setattr(registry_commands, "registry", lambda: line)
-    with pytest.raises(DraftsmithError, match=said):
+    with pytest.raises(DraftsmithError, match=reason):
         registry_commands.export(Display(), "line", tmp_path / "copy", dry_run=False)
-    with pytest.raises(DraftsmithError, match=said):
+    with pytest.raises(DraftsmithError, match=reason):
         registry_commands.promote(Display(), "line@1", "", dry_run=False)
-    with pytest.raises(DraftsmithError, match=said):
+    with pytest.raises(DraftsmithError, match=reason):
         registry_commands.rollback(Display(), "line", "", dry_run=False)
     assert moved == [] and not (tmp_path / "copy").exists()

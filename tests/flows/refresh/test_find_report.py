@@ -1,4 +1,4 @@
-"""A report is found by artifact, by MLflow's run and by config, and there is one error where there is none."""
+"""A report is found by artifact, by its run in MLflow, and by config."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def made(store: Store, name: str) -> ArtifactRef:
 
 
 def run_of(home: Path, experiment: str | None, name: str, **artifacts: ArtifactRef) -> str | None:
-    """The id of a finished run in MLflow that has made these artifacts."""
+    """Return the id of a finished run in MLflow with these artifacts."""
     record = RunRecord(Tracking(home, experiment), name, {})
     run_id = record.open()
     record.close("FINISHED", artifacts, {}, [], {})
@@ -55,7 +55,7 @@ def test_a_report_is_found_by_run_and_by_artifact(store: Store, home: Path, caps
     run_of(home, "a-line", "weekly's", drift=second)
     assert run_id is not None
     for name in ("weekly's", run_id, first.key[:12], str(first.path)):
-        assert report_of_text(name) == first.path / "report.html", "the last that came to its report"
+        assert report_of_text(name) == first.path / "report.html", "the last run with a report"
     assert main(["report", str(second.path)]) == 0
     assert capsys.readouterr().out.strip() == str(second.path / "report.html")
     shown = review({"report": first.path})
@@ -63,14 +63,14 @@ def test_a_report_is_found_by_run_and_by_artifact(store: Store, home: Path, caps
     assert "- tau: too low" in shown.description and "- the clock changed" in shown.description
 
 
-def test_what_is_no_refresh_is_one_error(store: Store) -> None:
-    with pytest.raises(DraftsmithError, match="nothing-like-it: neither a config file, nor a refresh's run"):
+def test_an_unknown_name_is_an_error(store: Store) -> None:
+    with pytest.raises(DraftsmithError, match="nothing-like-it: not a config file"):
         report_of_text("nothing-like-it")
     (folder := store.root / "empty").mkdir(parents=True)
     assert main(["report", str(folder)]) == 2
 
 
-def test_a_report_is_found_whatever_else_is_damaged(store: Store, home: Path, tmp_path: Path) -> None:
+def test_a_report_is_found_although_other_artifacts_are_damaged(store: Store, home: Path, tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_text("{}")
     config = load_config(ROOT / "configs" / "quickstart.yaml", ["name=damaged", f"target.source={tmp_path}"])

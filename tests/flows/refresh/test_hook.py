@@ -1,4 +1,4 @@
-"""What is called after a promotion: a command, or a URL."""
+"""The hook after a promotion: a command or a URL."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.refresh import promotion_hook, registry_commands
 from draftsmith.flows.refresh.promotion_hook import HookConfig, call
-from tests.flows.refresh.made import config_of, finished, gated
+from tests.flows.refresh.line_runs import config_of, finished, gated
 
 DECISION = {"line": "tiny", "version": 3, "promote": True}
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "reason"),
     [
         ((sys.executable, "-c", "raise SystemExit('no server')"), "ended with code 1 (no server)"),
         ((sys.executable, "-c", "import time; time.sleep(9)"), "timed out"),
         (("sh", "-c", "printf '\\351t\\351' >&2; exit 3"), "ended with code 3 (\ufffdt\ufffd)"),  # Latin-1
     ],
 )
-def test_a_command_that_fails_says_why(command: tuple[str, ...], said: str) -> None:
-    assert said in str(call(HookConfig(command=command, timeout_s=1), DECISION))
+def test_a_failed_command_returns_its_reason(command: tuple[str, ...], reason: str) -> None:
+    assert reason in str(call(HookConfig(command=command, timeout_s=1), DECISION))
 
 
 def test_a_command_may_leave_a_server_in_the_background() -> None:
     assert call(HookConfig(command=("sh", "-c", "sleep 9 & exit 0"), timeout_s=2), DECISION) is None
 
 
-def test_what_a_command_makes_has_the_modes_that_its_user_gives(tmp_path: Path) -> None:
-    """The home's files are for its owner alone; a drafter that a hook copies to a server is not."""
+def test_files_of_a_command_have_the_users_permissions(tmp_path: Path) -> None:
+    """The home's files are private, but a drafter that a hook copies to a server is not."""
     before = os.umask(0o022)
     try:
         with home_umask(tmp_path / "home"):
@@ -51,12 +51,12 @@ def test_what_a_command_makes_has_the_modes_that_its_user_gives(tmp_path: Path) 
     assert stat.S_IMODE((tmp_path / "copied").stat().st_mode) == 0o644
 
 
-def test_a_url_is_posted_the_decision() -> None:
-    told: list[bytes] = []
+def test_the_decision_is_posted_to_a_url() -> None:
+    bodies: list[bytes] = []
 
     class Receiver(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            told.append(self.rfile.read(int(self.headers["content-length"])))
+            bodies.append(self.rfile.read(int(self.headers["content-length"])))
             self.send_response(204 if self.path == "/ok" else 500)
             self.end_headers()
 
@@ -67,25 +67,24 @@ def test_a_url_is_posted_the_decision() -> None:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         assert call(HookConfig(url=f"{url}/ok"), DECISION) is None
-        assert json.loads(told[0]) == DECISION
+        assert json.loads(bodies[0]) == DECISION
         assert call(HookConfig(url=f"{url}/broken"), DECISION) == f"{url}/broken: HTTP 500"
         server.shutdown()
     assert "ConnectError" in str(call(HookConfig(url="http://127.0.0.1:9/x"), DECISION))
 
 
-def test_a_hook_exports_the_drafter_that_it_is_called_for(
+def test_a_hook_can_export_the_new_champion_by_name(
     line: str, home: Path, drafters: list[ArtifactRef], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """By its name alone, which is the champion's already, or by what it is told."""
-    config, told = config_of(line, on_promote={"command": ["true"]}), list[dict[str, Any]]()
+    config, calls = config_of(line, on_promote={"command": ["true"]}), list[dict[str, Any]]()
 
-    def deployment(_hook: HookConfig, said: dict[str, Any]) -> None:
-        told.append(said)
+    def deployment(_hook: HookConfig, decision: dict[str, Any]) -> None:
+        calls.append(decision)
         registry_commands.export(Display(), line, tmp_path / "exported", dry_run=False)
 
     monkeypatch.setattr(promotion_hook, "call", deployment)
     finished(config, gated(Store(home / "store"), drafters[0]))
-    assert [(said["line"], said["version"], said["promote"]) for said in told] == [(line, 1, True)]
-    assert told[0]["source"] == drafters[0].uri and {"outcome", "challenger", "sentence", "rules"} <= told[0].keys()
+    assert [(decision["line"], decision["version"], decision["promote"]) for decision in calls] == [(line, 1, True)]
+    assert calls[0]["source"] == drafters[0].uri and {"outcome", "challenger", "sentence", "rules"} <= calls[0].keys()
     for file in (drafters[0].path / "drafter").iterdir():
         assert (tmp_path / "exported" / file.name).read_bytes() == file.read_bytes()

@@ -1,4 +1,4 @@
-"""What a champion hands on to the next refresh of its line: by the real registry and the real stage `logs`."""
+"""What the next refresh reads from the champion's tags, with the real registry and the real stage `logs`."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Promoted:
         return resolve(config_of(self.log, **logs))
 
     def run(self, config: RefreshConfig, folder: Path) -> tuple[RecordingContext, RecordingContext | None]:
-        """Stage `logs` of a refresh, and stage `earlier` where it has that."""
+        """Run stage `logs` of a refresh, and stage `earlier` if the graph has it."""
         nodes = {node.name: node for node in refresh_nodes(config)}
         inputs, taken = {"target": self.target}, None
         if "earlier" in nodes:
@@ -92,15 +92,15 @@ def promoted(tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest
     return Promoted(tiny_drafter.target, log, read, version)
 
 
-def test_the_next_refresh_reads_what_is_new_and_mixes_in_what_the_champion_has_learned(
+def test_the_next_refresh_reads_new_rows_and_replays_the_champions_answers(
     promoted: Promoted, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
     second = promoted.next(replay_share=0.25)
     assert second.logs is not None and second.logs.after == counts(promoted.read)["window"]["newest"]
     again, taken = promoted.run(second, tmp_path / "second")
-    found = counts(again)
-    assert (found["used"], found["replayed"], found["outside_window"]) == (6, 2, 19)
-    assert found["set_aside"] == {"used by the champion's refresh": 1}, "the newest one that was read"
+    summary = counts(again)
+    assert (summary["used"], summary["replayed"], summary["outside_window"]) == (6, 2, 19)
+    assert summary["set_aside"] == {"used by the champion's refresh": 1}, "the newest one that was read"
     old = {tuple(row["response_ids"]) for row in table(promoted.read)}
     assert {tuple(row["response_ids"]) for row in table(again)[6:]} <= old
 
@@ -119,7 +119,7 @@ def test_the_next_refresh_reads_what_is_new_and_mixes_in_what_the_champion_has_l
         STAGE.run(replace(taken, out=tmp_path), earlier)
 
 
-def test_answers_that_are_not_replayed_are_kept_as_digests(promoted: Promoted, tmp_path: Path) -> None:
+def test_answers_that_are_not_replayed_are_stored_as_digests(promoted: Promoted, tmp_path: Path) -> None:
     again, taken = promoted.run(promoted.next(), tmp_path / "second")
     assert taken is not None and {path.name for path in taken.out.iterdir()} == {"contents.npy", "earlier.json"}
     assert counts(again)["set_aside"] == {"used by the champion's refresh": 1} and counts(again)["used"] == 6
@@ -127,17 +127,17 @@ def test_answers_that_are_not_replayed_are_kept_as_digests(promoted: Promoted, t
     assert nothing is None
 
 
-def test_a_machine_without_the_champions_answers_reads_what_is_new(promoted: Promoted, tmp_path: Path) -> None:
+def test_a_machine_without_the_champions_answers_reads_new_rows_only(promoted: Promoted, tmp_path: Path) -> None:
     shutil.move(promoted.read.out, tmp_path / "elsewhere")
     again, taken = promoted.run(promoted.next(), tmp_path / "second")
     assert taken is None
     assert (counts(again)["used"], counts(again)["outside_window"]) == (6, 20)
     assert any("logs.lateness_hours is ignored" in line for line in again.logs)
-    with pytest.raises(DraftsmithError, match=r"^earlier: .*are not here: restore them, or set logs.replay_share to 0"):
+    with pytest.raises(DraftsmithError, match=r"^earlier: .*are missing. Restore them, or set logs.replay_share to 0"):
         planned_checks(promoted.next(replay_share=0.25))
 
 
-def test_the_champions_answers_are_found_in_a_bucket_and_in_a_home_that_was_moved(
+def test_the_champions_answers_are_found_in_a_bucket_and_in_a_moved_home(
     promoted: Promoted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "bucket").mkdir()
@@ -161,13 +161,13 @@ def test_the_champions_answers_are_found_in_a_bucket_and_in_a_home_that_was_move
 
 
 def planned_checks(config: RefreshConfig) -> list[str]:
-    """What a run checks before its first stage."""
+    """Return the warnings of the checks before a run's first stage."""
     nodes = refresh_nodes(config)
     return RunChecks().before([PlannedNode(node, Status.RUN) for node in nodes])
 
 
 def _answers(folder: Path, made: DrafterArtifacts) -> Path:
-    """Different answers, an hour apart."""
+    """Write a log of different answers, an hour apart."""
     from draftsmith.artifacts.tables.parquet import read_table
     from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 
@@ -180,14 +180,16 @@ def _answers(folder: Path, made: DrafterArtifacts) -> Path:
 
 
 @pytest.mark.parametrize("field", ["since", "replay_share"])
-def test_what_a_champion_hands_on_needs_a_line(tmp_path: Path, field: str) -> None:
+def test_since_last_and_replay_share_need_a_line(tmp_path: Path, field: str) -> None:
     given = config_of(tmp_path / "log.jsonl").model_dump(mode="json", exclude={"registry", "prompts"})
     given["logs"] |= {"since": None, "replay_share": 0.0} | ({"since": "last"} if field == "since" else {field: 0.5})
     with pytest.raises(ValueError, match=rf"logs\.{field}: .*needs section registry"):
         RefreshConfig.model_validate(given)
 
 
-def test_prompts_that_measured_a_version_stay_out_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_held_out_shares_and_suffixes_of_a_line_must_not_shrink(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
     log = tmp_path / "log.jsonl"
@@ -209,7 +211,7 @@ def test_prompts_that_measured_a_version_stay_out_of_training(tmp_path: Path, mo
         resolve(asking(0.2, None))
     with pytest.raises(DraftsmithError, match=rf"source {log}: it has a suffix that tiny version 1 was not"):
         resolve(asking(0.2, 0.4, suffix=" Think twice."))
-    assert resolve(asking(0.2, 0.4, suffix="\nThink.\n")).registry is not None, "blank space does not count"
+    assert resolve(asking(0.2, 0.4, suffix="\nThink.\n")).registry is not None, "white space does not count"
     by_conversation = measured.prompts.model_copy(update={"heldout_by": "conversation"})
     with pytest.raises(DraftsmithError, match="heldout_by is conversation, and tiny version 1 was measured with p"):
         resolve(measured.model_copy(update={"prompts": by_conversation}))

@@ -1,4 +1,4 @@
-"""The final screen of a refresh: short, with one verdict, and commands that follow from it."""
+"""The screen at the end of a refresh: short, with one verdict and the next commands."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.line import registry
 from draftsmith.flows.refresh.summary import WIDTH, screen, show_results
 from draftsmith.stages.drafters.stage import ChampionConfig
-from tests.flows.refresh.made import config_of
+from tests.flows.refresh.line_runs import config_of
 from tests.stages.report.sample_report import DECISION, EVALUATION, HOSTILE, OF_A_LINE
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -31,11 +31,11 @@ def ending(config: RefreshConfig, **changes: Any) -> EndedRun:
 def ended(folder: Path, evaluation: dict[str, Any], decision: dict[str, Any] | None, **made: Path) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
-    found = {"evaluation": folder, "report": folder, **made}
+    folders = {"evaluation": folder, "report": folder, **made}
     if decision is not None:
         (folder / "decision.json").write_text(json.dumps(decision))
-        found["gate"] = folder
-    return found
+        folders["gate"] = folder
+    return folders
 
 
 def commands(lines: list[str]) -> list[str]:
@@ -57,8 +57,8 @@ def test_every_outcome_fits_on_a_screen(
     assert max(map(len, [each for each in lines if "draftsmith" not in each])) <= WIDTH
     assert lines[2].startswith("PROMOTED: " if outcome == "promoted" else f"NOT PROMOTED: {outcome}. ")
     assert any("Nothing is broken" in each for each in lines) is (outcome == "inconclusive")
-    assert sum("◂" in each for each in lines) == 2, "the candidate, and what the mark means"
-    assert any(f"{line}@1" in each for each in lines), "by the number that it is registered with"
+    assert sum("◂" in each for each in lines) == 2, "the challenger, and the legend of the mark"
+    assert any(f"{line}@1" in each for each in lines), "the challenger's version"
     (gate,) = [each for each in lines if each.startswith("Gate ")]
     assert gate.count("✓") + gate.count("✗") + gate.count("?") == 4
     wanted = {"promoted": f"export {line}@champion", "refused": "report ", "inconclusive": "run configs/weekly.yaml"}
@@ -66,7 +66,7 @@ def test_every_outcome_fits_on_a_screen(
     assert lines[-2].startswith("Drafter  ") and lines[-1] == "MLflow   mlflow ui --db x"
 
 
-def test_a_champion_that_is_current_is_the_verdict(line: str, tmp_path: Path) -> None:
+def test_a_current_champion_is_the_verdict(line: str, tmp_path: Path) -> None:
     (tmp_path / "drift.json").write_text(json.dumps({"all": {"tau": 2.5, "low": 2.4, "high": 2.6, "prompts": 40}}))
     config = config_of(line)
     assert config.registry is not None
@@ -81,7 +81,7 @@ def test_a_champion_that_is_current_is_the_verdict(line: str, tmp_path: Path) ->
     assert command.startswith("draftsmith run configs/weekly.yaml --set seed=2 --force drift")
 
 
-def test_names_of_others_do_not_act_and_do_not_widen_the_table(line: str, tmp_path: Path) -> None:
+def test_hostile_names_are_escaped_and_cut(line: str, tmp_path: Path) -> None:
     name = f"[bold]{HOSTILE}" * 3
     drafters = {"sft": EVALUATION["drafters"]["sft"], name: EVALUATION["drafters"]["sft"]}
     stream = io.StringIO()

@@ -1,4 +1,4 @@
-"""What MLflow says of a refresh: that it promoted only where it did."""
+"""MLflow describes a run by its verdict, and says that it promoted only if it did."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from draftsmith.flows.planning.graph import Conclusion
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.flows.refresh.summary import compared
 from draftsmith.stages.report.outcome import outcome
-from tests.flows.refresh.made import config_of
+from tests.flows.refresh.line_runs import config_of
 from tests.stages.report.sample_report import OF_A_LINE
 from tests.testbed.artifacts import committed
 
@@ -31,7 +31,7 @@ OVERRULED = Conclusion(
 
 
 @pytest.mark.parametrize(
-    ("conclusion", "said"),
+    ("conclusion", "begins"),
     [
         (
             Conclusion("Promoted", "it is"),
@@ -45,26 +45,28 @@ OVERRULED = Conclusion(
     ],
     ids=["followed", "overruled", "only looked"],
 )
-def test_the_note_of_a_run_says_what_followed(conclusion: Conclusion | None, said: list[str], home: Path) -> None:
-    found = outcome(EVALUATION, DECISION)
-    assert found is not None
-    told = {"outcome": {**asdict(found), "label": found.label}, "doubts": [], "figures": {}}
+def test_the_description_of_a_run_states_its_conclusion(
+    conclusion: Conclusion | None, begins: list[str], home: Path
+) -> None:
+    verdict = outcome(EVALUATION, DECISION)
+    assert verdict is not None
+    content = {"outcome": {**asdict(verdict), "label": verdict.label}, "doubts": [], "figures": {}}
     store = Store(home / "store")
-    report = committed(store, "report", {"review.json": json.dumps(told)})
+    report = committed(store, "report", {"review.json": json.dumps(content)})
     context = RunContext(home, config_of("a-line"), REFRESH, Display(), Tracking(home))
     _, tags = _reviewed(context, {"report": NodeResult(report, reused=True)}, conclusion, concludes=True)
     bold = [line for line in tags[NOTE].splitlines() if line.startswith("**")]
-    assert len(bold) == len(said) and all(map(str.startswith, bold, said)), tags[NOTE]
+    assert len(bold) == len(begins) and all(map(str.startswith, bold, begins)), tags[NOTE]
 
 
-def test_compared_drafters_have_their_metrics_by_prompt_set(home: Path) -> None:
+def test_compared_drafters_have_metrics_by_prompt_set(home: Path) -> None:
     store = Store(home / "store")
     evaluated = committed(store, "evaluation", {"evaluation.json": json.dumps(OF_A_LINE)})
     arms = dict(zip(OF_A_LINE["drafters"], "abcd", strict=False))
     made = {arm: committed(store, "opd", {"drafter.json": "{}"}, key) for arm, key in arms.items()}
-    found = compared({"evaluation": evaluated.path, **{arm: ref.path for arm, ref in made.items()}})
-    assert set(found) == set(arms) and len(found["opd"][1]) > 1
-    for arm, (manifest, metrics) in found.items():
+    drafters = compared({"evaluation": evaluated.path, **{arm: ref.path for arm, ref in made.items()}})
+    assert set(drafters) == set(arms) and len(drafters["opd"][1]) > 1
+    for arm, (manifest, metrics) in drafters.items():
         assert manifest.key == made[arm].key
         assert metrics[ALL]["tau"] == OF_A_LINE["drafters"][arm]["tau"]
         assert metrics[ALL]["speedup"] == OF_A_LINE["speed"][arm]["speedup"]

@@ -10,7 +10,7 @@ import yaml
 from draftsmith.artifacts.store.local import Store
 from draftsmith.flows.cli.main import main
 from tests.flows.processes import ROOT
-from tests.flows.refresh.made import gated
+from tests.flows.refresh.line_runs import gated
 from tests.testbed.artifacts import committed
 
 

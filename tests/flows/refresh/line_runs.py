@@ -1,4 +1,4 @@
-"""What a refresh of a line has made when its drift check, or its gate, is over."""
+"""Artifacts and decisions of a refresh of a line, after its drift check or its gate."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def config_of(line: str, **sections: Any) -> RefreshConfig:
 def gated(
     store: Store, drafter: ArtifactRef, outcome: str = "promoted", tau: float = 2.5, champion: str | None = None
 ) -> dict[str, ArtifactRef]:
-    """What a refresh has made when its gate has decided. champion: as the gate names what it compared with."""
+    """Return the artifacts of a refresh after its gate. champion: as the gate names it, None without one."""
     taus = {"tau": tau, "tau_low": 2.4, "tau_high": 2.6, "prompts": 40, "block_size": 4}
     chat = {
         "tau": 2.5,
@@ -60,20 +60,20 @@ def gated(
 
 
 def finished(config: RefreshConfig, made: Mapping[str, ArtifactRef], run_id: str | None = None) -> Conclusion:
-    """What a refresh comes to that is planned now and has made this."""
-    ended = RefreshPolicy(resolve(config), ()).conclude(made, run_id)
-    assert ended is not None
-    return ended
+    """Return the conclusion of a refresh that is planned now and has made these artifacts."""
+    conclusion = RefreshPolicy(resolve(config), ()).conclude(made, run_id)
+    assert conclusion is not None
+    return conclusion
 
 
 def serving(line: str) -> int | None:
-    """The number of the champion."""
+    """Return the number of the champion's version; None if there is none."""
     champion = registry().champion(line)
     return None if champion is None else champion.number
 
 
 def page_of(made: Mapping[str, ArtifactRef]) -> str:
-    """The report, which is written before anything follows from it."""
+    """Return the report page, which is written before the promotion."""
     evaluation = json.loads((made["evaluation"].path / "evaluation.json").read_text())
     page = made["gate"].path.parent / "report.html"
     render_report(page, ReportData("a report", evaluation, json.loads((made["gate"].path / DECISION).read_text())))
@@ -83,7 +83,7 @@ def page_of(made: Mapping[str, ArtifactRef]) -> str:
 def checked(
     config: RefreshConfig, home: Path, *, target_changed: bool = False, **sets: Any
 ) -> tuple[Node, dict[str, Path]]:
-    """The node of the drift check, and what it and the champion's stage made: tau is what it was."""
+    """Return the node of the drift check and the folders after it; tau on all prompts is unchanged by default."""
     made = {name: home / "store" / name for name in ("drift", "champion")}
     for name, file, content in (
         ("drift", "drift.json", {"all": {"tau": 2.5, "low": 2.4, "high": 2.6, "prompts": 40}, **sets}),

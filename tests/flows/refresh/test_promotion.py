@@ -1,4 +1,4 @@
-"""From the gate to the registry: a promotion with its hook, a refusal, and a champion that moved meanwhile."""
+"""From the gate's decision to the registry: promotion with its hook, refusal, approval, a changed champion."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.flows.refresh.line import artifact_folder, checkpoint_of, registry
 from draftsmith.stages.data.load import DRAFTER_FOLDER
 from draftsmith.stages.evaluation.gate import DECISION
-from tests.flows.refresh.made import checked, config_of, finished, gated, page_of, serving
+from tests.flows.refresh.line_runs import checked, config_of, finished, gated, page_of, serving
 from tests.testbed.artifacts import committed
 
 NOTE = "import sys; open(sys.argv[1], 'w').write(sys.stdin.read())"
@@ -39,21 +39,21 @@ FAILS = "raise SystemExit('the server is away')"
 def test_a_promotion_moves_the_alias_and_calls_the_hook(
     line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path
 ) -> None:
-    store, told = Store(home / "store"), tmp_path / "told.json"
-    calling = config_of(line, on_promote={"command": [sys.executable, "-c", NOTE, str(told)]})
+    store, note = Store(home / "store"), tmp_path / "decision.json"
+    calling = config_of(line, on_promote={"command": [sys.executable, "-c", NOTE, str(note)]})
     ended = finished(calling, gated(store, drafters[0]))
     assert (ended.name, ended.error) == ("Promoted", None)
     assert ended.message.endswith("on_promote was called")
-    decision = json.loads(told.read_text())
+    decision = json.loads(note.read_text())
     assert (decision["line"], decision["version"], decision["promote"]) == (line, 1, True)
     assert decision["source"] == drafters[0].uri
     champion = registry().champion(line)
     assert champion is not None and champion.content_id == drafters[0].content_id
-    figures = champion.metrics()
-    assert figures["all"] == {
+    metrics = champion.metrics()
+    assert metrics["all"] == {
         "tau": 2.5, "low": 2.4, "high": 2.6, "prompts": 40, "speedup": 1.2, "speedup_low": 1.15, "speedup_high": 1.25,
     }  # fmt: skip
-    assert figures["chat"]["speedup_high"] == 1.3 and figures["chat"]["low"] == 2.4
+    assert metrics["chat"]["speedup_high"] == 1.3 and metrics["chat"]["low"] == 2.4
 
     failing = config_of(line, on_promote={"command": [sys.executable, "-c", FAILS]})
     ended = finished(failing, gated(store, drafters[1]))
@@ -65,7 +65,7 @@ def test_a_promotion_moves_the_alias_and_calls_the_hook(
 
 
 @pytest.mark.parametrize(("outcome", "state"), [("refused", "Refused"), ("inconclusive", "Inconclusive")])
-def test_what_is_not_promoted_becomes_a_version_and_no_champion(
+def test_a_challenger_that_is_not_promoted_becomes_a_version_but_no_champion(
     outcome: str, state: str, line: str, home: Path, drafters: list[ArtifactRef]
 ) -> None:
     ended = finished(config_of(line), gated(Store(home / "store"), drafters[0], outcome))
@@ -79,7 +79,9 @@ def test_what_is_not_promoted_becomes_a_version_and_no_champion(
     assert len(ended.tags) <= 5 and "no champion" in description(home, line)
 
 
-def test_a_person_promotes_what_was_to_be_approved(line: str, home: Path, drafters: list[ArtifactRef]) -> None:
+def test_a_challenger_that_needs_approval_waits_until_a_person_promotes_it(
+    line: str, home: Path, drafters: list[ArtifactRef]
+) -> None:
     config, made = config_of(line, registry={"name": line, "approve": True}), gated(Store(home / "store"), drafters[0])
     ended = finished(config, made)
     assert (ended.name, ended.overrules_review, ended.asset) == ("Waiting", True, "")
@@ -93,11 +95,11 @@ def test_a_person_promotes_what_was_to_be_approved(line: str, home: Path, drafte
 
 
 def description(home: Path, line: str) -> str:
-    """Of the registered model."""
+    """Return the description of the registered model."""
     return str(Tracking(home).connect()[0].get_registered_model(line).description)
 
 
-def test_the_loser_of_two_refreshes_is_planned_again_against_the_new_champion(
+def test_the_slower_of_two_refreshes_must_plan_again_against_the_new_champion(
     line: str, home: Path, drafters: list[ArtifactRef]
 ) -> None:
     store, config = Store(home / "store"), config_of(line)
@@ -106,7 +108,7 @@ def test_the_loser_of_two_refreshes_is_planned_again_against_the_new_champion(
     made = gated(store, drafters[1])
     with pytest.raises(OutdatedPlanError, match="version 1 is the champion by now"):
         slow.conclude(made, None)
-    assert [version.number for version in registry().versions(line)] == [1], "nothing of it was registered"
+    assert [version.number for version in registry().versions(line)] == [1], "the challenger was not registered"
 
     again = resolve(config)
     assert again.champion is not None and again.champion.content_id == drafters[0].content_id
@@ -117,13 +119,13 @@ def test_the_loser_of_two_refreshes_is_planned_again_against_the_new_champion(
     assert [(event.version, event.before) for event in registry().events(line)] == [(1, None), (2, 1)]
 
 
-def test_the_champion_has_the_number_of_its_own_line(
+def test_the_decision_names_the_champions_version_in_its_line(
     line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path
 ) -> None:
-    """Two lines serve the same drafter: its artifact, and what was measured against it, are the same."""
-    store, told = Store(home / "store"), tmp_path / "told.json"
+    """Two lines may serve the same drafter, so that evaluation and gate are the same artifacts."""
+    store, note = Store(home / "store"), tmp_path / "decision.json"
     registry().register(line, gated(store, drafters[1])["gate"], {})
-    config = config_of(line, on_promote={"command": [sys.executable, "-c", NOTE, str(told)]})
+    config = config_of(line, on_promote={"command": [sys.executable, "-c", NOTE, str(note)]})
     finished(config, gated(store, drafters[0]))
     resolved = resolve(config)
     (report,) = (node for node in refresh_nodes(resolved) if node.name == "report")
@@ -132,14 +134,14 @@ def test_the_champion_has_the_number_of_its_own_line(
     ended = finished(resolved, third)
     assert ended.message.startswith(f"{line} version 3 is the champion: promoted: opd beats version 2")
     assert ended.tags["version"] == f"{line}@3"
-    assert json.loads(told.read_text())["champion"] == "2"
+    assert json.loads(note.read_text())["champion"] == "2"
     assert registry().version(line, 3).tags["decision"] == "promoted: opd beats version 2"
 
 
-def test_what_was_rolled_back_is_not_promoted_again_by_itself(
+def test_a_version_that_was_rolled_back_is_not_promoted_again(
     line: str, home: Path, drafters: list[ArtifactRef]
 ) -> None:
-    """Nothing has changed since: the plan has the same keys, and all of it is reused."""
+    """The inputs are unchanged, so the plan has the same keys and reuses everything."""
     store, config = Store(home / "store"), config_of(line)
     finished(config, gated(store, drafters[0]))
     second = gated(store, drafters[1])
@@ -151,15 +153,15 @@ def test_what_was_rolled_back_is_not_promoted_again_by_itself(
     assert f"`draftsmith promote {line}@2`" in ended.message
     page = page_of(second)
     assert '<p class="badge">The gate says: promote</p>' in page and "SFT + OPD is to be the line" in page
-    assert "Promoted" not in page, "what somebody may have undone"
+    assert "Promoted" not in page, "somebody may undo it"
     assert ended.tags["outcome"] == "refused"
     assert serving(line) == 1
 
 
-def test_a_refusal_of_the_champions_own_content_leaves_its_record(
+def test_refusing_the_champions_own_content_does_not_change_its_tags(
     line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path
 ) -> None:
-    """`registry.restart` has made it again: it is measured against itself."""
+    """`registry.restart` has made the same drafter again."""
     store, config = Store(home / "store"), config_of(line)
     finished(config, gated(store, drafters[0]))
     again = gated(Store(tmp_path / "other" / "store"), drafters[0], "refused", tau=1.5)
@@ -176,18 +178,18 @@ def test_a_refusal_of_the_champions_own_content_leaves_its_record(
     finished(config, back)
     champion = registry().champion(line)
     assert champion is not None
-    assert (champion.number, champion.tags["tau"]) == (1, "3.5000"), "promoted once more: what it is worth by now"
+    assert (champion.number, champion.tags["tau"]) == (1, "3.5000"), "promoted again, with its new metrics"
 
 
-def test_a_hook_that_a_killed_run_owes_is_called_by_the_next_with_the_same_key(
+def test_the_next_run_calls_the_hook_of_a_killed_run_with_the_same_key(
     line: str, home: Path, drafters: list[ArtifactRef], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that is killed while the hook is at work has called it, and does not know how that ended."""
-    config, told = config_of(line, on_promote={"command": ["true"]}), list[dict[str, Any]]()
+    """A run that is killed during the call does not know its result."""
+    config, calls = config_of(line, on_promote={"command": ["true"]}), list[dict[str, Any]]()
 
     def killed_once(_hook: object, decision: dict[str, Any]) -> None:
-        told.append(decision)
-        if len(told) == 1:
+        calls.append(decision)
+        if len(calls) == 1:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(promotion_hook, "call", killed_once)
@@ -196,17 +198,17 @@ def test_a_hook_that_a_killed_run_owes_is_called_by_the_next_with_the_same_key(
         finished(config, first)
     for _ in range(2):
         assert RefreshPolicy(resolve(config), ()).should_stop(*checked(resolve(config), home)) is not None
-    assert len(told) == 2 and told[0] == told[1], "until a call has ended"
+    assert len(calls) == 2 and calls[0] == calls[1], "until a call has ended"
     decision = json.loads((first["gate"].path / DECISION).read_text())
-    assert told[0].items() >= {**decision, "line": line, "version": 1}.items()
+    assert calls[0].items() >= {**decision, "line": line, "version": 1}.items()
 
     for made in (second, first):
         finished(config, made)
-    assert [each["version"] for each in told] == [1, 1, 2, 1], "an older drafter came back"
-    assert len({each["idempotency_key"] for each in told}) == 3
+    assert [each["version"] for each in calls] == [1, 1, 2, 1], "an older drafter came back"
+    assert len({each["idempotency_key"] for each in calls}) == 3
 
 
-def test_drafters_are_compared_by_folder_id_and_version(
+def test_evaluate_takes_folders_hub_ids_and_versions(
     line: str, home: Path, drafters: list[ArtifactRef], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finished(config_of(line), gated(Store(home / "store"), drafters[0]))
@@ -227,14 +229,14 @@ def test_drafters_are_compared_by_folder_id_and_version(
         evaluate_config(resolve(config_of(line)), [f"{line}@1"])
     shutil.copytree(drafters[1].path / DRAFTER_FOLDER, home / "control")
     own = evaluate_config(resolve(config_of(line)), [str(home / "control")])
-    assert list(own.drafters) == ["control-1"], "the name would change what is compared with what"
+    assert list(own.drafters) == ["control-1"], "`control` is reserved for a refresh's arm"
     monkeypatch.chdir(home)
     for gone in ("./nowhere", "some/other/nowhere"):
         with pytest.raises(DraftsmithError, match=f"{gone}: no such folder"):
             evaluate_config(resolve(config_of(line)), [gone])
 
 
-def test_a_version_is_found_in_a_home_that_was_moved_and_where_its_key_was_made_again(
+def test_a_version_is_found_in_a_moved_home_and_after_its_key_was_made_again(
     line: str, home: Path, drafters: list[ArtifactRef], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finished(config_of(line), gated(Store(home / "store"), drafters[0]))
@@ -244,21 +246,23 @@ def test_a_version_is_found_in_a_home_that_was_moved_and_where_its_key_was_made_
     place = Store(moved / "store").path(version.stage, version.key)
     assert artifact_folder(version) == place and checkpoint_of(version) == place / DRAFTER_FOLDER
     assert registry_commands.verify_checkpoint(version) == place / DRAFTER_FOLDER
-    aside = place.rename(place.with_name(f"{REPLACED}{place.name}-1"))
-    assert artifact_folder(version) == aside
-    os.utime(aside, (0, 0))
-    for path in aside.rglob("*"):
+    replaced = place.rename(place.with_name(f"{REPLACED}{place.name}-1"))
+    assert artifact_folder(version) == replaced
+    os.utime(replaced, (0, 0))
+    for path in replaced.rglob("*"):
         os.utime(path, (0, 0))
-    assert [each.path for each in leftovers(moved, 1.0)] == [aside]
+    assert [each.path for each in leftovers(moved, 1.0)] == [replaced]
     prune(Display(), 1, artifacts=False, delete=True)
-    assert aside.exists(), "the champion's only copy"
-    shutil.copytree(aside, place)
+    assert replaced.exists(), "the champion's only copy"
+    shutil.copytree(replaced, place)
     (place / MANIFEST).chmod(0o600)
     (place / MANIFEST).write_text("{")
-    assert artifact_folder(version) == aside and resolve(config_of(line)).registry is not None, "a damaged one is none"
+    assert artifact_folder(version) == replaced and resolve(config_of(line)).registry is not None, (
+        "the damaged one is ignored"
+    )
 
 
-def test_a_version_of_a_bucket_is_fetched_where_its_manifest_alone_is_known(
+def test_a_version_in_a_bucket_is_fetched_only_when_its_files_are_needed(
     line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(STORE_VARIABLE, f"file://{tmp_path}/bucket")
@@ -268,11 +272,11 @@ def test_a_version_of_a_bucket_is_fetched_where_its_manifest_alone_is_known(
     registry().register(line, made, {})
     monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "other"))
     other = open_store(tmp_path / "other")
-    assert other.find("opd", made.key) is not None, "which keeps the manifest"
+    assert other.find("opd", made.key) is not None, "this home has only the manifest"
     assert not (other.path("opd", made.key) / DRAFTER_FOLDER).exists()
     (version,) = registry().versions(line)
     uploaded = dataclasses.replace(version, tags={**version.tags, "uploaded": "runs:/a/drafter"})
     assert uploaded.uploaded and checkpoint_of(uploaded) == other.path("opd", made.key) / DRAFTER_FOLDER
-    assert not checkpoint_of(uploaded).exists(), "to plan fetches no weights"
+    assert not checkpoint_of(uploaded).exists(), "planning fetches no weights"
     assert (artifact_folder(version) / DRAFTER_FOLDER / "config.json").is_file()
     assert registry_commands.verify_checkpoint(version) == other.path("opd", made.key) / DRAFTER_FOLDER
