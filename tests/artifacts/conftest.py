@@ -1,4 +1,4 @@
-"""A database of MLflow."""
+"""Fixtures: an MLflow database, and an experiment in it for each test."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from draftsmith.artifacts.tracking.runs import Tracking
 
 @pytest.fixture(scope="module")
 def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with its tables: making them takes seconds."""
+    """The folder of a migrated database, shared because creating the tables takes seconds."""
     folder = tmp_path_factory.mktemp("migrated")
     Tracking(folder).check()
     return folder
@@ -19,7 +19,7 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tracking(migrated: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Tracking:
-    """An experiment of its own for every test, in the shared database."""
+    """A connection with one experiment per test, in the shared database."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", request.node.name)
     return Tracking(migrated)

@@ -1,4 +1,4 @@
-"""Which errors are the disk's, which only passed by one, and what is said of them."""
+"""Disk errors are recognized, and errors that merely follow one are not taken for them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from draftsmith.artifacts.errors import find_disk_error
 FULL, REFUSED = OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EACCES, "Permission denied")
 
 
-def behind(first: Exception, second: Exception, *, suppress: bool = False) -> Exception:
-    """`second`, raised while `first` was handled."""
+def raised_after(first: Exception, second: Exception, *, suppress: bool = False) -> Exception:
+    """Return `second`, raised while `first` was handled."""
     try:
         try:
             raise first
@@ -29,9 +29,9 @@ def behind(first: Exception, second: Exception, *, suppress: bool = False) -> Ex
     [
         ValueError("the matrix is singular"),
         FileNotFoundError(errno.ENOENT, "No such file"),
-        behind(REFUSED, KeyError("fallback")),  # a cache that could not be written, and a defect behind it
-        behind(FULL, ValueError("unrelated"), suppress=True),
+        raised_after(REFUSED, KeyError("fallback")),  # a cache that is not writable, then another error
+        raised_after(FULL, ValueError("unrelated"), suppress=True),
     ],
 )
-def test_any_other_error_is_not_the_disks(error: Exception) -> None:
+def test_other_errors_are_no_disk_errors(error: Exception) -> None:
     assert find_disk_error(error) is None

@@ -1,4 +1,4 @@
-"""SQLite's databases do not lie on network file systems; what is mounted where is injected."""
+"""SQLite databases are refused on network file systems. The table of mounts is injected."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ Mount = Callable[..., None]
 
 @pytest.fixture
 def mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mount:
-    """Says what is mounted: (where, type), later ones on top."""
+    """A function that sets the mounts, as (folder, type); later ones are on top."""
 
     def table(*mounts: tuple[Path, str]) -> None:
-        lines = [("/dev/vda", Path("/"), "ext4"), *(("server:/x", place, kind) for place, kind in mounts)]
+        lines = [("/dev/vda", Path("/"), "ext4"), *(("server:/x", folder, kind) for folder, kind in mounts)]
         written = tmp_path / "mounts"
         written.write_text(
-            "".join(f"{what} {str(place).replace(' ', chr(92) + '040')} {kind} rw 0 0\n" for what, place, kind in lines)
+            "".join(
+                f"{device} {str(folder).replace(' ', chr(92) + '040')} {kind} rw 0 0\n"
+                for device, folder, kind in lines
+            )
         )
         monkeypatch.setattr(host, "MOUNTS", written)
 
@@ -32,7 +35,7 @@ def mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mount:
 
 
 @pytest.mark.parametrize("kind", ["nfs4", "fuse.sshfs"])
-def test_network_file_systems_are_known(kind: str, mount: Mount, tmp_path: Path) -> None:
+def test_network_file_systems_are_recognized(kind: str, mount: Mount, tmp_path: Path) -> None:
     mount((tmp_path / "team data", kind))
     (tmp_path / "team data").mkdir()
     assert network_file_system(tmp_path / "team data" / "not" / "there yet") == f"{kind} at {tmp_path}/team data"
@@ -40,19 +43,21 @@ def test_network_file_systems_are_known(kind: str, mount: Mount, tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", ["ext4", "fuse.fuse-overlayfs"])
-def test_local_file_systems_are_not(kind: str, mount: Mount, tmp_path: Path) -> None:
+def test_local_file_systems_are_not_taken_for_network_ones(kind: str, mount: Mount, tmp_path: Path) -> None:
     mount((tmp_path, "nfs"), (tmp_path, kind))  # mounted over it
     assert network_file_system(tmp_path) is None
 
 
-def test_a_link_leads_to_where_the_file_lies(mount: Mount, tmp_path: Path) -> None:
+def test_a_link_has_the_file_system_of_its_target(mount: Mount, tmp_path: Path) -> None:
     (tmp_path / "remote").mkdir()
     (tmp_path / "home").symlink_to(tmp_path / "remote")
     mount((tmp_path / "remote", "nfs"))
     assert network_file_system(tmp_path / "home" / "mlflow.db")
 
 
-def test_mlflows_database_is_refused_there(mount: Mount, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflows_database_is_refused_on_a_network_file_system(
+    mount: Mount, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mount((tmp_path / "home", "nfs4"))
     (tmp_path / "home").mkdir()
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -66,11 +71,13 @@ def test_mlflows_database_is_refused_there(mount: Mount, tmp_path: Path, monkeyp
         Tracking(tmp_path).check()
 
 
-def test_prefects_database_is_refused_there(mount: Mount, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefects_database_is_refused_on_a_network_file_system(
+    mount: Mount, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mount((tmp_path / "home", "lustre"))
     (tmp_path / "home").mkdir()
     for name in ("PREFECT_API_URL", "PREFECT_HOME", "PREFECT_API_DATABASE_CONNECTION_URL"):
-        monkeypatch.setenv(name, "")  # so that what `prepare` sets is taken back too
+        monkeypatch.setenv(name, "")  # so that what `start_prefect_server` sets is undone too
         monkeypatch.delenv(name)
     with pytest.raises(DraftsmithError, match=r"Prefect's database .* \(lustre at .*set PREFECT_API_URL"):
         start_prefect_server(tmp_path / "home")

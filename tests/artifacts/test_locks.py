@@ -1,4 +1,4 @@
-"""File locks: who may see that they are held, and waits that are called off."""
+"""Permissions of lock files."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from draftsmith.artifacts.locks import locked
 
 
 @pytest.mark.parametrize(("folder", "mode"), [(0o700, 0o600), (0o750, 0o640)])
-def test_who_may_read_the_folder_may_see_that_a_lock_is_held(folder: int, mode: int, tmp_path: Path) -> None:
-    """Also one whose file is from before."""
+def test_whoever_can_read_the_folder_can_read_the_lock_file(folder: int, mode: int, tmp_path: Path) -> None:
+    """New lock files and existing ones get the same mode."""
     tmp_path.chmod(folder)
     before = os.umask(0o077)
     try:

@@ -1,4 +1,4 @@
-"""What counts as a secret, and that texts come out without one."""
+"""Secrets are detected and masked; control characters are escaped."""
 
 from __future__ import annotations
 
@@ -57,24 +57,24 @@ PLAIN = [
 
 
 @pytest.mark.parametrize("text", HOLDING)
-def test_a_secret_is_found_and_masked(text: str) -> None:
+def test_a_secret_is_detected_and_masked(text: str) -> None:
     assert describe_secret(text), text
     assert SECRET not in redacted(f"GET {text} failed")
     assert "GET " in redacted(f"GET {text} failed") and " failed" in redacted(f"GET {text} failed")
 
 
 @pytest.mark.parametrize("text", KNOWN)
-def test_well_known_kinds_of_secrets_are_found_and_masked(text: str) -> None:
+def test_tokens_of_well_known_services_are_detected_and_masked(text: str) -> None:
     assert describe_secret(text) and text not in redacted(f"with {text} in it")
 
 
 @pytest.mark.parametrize("text", PLAIN)
-def test_other_texts_stay_as_they_are(text: str) -> None:
+def test_text_without_a_secret_is_unchanged(text: str) -> None:
     assert describe_secret(text) is None
     assert redacted(text) == text
 
 
-def test_names_of_secrets() -> None:
+def test_names_of_secrets_are_recognized() -> None:
     secret = ["HF_TOKEN", "api-key", "apiKey", "ssl-keyfile-password", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"]
     secret += ["dbPassword", "client_secret", "credentials", "token", "GITHUB_TOKEN_2", "SSH_KEY"]
     plain = ["mask_token", "max_prompt_tokens", "kv-cache-dtype", "TOKENIZERS_PARALLELISM", "key", "api_key_env"]
@@ -83,7 +83,7 @@ def test_names_of_secrets() -> None:
     assert [name for name in plain if is_secret_name(name)] == []
 
 
-def test_secrets_of_a_config_are_told_by_their_place_and_not_by_their_value() -> None:
+def test_secrets_in_a_config_are_reported_by_field_without_their_value() -> None:
     config = {
         "engine": {"urls": ["http://ok:1", f"http://u:{SECRET}@host"], "launch": {"environment": {"MY_TOKEN": SECRET}}},
         "hook": {"command": ["notify", f"--password={SECRET}"]},
@@ -94,16 +94,16 @@ def test_secrets_of_a_config_are_told_by_their_place_and_not_by_their_value() ->
     assert SECRET not in str(found)
 
 
-def test_values_of_the_environment_are_masked_wherever_they_turn_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secret_values_of_the_environment_are_masked_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_SERVICE_TOKEN", SECRET)
     assert redacted(f"refused {SECRET}!") == "refused ***!"
     assert SECRET not in str(DraftsmithError(f"refused {SECRET}"))
 
 
-def test_log_records_hold_no_secret_nor_do_their_tracebacks() -> None:
+def test_log_records_and_their_tracebacks_are_redacted() -> None:
     factory = logging.getLogRecordFactory()
     stream = io.StringIO()
-    logger = logging.Logger("of a library")
+    logger = logging.Logger("library")
     logger.addHandler(logging.StreamHandler(stream))
     try:
         redact_logs()
@@ -111,7 +111,7 @@ def test_log_records_hold_no_secret_nor_do_their_tracebacks() -> None:
             raise ValueError(f"http://u:{SECRET}@host is away")
         except ValueError:
             logger.exception("asked %s", f"http://host?token={SECRET}")
-        logger.warning("%d", "does not fit")  # the handler complains, nobody else
+        logger.warning("%d", "does not fit")  # only the handler reports this
     finally:
         logging.setLogRecordFactory(factory)
     assert "asked http://host?token=***" in stream.getvalue() and "http://***@host is away" in stream.getvalue()
@@ -131,6 +131,6 @@ def test_log_records_hold_no_secret_nor_do_their_tracebacks() -> None:
         ("half \ud800", "half \\ud800"),
     ],
 )
-def test_control_characters_are_written_out(text: str, shown: str) -> None:
+def test_control_characters_are_escaped(text: str, shown: str) -> None:
     assert printable(text) == shown
     printable(text).encode("utf-8")

@@ -1,8 +1,8 @@
-"""A disk that forgets what was not synced: every state that a crash may leave of a folder, as POSIX allows it.
+"""A simulated disk that loses what was not synced: every state that a crash may leave of a folder under POSIX.
 
-A file's content is on disk as of its last fsync, a folder's entries as of the folder's. Between two calls that change
-the disk a crash may leave anything between two extremes, which are both looked at: nothing but what was synced
-(`SYNCED`), or every change of names, but no content that was not synced (`NAMES_AHEAD`: journalled metadata).
+A file's content is on disk as of its last fsync, a folder's entries as of the folder's last fsync. A crash between two
+calls may leave anything between two extremes, and both are tested: only what was synced (`SYNCED`), or every change of
+names but no content that was not synced (`NAMES_AHEAD`: journalled metadata).
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from pathlib import Path
 from typing import Any
 
 SYNCED, NAMES_AHEAD = "synced", "names ahead"
-_CHANGING = ("rename", "replace", "unlink", "rmdir", "mkdir", "fsync")  # of the module os
+_CHANGING = ("rename", "replace", "unlink", "rmdir", "mkdir", "fsync")  # functions of os
 
 Entries = dict[str, int]  # name -> inode
 
 
 @dataclass(frozen=True)
 class Crash:
-    """The disk at one moment."""
+    """The state of the disk at one moment."""
 
-    after: str  # the call before
+    after: str  # name of the last call
     root: int
-    names: dict[int, Entries]  # of every folder, as programs see it
+    names: dict[int, Entries]  # inode of a folder -> entries, as programs see them
     synced_names: dict[int, Entries]
     synced_content: dict[int, bytes]
     folders: frozenset[int]
 
     def leaves(self, folder: Path, extreme: str) -> None:
-        """Write what is on the disk after the crash to `folder`, which is new."""
+        """Write what the crash leaves to `folder`, which must not exist."""
         self._write(self.root, folder, self.names if extreme == NAMES_AHEAD else self.synced_names)
 
     def _write(self, inode: int, folder: Path, names: dict[int, Entries]) -> None:
@@ -48,20 +48,20 @@ class Crash:
 
 @dataclass
 class ForgetfulDisk:
-    """Follows what this process does below `root`, which is on disk when it begins."""
+    """Records what this process does below `root`; all that exists at the start counts as synced."""
 
     root: Path
     crashes: list[Crash] = field(default_factory=list)
-    sites: dict[str, int] = field(default_factory=dict)  # where fsync was called from -> how often
-    ignored: str | None = None  # a site whose fsyncs do nothing
+    sites: dict[str, int] = field(default_factory=dict)  # FILE:LINE of a call of fsync -> number of calls
+    ignored: str | None = None  # site whose fsyncs have no effect
     _synced_names: dict[int, Entries] = field(default_factory=dict)
     _synced_content: dict[int, bytes] = field(default_factory=dict)
     _folders: set[int] = field(default_factory=set)
-    _open: list[int] = field(default_factory=list)  # so that no inode's number is used again
+    _open: list[int] = field(default_factory=list)  # descriptors that keep inode numbers from being reused
 
     @contextmanager
     def watching(self, patch: Callable[[object, str, Any], None]) -> Iterator[None]:
-        """patch: as `monkeypatch.setattr`, undone by the caller."""
+        """Record the calls of the body. patch: `monkeypatch.setattr`, which the caller undoes."""
         for folder, names, files in os.walk(self.root):
             self._sync(Path(folder))
             for name in files:
@@ -120,16 +120,16 @@ class ForgetfulDisk:
 
 
 def _entries(folder: Path) -> Entries:
-    found = {}
+    entries = {}
     for entry in os.scandir(folder):
         status = entry.stat(follow_symlinks=False)
         if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode):
-            found[entry.name] = status.st_ino
-    return found
+            entries[entry.name] = status.st_ino
+    return entries
 
 
 def _site() -> str:
-    """`FILE:LINE` that asked for the fsync: the first caller that is not the function `fsync` itself."""
+    """Return FILE:LINE of the caller of fsync, skipping functions named `fsync`."""
     frame = sys._getframe(2)
     while frame.f_code.co_name == "fsync" and frame.f_back is not None:
         frame = frame.f_back

@@ -1,4 +1,4 @@
-"""Objects by name, the same for every file system behind fsspec."""
+"""Objects of a bucket, on a local folder and on S3."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_objects_are_written_replaced_read_and_listed(store: Bucket, tmp_path: P
     assert (tmp_path / "copy").read_bytes() == b"x" * 1000
 
 
-def test_a_bucket_that_is_not_there_is_told_by_its_address() -> None:
+def test_the_error_for_a_missing_bucket_names_its_address() -> None:
     with (
         bucket("things"),
         pytest.raises(DraftsmithError, match=r"^DRAFTSMITH_STORE: s3://thinsg/x: there is no such b"),
@@ -48,14 +48,14 @@ def test_a_bucket_that_is_not_there_is_told_by_its_address() -> None:
         Bucket("s3://thinsg/x", "DRAFTSMITH_STORE").check()
 
 
-def test_a_full_disk_of_this_machine_is_not_the_network(store: Bucket) -> None:
+def test_a_full_local_disk_is_not_reported_as_a_network_error(store: Bucket) -> None:
     store.write("one", b"1")
     with pytest.raises(OSError, match="No space left on device"):
         store.download("one", Path("/dev/full"))
 
 
 @pytest.mark.parametrize(("failures", "calls"), [(2, 3), (3, 3)])
-def test_a_call_is_retried_and_then_the_stage_is(
+def test_a_call_is_retried_and_then_fails_with_a_retryable_error(
     failures: int, calls: int, store: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[str] = []

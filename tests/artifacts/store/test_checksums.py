@@ -1,4 +1,4 @@
-"""Checksums that are kept: one reading as long as nothing touches the file, another as soon as something does."""
+"""A file is hashed once, until it is touched."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from draftsmith.artifacts.store.manifest import sha256_file
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Every file that is hashed; the clock is fine enough for a file that was only just written."""
+    """Every file that is hashed. Files that were written just now are cached too."""
     seen: list[Path] = []
 
     def hashed(path: Path) -> str:
@@ -35,13 +35,13 @@ def home(tmp_path: Path) -> Path:
     return folder
 
 
-def put_back(path: Path) -> None:
+def rewrite_with_old_times(path: Path) -> None:
     stat = path.stat()
     path.write_bytes(b"other")
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-def exchanged(path: Path) -> None:
+def replace_with_old_times(path: Path) -> None:
     stat = path.stat()
     other = path.with_name("other")
     other.write_bytes(b"other")
@@ -49,43 +49,45 @@ def exchanged(path: Path) -> None:
     other.replace(path)
 
 
-def test_a_file_is_read_once_by_whoever_asks(home: Path, tmp_path: Path, reads: list[Path]) -> None:
+def test_a_file_is_hashed_only_once(home: Path, tmp_path: Path, reads: list[Path]) -> None:
     path = tmp_path / "weights"
     path.write_bytes(b"bytes")
     assert {Checksums(home).sha256(path) for _ in range(3)} == {sha256_file(path)}
     assert reads == [path]
 
 
-@pytest.mark.parametrize("touch", [put_back, exchanged, lambda path: path.write_bytes(b"other")])
-def test_a_touched_file_is_read_again_also_if_size_and_time_are_the_same(
+@pytest.mark.parametrize(
+    "touch", [rewrite_with_old_times, replace_with_old_times, lambda path: path.write_bytes(b"other")]
+)
+def test_a_touched_file_is_hashed_again_even_with_equal_size_and_time(
     touch: Callable[[Path], object], home: Path, tmp_path: Path, reads: list[Path]
 ) -> None:
-    path, kept = tmp_path / "weights", Checksums(home)
+    path, cached = tmp_path / "weights", Checksums(home)
     path.write_bytes(b"bytes")
-    before = kept.sha256(path)
+    before = cached.sha256(path)
     touch(path)
-    assert kept.sha256(path) == sha256_file(path) != before
+    assert cached.sha256(path) == sha256_file(path) != before
     assert len(reads) == 2
 
 
-def test_a_file_is_read_again_after_a_week(
+def test_a_file_is_hashed_again_after_a_week(
     home: Path, tmp_path: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, kept = tmp_path / "weights", Checksums(home)
+    path, cached = tmp_path / "weights", Checksums(home)
     path.write_bytes(b"bytes")
-    now = kept.checksum(path).at
+    now = cached.checksum(path).at
     monkeypatch.setattr(checksums.time, "time", lambda: now + checksums.MAX_AGE_S - 1)
-    kept.sha256(path)
+    cached.sha256(path)
     assert len(reads) == 1
     monkeypatch.setattr(checksums.time, "time", lambda: now + checksums.MAX_AGE_S + 1)
-    kept.sha256(path)
+    cached.sha256(path)
     assert len(reads) == 2
     monkeypatch.setattr(checksums.time, "time", lambda: now - 60)
-    kept.sha256(path)
-    assert len(reads) == 3, "a record from the future says nothing of the file's last week"
+    cached.sha256(path)
+    assert len(reads) == 3, "a record from the future does not count"
 
 
-def test_what_was_written_a_moment_ago_is_not_kept_as_known(
+def test_the_checksum_of_a_file_written_just_now_is_not_cached(
     home: Path, tmp_path: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checksums, "_CLOCK_RESOLUTION_S", 60.0)
@@ -96,19 +98,19 @@ def test_what_was_written_a_moment_ago_is_not_kept_as_known(
     assert len(reads) == 2
 
 
-def test_a_record_that_lost_a_bit_accuses_no_file(home: Path, tmp_path: Path, reads: list[Path]) -> None:
+def test_a_damaged_record_does_not_report_an_intact_file(home: Path, tmp_path: Path, reads: list[Path]) -> None:
     path = tmp_path / "weights"
     path.write_bytes(b"bytes")
     Checksums(home).sha256(path)
     (record,) = (home / checksums.FOLDER).iterdir()
     whole = record.read_bytes()
-    for place in range(len(whole)):
-        record.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        assert Checksums(home).sha256(path) == sha256_file(path), place
+    for index in range(len(whole)):
+        record.write_bytes(whole[:index] + bytes([whole[index] ^ 1]) + whole[index + 1 :])
+        assert Checksums(home).sha256(path) == sha256_file(path), index
     assert len(reads) > 1
 
 
-def test_a_file_that_is_written_to_while_it_is_read_is_one_clear_error(
+def test_a_file_that_changes_while_it_is_hashed_is_one_clear_error(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "log.jsonl"
@@ -124,9 +126,9 @@ def test_a_file_that_is_written_to_while_it_is_read_is_one_clear_error(
         Checksums(home).sha256(path)
 
 
-def test_a_home_that_is_not_there_yet_is_not_begun_by_looking_at_a_file(tmp_path: Path) -> None:
+def test_hashing_a_file_does_not_create_a_home(tmp_path: Path) -> None:
     path = tmp_path / "weights"
     path.write_bytes(b"weights")
-    put_back(path)
+    rewrite_with_old_times(path)
     assert Checksums(tmp_path / "none").sha256(path) == sha256_file(path)
     assert not (tmp_path / "none").exists()

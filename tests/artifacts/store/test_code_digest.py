@@ -1,4 +1,4 @@
-"""The code digest follows every project import and ignores what cannot change a result."""
+"""The code digest follows every project import, and ignores what cannot change a result."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def digest_after(project: Path, name: str, old: str, new: str) -> tuple[str, str
         ("stages/unrelated.py", "X = 1", "X = 2"),
     ],
 )
-def test_comments_docstrings_layout_and_unrelated_modules_do_not_count(
+def test_comments_docstrings_layout_and_unrelated_modules_do_not_change_the_digest(
     project: Path, name: str, old: str, new: str
 ) -> None:
     before, after = digest_after(project, name, old, new)
@@ -71,15 +71,15 @@ def test_comments_docstrings_layout_and_unrelated_modules_do_not_count(
         ("stages/__init__.py", "", "import os"),
     ],
 )
-def test_a_change_anywhere_in_the_closure_counts(project: Path, name: str, old: str, new: str) -> None:
+def test_a_change_in_any_imported_module_changes_the_digest(project: Path, name: str, old: str, new: str) -> None:
     before, after = digest_after(project, name, old, new)
     assert before != after
 
 
-def test_a_module_that_moves_makes_nothing_anew(project: Path) -> None:
+def test_moving_modules_does_not_change_the_digest(project: Path) -> None:
     before = code_digest("draftsmith.stages.engines.rollout", project)
     (project / "stages/engines/sampling").mkdir()
-    (project / "stages/engines/sampling/__init__.py").write_text('"""A room of its own."""\n')
+    (project / "stages/engines/sampling/__init__.py").write_text('"""Sampling."""\n')
     (project / "stages/sampling.py").rename(project / "stages/engines/sampling/draw.py")
     engine = project / "stages/engines/embedded.py"
     engine.write_text(engine.read_text().replace("from ..sampling", "from draftsmith.stages.engines.sampling.draw"))
@@ -90,7 +90,7 @@ def test_a_module_that_moves_makes_nothing_anew(project: Path) -> None:
     assert code_digest("draftsmith.stages.collect", project) == before
 
 
-def test_the_same_name_from_another_module_counts(project: Path) -> None:
+def test_importing_a_name_from_another_module_changes_the_digest(project: Path) -> None:
     (project / "stages/other.py").write_text(
         "def draw(x):\n    return x\n\n\nfrom draftsmith.stages.sampling import Y\n"
     )
@@ -107,11 +107,11 @@ def test_an_unknown_module_is_an_error(project: Path) -> None:
             code_digest(module, project)
 
 
-def test_what_was_read_once_is_kept_beside_the_compiled_modules_and_read_again_when_it_is_damaged(
+def test_parsed_sources_are_cached_beside_compiled_modules_and_damage_is_detected(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def digest() -> str:
-        code_digest_module._source.cache_clear()  # as another process
+        code_digest_module._source.cache_clear()  # as in a new process
         return code_digest("draftsmith.stages.engines.rollout", project)
 
     monkeypatch.setattr("sys.dont_write_bytecode", True)
@@ -130,4 +130,4 @@ def test_what_was_read_once_is_kept_beside_the_compiled_modules_and_read_again_w
     changed = digest()
     assert changed != plain
     kept.write_text(kept.read_text().replace('"identity": "', '"identity": "0'))
-    assert digest() != changed, "it is what is read"
+    assert digest() != changed, "the cache is used"

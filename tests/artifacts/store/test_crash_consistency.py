@@ -1,4 +1,4 @@
-"""A crash at any moment of a commit leaves the artifact whole or not there, and a commit that has returned stays."""
+"""A crash during a commit leaves the artifact complete or absent; a commit that has returned is durable."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make(store: Store, content: str, *, force: bool = False) -> ArtifactRef:
 
 
 def lost(crash: Crash, folder: Path, extreme: str, allowed: set[str]) -> str | None:
-    """What a user would lose by this crash, None if nothing. allowed: contents that may be there ("": none)."""
+    """Return what this crash would lose, or None. allowed: contents that may remain ("" stands for no artifact)."""
     crash.leaves(folder, extreme)
     store = Store(folder / "store")
     try:
@@ -45,7 +45,7 @@ def lost(crash: Crash, folder: Path, extreme: str, allowed: set[str]) -> str | N
 def crashed_everywhere(
     folder: Path, monkeypatch: pytest.MonkeyPatch, *, old: bool = False, ignored: str | None = None
 ) -> tuple[list[str], set[str]]:
-    """Commit once and crash it everywhere: what was lost, and where fsyncs were called from."""
+    """Commit once and crash at every call; return the losses, and the places that fsyncs were called from."""
     home = folder / "home"
     home.mkdir(parents=True)
     store = Store(home / "store")
@@ -72,9 +72,7 @@ def test_a_crash_anywhere_in_a_commit_loses_nothing(old: bool, tmp_path: Path, m
     assert losses == []
 
 
-def test_without_any_one_of_its_fsyncs_a_commit_is_lost_or_damaged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_fsync_of_a_commit_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, sites = crashed_everywhere(tmp_path / "all", monkeypatch)
     assert len(sites) >= 5
     for number, site in enumerate(sorted(sites)):
@@ -82,9 +80,7 @@ def test_without_any_one_of_its_fsyncs_a_commit_is_lost_or_damaged(
         assert losses, f"{site}: nothing is lost without this fsync"
 
 
-def test_a_crash_anywhere_leaves_the_training_the_checkpoint_before_or_the_new_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crash_anywhere_leaves_the_old_or_the_new_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = tmp_path / "work"
     work.mkdir()
     save_checkpoint(work, 1, {"reached": 1})
@@ -96,4 +92,4 @@ def test_a_crash_anywhere_leaves_the_training_the_checkpoint_before_or_the_new_o
             crash.leaves(left := tmp_path / f"{number} {extreme}", extreme)
             found = load_checkpoint(left, lambda _line: None)
             assert found is not None and found[1] == {"reached": found[0]}, crash.after
-            assert found[0] in ((2,) if crash is disk.crashes[-1] else (1, 2)), "what was saved stays"
+            assert found[0] in ((2,) if crash is disk.crashes[-1] else (1, 2)), "a saved checkpoint stays"

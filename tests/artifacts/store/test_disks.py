@@ -1,4 +1,4 @@
-"""Full and read-only disks: one clear error, and nothing computed earlier lost. Every cause is a real one."""
+"""Full and read-only disks give one clear error and lose nothing that was computed before. Every cause is real."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 pytestmark = pytest.mark.integration
 
-# Commits a small artifact, makes the disk refuse, then tries a second one; argv = folder, python text that refuses.
+# Commits a small artifact, makes the disk refuse writes, then tries another; argv = folder, code that makes it refuse.
 SCRIPT = textwrap.dedent(
     """
     import os, resource, subprocess, sys
@@ -41,7 +41,7 @@ SCRIPT = textwrap.dedent(
     except DraftsmithError as error:
         print(error)
     else:
-        sys.exit("the disk took it all: this test tests nothing")
+        sys.exit("the disk accepted everything, so the test is void")
     finally:
         os.seteuid(os.getuid())
     assert [m.key[0] for m in store.list()] == ["a"]
@@ -70,7 +70,7 @@ def can_mount() -> bool:
 
 
 def test_a_full_disk_is_one_clear_error_and_earlier_artifacts_stay(tmp_path: Path) -> None:
-    """A tmpfs of 1 MiB where mounts are allowed; a limit on the size of files (the same write fails) elsewhere."""
+    """Uses a tmpfs of 1 MiB where mounts are allowed, else a limit on the size of files."""
     if can_mount():
         message = try_disk(tmp_path, "", mount="-o size=1m")
         assert "the disk is full" in message
@@ -103,8 +103,8 @@ COMMIT = textwrap.dedent(
 
 
 @pytest.mark.skipif(not can_mount(), reason="needs the right to mount")
-def test_a_disk_that_fills_up_behind_the_last_byte_of_a_stage_costs_nothing(tmp_path: Path) -> None:
-    """The attempt has set the space of its manifest aside when it began."""
+def test_a_disk_that_fills_up_after_the_stage_does_not_prevent_the_commit(tmp_path: Path) -> None:
+    """The attempt reserved space for its manifest at the start."""
     inside = 'mount -t tmpfs -o size=1m draftsmith "$0" && exec "$@"'
     command = ["unshare", "--mount", "sh", "-c", inside, str(tmp_path), sys.executable, "-c", COMMIT, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -139,7 +139,7 @@ TORCH = textwrap.dedent(
 
 
 @pytest.mark.skipif(not can_mount(), reason="needs the right to mount: torch sees a full disk only on a full disk")
-def test_a_full_disk_is_known_behind_the_errors_of_torch_and_safetensors(tmp_path: Path) -> None:
+def test_a_full_disk_is_recognized_in_errors_of_torch_and_safetensors(tmp_path: Path) -> None:
     inside = 'mount -t tmpfs -o size=1m draftsmith "$0" && exec "$@"'
     command = ["unshare", "--mount", "sh", "-c", inside, str(tmp_path), sys.executable, "-c", TORCH, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -151,7 +151,7 @@ def test_a_full_disk_is_known_behind_the_errors_of_torch_and_safetensors(tmp_pat
 
 
 def test_a_folder_without_permission_is_one_clear_error(tmp_path: Path) -> None:
-    """Root would be let through, so root's test process gives up its rights for the attempt."""
+    """Root ignores permissions, so the test drops its privileges for the attempt."""
     refuse = "os.chmod(store.root / 'prompts', 0o555)\nos.chmod(store.root, 0o555)"
     if os.geteuid() == 0:
         tmp_path.chmod(0o755)

@@ -1,4 +1,4 @@
-"""A store that is mirrored in a bucket, from two homes: what is pushed and pulled, damage, and races."""
+"""A store mirrored in a bucket, seen from two homes: uploads, downloads, damage and races."""
 
 from __future__ import annotations
 
@@ -72,14 +72,14 @@ def two_files(store: Store, *, key: str = KEY, force: bool = False, texts: tuple
         return commit(store, claim)
 
 
-def test_what_one_home_makes_the_other_finds_and_fetches_when_it_reads(a: Store, b: Store) -> None:
+def test_another_home_finds_an_artifact_and_fetches_it_on_demand(a: Store, b: Store) -> None:
     made = two_files(a)
     assert b.find("rollout", OTHER) is None
     found = b.find("rollout", KEY)
     assert found is not None
     assert (found.key, found.content_id, found.volatile_id) == (made.key, made.content_id, made.volatile_id)
     assert [m.key for m in b.list()] == [KEY] and b.resolve("rollout").path == found.path == b.path("rollout", KEY)
-    b.verify_once(found)  # of what is here: nothing yet
+    b.verify_once(found)  # nothing is here yet
     assert [path.name for path in found.path.rglob("*")] == [MANIFEST]
     b.fetch(found, ["a.txt"])
     assert sorted(path.name for path in found.path.iterdir()) == ["a.txt", MANIFEST]
@@ -88,10 +88,10 @@ def test_what_one_home_makes_the_other_finds_and_fetches_when_it_reads(a: Store,
     b.verify(found)
     with b.claim("rollout", KEY) as claim:
         assert claim == found
-    assert b.localize(made.path / "deep") == found.path / "deep"  # as A wrote it down
+    assert b.localize(made.path / "deep") == found.path / "deep"  # a path of home A
 
 
-def test_a_flipped_bit_is_refused_by_name_and_mended_by_force(a: Store, b: Store) -> None:
+def test_damage_in_the_bucket_is_reported_by_name_and_repaired_by_force(a: Store, b: Store) -> None:
     two_files(a)
     (name,) = files_of("b.txt")
     flip(name)
@@ -102,7 +102,7 @@ def test_a_flipped_bit_is_refused_by_name_and_mended_by_force(a: Store, b: Store
     message = str(refused.value)
     assert message.startswith(f"{ADDRESS}/{name}: ") and "`--force rollout`" in message
     assert not (found.path / "deep" / "b.txt").exists()
-    again = two_files(b, force=True)  # the same content: it goes where the damaged one was
+    again = two_files(b, force=True)  # equal content replaces the damaged object
     assert again.content_id == found.content_id
     third = open_store(b.root.parent.parent / "c")
     whole = third.find("rollout", KEY)
@@ -113,11 +113,11 @@ def test_a_flipped_bit_is_refused_by_name_and_mended_by_force(a: Store, b: Store
     with pytest.raises(DraftsmithError, match=rf"{ADDRESS}/rollout/{KEY_16}/{MANIFEST}: .*not a readable manifest"):
         b.find("rollout", KEY)
     assert a.path("rollout", KEY).is_dir()
-    two_files(a, force=True)  # by the home that has a copy too
+    two_files(a, force=True)  # also from the home that has a copy
     assert b.find("rollout", KEY) is not None
 
 
-def test_an_upload_that_was_cut_off_counts_for_nothing_and_goes_on(
+def test_an_interrupted_upload_creates_no_artifact_and_is_continued(
     a: Store, b: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upload, sent = Bucket.upload, list[str]()
@@ -133,15 +133,15 @@ def test_an_upload_that_was_cut_off_counts_for_nothing_and_goes_on(
         two_files(a)
     assert len(objects()) == 1
     assert a.find("rollout", KEY) is None and b.find("rollout", KEY) is None and a.list() == []
-    with a.claim("rollout", KEY) as done:  # without the stage
+    with a.claim("rollout", KEY) as done:  # commits without the stage
         assert isinstance(done, ArtifactRef)
-    assert len(sent) == 3 and sent[2] == sent[1], "what was up stayed up"
+    assert len(sent) == 3 and sent[2] == sent[1], "the first file is not uploaded again"
     found = b.find("rollout", KEY)
     assert found is not None
     b.verify(found)
 
 
-def test_of_two_that_make_the_same_the_first_one_counts(a: Store, b: Store, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_first_of_two_concurrent_commits_counts(a: Store, b: Store, caplog: pytest.LogCaptureFixture) -> None:
     with a.claim("rollout", KEY) as one, b.claim("rollout", KEY) as other:
         assert isinstance(one, Claim) and isinstance(other, Claim)
         for claim, text in ((one, "first"), (other, "second")):
@@ -157,7 +157,7 @@ def test_of_two_that_make_the_same_the_first_one_counts(a: Store, b: Store, capl
     b.verify(taken)
 
 
-def test_force_replaces_for_all_and_readers_of_the_old_one_keep_it(a: Store, b: Store) -> None:
+def test_force_replaces_an_artifact_and_its_readers_keep_the_old_one(a: Store, b: Store) -> None:
     make(a, "old")
     old = b.find("rollout", KEY)
     assert old is not None
@@ -172,7 +172,7 @@ def test_force_replaces_for_all_and_readers_of_the_old_one_keep_it(a: Store, b: 
     b.verify(found)
 
 
-def test_what_a_home_had_before_is_uploaded_and_not_made_again(a: Store, b: Store, tmp_path: Path) -> None:
+def test_an_artifact_from_before_the_bucket_is_uploaded_and_not_made_again(a: Store, b: Store, tmp_path: Path) -> None:
     before = make(Store(tmp_path / "a" / "store"))
     assert a.find("rollout", KEY) is None
     with a.claim("rollout", KEY) as claim:
@@ -181,11 +181,11 @@ def test_what_a_home_had_before_is_uploaded_and_not_made_again(a: Store, b: Stor
     damaged = make(Store(tmp_path / "a" / "store"), key=OTHER)
     (damaged.path / "data.txt").write_text("anSwer")
     with a.claim("rollout", OTHER) as claim:
-        assert isinstance(claim, Claim)  # not what was written: made anew
+        assert isinstance(claim, Claim)  # damaged, so it is made again
 
 
 @pytest.mark.parametrize("verify", ["verify_once", "verify"])
-def test_a_copy_that_the_disk_has_damaged_is_fetched_again(
+def test_a_damaged_local_copy_is_fetched_again(
     verify: str, a: Store, b: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = make(a).path / "data.txt"
@@ -197,7 +197,7 @@ def test_a_copy_that_the_disk_has_damaged_is_fetched_again(
     getattr(b, verify)(found)
     assert copy.read_text() == made.read_text()
     assert f"{copy}: has changed since it was written" in caplog.text
-    copy.write_text("cut")  # a size that is wrong is not there
+    copy.write_text("cut")  # a file of the wrong size counts as missing
     b.fetch(found)
     b.verify(found)
 
@@ -208,7 +208,7 @@ def test_a_copy_that_the_disk_has_damaged_is_fetched_again(
         getattr(b, verify)(found)
 
 
-def test_a_home_that_may_only_be_read_sees_the_store(a: Store, tmp_path: Path) -> None:
+def test_a_read_only_home_can_read_the_store(a: Store, tmp_path: Path) -> None:
     make(a)
     (tmp_path / "r").mkdir()
     (tmp_path / "r").chmod(0o500)
@@ -221,7 +221,7 @@ def test_a_home_that_may_only_be_read_sees_the_store(a: Store, tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("a")
-def test_addresses_that_cannot_be_and_errors_without_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_addresses_are_refused_and_errors_hold_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for address, why in (
         ("bucket/prefix", "bucket/prefix is no address"),
         (f"s3://me:{SECRET}@bucket/prefix", "an address with a user or password in it"),

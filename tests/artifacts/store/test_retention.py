@@ -1,4 +1,4 @@
-"""What may be pruned: never what a run holds, what is young, or what is needed, and what such a one was made from."""
+"""Prune never removes what a run holds, what is recent, what is needed, or the inputs of these."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.testbed.artifacts import committed
 
 OLD, YOUNG, KEY = "ab" * 32, "cd" * 32, "ef" * 32
 DAY = 86400.0
-LATER = time.time() + 1000  # everything that a test makes is older
+LATER = time.time() + 1000  # after everything that a test makes
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def attempt(store: Store, key: str, age_days: float) -> Path:
-    """An unfinished attempt, last touched so long ago."""
+    """Create an unfinished attempt that was last touched `age_days` ago."""
     with store.claim("sft", key) as claim:
         assert isinstance(claim, Claim)
         (claim.work / "checkpoint.pt").write_bytes(b"x" * 100)
@@ -47,7 +47,7 @@ def artifact(store: Store, content: str, *, force: bool = False) -> Path:
     return committed(store, "target", {"x": content}, KEY, force=force).path
 
 
-def test_copies_of_uploaded_drafters_that_nobody_uses_go(tmp_path: Path) -> None:
+def test_unused_copies_of_uploaded_drafters_are_removed(tmp_path: Path) -> None:
     copy = tmp_path / "uploaded" / OLD[:16]
     (copy / "drafter").mkdir(parents=True)
     (copy / "drafter" / "model.safetensors").write_bytes(b"x" * 100)
@@ -59,7 +59,7 @@ def test_copies_of_uploaded_drafters_that_nobody_uses_go(tmp_path: Path) -> None
     assert found.kind == "copy of an uploaded drafter" and found.remove() and not copy.exists()
 
 
-def test_shards_stay_as_long_as_a_node_of_their_stage_may_join_them(tmp_path: Path, store: Store) -> None:
+def test_shards_stay_while_an_attempt_of_their_stage_may_use_them(tmp_path: Path, store: Store) -> None:
     shard = committed(store, "mining.shard", {"x": "rows"}, KEY).path
     (old,) = leftovers(tmp_path, time.time() + 1)
     with store.claim("mining", OLD) as node:
@@ -71,11 +71,11 @@ def test_shards_stay_as_long_as_a_node_of_their_stage_may_join_them(tmp_path: Pa
     assert old.path == shard and old.remove() and not shard.exists()
 
 
-def test_old_attempts_replaced_artifacts_and_logs_go_and_artifacts_stay(tmp_path: Path, store: Store) -> None:
+def test_old_attempts_replaced_artifacts_and_logs_are_removed_and_artifacts_stay(tmp_path: Path, store: Store) -> None:
     old, young = attempt(store, OLD, 40), attempt(store, YOUNG, 20)
     made = artifact(store, "first")
     age(made, 40)
-    artifact(store, "second", force=True)  # the first one is kept, hidden: others may have been made from it
+    artifact(store, "second", force=True)  # the first one is only renamed: others may have been made from it
     assert [each.kind for each in leftovers(tmp_path, time.time() - 30 * DAY)] == ["unfinished attempt"]
     age(tmp_path / "store" / "target", 40)
     (tmp_path / "logs").mkdir()
@@ -91,7 +91,7 @@ def test_old_attempts_replaced_artifacts_and_logs_go_and_artifacts_stay(tmp_path
     assert leftovers(tmp_path, time.time() - 30 * DAY) == []
 
 
-def test_an_attempt_that_a_run_takes_up_stays(tmp_path: Path, store: Store) -> None:
+def test_an_attempt_that_a_run_continues_stays(tmp_path: Path, store: Store) -> None:
     old = attempt(store, OLD, 40)
     (found,) = leftovers(tmp_path, time.time() - 30 * DAY)
     with store.claim("sft", OLD):
@@ -109,26 +109,26 @@ def made(store: Store, stage: str, inputs: dict[str, ArtifactRef] | None = None)
 
 
 def used(ref: ArtifactRef, at: float = LATER) -> None:
-    """A run reuses it."""
+    """Touch an artifact as a run does that reuses it."""
     os.utime(ref.path / MANIFEST, (at, at))
 
 
 def stages(store: Store, *, needed: tuple[str, ...] = ()) -> set[str]:
-    """Of what may go."""
+    """Return the stages of the unused artifacts."""
     return {each.path.parent.name for each in unused_artifacts(store.root, LATER, needed)}
 
 
 @pytest.fixture
 def chain(store: Store) -> list[ArtifactRef]:
-    """Target, answers of it, and two drafters that learned them."""
+    """A target, its answers, and two drafters trained on them."""
     target = made(store, "target")
     answers = made(store, "rollout", {"target": target})
     return [target, answers, *(made(store, name, {"answers": answers}) for name in ("sft", "opd"))]
 
 
-def test_what_was_used_stays_with_what_it_was_made_from(store: Store, chain: list[ArtifactRef]) -> None:
+def test_a_used_artifact_stays_with_its_inputs(store: Store, chain: list[ArtifactRef]) -> None:
     _, answers, sft, _ = chain
-    assert unused_artifacts(store.root, time.time() - 1000, ()) == [], "all of it is young"
+    assert unused_artifacts(store.root, time.time() - 1000, ()) == [], "all are recent"
     assert stages(store) == {"target", "rollout", "sft", "opd"}
     assert stages(store, needed=(chain[3].content_id,)) == {"sft"}
     used(sft, LATER - 1)
@@ -139,29 +139,29 @@ def test_what_was_used_stays_with_what_it_was_made_from(store: Store, chain: lis
     assert stages(store) == {"opd"}
 
 
-def test_what_was_read_by_its_path_stays(store: Store) -> None:
-    """A config may name an artifact's folder, as a model or as a file; a stage may say what it reads there."""
+def test_artifacts_that_were_read_by_path_stay(store: Store) -> None:
+    """A config may name an artifact's folder as a model or a file, and a stage may list what it reads there."""
     target, other, elsewhere = made(store, "target"), made(store, "other"), made(store, "model")
     named = {str(target.path / "x"): "digest", "/srv/elsewhere": "digest", "s3://bucket/a.jsonl": "digest"}
     sft = committed(store, "sft", {ELSEWHERE: f'{{"{elsewhere.path}/x": "digest"}}'}, external=named)
     assert stages(store, needed=(sft.content_id,)) == {other.stage}
 
 
-def test_nothing_goes_while_nobody_can_say_what_an_artifact_reads(store: Store, chain: list[ArtifactRef]) -> None:
+def test_nothing_is_removed_if_an_artifacts_inputs_cannot_be_read(store: Store, chain: list[ArtifactRef]) -> None:
     (chain[0].path / ELSEWHERE).write_text("{")
     with pytest.raises(DraftsmithError, match=rf"{ELSEWHERE}: cannot be read \(truncated or edited\)"):
         used(chain[0])
         stages(store)
 
 
-def test_what_is_no_whole_artifact_is_none_of_these(store: Store, chain: list[ArtifactRef]) -> None:
+def test_damaged_artifacts_shards_and_attempts_are_not_unused_artifacts(store: Store, chain: list[ArtifactRef]) -> None:
     (chain[2].path / MANIFEST).write_text("{")
     made(store, "mining.shard")
     with store.claim("prompts", "cd" * 32):
         assert stages(store) == {"target", "rollout", "opd"}
 
 
-def test_it_goes_unless_a_run_holds_it_and_never_by_halves(
+def test_an_unused_artifact_is_removed_atomically_unless_a_run_holds_it(
     store: Store, chain: list[ArtifactRef], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used(chain[2])
@@ -173,33 +173,31 @@ def test_it_goes_unless_a_run_holds_it_and_never_by_halves(
         killed.setattr(shutil, "rmtree", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             found.remove()
-    assert store.find("opd", chain[3].key) is None, "not damaged: not there"
-    (aside,) = Path(store.root / "opd").glob(f"{REPLACED}*")
-    assert (aside / "x").is_file() and not (aside / MANIFEST).exists(), "no version's drafter: it is a leftover"
+    assert store.find("opd", chain[3].key) is None, "absent, not damaged"
+    (renamed,) = Path(store.root / "opd").glob(f"{REPLACED}*")
+    assert (renamed / "x").is_file() and not (renamed / MANIFEST).exists(), "it is a leftover, no artifact"
     used(chain[2], 0)
     used(chain[1])
     (sft,) = unused_artifacts(store.root, LATER, ())
     assert sft.remove() and not list((store.root / "sft").glob("[!.l]*")) and not list((store.root / "sft").glob(".r*"))
 
 
-def test_what_a_drafter_of_a_line_was_made_from_stays_also_where_its_key_was_made_again(
-    store: Store, chain: list[ArtifactRef]
-) -> None:
+def test_inputs_of_a_lines_drafter_stay_even_if_its_key_was_made_again(store: Store, chain: list[ArtifactRef]) -> None:
     opd = chain[3]
     opd.path.rename(opd.path.with_name(f"{REPLACED}{opd.path.name}-1"))
     assert stages(store, needed=(opd.content_id,)) == {"sft"}
 
 
-def test_who_removes_is_alone_and_who_reads_waits_for_that(tmp_path: Path) -> None:
+def test_prune_excludes_runs_and_runs_wait_for_it(tmp_path: Path) -> None:
     alive = pytest.raises(DraftsmithError, match=r"is alive \(it holds .*lock-artifacts: run another, pid")
     one, another = artifacts_in_use(tmp_path, "one"), artifacts_in_use(tmp_path, "another")  # runs share the lock
     with one, another, alive, exclusive_for_prune(tmp_path):
         pass
-    said: list[str] = []
+    messages: list[str] = []
     with (
         exclusive_for_prune(tmp_path),
         pytest.raises(LockTimeoutError),
-        artifacts_in_use(tmp_path, "one", said.append, limit_s=0),
+        artifacts_in_use(tmp_path, "one", messages.append, limit_s=0),
     ):
         pass
-    assert len(said) == 1 and "(run prune --artifacts, pid" in said[0]
+    assert len(messages) == 1 and "(run prune --artifacts, pid" in messages[0]

@@ -1,4 +1,4 @@
-"""The store's rules within one process: keys, finding, damage, force, resume."""
+"""The store within one process: keys, look-up, damage, force, resumption."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store")
 
 
-def test_home_is_absolute_and_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_home_is_absolute_and_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DRAFTSMITH_HOME", raising=False)
     assert home() == tmp_path / ".draftsmith"
@@ -63,7 +63,7 @@ def test_a_committed_artifact_is_found_with_its_manifest(store: Store) -> None:
             claim,
             config={"batch": 4},
             inputs={"prompts": source},
-            metrics={"tau": 2.5, "loss": float("nan")},  # which no JSON has
+            metrics={"tau": 2.5, "loss": float("nan")},  # NaN has no JSON form
             volatile=("metrics.jsonl",),
         )
     assert store.find("rollout", KEY) == ref
@@ -79,7 +79,7 @@ def test_a_committed_artifact_is_found_with_its_manifest(store: Store) -> None:
     store.verify(ref)
 
 
-def test_a_key_changes_with_every_one_of_its_parts(tmp_path: Path) -> None:
+def test_a_key_depends_on_each_of_its_inputs(tmp_path: Path) -> None:
     ref = ArtifactRef("prompts", KEY, "1" * 64, tmp_path)
     base: dict[str, Any] = {
         "stage": "rollout",
@@ -99,7 +99,7 @@ def test_a_key_changes_with_every_one_of_its_parts(tmp_path: Path) -> None:
     assert len({Store.key(**(base | change)) for change in [{}, *changes]}) == len(changes) + 1
 
 
-def test_a_key_ignores_field_order_and_where_an_input_lies(tmp_path: Path) -> None:
+def test_a_key_ignores_field_order_and_paths_of_inputs(tmp_path: Path) -> None:
     here = ArtifactRef("prompts", KEY, "1" * 64, tmp_path)
     there = ArtifactRef("prompts", OTHER, "1" * 64, tmp_path / "moved")
     first = Store.key("rollout", "c", {"a": 1, "b": 2}, {"prompts": here}, 0)
@@ -120,7 +120,7 @@ def test_a_failed_attempt_leaves_no_artifact_and_the_next_one_resumes_it(store: 
         assert (claim.out / "first").read_text() == "kept"
 
 
-def test_a_forced_claim_starts_empty_and_goes_on_from_a_forced_attempt(
+def test_a_forced_claim_starts_empty_or_continues_a_forced_attempt(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     names: list[str] = []
@@ -129,9 +129,9 @@ def test_a_forced_claim_starts_empty_and_goes_on_from_a_forced_attempt(
         with store.claim("rollout", KEY, force=force) as claim:
             assert isinstance(claim, Claim)
             names.append(claim.forced)
-            found = [path.read_text() for path in claim.work.iterdir()]
+            saved_before = [path.read_text() for path in claim.work.iterdir()]
             (claim.work / "checkpoint").write_text(saved)
-        return found
+        return saved_before
 
     assert attempt(force=False, saved="broken") == []
     assert attempt(force=True, saved="half") == []
@@ -140,11 +140,11 @@ def test_a_forced_claim_starts_empty_and_goes_on_from_a_forced_attempt(
     assert f"delete {store.partial_path('rollout', KEY)}" in caplog.text
     assert attempt(force=False, saved="other") == ["more"]
     assert attempt(force=True, saved="") == []
-    assert names[0] == names[3] == "" and names[1] == names[2] != names[4], "its shards are made again once"
+    assert names[0] == names[3] == "" and names[1] == names[2] != names[4], "one id per forced attempt"
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_a_commit_that_failed_is_made_by_the_next_claim_without_the_stage(
+def test_the_next_claim_finishes_a_failed_commit_without_the_stage(
     store: Store, monkeypatch: pytest.MonkeyPatch, force: bool
 ) -> None:
     def full(path: Path, _text: str) -> None:
@@ -152,7 +152,7 @@ def test_a_commit_that_failed_is_made_by_the_next_claim_without_the_stage(
 
     with monkeypatch.context() as patch:
         patch.setattr("draftsmith.artifacts.store.local.write_text", full)
-        for _ in range(2):  # still full when it is tried again
+        for _ in range(2):  # the disk is still full at the second attempt
             with pytest.raises(DraftsmithError, match="the disk is full"):
                 make(store, "made once", force=force)
     assert store.find("rollout", KEY) is None
@@ -160,12 +160,10 @@ def test_a_commit_that_failed_is_made_by_the_next_claim_without_the_stage(
         assert isinstance(found, ArtifactRef)
     assert (found.path / "data.txt").read_text() == "made once"
     store.verify(found)
-    assert make(store, "made anew", force=True).content_id != found.content_id
+    assert make(store, "made again", force=True).content_id != found.content_id
 
 
-def test_files_that_changed_behind_a_failed_commit_are_made_again(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_that_changed_after_a_failed_commit_are_made_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("draftsmith.artifacts.store.local.describe_files", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -175,10 +173,10 @@ def test_files_that_changed_behind_a_failed_commit_are_made_again(
         assert isinstance(claim, Claim)
 
 
-def test_a_lock_that_is_lost_while_checksums_are_made_makes_nothing_final(
+def test_nothing_is_committed_if_the_lock_is_lost_while_files_are_hashed(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a large artifact they take minutes: another may have begun meanwhile."""
+    """Hashing a large artifact takes minutes, in which another process may take over the lock."""
     with store.claim("rollout", KEY) as claim:
         assert isinstance(claim, Claim)
         (claim.out / "data.txt").write_text("late")
@@ -194,7 +192,7 @@ def test_a_lock_that_is_lost_while_checksums_are_made_makes_nothing_final(
     assert not store.path("rollout", KEY).exists()
 
 
-def test_a_link_is_refused_because_an_artifact_holds_its_content(store: Store, tmp_path: Path) -> None:
+def test_a_link_in_an_artifact_is_refused(store: Store, tmp_path: Path) -> None:
     with store.claim("rollout", KEY) as claim:
         assert isinstance(claim, Claim)
         (claim.out / "weights").symlink_to(tmp_path)
@@ -224,10 +222,10 @@ def test_a_damaged_artifact_names_the_file_and_the_remedy_and_force_replaces_it(
     store.verify(again)
 
 
-def test_verify_finds_a_flipped_byte_and_an_added_file(store: Store) -> None:
+def test_verify_detects_a_changed_byte_and_an_added_file(store: Store) -> None:
     ref = make(store)
     (ref.path / "data.txt").write_text("Answer")
-    assert store.find("rollout", KEY) == ref  # sizes alone cannot tell
+    assert store.find("rollout", KEY) == ref  # it compares only sizes
     with pytest.raises(DraftsmithError, match=r"data\.txt: has changed"):
         store.verify(ref)
     (ref.path / "data.txt").write_text("answer")
@@ -237,7 +235,7 @@ def test_verify_finds_a_flipped_byte_and_an_added_file(store: Store) -> None:
         store.verify(ref)
 
 
-def test_a_flipped_bit_in_a_manifest_is_found_or_changes_nothing(store: Store) -> None:
+def test_a_flipped_bit_in_a_manifest_is_detected_or_harmless(store: Store) -> None:
     with store.claim("rollout", KEY) as claim:
         assert isinstance(claim, Claim)
         (claim.out / "data.txt").write_text("answer")
@@ -267,7 +265,7 @@ def test_a_forced_attempt_that_fails_keeps_the_old_artifact(store: Store) -> Non
     store.verify(old)
 
 
-def test_force_keeps_a_replaced_artifact_aside_only_if_its_content_differs(store: Store) -> None:
+def test_force_keeps_a_replaced_artifact_only_if_its_content_differs(store: Store) -> None:
     make(store, "same")
     make(store, "same", force=True)
     assert list(store.root.glob("rollout/.replaced-*")) == []
@@ -277,7 +275,7 @@ def test_force_keeps_a_replaced_artifact_aside_only_if_its_content_differs(store
     assert [manifest.content_id for manifest in store.list()] == [new.content_id]
 
 
-def test_resolve_takes_stage_key_content_id_path_and_uri(store: Store) -> None:
+def test_resolve_accepts_stage_key_content_id_path_and_uri(store: Store) -> None:
     ref = make(store)
     other = make(store, "prompts", key=OTHER, stage="prompts")
     for text in ("rollout", KEY[:8], f"rollout/{KEY[:4]}", ref.content_id[:10], str(ref.path), ref.uri):

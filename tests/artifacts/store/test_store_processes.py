@@ -1,4 +1,4 @@
-"""The store's rules under kills and races, with real processes."""
+"""The store under kills and races, with real processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.flows.processes import wait_until
 
 pytestmark = pytest.mark.integration
 
-# What a runner does, in a process of its own: argv = store root, key, the body's text, "force" or "".
+# Script of a process that makes an artifact: argv = store root, key, code of the body, "force" or "".
 RUNNER = textwrap.dedent(
     """
     import os, signal, sys, time
@@ -57,7 +57,7 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store")
 
 
-def test_sigkill_mid_write_leaves_no_artifact_frees_the_lock_and_keeps_the_work(store: Store) -> None:
+def test_a_killed_attempt_leaves_no_artifact_and_no_lock_but_its_work(store: Store) -> None:
     process = start(
         store.root,
         """
@@ -82,8 +82,8 @@ def test_sigkill_mid_write_leaves_no_artifact_frees_the_lock_and_keeps_the_work(
     assert list(store.manifest(ref).files) == ["data.txt"]  # the half-written file is not part of it
 
 
-def test_sigkill_between_manifest_and_last_rename_is_completed_by_the_next_claim(store: Store) -> None:
-    """A forced commit renames twice: the process kills itself between the two."""
+def test_the_next_claim_completes_a_commit_killed_before_its_last_rename(store: Store) -> None:
+    """A forced commit renames twice, and the process kills itself in between."""
     make(store, "old")
     process = start(
         store.root,
@@ -106,7 +106,7 @@ def test_sigkill_between_manifest_and_last_rename_is_completed_by_the_next_claim
     store.verify(found)
 
 
-def test_three_racers_on_one_key_run_the_body_once(store: Store, tmp_path: Path) -> None:
+def test_three_concurrent_claims_of_a_key_run_the_body_once(store: Store, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     body = f"""
         with open({str(runs)!r}, "a") as file:
@@ -121,7 +121,7 @@ def test_three_racers_on_one_key_run_the_body_once(store: Store, tmp_path: Path)
     assert runs.read_text() == "ran\n"
 
 
-def test_a_child_that_inherited_the_lock_keeps_it_when_the_runner_is_killed(store: Store) -> None:
+def test_a_child_that_inherited_the_lock_keeps_it_when_its_parent_is_killed(store: Store) -> None:
     process = start(
         store.root,
         """
@@ -143,21 +143,21 @@ def test_a_child_that_inherited_the_lock_keeps_it_when_the_runner_is_killed(stor
         time.sleep(0.01)
 
 
-def test_a_waiting_claim_says_so_once(store: Store) -> None:
+def test_a_waiting_claim_reports_the_holder_once(store: Store) -> None:
     process = start(store.root, 'print("held", flush=True); time.sleep(0.5); (claim.out / "data.txt").write_text("x")')
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
-    said: list[Holder | None] = []
-    with store.claim("rollout", KEY, wait=LockWait(on_wait=said.append)) as found:
+    holders: list[Holder | None] = []
+    with store.claim("rollout", KEY, wait=LockWait(on_wait=holders.append)) as found:
         assert isinstance(found, ArtifactRef)
-    (holder,) = said
+    (holder,) = holders
     assert holder is not None and holder.pid == process.pid
     assert (holder.host, holder.user) == (platform.node(), getpass.getuser())
     assert abs((datetime.now(UTC) - datetime.fromisoformat(holder.since)).total_seconds()) < 60
     process.wait()
 
 
-def test_a_wait_has_a_limit_and_says_for_whom(store: Store) -> None:
+def test_the_error_at_the_end_of_a_wait_names_the_holder(store: Store) -> None:
     process = start(store.root, 'print("held", flush=True); time.sleep(60)')
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
@@ -173,7 +173,7 @@ def test_a_wait_has_a_limit_and_says_for_whom(store: Store) -> None:
 
 @pytest.mark.parametrize("lost", ["removed", "made again", "freed"])
 def test_a_paused_holder_whose_lock_was_taken_over_cannot_commit(store: Store, lost: str) -> None:
-    """What a shared file system may do to a holder that is only slow: its lock file is gone, or free for another."""
+    """On a shared file system a slow holder may lose its lock: the file is removed, or released to another."""
     process = start(
         store.root,
         """
@@ -193,7 +193,7 @@ def test_a_paused_holder_whose_lock_was_taken_over_cannot_commit(store: Store, l
     stat = Path(f"/proc/{process.pid}/stat")
     wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", "it is stopped")
     lock = store.root / "rollout" / f".lock-{KEY[:16]}"
-    if lost == "freed":  # another machine sees the same note in a file that nobody holds
+    if lost == "freed":  # another machine sees the same note in an unlocked file
         note = lock.read_bytes()
         lock.unlink()
         lock.write_bytes(note)
@@ -202,13 +202,13 @@ def test_a_paused_holder_whose_lock_was_taken_over_cannot_commit(store: Store, l
     if lost != "removed":
         with store.claim("rollout", KEY) as claim:
             assert isinstance(claim, Claim)
-            (claim.out / "data.txt").write_text("of the other")
+            (claim.out / "data.txt").write_text("another")
             ref = store.commit(claim, Provenance({}, {}, "c", 0))
     process.send_signal(signal.SIGCONT)
-    said = process.stdout.readline()
+    message = process.stdout.readline()
     process.wait()
-    assert said.startswith("LockLostError") and "the lock was taken over" in said
+    assert message.startswith("LockLostError")
     if lost == "removed":
         assert store.find("rollout", KEY) is None
     else:
-        assert (ref.path / "data.txt").read_text() == "of the other"
+        assert (ref.path / "data.txt").read_text() == "another"

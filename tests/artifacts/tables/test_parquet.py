@@ -1,4 +1,4 @@
-"""Versioned Parquet tables: what is written is read back, and anything else is refused by name."""
+"""Versioned Parquet tables are read back as written; errors for anything else name the file and the cause."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def trace_row(step: Any = 0, **changes: Any) -> dict[str, Any]:
     return row | {"target_logprobs": None} | changes
 
 
-def test_rows_come_back_with_their_types(tmp_path: Path) -> None:
+def test_rows_are_read_back_with_their_types(tmp_path: Path) -> None:
     row: dict[str, Any] = {
         "trajectory_id": "p/0",
         "step": 3,
@@ -45,7 +45,7 @@ def test_rows_come_back_with_their_types(tmp_path: Path) -> None:
     assert pq.read_metadata(tmp_path / "t.parquet").row_group(0).column(0).compression == "ZSTD"
 
 
-def test_columns_are_read_alone_and_a_table_can_be_written_as_it_was_read(tmp_path: Path) -> None:
+def test_single_columns_are_read_and_a_read_table_is_written_back_unchanged(tmp_path: Path) -> None:
     write_table(tmp_path / "a.parquet", TRACE, [trace_row(0), trace_row(1)])
     assert read_table(tmp_path / "a.parquet", TRACE, ["step"]).to_pydict() == {"step": [0, 1]}
     write_table(tmp_path / "b.parquet", TRACE, read_table(tmp_path / "a.parquet", TRACE))
@@ -70,40 +70,40 @@ def test_every_schema_writes_and_reads_an_empty_table(tmp_path: Path) -> None:
         ({"step": 1}, r"trace, row 0: missing columns \['accepted'"),
     ],
 )
-def test_a_row_that_does_not_fit_names_its_column(row: dict[str, Any], message: str) -> None:
+def test_the_error_for_a_bad_row_names_its_column(row: dict[str, Any], message: str) -> None:
     with pytest.raises(DraftsmithError, match=message):
         to_table(TRACE, [row])
 
 
-@pytest.mark.parametrize("kept", [0, 0.5])
-def test_a_truncated_file_is_named(tmp_path: Path, kept: float) -> None:
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_the_error_for_a_truncated_file_names_it(tmp_path: Path, share: float) -> None:
     path = tmp_path / "t.parquet"
     write_table(path, TRACE, [trace_row(step) for step in range(1000)])
     content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * kept)])
+    path.write_bytes(content[: int(len(content) * share)])
     with pytest.raises(DraftsmithError, match=r"t\.parquet: not a complete Parquet file .*--force"):
         read_table(path, TRACE)
 
 
-def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path: Path) -> None:
-    """Checksums of the pages hold the values; what else stands in the file is its own description."""
+def test_a_flipped_bit_in_a_table_is_detected_or_harmless(tmp_path: Path) -> None:
+    """Page checksums cover the values; bits elsewhere in the file are metadata that may not matter."""
     path = tmp_path / "t.parquet"
     rows = [trace_row(step) | {"proposed_ids": [step, 2 * step, 7]} for step in range(200)]
     write_table(path, TRACE, rows)
-    whole, written, random = path.read_bytes(), read_table(path, TRACE), Random(0)
-    found = 0
+    original, written, random = path.read_bytes(), read_table(path, TRACE), Random(0)
+    detected = 0
     for _ in range(300):
-        content = bytearray(whole)
+        content = bytearray(original)
         content[random.randrange(len(content))] ^= 1 << random.randrange(8)
         path.write_bytes(content)
         try:
             assert read_table(path, TRACE).equals(written)
         except DraftsmithError:
-            found += 1
-    assert found > 100
+            detected += 1
+    assert detected > 100
 
 
-def test_foreign_files_are_refused_by_what_they_are(tmp_path: Path) -> None:
+def test_the_error_for_a_foreign_file_says_what_it_is(tmp_path: Path) -> None:
     pq.write_table(pa.table({"step": [1]}), tmp_path / "foreign.parquet")
     with pytest.raises(DraftsmithError, match=r"foreign\.parquet: was not written by Draftsmith"):
         read_table(tmp_path / "foreign.parquet", TRACE)
@@ -117,7 +117,7 @@ def test_foreign_files_are_refused_by_what_they_are(tmp_path: Path) -> None:
         read_table(tmp_path, TRACE)
 
 
-def test_another_version_is_refused_with_both_numbers(tmp_path: Path) -> None:
+def test_the_error_for_another_version_names_both(tmp_path: Path) -> None:
     write_table(tmp_path / "t.parquet", TableSchema("trace", TRACE.version + 1, TRACE.columns), [trace_row()])
     message = f"trace has version {TRACE.version + 1}, but this Draftsmith reads version {TRACE.version}"
     with pytest.raises(DraftsmithError, match=message):
@@ -141,17 +141,17 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["t.parquet"]
 
 
-def test_rows_are_ordered_by_a_list_of_values_and_keep_their_own_order() -> None:
+def test_rows_are_selected_in_the_order_of_values_and_the_sort_is_stable() -> None:
     rows = [trace_row(step, trajectory_id=name) for step in range(3) for name in "bac"]
     table = pa.concat_tables([to_table(TRACE, rows[:4]), to_table(TRACE, rows[4:])])  # shards are chunks
     assert index_in(table, "trajectory_id", ["c", "b"]).tolist() == [1, -1, 0] * 3
-    found = select_in_order(table, "trajectory_id", ["c", "b", "absent"])
-    assert found["trajectory_id"].to_pylist() == ["c"] * 3 + ["b"] * 3
-    assert found["step"].to_pylist() == [0, 1, 2] * 2
+    selected = select_in_order(table, "trajectory_id", ["c", "b", "absent"])
+    assert selected["trajectory_id"].to_pylist() == ["c"] * 3 + ["b"] * 3
+    assert selected["step"].to_pylist() == [0, 1, 2] * 2
     assert select_in_order(TRACE.with_metadata.empty_table(), "trajectory_id", ["a"]).num_rows == 0
 
 
-def test_lists_are_padded_as_they_would_be_one_by_one() -> None:
+def test_lists_are_padded_like_single_rows() -> None:
     lists: list[list[float] | None] = [[-1.0, -2.0], None, [], [-3.0, -4.0, -5.0]]
     rows = [trace_row(target_logprobs=each) for each in lists]
     table = pa.concat_tables([to_table(TRACE, rows[:1]), to_table(TRACE, rows[1:])])

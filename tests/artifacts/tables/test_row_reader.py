@@ -1,4 +1,4 @@
-"""Rows by range are those of the whole table, wherever row groups and shards end; memory holds a few groups alone."""
+"""Rows read by range equal those of the whole table, wherever row groups and shards end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLUMNS = TRACE.columns.names
 
 
 def steps(count: int, seed: int = 0) -> pa.Table:
-    """Rows of TRACE with lists of 0 to 7 proposals, half of them without log-probs."""
+    """Return rows of TRACE with lists of 0 to 7 proposals, half of them without log-probs."""
     rng = np.random.default_rng(seed)
     proposed = [rng.integers(0, 99, rng.integers(0, 8)).astype(np.int32) for _ in range(count)]
     return to_table(
@@ -41,33 +41,33 @@ def steps(count: int, seed: int = 0) -> pa.Table:
 def test_row_groups_do_not_depend_on_how_rows_were_appended(tmp_path: Path) -> None:
     table, rng = steps(500), np.random.default_rng(1)
     write_table(tmp_path / "once.parquet", TRACE, table, group_bytes=2000)
-    with TableWriter(tmp_path / "parts.parquet", TRACE, group_bytes=2000) as parts:
-        while parts.rows < table.num_rows:
-            parts.append(table.slice(parts.rows, int(rng.integers(0, 40))))
-    assert (tmp_path / "once.parquet").read_bytes() == (tmp_path / "parts.parquet").read_bytes()
+    with TableWriter(tmp_path / "pieces.parquet", TRACE, group_bytes=2000) as writer:
+        while writer.rows < table.num_rows:
+            writer.append(table.slice(writer.rows, int(rng.integers(0, 40))))
+    assert (tmp_path / "once.parquet").read_bytes() == (tmp_path / "pieces.parquet").read_bytes()
     assert pq.read_metadata(tmp_path / "once.parquet").num_row_groups > 10
-    assert read_table(tmp_path / "parts.parquet", TRACE).equals(table)
+    assert read_table(tmp_path / "pieces.parquet", TRACE).equals(table)
 
 
-def test_a_table_that_was_not_finished_is_not_there(tmp_path: Path) -> None:
+def test_an_unfinished_table_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), TableWriter(tmp_path / "t.parquet", TRACE) as table:
         table.append(steps(5))
         1 / 0  # noqa: B018
     assert list(tmp_path.iterdir()) == []
 
 
-def test_rows_by_range_are_those_of_the_table(tmp_path: Path) -> None:
-    """Of one file, and of the same rows in shards of different lengths."""
+def test_rows_by_range_equal_those_of_the_table(tmp_path: Path) -> None:
+    """Both from one file and from shards of different lengths."""
     table, rng = steps(400), np.random.default_rng(2)
     write_table(tmp_path / "t.parquet", TRACE, table, group_bytes=3000)
-    parts, written = TableShards(tmp_path, {"shards": TRACE}, group_bytes=1000), 0
+    shards, written = TableShards(tmp_path, {"shards": TRACE}, group_bytes=1000), 0
     while written < table.num_rows:
         count = int(rng.integers(1, 60))
-        parts.append({"shards": table.slice(written, count)})
+        shards.append({"shards": table.slice(written, count)})
         written += count
     for reader in (
         RowReader(tmp_path / "t.parquet", TRACE),
-        RowReader(parts.paths("shards"), TRACE, keep=1),
+        RowReader(shards.paths("shards"), TRACE, keep=1),
     ):
         assert reader.num_rows == table.num_rows
         for start, stop in [(0, 400), (0, 0), (399, 400), *np.sort(rng.integers(0, 401, (50, 2)))]:
@@ -76,7 +76,7 @@ def test_rows_by_range_are_those_of_the_table(tmp_path: Path) -> None:
         assert reader.rows(7, 9, ["anchor"]).to_pydict() == {"anchor": [7, 8]}
 
 
-def test_damage_and_other_tables_are_refused_by_name(tmp_path: Path) -> None:
+def test_errors_for_damage_and_other_tables_name_the_cause(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     with pytest.raises(DraftsmithError, match=r"t\.parquet: no such file. Run the stage that writes trace again"):
         RowReader(path, TRACE)

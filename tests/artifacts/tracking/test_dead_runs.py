@@ -1,4 +1,4 @@
-"""Runs that MLflow shows as running after their process is gone."""
+"""Runs whose process is gone are closed by a later run."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from draftsmith.artifacts.tracking.runs import Tracking
 from tests.artifacts.tracking.test_tracking import KEY, run_of
 
 
-def test_runs_of_a_container_that_is_gone_are_closed_by_the_next_one(
+def test_runs_of_a_replaced_container_are_closed_by_the_next_one(
     tracking: Tracking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the same disk, under another host name. Its lock lies there, and nobody holds it."""
+    """The host name is another, but the disk is the same: the lock file is there, and it is unlocked."""
     store, dead = Store(tracking.folder / "store"), Tracking(tracking.folder)
     monkeypatch.setattr("platform.node", lambda: "pod-1")
     parent = dead.open_refresh("monday", {})
     run = dead.stage_run(parent, "sft", KEY)
     monkeypatch.setattr("platform.node", lambda: "pod-2")
-    assert close_dead_runs(tracking, store) == [], "it lives"
-    dead._refresh_lock.pop_all()  # as a killed process leaves it: not removed
+    assert close_dead_runs(tracking, store) == [], "its process is alive"
+    dead._refresh_lock.pop_all()  # like a killed process, which does not remove its lock file
     gc.collect()
     assert close_dead_runs(tracking, store) == ["monday", "sft"]
     assert {run_of(tracking, each).info.status for each in (parent, run.run_id)} == {"KILLED"}
 
 
-def test_runs_of_a_home_that_was_moved_are_closed_where_it_is_now(tracking: Tracking, tmp_path: Path) -> None:
+def test_runs_of_a_moved_home_are_closed_at_its_new_path(tracking: Tracking, tmp_path: Path) -> None:
     dead, folder = Tracking(tracking.folder), tmp_path / "moved"
     run = dead.stage_run(dead.open_refresh("monday", {}), "sft", KEY)
     (folder / "refreshes").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""MLflow's client against real HTTP servers: one that answers late, one that wants a password."""
+"""MLflow's client against real HTTP servers: one answers late, one requires a password."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ pytestmark = pytest.mark.integration
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 ARTIFACTS = "/api/2.0/mlflow-artifacts/artifacts"
 EXPERIMENT = {"experiment": {"experiment_id": "1", "name": "draftsmith", "lifecycle_stage": "active"}}
-LATE_S = 2.0  # longer than the client waits otherwise
+LATE_S = 2.0  # longer than the client's usual time-out
 
 
 @contextmanager
 def serving(answer: Callable[[BaseHTTPRequestHandler], tuple[int, bytes]]) -> Iterator[str]:
-    """A server's address; `answer` gives status and body of every request."""
+    """Yield the address of a server. answer: returns status and body of a request."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -52,18 +52,16 @@ def serving(answer: Callable[[BaseHTTPRequestHandler], tuple[int, bytes]]) -> It
         server.shutdown()
 
 
-def test_weights_reach_a_server_that_copies_them_to_its_bucket_before_it_answers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_are_uploaded_to_a_server_that_answers_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
     monkeypatch.setenv(TIMEOUT, "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     bucket: dict[str, bytes] = {}
 
-    def copies(request: BaseHTTPRequestHandler) -> tuple[int, bytes]:
-        place = urlsplit(request.path)
-        name = place.path.removeprefix(ARTIFACTS).strip("/")
+    def slow_copy(request: BaseHTTPRequestHandler) -> tuple[int, bytes]:
+        url = urlsplit(request.path)
+        name = url.path.removeprefix(ARTIFACTS).strip("/")
         if request.command == "PUT":
             bucket[name] = request.rfile.read(int(request.headers["Content-Length"]))
             time.sleep(LATE_S)
@@ -71,7 +69,7 @@ def test_weights_reach_a_server_that_copies_them_to_its_bucket_before_it_answers
         if name:
             time.sleep(LATE_S)
             return 200, bucket[name]
-        (folder,) = parse_qs(place.query)["path"]
+        (folder,) = parse_qs(url.query)["path"]
         inside = [each.removeprefix(f"{folder}/") for each in bucket if each.startswith(f"{folder}/")]
         return 200, json.dumps({"files": [{"path": each, "is_dir": False} for each in inside]}).encode()
 
@@ -79,7 +77,7 @@ def test_weights_reach_a_server_that_copies_them_to_its_bucket_before_it_answers
     (made.path / "drafter").mkdir(parents=True)
     (made.path / "drafter" / "model.safetensors").write_bytes(b"weights" * 1000)
     tracking = Tracking(tmp_path / "home", "weekly")
-    with serving(copies) as address:
+    with serving(slow_copy) as address:
         client, _ = Tracking(tmp_path / "home", "another").connect()
         client.create_experiment("weekly", artifact_location=f"{address}{ARTIFACTS}/1")
         registry = Registry(tracking)
@@ -88,16 +86,16 @@ def test_weights_reach_a_server_that_copies_them_to_its_bucket_before_it_answers
         registry.download(version, tmp_path / "fetched" / "drafter")
         tracking.close_refresh("FINISHED")
     assert (tmp_path / "fetched" / "drafter" / "model.safetensors").read_bytes() == b"weights" * 1000
-    assert os.environ[TIMEOUT] == "1", "for nothing else"
+    assert os.environ[TIMEOUT] == "1", "the time-out is restored"
 
 
 @pytest.fixture
-def behind_a_password() -> Iterator[str]:
-    """MLflow's server, as far as a check asks it, for one user. The address's host and port."""
-    shown = "Basic " + base64.b64encode(b"team:hunter/2").decode()
+def password_server() -> Iterator[str]:
+    """Host and port of a server that answers the requests of a check, for one user."""
+    expected = "Basic " + base64.b64encode(b"team:hunter/2").decode()
 
     def answer(request: BaseHTTPRequestHandler) -> tuple[int, bytes]:
-        if request.headers["Authorization"] != shown:
+        if request.headers["Authorization"] != expected:
             return 401, b"who are you?"
         return 200, json.dumps(EXPERIMENT).encode() if "/experiments/" in request.path else b"{}"
 
@@ -105,16 +103,16 @@ def behind_a_password() -> Iterator[str]:
         yield address.removeprefix("http://")
 
 
-def test_user_and_password_of_the_address_are_shown_to_the_server_and_to_nobody_else(
-    behind_a_password: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_user_and_password_are_sent_to_the_server_and_never_shown(
+    password_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://team:hunter%2F2@{behind_a_password}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://team:hunter%2F2@{password_server}")
     Tracking(tmp_path).check()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://team:hunter3@{behind_a_password}")
-    told = r"MLFLOW_TRACKING_URI http://\*\*\*@127.*401.*who are you.*Correct user and password"
-    with pytest.raises(DraftsmithError, match=told) as refused:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://team:hunter3@{password_server}")
+    message = r"MLFLOW_TRACKING_URI http://\*\*\*@127.*401.*who are you.*Correct user and password"
+    with pytest.raises(DraftsmithError, match=message) as refused:
         Tracking(tmp_path).check()
     assert not isinstance(refused.value, RetryableError)
     assert "hunter" not in str(refused.value)

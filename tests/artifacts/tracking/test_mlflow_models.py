@@ -1,4 +1,4 @@
-"""Drafters as logged models of a real MLflow on SQLite: ranked by tau on one prompt set, and linked to versions."""
+"""Drafters as logged models in a real MLflow on SQLite: ranked by tau on one prompt set, linked to versions."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tracking:
     return Tracking(tmp_path / "home", "my-line")
 
 
-def test_a_lines_drafters_are_ranked_on_one_prompt_set(tracking: Tracking) -> None:
+def test_drafters_of_a_line_are_ranked_on_one_prompt_set(tracking: Tracking) -> None:
     store = Store(tracking.folder / "store")
     sft, opd = drafter(store, "sft", "a"), drafter(store, "opd", "b")
     first = evaluation(store, "first")
     compared = {"sft": (sft, tau(2.0, 3.0, 2.4)), "opd": (opd, tau(2.5, 2.0, 2.3))}
-    for _ in range(2):  # the second time a reused evaluation
+    for _ in range(2):  # the second time as for a reused evaluation
         log_models(tracking, first, None, compared)
     assert ranked(tracking, dataset_name="chat") == ["opd", "sft"]
     assert ranked(tracking, dataset_name="code") == ranked(tracking) == ["sft", "opd"]
@@ -63,7 +63,7 @@ def test_a_lines_drafters_are_ranked_on_one_prompt_set(tracking: Tracking) -> No
     new = drafter(store, "new", "c")
     later = {"champion": (champion, tau(1.0, 1.0, 1.0)), "new/one": (new, tau(1.5, 1.5, 1.5))}
     log_models(tracking, evaluation(store, "second"), None, later)
-    assert ranked(tracking, dataset_name="chat") == ["sft", "new_one", "opd"], "by what was measured last"
+    assert ranked(tracking, dataset_name="chat") == ["sft", "new_one", "opd"], "by the last evaluation"
     digest = first.inputs["trajectories"].content_id[:36]
     assert ranked(tracking, dataset_name="chat", dataset_digest=digest)[:2] == ["opd", "sft"]
     client, experiment = tracking.connect()
@@ -72,7 +72,7 @@ def test_a_lines_drafters_are_ranked_on_one_prompt_set(tracking: Tracking) -> No
     assert {metric.run_id for metric in model.metrics} > {first.mlflow_run_id}
 
 
-def test_a_version_and_its_logged_model_name_each_other(tracking: Tracking) -> None:
+def test_a_version_and_its_logged_model_are_linked(tracking: Tracking) -> None:
     store, registry = Store(tracking.folder / "store"), Registry(tracking)
     ref = made(store, "opd", "opd", {"drafter/model.safetensors": "a"})
     opd = store.manifest(ref)
@@ -92,7 +92,7 @@ def test_a_version_and_its_logged_model_name_each_other(tracking: Tracking) -> N
     )
 
 
-def test_an_mlflow_that_is_lost_stops_nothing(tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losing_mlflow_stops_nothing(tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tracking.folder / "store")
     opd, measured = drafter(store, "opd", "a"), evaluation(store, "first")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")

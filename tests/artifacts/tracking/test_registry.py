@@ -1,4 +1,4 @@
-"""Drafter lines in a real MLflow on SQLite."""
+"""Model lines in a real MLflow on SQLite."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from draftsmith.artifacts.tracking.runs import Tracking
 
 
 def ref(folder: Path, name: str) -> ArtifactRef:
-    """An artifact with a drafter's folder."""
+    """Create an artifact with a drafter's folder."""
     path = folder / "store" / "opd" / name
     (path / "drafter").mkdir(parents=True)
     (path / "drafter" / "config.json").write_text("{}")
@@ -29,14 +29,14 @@ def ref(folder: Path, name: str) -> ArtifactRef:
 
 
 def serving(registry: Registry, line: str) -> tuple[int | None, int | None]:
-    """The numbers of the champion and of the one before it."""
+    """Return the version numbers of `champion` and `previous`."""
     found = registry.champion(line), registry.alias(line, PREVIOUS)
     return found[0].number if found[0] else None, found[1].number if found[1] else None
 
 
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
-    """Of one home for all tests: to make a database takes seconds."""
+    """A registry shared by all tests, because creating a database takes seconds."""
     with pytest.MonkeyPatch.context() as environment:
         environment.delenv("MLFLOW_TRACKING_URI", raising=False)
         return Registry(Tracking(tmp_path_factory.mktemp("home")))
@@ -44,11 +44,11 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
 
 @pytest.fixture
 def line() -> str:
-    """A line of the test's own."""
+    """A line that no other test uses."""
     return f"line-{secrets.token_hex(4)}"
 
 
-def test_a_line_keeps_who_served_when_and_why(line: str, registry: Registry, tmp_path: Path) -> None:
+def test_a_line_records_which_version_served_when_and_why(line: str, registry: Registry, tmp_path: Path) -> None:
     assert registry.champion(line) is None and registry.versions(line) == [] and registry.events(line) == []
     first = registry.register(line, ref(tmp_path, "a"), {"tau": "2.5", "figures": '{"tau": 2.5}'})
     assert registry.champion(line) is None
@@ -65,13 +65,13 @@ def test_a_line_keeps_who_served_when_and_why(line: str, registry: Registry, tmp
     assert [version.aliases for version in registry.versions(line)] == [("previous",), ("champion",)]
     registry.promote(first, expected=second, why="latency", what="rolled back")
     assert serving(registry, line) == (1, 2)
-    told = [(event.what, event.version, event.before, event.why) for event in registry.events(line)]
-    assert told == [
+    events = [(event.what, event.version, event.before, event.why) for event in registry.events(line)]
+    assert events == [
         ("promoted", 1, None, "the first one"), ("promoted", 2, 1, "tau +0.3"), ("rolled back", 1, 2, "latency"),
     ]  # fmt: skip
 
 
-def test_a_line_keeps_what_drift_checks_saw(line: str, registry: Registry, tmp_path: Path) -> None:
+def test_a_line_records_results_of_drift_checks(line: str, registry: Registry, tmp_path: Path) -> None:
     assert registry.drift(line) == []
     registry.register(line, ref(tmp_path, "a"), {})
     seen = [{"at": f"2026-01-0{day}", "version": 1, "tau": tau} for day, tau in ((1, 3.0), (2, 3.0), (3, 2.5))]
@@ -87,7 +87,7 @@ def test_the_same_content_is_registered_once(line: str, registry: Registry, tmp_
     assert version.tags["tau"] == "2.6"
 
 
-def test_of_two_refreshes_that_promote_at_once_the_second_decides_again(
+def test_the_second_of_two_concurrent_promotions_must_decide_again(
     line: str, registry: Registry, tmp_path: Path
 ) -> None:
     first = registry.register(line, ref(tmp_path, "a"), {})
@@ -110,21 +110,23 @@ def test_of_two_refreshes_that_promote_at_once_the_second_decides_again(
     assert len(registry.events(line)) == 2
 
 
-def test_a_name_resolves_to_a_version_or_says_what_there_is(line: str, registry: Registry, tmp_path: Path) -> None:
+def test_a_name_resolves_to_a_version_or_the_error_lists_versions(
+    line: str, registry: Registry, tmp_path: Path
+) -> None:
     first = registry.register(line, ref(tmp_path, "a"), {})
     registry.promote(first, expected=None, why="the first one")
     for text in (line, f"{line}@champion", f"{line}@1"):
         assert registry.resolve(text).number == 1
-    for text, said in (
+    for text, message in (
         (f"{line}@previous", r"has no previous\. Its versions are @1"),
         (f"{line}@7", r"has no version 7\. It has 1"),
         ("nobody@champion", "no refresh has registered a drafter under this name"),
     ):
-        with pytest.raises(DraftsmithError, match=said):
+        with pytest.raises(DraftsmithError, match=message):
             registry.resolve(text)
 
 
-def test_a_version_that_mlflow_did_not_say_is_not_taken_for_one_that_is_not_there(
+def test_a_failed_request_is_not_taken_for_a_missing_version(
     line: str, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry.register(line, ref(tmp_path, "a"), {})
@@ -146,7 +148,7 @@ def test_a_version_that_mlflow_did_not_say_is_not_taken_for_one_that_is_not_ther
         registry.version("nobody", 1)
 
 
-def test_weights_are_uploaded_and_fetched_where_the_store_is_not(line: str, registry: Registry, tmp_path: Path) -> None:
+def test_weights_are_uploaded_and_downloaded_without_the_store(line: str, registry: Registry, tmp_path: Path) -> None:
     tracking = registry._tracking
     run_id = tracking.open_refresh("week-1", {})
     made = ref(tmp_path, "a")
@@ -163,10 +165,10 @@ def test_weights_are_uploaded_and_fetched_where_the_store_is_not(line: str, regi
     assert (tmp_path / "elsewhere" / "drafter" / "config.json").read_text() == "{}"
 
 
-def test_of_homes_that_share_mlflow_alone_the_second_decides_again(
+def test_the_second_of_two_homes_that_share_only_mlflow_must_decide_again(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No file lock is common to them: the other one promotes while this one has just written its event."""
+    """They share no file lock: the other one promotes just after this one has written its event."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/shared.db")
     here, there = (Registry(Tracking(tmp_path / name)) for name in ("here", "there"))
     first = here.register(line, ref(tmp_path, "a"), {})
@@ -188,9 +190,7 @@ def test_of_homes_that_share_mlflow_alone_the_second_decides_again(
     assert serving(here, line) == (theirs.number, first.number)
 
 
-def test_a_database_of_another_version_of_mlflow_is_nothing_that_a_retry_mends(
-    registry: Registry, tmp_path: Path
-) -> None:
+def test_a_database_of_another_mlflow_version_is_not_retryable(registry: Registry, tmp_path: Path) -> None:
     registry.versions("none")  # makes the database
     shutil.copy(registry._tracking.folder / "mlflow.db", tmp_path / "mlflow.db")
     with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:
@@ -200,6 +200,6 @@ def test_a_database_of_another_version_of_mlflow_is_nothing_that_a_retry_mends(
     for ask in (tracking.check, lambda: Registry(tracking).versions("none")):
         with pytest.raises(
             DraftsmithError, match=f"another version of MLflow.*run `mlflow db upgrade {address}`"
-        ) as told:
+        ) as refused:
             ask()
-        assert told.value.exit_code == EXIT_USER_ERROR
+        assert refused.value.exit_code == EXIT_USER_ERROR

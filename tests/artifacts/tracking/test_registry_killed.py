@@ -1,4 +1,4 @@
-"""A run that is killed, or loses MLflow, while it registers a version, promotes one or rolls one back."""
+"""A run is killed, or loses MLflow, while it registers, promotes or rolls back a version."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LINE = "tiny-dflash"
 
 
 class Killed(BaseException):
-    """Nothing catches it, as nothing catches a SIGKILL."""
+    """Simulates SIGKILL: no handler catches it."""
 
 
 def killed(*_: Any, **__: Any) -> None:
@@ -30,7 +30,7 @@ def test_the_same_command_registers_no_second_version(tmp_path: Path, monkeypatc
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     registry, made = Registry(Tracking(tmp_path / "home")), ref(tmp_path, "a")
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(MlflowClient, "set_model_version_tag", killed)  # the first call behind the version's making
+        patched.setattr(MlflowClient, "set_model_version_tag", killed)  # the first call after the version is created
         registry.register(LINE, made, {"tau": "2.5"})
     registry.register(LINE, made, {"tau": "2.5"})
     (version,) = registry.versions(LINE)
@@ -46,7 +46,7 @@ WRITES = (
 
 
 class Losing:
-    """MLflow's client, which is killed behind its n-th write."""
+    """MLflow's client, which is killed after its n-th write."""
 
     def __init__(self, patched: pytest.MonkeyPatch, last: int) -> None:
         self.left = last
@@ -66,7 +66,7 @@ class Losing:
 
 @pytest.fixture
 def by_hand(served: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands use this registry, whose versions have no files."""
+    """A registry for the commands; its versions have no files."""
     monkeypatch.setattr(registry_commands, "registry", lambda: served)
     monkeypatch.setattr(registry_commands, "verified", lambda _version: None)
 
@@ -80,7 +80,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Registry:
 
 
 @pytest.mark.parametrize("writes", [1, 2, 3, 4])
-def test_a_promotion_is_completed_by_the_same_call(
+def test_the_same_call_completes_an_interrupted_promotion(
     writes: int, served: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = f"promoted-{writes}"
@@ -101,7 +101,7 @@ def test_a_promotion_is_completed_by_the_same_call(
 
 
 @pytest.mark.usefixtures("by_hand")
-def test_a_previous_version_that_was_deleted_in_mlflow_is_no_lost_promotion(served: Registry, tmp_path: Path) -> None:
+def test_a_deleted_previous_version_is_no_interrupted_promotion(served: Registry, tmp_path: Path) -> None:
     first, second, third = (served.register("cleaned", ref(tmp_path, name), {}) for name in "abc")
     served.promote(first, expected=None, why="the first one")
     served.promote(second, expected=first, why="better")
@@ -112,7 +112,7 @@ def test_a_previous_version_that_was_deleted_in_mlflow_is_no_lost_promotion(serv
 
 @pytest.mark.usefixtures("by_hand")
 @pytest.mark.parametrize("writes", [1, 2, 3])
-def test_a_rollback_that_is_repeated_swaps_nothing_back(
+def test_repeating_a_rollback_does_not_undo_it(
     writes: int, served: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = f"rolled-back-{writes}"
@@ -132,7 +132,7 @@ def test_a_rollback_that_is_repeated_swaps_nothing_back(
 
 
 @pytest.mark.usefixtures("by_hand")
-def test_a_second_rollback_does_not_bring_back_what_the_first_took_out(served: Registry, tmp_path: Path) -> None:
+def test_a_second_rollback_does_not_restore_what_the_first_removed(served: Registry, tmp_path: Path) -> None:
     line = "rolled-back-twice"
     good, bad = (served.register(line, ref(tmp_path, name), {}) for name in "ab")
     served.promote(good, expected=None, why="the first one")
@@ -148,7 +148,7 @@ def test_a_second_rollback_does_not_bring_back_what_the_first_took_out(served: R
 
 
 @pytest.mark.usefixtures("by_hand")
-def test_a_rollback_says_that_the_target_was_another(
+def test_a_rollback_warns_about_another_target(
     served: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = "of-two-targets"
@@ -166,7 +166,7 @@ def test_a_rollback_says_that_the_target_was_another(
     )
 
 
-def test_what_a_retry_does_not_mend_is_no_lost_server(served: Registry, tmp_path: Path) -> None:
+def test_permanent_errors_are_not_retryable(served: Registry, tmp_path: Path) -> None:
     with pytest.raises(DraftsmithError, match="refused this") as refused:
         served.register("a:b", ref(tmp_path, "a"), {})
     assert not isinstance(refused.value, RetryableError)

@@ -1,4 +1,4 @@
-"""MLflow's views, against a real SQLite database and real processes."""
+"""MLflow runs of refreshes and stages, with a real SQLite database and real processes."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_refresh_and_its_stages_are_nested_with_params_metrics_and_review_file
     assert Path(stage.info.artifact_uri.removeprefix("file://")).is_relative_to(tracking.folder / "mlartifacts")
 
 
-def test_a_run_says_who_ran_what_and_of_which_commit(
+def test_a_run_records_user_command_and_commit(
     tracking: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     repository = tmp_path / "repository"
@@ -121,7 +121,7 @@ def test_a_run_says_who_ran_what_and_of_which_commit(
     tracking.close_refresh("FINISHED")
 
 
-def test_what_the_machine_does_is_logged_by_mlflow(tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_system_metrics_are_logged_and_resumed(tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
     for samples in (1, 2):
         run = tracking.stage_run(None, "sft", KEY)
@@ -130,7 +130,7 @@ def test_what_the_machine_does_is_logged_by_mlflow(tracking: Tracking, monkeypat
         run.close("FAILED")  # and is resumed
         history = client(tracking).get_metric_history(run.run_id, "system/cpu_utilization_percentage")
         steps = [metric.step for metric in history]
-        assert len(steps) >= samples and sorted(set(steps)) == sorted(steps), "a resumed run goes on counting"
+        assert len(steps) >= samples and sorted(set(steps)) == sorted(steps), "a resumed run continues the steps"
 
 
 def test_data_sets_have_names_rows_and_columns(tracking: Tracking, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_data_sets_have_names_rows_and_columns(tracking: Tracking, tmp_path: Pat
     assert found["gone"].schema is None and found["gone"].digest == ("gone" * 9)[:36]
 
 
-def test_an_unfinished_run_of_the_same_key_is_resumed_and_its_steps_are_not_sent_twice(tracking: Tracking) -> None:
+def test_an_unfinished_run_of_the_same_key_is_resumed_without_repeating_steps(tracking: Tracking) -> None:
     first = tracking.stage_run(None, "sft", KEY, params={"steps": 3})
     first.metrics(0, {"loss": 3.0})
     first.metrics(1, {"loss": 2.0})
@@ -166,7 +166,7 @@ def test_an_unfinished_run_of_the_same_key_is_resumed_and_its_steps_are_not_sent
     second = tracking.stage_run(parent, "sft", KEY, params={"steps": "written once"})
     assert (second.run_id, second.resumed) == (first.run_id, True)
     assert run_of(tracking, second.run_id).info.status == "RUNNING"
-    for step in (1, 2):  # the stage went back to its checkpoint
+    for step in (1, 2):  # the stage resumed from its checkpoint
         second.metrics(step, {"loss": 2.0 - step})
     second.close("FINISHED")
     tracking.close_refresh("FINISHED")
@@ -188,7 +188,7 @@ def test_a_finished_run_or_another_key_is_not_resumed(tracking: Tracking) -> Non
     assert run_of(tracking, again.run_id).info.status == "KILLED"
 
 
-def test_two_processes_on_a_fresh_database_both_live(tmp_path: Path) -> None:
+def test_two_processes_can_share_a_new_database(tmp_path: Path) -> None:
     script = """
         import sys
         from pathlib import Path
@@ -214,7 +214,7 @@ def test_two_processes_on_a_fresh_database_both_live(tmp_path: Path) -> None:
 
 
 def test_a_database_of_an_older_mlflow_is_migrated(tmp_path: Path, migrated: Path) -> None:
-    """The last migration is taken back with MLflow's own scripts, then a new process opens the database."""
+    """The last migration is undone with MLflow's own scripts, then the database is opened again."""
     from alembic import command
     from mlflow.store.db.utils import _get_alembic_config
 
@@ -247,7 +247,7 @@ def test_an_unusable_tracking_uri_is_one_clear_error_within_seconds(
     assert "\n" not in str(caught.value)
 
 
-def test_a_silent_server_is_given_up_within_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_server_is_an_error_within_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -258,13 +258,11 @@ def test_a_silent_server_is_given_up_within_seconds(tmp_path: Path, monkeypatch:
         assert time.monotonic() - started < 15
 
 
-def test_a_database_that_another_program_has_locked_is_asked_again(
-    tracking: Tracking, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_locked_database_is_retryable(tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    def locked(_self: object, _name: str) -> None:  # what a client says after its 20 s
+    def locked(_self: object, _name: str) -> None:  # the client's error after 20 s
         raise MlflowException("(sqlite3.OperationalError) database is locked")
 
     monkeypatch.setattr(MlflowClient, "get_experiment_by_name", locked)
@@ -272,10 +270,10 @@ def test_a_database_that_another_program_has_locked_is_asked_again(
         tracking.check()
 
 
-def test_a_database_that_may_only_be_read_is_told_before_the_work(
+def test_a_read_only_database_is_reported_before_the_work(
     tmp_path: Path, migrated: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a folder that may be written: somebody else's file in it."""
+    """The folder is writable, but the file belongs to another user."""
     shutil.copy(migrated / "mlflow.db", tmp_path)
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "mlflow.db" and access(path, mode))
@@ -284,24 +282,24 @@ def test_a_database_that_may_only_be_read_is_told_before_the_work(
     assert Tracking(tmp_path).connect()[0].search_registered_models() == []
 
 
-def test_an_experiment_that_was_deleted_takes_no_runs_and_is_told_before_the_work(tracking: Tracking) -> None:
+def test_a_deleted_experiment_is_reported_before_the_work(tracking: Tracking) -> None:
     client, experiment = tracking.connect()
     client.delete_experiment(experiment)
     restore = rf"MLFLOW_TRACKING_URI=sqlite\S+ mlflow experiments restore --experiment-id {experiment}`"
     with pytest.raises(DraftsmithError, match=f"{tracking.experiment} is deleted.*{restore}"):
         Tracking(tracking.folder).check()
-    assert Tracking(tracking.folder).connect()[1] == experiment, "lines are read and rolled back as ever"
+    assert Tracking(tracking.folder).connect()[1] == experiment, "lines can still be read"
     client.restore_experiment(experiment)
     Tracking(tracking.folder).check()
 
 
-def test_files_of_runs_that_would_lie_in_the_home_of_before_are_warned_of(migrated: Path, tmp_path: Path) -> None:
+def test_a_moved_home_warns_that_files_go_to_the_old_one(migrated: Path, tmp_path: Path) -> None:
     assert describe_misplaced_files(Tracking(migrated)) is None
     moved = tmp_path / "moved"
     moved.mkdir()
     shutil.copy(migrated / "mlflow.db", moved)
-    said = describe_misplaced_files(Tracking(moved))
-    assert said is not None and f"to {(migrated / 'mlartifacts' / 'draftsmith').as_uri()}, outside" in said
+    warning = describe_misplaced_files(Tracking(moved))
+    assert warning is not None and f"to {(migrated / 'mlartifacts' / 'draftsmith').as_uri()}, outside" in warning
     assert describe_misplaced_files(Tracking(moved, "a-new-one")) is None
 
 
@@ -325,12 +323,10 @@ def test_a_failure_during_the_work_is_one_warning_and_loses_nothing(
     assert len(warnings) == 1
     assert "Results are safe in the store" in warnings[0].getMessage()
     assert "no such table" in warnings[0].getMessage()
-    assert not [record for record in caplog.records if record.name.startswith("mlflow")]  # nor a traceback of its own
+    assert not [record for record in caplog.records if record.name.startswith("mlflow")]  # and no traceback by MLflow
 
 
-def test_metrics_of_a_time_without_mlflow_are_sent_when_it_is_back(
-    tracking: Tracking, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_metrics_are_sent_after_mlflow_is_back(tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("draftsmith.artifacts.tracking.runs.FLUSH_S", -1.0)  # every step is due
     run = tracking.stage_run(None, "sft", KEY)
     run.metrics(0, {"loss": 3.0})
@@ -338,14 +334,14 @@ def test_metrics_of_a_time_without_mlflow_are_sent_when_it_is_back(
     with monkeypatch.context() as lost:
         lost.setattr(client, "log_batch", lambda *_a, **_k: (_ for _ in ()).throw(ConnectionError("gone")))
         run.metrics(1, {"loss": 2.0})
-    run.metrics(2, {"loss": 1.0})  # not tried yet: a minute has not passed
+    run.metrics(2, {"loss": 1.0})  # not sent yet: the pause after a failure is a minute
     assert [m.step for m in client.get_metric_history(str(run.run_id), "loss")] == [0]
     run.close("FINISHED", {"tau": 2.5})
     assert [(m.step, m.value) for m in client.get_metric_history(str(run.run_id), "loss")] == [(0, 3), (1, 2), (2, 1)]
     assert run_of(tracking, run.run_id).info.status == "FINISHED"
 
 
-def test_params_are_flat_and_within_the_limits_of_mlflow() -> None:
+def test_params_are_flat_and_within_mlflows_limits() -> None:
     flat = flatten({"a": {"b": 1, "c": [1, "x"]}, "d": None, "e": "text", "f(g)": True, "long": "x" * 10_000})
     assert flat["a.b"] == "1"
     assert flat["a.c"] == '[1, "x"]'
@@ -372,10 +368,10 @@ def test_telemetry_is_off_and_the_import_is_lazy(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "home")], check=True, timeout=120)
 
 
-def test_files_that_mlflow_does_not_take_leave_no_run_running(
+def test_a_run_ends_even_if_mlflow_refuses_its_files(
     tracking: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a home that was moved to another host, or a server whose bucket is refused: the verdict is there."""
+    """As in a moved home, or with a server that cannot write to its bucket: metrics and tags are still set."""
     page = tmp_path / "report.html"
     page.write_text("a page")
     parent = tracking.open_refresh("weekly", {})
