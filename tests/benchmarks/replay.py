@@ -3,7 +3,7 @@
 Sequential decoding runs the engine with one request in flight; 16 in flight are the fair comparison with a
 service that has many requests at once. Replay reads the trajectories with the target once (its forward is part of the
 time), then drafts at the anchors; sequential replay, one chain, many chains and as many as pay give the same trace.
-A second table says where replay's time goes: target forward, drafter's context, its blocks, head (logits and argmax),
+A second table shows where replay's time goes: target forward, drafter's context, its blocks, head (logits and argmax),
 and bookkeeping, which is all the rest.
 
 Give artifacts of a refresh, or leave them out for the test bed: a small target made here, with a drafter of tau about
@@ -41,7 +41,7 @@ from tests.benchmarks import harness
 
 TOKENS_PER_FORWARD = MiningConfig().tokens_per_target_forward
 SLOTS = 16
-PARTS = ("target forward", "drafter context", "drafter blocks", "head", "bookkeeping")
+PHASES = ("target forward", "drafter context", "drafter blocks", "head", "bookkeeping")
 
 
 class Bench:
@@ -53,7 +53,7 @@ class Bench:
         self.head = self.drafter.drafting_head(target.head_weight, None)
 
     def features(self, group: list[Trajectory]) -> torch.Tensor:
-        """What the drafter reads of the target, as comparisons of drafters read it."""
+        """Return the target's features, read as comparisons of drafters read them."""
         return self.target.features(pad_tokens(group, self.target.device), self.drafter.target_layer_ids)
 
     @torch.no_grad()
@@ -78,15 +78,15 @@ class Bench:
         return replay_chains(PreparedDrafter(self.drafter, self.head, self.drafter.block_size), context, group, count)
 
     def chains(self, count: int | None) -> list[Trace]:
-        """Traces in the order of the trajectories."""
-        found: dict[str, Trace] = {}
+        """Replay in so many chains; return the traces in the order of the trajectories."""
+        by_id: dict[str, Trace] = {}
         for group in self.groups():
             traces = self.replay(group, self.context(group, self.features(group)), count)
-            found |= {t.trajectory_id: trace for t, trace in zip(group, traces, strict=True)}
-        return [found[t.trajectory_id] for t in self.trajectories]
+            by_id |= {t.trajectory_id: trace for t, trace in zip(group, traces, strict=True)}
+        return [by_id[t.trajectory_id] for t in self.trajectories]
 
     def decode(self, prompts: int, slots: int = 1) -> int:
-        """Speculative decoding of the first prompts; returns the verify steps."""
+        """Decode the first prompts speculatively; return the number of verify steps."""
         requests = [
             Request(
                 t.trajectory_id,
@@ -107,7 +107,7 @@ def _keep(found: dict[str, list[Trace]], name: str, work: Callable[[], list[Trac
 
 
 def measure(bench: Bench, chains: int, decoded: int, repetitions: int) -> list[dict[str, Any]]:
-    """One row of figures a method, all measured in alternation."""
+    """Measure all methods in alternation; return a row for each."""
     one_request, slots = "speculative decoding, one request", f"speculative decoding, {SLOTS} requests"
     found: dict[str, list[Trace]] = {}
     served: dict[str, int] = {}
@@ -151,8 +151,8 @@ def _same(trace: Trace, reference: Trace) -> bool:
 
 
 @contextmanager
-def timed(owner: object, name: str, seconds: dict[str, float], part: str) -> Iterator[None]:
-    """Within it, calls of a method add their time to `seconds[part]`."""
+def timed(owner: object, name: str, seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Add the time of a method's calls to `seconds[phase]` within the block."""
     original = getattr(owner, name)
 
     def method(*arguments: Any, **settings: Any) -> Any:
@@ -161,7 +161,7 @@ def timed(owner: object, name: str, seconds: dict[str, float], part: str) -> Ite
             return original(*arguments, **settings)
         finally:
             harness.seconds_of(lambda: None)  # an accelerator's queue
-            seconds[part] += time.perf_counter() - started
+            seconds[phase] += time.perf_counter() - started
 
     setattr(owner, name, method)
     try:
@@ -171,7 +171,7 @@ def timed(owner: object, name: str, seconds: dict[str, float], part: str) -> Ite
 
 
 def shares(bench: Bench, count: int | None, repetitions: int) -> dict[str, float]:
-    """Seconds of each part of replay, the least of some repetitions in all."""
+    """Return the seconds by phase of replay, from the fastest of some repetitions."""
     best: dict[str, float] = {}
     for _ in range(repetitions):
         seconds: dict[str, float] = defaultdict(float)
@@ -186,17 +186,17 @@ def shares(bench: Bench, count: int | None, repetitions: int) -> dict[str, float
         seconds["head"] -= seconds["drafter blocks"]
         seconds["bookkeeping"] = whole - sum(seconds.values())
         if not best or whole < sum(best.values()):
-            best = {part: seconds[part] for part in PARTS}
+            best = {phase: seconds[phase] for phase in PHASES}
     return best
 
 
 def artifacts(options: argparse.Namespace) -> tuple[Path, Path, Path]:
-    """Target, drafter and trajectories: all given, or all of the test bed."""
+    """Return target, drafter and trajectories: all given, or all of the test bed."""
     given = [options.target, options.drafter, options.trajectories]
     if all(given):
         return options.target, options.drafter, options.trajectories
     if any(given):
-        raise DraftsmithError("give --target, --drafter and --trajectories together, or none of them")
+        raise DraftsmithError("only some artifacts are given. Give --target, --drafter and --trajectories, or none.")
     from tests.testbed.drafter import drafter_artifacts
     from tests.testbed.target import prompts_file, target_folder
 
@@ -205,7 +205,7 @@ def artifacts(options: argparse.Namespace) -> tuple[Path, Path, Path]:
 
 
 def print_parts(title: str, columns: list[str], parts: dict[str, dict[str, float]]) -> None:
-    """Seconds and share of the whole, a row for each arm."""
+    """Print the seconds by phase and their shares, a row for each arm."""
     rows = [
         [name, *(f"{found[c]:.3f} ({found[c] / sum(found.values()):.0%})" for c in columns)]
         for name, found in parts.items()
@@ -238,7 +238,7 @@ def main() -> None:
     )
     arms = {"one chain": 1, f"{options.chains} chains": options.chains, "as many as pay": None}
     parts = {name: shares(bench, count, options.repetitions) for name, count in arms.items()}
-    print_parts("seconds of replay, and their share", list(PARTS), parts)
+    print_parts("seconds of replay, and their share", list(PHASES), parts)
     harness.report("replay", {"rows": rows, "replay_seconds": parts}, options)
 
 

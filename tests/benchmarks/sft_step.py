@@ -1,14 +1,14 @@
 """Where the time of a training step goes: SFT and the forms of OPD, full head and reduced head.
 
 A drafter like the quickstart's (2 layers, 5 target layers, but blocks of 8) on random trajectories of its size, weights
-in float32 under bfloat16 autocast. Verify steps are made up: committed tokens are geometric with a mean of 1.8, and
-everything behind is rejected. Mining them again would not cost what it costs in training, and is left out.
+in float32 under bfloat16 autocast. Verify steps are invented: committed tokens are geometric with a mean of 1.8, and
+all proposals after them are rejected. Mining them again would not cost what it costs in training, and is left out.
 
 `target` is the forward that yields the features, which training keeps in memory while they fit: `times_sft` leaves it
 out, `times_sft_with_target` is what a training costs whose features do not fit.
 
-`mining` is what OPD adds: traces mined again, and the target's scores for a rejected stream. A trajectory is drawn
-every (trajectories / sequences_per_step) steps, so `remine_every: N` mines one draw in ceil(N / that) again.
+`mining` is what OPD adds: traces mined again, and the target's scores for a rejected stream. A trajectory is trained
+every (trajectories / sequences_per_step) steps, so `remine_every: N` mines it again once in ceil(N / that) times.
 `SFT, dense` is the same step as other trainers have it: attention under one mask over all blocks, all logits in
 float32, torch's cross-entropy on them.
 
@@ -62,7 +62,7 @@ from tests.stages.kernel_flops import KERNEL_FLOPS
 
 GAMMA = 2.0
 DENSE = "SFT, dense"
-TAU = 1.8  # of the verify steps that are made up
+TAU = 1.8  # of the invented verify steps
 HEAD_TOKENS = 4096  # of the reduced head
 ARMS: dict[str, dict[str, Any] | None] = {
     "SFT": None,
@@ -80,7 +80,7 @@ PARTS = ("target", "mining", "drafter", "head_and_loss", "backward", "update")
 
 @dataclass(frozen=True)
 class World:
-    """What all arms train on. The drafter's weights are copied for each."""
+    """What all arms train on; each has a copy of the drafter."""
 
     target: Target
     trajectories: list[Trajectory]
@@ -97,7 +97,7 @@ def make_trajectories(count: int, vocab_size: int) -> list[Trajectory]:
     ]
 
 
-def made_up_steps(trajectory: Trajectory, K: int, tau: float, rng: np.random.Generator) -> TrajectorySteps:
+def invented_steps(trajectory: Trajectory, K: int, tau: float, rng: np.random.Generator) -> TrajectorySteps:
     """A trace that commits `tau` tokens a step on average (if the block were endless) and rejects all the rest."""
     anchors, anchor = [], trajectory.first_anchor
     while anchor <= trajectory.last_anchor:
@@ -110,18 +110,18 @@ def made_up_steps(trajectory: Trajectory, K: int, tau: float, rng: np.random.Gen
     return TrajectorySteps(visited, committed - 1, committed, committed, proposed, logprobs)
 
 
-def made_up(target: Target, sequences: int) -> World:
-    """A new drafter on random text."""
+def make_world(target: Target, sequences: int) -> World:
+    """Return a new drafter and invented steps on random text."""
     trajectories = make_trajectories(sequences, target.info.vocab_size)
     mask = target.tokenizer.convert_ids_to_tokens(target.info.mask_candidates[0])
     shape = DFlashConfig(num_layers=2, block_size=8, num_target_features=5, mask_token=mask)
     rng = np.random.default_rng(1)
-    table = MinedTable([made_up_steps(t, shape.block_size - 1, TAU, rng) for t in trajectories], shape.block_size - 1)
+    table = MinedTable([invented_steps(t, shape.block_size - 1, TAU, rng) for t in trajectories], shape.block_size - 1)
     return World(target, trajectories, lambda: create_drafter(shape, target, seed=0), table)
 
 
 class Step:
-    """One training step of one arm, in parts."""
+    """One training step of one arm, by phase."""
 
     def __init__(self, name: str, world: World, fields: dict[str, Any] | None, config: TrainingConfig):
         self.world, self.config, self.step = world, config, 0
@@ -145,7 +145,7 @@ class Step:
         )
 
     def _loss(self, features: FeatureSource) -> LossReport:
-        """The step's loss; reading the features is not part of it."""
+        """Compute the step's loss, with features that are read before."""
         indices = list(range(len(self.world.trajectories)))
         batch, rng, config = features.batch(indices), step_rng(0, self.step), self.config
         if self.opd is not None:
@@ -163,7 +163,7 @@ class Step:
         return report
 
     def _dense_loss(self, batch: Batch, anchors: Anchors) -> LossReport:
-        """Of sft_loss with cross-entropy: the same value."""
+        """Compute the value of sft_loss with cross-entropy as other trainers do."""
         started = time.perf_counter()
         with patch.object(dflash_model, "block_attention", dense_attention):
             hidden = draft_blocks(self.drafter, encode_batch(self.drafter, batch), batch, anchors).hidden
@@ -180,9 +180,9 @@ class Step:
         return LossReport(loss, anchors.blocks, int(inside.sum()), {"accuracy": accuracy}, seconds)
 
     def run(self) -> tuple[dict[str, float], int]:
-        """Seconds of every part, and the positions trained. The head's selection counts as head."""
+        """Train a step; return the seconds by phase, and the trained positions. Sampling the head counts as head."""
         self.step += 1
-        began = time.perf_counter()
+        started = time.perf_counter()
         layers = self.drafter.target_layer_ids
         features = FeatureSource(self.world.target, layers, self.world.trajectories, self.config)
         features.batch(range(len(self.world.trajectories)))
@@ -198,19 +198,19 @@ class Step:
         self.optimiser.zero_grad(set_to_none=True)
         done = time.perf_counter()
         drafted, mined = report.seconds["drafter"], report.seconds.get("mining", 0.0)
-        seconds = (read - began, mined, drafted, valued - read - drafted - mined, backward - valued, done - backward)
+        seconds = (read - started, mined, drafted, valued - read - drafted - mined, backward - valued, done - backward)
         return dict(zip(PARTS, seconds, strict=True)), report.positions
 
 
 def operations(work: Callable[[], Any]) -> float:
-    """Operations of all matrix products of a call."""
+    """Count the operations of all matrix products of a call."""
     with FlopCounterMode(display=False, custom_mapping=KERNEL_FLOPS) as counter:
         work()
     return float(counter.get_total_flops())
 
 
 def measure(steps: dict[str, Step], repetitions: int) -> list[dict[str, Any]]:
-    """One row of figures a step, measured in alternation."""
+    """Measure all steps in alternation; return a row for each."""
     rate = machine.peak_rate(torch.bfloat16) * 1e9
     counted = {name: operations(step.run) for name, step in steps.items()}  # also the round that warms up
     parts: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
@@ -257,7 +257,7 @@ def main() -> None:
     options = parse()
     harness.set_process(options)
     harness.set_clock(options.cpu_time)
-    world = made_up(harness.load_target(options.target), options.sequences)
+    world = make_world(harness.load_target(options.target), options.sequences)
     wanted = ("SFT", *(options.arms or ARMS))
     arms = {name: fields for name, fields in ARMS.items() if name.startswith(wanted)}
     steps = {}

@@ -1,9 +1,9 @@
-"""Output tokens/s of a DFLASH server without the plug-in, with it and nobody asking, and with every request asking.
+"""Output tokens/s of a DFLASH server without the plug-in, with it and no request traced, and with every one traced.
 
 Starts two servers of the test bed's target and drafter on the CPU (`make sglang-cpu`), one that leaves the plug-in out;
 or measures servers that run already, on a GPU say: `--without URL --with URL --prompts FILE`, where FILE has a JSON
 list of token ids a line. The same greedy requests go to every arm, in turns. Behind it, without any server, the time of
-the one thing that the plug-in does in a step where nobody asks: looking at the batch's requests.
+the one thing that the plug-in does in a step without traced requests: looking at the batch's requests.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ABSENT, OFF, ON = "absent", "installed, off", "installed, on"
 
 
 def tiny_prompts(model: Path, count: int) -> list[list[int]]:
-    """Prompts that the tiny target was not trained on, as its chat template has them."""
+    """Return prompts that the tiny target was not trained on, in its chat template."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -43,7 +43,7 @@ def tiny_prompts(model: Path, count: int) -> list[list[int]]:
 
 @contextmanager
 def cpu_servers(logs: Path) -> Iterator[tuple[str, str, Path]]:
-    """URLs without and with the plug-in, and the folder of the model that both serve."""
+    """Start servers; yield their URLs without and with the plug-in, and the folder of the model that both serve."""
     python = sglang_python()
     if isinstance(python, str):
         raise DraftsmithError(python)
@@ -60,7 +60,7 @@ def cpu_servers(logs: Path) -> Iterator[tuple[str, str, Path]]:
 
 
 def arm(url: str, prompts: Sequence[list[int]], tokens: int, concurrency: int, traced: bool) -> Callable[[], None]:
-    """All prompts answered by a server."""
+    """Let a server answer all prompts."""
     sampling: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": tokens, "ignore_eos": True}
     if traced:
         sampling["custom_params"] = {KEY: True}
@@ -77,7 +77,7 @@ def arm(url: str, prompts: Sequence[list[int]], tokens: int, concurrency: int, t
 
 
 def microseconds_of_a_look(requests: int, looks: int = 2000) -> float:
-    """Time of `Recorder.asking` for a batch in which nobody asks."""
+    """Measure `Recorder.asking` for a batch without traced requests."""
     recorder = Recorder()
     recorder.active, recorder.everyone = True, False
     batch = SimpleNamespace(
@@ -132,7 +132,7 @@ def main() -> None:
         [list(row.values()) for row in rows],
     )
     looks = {count: microseconds_of_a_look(count) for count in (1, 16, 64, 256)}
-    harness.print_table("a step in which nobody asks", ["requests", "microseconds"], list(looks.items()))
+    harness.print_table("a step without traced requests", ["requests", "microseconds"], list(looks.items()))
     harness.report("sglang_plugin", {"rows": rows, "look_microseconds": looks}, chosen)
 
 

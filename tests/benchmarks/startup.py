@@ -1,6 +1,6 @@
 """How long it takes until something happens: the help, the import, an unchanged refresh, and every stage's process.
 
-A refresh of the test bed's target is made in a home of its own. An unchanged one is the same command again. A stage's
+A refresh of the test bed's target is made in a new home. An unchanged one is the same command again. A stage's
 process is started as that refresh started it, in other folders, and its clock stops at the first piece of work that it
 reports: Python, libraries, weights of a megabyte, and that piece itself. Stages that report none are measured to their
 end.
@@ -25,7 +25,7 @@ GOALS = {"help": 0.3, "import draftsmith": 0.5, "unchanged refresh": 10.0, "stag
 
 
 def timed(arguments: list[str], home: Path) -> float:
-    """Seconds that the command takes in this home, with servers of its own. DraftsmithError if it fails."""
+    """Return the seconds that the command takes in this home, with new servers. Raises DraftsmithError if it fails."""
     ours = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "DRAFTSMITH_"))}
     began = time.perf_counter()
     done = subprocess.run(
@@ -41,14 +41,14 @@ def timed(arguments: list[str], home: Path) -> float:
 
 
 def imported(home: Path) -> float:
-    """Seconds until a new Python has imported the package, the start of Python included."""
+    """Return the seconds until a new Python has imported the package, the start of Python included."""
     began = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import draftsmith"], cwd=home, check=True)
     return time.perf_counter() - began
 
 
 def first_work(request: dict[str, Any], folder: Path) -> float:
-    """Seconds from the start of a stage's process to its first progress, or to its end."""
+    """Return the seconds from the start of a stage's process to its first progress, or to its end."""
     request = {**request, "out": str(folder / "out"), "work": str(folder / "work")}
     path = folder / "request.json"
     path.write_text(json.dumps(request), "utf-8")
@@ -69,14 +69,14 @@ def first_work(request: dict[str, Any], folder: Path) -> float:
 
 
 def requests_of(home: Path) -> dict[str, dict[str, Any]]:
-    """What the refresh asked of a process of each stage, by the stage; the last of those that ran twice."""
+    """Return the request to the process of each stage, the last one of stages that ran twice."""
     found = sorted((home / "logs").rglob("*.request.json"), key=lambda path: path.stat().st_mtime)
     read = [json.loads(path.read_text("utf-8")) for path in found]
     return {request["stage"]: request for request in read}
 
 
 def measure(repetitions: int, folder: Path) -> list[dict[str, Any]]:
-    """A row each; folder: for the home."""
+    """Measure everything; return a row each. folder: for the home."""
     home, config = folder / "home", str(configs.write(configs.PLAIN, folder))
     whole = timed(["run", config], home)
     seconds: dict[str, list[float]] = {

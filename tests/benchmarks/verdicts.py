@@ -2,7 +2,7 @@
 
 The drafters of an evaluation decode its held-out prompts in many rounds, beside a load that the command makes. Every
 pair of rounds is one measurement as the stage takes it; the gate decides on each. With `--twin` a drafter is compared
-with itself instead: how often equals are called different, and how often it is told from one that is 10 % slower.
+with itself instead: how often equals are called different, and how often one that is 10 % slower is detected.
 """
 
 from __future__ import annotations

@@ -23,12 +23,12 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1.5 * BFLOAT16}  # of the larg
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_blocks_attend_as_the_dense_form_says_gradients_included(name: str, dtype: torch.dtype, device: str) -> None:
+def test_block_attention_and_its_gradients_equal_the_dense_form(name: str, dtype: torch.dtype, device: str) -> None:
     shape: dict[str, Any] = {"B": 2, "heads": (2, 2), "T": 300, "A": 7, "S": 8, "J": 8, "D": 64}
     case = make_case(**shape | CASES[name])
     moved = case.to(device, dtype)
-    found = [moved.attended(), *moved.gradients("parts")]
-    for ours, expected in zip(found, [case.dense(), *case.gradients("dense")], strict=True):
+    results = [moved.attended(), *moved.gradients("parts")]
+    for ours, expected in zip(results, [case.dense(), *case.gradients("dense")], strict=True):
         assert ours.dtype == dtype
         assert ours.device.type == device
         off = float((ours.cpu().float() - expected).abs().max() / expected.abs().max())

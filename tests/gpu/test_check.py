@@ -15,20 +15,20 @@ from tests.gpu.trainings import KINDS
 from tests.gpu.watch import TARGET
 
 
-def test_it_measures_every_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_training_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--device", "cpu", "--no-tests", "--repetitions", "1", "--out", str(tmp_path)]
     assert check.main(options) == 0
-    figures = json.loads((tmp_path / "gpu-check.json").read_text())
-    assert [row["training"] for row in figures["rows"]] == list(KINDS)
+    results = json.loads((tmp_path / "gpu-check.json").read_text())
+    assert [row["training"] for row in results["rows"]] == list(KINDS)
     shown = capsys.readouterr().out
-    for row in figures["rows"]:
+    for row in results["rows"]:
         assert row["training"] in shown
-        known = {name: value for name, value in row.items() if isinstance(value, float)}
-        assert all(math.isfinite(value) and value > 0 for value in known.values())
+        numbers = [value for value in row.values() if isinstance(value, float)]
+        assert all(math.isfinite(value) and value > 0 for value in numbers)
         assert row["at_once"] == row["answers"]
         assert row["target_share"] < 1
         assert row["estimated_gb"] < PROCESS / 1e9
-        assert sum(figures["kernels"][row["training"]].values()) == pytest.approx(1)
+        assert sum(results["kernels"][row["training"]].values()) == pytest.approx(1)
     assert len(list(tmp_path.glob("*.trace.json.gz"))) == len(KINDS)
     with gzip.open(tmp_path / "sft.trace.json.gz", "rt") as file:
         events = json.load(file)["traceEvents"]

@@ -27,7 +27,7 @@ LOGPROBS = 1e-3  # nats
 
 @pytest.fixture(scope="module")
 def reference() -> Target:
-    """On the CPU."""
+    """Return the target on the CPU."""
     return make_target(TINY, "cpu", "float32", alike=True)
 
 
@@ -38,30 +38,30 @@ def target(device: str) -> Target:
 
 @pytest.fixture(scope="module")
 def answers(reference: Target) -> list[Trajectory]:
-    """Greedy ones of the CPU that hang on no near-tie, behind random prompts."""
+    """Return greedy answers of the CPU without near-ties, to random prompts."""
     prompts = [t.tokens for t in make_trajectories(TINY, equally_long=False)]
-    found = [
+    greedy = [
         Trajectory(name, prompts[int(name)] + ids, len(prompts[int(name)]))
         for name, ids in answered(reference, None, prompts).items()
     ]
-    clear = [answer for answer in found if ties.target_margin(reference, answer) > ties.TARGET_TIE]
+    clear = [answer for answer in greedy if ties.target_margin(reference, answer) > ties.TARGET_TIE]
     assert len(clear) >= 3
     return clear
 
 
 def answered(target: Target, drafter: Drafter | None, prompts: list[list[int]]) -> dict[str, list[int]]:
-    """Greedy answers by the place of their prompt."""
+    """Return greedy answers by the index of their prompt."""
     engine = EmbeddedEngine(target, drafter, slots=4, capacity=TINY.longest + 2 * NEW_TOKENS)
     requests = [Request(str(i), ids, NEW_TOKENS) for i, ids in enumerate(prompts)]
     return {done.request.request_id: done.response_ids for done in engine.generate(requests)}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_targets_forwards_agree(dtype: str, device: str) -> None:
+def test_all_forwards_of_a_target_agree(dtype: str, device: str) -> None:
     check_agreement(make_target(TINY, device, dtype, alike=True), "random weights")
 
 
-def test_features_are_the_cpus(target: Target, reference: Target, answers: list[Trajectory]) -> None:
+def test_features_equal_the_cpus(target: Target, reference: Target, answers: list[Trajectory]) -> None:
     ids = torch.tensor([answers[0].tokens])
     ours = target.features(ids.to(target.device), (0, 3)).cpu()
     expected = reference.read(ids, (0, 3)).features
@@ -69,7 +69,7 @@ def test_features_are_the_cpus(target: Target, reference: Target, answers: list[
 
 
 @pytest.mark.parametrize("shape", [TINY.drafter, EAGLE3], ids=["dflash", "eagle3"])
-def test_drafted_answers_traces_and_scores_are_those_of_one_block_after_the_other(
+def test_answers_traces_and_scores_equal_sequential_drafting_on_the_cpu(
     shape: DrafterConfig, target: Target, reference: Target, answers: list[Trajectory]
 ) -> None:
     drafter = make_drafter(shape, target, alike=True).eval()
@@ -85,27 +85,27 @@ def test_drafted_answers_traces_and_scores_are_those_of_one_block_after_the_othe
     for answer, chained in zip(clear, by_chains, strict=True):
         trace = replay_sequentially(on_cpu, context_of(on_cpu, reference, answer), answer, on_cpu.block_size, head)
         of_mining, scores = ours[answer.trajectory_id]
-        for found in (chained, of_mining):
-            np.testing.assert_array_equal(found.anchors, trace.anchors)
-            np.testing.assert_array_equal(found.accepted, trace.accepted)
-            np.testing.assert_array_equal(found.proposed, trace.proposed)
+        for replayed in (chained, of_mining):
+            np.testing.assert_array_equal(replayed.anchors, trace.anchors)
+            np.testing.assert_array_equal(replayed.accepted, trace.accepted)
+            np.testing.assert_array_equal(replayed.proposed, trace.proposed)
         theirs = expected[answer.trajectory_id][1]
         np.testing.assert_allclose(scores.target_logprobs, theirs.target_logprobs, atol=LOGPROBS)
 
 
-def mined(target: Target, drafter: Drafter, texts: list[Trajectory]) -> dict[str, tuple[Trace, StepScores]]:
-    """By the name of the text."""
+def mined(target: Target, drafter: Drafter, answers: list[Trajectory]) -> dict[str, tuple[Trace, StepScores]]:
+    """Return traces and scores by trajectory id."""
     return {
-        text.trajectory_id: (trace, scores)
-        for group in Replayer(target).mine(drafter, texts)
-        for text, trace, scores in zip(group.trajectories, group.traces, group.scores, strict=True)
+        answer.trajectory_id: (trace, scores)
+        for group in Replayer(target).mine(drafter, answers)
+        for answer, trace, scores in zip(group.trajectories, group.traces, group.scores, strict=True)
     }
 
 
 @torch.no_grad()
-def context_of(drafter: Drafter, target: Target, text: Trajectory) -> Context:
-    """Of one text on the CPU."""
-    tokens = torch.tensor([text.tokens])
+def context_of(drafter: Drafter, target: Target, answer: Trajectory) -> Context:
+    """Return the drafter's context of one answer on the CPU."""
+    tokens = torch.tensor([answer.tokens])
     features = target.read(tokens, drafter.target_layer_ids).features
     assert features is not None
     return drafter.encode(features, tokens, torch.arange(tokens.shape[1])[None])

@@ -1,4 +1,4 @@
-"""What ranks tell each other, in a group of one process: NCCL on a GPU, gloo on the CPU."""
+"""What ranks send each other, in a group of one process: NCCL on a GPU, gloo on the CPU."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from draftsmith.stages.runtime.stage import ParallelConfig
 from draftsmith.stages.training.config import TrainingConfig
 from draftsmith.stages.training.loop import make_optimiser, restore, whole_state
 
-# It sends as one of two does, and hears itself alone: sums are of one.
+# Sends as one of two ranks, and receives from itself alone: sums have one term.
 SENDING = Ranks(0, 2)
 
 
 @pytest.fixture
 def group(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A group of this process, as the launcher's environment makes it; the device that its tensors are on."""
+    """Make a group of this process, as from the launcher's environment; yield the device of its tensors."""
     if device == "cpu":
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    for name, value in place.items():
+    environment = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    for name, value in environment.items():
         monkeypatch.setenv(name, str(value))
     with process_group():
         yield device
 
 
-def test_what_is_sent_arrives(group: str) -> None:
-    backends = dict(each.split(":") for each in dist.get_backend_config().split(","))
+def test_gathered_objects_gradients_and_weights_arrive(group: str) -> None:
+    backends = dict(pair.split(":") for pair in dist.get_backend_config().split(","))
     assert (backends["cpu"], backends[group]) == ("gloo", "gloo" if group == "cpu" else "nccl")
     assert Ranks.current() == Ranks(0, 1)
     assert SENDING.gather({"loss": 1.5}) == [{"loss": 1.5}] * 2
@@ -48,13 +48,13 @@ def test_what_is_sent_arrives(group: str) -> None:
     assert used.flatten().tolist() == list(range(6))
 
 
-def test_an_optimiser_that_is_split_moves_weights_as_a_whole_one(group: str) -> None:
+def test_a_sharded_optimiser_moves_weights_as_a_whole_one(group: str) -> None:
     config = TrainingConfig(parallel=ParallelConfig(processes=2, shard_optimiser=True), weight_decay=0.01)
     whole = torch.nn.Linear(4, 3, device=group)
     split = copy.deepcopy(whole)
     optimisers = [make_optimiser(whole.parameters(), config), make_optimiser(split.parameters(), config, SENDING)]
     for step in range(3):
-        if step == 2:  # and goes on from its state
+        if step == 2:  # continues from its state
             state = whole_state(optimisers[1], SENDING)
             assert state is not None
             optimisers[1] = make_optimiser(split.parameters(), config, SENDING)

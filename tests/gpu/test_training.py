@@ -1,4 +1,4 @@
-"""Training steps on the device: against the CPU's in float32, under autocast, resumed, with features read ahead."""
+"""Training steps on the device: compared with the CPU's in float32, under autocast, resumed, with prefetching."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STEPS, MIDDLE = 8, 4
 
 @dataclass(frozen=True)
 class Near:
-    """How far a step may be from the CPU's in float32, relative."""
+    """The relative tolerance of a step against the CPU's in float32."""
 
     loss: float
     gradient: float  # of the norm of all gradients
@@ -39,7 +39,7 @@ NEAR = {"float32": Near(1e-4, 1e-3), "bfloat16": Near(0.02, 0.2)}
 def training_on(
     device: str, shape: DrafterConfig, kind: str, dtype: str = "float32", **fields: Any
 ) -> tuple[Drafter, Training]:
-    """Of texts that follow a rule. The target is in the dtype, weights of the drafter in float32."""
+    """Return a training on answers that follow a rule. dtype: of the target; the drafter's weights are float32."""
     target = make_target(TINY, device, dtype, alike=True)
     drafter = make_drafter(shape, target, alike=True)
     trajectories = random_target.trajectories(12, seed=5)
@@ -48,7 +48,7 @@ def training_on(
 
 
 def loss_and_gradient(device: str, shape: DrafterConfig, kind: str, dtype: str) -> tuple[float, torch.Tensor]:
-    """Of a first step."""
+    """Return the loss and the gradient of a first step."""
     drafter, training = training_on(device, shape, kind, dtype)
     with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
         report = training.loss(0)
@@ -60,7 +60,7 @@ def loss_and_gradient(device: str, shape: DrafterConfig, kind: str, dtype: str) 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_step_is_the_cpus_in_float32(shape: str, kind: str, device: str) -> None:
+def test_a_step_equals_the_cpus_in_float32(shape: str, kind: str, device: str) -> None:
     expected_loss, expected = loss_and_gradient("cpu", SHAPES[shape], kind, "float32")
     for dtype, near in NEAR.items():
         if (device, dtype) == ("cpu", "float32"):
@@ -71,26 +71,26 @@ def test_a_step_is_the_cpus_in_float32(shape: str, kind: str, device: str) -> No
 
 
 def trained(device: str, folder: Path, kind: str, stop_after: int | None = None) -> list[float]:
-    """Losses of the steps of one attempt under autocast, in micro-batches."""
+    """Return the losses of one attempt under autocast, in micro-batches."""
     drafter, training = training_on(device, TINY.drafter, kind, "bfloat16", steps=STEPS, learning_rate=3e-3)
     context = StoppingContext.under(folder, stop_after=stop_after)
     with suppress(StageInterrupted):
         train(context, drafter, training.config, lambda step: training.micro_batches(step, 80), training.memory)
-    return [figures["loss"] for _, figures in context.measured]
+    return [values["loss"] for _, values in context.measured]
 
 
 @pytest.mark.parametrize("kind", ["SFT", "OPD"])
-def test_a_training_learns_and_goes_on_from_its_checkpoint(kind: str, device: str, tmp_path: Path) -> None:
+def test_a_training_learns_and_continues_from_its_checkpoint(kind: str, device: str, tmp_path: Path) -> None:
     whole = trained(device, tmp_path / "whole", kind)
     assert whole[-1] < whole[0]
-    begun = trained(device, tmp_path / "parts", kind, stop_after=MIDDLE)
+    first = trained(device, tmp_path / "parts", kind, stop_after=MIDDLE)
     rest = trained(device, tmp_path / "parts", kind)
-    assert (len(begun), len(rest)) == (MIDDLE, STEPS - MIDDLE)
-    assert begun + rest == (whole if device == "cpu" else pytest.approx(whole, rel=0.01))  # sums in any order there
+    assert (len(first), len(rest)) == (MIDDLE, STEPS - MIDDLE)
+    assert first + rest == (whole if device == "cpu" else pytest.approx(whole, rel=0.01))  # sums in any order there
 
 
-def test_features_that_are_read_ahead_are_those_of_their_batch(device: str) -> None:
-    """Beside other work, in memory that is used again."""
+def test_prefetched_features_are_those_of_their_batch(device: str) -> None:
+    """Beside other work, in memory that is reused."""
     target = make_target(TINY, device, "bfloat16", alike=True)
     trajectories = make_trajectories(TINY, equally_long=False)
     config = TrainingConfig(tokens_per_target_forward=64, feature_memory_mb=1e-6)

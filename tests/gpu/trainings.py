@@ -1,4 +1,4 @@
-"""SFT and OPD of a scale, put together as the stages do it, on mined steps that are made up."""
+"""SFT and OPD of a scale, assembled as the stages do it, on invented mined steps."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from draftsmith.stages.training.opd.mined_table import MinedTable
 from draftsmith.stages.training.opd.trainer import MinedData, OpdTraining
 from draftsmith.stages.training.sft.trainer import SftTraining
 from draftsmith.stages.training.trainer import TrainingData
-from tests.benchmarks.sft_step import made_up_steps
+from tests.benchmarks.sft_step import invented_steps
 
-TAU = 4.0  # of the verify steps that are made up
+TAU = 4.0  # of the invented verify steps
 Training: TypeAlias = SftTraining | OpdTraining
 
 # Nothing here accepts what it drafts, so traces mined again would be a step a token: they stay as they were mined.
@@ -31,12 +31,12 @@ KINDS: dict[str, dict[str, Any] | None] = {
 def make_training(
     kind: str, drafter: Drafter, target: Target, trajectories: Sequence[Trajectory], step: dict[str, Any]
 ) -> Training:
-    """kind: of KINDS. step: fields of TrainingConfig."""
+    """Return a training. kind: of KINDS. step: fields of TrainingConfig."""
     fields = KINDS[kind]
     if fields is None:
         data = TrainingData(trajectories=trajectories)
         return SftTraining(drafter, target, data, SftConfig.model_validate(step))
     rng, K = np.random.default_rng(1), drafter.block_size - 1
-    table = MinedTable([made_up_steps(t, K, TAU, rng) for t in trajectories], K)
+    table = MinedTable([invented_steps(t, K, TAU, rng) for t in trajectories], K)
     mined = MinedData(trajectories=trajectories, mined=table)
     return OpdTraining(drafter, target, mined, OpdConfig.model_validate({**step, **fields}))

@@ -1,4 +1,4 @@
-"""What a training step's time went into: the target's forwards and single kernels, by torch's profiler."""
+"""Where a training step's time goes: the target's forwards and single kernels, by torch's profiler."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TARGET = "target forward"  # as it is called in a profile
 
 @dataclass
 class Timed(RecordingContext):
-    """Of a training: when each step had ended, what it had queued on the device included."""
+    """The context of a training that records when each step ended, queued kernels included."""
 
     ends: list[float] = field(default_factory=list)
     after_step: Callable[[], object] = lambda: None
@@ -44,10 +44,10 @@ class Read:
 
 @contextmanager
 def watched(target: Target) -> Iterator[Read]:
-    """Counts what the target reads, and names it in profiles."""
+    """Count the operations of the target's reads, and name them in profiles."""
     read = Read()
 
-    def noted(work: Callable[..., Any], deepest: Callable[[tuple[int, ...]], int]) -> Callable[..., Any]:
+    def recorded(work: Callable[..., Any], deepest: Callable[[tuple[int, ...]], int]) -> Callable[..., Any]:
         def forward(ids: torch.Tensor, layer_ids: tuple[int, ...] = ()) -> Any:
             of_token = decode.token_operations(target.config, (ids.shape[1] + 1) / 2)
             read.operations += ids.numel() * of_token * deepest(layer_ids) / target.config.num_hidden_layers
@@ -58,35 +58,35 @@ def watched(target: Target) -> Iterator[Read]:
 
     layers = target.config.num_hidden_layers
     with (
-        patch.object(target, "read", noted(target.read, lambda _: layers)),
-        patch.object(target, "features", noted(target.features, lambda layer_ids: max(layer_ids) + 1)),
+        patch.object(target, "read", recorded(target.read, lambda _: layers)),
+        patch.object(target, "features", recorded(target.features, lambda layer_ids: max(layer_ids) + 1)),
     ):
         yield read
 
 
 class Profile:
-    """Of one step of a training, `skipped` steps behind its first."""
+    """The profile of one step of a training, `skipped` steps after its first."""
 
     def __init__(self, device: torch.device, skipped: int):
         self._on_device = device.type == "cuda"
         activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * self._on_device]
-        # the step before it is traced too and thrown away: a profiler begins slowly
+        # the step before it is traced too and discarded: a profiler starts slowly
         self.profiler = profile(activities=activities, schedule=schedule(wait=skipped - 1, warmup=1, active=1))
 
     def save(self, path: Path) -> None:
-        """For Perfetto, packed if the name ends in `.gz`."""
+        """Write the trace for Perfetto, compressed if the name ends in `.gz`."""
         self.profiler.export_chrome_trace(str(path))
 
     def kernels(self) -> dict[str, float]:
-        """Share of the kernels' time, the greatest first; on a CPU of the operations' own time."""
+        """Return the share of each kernel in their time, greatest first; on a CPU, of each operation."""
         seconds: dict[str, float] = {}
         for event in self._work():
             seconds[event.name] = seconds.get(event.name, 0.0) + self._own(event)
         whole = sum(seconds.values())
-        return dict(sorted(((name, spent / whole) for name, spent in seconds.items()), key=lambda each: -each[1]))
+        return dict(sorted(((name, spent / whole) for name, spent in seconds.items()), key=lambda item: -item[1]))
 
     def target_share(self) -> float:
-        """Of the target's forwards in the same time, wherever in the step they ran."""
+        """Return the share of the target's forwards, wherever in the step they ran."""
         spent = sum(
             event.device_time_total if self._on_device else event.cpu_time_total
             for event in self._events()
@@ -98,10 +98,10 @@ class Profile:
         return list(self.profiler.events() or [])
 
     def _work(self) -> list[Any]:
-        """Kernels, or operations of the CPU; no names of what they were for."""
+        """Return kernels, or operations of the CPU, without the ranges that name them."""
         kind = DeviceType.CUDA if self._on_device else DeviceType.CPU
         return [event for event in self._events() if event.device_type == kind and not event.is_user_annotation]
 
     def _own(self, event: Any) -> float:
-        """Microseconds."""
+        """Return microseconds."""
         return float(event.self_device_time_total if self._on_device else event.self_cpu_time_total)

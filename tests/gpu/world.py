@@ -1,4 +1,4 @@
-"""Models of random weights in the shapes of real ones, made on the device: nothing is read from a disk or a network."""
+"""Models with random weights in the shapes of real ones, made on the device, without disk or network."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.testbed import random_target
 
 @dataclass(frozen=True)
 class Scale:
-    """How large the models, the answers and a step are."""
+    """The sizes of models, answers and steps."""
 
     name: str
     target: Mapping[str, Any]  # fields of Qwen3Config
@@ -48,7 +48,7 @@ TINY = Scale(
     longest=40,
     answers=6,
 )  # fmt: skip
-# a step of Draft-OPD: 21 answers of 4,096 tokens behind prompts of 512
+# a step of Draft-OPD: 21 answers of 4,096 tokens after prompts of 512
 QWEN3_4B = Scale(
     "qwen3-4b",
     TARGETS["Qwen3-4B"],
@@ -63,7 +63,7 @@ EAGLE3 = Eagle3Config(kind="eagle3", block_size=4, target_layer_ids=(0, 1, 2), d
 
 
 def make_target(scale: Scale, device: str, dtype: str, *, alike: bool = False) -> Target:
-    """alike: with the same weights on any device, large enough that every part matters; else as models begin."""
+    """Return a target. alike: with weights that are the same on any device, and large enough that each matters."""
     from transformers import AutoModelForCausalLM, Qwen3Config
 
     config = Qwen3Config(**scale.target, tie_word_embeddings=True, max_position_embeddings=40960, eos_token_id=None)

@@ -1,4 +1,4 @@
-"""An experiment: arms that train one drafter on in several ways, from one shared rollout, over several seeds.
+"""An experiment: arms that continue training one drafter in several ways, from one shared rollout, over several seeds.
 
 The graph (in brackets: only where the config has the section)::
 
@@ -44,7 +44,7 @@ _SPARE = 2  # rows of the prompts' file for each that is asked for: a split take
 
 
 class Arm(Config):
-    """One way to train on."""
+    """One way to continue training."""
 
     stage: Literal["sft", "opd"]
     init: Literal["base", "random"] = "base"
@@ -54,7 +54,7 @@ class Arm(Config):
 
 
 class PromptCounts(Config):
-    """How many prompts, of which families of text."""
+    """The number of prompts, and their families of text."""
 
     families: tuple[str, ...] = Field(min_length=1)
     train: int
@@ -68,7 +68,7 @@ class LabConfig(RunOptions):
     target: TrainingTextConfig
     shape: ShapeConfig = ShapeConfig()
     revision: TrainingTextConfig | None = None
-    """What the target is trained on with; its old drafter is then the starting point."""
+    """Text that the target is trained further on; its old drafter is then the starting point."""
     prompts: PromptCounts
     fresh_prompts: PromptCounts | None = None
     """Other traffic than the starting drafter was trained for."""
@@ -85,7 +85,7 @@ class LabConfig(RunOptions):
     """The answers that drafters are compared on."""
     arms: dict[PlainName, Arm] = Field(min_length=1)
     budgets: tuple[int, ...] = (400,)
-    """Optimiser steps; every number is a training of its own, with its own schedule."""
+    """Optimiser steps; each number is another training, with another schedule."""
     seeds: tuple[int, ...] = (0, 1, 2)
 
     @property
@@ -164,12 +164,12 @@ def _target(folder: Path) -> TargetConfig:
 
 
 def _prompts(config: LabConfig, counts: PromptCounts) -> PromptsConfig:
-    """A source for each family, of rows that the target was not taught."""
+    """Return a source for each family, of rows that the target was not trained on."""
 
     def build(folder: Path) -> None:
-        known = frozenset(example.prompt for example in training_examples(config.target))
-        rows = text.examples(_PROMPTS_SEED, count, exclude=known, families=counts.families)
-        lines = [json.dumps({"prompt": each.prompt, "family": each.family}) + "\n" for each in rows]
+        trained = frozenset(example.prompt for example in training_examples(config.target))
+        rows = text.examples(_PROMPTS_SEED, count, exclude=trained, families=counts.families)
+        lines = [json.dumps({"prompt": row.prompt, "family": row.family}) + "\n" for row in rows]
         (folder / "prompts.jsonl").write_text("".join(lines), "utf-8")
 
     count = _SPARE * (counts.train + counts.validation + counts.heldout)
@@ -199,5 +199,5 @@ def experiment(
     start: list[str] | None = None,
     until: list[str] | None = None,
 ) -> Any:
-    """Train a drafter on in several ways."""
+    """Continue training a drafter in several ways."""
     return run_graph(config, LAB, force, start, until)

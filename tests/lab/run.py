@@ -1,6 +1,6 @@
-"""Run an experiment: `python -m tests.lab.run FILE`, with the options of `draftsmith run` behind it.
+"""Run an experiment: `python -m tests.lab.run FILE`, followed by options of `draftsmith run`.
 
-The same command goes on with a run that was interrupted; what has not changed is reused.
+The same command continues an interrupted run; unchanged artifacts are reused.
 """
 
 from __future__ import annotations

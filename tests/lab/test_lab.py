@@ -1,4 +1,4 @@
-"""The lab: its files are valid, a loss of its own is in the key, and a small experiment runs end to end."""
+"""The lab: its files are valid, a named loss is in the key, and a small experiment runs end to end."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_there_are_at_most_ten() -> None:
+def test_there_are_at_most_ten_experiments() -> None:
     assert 1 < len(FILES) <= 10
 
 
@@ -64,7 +64,7 @@ def test_every_experiment_is_valid(path: Path) -> None:
 @pytest.mark.parametrize(
     "change", ["arms.opd.change={learning_rat: 1}", "arms.opd.init=random", "seeds=[0, 0]", "arms={}"]
 )
-def test_a_bad_experiment_is_one_error(change: str) -> None:
+def test_a_bad_experiment_is_refused_by_field(change: str) -> None:
     with pytest.raises(DraftsmithError, match=change.partition("=")[0].partition(".")[0]):
         read_config(FILES[0].with_name("plateau.yaml"), [change], LabConfig)
 
@@ -87,14 +87,14 @@ def test_the_key_holds_the_source_of_a_named_loss(stage: str, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("name", ["tv", "lk", "cross-entropy", "nowhere.at_all:mine", "tests.lab.losses:"])
-def test_a_loss_that_is_gone_or_unknown_is_refused(name: str) -> None:
+def test_a_removed_or_unknown_loss_is_refused(name: str) -> None:
     with pytest.raises(ValidationError):
         SftConfig(loss=name)
     with pytest.raises(ValidationError):
         OpdConfig.model_validate({"loss": {"response": {"loss": name}}})
 
 
-def test_a_module_without_the_function_is_one_error() -> None:
+def test_a_module_without_the_named_function_is_refused() -> None:
     with pytest.raises(DraftsmithError):
         losses.imported("tests.lab.losses:absent")
 

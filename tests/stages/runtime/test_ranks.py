@@ -315,5 +315,5 @@ def test_a_rank_without_memory_ends_all_and_the_next_attempt_takes_smaller_parts
     code, events = Attempt(tmp_path, inputs, **fields).ended()
     assert (code, events[-1]["event"]) == (0, "done")
     logs = [event["message"] for event in events if event["event"] == "log"]
-    assert "micro-batches of 36 tokens: an attempt before had no memory for those of 72" in logs
+    assert "micro-batches of 36 tokens" in logs
     assert f"continuing from the checkpoint at step {kept} of {steps}" in logs

@@ -78,18 +78,18 @@ def make_case(target: Target, layer_ids: Sequence[int]) -> Case:
     chosen[1] = chosen[1][[1, 4]]
     anchors = pad_anchors(chosen, torch.device("cpu"))
     shape = tuple(anchors.positions.shape)
-    kept, committed, rejected_offset = (np.zeros(shape, int) for _ in range(3))
+    accepted, committed, rejected_offset = (np.zeros(shape, int) for _ in range(3))
     logprobs = rng.uniform(-14, -0.01, (*shape, K)).astype(np.float32)  # some below the floor
     for b, t in enumerate(trajectories):
         for a, anchor in enumerate(anchors.positions[b].tolist()):
-            judged = min(K, len(t.tokens) - 1 - anchor)
-            accepted = (b + a) % (judged + 1)  # all kinds: nothing, a part, everything, cut by the end
-            kept[b, a] = accepted
-            committed[b, a] = min(accepted + 1, len(t.tokens) - 1 - anchor)
-            rejected_offset[b, a] = accepted + 1 if accepted < judged else 0
-            logprobs[b, a, judged:] = np.nan
+            verified = min(K, len(t.tokens) - 1 - anchor)
+            count = (b + a) % (verified + 1)  # all kinds: nothing, some, everything, cut by the end
+            accepted[b, a] = count
+            committed[b, a] = min(count + 1, len(t.tokens) - 1 - anchor)
+            rejected_offset[b, a] = count + 1 if count < verified else 0
+            logprobs[b, a, verified:] = np.nan
     assert (rejected_offset == 0).any()
     assert (rejected_offset > 1).any()
     proposed = rng.integers(0, random_target.TEXT_TOKENS, (*shape, K))
-    steps = VerifySteps(*(torch.from_numpy(x) for x in (kept, committed, rejected_offset, proposed, logprobs)))
+    steps = VerifySteps(*(torch.from_numpy(x) for x in (accepted, committed, rejected_offset, proposed, logprobs)))
     return Case(source.batch([0, 1, 2]), anchors, steps, trajectories)

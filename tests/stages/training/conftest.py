@@ -12,11 +12,11 @@ from tests.testbed import random_target
 
 @pytest.fixture(scope="session")
 def case(plain_target: Target, plain_drafter: DFlashDrafter) -> Case:
-    """Three trajectories with anchors up to their ends, one of them short of anchors, and steps that fit them."""
+    """Return three trajectories with anchors up to their ends, one short of anchors, and steps that fit them."""
     return make_case(plain_target, plain_drafter.target_layer_ids)
 
 
 @pytest.fixture
 def drafter(plain_target: Target) -> DFlashDrafter:
-    """One whose gradients the test may take."""
+    """Return a drafter whose gradients the test may take."""
     return random_target.random_drafter(plain_target)

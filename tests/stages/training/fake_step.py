@@ -64,7 +64,7 @@ class FakeStep:
     sampling: SamplingParams = GREEDY  # of SFT's answers
 
     def sizes(self, device_memory: float) -> Sizes:
-        """As `draftsmith check` has them."""
+        """Return the sizes that `draftsmith check` reads."""
         target = Qwen3Config(**TARGETS[self.target], tie_word_embeddings=self.target != "Qwen3-8B")
         with torch.device("meta"):
             parameters = sum(p.numel() for p in Qwen3ForCausalLM(target).parameters())
@@ -85,7 +85,7 @@ class FakeStep:
         return plan_of_new(self.drafter, target, lambda: SimpleNamespace(convert_ids_to_tokens=lambda _: None))
 
     def peak_bytes(self, rows_at_once: int, mask_entries: int = block_attention._MASK_ENTRIES) -> float:
-        """Of the last micro-batch of a step, in its forward or its backward.
+        """Return the peak of a step's last micro-batch, in its forward or its backward.
 
         mask_entries: blocks of the CPU's attention at once; more are fewer calls to follow.
         """
@@ -153,7 +153,7 @@ class FakeStep:
 
 
 class _Rejected(RandomAnchors):
-    """Verify steps of a table that keep a third of a block, so that both streams have positions."""
+    """Verify steps that accept a third of a block, so that both streams have positions."""
 
     def __init__(self, per_sequence: int, proposals: int):
         super().__init__(per_sequence)
@@ -172,7 +172,7 @@ def _steps(anchors: Anchors, K: int) -> VerifySteps:
 
 
 class _Peak(MemTracker):
-    """Without figures of single modules, which the tracker refuses to take of one that is called twice."""
+    """The tracker without metrics of single modules, which it refuses for one that is called twice."""
 
     def _pre_fw_hook(self, *_: Any) -> None: ...
 

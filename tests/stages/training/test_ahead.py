@@ -22,17 +22,17 @@ def source_of(target: Target, ahead: bool, memory_mb: float = 1e-6) -> FeatureSo
 
 
 def trained(source: FeatureSource, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], list[Batch]]:
-    """What happens in which order: answers of the target for a step, the step's batch, the step."""
+    """Return the order of events (the target reads for a step, its batch, its training) and the batches."""
     events: list[str] = []
     batches: list[Batch] = []
     read = source._read
 
-    def noted(ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def recorded(ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         row = [t.tokens == ids[0, : len(t.tokens)].tolist() for t in TRAJECTORIES].index(True)
         events.append(f"read {next(step for step, indices in enumerate(STEPS) if row in indices)}")
         return read(ids)
 
-    monkeypatch.setattr(source, "_read", noted)
+    monkeypatch.setattr(source, "_read", recorded)
     for step, indices in enumerate(STEPS):
         batches.append(source.batch(indices))
         events.append(f"batch {step}")
@@ -42,12 +42,12 @@ def trained(source: FeatureSource, monkeypatch: pytest.MonkeyPatch) -> tuple[lis
     return list(dict.fromkeys(events)), batches
 
 
-def test_what_is_read_ahead_changes_neither_the_order_nor_a_bit(
+def test_prefetching_changes_neither_a_bit_nor_the_order_of_reads(
     plain_target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_turn, batches = trained(source_of(plain_target, ahead=False), monkeypatch)
     ahead, same = trained(source_of(plain_target, ahead=True), monkeypatch)
-    assert in_turn == [f"{what} {step}" for step in range(3) for what in ("read", "batch", "train")]
+    assert in_turn == [f"{event} {step}" for step in range(3) for event in ("read", "batch", "train")]
     assert ahead == [
         *("read 0", "batch 0", "read 1", "train 0", "batch 1", "read 2", "train 1", "batch 2", "train 2"),
     ]
@@ -57,7 +57,7 @@ def test_what_is_read_ahead_changes_neither_the_order_nor_a_bit(
         assert torch.equal(hidden_of(one), hidden_of(other))
 
 
-def test_another_batch_than_the_one_that_was_read_ahead_is_read(plain_target: Target) -> None:
+def test_a_batch_other_than_the_prefetched_one_is_read(plain_target: Target) -> None:
     source, plain = source_of(plain_target, ahead=True), source_of(plain_target, ahead=False)
     source.prefetch([7, 0])
     for indices in ([3, 1], [7, 0]):

@@ -1,4 +1,4 @@
-"""Anchors of a step: which positions are drawn, and of answers that have none."""
+"""Anchors of a step: which positions are sampled, and answers that have none."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def test_an_answer_of_one_token_is_named() -> None:
         position_anchors(answers, 3, np.zeros(2), CPU)
 
 
-def test_anchors_are_different_positions_with_a_token_behind_them() -> None:
-    """Where a response is too short for that, its positions are taken several times: steps have equally many blocks."""
+def test_anchors_are_different_positions_with_a_following_token() -> None:
+    """Positions of a shorter answer are taken several times, so that all steps have equally many blocks."""
     short, long = Trajectory("a", list(range(7)), 4), Trajectory("b", list(range(30)), 4)
     seen: Counter[tuple[int, int]] = Counter()
     for step in range(200):
@@ -33,17 +33,17 @@ def test_anchors_are_different_positions_with_a_token_behind_them() -> None:
         assert anchors.valid.all() and anchors.blocks == 10
         assert len(set(anchors.positions[1].tolist())) == 5
         seen.update((row, p) for row, positions in enumerate(anchors.positions.tolist()) for p in positions)
-    assert {p for row, p in seen if row == 0} == {4, 5}  # the first response token, and the last but one token
+    assert {p for row, p in seen if row == 0} == {4, 5}  # from the first answer token to the last but one
     assert {p for row, p in seen if row == 1} == set(range(4, 29))
 
 
-def test_every_candidate_is_drawn_equally_often() -> None:
-    """So that a mean over steps weighs the positions alike: 5 of 23, 4,000 times, within 4 σ."""
+def test_every_candidate_is_sampled_equally_often() -> None:
+    """A mean over steps then weighs all positions alike: 5 of 23, 4,000 times, within 4 σ."""
     candidates, rng, seen = np.arange(10, 33), step_rng(0, 0), Counter[int]()
     for _ in range(4000):
-        drawn = systematic_sample(candidates, 5, rng.random())
-        assert list(drawn) == sorted(set(drawn))
-        seen.update(drawn.tolist())
+        sampled = systematic_sample(candidates, 5, rng.random())
+        assert list(sampled) == sorted(set(sampled))
+        seen.update(sampled.tolist())
     expected = 4000 * 5 / 23
     assert set(seen) == set(candidates.tolist())
     assert max(abs(count - expected) for count in seen.values()) < 4 * (expected * (1 - 5 / 23)) ** 0.5

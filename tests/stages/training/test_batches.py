@@ -34,9 +34,9 @@ def reading(memory_mb: float = 2048) -> TrainingConfig:
 @given(st.integers(1, 9), st.integers(1, 12), st.integers(0, 3))
 @settings(deadline=None)
 def test_every_epoch_takes_each_trajectory_once(count: int, per_step: int, seed: int) -> None:
-    drawn = [i for step in range(3 * count) for i in trajectories_of_step(count, per_step, step, seed)]
-    epochs = [tuple(drawn[e : e + count]) for e in range(0, len(drawn), count)]
-    assert len(drawn) == 3 * count * per_step
+    order = [i for step in range(3 * count) for i in trajectories_of_step(count, per_step, step, seed)]
+    epochs = [tuple(order[e : e + count]) for e in range(0, len(order), count)]
+    assert len(order) == 3 * count * per_step
     assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
 
 
@@ -78,7 +78,7 @@ def test_features_have_the_same_bits_in_any_order(memory_mb: float, plain_target
 
 
 def test_batches_for_losses_on_tokens_alone_carry_the_same_features(plain_target: Target) -> None:
-    """Without hidden states, layers behind the last feature are not run; what is left has the same bits."""
+    """Without hidden states, layers after the last feature are not run; the features have the same bits."""
     full = FeatureSource(plain_target, LAYERS, TRAJECTORIES, reading())
     lean = FeatureSource(plain_target, LAYERS, TRAJECTORIES, reading(), with_hidden=False)
     for indices in ([5, 6], [1, 9]):
@@ -100,7 +100,7 @@ def noted_reads(source: FeatureSource, monkeypatch: pytest.MonkeyPatch) -> list[
 
 
 @pytest.mark.parametrize(("memory_mb", "reads"), [(2048, 1), (1e-6, 2)])
-def test_the_target_reads_only_what_is_asked_for_and_once_while_memory_lasts(
+def test_the_target_reads_each_answer_once_if_memory_holds_all(
     memory_mb: float, reads: int, plain_target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = FeatureSource(plain_target, LAYERS, TRAJECTORIES, reading(memory_mb))
@@ -114,20 +114,20 @@ def test_the_target_reads_only_what_is_asked_for_and_once_while_memory_lasts(
         assert [tuple(shape) for shape in seen[:12]] == [(1, len(TRAJECTORIES[i].tokens)) for i in order]
 
 
-def test_features_that_are_not_kept_are_read_in_large_forwards(
+def test_features_that_are_not_cached_are_read_in_large_forwards(
     plain_target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = FeatureSource(plain_target, LAYERS, TRAJECTORIES, reading(1e-6))
     seen = noted_reads(source, monkeypatch)
     source.batch([7, 0, 11, 3, 7])
-    assert sum(rows for rows, _ in seen) == 4  # one of them is asked for twice
+    assert sum(rows for rows, _ in seen) == 4  # one of them twice in the batch
     assert len(seen) < 4 and all(rows * width <= 64 for rows, width in seen)
     assert not source._cache
 
 
-def test_frequent_tokens_are_ordered_by_their_count_in_the_responses() -> None:
-    made = [Trajectory("a", [9, 9, 9, 9, 4, 5, 4], 4), Trajectory("b", [9, 4, 5, 2], 1)]
-    order = frequent_tokens(token_counts(made, 11)).tolist()
+def test_frequent_tokens_are_ordered_by_their_count_in_the_answers() -> None:
+    answers = [Trajectory("a", [9, 9, 9, 9, 4, 5, 4], 4), Trajectory("b", [9, 4, 5, 2], 1)]
+    order = frequent_tokens(token_counts(answers, 11)).tolist()
     assert order[:3] == [4, 5, 2]
     assert order[3:] == [0, 1, 3, 6, 7, 8, 9, 10]  # never answered: by id; prompts do not count
 
@@ -137,7 +137,7 @@ def test_tokens_that_are_equally_frequent_keep_the_order_that_they_had() -> None
     assert frequent_tokens(counts, torch.tensor([4, 2, 3, 1, 0])).tolist() == [3, 4, 1, 2, 0]
 
 
-def test_the_head_of_a_step_holds_what_the_step_needs() -> None:
+def test_a_reduced_head_holds_the_tokens_that_the_step_needs() -> None:
     weight = torch.arange(100.0)[:, None]
     frequent = torch.arange(99, -1, -1)
     needed = [torch.tensor([[1, 2], [2, 3]]), torch.tensor([50])]

@@ -18,25 +18,25 @@ from draftsmith.stages.training.opd.loss import opd_loss
 from draftsmith.stages.training.opd.verify_steps import VerifySteps
 from draftsmith.stages.training.sft.trainer import sft_loss
 from tests.stages.training.case import Case, K, blocks_of, heads_of, loss_context, make_case
-from tests.stages.training.slow import Slow, assert_equal, slow_opd, slow_sft
+from tests.stages.training.reference import Slow, assert_equal, slow_opd, slow_sft
 from tests.testbed.eagle3 import random_eagle3
 
 
 @pytest.fixture
 def eagle(plain_target: Target) -> Eagle3Drafter:
-    """One whose gradients the test may take."""
+    """Return a drafter whose gradients the test may take."""
     return random_eagle3(plain_target)
 
 
 @pytest.fixture(scope="module")
 def eagle_case(plain_target: Target, plain_eagle3: Eagle3Drafter) -> Case:
-    """The batch of the other tests with this drafter's features; the proposals are its own tokens, but for a few."""
+    """Return the case of the other tests with this drafter's features; most proposals are its own tokens."""
     case = make_case(plain_target, plain_eagle3.target_layer_ids)
-    draw = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(5)
     shape = case.steps.proposed.shape
-    own = plain_eagle3.draft_tokens[torch.randint(0, plain_eagle3.draft_tokens.numel(), shape, generator=draw)]
-    kept = torch.rand(shape, generator=draw) < 0.8
-    steps = VerifySteps(**(vars(case.steps) | {"proposed": torch.where(kept, own, case.steps.proposed)}))
+    own = plain_eagle3.draft_tokens[torch.randint(0, plain_eagle3.draft_tokens.numel(), shape, generator=generator)]
+    replaced = torch.rand(shape, generator=generator) < 0.8
+    steps = VerifySteps(**(vars(case.steps) | {"proposed": torch.where(replaced, own, case.steps.proposed)}))
     return replace(case, steps=steps)
 
 
@@ -103,10 +103,10 @@ def test_opd_loss_equals_the_loop(name: str, eagle_case: Case, eagle: Eagle3Draf
     assert (report.blocks, report.positions) == (len(eagle_case.blocks()), positions)
 
 
-def test_a_batch_without_a_token_of_the_draft_vocabulary_trains_nothing_and_does_no_harm(
+def test_a_batch_without_a_token_of_the_draft_vocabulary_has_a_zero_loss(
     eagle_case: Case, eagle: Eagle3Drafter, plain_target: Target
 ) -> None:
-    """Such a batch may come up where the vocabulary is small and the anchors are few."""
+    """Such a batch is possible with a small vocabulary and few anchors."""
     outside = next(t for t in range(64) if t not in eagle.draft_tokens.tolist())
     tokens = torch.full_like(eagle_case.batch.tokens, outside)
     report = sft(replace(eagle_case, batch=replace(eagle_case.batch, tokens=tokens)), eagle, plain_target)

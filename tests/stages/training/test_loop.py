@@ -59,9 +59,9 @@ def test_a_step_is_adamws_with_the_rate_clipping_decay_and_dtype_of_the_config(
         rate = 0.1 * (0.5, 1.0, 1.0, 0.5)[step]
         plain = plain * (1 - rate * 0.3) - rate * moved
     torch.testing.assert_close(weight.detach(), plain, atol=1e-5, rtol=1e-4)
-    told = [(values["learning_rate"], values["grad_norm"]) for _, values in context.measured]
-    assert [rate for rate, _ in told] == pytest.approx([0.05, 0.1, 0.1, 0.05])
-    assert [norm for _, norm in told] == pytest.approx([10.0, 1.0, 0.1, 0.01], rel=1e-4)
+    logged = [(values["learning_rate"], values["grad_norm"]) for _, values in context.measured]
+    assert [rate for rate, _ in logged] == pytest.approx([0.05, 0.1, 0.1, 0.05])
+    assert [norm for _, norm in logged] == pytest.approx([10.0, 1.0, 0.1, 0.01], rel=1e-4)
     assert autocast == [dtype == "bfloat16"] * 4
 
 
@@ -89,7 +89,7 @@ def test_a_gradient_that_is_not_finite_reaches_neither_weights_nor_checkpoint(
     assert list_checkpoints(context.work) == []
 
 
-def test_metrics_of_an_attempt_that_reached_no_checkpoint_are_not_kept(tmp_path: Path, plain_target: Target) -> None:
+def test_metrics_of_an_attempt_that_reached_no_checkpoint_are_dropped(tmp_path: Path, plain_target: Target) -> None:
     drafter = random_target.random_drafter(plain_target)
     context = RecordingContext.under(tmp_path)
     context.metrics(0, loss=9.0)
@@ -100,9 +100,7 @@ def test_metrics_of_an_attempt_that_reached_no_checkpoint_are_not_kept(tmp_path:
 
 
 @pytest.mark.parametrize("damage", ["a flipped bit", "cut short"])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
-    damage: str, tmp_path: Path, plain_target: Target
-) -> None:
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage: str, tmp_path: Path, plain_target: Target) -> None:
     whole, context = (RecordingContext.under(tmp_path / name) for name in ("whole", "cut"))
     assert trained(whole, plain_target, steps=7) == trained(context, plain_target, steps=7)
     newest, before = list_checkpoints(context.work)
@@ -117,7 +115,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
     assert len(list_checkpoints(context.work)) == 2
 
 
-def test_a_training_whose_checkpoints_are_all_damaged_begins_again(tmp_path: Path, plain_target: Target) -> None:
+def test_a_training_whose_checkpoints_are_all_damaged_restarts(tmp_path: Path, plain_target: Target) -> None:
     context = RecordingContext.under(tmp_path)
     weights = trained(context, plain_target, steps=2)
     for path in list_checkpoints(context.work):
@@ -126,9 +124,7 @@ def test_a_training_whose_checkpoints_are_all_damaged_begins_again(tmp_path: Pat
     assert context.logs[-1].endswith("going on from the beginning, there is none before it")
 
 
-def test_what_an_attempt_left_that_was_killed_amid_a_checkpoint_takes_no_room(
-    tmp_path: Path, plain_target: Target
-) -> None:
+def test_a_half_written_checkpoint_of_a_killed_attempt_is_removed(tmp_path: Path, plain_target: Target) -> None:
     context = RecordingContext.under(tmp_path)
     (context.work / ".tmp-77-checkpoint.new").write_bytes(b"the first half")
     trained(context, plain_target, steps=3)
@@ -136,7 +132,7 @@ def test_what_an_attempt_left_that_was_killed_amid_a_checkpoint_takes_no_room(
 
 
 def trained(context: RecordingContext, target: Target, steps: int) -> list[float]:
-    """Weights after so many steps, a checkpoint behind each."""
+    """Train with a checkpoint after every step; return some weights."""
     drafter = random_target.random_drafter(target)
     config = OptimiserConfig(steps=steps, compute_dtype="float32", checkpoint_every=1)
     train(context, drafter, config, lambda _: [LossReport(next(drafter.parameters()).square().sum(), 1, 1)])
@@ -159,9 +155,9 @@ def test_totals_are_sums_over_all_steps(tmp_path: Path, plain_target: Target) ->
     assert (totals["blocks"], totals["positions"]) == (6, 60)
 
 
-@pytest.mark.parametrize(("minutes", "kept_steps"), [(1e-9, 3), (10.0, 0)])
+@pytest.mark.parametrize(("minutes", "saved_steps"), [(1e-9, 3), (10.0, 0)])
 def test_a_killed_training_loses_no_more_than_the_time_between_checkpoints(
-    minutes: float, kept_steps: int, tmp_path: Path, plain_target: Target
+    minutes: float, saved_steps: int, tmp_path: Path, plain_target: Target
 ) -> None:
     drafter, context = random_target.random_drafter(plain_target), RecordingContext.under(tmp_path)
     config = OptimiserConfig(steps=5, checkpoint_every=100, checkpoint_minutes=minutes)
@@ -176,11 +172,13 @@ def test_a_killed_training_loses_no_more_than_the_time_between_checkpoints(
     context.logs.append("a second attempt")
     train(context, drafter, config, micro_batches)
     continued = [line for line in context.logs if line.startswith("continuing from the checkpoint at step")]
-    assert continued == ([f"continuing from the checkpoint at step {kept_steps} of 5"] if kept_steps else [])
+    assert continued == ([f"continuing from the checkpoint at step {saved_steps} of 5"] if saved_steps else [])
 
 
-def test_a_step_that_the_memory_does_not_hold_is_made_again_in_halves(tmp_path: Path, plain_target: Target) -> None:
-    """Also where a part of it had its gradient already; from there on parts stay small."""
+def test_a_step_that_does_not_fit_into_memory_is_repeated_in_smaller_micro_batches(
+    tmp_path: Path, plain_target: Target
+) -> None:
+    """Also after some micro-batches had their gradient; later steps keep the smaller size."""
     trajectories = random_target.trajectories(5, seed=8)
     config = SftConfig(steps=3, sequences_per_step=4, anchors_per_sequence=3, compute_dtype="float32")
 
@@ -199,16 +197,16 @@ def test_a_step_that_the_memory_does_not_hold_is_made_again_in_halves(tmp_path: 
         weights = torch.cat([parameter.detach().flatten() for parameter in drafter.parameters()])
         return weights, [line for line in context.logs if line.startswith("out of memory")]
 
-    whole = 4 * (max(len(each.tokens) for each in trajectories) + 3 * 5)
+    whole = 4 * (max(len(t.tokens) for t in trajectories) + 3 * 5)
     small, nothing = trained("small", whole // 4, whole)
-    halved, said = trained("halved", whole, whole // 4)
+    halved, logs = trained("halved", whole, whole // 4)
     assert torch.equal(small, halved)
-    assert (len(nothing), len(said)) == (0, 2) and str(whole // 2) in said[0]
+    assert (len(nothing), len(logs)) == (0, 2) and str(whole // 2) in logs[0]
     with pytest.raises(torch.OutOfMemoryError):
         trained("never", whole, 0)
 
 
-def test_ranks_that_see_other_checkpoints_do_not_train_together(tmp_path: Path, plain_target: Target) -> None:
+def test_ranks_that_see_different_checkpoints_are_refused(tmp_path: Path, plain_target: Target) -> None:
     class Two(Ranks):
         def gather(self, mine: Any) -> list[Any]:
             return [mine, 5 if mine == 0 else mine]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from draftsmith.stages.training import losses
 from tests.lab import losses as lab
-from tests.stages.training.slow import plain_bernoulli, plain_k3
+from tests.stages.training.reference import plain_bernoulli, plain_k3
 
 logits = st.lists(st.floats(-8, 8, width=32), min_size=5, max_size=5)
 any_logprob = st.floats(-60, 0, width=32)
@@ -54,7 +54,7 @@ def test_forward_kl_is_not_the_reverse_one_and_is_zero_where_p_is() -> None:
 @given(logits, logits)
 @settings(deadline=None)
 def test_tv_and_lk_are_the_acceptance_probability(q_row: list[float], p_row: list[float]) -> None:
-    """Leviathan et al., arXiv 2211.17192, theorem 3.5: a draw from q is accepted with probability Σ min(p, q)."""
+    """Leviathan et al., arXiv 2211.17192, theorem 3.5: a sample from q is accepted with probability Σ min(p, q)."""
     acceptance = math.fsum(min(a, b) for a, b in zip(softmax(p_row), softmax(q_row), strict=True))
     q, p = torch.tensor([q_row]), torch.tensor([p_row])
     assert float(losses.total_variation(q, p)) == pytest.approx(1 - acceptance, abs=TOLERANCE)

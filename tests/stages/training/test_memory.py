@@ -45,7 +45,7 @@ WITHIN = 0.15
 def estimated_and_tracked(
     step: FakeStep, device_memory: float, mask_entries: int = block_attention._MASK_ENTRIES
 ) -> tuple[float, float, int]:
-    """Bytes of the estimate without what no tensor is, bytes of the tracker, rows of a micro-batch."""
+    """Return the estimated bytes of tensors, the tracked bytes, and the rows of a micro-batch."""
     config: TrainingConfig = step.config
     sizes = step.sizes(device_memory)
     parts = training_memory(config, Use(sizes, answers=AnswerCounts(step.longest)))
@@ -54,7 +54,7 @@ def estimated_and_tracked(
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_the_estimate_is_what_torch_tracks(name: str) -> None:
+def test_the_estimate_is_close_to_what_torch_tracks(name: str) -> None:
     estimated, tracked, rows = estimated_and_tracked(STEPS[name], 80e9)
     assert rows == 1
     assert estimated == pytest.approx(tracked, rel=WITHIN)

@@ -19,7 +19,7 @@ from tests.testbed import random_target
 from tests.testbed.architectures import RANDOM
 
 # The target's distribution is not the drafter's work: with cross-entropy and blocks that are read one by one, so that
-# none looks behind its anchor, what is counted are the products of the formula.
+# none attends beyond its anchor, what is counted are the products of the formula.
 TOLERANCE = 0.02
 
 

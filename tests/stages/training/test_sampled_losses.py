@@ -30,7 +30,7 @@ from draftsmith.stages.training.response_loss import head_loss
 from draftsmith.stages.training.sft.trainer import SftTraining
 from draftsmith.stages.training.target_signal import TargetSignal
 from draftsmith.stages.training.trainer import Trainer, TrainingData
-from tests.stages.training.test_accumulation import mined
+from tests.stages.training.test_micro_batches import mined
 from tests.testbed import random_target
 from tests.testbed.dflash2 import random_dflash2
 from tests.testbed.dspark import random_dspark

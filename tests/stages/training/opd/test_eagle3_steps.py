@@ -19,7 +19,7 @@ from draftsmith.stages.training.opd.step import OpdStep
 from draftsmith.stages.training.opd.verify_steps import verify_blocks
 from tests.stages.bench import Bench
 from tests.stages.training.case import heads_of, loss_context
-from tests.stages.training.world import INDICES, World, make_world, phases
+from tests.stages.training.opd.world import INDICES, World, make_world, phases
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +27,12 @@ def world(eagle_bench: Bench) -> World:
     return make_world(eagle_bench, moved_by=0.05)
 
 
-def test_chains_of_the_training_are_judged_as_replay_judges_them(world: World) -> None:
-    """At the anchors of its trace the steps are the trace: what is accepted is decided on the trajectory's tokens, what
-    is proposed behind a rejection is the drafter's own."""
+def test_verify_steps_of_a_trainings_chains_equal_those_of_replay(world: World) -> None:
+    """The trajectory's tokens decide what is accepted; proposals after a rejection are the drafter's own."""
     drafter, batch = world.moved, world.batch
     fresh = world.mined_by(drafter)
-    known = [fresh.steps[i] for i in INDICES]
-    anchors, expected = sample_steps(known, "visited", 30, phases(0, 1)[:, 0], torch.device("cpu"))
+    steps_of_rows = [fresh.steps[i] for i in INDICES]
+    anchors, expected = sample_steps(steps_of_rows, "visited", 30, phases(0, 1)[:, 0], torch.device("cpu"))
     context = encode_batch(drafter, batch)
     blocks = draft_blocks(drafter, context, batch, anchors)
     head, heads = world.head_of(drafter), heads_of(drafter, world.target)
@@ -54,41 +53,42 @@ def test_chains_of_the_training_are_judged_as_replay_judges_them(world: World) -
 
 def test_mining_again_gives_the_trace_of_the_current_weights(world: World) -> None:
     remining = world.remining(10, scored=True)
-    figures = remining.refresh(10, INDICES, world.view())
+    metrics = remining.refresh(10, INDICES, world.view())
     fresh = world.mined_by(world.moved)
     for i in INDICES:
         for name in ("anchors", "accepted", "committed", "rejected_offset", "proposed"):
             ours, expected = getattr(remining.steps(i), name), getattr(fresh.steps[i], name)
             np.testing.assert_array_equal(ours, expected, err_msg=name)
-    assert 0 < figures["trace_changed_share"] < 1
-    assert figures["remined_trajectories"] == 3
+    assert 0 < metrics["trace_changed_share"] < 1
+    assert metrics["remined_trajectories"] == 3
 
 
 def test_a_step_has_the_loss_of_the_chains_that_mining_finds(world: World) -> None:
-    """Read from the table, or drafted, judged and scored in the step: proposals, scores and the states behind them."""
+    """Read from the table, or drafted, verified and scored in the step."""
     objective, many = world.objective("paper"), 30
     drafter, batch, fresh = world.moved, world.batch, world.mined_by(world.moved)
-    known = [fresh.steps[i] for i in INDICES]
-    anchors, steps = sample_steps(known, "errors", many, phases(5, 1)[:, 0], torch.device("cpu"))
-    judged_behind = (steps.target_logprobs.isfinite().sum(-1) - 1)[steps.rejected_offset > 0]
-    assert int(judged_behind.sum()) > 50, "proposals behind a rejection, on the drafter's own prefix"
+    steps_of_rows = [fresh.steps[i] for i in INDICES]
+    anchors, steps = sample_steps(steps_of_rows, "errors", many, phases(5, 1)[:, 0], torch.device("cpu"))
+    after_rejection = (steps.target_logprobs.isfinite().sum(-1) - 1)[steps.rejected_offset > 0]
+    assert int(after_rejection.sum()) > 50, "scored proposals on the drafter's own prefix"
 
     context = encode_batch(drafter, batch)
     blocks = draft_blocks(drafter, context, batch, anchors)
     on_own = hidden_on_proposals(drafter, context, blocks, steps.proposed)
-    read = loss_context(heads_of(drafter, world.target), world.target)
+    loss_inputs = loss_context(heads_of(drafter, world.target), world.target)
     expected, on_trajectory = (
-        opd_loss(replace(blocks, on_proposals=states), read, objective, steps).metrics for states in (on_own, None)
+        opd_loss(replace(blocks, on_proposals=states), loss_inputs, objective, steps).metrics
+        for states in (on_own, None)
     )
     assert abs(expected["loss_rejected"] - on_trajectory["loss_rejected"]) > 0.01
 
-    class There(RandomAnchors):
+    class FixedAnchors(RandomAnchors):
         def sample(self, *arguments: Any) -> Any:
             return replace(super().sample(*arguments), anchors=anchors)
 
     remining = Remining(fresh, drafter, every=0, scored=True)
     mined = world.source("errors", many, remining)
-    for source in (There(many), mined):
+    for source in (FixedAnchors(many), mined):
         report = world.step(source, objective).loss(5, INDICES, batch, step_rng(0, 5))
         for name in ("loss_response", "loss_rejected"):
             assert report.metrics[name] == pytest.approx(expected[name], rel=1e-3), name
@@ -97,19 +97,19 @@ def test_a_step_has_the_loss_of_the_chains_that_mining_finds(world: World) -> No
 
 @pytest.mark.parametrize("kind", ["successors", "random"])
 def test_drafting_in_a_step_leaves_its_gradient_alone(kind: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same for its own proposals: bit for bit the gradient of a step that is handed the proposals ready-made."""
+    """The gradient has the same bits as that of a step that is given its proposals."""
     objective = world.objective("paper")
     drafted: list[torch.Tensor] = []
     propose = OpdStep._propose
 
-    def remembered(*arguments: Any) -> torch.Tensor:
+    def first_drafted(*arguments: Any) -> torch.Tensor:
         if not drafted:
             drafted.append(propose(*arguments))
         return drafted[0]
 
-    monkeypatch.setattr(OpdStep, "_propose", remembered)
+    monkeypatch.setattr(OpdStep, "_propose", first_drafted)
     gradients = []
-    for _ in ("drafted in the step", "ready-made"):
+    for _ in ("drafted in the step", "given"):
         with torch.autocast("cpu", torch.bfloat16):
             report = world.step(world.source(kind), objective).loss(5, INDICES, world.batch, step_rng(0, 5))
         gradients.append(torch.autograd.grad(report.loss, list(world.moved.parameters())))

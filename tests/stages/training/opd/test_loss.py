@@ -19,7 +19,7 @@ from draftsmith.stages.training.loss_config import LossConfig, PositionWeights
 from draftsmith.stages.training.opd.loss import opd_loss
 from draftsmith.stages.training.opd.verify_steps import VerifySteps
 from tests.stages.training.case import Case, K, blocks_of, loss_context
-from tests.stages.training.slow import Slow, assert_equal, slow_opd
+from tests.stages.training.reference import Slow, assert_equal, slow_opd
 
 
 def objective(value: Any = "matched", *, sampled: bool = False, temperature: float = 0.0) -> LossConfig:
@@ -27,7 +27,7 @@ def objective(value: Any = "matched", *, sampled: bool = False, temperature: flo
 
 
 def response(loss: str, **fields: Any) -> dict[str, Any]:
-    """A stream on committed offsets alone, unless `fields` say otherwise."""
+    """Return a stream on committed offsets alone, unless `fields` say otherwise."""
     return {"response": {"loss": loss, "scope": "committed", "beyond": 0} | fields}
 
 
@@ -93,21 +93,21 @@ def test_opd_loss_equals_the_loop(
 def test_the_default_follows_the_verification_rule() -> None:
     greedy, sampled = objective(), objective(sampled=True, temperature=0.6)
     assert (greedy.response.loss, sampled.response.loss, sampled.temperature) == ("cross_entropy", "forward_kl", 0.6)
-    for made in (greedy, sampled):
-        assert (made.response.scope, made.response.beyond) == ("committed", 1.0)
-        assert made.response.weights() == PositionWeights(kind="uniform")
+    for resolved in (greedy, sampled):
+        assert (resolved.response.scope, resolved.response.beyond) == ("committed", 1.0)
+        assert resolved.response.weights() == PositionWeights(kind="uniform")
     assert objective({"response": {"beyond": 0}}).response.beyond == 0.0
     block = objective({"response": {"scope": "block"}}).response
     assert (block.weights(), block.beyond) == (PositionWeights(kind="exponential", gamma=7.0), 0.0)  # as in SFT
-    for rule in (True, False):  # what reads the distribution in SFT goes on as there
+    for rule in (True, False):  # what reads the distribution in SFT continues so
         stream = LossConfig().resolved(Eagle3Drafter.recipe, rule, float(rule)).response
         assert (stream.loss, stream.scope) == ("forward_kl", "block")
         stream = LossConfig().resolved(DSparkDrafter.recipe, rule, float(rule)).response
         assert (stream.loss, stream.scope) == ("ce_l1", "block")
         assert stream.weights() == PositionWeights(kind="exponential", gamma=4.0)
-    asked = LossConfig.model_validate({"response": {"beyond": 0}}).resolved(Eagle3Drafter.recipe, False, 0.0).response
-    assert (asked.scope, asked.beyond) == ("committed", 0.0)
-    assert objective(sampled=True, temperature=0.0).temperature == 1.0  # greedy text, to be served sampled
+    named = LossConfig.model_validate({"response": {"beyond": 0}}).resolved(Eagle3Drafter.recipe, False, 0.0).response
+    assert (named.scope, named.beyond) == ("committed", 0.0)
+    assert objective(sampled=True, temperature=0.0).temperature == 1.0  # greedy answers, to be served sampled
     assert not greedy.needs_scores
     chosen = objective(response("tests.lab.losses:lk") | {"temperature": 0.2}, sampled=True, temperature=0.6)
     assert (chosen.response.loss, chosen.temperature) == ("tests.lab.losses:lk", 0.2)
@@ -123,23 +123,23 @@ def test_without_rejections_the_paper_has_its_response_stream_alone(
 
 
 def test_steps_that_changed_are_counted(case: Case, plain_drafter: DFlashDrafter, plain_target: Target) -> None:
-    """Against the drafter's own argmax at every trained anchor."""
+    """They are counted against the drafter's own argmax at every trained anchor."""
     slow, now = Slow.borrowing(case, plain_drafter, plain_target.head_weight), {}
     for row, index, anchor in case.blocks():
         tokens = case.trajectories[row].tokens[anchor + 1 :]
         proposed = slow.log_q(row, anchor).argmax(-1).tolist()
         hits = [a == b for a, b in zip(proposed, tokens, strict=False)]
         now[row, index] = hits.index(False) if False in hits else len(hits)
-    different = [int(case.steps.accepted[at]) != kept for at, kept in now.items()]
+    different = [int(case.steps.accepted[at]) != accepted for at, accepted in now.items()]
     assert sum(different) > 0
     report = opd(case, plain_drafter, plain_target, OBJECTIVES["matched greedy"])
     assert report.metrics["steps_changed_share"] == pytest.approx(sum(different) / len(different))
-    judged = VerifySteps(*(x.clone() for x in vars(case.steps).values()))
-    for (row, index), kept in now.items():
+    verified = VerifySteps(*(x.clone() for x in vars(case.steps).values()))
+    for (row, index), accepted in now.items():
         length = len(case.trajectories[row].tokens) - 1 - int(case.anchors.positions[row, index])
-        judged.accepted[row, index], judged.committed[row, index] = kept, min(kept + 1, length)
-        judged.rejected_offset[row, index] = kept + 1 if kept < min(K, length) else 0
-    report = opd(replace(case, steps=judged), plain_drafter, plain_target, OBJECTIVES["matched greedy"])
+        verified.accepted[row, index], verified.committed[row, index] = accepted, min(accepted + 1, length)
+        verified.rejected_offset[row, index] = accepted + 1 if accepted < min(K, length) else 0
+    report = opd(replace(case, steps=verified), plain_drafter, plain_target, OBJECTIVES["matched greedy"])
     assert report.metrics["steps_changed_share"] == 0
 
 

@@ -1,4 +1,4 @@
-"""A DFlash drafter that goes on as DSpark, on sampled answers, through every stage that has a drafter in it."""
+"""A DFlash drafter that continues as DSpark, on sampled answers, through every stage that reads a drafter."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ SAMPLING = {"max_new_tokens": 40, "temperature": 1.0}
 
 
 @dataclass(frozen=True)
-class Made:
-    """Folders of artifacts."""
+class Chain:
+    """The artifacts of one chain of stages."""
 
     target: Path
     prompts: Path
@@ -54,7 +54,7 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts) -> Made:
+def chain(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts) -> Chain:
     folder = tmp_path_factory.mktemp("dspark")
     target, prompts = tiny_drafter.target, tiny_drafter.prompts
     sft = RecordingContext.under(folder / "sft", {"target": target, "trajectories": tiny_drafter.rollout})
@@ -67,28 +67,28 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifact
     ROLLOUT.run(rollout, RolloutConfig.model_validate(config))
     mining = RecordingContext.under(folder / "mining", {**inputs, "trajectories": rollout.out})
     MINING.run(mining, MiningConfig())
-    return Made(target, prompts, sft.out, rollout.out, mining.out)
+    return Chain(target, prompts, sft.out, rollout.out, mining.out)
 
 
 @pytest.fixture(scope="module")
-def target(made: Made) -> Target:
-    return Target.load(made.target, device="cpu")
+def target(chain: Chain) -> Target:
+    return Target.load(chain.target, device="cpu")
 
 
-def test_sft_goes_on_from_dflash_as_dspark(made: Made, tiny_drafter: DrafterArtifacts, target: Target) -> None:
-    drafter = load_drafter(made.sft / DRAFTER_FOLDER, target)
+def test_sft_continues_from_dflash_as_dspark(chain: Chain, tiny_drafter: DrafterArtifacts, target: Target) -> None:
+    drafter = load_drafter(chain.sft / DRAFTER_FOLDER, target)
     before = load_drafter(tiny_drafter.drafter / DRAFTER_FOLDER, target)
     assert (drafter.kind, drafter.block_size) == ("dspark", before.block_size)
     assert len(drafter.info.parents) == 1
-    texts = load_trajectories(tiny_drafter.heldout, ["validation"]).trajectories
-    traces = Replayer(target).traces({"before": before, "after": drafter}, texts)
+    answers = load_trajectories(tiny_drafter.heldout, ["validation"]).trajectories
+    traces = Replayer(target).traces({"before": before, "after": drafter}, answers)
     assert tau(traces["after"]) > 0.8 * tau(traces["before"]) > 1.6
 
 
-def restated(made: Made, folder: Path, **sampling: float) -> Path:
-    """The answers of the rollout in `folder`, as if drawn with another top-p or top-k."""
+def restated(chain: Chain, folder: Path, **sampling: float) -> Path:
+    """Write the rollout's answers to `folder`, as if sampled with another top-p or top-k."""
     folder.mkdir()
-    table = read_table(made.rollout / "trajectories.parquet", TRAJECTORIES)
+    table = read_table(chain.rollout / "trajectories.parquet", TRAJECTORIES)
     for name, value in sampling.items():
         at = table.schema.get_field_index(name)
         field = table.schema.field(at)
@@ -98,9 +98,9 @@ def restated(made: Made, folder: Path, **sampling: float) -> Path:
 
 
 def test_a_drafter_taken_as_it_is_has_the_same_tau(
-    made: Made, tiny_drafter: DrafterArtifacts, target: Target, tmp_path: Path
+    chain: Chain, tiny_drafter: DrafterArtifacts, target: Target, tmp_path: Path
 ) -> None:
-    ctx = RecordingContext.under(tmp_path, {"target": made.target, "trajectories": tiny_drafter.rollout})
+    ctx = RecordingContext.under(tmp_path, {"target": chain.target, "trajectories": tiny_drafter.rollout})
     start = str(tiny_drafter.drafter / DRAFTER_FOLDER)
     shape = DSparkConfig(kind="dspark", markov_rank=16)
     SFT.run(ctx, SftConfig(steps=0, init_from=start, drafter=shape))
@@ -113,12 +113,12 @@ def test_a_drafter_taken_as_it_is_has_the_same_tau(
         np.testing.assert_array_equal(before.proposed, after.proposed)
 
 
-def test_mining_draws_what_fits_the_answers(made: Made) -> None:
-    summary = json.loads((made.mining / "summary.json").read_text())
+def test_mining_samples_steps_with_the_taus_of_the_answers(chain: Chain) -> None:
+    summary = json.loads((chain.mining / "summary.json").read_text())
     parity = summary["parity"]
     assert "mismatch_share" not in parity  # steps are those served in distribution, not one by one
     assert abs(parity["tau_difference"]) < 0.25  # of some 400 steps
-    steps = read_table(made.mining / "verify_steps.parquet", VERIFY_STEPS).to_pylist()
+    steps = read_table(chain.mining / "verify_steps.parquet", VERIFY_STEPS).to_pylist()
     assert 0 < summary["error_positions"] < summary["steps"] == len(steps)
     for step in steps:
         if step["rejected_offset"] == 0:
@@ -128,18 +128,18 @@ def test_mining_draws_what_fits_the_answers(made: Made) -> None:
         assert np.isfinite(step["target_logprobs"][: step["rejected_offset"]]).all()
 
 
-def test_answers_that_the_stated_sampling_cannot_produce_are_counted_and_said(made: Made, tmp_path: Path) -> None:
-    assert json.loads((made.mining / "summary.json").read_text())["outside_nucleus_share"] == 0  # of all tokens
+def test_answers_that_the_stated_sampling_cannot_produce_are_counted_and_logged(chain: Chain, tmp_path: Path) -> None:
+    assert json.loads((chain.mining / "summary.json").read_text())["outside_nucleus_share"] == 0  # of all tokens
     inputs = {
-        **made.inputs("target", "drafter"),
-        "trajectories": restated(made, tmp_path / "rollout", top_p=0.8, top_k=40),
+        **chain.inputs("target", "drafter"),
+        "trajectories": restated(chain, tmp_path / "rollout", top_p=0.8, top_k=40),
     }
     mining = RecordingContext.under(tmp_path / "mining", inputs)
     MINING.run(mining, MiningConfig(max_parity_mismatch=1))
     share = json.loads((mining.out / "summary.json").read_text())["outside_nucleus_share"]
     assert share == mining.summaries["outside_nucleus_share"] > 0.01
 
-    inputs = {**inputs, "prompts": made.prompts, "sft": made.sft}
+    inputs = {**inputs, "prompts": chain.prompts, "sft": chain.sft}
     del inputs["drafter"]
     evaluation = RecordingContext.under(tmp_path / "evaluation", inputs)
     config: dict[str, Any] = {"sampling": SAMPLING, "speed_prompts": 1, "exactness_prompts": 0, "rounds": 1}
@@ -150,33 +150,33 @@ def test_answers_that_the_stated_sampling_cannot_produce_are_counted_and_said(ma
 
 
 @pytest.mark.parametrize(
-    ("anchors", "response", "said"),
+    ("anchors", "response", "logged"),
     [
         ("successors", {}, "ce_l1 on block"),
         ("visited", {"loss": "forward_kl", "scope": "committed"}, "forward_kl on committed"),
     ],
 )
 def test_opd_trains_on_sampled_verification(
-    anchors: str, response: dict[str, Any], said: str, made: Made, tmp_path: Path
+    anchors: str, response: dict[str, Any], logged: str, chain: Chain, tmp_path: Path
 ) -> None:
-    ctx = RecordingContext.under(tmp_path, made.inputs("target", "drafter", "trajectories", "mined"))
+    ctx = RecordingContext.under(tmp_path, chain.inputs("target", "drafter", "trajectories", "mined"))
     loss = {"response": response, "rejected": {"loss": "k3", "weight": 0.3}}
     OPD.run(ctx, OpdConfig.model_validate({**TRAINING, "steps": 6, "anchors": anchors, "loss": loss}))
-    assert any(f"verification sampled: {said}" in line for line in ctx.logs)
+    assert any(f"verification sampled: {logged}" in line for line in ctx.logs)
     for _, values in ctx.measured:
         assert values["loss"] == pytest.approx(values["loss_response"] + 0.3 * values["loss_rejected"], rel=1e-5)
         assert values["loss_rejected"] > 0
-    target = Target.load(made.target, device="cpu")
+    target = Target.load(chain.target, device="cpu")
     assert load_drafter(ctx.out / DRAFTER_FOLDER, target).kind == "dspark"
 
 
-def test_an_evaluation_measures_it_beside_dflash(made: Made, tiny_drafter: DrafterArtifacts, tmp_path: Path) -> None:
+def test_an_evaluation_compares_it_with_dflash(chain: Chain, tiny_drafter: DrafterArtifacts, tmp_path: Path) -> None:
     inputs = {
-        "target": made.target,
-        "prompts": made.prompts,
-        "trajectories": made.rollout,
+        "target": chain.target,
+        "prompts": chain.prompts,
+        "trajectories": chain.rollout,
         "champion": tiny_drafter.drafter,
-        "sft": made.sft,
+        "sft": chain.sft,
     }
     ctx = RecordingContext.under(tmp_path, inputs)
     config: dict[str, Any] = {"sampling": SAMPLING, "speed_prompts": 3, "exactness_prompts": 2, "rounds": 2}
@@ -184,16 +184,18 @@ def test_an_evaluation_measures_it_beside_dflash(made: Made, tiny_drafter: Draft
     found = json.loads((ctx.out / "evaluation.json").read_text())
     assert (found["exactness"]["fp32_prompts"], found["exactness"]["fp32_identical"]) == (2, 2)  # greedy ones
     assert found["exactness"]["identical_share"] is None  # sampled ones have the distribution alone
-    figures = found["drafters"]["sft"]
-    assert 1 < figures["tau"] < 8 and figures["tau"] != sum(
-        (n + 1) * count for n, count in enumerate(figures["accepted_histogram"])
-    ) / sum(figures["accepted_histogram"])  # averaged over the draws
-    assert figures["differences"]["champion"]["value"] != 0
+    metrics = found["drafters"]["sft"]
+    assert 1 < metrics["tau"] < 8 and metrics["tau"] != sum(
+        (n + 1) * count for n, count in enumerate(metrics["accepted_histogram"])
+    ) / sum(metrics["accepted_histogram"])  # averaged over what is sampled
+    assert metrics["differences"]["champion"]["value"] != 0
 
     answers = read_table(ctx.out / "requests.parquet", REQUESTS).to_pylist()
     for arm in ("plain", "champion", "sft"):
         first, second = ([a["response_ids"] for a in answers if (a["arm"], a["round"]) == (arm, n)] for n in (0, 1))
-        assert first != second, "what an arm draws by luck is an error of its speed only if it is not the same again"
-    drift = RecordingContext.under(tmp_path / "drift", inputs | {"champion": made.sft})
+        assert first != second, (
+            "other answers in every round, so that luck with answers counts as an error of the speed"
+        )
+    drift = RecordingContext.under(tmp_path / "drift", inputs | {"champion": chain.sft})
     DRIFT.run(drift, DriftConfig())
-    assert json.loads((drift.out / "drift.json").read_text())["all"]["tau"] == pytest.approx(figures["tau"])
+    assert json.loads((drift.out / "drift.json").read_text())["all"]["tau"] == pytest.approx(metrics["tau"])

@@ -34,7 +34,7 @@ TRAINING = {"sequences_per_step": 4, "anchors_per_sequence": 6, "compute_dtype":
 class Mined:
     """Greedy answers with the EAGLE-3 drafter in the loop, mined."""
 
-    inputs: dict[str, Path]  # of a training that goes on from it
+    inputs: dict[str, Path]  # of a training that continues from it
     steps: Path
     summary: dict[str, Any]
 
@@ -70,7 +70,7 @@ def test_mining_finds_the_steps_that_were_served(mined: Mined) -> None:
     assert 0 < mined.summary["error_positions"] < mined.summary["steps"]
 
 
-def test_opd_distils_the_whole_training_time_test_and_nothing_rejected(
+def test_opd_trains_whole_blocks_with_forward_kl_and_no_rejected_stream(
     mined: Mined, bench: Bench, tmp_path: Path
 ) -> None:
     ctx = train(tmp_path, mined)
@@ -83,7 +83,7 @@ def test_opd_distils_the_whole_training_time_test_and_nothing_rejected(
     assert ctx.summaries["tflop"] > 0
 
 
-def test_the_rejected_stream_can_be_weighed_in(mined: Mined, tmp_path: Path) -> None:
+def test_the_loss_is_the_weighted_sum_of_both_streams(mined: Mined, tmp_path: Path) -> None:
     ctx = train(tmp_path, mined, loss={"rejected": {"loss": "k3", "weight": 0.3}}, steps=5)
     for _, values in ctx.measured:
         assert values["loss"] == pytest.approx(values["loss_response"] + 0.3 * values["loss_rejected"], rel=1e-5)
@@ -91,8 +91,8 @@ def test_the_rejected_stream_can_be_weighed_in(mined: Mined, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("stage", ["sft", "opd"])
-def test_an_interrupted_training_goes_on_bit_for_bit(stage: str, mined: Mined, tmp_path: Path) -> None:
-    """In bfloat16, the head with it; what OPD mined again hangs on weights of earlier steps."""
+def test_an_interrupted_training_ends_with_the_same_bits(stage: str, mined: Mined, tmp_path: Path) -> None:
+    """In bfloat16, head included; what OPD mined again depends on the weights of earlier steps."""
     fields: dict[str, Any] = {**TRAINING, "steps": 5, "learning_rate": 3e-3, "compute_dtype": "bfloat16"}
     inputs = {name: path for name, path in mined.inputs.items() if stage == "opd" or name != "drafter"}
 
@@ -147,14 +147,14 @@ def test_one_evaluation_measures_drafters_of_both_architectures(
     worse = found["drafters"]["eagle3 sft"]["differences"]["dflash sft"]
     assert worse["high"] < 0
     verdicts = {verdict["kind"]: verdict for verdict in found["verdicts"]}
-    assert verdicts["tau"]["different"] and verdicts["speed"]["different"] is None, "two turns are too few"
+    assert verdicts["tau"]["different"] and verdicts["speed"]["different"] is None, "two timed runs are too few"
     exact = found["exactness"]
     assert (exact["fp32_prompts"], exact["fp32_identical"]) == (3, 3)
     for arm in ("dflash sft", "eagle3 sft"):
         assert found["speed"][arm]["draft_ms_per_step"] > 0
         assert found["speed"][arm]["identical_share"] == 1  # the test bed's target is served in float32
     rows = read_table(ctx.out / "requests.parquet", REQUESTS).to_pylist()
-    # each is trained on blocks of its own, and decodes with no larger ones
+    # each decodes with blocks of the size that it was trained on
     decoded = {"plain": 1, "dflash sft": 8, "eagle3 sft": 5}
     assert {(row["arm"], row["block_size"]) for row in rows} == set(decoded.items())
     assert {arm: found["speed"][arm]["block_size"] for arm in found["drafters"]} == {
@@ -163,7 +163,7 @@ def test_one_evaluation_measures_drafters_of_both_architectures(
     assert len(found["speed"]["eagle3 sft"]["accepted_histogram"]) == 5
 
 
-def test_an_evaluation_without_a_drafter_is_one_clear_error(tiny_drafter: DrafterArtifacts, tmp_path: Path) -> None:
+def test_an_evaluation_without_a_drafter_is_refused(tiny_drafter: DrafterArtifacts, tmp_path: Path) -> None:
     inputs = {
         "target": tiny_drafter.target,
         "prompts": tiny_drafter.prompts,

@@ -41,24 +41,24 @@ def trajectories() -> list[Trajectory]:
 
 
 def mined(trajectories: list[Trajectory], K: int) -> MinedTable:
-    """Steps of all kinds, made up: what a drafter that is not trained proposes is of no interest."""
+    """Invent steps of all kinds: it does not matter what an untrained drafter proposes."""
     rng = np.random.default_rng(0)
     steps = []
     for t in trajectories:
         anchors = np.arange(t.first_anchor, t.last_anchor + 1, 2)
-        judged = np.minimum(K, len(t.tokens) - 1 - anchors)
-        accepted = rng.integers(0, judged + 1)
+        verified = np.minimum(K, len(t.tokens) - 1 - anchors)
+        accepted = rng.integers(0, verified + 1)
         committed = np.minimum(accepted + 1, len(t.tokens) - 1 - anchors)
-        rejected = np.where(accepted < judged, accepted + 1, 0)
+        rejected = np.where(accepted < verified, accepted + 1, 0)
         logprobs = rng.uniform(-9, -0.1, (len(anchors), K)).astype(np.float32)
-        logprobs[np.arange(K) >= judged[:, None]] = np.nan
+        logprobs[np.arange(K) >= verified[:, None]] = np.nan
         proposed = rng.integers(0, random_target.TEXT_TOKENS, (len(anchors), K))
         steps.append(TrajectorySteps(anchors, accepted, committed, rejected, proposed, logprobs))
     return MinedTable(steps, K)
 
 
 def trained(make: Callable[[], Training], drafter: Drafter, limit: int | None) -> tuple[LossReport, torch.Tensor, int]:
-    """The report of step 3, its gradient, and the number of micro-batches."""
+    """Return the report of step 3, its gradient, and the number of micro-batches."""
     drafter.zero_grad(set_to_none=True)
     accumulation, count = Accumulation(), 0
     for report in make().micro_batches(3, limit):
@@ -88,10 +88,10 @@ SAMPLED = ["SFT", "successors", "errors, paper, reduced head", "visited, paper, 
     [*((name, GREEDY) for name in CASES), *((name, SamplingParams(0.8, 0.9, 40)) for name in SAMPLED)],
     ids=str,
 )
-def test_micro_batches_are_one_batch(
+def test_micro_batches_have_the_loss_and_gradient_of_one_batch(
     name: str, sampling: SamplingParams, drafter: Drafter, plain_target: Target, trajectories: list[Trajectory]
 ) -> None:
-    """Proposals of sampled answers are sampled by numbers of the answers: the same in any micro-batch."""
+    """Random numbers belong to the answers: the same in any micro-batch."""
     fields = CASES[name]
     drafter.frequent_tokens = torch.arange(random_target.VOCAB_SIZE)
 
@@ -118,7 +118,7 @@ def test_micro_batches_are_one_batch(
         assert report.metrics.keys() == whole.metrics.keys()
 
 
-def test_rows_are_parted_in_their_order_and_one_row_may_exceed_the_limit(
+def test_rows_are_split_in_order_and_one_row_may_exceed_the_limit(
     plain_target: Target, plain_drafter: Drafter, trajectories: list[Trajectory]
 ) -> None:
     batch = FeatureSource(plain_target, plain_drafter.target_layer_ids, trajectories, TrainingConfig()).batch(

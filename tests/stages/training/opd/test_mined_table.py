@@ -1,4 +1,4 @@
-"""Mined steps on disk are those in memory, and a training that draws from them holds a few row groups alone."""
+"""Mined steps on disk equal those in memory, and a training that samples them holds a few row groups only."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from draftsmith.stages.training.opd.mined_table import load_mined, match_steps
 from tests.stages.replay.test_tables import K, mined
 
 
-def test_steps_on_disk_are_those_that_were_mined(tmp_path: Path) -> None:
-    """Also where the block that is trained is longer, and for answers in another order than the table's."""
+def test_steps_on_disk_equal_the_mined_ones(tmp_path: Path) -> None:
+    """Also if the trained block is longer, and for answers in another order than the table's."""
     group, more = mined(50), 2
     table = steps_table(group)
     write_table(tmp_path / "verify_steps.parquet", VERIFY_STEPS, table, group_bytes=2000)
     for order, in_memory in itertools.product((slice(None), slice(None, None, -3)), (False, True)):
-        known = group.trajectories[order], K + 1 + more
-        stored = match_steps(table, *known) if in_memory else load_mined(tmp_path, *known)
+        arguments = group.trajectories[order], K + 1 + more
+        stored = match_steps(table, *arguments) if in_memory else load_mined(tmp_path, *arguments)
         assert stored.proposals == K and len(stored.steps) == len(group.trajectories[order])
-        for found, trace, scores in zip(stored.steps, group.traces[order], group.scores[order], strict=True):
+        for steps, trace, scores in zip(stored.steps, group.traces[order], group.scores[order], strict=True):
             for name in ("anchors", "accepted", "committed", "rejected_offset"):
-                np.testing.assert_array_equal(getattr(found, name), getattr(trace, name))
+                np.testing.assert_array_equal(getattr(steps, name), getattr(trace, name))
             padding = ((0, 0), (0, more))
-            np.testing.assert_array_equal(found.proposed, np.pad(trace.proposed, padding))
+            np.testing.assert_array_equal(steps.proposed, np.pad(trace.proposed, padding))
             logprobs = np.pad(scores.target_logprobs, padding, constant_values=np.nan)
-            np.testing.assert_array_equal(found.target_logprobs, logprobs)
+            np.testing.assert_array_equal(steps.target_logprobs, logprobs)
         errors = [int((trace.rejected_offset > 0).sum()) for trace in group.traces[order]]
         assert stored.counts("errors").tolist() == errors
         assert stored.counts("visited").tolist() == [len(trace.anchors) for trace in group.traces[order]]
@@ -52,7 +52,7 @@ def test_answers_that_were_not_mined_and_longer_blocks_are_refused(tmp_path: Pat
 
 
 def test_memory_is_flat_in_the_number_of_steps(tmp_path: Path) -> None:
-    """Of 8 and of 40 times the same steps, 2 and 8 MB in row groups of 64 kB, drawn from all over the table."""
+    """8 and 40 times the same steps, 2 and 8 MB in row groups of 64 kB, read from all over the table."""
     group = mined(200)
     steps = steps_table(group)
     names = steps["trajectory_id"].to_pylist()
@@ -60,9 +60,9 @@ def test_memory_is_flat_in_the_number_of_steps(tmp_path: Path) -> None:
     for times in (8, 40):
         trajectories = []
         with TableWriter(tmp_path / f"{times}" / "verify_steps.parquet", VERIFY_STEPS, group_bytes=1 << 16) as table:
-            for part in range(times):
-                table.append(steps.set_column(0, "trajectory_id", pa.array([f"{part}-{name}" for name in names])))
-                trajectories += [replace(t, trajectory_id=f"{part}-{t.trajectory_id}") for t in group.trajectories]
+            for copy in range(times):
+                table.append(steps.set_column(0, "trajectory_id", pa.array([f"{copy}-{name}" for name in names])))
+                trajectories += [replace(t, trajectory_id=f"{copy}-{t.trajectory_id}") for t in group.trajectories]
         before, peak = pa.total_allocated_bytes(), 0
         stored = load_mined(tmp_path / f"{times}", trajectories, K + 1)
         assert stored.count("visited") == table.rows == times * steps.num_rows
@@ -71,4 +71,4 @@ def test_memory_is_flat_in_the_number_of_steps(tmp_path: Path) -> None:
             peak = max(peak, pa.total_allocated_bytes() - before)
         peaks[times] = peak
     assert peaks[8] < 2**20
-    assert peaks[40] - peaks[8] < 32 * 6400  # a name and its place stay of each answer
+    assert peaks[40] - peaks[8] < 32 * 6400  # of each answer its name and row stay in memory

@@ -1,4 +1,4 @@
-"""Values by chunks equal the plain ones: values, gradient, and gradient behind a weight of each row and a head."""
+"""Values by chunks equal the unchunked ones, with their gradients, also after weights of rows and a trained head."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ HEAD, LABELS = torch.randn(V, H, generator=GENERATOR), torch.randint(0, V, (N,),
 INPUT, MIX = torch.randn(N, H, generator=GENERATOR), torch.randn(H, H, generator=GENERATOR)
 
 
-def values_behind(head: torch.Tensor) -> Callable[[torch.Tensor, slice], torch.Tensor]:
-    """Each part of the rows is held against labels of its own."""
-    return lambda hidden, part: torch.nn.functional.cross_entropy(hidden @ head.T, LABELS[part], reduction="none")
+def values_of_head(head: torch.Tensor) -> Callable[[torch.Tensor, slice], torch.Tensor]:
+    """Return the cross-entropy of rows against their labels."""
+    return lambda hidden, chunk: torch.nn.functional.cross_entropy(hidden @ head.T, LABELS[chunk], reduction="none")
 
 
 trained_or_not = pytest.mark.parametrize("trained_head", [False, True], ids=["frozen head", "trained head"])
@@ -26,11 +26,11 @@ trained_or_not = pytest.mark.parametrize("trained_head", [False, True], ids=["fr
 @trained_or_not
 @pytest.mark.parametrize("chunk", [1, 3, N, 100])
 def test_values_and_gradients_equal_the_unchunked_ones(chunk: int, trained_head: bool) -> None:
-    """The gradient of what is before the head and of the head, behind a weight of each row."""
-    found = []
+    """Also the gradients of the layer before the head and of the head, after a weight of each row."""
+    results = []
     for chunked in (True, False):
         mix, head = MIX.clone().requires_grad_(), HEAD.clone().requires_grad_(trained_head)
-        hidden, values_of = (INPUT @ mix).tanh(), values_behind(head)
+        hidden, values_of = (INPUT @ mix).tanh(), values_of_head(head)
         values = (
             chunked_values(hidden, chunk, values_of, trained_head=trained_head)
             if chunked
@@ -39,35 +39,35 @@ def test_values_and_gradients_equal_the_unchunked_ones(chunk: int, trained_head:
         loss = 0.37 * (torch.arange(1.0, N + 1) * values).sum() / 5 + (mix * mix).sum() + (head * head).sum()
         loss.backward()
         assert mix.grad is not None and (head.grad is not None) == trained_head
-        found.append((values.detach(), mix.grad, head.grad if head.grad is not None else torch.zeros(0)))
-    for ours, expected in zip(*found, strict=True):
+        results.append((values.detach(), mix.grad, head.grad if head.grad is not None else torch.zeros(0)))
+    for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("with_gradient", [True, False])
-def test_a_chunk_that_the_memory_does_not_hold_is_computed_in_halves(with_gradient: bool) -> None:
+def test_a_chunk_that_does_not_fit_into_memory_is_computed_in_halves(with_gradient: bool) -> None:
     """A real refusal of torch's allocator, for more than three rows; N rows are two halves of five and six."""
     calls: list[int] = []
 
     def refusing(largest: int) -> Callable[[torch.Tensor, slice], torch.Tensor]:
-        def values_of(hidden: torch.Tensor, part: slice) -> torch.Tensor:
+        def values_of(hidden: torch.Tensor, chunk: slice) -> torch.Tensor:
             calls.append(len(hidden))
             if len(hidden) > largest:
                 torch.empty(1 << 50)
-            return values_behind(HEAD)(hidden, part)
+            return values_of_head(HEAD)(hidden, chunk)
 
         return values_of
 
-    found = []
+    results = []
     for largest in (6, N):
         hidden = INPUT.clone().requires_grad_(with_gradient)
         values = chunked_values(hidden, N, refusing(largest))
         if with_gradient:
             values.sum().backward()
             assert hidden.grad is not None
-        found.append((values.detach(), hidden.grad if with_gradient else values))
+        results.append((values.detach(), hidden.grad if with_gradient else values))
     assert calls == [N, 5, 6, N]
-    for ours, whole in zip(*found, strict=True):
+    for ours, whole in zip(*results, strict=True):
         torch.testing.assert_close(ours, whole, rtol=1e-6, atol=1e-6)
     with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
         chunked_values(INPUT, N, refusing(3))  # once, and no more
@@ -84,7 +84,7 @@ def test_a_chunk_that_the_memory_does_not_hold_is_computed_in_halves(with_gradie
 @trained_or_not
 def test_no_positions_give_no_values_and_a_zero_gradient(trained_head: bool) -> None:
     hidden, head = torch.zeros(0, H, requires_grad=True), HEAD.clone().requires_grad_(trained_head)
-    values = chunked_values(hidden, 4, values_behind(head), trained_head=trained_head)
+    values = chunked_values(hidden, 4, values_of_head(head), trained_head=trained_head)
     values.sum().backward()
     assert (values.shape, values.dtype) == ((0,), torch.float32)
     assert hidden.grad is not None
@@ -95,6 +95,6 @@ def test_no_positions_give_no_values_and_a_zero_gradient(trained_head: bool) -> 
 def test_without_gradients_only_the_values_are_computed(trained_head: bool) -> None:
     head = HEAD.clone().requires_grad_(trained_head)
     with torch.no_grad():
-        values = chunked_values(INPUT, 4, values_behind(head), trained_head=trained_head)
+        values = chunked_values(INPUT, 4, values_of_head(head), trained_head=trained_head)
     assert not values.requires_grad
-    torch.testing.assert_close(values, values_behind(HEAD)(INPUT, slice(0, N)))
+    torch.testing.assert_close(values, values_of_head(HEAD)(INPUT, slice(0, N)))

@@ -1,9 +1,8 @@
-"""Replay of drawn proposals: what it adds to the target's forward, without and with the proposals, and mining.
+"""Replay of sampled proposals: its time beyond the target's forward, without and with the proposals, and mining.
 
-Random text and drafters of random weights, which keep few of their proposals: nearly every token has a verify step, so
-the shares of drafting and drawing are larger than those of a trained drafter, and what is drawn is all that is drawn
-anywhere. `argmaxes` is the same drafter replayed as for greedy answers; `of a step` divides what is beyond the target's
-forward by the verify steps.
+Text is random, and so are the drafters' weights. Few of their proposals are accepted, so nearly every token has a
+verify step: drafting and sampling take larger shares than with a trained drafter. `argmaxes` is the same drafter
+replayed as for greedy answers; `of a step` divides the time beyond the target's forward by the verify steps.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def measure(
     block_size: int,
     repetitions: int,
 ) -> dict[str, Any]:
-    """A row of figures for one architecture."""
+    """Measure one architecture; return a row of the table."""
     mask = target.tokenizer.convert_ids_to_tokens(target.info.mask_candidates[0])
     shape = SHAPES[name](num_layers=2, block_size=block_size, num_target_features=5, mask_token=mask)
     drafter = create_drafter(shape, target, seed=0).to(target.dtype).eval()
@@ -66,7 +65,7 @@ def measure(
         "with": replayed(sampling, True),
         "mining": lambda: list(Replayer(target, ReplayOptions(sampling=sampling)).mine(drafter, trajectories)),
     }
-    seconds = {arm: harness.median(each) for arm, each in harness.alternate(arms, repetitions).items()}
+    seconds = {arm: harness.median(runs) for arm, runs in harness.alternate(arms, repetitions).items()}
     steps = sum(len(trace.anchors) for trace in replayed(sampling, True)()["it"])
     return {
         "drafter": name,
@@ -83,7 +82,7 @@ def parse() -> argparse.Namespace:
     harness.add_target(options)
     harness.add_clock(options)
     options.add_argument("--trajectories", type=int, default=8, help="how many")
-    options.add_argument("--tokens", type=int, default=128, help="of each")
+    options.add_argument("--tokens", type=int, default=128, help="tokens of each")
     options.add_argument("--block-size", type=int, default=8)
     return options.parse_args()
 
@@ -93,9 +92,9 @@ def main() -> None:
     harness.set_process(options)
     harness.set_clock(options.cpu_time)
     target = harness.load_target(options.target)
-    texts = make_trajectories(options.trajectories, options.tokens, target.info.vocab_size)
+    trajectories = make_trajectories(options.trajectories, options.tokens, target.info.vocab_size)
     rows = [
-        measure(name, target, texts, sampling, options.block_size, options.repetitions)
+        measure(name, target, trajectories, sampling, options.block_size, options.repetitions)
         for name in SHAPES
         for sampling in SAMPLINGS
     ]
@@ -103,7 +102,7 @@ def main() -> None:
     harness.print_table(
         f"{target.info.source}, {vocabulary} tokens", list(rows[0]), [list(row.values()) for row in rows]
     )
-    harness.report("drawn", {"vocabulary": vocabulary, "rows": rows}, options)
+    harness.report("sampled_replay", {"vocabulary": vocabulary, "rows": rows}, options)
 
 
 if __name__ == "__main__":

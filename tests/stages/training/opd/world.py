@@ -1,4 +1,4 @@
-"""What OPD's sources and steps are tested on, for any drafter: mined answers, and weights that have moved since."""
+"""The world of OPD's tests, for any drafter: mined answers, and weights that have moved since."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class World:
         return drafter.head_over(self.target.head_weight, None)
 
     def traces(self, drafter: Drafter, block_size: int | None = None) -> list[Trace]:
-        """One block after the other."""
+        """Replay one block after the other."""
         head, block_size = self.head_of(drafter), block_size or drafter.block_size
         return [
             replay_sequentially(drafter, self.bench.read([t], drafter)[1], t, block_size, head)
@@ -74,7 +74,7 @@ class World:
         return MinedTable(steps, drafter.block_size - 1)
 
     def scored(self, steps: VerifySteps, anchors: Anchors, proposals: int, tokens: int = 2048) -> VerifySteps:
-        """Steps at anchors of the batch; tokens: that the target reads in one forward."""
+        """Score steps at anchors of the batch. tokens: that the target reads in one forward."""
         unscored = UnscoredSteps(steps, self.batch.trajectories, anchors, range(len(INDICES)))
         return score_steps([unscored], self.target, proposals, tokens)[0]
 
@@ -91,7 +91,7 @@ class World:
         per_sequence: int = PER_SEQUENCE,
         remining: Remining | None = None,
     ) -> AnchorSource:
-        """remining: for a kind that draws from the table; left out: one that never mines again."""
+        """Return a source. remining: for a kind that reads the table; left out: one that never mines again."""
         if kind == "successors":
             return SuccessorAnchors(self.moved, self.table.proposals, per_sequence)
         if kind == "random":
@@ -100,7 +100,7 @@ class World:
         return TableAnchors(remining, "errors" if kind == "errors" else "visited", per_sequence)
 
     def objective(self, value: Any) -> LossConfig:
-        """For greedy verification."""
+        """Resolve a loss for greedy verification."""
         return LossConfig.model_validate(value).resolved(self.moved.recipe, False, 0.0)
 
     def step(
@@ -111,14 +111,14 @@ class World:
         proposals: int | None = None,
         per_sequence: int = PER_SEQUENCE,
     ) -> OpdStep:
-        """Of the moved drafter; proposals: of a served block, left out: of the trained one."""
+        """Return steps of the moved drafter. proposals: of a served block; left out: of the trained one."""
         config = TrainingConfig(sequences_per_step=len(INDICES), anchors_per_sequence=per_sequence)
         options = StepOptions(config, objective, proposals or self.table.proposals)
         return OpdStep(self.moved, self.target, source, options)
 
 
 def make_world(bench: Bench, moved_by: float) -> World:
-    """moved_by: the noise on the weights, as a share of each parameter's deviation. No trajectory holds a near-tie."""
+    """Make a world without near-ties. moved_by: noise on the weights, as a share of each parameter's deviation."""
     moved = copy.deepcopy(bench.drafters["trained"])
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -131,12 +131,12 @@ def make_world(bench: Bench, moved_by: float) -> World:
 
 
 def phases(step: int, numbers: int) -> np.ndarray:
-    """[B, numbers] of the rows of `INDICES`, as a step draws them."""
+    """Return the phases [B, numbers] of the rows of `INDICES`, as a step samples them."""
     return step_rng(0, step).random((len(INDICES), numbers))
 
 
 def without_errors(table: MinedTable, index: int) -> MinedTable:
-    """One trajectory of a table, as if nothing of it had been rejected."""
+    """Return one trajectory of a table, as if nothing had been rejected there."""
     steps = table.steps[index]
     right = {**vars(steps), "rejected_offset": np.zeros_like(steps.rejected_offset)}
     return MinedTable([TrajectorySteps(**right)], table.proposals)

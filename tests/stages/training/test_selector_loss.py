@@ -1,4 +1,4 @@
-"""Losses of a drafter that chooses among candidates against loops: its head's, its choice's, and its own proposals."""
+"""Losses of a drafter with a selector against loops: of its head, of its selector, and of its own proposals."""
 
 from __future__ import annotations
 
@@ -20,59 +20,64 @@ from draftsmith.stages.training.opd.loss import opd_loss
 from draftsmith.stages.training.opd.verify_steps import verify_blocks
 from draftsmith.stages.training.sft.trainer import sft_loss
 from tests.stages.training.case import Case, blocks_of, heads_of, loss_context, make_case
-from tests.stages.training.slow import Slow, assert_equal, slow_opd, slow_sft
+from tests.stages.training.reference import Slow, assert_equal, slow_opd, slow_sft
 from tests.testbed.dflash2 import random_dflash2
 
 
 @pytest.fixture
-def chooser(plain_target: Target) -> DFlash2Drafter:
-    """One whose gradients the test may take."""
+def selecting(plain_target: Target) -> DFlash2Drafter:
+    """Return a drafter whose gradients the test may take."""
     return random_dflash2(plain_target)
 
 
 @pytest.fixture(scope="module")
-def choice_case(plain_target: Target) -> Case:
-    """Proposals that are no candidates are among those of its steps, and tokens of the texts too."""
+def selector_case(plain_target: Target) -> Case:
+    """Return a case in which some proposals and some of the answers' tokens are no candidates."""
     return make_case(plain_target, (2, 0))
 
 
-DRAWN = SamplingParams(0.8, 0.9)
+SAMPLED = SamplingParams(0.8, 0.9)
 
 
 @pytest.mark.parametrize(
     ("loss", "part", "sampling"),
     [
         ("cross_entropy", False, GREEDY),
-        ("cross_entropy", True, DRAWN),
+        ("cross_entropy", True, SAMPLED),
         ("forward_kl", False, GREEDY),
-        ("forward_kl", True, DRAWN),
-        ("bernoulli_kl", False, DRAWN),
-        ("tests.lab.losses:tv", True, DRAWN),
+        ("forward_kl", True, SAMPLED),
+        ("bernoulli_kl", False, SAMPLED),
+        ("tests.lab.losses:tv", True, SAMPLED),
         ("tests.lab.losses:lk", False, GREEDY),
-        ("ce_l1", True, DRAWN),
+        ("ce_l1", True, SAMPLED),
     ],
 )
-def test_sft_trains_the_head_and_the_choice(
-    loss: Any, part: bool, sampling: SamplingParams, choice_case: Case, chooser: DFlash2Drafter, plain_target: Target
+def test_sft_trains_the_head_and_the_selector(
+    loss: Any,
+    part: bool,
+    sampling: SamplingParams,
+    selector_case: Case,
+    selecting: DFlash2Drafter,
+    plain_target: Target,
 ) -> None:
     """part: softmaxes over every other token alone. sampling: of the tokens, which cross-entropy reads."""
     tokens = list(range(0, 64, 2)) if part else list(range(64))
     head = Head.over(plain_target.head_weight, torch.tensor(tokens))
     report = sft_loss(
-        chooser,
-        choice_case.batch,
-        choice_case.anchors,
-        loss_context(SoftmaxHeads(head, head, trained=False, selector=chooser), plain_target, sampling),
-        SftConfig(gamma=3.0, loss=loss).stream(chooser.recipe),
+        selecting,
+        selector_case.batch,
+        selector_case.anchors,
+        loss_context(SoftmaxHeads(head, head, trained=False, selector=selecting), plain_target, sampling),
+        SftConfig(gamma=3.0, loss=loss).stream(selecting.recipe),
         temperature=0.8,
     )
-    slow = Slow.borrowing(choice_case, chooser, plain_target.head_weight, tokens)
+    slow = Slow.borrowing(selector_case, selecting, plain_target.head_weight, tokens)
     if loss == "cross_entropy":
-        slow = replace(slow, cooled=sampling.temperature or 1.0)
+        slow = replace(slow, head_temperature=sampling.temperature or 1.0)
     if loss == "ce_l1":
-        slow = replace(slow, drawn=sampling.temperature or 1.0)
+        slow = replace(slow, token_temperature=sampling.temperature or 1.0)
     expected, positions, accuracy = slow_sft(slow, loss, float(torch.tensor(-1 / 3.0).exp()), 0.8)
-    assert_equal(report, expected, chooser)
+    assert_equal(report, expected, selecting)
     assert report.positions == positions
     assert report.metrics["accuracy"] == pytest.approx(accuracy)
 
@@ -93,25 +98,25 @@ def opd(case: Case, drafter: DFlash2Drafter, target: Target, objective: LossConf
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_opd_reads_the_distribution_of_the_choice(
-    name: str, choice_case: Case, chooser: DFlash2Drafter, plain_target: Target
+def test_opd_reads_the_selectors_distribution(
+    name: str, selector_case: Case, selecting: DFlash2Drafter, plain_target: Target
 ) -> None:
-    """On the text behind the text's tokens, on the drafter's own proposals behind these."""
-    objective = LossConfig.model_validate(OBJECTIVES[name]).resolved(chooser.recipe, False, 0.0)
-    report = opd(choice_case, chooser, plain_target, objective)
-    expected, positions = slow_opd(Slow.borrowing(choice_case, chooser, plain_target.head_weight), objective)
-    assert_equal(report, expected, chooser)
+    """After the answer's tokens in the response stream, after its own proposals in the rejected one."""
+    objective = LossConfig.model_validate(OBJECTIVES[name]).resolved(selecting.recipe, False, 0.0)
+    report = opd(selector_case, selecting, plain_target, objective)
+    expected, positions = slow_opd(Slow.borrowing(selector_case, selecting, plain_target.head_weight), objective)
+    assert_equal(report, expected, selecting)
     assert report.positions == positions
 
 
 def test_verify_steps_are_those_of_its_proposals(
-    choice_case: Case, chooser: DFlash2Drafter, plain_target: Target
+    selector_case: Case, selecting: DFlash2Drafter, plain_target: Target
 ) -> None:
-    """What is kept is found on the text, what is proposed behind a rejection on its own tokens."""
-    case, head = choice_case, Head(plain_target.head_weight)
-    likely = chooser.propose(*_asked(case, chooser), head)
+    """The answer decides what is accepted; proposals after a rejection depend on its own tokens."""
+    case, head = selector_case, Head(plain_target.head_weight)
+    likely = selecting.propose(*_propose_arguments(case, selecting), head)
     tokens = case.batch.tokens.clone()
-    for b in range(len(tokens)):  # texts that keep a part of some blocks
+    for b in range(len(tokens)):  # answers that accept some of some blocks
         for a, anchor in enumerate(case.anchors.positions[b].tolist()):
             tokens[b, anchor + 1 : anchor + 1 + a % 3] = likely[b, a, : len(tokens[b, anchor + 1 : anchor + 1 + a % 3])]
     batch = type(case.batch)(
@@ -126,23 +131,23 @@ def test_verify_steps_are_those_of_its_proposals(
     )
     changed = Case(batch, case.anchors, case.steps, batch.trajectories)
     with torch.no_grad():
-        blocks = draft_blocks(chooser, encode_batch(chooser, batch), batch, case.anchors)
-    steps = verify_blocks(blocks, heads_of(chooser, plain_target), proposals=4)
-    proposed = chooser.propose(*_asked(changed, chooser), head)
+        blocks = draft_blocks(selecting, encode_batch(selecting, batch), batch, case.anchors)
+    steps = verify_blocks(blocks, heads_of(selecting, plain_target), proposals=4)
+    proposed = selecting.propose(*_propose_arguments(changed, selecting), head)
     assert torch.equal(steps.proposed, proposed)
-    kept = set()
+    accepted = set()
     for row, index, anchor in changed.blocks():
-        behind = batch.trajectories[row].tokens[anchor + 1 :]
+        following = batch.trajectories[row].tokens[anchor + 1 :]
         n = 0
-        while n < min(4, len(behind)) and behind[n] == int(proposed[row, index, n]):
+        while n < min(4, len(following)) and following[n] == int(proposed[row, index, n]):
             n += 1
         assert int(steps.accepted[row, index]) == n
-        kept.add(n)
-    assert len(kept) > 2
+        accepted.add(n)
+    assert len(accepted) > 2
 
 
-def _asked(case: Case, chooser: DFlash2Drafter) -> tuple[Any, torch.Tensor, torch.Tensor, int]:
+def _propose_arguments(case: Case, selecting: DFlash2Drafter) -> tuple[Any, torch.Tensor, torch.Tensor, int]:
     anchors: Anchors = case.anchors
     with torch.no_grad():
-        context = encode_batch(chooser, case.batch)
-    return context, case.batch.tokens.gather(1, anchors.positions), anchors.positions, chooser.block_size
+        context = encode_batch(selecting, case.batch)
+    return context, case.batch.tokens.gather(1, anchors.positions), anchors.positions, selecting.block_size

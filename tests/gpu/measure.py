@@ -1,9 +1,9 @@
 """SFT and OPD as the stages run them: tokens/s, share of the device's rate, memory against the estimate, kernels.
 
 Operations are those of the matrix products that a training needs: the drafter's forward and backward
-(`Drafter.training_operations`) and the target's one forward over each answer. What OPD drafts and judges besides is
-time without counted operations. The rate is what the maker says of the device (`mfu`), and what a large product reaches
-on it (`of_matmul_rate`).
+(`Drafter.training_operations`) and the target's one forward over each answer. What OPD drafts and verifies besides is
+time without counted operations. The rate is that of the device's data sheet (`mfu`), and that of a large product on it
+(`of_matmul_rate`).
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from tests.gpu.trainings import KINDS, make_training
 from tests.gpu.watch import Profile, Timed, watched
 from tests.gpu.world import Scale, make_drafter, make_target, make_trajectories
 
-WARM = 2  # steps that are not measured: kernels are compiled, and memory is taken
+WARM = 2  # steps that are not measured: kernels are compiled, and memory is allocated
 KERNELS = 12  # of a training that are printed
 
 
-# TFLOP/s of dense products in bfloat16, as data sheets have it
+# TFLOP/s of dense products in bfloat16, from data sheets
 NOMINAL_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "A100": 312, "L40S": 362}
 
 
@@ -40,23 +40,23 @@ class Rates:
     """TFLOP/s of matrix products in bfloat16."""
 
     measured: float
-    nominal: float | None  # None: of an unknown device
+    nominal: float | None  # None: unknown device
 
     @classmethod
     def here(cls, device: str) -> Rates:
         if device == "cpu":
             return cls(machine.peak_rate(torch.bfloat16) / 1e3, None)
-        found = torch.cuda.get_device_name()
-        nominal = next((float(rate) for known, rate in NOMINAL_TFLOPS.items() if known in found), None)
+        device_name = torch.cuda.get_device_name()
+        nominal = next((float(rate) for name, rate in NOMINAL_TFLOPS.items() if name in device_name), None)
         return cls(machine.matmul_rate(8192, 8192, 8192, torch.bfloat16, 5) / 1e3, nominal)
 
 
 def measure(
     scale: Scale, device: str, repetitions: int, traces: Path, wanted: Callable[[str], bool] = lambda _: True
 ) -> dict[str, Any]:
-    """A row of each training, the kernels of each, and the rates. traces: folder of a profile of each.
+    """Measure each training; return a row and the kernels of each, and the rates.
 
-    wanted: asked before each training, which may take a minute.
+    traces: folder for the profiles. wanted: called before each training, which may take a minute.
     """
     target = make_target(scale, device, "bfloat16")
     rates = Rates.here(device)
@@ -64,17 +64,17 @@ def measure(
     for kind in KINDS:
         if not wanted(kind):
             continue
-        row, kernels[kind] = _of_training(kind, scale, target, repetitions, rates, traces)
+        row, kernels[kind] = _measure_training(kind, scale, target, repetitions, rates, traces)
         rows.append(row)
     return {"scale": scale.name, "tflop_per_s": vars(rates), "rows": rows, "kernels": kernels}
 
 
-def _of_training(
+def _measure_training(
     kind: str, scale: Scale, target: Any, repetitions: int, rates: Rates, traces: Path
 ) -> tuple[dict[str, Any], dict[str, float]]:
     drafter = make_drafter(scale.drafter, target)
     trajectories = make_trajectories(scale)
-    # one step in front of the profiled one, and one behind it, whose features are read meanwhile
+    # one step before the profiled one, and one after it, whose features are read meanwhile
     steps = WARM + repetitions + 3
     training = make_training(kind, drafter, target, trajectories, {**scale.step, "steps": steps})
     config, on_gpu = training.config, target.device.type == "cuda"
@@ -122,17 +122,17 @@ def _file_name(kind: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in kind.lower()).split())
 
 
-def print_figures(figures: dict[str, Any]) -> None:
-    """The rows as a table, and the kernels that took most."""
-    rows = [{name: "-" if value is None else value for name, value in row.items()} for row in figures["rows"]]
-    rates = figures["tflop_per_s"]
+def print_metrics(results: dict[str, Any]) -> None:
+    """Print the rows as a table, and the kernels that took most."""
+    rows = [{name: "-" if value is None else value for name, value in row.items()} for row in results["rows"]]
+    rates = results["tflop_per_s"]
     harness.print_table(
-        f"Training steps, {figures['scale']}; products in bfloat16 reach {rates['measured']:,.3g} TFLOP/s of "
+        f"Training steps, {results['scale']}; products in bfloat16 reach {rates['measured']:,.3g} TFLOP/s of "
         f"{rates['nominal'] or 'unknown'} nominal",
         list(rows[0]),
         [list(row.values()) for row in rows],
     )
-    for kind, kernels in figures["kernels"].items():
+    for kind, kernels in results["kernels"].items():
         harness.print_table(
             f"{kind}: kernels", ["", "share"], [[name[:100], share] for name, share in list(kernels.items())[:KERNELS]]
         )

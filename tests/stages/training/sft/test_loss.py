@@ -14,7 +14,7 @@ from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.lm_heads import SoftmaxHeads
 from draftsmith.stages.training.sft.trainer import sft_loss
 from tests.stages.training.case import Case, loss_context
-from tests.stages.training.slow import Slow, assert_equal, slow_sft
+from tests.stages.training.reference import Slow, assert_equal, slow_sft
 
 
 @pytest.mark.parametrize("gamma", [2.0, 7.0])

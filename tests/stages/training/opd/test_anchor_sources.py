@@ -1,4 +1,4 @@
-"""Verify steps of the current weights: mined again, judged on the training's own blocks, rolled on."""
+"""Verify steps of the current weights: mined again, found on the training's own blocks, or their successors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,16 @@ from draftsmith.stages.training.opd.remining import Remining
 from draftsmith.stages.training.opd.verify_steps import UnscoredSteps, score_steps, verify_blocks
 from tests.stages.bench import Bench
 from tests.stages.training.case import heads_of
-from tests.stages.training.world import COUNT, INDICES, KINDS, PER_SEQUENCE, World, make_world, phases, without_errors
+from tests.stages.training.opd.world import (
+    COUNT,
+    INDICES,
+    KINDS,
+    PER_SEQUENCE,
+    World,
+    make_world,
+    phases,
+    without_errors,
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +41,7 @@ def world(bench: Bench) -> World:
 
 def test_mining_again_gives_the_trace_of_the_current_weights(world: World) -> None:
     remining = world.remining(scored=True)
-    figures = remining.refresh(10, INDICES, world.view())
+    metrics = remining.refresh(10, INDICES, world.view())
     traces = world.traces(world.moved)
     gone = total = 0
     for i in INDICES:
@@ -43,66 +52,66 @@ def test_mining_again_gives_the_trace_of_the_current_weights(world: World) -> No
         then = list(zip(mined.anchors.tolist(), mined.accepted.tolist(), strict=True))
         gone, total = gone + sum(step not in now for step in then), total + len(then)
     assert 0 < gone < total
-    assert figures == {"trace_changed_share": gone / total, "remined_trajectories": 3}
+    assert metrics == {"trace_changed_share": gone / total, "remined_trajectories": 3}
     for i in set(range(COUNT)) - set(INDICES):
         assert remining.steps(i) is world.table.steps[i]
     assert remining.mined.steps[INDICES[0]] is world.table.steps[INDICES[0]]
 
 
-def test_only_the_steps_that_are_drawn_are_scored(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And of those the rejected proposals, once each; what was mined before keeps its scores."""
-    asked: list[list[Trace]] = []
+def test_only_sampled_steps_are_scored(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their rejected proposals, once each; steps of the mined table keep their scores."""
+    scored: list[list[Trace]] = []
 
     def counted(target: Any, trajectories: Any, traces: list[Trace], *rest: Any) -> Any:
-        asked.append(traces)
+        scored.append(traces)
         return score(target, trajectories, traces, *rest)
 
     monkeypatch.setattr(verify_steps, "score", counted)
     remining = world.remining(every=10, scored=True)
     remining.refresh(10, INDICES[:2], world.view(INDICES[:2]))  # the third keeps its trace
     source = world.source("visited", remining=remining)
-    drawn = source.sample(9, INDICES, world.view(), phases(0, 1))  # too early for the third
-    assert drawn.steps is not None and list(drawn.unscored) == [0, 1]
-    unscored = UnscoredSteps(drawn.steps, world.batch.trajectories, drawn.anchors, drawn.unscored)
+    sampled = source.sample(9, INDICES, world.view(), phases(0, 1))  # too early for the third
+    assert sampled.steps is not None and list(sampled.unscored) == [0, 1]
+    unscored = UnscoredSteps(sampled.steps, world.batch.trajectories, sampled.anchors, sampled.unscored)
     (steps,) = score_steps([unscored], world.target, 7, 2048)
     fresh = world.mined_by(world.moved)
     for row, i in enumerate(INDICES):
         table = fresh.steps[i] if row < 2 else world.table.steps[i]
-        for a, anchor in enumerate(drawn.anchors.positions[row].tolist()):
-            place = table.anchors.tolist().index(anchor)
-            expected = table.target_logprobs[place]
+        for a, anchor in enumerate(sampled.anchors.positions[row].tolist()):
+            index = table.anchors.tolist().index(anchor)
+            expected = table.target_logprobs[index]
             np.testing.assert_allclose(steps.target_logprobs[row, a].numpy(), expected, atol=1e-4)
-            accepted = table.accepted[place]
+            accepted = table.accepted[index]
             assert np.isnan(expected[:accepted]).all()
-            assert np.isfinite(expected[accepted : accepted + 1]).all() or not table.rejected_offset[place]
-    assert [len(traces) for traces in asked] == [2]
-    assert all(len(t.anchors) == len(set(t.anchors.tolist())) <= PER_SEQUENCE for t in asked[0])
+            assert np.isfinite(expected[accepted : accepted + 1]).all() or not table.rejected_offset[index]
+    assert [len(traces) for traces in scored] == [2]
+    assert all(len(t.anchors) == len(set(t.anchors.tolist())) <= PER_SEQUENCE for t in scored[0])
 
 
 def test_a_trajectory_is_mined_again_when_its_trace_is_old_enough(world: World) -> None:
     remining = world.remining(every=10)
     mined = {}
     for step, indices in ((0, [0, 1]), (9, [0, 1]), (10, [0]), (15, [0, 1]), (19, [0, 1]), (20, [0, 1])):
-        figures = remining.refresh(step, indices, world.view(indices))
-        mined[step] = figures.get("remined_trajectories", 0)
+        metrics = remining.refresh(step, indices, world.view(indices))
+        mined[step] = metrics.get("remined_trajectories", 0)
     assert mined == {0: 0, 9: 0, 10: 1, 15: 1, 19: 0, 20: 1}  # 0 at 10 and 20, 1 at 15
     never = world.remining(every=0)
     assert never.refresh(1000, [0], world.view([0])) == {}
 
 
 @pytest.mark.parametrize("scored", [False, True])
-def test_a_checkpoint_brings_back_the_fresh_tables(scored: bool, world: World) -> None:
+def test_a_checkpoint_restores_the_fresh_steps(scored: bool, world: World) -> None:
     remining = world.remining(scored=scored)
     remining.refresh(10, INDICES, world.view())
     other = world.remining(scored=scored)
-    other.refresh(12, [1], world.view([1]))  # forgotten
+    other.refresh(12, [1], world.view([1]))  # overwritten
     other.load_state_dict(remining.state_dict())
     for i in range(COUNT):
         for name, value in vars(remining.steps(i)).items():
             np.testing.assert_array_equal(value, getattr(other.steps(i), name), err_msg=name)
     for step, again in ((19, 0), (20, 3)):
-        figures = other.refresh(step, INDICES, world.view())
-        assert figures.get("remined_trajectories", 0) == again
+        metrics = other.refresh(step, INDICES, world.view())
+        assert metrics.get("remined_trajectories", 0) == again
 
 
 def test_an_empty_memory_survives_a_checkpoint(world: World) -> None:
@@ -122,12 +131,12 @@ def test_fresh_steps_fit_a_smaller_served_block(world: World) -> None:
     assert np.isnan(fresh.target_logprobs[:, 3:]).all()
 
 
-def test_blocks_of_the_training_are_judged_as_replay_judges_them(world: World) -> None:
+def test_verify_steps_of_a_trainings_blocks_equal_those_of_replay(world: World) -> None:
     """At the anchors of its trace, the steps are the trace; and so are the target's log-probs."""
     fresh = world.mined_by(world.moved)
     batch = world.batch
-    known = [fresh.steps[i] for i in INDICES]
-    anchors, expected = sample_steps(known, "visited", 30, phases(0, 1)[:, 0], torch.device("cpu"))
+    steps_of_rows = [fresh.steps[i] for i in INDICES]
+    anchors, expected = sample_steps(steps_of_rows, "visited", 30, phases(0, 1)[:, 0], torch.device("cpu"))
     blocks = draft_blocks(world.moved, encode_batch(world.moved, batch), batch, anchors)
     heads = heads_of(world.moved, world.target)
     steps = verify_blocks(blocks, heads, proposals=7)
@@ -143,18 +152,18 @@ def test_blocks_of_the_training_are_judged_as_replay_judges_them(world: World) -
     assert world.scored(small, anchors, 2).target_logprobs[..., 2:].isnan().all()
 
 
-def test_successors_are_what_one_block_of_the_current_weights_leads_to(world: World) -> None:
-    """Of positions all over the response; what two of them lead to is drawn once, and another one twice."""
+def test_successors_are_where_one_block_of_the_current_weights_leads(world: World) -> None:
+    """From positions all over the answer; a successor of two of them is an anchor once, and another one twice."""
     per_sequence, view = 8, world.view()
     source = world.source("successors", per_sequence)
     on_trace = 0
     traces = world.traces(world.moved)
     for step in range(10):
-        drawn = source.sample(step, INDICES, view, phases(step, 2))
-        assert drawn.steps is None  # judged on the blocks of the step itself
-        assert drawn.anchors.blocks == len(INDICES) * per_sequence
+        sampled = source.sample(step, INDICES, view, phases(step, 2))
+        assert sampled.steps is None  # found on the blocks of the step itself
+        assert sampled.anchors.blocks == len(INDICES) * per_sequence
         before = np.stack(sample_positions(view.batch.trajectories, per_sequence, phases(step, 2)[:, 0]))
-        behind = successors(
+        following = successors(
             PreparedDrafter(world.moved, view.head, 8),
             view.context,
             view.batch.trajectories,
@@ -162,8 +171,8 @@ def test_successors_are_what_one_block_of_the_current_weights_leads_to(world: Wo
             None,
         ).numpy()
         for row, i in enumerate(INDICES):
-            chosen = drawn.anchors.positions[row].tolist()
-            assert set(chosen) == set(behind[row].tolist())
+            chosen = sampled.anchors.positions[row].tolist()
+            assert set(chosen) == set(following[row].tolist())
             on_trace += sum(anchor in traces[i].anchors for anchor in chosen)
     by_chance = float(np.mean([len(traces[i].anchors) / world.trajectories[i].answer_length for i in INDICES]))
     assert on_trace / (10 * len(INDICES) * per_sequence) > 1.5 * by_chance
@@ -183,15 +192,15 @@ def test_every_kind_trains_the_same_number_of_blocks(world: World) -> None:
 
 
 @pytest.mark.parametrize("proposals", [7, 3])
-@pytest.mark.parametrize(("kind", "response", "judged"), [
+@pytest.mark.parametrize(("kind", "response", "verified"), [
     ("random", {"scope": "block"}, 0), ("random", {"scope": "committed"}, 0), ("random", {"beyond": 0}, 1),
     ("successors", {"scope": "block"}, 0), ("successors", {}, 0), ("successors", {"beyond": 0}, 1),
     ("visited", {"beyond": 0}, 0),
 ])  # fmt: skip
-def test_blocks_are_judged_where_somebody_reads_it(
-    kind: str, response: dict[str, Any], judged: int, proposals: int, world: World, monkeypatch: pytest.MonkeyPatch
+def test_blocks_are_verified_only_if_the_loss_needs_it(
+    kind: str, response: dict[str, Any], verified: int, proposals: int, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where all offsets are trained, the loss itself finds what was accepted, and weighs as if it had been judged."""
+    """If all offsets are trained, the loss itself finds what was accepted, with the same weights."""
     calls = []
 
     def counted(*arguments: Any, **named: Any) -> Any:
@@ -203,22 +212,22 @@ def test_blocks_are_judged_where_somebody_reads_it(
     step = world.step(source, world.objective({"response": response}), proposals=proposals)
     batch = world.batch
     loss = step.loss(5, INDICES, batch, step_rng(0, 5)).loss
-    assert len(calls) == judged
+    assert len(calls) == verified
     monkeypatch.setattr(LossConfig, "reads_steps", property(lambda _objective: True))
     assert torch.equal(loss, step.loss(5, INDICES, batch, step_rng(0, 5)).loss)
 
 
-def test_a_trajectory_without_errors_lends_its_other_steps(world: World) -> None:
+def test_a_trajectory_without_errors_gives_its_other_steps(world: World) -> None:
     steps, right = world.table.steps[0], without_errors(world.table, 0)
-    anchors, drawn = sample_steps(right.steps, "errors", PER_SEQUENCE, np.array([0.3]), torch.device("cpu"))
+    anchors, sampled = sample_steps(right.steps, "errors", PER_SEQUENCE, np.array([0.3]), torch.device("cpu"))
     assert anchors.blocks == PER_SEQUENCE
     assert set(anchors.positions.flatten().tolist()) <= set(steps.anchors.tolist())
-    assert (drawn.rejected_offset == 0).all()
+    assert (sampled.rejected_offset == 0).all()
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_mining_in_a_step_leaves_its_gradient_alone(autocast: bool, world: World) -> None:
-    """Autocast remembers its copies of weights: none made without gradient may reach the training."""
+    """Autocast caches its copies of weights: none made without gradient may reach the training."""
     batch, objective = world.batch, world.objective("matched")
     mined_before = world.remining(every=1)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

@@ -1,4 +1,4 @@
-"""The slow float64 form of the losses: one block at a time, term by term, for any drafter.
+"""The losses as loops in float64: one block at a time, term by term, for any drafter.
 
 The loops take the drafter's hidden states one block at a time (`test_model.py` of each architecture holds those) and do
 the rest in float64.
@@ -24,26 +24,26 @@ TOLERANCE = 1e-4  # of a loss; the drafter computes in float32
 
 @dataclass(frozen=True)
 class Choice:
-    """Among candidates by their columns, the token in question always one of them."""
+    """A selector's choice among candidates, the token in question always one of them."""
 
     columns: list[int]
     log_q: torch.Tensor  # [k] with gradient
-    place: int  # of the token
-    present: bool  # is it a candidate by itself?
-    taken: bool  # is it what would be chosen?
-    drawn: float = 1.0  # as of `Slow`
+    index: int  # of the token among them
+    present: bool  # whether it is a candidate by itself
+    selected: bool  # whether the drafter would propose it
+    token_temperature: float = 1.0  # as in `Slow`
 
     def term(self, loss: str, log_p: torch.Tensor, of_token: float) -> torch.Tensor:
-        """log_p: [V'] of the target over the head's tokens; of_token: over all tokens."""
+        """Return the loss. log_p: [V'] of the target over the head's tokens. of_token: over all tokens."""
         if loss in ("cross_entropy", "bernoulli_kl"):
-            return PLAIN[loss](self.log_q, self.place, log_p, of_token)
+            return PLAIN[loss](self.log_q, self.index, log_p, of_token)
         p = log_p[self.columns].clamp(min=-1e6).exp()
         if loss == "forward_kl":
-            return PLAIN[loss](self.log_q, self.place, (p / p.sum()).log(), of_token)
-        kept = torch.minimum(p, self.log_q.exp()).sum()
+            return PLAIN[loss](self.log_q, self.index, (p / p.sum()).log(), of_token)
+        acceptance = torch.minimum(p, self.log_q.exp()).sum()
         if loss == "ce_l1":
-            return 0.1 * -at_temperature(self.log_q, self.drawn)[self.place] + 0.9 * 2 * (1 - kept)
-        return 1 - kept if loss == TV else -kept.log()
+            return 0.1 * -at_temperature(self.log_q, self.token_temperature)[self.index] + 0.9 * 2 * (1 - acceptance)
+        return 1 - acceptance if loss == TV else -acceptance.log()
 
 
 @dataclass
@@ -55,36 +55,38 @@ class Slow:
     target_head: torch.Tensor  # [V, H]
     head: torch.Tensor  # [V', H] what the drafter proposes with
     tokens: list[int]  # [V'] ids of the head's rows
-    cooled: float = 1.0  # what divides the drafter's logits
-    drawn: float = 1.0  # what divides them where ce_l1 reads a token that was drawn so
+    head_temperature: float = 1.0  # what divides the drafter's logits
+    token_temperature: float = 1.0  # what divides them where ce_l1 reads the sampled token
     _hidden: dict[tuple[int, int, tuple[int, ...]], torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def borrowing(
         cls, case: Case, drafter: Drafter, target_head: torch.Tensor, tokens: Sequence[int] | None = None
     ) -> Slow:
-        """A drafter without a head of its own, over some tokens."""
+        """Return the form of a drafter that borrows the target's head, over some tokens."""
         chosen = list(range(len(target_head)) if tokens is None else tokens)
         return cls(case, drafter, target_head, target_head[chosen], chosen)
 
     @classmethod
     def owning(cls, case: Case, drafter: Eagle3Drafter, target_head: torch.Tensor) -> Slow:
-        """A drafter whose head, over its draft vocabulary, is trained with it."""
+        """Return the form of a drafter whose head, over its draft vocabulary, is trained with it."""
         return cls(case, drafter, target_head, drafter.lm_head.weight, drafter.draft_tokens.tolist())
 
     def log_q(self, row: int, anchor: int, following: Sequence[int] = ()) -> torch.Tensor:
-        """[K, V'] with gradient, of the head; the context ends at the anchor.
+        """Return log q [K, V'] of the head, with gradient; the context ends at the anchor.
 
-        following: the tokens behind the anchor that an autoregressive drafter reads; a parallel one reads the anchor's.
+        following: the tokens after the anchor that an autoregressive drafter reads; a parallel one reads the anchor's.
         """
-        return torch.log_softmax((self.hidden(row, anchor, following) @ self.head.T).double() / self.cooled, -1)
+        return torch.log_softmax(
+            (self.hidden(row, anchor, following) @ self.head.T).double() / self.head_temperature, -1
+        )
 
     def hidden(self, row: int, anchor: int, following: Sequence[int] = ()) -> torch.Tensor:
-        """[K, H]"""
-        asked = (row, anchor, tuple(following))
-        if asked not in self._hidden:
-            self._hidden[asked] = self._drafted(row, anchor, following)
-        return self._hidden[asked]
+        """Return the hidden states [K, H]."""
+        key = (row, anchor, tuple(following))
+        if key not in self._hidden:
+            self._hidden[key] = self._drafted(row, anchor, following)
+        return self._hidden[key]
 
     def _drafted(self, row: int, anchor: int, following: Sequence[int]) -> torch.Tensor:
         batch, before = self.case.batch, (slice(row, row + 1), slice(anchor))
@@ -94,7 +96,7 @@ class Slow:
         return self.drafter.block_hidden(context, torch.tensor([[chain]]), torch.tensor([[anchor]]))[0, 0]
 
     def choice(self, row: int, anchor: int, following: Sequence[int], k: int, column: int) -> Choice:
-        """Of a drafter that chooses, at offset k behind the anchor and the tokens that follow it."""
+        """Return the selector's choice at offset k after the anchor and the tokens that follow it."""
         assert isinstance(self.drafter, DFlash2Drafter)
         selector, hidden = self.drafter.candidate_selector, self.hidden(row, anchor, following)[k - 1]
         logits = (self.head @ hidden).double()
@@ -110,13 +112,16 @@ class Slow:
             among = ranked
         else:
             among = [*ranked[:-1], column]
-        distribution = torch.log_softmax(torch.stack([score(c) for c in among]) / self.cooled, -1)
-        return Choice(among, distribution, among.index(column), present, best == column, self.drawn)
+        distribution = torch.log_softmax(torch.stack([score(c) for c in among]) / self.head_temperature, -1)
+        return Choice(among, distribution, among.index(column), present, best == column, self.token_temperature)
 
     def term(self, loss: str, log_q: torch.Tensor, column: int, log_p: torch.Tensor, of_token: float) -> torch.Tensor:
-        """One of `PLAIN`."""
+        """Return the loss of a position."""
         if loss == "ce_l1":
-            return 0.1 * -at_temperature(log_q, self.drawn)[column] + 0.9 * (log_p.exp() - log_q.exp()).abs().sum()
+            return (
+                0.1 * -at_temperature(log_q, self.token_temperature)[column]
+                + 0.9 * (log_p.exp() - log_q.exp()).abs().sum()
+            )
         return PLAIN[loss](log_q, column, log_p, of_token)
 
     def log_p(self, row: int, position: int, temperature: float = 1.0) -> torch.Tensor:
@@ -127,11 +132,11 @@ class Slow:
         return torch.log_softmax(logits / temperature, -1)
 
     def token_log_p(self, row: int, position: int, token: int) -> float:
-        """Over all tokens."""
+        """Return log p of the token over all tokens."""
         return float(torch.log_softmax(self._target_logits(row, position), -1)[token])
 
     def _target_logits(self, row: int, position: int) -> torch.Tensor:
-        """[V] read off the position before."""
+        """Return logits [V], read from the position before."""
         return (self.target_head @ hidden_of(self.case.batch)[row, position - 1]).double()
 
 
@@ -156,7 +161,7 @@ def plain_k3(log_q: float, log_p: float) -> float:
 
 
 def differentiable(plain: Callable[[float, float], float], log_q: torch.Tensor, log_p: float) -> torch.Tensor:
-    """A plain function of two floats, with the slope in log_q by central difference."""
+    """Make a plain function of two floats differentiable: the slope in log_q is a central difference."""
     at, step = float(log_q.detach()), 1e-6
     value = plain(at, log_p)
     slope = (plain(at + step, log_p) - plain(at - step, log_p)) / (2 * step)
@@ -177,7 +182,7 @@ PLAIN: dict[str, Plain] = {
 
 
 def plain_weight(config: PositionWeights, k: int, log_q: dict[int, float]) -> float:
-    """log_q: of the committed tokens at the stream's offsets, and at those whose token the head does not have."""
+    """Return the weight of offset k. log_q: of the committed tokens, also of those that the head lacks."""
     if config.kind == "exponential":
         return math.exp(-(k - 1) / config.gamma)
     if config.kind == "power":
@@ -192,9 +197,9 @@ def plain_weight(config: PositionWeights, k: int, log_q: dict[int, float]) -> fl
 
 
 def slow_sft(slow: Slow, loss: str, decay: float, temperature: float = 1.0) -> tuple[torch.Tensor, int, float]:
-    """The loss, how many positions have one, and the share of them whose argmax is the trajectory's token.
+    """Return the loss, how many positions have one, and the share of them whose argmax is the trajectory's token.
 
-    decay: of the weight, an offset.
+    decay: factor of the weight from one offset to the next.
     """
     total, weights, positions, correct = torch.zeros((), dtype=torch.float64), 0.0, 0, 0
     for row, _, anchor in slow.case.blocks():
@@ -208,7 +213,7 @@ def slow_sft(slow: Slow, loss: str, decay: float, temperature: float = 1.0) -> t
             term, right = slow.term(loss, log_q[k - 1], column, log_p, of_token), int(log_q[k - 1].argmax()) == column
             if slow.drafter.has_selector:
                 choice = slow.choice(row, anchor, sequence[anchor + 1 :], k, column)
-                term, right = term + choice.term(loss, log_p, of_token), choice.taken
+                term, right = term + choice.term(loss, log_p, of_token), choice.selected
             total = total + weight * term
             weights += weight
             positions += 1
@@ -217,7 +222,7 @@ def slow_sft(slow: Slow, loss: str, decay: float, temperature: float = 1.0) -> t
 
 
 def slow_opd(slow: Slow, objective: LossConfig) -> tuple[torch.Tensor, int]:
-    """The loss, and how many positions have one: the response stream on the trajectory, the rejected on proposals."""
+    """Return the loss and its number of positions: of the response stream, and of the rejected one on proposals."""
     case, tokens = slow.case, slow.tokens
     response, response_weights = torch.zeros((), dtype=torch.float64), 0.0
     rejected, rejected_weights = torch.zeros((), dtype=torch.float64), 0.0
@@ -239,7 +244,7 @@ def slow_opd(slow: Slow, objective: LossConfig) -> tuple[torch.Tensor, int]:
                 k: slow.choice(row, anchor, sequence[anchor + 1 :], k, tokens.index(label))
                 for k, label in labels.items()
             }
-            of_labels = {k: float(c.log_q[c.place].detach()) if c.present else -math.inf for k, c in choices.items()}
+            of_labels = {k: float(c.log_q[c.index].detach()) if c.present else -math.inf for k, c in choices.items()}
         for k, label in labels.items():
             assert objective.temperature is not None
             weight = plain_weight(objective.response.weights(), k, of_labels | never)
@@ -266,7 +271,7 @@ def slow_opd(slow: Slow, objective: LossConfig) -> tuple[torch.Tensor, int]:
             log_q_of_it = log_q[k - 1, tokens.index(proposed[k - 1])]
             if slow.drafter.has_selector:
                 choice = slow.choice(row, anchor, proposed, k, tokens.index(proposed[k - 1]))
-                log_q_of_it = choice.log_q[choice.place]
+                log_q_of_it = choice.log_q[choice.index]
             term = differentiable(plain_k3, log_q_of_it, log_p_of_it)
             rejected = rejected + weight * term
             rejected_weights += weight
@@ -278,7 +283,7 @@ def slow_opd(slow: Slow, objective: LossConfig) -> tuple[torch.Tensor, int]:
 
 
 def assert_equal(report: LossReport, slow: torch.Tensor, drafter: Drafter) -> None:
-    """Same value and same gradient in every parameter, none of which is zero."""
+    """Check for the same value and the same gradient in every parameter, none of which is zero."""
     torch.testing.assert_close(report.loss.detach().double(), slow.detach(), rtol=TOLERANCE, atol=TOLERANCE)
     parameters = list(drafter.parameters())
     fast = torch.autograd.grad(report.loss, parameters)
