@@ -31,6 +31,11 @@ def forward_kl(logits_q: torch.Tensor, logits_p: torch.Tensor) -> torch.Tensor:
     return (log_p.exp() * (log_p - torch.log_softmax(logits_q, -1))).sum(-1)
 
 
+# Losses of whole distributions, by name in a config: functions of the logits of q and p, [N, V] each → [N]. A name that
+# is added here is added to `loss_config.DISTRIBUTION_LOSSES` too.
+DISTRIBUTION_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"forward_kl": forward_kl}
+
+
 def total_variation(logits_q: torch.Tensor, logits_p: torch.Tensor) -> torch.Tensor:
     """Return ½ Σ |p - q|, logits [N, V] each → [N]: the probability that a proposal sampled from q is rejected."""
     return 0.5 * (logits_p.softmax(-1) - logits_q.softmax(-1)).abs().sum(-1)

@@ -34,22 +34,25 @@ from draftsmith.stages.training.loss_config import PositionWeights, ResponseStre
 from draftsmith.stages.training.selector_loss import PositionLosses, selector_loss
 from draftsmith.stages.training.target_signal import TargetSignal
 
-RESPONSE_LOSSES: dict[str, Callable[[torch.Tensor, TargetSignal], torch.Tensor]] = {
+# losses that read the committed token
+_TOKEN_LOSSES: dict[str, Callable[[torch.Tensor, TargetSignal], torch.Tensor]] = {
     "cross_entropy": lambda logits, p: losses.cross_entropy(logits, p.columns),
     "bernoulli_kl": lambda logits, p: losses.bernoulli_forward_kl(
         -losses.cross_entropy(logits, p.columns), p.token_logprob
     ),
-    "forward_kl": lambda logits, p: losses.forward_kl(logits, p.logits()),
     "ce_l1": lambda logits, p: losses.ce_l1(logits, p.logits(), p.columns, p.context.proposal_temperature),
 }
 
 
 def loss_function(name: str) -> Callable[[torch.Tensor, TargetSignal], torch.Tensor]:
-    """Return the loss of a name: one of `RESPONSE_LOSSES`, or `MODULE:FUNCTION`."""
-    if ":" not in name:
-        return RESPONSE_LOSSES[name]
-    named = losses.imported(name)
-    return lambda logits, p: named(logits, torch.log_softmax(p.logits(), -1))
+    """Return the loss of a resolved name or of `MODULE:FUNCTION`."""
+    if name in _TOKEN_LOSSES:
+        return _TOKEN_LOSSES[name]
+    if ":" in name:
+        imported = losses.imported(name)
+        return lambda logits, p: imported(logits, torch.log_softmax(p.logits(), -1))
+    distribution = losses.DISTRIBUTION_LOSSES[name]
+    return lambda logits, p: distribution(logits, p.logits())
 
 
 @dataclass(frozen=True)

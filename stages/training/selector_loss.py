@@ -8,7 +8,6 @@ rest of its mass lies, nothing can be proposed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,15 +31,6 @@ class PositionLosses:
 def _rejected(logits: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
     """Return the probability [n] that a sampled proposal is rejected: half of the L1 distance over all tokens."""
     return 1 - torch.minimum(log_p.exp(), logits.softmax(-1)).sum(-1)
-
-
-# Functions of q's logits [n, k], the committed token's -log q at the temperature that it was sampled at [n], and the
-# target's log-probs of the candidates [n, k].
-_DISTRIBUTION_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    # of the target's distribution, given that it commits a candidate
-    "forward_kl": lambda logits, _token, log_p: losses.forward_kl(logits, log_p),
-    "ce_l1": lambda logits, token, log_p: 0.1 * token + 0.9 * 2 * _rejected(logits, log_p),
-}
 
 
 @dataclass(frozen=True)
@@ -69,20 +59,18 @@ def selector_loss(hidden: torch.Tensor, previous: torch.Tensor, signal: TargetSi
     context = signal.context
     drafter, head, size = context.heads.selector, context.heads.drafter, context.positions_per_chunk
     assert drafter is not None
-    named = losses.imported(loss) if ":" in loss else None
+    # of the target's log-probs of the candidates, which need not sum to 1; `forward_kl` normalises them
+    distribution = losses.imported(loss) if ":" in loss else losses.DISTRIBUTION_LOSSES.get(loss)
     candidates = _candidates(drafter, hidden, signal.columns, context)
     among, index, present = candidates.columns, candidates.index, candidates.present
     log_p = torch.zeros(among.shape, device=among.device)  # computed once: backward calls `values` again
-    for chunk in slices(len(among) if named or loss in _DISTRIBUTION_LOSSES else 0, size):
+    for chunk in slices(len(among) if distribution is not None or loss == "ce_l1" else 0, size):
         log_p[chunk] = torch.log_softmax(signal.at(chunk).logits(), -1).gather(-1, among[chunk])
     correct, log_q = torch.zeros_like(present), torch.full_like(index, -torch.inf, dtype=torch.float32)
 
     def values(h: torch.Tensor, chunk: slice) -> torch.Tensor:
-        logits, at, inside = (
-            drafter.selector_logits(h, previous[chunk], among[chunk], head),
-            index[chunk],
-            present[chunk],
-        )
+        logits = drafter.selector_logits(h, previous[chunk], among[chunk], head)
+        at, inside = index[chunk], present[chunk]
         of_token = losses.cross_entropy(losses.at_temperature(logits, context.proposal_temperature), at)
         with torch.no_grad():
             correct[chunk] = inside & (logits.argmax(-1) == at)
@@ -91,9 +79,10 @@ def selector_loss(hidden: torch.Tensor, previous: torch.Tensor, signal: TargetSi
             return of_token
         if loss == "bernoulli_kl":
             return losses.bernoulli_forward_kl(-losses.cross_entropy(logits, at), signal.token_logprob[chunk])
-        if named is not None:
-            return named(logits, log_p[chunk])
-        return _DISTRIBUTION_LOSSES[loss](logits, of_token, log_p[chunk])
+        if loss == "ce_l1":
+            return 0.1 * of_token + 0.9 * 2 * _rejected(logits, log_p[chunk])
+        assert distribution is not None
+        return distribution(logits, log_p[chunk])
 
     terms = chunked_values(hidden, size, values, trained_head=True)
     return PositionLosses(terms, correct, log_q)
