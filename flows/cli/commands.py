@@ -252,7 +252,7 @@ def _prune(options: argparse.Namespace, _pipeline: Pipeline) -> None:
 
 
 def _read_config(options: argparse.Namespace, pipeline: Pipeline, *, retry: bool = False) -> RunOptions:
-    """Return the config with what only the outside knows. retry: ask the outside again for minutes, as a run does."""
+    """Return the config with what has to be looked up. retry: repeat a failed look-up for minutes, as a run does."""
     config = read_config(options.config, options.overrides, pipeline.config)
     if not retry:
         return resolve_config(config, pipeline)

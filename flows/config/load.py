@@ -28,27 +28,19 @@ class _Loader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(
-                    None,
-                    None,
-                    "a field's name must be a text, no {…} or […]. Put a template in quotes.",
-                    key.start_mark,
-                )
+                raise _name_error(key, "a field's name must be a text, no {…} or […]. Put a template in quotes.")
             name = key.value
             if key.tag not in _NAME_TAGS:  # `on`, `no` and the like, numbers, dates, nothing
-                raise yaml.constructor.ConstructorError(
-                    None,
-                    None,
-                    f"a field's name must be a text, and YAML reads {name or 'nothing'} as another value. Write "
-                    f'"{name}".',
-                    key.start_mark,
-                )
+                value = name or "nothing"
+                raise _name_error(key, f'a field\'s name must be a text. YAML reads {value} otherwise: write "{name}".')
             if name in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"field {name!r} stands twice. Keep one.", key.start_mark
-                )
+                raise _name_error(key, f"field {name!r} stands twice. Keep one.")
             seen.add(name)
         return super().construct_mapping(node, deep)
+
+
+def _name_error(key: yaml.Node, message: str) -> yaml.constructor.ConstructorError:
+    return yaml.constructor.ConstructorError(None, None, message, key.start_mark)
 
 
 _Loader.add_implicit_resolver(

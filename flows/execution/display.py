@@ -34,7 +34,7 @@ _STATUS_STYLE = {
 
 @dataclass(frozen=True)
 class EndedRun:
-    """A run that has ended, with what the screen of its results shows of the command."""
+    """A run that has ended and the command that started it, for the screen of its results."""
 
     config: RunOptions
     file: str  # the config, as it was typed

@@ -23,7 +23,7 @@ def gpu_model() -> str | None:
 
 
 def gpu_names() -> list[str]:
-    """Return names that identify the visible GPUs, the same for all users and whatever CUDA_VISIBLE_DEVICES says.
+    """Return names that identify the visible GPUs, the same for all users and in any form of CUDA_VISIBLE_DEVICES.
 
     A GPU's name is its UUID. A slice of a GPU (MIG) has the name in CUDA_VISIBLE_DEVICES.
     """
@@ -39,7 +39,7 @@ def free_disk_bytes(folder: Path) -> float:
 
 
 def check_home(home: Path, options: RunOptions) -> None:
-    """Create the home if needed, closed to others. Raises DraftsmithError if it is not writable or its disk is full."""
+    """Create the home if needed, and set its permissions. Raises DraftsmithError if that fails or the disk is full."""
     try:
         protect_home(home, group_may_read=options.stages.group_may_read)
         with tempfile.TemporaryFile(dir=home) as probe:

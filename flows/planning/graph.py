@@ -76,7 +76,7 @@ class RunPolicy(Protocol):
 
     @property
     def sticky_force(self) -> Collection[str]:
-        """Names for `--force` that a run which continues a failed one needs again, though they were built."""
+        """Names that must stay in `--force` when a failed run is continued, even if their nodes were built."""
 
     def should_stop(self, node: Node, folders: Mapping[str, Path]) -> Conclusion | None:
         """Return the conclusion with which the run ends after this node, or None if it goes on."""
@@ -113,7 +113,7 @@ class Pipeline:
     flow: str  # "module:attribute"
     code_digest: Callable[[str], str] = code_digest  # module of a stage -> digest of its code
     checks: Callable[[], Checks] | None = None  # makes the checks of one run
-    resolve: Callable[[Any], Any] | None = None  # fills in what only the outside knows, such as the champion
+    resolve: Callable[[Any], Any] | None = None  # fills in what has to be looked up, such as the champion
     # resolved config, forced nodes -> policy
     policy: Callable[[Any, Collection[str]], RunPolicy | None] | None = None
     results: str = ""  # "module:function" of display, folders, `EndedRun`: prints the results
@@ -297,7 +297,7 @@ def cache_key(
 
 
 def resolve_config(config: RunOptions, pipeline: Pipeline) -> RunOptions:
-    """Return the config with what only the outside knows, which the plan is based on."""
+    """Return the config with what has to be looked up, such as the champion. The plan is based on it."""
     resolved: RunOptions = config if pipeline.resolve is None else pipeline.resolve(config)
     return resolved
 
