@@ -26,7 +26,7 @@ from draftsmith.stages.runtime.stage import Compute, Config, Stage
 class RolloutConfig(Config):
     """Selects the prompts to answer, the engine, and how tokens are sampled."""
 
-    splits: tuple[str, ...] = ("train",)
+    splits: Annotated[tuple[str, ...], Field(description="splits of the prompts to answer")] = ("train",)
     skip: Annotated[int, Field(ge=0, description="prompts to leave out at the beginning of the splits")] = 0
     prompts: Annotated[int | None, Field(ge=1, description="how many; left out: all")] = None
     sampling: SamplingConfig = SamplingConfig()

@@ -115,7 +115,7 @@ def test_the_recipe_fits_one_gpu_with_its_four_overrides() -> None:
 
 @pytest.mark.parametrize(
     ("field", "told"),
-    [("since: soon", "logs.since: 'soon' is no window"), ("temperature: hot", "logs.temperature: expected a number")],
+    [("since: soon", "logs.since: 'soon'"), ("temperature: hot", "logs.temperature: expected a number")],
 )
 def test_an_error_names_the_field_that_was_written(field: str, told: str, tmp_path: Path) -> None:
     """Other sections take their settings over from that of the logs."""
