@@ -66,7 +66,7 @@ def load_target(source: str | Path, *, dtype: Dtype | None = None, device: str |
     folder = Path(source).expanduser()
     if (folder / INFO_FILE).is_file():
         return Target.load(folder, dtype, device)
-    return Target.of(source, dtype or "bfloat16", device)
+    return Target.from_source(source, dtype or "bfloat16", device)
 
 
 def load_drafter(source: str | Path, target: Target) -> Drafter:

@@ -19,11 +19,11 @@ from draftsmith.stages.replay.stage import SAMPLE, MiningConfig
 from draftsmith.stages.runtime.checkpoint import GENERATIONS
 from draftsmith.stages.target.config import TargetConfig
 from draftsmith.stages.target.estimate import (
-    PROCESS,
+    PROCESS_BYTES,
     AnswerCounts,
     ModelSize,
     Sizes,
-    Use,
+    StageUse,
 )
 from draftsmith.stages.target.source import source_kind
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
@@ -87,7 +87,7 @@ def _embedded(slots: int, longest: int, drafter: bool, head_tokens: int | None, 
     own = sizes.weights(sizes.drafter) + sizes.reduced_head(head_tokens)[1] if drafter else 0.0
     packed = sizes.itemsize == 2 and not sizes.accelerated  # `target/packed_linear.py`; the decoder's are replaced
     copies = own + sizes.target.vocabulary * sizes.target.hidden * sizes.itemsize if packed else 0.0
-    return PROCESS + sizes.weights(sizes.target) + own + copies + _decoding(slots, longest, drafter, sizes)
+    return PROCESS_BYTES + sizes.weights(sizes.target) + own + copies + _decoding(slots, longest, drafter, sizes)
 
 
 def _launched(
@@ -116,13 +116,13 @@ def _table_bytes(answers: AnswerCounts) -> float:
     return answers.count * answers.longest * _TOKEN_BYTES if math.isfinite(answers.count) else 0.0
 
 
-def _target(config: TargetConfig, use: Use) -> Need:
+def _target(config: TargetConfig, use: StageUse) -> Need:
     """Return the disk space of a GGUF file's dequantised copy, P · s; other models are not copied."""
     copied = source_kind(config.source) in ("gguf", "package")
     return Need(disk=use.sizes.weights(use.sizes.target) if copied else 0.0)
 
 
-def _rollout(config: RolloutConfig, use: Use) -> Need:
+def _rollout(config: RolloutConfig, use: StageUse) -> Need:
     """Return the need of decoding; with a drafter, 8 · (block - 1) + 24 bytes a verify step beside the answers."""
     sizes, drafter, engine = use.sizes, use.drafters > 0, config.engine
     longest = sizes.longest_prompt + config.sampling.max_new_tokens
@@ -142,30 +142,30 @@ def _rollout(config: RolloutConfig, use: Use) -> Need:
     )  # fmt: skip
 
 
-def _logs(config: LogsConfig, use: Use) -> Need:
+def _logs(config: LogsConfig, use: StageUse) -> Need:
     """Return the need of the tables, if the config limits their rows, and of the target if it scores the answers."""
     longest = config.max_tokens or use.sizes.positions
     steps = (config.rows or 0) * longest * _VERIFY_STEPS_PER_TOKEN
     made, weights = AnswerCounts(longest, config.rows or math.inf, steps), use.sizes.weights(use.sizes.target)
-    memory, loaded = (PROCESS + weights, weights) if config.scored else (0.0, 0.0)
+    memory, loaded = (PROCESS_BYTES + weights, weights) if config.scored else (0.0, 0.0)
     return Need(memory, _tables(made), loaded, disk=_table_bytes(made), temporary_disk=_table_bytes(made), makes=made)
 
 
-def _sft(config: SftConfig, use: Use) -> Need:
+def _sft(config: SftConfig, use: StageUse) -> Need:
     """Return the need of a training; without steps, P · s + 4 · P_d in one process that writes P_d · s."""
     if config.steps:
         return _training(config, use)
     sizes, weights = use.sizes, use.sizes.weights(use.sizes.target)
     own = sizes.weights(sizes.drafter, 4)
-    return Need(PROCESS + weights + own, _tables(use.answers), weights + own, disk=sizes.weights(sizes.drafter))
+    return Need(PROCESS_BYTES + weights + own, _tables(use.answers), weights + own, disk=sizes.weights(sizes.drafter))
 
 
-def _opd(config: OpdConfig, use: Use) -> Need:
+def _opd(config: OpdConfig, use: StageUse) -> Need:
     """Return the need of a training that may replay and score its answers again."""
     return _training(config, use, mines=config.oldest_trace > 0, scores=config.loss.needs_scores)
 
 
-def _training(config: TrainingConfig, use: Use, *, mines: bool = False, scores: bool = False) -> Need:
+def _training(config: TrainingConfig, use: StageUse, *, mines: bool = False, scores: bool = False) -> Need:
     """Return the need of `training_memory`, of a drafter on disk, P_d · s, and of two checkpoints, 12 · P_d each.
 
     A checkpoint passes through host memory.
@@ -181,7 +181,7 @@ def _training(config: TrainingConfig, use: Use, *, mines: bool = False, scores: 
     )  # fmt: skip
 
 
-def _mining(config: MiningConfig, use: Use) -> Need:
+def _mining(config: MiningConfig, use: StageUse) -> Need:
     """Return P · s + P_d · s, the features of one group of tokens and the logits of a chunk.
 
     With a scored table also the target's forward over the group. A row of the table has 8 · (block - 1) + 72 bytes.
@@ -197,13 +197,13 @@ def _mining(config: MiningConfig, use: Use) -> Need:
         steps *= min(1.0, SAMPLE / use.answers.count)
     disk = steps * (8 * (sizes.block_size - 1) + 72)
     return Need(
-        memory=PROCESS + weights + head + tokens * sizes.feature_bytes + scoring_logits(sizes) + scoring,
+        memory=PROCESS_BYTES + weights + head + tokens * sizes.feature_bytes + scoring_logits(sizes) + scoring,
         tables=_tables(use.answers), loaded=weights, disk=disk, temporary_disk=disk,
         work=("replay", steps / _VERIFY_STEPS_PER_TOKEN),
     )  # fmt: skip
 
 
-def _evaluation(config: EvaluationConfig, use: Use) -> Need:
+def _evaluation(config: EvaluationConfig, use: StageUse) -> Need:
     """Return P · s + drafters · P_d · s and the features of one group of tokens.
 
     On the embedded engine also what decoding takes at the highest concurrency and, for the exactness check in float32,
@@ -211,7 +211,7 @@ def _evaluation(config: EvaluationConfig, use: Use) -> Need:
     """
     sizes, longest = use.sizes, use.sizes.longest_prompt + config.sampling.max_new_tokens
     weights = sizes.weights(sizes.target) + use.drafters * sizes.weights(sizes.drafter)
-    memory = PROCESS + weights + sizes.reduced_head(config.head_tokens)[1]
+    memory = PROCESS_BYTES + weights + sizes.reduced_head(config.head_tokens)[1]
     memory += 2.0 * max(config.tokens_per_target_forward, longest) * sizes.feature_bytes
     servers = None
     if isinstance(config.engine, SGLangEngineConfig):  # one server at a time
@@ -223,7 +223,7 @@ def _evaluation(config: EvaluationConfig, use: Use) -> Need:
     return Need(memory, _tables(use.answers), weights, servers=servers, devices=servers.gpus if servers else 1)
 
 
-NEEDS: dict[str, Callable[[Any, Use], Need]] = {
+NEEDS: dict[str, Callable[[Any, StageUse], Need]] = {
     "target": _target,
     "rollout": _rollout,
     "logs": _logs,

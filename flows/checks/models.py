@@ -18,9 +18,8 @@ from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.drafters.stage import ChampionConfig
 from draftsmith.stages.target.config import TargetConfig
 from draftsmith.stages.target.estimate import target_size
-from draftsmith.stages.target.info import model_path, read_target_info
-from draftsmith.stages.target.metadata import UnreachableError, fetch_metadata, metadata_artifact
-from draftsmith.stages.target.resolve import load_tokenizer
+from draftsmith.stages.target.info import load_tokenizer, model_path, read_target_info
+from draftsmith.stages.target.metadata import HubUnreachableError, fetch_metadata, metadata_artifact
 from draftsmith.stages.training.config import SftConfig
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ def fetch_target_metadata(findings: Findings, nodes: Sequence[Node], artifact: P
     with findings.check("target"):
         try:
             metadata_artifact(target, artifact)
-        except UnreachableError as error:
+        except HubUnreachableError as error:
             left_out = "tokenizer, chat template, drafter, context, memory, disk"
             findings.skip("target", f"{error}. Not checked: {left_out}.", unreachable=True)
             return False
@@ -116,7 +115,7 @@ def check_initial_drafters(findings: Findings, nodes: Sequence[Node]) -> None:
             with findings.check(check):
                 try:
                     _drafter_metadata(node.config.init_from, node.config.init_revision)
-                except UnreachableError as error:
+                except HubUnreachableError as error:
                     findings.skip(check, str(error), unreachable=True)
 
 
@@ -180,7 +179,7 @@ def _check_drafter(
         try:
             fetch = drafter_source if whole else _drafter_metadata
             source = fetch(config.init_from, config.init_revision)
-        except UnreachableError as error:
+        except HubUnreachableError as error:
             findings.skip(name, f"{error}. Not checked: layers, mask token, memory, disk.", unreachable=True)
             return None
         where = config.init_from

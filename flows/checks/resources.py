@@ -20,7 +20,7 @@ from draftsmith.flows.execution.machine import free_disk_bytes, gpu_model, gpu_n
 from draftsmith.flows.planning.graph import Node
 from draftsmith.stages.data.prompt_config import SPLITS
 from draftsmith.stages.data.prompts import PromptsConfig
-from draftsmith.stages.target.estimate import DTYPE_BYTES, PROCESS, ModelSize, Sizes, Use, target_size
+from draftsmith.stages.target.estimate import DTYPE_BYTES, PROCESS_BYTES, ModelSize, Sizes, StageUse, target_size
 from draftsmith.stages.target.info import model_path, read_target_info
 
 _TIGHT, _TOO_MUCH = 0.85, 1.35  # needed / available: estimates are meant to be right within a third
@@ -144,13 +144,13 @@ def _needs(nodes: Sequence[Node], sizes: Sizes) -> dict[str, Need]:
             counts = {split: prompts.prompt_count(split) for split in SPLITS}
         source = needs.get(node.inputs.get("trajectories", ""))
         drafters = sum(is_drafter(name) for name in node.inputs)
-        needs[node.name] = estimate(node.config, Use(sizes, counts, drafters, source.makes if source else None))
+        needs[node.name] = estimate(node.config, StageUse(sizes, counts, drafters, source.makes if source else None))
     return needs
 
 
 def _compare(findings: Findings, node: Node, need: Need, rest: str, *, elsewhere: bool) -> None:
     """Add a node's line: an error if it cannot fit, a warning if it is tight. elsewhere: it runs on another machine."""
-    host = need.tables + (PROCESS + need.loaded if gpus() else need.memory)
+    host = need.tables + (PROCESS_BYTES + need.loaded if gpus() else need.memory)
     sizes = {"memory": (host, memory_bytes() / need.processes)} if host else {}
     if gpus() and need.memory:
         sizes["GPU memory"] = need.memory, gpus()[0]

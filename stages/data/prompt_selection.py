@@ -22,8 +22,7 @@ from draftsmith.stages.data.rejects import describe_counts
 from draftsmith.stages.data.row_files import Throttle
 from draftsmith.stages.data.row_formats import Message
 from draftsmith.stages.runtime.stage import StageContext
-from draftsmith.stages.target.info import model_path, read_target_info
-from draftsmith.stages.target.resolve import load_tokenizer
+from draftsmith.stages.target.info import load_tokenizer, model_path, read_target_info
 
 _REPORT_EVERY = 64  # prompts
 

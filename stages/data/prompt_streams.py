@@ -40,7 +40,7 @@ from draftsmith.stages.data.row_formats import (
     row_messages,
 )
 from draftsmith.stages.data.time_window import row_time
-from draftsmith.stages.target.hub import hub_answered, hub_reason
+from draftsmith.stages.target.hub import hub_advice, is_hub_refusal
 
 _MIN_KEPT, _KEPT_PER_PROMPT = 256, 4  # candidates of a file in memory: at least, and for each needed prompt
 _SEEDS_PER_SPLIT = 1_000_000  # a task makes item i from seed + i; every split has a separate range of seeds
@@ -352,8 +352,8 @@ def load_rows(source: HuggingFaceSource) -> Any:
     except datasets.exceptions.DatasetGenerationError as error:
         reason, cause = f"cannot be read ({one_line(error.__cause__ or error)}). Repair its files.", error
     except (httpx.HTTPError, HfHubHTTPError) as error:
-        reason, cause = hub_reason(error, revision), error
-        kind = DraftsmithError if hub_answered(error) else RetryableError
+        reason, cause = hub_advice(error, revision), error
+        kind = DraftsmithError if is_hub_refusal(error) else RetryableError
     except (ConnectionError, FileNotFoundError) as error:
         cause = error
         if source.is_on_hub:

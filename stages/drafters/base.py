@@ -14,7 +14,7 @@ from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.sampling import argmax, probability_of
 from draftsmith.stages.drafters.spec import TrainingRecipe
 from draftsmith.stages.target.kv_cache import Rows
-from draftsmith.stages.target.logit_map import PLAIN, LogitMap
+from draftsmith.stages.target.logit_map import IDENTITY, LogitMap
 from draftsmith.stages.target.packed_linear import packed_copy
 
 LOGITS_AT_ONCE = 2**26  # 256 MB in float32
@@ -99,7 +99,7 @@ class Drafter(nn.Module, ABC):
     target_layer_ids: Sequence[int]  # layer k = hidden state AFTER target layer k
     frequent_tokens: torch.Tensor | None  # [V] token ids, most frequent first in the training data
     info: DrafterInfo
-    logit_map: LogitMap = PLAIN  # the target's, for heads that are made from the target's head
+    logit_map: LogitMap = IDENTITY  # the target's, for heads that are made from the target's head
     embedding_scale: float = 1.0  # the target's: a factor on the embeddings that its first layer reads
     kind: ClassVar[str]  # this and `recipe` come from its `Traits`
     autoregressive: ClassVar[bool]  # do the hidden states of an offset depend on the tokens at the offsets before it?

@@ -13,7 +13,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters import checkpoint_format, speculators
 from draftsmith.stages.drafters.checkpoint import TOKENS_FILE, read_info, write_info
 from draftsmith.stages.target.layers import model_class
-from draftsmith.stages.target.logit_probe import scale_of
+from draftsmith.stages.target.logit_probe import embedding_scale
 
 
 def export_speculators(source: Path, target_model: Path, target: str, folder: Path) -> None:
@@ -47,7 +47,7 @@ def _embedding_scale(model: Path) -> float:
 
     config = AutoConfig.from_pretrained(model, local_files_only=True)
     with init_empty_weights(include_buffers=False):
-        return scale_of(model_class(config).from_config(config).get_input_embeddings())
+        return embedding_scale(model_class(config).from_config(config).get_input_embeddings())
 
 
 def _embedding_and_head(model: Path) -> tuple[torch.Tensor, torch.Tensor]:

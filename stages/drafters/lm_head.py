@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch.nn import functional as F
 
-from draftsmith.stages.target.logit_map import PLAIN, LogitMap
+from draftsmith.stages.target.logit_map import IDENTITY, LogitMap
 from draftsmith.stages.target.packed_linear import PackedLinear, can_pack
 
 if TYPE_CHECKING:
@@ -30,11 +30,11 @@ class Head:
 
     weight: torch.Tensor  # [V', H]
     token_ids: torch.Tensor | None = None  # [V'] sorted ids of the target's vocabulary; None: all of it
-    logit_map: LogitMap = PLAIN  # from products with `weight` to logits
+    logit_map: LogitMap = IDENTITY  # from products with `weight` to logits
     product: Callable[[torch.Tensor], torch.Tensor] | None = None  # multiplies by packed weights, without gradient
 
     @classmethod
-    def over(cls, weight: torch.Tensor, token_ids: torch.Tensor | None, logit_map: LogitMap = PLAIN) -> Head:
+    def over(cls, weight: torch.Tensor, token_ids: torch.Tensor | None, logit_map: LogitMap = IDENTITY) -> Head:
         """Return the head of rows `token_ids` of the full head `weight` [V, H]."""
         if token_ids is None:
             return cls(weight, None, logit_map)
@@ -45,7 +45,7 @@ class Head:
 
     def with_temperature(self, temperature: float) -> Self:
         """Return the logits whose softmax is the distribution sampled from at a temperature above 0."""
-        return self if temperature == 1.0 else replace(self, logit_map=self.logit_map.at(temperature))
+        return self if temperature == 1.0 else replace(self, logit_map=self.logit_map.with_temperature(temperature))
 
     def for_decoding(self, target: Target) -> Self:
         """Return the head over packed weights (`target/packed_linear.py`) where they can be packed."""

@@ -1,8 +1,8 @@
 """Grouped-query attention over a cache, with the query heads of a group folded into the query positions.
 
 Keys and values are read in place, without a copy for every query head; on a CPU in bfloat16 this is several times
-faster than the masked kernels with repeated keys or with their own grouping. What no fused kernel computes, soft-capped
-scores and sinks (a score of each head that takes its share and gives nothing), is computed score by score.
+faster than the masked kernels with repeated keys or with their own grouping. Soft-capped scores and sinks (an extra
+score of each head that takes probability and adds nothing) have no fused kernel, and are computed from explicit scores.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "draftsmith_grouped"
-_SCORES = 2**24  # that are there at once: queries are read in parts
-_MASK_ENTRIES = 2**31  # of one call: a kernel of torch's counts them in 32 bits (pytorch/pytorch#187227)
+_SCORES = 2**24  # in memory at a time: queries are processed in chunks
+_MASK_ENTRIES = 2**31  # of one call: a kernel of torch counts them in 32 bits (pytorch/pytorch#187227)
 
 
 def grouped_attention(
@@ -31,31 +31,32 @@ def grouped_attention(
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """query [n, heads, T, D]; key, value [n, kv_heads, L, D]; mask additive or bool [n, 1, T, L], none: causal.
+    """Return attention [n, T, heads, D], and None for its weights. The signature is transformers'.
 
-    softcap: scores are softcap · tanh(score / softcap). s_aux: [heads] sinks. Returns [n, T, heads, D].
+    query: [n, heads, T, D]; key, value: [n, kv_heads, L, D]; attention_mask: additive or bool [n, 1, T, L], None:
+    causal. softcap: scores are softcap · tanh(score / softcap). s_aux: [heads] sinks.
     """
     if softcap is not None or s_aux is not None:
         return scored_attention(query, key, value, attention_mask, scaling, softcap, s_aux), None
     if attention_mask is None or query.shape[1] == key.shape[1] or kwargs.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     mask = fold(attention_mask, query.shape[1] // key.shape[1])
-    return folded_attention(query, key, value, mask, scaling).contiguous(), None  # some models take a view of it
+    return folded_attention(query, key, value, mask, scaling).contiguous(), None  # some models view it
 
 
 def fold(mask: torch.Tensor, groups: int) -> torch.Tensor:
-    """[n, 1, T, L] → as `folded_attention` takes it: a single row of queries broadcasts over its group."""
+    """Repeat a mask [n, 1, T, L] for `folded_attention`; a single row of queries broadcasts over its group."""
     return mask if mask.shape[2] == 1 or groups == 1 else mask.repeat(1, 1, groups, 1)
 
 
 def folded_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float | None
 ) -> torch.Tensor:
-    """As `grouped_attention` without what is special; mask: folded. Returns [n, T, heads, D]."""
+    """Return attention [n, T, heads, D] without soft cap and sinks. mask: folded."""
     n, heads, T, D = query.shape
     if T == 1 and query.dtype == torch.bfloat16 and query.device.type == "cpu" and _multiplies_tiles():
-        # one query a head: the kernel's own grouping, with heads side by side, is up to 1.6 times as fast in one
-        # thread of a processor with AMX, gains nothing from others, and takes six times as long without AMX
+        # One query per head: the kernel's own grouping is up to 1.6 times as fast in one thread on a processor with
+        # AMX, gains nothing from more threads, and takes six times as long without AMX.
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2)
     queries = query.reshape(n, key.shape[1], heads // key.shape[1] * T, D)
@@ -63,15 +64,15 @@ def folded_attention(
     if mask.shape[2] <= rows:
         out = F.scaled_dot_product_attention(queries, key, value, attn_mask=mask, scale=scaling)
     else:
-        parts = zip(queries.split(rows, 2), mask.split(rows, 2), strict=True)
+        chunks = zip(queries.split(rows, 2), mask.split(rows, 2), strict=True)
         out = torch.cat(
-            [F.scaled_dot_product_attention(q, key, value, attn_mask=m, scale=scaling) for q, m in parts], 2
+            [F.scaled_dot_product_attention(q, key, value, attn_mask=m, scale=scaling) for q, m in chunks], 2
         )
     return out.reshape(n, heads, T, out.shape[-1]).transpose(1, 2)
 
 
 def _multiplies_tiles() -> bool:
-    """Whether one thread computes, on a processor with AMX."""
+    """Return whether one thread computes, on a processor with AMX."""
     return torch.get_num_threads() == 1 and bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
@@ -84,14 +85,14 @@ def scored_attention(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The same, with the softmax in float32 over the scores of some queries at a time."""
+    """Return attention [n, T, heads, D] from explicit scores, chunk by chunk, with the softmax in float32."""
     n, heads, T, D = query.shape
     kv_heads, L = key.shape[1:3]
     if mask is None:
         entries = torch.arange(L, device=query.device)
         mask = (entries <= entries[-T:, None])[None, None]
     grouped = query.view(n, kv_heads, heads // kv_heads, T, D)
-    parts = []
+    chunks = []
     for some, seen in zip(*(x.split(max(1, _SCORES // (n * heads * L)), -2) for x in (grouped, mask)), strict=True):
         scores = (some.flatten(2, 3) @ key.transpose(2, 3)).unflatten(2, some.shape[2:4]).float()
         scores *= D**-0.5 if scaling is None else scaling
@@ -105,12 +106,12 @@ def scored_attention(
             sink = sinks.float().view(1, kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
             scores = torch.cat([scores, sink], -1)
         weights = scores.softmax(-1)[..., :L].to(value.dtype)
-        parts.append((weights.flatten(2, 3) @ value).unflatten(2, some.shape[2:4]))
-    return torch.cat(parts, 3).flatten(1, 2).transpose(1, 2).contiguous()
+        chunks.append((weights.flatten(2, 3) @ value).unflatten(2, some.shape[2:4]))
+    return torch.cat(chunks, 3).flatten(1, 2).transpose(1, 2).contiguous()
 
 
 def register() -> str:
-    """Make it known to transformers; returns the name for `attn_implementation`."""
+    """Register `grouped_attention` with transformers; returns the name for `attn_implementation`."""
     AttentionInterface.register(NAME, grouped_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     return NAME

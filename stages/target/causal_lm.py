@@ -12,36 +12,38 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+from transformers import AutoConfig, AutoTokenizer
 
 from draftsmith.artifacts.errors import DraftsmithError, find_disk_error, is_full_disk, one_line
 from draftsmith.stages.runtime.memory import out_of_memory
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
 from draftsmith.stages.target.attention import register
 from draftsmith.stages.target.config import Dtype, TargetConfig
-from draftsmith.stages.target.fast_decoder import LeanDecoder
+from draftsmith.stages.target.fast_decoder import FastDecoder
 from draftsmith.stages.target.info import TargetInfo, model_path, read_target_info
 from draftsmith.stages.target.kv_cache import Address, Rows, SlotCache
-from draftsmith.stages.target.layers import Layers, causal_lm_of, decoder_of, model_class, steady_positions
-from draftsmith.stages.target.loading import load_part, load_weights
-from draftsmith.stages.target.logit_probe import scale_of
+from draftsmith.stages.target.layers import Layers, causal_lm_of, decoder_of, model_class, stable_positions
+from draftsmith.stages.target.loading import load_slice, load_weights
+from draftsmith.stages.target.logit_probe import embedding_scale
 from draftsmith.stages.target.packed_linear import PackedLinear, can_pack, pack
+from draftsmith.stages.target.resolve import resolve_target
 from draftsmith.stages.target.self_check import check_agreement
 
 
 @dataclass(frozen=True)
 class TargetOutput:
-    """hidden: [n, T, H], after the final norm (what `Target.logits` takes). features: [n, T, K*H] or None."""
+    """Hidden states [n, T, H] after the final norm, for `Target.logits`; features [n, T, K*H] or None."""
 
     hidden: torch.Tensor
     features: torch.Tensor | None
 
 
-class _DeepEnoughError(Exception):
-    """Ends a forward of which only features are wanted. Decoders know no other way to stop at a layer."""
+class _StopForwardError(Exception):
+    """Ends a forward after the last layer whose features are wanted. Decoders have no other way to stop at a layer."""
 
 
 class Target:
-    """The target `p`. Everything is computed without gradient; the parameters are frozen."""
+    """The target `p`. Everything is computed without gradient; parameters are frozen."""
 
     def __init__(self, model: Any, tokenizer: Any, info: TargetInfo, sharing: int = 1):
         """sharing: ranks that hold the model together, each the whole embedding and head."""
@@ -49,18 +51,18 @@ class Target:
         self.model, self.tokenizer, self.info = model.eval().requires_grad_(False), tokenizer, info
         self.decoder = decoder_of(model)
         self.config = model.config.get_text_config()
-        self.layers = Layers.of(self.config)
-        self._steady = steady_positions(self.config)
+        self.layers = Layers.from_config(self.config)
+        self._stable = stable_positions(self.config)
         self.logit_map = info.logit_map
         self.head_weight: torch.Tensor = model.get_output_embeddings().weight  # [V, H]
         self.embedding: torch.Tensor = model.get_input_embeddings().weight  # [V, H]
-        self.embedding_scale = scale_of(model.get_input_embeddings())  # of what the first layer reads
+        self.embedding_scale = embedding_scale(model.get_input_embeddings())  # of the first layer's input
         parameters = inspect.signature(type(self.decoder).forward).parameters
-        # renamed in transformers 5.24; the old name goes in 5.40
+        # renamed in transformers 5.24; 5.40 removes the old name
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
         self._captured: dict[int, torch.Tensor] | None = None
-        self._deepest: int | None = None  # the layer behind which nothing is wanted
-        for module in self.decoder.modules():  # by the length of the cache; 1 within steady positions
+        self._deepest: int | None = None  # the layer after which the forward stops
+        for module in self.decoder.modules():  # a scale by the cache's length, which is 1 within stable positions
             if getattr(module, "attn_temperature_tuning", False):
                 module.attn_temperature_tuning = False
         for index, layer in enumerate(self.decoder.layers):
@@ -68,12 +70,12 @@ class Target:
 
     @classmethod
     def load(cls, folder: Path, dtype: str | None = None, device: str | None = None, ranks: Ranks = ALONE) -> Target:
-        """Load the target that an artifact of the `target` stage describes.
+        """Load the target of an artifact of stage `target`.
 
-        `dtype` overrides the serving dtype (e.g. float32 for exactness checks). ranks: those that share it, each of
-        which must call everything that computes hidden states, with the same tokens.
-        Raises DraftsmithError if the weights cannot be loaded or are not all there, or if forwards here fail or differ
-        from the model's own.
+        dtype: in place of the serving dtype, e.g. float32 for exactness checks. ranks: that share the target; each must
+        call everything that computes hidden states, with the same tokens.
+        Raises DraftsmithError if weights are missing or cannot be loaded, or if forwards here fail or differ from the
+        model's own.
         """
         info, path = read_target_info(folder), model_path(folder)
         try:
@@ -81,11 +83,11 @@ class Target:
             check_agreement(target, str(path), ranks)
         except DraftsmithError:
             raise
-        except Exception as error:  # classes of models raise of every kind where they meet what is not theirs
+        except Exception as error:  # model classes raise errors of any kind
             if isinstance(error, torch.OutOfMemoryError):
                 raise DraftsmithError(
-                    f"target {path}: does not fit into the GPU's free memory ({one_line(error, 200)}): see what else "
-                    "holds it, or choose a device by CUDA_VISIBLE_DEVICES (empty: the CPU)"
+                    f"target {path}: does not fit into the GPU's free memory ({one_line(error, 200)}). Stop what "
+                    "else uses it, or choose a device by CUDA_VISIBLE_DEVICES (empty: the CPU)."
                 ) from error
             if (
                 ranks.target_parallel > 1
@@ -95,43 +97,41 @@ class Target:
             ):
                 raise
             raise DraftsmithError(
-                f"target {path}: {info.architecture} cannot be read part by part as it is done here "
-                f"({type(error).__name__}: {one_line(error, 200)}): give another target"
+                f"target {path}: forwards of {info.architecture} with the cache used here fail "
+                f"({type(error).__name__}: {one_line(error, 200)}). Give another target."
             ) from error
         return target
 
     @classmethod
     def _read(cls, info: TargetInfo, path: Path, dtype: str, device: str, ranks: Ranks) -> Target:
-        """The same, not yet compared with the model's own forwards."""
-        from transformers import AutoConfig, AutoTokenizer
-
+        """Load the target without the comparison with the model's own forwards."""
         if dtype == "float32":
-            torch.backends.cudnn.allow_tf32 = False  # convolutions of recurrent layers too are float32
+            torch.backends.cudnn.allow_tf32 = False  # else convolutions of recurrent layers are not float32
         try:
             loaded: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": register()}
             if ranks.target_parallel > 1:
-                model = load_part(path, ranks, device, **loaded)
+                model = load_slice(path, ranks, device, **loaded)
             else:
                 kind = model_class(AutoConfig.from_pretrained(path, local_files_only=True))
                 model = load_weights(kind, path, **loaded).to(device)
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError, ImportError) as error:
-            if is_full_disk(error):  # which a progress bar of the loader met in the stage's log
+            if is_full_disk(error):  # met by the loader's progress bar in the stage's log
                 raise
-            raise DraftsmithError(f"target {path}: cannot be loaded ({error}); rerun stage 'target'") from error
+            raise DraftsmithError(
+                f"target {path}: cannot be loaded ({error}). Run stage target again with --force."
+            ) from error
         model = causal_lm_of(model)
         if ranks.target_parallel == 1:
             pack(decoder_of(model))
         return cls(model, tokenizer, info, ranks.target_parallel)
 
     @classmethod
-    def of(cls, source: str | Path, dtype: Dtype = "bfloat16", device: str | None = None) -> Target:
-        """Load a model from where `target.source` may say that it is: a folder, a hub id, a GGUF file, `package:NAME`.
+    def from_source(cls, source: str | Path, dtype: Dtype = "bfloat16", device: str | None = None) -> Target:
+        """Load a model from any `target.source`: a folder, a hub id, a GGUF file, or `package:NAME`.
 
-        Raises DraftsmithError as the stage `target` does.
+        Raises DraftsmithError like stage `target`.
         """
-        from draftsmith.stages.target.resolve import resolve_target
-
         with tempfile.TemporaryDirectory(prefix="draftsmith-target-") as artifact:
             resolve_target(TargetConfig(source=str(source), dtype=dtype), Path(artifact), lambda _line: None)
             return cls.load(Path(artifact), device=device)
@@ -153,7 +153,7 @@ class Target:
             if self._captured is not None and index in self._captured:
                 self._captured[index] = output[0] if isinstance(output, tuple) else output
                 if index == self._deepest:
-                    raise _DeepEnoughError
+                    raise _StopForwardError
 
         return keep
 
@@ -166,33 +166,35 @@ class Target:
             self._captured = None
         return TargetOutput(hidden, features)
 
-    def _turned(self, positions: torch.Tensor) -> torch.Tensor:
-        """Positions to rotate by. Where angles depend on the furthest one, what lies beyond the context (padding,
-        proposals behind an answer's end) turns as its last token, so that others keep their angles."""
-        return positions if self._steady is None else positions.clamp(max=self._steady - 1)
+    def _rotary_positions(self, positions: torch.Tensor) -> torch.Tensor:
+        """Return the positions to rotate by, clamped where angles depend on the furthest one.
 
-    def _whole(self, ids: torch.Tensor) -> dict[str, Any]:
-        """Arguments of a forward over whole sequences."""
-        if self._steady is None or ids.shape[1] <= self._steady:
+        Padding and proposals beyond the context are rotated like its last token, so that others keep their angles.
+        """
+        return positions if self._stable is None else positions.clamp(max=self._stable - 1)
+
+    def _uncached_arguments(self, ids: torch.Tensor) -> dict[str, Any]:
+        """Return the arguments of a forward over whole sequences."""
+        if self._stable is None or ids.shape[1] <= self._stable:
             return {"input_ids": ids, "use_cache": False}
-        positions = self._turned(torch.arange(ids.shape[1], device=ids.device)[None])
+        positions = self._rotary_positions(torch.arange(ids.shape[1], device=ids.device)[None])
         return {"input_ids": ids, "use_cache": False, "position_ids": positions}
 
     @torch.no_grad()
     def read(self, ids: torch.Tensor, layer_ids: Sequence[int] = ()) -> TargetOutput:
-        """Whole sequences, ids [B, T] padded on the right: causal attention keeps padding out of the real positions.
+        """Read whole sequences, ids [B, T] padded on the right, which causal attention hides from real positions.
 
         layer_ids: layer k means the hidden state AFTER decoder layer k, concatenated in this order into `features`.
         """
-        return self._forward(layer_ids, **self._whole(ids))
+        return self._forward(layer_ids, **self._uncached_arguments(ids))
 
     @torch.no_grad()
     def features(self, ids: torch.Tensor, layer_ids: Sequence[int]) -> torch.Tensor:
         """Features [B, T, K*H] of whole sequences alone: layers behind the deepest of `layer_ids` are not run."""
         self._captured, self._deepest = {layer: torch.empty(0) for layer in layer_ids}, max(layer_ids)
         try:
-            self.decoder(**self._whole(ids))
-        except _DeepEnoughError:
+            self.decoder(**self._uncached_arguments(ids))
+        except _StopForwardError:
             return torch.cat([self._captured[layer] for layer in layer_ids], -1)
         finally:
             self._captured = self._deepest = None
@@ -211,13 +213,13 @@ class Target:
         visible: torch.Tensor | None = None,
         advance: bool = True,
     ) -> TargetOutput:
-        """New tokens on top of a cache. ids, positions: [n, T].
+        """Read new tokens on top of a cache. ids, positions: [n, T].
 
-        By default token t is written at its position and sees every entry up to itself. A tree passes `write_at` [n, T]
-        (free entries) and `visible` bool [n, T, L] (which of the first L entries each token sees) instead.
+        By default a token is written at its position and attends to every entry up to itself. A tree passes `write_at`
+        [n, T] (free entries) and `visible` bool [n, T, L] (the entries that each token attends to) instead.
 
-        The states of a recurrent target are those that its rows' earlier tokens left; rows that begin at position 0
-        have none. With `advance` they move on behind the last token, padding included; without, they stay, and
+        The states of a recurrent target are those after the rows' earlier tokens; rows that begin at position 0 have
+        none. With `advance` they are updated to the last token, padding included; without, they stay unchanged, and
         `commit` follows.
         """
         assert visible is None or not self.layers.recurrent, "a recurrent target has no forward over a tree"
@@ -232,51 +234,57 @@ class Target:
         if write_at is not positions:
             entry_positions = entry_positions.scatter(1, write_at, positions)
         masks = self.layers.masks(visible, positions, entry_positions, self.dtype)
-        if self._lean is not None and not torch.is_autocast_enabled(ids.device.type):
-            return TargetOutput(*self._lean(ids, self._turned(positions), masks, cache, layer_ids))
-        arguments = {self._cache_argument: cache, "position_ids": self._turned(positions), "attention_mask": masks}
+        if self._fast is not None and not torch.is_autocast_enabled(ids.device.type):
+            return TargetOutput(*self._fast(ids, self._rotary_positions(positions), masks, cache, layer_ids))
+        arguments = {
+            self._cache_argument: cache,
+            "position_ids": self._rotary_positions(positions),
+            "attention_mask": masks,
+        }
         out = self._forward(layer_ids, input_ids=ids, use_cache=True, **arguments)
-        cache.settle()
+        cache.write_back()
         return out
 
     def commit(
-        self, ids: torch.Tensor, positions: torch.Tensor, cache: SlotCache, first_row: int, kept: Sequence[int]
+        self, ids: torch.Tensor, positions: torch.Tensor, cache: SlotCache, first_row: int, committed: Sequence[int]
     ) -> None:
-        """Behind a `step` without `advance`: states move on over the first kept[i] of row i's tokens, read again.
+        """Update states over the first committed[i] tokens of row i, after a `step` without `advance`.
 
-        ids, positions: [n, T] of neighbouring rows. Rows that keep equally many are read together. Nothing is to be
-        done for a target without such states.
+        ids, positions: [n, T] of consecutive rows. Rows with equally many tokens are read together. A target without
+        recurrent layers needs nothing.
         """
         if not self.layers.recurrent:
             return
-        counts = torch.tensor(kept, device=ids.device)
-        for count in sorted(set(kept) - {0}):
+        counts = torch.tensor(committed, device=ids.device)
+        for count in sorted(set(committed) - {0}):
             at = (counts == count).nonzero()[:, 0]
             self.step(ids[at, :count], positions[at, :count], cache, at + first_row)
 
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [..., H] → float32 logits [..., V]."""
+        """Return float32 logits [..., V] of hidden states [..., H]."""
         return self.logit_map(self.head(hidden).float())
 
     @cached_property
-    def _lean(self) -> LeanDecoder | None:
-        # of a model that is held together each rank's maps give a part, which hooks put together
-        return LeanDecoder.of(self.decoder, self.layers.kinds) if self.sharing == 1 else None
+    def _fast(self) -> FastDecoder | None:
+        # maps of a shared model give slices, which hooks of its modules combine
+        return FastDecoder.for_decoder(self.decoder, self.layers.kinds) if self.sharing == 1 else None
 
     @cached_property
     def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """hidden [..., H] → products [..., V], for whoever decodes; the weight as it is stays, which embeds tokens too
-        and which losses read."""
+        """Return the map from hidden states [..., H] to products [..., V] for decoding.
+
+        The weight itself stays as it is, since it may embed tokens, and losses read it.
+        """
         if can_pack(self.head_weight):
             return PackedLinear(self.head_weight)
         return lambda hidden: F.linear(hidden, self.head_weight)
 
     def new_cache(self, rows: int, capacity: int) -> SlotCache:
-        """Memory for `rows` requests of up to `capacity` positions each."""
+        """Return a cache for `rows` requests of up to `capacity` positions each."""
         return SlotCache(len(self.decoder.layers), rows, capacity)
 
 
 def default_device() -> str:
-    """The first accelerator if there is one."""
+    """Return "cuda" if there is a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""Which model is the target: the config section `target`."""
+"""Config section `target`: the model that drafts are made for."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ class TargetConfig(Config):
     def _source_is_named(cls, source: str) -> str:
         source = source.strip()
         if source in ("", "package:"):
-            raise ValueError("is empty: give a hub id, a folder, a .gguf file or package:NAME")
+            raise ValueError("is empty. Give a hub id, a folder, a .gguf file or package:NAME.")
         return source
 
     @model_validator(mode="after")
     def _revision_is_of_a_hub_model(self) -> Self:
         if self.revision is not None and (self.source.startswith("package:") or self.source.endswith(".gguf")):
-            raise ValueError("revision is for models of the hub: leave it out for a package or a .gguf file")
+            raise ValueError("revision is for models of the hub. Remove it for a package or a .gguf file.")
         return self
 
     def external_files(self) -> list[Path]:
-        """Files outside the store that this config reads; their content belongs into the stage's key.
+        """Return the files outside the store that this config reads; their content is part of the cache key.
 
-        Empty for a hub id, whose revision says it. Raises DraftsmithError if the source is not there.
+        Empty for a hub id, which its revision identifies. Raises DraftsmithError if the source does not exist.
         """
         return source_files(self.source)

@@ -1,8 +1,8 @@
-"""A cached forward of an ordinary decoder with nothing beside its operators: bit for bit what its own code gives.
+"""A cached forward of an ordinary decoder by its operators alone, bit for bit equal to the decoder's own code.
 
-In decoding the code of transformers around the operators takes about as long as a small model's weights take to be
-read. Families whose layers are the same few operators are computed here instead, from the very modules that the model
-holds; every other one runs as it is. `check_agreement` compares both whenever a target is loaded.
+While decoding, the code of transformers around the operators takes about as long as reading a small model's weights.
+Families whose layers are the same few operators are computed here, from the model's own modules; others run unchanged.
+`check_agreement` compares both whenever a target is loaded.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from torch.nn import functional as F
 
 from draftsmith.stages.target.attention import fold, folded_attention
 from draftsmith.stages.target.kv_cache import SlotCache
-from draftsmith.stages.target.packed_linear import PackedLinear, PackedPart
+from draftsmith.stages.target.packed_linear import PackedLinear, PackedSlice
 
 Map = Callable[[torch.Tensor], torch.Tensor]
 
-# Of transformers: pre-norm layers of rotary attention and a gated MLP; with norms of queries and keys, or without.
+# transformers' families of pre-norm layers with rotary attention and a gated MLP, with or without query and key norms.
 _FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 _PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _NORMS = {"q_norm", "k_norm"}
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-_SPREAD = 512  # tokens up to which rotations are laid out for every head: a broadcast operator is slower on few
+_SPREAD = 512  # tokens up to which rotations are expanded to every head: broadcasting is slower for few
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class _Layer:
     down: Map
     before_attention: Map
     before_mlp: Map
-    of_heads: Map | None  # norms of queries and keys, [N, heads + kv_heads, D]
+    head_norms: Map | None  # of queries and keys, [N, heads + kv_heads, D]
 
 
-class LeanDecoder:
-    """The forward of `Target.step`. Parameters are read as they were when it was made."""
+class FastDecoder:
+    """The forward of `Target.step`, with the parameters at the time of construction."""
 
     def __init__(self, decoder: Any, kinds: Sequence[str]):
-        """kinds: of the layers, as masks are named by."""
+        """kinds: of the layers, the keys of masks."""
         config = decoder.config
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         first = decoder.layers[0].self_attn
@@ -56,8 +56,8 @@ class LeanDecoder:
         self.norm = _norm(decoder.norm)
 
     @classmethod
-    def of(cls, decoder: Any, kinds: Sequence[str]) -> LeanDecoder | None:
-        """None: a decoder whose layers are none that are known here."""
+    def for_decoder(cls, decoder: Any, kinds: Sequence[str]) -> FastDecoder | None:
+        """Return the fast forward of a decoder, None for a family that is not known here."""
         return cls(decoder, kinds) if _is_ordinary(decoder) else None
 
     def __call__(
@@ -68,8 +68,10 @@ class LeanDecoder:
         cache: SlotCache,
         layer_ids: Sequence[int],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """ids, positions [n, T]; masks of `Layers.masks`; cache: addressed. Hidden states behind the final norm
-        [n, T, H], and those behind the layers `layer_ids` side by side."""
+        """Return hidden states after the final norm [n, T, H], and those after layers `layer_ids` side by side.
+
+        ids, positions: [n, T]. masks: of `Layers.masks`. cache: with its address set.
+        """
         n, T = ids.shape
         N, all_heads, D = n * T, self.heads + self.kv_heads, self.head_dim
         x = self.embed(ids).view(N, -1)
@@ -80,10 +82,10 @@ class LeanDecoder:
         for index, (layer, kind) in enumerate(zip(self.layers, self.kinds, strict=True)):
             qkv = layer.qkv(layer.before_attention(x)).view(N, -1, D)
             both, values = qkv[:, :all_heads], qkv[:, all_heads:]
-            if layer.of_heads is not None:
-                both = layer.of_heads(both)
+            if layer.head_norms is not None:
+                both = layer.head_norms(both)
             both = (both * cos).add_(both.roll(D // 2, -1).mul_(sin)).view(n, T, all_heads, D)
-            keys, values = cache.extended(index, both[:, :, self.heads :], values.view(n, T, self.kv_heads, D))
+            keys, values = cache.store(index, both[:, :, self.heads :], values.view(n, T, self.kv_heads, D))
             queries = both[:, :, : self.heads].transpose(1, 2)
             attended = folded_attention(queries, keys, values, folded[kind], self.scaling)
             x = layer.o(attended.reshape(N, -1)).add_(x)
@@ -95,8 +97,8 @@ class LeanDecoder:
         return self.norm(x).view(n, T, -1), features
 
     def _rotations(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Factors [N, heads, D] of a vector and of its halves exchanged, whose first comes in with a minus."""
-        cos, sin = (part.flatten(0, 1)[:, None] for part in self.rotary(x, position_ids=positions))
+        """Return factors [N, heads, D] of a vector, and of it with its halves swapped (the first one negated)."""
+        cos, sin = (each.flatten(0, 1)[:, None] for each in self.rotary(x, position_ids=positions))
         half = self.head_dim // 2
         sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
         if len(x) > _SPREAD:
@@ -124,15 +126,15 @@ def _layer(layer: Any, heads: int, kv_heads: int) -> _Layer:
 
 
 def _side_by_side(*modules: nn.Module) -> Map:
-    """Their products in one tensor."""
-    if isinstance(first := modules[0], PackedPart):
+    """Return a map to the products of all modules in one tensor."""
+    if isinstance(first := modules[0], PackedSlice):
         return first.whole.forward
     maps = [_map(module) for module in modules]
     return lambda x: torch.cat([each(x) for each in maps], -1)
 
 
 def _both(gate: nn.Module, up: nn.Module) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
-    if isinstance(gate, PackedPart):
+    if isinstance(gate, PackedSlice):
         whole = gate.whole
         return lambda x: whole(x).chunk(2, -1)
     one, other = _map(gate), _map(up)
@@ -140,7 +142,7 @@ def _both(gate: nn.Module, up: nn.Module) -> Callable[[torch.Tensor], Sequence[t
 
 
 def _map(module: nn.Module) -> Map:
-    """A linear map; without the detour over a module's hooks where it is one that has none."""
+    """Return a module's map, without the overhead of hooks for plain linear modules."""
     if type(module) is nn.Linear:
         return partial(F.linear, weight=module.weight, bias=module.bias)
     return module.forward if type(module) is PackedLinear else module
@@ -157,12 +159,15 @@ def _norm_of_heads(attention: Any, heads: int, kv_heads: int) -> Map:
 
 
 def _normalised(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Rounded to the dtype of x before it is weighted, as the models do it. weight: of the last dimension or two."""
+    """Return the RMS norm, rounded to the dtype of x before it is weighted, as in the models.
+
+    weight: of the last dimension or the last two.
+    """
     return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
 
 
 def _is_ordinary(decoder: Any) -> bool:
-    """By the class, and by what a layer holds: another release of it may hold more."""
+    """Return whether a decoder is known here, by its class and its children: another release may have more."""
     if type(decoder).__name__ not in [f"{family}Model" for family in _FAMILIES]:
         return False
     children = {name for name, _ in decoder.named_children()}
@@ -175,13 +180,13 @@ def _is_ordinary(decoder: Any) -> bool:
 
 
 def _is_ordinary_layer(layer: Any) -> bool:
-    def held(module: nn.Module) -> set[str]:
+    def children(module: nn.Module) -> set[str]:
         return {name for name, _ in module.named_children()}
 
     return (
-        held(layer) == _PARTS
-        and held(layer.self_attn) in (_PROJECTIONS, _PROJECTIONS | _NORMS)
-        and held(layer.mlp) == _MLP
+        children(layer) == _PARTS
+        and children(layer.self_attn) in (_PROJECTIONS, _PROJECTIONS | _NORMS)
+        and children(layer.mlp) == _MLP
         and all(hasattr(layer.self_attn, name) for name in ("head_dim", "scaling"))
         and all(hasattr(norm, "variance_epsilon") for norm in (layer.input_layernorm, layer.post_attention_layernorm))
     )

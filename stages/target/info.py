@@ -1,4 +1,4 @@
-"""What a resolved target is: `target.json` and `origin.json` of its artifact, the folder of its model, its digests."""
+"""A resolved target: `target.json` and `origin.json` of its artifact, its model folder, tokenizer and digests."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from draftsmith.artifacts.atomic import write_text
-from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.errors import DraftsmithError, one_line
 from draftsmith.stages.target.config import Dtype
 from draftsmith.stages.target.logit_map import LogitMap
-from draftsmith.stages.target.source import TOKENIZER_PARTS, Kind
+from draftsmith.stages.target.source import TOKENIZER_FILES, TOKENIZER_PARTS, Kind
 
 INFO_FILE = "target.json"
-# Where the model is and came from: no part of the artifact's content, so that a model that moves makes nothing anew.
+# Where the model lies and comes from: not in the artifact's content id, so that moving a model rebuilds nothing.
 ORIGIN_FILE = "origin.json"
 _ORIGIN = {"source", "kind", "location", "revision"}
-# Fields of config.json that say where a copy came from, not what it computes.
+# Fields of config.json about the origin of a copy, not about what it computes.
 _PROVENANCE = ("transformers_version", "_name_or_path", "_model_name_or_path")
 
 
 class TargetInfo(BaseModel):
-    """What the other stages need to know of the target without loading it."""
+    """The facts about a target that other stages need without loading it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -33,7 +33,7 @@ class TargetInfo(BaseModel):
     location: str  # "model" inside the artifact, or an absolute path
     revision: str | None  # the hub's commit
     dtype: Dtype  # serving dtype
-    digest: str  # sha256 over config and weights: what a drafter is made for
+    digest: str  # sha256 over config and weights: identifies the target of a drafter
     tokenizer_digest: str  # sha256 over tokenizer, chat template and generation config
     architecture: str
     model_type: str
@@ -41,57 +41,70 @@ class TargetInfo(BaseModel):
     hidden_size: int
     num_layers: int
     max_positions: int
-    eos_ids: list[int]  # every id that ends an answer, the generation config's first
-    mask_candidates: list[int]  # ids that no text uses, best first: for the drafter's mask token
+    eos_ids: list[int]  # ids that end an answer, the generation config's first
+    mask_candidates: list[int]  # ids that no text contains, best first: for the drafter's mask token
     chat_template: bool
     tied_embeddings: bool
-    # what can be done with it
     layer_kinds: list[str] = Field(default_factory=lambda: ["full_attention"])  # each once
-    rewindable: bool = True  # can its cache forget what was rejected? Else states are read again
-    tree_forward: bool = True  # can one forward follow several continuations? Else each has its own
+    rewindable: bool = True  # its cache can drop rejected tokens; otherwise committed ones are read again
+    tree_forward: bool = True  # one forward can follow several continuations
     logit_scale: float = 1.0
     logit_softcap: float | None = None
-    quantisation: str | None = None  # of the weights that are loaded
+    quantisation: str | None = None  # method, of the checkpoint's weights
 
     @property
     def logit_map(self) -> LogitMap:
-        """From the products of its head to its logits."""
+        """Return the map from the products of the head to the logits."""
         return LogitMap(self.logit_scale, self.logit_softcap)
 
 
 def read_target_info(folder: Path) -> TargetInfo:
-    """The `target.json` and `origin.json` of a complete target artifact."""
+    """Read `target.json` and `origin.json` of a complete target artifact."""
     files = f"{folder / INFO_FILE}, {ORIGIN_FILE}"
     try:
         parts = [dict(json.loads((folder / name).read_text(encoding="utf-8"))) for name in (INFO_FILE, ORIGIN_FILE)]
         return TargetInfo.model_validate(parts[0] | parts[1])
     except FileNotFoundError as error:
         missing = Path(error.filename).name
-        raise DraftsmithError(f"{folder} has no {missing}: give the folder of a target artifact") from None
+        raise DraftsmithError(f"{folder} has no {missing}. Give the folder of a target artifact.") from None
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise DraftsmithError(f"{files}: {field} {first['msg']}: run the target stage again with --force") from error
+        raise DraftsmithError(f"{files}: {field} {first['msg']}. Run the target stage again with --force.") from error
     except (ValueError, TypeError) as error:
-        raise DraftsmithError(f"{files}: not JSON objects: run the target stage again with --force") from error
+        raise DraftsmithError(f"{files}: not JSON objects. Run the target stage again with --force.") from error
 
 
 def write_target_info(info: TargetInfo, out: Path) -> None:
-    """Write `target.json`, last, and `origin.json`."""
+    """Write `origin.json`, then `target.json`."""
     write_text(out / ORIGIN_FILE, info.model_dump_json(indent=2, include=_ORIGIN) + "\n")
     write_text(out / INFO_FILE, info.model_dump_json(indent=2, exclude=_ORIGIN) + "\n")
 
 
 def model_path(folder: Path) -> Path:
-    """The folder that transformers loads, for a complete target artifact. Raises if a linked model has gone."""
+    """Return the folder that transformers loads, of a complete target artifact. Raises if the model is gone."""
     path = folder / read_target_info(folder).location  # an absolute location replaces the folder
     if not (path / "config.json").is_file():
-        raise DraftsmithError(f"{path}: the target's model is gone: put it back, or run the target stage with --force")
+        raise DraftsmithError(f"{path}: the target's model is gone. Restore it, or run the target stage with --force.")
     return path
 
 
+def load_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer of a model folder. Raises DraftsmithError if there is none or it cannot be read."""
+    from transformers import AutoTokenizer  # imports torch, and planning imports this module
+
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise DraftsmithError(
+            f"{folder}: no tokenizer ({TOKENIZER_FILES[0]} is missing). Copy the model's tokenizer there."
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
+        raise DraftsmithError(f"{folder}: the tokenizer cannot be read ({one_line(error)}). Copy it again.") from error
+
+
 def model_digest(folder: Path, weights: list[Path]) -> str:
-    """sha256 over the config (without provenance) and the bytes of the weights."""
+    """Return the sha256 over the config (without its origin) and the bytes of the weights."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for name in _PROVENANCE:
         config.pop(name, None)
@@ -103,7 +116,7 @@ def model_digest(folder: Path, weights: list[Path]) -> str:
 
 
 def tokenizer_digest(folder: Path) -> str:
-    """sha256 over the files that decide token ids, prompts and where answers end."""
+    """Return the sha256 over the files that decide token ids, prompts and the end of answers."""
     digest = hashlib.sha256()
     for name in sorted(TOKENIZER_PARTS):
         if (folder / name).is_file():

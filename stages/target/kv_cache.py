@@ -1,9 +1,8 @@
-"""What a target keeps of each request, one row each: keys and values of every position, and states of recurrent layers.
+"""The cache of requests in flight, one row each: keys and values of every position, and states of recurrent layers.
 
-Entries are written at any position and rewound by doing nothing: writing position p again replaces it, and readers mask
-out whatever lies at or behind their own position, so a rejected proposal is forgotten simply by being overwritten. A
-state is what the positions read so far have left, and cannot be rewound: a forward over tokens that may be rejected
-leaves it as it was, which is the snapshot to go on from, and what was committed is read again.
+Entries need no rewinding: writing position p again replaces it, and readers mask out entries at or after their own
+position, so a rejected proposal is simply overwritten. A state summarises all positions read so far and cannot be
+rewound: a forward over tokens that may be rejected leaves it unchanged, and the committed tokens are read again.
 """
 
 from __future__ import annotations
@@ -14,15 +13,15 @@ import torch
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
-Rows = slice | torch.Tensor  # which rows a call addresses: a slice (no copy) or indices, shape [n]
+Rows = slice | torch.Tensor  # the rows of a call: a slice (no copy) or indices, shape [n]
 
 
 class KeyValueSlots:
-    """Keys and values of one layer, each of shape [rows, kv_heads, capacity, head_dim]: attention reads in order."""
+    """Keys and values of one layer, each of shape [rows, kv_heads, capacity, head_dim], in the order of attention."""
 
     def __init__(self, rows: int, capacity: int):
         self.rows, self.capacity = rows, capacity
-        self.keys: torch.Tensor | None = None  # allocated at the first write, which tells heads, dtype and device
+        self.keys: torch.Tensor | None = None  # allocated at the first write, when heads, dtype and device are known
         self.values: torch.Tensor | None = None
 
     def write(self, row_index: torch.Tensor, write_at: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -37,7 +36,7 @@ class KeyValueSlots:
         self.values.transpose(1, 2)[row_index, write_at] = values
 
     def read(self, rows: Rows, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first `length` entries of `rows`: two tensors [n, kv_heads, length, head_dim]."""
+        """Return the first `length` entries of `rows`: two tensors [n, kv_heads, length, head_dim]."""
         assert self.keys is not None and self.values is not None, "read before the first write"
         return self.keys[rows, :, :length], self.values[rows, :, :length]
 
@@ -49,20 +48,20 @@ class KeyValueSlots:
 
 
 class StateSlots:
-    """One state of one recurrent layer, [rows, …]: any shape behind the rows, told by the first write."""
+    """One state of one recurrent layer, [rows, …]; the first write decides the shape of a row."""
 
     def __init__(self, rows: int):
         self.rows = rows
         self.state: torch.Tensor | None = None
 
     def write(self, rows: Rows, state: torch.Tensor) -> None:
-        """state: [n, …]."""
+        """Store states [n, …]."""
         if self.state is None:
             self.state = state.new_zeros(self.rows, *state.shape[1:])
         self.state[rows] = state
 
     def read(self, rows: Rows) -> torch.Tensor:
-        """[n, …]"""
+        """Return states [n, …]."""
         assert self.state is not None, "read before the first write"
         return self.state[rows]
 
@@ -74,17 +73,17 @@ class StateSlots:
 
 @dataclass(frozen=True)
 class Address:
-    """What the next forward reads and writes: n rows, T tokens each."""
+    """The rows and entries that the next forward reads and writes: n rows, T tokens each."""
 
     rows: Rows
     write_at: torch.Tensor  # [n, T] entries
-    length: int  # entries that it may attend to
-    fresh: bool = False  # do its rows begin here, without a state?
-    advance: bool = True  # does it move the states on? Entries are written in any case
+    length: int  # entries that may be attended to
+    fresh: bool = False  # the rows begin here, without a state
+    advance: bool = True  # states are updated; entries are written in any case
 
 
 class SlotCache(Cache):
-    """`KeyValueSlots` and `StateSlots` for every layer, behind the cache interface of transformers.
+    """`KeyValueSlots` and `StateSlots` for every layer, as a cache of transformers.
 
     Call `address` before each forward.
     """
@@ -92,38 +91,38 @@ class SlotCache(Cache):
     def __init__(self, num_layers: int, rows: int, capacity: int):
         super().__init__(layers=[])
         self.slots = [KeyValueSlots(rows, capacity) for _ in range(num_layers)]
-        self.states: dict[tuple[str, int, int], StateSlots] = {}  # (which, layer, state of the layer)
+        self.states: dict[tuple[str, int, int], StateSlots] = {}  # (kind, layer, index of the layer's state)
         self.rows, self.capacity = rows, capacity
         self._at = Address(slice(0, rows), torch.empty(0), 0)
         self._row_index = torch.empty(0)
-        # states that layers were given, until they give others
-        self._lent: dict[tuple[str, int, int], torch.Tensor] = {}
+        # copies of states that layers have read and may update in place
+        self._read_states: dict[tuple[str, int, int], torch.Tensor] = {}
 
     def address(self, at: Address) -> None:
-        """What the next forward reads and writes."""
+        """Set what the next forward reads and writes."""
         if isinstance(at.rows, slice):
             row_index = torch.arange(at.rows.start, at.rows.stop, device=at.write_at.device)
         else:
             row_index = at.rows
         self._at, self._row_index = at, row_index[:, None]
-        self._lent.clear()
+        self._read_states.clear()
 
-    def settle(self) -> None:
-        """Call it behind each forward: states that layers moved on in place, without a word, are written back."""
-        for (which, layer, index), state in self._lent.items():
+    def write_back(self) -> None:
+        """Store the states that layers updated in place. Call it after each forward."""
+        for (which, layer, index), state in self._read_states.items():
             self._advance(which, layer, index, state)
-        self._lent.clear()
+        self._read_states.clear()
 
     # ---- called by the model's attention
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_args: object, **_kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """key_states, value_states: [n, kv_heads, T, head_dim]."""
-        return self.extended(layer_idx, key_states.transpose(1, 2), value_states.transpose(1, 2))
+        """Store new entries and return all that are attended to, each [n, kv_heads, length, head_dim]."""
+        return self.store(layer_idx, key_states.transpose(1, 2), value_states.transpose(1, 2))
 
-    def extended(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the new entries [n, T, kv_heads, head_dim] of a layer; all that are attended to."""
+    def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store new entries [n, T, kv_heads, head_dim] of a layer, and return all that are attended to."""
         slots = self.slots[layer]
         slots.write(self._row_index, self._at.write_at, keys, values)
         return slots.read(self._at.rows, self._at.length)
@@ -134,27 +133,27 @@ class SlotCache(Cache):
     # ---- called by its recurrent layers
 
     def is_recording_past(self, layer_idx: int) -> bool:  # noqa: ARG002
-        """True: layers then hand over all their inputs, and none overwrites the state of a convolution in place."""
+        """Return True, so that layers pass all their inputs, and none overwrites a convolution's state in place."""
         return True
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:  # noqa: ARG002
         return not self._at.fresh
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        return self._lend("conv", layer_idx, state_idx)
+        return self._read_state("conv", layer_idx, state_idx)
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        return self._lend("recurrent", layer_idx, state_idx)
+        return self._read_state("recurrent", layer_idx, state_idx)
 
-    def _lend(self, which: str, layer: int, index: int) -> torch.Tensor | None:
-        """A copy: a step of one token moves Mamba-2's states, and Kimi Linear's of its convolutions, on in place, and
-        calls an update of no cache."""
+    def _read_state(self, which: str, layer: int, index: int) -> torch.Tensor | None:
+        """Return a copy: for one token Mamba-2, and Kimi Linear's convolutions, update states in place, and call no
+        update of the cache."""
         state = self._state(which, layer, index)
         if state is None:
             return None
         if isinstance(self._at.rows, slice):
             state = state.clone()
-        self._lent[which, layer, index] = state
+        self._read_states[which, layer, index] = state
         return state
 
     def _state(self, which: str, layer: int, index: int) -> torch.Tensor | None:
@@ -168,20 +167,20 @@ class SlotCache(Cache):
         conv_kernel_size: int | None = None,
         **_kwargs: object,
     ) -> torch.Tensor:
-        """conv_states: inputs [n, channels, T] of a causal convolution. Returns them behind those that came before."""
-        self._lent.pop(("conv", layer_idx, state_idx), None)
+        """Append inputs [n, channels, T] of a causal convolution to the stored ones, and return all of them."""
+        self._read_states.pop(("conv", layer_idx, state_idx), None)
         before = self._state("conv", layer_idx, state_idx)
         inputs = conv_states if before is None else torch.cat([before, conv_states], -1)
         width = conv_kernel_size or conv_states.shape[-1]
-        kept = F.pad(inputs, (max(0, width - inputs.shape[-1]), 0))[..., -width:]
-        self._advance("conv", layer_idx, state_idx, kept)
+        latest = F.pad(inputs, (max(0, width - inputs.shape[-1]), 0))[..., -width:]
+        self._advance("conv", layer_idx, state_idx, latest)
         return inputs
 
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **_kwargs: object
     ) -> torch.Tensor:
-        """recurrent_states: [n, …] behind the tokens of this forward."""
-        self._lent.pop(("recurrent", layer_idx, state_idx), None)
+        """Store states [n, …] after the tokens of this forward."""
+        self._read_states.pop(("recurrent", layer_idx, state_idx), None)
         self._advance("recurrent", layer_idx, state_idx, recurrent_states)
         return recurrent_states
 

@@ -1,4 +1,4 @@
-"""What can be done with a target: told by the kinds of its layers, as those of the cache that transformers makes."""
+"""The layers of a target: their kinds, their attention masks, and what follows for caches. Kinds are transformers'."""
 
 from __future__ import annotations
 
@@ -7,8 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+    get_layer_types_and_kwargs,
+)
 
-# How far back attention of a kind reads, as the name of a config field; None: over the whole prefix.
+# The config field with the number of positions that attention of a kind reads; None: the whole prefix.
 _REACH = {
     "full_attention": None,
     "sliding_attention": "sliding_window",
@@ -19,35 +27,27 @@ _REACH = {
 _SLIDING = ("sliding_attention", "hybrid_sliding")
 
 
-# transformers' word for a layer without a cache: an MLP or experts alone, or one that is handed an earlier one's
-_NOTHING = "dummy"
+# transformers' name for a layer without its own cache: an MLP or experts alone, or one that reads another layer's
+_NO_CACHE = "dummy"
 
 
 class UnknownLayersError(ValueError):
-    """Layers whose cache is neither keys and values of each position nor a state that a forward leaves behind."""
+    """Layers whose cache is neither keys and values of each position nor a recurrent state."""
 
 
 @dataclass(frozen=True)
 class Layers:
-    """The kinds of a model's layers, in order, and what follows from them."""
+    """The kinds of a model's layers, in order."""
 
     kinds: tuple[str, ...]  # of transformers' `layer_types`
     reach: tuple[int | None, ...]  # positions that a layer's attention reads, its own included; None: all
-    # Does any layer keep a state in place of entries? Entries are masked out, so a cache of them can forget its last
-    # positions, and one forward can follow several continuations; a state can neither be taken back nor masked.
+    # Some layer has a state in place of entries. Entries can be masked, so a cache of them can drop its last positions,
+    # and one forward can follow several continuations; a state can neither be rewound nor masked.
     recurrent: bool
 
     @classmethod
-    def of(cls, text_config: Any) -> Layers:
-        """Raises UnknownLayersError."""
-        from transformers.cache_utils import (
-            DynamicCache,
-            DynamicLayer,
-            DynamicSlidingWindowLayer,
-            LinearAttentionCacheLayerMixin,
-            get_layer_types_and_kwargs,
-        )
-
+    def from_config(cls, text_config: Any) -> Layers:
+        """Return the layers of a text model's config. Raises UnknownLayersError."""
         both_ways = getattr(text_config, "use_bidirectional_attention", None)  # "vision": within an image alone
         if both_ways not in (None, False, "vision") or not getattr(text_config, "is_causal", True):
             raise UnknownLayersError("attention in both directions")
@@ -58,21 +58,21 @@ class Layers:
         for kind, layer in zip(kinds, DynamicCache(config=text_config).layers, strict=True):
             holds_state = isinstance(layer, LinearAttentionCacheLayerMixin)
             recurrent = recurrent or holds_state
-            if not (holds_state or kind == _NOTHING or (type(layer) in entries and kind in _REACH)):
+            if not (holds_state or kind == _NO_CACHE or (type(layer) in entries and kind in _REACH)):
                 raise UnknownLayersError(kind)
         reach = {kind: each.get("sliding_window") for kind, each in zip(kinds, settings, strict=True)}
-        if senseless := [kind for kind, window in reach.items() if window is not None and window < 1]:
-            raise UnknownLayersError(f"{senseless[0]} over {reach[senseless[0]]} positions")
-        if _NOTHING in kinds:  # one that is handed entries reads as far as those that keep them
+        if invalid := [kind for kind, window in reach.items() if window is not None and window < 1]:
+            raise UnknownLayersError(f"{invalid[0]} over {reach[invalid[0]]} positions")
+        if _NO_CACHE in kinds:  # a layer that reads another's entries reads as far as that one
             kinds = [
-                own if kind == _NOTHING else kind for kind, own in zip(kinds, text_config.layer_types, strict=True)
+                own if kind == _NO_CACHE else kind for kind, own in zip(kinds, text_config.layer_types, strict=True)
             ]
         return cls(tuple(kinds), tuple(map(reach.get, kinds)), recurrent)
 
     def masks(
         self, visible: torch.Tensor, positions: torch.Tensor, entry_positions: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor | dict[str, torch.Tensor | None]:
-        """Additive masks [n, 1, T, L] as decoders take them: one, or one for each kind of layer.
+        """Return additive masks [n, 1, T, L] as decoders take them: one, or one for each kind of layer.
 
         visible: bool [n, T, L]; positions: [n, T] of the tokens; entry_positions: [n, L] of the entries.
         """
@@ -92,12 +92,12 @@ class Layers:
         return attending[0] if len(attending) == 1 else found
 
 
-def steady_positions(text_config: Any) -> int | None:
-    """Positions within which what a token computes of its own does not depend on the other tokens' ones; None: all.
+def stable_positions(text_config: Any) -> int | None:
+    """Return the positions within which a token's rotation and scale do not depend on the text's length; None: all.
 
     With `longrope` and `dynamic` transformers chooses the angles of all tokens by the furthest position of a forward:
-    beyond, entries of a cache are turned by other angles than the tokens that read them. Llama 4 scales queries by how
-    full the cache is, from `floor_scale` on.
+    beyond the limit, entries of a cache are rotated by other angles than the tokens that read them. Llama 4 scales
+    queries by the length of the cache, from `floor_scale` on.
     """
     rope = getattr(text_config, "rope_parameters", None) or {}
     each = [rope] if "rope_type" in rope else [part for part in rope.values() if isinstance(part, dict)]
@@ -112,9 +112,7 @@ def steady_positions(text_config: Any) -> int | None:
 
 
 def model_class(config: Any) -> Any:
-    """The auto class of transformers that loads the causal LM of a checkpoint: of one with images, its text part's."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
+    """Return the auto class of transformers that loads a checkpoint's causal LM; that of image models holds one."""
     known = type(config) in AutoModelForCausalLM._model_mapping
     return AutoModelForCausalLM if known else AutoModelForImageTextToText
 
@@ -129,11 +127,11 @@ def weightless_model(folder: Path) -> Any:
 
 
 def causal_lm_of(model: Any) -> Any:
-    """The causal LM of a model that was loaded by `model_class`: some hold one whole, and have no head of their own."""
+    """Return the causal LM of a model loaded by `model_class`: some contain one, and have no head of their own."""
     return model if model.get_output_embeddings() is not None else getattr(model, "language_model", model)
 
 
 def decoder_of(model: Any) -> Any:
-    """The part of a causal LM that makes hidden states of text."""
+    """Return the part of a causal LM that computes hidden states of text."""
     decoder = model.get_decoder()
-    return model.model if decoder is model else decoder  # Llama 4 names its decoder otherwise than its class says
+    return model.model if decoder is model else decoder  # Llama 4's get_decoder returns the model itself

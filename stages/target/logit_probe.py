@@ -1,6 +1,6 @@
-"""What a causal LM does with the products of its head, found by asking it: names of config fields do not tell.
+"""Probes a causal LM for its logit map and its embedding scale, since config fields do not tell.
 
-The same name multiplies in one family and divides in another.
+A field of one name multiplies in one family and divides in another.
 """
 
 from __future__ import annotations
@@ -15,56 +15,56 @@ from torch import nn
 from draftsmith.stages.target.layers import causal_lm_of, decoder_of, model_class
 from draftsmith.stages.target.logit_map import LogitMap
 
-_ASKED = (1e-3, 0.1, 0.5, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e6)  # products of a head, of both signs
+_PRODUCTS = (1e-3, 0.1, 0.5, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e6)  # of a head, tried with both signs
 _TOLERANCE = 1e-4  # of a logit, relative; float32
-_DIGITS = 6  # that a scale or a cap is believed to have been written with
+_DIGITS = 6  # significant, of a scale or cap in a config
 
 
-class OtherHeadError(ValueError):
-    """The logits are not what a `LogitMap` makes of a linear head."""
+class UnsupportedHeadError(ValueError):
+    """The logits are not those of a linear head and a `LogitMap`."""
 
 
-def ask_model(config: Any) -> LogitMap:
-    """What a causal LM with this config does with the products of its head. No weights are needed or allocated.
+def probe_logit_map(config: Any) -> LogitMap:
+    """Return the logit map of a causal LM with this config; no weights are needed or allocated.
 
-    Its decoder is replaced by given hidden states, and its head by the identity. Raises OtherHeadError.
+    Its decoder is replaced by given hidden states, and its head by the identity. Raises UnsupportedHeadError.
     """
     with torch.device("meta"):
         model = causal_lm_of(model_class(config).from_config(copy.deepcopy(config)))
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None:
-        raise OtherHeadError(f"its head is {head}")
-    asked = torch.tensor([0.0, *_ASKED, *(-x for x in _ASKED)])
-    identity = nn.Linear(len(asked), len(asked), bias=False)
-    identity.weight.data = torch.eye(len(asked))
+        raise UnsupportedHeadError(f"its head is {head}")
+    products = torch.tensor([0.0, *_PRODUCTS, *(-x for x in _PRODUCTS)])
+    identity = nn.Linear(len(products), len(products), bias=False)
+    identity.weight.data = torch.eye(len(products))
     model.set_output_embeddings(identity)
     whole = model.base_model if model.base_model is not model else decoder_of(model)
-    whole.forward = lambda *_args, **_kwargs: _Hidden(asked[None, None])
+    whole.forward = lambda *_args, **_kwargs: _Hidden(products[None, None])
     try:
         with torch.no_grad():
             logits = model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False).logits[0, 0].float()
     except (RuntimeError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
-        raise OtherHeadError(f"its logits need more than the last hidden states ({error})") from error
-    return _fitted(asked, logits)
+        raise UnsupportedHeadError(f"its logits need more than the last hidden states ({error})") from error
+    return _fit(products, logits)
 
 
-def _fitted(asked: torch.Tensor, logits: torch.Tensor) -> LogitMap:
-    by_product = dict(zip(asked.tolist(), logits.tolist(), strict=False))
-    small, large = (asked[i].item() for i in (1, len(_ASKED)))
-    scale = _written(by_product[small] / small)
+def _fit(products: torch.Tensor, logits: torch.Tensor) -> LogitMap:
+    by_product = dict(zip(products.tolist(), logits.tolist(), strict=False))
+    small, large = (products[i].item() for i in (1, len(_PRODUCTS)))
+    scale = _rounded(by_product[small] / small)
     capped = abs(by_product[large]) < 0.5 * abs(scale * large)
-    found = LogitMap(scale, _written(by_product[large]) if capped else None)
-    if logits.shape != asked.shape or not torch.allclose(found(asked), logits, rtol=_TOLERANCE, atol=1e-6):
-        raise OtherHeadError(f"it makes {by_product[3.0]:.6g} of 3, and {by_product[30.0]:.6g} of 30")
-    return found
+    logit_map = LogitMap(scale, _rounded(by_product[large]) if capped else None)
+    if logits.shape != products.shape or not torch.allclose(logit_map(products), logits, rtol=_TOLERANCE, atol=1e-6):
+        raise UnsupportedHeadError(f"it makes {by_product[3.0]:.6g} of 3, and {by_product[30.0]:.6g} of 30")
+    return logit_map
 
 
-def _written(value: float) -> float:
+def _rounded(value: float) -> float:
     return float(f"{value:.{_DIGITS}g}")
 
 
 class _Hidden(SimpleNamespace):
-    """A decoder's output of which only the last hidden states are known."""
+    """A decoder's output with the last hidden states alone."""
 
     def __init__(self, hidden: torch.Tensor):
         super().__init__(last_hidden_state=hidden)
@@ -76,13 +76,13 @@ class _Hidden(SimpleNamespace):
         return (self.last_hidden_state,)[index]
 
 
-def scale_of(embedding: nn.Module) -> float:
-    """The number that the module multiplies rows of its weight with, 1 for most; found by asking it for a row of one 1.
+def embedding_scale(embedding: nn.Module) -> float:
+    """Return the factor of an embedding module's rows, 1 for most models, found by embedding a row of a single 1.
 
-    Its own dtype has no part in it: engines multiply by the number as it is written.
+    It is the exact number, not rounded to the module's dtype, since engines multiply by that.
     """
-    asked = copy.copy(embedding)
-    asked.__dict__["_parameters"] = {"weight": nn.Parameter(torch.ones(1, 1), requires_grad=False)}
-    asked.__dict__["_buffers"] = {name: buffer.cpu() for name, buffer in embedding.named_buffers(recurse=False)}
-    asked.__dict__["padding_idx"] = None
-    return float(asked(torch.zeros(1, dtype=torch.long)))
+    module = copy.copy(embedding)
+    module.__dict__["_parameters"] = {"weight": nn.Parameter(torch.ones(1, 1), requires_grad=False)}
+    module.__dict__["_buffers"] = {name: buffer.cpu() for name, buffer in embedding.named_buffers(recurse=False)}
+    module.__dict__["padding_idx"] = None
+    return float(module(torch.zeros(1, dtype=torch.long)))

@@ -1,4 +1,4 @@
-"""The numbers of a text model's layers, where a config has them by layer."""
+"""Sizes in a text model's config, where layers may differ, and checks that they are possible."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 
 def layer_configs(text_config: Any) -> Sequence[Any]:
-    """One config for each layer where these differ (Gemma 4: heads and their width), else the config alone."""
+    """Return one config per layer if they differ (Gemma 4: heads and their width), else the config alone."""
     return text_config.per_layer_config if getattr(text_config, "is_heterogeneous", False) else [text_config]
 
 
 def usual_layer(text_config: Any) -> Any:
-    """The config to read heads and their width from: where layers differ, of one that slides."""
+    """Return the config with the usual heads and width: that of a sliding layer if layers differ."""
     configs = layer_configs(text_config)
     if len(configs) == 1:
         return configs[0]
@@ -21,18 +21,17 @@ def usual_layer(text_config: Any) -> Any:
     return configs[kinds.index("sliding_attention") if "sliding_attention" in kinds else 0]
 
 
-_MOST = 2**24  # what no size of a model comes near
+_MAX_SIZE = 2**24  # far above any size of a model
 
 
 def wrong_numbers(config: Any, sizes: Iterable[str]) -> list[tuple[str, Any]]:
-    """(field, value) of what a config says of a model, and none can have. sizes: fields to look at too, if they are
-    there."""
+    """Return (field, value) of the impossible numbers in a config. sizes: names of fields to check, if present."""
     rope = getattr(config, "rope_parameters", None) or {}
     by_kind = not {"rope_type", "rope_theta"} & rope.keys()
-    rotations = {f"{kind}.": part for kind, part in rope.items() if isinstance(part, dict)} if by_kind else {"": rope}
+    rotations = {f"{kind}.": each for kind, each in rope.items() if isinstance(each, dict)} if by_kind else {"": rope}
     angles = {
-        f"rope_parameters.{kind}{name}": part.get(name)
-        for kind, part in rotations.items()
+        f"rope_parameters.{kind}{name}": rotation.get(name)
+        for kind, rotation in rotations.items()
         for name in ("rope_theta", "factor", "original_max_position_embeddings")
     }
     eps = {"rms_norm_eps": getattr(config, "rms_norm_eps", None)}
@@ -44,8 +43,8 @@ def wrong_numbers(config: Any, sizes: Iterable[str]) -> list[tuple[str, Any]]:
 
 
 def is_size(value: Any) -> bool:
-    """An integer that a size of a model may be."""
-    return type(value) is int and 0 < value <= _MOST
+    """Return whether a value is an integer that a size of a model may be."""
+    return type(value) is int and 0 < value <= _MAX_SIZE
 
 
 def _is_between(value: Any, most: float) -> bool:

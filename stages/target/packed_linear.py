@@ -1,8 +1,8 @@
-"""Weights in the order in which oneDNN's kernels read them: decoding on a CPU is bound by reading them.
+"""Linear maps with weights in the layout of oneDNN's kernels, since decoding on a CPU is bound by reading weights.
 
-A plain linear map in bfloat16 has its weight put into that order at every call; a frozen one can be once. The product
-is the same bit for bit; with a bias it is rounded once instead of twice. The operators are those that torch's own
-compiler calls for frozen weights. Maps that read the same input are one map: a call reads more in one go.
+A plain linear map in bfloat16 reorders its weight at every call; a frozen one is reordered once. The product is the
+same bit for bit; with a bias it is rounded once instead of twice. The operators are those that torch's own compiler
+calls for frozen weights. Maps of the same input are joined: one call reads more at a time.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ Model = TypeVar("Model", bound=nn.Module)
 
 Names = tuple[str, ...]
 
-# Maps of a decoder's modules that read the same tensor, in this order.
-TOGETHER: tuple[Names, ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# Maps of a decoder's modules with the same input, in this order.
+SAME_INPUT: tuple[Names, ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class PackedLinear(nn.Module):
@@ -34,39 +34,39 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """[out_features, in_features], a copy: for models that read a map's weight themselves."""
+        """Return a copy [out_features, in_features], for models that read a map's weight themselves."""
         return self.packed.to_dense()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.to(torch.bfloat16).contiguous()  # in another dtype under autocast; other strides are not looked at
+        x = x.to(torch.bfloat16).contiguous()  # another dtype under autocast; the operator ignores strides
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return product
 
 
-class PackedTogether(PackedLinear):
-    """Maps of one input, stacked. The parts take their rows one after the other from a product that is made once."""
+class PackedGroup(PackedLinear):
+    """Maps of one input, stacked. The slices take their rows one after the other from one product."""
 
-    _made: tuple[torch.Tensor, torch.Tensor] | None = None  # the input, and its product
+    _product: tuple[torch.Tensor, torch.Tensor] | None = None  # the input, and its product
 
     def rows(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """[..., start:stop] of the product; it is kept until its last rows are taken."""
-        made = self._made
-        product = made[1] if made is not None and made[0] is x else self(x)
-        self._made = None if stop == self.out_features else (x, product)
+        """Return [..., start:stop] of the product, which is kept until its last rows are taken."""
+        last = self._product
+        product = last[1] if last is not None and last[0] is x else self(x)
+        self._product = None if stop == self.out_features else (x, product)
         return product[..., start:stop]
 
 
-class PackedPart(nn.Module):
-    """One of them, in the place of a model's own map."""
+class PackedSlice(nn.Module):
+    """One map of a group, in place of a model's own."""
 
-    def __init__(self, whole: PackedTogether, start: int, stop: int):
+    def __init__(self, whole: PackedGroup, start: int, stop: int):
         super().__init__()
         self.whole, self.start, self.stop = whole, start, stop
         self.in_features, self.out_features = whole.in_features, stop - start
 
     @property
     def weight(self) -> torch.Tensor:
-        """As of PackedLinear."""
+        """Return a copy of the weight."""
         return self.whole.weight[self.start : self.stop]
 
     @property
@@ -78,7 +78,7 @@ class PackedPart(nn.Module):
 
 
 def can_pack(weight: torch.Tensor) -> bool:
-    """Whether this processor multiplies in bfloat16, and this torch has the operators."""
+    """Return whether this processor multiplies in bfloat16, and this torch has the operators."""
     return (
         weight.device.type == "cpu"
         and weight.dtype == torch.bfloat16
@@ -89,9 +89,11 @@ def can_pack(weight: torch.Tensor) -> bool:
     )
 
 
-def pack(model: nn.Module, together: tuple[Names, ...] = TOGETHER) -> None:
-    """Replace the linear maps of a frozen model where they can be packed; those of a module that are named together
-    are one map then. One after the other: it takes no more memory than the largest."""
+def pack(model: nn.Module, together: tuple[Names, ...] = SAME_INPUT) -> None:
+    """Replace the linear maps of a frozen model by packed ones where possible, one at a time to save memory.
+
+    together: names of a module's maps that become one group.
+    """
     for module in list(model.modules()):
         for names in together:
             _join(module, names)
@@ -106,16 +108,18 @@ def _join(module: nn.Module, names: Names) -> None:
     biases = [each.bias for each in linear if each.bias is not None]
     if len(linear) < len(names) or len(biases) not in (0, len(names)) or len({m.in_features for m in linear}) > 1:
         return
-    whole = PackedTogether(torch.cat([m.weight.detach() for m in linear]), torch.cat(tuple(biases)) if biases else None)
+    whole = PackedGroup(torch.cat([m.weight.detach() for m in linear]), torch.cat(tuple(biases)) if biases else None)
     start = 0
     for name, each in zip(names, linear, strict=True):
-        setattr(module, name, PackedPart(whole, start, start + each.out_features))
+        setattr(module, name, PackedSlice(whole, start, start + each.out_features))
         start += each.out_features
 
 
 def packed_copy(model: Model, names: Names, together: tuple[Names, ...]) -> Model:
-    """The model with packed maps in its children of these names; everything else is shared with it, and it is left as
-    it is. Itself where nothing can be packed."""
+    """Return a copy of a model with packed maps in the children `names`; everything else is shared with the original.
+
+    Returns the model itself if nothing can be packed.
+    """
     children = [child for name, child in model.named_children() if name in names]
     if not any(type(m) is nn.Linear and can_pack(m.weight) for child in children for m in child.modules()):
         return model
@@ -129,7 +133,7 @@ def packed_copy(model: Model, names: Names, together: tuple[Names, ...]) -> Mode
 
 
 def _twin(module: Model) -> Model:
-    """Another module of the same parameters and children, which may be given others."""
+    """Return a module with the same parameters and children, which can be replaced."""
     twin = copy.copy(module)
     twin.__dict__["_modules"] = dict(module._modules)
     return twin

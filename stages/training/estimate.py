@@ -7,7 +7,7 @@ import math
 from draftsmith.stages.drafters import activations
 from draftsmith.stages.drafters.registry import KINDS
 from draftsmith.stages.replay.options import POSITIONS_PER_CHUNK, TREE_TOKENS
-from draftsmith.stages.target.estimate import DTYPE_BYTES, PROCESS, Sizes, Use
+from draftsmith.stages.target.estimate import DTYPE_BYTES, PROCESS_BYTES, Sizes, StageUse
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
 
 USABLE = 0.85  # of a device's memory: the rest is for what the allocator leaves unused
@@ -16,7 +16,9 @@ _COPIES = {"cross_entropy": 5, "bernoulli_kl": 5, "forward_kl": 7, "ce_l1": 5}
 _COPIES_OF_NAMED = 6
 
 
-def training_memory(config: TrainingConfig, use: Use, *, mines: bool = False, scores: bool = False) -> dict[str, float]:
+def training_memory(
+    config: TrainingConfig, use: StageUse, *, mines: bool = False, scores: bool = False
+) -> dict[str, float]:
     """Return the bytes by purpose, when the forward of a micro-batch has ended and the gradient of others is there.
 
     Of several processes each needs this, with B the answers of a step that it trains. Beside `fixed_memory`:
@@ -39,7 +41,7 @@ def training_memory(config: TrainingConfig, use: Use, *, mines: bool = False, sc
     return fixed | max(graph, mining, key=lambda parts: sum(parts.values()))
 
 
-def fixed_memory(config: TrainingConfig, use: Use) -> dict[str, float]:
+def fixed_memory(config: TrainingConfig, use: StageUse) -> dict[str, float]:
     """Return the bytes by purpose that do not depend on the size of micro-batches.
 
     Target: P · s, the layers of which are divided by the processes that share a target.
@@ -64,7 +66,7 @@ def fixed_memory(config: TrainingConfig, use: Use) -> dict[str, float]:
     all_features = count * longest * sizes.feature_bytes
     features = all_features if all_features <= config.feature_memory_mb * 2**20 else 0.0
     fixed = {
-        "process": PROCESS,
+        "process": PROCESS_BYTES,
         "target": sizes.weights(sizes.target, sharing=config.parallel.target_parallel),
         "drafter with AdamW": ((8.0 if a == 4 else 10.0) + moments) * drafter.parameters,
         "features": features + float(B * longest * sizes.feature_bytes),

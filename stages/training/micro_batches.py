@@ -12,7 +12,7 @@ from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.runtime.ranks import Ranks
 from draftsmith.stages.runtime.stage import StageContext
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.estimate import AnswerCounts, ModelSize, Sizes, Use
+from draftsmith.stages.target.estimate import AnswerCounts, ModelSize, Sizes, StageUse
 from draftsmith.stages.target.loading import divided_parameters
 from draftsmith.stages.training.blocks import LossReport
 from draftsmith.stages.training.config import TrainingConfig
@@ -73,7 +73,7 @@ def micro_batch_tokens(config: TrainingConfig, target: Target, drafter: Drafter,
     if config.micro_batch_tokens is not None:
         return min(config.micro_batch_tokens, whole)
     sizes = loaded_sizes(target, drafter, longest)
-    fixed = sum(fixed_memory(config, Use(sizes, answers=AnswerCounts(longest))).values())
+    fixed = sum(fixed_memory(config, StageUse(sizes, answers=AnswerCounts(longest))).values())
     return rows_at_once(config, sizes, longest, fixed) * row_tokens(config, sizes, longest)
 
 

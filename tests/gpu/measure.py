@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from draftsmith.stages.target.estimate import PROCESS, AnswerCounts, Use
+from draftsmith.stages.target.estimate import PROCESS_BYTES, AnswerCounts, StageUse
 from draftsmith.stages.training.estimate import row_tokens, training_memory
 from draftsmith.stages.training.loop import train
 from draftsmith.stages.training.micro_batches import MicroBatches, loaded_sizes, micro_batch_tokens
@@ -81,7 +81,7 @@ def _measure_training(
     limit = micro_batch_tokens(config, target, drafter, scale.longest)
     sizes = loaded_sizes(target, drafter, scale.longest)
     scores = isinstance(training, OpdTraining) and training.objective.needs_scores
-    use = Use(sizes, answers=AnswerCounts(scale.longest, len(trajectories)))
+    use = StageUse(sizes, answers=AnswerCounts(scale.longest, len(trajectories)))
     parts = training_memory(config, use, mines=kind != "SFT", scores=scores)
     profiled = Profile(target.device, WARM + repetitions + 1)
     if on_gpu:
@@ -96,7 +96,7 @@ def _measure_training(
     profiled.save(traces / f"{_file_name(kind)}.trace.json.gz")
     seconds = harness.median([end - start for start, end in pairwise(context.ends)][WARM - 1 : WARM - 1 + repetitions])
     tflop = (totals["tflop"] + read.operations / 1e12) / steps
-    estimated = sum(parts.values()) - PROCESS
+    estimated = sum(parts.values()) - PROCESS_BYTES
     row = {
         "training": kind,
         "answers": config.sequences_per_step,

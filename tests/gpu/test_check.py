@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from draftsmith.stages.target.estimate import PROCESS
+from draftsmith.stages.target.estimate import PROCESS_BYTES
 from tests.gpu import check
 from tests.gpu.trainings import KINDS
 from tests.gpu.watch import TARGET
@@ -27,7 +27,7 @@ def test_every_training_is_measured(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert all(math.isfinite(value) and value > 0 for value in numbers)
         assert row["at_once"] == row["answers"]
         assert row["target_share"] < 1
-        assert row["estimated_gb"] < PROCESS / 1e9
+        assert row["estimated_gb"] < PROCESS_BYTES / 1e9
         assert sum(results["kernels"][row["training"]].values()) == pytest.approx(1)
     assert len(list(tmp_path.glob("*.trace.json.gz"))) == len(KINDS)
     with gzip.open(tmp_path / "sft.trace.json.gz", "rt") as file:

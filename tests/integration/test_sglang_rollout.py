@@ -26,8 +26,8 @@ from draftsmith.stages.engines.sglang.probe import check_weights, verifies_greed
 from draftsmith.stages.engines.sglang.requirements import server_requirements
 from draftsmith.stages.engines.stage import STAGE, RolloutConfig
 from draftsmith.stages.target.config import TargetConfig
+from draftsmith.stages.target.describe import describe
 from draftsmith.stages.target.info import model_path, read_target_info, write_target_info
-from draftsmith.stages.target.resolve import describe
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts

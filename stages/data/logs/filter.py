@@ -21,8 +21,7 @@ from draftsmith.stages.data.rejects import RejectLog
 from draftsmith.stages.data.row_files import BadRow, Row
 from draftsmith.stages.data.row_formats import Message, RejectedRow, matches_filter, messages_beside_ids, rename_fields
 from draftsmith.stages.data.time_window import TIME_FIELDS, row_time
-from draftsmith.stages.target.info import model_path, read_target_info
-from draftsmith.stages.target.resolve import load_tokenizer
+from draftsmith.stages.target.info import load_tokenizer, model_path, read_target_info
 
 HELD_OUT = "prompt of the validation or held-out split"
 DUPLICATE = "duplicate of an earlier row"

@@ -41,7 +41,7 @@ def _with_sizes(config: Qwen3Config, shape: DFlash2Config) -> Qwen3Config:
 
 def _with_logits_of(target: Target, config: Qwen3Config) -> Qwen3Config:
     """With unary scores that are logits as the target has them; an engine reads that from the drafter's config."""
-    if target.logit_map.plain:
+    if target.logit_map.is_identity:
         return config
     made = copy.deepcopy(config)
     of_head = {_MULTIPLIER: target.logit_map.scale, _SOFTCAP: target.logit_map.softcap or 0}

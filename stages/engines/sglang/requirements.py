@@ -11,8 +11,7 @@ from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import NO_REDUCED_HEAD, SGLangEngineConfig
 from draftsmith.stages.engines.sglang.server import served_block_size, speculative_algorithm
-from draftsmith.stages.target.info import TargetInfo, model_path, read_target_info
-from draftsmith.stages.target.resolve import load_tokenizer
+from draftsmith.stages.target.info import TargetInfo, load_tokenizer, model_path, read_target_info
 
 PROBE_TEXT = "What is 12 + 30?\n\tNaïve café, 3.14 °C; 你好, привет."  # tokenizers split it differently
 SCORED_TEXT = (  # its log-probs are compared where a server's weights have no known revision

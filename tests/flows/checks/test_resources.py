@@ -16,7 +16,7 @@ from draftsmith.stages.catalog import STAGES
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.runtime.stage import Config
 from draftsmith.stages.target.config import TargetConfig
-from draftsmith.stages.target.estimate import PROCESS, AnswerCounts, ModelSize, Sizes
+from draftsmith.stages.target.estimate import PROCESS_BYTES, AnswerCounts, ModelSize, Sizes
 from draftsmith.stages.training.config import SftConfig
 from tests.flows.checks.test_check import QWEN3_4B
 from tests.flows.processes import ROOT
@@ -73,7 +73,7 @@ def test_needs_of_the_recipe_equal_a_calculation_by_hand() -> None:
     assert not needed["assisted"].memory, "servers make the answers"
     untrained = needed["sft"]
     assert (untrained.processes, untrained.temporary_disk) == (1, 0)
-    assert untrained.memory == PROCESS + 2 * 4_022_468_096 + 4 * parameters
+    assert untrained.memory == PROCESS_BYTES + 2 * 4_022_468_096 + 4 * parameters
 
 
 def test_answers_take_no_more_disk_space_than_estimated(tiny_drafter: DrafterArtifacts) -> None:

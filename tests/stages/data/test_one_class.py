@@ -14,8 +14,8 @@ from draftsmith.stages.data.held_out import HELDOUT_SHARE, hash_fraction, prompt
 from draftsmith.stages.data.logs import stage as logs
 from draftsmith.stages.data.row_formats import NOT_TEXT, TOOLS
 from draftsmith.stages.target.config import TargetConfig
-from draftsmith.stages.target.info import model_path
-from draftsmith.stages.target.resolve import load_tokenizer, resolve_target
+from draftsmith.stages.target.info import load_tokenizer, model_path
+from draftsmith.stages.target.resolve import resolve_target
 from tests.stages.data import templates
 from tests.stages.data.logs.logs_run import counts, table
 from tests.stages.data.prompts_run import Row, error, run, run_with_context

@@ -41,8 +41,8 @@ def family(request: pytest.FixtureRequest) -> str:
 def target(family: str, tmp_path_factory: pytest.TempPathFactory) -> Target:
     folder = tmp_path_factory.mktemp("family")
     write_family(folder, family)
-    made = Target.of(folder, dtype="float32", device="cpu")
-    assert not made.logit_map.plain
+    made = Target.from_source(folder, dtype="float32", device="cpu")
+    assert not made.logit_map.is_identity
     return made
 
 

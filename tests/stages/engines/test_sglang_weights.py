@@ -15,8 +15,8 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.sglang.probe import own_logprobs
 from draftsmith.stages.engines.sglang.requirements import ServerRequirements
 from draftsmith.stages.target.config import TargetConfig
+from draftsmith.stages.target.describe import describe
 from draftsmith.stages.target.info import model_path, write_target_info
-from draftsmith.stages.target.resolve import describe
 from tests.stages.engines.http_server import answer
 from tests.stages.engines.servers import server_of, shake
 from tests.testbed.drafter import DrafterArtifacts

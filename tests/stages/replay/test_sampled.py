@@ -382,7 +382,7 @@ def test_of_every_family_replay_is_the_plain_reference_and_proposals_are_scored_
 ) -> None:
     """Of answers that were decoded with the drafter, in rows that others take over."""
     write_family(tmp_path, family)
-    target = Target.of(tmp_path, dtype="float32", device="cpu")
+    target = Target.from_source(tmp_path, dtype="float32", device="cpu")
     drafter = random_dspark(target)
     requests = [Request(str(i), [5 + i, 3, 9, 1][: 3 + i % 2], 12, SAMPLING, i) for i in range(6)]
     answers = EmbeddedEngine(target, drafter, slots=2, capacity=32).generate(requests)

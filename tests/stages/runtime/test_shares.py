@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
 from draftsmith.stages.runtime.stage import RENDEZVOUS, ParallelConfig
-from draftsmith.stages.target.estimate import AnswerCounts, Use
+from draftsmith.stages.target.estimate import AnswerCounts, StageUse
 from draftsmith.stages.training.config import OpdConfig, SftConfig
 from draftsmith.stages.training.estimate import row_bytes, training_memory
 from tests.flows.checks.test_resources import qwen_sizes
@@ -96,7 +96,7 @@ def test_a_process_needs_memory_for_its_share_of_a_step() -> None:
 
     def parts(**parallel: Any) -> dict[str, float]:
         config = SftConfig.model_validate({"sequences_per_step": 21, "parallel": parallel})
-        return training_memory(config, Use(sizes, answers=answers))
+        return training_memory(config, StageUse(sizes, answers=answers))
 
     alone, shared, sharded = parts(), parts(processes=8), parts(processes=8, shard_optimiser=True)
     assert shared["features"] == pytest.approx(alone["features"] * 3 / 21)

@@ -88,7 +88,7 @@ class Case:
         write_family(folder, family)
         loader = capabilities.model_class(AutoConfig.from_pretrained(folder))
         reference = loader.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-        return cls(family, folder, Target.of(folder, dtype="float32", device="cpu"), reference)
+        return cls(family, folder, Target.from_source(folder, dtype="float32", device="cpu"), reference)
 
     @cached_property
     def texts(self) -> list[tuple[list[int], list[int]]]:
@@ -294,11 +294,11 @@ def test_layers_that_leave_several_vectors_a_token_are_one_clear_error(
     )  # fmt: skip
     save(Gemma3nForCausalLM(config), tmp_path, WORDS)
     with pytest.raises(DraftsmithError, match="gemma3n_text"):
-        Target.of(tmp_path, dtype="float32", device="cpu")
-    unknown = Layers.of(Gemma2Config(**shape, layer_types=ALTERNATING))
+        Target.from_source(tmp_path, dtype="float32", device="cpu")
+    unknown = Layers.from_config(Gemma2Config(**shape, layer_types=ALTERNATING))
     monkeypatch.setattr(Layers, "of", lambda _config: unknown)
     with pytest.raises(DraftsmithError, match="Gemma3nForCausalLM"):
-        Target.of(tmp_path, dtype="float32", device="cpu")
+        Target.from_source(tmp_path, dtype="float32", device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,7 @@ def test_forwards_that_are_not_the_models_own_are_one_clear_error(
     family: str, broken: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_family(tmp_path / "model", family)
-    target = Target.of(tmp_path / "model", dtype="float32", device="cpu")
+    target = Target.from_source(tmp_path / "model", dtype="float32", device="cpu")
     check_agreement(target, "it")
     if broken == "masks":
         monkeypatch.setattr(capabilities.Layers, "masks", lambda _self, visible, *_: 0.0 * visible[:, None])

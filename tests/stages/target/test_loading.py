@@ -52,7 +52,7 @@ def test_of_tied_weights_one_is_enough_and_the_part_for_images_is_not_read(tmp_p
     text = {name: weight for name, weight in tensors.items() if "vision" not in name}
     assert len(text) < len(tensors) and not any("lm_head" in name for name in text)
     save_file(text, tmp_path / WEIGHTS, metadata={"format": "pt"})
-    Target.of(tmp_path, dtype="float32", device="cpu")
+    Target.from_source(tmp_path, dtype="float32", device="cpu")
 
 
 def test_a_model_that_holds_a_causal_lm_whole_is_that_one(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_a_model_that_holds_a_causal_lm_whole_is_that_one(tmp_path: Path) -> Non
     model = NemotronH_Omni_Reasoning_V3(config)
     fill(model, 0)
     save(model, tmp_path, WORDS)
-    target = Target.of(tmp_path, dtype="float32", device="cpu")
+    target = Target.from_source(tmp_path, dtype="float32", device="cpu")
     ids = torch.arange(1, 21)[None]
     with torch.no_grad():
         expected = model.eval()(input_ids=ids, use_cache=False).logits
@@ -79,14 +79,14 @@ def test_a_model_that_holds_a_causal_lm_whole_is_that_one(tmp_path: Path) -> Non
     tensors = load_file(tmp_path / WEIGHTS)
     save_file({n: t for n, t in tensors.items() if "lm_head" not in n}, tmp_path / "cut" / WEIGHTS, {"format": "pt"})
     with pytest.raises(DraftsmithError, match=r"lack language_model\.lm_head\.weight"):
-        Target.of(tmp_path / "cut", dtype="float32", device="cpu")
+        Target.from_source(tmp_path / "cut", dtype="float32", device="cpu")
 
 
 def test_a_layer_that_lacks_one_of_its_experts_is_named_as_damaged(tmp_path: Path) -> None:
     write_family(tmp_path, "Qwen3-MoE")
     change(tmp_path, "model.layers.1.mlp.experts.3.up_proj.weight", None)
     with pytest.raises(DraftsmithError, match=WEIGHTS):
-        Target.of(tmp_path, dtype="float32", device="cpu")
+        Target.from_source(tmp_path, dtype="float32", device="cpu")
 
 
 @pytest.mark.parametrize("failing", ["model.model.forward", "model.get_output_embeddings"])
@@ -139,7 +139,7 @@ def test_the_configs_type_counts_where_the_architecture_has_another_name(
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
     with nullcontext() if known else pytest.raises(DraftsmithError, match="is not a causal language model"):
-        Target.of(tmp_path, dtype="float32", device="cpu")
+        Target.from_source(tmp_path, dtype="float32", device="cpu")
 
 
 def test_weights_that_are_no_numbers_are_told_as_that(tmp_path: Path) -> None:

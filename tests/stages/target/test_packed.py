@@ -11,9 +11,9 @@ from torch.nn import functional
 
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.packed_linear import (
+    PackedGroup,
     PackedLinear,
-    PackedPart,
-    PackedTogether,
+    PackedSlice,
     can_pack,
     pack,
     packed_copy,
@@ -77,7 +77,7 @@ def test_maps_of_one_input_are_one_product_and_in_parts_the_same(bias: bool, mon
     pack(made), pack(apart, together=())
     products = []
     whole = made[0].gate_proj.whole
-    assert isinstance(whole, PackedTogether) and made[0].up_proj.whole is whole
+    assert isinstance(whole, PackedGroup) and made[0].up_proj.whole is whole
     monkeypatch.setattr(whole, "forward", lambda x: products.append(x) or PackedLinear.forward(whole, x))
     x, other = torch.randn(2, 5, 32).bfloat16(), torch.randn(3, 32).bfloat16()
     for given in (x, other, x):
@@ -100,7 +100,7 @@ def test_a_target_decodes_with_packed_maps_and_reads_its_head_so(plain_artifact:
     plain = Target.load(plain_artifact, dtype="bfloat16")
     for module in plain.decoder.modules():
         for name, child in list(module.named_children()):
-            if isinstance(child, PackedLinear | PackedPart):
+            if isinstance(child, PackedLinear | PackedSlice):
                 linear = nn.Linear(child.in_features, child.out_features, bias=False)
                 linear.weight = nn.Parameter(child.weight, requires_grad=False)
                 setattr(module, name, linear)

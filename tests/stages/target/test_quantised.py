@@ -79,7 +79,7 @@ def test_weights_are_those_that_the_numbers_and_their_scales_say(
 ) -> None:
     """Without a GPU transformers dequantises them."""
     expected, _ = made(tmp_path, monkeypatch)
-    target = Target.of(tmp_path, dtype="float32", device="cpu")
+    target = Target.from_source(tmp_path, dtype="float32", device="cpu")
     assert target.info.quantisation == made.__name__
     loaded = dict(target.model.named_parameters())
     assert all(torch.equal(loaded[name], weight) for name, weight in expected.items())
@@ -91,17 +91,17 @@ def test_the_digest_is_of_the_quantised_numbers_and_of_how_they_are_read(
 ) -> None:
     """A drafter is made for one of these targets, not for the checkpoint that they were quantised from."""
     _, of_scales = made(tmp_path, monkeypatch)
-    digests = {Target.of(tmp_path, dtype=dtype, device="cpu").info.digest for dtype in ("float32", "bfloat16")}
+    digests = {Target.from_source(tmp_path, dtype=dtype, device="cpu").info.digest for dtype in ("float32", "bfloat16")}
     assert len(digests) == 1, "whatever they are loaded as"
 
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"]["modules_to_not_convert"] = ["model.embed_tokens", "lm_head"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    digests.add(Target.of(tmp_path, dtype="float32", device="cpu").info.digest)
+    digests.add(Target.from_source(tmp_path, dtype="float32", device="cpu").info.digest)
     tensors = load_file(tmp_path / WEIGHTS)
     name = min(name for name in tensors if name.endswith(of_scales))
     write(tmp_path, tensors | {name: tensors[name] * 2 if of_scales == "weight_scale_inv" else tensors[name] + 1})
-    digests.add(Target.of(tmp_path, dtype="float32", device="cpu").info.digest)
+    digests.add(Target.from_source(tmp_path, dtype="float32", device="cpu").info.digest)
     assert len(digests) == 3
 
 
@@ -109,7 +109,7 @@ def test_a_quantisation_whose_package_is_not_here_is_one_clear_error(tmp_path: P
     write_model(tmp_path)
     say(tmp_path, quant_method="aqlm")
     with pytest.raises(DraftsmithError, match="aqlm"):
-        Target.of(tmp_path, device="cpu")
+        Target.from_source(tmp_path, device="cpu")
 
 
 def test_a_scale_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.drafters.dflash2.config import DFlash2Config
 from draftsmith.stages.drafters.dspark.config import DSparkConfig
 from draftsmith.stages.drafters.eagle3.config import Eagle3Config
-from draftsmith.stages.target.estimate import PROCESS, AnswerCounts, Use
+from draftsmith.stages.target.estimate import PROCESS_BYTES, AnswerCounts, StageUse
 from draftsmith.stages.target.sampling import SamplingParams
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
 from draftsmith.stages.training.estimate import row_bytes, training_memory
@@ -48,9 +48,9 @@ def estimated_and_tracked(
     """Return the estimated bytes of tensors, the tracked bytes, and the rows of a micro-batch."""
     config: TrainingConfig = step.config
     sizes = step.sizes(device_memory)
-    parts = training_memory(config, Use(sizes, answers=AnswerCounts(step.longest)))
+    parts = training_memory(config, StageUse(sizes, answers=AnswerCounts(step.longest)))
     rows = round(parts["activations"] / row_bytes(config, sizes, step.longest))
-    return sum(parts.values()) - PROCESS, step.peak_bytes(rows, mask_entries), rows
+    return sum(parts.values()) - PROCESS_BYTES, step.peak_bytes(rows, mask_entries), rows
 
 
 @pytest.mark.parametrize("name", STEPS)

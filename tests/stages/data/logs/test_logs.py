@@ -17,8 +17,7 @@ from draftsmith.stages.data.logs.stage import STAGE, LogsConfig
 from draftsmith.stages.data.rejects import RejectLog
 from draftsmith.stages.data.row_files import read_rows
 from draftsmith.stages.data.row_formats import TOOLS, RejectedRow
-from draftsmith.stages.target.info import model_path, read_target_info
-from draftsmith.stages.target.resolve import load_tokenizer
+from draftsmith.stages.target.info import load_tokenizer, model_path, read_target_info
 from tests.stages.data.logs.logs_run import Logs, Row, as_ids, counts, set_aside, table
 from tests.testbed.drafter import DrafterArtifacts
 

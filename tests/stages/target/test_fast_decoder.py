@@ -56,7 +56,7 @@ def forwards(target: Target) -> list[TargetOutput]:
 @pytest.mark.parametrize("name", list(FIELDS))
 def test_a_lean_forward_is_the_models_own(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     target = made(name, dtype, FIELDS[name])
-    assert target._lean is not None
+    assert target._fast is not None
     lean = forwards(target)
     monkeypatch.setitem(target.__dict__, "_lean", None)
     for ours, own in zip(lean, forwards(target), strict=True):
@@ -70,8 +70,8 @@ def test_a_lean_forward_is_the_models_own(name: str, dtype: torch.dtype, monkeyp
 
 
 def test_other_layers_run_as_they_are() -> None:
-    assert made("Granite", torch.float32, {})._lean is None
-    assert made("Llama", torch.float32, {"hidden_act": "gelu"})._lean is None
+    assert made("Granite", torch.float32, {})._fast is None
+    assert made("Llama", torch.float32, {"hidden_act": "gelu"})._fast is None
     model = made("Llama", torch.float32, {})
     model.decoder.layers[1].mlp.add_module("router", torch.nn.Identity())  # as another release may have
-    assert model._lean is None
+    assert model._fast is None

@@ -1,0 +1,208 @@
+"""Describes a model folder: checks config, weights and tokenizer, and returns the target's `TargetInfo`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as WITH_IMAGES
+from transformers.quantizers import AutoHfQuantizer
+
+from draftsmith.artifacts.errors import DraftsmithError, one_line
+from draftsmith.stages.target.config import TargetConfig
+from draftsmith.stages.target.info import TargetInfo, load_tokenizer, model_digest, tokenizer_digest
+from draftsmith.stages.target.layers import Layers, UnknownLayersError, stable_positions
+from draftsmith.stages.target.logit_map import LogitMap
+from draftsmith.stages.target.logit_probe import UnsupportedHeadError, probe_logit_map
+from draftsmith.stages.target.model_sizes import usual_layer, wrong_numbers
+from draftsmith.stages.target.source import Kind, check_weights
+
+_DRAFTER = re.compile("eagle|medusa|dflash|dspark")  # in names of drafters' classes
+_WHOLE_MODEL = ("ForCausalLM", "ForConditionalGeneration")  # ends of names of whole models' classes
+_SIZES = ("vocab_size", "num_hidden_layers")
+_SIZES_OF_DRAFTER = ("hidden_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+
+
+def describe(folder: Path, config: TargetConfig, *, kind: Kind, location: str, revision: str | None) -> TargetInfo:
+    """Check a model folder (causal LM, complete weights, tokenizer) and describe it; no weights are loaded."""
+    read_config(folder)  # before the weights: a folder without a causal LM gets that error
+    weights = check_weights(folder)
+    info = describe_metadata(folder, config, kind=kind, location=location, revision=revision)
+    return info.model_copy(update={"digest": model_digest(folder, weights)})
+
+
+def describe_metadata(
+    folder: Path, config: TargetConfig, *, kind: Kind, location: str, revision: str | None
+) -> TargetInfo:
+    """Describe a model folder by its config and tokenizer alone; the digest over the weights is left empty."""
+    if kind == "folder" and config.revision is not None:
+        raise DraftsmithError("target.revision: is for models of the hub. Remove it for a folder.")
+    architecture, settings = read_config(folder)
+    tokenizer = load_tokenizer(folder)
+    text = settings.get_text_config()
+    layers, logits = _capabilities(folder, settings)
+    if len(tokenizer) > text.vocab_size:
+        raise DraftsmithError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens and the model's vocabulary {text.vocab_size}: "
+            "they do not belong together. Copy or download the model again."
+        )
+    eos_ids = _eos_ids(folder, text, tokenizer)
+    if not eos_ids:
+        raise DraftsmithError(
+            f"{folder}: neither generation_config.json nor config.json nor the tokenizer names an end token. "
+            "Set eos_token_id in generation_config.json."
+        )
+    return TargetInfo(
+        source=config.source,
+        kind=kind,
+        location=location,
+        revision=revision,
+        dtype=config.dtype,
+        digest="",
+        tokenizer_digest=tokenizer_digest(folder),
+        architecture=architecture,
+        model_type=settings.model_type,
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        num_layers=text.num_hidden_layers,
+        max_positions=min(text.max_position_embeddings, stable_positions(text) or text.max_position_embeddings),
+        eos_ids=eos_ids,
+        mask_candidates=_mask_candidates(tokenizer, text.vocab_size, eos_ids),
+        chat_template=bool(tokenizer.chat_template),
+        tied_embeddings=bool(getattr(text, "tie_word_embeddings", False)),
+        layer_kinds=sorted(set(layers.kinds)),
+        rewindable=not layers.recurrent,
+        tree_forward=not layers.recurrent,
+        logit_scale=logits.scale,
+        logit_softcap=logits.softcap,
+        quantisation=_quantisation(folder, settings),
+    )
+
+
+def read_config(folder: Path) -> tuple[str, PretrainedConfig]:
+    """Return architecture and transformers' config of a causal LM. Raises DraftsmithError for any other model."""
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DraftsmithError(f"{folder} has no config.json. Give the folder of a complete model.") from None
+    except (ValueError, RecursionError) as error:
+        raise DraftsmithError(f"{path}: not JSON ({error}). Copy or download the model again.") from error
+    if not isinstance(raw, dict):
+        raise DraftsmithError(f"{path}: not a JSON object. Copy or download the model again.")
+    model_type, named = str(raw.get("model_type")), raw.get("architectures")
+    first = named[0] if isinstance(named, list) and named else CAUSAL.get(model_type, "")
+    architecture = first if isinstance(first, str) else ""
+    entries = [*CAUSAL.values(), *WITH_IMAGES.values()]  # of the latter the text part is used
+    known = {_normalise(name) for entry in entries for name in ([entry] if isinstance(entry, str) else entry)}
+    # A name that transformers does not know means the model of the config's type if it ends like that of a whole model;
+    # others are drafters, classifiers, …
+    drafter = bool(_DRAFTER.search(_normalise(architecture)))
+    other = drafter or "auto_map" in raw or hasattr(transformers, architecture)
+    other = other or not architecture.endswith(_WHOLE_MODEL)
+    if _normalise(architecture) not in known and (other or model_type not in {*CAUSAL, *WITH_IMAGES}):
+        what = architecture or f"model_type {model_type}"
+        own_code = ", and code that a model brings along is not run" if "auto_map" in raw else ""
+        raise DraftsmithError(
+            f"{folder}: {what} is not a causal language model that transformers knows{own_code}. Give a causal "
+            "language model; for a drafter, target.source is the model that it drafts for."
+        )
+    try:
+        return architecture, AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # configs check themselves with error classes of their own
+        raise DraftsmithError(f"{path}: transformers cannot read it ({one_line(error)}). Correct it.") from error
+
+
+def _normalise(name: str) -> str:
+    """Return a class name in one spelling: repositories write some with underscores or other capitals."""
+    return name.replace("_", "").lower()
+
+
+def _capabilities(folder: Path, config: PretrainedConfig) -> tuple[Layers, LogitMap]:
+    """Return the model's layers and logit map. Raises DraftsmithError for a model whose answers would be wrong."""
+    text = config.get_text_config()
+    usual = usual_layer(text)
+    if missing := [name for name in _SIZES_OF_DRAFTER if getattr(usual, name, None) is None]:
+        raise DraftsmithError(
+            f"{folder}: {text.model_type} has no config field {missing[0]}, which a drafter takes from a target with "
+            "grouped heads. Give another target."
+        )
+    if wrong := wrong_numbers(text, _SIZES) + wrong_numbers(usual, _SIZES_OF_DRAFTER):
+        raise DraftsmithError(f"{folder / 'config.json'}: {wrong[0][0]} is {wrong[0][1]!r}. Correct it.")
+    try:
+        return Layers.from_config(text), probe_logit_map(config)
+    except UnknownLayersError as error:
+        raise DraftsmithError(
+            f"{folder}: layers of {text.model_type} with {error} are not supported. Give another target."
+        ) from error
+    except UnsupportedHeadError as error:
+        raise DraftsmithError(
+            f"{folder}: the logits of {text.model_type} are not those of a linear head, scaled or soft-capped "
+            f"({one_line(error)}). Give another target."
+        ) from error
+    except Exception as error:  # model classes raise errors of any kind
+        raise DraftsmithError(
+            f"{folder}: transformers cannot build a model from its config.json ({type(error).__name__}: "
+            f"{one_line(error)}). Correct it, or install the transformers that it is for."
+        ) from error
+
+
+def _quantisation(folder: Path, config: PretrainedConfig) -> str | None:
+    """Return the quantisation method of a checkpoint, None if it has none.
+
+    Raises DraftsmithError if transformers cannot load it here, mostly for lack of a package.
+    """
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    try:
+        quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True)
+        quantizer.validate_environment(device_map=None)
+    except (ImportError, ValueError, RuntimeError, NotImplementedError, KeyError) as error:
+        raise DraftsmithError(
+            f"{folder}: its quantised weights cannot be loaded here ({one_line(error)}). Install what is missing, or "
+            "give the checkpoint that is not quantised."
+        ) from error
+    method = quantizer.quantization_config.quant_method
+    return str(getattr(method, "value", method))
+
+
+def _eos_ids(folder: Path, text: PretrainedConfig, tokenizer: Any) -> list[int]:
+    """Return the ids that end an answer, from generation config, config and tokenizer, as serving engines do."""
+    ids: list[int] = []
+    path, generation = folder / "generation_config.json", {}
+    if path.is_file():
+        try:
+            generation = json.loads(path.read_text(encoding="utf-8"))
+            GenerationConfig.from_dict(generation)  # loading the model parses it too
+        except Exception as error:  # transformers compares fields of any type
+            raise DraftsmithError(f"{path}: cannot be read ({one_line(error)}). Copy it again.") from error
+    from_config = getattr(text, "eos_token_id", None)  # text configs of some models have no such field
+    for value in (generation.get("eos_token_id"), from_config, tokenizer.eos_token_id):
+        ids += value if isinstance(value, list) else [value] if value is not None else []
+    if wrong := [each for each in ids if type(each) is not int]:
+        raise DraftsmithError(f"{folder}: eos_token_id {wrong[0]!r} is no token id. Correct generation_config.json.")
+    return list(dict.fromkeys(index for index in ids if 0 <= index < text.vocab_size))
+
+
+def _mask_candidates(tokenizer: Any, vocab_size: int, eos_ids: list[int]) -> list[int]:
+    """Return ids that never occur in text: the mask token, rows beyond the tokenizer, special tokens without a use."""
+    ids: list[int] = []
+    if tokenizer.mask_token_id is not None:
+        ids.append(tokenizer.mask_token_id)
+    ids += list(range(len(tokenizer), min(vocab_size, len(tokenizer) + 8)))
+    named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id, *eos_ids}
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    special = [
+        (token.content, index)
+        for index, token in sorted(tokenizer.added_tokens_decoder.items())
+        if token.special and index not in named and token.content not in template and index < vocab_size
+    ]
+    words = ("mask", "reserved", "unused", "empty")
+    special.sort(key=lambda entry: not any(word in entry[0].lower() for word in words))  # stable: ids stay in order
+    return list(dict.fromkeys(ids + [index for _, index in special]))
