@@ -72,7 +72,7 @@ def test_parts_say_what_the_whole_target_says(family: str, artifacts: dict[str, 
         ("Mistral", 3, {}, "3 does not divide the num_attention_heads of the target, 4"),
         ("Mistral", 4, {}, "4 does not divide the num_key_value_heads of the target, 2"),
         ("Gemma 4", 2, {}, "2 does not divide the num_key_value_heads of the target, 1"),  # of one layer
-        ("Mistral", 2, {"quantization_config": {"quant_method": "fp8"}}, "is quantised, which is not divided here"),
+        ("Mistral", 2, {"quantization_config": {"quant_method": "fp8"}}, "is quantised, and cannot be divided"),
     ],
 )
 def test_what_cannot_be_divided_is_refused(

@@ -306,7 +306,7 @@ def test_layers_that_leave_several_vectors_a_token_are_one_clear_error(
     [
         ("gpt-oss", "masks", "cached forwards differ"),
         ("LFM2", "commit", "cached forwards differ"),
-        ("Granite 4 hybrid", "settle", "cached forwards of one token differ"),
+        ("Granite 4 hybrid", "write_back", "cached forwards of one token differ"),
         ("Granite 4 hybrid", "copy", "cached forwards of one token differ"),
         ("Kimi Linear", "copy", "cached forwards of one token differ"),
     ],
@@ -321,8 +321,8 @@ def test_forwards_that_are_not_the_models_own_are_one_clear_error(
         monkeypatch.setattr(capabilities.Layers, "masks", lambda _self, visible, *_: 0.0 * visible[:, None])
     elif broken == "commit":
         monkeypatch.setattr(Target, "commit", lambda *_: None)
-    elif broken == "settle":
-        monkeypatch.setattr(SlotCache, "settle", lambda _self: None)
+    elif broken == "write_back":
+        monkeypatch.setattr(SlotCache, "write_back", lambda _self: None)
     else:  # the state itself, which a step of one token overwrites
         monkeypatch.setattr(torch.Tensor, "clone", lambda self: self)
     with pytest.raises(DraftsmithError, match=said):

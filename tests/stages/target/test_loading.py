@@ -159,9 +159,9 @@ WRONG_SIZES: list[Any] = [-1, 0, 10**30, "8", []]
         (
             "config.json",
             {"rope_parameters": {"rope_type": "own", "rope_theta": 1e4}},
-            r"cannot make a model of its config.json \(KeyError: 'own'\)",
+            r"cannot build a model from its config.json \(KeyError: 'own'\)",
         ),
-        ("config.json", {"hidden_act": "own"}, r"cannot make a model of its config.json \(KeyError: 'own'\)"),
+        ("config.json", {"hidden_act": "own"}, r"cannot build a model from its config.json \(KeyError: 'own'\)"),
         *(
             ("config.json", {field: value}, rf"config\.json: .*\b{field}\b")
             for field in ("hidden_size", "num_key_value_heads", "max_position_embeddings", "vocab_size", "rms_norm_eps")
@@ -175,7 +175,7 @@ WRONG_SIZES: list[Any] = [-1, 0, 10**30, "8", []]
             )
             for name in ("rope_theta", "factor")
         ),
-        ("config.json", SLIDING | {"sliding_window": None}, "cannot make a model of its config.json"),
+        ("config.json", SLIDING | {"sliding_window": None}, "cannot build a model from its config.json"),
         ("config.json", SLIDING | {"sliding_window": 0}, "sliding_attention over 0 positions are not supported"),
         ("generation_config.json", {"eos_token_id": "<end>"}, "eos_token_id '<end>' is no token id"),
         ("generation_config.json", {"max_new_tokens": "many"}, r"generation_config\.json: cannot be read"),

@@ -169,9 +169,12 @@ def forget_the_end(folder: Path) -> None:
         (remove("tokenizer.json"), "no tokenizer (tokenizer.json is missing)"),
         (write("tokenizer.json", "{"), "the tokenizer cannot be read"),
         (edit_config(architectures=["BertForMaskedLM"], model_type="bert"), "BertForMaskedLM is not a causal language"),
-        (edit_config(architectures=["NewForCausalLM"], auto_map={"AutoModel": "x.Y"}), "own code are not run"),
-        *((edit_config(architectures=[known.ARCHITECTURE]), "is a drafter") for known in ARCHITECTURES.values()),
-        (edit_config(architectures=["Eagle3LlamaForCausalLM"], model_type="llama"), "is a drafter"),
+        (
+            edit_config(architectures=["NewForCausalLM"], auto_map={"AutoModel": "x.Y"}),
+            "code that a model brings along is not run",
+        ),
+        *((edit_config(architectures=[known.ARCHITECTURE]), "for a drafter") for known in ARCHITECTURES.values()),
+        (edit_config(architectures=["Eagle3LlamaForCausalLM"], model_type="llama"), "for a drafter"),
         (edit_config(architectures=[None]), "model_type qwen3 is not a causal language model"),
         (edit_config(architectures=["BertForMaskedLM"], model_type=["bert"]), "BertForMaskedLM is not a causal"),
         (edit_config(hidden_size="wide"), "transformers cannot read it"),
@@ -196,7 +199,7 @@ def test_a_source_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert "is a file" in message(tmp_path / "file.txt", tmp_path)
     (tmp_path / "holds").mkdir()
     (tmp_path / "holds" / "model-q4.gguf").write_bytes(b"GGUF")
-    assert "it holds model-q4.gguf" in message(tmp_path / "holds", tmp_path)
+    assert "model-q4.gguf" in message(tmp_path / "holds", tmp_path)
 
 
 def test_a_package_that_is_not_installed_says_how_to_install_it(tmp_path: Path) -> None:
