@@ -225,7 +225,9 @@ def compare(target: Target, drafters: Mapping[str, Drafter], answers: Answers) -
     options = ReplayOptions(sampling=answers.sampling, with_proposals=False)
     tallies = Replayer(target, options).acceptance(drafters, answers.trajectories)
     looping = [has_loop(each.tokens[each.prompt_length :]) for each in answers]
-    return Comparison(tallies, answers.prompts, acceptance_table(tallies, answers.prompts, looping))
+    table = acceptance_table(tallies, answers.prompts, looping)
+    metrics = {name: acceptance.to_json() for name, acceptance in table.items()}
+    return Comparison(tallies, answers.prompts, metrics)
 
 
 @dataclass(frozen=True)

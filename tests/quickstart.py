@@ -1,28 +1,27 @@
 """The demo that `make quickstart` runs: a whole refresh, which has worked whatever the gate decides.
 
-A drafter that is not promoted, or whose speed could not be judged, is a result. Outputs that differ from plain decoding
-in float32 are not: then the demo fails as `draftsmith run` does.
+A drafter that is not promoted, or whose speed is inconclusive, is a result. Outputs that differ from decoding without a
+drafter in float32 are not: then the demo fails as `draftsmith run` does.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 
 from draftsmith.artifacts.errors import RefusedError
 from draftsmith.artifacts.home import home
+from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.artifacts.store.local import Store
 from draftsmith.flows.cli.main import main as draftsmith
-from draftsmith.stages.evaluation.gate import DECISION
 
 CONFIG = "configs/quickstart.yaml"
 
 
 def lossless(store: Store) -> bool:
-    """Return whether the last gate found no output that differs from plain decoding in float32."""
+    """Return whether the last gate found no output that differs from decoding without a drafter in float32."""
     last = [manifest for manifest in store.list() if manifest.stage == "gate"][-1]
-    decision = json.loads((store.path(last.stage, last.key) / DECISION).read_text("utf-8"))
-    return all(rule["passed"] for rule in decision["rules"] if rule["name"] == "lossless")
+    decision = GateDecision.read(store.path(last.stage, last.key))
+    return all(rule.passed for rule in decision.rules if rule.name == "lossless")
 
 
 def main() -> int:

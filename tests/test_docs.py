@@ -11,7 +11,7 @@ import pytest
 
 from draftsmith.flows.cli.arguments import parser
 from draftsmith.flows.cli.main import main
-from draftsmith.stages.evaluation.gate_rules import GateConfig
+from draftsmith.stages.evaluation.gate import GateConfig
 
 ROOT = Path(__file__).parents[1]
 LONGEST = 10_000  # characters that a newcomer reads

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
+from draftsmith.artifacts.results.gate import GateDecision, RuleResult
 from draftsmith.artifacts.store.local import Store
-from draftsmith.stages.evaluation.gate import DECISION
 from tests import quickstart
 from tests.testbed.artifacts import committed
 
 
 def decided(home: Path, lossless: bool) -> None:
     """Leave the decision of a gate in the store of a home."""
-    rules = [{"name": "lossless", "passed": lossless}, {"name": "speed-up", "passed": False}]
+    rules = [
+        RuleResult(name=name, passed=passed, text="") for name, passed in (("lossless", lossless), ("speed-up", False))
+    ]
+    decision = GateDecision(promote=False, outcome="refused", challenger="opd", rules=rules)
     store = Store(home / "store")
-    committed(store, "gate", {DECISION: json.dumps({"outcome": "refused", "rules": rules})})
+    committed(store, "gate", {GateDecision.FILE: decision.model_dump_json(by_alias=True)})
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,8 @@ class Acceptance(Record):
 class SpeedMetrics(Record):
     """Speed metrics of one arm at one setting. Decoding without a drafter has none from `speedup` on."""
 
-    tokens_per_s: float | None = None
-    turns: int = 0
+    tokens_per_s: float
+    turns: int = 0  # timed runs
     prompts: int = 0
     first_token_s_median: float | None = None
     first_token_s_p95: float | None = None
@@ -86,7 +86,7 @@ class EstimateRecord(Record):
     degrees: float  # of freedom of the error
 
 
-class Comparison(Record):
+class ArmComparison(Record):
     """The estimated difference of an arm to another one: of tau, or of the logarithm of the speed."""
 
     kind: str  # tau or speed
@@ -195,7 +195,7 @@ class EvaluationResult(ResultFile, Record):
     loop_share: float | None = None
     tau_without_loops: Mapping[str, float | None] = {}
     sets: Mapping[str, Mapping[str, SetMetrics]] = {}
-    comparisons: Annotated[Sequence[Comparison], Field(alias="compared")] = ()
+    comparisons: Annotated[Sequence[ArmComparison], Field(alias="compared")] = ()
     validation_tau: Mapping[str, float | None] | None = None
 
     @property
@@ -223,7 +223,7 @@ class EvaluationResult(ResultFile, Record):
             return self.speed_by_setting
         return [SpeedTable(temperature=self.temperature, concurrency=self.concurrency, arms=self.speed)]
 
-    def compared(self, kind: str, arm: str, other: str) -> list[Comparison]:
+    def compared(self, kind: str, arm: str, other: str) -> list[ArmComparison]:
         """Return the comparisons of two arms: of tau by prompt set, or of speed by setting."""
         return [each for each in self.comparisons if (each.kind, each.arm, each.other) == (kind, arm, other)]
 

@@ -10,10 +10,10 @@ from draftsmith.stages.data.logs.config import LogsConfig
 from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
-from draftsmith.stages.evaluation.gate_rules import GateConfig
+from draftsmith.stages.evaluation.gate import GateConfig
 from draftsmith.stages.evaluation.timed_runs import settings_of
 from draftsmith.stages.evaluation.validity import fewest_prompts
-from draftsmith.stages.evaluation.verdicts import FEWEST_TURNS
+from draftsmith.stages.evaluation.verdicts import FEWEST_RUNS
 from draftsmith.stages.target.sampling import SamplingParams
 from draftsmith.stages.training.config import OpdConfig
 
@@ -27,9 +27,9 @@ def check_gate(findings: Findings, nodes: Sequence[Node]) -> None:
         evaluation = by_name[node.inputs["evaluation"]]
         measured, prompts = evaluation.config, by_name[evaluation.inputs["prompts"]].config
         assert isinstance(measured, EvaluationConfig) and isinstance(prompts, PromptsConfig)
-        fewest = FEWEST_TURNS if measured.by_prompt else fewest_prompts(max(measured.concurrency))
+        fewest = FEWEST_RUNS if measured.by_prompt else fewest_prompts(max(measured.concurrency))
         needed = [
-            ("evaluation.rounds", measured.rounds, 1 if measured.by_prompt else FEWEST_TURNS),
+            ("evaluation.rounds", measured.rounds, 1 if measured.by_prompt else FEWEST_RUNS),
             ("evaluation.speed_prompts", measured.speed_prompts, fewest),
             ("the number of held-out prompts,", prompts.prompt_count("heldout"), fewest),  # speed_prompts are a sample
         ]

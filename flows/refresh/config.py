@@ -20,9 +20,9 @@ from draftsmith.stages.engines.config import SamplingConfig
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.drift import DriftConfig
-from draftsmith.stages.evaluation.gate_rules import GateConfig
+from draftsmith.stages.evaluation.gate import GateConfig
 from draftsmith.stages.replay.stage import MiningConfig
-from draftsmith.stages.report.stage import ReportConfig
+from draftsmith.stages.report.stage import HistoryPoint, ReportConfig
 from draftsmith.stages.runtime.stage import Config
 from draftsmith.stages.target.config import TargetConfig
 from draftsmith.stages.training.config import OpdConfig, SftConfig
@@ -266,7 +266,8 @@ def report_config(config: RefreshConfig) -> ReportConfig:
     if config.registry is None:
         return ReportConfig()
     serves = (config.champion.line, config.champion.version) if config.champion is not None else None
-    return ReportConfig(champion=serves, history=config.registry.history, line=config.registry.name)
+    history = tuple(map(HistoryPoint.model_validate, config.registry.history))
+    return ReportConfig(champion=serves, history=history, line=config.registry.name)
 
 
 def control_config(config: RefreshConfig) -> SftConfig:

@@ -10,6 +10,7 @@ from typing import Any
 
 from draftsmith.artifacts.errors import RefusedError
 from draftsmith.artifacts.home import home
+from draftsmith.artifacts.results.base import SetMetrics
 from draftsmith.artifacts.results.drift import DriftResult
 from draftsmith.artifacts.results.evaluation import EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision
@@ -38,7 +39,7 @@ from draftsmith.flows.refresh.summary import DETAIL
 from draftsmith.stages.data.logs.rehearsal_stage import is_available
 from draftsmith.stages.data.time_window import LAST
 from draftsmith.stages.drafters.stage import RECORD as TARGET_RECORD
-from draftsmith.stages.evaluation.drift import fallen, unjudged
+from draftsmith.stages.evaluation.drift_rules import degraded_sets, inconclusive_sets
 from draftsmith.stages.runtime.stage import Config
 
 _MAX_TAG_CHARS = 250
@@ -72,13 +73,13 @@ class RefreshPolicy:
         if node.name != "drift" or self.line.champion is None:
             return None
         promotion_hook.call_if_due(self.config.on_promote, self.line.name)
-        drift = json.loads((folders["drift"] / DriftResult.FILE).read_text("utf-8"))
+        drift = DriftResult.read(folders["drift"])
         record = json.loads((folders["champion"] / TARGET_RECORD).read_text("utf-8"))
         reasons = self._reasons(drift, target_changed=record["target_changed"])
-        self._drift_metrics = {f"{DETAIL}drift.{name}.tau": metrics["tau"] for name, metrics in drift.items()}
+        self._drift_metrics = {f"{DETAIL}drift.{name}.tau": metrics.tau or 0.0 for name, metrics in drift.root.items()}
         self._drift_tags = {"drift": "; ".join(reasons)[:_MAX_TAG_CHARS] or "none"}
-        champion, tau = self.line.champion, drift["all"]["tau"]
-        check = {"version": champion.version, **drift["all"], "decision": "; ".join(reasons)[:1000] or "current"}
+        champion, overall = self.line.champion, drift.overall
+        check = {"version": champion.version, **overall.to_json(), "decision": "; ".join(reasons)[:1000] or "current"}
         registry().add_drift(self.line.name, {"at": datetime.now(UTC).isoformat(timespec="seconds"), **check})
         if reasons:
             Display().line(
@@ -88,18 +89,18 @@ class RefreshPolicy:
         before = (champion.figures.get("all") or {}).get("tau")
         notes = [
             f"no set fell measurably by more than {self.config.drift.threshold:.1%}",
-            *unjudged(drift, champion.figures),
+            *inconclusive_sets(drift.root, _set_metrics(champion.figures)),
             "nothing was trained (`--force drift` refreshes anyway)",
         ]
         message = (
-            f"{self.line.name}: the champion (version {champion.version}) is current: tau {tau:.3f} on "
-            f"{drift['all']['prompts']} prompts, {'unknown' if before is None else format(before, '.3f')} at its "
+            f"{self.line.name}: the champion (version {champion.version}) is current: tau {overall.tau or 0.0:.3f} on "
+            f"{overall.prompts} prompts, {'unknown' if before is None else format(before, '.3f')} at its "
             f"promotion; {'; '.join(notes)}"
         )
-        metrics = {"tau.champion": tau, **self._drift_metrics}
+        metrics = {"tau.champion": overall.tau or 0.0, **self._drift_metrics}
         return Conclusion("Current", message, metrics=metrics, tags={OUTCOME: "current", **self._drift_tags})
 
-    def _reasons(self, drift: Mapping[str, Any], *, target_changed: bool) -> list[str]:
+    def _reasons(self, drift: DriftResult, *, target_changed: bool) -> list[str]:
         """Return why the refresh continues; empty if there is no reason."""
         champion, config = self.line.champion, self.config.drift
         assert champion is not None
@@ -114,7 +115,7 @@ class RefreshPolicy:
             reasons.append(f"the last refresh was at {self.line.refreshed_at}, which is ahead of this machine's clock")
         if changes := self._changed_settings():  # taus that were measured differently do not show drift
             return [*reasons, f"measured differently since its promotion: {', '.join(changes)}"]
-        return reasons + fallen(drift, champion.figures, config.threshold)
+        return reasons + degraded_sets(drift.root, _set_metrics(champion.figures), config.threshold)
 
     def _changed_settings(self) -> list[str]:
         """Describe the settings that have changed since the champion was measured; none if they are unknown."""
@@ -216,6 +217,11 @@ def _approved(key: str) -> bool:
     from draftsmith.flows.orchestration.announcements import approved  # imports Prefect, and planning must not
 
     return approved(key)
+
+
+def _set_metrics(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, SetMetrics]:
+    """Return the metrics of a promotion by prompt set."""
+    return {name: SetMetrics.model_validate(metrics) for name, metrics in figures.items()}
 
 
 def _describe(value: Any) -> str:

@@ -22,7 +22,7 @@ from pydantic import Field
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import UPLOADED, home
 from draftsmith.artifacts.results.data import LogsSummary
-from draftsmith.artifacts.results.evaluation import EvaluationResult, SpeedMetrics
+from draftsmith.artifacts.results.evaluation import EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.artifacts.store.checksums import Checksums
 from draftsmith.artifacts.store.local import REPLACED, Store
@@ -328,7 +328,7 @@ def version_tags(
 
     arm, folder = decision.challenger, ref.path / DRAFTER_FOLDER
     info, drafter = read_info(folder), evaluation.drafters[arm]
-    speed = evaluation.speed.get(arm, SpeedMetrics())
+    speed = evaluation.speed.get(arm)
     return {
         "arm": arm,
         "drafter_digest": drafter_digest(folder),
@@ -336,9 +336,9 @@ def version_tags(
         "parents": json.dumps(info.parents[-8:]),
         "tau": f"{drafter.tau:.4f}",
         "tau_interval": json.dumps([drafter.tau_low, drafter.tau_high]),
-        "speedup": f"{speed.speedup:.4f}" if speed.speedup is not None else "",
-        FASTEST_BLOCK: str(speed.block_size or ""),
-        "speedup_interval": json.dumps([speed.speedup_low, speed.speedup_high]),
+        "speedup": f"{speed.speedup:.4f}" if speed and speed.speedup is not None else "",
+        FASTEST_BLOCK: str((speed and speed.block_size) or ""),
+        "speedup_interval": json.dumps([speed and speed.speedup_low, speed and speed.speedup_high]),
         "figures": json.dumps(promotion_metrics(evaluation, arm)),
         _MEASURED_WITH: json.dumps({**settings, BLOCK_SIZE: drafter.block_size}),
         "decision": decision.sentence[:4000],

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.results.drift import DriftResult
 from draftsmith.artifacts.results.evaluation import EvaluationResult
+from draftsmith.artifacts.results.gate import GateDecision
+from draftsmith.artifacts.results.report import Outcome, ReviewResult
 from draftsmith.artifacts.store.manifest import MANIFEST, Manifest, read_manifest
 from draftsmith.artifacts.tracking.models import ALL, Metrics
 from draftsmith.artifacts.tracking.refresh_runs import OUTCOME
@@ -19,12 +20,9 @@ from draftsmith.flows.execution.display import Display, EndedRun
 from draftsmith.flows.planning.graph import RunReview
 from draftsmith.flows.refresh.line import registry
 from draftsmith.stages.data.load import DRAFTER_FOLDER
-from draftsmith.stages.evaluation.gate import DECISION
-from draftsmith.stages.evaluation.gate_rules import with_version
 from draftsmith.stages.report.names import duration, number, target_name
 from draftsmith.stages.report.next_steps import Invocation, Step, next_steps, refresh_anyway
 from draftsmith.stages.report.review import Review, review_of
-from draftsmith.stages.report.stage import REVIEW
 from draftsmith.stages.report.tables import drafters as drafter_table
 
 WIDTH = 80
@@ -68,18 +66,18 @@ def screen(folders: Mapping[str, Path], ending: EndedRun) -> list[str]:
         lines += [
             *_verdict(review, command, ending),
             "",
-            *_table(review, _json(folders, "evaluation", "evaluation.json")),
+            *_table(review, EvaluationResult.read(folders["evaluation"])),
         ]
         if review.checks:
             lines += _wrapped("Gate  " + "  ".join(f"{tick} {group}" for tick, group in review.ticks()), "      ")
         if "report" in folders:
             steps = next_steps(review, command, _seconds(folders))
     elif "drift" in folders and champion is not None:
-        drift = json.loads((folders["drift"] / "drift.json").read_text("utf-8"))["all"]
+        drift = DriftResult.read(folders["drift"]).overall
         before = number((champion.figures.get("all") or {}).get("tau"), ".2f")
         lines += _wrapped(
-            f"CURRENT: {champion.line}@{champion.version} stays. Acceptance length {drift['tau']:.2f} on "
-            f"{drift['prompts']} prompts, {before} at its promotion: no significant drift. Nothing was trained."
+            f"CURRENT: {champion.line}@{champion.version} stays. Acceptance length {drift.tau or 0.0:.2f} on "
+            f"{drift.prompts} prompts, {before} at its promotion: no significant drift. Nothing was trained."
         )
         steps = [refresh_anyway(command)]
     return [*lines, *_next(steps), "", *_where(folders, review, ending)]
@@ -87,14 +85,9 @@ def screen(folders: Mapping[str, Path], ending: EndedRun) -> list[str]:
 
 def _review(folders: Mapping[str, Path], version: int | None = None) -> Review | None:
     """Return the review of evaluation and gate. version: the champion's."""
-    evaluation = _json(folders, "evaluation", "evaluation.json")
-    decision = _json(folders, "gate", DECISION)
-    return review_of(evaluation, decision if version is None else with_version(decision, version))
-
-
-def _json(folders: Mapping[str, Path], node: str, file: str) -> dict[str, Any]:
-    path = folders[node] / file if node in folders else None
-    return json.loads(path.read_text("utf-8")) if path is not None and path.is_file() else {}
+    evaluation = EvaluationResult.read_if_there(folders.get("evaluation"))
+    decision = GateDecision.read_if_there(folders.get("gate"))
+    return review_of(evaluation, decision.with_version(version) if decision and version is not None else decision)
 
 
 def _target(folders: Mapping[str, Path]) -> str:
@@ -105,10 +98,10 @@ def _target(folders: Mapping[str, Path]) -> str:
 
 def _version(command: Invocation, folders: Mapping[str, Path], review: Review) -> str | None:
     """Return the version of the challenger; None if it has none or MLflow does not answer."""
-    if command.line is None or review.candidate not in folders:
+    if command.line is None or review.challenger not in folders:
         return None
     try:
-        content = read_manifest(folders[review.candidate]).content_id
+        content = read_manifest(folders[review.challenger]).content_id
         numbers = [version.number for version in registry().versions(command.line) if version.content_id == content]
     except DraftsmithError:
         return None
@@ -127,7 +120,7 @@ def _verdict(review: Review, command: Invocation, ending: EndedRun) -> list[str]
     ]
 
 
-def _table(review: Review, evaluation: Mapping[str, Any]) -> list[str]:
+def _table(review: Review, evaluation: EvaluationResult) -> list[str]:
     table = drafter_table(review, evaluation, short=True)
     rows = [[cell.replace("\n", " ") for cell in row] for row in [table.head, *table.rows]]
     widths = [max(len(row[column]) for row in rows) for column in range(len(table.head))]
@@ -157,7 +150,9 @@ def _next(steps: Sequence[Step]) -> list[str]:
 
 def _where(folders: Mapping[str, Path], review: Review | None, ending: EndedRun) -> list[str]:
     report = [f"Report   {_short(folders['report'] / 'report.html')}"] if "report" in folders else []
-    folder = folders[review.candidate] / DRAFTER_FOLDER if review is not None and review.candidate in folders else None
+    folder = (
+        folders[review.challenger] / DRAFTER_FOLDER if review is not None and review.challenger in folders else None
+    )
     drafter = [f"Drafter  {_short(folder)}"] if folder is not None and folder.is_dir() else []
     return [*report, *drafter, f"MLflow   {ending.mlflow}"]
 
@@ -182,16 +177,16 @@ _SPEED_HEADLINES = ("speedup", "tokens_per_s")  # at the first setting
 
 def review(folders: Mapping[str, Path]) -> RunReview | None:
     """Return the review in the report's `review.json`; None without a report. folders: node -> folder."""
-    path = folders["report"] / REVIEW if "report" in folders else None
-    if path is None or not path.is_file():
+    review = ReviewResult.read_if_there(folders.get("report"))
+    if review is None:
         return None
-    content = json.loads(path.read_text("utf-8"))
-    verdict = content["outcome"] or {}
-    followed = verdict.get("followed")
-    promoted = {**verdict, "label": "Promoted", "sentence": followed} if followed else verdict
-    description, concluded = (_description(content, outcome, path.parent) for outcome in (verdict, promoted))
-    tags = {OUTCOME: verdict["kind"]} if verdict else {}
-    return RunReview(metric_names(content["figures"], _setting(folders)), description, concluded, tags)
+    verdict = promoted = review.outcome
+    if verdict is not None and verdict.followed:
+        promoted = verdict.model_copy(update={"label": "Promoted", "sentence": verdict.followed})
+    description, concluded = (_description(review, outcome, folders["report"]) for outcome in (verdict, promoted))
+    evaluation = EvaluationResult.read_if_there(folders.get("evaluation"))
+    metrics = metric_names(review.metrics, evaluation.setting if evaluation is not None else "")
+    return RunReview(metrics, description, concluded, {OUTCOME: verdict.kind} if verdict is not None else {})
 
 
 def compared(folders: Mapping[str, Path]) -> dict[str, tuple[Manifest, Metrics]]:
@@ -221,18 +216,12 @@ def metric_names(metrics: Mapping[str, float], setting: str = "") -> dict[str, f
     return {name if name in headlines else f"{DETAIL}{name}": value for name, value in metrics.items()}
 
 
-def _setting(folders: Mapping[str, Path]) -> str:
-    """Return the setting of the evaluation's headline; empty where no speed was measured."""
-    evaluation = EvaluationResult.read_if_there(folders.get("evaluation"))
-    return evaluation.setting if evaluation is not None else ""
-
-
-def _description(content: Mapping[str, Any], outcome: Mapping[str, Any], folder: Path) -> str:
+def _description(review: ReviewResult, outcome: Outcome | None, folder: Path) -> str:
     """Return the outcome with its reasons, speed warnings and the report's path, in Markdown."""
     lines = []
-    if outcome:
-        lines += [f"**{outcome['label']}.** {escape_markdown(outcome['sentence'])}", ""]
-        lines += [f"- {escape_markdown(reason)}" for reason in outcome["reasons"]]
-    if content["doubts"]:
-        lines += ["", "Unreliable:", "", *(f"- {escape_markdown(warning)}" for warning in content["doubts"])]
+    if outcome is not None:
+        lines += [f"**{outcome.label}.** {escape_markdown(outcome.sentence)}", ""]
+        lines += [f"- {escape_markdown(reason)}" for reason in outcome.reasons]
+    if review.speed_warnings:
+        lines += ["", "Unreliable:", "", *(f"- {escape_markdown(warning)}" for warning in review.speed_warnings)]
     return "\n".join([*lines, "", f"Report: `{folder / 'report.html'}`"]).strip()

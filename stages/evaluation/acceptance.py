@@ -1,15 +1,15 @@
-"""Acceptance of several drafters on identical trajectories: paired, so that small differences become visible."""
+"""Acceptance of several drafters on the same answers: paired, so that small differences show."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-from draftsmith.stages.evaluation.gate_rules import CHAMPION, as_figures, compared
-from draftsmith.stages.evaluation.verdicts import Pair, pairs
+from draftsmith.artifacts.results.base import SetMetrics
+from draftsmith.artifacts.results.evaluation import CHAMPION, Acceptance, ArmComparison, Difference
+from draftsmith.stages.evaluation.verdicts import Pair, comparison, estimate_record, pairs
 from draftsmith.stages.replay.stats import AcceptanceStats
 from draftsmith.stages.runtime.statistics import Estimate, jackknife, ratio, ratio_difference, ratio_gain, sum_by_key
 
@@ -17,7 +17,7 @@ _MULTIPLIER = np.uint64(6364136223846793005)  # odd; products wrap
 
 
 def has_loop(tokens: Sequence[int], n: int = 6, times: int = 3) -> bool:
-    """Does the answer repeat an n-gram `times` times (at least twice)? Its tau may then say little about other text."""
+    """Return whether the answer repeats an n-gram `times` times (at least twice), so that its tau is untypical."""
     ids, count = np.asarray(tokens, dtype=np.uint64), len(tokens) - n + 1
     if count < times:
         return False
@@ -33,48 +33,49 @@ def has_loop(tokens: Sequence[int], n: int = 6, times: int = 3) -> bool:
 
 def acceptance_table(
     tallies: Mapping[str, AcceptanceStats], prompts: Sequence[str], looping: Sequence[bool]
-) -> dict[str, dict[str, Any]]:
-    """Figures of each drafter, with 95 % intervals over prompts; differences to others are paired.
+) -> dict[str, Acceptance]:
+    """Return the metrics of each drafter, with 95 % intervals over prompts; differences to others are paired.
 
-    prompts, looping: of each trajectory, the id of its prompt, and whether its answer repeats itself. A single prompt
-    has no interval.
+    prompts, looping: for each answer, the id of its prompt, and whether it repeats itself. A single prompt has no
+    interval.
     """
     keep = ~np.asarray(looping)
-    differences = tau_differences(tallies, prompts)
-    table: dict[str, dict[str, Any]] = {}
-    for name, found in tallies.items():
-        tau = jackknife(ratio, *_by_prompt(found, prompts))
+    differences = {pair: _difference(estimate) for pair, estimate in tau_differences(tallies, prompts).items()}
+    table = {}
+    for name, tally in tallies.items():
+        tau = jackknife(ratio, *_by_prompt(tally, prompts))
         low, high = tau.interval() or (None, None)
-        table[name] = {
-            "tau": tau.value,
-            "tau_low": low,
-            "tau_high": high,
-            "prompts": tau.units,
-            "verify_steps": int(found.steps.sum()),
-            "block_size": found.block_size,
-            "acceptance_by_offset": [
-                float(found.accepted[k:].sum() / max(1, found.judged[k:].sum())) for k in range(1, found.block_size)
+        table[name] = Acceptance(
+            tau=tau.value,
+            tau_low=low,
+            tau_high=high,
+            prompts=tau.units,
+            verify_steps=int(tally.steps.sum()),
+            block_size=tally.block_size,
+            acceptance_by_offset=[
+                float(tally.accepted[k:].sum() / max(1, tally.judged[k:].sum())) for k in range(1, tally.block_size)
             ],
-            "accepted_histogram": found.accepted.tolist(),
-            "tau_without_loops": (float(found.committed[keep].sum() / found.steps[keep].sum()) if keep.any() else None),
-            "differences": {},
-        }
-        for (arm, other), difference in differences.items():
-            if arm == name:
-                low, high = difference.interval() or (None, None)
-                table[name]["differences"][other] = {"value": difference.value, "low": low, "high": high}
+            accepted_histogram=tally.accepted.tolist(),
+            tau_without_loops=float(tally.committed[keep].sum() / tally.steps[keep].sum()) if keep.any() else None,
+            differences={other: difference for (arm, other), difference in differences.items() if arm == name},
+        )
     return table
 
 
+def _difference(estimate: Estimate) -> Difference:
+    low, high = estimate.interval() or (None, None)
+    return Difference(value=estimate.value, low=low, high=high)
+
+
 def tau_differences(tallies: Mapping[str, AcceptanceStats], prompts: Sequence[str]) -> dict[Pair, Estimate]:
-    """`tau_difference` of each compared pair."""
+    """Return `tau_difference` of each compared pair."""
     return {(arm, other): tau_difference(tallies[arm], tallies[other], prompts) for arm, other in pairs(list(tallies))}
 
 
 def tau_difference(tally: AcceptanceStats, other: AcceptanceStats, prompts: Sequence[str] | None = None) -> Estimate:
-    """tau of a drafter minus that of another one on the same trajectories, paired over prompts.
+    """Return tau of a drafter minus that of another one on the same answers, paired over prompts.
 
-    prompts: the id of each trajectory's prompt; left out: every trajectory has its own.
+    prompts: the id of each answer's prompt; left out: every answer has its own.
     """
     prompts = [str(index) for index in range(len(tally.steps))] if prompts is None else prompts
     return jackknife(ratio_difference, *_by_prompt(tally, prompts), *_by_prompt(other, prompts))
@@ -82,47 +83,48 @@ def tau_difference(tally: AcceptanceStats, other: AcceptanceStats, prompts: Sequ
 
 def tau_by_set(
     tallies: Mapping[str, AcceptanceStats], prompts: Sequence[str], sets: Sequence[str]
-) -> dict[str, dict[str, dict[str, float | int | None]]]:
-    """Set -> drafter -> tau with its 95 % interval over prompts. sets: of each trajectory."""
-    found: dict[str, dict[str, dict[str, float | int | None]]] = {}
+) -> dict[str, dict[str, SetMetrics]]:
+    """Return set -> drafter -> tau with its 95 % interval over prompts. sets: of each answer."""
+    found: dict[str, dict[str, SetMetrics]] = {}
     for name in dict.fromkeys(sets):
-        places = _places(sets, name)
+        indices = _indices(sets, name)
         for arm, tally in tallies.items():
-            tau = jackknife(ratio, *_by_prompt(tally, prompts, places))
+            tau = jackknife(ratio, *_by_prompt(tally, prompts, indices))
             low, high = tau.interval() or (None, None)
-            found.setdefault(name, {})[arm] = {"tau": tau.value, "low": low, "high": high, "prompts": tau.units}
+            found.setdefault(name, {})[arm] = SetMetrics(tau=tau.value, low=low, high=high, prompts=tau.units)
     return found
 
 
-def taus_compared(
+def tau_comparisons(
     tallies: Mapping[str, AcceptanceStats], prompts: Sequence[str], sets: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Every drafter against the champion, over all prompts (set None) and within each set; empty without a champion."""
+) -> list[ArmComparison]:
+    """Compare every drafter with the champion, on all prompts (set None) and on each set; empty without a champion."""
     if CHAMPION not in tallies:
         return []
     found = []
     for name in (None, *dict.fromkeys(sets)):
-        places = _places(sets, name)
-        champion = _by_prompt(tallies[CHAMPION], prompts, places)
+        indices = _indices(sets, name)
+        champion = _by_prompt(tallies[CHAMPION], prompts, indices)
         base = float(ratio(*(sums.sum() for sums in champion)))
         for arm, tally in tallies.items():
             if arm != CHAMPION:
-                difference = jackknife(ratio_difference, *_by_prompt(tally, prompts, places), *champion)
-                gain = jackknife(ratio_gain, *_by_prompt(tally, prompts, places), *champion)
-                found.append(compared("tau", arm, CHAMPION, difference, set=name, base=base, gain=as_figures(gain)))
+                own = _by_prompt(tally, prompts, indices)
+                gain = estimate_record(jackknife(ratio_gain, *own, *champion))
+                difference = jackknife(ratio_difference, *own, *champion)
+                found.append(comparison("tau", (arm, CHAMPION), difference, set=name, base=base, gain=gain))
     return found
 
 
-def _places(sets: Sequence[str], name: str | None) -> np.ndarray:
-    """Indices of the trajectories of one set; of all for None."""
+def _indices(sets: Sequence[str], name: str | None) -> np.ndarray:
+    """Return the indices of the answers of one set; of all for None."""
     return np.array([index for index, each in enumerate(sets) if name is None or each == name], dtype=np.int64)
 
 
 def _by_prompt(
-    tally: AcceptanceStats, prompts: Sequence[str], places: np.ndarray | None = None
+    tally: AcceptanceStats, prompts: Sequence[str], indices: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """[prompts] committed tokens and verify steps of all answers to each prompt; of some trajectories alone."""
-    if places is None:
+    """Return [prompts] committed tokens and verify steps of the answers to each prompt. indices: of some answers."""
+    if indices is None:
         return sum_by_key(prompts, tally.committed), sum_by_key(prompts, tally.steps)
-    chosen = [prompts[index] for index in places]
-    return sum_by_key(chosen, tally.committed[places]), sum_by_key(chosen, tally.steps[places])
+    chosen = [prompts[index] for index in indices]
+    return sum_by_key(chosen, tally.committed[indices]), sum_by_key(chosen, tally.steps[indices])

@@ -1,4 +1,4 @@
-"""What a machine is, and what share of its CPU time other programs took while a turn was measured."""
+"""The machine that speed is measured on, and the share of its CPU time that other programs take."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ import platform
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from draftsmith.artifacts.host import all_gpus
+from draftsmith.artifacts.results.evaluation import Machine
 
-SHORTEST_S = 0.5  # CPU time is counted in hundredths of a second: of shorter spans shares say nothing
+SHORTEST_S = 0.5  # CPU time is counted in hundredths of a second: shares of shorter spans mean nothing
 
 
 class LoadMeter:
-    """Counts from its creation on."""
+    """Measures CPU time from its creation on."""
 
     def __init__(self) -> None:
         self._began, self._machine, self._own = time.perf_counter(), psutil.cpu_times(), own_seconds()
 
     def others_share(self) -> float:
-        """Return the share of all cores' CPU time that other processes took since, and other guests of the host.
+        """Return the share of all cores' CPU time that other processes, and other guests of the host, took since.
 
-        NaN for a span that is too short to say.
+        NaN if too little time has passed.
         """
         machine, own = psutil.cpu_times(), own_seconds()
         passed = {name: now - before for name, now, before in zip(machine._fields, machine, self._machine, strict=True)}
@@ -37,10 +37,14 @@ class LoadMeter:
         return max(0.0, busy - (own - self._own)) / total
 
 
-def machine() -> dict[str, Any]:
-    """Return what is measured on: `cpu` (its name), `cores`, `memory_gb`, `gpus` (their names)."""
-    memory, gpus = round(psutil.virtual_memory().total / 1e9), [gpu.model for gpu in all_gpus()]
-    return {"cpu": _cpu_name(), "cores": psutil.cpu_count(), "memory_gb": memory, "gpus": gpus}
+def machine() -> Machine:
+    """Return a description of this machine."""
+    return Machine(
+        cpu=_cpu_name(),
+        cores=psutil.cpu_count(),
+        memory_gb=round(psutil.virtual_memory().total / 1e9),
+        gpus=[gpu.model for gpu in all_gpus()],
+    )
 
 
 def _cpu_name() -> str:
@@ -53,7 +57,7 @@ def _cpu_name() -> str:
 
 
 def own_seconds() -> float:
-    """Return the CPU time of this process and all below it (servers that it launched), the ended ones included."""
+    """Return the CPU time of this process and its descendants (servers that it launched), ended ones included."""
     this = psutil.Process()
     seconds = 0.0
     for process in (this, *this.children(recursive=True)):

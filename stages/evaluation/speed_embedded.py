@@ -1,6 +1,6 @@
 """Decoding speed in this process: on one loaded target, all arms decode a prompt before the next one comes.
 
-What else the machine does then meets all arms alike, and their ratios hold on a busy machine. On a CPU one thread
+What else the machine does then slows all arms alike, so their ratios hold on a busy machine. On a CPU one thread
 decodes: two share cores with other programs so unevenly that ratios differ by half.
 """
 
@@ -10,14 +10,14 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 
 from draftsmith.artifacts.atomic import write_text
+from draftsmith.artifacts.results.evaluation import PLAIN
 from draftsmith.artifacts.tables.parquet import read_table, write_table
 from draftsmith.artifacts.tables.schemas import REQUESTS, TURNS
 from draftsmith.stages.data.load import Prompt
@@ -25,67 +25,66 @@ from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.engines.base import Completion
 from draftsmith.stages.engines.embedded import EmbeddedEngine
-from draftsmith.stages.evaluation.exactness import add_margins
+from draftsmith.stages.evaluation.config import EvaluationConfig
+from draftsmith.stages.evaluation.exactness import add_margins, compare_with_plain, exactness
 from draftsmith.stages.evaluation.machine_load import LoadMeter
 from draftsmith.stages.evaluation.timed_runs import (
-    PLAIN,
-    Measured,
     Row,
     Setting,
+    SpeedMeasurement,
+    TimedRun,
     candidate_sizes,
-    compare_with_plain,
-    equality,
+    describe_block_sizes,
     fastest,
     requests_for,
     rounds_of,
-    row_of,
     settings_of,
-    told,
-    turn_of,
 )
 from draftsmith.stages.evaluation.validity import steady
 from draftsmith.stages.runtime.stage import StageContext
 from draftsmith.stages.target.causal_lm import Target
 
-if TYPE_CHECKING:
-    from draftsmith.stages.evaluation.config import EvaluationConfig
-
-
 ENGINE = "embedded"
 
 
+@dataclass(frozen=True)
+class Decoder:
+    """How an arm decodes."""
+
+    drafter: Drafter | None = None
+    block_size: int = 1
+
+
 def measure_embedded(
-    ctx: StageContext,
-    config: EvaluationConfig,
-    target: Target,
+    test: EmbeddedSpeedTest,
     folders: Mapping[str, Path],
     drafters: Mapping[str, Drafter],
     heldout: Sequence[Prompt],
     validation: Sequence[Prompt],
-) -> Measured:
-    """Choose each drafter's block size on validation prompts, decode held-out ones in turns, compare the outputs.
+) -> SpeedMeasurement:
+    """Choose each drafter's block size on validation prompts, time all arms on held-out ones, compare the outputs.
 
     folders: the drafters' checkpoints.
     """
-    test = SpeedTest(ctx, target, config, ctx.seed)
+    ctx, config, target = test.ctx, test.config, test.target
     settings = settings_of(config)
     with one_thread(target):
         sizes, candidates = choose_block_sizes(test, drafters, validation, settings[0])
-        ctx.log(told(sizes))
-        rows, turns = test.take_turns(drafters, sizes, heldout[: config.speed_prompts], settings)
-    drawn = any(
-        drafter.samples_proposals for drafter in drafters.values()
-    )  # then sampled answers are plain decoding's in distribution alone
-    compare_with_plain(rows, sampled=not drawn)
-    add_margins(target, rows, heldout)
-    exactness = {"serving_dtype": target.info.dtype, **equality(rows)}
+        ctx.log(describe_block_sizes(sizes))
+        arms = {PLAIN: Decoder()} | {arm: Decoder(drafter, sizes[arm]) for arm, drafter in drafters.items()}
+        requests, runs = test.time_arms(arms, heldout[: config.speed_prompts], settings)
+    # with a drafter that samples its proposals, sampled answers have the same distribution, not the same tokens
+    sampled = any(drafter.samples_proposals for drafter in drafters.values())
+    compare_with_plain(requests, sampled=not sampled)
+    add_margins(target, requests, heldout)
     first_of_kind: dict[str, str] = {}
-    for name, drafter in drafters.items():
-        first_of_kind.setdefault(drafter.kind, name)
-    checkpoints = [(folders[name], sizes[name]) for name in first_of_kind.values()]
-    compared = replace(settings[0], temperature=0.0) if drawn else settings[0]
-    exactness |= exactness_in_fp32(test, ctx.inputs["target"], checkpoints, heldout, compared)
-    return Measured(ENGINE, rows, turns, candidates, len(validation), exactness)
+    for arm, drafter in drafters.items():
+        first_of_kind.setdefault(drafter.kind, arm)
+    checkpoints = [(folders[arm], sizes[arm]) for arm in first_of_kind.values()]
+    setting = replace(settings[0], temperature=0.0) if sampled else settings[0]
+    in_fp32 = exactness_in_fp32(test, checkpoints, heldout, setting)
+    result = exactness(requests, target.info.dtype).model_copy(update=in_fp32)
+    return SpeedMeasurement(ENGINE, requests, runs, candidates, len(validation), result)
 
 
 @contextmanager
@@ -100,8 +99,8 @@ def one_thread(target: Target) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class SpeedTest:
-    """Runs prompts through one engine a measured arm; every arm sees the same prompts, settings and seeds."""
+class EmbeddedSpeedTest:
+    """Decodes prompts with every arm in this process; all arms have the same prompts, settings and seeds."""
 
     def __init__(self, ctx: StageContext, target: Target, config: EvaluationConfig, seed: int):
         self.ctx, self.target, self.config, self.seed = ctx, target, config, seed
@@ -109,110 +108,107 @@ class SpeedTest:
     def decode(
         self,
         target: Target,
-        drafter: Drafter | None,
-        block_size: int,
+        decoder: Decoder,
         prompts: Sequence[Prompt],
         setting: Setting,
         max_new: int | None = None,
         round: int = 0,
     ) -> tuple[list[Completion], float]:
         """Return answers in the order of the prompts, and the wall time in seconds."""
-        capacity = max(len(p.token_ids) for p in prompts) + self.config.sampling.max_new_tokens + block_size
-        drafting = self.config.drafted(block_size) if drafter else None
-        engine = EmbeddedEngine(target, drafter, slots=setting.concurrency, capacity=capacity, drafting=drafting)
+        longest = max(len(p.token_ids) for p in prompts)
+        engine = EmbeddedEngine(
+            target,
+            decoder.drafter,
+            slots=setting.concurrency,
+            capacity=longest + self.config.sampling.max_new_tokens + decoder.block_size,
+            drafting=self.config.drafted(decoder.block_size) if decoder.drafter else None,
+        )
         requests = requests_for(prompts, self.config, setting, self.seed, max_new, round)
         started = time.perf_counter()
         done = {c.request.request_id: c for c in engine.generate(requests)}
         return [done[p.prompt_id] for p in prompts], time.perf_counter() - started
 
-    def warm_up(self, drafter: Drafter | None, block_size: int, prompts: Sequence[Prompt], setting: Setting) -> None:
-        """First calls allocate and pick kernels; they are not measured."""
-        self.decode(self.target, drafter, block_size, prompts[: setting.concurrency], setting, max_new=4)
+    def warm_up(self, decoder: Decoder, prompts: Sequence[Prompt], setting: Setting) -> None:
+        """Make the first calls, which allocate and choose kernels, without measuring them."""
+        self.decode(self.target, decoder, prompts[: setting.concurrency], setting, max_new=4)
 
-    def take_turns(
-        self,
-        drafters: Mapping[str, Drafter],
-        sizes: Mapping[str, int],
-        prompts: Sequence[Prompt],
-        settings: Sequence[Setting],
+    def time_arms(
+        self, arms: Mapping[str, Decoder], prompts: Sequence[Prompt], settings: Sequence[Setting]
     ) -> tuple[list[Row], list[Row]]:
-        """Return rows of the tables `requests` and `turns`. sizes: the block of each drafter.
+        """Return rows of `requests` and `turns`, of `rounds` rounds or, if repetitions disagree, twice as many.
 
-        `rounds` are given, and as many again while repetitions disagree. A round at one setting is kept when all arms
-        had their turn in it: an interrupted evaluation goes on with the next one.
+        A round at one setting is stored when all arms are timed: an interrupted evaluation goes on with the next one.
         """
-        rows: list[Row] = []
-        turns: list[Row] = []
+        requests: list[Row] = []
+        runs: list[Row] = []
         warm: set[Setting] = set()
-        answers_a_round = len(settings) * (1 + len(drafters)) * len(prompts)
-        for round, most in rounds_of(self.ctx, self.config, partial(steady, turns, rows, settings)):
-            for place, setting in enumerate(settings):
-                folder = self.ctx.work / "rounds" / f"{round}-{place}"
+        answers_a_round = len(settings) * len(arms) * len(prompts)
+        for round, most in rounds_of(self.ctx, self.config, partial(steady, runs, requests, settings)):
+            for index, setting in enumerate(settings):
+                folder = self.ctx.work / "rounds" / f"{round}-{index}"
                 if not (folder / "turns.parquet").exists():
                     if setting not in warm:
-                        for drafter, size in [(None, 1), *((drafters[arm], sizes[arm]) for arm in drafters)]:
-                            self.warm_up(drafter, size, prompts, setting)
+                        for decoder in arms.values():
+                            self.warm_up(decoder, prompts, setting)
                         warm.add(setting)
-                    before = (len(rows), most * answers_a_round)
-                    answered, timed = self._round(round, drafters, sizes, prompts, setting, before)
-                    write_table(folder / "requests.parquet", REQUESTS, answered)
-                    write_table(folder / "turns.parquet", TURNS, timed)  # the last: a folder that has it is complete
-                rows += read_table(folder / "requests.parquet", REQUESTS).to_pylist()
-                turns += read_table(folder / "turns.parquet", TURNS).to_pylist()
-                self.ctx.progress(len(rows), most * answers_a_round, "answers")
+                    before = (len(requests), most * answers_a_round)
+                    new_requests, new_runs = self._round(round, arms, prompts, setting, before)
+                    write_table(folder / "requests.parquet", REQUESTS, new_requests)
+                    write_table(folder / "turns.parquet", TURNS, new_runs)  # last: a folder that has it is complete
+                requests += read_table(folder / "requests.parquet", REQUESTS).to_pylist()
+                runs += read_table(folder / "turns.parquet", TURNS).to_pylist()
+                self.ctx.progress(len(requests), most * answers_a_round, "answers")
                 self.ctx.check_interrupted()
-        return rows, turns
+        return requests, runs
 
     def _round(
         self,
         round: int,
-        drafters: Mapping[str, Drafter],
-        sizes: Mapping[str, int],
+        arms: Mapping[str, Decoder],
         prompts: Sequence[Prompt],
         setting: Setting,
         before: tuple[int, int],
     ) -> tuple[list[Row], list[Row]]:
-        """Decode all prompts with every arm, which alternate by small batches in an order that changes.
+        """Decode all prompts with every arm; the arms alternate by small batches in an order that changes.
 
         before: answers so far, and in all, for the progress.
         """
-        arms: list[tuple[str, Drafter | None]] = [(PLAIN, None), *drafters.items()]
-        batches = _batches(prompts, setting)
-        answers: dict[str, list[Completion]] = {arm: [] for arm, _ in arms}
-        seconds = dict.fromkeys(answers, 0.0)
+        names, batches = list(arms), _batches(prompts, setting)
+        answers: dict[str, list[Completion]] = {arm: [] for arm in arms}
+        seconds = dict.fromkeys(arms, 0.0)
         meter, done = LoadMeter(), before[0]
-        for place, batch in enumerate(batches):
-            first = place % len(arms)
-            # the other way round every second time: an arm is faster or slower by what was decoded before it
-            for arm, drafter in (arms[first:] + arms[:first])[:: -1 if round % 2 else 1]:
-                answered, wall = self.decode(self.target, drafter, sizes.get(arm, 1), batch, setting, round=round)
+        for index, batch in enumerate(batches):
+            first = index % len(arms)
+            # reversed every second time: an arm is faster or slower by what was decoded before it
+            for arm in (names[first:] + names[:first])[:: -1 if round % 2 else 1]:
+                answered, wall = self.decode(self.target, arms[arm], batch, setting, round=round)
                 answers[arm] += answered
                 seconds[arm] += wall
                 done += len(answered)
             self.ctx.progress(done, before[1], "answers")
             self.ctx.check_interrupted()
         share = meter.others_share()
-        rows: list[Row] = []
-        turns: list[Row] = []
-        for order, (arm, _) in enumerate(arms):
-            size, own = sizes.get(arm, 1), answers[arm]
-            turns.append(turn_of(ENGINE, round, order, arm, size, setting, own, seconds[arm], share, len(batches)))
-            rows += [row_of(ENGINE, round, arm, size, setting, answer) for answer in own]
-        return rows, turns
+        requests: list[Row] = []
+        runs: list[Row] = []
+        for order, (arm, decoder) in enumerate(arms.items()):
+            run = TimedRun(ENGINE, round, order, arm, decoder.block_size, setting)
+            runs.append(run.row(answers[arm], seconds[arm], share, len(batches)))
+            requests += [run.request_row(answer) for answer in answers[arm]]
+        return requests, runs
 
 
 def _batches(prompts: Sequence[Prompt], setting: Setting) -> list[Sequence[Prompt]]:
-    """Single prompts; with several in flight twice as many, since a batch ends with its slowest."""
+    """Return single prompts; with several in flight twice as many, since a batch ends with its slowest."""
     size = 1 if setting.concurrency == 1 else 2 * setting.concurrency
     return [prompts[start : start + size] for start in range(0, len(prompts), size)]
 
 
 def choose_block_sizes(
-    test: SpeedTest, drafters: Mapping[str, Drafter], prompts: Sequence[Prompt], setting: Setting
+    test: EmbeddedSpeedTest, drafters: Mapping[str, Drafter], prompts: Sequence[Prompt], setting: Setting
 ) -> tuple[dict[str, int], dict[str, dict[str, float]]]:
     """Return each drafter's fastest candidate on validation prompts, and tokens/s of every candidate, measured once.
 
-    The candidates of an arm alternate by small batches. What was measured is kept: an evaluation that goes on must not
+    The candidates of an arm alternate by small batches. Measurements are stored: an evaluation that goes on must not
     choose anew.
     """
     path = test.ctx.work / "block_sizes.json"
@@ -223,10 +219,10 @@ def choose_block_sizes(
         if len(candidates) > 1 and arm not in measured:
             tokens, seconds = dict.fromkeys(candidates, 0), dict.fromkeys(candidates, 0.0)
             for size in candidates:
-                test.warm_up(drafter, size, prompts, setting)
-            for place, batch in enumerate(_batches(prompts, setting)):
-                for size in candidates[:: -1 if place % 2 else 1]:
-                    answers, wall = test.decode(test.target, drafter, size, batch, setting)
+                test.warm_up(Decoder(drafter, size), prompts, setting)
+            for index, batch in enumerate(_batches(prompts, setting)):
+                for size in candidates[:: -1 if index % 2 else 1]:
+                    answers, wall = test.decode(test.target, Decoder(drafter, size), batch, setting)
                     tokens[size] += sum(len(answer.response_ids) for answer in answers)
                     seconds[size] += wall
                 test.ctx.check_interrupted()
@@ -238,13 +234,9 @@ def choose_block_sizes(
 
 
 def exactness_in_fp32(
-    test: SpeedTest,
-    target_folder: Path,
-    checkpoints: Iterable[tuple[Path, int]],
-    prompts: Sequence[Prompt],
-    setting: Setting,
+    test: EmbeddedSpeedTest, checkpoints: Iterable[tuple[Path, int]], prompts: Sequence[Prompt], setting: Setting
 ) -> dict[str, int]:
-    """Compare plain and speculative decoding in float32, token for token, all prompts at once.
+    """Compare decoding with and without a drafter in float32, token for token, all prompts in one batch.
 
     Returns how many prompts, and how many came out equal with every checkpoint. checkpoints: with the block size that
     each decodes with.
@@ -254,18 +246,18 @@ def exactness_in_fp32(
     chosen = prompts[: test.config.exactness_prompts]
     setting = replace(setting, concurrency=len(chosen))
     path = test.ctx.work / "exactness.json"
-    kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    decoded: dict[str, list[list[int]]] = json.loads(path.read_text()) if path.exists() else {}
     arms = list(checkpoints)
     target: Target | None = None
-    for place, (folder, block_size) in enumerate([(None, 1), *arms]):
-        if (name := str(place)) in kept:
+    for index, (folder, block_size) in enumerate([(None, 1), *arms]):
+        if (name := str(index)) in decoded:
             continue
-        target = target or Target.load(target_folder, dtype="float32")
-        drafter = load_drafter(folder, target) if folder else None
-        answers, _ = test.decode(target, drafter, block_size, chosen, setting)
-        kept[name] = [answer.response_ids for answer in answers]
-        write_text(path, json.dumps(kept))
+        target = target or Target.load(test.ctx.inputs["target"], dtype="float32")
+        decoder = Decoder(load_drafter(folder, target), block_size) if folder else Decoder()
+        answers, _ = test.decode(target, decoder, chosen, setting)
+        decoded[name] = [answer.response_ids for answer in answers]
+        write_text(path, json.dumps(decoded))
         test.ctx.check_interrupted()
-    plain, *speculative = (kept[str(place)] for place in range(1 + len(arms)))
+    plain, *speculative = (decoded[str(index)] for index in range(1 + len(arms)))
     identical = [all(answers[i] == expected for answers in speculative) for i, expected in enumerate(plain)]
     return {"fp32_prompts": len(chosen), "fp32_identical": sum(identical)}

@@ -1,76 +1,184 @@
-"""Why a served drafter's acceptance is not that of replay: which one change of replay explains the served steps.
+"""Body of stage `diagnosis`: which one change of replay explains the steps that an engine served.
 
 An engine that loads a drafter wrongly still gives the target's answers, so nothing fails: it is only slower than it
-should be. Replay of the served answers, with one thing changed at a time (layer ids, rotary settings, mask token,
-context, block size), shows the served steps again where the engine does just that.
+should be. Replay of the served answers with one thing changed at a time (layer ids, rotary settings, mask token,
+context, block size) reproduces the served steps where the engine does just that.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pyarrow as pa
 import torch
 
+from draftsmith.artifacts.atomic import write_text
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageInterrupted
 from draftsmith.artifacts.tables.parquet import to_table
 from draftsmith.artifacts.tables.schemas import TRACE
+from draftsmith.stages.data.load import Prompt, load_prompts, positions_needed
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Context, Drafter
+from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter, FeatureContext
 from draftsmith.stages.drafters.spec import DraftingConfig
+from draftsmith.stages.engines.base import Completion, Request
+from draftsmith.stages.engines.config import SGLangEngineConfig
+from draftsmith.stages.engines.sglang.client import RequestLostError, check_status, key_header
+from draftsmith.stages.engines.sglang.engine import open_sglang
+from draftsmith.stages.engines.sglang.requirements import server_requirements
+from draftsmith.stages.evaluation.diagnosis import RESULT, DiagnosisConfig
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.parity import ParityTolerance, check_steps, trace_rows
 from draftsmith.stages.replay.replayer import Replayer, samples_proposals
 from draftsmith.stages.replay.stats import replay_sequentially
 from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.runtime.stage import StageContext, progress_callback
 from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.info import read_target_info
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 
+_TIMEOUT_S = 30.0
 THETAS = (10_000.0, 500_000.0, 1_000_000.0, 5_000_000.0)  # of public models; the first is what libraries fall back to
 SHORTEST_WINDOW = 8
 EXPLAINS = 0.5  # a change that leaves more than this share of the contradicted steps explains nothing
 
 
-@dataclass(frozen=True)
-class Served:
-    """What an engine did."""
+def run(ctx: StageContext, config: DiagnosisConfig) -> None:
+    """Write `diagnosis.json`: a sentence, and the changes that were tried."""
+    engine = SGLangEngineConfig(kind="sglang", urls=(config.url,), api_key_env=config.api_key_env)
+    block_size = _served_block_size(config.url, key_header(engine.api_key()))
+    prompts = load_prompts(ctx.inputs["prompts"], ("validation", "heldout"))[: config.prompts]
+    most = read_target_info(ctx.inputs["target"]).max_positions
+    longest = positions_needed(prompts, config.sampling.max_new_tokens, most)
+    try:
+        answers = _ask(ctx, config, engine, DraftingConfig(block_size=block_size), prompts, longest)
+    except (RetryableError, StageInterrupted):
+        raise
+    except DraftsmithError as error:  # the server itself names what is wrong
+        _write(ctx, {"sentence": str(error), "agrees": False, "causes": [{"cause": "reported by the server"}]})
+        return
+    answers = [answer for answer in answers if len(answer.response_ids) >= 2]
+    if not answers:
+        raise DraftsmithError("diagnosis: no answer of two or more tokens. Raise sampling.max_new_tokens.")
+    target = Target.load(ctx.inputs["target"])
+    served = ServedAnswers(
+        [trajectory_of(answer) for answer in answers],
+        [answer.verify_steps for answer in answers],
+        to_table(TRACE, [row for answer in answers for row in answer.trace_rows()]),
+        config.sampling.params(),
+        block_size,
+    )
+    drafter = load_drafter(Path(config.drafter), target)
+    allowed, progress = config.max_parity_mismatch, progress_callback(ctx, "changes")
+    found = diagnose(target, drafter, served, allowed=allowed, progress=progress)
+    summary = {"sentence": found.sentence, "agrees": found.agrees, "served_tau": found.served_tau}
+    lists = {"causes": [each.row() for each in found.causes], "tried": [each.row() for each in found.tried]}
+    _write(ctx, {**summary, "as_it_is": found.as_it_is.row(), **lists})
 
-    trajectories: Sequence[Trajectory]  # its answers
+
+def _ask(
+    ctx: StageContext,
+    config: DiagnosisConfig,
+    engine: SGLangEngineConfig,
+    drafting: DraftingConfig,
+    prompts: Sequence[Prompt],
+    longest: int,
+) -> list[Completion]:
+    """Return the server's answers. longest: positions of the longest request.
+
+    Raises DraftsmithError if the server is not as the drafter needs it.
+    """
+    required = server_requirements(engine, ctx.inputs["target"], Path(config.drafter), drafting, longest)
+    with open_sglang(engine, required, ctx.work, ctx.log, ctx.check_interrupted) as server:
+        sampling = config.sampling.params()
+        max_new = config.sampling.max_new_tokens
+        requests = [Request(p.prompt_id, p.token_ids, max_new, sampling, ctx.seed) for p in prompts]
+        answers = []
+        for answer in server.generate(requests):
+            answers.append(answer)
+            ctx.progress(len(answers), len(requests), "answers")
+            ctx.check_interrupted()
+    return answers
+
+
+def trajectory_of(answer: Completion) -> Trajectory:
+    """Return the prompt and the answer to it."""
+    prompt = answer.request.prompt_ids
+    return Trajectory(answer.request.request_id, prompt + answer.response_ids, len(prompt))
+
+
+def _write(ctx: StageContext, diagnosis: dict[str, object]) -> None:
+    write_text(ctx.out / RESULT, json.dumps(diagnosis, indent=2) + "\n")
+    ctx.log(str(diagnosis["sentence"]))
+
+
+def _served_block_size(url: str, headers: dict[str, str]) -> int | None:
+    """Return how many tokens a SGLang server reports that it drafts; None if it reports none.
+
+    Raises RetryableError if it does not answer, DraftsmithError if it is no SGLang server or refuses the key.
+    """
+    try:
+        for name in ("server_info", "get_server_info"):
+            response = httpx.get(f"{url}/{name}", timeout=_TIMEOUT_S, headers=headers)
+            if response.status_code != 404:
+                check_status(name, url, response.status_code, response.text)
+                size: int | None = dict(response.json()).get("speculative_num_draft_tokens")
+                return size
+    except RequestLostError as error:
+        raise RetryableError(f"{url} {error}. Check that the server is up.") from error
+    except (httpx.HTTPError, ValueError, TypeError) as error:
+        raise RetryableError(
+            f"{url} cannot be reached ({type(error).__name__} {error}). Check that the server is up."
+        ) from error
+    raise DraftsmithError(f"{url} has no /server_info. Name a SGLang server of a supported release.")
+
+
+@dataclass(frozen=True)
+class ServedAnswers:
+    """The answers of an engine, and its verify steps."""
+
+    trajectories: Sequence[Trajectory]
     counts: Sequence[int]  # verify steps of each
     steps: pa.Table | None = None  # TRACE, where the engine records it
-    sampling: SamplingParams = GREEDY  # that the answers were drawn with
+    sampling: SamplingParams = GREEDY
+    block_size: int | None = None  # that the engine reports, if it does
 
 
 @dataclass(frozen=True)
 class Change:
-    """One thing that an engine may do otherwise than replay."""
+    """One thing that an engine may do differently from replay."""
 
     cause: str
-    text: str  # what it would do
+    text: str
     apply: Callable[[Drafter], Drafter] = lambda drafter: drafter
     block_size: int | None = None
-    window: int | None = None  # positions of the context that are seen
+    window: int | None = None  # number of context positions that the drafter sees
 
 
 @dataclass(frozen=True)
 class Explained:
-    """How far replay with a change is from what was served."""
+    """The distance between served steps and replay with a change."""
 
     change: Change
     mismatch: float  # share of verify steps that differ; without recorded steps, of their number
     tau: float
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> dict[str, str | float]:
+        """Return the record in `diagnosis.json`."""
         return {"cause": self.change.cause, "change": self.change.text, "mismatch": self.mismatch, "tau": self.tau}
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found; `causes` is empty where served and replayed steps agree, or where no change explains them."""
+    """The result; `causes` is empty if served and replayed steps agree, or if no change explains them."""
 
     served_tau: float
     as_it_is: Explained
@@ -80,63 +188,53 @@ class Diagnosis:
 
     @property
     def sentence(self) -> str:
-        asis = self.as_it_is
-        figures = f"tau {self.served_tau:.3f} as served, {asis.tau:.3f} in replay, {asis.mismatch:.1%} of steps differ"
+        """Return the result in one sentence."""
+        unchanged = self.as_it_is
+        taus = f"tau {self.served_tau:.3f} as served, {unchanged.tau:.3f} in replay"
+        metrics = f"{taus}, {unchanged.mismatch:.1%} of steps differ"
         if self.agrees:
-            return f"the engine drafts as replay does: {figures}"
+            return f"the engine drafts as replay does: {metrics}"
         if not self.causes:
             return (
-                f"{figures}; no single change of layer ids, rotary settings, mask token, context or block size "
+                f"{metrics}; no single change of layer ids, rotary settings, mask token, context or block size "
                 "explains it: the engine serves another checkpoint, or other weights of it"
             )
         found = " or ".join(f"{each.change.cause}: {each.change.text}" for each in self.causes)
-        return f"{figures}; {found} (then {self.causes[0].mismatch:.1%} differ)"
+        return f"{metrics}; {found} (then {self.causes[0].mismatch:.1%} differ)"
 
 
 def diagnose(
     target: Target,
     drafter: Drafter,
-    served: Served,
-    drafting: DraftingConfig,
+    served: ServedAnswers,
     *,
     allowed: float,
-    served_block: int | None = None,
-    special_ids: Sequence[int] = (),
-    progress: Callable[[int, int], Any] = lambda _done, _total: None,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Diagnosis:
-    """Replay what was served as it should have been, then with each change.
+    """Replay the served answers with the drafter as it is, then with each change.
 
-    allowed: share of steps that may differ for near-ties. served_block: what the engine says that it drafts, if it
-    does. special_ids: of the tokenizer, which an engine might take for the mask token.
+    allowed: share of steps that may differ for near-ties.
     """
     tokens = sum(t.answer_length - 1 for t in served.trajectories)
     served_tau = tokens / max(1, sum(served.counts))
-    asis = _explained(target, drafter, served, drafting, Change("nothing", "as it is"))
-    if asis.mismatch <= allowed:
-        return Diagnosis(served_tau, asis, agrees=True)
-    longest = max(len(t.tokens) for t in served.trajectories)
-    changes = list(changes_of(drafter, target, longest, served_block, special_ids, drafting))
+    unchanged = _explained(target, drafter, served, Change("nothing", "as it is"))
+    if unchanged.mismatch <= allowed:
+        return Diagnosis(served_tau, unchanged, agrees=True)
+    changes = list(_changes(target, drafter, served))
     if samples_proposals(drafter, served.sampling):  # a window is tried block by block, where proposals are argmaxes
         changes = [change for change in changes if change.window is None]
     tried = []
     for done, change in enumerate(changes):
-        tried.append(_explained(target, drafter, served, drafting, change))
+        tried.append(_explained(target, drafter, served, change))
         progress(done + 1, len(changes))
     tried.sort(key=lambda each: each.mismatch)
-    bound = min(max(allowed, tried[0].mismatch), EXPLAINS * asis.mismatch) if tried else 0.0
+    bound = min(max(allowed, tried[0].mismatch), EXPLAINS * unchanged.mismatch) if tried else 0.0
     causes = [each for each in tried if each.mismatch <= min(bound, tried[0].mismatch + 0.02)]
-    return Diagnosis(served_tau, asis, tried, causes)
+    return Diagnosis(served_tau, unchanged, tried, causes)
 
 
-def changes_of(
-    drafter: Drafter,
-    target: Target,
-    longest: int,
-    served_block: int | None,
-    special_ids: Sequence[int],
-    drafting: DraftingConfig,
-) -> Iterator[Change]:
-    """What is tried for this drafter, answers of at most `longest` positions."""
+def _changes(target: Target, drafter: Drafter, served: ServedAnswers) -> Iterator[Change]:
+    """Yield the changes to try for this drafter."""
     ids, layers = list(drafter.target_layer_ids), target.info.num_layers
     for text, other in (
         ("each one layer higher", [k + 1 for k in ids]),
@@ -156,27 +254,27 @@ def changes_of(
         yield Change("other rotary settings", f"without the scaling {rope['rope_type']}", _with_rope(plain))
     if isinstance(drafter, DFlashDrafter):
         mask = drafter.mask_token_id
-        for token in dict.fromkeys([0, *special_ids, target.info.vocab_size - 1]):
+        # an engine might take a special token for the mask token
+        for token in dict.fromkeys([0, *target.tokenizer.all_special_ids, target.info.vocab_size - 1]):
             if token != mask:
                 text = f"{token} instead of {mask}"
                 yield Change("another mask token", text, _with_mask(token))
         window = SHORTEST_WINDOW
-        while window < longest:
+        while window < max(len(t.tokens) for t in served.trajectories):
             yield Change("truncated context", f"it sees {window} positions at most", window=window)
             window *= 2
-    block = drafting.block_size or drafter.block_size
-    if served_block is not None and served_block != block:
-        yield Change("another block size", f"{served_block} instead of {block}", block_size=served_block)
+    if served.block_size is not None and served.block_size != drafter.block_size:
+        text = f"{served.block_size} instead of {drafter.block_size}"
+        yield Change("another block size", text, block_size=served.block_size)
 
 
-def _explained(target: Target, drafter: Drafter, served: Served, drafting: DraftingConfig, change: Change) -> Explained:
+def _explained(target: Target, drafter: Drafter, served: ServedAnswers, change: Change) -> Explained:
+    """Replay the served answers with a change, and compare the steps."""
     changed = change.apply(drafter)
-    if change.block_size is not None:
-        drafting = drafting.model_copy(update={"block_size": change.block_size})
     if change.window is not None:
-        traces = _in_window(target, changed, served.trajectories, drafting, change.window)
+        traces = _in_window(target, changed, served.trajectories, change.window)
     else:
-        replayer = Replayer(target, ReplayOptions(drafting, served.sampling))
+        replayer = Replayer(target, ReplayOptions(DraftingConfig(block_size=change.block_size), served.sampling))
         traces = replayer.traces({"it": changed}, served.trajectories)["it"]
     replayed = np.array([len(trace.anchors) for trace in traces])
     tau = sum(t.answer_length - 1 for t in served.trajectories) / int(replayed.sum())
@@ -189,25 +287,22 @@ def _explained(target: Target, drafter: Drafter, served: Served, drafting: Draft
 
 
 @torch.no_grad()
-def _in_window(
-    target: Target, drafter: Drafter, trajectories: Sequence[Trajectory], drafting: DraftingConfig, window: int
-) -> list[Trace]:
+def _in_window(target: Target, drafter: Drafter, trajectories: Sequence[Trajectory], window: int) -> list[Trace]:
     """Replay with a drafter that sees only the last `window` positions before each anchor, one block at a time."""
-    head = drafter.drafting_head(target.head_weight, drafting.head_tokens)
-    narrow: Any = _Narrow(drafter, window)
+    head = drafter.drafting_head(target.head_weight, None)
+    narrow: Any = _WindowedDrafter(drafter, window)
     traces = []
     for trajectory in trajectories:
         ids = torch.tensor([trajectory.tokens], device=target.device)
         features = target.features(ids, drafter.target_layer_ids)
         positions = torch.arange(ids.shape[1], device=target.device)[None]
         context = drafter.encode(features, ids, positions)
-        block = drafting.block_size or drafter.block_size
-        traces.append(replay_sequentially(narrow, context, trajectory, block, head))
+        traces.append(replay_sequentially(narrow, context, trajectory, drafter.block_size, head))
     return traces
 
 
-class _Narrow:
-    """A DFlash drafter with a window."""
+class _WindowedDrafter:
+    """A DFlash drafter that sees a window of its context."""
 
     def __init__(self, drafter: Drafter, window: int) -> None:
         self._drafter, self._window = drafter, window
@@ -218,9 +313,9 @@ class _Narrow:
 
 
 def _copy(drafter: Drafter, **attributes: Any) -> Drafter:
-    """The same weights, other settings."""
+    """Return a drafter with the same weights and other attributes."""
     clone = copy.copy(drafter)
-    clone._modules = dict(drafter._modules)  # a module that is replaced is replaced here alone
+    clone._modules = dict(drafter._modules)  # so that replacing a module leaves the original as it is
     for name, value in attributes.items():
         setattr(clone, name, value)
     return clone
@@ -234,7 +329,7 @@ def _with_layers(ids: list[int]) -> Callable[[Drafter], Drafter]:
     return lambda drafter: _copy(drafter, target_layer_ids=ids)
 
 
-def _with_rope(parameters: dict[str, Any]) -> Callable[[Drafter], Drafter]:
+def _with_rope(parameters: dict[str, object]) -> Callable[[Drafter], Drafter]:
     def apply(drafter: Any) -> Drafter:
         config = copy.deepcopy(drafter.config)
         config.rope_parameters = parameters

@@ -1,108 +1,80 @@
-"""Which speeds of an evaluation say nothing, and why. The gate judges none of them.
+"""Speed warnings: which speeds of an evaluation cannot be trusted, and why. The gate finds such speeds inconclusive.
 
 Arms are compared on the same prompts, so what a machine does to all of them alike cancels. What is left is checked
-here: too few prompts or turns, a speed-up that no drafter can have, and repetitions of the same comparison that differ
-so much that the machine decides the result. The last two are measured again.
+here: too few prompts or timed runs, a speed-up that no drafter can have, and repetitions of the same comparison that
+differ so much that the machine decides the result. The last two are measured again.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from draftsmith.artifacts.results.evaluation import PLAIN, SpeedWarning
 from draftsmith.stages.evaluation.speed_table import alternates, at_setting, log_ratios
-from draftsmith.stages.evaluation.timed_runs import PLAIN, Setting
-from draftsmith.stages.evaluation.verdicts import FEWEST_TURNS
+from draftsmith.stages.evaluation.timed_runs import Row, Setting
+from draftsmith.stages.evaluation.verdicts import FEWEST_RUNS
 
-FEWEST_PROMPTS = 4  # decoded in a turn
+FEWEST_PROMPTS = 4  # in a timed run
 _PROMPTS_PER_REQUEST = 2  # in flight: with as many prompts as are in flight, intervals of 95 % miss in 13 to 18 %
 ABOVE_TAU = 1.05  # times tau: what noise may add to a speed-up
 # Standard errors that repetitions leave on a log speed-up. Prompt by prompt, more are measured above the first if it is
-# more than a quarter of the whole error. Turns of servers cost more, and are repeated above the second. What is above
+# more than a quarter of the whole error. Runs of servers cost more, and are repeated above the second. What is above
 # the second then, the machine decided.
 STEADY, NOISY = 0.02, 0.05
 _OF_WHOLE = 1 / 4
-BUSY = 0.15  # of the CPU time, taken by others
+BUSY = 0.15  # share of the CPU time that others take
 
+# Kinds of warnings. LOAD concerns tokens/s alone: ratios hold.
 PROMPTS, TURNS, TAU, NOISE, LOAD = "prompts", "turns", "tau", "noise", "load"
-AGAIN = (TAU, NOISE)  # of the machine as it was: measured another time, they may be gone
+AGAIN = (TAU, NOISE)  # a matter of the moment: another measurement may be free of them
 
 
-@dataclass(frozen=True)
-class Doubt:
-    """What is wrong with the speeds at one setting."""
-
-    kind: str  # PROMPTS, TURNS, TAU, NOISE; LOAD, which is of tokens/s alone: ratios hold
-    said: str
-    temperature: float
-    concurrency: int
-    arms: tuple[str, ...] = ()  # that it is about; empty: all
-
-
-def doubts(
-    turns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], settings: Sequence[Setting]
-) -> list[dict[str, Any]]:
-    """Return those of every setting, ready for JSON. turns, rows: of the tables `turns` and `requests`."""
+def speed_warnings(runs: Sequence[Row], requests: Sequence[Row], settings: Sequence[Setting]) -> list[SpeedWarning]:
+    """Return the warnings about every setting."""
     found = []
     for setting in settings:
-        own, requests = at_setting(turns, setting), at_setting(rows, setting)
-        each = (
+        own, own_requests = at_setting(runs, setting), at_setting(requests, setting)
+        checks = (
             *_few(own, setting),
-            *_above_tau(own, requests, setting),
-            *_noisy(own, requests),
+            *_above_tau(own, own_requests, setting),
+            *_noisy(own, own_requests),
             *_busy(own),
         )
-        for kind, said, *arms in each:
-            found.append(asdict(Doubt(kind, said, setting.temperature, setting.concurrency, tuple(arms))))
+        for kind, text, *arms in checks:
+            where = {"temperature": setting.temperature, "concurrency": setting.concurrency}
+            found.append(SpeedWarning.model_validate({"kind": kind, "text": text, **where, "arms": arms}))
     return found
 
 
-def doubts_about(
-    evaluation: Mapping[str, Any],
-    setting: Mapping[str, Any],
-    *arms: str,
-    kinds: Collection[str] = (PROMPTS, TURNS, TAU, NOISE),
-) -> list[str]:
-    """Return what `evaluation["doubts"]` has on these arms at a setting (with `temperature` and `concurrency`)."""
-    return [
-        doubt["said"]
-        for doubt in evaluation.get("doubts") or ()
-        if doubt["kind"] in kinds
-        and all(doubt[name] == setting[name] for name in ("temperature", "concurrency"))
-        and (not doubt["arms"] or set(arms) & set(doubt["arms"]))
-    ]
-
-
 def fewest_prompts(concurrency: int) -> int:
-    """Return how many prompts a turn needs: one with several requests in flight ends with its slowest."""
+    """Return how many prompts a timed run needs: one with several requests in flight ends with its slowest."""
     return FEWEST_PROMPTS if concurrency == 1 else max(FEWEST_PROMPTS, _PROMPTS_PER_REQUEST * concurrency)
 
 
-def few_turns(turns: int) -> str:
-    """Return why nothing is judged by so many."""
-    return f"{turns} turn{'s' * (turns != 1)}, {FEWEST_TURNS} are needed: raise evaluation.rounds"
+def few_runs(runs: int) -> str:
+    """Return why so few timed runs are inconclusive."""
+    return f"{runs} timed run{'s' * (runs != 1)}, {FEWEST_RUNS} are needed: raise evaluation.rounds"
 
 
-def machine_errors(turns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def machine_errors(runs: Sequence[Row], requests: Sequence[Row]) -> dict[str, float]:
     """Return arm -> standard error of its log speed-up by what differs between repetitions, at one setting.
 
     Where arms alternate prompt by prompt, a repetition is the same prompt in another round; else it is a round. The
-    prompts' own spread is not in it. Arms of which nothing is known (one round; two of whole turns) are left out.
+    prompts' own spread is not in it. Arms with too few repetitions (one round; two of whole runs) are left out.
     """
-    by_prompt = alternates(turns)
+    by_prompt = alternates(runs)
     ratios: dict[str, list[np.ndarray]] = {}
     if by_prompt:
-        seconds = {(row["arm"], row["prompt_id"], row["round"]): row["latency_seconds"] for row in rows}
+        seconds = {(row["arm"], row["prompt_id"], row["round"]): row["latency_seconds"] for row in requests}
         for arm, prompt in dict.fromkeys((arm, prompt) for arm, prompt, _ in seconds if arm != PLAIN):
             rounds = [n for a, p, n in seconds if (a, p) == (arm, prompt)]
             each = [math.log(seconds[PLAIN, prompt, n] / seconds[arm, prompt, n]) for n in rounds]
             ratios.setdefault(arm, []).append(np.array(each))
     else:
-        ratios = {arm: [each] for arm, each in _by_round(turns, PLAIN).items()}
+        ratios = {arm: [each] for arm, each in _by_round(runs, PLAIN).items()}
     found = {}
     for arm, own in ratios.items():
         if len(own[0]) >= (2 if by_prompt else 3):
@@ -111,46 +83,45 @@ def machine_errors(turns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[st
     return found
 
 
-def steady(turns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], settings: Sequence[Setting]) -> bool:
+def steady(runs: Sequence[Row], requests: Sequence[Row], settings: Sequence[Setting]) -> bool:
     """Return whether repetitions agree at all settings, so that no more of them are needed."""
     for setting in settings:
-        own, requests = at_setting(turns, setting), at_setting(rows, setting)
-        errors = machine_errors(own, requests)
-        whole = log_ratios(own, requests, [(arm, PLAIN) for arm in errors], {})
+        own, own_requests = at_setting(runs, setting), at_setting(requests, setting)
+        errors = machine_errors(own, own_requests)
+        whole = log_ratios(own, own_requests, [(arm, PLAIN) for arm in errors], {})
         for arm, error in errors.items():
             if error > (max(STEADY, _OF_WHOLE * whole[arm, PLAIN].error) if alternates(own) else NOISY):
                 return False
     return True
 
 
-def _few(turns: Sequence[Mapping[str, Any]], setting: Setting) -> Iterator[tuple[str, ...]]:
-    prompts, rounds = turns[0]["prompts"], len({turn["round"] for turn in turns})
-    said, more = f"{prompts} prompt{'s' * (prompts != 1)} a turn", "raise evaluation.speed_prompts"
+def _few(runs: Sequence[Row], setting: Setting) -> Iterator[tuple[str, ...]]:
+    prompts, rounds = runs[0]["prompts"], len({run["round"] for run in runs})
+    text, remedy = f"{prompts} prompt{'s' * (prompts != 1)} in a timed run", "raise evaluation.speed_prompts"
     if prompts < setting.concurrency:
-        yield PROMPTS, f"{said} are never {setting.concurrency} in flight ({more})"
-    elif prompts < (needed := FEWEST_TURNS if alternates(turns) else fewest_prompts(setting.concurrency)):
-        several = f", {setting.concurrency} in flight," if setting.concurrency > 1 else ""
-        yield PROMPTS, f"{said}{several} say little of others ({needed} are needed: {more})"
-    if rounds < FEWEST_TURNS and not alternates(turns):
-        yield TURNS, few_turns(rounds)
+        yield PROMPTS, f"{text} are never {setting.concurrency} in flight ({remedy})"
+    elif prompts < (needed := FEWEST_RUNS if alternates(runs) else fewest_prompts(setting.concurrency)):
+        several = f" with {setting.concurrency} in flight" if setting.concurrency > 1 else ""
+        yield PROMPTS, f"{text}{several} are too few ({needed} are needed: {remedy})"
+    if rounds < FEWEST_RUNS and not alternates(runs):
+        yield TURNS, few_runs(rounds)
 
 
-def _above_tau(
-    turns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], setting: Setting
-) -> Iterator[tuple[str, ...]]:
-    """A verify step costs at least what a step of plain decoding costs, so no speed-up exceeds tau.
+def _above_tau(runs: Sequence[Row], requests: Sequence[Row], setting: Setting) -> Iterator[tuple[str, ...]]:
+    """Yield the arms whose speed-up exceeds tau.
 
-    Several requests at a time end when the slowest ends: then the best tau of a single request is the bound.
+    A verify step costs at least what a step without a drafter costs, so no speed-up exceeds tau. Several requests in
+    flight end when the slowest ends: then the best tau of a single request is the bound.
     """
-    for arm, ratios in _by_round(turns, PLAIN).items():
-        own = [turn for turn in turns if turn["arm"] == arm]
-        steps = sum(turn["verify_steps"] for turn in own)
+    for arm, ratios in _by_round(runs, PLAIN).items():
+        own = [run for run in runs if run["arm"] == arm]
+        steps = sum(run["verify_steps"] for run in own)
         if not steps:
             continue
-        bound = sum(turn["tokens"] - turn["prompts"] for turn in own) / steps
+        bound = sum(run["tokens"] - run["prompts"] for run in own) / steps
         if setting.concurrency > 1:
-            each = [(r["tokens"] - 1) / r["verify_steps"] for r in rows if r["arm"] == arm and r["verify_steps"]]
-            bound = max([bound, *each])
+            single = [(r["tokens"] - 1) / r["verify_steps"] for r in requests if r["arm"] == arm and r["verify_steps"]]
+            bound = max([bound, *single])
         speedup = math.exp(float(np.mean(ratios)))
         if speedup > ABOVE_TAU * bound:
             yield (
@@ -161,23 +132,26 @@ def _above_tau(
             )
 
 
-def _noisy(turns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
-    for arm, error in machine_errors(turns, rows).items():
+def _noisy(runs: Sequence[Row], requests: Sequence[Row]) -> Iterator[tuple[str, ...]]:
+    for arm, error in machine_errors(runs, requests).items():
         if error > NOISY:
-            said = f"repetitions of the same prompts leave ±{1.96 * error:.0%} on the speed-up of {arm}"
-            yield NOISE, f"{said}: the machine was too busy", arm
+            text = f"repetitions of the same prompts leave ±{1.96 * error:.0%} on the speed-up of {arm}"
+            yield NOISE, f"{text}: the machine was too busy", arm
 
 
-def _busy(turns: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
-    known = [share for turn in turns if (share := turn.get("others_share")) is not None]
+def _busy(runs: Sequence[Row]) -> Iterator[tuple[str, ...]]:
+    known = [share for run in runs if (share := run.get("others_share")) is not None]
     if known and (share := sum(known) / len(known)) > BUSY:
         yield LOAD, f"other programs took {share:.0%} of the CPU: tokens/s are lower than on a free machine"
 
 
-def _by_round(turns: Sequence[Mapping[str, Any]], other: str) -> dict[str, np.ndarray]:
-    """Arm -> [rounds] logarithm of how many times as fast it was as the other one in the same round."""
+def _by_round(runs: Sequence[Row], other: str) -> dict[str, np.ndarray]:
+    """Return arm -> [rounds] logarithm of how many times as fast it was as the other arm in the same round."""
     speeds: dict[str, dict[int, float]] = {}
-    for turn in turns:
-        speeds.setdefault(turn["arm"], {})[turn["round"]] = math.log(turn["tokens"] / turn["wall_seconds"])
-    beside = speeds.pop(other, {})
-    return {arm: np.array([by[n] - beside[n] for n in sorted(by) if n in beside]) for arm, by in speeds.items()}
+    for run in runs:
+        speeds.setdefault(run["arm"], {})[run["round"]] = math.log(run["tokens"] / run["wall_seconds"])
+    reference = speeds.pop(other, {})
+    return {
+        arm: np.array([by_round[n] - reference[n] for n in sorted(by_round) if n in reference])
+        for arm, by_round in speeds.items()
+    }

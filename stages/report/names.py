@@ -1,4 +1,4 @@
-"""Names of variants and forms of figures, the same on the screen, in the report and in `review.json`."""
+"""Names of variants and formats of numbers, the same on the screen, in the report and in `review.json`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from draftsmith.artifacts.results.evaluation import CHAMPION, PLAIN
+
 NAMES = {
-    "plain": "no drafter",
-    "champion": "champion",
+    PLAIN: "without a drafter",
+    CHAMPION: "champion",
     "sft": "SFT",
     "opd": "SFT + OPD",
     "control": "SFT continued",
@@ -17,13 +19,13 @@ ABSENT = "—"
 
 
 def name_of(arm: str) -> str:
-    """Return what readers call a variant; one of `draftsmith evaluate` has its own name."""
+    """Return the name of a variant; one of `draftsmith evaluate` keeps its own."""
     return NAMES.get(arm, arm)
 
 
 def in_words(arm: str) -> str:
-    """Return the same as a sentence says it."""
-    return "the champion" if arm == "champion" else name_of(arm)
+    """Return the name of a variant inside a sentence, after a preposition."""
+    return {CHAMPION: "the champion", PLAIN: "no drafter"}.get(arm, name_of(arm))
 
 
 def target_name(source: str) -> str:
@@ -32,15 +34,15 @@ def target_name(source: str) -> str:
 
 
 def number(value: Any, form: str) -> str:
-    """Return a formatted figure, or `ABSENT` if it is none."""
+    """Return a formatted number, or `ABSENT` if it is none."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return ABSENT
     return format(value, form)
 
 
-def interval(figures: Iterable[Any], form: str) -> str:
-    """Return a value with its low and high end in brackets, where they are there; a line may be broken before them."""
-    value, *ends = (number(each, form) for each in figures)
+def interval(numbers: Iterable[Any], form: str) -> str:
+    """Return a value with its low and high end in brackets, where they are known; a line may break before them."""
+    value, *ends = (number(each, form) for each in numbers)
     return value if ABSENT in (value, *ends) else f"{value}\n[{', '.join(ends)}]"
 
 

@@ -8,12 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment
+
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.redaction import printable
+from draftsmith.artifacts.results.data import LogsSummary, PromptsSummary
+from draftsmith.artifacts.results.evaluation import AnswerContext, EvaluationResult
+from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.stages.report import plots, tables
+from draftsmith.stages.report.lineage import LineageEntry, wall_seconds
 from draftsmith.stages.report.names import duration, name_of
 from draftsmith.stages.report.next_steps import Step
 from draftsmith.stages.report.review import review_of
+from draftsmith.stages.report.stage import HistoryPoint
 from draftsmith.stages.report.template import PAGE, STYLE
 
 _SHOWN = 2  # contexts of each kind that are not folded
@@ -21,43 +28,45 @@ _SHOWN = 2  # contexts of each kind that are not folded
 
 @dataclass(frozen=True)
 class ReportData:
-    """What a report shows. Anything absent (an empty mapping or list, a missing field) is left out or shown as —."""
+    """The content of a report. Anything missing is left out or shown as —."""
 
     title: str
-    evaluation: Mapping[str, Any] = field(default_factory=dict)  # evaluation.json
-    decision: Mapping[str, Any] = field(default_factory=dict)  # decision.json of the gate
+    evaluation: EvaluationResult = field(default_factory=EvaluationResult)
+    decision: GateDecision | None = None
     facts: Mapping[str, str] = field(default_factory=dict)  # for the line below the title: name -> value
     steps: Sequence[Step] = ()
-    history: Sequence[Mapping[str, Any]] = ()  # at, what (promoted, checked), version, tau, low, high
-    contexts: Sequence[Mapping[str, Any]] = ()  # of the candidate, of contexts.json
-    prompts: Mapping[str, Any] = field(default_factory=dict)  # prompts.json
-    logs: Mapping[str, Any] = field(default_factory=dict)  # logs.json
-    lineage: Sequence[Mapping[str, Any]] = ()  # name, stage, key, content_id, duration_s, metrics, created_at
-    config: Mapping[str, Any] = field(default_factory=dict)  # artifact -> its stage's config
+    history: Sequence[HistoryPoint] = ()
+    contexts: Sequence[AnswerContext] = ()  # of the challenger
+    prompts: PromptsSummary | None = None
+    logs: LogsSummary | None = None
+    lineage: Sequence[LineageEntry] = ()
+    config: Mapping[str, object] = field(default_factory=dict)  # artifact -> its stage's config
 
 
 def render_report(path: Path, data: ReportData) -> None:
     """Write the page. The same data gives the same bytes."""
-    from jinja2 import Environment
 
     def shown(value: Any) -> Any:
         return printable(value) if isinstance(value, str) and not hasattr(value, "__html__") else value  # not our HTML
 
     environment = Environment(autoescape=True, finalize=shown)
-    environment.filters["marked"] = _marked
+    environment.filters["marked"] = _visible_spaces
     evaluation, review = data.evaluation, review_of(data.evaluation, data.decision)
+    summaries = {"prompts": data.prompts, "logs": data.logs}
     page = environment.from_string(PAGE).render(
         title=data.title,
         facts=data.facts,
         style=STYLE,
         review=review,
-        warnings=[*(review.warnings if review else ()), *_of_logs(data.logs)],
-        spent=_spent(data.lineage),
+        warnings=[*(review.warnings if review else ()), *_log_warnings(data.logs)],
+        cost=_cost_sentence(data.lineage),
         steps=data.steps,
-        chosen=tables.chosen(evaluation) if data.decision else "",
+        choice=tables.choice_sentence(evaluation) if data.decision is not None else "",
         contexts=_in_order(data.contexts),
         shown=2 * _SHOWN,
-        data=_json({"prompts": data.prompts, "logs": data.logs}) if data.prompts or data.logs else "",
+        data=_json({name: {} if each is None else each.to_json() for name, each in summaries.items()})
+        if any(summaries.values())
+        else "",
         config=_json(data.config) if data.config else "",
         plots=_plots(data),
         tables={
@@ -73,47 +82,49 @@ def render_report(path: Path, data: ReportData) -> None:
 
 def _plots(data: ReportData) -> dict[str, str]:
     found = {}
-    drafters = data.evaluation.get("drafters") or {}
-    if offsets := {arm: d["acceptance_by_offset"] for arm, d in drafters.items() if d.get("acceptance_by_offset")}:
+    drafters = data.evaluation.drafters
+    if offsets := {arm: each.acceptance_by_offset for arm, each in drafters.items() if each.acceptance_by_offset}:
         found["by_offset"] = plots.acceptance_by_offset(offsets, {arm: name_of(arm) for arm in offsets})
     if len(data.history) > 1:
         found["trend"] = plots.tau_over_time(data.history)
     return found
 
 
-def _spent(lineage: Sequence[Mapping[str, Any]]) -> str:
-    """What the refresh cost."""
-    total = sum(each.get("duration_s") or 0.0 for each in lineage)
+def _cost_sentence(lineage: Sequence[LineageEntry]) -> str:
+    """Return what the refresh took; empty if its durations are unknown."""
+    total = wall_seconds(lineage)
     if not total:
         return ""
-    longest = max(lineage, key=lambda each: each.get("duration_s") or 0.0)
+    longest = max(lineage, key=lambda entry: entry.manifest.duration_s)
     return (
         f"The refresh took {duration(total)} ({total:,.0f} s) of stages, reused ones included; the longest was "
-        f"{longest.get('name')} with {duration(longest['duration_s'])}."
+        f"{longest.name} with {duration(longest.manifest.duration_s)}."
     )
 
 
-def _of_logs(logs: Mapping[str, Any]) -> list[str]:
+def _log_warnings(logs: LogsSummary | None) -> list[str]:
+    if logs is None:
+        return []
     return [
-        f"{count} of {logs.get('scored')} logged answers that were checked are improbable: {reason}."
-        for reason, count in (logs.get("improbable") or {}).items()
+        f"{count} of {logs.scored} logged answers that were checked are improbable: {reason}."
+        for reason, count in logs.improbable.items()
         if count
     ]
 
 
-def _json(shown: Mapping[str, Any]) -> str:
+def _json(shown: Mapping[str, object]) -> str:
     return json.dumps(shown, indent=2, sort_keys=True, ensure_ascii=False, default=str)
 
 
-def _in_order(contexts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The two worst, two typical ones, then the rest."""
-    typical = [each for each in contexts if each.get("kind") == "typical"]
-    worst = [each for each in contexts if each.get("kind") != "typical"]
+def _in_order(contexts: Sequence[AnswerContext]) -> list[AnswerContext]:
+    """Return the two worst, two typical ones, then the rest."""
+    typical = [each for each in contexts if each.kind == "typical"]
+    worst = [each for each in contexts if each.kind != "typical"]
     return [*worst[:_SHOWN], *typical[:_SHOWN], *worst[_SHOWN:], *typical[_SHOWN:]]
 
 
-def _marked(piece: str) -> str:
-    """White space that could not be seen at the edges of a mark, made visible."""
+def _visible_spaces(piece: str) -> str:
+    """Return the text with white space at its edges made visible."""
     piece = piece.replace("\n", "⏎")
     inner = piece.strip(" ")
     lead = len(piece) - len(piece.lstrip(" "))

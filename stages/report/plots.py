@@ -1,4 +1,4 @@
-"""Inline SVG figures of the report: the same bytes for the same data, readable on a light and on a dark page."""
+"""Inline SVG plots of the report: the same bytes for the same data, readable on a light and on a dark page."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import html
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from functools import wraps
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import Any, ParamSpec
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import Locator
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from draftsmith.stages.report.stage import HistoryPoint
 
 COLOURS = {  # also for the colour-blind
     "plain": "#8a8f98", "champion": "#a06cd5", "sft": "#4c8bd6", "opd": "#e0703c", "control": "#3fa66b",
 }  # fmt: skip
 _OTHER = "#a06cd5"
-_SERIES = (COLOURS["control"], _OTHER, "#c9a227", "#3aa6b9", "#8c564b", *[COLOURS["plain"]] * 99)  # of further arms
 _INK = "#010203"  # stands for the page's text colour, and becomes `currentColor`
 _STYLE: Any = {
     "svg.hashsalt": "draftsmith",
@@ -40,12 +42,10 @@ P = ParamSpec("P")
 
 
 def _styled(draw: Callable[P, str]) -> Callable[P, str]:
-    """Draw in our own style, whatever the user's matplotlibrc says."""
+    """Draw in the report's style, whatever the user's matplotlibrc sets."""
 
     @wraps(draw)
     def styled(*args: P.args, **kwargs: P.kwargs) -> str:
-        import matplotlib
-
         with matplotlib.rc_context():
             matplotlib.rcdefaults()
             matplotlib.rcParams.update(_STYLE)
@@ -56,28 +56,21 @@ def _styled(draw: Callable[P, str]) -> Callable[P, str]:
 
 @_styled
 def acceptance_by_offset(drafters: Mapping[str, Sequence[float]], names: Mapping[str, str]) -> str:
-    """Share of proposals accepted at each position, one line a drafter."""
-
+    """Plot the share of proposals accepted at each position, a line for each drafter."""
     figure = _figure(7.2, 3.4)
     axes = figure.add_subplot()
     for arm, shares in drafters.items():
         offsets = range(1, len(shares) + 1)
         axes.plot(offsets, shares, marker="o", markersize=4, color=COLOURS.get(arm, _OTHER), label=names[arm])
     axes.set(xlabel="position in the block", ylabel="share accepted", ylim=(0, 1.02))
-    axes.xaxis.set_major_locator(_whole_numbers())
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
     return _svg(figure, "acceptance", "Share of proposals accepted at each position")
 
 
 @_styled
-def tau_over_time(history: Sequence[Mapping[str, Any]]) -> str:
-    """What a line's drafters were worth: at each promotion (its version beside it), each drift check and each refusal.
-
-    history: `at` (ISO 8601), `what` (promoted, checked, refused, now: the challenger of this refresh), `version`,
-    `tau`, `low`, `high`.
-    """
-    from datetime import datetime
-
+def tau_over_time(history: Sequence[HistoryPoint]) -> str:
+    """Plot acceptance lengths of a line's drafters: at promotions (with the version), drift checks and refusals."""
     figure = _figure(7.2, 3.1)
     axes = figure.add_subplot()
     for what, marker, colour, label in (
@@ -86,42 +79,31 @@ def tau_over_time(history: Sequence[Mapping[str, Any]]) -> str:
         ("refused", "x", COLOURS["plain"], "not promoted"),
         ("now", "s", COLOURS["control"], "this refresh"),
     ):
-        points = [point for point in history if point["what"] == what and point.get("tau") is not None]
+        points = [(point, point.tau) for point in history if point.what == what and point.tau is not None]
         if not points:
             continue
-        times: list[Any] = [datetime.fromisoformat(point["at"]) for point in points]
-        tau = [point["tau"] for point in points]
-        below = [t - (t if p.get("low") is None else min(t, p["low"])) for t, p in zip(tau, points, strict=True)]
-        above = [(t if p.get("high") is None else max(t, p["high"])) - t for t, p in zip(tau, points, strict=True)]
+        times: list[Any] = [datetime.fromisoformat(point.at) for point, _ in points]
+        below = [tau - (tau if point.low is None else min(tau, point.low)) for point, tau in points]
+        above = [(tau if point.high is None else max(tau, point.high)) - tau for point, tau in points]
         axes.errorbar(
-            times, tau, yerr=[below, above], linestyle="", marker=marker, markersize=5, capsize=2, color=colour,
-            label=label,
+            times, [tau for _, tau in points], yerr=[below, above], linestyle="", marker=marker, markersize=5,
+            capsize=2, color=colour, label=label,
         )  # fmt: skip
         if what == "promoted":
-            for time, point in zip(times, points, strict=True):
-                axes.annotate(
-                    f" {point['version']}", (time, point["tau"]), xytext=(4, 4), textcoords="offset points", fontsize=8
-                )
+            for time, (point, tau) in zip(times, points, strict=True):
+                axes.annotate(f" {point.version}", (time, tau), xytext=(4, 4), textcoords="offset points", fontsize=8)
     axes.set(ylabel="acceptance length")
     axes.tick_params(axis="x", labelrotation=20)
     axes.legend()
     return _svg(figure, "line", "Acceptance length of the line's drafters over time")
 
 
-def _whole_numbers() -> Locator:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(integer=True)
-
-
 def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def _svg(figure: Figure, name: str, title: str) -> str:
-    """The figure as an element of a page: no background, the page's colour and font, ids of its own, no links."""
+    """Return the figure as an element of a page: no background, the page's colour and font, unique ids, no links."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()

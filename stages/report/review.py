@@ -1,99 +1,114 @@
 """One typed review of an evaluation and its gate: the final screen, `review.json` and the report are made from it.
 
-Differences between variants have intervals that are adjusted for the number of comparisons (`evaluation["verdicts"]`),
-and are significant by those alone. Intervals of a variant alone are widened to the same level.
+Differences between variants have intervals that are adjusted for the number of comparisons (`EvaluationResult.
+verdicts`), and are significant by those alone. Intervals of a variant alone are widened to the same level.
+
+A report is written before anything follows from it: its outcome is that of the gate, not what was done.
 """
 
 from __future__ import annotations
 
 import math
+import re
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
+from pydantic import Field
 from scipy.special import stdtrit
 
-from draftsmith.stages.evaluation.gate_rules import CHAMPION, PLAIN, challenger_of
+from draftsmith.artifacts.results.base import Record
+from draftsmith.artifacts.results.evaluation import CHAMPION, PLAIN, Acceptance, EvaluationResult, SpeedMetrics
+from draftsmith.artifacts.results.gate import GateDecision, RuleResult
+from draftsmith.artifacts.results.report import Outcome
 from draftsmith.stages.evaluation.validity import AGAIN
-from draftsmith.stages.evaluation.verdicts import AGAINST_ALL
+from draftsmith.stages.evaluation.verdicts import AGAINST_ALL, estimate_of
 from draftsmith.stages.report.names import in_words, interval, name_of, number
-from draftsmith.stages.report.outcome import Outcome, outcome, rule_name
-from draftsmith.stages.runtime.statistics import CONFIDENCE, Estimate
+from draftsmith.stages.runtime.statistics import CONFIDENCE
 
-MANY_LOOPS = 0.05  # of the held-out answers: from here on it is a warning
+MANY_LOOPS = 0.05  # share of the held-out answers from which it is a warning
 _GROUPS = {"lossless": "lossless", "near-ties": "lossless", "tau": "acceptance", "speed-up": "speed-up"}
+_LABELS = {
+    "promoted": "The gate says: promote",
+    "refused": "Not promoted",
+    "inconclusive": "Not promoted: inconclusive",
+    "measured": "Measured, nothing to decide",
+}
+_LONGEST = 100  # characters of a reason in the sentence
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A figure with its interval, where there is one."""
+class Metric(Record):
+    """A value with its interval, where it is known."""
 
     value: float
     low: float | None = None
     high: float | None = None
 
     def text(self, form: str) -> str:
+        """Return the value and its interval, formatted."""
         return interval((self.value, self.low, self.high), form)
 
 
-@dataclass(frozen=True)
-class Difference(Measured):
+class MetricDifference(Record):
     """A variant beside another one: acceptance length minus the other's, or speed as a factor of the other's."""
 
-    significant: bool | None = None  # None: too little was measured, or the speeds are unreliable
+    value: float
+    low: float | None = None
+    high: float | None = None
+    significant: bool | None = None  # None: inconclusive, too little was measured or the speeds are unreliable
 
     @property
     def mark(self) -> str:
+        """Return the mark that a table has after the value."""
         return {True: "", False: " n.s.", None: " ?"}[self.significant]
 
     def text(self, form: str) -> str:
-        return super().text(form) + self.mark
+        """Return the value, its interval and its mark, formatted."""
+        return interval((self.value, self.low, self.high), form) + self.mark
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(Record):
     """A drafter, or decoding without one."""
 
     arm: str
     name: str
-    candidate: bool
-    acceptance: Measured | None
+    is_challenger: Annotated[bool, Field(alias="candidate")]
+    acceptance: Metric | None
     tokens_per_s: float | None
-    speedup: Measured | None
-    differences: Mapping[str, Difference]  # of the acceptance length, by the other variant
-    speed_over: Mapping[str, Difference]
+    speedup: Metric | None
+    differences: Mapping[str, MetricDifference]  # of the acceptance length, by the other variant
+    speed_over: Mapping[str, MetricDifference]
     unreliable: bool  # its speed
 
 
-@dataclass(frozen=True)
-class Check:
-    """A rule of the gate."""
+class Check(Record):
+    """A rule of the gate as the screen shows it."""
 
     name: str
     group: str  # of rules that are one tick on the screen
     result: str  # passed, failed, inconclusive
-    said: str
+    text: Annotated[str, Field(alias="said")]
 
     @property
     def tick(self) -> str:
+        """Return the result as one character."""
         return {"passed": "✓", "failed": "✗", "inconclusive": "?"}[self.result]
 
 
-@dataclass(frozen=True)
-class Review:
-    """What an evaluation found, and what its gate says of it."""
+class Review(Record):
+    """What an evaluation found, and what its gate decided."""
 
     outcome: Outcome
-    candidate: str
+    challenger: Annotated[str, Field(alias="candidate")]
     other: str | None  # the variant that all are compared with
     level: float  # of every interval
     comparisons: int
     variants: Sequence[Variant]
     checks: Sequence[Check]
     warnings: Sequence[str]  # on data and outputs
-    doubts: Sequence[str]  # why speeds are unreliable
-    measured_again: bool  # by the next run: what this one measured says nothing
+    speed_warnings: Annotated[Sequence[str], Field(alias="doubts")]
+    measured_again: bool  # by the next run: this one was inconclusive
     exactness: Sequence[str]
     headline: str  # tokens/s before and after
     machine: str
@@ -106,112 +121,103 @@ class Review:
         return [(tick, group) for group, tick in found.items()]
 
 
-def review_of(evaluation: Mapping[str, Any], decision: Mapping[str, Any]) -> Review | None:
-    """Return the review of `evaluation.json` and `decision.json` (empty without a gate); None if nothing was
-    measured."""
-    verdict = outcome(evaluation, decision)
-    if verdict is None:
+def review_of(evaluation: EvaluationResult | None, decision: GateDecision | None) -> Review | None:
+    """Return the review of an evaluation and its gate; None if nothing was measured."""
+    if evaluation is None or not evaluation.drafters:
         return None
-    drafters, speed = evaluation["drafters"], evaluation.get("speed") or {}
-    candidate = decision.get("challenger") or challenger_of(evaluation)
-    verdicts = evaluation.get("verdicts") or []
-    level = max([CONFIDENCE, *(each["level"] for each in verdicts)])
-    variants = [
-        _variant(arm, evaluation, candidate, level)
-        for arm in dict.fromkeys((PLAIN, *drafters, *speed))
-        if arm in speed or arm in drafters
-    ]
-    others = [*AGAINST_ALL, *(each["other"] for each in verdicts)]
+    challenger = decision.challenger if decision is not None else evaluation.challenger
+    verdicts = evaluation.verdicts
+    level = max([CONFIDENCE, *(verdict.level for verdict in verdicts)])
+    arms = dict.fromkeys((PLAIN, *evaluation.drafters, *evaluation.speed))
+    others = [*AGAINST_ALL, *(verdict.other for verdict in verdicts)]
     return Review(
-        verdict,
-        candidate,
-        next((other for other in others if other in drafters and verdicts), None),
-        level,
-        sum(each["different"] is not None for each in verdicts),
-        variants,
-        [_check(rule) for rule in decision.get("rules") or ()],
-        _warnings(evaluation),
-        _doubts(evaluation),
-        any(doubt["kind"] in AGAIN for doubt in evaluation.get("doubts") or ()),
-        exactness(evaluation),
-        _headline(evaluation, candidate),
-        machine(evaluation),
+        outcome=outcome_of(evaluation, decision),
+        challenger=challenger,
+        other=next((other for other in others if other in evaluation.drafters and verdicts), None),
+        level=level,
+        comparisons=sum(verdict.different is not None for verdict in verdicts),
+        variants=[
+            _variant(arm, evaluation, challenger, level)
+            for arm in arms
+            if arm in evaluation.speed or arm in evaluation.drafters
+        ],
+        checks=[_check(rule) for rule in decision.rules] if decision is not None else [],
+        warnings=_warnings(evaluation),
+        speed_warnings=_speed_warnings(evaluation),
+        measured_again=any(warning.kind in AGAIN for warning in evaluation.speed_warnings),
+        exactness=exactness_sentences(evaluation),
+        headline=_headline(evaluation, challenger),
+        machine=machine_text(evaluation),
     )
 
 
-def _variant(arm: str, evaluation: Mapping[str, Any], candidate: str, level: float) -> Variant:
-    drafter = evaluation["drafters"].get(arm) or {}
-    speed = (evaluation.get("speed") or {}).get(arm) or {}
-    unreliable = arm != PLAIN and is_unreliable(evaluation, arm)
-    found: dict[str, dict[str, Difference]] = {"tau": {}, "speed": {}}
-    for each in evaluation.get("verdicts") or ():
-        if each["arm"] == arm:
-            doubted = each["kind"] == "speed" and (unreliable or is_unreliable(evaluation, each["other"]))
-            significant = None if doubted else each["different"]
-            found[each["kind"]][each["other"]] = Difference(each["value"], each["low"], each["high"], significant)
-    acceptance = _acceptance(drafter, level) if arm != PLAIN else Measured(1.0)
-    speedup = _speedup(arm, speed, evaluation, level)
-    named = arm, name_of(arm), arm == candidate
-    return Variant(*named, acceptance, speed.get("tokens_per_s"), speedup, found["tau"], found["speed"], unreliable)
+def _variant(arm: str, evaluation: EvaluationResult, challenger: str, level: float) -> Variant:
+    speed, unreliable = evaluation.speed.get(arm), arm != PLAIN and evaluation.is_unreliable(arm)
+    differences: dict[str, dict[str, MetricDifference]] = {"tau": {}, "speed": {}}
+    for each in evaluation.verdicts:
+        if each.arm == arm:
+            untrusted = each.kind == "speed" and (unreliable or evaluation.is_unreliable(each.other))
+            differences[each.kind][each.other] = MetricDifference(
+                value=each.value, low=each.low, high=each.high, significant=None if untrusted else each.different
+            )
+    return Variant(
+        arm=arm,
+        name=name_of(arm),
+        is_challenger=arm == challenger,
+        acceptance=Metric(value=1.0) if arm == PLAIN else _acceptance(evaluation.drafters.get(arm), level),
+        tokens_per_s=None if speed is None else speed.tokens_per_s,
+        speedup=_speedup(arm, speed, evaluation, level),
+        differences=differences["tau"],
+        speed_over=differences["speed"],
+        unreliable=unreliable,
+    )
 
 
-def _acceptance(drafter: Mapping[str, Any], level: float) -> Measured | None:
-    """Widened from 95 % by Student's t over prompts."""
-    value, low, high = (drafter.get(name) for name in ("tau", "tau_low", "tau_high"))
-    if value is None:
+def _acceptance(drafter: Acceptance | None, level: float) -> Metric | None:
+    """Return tau with its interval, widened from 95 % by Student's t over prompts."""
+    if drafter is None:
         return None
+    value, low, high = drafter.tau, drafter.tau_low, drafter.tau_high
     if low is None or high is None:
-        return Measured(value)
-    degrees = max(1, drafter.get("prompts", 2) - 1)
+        return Metric(value=value)
+    degrees = max(1, drafter.prompts - 1)
     wider = float(stdtrit(degrees, 0.5 + level / 2) / stdtrit(degrees, 0.5 + CONFIDENCE / 2))
-    return Measured(value, value - wider * (value - low), value + wider * (high - value))
+    return Metric(value=value, low=value - wider * (value - low), high=value + wider * (high - value))
 
 
-def _speedup(arm: str, speed: Mapping[str, Any], evaluation: Mapping[str, Any], level: float) -> Measured | None:
-    if speed.get("speedup") is None:
-        return Measured(1.0) if arm == PLAIN and speed else None
-    wanted: dict[str, Any] = {"kind": "speed", "arm": arm, "other": PLAIN}
-    wanted |= {name: evaluation.get(name) for name in ("temperature", "concurrency")}
-    for each in evaluation.get("compared") or ():
-        if all(each.get(name) == value for name, value in wanted.items()) and each["error"] is not None:
-            ends = Estimate(each["value"], each["error"], each["units"], each["degrees"]).interval(level)
-            return Measured(speed["speedup"], *map(math.exp, ends or ()))
-    return Measured(speed["speedup"])
+def _speedup(arm: str, speed: SpeedMetrics | None, evaluation: EvaluationResult, level: float) -> Metric | None:
+    """Return the speed-up at the first setting, with an interval of this level."""
+    if speed is None or speed.speedup is None:
+        return Metric(value=1.0) if arm == PLAIN and speed is not None else None
+    for each in evaluation.compared("speed", arm, PLAIN):
+        at_first = (each.temperature, each.concurrency) == (evaluation.temperature, evaluation.concurrency)
+        if at_first and (ends := estimate_of(each).interval(level)):
+            return Metric(value=speed.speedup, low=math.exp(ends[0]), high=math.exp(ends[1]))
+    return Metric(value=speed.speedup)
 
 
-def is_unreliable(evaluation: Mapping[str, Any], arm: str) -> bool:
-    """Return whether the speed of a variant is doubted at the first setting."""
-    setting = {name: evaluation.get(name) for name in ("temperature", "concurrency")}
-    return any(
-        all(doubt.get(name) == value for name, value in setting.items())
-        and (not doubt.get("arms") or arm in doubt["arms"])
-        for doubt in evaluation.get("doubts") or ()
-    )
-
-
-def _check(rule: Mapping[str, Any]) -> Check:
-    name = rule["name"]
+def _check(rule: RuleResult) -> Check:
+    name = rule.name
     group = "prompt sets" if name.startswith("tau of ") else "speed" if name.startswith("speed at ") else name
-    result = "inconclusive" if not rule["judged"] else "passed" if rule["passed"] else "failed"
-    return Check(rule_name(name), _GROUPS.get(group, group), result, rule["said"])
+    return Check(name=rule_name(name), group=_GROUPS.get(group, group), result=rule.result, text=rule.text)
 
 
-def _warnings(evaluation: Mapping[str, Any]) -> list[str]:
+def _warnings(evaluation: EvaluationResult) -> list[str]:
     found = []
-    exact = evaluation.get("exactness") or {}
-    if (prompts := exact.get("fp32_prompts")) and exact.get("fp32_identical") != prompts:
+    exact = evaluation.exactness
+    if exact.fp32_prompts and exact.fp32_identical != exact.fp32_prompts:
         found.append(
-            f"Do not serve these drafters: in float32 only {exact.get('fp32_identical')} of {prompts} outputs equal "
-            "decoding without a drafter."
+            f"Do not serve these drafters: in float32 only {exact.fp32_identical} of {exact.fp32_prompts} outputs "
+            "equal decoding without a drafter."
         )
-    if (share := evaluation.get("loop_share") or 0.0) >= MANY_LOOPS:
-        lengths = {name_of(arm): number(tau, ".2f") for arm, tau in (evaluation.get("tau_without_loops") or {}).items()}
+    if (share := evaluation.loop_share or 0.0) >= MANY_LOOPS:
+        lengths = {name_of(arm): number(tau, ".2f") for arm, tau in evaluation.tau_without_loops.items()}
         without = ", ".join(f"{name} {length}" for name, length in lengths.items())
         found.append(
             f"{share:.0%} of the held-out answers loop (six tokens repeated three times or more). Acceptance lengths "
             f"without them: {without}."
         )
-    if (share := evaluation.get("outside_nucleus_share") or 0.0) > 0.001:
+    if (share := evaluation.outside_nucleus_share or 0.0) > 0.001:
         found.append(
             f"{share:.1%} of the answers' tokens cannot be sampled with the stated top_p and top_k, so acceptance "
             "lengths may be wrong. Set logs.top_p and logs.top_k to the values that the service used."
@@ -219,54 +225,48 @@ def _warnings(evaluation: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _doubts(evaluation: Mapping[str, Any]) -> list[str]:
-    several = len(evaluation.get("speed_by_setting") or ()) > 1
+def _speed_warnings(evaluation: EvaluationResult) -> list[str]:
+    several = len(evaluation.speed_by_setting) > 1
     found = []
-    for doubt in evaluation.get("doubts") or ():
-        where = f" (at temperature {doubt['temperature']:g}, {doubt['concurrency']} in flight)" if several else ""
-        found.append(f"{doubt['said'][:1].upper()}{doubt['said'][1:]}{where}.")
+    for warning in evaluation.speed_warnings:
+        where = f" (at temperature {warning.temperature:g}, {warning.concurrency} in flight)" if several else ""
+        found.append(f"{warning.text[:1].upper()}{warning.text[1:]}{where}.")
     return list(dict.fromkeys(found))
 
 
-def exactness(evaluation: Mapping[str, Any]) -> list[str]:
+def exactness_sentences(evaluation: EvaluationResult) -> list[str]:
     """Return sentences on outputs that equal the target's, and on serving that equals replay."""
-    found = evaluation.get("exactness") or {}
+    found = evaluation.exactness
     sentences = []
-    if prompts := found.get("fp32_prompts"):
-        same = found.get("fp32_identical")
-        sentences.append(f"In float32, {same} of {prompts} outputs equal decoding without a drafter, token for token.")
-    if (share := found.get("identical_share")) is not None:
-        sentences.append(f"In {found.get('serving_dtype') or 'the serving dtype'}, {share:.1%} of the outputs do.")
-    if (margin := found.get("median_margin")) is not None:
+    if found.fp32_prompts:
+        same = f"{found.fp32_identical} of {found.fp32_prompts} outputs"
+        sentences.append(f"In float32, {same} equal decoding without a drafter, token for token.")
+    if found.identical_share is not None:
+        sentences.append(
+            f"In {found.serving_dtype or 'the serving dtype'}, {found.identical_share:.1%} of the outputs do."
+        )
+    if (margin := found.median_margin) is not None:
         sentences.append(f"Where they differ, the token is {margin:.3g} logits below the target's best (median).")
-    for arm, parity in (evaluation.get("parity") or {}).items():
-        if "served_steps" in parity:
-            what = f"{parity['different_steps']} of {parity['served_steps']} served verify steps differ from replay"
+    for arm, parity in (evaluation.parity or {}).items():
+        if parity.served_steps is not None:
+            text = f"{parity.different_steps} of {parity.served_steps} served verify steps differ from replay"
         else:
-            what = f"acceptance length {parity['served_tau']:.3f} as served, {parity['replayed_tau']:.3f} in replay"
-        sentences.append(f"{name_of(arm)}: {what}.")
+            text = f"acceptance length {parity.served_tau:.3f} as served, {parity.replayed_tau:.3f} in replay"
+        sentences.append(f"{name_of(arm)}: {text}.")
     return sentences
 
 
-def points_of(evaluation: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return every setting with its `arms`; the first alone where no other was measured."""
-    if evaluation.get("speed_by_setting"):
-        return list(evaluation["speed_by_setting"])
-    setting = {name: evaluation.get(name) for name in ("temperature", "concurrency")}
-    return [{**setting, "arms": evaluation["speed"]}] if evaluation.get("speed") else []
-
-
-def _headline(evaluation: Mapping[str, Any], candidate: str) -> str:
-    """`1 in flight: 61.3 → 91.7 tokens/s (+50 %); …`, from the champion's, or no drafter's, to the candidate's."""
+def _headline(evaluation: EvaluationResult, challenger: str) -> str:
+    """Return `1 in flight: 61.3 → 91.7 tokens/s (+50 %); …`, from the champion or no drafter to the challenger."""
     found = []
-    for point in points_of(evaluation):
-        arms = point["arms"]
-        before = CHAMPION if CHAMPION in arms else PLAIN
-        old, new = ((arms.get(arm) or {}).get("tokens_per_s") for arm in (before, candidate))
-        if old and new:
-            where = f"{point['concurrency']} in flight: " if point.get("concurrency") is not None else ""
-            found.append(f"{where}{_rate(old)} → {_rate(new)} tokens/s ({new / old - 1:+.0%} over {in_words(before)})")
-    unreliable = ", unreliable" if found and is_unreliable(evaluation, candidate) else ""
+    for table in evaluation.speed_tables():
+        before = CHAMPION if CHAMPION in table.arms else PLAIN
+        old, new = table.arms.get(before), table.arms.get(challenger)
+        if old is not None and new is not None:
+            where = f"{table.concurrency} in flight: " if table.concurrency is not None else ""
+            speeds = f"{_rate(old.tokens_per_s)} → {_rate(new.tokens_per_s)} tokens/s"
+            found.append(f"{where}{speeds} ({new.tokens_per_s / old.tokens_per_s - 1:+.0%} over {in_words(before)})")
+    unreliable = ", unreliable" if found and evaluation.is_unreliable(challenger) else ""
     return "; ".join(dict.fromkeys(found)) + unreliable
 
 
@@ -274,8 +274,78 @@ def _rate(tokens_per_s: float) -> str:
     return f"{tokens_per_s:,.0f}" if tokens_per_s >= 100 else f"{tokens_per_s:.1f}"
 
 
-def machine(evaluation: Mapping[str, Any]) -> str:
+def machine_text(evaluation: EvaluationResult) -> str:
     """Return `2 × NVIDIA H100`, or the number of CPU cores where there is no GPU."""
-    found = evaluation.get("machine") or {}
-    gpus = [f"{count} × {name}" if count > 1 else name for name, count in Counter(found.get("gpus") or ()).items()]  # noqa: RUF001
-    return ", ".join(gpus) or (f"{found['cores']} CPU cores" if found.get("cores") else "")
+    machine = evaluation.machine
+    gpus = [f"{count} × {name}" if count > 1 else name for name, count in Counter(machine.gpus).items()]  # noqa: RUF001
+    return ", ".join(gpus) or (f"{machine.cores} CPU cores" if machine.cores else "")
+
+
+def outcome_of(evaluation: EvaluationResult, decision: GateDecision | None) -> Outcome:
+    """Return the verdict in one sentence with its reasons."""
+    if decision is None:
+        return _outcome("measured", _measured_sentence(evaluation))
+    kind, failed = decision.outcome, decision.failed
+    name, champion = name_of(decision.challenger), _champion(decision.champion)
+    lengths = f" (acceptance length {_lengths(evaluation, decision.challenger)})" if champion else ""
+    followed = None
+    if kind == "promoted":
+        is_to, does = ("take", "takes") if champion else ("be", "is")
+        what = f"the place of {champion}" if champion else f"the line's first champion{_first(evaluation, decision)}"
+        sentence, followed = f"{name} is to {is_to} {what}{lengths}.", f"{name} {does} {what}{lengths}."
+        shown = [rule for rule in decision.rules if rule.name == "tau" or rule.name.startswith("speed")]
+    elif kind == "refused":
+        broken = [rule for rule in failed if rule.broken]
+        others = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        stays = f"{champion[0].upper()}{champion[1:]} stays: " if champion else ""
+        sentence, shown = f"{stays}{name} fails {': '.join(_reason(broken[0]))}{others}.", failed
+    else:
+        rule_text, why = _reason(failed[0])
+        sentence, shown = f"{rule_text[0].upper()}{rule_text[1:]} is inconclusive: {why}.", failed
+    return _outcome(kind, sentence, [f"{rule_name(rule.name)}: {rule.text}" for rule in shown], followed)
+
+
+def _outcome(kind: str, sentence: str, reasons: Sequence[str] = (), followed: str | None = None) -> Outcome:
+    return Outcome(kind=kind, sentence=sentence, reasons=reasons, followed=followed, label=_LABELS[kind])
+
+
+def rule_name(rule: str) -> str:
+    """Return a rule of the gate as readers know it: `acceptance length on chat`."""
+    return re.sub(r"^tau( of )?", lambda found: "acceptance length" + (" on " if found[1] else ""), rule)
+
+
+def _champion(champion: str | None) -> str | None:
+    """Return the champion in a sentence, by its version where that is known."""
+    return champion and ("the champion" if champion == CHAMPION else f"version {champion}")
+
+
+def _reason(rule: RuleResult) -> tuple[str, str]:
+    """Return the rule's name, and the start of its text: the whole text is among the reasons."""
+    text = re.split(r"inconclusive[:,] ", rule.text)[-1]
+    text = re.sub(r" \([^)]*\)", "", text).partition("; ")[0]
+    return rule_name(rule.name), textwrap.shorten(text, _LONGEST, placeholder=" …")
+
+
+def _measured_sentence(evaluation: EvaluationResult) -> str:
+    """Return the challenger's acceptance length beside that of the first arm that it is compared with."""
+    arm = evaluation.challenger
+    sentence = f"{name_of(arm)} has an acceptance length of {evaluation.drafters[arm].tau:.2f}"
+    for verdict in evaluation.verdicts:
+        if verdict.kind == "tau" and verdict.arm == arm:
+            results = {True: "significant", False: "not significant", None: "inconclusive: too few prompts"}
+            difference = f"{verdict.value:+.2f} against {in_words(verdict.other)}"
+            return f"{sentence}, {difference} ({results[verdict.different]})."
+    return f"{sentence}."
+
+
+def _first(evaluation: EvaluationResult, decision: GateDecision) -> str:
+    """Return what a line's first champion has passed with."""
+    speedup = next((rule.metrics.get("value") for rule in decision.rules if rule.name == "speed-up"), None)
+    if speedup is not None:
+        return f" (speed-up {speedup:.2f})"
+    return f" (acceptance length {evaluation.drafters[decision.challenger].tau:.2f})"
+
+
+def _lengths(evaluation: EvaluationResult, arm: str) -> str:
+    taus = [evaluation.drafters[each].tau if each in evaluation.drafters else None for each in (arm, CHAMPION)]
+    return " against ".join(number(tau, ".2f") for tau in taus)

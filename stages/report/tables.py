@@ -1,17 +1,18 @@
-"""Tables of the report. Every cell is finished text; figures that are not there are `ABSENT`."""
+"""Tables of the report. Every cell is finished text; a missing value is `ABSENT`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from draftsmith.stages.evaluation.gate_rules import CHAMPION, challenger_of, gain_of
-from draftsmith.stages.report.metrics import counted, device_seconds
+from draftsmith.artifacts.results.base import SetMetrics
+from draftsmith.artifacts.results.evaluation import CHAMPION, EvaluationResult
+from draftsmith.stages.evaluation.verdicts import estimate_of
+from draftsmith.stages.report.lineage import LineageEntry, device_seconds, wall_seconds
 from draftsmith.stages.report.names import ABSENT, duration, interval, name_of, number
-from draftsmith.stages.report.review import Review, points_of
+from draftsmith.stages.report.review import MetricDifference, Review
 
-_COUNTED = ("response_tokens", "positions", "tflop")  # figures that stages report
+_COUNTS = ("response_tokens", "positions", "tflop")  # metrics that stages report
 
 
 @dataclass(frozen=True)
@@ -22,51 +23,56 @@ class Table:
     rows: Sequence[Sequence[str]]
     title: str = ""
     caption: str = ""
-    text_columns: int = 1  # the first ones hold words, the others figures
+    text_columns: int = 1  # the first ones hold words, the others numbers
 
 
-def drafters(review: Review, evaluation: Mapping[str, Any], *, short: bool = False) -> Table:
-    """Acceptance length and speed of every variant, with adjusted significance; short: as it fits on a screen."""
+def drafters(review: Review, evaluation: EvaluationResult, *, short: bool = False) -> Table:
+    """Return acceptance length and speed of every variant, with adjusted significance. short: for a screen."""
     digits = ".2f" if short else ".3f"
     others = [review.other] if short and review.other else _others(each.differences for each in review.variants)
     timed = [] if short else _others(each.speed_over for each in review.variants)
-    further = {"block": ("block_size", "d")}
     rows = []
-    for each in review.variants:
-        beside = [each.differences.get(other) for other in others]
-        factors = [each.speed_over.get(other) for other in timed]
-        own = (evaluation["drafters"].get(each.arm) or {}) | ((evaluation.get("speed") or {}).get(each.arm) or {})
+    for variant in review.variants:
+        differences = [variant.differences.get(other) for other in others]
+        factors = [variant.speed_over.get(other) for other in timed]
         rows.append(
             [
-                f"{each.name} ◂" if each.candidate else each.name,
-                each.acceptance.text(digits) if each.acceptance else ABSENT,
-                *((f"{d.value:+.2f}{d.mark}" if short else d.text("+.3f")) if d else ABSENT for d in beside),
-                number(each.tokens_per_s, ",.1f"),
-                f"{each.speedup.text(digits)}{' *' * each.unreliable}" if each.speedup else ABSENT,
+                f"{variant.name} ◂" if variant.is_challenger else variant.name,
+                variant.acceptance.text(digits) if variant.acceptance else ABSENT,
+                *((f"{d.value:+.2f}{d.mark}" if short else d.text("+.3f")) if d else ABSENT for d in differences),
+                number(variant.tokens_per_s, ",.1f"),
+                f"{variant.speedup.text(digits)}{' *' * variant.unreliable}" if variant.speedup else ABSENT,
                 *(factor.text(digits) if factor else ABSENT for factor in factors),
-                *([] if short else [number(own.get(name), form) for name, form in further.values()]),
+                *([] if short else [number(_block_size(variant.arm, evaluation), "d")]),
             ]
         )
     head = ["", "acceptance length", *(f"vs {name_of(other)}" for other in others), "tokens/s", "speed-up"]
-    head += [] if short else [*(f"speed vs {name_of(other)}" for other in timed), *further]
+    head += [] if short else [*(f"speed vs {name_of(other)}" for other in timed), "block"]
     return Table(head, rows, "Drafters", _legend(rows, review))
 
 
-def _others(differences: Iterable[Mapping[str, Any]]) -> list[str]:
+def _block_size(arm: str, evaluation: EvaluationResult) -> int | None:
+    """Return the block size that an arm decoded with, else that it was trained with."""
+    served, trained = evaluation.speed.get(arm), evaluation.drafters.get(arm)
+    if served is not None and served.block_size is not None:
+        return served.block_size
+    return None if trained is None else trained.block_size
+
+
+def _others(differences: Iterable[Mapping[str, MetricDifference]]) -> list[str]:
     return list(dict.fromkeys(other for each in differences for other in each))
 
 
 def _legend(rows: Sequence[Sequence[str]], review: Review) -> str:
-    """What the marks mean that are in a table."""
+    """Return the meaning of the marks in a table."""
     shown = "\n".join(cell for row in rows for cell in row)
-    marks = {"◂": "◂ candidate", " n.s.": "n.s. not significant", " ?": "? inconclusive", " *": "* unreliable"}
+    marks = {"◂": "◂ challenger", " n.s.": "n.s. not significant", " ?": "? inconclusive", " *": "* unreliable"}
     marks["["] = f"[95 %, for {review.comparisons} comparisons]" if review.comparisons > 1 else "[95 %]"
     return "  ".join(meaning for mark, meaning in marks.items() if mark in shown)
 
 
-def by_setting(evaluation: Mapping[str, Any]) -> Table | None:
-    """Speed at every temperature and concurrency."""
-    points = points_of(evaluation)
+def by_setting(evaluation: EvaluationResult) -> Table | None:
+    """Return the speed at every temperature and concurrency."""
     columns = {
         "tokens/s": ("tokens_per_s", ",.1f"),
         "speed-up": ("speedup", ".3f"),
@@ -80,76 +86,70 @@ def by_setting(evaluation: Mapping[str, Any]) -> Table | None:
     }
     rows = [
         [
-            number(point.get("temperature"), "g"),
-            number(point.get("concurrency"), "d"),
+            number(table.temperature, "g"),
+            number(table.concurrency, "d"),
             name_of(arm),
-            *(number(own.get(field), form) for field, form in columns.values()),
+            *(number(getattr(metrics, field), form) for field, form in columns.values()),
         ]
-        for point in points
-        for arm, own in point["arms"].items()
+        for table in evaluation.speed_tables()
+        for arm, metrics in table.arms.items()
     ]
-    return (
-        Table(["temperature", "in flight", "decoding with", *columns], rows, "Speed by setting", text_columns=3)
-        if rows
-        else None
-    )
+    head = ["temperature", "in flight", "decoding with", *columns]
+    return Table(head, rows, "Speed by setting", text_columns=3) if rows else None
 
 
-def by_set(evaluation: Mapping[str, Any]) -> Table | None:
-    """The acceptance length of each drafter on every prompt set, and the candidate's beside the champion's."""
-    sets = {name: each for name, each in (evaluation.get("sets") or {}).items() if each}
+def by_set(evaluation: EvaluationResult) -> Table | None:
+    """Return the acceptance length of each drafter on every prompt set, and the challenger's gain over the champion."""
+    sets = {name: arms for name, arms in evaluation.sets.items() if arms}
     if not sets:
         return None
-    arms = [arm for arm in evaluation["drafters"] if any(arm in each for each in sets.values())]
-    candidate = challenger_of(evaluation)
-    gains = {name: _gain(evaluation, candidate, name) for name in sets} if CHAMPION in arms else {}
+    arms = [arm for arm in evaluation.drafters if any(arm in each for each in sets.values())]
+    gains = {name: _gain(evaluation, name) for name in sets} if CHAMPION in arms else {}
     rows = []
-    for name, each in sets.items():
-        prompts = max((each[arm].get("prompts", 0) for arm in arms if arm in each), default=0)
-        own = [each.get(arm) or {} for arm in arms]
-        lengths = [interval([one.get(end) for end in ("tau", "low", "high")], ".3f") for one in own]
+    for name, by_arm in sets.items():
+        prompts = max((by_arm[arm].prompts or 0 for arm in arms if arm in by_arm), default=0)
+        own = [by_arm.get(arm, SetMetrics()) for arm in arms]
+        lengths = [interval((each.tau, each.low, each.high), ".3f") for each in own]
         rows.append([name, str(prompts), *lengths, *([gains[name]] if gains else [])])
-    head = ["prompt set", "prompts", *map(name_of, arms), *(["candidate vs champion"] if gains else [])]
+    head = ["prompt set", "prompts", *map(name_of, arms), *(["challenger vs champion"] if gains else [])]
     note = "Acceptance lengths. In brackets: 95 % intervals of each set alone, not adjusted for their number."
     return Table(head, rows, "By prompt set", note)
 
 
-def _gain(evaluation: Mapping[str, Any], arm: str, name: str) -> str:
-    wanted = {"kind": "tau", "arm": arm, "other": CHAMPION, "set": name}
-    for found in evaluation.get("compared") or ():
-        if all(found.get(key) == value for key, value in wanted.items()) and found["base"]:
-            gain = gain_of(found)
-            return interval([gain.value, *(gain.interval() or (None, None))], "+.1%")
+def _gain(evaluation: EvaluationResult, prompt_set: str) -> str:
+    for each in evaluation.compared("tau", evaluation.challenger, CHAMPION):
+        if each.set == prompt_set and each.base and each.gain is not None:
+            gain = estimate_of(each.gain)
+            return interval((gain.value, *(gain.interval() or (None, None))), "+.1%")
     return ABSENT
 
 
 def gate(review: Review) -> Table | None:
-    """Every rule, what became of it, and its figures with the threshold."""
-    rows = [[each.name, f"{each.tick} {each.result}", each.said] for each in review.checks]
-    return Table(("rule", "result", "figures"), rows, "Gate", text_columns=3) if rows else None
+    """Return every rule with its result, its metrics and the threshold."""
+    rows = [[check.name, f"{check.tick} {check.result}", check.text] for check in review.checks]
+    return Table(("rule", "result", "metrics"), rows, "Gate", text_columns=3) if rows else None
 
 
-def chosen(evaluation: Mapping[str, Any]) -> str:
-    """Return why this variant is the candidate; empty where there was no choice."""
-    lengths = {arm: tau for arm, tau in (evaluation.get("validation_tau") or {}).items() if arm != CHAMPION}
+def choice_sentence(evaluation: EvaluationResult) -> str:
+    """Return why this variant is the challenger; empty where there was no choice."""
+    lengths = {arm: tau for arm, tau in (evaluation.validation_tau or {}).items() if arm != CHAMPION}
     if len(lengths) < 2:
         return ""
-    said = ", ".join(f"{name_of(arm)} {number(tau, '.3f')}" for arm, tau in lengths.items())
-    candidate = name_of(challenger_of(evaluation))
-    return f"{candidate} is the candidate: it has the highest acceptance length on the validation split ({said})."
+    listed = ", ".join(f"{name_of(arm)} {number(tau, '.3f')}" for arm, tau in lengths.items())
+    challenger = name_of(evaluation.challenger)
+    return f"{challenger} is the challenger: it has the highest acceptance length on the validation split ({listed})."
 
 
-def stages(artifacts: Sequence[Mapping[str, Any]]) -> Table | None:
-    """Every artifact that the report rests on, with its time and tokens, and all together."""
-    if not artifacts:
+def stages(lineage: Sequence[LineageEntry]) -> Table | None:
+    """Return every artifact that the report rests on, with its time and tokens, and the totals."""
+    if not lineage:
         return None
-    rows = []
-    for name, group in [*((_name(each), [each]) for each in artifacts), ("total", artifacts)]:
-        where = f"{group[0].get('stage', ABSENT)}/{str(group[0].get('key', ''))[:16]}" if len(group) == 1 else ""
-        seconds = sum(each.get("duration_s") or 0.0 for each in group)
-        rows.append([name, where, duration(seconds), duration(device_seconds(group)), *_counts(group)])
+    rows = [
+        [name, where, duration(wall_seconds(group)), duration(device_seconds(group)), *_counts(group)]
+        for name, where, group in [*((_name(each), each.key, [each]) for each in lineage), ("total", "", lineage)]
+    ]
     head = [
-        "made",
+        "node",
         "artifact",
         "wall time",
         "device time",
@@ -163,16 +163,16 @@ def stages(artifacts: Sequence[Mapping[str, Any]]) -> Table | None:
     return Table(head, rows, "Stages", note, text_columns=2)
 
 
-def _name(artifact: Mapping[str, Any]) -> str:
-    config, name = artifact.get("config") or {}, str(artifact.get("name", ABSENT))
-    known = artifact.get("stage") == CHAMPION and {"line", "version"} <= config.keys()
-    return f"{name} ({config['line']}@{config['version']})" if known else name
+def _name(entry: LineageEntry) -> str:
+    config = entry.manifest.config
+    known = entry.manifest.stage == CHAMPION and {"line", "version"} <= config.keys()
+    return f"{entry.name} ({config['line']}@{config['version']})" if known else entry.name
 
 
-def _counts(artifacts: Sequence[Mapping[str, Any]]) -> list[str]:
-    found = []
-    for figure in _COUNTED:
-        values = [value for each in artifacts if (value := counted(each, figure)) is not None]
+def _counts(lineage: Sequence[LineageEntry]) -> list[str]:
+    cells = []
+    for metric in _COUNTS:
+        values = [value for entry in lineage if (value := entry.count(metric)) is not None]
         total = sum(values)
-        found.append(ABSENT if not values else f"{total:,.0f}" if total >= 100 else f"{total:.3g}")
-    return found
+        cells.append(ABSENT if not values else f"{total:,.0f}" if total >= 100 else f"{total:.3g}")
+    return cells

@@ -1,6 +1,6 @@
 """The report's page: a Jinja template, in a module so that a change of it changes the digest of the stage's code.
 
-Everything is escaped: names of prompt sets, tokens and answers may be anybody's words.
+Everything is escaped: names of prompt sets, tokens and answers are not ours.
 """
 
 PAGE = """
@@ -75,7 +75,7 @@ PAGE = """
 {{ each.position }})</h3>
 <p><span class="around">{{ each.before }}</span>
 {%- for step in each.steps %}
-{%- if step.kept %}<span class="kept">{{ step.kept }}</span>{% endif %}
+{%- if step.accepted %}<span class="kept">{{ step.accepted }}</span>{% endif %}
 {%- if step.rejected %}<del title="proposed, rejected">{{ step.rejected | marked }}</del>{% endif %}
 {%- if step.dropped %}<del class="dropped" title="proposed after it">{{ step.dropped | marked }}</del>{% endif %}
 {%- if step.chosen %}<span class="chosen" title="the target's choice">{{ step.chosen | marked }}</span>{% endif %}
@@ -113,8 +113,8 @@ PAGE = """
 {%- if review.headline %}
 <p class="headline">{{ review.headline }}</p>
 {%- endif %}
-{%- if spent %}
-<p>{{ spent }}</p>
+{%- if cost %}
+<p>{{ cost }}</p>
 {%- endif %}
 {%- if warnings %}
 <div class="warnings" role="note">
@@ -138,7 +138,7 @@ PAGE = """
 {%- if review %}
 <p class="quiet">Acceptance length: tokens per verify step, the target's own token included (+1). SGLang logs the same
 as accept length, vLLM as mean acceptance length. Measured by replay of the same held-out answers for all drafters.</p>
-{{ bullets(review.doubts) }}
+{{ bullets(review.speed_warnings) }}
 {%- endif %}
 {%- call fold("Acceptance by position in the block") %}{{ plot(plots.by_offset) }}{% endcall %}
 {%- call fold("Speed by setting") %}{{ table(tables.by_setting) }}{% endcall %}
@@ -151,8 +151,8 @@ as accept length, vLLM as mean acceptance length. Measured by replay of the same
 
 {%- call section("Gate") %}
 {{ table(tables.gate) }}
-{%- if chosen %}
-<p class="quiet">{{ chosen }}</p>
+{%- if choice %}
+<p class="quiet">{{ choice }}</p>
 {%- endif %}
 {%- endcall %}
 

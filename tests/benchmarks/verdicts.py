@@ -17,27 +17,28 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
 
+from draftsmith.artifacts.results.evaluation import PLAIN, EvaluationResult, Exactness
 from draftsmith.artifacts.store.manifest import read_manifest
 from draftsmith.stages.data.held_out import independent_units
 from draftsmith.stages.data.load import DRAFTER_FOLDER, load_prompts
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.evaluation import speed_embedded as embedded
 from draftsmith.stages.evaluation.config import DRAFTERS, EvaluationConfig
-from draftsmith.stages.evaluation.gate_rules import GateConfig, decide
-from draftsmith.stages.evaluation.speed_embedded import SpeedTest, choose_block_sizes, one_thread
+from draftsmith.stages.evaluation.gate import GateConfig
+from draftsmith.stages.evaluation.gate_rules import decide
+from draftsmith.stages.evaluation.measure import speed_comparisons
+from draftsmith.stages.evaluation.speed_embedded import Decoder, EmbeddedSpeedTest, choose_block_sizes, one_thread
 from draftsmith.stages.evaluation.speed_table import log_ratios
-from draftsmith.stages.evaluation.stage import _speeds_compared
-from draftsmith.stages.evaluation.timed_runs import PLAIN, Measured, settings_of
-from draftsmith.stages.evaluation.validity import doubts, machine_errors, steady
+from draftsmith.stages.evaluation.timed_runs import Row, SpeedMeasurement, settings_of
+from draftsmith.stages.evaluation.validity import machine_errors, speed_warnings, steady
 from draftsmith.stages.evaluation.verdicts import verdicts
 from draftsmith.stages.target.causal_lm import Target
 from tests.testbed.context import RecordingContext
 
-Rows = Sequence[Mapping[str, Any]]
+Rows = Sequence[Row]
 SLOWER = 1.1
 # a loop that never rests, and one that rests for as long as it works, 1 to 5 seconds at a time
 LOADS = {
@@ -71,10 +72,11 @@ def measured_rounds(
     prompts = load_prompts(inputs["prompts"], ["heldout"])[: config.speed_prompts]
     with tempfile.TemporaryDirectory() as folder, one_thread(target):
         ctx = RecordingContext.under(Path(folder), inputs, seed)
-        test = SpeedTest(ctx, target, config.model_copy(update={"rounds": rounds}), seed)
+        test = EmbeddedSpeedTest(ctx, target, config.model_copy(update={"rounds": rounds}), seed)
         sizes, _ = choose_block_sizes(test, drafters, validation, settings_of(config)[0])
         embedded.steady = lambda *_: True
-        rows, turns = test.take_turns(drafters, sizes, prompts, settings_of(config))
+        decoders = {PLAIN: Decoder()} | {arm: Decoder(drafter, sizes[arm]) for arm, drafter in drafters.items()}
+        rows, turns = test.time_arms(decoders, prompts, settings_of(config))
     return turns, rows
 
 
@@ -127,20 +129,18 @@ def main() -> None:
                     for row in own_rows
                 ]
                 ratios = log_ratios(own_turns, slower, [("opd", "sft")], units)
-                count[name] += verdicts({}, ratios, len(asked))[0]["different"] is True
+                count[name] += verdicts({}, ratios, len(asked))[0].different is True
             continue
-        evaluation = json.loads((options.evaluation / "evaluation.json").read_text("utf-8"))
-        measured = Measured("embedded", [dict(r) for r in own_rows], [dict(t) for t in own_turns], {}, 0, {})
-        others = [each for each in evaluation["compared"] if each["kind"] != "speed"]
-        compared = _speeds_compared(measured, settings_of(config), list(arms), units)
-        doubted = doubts(own_turns, own_rows, settings_of(config))
-        decision = decide(
-            evaluation | {"compared": others + compared, "doubts": doubted},
-            GateConfig(min_speedup=options.min_speedup),
-        )
+        evaluation = EvaluationResult.read(options.evaluation)
+        measured = SpeedMeasurement("embedded", list(own_rows), list(own_turns), {}, 0, Exactness())
+        others = [each for each in evaluation.comparisons if each.kind != "speed"]
+        compared = speed_comparisons(measured, settings_of(config), list(arms), units)
+        warnings = speed_warnings(own_turns, own_rows, settings_of(config))
+        measured_now = evaluation.model_copy(update={"comparisons": others + compared, "speed_warnings": warnings})
+        decision = decide(measured_now, GateConfig(min_speedup=options.min_speedup))
         count[decision.outcome] += 1
         (rule,) = [rule for rule in decision.rules if rule.name == "speed-up"]
-        speedups.append(round(rule.figures["value"] or 0, 3))
+        speedups.append(round(rule.metrics["value"] or 0, 3))
     print(
         json.dumps(
             {

@@ -107,9 +107,9 @@ def test_a_comparison_has_the_statistics_of_an_evaluation(plain_target: Target, 
     expected = acceptance_table(tallies, answers.prompts, [False] * 4)
     table = comparison.to_pandas()
     assert list(table.index) == ["one", "two"] and (table["prompts"] == 3).all()
-    assert table["tau"].to_dict() == {name: metrics["tau"] for name, metrics in expected.items()}
-    difference, paired = comparison.difference("two", "one"), expected["two"]["differences"]["one"]
-    assert (difference.value, difference.interval()) == (paired["value"], (paired["low"], paired["high"]))
+    assert table["tau"].to_dict() == {name: metrics.tau for name, metrics in expected.items()}
+    difference, paired = comparison.difference("two", "one"), expected["two"].differences["one"]
+    assert (difference.value, difference.interval()) == (paired.value, (paired.low, paired.high))
     assert [np.size(line.get_xdata()) for line in comparison.plot().lines] == [plain_drafter.block_size - 1] * 2
     with pytest.raises(draftsmith.DraftsmithError):
         comparison.difference("three", "one")

@@ -139,7 +139,7 @@ def test_the_first_refresh_makes_every_node_and_ends_with_the_table(story: dict[
     assert done(story["first"]) == set(NODES)
     assert story["first"].stderr == ""
     table = out[out.index("report: done in") :]
-    for word in ("acceptance length", "no drafter", "SFT", "SFT + OPD", "SFT continued", "tokens/s"):
+    for word in ("acceptance length", "without a drafter", "SFT", "SFT + OPD", "SFT continued", "tokens/s"):
         assert word in table, f"{word} is not in\n{table}"
     assert f"mlflow ui --backend-store-uri sqlite:///{home.path}/mlflow.db" in table
     assert "report.html" in table

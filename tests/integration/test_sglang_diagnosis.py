@@ -43,5 +43,5 @@ def test_the_diagnosis_of_a_server(
         found[folder] = json.loads((ctx.out / RESULT).read_text())
     assert found[serving_target.drafter]["agrees"], found
     assert found[serving_target.drafter]["as_it_is"]["mismatch"] <= 0.02
-    assert not found[other]["agrees"] and found[other]["causes"] == [{"cause": "told by the server"}]
+    assert not found[other]["agrees"] and found[other]["causes"] == [{"cause": "reported by the server"}]
     assert str(other) in found[other]["sentence"]

@@ -53,10 +53,10 @@ def config(sglang_env: Path) -> EvaluationConfig:
 def evaluated(
     tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts, config: EvaluationConfig
 ) -> RecordingContext:
-    """Interrupted after plain decoding's turn, then run to its end."""
+    """Interrupted after the run without a drafter, then run to its end."""
     folder = tmp_path_factory.mktemp("evaluation")
     with pytest.raises(StageInterrupted):
-        STAGE.run(StoppingContext.under(folder, inputs(tiny_drafter), stop_after=1, unit="turns of servers"), config)
+        STAGE.run(StoppingContext.under(folder, inputs(tiny_drafter), stop_after=1, unit="timed runs"), config)
     ctx = RecordingContext.under(folder, inputs(tiny_drafter))
     STAGE.run(ctx, config)
     return ctx
@@ -70,7 +70,7 @@ def figures(evaluated: RecordingContext) -> dict[str, Any]:
 
 def test_a_finished_turn_is_not_repeated(evaluated: RecordingContext) -> None:
     assert [line for line in evaluated.logs if line.startswith("round ")] == ["round 1: sft"]
-    assert [p[:2] for p in evaluated.progressed if p[2] == "turns of servers"] == [(1, 2), (2, 2)]
+    assert [p[:2] for p in evaluated.progressed if p[2] == "timed runs"] == [(1, 2), (2, 2)]
 
 
 def test_every_output_is_the_targets_own(

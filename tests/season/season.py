@@ -22,8 +22,8 @@ from typing import Any
 import yaml
 
 from draftsmith.artifacts.errors import RefusedError
+from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.artifacts.store.local import Store
-from draftsmith.stages.evaluation.gate import DECISION
 from tests.testbed.databases import give_databases
 from tests.testbed.refresh import small_refresh
 from tests.testbed.target import TAUGHT, prompts_file, target_folder
@@ -87,7 +87,7 @@ def config_of(size: Size) -> dict[str, Any]:
             "speed_prompts": size.speed_prompts, "validation_prompts": 4, "block_sizes": [6], "exactness_prompts": 4,
             "rounds": size.rounds,
         },
-        # of a target as small as this a draft takes as long as a step of plain decoding: tau 2.7 gains no time yet, and
+        # of a target as small as this a draft takes as long as a step without a drafter: tau 2.7 gains no time yet, and
         # 0.5 is so far below that noise does not reach it
         gate={"judge_speed": size.judge_speed, "min_speedup": 0.5},
         refresh={"control": size.control},
@@ -136,8 +136,8 @@ def outcome(home: Path, done: subprocess.CompletedProcess[str], *, decided: bool
     if done.returncode not in (0, RefusedError.exit_code):
         return f"failed ({done.returncode})", (done.stderr.strip().splitlines() or ["nothing"])[-1]
     if decided and (gate := last(home, "gate")) is not None:
-        decision = json.loads((gate / DECISION).read_text("utf-8"))
-        return decision["outcome"], decision["sentence"].partition(": ")[2]
+        decision = GateDecision.read(gate)
+        return decision.outcome, decision.sentence.partition(": ")[2]
     drift = last(home, "drift")
     assert drift is not None
     tau = json.loads((drift / "drift.json").read_text("utf-8"))["all"]["tau"]
@@ -159,7 +159,7 @@ def draftsmith(home: Path, *arguments: str | Path) -> subprocess.CompletedProces
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Five weeks of a drafter line, in minutes.")
-    parser.add_argument("--short", action="store_true", help="without week 3, shorter trainings, speed not judged")
+    parser.add_argument("--short", action="store_true", help="without week 3, shorter trainings, speed ignored")
     parser.add_argument("--folder", type=Path, help="for home and config; left out: a temporary one")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="draftsmith-season-") as temporary:

@@ -31,7 +31,7 @@ def test_every_week_comes_out_as_it_should(weeks: list[Week]) -> None:
     told = "\n\n".join(f"{week}\n{week.output}" for week in weeks)
     assert [week.happened for week in weeks] == [week.expected for week in weeks], told
     first, unchanged, broken, revised = weeks
-    assert "plain decoding" in first.reason
+    assert "the baseline" in first.reason
     assert not any(line.startswith(("sft: started", "opd: started")) for line in unchanged.output.splitlines())
     assert "tau: " in broken.reason
     assert "the target has changed since version 1 was promoted" in revised.output

@@ -11,22 +11,23 @@ _STORED = {"artifacts", "artifacts.store", "artifacts.tables"}
 _MODEL = {*_STORED, "data", "runtime", "target"}
 _DRAFTERS = {"drafters", *(f"drafters.{kind}" for kind in ("dflash", "dflash2", "dspark", "eagle3"))}
 _ENGINES = {"engines", "engines.sglang"}
+_RESULTS = "artifacts.results"
 # stage -> the packages, under `stages` where not `artifacts`, of which modules are in its digest
 PACKAGES = {
     "target": {"artifacts", "artifacts.store", "runtime", "target"},
     "sources": {"artifacts", "data", "runtime"},
     "prompts": _MODEL,
     "champion": {*_MODEL, *_DRAFTERS},
-    "drift": {*_MODEL, *_DRAFTERS, *_ENGINES, "evaluation", "replay"},
+    "drift": {*_MODEL, *_DRAFTERS, _RESULTS, "evaluation", "replay"},
     "earlier": {*_MODEL, "data.logs"},
     "logs": {*_MODEL, "data.logs"},
     "rollout": {*_MODEL, *_DRAFTERS, *_ENGINES},
     "sft": {*_MODEL, *_DRAFTERS, "replay", "training", "training.sft"},
     "mining": {*_MODEL, *_DRAFTERS, "data.logs", "replay"},
     "opd": {*_MODEL, *_DRAFTERS, "replay", "training", "training.opd"},
-    "evaluation": {*_MODEL, *_DRAFTERS, *_ENGINES, "evaluation", "replay"},
-    "gate": {*_MODEL, *_ENGINES, "drafters", "evaluation", "replay"},
-    "report": {*_MODEL, *_ENGINES, "drafters", "evaluation", "replay", "report"},
+    "evaluation": {*_MODEL, *_DRAFTERS, *_ENGINES, _RESULTS, "evaluation", "replay"},
+    "gate": {*_MODEL, *_ENGINES, _RESULTS, "drafters", "evaluation", "replay"},
+    "report": {*_MODEL, *_ENGINES, _RESULTS, "drafters", "evaluation", "replay", "report"},
     "diagnosis": {*_MODEL, *_DRAFTERS, *_ENGINES, "evaluation", "replay"},
 }
 # of a training, which chooses its micro-batch by its memory
@@ -49,3 +50,9 @@ def test_a_digest_covers_the_packages_that_its_stage_reads(stage: str) -> None:
 def test_only_a_training_has_memory_estimates_in_its_digest(stage: str) -> None:
     estimates = {name for name in _modules(stage) if name in _ESTIMATES or "estimate" in name}
     assert estimates == (_ESTIMATES if stage in ("sft", "opd") else set())
+
+
+def test_an_edit_of_a_gate_rule_makes_no_evaluation_again() -> None:
+    gate = {"evaluation.gate", "evaluation.gate_rules", "artifacts.results.gate"}
+    assert gate <= _modules("gate")
+    assert not gate & (_modules("evaluation") | _modules("drift") | _modules("report") - {"artifacts.results.gate"})

@@ -12,7 +12,7 @@ from draftsmith.flows.planning.graph import topological_order
 from draftsmith.flows.refresh.config import RefreshConfig, control_config
 from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.evaluation.verdicts import FEWEST_TURNS
+from draftsmith.stages.evaluation.verdicts import FEWEST_RUNS
 from draftsmith.stages.training.config import SftConfig
 from tests.testbed.refresh import load_config
 
@@ -64,7 +64,7 @@ def test_the_weekly_refresh_starts_from_a_public_drafter_or_a_new_one(tmp_path: 
 def test_an_evaluation_has_enough_repetitions_to_compare_speeds(path: Path) -> None:
     evaluation = load_config(path).evaluation
     repetitions = evaluation.speed_prompts if evaluation.by_prompt else evaluation.rounds
-    assert repetitions >= FEWEST_TURNS
+    assert repetitions >= FEWEST_RUNS
     assert evaluation.rounds >= 2, "one round does not show the machine's noise"
 
 

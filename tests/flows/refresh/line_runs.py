@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from draftsmith.artifacts.results.evaluation import EvaluationResult
+from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.flows.planning.graph import Conclusion, Node
@@ -14,7 +16,6 @@ from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.decisions import RefreshPolicy, resolve
 from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.flows.refresh.line import registry
-from draftsmith.stages.evaluation.gate import DECISION
 from draftsmith.stages.report.page import ReportData, render_report
 from tests.testbed.artifacts import committed
 
@@ -39,7 +40,7 @@ def gated(
         "speedup_low": 1.2,
         "speedup_high": 1.3,
     }
-    speed = {"speedup": 1.2, "speedup_low": 1.15, "speedup_high": 1.25}
+    speed = {"tokens_per_s": 100.0, "speedup": 1.2, "speedup_low": 1.15, "speedup_high": 1.25}
     evaluation = {"drafters": {"opd": taus}, "speed": {"opd": speed}, "sets": {"chat": {"opd": chat}}}
     rule = {"name": "speed-up", "passed": False, "judged": outcome == "refused", "said": "why", "figures": {}}
     decision = {
@@ -74,9 +75,9 @@ def serving(line: str) -> int | None:
 
 def page_of(made: Mapping[str, ArtifactRef]) -> str:
     """Return the report page, which is written before the promotion."""
-    evaluation = json.loads((made["evaluation"].path / "evaluation.json").read_text())
+    evaluation, decision = EvaluationResult.read(made["evaluation"].path), GateDecision.read(made["gate"].path)
     page = made["gate"].path.parent / "report.html"
-    render_report(page, ReportData("a report", evaluation, json.loads((made["gate"].path / DECISION).read_text())))
+    render_report(page, ReportData("a report", evaluation, decision))
     return page.read_text()
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.artifacts.store.local import REPLACED, Store
 from draftsmith.artifacts.store.manifest import MANIFEST, ArtifactRef
 from draftsmith.artifacts.store.mirror import STORE_VARIABLE, open_store
@@ -28,7 +29,6 @@ from draftsmith.flows.refresh.evaluate import evaluate_config, evaluate_nodes
 from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.flows.refresh.line import artifact_folder, checkpoint_of, registry
 from draftsmith.stages.data.load import DRAFTER_FOLDER
-from draftsmith.stages.evaluation.gate import DECISION
 from tests.flows.refresh.line_runs import checked, config_of, finished, gated, page_of, serving
 from tests.testbed.artifacts import committed
 
@@ -199,7 +199,7 @@ def test_the_next_run_calls_the_hook_of_a_killed_run_with_the_same_key(
     for _ in range(2):
         assert RefreshPolicy(resolve(config), ()).should_stop(*checked(resolve(config), home)) is not None
     assert len(calls) == 2 and calls[0] == calls[1], "until a call has ended"
-    decision = json.loads((first["gate"].path / DECISION).read_text())
+    decision = GateDecision.read(first["gate"].path).to_json()
     assert calls[0].items() >= {**decision, "line": line, "version": 1}.items()
 
     for made in (second, first):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from draftsmith.artifacts.errors import RefusedError
+from draftsmith.artifacts.results.evaluation import EvaluationResult
+from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.tracking.models import ALL
 from draftsmith.artifacts.tracking.runs import NOTE, Tracking
@@ -18,7 +19,7 @@ from draftsmith.flows.orchestration.run import _reviewed
 from draftsmith.flows.planning.graph import Conclusion
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.flows.refresh.summary import compared
-from draftsmith.stages.report.outcome import outcome
+from draftsmith.stages.report.review import outcome_of
 from tests.flows.refresh.line_runs import config_of
 from tests.stages.report.sample_report import OF_A_LINE
 from tests.testbed.artifacts import committed
@@ -48,9 +49,8 @@ OVERRULED = Conclusion(
 def test_the_description_of_a_run_states_its_conclusion(
     conclusion: Conclusion | None, begins: list[str], home: Path
 ) -> None:
-    verdict = outcome(EVALUATION, DECISION)
-    assert verdict is not None
-    content = {"outcome": {**asdict(verdict), "label": verdict.label}, "doubts": [], "figures": {}}
+    verdict = outcome_of(EvaluationResult.model_validate(EVALUATION), GateDecision.model_validate(DECISION))
+    content = {"outcome": verdict.to_json(), "doubts": [], "figures": {}}
     store = Store(home / "store")
     report = committed(store, "report", {"review.json": json.dumps(content)})
     context = RunContext(home, config_of("a-line"), REFRESH, Display(), Tracking(home))

@@ -9,8 +9,8 @@ from draftsmith.stages.evaluation.acceptance import (
     acceptance_table,
     has_loop,
     tau_by_set,
+    tau_comparisons,
     tau_differences,
-    taus_compared,
 )
 from draftsmith.stages.replay.stats import AcceptanceStats
 from draftsmith.stages.replay.trace import Trace
@@ -30,22 +30,22 @@ def test_acceptance_table_by_hand() -> None:
     sft = [trace(13, [4, 6, 10, 11], [1, 3, 0, 1]), trace(8, [4, 5, 6], [0, 0, 0])]
     opd = [trace(13, [4, 8], [3, 3]), trace(8, [4], [3])]
     table = acceptance_table(tallies(sft=sft, opd=opd), ["a", "b"], [False, True])
-    assert table["sft"]["tau"] == (8 + 3) / 7
-    assert table["opd"]["tau"] == (4 + 4 + 3) / 3
-    to_sft = table["opd"]["differences"]["sft"]
-    assert to_sft["value"] == pytest.approx(11 / 3 - 11 / 7)
-    assert to_sft["low"] <= to_sft["value"] <= to_sft["high"]
-    assert table["opd"]["prompts"] == 2
-    assert table["sft"]["tau_without_loops"] == 2
-    assert table["sft"]["accepted_histogram"] == [4, 2, 0, 1]
+    assert table["sft"].tau == (8 + 3) / 7
+    assert table["opd"].tau == (4 + 4 + 3) / 3
+    to_sft = table["opd"].differences["sft"]
+    assert to_sft.value == pytest.approx(11 / 3 - 11 / 7)
+    assert to_sft.low is not None and to_sft.high is not None and to_sft.low <= to_sft.value <= to_sft.high
+    assert table["opd"].prompts == 2
+    assert table["sft"].tau_without_loops == 2
+    assert table["sft"].accepted_histogram == [4, 2, 0, 1]
     # judged: offset 1 seven times, offset 2 in 2+1+2 steps (not at 11, 6), offset 3 in 2+1 steps
-    assert table["sft"]["acceptance_by_offset"] == [3 / 7, 1 / 5, 1 / 3]
-    assert (table["sft"]["verify_steps"], table["sft"]["block_size"]) == (7, 4)
-    assert table["sft"]["differences"] == {} and table["opd"]["differences"].keys() == {"sft"}
+    assert table["sft"].acceptance_by_offset == [3 / 7, 1 / 5, 1 / 3]
+    assert (table["sft"].verify_steps, table["sft"].block_size) == (7, 4)
+    assert table["sft"].differences == {} and table["opd"].differences.keys() == {"sft"}
     with_control = acceptance_table(tallies(sft=sft, control=sft, opd=opd), ["a", "b"], [False, False])
-    assert with_control["opd"]["differences"]["control"] == with_control["opd"]["differences"]["sft"]
-    assert with_control["control"]["differences"]["sft"] == {"value": 0, "low": 0, "high": 0}
-    assert acceptance_table(tallies(sft=sft), ["a", "b"], [True, True])["sft"]["tau_without_loops"] is None
+    assert with_control["opd"].differences["control"] == with_control["opd"].differences["sft"]
+    assert with_control["control"].differences["sft"].to_json() == {"value": 0, "low": 0, "high": 0}
+    assert acceptance_table(tallies(sft=sft), ["a", "b"], [True, True])["sft"].tau_without_loops is None
 
 
 def test_answers_to_one_prompt_are_one_observation() -> None:
@@ -59,22 +59,22 @@ def test_answers_to_one_prompt_are_one_observation() -> None:
     assert alone.error < again.error / 1.5
 
 
-def test_figures_of_a_set_are_of_its_own_answers_and_prompts() -> None:
+def test_metrics_of_a_set_come_from_its_own_answers_and_prompts() -> None:
     ours = [trace(13, [4, 8], [3, 3]), trace(8, [4], [3]), trace(13, [4, 8], [3, 3])]
     theirs = [trace(13, [4, 6, 10, 11], [1, 3, 0, 1]), trace(8, [4, 5, 6], [0, 0, 0]), trace(13, [4, 8], [3, 3])]
     found, prompts, sets = tallies(champion=theirs, opd=ours), ["a", "b", "b"], ["chat", "code", "code"]
     by_set = tau_by_set(found, prompts, sets)
-    assert {name: {arm: (f["tau"], f["prompts"]) for arm, f in arms.items()} for name, arms in by_set.items()} == {
+    assert {name: {arm: (f.tau, f.prompts) for arm, f in arms.items()} for name, arms in by_set.items()} == {
         "chat": {"champion": (2.0, 1), "opd": (4.0, 1)},
         "code": {"champion": (11 / 5, 1), "opd": (11 / 3, 1)},
     }
-    compared = {each["set"]: each for each in taus_compared(found, prompts, sets)}
-    assert {name: (e["value"], e["base"], e["gain"]["value"], e["units"]) for name, e in compared.items()} == {
+    compared = {each.set: each for each in tau_comparisons(found, prompts, sets)}
+    assert {name: (e.value, e.base, e.gain and e.gain.value, e.units) for name, e in compared.items()} == {
         None: pytest.approx((19 / 5 - 19 / 9, 19 / 9, 9 / 5 - 1, 2)),
         "chat": pytest.approx((2.0, 2.0, 1.0, 1)),
         "code": pytest.approx((11 / 3 - 11 / 5, 11 / 5, 5 / 3 - 1, 1)),
     }
-    assert taus_compared(tallies(sft=theirs, opd=ours), prompts, sets) == [], "without a champion"
+    assert tau_comparisons(tallies(sft=theirs, opd=ours), prompts, sets) == [], "without a champion"
 
 
 def test_a_loop_is_an_n_gram_that_comes_three_times() -> None:

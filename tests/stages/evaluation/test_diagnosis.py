@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +14,7 @@ from draftsmith.artifacts.tables.parquet import to_table
 from draftsmith.artifacts.tables.schemas import TRACE
 from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter, FeatureContext
-from draftsmith.stages.drafters.spec import DraftingConfig
-from draftsmith.stages.evaluation.step_differences import Diagnosis, Served, diagnose
+from draftsmith.stages.evaluation.step_differences import Diagnosis, ServedAnswers, diagnose
 from tests.stages.bench import Bench, trajectory_of
 
 ALLOWED = 0.1
@@ -55,22 +55,20 @@ def forgetful(drafter: Drafter) -> Drafter:
     return other
 
 
-def serve(bench: Bench, drafter: Drafter, *, recorded: bool = True, **drafting: int) -> Served:
+def serve(bench: Bench, drafter: Drafter, *, recorded: bool = True, **drafting: int) -> ServedAnswers:
     wrong = Bench(bench.target, {"wrong": drafter}, bench.prompts, bench.greedy)
     requests = wrong.requests(PROMPTS, TOKENS)
     answers = list(wrong.answers(requests, "wrong", slots=1, **drafting).values())
     answers = [answer for answer in answers if len(answer.response_ids) > 1]
     rows: Sequence[Any] = [row for answer in answers for row in answer.trace_rows()]
     steps = to_table(TRACE, rows) if recorded else None
-    return Served([trajectory_of(answer) for answer in answers], [answer.verify_steps for answer in answers], steps)
+    return ServedAnswers(
+        [trajectory_of(answer) for answer in answers], [answer.verify_steps for answer in answers], steps
+    )
 
 
-def found(bench: Bench, served: Served, **known: Any) -> Diagnosis:
-    special = bench.target.tokenizer.all_special_ids
-    trained = bench.drafters["trained"]
-    return diagnose(
-        bench.target, trained, served, DraftingConfig(), allowed=ALLOWED, special_ids=special, **known
-    )  # fmt: skip
+def found(bench: Bench, served: ServedAnswers) -> Diagnosis:
+    return diagnose(bench.target, bench.drafters["trained"], served, allowed=ALLOWED)
 
 
 def test_what_is_served_as_it_should_be_is_not_suspected(bench: Bench) -> None:
@@ -103,7 +101,8 @@ def test_one_thing_done_wrongly_is_named(
 
 
 def test_blocks_of_another_size_are_named(bench: Bench) -> None:
-    diagnosis = found(bench, serve(bench, bench.drafters["trained"], block_size=BLOCK), served_block=BLOCK)
+    served = serve(bench, bench.drafters["trained"], block_size=BLOCK)
+    diagnosis = found(bench, replace(served, block_size=BLOCK))
     assert [each.change.cause for each in diagnosis.causes] == ["another block size"]
     assert diagnosis.causes[0].mismatch == 0
 

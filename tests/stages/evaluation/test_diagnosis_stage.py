@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
-from draftsmith.stages.evaluation import diagnosis
+from draftsmith.stages.evaluation import step_differences
 from draftsmith.stages.evaluation.diagnosis import STAGE, DiagnosisConfig, preflight
 from tests.stages.drafters.edits import cut, edit_config
 from tests.stages.engines.http_server import Refusal, serving
@@ -26,7 +26,7 @@ def asked(made: DrafterArtifacts, **fields: object) -> DiagnosisConfig:
 def test_an_answer_that_does_not_fit_is_not_told_by_the_server(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(diagnosis, "_server_info", lambda *_: {"speculative_num_draft_tokens": 4})
+    monkeypatch.setattr(step_differences, "_served_block_size", lambda *_: 4)
     ctx = RecordingContext.under(tmp_path, {"target": tiny_drafter.target, "prompts": tiny_drafter.prompts})
     with pytest.raises(DraftsmithError, match="max_new_tokens"):
         STAGE.run(ctx, asked(tiny_drafter, sampling={"max_new_tokens": 100_000}))

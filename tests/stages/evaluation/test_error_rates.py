@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from draftsmith.artifacts.results.evaluation import PLAIN, Difference, Verdict
 from draftsmith.stages.evaluation.acceptance import acceptance_table, tau_differences
-from draftsmith.stages.evaluation.speed_table import log_ratios, speed_table
-from draftsmith.stages.evaluation.timed_runs import PLAIN, Setting
+from draftsmith.stages.evaluation.speed_table import log_ratios, speed_metrics
+from draftsmith.stages.evaluation.timed_runs import Setting
 from draftsmith.stages.evaluation.validity import steady
-from draftsmith.stages.evaluation.verdicts import FEWEST_TURNS, pairs, verdicts
+from draftsmith.stages.evaluation.verdicts import FEWEST_RUNS, pairs, verdicts
 from draftsmith.stages.replay.stats import AcceptanceStats
 from draftsmith.stages.runtime.statistics import Estimate
 
@@ -155,9 +156,14 @@ def simulated_tallies(
     return tallies, [str(prompt) for _ in range(samples) for prompt in range(prompts)]
 
 
-def said(found: list[dict[str, Any]], arm: str, other: str) -> bool:
-    (verdict,) = [each for each in found if (each["arm"], each["other"]) == (arm, other)]
-    return verdict["different"] is True
+def told_apart(found: list[Verdict], arm: str, other: str) -> bool:
+    (verdict,) = [each for each in found if (each.arm, each.other) == (arm, other)]
+    return verdict.different is True
+
+
+def contains(difference: Difference, value: float) -> bool:
+    assert difference.low is not None and difference.high is not None
+    return difference.low <= value <= difference.high
 
 
 @pytest.mark.parametrize(("concurrency", "prompts"), [(1, 6), (1, 48), (4, 12), (16, 48)])
@@ -166,13 +172,13 @@ def test_equal_drafters_are_seldom_called_of_different_speed(concurrency: int, p
     rng = np.random.default_rng(concurrency)
     repetitions, wrong, outside = 400 if concurrency == 1 else 150, 0, 0
     for _ in range(repetitions):
-        turns, rows = simulated_speeds(rng, FEWEST_TURNS, concurrency, prompts=prompts)
+        turns, rows = simulated_speeds(rng, FEWEST_RUNS, concurrency, prompts=prompts)
         found = verdicts({}, log_ratios(turns, rows, pairs(ARMS), {}), prompts)
         assert len(found) == 3
-        wrong += any(verdict["different"] for verdict in found)
+        wrong += any(verdict.different for verdict in found)
         of_two, by_request = ([each for each in table if each["arm"] != "control"] for table in (turns, rows))
-        single = speed_table(of_two, by_request, {})
-        outside += not single["opd"]["ratios"]["sft"]["low"] <= 1 <= single["opd"]["ratios"]["sft"]["high"]
+        single = speed_metrics(of_two, by_request, {})
+        outside += not contains(single["opd"].ratios["sft"], 1)
     assert wrong / repetitions <= allowed(repetitions)
     assert outside / repetitions <= allowed(repetitions)
 
@@ -185,7 +191,7 @@ def test_equal_drafters_are_seldom_called_different_prompt_by_prompt(prompts: in
     for _ in range(repetitions):
         turns, rows = simulated_by_prompt(rng, prompts, load=load)
         ratios = log_ratios(turns, rows, pairs(ARMS), {})
-        wrong += any(verdict["different"] for verdict in verdicts({}, ratios, prompts))
+        wrong += any(verdict.different for verdict in verdicts({}, ratios, prompts))
         low, high = ratios["opd", "sft"].interval() or (0, 0)
         outside += not low <= 0 <= high
     assert wrong / repetitions <= allowed(repetitions)
@@ -201,7 +207,7 @@ def test_drafters_10_percent_apart_are_told_apart_on_40_prompts(load: float) -> 
         two = [[row for row in table if row["round"] < 2] for table in (turns, rows)]
         if steady(two[0], two[1], SETTING):
             turns, rows = two
-        seen += said(verdicts({}, log_ratios(turns, rows, pairs(ARMS), {}), 40), "opd", "sft")
+        seen += told_apart(verdicts({}, log_ratios(turns, rows, pairs(ARMS), {}), 40), "opd", "sft")
     assert seen / repetitions >= 0.9
 
 
@@ -213,7 +219,7 @@ def test_a_drafter_as_fast_as_plain_decoding_is_seldom_called_faster(concurrency
     rng = np.random.default_rng(prompts)
     repetitions, faster, by_turns_alone = 400 if concurrency == 1 else 300, 0, 0
     for _ in range(repetitions):
-        turns, rows = simulated_speeds(rng, FEWEST_TURNS, concurrency, prompts=prompts, speedup=1.0)
+        turns, rows = simulated_speeds(rng, FEWEST_RUNS, concurrency, prompts=prompts, speedup=1.0)
         (found,) = log_ratios(turns, rows, [("sft", PLAIN)], {}).values()
         faster += found.upper(0.05) > 0
         (alone,) = log_ratios(turns, [], [("sft", PLAIN)], {}).values()
@@ -223,7 +229,7 @@ def test_a_drafter_as_fast_as_plain_decoding_is_seldom_called_faster(concurrency
 
 
 @pytest.mark.parametrize(
-    ("concurrency", "rounds", "gain"), [(1, 12, 0.05), (1, FEWEST_TURNS, 0.12), (16, 12, 0.1), (16, FEWEST_TURNS, 0.12)]
+    ("concurrency", "rounds", "gain"), [(1, 12, 0.05), (1, FEWEST_RUNS, 0.12), (16, 12, 0.1), (16, FEWEST_RUNS, 0.12)]
 )
 def test_a_real_difference_of_speed_is_found_in_most(concurrency: int, rounds: int, gain: float) -> None:
     """In a report of six verdicts, 64 prompts. Of 500 evaluations, one request at a time: 12 turns find 5 % in 47 %, 5
@@ -237,7 +243,7 @@ def test_a_real_difference_of_speed_is_found_in_most(concurrency: int, rounds: i
         turns, rows = simulated_speeds(rng, rounds, concurrency, gain, prompts=64)
         found = verdicts(tau, log_ratios(turns, rows, pairs(ARMS), {}), 64)
         assert len(found) == 6
-        seen += said(found, "opd", "sft")
+        seen += told_apart(found, "opd", "sft")
     assert seen / repetitions > 0.38
 
 
@@ -248,11 +254,11 @@ def test_equal_drafters_are_seldom_called_of_different_tau(prompts: int, samples
     for _ in range(repetitions):
         tallies, of_prompt = simulated_tallies(rng, prompts, samples)
         found = verdicts(tau_differences(tallies, of_prompt), {}, 0)
-        assert [verdict["prompts"] for verdict in found] == [prompts] * 3
-        wrong += any(verdict["different"] for verdict in found)
+        assert [verdict.prompts for verdict in found] == [prompts] * 3
+        wrong += any(verdict.different for verdict in found)
         pair = {arm: tallies[arm] for arm in ("sft", "opd")}
-        single = acceptance_table(pair, of_prompt, [False] * len(of_prompt))["opd"]["differences"]["sft"]
-        outside += not single["low"] <= 0 <= single["high"]
+        single = acceptance_table(pair, of_prompt, [False] * len(of_prompt))["opd"].differences["sft"]
+        outside += not contains(single, 0)
     assert wrong / repetitions <= allowed(repetitions)
     assert outside / repetitions <= allowed(repetitions)
 
@@ -262,18 +268,18 @@ def test_a_real_difference_of_tau_is_found_in_most() -> None:
     repetitions, seen = 100, 0
     for _ in range(repetitions):
         tallies, of_prompt = simulated_tallies(rng, 60, 4, gain=0.05)
-        seen += said(verdicts(tau_differences(tallies, of_prompt), {}, 0), "opd", "sft")
+        seen += told_apart(verdicts(tau_differences(tallies, of_prompt), {}, 0), "opd", "sft")
     assert seen / repetitions > 0.8
 
 
 def test_too_few_turns_are_not_judged_and_do_not_widen_the_others() -> None:
     rng = np.random.default_rng(0)
     tallies, of_prompt = simulated_tallies(rng, 24, 1)
-    few = log_ratios(*simulated_speeds(rng, FEWEST_TURNS - 1, 1, gain=0.5), pairs(ARMS), {})
+    few = log_ratios(*simulated_speeds(rng, FEWEST_RUNS - 1, 1, gain=0.5), pairs(ARMS), {})
     found = verdicts(tau_differences(tallies, of_prompt), few, 6)
-    assert [verdict["different"] for verdict in found if verdict["kind"] == "speed"] == [None] * 3
-    assert all(verdict["level"] == pytest.approx(1 - 0.05 / 3) for verdict in found)
-    enough = log_ratios(*simulated_speeds(rng, FEWEST_TURNS, 1, gain=0.5), pairs(ARMS), {})
+    assert [verdict.different for verdict in found if verdict.kind == "speed"] == [None] * 3
+    assert all(verdict.level == pytest.approx(1 - 0.05 / 3) for verdict in found)
+    enough = log_ratios(*simulated_speeds(rng, FEWEST_RUNS, 1, gain=0.5), pairs(ARMS), {})
     both = verdicts(tau_differences(tallies, of_prompt), enough, 6)
-    assert all(verdict["level"] == pytest.approx(1 - 0.05 / 6) for verdict in both)
-    assert said([verdict for verdict in both if verdict["kind"] == "speed"], "opd", "sft")
+    assert all(verdict.level == pytest.approx(1 - 0.05 / 6) for verdict in both)
+    assert told_apart([verdict for verdict in both if verdict.kind == "speed"], "opd", "sft")

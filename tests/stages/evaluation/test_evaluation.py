@@ -20,7 +20,7 @@ from draftsmith.artifacts.tables.schemas import REQUESTS, TRAJECTORIES, TURNS
 from draftsmith.stages.data.load import load_trajectories
 from draftsmith.stages.evaluation import speed_embedded as embedded
 from draftsmith.stages.evaluation.config import EvaluationConfig
-from draftsmith.stages.evaluation.speed_embedded import SpeedTest
+from draftsmith.stages.evaluation.speed_embedded import Decoder, EmbeddedSpeedTest
 from draftsmith.stages.evaluation.stage import STAGE, preflight
 from draftsmith.stages.evaluation.validity import steady
 from draftsmith.stages.replay.trace import tau
@@ -230,17 +230,17 @@ def test_arms_alternate_by_small_batches_which_their_turns_add_up(evaluated: Rec
 def test_every_prompt_is_decoded_by_all_arms_before_the_next_one(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decode, seen, threads = SpeedTest.decode, [], set()
+    decode, seen, threads = EmbeddedSpeedTest.decode, [], set()
 
     def noted(
-        self: SpeedTest, target: Any, drafter: Any, size: int, prompts: Any, setting: Any, *rest: Any, **more: Any
+        self: EmbeddedSpeedTest, target: Any, decoder: Decoder, prompts: Any, setting: Any, *rest: Any, **more: Any
     ) -> Any:
         if not rest and "max_new" not in more and target is self.target:
-            seen.append((drafter is None, [prompt.prompt_id for prompt in prompts]))
+            seen.append((decoder.drafter is None, [prompt.prompt_id for prompt in prompts]))
             threads.add(torch.get_num_threads())
-        return decode(self, target, drafter, size, prompts, setting, *rest, **more)
+        return decode(self, target, decoder, prompts, setting, *rest, **more)
 
-    monkeypatch.setattr(SpeedTest, "decode", noted)
+    monkeypatch.setattr(EmbeddedSpeedTest, "decode", noted)
     ctx = RecordingContext.under(tmp_path, inputs(tiny_drafter))
     config = {**CONFIG, "rounds": 2, "speed_prompts": 3, "concurrency": 1, "exactness_prompts": 0, "block_sizes": None}
     before = torch.get_num_threads()
@@ -266,16 +266,16 @@ def test_repetitions_that_differ_are_measured_again_and_then_by_the_next_run(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every second answer of a drafter takes three times as long, by a clock of the test."""
-    decode, calls = SpeedTest.decode, itertools.count()
+    decode, calls = EmbeddedSpeedTest.decode, itertools.count()
 
-    def disturbed(self: SpeedTest, target: Any, drafter: Any, *rest: Any, **more: Any) -> Any:
-        answers, wall = decode(self, target, drafter, *rest, **more)
-        if drafter is not None:
+    def disturbed(self: EmbeddedSpeedTest, target: Any, decoder: Decoder, *rest: Any, **more: Any) -> Any:
+        answers, wall = decode(self, target, decoder, *rest, **more)
+        if decoder.drafter is not None:
             for answer in answers:
                 answer.seconds = wall = wall * (1 + 9 * (next(calls) % 2))
         return answers, wall
 
-    monkeypatch.setattr(SpeedTest, "decode", disturbed)
+    monkeypatch.setattr(EmbeddedSpeedTest, "decode", disturbed)
     monkeypatch.setattr(embedded, "steady", steady)
     ctx = RecordingContext.under(tmp_path, inputs(tiny_drafter))
     config = {**CONFIG, "rounds": 2, "speed_prompts": 3, "concurrency": 1, "exactness_prompts": 0, "block_sizes": None}
@@ -361,15 +361,16 @@ def test_every_drafter_decodes_with_its_own_block(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, opd: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The clock says that blocks of 3 are fast for one drafter and blocks of 8 for the other."""
-    decode = SpeedTest.decode
+    decode = EmbeddedSpeedTest.decode
 
-    def timed(self: SpeedTest, target: Any, drafter: Any, block_size: int, *rest: Any, **more: Any) -> Any:
-        answers, wall = decode(self, target, drafter, block_size, *rest, **more)
+    def timed(self: EmbeddedSpeedTest, target: Any, decoder: Decoder, *rest: Any, **more: Any) -> Any:
+        answers, wall = decode(self, target, decoder, *rest, **more)
+        drafter = decoder.drafter
         is_sft = drafter is not None and drafter is seen.setdefault("sft", drafter)
-        return answers, (0.1 if (block_size == 3) == is_sft else 1.0) if drafter else wall
+        return answers, (0.1 if (decoder.block_size == 3) == is_sft else 1.0) if drafter else wall
 
     seen: dict[str, Any] = {}  # the first drafter that decodes is SFT's
-    monkeypatch.setattr(SpeedTest, "decode", timed)
+    monkeypatch.setattr(EmbeddedSpeedTest, "decode", timed)
     ctx = RecordingContext.under(tmp_path, inputs(tiny_drafter, opd=opd))
     config = {**CONFIG, "rounds": 1, "speed_prompts": 2, "exactness_prompts": 0}
     STAGE.run(ctx, EvaluationConfig.model_validate(config))

@@ -1,4 +1,4 @@
-"""What a machine does beside us, against a process that really takes its time."""
+"""The load of other programs, measured beside a process that takes CPU time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from draftsmith.stages.evaluation.machine_load import SHORTEST_S, LoadMeter, mac
 BURN = "import time\nend = time.process_time() + 1.0\nwhile time.process_time() < end: pass"
 
 
-def test_time_of_other_processes_is_seen_and_our_own_is_not_theirs() -> None:
+def test_cpu_time_of_other_processes_counts_and_our_own_does_not() -> None:
     cores = psutil.cpu_count() or 1
     before = own_seconds()
     subprocess.run([sys.executable, "-c", BURN], check=True)  # ours: as a server that we launched
@@ -24,7 +24,7 @@ def test_time_of_other_processes_is_seen_and_our_own_is_not_theirs() -> None:
     meter, began = LoadMeter(), time.perf_counter()
     marker = f"{sys.executable} -c '{BURN}' & echo $!"
     done = subprocess.run(["sh", "-c", f"setsid {marker}"], capture_output=True, text=True, check=True)
-    burner = psutil.Process(int(done.stdout))  # of nobody here: its parent has ended
+    burner = psutil.Process(int(done.stdout))  # not a child: its parent has ended
     assert burner not in psutil.Process().children(recursive=True)
     while burner.is_running() and burner.status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.05)
@@ -33,13 +33,13 @@ def test_time_of_other_processes_is_seen_and_our_own_is_not_theirs() -> None:
     assert own_seconds() - before < 0.8
 
 
-def test_of_a_turn_that_is_too_short_shares_are_not_known() -> None:
+def test_the_share_of_too_short_a_span_is_unknown() -> None:
     assert SHORTEST_S > 0.1
     assert math.isnan(LoadMeter().others_share())
 
 
 def test_the_machine_is_named() -> None:
     found = machine()
-    assert found["cores"] == psutil.cpu_count() and found["memory_gb"] >= 1
-    assert isinstance(found["cpu"], str) and found["cpu"]
-    assert all(isinstance(name, str) for name in found["gpus"])
+    assert found.cores == psutil.cpu_count() and found.memory_gb
+    assert isinstance(found.cpu, str) and found.cpu
+    assert all(isinstance(name, str) for name in found.gpus)

@@ -1,4 +1,4 @@
-"""Turns of servers, with the embedded engine in the place of each server."""
+"""Timed runs of servers, with the embedded engine in the place of each server."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageInterrupted
+from draftsmith.artifacts.results.evaluation import Acceptance, EvaluationResult, Machine
 from draftsmith.stages.data.load import DRAFTER_FOLDER
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.spec import DraftingConfig
@@ -22,10 +23,11 @@ from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.evaluation import speed_sglang as served_module
 from draftsmith.stages.evaluation.config import EvaluationConfig, prompts_to_decode
-from draftsmith.stages.evaluation.gate_rules import GateConfig, decide
-from draftsmith.stages.evaluation.speed_sglang import Served, measure_served
-from draftsmith.stages.evaluation.speed_table import speed_by_setting
-from draftsmith.stages.evaluation.timed_runs import Measured, requests_for
+from draftsmith.stages.evaluation.gate import GateConfig
+from draftsmith.stages.evaluation.gate_rules import decide
+from draftsmith.stages.evaluation.speed_sglang import SGLangSpeedTest, measure_sglang
+from draftsmith.stages.evaluation.speed_table import speed_tables
+from draftsmith.stages.evaluation.timed_runs import SpeedMeasurement, requests_for
 from draftsmith.stages.target.causal_lm import Target
 from tests.testbed.context import RecordingContext, StoppingContext
 from tests.testbed.drafter import DrafterArtifacts
@@ -75,7 +77,7 @@ class Server:
 
 
 @dataclass(frozen=True)
-class StandIn(Served):
+class StandIn(SGLangSpeedTest):
     """Serves in this process; remembers which servers were started."""
 
     started: list[tuple[str, int]] = field(default_factory=list)
@@ -102,15 +104,15 @@ def served(ctx: RecordingContext, made: DrafterArtifacts, **changes: Any) -> Sta
     return replace(found, **changes)
 
 
-def measure(stand_in: StandIn, made: DrafterArtifacts) -> Measured:
-    return measure_served(stand_in, *prompts_to_decode(stand_in.config, made.prompts))
+def measure(stand_in: StandIn, made: DrafterArtifacts) -> SpeedMeasurement:
+    return measure_sglang(stand_in, *prompts_to_decode(stand_in.config, made.prompts))
 
 
 def test_every_arm_has_its_block_and_its_turns_and_none_is_repeated(
     tmp_path: Path, tiny_drafter: DrafterArtifacts
 ) -> None:
     inputs = {"target": tiny_drafter.target}
-    first = StoppingContext.under(tmp_path, inputs, stop_after=4, unit="turns of servers")
+    first = StoppingContext.under(tmp_path, inputs, stop_after=4, unit="timed runs")
     before = served(first, tiny_drafter)
     with pytest.raises(StageInterrupted):
         measure(before, tiny_drafter)
@@ -124,27 +126,27 @@ def test_every_arm_has_its_block_and_its_turns_and_none_is_repeated(
     assert [arm for arm, _ in after.started] == ["narrow", "plain"]
     assert {arm: list(speeds) for arm, speeds in found.candidates.items()} == {"wide": ["3", "8"], "narrow": ["3", "5"]}
     sizes = {arm: int(max(speeds, key=speeds.__getitem__)) for arm, speeds in found.candidates.items()} | {"plain": 1}
-    assert {(turn["arm"], turn["block_size"]) for turn in found.turns} == set(sizes.items())
-    assert {(row["arm"], row["block_size"]) for row in found.rows} == set(sizes.items())
+    assert {(turn["arm"], turn["block_size"]) for turn in found.runs} == set(sizes.items())
+    assert {(row["arm"], row["block_size"]) for row in found.requests} == set(sizes.items())
     assert ctx.logs[0] == f"decoding with blocks of {sizes['wide']} (wide), {sizes['narrow']} (narrow)"
 
-    order = [(turn["round"], turn["order"], turn["arm"]) for turn in found.turns if turn["concurrency"] == 2]
+    order = [(turn["round"], turn["order"], turn["arm"]) for turn in found.runs if turn["concurrency"] == 2]
     assert order == [
         (0, 0, "plain"), (0, 1, "wide"), (0, 2, "narrow"), (1, 0, "wide"), (1, 1, "narrow"), (1, 2, "plain"),
     ]  # fmt: skip
-    for turn in found.turns:
+    for turn in found.runs:
         own = [
-            row for row in found.rows
+            row for row in found.requests
             if all(row[name] == turn[name] for name in ("round", "arm", "concurrency"))
         ]  # fmt: skip
         assert (len(own), turn["prompts"]) == (2, 2)
         assert turn["tokens"] == sum(row["tokens"] for row in own) and turn["wall_seconds"] > 0
-    assert found.exactness["identical_share"] == 1
+    assert found.exactness.identical_share == 1
     assert found.parity is not None
-    for figures in found.parity.values():
-        assert (figures["answers"], figures["different_steps"], figures["tau_difference"]) == (6, 0, 0)
-    one, two = speed_by_setting(found.turns, found.rows, after.settings, {})
-    assert one["arms"]["wide"]["turns"] == two["arms"]["narrow"]["turns"] == 2
+    for parity in found.parity.values():
+        assert (parity.answers, parity.different_steps, parity.tau_difference) == (6, 0, 0)
+    one, two = speed_tables(found.runs, found.requests, after.settings, {})
+    assert one.arms["wide"].turns == two.arms["narrow"].turns == 2
 
 
 def test_a_round_that_another_machine_has_begun_is_measured_anew(
@@ -153,14 +155,14 @@ def test_a_round_that_another_machine_has_begun_is_measured_anew(
     """A store on a shared disk, and a run that goes on elsewhere: its arms would be compared across machines."""
     inputs = {"target": tiny_drafter.target}
     config = CONFIG.model_copy(update={"block_sizes": None, "concurrency": (1,)})
-    first = StoppingContext.under(tmp_path, inputs, stop_after=4, unit="turns of servers")
+    first = StoppingContext.under(tmp_path, inputs, stop_after=4, unit="timed runs")
     with pytest.raises(StageInterrupted):
         measure(served(first, tiny_drafter, config=config), tiny_drafter)
-    monkeypatch.setattr(served_module, "machine", lambda: {"cpu": "another"})
+    monkeypatch.setattr(served_module, "machine", lambda: Machine(cpu="another"))
     after = served(RecordingContext.under(tmp_path, inputs), tiny_drafter, config=config)
     found = measure(after, tiny_drafter)
     assert [arm for arm, _ in after.started] == ["wide", "narrow", "plain"]
-    assert [turn["round"] for turn in found.turns] == [0, 0, 0, 1, 1, 1]
+    assert [turn["round"] for turn in found.runs] == [0, 0, 0, 1, 1, 1]
 
 
 def test_an_engine_that_needs_more_steps_than_replay_is_refused_without_a_trace(
@@ -178,7 +180,8 @@ def test_an_engine_that_needs_more_steps_than_replay_is_refused_without_a_trace(
     found = measure(repaired, tiny_drafter)
     assert [arm for arm, _ in repaired.started][:3] == ["plain", "wide", "narrow"], "what was refused is not kept"
     assert found.parity is not None
-    assert found.parity["wide"]["tau_difference"] < 0.05, "near-ties of bfloat16; a fifth is ten times as much"
+    difference = found.parity["wide"].tau_difference
+    assert difference is not None and difference < 0.05, "near-ties of bfloat16; a fifth is ten times as much"
 
 
 def test_a_server_that_refuses_requests_measures_the_pauses_of_who_asks(
@@ -221,7 +224,7 @@ def test_an_answer_that_was_retracted_says_nothing_of_the_drafter(
     config = CONFIG.model_copy(update={"block_sizes": None, "concurrency": (1,), "rounds": 1})
     found = measure(served(ctx, tiny_drafter, config=config, retracts=True), tiny_drafter)
     assert found.parity is not None
-    assert {(each["answers"], each["tau_difference"]) for each in found.parity.values()} == {(5, 0.0)}
+    assert {(each.answers, each.tau_difference) for each in found.parity.values()} == {(5, 0.0)}
     assert sum("1 of 6 answers were retracted" in line for line in ctx.logs) == len(found.parity)
 
 
@@ -242,8 +245,11 @@ def test_a_server_that_keeps_wrong_proposals_is_seen_by_how_sure_the_target_was(
     ctx = RecordingContext.under(tmp_path, {"target": tiny_drafter.target})
     config = CONFIG.model_copy(update={"block_sizes": None, "concurrency": (1,), "rounds": 1})
     found = measure(served(ctx, tiny_drafter, config=config), tiny_drafter)
-    assert found.parity is not None and found.parity["wide"]["different_steps"] == 0
-    assert found.exactness["identical_share"] < 1 and found.exactness["median_margin"] > 0.01  # float32 parts at less
-    told = {"drafters": {"wide": {"tau": 3.0, "tau_low": 2.9}}, "exactness": found.exactness}
-    decision = decide(told, GateConfig(judge_speed=False))
+    assert found.parity is not None and found.parity["wide"].different_steps == 0
+    exactness = found.exactness
+    assert exactness.identical_share is not None and exactness.median_margin is not None
+    assert exactness.identical_share < 1 and exactness.median_margin > 0.01, "near-ties of float32 are smaller"
+    drafters = {"wide": Acceptance(tau=3.0, tau_low=2.9)}
+    evaluation = EvaluationResult(drafters=drafters, exactness=found.exactness)
+    decision = decide(evaluation, GateConfig(judge_speed=False))
     assert not decision.promote and [rule.name for rule in decision.rules if not rule.passed] == ["near-ties"]

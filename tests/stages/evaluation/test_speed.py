@@ -1,4 +1,4 @@
-"""The speed table and the comparison with plain decoding, by hand."""
+"""The speed table, and outputs compared with those without a drafter, by hand."""
 
 from __future__ import annotations
 
@@ -12,22 +12,15 @@ from scipy import stats
 from draftsmith.stages.data.load import Prompt
 from draftsmith.stages.engines.base import Completion, Request, VerifyStep
 from draftsmith.stages.evaluation.config import EvaluationConfig
+from draftsmith.stages.evaluation.exactness import compare_with_plain, exactness
 from draftsmith.stages.evaluation.speed_table import (
     alternates,
     log_ratios,
     speed_by_set,
-    speed_by_setting,
-    speed_table,
+    speed_metrics,
+    speed_tables,
 )
-from draftsmith.stages.evaluation.timed_runs import (
-    Setting,
-    compare_with_plain,
-    equality,
-    requests_for,
-    row_of,
-    settings_of,
-    turn_of,
-)
+from draftsmith.stages.evaluation.timed_runs import Setting, TimedRun, requests_for, settings_of
 from draftsmith.stages.evaluation.verdicts import verdicts
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 
@@ -53,7 +46,7 @@ def answer(
 
 
 def row(arm: str, given: Completion, round: int = 0, setting: Setting = GREEDY_SETTING) -> dict[str, Any]:
-    return row_of("embedded", round, arm, 4, setting, given)
+    return TimedRun("embedded", round, 0, arm, 4, setting).request_row(given)
 
 
 def turn(
@@ -64,7 +57,7 @@ def turn(
     setting: Setting = GREEDY_SETTING,
     batches: int = 1,
 ) -> dict[str, Any]:
-    return turn_of("embedded", round, 0, arm, 4, setting, answers, wall, math.nan, batches)
+    return TimedRun("embedded", round, 0, arm, 4, setting).row(answers, wall, math.nan, batches)
 
 
 def test_speed_up_of_a_prompt_set_is_that_of_its_requests() -> None:
@@ -75,11 +68,11 @@ def test_speed_up_of_a_prompt_set_is_that_of_its_requests() -> None:
         for prompt, seconds in zip("abcd", times, strict=True)
     ]
     found = speed_by_set(rows, {"a": "chat", "b": "code", "c": "chat", "d": "chat"}, {}, alternating=False)
-    assert found["chat"]["sft"]["speedup"] == pytest.approx(22 / 20)
-    low, high = found["chat"]["sft"]["speedup_low"], found["chat"]["sft"]["speedup_high"]
+    assert found["chat"]["sft"].speedup == pytest.approx(22 / 20)
+    low, high = found["chat"]["sft"].speedup_low, found["chat"]["sft"].speedup_high
     assert low is not None and high is not None and low < 1 < high, "all rounds are alike, prompts are not"
-    assert found["code"]["sft"]["speedup"] == pytest.approx((2 / 1 * 2 / 2 * 2 / 3) ** (1 / 3))
-    assert found["code"]["sft"]["speedup_low"] is found["code"]["sft"]["speedup_high"] is None, "a single prompt"
+    assert found["code"]["sft"].speedup == pytest.approx((2 / 1 * 2 / 2 * 2 / 3) ** (1 / 3))
+    assert found["code"]["sft"].speedup_low is found["code"]["sft"].speedup_high is None, "a single prompt"
     assert speed_by_set([row("plain", answer("a", 3, 0.0))], {"a": "chat"}, {}, alternating=False) == {}, (
         "an engine that does not say"
     )
@@ -90,20 +83,20 @@ def test_speed_table_by_hand() -> None:
     sft = [answer("a", 11, 1.0, 2, accepted=[3, 3]), answer("b", 10, 1.0, 3, accepted=[1, 0, 3])]
     rows = [row(arm, given) for arm, answers in (("plain", plain), ("sft", sft)) for given in answers]
     compare_with_plain(rows, sampled=False)
-    table = speed_table([turn("plain", plain, 4.0), turn("sft", sft, 2.0)], rows, {})
-    assert table["plain"] == {
+    table = speed_metrics([turn("plain", plain, 4.0), turn("sft", sft, 2.0)], rows, {})
+    assert table["plain"].to_json() == {
         "tokens_per_s": 10.0, "turns": 1, "prompts": 2, "request_tokens_per_s_median": (2.5 + 7.5) / 2,
     }  # fmt: skip
     found = table["sft"]
-    assert found["tokens_per_s"] == 10.5
-    assert found["speedup"] == pytest.approx(1.05)
-    assert found["speedup_low"] is found["speedup_high"] is None  # of a single turn
-    assert found["ratios"] == {}
-    assert found["tau_served"] == (21 - 2) / 5
-    assert (found["draft_share"], found["verify_share"], found["identical_share"]) == (0.25, 0.5, 0.0)
-    assert (found["draft_ms_per_step"], found["verify_ms_per_step"]) == (100, 200)
-    assert found["accepted_histogram"] == [1, 1, 0, 3]
-    assert "first_token_s_median" not in found
+    assert found.tokens_per_s == 10.5
+    assert found.speedup == pytest.approx(1.05)
+    assert found.speedup_low is found.speedup_high is None  # of a single turn
+    assert found.ratios == {}
+    assert found.tau_served == (21 - 2) / 5
+    assert (found.draft_share, found.verify_share, found.identical_share) == (0.25, 0.5, 0.0)
+    assert (found.draft_ms_per_step, found.verify_ms_per_step) == (100, 200)
+    assert found.accepted_histogram == [1, 1, 0, 3]
+    assert "first_token_s_median" not in found.to_json()
 
 
 def test_turns_are_the_repetitions_and_paired_by_round() -> None:
@@ -115,13 +108,13 @@ def test_turns_are_the_repetitions_and_paired_by_round() -> None:
             turn("sft", [answer("a", 60, steps=20)], 6.0 * slow / factor, round),
             turn("opd", [answer("a", 60, steps=20)], 6.0 * slow / factor / 1.5, round),
         ]
-    found = speed_table(turns[::-1], [], {})  # in any order
+    found = speed_metrics(turns[::-1], [], {})  # in any order
     logs = np.log([2.0, 2.1, 1.9, 2.0])
     low, high = stats.t.interval(0.95, 3, loc=logs.mean(), scale=logs.std(ddof=1) / 2)
-    assert found["sft"]["speedup"] == pytest.approx(np.exp(logs.mean()))
-    assert (found["sft"]["speedup_low"], found["sft"]["speedup_high"]) == pytest.approx((np.exp(low), np.exp(high)))
-    assert found["opd"]["ratios"]["sft"] == pytest.approx({"value": 1.5, "low": 1.5, "high": 1.5})
-    assert found["sft"]["turns"] == 4 and found["sft"]["tau_served"] == (4 * 60 - 4) / 80
+    assert found["sft"].speedup == pytest.approx(np.exp(logs.mean()))
+    assert (found["sft"].speedup_low, found["sft"].speedup_high) == pytest.approx((np.exp(low), np.exp(high)))
+    assert found["opd"].ratios["sft"].to_json() == pytest.approx({"value": 1.5, "low": 1.5, "high": 1.5})
+    assert found["sft"].turns == 4 and found["sft"].tau_served == (4 * 60 - 4) / 80
 
 
 def test_an_interval_has_the_error_of_the_rounds_and_that_of_the_prompts() -> None:
@@ -155,7 +148,7 @@ def test_an_interval_has_the_error_of_the_rounds_and_that_of_the_prompts() -> No
     assert both.error == pytest.approx(np.hypot(alone.error, over([[0, 1], [2], [3]])))
     (single,) = log_ratios(turns, rows, [("sft", "plain")], dict.fromkeys("abcd", "one")).values()
     assert single.interval() is None
-    assert verdicts({}, {("sft", "plain"): single}, 4)[0]["different"] is None
+    assert verdicts({}, {("sft", "plain"): single}, 4)[0].different is None
 
 
 def test_where_arms_alternate_the_prompts_are_the_repetitions() -> None:
@@ -176,7 +169,7 @@ def test_where_arms_alternate_the_prompts_are_the_repetitions() -> None:
     assert found.error == pytest.approx(np.sqrt(2 / 3 * np.sum((np.array(left) - np.mean(left)) ** 2)))
     assert found.units == 3
     by_set = speed_by_set(rows, dict.fromkeys("abc", "chat"), {}, alternating=True)["chat"]["sft"]
-    assert by_set["speedup"] == pytest.approx(np.exp(found.value))
+    assert by_set.speedup == pytest.approx(np.exp(found.value))
     assert not alternates([{**turns[0], "concurrency": 4}]), "several in flight have rounds"
 
 
@@ -216,16 +209,16 @@ def test_a_prompt_that_outweighs_all_others_tells_nothing_of_them() -> None:
             rows += [row(arm, each, round) for each in answers]
     found = log_ratios(turns, rows, [("sft", "plain"), ("opd", "sft")], {})
     assert [each.interval() for each in found.values()] == [None, None]
-    assert [each["different"] for each in verdicts({}, found, 2)] == [None, None]
-    assert speed_table(turns, rows, {})["sft"]["speedup_high"] is None
+    assert [each.different for each in verdicts({}, found, 2)] == [None, None]
+    assert speed_metrics(turns, rows, {})["sft"].speedup_high is None
 
 
 def test_latencies_are_quantiles_over_requests() -> None:
     answers = [answer(str(i), 10, 2.0, first=0.1 * (i + 1)) for i in range(21)]
-    found = speed_table([turn("plain", answers, 9.0)], [row("plain", each) for each in answers], {})["plain"]
-    assert found["first_token_s_median"] == pytest.approx(1.1)
-    assert found["first_token_s_p95"] == pytest.approx(2.0)
-    assert found["request_tokens_per_s_median"] == 5.0
+    found = speed_metrics([turn("plain", answers, 9.0)], [row("plain", each) for each in answers], {})["plain"]
+    assert found.first_token_s_median == pytest.approx(1.1)
+    assert found.first_token_s_p95 == pytest.approx(2.0)
+    assert found.request_tokens_per_s_median == 5.0
 
 
 def test_settings_do_not_mix() -> None:
@@ -236,11 +229,11 @@ def test_settings_do_not_mix() -> None:
         for arm, seconds in (("plain", 1.0), ("sft", 0.5 - 0.1 * i))
     ]
     rows = [row("sft", answer("a", 10, float(i + 1)), setting=setting) for i, setting in enumerate(settings)]
-    found = speed_by_setting(turns, rows, settings, {})
-    assert [(f["temperature"], f["concurrency"]) for f in found] == [(0.0, 2), (0.7, 2), (0.7, 16)]
-    assert [f["arms"]["plain"]["tokens_per_s"] for f in found] == pytest.approx([10, 20, 30])
-    assert [f["arms"]["sft"]["speedup"] for f in found] == pytest.approx([2, 2.5, 10 / 3])
-    rates = [f["arms"]["sft"]["request_tokens_per_s_median"] for f in found]
+    found = speed_tables(turns, rows, settings, {})
+    assert [(f.temperature, f.concurrency) for f in found] == [(0.0, 2), (0.7, 2), (0.7, 16)]
+    assert [f.arms["plain"].tokens_per_s for f in found] == pytest.approx([10, 20, 30])
+    assert [f.arms["sft"].speedup for f in found] == pytest.approx([2, 2.5, 10 / 3])
+    rates = [f.arms["sft"].request_tokens_per_s_median for f in found]
     assert rates == pytest.approx([10, 5, 10 / 3])
 
 
@@ -255,12 +248,13 @@ def test_outputs_are_compared_with_plain_decoding_of_the_same_round_and_setting(
     assert [r["identical"] for r in rows] == [None, True, False, None, False, None, None]
     assert [r["first_difference"] for r in rows] == [-1, -1, 4, -1, 3, -1, -1]
     rows[2]["margin"], rows[4]["margin"] = 0.5, np.nan
-    assert equality(rows) == {
+    assert exactness(rows, "float32").to_json() == {
+        "serving_dtype": "float32",
         "identical_share": 1 / 3, "compared_outputs": 3, "median_margin": 0.5, "largest_margin": 0.5,
     }  # fmt: skip
     compare_with_plain(rows, sampled=True)
     assert rows[-1]["identical"] is True
-    assert equality([])["identical_share"] is None
+    assert exactness([], "float32").identical_share is None
 
 
 def test_every_arm_gets_the_same_requests_at_every_setting() -> None:

@@ -1,4 +1,4 @@
-"""Which drafters are compared, and what a verdict holds."""
+"""The pairs of drafters that are compared, and their verdicts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from draftsmith.stages.evaluation.verdicts import FEWEST_TURNS, pairs, verdicts
+from draftsmith.stages.evaluation.verdicts import FEWEST_RUNS, pairs, verdicts
 from draftsmith.stages.runtime.statistics import Estimate
 
 
@@ -24,27 +24,28 @@ def test_a_verdict_of_tau_and_one_of_speed() -> None:
     tau = {("opd", "sft"): Estimate(0.3, 0.1, 40, 39.0)}
     speed = {("opd", "sft"): Estimate(math.log(1.1), 0.1, 5, 4.0)}
     of_tau, of_speed = verdicts(tau, speed, 6)
-    assert (of_tau["kind"], of_tau["arm"], of_tau["other"], of_tau["prompts"]) == ("tau", "opd", "sft", 40)
-    assert of_tau["different"] is True and of_tau["level"] == pytest.approx(0.975)
-    assert (of_tau["low"], of_tau["high"]) == tau["opd", "sft"].interval(0.975)
-    assert (of_speed["turns"], of_speed["prompts"], of_speed["turns_needed"]) == (5, 6, FEWEST_TURNS)
-    assert of_speed["value"] == pytest.approx(1.1) and of_speed["different"] is False
-    assert of_speed["low"] * of_speed["high"] == pytest.approx(1.1**2)  # of a logarithm
+    assert (of_tau.kind, of_tau.arm, of_tau.other, of_tau.prompts) == ("tau", "opd", "sft", 40)
+    assert of_tau.different is True and of_tau.level == pytest.approx(0.975)
+    assert (of_tau.low, of_tau.high) == tau["opd", "sft"].interval(0.975)
+    assert (of_speed.turns, of_speed.prompts, of_speed.turns_needed) == (5, 6, FEWEST_RUNS)
+    assert of_speed.value == pytest.approx(1.1) and of_speed.different is False
+    assert of_speed.low is not None and of_speed.high is not None
+    assert of_speed.low * of_speed.high == pytest.approx(1.1**2)  # of a logarithm
 
 
-def test_what_one_alone_would_show_may_not_hold_among_many() -> None:
+def test_a_difference_that_one_comparison_shows_may_not_hold_among_many() -> None:
     barely = Estimate(0.22, 0.1, 40, 39.0)
-    assert verdicts({("opd", "sft"): barely}, {}, 0)[0]["different"] is True
+    assert verdicts({("opd", "sft"): barely}, {}, 0)[0].different is True
     many = {(str(i), "sft"): barely for i in range(6)}
-    assert {verdict["different"] for verdict in verdicts(many, {}, 0)} == {False}
+    assert {verdict.different for verdict in verdicts(many, {}, 0)} == {False}
 
 
-def test_one_prompt_and_one_turn_are_not_judged() -> None:
+def test_one_prompt_and_one_timed_run_are_inconclusive() -> None:
     alone = {("opd", "sft"): Estimate(0.3, math.nan, 1, 0.0)}
     for verdict in verdicts(alone, alone, 6):
-        assert (verdict["different"], verdict["low"], verdict["high"]) == (None, None, None)
+        assert (verdict.different, verdict.low, verdict.high) == (None, None, None)
 
 
-def test_a_spread_of_nothing_is_no_proof() -> None:
+def test_an_interval_without_width_proves_no_difference() -> None:
     exact = {("opd", "sft"): Estimate(0.3, 0.0, 2, 1.0)}
-    assert verdicts(exact, {}, 0)[0]["different"] is False
+    assert verdicts(exact, {}, 0)[0].different is False

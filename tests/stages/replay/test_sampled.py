@@ -17,14 +17,14 @@ import pytest
 import torch
 from scipy import stats
 
+from draftsmith.artifacts.results.evaluation import CHAMPION
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.sampling import Purpose, probabilities, seed_from_name, truncate
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
-from draftsmith.stages.evaluation.acceptance import tau_by_set, tau_difference, taus_compared
-from draftsmith.stages.evaluation.gate_rules import CHAMPION
+from draftsmith.stages.evaluation.acceptance import tau_by_set, tau_comparisons, tau_difference
 from draftsmith.stages.replay import sampled
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
@@ -239,9 +239,9 @@ def test_what_is_compared_watched_and_gated_are_averages(texts: list[Trajectory]
     prompts, sets = [text.trajectory_id for text in some], ["all"] * len(some)
     difference = averaged["opd"] - averaged[CHAMPION]
     assert tau_difference(tallies["opd"], tallies[CHAMPION]).value == pytest.approx(difference)
-    assert taus_compared(tallies, prompts, sets)[0]["value"] == pytest.approx(difference)
+    assert tau_comparisons(tallies, prompts, sets)[0].value == pytest.approx(difference)
     found = tau_by_set(tallies, prompts, sets)["all"]
-    assert {arm: figures["tau"] for arm, figures in found.items()} == pytest.approx(averaged)
+    assert {arm: metrics.tau for arm, metrics in found.items()} == pytest.approx(averaged)
 
 
 # ---- in distribution: texts of plain decoding, replayed, against decoding with the drafter

@@ -1,12 +1,18 @@
-"""Plausible figures for a report, all made up from formulas."""
+"""Plausible metrics for a report, all computed from formulas."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+from draftsmith.artifacts.results.data import LogsSummary, PromptsSummary
+from draftsmith.artifacts.results.evaluation import AnswerContext, EvaluationResult
+from draftsmith.artifacts.results.gate import GateDecision
+from draftsmith.artifacts.store.manifest import Manifest
+from draftsmith.stages.report.lineage import LineageEntry
 from draftsmith.stages.report.next_steps import Step
 from draftsmith.stages.report.page import ReportData
+from draftsmith.stages.report.stage import HistoryPoint
 
 
 def _around(value: float, reach: float) -> dict[str, float]:
@@ -14,7 +20,7 @@ def _around(value: float, reach: float) -> dict[str, float]:
 
 
 def verdict(kind: str, arm: str, other: str, value: float, reach: float, **changes: Any) -> dict[str, Any]:
-    """Of a report with four of them; different if its interval says so."""
+    """Return one of four verdicts of a report; different if its interval shows it."""
     equal = 0 if kind == "tau" else 1
     found = {"kind": kind, "arm": arm, "other": other, **_around(value, reach), "level": 0.9875, "prompts": 40}
     if kind == "speed":
@@ -124,21 +130,28 @@ def sample(**changes: Any) -> ReportData:
             {"at": "2026-01-19T06:00:00Z", "what": "checked", "version": 1, "tau": 2.7, "low": None, "high": None},
         ],
         "lineage": [
-            {
-                "name": name,
-                "stage": name,
-                "key": "0123456789abcdef" * 4,
-                "content_id": "fe" * 32,
-                "duration_s": 12.5 * i,
-                "config": {"line": "smollm2", "version": 3} if name == "champion" else {"steps": 600},
-            }
+            entry(name, 12.5 * i, {"line": "smollm2", "version": 3} if name == "champion" else {"steps": 600})
             for i, name in enumerate(
                 ["target", "prompts", "champion", "rollout", "sft", "assisted", "mining", "opd", "evaluation"]
             )
         ],
         "config": {"sft": {"steps": 600, "learning_rate": 6e-4}, "opd": {"steps": 200, "loss": "matched"}},
     }
-    return ReportData(**(parts | changes))
+    parts |= changes
+    parts["evaluation"] = EvaluationResult.model_validate(parts["evaluation"])
+    parts["history"] = [HistoryPoint.model_validate(point) for point in parts["history"]]
+    return ReportData(**parts)
+
+
+def entry(
+    name: str, seconds: float, config: dict[str, Any], stage: str | None = None, **metrics: float
+) -> LineageEntry:
+    manifest = Manifest(
+        schema_version=1, stage=stage or name, key="0123456789abcdef" * 4, content_id="fe" * 32, created_at="",
+        config=config, inputs={}, code_digest="", seed=0, files={}, metrics=metrics, mlflow_run_id=None,
+        duration_s=seconds, versions={}, modules={}, external={},
+    )  # fmt: skip
+    return LineageEntry(name, manifest)
 
 
 HOSTILE = '</span><script>console.error("acted")</script><img src="x" onerror="console.error(1)">\u202e\x1b[2J'
@@ -160,7 +173,7 @@ SETS = {
     }
     for name, shift in (("chat", -0.4), ("code & math", 0.5), (f"anyone's {HOSTILE}", 0.0))
 }
-OF_A_LINE: dict[str, Any] = {  # an evaluation beside a champion, with figures that cannot be
+OF_A_LINE: dict[str, Any] = {  # an evaluation beside a champion, with a speed warning
     **SERVED,
     "temperature": 0.0,
     "concurrency": 1,
@@ -197,7 +210,7 @@ DECISION: dict[str, Any] = {
     "outcome": "inconclusive",
     "challenger": "opd",
     "champion": "3",
-    "sentence": "inconclusive: opd against version 3: speed-up: 1.496 times, not judged",
+    "sentence": "inconclusive: opd against version 3: speed-up: 1.496 times, inconclusive",
     "rules": [
         {"name": "checksums", "passed": True, "judged": True, "said": "every file is as it was written", "figures": {}},
         {
@@ -214,7 +227,13 @@ DECISION: dict[str, Any] = {
             "said": "1.031 times the champion's, at most 1.052 at 95 %; at least 0.980 wanted",
             "figures": {"value": 1.031, "end": 1.052, "wanted": 0.98},
         },
-        {"name": "speed-up", "passed": False, "judged": False, "said": "1.496 times, not judged: load", "figures": {}},
+        {
+            "name": "speed-up",
+            "passed": False,
+            "judged": False,
+            "said": "1.496 times, inconclusive: load",
+            "figures": {},
+        },
     ],
 }
 CONTEXTS = [
@@ -237,23 +256,23 @@ CONTEXTS = [
 
 
 def of_a_line(**changes: Any) -> ReportData:
-    """A report in which every part is there."""
+    """Return a report in which no part is missing."""
     parts: dict[str, Any] = {
         "evaluation": OF_A_LINE,
-        "decision": DECISION,
-        "contexts": CONTEXTS,
+        "decision": GateDecision.model_validate(DECISION),
+        "contexts": [AnswerContext.model_validate(each) for each in CONTEXTS],
         "facts": {"measured": "2026-01-19 06:00 UTC", "on": "2 × NVIDIA H100", "commit": "0123456789ab"},  # noqa: RUF001
         "steps": [Step("measure again", "draftsmith run weekly.yaml", 130.0)],
-        "prompts": {
+        "prompts": PromptsSummary.model_validate({
             "counts": {name: {"heldout": 20, "train": 400, "validation": 8} for name in SETS},
             "duplicates_removed": 3,
             "too_long_skipped": 2,
             "set_aside": {"row 17 of a file: no field prompt": 4},
-        },
-        "logs": {
+        }),
+        "logs": LogsSummary.model_validate({
             "rows_in_files": 12000, "rows_read": 12000, "used": 9000, "replayed": 300, "response_tokens": 2_345_678,
             "set_aside": {"not the target's tokens": 41}, "outside_window": 2500, "not_drawn": 159, "scored": 64,
             "improbable": {"sampled otherwise": 1}, "window": {"newest": "2026-01-18T23:59:00+00:00"},
-        },
+        }),
     }  # fmt: skip
     return sample(**(parts | changes))

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from draftsmith.artifacts.results.evaluation import EvaluationResult
+from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.flows.cli.arguments import parser
 from draftsmith.stages.report.next_steps import Invocation, Step, invocation, next_steps, refresh_anyway
 from draftsmith.stages.report.review import review_of
@@ -17,7 +19,8 @@ SECONDS = {"evaluation": 120.0, "gate": 1.0}
 
 
 def steps(asked: Invocation = ASKED, **changes: Any) -> list[Step]:
-    review = review_of(OF_A_LINE, DECISION | changes)
+    evaluation, decision = EvaluationResult.model_validate(OF_A_LINE), GateDecision.model_validate(DECISION | changes)
+    review = review_of(evaluation, decision)
     assert review is not None
     return next_steps(review, asked, SECONDS)
 

@@ -1,4 +1,4 @@
-"""The report: one page that holds its figures, needs no network, and says what was found."""
+"""The report: one page with all metrics, which needs no network."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from draftsmith.artifacts.results.evaluation import EvaluationResult
 from draftsmith.stages.report.page import ReportData, render_report
 from tests.stages.report.sample_report import CONTEXTS, EVALUATION, HOSTILE, SERVED, of_a_line, sample
 
@@ -102,7 +103,7 @@ def test_any_arm_is_shown(tmp_path: Path) -> None:
     """Not only those of a refresh."""
     speed = {"plain": {"tokens_per_s": 10.0}, "eagle3 opd": {"tokens_per_s": 12.34}}
     evaluation = {"drafters": {"eagle3 opd": {"tau": 2.0}}, "speed": speed}
-    page = render(tmp_path, ReportData("Report", evaluation))
+    page = render(tmp_path, ReportData("Report", EvaluationResult.model_validate(evaluation)))
     assert "eagle3 opd" in page.text and "12.3" in page.text
 
 
@@ -130,12 +131,12 @@ def test_speed_on_a_server_is_shown_by_setting(tmp_path: Path) -> None:
         assert text in page.text, text
 
 
-def test_unset_figures_are_shown_as_absent(tmp_path: Path) -> None:
-    evaluation = {"drafters": {"sft": {"tau": None}}, "speed": {"sft": {"tokens_per_s": None}}, "exactness": {}}
-    assert "None" not in render(tmp_path, ReportData("Report", evaluation)).text
+def test_unset_metrics_are_shown_as_absent(tmp_path: Path) -> None:
+    evaluation = {"drafters": {"sft": {"tau": 2.0}}, "speed": {"sft": {"tokens_per_s": 9.0}}, "exactness": {}}
+    assert "None" not in render(tmp_path, ReportData("Report", EvaluationResult.model_validate(evaluation))).text
 
 
-def test_what_models_and_files_say_is_nowhere_markup(tmp_path: Path) -> None:
+def test_texts_of_models_and_files_are_never_markup(tmp_path: Path) -> None:
     page = render(tmp_path, of_a_line())
     assert not [tag for tag, _ in page.tags if tag in ("script", "img")]
     assert all(not name.startswith("on") for _, attributes in page.tags for name in attributes)

@@ -1,4 +1,4 @@
-"""The typed review: what it takes from an evaluation and a gate."""
+"""The review of an evaluation and a gate."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 
+from draftsmith.artifacts.results.evaluation import EvaluationResult
+from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.stages.report.names import ABSENT, duration, interval, number
 from draftsmith.stages.report.review import Review, Variant, review_of
 from tests.stages.report.sample_report import DECISION, EVALUATION, OF_A_LINE, SERVED, verdict
 
 
 def reviewed(evaluation: dict[str, Any], decision: dict[str, Any] | None = None) -> Review:
-    found = review_of(evaluation, decision or {})
+    gate = GateDecision.model_validate(decision) if decision else None
+    found = review_of(EvaluationResult.model_validate(evaluation), gate)
     assert found is not None
     return found
 
@@ -29,18 +32,17 @@ def decided(outcome: str, *rules: tuple[str, bool, bool], champion: str | None =
 
 
 def test_nothing_measured_has_no_review() -> None:
-    assert review_of({}, {}) is None
+    assert review_of(None, None) is None and review_of(EvaluationResult(), None) is None
 
 
-def test_variants_are_in_one_order_and_the_candidate_is_marked() -> None:
+def test_variants_are_in_one_order_and_the_challenger_is_marked() -> None:
     review = reviewed(OF_A_LINE, DECISION)
     assert [each.arm for each in review.variants] == ["plain", "champion", "sft", "opd", "control"]
-    assert [each.arm for each in review.variants if each.candidate] == ["opd"] == [review.candidate]
+    assert [each.arm for each in review.variants if each.is_challenger] == ["opd"] == [review.challenger]
     assert review.other == "champion" and reviewed(EVALUATION).other == "sft"
     assert (review.comparisons, review.level) == (5, 0.9875)
-    unknown = {"drafters": {"mine": {"tau": 2.0}, "yours": {"tau": None}}, "speed": {"plain": {"tokens_per_s": None}}}
-    assert [each.name for each in reviewed(unknown).variants] == ["no drafter", "mine", "yours"]
-    assert variant(reviewed(unknown), "yours").acceptance is None
+    unknown = {"drafters": {"mine": {"tau": 2.0}, "yours": {"tau": 2.1}}, "speed": {"plain": {"tokens_per_s": 9.0}}}
+    assert [each.name for each in reviewed(unknown).variants] == ["without a drafter", "mine", "yours"]
 
 
 def test_the_adjusted_verdict_decides_on_significance_and_not_the_interval() -> None:
@@ -63,7 +65,7 @@ def test_intervals_of_a_variant_are_widened_to_the_level_of_the_comparisons() ->
     assert speedup is not None and speedup.low is not None and 1.40 < speedup.low < 1.45
 
 
-def test_doubted_speeds_are_unreliable_and_decide_nothing() -> None:
+def test_speeds_with_a_warning_are_unreliable_and_inconclusive() -> None:
     review, calm = reviewed(OF_A_LINE), reviewed(OF_A_LINE | {"doubts": []})
     assert [each.unreliable for each in review.variants] == [False, True, True, True, True]
     assert not any(each.unreliable for each in calm.variants)
@@ -73,10 +75,10 @@ def test_doubted_speeds_are_unreliable_and_decide_nothing() -> None:
     of_one = reviewed(OF_A_LINE | {"doubts": [doubt | {"arms": ["sft"]}]})
     assert [each.arm for each in of_one.variants if each.unreliable] == ["sft"]
     elsewhere = reviewed(OF_A_LINE | {"doubts": [doubt | {"concurrency": 16}]})
-    assert not any(each.unreliable for each in elsewhere.variants) and len(elsewhere.doubts) == 1
+    assert not any(each.unreliable for each in elsewhere.variants) and len(elsewhere.speed_warnings) == 1
 
 
-def test_the_headline_goes_from_what_serves_to_the_candidate_at_every_concurrency() -> None:
+def test_the_headline_goes_from_the_champion_to_the_challenger_at_every_concurrency() -> None:
     before = reviewed(SERVED).headline
     assert "1 in flight: 61.3 → 91.7 tokens/s" in before and "16 in flight: 981 → 1,467 tokens/s" in before
     assert "no drafter" in before and "unreliable" not in before
@@ -114,7 +116,7 @@ def test_looping_answers_and_outputs_that_are_not_the_targets_are_warnings() -> 
             ["Version 3 stays", "fails acceptance length: figures", "and 1 more"],
         ),
         (decided("refused", ("lossless", False, True), champion="champion"), ["The champion stays", "lossless"]),
-        (decided("inconclusive", ("speed-up", False, False)), ["Speed-up could not be judged: figures"]),
+        (decided("inconclusive", ("speed-up", False, False)), ["Speed-up is inconclusive: figures"]),
         ({}, ["SFT + OPD", "3.54", "+0.10 against the champion", "not significant"]),
     ],
 )
@@ -127,8 +129,8 @@ def test_an_outcome_is_one_sentence_with_its_reason(decision: dict[str, Any], wo
     assert (found.followed is not None) == (found.kind == "promoted")
 
 
-def test_the_reason_is_the_start_of_what_the_rule_says() -> None:
-    said = "1.496 times, not judged: other processes took 2% of the CPU (measure again); 3 turns, 5 are needed"
+def test_the_reason_is_the_start_of_the_rules_text() -> None:
+    said = "1.496 times, inconclusive: other processes took 2% of the CPU (measure again); 3 turns, 5 are needed"
     rule = {"name": "speed-up", "passed": False, "judged": False, "said": said}
     found = reviewed(OF_A_LINE, DECISION | {"rules": [rule]}).outcome
     assert found.sentence.endswith(": other processes took 2% of the CPU.")
@@ -137,7 +139,7 @@ def test_the_reason_is_the_start_of_what_the_rule_says() -> None:
     assert len(long.sentence) < 160
 
 
-def test_figures_that_are_none_are_absent() -> None:
+def test_missing_numbers_are_shown_as_absent() -> None:
     assert interval((1.5, None, None), ".1f") == "1.5"
     assert interval((None, 1.0, 2.0), ".1f") == interval((float("nan"), 1.0, 2.0), ".1f") == ABSENT
     assert interval((0.0, -1.0, 1.0), "+.1f") == "+0.0\n[-1.0, +1.0]"

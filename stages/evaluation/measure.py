@@ -1,0 +1,319 @@
+"""Body of stage `evaluation`: acceptance by replay, then the speed of all arms.
+
+Acceptance is compared on the same held-out answers, paired over prompts. Speed is compared on the same prompts, decoded
+without a drafter and with each: prompt by prompt in this process, or in timed runs of SGLang servers with equal
+settings. Choices (the block size that each drafter decodes with) are made on the validation split only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from draftsmith.artifacts.atomic import write_text
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.results.base import SetMetrics
+from draftsmith.artifacts.results.evaluation import (
+    CHAMPION,
+    PLAIN,
+    Acceptance,
+    ArmComparison,
+    Contexts,
+    EvaluationResult,
+    SpeedMetrics,
+)
+from draftsmith.artifacts.store.manifest import MANIFEST, read_manifest, write_versions
+from draftsmith.artifacts.tables.parquet import write_table
+from draftsmith.artifacts.tables.schemas import REQUESTS, TURNS
+from draftsmith.stages.data.held_out import independent_units
+from draftsmith.stages.data.load import (
+    DRAFTER_FOLDER,
+    load_trajectories,
+    positions_needed,
+    prompt_sets,
+    stored_splits,
+)
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.checkpoint import load_drafter
+from draftsmith.stages.drafters.spec import NO_FREQUENT_TOKENS, DraftingConfig
+from draftsmith.stages.engines.config import SGLangEngineConfig
+from draftsmith.stages.evaluation.acceptance import (
+    acceptance_table,
+    has_loop,
+    tau_by_set,
+    tau_comparisons,
+    tau_differences,
+)
+from draftsmith.stages.evaluation.config import DRAFTERS, PREFIX, EvaluationConfig, prompts_to_decode
+from draftsmith.stages.evaluation.machine_load import machine
+from draftsmith.stages.evaluation.speed_embedded import EmbeddedSpeedTest, measure_embedded
+from draftsmith.stages.evaluation.speed_sglang import SGLangSpeedTest, measure_sglang
+from draftsmith.stages.evaluation.speed_table import alternates, at_setting, log_ratios, speed_by_set, speed_tables
+from draftsmith.stages.evaluation.timed_runs import Setting, SpeedMeasurement, settings_of
+from draftsmith.stages.evaluation.validity import AGAIN, speed_warnings
+from draftsmith.stages.evaluation.verdicts import Pair, comparison, pairs, verdicts
+from draftsmith.stages.evaluation.worst_contexts import ContextCollector
+from draftsmith.stages.replay.options import ReplayOptions
+from draftsmith.stages.replay.replayer import Replayer
+from draftsmith.stages.replay.sampled import truncation_warning
+from draftsmith.stages.runtime.memory import release_memory
+from draftsmith.stages.runtime.stage import INCONCLUSIVE, WHOLE, Shard, StageContext, progress_callback
+from draftsmith.stages.runtime.statistics import Estimate
+from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.sampling import SamplingParams
+
+REPLAYED = "replayed"  # traces by replay, of an unfinished attempt or a shard
+VALIDATION = "validation"
+CONTEXT_VARIANT = "trained"  # the drafting variant whose contexts are shown
+_DEFINITION_OF_TAU = (
+    "committed tokens per verify step, the target's own token included (+1); held-out trajectories, trained block "
+    "size, ratio of sums over prompts, intervals by jackknife over prompts (paired; turns of a conversation that is "
+    "held out as a whole count as one)"
+)
+
+
+def run(ctx: StageContext, config: EvaluationConfig) -> None:
+    """Replay for tau, choose block sizes on the validation split, time all arms, compare outputs.
+
+    `acceptance.json` depends on the cache key alone; `evaluation.json` adds what depends on time.
+    """
+    speed, acceptance, tau_estimates = _measure(ctx, config)
+    acceptance.write(ctx.out, EvaluationResult.ACCEPTANCE_FILE)
+    settings, arms = settings_of(config), list(acceptance.drafters)
+    decoded = list(dict.fromkeys(row["prompt_id"] for row in speed.requests))
+    units = dict(zip(decoded, independent_units(ctx.inputs["prompts"], decoded), strict=True))
+    set_of_prompt = dict(zip(decoded, prompt_sets(ctx.inputs["prompts"], decoded), strict=True))
+    tables = speed_tables(speed.runs, speed.requests, settings, units)
+    first = tables[0].arms
+    runs, requests = at_setting(speed.runs, settings[0]), at_setting(speed.requests, settings[0])
+    by_set = speed_by_set(requests, set_of_prompt, units, alternating=alternates(runs))
+    ratios = log_ratios(runs, requests, pairs(arms), units)
+    warnings = speed_warnings(speed.runs, speed.requests, settings)
+    for warning in warnings:
+        ctx.log(f"unreliable speeds, {warning.concurrency} in flight: {warning.text}")
+
+    acceptance.model_copy(
+        update={
+            "definition_of_tau": _DEFINITION_OF_TAU,
+            "engine": speed.engine,
+            "temperature": settings[0].temperature,
+            "concurrency": settings[0].concurrency,
+            "head_tokens": config.head_tokens,
+            "training_seeds": {arm: _training_seed(folder) for arm, folder in _drafters(ctx).items()},
+            "verdicts": verdicts(tau_estimates, ratios, first[PLAIN].prompts),
+            "block_size_candidates": speed.candidates,
+            "validation_prompts": speed.validation_prompts,
+            "speed": first,
+            "speed_by_setting": tables,
+            "speed_warnings": warnings,
+            "machine": machine(),
+            "exactness": speed.exactness,
+            "parity": speed.parity,
+            "sets": _with_speed(acceptance.sets, by_set),
+            "comparisons": [*acceptance.comparisons, *speed_comparisons(speed, settings, arms, units)],
+        }
+    ).write(ctx.out)
+    if speed.engine.startswith("sglang"):
+        write_versions(ctx.out, sglang=speed.engine.removeprefix("sglang "))
+    write_table(ctx.out / "requests.parquet", REQUESTS, speed.requests)
+    write_table(ctx.out / "turns.parquet", TURNS, speed.runs)
+    if any(warning.kind in AGAIN for warning in warnings):
+        ctx.summary(**{INCONCLUSIVE: 1.0})
+    ctx.summary(
+        **{f"tau_{arm}": metrics.tau for arm, metrics in acceptance.drafters.items()},
+        **{
+            f"tau_{arm}_minus_{other}": difference.value
+            for arm, metrics in acceptance.drafters.items()
+            for other, difference in metrics.differences.items()
+        },
+        **_speedups(first),
+        plain_tokens_per_s=first[PLAIN].tokens_per_s,
+        **{
+            f"{name}.t{table.temperature:g}.c{table.concurrency}": value
+            for table in tables[1:]
+            for name, value in _speedups(table.arms).items()
+        },
+    )
+
+
+def _speedups(arms: Mapping[str, SpeedMetrics]) -> dict[str, float]:
+    return {f"speedup_{arm}": metrics.speedup for arm, metrics in arms.items() if metrics.speedup is not None}
+
+
+def _with_speed(
+    sets: Mapping[str, Mapping[str, SetMetrics]], speedups: Mapping[str, Mapping[str, SetMetrics]]
+) -> dict[str, dict[str, SetMetrics]]:
+    """Return the metrics of each set and arm, with the speed-up added where it is known."""
+    merged = {name: dict(arms) for name, arms in sets.items()}
+    for name, arms in speedups.items():
+        own = merged.setdefault(name, {})
+        for arm, speedup in arms.items():
+            own[arm] = own.get(arm, SetMetrics()).model_copy(update=speedup.to_json())
+    return merged
+
+
+def speed_comparisons(
+    speed: SpeedMeasurement, settings: Sequence[Setting], arms: Sequence[str], units: Mapping[str, str]
+) -> list[ArmComparison]:
+    """Compare every drafter with decoding without one and with the champion, at every setting."""
+    others = [PLAIN, *([CHAMPION] if CHAMPION in arms else [])]
+    wanted = [(arm, other) for arm in arms for other in others if arm != other]
+    comparisons = []
+    for setting in settings:
+        runs, requests = at_setting(speed.runs, setting), at_setting(speed.requests, setting)
+        comparisons += [
+            comparison("speed", pair, estimate, temperature=setting.temperature, concurrency=setting.concurrency)
+            for pair, estimate in log_ratios(runs, requests, wanted, units).items()
+        ]
+    return comparisons
+
+
+def _drafters(ctx: StageContext) -> dict[str, Path]:
+    """Return arm -> artifact of its drafter: those of a refresh, then any others in the order of the inputs."""
+    arms = {name: ctx.inputs[name] for name in DRAFTERS if name in ctx.inputs}
+    return arms | {n.removeprefix(PREFIX): folder for n, folder in ctx.inputs.items() if n.startswith(PREFIX)}
+
+
+def _training_seed(folder: Path) -> int | None:
+    """Return the seed that a drafter was trained with; None if its artifact has no manifest."""
+    return read_manifest(folder).seed if (folder / MANIFEST).is_file() else None
+
+
+def _measure(
+    ctx: StageContext, config: EvaluationConfig
+) -> tuple[SpeedMeasurement, EvaluationResult, dict[Pair, Estimate]]:
+    """Measure speed and acceptance; also return the estimated differences of tau."""
+    target = Target.load(ctx.inputs["target"])
+    folders = {arm: folder / DRAFTER_FOLDER for arm, folder in _drafters(ctx).items()}
+    if not folders:
+        raise DraftsmithError(
+            f"evaluation: no drafter among the inputs. Add one of {', '.join(DRAFTERS)}, {PREFIX}NAME."
+        )
+    drafters = {arm: load_drafter(folder, target) for arm, folder in folders.items()}
+    for arm, drafter in drafters.items():
+        if config.head_tokens and drafter.frequent_tokens is None:
+            ctx.log(f"{arm}: {NO_FREQUENT_TOKENS}")
+    heldout, validation = prompts_to_decode(config, ctx.inputs["prompts"])
+    if not heldout or (not validation and config.block_sizes):
+        raise DraftsmithError("evaluation: no held-out or no validation prompts. Raise the counts in section prompts.")
+    longest = positions_needed([*heldout, *validation], config.sampling.max_new_tokens, target.info.max_positions)
+    acceptance, tau_estimates = _Replays(ctx, config, target, drafters).acceptance()
+    if not isinstance(config.engine, SGLangEngineConfig):
+        test = EmbeddedSpeedTest(ctx, target, config, ctx.seed)
+        return measure_embedded(test, folders, drafters, heldout, validation), acceptance, tau_estimates
+
+    trained, dtype = {arm: drafter.block_size for arm, drafter in drafters.items()}, target.info.dtype
+    del target, drafters  # servers need the memory
+    release_memory()
+    served = SGLangSpeedTest(ctx, config, config.engine, folders, trained, longest, dtype)
+    return measure_sglang(served, heldout, validation), acceptance, tau_estimates
+
+
+@dataclass(frozen=True)
+class _Replays:
+    """The replays of an evaluation."""
+
+    ctx: StageContext
+    config: EvaluationConfig
+    target: Target
+    drafters: Mapping[str, Drafter]
+
+    def replayer(self, variant: str, drafting: DraftingConfig, sampling: SamplingParams, shard: Shard) -> Replayer:
+        """Return the replayer of one drafting variant. sampling: what the answers were sampled with."""
+        options = ReplayOptions(
+            drafting,
+            sampling,
+            with_proposals=variant == CONTEXT_VARIANT,
+            tokens_per_group=self.config.tokens_per_target_forward,
+            shard=shard,
+        )
+        return Replayer(self.target, options, self.ctx.log)
+
+    def acceptance(self) -> tuple[EvaluationResult, dict[Pair, Estimate]]:
+        """Replay every drafter on the same held-out answers; also return the estimated differences of tau."""
+        ctx, prompts = self.ctx, self.ctx.inputs["prompts"]
+        stored = load_trajectories(ctx.inputs["trajectories"], ["heldout"])
+        ctx.log(f"replaying {len(self.drafters)} drafters on {len(stored.trajectories)} held-out answers")
+        looping = [has_loop(t.tokens[t.prompt_length :]) for t in stored.trajectories]
+        tallies = {}
+        collectors = {arm: ContextCollector() for arm in self.drafters}
+        for variant, drafting in _drafting_variants(self.config).items():
+            tallies[variant] = self.replayer(variant, drafting, stored.sampling, WHOLE).acceptance(
+                self.drafters,
+                stored.trajectories,
+                also=collectors if variant == CONTEXT_VARIANT else {},
+                progress=progress_callback(ctx, "trajectories"),
+                cache=ctx.work / REPLAYED / variant,
+                shards=[folder / REPLAYED / variant for folder in ctx.shards],
+            )
+        trained = tallies[CONTEXT_VARIANT]
+        units, sets = independent_units(prompts, stored.prompts), prompt_sets(prompts, stored.prompts)
+        # a share of the answers' tokens: the same for all drafters that sample
+        shares = [tally.outside_nucleus_share for tally in trained.values()]
+        outside = next((share for share in shares if share is not None), None)
+        if warning := truncation_warning(outside, stored.sampling):
+            ctx.log(warning)
+        decode = self.target.tokenizer.decode
+        Contexts({arm: each.contexts(stored.trajectories, sets, decode) for arm, each in collectors.items()}).write(
+            ctx.out
+        )
+        drafters: dict[str, Acceptance] = acceptance_table(trained, units, looping)
+        for arm, tally in tallies.get("full_head", {}).items():
+            drafters[arm] = drafters[arm].model_copy(update={"tau_full_head": tally.tau})
+        result = EvaluationResult(
+            heldout_trajectories=len(stored.trajectories),
+            outside_nucleus_share=outside,
+            drafters=drafters,
+            loop_share=sum(looping) / len(looping),
+            tau_without_loops={arm: metrics.tau_without_loops for arm, metrics in drafters.items()},
+            sets=tau_by_set(trained, units, sets),
+            comparisons=tau_comparisons(trained, units, sets),
+            validation_tau=self.validation_tau(),
+        )
+        return result, tau_differences(trained, units)
+
+    def validation_tau(self) -> dict[str, float | None] | None:
+        """Return tau of each drafter on the validation split, which choices are made on; None without its answers."""
+        ctx = self.ctx
+        if VALIDATION not in stored_splits(ctx.inputs["trajectories"]):
+            return None
+        stored = load_trajectories(ctx.inputs["trajectories"], [VALIDATION])
+        tallies = self.replayer(VALIDATION, self.config.drafted(), stored.sampling, WHOLE).acceptance(
+            self.drafters,
+            stored.trajectories,
+            progress=progress_callback(ctx, "trajectories"),
+            cache=ctx.work / REPLAYED / VALIDATION,
+            shards=[folder / REPLAYED / VALIDATION for folder in ctx.shards],
+        )
+        return {arm: tally.tau for arm, tally in tallies.items()}
+
+
+def _drafting_variants(config: EvaluationConfig) -> dict[str, DraftingConfig]:
+    """Return how the drafters draft in the replays of held-out answers, by name."""
+    variants = {CONTEXT_VARIANT: config.drafted()}
+    if config.head_tokens is not None:
+        variants["full_head"] = DraftingConfig()
+    return variants
+
+
+def shard(ctx: StageContext, config: EvaluationConfig, part: Shard) -> None:
+    """Replay one shard of the answers for the acceptance of `run`, which measures speed."""
+    target = Target.load(ctx.inputs["target"])
+    drafters = {arm: load_drafter(folder / DRAFTER_FOLDER, target) for arm, folder in _drafters(ctx).items()}
+    variants = {name: ("heldout", drafting) for name, drafting in _drafting_variants(config).items()}
+    if VALIDATION in stored_splits(ctx.inputs["trajectories"]):
+        variants[VALIDATION] = (VALIDATION, config.drafted())
+    replays, counts = _Replays(ctx, config, target, drafters), {}
+    for variant, (split, drafting) in variants.items():
+        stored = load_trajectories(ctx.inputs["trajectories"], [split])
+        groups = replays.replayer(variant, drafting, stored.sampling, part).groups(
+            drafters,
+            stored.trajectories,
+            progress=progress_callback(ctx, "trajectories"),
+            cache=ctx.out / REPLAYED / variant,
+        )
+        counts[variant] = sum(len(indices) for indices, _ in groups)
+    write_text(ctx.out / "shard.json", json.dumps({"shard": part.index, "of": part.of, **counts}) + "\n")
+    ctx.summary(trajectories=sum(counts.values()))
