@@ -23,7 +23,7 @@ PACKAGES = {
     "logs": {*_MODEL, "data.logs"},
     "rollout": {*_MODEL, *_DRAFTERS, *_ENGINES},
     "sft": {*_MODEL, *_DRAFTERS, "replay", "training", "training.sft"},
-    "mining": {*_MODEL, *_DRAFTERS, "data.logs", "replay"},
+    "mining": {*_MODEL, *_DRAFTERS, "replay"},
     "opd": {*_MODEL, *_DRAFTERS, "replay", "training", "training.opd"},
     "evaluation": {*_MODEL, *_DRAFTERS, *_ENGINES, _RESULTS, "evaluation", "replay"},
     "gate": {*_MODEL, *_ENGINES, _RESULTS, "drafters", "evaluation", "replay"},
