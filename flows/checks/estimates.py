@@ -16,7 +16,7 @@ from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.replay.options import TREE_TOKENS
 from draftsmith.stages.replay.stage import SAMPLE, MiningConfig
-from draftsmith.stages.runtime.checkpoint import GENERATIONS
+from draftsmith.stages.runtime.stage import CHECKPOINTS_KEPT
 from draftsmith.stages.target.config import TargetConfig
 from draftsmith.stages.target.estimate import (
     PROCESS_BYTES,
@@ -176,7 +176,7 @@ def _training(config: TrainingConfig, use: StageUse, *, mines: bool = False, sco
         memory=sum(parts.values()), tables=_tables(use.answers),
         loaded=parts["target"] + 12.0 * sizes.drafter.parameters,
         processes=config.parallel.processes, devices=config.parallel.world,
-        disk=sizes.weights(sizes.drafter), temporary_disk=GENERATIONS * 12.0 * sizes.drafter.parameters,
+        disk=sizes.weights(sizes.drafter), temporary_disk=CHECKPOINTS_KEPT * 12.0 * sizes.drafter.parameters,
         work=("train", blocks * (sizes.block_size - 1) / config.parallel.world),
     )  # fmt: skip
 

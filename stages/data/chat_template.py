@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.data.prompt_config import PromptCandidate
-from draftsmith.stages.data.row_formats import Message
+from draftsmith.stages.data.row_formats import Message, TemplateKwargs
 
 _SYSTEM, _FIRST, _ANSWER, _SECOND = "<<a system prompt>>", "<<first question>>", "<<an answer>>", "<<second question>>"
 _TURNS: list[Message] = [
@@ -25,7 +25,7 @@ _TURNS: list[Message] = [
 _SWITCHES = [{name: value} for name in ("thinking", "enable_thinking") for value in (True, False)]
 
 
-def render_prompt(tokenizer: Any, messages: list[Message], where: str, template_kwargs: dict[str, Any]) -> str:
+def render_prompt(tokenizer: Any, messages: list[Message], where: str, template_kwargs: TemplateKwargs) -> str:
     """Return the text of messages with the generation prompt.
 
     where: names the messages in the error. Raises DraftsmithError if the template refuses them.
@@ -39,7 +39,7 @@ def render_prompt(tokenizer: Any, messages: list[Message], where: str, template_
     return text
 
 
-def token_ids(tokenizer: Any, candidate: PromptCandidate, template_kwargs: dict[str, Any]) -> list[int]:
+def token_ids(tokenizer: Any, candidate: PromptCandidate, template_kwargs: TemplateKwargs) -> list[int]:
     """Return the token ids up to the beginning of the answer; without a chat template, those of plain text."""
     if not tokenizer.chat_template:
         text = "\n\n".join(message["content"] for message in candidate.messages)
@@ -48,7 +48,7 @@ def token_ids(tokenizer: Any, candidate: PromptCandidate, template_kwargs: dict[
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def text_after_answer(tokenizer: Any, template_kwargs: dict[str, Any]) -> str:
+def text_after_answer(tokenizer: Any, template_kwargs: TemplateKwargs) -> str:
     """Return the text that the template puts after an answer; empty if it refuses the conversation."""
     with suppress(DraftsmithError):
         return render_prompt(tokenizer, _TURNS[:2], "chat template", template_kwargs).partition(_ANSWER)[2]
@@ -65,7 +65,7 @@ class TemplateInverter:
     every refresh, but not into the class of the same prompt as messages.
     """
 
-    def __init__(self, tokenizer: Any, template_kwargs: dict[str, Any]):
+    def __init__(self, tokenizer: Any, template_kwargs: TemplateKwargs):
         self._tokenizer = tokenizer
         self._open = self._answer = self._next = ""
         self._ends: list[str] = []  # possible texts after the last turn, longest first

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from draftsmith.stages.data.held_out import HELDOUT_SHARE, HeldOutBy
 from draftsmith.stages.data.row_files import local_files, remote_versions
-from draftsmith.stages.data.row_formats import FieldFilter, FieldNames, Message
+from draftsmith.stages.data.row_formats import FieldFilter, FieldNames, Message, TemplateKwargs
 from draftsmith.stages.data.sources import SourcesConfig
 from draftsmith.stages.data.time_window import Since, window_start
 from draftsmith.stages.runtime.stage import NOT_FETCHED, Config, FilledIn, InputListing, NotInKey
@@ -169,7 +169,7 @@ class PromptsConfig(Config):
     system: str | None = Field(
         default=None, description="system prompt for rows without one. Default: the template's own"
     )
-    chat_template_kwargs: dict[str, bool | int | float | str | None] = Field(
+    chat_template_kwargs: TemplateKwargs = Field(
         default={}, description="passed to the chat template, e.g. enable_thinking: false"
     )
     seed: int = Field(default=0, ge=0, description="another seed chooses other prompts")

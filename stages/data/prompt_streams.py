@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, TextIO, TypeAlias
 
+import httpx
+
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, one_line
 from draftsmith.stages.data.held_out import hash_fraction, prompt_identity
 from draftsmith.stages.data.prompt_config import (
@@ -173,8 +175,7 @@ def _task_candidates(
     task: str, source: ReasoningGymSource, finish: Finish, config: PromptsConfig
 ) -> Callable[[Split], Iterator[PromptCandidate]]:
     """Return a function that returns the candidates of a task for one split."""
-    import reasoning_gym  # takes seconds to load, and few configs have tasks
-    from reasoning_gym.factory import DATASETS
+    from reasoning_gym.factory import DATASETS, create_dataset  # takes seconds to load, and few configs have tasks
 
     if task not in DATASETS:
         near = difflib.get_close_matches(task, DATASETS, n=3)
@@ -187,7 +188,7 @@ def _task_candidates(
     def candidates(split: Split) -> Iterator[PromptCandidate]:
         first = base + SPLITS.index(split) * _SEEDS_PER_SPLIT
         try:
-            items = reasoning_gym.create_dataset(task, **{**source.options, "size": limit, "seed": first})
+            items = create_dataset(task, **{**source.options, "size": limit, "seed": first})
         except (TypeError, ValueError, AssertionError) as error:
             raise DraftsmithError(
                 f"prompts.sources: reasoning_gym rejects the options of task {task} ({one_line(error)}). Correct them."
@@ -341,7 +342,6 @@ def load_rows(source: HuggingFaceSource) -> Any:
     Raises DraftsmithError, or RetryableError if the Hub does not answer.
     """
     import datasets  # takes a second to load, and `draftsmith check` needs it for these sources alone
-    import httpx
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
 

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,6 +26,7 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError, one_lin
 KINDS = ".jsonl, .ndjson or .json with an object a line, also with .gz or .zst, or .parquet"
 # names of files in a folder; a number or a date may follow the suffix, as logrotate writes them
 _ROW_FILE = re.compile(r".*(\.(jsonl|ndjson|json)([.-]\d[\d.T_-]*)?(\.gz|\.zst)?|\.parquet(\.gz|\.zst)?)")
+Fields: TypeAlias = dict[str, Any]  # a row as it was written: JSON of any shape
 _CHUNK = 1 << 18  # bytes
 _REPORT_EVERY_S = 1.0
 _PARQUET_ROWS = 256  # converted to Python objects together
@@ -47,7 +48,7 @@ class _Line:
 class Row(_Line):
     """One row as it was written."""
 
-    fields: dict[str, Any]
+    fields: Fields
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def _file_system(address: str, field: str) -> tuple[Any, str]:
         raise DraftsmithError(f"{field}: {address}: {one_line(error)}") from error
 
 
-def _remote(pattern: str, field: str) -> dict[str, dict[str, Any]]:
+def _remote(pattern: str, field: str) -> dict[str, dict[str, object]]:
     """Return address → the file system's information about the file, sorted."""
     system, path = _file_system(pattern, field)
     try:
@@ -274,7 +275,7 @@ def _chunk(read: Any, compression: str) -> bytes:
         ) from error
 
 
-def _parsed(line: bytes) -> dict[str, Any] | str:
+def _parsed(line: bytes) -> Fields | str:
     """Return the row, or the reason why there is none."""
     try:
         row = json.loads(line.decode("utf-8"))
@@ -301,7 +302,7 @@ def _parquet_rows(file: str, raw: IO[bytes]) -> Iterator[Row | BadRow]:
         yield TruncatedFile(file, number + 1, reason)
 
 
-def _python_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | str]:
+def _python_rows(batch: pa.RecordBatch) -> Iterator[Fields | str]:
     """Yield the rows of a batch; for a row with a value that Python cannot hold (the year 10000), the reason."""
     try:
         yield from batch.to_pylist()

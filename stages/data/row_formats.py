@@ -7,19 +7,18 @@ A row is rejected if its text alone cannot reproduce the prompt.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.data.row_files import json_type
+from draftsmith.stages.data.row_files import Fields, json_type
 
 Message: TypeAlias = dict[str, str]  # role, content
 FieldValue: TypeAlias = str | int | float | bool
 FieldFilter: TypeAlias = dict[str, FieldValue | list[FieldValue]]  # of a config: field -> allowed values
-Fields: TypeAlias = Mapping[str, Any]  # a row as it was written: JSON of any shape
 LogField: TypeAlias = Literal[
     "messages", "completion", "prompt_token_ids", "completion_token_ids", "finish_reason", "timestamp"
 ]
+TemplateKwargs: TypeAlias = dict[str, bool | int | float | str | None]  # of the target's chat template
 FieldNames: TypeAlias = dict[LogField, str]  # of a config: our name for a field -> its name in the rows
 
 _ROLES = {
@@ -65,7 +64,7 @@ def rename_fields(row: Fields, names: FieldNames) -> Fields:
     """
     if not names:
         return row
-    renamed: dict[str, Any] = dict(row)
+    renamed = dict(row)
     renamed.update((ours, row.get(theirs)) for ours, theirs in names.items())
     if "messages" in names and isinstance(text := renamed["messages"], str):
         try:

@@ -11,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from draftsmith.artifacts.atomic import TMP_PREFIX, atomic_path, disk_errors, fsync
 from draftsmith.artifacts.store.manifest import sha256_file
+from draftsmith.stages.runtime.stage import CHECKPOINTS_KEPT
 
-GENERATIONS = 2
 _DIGEST_DIGITS = 16
 _NEW = "checkpoint.new"  # the name until the file is complete and its digest is known
 _NAME = re.compile(r"checkpoint-(\d+)-([0-9a-f]+)\.pt")
@@ -22,8 +24,6 @@ _NAME = re.compile(r"checkpoint-(\d+)-([0-9a-f]+)\.pt")
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Save `state` (tensors and plain values) after `step` optimiser steps; keep the checkpoint before it too."""
-    import torch  # only here: `draftsmith check` reads GENERATIONS of this module
-
     for leftover in folder.glob(f"{TMP_PREFIX}*-{_NEW}"):  # of an attempt that was killed while it wrote
         leftover.unlink()
     with atomic_path(folder / _NEW) as tmp, tmp.open("wb") as file:  # given a path, torch hides why writing failed
@@ -32,7 +32,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
         digest = sha256_file(folder / _NEW)[:_DIGEST_DIGITS]
         path = (folder / _NEW).rename(folder / f"checkpoint-{step:08d}-{digest}.pt")
         fsync(folder)
-        for old in list_checkpoints(folder)[GENERATIONS:]:
+        for old in list_checkpoints(folder)[CHECKPOINTS_KEPT:]:
             old.unlink()
     return path
 
@@ -42,8 +42,6 @@ def load_checkpoint(folder: Path, log: Callable[[str], None]) -> tuple[int, dict
 
     A damaged checkpoint is renamed and reported to `log`: training continues from the one before.
     """
-    import torch  # as above
-
     for path in list_checkpoints(folder):
         step, digest = _step_and_digest(path)
         if sha256_file(path)[:_DIGEST_DIGITS] == digest:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Protocol, Self
+from typing import Annotated, Any, Protocol, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
@@ -19,7 +19,11 @@ SOURCES = "sources"  # the stage that lists input files, and the input of the st
 LISTING_FILE = "sources.json"  # its artifact's file
 INCONCLUSIVE = "inconclusive"  # in a stage's summary: the measurement decides nothing, so the next run repeats it
 NOT_FETCHED = "not fetched"  # version of a hub repository whose commit could not be looked up yet
+CHECKPOINTS_KEPT = 2  # of a training; `runtime/checkpoint.py` writes them
 RENDEZVOUS = "DRAFTSMITH_RENDEZVOUS"  # environment variable: HOST:PORT of the node that runs the flow
+
+
+JsonObject: TypeAlias = dict[str, Any]
 
 
 class NotInKey:
@@ -80,7 +84,7 @@ class Config(BaseModel):
         """Return the names of the fields that a run fills in."""
         return [n for n, field in cls.model_fields.items() if any(isinstance(m, FilledIn) for m in field.metadata)]
 
-    def key_material(self) -> dict[str, Any]:
+    def key_material(self) -> JsonObject:
         """Return the fields that determine the result, as JSON values, for the cache key."""
         return _without_unkeyed(self, self.model_dump(mode="json"))
 
@@ -97,7 +101,7 @@ class Config(BaseModel):
         return {}
 
 
-def _without_unkeyed(config: BaseModel, dumped: dict[str, Any]) -> dict[str, Any]:
+def _without_unkeyed(config: BaseModel, dumped: JsonObject) -> JsonObject:
     """Return `dumped` without the `NotInKey` fields of `config` and of the configs directly inside it."""
     kept = {}
     for name, info in type(config).model_fields.items():
@@ -176,7 +180,7 @@ class StageRequest(BaseModel):
 
     stage: str
     module: str  # that declares the stage
-    config: dict[str, Any]
+    config: JsonObject
     inputs: dict[str, Path]  # name -> folder of a complete artifact
     out: Path
     work: Path

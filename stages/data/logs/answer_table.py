@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ class TrajectoryTable(TableWriter):
         for prompt in prompts:
             samples.append(self._samples[prompt])
             self._samples[prompt] += 1
-        added: dict[str, Any] = {
+        added: dict[str, Sequence[object]] = {
             "trajectory_id": [f"{prompt}/{sample}" for prompt, sample in zip(prompts, samples, strict=True)],
             "sample": samples,
             **{name: [value] * batch.num_rows for name, value in (constants | {"split": "train"}).items()},

@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field
 
 from draftsmith.stages.data.row_files import local_files, match_files, remote_versions
-from draftsmith.stages.data.row_formats import FieldFilter, FieldNames
+from draftsmith.stages.data.row_formats import FieldFilter, FieldNames, TemplateKwargs
 from draftsmith.stages.data.sources import SourcesConfig
 from draftsmith.stages.data.time_window import LAST, Since, parse_time, window_start
 from draftsmith.stages.runtime.stage import Config, FilledIn
@@ -97,7 +97,7 @@ class LogsConfig(Config):
         description="number of used answers that the target scores: its log-probs show whether they are its own at "
         "this temperature, top_p and top_k; those that are not are counted and listed in improbable.jsonl",
     )
-    chat_template_kwargs: dict[str, bool | int | float | str | None] = Field(
+    chat_template_kwargs: TemplateKwargs = Field(
         default={}, description="passed to the chat template for rows of text; the same as the service passed"
     )
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeAlias
+from typing import Any, Self, TypeAlias, TypedDict
 
 import pyarrow.parquet as pq
 
@@ -159,6 +159,15 @@ def logged_text(row: LoggedRow) -> tuple[list[Message], str]:
     return row_messages(row.fields, "messages", row.where, answered=False), completion
 
 
+class _CachedTokens(TypedDict):
+    """A row of the token cache."""
+
+    key: str
+    prompt_ids: list[int]
+    response_ids: list[int]
+    reason: str
+
+
 class TokenCache:
     """Token ids of a log's texts on disk until the stage ends: after an interruption they are not tokenised again.
 
@@ -170,7 +179,7 @@ class TokenCache:
         self._shards = TableShards(folder, {"texts": TOKENISED})
         self._cached = _cached_rows(self._shards.paths("texts"))
         self._next = next(self._cached, None)
-        self._waiting: list[dict[str, Any]] = []
+        self._waiting: list[_CachedTokens] = []
         self._tokens, self._written = 0, time.monotonic()
         self.hits = 0
 
@@ -191,8 +200,7 @@ class TokenCache:
             self.hits += 1
             return cached["prompt_ids"], cached["response_ids"], cached["reason"]
         prompt_ids, response_ids, reason = tokens = make()
-        row = {"key": key, "prompt_ids": prompt_ids, "response_ids": response_ids, "reason": reason}
-        self._waiting.append(row)
+        self._waiting.append(_CachedTokens(key=key, prompt_ids=prompt_ids, response_ids=response_ids, reason=reason))
         self._tokens += len(prompt_ids) + len(response_ids)
         if self._tokens >= _FLUSH_TOKENS or time.monotonic() - self._written >= _FLUSH_EVERY_S:
             self._flush()
@@ -204,7 +212,7 @@ class TokenCache:
         self._waiting, self._tokens, self._written = [], 0, time.monotonic()
 
 
-def _cached_rows(paths: list[Path]) -> Iterator[dict[str, Any]]:
+def _cached_rows(paths: list[Path]) -> Iterator[_CachedTokens]:
     for path in paths:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=_BATCH):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from draftsmith.stages.data.chat_template import TemplateInverter, token_ids
 from draftsmith.stages.data.held_out import HeldOut, hash_fraction, prompt_identity, read_held_out
 from draftsmith.stages.data.prompt_config import PromptCandidate
-from draftsmith.stages.data.row_formats import Message
+from draftsmith.stages.data.row_formats import Message, TemplateKwargs
 from draftsmith.stages.target.info import load_tokenizer, model_path
 from tests.stages.data.templates import DEEPSEEK, GPT_OSS, LLAMA
 from tests.testbed.drafter import DrafterArtifacts
@@ -89,7 +89,7 @@ def test_token_ids_are_of_the_class_of_their_text(
     tokenizer = load_tokenizer(model_path(tiny_drafter.target))
     if template is not None:
         tokenizer.chat_template = template
-    sent = {"today": "Monday", "quiet": quiet, "thinking": quiet}
+    sent: TemplateKwargs = {"today": "Monday", "quiet": quiet, "thinking": quiet}
     ids = token_ids(tokenizer, PromptCandidate("test", messages, "row 1"), sent)
     read = TemplateInverter(tokenizer, {"today": "Friday"}).messages(ids)
     assert prompt_identity(read) == prompt_identity(messages)
