@@ -1,4 +1,4 @@
-"""The tiny target and drafters, loaded once in float32, with prompts whose greedy answers hold no near-tie of any."""
+"""The tiny target and drafters, loaded once in float32, with prompts whose greedy answers have no near-ties."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CAPACITY = 256
 
 @dataclass(frozen=True)
 class Bench:
-    """What the tests of engines, replay and scoring decode with."""
+    """The target, drafters and prompts for tests of engines, replay and scoring."""
 
     target: Target
     drafters: dict[str, Drafter]  # "trained" (tau above 2) and "untrained" (random weights)
@@ -45,7 +45,7 @@ class Bench:
         sampling: SamplingParams = GREEDY,
         seed: int = 0,
     ) -> list[Request]:
-        """One request for each of the first `count` prompts, each with a seed of its own."""
+        """Return one request for each of the first `count` prompts, each with another seed."""
         return [
             Request(p.prompt_id, p.token_ids, max_new_tokens, sampling, 1000 * seed + i)
             for i, p in enumerate(self.prompts[:count])
@@ -63,19 +63,19 @@ class Bench:
     def answers(
         self, requests: Sequence[Request], drafter: str | None = None, slots: int = 8, **drafting: int | None
     ) -> dict[str, Completion]:
-        """Completions by request id."""
+        """Return completions by request id."""
         done = self.engine(drafter, slots, **drafting).generate(requests)
         return {completion.request.request_id: completion for completion in done}
 
     def answered(self, count: int | None = None) -> list[Trajectory]:
-        """The first `count` prompts with their plain greedy answers."""
+        """Return the first `count` prompts with their greedy answers, decoded without a drafter."""
         return [
             Trajectory(p.prompt_id, p.token_ids + self.greedy[p.prompt_id], len(p.token_ids))
             for p in self.prompts[:count]
         ]
 
     def read(self, trajectories: Sequence[Trajectory], drafter: Drafter) -> tuple[TargetOutput, Context]:
-        """The target's forward over trajectories, padded on the right, and the drafter's context of it."""
+        """Return the target's forward over right-padded trajectories, and the drafter's context of it."""
         ids = pad_tokens(trajectories, self.target.device)
         out = self.target.read(ids, drafter.target_layer_ids)
         assert out.features is not None
@@ -84,11 +84,11 @@ class Bench:
             return out, drafter.encode(out.features, ids, positions)
 
     def clear(self, trajectories: Sequence[Trajectory], drafter: Drafter, **drafting: int | None) -> list[Trajectory]:
-        """Those behind none of whose tokens the drafter's proposals hang on a near-tie."""
+        """Return the trajectories on which no proposal of the drafter depends on a near-tie."""
         return [t for t in trajectories if ties.draft_margin(self.target, drafter, t, **drafting) > ties.DRAFT_TIE]
 
     def clearly_drawn(self, requests: Sequence[Request], answers: Mapping[str, Completion]) -> list[Request]:
-        """Those whose sampled answers hang on no number that was drawn close to another token's."""
+        """Return the requests whose sampled answers do not depend on a random number close to another token's."""
         return [
             request
             for request in requests
@@ -97,7 +97,7 @@ class Bench:
         ]
 
     def with_drafters(self, drafters: dict[str, Drafter]) -> Bench:
-        """The same with other drafters, and only with prompts whose greedy answers hold no near-tie of theirs."""
+        """Return the bench with other drafters, and only the prompts whose answers have no near-tie of theirs."""
         answered = self.answered()
         for drafter in drafters.values():
             answered = self.clear(answered, drafter)
@@ -114,7 +114,7 @@ class Bench:
         block_size: int | None = None,
         head_tokens: int | None = None,
     ) -> list[Trace]:
-        """All trajectories in one batch."""
+        """Replay all trajectories in one batch."""
         model = self.drafters[drafter]
         head = model.drafting_head(self.target.head_weight, head_tokens)
         context = self.read(trajectories, model)[1]
@@ -129,7 +129,7 @@ class Bench:
         block_size: int | None = None,
         head_tokens: int | None = None,
     ) -> list[Trace]:
-        """The plain reference of replay, every trajectory read on its own."""
+        """Return the traces of the sequential reference, one trajectory at a time."""
         model = self.drafters[drafter]
         head = model.drafting_head(self.target.head_weight, head_tokens)
         return [
@@ -147,7 +147,7 @@ def assert_same(ours: Sequence[Trace], reference: Sequence[Trace]) -> None:
 
 
 def assert_recorded(traces: Sequence[Trace], completions: Sequence[Completion]) -> None:
-    """The traces are the verify steps that an engine recorded."""
+    """Assert that the traces equal the verify steps that an engine recorded."""
     for trace, completion in zip(traces, completions, strict=True):
         assert [step.anchor for step in completion.steps] == trace.anchors.tolist()
         assert [step.accepted for step in completion.steps] == trace.accepted.tolist()

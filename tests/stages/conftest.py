@@ -1,4 +1,4 @@
-"""What the tests of stages, engines, replay and scoring share: the tiny target and its drafters, loaded once."""
+"""Fixtures of the stages' tests: the tiny target and its drafters, loaded once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.testbed.drafter import DrafterArtifacts
 
 @pytest.fixture(scope="session")
 def target(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The artifact of the stage `target` for the tiny target, float32."""
+    """Return the artifact of stage `target` for the tiny target, float32."""
     out = tmp_path_factory.mktemp("target")
     resolve_target(TargetConfig(source=str(tiny_target), dtype="float32"), out, lambda _line: None)
     return out
@@ -30,7 +30,7 @@ def target(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def eagle_bench(bench: Bench, tiny_drafter: DrafterArtifacts, tiny_eagle3: Path) -> Bench:
-    """The same with EAGLE-3 drafters: trained, and as untrained ones start, both with a reduced vocabulary."""
+    """Return the bench with EAGLE-3 drafters, trained and untrained, both with a reduced vocabulary."""
     trained = load_drafter(tiny_eagle3 / DRAFTER_FOLDER, bench.target)
     counts = token_counts(load_trajectories(tiny_drafter.rollout).trajectories, bench.target.info.vocab_size)
     shape = Eagle3Config(kind="eagle3", block_size=6, target_layer_ids=(0, 1, 2), draft_vocab_size=90)
@@ -41,7 +41,7 @@ def eagle_bench(bench: Bench, tiny_drafter: DrafterArtifacts, tiny_eagle3: Path)
 
 @pytest.fixture(scope="session")
 def logged_answers(tiny_drafter: DrafterArtifacts) -> list[dict[str, Any]]:
-    """Rows of 60 greedy answers of the tiny target, of six tokens at least, with the messages that they answer."""
+    """Return rows of 60 greedy answers of the tiny target with at least six tokens, and their messages."""
     messages = {
         row["prompt_id"]: row["messages"]
         for row in read_table(tiny_drafter.prompts / "prompts.parquet", PROMPTS).to_pylist()

@@ -1,4 +1,4 @@
-"""Operations of the CPU's kernels for attention and for packed weights, which torch's counter does not know."""
+"""Counts the operations of CPU kernels that torch's FLOP counter does not know: attention and packed weights."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""A small trained target made here, for tests and benchmarks where a real model is not the point."""
+"""A small trained target, drafters and servers for tests and benchmarks that need no real model."""

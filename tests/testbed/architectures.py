@@ -1,4 +1,4 @@
-"""A drafter of random weights of every architecture and form: what the shared checks run on.
+"""Drafters of random weights, one of every architecture and form, for the shared checks.
 
 A new architecture adds a line here. Its own folder of tests holds it against a plain reference.
 """

@@ -1,4 +1,4 @@
-"""Artifacts in a store, without a stage that makes them."""
+"""Commits artifacts to a store without running a stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Things that take long to build, built once and kept between test runs, safe for parallel test workers."""
+"""A cache of folders that take long to build, kept between test runs, safe for parallel test workers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from types import ModuleType
 
 
 def root() -> Path:
-    """`DRAFTSMITH_TEST_CACHE`, or `tests/.cache`."""
+    """Return `DRAFTSMITH_TEST_CACHE`, or `tests/.cache`."""
     return Path(os.environ.get("DRAFTSMITH_TEST_CACHE") or Path(__file__).parents[1] / ".cache").resolve()
 
 
 def source_digest(*modules: ModuleType, extra: str = "") -> str:
-    """16 digits of sha256 over the modules' source, torch's and transformers' versions, and `extra` (a recipe)."""
+    """Return 16 digits of sha256 over the modules' source, the versions of torch and transformers, and `extra`."""
     import torch
     import transformers
 
@@ -29,9 +29,9 @@ def source_digest(*modules: ModuleType, extra: str = "") -> str:
 
 
 def cached(name: str, build: Callable[[Path], None], *, code: Iterable[ModuleType] = (), extra: str = "") -> Path:
-    """The folder that `build(folder)` fills, built when it is missing or when the source of `code` or `extra` changed.
+    """Return the folder that `build(folder)` fills; build it if it is missing, or if `code` or `extra` changed.
 
-    One process builds while the others wait (flock, dropped by the kernel if the builder dies); a folder stands under
+    One process builds while the others wait (flock, dropped by the kernel if the builder dies); a folder gets
     its final name only when it is complete.
     """
     base = root()

@@ -1,4 +1,4 @@
-"""Debian's headless Chromium, driven by its own devtools protocol: what a page looks like and says to its console."""
+"""Drives Debian's headless Chromium by the DevTools protocol: screenshots, PDFs and console messages of a page."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FLAGS = (
 
 
 class BrowserError(Exception):
-    """Chromium refused a command, or does not answer."""
+    """Raised if Chromium refuses a command or does not answer."""
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Browser:
         return result
 
     def open(self, url: str, *, width: int, height: int = 900, dark: bool = False, media: str = "") -> None:
-        """Load a page as on a screen of that many CSS pixels; media: `print` to see it as on paper."""
+        """Load a page on a screen of this many CSS pixels. media: `print` to see it as on paper."""
         self.complaints.clear()
         self.requested.clear()
         self.call(
@@ -68,14 +68,14 @@ class Browser:
         self._wait_for("Page.loadEventFired")
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression."""
+        """Return the value of a JavaScript expression."""
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in found:
             raise BrowserError(f"{expression}: {found['exceptionDetails']}")
         return found["result"].get("value")
 
     def screenshot(self, path: Path) -> None:
-        """Of the whole page."""
+        """Write a screenshot of the whole page."""
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
         clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
         data = self.call("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)["data"]
@@ -93,7 +93,7 @@ class Browser:
     # -- inside --------------------------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        """To a page of its own."""
+        """Attach to a new page."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
@@ -128,7 +128,7 @@ class Browser:
 
 @contextmanager
 def browser(profile: Path, limit_s: float = 60) -> Iterator[Browser]:
-    """A Chromium of its own; profile: a folder for what it keeps. It is killed when `limit_s` seconds have passed."""
+    """Start a Chromium and kill it after `limit_s` seconds. profile: folder for its files."""
     assert PROGRAM is not None, ABSENT
     to_read, to_write = os.pipe()
     from_read, from_write = os.pipe()

@@ -1,4 +1,4 @@
-"""Stage contexts for tests: folders, lists of what the stage reported, and one that interrupts the stage."""
+"""Stage contexts for tests: one records the reports of the stage, one interrupts it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from draftsmith.artifacts.errors import StageInterrupted
 
 @dataclass
 class RecordingContext:
-    """Fulfils `draftsmith.stages.runtime.stage.StageContext`; `out` and `work` are made."""
+    """A `StageContext` that records all reports; it creates `out` and `work`."""
 
     out: Path
     work: Path
@@ -31,7 +31,7 @@ class RecordingContext:
 
     @classmethod
     def under(cls, folder: Path, inputs: Mapping[str, Path] | None = None, seed: int = 0, **fields: Any) -> Self:
-        """A context with `folder/out` and `folder/work`."""
+        """Return a context with `folder/out` and `folder/work`."""
         return cls(folder / "out", folder / "work", dict(inputs or {}), seed, **fields)
 
     def log(self, message: str) -> None:
@@ -60,10 +60,10 @@ class RecordingContext:
 
 @dataclass
 class StoppingContext(RecordingContext):
-    """Asks the stage to stop when `stop_after` of `unit` are done, or does something else at that moment, once."""
+    """Asks the stage to stop, or calls `act`, once when `stop_after` of `unit` are done."""
 
     stop_after: int | None = None  # 0: at the first progress; None: never
-    unit: str | None = None  # None: whatever is counted
+    unit: str | None = None  # None: any unit
     act: Callable[[], None] | None = None  # instead of asking it to stop
 
     def progress(self, done: int, total: int, unit: str, **metrics: float) -> None:

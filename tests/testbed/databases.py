@@ -29,7 +29,7 @@ _OPEN_MLFLOW = "import sys; from mlflow import MlflowClient; MlflowClient(f'sqli
 
 
 def give_databases(home: Path) -> None:
-    """A home that is not there yet gets one with both. Others stay as they are."""
+    """Create a missing home with both databases; leave an existing one unchanged."""
     if home.exists():
         return
     home.mkdir(mode=0o700, parents=True)
@@ -40,7 +40,7 @@ def give_databases(home: Path) -> None:
 
 @contextmanager
 def given_to_new_homes() -> Iterator[None]:
-    """Inside, this process opens a copy wherever MLflow's database would be a new file."""
+    """Make this process open a copy wherever MLflow's database would be a new file."""
     from draftsmith.artifacts.tracking.client import sqlite_file
     from draftsmith.artifacts.tracking.runs import Tracking
 
@@ -60,7 +60,7 @@ def given_to_new_homes() -> Iterator[None]:
 
 
 def _made(package: str, program: str, place: Path) -> Path:
-    """The database that this program leaves in the home which is its argument."""
+    """Return the database that the program creates in the home that is its argument."""
 
     def build(folder: Path) -> None:
         home = folder / "home"

@@ -72,7 +72,7 @@ class DrafterArtifacts:
 
 
 def _run_stage(stage: str, config: dict[str, object], out: Path, seed: int, inputs: dict[str, Path]) -> None:
-    """Run a stage's body in this process, its artifact in `out`."""
+    """Run a stage's body in this process, with its artifact in `out`."""
     import importlib
     import shutil
 
@@ -85,7 +85,7 @@ def _run_stage(stage: str, config: dict[str, object], out: Path, seed: int, inpu
 
 
 def build_drafter(folder: Path, target_model: Path, prompts: Path, recipe: DrafterRecipe = TINY) -> None:
-    """Run the stages one after the other, each into its folder of `DrafterArtifacts`."""
+    """Run the stages in order, each into its folder of `DrafterArtifacts`."""
     import torch
 
     made = DrafterArtifacts(folder)
@@ -138,7 +138,7 @@ def _heldout(recipe: DrafterRecipe) -> dict[str, int]:
 
 
 def _leave_out_near_ties(made: DrafterArtifacts, recipe: DrafterRecipe) -> None:
-    """Cut the held-out splits to the prompts wanted: those whose answers hold no near-tie of target or drafter."""
+    """Reduce the held-out splits to prompts whose answers have no near-tie of target or drafter."""
     from draftsmith.stages.data.load import DRAFTER_FOLDER, load_trajectories
     from draftsmith.stages.drafters.checkpoint import load_drafter
     from draftsmith.stages.target.causal_lm import Target
@@ -163,7 +163,7 @@ def _leave_out_near_ties(made: DrafterArtifacts, recipe: DrafterRecipe) -> None:
 
 
 def keep_prompts(prompts: Path, folder: Path, heldout: set[str]) -> Path:
-    """The artifact of `prompts` with these prompts and no others in its held-out splits, written to `folder`."""
+    """Write the artifact of `prompts` to `folder` with only these prompts in its held-out splits."""
     rows = read_table(prompts / "prompts.parquet", PROMPTS).to_pylist()
     folder.mkdir(parents=True, exist_ok=True)
     write_table(
@@ -175,7 +175,7 @@ def keep_prompts(prompts: Path, folder: Path, heldout: set[str]) -> Path:
 
 
 def drafter_artifacts(target_model: Path, prompts: Path, recipe: DrafterRecipe = TINY) -> DrafterArtifacts:
-    """The artifacts, from the cache or built now.
+    """Return the artifacts, cached.
 
     Built again when the target, the prompts, the recipe, or the code that shapes or trains a drafter changes; a change
     of engine, store or flow leaves them: what those do to an artifact is for their own tests.

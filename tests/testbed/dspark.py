@@ -18,7 +18,7 @@ def random_dspark(
     confidence_reads_token: bool = True,
     markov_head: Literal["vanilla", "gated", "rnn"] = "vanilla",
 ) -> DSparkDrafter:
-    """2 layers, block 5, layers 2 and 0, a bias of rank 6. Weights so large that every part matters."""
+    """Return a drafter of 2 layers, block 5, target layers 2 and 0, a bias of rank 6, with large random weights."""
     import torch
 
     from draftsmith.stages.drafters.dspark import checkpoint

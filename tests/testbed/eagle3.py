@@ -18,7 +18,7 @@ RANDOM_VOCABULARY = 40  # of 64
 
 
 def random_eagle3(target: Target, seed: int = 0) -> Eagle3Drafter:
-    """Block 5, layers 2, 0 and 1, a draft vocabulary of 40 tokens. Weights so large that every part matters."""
+    """Return a drafter of block 5, target layers 2, 0 and 1, 40 draft tokens, with large random weights."""
     import torch
 
     from draftsmith.stages.drafters.checkpoint import create_drafter
@@ -45,7 +45,7 @@ def random_eagle3(target: Target, seed: int = 0) -> Eagle3Drafter:
 
 @dataclass(frozen=True)
 class Eagle3Recipe:
-    """Shape and training of the trained one."""
+    """Shape and training of the trained drafter."""
 
     block_size: int = 5
     target_layer_ids: tuple[int, int, int] = (0, 1, 2)
@@ -61,7 +61,7 @@ TINY = Eagle3Recipe()
 
 
 def trained_eagle3(made: DrafterArtifacts, recipe: Eagle3Recipe = TINY) -> Path:
-    """The artifact of sft, from the cache or trained now: the checkpoint lies in its folder `drafter`.
+    """Return the artifact of sft, cached; the checkpoint is in its folder `drafter`.
 
     Trained again when the target, its answers, the recipe or the code that shapes or trains the drafter changes.
     """

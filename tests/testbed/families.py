@@ -124,7 +124,7 @@ def _granite4() -> Any:
 
 
 def _nemotron_h() -> Any:
-    """Mamba-2, attention, experts and an MLP, each a layer of its own."""
+    """Return a model with Mamba-2, attention, experts and an MLP, each in a separate layer."""
     shape = {name: value for name, value in SHAPE.items() if name != "num_hidden_layers"}
     mamba = {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1, "expand": 2}
     experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -135,7 +135,7 @@ def _nemotron_h() -> Any:
 
 
 def _falcon_h1() -> Any:
-    """Attention and Mamba-2 side by side in every layer."""
+    """Return a model with attention and Mamba-2 in parallel in every layer."""
     mamba = {"n_heads": 4, "d_head": 16, "d_ssm": 64, "d_state": 8, "n_groups": 1, "chunk_size": 8}
     return _transformers(
         "FalconH1", **SHAPE, **{f"mamba_{name}": value for name, value in mamba.items()}, lm_head_multiplier=0.25
@@ -143,7 +143,7 @@ def _falcon_h1() -> Any:
 
 
 def _zaya() -> Any:
-    """Attention, of which some slides, behind a convolution in every layer."""
+    """Return a model with full and sliding attention after a convolution in every layer."""
     shape = {name: value for name, value in SHAPE.items() if name != "intermediate_size"}
     return _transformers(
         "Zaya", **shape, num_experts=4, moe_intermediate_size=24, router_hidden_size=16, sliding_window=WINDOW,
@@ -152,7 +152,7 @@ def _zaya() -> Any:
 
 
 def _kimi_linear() -> Any:
-    """Keys and values of an attention of low rank, and states of a delta rule."""
+    """Return a model with low-rank attention and delta-rule states."""
     shape = {name: value for name, value in SHAPE.items() if name not in ("head_dim", "num_key_value_heads")}
     heads = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "kv_lora_rank": 16}
     return _transformers(
@@ -179,7 +179,7 @@ def _gemma4() -> Any:
 
 
 def _gemma4_small() -> Any:
-    """Its last layers read keys and values of earlier ones, and every layer an embedding of its own."""
+    """Return a model whose last layers reuse earlier keys and values; every layer has its own embedding."""
     shape = SHAPE | {"num_hidden_layers": 4, "tie_word_embeddings": True, "sliding_window": WINDOW}
     return _transformers(
         "Gemma4Text", **shape, layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2,
@@ -221,7 +221,7 @@ RECURRENT = (
 
 
 def write_family(folder: Path, family: str, seed: int = 0) -> None:
-    """A model folder with weights from one seeded generator, as its family's own class saves them."""
+    """Write a model folder with weights from one seeded generator, as the family's own class saves them."""
     import transformers
 
     config = FAMILIES[family]()

@@ -21,7 +21,7 @@ TEXT_TOKENS = 62
 
 
 def write_model(folder: Path, seed: int = 0, *, vocabulary: int = VOCAB_SIZE, positions: int = 256) -> None:
-    """An ordinary Hugging Face folder: Qwen3 of 4 layers, hidden 32, untied, float32. The last ids are mask and end."""
+    """Write a Hugging Face folder: Qwen3 of 4 layers, hidden 32, untied, float32. The last ids are mask and end."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     model = Qwen3ForCausalLM(
@@ -44,7 +44,7 @@ def write_model(folder: Path, seed: int = 0, *, vocabulary: int = VOCAB_SIZE, po
 
 
 def fill(model: Any, seed: int) -> None:
-    """Weights from one generator, in the order of their names: vectors, of norms, are around 1."""
+    """Set random weights from one generator, in the order of their names; the vectors of norms are around 1."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -55,7 +55,7 @@ def fill(model: Any, seed: int) -> None:
 
 
 def save(model: Any, folder: Path, vocabulary: int) -> None:
-    """The model with a tokenizer of words t0, t1, … whose last two tokens are mask and end."""
+    """Save the model with a tokenizer of words t0, t1, … whose last two tokens are mask and end."""
     from tokenizers import Tokenizer, models
     from transformers import GenerationConfig, PreTrainedTokenizerFast
 
@@ -72,7 +72,7 @@ def save(model: Any, folder: Path, vocabulary: int) -> None:
 
 
 def write_artifact(folder: Path, seed: int = 0) -> Path:
-    """An artifact of the stage `target` in `folder/out`, the model beside it; returns the artifact's folder."""
+    """Write an artifact of stage `target` in `folder/out`, with the model beside it; return the artifact's folder."""
     from draftsmith.stages.target.stage import STAGE, TargetConfig
 
     write_model(folder / "model", seed)
@@ -82,12 +82,12 @@ def write_artifact(folder: Path, seed: int = 0) -> Path:
 
 
 def random_target(folder: Path, seed: int = 0) -> Target:
-    """The same, loaded."""
+    """Write the artifact and load it."""
     return Target.load(write_artifact(folder, seed), device="cpu")
 
 
 def trajectories(count: int, seed: int = 0, prompt_length: int = 4) -> list[Trajectory]:
-    """Token sequences of different lengths with a rule that a drafter can learn: mostly y' = 3y + 7 (mod 50)."""
+    """Return token sequences of different lengths by a rule that a drafter can learn: mostly y' = 3y + 7 (mod 50)."""
     r = random.Random(seed)
     made = []
     for index in range(count):
@@ -99,7 +99,7 @@ def trajectories(count: int, seed: int = 0, prompt_length: int = 4) -> list[Traj
 
 
 def write_trajectories(folder: Path, made: list[Trajectory], temperature: float = 0.0, split: str = "train") -> Path:
-    """The artifact of a rollout that gave these trajectories; returns the folder."""
+    """Write the artifact of a rollout with these trajectories; return the folder."""
     from draftsmith.artifacts.tables.parquet import write_table
     from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 
@@ -126,7 +126,7 @@ def write_trajectories(folder: Path, made: list[Trajectory], temperature: float 
 
 
 def random_drafter(target: Target, seed: int = 0, *, is_causal: bool | None = None, **windows: Any) -> DFlashDrafter:
-    """2 layers, block 5, layers 2 and 0. Weights so large that every part matters; a fresh drafter's are near zero.
+    """Return a drafter of 2 layers, block 5, target layers 2 and 0, with large random weights.
 
     windows: fields of DFlashConfig; is_causal: of the checkpoint's config.
     """
@@ -143,7 +143,7 @@ def random_drafter(target: Target, seed: int = 0, *, is_causal: bool | None = No
 
 
 def randomise(drafter: Drafter, seed: int) -> None:
-    """Weights that all matter: matrices of deviation 0.3, others about 1."""
+    """Set random weights that all matter: matrices of deviation 0.3, others about 1."""
     import torch
 
     generator = torch.Generator().manual_seed(seed + 1)

@@ -13,7 +13,7 @@ from tests.testbed.procedural.training import MASK
 
 
 def small_refresh(name: str, target: Path | str, prompts: Path | str, answer: int, /, **fields: Any) -> dict[str, Any]:
-    """Of greedy answers of at most `answer` tokens. fields: laid over it, as a file over the one that it extends."""
+    """Return a config with greedy answers of at most `answer` tokens. fields: override it, as an extending file."""
     sampling = {"max_new_tokens": answer, "temperature": 0.0}
     training = {"sequences_per_step": 4, "anchors_per_sequence": 8, "compute_dtype": "float32"}
     drafter = {"num_layers": 1, "block_size": 6, "target_layer_ids": [0, 1, 2], "mask_token": MASK}
@@ -35,5 +35,5 @@ def small_refresh(name: str, target: Path | str, prompts: Path | str, answer: in
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RefreshConfig:
-    """The config of a refresh from a YAML file, with overrides such as `opd.steps=200`."""
+    """Load the config of a refresh from a YAML file, with overrides such as `opd.steps=200`."""
     return read_config(path, overrides, RefreshConfig)

@@ -1,4 +1,4 @@
-"""A bucket at a server that speaks S3's protocol, which the environment names while it runs."""
+"""A bucket on a server with the S3 protocol, which the environment names while it runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SECRET = "a-key-that-is-not-for-the-eye"
 
 @contextmanager
 def bucket(name: str) -> Iterator[None]:
-    """The server, with one empty bucket, for s3fs and boto3 of this process and those that it starts."""
+    """Run the server with one empty bucket, for s3fs and boto3 of this process and its children."""
     import s3fs
 
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)

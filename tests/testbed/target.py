@@ -23,13 +23,13 @@ TAUGHT = TrainingTextConfig(
 
 
 def fresh_prompts(count: int, seed: int = PROMPT_SEED) -> list[text.Example]:
-    """Examples whose prompts the target was not trained on."""
+    """Return examples whose prompts the target was not trained on."""
     seen = frozenset(example.prompt for example in training_examples(TAUGHT))
     return list(text.examples(seed, count, exclude=seen))
 
 
 def prompts_file() -> Path:
-    """JSON Lines of 600 prompts (`messages`, `family`) the target was not trained on; from the cache, or made now."""
+    """Return JSON Lines of 600 prompts (`messages`, `family`) that the target was not trained on, cached."""
 
     def build(folder: Path) -> None:
         rows = (

@@ -1,4 +1,4 @@
-"""A team's servers, started for a test: PostgreSQL, an S3 stand-in (moto), MLflow, Prefect with a worker, a webhook."""
+"""The servers of a team for a test: PostgreSQL, an S3 stand-in (moto), MLflow, Prefect with a worker, a webhook."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFA
 
 
 def postgres_programs() -> Path | None:
-    """The folder of `initdb` and `postgres`, which Debian keeps out of the PATH."""
+    """Return the folder of `initdb` and `postgres`, which Debian keeps out of the PATH."""
     found = [str(path) for path in sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))]
     found += filter(None, [shutil.which("initdb")])
     return Path(found[-1]).resolve().parent if found else None
@@ -41,7 +41,7 @@ def free_port() -> int:
 
 
 def ask(url: str, body: Any = None, method: str | None = None) -> Any:
-    """JSON of an HTTP call; POST where there is a body."""
+    """Return the JSON of an HTTP call; POST if there is a body."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
     with urllib.request.urlopen(request, timeout=30) as answer:
@@ -51,7 +51,7 @@ def ask(url: str, body: Any = None, method: str | None = None) -> Any:
 
 @dataclass
 class Team:
-    """Where the servers are, and the environment of a command or a worker of the team."""
+    """The addresses of the servers, and the environment for the team's commands and workers."""
 
     folder: Path
     prefect: str  # URL without /api
@@ -71,7 +71,7 @@ class Team:
 
 @contextmanager
 def team(folder: Path) -> Iterator[Team]:
-    """All of them up, with a process worker for the pool. Everything is gone behind the block."""
+    """Run all servers, with a process worker for the pool, and remove everything afterwards."""
     with ExitStack() as stack:
         database = stack.enter_context(_postgres())
         called: list[dict[str, Any]] = []
@@ -121,7 +121,7 @@ def team(folder: Path) -> Iterator[Team]:
 
 
 class _Running:
-    """Starts servers, each in a session of its own with a log; ends them with the stack."""
+    """Starts servers, each in a new session with a log, and ends them with the stack."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self._folder, self._stack = folder, stack
@@ -144,7 +144,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def _postgres() -> Iterator[Callable[[str], str]]:
-    """Yields what makes a database and says its URL. It refuses to run as root, so it runs as its own user then."""
+    """Yield a function that creates a database and returns its URL. Under root, PostgreSQL runs as another user."""
     programs = postgres_programs()
     assert programs is not None
     user = pwd.getpwnam("postgres").pw_name if os.getuid() == 0 else None

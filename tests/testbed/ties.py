@@ -23,7 +23,7 @@ TARGET_TIE, DRAFT_TIE, DRAW_TIE, CUT_TIE = 1e-3, 1e-4, 5e-5, 5e-5
 
 
 def target_margin(target: Target, trajectory: Trajectory) -> float:
-    """The smallest difference of the target's two best logits over a response."""
+    """Return the smallest difference of the target's two best logits over an answer."""
     start = trajectory.prompt_length - 1
     tokens = torch.tensor([trajectory.tokens[:-1]])
     return _margin(target.logits(target.read(tokens).hidden[0, start:]))
@@ -37,7 +37,7 @@ def draft_margin(
     block_size: int | None = None,
     head_tokens: int | None = None,
 ) -> float:
-    """The smallest difference of the drafter's two best logits over the blocks behind all anchors of a response."""
+    """Return the smallest difference of the drafter's two best logits over all blocks of an answer."""
     if trajectory.last_anchor < trajectory.first_anchor:
         return float("inf")
     tokens = torch.tensor([trajectory.tokens])

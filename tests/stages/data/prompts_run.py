@@ -1,4 +1,4 @@
-"""The stage `prompts` run on rows that a test writes."""
+"""Runs stage `prompts` on rows that a test writes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def write_rows(path: Path, rows: list[Any]) -> Path:
 
 
 def of_classes(text: str, train: int, heldout: int) -> list[Row]:
-    """So many prompts of the training class and of the held-out class, as `heldout_share` has them by default."""
+    """Return this many prompts of the training class and of the held-out class, by the default `heldout_share`."""
     wanted, found = {False: train, True: heldout}, []
     for number in count():
         row = {"prompt": f"{text} {number}"}
@@ -43,7 +43,7 @@ def questions(path: Path, number: int) -> Path:
 
 
 def run(target: Path, folder: Path, sources: list[Row] | Path, run_seed: int = 0, **settings: Any) -> list[Row]:
-    """The rows that the stage writes; its context's folder is `folder`."""
+    """Return the rows that the stage writes in `folder`."""
     rows, _context = run_with_context(target, folder, sources, run_seed, **settings)
     return rows
 

@@ -1,4 +1,4 @@
-"""Files of rows as tests write them: every format from the same rows."""
+"""Writes files of rows in every format."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
 
 def content(rows: Sequence[Any], name: str) -> bytes:
-    """The rows as the bytes of a file whose name ends so; texts are lines as they are."""
+    """Return the rows as the bytes of a file with this name; strings are written as lines."""
     if name.endswith(".parquet"):
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(list(rows)), sink)
@@ -25,7 +25,7 @@ def content(rows: Sequence[Any], name: str) -> bytes:
 
 
 def packed(data: bytes, name: str) -> bytes:
-    """Compressed as the name says."""
+    """Return the data compressed as the name's suffix says."""
     if name.endswith(".gz"):
         return gzip.compress(data)
     if name.endswith(".zst"):
@@ -37,7 +37,7 @@ def packed(data: bytes, name: str) -> bytes:
 
 
 def write(path: Path, rows: Sequence[Any]) -> Path:
-    """In the format that its name says."""
+    """Write the rows in the format of the path's suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content(rows, path.name))
     return path

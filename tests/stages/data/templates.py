@@ -1,4 +1,4 @@
-"""Chat templates as models have them, each with what makes it hard to read a prompt backwards."""
+"""Chat templates in the style of real models, each with a feature that makes it hard to invert."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ GPT_OSS = (
     "{% else %}{{ '<|start|>' ~ m.role ~ '<|message|>' ~ m.content ~ '<|end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
 )
-# bare system prompt, nothing behind a user's turn, and a generation prompt that opens or closes the thoughts
+# bare system prompt, nothing after a user's turn, and a generation prompt that opens or closes the thoughts
 DEEPSEEK = (
     "{{ '<bos>' }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}"
     "{% elif m.role == 'assistant' %}{{ '<A></think>' ~ m.content ~ '<eos>' }}{% else %}{{ '<U>' ~ m.content }}"
     "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<A>' ~ ('<think>' if thinking else '</think>') }}{% endif %}"
 )
-# the system prompt is part of the user's turn: ids with one cannot be read backwards
+# the system prompt is part of the user's turn: ids with one cannot be inverted
 GEMMA = (
     "{{ '<bos>' }}{% for m in messages if m.role != 'system' %}"
     "{{ '<turn>' ~ ('model' if m.role == 'assistant' else m.role) ~ '\n' }}"

@@ -1,4 +1,4 @@
-"""Prompts of files: the same as if every row were held, with few of them in memory."""
+"""Prompts of files: the same as with all rows in memory, with few of them there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.stages.data.prompts_run import Row, error, questions, run, run_with_c
 
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
-    """Rows of four weeks, some of them several times and on several days, some without a day."""
+    """Return rows of four weeks: some repeated, some on several days, some without a date."""
     draw = random.Random(0)
     rows: list[Row] = []
     for number in range(400):
@@ -29,7 +29,7 @@ def log(tmp_path: Path) -> Path:
 
 
 def drawn(log: Path, heldout: int, **config: Any) -> tuple[list[list[str]], PromptStream]:
-    """What a supply gives to each split until it has none left, if it was asked for so many held-out prompts."""
+    """Return all prompts that a stream gives to each split, opened for this many held-out prompts."""
     source = {"kind": "jsonl", "path": str(log), "since": config.pop("since", None)}
     asked = PromptsConfig.model_validate({"sources": [source], "train": 0, "heldout": heldout, **config})
     (supply,) = open_streams(asked.sources[0], asked)
@@ -40,10 +40,10 @@ def drawn(log: Path, heldout: int, **config: Any) -> tuple[list[list[str]], Prom
 @pytest.mark.parametrize("since", [None, "2026-03-20"])
 @pytest.mark.parametrize("share", [0.1, 1.0])
 @pytest.mark.parametrize("kept", [1, 7, 256])
-def test_they_are_those_of_the_plain_way(
+def test_prompts_do_not_depend_on_how_many_stay_in_memory(
     kept: int, share: float, since: str | None, train: int, log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever is kept at a time, to the last one, duplicates among them, and with the same counts of both classes."""
+    """To the last prompt, with duplicates, and with the same counts of both classes."""
     monkeypatch.setattr(supplies_module, "_MIN_KEPT", kept)
     plain, held = drawn(log, 10_000, train=train, heldout_share=share, since=since)
     few, supply = drawn(log, 1, train=train, heldout_share=share, since=since)
@@ -52,7 +52,7 @@ def test_they_are_those_of_the_plain_way(
     assert supply.rejects is not None and held.rejects is not None and supply.rejects.rows == held.rejects.rows
 
 
-def test_no_more_are_held_than_may_be_asked_for(
+def test_memory_is_bounded_by_the_needed_prompts(
     target: Path, tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supplies_module, "_MIN_KEPT", 8)
@@ -73,7 +73,9 @@ def test_no_more_are_held_than_may_be_asked_for(
     assert bounded == [row for row in with_training if row["split"] != "train"]
 
 
-def test_what_is_read_again_is_listed_once(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejected_rows_of_a_second_reading_are_not_listed_again(
+    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(supplies_module, "_MIN_KEPT", 1)
     monkeypatch.setattr(supplies_module, "_KEPT_PER_PROMPT", 0)
     path = questions(tmp_path / "a.jsonl", 100)

@@ -1,4 +1,4 @@
-"""Rows of files: every format gives the same, folders and globs are in order, and damage costs what it hit."""
+"""Files of rows: all formats give the same rows, folders and globs are in order, damage loses only what it hits."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_every_format_gives_the_same_rows(suffix: str, tmp_path: Path) -> None:
     assert [row.number for row in read(path)] == list(range(1, 701))
 
 
-def test_a_folder_is_its_files_of_rows_in_order_with_those_that_logrotate_has_renamed(tmp_path: Path) -> None:
+def test_a_folder_gives_its_row_files_in_order_including_rotated_ones(tmp_path: Path) -> None:
     names = ["2026/08/z.jsonl.zst", "2026/09/z.jsonl.gz", "a.jsonl", "a.jsonl-20261121.gz", "a.jsonl.1", "a.jsonl.2.gz"]
     names += ["b.json.2026-11-21T03.zst", "c.ndjson", "d.json.gz", "e.json", "f.parquet"]
     for name in reversed(names):
@@ -59,7 +59,7 @@ def test_a_folder_is_its_files_of_rows_in_order_with_those_that_logrotate_has_re
     assert [row["n"] for row in fields(match_files([str(tmp_path)], "logs.paths"))] == names
 
 
-def test_patterns_stand_as_given_and_no_file_comes_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patterns_keep_their_order_and_no_file_comes_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("logs/b.jsonl", "logs/a.jsonl", "logs/day/c.jsonl", "other.jsonl"):
         write(tmp_path / name, [{"n": 1}])
@@ -74,7 +74,7 @@ def test_patterns_stand_as_given_and_no_file_comes_twice(tmp_path: Path, monkeyp
     assert local_files(["memory://x/y", "other.jsonl"], "f") == [tmp_path / "other.jsonl"]
 
 
-def test_a_bracket_in_a_name_is_no_glob(tmp_path: Path) -> None:
+def test_an_existing_name_with_brackets_is_not_a_glob(tmp_path: Path) -> None:
     path = write(tmp_path / "log[1].jsonl", [{"n": 1}])
     assert match_files([str(path)], "f") == [str(path)]
 
@@ -82,15 +82,15 @@ def test_a_bracket_in_a_name_is_no_glob(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pattern", "said"),
     [
-        ("none.jsonl", "none.jsonl is not an existing file: correct the path"),
-        ("*.jsonl", "matches no file: correct the pattern"),
+        ("none.jsonl", "none.jsonl is not an existing file. Correct the path"),
+        ("*.jsonl", "matches no file. Correct the pattern"),
         ("empty", r"empty has no file of rows \(.jsonl, .ndjson or .json with"),
         ("memory://bucket/none.jsonl", "memory://bucket/none.jsonl matches no file"),
         ("memory://bucket/*.jsonl", "matches no file"),
         ("warp://bucket/a.jsonl", "warp://bucket/a.jsonl: .*warp"),
     ],
 )
-def test_what_matches_nothing_is_an_error(
+def test_a_pattern_without_a_file_is_an_error(
     pattern: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -100,14 +100,14 @@ def test_what_matches_nothing_is_an_error(
     assert "\n" not in str(caught.value)
 
 
-def test_a_name_that_is_no_text_is_one_clear_error(tmp_path: Path) -> None:
-    """Of an archive from a machine with another encoding, say: neither a key nor a manifest can hold it."""
+def test_a_file_name_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
+    """Such as one from a machine with another encoding: neither a key nor a manifest can hold it."""
     (tmp_path / os.fsdecode(b"caf\xe9.jsonl")).touch()
     with pytest.raises(DraftsmithError, match=r"^logs\.paths: .*/caf\\udce9\.jsonl"):
         local_files([str(tmp_path)], "logs.paths")
 
 
-def test_folders_and_globs_of_a_bucket(bucket: str) -> None:
+def test_folders_and_globs_match_in_a_bucket(bucket: str) -> None:
     for name in ("b.jsonl", "day/a.parquet", "day/_tmp/c.jsonl", "notes.txt"):
         put(f"{bucket}/logs/{name}", b"")
     names = ["memory:///bucket/logs/b.jsonl", "memory:///bucket/logs/day/a.parquet"]
@@ -115,18 +115,18 @@ def test_folders_and_globs_of_a_bucket(bucket: str) -> None:
     assert len(match_files([f"{bucket}/logs/*.jsonl"], "f")) == 1
 
 
-def test_a_store_that_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, bucket: str) -> None:
+def test_an_error_of_the_bucket_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch, bucket: str) -> None:
     def refuse(*_: object, **__: object) -> bool:
         raise RuntimeError("Unable to locate\ncredentials")
 
     monkeypatch.setattr(type(fsspec.filesystem("memory")), "isdir", refuse)
-    with pytest.raises(DraftsmithError, match=r"Unable to locate credentials.*check the address") as caught:
+    with pytest.raises(DraftsmithError, match=r"Unable to locate credentials.*Check the address") as caught:
         match_files([f"{bucket}/logs"], "logs.paths")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
-def test_a_bad_line_costs_itself(suffix: str, tmp_path: Path) -> None:
+def test_a_bad_line_leaves_the_other_rows_readable(suffix: str, tmp_path: Path) -> None:
     lines = [b'{"n": 1}', b'{"n": 2', b'{"n": "\xff"}', b"", b"[4]", b"[" * 100_000, b'{"n": 7}']
     (path := tmp_path / f"rows{suffix}").write_bytes(packed(b"\n".join(lines), suffix))
     first, half, encoding, array, deep, last = read(path)
@@ -138,14 +138,14 @@ def test_a_bad_line_costs_itself(suffix: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
-def test_what_stands_before_the_end_of_a_cut_off_file_is_used(suffix: str, tmp_path: Path) -> None:
+def test_rows_before_a_truncation_are_read(suffix: str, tmp_path: Path) -> None:
     rows = [{"n": random.Random(number).getrandbits(200)} for number in range(20_000)]
     whole = content(rows, suffix)
     (path := tmp_path / f"rows{suffix}").write_bytes(whole[: len(whole) * 3 // 4])
     *good, bad = read(path)
     assert [row.fields for row in good if isinstance(row, Row)] == rows[: len(good)]
     assert 10_000 < len(good) < 15_100
-    assert isinstance(bad, BadRow) and "damaged or cut off" in bad.reason and bad.number == len(good) + 1
+    assert isinstance(bad, BadRow) and "damaged or truncated" in bad.reason and bad.number == len(good) + 1
 
 
 def test_a_damaged_parquet_file_is_one_bad_row(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_damaged_parquet_file_is_one_bad_row(tmp_path: Path) -> None:
     assert isinstance(packed_whole, BadRow) and "unpack it" in packed_whole.reason
 
 
-def test_a_file_that_is_gone_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DraftsmithError, match=r"gone\.jsonl does not exist"):
         read(tmp_path / "gone.jsonl")
 
@@ -170,10 +170,10 @@ def test_a_file_that_is_gone_is_an_error(tmp_path: Path) -> None:
     cut=st.floats(0, 1),
     flips=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=4),
 )
-def test_no_damage_breaks_the_reader(
+def test_damaged_files_give_rows_or_bad_rows(
     suffix: str, cut: float, flips: list[tuple[float, int]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """A file that was whole, cut off and with wrong bytes in it."""
+    """An intact file that was then truncated and given wrong bytes."""
     data = bytearray(content(ROWS[:50], suffix))
     for place, value in flips:
         data[int(place * (len(data) - 1))] = value

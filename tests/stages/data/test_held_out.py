@@ -1,4 +1,4 @@
-"""The class of a prompt is a function of its text, and token ids lead to the class of the text that they are."""
+"""The held-out class of a prompt depends on its text alone; token ids have the class of their text."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from tests.testbed.drafter import DrafterArtifacts
 
 
 def said(*turns: str, system: str | None = None) -> list[Message]:
-    """Turns of a user and an assistant."""
+    """Return alternating turns of a user and an assistant."""
     messages = [] if system is None else [{"role": "system", "content": system}]
     roles = ("user", "assistant")
     return messages + [{"role": roles[index % 2], "content": turn} for index, turn in enumerate(turns)]
 
 
-def test_the_class_of_a_prompt_never_changes() -> None:
-    """Numbers of this release: another hash would train on what measured before."""
+def test_the_hash_of_a_prompt_never_changes() -> None:
+    """Another hash would train on prompts that were held out before."""
     assert prompt_identity(said("Hello")).hex() == "33f2611766804411d594174b3956ef40"
     assert hash_fraction(prompt_identity(said("Hello"))) == pytest.approx(0x33F2 / 0x10000, abs=1e-4)
 
 
 @given(st.text(alphabet="ab \n\t", min_size=1), st.sampled_from([" ", "\n", "\t  "]), st.text())
-def test_system_prompt_and_blank_space_are_no_way_out(text: str, blank: str, system: str) -> None:
+def test_system_prompt_and_white_space_do_not_change_the_identity(text: str, blank: str, system: str) -> None:
     plain = prompt_identity(said(text))
     assert prompt_identity(said(f"{blank}{text.replace(' ', blank)}{blank}", system=system)) == plain
 
 
-def test_case_turns_and_roles_count() -> None:
+def test_case_turns_and_roles_change_the_identity() -> None:
     texts = [said("hello"), said("Hello"), said("hello", "yes", "hello"), said("hello hello")]
     assert len({prompt_identity(messages) for messages in texts}) == 4
 
 
-def test_the_turns_of_a_conversation_may_be_of_one_class() -> None:
-    """That of its first turn, whatever decides."""
+def test_by_conversation_all_turns_share_an_identity() -> None:
+    """That of its first user message, also after a greeting of the assistant."""
     turns = [said("hello", system="Be kind."), said("hello", "yes?", "what?"), said(" hello", "no.", "why?")]
     assert {prompt_identity(messages, "conversation") for messages in turns} == {prompt_identity(said("hello"))}
     assert len({prompt_identity(messages) for messages in turns}) == 3
@@ -59,7 +59,7 @@ def test_a_tenth_of_all_prompts_is_held_out() -> None:
     assert 330 < held < 470
 
 
-def test_prompts_that_measure_outside_of_the_class_are_held_out_too(tiny_drafter: DrafterArtifacts) -> None:
+def test_the_prompts_of_held_out_splits_are_held_out_in_any_class(tiny_drafter: DrafterArtifacts) -> None:
     held_out = read_held_out(tiny_drafter.prompts)
     assert held_out.share == 0.25 and read_held_out(None) == HeldOut(0.1)
     outside = HeldOut(1e-9, held_out.identities, held_out.token_digests)
@@ -83,7 +83,7 @@ def test_prompts_that_measure_outside_of_the_class_are_held_out_too(tiny_drafter
     ],
 )
 @pytest.mark.parametrize("quiet", [False, True])
-def test_token_ids_are_of_the_class_of_their_text(
+def test_decoded_token_ids_have_the_identity_of_their_text(
     template: str | None, messages: list[Message], quiet: bool, tiny_drafter: DrafterArtifacts
 ) -> None:
     tokenizer = load_tokenizer(model_path(tiny_drafter.target))
@@ -98,9 +98,7 @@ def test_token_ids_are_of_the_class_of_their_text(
 @pytest.mark.parametrize(
     "template", ["{{ raise_exception('never') }}", "{% for m in messages %}{{ m.content }}{% endfor %}", ""]
 )
-def test_a_template_that_cannot_be_read_backwards_gives_the_whole_text(
-    template: str, tiny_drafter: DrafterArtifacts
-) -> None:
+def test_a_template_that_cannot_be_inverted_gives_the_whole_text(template: str, tiny_drafter: DrafterArtifacts) -> None:
     tokenizer = load_tokenizer(model_path(tiny_drafter.target))
     tokenizer.chat_template = template
     ids = tokenizer("Tell a story", add_special_tokens=False)["input_ids"]

@@ -1,4 +1,4 @@
-"""What the stage `prompts` measures on, the stage `logs` trains on in no week, whatever says which prompts it is."""
+"""Stage `logs` never trains on the held-out prompts of stage `prompts`, in this week or another."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ANSWER = "the cat is here ."
 
 
 def asked(text: str, *before: str) -> Row:
-    """A row of a conversation: its turns so far, each answered, and one more."""
+    """Return a row of a conversation: its turns so far, each answered, and one more."""
     turns = [
         {"role": role, "content": turn} for said in before for role, turn in (("user", said), ("assistant", ANSWER))
     ]
@@ -28,7 +28,7 @@ def asked(text: str, *before: str) -> Row:
 def a_week(
     folder: Path, made: DrafterArtifacts, rows: list[Row], **prompts: Any
 ) -> tuple[list[Row], set[tuple[int, ...]]]:
-    """The prompts that are measured on, and the token ids of those that are trained on."""
+    """Return the held-out prompts of a week, and the token ids of its training prompts."""
     folder.mkdir()
     log = write(folder / "log.jsonl", rows)
     source = {"kind": "jsonl", "path": str(log), **prompts.pop("source", {})}
@@ -39,7 +39,7 @@ def a_week(
     return measured, {tuple(row["prompt_ids"]) for row in table(ctx)}
 
 
-def test_the_share_of_a_source_holds_for_the_logs_too(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+def test_the_heldout_share_of_a_source_applies_to_logs_too(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
     rows = [asked(f"tell story {number} of the cat") for number in range(300)]
     own: Row = {"source": {"heldout_share": 0.3}}
     _, trained = a_week(tmp_path / "1", tiny_drafter, rows, **own)
@@ -48,7 +48,7 @@ def test_the_share_of_a_source_holds_for_the_logs_too(tmp_path: Path, tiny_draft
     assert trained and not {tuple(row["token_ids"]) for row in measured} & trained
 
 
-def test_a_benchmark_takes_nothing_from_the_logs() -> None:
+def test_a_benchmark_does_not_raise_the_heldout_share_of_logs() -> None:
     def share(section: float, *own: float | None) -> float:
         sources = [{"kind": "jsonl", "path": str(number), "heldout_share": each} for number, each in enumerate(own)]
         settings = {"sources": sources, "train": 0, "heldout": 1, "heldout_share": section}
@@ -59,7 +59,7 @@ def test_a_benchmark_takes_nothing_from_the_logs() -> None:
 
 
 @pytest.mark.parametrize(("by", "suffix"), [("prompt", ""), ("conversation", ""), ("conversation", " in the end")])
-def test_turns_of_a_measured_conversation_may_stay_out(
+def test_by_conversation_all_turns_of_a_held_out_one_are_excluded(
     by: str, suffix: str, tmp_path: Path, tiny_drafter: DrafterArtifacts
 ) -> None:
     rows: list[Row] = []

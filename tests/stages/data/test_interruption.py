@@ -1,4 +1,4 @@
-"""A long reading of rows says how far it is, stops where it is asked to, and does not tokenise a log again."""
+"""Reading many rows reports progress, stops when asked, and does not tokenise a log again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.testbed.context import StoppingContext
 from tests.testbed.drafter import DrafterArtifacts
 
 
-def test_logs_of_large_rows_are_left_between_two_of_them(
+def test_reading_logs_stops_between_two_rows(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(row_files, "_REPORT_EVERY_S", 0.0)  # as if every row took a second
@@ -30,7 +30,7 @@ def test_logs_of_large_rows_are_left_between_two_of_them(
 
 
 @pytest.mark.parametrize("train", [0, 2])
-def test_a_file_of_prompts_says_how_far_it_is_before_the_first_is_taken(
+def test_progress_is_reported_before_the_first_prompt_is_selected(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch, train: int
 ) -> None:
     monkeypatch.setattr(row_files, "_REPORT_EVERY_S", 0.0)
@@ -42,7 +42,7 @@ def test_a_file_of_prompts_says_how_far_it_is_before_the_first_is_taken(
     assert context.progressed == [(0, train + 2, "prompts")], "of the first row"
 
 
-def test_answers_that_were_tokenised_are_read_back_bad_rows_among_them(
+def test_a_second_attempt_reads_tokenised_answers_back(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
@@ -82,7 +82,7 @@ def test_answers_that_were_tokenised_are_read_back_bad_rows_among_them(
         assert (again.out / name).read_bytes() == (whole.out / name).read_bytes()
 
 
-def test_a_text_that_could_not_be_tokenised_is_tried_again_and_the_others_are_kept(tmp_path: Path) -> None:
+def test_a_text_that_failed_to_tokenise_is_tried_again(tmp_path: Path) -> None:
     def refuses() -> Any:
         raise ValueError("refused")
 

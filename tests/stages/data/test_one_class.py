@@ -1,4 +1,4 @@
-"""Of one log, the stage `logs` trains on no prompt of the class that the stage `prompts` measures with."""
+"""On the same log, stage `logs` trains on no prompt that stage `prompts` holds out."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CALL: Row = {
 
 @pytest.fixture(scope="module")
 def with_template(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The artifact of the tiny target with another chat template."""
+    """Return a function that returns the artifact of the tiny target with another chat template."""
     made: dict[str, Path] = {}
 
     def of(template: str) -> Path:
@@ -62,7 +62,7 @@ def called(number: int) -> list[Row]:
 
 
 def served(target: Path, conversations: list[list[Row]], **given: Any) -> list[Row]:
-    """Token ids of the prompts as a server has them, each with an answer of its own."""
+    """Return rows with the token ids of the prompts, as a server logs them, each with another answer."""
     tokenizer = load_tokenizer(model_path(target))
     rows = []
     for number, messages in enumerate(conversations):
@@ -74,7 +74,7 @@ def served(target: Path, conversations: list[list[Row]], **given: Any) -> list[R
 
 
 def only(rows: list[Row], *names: str, **others: list[Any]) -> list[Row]:
-    """The rows with these of their fields, and with others: one value a row."""
+    """Return the rows with these of their fields, and with other fields of one value a row."""
     return [
         {name: row[name] for name in names} | {name: values[index] for name, values in others.items()}
         for index, row in enumerate(rows)
@@ -92,8 +92,10 @@ IDS = ("prompt_token_ids", "completion_token_ids")
 
 
 @pytest.mark.parametrize("case", ["system in the user's turn", "rendered prompt", "tools", "channel", "thoughts"])
-def test_what_measures_is_never_trained_on(case: str, with_template: Callable[[str], Path], tmp_path: Path) -> None:
-    """Rows of one log in whichever shape: those of the held-out class, and no others, are left out of training."""
+def test_no_held_out_prompt_is_trained_on_in_any_row_format(
+    case: str, with_template: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Rows of the held-out class, and no others, are left out of training."""
     numbers = range(400)
     cases: dict[str, tuple[str, Callable[[int], list[Row]], Row]] = {
         "system in the user's turn": (templates.GEMMA, kind, {}),
@@ -127,8 +129,8 @@ def test_what_measures_is_never_trained_on(case: str, with_template: Callable[[s
     assert trained_on == set(numbers) - held_out, "of the class of its messages"
 
 
-def test_rows_that_text_cannot_ask_again_are_counted_alike_in_both_stages(target: Path, tmp_path: Path) -> None:
-    """However many they are: they are no damage."""
+def test_both_stages_reject_rows_with_tools_or_images(target: Path, tmp_path: Path) -> None:
+    """They do not count as bad rows, however many they are."""
     rows: list[Row] = [{"messages": asked(number), "completion": f"Answer {number}."} for number in range(300)]
     for row in rows[:50]:
         row["messages"] += [CALL, {"role": "tool", "content": "sunny"}]
@@ -141,7 +143,7 @@ def test_rows_that_text_cannot_ask_again_are_counted_alike_in_both_stages(target
     numbers = {int(row["messages"][0]["content"].split()[1][:-1]) for row in measured}
     assert min(numbers) >= 90
     assert context.summaries["rows_set_aside"] == 90
-    assert f"90 rows set aside: 60 {TOOLS}, 30 {NOT_TEXT}" in context.logs
+    assert f"90 rows rejected: 60 {TOOLS}, 30 {NOT_TEXT}" in context.logs
     reasons = {TOOLS: 60, NOT_TEXT: 30}
     assert json.loads((context.out / "prompts.json").read_text())["set_aside"] == reasons
     counted = counts(used(target, tmp_path, log, context.out))["set_aside"]
@@ -149,6 +151,6 @@ def test_rows_that_text_cannot_ask_again_are_counted_alike_in_both_stages(target
     assert len((context.out / "set_aside.jsonl").read_text().splitlines()) == 90
 
     few = error(target, tmp_path / "few", write(tmp_path / "few.jsonl", rows[:100]), train=0, heldout=50)
-    assert f"left out: 60 {TOOLS}, 30 {NOT_TEXT})" in few
+    assert f"rejected: 60 {TOOLS}, 30 {NOT_TEXT})" in few
     none = error(target, tmp_path / "none", write(tmp_path / "none.jsonl", rows[:20]))
     assert f"none of 20 rows can be a prompt (20 {TOOLS})" in none

@@ -1,4 +1,4 @@
-"""The sources of the stage `prompts`: every row shape, files, data sets, tasks, and what is wrong with them."""
+"""The sources of stage `prompts`: row shapes, files, data sets, tasks, and their errors."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_earlier_turns_and_system_prompts_are_kept() -> None:
         ({"messages": [{"role": "user"}]}, None, "content is a JSON null"),
     ],
 )
-def test_an_unknown_shape_names_row_and_remedy(row: Row, field: str | None, said: str) -> None:
+def test_the_error_for_an_unknown_shape_names_the_row(row: Row, field: str | None, said: str) -> None:
     with pytest.raises(DraftsmithError) as caught:
         row_messages(row, field, "file.jsonl, row 7")
     assert said in str(caught.value)
@@ -76,7 +76,7 @@ def test_gzip_and_blank_lines_and_a_byte_order_mark_are_read(target: Path, tmp_p
     assert {row["messages"][0]["content"] for row in rows} == {"A", "B", "Ü"}
 
 
-def test_suffix_and_system_prompt(target: Path, tmp_path: Path) -> None:
+def test_suffix_and_system_prompt_are_added(target: Path, tmp_path: Path) -> None:
     path = questions(tmp_path / "a.jsonl", 20)
     source = {"kind": "jsonl", "path": str(path), "suffix": " Explain."}
     rows = run(target, tmp_path, [source], system="General.", heldout_share=0.5)
@@ -105,8 +105,8 @@ def test_reasoning_gym_splits_have_different_prompts(target: Path, tmp_path: Pat
     assert context.summaries["duplicates_removed"] < 3  # each split has seeds of its own: nothing came up again
 
 
-def test_a_task_gives_as_many_prompts_as_its_seeds_allow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of so many prompts that the candidates of a split would leave its range of seeds, for that of the next split."""
+def test_a_task_gives_no_more_prompts_than_its_seeds_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if so many are needed that a split would run into the seeds of the next one."""
     monkeypatch.setattr("draftsmith.stages.data.prompt_streams._SEEDS_PER_SPLIT", 50)
     source = {"kind": "reasoning_gym", "tasks": ["chain_sum"]}
     config = PromptsConfig.model_validate({"sources": [source], "train": 0, "heldout": 1})
@@ -118,7 +118,7 @@ def test_a_task_gives_as_many_prompts_as_its_seeds_allow(monkeypatch: pytest.Mon
     assert given > 0 and given + supply.discarded == 50 * len(SPLITS)
 
 
-def test_a_local_folder_is_a_data_set(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_folder_is_read_as_a_data_set(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     parquet, jsonl = tmp_path / "parquet", tmp_path / "jsonl"
     parquet.mkdir()
@@ -144,9 +144,7 @@ def test_a_local_folder_is_a_data_set(target: Path, tmp_path: Path, monkeypatch:
     assert "no data files" in error(target, tmp_path / "none", [{"kind": "huggingface", "id": str(empty)}]).lower()
 
 
-def test_an_unreachable_data_set_is_one_clear_error(
-    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unreachable_data_set_is_an_error(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     text = error(target, tmp_path, [{"kind": "huggingface", "id": "draftsmith-tests/no-such-data"}])
@@ -163,7 +161,7 @@ def test_an_unreachable_data_set_is_one_clear_error(
         (b'{"prompt": "a"}\n{"prompt": "a"}\n{"prompt": "a"}\n', "2 duplicates"),
     ],
 )
-def test_a_bad_file_names_row_and_remedy(content: bytes, said: str, target: Path, tmp_path: Path) -> None:
+def test_the_error_for_a_bad_file_names_the_row(content: bytes, said: str, target: Path, tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
     text = error(target, tmp_path, path, heldout=0)
@@ -171,7 +169,7 @@ def test_a_bad_file_names_row_and_remedy(content: bytes, said: str, target: Path
     assert "bad.jsonl" in text
 
 
-def test_wrong_tasks_and_options_say_what_to_correct(target: Path, tmp_path: Path) -> None:
+def test_wrong_tasks_and_options_are_errors(target: Path, tmp_path: Path) -> None:
     def task(name: str, **options: object) -> list[Row]:
         return [{"kind": "reasoning_gym", "tasks": [name], "options": options}]
 
@@ -180,7 +178,7 @@ def test_wrong_tasks_and_options_say_what_to_correct(target: Path, tmp_path: Pat
     assert "task chain_sum" in error(target, tmp_path, task("chain_sum", min_terms=9, max_terms=2))
 
 
-def test_a_filter_keeps_rows_by_their_fields(target: Path, tmp_path: Path) -> None:
+def test_a_filter_selects_rows_by_their_fields(target: Path, tmp_path: Path) -> None:
     rows = [{"problem": f"{kind} {i}", "source": kind, "level": i} for kind in "abc" for i in range(8)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     for source in (

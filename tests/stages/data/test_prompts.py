@@ -1,4 +1,4 @@
-"""The stage `prompts`: tokens, disjoint splits in the counts asked for, equal results twice, and clear errors."""
+"""Stage `prompts`: tokens, disjoint splits with the configured counts, repeatable results, and clear errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from draftsmith.stages.target.resolve import resolve_target
 from tests.stages.data.prompts_run import Row, error, of_classes, questions, run, run_with_context, texts, write_rows
 
 
-def test_tokens_are_the_chat_template_up_to_the_answer(target: Path, tiny_target: Path, tmp_path: Path) -> None:
+def test_tokens_end_where_the_template_begins_the_answer(target: Path, tiny_target: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     path = write_rows(tmp_path / "a.jsonl", [{"prompt": "Tell a story."}])
@@ -41,7 +41,7 @@ def test_splits_of_a_file_are_disjoint_and_shuffled(target: Path, tmp_path: Path
     assert order != [row["prompt"] for row in written if row["prompt"] in order]
 
 
-def test_a_text_that_comes_twice_is_taken_once(target: Path, tmp_path: Path) -> None:
+def test_a_repeated_text_is_used_once(target: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"Question  number {index % 10}?" + " " * (index // 10)} for index in range(30)]
     path = write_rows(tmp_path / "a.jsonl", rows)
     other = questions(tmp_path / "b.jsonl", 20)
@@ -53,7 +53,7 @@ def test_a_text_that_comes_twice_is_taken_once(target: Path, tmp_path: Path) -> 
     assert context.summaries["duplicates_removed"] > 0
 
 
-def test_sources_take_turns(target: Path, tmp_path: Path) -> None:
+def test_sources_with_equal_shares_alternate(target: Path, tmp_path: Path) -> None:
     other = [{"q": row["prompt"]} for row in of_classes("B", 2, 1)]
     paths = [write_rows(tmp_path / "a.jsonl", of_classes("A", 3, 1)), write_rows(tmp_path / "b.jsonl", other)]
     sources: list[Row] = [
@@ -67,7 +67,7 @@ def test_sources_take_turns(target: Path, tmp_path: Path) -> None:
     assert summary["prompt_tokens"]["train"]["min"] > 0
 
 
-def test_the_same_config_gives_the_same_bytes_whatever_the_seed_of_the_run(target: Path, tmp_path: Path) -> None:
+def test_prompts_do_not_depend_on_the_seed_of_the_run(target: Path, tmp_path: Path) -> None:
     path = questions(tmp_path / "a.jsonl", 40)
     sources: list[Row] = [
         {"kind": "jsonl", "path": str(path)},
@@ -83,7 +83,7 @@ def test_the_same_config_gives_the_same_bytes_whatever_the_seed_of_the_run(targe
     assert texts(other, "train") != texts(first, "train")
 
 
-def test_more_training_prompts_leave_the_others_as_they_are(target: Path, tmp_path: Path) -> None:
+def test_more_training_prompts_leave_the_other_splits_unchanged(target: Path, tmp_path: Path) -> None:
     sources: list[Row] = [{"kind": "reasoning_gym", "tasks": ["chain_sum"]}]
     few = run(target, tmp_path / "1", sources, train=4, validation=3, heldout=5)
     many = run(target, tmp_path / "2", sources, train=20, validation=3, heldout=5)
@@ -107,7 +107,7 @@ def test_a_long_prompt_is_an_error_or_skipped(target: Path, tmp_path: Path) -> N
     assert context.summaries["too_long_skipped"] <= 1
 
 
-def test_preflight_finds_what_is_wrong_before_any_work(target: Path, tmp_path: Path) -> None:
+def test_preflight_finds_missing_files_and_too_long_prompts(target: Path, tmp_path: Path) -> None:
     def check(**settings: Any) -> None:
         source = {"kind": "jsonl", "path": str(tmp_path / "absent.jsonl")}
         config = PromptsConfig.model_validate({"sources": [source], "train": 1, "heldout": 1, **settings})
@@ -136,7 +136,9 @@ def test_a_target_without_template_gets_plain_text_and_a_warning(tiny_target: Pa
     assert "no chat template" in context.logs[0]
 
 
-def test_template_arguments_reach_the_template_and_its_refusal_names_the_row(tiny_target: Path, tmp_path: Path) -> None:
+def test_template_arguments_are_passed_and_an_error_of_the_template_names_the_row(
+    tiny_target: Path, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(tiny_target, tmp_path / "model"))
     (folder / "chat_template.jinja").write_text(
         "{% if enable_thinking %}T{% else %}{{ raise_exception('no system prompts') }}{% endif %}"
@@ -153,7 +155,7 @@ def test_template_arguments_reach_the_template_and_its_refusal_names_the_row(tin
     assert "no system prompts" in text
 
 
-def test_every_source_gives_its_own_counts_evenly_mixed(target: Path, tmp_path: Path) -> None:
+def test_sources_with_counts_are_mixed_evenly(target: Path, tmp_path: Path) -> None:
     few = write_rows(tmp_path / "few.jsonl", [{"prompt": f"few {i}"} for i in range(20)])
     many = write_rows(tmp_path / "many.jsonl", [{"prompt": f"many {i}"} for i in range(40)])
     sources = [
@@ -176,7 +178,7 @@ def test_every_source_gives_its_own_counts_evenly_mixed(target: Path, tmp_path: 
         ({"sources": [{"counts": {"train": 1}}, {}]}, "sources 1 have no counts, others have"),
     ],
 )
-def test_counts_are_given_in_one_place(fields: Row, said: str) -> None:
+def test_counts_are_given_by_the_section_or_by_all_sources(fields: Row, said: str) -> None:
     sources = [{"kind": "jsonl", "path": "a.jsonl", **source} for source in fields.get("sources", [{}])]
     with pytest.raises(ValidationError, match=said):
         PromptsConfig.model_validate({**fields, "sources": sources})

@@ -1,4 +1,4 @@
-"""What a row says of its prompt: as text, as token ids with or without messages, and as what no text can ask again."""
+"""The prompt of a row: as text, as token ids with or without messages, with tools or images."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ CHAT = [
         ({"prompt": '[{"role": "user", "content": "Hi"}]'}, "f28195f87c6c4116c20bf5ec6256d6a0"),
     ],
 )
-def test_the_class_of_a_row_never_changes(row: dict[str, Any], digest: str) -> None:
-    """Numbers of this release: another way to read a row would train on what measured before."""
+def test_the_identity_of_a_row_never_changes(row: dict[str, Any], digest: str) -> None:
+    """Another way to read a row would train on prompts that were held out before."""
     assert prompt_identity(row_messages(row, None, "row 1")).hex() == digest
 
 
@@ -71,7 +71,7 @@ def test_messages_may_be_json_text() -> None:
 
 @pytest.mark.parametrize("text", ["Hello", "", '"Hello"', '{"role": "user", "content": "Hello"}', "[1]", '["Hello"]'])
 @pytest.mark.parametrize("name", ["messages", "conversations"])
-def test_other_text_in_place_of_messages_is_no_prompt(text: str, name: str) -> None:
+def test_other_text_in_place_of_messages_is_an_error(text: str, name: str) -> None:
     with pytest.raises(DraftsmithError, match=f"^row 1: {name} "):
         row_messages({name: text}, None, "row 1")
 
@@ -90,7 +90,7 @@ def test_other_text_in_place_of_messages_is_no_prompt(text: str, name: str) -> N
         ({"prompt": [IMAGE]}, NOT_TEXT),
     ],
 )
-def test_what_text_cannot_ask_again_is_set_aside(row: dict[str, Any], reason: str) -> None:
+def test_rows_with_tools_or_images_are_rejected(row: dict[str, Any], reason: str) -> None:
     with pytest.raises(RejectedRow, match=reason):
         row_messages(row, None, "row 1")
     if "messages" in row:
@@ -98,7 +98,7 @@ def test_what_text_cannot_ask_again_is_set_aside(row: dict[str, Any], reason: st
             logged_text(LoggedRow("log", 1, row | {"completion": "Yes"}))
 
 
-def test_no_tools_are_no_reason_and_a_named_field_is_asked_as_it_is() -> None:
+def test_empty_tools_and_a_named_field_are_accepted() -> None:
     nothing: Any
     for nothing in (None, [], "[]", "null", ""):
         assert row_messages({"messages": [ASKED], "tools": nothing}, None, "row 1") == [ASKED]
@@ -106,7 +106,7 @@ def test_no_tools_are_no_reason_and_a_named_field_is_asked_as_it_is() -> None:
     assert row_messages(row, "question", "row 1") == [ASKED]
 
 
-def test_token_ids_are_the_prompt_whatever_is_beside_them() -> None:
+def test_token_ids_are_the_prompt_whatever_text_is_beside_them() -> None:
     for text in ({}, {"messages": CHAT}, {"prompt": "<user>Hello"}, {"conversations": CHAT}):
         assert prompt_token_ids({"prompt_token_ids": [5, 6]} | text, None, "row 1") == [5, 6]
     assert prompt_token_ids({"prompt_token_ids": [5, 6], "question": "Hello"}, "question", "row 1") is None
@@ -127,11 +127,13 @@ def test_token_ids_are_the_prompt_whatever_is_beside_them() -> None:
         ({}, None),
     ],
 )
-def test_messages_beside_token_ids(row: dict[str, Any], messages: list[dict[str, str]] | None) -> None:
+def test_messages_beside_token_ids_are_read_if_they_can_be(
+    row: dict[str, Any], messages: list[dict[str, str]] | None
+) -> None:
     assert messages_beside_ids(row) == messages
 
 
-def test_images_and_tools_that_something_is_added_to_are_set_aside_with_token_ids_too() -> None:
+def test_token_ids_with_images_or_changed_tools_are_rejected() -> None:
     with pytest.raises(RejectedRow, match=NOT_TEXT):
         messages_beside_ids({"messages": [IMAGE]})
     tools: dict[str, Any]
@@ -141,14 +143,14 @@ def test_images_and_tools_that_something_is_added_to_are_set_aside_with_token_id
             messages_beside_ids(tools, tools=False)
 
 
-def test_half_a_surrogate_pair_is_no_unicode() -> None:
+def test_half_a_surrogate_pair_is_not_unicode() -> None:
     assert is_unicode("", "süß", "\U0001f600") and is_unicode()
     assert not is_unicode("süß", "cut in two: \ud83d") and not is_unicode("\udc00")
 
 
 @pytest.mark.parametrize("asked", ["Tell a story.", json.dumps(CHAT), CHAT, "[not JSON"])
-def test_a_prompt_under_another_name_is_the_same_in_prompts_and_logs(asked: Any, tmp_path: Path) -> None:
-    """Else its held-out class would not be."""
+def test_a_renamed_prompt_field_is_read_alike_in_prompts_and_logs(asked: Any, tmp_path: Path) -> None:
+    """Else its held-out class would differ."""
     names = {"messages": "question", "completion": "reply"}
     fields = {"question": asked, "reply": "Once.", "messages": "of somebody else"}
     (tmp_path / "a.jsonl").write_text(json.dumps(fields) + "\n")

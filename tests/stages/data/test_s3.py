@@ -1,4 +1,4 @@
-"""Rows at `s3://…`, read from a server that speaks S3's protocol."""
+"""Rows at `s3://…`, read from a server with the S3 protocol."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.testbed.s3 import bucket
 
 @pytest.fixture
 def put() -> Iterator[None]:
-    """A bucket `answers` with rows in every format."""
+    """Create a bucket `answers` with rows in every format."""
     with bucket("answers"):
         for suffix in SUFFIXES:
             boto3.client("s3").put_object(Bucket="answers", Key=f"week/rows{suffix}", Body=content(ROWS[:9], suffix))
@@ -23,7 +23,7 @@ def put() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("put")
-def test_a_bucket_of_s3_gives_what_the_disk_gives() -> None:
+def test_rows_of_an_s3_bucket_equal_those_on_disk() -> None:
     for suffix in SUFFIXES:
         files = match_files([f"s3://answers/week/rows{suffix}"], "logs.paths")
         assert fields(files) == ROWS[:9]

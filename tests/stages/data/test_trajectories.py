@@ -1,4 +1,4 @@
-"""Stored trajectories are read when they are asked for: as lists would be, and memory is flat in their number."""
+"""Stored trajectories behave like lists, and memory does not grow with their number."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from draftsmith.stages.training.batches import token_counts
 from tests.testbed.random_target import VOCAB_SIZE, trajectories, write_trajectories
 
 
-def test_stored_trajectories_are_those_that_were_written(tmp_path: Path) -> None:
+def test_stored_trajectories_equal_the_written_ones(tmp_path: Path) -> None:
     made = trajectories(40)
     stored = load_trajectories(write_trajectories(tmp_path, made)).trajectories
     assert len(stored) == 40
@@ -25,7 +25,7 @@ def test_stored_trajectories_are_those_that_were_written(tmp_path: Path) -> None
         stored[40]
 
 
-def test_what_is_known_of_all_is_known_without_reading_them(tmp_path: Path) -> None:
+def test_lengths_and_ids_are_known_without_reading_tokens(tmp_path: Path) -> None:
     made = trajectories(40)
     stored = load_trajectories(write_trajectories(tmp_path, made)).trajectories
     for of in (stored, made):
@@ -38,7 +38,7 @@ def test_what_is_known_of_all_is_known_without_reading_them(tmp_path: Path) -> N
 
 
 def write_answers(folder: Path, count: int, tokens: int) -> Path:
-    """As a rollout of many long answers leaves them."""
+    """Write the artifact of a rollout with many long answers."""
     rng = np.random.default_rng(0)
     folder.mkdir()
     with TableWriter(folder / "trajectories.parquet", TRAJECTORIES, group_bytes=1 << 18) as table:
@@ -50,8 +50,8 @@ def write_answers(folder: Path, count: int, tokens: int) -> Path:
     return folder
 
 
-def test_memory_is_flat_in_the_number_of_answers(tmp_path: Path) -> None:
-    """200 and 1,600 answers of 4,000 tokens, 3 and 26 MB in row groups of 256 kB, drawn from and read in turn."""
+def test_memory_does_not_grow_with_the_number_of_answers(tmp_path: Path) -> None:
+    """200 and 1,600 answers of 4,000 tokens (3 and 26 MB, row groups of 256 kB), read at random and in order."""
     peaks = {}
     for count in (200, 1600):
         folder = write_answers(tmp_path / str(count), count, 4000)

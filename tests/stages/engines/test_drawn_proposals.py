@@ -19,8 +19,8 @@ from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import SamplingParams
 from tests.testbed.dflash2 import random_dflash2
-from tests.testbed.drawing import drawing_eagle3
 from tests.testbed.dspark import random_dspark
+from tests.testbed.sampling_drafters import sampling_eagle3
 
 PROMPT = [5, 3, 9, 1]
 TOKENS_EACH = 3  # the prefill's token, and two that a block proposed
@@ -74,7 +74,7 @@ def p_value(found: list[Completion], distribution: np.ndarray) -> float:
 
 @pytest.fixture(
     scope="module",
-    params=[partial(random_dflash2, selector_top_k=40), random_dspark, drawing_eagle3],
+    params=[partial(random_dflash2, selector_top_k=40), random_dspark, sampling_eagle3],
     ids=["dflash2", "dspark", "eagle3"],
 )
 def drafter(request: pytest.FixtureRequest, plain_target: Target) -> Drafter:

@@ -35,14 +35,14 @@ from tests.stages.bench import trajectory_of
 from tests.stages.drafters.test_drafting import logits_of
 from tests.testbed import random_target
 from tests.testbed.dflash2 import random_dflash2
-from tests.testbed.drawing import drawing_dflash, drawing_eagle3
 from tests.testbed.dspark import random_dspark
 from tests.testbed.families import write_family
+from tests.testbed.sampling_drafters import sampling_dflash, sampling_eagle3
 
 DRAFTERS: dict[str, Callable[[Target], Drafter]] = {
     "dflash2": partial(random_dflash2, selector_top_k=40),  # of fewer candidates next to nothing is kept
     "dspark": random_dspark,
-    "eagle3": drawing_eagle3,
+    "eagle3": sampling_eagle3,
 }
 SAMPLING = SamplingParams(temperature=1.5, top_p=0.95, top_k=40)
 PROMPT = [5, 3, 9, 1]
@@ -356,7 +356,7 @@ def test_what_the_target_says_of_a_text_is_computed_once(
 
 def test_greedy_texts_and_other_drafters_are_verified_by_equality(plain_target: Target) -> None:
     texts = random_target.trajectories(4)
-    drawing, plain = drawing_dflash(plain_target), random_target.random_drafter(plain_target)
+    drawing, plain = sampling_dflash(plain_target), random_target.random_drafter(plain_target)
     of_argmaxes = replayed(plain_target, plain, texts, SAMPLING)
     for other in (
         replayed(plain_target, drawing, texts, SamplingParams()),

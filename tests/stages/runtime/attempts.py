@@ -1,4 +1,4 @@
-"""Attempts at a stage that several processes train, and what they leave."""
+"""Attempts at a stage that several processes train, and the files that they leave."""
 
 from __future__ import annotations
 
@@ -62,23 +62,23 @@ class Attempt:
         os.close(write_end)
 
     def wait_for_step(self, step: int) -> None:
-        """Until a checkpoint behind it is there."""
+        """Wait for a checkpoint after this step."""
 
         def there() -> bool:
             assert self._runner.is_alive(), f"it ended: {self._lines[-1:]}"
             return any(int(path.name[11:19]) > step for path in list_checkpoints(self.folder / "work"))
 
-        wait_until(there, f"a checkpoint behind step {step}", limit_s=180)
+        wait_until(there, f"a checkpoint after step {step}", limit_s=180)
 
     def ended(self) -> tuple[int | None, list[dict[str, Any]]]:
-        """Exit code and events."""
+        """Wait for the end; return exit code and events."""
         self._runner.join(180)
         self._reader.join(10)
         return self.code, [json.loads(line) for line in self._lines]
 
 
 def ranks_of(folder: Path) -> dict[int, int]:
-    """Rank -> process id."""
+    """Return rank -> process id."""
     found = (folder / "work" / "ranks").glob(f"*/{socket.gethostname()}.*")
     return {int(path.read_text()): int(path.name.rpartition(".")[2]) for path in found if path.read_text()}
 

@@ -1,4 +1,4 @@
-"""The stage `sft`, of which one rank has no memory for micro-batches of more than so many tokens."""
+"""A stage `sft` in which one rank runs out of memory above a size of micro-batches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REFUSED_AT = 5  # step
 
 
 class ShortOfMemory(supervised.SftTraining):
-    """Refuses as the allocator does: in the middle of a step."""
+    """Raises the allocator's error in the middle of a step."""
 
     def micro_batches(self, step: int, limit: int | None) -> Iterator[LossReport]:
         yield from super().micro_batches(step, limit)

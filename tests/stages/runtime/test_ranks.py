@@ -1,5 +1,5 @@
-"""Several processes train what one does, to 1e-5 in float32, and go on from another number of them; what a lost one
-leaves, signals, and a second node."""
+"""Training by several processes: the same as by one (1e-5 in float32), continued by another number of processes;
+lost ranks, signals, and a second node."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from draftsmith.stages.runtime.launch import RankReport, _cause, launch
 from draftsmith.stages.runtime.stage import RENDEZVOUS, ParallelConfig
 from draftsmith.stages.target.causal_lm import Target
 from tests.flows.processes import ROOT, assert_gone, wait_until
-from tests.stages.runtime import short_of_memory, silent
+from tests.stages.runtime import hanging_rank, short_of_memory
 from tests.stages.runtime.attempts import CONFIG, LONG, TWO, Attempt, newest, ranks_of
 from tests.stages.runtime.test_stage_process import finish
 from tests.stages.runtime.test_stage_process import start as start_stage
@@ -80,7 +80,7 @@ def trainings(tmp_path_factory: pytest.TempPathFactory, plain_artifact: Path, pl
 
 
 def eagle3(target: Target) -> Drafter:
-    """Of random weights so large that every part matters."""
+    """Return a drafter of random weights, large enough that every weight matters."""
     drafter = create_drafter(Eagle3Config.model_validate(EAGLE3), target, 3, torch.arange(random_target.VOCAB_SIZE))
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -91,7 +91,7 @@ def eagle3(target: Target) -> Drafter:
 
 
 def mined(folder: Path, drafter: Drafter, target: Target, inputs: dict[str, str]) -> dict[str, str]:
-    """Inputs of OPD."""
+    """Return the inputs of OPD."""
     drafter.frequent_tokens = torch.arange(random_target.VOCAB_SIZE)
     drafter.info = DrafterInfo(target.info.digest, target.info.source, (), {})
     save_drafter(drafter, folder / "drafter" / DRAFTER_FOLDER, torch.float32)
@@ -103,7 +103,7 @@ def mined(folder: Path, drafter: Drafter, target: Target, inputs: dict[str, str]
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory, trainings: list[Training]) -> dict[str, RecordingContext]:
-    """What one process makes of them."""
+    """Train with one process; return the contexts by name."""
     contexts = {}
     for training in trainings:
         inputs = {name: Path(path) for name, path in training.inputs.items()}
@@ -114,8 +114,7 @@ def one(tmp_path_factory: pytest.TempPathFactory, trainings: list[Training]) -> 
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory: pytest.TempPathFactory, trainings: list[Training]) -> Path:
-    """Three processes to the middle, with AdamW split over them, and two from there, with AdamW whole, which share a
-    target."""
+    """Train with three processes and a sharded AdamW to the middle, then with two that share a target."""
     folder = tmp_path_factory.mktemp("several")
     with pytest.raises(StageInterrupted):
         start(folder, trainings, 3, MIDDLE, {"parallel": {"processes": 3, "shard_optimiser": True}})
@@ -134,8 +133,10 @@ def start(folder: Path, trainings: list[Training], processes: int, stop_after: i
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_several_processes_train_what_one_does(name: str, one: dict[str, RecordingContext], several: Path) -> None:
-    """Three up to the middle and two from there: every step's loss, its figures, and the weights at the end."""
+def test_several_processes_train_the_same_drafter_as_one(
+    name: str, one: dict[str, RecordingContext], several: Path
+) -> None:
+    """Compare every step's loss and metrics, and the final weights."""
     alone = one[name]
     begun, ended = (json.loads((several / name / f"said-{world}.json").read_text()) for world in (3, 2))
     assert f"continuing from the checkpoint at step {MIDDLE} of {STEPS}" in ended["logs"]
@@ -158,8 +159,8 @@ def inputs(trainings: list[Training]) -> dict[str, str]:
     return dict(trainings[0].inputs)
 
 
-def test_a_lost_rank_ends_all_with_one_error(tmp_path: Path, inputs: dict[str, str]) -> None:
-    """Of a real stage process, whose group, and with it whose lifeline, is that of the ranks."""
+def test_a_lost_rank_ends_all_ranks_with_one_error(tmp_path: Path, inputs: dict[str, str]) -> None:
+    """The ranks belong to the process group of the stage, which ends with its parent."""
     lifeline, our_end = os.pipe()
     process = start_stage(
         tmp_path, "draftsmith.stages.training.sft.stage", {**CONFIG, **TWO}, inputs=inputs, lifeline=lifeline, threads=1
@@ -194,7 +195,7 @@ def test_a_lost_rank_ends_all_with_one_error(tmp_path: Path, inputs: dict[str, s
 
 @pytest.fixture
 def other_node() -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
-    """What another node runs, as configs/scale/README.md says it: the rendezvous' port, and the process."""
+    """Run another node as configs/scale/README.md does; yield the rendezvous' port and the process."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -207,14 +208,13 @@ def other_node() -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
     process.wait()
 
 
-def test_two_nodes_train_together_until_a_rank_is_lost_or_one_is_asked_to_stop(
+def test_two_nodes_train_together_and_report_a_lost_rank_and_a_stop(
     tmp_path: Path,
     inputs: dict[str, str],
     other_node: tuple[int, subprocess.Popen[bytes]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What ended a rank is reported where the flow runs; the next attempt finds the other node. All save and end at the
-    same step."""
+    """The flow's node reports a lost rank; the next attempt finds the other node; all ranks stop at the same step."""
     port, node = other_node
     monkeypatch.setenv(RENDEZVOUS, f"localhost:{port}")
     fields = {**CONFIG, "parallel": {"nodes": 2}}
@@ -244,10 +244,10 @@ def test_two_nodes_train_together_until_a_rank_is_lost_or_one_is_asked_to_stop(
     code, events, _ = finish(stopped)
     assert (code, events[-1]["kind"]) == (130, "StageInterrupted")
     done = [event["done"] for event in events if event["event"] == "progress"]
-    assert newest(tmp_path) == done[-1], "what was asked to stop saved where it was"
+    assert newest(tmp_path) == done[-1], "a stopped training saves its last step"
 
 
-def test_a_rank_that_cannot_write_why_it_ended_is_reported_as_a_full_disk(
+def test_a_rank_that_cannot_write_its_report_counts_as_a_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(path: Path, *_: Any) -> None:
@@ -264,13 +264,13 @@ def test_a_rank_that_cannot_write_why_it_ended_is_reported_as_a_full_disk(
 @pytest.mark.parametrize(
     ("reported", "exit_code"),
     [
-        ({0: "RuntimeError: Connection closed by peer [10.0.0.2]:4711"}, 75),  # rank 1 says nothing: it was lost
+        ({0: "RuntimeError: Connection closed by peer [10.0.0.2]:4711"}, 75),  # rank 1 has no report: it was lost
         ({0: "RuntimeError: Connection closed by peer", 1: "RuntimeError: Connection closed by peer"}, 1),
         ({0: "ValueError: a defect"}, 1),
         ({}, 75),  # the other node never came
     ],
 )
-def test_what_another_node_does_not_report_is_tried_again(
+def test_the_loss_of_another_node_is_retryable(
     reported: dict[int, str], exit_code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("draftsmith.stages.runtime.launch._ECHO_S", 0.0)
@@ -282,24 +282,24 @@ def test_what_another_node_does_not_report_is_tried_again(
     assert error.exit_code == exit_code
 
 
-def test_a_rank_that_hangs_is_named_and_the_same_command_goes_on(tmp_path: Path, inputs: dict[str, str]) -> None:
-    code, events = Attempt(tmp_path, inputs, module=silent.__name__, **TWO).ended()
+def test_a_rank_that_hangs_is_named_in_a_retryable_error(tmp_path: Path, inputs: dict[str, str]) -> None:
+    code, events = Attempt(tmp_path, inputs, module=hanging_rank.__name__, **TWO).ended()
     errors = [event for event in events if event["event"] == "error"]
     assert (code, len(errors)) == (75, 1)
     assert "rank 1 of 2 did not answer: rank 0 waited in vain (" in errors[0]["message"]
 
 
-def test_bad_input_is_one_error_however_many_read_it(tmp_path: Path, inputs: dict[str, str]) -> None:
+def test_bad_input_of_all_ranks_is_one_error(tmp_path: Path, inputs: dict[str, str]) -> None:
     code, events = Attempt(tmp_path, inputs, init_from=str(tmp_path / "nothing"), **TWO).ended()
     errors = [event for event in events if event["event"] == "error"]
     assert (code, len(errors)) == (2, 1)
     assert "nothing" in errors[0]["message"]
 
 
-def test_a_rank_without_memory_ends_all_and_the_next_attempt_takes_smaller_parts(
+def test_after_a_rank_ran_out_of_memory_the_next_attempt_takes_smaller_micro_batches(
     tmp_path: Path, inputs: dict[str, str]
 ) -> None:
-    """It goes on from the checkpoint, with the parts that fit, on however many processes."""
+    """It continues from the checkpoint, with any number of processes."""
     steps = short_of_memory.REFUSED_AT + 3
     fields: dict[str, Any] = {
         "module": short_of_memory.__name__,

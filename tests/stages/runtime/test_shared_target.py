@@ -1,4 +1,4 @@
-"""A target that ranks hold in parts says what it says whole, and which targets cannot be divided."""
+"""A target divided over ranks computes the same as a whole one; targets that cannot be divided."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from draftsmith.stages.target.info import model_path
 from draftsmith.stages.target.loading import check_divides
 from draftsmith.stages.target.stage import STAGE as TARGET
 from draftsmith.stages.target.stage import TargetConfig
-from tests.stages.runtime.parts import SHARING, Said, said_by, say
+from tests.stages.runtime.target_outputs import SHARING, TargetOutputs, load_outputs, write_outputs
 from tests.testbed.context import RecordingContext
 from tests.testbed.families import write_family
 
@@ -38,12 +38,12 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory, plain_artifact: Path) ->
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory, artifacts: dict[str, Path]) -> Path:
-    """By two ranks, of each family."""
-    folder = tmp_path_factory.mktemp("said")
+def outputs(tmp_path_factory: pytest.TempPathFactory, artifacts: dict[str, Path]) -> Path:
+    """Return the folder with the outputs of two ranks, for each family."""
+    folder = tmp_path_factory.mktemp("outputs")
     launch(
         ParallelConfig(processes=SHARING, target_parallel=SHARING),
-        say,
+        write_outputs,
         ({name: str(path) for name, path in artifacts.items()}, str(folder)),
         notes=folder / "ranks",
         stop=threading.Event(),
@@ -52,14 +52,16 @@ def said(tmp_path_factory: pytest.TempPathFactory, artifacts: dict[str, Path]) -
 
 
 @pytest.mark.parametrize("family", ["Qwen3", *FAMILIES])
-def test_parts_say_what_the_whole_target_says(family: str, artifacts: dict[str, Path], said: Path) -> None:
-    """To 1e-5 of the largest entry, in float32; and a part is as large as `check` counts it."""
-    whole = Said.by(Target.load(artifacts[family], device="cpu"))
+def test_a_divided_target_computes_the_same_as_the_whole_one(
+    family: str, artifacts: dict[str, Path], outputs: Path
+) -> None:
+    """To 1e-5 of the largest entry, in float32; and a rank holds as many parameters as `check` counts."""
+    whole = TargetOutputs.compute(Target.load(artifacts[family], device="cpu"))
     size = target_size(model_path(artifacts[family]))
     assert 0.3 < size.divided / size.parameters < 1
     for rank in range(SHARING):
-        part = said_by(family, rank, said)
-        for name in ("features", "alone", "logprobs"):
+        part = load_outputs(family, rank, outputs)
+        for name in ("features", "deepest_alone", "logprobs"):
             ours, theirs = getattr(part, name), getattr(whole, name)
             assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-5, name
         assert part.parameters == size.parameters - size.divided // SHARING < whole.parameters == size.parameters
@@ -75,7 +77,7 @@ def test_parts_say_what_the_whole_target_says(family: str, artifacts: dict[str, 
         ("Mistral", 2, {"quantization_config": {"quant_method": "fp8"}}, "is quantised, and cannot be divided"),
     ],
 )
-def test_what_cannot_be_divided_is_refused(
+def test_a_target_that_cannot_be_divided_is_an_error(
     family: str, sharing: int, fields: dict[str, object], said: str, tmp_path: Path
 ) -> None:
     write_family(tmp_path, family)

@@ -1,4 +1,4 @@
-"""How the work of a step is split, and what a config of several processes says and refuses."""
+"""The division of a step over ranks, and configs of several processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.flows.checks.test_resources import qwen_sizes
 
 @pytest.mark.parametrize("count", [1, 2, 5, 8, 21])
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
-def test_every_answer_of_a_step_is_one_ranks(count: int, world: int) -> None:
+def test_every_row_of_a_step_has_exactly_one_rank(count: int, world: int) -> None:
     lengths = np.random.default_rng([count, world]).integers(1, 5000, count).tolist()
     if count < world:
         with pytest.raises(ValueError, match="ranks"):
@@ -34,7 +34,7 @@ def test_every_answer_of_a_step_is_one_ranks(count: int, world: int) -> None:
     assert ALONE.assigned_rows(lengths) == list(range(len(lengths)))
 
 
-def test_ranks_that_share_a_target_know_each_other_and_their_answers() -> None:
+def test_ranks_of_a_target_group_know_each_others_rows() -> None:
     lengths = [7, 5, 9, 4, 6, 8, 3]
     for rank in range(6):
         ranks = Ranks(rank, 6, 3)
@@ -51,13 +51,13 @@ def test_long_answers_are_spread_over_the_ranks() -> None:
 
 
 @pytest.mark.parametrize("config", [SftConfig, OpdConfig])
-def test_how_many_processes_train_is_no_part_of_the_key(config: Any) -> None:
+def test_the_number_of_processes_is_not_in_the_cache_key(config: Any) -> None:
     alone, several = config(), config(parallel={"processes": 8, "shard_optimiser": True})
     assert several.parallel.world == 8
     assert alone.key_material() == several.key_material()
 
 
-def test_the_control_is_trained_by_as_many_as_opd() -> None:
+def test_the_control_is_trained_by_as_many_processes_as_opd() -> None:
     opd = OpdConfig(parallel=ParallelConfig(processes=4))
     assert SftConfig().continued(opd).parallel == opd.parallel
 
@@ -71,12 +71,12 @@ def test_the_control_is_trained_by_as_many_as_opd() -> None:
         ({"parallel": {"nodes": 2, "target_parallel": 2}}, "1 processes cannot be divided into groups of 2"),
     ],
 )
-def test_what_cannot_be_split_is_refused(fields: dict[str, Any], said: str) -> None:
+def test_a_step_that_cannot_be_split_is_an_error(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         SftConfig.model_validate(fields)
 
 
-def test_nodes_meet_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nodes_meet_at_the_endpoint_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(RENDEZVOUS, raising=False)
     nodes = ParallelConfig(nodes=2)
     with pytest.raises(DraftsmithError, match=f"{RENDEZVOUS} is not set"):
@@ -88,8 +88,8 @@ def test_nodes_meet_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) 
         nodes.endpoint()
 
 
-def test_a_process_needs_memory_for_its_share_of_a_step() -> None:
-    """Of 21 answers over 8 processes 3; AdamW's moments, 8 of 18 bytes a parameter under autocast, split or not."""
+def test_the_memory_estimate_covers_a_process_share_of_a_step() -> None:
+    """3 of 21 answers on each of 8 processes; AdamW's moments: 8 of 18 bytes a parameter under autocast."""
     sizes, answers = qwen_sizes(), AnswerCounts(longest=4608)
     layers = sizes.target.parameters - sizes.target.vocabulary * sizes.target.hidden
     sizes = replace(sizes, target=replace(sizes.target, divided=layers))

@@ -1,4 +1,4 @@
-"""The stage process as its runner sees it: real processes of `python -m stages`."""
+"""The stage process as its runner sees it: real processes of `python -m draftsmith.stages`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def start(
     lifeline: int | None = None,
     log: Path | None = None,
 ) -> subprocess.Popen[bytes]:
-    """log: what stderr goes to in place of a pipe."""
+    """Start a stage process. log: file for stderr, in place of a pipe."""
     request = {
         "stage": module.rpartition(".")[2],
         "module": module,
@@ -61,7 +61,7 @@ def start(
 
 
 def finish(process: subprocess.Popen[bytes]) -> tuple[int, list[dict[str, Any]], str]:
-    """(exit code, events, stderr); a line on stdout that is no event fails the test."""
+    """Return (exit code, events, stderr); a line on stdout that is not an event fails the test."""
     out, err = process.communicate(timeout=60)
     return process.returncode, [json.loads(line) for line in out.splitlines()], (err or b"").decode()
 
@@ -79,7 +79,9 @@ def test_a_stage_reports_its_work_and_leaves_its_output(tmp_path: Path) -> None:
     assert metrics == [{"step": 1, "value": 7.0}, {"step": 2, "value": 8.0}]
 
 
-def test_garbage_is_collected_seldom_until_work_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_garbage_collection_is_relaxed_until_the_first_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     of_tests, usual, heard = gc.get_threshold(), (700, 10, 10), os.open(os.devnull, os.O_WRONLY)
     monkeypatch.setattr("draftsmith.stages.runtime.memory._DEFAULT", usual)
     request = StageRequest(stage="collect", module=COLLECT, config={}, inputs={}, out=tmp_path, work=tmp_path, seed=0)
@@ -117,7 +119,7 @@ def test_a_failed_stage_ends_with_one_error_event_and_its_traceback_in_the_log(
 
 
 @pytest.mark.parametrize(("way", "code"), [("full-disk", 2), ("raise", 1)])
-def test_a_log_on_a_full_disk_takes_nothing_from_the_error(tmp_path: Path, way: str, code: int) -> None:
+def test_the_error_is_reported_even_if_the_log_is_on_a_full_disk(tmp_path: Path, way: str, code: int) -> None:
     returned, events, _ = finish(start(tmp_path, MISBEHAVE, {"way": way}, log=Path("/dev/full")))
     assert (returned, [event["event"] for event in events].count("error")) == (code, 1)
 
@@ -127,7 +129,7 @@ def test_a_lost_engine_has_the_exit_code_of_a_retry(tmp_path: Path) -> None:
     assert (code, events[-1]["kind"]) == (75, "RetryableError")
 
 
-def test_prints_of_libraries_do_not_end_up_between_the_events(tmp_path: Path) -> None:
+def test_prints_of_libraries_stay_out_of_the_event_stream(tmp_path: Path) -> None:
     code, events, log = finish(start(tmp_path, MISBEHAVE, {"way": "print"}))
     assert (code, [event["event"] for event in events]) == (0, ["done"])
     assert "a library that prints" in log
@@ -146,7 +148,7 @@ def test_rewinding_drops_later_metrics_and_a_half_written_line(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stage_that_is_asked_to_stop_saves_and_goes_on_later(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_stage_that_is_asked_to_stop_saves_and_continues_later(tmp_path: Path, number: signal.Signals) -> None:
     process = start(tmp_path, COLLECT, {"count": 50, "seconds_each": 0.1})
     saved = tmp_path / "work" / "saved.json"
     wait_until(saved.exists, "the first number is saved")
@@ -161,7 +163,7 @@ def test_a_stage_that_is_asked_to_stop_saves_and_goes_on_later(tmp_path: Path, n
     assert events[0] == {"event": "log", "message": f"going on from {first}"}
 
 
-def test_stage_and_worker_die_when_the_lifeline_closes(tmp_path: Path) -> None:
+def test_stage_and_worker_end_with_the_parent(tmp_path: Path) -> None:
     lifeline, our_end = os.pipe()
     worker_file = tmp_path / "worker"
     process = start(
@@ -195,7 +197,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
-def test_memory_that_was_freed_is_used_again() -> None:
+def test_freed_memory_is_reused() -> None:
     faults = {}
     for how in ("usual", "kept"):
         done = subprocess.run([sys.executable, "-c", _REUSE, how], cwd=ROOT, capture_output=True, text=True, check=True)

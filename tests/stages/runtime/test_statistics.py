@@ -1,4 +1,4 @@
-"""Intervals: they cover as often as they say, also with few units; pairing narrows them; clusters are one unit."""
+"""Intervals: stated coverage even with few units, narrower by pairing, clusters as one unit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from draftsmith.stages.runtime.statistics import (
 
 
 def prompts(rng: np.random.Generator, count: int, gain: float = 0.0) -> tuple[np.ndarray, ...]:
-    """Committed tokens and steps of two drafters on prompts of different difficulty; the second is `gain` better."""
+    """Return committed tokens and steps of two drafters on different prompts; the second is `gain` better."""
     steps = rng.integers(10, 60, count).astype(float)
     difficulty = rng.normal(2.5, 0.6, count)
     first = steps * difficulty
@@ -29,7 +29,7 @@ def prompts(rng: np.random.Generator, count: int, gain: float = 0.0) -> tuple[np
 
 
 @pytest.mark.parametrize("count", [4, 12, 60])
-def test_the_interval_covers_the_true_ratio_as_often_as_it_says(count: int) -> None:
+def test_the_interval_has_its_stated_coverage(count: int) -> None:
     """2,000 trials: a coverage of 95 % is seen within 1.5 points (three standard deviations)."""
     rng = np.random.default_rng(0)
     covered = 0
@@ -47,7 +47,7 @@ def test_units_that_outweigh_the_others_cost_degrees_of_freedom() -> None:
     assert one.degrees == 0.5
 
 
-def test_of_equal_denominators_it_is_the_interval_of_a_mean() -> None:
+def test_with_equal_denominators_the_interval_is_that_of_a_mean() -> None:
     values = np.array([1.0, 2.0, 4.0, 9.0])
     found, known = jackknife(ratio, values, np.ones(4)), mean_estimate(values)
     assert (found.value, found.error) == (pytest.approx(known.value), pytest.approx(known.error))
@@ -74,15 +74,15 @@ def test_one_unit_has_no_interval() -> None:
         assert (one.value, one.units, one.interval(), one.upper()) == (3.0, 1, None, math.inf)
 
 
-def test_values_of_one_key_are_summed_in_the_order_of_their_first() -> None:
+def test_values_are_summed_by_key_in_order_of_first_appearance() -> None:
     assert sum_by_key(["b", "a", "b"], np.array([1.0, 2.0, 4.0])).tolist() == [5.0, 2.0]
 
 
-def test_one_end_of_a_one_sided_interval_is_nearer() -> None:
+def test_a_one_sided_bound_is_nearer_than_a_two_sided_one() -> None:
     estimate = Estimate(1.0, 0.5, 5, 4.0)
     assert estimate.upper(0.975) == pytest.approx((estimate.interval(0.95) or (0, 0))[1])
     assert estimate.upper(0.95) < estimate.upper(0.975)
 
 
-def test_the_level_of_each_of_many_intervals() -> None:
+def test_simultaneous_intervals_have_a_higher_level() -> None:
     assert [simultaneous_level(count) for count in (0, 1, 5)] == pytest.approx([0.95, 0.95, 0.99])

@@ -1,4 +1,4 @@
-"""Trainings of every kind on a random target, small enough to be run by many processes, and how ranks run them."""
+"""Small trainings of every kind on a random target, and the entry of the ranks that run them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Training:
 
 
 def run_all(trainings: Sequence[Training], folder: str, stop_after: int | None, fields: Mapping[str, Any]) -> int:
-    """Body of a rank: every training, until it is done or its first rank is asked to stop."""
+    """Run every training in one rank until it is done or rank 0 is asked to stop."""
     torch.set_num_threads(1)
     note_start(Path(folder) / "ranks", int(os.environ["RANK"]))
     code = 0

@@ -1,4 +1,4 @@
-"""The stage `logs` run on rows that a test writes."""
+"""Runs stage `logs` on rows that a test writes."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def run(
 
 
 def given_by(target: Path) -> dict[str, str]:
-    """Digests of the target that gave answers, and of its tokenizer."""
+    """Return the digests of the target that gave the answers, and of its tokenizer."""
     info = read_target_info(target)
     return {"target_digest": info.digest, "tokenizer_digest": info.tokenizer_digest}
 
 
 @dataclass
 class Logs:
-    """Runs the stage for one test, each time in a folder of its own, on the answers of the tiny target."""
+    """Runs the stage for one test, each time in a new folder, on answers of the tiny target."""
 
     folder: Path
     made: DrafterArtifacts
@@ -62,13 +62,13 @@ class Logs:
         return write(self.folder / name, rows)
 
     def run(self, *paths: Path | list[Row | str] | list[Row], **config: Any) -> RecordingContext:
-        """paths: a list is the rows of `log.jsonl`."""
+        """Run the stage. paths: files, or rows to write to `log.jsonl`."""
         self.runs += 1
         files = [self.write("log.jsonl", each) if isinstance(each, list) else each for each in paths]
         return run(self.folder / f"run-{self.runs}", self.made, *files, **config)
 
     def earlier(self, before: RecordingContext, *, replayed: bool = False) -> Path:
-        """Run stage `earlier`: what the refresh before has used."""
+        """Run stage `earlier` on the answers of the refresh before; return its artifact."""
         ctx = RecordingContext.under(self.folder / f"earlier-{self.runs}", {})
         sha256 = sha256_file(before.out / TABLE)
         of = given_by(before.inputs["target"])

@@ -1,4 +1,4 @@
-"""The stage `logs`: the tokens that the target produced come back, and what does not is counted and listed."""
+"""Stage `logs`: reads back the tokens that the target produced; counts and lists every other row."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def reader_of(made: DrafterArtifacts, tokenizer: Any, eos_ids: list[int]) -> Ans
 
 
 def as_text(row: Row, tokenizer: Any, eos: int) -> Row:
-    """What a service writes down: no stop token in the text, the reason beside it."""
+    """Return the row as a service logs it: text without the stop token, and a finish_reason."""
     stopped = row["finish_reason"] == "stop"
     ids = row["response_ids"][:-1] if stopped else row["response_ids"]
     assert eos not in ids
@@ -50,8 +50,8 @@ def as_text(row: Row, tokenizer: Any, eos: int) -> Row:
     }
 
 
-def test_text_gives_back_the_tokens_that_the_target_produced(logs: Logs, tokenizer: Any, eos: int) -> None:
-    """Of every answer whose tokens are those of its text; an answer of other tokens is never among the used ones."""
+def test_text_is_read_as_the_tokens_that_the_target_produced(logs: Logs, tokenizer: Any, eos: int) -> None:
+    """Every answer whose text tokenises to its tokens is used, and no other."""
     cut = [row | {"response_ids": row["response_ids"][:20], "finish_reason": "length"} for row in logs.answers[:8]]
     answers = logs.answers[8:] + cut
     logged = [as_text(row, tokenizer, eos) for row in answers]
@@ -69,7 +69,7 @@ def test_text_gives_back_the_tokens_that_the_target_produced(logs: Logs, tokeniz
     assert sum(ours["response_ids"] == original["response_ids"] for ours, original in zip(used, kept, strict=True)) > 40
 
 
-def test_token_ids_are_taken_as_they_are(logs: Logs) -> None:
+def test_token_ids_are_used_unchanged(logs: Logs) -> None:
     path = logs.folder / "log.jsonl.gz"
     path.write_bytes(gzip.compress("".join(json.dumps(as_ids(row)) + "\n" for row in logs.answers[:12]).encode()))
     ctx = logs.run(path)
@@ -81,7 +81,7 @@ def test_token_ids_are_taken_as_they_are(logs: Logs) -> None:
     assert counts(ctx)["set_aside"] == {} and set_aside(ctx) == []
 
 
-def test_every_row_that_is_not_used_is_counted_and_listed_with_its_reason(logs: Logs, eos: int) -> None:
+def test_rejected_rows_are_counted_and_listed_with_their_reason(logs: Logs, eos: int) -> None:
     good = as_ids(logs.answers[0])
     response = good["completion_token_ids"]
     messages = logs.answers[0]["messages"]
@@ -120,8 +120,8 @@ def test_every_row_that_is_not_used_is_counted_and_listed_with_its_reason(logs: 
     assert found["set_aside"]["answer shorter than two tokens"] == 3
 
 
-def test_a_stopped_answer_ends_with_the_token_that_the_template_ends_turns_with(logs: Logs, eos: int) -> None:
-    """Not with the tokenizer's own, where that ends documents alone."""
+def test_a_stopped_answer_ends_with_the_stop_token_of_the_template(logs: Logs, eos: int) -> None:
+    """The tokenizer's own eos may only end documents."""
     other = load_tokenizer(model_path(logs.made.target))
     assert other.convert_ids_to_tokens(eos) in other.chat_template
     ends_documents = next(i for i in other.all_special_ids + list(range(len(other))) if i != eos)
@@ -140,8 +140,8 @@ def test_a_stopped_answer_ends_with_the_token_that_the_template_ends_turns_with(
     assert reader.stop_id == ends_documents, "nothing else is known"
 
 
-def test_text_that_the_tokenizer_changes_is_set_aside(logs: Logs) -> None:
-    """As with the tokenizers that compose accents: what was generated decomposed does not come back."""
+def test_text_that_the_tokenizer_changes_is_rejected(logs: Logs) -> None:
+    """Some tokenizers compose accents: text that was generated decomposed is not restored."""
     from tokenizers.normalizers import NFC
 
     composing = load_tokenizer(model_path(logs.made.target))
@@ -153,8 +153,8 @@ def test_text_that_the_tokenizer_changes_is_set_aside(logs: Logs) -> None:
         reader.read(LoggedRow("log", 1, {"messages": messages, "completion": "cafe\u0301"}))
 
 
-def test_a_cut_that_tokenises_differently_is_set_aside(logs: Logs, tokenizer: Any) -> None:
-    """Without a template the prompt may end inside a word: its tokens with the answer are then not theirs alone."""
+def test_text_whose_boundary_tokenises_differently_is_rejected(logs: Logs, tokenizer: Any) -> None:
+    """Without a template a prompt may end inside a word, and is tokenised differently together with the answer."""
     bare = load_tokenizer(model_path(logs.made.target))
     bare.chat_template = None
     reader = reader_of(logs.made, bare, [bare.eos_token_id])
@@ -174,14 +174,14 @@ def test_a_cut_that_tokenises_differently_is_set_aside(logs: Logs, tokenizer: An
         read(token[:2], token[2:] + rest)
 
 
-def test_prompts_of_the_heldout_splits_are_not_trained_on(logs: Logs) -> None:
+def test_answers_to_held_out_prompts_are_rejected(logs: Logs) -> None:
     heldout = read_table(logs.made.heldout / "trajectories.parquet", TRAJECTORIES).to_pylist()[:3]
     ctx = logs.run([as_ids(row) for row in [*logs.answers[:4], *heldout]], prompts=True)
     assert [row["prompt_ids"] for row in table(ctx)] == [row["prompt_ids"] for row in logs.answers[:4]]
     assert counts(ctx)["set_aside"] == {"prompt of the validation or held-out split": 3}
 
 
-def test_several_files_in_turn_and_a_bound_on_the_rows(logs: Logs) -> None:
+def test_files_are_read_in_order_up_to_the_limit_of_rows(logs: Logs) -> None:
     first = logs.write("a.jsonl", [as_ids(row) for row in logs.answers[:3]])
     second = logs.write("b.jsonl", ["", *[as_ids(row) for row in logs.answers[3:9]]])
     ctx = logs.run(first, second, rows=5)
@@ -205,7 +205,7 @@ def test_several_files_in_turn_and_a_bound_on_the_rows(logs: Logs) -> None:
         ),
     ],
 )
-def test_a_malformed_row_is_one_error_that_names_file_and_row(logs: Logs, row: Row | str, message: str) -> None:
+def test_a_malformed_row_is_an_error_that_names_file_and_row(logs: Logs, row: Row | str, message: str) -> None:
     path = logs.write("log.jsonl", [{"prompt_token_ids": [1], "completion_token_ids": [3, 4]}, row])
     sieve = SchemaFilter(LogsConfig(paths=[str(path)], temperature=0), RejectLog("logs.max_bad_share", 0))
     first, second = read_rows([str(path)])
@@ -215,14 +215,14 @@ def test_a_malformed_row_is_one_error_that_names_file_and_row(logs: Logs, row: R
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_log_without_a_usable_row_says_why(logs: Logs) -> None:
+def test_a_log_without_a_usable_row_reports_the_reasons(logs: Logs) -> None:
     with pytest.raises(DraftsmithError, match=r"log\.jsonl .*3 another temperature"):
         logs.run([as_ids(row) | {"temperature": 1.0} for row in logs.answers[:3]])
     with pytest.raises(DraftsmithError, match=r"empty\.jsonl: is empty"):
         logs.run(logs.write("empty.jsonl", []))
 
 
-def test_files_are_missed_and_contexts_exceeded_before_anything_is_read(logs: Logs) -> None:
+def test_preflight_finds_missing_files_and_too_long_contexts(logs: Logs) -> None:
     config = LogsConfig(paths=[str(logs.folder / "none.jsonl")], temperature=0)
     with pytest.raises(DraftsmithError, match=r"logs\.paths: .*none\.jsonl"):
         config.external_files()

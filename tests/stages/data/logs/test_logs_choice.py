@@ -1,4 +1,4 @@
-"""Which logged answers the stage `logs` uses: windows of time, earlier answers, and bad rows."""
+"""The answers that stage `logs` uses: time windows, earlier answers, and bad rows."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def timed(row: Row, time: Any, field: str = "timestamp") -> Row:
     return as_ids(row) | {field: time}
 
 
-def test_bad_rows_are_set_aside_up_to_a_share(logs: Logs) -> None:
+def test_bad_rows_are_rejected_up_to_a_share(logs: Logs) -> None:
     good = [as_ids(row) for row in logs.answers[:18]]
     path = logs.write("log.jsonl", [*good, {"prompt_token_ids": [1], "id": "x"}, '{"prompt_token_ids": [1, '])
     ctx = logs.run(path, max_bad_share=0.1)
@@ -51,7 +51,7 @@ def test_bad_rows_are_set_aside_up_to_a_share(logs: Logs) -> None:
     assert not list((logs.folder / "run-3" / "run" / "out").iterdir())
 
 
-def test_answers_of_another_model_are_passed_over_by_a_filter(logs: Logs) -> None:
+def test_a_filter_excludes_answers_of_another_model(logs: Logs) -> None:
     models = ["ours", "theirs", "ours-v2"]
     rows = [as_ids(row) | {"model": models[n % 3]} for n, row in enumerate(logs.answers[:9])]
     path = logs.write("log.jsonl", rows)
@@ -65,7 +65,7 @@ def test_answers_of_another_model_are_passed_over_by_a_filter(logs: Logs) -> Non
         logs.run(path, filter={"model": "nobody's"})
 
 
-def test_rows_outside_a_window_are_passed_over_and_rows_without_a_time_set_aside(logs: Logs) -> None:
+def test_a_window_skips_older_rows_and_rejects_rows_without_a_time(logs: Logs) -> None:
     noon = datetime(2026, 3, 5, 12, tzinfo=UTC)
     times: list[Any] = [noon - timedelta(seconds=1), noon, noon + timedelta(hours=1)]
     rows = [timed(row, time.isoformat()) for row, time in zip(logs.answers[:3], times, strict=True)]
@@ -90,14 +90,14 @@ def test_rows_outside_a_window_are_passed_over_and_rows_without_a_time_set_aside
         logs.run(logs.folder / "old.jsonl", since="last", after="2026-04-01T00:00:00Z")
 
 
-def test_a_clock_that_is_wrong_hides_nothing_from_the_next_refresh(logs: Logs) -> None:
+def test_a_row_from_the_future_does_not_move_the_next_window(logs: Logs) -> None:
     ctx = logs.run([timed(logs.answers[0], "2026-03-05"), timed(logs.answers[1], "2999-01-01")], since="2026-03-01")
     assert counts(ctx)["window"]["newest"] == "2026-03-05T00:00:00Z"
     assert counts(ctx)["set_aside"] == {"time in the future": 1}
 
 
-def test_a_window_that_another_follows_is_read_whole_whatever_its_files_are_called(logs: Logs) -> None:
-    """Two hosts serve all day; the rows of both are chosen from in one order, and none is left for nobody."""
+def test_a_window_before_another_one_is_read_completely(logs: Logs) -> None:
+    """Two hosts serve all day: no row of either host is skipped between two windows."""
     for host, rows in (("a", logs.answers[:10]), ("b", logs.answers[10:20])):
         served = [timed(row, f"2026-03-05T{hour:02}:00:00Z") for hour, row in enumerate(rows)]
         (logs.folder / "logs").mkdir(exist_ok=True)
@@ -113,21 +113,21 @@ def test_a_window_that_another_follows_is_read_whole_whatever_its_files_are_call
     assert counts(alone)["rows_in_files"] is None, "nor were they all looked at to count them"
 
 
-def test_a_relative_window_stays_as_it_was_written_and_begins_at_a_midnight() -> None:
+def test_a_relative_window_keeps_its_text_and_begins_at_midnight() -> None:
     config = LogsConfig.model_validate({"paths": "a", "temperature": 0, "since": " 7d"})
     assert config.since == "7d" and config.since_time is not None
     assert to_iso(config.since_time).endswith("T00:00:00Z") and config.in_window(datetime.now(UTC))
     assert LogsConfig.model_validate(config.model_dump(mode="json")) == config  # what the stage's process is sent
 
 
-def test_dates_as_yaml_reads_them_are_windows() -> None:
+def test_dates_parsed_by_yaml_are_windows() -> None:
     config = LogsConfig.model_validate({"paths": "a", "temperature": 0, "since": datetime(2026, 3, 5).date()})
     assert config.since == "2026-03-05T00:00:00Z"
 
 
 @pytest.fixture
 def earlier(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> Path:
-    """Other answers to train prompts, and rows that must not be mixed in: held out, sampled."""
+    """Return an artifact with other answers to training prompts, and rows that must not be mixed in."""
     rows = read_table(tiny_drafter.rollout / "trajectories.parquet", TRAJECTORIES).to_pylist()[60:140]
     heldout = read_table(tiny_drafter.heldout / "trajectories.parquet", TRAJECTORIES).to_pylist()
     sampled = [row | {"temperature": 1.0} for row in rows[:20]]
@@ -138,7 +138,7 @@ def earlier(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> Path:
     return folder
 
 
-def test_a_share_of_the_answers_is_of_an_earlier_refresh(logs: Logs, earlier: Path) -> None:
+def test_a_share_of_the_answers_is_replayed_from_an_earlier_refresh(logs: Logs, earlier: Path) -> None:
 
     def mixed(seed: int = 0, **config: Any) -> tuple[list[Row], Row]:
         inputs = {"earlier": earlier}
@@ -162,7 +162,7 @@ def test_a_share_of_the_answers_is_of_an_earlier_refresh(logs: Logs, earlier: Pa
 
 
 def test_earlier_answers_with_other_sampling_are_left_out(logs: Logs) -> None:
-    """What is written can be trained on; greedy answers have no top-p and no top-k."""
+    """Trajectories must have one sampling; greedy answers have no top-p and no top-k."""
     rows = read_table(logs.made.rollout / "trajectories.parquet", TRAJECTORIES).to_pylist()[60:90]
     folder = logs.folder / "earlier"
 
@@ -193,7 +193,7 @@ def test_earlier_answers_with_other_sampling_are_left_out(logs: Logs) -> None:
         ({}, None),
     ],
 )
-def test_answers_of_another_target_are_not_mixed_in(
+def test_earlier_answers_of_another_target_are_left_out(
     logs: Logs, digests: dict[str, str], changed: str | None, earlier: Path
 ) -> None:
     path = logs.write("log.jsonl", [as_ids(row) for row in logs.answers[:40]])
@@ -207,7 +207,7 @@ def test_answers_of_another_target_are_not_mixed_in(
     assert len(said) == (changed is not None) and all(f"since {changed} changed" in line for line in said)
 
 
-def test_answers_of_this_log_are_not_mixed_in_again(logs: Logs) -> None:
+def test_earlier_answers_that_the_log_has_too_are_not_repeated(logs: Logs) -> None:
     folder = logs.folder / "earlier"
     folder.mkdir()
     shutil.copy(logs.made.rollout / "trajectories.parquet", folder)
@@ -217,8 +217,8 @@ def test_answers_of_this_log_are_not_mixed_in_again(logs: Logs) -> None:
     assert max(Counter((*row["prompt_ids"], -1, *row["response_ids"]) for row in table(ctx)).values()) == 1
 
 
-def test_long_logs_do_not_pile_up_in_memory(logs: Logs) -> None:
-    """6,000 answers of 1,000 tokens, over 200 MB as Python numbers, take less than 120 MB."""
+def test_memory_is_bounded_for_long_logs(logs: Logs) -> None:
+    """6,000 answers of 1,000 tokens, over 200 MB as Python integers, take less than 120 MB."""
     made = random.Random(0)
     with (logs.folder / "log.jsonl").open("w") as file:
         for number in range(6000):

@@ -1,4 +1,4 @@
-"""Rows that `configs/own-logs.md` makes of SGLang's own log, by the command that stands there."""
+"""The command of `configs/own-logs.md` that converts SGLang's own log to rows."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def asked(ids: list[int] | None, **params: Any) -> dict[str, Any]:
 
 
 @pytest.mark.skipif(shutil.which("jq") is None, reason="no jq here")
-def test_the_command_makes_rows_of_token_ids_whose_settings_are_judged(tmp_path: Path) -> None:
+def test_the_documented_command_makes_rows_with_token_ids_and_sampling(tmp_path: Path) -> None:
     command = next(block for block in README.read_text("utf-8").split("```") if block.strip().startswith("cat FOLDER"))
     (tmp_path / "FOLDER").mkdir()
     ended = [

@@ -1,4 +1,4 @@
-"""Times of rows in every way that logs write them, and windows that mean the same all day."""
+"""Times of rows in every format of logs, and windows that mean the same all day."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ SECONDS = 1772714096  # NOON
         NOON, NOON.replace(tzinfo=None), NOON.astimezone(timezone(timedelta(hours=5))),
     ],
 )  # fmt: skip
-def test_a_time_is_read_as_it_is_written(value: Any) -> None:
+def test_times_are_parsed_in_every_format(value: Any) -> None:
     assert parse_time(value) == NOON
 
 
 @pytest.mark.parametrize("value", ["2026-03-05", "20260305", date(2026, 3, 5)])
-def test_a_date_is_its_midnight(value: Any) -> None:
+def test_a_date_means_midnight(value: Any) -> None:
     assert parse_time(value) == datetime(2026, 3, 5, tzinfo=UTC)
 
 
 @given(st.one_of(st.text(max_size=30), st.integers(), st.floats(), st.booleans(), st.none(), st.lists(st.integers())))
-def test_what_is_no_time_is_none(value: Any) -> None:
+def test_anything_else_is_not_a_time(value: Any) -> None:
     assert parse_time(value) is None or parse_time(value).tzinfo is UTC  # type: ignore[union-attr]
 
 
@@ -54,13 +54,13 @@ def test_the_usual_fields_are_tried() -> None:
         ("last", "last"),
     ],
 )
-def test_a_window_becomes_absolute_and_stays_it(window: str, start: str) -> None:
+def test_an_absolute_window_stays_the_same(window: str, start: str) -> None:
     assert resolve_window(window, NOON) == start
     assert resolve_window(start, NOON + timedelta(days=3)) == start
 
 
 @given(st.integers(0, 86_399), st.integers(0, 86_399))
-def test_a_window_of_days_is_the_same_all_day_and_covers_them(one: int, other: int) -> None:
+def test_a_window_of_days_is_the_same_all_day(one: int, other: int) -> None:
     midnight = datetime(2026, 3, 5, tzinfo=UTC)
     now = midnight + timedelta(seconds=one)
     start = resolve_window("3d", now)
@@ -69,6 +69,6 @@ def test_a_window_of_days_is_the_same_all_day_and_covers_them(one: int, other: i
 
 
 @pytest.mark.parametrize("window", ["7 weeks", "", "yesterday", "-3d", "999999d"])
-def test_what_is_no_window_says_what_is(window: str) -> None:
+def test_anything_else_is_not_a_window(window: str) -> None:
     with pytest.raises(ValueError, match="give"):
         resolve_window(window, NOON)

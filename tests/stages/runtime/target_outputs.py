@@ -1,4 +1,4 @@
-"""What ranks say that share targets: body of a rank, and where it leaves it."""
+"""The outputs of ranks that share a target: the entry of a rank, and the files that it writes."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ LAYERS = (1, 0)
 
 
 @dataclass(frozen=True)
-class Said:
-    """Of one target, whole or a part of it."""
+class TargetOutputs:
+    """The outputs of a target, whole or divided."""
 
     features: torch.Tensor  # [B, T, K*H]
-    alone: torch.Tensor  # the same, of a forward that ends behind the deepest layer
+    deepest_alone: torch.Tensor  # the same, of a forward that ends after the deepest layer
     logprobs: torch.Tensor  # [B, T, V]
-    parameters: int  # that are held
+    parameters: int  # in memory
 
     @classmethod
-    def by(cls, target: Target) -> Said:
+    def compute(cls, target: Target) -> TargetOutputs:
         out = target.read(IDS, LAYERS)
         assert out.features is not None
         held = [getattr(p, "_local_tensor", p) for p in target.model.parameters()]
@@ -36,17 +36,17 @@ class Said:
         return cls(out.features, target.features(IDS, LAYERS), logprobs, sum(p.numel() for p in held))
 
 
-def say(artifacts: Mapping[str, str], folder: str) -> int:
-    """Body of a rank."""
+def write_outputs(artifacts: Mapping[str, str], folder: str) -> int:
+    """Write the outputs of one rank for every artifact."""
     torch.set_num_threads(1)
     note_start(Path(folder) / "ranks", int(os.environ["RANK"]))
     with process_group():
         ranks = Ranks.current(SHARING)
         for name, artifact in artifacts.items():
-            said = Said.by(Target.load(Path(artifact), device="cpu", ranks=ranks))
-            torch.save(vars(said), Path(folder) / f"{name}.{ranks.rank}")
+            outputs = TargetOutputs.compute(Target.load(Path(artifact), device="cpu", ranks=ranks))
+            torch.save(vars(outputs), Path(folder) / f"{name}.{ranks.rank}")
     return 0
 
 
-def said_by(name: str, rank: int, folder: Path) -> Said:
-    return Said(**torch.load(folder / f"{name}.{rank}"))
+def load_outputs(name: str, rank: int, folder: Path) -> TargetOutputs:
+    return TargetOutputs(**torch.load(folder / f"{name}.{rank}"))

@@ -1,4 +1,4 @@
-"""Whether answers are a target's own at a temperature is seen in its log-probs of them, of real answers of a target."""
+"""The likelihood check on real answers of a target, at their own and at other sampling."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def judged(bench: Bench, rows: Answers, temperature: float, top_p: float = 1.0, 
     return Counter(check_likelihood(bench.target, *row, SamplingParams(temperature, top_p, top_k)) for row in rows)
 
 
-def test_its_own_answers_are_not_flagged(bench: Bench, greedy: Answers, sampled: Answers) -> None:
+def test_the_targets_own_answers_are_likely(bench: Bench, greedy: Answers, sampled: Answers) -> None:
     assert judged(bench, greedy, 0.0) == {"": len(greedy)}
     assert judged(bench, sampled, 1.0) == {"": len(sampled)}
 
 
-def test_another_temperature_is_seen(bench: Bench, sampled: Answers) -> None:
+def test_answers_at_another_temperature_are_found(bench: Bench, sampled: Answers) -> None:
     among_greedy = judged(bench, sampled, 0.0)  # what was drawn is often the best token everywhere
     assert among_greedy[""] < 2 * len(sampled) / 3, among_greedy
     hot = judged(bench, answers(bench, 3.0), 1.0)
@@ -49,8 +49,8 @@ def test_another_temperature_is_seen(bench: Bench, sampled: Answers) -> None:
 
 
 @pytest.mark.parametrize(("top_p", "top_k"), [(0.9, 0), (1.0, 5), (0.9, 5)])
-def test_a_wider_top_p_or_top_k_than_is_stated_is_seen(bench: Bench, top_p: float, top_k: int) -> None:
-    """In answers of some dozen tokens that leave something to draw, which those at temperature 1 hardly do."""
+def test_answers_of_a_wider_top_p_or_top_k_are_found(bench: Bench, top_p: float, top_k: int) -> None:
+    """On answers of some dozen tokens at a temperature that leaves a choice of tokens."""
     narrow, wide = answers(bench, 1.5, top_p, top_k), answers(bench, 1.5)
     assert judged(bench, narrow, 1.5, top_p, top_k) == {"": len(narrow)}
     found = judged(bench, wide, 1.5, top_p, top_k)
@@ -58,7 +58,7 @@ def test_a_wider_top_p_or_top_k_than_is_stated_is_seen(bench: Bench, top_p: floa
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_text_of_others_and_answers_that_were_cut_are_seen(
+def test_other_text_and_cut_answers_are_found(
     bench: Bench, greedy: Answers, sampled: Answers, temperature: float
 ) -> None:
     made = random.Random(0)
@@ -74,8 +74,8 @@ def test_text_of_others_and_answers_that_were_cut_are_seen(
     assert flagged(lambda response: response[len(response) // 3 :]) > 0.8
 
 
-def test_a_seam_of_tokens_is_no_other_model(bench: Bench, greedy: Answers) -> None:
-    """One token of a long greedy answer that the target would not have chosen: text that was cut otherwise."""
+def test_one_unlikely_token_in_a_long_greedy_answer_is_tolerated(bench: Bench, greedy: Answers) -> None:
+    """A token that the target would not have chosen: the text was tokenised differently there."""
     long = [(prompt, response) for prompt, response in greedy if len(response) > 40][:5]
     assert long
     prompt, response = long[0]

@@ -1,4 +1,4 @@
-"""Stored trajectories: which are usable, and what is said if none is."""
+"""Stored trajectories: which are usable, and the errors if none is."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SAMPLED = {"split": "heldout", "temperature": 0.5}
 
 
 def test_sampling_is_read_from_the_rows(tmp_path: Path) -> None:
-    """Greedy answers have no top-p and no top-k, whatever was said beside."""
+    """Greedy answers have no top-p and no top-k, whatever their columns say."""
     both = {"top_p": 0.75, "top_k": 20}
     assert load_trajectories(write(tmp_path, SAMPLED | both)).sampling == SamplingParams(0.5, 0.75, 20)
     assert load_trajectories(write(tmp_path, both, {})).sampling == SamplingParams()
@@ -52,6 +52,8 @@ def test_answers_of_one_token_are_counted_and_left_out(tmp_path: Path) -> None:
         ([SAMPLED, {**SAMPLED, "top_k": 20}], r"mixes the values \[0, 20\] of top_k"),
     ],
 )
-def test_what_cannot_be_used_is_one_clear_error(tmp_path: Path, rows: list[dict[str, Any]], expected: str) -> None:
+def test_trajectories_that_cannot_be_used_are_an_error(
+    tmp_path: Path, rows: list[dict[str, Any]], expected: str
+) -> None:
     with pytest.raises(DraftsmithError, match=expected):
         load_trajectories(write(tmp_path, *rows), ["heldout"])

@@ -1,4 +1,4 @@
-"""Whatever a row holds, the intake takes it, sets it aside or says that it cannot be read."""
+"""Whatever a row contains, the log filter accepts it, rejects it or reports that it cannot be read."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ def intake(tiny_drafter: DrafterArtifacts, listed: io.StringIO) -> LogFilter:
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(fields=ROWS)
-def test_no_row_breaks_the_intake(fields: dict[str, Any], intake: LogFilter, listed: io.StringIO) -> None:
+def test_every_row_is_accepted_or_rejected_with_a_reason(
+    fields: dict[str, Any], intake: LogFilter, listed: io.StringIO
+) -> None:
     before = sum(intake.rejects.reasons.values())
     taken = intake.accept(Row("log.jsonl", 1, fields))
     if isinstance(taken, AcceptedAnswer):
@@ -97,7 +99,7 @@ SAMPLED = {"temperature": 0.7, "top_p": 0.9, "top_k": 20}
         ({"temperature": 1}, {"top_k": 50}, "another top_k"),
     ],
 )
-def test_a_row_that_says_other_sampling_than_the_stated_one_is_rejected(
+def test_a_row_with_other_sampling_than_configured_is_rejected(
     stated: dict[str, Any], said: dict[str, Any], reason: str | None
 ) -> None:
     aside = RejectLog("logs.max_bad_share", 0)
@@ -108,7 +110,7 @@ def test_a_row_that_says_other_sampling_than_the_stated_one_is_rejected(
 
 
 @pytest.mark.parametrize(("thought", "taken"), [("First I add 3 and 4.", None), (" ", True), (None, True), (7, True)])
-def test_text_that_a_reasoning_parser_has_cut_is_set_aside_and_ids_are_not(thought: Any, taken: bool | None) -> None:
+def test_text_without_its_reasoning_is_rejected_but_token_ids_are_not(thought: Any, taken: bool | None) -> None:
     aside = RejectLog("logs.max_bad_share", 0)
     sieve = SchemaFilter(LogsConfig(paths=["a"], temperature=0), aside)
     text = {"messages": [{"role": "user", "content": "3 + 4?"}], "completion": "7", "reasoning_content": thought}

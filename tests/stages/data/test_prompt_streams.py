@@ -1,4 +1,4 @@
-"""Prompts of a source: every one serves the splits of its class alone, whatever the source, order and seed."""
+"""Every prompt serves the splits of its class alone, whatever the source, order and seed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def trained(rows: list[Row]) -> set[bytes]:
     return {prompt_identity(row["messages"]) for row in rows if row["split"] == "train"}
 
 
-def test_no_refresh_trains_on_what_another_measured(target: Path, tmp_path: Path) -> None:
-    """Other seeds, counts, files, system prompts and tasks: one text, one class."""
+def test_no_refresh_trains_on_held_out_prompts_of_another(target: Path, tmp_path: Path) -> None:
+    """With other seeds, counts, files, system prompts and tasks, a text stays in its class."""
     path = questions(tmp_path / "a.jsonl", 300)
     data = tmp_path / "data"
     data.mkdir()
@@ -38,7 +38,7 @@ def test_no_refresh_trains_on_what_another_measured(target: Path, tmp_path: Path
     assert all(hash_fraction(prompt) < HELDOUT_SHARE for rows in seen for prompt in measured(rows))
 
 
-def test_a_file_that_grows_goes_on_measuring_the_same_prompts(target: Path, tmp_path: Path) -> None:
+def test_a_growing_file_keeps_its_held_out_prompts(target: Path, tmp_path: Path) -> None:
     few, many = questions(tmp_path / "a.jsonl", 200), questions(tmp_path / "b.jsonl", 240)
     first, later = (
         texts(run(target, tmp_path / path.stem, path, train=5, heldout=12), "heldout") for path in (few, many)
@@ -46,7 +46,7 @@ def test_a_file_that_grows_goes_on_measuring_the_same_prompts(target: Path, tmp_
     assert len(first & later) >= 7  # all but those that new rows came before
 
 
-def test_too_small_a_class_says_how_small_and_what_to_do(target: Path, tmp_path: Path) -> None:
+def test_a_too_small_class_is_an_error_with_a_remedy(target: Path, tmp_path: Path) -> None:
     path = questions(tmp_path / "a.jsonl", 100)
     text = error(target, tmp_path, path, train=20, heldout=50)
     held_out = sum(
@@ -63,7 +63,7 @@ def test_too_small_a_class_says_how_small_and_what_to_do(target: Path, tmp_path:
 
 
 def test_a_benchmark_may_be_held_out_as_a_whole(target: Path, tmp_path: Path) -> None:
-    """And nothing of it is trained on, although another source has it with another system prompt."""
+    """None of it is trained on, even if another source has it with another system prompt."""
     benchmark = questions(tmp_path / "a.jsonl", 20)
     kind = {"role": "system", "content": "Be kind."}
     asked = [[kind, {"role": "user", "content": f"Question number {number}?"}] for number in range(30)]
@@ -77,7 +77,7 @@ def test_a_benchmark_may_be_held_out_as_a_whole(target: Path, tmp_path: Path) ->
     assert not measured(rows) & trained(rows)
 
 
-def test_prompts_of_a_log_without_text_stay_the_ids_that_were_logged(target: Path, tmp_path: Path) -> None:
+def test_logged_token_ids_stay_the_prompt(target: Path, tmp_path: Path) -> None:
     as_text = run(target, tmp_path / "1", questions(tmp_path / "a.jsonl", 60), train=20, heldout=4, heldout_share=0.2)
     logged = [{"prompt_token_ids": row["token_ids"], "completion_token_ids": [1, 2]} for row in as_text]
     log = write_rows(tmp_path / "log.jsonl", [*logged, {"prompt_token_ids": []}, {"prompt_token_ids": [10**6]}])
@@ -96,7 +96,7 @@ def test_prompts_of_a_log_without_text_stay_the_ids_that_were_logged(target: Pat
     assert with_suffix["token_ids"] not in [row["token_ids"] for row in as_text]
 
 
-def test_new_rows_come_first_and_old_ones_only_where_these_are_too_few(target: Path, tmp_path: Path) -> None:
+def test_rows_in_the_window_come_first_then_the_newest_others(target: Path, tmp_path: Path) -> None:
     days = [f"2026-03-{day:02}" for day in range(1, 29)]
     rows = [{"prompt": f"Question {number} of {day}", "when": day} for day in days for number in range(3)]
     path = write_rows(tmp_path / "log.jsonl", [*rows, {"prompt": "Question without a day"}])
@@ -112,7 +112,7 @@ def test_new_rows_come_first_and_old_ones_only_where_these_are_too_few(target: P
     assert len(set(taken(9, None))) > 3
 
 
-def test_bad_rows_are_set_aside_up_to_a_share(target: Path, tmp_path: Path) -> None:
+def test_bad_rows_are_rejected_up_to_a_share(target: Path, tmp_path: Path) -> None:
     bad: list[Any] = [{"text": "no prompt"}, {"prompt": "half a pair \ud83d"}]
     path = write_rows(tmp_path / "a.jsonl", [*[{"prompt": f"Question {number}"} for number in range(97)], *bad])
     with path.open("a") as file:

@@ -1,4 +1,4 @@
-"""A stage of which the second rank hangs: the first waits for it as long as the process group does."""
+"""A stage whose rank 1 hangs: rank 0 waits until the timeout of the process group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows that come late, and rows that nobody can read: what a window of time loses of them, and what it counts."""
+"""Late rows and bad rows: which of them a time window reads and counts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NOON = "2026-03-05T12:00:00Z"
 
 
 def at(row: Row, minutes: float) -> Row:
-    """Logged so many minutes after noon."""
+    """Return the row logged this many minutes after noon."""
     noon = parse_time(NOON)
     assert noon is not None
     return as_ids(row) | {"created": int(noon.timestamp() + 60 * minutes)}
@@ -28,13 +28,13 @@ def responses(ctx: RecordingContext) -> list[list[int]]:
 
 
 def following(logs: Logs, before: RecordingContext, *paths: Path, **config: Any) -> RecordingContext:
-    """The refresh after one that promoted."""
+    """Run the refresh after one that promoted."""
     newest, inputs = counts(before)["window"]["newest"], {"earlier": logs.earlier(before)}
     return logs.run(*paths, inputs=inputs, since="last", after=newest, **config)
 
 
-def test_rows_that_come_late_are_read_once(logs: Logs) -> None:
-    """Of the second that was read last, of a file that comes later, with the time of a long request: within an hour."""
+def test_late_rows_are_read_once(logs: Logs) -> None:
+    """Rows up to an hour late: in the last second read, in a later file, with the time of a long request."""
     answers = logs.answers[:9]
     seen, (twin, late, request, too_late, new) = answers[:4], answers[4:]
     rows = [at(row, minutes) for row, minutes in zip(seen, (-90, -30, -1, 0), strict=True)]
@@ -52,7 +52,7 @@ def test_rows_that_come_late_are_read_once(logs: Logs) -> None:
     assert responses(longer)[-1] == too_late["response_ids"] and len(responses(longer)) == 5
 
 
-def test_without_lateness_or_the_answers_of_before_a_window_begins_behind_what_was_read(logs: Logs) -> None:
+def test_without_lateness_or_earlier_answers_a_window_begins_after_the_newest_row(logs: Logs) -> None:
     log = logs.write("a.jsonl", [at(logs.answers[n], minutes) for n, minutes in enumerate((-5, 0, 5))])
     first = logs.run(log, since="last")
     settings: Row = {"since": "last", "after": NOON}
@@ -62,8 +62,8 @@ def test_without_lateness_or_the_answers_of_before_a_window_begins_behind_what_w
         assert counts(ctx)["outside_window"] == 2
 
 
-def test_answers_of_a_version_before_are_not_used_twice_and_not_mixed_in(logs: Logs) -> None:
-    """An upgrade that changes what a table says of answers ends no line."""
+def test_earlier_answers_of_an_older_table_version_are_neither_repeated_nor_replayed(logs: Logs) -> None:
+    """An upgrade that changes the table's version does not end a model line."""
     rows = [at(logs.answers[n], minutes) for n, minutes in enumerate((-5, 0))]
     log = logs.write("a.jsonl", rows)
     first = logs.run(log, since="last")
@@ -77,15 +77,15 @@ def test_answers_of_a_version_before_are_not_used_twice_and_not_mixed_in(logs: L
     assert counts(ctx)["replay_left_out"] == "what is stored of answers"
 
 
-def test_an_answer_that_is_given_again_later_is_a_new_row(logs: Logs) -> None:
+def test_an_equal_answer_given_later_is_a_new_row(logs: Logs) -> None:
     log = logs.write("a.jsonl", [at(logs.answers[0], 0)])
     first = logs.run(log, since="last")
     write(log, [at(logs.answers[0], 0), at(logs.answers[0], 30)])
     assert len(table(following(logs, first, log))) == 1
 
 
-def test_old_rows_do_not_excuse_bad_ones(logs: Logs) -> None:
-    """A window of ten of which six have a new shape, behind a thousand rows that were fine."""
+def test_rows_outside_the_window_do_not_count_for_the_share_of_bad_rows(logs: Logs) -> None:
+    """A window of ten rows, six of them of a new shape, after a thousand good rows."""
     old: list[Row | str] = [at(logs.answers[0], -600 - number) for number in range(1000)]
     new: list[Row | str] = [at(row, number) for number, row in enumerate(logs.answers[:4])]
     new += [{"msgs": "?", "created": at(logs.answers[0], 1)["created"]} for _ in range(6)]
@@ -95,8 +95,8 @@ def test_old_rows_do_not_excuse_bad_ones(logs: Logs) -> None:
     assert len(table(logs.run(log, since=NOON, max_bad_share=0.6))) == 4
 
 
-def test_what_is_broken_among_old_rows_is_old(logs: Logs) -> None:
-    """Lines that say no time are taken to be as old as the row before them: a year of logs has a few."""
+def test_bad_rows_among_old_rows_count_as_old(logs: Logs) -> None:
+    """Lines without a time count as old as the row before them: a year of logs has a few."""
     old: list[Row | str] = [at(logs.answers[0], -600) for _ in range(50)]
     new: list[Row | str] = [at(row, number) for number, row in enumerate(logs.answers[:20])]
     log = logs.write("a.jsonl", [*old, '{"prompt_token_ids": [', '{"prompt', *new])
