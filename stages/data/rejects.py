@@ -57,8 +57,8 @@ class RejectLog:
         if self._first is not None and self._counted > self._max_bad_share * max(rows, 1):
             window = " inside the window" if self.outside else ""
             raise DraftsmithError(
-                f"{self._first.where}: {self._first.reason} ({self._counted} of {rows} rows{window} cannot be read, "
-                f"over {self._field} {self._max_bad_share:g})"
+                f"{self._first.where}: {self._first.reason.removesuffix('.')} ({self._counted} of {rows} rows{window} "
+                f"cannot be read, over {self._field} {self._max_bad_share:g})"
             )
 
     def describe(self) -> str:

@@ -47,7 +47,10 @@ def test_answers_of_one_token_are_counted_and_left_out(tmp_path: Path) -> None:
     [
         ([{}, {"split": "validation"}], "no answer of split heldout, only of train, validation"),
         ([{"split": "heldout", "response_ids": [3]}], "no answer of two or more tokens"),
-        ([{"split": "heldout"}, {"split": "heldout", "temperature": 1.0}], r"values \[0.0, 1.0\] of temperature are"),
+        (
+            [{"split": "heldout"}, {"split": "heldout", "temperature": 1.0}],
+            r"mixes the values \[0.0, 1.0\] of temperature",
+        ),
         ([SAMPLED, {**SAMPLED, "top_p": 0.5}], r"mixes the values \[0.5, 1.0\] of top_p"),
         ([SAMPLED, {**SAMPLED, "top_k": 20}], r"mixes the values \[0, 20\] of top_k"),
     ],

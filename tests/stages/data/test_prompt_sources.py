@@ -48,9 +48,9 @@ def test_earlier_turns_and_system_prompts_are_kept() -> None:
 @pytest.mark.parametrize(
     ("row", "field", "said"),
     [
-        ({"text": "x"}, None, "it has text: set the source's field"),
+        ({"text": "x"}, None, "it has text"),
         ({}, None, "it has nothing"),
-        ({"text": "x"}, "question", "no field question: set field to one of text"),
+        ({"text": "x"}, "question", "no field question"),
         ({"prompt": "  "}, None, "prompt is blank"),
         ({"prompt": 3}, None, "prompt is a JSON number"),
         ({"messages": []}, None, "has no user message"),
@@ -149,7 +149,7 @@ def test_an_unreachable_data_set_is_an_error(target: Path, tmp_path: Path, monke
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     text = error(target, tmp_path, [{"kind": "huggingface", "id": "draftsmith-tests/no-such-data"}])
     assert "draftsmith-tests/no-such-data" in text
-    assert "check the id and the network" in text
+    assert "Check the id and the network" in text
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_wrong_tasks_and_options_are_errors(target: Path, tmp_path: Path) -> Non
     def task(name: str, **options: object) -> list[Row]:
         return [{"kind": "reasoning_gym", "tasks": [name], "options": options}]
 
-    assert "did you mean gsm_symbolic" in error(target, tmp_path, task("gsm_symbolik"))
+    assert "Did you mean gsm_symbolic?" in error(target, tmp_path, task("gsm_symbolik"))
     assert "task chain_sum" in error(target, tmp_path, task("chain_sum", colour="red"))
     assert "task chain_sum" in error(target, tmp_path, task("chain_sum", min_terms=9, max_terms=2))
 

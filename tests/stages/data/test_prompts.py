@@ -173,9 +173,9 @@ def test_sources_with_counts_are_mixed_evenly(target: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"train": 1}, "heldout is required: give it here, or give every source its counts"),
-        ({"train": 1, "sources": [{"counts": {"train": 1}}]}, "the sources have counts: leave out train"),
-        ({"sources": [{"counts": {"train": 1}}, {}]}, "sources 1 have no counts, others have"),
+        ({"train": 1}, "heldout is required"),
+        ({"train": 1, "sources": [{"counts": {"train": 1}}]}, "Leave out train"),
+        ({"sources": [{"counts": {"train": 1}}, {}]}, "sources 1 have no counts"),
     ],
 )
 def test_counts_are_given_by_the_section_or_by_all_sources(fields: Row, said: str) -> None:
