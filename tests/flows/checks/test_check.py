@@ -80,13 +80,8 @@ def test_one_run_reports_the_failures_of_all_checks(
     assert run(tmp_path, config) == 2
     captured = capsys.readouterr()
     for text in (
-<<<<<<< HEAD
         "stages.min_free_gb is 1e+09",
         "gone.jsonl is not an existing file",
-=======
-        "1e+09 GB wanted (stages.min_free_gb)",
-        "gone.jsonl is not an existing file. Correct the path",
->>>>>>> 45bee62 (tests: follow reworded errors)
         "target_layer_ids [0, 99] do not fit layers 0 … 3 of the target; name layers of it, or give a drafter",
         "16 prompts, 100 are skipped",
         "no-python does not exist",
