@@ -1,4 +1,4 @@
-"""Drafter checkpoints: the engine's files of the architecture, beside them `drafter.json` with where it comes from."""
+"""Drafter checkpoints: the files that engines load, and `drafter.json`, which records where the drafter comes from."""
 
 from __future__ import annotations
 
@@ -12,30 +12,33 @@ from typing import Any, cast
 import numpy as np
 import torch
 from pydantic import TypeAdapter
+from transformers import AutoConfig, AutoTokenizer
 
 from draftsmith.artifacts.errors import DraftsmithError, one_line
+from draftsmith.artifacts.home import home
+from draftsmith.artifacts.store.checksums import Checksums
 from draftsmith.stages.drafters import checkpoint_format
 from draftsmith.stages.drafters.base import Drafter, DrafterInfo
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.registry import CHECKPOINTS, DrafterConfig
 from draftsmith.stages.drafters.spec import Architecture
 from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.hub import check_snapshot, hub_commit, hub_snapshot
 
 _INFO = TypeAdapter(DrafterInfo)
 INFO_FILE, TOKENS_FILE = "drafter.json", "frequent_tokens.npy"
 
-
 ARCHITECTURES: dict[str, Architecture] = {
     kind: cast("Architecture", import_module(module)) for kind, module in CHECKPOINTS.items()
 }
-# Kinds that take over the weights of another one: their modules have `upgraded` and `upgraded_config`.
+# Kinds that start from the weights of another one: their modules have `upgraded` and `upgraded_config`.
 UPGRADES: dict[tuple[str, str], Any] = {
     (module.UPGRADES, kind): module for kind, module in ARCHITECTURES.items() if hasattr(module, "UPGRADES")
 }
 
 
 def architecture_of(folder: Path) -> Architecture:
-    """By the name in a checkpoint's config.json. Raises DraftsmithError if it is none that is known."""
+    """Return the architecture that a checkpoint's config.json names. Raises DraftsmithError if it is unknown."""
     raw = checkpoint_format.read_raw_config(folder)
     names = raw.get("architectures") or []
     names = names if isinstance(names, list) else [names]
@@ -51,13 +54,13 @@ def architecture_of(folder: Path) -> Architecture:
 
 
 def kind_of(architecture: Architecture) -> str:
-    """Its name in ARCHITECTURES and in configs."""
+    """Return the name of an architecture in ARCHITECTURES and in configs."""
     return next(kind for kind, known in ARCHITECTURES.items() if known is architecture)
 
 
 @dataclass(frozen=True)
 class DrafterPlan:
-    """What is known of a drafter without its weights."""
+    """The properties of a drafter that are known without its weights."""
 
     kind: str  # of ARCHITECTURES
     config: Any  # of transformers
@@ -68,7 +71,7 @@ class DrafterPlan:
 
 
 def plan_of_new(shape: DrafterConfig, target_config: Any, tokenizer: Callable[[], Any]) -> DrafterPlan:
-    """A drafter that is still to be trained. Raises DraftsmithError if its shape does not fit the target."""
+    """Plan a drafter that is still to be trained. Raises DraftsmithError if its shape does not fit the target."""
     architecture = ARCHITECTURES[shape.kind]
     config = architecture.new_config(shape, target_config, tokenizer)
     architecture.check_fits(config, target_config, "sft.drafter")
@@ -78,9 +81,9 @@ def plan_of_new(shape: DrafterConfig, target_config: Any, tokenizer: Callable[[]
 def plan_of_checkpoint(
     folder: Path, target_config: Any, where: str, tokenizer: Callable[[], Any], shape: DrafterConfig | None = None
 ) -> DrafterPlan:
-    """A checkpoint, from its config.json. Raises DraftsmithError if it does not fit the target.
+    """Plan from the config.json of a checkpoint. Raises DraftsmithError if it does not fit the target.
 
-    shape: what it is trained on as, where that is another kind (`upgraded`).
+    shape: of the drafter that it is trained on as, if that is another kind (`upgraded`).
     """
     architecture = architecture_of(folder)
     config = architecture.read_config(folder)
@@ -93,23 +96,23 @@ def plan_of_checkpoint(
 
 
 def upgraded(drafter: Drafter, shape: DrafterConfig, target: Target, seed: int) -> Drafter:
-    """The drafter as one of another kind that proposes the same, if the shape names a kind that it can become.
+    """Return the drafter as one of another kind that proposes the same, if the shape names a kind that it can become.
 
-    Else the drafter itself: a checkpoint's own shape goes before what a config says of a new one.
+    Otherwise return the drafter itself: a checkpoint's own shape overrides the shape of a new one in a config.
     """
     upgrade = UPGRADES.get((drafter.kind, shape.kind))
     if upgrade is None:
         return drafter
-    return _behind(target, upgrade.upgraded(drafter, shape, target, seed))
+    return _with_target_scales(target, upgrade.upgraded(drafter, shape, target, seed))
 
 
 def kind_after(kind: str, shape: DrafterConfig) -> str:
-    """Of a drafter of this kind, once it is `upgraded`."""
+    """Return the kind of a drafter of this kind after `upgraded`."""
     return shape.kind if (kind, shape.kind) in UPGRADES else kind
 
 
 def skeleton_of(folder: Path) -> Drafter:
-    """The drafter of a checkpoint without its weights, from its config.json."""
+    """Create the drafter of a checkpoint without its weights, from its config.json."""
     architecture = architecture_of(folder)
     return _skeleton(architecture, architecture.read_config(folder), str(folder / checkpoint_format.CONFIG_FILE))
 
@@ -117,23 +120,23 @@ def skeleton_of(folder: Path) -> Drafter:
 def _skeleton(architecture: Architecture, config: Any, where: str) -> Drafter:
     try:
         with torch.device("meta"):
-            found: Drafter = architecture.skeleton(config)
-    except Exception as error:  # torch and transformers raise of every kind where a size or an angle makes no sense
+            skeleton: Drafter = architecture.skeleton(config)
+    except Exception as error:  # torch and transformers raise all kinds of errors for impossible sizes or angles
         raise DraftsmithError(
-            f"drafter {where}: no model can be made of it ({type(error).__name__}: {one_line(error, 200)}); "
-            "correct its fields"
+            f"drafter {where}: no model can be created from it ({type(error).__name__}: {one_line(error, 200)}). "
+            "Correct its fields."
         ) from error
-    return found
+    return skeleton
 
 
 def check_whole(folder: Path) -> None:
-    """A checkpoint's weights are all there, with the shapes that its config.json says; reads headers only."""
-    expected = {name: tuple(each.shape) for name, each in skeleton_of(folder).named_parameters()}
+    """Check that a checkpoint has all weights, with the shapes of its config.json. Reads headers only."""
+    expected = {name: tuple(p.shape) for name, p in skeleton_of(folder).named_parameters()}
     checkpoint_format.check_weights(folder, expected, architecture_of(folder).own_name)
 
 
 def block_size_of(folder: Path) -> int:
-    """That a checkpoint was trained with, from its config.json."""
+    """Return the block size that a checkpoint was trained with, from its config.json."""
     size: int = architecture_of(folder).read_config(folder).block_size
     return size
 
@@ -151,18 +154,18 @@ def _plan(architecture: Architecture, config: Any, tokenizer: Callable[[], Any],
 
 
 def create_drafter(shape: DrafterConfig, target: Target, seed: int, frequent: torch.Tensor | None = None) -> Drafter:
-    """A new drafter with seeded random weights, float32.
+    """Create a drafter with seeded random weights, float32.
 
-    frequent: [V] token ids, most frequent first; needed where the shape asks for a reduced draft vocabulary.
+    frequent: [V] token ids, most frequent first; required for a reduced draft vocabulary.
     """
     architecture = ARCHITECTURES[shape.kind]
     config = architecture.new_config(shape, target.config, lambda: target.tokenizer)
     architecture.check_fits(config, target.config, "sft.drafter")
-    return _behind(target, architecture.create(config, target, seed, frequent))
+    return _with_target_scales(target, architecture.create(config, target, seed, frequent))
 
 
-def _behind(target: Target, drafter: Drafter) -> Drafter:
-    """What a drafter takes over from its target beside embedding and head."""
+def _with_target_scales(target: Target, drafter: Drafter) -> Drafter:
+    """Set what a drafter shares with its target beside embedding and head."""
     drafter.logit_map, drafter.embedding_scale = target.logit_map, target.embedding_scale
     return drafter
 
@@ -185,26 +188,26 @@ def write_info(folder: Path, info: DrafterInfo) -> None:
 def load_drafter(
     source: Path | str, target: Target, dtype: torch.dtype | None = None, *, of_any_target: bool = False
 ) -> Drafter:
-    """Load a checkpoint (ours, or any in the public layouts) for this target, in `dtype` (default: the target's).
+    """Load a checkpoint (ours, or one in a public layout) for this target, in `dtype` (default: the target's).
 
-    source: a folder, or a hub id as text. Raises DraftsmithError if it was made for another target, unless
+    source: a folder, or a hub id as text. Raises DraftsmithError if it was trained for another target, unless
     `of_any_target`.
     """
     folder = source if isinstance(source, Path) else drafter_source(source)
     if not of_any_target:
         check_drafter(folder, target.info.digest)
-    drafter = _behind(target, architecture_of(folder).load(folder, target, dtype or target.dtype))
+    drafter = _with_target_scales(target, architecture_of(folder).load(folder, target, dtype or target.dtype))
     drafter.info = read_info(folder)
     if (tokens := folder / TOKENS_FILE).exists():
         try:
             drafter.frequent_tokens = torch.from_numpy(np.load(tokens).astype(np.int64)).to(target.device)
         except (OSError, ValueError, EOFError) as error:
-            raise DraftsmithError(f"drafter {tokens}: cannot be read ({error}); it is cut short or damaged") from error
+            raise DraftsmithError(f"drafter {tokens}: cannot be read ({error}). It is cut short or damaged.") from error
     return drafter.eval()
 
 
 def read_info(folder: Path) -> DrafterInfo:
-    """drafter.json, or an empty record for a checkpoint made elsewhere. Raises DraftsmithError if it is damaged."""
+    """Read drafter.json; a checkpoint from elsewhere has an empty record. Raises DraftsmithError if it is damaged."""
     if not (path := folder / INFO_FILE).exists():
         return DrafterInfo()
     try:
@@ -213,46 +216,44 @@ def read_info(folder: Path) -> DrafterInfo:
         return _INFO.validate_python(asdict(DrafterInfo(**{**raw, "parents": tuple(raw.get("parents", ()))})))
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DraftsmithError(
-            f"drafter {path}: cannot be read ({one_line(error, 200)}); remove it to use the checkpoint without its "
-            "record"
+            f"drafter {path}: cannot be read ({one_line(error, 200)}). Remove it to use the checkpoint without its "
+            "record."
         ) from error
 
 
 def check_drafter(folder: Path, target_digest: str) -> None:
     """Refuse a drafter trained for another revision of the target. Reads JSON only."""
-    made_for = read_info(folder).target_digest
-    if made_for and made_for != target_digest:
+    trained_for = read_info(folder).target_digest
+    if trained_for and trained_for != target_digest:
         raise DraftsmithError(
-            f"drafter {folder / INFO_FILE}: made for the target {made_for[:12]}, this target is {target_digest[:12]}; "
-            "give a drafter of this target, or set sft.adopt: true to begin from it although the target has changed"
+            f"drafter {folder / INFO_FILE}: trained for the target {trained_for[:12]}, this target is "
+            f"{target_digest[:12]}. Give a drafter of this target, or set sft.adopt: true to start from this one."
         )
 
 
 def check_layers(folder: Path, num_target_layers: int) -> None:
-    """Refuse a checkpoint whose layers SGLang would hand over otherwise than it was trained. Reads JSON only."""
+    """Refuse a checkpoint whose layers SGLang would pass differently from its training. Reads JSON only."""
     config = architecture_of(folder).read_config(folder)
     ids = architecture_of(folder).target_layer_ids(config)
     if ids and (reason := checkpoint_format.unservable_layers(ids, num_target_layers)):
         raise DraftsmithError(
-            f"drafter {folder / checkpoint_format.CONFIG_FILE}: {reason}: train one that can be served"
+            f"drafter {folder / checkpoint_format.CONFIG_FILE}: {reason}. Train one that can be served."
         )
 
 
 def descends_from(folder: Path) -> tuple[str, ...]:
-    """The parents of a drafter that was trained on from this checkpoint, oldest first."""
+    """Return the parents of a drafter that was trained on from this checkpoint, oldest first."""
     return (*read_info(folder).parents, drafter_digest(folder))
 
 
 def drafter_source(source: str, revision: str | None = None) -> Path:
-    """A local folder, or a hub id downloaded once. Raises DraftsmithError if neither can be had."""
+    """Return a local folder, or download a hub id once. Raises DraftsmithError if neither works."""
     if (folder := Path(source).expanduser()).is_dir():
         if revision is not None:
-            raise DraftsmithError(f"sft.init_revision: {source} is a folder, only drafters of the hub have revisions")
+            raise DraftsmithError(
+                f"sft.init_revision: {source} is a folder, and only drafters of the hub have revisions. Leave it out."
+            )
         return folder
-    from draftsmith.artifacts.home import home
-    from draftsmith.artifacts.store.checksums import Checksums
-    from draftsmith.stages.target.hub import check_snapshot, hub_commit, hub_snapshot
-
     commit = hub_commit(source, revision) or revision
     folder = hub_snapshot("sft.init_from", source, commit, ["*.json", "*.safetensors", "*.npy"])
     check_snapshot(folder, Checksums(home()).sha256)
@@ -267,8 +268,6 @@ def check_shape(folder: Path, target_model: Path) -> None:
 
 def check_new(shape: DrafterConfig, target_model: Path) -> None:
     """Refuse a shape that does not fit the target: layer ids, mask token. Config and tokenizer only."""
-    from transformers import AutoTokenizer
-
     plan_of_new(
         shape,
         read_target_config(target_model),
@@ -277,7 +276,5 @@ def check_new(shape: DrafterConfig, target_model: Path) -> None:
 
 
 def read_target_config(target_model: Path) -> Any:
-    """Of a target's folder, its text part, as drafters are planned with it."""
-    from transformers import AutoConfig
-
+    """Read the text part of a target's config, which drafters are planned with."""
     return AutoConfig.from_pretrained(target_model, local_files_only=True).get_text_config()

@@ -1,4 +1,4 @@
-"""What the checkpoint layouts of all architectures share: reading strictly, writing, and fitting a target."""
+"""Strict reading and writing of checkpoints, and their fit to a target, for the layouts of all architectures."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from draftsmith.artifacts.errors import DraftsmithError, one_line
 from draftsmith.stages.drafters import speculators
+from draftsmith.stages.drafters.spec import RawConfig
 from draftsmith.stages.target.model_sizes import usual_layer, wrong_numbers
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-_PARTIAL = "partial_rotary_factor"
+_PARTIAL_ROTATION = "partial_rotary_factor"
 
 
 class NoMaskTokenError(DraftsmithError):
@@ -29,29 +30,29 @@ class NoMaskTokenError(DraftsmithError):
 
 @contextmanager
 def config_errors(where: str) -> Iterator[None]:
-    """Values of a kind that the reader does not expect become one clear error."""
+    """Turn errors of values that the reader does not expect into one clear error."""
     try:
         yield
     except DraftsmithError:
         raise
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
         raise DraftsmithError(
-            f"drafter {where}: a field is not what it should be ({one_line(error, 200)}); export the checkpoint again"
+            f"drafter {where}: a field has an unexpected value ({one_line(error, 200)}). Export the checkpoint again."
         ) from error
 
 
-def read_raw_config(folder: Path) -> dict[str, Any]:
-    """config.json as it is, rotary settings under `rope_parameters`; one of speculators as if it were written here.
+def read_raw_config(folder: Path) -> RawConfig:
+    """Read config.json, with rotary settings under `rope_parameters`, and converted from the layout of speculators.
 
-    Raises DraftsmithError if it is no JSON object.
+    Raises DraftsmithError if it is not a JSON object.
     """
     path = folder / CONFIG_FILE
     try:
         raw = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise DraftsmithError(f"drafter {path}: cannot be read ({error}); give the folder of a drafter") from error
+        raise DraftsmithError(f"drafter {path}: cannot be read ({error}). Give the folder of a drafter.") from error
     if not isinstance(raw, dict):
-        raise DraftsmithError(f"drafter {path}: is not a JSON object; give the folder of a drafter")
+        raise DraftsmithError(f"drafter {path}: is not a JSON object. Give the folder of a drafter.")
     with config_errors(str(path)):
         for holder in (raw, raw.get("transformer_layer_config")):
             require_kinds(path, _containers(holder or {}))
@@ -64,13 +65,13 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
         theta, older = (raw.get("rope_parameters") or {}).get("rope_theta"), raw.get("rope_theta")
     if older is not None and theta not in (None, older):
         raise DraftsmithError(
-            f"drafter {path}: rope_theta is {older!r} at the top and {theta!r} in rope_parameters (engines read "
-            "either); keep the trained one"
+            f"drafter {path}: rope_theta is {older!r} at the top and {theta!r} in rope_parameters, and engines read "
+            "either. Keep the trained one."
         )
     return raw
 
 
-# Fields of a config.json that hold others; null and absence are for whoever reads them.
+# Fields of a config.json that hold others. Whoever reads them handles null and absence.
 _LISTS = {"architectures": str, "layer_types": str, "aux_hidden_state_layer_ids": int}
 _OBJECTS = (
     *("dflash_config", "dspark_config", "eagle_config"),
@@ -78,8 +79,8 @@ _OBJECTS = (
 )
 
 
-def _containers(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, bool]]:
-    """Whether each is of its kind, as `require_kinds` takes it."""
+def _containers(raw: RawConfig) -> Iterator[tuple[str, Any, bool]]:
+    """Yield the checks of these fields for `require_kinds`."""
     for name, kind in _LISTS.items():
         value = raw.get(name)
         yield name, value, value is None or (isinstance(value, list) and all(type(each) is kind for each in value))
@@ -88,17 +89,17 @@ def _containers(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, bool]]:
 
 
 def is_speculators(folder: Path) -> bool:
-    """Is a checkpoint, whose config.json could be read, in the layout of speculators?"""
+    """Return whether a checkpoint, whose config.json is readable, is in the layout of speculators."""
     return speculators.KIND in json.loads((folder / CONFIG_FILE).read_text())
 
 
-def parse_config(raw: Mapping[str, Any], kind: type[Any], architecture: str, path: Path) -> Any:
-    """`raw` as a config class of transformers, whose numbers are such as a model can be made of."""
+def parse_config(raw: RawConfig, kind: type[Any], architecture: str, path: Path) -> Any:
+    """Parse `raw` as a config class of transformers. Raises DraftsmithError if no model can be created from it."""
     try:
         config = kind(**{**raw, "architectures": [architecture]})
-    except Exception as error:  # transformers checks fields with error classes of its own
+    except Exception as error:  # transformers has its own error classes for its fields
         raise DraftsmithError(
-            f"drafter {path}: cannot be read ({one_line(error)}); give the folder of a drafter"
+            f"drafter {path}: cannot be read ({one_line(error)}). Give the folder of a drafter."
         ) from error
     rotation = config.rope_parameters.get("rope_type")
     known = isinstance(rotation, str) and rotation in ("default", *ROPE_INIT_FUNCTIONS)
@@ -123,22 +124,24 @@ def require_fields(path: Path, fields: Iterable[tuple[str, Any]]) -> None:
     """Refuse a config in which one of the named values is missing."""
     for field, value in fields:
         if value is None:
-            raise DraftsmithError(f"drafter {path}: field {field} is missing (an engine would guess it); add it")
+            raise DraftsmithError(f"drafter {path}: field {field} is missing, and an engine would guess it. Add it.")
 
 
 def check_equal(where: str, checks: Iterable[tuple[str, Any, Any]]) -> None:
-    """checks: (field, the drafter's, the target's). Raises DraftsmithError at the first that differs."""
+    """Raise DraftsmithError at the first value that differs. checks: (field, the drafter's, the target's)."""
     for field, has, needs in checks:
         if has != needs:
             raise DraftsmithError(
-                f"drafter {where}: {field} is {has}, the target's is {needs}: it was made for another target; "
-                "give a drafter of this target or leave sft.init_from out"
+                f"drafter {where}: {field} is {has}, the target's is {needs}, so it was trained for another target. "
+                "Give a drafter of this target, or leave sft.init_from out."
             )
 
 
 def rope_checks(drafter: Any, target: Any) -> list[tuple[str, Any, Any]]:
-    """The rotary settings of two configs, as `check_equal` takes them; none where one of them does not say, or where
-    the target's differ by layer: a drafter may then have either."""
+    """Return the checks of the rotary settings of two configs for `check_equal`.
+
+    There are none if a config does not state them, or if the target's differ by layer: a drafter may then have either.
+    """
     ours, theirs = (getattr(config, "rope_parameters", None) or {} for config in (drafter, target))
     theirs = _rotation(theirs)
     if not (ours.get("rope_theta") and theirs.get("rope_theta")):
@@ -150,35 +153,42 @@ def rope_checks(drafter: Any, target: Any) -> list[tuple[str, Any, Any]]:
     ]
 
 
-def refuse_other_rotations(path: Path, raw: Mapping[str, Any]) -> None:
-    """Only drafters whose whole heads rotate are supported, and by the angles that engines compute too. raw: a
-    config.json that has rope_parameters."""
-    if (raw["rope_parameters"] | raw).get(_PARTIAL) not in (None, 1):
-        raise DraftsmithError(f"drafter {path}: {_PARTIAL} is set: only whole heads that rotate are supported")
+def refuse_other_rotations(path: Path, raw: RawConfig) -> None:
+    """Refuse drafters of which a part of each head rotates, or whose angles engines compute in another way.
+
+    raw: a config.json that has rope_parameters.
+    """
+    if (raw["rope_parameters"] | raw).get(_PARTIAL_ROTATION) not in (None, 1):
+        raise DraftsmithError(
+            f"drafter {path}: {_PARTIAL_ROTATION} is set, and only whole heads that rotate are supported."
+        )
     if reason := _rotated_otherwise(raw["rope_parameters"]):
         raise DraftsmithError(
-            f"drafter {path}: rope_parameters has {reason}, which SGLang computes otherwise than transformers: give a "
-            "drafter without it (if it is a line's champion: begin another line, registry.name)"
+            f"drafter {path}: rope_parameters has {reason}, which SGLang computes otherwise than transformers. Give a "
+            "drafter without it (if it is a line's champion, begin another line with registry.name)."
         )
 
 
-def _rotated_otherwise(rope: Mapping[str, Any]) -> str | None:
-    """The setting by which SGLang's angles or their scale differ from those of transformers; None if they are equal."""
-    if (kind := rope.get("rope_type")) in ("dynamic", "longrope"):  # chosen by what else a forward reads
+def _rotated_otherwise(rope: RawConfig) -> str | None:
+    """Return the setting by which SGLang's angles or their scale differ from transformers'; None if they are equal."""
+    if (kind := rope.get("rope_type")) in ("dynamic", "longrope"):  # depends on what else a forward reads
         return f"rope_type {kind}"
     return "attention_factor" if rope.get("attention_factor") is not None else None
 
 
-def _rotation(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a drafter whose target has these: the same, but plain angles where engines do not agree. Whole heads
-    rotate, whatever the target's do: engines would read another part than the models here."""
+def _rotation(rope: RawConfig) -> RawConfig:
+    """Return the rotary settings of a drafter for a target with these settings.
+
+    They are the same, but default angles where engines disagree. Whole heads rotate, whatever the target's do: engines
+    and the models here would rotate different parts.
+    """
     if _rotated_otherwise(rope):
         return {"rope_type": "default", "rope_theta": rope["rope_theta"]}
-    return {name: value for name, value in rope.items() if name != _PARTIAL}
+    return {name: value for name, value in rope.items() if name != _PARTIAL_ROTATION}
 
 
-# What every architecture here computes, whatever a config calls it: other values are another model to an engine.
-COMPUTED: dict[str, Any] = {
+# The values that every architecture here computes with. With other values an engine computes another model.
+COMPUTED: RawConfig = {
     "hidden_act": "silu",
     "rope_is_neox_style": True,
     "is_neox_style": True,
@@ -188,113 +198,115 @@ COMPUTED: dict[str, Any] = {
 }
 
 
-def refuse_other_models(path: Path, fields: Mapping[str, Any], computed: Mapping[str, Any], within: str = "") -> None:
-    """Refuse a config with a field that engines compute by and we do not.
+def refuse_other_models(path: Path, fields: RawConfig, computed: RawConfig, within: str = "") -> None:
+    """Refuse a config with a field that engines read and that is not computed here.
 
-    computed: field -> the value that changes nothing; null and absence are taken for it. within: where the fields
-    stand, e.g. "dflash_config.".
+    computed: field -> the value that changes nothing, as null and absence do.
+    within: the object that holds the fields, e.g. "dflash_config.".
     """
     for name, neutral in computed.items():
         if (value := fields.get(name)) is not None and value != neutral:
             raise DraftsmithError(
-                f"drafter {path}: {within}{name} is {json.dumps(value)[:60]}: to an engine that is another model than "
-                f"the one computed here ({json.dumps(neutral)}); give a drafter without it"
+                f"drafter {path}: {within}{name} is {json.dumps(value)[:60]}, and only {json.dumps(neutral)} is "
+                "computed here: an engine would serve another model. Give a drafter without it."
             )
 
 
 def is_number(value: Any) -> bool:
-    """One of JSON, and finite."""
+    """Return whether a JSON value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_integer(value: Any) -> bool:
-    """An integer, and no truth value."""
+    """Return whether a JSON value is an integer, and not a boolean."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_block(value: Any) -> bool:
-    """A number of tokens that a block may have: the anchor and a proposal at least."""
+    """Return whether a JSON value is a block size: at least the anchor and one proposal."""
     return is_integer(value) and value >= 2
 
 
 def require_kinds(path: Path, checks: Iterable[tuple[str, Any, bool]]) -> None:
-    """checks: (field, value, whether it is of the kind that it should be). Raises DraftsmithError at the first not."""
+    """Raise DraftsmithError at the first field with a wrong value. checks: (field, value, whether it is valid)."""
     for field, value, right in checks:
         if not right:
-            raise DraftsmithError(f"drafter {path}: {field} is {value!r}; export the checkpoint again")
+            raise DraftsmithError(f"drafter {path}: {field} is {value!r}. Export the checkpoint again.")
 
 
 def check_layer_ids(where: str, ids: Sequence[int], layers: int, *, ask_for: str) -> None:
-    """Every id is a layer of the target, and none is named twice."""
+    """Check that every id is a layer of the target, and none comes twice. Raises DraftsmithError."""
     if len(set(ids)) < len(ids):
-        raise DraftsmithError(f"drafter {where}: target_layer_ids {list(ids)} name a layer twice; {ask_for}")
+        raise DraftsmithError(f"drafter {where}: target_layer_ids {list(ids)} name a layer twice. {ask_for}")
     if not ids or min(ids) < 0 or max(ids) >= layers:
         raise DraftsmithError(
-            f"drafter {where}: target_layer_ids {list(ids)} do not fit layers 0 … {layers - 1} of the target; "
-            "name layers of it, or give a drafter that was made for it"
+            f"drafter {where}: target_layer_ids {list(ids)} do not fit layers 0 … {layers - 1} of the target. "
+            "Name layers of it, or give a drafter that was trained for it."
         )
 
 
 def unservable_layers(ids: Sequence[int], layers: int) -> str | None:
-    """Why an engine would hand these layers to the drafter in another order, or not at all; None if it would not.
+    """Return why an engine would pass these layers in another order, or not at all; None if it passes them as they are.
 
-    SGLang collects hidden states while the target runs, in front of its layers: in rising order, never behind the last.
+    SGLang collects hidden states while the target runs, before its layers: in rising order, never after the last one.
     """
     if list(ids) != sorted(ids):
-        return f"target_layer_ids {list(ids)} do not rise, and SGLang hands layers over in rising order"
+        return f"target_layer_ids {list(ids)} do not rise, and SGLang passes layers in rising order"
     if max(ids) == layers - 1:
-        return f"target_layer_ids {list(ids)} name the last layer, behind which SGLang takes nothing"
+        return f"target_layer_ids {list(ids)} name the last layer, after which SGLang takes nothing"
     return None
 
 
-def write_checkpoint(folder: Path, raw: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write config.json and model.safetensors. Raises DraftsmithError for weights that are no numbers."""
+def write_checkpoint(folder: Path, raw: RawConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write config.json and model.safetensors. Raises DraftsmithError for weights that are not finite."""
     _must_be_finite(folder, tensors)
     (folder / CONFIG_FILE).write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
     save_file(dict(tensors), folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
 def check_weights(folder: Path, expected: Mapping[str, tuple[int, ...]], own_name: Callable[[str], str | None]) -> None:
-    """model.safetensors is there and whole, and has these tensors with these shapes and no other; reads its header
-    only. own_name: of an architecture."""
+    """Check that model.safetensors is complete and has exactly these tensors with these shapes. Reads its header only.
+
+    own_name: of an architecture. Raises DraftsmithError.
+    """
     path = folder / WEIGHTS_FILE
     try:
         with safe_open(path, framework="pt") as file:
             names = {own: name for name in file.keys() if (own := own_name(name)) is not None}  # noqa: SIM118
-            found = {own: torch.empty(file.get_slice(name).get_shape(), device="meta") for own, name in names.items()}
+            shapes = {own: torch.empty(file.get_slice(name).get_shape(), device="meta") for own, name in names.items()}
     except (OSError, SafetensorError) as error:
         raise DraftsmithError(
-            f"drafter {path}: cannot be read ({error}); the file is missing or cut short: a drafter is one "
-            f"{WEIGHTS_FILE}, export it as that"
+            f"drafter {path}: cannot be read ({error}): the file is missing or cut short. Export the drafter as one "
+            f"{WEIGHTS_FILE}."
         ) from error
-    check_tensors(folder, found, expected, "those of its config.json")
+    check_tensors(folder, shapes, expected, "those of its config.json")
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """model.safetensors. Raises DraftsmithError if it cannot be read, or holds weights that are no numbers."""
+    """Read model.safetensors. Raises DraftsmithError if it cannot be read, or holds weights that are not finite."""
     path = folder / WEIGHTS_FILE
     try:
         tensors: dict[str, torch.Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise DraftsmithError(f"drafter {path}: cannot be read ({error}); the file is missing or cut short") from error
+        raise DraftsmithError(f"drafter {path}: cannot be read ({error}). The file is missing or cut short.") from error
     _must_be_finite(folder, tensors)
     return tensors
 
 
 def _must_be_finite(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Such a drafter would propose what is never taken, and its training fail as if it diverged."""
-    floats = {name: each for name, each in tensors.items() if each.is_floating_point() and each.itemsize > 1}
-    if names := [name for name, each in floats.items() if not bool(each.isfinite().all())]:
+    """Refuse weights whose proposals would never be accepted, and whose training would fail as if it diverged."""
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.itemsize > 1}
+    if names := [name for name, tensor in floats.items() if not bool(tensor.isfinite().all())]:
         raise DraftsmithError(
             f"drafter {folder / WEIGHTS_FILE}: {min(names)} holds NaN or infinite weights ({len(names)} in "
-            "all), of a training that diverged or a dtype that is too small: give another checkpoint"
+            "all): its training diverged, or its dtype is too small. Give another checkpoint."
         )
 
 
 def check_tensors(
     folder: Path, tensors: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[int, ...]], layout: str
 ) -> None:
-    """Every tensor must be there, with its shape, and no other: engines ignore names that they do not know."""
+    """Check that all tensors and no others are there, with their shapes: engines ignore names that they do not know."""
     shared = expected.keys() & tensors.keys()
     for problem, names in (
         ("lacks tensor", expected.keys() - tensors.keys()),
@@ -303,33 +315,36 @@ def check_tensors(
     ):
         if names:
             raise DraftsmithError(
-                f"drafter {folder / WEIGHTS_FILE}: {problem} {min(names)} ({len(names)} in all); expected {layout}"
+                f"drafter {folder / WEIGHTS_FILE}: {problem} {min(names)} ({len(names)} in all). Expected: {layout}."
             )
 
 
 def cast(drafter: nn.Module, dtype: torch.dtype) -> None:
-    """Weights to `dtype`, in place. Rotary frequencies stay float32, as in engines: rounded to bfloat16, they turn by
-    radians more or less at position 2000."""
+    """Convert the weights to `dtype`, in place.
+
+    Rotary frequencies stay float32, as in engines: rounded to bfloat16, angles are off by radians at position 2000.
+    """
     for parameter in drafter.parameters():
         parameter.data = parameter.data.to(dtype)
 
 
-def serving_fields(config: Any, dtype: torch.dtype) -> dict[str, Any]:
-    """Fields that engines read under older names."""
+def serving_fields(config: Any, dtype: torch.dtype) -> RawConfig:
+    """Return fields that engines read under older names."""
     return {"rope_theta": config.rope_parameters["rope_theta"], "dtype": str(dtype).removeprefix("torch.")}
 
 
 def intermediate_size(target_config: Any) -> int:
-    """Of a new drafter's MLPs: the target's, or the usual three times its width where it has none of its own."""
+    """Return the width of a new drafter's MLPs: the target's, or three times its hidden size if it has none."""
     return getattr(usual_layer(target_config), "intermediate_size", None) or 3 * int(target_config.hidden_size)
 
 
-def target_fields(target_config: Any) -> dict[str, Any]:
-    """Widths, heads and rotary settings of the target, which a new drafter takes over."""
+def target_fields(target_config: Any) -> RawConfig:
+    """Return the widths, heads and rotary settings of the target, which a new drafter adopts."""
     usual = usual_layer(target_config)
     heads = usual.num_attention_heads
     rope = getattr(target_config, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10000.0}
-    # by kind of layer, where these differ: a drafter reads the whole prefix, unless the layers that do turn nothing
+    # If they differ by kind of layer, take those of layers that read the whole prefix, as a drafter does, unless these
+    # layers do not rotate.
     kinds = ("full_attention", "hybrid", "sliding_attention", "hybrid_sliding")
     rope = next((rope[kind] for kind in kinds if rope.get(kind)), rope)
     eps = (getattr(target_config, name, None) for name in ("rms_norm_eps", "norm_eps", "layer_norm_eps"))

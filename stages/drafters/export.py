@@ -1,4 +1,4 @@
-"""A checkpoint in another layout than the one it is kept in."""
+"""Exports a checkpoint in the layout that vLLM loads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters import checkpoint_format, speculators
@@ -17,7 +19,7 @@ from draftsmith.stages.target.logit_probe import embedding_scale
 
 
 def export_speculators(source: Path, target_model: Path, target: str, folder: Path) -> None:
-    """The checkpoint in `source` in the layout that vLLM loads, with the target's embedding and head.
+    """Write the checkpoint in `source` in the layout that vLLM loads, with the target's embedding and head.
 
     target_model: a folder of transformers. target: where an engine finds it. Raises DraftsmithError.
     """
@@ -25,44 +27,43 @@ def export_speculators(source: Path, target_model: Path, target: str, folder: Pa
     architectures = json.loads((target_model / checkpoint_format.CONFIG_FILE).read_text()).get("architectures") or []
     config = speculators.to_speculators(raw, target, architectures)
     tensors = checkpoint_format.read_tensors(source)
-    dtype = tensors["fc.weight"].dtype  # a confidence head is float32 whatever the others are
+    dtype = tensors["fc.weight"].dtype  # not of any tensor: a confidence head is always float32
     if (scale := _embedding_scale(target_model)) != 1:
         raise DraftsmithError(
             f"target {target_model}: multiplies its embedding by {scale:g}, and speculators' drafters read it as it "
-            "is: export the drafter without --format"
+            "is. Export the drafter without --format."
         )
     embedding, head = _embedding_and_head(target_model)
     folder.mkdir(parents=True, exist_ok=True)
-    of_target = {speculators.EMBEDDING: embedding.to(dtype), speculators.HEAD: head.to(dtype)}
-    checkpoint_format.write_checkpoint(folder, config, tensors | of_target)
+    shared = {speculators.EMBEDDING: embedding.to(dtype), speculators.HEAD: head.to(dtype)}
+    checkpoint_format.write_checkpoint(folder, config, tensors | shared)
     if (source / TOKENS_FILE).exists():
         shutil.copyfile(source / TOKENS_FILE, folder / TOKENS_FILE)
     write_info(folder, read_info(source))
 
 
 def _embedding_scale(model: Path) -> float:
-    """What its first layer reads, as a multiple of the table; no weights are read."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig
-
+    """Return the factor on the embeddings that a model's first layer reads. No weights are read."""
     config = AutoConfig.from_pretrained(model, local_files_only=True)
     with init_empty_weights(include_buffers=False):
         return embedding_scale(model_class(config).from_config(config).get_input_embeddings())
 
 
 def _embedding_and_head(model: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both [V, H]; the head of a model that has none of its own is its embedding, of which it gets a copy."""
-    found: dict[str, torch.Tensor] = {}
+    """Return embedding and head, both [V, H]; the head of a model without one is a copy of its embedding."""
+    tensors: dict[str, torch.Tensor] = {}
     for path in sorted(model.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  (it is no mapping)
+                for name in file.keys():  # noqa: SIM118  (not a mapping)
                     for wanted in (speculators.EMBEDDING, speculators.HEAD):
                         if name == wanted or name.endswith(f".{wanted}"):
-                            found[wanted] = file.get_tensor(name)
+                            tensors[wanted] = file.get_tensor(name)
         except (OSError, SafetensorError) as error:
-            raise DraftsmithError(f"target {path}: cannot be read ({error}); it is cut short or damaged") from error
-    if speculators.EMBEDDING not in found:
-        raise DraftsmithError(f"target {model}: has no tensor {speculators.EMBEDDING}; its layout is not known here")
-    embedding = found[speculators.EMBEDDING]
-    return embedding, found.get(speculators.HEAD, embedding.clone())
+            raise DraftsmithError(f"target {path}: cannot be read ({error}). It is cut short or damaged.") from error
+    if speculators.EMBEDDING not in tensors:
+        raise DraftsmithError(
+            f"target {model}: has no tensor {speculators.EMBEDDING}. Export the drafter without --format."
+        )
+    embedding = tensors[speculators.EMBEDDING]
+    return embedding, tensors.get(speculators.HEAD, embedding.clone())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeAlias
 
 from pydantic import Field
 
@@ -55,6 +55,8 @@ class Architecture(Protocol):
     def save(self, drafter: Any, folder: Path, dtype: torch.dtype) -> None: ...
     def load(self, folder: Path, target: Target, dtype: torch.dtype) -> Any: ...
 
+
+RawConfig: TypeAlias = dict[str, Any]  # the JSON of a config.json
 
 NO_FREQUENT_TOKENS = "has no frequent_tokens.npy, so head_tokens has no effect"
 

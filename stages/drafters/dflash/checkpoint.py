@@ -1,8 +1,8 @@
-"""DFlash checkpoints in z-lab's layout: what SGLang and vLLM load. Refuses what those engines would load wrongly."""
+"""DFlash checkpoints in z-lab's layout, which SGLang and vLLM load. Refuses what those engines would load wrongly."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,13 +13,14 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters import checkpoint_format, speculators
 from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
+from draftsmith.stages.drafters.spec import RawConfig
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.model_sizes import is_size
 
 AnyDFlash = TypeVar("AnyDFlash", bound=DFlashDrafter)
 
 ARCHITECTURE = "DFlashDraftModel"
-# What SGLang's DFlash reads from a config and is not computed here, with the value that changes nothing
+# Fields that SGLang's DFlash reads and that are not computed here, with the value that changes nothing
 # (srt/models/dflash.py, srt/speculative/dflash_utils.py; 0.5.20 and 0.5.23).
 _COMPUTED = {"has_embed_tokens": False, "attention_sink_bias": False}
 _COMPUTED_WITHIN = {  # `dflash_config`
@@ -33,44 +34,44 @@ _COMPUTED_WITHIN = {  # `dflash_config`
     "selector_top_k": 0,
 }
 _COMPUTED_EITHER = {"projector_type": None, "sample_from_anchor": True}  # at the top or within
-# Of the same config fields, for models that draft in another way.
+# Architectures with the same config fields that draft in another way.
 _OTHER_ARCHITECTURES = ("DFlash2", "DFlashLaguna", "DSpark")
 own_name = speculators.own_name
 MASK_ADVICE = (
-    "set sft.drafter.mask_token to a special token that never occurs in text (ids: mask_candidates in the target's "
-    "target.json)"
+    "Set sft.drafter.mask_token to a special token that never occurs in text (ids: mask_candidates in the target's "
+    "target.json)."
 )
 
 
 def default_layer_ids(num_target_layers: int, count: int) -> list[int]:
-    """DFlash's default choice of target layers; layer k = the hidden state AFTER target layer k."""
+    """Return DFlash's default choice of target layers; layer k = the hidden state AFTER target layer k."""
     if count == 1:
         return [num_target_layers // 2]
     return [round(1 + i * (num_target_layers - 4) / (count - 1)) for i in range(count)]
 
 
 def mask_token_id(tokenizer: Any, wanted: str | int | None) -> int:
-    """The id of the mask token. Raises DraftsmithError if the vocabulary does not hold it as one token.
+    """Return the id of the mask token. Raises DraftsmithError if it is not one token of the vocabulary.
 
-    An id is taken as it is: it may lie behind the tokenizer's tokens, where models keep unused rows.
+    wanted: an id is used as it is, because models keep unused rows after the tokenizer's tokens.
     """
     if isinstance(wanted, int):
         return wanted
     token = wanted if wanted is not None else tokenizer.mask_token
     if token is None:
         raise checkpoint_format.NoMaskTokenError(
-            f"sft.drafter.mask_token: the target's tokenizer has no mask token; {MASK_ADVICE}"
+            f"sft.drafter.mask_token: the target's tokenizer has no mask token. {MASK_ADVICE}"
         )
     index = tokenizer.convert_tokens_to_ids(token)
     if index is None or index == tokenizer.unk_token_id or tokenizer.convert_ids_to_tokens(index) != token:
         raise checkpoint_format.NoMaskTokenError(
-            f"sft.drafter.mask_token: {token!r} is not a token of the target; {MASK_ADVICE}"
+            f"sft.drafter.mask_token: {token!r} is not a token of the target. {MASK_ADVICE}"
         )
     return int(index)
 
 
 def new_config(shape: DFlashConfig, target_config: Any, tokenizer: Callable[[], Any]) -> Qwen3Config:
-    """Config of a new drafter: widths, heads and rotary parameters are the target's."""
+    """Return the config of a new drafter: widths, heads and rotary parameters are the target's."""
     layers = target_config.num_hidden_layers
     ids = shape.target_layer_ids or default_layer_ids(layers, shape.num_target_features or shape.num_layers)
     mask_id = mask_token_id(tokenizer(), shape.mask_token)
@@ -86,8 +87,8 @@ def new_config(shape: DFlashConfig, target_config: Any, tokenizer: Callable[[], 
     )
 
 
-def _windows(shape: DFlashConfig) -> dict[str, Any]:
-    """The fields of a config that say which layers slide, as engines read them."""
+def _windows(shape: DFlashConfig) -> RawConfig:
+    """Return the config fields for layers with a sliding window, as engines read them."""
     if shape.sliding_window is None:
         return {"use_sliding_window": False}
     types = shape.layer_types or ("sliding_attention",) * shape.num_layers
@@ -95,55 +96,53 @@ def _windows(shape: DFlashConfig) -> dict[str, Any]:
 
 
 def create(config: Qwen3Config, target: Target, seed: int, frequent: torch.Tensor | None = None) -> DFlashDrafter:  # noqa: ARG001
-    """A drafter with random weights for this target, float32, seeded."""
+    """Create a drafter with seeded random weights for this target, float32."""
     drafter = DFlashDrafter(config, target.embedding)
     drafter.initialise(torch.Generator().manual_seed(seed), target.head_weight)
     return drafter.to(target.device)
 
 
 def skeleton(config: Qwen3Config) -> DFlashDrafter:
-    """Without an embedding, to count parameters."""
+    """Create the model without an embedding, to count parameters."""
     return DFlashDrafter(config, torch.empty(0))
 
 
 def target_layer_ids(config: Qwen3Config) -> list[int]:
-    """The target layers whose states the drafter reads."""
+    """Return the target layers whose hidden states the drafter reads."""
     return list(config.dflash_config["target_layer_ids"])
 
 
 def description(config: Qwen3Config, tokenizer: Callable[[], Any]) -> str:
-    """Its shape in a few words."""
+    """Describe the shape in a few words."""
     mask = config.dflash_config["mask_token_id"]
-    token = tokenizer().convert_ids_to_tokens(mask)  # rows of a padded vocabulary have none: no text can mean them
-    named = repr(token) if token is not None else "(beyond the tokenizer's tokens)"
+    token = tokenizer().convert_ids_to_tokens(mask)  # rows of a padded vocabulary have no text
+    name = repr(token) if token is not None else "(beyond the tokenizer's tokens)"
     sliding = config.layer_types.count("sliding_attention")
     windows = f" ({sliding} of them with a window of {config.sliding_window})" if sliding else ""
     return (
         f"DFlash, {config.num_hidden_layers} layers{windows} on target layers {target_layer_ids(config)}, blocks of "
-        f"{config.block_size}, mask token {mask} {named}"
+        f"{config.block_size}, mask token {mask} {name}"
     )
 
 
 def read_config(folder: Path, architecture: str = ARCHITECTURE, computed: Collection[str] = ()) -> Qwen3Config:
-    """config.json of a checkpoint, with what engines would guess made explicit or refused.
+    """Read config.json of a checkpoint; what engines would guess is made explicit or refused.
 
     computed: fields of `dflash_config` that an architecture of this layout reads itself.
     """
     with checkpoint_format.config_errors(str(folder / checkpoint_format.CONFIG_FILE)):
-        return parsed(
+        return parse(
             folder / checkpoint_format.CONFIG_FILE, checkpoint_format.read_raw_config(folder), architecture, computed
         )
 
 
-def parsed(
-    path: Path, raw: dict[str, Any], architecture: str = ARCHITECTURE, computed: Collection[str] = ()
-) -> Qwen3Config:
-    """A config.json in this layout, also of an architecture that adds to it."""
+def parse(path: Path, raw: RawConfig, architecture: str = ARCHITECTURE, computed: Collection[str] = ()) -> Qwen3Config:
+    """Parse a config.json in this layout, also of an architecture that adds to it."""
     dflash = raw.get("dflash_config") or {}
     for name in raw.get("architectures") or []:
         if name != architecture and any(other in name for other in _OTHER_ARCHITECTURES):
             raise DraftsmithError(
-                f"drafter {path}: architectures names {name}, which is not DFlash; give a DFlash drafter"
+                f"drafter {path}: architectures names {name}, which is not DFlash. Give a DFlash drafter."
             )
     checkpoint_format.refuse_other_models(path, raw, checkpoint_format.COMPUTED | _COMPUTED | _COMPUTED_EITHER)
     within = {name: value for name, value in _COMPUTED_WITHIN.items() if name not in computed}
@@ -152,7 +151,7 @@ def parsed(
     if dflash.get("block_size", block_size) != block_size:
         raise DraftsmithError(
             f"drafter {path}: block_size is {block_size} at the top and {dflash['block_size']} in dflash_config "
-            "(engines read either); keep the trained one"
+            "(engines read either). Keep the trained one."
         )
     checkpoint_format.require_fields(
         path,
@@ -184,32 +183,32 @@ def parsed(
     return config
 
 
-def _check_windows(path: Path, raw: Mapping[str, Any], config: Qwen3Config) -> None:
-    """Refuse windows that engines would not read from the same config, or not all alike."""
+def _check_windows(path: Path, raw: RawConfig, config: Qwen3Config) -> None:
+    """Refuse windows that engines do not read, or read differently."""
     types, causal = config.layer_types, raw.get("is_causal")
     checkpoint_format.require_kinds(path, [("is_causal", causal, causal is None or isinstance(causal, bool))])
     if other := set(types) - {"full_attention", "sliding_attention"}:
         raise DraftsmithError(
-            f"drafter {path}: layer_types has {min(other)}; engines know full_attention and sliding_attention"
+            f"drafter {path}: layer_types has {min(other)}. Engines know full_attention and sliding_attention."
         )
     if "sliding_attention" not in types:
         return
     window = config.sliding_window
     if window is None and checkpoint_format.is_integer(raw.get("sliding_window")):
         raise DraftsmithError(
-            f"drafter {path}: use_sliding_window is not true, so that an engine leaves sliding_window out and fails; "
-            "set it to true"
+            f"drafter {path}: use_sliding_window is not true, so an engine ignores sliding_window and fails. Set it "
+            "to true."
         )
     checkpoint_format.require_kinds(path, [("sliding_window", window, is_size(window))])
     if causal is False and window < config.block_size:
         raise DraftsmithError(
             f"drafter {path}: sliding_window {window} is smaller than the block of {config.block_size}, which "
-            "is_causal false reads in both directions: engines differ in what is seen ahead; use a larger window"
+            "is_causal false reads in both directions, and engines differ there. Use a larger window."
         )
 
 
 def check_fits(drafter: Qwen3Config, target: Any, where: str) -> None:
-    """Refuse a drafter made for a target of another shape. Configs only, no weights."""
+    """Refuse a drafter for a target of another shape. Reads configs only."""
     with checkpoint_format.config_errors(where):
         _check_fits(drafter, target, where)
 
@@ -226,14 +225,14 @@ def _check_fits(drafter: Qwen3Config, target: Any, where: str) -> None:
         ],
     )
     checkpoint_format.check_layer_ids(
-        where, target_layer_ids(drafter), layers, ask_for="ask for fewer num_target_features"
+        where, target_layer_ids(drafter), layers, ask_for="Ask for fewer num_target_features."
     )
     if not 0 <= drafter.dflash_config["mask_token_id"] < target.vocab_size:
-        raise DraftsmithError(f"drafter {where}: mask_token_id lies outside the target's vocabulary; {MASK_ADVICE}")
+        raise DraftsmithError(f"drafter {where}: mask_token_id lies outside the target's vocabulary. {MASK_ADVICE}")
 
 
 def save(drafter: DFlashDrafter, folder: Path, dtype: torch.dtype) -> None:
-    """Write config.json and model.safetensors, exactly the tensors that engines expect."""
+    """Write config.json and model.safetensors, with exactly the tensors that engines expect."""
     raw = drafter.config.to_dict() | {
         "architectures": drafter.config.architectures,
         "model_type": "qwen3",
@@ -245,16 +244,16 @@ def save(drafter: DFlashDrafter, folder: Path, dtype: torch.dtype) -> None:
 
 
 def load(folder: Path, target: Target, dtype: torch.dtype) -> DFlashDrafter:
-    """Load a checkpoint for this target. Every tensor must be there, with its shape, and no other."""
+    """Load a checkpoint for this target. It must have all tensors, with their shapes, and no others."""
     config = read_config(folder)
     check_fits(config, target.config, str(folder))
     return with_weights(DFlashDrafter(config, target.embedding), folder, target, dtype)
 
 
 def with_weights(drafter: AnyDFlash, folder: Path, target: Target, dtype: torch.dtype) -> AnyDFlash:
-    """A drafter of this layout with the weights of a checkpoint."""
-    found = checkpoint_format.read_tensors(folder)
-    tensors = speculators.own_tensors(found, target.embedding, target.head_weight, str(folder))
+    """Load the weights of a checkpoint into a drafter of this layout."""
+    stored = checkpoint_format.read_tensors(folder)
+    tensors = speculators.own_tensors(stored, target.embedding, target.head_weight, str(folder))
     expected = {name: tuple(p.shape) for name, p in drafter.named_parameters()}
     checkpoint_format.check_tensors(folder, tensors, expected, "z-lab's layout")
     drafter.load_state_dict(tensors, strict=False)

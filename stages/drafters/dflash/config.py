@@ -1,4 +1,4 @@
-"""What a DFlash is."""
+"""Traits of DFlash, and the shape of a new drafter."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class DFlashConfig(Config):
         if len(self.layer_types) != self.num_layers:
             raise ValueError(f"layer_types names {len(self.layer_types)} layers of {self.num_layers}")
         if ("sliding_attention" in self.layer_types) != (self.sliding_window is not None):
-            raise ValueError("sliding_window is of layers that slide: give both, or neither")
+            raise ValueError("sliding_window belongs to layers that slide: give both, or neither")
         return self
 
     @model_validator(mode="after")

@@ -19,7 +19,7 @@ from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
 from draftsmith.stages.target.causal_lm import Target
 
 ARCHITECTURE = "DFlash2DraftModel"
-UPGRADES = "dflash"  # the kind whose weights it takes over
+UPGRADES = "dflash"  # the kind whose weights it can start from
 # Of `dflash_config`:
 _SIZES = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
 _MULTIPLIER, _SOFTCAP = "output_multiplier", "final_logit_softcapping"  # from the head's products to unary scores
@@ -27,26 +27,26 @@ check_fits, save, target_layer_ids, own_name = dflash.check_fits, dflash.save, d
 
 
 def new_config(shape: DFlash2Config, target_config: Any, tokenizer: Callable[[], Any]) -> Qwen3Config:
-    """Config of a new drafter: DFlash's, and the sizes of what it lacks."""
+    """Return the config of a new drafter: DFlash's, with the sizes of what DFlash lacks."""
     return _with_sizes(dflash.new_config(shape, target_config, tokenizer), shape)
 
 
 def _with_sizes(config: Qwen3Config, shape: DFlash2Config) -> Qwen3Config:
-    made = copy.deepcopy(config)
-    made.architectures = [ARCHITECTURE]
-    made.dflash_config = {**config.dflash_config, **{name: getattr(shape, name) for name in _SIZES}}
-    _check_sizes("sft.drafter", made)
-    return made
+    extended = copy.deepcopy(config)
+    extended.architectures = [ARCHITECTURE]
+    extended.dflash_config = {**config.dflash_config, **{name: getattr(shape, name) for name in _SIZES}}
+    _check_sizes("sft.drafter", extended)
+    return extended
 
 
 def _with_logits_of(target: Target, config: Qwen3Config) -> Qwen3Config:
-    """With unary scores that are logits as the target has them; an engine reads that from the drafter's config."""
+    """Return the config with the target's scale and soft cap of logits, which engines read from it."""
     if target.logit_map.is_identity:
         return config
-    made = copy.deepcopy(config)
-    of_head = {_MULTIPLIER: target.logit_map.scale, _SOFTCAP: target.logit_map.softcap or 0}
-    made.dflash_config = {**config.dflash_config, **of_head}
-    return made
+    extended = copy.deepcopy(config)
+    scales = {_MULTIPLIER: target.logit_map.scale, _SOFTCAP: target.logit_map.softcap or 0}
+    extended.dflash_config = {**config.dflash_config, **scales}
+    return extended
 
 
 def _check_sizes(where: str, config: Qwen3Config) -> None:
@@ -68,29 +68,33 @@ def _check_sizes(where: str, config: Qwen3Config) -> None:
     )
     taps, group_size, rank, top_k = sizes.values()
     if not (rank and top_k):
-        raise DraftsmithError(f"drafter {where}: a {ARCHITECTURE} needs dflash_config.selector_rank and selector_top_k")
+        raise DraftsmithError(
+            f"drafter {where}: a {ARCHITECTURE} needs dflash_config.selector_rank and selector_top_k. Add them."
+        )
     if bool(taps) != bool(group_size):
-        raise DraftsmithError(f"drafter {where}: dflash_config needs conv_kernel_size and conv_group_size together")
+        raise DraftsmithError(
+            f"drafter {where}: dflash_config needs conv_kernel_size and conv_group_size together. Set both."
+        )
     if group_size and config.hidden_size % group_size:
         raise DraftsmithError(
-            f"drafter {where}: conv_group_size {group_size} does not divide hidden_size {config.hidden_size}"
+            f"drafter {where}: conv_group_size {group_size} does not divide hidden_size {config.hidden_size}. Use a divisor."
         )
 
 
 def create(config: Qwen3Config, target: Target, seed: int, frequent: torch.Tensor | None = None) -> DFlash2Drafter:  # noqa: ARG001
-    """A drafter with random weights for this target, float32, seeded."""
+    """Create a drafter with seeded random weights for this target, float32."""
     drafter = DFlash2Drafter(_with_logits_of(target, config), target.embedding)
     drafter.initialise(torch.Generator().manual_seed(seed), target.head_weight)
     return drafter.to(target.device)
 
 
 def skeleton(config: Qwen3Config) -> DFlash2Drafter:
-    """Without an embedding, to count parameters."""
+    """Create the model without an embedding, to count parameters."""
     return DFlash2Drafter(config, torch.empty(0))
 
 
 def description(config: Qwen3Config, tokenizer: Callable[[], Any]) -> str:
-    """Its shape in a few words."""
+    """Describe the shape in a few words."""
     sizes = config.dflash_config
     taps = sizes.get("conv_kernel_size")
     return (
@@ -101,29 +105,29 @@ def description(config: Qwen3Config, tokenizer: Callable[[], Any]) -> str:
 
 
 def read_config(folder: Path) -> Qwen3Config:
-    """config.json of a checkpoint, with what engines would guess made explicit or refused."""
+    """Read config.json of a checkpoint; what engines would guess is made explicit or refused."""
     config = dflash.read_config(folder, ARCHITECTURE, computed=(*_SIZES, _MULTIPLIER, _SOFTCAP))
     _check_sizes(str(folder / checkpoint_format.CONFIG_FILE), config)
     return config
 
 
 def load(folder: Path, target: Target, dtype: torch.dtype) -> DFlash2Drafter:
-    """Load a checkpoint for this target. Every tensor must be there, with its shape, and no other."""
+    """Load a checkpoint for this target. It must have all tensors, with their shapes, and no others."""
     config = read_config(folder)
     check_fits(config, target.config, str(folder))
     return dflash.with_weights(DFlash2Drafter(config, target.embedding), folder, target, dtype)
 
 
 def upgraded_config(config: Qwen3Config, shape: DFlash2Config) -> Qwen3Config:
-    """Of a DFlash drafter that goes on as a DFlash2: what both have stays as it is."""
+    """Return the config of a DFlash drafter that continues as a DFlash2: what both have stays as it is."""
     return _with_sizes(config, shape)
 
 
 def upgraded(drafter: DFlashDrafter, shape: DFlash2Config, target: Target, seed: int) -> DFlash2Drafter:
-    """A DFlash2 drafter that proposes what a DFlash drafter does, until it is trained."""
-    made = DFlash2Drafter(_with_logits_of(target, upgraded_config(drafter.config, shape)), target.embedding)
-    made.initialise_additions(torch.Generator().manual_seed(seed))
-    made.load_state_dict(drafter.state_dict(), strict=False)
-    checkpoint_format.cast(made, drafter.fc.weight.dtype)
-    made.frequent_tokens, made.info = drafter.frequent_tokens, drafter.info
-    return made.to(target.device)
+    """Return a DFlash2 drafter that, until it is trained, proposes what the DFlash drafter does."""
+    upgraded_drafter = DFlash2Drafter(_with_logits_of(target, upgraded_config(drafter.config, shape)), target.embedding)
+    upgraded_drafter.initialise_additions(torch.Generator().manual_seed(seed))
+    upgraded_drafter.load_state_dict(drafter.state_dict(), strict=False)
+    checkpoint_format.cast(upgraded_drafter, drafter.fc.weight.dtype)
+    upgraded_drafter.frequent_tokens, upgraded_drafter.info = drafter.frequent_tokens, drafter.info
+    return upgraded_drafter.to(target.device)

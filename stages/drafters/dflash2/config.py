@@ -1,4 +1,4 @@
-"""What a DFlash2 is."""
+"""Traits of DFlash2, and the shape of a new drafter."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from draftsmith.stages.drafters.spec import TrainingRecipe, Traits
 
 TRAITS = Traits(
     kind="dflash2",
-    # of sampled answers the target's distribution: `tests/lab/README.md`
+    # on sampled answers the target's distribution is better: `tests/lab/README.md`
     recipe=TrainingRecipe(loss="cross_entropy", gamma=7.0, sampled_loss="ce_l1"),
 )
 
 
 class DFlash2Config(DFlashConfig):
-    """Shape of a new DFlash2 drafter, or of what a DFlash drafter to go on from is given in addition."""
+    """Shape of a new DFlash2 drafter, or of what is added to a DFlash drafter that training starts from."""
 
     kind: Literal["dflash2"]  # type: ignore[assignment]
     conv_kernel_size: Annotated[
@@ -30,5 +30,7 @@ class DFlash2Config(DFlashConfig):
     @model_validator(mode="after")
     def _convolutions_have_groups(self) -> Self:
         if bool(self.conv_kernel_size) != bool(self.conv_group_size):
-            raise ValueError("conv_kernel_size and conv_group_size are of the same convolutions: give both, or 0 twice")
+            raise ValueError(
+                "conv_kernel_size and conv_group_size belong to the same convolutions: set both, or both to 0"
+            )
         return self

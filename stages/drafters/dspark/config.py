@@ -1,4 +1,4 @@
-"""What a DSpark is."""
+"""Traits of DSpark, and the shape of a new drafter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TRAITS = Traits(kind="dspark", recipe=TrainingRecipe(loss="ce_l1", gamma=4.0))
 
 
 class DSparkConfig(DFlashConfig):
-    """Shape of a new DSpark drafter, or of what a DFlash drafter to go on from is given in addition."""
+    """Shape of a new DSpark drafter, or of what is added to a DFlash drafter that training starts from."""
 
     kind: Literal["dspark"]  # type: ignore[assignment]
     block_size: Annotated[int, Field(ge=2, description="anchor + proposals")] = 8
@@ -24,5 +24,5 @@ class DSparkConfig(DFlashConfig):
     ] = "vanilla"
     confidence_head: Annotated[
         bool,
-        Field(description="learn how probable it is that a proposal is kept, which SGLang may cut blocks by"),
+        Field(description="learn how probable it is that a proposal is accepted, by which SGLang may cut blocks"),
     ] = True

@@ -14,12 +14,13 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters import checkpoint_format
 from draftsmith.stages.drafters.eagle3.config import Eagle3Config
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
+from draftsmith.stages.drafters.spec import RawConfig
 from draftsmith.stages.target.causal_lm import Target
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 FEATURES = 3  # low, middle, high
-# Chains of 7, the depth that the paper's training-time test unrolls, where a checkpoint does not say how far it drafts.
-USUAL_BLOCK_SIZE = 8
+# Chains of 7, the depth of the paper's training-time test, if a checkpoint does not state how far it drafts.
+DEFAULT_BLOCK_SIZE = 8
 # Variants of the layout under which the same tensors mean another model.
 _UNSUPPORTED = (
     *("norm_output", "fc_norm", "use_aux_norm", "norm_before_fc", "target_hidden_size"),
@@ -27,14 +28,14 @@ _UNSUPPORTED = (
 )
 _EMBEDDING, _MAPS = "embed_tokens.weight", ("d2t", "t2d")
 _LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
-# From here on the three layers that SGLang captures by itself are three.
+# From this depth on, the three layers that SGLang captures by itself differ.
 _DEEP_ENOUGH = 7
 
 
 def default_layer_ids(num_target_layers: int) -> list[int]:
-    """What SGLang captures by itself: in front of layers 2, L/2 and L-3, which is behind the layers before them.
+    """Return the layers that SGLang captures by itself: before layers 2, L/2 and L-3, after the preceding ones.
 
-    Targets of fewer than 7 layers, where two of these coincide, are captured at their beginning, middle and end.
+    In targets of fewer than 7 layers two of these coincide; their layers are at the beginning, middle and end.
     """
     if num_target_layers >= _DEEP_ENOUGH:
         return [1, num_target_layers // 2 - 1, num_target_layers - 4]
@@ -42,14 +43,14 @@ def default_layer_ids(num_target_layers: int) -> list[int]:
 
 
 def new_config(shape: Eagle3Config, target_config: Any, tokenizer: Callable[[], Any]) -> LlamaConfig:  # noqa: ARG001
-    """Config of a new drafter: widths, heads and rotary parameters are the target's."""
+    """Return the config of a new drafter: widths, heads and rotary parameters are the target's."""
     layers = target_config.num_hidden_layers
     ids = list(shape.target_layer_ids or default_layer_ids(layers))
     draft_vocab_size = shape.draft_vocab_size or target_config.vocab_size
     if draft_vocab_size > target_config.vocab_size:
         raise DraftsmithError(
             f"sft.drafter.draft_vocab_size: {draft_vocab_size} is more than the target's {target_config.vocab_size} "
-            "tokens; lower it or leave it out"
+            "tokens. Lower it, or leave it out."
         )
     return LlamaConfig(
         architectures=[ARCHITECTURE],
@@ -65,8 +66,8 @@ def new_config(shape: Eagle3Config, target_config: Any, tokenizer: Callable[[], 
     )
 
 
-def _with_heads_that_divide(fields: dict[str, Any]) -> dict[str, Any]:
-    """As a Llama's must divide its width, which those of some targets do not: as many as fill it."""
+def _with_heads_that_divide(fields: RawConfig) -> RawConfig:
+    """Return the fields with a number of heads that divides the width, as a Llama requires; some targets' does not."""
     hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
     if hidden % heads == 0:
         return fields
@@ -78,11 +79,15 @@ def _with_heads_that_divide(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def create(config: LlamaConfig, target: Target, seed: int, frequent: torch.Tensor | None = None) -> Eagle3Drafter:
-    """A drafter with random weights, float32, seeded. frequent: [V] token ids, most frequent first: the first
-    `draft_vocab_size` of them are what it can propose."""
+    """Create a drafter with seeded random weights, float32.
+
+    frequent: [V] token ids, most frequent first; it can propose the first `draft_vocab_size` of them.
+    """
     size = config.draft_vocab_size
     if size < config.vocab_size and frequent is None:
-        raise DraftsmithError("sft.drafter.draft_vocab_size: needs the frequencies of the target's tokens")
+        raise DraftsmithError(
+            "sft.drafter.draft_vocab_size: needs the frequencies of the target's tokens. Leave it out."
+        )
     chosen = torch.arange(size) if frequent is None else frequent[:size].cpu().sort().values
     drafter = Eagle3Drafter(config, target.embedding, chosen)
     drafter.initialise(torch.Generator().manual_seed(seed), target.head_weight)
@@ -90,17 +95,17 @@ def create(config: LlamaConfig, target: Target, seed: int, frequent: torch.Tenso
 
 
 def skeleton(config: LlamaConfig) -> Eagle3Drafter:
-    """Without an embedding, to count parameters."""
+    """Create the model without an embedding, to count parameters."""
     return Eagle3Drafter(config, torch.empty(0), torch.empty(0))
 
 
 def target_layer_ids(config: LlamaConfig) -> list[int]:
-    """The target layers whose states the drafter reads; none where the checkpoint leaves them to the engine."""
+    """Return the target layers whose hidden states the drafter reads; none if the engine chooses them."""
     return list(config.eagle_config[_LAYER_IDS] or ())
 
 
 def description(config: LlamaConfig, tokenizer: Callable[[], Any]) -> str:  # noqa: ARG001
-    """Its shape in a few words."""
+    """Describe the shape in a few words."""
     return (
         f"EAGLE-3 on target layers {target_layer_ids(config)}, chains of {config.block_size - 1}, draft vocabulary "
         f"{config.draft_vocab_size:,} of {config.vocab_size:,} tokens"
@@ -108,10 +113,9 @@ def description(config: LlamaConfig, tokenizer: Callable[[], Any]) -> str:  # no
 
 
 def read_config(folder: Path) -> LlamaConfig:
-    """config.json of a checkpoint, with what engines would guess made explicit or refused.
+    """Read config.json of a checkpoint; what engines would guess is made explicit or refused.
 
-    A checkpoint without layer ids means SGLang's own choice; that needs the target's depth, so the ids are filled in
-    by `check_fits`.
+    Without layer ids the layers are SGLang's choice. It depends on the target's depth, so `check_fits` sets the ids.
     """
     with checkpoint_format.config_errors(str(folder / checkpoint_format.CONFIG_FILE)):
         return _read_config(folder)
@@ -121,12 +125,12 @@ def _read_config(folder: Path) -> LlamaConfig:
     path, raw = folder / checkpoint_format.CONFIG_FILE, checkpoint_format.read_raw_config(folder)
     if raw.get("num_hidden_layers", 1) != 1:
         raise DraftsmithError(
-            f"drafter {path}: num_hidden_layers is {raw['num_hidden_layers']}, only one layer is supported"
+            f"drafter {path}: num_hidden_layers is {raw['num_hidden_layers']}, and only one layer is supported."
         )
     eagle = raw.get("eagle_config") or {}
     for field in _UNSUPPORTED:
         if raw.get(field) or eagle.get(field):
-            raise DraftsmithError(f"drafter {path}: {field} is set: this variant of EAGLE-3 is not supported")
+            raise DraftsmithError(f"drafter {path}: {field} is set, and this variant of EAGLE-3 is not supported.")
     checkpoint_format.refuse_other_models(path, raw, checkpoint_format.COMPUTED | {"num_aux_hidden_states": FEATURES})
     checkpoint_format.require_fields(
         path,
@@ -137,11 +141,13 @@ def _read_config(folder: Path) -> LlamaConfig:
         ],
     )
     if raw.get("tie_word_embeddings"):
-        raise DraftsmithError(f"drafter {path}: tie_word_embeddings is true: EAGLE-3 has a head of its own; set false")
+        raise DraftsmithError(
+            f"drafter {path}: tie_word_embeddings is true, but EAGLE-3 has its own head. Set it to false."
+        )
     checkpoint_format.refuse_other_rotations(path, raw)
     raw |= {
         "num_hidden_layers": 1,
-        "block_size": raw.get("block_size") or USUAL_BLOCK_SIZE,
+        "block_size": raw.get("block_size") or DEFAULT_BLOCK_SIZE,
         "draft_vocab_size": raw.get("draft_vocab_size") or raw["vocab_size"],
         "eagle_config": {_LAYER_IDS: None, **eagle},
     }
@@ -163,7 +169,7 @@ def _read_config(folder: Path) -> LlamaConfig:
 
 
 def check_fits(drafter: LlamaConfig, target: Any, where: str) -> None:
-    """Refuse a drafter made for a target of another shape. Configs only, no weights.
+    """Refuse a drafter for a target of another shape. Reads configs only.
 
     Rotary settings may differ from the target's: the drafter has its own, and engines read them from its config.
     """
@@ -177,8 +183,8 @@ def _check_fits(drafter: LlamaConfig, target: Any, where: str) -> None:
     if eagle[_LAYER_IDS] is None:
         if layers < _DEEP_ENOUGH:
             raise DraftsmithError(
-                f"drafter {where}: eagle_config.{_LAYER_IDS} is missing, and of {layers} target layers no engine takes "
-                "three by itself; add it"
+                f"drafter {where}: eagle_config.{_LAYER_IDS} is missing, and no engine chooses three of {layers} "
+                "target layers by itself. Add it."
             )
         eagle[_LAYER_IDS] = default_layer_ids(layers)
     checkpoint_format.check_equal(
@@ -191,12 +197,14 @@ def _check_fits(drafter: LlamaConfig, target: Any, where: str) -> None:
     )
     ids = target_layer_ids(drafter)
     if len(ids) != FEATURES:
-        raise DraftsmithError(f"drafter {where}: EAGLE-3 reads {FEATURES} target layers, not {len(ids)}: {ids}")
-    checkpoint_format.check_layer_ids(where, ids, layers, ask_for="name three in sft.drafter.target_layer_ids")
+        raise DraftsmithError(
+            f"drafter {where}: EAGLE-3 reads {FEATURES} target layers, not {len(ids)}. Name {FEATURES}."
+        )
+    checkpoint_format.check_layer_ids(where, ids, layers, ask_for="Name three in sft.drafter.target_layer_ids.")
 
 
 def save(drafter: Eagle3Drafter, folder: Path, dtype: torch.dtype) -> None:
-    """Write config.json and model.safetensors, exactly the tensors that engines expect."""
+    """Write config.json and model.safetensors, with exactly the tensors that engines expect."""
     raw = drafter.config.to_dict() | {
         "architectures": [ARCHITECTURE],
         "model_type": "llama",
@@ -211,12 +219,12 @@ def save(drafter: Eagle3Drafter, folder: Path, dtype: torch.dtype) -> None:
 
 
 def own_name(name: str) -> str | None:
-    """Of a tensor in a file; None of the target's embedding and of maps, which are no weights."""
+    """Return the name of a file's tensor in the model; None for the target's embedding and for maps."""
     return None if name in (_EMBEDDING, *_MAPS) else name
 
 
 def load(folder: Path, target: Target, dtype: torch.dtype) -> Eagle3Drafter:
-    """Load a checkpoint for this target. Every tensor must be there, with its shape, and no other."""
+    """Load a checkpoint for this target. It must have all tensors, with their shapes, and no others."""
     config = read_config(folder)
     check_fits(config, target.config, str(folder))
     tensors = read_tensors(folder)
@@ -234,18 +242,18 @@ def load(folder: Path, target: Target, dtype: torch.dtype) -> Eagle3Drafter:
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors without the target's embedding, which some checkpoints carry and engines replace."""
+    """Read the tensors without the target's embedding, which some checkpoints have and engines replace."""
     tensors = checkpoint_format.read_tensors(folder)
     tensors.pop(_EMBEDDING, None)
     return tensors
 
 
 def _draft_tokens(folder: Path, d2t: torch.Tensor, t2d: torch.Tensor) -> torch.Tensor:
-    """The target's ids of the draft vocabulary, sorted. Raises DraftsmithError if the maps contradict each other."""
+    """Return the target's ids of the draft vocabulary, sorted. Raises DraftsmithError if the maps disagree."""
     path = folder / checkpoint_format.WEIGHTS_FILE
     tokens = d2t.long() + torch.arange(len(d2t))
     if len(tokens) > 1 and not bool((tokens[1:] > tokens[:-1]).all()):
-        raise DraftsmithError(f"drafter {path}: d2t does not name rising token ids; it holds offsets, not ids")
+        raise DraftsmithError(f"drafter {path}: d2t does not give rising token ids. It must hold offsets, not ids.")
     if not torch.equal(tokens, t2d.nonzero()[:, 0]):
-        raise DraftsmithError(f"drafter {path}: d2t and t2d name different tokens; export the checkpoint again")
+        raise DraftsmithError(f"drafter {path}: d2t and t2d name different tokens. Export the checkpoint again.")
     return tokens

@@ -1,4 +1,4 @@
-"""What an EAGLE-3 is."""
+"""Traits of EAGLE-3, and the shape of a new drafter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from draftsmith.stages.runtime.stage import Config
 
 TRAITS = Traits(
     kind="eagle3",
-    recipe=TrainingRecipe(loss="forward_kl", gamma=-1 / math.log(0.8)),  # 0.8 a step
+    recipe=TrainingRecipe(loss="forward_kl", gamma=-1 / math.log(0.8)),  # 0.8 per step
 )
 
 

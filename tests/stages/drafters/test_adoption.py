@@ -34,7 +34,7 @@ def test_a_drafter_of_the_old_revision_is_refused_until_it_is_taken_over(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, revision: Path
 ) -> None:
     old, digest = tiny_drafter.drafter / "drafter", read_target_info(revision).digest
-    with pytest.raises(DraftsmithError, match="made for the target"):
+    with pytest.raises(DraftsmithError, match="trained for the target"):
         check_drafter(old, digest)
     inputs = {"target": revision, "drafter": tiny_drafter.drafter, "trajectories": tiny_drafter.rollout}
     ctx = RecordingContext(tmp_path / "out", tmp_path / "work", inputs, 0)

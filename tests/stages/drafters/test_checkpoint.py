@@ -192,7 +192,7 @@ TRAPS: dict[str, tuple[Edit, str]] = {
     "a mask token outside": (edit_config(lambda c: c["dflash_config"].update(mask_token_id=64)), "mask_token_id"),
     "another target": (
         write("drafter.json", json.dumps({"digest": "", "target_digest": "f" * 64})),
-        "made for the target ffffffffffff",
+        "trained for the target ffffffffffff",
     ),
     "a damaged record": (write("drafter.json", '{"target_'), r"drafter\.json"),
     "frequent tokens cut short": (cut("frequent_tokens.npy"), r"frequent_tokens\.npy"),

@@ -145,5 +145,5 @@ def test_a_target_for_which_sglang_divides_the_states_of_a_dspark_is_refused(pla
     target_config = type(plain_target.model.config)(**plain_target.model.config.to_dict())
     dspark.check_fits(config, target_config, "here")
     target_config.logits_mup_width_multiplier = 24.0
-    with pytest.raises(DraftsmithError, match=r"logits_mup_width_multiplier is 24\.0.*use kind dflash or dflash2"):
+    with pytest.raises(DraftsmithError, match=r"logits_mup_width_multiplier is 24\.0.*kind dflash or dflash2"):
         dspark.check_fits(config, target_config, "here")

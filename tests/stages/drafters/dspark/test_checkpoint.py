@@ -85,7 +85,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "two kinds": (lambda raw: raw["dflash_config"].update(markov_head_type="rnn"), "is given as vanilla and as rnn"),
     "another head": (
         lambda raw: raw.update(markov_head_type="lstm"),
-        "markov_head_type is 'lstm': supported",
+        "markov_head_type is 'lstm'",
     ),
     "a confidence without its width": (
         lambda raw: raw.update(confidence_head_with_markov=False),

@@ -24,7 +24,7 @@ from draftsmith.stages.drafters.checkpoint import (
 )
 from draftsmith.stages.drafters.dflash.checkpoint import check_fits
 from draftsmith.stages.drafters.dflash.config import DFlashConfig
-from draftsmith.stages.drafters.eagle3.checkpoint import USUAL_BLOCK_SIZE, default_layer_ids
+from draftsmith.stages.drafters.eagle3.checkpoint import DEFAULT_BLOCK_SIZE, default_layer_ids
 from draftsmith.stages.drafters.eagle3.config import Eagle3Config
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
 from draftsmith.stages.target.causal_lm import Target
@@ -88,7 +88,7 @@ def test_a_checkpoint_written_for_sglang_loads(plain_artifact: Path, plain_targe
     loaded = load_drafter(tmp_path, plain_target)
     assert isinstance(loaded, Eagle3Drafter)
     assert loaded.draft_tokens.tolist() == sorted(tokens)
-    assert (loaded.target_layer_ids, loaded.block_size) == ([0, 1, 2], USUAL_BLOCK_SIZE)
+    assert (loaded.target_layer_ids, loaded.block_size) == ([0, 1, 2], DEFAULT_BLOCK_SIZE)
     assert loaded.config.rope_parameters["rope_theta"] == 10000.0
     tensors = load_file(tmp_path / "model.safetensors")
     assert torch.equal(loaded.lm_head.weight, tensors["lm_head.weight"])
@@ -184,7 +184,7 @@ def test_a_plan_of_a_new_drafter_says_what_it_will_be(plain_target: Target) -> N
     ("fields", "message"),
     [
         ({"target_layer_ids": (0, 1, 4)}, r"target_layer_ids \[0, 1, 4\] do not fit layers 0 … 3"),
-        ({"target_layer_ids": (0, 1, 1)}, "name a layer twice; name three in sft.drafter.target_layer_ids"),
+        ({"target_layer_ids": (0, 1, 1)}, "name a layer twice. Name three in sft.drafter.target_layer_ids"),
         ({"target_layer_ids": (-1, 0, 1)}, "do not fit"),
         ({"draft_vocab_size": 65}, r"sft\.drafter\.draft_vocab_size: 65 is more than the target's 64"),
     ],
