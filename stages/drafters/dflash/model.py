@@ -216,8 +216,8 @@ class DFlashDrafter(Drafter):
 
         fc: N · F·H², forward and the gradient of its weights (2 passes; the target's features need none); all other
         weights in 3 passes: N · L·2Hk (context) + b·B · L·(2Hq + 2Hk + 3HI) (blocks); attention, L times, 2 products
-        forward and 5 backward (scores are made again): B queries of width q of each block over the positions before its
-        anchor, as many as the layer's window holds, and over the block; the frozen head, 2 passes: P · V'·H.
+        forward and 5 backward (scores are computed again): B queries of width q of each block over the positions before
+        its anchor, as many as the layer's window holds, and over the block; the frozen head, 2 passes: P · V'·H.
         A pass is one product; each multiply-add counts as two operations.
         """
         c = self.config

@@ -77,7 +77,8 @@ def _check_sizes(where: str, config: Qwen3Config) -> None:
         )
     if group_size and config.hidden_size % group_size:
         raise DraftsmithError(
-            f"drafter {where}: conv_group_size {group_size} does not divide hidden_size {config.hidden_size}. Use a divisor."
+            f"drafter {where}: conv_group_size {group_size} does not divide hidden_size {config.hidden_size}. "
+            "Use a divisor."
         )
 
 

@@ -1,11 +1,11 @@
-"""The heads that read the token before an offset and bias the offset's logits: `W2 u`, of low rank.
+"""Heads that read the token before an offset and bias the offset's logits by `W2 u`, of low rank.
 
-Source: SGLang 0.5.20 (srt/models/dspark.py). Of the token's own row of W1, e, and the backbone's hidden state h:
+Source: SGLang 0.5.20 (srt/models/dspark.py). With the token's row e of W1, and the backbone's hidden state h:
 
 - `vanilla`: u = e.
 - `gated`: u = sigmoid(G [h, e]) * e.
-- `rnn`: u = tanh(o), with [g, c, o] = J [s, e, h] and a state s that is zero in front of the first offset and becomes
-  sigmoid(g) * s + (1 - sigmoid(g)) * tanh(c) behind each: it has seen all tokens of the block.
+- `rnn`: u = tanh(o), with [g, c, o] = J [s, e, h] and a state s that is zero before the first offset and becomes
+  sigmoid(g) * s + (1 - sigmoid(g)) * tanh(c) after each: it has seen all tokens of the block.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 
 class MarkovHead(nn.Module):
-    """`markov_w1` reads a token, `markov_w2` biases the next one's logits. Parameter names are SGLang's."""
+    """A head whose `markov_w1` reads a token, and whose `markov_w2` biases the next one's logits (SGLang's names)."""
 
     def __init__(self, vocabulary: int, rank: int):
         super().__init__()
@@ -31,7 +31,7 @@ class MarkovHead(nn.Module):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """No bias; of what is trained W2 alone is zero, and so has a gradient."""
+        """Start without a bias: W2 alone is zero, and so has a gradient."""
         nn.init.normal_(self.markov_w1.weight, std=self.rank**-0.5, generator=generator)
         nn.init.zeros_(self.markov_w2.weight)
         for projection in self.projections():
@@ -39,25 +39,27 @@ class MarkovHead(nn.Module):
             nn.init.zeros_(projection.bias)
 
     def projections(self) -> list[nn.Linear]:
-        """What hidden states go through."""
+        """Return the projections of hidden states."""
         return []
 
     def read(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens before offsets [...] → e [..., r]."""
+        """Return e [..., r] of the tokens [...] before offsets."""
         return F.embedding(tokens, self.markov_w1.weight)
 
     def step(self, read: torch.Tensor, hidden: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:  # noqa: ARG002
-        """u [..., r] of one offset, and the state behind it. read: e [..., r]; hidden: [..., H]; state: of the offset
-        before, None in front of the first."""
+        """Return u [..., r] of one offset, and the state after it.
+
+        read: e [..., r]; hidden: [..., H]; state: of the previous offset, None before the first.
+        """
         return read, state
 
     def along(self, read: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """u [..., K, r] of whole blocks. read: e [..., K, r]; hidden: [..., K, H]."""
+        """Return u [..., K, r] of whole blocks. read: e [..., K, r]; hidden: [..., K, H]."""
         return self.step(read, hidden)[0]
 
 
 class GatedMarkovHead(MarkovHead):
-    """How much of each part of what was read counts depends on the offset."""
+    """A head that gates e by the hidden state of the offset."""
 
     def __init__(self, vocabulary: int, rank: int, hidden_size: int):
         super().__init__(vocabulary, rank)
@@ -72,7 +74,7 @@ class GatedMarkovHead(MarkovHead):
 
 
 class RecurrentMarkovHead(MarkovHead):
-    """What was read earlier in the block counts too."""
+    """A head with a state over all tokens of the block."""
 
     def __init__(self, vocabulary: int, rank: int, hidden_size: int):
         super().__init__(vocabulary, rank)
@@ -89,18 +91,18 @@ class RecurrentMarkovHead(MarkovHead):
         return out.tanh(), gate * before + (1 - gate) * candidate.tanh()
 
     def along(self, read: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        found, state = [], None
+        offsets, state = [], None
         for k in range(read.shape[-2]):
-            of_offset, state = self.step(read[..., k, :], hidden[..., k, :], state)
-            found.append(of_offset)
-        return torch.stack(found, -2)
+            u, state = self.step(read[..., k, :], hidden[..., k, :], state)
+            offsets.append(u)
+        return torch.stack(offsets, -2)
 
 
 KINDS = ("vanilla", "gated", "rnn")  # as configs name them
 
 
 def markov_head(kind: str, vocabulary: int, rank: int, hidden_size: int) -> MarkovHead:
-    """kind: one of KINDS."""
+    """Create a head. kind: one of KINDS."""
     if kind == "vanilla":
         return MarkovHead(vocabulary, rank)
     return {"gated": GatedMarkovHead, "rnn": RecurrentMarkovHead}[kind](vocabulary, rank, hidden_size)

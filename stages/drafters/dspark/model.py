@@ -1,9 +1,10 @@
 """The DSpark draft model: one backbone forward drafts a block, whose offsets then see the proposals before them.
 
 Source: arXiv 2607.05147, and SGLang 0.5.23 (srt/models/dspark.py, srt/speculative/dspark_components). The backbone is
-DFlash's. The logits of an offset are the target's head of its hidden state plus a bias of low rank of the token before
-it (`markov.py`), so a block is drawn offset by offset, and each has its own q. A linear head says of hidden
-state and token, or of the state alone, how probable it is that the proposal is kept, given that those before it are.
+DFlash's. The logits of an offset are the target's head of its hidden state plus a low-rank bias of the token before it
+(`markov.py`), so a block is sampled offset by offset, and each offset has its own q. A linear head predicts, from
+hidden state and token or from the state alone, how probable it is that the proposal is accepted, given that those
+before it are.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from draftsmith.stages.drafters.lm_head import Head, flat_linear
 
 @dataclass(frozen=True)
 class BiasedHead(Head):
-    """The target's head over hidden states, plus `bias` [V, r] over what was read of the token before them.
+    """The target's head over hidden states, plus `bias` [V, r] over u of the token before them (`markov.py`).
 
-    What comes out are the logits, whatever scale or soft cap the target's own have: SGLang draws from that softmax
-    (srt/models/dspark.py, `compute_base_logits`), and it is what losses hold against the target's distribution.
-    Takes both next to each other, [..., H + r], and does not look behind them. The bias is of all tokens: its rows are
-    read at every use, so that several graphs with a gradient of their own may hang on one head.
+    Its products are the logits, whatever scale or soft cap the target's own have: SGLang samples from their softmax
+    (srt/models/dspark.py, `compute_base_logits`), and losses compare it with the target's distribution.
+    It takes both concatenated, [..., H + r], and ignores later columns. The bias is over all tokens: its rows are read
+    at every use, so that several graphs with separate gradients can share one head.
     """
 
     bias: torch.Tensor | None = None
@@ -45,18 +46,18 @@ class BiasedHead(Head):
         return self.unbiased(hidden) + self.biases(hidden[..., self.weight.shape[1] :][..., :rank])
 
     def unbiased(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Of the hidden states alone [..., H or more], which no proposal changes."""
+        """Return the products of the hidden states alone [..., H or more], which do not depend on proposals."""
         return super().raw_logits(hidden[..., : self.weight.shape[1]])
 
-    def biases(self, of_bias: torch.Tensor) -> torch.Tensor:
-        """What is added to them, [..., V'], of what it is made of [..., r]."""
+    def biases(self, u: torch.Tensor) -> torch.Tensor:
+        """Return the biases [..., V'] of u [..., r]."""
         assert self.bias is not None
         bias = self.bias if self.token_ids is None else self.bias[self.token_ids]
-        return flat_linear(of_bias.to(bias.dtype), bias)
+        return flat_linear(u.to(bias.dtype), bias)
 
 
 class ConfidenceHead(nn.Module):
-    """A logit of hidden state and, unless a config says otherwise, the token before it."""
+    """Predicts acceptance from the hidden state and, unless the config excludes it, the token before it."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -64,20 +65,23 @@ class ConfidenceHead(nn.Module):
 
 
 class DSparkDrafter(DFlashDrafter):
-    """Parameter names are SGLang's: those of DFlash, `markov_head.…`, `confidence_head.proj.…`.
+    """The draft model. Parameter names are SGLang's: DFlash's, `markov_head.…`, `confidence_head.proj.…`.
 
-    Hidden states of an offset are H + r wide: the backbone's, and what the bias is made of. Behind them stands what was
-    read of the token before, r wide, where that is another thing and the confidence reads it, as most do.
+    Hidden states of an offset are H + r wide: the backbone's, and u of the bias. If e of the token before differs from
+    u and the confidence reads it, as in most checkpoints, e follows, r wide.
     """
 
     kind, recipe = TRAITS.kind, TRAITS.recipe
     autoregressive, samples_proposals, corrects_head = True, True, True
 
     def __init__(self, config: Qwen3Config, embedding: torch.Tensor):
-        """config: as of DFlash, with `markov_rank`, `enable_confidence_head`, `confidence_head_with_markov` and
-        `sample_from_anchor`."""
+        """Create the model.
+
+        config: as for DFlash, with `markov_rank`, `enable_confidence_head`, `confidence_head_with_markov` and
+        `sample_from_anchor`.
+        """
         super().__init__(config, embedding)
-        self.from_anchor: bool = config.sample_from_anchor  # is the anchor's own query the one of offset 1?
+        self.from_anchor: bool = config.sample_from_anchor  # the anchor's own query is the one of offset 1
         sizes = config.vocab_size, config.markov_rank, config.hidden_size
         self.markov_head = markov_head(config.markov_head_type, *sizes)
         self.confidence_reads_token: bool = config.confidence_head_with_markov
@@ -89,23 +93,26 @@ class DSparkDrafter(DFlashDrafter):
         self.initialise_additions(generator)
 
     def initialise_additions(self, generator: torch.Generator) -> None:
-        """What DFlash lacks starts as if it were not there: no bias, and every proposal as likely kept as not."""
+        """Initialise what DFlash lacks: no bias, and a confidence of 1/2 for every proposal."""
         self.markov_head.initialise(generator)
         if self.confidence_head is not None:
             nn.init.zeros_(self.confidence_head.proj.weight)
             nn.init.zeros_(self.confidence_head.proj.bias)
 
-    def with_bias(self, hidden: torch.Tensor, of_bias: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
-        """What the heads take, next to each other. hidden: [..., H]; of_bias, read: [..., r]."""
-        return torch.cat([hidden, of_bias, read] if self._apart else [hidden, of_bias], -1)
+    def with_bias(self, hidden: torch.Tensor, u: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+        """Concatenate what the heads take. hidden: [..., H]; u, read: [..., r]."""
+        return torch.cat([hidden, u, read] if self._confidence_reads_e else [hidden, u], -1)
 
     @property
-    def _apart(self) -> bool:
-        """Are bias and confidence made of different things beside the hidden state?"""
+    def _confidence_reads_e(self) -> bool:
+        """Whether the confidence reads e, and u differs from it."""
         return self.has_confidence and self.confidence_reads_token and bool(self.markov_head.projections())
 
     def backbone(self, context: Context, anchor_tokens: torch.Tensor, anchors: torch.Tensor, K: int) -> torch.Tensor:
-        """Hidden states [B, A, K, H] of the offsets, which no proposal changes. anchor_tokens, anchors: [B, A]."""
+        """Return hidden states [B, A, K, H] of the offsets, which do not depend on proposals.
+
+        anchor_tokens, anchors: [B, A].
+        """
         queries = K if self.from_anchor else K + 1
         return self.block(context, anchor_tokens, anchors, queries)[:, :, queries - K :]
 
@@ -148,7 +155,7 @@ class DSparkDrafter(DFlashDrafter):
         proj, rank = self.confidence_head.proj, self.markov_head.rank
         if not self.confidence_reads_token:
             hidden = hidden[..., : self.config.hidden_size]
-        elif self._apart:
+        elif self._confidence_reads_e:
             hidden = torch.cat([hidden[..., : -2 * rank], hidden[..., -rank:]], -1)
         logits: torch.Tensor = proj(hidden.to(proj.weight.dtype))
         return logits[..., 0].float()
@@ -158,17 +165,19 @@ class DSparkDrafter(DFlashDrafter):
         return self.block_size - self.from_anchor
 
     def training_operations(self, shape: StepShape) -> float:
-        """As of DFlash, and of each position with a loss: behind a bias that is trained, logits are made again in
-        backward, a third pass of V'·H; the bias itself, V'·r, in 4; of every offset the projections in front of it,
-        in 3."""
+        """Count operations as for DFlash, and in addition:
+
+        for each position with a loss, a third pass of V'·H, because logits with a trained bias are computed again in
+        backward, and the bias itself, V'·r, in 4 passes; for every offset its projections, in 3.
+        """
         H, rank, K = self.config.hidden_size, self.markov_head.rank, self.block_size - 1
-        in_front = sum(p.weight.numel() for p in self.markov_head.projections())
-        of_heads = shape.head_positions * shape.head_rows * (H + 4 * rank)
-        return super().training_operations(shape) + 2.0 * (of_heads + 3 * shape.blocks * K * in_front)
+        projections = sum(p.weight.numel() for p in self.markov_head.projections())
+        heads = shape.head_positions * shape.head_rows * (H + 4 * rank)
+        return super().training_operations(shape) + 2.0 * (heads + 3 * shape.blocks * K * projections)
 
 
 class MarkovSampler(BlockSampler):
-    """Blocks behind one backbone forward. Where `LOGITS_AT_ONCE` suffice, the head is read once for all offsets."""
+    """Samples blocks after one backbone forward. If `LOGITS_AT_ONCE` suffice, the head is read once for all offsets."""
 
     head: BiasedHead
 
@@ -181,18 +190,18 @@ class MarkovSampler(BlockSampler):
         self._unbiased = head.unbiased(hidden) if count <= LOGITS_AT_ONCE else None
 
     def _raw_logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Of the next offset [B, A, V'], as those of the head. tokens: [B, A] before it."""
+        """Return the products [B, A, V'] of the next offset. tokens: [B, A] before it."""
         markov, k = self._drafter.markov_head, self._drafted
-        of_bias, self._state = markov.step(markov.read(tokens), self._hidden[:, :, k], self._state)
+        u, self._state = markov.step(markov.read(tokens), self._hidden[:, :, k], self._state)
         self._drafted += 1
         unbiased = self.head.unbiased(self._hidden[:, :, k]) if self._unbiased is None else self._unbiased[:, :, k]
-        return unbiased + self.head.biases(of_bias)
+        return unbiased + self.head.biases(u)
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.head.logit_map(self._raw_logits(tokens).float())
 
     def best(self, anchor_tokens: torch.Tensor) -> torch.Tensor:
-        """Of all offsets, each behind the best token before it. anchor_tokens: [B, A]."""
+        """Return the best token of every offset [B, A, K], each after the best one before it. anchor_tokens: [B, A]."""
         tokens = [anchor_tokens]
         for _ in range(self._hidden.shape[2]):
             tokens.append(argmax_of_products(self._raw_logits(tokens[-1]), self.head))

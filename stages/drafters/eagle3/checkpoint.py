@@ -125,12 +125,13 @@ def _read_config(folder: Path) -> LlamaConfig:
     path, raw = folder / checkpoint_format.CONFIG_FILE, checkpoint_format.read_raw_config(folder)
     if raw.get("num_hidden_layers", 1) != 1:
         raise DraftsmithError(
-            f"drafter {path}: num_hidden_layers is {raw['num_hidden_layers']}, and only one layer is supported."
+            f"drafter {path}: num_hidden_layers is {raw['num_hidden_layers']}, and only one layer is supported. "
+            "Give another drafter."
         )
     eagle = raw.get("eagle_config") or {}
     for field in _UNSUPPORTED:
         if raw.get(field) or eagle.get(field):
-            raise DraftsmithError(f"drafter {path}: {field} is set, and this variant of EAGLE-3 is not supported.")
+            raise DraftsmithError(f"drafter {path}: {field} is set, and this variant is not supported. Give another.")
     checkpoint_format.refuse_other_models(path, raw, checkpoint_format.COMPUTED | {"num_aux_hidden_states": FEATURES})
     checkpoint_format.require_fields(
         path,

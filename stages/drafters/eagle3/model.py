@@ -1,8 +1,8 @@
-"""The EAGLE-3 draft model: one decoder layer that reads what the target felt and what it has just proposed.
+"""The EAGLE-3 draft model: one decoder layer that reads the target's features and its own proposals.
 
 Source: arXiv 2503.01840, section 3, and the parameter layout of its public checkpoints. The layer's entry at position i
-is made of the token at i + 1 and a feature of position i: `fc` of three of the target's hidden states where the target
-has been, the layer's own output where only proposals have been. Its output predicts the token at i + 2.
+is made of the token at i + 1 and a feature of position i: `fc` of three of the target's hidden states for verified
+positions, the layer's own output for proposals. Its output predicts the token at i + 2.
 
 There is one layer, so keys and values of an entry depend on its own token and feature alone: entries of the verified
 prefix need no attention, all anchors share them, and what a block reads depends on the trajectory alone. Unrolling a
@@ -37,17 +37,17 @@ from draftsmith.stages.target.kv_cache import KeyValueSlots, Rows
 
 @dataclass
 class PrefixContext(Context):
-    """What the target's forward left: entry and feature of position i at index i."""
+    """Entries and features of the verified prefix: those of position i at index i."""
 
     keys: torch.Tensor  # [B, kv_heads, T, head_dim], rotated; entry i is final once the token at i + 1 is
     values: torch.Tensor  # [B, kv_heads, T, head_dim]
-    features: torch.Tensor  # [B, T, H], behind `fc`
+    features: torch.Tensor  # [B, T, H], after `fc`
 
 
 class PrefixSlots(Context):
-    """The same while decoding: one row a request, position p at index p + 1.
+    """The context while decoding: one row per request, position p at index p + 1.
 
-    Index 0 takes the entry in front of the first position, which is nobody's, so that a prompt needs no special case.
+    Index 0 takes the unused entry before the first position, so that a prompt needs no special case.
     """
 
     def __init__(self, rows: int, capacity: int):
@@ -72,13 +72,13 @@ class EagleAttention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, heads, N, head_dim]
 
     def queries(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """x: [B, N, 2H] → rotated [B, heads, N, head_dim]."""
+        """Return rotated queries [B, heads, N, head_dim]. x: [B, N, 2H]."""
         return _rotated(self._heads(self.q_proj(x)), rope)
 
     def keys_values(
         self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x: [B, N, 2H] → rotated keys and values, each [B, kv_heads, N, head_dim]."""
+        """Return rotated keys and values, each [B, kv_heads, N, head_dim]. x: [B, N, 2H]."""
         values = self._heads(self.v_proj(x))
         return _rotated(self._heads(self.k_proj(x)), rope).to(values.dtype), values
 
@@ -88,7 +88,7 @@ def _rotated(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.
 
 
 class EagleLayer(nn.Module):
-    """The decoder layer; the feature, not its normalised form, is the residual stream."""
+    """The decoder layer. Its residual stream is the feature, not its normalised form."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -99,21 +99,24 @@ class EagleLayer(nn.Module):
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def joined(self, embedded: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """[..., H] each → the attention's input [..., 2H]."""
+        """Return the attention's input [..., 2H]. embedded, features: [..., H]."""
         return torch.cat([self.input_layernorm(embedded), self.hidden_norm(features)], -1)
 
     def finish(self, features: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """Residual and MLP: features and attended [..., H] → the layer's output, which is the next feature."""
+        """Return the layer's output [..., H], the next feature, by residual and MLP.
+
+        features: [..., H]; attended: [..., q].
+        """
         x = features + self.self_attn.o_proj(attended)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class _Chain(BlockSampler):
-    """A chains a row in the making: each call takes the next token of every chain."""
+    """Unrolls A chains per row: each call takes the next token of every chain."""
 
     def __init__(self, drafter: Eagle3Drafter, context: PrefixContext, anchors: torch.Tensor, head: Head | None = None):
         self.drafter, self.context = drafter, context
-        if head is not None:  # else hidden states alone are asked for
+        if head is not None:  # None: the caller needs hidden states alone
             self.head = head
         self.positions = (anchors - 1).clamp(min=0)  # of the entry that holds the anchor's token
         self.features = context.features.gather(
@@ -124,14 +127,14 @@ class _Chain(BlockSampler):
         self._values: list[torch.Tensor] = []
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens: [B, A] → hidden states [B, A, H] that predict the token behind."""
+        """Return hidden states [B, A, H] that predict the token after each of `tokens` [B, A]."""
         layer = self.drafter.midlayer
         x = layer.joined(self.drafter.embed(tokens), self.features)
         rope = self.drafter.rope(self.positions + len(self._keys), x)
         keys, values = layer.self_attn.keys_values(x, rope)
         self._keys, self._values = [*self._keys, keys], [*self._values, values]
         own = torch.stack(self._keys, 3), torch.stack(self._values, 3)
-        queries = layer.self_attn.queries(x, rope)[..., None, :]  # one of each chain
+        queries = layer.self_attn.queries(x, rope)[..., None, :]  # one query per chain
         attended = block_attention(queries, (self.context.keys, self.context.values), own, self.context_mask)
         self.features = layer.finish(self.features, attended[:, :, 0])
         return self.drafter.norm(self.features)
@@ -141,15 +144,18 @@ class _Chain(BlockSampler):
 
 
 class Eagle3Drafter(Drafter):
-    """Parameter names are those of public checkpoints: `fc`, `midlayer.…`, `norm`, `lm_head`."""
+    """The draft model. Parameter names are those of public checkpoints: `fc`, `midlayer.…`, `norm`, `lm_head`."""
 
     kind, recipe = TRAITS.kind, TRAITS.recipe
     autoregressive, has_own_head = True, True
     layer_names = ("fc", "midlayer")
 
     def __init__(self, config: LlamaConfig, embedding: torch.Tensor, draft_tokens: torch.Tensor):
-        """config: Llama fields plus `block_size`, `draft_vocab_size` and `eagle_config`; embedding: [V, H];
-        draft_tokens: [draft_vocab_size] sorted ids of the target's vocabulary."""
+        """Create the model.
+
+        config: Llama fields plus `block_size`, `draft_vocab_size` and `eagle_config`.
+        embedding: [V, H]. draft_tokens: [draft_vocab_size] sorted ids of the target's vocabulary.
+        """
         super().__init__()
         self.config = config
         self.block_size: int = config.block_size
@@ -166,7 +172,7 @@ class Eagle3Drafter(Drafter):
         self.rotary = LlamaRotaryEmbedding(config)
 
     def initialise(self, generator: torch.Generator, target_head: torch.Tensor) -> None:
-        """Random weights; the head starts as rows of the target's, under a norm that gives its logits unit variance.
+        """Set random weights. The head starts as rows of the target's; the norm gives its logits unit variance.
 
         target_head: [V, H].
         """
@@ -179,17 +185,17 @@ class Eagle3Drafter(Drafter):
         nn.init.constant_(self.norm.weight, float(1.0 / row_norm))
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[...] → [..., H]."""
+        """Return the embeddings [..., H] of tokens [...]."""
         return F.embedding(tokens, self._embedding[0]).to(self.norm.weight.dtype)
 
     def rope(self, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines at positions [B, N]."""
+        """Return cosines and sines at positions [B, N]."""
         rope: tuple[torch.Tensor, torch.Tensor] = self.rotary(like, position_ids=positions)
         return rope
 
     def encode(self, features: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor) -> PrefixContext:
         fused = self.fc(as_input(features, self.norm.weight.dtype))
-        # the last entry's token is not known yet; the block of the anchor behind it makes that entry itself
+        # The last entry's token is not known yet; the block of the following anchor computes that entry itself.
         following = torch.cat([tokens[:, 1:], tokens[:, -1:]], 1)
         keys, values = self._entries(following, fused, positions)
         return PrefixContext(keys, values, fused)
@@ -234,18 +240,20 @@ class Eagle3Drafter(Drafter):
 
     def head_over(self, target_head: torch.Tensor, token_ids: torch.Tensor | None) -> Head:  # noqa: ARG002
         if token_ids is not None:
-            kept = torch.isin(self.draft_tokens, token_ids.to(self.draft_tokens.device))
-            return Head(self.lm_head.weight[kept], self.draft_tokens[kept])
+            present = torch.isin(self.draft_tokens, token_ids.to(self.draft_tokens.device))
+            return Head(self.lm_head.weight[present], self.draft_tokens[present])
         whole = self.draft_tokens.numel() == self.config.vocab_size
         return Head(self.lm_head.weight, None if whole else self.draft_tokens)
 
     def training_operations(self, shape: StepShape) -> float:
-        """With N = rows · T positions, e = rows · A · K entries of chains, q and k the widths of queries and keys:
+        """Count operations, with N = rows · T positions, e = rows · A · K entries of chains, q and k the widths of
+        queries and keys:
 
         fc: N · 3H², forward and the gradient of its weights (2 passes; the target's features need none); all other
         weights in 3 passes: N · 4Hk (prefix) + e · (3Hq + 4Hk + 3HI) (chains); attention, 2 products forward and 5
-        backward (scores are made again): K queries of width q of each chain over the positions before its anchor, and
-        over 1 … K entries of its own; the trained head, whose logits are made again in backward, 4 passes: P · V'·H.
+        backward (scores are computed again): K queries of width q of each chain over the positions before its anchor,
+        and over 1 … K entries of its own; the trained head, whose logits are computed again in backward, 4 passes:
+        P · V'·H.
         A pass is one product; each multiply-add counts as two operations.
         """
         c = self.config

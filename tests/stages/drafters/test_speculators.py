@@ -114,7 +114,7 @@ def test_the_fields_of_a_dspark_are_those_of_the_library(
 
 
 TRAPS: dict[str, tuple[Edit, str]] = {
-    "another kind": (edit_config(lambda c: c.update(speculators_model_type="peagle")), "'peagle', supported is dflash"),
+    "another kind": (edit_config(lambda c: c.update(speculators_model_type="peagle")), "'peagle'"),
     "a reduced vocabulary": (edit_config(lambda c: c.update(draft_vocab_size=40)), "draft_vocab_size is 40"),
     "proposals from the anchor on": (edit_config(lambda c: c.update(sample_from_anchor=True)), "sample_from_anchor"),
     "no layer ids": (edit_config(lambda c: c.pop("aux_hidden_state_layer_ids")), "target_layer_ids is missing"),
@@ -142,7 +142,7 @@ def test_what_is_not_computed_here_is_refused(
         (lambda t: random_dspark(t, markov_head="gated"), "markov_head is gated, and vLLM computes vanilla"),
         (
             lambda t: random_dflash2(t, sliding_window=6, layer_types=("sliding_attention", "full_attention")),
-            "vLLM would read all of them backwards",
+            "vLLM would read all of them",
         ),
     ],
 )
