@@ -61,7 +61,7 @@ def check(config: RunOptions, pipeline: Pipeline, home: Path) -> Findings:
         findings.ok("home", f"{home} can be written, {free_disk_bytes(home) / 1e9:.0f} GB free")
     with findings.check("databases"):
         Tracking(home).check_file_system()
-        server.check_place(home)
+        server.check_database_location(home)
     with findings.check("runner"):
         check_runner(config.stages)
     for field, program in config.external_programs.items():

@@ -226,19 +226,17 @@ def _deploy(options: argparse.Namespace, pipeline: Pipeline) -> None:
     Selection(force=tuple(options.force)).forced(pipeline.nodes(config))  # an unknown node is an error now
     api = permanent_server(home())
     # imports Prefect, which reads the environment that `permanent_server` sets
-    from draftsmith.flows.orchestration.deployment import Schedule, deploy
+    from draftsmith.flows.orchestration.deployment import DeploymentOptions, Schedule, deploy
 
-    deployment = deploy(
-        config,
-        pipeline,
-        api,
+    how = DeploymentOptions(
         pool=options.pool,
+        folder=Path.cwd(),
         schedule=Schedule(options.cron, options.timezone),
         force=options.force,
         webhook=options.webhook,
         silent_days=options.silent_after,
-        folder=Path.cwd(),
     )
+    deployment = deploy(config, pipeline, api, how)
     when = f"{options.cron} ({options.timezone})" if options.cron else "on request"
     action = "created" if deployment.created else "changed"
     webhook = "with its webhook" if deployment.webhook else "without a webhook"

@@ -1,4 +1,4 @@
-"""What Prefect shows of a run's end: the verdict on the flow run's page, an event, a promotion as an asset."""
+"""Reports the end of a run to Prefect: the verdict on the flow run's page, an event, a promotion as an asset."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from draftsmith.flows.planning.graph import Conclusion
 
 
 def show_verdict(run: str, markdown: str, say: Callable[[str], None]) -> None:
-    """Put the verdict on the page of the flow run. A temporary server has no pages."""
+    """Show the verdict on the flow run's page, if the server is not a temporary one without pages."""
     if uses_temporary_server():
         return
     key = re.sub("[^a-z0-9]+", "-", f"{run} verdict".lower()).strip("-")
@@ -29,11 +29,11 @@ def show_verdict(run: str, markdown: str, say: Callable[[str], None]) -> None:
     except httpx.HTTPError as error:
         if not is_api_loss(error):
             raise
-        say(f"warning: Prefect's server is lost ({type(error).__name__}). The flow run's page lacks the verdict.")
+        say(f"warning: Prefect's server is lost ({type(error).__name__}), so the flow run's page lacks the verdict.")
 
 
 def announce(run: str, conclusion: Conclusion) -> None:
-    """Emit an event such as `draftsmith.promoted`, and materialise the asset that the conclusion names."""
+    """Emit an event such as `draftsmith.promoted`, and materialise the asset of a promotion."""
     emit_event(
         event=f"draftsmith.{conclusion.name.lower()}",
         resource={"prefect.resource.id": f"draftsmith.run.{run}", "prefect.resource.name": run},
@@ -56,10 +56,12 @@ def announce(run: str, conclusion: Conclusion) -> None:
 
 
 def approved(key: str) -> bool:
-    """Return whether a person has said yes to what `key` names, after asking; False if nobody can be asked here.
+    """Suspend a deployment's run until a person approves, then return True; return False for any other run.
 
-    A run of a deployment is suspended: its process ends in here. When a person resumes the run, another process makes
-    the same plan, comes here again and goes on. A run without a deployment cannot be resumed.
+    The process of a suspended run ends in this call. When a person resumes the run, another process plans again, comes
+    back to this call and continues. A run without a deployment cannot be resumed.
+
+    key: what is to be approved.
     """
     if not deployed():
         return False
@@ -68,13 +70,13 @@ def approved(key: str) -> bool:
 
 
 def deployed() -> bool:
-    """Return whether a deployment runs it: on a schedule, or because somebody asks for one more of its runs."""
+    """Return whether the current flow run is one of a deployment."""
     run = _flow_run()
     return run is not None and run.deployment_id is not None
 
 
 def resumed() -> bool:
-    """Return whether this flow run goes on after it was suspended."""
+    """Return whether the current flow run continues after it was suspended."""
     run = _flow_run()
     return run is not None and bool(run.empirical_policy.pause_keys)
 

@@ -1,4 +1,4 @@
-"""A config as a deployment of Prefect: its schedule, its work pool, and the config as the form of a run."""
+"""Creates a Prefect deployment of a config: schedule, work pool, parameters and webhook."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.planning.graph import Pipeline
 
-HEARTBEAT_S = 30  # of flow runs, so that a host that is lost is noticed
+HEARTBEAT_S = 30  # of flow runs, so that a lost host is noticed
 _ENVIRONMENT = {
-    "PREFECT_LOGGING_EXTRA_LOGGERS": "draftsmith",  # the stages' lines appear in the flow run
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "draftsmith",  # shows the stages' lines in the flow run
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S),
     "DO_NOT_TRACK": "1",
 }
@@ -39,100 +39,102 @@ _ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class DeploymentInfo:
-    """A deployment as the server knows it."""
+    """A deployment on the server."""
 
     name: str  # FLOW/NAME
     url: str
-    created: bool  # else it was there, and is changed
-    webhook: bool  # whether one is called: the one that was given, or that it has kept
+    created: bool  # False: it existed and was changed
+    webhook: bool  # whether it has one: the one given now, or an earlier one
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """When it runs by itself. None: only when asked to."""
+    """When a deployment runs. Without cron: only on request."""
 
     cron: str | None = None
     timezone: str = "UTC"
 
     def checked(self) -> list[CronSchedule]:
-        """Raises DraftsmithError for what no schedule is."""
+        """Return the schedule for Prefect. Raises DraftsmithError if it is not valid."""
         if self.cron is None:
             return []
         try:
             return [CronSchedule(cron=self.cron, timezone=self.timezone)]
         except ValidationError as error:
             raise DraftsmithError(
-                f"--cron {self.cron!r} --timezone {self.timezone}: {error.errors()[0]['msg']}: five fields such as "
-                "'0 3 * * 1' (Mondays at 3), and a name such as Europe/Berlin"
+                f"--cron {self.cron!r} --timezone {self.timezone}: {error.errors()[0]['msg']}. Give five fields "
+                "such as '0 3 * * 1' (Mondays at 3), and a name such as Europe/Berlin."
             ) from None
 
 
-def deploy(
-    config: RunOptions,
-    pipeline: Pipeline,
-    api: str,
-    *,
-    pool: str,
-    schedule: Schedule = Schedule(),
-    force: Sequence[str] = (),
-    webhook: str | None = None,
-    silent_days: float | None = None,
-    folder: Path,
-) -> DeploymentInfo:
-    """Create the deployment of the config's flow under the config's name, or change it if it is there.
+@dataclass(frozen=True)
+class DeploymentOptions:
+    """How and when the runs of a deployment start, and who is called about them."""
 
-    api: URL of Prefect's server. pool: a work pool that exists. force: nodes that every run makes again, such as
-    `target`. webhook: called when a run ends or waits (`pipeline.automations`); None leaves the one that the deployment
-    has. silent_days: the webhook is called too when no run has ended for so long. folder: what relative paths in the
-    config are relative to; where runs of a process pool work. Raises DraftsmithError, also for a deployment of this
-    name that is of another line of drafters.
+    pool: str  # a work pool that exists
+    folder: Path  # the working directory of a process pool's runs, to which paths in the config are relative
+    schedule: Schedule = Schedule()
+    force: Sequence[str] = ()  # nodes that every run makes again, such as `target`
+    webhook: str | None = None  # called when a run ends or waits; None keeps the deployment's earlier one
+    silent_days: float | None = None  # the webhook is also called if no run has ended for so long
+
+
+def deploy(config: RunOptions, pipeline: Pipeline, api: str, options: DeploymentOptions) -> DeploymentInfo:
+    """Create or change the deployment of the config's flow, under the config's name.
+
+    api: URL of Prefect's server.
+
+    Raises DraftsmithError, also if a deployment of this name belongs to another line.
     """
-    crons = schedule.checked()
-    if webhook is not None:
-        check_address(webhook)
-    elif silent_days is not None:
+    schedules = options.schedule.checked()
+    if options.webhook is not None:
+        check_address(options.webhook)
+    elif options.silent_days is not None:
         raise DraftsmithError("--silent-after: nobody would be called. Pass --webhook too.")
     with get_client(sync_client=True) as client:
-        found = _pool(client, pool)
+        pool = _pool(client, options.pool)
         module, _, attribute = pipeline.flow.partition(":")
         flow: Flow[..., Any] = getattr(importlib.import_module(module), attribute)
         deployment = RunnerDeployment.from_flow(
             flow,
             name=config.name.replace("/", "-"),
-            schedules=crons,
-            parameters=parameters(config, force),
+            schedules=schedules,
+            parameters=parameters(config, options.force),
             concurrency_limit=1,
-            job_variables=_job_variables(found, folder),
-            entrypoint_type=EntrypointType.MODULE_PATH,  # wherever Draftsmith is installed
+            job_variables=_job_variables(pool, options.folder),
+            entrypoint_type=EntrypointType.MODULE_PATH,  # found wherever Draftsmith is installed
         )
         created = _is_new(client, deployment.full_name, config)
-        made = deployment.apply(work_pool_name=pool)
-        assert isinstance(made, UUID)
-        if webhook is not None:
-            call_webhook(client, webhook, made, deployment.name, heartbeat_s=HEARTBEAT_S, silent_days=silent_days)
-        told = has_webhook(client, deployment.name)
+        id_ = deployment.apply(work_pool_name=options.pool)
+        assert isinstance(id_, UUID)
+        if options.webhook is not None:
+            name, silent_days = deployment.name, options.silent_days
+            set_webhook(client, options.webhook, id_, name, heartbeat_s=HEARTBEAT_S, silent_days=silent_days)
+        webhook = has_webhook(client, deployment.name)
     ui = api.rstrip("/").removesuffix("/api")
-    return DeploymentInfo(deployment.full_name, f"{ui}/deployments/deployment/{made}", created, told)
+    return DeploymentInfo(deployment.full_name, f"{ui}/deployments/deployment/{id_}", created, webhook)
 
 
 def parameters(config: RunOptions, force: Sequence[str]) -> dict[str, Any]:
-    """Return the flow's parameters: what the file says, and no more; the rest are defaults, which the form shows."""
+    """Return the flow's parameters: only the fields that the config sets, as the form shows defaults."""
     return {"config": config.model_dump(mode="json", exclude_unset=True), "force": list(force)}
 
 
 def _is_new(client: SyncPrefectClient, name: str, config: RunOptions) -> bool:
-    """Whether there is no deployment of this name (FLOW/NAME). Raises DraftsmithError for one of another line: it would
-    be lost to a copied file that kept its name."""
+    """Return whether there is no deployment of this name (FLOW/NAME).
+
+    Raises DraftsmithError if it is one of another line, which a copied file with an unchanged name would replace.
+    """
     try:
         known = client.read_deployment_by_name(name)
     except ObjectNotFound:
         return True
     registered = (known.parameters.get("config") or {}).get("registry") or {}
-    line, own = registered.get("name"), config.experiment
-    if line and own and line != own:
+    its_line, line = registered.get("name"), config.experiment
+    if its_line and line and its_line != line:
         raise DraftsmithError(
-            f"name: the deployment {name} is of the line {line}, and this config is of {own}: give it another name, or "
-            f"take that one away first with `prefect deployment delete {name}`"
+            f"name: the deployment {name} is of line {its_line}, and this config is of {line}. Give it another name, "
+            f"or delete that one with `prefect deployment delete {name}`."
         )
     return False
 
@@ -142,26 +144,27 @@ def _pool(client: SyncPrefectClient, name: str) -> WorkPool:
         return client.read_work_pool(name)
     except ObjectNotFound:
         raise DraftsmithError(
-            f"--pool {name}: the server has no such work pool: make it with `prefect work-pool create {name} --type "
-            "process`; templates for other types are in configs/team"
+            f"--pool {name}: the server has no such work pool. Create it with `prefect work-pool create {name} --type "
+            "process`; templates for other types are in configs/team."
         ) from None
 
 
 def _job_variables(pool: WorkPool, folder: Path) -> dict[str, Any]:
-    """A process works in the folder that it was deployed from; a container or a cluster's job has its own."""
+    """Return the variables of a run's job. A process works in `folder`; containers and cluster jobs have their own."""
     if pool.type != "process":
         return {"env": _ENVIRONMENT}
     path = {"PYTHONPATH": os.environ["PYTHONPATH"]} if os.environ.get("PYTHONPATH") else {}
     return {"working_dir": str(folder), "env": {**_ENVIRONMENT, **path}}
 
 
-_LOST = "its host or its process sends nothing more"
-_MISSED = 4  # heartbeats in a row, then a run is taken for crashed
-# Our own events say what a run came to: the states' events wait for those before them, which a schedule's runs lack.
+_LOST = "its host or its process sends no more heartbeats"
+_MISSED = 4  # heartbeats in a row, after which a run has crashed
+# A run's outcome comes from our own events. Prefect's events of states wait for the ones before them, which scheduled
+# runs lack.
 _OURS = {f"draftsmith.{outcome}" for outcome in ("promoted", "refused", "inconclusive")}
 _CALLED = {f"prefect.flow-run.{state}" for state in ("Failed", "TimedOut", "Crashed", "Suspended")} | _OURS
 _ENDED = {"draftsmith.current", "prefect.flow-run.Completed", "prefect.flow-run.Suspended"} | _OURS
-# JSON whatever the message holds. The run may be in another state by now: the event says which one it came to.
+# Valid JSON whatever the message is. The state is the event's, since the run may have another one by now.
 _PAYLOAD = """{"cause": {{ event.event.split(".")[-1] | lower | tojson }}, "deployment": {{ deployment.name | tojson }},
  "flow_run": {{ flow_run.name | tojson }},
  "message": {{ (event.payload.message or event.payload.get("validated_state", {}).message or "") | tojson }},
@@ -169,26 +172,27 @@ _PAYLOAD = """{"cause": {{ event.event.split(".")[-1] | lower | tojson }}, "depl
 
 
 def check_address(url: str) -> None:
-    """Raise DraftsmithError for what nothing could be sent to."""
+    """Raise DraftsmithError if the text is no address of an HTTP server."""
     if not re.match(r"https?://[^/\s]", url):
         raise DraftsmithError(
-            f"--webhook {url!r}: an address begins with https:// or http:// and a host, such as "
-            "https://hooks.example/draftsmith"
+            f"--webhook {url!r}: not an address. Give one with https:// or http:// and a host, such as "
+            "https://hooks.example/draftsmith."
         )
 
 
 def has_webhook(client: SyncPrefectClient, name: str) -> bool:
-    """Return whether `call_webhook` was called for the deployment of this name."""
+    """Return whether the deployment of this name has a webhook."""
     return bool(client.read_automations_by_name(f"{name}: webhook"))
 
 
-def call_webhook(
+def set_webhook(
     client: SyncPrefectClient, url: str, deployment: UUID, name: str, *, heartbeat_s: float, silent_days: float | None
 ) -> None:
-    """Create or change the automations of a deployment. The URL is kept in a block, encrypted.
+    """Create or change the automations that call a deployment's webhook. A block keeps the URL encrypted.
 
-    silent_days: the URL is called too when no run has ended for so long. A run that sends no heartbeats is called
-    crashed, as its host or its process is gone.
+    They also set a run without heartbeats to crashed, since its host or its process is gone.
+
+    silent_days: the URL is also called if no run has ended for so long.
     """
     block = Webhook.model_validate({"url": url, "headers": {"Content-Type": "application/json"}})
     document = block.save(f"draftsmith-{deployment}", overwrite=True)

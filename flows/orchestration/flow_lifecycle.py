@@ -1,4 +1,4 @@
-"""How a flow ends: as its body does, whatever becomes of Prefect's API meanwhile."""
+"""Keeps a flow's result even if Prefect's API is lost while it runs, and notices that a run was cancelled."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 import httpx
 from prefect.client.orchestration import get_client
@@ -16,26 +16,34 @@ from prefect.context import FlowRunContext
 
 from draftsmith.artifacts.errors import RefusedError, RetryableError, StageInterrupted
 
-Nodes = dict[str, dict[str, Any]]
+
+class NodeRecord(TypedDict):
+    """The artifact of a node, as a flow returns it."""
+
+    stage: str
+    key: str
+    content_id: str
+    path: str
+    reused: bool
 
 
 @dataclass
 class FlowResult:
-    """The body of a flow, and what it came to."""
+    """The result of a flow's body, which `run_flow` returns."""
 
     ended: bool = False
-    made: Nodes = field(default_factory=dict)
-    outcome: str | None = None  # of a run that came to a conclusion, as MLflow's tag has it
+    nodes: dict[str, NodeRecord] = field(default_factory=dict)
+    outcome: str | None = None  # as in MLflow's tag; None: the run has no conclusion
     message: str = ""
     error: BaseException | None = None
 
 
-_RESULT: ContextVar[FlowResult | None] = ContextVar("body", default=None)
+_RESULT: ContextVar[FlowResult | None] = ContextVar("flow_result", default=None)
 
 
 @contextmanager
-def body() -> Iterator[FlowResult]:
-    """To be entered by the body of a flow; it keeps what the body came to for `run_flow`."""
+def flow_result() -> Iterator[FlowResult]:
+    """Give the body of a flow the result that it fills in for `run_flow`, and record its error."""
     current = _RESULT.get() or FlowResult()
     try:
         yield current
@@ -47,10 +55,11 @@ def body() -> Iterator[FlowResult]:
 
 
 def run_flow(flow: Any, config: Any, lost: Callable[[str], None], **options: Any) -> FlowResult:
-    """Call the flow of a config, with options. Return its body, which may hold a RefusedError, or raise what its body
-    raised; `lost` is called if Prefect was lost before it knew how the run ended.
+    """Call the flow of a config. Return its result, whose error may be a RefusedError, or raise its body's error.
 
-    Raises RetryableError if Prefect's API was lost before the body began, or so long that the body could not go on.
+    lost: called with a sentence if Prefect's API was lost before it knew how the run ended.
+
+    Raises RetryableError if the API was lost before the body started, or for so long that the body could not continue.
     """
     current = FlowResult()
     token = _RESULT.set(current)
@@ -63,18 +72,18 @@ def run_flow(flow: Any, config: Any, lost: Callable[[str], None], **options: Any
             if not is_api_loss(error):
                 raise
             raise RetryableError(
-                f"Prefect's API was lost before the run began ({_said(error)}); run it again"
+                f"Prefect's API was lost before the run started ({_describe(error)}). Run the same command again."
             ) from error
         if current.error is not None and current.error is not error and is_api_loss(error):
-            lost(f"Prefect could not be told how the run ended ({_said(error)})")
+            lost(f"Prefect does not know how the run ended ({_describe(error)})")
         elif current.error is None:
-            lost(f"Prefect could not be told that the run ended well ({_said(error)}); its artifacts are complete")
+            lost(f"Prefect does not know that the run succeeded ({_describe(error)}). Its artifacts are complete")
     finally:
         _RESULT.reset(token)
     if current.error is not None and is_api_loss(current.error):
         raise RetryableError(
-            f"Prefect's API was lost during the run ({_said(current.error)}): start its server again, then run the "
-            "same command; what is finished is kept"
+            f"Prefect's API was lost during the run ({_describe(current.error)}). Start its server again, then run the "
+            "same command, which reuses what is finished."
         ) from current.error
     if current.error is not None and not isinstance(current.error, RefusedError):
         raise current.error
@@ -82,30 +91,30 @@ def run_flow(flow: Any, config: Any, lost: Callable[[str], None], **options: Any
 
 
 def is_api_loss(error: BaseException) -> bool:
-    """Of the API: not there, or ill."""
+    """Return whether the error shows that Prefect's API is unreachable or broken."""
     if isinstance(error, httpx.HTTPStatusError):
         return error.response.status_code >= 500
     return isinstance(error, httpx.TransportError)
 
 
-def _said(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-_ASK_EVERY_S = 5.0
+_POLL_S = 5.0
 
 
 class CancelledError(StageInterrupted):
-    """The run was cancelled in Prefect; it goes on when it is run again."""
+    """Raised when the run was cancelled in Prefect; the same command continues it."""
 
 
 class Cancellation:
-    """Asks Prefect's API every few seconds, from a thread of its own, whether the current flow run is to end."""
+    """Polls Prefect's API in a thread for the cancellation of the current flow run."""
 
     def __init__(self) -> None:
         context = FlowRunContext.get()
         self._run: Any = context.flow_run.id if context is not None and context.flow_run is not None else None
-        self._asked, self._over = threading.Event(), threading.Event()
+        self._cancelled, self._closed = threading.Event(), threading.Event()
 
     def __enter__(self) -> Self:
         if self._run is not None:
@@ -115,17 +124,17 @@ class Cancellation:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._over.set()
+        self._closed.set()
 
     def check(self) -> None:
-        """Raise `CancelledError` if it was cancelled."""
-        if self._asked.is_set():
-            raise CancelledError("cancelled in Prefect; what was saved is kept: run the same command again to continue")
+        """Raise `CancelledError` if the run was cancelled."""
+        if self._cancelled.is_set():
+            raise CancelledError("cancelled in Prefect. Run the same command again to continue from what was saved.")
 
     def _watch(self) -> None:
-        while not self._over.wait(_ASK_EVERY_S):
-            with suppress(Exception), get_client(sync_client=True) as client:  # an API that is away cancels nothing
+        while not self._closed.wait(_POLL_S):
+            with suppress(Exception), get_client(sync_client=True) as client:  # a lost API cancels nothing
                 state = client.read_flow_run(self._run).state
                 if state is not None and (state.is_cancelling() or state.is_cancelled()):
-                    self._asked.set()
+                    self._cancelled.set()
                     return

@@ -1,4 +1,4 @@
-"""Start a config's flow in this process, with a Prefect server of its own where there is none."""
+"""Runs a config's flow in this process, with a temporary Prefect server if there is none."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from draftsmith.stages.runtime.memory import restore_gc
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run that came to its end."""
+    """A run that has ended without an error."""
 
     artifacts: ArtifactFolders  # by node
-    outcome: str | None  # promoted, refused, inconclusive, waiting, current; None: nothing was to be decided
+    outcome: str | None  # promoted, refused, inconclusive, waiting or current; None: no conclusion
     message: str  # the outcome with its reason
-    refusal: RefusedError | None  # of a drafter that was not promoted
+    refusal: RefusedError | None  # if a drafter was not promoted
 
 
 def launch(
@@ -42,7 +42,7 @@ def launch(
 
     lost: called if Prefect's server was lost before it knew how the run ended.
 
-    Raises DraftsmithError for everything that went wrong; a drafter that was not promoted is no error here.
+    Raises DraftsmithError for all failures. A drafter that is not promoted is no failure.
     """
     tracking = Tracking(home(), config.experiment)
     check_home(home(), config)
@@ -50,11 +50,13 @@ def launch(
     with_retries(tracking.check, config.stages, display.line)  # while the server starts
     flow = load_attribute(pipeline.flow)
     with_retries(lambda: server.wait(display.line), config.stages, display.line)
-    from draftsmith.flows.orchestration.flow_lifecycle import run_flow  # imports httpx, as the flow does
+    from draftsmith.flows.orchestration.flow_lifecycle import run_flow  # imports Prefect
 
     restore_gc()
     options = {name: list(getattr(selection, name)) for name in ("force", "start", "until")}
     ended = run_flow(flow, config, lambda what: lost(server, what), **options)
-    refs = {name: ArtifactRef(e["stage"], e["key"], e["content_id"], Path(e["path"])) for name, e in ended.made.items()}
+    refs = {
+        name: ArtifactRef(e["stage"], e["key"], e["content_id"], Path(e["path"])) for name, e in ended.nodes.items()
+    }
     refusal = ended.error if isinstance(ended.error, RefusedError) else None
     return FinishedRun(ArtifactFolders(open_store(home()), refs), ended.outcome, ended.message, refusal)

@@ -1,4 +1,4 @@
-"""The body of a flow: checks, then a task a node, in order, followed by MLflow."""
+"""The body of a flow: makes the checks, runs each node as a task, and records the run in MLflow."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from draftsmith.flows.execution.node import NodeResult, RunContext
 from draftsmith.flows.execution.results import ArtifactFolders, LazyArtifacts
 from draftsmith.flows.execution.retry import with_retries
 from draftsmith.flows.orchestration.announcements import announce, deployed, resumed, show_verdict
-from draftsmith.flows.orchestration.flow_lifecycle import Cancellation, CancelledError, body
+from draftsmith.flows.orchestration.flow_lifecycle import Cancellation, CancelledError, NodeRecord, flow_result
 from draftsmith.flows.orchestration.task import run_node
 from draftsmith.flows.planning.graph import (
     Checks,
@@ -56,22 +56,22 @@ def run_graph(
     force: Collection[str] | None = None,
     start: Collection[str] | None = None,
     until: Collection[str] | None = None,
-) -> State[Any] | dict[str, Any]:
-    """Body of a flow: make every node of the config's graph, or of a part of it (`pipeline.part`), which concludes
-    nothing where nodes were left out. Returns what each node's artifact is, by node, or the flow's state with that as
-    its data where the run came to a conclusion or was cancelled.
+) -> State[Any] | dict[str, NodeRecord]:
+    """Make the nodes of the config's graph, or a selection of them, and act on the result unless nodes are left out.
 
-    Raises the first `DraftsmithError`; whatever was finished before is in the store. A conclusion is an event too, such
-    as `draftsmith.promoted`, with the flow run and its deployment as related resources.
+    force, start, until: nodes, as in `Selection`. Returns the nodes' artifacts, or the flow's state if the run has a
+    conclusion or was cancelled. A conclusion is also an event such as `draftsmith.promoted`.
+
+    Raises the first DraftsmithError. Finished nodes stay in the store.
     """
     conclusion: Conclusion | None = None
     try:
-        with body() as said, Cancellation() as cancellation, _reading(config, cancellation):
+        with flow_result() as result, Cancellation() as cancellation, _in_use(config, cancellation):
             selection = Selection.from_options(force, start, until, deployed=deployed())
-            made, conclusion = _run(config, pipeline, selection, cancellation)
-            said.made = made
+            nodes, conclusion = _run(config, pipeline, selection, cancellation)
+            result.nodes = nodes
             if conclusion is not None:
-                said.outcome, said.message = conclusion.name.lower(), conclusion.message
+                result.outcome, result.message = conclusion.name.lower(), conclusion.message
                 announce(config.name, conclusion)
                 if conclusion.error is not None:
                     raise conclusion.error
@@ -80,24 +80,24 @@ def run_graph(
     except DraftsmithError as error:
         if conclusion is None or error is not conclusion.error:
             raise
-        # a state of its own name: a refusal is no failure of the run, and automations tell the two apart
+        # by its own name the state differs from a failure of the run, for automations
         return Failed(name=conclusion.name, message=conclusion.message, data=error)
-    return made if conclusion is None else Completed(name=conclusion.name, message=conclusion.message, data=made)
+    return nodes if conclusion is None else Completed(name=conclusion.name, message=conclusion.message, data=nodes)
 
 
-def _reading(config: RunOptions, cancellation: Cancellation) -> AbstractContextManager[None]:
+def _in_use(config: RunOptions, cancellation: Cancellation) -> AbstractContextManager[None]:
     limit_s = 60 * config.stages.lock_wait_minutes
     return artifacts_in_use(home(), config.name, Display().line, limit_s=limit_s, check=cancellation.check)
 
 
 def _run(
     config: RunOptions, pipeline: Pipeline, selection: Selection, cancellation: Cancellation
-) -> tuple[dict[str, dict[str, Any]], Conclusion | None]:
+) -> tuple[dict[str, NodeRecord], Conclusion | None]:
     display = Display()
     config = with_retries(lambda: resolve_config(config, pipeline), config.stages, display.line)
     redact_logs()
-    bypass_proxy_for_localhost()  # a deployment's run comes from no command
-    logging.getLogger("draftsmith").setLevel(logging.INFO)  # without it Prefect does not show the stages' lines
+    bypass_proxy_for_localhost()  # a deployment's run does not come through the command
+    logging.getLogger("draftsmith").setLevel(logging.INFO)  # else Prefect does not show the stages' lines
     tracking = Tracking(home(), config.experiment)
     context = RunContext(home(), config, pipeline, display, tracking, check=cancellation.check)
     check_home(context.home, config)
@@ -107,35 +107,34 @@ def _run(
     if (warning := describe_misplaced_files(tracking)) is not None:
         context.display.line(f"warning: {warning}")
     close_dead_runs(context.tracking, context.store)
-    forcing = selection
-    if resumed():  # what the run has forced before it was suspended is made
+    asked = selection
+    if resumed():  # forced nodes were made before the run was suspended
         selection = dataclasses.replace(selection, force=())
     planned = with_retries(
         lambda: plan(config, context.store, pipeline, selection), config.stages, context.display.line
     )
     nodes = [item.node for item in planned]
-    whole = (
-        not selection.until
-    )  # also where every node is needed for it: who stops at the report looks before promoting
+    # a run until a node never promotes, even if the node needs all others: it lets a person look first
+    whole = not selection.until
     checks = pipeline.checks() if pipeline.checks is not None else None
     forced = selection.forced(nodes)
-    concluding = pipeline.policy(config, forcing.forced(nodes)) if pipeline.policy is not None else None
-    policy = concluding if whole else None
+    full_policy = pipeline.policy(config, asked.forced(nodes)) if pipeline.policy is not None else None
+    policy = full_policy if whole else None
     context.display.newer_files(planned)
     context.display.lines(checks.before(planned) if checks is not None else [])
     record = RunRecord(context.tracking, config.name, config.model_dump(mode="json"), pipeline.data)
     context = dataclasses.replace(context, refresh_run=record.open)
     made: dict[str, NodeResult] = {}
     status: Status = "KILLED"
-    ended = "**Stopped.** The same command goes on."
+    ending = "**Stopped.** The same command continues."
     conclusion: Conclusion | None = None
     try:
-        conclusion = _make_all(context, nodes, forced, made, checks, policy)
+        conclusion = _make_nodes(context, nodes, forced, made, checks, policy)
         refs = _refs(made)
         run_id = record.find_or_open(refs)
         if conclusion is None and pipeline.compared is not None and "evaluation" in made:
-            found = pipeline.compared(ArtifactFolders(context.store, refs))
-            log_models(tracking, context.store.manifest(refs["evaluation"]), run_id, found)
+            drafters = pipeline.compared(ArtifactFolders(context.store, refs))
+            log_models(tracking, context.store.manifest(refs["evaluation"]), run_id, drafters)
         if conclusion is None and (review := _review(context, made)) is not None:
             show_verdict(config.name, f"{review.description}{tracking.link(run_id)}", context.display.line)
         if conclusion is None and policy is not None:
@@ -150,35 +149,35 @@ def _run(
             note_listings(config.name, read_listings(config.name), ended=True)
     except StageInterrupted:
         raise
-    except Pause:  # a person is asked; the run goes on from what is made
+    except Pause:  # until a person approves; the resumed run reuses what is made
         status = "FINISHED"
         raise
     except Exception as error:
-        status, ended = "FAILED", f"**Failed.** {redacted(one_line(error))}"
+        status, ending = "FAILED", f"**Failed.** {redacted(one_line(error))}"
         raise
     finally:
-        figures, tags = _reviewed(context, made, conclusion, concludes=concluding is not None)
+        metrics, tags = _metrics_and_tags(context, made, conclusion, concludes=full_policy is not None)
         if status != "FINISHED":
-            tags[NOTE] = f"{ended}\n\n{tags.get(NOTE, '')}".strip()
+            tags[NOTE] = f"{ending}\n\n{tags.get(NOTE, '')}".strip()
         record.close(
             status,
             _refs(made),
-            figures,
+            metrics,
             _report(context, made),
             tags,
             concluded=conclusion is not None,
         )
-        if tracking.had_failures and status != "KILLED":  # of stages that ended while it was away
+        if tracking.had_failures and status != "KILLED":  # stages may have ended while MLflow was away
             close_dead_runs(tracking, context.store)
-        kept = policy.sticky_force if policy is not None else ()
-        if status != "FINISHED" and (told := _still_forced(forced, made, kept)):
-            context.display.line(told)
+        sticky = policy.sticky_force if policy is not None else ()
+        if status != "FINISHED" and (advice := _force_advice(forced, made, sticky)):
+            context.display.line(advice)
     if conclusion is not None:
         context.display.line(conclusion.message)
-    return {name: _described(each) for name, each in made.items()}, conclusion
+    return {name: _record(result) for name, result in made.items()}, conclusion
 
 
-def _make_all(
+def _make_nodes(
     context: RunContext,
     nodes: Sequence[Node],
     forced: Collection[str],
@@ -186,7 +185,7 @@ def _make_all(
     checks: Checks | None,
     policy: RunPolicy | None,
 ) -> Conclusion | None:
-    """Every node, until the policy says that the run may end."""
+    """Make every node in order, until the policy ends the run. made: filled in, so that a failed run has it too."""
     states: dict[str, State[Any]] = {}
     for node in nodes:
         context.check()
@@ -214,41 +213,45 @@ def _make_all(
     return None
 
 
-def _still_forced(forced: Collection[str], made: Mapping[str, NodeResult], kept: Collection[str]) -> str | None:
-    """What to force in the next run, where some of it is done: else it would be made once more. kept: names that decide
-    how far the next one goes."""
-    done = sorted(name for name in forced if name in made and not made[name].reused and name not in kept)
-    rest = "".join(f" --force {name}" for name in sorted(set(forced) - set(done) | set(kept)))
+def _force_advice(forced: Collection[str], made: Mapping[str, NodeResult], sticky: Collection[str]) -> str | None:
+    """Return which --force the next run needs, if forced nodes are complete and would be made once more.
+
+    sticky: nodes to force again in any case.
+    """
+    done = sorted(name for name in forced if name in made and not made[name].reused and name not in sticky)
+    rest = "".join(f" --force {name}" for name in sorted(set(forced) - set(done) | set(sticky)))
     if not done:
         return None
-    return f"{', '.join(done)}: made again and complete; go on{f' with{rest} only' if rest else ' without --force'}"
+    return f"{', '.join(done)}: complete. Continue{f' with{rest} only' if rest else ' without --force'}."
 
 
 def _refs(made: Mapping[str, NodeResult]) -> dict[str, ArtifactRef]:
-    return {name: each.ref for name, each in made.items()}
+    return {name: result.ref for name, result in made.items()}
 
 
-def _reviewed(
+def _metrics_and_tags(
     context: RunContext, made: Mapping[str, NodeResult], conclusion: Conclusion | None, *, concludes: bool
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Figures and tags of the run: of the headline's node, of the review, and what the run came to. concludes: whether
-    something follows from what was made, if it comes so far."""
-    node, figures, tags = made.get(context.pipeline.headline), {}, {}
+    """Return the run's metrics and tags for MLflow, from the headline's node, the review and the conclusion.
+
+    concludes: whether a complete run of this kind has a conclusion.
+    """
+    node, metrics, tags = made.get(context.pipeline.headline), {}, {}
     if node is not None:
-        figures = dict(context.store.manifest(node.ref).metrics)
+        metrics = dict(context.store.manifest(node.ref).metrics)
     review = _review(context, made)
     if review is not None:
-        figures |= review.metrics
+        metrics |= review.metrics
         tags = {**review.tags, NOTE: review.description if conclusion is None else review.concluded_description}
         if concludes and conclusion is None:
             tags.pop(OUTCOME, None)
-            tags[NOTE] = f"**Nothing has followed from this yet.**\n\n{review.description}"
+            tags[NOTE] = f"**No action yet.**\n\n{review.description}"
     if conclusion is not None:
-        figures |= conclusion.metrics
+        metrics |= conclusion.metrics
         tags |= conclusion.tags
         if NOTE not in tags or conclusion.overrules_review:
             tags[NOTE] = f"**{conclusion.name}.** {conclusion.message}"
-    return figures, tags
+    return metrics, tags
 
 
 def _review(context: RunContext, made: Mapping[str, NodeResult]) -> RunReview | None:
@@ -262,12 +265,6 @@ def _report(context: RunContext, made: Mapping[str, NodeResult]) -> list[Path]:
     return [path] if path is not None and path.is_file() else []
 
 
-def _described(made: NodeResult) -> dict[str, Any]:
-    ref = made.ref
-    return {
-        "stage": ref.stage,
-        "key": ref.key,
-        "content_id": ref.content_id,
-        "path": str(ref.path),
-        "reused": made.reused,
-    }
+def _record(result: NodeResult) -> NodeRecord:
+    ref = result.ref
+    return NodeRecord(stage=ref.stage, key=ref.key, content_id=ref.content_id, path=str(ref.path), reused=result.reused)

@@ -1,4 +1,4 @@
-"""Prefect's settings for this home, and its temporary server, tied to our life so that it never outlives us."""
+"""Prefect's settings for this home, and the temporary server, which never outlives this process."""
 
 from __future__ import annotations
 
@@ -22,38 +22,40 @@ from draftsmith.artifacts.tracking.client import check_database_disk, sqlite_fil
 from draftsmith.stages.runtime.child_process import ChildProcess, project_environment
 
 _START_LIMIT_S = 180.0  # 3 s on a used home, 8 to 12 s on a new one, more on a busy machine
-_SAID_AFTER_S = 4.0  # that it is waited for
+_NOTICE_AFTER_S = 4.0  # of waiting
 _STOP_LIMIT_S = 5.0
-# uvicorn, with less of a start: it imports Prefect's server, and waits
+# uvicorn with relaxed garbage collection, as importing Prefect's server dominates its start
 _UVICORN = (
     "import runpy; from draftsmith.stages.runtime.memory import relax_gc; relax_gc(); "
     "runpy.run_module('uvicorn', run_name='__main__', alter_sys=True)"
 )
 Say = Callable[[str], None]
-_temporary: list[str] = []  # URL of the server that this process has started
+_temporary: list[str] = []  # URLs of servers that this process started
 
 
 def prepare(home: Path) -> None:
-    """Set the environment that Prefect reads when it is imported. What the user has set stays."""
+    """Set the environment that Prefect reads when it is imported, except for what the user has set."""
     debug = os.environ.get("DRAFTSMITH_DEBUG") == "1"
     defaults = {
         "PREFECT_HOME": str(home / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "DO_NOT_TRACK": "1",  # Prefect's client has telemetry of its own
+        "DO_NOT_TRACK": "1",  # telemetry of Prefect's client
         "PREFECT_LOGGING_EXTRA_LOGGERS": "draftsmith",
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO" if debug else "CRITICAL",
-        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",  # our lines before and after the flow
-        # Of a call to an API that is away, doubling from 2 s, with jitter: about two minutes. A server of our own that
-        # has died does not come back.
+        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",  # our own log lines before and after the flow
+        # Retries of a call to an unreachable API, from 2 s, doubling, with jitter: about two minutes. A temporary
+        # server that has died does not come back.
         "PREFECT_CLIENT_MAX_RETRIES": "6" if os.environ.get("PREFECT_API_URL") else "3",
-        "PREFECT_INTERNAL_LOGGING_LEVEL": "ERROR" if debug else "CRITICAL",  # every event that it could not send
+        "PREFECT_INTERNAL_LOGGING_LEVEL": "ERROR"
+        if debug
+        else "CRITICAL",  # else it logs every event that it cannot send
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
 
 
 class PrefectServer:
-    """The API that a flow reports to. A temporary one starts in the background: `wait` before the flow runs."""
+    """The API that a flow reports to. A temporary server starts in the background: call `wait` before the flow."""
 
     def __init__(
         self, url: str, wait: Callable[[Say], None] | None = None, stop: Callable[[], None] = lambda: None
@@ -64,13 +66,13 @@ class PrefectServer:
     def wait(self, say: Say = lambda _line: None) -> None:
         """Wait until the server answers; `say` is called if that takes a while.
 
-        Raises `DraftsmithError` if it does not answer, RetryableError if it may yet.
+        Raises DraftsmithError if the server has ended, RetryableError if it may answer later.
         """
         if self._wait is not None:
             self._wait(say)
 
     def leave(self, code: int) -> NoReturn:
-        """End this process although Prefect still has events for a server that is gone, which takes it minutes."""
+        """End this process without waiting for Prefect, which would try to send events to a lost server for minutes."""
         sys.stdout.flush()
         sys.stderr.flush()
         self._stop()
@@ -78,22 +80,22 @@ class PrefectServer:
 
 
 def start_prefect_server(home: Path) -> PrefectServer:
-    """The existing server if `PREFECT_API_URL` is set, else a temporary one that ends with this process.
+    """Return the server of `PREFECT_API_URL` if that is set, else start one that ends with this process.
 
-    Call it before Prefect is imported. Ctrl-C does not reach the temporary server (it is in a session of its own), so a
-    flow can still report its end; it is stopped at exit, after Prefect has sent its last events and log lines.
+    Call it before Prefect is imported. The temporary server has its own session, so Ctrl-C does not reach it and a flow
+    can still report its end. It stops at exit, after Prefect has sent its last events and log lines.
     """
     prepare(home)
     existing = os.environ.get("PREFECT_API_URL")
     if existing:
         return PrefectServer(existing, lambda _say: _must_answer(existing))
     folder, log_path = home / "prefect", home / "logs" / "prefect-server.log"
-    check_place(home)
+    check_database_location(home)
     with contextlib.ExitStack() as starting:
         try:
             log_path.parent.mkdir(parents=True, exist_ok=True)
             log = starting.enter_context(log_path.open("ab"))
-            # Two servers that start on one new database would race in its migrations.
+            # two servers that start on one new database would race in its migrations
             starting.enter_context(locked(folder / ".lock-start"))
         except OSError as error:
             raise from_os_error(error, "starting Prefect's server: writing") from error
@@ -113,15 +115,15 @@ def start_prefect_server(home: Path) -> PrefectServer:
 
 
 def permanent_server(home: Path) -> str:
-    """The URL of the server that `PREFECT_API_URL` names, which answers. Call it before Prefect is imported.
+    """Return `PREFECT_API_URL` after checking that its server answers. Call it before Prefect is imported.
 
-    Raises DraftsmithError.
+    Raises DraftsmithError if the variable is not set or the server does not answer.
     """
     url = os.environ.get("PREFECT_API_URL")
     if not url:
         raise DraftsmithError(
-            "PREFECT_API_URL is not set: a deployment lives on a Prefect server that stays; start one with `prefect "
-            "server start`, and set the variable to its URL with /api"
+            "PREFECT_API_URL is not set, and a deployment needs a permanent Prefect server. Start one with `prefect "
+            "server start`, and set the variable to its URL with /api."
         )
     prepare(home)
     _must_answer(url)
@@ -129,11 +131,11 @@ def permanent_server(home: Path) -> str:
 
 
 def uses_temporary_server() -> bool:
-    """Whether this process reports to a server of its own, which ends with it."""
+    """Return whether this process reports to its own temporary server."""
     return os.environ.get("PREFECT_API_URL") in (None, *_temporary)
 
 
-def check_place(home: Path) -> None:
+def check_database_location(home: Path) -> None:
     """Raise DraftsmithError if a server started here would keep its runs in SQLite on a network file system."""
     if os.environ.get("PREFECT_API_URL"):
         return
@@ -146,18 +148,18 @@ def check_place(home: Path) -> None:
 
 
 def _must_answer(url: str) -> None:
-    from prefect.client.orchestration import get_client
+    from prefect.client.orchestration import get_client  # after `prepare` has set Prefect's environment
 
     with get_client(sync_client=True) as client:
         if error := client.api_healthcheck():
             raise RetryableError(
-                f"PREFECT_API_URL: {url} does not answer ({' '.join(str(error).split())}): start that server or "
-                "correct the variable; without it a run starts a server of its own"
+                f"PREFECT_API_URL: {url} does not answer ({' '.join(str(error).split())}). Start that server or "
+                "correct the variable; without it a run starts its own server."
             )
 
 
 def _start(port: int, log: IO[bytes]) -> ChildProcess:
-    """Start the server that Prefect itself starts for a flow without an API."""
+    """Start the server as Prefect starts it for a flow without an API."""
     uvicorn = ["--factory", "prefect.server.api.server:create_app", "--host", "127.0.0.1", "--port", str(port)]
     return ChildProcess(
         [sys.executable, "-P", "-c", _UVICORN, *uvicorn, "--log-level", "error", "--lifespan", "on"],
@@ -173,22 +175,22 @@ def _start(port: int, log: IO[bytes]) -> ChildProcess:
 
 
 def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, log_path: Path, say: Say) -> None:
-    began, told = time.monotonic(), False
-    while (waited := time.monotonic() - began) < _START_LIMIT_S:
-        if waited >= _SAID_AFTER_S and not told:
+    start, notified = time.monotonic(), False
+    while (waited := time.monotonic() - start) < _START_LIMIT_S:
+        if waited >= _NOTICE_AFTER_S and not notified:
             say(f"waiting for Prefect's server, for {_START_LIMIT_S:.0f} s at most (log: {log_path})")
-            told = True
+            notified = True
         if process.poll() is not None:
             raise DraftsmithError(
-                f"Prefect's temporary server ended at once: the reason is in {log_path}; if its database is damaged, "
-                f"move {log_path.parents[1] / 'prefect' / 'prefect.db'} away: a new one is made, and no result is in it"
+                f"Prefect's temporary server has ended. See {log_path}; if its database is damaged, move "
+                f"{log_path.parents[1] / 'prefect' / 'prefect.db'} away (it has no results, and a new one is made)."
             )
         with contextlib.suppress(urllib.error.URLError, OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
             return
         time.sleep(0.1)
-    raise RetryableError(  # a machine that is busy
-        f"Prefect's temporary server did not start within {_START_LIMIT_S:.0f} s (log: {log_path}): run "
-        "`prefect server start` in another terminal and set PREFECT_API_URL"
+    raise RetryableError(  # the machine may be busy
+        f"Prefect's temporary server did not start within {_START_LIMIT_S:.0f} s (log: {log_path}). Run the command "
+        "again, or `prefect server start` in another terminal with PREFECT_API_URL set."
     )
 
 

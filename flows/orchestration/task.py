@@ -1,4 +1,4 @@
-"""A stage as a Prefect task. Prefect shows and retries; whether anything has to be computed is decided by the store."""
+"""Runs a node as a Prefect task. Prefect shows and retries it; the store decides whether it has to be computed."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from draftsmith.flows.planning.graph import Node
 def run_node(
     context: RunContext, node: Node, inputs: Mapping[str, ArtifactRef], upstream: Sequence[State[Any]], *, force: bool
 ) -> tuple[NodeResult, State[Any]]:
-    """Make the node's artifact as a task of the current flow run. `upstream` are drawn as its edges.
+    """Make the node's artifact as a task of the current flow run, and return it with the task's state.
 
-    Raises the error of the last attempt.
+    upstream: states of the tasks that Prefect shows as its inputs. Raises the error of the last attempt.
     """
     options = context.config.stages
     configured: Task[..., Any] = stage_task.with_options(
@@ -47,21 +47,21 @@ def run_node(
 
 @task(cache_policy=NO_CACHE, persist_result=False)
 def stage_task(context: RunContext, node: Node, inputs: Mapping[str, ArtifactRef], force: bool) -> State[Any]:
-    """The state says by its name what happened: Completed, or Reused."""
+    """Make or reuse a node's artifact, and return a state with the name Completed or Reused."""
     try:
         made = build_node(replace(context, pool=run_shards), node, inputs, force=force)
-    except asyncio.CancelledError as error:  # Prefect throws it into the thread of a flow with a lease
+    except asyncio.CancelledError as error:  # Prefect raises it in the thread of a flow whose lease it lost
         raise RetryableError(
-            "Prefect's server no longer keeps the slot of this run's deployment: the run goes on without it"
+            "Prefect's server no longer keeps the slot of this run's deployment. The run continues without it."
         ) from error
     where = f"{made.ref.stage}/{made.ref.key[:16]}, content {made.ref.content_id[:16]}"
     return Completed(name="Reused" if made.reused else "Completed", message=where, data=made)
 
 
 def _is_retryable(task: Task[..., Any], run: PrefectTaskRun, state: State[Any]) -> bool:
-    """Retry the loss of an engine or a queue, never an error that another attempt would meet again.
+    """Return whether another attempt may succeed, which is so after the loss of an engine or a service.
 
-    Prefect asks only while retries are left.
+    Prefect calls this only while retries are left.
     """
     error = state.result(raise_on_failure=False)
     if not isinstance(error, RetryableError):

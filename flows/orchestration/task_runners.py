@@ -1,8 +1,8 @@
-"""The shards of a node as mapped Prefect tasks: on this machine, or on the hosts of a Ray cluster.
+"""Runs the shards of a node as Prefect tasks, on this machine or on the hosts of a Ray cluster.
 
-A host of a cluster needs this version of Draftsmith, the store (a shared home under the same path, or the same bucket
-with a home of its own in its `DRAFTSMITH_HOME`), and what every stage needs of the environment. Its own scheduler gives
-a shard its GPU; the lock of the device is taken as well, for those who use the machine beside the cluster.
+A host of a cluster needs this version of Draftsmith, the environment of the stages, and the store: a shared home under
+the same path, or the same bucket with its own `DRAFTSMITH_HOME`. Ray gives a shard its GPU. The lock of the device is
+taken as well, for processes that use the machine beside the cluster.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from draftsmith.flows.execution.shards import BuildShard, build_shard, local_par
 
 _POLL_S = 0.5
 _HOME = "DRAFTSMITH_HOME"
-# of this host, whoever's run it serves
-_OWN = {name: os.environ[name] for name in (_HOME, STORE_VARIABLE) if name in os.environ}
+# set on this host, whichever run it works for
+_HOST_SETTINGS = {name: os.environ[name] for name in (_HOME, STORE_VARIABLE) if name in os.environ}
 
 
 def run_shards(
@@ -39,15 +39,15 @@ def run_shards(
     """A `shards.Pool`: a task a shard, on the config's runner."""
     options = orders[0].config.stages
     runner, resources = _runner(options, orders)
-    places = {STORE_VARIABLE: os.environ[STORE_VARIABLE]} if STORE_VARIABLE in os.environ else {}
-    places |= {_HOME: str(home())}
+    settings = {STORE_VARIABLE: os.environ[STORE_VARIABLE]} if STORE_VARIABLE in os.environ else {}
+    settings |= {_HOME: str(home())}
     if options.runner != "local":
-        make = _OnClusterHost(places)
+        make = _OnClusterHost(settings)
     with runner:
         try:
             futures = copy_context().run(_submit, runner, resources, orders, make)
             ends = [_end(future, order, check) for future, order in zip(futures, orders, strict=True)]
-        except BaseException:  # a signal, or a run that was cancelled
+        except BaseException:  # a signal, or the run was cancelled
             stop()
             raise
     for end in ends:
@@ -62,7 +62,7 @@ def _submit(
     orders: Sequence[StageJob],
     make: BuildShard,
 ) -> list[PrefectFuture[Any]]:
-    """In a context of its own: what the node's task was given (locks, a terminal) cannot travel with a shard's."""
+    """Submit a task for each shard, in a copied context, as the node task's locks cannot be sent to a host."""
     if isinstance(make, _OnClusterHost):
         TaskRunContext.__var__.set(None)  # type: ignore[arg-type]
     with resources():
@@ -71,39 +71,41 @@ def _submit(
 
 
 def _end(future: PrefectFuture[Any], order: StageJob, check: Callable[[], None]) -> ArtifactRef | BaseException:
-    """What a task came to, after waiting for it."""
+    """Wait for a task and return its artifact or its error."""
     while True:
         try:
-            found: ArtifactRef | BaseException = future.result(timeout=_POLL_S, raise_on_failure=False)
-            return found
+            result: ArtifactRef | BaseException = future.result(timeout=_POLL_S, raise_on_failure=False)
+            return result
         except TimeoutError:
             check()
         except StageInterrupted:
             raise
-        except Exception as error:  # of the cluster: a worker that was killed, a host that is gone
+        except Exception as error:  # Ray's: a worker was killed, or a host is gone
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            return RetryableError(f"{order}: lost with its worker ({reason}): the same command makes it again, alone")
+            return RetryableError(
+                f"{order}: lost with its worker ({reason}). Run the same command again, which makes only this shard."
+            )
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
 def shard_task(order: StageJob, make: BuildShard) -> ArtifactRef:
-    """One shard: found in the store, or made by a stage process of its own."""
+    """Make or reuse one shard in its own stage process."""
     return make(order)
 
 
 class _OnClusterHost:
-    """Makes a shard on a host of a cluster, where nothing of the run is but what travels. places: of the run's host."""
+    """Makes a shard on a cluster's host, with the settings of the run's host where that host has none."""
 
-    def __init__(self, places: dict[str, str]) -> None:
-        self._places = places
+    def __init__(self, settings: dict[str, str]) -> None:
+        self._settings = settings
 
     def __call__(self, order: StageJob) -> ArtifactRef:
-        for name in (_HOME, STORE_VARIABLE):  # a worker outlives a run: what the one before has set is no host's own
-            place = _OWN.get(name, self._places.get(name))
-            if place is None:
+        for name in (_HOME, STORE_VARIABLE):  # a worker outlives a run, so an earlier run may have set them
+            value = _HOST_SETTINGS.get(name, self._settings.get(name))
+            if value is None:
                 os.environ.pop(name, None)
             else:
-                os.environ[name] = place
+                os.environ[name] = value
         protect_home(home(), group_may_read=order.config.stages.group_may_read)
         return build_shard(order, home())
 
@@ -111,22 +113,24 @@ class _OnClusterHost:
 def _runner(
     options: StageOptions, orders: Sequence[StageJob]
 ) -> tuple[TaskRunner[Any], Callable[[], AbstractContextManager[Any]]]:
-    """The task runner, and a context in which tasks are submitted: what a shard asks of the cluster's resources."""
+    """Return the task runner, and the context in which tasks are submitted with their resources."""
     if options.runner == "ray":
         return _ray(options)
     return ThreadPoolTaskRunner(max_workers=local_parallelism(orders)), nullcontext
 
 
 def _ray(options: StageOptions) -> tuple[TaskRunner[Any], Callable[[], AbstractContextManager[Any]]]:
-    import ray
+    import ray  # an optional dependency
     from prefect_ray import RayTaskRunner
     from prefect_ray.context import remote_options
 
     def resources() -> AbstractContextManager[Any]:
-        """One GPU a shard where the cluster has any."""
+        """Request one GPU for each shard if the cluster has any."""
         gpus = 1 if ray.cluster_resources().get("GPU", 0) > 0 else 0
-        found: AbstractContextManager[Any] = remote_options(num_cpus=options.threads or 1, num_gpus=gpus, max_retries=0)
-        return found
+        context: AbstractContextManager[Any] = remote_options(
+            num_cpus=options.threads or 1, num_gpus=gpus, max_retries=0
+        )
+        return context
 
-    own = {} if options.runner_address else {"include_dashboard": False}
-    return RayTaskRunner(address=options.runner_address, init_kwargs={"log_to_driver": False, **own}), resources
+    local = {} if options.runner_address else {"include_dashboard": False}
+    return RayTaskRunner(address=options.runner_address, init_kwargs={"log_to_driver": False, **local}), resources

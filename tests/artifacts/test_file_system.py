@@ -11,7 +11,7 @@ from draftsmith.artifacts import host
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.host import network_file_system
 from draftsmith.artifacts.tracking.runs import Tracking
-from draftsmith.flows.orchestration.server import check_place, start_prefect_server
+from draftsmith.flows.orchestration.server import check_database_location, start_prefect_server
 
 Mount = Callable[..., None]
 
@@ -83,7 +83,7 @@ def test_prefects_database_is_refused_on_a_network_file_system(
         start_prefect_server(tmp_path / "home")
     assert not list((tmp_path / "home").iterdir())
     monkeypatch.setenv("PREFECT_API_DATABASE_CONNECTION_URL", "postgresql+asyncpg://host/prefect")
-    check_place(tmp_path / "home")
+    check_database_location(tmp_path / "home")
     monkeypatch.delenv("PREFECT_API_DATABASE_CONNECTION_URL")
     monkeypatch.setenv("PREFECT_API_URL", "http://host:4200/api")
-    check_place(tmp_path / "home")
+    check_database_location(tmp_path / "home")

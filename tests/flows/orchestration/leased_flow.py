@@ -1,5 +1,4 @@
-"""The toy pipeline as Prefect runs the flow of a deployment: within a lease, which the server forgets while the first
-stage works."""
+"""The toy pipeline under a lease, like the flow of a deployment; the server drops the lease during the first stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A host of a cluster serves runs of several homes, one after the other, in one process."""
+"""A process on a cluster's host makes shards for runs of several homes, one after another."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ HOME = "DRAFTSMITH_HOME"
 
 
 @pytest.mark.parametrize("own", [{}, {HOME: "/its/own"}])
-def test_a_shard_is_made_where_its_run_keeps_everything(
+def test_a_shard_is_made_in_the_home_of_its_run_or_of_its_host(
     own: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[tuple[str, str | None]] = []
     monkeypatch.setenv(HOME, str(tmp_path))
     monkeypatch.delenv(STORE_VARIABLE, raising=False)
-    monkeypatch.setattr(task_runners, "_OWN", own)
+    monkeypatch.setattr(task_runners, "_HOST_SETTINGS", own)
     monkeypatch.setattr(task_runners, "protect_home", lambda *_, **__: None)
     monkeypatch.setattr(
         task_runners, "make_shard", lambda _order, home: made.append((str(home), os.environ.get(STORE_VARIABLE)))

@@ -1,4 +1,4 @@
-"""How a run ends when Prefect's API is lost at its beginning, on the way or at its end."""
+"""The result of a flow whose Prefect API is lost at its start, while it runs, or at its end."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import httpx
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, RefusedError, RetryableError
-from draftsmith.flows.orchestration.flow_lifecycle import body, run_flow
+from draftsmith.flows.orchestration.flow_lifecycle import NodeRecord, flow_result, run_flow
 
-MADE = {"sft": {"key": "k"}}
+NODES = {"sft": NodeRecord(stage="sft", key="k", content_id="c", path="/store/sft/k", reused=False)}
 
 
 def lost() -> None:
-    """As Prefect's client does: from a connection that nobody accepts."""
+    """Raise what Prefect's client raises if no server accepts its connection."""
     httpx.get("http://127.0.0.1:9", trust_env=False)
 
 
 def flow(before: Callable[[], None], within: Callable[[], None], after: Callable[[], None]) -> Callable[[Any], None]:
     def run(_config: Any) -> None:
         before()
-        with body() as current:
+        with flow_result() as current:
             within()
-            current.made = MADE
+            current.nodes = NODES
         after()
 
     return run
@@ -39,34 +39,34 @@ def bad_input() -> None:
 
 
 def test_a_loss_after_the_body_does_not_turn_success_into_failure() -> None:
-    told: list[str] = []
-    assert run_flow(flow(nothing, nothing, lost), None, told.append).made == MADE
-    assert len(told) == 1 and "its artifacts are complete" in told[0]
+    notices: list[str] = []
+    assert run_flow(flow(nothing, nothing, lost), None, notices.append).nodes == NODES
+    assert len(notices) == 1
 
 
 @pytest.mark.parametrize(
-    ("where", "said"), [((lost, nothing), "before the run began"), ((nothing, lost), "what is finished is kept")]
+    ("where", "when"), [((lost, nothing), "before the run started"), ((nothing, lost), "during the run")]
 )
 def test_a_loss_before_or_within_the_body_is_worth_a_retry(
-    where: tuple[Callable[[], None], Callable[[], None]], said: str
+    where: tuple[Callable[[], None], Callable[[], None]], when: str
 ) -> None:
-    with pytest.raises(RetryableError, match=said):
+    with pytest.raises(RetryableError, match=when):
         run_flow(flow(*where, nothing), None, lambda _: None)
 
 
-def test_the_body_s_own_error_stays_what_it_is() -> None:
+def test_an_error_of_the_body_is_raised_unchanged() -> None:
     with pytest.raises(DraftsmithError, match="must be positive") as raised:
         run_flow(flow(nothing, bad_input, nothing), None, lambda _: None)
     assert not isinstance(raised.value, RetryableError)
 
 
-def test_a_refusal_comes_with_what_was_made() -> None:
+def test_a_refusal_is_returned_with_the_artifacts() -> None:
     error = RefusedError("not promoted")
 
     def run(_config: Any) -> None:
-        with body() as current:
-            current.made, current.outcome = MADE, "refused"
+        with flow_result() as current:
+            current.nodes, current.outcome = NODES, "refused"
             raise error
 
     ended = run_flow(run, None, lambda _: None)
-    assert (ended.made, ended.outcome, ended.error) == (MADE, "refused", error)
+    assert (ended.nodes, ended.outcome, ended.error) == (NODES, "refused", error)

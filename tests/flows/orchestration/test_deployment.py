@@ -1,4 +1,4 @@
-"""Deployments without a server: what is refused before one is asked, parameters that fit the form, pool templates."""
+"""Deployments without a server: options that are errors, parameters that fit the form, pool templates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.flows.toy import TOY, write_config
 POOLS = ROOT / "configs" / "team" / "pools"
 
 
-def test_a_deployment_needs_a_server_that_stays_and_nodes_that_exist(
+def test_a_deployment_needs_a_permanent_server_and_existing_nodes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
@@ -32,26 +32,26 @@ def test_a_deployment_needs_a_server_that_stays_and_nodes_that_exist(
 
 
 @pytest.mark.parametrize(("cron", "timezone"), [("at noon", "UTC"), ("0 3 * * 1", "Nowhere/Here")])
-def test_what_is_no_schedule_is_one_clear_error(cron: str, timezone: str) -> None:
+def test_an_invalid_schedule_is_an_error(cron: str, timezone: str) -> None:
     from draftsmith.flows.orchestration.deployment import Schedule
 
-    with pytest.raises(DraftsmithError, match=r"--cron .* five fields such as"):
+    with pytest.raises(DraftsmithError, match="--cron "):
         Schedule(cron, timezone).checked()
     (good,) = Schedule("0 3 * * 1", "Europe/Berlin").checked()
     assert good.timezone == "Europe/Berlin"
 
 
 @pytest.mark.parametrize("url", ["hooks.example/x", "ftp://hooks.example"])
-def test_a_webhook_that_nothing_can_be_sent_to_is_one_clear_error(url: str) -> None:
+def test_a_webhook_that_is_no_address_is_an_error(url: str) -> None:
     from draftsmith.flows.orchestration.deployment import check_address
 
-    with pytest.raises(DraftsmithError, match=r"--webhook '.*': an address begins with https:// or http://"):
+    with pytest.raises(DraftsmithError, match="--webhook "):
         check_address(url)
     check_address("http://10.0.0.7:8080/draftsmith?key=1")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_server_accepts_every_config_as_the_parameters_of_its_flow(path: Path) -> None:
+def test_every_config_fits_the_parameters_of_its_flow(path: Path) -> None:
     from prefect.utilities.callables import parameter_schema
     from prefect.utilities.schema_tools.validation import validate
 
@@ -66,7 +66,7 @@ def test_the_server_accepts_every_config_as_the_parameters_of_its_flow(path: Pat
     assert RefreshConfig.model_validate(sent["config"]) == config
 
 
-def test_a_window_of_days_is_one_of_every_run() -> None:
+def test_a_relative_window_stays_relative_in_a_deployment() -> None:
     from draftsmith.flows.orchestration.deployment import parameters
     from draftsmith.flows.refresh.config import RefreshConfig
     from tests.testbed.refresh import load_config
@@ -78,7 +78,7 @@ def test_a_window_of_days_is_one_of_every_run() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(POOLS.glob("*.json")), ids=lambda path: path.stem)
-def test_a_pool_template_uses_the_variables_that_it_has(path: Path) -> None:
+def test_a_pool_template_uses_exactly_its_variables(path: Path) -> None:
     template = json.loads(path.read_text())
     used = set(re.findall(r"{{ (\w+) }}", json.dumps(template["job_configuration"])))
     assert used == set(template["variables"]["properties"])
@@ -90,10 +90,10 @@ def test_the_process_and_slurm_templates_are_settings_of_prefects_own_worker() -
     def made(name: str) -> ProcessJobConfiguration:
         template = json.loads((POOLS / f"{name}.json").read_text())
         values: dict[str, Any] = {"env": {"A": "1"}, "working_dir": "/tmp"}
-        found: ProcessJobConfiguration = asyncio.run(
+        configuration: ProcessJobConfiguration = asyncio.run(
             ProcessJobConfiguration.from_template_and_values(template, values, client=object())  # type: ignore[arg-type]
         )
-        return found
+        return configuration
 
     known = {"DRAFTSMITH_HOME": "/srv/draftsmith", "MLFLOW_TRACKING_URI": "http://mlflow.example:5000"}
     for name in ("process", "slurm"):

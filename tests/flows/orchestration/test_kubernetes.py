@@ -1,4 +1,4 @@
-"""The template of a job of several pods: its names fit each other, and what a pod does follows from its number."""
+"""The Kubernetes template of a job with several pods: its names agree, and each pod runs its part by its number."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ POD: dict[str, Any] = JOB["spec"]["template"]["spec"]
 ENVIRONMENT = {each["name"]: each["value"] for each in CONTAINER["env"]}
 
 
-def test_the_rendezvous_is_the_first_pod_by_the_name_that_the_service_gives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rendezvous_is_the_first_pods_name_in_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
     job, service = JOB["metadata"]["name"], SERVICE["metadata"]["name"]
     assert SERVICE["spec"]["selector"] == {"job-name": job} and POD["subdomain"] == service
     monkeypatch.setenv("DRAFTSMITH_RENDEZVOUS", ENVIRONMENT["DRAFTSMITH_RENDEZVOUS"])
@@ -31,9 +31,9 @@ def test_the_rendezvous_is_the_first_pod_by_the_name_that_the_service_gives_it(m
 
 
 def pod(number: str, programs: Path, does: str, shell_begins: str = "") -> subprocess.Popen[str]:
-    """What the pod of this number runs.
+    """Start what the pod of this number runs.
 
-    does: what its program does after it has said its name and arguments.
+    does: what its program does after it has printed its name and arguments.
     """
     for name in ("draftsmith", "torchrun"):
         (programs / name).write_text(f'#!/bin/bash\necho {name} "$@"\n{does}\n')
@@ -55,7 +55,7 @@ def test_the_first_pod_runs_the_flow(code: int, tmp_path: Path) -> None:
     assert (printed, process.returncode) == ("draftsmith run my.yaml\n", code)
 
 
-def test_the_other_pods_run_torchrun_again_and_again(tmp_path: Path) -> None:
+def test_the_other_pods_repeat_torchrun(tmp_path: Path) -> None:
     with pod("3", tmp_path, "exit 1", "sleep() { command sleep 0.1; }") as process:
         assert process.stdout is not None
         first, second = (process.stdout.readline() for _ in range(2))
@@ -68,7 +68,7 @@ def test_the_other_pods_run_torchrun_again_and_again(tmp_path: Path) -> None:
     )
 
 
-def test_a_refusal_is_no_failure_and_bad_input_fails_the_job_at_once(tmp_path: Path) -> None:
+def test_a_refusal_succeeds_and_bad_input_fails_the_job_without_a_retry(tmp_path: Path) -> None:
     with pod("0", tmp_path, f"exit {RefusedError.exit_code}") as process:
         process.communicate(timeout=60)
     assert process.returncode == 0
@@ -77,11 +77,11 @@ def test_a_refusal_is_no_failure_and_bad_input_fails_the_job_at_once(tmp_path: P
         "FailJob",
         {"operator": "In", "values": [DraftsmithError.exit_code]},
     )
-    assert POD["restartPolicy"] == "Never", "Kubernetes takes a podFailurePolicy with this alone"
+    assert POD["restartPolicy"] == "Never", "Kubernetes requires it for a podFailurePolicy"
 
 
 @pytest.mark.parametrize(("number", "pause_s"), [("0", 0.2), ("3", 0.0)])
-def test_a_pod_that_is_to_end_lets_its_program_save(number: str, pause_s: float, tmp_path: Path) -> None:
+def test_a_terminated_pod_lets_its_program_save(number: str, pause_s: float, tmp_path: Path) -> None:
     saves = "trap 'echo saved; exit 143' TERM\necho works\nwhile true; do sleep 0.05; done"
     with pod(number, tmp_path, saves, f"trap 'sleep {pause_s}' DEBUG") as process:
         assert process.stdout is not None

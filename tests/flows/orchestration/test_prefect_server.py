@@ -14,26 +14,24 @@ from tests.flows.toy import write_config
 
 
 @pytest.mark.integration
-def test_a_damaged_database_is_one_error_that_says_what_to_move_away(tmp_path: Path) -> None:
+def test_a_damaged_database_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     home, config = tmp_path / "home", write_config(tmp_path / "toy.yaml")
     database = home / "prefect" / "prefect.db"
     database.parent.mkdir(parents=True)
     database.write_bytes(b"no database" * 1000)
     ended = run_toy(home, "refresh", config)
     assert ended.returncode == 2, ended.stderr
-    assert f"move {database} away" in ended.stderr
+    assert f"{database} away" in ended.stderr
     assert not processes_of(home)
 
 
-def test_a_server_that_a_busy_machine_starts_slowly_is_worth_a_retry(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_that_starts_too_slowly_is_a_retryable_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "_START_LIMIT_S", 0.5)
-    monkeypatch.setattr(server, "_SAID_AFTER_S", 0.2)
-    said: list[str] = []
+    monkeypatch.setattr(server, "_NOTICE_AFTER_S", 0.2)
+    notices: list[str] = []
     with subprocess.Popen(["sleep", "60"]) as slow:
         with pytest.raises(RetryableError, match="did not start within") as caught:
-            server._wait_until_healthy(slow, "http://127.0.0.1:9/api", tmp_path / "server.log", said.append)
+            server._wait_until_healthy(slow, "http://127.0.0.1:9/api", tmp_path / "server.log", notices.append)
         slow.kill()
-    assert len(said) == 1 and said[0].startswith("waiting for Prefect's server")
+    assert len(notices) == 1 and notices[0].startswith("waiting for Prefect's server")
     assert caught.value.exit_code == EXIT_RETRYABLE

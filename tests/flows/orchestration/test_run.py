@@ -1,4 +1,4 @@
-"""The refresh through Prefect: a real temporary server, real stage processes, MLflow on SQLite."""
+"""Runs with a real temporary Prefect server, real stage processes and MLflow on SQLite."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.integration
 
 
 def task_runs(home: Path) -> list[tuple[str, str, list[str]]]:
-    """(name, name of its state, names of the tasks before it) in the order in which they were made."""
+    """Return (name, name of its state, names of the tasks before it) in the order of their creation."""
     with sqlite3.connect(home / "prefect" / "prefect.db") as database:
         rows = database.execute("select id, name, state_name, task_inputs from task_run order by created").fetchall()
     names = {row[0].replace("-", ""): row[1] for row in rows}
@@ -43,33 +43,33 @@ def mlflow_runs(home: Path) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """One home through its life: a failing first run, the rerun, an unchanged run, a changed field."""
+    """Run a config four times in one home: a failure, the rerun, unchanged, and with a changed field."""
     folder = tmp_path_factory.mktemp("story")
     home, allow, starts = folder / "home", folder / "allow", folder / "starts"
     lost = folder / "lost"
     target = {"count": 6, "fail_at": 4, "allow": str(allow), "note_start": str(starts), "lose_engine_until": str(lost)}
     config = write_config(folder / "toy.yaml", target=target)
-    told: dict[str, Any] = {"home": home, "starts": starts}
-    told["failed"] = run_toy(home, "refresh", config)
-    told["failed_tasks"] = task_runs(home)
+    results: dict[str, Any] = {"home": home, "starts": starts}
+    results["failed"] = run_toy(home, "refresh", config)
+    results["failed_tasks"] = task_runs(home)
     allow.touch()
-    nowhere = "http://127.0.0.1:9"  # behind a proxy that does not even answer
-    told["rerun"] = run_toy(home, "refresh", config, http_proxy=nowhere, HTTP_PROXY=nowhere, all_proxy=nowhere)
-    begun = time.monotonic()
-    told["unchanged"] = run_toy(home, "refresh", config)
-    told["unchanged_s"] = time.monotonic() - begun
-    told["changed"] = run_toy(
+    nowhere = "http://127.0.0.1:9"  # a proxy that does not answer
+    results["rerun"] = run_toy(home, "refresh", config, http_proxy=nowhere, HTTP_PROXY=nowhere, all_proxy=nowhere)
+    start = time.monotonic()
+    results["unchanged"] = run_toy(home, "refresh", config)
+    results["unchanged_s"] = time.monotonic() - start
+    results["changed"] = run_toy(
         home, "refresh", config, "--set", "left.factor=3", "--from", "left", "--set", "verdict=refused"
     )
-    told["tasks"], told["flows"], told["runs"] = task_runs(home), flow_states(home), mlflow_runs(home)
-    told["shards"] = run_toy(home, "refresh", config, *in_shards(2))
-    told["shard_tasks"] = task_runs(home)[len(told["tasks"]) :]
-    told["config"] = config
-    yield told
+    results["tasks"], results["flows"], results["runs"] = task_runs(home), flow_states(home), mlflow_runs(home)
+    results["shards"] = run_toy(home, "refresh", config, *in_shards(2))
+    results["shard_tasks"] = task_runs(home)[len(results["tasks"]) :]
+    results["config"] = config
+    yield results
 
 
 def in_shards(count: int, **more: str) -> list[str]:
-    """Options of a run that makes the node `squares` in shards."""
+    """Return the options of a run that makes the node `squares` in shards."""
     fields = {"squares.numbers": 7, "stages.shards": count, **more}
     return ["--until", "squares", *(word for name, value in fields.items() for word in ("--set", f"{name}={value}"))]
 
@@ -91,13 +91,13 @@ def test_a_lost_engine_is_retried_and_a_bad_number_is_not(story: dict[str, Any])
     assert "Traceback" not in failed.stderr
     notices = [line for line in failed.stderr.splitlines() if "Trying again" in line]
     assert ["(1 of 5)" in notices[0], "(2 of 5)" in notices[1]] == [True, True]
-    assert ["Ctrl-C" in line for line in notices] == [True, False], "how to stop is said once"
+    assert ["Ctrl-C" in line for line in notices] == [True, False], "how to stop is printed once"
     # two lost engines, then the attempt that met the bad number; the fourth start is the rerun
     assert story["starts"].read_text() == "started\n" * 4
     assert story["failed_tasks"] == [("target", "Failed", [])]
 
 
-def test_the_rerun_goes_on_from_what_the_failed_stage_saved(story: dict[str, Any]) -> None:
+def test_the_rerun_continues_from_what_the_failed_stage_saved(story: dict[str, Any]) -> None:
     rerun = story["rerun"]
     assert rerun.returncode == 0, rerun.stderr
     assert "resumes" in rerun.stdout
@@ -111,10 +111,10 @@ def test_an_unchanged_run_reuses_everything_within_seconds(story: dict[str, Any]
     assert names(story["unchanged"].stdout, "done in") == []
     assert story["unchanged_s"] < 60  # 6 s on a free machine, nearly all of it the start of Prefect's server
     assert f"mlflow ui --backend-store-uri sqlite:///{story['home']}/mlflow.db" in story["unchanged"].stdout
-    assert story["rerun"].stderr == story["unchanged"].stderr == "", "nothing is printed but our own lines"
+    assert story["rerun"].stderr == story["unchanged"].stderr == "", "no library prints anything"
 
 
-def test_a_changed_field_reruns_what_follows_and_a_refusal_has_a_code_of_its_own(story: dict[str, Any]) -> None:
+def test_a_changed_field_reruns_later_nodes_and_a_refusal_has_its_own_exit_code(story: dict[str, Any]) -> None:
     changed = story["changed"]
     assert names(changed.stdout, "reused") == ["target", "right"]
     assert names(changed.stdout, "done in") == ["left", "total"]
@@ -123,11 +123,11 @@ def test_a_changed_field_reruns_what_follows_and_a_refusal_has_a_code_of_its_own
     assert "4 nodes; MLflow: " in changed.stdout
 
 
-def test_shards_are_mapped_tasks(story: dict[str, Any]) -> None:
+def test_each_shard_is_a_task(story: dict[str, Any]) -> None:
     assert story["shards"].returncode == 0, story["shards"].stderr
     assert names(story["shards"].stdout, "done in") == ["squares"]
-    said = [(name, state) for name, state, _ in story["shard_tasks"]]
-    assert sorted(said) == [
+    tasks = [(name, state) for name, state, _ in story["shard_tasks"]]
+    assert sorted(tasks) == [
         ("squares", "Completed"),
         ("squares, shard 1 of 2", "Completed"),
         ("squares, shard 2 of 2", "Completed"),
@@ -135,7 +135,7 @@ def test_shards_are_mapped_tasks(story: dict[str, Any]) -> None:
     ]
 
 
-def test_shards_are_made_by_a_ray_cluster(story: dict[str, Any]) -> None:
+def test_shards_on_a_ray_cluster_have_the_same_content(story: dict[str, Any]) -> None:
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'draftsmith[ray]'")
     pytest.importorskip("prefect_ray", reason="prefect-ray is not installed: pip install 'draftsmith[ray]'")
     (before,) = (story["home"] / "store" / "squares").glob("[!.]*/manifest.json")
@@ -145,7 +145,7 @@ def test_shards_are_made_by_a_ray_cluster(story: dict[str, Any]) -> None:
     assert found.returncode == 0, found.stderr
     (after,) = (story["home"] / "store" / "squares").glob("[!.]*/manifest.json")
     assert json.loads(after.read_text())["content_id"] == content
-    assert len(list((story["home"] / "store" / "squares.shard").glob("[!.]*"))) == 5  # two of before, three by Ray
+    assert len(list((story["home"] / "store" / "squares.shard").glob("[!.]*"))) == 5  # two from before, three by Ray
 
 
 def test_prefect_shows_nodes_states_and_edges(story: dict[str, Any]) -> None:
@@ -157,7 +157,7 @@ def test_prefect_shows_nodes_states_and_edges(story: dict[str, Any]) -> None:
     assert [state for _, state, _ in runs[8:]] == ["Reused", "Completed", "Reused", "Completed"]
 
 
-def test_mlflow_shows_a_run_a_refresh_and_one_an_executed_stage(story: dict[str, Any]) -> None:
+def test_mlflow_has_a_run_for_each_refresh_and_each_executed_stage(story: dict[str, Any]) -> None:
     runs = story["runs"]
     assert sorted(runs) == sorted(
         [
@@ -170,14 +170,14 @@ def test_mlflow_shows_a_run_a_refresh_and_one_an_executed_stage(story: dict[str,
         steps = database.execute("select step, value from metrics where key = 'value' order by step").fetchall()
         reused = database.execute("select value from tags where key = 'reused'").fetchall()
     assert steps == [(step, float(step - 1)) for step in range(1, 7)]
-    assert [text.split()[0] for (text,) in reused] == ["1"], "the unchanged run is the run that made what it found"
+    assert [text.split()[0] for (text,) in reused] == ["1"], "the run that made the artifacts is tagged"
 
 
-def test_a_prefect_server_that_does_not_answer_is_one_clear_error(tmp_path: Path) -> None:
+def test_a_prefect_server_that_does_not_answer_is_a_retryable_error(tmp_path: Path) -> None:
     config = write_config(tmp_path / "toy.yaml")
-    found = run_toy(tmp_path / "home", "refresh", config, PREFECT_API_URL="http://127.0.0.1:9/api")
-    assert found.returncode == EXIT_RETRYABLE
-    (line,) = found.stderr.splitlines()
+    ended = run_toy(tmp_path / "home", "refresh", config, PREFECT_API_URL="http://127.0.0.1:9/api")
+    assert ended.returncode == EXIT_RETRYABLE
+    (line,) = ended.stderr.splitlines()
     assert "PREFECT_API_URL: http://127.0.0.1:9/api" in line
 
 
@@ -209,7 +209,7 @@ def test_a_stopped_refresh_leaves_no_process_and_continues(tmp_path: Path, numbe
 
 
 def prefect_of(home: Path) -> tuple[int, str]:
-    """Process and address of the command's temporary server."""
+    """Return process id and address of the command's temporary server."""
     for pid in processes_of(home):
         words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
         if "prefect.server.api.server:create_app" in words and "--port" in words:
@@ -217,7 +217,7 @@ def prefect_of(home: Path) -> tuple[int, str]:
     raise AssertionError("no server")
 
 
-def test_prefect_lost_on_the_way_does_not_turn_success_into_failure(tmp_path: Path) -> None:
+def test_a_run_succeeds_although_its_prefect_server_dies(tmp_path: Path) -> None:
     home = tmp_path / "home"
     config = write_config(tmp_path / "toy.yaml", target={"count": 15, "seconds_each": 0.1})
     command = toy_command(home, "refresh", config, PREFECT_CLIENT_MAX_RETRIES="1")
@@ -227,15 +227,15 @@ def test_prefect_lost_on_the_way_does_not_turn_success_into_failure(tmp_path: Pa
             os.kill(pid, signal.SIGKILL)
     out, err = command.communicate(timeout=120)
     assert command.returncode == 0, err
-    assert "Traceback" not in err and "draftsmith: error" not in err  # a word of Prefect's own, that it is lost
+    assert "Traceback" not in err and "draftsmith: error" not in err  # Prefect may log the loss
     assert names(out, "done in") == ["target", "left", "right", "total"]
-    assert "warning: Prefect could not be told that the run ended well" in out
+    assert "warning: Prefect does not know that the run succeeded" in out
     assert "4 nodes; MLflow: " in out
     assert {status for _, status in mlflow_runs(home)} == {"FINISHED"}
     wait_until(lambda: not processes_of(home), "nothing is left", limit_s=10)
 
 
-def test_a_stage_that_prefect_interrupts_for_a_lost_lease_goes_on(tmp_path: Path) -> None:
+def test_a_stage_continues_after_prefect_interrupts_it_for_a_lost_lease(tmp_path: Path) -> None:
     home, starts = tmp_path / "home", tmp_path / "starts"
     target = {"count": 40, "seconds_each": 0.1, "note_start": str(starts)}
     config = write_config(tmp_path / "toy.yaml", target=target)
@@ -244,12 +244,12 @@ def test_a_stage_that_prefect_interrupts_for_a_lost_lease_goes_on(tmp_path: Path
     (notice,) = [line for line in ended.stderr.splitlines() if "no longer keeps the slot" in line]
     assert "Trying again" in notice and "(1 of " in notice and "Ctrl-C" in notice
     assert starts.read_text() == "started\n" * 2
-    begun, continued = (line for line in ended.stdout.splitlines() if line.startswith("target: going on from "))
-    assert begun.endswith(" 0") and not continued.endswith(" 0")
+    first, continued = (line for line in ended.stdout.splitlines() if line.startswith("target: going on from "))
+    assert first.endswith(" 0") and not continued.endswith(" 0")
     assert names(ended.stdout, "done in") == ["target", "left", "right", "total"]
 
 
-def test_a_run_that_is_cancelled_in_prefect_lets_its_stage_save(tmp_path: Path) -> None:
+def test_a_run_that_is_cancelled_in_prefect_saves_its_stage(tmp_path: Path) -> None:
     import httpx
 
     home = tmp_path / "home"
@@ -265,7 +265,7 @@ def test_a_run_that_is_cancelled_in_prefect_lets_its_stage_save(tmp_path: Path) 
     assert "target: saved" in out
     assert list(home.glob("store/collect/.partial-*/work/saved-when-asked"))
     (line,) = err.splitlines()
-    assert line.startswith("draftsmith: error: cancelled in Prefect; what was saved is kept")
+    assert line.startswith("draftsmith: error: cancelled in Prefect")
     assert flow_states(home) == ["Cancelled"]
     assert {status for _, status in mlflow_runs(home)} == {"KILLED"}
 
@@ -278,7 +278,7 @@ def wait_for_saved(home: Path) -> int:
     return 3
 
 
-def test_two_refreshes_that_race_on_a_new_home_make_every_artifact_once(tmp_path: Path) -> None:
+def test_two_concurrent_refreshes_in_a_new_home_make_every_artifact_once(tmp_path: Path) -> None:
     home, starts = tmp_path / "home", tmp_path / "starts"
     noted = {"note_start": str(starts)}
     config = write_config(

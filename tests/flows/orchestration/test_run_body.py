@@ -1,4 +1,4 @@
-"""The body of a flow, without Prefect: what a run comes to, and what MLflow says of it."""
+"""The body of a flow without Prefect: its conclusion, and the description of its run in MLflow."""
 
 from __future__ import annotations
 
@@ -25,41 +25,39 @@ from tests.flows.toy import TOY, ToyConfig, ToyPolicy, toy_policy
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Runs here make no node, unless a test says which."""
+    """Use a new home, and make no nodes."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(run, "_make_all", lambda *_: None)
+    monkeypatch.setattr(run, "_make_nodes", lambda *_: None)
     return tmp_path / "home"
 
 
 def ended(
-    course: Callable[..., ToyPolicy | None] | None, *force: str, until: tuple[str, ...] = (), **options: Any
+    policy: Callable[..., ToyPolicy | None] | None, *force: str, until: tuple[str, ...] = (), **options: Any
 ) -> Conclusion | None:
-    pipeline = TOY if course is None else dataclasses.replace(TOY, policy=course)
+    pipeline = TOY if policy is None else dataclasses.replace(TOY, policy=policy)
     config = ToyConfig(name="t", verdict="promoted", stages=StageOptions(**options))
     return run._run(config, pipeline, Selection(force, until=until), Cancellation())[1]
 
 
 def mlflow_runs(home: Path) -> dict[str, Any]:
     client = MlflowClient(f"sqlite:///{home}/mlflow.db")
-    found = client.search_runs([each.experiment_id for each in client.search_experiments()])
-    return {str(each.info.run_name): each for each in found}
+    runs = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    return {str(each.info.run_name): each for each in runs}
 
 
 @pytest.mark.parametrize(("until", "concludes"), [((), True), (("total",), False)])
-def test_a_part_concludes_nothing_even_if_it_needs_every_node(
-    until: tuple[str, ...], concludes: bool, home: Path
-) -> None:
-    """Who stops at the last node looks at it before anything follows from it."""
+def test_a_run_until_a_node_never_concludes(until: tuple[str, ...], concludes: bool, home: Path) -> None:
+    """Even if it makes every node: it lets a person look before a promotion."""
     forced: list[Collection[str]] = []
 
-    def course(config: ToyConfig, force: Collection[str]) -> ToyPolicy | None:
+    def policy(config: ToyConfig, force: Collection[str]) -> ToyPolicy | None:
         forced.append(force)
         return toy_policy(config, force)
 
-    assert (ended(course, "combine", until=until) is not None) == concludes
-    assert set(forced[0]) == {"left", "right", "total"}, "nodes, by whatever name they were forced"
-    assert (home / registered.NOTE).is_file() == concludes, "where versions are registered is known later"
+    assert (ended(policy, "combine", until=until) is not None) == concludes
+    assert set(forced[0]) == {"left", "right", "total"}, "--force takes a stage's name too"
+    assert (home / registered.NOTE).is_file() == concludes, "it is noted before a version is registered"
 
 
 @pytest.mark.parametrize(
@@ -67,10 +65,10 @@ def test_a_part_concludes_nothing_even_if_it_needs_every_node(
     [
         (OutdatedPlanError("another one was faster"), "FAILED", "**Failed.** another one was faster"),
         (DraftsmithError("the disk is full"), "FAILED", "**Failed.** the disk is full"),
-        (SystemExit(143), "KILLED", "**Stopped.** The same command goes on."),
+        (SystemExit(143), "KILLED", "**Stopped.** The same command continues."),
     ],
 )
-def test_mlflow_says_why_a_run_has_ended_early_and_the_screen_what_to_force(
+def test_a_failed_run_has_its_cause_in_mlflow_and_advice_on_the_screen(
     raised: BaseException,
     status: str,
     note: str,
@@ -78,31 +76,31 @@ def test_mlflow_says_why_a_run_has_ended_early_and_the_screen_what_to_force(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    asked: list[object] = []
+    calls: list[object] = []
 
     class Late(ToyPolicy):
         def conclude(self, *_: object) -> Conclusion:
-            asked.append(_)
+            calls.append(_)
             raise raised
 
     def made_left(context: RunContext, _nodes: object, _forced: object, made: dict[str, Any], *_rest: object) -> None:
         context.refresh_run()
         made["left"] = SimpleNamespace(reused=False, ref=ArtifactRef("combine", "k" * 64, "c" * 64, home))
 
-    monkeypatch.setattr(run, "_make_all", made_left)
-    monkeypatch.setattr(run, "_reviewed", lambda *_, **__: ({}, {run.NOTE: "what was measured"}))
+    monkeypatch.setattr(run, "_make_nodes", made_left)
+    monkeypatch.setattr(run, "_metrics_and_tags", lambda *_, **__: ({}, {run.NOTE: "what was measured"}))
     monkeypatch.setattr(run, "_report", lambda *_: [])
     with pytest.raises(type(raised)):
         ended(lambda *_: Late("promoted"), "left")
-    found = mlflow_runs(home)["t"]
-    assert (found.info.status, found.data.tags[run.NOTE]) == (status, f"{note}\n\nwhat was measured")
-    assert OUTCOME not in found.data.tags and len(asked) == 1, "an outdated plan is not asked for again"
+    logged = mlflow_runs(home)["t"]
+    assert (logged.info.status, logged.data.tags[run.NOTE]) == (status, f"{note}\n\nwhat was measured")
+    assert OUTCOME not in logged.data.tags and len(calls) == 1, "an outdated plan is not retried"
     assert "without --force" in capsys.readouterr().out
     assert OutdatedPlanError.exit_code == EXIT_RETRYABLE
 
 
-def test_what_follows_from_a_run_waits_until_mlflow_has_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A drafter is uploaded into it."""
+def test_the_conclusion_waits_until_mlflow_has_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A promoted drafter is uploaded into the run."""
     create, asked = MlflowClient.create_run, list[bool]()
 
     def lost_twice(client: MlflowClient, *arguments: Any, **named: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The template of a batch job on several nodes, with commands in place of Slurm's and the flow's that note a call."""
+"""The Slurm template of a job on several nodes, with scripts that record the calls of Slurm and of the flow."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ for _ in $(seq 600); do sleep 0.05; done
 
 
 def submitted(folder: Path, *, slow: str = "") -> subprocess.Popen[bytes]:
-    """The job on its first node, of four with 64 cores, whose host has a longer name than Slurm gives it. slow: what
-    its shell does before the flow."""
+    """Start the job on the first of four nodes with 64 cores, whose host name is longer than its name in Slurm.
+
+    slow: what its shell does before the flow.
+    """
     commands = folder / ".venv" / "bin"
     commands.mkdir(parents=True)
     programs = {"draftsmith": FLOW, "srun": JOINING, "hostname": "#!/bin/sh\necho node1.of.the.cluster\n"}
@@ -42,7 +44,7 @@ def submitted(folder: Path, *, slow: str = "") -> subprocess.Popen[bytes]:
 
 @pytest.mark.parametrize("asked_to_stop", [False, True])
 def test_a_job_runs_the_flow_on_its_first_node_and_joins_it_on_the_others(asked_to_stop: bool, tmp_path: Path) -> None:
-    """Each with the cores of a node; it ends as the flow does, which hears when the job's time is nearly up."""
+    """The job ends with the flow's exit code, and passes on the signal before its time limit."""
     job = submitted(tmp_path)
     try:
         wait_until(lambda: (tmp_path / "flow").exists() and (tmp_path / "joining").exists(), "both")
@@ -61,7 +63,7 @@ def test_a_job_runs_the_flow_on_its_first_node_and_joins_it_on_the_others(asked_
         job.kill()
 
 
-def test_a_job_that_is_to_end_before_its_flow_begins_begins_none(tmp_path: Path) -> None:
+def test_a_job_that_is_stopped_early_does_not_start_its_flow(tmp_path: Path) -> None:
     job = submitted(tmp_path, slow="touch slow; sleep 1")
     try:
         wait_until(lambda: (tmp_path / "slow").exists() and (tmp_path / "joining").exists(), "the others")

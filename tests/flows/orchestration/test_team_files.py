@@ -1,4 +1,4 @@
-"""The team's set-up as far as it can be read without containers: services, variables, commands, copied files."""
+"""The files of a team's set-up without containers: services, variables, commands, copied files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def variables() -> dict[str, str]:
 
 
 def filled(text: str, known: dict[str, str]) -> str:
-    """As Compose interpolates: `$$` is a dollar, a variable without a value or a default is an error."""
+    """Interpolate like Compose: `$$` is a dollar sign, and a variable without value or default is an error."""
 
     def value(found: re.Match[str]) -> str:
         if found[0] == "$$":
@@ -61,7 +61,7 @@ def test_every_secret_comes_from_the_file_that_the_readme_writes() -> None:
         filled(text, {})
 
 
-def test_mlflow_s_command_is_one_of_the_installed_release(services: dict[str, Any]) -> None:
+def test_mlflows_command_exists_in_the_installed_release(services: dict[str, Any]) -> None:
     from mlflow.cli import cli
 
     words = shlex.split(services["mlflow"]["command"])
@@ -71,13 +71,13 @@ def test_mlflow_s_command_is_one_of_the_installed_release(services: dict[str, An
     assert given["backend_store_uri"].endswith("@postgres:5432/mlflow")
     assert given["artifacts_destination"] == "s3://mlflow"
     assert (given["host"], given["port"]) == ("0.0.0.0", 5000)
-    assert "mlflow:5000" in given["allowed_hosts"], "as the worker calls it"
+    assert "mlflow:5000" in given["allowed_hosts"], "the name that the worker uses"
     options = {word for word in words if word.startswith("--")}
     assert options <= {option for parameter in command.params for option in parameter.opts}
 
 
 @pytest.mark.parametrize("service", ["prefect", "worker"])
-def test_prefect_s_commands_are_those_of_the_installed_release(service: str, services: dict[str, Any]) -> None:
+def test_prefects_commands_exist_in_the_installed_release(service: str, services: dict[str, Any]) -> None:
     words = shlex.split(services[service]["command"])
     assert words[0] == "prefect"
     command = [sys.executable, "-m", *words[:3], "--help"]
@@ -86,14 +86,14 @@ def test_prefect_s_commands_are_those_of_the_installed_release(service: str, ser
     assert options and options <= set(re.findall(r"--[a-z-]+", told.stdout))
 
 
-def test_a_stage_s_own_time_limit_comes_before_that_of_its_slurm_job() -> None:
+def test_a_stages_time_limit_is_below_that_of_its_slurm_job() -> None:
     pool = json.loads((TEAM / "pools" / "slurm.json").read_text())
     days, _, clock = pool["variables"]["properties"]["time"]["default"].partition("-")
     hours, minutes, seconds = map(int, clock.split(":"))
     assert int(days) * 1440 + hours * 60 + minutes + seconds / 60 > StageOptions().time_limit("sft").seconds / 60
 
 
-def test_the_image_copies_what_the_package_is_made_of() -> None:
+def test_the_image_copies_the_whole_package() -> None:
     import tomllib
 
     copied = set()

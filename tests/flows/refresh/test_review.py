@@ -15,7 +15,7 @@ from draftsmith.artifacts.tracking.models import ALL
 from draftsmith.artifacts.tracking.runs import NOTE, Tracking
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.execution.node import NodeResult, RunContext
-from draftsmith.flows.orchestration.run import _reviewed
+from draftsmith.flows.orchestration.run import _metrics_and_tags
 from draftsmith.flows.planning.graph import Conclusion
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.flows.refresh.summary import compared
@@ -41,7 +41,7 @@ OVERRULED = Conclusion(
         (OVERRULED, ["**Refused.** version 4 is not promoted: somebody took it out"]),
         (
             None,
-            ["**Nothing has followed from this yet.**", "**The gate says: promote.** SFT + OPD is to take the place"],
+            ["**No action yet.**", "**The gate says: promote.** SFT + OPD is to take the place"],
         ),
     ],
     ids=["followed", "overruled", "only looked"],
@@ -54,7 +54,7 @@ def test_the_description_of_a_run_states_its_conclusion(
     store = Store(home / "store")
     report = committed(store, "report", {"review.json": json.dumps(content)})
     context = RunContext(home, config_of("a-line"), REFRESH, Display(), Tracking(home))
-    _, tags = _reviewed(context, {"report": NodeResult(report, reused=True)}, conclusion, concludes=True)
+    _, tags = _metrics_and_tags(context, {"report": NodeResult(report, reused=True)}, conclusion, concludes=True)
     bold = [line for line in tags[NOTE].splitlines() if line.startswith("**")]
     assert len(bold) == len(begins) and all(map(str.startswith, bold, begins)), tags[NOTE]
 
