@@ -1,7 +1,7 @@
 """The public Python API: load a target, drafters and answers, compare drafters by replay, run a refresh.
 
-`import draftsmith` offers these names and imports this module when one of them is first used. Prefect must not be
-imported here: `refresh` sets its environment first.
+`import draftsmith` offers these names, and imports this module when one of them is first used. This module must not
+import Prefect, whose environment `refresh` sets first.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 _MODELS = "models:/"  # of MLflow's URIs: models:/LINE@champion, models:/LINE/3
 _MAX_BAD_SHARE = 0.01  # as `logs.max_bad_share`
-_TABLE = ("tau", "tau_low", "tau_high", "prompts", "verify_steps", "block_size", "tau_without_loops")
+_COLUMNS = ("tau", "tau_low", "tau_high", "prompts", "verify_steps", "block_size", "tau_without_loops")
 
 
 def load_target(source: str | Path, *, dtype: Dtype | None = None, device: str | None = None) -> Target:
@@ -58,10 +58,10 @@ def load_target(source: str | Path, *, dtype: Dtype | None = None, device: str |
 
     source: a model's folder, a hub id (Qwen/Qwen3-4B), a .gguf file, `package:NAME` (the .gguf file of an installed
     Python package), or the artifact folder of a stage `target`.
-    dtype: of weights and forwards; left out, bfloat16, and of an artifact the one that it was made for.
-    device: of torch; left out, a GPU where there is one.
+    dtype: of weights and computation; by default bfloat16, or an artifact's own dtype.
+    device: of torch; by default a GPU if there is one.
 
-    Raises DraftsmithError if the model cannot be loaded, or is none that drafters can be trained for.
+    Raises DraftsmithError if the model cannot be loaded, or if no drafter can be trained for it.
     """
     folder = Path(source).expanduser()
     if (folder / INFO_FILE).is_file():
@@ -75,7 +75,7 @@ def load_drafter(source: str | Path, target: Target) -> Drafter:
     source: a checkpoint's folder, the artifact folder of a stage `sft` or `opd`, a hub id (z-lab/Qwen3-4B-DFlash-b16),
     or a registered version: `LINE@champion`, `LINE@3`, `models:/LINE@champion`, `models:/LINE/3`.
 
-    Raises DraftsmithError if it cannot be had, is damaged, or was trained for another target.
+    Raises DraftsmithError if it is missing or damaged, or was trained for another target.
     """
     text = str(source)
     if text.startswith(_MODELS):
@@ -85,12 +85,12 @@ def load_drafter(source: str | Path, target: Target) -> Drafter:
 
 @dataclass(frozen=True, eq=False)
 class Answers(Sequence[Trajectory]):
-    """N answers of a target. An item has `tokens` (ids of prompt and answer) and `prompt_length`."""
+    """N answers of a target. Each has `tokens` (ids of prompt and answer) and `prompt_length`."""
 
     trajectories: Sequence[Trajectory]
     prompts: list[str]  # [N] names of the prompts; answers to the same prompt count as one observation
-    sampling: SamplingParams  # temperature (0: greedy), top_p and top_k that they were sampled with
-    rejected: Mapping[str, int] = field(default_factory=dict)  # reason -> number of rows of a file that are not used
+    sampling: SamplingParams  # temperature (0: greedy), top_p and top_k of the answers
+    rejected: Mapping[str, int] = field(default_factory=dict)  # reason -> rows of a file that are not used
 
     def __len__(self) -> int:
         return len(self.trajectories)
@@ -124,12 +124,12 @@ def read_answers(
     `completion_token_ids`.
     target: the target that gave the answers; needed for files, whose text its tokenizer reads.
     splits: of an artifact, only answers to prompts of these (train, validation, heldout).
-    temperature, top_p, top_k: of files, what the answers were sampled with (0: greedy). A row that says otherwise is
+    temperature, top_p, top_k: of files, the sampling of the answers (temperature 0: greedy). Rows with other values are
     rejected.
     chat_template_kwargs: of files, what the service passed to the chat template.
 
-    Raises DraftsmithError if there is no usable answer, or more than 1 % of the rows are unreadable. Rows that are not
-    used are counted by reason in `rejected`.
+    Raises DraftsmithError if no answer is usable, or if more than 1 % of the rows are unreadable. `rejected` counts the
+    unused rows by reason.
     """
     folder = Path(source).expanduser()
     if (folder / "trajectories.parquet").is_file():
@@ -156,7 +156,7 @@ def read_answers(
 
 
 class _AnswerRows(RowFilter[Trajectory]):
-    """Makes a trajectory of each row, by the tokenizer of a loaded target."""
+    """Converts rows to trajectories with the tokenizer of a loaded target."""
 
     def __init__(self, config: LogsConfig, target: Target):
         super().__init__(config, RejectLog("the allowed share", _MAX_BAD_SHARE))
@@ -169,27 +169,27 @@ class _AnswerRows(RowFilter[Trajectory]):
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Drafters that were replayed on the same answers; all statistics are over prompts, as in an evaluation."""
+    """Acceptance of drafters on the same answers, with statistics over prompts as in an evaluation."""
 
     tallies: Mapping[str, AcceptanceStats]  # drafter -> committed tokens and verify steps of each answer
-    prompts: Sequence[str]  # [N] of each answer
+    prompts: Sequence[str]  # [N] the prompt of each answer
     table: Mapping[str, Mapping[str, Any]]  # drafter -> its metrics, as in `acceptance.json` of an evaluation
 
     def to_pandas(self) -> pd.DataFrame:
-        """Return a row for each drafter, in the order in which they were given.
+        """Return a row for each drafter, in the given order.
 
-        `tau`: acceptance length, committed tokens per verify step ("+1"), with its 95 % interval `tau_low` to
-        `tau_high` (missing with one prompt) over `prompts`; `tau_without_loops`: of the answers that do not repeat
+        `tau` is the acceptance length, committed tokens per verify step ("+1"), with its 95 % interval from `tau_low`
+        to `tau_high` over `prompts` (missing for one prompt). `tau_without_loops` leaves out answers that repeat
         themselves.
         """
-        rows = {name: {column: metrics[column] for column in _TABLE} for name, metrics in self.table.items()}
-        return pd.DataFrame.from_dict(rows, orient="index", columns=list(_TABLE))
+        rows = {name: {column: metrics[column] for column in _COLUMNS} for name, metrics in self.table.items()}
+        return pd.DataFrame.from_dict(rows, orient="index", columns=list(_COLUMNS))
 
     def difference(self, drafter: str, other: str) -> Estimate:
-        """Return tau of one drafter minus tau of another one (tokens per verify step), paired over prompts.
+        """Return tau of one drafter minus tau of another (tokens per verify step), paired over prompts.
 
-        `value`, `error` (standard error) and `interval(level)`: by default 95 %, None with one prompt. Of k differences
-        that are judged together, use the level 1 - 0.05 / k. Raises DraftsmithError for an unknown name.
+        The result has `value`, `error` (standard error) and `interval(level)`, by default 95 %, None for one prompt.
+        To test k differences together, use level 1 - 0.05 / k. Raises DraftsmithError for an unknown name.
         """
         for name in (drafter, other):
             if name not in self.tallies:
@@ -199,10 +199,10 @@ class Comparison:
     def plot(self, ax: Axes | None = None) -> Axes:
         """Plot the share of proposals accepted at each offset, a line for each drafter, and return the axes.
 
-        ax: of matplotlib; left out, those of a new figure.
+        ax: of matplotlib; by default those of a new figure.
         """
         if ax is None:
-            from matplotlib import pyplot
+            from matplotlib import pyplot  # slow to import, and only plots need it
 
             ax = pyplot.figure().add_subplot()
         for name, metrics in self.table.items():
@@ -216,7 +216,7 @@ class Comparison:
 def compare(target: Target, drafters: Mapping[str, Drafter], answers: Answers) -> Comparison:
     """Replay drafters on the same answers of their target and return their acceptance, paired.
 
-    drafters: name -> drafter of `load_drafter`, for this target; drafted with their trained block sizes.
+    drafters: name -> drafter of `load_drafter`, for this target. Each drafts with its trained block size.
 
     Raises DraftsmithError if there is no drafter.
     """
@@ -232,7 +232,7 @@ def compare(target: Target, drafters: Mapping[str, Drafter], answers: Answers) -
 
 @dataclass(frozen=True)
 class RefreshResult:
-    """A refresh that came to its end."""
+    """The result of a refresh."""
 
     artifacts: Mapping[str, Path]  # node -> folder of its artifact
     outcome: str | None  # promoted, refused, inconclusive, waiting or current; None without a line, or with `until`
@@ -245,11 +245,11 @@ def refresh(config: str | Path | Mapping[str, Any], *, until: str | Collection[s
     config: the path of a YAML file, or its fields; `extends` and other paths are relative to the current directory.
     until: make only these nodes and what they need; nothing is promoted.
 
-    Artifacts go to the store under `DRAFTSMITH_HOME` (.draftsmith). Progress is printed. A drafter that is not promoted
-    is an outcome, not an error.
+    Artifacts go to the store under `DRAFTSMITH_HOME` (by default .draftsmith). Progress is printed. A drafter that is
+    not promoted is an outcome, not an error.
 
-    Raises DraftsmithError if the config is wrong or a stage fails, RetryableError where the same call may succeed
-    later. What was finished is kept.
+    Raises DraftsmithError if the config is wrong or a stage fails, RetryableError if the same call may succeed later.
+    Finished artifacts are reused then.
     """
     if isinstance(config, Mapping):
         options = config_from_fields(config, REFRESH.config)

@@ -1,7 +1,7 @@
-"""The demo that `make quickstart` runs: a whole refresh, which has worked whatever the gate decides.
+"""The demo that `make quickstart` runs: a whole refresh, which succeeds whatever the gate decides about the drafter.
 
-A drafter that is not promoted, or whose speed is inconclusive, is a result. Outputs that differ from decoding without a
-drafter in float32 are not: then the demo fails as `draftsmith run` does.
+A drafter that is refused, or whose speed is inconclusive, is a result. But if outputs in float32 differ from those
+without a drafter, the demo fails like `draftsmith run`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ CONFIG = "configs/quickstart.yaml"
 
 
 def lossless(store: Store) -> bool:
-    """Return whether the last gate found no output that differs from decoding without a drafter in float32."""
+    """Return whether outputs with and without a drafter are equal in float32, by the last gate."""
     last = [manifest for manifest in store.list() if manifest.stage == "gate"][-1]
     decision = GateDecision.read(store.path(last.stage, last.key))
     return all(rule.passed for rule in decision.rules if rule.name == "lossless")
 
 
 def main() -> int:
+    """Run the demo and return its exit code."""
     code = draftsmith(["run", CONFIG])
     if code == RefusedError.exit_code and lossless(Store(home() / "store")):
-        print("The pipeline has done its work: not promoting a drafter is a result too.")
+        print("The pipeline works. A drafter that is not promoted is a result, too.")
         return 0
     return code
 

@@ -1,4 +1,4 @@
-"""The demo ends well whatever the gate decides, unless outputs are not the target's."""
+"""The demo succeeds whatever the gate decides, unless a drafter changes the outputs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def decided(home: Path, lossless: bool) -> None:
 @pytest.mark.parametrize(
     ("code", "lossless", "ends"), [(0, True, 0), (3, True, 0), (3, False, 3), (2, True, 2), (75, True, 75)]
 )
-def test_a_drafter_that_is_not_promoted_is_a_result_and_outputs_that_differ_are_none(
+def test_a_refusal_succeeds_unless_outputs_differ(
     code: int, lossless: bool, ends: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path))

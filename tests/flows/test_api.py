@@ -1,4 +1,4 @@
-"""The public Python API: what it imports, what it takes, what it returns."""
+"""The public Python API: imports, inputs and results."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HEAVY = ("torch", "prefect", "mlflow", "transformers", "pandas", "numpy")
 
 
 def python(code: str, **environment: str) -> Any:
-    """What the code prints last, as JSON, in a new process."""
+    """Run code in a new process and return the last line that it prints, parsed as JSON."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=ours | environment, capture_output=True, text=True, check=False
@@ -45,7 +45,7 @@ def test_the_import_loads_nothing_heavy() -> None:
     assert python(code) == []
 
 
-def test_every_public_name_is_there() -> None:
+def test_every_public_name_exists() -> None:
     assert draftsmith.__version__ == importlib.metadata.version("draftsmith")
     assert set(draftsmith.__all__) <= set(dir(draftsmith))
     assert all(getattr(draftsmith, name) is not None for name in draftsmith.__all__)
@@ -53,7 +53,7 @@ def test_every_public_name_is_there() -> None:
         draftsmith.nothing  # noqa: B018
 
 
-def test_an_artifact_of_the_target_is_loaded_in_its_dtype_or_another(plain_artifact: Path) -> None:
+def test_an_artifact_of_the_target_is_loaded_in_its_own_dtype_by_default(plain_artifact: Path) -> None:
     assert draftsmith.load_target(plain_artifact).info.dtype == "float32"
     assert str(draftsmith.load_target(plain_artifact, dtype="bfloat16").dtype) == "torch.bfloat16"
 
@@ -74,7 +74,7 @@ def written(folder: Path, *rows: dict[str, Any]) -> Path:
 IDS = {"prompt_token_ids": [1, 2, 3], "completion_token_ids": [4, 5, 6]}
 
 
-def test_rows_of_a_file_are_answers_or_counted(plain_target: Target, tmp_path: Path) -> None:
+def test_rows_of_a_file_become_answers_or_are_counted_as_rejected(plain_target: Target, tmp_path: Path) -> None:
     short = {**IDS, "completion_token_ids": [4]}
     path = written(tmp_path, IDS, {**IDS, "completion_token_ids": [7, 8]}, short, {**IDS, "temperature": 0.5})
     answers = draftsmith.read_answers(path, plain_target)
@@ -84,7 +84,7 @@ def test_rows_of_a_file_are_answers_or_counted(plain_target: Target, tmp_path: P
     assert sampled.sampling.temperature == 0.5 and len(sampled) == 3
 
 
-def test_a_file_needs_a_target_and_a_usable_row(plain_target: Target, tmp_path: Path) -> None:
+def test_a_file_without_a_target_or_a_usable_row_is_an_error(plain_target: Target, tmp_path: Path) -> None:
     with pytest.raises(draftsmith.DraftsmithError):
         draftsmith.read_answers(written(tmp_path, IDS))
     with pytest.raises(draftsmith.DraftsmithError):
@@ -150,8 +150,8 @@ print(json.dumps([[result.outcome, result.message, sorted(result.artifacts)] for
 
 
 @pytest.mark.integration
-def test_what_a_refresh_came_to_is_a_result(tmp_path: Path) -> None:
-    """Twice in one process, in which an event loop runs, as in a notebook."""
+def test_the_outcome_of_a_refresh_is_its_result(tmp_path: Path) -> None:
+    """Two refreshes in one process with a running event loop, as in a notebook."""
     give_databases(tmp_path / "home")
     promoted, refused = python(_TWO_REFRESHES, DRAFTSMITH_HOME=str(tmp_path / "home"), PYTHONPATH=str(ROOT))
     assert (promoted[0], refused[0]) == ("promoted", "refused")

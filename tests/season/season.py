@@ -1,14 +1,13 @@
-"""Five weeks of a drafter line on the small target of the test bed, by the real command: `make season`.
+"""Runs five weeks of a model line on the test bed's small target, with the real command: `make season`.
 
-Week 1 has no champion; in week 2 nothing has changed; in week 3 other prompts arrive; week 4 is a refresh that went
-wrong (an absurd learning rate); in week 5 the target is another revision. Then the line is rolled back. Every week is
+Week 1 has no champion. In week 2 nothing has changed. In week 3 other prompts arrive. Week 4 is a broken refresh with
+far too high a learning rate. In week 5 the target has another revision. Then the line is rolled back. Every week uses
 the same config file with one or two fields changed, as a team would change them.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 import yaml
 
 from draftsmith.artifacts.errors import RefusedError
+from draftsmith.artifacts.results.drift import DriftResult
 from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.artifacts.store.local import Store
 from tests.testbed.databases import give_databases
@@ -34,7 +34,7 @@ LINE = "tiny-dflash"
 
 @dataclass(frozen=True)
 class Size:
-    """How long the season's trainings are, and how much is measured."""
+    """Lengths of the season's trainings and measurements."""
 
     train: int = 120
     heldout: int = 40
@@ -54,13 +54,13 @@ SHORT = Size(
 
 @dataclass(frozen=True)
 class Week:
-    """What was expected, and what happened."""
+    """The expected outcome of a week, and the actual one."""
 
     name: str
     expected: str  # promoted, skipped, refused
-    happened: str  # one of these; inconclusive, or failed with its exit code
+    happened: str  # one of these, inconclusive, or failed with its exit code
     seconds: float
-    reason: str  # the gate's or the drift check's
+    reason: str  # from the gate or the drift check
     output: str
 
     def __str__(self) -> str:
@@ -68,7 +68,7 @@ class Week:
 
 
 def config_of(size: Size) -> dict[str, Any]:
-    """The config of the first week."""
+    """Return the config of the first week."""
     records = {"kind": "jsonl", "path": str(prompts_file()), "label": "record", "filter": {"family": "record"}}
     training = {"sequences_per_step": 6}
     return small_refresh(
@@ -87,21 +87,21 @@ def config_of(size: Size) -> dict[str, Any]:
             "speed_prompts": size.speed_prompts, "validation_prompts": 4, "block_sizes": [6], "exactness_prompts": 4,
             "rounds": size.rounds,
         },
-        # of a target as small as this a draft takes as long as a step without a drafter: tau 2.7 gains no time yet, and
-        # 0.5 is so far below that noise does not reach it
+        # with a target as small as this, drafting takes as long as a step of the target: tau 2.7 gains no time yet, and
+        # 0.5 is far below what noise reaches
         gate={"judge_speed": size.judge_speed, "min_speedup": 0.5},
         refresh={"control": size.control},
     )  # fmt: skip
 
 
 def revision() -> Path:
-    """The target trained on for a little: another model that answers much the same."""
+    """Return the target after a little more training: another model with similar answers."""
     taught = TAUGHT.model_copy(update={"steps": 60, "revision_2": 0.5, "learning_rate": 2e-3, "seed": 1})
     return target_folder("target-tiny-revision", taught, parent=target_folder())
 
 
 def play(folder: Path, size: Size) -> Iterator[Week]:
-    """The weeks, each when it is over. folder: for the home and the config."""
+    """Run the weeks, and yield each with its result. folder: for the home and the config."""
     config, home = folder / "season.yaml", folder / "home"
     config.write_text(yaml.safe_dump(config_of(size)))
     if size is SHORT:
@@ -115,36 +115,36 @@ def play(folder: Path, size: Size) -> Iterator[Week]:
         ("week 4: a broken refresh", "refused", [*other, *broken]),
         ("week 5: the target has a new revision", "promoted", [*other, f"target.source={revision()}"]),
     ]
-    if size is SHORT:  # the other traffic comes with the other target
+    if size is SHORT:  # the other prompts come with the other target
         weeks[2:4] = [("week 4: a broken refresh", "refused", broken)]
     for name, expected, changed in weeks:
         force = ["--force", "drift"] if expected == "refused" else []
-        begun, before = time.monotonic(), last(home, "gate")
-        done = draftsmith(home, "run", config, *(word for each in changed for word in ("--set", each)), *force)
-        happened, reason = outcome(home, done, decided=last(home, "gate") != before)
-        yield Week(name, expected, happened, time.monotonic() - begun, reason, done.stdout + done.stderr)
+        start, before = time.monotonic(), last(home, "gate")
+        process = draftsmith(home, "run", config, *(word for each in changed for word in ("--set", each)), *force)
+        happened, reason = outcome(home, process, decided=last(home, "gate") != before)
+        yield Week(name, expected, happened, time.monotonic() - start, reason, process.stdout + process.stderr)
 
 
 def last(home: Path, stage: str) -> Path | None:
     """Return the newest artifact of a stage."""
-    made = [manifest for manifest in Store(home / "store").list() if manifest.stage == stage]
-    return Store(home / "store").path(stage, made[-1].key) if made else None
+    manifests = [manifest for manifest in Store(home / "store").list() if manifest.stage == stage]
+    return Store(home / "store").path(stage, manifests[-1].key) if manifests else None
 
 
-def outcome(home: Path, done: subprocess.CompletedProcess[str], *, decided: bool) -> tuple[str, str]:
-    """Return what came of a refresh, and why. decided: whether it came to its gate."""
-    if done.returncode not in (0, RefusedError.exit_code):
-        return f"failed ({done.returncode})", (done.stderr.strip().splitlines() or ["nothing"])[-1]
+def outcome(home: Path, process: subprocess.CompletedProcess[str], *, decided: bool) -> tuple[str, str]:
+    """Return the outcome of a refresh and its reason. decided: whether it ran its gate."""
+    if process.returncode not in (0, RefusedError.exit_code):
+        return f"failed ({process.returncode})", (process.stderr.strip().splitlines() or ["nothing"])[-1]
     if decided and (gate := last(home, "gate")) is not None:
         decision = GateDecision.read(gate)
         return decision.outcome, decision.sentence.partition(": ")[2]
     drift = last(home, "drift")
     assert drift is not None
-    tau = json.loads((drift / "drift.json").read_text("utf-8"))["all"]["tau"]
-    return "skipped", f"the champion is current: tau {tau:.3f}"
+    return "skipped", f"the champion is current: tau {DriftResult.read(drift).overall.tau:.3f}"
 
 
 def draftsmith(home: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run the command in a home."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "DRAFTSMITH_HOME"))}
     return subprocess.run(
         [sys.executable, "-m", "draftsmith.flows", *map(str, arguments)],
@@ -158,23 +158,23 @@ def draftsmith(home: Path, *arguments: str | Path) -> subprocess.CompletedProces
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Five weeks of a drafter line, in minutes.")
-    parser.add_argument("--short", action="store_true", help="without week 3, shorter trainings, speed ignored")
-    parser.add_argument("--folder", type=Path, help="for home and config; left out: a temporary one")
+    parser = argparse.ArgumentParser(description="Five weeks of a model line, in minutes.")
+    parser.add_argument("--short", action="store_true", help="without week 3, shorter trainings, no speed rules")
+    parser.add_argument("--folder", type=Path, help="for home and config; by default a temporary one")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="draftsmith-season-") as temporary:
         folder = (options.folder or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        wrong = 0
+        unexpected = 0
         for week in play(folder, SHORT if options.short else FULL):
             print(week, flush=True)
             if week.happened != week.expected:
-                wrong += 1
+                unexpected += 1
                 print(f"expected: {week.expected}\n{week.output}", file=sys.stderr)
         rolled = draftsmith(folder / "home", "rollback", LINE, "--why", "end of the season")
         print(f"{'then: rollback':<40} {(rolled.stdout + rolled.stderr).strip()}")
         print(draftsmith(folder / "home", "champions", LINE).stdout)
-    return 1 if wrong or rolled.returncode else 0
+    return 1 if unexpected or rolled.returncode else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A season of a drafter line by the real command: every week comes out as it should, and the line can be changed."""
+"""A season of a model line with the real command: outcomes, MLflow, reports, rollback and export."""
 
 from __future__ import annotations
 
@@ -27,19 +27,21 @@ def weeks(folder: Path) -> list[Week]:
     return list(play(folder, SHORT))
 
 
-def test_every_week_comes_out_as_it_should(weeks: list[Week]) -> None:
-    told = "\n\n".join(f"{week}\n{week.output}" for week in weeks)
-    assert [week.happened for week in weeks] == [week.expected for week in weeks], told
+def test_every_week_has_its_expected_outcome(weeks: list[Week]) -> None:
+    output = "\n\n".join(f"{week}\n{week.output}" for week in weeks)
+    assert [week.happened for week in weeks] == [week.expected for week in weeks], output
     first, unchanged, broken, revised = weeks
     assert "the baseline" in first.reason
     assert not any(line.startswith(("sft: started", "opd: started")) for line in unchanged.output.splitlines())
     assert "tau: " in broken.reason
-    assert "the target has changed since version 1 was promoted" in revised.output
-    assert "beats the champion" in revised.reason
+    assert "the target has changed" in revised.output
+    assert "the champion" in revised.reason
 
 
-def test_mlflow_is_the_review_desk(weeks: list[Week], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An experiment of the line, a run a refresh with its verdict, and everything that the report says is found."""
+def test_mlflow_has_everything_that_a_review_needs(
+    weeks: list[Week], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An experiment for the line, a run for each refresh with its verdict, and every metric of the report."""
     assert len(weeks) == 4
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
@@ -59,20 +61,20 @@ def test_mlflow_is_the_review_desk(weeks: list[Week], folder: Path, monkeypatch:
         assert len([name for name in run.data.metrics if not name.startswith("detail/")]) <= 12
         report = folder / "home" / "store" / run.data.params["made.report"].partition("#")[0]
         review = json.loads((report / "review.json").read_text())
-        found = {name.removeprefix("detail/"): value for name, value in run.data.metrics.items()}
-        assert found.items() >= review["figures"].items(), "MLflow has every figure"
+        metrics = {name.removeprefix("detail/"): value for name, value in run.data.metrics.items()}
+        assert metrics.items() >= review["figures"].items(), "MLflow has every metric"
         for name in ("tau.challenger", "tau.champion", "tau_gain", "speedup.c1.t0", "tau.challenger.low"):
             wanted = f"metrics.`{name}` = {run.data.metrics[name]!r}"
-            assert run.info.run_id in {found.info.run_id for found in client.search_runs([experiment], wanted)}, name
+            assert run.info.run_id in {hit.info.run_id for hit in client.search_runs([experiment], wanted)}, name
         page = (report / "report.html").read_text()
         for name, form in (("tau.challenger", ".3f"), ("tau.champion", ".3f"), ("speedup.c1.t0", ".3f")):
-            assert format(run.data.metrics[name], form) in page, f"{name} is a headline figure"
+            assert format(run.data.metrics[name], form) in page, f"{name} is a headline"
         (version,) = client.search_model_versions(f"name = '{LINE}' and run_id = '{run.info.run_id}'")
         assert f"{LINE}@{version.version}" == run.data.tags["version"]
         data = {each.tags[0].value: each.dataset.digest for each in run.inputs.dataset_inputs}
         assert {"prompts", "heldout"} <= data.keys()
-        asked = f"dataset.digest = '{data['prompts']}' and tags.stage = 'refresh'"
-        assert run.info.run_id in {found.info.run_id for found in client.search_runs([experiment], asked)}
+        query = f"dataset.digest = '{data['prompts']}' and tags.stage = 'refresh'"
+        assert run.info.run_id in {hit.info.run_id for hit in client.search_runs([experiment], query)}
 
 
 @pytest.mark.skipif(PROGRAM is None, reason=ABSENT)
@@ -98,39 +100,39 @@ def test_reports_of_promoted_and_refused_refreshes_in_a_browser(
     assert badges == [promoted, "Not promoted", promoted]
 
 
-def test_the_line_tells_its_history_and_rolls_back(
+def test_champions_rollback_promote_and_export(
     weeks: list[Week], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert len(weeks) == 4
     monkeypatch.setenv("DRAFTSMITH_HOME", str(folder / "home"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
-    def said(*words: str | Path, code: int = 0) -> str:
-        """In this process, which has MLflow already."""
+    def run(*words: str | Path, code: int = 0) -> str:
+        """Run a command in this process, which has imported MLflow already, and return its output."""
         capsys.readouterr()
         assert main([str(word) for word in words]) == code
         return "".join(capsys.readouterr())
 
-    told = said("champions", LINE)
-    events = [line for line in told.splitlines() if " promoted (before: " in line]
+    output = run("champions", LINE)
+    events = [line for line in output.splitlines() if " promoted (before: " in line]
     assert [event.split()[1:3] for event in events] == [["version", "1"], ["version", "3"]]
-    checked = [line.split()[2] for line in told.splitlines() if " checked: tau " in line]
+    checked = [line.split()[2] for line in output.splitlines() if " checked: tau " in line]
     assert checked == ["1", "1", "1"], "weeks 2, 4 and 5"
-    dry = said("rollback", LINE, "--dry-run")
+    dry = run("rollback", LINE, "--dry-run")
     assert "version 1 would become the champion in place of version 3 (nothing was changed)" in dry
-    assert "version 1 is the champion now" in said("rollback", LINE, "--why", "latency")
-    assert "rolled back to (before: version 3)" in said("champions", LINE)
-    assert "is the champion already" in said("promote", f"{LINE}@1")
+    assert "version 1 is the champion now" in run("rollback", LINE, "--why", "latency")
+    assert "rolled back to (before: version 3)" in run("champions", LINE)
+    assert "is the champion already" in run("promote", f"{LINE}@1")
 
     out = folder / "exported"
-    said("export", f"{LINE}@champion", out)
+    run("export", f"{LINE}@champion", out)
     assert (out / "config.json").is_file() and (out / "model.safetensors").is_file()
     digest = json.loads((out / "drafter.json").read_text())["digest"]
     assert digest == drafter_digest(out)
-    said("export", f"{LINE}@champion", folder / "for-vllm", "--format", "speculators")
+    run("export", f"{LINE}@champion", folder / "for-vllm", "--format", "speculators")
     config = json.loads((folder / "for-vllm" / "config.json").read_text())
     assert config["speculators_model_type"] == "dflash"
     assert config["speculators_config"]["verifier"]["name_or_path"]
     assert {"lm_head.weight", "embed_tokens.weight"} <= load_file(folder / "for-vllm" / "model.safetensors").keys()
-    assert "is not empty" in said("export", LINE, out, code=2)
-    assert "has no version 9" in said("promote", f"{LINE}@9", code=2)
+    assert "is not empty" in run("export", LINE, out, code=2)
+    assert "has no version 9" in run("promote", f"{LINE}@9", code=2)
