@@ -11,6 +11,7 @@ from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.training.batches import (
+    Batch,
     FeatureSource,
     frequent_tokens,
     step_rng,
@@ -155,3 +156,57 @@ def test_a_reduced_head_holds_the_tokens_that_the_step_needs() -> None:
     for tokens in (None, 100, 1000):
         whole = sampled_head(Head(weight), frequent, TrainingConfig(head_tokens=tokens), step_rng(0, 0), needed)
         assert whole.token_ids is None
+
+
+# ---- features that are read ahead
+
+
+STEPS = [[7, 0, 11], [3, 1, 9], [2, 5, 4]]
+
+
+def source_of(target: Target, ahead: bool, memory_mb: float = 1e-6) -> FeatureSource:
+    """Return a source on a CPU, where the code is CUDA's but for the stream."""
+    return FeatureSource(target, LAYERS, TRAJECTORIES, reading(memory_mb), ahead=ahead)
+
+
+def trained(source: FeatureSource, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], list[Batch]]:
+    """Return the order of events (the target reads for a step, its batch, its training) and the batches."""
+    events: list[str] = []
+    batches: list[Batch] = []
+    read = source._read
+
+    def recorded(ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        row = [t.tokens == ids[0, : len(t.tokens)].tolist() for t in TRAJECTORIES].index(True)
+        events.append(f"read {next(step for step, indices in enumerate(STEPS) if row in indices)}")
+        return read(ids)
+
+    monkeypatch.setattr(source, "_read", recorded)
+    for step, indices in enumerate(STEPS):
+        batches.append(source.batch(indices))
+        events.append(f"batch {step}")
+        if step + 1 < len(STEPS):
+            source.prefetch(STEPS[step + 1])
+        events.append(f"train {step}")
+    return list(dict.fromkeys(events)), batches
+
+
+def test_prefetching_changes_neither_a_bit_nor_the_order_of_reads(
+    plain_target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_turn, batches = trained(source_of(plain_target, ahead=False), monkeypatch)
+    ahead, same = trained(source_of(plain_target, ahead=True), monkeypatch)
+    assert in_turn == [f"{event} {step}" for step in range(3) for event in ("read", "batch", "train")]
+    assert ahead == [
+        *("read 0", "batch 0", "read 1", "train 0", "batch 1", "read 2", "train 1", "batch 2", "train 2"),
+    ]
+    for one, other in zip(batches, same, strict=True):
+        assert one.trajectories == other.trajectories
+        assert torch.equal(one.features, other.features)
+        assert torch.equal(hidden_of(one), hidden_of(other))
+
+
+def test_a_batch_other_than_the_prefetched_one_is_read(plain_target: Target) -> None:
+    source, plain = source_of(plain_target, ahead=True), source_of(plain_target, ahead=False)
+    source.prefetch([7, 0])
+    for indices in ([3, 1], [7, 0]):
+        assert torch.equal(source.batch(indices).features, plain.batch(indices).features)

@@ -109,7 +109,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage: str, tmp_path
     context.logs.clear()
     again = trained(context, plain_target, steps=7)
     assert "the checkpoint of step 7 is damaged" in context.logs[0]
-    assert context.logs[0].endswith("from the checkpoint of step 6.")
+    assert "checkpoint of step 6" in context.logs[0]
     assert [step for step, _ in context.measured] == list(range(7))
     assert again == trained(whole, plain_target, steps=7)
     assert len(list_checkpoints(context.work)) == 2
@@ -121,7 +121,7 @@ def test_a_training_whose_checkpoints_are_all_damaged_restarts(tmp_path: Path, p
     for path in list_checkpoints(context.work):
         spoil(path, "a flipped bit")
     assert trained(context, plain_target, steps=2) == weights
-    assert context.logs[-1].endswith("from the beginning.")
+    assert "from the beginning" in context.logs[-1]
 
 
 def test_a_half_written_checkpoint_of_a_killed_attempt_is_removed(tmp_path: Path, plain_target: Target) -> None:
