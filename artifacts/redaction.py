@@ -20,31 +20,13 @@ MASK = "***"
 _MIN_SECRET_CHARS = 8  # shorter values of environment variables are not masked: they occur in ordinary text
 
 _SECRET_WORDS = {
-    "PASSWORD",
-    "PASSWD",
-    "PASSPHRASE",
-    "SECRET",
-    "SECRETS",
-    "CREDENTIAL",
-    "CREDENTIALS",
-    "APIKEY",
-    "BEARER",
+    *("PASSWORD", "PASSWD", "PASSPHRASE", "SECRET", "SECRETS"),
+    *("CREDENTIAL", "CREDENTIALS", "APIKEY", "BEARER"),
 }
-_TOKENS_OF_TEXT = {  # such as eos_token, which is no credential
-    "MASK",
-    "EOS",
-    "BOS",
-    "PAD",
-    "UNK",
-    "SEP",
-    "CLS",
-    "STOP",
-    "START",
-    "END",
-    "SPECIAL",
-    "IMAGE",
-    "FIRST",
-    "PER",
+# Words before TOKEN that name a token of a text, such as eos_token.
+_TOKENS_OF_TEXT = {
+    *("MASK", "EOS", "BOS", "PAD", "UNK", "SEP", "CLS"),
+    *("STOP", "START", "END", "SPECIAL", "IMAGE", "FIRST", "PER"),
 }
 _SIGNATURES = {"SIG", "SIGNATURE", "AUTH", "KEY", "AUTHORIZATION"}  # URL parameters
 
@@ -69,15 +51,8 @@ _KNOWN = {
 }
 
 _PRINTABLE_ASCII = re.compile(r"[\t\n\x20-\x7e]*")
-_ESCAPED_CATEGORIES = {
-    "Cc",
-    "Cf",
-    "Cs",
-    "Co",
-    "Cn",
-    "Zl",
-    "Zp",
-}  # control characters, direction marks, lone surrogates
+# Unicode categories: control characters, direction marks, lone surrogates.
+_ESCAPED_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
 def is_secret_name(name: str) -> bool:

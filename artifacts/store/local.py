@@ -121,6 +121,7 @@ class Store:
         return self._check(path, stage, key) if path.is_dir() else None
 
     def manifest(self, ref: ArtifactRef) -> Manifest:
+        """Return the manifest of a complete artifact."""
         return read_manifest(ref.path)
 
     def manifest_at(self, stage: str, key: str) -> Manifest | None:
@@ -174,7 +175,7 @@ class Store:
 
         Artifacts that were made from a damaged one since it was last intact are quarantined, with a log line.
         and_elsewhere: also check files outside the artifact that its readers need (`ELSEWHERE`). read: the files were
-        read already, so that repairing a damaged one is no use and an error is raised.
+        read already, so a damaged one is an error even if there is another copy.
         """
         manifest = read_checked_manifest(ref.path, ref.stage)
         for name, entry in (manifest.files if read else self.files_to_verify(ref, manifest)).items():
@@ -204,7 +205,7 @@ class Store:
         return manifest.files
 
     def _repair(self, ref: ArtifactRef, name: str, what: str, *, read: bool = False) -> None:  # noqa: ARG002
-        """Repair a damaged file, or raise DraftsmithError: this store has no other copy. what: is wrong with it."""
+        """Raise DraftsmithError: this store has no other copy of a damaged file. what: what is wrong with it."""
         raise damaged(ref.path / name, ref.stage, what)
 
     def _quarantine_dependents(self, ref: ArtifactRef, path: Path, last_intact: CachedChecksum | None) -> None:
@@ -218,7 +219,7 @@ class Store:
             sources = [(entry.stage, entry.key, entry.content_id) for entry in manifest.inputs.values()]
             if (ref.stage, ref.key, ref.content_id) in sources and manifest.created_at > intact_until:
                 folder = self.path(manifest.stage, manifest.key)
-                log.warning("%s was made from %s, which is damaged: %s", folder, path, self._quarantine(folder))
+                log.warning("%s was made from %s, which is damaged. It is %s.", folder, path, self._quarantine(folder))
 
     def _quarantine(self, folder: Path) -> str:
         """Rename an artifact's folder so that it is none any more; return what was done, for the log."""

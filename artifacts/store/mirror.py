@@ -119,7 +119,7 @@ class MirroredStore(Store):
 
     def _quarantine(self, folder: Path) -> str:
         """Only return advice: another host with an intact copy may have made the artifact."""
-        return f"if this host made it, make it again with `--force {folder.parent.name}`"
+        return f"to be made again with `--force {folder.parent.name}` if this host made it"
 
     def _pushed(self, stage: str, short: str) -> Manifest | None:
         """Return the manifest in the bucket, or None. Raises DraftsmithError for a damaged one."""

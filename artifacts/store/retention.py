@@ -216,7 +216,6 @@ def _created(manifest: Manifest) -> float:
 
 def _unused(root: Path, ref: ShortRef, manifest: Manifest, last: float) -> UnusedArtifact:
     folder = root.joinpath(*ref)
-    size = sum(
-        path.stat().st_size for name in manifest.files if (path := folder / name).is_file()
-    )  # others are only in the bucket
+    here = [path for name in manifest.files if (path := folder / name).is_file()]  # others are only in the bucket
+    size = sum(path.stat().st_size for path in here)
     return UnusedArtifact("artifact", folder, size, last, folder.with_name(f".lock-{folder.name}"))

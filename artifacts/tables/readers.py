@@ -38,9 +38,8 @@ class RowReader:
             groups += range(len(rows))
             counts += rows
         self._files, self._groups = np.array(files, dtype=np.int64), np.array(groups, dtype=np.int64)
-        self._starts = np.concatenate(
-            [[0], np.cumsum(counts, dtype=np.int64)]
-        )  # first row of each row group, and the end
+        # the first row of each row group, and the number of all rows
+        self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
         self._decoded: OrderedDict[tuple[int, tuple[str, ...]], pa.Table] = OrderedDict()
 

@@ -39,13 +39,8 @@ PROMOTION_TAGS = (
     *("decision", "outcome", "rules", "report"),
 )
 _DRAFTER = "drafter"  # folder of an artifact that servers load, and of its copy in MLflow
-_PERMANENT = (
-    "not a database",
-    "malformed",
-    "readonly",
-    "unable to open database",
-    SCHEMA_MISMATCH,
-)  # a retry does not help
+# Parts of error messages for which a retry does not help.
+_PERMANENT = ("not a database", "malformed", "readonly", "unable to open database", SCHEMA_MISMATCH)
 PROMOTED, BY_HAND, ROLLED_BACK = "promoted", "promoted by hand", "rolled back to"  # values of `LineEvent.what`
 
 

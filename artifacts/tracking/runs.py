@@ -49,10 +49,8 @@ EXPERIMENT = "draftsmith"
 # Tags of every run: its stage ("refresh" for a whole one), the key of what it makes, host and folder of its home.
 STAGE, KEY, HOME = "stage", "key", "home"
 NOTE = "mlflow.note.content"  # tag that MLflow shows as a run's description
-_KIND = (
-    "mlflow.experimentKind",
-    "custom_model_development",
-)  # without it MLflow's page asks for the kind of experiment
+# Tag of an experiment, without which MLflow's page asks for its kind.
+_KIND = ("mlflow.experimentKind", "custom_model_development")
 SCHEMA_MISMATCH = "out-of-date database schema"  # MLflow's message for a database of another version
 LOCKED = "database is locked"  # SQLite's message while another program writes
 _HTTP = ("http://", "https://")
@@ -70,9 +68,7 @@ class Tracking:
         self.experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment or EXPERIMENT
         self.default_uri = f"sqlite:///{self.folder / 'mlflow.db'}"
         self.uri = os.environ.get("MLFLOW_TRACKING_URI") or self.default_uri
-        self.is_default = (
-            self.uri == self.default_uri
-        )  # the home's own database, which no other home and no server uses
+        self.is_default = self.uri == self.default_uri  # the home's own database, used by nobody else
         self._connected: tuple[MlflowClient, str] | None = None
         self._warned = False
         self._refresh: str | None = None

@@ -139,7 +139,7 @@ def test_runs_and_promotions_block_pruning(home: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(run, "_run", prune)
     run.run_graph(ToyConfig(name="toy"), TOY)
-    monkeypatch.setattr(registry_commands, "verified", prune)
+    monkeypatch.setattr(registry_commands, "verify_checkpoint", prune)
     registry_commands.promote(Display(), f"line@{version.number}", "", dry_run=False)
     assert pruned == [2, 2]
 

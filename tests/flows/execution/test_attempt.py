@@ -138,7 +138,7 @@ def test_artifacts_made_from_a_damaged_input_are_not_reused(
     monkeypatch.setattr("draftsmith.artifacts.store.checksums.MAX_AGE_S", 0.0)
     with pytest.raises(DraftsmithError, match="has changed since it was written"):
         toy.context.store.verify_once(toy.target)
-    assert f"{wrong.path} was made from {toy.numbers}, which is damaged: renamed" in caplog.text
+    assert f"{wrong.path} was made from {toy.numbers}, which is damaged. It is renamed" in caplog.text
     assert toy.found(toy.left()) is None
     assert before.path.exists(), "the input was intact after it was built"
 

@@ -115,7 +115,7 @@ def test_the_next_refresh_reads_new_rows_and_replays_the_champions_answers(
         with pytest.raises(DraftsmithError, match=r"has changed since the champion was trained on it.*replay_share"):
             STAGE.run(replace(taken, out=tmp_path), earlier.model_copy(update={"replayed": replayed}))
     answers.unlink()
-    with pytest.raises(DraftsmithError, match="are not here"):
+    with pytest.raises(DraftsmithError, match="does not exist"):
         STAGE.run(replace(taken, out=tmp_path), earlier)
 
 
