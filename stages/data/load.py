@@ -42,7 +42,7 @@ class StoredTrajectories:
 
     @property
     def prompts(self) -> list[str]:
-        """The prompt of each trajectory. Answers to the same prompt are not independent."""
+        """Return the prompt of each trajectory. Answers to the same prompt are not independent."""
         names: list[str] = self.prompt_ids.to_pylist()
         return names
 

@@ -92,12 +92,12 @@ class JsonlSource(_RowSource):
 
     @property
     def set_name(self) -> str:
-        """The name of its prompts in the tables."""
+        """Return the name of its prompts in the tables."""
         return self.label or Path(self.path).name
 
     @property
     def since_time(self) -> datetime | None:
-        """The beginning of the window; None without one, and while `last` has no meaning yet."""
+        """Return the beginning of the window; None without one, and while `last` has no meaning yet."""
         return window_start(self.since, self._listing)
 
 
@@ -119,7 +119,7 @@ class HuggingFaceSource(_RowSource):
 
     @property
     def set_name(self) -> str:
-        """The name of its prompts in the tables."""
+        """Return the name of its prompts in the tables."""
         return self.label or self.id
 
     @property
@@ -128,7 +128,7 @@ class HuggingFaceSource(_RowSource):
 
     @property
     def commit(self) -> str | None:
-        """The commit on the Hub; None if it could not be looked up."""
+        """Return the commit on the Hub; None if it could not be looked up."""
         return hub_commit(self.id, self.revision, "dataset")
 
 
@@ -202,17 +202,17 @@ class PromptsConfig(Config):
 
     @property
     def section(self) -> str:
-        """The section of the config file that errors name."""
+        """Return the section of the config file that errors name."""
         return "logs" if self.of_logs else "prompts"
 
     @property
     def paths_field(self) -> str:
-        """The field that names the files."""
+        """Return the field that names the files."""
         return "logs.paths" if self.of_logs else "prompts.sources"
 
     @property
     def max_heldout_share(self) -> float:
-        """The heldout_share of prompts from elsewhere, such as logs.
+        """Return the heldout_share of prompts from elsewhere, such as logs.
 
         Any source except a benchmark (share 1) may test on them, so the largest share applies.
         """
@@ -227,7 +227,7 @@ class PromptsConfig(Config):
 
     @property
     def sources_config(self) -> SourcesConfig | None:
-        """The config of the stage `sources` that lists the files; None if nothing has to be listed."""
+        """Return the config of the stage `sources` that lists the files; None if nothing has to be listed."""
         windows = [source.since for source in self.sources if isinstance(source, JsonlSource)]
         return SourcesConfig.from_paths(self._paths, self.paths_field, windows)
 
@@ -272,6 +272,6 @@ class PromptCandidate:
 
     @property
     def text_hash(self) -> str:
-        """16 digits of sha256 over roles and texts that equal prompts share, ignoring white space."""
+        """Return 16 digits of sha256 over roles and texts that equal prompts share, ignoring white space."""
         plain = [(message["role"], " ".join(message["content"].split())) for message in self.messages]
         return hashlib.sha256(json.dumps(plain, ensure_ascii=False).encode()).hexdigest()[:16]

@@ -26,12 +26,12 @@ class Trajectory:
 
     @property
     def first_anchor(self) -> int:
-        """The first token of the answer: the target's prefill commits it before any drafting."""
+        """Return the first token of the answer: the target's prefill commits it before any drafting."""
         return self.prompt_length
 
     @property
     def last_anchor(self) -> int:
-        """The last position that a token follows."""
+        """Return the last position that a token follows."""
         return len(self.tokens) - 2
 
     @property

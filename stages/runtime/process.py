@@ -63,7 +63,7 @@ class EventStream:
 
     @property
     def path(self) -> str:
-        """The path by which ranks open the stream too, while this process lives."""
+        """Return the path by which ranks open the stream too, while this process lives."""
         return f"/proc/{os.getpid()}/fd/{self._descriptor}"
 
 

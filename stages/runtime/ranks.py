@@ -37,17 +37,17 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which alone writes checkpoints, metrics and the artifact."""
+        """Return whether this is rank 0, which alone writes checkpoints, metrics and the artifact."""
         return self.rank == 0
 
     @property
     def target_index(self) -> int:
-        """The index of this rank among those that share its copy of the target."""
+        """Return the index of this rank among those that share its copy of the target."""
         return self.rank % self.target_parallel
 
     @property
     def target_group(self) -> range:
-        """The ranks that hold this rank's copy of the target, itself included."""
+        """Return the ranks that hold this rank's copy of the target, itself included."""
         first = self.rank - self.target_index
         return range(first, first + self.target_parallel)
 

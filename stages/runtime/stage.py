@@ -76,7 +76,7 @@ class Config(BaseModel):
 
     @property
     def pinned_files(self) -> frozenset[str] | None:
-        """The files of the pinned listing; None without one."""
+        """Return the files of the pinned listing; None without one."""
         return None if self._listing is None else frozenset(self._listing.files)
 
     @classmethod
@@ -143,7 +143,7 @@ class ParallelConfig(Config):
 
     @property
     def world(self) -> int:
-        """The number of processes on all nodes."""
+        """Return the number of processes on all nodes."""
         return self.processes * self.nodes
 
     def endpoint(self) -> tuple[str, int]:
@@ -217,7 +217,7 @@ class StageContext(Protocol):
 
     @property
     def interrupted(self) -> bool:
-        """Whether the stage was asked to stop. It should then save and call `check_interrupted`."""
+        """Return whether the stage was asked to stop. It should then save and call `check_interrupted`."""
 
     def check_interrupted(self) -> None:
         """Raise `StageInterrupted` if the stage was asked to stop. Call it where everything is saved."""

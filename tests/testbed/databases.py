@@ -1,5 +1,7 @@
-"""Empty databases of Prefect and MLflow, made once by their own migrations, which take seven and five seconds of CPU in
-every new home. That they work is seen where a test begins with no home (`tests/integration/test_refresh.py`)."""
+"""Empty databases of Prefect and MLflow, created once: their migrations take seven and five seconds in every new home.
+
+`tests/integration/test_refresh.py` begins without a home and covers the migrations themselves.
+"""
 
 from __future__ import annotations
 

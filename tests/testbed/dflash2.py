@@ -14,7 +14,7 @@ SIZES: dict[str, Any] = {"conv_kernel_size": 2, "conv_group_size": 8, "selector_
 
 
 def random_dflash2(target: Target, seed: int = 0, **shape: Any) -> DFlash2Drafter:
-    """2 layers, block 5, layers 2 and 0, and sizes that are small. Weights so large that every part matters.
+    """Return a small drafter of 2 layers, block 5, target layers 2 and 0, with large random weights.
 
     shape: other fields of DFlash2Config.
     """

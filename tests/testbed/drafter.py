@@ -47,27 +47,27 @@ class DrafterArtifacts:
 
     @property
     def target(self) -> Path:
-        """`target.json`."""
+        """Return the artifact of the target."""
         return self.root / "target"
 
     @property
     def prompts(self) -> Path:
-        """`prompts.parquet`: splits train, validation, heldout; held-out ones without a near-tie (`ties.py`)."""
+        """Return the prompts: splits train, validation, heldout; held-out ones without a near-tie (`ties.py`)."""
         return self.root / "prompts"
 
     @property
     def rollout(self) -> Path:
-        """`trajectories.parquet`: greedy answers of the target alone to the train prompts."""
+        """Return the target's greedy answers to the training prompts."""
         return self.root / "rollout"
 
     @property
     def heldout(self) -> Path:
-        """The same for the splits validation and heldout, which the drafter was not trained on."""
+        """Return its greedy answers to the validation and held-out prompts, which the drafter was not trained on."""
         return self.root / "heldout"
 
     @property
     def drafter(self) -> Path:
-        """The artifact of sft: the checkpoint lies in its folder `drafter`."""
+        """Return the artifact of sft; the checkpoint is in its folder `drafter`."""
         return self.root / "drafter"
 
 

@@ -49,8 +49,10 @@ def target_folder(
     shape: ShapeConfig = SHAPE,
     parent: Path | None = None,
 ) -> Path:
-    """The trained target, another one, or one trained on from `parent`, as an ordinary Hugging Face folder: cached, or
-    built with one thread."""
+    """Return the trained target, another one, or one trained from `parent`, as a Hugging Face folder.
+
+    It comes from the cache, or is built with one thread.
+    """
     import torch
 
     def build(folder: Path) -> None:

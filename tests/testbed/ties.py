@@ -1,7 +1,7 @@
-"""How far a result is from a near-tie, which another processor, or a kernel of another shape, would decide otherwise.
+"""Margins to near-ties, which another processor or kernel shape may decide differently.
 
-The test bed's models are trained where the tests run, so no choice of seeds avoids near-ties for good. Tests that hold
-two programs against each other token by token leave out the answers whose margin is below these bounds.
+The test bed's models are trained where the tests run, so no choice of seeds avoids near-ties for good. Tests that
+compare two programs token by token leave out answers with a margin below these bounds.
 """
 
 from __future__ import annotations
@@ -54,8 +54,10 @@ def draft_margin(
 
 
 def draw_margin(target: Target, trajectory: Trajectory, sampling: SamplingParams, seed: int) -> float:
-    """The smallest distance of a sampled response's drawn numbers from the next token's, and of top-p from its cut;
-    of top-k, the distance of the last token that it keeps from the next."""
+    """Return the smallest distance of a sampled answer's random numbers from the next token.
+
+    It includes the distance of top-p from its cut, and that of the last token in top-k from the next one.
+    """
     from draftsmith.stages.drafters.sampling import sampling_distribution, uniform
 
     logits = target.logits(

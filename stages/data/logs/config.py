@@ -103,17 +103,17 @@ class LogsConfig(Config):
 
     @property
     def sampling(self) -> SamplingParams:
-        """The sampling of the answers."""
+        """Return the sampling of the answers."""
         return SamplingParams(self.temperature, self.top_p, self.top_k)
 
     @property
     def needs_time(self) -> bool:
-        """Whether rows without a time are rejected."""
+        """Return whether rows without a time are rejected."""
         return self.since is not None or self.after is not None
 
     @property
     def since_time(self) -> datetime | None:
-        """The beginning of the window, if `since` is a time."""
+        """Return the beginning of the window, if `since` is a time."""
         return window_start(self.since, self._listing)
 
     def in_window(self, time: datetime) -> bool:
@@ -128,7 +128,7 @@ class LogsConfig(Config):
 
     @property
     def overlaps(self) -> bool:
-        """Whether the window begins before the newest row that the champion's refresh has read."""
+        """Return whether the window begins before the newest row that the champion's refresh has read."""
         return self.after is not None and self._lateness > timedelta(0)
 
     @property
@@ -141,7 +141,7 @@ class LogsConfig(Config):
 
     @property
     def sources_config(self) -> SourcesConfig | None:
-        """The config of the stage `sources` that lists the files; None if nothing has to be listed."""
+        """Return the config of the stage `sources` that lists the files; None if nothing has to be listed."""
         return SourcesConfig.from_paths(self.paths, _PATHS, [self.since])
 
     def external_files(self) -> list[Path]:

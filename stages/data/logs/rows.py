@@ -60,13 +60,13 @@ class LoggedRow(Row):
 
     @property
     def log_id(self) -> str | None:
-        """The service's id of the answer."""
+        """Return the service's id of the answer."""
         value = self.fields.get("id")
         return None if value is None else str(value)
 
     @property
     def temperature(self) -> float | None:
-        """The logged temperature; None if there is none. Raises DraftsmithError if it is not a temperature."""
+        """Return the logged temperature; None if there is none. Raises DraftsmithError if it is not a temperature."""
         value = self.fields.get("temperature")
         if value is None:
             return None
@@ -110,7 +110,7 @@ class LoggedRow(Row):
 
     @property
     def stopped(self) -> bool:
-        """Whether the target ended the answer with a stop token, which its text does not show.
+        """Return whether the target ended the answer with a stop token, which its text does not show.
 
         The row must log it, and no stop string (`stop` of the request, `matched_stop` of the server) may be the cause.
         """
@@ -120,7 +120,7 @@ class LoggedRow(Row):
 
     @property
     def lacks_finish_reason(self) -> bool:
-        """Whether it is a row of text that does not say how the answer ended."""
+        """Return whether it is a row of text that does not say how the answer ended."""
         return self.fields.get("completion_token_ids") is None and self.fields.get("finish_reason") is None
 
 
