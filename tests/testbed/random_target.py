@@ -1,4 +1,4 @@
-"""A target with seeded random weights: no training behind it, so that golden numbers do not depend on any.
+"""A target with seeded random weights: untrained, so that golden numbers do not depend on any.
 
 Weights come from one generator in the order of their names, not from transformers' initialisation, which changes.
 """

@@ -59,7 +59,7 @@ class Team:
     s3: str
     webhook: str
     environment: dict[str, str]
-    called: list[dict[str, Any]] = field(default_factory=list)  # what the webhook was told
+    called: list[dict[str, Any]] = field(default_factory=list)  # what the webhook received
 
     @property
     def worker_log(self) -> str:

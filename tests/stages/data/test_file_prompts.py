@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from draftsmith.stages.data import prompt_streams as supplies_module
+from draftsmith.stages.data import prompt_streams
 from draftsmith.stages.data.prompt_config import SPLITS, PromptCandidate, PromptsConfig
 from draftsmith.stages.data.prompt_streams import PromptStream, open_streams
 from tests.stages.data.prompts_run import Row, error, questions, run, run_with_context, write_rows
@@ -28,12 +28,12 @@ def log(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "log.jsonl", rows)
 
 
-def drawn(log: Path, heldout: int, **config: Any) -> tuple[list[list[str]], PromptStream]:
+def selected(log: Path, heldout: int, **config: Any) -> tuple[list[list[str]], PromptStream]:
     """Return all prompts that a stream gives to each split, opened for this many held-out prompts."""
     source = {"kind": "jsonl", "path": str(log), "since": config.pop("since", None)}
-    asked = PromptsConfig.model_validate({"sources": [source], "train": 0, "heldout": heldout, **config})
-    (supply,) = open_streams(asked.sources[0], asked)
-    return [[each.text_hash for each in iter(partial(supply.next, split), None)] for split in SPLITS], supply
+    config_of_log = PromptsConfig.model_validate({"sources": [source], "train": 0, "heldout": heldout, **config})
+    (stream,) = open_streams(config_of_log.sources[0], config_of_log)
+    return [[each.text_hash for each in iter(partial(stream.next, split), None)] for split in SPLITS], stream
 
 
 @pytest.mark.parametrize("train", [0, 1])
@@ -44,29 +44,29 @@ def test_prompts_do_not_depend_on_how_many_stay_in_memory(
     kept: int, share: float, since: str | None, train: int, log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the last prompt, with duplicates, and with the same counts of both classes."""
-    monkeypatch.setattr(supplies_module, "_MIN_KEPT", kept)
-    plain, held = drawn(log, 10_000, train=train, heldout_share=share, since=since)
-    few, supply = drawn(log, 1, train=train, heldout_share=share, since=since)
+    monkeypatch.setattr(prompt_streams, "_MIN_KEPT", kept)
+    plain, whole = selected(log, 10_000, train=train, heldout_share=share, since=since)
+    few, stream = selected(log, 1, train=train, heldout_share=share, since=since)
     assert few == plain and len(plain[0]) > 50
-    assert supply.class_counts == held.class_counts
-    assert supply.rejects is not None and held.rejects is not None and supply.rejects.rows == held.rejects.rows
+    assert stream.class_counts == whole.class_counts
+    assert stream.rejects is not None and whole.rejects is not None and stream.rejects.rows == whole.rejects.rows
 
 
 def test_memory_is_bounded_by_the_needed_prompts(
     target: Path, tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supplies_module, "_MIN_KEPT", 8)
+    monkeypatch.setattr(prompt_streams, "_MIN_KEPT", 8)
     most = 0
-    cut = supplies_module._drop_highest
+    cut = prompt_streams._drop_highest
 
     def watched(kept: dict[Any, PromptCandidate], *rest: Any) -> Any:
         nonlocal most
         most = max(most, len(kept))
         return cut(kept, *rest)
 
-    monkeypatch.setattr(supplies_module, "_drop_highest", watched)
+    monkeypatch.setattr(prompt_streams, "_drop_highest", watched)
     bounded = run(target, tmp_path / "1", log, train=0, heldout=12, validation=4, heldout_share=0.5)
-    assert 64 < most <= 129, "four times what is asked for, and as many again until they are sorted out"
+    assert 64 < most <= 129, "four times the needed prompts, and as many again until they are sorted out"
     most = 0
     with_training = run(target, tmp_path / "2", log, train=1, heldout=12, validation=4, heldout_share=0.5)
     assert 128 < most <= 257, "of both classes twice as many"
@@ -76,8 +76,8 @@ def test_memory_is_bounded_by_the_needed_prompts(
 def test_rejected_rows_of_a_second_reading_are_not_listed_again(
     target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supplies_module, "_MIN_KEPT", 1)
-    monkeypatch.setattr(supplies_module, "_KEPT_PER_PROMPT", 0)
+    monkeypatch.setattr(prompt_streams, "_MIN_KEPT", 1)
+    monkeypatch.setattr(prompt_streams, "_KEPT_PER_PROMPT", 0)
     path = questions(tmp_path / "a.jsonl", 100)
     with path.open("a") as file:
         file.write('{"prompt": "half')

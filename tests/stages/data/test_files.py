@@ -80,7 +80,7 @@ def test_an_existing_name_with_brackets_is_not_a_glob(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "said"),
+    ("pattern", "message"),
     [
         ("none.jsonl", "none.jsonl is not an existing file. Correct the path"),
         ("*.jsonl", "matches no file. Correct the pattern"),
@@ -91,11 +91,11 @@ def test_an_existing_name_with_brackets_is_not_a_glob(tmp_path: Path) -> None:
     ],
 )
 def test_a_pattern_without_a_file_is_an_error(
-    pattern: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pattern: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DraftsmithError, match=f"^logs.paths: .*{said}") as caught:
+    with pytest.raises(DraftsmithError, match=f"^logs.paths: .*{message}") as caught:
         match_files([pattern], "logs.paths")
     assert "\n" not in str(caught.value)
 
@@ -132,8 +132,8 @@ def test_a_bad_line_leaves_the_other_rows_readable(suffix: str, tmp_path: Path) 
     first, half, encoding, array, deep, last = read(path)
     assert isinstance(first, Row) and isinstance(last, Row)
     assert (first.fields, last.fields, last.number) == ({"n": 1}, {"n": 7}, 7)
-    for row, number, said in ((half, 2, "not JSON"), (encoding, 3, "not UTF-8"), (array, 5, "a JSON array, not an")):
-        assert isinstance(row, BadRow) and row.number == number and said in row.reason
+    for row, number, message in ((half, 2, "not JSON"), (encoding, 3, "not UTF-8"), (array, 5, "a JSON array, not an")):
+        assert isinstance(row, BadRow) and row.number == number and message in row.reason
     assert isinstance(deep, BadRow)
 
 

@@ -17,10 +17,10 @@ from tests.testbed.drafter import DrafterArtifacts
 ANSWER = "the cat is here ."
 
 
-def asked(text: str, *before: str) -> Row:
+def conversation(text: str, *before: str) -> Row:
     """Return a row of a conversation: its turns so far, each answered, and one more."""
     turns = [
-        {"role": role, "content": turn} for said in before for role, turn in (("user", said), ("assistant", ANSWER))
+        {"role": role, "content": turn} for text in before for role, turn in (("user", text), ("assistant", ANSWER))
     ]
     return {"messages": [*turns, {"role": "user", "content": text}], "completion": ANSWER}
 
@@ -33,19 +33,21 @@ def a_week(
     log = write(folder / "log.jsonl", rows)
     source = {"kind": "jsonl", "path": str(log), **prompts.pop("source", {})}
     settings = {"train": 0, "validation": 2, "heldout": 14, "max_prompt_tokens": 200, **prompts}
-    measured = run_prompts(made.target, folder / "prompts", [source], **settings)
+    held_out = run_prompts(made.target, folder / "prompts", [source], **settings)
     ctx = run_logs(folder, made, log, inputs={"prompts": folder / "prompts" / "out"}, scored=0)
     assert counts(ctx)["set_aside"].keys() <= {"prompt of the validation or held-out split"}
-    return measured, {tuple(row["prompt_ids"]) for row in table(ctx)}
+    return held_out, {tuple(row["prompt_ids"]) for row in table(ctx)}
 
 
 def test_the_heldout_share_of_a_source_applies_to_logs_too(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
-    rows = [asked(f"tell story {number} of the cat") for number in range(300)]
+    rows = [conversation(f"tell story {number} of the cat") for number in range(300)]
     own: Row = {"source": {"heldout_share": 0.3}}
     _, trained = a_week(tmp_path / "1", tiny_drafter, rows, **own)
     assert json.loads((tmp_path / "1" / "run" / "out" / "logs.json").read_text())["heldout_share"] == 0.3
-    measured, _ = a_week(tmp_path / "2", tiny_drafter, rows[100:180], **own)  # fewer, so that others are measured on
-    assert trained and not {tuple(row["token_ids"]) for row in measured} & trained
+    held_out, _ = a_week(
+        tmp_path / "2", tiny_drafter, rows[100:180], **own
+    )  # fewer, so that other prompts are held out
+    assert trained and not {tuple(row["token_ids"]) for row in held_out} & trained
 
 
 def test_a_benchmark_does_not_raise_the_heldout_share_of_logs() -> None:
@@ -65,16 +67,16 @@ def test_by_conversation_all_turns_of_a_held_out_one_are_excluded(
     rows: list[Row] = []
     for number in range(150):
         turns = [f"tell story {number} of the cat", "tell more", "tell the end"]
-        rows += [asked(turn, *turns[:index]) for index, turn in enumerate(turns)]
-    measured, _ = a_week(tmp_path / "1", tiny_drafter, rows, heldout_by=by, source={"suffix": suffix})
-    assert all(row["messages"][-1]["content"].endswith(suffix) for row in measured)
+        rows += [conversation(turn, *turns[:index]) for index, turn in enumerate(turns)]
+    held_out, _ = a_week(tmp_path / "1", tiny_drafter, rows, heldout_by=by, source={"suffix": suffix})
+    assert all(row["messages"][-1]["content"].endswith(suffix) for row in held_out)
     kept = json.loads((tmp_path / "1" / "prompts" / "out" / "prompts.json").read_text())
     assert kept["heldout_by"] == by
-    begun = {row["messages"][0]["content"].removesuffix(suffix) for row in measured}
-    log = write(tmp_path / "of-these.jsonl", [row for row in rows if row["messages"][0]["content"] in begun])
+    openings = {row["messages"][0]["content"].removesuffix(suffix) for row in held_out}
+    log = write(tmp_path / "of-these.jsonl", [row for row in rows if row["messages"][0]["content"] in openings])
     again: dict[str, Any] = {"inputs": {"prompts": tmp_path / "1" / "prompts" / "out"}, "scored": 0}
     if by == "conversation":
-        with pytest.raises(Exception, match=rf"none of {3 * len(begun)} rows of \S+ can be used"):
+        with pytest.raises(Exception, match=rf"none of {3 * len(openings)} rows of \S+ can be used"):
             run_logs(tmp_path / "2", tiny_drafter, log, **again)
     else:
         assert table(run_logs(tmp_path / "2", tiny_drafter, log, **again)), "another turn of theirs is trained on"

@@ -48,17 +48,17 @@ def with_template(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -
     return of
 
 
-def asked(number: int) -> list[Row]:
+def question(number: int) -> list[Row]:
     return [{"role": "user", "content": f"Question {number}?"}]
 
 
 def kind(number: int) -> list[Row]:
-    return [{"role": "system", "content": f"Be kind on day {number % 7}."}, *asked(number)]
+    return [{"role": "system", "content": f"Be kind on day {number % 7}."}, *question(number)]
 
 
 def called(number: int) -> list[Row]:
     returned = {"role": "tool", "content": f"sunny {number}"}
-    return [*asked(number), CALL, returned] if number % 2 else asked(number)
+    return [*question(number), CALL, returned] if number % 2 else question(number)
 
 
 def served(target: Path, conversations: list[list[Row]], **given: Any) -> list[Row]:
@@ -99,7 +99,7 @@ def test_no_held_out_prompt_is_trained_on_in_any_row_format(
     numbers = range(400)
     cases: dict[str, tuple[str, Callable[[int], list[Row]], Row]] = {
         "system in the user's turn": (templates.GEMMA, kind, {}),
-        "rendered prompt": (templates.TOOLS, asked, {}),
+        "rendered prompt": (templates.TOOLS, question, {}),
         "tools": (templates.TOOLS, called, {"tools": WEATHER}),
         "channel": (templates.GPT_OSS, kind, {"today": "Monday"}),
         "thoughts": (templates.DEEPSEEK, kind, {"thinking": True}),
@@ -117,11 +117,11 @@ def test_no_held_out_prompt_is_trained_on_in_any_row_format(
         rows = only(rows, *IDS)
     log = write(tmp_path / "log.jsonl", rows)
 
-    measured = run(target, tmp_path, log, train=0, heldout=16, validation=4)
+    held_out_rows = run(target, tmp_path, log, train=0, heldout=16, validation=4)
     trained = table(used(target, tmp_path, log, tmp_path / "out"))
 
     of = {tuple(row["prompt_token_ids"]): number for number, row in enumerate(rows)}
-    asked_here = {of[tuple(row["token_ids"])] for row in measured}  # each as it was served
+    asked_here = {of[tuple(row["token_ids"])] for row in held_out_rows}  # each as it was served
     trained_on = {of[tuple(row["prompt_ids"])] for row in trained}
     assert len(asked_here) == 20 and not asked_here & trained_on
     text = [[each | {"content": each["content"] or ""} for each in turns(number)] for number in numbers]
@@ -131,7 +131,7 @@ def test_no_held_out_prompt_is_trained_on_in_any_row_format(
 
 def test_both_stages_reject_rows_with_tools_or_images(target: Path, tmp_path: Path) -> None:
     """They do not count as bad rows, however many they are."""
-    rows: list[Row] = [{"messages": asked(number), "completion": f"Answer {number}."} for number in range(300)]
+    rows: list[Row] = [{"messages": question(number), "completion": f"Answer {number}."} for number in range(300)]
     for row in rows[:50]:
         row["messages"] += [CALL, {"role": "tool", "content": "sunny"}]
     for row in rows[50:60]:
@@ -139,8 +139,8 @@ def test_both_stages_reject_rows_with_tools_or_images(target: Path, tmp_path: Pa
     for row in rows[60:90]:
         row["messages"] = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}]}]
     log = write(tmp_path / "log.jsonl", rows)
-    measured, context = run_with_context(target, tmp_path, log, train=0, heldout=12, max_bad_share=0)
-    numbers = {int(row["messages"][0]["content"].split()[1][:-1]) for row in measured}
+    held_out_rows, context = run_with_context(target, tmp_path, log, train=0, heldout=12, max_bad_share=0)
+    numbers = {int(row["messages"][0]["content"].split()[1][:-1]) for row in held_out_rows}
     assert min(numbers) >= 90
     assert context.summaries["rows_set_aside"] == 90
     assert f"90 rows rejected: 60 {TOOLS}, 30 {NOT_TEXT}" in context.logs

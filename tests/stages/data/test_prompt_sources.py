@@ -46,7 +46,7 @@ def test_earlier_turns_and_system_prompts_are_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "field", "said"),
+    ("row", "field", "message"),
     [
         ({"text": "x"}, None, "it has text"),
         ({}, None, "it has nothing"),
@@ -61,10 +61,10 @@ def test_earlier_turns_and_system_prompts_are_kept() -> None:
         ({"messages": [{"role": "user"}]}, None, "content is a JSON null"),
     ],
 )
-def test_the_error_for_an_unknown_shape_names_the_row(row: Row, field: str | None, said: str) -> None:
+def test_the_error_for_an_unknown_shape_names_the_row(row: Row, field: str | None, message: str) -> None:
     with pytest.raises(DraftsmithError) as caught:
         row_messages(row, field, "file.jsonl, row 7")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert str(caught.value).startswith("file.jsonl, row 7")
 
 
@@ -110,12 +110,12 @@ def test_a_task_gives_no_more_prompts_than_its_seeds_allow(monkeypatch: pytest.M
     monkeypatch.setattr("draftsmith.stages.data.prompt_streams._SEEDS_PER_SPLIT", 50)
     source = {"kind": "reasoning_gym", "tasks": ["chain_sum"]}
     config = PromptsConfig.model_validate({"sources": [source], "train": 0, "heldout": 1})
-    (supply,) = open_streams(config.sources[0], config)
+    (stream,) = open_streams(config.sources[0], config)
     given = 0
     for split in SPLITS:
-        while supply.next(split) is not None:
+        while stream.next(split) is not None:
             given += 1
-    assert given > 0 and given + supply.discarded == 50 * len(SPLITS)
+    assert given > 0 and given + stream.discarded == 50 * len(SPLITS)
 
 
 def test_a_local_folder_is_read_as_a_data_set(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +153,7 @@ def test_an_unreachable_data_set_is_an_error(target: Path, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", "is empty"),
         (b'{"prompt": "a"}\n\n{"other": "b"}\n', "row 3: none of the shapes"),
@@ -161,11 +161,11 @@ def test_an_unreachable_data_set_is_an_error(target: Path, tmp_path: Path, monke
         (b'{"prompt": "a"}\n{"prompt": "a"}\n{"prompt": "a"}\n', "2 duplicates"),
     ],
 )
-def test_the_error_for_a_bad_file_names_the_row(content: bytes, said: str, target: Path, tmp_path: Path) -> None:
+def test_the_error_for_a_bad_file_names_the_row(content: bytes, message: str, target: Path, tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
     text = error(target, tmp_path, path, heldout=0)
-    assert said in text
+    assert message in text
     assert "bad.jsonl" in text
 
 
@@ -191,9 +191,9 @@ def test_a_filter_selects_rows_by_their_fields(target: Path, tmp_path: Path) -> 
             train=0, heldout=2, heldout_share=1,
         )  # fmt: skip
         assert {row["messages"][0]["content"] for row in kept} == {"a 3", "c 3"}
-        for filter, said in (({"sorce": "a"}, "no field sorce to filter by"), ({"source": "z"}, "no row passes")):
+        for filter, message in (({"sorce": "a"}, "no field sorce to filter by"), ({"source": "z"}, "no row passes")):
             text = error(target, tmp_path / "bad", [{**source, "field": "problem", "filter": filter}])
-            assert said in text
+            assert message in text
 
 
 def dataset_folder(folder: Path, rows: list[Row]) -> Path:

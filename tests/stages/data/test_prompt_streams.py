@@ -66,8 +66,8 @@ def test_a_benchmark_may_be_held_out_as_a_whole(target: Path, tmp_path: Path) ->
     """None of it is trained on, even if another source has it with another system prompt."""
     benchmark = questions(tmp_path / "a.jsonl", 20)
     kind = {"role": "system", "content": "Be kind."}
-    asked = [[kind, {"role": "user", "content": f"Question number {number}?"}] for number in range(30)]
-    other = write_rows(tmp_path / "b.jsonl", [{"messages": messages} for messages in asked])
+    questions_asked = [[kind, {"role": "user", "content": f"Question number {number}?"}] for number in range(30)]
+    other = write_rows(tmp_path / "b.jsonl", [{"messages": messages} for messages in questions_asked])
     sources: list[Row] = [
         {"kind": "jsonl", "path": str(benchmark), "heldout_share": 1, "counts": {"heldout": 20}},
         {"kind": "jsonl", "path": str(other), "counts": {"train": 7}},
@@ -101,15 +101,15 @@ def test_rows_in_the_window_come_first_then_the_newest_others(target: Path, tmp_
     rows = [{"prompt": f"Question {number} of {day}", "when": day} for day in days for number in range(3)]
     path = write_rows(tmp_path / "log.jsonl", [*rows, {"prompt": "Question without a day"}])
 
-    def taken(count: int, since: str | None) -> list[str]:
+    def selected(count: int, since: str | None) -> list[str]:
         source = {"kind": "jsonl", "path": str(path), "since": since, "fields": {"timestamp": "when"}}
         found = run(target, tmp_path / f"{count}-{since}", [source], train=0, heldout=count, heldout_share=1)
         return [row["messages"][0]["content"][-10:] for row in found]
 
-    assert set(taken(9, "2026-03-26")) == set(days[25:])
-    assert [*dict.fromkeys(taken(15, "2026-03-26")[9:])] == [days[24], days[23]], "then the newest of the others"
-    assert taken(85, "2026-03-26")[-1] == "hout a day"
-    assert len(set(taken(9, None))) > 3
+    assert set(selected(9, "2026-03-26")) == set(days[25:])
+    assert [*dict.fromkeys(selected(15, "2026-03-26")[9:])] == [days[24], days[23]], "then the newest of the others"
+    assert selected(85, "2026-03-26")[-1] == "hout a day"
+    assert len(set(selected(9, None))) > 3
 
 
 def test_bad_rows_are_rejected_up_to_a_share(target: Path, tmp_path: Path) -> None:

@@ -47,8 +47,8 @@ def test_a_repeated_text_is_used_once(target: Path, tmp_path: Path) -> None:
     other = questions(tmp_path / "b.jsonl", 20)
     sources: list[Row] = [{"kind": "jsonl", "path": str(path)}, {"kind": "jsonl", "path": str(other)}]
     # file a holds 10 different texts and b the same 10 and 10 more
-    taken, context = run_with_context(target, tmp_path, sources, train=4, heldout=4, heldout_share=0.5)
-    plain = {" ".join(row["messages"][-1]["content"].split()) for row in taken}
+    selected, context = run_with_context(target, tmp_path, sources, train=4, heldout=4, heldout_share=0.5)
+    plain = {" ".join(row["messages"][-1]["content"].split()) for row in selected}
     assert len(plain) == 8
     assert context.summaries["duplicates_removed"] > 0
 
@@ -163,22 +163,22 @@ def test_sources_with_counts_are_mixed_evenly(target: Path, tmp_path: Path) -> N
         {"kind": "jsonl", "path": str(many), "label": "lots", "counts": {"train": 12, "validation": 3}},
     ]
     rows = run(target, tmp_path, sources, train=None, heldout=None)
-    taken = [(row["split"], row["source"]) for row in rows]
-    assert taken.count(("train", "few.jsonl")) == 4 and taken.count(("train", "lots")) == 12
-    assert taken.count(("heldout", "few.jsonl")) == 2 and taken.count(("validation", "lots")) == 3
-    train = [source for split, source in taken if split == "train"]
+    selected = [(row["split"], row["source"]) for row in rows]
+    assert selected.count(("train", "few.jsonl")) == 4 and selected.count(("train", "lots")) == 12
+    assert selected.count(("heldout", "few.jsonl")) == 2 and selected.count(("validation", "lots")) == 3
+    train = [source for split, source in selected if split == "train"]
     assert all(train[start : start + 4].count("few.jsonl") == 1 for start in range(0, 16, 4))  # in every quarter
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"train": 1}, "heldout is required"),
         ({"train": 1, "sources": [{"counts": {"train": 1}}]}, "Leave out train"),
         ({"sources": [{"counts": {"train": 1}}, {}]}, "sources 1 have no counts"),
     ],
 )
-def test_counts_are_given_by_the_section_or_by_all_sources(fields: Row, said: str) -> None:
+def test_counts_are_given_by_the_section_or_by_all_sources(fields: Row, message: str) -> None:
     sources = [{"kind": "jsonl", "path": "a.jsonl", **source} for source in fields.get("sources", [{}])]
-    with pytest.raises(ValidationError, match=said):
+    with pytest.raises(ValidationError, match=message):
         PromptsConfig.model_validate({**fields, "sources": sources})

@@ -148,14 +148,14 @@ def test_half_a_surrogate_pair_is_not_unicode() -> None:
     assert not is_unicode("süß", "cut in two: \ud83d") and not is_unicode("\udc00")
 
 
-@pytest.mark.parametrize("asked", ["Tell a story.", json.dumps(CHAT), CHAT, "[not JSON"])
-def test_a_renamed_prompt_field_is_read_alike_in_prompts_and_logs(asked: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("prompt", ["Tell a story.", json.dumps(CHAT), CHAT, "[not JSON"])
+def test_a_renamed_prompt_field_is_read_alike_in_prompts_and_logs(prompt: Any, tmp_path: Path) -> None:
     """Else its held-out class would differ."""
     names = {"messages": "question", "completion": "reply"}
-    fields = {"question": asked, "reply": "Once.", "messages": "of somebody else"}
+    fields = {"question": prompt, "reply": "Once.", "messages": "of somebody else"}
     (tmp_path / "a.jsonl").write_text(json.dumps(fields) + "\n")
     source = JsonlSource.model_validate({"path": str(tmp_path / "a.jsonl"), "fields": names})
     ((_, messages, _),) = prompt_rows(source, read_rows([source.path]), RejectLog("prompts.max_bad_share", 0))
     renamed_row = LoggedRow("log", 1, dict(rename_fields(fields, names)))  # type: ignore[arg-type]
     assert logged_text(renamed_row) == (messages, "Once.")
-    assert messages[-1]["content"] == (asked if asked in ("Tell a story.", "[not JSON") else CHAT[-1]["content"])
+    assert messages[-1]["content"] == (prompt if prompt in ("Tell a story.", "[not JSON") else CHAT[-1]["content"])

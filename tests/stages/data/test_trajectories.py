@@ -44,9 +44,9 @@ def write_answers(folder: Path, count: int, tokens: int) -> Path:
     with TableWriter(folder / "trajectories.parquet", TRAJECTORIES, group_bytes=1 << 18) as table:
         for index in range(count):
             row = {"trajectory_id": f"{index}/0", "prompt_id": f"{index}", "split": "train", "sample": 0, "seed": 0}
-            said = {"finish_reason": "length", "temperature": 0.0, "top_p": 1.0, "top_k": 0, "engine": "made"}
+            constants = {"finish_reason": "length", "temperature": 0.0, "top_p": 1.0, "top_k": 0, "engine": "made"}
             ids = rng.integers(0, VOCAB_SIZE, tokens).astype(np.int32)
-            table.append([row | said | {"prompt_ids": ids[:8], "response_ids": ids[8:]}])
+            table.append([row | constants | {"prompt_ids": ids[:8], "response_ids": ids[8:]}])
     return folder
 
 

@@ -31,9 +31,9 @@ class TargetOutputs:
     def compute(cls, target: Target) -> TargetOutputs:
         out = target.read(IDS, LAYERS)
         assert out.features is not None
-        held = [getattr(p, "_local_tensor", p) for p in target.model.parameters()]
+        parameters = [getattr(p, "_local_tensor", p) for p in target.model.parameters()]
         logprobs = target.logits(out.hidden).log_softmax(-1)
-        return cls(out.features, target.features(IDS, LAYERS), logprobs, sum(p.numel() for p in held))
+        return cls(out.features, target.features(IDS, LAYERS), logprobs, sum(p.numel() for p in parameters))
 
 
 def write_outputs(artifacts: Mapping[str, str], folder: str) -> int:

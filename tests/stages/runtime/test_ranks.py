@@ -48,8 +48,8 @@ DFLASH = {"num_layers": 1, "block_size": 5, "target_layer_ids": [2, 0], "interme
 EAGLE3 = {"kind": "eagle3", "block_size": 4, "target_layer_ids": [0, 1, 2], "draft_vocab_size": 40}
 DFLASH2 = {**DFLASH, **SIZES, "kind": "dflash2"}
 DSPARK = {**DFLASH, "kind": "dspark", "markov_rank": 6}
-NAMES = ["sft dflash", "sft dflash2", "sft dspark", "sft eagle3", "opd dflash", "opd eagle3 again", "opd dflash2 drawn",
-         "opd dspark drawn again"]  # fmt: skip
+NAMES = ["sft dflash", "sft dflash2", "sft dspark", "sft eagle3", "opd dflash", "opd eagle3 again",
+         "opd dflash2 sampled", "opd dspark sampled again"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +71,11 @@ def trainings(tmp_path_factory: pytest.TempPathFactory, plain_artifact: Path, pl
         ("dflash", random_target.random_drafter(plain_target), answers, {}),
         ("eagle3 again", eagle3(plain_target), answers, again),
         # with steps of 1e-3 one weight of four ranks that shared two targets ended 1.1e-5 away, all others within 1e-6
-        ("dflash2 drawn", random_dflash2(plain_target), sampled, {**IN_PARTS, "learning_rate": 3e-4}),
-        ("dspark drawn again", random_dspark(plain_target), sampled, again),
+        ("dflash2 sampled", random_dflash2(plain_target), sampled, {**IN_PARTS, "learning_rate": 3e-4}),
+        ("dspark sampled again", random_dspark(plain_target), sampled, again),
     ):
-        begun = mined(folder / name, drafter, plain_target, {**inputs, "trajectories": str(texts)})
-        made.append(Training(f"opd {name}", "draftsmith.stages.training.opd.stage", config, begun))
+        opd_inputs = mined(folder / name, drafter, plain_target, {**inputs, "trajectories": str(texts)})
+        made.append(Training(f"opd {name}", "draftsmith.stages.training.opd.stage", config, opd_inputs))
     return made
 
 
@@ -138,14 +138,14 @@ def test_several_processes_train_the_same_drafter_as_one(
 ) -> None:
     """Compare every step's loss and metrics, and the final weights."""
     alone = one[name]
-    begun, ended = (json.loads((several / name / f"said-{world}.json").read_text()) for world in (3, 2))
-    assert f"continuing from the checkpoint at step {MIDDLE} of {STEPS}" in ended["logs"]
-    measured = begun["measured"] + ended["measured"]
+    first, second = (json.loads((several / name / f"reports-{world}.json").read_text()) for world in (3, 2))
+    assert f"continuing from the checkpoint at step {MIDDLE} of {STEPS}" in second["logs"]
+    measured = first["measured"] + second["measured"]
     assert [step for step, _ in measured] == [step for step, _ in alone.measured] == list(range(STEPS))
     for (_, ours), (_, theirs) in zip(measured, alone.measured, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
     for total in ("blocks", "positions"):
-        assert ended["summaries"][total] == pytest.approx(alone.summaries[total])
+        assert second["summaries"][total] == pytest.approx(alone.summaries[total])
     ours, theirs = (
         load_file(out / DRAFTER_FOLDER / "model.safetensors") for out in (several / name / "out", alone.out)
     )
@@ -167,11 +167,11 @@ def test_a_lost_rank_ends_all_ranks_with_one_error(tmp_path: Path, inputs: dict[
     )
     os.close(lifeline)
 
-    def begun() -> bool:
+    def has_checkpoint() -> bool:
         assert process.poll() is None, process.communicate()
         return bool(list_checkpoints(tmp_path / "work"))
 
-    wait_until(begun, "the first checkpoint", limit_s=180)
+    wait_until(has_checkpoint, "the first checkpoint", limit_s=180)
     ranks = ranks_of(tmp_path)
     assert ranks.keys() == {0, 1}
     assert {os.getpgid(pid) for pid in ranks.values()} == {process.pid}
@@ -219,7 +219,7 @@ def test_two_nodes_train_together_and_report_a_lost_rank_and_a_stop(
     monkeypatch.setenv(RENDEZVOUS, f"localhost:{port}")
     fields = {**CONFIG, "parallel": {"nodes": 2}}
 
-    def begun(after: int) -> subprocess.Popen[bytes]:
+    def start_training(after: int) -> subprocess.Popen[bytes]:
         process = start_stage(tmp_path, "draftsmith.stages.training.sft.stage", fields, inputs=inputs, threads=1)
 
         def there() -> bool:
@@ -229,7 +229,7 @@ def test_two_nodes_train_together_and_report_a_lost_rank_and_a_stop(
         wait_until(there, f"a checkpoint after step {after}", limit_s=180)
         return process
 
-    lost = begun(0)
+    lost = start_training(0)
     (rank,) = (
         child.pid
         for child in psutil.Process(node.pid).children(recursive=True)
@@ -239,7 +239,7 @@ def test_two_nodes_train_together_and_report_a_lost_rank_and_a_stop(
     os.kill(rank, signal.SIGKILL)
     code, events, _ = finish(lost)
     assert code == 75 and "rank 1 of 2" in events[-1]["message"]
-    stopped = begun(newest(tmp_path))
+    stopped = start_training(newest(tmp_path))
     stopped.send_signal(signal.SIGTERM)
     code, events, _ = finish(stopped)
     assert (code, events[-1]["kind"]) == (130, "StageInterrupted")

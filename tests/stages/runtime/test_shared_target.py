@@ -68,7 +68,7 @@ def test_a_divided_target_computes_the_same_as_the_whole_one(
 
 
 @pytest.mark.parametrize(
-    ("family", "sharing", "fields", "said"),
+    ("family", "sharing", "fields", "message"),
     [
         ("LFM2", 2, {}, "transformers has no plan to divide Lfm2ForCausalLM by: set it to 1"),
         ("Mistral", 3, {}, "3 does not divide the num_attention_heads of the target, 4"),
@@ -78,11 +78,11 @@ def test_a_divided_target_computes_the_same_as_the_whole_one(
     ],
 )
 def test_a_target_that_cannot_be_divided_is_an_error(
-    family: str, sharing: int, fields: dict[str, object], said: str, tmp_path: Path
+    family: str, sharing: int, fields: dict[str, object], message: str, tmp_path: Path
 ) -> None:
     write_family(tmp_path, family)
     config = tmp_path / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | fields))
-    with pytest.raises(DraftsmithError, match=f"parallel.target_parallel: .*{said}"):
+    with pytest.raises(DraftsmithError, match=f"parallel.target_parallel: .*{message}"):
         check_divides(tmp_path, sharing)
     check_divides(tmp_path, 1)

@@ -63,7 +63,7 @@ def test_the_control_is_trained_by_as_many_processes_as_opd() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"sequences_per_step": 7, "parallel": {"processes": 4, "nodes": 2}}, "7 cannot be split over 8 processes"),
         ({"parallel": {"processes": 0}}, "processes"),
@@ -71,8 +71,8 @@ def test_the_control_is_trained_by_as_many_processes_as_opd() -> None:
         ({"parallel": {"nodes": 2, "target_parallel": 2}}, "1 processes cannot be divided into groups of 2"),
     ],
 )
-def test_a_step_that_cannot_be_split_is_an_error(fields: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
+def test_a_step_that_cannot_be_split_is_an_error(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         SftConfig.model_validate(fields)
 
 

@@ -60,6 +60,6 @@ def run_all(trainings: Sequence[Training], folder: str, stop_after: int | None, 
                 code = EXIT_INTERRUPTED
             assert ranks.is_main or not list(context.out.iterdir()), "only the first rank writes"
             if ranks.is_main:
-                said = {"measured": context.measured, "logs": context.logs, "summaries": context.summaries}
-                (place / f"said-{ranks.world}.json").write_text(json.dumps(said))
+                reports = {"measured": context.measured, "logs": context.logs, "summaries": context.summaries}
+                (place / f"reports-{ranks.world}.json").write_text(json.dumps(reports))
     return code

@@ -51,36 +51,36 @@ ROWS = st.fixed_dictionaries({}, optional=FIELDS)
 
 
 @pytest.fixture(scope="module")
-def listed() -> io.StringIO:
+def lines() -> io.StringIO:
     return io.StringIO()
 
 
 @pytest.fixture(scope="module")
-def intake(tiny_drafter: DrafterArtifacts, listed: io.StringIO) -> LogFilter:
+def log_filter(tiny_drafter: DrafterArtifacts, lines: io.StringIO) -> LogFilter:
     config = LogsConfig(paths=["a"], temperature=0, max_bad_share=1)
-    return LogFilter(config, tiny_drafter.target, Exclusions(HeldOut()), RejectLog("logs.max_bad_share", 1, listed))
+    return LogFilter(config, tiny_drafter.target, Exclusions(HeldOut()), RejectLog("logs.max_bad_share", 1, lines))
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(fields=ROWS)
 def test_every_row_is_accepted_or_rejected_with_a_reason(
-    fields: dict[str, Any], intake: LogFilter, listed: io.StringIO
+    fields: dict[str, Any], log_filter: LogFilter, lines: io.StringIO
 ) -> None:
-    before = sum(intake.rejects.reasons.values())
-    taken = intake.accept(Row("log.jsonl", 1, fields))
-    if isinstance(taken, AcceptedAnswer):
-        assert len(taken.response_ids) >= 2 and taken.prompt_ids.max() < 900
-        assert sum(intake.rejects.reasons.values()) == before
+    before = sum(log_filter.rejects.reasons.values())
+    accepted = log_filter.accept(Row("log.jsonl", 1, fields))
+    if isinstance(accepted, AcceptedAnswer):
+        assert len(accepted.response_ids) >= 2 and accepted.prompt_ids.max() < 900
+        assert sum(log_filter.rejects.reasons.values()) == before
     else:
-        assert sum(intake.rejects.reasons.values()) == before + 1
-        assert "\n" not in json.loads(listed.getvalue().splitlines()[-1])["reason"]
+        assert sum(log_filter.rejects.reasons.values()) == before + 1
+        assert "\n" not in json.loads(lines.getvalue().splitlines()[-1])["reason"]
 
 
 SAMPLED = {"temperature": 0.7, "top_p": 0.9, "top_k": 20}
 
 
 @pytest.mark.parametrize(
-    ("stated", "said", "reason"),
+    ("configured", "logged", "reason"),
     [
         ({}, {"top_p": 0.9, "top_k": 20, "min_p": 0.1}, None),  # greedy decoding reads none of them
         ({}, {"repetition_penalty": 1.05}, "drawn with penalties"),
@@ -100,22 +100,25 @@ SAMPLED = {"temperature": 0.7, "top_p": 0.9, "top_k": 20}
     ],
 )
 def test_a_row_with_other_sampling_than_configured_is_rejected(
-    stated: dict[str, Any], said: dict[str, Any], reason: str | None
+    configured: dict[str, Any], logged: dict[str, Any], reason: str | None
 ) -> None:
-    aside = RejectLog("logs.max_bad_share", 0)
-    sieve = SchemaFilter(LogsConfig(paths=["a"], **({"temperature": 0} | stated)), aside)
-    row = {"prompt_token_ids": [1, 2], "completion_token_ids": [3, 4], **said}
-    assert sieve.accept(Row("log.jsonl", 1, row)) is (True if reason is None else None)
-    assert dict(aside.reasons) == ({} if reason is None else {reason: 1})
+    rejects = RejectLog("logs.max_bad_share", 0)
+    schema_filter = SchemaFilter(LogsConfig(paths=["a"], **({"temperature": 0} | configured)), rejects)
+    row = {"prompt_token_ids": [1, 2], "completion_token_ids": [3, 4], **logged}
+    assert schema_filter.accept(Row("log.jsonl", 1, row)) is (True if reason is None else None)
+    assert dict(rejects.reasons) == ({} if reason is None else {reason: 1})
 
 
-@pytest.mark.parametrize(("thought", "taken"), [("First I add 3 and 4.", None), (" ", True), (None, True), (7, True)])
-def test_text_without_its_reasoning_is_rejected_but_token_ids_are_not(thought: Any, taken: bool | None) -> None:
-    aside = RejectLog("logs.max_bad_share", 0)
-    sieve = SchemaFilter(LogsConfig(paths=["a"], temperature=0), aside)
+@pytest.mark.parametrize(
+    ("thought", "accepted"), [("First I add 3 and 4.", None), (" ", True), (None, True), (7, True)]
+)
+def test_text_without_its_reasoning_is_rejected_but_token_ids_are_not(thought: Any, accepted: bool | None) -> None:
+    rejects = RejectLog("logs.max_bad_share", 0)
+    schema_filter = SchemaFilter(LogsConfig(paths=["a"], temperature=0), rejects)
     text = {"messages": [{"role": "user", "content": "3 + 4?"}], "completion": "7", "reasoning_content": thought}
-    assert sieve.accept(Row("log.jsonl", 1, text)) is taken
-    assert dict(aside.reasons) == ({} if taken else {"thinking that is not in the completion": 1})
+    assert schema_filter.accept(Row("log.jsonl", 1, text)) is accepted
+    assert dict(rejects.reasons) == ({} if accepted else {"thinking that is not in the completion": 1})
     assert (
-        sieve.accept(Row("log.jsonl", 2, text | {"prompt_token_ids": [1, 2], "completion_token_ids": [3, 4]})) is True
+        schema_filter.accept(Row("log.jsonl", 2, text | {"prompt_token_ids": [1, 2], "completion_token_ids": [3, 4]}))
+        is True
     )

@@ -32,19 +32,19 @@ def sampled(bench: Bench) -> Answers:
     return answers(bench, 1.0)
 
 
-def judged(bench: Bench, rows: Answers, temperature: float, top_p: float = 1.0, top_k: int = 0) -> Counter[str]:
+def reasons(bench: Bench, rows: Answers, temperature: float, top_p: float = 1.0, top_k: int = 0) -> Counter[str]:
     return Counter(check_likelihood(bench.target, *row, SamplingParams(temperature, top_p, top_k)) for row in rows)
 
 
 def test_the_targets_own_answers_are_likely(bench: Bench, greedy: Answers, sampled: Answers) -> None:
-    assert judged(bench, greedy, 0.0) == {"": len(greedy)}
-    assert judged(bench, sampled, 1.0) == {"": len(sampled)}
+    assert reasons(bench, greedy, 0.0) == {"": len(greedy)}
+    assert reasons(bench, sampled, 1.0) == {"": len(sampled)}
 
 
 def test_answers_at_another_temperature_are_found(bench: Bench, sampled: Answers) -> None:
-    among_greedy = judged(bench, sampled, 0.0)  # what was drawn is often the best token everywhere
+    among_greedy = reasons(bench, sampled, 0.0)  # what was sampled is often the best token everywhere
     assert among_greedy[""] < 2 * len(sampled) / 3, among_greedy
-    hot = judged(bench, answers(bench, 3.0), 1.0)
+    hot = reasons(bench, answers(bench, 3.0), 1.0)
     assert hot["improbable"] > COUNT / 2, hot
 
 
@@ -52,8 +52,8 @@ def test_answers_at_another_temperature_are_found(bench: Bench, sampled: Answers
 def test_answers_of_a_wider_top_p_or_top_k_are_found(bench: Bench, top_p: float, top_k: int) -> None:
     """On answers of some dozen tokens at a temperature that leaves a choice of tokens."""
     narrow, wide = answers(bench, 1.5, top_p, top_k), answers(bench, 1.5)
-    assert judged(bench, narrow, 1.5, top_p, top_k) == {"": len(narrow)}
-    found = judged(bench, wide, 1.5, top_p, top_k)
+    assert reasons(bench, narrow, 1.5, top_p, top_k) == {"": len(narrow)}
+    found = reasons(bench, wide, 1.5, top_p, top_k)
     assert found["outside top_p or top_k"] > len(wide) / 2, found
 
 
@@ -66,7 +66,7 @@ def test_other_text_and_cut_answers_are_found(
     size = bench.target.info.vocab_size
 
     def flagged(change: Callable[[list[int]], list[int]]) -> float:
-        found = judged(bench, [(prompt, change(response)) for prompt, response in rows], temperature)
+        found = reasons(bench, [(prompt, change(response)) for prompt, response in rows], temperature)
         return 1 - found[""] / len(rows)
 
     assert flagged(lambda response: [made.randrange(5, size) for _ in response]) == 1.0

@@ -129,12 +129,12 @@ def test_a_stopped_answer_ends_with_the_stop_token_of_the_template(logs: Logs, e
     reader = reader_of(logs.made, other, [ends_documents, eos])
     row = {"messages": logs.answers[0]["messages"], "completion": "yes, it is", "finish_reason": "stop"}
     assert reader.read(LoggedRow("log", 1, row)).response_ids[-1] == eos
-    for said, ends in (  # a stop string ends an answer for the same reason, and no token follows the text
+    for fields, ends in (  # a stop string ends an answer for the same reason, and no token follows the text
         ({"stop": []}, True), ({"stop": None, "matched_stop": None}, True),
         ({"stop": ["Q:"], "matched_stop": eos}, True), ({"stop": ["Q:"]}, False),
         ({"stop": "Q:"}, False), ({"matched_stop": "Q:"}, False),
     ):  # fmt: skip
-        assert (reader.read(LoggedRow("log", 1, row | said)).response_ids[-1] == eos) is ends, said
+        assert (reader.read(LoggedRow("log", 1, row | fields)).response_ids[-1] == eos) is ends, fields
     other.chat_template = None
     reader = reader_of(logs.made, other, [ends_documents, eos])
     assert reader.stop_id == ends_documents, "nothing else is known"
@@ -207,11 +207,11 @@ def test_files_are_read_in_order_up_to_the_limit_of_rows(logs: Logs) -> None:
 )
 def test_a_malformed_row_is_an_error_that_names_file_and_row(logs: Logs, row: Row | str, message: str) -> None:
     path = logs.write("log.jsonl", [{"prompt_token_ids": [1], "completion_token_ids": [3, 4]}, row])
-    sieve = SchemaFilter(LogsConfig(paths=[str(path)], temperature=0), RejectLog("logs.max_bad_share", 0))
+    schema_filter = SchemaFilter(LogsConfig(paths=[str(path)], temperature=0), RejectLog("logs.max_bad_share", 0))
     first, second = read_rows([str(path)])
-    assert sieve.accept(first)
+    assert schema_filter.accept(first)
     with pytest.raises(DraftsmithError, match=message) as caught:
-        sieve.accept(second)
+        schema_filter.accept(second)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 

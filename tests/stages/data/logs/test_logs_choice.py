@@ -81,7 +81,7 @@ def test_a_window_skips_older_rows_and_rejects_rows_without_a_time(logs: Logs) -
     )
     assert found["window"] == {"since": "2026-03-05T12:00:00Z", "after": None, "newest": "2026-03-05T13:00:00Z"}
     again = logs.run(path, since="last", after="2026-03-05T12:00:00Z")
-    assert responses(table(again)) == responses(logs.answers[2:3])  # behind what was read: not the same time again
+    assert responses(table(again)) == responses(logs.answers[2:3])  # after the newest row read: not the same time again
     everything = logs.run(path, since="last")  # a first refresh: the next needs times
     assert len(table(everything)) == 4 and counts(everything)["window"]["newest"] == "2026-03-05T13:00:00Z"
     with pytest.raises(DraftsmithError, match=r"3 rows .*2026-04-01T00:00:00Z or later"):
@@ -203,8 +203,8 @@ def test_earlier_answers_of_another_target_are_left_out(
     found = counts(ctx)
     assert (found["used"], found["replayed"]) == ((40, 0) if changed else (32, 8))
     assert found["replay_left_out"] == changed and ctx.summaries["replay_left_out"] == float(changed is not None)
-    said = [line for line in ctx.logs if "no answers of the earlier refresh are mixed in" in line]
-    assert len(said) == (changed is not None) and all(f"since {changed} changed" in line for line in said)
+    warnings = [line for line in ctx.logs if "no answers of the earlier refresh are mixed in" in line]
+    assert len(warnings) == (changed is not None) and all(f"since {changed} changed" in line for line in warnings)
 
 
 def test_earlier_answers_that_the_log_has_too_are_not_repeated(logs: Logs) -> None:

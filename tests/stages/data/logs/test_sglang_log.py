@@ -23,11 +23,11 @@ OUT = {"text": " How are", "output_ids": [94, 352, 758], "meta_info": {"completi
 
 
 def line(event: str, **fields: Any) -> str:
-    said = {"timestamp": "2026-11-29T11:43:28.869656", "event": event, **fields}
-    return f"[2026-11-29 11:43:28] {json.dumps(said)}\n"
+    record = {"timestamp": "2026-11-29T11:43:28.869656", "event": event, **fields}
+    return f"[2026-11-29 11:43:28] {json.dumps(record)}\n"
 
 
-def asked(ids: list[int] | None, **params: Any) -> dict[str, Any]:
+def request(ids: list[int] | None, **params: Any) -> dict[str, Any]:
     return {"rid": "7434ec", "text": "What is", "input_ids": ids, "sampling_params": PARAMS | params, "stream": False}
 
 
@@ -36,13 +36,13 @@ def test_the_documented_command_makes_rows_with_token_ids_and_sampling(tmp_path:
     command = next(block for block in README.read_text("utf-8").split("```") if block.strip().startswith("cat FOLDER"))
     (tmp_path / "FOLDER").mkdir()
     ended = [
-        asked([1, 315, 202]),
-        asked([1, 315, 203], json_schema='{"type": "object"}'),
-        asked(None),
+        request([1, 315, 202]),
+        request([1, 315, 203], json_schema='{"type": "object"}'),
+        request(None),
     ]
     written = [
         line("request.received.openai", obj={"messages": [{"role": "user", "content": "What is"}]}),
-        line("request.received", rid="7434ec", obj=asked([1, 315, 202])),
+        line("request.received", rid="7434ec", obj=request([1, 315, 202])),
         *(line("request.finished", rid="7434ec", obj=each, out=OUT) for each in ended),
     ]
     (tmp_path / "FOLDER" / "host_0.log.2026-11-29_10").write_text("".join(written))
@@ -53,7 +53,9 @@ def test_the_documented_command_makes_rows_with_token_ids_and_sampling(tmp_path:
         ([1, 315, 202], [94, 352, 758]),
         ([1, 315, 203], [94, 352, 758]),
     ]
-    sieve = SchemaFilter(LogsConfig(paths=["a"], temperature=0, since="2026-11-29"), RejectLog("logs.max_bad_share", 0))
-    assert [sieve.accept(Row("answers.jsonl", n, row)) for n, row in enumerate(rows)] == [True, None]
-    assert dict(sieve.rejects.reasons) == {"drawn under a grammar": 1}
-    assert sieve.newest is not None and sieve.newest.isoformat() == "2026-11-29T11:43:28.869656+00:00"
+    schema_filter = SchemaFilter(
+        LogsConfig(paths=["a"], temperature=0, since="2026-11-29"), RejectLog("logs.max_bad_share", 0)
+    )
+    assert [schema_filter.accept(Row("answers.jsonl", n, row)) for n, row in enumerate(rows)] == [True, None]
+    assert dict(schema_filter.rejects.reasons) == {"drawn under a grammar": 1}
+    assert schema_filter.newest is not None and schema_filter.newest.isoformat() == "2026-11-29T11:43:28.869656+00:00"
