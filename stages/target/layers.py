@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,15 +114,6 @@ def model_class(config: Any) -> Any:
     """Return the auto class of transformers that loads a checkpoint's causal LM; that of image models holds one."""
     known = type(config) in AutoModelForCausalLM._model_mapping
     return AutoModelForCausalLM if known else AutoModelForImageTextToText
-
-
-def weightless_model(folder: Path) -> Any:
-    """Build the model whose config.json lies in `folder` on torch's meta device: shapes without memory."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    with torch.device("meta"):
-        return model_class(config).from_config(config)
 
 
 def causal_lm_of(model: Any) -> Any:

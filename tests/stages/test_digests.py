@@ -16,7 +16,7 @@ _RESULTS = "artifacts.results"
 PACKAGES = {
     "target": {"artifacts", "artifacts.store", "runtime", "target"},
     "sources": {"artifacts", "data", "runtime"},
-    "prompts": _MODEL,
+    "prompts": _MODEL - {"artifacts.store"},
     "champion": {*_MODEL, *_DRAFTERS},
     "drift": {*_MODEL, *_DRAFTERS, _RESULTS, "evaluation", "replay"},
     "earlier": {*_MODEL, "data.logs"},

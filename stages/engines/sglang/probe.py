@@ -31,8 +31,8 @@ from draftsmith.stages.engines.sglang.client import ServerAnswer, check_status, 
 from draftsmith.stages.engines.sglang.records import generate_payload, read_completion
 from draftsmith.stages.engines.sglang.requirements import ServerRequirements
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.estimate import DTYPE_BYTES, target_size
 from draftsmith.stages.target.info import TargetInfo, model_path, read_target_info
+from draftsmith.stages.target.loading import model_without_weights
 from draftsmith.stages.target.sampling import SamplingParams
 
 REQUEST_NAME = "of the handshake"
@@ -107,7 +107,8 @@ def own_logprobs(target_folder: Path, tokens: Sequence[int], log: Callable[[str]
 
 
 def _compute_logprobs(target_folder: Path, tokens: Sequence[int], log: Callable[[str], None]) -> list[float]:
-    size = target_size(model_path(target_folder)).parameters * DTYPE_BYTES[read_target_info(target_folder).dtype]
+    parameters = sum(p.numel() for p in model_without_weights(model_path(target_folder)).parameters())
+    size = parameters * getattr(torch, read_target_info(target_folder).dtype).itemsize
     needed, free = f"{size / 1e9:.1f} GB", free_memory_bytes()
     if size > free:
         raise TargetTooLargeError(f"which takes {needed} of memory where {free / 1e9:.1f} GB are free")
