@@ -1,1 +1,1 @@
-"""What stages hand each other as JSON, as pydantic models: a module for each phase, so that digests stay apart."""
+"""Pydantic models of the JSON that stages pass to each other, one module per phase so that code digests stay apart."""

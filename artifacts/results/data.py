@@ -9,7 +9,7 @@ from draftsmith.artifacts.results.base import Record, ResultFile
 
 
 class PromptsSummary(ResultFile, Record):
-    """What stage `prompts` chose and left out."""
+    """Counts of the prompts that stage `prompts` chose and rejected."""
 
     FILE: ClassVar[str] = "prompts.json"
 
@@ -32,7 +32,7 @@ class LogWindow(Record):
 
 
 class LogsSummary(ResultFile, Record):
-    """What stage `logs` read, used and left out."""
+    """Counts of the rows that stage `logs` read, used and rejected."""
 
     FILE: ClassVar[str] = "logs.json"
 

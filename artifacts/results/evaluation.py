@@ -169,7 +169,7 @@ class Parity(Record):
 
 
 class EvaluationResult(ResultFile, Record):
-    """What an evaluation measured. `acceptance.json` is the part of it that does not depend on time."""
+    """The metrics of an evaluation. `acceptance.json` is the part that does not depend on time."""
 
     FILE: ClassVar[str] = "evaluation.json"
     ACCEPTANCE_FILE: ClassVar[str] = "acceptance.json"
@@ -268,7 +268,7 @@ class AnswerContext(Record):
 
 
 class Contexts(ResultFile, RootModel[dict[str, list[AnswerContext]]]):
-    """For each arm, where its proposals were accepted least, and where as usual."""
+    """Answers of each arm in which its proposals were accepted least, and typical ones."""
 
     FILE: ClassVar[str] = "contexts.json"
     INDENT: ClassVar[int] = 1

@@ -34,7 +34,7 @@ class RuleResult(Record):
 
 
 class GateDecision(ResultFile, Record):
-    """What the gate decided about a challenger, and why."""
+    """The gate's decision about a challenger, with its reasons."""
 
     FILE: ClassVar[str] = "decision.json"
 

@@ -21,7 +21,7 @@ class Outcome(Record):
 
 
 class ReviewResult(ResultFile, Record):
-    """What others read of a report's review."""
+    """The fields of a report's review that other modules read."""
 
     FILE: ClassVar[str] = "review.json"
 

@@ -231,13 +231,7 @@ class Store:
 
     @contextmanager
     def claim(
-        self,
-        stage: str,
-        key: str,
-        *,
-        force: bool = False,
-        run: str = "",
-        wait: LockWait = _FOREVER,
+        self, stage: str, key: str, *, force: bool = False, run: str = "", wait: LockWait = _FOREVER
     ) -> Iterator[Claim | ArtifactRef]:
         """Take the key's lock and yield a `Claim`, or the artifact if it is complete by then.
 
