@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
@@ -23,6 +24,8 @@ GREEDY_ONLY = (  # follows the name of the field
     "roll out without a drafter, or use an NVIDIA GPU."
 )
 OptionValue = str | int | float | bool
+Options = dict[str, OptionValue | tuple[OptionValue, ...]]
+Fields = TypeVar("Fields", bound=Mapping[str, object])
 
 _HTTP_ONLY = "nothing: launched servers are used over HTTP, which the API key protects"
 _LOSSLESS = "nothing: below 1 the answers are not the target's"
@@ -94,7 +97,7 @@ def _variable_name(name: str) -> str:
     return name
 
 
-def _no_secrets(fields: dict[str, Any]) -> dict[str, Any]:
+def _no_secrets(fields: Fields) -> Fields:
     """Refuse secrets: a config is written to manifests, to MLflow and to the report."""
     for name, why in find_secrets(fields):
         raise ValueError(
@@ -109,7 +112,7 @@ def option_name(key: str) -> str:
     return key.lstrip("-").replace("_", "-")
 
 
-def _no_reserved_options(options: dict[str, Any]) -> dict[str, Any]:
+def _no_reserved_options(options: Options) -> Options:
     """Refuse options that a field sets: by name, by prefix (argparse completes it), as `name=value`, and as the value
     of another option."""
     for key, value in options.items():
@@ -159,7 +162,7 @@ class LaunchConfig(Config):
         NotInKey(),
     ] = None
     options: Annotated[
-        dict[str, OptionValue | tuple[OptionValue, ...]],
+        Options,
         AfterValidator(_no_secrets),
         AfterValidator(_no_reserved_options),
         Field(

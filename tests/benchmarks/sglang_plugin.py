@@ -77,15 +77,15 @@ def arm(url: str, prompts: Sequence[list[int]], tokens: int, concurrency: int, t
 
 
 def microseconds_of_a_look(requests: int, looks: int = 2000) -> float:
-    """Measure `Recorder.asking` for a batch without traced requests."""
+    """Measure `Recorder.traced_rows` for a batch without traced requests."""
     recorder = Recorder()
-    recorder.active, recorder.everyone = True, False
+    recorder.active, recorder.traces_all = True, False
     batch = SimpleNamespace(
         reqs=[SimpleNamespace(sampling_params=SimpleNamespace(custom_params=None)) for _ in range(requests)]
     )
     started = time.perf_counter()
     for _ in range(looks):
-        recorder.asking(batch)
+        recorder.traced_rows(batch)
     return (time.perf_counter() - started) / looks * 1e6
 
 

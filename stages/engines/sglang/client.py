@@ -7,11 +7,11 @@ import json
 import time
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import Any
 
 import httpx
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.stages.engines.sglang.protocol import Json
 
 _HEALTH_TIMEOUT_S = 30.0  # SGLang answers within 20
 _CONNECT_TIMEOUT_S = 10.0
@@ -27,7 +27,7 @@ _STREAM_INTERVAL = 1 << 30  # the first token alone, then all others in one piec
 class ServerAnswer:
     """The body of a finished /generate, and its times as the client measured them."""
 
-    body: dict[str, Any]
+    body: Json
     seconds: float = 0.0
     first_token_seconds: float = float("nan")
     url: str = ""  # of the server
@@ -54,12 +54,12 @@ class RefusedRequestError(DraftsmithError):
 
 
 async def generate(
-    client: httpx.AsyncClient, url: str, name: str, payload: dict[str, Any], *, stream: bool = False
+    client: httpx.AsyncClient, url: str, name: str, payload: Json, *, stream: bool = False
 ) -> ServerAnswer:
     """Send one POST /generate. Raises RequestLostError, or DraftsmithError if the server refuses the request."""
     started = time.perf_counter()
     first_token: float | None = None
-    body: dict[str, Any] = {}
+    body: Json = {}
     try:
         if not stream:
             response = await client.post(f"{url}/generate", json=payload)
@@ -92,7 +92,7 @@ async def generate(
     return ServerAnswer(body, seconds, float("nan") if first_token is None else first_token, url)
 
 
-async def get_json(client: httpx.AsyncClient, url: str, *names: str) -> dict[str, Any]:
+async def get_json(client: httpx.AsyncClient, url: str, *names: str) -> Json:
     """Return the body of the first of several endpoints that exists: their names differ between releases."""
     for name in names:
         response = await query(client, "GET", f"{url}/{name}")
@@ -102,7 +102,7 @@ async def get_json(client: httpx.AsyncClient, url: str, *names: str) -> dict[str
     raise wrong_server(url, f"has no /{names[0]}. Give the address of a SGLang server of a supported release.")
 
 
-async def query(client: httpx.AsyncClient, method: str, url: str, body: dict[str, Any] | None = None) -> httpx.Response:
+async def query(client: httpx.AsyncClient, method: str, url: str, body: Json | None = None) -> httpx.Response:
     """Send a request of the handshake and return the answer. Raises RequestLostError if none comes."""
     try:
         return await client.request(method, url, json=body, timeout=_QUERY_TIMEOUT_S)
@@ -110,7 +110,7 @@ async def query(client: httpx.AsyncClient, method: str, url: str, body: dict[str
         raise RequestLostError(f"cannot be reached ({type(error).__name__} {error})") from error
 
 
-def json_object(response: httpx.Response) -> dict[str, Any]:
+def json_object(response: httpx.Response) -> Json:
     """Return the body of an answer. Raises DraftsmithError if it is no JSON object."""
     try:
         body = response.json()

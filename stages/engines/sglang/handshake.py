@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import httpx
 
@@ -22,7 +21,7 @@ from draftsmith.stages.engines.sglang.client import (
     unreachable_server,
     wrong_server,
 )
-from draftsmith.stages.engines.sglang.protocol import SUPPORTED, supported
+from draftsmith.stages.engines.sglang.protocol import SUPPORTED, Json, supported
 from draftsmith.stages.engines.sglang.records import read_completion, recorded_drafter
 from draftsmith.stages.engines.sglang.requirements import PROBE_TEXT, ServerRequirements
 
@@ -89,7 +88,7 @@ async def _check_tokenizer(client: httpx.AsyncClient, url: str, path: str, requi
     return []
 
 
-def _check_drafter(url: str, server: dict[str, Any], required: ServerRequirements) -> list[str]:
+def _check_drafter(url: str, server: Json, required: ServerRequirements) -> list[str]:
     """Check that the server drafts as required. Returns what is worth knowing."""
     algorithm = server.get("speculative_algorithm")
     for name in ("speculative_accept_threshold_single", "speculative_accept_threshold_acc"):
@@ -122,7 +121,7 @@ def _check_drafter(url: str, server: dict[str, Any], required: ServerRequirement
     return []
 
 
-def _check_context(url: str, server: dict[str, Any], required: ServerRequirements) -> None:
+def _check_context(url: str, server: Json, required: ServerRequirements) -> None:
     """Check that the longest request fits: SGLang shortens answers silently (Scheduler.init_req_max_new_tokens)."""
     verified = required.block_size or 0  # tokens of one verify step
     limits = []
@@ -138,9 +137,7 @@ def _check_context(url: str, server: dict[str, Any], required: ServerRequirement
         )
 
 
-async def _check_generation(
-    client: httpx.AsyncClient, url: str, server: dict[str, Any], required: ServerRequirements
-) -> bool:
+async def _check_generation(client: httpx.AsyncClient, url: str, server: Json, required: ServerRequirements) -> bool:
     """Generate greedily and check the tokens. Returns whether records of the verify steps came with them."""
     request = Request(probe.REQUEST_NAME, required.probe_ids, _PROBE_TOKENS)
     traced = required.trace and required.drafter_folder is not None
@@ -158,9 +155,7 @@ async def _check_generation(
     return digest is not None
 
 
-async def _is_greedy_only(
-    client: httpx.AsyncClient, url: str, server: dict[str, Any], required: ServerRequirements
-) -> bool:
+async def _is_greedy_only(client: httpx.AsyncClient, url: str, server: Json, required: ServerRequirements) -> bool:
     """Return whether the server verifies greedily. A CPU is not asked: a sampled request ends a DSPARK server there."""
     if not server.get("speculative_algorithm"):
         return False

@@ -1,19 +1,20 @@
-"""SGLang's side of Draftsmith: a server plug-in that returns what every verify step proposed and what was kept.
+"""A plug-in for SGLang's servers that returns the proposals of every verify step and how many were accepted.
 
 SGLang loads it by the entry-point group `sglang.srt.plugins`, in an environment that has this project installed without
-its dependencies: what it imports needs nothing but the standard library, torch and sglang.
+its dependencies: its imports need nothing but the standard library, torch and sglang.
 
-A request asks by `sampling_params.custom_params = {"draftsmith_trace": true}`; `DRAFTSMITH_TRACE=1` in the server's
-environment asks for all. `meta_info["draftsmith_trace"]` of its answer has one element per OUTPUT token, because SGLang
-cuts such lists by output tokens: at token 0 `{"v", "drafter"}`; at the first token that a verify step committed
+A request asks for records by `sampling_params.custom_params = {"draftsmith_trace": true}`; `DRAFTSMITH_TRACE=1` in the
+server's environment records all requests. `meta_info["draftsmith_trace"]` of its answer has one element per OUTPUT
+token, because SGLang cuts such lists by output tokens: at token 0 `{"v", "drafter"}`; at the first token that a verify
+step committed
 
     {"v": "1", "drafter": digest, "anchor": int, "block": [ids], "accepted": int, "bonus": int, "logprobs": [floats]}
 
 or `{"v", "drafter", "refused": reason}` for a step that has no single block; else None. `anchor` is the absolute
 position of the last token committed before the step; `accepted` is not cut at the end of the answer; `logprobs` are the
-target's at temperature 1 of the proposals, each behind the anchor and the proposals before it. A token that no verify
-step committed (the first one after a retraction) has None too. Without speculation the server answers as without
-the plug-in, and so it does over pipeline parallel ranks, whose transport SGLang does not open to plug-ins.
+target's at temperature 1 of the proposals, each after the anchor and the proposals before it. A token that no verify
+step committed (the first one after a retraction) has None too. A server without speculation, or over
+pipeline parallel ranks, whose transport SGLang does not open to plug-ins, answers as without the plug-in.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _DFLASH = "sglang.srt.speculative.dflash_worker_v2.DFlashWorkerV2"
 _EAGLE = "sglang.srt.speculative.eagle_worker_v2.EAGLEWorkerV2"
 _EAGLE_SAMPLE = "sglang.srt.speculative.eagle_utils.eagle_sample"
 
-# what is hooked or called, with the arguments that are read
+# The hooked or called functions, with the arguments that are read
 REQUIRED: dict[str, tuple[str, ...]] = {
     f"{_DFLASH}.__init__": ("server_args",),
     f"{_DFLASH}.forward_batch_generation": ("batch",),
@@ -45,11 +46,11 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "sglang.srt.managers.utils.GenerationBatchResult.auxiliary_host_output": (),
     "sglang.srt.layers.logits_processor.LogitsProcessorOutput.auxiliary_device_output": (),
 }
-_SKIPS_LOGITS = f"{_DFLASH}._can_skip_verify_logits"  # only in releases that may leave the logits on their TP ranks
+_SKIPS_LOGITS = f"{_DFLASH}._can_skip_verify_logits"  # in releases that may leave the logits on their TP ranks
 
 
 def installed_version() -> str:
-    """Of sglang, "unknown" for a source tree without metadata."""
+    """Return the version of sglang, "unknown" for a source tree without metadata."""
     try:
         return metadata.version("sglang")
     except metadata.PackageNotFoundError:
@@ -57,7 +58,7 @@ def installed_version() -> str:
 
 
 def check_release(required: dict[str, tuple[str, ...]] = REQUIRED) -> None:
-    """Raise RuntimeError if this SGLang lacks something that is hooked; warn if it was never tested."""
+    """Raise RuntimeError if this SGLang lacks a hooked function; warn if the release is untested."""
     version = installed_version()
     for target, parameters in required.items():
         try:
@@ -68,26 +69,27 @@ def check_release(required: dict[str, tuple[str, ...]] = REQUIRED) -> None:
         if missing:
             raise RuntimeError(_refusal(version, f"{target} takes no argument {missing[0]}"))
     if not supported(version):
-        log.warning("draftsmith's plug-in is tested with sglang %s, this is %s: check its traces", SUPPORTED, version)
+        log.warning("draftsmith's plug-in is tested with sglang %s, this is %s. Check its traces.", SUPPORTED, version)
 
 
 def _refusal(version: str, reason: str) -> str:
     return (
-        f"draftsmith's plug-in does not work with sglang {version}: {reason}. It supports {SUPPORTED}; install such "
-        "a release, or start the server without the plug-in (SGLANG_PLUGINS names those to load)"
+        f"draftsmith's plug-in does not work with sglang {version}: {reason}. It supports {SUPPORTED}. Install such "
+        "a release, or start the server without the plug-in (SGLANG_PLUGINS lists those to load)."
     )
 
 
 def activate() -> None:
-    """Entry point: called once in each of the server's processes, before it loads anything.
+    """Register the hooks. SGLang calls this entry point once in each of its processes, before loading anything.
 
-    Raises SystemExit where the release is refused: SGLang logs a plug-in's other errors and serves without it.
+    Raises SystemExit if the release is refused: SGLang only logs other errors of a plug-in and serves without it.
     """
     try:
         check_release()
     except RuntimeError as error:
         raise SystemExit(str(error)) from error
 
+    # Imported after the check, which reports what these would fail on.
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from draftsmith.stages.engines.sglang.plugin_hooks import Recorder

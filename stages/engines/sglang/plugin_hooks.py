@@ -1,9 +1,9 @@
-"""The plug-in's hooks: what a verify step leaves on the device, its way to the host, and the records of an answer.
+"""The plug-in's hooks: record verify steps on the device, move them to the host, and add them to answers.
 
-A step's figures are packed into one fresh tensor on the device's stream. It travels as SGLang's own "auxiliary output":
+A step's numbers are packed into one new tensor on the device's stream. It travels as SGLang's own "auxiliary output":
 the scheduler copies it beside the step's tokens (on its copy stream where scheduling overlaps) and hands it back when
-the tokens have been committed, so nothing here waits for the device. No request of a batch asked: one look at each
-request, and the original is called.
+the tokens have been committed, so nothing here waits for the device. If no request of a batch asks for records, the
+original is called after one check per request.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from draftsmith.stages.drafters.digest import drafter_digest
-from draftsmith.stages.engines.sglang.protocol import ENVIRONMENT, KEY, PROTOCOL
+from draftsmith.stages.engines.sglang.protocol import ENVIRONMENT, KEY, PROTOCOL, Json
 
 log = logging.getLogger(__name__)
 
@@ -27,26 +27,26 @@ LOWEST = -1e4  # log-prob of a token that a mask forbids: -inf is not JSON
 CHUNK = 128  # positions whose float32 logits are held at a time: 80 MB for 150,000 tokens
 
 
-def asked(request: Any) -> bool:
-    """Whether a request's custom parameters ask for its trace."""
+def wants_trace(request: Any) -> bool:
+    """Return whether a request's custom parameters ask for its trace."""
     custom = request.sampling_params.custom_params
     return bool(custom) and bool(custom.get(KEY))
 
 
 def chain_logprobs(logits: torch.Tensor, candidates: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-    """Log-probs of the proposals of some rows: `[len(rows), B-1]` float32.
+    """Return the log-probs of the proposals of some rows, float32 [len(rows), B - 1].
 
-    `logits` are the target's, `[batch·B, V]`, row b·B + j behind the j-th candidate of b; `candidates` `[batch, B]`
-    start with the anchor's token.
+    logits: [batch·B, V] of the target, row b·B + j after the j-th candidate of b. candidates: [batch, B], the anchor's
+    token first.
     """
     B = candidates.shape[1]
     at = _on_device([row * B + j for row in rows for j in range(B - 1)], logits.device)
     proposed = candidates.reshape(-1)[at + 1].long()
-    parts = [
+    chunks = [
         torch.log_softmax(logits[some].float(), dim=-1).gather(1, tokens[:, None])[:, 0]
         for some, tokens in zip(at.split(CHUNK), proposed.split(CHUNK), strict=True)
     ]
-    return torch.cat(parts).view(len(rows), B - 1)
+    return torch.cat(chunks).view(len(rows), B - 1)
 
 
 def pack_steps(
@@ -57,18 +57,18 @@ def pack_steps(
     bonus: torch.Tensor,
     logprobs: torch.Tensor,
 ) -> torch.Tensor:
-    """One int32 tensor `[len(rows), 3 + 2·(B-1)]`, to be moved once: anchor, accepted, bonus, proposals, log-probs.
+    """Pack steps into one int32 tensor [len(rows), 3 + 2·(B - 1)]: anchor, accepted, bonus, proposals, log-probs.
 
-    The log-probs go as their float32 bits. All arguments but `logprobs` cover the whole batch.
+    The log-probs are packed as their float32 bits. All arguments but `logprobs` cover the whole batch.
     """
     at = _on_device(list(rows), candidates.device)
-    figures = torch.stack([anchors[at].int(), accepted[at].int(), bonus[at].int()], dim=1)
+    counters = torch.stack([anchors[at].int(), accepted[at].int(), bonus[at].int()], dim=1)
     bits = logprobs.float().contiguous().view(torch.int32)
-    return torch.cat([figures, candidates[at, 1:].int(), bits], dim=1)
+    return torch.cat([counters, candidates[at, 1:].int(), bits], dim=1)
 
 
-def unpack_steps(packed: torch.Tensor) -> list[dict[str, Any]]:
-    """The steps of a packed tensor on the host, without version and drafter."""
+def unpack_steps(packed: torch.Tensor) -> list[Json]:
+    """Return the steps of a packed tensor on the host, without version and drafter."""
     proposals = (packed.shape[1] - 3) // 2
     logprobs = packed[:, 3 + proposals :].contiguous().view(torch.float32).clamp(min=LOWEST).tolist()
     return [
@@ -84,64 +84,64 @@ def unpack_steps(packed: torch.Tensor) -> list[dict[str, Any]]:
 
 
 def _on_device(values: list[int], device: torch.device) -> torch.Tensor:
-    """Indices, moved without waiting for what the device still has to do."""
+    """Move indices to the device without waiting for its queued work."""
     return torch.tensor(values, dtype=torch.long, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
-class Trace:
-    """A batch's records on their way: SGLang's DeviceAuxiliaryOutput before the copy, its HostAuxiliaryOutput after.
+class BatchTrace:
+    """The records of a batch: SGLang's DeviceAuxiliaryOutput before the copy to the host, HostAuxiliaryOutput after.
 
-    `steps`: None after a prefill, the packed tensor after a verification, or why that one has no record.
+    steps: None after a prefill, the packed tensor after a verification, or the reason why that has no record.
     """
 
     drafter: str
-    rows: Sequence[int]  # of the batch: the requests that asked
+    rows: Sequence[int]  # of the batch, whose requests asked
     steps: torch.Tensor | str | None
 
-    def copy_to_host(self, copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> Trace:
+    def copy_to_host(self, copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> BatchTrace:
         steps = copy_tensor(self.steps) if isinstance(self.steps, torch.Tensor) else self.steps
-        return Trace(self.drafter, self.rows, steps)
+        return BatchTrace(self.drafter, self.rows, steps)
 
     def consume(self, batch: Any, commits: Sequence[Any]) -> None:
-        """Append to the answers of the batch; `commits[b]` is None or has output_index and token_ids (visible ones)."""
+        """Append the records to the answers of the batch. commits[b]: None, or with output_index and token_ids."""
         head = {"v": PROTOCOL, "drafter": self.drafter}
         if isinstance(self.steps, torch.Tensor):
             records = [{**head, **step} for step in unpack_steps(self.steps)]
         else:
             records = [head if self.steps is None else {**head, "refused": self.steps} for _ in self.rows]
         for row, record in zip(self.rows, records, strict=True):
-            if (commit := commits[row]) is None:  # a middle chunk of a prompt, or finished or retracted meanwhile
+            if (commit := commits[row]) is None:  # a chunk of a prompt, or finished or retracted meanwhile
                 continue
             start = commit.output_index
-            # a prefill in the middle of an answer (after a retraction) is no step
+            # a prefill within an answer, after a retraction, is no step
             element = record if self.steps is not None or start == 0 else None
-            place(batch.reqs[row], start, len(commit.token_ids), element)
+            put_record(batch.reqs[row], start, len(commit.token_ids), element)
 
 
-def place(request: Any, start: int, count: int, element: dict[str, Any] | None) -> None:
-    """Put an element at output token `start`, of which and whose `count - 1` successors were committed together."""
+def put_record(request: Any, start: int, count: int, element: Json | None) -> None:
+    """Store the record of `count` output tokens that were committed together, beginning at `start`."""
     if request.customized_info is None:
         request.customized_info = {}
     elements = request.customized_info.setdefault(KEY, [])
-    del elements[start:]  # of an answer that was thrown away and began again
+    del elements[start:]  # of an answer that was retracted and restarted
     elements.extend([None] * (start - len(elements)))
     elements.append(element)
     elements.extend([None] * (count - 1))
 
 
 class Recorder:
-    """The hooks of one scheduler process, whose only thread runs one batch at a time."""
+    """The hooks of one scheduler process, whose single thread runs one batch at a time."""
 
     def __init__(self) -> None:
         self.drafter = ""
         self.active = False
-        self.everyone = os.environ.get(ENVIRONMENT, "").lower() in ("1", "true", "yes")
-        self.rows: Sequence[int] = ()  # that asked, of the batch under way
-        self.steps: torch.Tensor | str | None = None  # of its verification
+        self.traces_all = os.environ.get(ENVIRONMENT, "").lower() in ("1", "true", "yes")
+        self.rows: Sequence[int] = ()  # of the running batch, whose requests asked
+        self.steps: torch.Tensor | str | None = None  # of the running batch's verification
 
     def after_load(self, _result: None, worker: Any, *_args: Any, **_kwargs: Any) -> None:
-        """`__init__` of a speculative worker: its drafter has just been read."""
+        """Run after `__init__` of a speculative worker, which has loaded its drafter."""
         arguments = worker.server_args
         if arguments.pp_size > 1:
             log.warning("draftsmith: no traces with pipeline parallelism (pp_size %d)", arguments.pp_size)
@@ -150,22 +150,22 @@ class Recorder:
             arguments.speculative_draft_model_path, arguments.speculative_draft_model_revision
         )
         self.active = True
-        asks = "every request" if self.everyone else "requests that ask"
+        asks = "every request" if self.traces_all else "requests that ask"
         log.info("draftsmith: traces of %s, protocol %s, drafter %s", asks, PROTOCOL, self.drafter[:12] or "unknown")
 
-    def asking(self, batch: Any) -> Sequence[int]:
-        """Rows of the batch whose requests want records."""
+    def traced_rows(self, batch: Any) -> Sequence[int]:
+        """Return the rows of the batch whose requests ask for records."""
         if not self.active:
             return ()
-        if self.everyone:
+        if self.traces_all:
             return range(len(batch.reqs))
-        return [row for row, request in enumerate(batch.reqs) if asked(request)]
+        return [row for row, request in enumerate(batch.reqs) if wants_trace(request)]
 
     def around_generation(
         self, original: Callable[..., Any], worker: Any, batch: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """`forward_batch_generation` of a speculative worker: a prefill, or draft and verification."""
-        rows = self.asking(batch)
+        """Wrap `forward_batch_generation` of a speculative worker: a prefill, or drafting and verification."""
+        rows = self.traced_rows(batch)
         if not rows:
             return original(worker, batch, *args, **kwargs)
         self.rows = rows
@@ -176,18 +176,19 @@ class Recorder:
             self.rows, self.steps = (), None
         output = result.logits_output
         if output is not None:
+            # only servers have sglang; tests import this module without it
             from sglang.srt.managers.auxiliary_output import append_auxiliary_output
 
-            trace = Trace(self.drafter, rows, steps)
+            trace = BatchTrace(self.drafter, rows, steps)
             output.auxiliary_device_output = append_auxiliary_output(output.auxiliary_device_output, trace)
         return result
 
     def around_accept_block(self, original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) -> Any:
-        """DFLASH's `_accept_block` (arguments by name): accepted lengths and bonus tokens of the drafted blocks."""
+        """Wrap DFLASH's `_accept_block` (arguments by name), which decides accepted lengths and bonus tokens."""
         if not self.rows:
             return original(worker, *args, **kwargs)
         candidates = kwargs["candidates"]
-        logprobs = chain_logprobs(kwargs["next_token_logits"], candidates, self.rows)  # before it touches the logits
+        logprobs = chain_logprobs(kwargs["next_token_logits"], candidates, self.rows)  # before it modifies the logits
         result = original(worker, *args, **kwargs)
         accepted, _, bonus = result[:3]
         self.steps = pack_steps(self.rows, kwargs["prefix_lens"], candidates, accepted, bonus, logprobs)
@@ -196,34 +197,34 @@ class Recorder:
     def around_eagle_sample(
         self, original: Callable[..., Any], verify_input: Any, batch: Any, logits_output: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """EAGLE's `eagle_sample`: verification of a chain or a tree; NGRAM calls it too, then nobody asks here."""
-        following = functools.partial(original, verify_input, batch, logits_output, *args, **kwargs)
+        """Wrap EAGLE's `eagle_sample`, the verification of a chain or a tree. NGRAM calls it too, untraced."""
+        call_original = functools.partial(original, verify_input, batch, logits_output, *args, **kwargs)
         if not self.rows or batch.forward_mode.is_idle():
-            return following()
+            return call_original()
         if verify_input.tree_topk != 1:
             self.steps = f"a tree (speculative-eagle-topk {verify_input.tree_topk}) has no single proposed block"
-            return following()
+            return call_original()
         candidates = verify_input.draft_token.reshape(-1, verify_input.draft_token_num)
         logprobs = chain_logprobs(logits_output.next_token_logits, candidates, self.rows)
-        predict, accept_lens, accept_index = result = following()
-        last = accept_index.gather(1, (accept_lens - 1)[:, None].long())  # place of the bonus among all candidates
+        predict, accept_lens, accept_index = result = call_original()
+        last = accept_index.gather(1, (accept_lens - 1)[:, None].long())  # index of the bonus among all candidates
         bonus = predict[last[:, 0].long()]
         self.steps = pack_steps(self.rows, batch.seq_lens, candidates, accept_lens - 1, bonus, logprobs)
         return result
 
     def after_can_skip_logits(self, _result: bool, *_args: Any, **_kwargs: Any) -> bool | None:
-        """DFLASH's `_can_skip_verify_logits`: whether greedy verification may do without gathered logits."""
+        """Change the result of DFLASH's `_can_skip_verify_logits`: records need gathered logits."""
         return False if self.rows else None
 
 
 def _served_digest(source: str, revision: str | None) -> str:
-    """Of the drafter's folder, or of the hub's snapshot that SGLang downloaded; "" if neither is found."""
+    """Return the digest of the drafter's folder or of SGLang's snapshot of the hub; "" if neither is found."""
     if not (folder := Path(source)).is_dir():
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import snapshot_download  # needed only for a hub id
 
         try:
             folder = Path(snapshot_download(source, revision=revision, local_files_only=True))
         except Exception as error:  # many kinds, all meaning: not in the cache
-            log.warning("draftsmith: no digest of the drafter %s (%s); its traces name none", source, error)
+            log.warning("draftsmith: no digest of the drafter %s (%s). Its traces name none.", source, error)
             return ""
     return drafter_digest(folder)

@@ -28,6 +28,7 @@ from draftsmith.stages.engines.sglang.client import (
     check_health,
     generate,
 )
+from draftsmith.stages.engines.sglang.protocol import Json
 from draftsmith.stages.engines.sglang.records import BadAnswerError
 from draftsmith.stages.engines.sglang.server import ServerProcess
 
@@ -112,7 +113,7 @@ class PendingRequest:
     """A request without an answer yet."""
 
     name: str
-    payload: dict[str, Any]
+    payload: Json
     read: Callable[[ServerAnswer], Completion]
     avoid: Server | None = None  # where it failed last: used only if no other server is left
     failures: int = 0  # attempts that count; the refusal of a full server does not
@@ -161,7 +162,7 @@ class ServerPool:
         self._total = total
         self._wake()
 
-    async def send(self, name: str, payload: dict[str, Any], read: Callable[[ServerAnswer], Completion]) -> Completion:
+    async def send(self, name: str, payload: Json, read: Callable[[ServerAnswer], Completion]) -> Completion:
         """POST /generate to the least loaded server, and again, elsewhere if possible, until `read` accepts the answer.
 
         Raises RefusedRequestError if a server refuses the request, TimedOutError, BadAnswerError or LostTooOftenError

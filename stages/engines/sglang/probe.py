@@ -20,7 +20,6 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import httpx
 import torch
@@ -28,6 +27,7 @@ import torch
 from draftsmith.artifacts.host import free_memory_bytes
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.sglang.client import ServerAnswer, check_status, json_object, query, wrong_server
+from draftsmith.stages.engines.sglang.protocol import Json
 from draftsmith.stages.engines.sglang.records import generate_payload, read_completion
 from draftsmith.stages.engines.sglang.requirements import ServerRequirements
 from draftsmith.stages.target.causal_lm import Target
@@ -53,7 +53,7 @@ async def check_weights(
     client: httpx.AsyncClient,
     url: str,
     path: str,
-    server: dict[str, Any],
+    server: Json,
     required: ServerRequirements,
     log: Callable[[str], None],
 ) -> list[str]:
@@ -119,13 +119,13 @@ def _compute_logprobs(target_folder: Path, tokens: Sequence[int], log: Callable[
     return logprobs.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()
 
 
-def payload(tokens: Sequence[int]) -> dict[str, Any]:
+def payload(tokens: Sequence[int]) -> Json:
     """Return the body of /generate that asks for log-probs."""
     sampling = {"temperature": 0, "max_new_tokens": 1}
     return {"input_ids": list(tokens), "sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0}
 
 
-def served_logprobs(body: dict[str, Any], tokens: Sequence[int]) -> list[float] | None:
+def served_logprobs(body: Json, tokens: Sequence[int]) -> list[float] | None:
     """Return the log-probs of an answer to `payload`; None if one is missing."""
     try:
         scored = body["meta_info"]["input_token_logprobs"][1:]
@@ -170,7 +170,7 @@ async def generate(client: httpx.AsyncClient, url: str, request: Request, *, tra
     return await _post(client, url, request.request_id, payload)
 
 
-async def _post(client: httpx.AsyncClient, url: str, name: str, payload: dict[str, Any]) -> ServerAnswer:
+async def _post(client: httpx.AsyncClient, url: str, name: str, payload: Json) -> ServerAnswer:
     response = await query(client, "POST", f"{url}/generate", payload)
     check_status(name, url, response.status_code, response.text)
     return ServerAnswer(json_object(response))

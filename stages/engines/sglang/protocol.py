@@ -1,17 +1,19 @@
-"""The words that Draftsmith and its plug-in in SGLang's servers exchange. Standard library only: both sides read it."""
+"""The protocol between Draftsmith and its plug-in in SGLang's servers. Standard library only: both sides import it."""
 
 from __future__ import annotations
 
 import re
+from typing import Any, TypeAlias
 
-KEY = "draftsmith_trace"  # of a request's custom parameters, and of the answer's meta_info
-PROTOCOL = "1"  # of the records; written as "v" into each
-ENVIRONMENT = "DRAFTSMITH_TRACE"  # a server's variable: 1 asks for every request
+Json: TypeAlias = dict[str, Any]  # an object of SGLang's HTTP API
+KEY = "draftsmith_trace"  # in a request's custom parameters, and in the answer's meta_info
+PROTOCOL = "1"  # version of the records: "v" in each
+ENVIRONMENT = "DRAFTSMITH_TRACE"  # environment variable of a server: 1 traces every request
 FIRST, END = (0, 5, 20), (0, 5, 24)
-SUPPORTED = ">=0.5.20,<0.5.24"  # FIRST and END, in words
+SUPPORTED = ">=0.5.20,<0.5.24"  # FIRST and END as a requirement
 
 
 def supported(version: str) -> bool:
-    """Whether a release lies in SUPPORTED; its pre- and post-releases count as the release."""
+    """Return whether a release is in SUPPORTED; its pre- and post-releases count as the release."""
     numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
     return numbers is not None and FIRST <= tuple(int(n) for n in numbers.groups()) < END

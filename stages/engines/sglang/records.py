@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.base import Completion, Request, VerifyStep
 from draftsmith.stages.engines.sglang.client import ServerAnswer
-from draftsmith.stages.engines.sglang.protocol import KEY, PROTOCOL
+from draftsmith.stages.engines.sglang.protocol import KEY, PROTOCOL, Json
 from draftsmith.stages.target.info import TargetInfo
 
 # SGLang takes what a request leaves out from the server's `--preferred-sampling-params`, so nothing is left out.
@@ -25,10 +24,10 @@ _NEUTRAL = {
 }
 
 
-def generate_payload(request: Request, eos_ids: Sequence[int], traced: bool) -> dict[str, Any]:
+def generate_payload(request: Request, eos_ids: Sequence[int], traced: bool) -> Json:
     """Return the body of /generate for a request. traced: ask the plug-in for the verify steps."""
     sampling = request.sampling
-    params: dict[str, Any] = {
+    params: Json = {
         **_NEUTRAL,
         "temperature": sampling.temperature,
         "max_new_tokens": request.max_new_tokens,
@@ -51,7 +50,7 @@ class IncompleteRecordsError(BadAnswerError):
     """The records of an answer do not cover all of its tokens."""
 
 
-def recorded_drafter(request_id: str, meta: dict[str, Any]) -> str | None:
+def recorded_drafter(request_id: str, meta: Json) -> str | None:
     """Return the digest of the drafter that the plug-in reports; "" if it reports none, None without any record.
 
     Raises DraftsmithError if the plug-in uses another version of the protocol.
@@ -109,9 +108,7 @@ def read_completion(
     )
 
 
-def _wrong_tokens(
-    request: Request, tokens: list[int], reason: str, meta: dict[str, Any], target: TargetInfo
-) -> str | None:
+def _wrong_tokens(request: Request, tokens: list[int], reason: str, meta: Json, target: TargetInfo) -> str | None:
     """Return what is wrong with the tokens of an answer and what to do; None if they are right."""
     matched, prompt_length = meta["finish_reason"].get("matched"), len(request.prompt_ids)
     if not tokens:
@@ -140,7 +137,7 @@ def _wrong_tokens(
     return None
 
 
-def read_steps(request: Request, tokens: list[int], meta: dict[str, Any]) -> list[VerifyStep]:
+def read_steps(request: Request, tokens: list[int], meta: Json) -> list[VerifyStep]:
     """Return the verify steps of an answer from the plug-in's records, one element per output token.
 
     The first token comes from the prefill; every other one must belong to exactly one step. A step that went past the

@@ -18,7 +18,7 @@ from draftsmith.stages.catalog import STAGES
 from draftsmith.stages.engines.sglang import plugin, plugin_hooks, server
 from draftsmith.stages.engines.sglang.environment import PLUGIN_GROUP
 from draftsmith.stages.engines.sglang.plugin_hooks import (
-    Trace,
+    BatchTrace,
     chain_logprobs,
     pack_steps,
     unpack_steps,
@@ -102,7 +102,7 @@ def test_a_step_survives_packing(batch_tensors: dict[str, torch.Tensor]) -> None
 
 def test_a_tree_is_refused_in_the_place_of_its_record() -> None:
     batch = Batch([ServerRequest(customized_info={KEY: [{}]})])
-    Trace("digest", [0], "a tree").consume(batch, [Commit(1, (5, 6))])
+    BatchTrace("digest", [0], "a tree").consume(batch, [Commit(1, (5, 6))])
     assert batch.reqs[0].customized_info == {KEY: [{}, {"v": "1", "drafter": "digest", "refused": "a tree"}, None]}
 
 

@@ -296,7 +296,7 @@ def test_layers_that_leave_several_vectors_a_token_are_one_clear_error(
     with pytest.raises(DraftsmithError, match="gemma3n_text"):
         Target.from_source(tmp_path, dtype="float32", device="cpu")
     unknown = Layers.from_config(Gemma2Config(**shape, layer_types=ALTERNATING))
-    monkeypatch.setattr(Layers, "of", lambda _config: unknown)
+    monkeypatch.setattr(Layers, "from_config", lambda _config: unknown)
     with pytest.raises(DraftsmithError, match="Gemma3nForCausalLM"):
         Target.from_source(tmp_path, dtype="float32", device="cpu")
 
