@@ -23,7 +23,7 @@ from draftsmith.stages.target.info import model_path
 from draftsmith.stages.target.sampling import SamplingParams
 from tests.stages.bench import GREEDY_TOKENS, Bench
 from tests.testbed.drafter import DrafterArtifacts
-from tests.vllm_cpu.engine import ask, vllm_python
+from tests.vllm_cpu.engine import generate, vllm_python
 
 PYTHON = vllm_python()
 pytestmark = [
@@ -102,7 +102,7 @@ def test_greedy_answers_and_verify_steps(
     bench = bench.with_drafters({"it": drafter, "trained": bench.drafters["trained"]})  # prompts without a near-tie
     greedy = {"temperature": 0.0, "max_tokens": GREEDY_TOKENS}
     prompts = [p.token_ids for p in bench.prompts[:PROMPTS]]
-    answers = ask(python, tmp_path / "vllm", prompts, [greedy] * len(prompts), model=str(folder))
+    answers = generate(python, tmp_path / "vllm", prompts, [greedy] * len(prompts), model=str(folder))
     plain = [bench.greedy[p.prompt_id] for p in bench.prompts[:PROMPTS]]
     assert [each.tokens for each in answers] == plain
     traces = Replayer(bench.target).traces(bench.drafters, trajectories(bench, plain))
@@ -133,7 +133,7 @@ def test_sampled_verify_steps_follow_the_distribution_of_replay(
     # without `method` it is guessed from the folder's name, and what has no known name is run as a model of its own
     config = {"model": str(folder), "method": method, "draft_sample_method": "probabilistic"}
     engine: dict[str, Any] = {"model": str(target), "speculative_config": {**config, "num_speculative_tokens": 7}}
-    answers = ask(python, tmp_path / "vllm", prompts, sampling, **engine)
+    answers = generate(python, tmp_path / "vllm", prompts, sampling, **engine)
     texts = trajectories(bench, [each.tokens for each in answers])
     steps = np.array([each.steps for each in answers])
 

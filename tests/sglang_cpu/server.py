@@ -1,4 +1,4 @@
-"""A raw SGLang server on the CPU, started without our engine: what the engine and the plug-in are tested against."""
+"""A raw SGLang server on the CPU, started without our engine, to test the engine and the plug-in."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from tests.sglang_cpu.options import CPU_ENVIRONMENT, CPU_OPTIONS
 
 START_LIMIT_S = 400.0  # 20 to 50 s on a quiet machine; the tests may share two cores with others
 _POLL_S = 0.25
-_PORTS = range(24000, 24100)  # below the range from which kernels give out ports by themselves
+_PORTS = range(24000, 24100)  # below the kernel's ephemeral range
 _ROOT = Path(__file__).parents[2]
 
 
 def sglang_python() -> Path | str:
-    """The interpreter that has SGLang, or the reason why the tests that need it are skipped."""
+    """Return the interpreter that has SGLang, or the reason why the tests that need it are skipped."""
     if given := os.environ.get("DRAFTSMITH_SGLANG_PYTHON"):
         python = Path(given)
-        return python if python.is_file() else f"DRAFTSMITH_SGLANG_PYTHON: {python} is not there"
+        return python if python.is_file() else f"DRAFTSMITH_SGLANG_PYTHON: {python} does not exist"
     python = _ROOT / ".venv-sglang-cpu" / "bin" / "python"
     return python if python.is_file() else "no SGLang here: `make sglang-cpu` builds its environment"
 
@@ -44,10 +44,10 @@ def running_server(
     log: Path,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[str]:
-    """The URL of a server of this model, float32 unless `options` say otherwise, stopped on exit.
+    """Start a server of this model, in float32 by default, and yield its URL; it is stopped on exit.
 
     drafter: a checkpoint's folder, served with `algorithm`. options: as in `LaunchConfig.options`, over the CPU's.
-    An error while it starts or in the body of the `with` shows the end of its log.
+    An error during the start or in the body of the `with` shows the end of the log.
     """
     settings: dict[str, OptionValue] = {"dtype": "float32", **CPU_OPTIONS}
     if drafter is not None:
@@ -69,15 +69,15 @@ def running_server(
 
 @contextmanager
 def reserved_port() -> Iterator[int]:
-    """A port that no other test of this user takes meanwhile: SGLang binds it only when its model is loaded."""
+    """Yield a port that no other test of this user takes meanwhile: SGLang binds it only after loading its model."""
     for port in _PORTS:
         with (Path(tempfile.gettempdir()) / f"draftsmith-test-port-{os.getuid()}-{port}").open("w") as lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # dropped by the kernel when we die
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the kernel when this process dies
                 with socket.socket() as probe:
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                     probe.bind(("127.0.0.1", port))
-            except OSError:  # another test's, or somebody else's
+            except OSError:  # another test's, or another program's
                 continue
             yield port
             return
@@ -86,7 +86,7 @@ def reserved_port() -> Iterator[int]:
 
 @contextmanager
 def _process(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The server, which also dies when the test process is killed."""
+    """Run the server, which also dies when the test process is killed."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
     with log.open("ab") as output:
         child = ChildProcess(
@@ -99,11 +99,11 @@ def _process(command: Sequence[str], environment: Mapping[str, str], log: Path) 
     try:
         yield child.process
     finally:
-        child.end()  # there is nothing to save, and asking it takes seconds
+        child.end()  # killed: it has nothing to save, and a graceful end takes seconds
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, model: Path) -> None:
-    """Until the server of this model answers. AssertionError if it ended, serves another model, or takes too long."""
+    """Wait until the server of this model answers. AssertionError if it ends, serves another model, or is too slow."""
     import httpx
 
     deadline = time.monotonic() + START_LIMIT_S
@@ -119,13 +119,13 @@ def _wait(process: subprocess.Popen[bytes], url: str, model: Path) -> None:
 
 
 def tail(log: Path, lines: int = 60) -> str:
-    """The last lines of a log."""
+    """Return the last lines of a log."""
     with log.open(encoding="utf-8", errors="replace") as file:
         return "".join(deque(file, maxlen=lines))
 
 
 def generate(url: str, requests: Sequence[Mapping[str, Any]], concurrency: int = 4) -> list[dict[str, Any]]:
-    """The server's answers to bodies of /generate, in their order; `concurrency` of them are in flight."""
+    """Return the server's answers to bodies of /generate, in their order, with `concurrency` of them in flight."""
     from concurrent.futures import ThreadPoolExecutor
 
     import httpx

