@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Generic, TypeVar
 
 from draftsmith.stages.data.load import DRAFTER_FOLDER
 from draftsmith.stages.data.trajectories import Trajectory, pad_tokens, trajectory_lengths
@@ -30,10 +31,13 @@ class TrainingData:
     sampling: SamplingParams = GREEDY  # that they were generated with
 
 
-class Trainer(ABC):
+AnyConfig = TypeVar("AnyConfig", bound=TrainingConfig)
+AnyData = TypeVar("AnyData", bound=TrainingData)
+
+
+class Trainer(ABC, Generic[AnyConfig, AnyData]):
     """Trains a drafter. `loss(step)` depends on nothing but the step, the drafter's weights and `memory`."""
 
-    config: TrainingConfig
     usable: Sequence[int]  # indices of the trajectories that are trained
     memory: Resumable | None = None  # what is remembered between steps
 
@@ -41,15 +45,21 @@ class Trainer(ABC):
         self,
         drafter: Drafter,
         target: Target,
-        data: TrainingData,
-        config: TrainingConfig,
+        data: AnyData,
+        config: AnyConfig,
         *,
         seed: int = 0,
         ranks: Ranks = ALONE,
     ):
-        """Train on all trajectories, unless a subclass narrows `usable`. drafter: float32 weights to train."""
-        self.drafter, self.target, self.config, self.seed, self.ranks = drafter, target, config, seed, ranks
+        """Train all trajectories. drafter: float32 weights."""
+        self.drafter, self.target, self.data, self.config = drafter, target, data, config
+        self.seed, self.ranks = seed, ranks
         self.trajectories, self.usable = data.trajectories, range(len(data.trajectories))
+        self._resolve()
+
+    @abstractmethod
+    def _resolve(self) -> None:
+        """Resolve the loss and what it needs; OPD narrows `usable` here."""
 
     @property
     @abstractmethod

@@ -11,7 +11,7 @@ import torch
 from draftsmith.stages.data.load import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import descends_from, load_drafter
-from draftsmith.stages.runtime.ranks import ALONE, Ranks
+from draftsmith.stages.runtime.ranks import Ranks
 from draftsmith.stages.runtime.stage import StageContext
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import GREEDY
@@ -50,30 +50,15 @@ class MinedData(TrainingData):
     mined: MinedTable | pa.Table  # a table: of VERIFY_STEPS; of all answers where `OpdConfig.reads_table`
 
 
-class OpdTraining(Trainer):
+class OpdTraining(Trainer[OpdConfig, MinedData]):
     """Trains on the blocks where the drafter's own verification leads."""
 
-    config: OpdConfig
     memory: AnchorSource
 
-    def __init__(
-        self,
-        drafter: Drafter,
-        target: Target,
-        data: MinedData,
-        config: OpdConfig,
-        *,
-        seed: int = 0,
-        ranks: Ranks = ALONE,
-    ):
-        """Choose the anchors' source and resolve the loss.
-
-        drafter: float32 weights that are to be trained. Raises DraftsmithError if no step of the config's kind was
-        mined.
-        """
-        super().__init__(drafter, target, data, config, seed=seed, ranks=ranks)
-        mined, sampling = data.mined, data.sampling
-        self.mined = match_steps(mined, data.trajectories, drafter.block_size) if isinstance(mined, pa.Table) else mined
+    def _resolve(self) -> None:
+        """Raise DraftsmithError if no step of the config's kind was mined."""
+        config, drafter, mined, sampling = self.config, self.drafter, self.data.mined, self.data.sampling
+        self.mined = match_steps(mined, self.trajectories, drafter.block_size) if isinstance(mined, pa.Table) else mined
         self.kind: StepKind = "errors" if config.anchors == "errors" else "visited"
         if config.reads_table:
             self.usable = self.mined.trajectories_with(self.kind)
@@ -83,7 +68,7 @@ class OpdTraining(Trainer):
         self.objective = config.loss.resolved(drafter.recipe, self.sampled, temperature)
         self.memory = anchor_source(config, self.mined, drafter, scored=self.objective.needs_scores)
         options = StepOptions(config, self.objective, self.mined.proposals, self._sampling)
-        self._step = OpdStep(drafter, target, self.memory, options)
+        self._step = OpdStep(drafter, self.target, self.memory, options)
 
     @property
     def reads_target(self) -> bool:

@@ -21,7 +21,7 @@ from draftsmith.stages.drafters.checkpoint import (
     load_drafter,
     upgraded,
 )
-from draftsmith.stages.runtime.ranks import ALONE, Ranks
+from draftsmith.stages.runtime.ranks import Ranks
 from draftsmith.stages.runtime.stage import StageContext
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import GREEDY
@@ -118,27 +118,15 @@ def sft_loss(
     )
 
 
-class SftTraining(Trainer):
-    """Trains on the answers' own tokens."""
+class SftTraining(Trainer[SftConfig, TrainingData]):
+    """Trains on the answers' own tokens. `response_loss` explains what their sampling changes."""
 
-    config: SftConfig
-
-    def __init__(
-        self,
-        drafter: Drafter,
-        target: Target,
-        data: TrainingData,
-        config: SftConfig,
-        *,
-        seed: int = 0,
-        ranks: Ranks = ALONE,
-    ):
-        """Resolve the loss, which the data's sampling decides too. drafter: float32 weights to train."""
-        super().__init__(drafter, target, data, config, seed=seed, ranks=ranks)
-        self.stream = config.stream(drafter.recipe, sampled=not data.sampling.greedy)
-        self._sampling = data.sampling if drafter.samples_proposals else GREEDY
-        self._temperature = (data.sampling.temperature or 1.0) if self._sampling.greedy else 1.0
-        self._heads = HeadSource(drafter, target.head_weight, config)
+    def _resolve(self) -> None:
+        drafter, sampling = self.drafter, self.data.sampling
+        self.stream = self.config.stream(drafter.recipe, sampled=not sampling.greedy)
+        self._sampling = sampling if drafter.samples_proposals else GREEDY
+        self._temperature = (sampling.temperature or 1.0) if self._sampling.greedy else 1.0
+        self._heads = HeadSource(drafter, self.target.head_weight, self.config)
 
     @property
     def reads_target(self) -> bool:

@@ -150,7 +150,7 @@ def test_only_losses_of_tokens_and_confidence_depend_on_the_answers_sampling(kin
     answers = random_target.trajectories(4, seed=2)
 
     def loss(drafter: Drafter, name: str, sampling: SamplingParams) -> float:
-        training: Trainer
+        training: Trainer[Any, Any]
         if kind == "sft":
             data = TrainingData(trajectories=answers, sampling=sampling)
             training = SftTraining(drafter, plain_target, data, SftConfig.model_validate({"loss": name}))
