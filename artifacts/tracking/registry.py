@@ -5,6 +5,8 @@ it, its target and its metrics. The alias `champion` is the version that serves,
 `challenger` the last version that was compared with the champion. Each event of a line (promotion, rollback, drift
 check) is a tag of the registered model. Unlike the runs, nothing here ignores failures of MLflow: a promotion that is
 not recorded did not happen.
+
+A home also records in which MLflow servers it registered versions: only together they know which artifacts are needed.
 """
 
 from __future__ import annotations
@@ -20,10 +22,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
+from draftsmith.artifacts.atomic import disk_errors
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, find_disk_error, from_os_error
 from draftsmith.artifacts.locks import Lock, locked, user_name
+from draftsmith.artifacts.redaction import redacted
 from draftsmith.artifacts.store.manifest import ArtifactRef
-from draftsmith.artifacts.tracking.client import weights_timeout
+from draftsmith.artifacts.tracking.client import sqlite_file, weights_timeout
 from draftsmith.artifacts.tracking.runs import LOCKED, SCHEMA_MISMATCH, Tracking, first_line, is_permission_error
 from draftsmith.artifacts.tracking.terms import escape_markdown, paginate
 
@@ -41,6 +45,9 @@ PROMOTION_TAGS = (
 _DRAFTER = "drafter"  # folder of an artifact that servers load, and of its copy in MLflow
 # Parts of error messages for which a retry does not help.
 _PERMANENT = ("not a database", "malformed", "readonly", "unable to open database", SCHEMA_MISMATCH)
+TRACKERS_FILE = "registered-in"  # file in the home: every MLflow with versions of its drafters, one per line
+_OWN_DATABASE = "mlflow.db"  # stands for the home's own database, which moves with it
+_AS_THE_RUNS = "Set MLFLOW_TRACKING_URI as it was in those runs"
 PROMOTED, BY_HAND, ROLLED_BACK = "promoted", "promoted by hand", "rolled back to"  # values of `LineEvent.what`
 
 
@@ -406,23 +413,14 @@ def _description(champion: Version, what: str, why: str) -> str:
     return "\n\n".join(lines)
 
 
-def _version(model_version: Any) -> Version:
+def _version(found: Any) -> Version:
     """Convert MLflow's model version to a `Version`."""
-    tags = {name.removeprefix(_TAG): value for name, value in model_version.tags.items() if name.startswith(_TAG)}
+    tags = {name.removeprefix(_TAG): value for name, value in found.tags.items() if name.startswith(_TAG)}
     stage, key, content_id = (tags.pop(name, "") for name in _IDENTITY)
-    created = datetime.fromtimestamp(model_version.creation_timestamp / 1000, UTC).isoformat(timespec="seconds")
-    source = str(model_version.source).replace("draftsmith-store:", "file://")
-    return Version(
-        model_version.name,
-        int(model_version.version),
-        source,
-        stage,
-        key,
-        content_id,
-        tags,
-        tuple(model_version.aliases),
-        created,
-    )
+    created = datetime.fromtimestamp(found.creation_timestamp / 1000, UTC).isoformat(timespec="seconds")
+    source = str(found.source).replace("draftsmith-store:", "file://")
+    aliases = tuple(found.aliases)
+    return Version(found.name, int(found.version), source, stage, key, content_id, tags, aliases, created)
 
 
 def _named_versions(model: Any) -> set[int]:
@@ -430,3 +428,49 @@ def _named_versions(model: Any) -> set[int]:
     events = sorted(name for name in model.tags if name.startswith(_EVENT))
     last = json.loads(model.tags[events[-1]]) if events else {}
     return {int(number) for number in (*model.aliases.values(), last.get("version"), last.get("before")) if number}
+
+
+def note_tracker(tracking: Tracking) -> None:
+    """Record that versions are registered in this MLflow. Call this before the first one is."""
+    if _tracker_name(tracking) not in _noted_trackers(tracking):
+        doing = disk_errors("noting where versions are registered:")
+        with doing, (tracking.folder / TRACKERS_FILE).open("a", encoding="utf-8") as file:
+            file.write(_tracker_name(tracking) + "\n")
+
+
+def describe_other_trackers(tracking: Tracking) -> str | None:
+    """Return why this MLflow does not know all artifacts that lines need, and the remedy; None if it does."""
+    noted, here = _noted_trackers(tracking), _tracker_name(tracking)
+    if others := sorted(noted - {here}):
+        advice = "" if here in noted else f"{_how_to_switch(noted)}. "
+        return (
+            f"versions were registered in {', '.join(others)}, which {here} does not know. {advice}If those are "
+            f"abandoned, remove them from {tracking.folder / TRACKERS_FILE}"
+        )
+    database = sqlite_file(tracking.uri)
+    if not noted and database is not None and not database.is_file():  # another host shares the bucket
+        return f"{database} does not exist: runs of this home were tracked elsewhere. {_AS_THE_RUNS}"
+    return None
+
+
+def describe_wrong_tracker(tracking: Tracking) -> str | None:
+    """Return where this home registered versions, and the remedy, if none was in this MLflow."""
+    noted, here = _noted_trackers(tracking), _tracker_name(tracking)
+    if not noted or here in noted:
+        return None
+    return (
+        f"versions of this home were registered in {', '.join(sorted(noted))}, none in {here}. {_how_to_switch(noted)}"
+    )
+
+
+def _how_to_switch(noted: set[str]) -> str:
+    return _AS_THE_RUNS if noted != {_OWN_DATABASE} else "Unset MLFLOW_TRACKING_URI"
+
+
+def _noted_trackers(tracking: Tracking) -> set[str]:
+    path = tracking.folder / TRACKERS_FILE
+    return set(path.read_text("utf-8").splitlines()) if path.is_file() else set()
+
+
+def _tracker_name(tracking: Tracking) -> str:
+    return _OWN_DATABASE if tracking.is_default else redacted(tracking.uri)

@@ -19,8 +19,7 @@ from draftsmith.artifacts.store.retention import (
     unused_artifacts,
 )
 from draftsmith.artifacts.text import format_bytes
-from draftsmith.artifacts.tracking import registry_homes as registered
-from draftsmith.artifacts.tracking.registry import Registry
+from draftsmith.artifacts.tracking.registry import Registry, describe_other_trackers
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.execution.display import Display, folded_table
 
@@ -60,7 +59,7 @@ def _ids_of_lines(display: Display, what: str, ask: Callable[[Registry], set[str
     A champion has no other copy, so that nothing is deleted then.
     """
     tracking = Tracking(home())
-    if (why := registered.describe_other_trackers(tracking)) is not None:
+    if (why := describe_other_trackers(tracking)) is not None:
         display.line(f"{what} are kept: {why}")
         return None
     try:

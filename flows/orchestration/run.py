@@ -20,9 +20,9 @@ from draftsmith.artifacts.host import bypass_proxy_for_localhost
 from draftsmith.artifacts.redaction import redact_logs, redacted
 from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.artifacts.store.retention import artifacts_in_use
-from draftsmith.artifacts.tracking import registry_homes as registered
 from draftsmith.artifacts.tracking.models import log_models
 from draftsmith.artifacts.tracking.refresh_runs import OUTCOME, close_dead_runs, describe_misplaced_files
+from draftsmith.artifacts.tracking.registry import note_tracker
 from draftsmith.artifacts.tracking.runs import NOTE, Tracking
 from draftsmith.artifacts.tracking.terms import Status
 from draftsmith.flows.config.options import RunOptions, check_runner
@@ -138,7 +138,7 @@ def _run(
         if conclusion is None and (review := _review(context, made)) is not None:
             show_verdict(config.name, f"{review.description}{tracking.link(run_id)}", context.display.line)
         if conclusion is None and policy is not None:
-            registered.note_tracker(tracking)
+            note_tracker(tracking)
             conclusion = with_retries(
                 lambda: policy.conclude(LazyArtifacts(context.store, refs), record.find_or_open(refs)),
                 config.stages,

@@ -28,8 +28,7 @@ from draftsmith.artifacts.store.checksums import Checksums
 from draftsmith.artifacts.store.local import REPLACED, Store
 from draftsmith.artifacts.store.manifest import MANIFEST, ArtifactRef, InputEntry, read_manifest, sha256_file
 from draftsmith.artifacts.store.mirror import open_store
-from draftsmith.artifacts.tracking.registry import PROMOTED, Registry, Version
-from draftsmith.artifacts.tracking.registry_homes import describe_wrong_tracker
+from draftsmith.artifacts.tracking.registry import PROMOTED, Registry, Version, describe_wrong_tracker
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.stages.data.load import DRAFTER_FOLDER
 from draftsmith.stages.data.logs.rehearsal_stage import TABLE, EarlierConfig

@@ -68,7 +68,7 @@ class Losing:
 def by_hand(served: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     """A registry for the commands; its versions have no files."""
     monkeypatch.setattr(registry_commands, "registry", lambda: served)
-    monkeypatch.setattr(registry_commands, "verified", lambda _version: None)
+    monkeypatch.setattr(registry_commands, "verify_checkpoint", lambda _version: None)
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,7 @@ import pytest
 from draftsmith.artifacts.locks import locked
 from draftsmith.artifacts.store.local import REPLACED, Store
 from draftsmith.artifacts.store.manifest import MANIFEST, ArtifactRef
-from draftsmith.artifacts.tracking import registry_homes as registered
-from draftsmith.artifacts.tracking.registry import Registry
+from draftsmith.artifacts.tracking.registry import TRACKERS_FILE, Registry, note_tracker
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.cli.main import main
 from draftsmith.flows.execution.display import Display
@@ -50,23 +49,23 @@ def test_replaced_artifacts_are_kept_if_another_mlflow_has_lines(
 ) -> None:
     with monkeypatch.context() as runs:
         runs.setenv("MLFLOW_TRACKING_URI", "http://user:hidden@mlflow.example:5000")
-        registered.note_tracker(Tracking(home))
-    assert "hidden" not in (home / registered.NOTE).read_text()
+        note_tracker(Tracking(home))
+    assert "hidden" not in (home / TRACKERS_FILE).read_text()
     assert "mlflow.example" in pruned(capsys)
     assert replaced.exists() and not (home / "mlflow.db").exists(), "no database is asked or created"
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/runs.db")
     for _ in range(2):
-        registered.note_tracker(Tracking(home))
+        note_tracker(Tracking(home))
     assert "mlflow.example" in pruned(capsys) and replaced.exists(), "it may be the champion there"
-    (home / registered.NOTE).write_text(f"sqlite:///{tmp_path}/runs.db\n")
+    (home / TRACKERS_FILE).write_text(f"sqlite:///{tmp_path}/runs.db\n")
     assert "removed" in pruned(capsys) and not replaced.exists()
 
 
 def test_the_homes_database_counts_as_another_mlflow_if_an_address_is_set(
     home: Path, replaced: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (home / registered.NOTE).write_text("mlflow.db\n")
+    (home / TRACKERS_FILE).write_text("mlflow.db\n")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example:5000")
     assert "mlflow.db" in pruned(capsys) and replaced.exists()
 
@@ -76,7 +75,7 @@ def test_a_moved_home_still_recognises_its_database(
 ) -> None:
     assert "mlflow.db" in pruned(capsys) and replaced.exists()
     Tracking(home).connect()
-    registered.note_tracker(Tracking(home))
+    note_tracker(Tracking(home))
     moved = home.rename(tmp_path / "moved")
     monkeypatch.setenv("DRAFTSMITH_HOME", str(moved))
     assert "removed" in pruned(capsys) and not list(moved.glob(f"store/opd/{REPLACED}*"))
@@ -91,7 +90,7 @@ def test_the_champion_its_predecessor_and_their_inputs_are_kept(home: Path) -> N
     """Register four drafters of a line: the first two served in turn, the third was refused, the fourth is new."""
     store, lines = Store(home / "store"), Registry(Tracking(home))
     Tracking(home).connect()
-    registered.note_tracker(Tracking(home))
+    note_tracker(Tracking(home))
     answers = [artifact(store, "rollout", f"answers {week}") for week in range(4)]
     drafters = [artifact(store, "opd", f"drafter {week}", {"answers": each}) for week, each in enumerate(answers)]
     champion = None
@@ -148,7 +147,7 @@ def test_complete_artifacts_are_kept_if_another_mlflow_has_lines(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kept = artifact(Store(home / "store"), "rollout", "text")
-    (home / registered.NOTE).write_text("http://mlflow.example:5000\n")
+    (home / TRACKERS_FILE).write_text("http://mlflow.example:5000\n")
     assert main(["prune", "--artifacts", "--days", "0", "--delete"]) == 0
     assert "mlflow.example" in capsys.readouterr().out
     assert kept.path.exists()

@@ -13,8 +13,8 @@ from mlflow import MlflowClient
 
 from draftsmith.artifacts.errors import EXIT_RETRYABLE, DraftsmithError, RetryableError
 from draftsmith.artifacts.store.manifest import ArtifactRef
-from draftsmith.artifacts.tracking import registry_homes as registered
 from draftsmith.artifacts.tracking.refresh_runs import OUTCOME
+from draftsmith.artifacts.tracking.registry import TRACKERS_FILE
 from draftsmith.flows.config.options import StageOptions
 from draftsmith.flows.execution.node import RunContext
 from draftsmith.flows.orchestration import run
@@ -57,7 +57,7 @@ def test_a_run_until_a_node_never_concludes(until: tuple[str, ...], concludes: b
 
     assert (ended(policy, "combine", until=until) is not None) == concludes
     assert set(forced[0]) == {"left", "right", "total"}, "--force takes a stage's name too"
-    assert (home / registered.NOTE).is_file() == concludes, "it is noted before a version is registered"
+    assert (home / TRACKERS_FILE).is_file() == concludes, "it is noted before a version is registered"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import ArtifactRef
-from draftsmith.artifacts.tracking import registry_homes as registered
+from draftsmith.artifacts.tracking.registry import note_tracker
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.refresh import registry_commands
@@ -89,7 +89,7 @@ def test_a_line_that_another_mlflow_has_is_an_error(
     line: str, home: Path, drafters: list[ArtifactRef], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As for the same command in a shell that lacks the schedule's MLFLOW_TRACKING_URI."""
-    registered.note_tracker(Tracking(home))
+    note_tracker(Tracking(home))
     finished(config_of(line), gated(Store(home / "store"), drafters[0]))
     assert resolve(config_of("another")).champion is None, "a new line may start beside others"
     with monkeypatch.context() as forgotten:
