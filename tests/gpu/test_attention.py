@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.stages.drafters.test_attention import BFLOAT16, make_case
+from tests.stages.drafters.test_block_attention import BFLOAT16, make_case
 
 CASES: dict[str, dict[str, Any]] = {
     "whole prefix": {},

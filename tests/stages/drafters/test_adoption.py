@@ -30,7 +30,7 @@ def revision(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> Path:
     return folder
 
 
-def test_a_drafter_of_the_old_revision_is_refused_until_it_is_taken_over(
+def test_a_drafter_of_another_revision_is_refused_unless_adopted(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, revision: Path
 ) -> None:
     old, digest = tiny_drafter.drafter / "drafter", read_target_info(revision).digest
@@ -58,7 +58,7 @@ def test_a_drafter_of_another_shape_is_refused(tmp_path: Path, tiny_drafter: Dra
 
 
 @pytest.mark.parametrize("measures", [False, True])
-def test_what_measures_says_nothing_of_frequent_tokens(
+def test_frequent_tokens_come_from_training_answers_alone(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, measures: bool
 ) -> None:
     """A head of frequent tokens that is taken from held-out answers would fit them."""

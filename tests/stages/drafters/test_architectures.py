@@ -1,6 +1,6 @@
 """What holds for every architecture: mask, drafting, replay, decoding and checkpoint, on random weights.
 
-Drafting offset by offset is held against blocks in `test_drafting.py`, training in `tests/stages/training/`.
+Drafting offset by offset is held against blocks in `test_block_samplers.py`, training in `tests/stages/training/`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Texts:
         return self.drafter.encode(self.features[part], self.tokens[part], self.positions[part])
 
     def chains(self, anchors: torch.Tensor) -> torch.Tensor:
-        """[B, A, K] the tokens from each anchor on; zeros behind the end."""
+        """[B, A, K] the tokens from each anchor on; zeros after the end."""
         at = anchors[..., None] + torch.arange(self.block - 1)
         padded = F.pad(self.tokens, (0, self.block))
         return padded.gather(1, at.flatten(1)).view_as(at)
@@ -93,7 +93,7 @@ def texts(plain_target: Target, drafter: Drafter) -> Texts:
 
 
 def test_packed_blocks_equal_one_at_a_time(texts: Texts) -> None:
-    """None sees another, whatever their order, and none what lies at its anchor or behind it."""
+    """None sees another, whatever their order, and none what lies at its anchor or after it."""
     anchors = torch.tensor([[t.first_anchor + i for i in (9, 0, 4, 5)] + [t.last_anchor] for t in texts.trajectories])
     context, chains = texts.context(), texts.chains(anchors)
     with torch.no_grad():
@@ -108,7 +108,7 @@ def test_packed_blocks_equal_one_at_a_time(texts: Texts) -> None:
 # ---- drafting
 
 
-def test_drafting_from_slots_equals_the_whole_context_after_rejections(texts: Texts) -> None:
+def test_drafting_from_slots_equals_drafting_from_a_full_context(texts: Texts) -> None:
     """The engine's rhythm: read prompts that are padded, then blocks from the anchor on, some of which is kept."""
     rows, block, drafter = len(texts.trajectories), texts.block, texts.drafter
     slots = drafter.new_context(rows + 1, texts.tokens.shape[1] + 2 * block)
@@ -217,7 +217,7 @@ def test_the_round_trip_gives_the_same_drafter_and_the_same_bytes(
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
 
 
-def test_the_digest_tells_what_is_proposed(drafter: Drafter, tmp_path: Path) -> None:
+def test_the_digest_identifies_the_proposals(drafter: Drafter, tmp_path: Path) -> None:
     save_drafter(drafter, tmp_path, torch.float32)
     first = drafter_digest(tmp_path)
     assert json.loads((tmp_path / "drafter.json").read_text())["digest"] == first
@@ -228,7 +228,7 @@ def test_the_digest_tells_what_is_proposed(drafter: Drafter, tmp_path: Path) -> 
 # ---- where it is known
 
 
-def test_every_kind_can_be_asked_for_and_is_checked(plain_target: Target) -> None:
+def test_every_kind_is_accepted_in_a_config_and_checked(plain_target: Target) -> None:
     """A kind that is known and has no line in the union of configs, or in the test bed, would go unnoticed."""
     shapes = get_args(get_args(DrafterConfig)[0])
     assert {get_args(shape.__origin__.model_fields["kind"].annotation)[0] for shape in shapes} == KINDS.keys()
@@ -236,7 +236,7 @@ def test_every_kind_can_be_asked_for_and_is_checked(plain_target: Target) -> Non
     assert {kind for pair in UPGRADES for kind in pair} <= KINDS.keys()
 
 
-def test_no_module_asks_for_a_kind_by_its_name() -> None:
+def test_no_module_outside_names_a_kind() -> None:
     """Outside of their own folders: whatever depends on the architecture is asked of it."""
     modules = [path for room in ("artifacts", "flows", "stages") for path in sorted((ROOT / room).rglob("*.py"))]
     outside = [path for path in modules if path.parent.name not in KINDS]
@@ -250,9 +250,7 @@ def names(module: Path) -> set[str]:
     return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 
 
-def test_weights_that_are_not_those_of_its_config_are_told_before_it_is_loaded(
-    drafter: Drafter, tmp_path: Path
-) -> None:
+def test_weights_that_do_not_match_the_config_are_found_without_loading(drafter: Drafter, tmp_path: Path) -> None:
     """Rollouts of hours come before a drafter that a training begins with is loaded."""
     save_drafter(drafter, tmp_path, torch.float32)
     check_whole(tmp_path)
@@ -261,10 +259,10 @@ def test_weights_that_are_not_those_of_its_config_are_told_before_it_is_loaded(
     with pytest.raises(DraftsmithError, match=r"has the unknown tensor layers\.0\.other"):
         check_whole(tmp_path)
     edit_tensors(lambda tensors: tensors.pop("layers.0.other"))(tmp_path)
-    for edit, said in (
+    for edit, problem in (
         (lambda tensors: tensors.update({name: torch.zeros(3)}), "has the wrong shape for"),
         (lambda tensors: tensors.pop(name), "lacks tensor"),
     ):
         edit_tensors(edit)(tmp_path)
-        with pytest.raises(DraftsmithError, match=f"{said} {name}"):
+        with pytest.raises(DraftsmithError, match=f"{problem} {name}"):
             check_whole(tmp_path)

@@ -40,7 +40,7 @@ def saved(tmp_path: Path, plain_target: Target) -> Path:
     return tmp_path / "drafter"
 
 
-def test_the_layout_is_the_one_that_engines_read(saved: Path) -> None:
+def test_the_layout_is_the_one_engines_read(saved: Path) -> None:
     config = json.loads((saved / "config.json").read_text())
     assert config["architectures"] == ["DFlashDraftModel"]
     assert config["model_type"] == "qwen3"
@@ -64,16 +64,14 @@ def test_the_layout_is_the_one_that_engines_read(saved: Path) -> None:
     assert tensors["fc.weight"].shape == (32, 2 * 32)
 
 
-def test_weights_that_the_serving_dtype_does_not_hold_are_not_written(
-    plain_drafter: DFlashDrafter, tmp_path: Path
-) -> None:
+def test_weights_that_overflow_the_serving_dtype_are_not_written(plain_drafter: DFlashDrafter, tmp_path: Path) -> None:
     torch.nn.init.constant_(plain_drafter.fc.weight, 1e5)  # float16 ends at 65504
     with pytest.raises(DraftsmithError, match=r"fc\.weight holds NaN or infinite weights"):
         save_drafter(plain_drafter, tmp_path, torch.float16)
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def test_default_layers_are_spread_as_the_paper_says() -> None:
+def test_default_layers_are_spread_as_in_the_paper() -> None:
     assert default_layer_ids(36, 5) == [1, 9, 17, 25, 33]  # z-lab's Qwen3-4B draft
     assert default_layer_ids(36, 1) == [18]
 
@@ -218,7 +216,7 @@ def test_the_preflight_finds_a_wrong_shape_without_weights(name: str, saved: Pat
         check_shape(saved, model_path(plain_artifact))
 
 
-def test_fields_that_change_nothing_are_read(saved: Path, plain_target: Target) -> None:
+def test_fields_with_neutral_values_are_accepted(saved: Path, plain_target: Target) -> None:
     """What engines take for the default may be said."""
     edit_config(lambda c: c.update(is_causal=False, use_gemma_norm=False, rope_is_neox_style=True))(saved)
     edit_config(lambda c: c["dflash_config"].update(attention_value_scale=1.0, projector_type=None))(saved)
@@ -246,13 +244,13 @@ def test_a_checkpoint_made_elsewhere_has_an_empty_record(saved: Path, plain_targ
     assert loaded.drafting_head(plain_target.head_weight, 5).token_ids is None
 
 
-def test_a_drafting_head_holds_the_most_frequent_tokens(saved: Path, plain_target: Target) -> None:
+def test_a_drafting_head_has_the_most_frequent_tokens(saved: Path, plain_target: Target) -> None:
     head = load_drafter(saved, plain_target).drafting_head(plain_target.head_weight, 3)
     assert head.token_ids is not None
     assert head.token_ids.tolist() == [61, 62, 63]
 
 
-def test_a_new_drafter_outside_the_target_is_refused(plain_target: Target) -> None:
+def test_a_new_drafter_that_does_not_fit_the_target_is_refused(plain_target: Target) -> None:
     for shape, message in (
         (DFlashConfig(target_layer_ids=(0, 4)), "target_layer_ids"),
         (DFlashConfig(target_layer_ids=(0, 1), mask_token="<none>"), "is not a token of the target"),
@@ -281,6 +279,6 @@ def test_windows_are_written_where_engines_read_them(plain_target: Target, tmp_p
         ({"layer_types": ("full_attention",) * 5, "sliding_window": 8}, "give both, or neither"),
     ],
 )
-def test_windows_of_a_new_drafter_that_do_not_fit_together(fields: dict[str, Any], message: str) -> None:
+def test_contradictory_windows_of_a_new_drafter_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DFlashConfig(**fields)

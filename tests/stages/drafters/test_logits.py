@@ -41,9 +41,9 @@ def family(request: pytest.FixtureRequest) -> str:
 def target(family: str, tmp_path_factory: pytest.TempPathFactory) -> Target:
     folder = tmp_path_factory.mktemp("family")
     write_family(folder, family)
-    made = Target.from_source(folder, dtype="float32", device="cpu")
-    assert not made.logit_map.is_identity
-    return made
+    target = Target.from_source(folder, dtype="float32", device="cpu")
+    assert not target.logit_map.is_identity
+    return target
 
 
 def states(target: Target, count: int = 5) -> torch.Tensor:
@@ -51,7 +51,7 @@ def states(target: Target, count: int = 5) -> torch.Tensor:
     return 2 * torch.randn(count, target.embedding.shape[1], generator=torch.Generator().manual_seed(0))
 
 
-def test_dspark_draws_from_products_and_bias_as_sglang_does_and_learns_from_the_targets_distribution(
+def test_dspark_samples_from_products_and_bias_as_sglang_does(
     target: Target,
 ) -> None:
     drafter = create_drafter(DSPARK, target, 0)
@@ -68,7 +68,7 @@ def test_dspark_draws_from_products_and_bias_as_sglang_does_and_learns_from_the_
 
 
 @pytest.mark.parametrize("new", [True, False])
-def test_the_choice_of_dflash2_starts_at_the_logits_that_an_engine_makes_of_its_config(
+def test_the_dflash2_selector_starts_at_the_logits_of_an_engine(
     new: bool, family: str, target: Target, tmp_path: Path
 ) -> None:
     drafter = create_drafter(DFLASH2, target, 0) if new else upgraded(random_drafter(target), DFLASH2, target, 0)
@@ -90,7 +90,7 @@ def test_the_choice_of_dflash2_starts_at_the_logits_that_an_engine_makes_of_its_
         to_speculators(raw, "someone/target", [])
 
 
-def test_a_config_that_says_nothing_of_it_means_the_products(target: Target, tmp_path: Path) -> None:
+def test_without_scale_and_cap_in_the_config_logits_are_the_products(target: Target, tmp_path: Path) -> None:
     drafter = create_drafter(DFLASH2, target, 0)
     assert isinstance(drafter, DFlash2Drafter)
     for name in ("output_multiplier", "final_logit_softcapping"):
@@ -100,16 +100,16 @@ def test_a_config_that_says_nothing_of_it_means_the_products(target: Target, tmp
     assert isinstance(loaded, DFlash2Drafter) and loaded.candidate_selector.unary_map == LogitMap()
 
 
-def test_an_upgraded_dspark_starts_at_the_distribution_of_the_scaled_head(family: str, target: Target) -> None:
+def test_an_upgraded_dspark_starts_with_the_scaled_heads_distribution(family: str, target: Target) -> None:
     """A cap has no such start: its proposals are the same, and its distribution is that of the products."""
     plain = random_drafter(target)
     plain.logit_map, plain.embedding_scale = target.logit_map, target.embedding_scale
-    made = upgraded(plain, DSPARK, target, seed=0)
+    upgrade = upgraded(plain, DSPARK, target, seed=0)
     tokens, anchors = torch.arange(1, 9)[None], torch.tensor([[4, 6]])
     at = tokens.gather(1, anchors)
     proposed, logits = [], []
     with torch.no_grad():
-        for drafter in (plain, made):
+        for drafter in (plain, upgrade):
             context = drafter.encode(target.features(tokens, [2, 0]), tokens, torch.arange(8)[None])
             hidden = drafter.block_hidden(context, at[..., None].expand(-1, -1, 4), anchors)
             head = drafter.drafting_head(target.head_weight, None)
@@ -121,15 +121,15 @@ def test_an_upgraded_dspark_starts_at_the_distribution_of_the_scaled_head(family
 
 
 @pytest.mark.parametrize("shape", [DFLASH2, DSPARK])
-def test_an_upgrade_has_the_dtypes_that_its_checkpoint_has(
+def test_an_upgrade_has_the_dtypes_of_its_checkpoint(
     shape: DFlash2Config | DSparkConfig, plain_target: Target, tmp_path: Path
 ) -> None:
     save_drafter(random_drafter(plain_target), tmp_path / "plain", torch.bfloat16)
-    made = upgraded(load_drafter(tmp_path / "plain", plain_target, torch.bfloat16), shape, plain_target, seed=0)
-    save_drafter(made, tmp_path / "made", torch.bfloat16)
+    upgrade = upgraded(load_drafter(tmp_path / "plain", plain_target, torch.bfloat16), shape, plain_target, seed=0)
+    save_drafter(upgrade, tmp_path / "made", torch.bfloat16)
     loaded = load_drafter(tmp_path / "made", plain_target, torch.bfloat16)
-    assert dtypes(made) == dtypes(loaded)
-    assert {torch.bfloat16} <= set(dtypes(made).values())
+    assert dtypes(upgrade) == dtypes(loaded)
+    assert {torch.bfloat16} <= set(dtypes(upgrade).values())
     assert (
         not {"output_multiplier", "final_logit_softcapping"}
         & json.loads((tmp_path / "made" / "config.json").read_text())["dflash_config"].keys()

@@ -45,7 +45,7 @@ def exported(drafter: Drafter, plain_artifact: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_what_is_read_back_is_the_drafter(
+def test_an_exported_drafter_is_read_back_unchanged(
     form: str, plain_target: Target, plain_artifact: Path, tmp_path: Path
 ) -> None:
     drafter = FORMS[form](plain_target)
@@ -62,7 +62,7 @@ def test_what_is_read_back_is_the_drafter(
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "own" / name).read_bytes(), name
 
 
-def test_the_fields_are_those_of_the_library(plain_target: Target, plain_artifact: Path, tmp_path: Path) -> None:
+def test_exported_fields_are_those_of_the_library(plain_target: Target, plain_artifact: Path, tmp_path: Path) -> None:
     drafter = random_dflash2(plain_target, sliding_window=6)
     folder = exported(drafter, plain_artifact, tmp_path)
     config = json.loads((folder / "config.json").read_text())
@@ -92,7 +92,7 @@ def test_the_fields_are_those_of_the_library(plain_target: Target, plain_artifac
 
 
 @pytest.mark.parametrize("from_anchor", [True, False])
-def test_the_fields_of_a_dspark_are_those_of_the_library(
+def test_exported_dspark_fields_are_those_of_the_library(
     from_anchor: bool, plain_target: Target, plain_artifact: Path, tmp_path: Path
 ) -> None:
     folder = exported(random_dspark(plain_target, from_anchor=from_anchor), plain_artifact, tmp_path)
@@ -124,9 +124,7 @@ TRAPS: dict[str, tuple[Edit, str]] = {
 
 
 @pytest.mark.parametrize("name", TRAPS)
-def test_what_is_not_computed_here_is_refused(
-    name: str, plain_target: Target, plain_artifact: Path, tmp_path: Path
-) -> None:
+def test_unsupported_configs_are_refused(name: str, plain_target: Target, plain_artifact: Path, tmp_path: Path) -> None:
     folder, (edit, message) = exported(random_drafter(plain_target), plain_artifact, tmp_path), TRAPS[name]
     edit(folder)
     with pytest.raises(DraftsmithError, match=message):
@@ -146,7 +144,7 @@ def test_what_is_not_computed_here_is_refused(
         ),
     ],
 )
-def test_a_drafter_that_the_library_has_no_form_for_is_not_written(
+def test_a_drafter_that_the_library_cannot_represent_is_not_exported(
     make: Any, message: str, plain_target: Target, plain_artifact: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(DraftsmithError, match=message):
@@ -158,7 +156,7 @@ def test_a_drafter_that_the_library_has_no_form_for_is_not_written(
     ("form", "both_ways"),
     [("dflash", True), ("dflash, windows", False), ("dflash, windows read both ways", True), ("dspark", True)],
 )
-def test_every_layer_reads_a_block_as_it_does_here_where_one_field_says_it_of_all(
+def test_one_field_sets_the_reading_direction_of_all_layers(
     form: str, both_ways: bool, plain_target: Target, plain_artifact: Path, tmp_path: Path
 ) -> None:
     """vLLM makes `causal` of the field's opposite, of full layers too (vllm-project/vllm#56692)."""
@@ -168,7 +166,7 @@ def test_every_layer_reads_a_block_as_it_does_here_where_one_field_says_it_of_al
     assert {sight.causal for sight in drafter.spans} == {not both_ways}
 
 
-def test_embedding_and_head_are_stored_as_the_backbone_is(
+def test_embedding_and_head_are_stored_in_the_backbones_dtype(
     plain_target: Target, plain_artifact: Path, tmp_path: Path
 ) -> None:
     save_drafter(random_dspark(plain_target), tmp_path / "own", torch.bfloat16)
@@ -178,7 +176,7 @@ def test_embedding_and_head_are_stored_as_the_backbone_is(
     assert tensors["confidence_head.proj.weight"].dtype == torch.float32
 
 
-def test_a_target_that_scales_its_embedding_has_no_such_export(plain_target: Target, tmp_path: Path) -> None:
+def test_a_target_that_scales_its_embedding_is_refused(plain_target: Target, tmp_path: Path) -> None:
     write_family(tmp_path / "gemma", "Gemma 2")
     save_drafter(random_drafter(plain_target), tmp_path / "own", torch.float32)
     with pytest.raises(DraftsmithError, match="multiplies its embedding by 5"):

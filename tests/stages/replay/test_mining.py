@@ -65,7 +65,7 @@ def summary(ctx: RecordingContext) -> dict[str, Any]:
     return content
 
 
-def test_the_table_is_the_trace_that_was_served(mined: RecordingContext, assisted: Path) -> None:
+def test_the_table_equals_the_served_trace(mined: RecordingContext, assisted: Path) -> None:
     columns = ["trajectory_id", "step", "anchor", "accepted", "proposed_ids"]
     served = read_table(assisted / "trace.parquet", TRACE, columns).to_pylist()
     assert [{name: row[name] for name in columns} for row in table(mined)] == served
@@ -96,7 +96,7 @@ def test_rows_agree_with_the_trajectory(mined: RecordingContext, assisted: Path)
             assert np.isnan(row["best_logprob"])
 
 
-def test_the_summary_is_what_the_table_says(mined: RecordingContext, bench: Bench) -> None:
+def test_the_summary_agrees_with_the_table(mined: RecordingContext, bench: Bench) -> None:
     rows, found = table(mined), summary(mined)
     assert found["steps"] == len(rows)
     assert found["tau"] == pytest.approx(np.mean([row["committed"] for row in rows]))
@@ -127,7 +127,7 @@ def test_the_summary_is_what_the_table_says(mined: RecordingContext, bench: Benc
     assert mined.progressed[-1] == (found["steps"], found["steps"], "steps put together")
 
 
-def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
+def test_an_interrupted_run_continues_and_gives_the_same_bytes(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, mined: RecordingContext
 ) -> None:
     for _ in range(2):
@@ -160,7 +160,7 @@ def test_shards_give_the_same_bytes_as_one_process(
         assert (joined.out / name).read_bytes() == (mined.out / name).read_bytes(), name
 
 
-def test_work_that_was_lost_with_its_shard_is_counted_once(
+def test_answers_of_a_lost_shard_are_counted_once(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, mined: RecordingContext
 ) -> None:
     with pytest.raises(StageInterrupted):
@@ -175,7 +175,7 @@ def test_work_that_was_lost_with_its_shard_is_counted_once(
 
 
 @pytest.mark.parametrize("how", ["scored", "full", "sample"])
-def test_what_is_mined_is_what_is_read(
+def test_only_as_much_is_mined_as_is_read(
     how: str, tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, mined: RecordingContext,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -217,7 +217,7 @@ def other_drafter(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: Drafte
     return folder
 
 
-def test_another_drafter_is_mined_on_the_same_text_without_parity(
+def test_another_drafter_is_mined_on_the_same_answers_without_parity(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, other_drafter: Path, mined: RecordingContext
 ) -> None:
     ctx = mine(tmp_path, tiny_drafter, assisted, drafter=other_drafter)
@@ -247,8 +247,8 @@ def retold(tmp_path: Path, assisted: Path) -> Callable[..., Path]:
 
     def retell(trace: list[dict[str, Any]], steps: Callable[[int], int] = lambda n: n, **changes: Any) -> Path:
         folder = Path(shutil.copytree(assisted, tmp_path / "retold", dirs_exist_ok=True))
-        told = json.loads((folder / "trace.json").read_text())
-        (folder / "trace.json").write_text(json.dumps({**told, **changes}))
+        served_with = json.loads((folder / "trace.json").read_text())
+        (folder / "trace.json").write_text(json.dumps({**served_with, **changes}))
         write_table(folder / "trace.parquet", TRACE, trace)
         timings = read_table(folder / "timings.parquet", TIMINGS).to_pylist()
         write_table(
@@ -322,7 +322,7 @@ def test_the_steps_of_a_retracted_answer_are_not_compared(
     assert any(f"{len(timings)} of {len(timings)} answers were retracted" in line for line in ctx.logs)
 
 
-def test_the_trained_block_size_may_be_written_out_on_one_side(
+def test_an_explicit_block_size_equals_the_trained_default(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, retold: Callable[..., Path]
 ) -> None:
     ctx = mine(tmp_path, tiny_drafter, assisted, drafting={"block_size": 8})
@@ -332,7 +332,7 @@ def test_the_trained_block_size_may_be_written_out_on_one_side(
     assert summary(ctx)["parity"]["different_steps"] == 0
 
 
-def test_a_reduced_head_that_the_drafter_cannot_have_is_said_and_compared_as_none(
+def test_head_tokens_without_frequent_tokens_are_logged_and_ignored(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, mined: RecordingContext, retold: Callable[..., Path]
 ) -> None:
     """Without the file that names the frequent tokens it drafts from all, whatever `head_tokens` says."""

@@ -28,7 +28,7 @@ NARROWER = [NARROW, SamplingParams(1.0, 0.95, 12)]
 COUNT, LENGTH = 60, 24
 
 
-def drawn(target: Target, sampling: SamplingParams) -> list[Trajectory]:
+def sample_answers(target: Target, sampling: SamplingParams) -> list[Trajectory]:
     requests = [Request(str(i), [5, 3, 9, 1], LENGTH, sampling, i) for i in range(COUNT)]
     answers = EmbeddedEngine(target, slots=COUNT, capacity=LENGTH + 8).generate(requests)
     return [trajectory_of(answer) for answer in answers if len(answer.response_ids) > 1]  # as they are loaded
@@ -36,7 +36,7 @@ def drawn(target: Target, sampling: SamplingParams) -> list[Trajectory]:
 
 @pytest.fixture(scope="module")
 def wide(plain_target: Target) -> list[Trajectory]:
-    return drawn(plain_target, WIDE)
+    return sample_answers(plain_target, WIDE)
 
 
 def distributions(target: Target, text: Trajectory) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,10 +46,10 @@ def distributions(target: Target, text: Trajectory) -> tuple[torch.Tensor, torch
 
 
 @pytest.mark.parametrize("narrow", NARROWER, ids=str)
-def test_the_share_outside_the_nucleus_is_counted_and_said(
+def test_the_share_outside_the_nucleus_is_counted_and_reported(
     narrow: SamplingParams, wide: list[Trajectory], plain_target: Target, tmp_path: Path
 ) -> None:
-    drafters: dict[str, Drafter] = {"draws": random_dspark(plain_target), "argmax": random_drafter(plain_target)}
+    drafters: dict[str, Drafter] = {"samples": random_dspark(plain_target), "argmax": random_drafter(plain_target)}
 
     def replayed(texts: list[Trajectory], sampling: SamplingParams) -> dict[str, AcceptanceStats]:
         replayer = Replayer(plain_target, ReplayOptions(sampling=sampling))
@@ -62,21 +62,21 @@ def test_the_share_outside_the_nucleus_is_counted_and_said(
         total += len(tokens)
     for _ in range(2):  # the second time as they were kept
         found = replayed(wide, narrow)
-        assert found["draws"].outside_nucleus_share == count / total > 0.05
+        assert found["samples"].outside_nucleus_share == count / total > 0.05
         assert found["argmax"].outside_nucleus_share is None
-    assert truncation_warning(found["draws"].outside_nucleus_share, narrow) is not None
+    assert truncation_warning(found["samples"].outside_nucleus_share, narrow) is not None
 
-    assert replayed(wide, WIDE)["draws"].outside_nucleus_share == 0
-    own = replayed(drawn(plain_target, narrow), narrow)["draws"].outside_nucleus_share
+    assert replayed(wide, WIDE)["samples"].outside_nucleus_share == 0
+    own = replayed(sample_answers(plain_target, narrow), narrow)["samples"].outside_nucleus_share
     assert own == 0 and truncation_warning(own, narrow) is None and truncation_warning(None, narrow) is None
 
-    groups = Replayer(plain_target, ReplayOptions(sampling=narrow)).mine(drafters["draws"], wide)
+    groups = Replayer(plain_target, ReplayOptions(sampling=narrow)).mine(drafters["samples"], wide)
     traces = [trace for group in groups for trace in group.traces]
     assert sum(trace.outside_nucleus for trace in traces) == count
 
 
 @pytest.mark.parametrize("narrow", NARROWER, ids=str)
-def test_a_token_outside_is_judged_by_the_distribution_before_truncation(
+def test_a_token_outside_is_verified_by_the_distribution_before_truncation(
     narrow: SamplingParams, wide: list[Trajectory], plain_target: Target
 ) -> None:
     """q/p with the p that had not been cut: not certainly kept, as q over nothing would be."""
@@ -97,7 +97,7 @@ def test_a_token_outside_is_judged_by_the_distribution_before_truncation(
             break
 
 
-def test_tau_is_about_that_of_the_sampling_of_the_answers(wide: list[Trajectory], plain_target: Target) -> None:
+def test_tau_is_close_to_that_of_the_true_sampling(wide: list[Trajectory], plain_target: Target) -> None:
     """A fifth of the tokens are outside: were each of them kept, tau would be a tenth higher."""
     drafter = {"it": random_dspark(plain_target)}
     true, stated = (
@@ -107,7 +107,7 @@ def test_tau_is_about_that_of_the_sampling_of_the_answers(wide: list[Trajectory]
     assert stated == pytest.approx(true, rel=0.05)
 
 
-def test_outside_without_an_order_is_that_with_one() -> None:
+def test_truncation_without_sorting_equals_truncation_with_sorting() -> None:
     generator = torch.Generator().manual_seed(0)
     p = torch.softmax(3 * torch.randn(50, 40, generator=generator, dtype=torch.float64), -1)
     for sampling in [

@@ -130,7 +130,7 @@ def test_counted_steps_are_compared_as_tau() -> None:
 
 
 @pytest.mark.parametrize("count", [8, 64])
-def test_a_served_tau_that_is_measurably_lower_fails_within_the_limit_of_steps_too(count: int) -> None:
+def test_a_measurably_lower_served_tau_fails_even_within_the_limit(count: int) -> None:
     """4.84 where replay says 6.0 is 19 % off, and 25 % of the steps may differ."""
     with pytest.raises(
         DraftsmithError, match=r"tau is [45]\.\d+ as served and 6\.\d+ .* lower by at least \d+\.\d% .*rotary"
@@ -160,7 +160,7 @@ def test_a_good_engine_is_seldom_refused() -> None:
     assert refused <= 10
 
 
-def test_of_few_answers_only_a_large_difference_is_refused() -> None:
+def test_few_answers_fail_only_on_a_large_difference() -> None:
     """Equal differences of two answers are no proof; what is farther off than steps may differ is."""
     few = tau_of(BF16, [100, 100], [48, 48], [40, 40])
     assert (few["tau_difference_high"], few["tau_difference"]) == (None, pytest.approx(-1 / 6))
@@ -172,7 +172,7 @@ def test_of_few_answers_only_a_large_difference_is_refused() -> None:
 
 @pytest.mark.parametrize("counted", [0, 50])
 @pytest.mark.parametrize("count", [1, 2, 20])
-def test_an_engine_that_accepted_nothing_fails_within_the_limit_too(counted: int, count: int) -> None:
+def test_an_engine_that_accepts_nothing_fails_even_within_the_limit(counted: int, count: int) -> None:
     """Replay's tau is 1.25: a served tau of 1 is 20 % off."""
     counts = [50] * count, [counted] * count, [40] * count
     with pytest.raises(DraftsmithError, match=r"tau is 1\.000 as served and 1\.250"):

@@ -32,7 +32,7 @@ from draftsmith.stages.replay.trace import Trace, tau
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import SamplingParams
 from tests.stages.bench import trajectory_of
-from tests.stages.drafters.test_drafting import logits_of
+from tests.stages.drafters.test_block_samplers import logits_of
 from tests.testbed import random_target
 from tests.testbed.dflash2 import random_dflash2
 from tests.testbed.dspark import random_dspark
@@ -97,7 +97,7 @@ class Plainly:
 
     @torch.no_grad()
     def q(self, anchor: int, chain: list[int], k: int) -> np.ndarray:
-        """[V] of offset k behind the anchor, after the tokens of `chain` (the anchor's and the proposals)."""
+        """[V] of offset k after the anchor, after the tokens of `chain` (the anchor's and the proposals)."""
         K = self.drafter.block_size - 1
         given = torch.tensor([[(chain + [0] * K)[:K]]])
         hidden = self.drafter.block_hidden(self.context, given, torch.tensor([[anchor]]))
@@ -181,7 +181,7 @@ def test_parallel_replay_equals_the_plain_reference(
         assert [steps(trace) for trace in replayed(plain_target, drafter, some, chains=chains)] == expected
 
 
-def test_what_is_expected_is_what_drawing_comes_to(drafter: Drafter, plain_target: Target) -> None:
+def test_expected_commits_equal_the_mean_of_sampled_ones(drafter: Drafter, plain_target: Target) -> None:
     (answer,) = EmbeddedEngine(plain_target, capacity=32).generate([Request("", PROMPT, 20, SAMPLING, 2)])
     text = trajectory_of(answer)
     assert text.answer_length == 20
@@ -205,7 +205,7 @@ def test_what_is_expected_is_what_drawing_comes_to(drafter: Drafter, plain_targe
     assert tau(traces) == pytest.approx(exact, rel=0.04)  # ratio of sums; the text's end counts
 
 
-def test_tau_of_averages_varies_less_than_that_of_drawn_traces(plain_target: Target) -> None:
+def test_expected_tau_varies_less_than_that_of_sampled_traces(plain_target: Target) -> None:
     """Over a corpus; a single short text may be an exception."""
     draws = 40
     engine = EmbeddedEngine(plain_target, capacity=48)
@@ -221,12 +221,12 @@ def test_tau_of_averages_varies_less_than_that_of_drawn_traces(plain_target: Tar
             *((len(t.anchors), t.committed.sum(), t.expected_committed.sum()) for t in traces), strict=True
         )
     )
-    drawn_tau, tau_of_averages = committed / steps, averaged / steps
-    assert abs(drawn_tau.mean() - tau_of_averages.mean()) < 5 * drawn_tau.std() / draws**0.5
-    assert tau_of_averages.std() < 0.8 * drawn_tau.std()
+    sampled_tau, tau_of_averages = committed / steps, averaged / steps
+    assert abs(sampled_tau.mean() - tau_of_averages.mean()) < 5 * sampled_tau.std() / draws**0.5
+    assert tau_of_averages.std() < 0.8 * sampled_tau.std()
 
 
-def test_what_is_compared_watched_and_gated_are_averages(texts: list[Trajectory], plain_target: Target) -> None:
+def test_comparison_drift_and_gate_use_expected_commits(texts: list[Trajectory], plain_target: Target) -> None:
     """Not the lengths that were drawn: neither in the comparison nor in a drift check, nor in what the gate reads."""
     arms = {CHAMPION: random_dspark(plain_target), "opd": random_dflash2(plain_target, selector_top_k=40)}
     some, averaged = texts[:30], {}
@@ -248,7 +248,7 @@ def test_what_is_compared_watched_and_gated_are_averages(texts: list[Trajectory]
 
 
 def first_steps(texts: Sequence[Trajectory], accepted: Sequence[int]) -> Counter[tuple[int, int]]:
-    """How often each pair of the token behind the first anchor and the proposals kept in the first step came."""
+    """How often each pair of the token after the first anchor and the proposals kept in the first step came."""
     return Counter((t.tokens[t.first_anchor + 1] % 4, n) for t, n in zip(texts, accepted, strict=True))
 
 
@@ -287,7 +287,7 @@ WRONG: dict[str, Ratio] = {
 
 
 @pytest.mark.parametrize("rule", WRONG)
-def test_a_wrong_rule_is_seen(
+def test_a_wrong_rule_is_detected(
     rule: str,
     drafter: Drafter,
     served: Counter[tuple[int, int]],
@@ -299,9 +299,7 @@ def test_a_wrong_rule_is_seen(
     assert same_distribution(served, replay_counts(plain_target, drafter, texts)) < ALARM
 
 
-def test_the_targets_distribution_is_not_in_the_training_loops_dtype(
-    texts: list[Trajectory], plain_target: Target
-) -> None:
+def test_the_targets_distribution_ignores_autocast(texts: list[Trajectory], plain_target: Target) -> None:
     hidden = plain_target.read(torch.tensor([texts[0].tokens])).hidden
     text = sampled.TargetSampler.for_trajectories(plain_target, hidden, texts[:1], SAMPLING, 4)
     at = torch.arange(len(texts[0].tokens))
@@ -311,7 +309,7 @@ def test_the_targets_distribution_is_not_in_the_training_loops_dtype(
     assert torch.equal(found[1], replace(text, cached=None).answer_probability(at[None], at[None]))
 
 
-def test_how_far_blocks_are_kept_is_known_without_their_proposals(
+def test_accepted_lengths_do_not_need_proposals(
     drafter: Drafter, texts: list[Trajectory], plain_target: Target
 ) -> None:
     whole = replayed(plain_target, drafter, texts)
@@ -324,24 +322,24 @@ def test_how_far_blocks_are_kept_is_known_without_their_proposals(
 
 
 @pytest.mark.parametrize("sampling", [SAMPLING, SamplingParams(0.7)], ids=str)
-def test_what_the_target_says_of_a_text_is_computed_once(
+def test_answer_probabilities_are_computed_once(
     sampling: SamplingParams, texts: list[Trajectory], plain_target: Target
 ) -> None:
     some = texts[:4]
     tokens = torch.tensor([text.tokens for text in some])
-    asked: list[int] = []
+    computed: list[int] = []
 
     def logits(hidden: torch.Tensor) -> torch.Tensor:
-        asked.append(len(hidden))
+        computed.append(len(hidden))
         return plain_target.logits(hidden)
 
     text = sampled.TargetSampler.for_trajectories(plain_target, plain_target.read(tokens).hidden, some, sampling, 4)
     text = replace(text, logits=logits)
-    following = torch.nn.functional.pad(tokens[:, 1:], (0, 3), value=-1)  # what blocks ask for reaches behind the end
+    following = torch.nn.functional.pad(tokens[:, 1:], (0, 3), value=-1)  # what blocks ask for reaches after the end
     at = torch.arange(following.shape[1]).expand_as(following)
     part = slice(2, 7)
     early, late = text.answer_probability(at[:, part], following[:, part]), text.answer_probability(at, following)
-    assert torch.equal(early, late[:, part]) and sum(asked) == tokens[:, 1:].numel()
+    assert torch.equal(early, late[:, part]) and sum(computed) == tokens[:, 1:].numel()
     assert (late[:, tokens.shape[1] - 1 :] == 1).all()
     for row, one in enumerate(some):
         whole = probabilities(plain_target.logits(text.hidden[row]), sampling.temperature)
@@ -351,15 +349,15 @@ def test_what_the_target_says_of_a_text_is_computed_once(
         torch.testing.assert_close(late[row, : len(expected)], expected, rtol=1e-5, atol=0)
         chosen = text.select(torch.tensor([row]))
         assert torch.equal(chosen.answer_probability(at[:1], following[row][None])[0], late[row])
-    assert sum(asked) == tokens[:, 1:].numel()
+    assert sum(computed) == tokens[:, 1:].numel()
 
 
 def test_greedy_texts_and_other_drafters_are_verified_by_equality(plain_target: Target) -> None:
     texts = random_target.trajectories(4)
-    drawing, plain = sampling_dflash(plain_target), random_target.random_drafter(plain_target)
+    sampling_drafter, plain = sampling_dflash(plain_target), random_target.random_drafter(plain_target)
     of_argmaxes = replayed(plain_target, plain, texts, SAMPLING)
     for other in (
-        replayed(plain_target, drawing, texts, SamplingParams()),
+        replayed(plain_target, sampling_drafter, texts, SamplingParams()),
         replayed(plain_target, plain, texts, SamplingParams()),
     ):
         for trace, expected in zip(other, of_argmaxes, strict=True):
@@ -368,7 +366,7 @@ def test_greedy_texts_and_other_drafters_are_verified_by_equality(plain_target: 
             np.testing.assert_array_equal(trace.accepted, expected.accepted)
 
 
-def test_a_smaller_block_is_a_block_of_its_own(drafter: Drafter, texts: list[Trajectory], plain_target: Target) -> None:
+def test_a_smaller_block_gives_its_own_trace(drafter: Drafter, texts: list[Trajectory], plain_target: Target) -> None:
     traces = replayed(plain_target, drafter, texts[:8], drafting=DraftingConfig(block_size=3))
     assert all(trace.proposed.shape[1] == 2 and (trace.expected_committed <= 3).all() for trace in traces)
 
@@ -377,9 +375,7 @@ def test_a_smaller_block_is_a_block_of_its_own(drafter: Drafter, texts: list[Tra
 
 
 @pytest.mark.parametrize("family", ["Gemma 2", "gpt-oss", "Qwen3.5 with images"])
-def test_of_every_family_replay_is_the_plain_reference_and_proposals_are_scored_on_their_prefix(
-    family: str, tmp_path: Path
-) -> None:
+def test_replay_and_scores_equal_the_reference_for_every_family(family: str, tmp_path: Path) -> None:
     """Of answers that were decoded with the drafter, in rows that others take over."""
     write_family(tmp_path, family)
     target = Target.from_source(tmp_path, dtype="float32", device="cpu")

@@ -34,13 +34,13 @@ Step = tuple[int, ...]  # the text's first two tokens, proposals kept, and both 
 
 @dataclass(frozen=True)
 class Tables:
-    """Logits [V, V] of the target at the text's offsets 1, 2, 3 and of the drafter at 1, 2, behind each token."""
+    """Logits [V, V] of the target at the text's offsets 1, 2, 3 and of the drafter at 1, 2, after each token."""
 
     p: np.ndarray  # [3, V, V]
     q: np.ndarray  # [2, V, V]
 
     @classmethod
-    def made(cls) -> Tables:
+    def random(cls) -> Tables:
         p, q = np.log(np.random.default_rng(3).dirichlet(np.full(V, 0.8), (2, 3, V)))
         return cls(p, q[:2])
 
@@ -56,7 +56,7 @@ class Tables:
         return p / p.sum(-1, keepdims=True), q
 
 
-TABLES = Tables.made()
+TABLES = Tables.random()
 ANCHOR = 1  # the token, at position 0
 
 
@@ -97,7 +97,7 @@ class TableSampler(BlockSampler):
 
 @cache
 def texts(sampling: SamplingParams) -> torch.Tensor:
-    """[DRAWS, 4] of the target alone: the anchor, and what is drawn behind it."""
+    """[DRAWS, 4] of the target alone: the anchor, and what is drawn after it."""
     p, rng, found = TABLES.distributions(sampling)[0], random.Random(1), []
     for _ in range(DRAWS):
         text = [ANCHOR]
@@ -150,7 +150,7 @@ WRONG: dict[str, tuple[str, Rule]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_rules_are_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_rules_are_detected(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     where, rule = WRONG[name]
     right = decoded(SAMPLINGS[2])
     monkeypatch.setattr(sampled, where, rule)

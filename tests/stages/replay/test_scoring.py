@@ -64,7 +64,7 @@ def plainly(bench: Bench, trajectory: Trajectory, trace: Trace) -> StepScores:
     ("where", "drafter"), [("bench", "trained"), ("bench", "untrained"), ("eagle_bench", "trained")]
 )
 @pytest.mark.parametrize(("tree_tokens", "positions_per_chunk"), [(512, 1024), (8, 7), (20, 1)])
-def test_scores_equal_one_plain_forward_a_block(
+def test_scores_equal_one_forward_per_block(
     where: str, drafter: str, tree_tokens: int, positions_per_chunk: int, request: pytest.FixtureRequest
 ) -> None:
     """And where nothing is asked after the first rejection, they are the same up to there."""
@@ -89,7 +89,7 @@ def test_scores_equal_one_plain_forward_a_block(
     assert after_rejections > 5  # how many there are depends on the processor that trained the drafter
 
 
-def test_scoring_leaves_the_trajectories_in_the_cache_alone(bench: Bench) -> None:
+def test_scoring_does_not_change_the_trajectories_in_the_cache(bench: Bench) -> None:
     r = replayed(bench, "trained", free=16)
     group = replace(r.group, tree_tokens=16)
     assert group.cache is not None

@@ -89,7 +89,7 @@ def test_a_fresh_drafter_is_seeded_and_starts_at_logits_of_unit_spread(plain_tar
     assert 0.3 < float(logits.std()) < 3
 
 
-def test_a_layer_with_a_window_keeps_what_its_window_can_reach(plain_target: Target) -> None:
+def test_a_layer_with_a_window_stores_what_it_can_reach(plain_target: Target) -> None:
     """Memory of requests in flight, however long they may become."""
     drafter = random_target.random_drafter(plain_target, sliding_window=20, layer_types=(SLIDING, FULL))
     for capacity in (10, 4096):

@@ -61,7 +61,7 @@ def test_a_trap_is_one_clear_error(name: str, saved: Path, plain_target: Target)
     assert "\n" not in str(error.value)
 
 
-def test_the_plan_of_a_drafter_that_goes_on_as_dflash2(plain_target: Target, tmp_path: Path) -> None:
+def test_the_plan_of_an_upgrade_to_dflash2(plain_target: Target, tmp_path: Path) -> None:
     save_drafter(random_target.random_drafter(plain_target), tmp_path, torch.float32)
     shape = DFlash2Config(kind="dflash2", **SIZES)
     plan = plan_of_checkpoint(tmp_path, plain_target.model.config, "here", lambda: plain_target.tokenizer, shape)

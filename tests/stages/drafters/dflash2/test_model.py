@@ -26,7 +26,7 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 @pytest.mark.parametrize("window", [None, 4])
-def test_hidden_states_and_the_walk_equal_the_plain_float64_reference(window: int | None, plain_target: Target) -> None:
+def test_hidden_states_and_proposals_equal_the_float64_reference(window: int | None, plain_target: Target) -> None:
     fields: dict[str, Any] = {} if window is None else {"sliding_window": window, "layer_types": (SLIDING, FULL)}
     drafter, trajectory = random_dflash2(plain_target, **fields), random_target.trajectories(1, seed=3)[0]
     tokens, anchors = torch.tensor([trajectory.tokens]), [4, 9, 7]
@@ -62,7 +62,7 @@ def test_hidden_states_and_the_walk_equal_the_plain_float64_reference(window: in
         assert walked != (expected @ plain_target.head_weight.double().T).argmax(-1).tolist(), "pairs decide"
 
 
-def test_a_convolution_reaches_no_further_than_the_block() -> None:
+def test_a_convolution_does_not_leave_its_block() -> None:
     """What lies in front of it counts as zero, as in a longer block whose first positions are."""
     convolution = BlockConvolution(16, 5, 4)
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_a_convolution_reaches_no_further_than_the_block() -> None:
     torch.testing.assert_close(short, longer[:, 4:])
 
 
-def test_a_dflash_drafter_goes_on_as_dflash2_with_the_same_proposals_and_tau(plain_target: Target) -> None:
+def test_an_upgrade_from_dflash_has_the_same_proposals_and_tau(plain_target: Target) -> None:
     plain = random_target.random_drafter(plain_target, sliding_window=6, layer_types=(SLIDING, FULL))
     plain.frequent_tokens = torch.arange(random_target.VOCAB_SIZE)
     made = upgraded(plain, DFlash2Config(kind="dflash2", num_layers=7, block_size=3, **SIZES), plain_target, seed=0)
@@ -95,7 +95,7 @@ def test_a_dflash_drafter_goes_on_as_dflash2_with_the_same_proposals_and_tau(pla
     assert tau(traces[0]) == tau(traces[1])
 
 
-def test_other_drafters_stay_what_they_are(plain_target: Target, plain_drafter: object) -> None:
+def test_other_kinds_are_not_upgraded(plain_target: Target, plain_drafter: object) -> None:
     chooser = random_dflash2(plain_target)
     assert upgraded(chooser, DFlashConfig(), plain_target, 0) is chooser
     assert upgraded(chooser, DFlash2Config(kind="dflash2"), plain_target, 0) is chooser

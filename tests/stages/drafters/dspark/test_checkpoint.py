@@ -49,7 +49,7 @@ def test_the_round_trip_with_a_confidence_head(
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
 
 
-def test_in_half_precision_the_confidence_stays_whole(plain_target: Target, tmp_path: Path) -> None:
+def test_in_half_precision_the_confidence_stays_float32(plain_target: Target, tmp_path: Path) -> None:
     save_drafter(random_dspark(plain_target), tmp_path, torch.bfloat16)
     stored = load_file(tmp_path / "model.safetensors")
     assert {name for name, tensor in stored.items() if tensor.dtype == torch.float32} == {
@@ -103,14 +103,14 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_computed_is_refused(name: str, saved: Path, plain_target: Target) -> None:
+def test_unsupported_configs_are_refused(name: str, saved: Path, plain_target: Target) -> None:
     change, message = REFUSED[name]
     edit_config(change)(saved)
     with pytest.raises(DraftsmithError, match=message):
         load_drafter(saved, plain_target)
 
 
-def test_the_plan_of_an_upgrade_is_of_what_is_trained(plain_target: Target, tmp_path: Path) -> None:
+def test_the_plan_of_an_upgrade_describes_the_trained_drafter(plain_target: Target, tmp_path: Path) -> None:
     from tests.testbed.random_target import random_drafter
 
     before = random_drafter(plain_target)

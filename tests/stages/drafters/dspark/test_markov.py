@@ -28,7 +28,7 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 
 
 class Blocks:
-    """Blocks behind three anchors of one text, on tokens that a generator drew."""
+    """Blocks after three anchors of one text, on tokens that a generator drew."""
 
     def __init__(self, target: Target, drafter: DSparkDrafter):
         text = random_target.trajectories(1, seed=3)[0]
@@ -79,27 +79,27 @@ def test_logits_and_confidence_equal_the_plain_reference(
         if drafter.confidence_head is None:
             continue
         proj = drafter.confidence_head.proj
-        # of the token itself, whatever the bias is made of
+        # of the token itself, whatever the bias is upgrade of
         read = torch.cat([states, w1[tokens]], -1) if reads_token else states
-        said = read @ proj.weight[0].detach().double() + proj.bias.detach().double()
+        expected_logit = read @ proj.weight[0].detach().double() + proj.bias.detach().double()
         found = drafter.confidence(blocks.hidden)[0, block].detach().double()
-        torch.testing.assert_close(found, said, atol=TOLERANCE, rtol=TOLERANCE)
+        torch.testing.assert_close(found, expected_logit, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def test_an_upgraded_drafter_proposes_what_it_did_and_learns(
+def test_an_upgraded_drafter_has_the_same_proposals_and_learns(
     kind: Any, plain_target: Target, plain_drafter: DFlashDrafter
 ) -> None:
     shape = DSparkConfig(kind="dspark", markov_rank=6, markov_head=kind)
-    made, again = (upgraded(plain_drafter, shape, plain_target, seed=0) for _ in range(2))
-    assert isinstance(made, DSparkDrafter) and made.block_size == plain_drafter.block_size
+    upgrade, again = (upgraded(plain_drafter, shape, plain_target, seed=0) for _ in range(2))
+    assert isinstance(upgrade, DSparkDrafter) and upgrade.block_size == plain_drafter.block_size
     assert all(
-        torch.equal(a, b) for a, b in zip(made.parameters(), again.parameters(), strict=True)
+        torch.equal(a, b) for a, b in zip(upgrade.parameters(), again.parameters(), strict=True)
     )  # seeded, all of it
     texts = random_target.trajectories(3, seed=2)
-    traces = Replayer(plain_target).traces({"before": plain_drafter, "after": made}, texts)
+    traces = Replayer(plain_target).traces({"before": plain_drafter, "after": upgrade}, texts)
     for before, after in zip(traces["before"], traces["after"], strict=True):
         assert before.proposed.tolist() == after.proposed.tolist()
-    blocks = Blocks(plain_target, made)
-    hidden = made.block_hidden(blocks.context, blocks.given, blocks.anchors)
+    blocks = Blocks(plain_target, upgrade)
+    hidden = upgrade.block_hidden(blocks.context, blocks.given, blocks.anchors)
     blocks.head.logits(hidden).logsumexp(-1).sum().backward()
-    assert float(made.markov_head.markov_w2.weight.grad.abs().max()) > 0  # type: ignore[union-attr]
+    assert float(upgrade.markov_head.markov_w2.weight.grad.abs().max()) > 0  # type: ignore[union-attr]

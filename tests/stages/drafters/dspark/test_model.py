@@ -67,12 +67,12 @@ def test_logits_equal_the_plain_float64_reference(from_anchor: bool, plain_targe
             before = w1[given[0, index, k]]
             expected = plain_target.head_weight.double() @ states[k] + w2 @ before
             torch.testing.assert_close(logits[0, index, k].double(), expected, atol=TOLERANCE, rtol=TOLERANCE)
-            said = tensors["confidence_head.proj.weight"][0] @ torch.cat([states[k], before])
-            said = said + tensors["confidence_head.proj.bias"][0]
-            torch.testing.assert_close(confidence[0, index, k].double(), said, atol=TOLERANCE, rtol=TOLERANCE)
+            expected_logit = tensors["confidence_head.proj.weight"][0] @ torch.cat([states[k], before])
+            expected_logit = expected_logit + tensors["confidence_head.proj.bias"][0]
+            torch.testing.assert_close(confidence[0, index, k].double(), expected_logit, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def test_a_reduced_head_has_the_same_logits_of_its_tokens(plain_target: Target) -> None:
+def test_a_reduced_head_has_the_same_logits_for_its_tokens(plain_target: Target) -> None:
     drafter = random_dspark(plain_target)
     hidden = torch.randn(3, 32 + 6, generator=torch.Generator().manual_seed(0))
     whole = drafter.head_over(plain_target.head_weight, None).logits(hidden)
@@ -100,7 +100,7 @@ def loss_of(
 
 
 @pytest.mark.parametrize(("confidence_head", "reads_token"), [(True, True), (True, False), (False, True)])
-def test_the_loss_is_the_authors(confidence_head: bool, reads_token: bool, plain_target: Target) -> None:
+def test_the_loss_equals_the_authors(confidence_head: bool, reads_token: bool, plain_target: Target) -> None:
     """Value and gradient against the formula in float64, over whole rows of logits and without a chunk. Theirs holds
     the confidence against what is kept of drawn proposals; of greedy answers see `test_sampled_losses.py`."""
     drafter = random_dspark(plain_target, confidence_head=confidence_head, confidence_reads_token=reads_token)
@@ -123,8 +123,8 @@ def test_the_loss_is_the_authors(confidence_head: bool, reads_token: bool, plain
     terms = 0.1 * F.cross_entropy(logits.flatten(0, 2), labels.flatten(), reduction="none").view_as(l1) + 0.9 * l1
     if confidence_head:
         proj = drafter.confidence_head.proj  # type: ignore[union-attr]
-        said = proj((hidden if reads_token else state).detach())[..., 0].double()
-        terms = terms + F.binary_cross_entropy_with_logits(said, (1 - l1 / 2).detach(), reduction="none")
+        expected_logit = proj((hidden if reads_token else state).detach())[..., 0].double()
+        terms = terms + F.binary_cross_entropy_with_logits(expected_logit, (1 - l1 / 2).detach(), reduction="none")
     expected = (weights * terms).sum() / weights.sum()
     assert float(report.loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     expected.backward()

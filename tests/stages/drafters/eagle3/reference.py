@@ -24,7 +24,7 @@ class Shape:
 
 
 class Chain:
-    """The chain behind one anchor of one sequence.
+    """The chain after one anchor of one sequence.
 
     The entry at position i is made of the token at i + 1 and the feature of position i. Before anchor - 1 both are the
     trajectory's. From there on the chain gives the tokens; its first feature is the target's, the others are its own.
@@ -60,7 +60,7 @@ class Chain:
         return weight[head * size : (head + 1) * size] @ x
 
     def step(self, token: int) -> torch.Tensor:
-        """The next token of the chain, the anchor's first → the hidden state [H] that predicts the one behind it."""
+        """The next token of the chain, the anchor's first → the hidden state [H] that predicts the one after it."""
         here, feature = self.position, self.feature
         x = self._joined(token, feature)
         self.entries.append((here, x))

@@ -39,8 +39,8 @@ EAGLE = "eagle_aux_hidden_state_layer_ids"
 
 
 def proposals(drafter: Eagle3Drafter, target: Target) -> torch.Tensor:
-    draw = torch.Generator().manual_seed(0)
-    features, tokens = torch.randn(1, 9, 3 * H, generator=draw), torch.randint(0, V, (1, 9), generator=draw)
+    generator = torch.Generator().manual_seed(0)
+    features, tokens = torch.randn(1, 9, 3 * H, generator=generator), torch.randint(0, V, (1, 9), generator=generator)
     with torch.no_grad():
         context = drafter.encode(features, tokens, torch.arange(9)[None])
     head = drafter.drafting_head(target.head_weight, None)
@@ -100,7 +100,7 @@ def test_a_checkpoint_written_for_sglang_loads(plain_artifact: Path, plain_targe
     assert torch.equal(proposals(again, plain_target), proposals(loaded, plain_target))
 
 
-def test_an_embedding_in_the_file_is_the_targets_all_the_same(saved: Path, plain_target: Target) -> None:
+def test_an_embedding_in_the_file_is_replaced_by_the_targets(saved: Path, plain_target: Target) -> None:
     """Some checkpoints carry one, which engines replace."""
     expected = proposals(random_eagle3(plain_target), plain_target)
     edit_tensors(lambda t: t.update({"embed_tokens.weight": torch.zeros(V, H)}))(saved)
@@ -109,7 +109,7 @@ def test_an_embedding_in_the_file_is_the_targets_all_the_same(saved: Path, plain
     assert torch.equal(proposals(loaded, plain_target), expected)
 
 
-def test_heads_that_do_not_divide_the_targets_width_are_fewer() -> None:
+def test_the_number_of_heads_divides_the_width() -> None:
     """GLM-4.5: a Llama's must, to transformers and so to engines."""
     made = plan_of_new(Eagle3Config(kind="eagle3"), Glm4MoeConfig(head_dim=128), lambda: None).config
     assert (made.hidden_size, made.num_attention_heads, made.num_key_value_heads, made.head_dim) == (4096, 32, 8, 128)
@@ -133,22 +133,20 @@ def layers_of(checkpoint: Path, target_layers: int) -> list[int]:
     return plan_of_checkpoint(checkpoint, target, "here", lambda: None).target_layer_ids
 
 
-def test_a_checkpoint_without_layer_ids_was_trained_on_sglangs_choice(saved: Path) -> None:
+def test_a_checkpoint_without_layer_ids_means_sglangs_choice(saved: Path) -> None:
     edit_config(lambda c: (c.pop("eagle_config"), c.pop("num_target_layers")))(saved)
     assert layers_of(saved, 28) == [1, 13, 24]
     with pytest.raises(DraftsmithError, match=rf"{EAGLE} is missing"):  # there SGLang's choice is not three layers
         layers_of(saved, 6)
 
 
-def test_loading_fills_in_the_layers_for_whoever_reads_the_checkpoint_next(
-    saved: Path, plain_target: Target, tmp_path: Path
-) -> None:
+def test_a_loaded_checkpoint_is_saved_with_its_layer_ids(saved: Path, plain_target: Target, tmp_path: Path) -> None:
     edit_config(lambda c: c["eagle_config"].pop("use_aux_hidden_state"))(saved)
     save_drafter(load_drafter(saved, plain_target), tmp_path / "again", torch.float32)
     assert json.loads((tmp_path / "again" / "config.json").read_text())["eagle_config"] == {EAGLE: [2, 0, 1]}
 
 
-def test_another_rotary_base_than_the_targets_is_the_drafters_own(saved: Path, plain_target: Target) -> None:
+def test_a_drafter_may_have_another_rotary_base_than_the_target(saved: Path, plain_target: Target) -> None:
     edit_config(lambda c: c["rope_parameters"].update(rope_theta=5e5))(saved)
     with pytest.raises(DraftsmithError, match=r"rope_theta is 10000.0 at the top and 500000.0 in rope_parameters"):
         load_drafter(saved, plain_target)
@@ -172,7 +170,7 @@ def test_the_reduced_vocabulary_is_the_most_frequent_tokens(plain_target: Target
         create_drafter(shape, plain_target, 0)
 
 
-def test_a_plan_of_a_new_drafter_says_what_it_will_be(plain_target: Target) -> None:
+def test_a_plan_describes_the_new_drafter(plain_target: Target) -> None:
     shape = Eagle3Config(kind="eagle3", draft_vocab_size=RANDOM_VOCABULARY, intermediate_size=40, block_size=5)
     plan = plan_of_new(shape, plain_target.model.config, lambda: None)
     assert (plan.block_size, plan.target_layer_ids) == (5, [0, 1, 2])
@@ -189,7 +187,7 @@ def test_a_plan_of_a_new_drafter_says_what_it_will_be(plain_target: Target) -> N
         ({"draft_vocab_size": 65}, r"sft\.drafter\.draft_vocab_size: 65 is more than the target's 64"),
     ],
 )
-def test_a_new_drafter_outside_the_target_is_refused(
+def test_a_new_drafter_that_does_not_fit_the_target_is_refused(
     fields: dict[str, Any], message: str, plain_target: Target
 ) -> None:
     with pytest.raises(DraftsmithError, match=message):
@@ -211,7 +209,7 @@ def test_a_target_too_shallow_for_three_layers_is_refused() -> None:
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024, "attention_factor": 1.0},
     ],
 )
-def test_a_drafter_of_a_target_whose_rotation_engines_read_otherwise_has_a_plain_one(rope: dict[str, Any]) -> None:
+def test_angles_that_engines_disagree_on_are_replaced_by_default_ones(rope: dict[str, Any]) -> None:
     target = LlamaConfig(rope_parameters={"rope_theta": 3e4, **rope})
     tokenizer = SimpleNamespace(convert_ids_to_tokens=lambda _: None)  # the mask token is an unused row
     for shape in (Eagle3Config(kind="eagle3"), DFlashConfig(mask_token=5)):
@@ -222,7 +220,7 @@ def test_a_drafter_of_a_target_whose_rotation_engines_read_otherwise_has_a_plain
 
 
 @pytest.mark.parametrize("fields", [{"target_layer_ids": (0, 1)}, {"draft_vocab_size": 1}, {"mask_token": 3}])
-def test_a_shape_that_eagle3_does_not_have_is_refused(fields: dict[str, Any]) -> None:
+def test_a_shape_that_eagle3_lacks_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Eagle3Config(kind="eagle3", **fields)
     assert DFlashConfig().kind == "dflash"

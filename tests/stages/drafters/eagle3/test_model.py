@@ -51,7 +51,7 @@ def sequence(plain_target: Target, plain_eagle3: Eagle3Drafter) -> Sequence:
 
 
 def chains_of(sequence: Sequence, anchors: list[int], count: int) -> torch.Tensor:
-    """[1, A, count] the anchor's token and those behind it."""
+    """[1, A, count] the anchor's token and those after it."""
     return torch.tensor([[sequence.trajectory.tokens[anchor : anchor + count] for anchor in anchors]])
 
 
@@ -112,10 +112,12 @@ def test_a_fresh_drafter_is_seeded_and_starts_at_logits_of_unit_spread(plain_tar
     first, same, other = (create_drafter(shape, plain_target, seed) for seed in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), same.parameters(), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
-    draw = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        tokens, positions = torch.randint(0, 60, (1, 30), generator=draw), torch.arange(30)[None]
-        context = first.encode(torch.randn(1, 30, 3 * random_target.HIDDEN_SIZE, generator=draw), tokens, positions)
+        tokens, positions = torch.randint(0, 60, (1, 30), generator=generator), torch.arange(30)[None]
+        context = first.encode(
+            torch.randn(1, 30, 3 * random_target.HIDDEN_SIZE, generator=generator), tokens, positions
+        )
         anchors = torch.arange(1, 27)[None]
         chains = torch.stack([tokens[0, a : a + 3] for a in range(1, 27)])[None]
         logits = first.head_over(plain_target.head_weight, None).logits(first.block_hidden(context, chains, anchors))

@@ -15,7 +15,7 @@ from draftsmith.artifacts.tables.parquet import TableWriter, select_in_order, wr
 from draftsmith.artifacts.tables.schemas import VERIFY_STEPS
 from draftsmith.stages.replay.mined_table import steps_table
 from draftsmith.stages.training.opd.mined_table import load_mined, match_steps
-from tests.stages.replay.test_tables import K, mined
+from tests.stages.replay.test_mined_table import K, mined
 
 
 def test_steps_on_disk_equal_the_mined_ones(tmp_path: Path) -> None:

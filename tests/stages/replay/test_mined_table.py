@@ -75,14 +75,14 @@ def plain_rows(group: MinedGroup) -> list[dict[str, Any]]:
     return rows
 
 
-def test_the_table_of_a_group_is_that_of_its_rows() -> None:
+def test_the_table_of_a_group_equals_its_rows() -> None:
     group = mined(30)
     expected, table = to_table(VERIFY_STEPS, plain_rows(group)), steps_table(group).combine_chunks()
     assert table.schema.equals(expected.schema, check_metadata=True)
     assert str(table.to_pylist()) == str(expected.to_pylist())  # NaN is no equal of itself
 
 
-def test_figures_do_not_depend_on_the_parts() -> None:
+def test_metrics_do_not_depend_on_how_rows_are_divided() -> None:
     table, rng = steps_table(mined(60)), np.random.default_rng(1)
     whole, parts, start = MiningMetrics(K + 1), MiningMetrics(K + 1), 0
     whole.add(table)
@@ -100,7 +100,7 @@ def test_figures_do_not_depend_on_the_parts() -> None:
 
 
 @pytest.mark.parametrize("most", [10, 50, 1000])
-def test_frequent_values_are_kept_however_many_come(most: int) -> None:
+def test_frequent_values_are_counted_among_many_others(most: int) -> None:
     """Half of 20,000 values are a few that repeat, the others come once each."""
     rng = np.random.default_rng(most)
     values = np.where(rng.random(20_000) < 0.5, rng.geometric(0.3, 20_000), 10**9 + np.arange(20_000))
@@ -116,7 +116,7 @@ def test_frequent_values_are_kept_however_many_come(most: int) -> None:
     assert (exact.most_common(20), exact.short) == (plain.most_common(20), 0)
 
 
-def test_a_tally_says_what_the_traces_say() -> None:
+def test_acceptance_stats_agree_with_the_traces() -> None:
     traces = mined(25).traces
     tally, order = AcceptanceStats(len(traces)), np.random.default_rng(0).permutation(len(traces))
     for part in np.split(order, [3, 11]):
@@ -131,7 +131,7 @@ def test_a_tally_says_what_the_traces_say() -> None:
     assert np.isnan(AcceptanceStats(0).tau)
 
 
-def test_arrow_tables_of_many_steps_are_no_python_objects() -> None:
+def test_a_groups_table_takes_no_python_objects() -> None:
     """The rows of a group are Arrow's from the beginning: their bytes are a small multiple of what they hold."""
     before = pa.total_allocated_bytes()
     table = steps_table(mined(200))

@@ -40,7 +40,7 @@ def any_bench(request: pytest.FixtureRequest) -> Bench:
     ("drafter", "drafting"),
     [("trained", {}), ("trained", {"block_size": 4, "head_tokens": 60}), ("untrained", {"block_size": 5})],
 )
-def test_replay_equals_the_reference_and_what_the_engine_recorded(
+def test_replay_equals_the_reference_and_the_engines_record(
     drafter: str, drafting: dict[str, int], sampling: SamplingParams, any_bench: Bench
 ) -> None:
     bench = any_bench
@@ -55,7 +55,7 @@ def test_replay_equals_the_reference_and_what_the_engine_recorded(
         assert_same(bench.replay(trajectories, drafter, chains, **drafting), reference)
 
 
-def test_a_trace_does_not_depend_on_who_generated_the_text(any_bench: Bench) -> None:
+def test_a_trace_does_not_depend_on_how_the_answer_was_generated(any_bench: Bench) -> None:
     """Replayed on plain greedy text: what the engine records with that drafter in the loop, which answers the same."""
     served = any_bench.answers(any_bench.requests(), "trained")
     assert {name: answer.response_ids for name, answer in served.items()} == any_bench.greedy
@@ -65,7 +65,7 @@ def test_a_trace_does_not_depend_on_who_generated_the_text(any_bench: Bench) -> 
     assert {0, 1, any_bench.drafters["trained"].block_size - 1} <= accepted
 
 
-def test_proposals_are_of_the_draft_vocabulary(eagle_bench: Bench) -> None:
+def test_proposals_are_in_the_draft_vocabulary(eagle_bench: Bench) -> None:
     """Tokens of the answers lie outside it too, so that chains are cut there."""
     trajectories = eagle_bench.answered()
     vocabulary = eagle_bench.drafters["trained"].head_over(eagle_bench.target.head_weight, None).token_ids
@@ -76,7 +76,7 @@ def test_proposals_are_of_the_draft_vocabulary(eagle_bench: Bench) -> None:
     assert any(set(t.tokens[t.prompt_length :]) - allowed for t in trajectories)
 
 
-def test_sixteen_chains_do_little_more_than_one_block_a_step(bench: Bench) -> None:
+def test_sixteen_chains_draft_little_more_than_one_block_per_step(bench: Bench) -> None:
     """Counted, not timed. Rejections make chains meet: at a tau near 2 the extra starts cost less than a third.
 
     The test bed is trained where the tests run, so its tau is not the same on every processor.
@@ -94,8 +94,8 @@ def test_sixteen_chains_do_little_more_than_one_block_a_step(bench: Bench) -> No
 
 
 @pytest.mark.parametrize("drafter", ["trained", "untrained"])
-def test_a_successor_is_where_a_block_of_its_own_leads(drafter: str, bench: Bench) -> None:
-    """Each position alone, in a batch of one; behind the end of a text it is the first anchor."""
+def test_a_successor_is_the_next_anchor_of_a_single_block(drafter: str, bench: Bench) -> None:
+    """Each position alone, in a batch of one; after the end of a text it is the first anchor."""
     model = bench.drafters[drafter]
     head = model.drafting_head(bench.target.head_weight, None)
     trajectories = bench.answered(6)
@@ -103,10 +103,10 @@ def test_a_successor_is_where_a_block_of_its_own_leads(drafter: str, bench: Benc
         [np.append(t.last_anchor - 1, np.linspace(t.first_anchor, t.last_anchor, 8).astype(int)) for t in trajectories]
     )
     _, context = bench.read(trajectories, model)
-    behind = successors(
+    following = successors(
         PreparedDrafter(model, head, model.block_size), context, trajectories, torch.from_numpy(positions), None
     )
-    assert behind.shape == positions.shape
+    assert following.shape == positions.shape
     for row, t in enumerate(trajectories):
         _, alone = bench.read([t], model)
         for column, position in enumerate(positions[row].tolist()):
@@ -117,8 +117,8 @@ def test_a_successor_is_where_a_block_of_its_own_leads(drafter: str, bench: Benc
                 if anchor >= len(t.tokens) or proposal != t.tokens[anchor]:
                     break
                 anchor += 1
-            assert behind[row, column] == (anchor if anchor <= t.last_anchor else t.first_anchor)
-        assert behind[row, -1] == t.first_anchor
+            assert following[row, column] == (anchor if anchor <= t.last_anchor else t.first_anchor)
+        assert following[row, -1] == t.first_anchor
 
 
 # ---- ends
@@ -173,7 +173,7 @@ def test_a_stop_token_inside_a_block_ends_the_trace(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("fixed", [0, 1])
-def test_padding_behind_a_shorter_trajectory_is_never_accepted(
+def test_padding_after_a_shorter_trajectory_is_never_accepted(
     fixed: int, bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A drafter that always proposes one token, whatever a batch is padded with."""
@@ -216,7 +216,7 @@ def test_tau_by_hand() -> None:
     assert trace.committed.tolist() == [2, 4, 1, 1]
     assert trace.rejected_offset.tolist() == [2, 0, 1, 0]
     assert tau([trace]) == 8 / 4
-    other = trace_of(6, [4], [0])  # one token behind the anchor, rejected
+    other = trace_of(6, [4], [0])  # one token after the anchor, rejected
     assert other.committed.tolist() == [1] and other.rejected_offset.tolist() == [1]
     assert tau([trace, other]) == 9 / 5  # a ratio of sums, not the mean of 2 and 1
     assert np.isnan(tau([]))
@@ -237,7 +237,7 @@ def test_first_and_last_anchor() -> None:
     assert start_anchors(Trajectory("", [0, 1, 2], 2), 4) == []
 
 
-def test_groups_hold_every_index_once_and_keep_to_the_bound() -> None:
+def test_groups_have_every_index_once_and_respect_the_bound() -> None:
     lengths = np.random.default_rng(0).integers(5, 120, 300).tolist()
     groups = list(group_by_length(lengths, 512))
     assert sorted(i for group in groups for i in group) == list(range(300))
@@ -251,7 +251,7 @@ def test_padding_is_on_the_right() -> None:
     assert padded.tolist() == [[1, 2, 3], [4, -1, -1]]
 
 
-def test_packed_weights_change_no_bit_of_a_trace(
+def test_packed_weights_do_not_change_a_trace(
     tiny_drafter: DrafterArtifacts, bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In bfloat16; on a processor without its products nothing is packed."""

@@ -62,7 +62,7 @@ def read(plain_target: Target, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return rows
 
 
-def test_an_interrupted_replay_goes_on_with_what_is_missing(
+def test_an_interrupted_replay_continues_with_the_missing_groups(
     tmp_path: Path, plain_target: Target, plain_drafter: DFlashDrafter, read: list[int]
 ) -> None:
     whole, groups = replayed(plain_target, plain_drafter, None)
@@ -79,7 +79,7 @@ def test_an_interrupted_replay_goes_on_with_what_is_missing(
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut short", "of other drafters"])
-def test_traces_that_are_damaged_or_of_other_drafters_are_made_again(
+def test_damaged_traces_and_those_of_other_drafters_are_replayed_again(
     damage: str,
     tmp_path: Path,
     plain_target: Target,
@@ -106,7 +106,7 @@ def test_traces_that_are_damaged_or_of_other_drafters_are_made_again(
     assert_equal(again, whole)
 
 
-def test_a_group_that_the_memory_does_not_hold_is_replayed_in_halves(
+def test_a_group_that_does_not_fit_into_memory_is_replayed_in_halves(
     plain_target: Target, plain_drafter: DFlashDrafter, read: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A real refusal of torch's allocator, for more than five rows of a group of nine."""
@@ -129,9 +129,9 @@ def test_a_group_that_the_memory_does_not_hold_is_replayed_in_halves(
 
     monkeypatch.setattr(plain_target, "features", small_features)
     read.clear()
-    told: list[str] = []
-    halved = Replayer(plain_target, log=told.append).traces(drafters, TEXTS)
-    assert (read, told) == ([4, 5], ["out of memory with 9 together: once more with 4"])
+    logs: list[str] = []
+    halved = Replayer(plain_target, log=logs.append).traces(drafters, TEXTS)
+    assert (read, logs) == ([4, 5], ["out of memory with 9 together: once more with 4"])
     for trace, expected in zip(halved["a"], whole["a"], strict=True):
         np.testing.assert_array_equal(trace.anchors, expected.anchors)
         np.testing.assert_array_equal(trace.proposed, expected.proposed)

@@ -79,7 +79,7 @@ class Words:
 
 
 @given(st.one_of([changed(config) for config in CONFIGS]))
-def test_any_value_in_a_drafters_config(config: Any) -> None:
+def test_any_json_as_config_is_read_or_refused(config: Any) -> None:
     with_file("config.json", json.dumps(config).encode(), lambda path: read(path.parent))
 
 
@@ -90,7 +90,7 @@ WRONG = [None, True, -1, 0, 1.5, 10**30, float("nan"), "x", "8", [], [1], [None]
     "config", CONFIGS, ids=("dflash", "rotary", "windows", "dflash2", "dspark", "speculators", "eagle3")
 )
 @pytest.mark.parametrize("value", WRONG, ids=json.dumps)
-def test_a_wrong_value_in_any_place_of_a_drafters_config(config: Any, value: Any, tmp_path: Path) -> None:
+def test_a_wrong_value_in_any_field_is_refused(config: Any, value: Any, tmp_path: Path) -> None:
     """Each in turn, and left out."""
     for place in filter(None, places(config)):
         (tmp_path / "config.json").write_text(json.dumps(replaced(config, place, value)))
@@ -120,7 +120,7 @@ def test_a_wrong_value_in_any_place_of_a_drafters_config(config: Any, value: Any
         (EAGLE3, "draft_vocab_size", [-1, 1, 10**30]),
     ],
 )
-def test_the_field_that_is_wrong_is_named(config: Any, field: str, values: list[Any], tmp_path: Path) -> None:
+def test_the_error_names_the_wrong_field(config: Any, field: str, values: list[Any], tmp_path: Path) -> None:
     for value in values:
         (tmp_path / "config.json").write_text(json.dumps(replaced(config, tuple(field.split(".")), value)))
         with pytest.raises(DraftsmithError, match=rf"config\.json: .*\b{field.replace('.', '[.]')}\b"):
@@ -133,11 +133,11 @@ def test_the_field_that_is_wrong_is_named(config: Any, field: str, values: list[
         changed({"digest": "a", "target_digest": "b", "parents": ["c"]}).map(lambda info: json.dumps(info).encode()),
     )
 )
-def test_any_record_of_a_drafter(content: bytes) -> None:
+def test_any_json_as_drafter_record_is_read_or_refused(content: bytes) -> None:
     with_file("drafter.json", content, lambda path: read_info(path.parent))
 
 
-def test_the_configs_that_are_changed_are_right(tmp_path: Path) -> None:
+def test_the_unchanged_configs_are_valid(tmp_path: Path) -> None:
     for config in CONFIGS:
         (tmp_path / "config.json").write_text(json.dumps(config))
         architecture = architecture_of(tmp_path)

@@ -28,7 +28,7 @@ HEAD = Head(torch.zeros(1, 1))
 
 @dataclass
 class Table(Context):
-    """What is proposed behind each position of each row, [B, T, K]; row -> trajectory."""
+    """What is proposed after each position of each row, [B, T, K]; row -> trajectory."""
 
     tokens: torch.Tensor
 
@@ -71,7 +71,7 @@ class Case:
     block_size: int
 
     @classmethod
-    def drawn(
+    def random(
         cls, seed: int, responses: list[int], block_size: int, acceptance: float, vocabulary: int, by_token: bool = True
     ) -> Case:
         """acceptance: share of proposals that are the committed token, chance hits aside.
@@ -125,11 +125,11 @@ class Case:
     blocks_per_round=st.sampled_from([1, 4, 32, 500]),
     by_token=st.booleans(),
 )
-def test_any_chains_leave_the_trace_of_the_reference(
+def test_any_number_of_chains_gives_the_reference_trace(
     seed: int, responses: list[int], block_size: int, acceptance: float, vocabulary: int, chains: int | None,
     blocks_per_round: int, by_token: bool,
 ) -> None:  # fmt: skip
-    case = Case.drawn(seed, responses, block_size, acceptance, vocabulary, by_token)
+    case = Case.random(seed, responses, block_size, acceptance, vocabulary, by_token)
     case.check(chains, blocks_per_round)
 
 
@@ -137,7 +137,7 @@ def test_any_chains_leave_the_trace_of_the_reference(
 def test_automatic_chains_shorten_the_rounds_of_a_long_answer_at_few_extra_blocks(
     acceptance: float, block_size: int
 ) -> None:
-    case = Case.drawn(1, [3000], block_size, acceptance, 1000)
+    case = Case.random(1, [3000], block_size, acceptance, 1000)
     one, _, steps = case.check(1, 32)
     rounds, blocks, _ = case.check(None, 32)
     assert one == steps
@@ -147,18 +147,18 @@ def test_automatic_chains_shorten_the_rounds_of_a_long_answer_at_few_extra_block
 
 def test_chains_of_a_drafter_that_is_never_rejected_are_not_split() -> None:
     """They would not meet: two of them on one stretch would do the work twice."""
-    rounds, blocks, steps = Case.drawn(2, [2000], 8, 1.0, 1000).check(None, 64)
+    rounds, blocks, steps = Case.random(2, [2000], 8, 1.0, 1000).check(None, 64)
     assert rounds == blocks == steps == 250
 
 
 def test_a_batch_that_fills_a_round_gets_one_chain_each() -> None:
-    case = Case.drawn(3, [300] * 8, 8, 0.8, 1000)
+    case = Case.random(3, [300] * 8, 8, 0.8, 1000)
     _, blocks, steps = case.check(None, 8)
     assert blocks == steps
 
 
 def test_finished_rows_leave_the_batch() -> None:
-    case = Case.drawn(4, [20, 20, 20, 400], 8, 0.5, 1000)
+    case = Case.random(4, [20, 20, 20, 400], 8, 0.5, 1000)
     drafter = TableDrafter()
     replay_chains(PreparedDrafter(drafter, HEAD, case.block_size), case.context, case.trajectories, 1)
     rows = [rows for rows, _ in drafter.shapes]
@@ -166,7 +166,7 @@ def test_finished_rows_leave_the_batch() -> None:
     assert rows.count(1) > 0.8 * len(rows)
 
 
-def test_a_chain_starts_amid_the_longest_stretch() -> None:
+def test_a_new_chain_starts_in_the_middle_of_the_longest_stretch() -> None:
     board = ChainState(Trajectory("", [0] * 1004, 4), 7, chains=1)
     fast = RejectionRate(blocks=100, rejections=100, committed=200)
     board.split(2, RejectionRate(blocks=1, rejections=1, committed=2))

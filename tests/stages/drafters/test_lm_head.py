@@ -15,7 +15,7 @@ subsets = st.lists(st.integers(0, V - 1), min_size=1, max_size=V - 1)  # any ord
 
 @given(subsets)
 @settings(max_examples=50, deadline=None)
-def test_columns_and_tokens_are_inverse_and_absent_tokens_are_told(ids: list[int]) -> None:
+def test_columns_and_tokens_are_inverse_and_absent_tokens_are_marked(ids: list[int]) -> None:
     head = Head.over(WEIGHT, torch.tensor(ids))
     kept = sorted(set(ids))
     assert head.weight.shape == (len(kept), H)
@@ -56,6 +56,6 @@ def test_logits_are_float32_whatever_the_head() -> None:
     assert head.logits(torch.ones(1, H)).dtype == torch.float32
 
 
-def test_a_hidden_state_of_a_view_gives_the_same_logits() -> None:
+def test_a_view_of_hidden_states_gives_the_same_logits() -> None:
     hidden = torch.randn(2, 5, 3, H, generator=torch.Generator().manual_seed(2))[:, :, 1:]
     torch.testing.assert_close(Head(WEIGHT).logits(hidden), hidden.contiguous() @ WEIGHT.T)

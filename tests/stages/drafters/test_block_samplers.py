@@ -25,7 +25,7 @@ def drafter(request: pytest.FixtureRequest, plain_target: Target) -> Drafter:
 
 
 class Blocks:
-    """Blocks behind some anchors of two texts."""
+    """Blocks after some anchors of two texts."""
 
     def __init__(self, target: Target, drafter: Drafter):
         texts = random_target.trajectories(2)
@@ -45,7 +45,7 @@ class Blocks:
 
 
 @torch.no_grad()
-def test_the_best_of_every_offset_is_what_a_block_proposes(drafter: Drafter, plain_target: Target) -> None:
+def test_greedy_proposals_are_the_best_token_of_every_offset(drafter: Drafter, plain_target: Target) -> None:
     blocks = Blocks(plain_target, drafter)
     block = drafter.propose(*blocks.arguments, drafter.block_size, blocks.head)
     drafting = drafter.block_sampler(*blocks.arguments, drafter.block_size, blocks.head)
@@ -57,7 +57,7 @@ def test_the_best_of_every_offset_is_what_a_block_proposes(drafter: Drafter, pla
 
 @torch.no_grad()
 @pytest.mark.parametrize("numbers", [1, 3000])
-def test_blocks_in_parts_are_those_of_all_at_once(
+def test_proposing_in_chunks_gives_the_same_blocks(
     drafter: Drafter, plain_target: Target, numbers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blocks = Blocks(plain_target, drafter)
@@ -68,7 +68,7 @@ def test_blocks_in_parts_are_those_of_all_at_once(
 
 
 @torch.no_grad()
-def test_on_given_tokens_it_says_what_training_sees(drafter: Drafter, plain_target: Target) -> None:
+def test_sampler_probabilities_equal_those_of_training(drafter: Drafter, plain_target: Target) -> None:
     blocks = Blocks(plain_target, drafter)
     K = drafter.block_size - 1
     given = torch.randint(0, 50, (2, 3, K), generator=torch.Generator().manual_seed(0))
@@ -82,7 +82,7 @@ def test_on_given_tokens_it_says_what_training_sees(drafter: Drafter, plain_targ
 
 
 def logits_of(drafter: Drafter, hidden: torch.Tensor, given: torch.Tensor, head: Head) -> torch.Tensor:
-    """[B, A, K, V'] logits of the distribution that a loss sees, at hidden states behind the given tokens."""
+    """[B, A, K, V'] logits of the distribution that a loss sees, at hidden states after the given tokens."""
     logits = head.logits(hidden)
     if not drafter.has_selector:
         return logits

@@ -23,7 +23,7 @@ from tests.testbed.random_target import random_drafter
 
 
 @pytest.mark.parametrize("changed", [False, True])
-def test_a_champion_is_taken_over_for_the_target_of_today(
+def test_a_champion_is_adopted_for_a_changed_target(
     changed: bool, plain_artifact: Path, plain_target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))

@@ -40,7 +40,7 @@ def angles(drafter: Drafter, positions: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 @pytest.mark.parametrize(("family", "theta"), [("Gemma3Text", 1e6), ("Zaya", 5e6), ("Beam", 1e4)])
-def test_a_new_drafter_turns_as_the_targets_layers_that_read_the_whole_prefix(family: str, theta: float) -> None:
+def test_a_new_drafter_rotates_like_the_targets_full_attention_layers(family: str, theta: float) -> None:
     """Of one whose such layers have no positions (Beam), as the others."""
     rope = target_fields(getattr(transformers, f"{family}Config")())["rope_parameters"]
     assert rope == {"rope_type": "default", "rope_theta": theta}
@@ -55,6 +55,6 @@ def test_a_new_drafter_turns_as_the_targets_layers_that_read_the_whole_prefix(fa
         ([0, 35], "name the last layer"),
     ],
 )
-def test_layers_that_an_engine_would_hand_over_otherwise_are_told(ids: list[int], reason: str | None) -> None:
+def test_layers_that_an_engine_would_pass_differently_are_refused(ids: list[int], reason: str | None) -> None:
     found = unservable_layers(ids, 36)
     assert (found is None) if reason is None else (found is not None and reason in found)

@@ -80,22 +80,22 @@ def make_case(
 
     before: entries that a block sees of what lies before it; window and causal: as of `ContextMask`.
     """
-    draw = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     kv_heads, shared = heads
     randn = torch.randn
-    seen = torch.randint(0, T + 2, (B, A), generator=draw)
+    seen = torch.randint(0, T + 2, (B, A), generator=generator)
     seen[0, 0] = 0
     return Case(
-        randn(B, kv_heads * shared, A, S, D, generator=draw),
-        (randn(B, kv_heads, T, D, generator=draw), randn(B, kv_heads, T, D, generator=draw)),
-        (randn(B, kv_heads, A, J, D, generator=draw), randn(B, kv_heads, A, J, D, generator=draw)),
+        randn(B, kv_heads * shared, A, S, D, generator=generator),
+        (randn(B, kv_heads, T, D, generator=generator), randn(B, kv_heads, T, D, generator=generator)),
+        (randn(B, kv_heads, A, J, D, generator=generator), randn(B, kv_heads, A, J, D, generator=generator)),
         ContextMask(seen, None if before is None else seen - before, window, causal),
     )
 
 
 @given(st.data())
 @settings(max_examples=40, deadline=None)
-def test_parts_equal_the_dense_form_and_so_do_their_gradients(data: st.DataObject) -> None:
+def test_merged_attention_and_its_gradients_equal_dense_attention(data: st.DataObject) -> None:
     B, T, A, S, J, D = (data.draw(st.integers(1, n)) for n in (2, 9, 5, 4, 4, 8))
     heads = data.draw(st.sampled_from([(1, 1), (1, 3), (2, 2), (3, 1)]))
     before, window = (data.draw(st.sampled_from([None, 1, 3])) for _ in range(2))
@@ -140,7 +140,7 @@ def test_flex_attention_reads_under_the_same_mask(before: int | None, window: in
     torch.testing.assert_close(found, case.dense(), atol=FLOAT32, rtol=FLOAT32)
 
 
-def test_operations_and_what_is_read_are_bound_by_a_window() -> None:
+def test_a_window_bounds_operations_and_memory_reads() -> None:
     """However long the prefix is, and however far apart the blocks lie in it."""
     S, W, A = 4, 16, 12
 
@@ -159,8 +159,8 @@ def test_operations_and_what_is_read_are_bound_by_a_window() -> None:
 
 
 @pytest.mark.parametrize("window", [5, 3])
-def test_a_ring_is_read_as_the_prefix_that_it_was_written_from(window: int) -> None:
-    """Entries behind the block's anchor were written too, over some that no window reaches any more."""
+def test_a_ring_reads_like_the_prefix_it_was_written_from(window: int) -> None:
+    """Entries after the block's anchor were written too, over some that no window reaches any more."""
     T, S, C = 30, 4, window + 4
     case = make_case(3, (2, 2), T, 1, S, S, 8, window=window, causal=True)
     case.reach = ContextMask(torch.tensor([[21], [2], [0]]), None, window, True)
