@@ -1,1 +1,1 @@
-"""Drafters: small models that propose blocks of tokens behind an anchor. One folder an architecture, one interface."""
+"""Drafters: small models that propose blocks of tokens after an anchor. One folder per architecture, one interface."""

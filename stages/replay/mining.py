@@ -52,7 +52,7 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
     shards = mine_shard(ctx, config, stored, ctx.work)
     tokenizer = AutoTokenizer.from_pretrained(model_path(ctx.inputs["target"]), local_files_only=True)
 
-    # long answers have millions of steps: no Python object for each from here on, and never all of them in memory
+    # Long answers have millions of steps: none is a Python object from here on, and never are all in memory.
     metrics = MiningMetrics(config.drafting.block_size or drafter.block_size)
     rows = shards.rows(trajectories.ids)
     total = int(rows.counts.sum())

@@ -51,7 +51,7 @@ class Trace:
 
 
 def tau(traces: Iterable[Trace]) -> float:
-    """Acceptance length: committed tokens per verify step, with the target's own token ("+1")."""
+    """Return the acceptance length: committed tokens per verify step, with the target's own token ("+1")."""
     traces = list(traces)
     steps = sum(len(t.anchors) for t in traces)
     return float(sum(t.expected_committed.sum() for t in traces) / steps) if steps else float("nan")

@@ -278,7 +278,7 @@ class Eagle3Drafter(Drafter):
         positions: torch.Tensor,
         lengths: torch.Tensor | None = None,  # noqa: ARG002
     ) -> None:
-        """The first token completes the entry before it, which held a proposal or nothing until now."""
+        """Add features. The first token completes the entry before it, which held a proposal or nothing until now."""
         assert isinstance(context, PrefixSlots)
         if isinstance(rows, slice):
             rows = torch.arange(rows.start, rows.stop, device=positions.device)

@@ -1,4 +1,4 @@
-"""Attention of blocks as one dense problem: every query against the prefix and the keys of all blocks, under a mask."""
+"""Dense reference of block attention: every query against the prefix and the keys of all blocks, with a mask."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from draftsmith.stages.drafters.block_attention import ContextMask, KeysValues
 
 
 def dense_attention(queries: torch.Tensor, prefix: KeysValues, own: KeysValues, reach: ContextMask) -> torch.Tensor:
-    """As `block_attention`."""
+    """Compute what `block_attention` computes."""
     _, heads, A, S, _ = queries.shape
     keys, values = (torch.cat([p, o.flatten(2, 3)], 2) for p, o in zip(prefix, own, strict=True))
     mask = block_mask(reach, prefix[0].shape[2], S, own[0].shape[3])
@@ -24,7 +24,7 @@ def dense_attention(queries: torch.Tensor, prefix: KeysValues, own: KeysValues, 
 
 
 def block_mask(reach: ContextMask, T: int, S: int, J: int) -> torch.Tensor:
-    """bool [B, A · S, T + A · J]: the entries that are seen of the prefix, and the block's own keys."""
+    """Return bool [B, A · S, T + A · J]: the visible entries of the prefix, and the block's own keys."""
     B, A = reach.seen.shape
     seen = reach.seen[:, :, None, None]
     query, entry, own = torch.arange(S)[:, None], torch.arange(T), torch.arange(J)

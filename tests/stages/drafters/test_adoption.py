@@ -1,4 +1,4 @@
-"""Taking a drafter over for a new revision of its target: stage `sft` without a step."""
+"""Adoption of a drafter for a new revision of its target: stage `sft` without a step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ADOPTED = SftConfig(steps=0, adopt=True)
 
 @pytest.fixture
 def revision(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> Path:
-    """The artifact of another revision of the same target."""
+    """Return the artifact of another revision of the same target."""
     folder = tmp_path / "revision"
     shutil.copytree(tiny_drafter.target, folder)
     info = json.loads((folder / "target.json").read_text())
@@ -61,7 +61,7 @@ def test_a_drafter_of_another_shape_is_refused(tmp_path: Path, tiny_drafter: Dra
 def test_frequent_tokens_come_from_training_answers_alone(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, measures: bool
 ) -> None:
-    """A head of frequent tokens that is taken from held-out answers would fit them."""
+    """A head of frequent tokens taken from held-out answers would fit these."""
     public = tmp_path / "public" / "drafter"
     shutil.copytree(tiny_drafter.drafter / "drafter", public)
     (public / "frequent_tokens.npy").unlink()

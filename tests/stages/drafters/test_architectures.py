@@ -1,6 +1,6 @@
-"""What holds for every architecture: mask, drafting, replay, decoding and checkpoint, on random weights.
+"""Tests of every architecture: mask, drafting, replay, decoding and checkpoint, on random weights.
 
-Drafting offset by offset is held against blocks in `test_block_samplers.py`, training in `tests/stages/training/`.
+`test_block_samplers.py` compares offsets with blocks; training is in `tests/stages/training/`.
 """
 
 from __future__ import annotations
@@ -69,14 +69,14 @@ class Texts:
         return self.drafter.encode(self.features[part], self.tokens[part], self.positions[part])
 
     def chains(self, anchors: torch.Tensor) -> torch.Tensor:
-        """[B, A, K] the tokens from each anchor on; zeros after the end."""
+        """Return the tokens [B, A, K] from each anchor on; zeros after the end."""
         at = anchors[..., None] + torch.arange(self.block - 1)
         padded = F.pad(self.tokens, (0, self.block))
         return padded.gather(1, at.flatten(1)).view_as(at)
 
     @torch.no_grad()
     def alone(self, row: int, anchor: int) -> tuple[torch.Tensor, list[int]]:
-        """Of one block whose context ends at its anchor: hidden states [K, H] on the text's own tokens; proposals."""
+        """Return hidden states [K, H] on the answer's tokens, and proposals, of a block with no context after it."""
         context, at = self.context(slice(row, row + 1), anchor), torch.tensor([[anchor]])
         chain = self.chains(at.expand(len(self.tokens), 1))[row : row + 1]
         hidden = self.drafter.block_hidden(context, chain, at)
@@ -93,7 +93,7 @@ def texts(plain_target: Target, drafter: Drafter) -> Texts:
 
 
 def test_packed_blocks_equal_one_at_a_time(texts: Texts) -> None:
-    """None sees another, whatever their order, and none what lies at its anchor or after it."""
+    """In any order, no block sees another one, or what is at or after its anchor."""
     anchors = torch.tensor([[t.first_anchor + i for i in (9, 0, 4, 5)] + [t.last_anchor] for t in texts.trajectories])
     context, chains = texts.context(), texts.chains(anchors)
     with torch.no_grad():
@@ -109,7 +109,7 @@ def test_packed_blocks_equal_one_at_a_time(texts: Texts) -> None:
 
 
 def test_drafting_from_slots_equals_drafting_from_a_full_context(texts: Texts) -> None:
-    """The engine's rhythm: read prompts that are padded, then blocks from the anchor on, some of which is kept."""
+    """Follow an engine: read padded prompts, then blocks from the anchor on, of which some tokens are accepted."""
     rows, block, drafter = len(texts.trajectories), texts.block, texts.drafter
     slots = drafter.new_context(rows + 1, texts.tokens.shape[1] + 2 * block)
     anchors = torch.tensor([9, 4, 6])
@@ -163,9 +163,9 @@ def test_replay_is_sequential_speculative_decoding(texts: Texts, block_size: int
 
 
 def test_decoding_is_lossless_and_its_steps_are_those_of_replay(texts: Texts, plain_target: Target) -> None:
-    """Greedy and sampled requests in one batch, whose rows are taken over by others.
+    """Greedy and sampled requests share one batch, and later requests reuse the rows.
 
-    Where proposals of sampled ones are drawn, answers are the same in distribution alone, which other tests look at.
+    If proposals are sampled, answers are the same in distribution only, which other tests check.
     """
     sampled = 0.0 if texts.drafter.samples_proposals else 1.0
     requests = [
@@ -229,7 +229,7 @@ def test_the_digest_identifies_the_proposals(drafter: Drafter, tmp_path: Path) -
 
 
 def test_every_kind_is_accepted_in_a_config_and_checked(plain_target: Target) -> None:
-    """A kind that is known and has no line in the union of configs, or in the test bed, would go unnoticed."""
+    """A kind that is missing from the union of configs, or from the test bed, would go unnoticed."""
     shapes = get_args(get_args(DrafterConfig)[0])
     assert {get_args(shape.__origin__.model_fields["kind"].annotation)[0] for shape in shapes} == KINDS.keys()
     assert {make(plain_target).kind for make in RANDOM.values()} == KINDS.keys()
@@ -237,7 +237,7 @@ def test_every_kind_is_accepted_in_a_config_and_checked(plain_target: Target) ->
 
 
 def test_no_module_outside_names_a_kind() -> None:
-    """Outside of their own folders: whatever depends on the architecture is asked of it."""
+    """Outside their folders, code uses the interface instead of the kind."""
     modules = [path for room in ("artifacts", "flows", "stages") for path in sorted((ROOT / room).rglob("*.py"))]
     outside = [path for path in modules if path.parent.name not in KINDS]
     assert 100 < len(outside) < len(modules)
@@ -245,13 +245,13 @@ def test_no_module_outside_names_a_kind() -> None:
 
 
 def names(module: Path) -> set[str]:
-    """The string literals of a module: no comment, and no docstring of more than a word, is one."""
+    """Return the string literals of a module, without comments and docstrings of more than one word."""
     nodes = ast.walk(ast.parse(module.read_text(encoding="utf-8")))
     return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 
 
 def test_weights_that_do_not_match_the_config_are_found_without_loading(drafter: Drafter, tmp_path: Path) -> None:
-    """Rollouts of hours come before a drafter that a training begins with is loaded."""
+    """A training loads its first drafter only after hours of rollouts."""
     save_drafter(drafter, tmp_path, torch.float32)
     check_whole(tmp_path)
     name = max(name for name, _ in drafter.named_parameters())

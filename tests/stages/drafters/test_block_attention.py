@@ -1,4 +1,4 @@
-"""Attention of blocks in parts against the same under one dense mask, and what it costs."""
+"""Block attention against the dense reference, and its cost."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BFLOAT16, FLOAT16 = 0.02, 0.0025  # of the largest value: two roundings to 8 or 
 
 @dataclass
 class Case:
-    """Inputs of a call; blocks of S queries and J keys."""
+    """The inputs of a call, with blocks of S queries and J keys."""
 
     queries: torch.Tensor
     prefix: tuple[torch.Tensor, torch.Tensor]
@@ -33,7 +33,7 @@ class Case:
         return [self.queries, *self.prefix, *self.own]
 
     def to(self, device: str, dtype: torch.dtype) -> Case:
-        """The same elsewhere."""
+        """Return the case on another device."""
         queries, *rest = (x.to(device, dtype) for x in self.inputs)
         reach = self.reach
         seen, first = reach.seen.to(device), None if reach.first is None else reach.first.to(device)
@@ -51,7 +51,7 @@ class Case:
         return dense_attention(self.queries, self.prefix, self.own, self.reach)
 
     def gradients(self, form: str) -> list[torch.Tensor]:
-        """Of a weighted sum of the output, with respect to every input."""
+        """Return the gradients of a weighted sum of the output with respect to every input."""
         leaves = [x.detach().clone().requires_grad_() for x in self.inputs]
         moved = Case(leaves[0], (leaves[1], leaves[2]), (leaves[3], leaves[4]), self.reach)
         out = moved.attended() if form == "parts" else moved.dense()
@@ -113,7 +113,7 @@ def test_merged_attention_and_its_gradients_equal_dense_attention(data: st.DataO
 
 @pytest.mark.parametrize(("dtype", "off"), [(torch.bfloat16, BFLOAT16), (torch.float16, FLOAT16)])
 def test_in_half_precision_both_forms_are_equally_close_to_float32(dtype: torch.dtype, off: float) -> None:
-    """One block, read together with others, sees nothing of the prefix."""
+    """One block among others sees nothing of the prefix."""
     case = make_case(2, (2, 2), 60, 6, 8, 8, 32)
     assert case.reach.seen[0, 0] == 0
     rounded = case.to("cpu", dtype)
@@ -131,7 +131,7 @@ def test_in_half_precision_both_forms_are_equally_close_to_float32(dtype: torch.
     ("before", "window", "causal", "S"), [(9, None, False, 3), (None, 6, True, 4), (None, 3, False, 4)]
 )
 def test_flex_attention_reads_under_the_same_mask(before: int | None, window: int | None, causal: bool, S: int) -> None:
-    """Its uncompiled form; its gradient exists on accelerators only."""
+    """The uncompiled form is tested; its gradient exists on accelerators only."""
     case = make_case(2, (2, 2), 37, 5, 4, S, 16, before=before, window=window, causal=causal)
     with pytest.MonkeyPatch.context() as patch:
         plain = attention._flex(compiled=False)
@@ -141,7 +141,7 @@ def test_flex_attention_reads_under_the_same_mask(before: int | None, window: in
 
 
 def test_a_window_bounds_operations_and_memory_reads() -> None:
-    """However long the prefix is, and however far apart the blocks lie in it."""
+    """The bound holds for any length of the prefix, and any distance between blocks."""
     S, W, A = 4, 16, 12
 
     def counted(T: int) -> int:
@@ -160,7 +160,7 @@ def test_a_window_bounds_operations_and_memory_reads() -> None:
 
 @pytest.mark.parametrize("window", [5, 3])
 def test_a_ring_reads_like_the_prefix_it_was_written_from(window: int) -> None:
-    """Entries after the block's anchor were written too, over some that no window reaches any more."""
+    """Entries after the block's anchor were written too, over some that no window reaches."""
     T, S, C = 30, 4, window + 4
     case = make_case(3, (2, 2), T, 1, S, S, 8, window=window, causal=True)
     case.reach = ContextMask(torch.tensor([[21], [2], [0]]), None, window, True)

@@ -1,4 +1,4 @@
-"""Drafting offset by offset against drafting a block, for every architecture."""
+"""Sampling offset by offset against drafting a block, for every architecture."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def drafter(request: pytest.FixtureRequest, plain_target: Target) -> Drafter:
 
 
 class Blocks:
-    """Blocks after some anchors of two texts."""
+    """Blocks after some anchors of two answers."""
 
     def __init__(self, target: Target, drafter: Drafter):
         texts = random_target.trajectories(2)
@@ -82,7 +82,7 @@ def test_sampler_probabilities_equal_those_of_training(drafter: Drafter, plain_t
 
 
 def logits_of(drafter: Drafter, hidden: torch.Tensor, given: torch.Tensor, head: Head) -> torch.Tensor:
-    """[B, A, K, V'] logits of the distribution that a loss sees, at hidden states after the given tokens."""
+    """Return logits [B, A, K, V'] of the distribution that a loss sees, after the given tokens."""
     logits = head.logits(hidden)
     if not drafter.has_selector:
         return logits

@@ -1,4 +1,4 @@
-"""Stage `champion`: the drafter that was registered, and for which target it is taken over."""
+"""Stage `champion`: copies the registered drafter, and adopts it for a changed target."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DFlash checkpoints: the layout that engines read, what may be missing, and every trap of the format refused."""
+"""DFlash checkpoints: the layout that engines read, optional fields, and refusal of every trap of the format."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.testbed import random_target
 
 @pytest.fixture
 def saved(tmp_path: Path, plain_target: Target) -> Path:
-    """A checkpoint that is right."""
+    """Return a valid checkpoint."""
     drafter = random_target.random_drafter(plain_target)
     drafter.frequent_tokens = torch.arange(random_target.VOCAB_SIZE).flip(0)
     drafter.info = DrafterInfo(plain_target.info.digest, "here", ("a", "b"), {"stage": "sft", "steps": 3})
@@ -217,7 +217,7 @@ def test_the_preflight_finds_a_wrong_shape_without_weights(name: str, saved: Pat
 
 
 def test_fields_with_neutral_values_are_accepted(saved: Path, plain_target: Target) -> None:
-    """What engines take for the default may be said."""
+    """A config may state what engines take as the default."""
     edit_config(lambda c: c.update(is_causal=False, use_gemma_norm=False, rope_is_neox_style=True))(saved)
     edit_config(lambda c: c["dflash_config"].update(attention_value_scale=1.0, projector_type=None))(saved)
     load_drafter(saved, plain_target)

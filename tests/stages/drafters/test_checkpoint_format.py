@@ -1,4 +1,4 @@
-"""What the layouts share, held for every architecture."""
+"""Functions that the checkpoints of all architectures share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.testbed.eagle3 import random_eagle3
 def test_rotary_frequencies_stay_float32_in_a_drafter_of_bfloat16(
     kind: str, plain_target: Target, tmp_path: Path
 ) -> None:
-    """As in engines. Rounded to bfloat16, some would be off by more than a radian at position 2000."""
+    """Engines do the same: rounded to bfloat16, some angles are off by over a radian at position 2000."""
     made: Drafter = (random_target.random_drafter if kind == "dflash" else random_eagle3)(plain_target)
     save_drafter(made, tmp_path, torch.bfloat16)
     loaded = load_drafter(tmp_path, plain_target, torch.bfloat16)
@@ -32,7 +32,7 @@ def test_rotary_frequencies_stay_float32_in_a_drafter_of_bfloat16(
 
 
 def angles(drafter: Drafter, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines, float32."""
+    """Return cosines and sines, float32."""
     rotary = drafter.rotary
     assert isinstance(rotary, nn.Module)
     found: tuple[torch.Tensor, torch.Tensor] = rotary(torch.zeros(1), position_ids=positions)
@@ -41,7 +41,7 @@ def angles(drafter: Drafter, positions: torch.Tensor) -> tuple[torch.Tensor, tor
 
 @pytest.mark.parametrize(("family", "theta"), [("Gemma3Text", 1e6), ("Zaya", 5e6), ("Beam", 1e4)])
 def test_a_new_drafter_rotates_like_the_targets_full_attention_layers(family: str, theta: float) -> None:
-    """Of one whose such layers have no positions (Beam), as the others."""
+    """If these layers have no positions (Beam), it rotates like the other layers."""
     rope = target_fields(getattr(transformers, f"{family}Config")())["rope_parameters"]
     assert rope == {"rope_type": "default", "rope_theta": theta}
 

@@ -47,7 +47,7 @@ def target(family: str, tmp_path_factory: pytest.TempPathFactory) -> Target:
 
 
 def states(target: Target, count: int = 5) -> torch.Tensor:
-    """[n, H] whose products with the head are not small beside a cap of 3."""
+    """Return states [n, H] whose products with the head are not small compared with a cap of 3."""
     return 2 * torch.randn(count, target.embedding.shape[1], generator=torch.Generator().manual_seed(0))
 
 
@@ -101,7 +101,7 @@ def test_without_scale_and_cap_in_the_config_logits_are_the_products(target: Tar
 
 
 def test_an_upgraded_dspark_starts_with_the_scaled_heads_distribution(family: str, target: Target) -> None:
-    """A cap has no such start: its proposals are the same, and its distribution is that of the products."""
+    """With a cap the proposals are the same, but the distribution is that of the products."""
     plain = random_drafter(target)
     plain.logit_map, plain.embedding_scale = target.logit_map, target.embedding_scale
     upgrade = upgraded(plain, DSPARK, target, seed=0)

@@ -1,4 +1,4 @@
-"""Whatever a drafter's config.json holds, it is read, or refused by one of our errors."""
+"""Any content of a drafter's config.json is read, or refused with a DraftsmithError."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ CONFIGS = (DFLASH, ROTARY, WINDOWS, DFLASH2, DSPARK, SPECULATORS, EAGLE3)
 
 
 def read(folder: Path) -> None:
-    """As checks and stages do before weights are read."""
+    """Read a config as checks and stages do before they read weights."""
     plan_of_checkpoint(folder, TARGET, str(folder), lambda: Words)
     check_layers(folder, 6)
     skeleton_of(folder)
 
 
 class Words:
-    """In place of a tokenizer."""
+    """Replaces a tokenizer."""
 
     @staticmethod
     def convert_ids_to_tokens(index: int) -> str:
@@ -91,7 +91,7 @@ WRONG = [None, True, -1, 0, 1.5, 10**30, float("nan"), "x", "8", [], [1], [None]
 )
 @pytest.mark.parametrize("value", WRONG, ids=json.dumps)
 def test_a_wrong_value_in_any_field_is_refused(config: Any, value: Any, tmp_path: Path) -> None:
-    """Each in turn, and left out."""
+    """Change every field in turn, and leave it out."""
     for place in filter(None, places(config)):
         (tmp_path / "config.json").write_text(json.dumps(replaced(config, place, value)))
         with ours():

@@ -159,7 +159,7 @@ def test_a_drafter_that_the_library_cannot_represent_is_not_exported(
 def test_one_field_sets_the_reading_direction_of_all_layers(
     form: str, both_ways: bool, plain_target: Target, plain_artifact: Path, tmp_path: Path
 ) -> None:
-    """vLLM makes `causal` of the field's opposite, of full layers too (vllm-project/vllm#56692)."""
+    """vLLM applies the opposite of the field as `causal` to full layers too (vllm-project/vllm#56692)."""
     drafter = FORMS[form](plain_target)
     config = json.loads((exported(drafter, plain_artifact, tmp_path) / "config.json").read_text())
     assert config["sliding_window_non_causal"] is both_ways

@@ -1,6 +1,6 @@
-"""Parallel replay against the sequential reference, for drafters, lengths and chains drawn at random.
+"""Parallel replay against the sequential reference, for random drafters, lengths and chains.
 
-The drafters are tables: what is proposed behind an anchor is drawn once for each position, so any pattern of acceptance
+The drafters are tables with random proposals after each position, so any pattern of acceptance
 comes up, which trained weights would not show.
 """
 
@@ -28,13 +28,13 @@ HEAD = Head(torch.zeros(1, 1))
 
 @dataclass
 class Table(Context):
-    """What is proposed after each position of each row, [B, T, K]; row -> trajectory."""
+    """The proposals after each position of each row, [B, T, K]."""
 
     tokens: torch.Tensor
 
 
 class TableDrafter(Drafter):
-    """Looks its proposals up; counts its calls and the blocks that each held."""
+    """Looks its proposals up, and records the shape of each call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Case:
     def random(
         cls, seed: int, responses: list[int], block_size: int, acceptance: float, vocabulary: int, by_token: bool = True
     ) -> Case:
-        """acceptance: share of proposals that are the committed token, chance hits aside.
+        """Create a random case. acceptance: share of proposals that are the committed token, without chance hits.
 
         by_token: a hard token is missed from every anchor, as by real drafters; otherwise every anchor misses others.
         """
@@ -94,7 +94,7 @@ class Case:
         return cls(trajectories, Table(torch.tensor(np.array(tables))), block_size)
 
     def check(self, chains: int | None, blocks_per_round: int) -> tuple[int, int, int]:
-        """Traces equal to the reference's. Returns rounds, blocks evaluated, and steps."""
+        """Check that the traces equal the reference's. Return rounds, evaluated blocks, and steps."""
         drafter = TableDrafter()
         with patch.object(replay, "BLOCKS_PER_ROUND", blocks_per_round):
             found = replay_chains(
@@ -146,7 +146,7 @@ def test_automatic_chains_shorten_the_rounds_of_a_long_answer_at_few_extra_block
 
 
 def test_chains_of_a_drafter_that_is_never_rejected_are_not_split() -> None:
-    """They would not meet: two of them on one stretch would do the work twice."""
+    """Two of them on one stretch would never meet, and do the work twice."""
     rounds, blocks, steps = Case.random(2, [2000], 8, 1.0, 1000).check(None, 64)
     assert rounds == blocks == steps == 250
 

@@ -1,4 +1,4 @@
-"""Mined figures add up over parts, and the most frequent values are those of a plain count."""
+"""The mined table, its metrics over any division of the rows, and the counts of frequent values."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Words:
 
 
 def mined(count: int, seed: int = 0) -> MinedGroup:
-    """Groups of made-up steps; few tokens, so that corrections repeat."""
+    """Return a group of random steps with few different tokens, so that corrections repeat."""
     rng = np.random.default_rng(seed)
     trajectories, traces, scores = [], [], []
     for index in range(count):
@@ -52,7 +52,7 @@ def mined(count: int, seed: int = 0) -> MinedGroup:
 
 
 def plain_rows(group: MinedGroup) -> list[dict[str, Any]]:
-    """The reference: one Python object a value."""
+    """Return the reference, with one Python object per value."""
     rows = []
     for trajectory, trace, scores in zip(group.trajectories, group.traces, group.scores, strict=True):
         for s, anchor in enumerate(trace.anchors.tolist()):
@@ -101,7 +101,7 @@ def test_metrics_do_not_depend_on_how_rows_are_divided() -> None:
 
 @pytest.mark.parametrize("most", [10, 50, 1000])
 def test_frequent_values_are_counted_among_many_others(most: int) -> None:
-    """Half of 20,000 values are a few that repeat, the others come once each."""
+    """Half of 20,000 values are a few that repeat; the others occur once each."""
     rng = np.random.default_rng(most)
     values = np.where(rng.random(20_000) < 0.5, rng.geometric(0.3, 20_000), 10**9 + np.arange(20_000))
     frequent, plain = HeavyHitters(most), Counter(values.tolist())
@@ -132,7 +132,7 @@ def test_acceptance_stats_agree_with_the_traces() -> None:
 
 
 def test_a_groups_table_takes_no_python_objects() -> None:
-    """The rows of a group are Arrow's from the beginning: their bytes are a small multiple of what they hold."""
+    """The rows of a group are Arrow's from the start: their bytes are a small multiple of the data's."""
     before = pa.total_allocated_bytes()
     table = steps_table(mined(200))
     assert pa.total_allocated_bytes() - before < 400 * table.num_rows

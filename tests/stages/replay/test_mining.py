@@ -1,4 +1,4 @@
-"""The stage `mining`: its table, its summary recomputed from the table, its parity with what was served."""
+"""Stage `mining`: its table, its summary recomputed from the table, and its parity with served steps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.testbed.drafter import DrafterArtifacts
 
 @pytest.fixture(scope="module")
 def assisted(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts) -> Path:
-    """24 greedy answers with the drafter in the loop, and the trace that was recorded."""
+    """Decode 24 greedy answers with the drafter, and record the trace."""
     ctx = RecordingContext.under(
         tmp_path_factory.mktemp("assisted"),
         {"target": tiny_drafter.target, "prompts": tiny_drafter.prompts, "drafter": tiny_drafter.drafter},
@@ -179,7 +179,7 @@ def test_only_as_much_is_mined_as_is_read(
     how: str, tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, mined: RecordingContext,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """In groups of another size too. A sample is a fixed one, and passes the parity gate like all."""
+    """The group size does not matter. The sample is always the same, and passes the parity gate."""
     monkeypatch.setattr("draftsmith.stages.replay.mining.SAMPLE", 7)
     other = mine(tmp_path, tiny_drafter, assisted, table=how, tokens_per_target_forward=4000)
     names = {row["trajectory_id"] for row in table(other)}
@@ -204,7 +204,7 @@ def test_only_as_much_is_mined_as_is_read(
 
 @pytest.fixture(scope="module")
 def other_drafter(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts, bench: Bench) -> Path:
-    """The artifact of a drafter whose weights were disturbed."""
+    """Return the artifact of a drafter with disturbed weights."""
     import torch
 
     folder = tmp_path_factory.mktemp("other")
@@ -229,7 +229,7 @@ def test_another_drafter_is_mined_on_the_same_answers_without_parity(
 def test_a_trace_served_by_another_drafter_is_refused(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, other_drafter: Path
 ) -> None:
-    """trace.json claims the digest of the drafter that is mined: the steps tell."""
+    """trace.json claims the digest of the mined drafter, but the steps differ."""
     faked = Path(shutil.copytree(assisted, tmp_path / "faked"))
     served = json.loads((faked / "trace.json").read_text())
     served["drafter_digest"] = drafter_digest(other_drafter / DRAFTER_FOLDER)
@@ -243,7 +243,7 @@ def test_a_trace_served_by_another_drafter_is_refused(
 
 @pytest.fixture
 def retold(tmp_path: Path, assisted: Path) -> Callable[..., Path]:
-    """The assisted rollout as if another engine had made it: trace.json changed, tables rewritten."""
+    """Return copies of the assisted rollout with changes in trace.json and rewritten tables, as of another engine."""
 
     def retell(trace: list[dict[str, Any]], steps: Callable[[int], int] = lambda n: n, **changes: Any) -> Path:
         folder = Path(shutil.copytree(assisted, tmp_path / "retold", dirs_exist_ok=True))
@@ -304,7 +304,7 @@ def test_without_a_trace_the_counted_steps_are_compared(
 def test_the_steps_of_a_retracted_answer_are_not_compared(
     recorded: bool, tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, retold: Callable[..., Path]
 ) -> None:
-    """Its server read it again, which made a token without a verify step: from there on its steps are others."""
+    """Its server read it again, which gave a token without a verify step: later steps differ."""
     trace = read_table(assisted / "trace.parquet", TRACE).to_pylist()
     folder = retold([row for row in trace if recorded and row["trajectory_id"] != trace[0]["trajectory_id"]])
     timings = read_table(folder / "timings.parquet", TIMINGS).to_pylist()
@@ -335,7 +335,7 @@ def test_an_explicit_block_size_equals_the_trained_default(
 def test_head_tokens_without_frequent_tokens_are_logged_and_ignored(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, mined: RecordingContext, retold: Callable[..., Path]
 ) -> None:
-    """Without the file that names the frequent tokens it drafts from all, whatever `head_tokens` says."""
+    """Without the file of frequent tokens it drafts from all tokens, whatever `head_tokens` is."""
     drafter = Path(shutil.copytree(tiny_drafter.drafter, tmp_path / "drafter"))
     (drafter / DRAFTER_FOLDER / TOKENS_FILE).unlink()
     trace = read_table(assisted / "trace.parquet", TRACE).to_pylist()

@@ -40,7 +40,7 @@ def wide(plain_target: Target) -> list[Trajectory]:
 
 
 def distributions(target: Target, text: Trajectory) -> tuple[torch.Tensor, torch.Tensor]:
-    """[n, V] before truncation, and [n] the tokens, of the positions that verify steps commit."""
+    """Return distributions [n, V] before truncation, and tokens [n], of the positions that verify steps commit."""
     logits = target.logits(target.read(torch.tensor([text.tokens])).hidden[0, text.first_anchor : -1])
     return probabilities(logits, 1.0), torch.tensor(text.tokens[text.first_anchor + 1 :])
 
@@ -79,7 +79,7 @@ def test_the_share_outside_the_nucleus_is_counted_and_reported(
 def test_a_token_outside_is_verified_by_the_distribution_before_truncation(
     narrow: SamplingParams, wide: list[Trajectory], plain_target: Target
 ) -> None:
-    """q/p with the p that had not been cut: not certainly kept, as q over nothing would be."""
+    """It is accepted with q/p of the p before truncation, not for certain, as with a p of 0."""
     for number, text in enumerate(wide):
         whole, tokens = distributions(plain_target, text)
         places = torch.nonzero(is_truncated(whole, tokens, narrow))[:, 0]
@@ -98,7 +98,7 @@ def test_a_token_outside_is_verified_by_the_distribution_before_truncation(
 
 
 def test_tau_is_close_to_that_of_the_true_sampling(wide: list[Trajectory], plain_target: Target) -> None:
-    """A fifth of the tokens are outside: were each of them kept, tau would be a tenth higher."""
+    """A fifth of the tokens are outside: if all of them were accepted, tau would be a tenth higher."""
     drafter = {"it": random_dspark(plain_target)}
     true, stated = (
         Replayer(plain_target, ReplayOptions(sampling=sampling)).acceptance(drafter, wide)["it"].tau

@@ -1,4 +1,4 @@
-"""The gate by hand: what passes, what fails, and what it says."""
+"""The parity gate on tables by hand."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def tau_of(gate: ParityTolerance, committed: list[int], served: list[int], repla
 
 
 def answers(count: int, slower: float, noise: float = 0.05, tau: float = 6.0) -> tuple[list[int], ...]:
-    """Committed tokens, served and replayed steps of `count` answers; the engine's tau is `slower` times replay's."""
+    """Return committed tokens, served and replayed steps; the engine's tau is `slower` times replay's."""
     rng = np.random.default_rng(0)
     replayed = rng.integers(15, 60, count)
     committed = (replayed * tau * rng.normal(1, 0.1, count)).round().astype(int)
@@ -131,7 +131,7 @@ def test_counted_steps_are_compared_as_tau() -> None:
 
 @pytest.mark.parametrize("count", [8, 64])
 def test_a_measurably_lower_served_tau_fails_even_within_the_limit(count: int) -> None:
-    """4.84 where replay says 6.0 is 19 % off, and 25 % of the steps may differ."""
+    """4.84 instead of 6.0 is 19 % off, and 25 % of the steps may differ."""
     with pytest.raises(
         DraftsmithError, match=r"tau is [45]\.\d+ as served and 6\.\d+ .* lower by at least \d+\.\d% .*rotary"
     ):
@@ -141,14 +141,14 @@ def test_a_measurably_lower_served_tau_fails_even_within_the_limit(count: int) -
 
 @pytest.mark.parametrize(("slower", "noise"), [(1.0, 0.15), (0.99, 0.05), (1.1, 0.05)])
 def test_near_ties_pass_and_so_does_a_higher_tau(slower: float, noise: float) -> None:
-    """The check has one side: what is served better than in replay costs nothing."""
+    """The check is one-sided: a tau above replay's is no error."""
     found = tau_of(BF16, *answers(64, slower, noise))
     assert found["tau_difference_high"] > -parity.TAU_TOLERANCE
     assert found["tau_difference"] == pytest.approx(slower - 1, abs=0.05)
 
 
 def test_a_good_engine_is_seldom_refused() -> None:
-    """Near-ties in 18 % of the steps, as many for the better as for the worse, on few answers."""
+    """Few answers have near-ties in 18 % of the steps, half for the better and half for the worse."""
     rng, refused = np.random.default_rng(0), 0
     for _ in range(1000):
         replayed = rng.integers(10, 50, 8)
@@ -161,7 +161,7 @@ def test_a_good_engine_is_seldom_refused() -> None:
 
 
 def test_few_answers_fail_only_on_a_large_difference() -> None:
-    """Equal differences of two answers are no proof; what is farther off than steps may differ is."""
+    """Equal differences of two answers prove nothing; a difference over the limit fails."""
     few = tau_of(BF16, [100, 100], [48, 48], [40, 40])
     assert (few["tau_difference_high"], few["tau_difference"]) == (None, pytest.approx(-1 / 6))
     with pytest.raises(DraftsmithError, match=r"mining: tau is 1.667 .*rotary settings"):
@@ -173,7 +173,7 @@ def test_few_answers_fail_only_on_a_large_difference() -> None:
 @pytest.mark.parametrize("counted", [0, 50])
 @pytest.mark.parametrize("count", [1, 2, 20])
 def test_an_engine_that_accepts_nothing_fails_even_within_the_limit(counted: int, count: int) -> None:
-    """Replay's tau is 1.25: a served tau of 1 is 20 % off."""
+    """Replay's tau is 1.25, so a served tau of 1 is 20 % off."""
     counts = [50] * count, [counted] * count, [40] * count
     with pytest.raises(DraftsmithError, match=r"tau is 1\.000 as served and 1\.250"):
         tau_of(BF16, *counts)

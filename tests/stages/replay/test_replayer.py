@@ -1,4 +1,4 @@
-"""Replay: the plain reference, one chain and many chains give one trace, the trace that the engine recorded."""
+"""Replay with one chain and with many gives the trace of the reference and of the engine."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_replay_equals_the_reference_and_the_engines_record(
 
 
 def test_a_trace_does_not_depend_on_how_the_answer_was_generated(any_bench: Bench) -> None:
-    """Replayed on plain greedy text: what the engine records with that drafter in the loop, which answers the same."""
+    """Replay on greedy answers without a drafter gives what the engine records with that drafter."""
     served = any_bench.answers(any_bench.requests(), "trained")
     assert {name: answer.response_ids for name, answer in served.items()} == any_bench.greedy
     traces = any_bench.replay(any_bench.answered(), "trained", 7)
@@ -66,7 +66,7 @@ def test_a_trace_does_not_depend_on_how_the_answer_was_generated(any_bench: Benc
 
 
 def test_proposals_are_in_the_draft_vocabulary(eagle_bench: Bench) -> None:
-    """Tokens of the answers lie outside it too, so that chains are cut there."""
+    """The answers have tokens outside it too, which no proposal equals."""
     trajectories = eagle_bench.answered()
     vocabulary = eagle_bench.drafters["trained"].head_over(eagle_bench.target.head_weight, None).token_ids
     assert vocabulary is not None and vocabulary.numel() < eagle_bench.target.info.vocab_size
@@ -77,7 +77,7 @@ def test_proposals_are_in_the_draft_vocabulary(eagle_bench: Bench) -> None:
 
 
 def test_sixteen_chains_draft_little_more_than_one_block_per_step(bench: Bench) -> None:
-    """Counted, not timed. Rejections make chains meet: at a tau near 2 the extra starts cost less than a third.
+    """Rejections make chains meet: at a tau near 2 the extra starts cost less than a third.
 
     The test bed is trained where the tests run, so its tau is not the same on every processor.
     """
@@ -95,7 +95,7 @@ def test_sixteen_chains_draft_little_more_than_one_block_per_step(bench: Bench) 
 
 @pytest.mark.parametrize("drafter", ["trained", "untrained"])
 def test_a_successor_is_the_next_anchor_of_a_single_block(drafter: str, bench: Bench) -> None:
-    """Each position alone, in a batch of one; after the end of a text it is the first anchor."""
+    """Each position is drafted in a batch of one; after the end of an answer it is the first anchor."""
     model = bench.drafters[drafter]
     head = model.drafting_head(bench.target.head_weight, None)
     trajectories = bench.answered(6)
@@ -125,7 +125,7 @@ def test_a_successor_is_the_next_anchor_of_a_single_block(drafter: str, bench: B
 
 
 def rule_of_the_engine(anchor: int, tokens: list[int], proposed: list[int]) -> tuple[int, int, int, int]:
-    """(accepted, committed, judged, rejected offset), walked token by token."""
+    """Return (accepted, committed, judged, rejected offset), token by token."""
     accepted = committed = 0
     rest = tokens[anchor + 1 :]
     judged = min(len(proposed), len(rest))
@@ -140,7 +140,7 @@ def rule_of_the_engine(anchor: int, tokens: list[int], proposed: list[int]) -> t
 
 
 def test_ends_are_neither_accepted_nor_rejected(bench: Bench) -> None:
-    """Every cut of some answers: the last steps are judged by what the trajectory still holds."""
+    """Answers are cut everywhere: the last steps are verified by the tokens that remain."""
     cut = [
         Trajectory("", prompt.token_ids + bench.greedy[prompt.prompt_id][:n], len(prompt.token_ids))
         for prompt in bench.prompts[:4]
@@ -176,7 +176,7 @@ def test_a_stop_token_inside_a_block_ends_the_trace(bench: Bench) -> None:
 def test_padding_after_a_shorter_trajectory_is_never_accepted(
     fixed: int, bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A drafter that always proposes one token, whatever a batch is padded with."""
+    """The drafter always proposes one token, and any token may be the padding."""
     drafter = bench.drafters["trained"]
 
     def propose(_context: object, _tokens: object, anchors: torch.Tensor, block_size: int, *_: object, **__: object):  # type: ignore[no-untyped-def]
@@ -254,7 +254,7 @@ def test_padding_is_on_the_right() -> None:
 def test_packed_weights_do_not_change_a_trace(
     tiny_drafter: DrafterArtifacts, bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In bfloat16; on a processor without its products nothing is packed."""
+    """This is bfloat16; on a processor without its products nothing is packed."""
     target = Target.load(tiny_drafter.target, dtype="bfloat16")
     drafter = load_drafter(tiny_drafter.drafter / DRAFTER_FOLDER, target, torch.bfloat16)
     texts = bench.answered()
@@ -271,7 +271,7 @@ def test_packed_weights_do_not_change_a_trace(
 
 
 def test_a_float16_target_serves_and_is_replayed(tmp_path: Path) -> None:
-    """On a CPU: float16 reaches to 65,504 only, which no mask may pass."""
+    """On a CPU: float16 ends at 65,504, which no mask may exceed."""
     target = Target.load(random_target.write_artifact(tmp_path), dtype="float16", device="cpu")
     save_drafter(random_target.random_drafter(target), tmp_path / "drafter", target.dtype)
     drafter = load_drafter(tmp_path / "drafter", target)

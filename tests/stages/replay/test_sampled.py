@@ -78,7 +78,7 @@ def replayed(
 
 @dataclass
 class Plainly:
-    """Replay of one text in numpy, from the drafter's and the target's logits on any prefix."""
+    """Replays one answer in numpy, from the drafter's and the target's logits on any prefix."""
 
     target: Target
     drafter: Drafter
@@ -97,7 +97,7 @@ class Plainly:
 
     @torch.no_grad()
     def q(self, anchor: int, chain: list[int], k: int) -> np.ndarray:
-        """[V] of offset k after the anchor, after the tokens of `chain` (the anchor's and the proposals)."""
+        """Return q [V] of offset k, given the tokens of `chain` (the anchor's and the proposals)."""
         K = self.drafter.block_size - 1
         given = torch.tensor([[(chain + [0] * K)[:K]]])
         hidden = self.drafter.block_hidden(self.context, given, torch.tensor([[anchor]]))
@@ -108,12 +108,12 @@ class Plainly:
         return whole
 
     def answer_probability(self, at: int) -> float:
-        """What the target says of the text's token at a position: before top-p where that leaves it out."""
+        """Return the probability of the answer's token at a position, before top-p if that leaves it out."""
         y = self.text.tokens[at]
         return float(self.p[at - 1][y] or self.whole[at - 1][y])
 
     def step(self, anchor: int) -> tuple[int, list[int]]:
-        """Accepted proposals, and all of them."""
+        """Return the number of accepted proposals, and all proposals."""
         chain, on_text, accepted = [self.text.tokens[anchor]], True, 0
         for k in range(1, self.drafter.block_size):
             at, numbers = anchor + k, self.numbers[anchor + k]
@@ -139,7 +139,7 @@ class Plainly:
         return steps
 
     def steps_expected(self) -> float:
-        """Verify steps on average, exactly: from the last anchor back."""
+        """Return the exact expected number of verify steps, from the last anchor backwards."""
         ahead = [0.0] * (len(self.text.tokens) + self.drafter.block_size)
         for anchor in range(self.text.last_anchor, self.text.first_anchor - 1, -1):
             reach, total = 1.0, 1.0
@@ -206,7 +206,7 @@ def test_expected_commits_equal_the_mean_of_sampled_ones(drafter: Drafter, plain
 
 
 def test_expected_tau_varies_less_than_that_of_sampled_traces(plain_target: Target) -> None:
-    """Over a corpus; a single short text may be an exception."""
+    """This holds over many answers; a single short one may be an exception."""
     draws = 40
     engine = EmbeddedEngine(plain_target, capacity=48)
     texts = [
@@ -227,7 +227,7 @@ def test_expected_tau_varies_less_than_that_of_sampled_traces(plain_target: Targ
 
 
 def test_comparison_drift_and_gate_use_expected_commits(texts: list[Trajectory], plain_target: Target) -> None:
-    """Not the lengths that were drawn: neither in the comparison nor in a drift check, nor in what the gate reads."""
+    """The comparison, the drift check and the gate do not use sampled lengths."""
     arms = {CHAMPION: random_dspark(plain_target), "opd": random_dflash2(plain_target, selector_top_k=40)}
     some, averaged = texts[:30], {}
     for arm, drafter in arms.items():
@@ -248,12 +248,12 @@ def test_comparison_drift_and_gate_use_expected_commits(texts: list[Trajectory],
 
 
 def first_steps(texts: Sequence[Trajectory], accepted: Sequence[int]) -> Counter[tuple[int, int]]:
-    """How often each pair of the token after the first anchor and the proposals kept in the first step came."""
+    """Count the pairs of the token after the first anchor and the proposals accepted in the first step."""
     return Counter((t.tokens[t.first_anchor + 1] % 4, n) for t, n in zip(texts, accepted, strict=True))
 
 
 def same_distribution(a: Counter[Any], b: Counter[Any]) -> float:
-    """p-value of two samples being of one distribution; what seldom came is pooled."""
+    """Return the p-value of two samples having one distribution; rare values are pooled."""
     common = [key for key in a | b if a[key] + b[key] >= 10]
     table = np.array([[counts[key] for key in common] for counts in (a, b)])
     rest = np.array([[sum(counts.values()) - row.sum()] for counts, row in zip((a, b), table, strict=True)])
@@ -376,7 +376,7 @@ def test_a_smaller_block_gives_its_own_trace(drafter: Drafter, texts: list[Traje
 
 @pytest.mark.parametrize("family", ["Gemma 2", "gpt-oss", "Qwen3.5 with images"])
 def test_replay_and_scores_equal_the_reference_for_every_family(family: str, tmp_path: Path) -> None:
-    """Of answers that were decoded with the drafter, in rows that others take over."""
+    """The answers were decoded with the drafter, in rows that later requests reuse."""
     write_family(tmp_path, family)
     target = Target.from_source(tmp_path, dtype="float32", device="cpu")
     drafter = random_dspark(target)

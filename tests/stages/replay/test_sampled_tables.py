@@ -34,7 +34,7 @@ Step = tuple[int, ...]  # the text's first two tokens, proposals kept, and both 
 
 @dataclass(frozen=True)
 class Tables:
-    """Logits [V, V] of the target at the text's offsets 1, 2, 3 and of the drafter at 1, 2, after each token."""
+    """Logits [V, V] of the target at offsets 1, 2, 3 and of the drafter at 1, 2, after each token."""
 
     p: np.ndarray  # [3, V, V]
     q: np.ndarray  # [2, V, V]
@@ -45,7 +45,7 @@ class Tables:
         return cls(p, q[:2])
 
     def distributions(self, sampling: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
-        """What is drawn by: top-k and top-p are the target's alone."""
+        """Return the distributions that are sampled from: top-k and top-p apply to the target alone."""
         p, q = (np.exp(x / sampling.temperature) for x in (self.p, self.q))
         p, q = (x / x.sum(-1, keepdims=True) for x in (p, q))
         for row in p.reshape(-1, V):
@@ -66,7 +66,7 @@ def pick(rng: random.Random, weights: np.ndarray) -> int:
 
 @cache
 def decoded(sampling: SamplingParams) -> Counter[Step]:
-    """Plain speculative sampling, one request after the other; what a step leaves open is drawn from the target."""
+    """Run speculative sampling, one request after the other; tokens after a step are sampled from the target."""
     (p, q), rng, found = TABLES.distributions(sampling), random.Random(0), Counter[Step]()
     for _ in range(DRAWS):
         proposed = [pick(rng, q[0, ANCHOR])]
@@ -86,7 +86,7 @@ def decoded(sampling: SamplingParams) -> Counter[Step]:
 
 
 class TableSampler(BlockSampler):
-    """The drafter's table."""
+    """Samples from the drafter's table."""
 
     offset, head = 0, Head(torch.eye(V))
 
@@ -97,7 +97,7 @@ class TableSampler(BlockSampler):
 
 @cache
 def texts(sampling: SamplingParams) -> torch.Tensor:
-    """[DRAWS, 4] of the target alone: the anchor, and what is drawn after it."""
+    """Return answers [DRAWS, 4] of the target alone: the anchor, and what is sampled after it."""
     p, rng, found = TABLES.distributions(sampling)[0], random.Random(1), []
     for _ in range(DRAWS):
         text = [ANCHOR]
@@ -108,7 +108,7 @@ def texts(sampling: SamplingParams) -> torch.Tensor:
 
 
 def replayed(sampling: SamplingParams) -> Counter[Step]:
-    """The steps that replay finds for these texts."""
+    """Return the steps of replay on these answers."""
     tokens, numbers = texts(sampling), np.random.default_rng(2).random((DRAWS, 6, len(Purpose)))
     places = torch.stack([torch.arange(4).expand(DRAWS, -1).clamp(max=2), tokens], -1).float()  # as hidden states
     text = TargetSampler(

@@ -1,4 +1,4 @@
-"""The target's log-probs of proposals against one plain forward a block, on the draft-induced prefix."""
+"""The target's log-probs of proposals against one forward per block, on the draft-induced prefix."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Replayed:
 
 
 def replayed(bench: Bench, name: str, *, count: int = 6, tokens: int = 40, free: int = 600) -> Replayed:
-    """Trajectories of different lengths, read into a cache with free entries after them."""
+    """Replay trajectories of different lengths, read into a cache with free entries after them."""
     drafter = bench.drafters[name]
     trajectories = [
         Trajectory(p.prompt_id, p.token_ids + bench.greedy[p.prompt_id][: tokens - 5 * i], len(p.token_ids))
@@ -45,7 +45,7 @@ def replayed(bench: Bench, name: str, *, count: int = 6, tokens: int = 40, free:
 
 
 def plainly(bench: Bench, trajectory: Trajectory, trace: Trace) -> StepScores:
-    """One forward over prefix and block for every step."""
+    """Score with one forward over prefix and block for every step."""
     S, K = trace.proposed.shape
     logprobs, best = np.full((S, K), np.nan, dtype=np.float32), np.full(S, np.nan, dtype=np.float32)
     for s, anchor in enumerate(trace.anchors.tolist()):
@@ -67,7 +67,7 @@ def plainly(bench: Bench, trajectory: Trajectory, trace: Trace) -> StepScores:
 def test_scores_equal_one_forward_per_block(
     where: str, drafter: str, tree_tokens: int, positions_per_chunk: int, request: pytest.FixtureRequest
 ) -> None:
-    """And where nothing is asked after the first rejection, they are the same up to there."""
+    """Scores without later proposals are the same up to the first rejection."""
     bench: Bench = request.getfixturevalue(where)
     r = replayed(bench, drafter)
     group, uncached = replace(r.group, tree_tokens=tree_tokens), replace(r.group, cache=None)

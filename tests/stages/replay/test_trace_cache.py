@@ -1,4 +1,4 @@
-"""What an interrupted replay keeps, and what becomes of a group that the memory does not hold."""
+"""Continuation of an interrupted replay, and groups that do not fit into memory."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ TEXTS = [Trajectory(f"t{i}", GENERATOR.integers(0, 60, 12 + i).tolist(), 4) for 
 
 
 class StoppedError(Exception):
-    """The stage was asked to stop."""
+    """Replaces a request to stop the stage."""
 
 
 def replayed(target: Target, drafter: DFlashDrafter, folder: Path | None, stop_at: int = 99) -> tuple[Any, list[int]]:
-    """Traces of two drafters, and how many trajectories were done after each group."""
+    """Return the traces of two drafters, and how many trajectories were done after each group."""
     done: list[int] = []
 
     def progress(count: int, _total: int) -> None:
@@ -50,7 +50,7 @@ def assert_equal(ours: dict[str, list[Trace]], expected: dict[str, list[Trace]])
 
 @pytest.fixture
 def read(plain_target: Target, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of every batch whose features are asked for."""
+    """Record the rows of every batch that the target reads."""
     rows: list[int] = []
     features = plain_target.features
 
@@ -109,7 +109,7 @@ def test_damaged_traces_and_those_of_other_drafters_are_replayed_again(
 def test_a_group_that_does_not_fit_into_memory_is_replayed_in_halves(
     plain_target: Target, plain_drafter: DFlashDrafter, read: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A real refusal of torch's allocator, for more than five rows of a group of nine."""
+    """Torch's allocator really refuses more than five rows of a group of nine."""
     drafters = {"a": plain_drafter}
     whole = Replayer(plain_target).traces(drafters, TEXTS)
     features, step = plain_target.features, plain_target.step

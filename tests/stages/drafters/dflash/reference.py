@@ -21,7 +21,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, position: int, theta: float) -> torch.Tensor:
-    """Rotary embedding of one head's vector [D]: the pair (i, i + D/2) turns by position · theta^(-2i/D)."""
+    """Rotate one head's vector [D]: the pair (i, i + D/2) turns by position · theta^(-2i/D)."""
     half = len(x) // 2
     turned = x.clone()
     for i in range(half):

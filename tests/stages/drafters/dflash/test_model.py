@@ -1,4 +1,4 @@
-"""The DFlash model against plain loops, how it starts, and what its slots hold."""
+"""The DFlash model against plain loops, its initial weights, and its slots."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOLERANCE = 2e-5  # float32 against float64 on values of order one
 
 
 def blocks_of(anchor_tokens: torch.Tensor, block_size: int) -> torch.Tensor:
-    """[B, A, block_size-1]: the anchors' tokens and, where a parallel drafter must not read, zeros."""
+    """Return [B, A, block_size-1]: the anchors' tokens, and zeros where a parallel drafter must not read."""
     tokens = anchor_tokens.new_zeros(*anchor_tokens.shape, block_size - 1)
     tokens[..., 0] = anchor_tokens
     return tokens
@@ -90,7 +90,7 @@ def test_a_fresh_drafter_is_seeded_and_starts_at_logits_of_unit_spread(plain_tar
 
 
 def test_a_layer_with_a_window_stores_what_it_can_reach(plain_target: Target) -> None:
-    """Memory of requests in flight, however long they may become."""
+    """It bounds the memory of requests in flight, however long they become."""
     drafter = random_target.random_drafter(plain_target, sliding_window=20, layer_types=(SLIDING, FULL))
     for capacity in (10, 4096):
         context = drafter.new_context(2, capacity)

@@ -1,4 +1,4 @@
-"""What DFlash2 adds to DFlash written out in float64: one position, one channel, one pair of tokens at a time."""
+"""DFlash2's additions to DFlash in float64: one position, one channel, one pair of tokens at a time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def convolved(xs: Positions, kernels: Positions, base: torch.Tensor, side: int, 
 
 
 def around(weights: Tensors, sublayer: str, inputs: Positions) -> tuple[Positions, Callable[[Positions], Positions]]:
-    """As `dflash.reference.Around`: both kernels come from the sublayer's input, as it was before it was convolved."""
+    """Wrap a sublayer as `dflash.reference.Around`: both kernels come from its input before the convolution."""
     base, projection = weights[f"{sublayer}_conv.base_kernel"], weights[f"{sublayer}_conv.kernel_projection.weight"]
     groups = projection.shape[0] // (2 * base.shape[1])
     kernels = [projection @ x for x in inputs]
@@ -36,7 +36,7 @@ def around(weights: Tensors, sublayer: str, inputs: Positions) -> tuple[Position
 
 
 def path(tensors: Tensors, hidden: torch.Tensor, head: torch.Tensor, anchor_token: int, top_k: int) -> list[int]:
-    """The greedy walk over the offsets' candidates. hidden: [K, H]; head: [V, H]."""
+    """Return the greedy path through the offsets' candidates. hidden: [K, H]; head: [V, H]."""
     weights = {name: tensor.detach().double() for name, tensor in tensors.items() if "selector" in name}
     before, behind = (weights[f"candidate_selector.{name}_codebook"] for name in ("predecessor", "successor"))
     projection = weights["candidate_selector.hidden_projection.weight"]

@@ -1,4 +1,4 @@
-"""DFlash2 checkpoints: what SGLang would read otherwise is refused, and what an upgrade is planned as."""
+"""DFlash2 checkpoints: refusal of what SGLang reads differently, and plans of upgrades."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.testbed.dflash2 import SIZES, random_dflash2
 
 @pytest.fixture
 def saved(tmp_path: Path, plain_target: Target) -> Path:
-    """A checkpoint that is right."""
+    """Return a valid checkpoint."""
     save_drafter(random_dflash2(plain_target), tmp_path / "drafter", torch.float32)
     return tmp_path / "drafter"
 

@@ -1,4 +1,4 @@
-"""DFlash2 against plain loops, and what a plain DFlash drafter becomes."""
+"""DFlash2 against plain loops, and upgrades from DFlash."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_hidden_states_and_proposals_equal_the_float64_reference(window: int | N
 
 
 def test_a_convolution_does_not_leave_its_block() -> None:
-    """What lies in front of it counts as zero, as in a longer block whose first positions are."""
+    """Positions before the block count as zero."""
     convolution = BlockConvolution(16, 5, 4)
     with torch.no_grad():
         for parameter in convolution.parameters():

@@ -1,4 +1,4 @@
-"""DSpark checkpoints: what comes back, what of other trainers is read, and what is refused."""
+"""DSpark checkpoints: round trips, checkpoints of other trainers, and refusals."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_in_half_precision_the_confidence_stays_float32(plain_target: Target, tm
 
 
 def test_the_authors_own_layout_is_read(saved: Path, plain_target: Target) -> None:
-    """Fields at the top, the target's embedding and head among the tensors, names with a prefix."""
+    """It has fields at the top, the target's embedding and head among the tensors, and names with a prefix."""
 
     def flat(raw: dict[str, Any]) -> None:
         nested = raw.pop("dflash_config")

@@ -28,7 +28,7 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 
 
 class Blocks:
-    """Blocks after three anchors of one text, on tokens that a generator drew."""
+    """Blocks after three anchors of one answer, on random tokens."""
 
     def __init__(self, target: Target, drafter: DSparkDrafter):
         text = random_target.trajectories(1, seed=3)[0]
@@ -44,7 +44,7 @@ class Blocks:
 
 
 def plainly(drafter: DSparkDrafter, kind: Kind, states: torch.Tensor, tokens: list[int]) -> list[torch.Tensor]:
-    """The bias [V] of each offset of a block. states: [K, H] float64."""
+    """Return the bias [V] of each offset of a block. states: [K, H] float64."""
     tensors = {name: p.detach().double() for name, p in drafter.markov_head.named_parameters()}
     w1, w2, rank = tensors["markov_w1.weight"], tensors["markov_w2.weight"], drafter.config.markov_rank
     biases, state = [], torch.zeros(rank, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The checkpoint that the tests of this room damage."""
+"""The checkpoint that the tests of this folder damage."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.testbed.eagle3 import random_eagle3
 
 @pytest.fixture
 def saved(tmp_path: Path, plain_target: Target) -> Path:
-    """A checkpoint that is right."""
+    """Return a valid checkpoint."""
     drafter = random_eagle3(plain_target)
     drafter.frequent_tokens = torch.arange(random_target.VOCAB_SIZE).flip(0)
     drafter.info = DrafterInfo(plain_target.info.digest, "here", ("a", "b"), {"stage": "sft", "steps": 3})

@@ -15,7 +15,7 @@ from tests.stages.drafters.dflash.reference import Tensors, rms_norm, rotate
 
 @dataclass
 class Shape:
-    """What the tensors do not tell."""
+    """The sizes that the tensors do not show."""
 
     heads: int
     kv_heads: int
@@ -50,7 +50,7 @@ class Chain:
         return self.weights[f"midlayer.{name}.weight"]
 
     def _joined(self, token: int, feature: torch.Tensor) -> torch.Tensor:
-        """The attention's input [2H]."""
+        """Return the attention's input [2H]."""
         embedded = rms_norm(self.embedding[token].double(), self._of_layer("input_layernorm"), self.shape.eps)
         return torch.cat([embedded, rms_norm(feature, self._of_layer("hidden_norm"), self.shape.eps)])
 
@@ -60,7 +60,7 @@ class Chain:
         return weight[head * size : (head + 1) * size] @ x
 
     def step(self, token: int) -> torch.Tensor:
-        """The next token of the chain, the anchor's first → the hidden state [H] that predicts the one after it."""
+        """Take the next token of the chain, and return the hidden state [H] that predicts the following one."""
         here, feature = self.position, self.feature
         x = self._joined(token, feature)
         self.entries.append((here, x))
@@ -85,7 +85,7 @@ class Chain:
         return rms_norm(self.feature, self.weights["norm.weight"], self.shape.eps)
 
     def draft(self, anchor_token: int, count: int, draft_tokens: list[int]) -> list[int]:
-        """Greedily: `count` proposals among `draft_tokens`, the target's ids of the head's rows."""
+        """Return `count` greedy proposals among `draft_tokens`, the target's ids of the head's rows."""
         proposed = [anchor_token]
         for _ in range(count):
             proposed.append(draft_tokens[int((self.weights["lm_head.weight"] @ self.step(proposed[-1])).argmax())])

@@ -1,4 +1,4 @@
-"""EAGLE-3 checkpoints: what is read, their layers, and new ones."""
+"""EAGLE-3 checkpoints: reading, target layers, and new drafters."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_drafter_over_the_whole_vocabulary_needs_no_maps(plain_target: Target,
 
 
 def test_a_checkpoint_written_for_sglang_loads(plain_artifact: Path, plain_target: Target, tmp_path: Path) -> None:
-    """No block size, no depth, the rotary base where older configs have it, float32 by its older name."""
+    """It has no block size and no depth, and older names for the rotary base and float32."""
     tokens = [3, 60, 8, 21, 40]
     write_eagle3(tmp_path, model_path(plain_artifact), tokens)
     loaded = load_drafter(tmp_path, plain_target)
@@ -101,7 +101,7 @@ def test_a_checkpoint_written_for_sglang_loads(plain_artifact: Path, plain_targe
 
 
 def test_an_embedding_in_the_file_is_replaced_by_the_targets(saved: Path, plain_target: Target) -> None:
-    """Some checkpoints carry one, which engines replace."""
+    """Some checkpoints have an embedding, which engines replace."""
     expected = proposals(random_eagle3(plain_target), plain_target)
     edit_tensors(lambda t: t.update({"embed_tokens.weight": torch.zeros(V, H)}))(saved)
     loaded = load_drafter(saved, plain_target)
@@ -110,7 +110,7 @@ def test_an_embedding_in_the_file_is_replaced_by_the_targets(saved: Path, plain_
 
 
 def test_the_number_of_heads_divides_the_width() -> None:
-    """GLM-4.5: a Llama's must, to transformers and so to engines."""
+    """Transformers and engines require it of a Llama; the heads of GLM-4.5 do not divide its width."""
     made = plan_of_new(Eagle3Config(kind="eagle3"), Glm4MoeConfig(head_dim=128), lambda: None).config
     assert (made.hidden_size, made.num_attention_heads, made.num_key_value_heads, made.head_dim) == (4096, 32, 8, 128)
 
@@ -123,7 +123,7 @@ def test_the_number_of_heads_divides_the_width() -> None:
     [(36, [1, 17, 32]), (32, [1, 15, 28]), (8, [1, 3, 4]), (7, [1, 2, 3]), (6, [0, 2, 4]), (4, [0, 1, 2])],
 )
 def test_default_layers_are_those_that_sglang_captures(layers: int, ids: list[int]) -> None:
-    """In front of layers 2, L/2 and L-3, where these are three; below, beginning, middle and end."""
+    """They are before layers 2, L/2 and L-3 if these differ, otherwise at the beginning, middle and end."""
     assert default_layer_ids(layers) == ids
     assert layers < 7 or [layer + 1 for layer in ids] == [2, layers // 2, layers - 3]
 

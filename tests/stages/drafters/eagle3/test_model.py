@@ -1,4 +1,4 @@
-"""The EAGLE-3 model against plain loops: what it computes, and how it starts."""
+"""The EAGLE-3 model against plain loops, and its initial weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ANCHORS = [4, 7, 1, 11, 8]  # not in order, chains overlap; before anchor 1 ther
 
 
 class Sequence:
-    """A sequence with its features, as the plain drafter reads it."""
+    """A sequence with its features, as the reference reads it."""
 
     def __init__(self, target: Target, drafter: Eagle3Drafter):
         self.target, self.drafter = target, drafter
@@ -51,7 +51,7 @@ def sequence(plain_target: Target, plain_eagle3: Eagle3Drafter) -> Sequence:
 
 
 def chains_of(sequence: Sequence, anchors: list[int], count: int) -> torch.Tensor:
-    """[1, A, count] the anchor's token and those after it."""
+    """Return the tokens [1, A, count] from each anchor on."""
     return torch.tensor([[sequence.trajectory.tokens[anchor : anchor + count] for anchor in anchors]])
 
 
@@ -90,7 +90,7 @@ def test_drafting_equals_a_greedy_loop_over_the_reference(
 def test_a_reduced_head_proposes_from_its_tokens_alone(
     sequence: Sequence, plain_target: Target, plain_eagle3: Eagle3Drafter
 ) -> None:
-    """Rows of the drafter's own head; tokens outside the draft vocabulary stay outside."""
+    """It has rows of the drafter's own head; tokens outside the draft vocabulary stay outside."""
     wanted = torch.arange(0, random_target.VOCAB_SIZE, 3)
     head = plain_eagle3.head_over(plain_target.head_weight, wanted)
     kept = sorted(set(wanted.tolist()) & set(plain_eagle3.draft_tokens.tolist()))
