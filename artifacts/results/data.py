@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from draftsmith.artifacts.results.base import Record, ResultFile
 
@@ -18,7 +18,7 @@ class PromptsSummary(ResultFile, Record):
     duplicates_removed: int = 0
     too_long_skipped: int = 0
     heldout_share: float | None = None
-    heldout_by: str | None = None  # prompt or conversation
+    heldout_by: Literal["prompt", "conversation"] | None = None
     wrong_class_passed_over: int = 0
     set_aside: Mapping[str, int] = {}  # reason -> rejected rows
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pyarrow.parquet as pq
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.results.data import PromptsSummary
 from draftsmith.artifacts.store.manifest import ArtifactRef, read_manifest
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from mlflow.entities import Dataset
 
 _DIGEST_CHARS, _NAME_CHARS = 36, 200
-_COUNTS = "prompts.json"  # file of the prompts stage: number of prompts by source and split
 _SPLITS = ("train", "validation", "heldout")
 
 
@@ -67,9 +67,9 @@ def _table(folder: Path) -> tuple[int | None, list[dict[str, object]]]:
 def _name(node: str, folder: Path, rows: int | None) -> str:
     """Return a name such as `gsm_symbolic + 2, 192/4/36` (train, validation, held-out), or `heldout, 36 rows`."""
     try:
-        counts: dict[str, dict[str, int]] = json.loads((folder / _COUNTS).read_text("utf-8"))["counts"]
+        counts = PromptsSummary.read(folder).counts
         first = max(counts, key=lambda source: sum(counts[source].values()))
-    except (OSError, ValueError, KeyError):
+    except (DraftsmithError, OSError, ValueError):
         return node if rows is None else f"{node}, {rows} rows"
     splits: Counter[str] = Counter()
     for by_split in counts.values():

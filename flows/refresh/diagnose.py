@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from pydantic import ValidationError
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.redaction import describe_secret
+from draftsmith.artifacts.results.diagnosis import DiagnosisResult
 from draftsmith.flows.checks.check import RunChecks
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.display import Display
@@ -21,7 +21,7 @@ from draftsmith.flows.refresh.graph import first_nodes
 from draftsmith.stages.catalog import STAGES
 from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.evaluation.diagnosis import RESULT, DiagnosisConfig
+from draftsmith.stages.evaluation.diagnosis import DiagnosisConfig
 from draftsmith.stages.target.config import TargetConfig
 
 NODE = "diagnosis"
@@ -46,16 +46,15 @@ def diagnose_nodes(config: DiagnoseConfig) -> list[Node]:
 
 def show_diagnosis(display: Display, folders: Mapping[str, Path], _ui: str) -> None:
     """Print the diagnosis: a table of the changes of replay that were tried, and a sentence."""
-    result = json.loads((folders[NODE] / RESULT).read_text("utf-8"))
-    tried = result.get("tried", [])
-    if tried:
+    result = DiagnosisResult.read(folders[NODE])
+    if result.as_it_is is not None and result.tried:
         head = ["replay with", "change", "steps that differ", "tau"]
         rows = [
-            [change["cause"], change["change"], f"{change['mismatch']:.1%}", f"{change['tau']:.3f}"]
-            for change in [result["as_it_is"], *tried]
+            [each.cause, each.change, f"{each.mismatch:.1%}", f"{each.tau:.3f}"]
+            for each in [result.as_it_is, *result.tried]
         ]
         display.table(head, rows, text_columns=2)
-    display.line(result["sentence"])
+    display.line(result.sentence)
 
 
 DIAGNOSE = Pipeline(

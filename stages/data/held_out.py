@@ -18,6 +18,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import pyarrow.compute as pc
 
+from draftsmith.artifacts.results.data import PromptsSummary
 from draftsmith.artifacts.tables.readers import RowReader
 from draftsmith.artifacts.tables.schemas import PROMPTS
 from draftsmith.stages.data.row_formats import Message
@@ -69,7 +70,7 @@ def read_held_out(prompts: Path | None) -> HeldOut:
     """Read what an artifact of stage `prompts` holds out; without one, return the class with its default share."""
     if prompts is None:
         return HeldOut()
-    share, by = _class(prompts / "prompts.json")
+    share, by = _class(prompts)
     identities, digests = set(), set()
     for batch in RowReader(prompts / "prompts.parquet", PROMPTS).row_groups(["split", "messages", "token_ids"]):
         for row in batch.filter(pc.not_equal(batch["split"], "train")).to_pylist():
@@ -83,7 +84,7 @@ def independent_units(prompts: Path, prompt_ids: Sequence[str]) -> list[str]:
 
     The unit is the prompt itself, or its conversation if the artifact of stage `prompts` holds out whole conversations.
     """
-    if _class(prompts / "prompts.json")[1] == "prompt":
+    if _class(prompts)[1] == "prompt":
         return list(prompt_ids)
     units = {}
     for batch in RowReader(prompts / "prompts.parquet", PROMPTS).row_groups(["prompt_id", "split", "messages"]):
@@ -93,7 +94,8 @@ def independent_units(prompts: Path, prompt_ids: Sequence[str]) -> list[str]:
     return [units.get(prompt_id, prompt_id) for prompt_id in prompt_ids]
 
 
-def _class(summary: Path) -> tuple[float, HeldOutBy]:
+def _class(prompts: Path) -> tuple[float, HeldOutBy]:
     """Return the share of the held-out class, and what decides it."""
-    fields = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
-    return float(fields.get("heldout_share", HELDOUT_SHARE)), fields.get("heldout_by", "prompt")
+    summary = PromptsSummary.read_if_there(prompts) or PromptsSummary()
+    share = HELDOUT_SHARE if summary.heldout_share is None else summary.heldout_share
+    return share, summary.heldout_by or "prompt"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -10,8 +9,9 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, TypedDict
 
-from draftsmith.artifacts.atomic import atomic_path, write_text
+from draftsmith.artifacts.atomic import atomic_path
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.results.data import PromptsSummary
 from draftsmith.artifacts.tables.parquet import TableWriter
 from draftsmith.artifacts.tables.schemas import PROMPTS
 from draftsmith.stages.data.chat_template import TemplateInverter, token_ids
@@ -97,7 +97,7 @@ def run(ctx: StageContext, config: PromptsConfig) -> None:
                 selection.rejected += stream.rejects.reasons
     if selection.rejected:
         ctx.log(f"{selection.rejected.total()} rows rejected: {describe_counts(selection.rejected)}")
-    write_text(ctx.out / "prompts.json", json.dumps(_summary(selection, config), indent=2) + "\n")
+    _summary(selection, config).write(ctx.out)
     ctx.summary(
         train=config.prompt_count("train"),
         validation=config.prompt_count("validation"),
@@ -211,18 +211,17 @@ def _ran_out_error(stream: PromptStream, split: Split, selection: _Selection, co
     )
 
 
-def _summary(selection: _Selection, config: PromptsConfig) -> dict[str, object]:
-    """Return the content of `prompts.json`."""
-    return {
-        "counts": {source: dict(sorted(splits.items())) for source, splits in sorted(selection.counts.items())},
-        "prompt_tokens": {split: _quantiles(sorted(lengths)) for split, lengths in sorted(selection.tokens.items())},
-        "duplicates_removed": selection.duplicates,
-        "too_long_skipped": selection.too_long,
-        "heldout_share": config.max_heldout_share,  # `held_out.py` reads both
-        "heldout_by": config.heldout_by,
-        "wrong_class_passed_over": selection.wrong_class,
-        "set_aside": dict(selection.rejected.most_common()),
-    }
+def _summary(selection: _Selection, config: PromptsConfig) -> PromptsSummary:
+    return PromptsSummary(
+        counts={source: dict(sorted(splits.items())) for source, splits in sorted(selection.counts.items())},
+        prompt_tokens={split: _quantiles(sorted(lengths)) for split, lengths in sorted(selection.tokens.items())},
+        duplicates_removed=selection.duplicates,
+        too_long_skipped=selection.too_long,
+        heldout_share=config.max_heldout_share,
+        heldout_by=config.heldout_by,
+        wrong_class_passed_over=selection.wrong_class,
+        set_aside=dict(selection.rejected.most_common()),
+    )
 
 
 def _quantiles(ordered: list[int]) -> dict[str, int]:

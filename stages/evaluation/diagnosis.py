@@ -13,8 +13,6 @@ from draftsmith.stages.replay.options import MaxParityMismatch
 from draftsmith.stages.runtime.stage import Compute, Config, NotInKey, Stage
 from draftsmith.stages.target.info import model_path, read_target_info
 
-RESULT = "diagnosis.json"
-
 
 class DiagnosisConfig(Config):
     """One server, and the drafter that it should serve."""

@@ -8,7 +8,6 @@ context, block size) reproduces the served steps where the engine does just that
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageInterrupted
+from draftsmith.artifacts.results.diagnosis import DiagnosisResult, ReplayChange
 from draftsmith.artifacts.tables.parquet import to_table
 from draftsmith.artifacts.tables.schemas import TRACE
 from draftsmith.stages.data.load import Prompt, load_prompts, positions_needed
@@ -34,7 +33,7 @@ from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.sglang.client import RequestLostError, check_status, key_header
 from draftsmith.stages.engines.sglang.engine import open_sglang
 from draftsmith.stages.engines.sglang.requirements import server_requirements
-from draftsmith.stages.evaluation.diagnosis import RESULT, DiagnosisConfig
+from draftsmith.stages.evaluation.diagnosis import DiagnosisConfig
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.parity import ParityTolerance, check_steps, trace_rows
 from draftsmith.stages.replay.replayer import Replayer, samples_proposals
@@ -63,7 +62,8 @@ def run(ctx: StageContext, config: DiagnosisConfig) -> None:
     except (RetryableError, StageInterrupted):
         raise
     except DraftsmithError as error:  # the server itself names what is wrong
-        _write(ctx, {"sentence": str(error), "agrees": False, "causes": [{"cause": "reported by the server"}]})
+        causes = [ReplayChange(cause="reported by the server")]
+        _write(ctx, DiagnosisResult(sentence=str(error), agrees=False, causes=causes))
         return
     answers = [answer for answer in answers if len(answer.response_ids) >= 2]
     if not answers:
@@ -79,9 +79,15 @@ def run(ctx: StageContext, config: DiagnosisConfig) -> None:
     drafter = load_drafter(Path(config.drafter), target)
     allowed, progress = config.max_parity_mismatch, progress_callback(ctx, "changes")
     found = diagnose(target, drafter, served, allowed=allowed, progress=progress)
-    summary = {"sentence": found.sentence, "agrees": found.agrees, "served_tau": found.served_tau}
-    lists = {"causes": [each.row() for each in found.causes], "tried": [each.row() for each in found.tried]}
-    _write(ctx, {**summary, "as_it_is": found.as_it_is.row(), **lists})
+    result = DiagnosisResult(
+        sentence=found.sentence,
+        agrees=found.agrees,
+        served_tau=found.served_tau,
+        as_it_is=found.as_it_is.record(),
+        causes=[each.record() for each in found.causes],
+        tried=[each.record() for each in found.tried],
+    )
+    _write(ctx, result)
 
 
 def _ask(
@@ -115,9 +121,9 @@ def trajectory_of(answer: Completion) -> Trajectory:
     return Trajectory(answer.request.request_id, prompt + answer.response_ids, len(prompt))
 
 
-def _write(ctx: StageContext, diagnosis: dict[str, object]) -> None:
-    write_text(ctx.out / RESULT, json.dumps(diagnosis, indent=2) + "\n")
-    ctx.log(str(diagnosis["sentence"]))
+def _write(ctx: StageContext, result: DiagnosisResult) -> None:
+    result.write(ctx.out)
+    ctx.log(result.sentence)
 
 
 def _served_block_size(url: str, headers: dict[str, str]) -> int | None:
@@ -171,9 +177,9 @@ class Explained:
     mismatch: float  # share of verify steps that differ; without recorded steps, of their number
     tau: float
 
-    def row(self) -> dict[str, str | float]:
+    def record(self) -> ReplayChange:
         """Return the record in `diagnosis.json`."""
-        return {"cause": self.change.cause, "change": self.change.text, "mismatch": self.mismatch, "tau": self.tau}
+        return ReplayChange(cause=self.change.cause, change=self.change.text, mismatch=self.mismatch, tau=self.tau)
 
 
 @dataclass(frozen=True)

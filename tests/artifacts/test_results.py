@@ -10,9 +10,11 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.results.base import ResultFile
 from draftsmith.artifacts.results.data import LogsSummary, PromptsSummary
+from draftsmith.artifacts.results.diagnosis import DiagnosisResult
 from draftsmith.artifacts.results.drift import DriftResult
 from draftsmith.artifacts.results.evaluation import Contexts, EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision, GateVerdict
+from draftsmith.artifacts.results.report import ReviewResult
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -29,6 +31,7 @@ GOLDEN = Path(__file__).parent / "golden"
         (DriftResult, "drift.json"),
         (PromptsSummary, "prompts.json"),
         (LogsSummary, "logs.json"),
+        (DiagnosisResult, "diagnosis.json"),
     ],
 )
 def test_a_result_is_written_as_the_bytes_that_were_read(kind: type[ResultFile], name: str, tmp_path: Path) -> None:
@@ -56,3 +59,11 @@ def test_the_challenger_is_the_best_arm_on_the_validation_split() -> None:
     taus = {"champion": 9.0, "sft": 3.4, "opd": 3.2}
     assert EvaluationResult.model_validate({"drafters": arms, "validation_tau": taus}).challenger == "sft"
     assert EvaluationResult.model_validate({"drafters": arms}).challenger == "opd"
+
+
+def test_a_review_is_read_with_all_its_keys(tmp_path: Path) -> None:
+    content = json.loads((GOLDEN / "review.json").read_text())
+    (tmp_path / "review.json").write_text(json.dumps(content))
+    review = ReviewResult.read(tmp_path)
+    assert review.to_json() == content
+    assert review.outcome is not None and review.outcome.kind == content["outcome"]["kind"] and review.metrics

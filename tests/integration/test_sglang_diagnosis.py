@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from draftsmith.stages.evaluation.diagnosis import RESULT, STAGE, DiagnosisConfig
+from draftsmith.artifacts.results.diagnosis import DiagnosisResult
+from draftsmith.stages.evaluation.diagnosis import STAGE, DiagnosisConfig
 from tests.sglang_cpu.fixtures import ServingTarget
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
@@ -40,7 +41,7 @@ def test_the_diagnosis_of_a_server(
         ctx = RecordingContext.under(tmp_path / f"of-{folder.name}", inputs)
         asked = {"prompts": 6, "sampling": {"max_new_tokens": 32}, "max_parity_mismatch": 0.02}
         STAGE.run(ctx, DiagnosisConfig.model_validate({"url": dflash_url, "drafter": str(folder), **asked}))
-        found[folder] = json.loads((ctx.out / RESULT).read_text())
+        found[folder] = DiagnosisResult.read(ctx.out).to_json()
     assert found[serving_target.drafter]["agrees"], found
     assert found[serving_target.drafter]["as_it_is"]["mismatch"] <= 0.02
     assert not found[other]["agrees"] and found[other]["causes"] == [{"cause": "reported by the server"}]

@@ -16,11 +16,11 @@ _RESULTS = "artifacts.results"
 PACKAGES = {
     "target": {"artifacts", "artifacts.store", "runtime", "target"},
     "sources": {"artifacts", "data", "runtime"},
-    "prompts": _MODEL - {"artifacts.store"},
+    "prompts": {*_MODEL, _RESULTS} - {"artifacts.store"},
     "champion": {*_MODEL, *_DRAFTERS},
     "drift": {*_MODEL, *_DRAFTERS, _RESULTS, "evaluation", "replay"},
-    "earlier": {*_MODEL, "data.logs"},
-    "logs": {*_MODEL, "data.logs"},
+    "earlier": {*_MODEL, _RESULTS, "data.logs"},
+    "logs": {*_MODEL, _RESULTS, "data.logs"},
     "rollout": {*_MODEL, *_DRAFTERS, *_ENGINES},
     "sft": {*_MODEL, *_DRAFTERS, "replay", "training", "training.sft"},
     "mining": {*_MODEL, *_DRAFTERS, "replay"},
@@ -28,7 +28,7 @@ PACKAGES = {
     "evaluation": {*_MODEL, *_DRAFTERS, *_ENGINES, _RESULTS, "evaluation", "replay"},
     "gate": {*_MODEL, *_ENGINES, _RESULTS, "drafters", "evaluation", "replay"},
     "report": {*_MODEL, *_ENGINES, _RESULTS, "drafters", "evaluation", "replay", "report"},
-    "diagnosis": {*_MODEL, *_DRAFTERS, *_ENGINES, "evaluation", "replay"},
+    "diagnosis": {*_MODEL, *_DRAFTERS, *_ENGINES, _RESULTS, "evaluation", "replay"},
 }
 # of a training, which chooses its micro-batch by its memory
 _ESTIMATES = {"drafters.activations", "target.estimate", "training.estimate"}

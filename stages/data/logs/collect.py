@@ -10,6 +10,7 @@ import numpy as np
 
 from draftsmith.artifacts.atomic import atomic_path, write_text
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.results.data import LogsSummary, LogWindow
 from draftsmith.stages.data.held_out import read_held_out
 from draftsmith.stages.data.logs.answer_table import TrajectoryTable, answer_batches, select_rows
 from draftsmith.stages.data.logs.config import LogsConfig
@@ -79,24 +80,23 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
     improbable = _find_improbable(ctx, config, table.rows)
     replayed, info = table.rows - used, read_target_info(ctx.inputs["target"])
     whole = _reads_all_rows(config, max_new) and not any(is_remote(file) for file in config.files())
-    counts = {
-        "rows_in_files": rejects.rows - rejects.truncated if whole else None,
-        "rows_read": rejects.rows,
-        "used": used,
-        "replayed": replayed,
-        "replay_left_out": changed,
-        "set_aside": dict(rejects.reasons.most_common()),
-        "outside_window": log_filter.outside_window,
-        "filtered": log_filter.filtered,
-        "not_drawn": log_filter.accepted - used,
-        "response_tokens": table.answer_tokens,
-        "scored": min(config.scored, table.rows),
-        "improbable": dict(Counter(improbable).most_common()),
-        "heldout_share": held_out.share,
-        "window": _window(config, log_filter),
-        "given_by": {"target_digest": info.digest, "tokenizer_digest": info.tokenizer_digest},
-    }
-    write_text(ctx.out / "logs.json", json.dumps(counts, indent=2, ensure_ascii=True) + "\n")
+    LogsSummary(
+        rows_in_files=rejects.rows - rejects.truncated if whole else None,
+        rows_read=rejects.rows,
+        used=used,
+        replayed=replayed,
+        replay_left_out=changed,
+        set_aside=dict(rejects.reasons.most_common()),
+        outside_window=log_filter.outside_window,
+        filtered=log_filter.filtered,
+        not_drawn=log_filter.accepted - used,
+        response_tokens=table.answer_tokens,
+        scored=min(config.scored, table.rows),
+        improbable=dict(Counter(improbable).most_common()),
+        heldout_share=held_out.share,
+        window=_window(config, log_filter),
+        given_by={"target_digest": info.digest, "tokenizer_digest": info.tokenizer_digest},
+    ).write(ctx.out)
     ctx.summary(
         answers=table.rows,
         response_tokens=table.answer_tokens,
@@ -219,10 +219,10 @@ def _nothing_usable(config: LogsConfig, log_filter: LogFilter) -> str:
     )
 
 
-def _window(config: LogsConfig, log_filter: LogFilter) -> dict[str, str | None]:
+def _window(config: LogsConfig, log_filter: LogFilter) -> LogWindow:
     """Return absolute times. newest: of all rows read, used or not; the next `since: last` begins after it."""
-    return {
-        "since": None if config.since_time is None else to_iso(config.since_time),
-        "after": config.after,
-        "newest": None if log_filter.newest is None else to_iso(log_filter.newest),
-    }
+    return LogWindow(
+        since=None if config.since_time is None else to_iso(config.since_time),
+        after=config.after,
+        newest=None if log_filter.newest is None else to_iso(log_filter.newest),
+    )
