@@ -122,7 +122,7 @@ class LogsConfig(Config):
         return (since is None or time >= since) and (after is None or time > after - self._lateness)
 
     def may_have_been_read(self, time: datetime | None) -> bool:
-        """Return whether the champion's refresh may have read a row of this time; if not, the row arrived late."""
+        """Return whether the champion's refresh read a row of this time, unless the row arrived late."""
         end = parse_time(self.after)
         return self.overlaps and end is not None and time is not None and time <= end
 
