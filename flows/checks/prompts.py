@@ -153,18 +153,17 @@ def _check_source(findings: Findings, name: str, source: PromptSource, config: P
 def _check_hub(findings: Findings, name: str, source: HuggingFaceSource) -> None:
     """Check that the hub has the data set, without fetching it."""
     # slow to import, and needed for the hub's data sets alone
-    from huggingface_hub import dataset_info
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub import dataset_info, errors
 
     try:
         dataset_info(source.id, revision=source.revision, timeout=10)
-    except GatedRepoError:
+    except errors.GatedRepoError:
         findings.error(
             name, f"data set {source.id}: access is restricted. Accept its terms on the hub and set HF_TOKEN."
         )
-    except RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         findings.error(name, f"data set {source.id}: no such folder here and none on the hub. Correct the id.")
-    except RevisionNotFoundError:
+    except errors.RevisionNotFoundError:
         findings.error(name, f"data set {source.id}: the hub has no revision {source.revision}. Correct it.")
     except Exception as error:  # the hub's library also raises errors of its HTTP client
         findings.skip(name, f"data set {source.id}: the hub does not answer ({one_line(error, 80)})", unreachable=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -238,11 +238,11 @@ class _History:
         return None
 
 
-def _inputs(inputs: Mapping[str, Any]) -> set[str]:
+def _inputs(inputs: Iterable[str]) -> set[str]:
     return {name.partition(":")[0] for name in inputs}
 
 
-def _model(target: Mapping[str, Any]) -> tuple[Any, ...]:
+def _model(target: Mapping[str, object]) -> tuple[object, ...]:
     return target.get("source"), target.get("dtype")
 
 

@@ -149,7 +149,7 @@ def _pool(client: SyncPrefectClient, name: str) -> WorkPool:
         ) from None
 
 
-def _job_variables(pool: WorkPool, folder: Path) -> dict[str, Any]:
+def _job_variables(pool: WorkPool, folder: Path) -> dict[str, object]:
     """Return the variables of a run's job. A process works in `folder`; containers and cluster jobs have their own."""
     if pool.type != "process":
         return {"env": _ENVIRONMENT}

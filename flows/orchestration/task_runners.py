@@ -34,19 +34,19 @@ _HOST_SETTINGS = {name: os.environ[name] for name in (_HOME, STORE_VARIABLE) if 
 
 
 def run_shards(
-    orders: Sequence[StageJob], make: BuildShard, stop: Callable[[], None], check: Callable[[], None]
+    jobs: Sequence[StageJob], make: BuildShard, stop: Callable[[], None], check: Callable[[], None]
 ) -> list[ArtifactRef]:
     """A `shards.Pool`: a task a shard, on the config's runner."""
-    options = orders[0].config.stages
-    runner, resources = _runner(options, orders)
+    options = jobs[0].config.stages
+    runner, resources = _runner(options, jobs)
     settings = {STORE_VARIABLE: os.environ[STORE_VARIABLE]} if STORE_VARIABLE in os.environ else {}
     settings |= {_HOME: str(home())}
     if options.runner != "local":
         make = _OnClusterHost(settings)
     with runner:
         try:
-            futures = copy_context().run(_submit, runner, resources, orders, make)
-            ends = [_end(future, order, check) for future, order in zip(futures, orders, strict=True)]
+            futures = copy_context().run(_submit, runner, resources, jobs, make)
+            ends = [_end(future, job, check) for future, job in zip(futures, jobs, strict=True)]
         except BaseException:  # a signal, or the run was cancelled
             stop()
             raise
@@ -59,18 +59,18 @@ def run_shards(
 def _submit(
     runner: TaskRunner[Any],
     resources: Callable[[], AbstractContextManager[Any]],
-    orders: Sequence[StageJob],
+    jobs: Sequence[StageJob],
     make: BuildShard,
 ) -> list[PrefectFuture[Any]]:
     """Submit a task for each shard, in a copied context, as the node task's locks cannot be sent to a host."""
     if isinstance(make, _OnClusterHost):
         TaskRunContext.__var__.set(None)  # type: ignore[arg-type]
     with resources():
-        tasks = [shard_task.with_options(name=order.stage, task_run_name=str(order)) for order in orders]
-        return [runner.submit(each, {"order": order, "make": make}) for each, order in zip(tasks, orders, strict=True)]
+        tasks = [shard_task.with_options(name=job.stage, task_run_name=str(job)) for job in jobs]
+        return [runner.submit(each, {"job": job, "make": make}) for each, job in zip(tasks, jobs, strict=True)]
 
 
-def _end(future: PrefectFuture[Any], order: StageJob, check: Callable[[], None]) -> ArtifactRef | BaseException:
+def _end(future: PrefectFuture[Any], job: StageJob, check: Callable[[], None]) -> ArtifactRef | BaseException:
     """Wait for a task and return its artifact or its error."""
     while True:
         try:
@@ -83,14 +83,14 @@ def _end(future: PrefectFuture[Any], order: StageJob, check: Callable[[], None])
         except Exception as error:  # Ray's: a worker was killed, or a host is gone
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             return RetryableError(
-                f"{order}: lost with its worker ({reason}). Run the same command again, which makes only this shard."
+                f"{job}: lost with its worker ({reason}). Run the same command again, which makes only this shard."
             )
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def shard_task(order: StageJob, make: BuildShard) -> ArtifactRef:
+def shard_task(job: StageJob, make: BuildShard) -> ArtifactRef:
     """Make or reuse one shard in its own stage process."""
-    return make(order)
+    return make(job)
 
 
 class _OnClusterHost:
@@ -99,38 +99,40 @@ class _OnClusterHost:
     def __init__(self, settings: dict[str, str]) -> None:
         self._settings = settings
 
-    def __call__(self, order: StageJob) -> ArtifactRef:
+    def __call__(self, job: StageJob) -> ArtifactRef:
         for name in (_HOME, STORE_VARIABLE):  # a worker outlives a run, so an earlier run may have set them
             value = _HOST_SETTINGS.get(name, self._settings.get(name))
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-        protect_home(home(), group_may_read=order.config.stages.group_may_read)
-        return build_shard(order, home())
+        protect_home(home(), group_may_read=job.config.stages.group_may_read)
+        return build_shard(job, home())
 
 
 def _runner(
-    options: StageOptions, orders: Sequence[StageJob]
+    options: StageOptions, jobs: Sequence[StageJob]
 ) -> tuple[TaskRunner[Any], Callable[[], AbstractContextManager[Any]]]:
     """Return the task runner, and the context in which tasks are submitted with their resources."""
     if options.runner == "ray":
         return _ray(options)
-    return ThreadPoolTaskRunner(max_workers=local_parallelism(orders)), nullcontext
+    return ThreadPoolTaskRunner(max_workers=local_parallelism(jobs)), nullcontext
 
 
 def _ray(options: StageOptions) -> tuple[TaskRunner[Any], Callable[[], AbstractContextManager[Any]]]:
-    import ray  # an optional dependency
-    from prefect_ray import RayTaskRunner
-    from prefect_ray.context import remote_options
+    # optional dependencies
+    import prefect_ray.context
+    import ray
 
     def resources() -> AbstractContextManager[Any]:
         """Request one GPU for each shard if the cluster has any."""
         gpus = 1 if ray.cluster_resources().get("GPU", 0) > 0 else 0
-        context: AbstractContextManager[Any] = remote_options(
+        context: AbstractContextManager[Any] = prefect_ray.context.remote_options(
             num_cpus=options.threads or 1, num_gpus=gpus, max_retries=0
         )
         return context
 
     local = {} if options.runner_address else {"include_dashboard": False}
-    return RayTaskRunner(address=options.runner_address, init_kwargs={"log_to_driver": False, **local}), resources
+    return prefect_ray.RayTaskRunner(
+        address=options.runner_address, init_kwargs={"log_to_driver": False, **local}
+    ), resources

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import ValidationInfo, model_validator
+from pydantic import JsonValue, ValidationInfo, model_validator
 
 from draftsmith.flows.config.errors import models_at
 from draftsmith.flows.config.load import FROM_FILE
@@ -251,7 +251,7 @@ DEFAULT_SAMPLING = {
 }
 
 
-def measured_with(config: RefreshConfig) -> dict[str, Any]:
+def measured_with(config: RefreshConfig) -> dict[str, JsonValue]:
     """Return by field the settings that tau depends on, beside drafter, target and prompts."""
     sections = {"heldout.sampling": config.heldout.sampling, "drafting": config.evaluation.drafted()}
     return {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -81,7 +80,12 @@ def diagnose_config(
         first = error.errors()[0]
         option = "--api-key-env" if "api_key_env" in first["loc"] else "--url"
         raise DraftsmithError(f"{option}: {first['msg'].removeprefix('Value error, ')}") from None
-    options: dict[str, Any] = {"api_key_env": api_key_env} | ({} if prompts is None else {"prompts": prompts})
-    diagnosis = DiagnosisConfig(url=url.rstrip("/"), drafter=source, sampling=refresh.heldout.sampling, **options)
+    diagnosis = DiagnosisConfig(
+        url=url.rstrip("/"),
+        drafter=source,
+        sampling=refresh.heldout.sampling,
+        api_key_env=api_key_env,
+        **({} if prompts is None else {"prompts": prompts}),
+    )
     sections = {name: getattr(refresh, name) for name in ("target", "prompts", "stages", "seed")}
     return DiagnoseConfig(name=f"{refresh.name}-diagnose", diagnosis=diagnosis, **sections)

@@ -72,14 +72,14 @@ def write_first_config(path: Path, beginning: str | None, given: Mapping[str, st
     if unused := [name for name, value in given.items() if value is not None and name not in names]:
         option = f"--{unused[0].replace('_', '-')}"
         raise DraftsmithError(f"{option} is not used with --from {beginning}. Remove it.")
-    values: dict[str, Any] = {"name": re.sub(r"^[^\w]+|[^\w.-]", "-", path.stem).strip("-") or "draftsmith"}
+    values: dict[str, object] = {"name": re.sub(r"^[^\w]+|[^\w.-]", "-", path.stem).strip("-") or "draftsmith"}
     for name in names:
         value = given[name]
         if value is None:
             value = _ask(QUESTIONS[name]) if interactive else QUESTIONS[name].default
         values[name] = yaml.safe_load(value) if QUESTIONS[name].number else value
     if "prompts" in names:
-        values |= _counts(values["prompts"])
+        values |= _counts(str(values["prompts"]))
     template = Template((_TEMPLATES / f"{beginning}.yaml").read_text("utf-8"))
     text = template.substitute({name: _as_yaml(value) for name, value in values.items()})
     with path.open("x", encoding="utf-8") as file:

@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import UPLOADED, home
@@ -80,10 +80,10 @@ class RegistryConfig(Config):
         EarlierConfig | None, FilledIn(), Field(description="the logged answers that the champion was trained on")
     ] = None
     history: Annotated[
-        tuple[dict[str, Any], ...], FilledIn(), Field(description="tau of the line's drafters over time")
+        tuple[dict[str, JsonValue], ...], FilledIn(), Field(description="tau of the line's drafters over time")
     ] = ()
     refreshed_at: Annotated[str | None, FilledIn(), Field(description="when the line's last refresh ended")] = None
-    measured_with: Annotated[dict[str, Any], FilledIn()] = Field(
+    measured_with: Annotated[dict[str, JsonValue], FilledIn()] = Field(
         default={}, description="settings that the champion's metrics were measured with"
     )
     read_until: Annotated[
@@ -273,7 +273,7 @@ def _source_name(source: PromptSource) -> str:
             return ", ".join(source.tasks)
 
 
-def history(line: str) -> list[dict[str, Any]]:
+def history(line: str) -> list[dict[str, JsonValue]]:
     """Return tau on all prompts at each promotion, refusal and drift check of the line, oldest first."""
     lines = registry()
     # promotions by hand measure nothing; a version that was promoted again has the metrics of its last promotion
@@ -317,7 +317,7 @@ def version_tags(
     decision: GateDecision,
     ref: ArtifactRef,
     prompts: PromptsConfig,
-    settings: Mapping[str, Any],
+    settings: Mapping[str, JsonValue],
 ) -> dict[str, str]:
     """Return the tags of a challenger's version: its metrics, target, parents and the gate's decision.
 
@@ -382,7 +382,7 @@ def log_tags(logs: ArtifactRef) -> dict[str, str]:
     return {"answers": answers.model_dump_json(), "read_until": summary.window.newest or ""}
 
 
-def promotion_metrics(evaluation: EvaluationResult, arm: str) -> dict[str, dict[str, Any]]:
+def promotion_metrics(evaluation: EvaluationResult, arm: str) -> dict[str, dict[str, float | None]]:
     """Return an arm's tau and speed-up with their intervals on all prompts, and on as many sets as a tag holds.
 
     Later drift checks compare tau with these.
@@ -399,5 +399,5 @@ def promotion_metrics(evaluation: EvaluationResult, arm: str) -> dict[str, dict[
     return {"all": overall, **sets}
 
 
-def _rounded(metrics: Mapping[str, Any]) -> dict[str, Any]:
+def _rounded(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
     return {name: round(value, 4) if isinstance(value, float) else value for name, value in metrics.items()}

@@ -25,10 +25,10 @@ def test_a_shard_is_made_in_the_home_of_its_run_or_of_its_host(
     monkeypatch.setattr(task_runners, "_HOST_SETTINGS", own)
     monkeypatch.setattr(task_runners, "protect_home", lambda *_, **__: None)
     monkeypatch.setattr(
-        task_runners, "build_shard", lambda _order, home: made.append((str(home), os.environ.get(STORE_VARIABLE)))
+        task_runners, "build_shard", lambda _job, home: made.append((str(home), os.environ.get(STORE_VARIABLE)))
     )
-    order: Any = SimpleNamespace(config=SimpleNamespace(stages=SimpleNamespace(group_may_read=False)))
-    task_runners._OnClusterHost({HOME: "/homes/a", STORE_VARIABLE: "s3://a/store"})(order)
-    task_runners._OnClusterHost({HOME: "/homes/b"})(order)
+    job: Any = SimpleNamespace(config=SimpleNamespace(stages=SimpleNamespace(group_may_read=False)))
+    task_runners._OnClusterHost({HOME: "/homes/a", STORE_VARIABLE: "s3://a/store"})(job)
+    task_runners._OnClusterHost({HOME: "/homes/b"})(job)
     first, second = (own.get(HOME, home) for home in ("/homes/a", "/homes/b"))
     assert made == [(first, "s3://a/store"), (second, None)]
