@@ -36,7 +36,10 @@ _HOST_SETTINGS = {name: os.environ[name] for name in (_HOME, STORE_VARIABLE) if 
 def run_shards(
     jobs: Sequence[StageJob], make: BuildShard, stop: Callable[[], None], check: Callable[[], None]
 ) -> list[ArtifactRef]:
-    """A `shards.Pool`: a task a shard, on the config's runner."""
+    """Run each shard as a task on the config's runner, and return the artifacts in the order of the jobs.
+
+    stop: called on a signal or a cancellation. check: called while waiting; it may raise.
+    """
     options = jobs[0].config.stages
     runner, resources = _runner(options, jobs)
     settings = {STORE_VARIABLE: os.environ[STORE_VARIABLE]} if STORE_VARIABLE in os.environ else {}

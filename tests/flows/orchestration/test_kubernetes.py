@@ -87,5 +87,5 @@ def test_a_terminated_pod_lets_its_program_save(number: str, pause_s: float, tmp
         assert process.stdout is not None
         assert [process.stdout.readline() for _ in range(2)][1] == "works\n"
         process.terminate()
-        said, _ = process.communicate(timeout=60)
-    assert (said, process.returncode) == ("saved\n", 143)
+        output, _ = process.communicate(timeout=60)
+    assert (output, process.returncode) == ("saved\n", 143)

