@@ -271,7 +271,7 @@ def test_the_recipe_is_checked_from_the_hubs_small_files(tmp_path: Path, tiny_ta
     errors = [line for line in out.splitlines() if line.startswith("error") and "free some space" not in line]
     assert errors == [line for line in out.splitlines() if ".venv-sglang/bin/python does not exist" in line] != []
     assert "4,022M parameters, 36 layers, hidden 2560, vocabulary 151936, 40960 positions, bfloat16" in out
-    assert f"{REVISION} is reused until `--force target`" in out
+    assert levels(out)["target.revision"] == ["warning"] and REVISION in out
     assert "5 layers on target layers [1, 9, 17, 25, 33], blocks of 16, mask token 151669 (beyond" in out
     assert "each of 8 servers' GPUs" in out and "none is visible here" in out
     assert levels(out)["opd: needs"] == ["ok"] and levels(out)["prompts.sources.0"] == ["not checked"]
