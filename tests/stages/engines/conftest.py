@@ -1,4 +1,4 @@
-"""What the tests of the engines share: servers that a test expects, and little patience with lost ones."""
+"""Fixtures of the engines' tests: requirements on servers, and short time limits for lost ones."""
 
 from __future__ import annotations
 

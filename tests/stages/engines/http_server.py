@@ -1,4 +1,4 @@
-"""A real HTTP server with SGLang's endpoints that answers as a test tells it: late, with an error, or not at all."""
+"""A real HTTP server with SGLang's endpoints that answers as a test asks: late, with an error, or not at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Reply = Callable[[dict[str, Any]], dict[str, Any] | None]  # payload -> body; No
 
 
 class Refusal(Exception):
-    """ServerAnswer with this status."""
+    """Makes the server answer with this status."""
 
     def __init__(self, status: int, text: str = "told to", **headers: str) -> None:
         super().__init__(text)
@@ -26,7 +26,7 @@ class Refusal(Exception):
 
 @dataclass
 class HttpServer:
-    """`replies` maps a path to what answers it; `asked` has every (path, payload) in order."""
+    """A server: `replies` maps a path to its function, `asked` lists every (path, payload) in order."""
 
     replies: dict[str, Reply]
     asked: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -113,7 +113,7 @@ class HttpServer:
 
 @contextmanager
 def serving(generate: Reply, **replies: Reply) -> Iterator[HttpServer]:
-    """A server whose /generate is `generate`; further endpoints by name."""
+    """Run a server whose /generate is `generate`; further endpoints by name."""
     server = HttpServer({"/generate": generate, **{f"/{name}": reply for name, reply in replies.items()}})
     server.start()
     try:
@@ -123,7 +123,7 @@ def serving(generate: Reply, **replies: Reply) -> Iterator[HttpServer]:
 
 
 def answer(payload: dict[str, Any], *, delay_s: float = 0.0, **meta: Any) -> dict[str, Any]:
-    """A good answer: counts on from the prompt's last token."""
+    """Return a good answer, which counts on from the prompt's last token."""
     time.sleep(delay_s)
     count = payload["sampling_params"]["max_new_tokens"]
     start = payload["input_ids"][-1] + 1
@@ -138,5 +138,5 @@ def answer(payload: dict[str, Any], *, delay_s: float = 0.0, **meta: Any) -> dic
 
 
 def is_probe(payload: dict[str, Any]) -> bool:
-    """Is it the client's question whether the server still generates?"""
+    """Return whether this is the client's health check."""
     return "rid" not in payload

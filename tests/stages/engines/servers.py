@@ -1,4 +1,4 @@
-"""Servers as an engine meets them: in this process by `http_server`, or launched in the place of SGLang."""
+"""Servers for tests of the engine: in this process by `http_server`, or launched in place of SGLang."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from draftsmith.stages.engines.sglang.requirements import ServerRequirements, se
 from tests.stages.engines.http_server import HttpServer, Refusal, Reply, answer, is_probe, serving
 from tests.testbed.drafter import DrafterArtifacts
 
-# of a process that is to find the module `sglang.launch_server` of the tests
+# PYTHONPATH of a process that runs the tests' module `sglang.launch_server`
 STAND_IN = os.pathsep.join(map(str, (Path(__file__).with_name("stand_in"), Path(__file__).parents[3])))
 
 
 def living(folder: Path) -> list[int]:
-    """Processes that were started in this folder: servers and what they started."""
+    """Return the processes started in this folder: servers and their descendants."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
@@ -70,7 +70,7 @@ def good_server(expected: ServerRequirements) -> dict[str, Any]:
 
 
 def speculating(payload: dict[str, Any], digest: str | None = None) -> dict[str, Any]:
-    """One step whose proposals were all accepted: of the tokens that `answer` counts, or sampled from [20, 800)."""
+    """Return an answer of one step with all proposals accepted: tokens of `answer`, or sampled from [20, 800)."""
     done = answer(payload, spec_verify_ct=1)
     sampling = payload["sampling_params"]
     if sampling["temperature"] > 0:
@@ -95,7 +95,7 @@ def server_of(
     names: tuple[str, str] = ("model_info", "server_info"),
     generate: Reply | None = None,
 ) -> Iterator[HttpServer]:
-    """The right server for `expected`, with differences."""
+    """Run a server that meets the requirements but for some differences."""
     if generate is None:
         generate = (lambda p: speculating(p, digest)) if expected.drafter_folder else answer
     replies = {
@@ -107,7 +107,7 @@ def server_of(
         yield running
 
 
-def shake(
+def check(
     server: HttpServer, expected: ServerRequirements, *, ours: bool = False, logs: list[str] | None = None
 ) -> ServerInfo:
     async def run() -> ServerInfo:
@@ -121,7 +121,7 @@ def shake(
 def refusing(
     status: int, text: str = "told to", which: Callable[[list[int]], bool] = lambda _ids: True, **headers: str
 ) -> Reply:
-    """Refuse requests with such a prompt, and what is no request."""
+    """Return a reply that refuses requests with such a prompt, and everything else but probes."""
 
     def reply(payload: dict[str, Any]) -> dict[str, Any]:
         if "input_ids" not in payload or (not is_probe(payload) and which(payload["input_ids"])):
@@ -132,5 +132,5 @@ def refusing(
 
 
 def asked_for(server: HttpServer) -> list[list[int]]:
-    """Prompts of the requests that the server got."""
+    """Return the prompts of the requests that the server got."""
     return [p["input_ids"] for path, p in server.asked if path == "/generate" and not is_probe(p)]

@@ -1,4 +1,4 @@
-"""Lossless in float32: plain, speculative and transformers' own decoding give the same tokens, whatever the batch."""
+"""Decoding is lossless in float32: without a drafter, with one, and by transformers it gives the same tokens."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tokens_of(answers: dict[str, Completion]) -> dict[str, list[int]]:
 
 @dataclass(frozen=True)
 class Sampled:
-    """Requests, and their plain answers."""
+    """Sampled requests, and their answers without a drafter."""
 
     requests: list[Request]
     answers: dict[str, list[int]]
@@ -46,7 +46,7 @@ def sampled(bench: Bench) -> Sampled:
     return Sampled(requests, {request.request_id: answers[request.request_id].response_ids for request in requests})
 
 
-def test_plain_greedy_equals_transformers_generate(bench: Bench, tiny_drafter: DrafterArtifacts) -> None:
+def test_greedy_decoding_equals_generate_of_transformers(bench: Bench, tiny_drafter: DrafterArtifacts) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_path(tiny_drafter.target), dtype=torch.float32)
     prompts = [p.token_ids for p in bench.prompts]
     width = max(map(len, prompts))
@@ -74,7 +74,7 @@ def test_plain_greedy_equals_transformers_generate(bench: Bench, tiny_drafter: D
         ("untrained", 8, 4, 60),
     ],
 )
-def test_speculative_greedy_equals_plain_greedy(
+def test_greedy_decoding_with_a_drafter_equals_that_without(
     drafter: str, slots: int, block_size: int | None, head_tokens: int | None, bench: Bench
 ) -> None:
     requests = bench.requests(24)
@@ -95,7 +95,7 @@ def test_a_trained_drafter_saves_steps_and_an_untrained_one_does_not(bench: Benc
 
 
 @pytest.mark.parametrize(("slots", "count"), [(1, 8), (3, 24), (56, 56)])
-def test_plain_answers_do_not_depend_on_the_batch(slots: int, count: int, bench: Bench) -> None:
+def test_answers_without_a_drafter_do_not_depend_on_the_batch(slots: int, count: int, bench: Bench) -> None:
     answers = tokens_of(bench.answers(bench.requests(count), slots=slots))
     assert answers == {p.prompt_id: bench.greedy[p.prompt_id] for p in bench.prompts[:count]}
 
@@ -104,7 +104,7 @@ def test_plain_answers_do_not_depend_on_the_batch(slots: int, count: int, bench:
     ("drafter", "slots", "block_size", "head_tokens"),
     [("trained", 1, None, None), ("trained", 8, 4, None), ("trained", 3, None, 150), ("untrained", 8, None, None)],
 )
-def test_speculative_sampling_draws_the_tokens_of_plain_sampling(
+def test_sampling_with_a_drafter_gives_the_tokens_of_sampling_without(
     drafter: str,
     slots: int,
     block_size: int | None,
@@ -138,8 +138,8 @@ def test_every_sampled_token_inverts_the_targets_distribution_at_its_own_positio
             assert float(p[j, :token].sum()) - 1e-5 <= u <= float(p[j, : token + 1].sum()) + 1e-5
 
 
-def test_answers_that_end_at_once_are_refilled(bench: Bench) -> None:
-    """Length limits from one token on, so that rows finish at prefill, in a step, and at its very end."""
+def test_rows_of_answers_that_end_immediately_are_refilled(bench: Bench) -> None:
+    """Limits start at one token, so that rows finish at prefill, within a step, and at its end."""
     requests = [Request(r.request_id, r.prompt_ids, 1 + i % 9, seed=r.seed) for i, r in enumerate(bench.requests(40))]
     for drafter in (None, "trained"):
         answers = bench.answers(requests, drafter, slots=3)
@@ -151,8 +151,8 @@ def test_answers_that_end_at_once_are_refilled(bench: Bench) -> None:
             assert bool(completion.steps) == (drafter is not None and i % 9 > 0)
 
 
-def test_steps_describe_what_was_committed(bench: Bench) -> None:
-    """Anchors walk through the answer; accepted proposals are its tokens; the next one is not."""
+def test_steps_describe_the_committed_tokens(bench: Bench) -> None:
+    """Accepted proposals are the answer's tokens after the anchor; the next proposal is not."""
     for completion in bench.answers(bench.requests(), "trained").values():
         prompt = completion.request.prompt_ids
         tokens, anchor = prompt + completion.response_ids, len(prompt)
@@ -196,7 +196,7 @@ def test_a_block_larger_than_the_trained_one_is_refused(bench: Bench) -> None:
         bench.engine("trained", block_size=9)
 
 
-def test_latencies_and_shares_of_the_work_add_up(bench: Bench) -> None:
+def test_shares_of_the_work_add_up_to_at_most_the_latency(bench: Bench) -> None:
     for completion in bench.answers(bench.requests(6), "trained", slots=2).values():
         assert completion.draft_seconds > 0
         assert completion.draft_seconds + completion.verify_seconds < completion.seconds

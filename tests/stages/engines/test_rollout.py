@@ -1,4 +1,4 @@
-"""The stage `rollout`: what it writes, that it goes on where it was stopped, and what it refuses."""
+"""Stage `rollout`: its tables, its continuation after an interruption, and its errors."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_answers_are_the_targets_in_the_order_of_the_prompts(
 
 
 @pytest.mark.parametrize(("drafter", "temperature"), [(False, 0.0), (True, 1.0)], ids=["plain", "assisted, sampled"])
-def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
+def test_an_interrupted_run_continues_and_gives_the_same_bytes(
     drafter: bool, temperature: float, tmp_path: Path, tiny_drafter: DrafterArtifacts
 ) -> None:
     cfg = config(sampling={"max_new_tokens": 40, "temperature": temperature}, prompts=22)
@@ -94,9 +94,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
 
 
 @pytest.mark.parametrize("table", ["trajectories", "timings", "trace"])
-def test_a_truncated_last_shard_is_set_aside_and_made_again(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, table: str
-) -> None:
+def test_a_truncated_last_shard_is_generated_again(tmp_path: Path, tiny_drafter: DrafterArtifacts, table: str) -> None:
     whole = context(tmp_path / "whole", tiny_drafter, drafter=True)
     STAGE.run(whole, config())
     with pytest.raises(StageInterrupted):
@@ -140,7 +138,7 @@ def test_an_assisted_rollout_gives_the_same_text_and_records_its_trace(
     assert assisted.summaries["tau"] > 2
 
 
-def test_a_reduced_head_that_the_drafter_cannot_have_is_said(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+def test_a_reduced_head_that_the_drafter_cannot_have_is_logged(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
     drafter = Path(shutil.copytree(tiny_drafter.drafter, tmp_path / "drafter"))
     (drafter / DRAFTER_FOLDER / TOKENS_FILE).unlink()
     ctx = context(tmp_path, tiny_drafter, drafter=True)
@@ -149,7 +147,7 @@ def test_a_reduced_head_that_the_drafter_cannot_have_is_said(tmp_path: Path, tin
     assert any("head_tokens has no effect" in line for line in ctx.logs)
 
 
-def test_the_seed_of_the_run_decides_what_is_sampled(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+def test_the_seed_of_the_run_decides_sampled_answers(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
     cfg = config(prompts=12, sampling={"max_new_tokens": 30, "temperature": 1.2})
     runs = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -163,7 +161,7 @@ def test_the_seed_of_the_run_decides_what_is_sampled(tmp_path: Path, tiny_drafte
     assert len(stored.trajectories) == 12
 
 
-def test_skip_and_prompts_cut_the_splits(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+def test_skip_and_prompts_select_from_the_splits(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
     ctx = context(tmp_path, tiny_drafter)
     STAGE.run(ctx, config(splits=["validation", "heldout"], skip=6, prompts=4, sampling={"max_new_tokens": 2}))
     expected = load_prompts(tiny_drafter.prompts, ["validation", "heldout"])[6:10]

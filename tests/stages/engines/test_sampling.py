@@ -33,7 +33,7 @@ def test_uniform_numbers_depend_on_seed_and_position_and_are_uniform() -> None:
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.07
 
 
-def test_the_best_token_is_the_first_of_equal_ones_however_a_vocabulary_divides() -> None:
+def test_the_best_token_is_the_first_of_equal_ones_for_any_vocabulary_size() -> None:
     generator = torch.Generator().manual_seed(0)
     for vocabulary in (1, 97, 96, 1024, 3 * 512):
         for scores in (torch.randn(3, 2, vocabulary, generator=generator), torch.full((3, 2, vocabulary), -torch.inf)):
@@ -43,7 +43,7 @@ def test_the_best_token_is_the_first_of_equal_ones_however_a_vocabulary_divides(
 
 
 def kept_by_hand(p: list[float], top_p: float, top_k: int) -> set[int]:
-    """The plain definition: most likely tokens until their probability, among the k most likely ones, reaches top_p."""
+    """Return the most likely tokens until their probability, among the k most likely ones, reaches top_p."""
     kept, mass = set(), 0.0
     best = sorted(range(len(p)), key=lambda token: -p[token])[: top_k or len(p)]
     for token in best:
@@ -61,7 +61,7 @@ def kept_by_hand(p: list[float], top_p: float, top_k: int) -> set[int]:
     st.floats(0.01, 0.999),
     st.integers(0, 14),
 )
-def test_top_p_keeps_the_smallest_sufficient_set_of_what_top_k_keeps(
+def test_top_p_keeps_the_smallest_sufficient_subset_of_the_top_k_tokens(
     logits: list[float], temperature: float, top_p: float, top_k: int
 ) -> None:
     whole = torch.softmax(torch.tensor(logits).double() / temperature, -1).tolist()
@@ -79,7 +79,7 @@ def test_top_p_keeps_the_smallest_sufficient_set_of_what_top_k_keeps(
 @pytest.mark.parametrize("top_k", [0, 2, 20, 500])
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_distribution_is_that_of_transformers_warpers(top_p: float, top_k: int, tied: bool) -> None:
-    """Temperature, top-k, top-p in this order; of tokens that tie at the k-th place top-k keeps all."""
+    """Temperature, top-k, top-p in this order; top-k keeps all tokens that tie at rank k."""
     logits = 2 * torch.randn(64, 200, generator=torch.Generator().manual_seed(top_k)).double()
     if tied:  # as logits of half precision do; top-p is left out, for which of equal tokens it keeps is the sort's
         logits, top_p = (2 * logits).round() / 2, 1.0

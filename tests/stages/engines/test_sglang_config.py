@@ -1,4 +1,4 @@
-"""From a config to servers' command lines, environments and GPUs; what is refused before anything starts."""
+"""Command lines, environments and GPUs of servers by config, and errors before anything starts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def after(words: list[str], name: str) -> str:
     return words[words.index(name) + 1]
 
 
-def test_a_plain_server_gets_the_targets_model_and_dtype() -> None:
+def test_a_server_without_a_drafter_gets_the_targets_model_and_dtype() -> None:
     words = line(config())
     assert words[:3] == [sys.executable, "-m", "sglang.launch_server"]
     assert after(words, "--model-path") == "/models/target"
@@ -172,7 +172,7 @@ def test_the_key_of_given_servers_comes_from_the_environment(monkeypatch: pytest
         SGLangEngineConfig.model_validate({**config().model_dump(), "api_key_env": "MY_KEY"})
 
 
-def test_every_server_gets_gpus_of_its_own() -> None:
+def test_every_server_gets_its_own_gpus() -> None:
     two = LaunchConfig.model_validate({"servers": 2, "tensor_parallel": 2})
     assert server.assign_gpus(two, ["4", "5", "6", "7"]) == ["4,5", "6,7"]
     with pytest.raises(DraftsmithError, match="2 servers of tensor_parallel 2 need 4 GPUs, 3 are visible"):

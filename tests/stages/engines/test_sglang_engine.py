@@ -47,7 +47,7 @@ def answers_of(engine: SGLangEngine) -> dict[str, list[int]]:
 
 
 def names_until_error(engine: SGLangEngine, kind: type[DraftsmithError]) -> tuple[list[str], DraftsmithError]:
-    """Requests of MANY that were answered, and the error behind them."""
+    """Return the requests of MANY that were answered, and the error after them."""
     got = []
     with pytest.raises(kind) as caught:
         for each in engine.generate(MANY):
@@ -58,7 +58,7 @@ def names_until_error(engine: SGLangEngine, kind: type[DraftsmithError]) -> tupl
 # ---- requests without an answer
 
 
-def test_a_bad_answer_is_asked_for_again_at_another_server(
+def test_after_a_bad_answer_the_request_goes_to_another_server(
     plain: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
     def cut_short(payload: dict[str, Any]) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def test_a_bad_answer_is_asked_for_again_at_another_server(
 
 
 @pytest.mark.parametrize(("status", "again", "kind"), [(400, 1, UnansweredError), (500, 6, RetryableError)])
-def test_others_are_answered_and_one_error_names_those_that_are_not(
+def test_other_requests_are_answered_and_one_error_names_the_failed_ones(
     status: int,
     again: int,
     kind: type[DraftsmithError],
@@ -95,7 +95,7 @@ def test_others_are_answered_and_one_error_names_those_that_are_not(
         assert len(asked_for(server)) == len(MANY) - 3 + 3 * again
 
 
-def test_where_nothing_is_answered_it_stops_early_and_lets_what_was_sent_finish(
+def test_if_all_requests_fail_it_stops_early_and_lets_sent_requests_finish(
     plain: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
     enough = threading.Event()
@@ -124,10 +124,10 @@ def test_where_nothing_is_answered_it_stops_early_and_lets_what_was_sent_finish(
         assert len(list(engine.generate(MANY))) == len(MANY)
 
 
-def test_requests_that_servers_died_with_are_named_once_and_the_others_are_answered(
+def test_requests_that_servers_died_with_are_reported_once_and_the_others_are_answered(
     plain: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
-    """However many: as many as were in flight."""
+    """As many as were in flight may be affected."""
     deadly = [request.request_id for request in MANY[: _MAX_UNANSWERED + 5]]
     for url in ("http://a", "http://b"):
         pool.DeathLog(tmp_path / "servers" / "deaths.json").record(deadly, url)
@@ -141,10 +141,10 @@ def test_requests_that_servers_died_with_are_named_once_and_the_others_are_answe
         assert len(list(engine.generate(MANY))) == len(MANY)
 
 
-def test_an_answer_that_was_retracted_is_taken_without_its_steps(
+def test_a_retracted_answer_is_used_without_its_steps(
     assisted: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
-    """Its tokens are right, its records have gaps. Asked for once more, it would be one more on a full server."""
+    """Its tokens are right, its records have gaps. To send it again would load a full server more."""
 
     def generate(payload: dict[str, Any]) -> dict[str, Any]:
         done = speculating(payload, assisted.drafter_digest)
@@ -164,7 +164,7 @@ def test_an_answer_that_was_retracted_is_taken_without_its_steps(
     assert (found.verify_steps, found.retractions, len(found.steps)) == (1, 1, 0)
 
 
-def test_a_refused_key_ends_it_at_once(
+def test_a_refused_key_ends_generation_immediately(
     plain: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
     with (
@@ -175,7 +175,7 @@ def test_a_refused_key_ends_it_at_once(
     assert "engine.api_key_env" in str(error) and not isinstance(error, UnansweredError)
 
 
-def test_a_rollout_keeps_all_answers_and_a_rerun_asks_only_for_the_missing_one(
+def test_a_rollout_keeps_all_answers_and_a_rerun_generates_only_the_missing_one(
     plain: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
     prompts = load_prompts(tiny_drafter.prompts, ["heldout"])[:20]
@@ -215,7 +215,7 @@ def test_a_rollout_keeps_all_answers_and_a_rerun_asks_only_for_the_missing_one(
 # ---- servers that are lost, or do not come up
 
 
-def test_a_given_server_that_does_not_answer_is_left_out(
+def test_a_running_server_that_does_not_answer_is_left_out(
     plain: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
     logs: list[str] = []
@@ -229,7 +229,7 @@ def test_a_given_server_that_does_not_answer_is_left_out(
 
 
 def launched(expected: ServerRequirements, mode: str = "serve", **launch: Any) -> dict[str, Any]:
-    """A config that launches stand-ins."""
+    """Return a config that launches stand-ins."""
     replies = {"/model_info": good_model(expected), "/server_info": good_server(expected)}
     environment = {"STAND_IN": mode, "STAND_IN_REPLIES": json.dumps(replies), "PYTHONPATH": STAND_IN}
     launch = {"environment": environment, "options": {"device": "cpu"}, **launch}
@@ -275,10 +275,10 @@ def test_a_server_that_does_not_start_as_sglang_does_is_one_error(
 # ---- waiting
 
 
-def test_a_new_bound_holds_from_the_first_request_on(
+def test_a_new_concurrency_applies_from_the_first_request(
     plain: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
-    """A turn of a speed measurement that began with the last one's requests in flight would measure that."""
+    """Otherwise a timed run would also measure requests of the one before it."""
     with (
         server_of(plain, generate=lambda p: answer(p, delay_s=0.0 if is_probe(p) else 0.3)) as server,
         opened(tiny_drafter, tmp_path, {"urls": [server.url]}) as engine,

@@ -17,7 +17,7 @@ from tests.stages.engines.http_server import serving
 
 
 def interpreter(folder: Path, version: str | None, *, plugin: bool = False) -> Path:
-    """This Python with other inspect_environment packages beside it, as their metadata says."""
+    """Return a copy of this Python with the metadata of other installed packages."""
     packages = folder / "packages"
     for name, release, points in (
         ("sglang", version, ""),
@@ -44,7 +44,7 @@ def config(python: Path | None = None, **fields: object) -> SGLangEngineConfig:
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    """Answers /health and nothing else."""
+    """Run a server that answers /health only."""
 
     with serving(lambda _: {}, health=lambda _: {}) as running:
         yield running.url
@@ -83,7 +83,7 @@ def test_a_stage_that_launches_servers_knows_their_version(tmp_path: Path) -> No
     assert RolloutConfig.model_validate({"engine": {"kind": "sglang", "urls": ["http://h"]}}).programs() == {}
 
 
-def test_a_missing_plugin_does_not_matter_where_no_trace_is_asked_for(tmp_path: Path) -> None:
+def test_a_missing_plugin_is_no_warning_without_trace(tmp_path: Path) -> None:
     python = interpreter(tmp_path, "0.5.21")
     assert environment_warnings(config(python, trace=False), inspect_environment(python)) == []
 
@@ -106,7 +106,7 @@ def test_an_interpreter_that_cannot_launch_is_an_error(tmp_path: Path) -> None:
     assert "has no sglang installed" in refused(interpreter(tmp_path / "bare", None))
 
 
-def test_a_server_that_does_not_answer_says_why(server: str) -> None:
+def test_a_failed_health_check_names_its_reason(server: str) -> None:
     assert health_problem(server) is None
     assert health_problem(server + "/elsewhere") == "HTTP 404"
     assert "ConnectError" in str(health_problem("http://127.0.0.1:9"))

@@ -1,4 +1,4 @@
-"""The handshake: which servers are accepted, which are refused and with what words."""
+"""The handshake: servers that are accepted, and errors for those that are refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from draftsmith.stages.engines.sglang.handshake import ServerInfo
 from draftsmith.stages.engines.sglang.requirements import ServerRequirements
 from draftsmith.stages.target.sampling import SamplingParams
 from tests.stages.engines.http_server import Refusal, answer
-from tests.stages.engines.servers import good_server, opened, requirements_of, server_of, shake, speculating
+from tests.stages.engines.servers import check, good_server, opened, requirements_of, server_of, speculating
 from tests.testbed.drafter import DrafterArtifacts
 
 OLD = ("get_model_info", "get_server_info")
@@ -24,43 +24,45 @@ OLD = ("get_model_info", "get_server_info")
 @pytest.mark.parametrize("names", [("model_info", "server_info"), OLD], ids=["new names", "old names"])
 def test_the_right_server_is_accepted(names: tuple[str, str], plain: ServerRequirements) -> None:
     with server_of(plain, names=names) as server:
-        assert shake(server, plain, ours=True) == ServerInfo("0.5.20", records_trace=False)
-        (remark,) = shake(server, plain).remarks
+        assert check(server, plain, ours=True) == ServerInfo("0.5.20", records_trace=False)
+        (remark,) = check(server, plain).remarks
     assert "no log-probs" in remark
 
 
 def test_records_of_this_drafter_are_trusted(assisted: ServerRequirements) -> None:
     with server_of(assisted, digest=assisted.drafter_digest) as server:
-        info = shake(server, assisted)
+        info = check(server, assisted)
     assert (info.records_trace, info.greedy_only) == (True, False)
     assert not any("plug-in" in remark for remark in info.remarks)
 
 
 def test_without_the_plug_in_nothing_is_recorded(assisted: ServerRequirements) -> None:
     with server_of(assisted) as server:
-        info = shake(server, assisted)
+        info = check(server, assisted)
         assert not info.records_trace and any("plug-in" in remark for remark in info.remarks)
     with server_of(assisted, digest=assisted.drafter_digest) as server:
-        assert not shake(server, replace(assisted, trace=False)).records_trace
+        assert not check(server, replace(assisted, trace=False)).records_trace
         assert "custom_params" not in server.asked[-1][1]["sampling_params"]
 
 
-def test_a_speculating_server_may_roll_out_plainly(plain: ServerRequirements, assisted: ServerRequirements) -> None:
+def test_a_server_that_drafts_may_answer_for_the_target_alone(
+    plain: ServerRequirements, assisted: ServerRequirements
+) -> None:
     with server_of(plain, server=good_server(assisted), generate=speculating) as server:
-        info = shake(server, plain)
+        info = check(server, plain)
     assert any("lossless" in remark for remark in info.remarks)
     lossy = good_server(assisted) | {"speculative_accept_threshold_single": 0.9}
     with (
         server_of(plain, server=lossy, generate=speculating) as server,
         pytest.raises(DraftsmithError, match=r"accepts proposals that the target would reject \(--speculative-accept"),
     ):
-        shake(server, plain)
+        check(server, plain)
 
 
-def test_a_release_that_was_never_tested_is_told_of_running_servers_too(plain: ServerRequirements) -> None:
+def test_an_untested_release_of_a_running_server_is_a_remark(plain: ServerRequirements) -> None:
     for version, told in (("0.5.23", []), ("0.5.24.dev3", ["0.5.24.dev3"]), (None, ["None"])):
         with server_of(plain, server={"version": version}) as server:
-            remarks = shake(server, plain, ours=True).remarks
+            remarks = check(server, plain, ours=True).remarks
         assert remarks == [f"{server.url} is sglang {it}, outside the tested >=0.5.20,<0.5.24" for it in told]
 
 
@@ -77,7 +79,7 @@ def test_a_release_that_was_never_tested_is_told_of_running_servers_too(plain: S
 )
 def test_a_wrong_server_is_one_clear_error(wrong: dict[str, Any], what: str, plain: ServerRequirements) -> None:
     with server_of(plain, **wrong) as server, pytest.raises(DraftsmithError, match=what) as caught:
-        shake(server, plain)
+        check(server, plain)
     assert not isinstance(caught.value, RetryableError)
     assert "\n" not in str(caught.value)
 
@@ -96,24 +98,25 @@ def test_a_wrong_server_is_one_clear_error(wrong: dict[str, Any], what: str, pla
 )
 def test_a_wrong_drafter_is_one_clear_error(wrong: dict[str, Any], what: str, assisted: ServerRequirements) -> None:
     with server_of(assisted, **wrong) as server, pytest.raises(DraftsmithError, match=what):
-        shake(server, assisted)
+        check(server, assisted)
 
 
-def test_a_server_in_trouble_may_be_asked_again_later(plain: ServerRequirements) -> None:
+def test_a_server_error_is_retryable(plain: ServerRequirements) -> None:
     def busy(_: dict[str, Any]) -> dict[str, Any]:
         raise Refusal(503)
 
     with server_of(plain, generate=busy) as server, pytest.raises(RetryableError, match="status 503"):
-        shake(server, plain)
+        check(server, plain)
 
 
 # ---- servers whose verification takes the argmax whatever the temperature
 
 
-def greedy_behind_the_first(payload: dict[str, Any], ties: int = 0) -> dict[str, Any]:
-    """As SGLang without a kernel that samples: the prompt's token is drawn, verify steps take what `answer` counts.
+def greedy_after_the_first(payload: dict[str, Any], ties: int = 0) -> dict[str, Any]:
+    """Answer like SGLang without a kernel that samples: the first token is sampled, verify steps take those of
+    `answer`.
 
-    ties: of this many first answers a near-tie falls otherwise.
+    ties: the first answers, of this number, differ by a near-tie.
     """
     done = speculating(payload)
     first, count = done["output_ids"][0], len(done["output_ids"])
@@ -125,35 +128,35 @@ def greedy_behind_the_first(payload: dict[str, Any], ties: int = 0) -> dict[str,
 
 @pytest.mark.parametrize("ties", [0, 2])
 def test_greedy_verification_is_found_by_its_tokens(ties: int, assisted: ServerRequirements) -> None:
-    with server_of(assisted, generate=lambda p: greedy_behind_the_first(p, ties)) as server:
-        assert shake(server, assisted).greedy_only
+    with server_of(assisted, generate=lambda p: greedy_after_the_first(p, ties)) as server:
+        assert check(server, assisted).greedy_only
 
 
-def test_a_server_that_draws_is_not_taken_for_a_greedy_one(assisted: ServerRequirements) -> None:
+def test_a_server_that_samples_is_not_taken_for_a_greedy_one(assisted: ServerRequirements) -> None:
     with server_of(assisted, server={"device": "xpu"}) as server:
-        assert not shake(server, assisted).greedy_only
+        assert not check(server, assisted).greedy_only
         temperatures = [
             payload["sampling_params"]["temperature"] for path, payload in server.asked if payload.get("input_ids")
         ]
     assert max(temperatures) >= 1e3
 
 
-def test_on_a_cpu_a_speculating_server_is_greedy_only_without_being_asked(
+def test_a_server_that_drafts_on_a_cpu_is_greedy_only_without_a_probe(
     assisted: ServerRequirements, tiny_drafter: DrafterArtifacts
 ) -> None:
     with server_of(assisted, server={"device": "cpu"}) as server:
-        assert shake(server, assisted, ours=True).greedy_only
+        assert check(server, assisted, ours=True).greedy_only
         assert server.count("/generate") == 1
     plain = requirements_of(tiny_drafter, None)
     with server_of(plain, server={"device": "cpu"}, generate=answer) as server:
-        assert not shake(server, plain).greedy_only
+        assert not check(server, plain).greedy_only
 
 
 def test_a_sampled_rollout_on_such_servers_is_refused_and_a_greedy_one_is_not(
     assisted: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
     with (
-        server_of(assisted, generate=greedy_behind_the_first) as server,
+        server_of(assisted, generate=greedy_after_the_first) as server,
         opened(tiny_drafter, tmp_path, {"urls": [server.url]}, drafter=tiny_drafter.drafter / DRAFTER_FOLDER) as engine,
     ):
         assert len(list(engine.generate([Request("greedy", [5], 3)]))) == 1

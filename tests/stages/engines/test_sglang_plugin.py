@@ -1,4 +1,4 @@
-"""The plug-in's own arithmetic, without SGLang: log-probs of a chain, records, refusals."""
+"""The plug-in without SGLang: log-probs of a chain, records, refused releases."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Sampling:
 
 @dataclass
 class ServerRequest:
-    """What the hooks touch of SGLang's request."""
+    """The fields of SGLang's request that the hooks use."""
 
     sampling_params: Sampling = field(default_factory=Sampling)
     customized_info: dict[str, list[Any]] | None = None
@@ -55,7 +55,7 @@ B, V = 4, 50
 
 @pytest.fixture
 def batch_tensors() -> dict[str, torch.Tensor]:
-    """A verification of three blocks of four."""
+    """Return the tensors of a verification of three blocks of four."""
     draw = torch.Generator().manual_seed(0)
     return {
         "logits": torch.randn(3 * B, V, generator=draw) * 3,
@@ -74,7 +74,7 @@ def packed(rows: list[int], tensors: dict[str, torch.Tensor], logprobs: torch.Te
 
 
 @pytest.mark.parametrize("rows", [[0, 1, 2], [2], [2, 0]])
-def test_the_logprobs_are_those_of_each_proposal_behind_its_predecessors(
+def test_the_logprobs_are_those_of_each_proposal_after_its_predecessors(
     batch_tensors: dict[str, torch.Tensor], rows: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plugin_hooks, "CHUNK", 2)  # rows end inside a chunk
@@ -100,7 +100,7 @@ def test_a_step_survives_packing(batch_tensors: dict[str, torch.Tensor]) -> None
     assert "Infinity" not in json.dumps(steps)
 
 
-def test_a_tree_is_refused_in_the_place_of_its_record() -> None:
+def test_a_tree_has_a_refusal_in_place_of_a_record() -> None:
     batch = Batch([ServerRequest(customized_info={KEY: [{}]})])
     BatchTrace("digest", [0], "a tree").consume(batch, [Commit(1, (5, 6))])
     assert batch.reqs[0].customized_info == {KEY: [{}, {"v": "1", "drafter": "digest", "refused": "a tree"}, None]}
@@ -108,7 +108,7 @@ def test_a_tree_is_refused_in_the_place_of_its_record() -> None:
 
 @pytest.fixture
 def other_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A module in the place of a release that was changed."""
+    """Return the name of a module that stands for another release."""
     (tmp_path / "changed_release.py").write_text("class Worker:\n    def verify(self, block): ...\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(plugin, "installed_version", lambda: "0.9.1")
@@ -129,13 +129,13 @@ def test_a_release_without_a_hook_is_refused(
         plugin.check_release({other_release + name: parameters for name, parameters in required.items()})
 
 
-def test_an_untested_release_with_all_hooks_is_named(other_release: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_untested_release_with_all_hooks_is_a_warning(other_release: str, caplog: pytest.LogCaptureFixture) -> None:
     plugin.check_release({f"{other_release}.verify": ("block",)})
     assert "0.9.1" in caplog.text and plugin.SUPPORTED in caplog.text
 
 
-def test_what_runs_inside_the_servers_counts_as_code_of_the_stages_that_ask_them(tmp_path: Path) -> None:
-    """Its records are theirs: a repaired acceptance makes new answers."""
+def test_the_plugin_is_in_the_code_digest_of_stages_that_use_servers(tmp_path: Path) -> None:
+    """A correction of its records must generate new answers."""
     project = Path(__file__).parents[3]
     entry = tomllib.loads((project / "pyproject.toml").read_text())["project"]["entry-points"][PLUGIN_GROUP]
     assert entry == {"draftsmith": server.PLUGIN}

@@ -1,4 +1,4 @@
-"""Requests on real HTTP servers that misbehave: spread, repeated elsewhere, moved away from a server that died."""
+"""Requests to real HTTP servers that misbehave: distributed, sent again elsewhere, moved away from a dead server."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def with_pool(
     deaths: Path | None = None,
     **fields: Any,
 ) -> tuple[Any, list[str]]:
-    """Run `body` with a pool of these servers; its result and what was logged. fields: of each `Server`."""
+    """Run `body` with a pool of these servers. Returns its result and the log. fields: of each `Server`."""
     logs: list[str] = []
     config = SGLangEngineConfig(kind="sglang", urls=("http://x",), concurrency=concurrency, request_timeout_s=timeout_s)
 
@@ -86,7 +86,7 @@ async def ask_many(pool: ServerPool, count: int) -> list[list[int]]:
 
 
 def failing(times: int, error: Refusal | None, then: Reply = answer) -> Reply:
-    """Answers after so many failures; no error: the connection is closed."""
+    """Return a reply that fails `times` times; without an error the connection is closed."""
     left = itertools.count()
 
     def generate(asked: dict[str, Any]) -> dict[str, Any] | None:
@@ -99,10 +99,10 @@ def failing(times: int, error: Refusal | None, then: Reply = answer) -> Reply:
     return generate
 
 
-# ---- spreading
+# ---- distribution
 
 
-def test_load_is_spread_over_servers_by_what_they_have_in_flight() -> None:
+def test_load_is_distributed_by_requests_in_flight() -> None:
     enough = threading.Event()
 
     def slowly(asked: dict[str, Any]) -> dict[str, Any]:
@@ -121,11 +121,11 @@ def test_load_is_spread_over_servers_by_what_they_have_in_flight() -> None:
         assert max(slow.most_at_once, fast.most_at_once) == 2
 
 
-# ---- repeated
+# ---- retries
 
 
 @pytest.mark.parametrize("error", [Refusal(500), None], ids=["500", "closed connection"])
-def test_what_was_lost_is_asked_again_and_counted(error: Refusal | None) -> None:
+def test_lost_requests_are_sent_again_and_counted(error: Refusal | None) -> None:
     with serving(failing(4, error), health_generate=lambda _: {}) as server:
 
         async def run(pool: ServerPool) -> Any:
@@ -146,14 +146,14 @@ def test_what_was_lost_is_asked_again_and_counted(error: Refusal | None) -> None
     ],
     ids=["abort", "no end", "no meta_info"],
 )
-def test_an_answer_without_an_end_is_asked_again(body: dict[str, Any]) -> None:
+def test_after_an_answer_without_an_end_the_request_is_sent_again(body: dict[str, Any]) -> None:
     counter = itertools.count()
     with serving(lambda p: answer(p) if is_probe(p) or next(counter) else body) as server:
         found, _ = with_pool([server], ask)
         assert found.response_ids == [6, 7, 8]
 
 
-def test_a_bad_answer_is_an_error_in_the_end() -> None:
+def test_repeated_bad_answers_are_an_error() -> None:
     def read(_: ServerAnswer) -> Completion:
         raise BadAnswerError("no use")
 
@@ -167,7 +167,7 @@ def test_a_bad_answer_is_an_error_in_the_end() -> None:
 
 
 def with_room_for(number: int, status: int, text: str, answers: Reply) -> Reply:
-    """Refuses what is more at once."""
+    """Return a reply that refuses more than `number` concurrent requests."""
     room = threading.Semaphore(number)
 
     def generate(asked: dict[str, Any]) -> dict[str, Any] | None:
@@ -182,7 +182,7 @@ def with_room_for(number: int, status: int, text: str, answers: Reply) -> Reply:
 
 
 @pytest.mark.parametrize(("status", "text"), [(429, "later"), (503, "The request queue is full.")])
-def test_requests_wait_for_a_full_server_and_a_refusal_costs_no_attempt(
+def test_requests_wait_for_a_full_server_without_using_an_attempt(
     status: int, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(pooling._TRIES, RequestLostError, 1)
@@ -199,7 +199,7 @@ def test_requests_wait_for_a_full_server_and_a_refusal_costs_no_attempt(
     assert len(logs) == 1 and server.url in logs[0]
 
 
-def test_a_server_that_is_full_for_ever_is_an_error_that_another_run_may_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_stays_full_is_a_retryable_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pooling, "_FULL_LIMIT_S", 0.2)
     with serving(refusing(429)) as server, pytest.raises(LostTooOftenError):
         with_pool([server], ask)
@@ -241,7 +241,7 @@ def test_which_refusals_mean_that_a_server_is_full(
 # ---- servers that die
 
 
-def test_requests_of_a_server_that_dies_move_to_the_others_at_once() -> None:
+def test_requests_of_a_dead_server_move_to_the_others_immediately() -> None:
     stuck = threading.Event()
 
     def hangs(asked: dict[str, Any]) -> None:
@@ -269,8 +269,8 @@ def test_requests_of_a_server_that_dies_move_to_the_others_at_once() -> None:
 
 
 @pytest.mark.parametrize("status", [503, 500])
-def test_a_server_whose_probes_fail_for_a_while_is_waited_for(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Longer where it is there and computes nothing."""
+def test_a_server_whose_probes_fail_for_a_while_is_not_lost(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is longer if it is up and computes nothing."""
     monkeypatch.setattr(pooling, "_FAILING_LIMIT_S", 30.0 if status == 500 else 0.0)
     monkeypatch.setattr(pooling, "_STALLED_LIMIT_S", 30.0)
     silent = iter([True, True])
@@ -291,7 +291,7 @@ def test_a_gateway_without_the_endpoint_is_probed_by_a_generation() -> None:
         assert [path for path, _ in server.asked] == ["/generate", "/health_generate", "/generate", "/generate"]
 
 
-def test_a_server_that_goes_dark_is_found_long_before_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_server_is_found_long_before_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pooling, "_PROBE_AFTER_S", 0.2)
     monkeypatch.setattr(client, "_HEALTH_TIMEOUT_S", 0.3)
     over = threading.Event()
@@ -306,7 +306,7 @@ def test_a_server_that_goes_dark_is_found_long_before_the_time_limit(monkeypatch
     assert any(f"{gone.url} is lost" in line for line in logs)
 
 
-def test_a_router_lives_while_it_and_one_of_its_servers_do() -> None:
+def test_a_router_is_healthy_while_it_and_one_of_its_servers_are() -> None:
     workers: Reply = lambda _: {"workers": []}  # noqa: E731
     with (
         serving(failing(1, Refusal(500)), workers=workers) as front,
@@ -329,7 +329,7 @@ def test_a_router_lives_while_it_and_one_of_its_servers_do() -> None:
 
 @contextmanager
 def mortal(count: int, kills: Callable[[int], bool]) -> Iterator[list[HttpServer]]:
-    """Servers that die with requests of some numbers, and lose what else they have in flight."""
+    """Run servers that die with some requests, and lose the others in flight."""
     servers = [HttpServer({}) for _ in range(count)]
 
     def generate_of(server: HttpServer) -> Reply:
@@ -353,12 +353,12 @@ def mortal(count: int, kills: Callable[[int], bool]) -> Iterator[list[HttpServer
 
 
 async def errors_of(pool: ServerPool, count: int = 60) -> dict[int, BaseException]:
-    """By the number of their request."""
+    """Return the answers by the number of their request."""
     each = await asyncio.gather(*(ask(pool, i) for i in range(count)), return_exceptions=True)
     return {number: found for number, found in enumerate(each) if isinstance(found, BaseException)}
 
 
-def test_a_request_that_was_in_flight_at_two_deaths_is_named_and_the_others_are_answered() -> None:
+def test_a_request_in_flight_at_two_deaths_is_reported_and_the_others_are_answered() -> None:
     with mortal(4, {5}.__contains__) as running:
         errors, logs = with_pool(running, errors_of, concurrency=2)
         assert sum(server.running for server in running) == 2
@@ -369,8 +369,8 @@ def test_a_request_that_was_in_flight_at_two_deaths_is_named_and_the_others_are_
     assert sum("is lost" in line for line in logs) == 2
 
 
-def test_deaths_are_remembered_when_the_stage_is_retried(tmp_path: Path) -> None:
-    """A single server: none is left after each death."""
+def test_deaths_are_counted_across_retries_of_the_stage(tmp_path: Path) -> None:
+    """With a single server none is left after each death."""
     file = tmp_path / "servers" / "deaths.json"
     for attempt in range(2):
         with mortal(1, {5}.__contains__) as running:
@@ -401,7 +401,7 @@ def hanging(release: threading.Event, times: int = 99) -> Reply:
 
 
 @pytest.mark.parametrize("times", [1, 99])
-def test_an_answer_that_takes_too_long_is_aborted_and_asked_for_once_more(times: int) -> None:
+def test_a_request_that_takes_too_long_is_aborted_and_sent_once_more(times: int) -> None:
     release = threading.Event()
     with serving(hanging(release, times), health_generate=lambda _: {}, abort_request=lambda _: {}) as server:
         if times == 1:

@@ -1,4 +1,4 @@
-"""Answers of a server as completions: records cut like the embedded engine's, and what is refused."""
+"""Completions from a server's answers: records cut like the embedded engine's, and refused answers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ GOOD = [None, record(3, [21, 22, 99], 2, 23), None, None, record(6, [24, 25, 26]
 
 
 def as_records(long: Completion, length: int) -> list[Any]:
-    """What the plug-in sends for the first `length` tokens of a longer answer: steps as they were, not cut."""
+    """Return the plug-in's records for the first `length` tokens of a longer answer, with uncut steps."""
     elements: list[Any] = [{"v": "1", "drafter": "d"}] + [None] * (length - 1)
     prompt = len(long.request.prompt_ids)
     for step in long.steps:
@@ -84,7 +84,7 @@ def test_a_stop_token_inside_an_accepted_block_cuts_its_step() -> None:
 
 
 @pytest.mark.parametrize("nan", [None, float("nan")])
-def test_an_answer_of_logits_that_are_nan_is_a_bad_one(nan: float | None) -> None:
+def test_an_answer_with_nan_logits_is_a_bad_one(nan: float | None) -> None:
     """JSON has no NaN: SGLang writes null."""
     answer = body([20, 21], [None, record(3, [21, 5, 6], 1, 7, logprobs=[-0.5, nan, -2])], "length")
     with pytest.raises(BadAnswerError, match="request p/0: the server's log-probs at token 1 are NaN"):
@@ -132,13 +132,13 @@ def test_records_that_do_not_cover_the_answer_are_one_clear_error(records: list[
         ({"output_ids": [1]}, "meta_info"),
     ],
 )
-def test_an_answer_that_is_not_what_was_asked_for_is_refused(answer: dict[str, Any], what: str) -> None:
+def test_an_answer_that_does_not_fit_its_request_is_refused(answer: dict[str, Any], what: str) -> None:
     with pytest.raises(DraftsmithError, match=what) as caught:
         read(answer, with_records=False)
     assert "request p/0" in str(caught.value)
 
 
-def test_the_plug_in_says_version_and_drafter() -> None:
+def test_version_and_drafter_are_read_from_the_records() -> None:
     assert recorded_drafter("r", {}) is None
     assert recorded_drafter("r", {"draftsmith_trace": [None, None]}) is None
     assert recorded_drafter("r", {"draftsmith_trace": [{"v": "1", "drafter": "abc"}]}) == "abc"
@@ -146,7 +146,7 @@ def test_the_plug_in_says_version_and_drafter() -> None:
         recorded_drafter("r", {"draftsmith_trace": [{"v": "2", "drafter": "abc"}]})
 
 
-def test_payloads_say_how_to_draw_and_whether_to_record() -> None:
+def test_payloads_hold_sampling_and_the_request_for_records() -> None:
     sampled = replace(REQUEST, sampling=SamplingParams(0.7, 0.9, 20), seed=2**62 + 1)
     greedy = generate_payload(REQUEST, EOS, traced=False)
     assert greedy["input_ids"] == [10, 11, 12]
@@ -166,8 +166,8 @@ def test_payloads_say_how_to_draw_and_whether_to_record() -> None:
     assert params["custom_params"] == {"draftsmith_trace": True}
 
 
-def test_what_a_server_prefers_decides_nothing() -> None:
-    """SGLang draws by {**preferred, **asked}: whatever it may prefer is asked for."""
+def test_a_servers_preferred_sampling_has_no_effect() -> None:
+    """SGLang samples by {**preferred, **requested}, so every field is in the request."""
     names = "top_p top_k min_p min_new_tokens temperature ignore_eos frequency_penalty presence_penalty"
     names += " repetition_penalty logit_bias stop stop_regex regex ebnf json_schema structural_tag"
     asked = generate_payload(REQUEST, EOS, traced=False)["sampling_params"]
@@ -184,7 +184,7 @@ def test_records_of_another_drafter_are_a_bad_answer() -> None:
     assert read(answer, with_records=False).steps == []
 
 
-def test_without_records_the_servers_own_counts_are_kept() -> None:
+def test_without_records_the_servers_own_counts_are_used() -> None:
     counted = read(body([20, 21, 2], reason="stop", spec_correct_drafts_histogram=[1, 0, 2]), with_records=False)
     assert (counted.accepted_counts, counted.steps, counted.verify_steps) == ([1, 0, 2], [], 2)
     assert accepted_lengths(counted) == [0, 2, 2]

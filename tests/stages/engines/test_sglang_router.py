@@ -1,4 +1,4 @@
-"""Routers and replicas: which servers stand behind an address, how many requests it takes, what is refused."""
+"""Routers and replicas: the servers of an address, its number of requests, and refused configs."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ REQUESTS = [Request(f"r{i}", [10 * i + 5], 8) for i in range(4)]
 
 
 def without_unknown_fields(payload: dict[str, Any]) -> dict[str, Any]:
-    """What a router passes on."""
+    """Return the fields that a router forwards."""
     sampling = {k: v for k, v in payload["sampling_params"].items() if k not in ("custom_params", "stream_interval")}
     return {**payload, "sampling_params": sampling}
 
 
 @contextmanager
 def router_of(*workers: HttpServer, healthy: bool = True) -> Iterator[HttpServer]:
-    """Answers as the first of them does."""
+    """Run a router that answers like the first of its workers."""
 
     def generate(payload: dict[str, Any]) -> dict[str, Any] | None:
         return workers[0].replies["/generate"](without_unknown_fields(payload))
@@ -47,10 +47,10 @@ def router_of(*workers: HttpServer, healthy: bool = True) -> Iterator[HttpServer
 
 
 @pytest.mark.parametrize("asked_by_environment", [True, False])
-def test_every_server_behind_a_router_is_checked_and_the_router_is_asked(
+def test_every_server_of_a_router_is_checked_and_requests_go_to_the_router(
     asked_by_environment: bool, assisted: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
-    """What requests ask for does not get through; steps are recorded where the servers' environment asks for it."""
+    """A request's own parameter is not forwarded; steps are recorded if the servers' environment asks for it."""
 
     def generate(payload: dict[str, Any]) -> dict[str, Any]:
         if asked_by_environment:
@@ -75,7 +75,7 @@ def test_every_server_behind_a_router_is_checked_and_the_router_is_asked(
     assert all(each.verify_steps == 1 for each in answers)
 
 
-def test_a_wrong_server_behind_a_router_is_refused(
+def test_a_router_with_a_wrong_server_is_refused(
     assisted: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
     drafter = tiny_drafter.drafter / DRAFTER_FOLDER

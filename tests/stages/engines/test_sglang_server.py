@@ -1,4 +1,4 @@
-"""Server processes: how they start, what they inherit, and that nothing of them outlives the stage."""
+"""Server processes: start, environment, API key, and an end together with the stage."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def healthy(url: str) -> bool:
         return False
 
 
-def test_a_server_may_end_by_itself_and_a_stubborn_one_is_killed(tmp_path: Path) -> None:
+def test_a_server_may_end_gracefully_and_is_killed_otherwise(tmp_path: Path) -> None:
     polite, stubborn = process(tmp_path / "a", "polite"), process(tmp_path / "b", "stubborn")
     for server in (polite, stubborn):
         server.start()

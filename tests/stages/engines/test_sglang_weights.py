@@ -1,4 +1,4 @@
-"""Whose weights a server has that somebody else started: by the hub's revision or by log-probs."""
+"""Checks of a running server's weights, by the hub's revision or by log-probs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from draftsmith.stages.target.config import TargetConfig
 from draftsmith.stages.target.describe import describe
 from draftsmith.stages.target.info import model_path, write_target_info
 from tests.stages.engines.http_server import answer
-from tests.stages.engines.servers import server_of, shake
+from tests.stages.engines.servers import check, server_of
 from tests.testbed.drafter import DrafterArtifacts
 
 COMMIT, OTHER = "a1" * 20, "b2" * 20
@@ -29,7 +29,7 @@ def of_hub(expected: ServerRequirements) -> ServerRequirements:
 
 
 def scoring(logprobs: list[float]) -> Any:
-    """A server that says this of the fixed tokens behind the first."""
+    """Return a reply with these log-probs of the fixed tokens after the first."""
 
     def generate(payload: dict[str, Any]) -> dict[str, Any]:
         done = answer(payload)
@@ -44,7 +44,7 @@ def scoring(logprobs: list[float]) -> Any:
 
 @pytest.fixture(scope="module")
 def other_revision(tiny_drafter: DrafterArtifacts, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The artifact of the tiny target after one small step of training: same config, tokenizer and shapes."""
+    """Return an artifact of the tiny target with slightly moved weights: same config, tokenizer and shapes."""
     folder = tmp_path_factory.mktemp("other-revision")
     source = model_path(tiny_drafter.target)
     shutil.copytree(source, folder / "model")
@@ -60,19 +60,19 @@ def other_revision(tiny_drafter: DrafterArtifacts, tmp_path_factory: pytest.Temp
 def test_a_server_of_the_same_commit_of_the_hub_is_accepted_and_of_another_refused(plain: ServerRequirements) -> None:
     expected = of_hub(plain)
     with server_of(expected, model={"model_path": "org/model"}, server={"revision": COMMIT}) as server:
-        assert shake(server, expected).remarks == []
+        assert check(server, expected).remarks == []
         assert not any("return_logprob" in payload for _, payload in server.asked)
     with (
         server_of(expected, model={"model_path": "org/model"}, server={"revision": OTHER}) as server,
         pytest.raises(DraftsmithError, match=f"of revision {OTHER}, .*--revision {COMMIT}"),
     ):
-        shake(server, expected)
+        check(server, expected)
 
 
 @pytest.mark.parametrize(
     ("path", "revision"), [("org/model", None), ("org/model", "main"), ("/on/another/machine", None)]
 )
-def test_without_files_or_a_commit_a_server_is_known_by_what_it_computes(
+def test_without_a_commit_a_server_is_identified_by_its_log_probs(
     plain: ServerRequirements, other_revision: Path, path: str, revision: str | None
 ) -> None:
     expected = of_hub(plain)
@@ -80,18 +80,18 @@ def test_without_files_or_a_commit_a_server_is_known_by_what_it_computes(
     assert len(ours) > 80
     says: dict[str, Any] = {"model": {"model_path": path}, "server": {"revision": revision, "dtype": "float32"}}
     with server_of(expected, **says, generate=scoring([value + 9e-4 for value in ours])) as server:
-        (remark,) = shake(server, expected).remarks
+        (remark,) = check(server, expected).remarks
     assert f"serves {path}: log-probs of {len(ours)} fixed tokens are 0.0009 nats from the target's" in remark
     with (
         server_of(expected, **says, generate=scoring(others)) as server,
         pytest.raises(DraftsmithError, match=rf"nats from those of the target org/model .*revision {COMMIT}"),
     ):
-        shake(server, expected)
+        check(server, expected)
 
 
-def test_quantised_weights_are_not_compared_and_that_is_said(plain: ServerRequirements) -> None:
+def test_quantised_weights_are_not_compared_and_that_is_a_remark(plain: ServerRequirements) -> None:
     expected = of_hub(plain)
     says: dict[str, Any] = {"model": {"model_path": "org/model"}, "server": {"quantization": "fp8"}}
     with server_of(expected, **says) as server:
-        (remark,) = shake(server, expected).remarks
+        (remark,) = check(server, expected).remarks
     assert "quantised (fp8): its weights could not be compared" in remark

@@ -1,4 +1,4 @@
-"""Answers in shards, with drafters that draw their proposals: mined and replayed as by one process."""
+"""Answers in shards, with drafters that sample proposals: mined and replayed as by one process."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def drafters(tmp_path_factory: pytest.TempPathFactory, plain_target: Target) -> dict[str, Path]:
-    """Their artifacts."""
+    """Return the artifacts of the drafters."""
     folder = tmp_path_factory.mktemp("drafters")
     for kind, make in DRAWING.items():
         drafter = make(plain_target)
@@ -67,7 +67,7 @@ def test_mining_in_shards_gives_the_same_bytes(
         assert (joined.out / name).read_bytes() == (whole.out / name).read_bytes(), name
 
 
-def test_an_evaluation_replays_in_shards_what_one_process_does(
+def test_an_evaluation_in_shards_replays_like_one_process(
     tmp_path: Path, plain_artifact: Path, plain_target: Target, answers: Path, drafters: dict[str, Path]
 ) -> None:
     inputs = {"target": plain_artifact, "trajectories": answers, "sft": drafters["dflash2"], "opd": drafters["dspark"]}

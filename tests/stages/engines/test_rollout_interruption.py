@@ -1,4 +1,4 @@
-"""An interrupted rollout gives what an uninterrupted one gives, also where the batch decides near-ties."""
+"""An interrupted rollout gives the answers of an uninterrupted one, also where the batch decides near-ties."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.testbed.random_target import TEXT_TOKENS
 
 @pytest.fixture
 def inputs(plain_artifact: Path, tmp_path: Path) -> dict[str, Path]:
-    """The random target in bfloat16, and prompts of it."""
+    """Return the random target in bfloat16, and prompts for it."""
     target, prompts = Path(shutil.copytree(plain_artifact, tmp_path / "target")), tmp_path / "prompts"
     info = json.loads((target / INFO_FILE).read_text())
     (target / INFO_FILE).write_text(json.dumps(info | {"dtype": "bfloat16"}))

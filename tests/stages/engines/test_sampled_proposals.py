@@ -44,7 +44,7 @@ def answers(
 
 @pytest.fixture(scope="module")
 def distribution(plain_target: Target) -> np.ndarray:
-    """[classes, classes] of the second and the third token, of answers that do not end before, from plain forwards."""
+    """Return the exact distribution of the second and third token's classes, of answers that do not end before."""
     end = plain_target.info.vocab_size - 1
 
     def behind(texts: torch.Tensor) -> torch.Tensor:
@@ -90,7 +90,7 @@ def test_sampled_answers_follow_the_target(drafter: Drafter, distribution: np.nd
     assert p_value(answers(plain_target, None), distribution) > ALARM  # the reference itself
 
 
-def test_a_request_draws_the_same_in_any_batch(drafter: Drafter, plain_target: Target) -> None:
+def test_a_request_samples_the_same_tokens_in_any_batch(drafter: Drafter, plain_target: Target) -> None:
     many, few = (answers(plain_target, drafter, 40, slots) for slots in (40, 7))
     for answer, other in zip(many, few, strict=True):
         assert answer.response_ids == other.response_ids
@@ -107,7 +107,7 @@ ALL = SamplingParams(1.0)
 
 
 def committed(sampling: SamplingParams) -> list[list[int]]:
-    """The tokens of one step of each of many requests; p and q do not depend on what came before."""
+    """Return the tokens of one step for many requests; p and q do not depend on earlier tokens."""
     p, q = (torch.from_numpy(table) for table in TABLES)
     q = q[:-1]
     proposed = torch.stack(
@@ -128,7 +128,7 @@ def committed(sampling: SamplingParams) -> list[list[int]]:
 
 
 def least_p_value(sampling: SamplingParams = ALL) -> float:
-    """Over the places of a step: of the tokens there, whenever it was committed, against the target's distribution."""
+    """Return the least p-value, over the offsets of a step, of committed tokens against the target's distribution."""
     values, steps = [], committed(sampling)
     distributions = sampling_distribution(torch.from_numpy(TABLES[0]).log(), sampling).numpy()
     for place, distribution in enumerate(distributions):

@@ -1,4 +1,4 @@
-"""Parts of an unfinished rollout: whole or not there, and an answer has the rows of one part only."""
+"""Shards of an unfinished rollout: complete or absent, and an answer has the rows of one shard only."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ SPLITS = {"a": "train", "b": "train"}
 
 
 def answer(name: str, response: list[int], accepted: list[int] | None = None) -> Completion:
-    """With the verify steps that an engine recorded, or without."""
+    """Return an answer with recorded verify steps, or without."""
     steps = [VerifyStep(index, kept, [7, 8, 9]) for index, kept in enumerate(accepted or [])]
     request = Request(name, [1, 2], 8)
     return Completion(request, response, "length", steps, verify_steps=len(accepted or []))
 
 
 def tables_of(parts: PartialAnswers, ids: list[str]) -> dict[str, pa.Table]:
-    """Whole, in the order of the answers."""
+    """Return complete tables, in the order of the answers."""
     rows = parts.rows(ids)
     return {name: rows[name].take(range(len(ids)), schema.columns.names) for name, schema in SCHEMAS.items()}
 
 
 def contents(parts: PartialAnswers, ids: list[str]) -> list[tuple[str, list[int], list[int]]]:
-    """(id, response, accepted of its trace) of every answer."""
+    """Return (id, response, accepted of its trace) of every answer."""
     tables = tables_of(parts, ids)
     steps = tables["trace"].to_pylist()
     return [
@@ -42,7 +42,7 @@ def contents(parts: PartialAnswers, ids: list[str]) -> list[tuple[str, list[int]
     ]
 
 
-def test_an_answer_made_again_without_a_trace_does_not_keep_the_old_one(tmp_path: Path) -> None:
+def test_an_answer_generated_again_without_a_trace_loses_the_old_trace(tmp_path: Path) -> None:
     """Killed between the trace's shard and the answers', and the servers of the second attempt have no plug-in."""
     killed = PartialAnswers(tmp_path)
     killed.append([answer("a/0", [3, 4, 5], [2])], SPLITS, "first")
@@ -55,7 +55,7 @@ def test_an_answer_made_again_without_a_trace_does_not_keep_the_old_one(tmp_path
     assert tables_of(again, ["a/0", "b/0"])["timings"].num_rows == 2
 
 
-def test_an_answer_made_again_for_its_trace_has_the_rows_of_its_last_part(tmp_path: Path) -> None:
+def test_an_answer_generated_again_for_its_trace_has_the_rows_of_its_last_shard(tmp_path: Path) -> None:
     parts = PartialAnswers(tmp_path)
     parts.append([answer("b/0", [6, 7]), answer("a/0", [3])], SPLITS, "first")  # counted, but not recorded
     write_table(tmp_path / "timings" / "shard-00000.parquet", TIMINGS, _with_steps(parts, 2))
@@ -65,7 +65,7 @@ def test_an_answer_made_again_for_its_trace_has_the_rows_of_its_last_part(tmp_pa
     assert contents(parts, ["a/0", "b/0"]) == [("a/0", [4, 5], [1]), ("b/0", [6, 7], [])]
 
 
-def test_an_answer_that_a_recording_engine_gave_without_its_steps_is_not_made_again(tmp_path: Path) -> None:
+def test_an_answer_that_a_recording_engine_gave_without_steps_is_not_generated_again(tmp_path: Path) -> None:
     parts = PartialAnswers(tmp_path)
     retracted = replace(answer("b/0", [6, 7]), verify_steps=2)
     parts.append([answer("a/0", [3, 4], [1]), retracted], SPLITS, "e")
