@@ -26,7 +26,7 @@ def tallies(**traces: list[Trace]) -> dict[str, AcceptanceStats]:
 
 
 def test_acceptance_table_by_hand() -> None:
-    """Two trajectories, K = 3. The last step of the first one is cut: one of its proposals is judged."""
+    """Two answers, K = 3. The last step of the first one is cut: one of its proposals is verified."""
     sft = [trace(13, [4, 6, 10, 11], [1, 3, 0, 1]), trace(8, [4, 5, 6], [0, 0, 0])]
     opd = [trace(13, [4, 8], [3, 3]), trace(8, [4], [3])]
     table = acceptance_table(tallies(sft=sft, opd=opd), ["a", "b"], [False, True])

@@ -1,4 +1,4 @@
-"""The worst and the typical stretches of answers, by a drafter whose proposals are known."""
+"""The worst and the typical stretches of answers, with a drafter whose proposals are known."""
 
 from __future__ import annotations
 

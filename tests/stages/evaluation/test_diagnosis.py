@@ -1,4 +1,4 @@
-"""Diagnosis: an engine that does one thing wrongly is found out by its steps, whatever it is."""
+"""Diagnosis: an engine with one error is identified by its steps."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def found(bench: Bench, served: ServedAnswers) -> Diagnosis:
     return diagnose(bench.target, bench.drafters["trained"], served, allowed=ALLOWED)
 
 
-def test_what_is_served_as_it_should_be_is_not_suspected(bench: Bench) -> None:
+def test_correct_serving_agrees_with_replay(bench: Bench) -> None:
     diagnosis = found(bench, serve(bench, bench.drafters["trained"]))
     assert diagnosis.agrees and diagnosis.as_it_is.mismatch == 0 and not diagnosis.tried
     assert diagnosis.served_tau == pytest.approx(diagnosis.as_it_is.tau)
@@ -87,7 +87,7 @@ def test_what_is_served_as_it_should_be_is_not_suspected(bench: Bench) -> None:
         ("truncated context", forgetful, f"sees {WINDOW} positions"),
     ],
 )
-def test_one_thing_done_wrongly_is_named(
+def test_a_single_error_of_the_engine_is_named(
     bench: Bench, cause: str, wrong: Callable[[Drafter], Drafter] | None, text: str
 ) -> None:
     trained = bench.drafters["trained"]
@@ -107,14 +107,14 @@ def test_blocks_of_another_size_are_named(bench: Bench) -> None:
     assert diagnosis.causes[0].mismatch == 0
 
 
-def test_another_checkpoint_is_what_nothing_explains(bench: Bench) -> None:
+def test_another_checkpoint_is_explained_by_no_change(bench: Bench) -> None:
     diagnosis = found(bench, serve(bench, bench.drafters["untrained"]))
     assert not diagnosis.agrees and not diagnosis.causes
     assert "another checkpoint" in diagnosis.sentence
 
 
-def test_counted_steps_are_enough(bench: Bench) -> None:
-    """Of a server that records no steps: how many it took for each answer."""
+def test_counted_steps_are_enough_for_a_diagnosis(bench: Bench) -> None:
+    """A server that records no steps still counts them for each answer."""
     trained = bench.drafters["trained"]
     diagnosis = found(bench, serve(bench, with_attribute("mask_token_id", 0)(trained), recorded=False))
     assert "another mask token" in {each.change.cause for each in diagnosis.causes}

@@ -1,4 +1,4 @@
-"""Stage `diagnosis`: what is wrong with the question is no fault of the server."""
+"""Stage `diagnosis`: errors in the config are not blamed on the server."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def asked(made: DrafterArtifacts, **fields: object) -> DiagnosisConfig:
     )
 
 
-def test_an_answer_that_does_not_fit_is_not_told_by_the_server(
+def test_answers_that_do_not_fit_are_our_error_and_not_the_servers(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(step_differences, "_served_block_size", lambda *_: 4)
@@ -33,24 +33,24 @@ def test_an_answer_that_does_not_fit_is_not_told_by_the_server(
     assert not list(ctx.out.iterdir())
 
 
-def test_a_drafter_that_cannot_be_read_is_told_before_the_server_is_asked(
+def test_an_unreadable_drafter_is_an_error_before_the_server_is_asked(
     tmp_path: Path, tiny_drafter: DrafterArtifacts
 ) -> None:
     preflight(asked(tiny_drafter), tiny_drafter.target)
     shutil.copytree(tiny_drafter.drafter / "drafter", tmp_path / "drafter")
     broken = asked(tiny_drafter, drafter=str(tmp_path / "drafter"))
-    for edit, told in (
+    for edit, message in (
         (cut("model.safetensors"), r"model\.safetensors: cannot be read"),
         (edit_config(lambda raw: raw.update(hidden_size=8)), r"hidden_size is 8"),
         (edit_config(lambda raw: raw.update(block_size="x")), r"block_size is x"),
     ):
         edit(tmp_path / "drafter")
-        with pytest.raises(DraftsmithError, match=told):
+        with pytest.raises(DraftsmithError, match=message):
             preflight(broken, tiny_drafter.target)
 
 
 @pytest.mark.parametrize(
-    ("status", "kind", "told"),
+    ("status", "kind", "message"),
     [
         (401, DraftsmithError, r"refuses .* with status 401: .*holds its API key in .*api_key_env"),
         (403, DraftsmithError, r"refuses .* with status 403: .*holds its API key in .*api_key_env"),
@@ -58,13 +58,13 @@ def test_a_drafter_that_cannot_be_read_is_told_before_the_server_is_asked(
         (503, RetryableError, "answered with status 503"),
     ],
 )
-def test_what_a_server_says_instead_of_what_it_is(
-    status: int, kind: type[DraftsmithError], told: str, tmp_path: Path, tiny_drafter: DrafterArtifacts
+def test_a_server_that_refuses_its_info_is_an_error_with_a_remedy(
+    status: int, kind: type[DraftsmithError], message: str, tmp_path: Path, tiny_drafter: DrafterArtifacts
 ) -> None:
     def refuses(_: dict[str, Any]) -> dict[str, Any]:
         raise Refusal(status)
 
     ctx = RecordingContext.under(tmp_path, {"target": tiny_drafter.target, "prompts": tiny_drafter.prompts})
-    with serving(refuses, server_info=refuses) as server, pytest.raises(DraftsmithError, match=told) as caught:
+    with serving(refuses, server_info=refuses) as server, pytest.raises(DraftsmithError, match=message) as caught:
         STAGE.run(ctx, asked(tiny_drafter, url=server.url))
     assert type(caught.value) is kind

@@ -40,8 +40,8 @@ def simulated_speeds(
     prompts: int = 16,
     speedup: float = 1.6,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of the tables `turns` and `requests`. Of all prompts there are, opd is `gain` faster than the other
-    drafters, which are `speedup` times as fast as plain decoding.
+    """Return rows of the tables `turns` and `requests`. Over all prompts, opd is `gain` faster than the other
+    drafters, which are `speedup` times as fast as decoding without a drafter.
 
     Prompts differ in length and in tau, and each drafter is a little better on some and worse on others, the same ones
     in every turn. The machine drifts by 5 % from round to round, and 0.5 % from turn to turn. One at a time, every
@@ -126,7 +126,7 @@ def simulated_by_prompt(
 
 
 def wall(seconds: np.ndarray, concurrency: int) -> float:
-    """Each request is sent as soon as one of those in flight has ended; the slowest ends the turn."""
+    """Return the wall time of a run in which each request is sent as soon as another one ends."""
     ends = [0.0] * concurrency
     for each in seconds:
         heapq.heapreplace(ends, ends[0] + each)
@@ -167,7 +167,7 @@ def contains(difference: Difference, value: float) -> bool:
 
 
 @pytest.mark.parametrize(("concurrency", "prompts"), [(1, 6), (1, 48), (4, 12), (16, 48)])
-def test_equal_drafters_are_seldom_called_of_different_speed(concurrency: int, prompts: int) -> None:
+def test_equal_drafters_seldom_differ_in_speed(concurrency: int, prompts: int) -> None:
     """Any of the three verdicts of a report is wrong in at most 5 %, each single interval of its tables too."""
     rng = np.random.default_rng(concurrency)
     repetitions, wrong, outside = 400 if concurrency == 1 else 150, 0, 0
@@ -184,7 +184,7 @@ def test_equal_drafters_are_seldom_called_of_different_speed(concurrency: int, p
 
 
 @pytest.mark.parametrize(("prompts", "load"), [(6, 1.0), (12, 1.0), (40, 0.0), (40, 1.0)])
-def test_equal_drafters_are_seldom_called_different_prompt_by_prompt(prompts: int, load: float) -> None:
+def test_equal_drafters_seldom_differ_prompt_by_prompt(prompts: int, load: float) -> None:
     """Whatever else the machine does."""
     rng = np.random.default_rng(prompts)
     repetitions, wrong, outside = 300, 0, 0
@@ -199,7 +199,7 @@ def test_equal_drafters_are_seldom_called_different_prompt_by_prompt(prompts: in
 
 
 @pytest.mark.parametrize("load", [0.0, 1.0])
-def test_drafters_10_percent_apart_are_told_apart_on_40_prompts(load: float) -> None:
+def test_drafters_10_percent_apart_differ_on_40_prompts(load: float) -> None:
     rng = np.random.default_rng(1)
     repetitions, seen = 150, 0
     for _ in range(repetitions):
@@ -212,7 +212,7 @@ def test_drafters_10_percent_apart_are_told_apart_on_40_prompts(load: float) -> 
 
 
 @pytest.mark.parametrize(("concurrency", "prompts"), [(1, 6), (1, 16), (1, 64), (4, 16), (16, 64)])
-def test_a_drafter_as_fast_as_plain_decoding_is_seldom_called_faster(concurrency: int, prompts: int) -> None:
+def test_a_drafter_as_fast_as_the_baseline_is_seldom_called_faster(concurrency: int, prompts: int) -> None:
     """As fast over all prompts that are served: on the few that are decoded it may well be faster. By the turns alone,
     which decode the same ones again, it would be called so in 17 % (64 prompts) to 41 % (4). Several at a time, a turn
     ends with its slowest: by the error of sums over prompts it would be called so in 10 % and more."""
@@ -248,7 +248,7 @@ def test_a_real_difference_of_speed_is_found_in_most(concurrency: int, rounds: i
 
 
 @pytest.mark.parametrize(("prompts", "samples"), [(6, 1), (24, 4)])
-def test_equal_drafters_are_seldom_called_of_different_tau(prompts: int, samples: int) -> None:
+def test_equal_drafters_seldom_differ_in_tau(prompts: int, samples: int) -> None:
     rng = np.random.default_rng(prompts)
     repetitions, wrong, outside = 500, 0, 0
     for _ in range(repetitions):
@@ -272,7 +272,7 @@ def test_a_real_difference_of_tau_is_found_in_most() -> None:
     assert seen / repetitions > 0.8
 
 
-def test_too_few_turns_are_not_judged_and_do_not_widen_the_others() -> None:
+def test_too_few_runs_are_inconclusive_and_do_not_widen_the_others() -> None:
     rng = np.random.default_rng(0)
     tallies, of_prompt = simulated_tallies(rng, 24, 1)
     few = log_ratios(*simulated_speeds(rng, FEWEST_RUNS - 1, 1, gain=0.5), pairs(ARMS), {})

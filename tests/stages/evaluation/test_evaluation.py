@@ -1,4 +1,4 @@
-"""The stage `evaluation` on the tiny target: complete figures, tau by replay, exact outputs in float32."""
+"""The stage `evaluation` on the tiny target: complete metrics, tau by replay, exact outputs in float32."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArt
     return ctx
 
 
-def figures(ctx: RecordingContext) -> dict[str, Any]:
+def metrics_of(ctx: RecordingContext) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((ctx.out / "evaluation.json").read_text())
     return content
 
@@ -82,7 +82,7 @@ def test_tau_is_that_of_sequential_replay(
 ) -> None:
     stored = load_trajectories(tiny_drafter.heldout, ["heldout"]).trajectories
     traces = bench.sequential_traces(stored, "trained")
-    found = figures(evaluated)["drafters"]["sft"]
+    found = metrics_of(evaluated)["drafters"]["sft"]
     assert found["tau"] == pytest.approx(tau(traces))
     assert found["verify_steps"] == sum(len(trace.anchors) for trace in traces)
     assert found["tau_low"] < found["tau"] < found["tau_high"]
@@ -99,11 +99,11 @@ def test_measured_seconds_are_no_content(
     """Two evaluations that differ in time alone are one to the gate's key and the report's."""
     other = RecordingContext.under(tmp_path, inputs(tiny_drafter, opd=opd, control=tiny_drafter.drafter))
     STAGE.run(other, EvaluationConfig.model_validate(CONFIG | {"rounds": 1, "block_sizes": None, "speed_prompts": 2}))
-    assert figures(other)["speed"] != figures(evaluated)["speed"]
+    assert metrics_of(other)["speed"] != metrics_of(evaluated)["speed"]
     ids = [content_id(describe_files(ctx.out, STAGE.volatile)) for ctx in (evaluated, other)]
     assert ids[0] == ids[1]
     content = json.loads((other.out / "acceptance.json").read_text())
-    assert content["drafters"] == figures(evaluated)["drafters"]
+    assert content["drafters"] == metrics_of(evaluated)["drafters"]
     assert {each["kind"] for each in content["compared"]} <= {"tau"}
 
 
@@ -121,11 +121,11 @@ def test_acceptance_of_shards_is_that_of_one_process(
     for name in ("acceptance.json", "contexts.json"):
         assert (joined.out / name).read_bytes() == (evaluated.out / name).read_bytes(), name
     replayed = [json.loads((part.out / "shard.json").read_text())["trained"] for part in parts]
-    assert all(replayed) and sum(replayed) == figures(joined)["heldout_trajectories"]
+    assert all(replayed) and sum(replayed) == metrics_of(joined)["heldout_trajectories"]
 
 
 def test_differences_are_paired(evaluated: RecordingContext) -> None:
-    drafters = figures(evaluated)["drafters"]
+    drafters = metrics_of(evaluated)["drafters"]
     to_sft = drafters["opd"]["differences"]["sft"]
     assert to_sft["value"] == pytest.approx(drafters["opd"]["tau"] - drafters["sft"]["tau"])
     assert drafters["control"]["differences"] == {"sft": {"value": 0, "low": 0, "high": 0}}  # the same drafter
@@ -134,10 +134,10 @@ def test_differences_are_paired(evaluated: RecordingContext) -> None:
 
 
 def test_every_pair_has_its_verdicts_which_hold_together(evaluated: RecordingContext) -> None:
-    found = figures(evaluated)
+    found = metrics_of(evaluated)
     of_pairs = [("opd", "sft"), ("opd", "control"), ("control", "sft")]
-    said = [(v["kind"], v["arm"], v["other"]) for v in found["verdicts"]]
-    assert sorted(said) == sorted((kind, *pair) for kind in ("tau", "speed") for pair in of_pairs)
+    compared = [(v["kind"], v["arm"], v["other"]) for v in found["verdicts"]]
+    assert sorted(compared) == sorted((kind, *pair) for kind in ("tau", "speed") for pair in of_pairs)
     for verdict in found["verdicts"]:
         assert verdict["level"] == pytest.approx(1 - 0.05 / 6)
         assert verdict["low"] <= verdict["value"] <= verdict["high"]
@@ -155,15 +155,15 @@ def test_every_pair_has_its_verdicts_which_hold_together(evaluated: RecordingCon
 
 
 def test_outputs_are_identical_in_float32(evaluated: RecordingContext) -> None:
-    exactness = figures(evaluated)["exactness"]
+    exactness = metrics_of(evaluated)["exactness"]
     assert exactness == {
         "serving_dtype": "float32", "identical_share": 1.0, "compared_outputs": 5 * 15, "median_margin": None,
         "largest_margin": None, "fp32_prompts": 4, "fp32_identical": 4,
     }  # fmt: skip
 
 
-def test_the_figures_are_complete(evaluated: RecordingContext) -> None:
-    found = figures(evaluated)
+def test_the_metrics_are_complete(evaluated: RecordingContext) -> None:
+    found = metrics_of(evaluated)
     assert "(+1)" in found["definition_of_tau"]
     assert found["heldout_trajectories"] == 60
     assert (found["temperature"], found["concurrency"], found["head_tokens"]) == (0, 2, None)
@@ -203,13 +203,13 @@ def test_every_arm_has_a_row_for_every_prompt(evaluated: RecordingContext, tiny_
         assert row["first_difference"] == -1 and np.isnan(row["margin"])
         assert row["identical"] is (None if row["arm"] == "plain" else True)
         assert (row["verify_steps"] > 0) == (row["arm"] != "plain")
-        assert row["block_size"] == figures(evaluated)["speed"][row["arm"]].get("block_size", 1)
+        assert row["block_size"] == metrics_of(evaluated)["speed"][row["arm"]].get("block_size", 1)
         assert row["latency_seconds"] > 0 and row["concurrency"] == 2
         assert row["response_ids"] == answers[row["prompt_id"]][:32]
         assert (row["accepted"] is None) == (row["arm"] == "plain")
 
 
-def test_arms_alternate_by_small_batches_which_their_turns_add_up(evaluated: RecordingContext) -> None:
+def test_arms_alternate_by_small_batches_and_runs_are_their_sums(evaluated: RecordingContext) -> None:
     turns = read_table(evaluated.out / "turns.parquet", TURNS).to_pylist()
     requests = read_table(evaluated.out / "requests.parquet", REQUESTS).to_pylist()
     arms = ["plain", "sft", "control", "opd"]
@@ -222,7 +222,7 @@ def test_arms_alternate_by_small_batches_which_their_turns_add_up(evaluated: Rec
         latencies = [r["latency_seconds"] for r in own]
         assert max(latencies) <= turn["wall_seconds"] < sum(latencies)
         assert turn["others_share"] is None or 0 <= turn["others_share"] <= 1.01
-    speed = figures(evaluated)["speed"]["sft"]
+    speed = metrics_of(evaluated)["speed"]["sft"]
     own = [turn for turn in turns if turn["arm"] == "sft"]
     assert speed["tokens_per_s"] == pytest.approx(sum(t["tokens"] for t in own) / sum(t["wall_seconds"] for t in own))
 
@@ -256,13 +256,13 @@ def test_every_prompt_is_decoded_by_all_arms_before_the_next_one(
     first = [plain for plain, _ in seen[::2]]
     assert first[:6] == [True, False, True, False, True, False], "who begins rotates, by prompt and by round"
     assert threads == {1}
-    found = figures(ctx)
+    found = metrics_of(ctx)
     assert found["speed"]["sft"]["turns"] == 2
     (over_plain,) = [each for each in found["compared"] if (each["kind"], each["other"]) == ("speed", "plain")]
     assert over_plain["units"] == 3, "prompts are the repetitions"
 
 
-def test_repetitions_that_differ_are_measured_again_and_then_by_the_next_run(
+def test_repetitions_that_disagree_are_measured_again_now_and_by_the_next_run(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every second answer of a drafter takes three times as long, by a clock of the test."""
@@ -280,13 +280,13 @@ def test_repetitions_that_differ_are_measured_again_and_then_by_the_next_run(
     ctx = RecordingContext.under(tmp_path, inputs(tiny_drafter))
     config = {**CONFIG, "rounds": 2, "speed_prompts": 3, "concurrency": 1, "exactness_prompts": 0, "block_sizes": None}
     STAGE.run(ctx, EvaluationConfig.model_validate(config))
-    found = figures(ctx)
+    found = metrics_of(ctx)
     assert found["speed"]["sft"]["turns"] == 4
     assert ("noise", ["sft"]) in [(doubt["kind"], doubt["arms"]) for doubt in found["doubts"]]
     assert ctx.summaries["inconclusive"] == 1.0
 
 
-def test_the_worst_contexts_of_every_arm_are_parts_of_its_answers(
+def test_the_contexts_of_every_arm_are_substrings_of_its_answers(
     evaluated: RecordingContext, tiny_drafter: DrafterArtifacts, bench: Bench
 ) -> None:
     contexts = json.loads((evaluated.out / "contexts.json").read_text())
@@ -300,11 +300,11 @@ def test_the_worst_contexts_of_every_arm_are_parts_of_its_answers(
         for each in found:
             committed = "".join(step["kept"] + step["chosen"] for step in each["steps"])
             assert each["before"] + committed + each["after"] in texts[each["trajectory_id"]]
-    assert min(each["tau"] for each in contexts["sft"]) < figures(evaluated)["drafters"]["sft"]["tau"]
+    assert min(each["tau"] for each in contexts["sft"]) < metrics_of(evaluated)["drafters"]["sft"]["tau"]
 
 
 def test_an_interrupted_evaluation_goes_on_with_the_next_round(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
-    """What was chosen and timed stays as it is; a round that was not finished is made again as a whole."""
+    """Chosen block sizes and finished rounds stay; an unfinished round is measured again as a whole."""
     config = EvaluationConfig.model_validate({**CONFIG, "rounds": 3, "speed_prompts": 2, "exactness_prompts": 0})
     first = StoppingContext.under(tmp_path, inputs(tiny_drafter), stop_after=9, unit="answers")
     with pytest.raises(StageInterrupted):
@@ -321,15 +321,15 @@ def test_an_interrupted_evaluation_goes_on_with_the_next_round(tmp_path: Path, t
     turns = read_table(ctx.out / "turns.parquet", TURNS)
     assert turns.slice(0, 4).to_pylist() == [row for table in kept for row in table.to_pylist()]
     assert [row["block_size"] for row in turns.slice(4).to_pylist() if row["arm"] == "sft"] == [3]
-    assert figures(ctx)["block_size_candidates"] == chosen
-    speed = [v for v in figures(ctx)["verdicts"] if v["kind"] == "speed"]
+    assert metrics_of(ctx)["block_size_candidates"] == chosen
+    speed = [v for v in metrics_of(ctx)["verdicts"] if v["kind"] == "speed"]
     assert speed == []  # a single drafter is compared with nothing
 
 
-def test_what_was_replayed_and_decoded_in_float32_is_kept(
+def test_replays_and_float32_answers_are_not_computed_twice(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Seen by changing it: what is there is not made again."""
+    """A changed stored answer shows that it is read and not computed again."""
     load, asked = Target.load, []
 
     def loaded(folder: Path, *, dtype: str | None = None, **named: Any) -> Target:
@@ -340,7 +340,7 @@ def test_what_was_replayed_and_decoded_in_float32_is_kept(
     config = EvaluationConfig.model_validate({**CONFIG, "rounds": 1, "speed_prompts": 1, "block_sizes": None})
     first = RecordingContext.under(tmp_path, inputs(tiny_drafter))
     STAGE.run(first, config)
-    assert figures(first)["exactness"]["fp32_identical"] == 4
+    assert metrics_of(first)["exactness"]["fp32_identical"] == 4
     assert asked == [None, "float32"], "whatever dtype is served"
     kept = json.loads((first.work / "exactness.json").read_text())
     assert [len(answers) for answers in kept.values()] == [4, 4]
@@ -351,10 +351,10 @@ def test_what_was_replayed_and_decoded_in_float32_is_kept(
 
     again = RecordingContext.under(tmp_path, inputs(tiny_drafter))
     STAGE.run(again, config)
-    assert figures(again)["exactness"]["fp32_identical"] == 3
+    assert metrics_of(again)["exactness"]["fp32_identical"] == 3
     assert [path.stat().st_mtime_ns for path in first.work.glob("replayed/trained/*.npz")] == [touched]
     same = ("drafters", "sets", "validation_tau")
-    assert {name: figures(again)[name] for name in same} == {name: figures(first)[name] for name in same}
+    assert {name: metrics_of(again)[name] for name in same} == {name: metrics_of(first)[name] for name in same}
 
 
 def test_every_drafter_decodes_with_its_own_block(
@@ -374,10 +374,10 @@ def test_every_drafter_decodes_with_its_own_block(
     ctx = RecordingContext.under(tmp_path, inputs(tiny_drafter, opd=opd))
     config = {**CONFIG, "rounds": 1, "speed_prompts": 2, "exactness_prompts": 0}
     STAGE.run(ctx, EvaluationConfig.model_validate(config))
-    speed = figures(ctx)["speed"]
+    speed = metrics_of(ctx)["speed"]
     assert (speed["sft"]["block_size"], speed["opd"]["block_size"]) == (3, 8)
     assert "decoding with blocks of 3 (sft), 8 (opd)" in ctx.logs
-    assert [v["different"] for v in figures(ctx)["verdicts"] if v["kind"] == "speed"] == [None]  # of one turn
+    assert [v["different"] for v in metrics_of(ctx)["verdicts"] if v["kind"] == "speed"] == [None]  # of one turn
 
 
 def test_one_drafter_and_a_reduced_head(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
@@ -391,7 +391,7 @@ def test_one_drafter_and_a_reduced_head(tmp_path: Path, tiny_drafter: DrafterArt
         "rounds": 1,
     }
     STAGE.run(ctx, EvaluationConfig.model_validate(config))
-    found = figures(ctx)
+    found = metrics_of(ctx)
     assert found["drafters"].keys() == {"sft"}
     assert found["drafters"]["sft"]["tau"] <= found["drafters"]["sft"]["tau_full_head"] + 0.05
     assert found["block_size_candidates"] == {}
@@ -407,7 +407,7 @@ def test_several_settings(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> Non
         "sampling": {"max_new_tokens": 16}, "exactness_prompts": 0, "rounds": 2,
     }  # fmt: skip
     STAGE.run(ctx, EvaluationConfig.model_validate(config))
-    found = figures(ctx)
+    found = metrics_of(ctx)
     places = [(s["temperature"], s["concurrency"]) for s in found["speed_by_setting"]]
     assert places == [(0, 1), (0, 3), (1, 1), (1, 3)]
     assert found["speed"] == found["speed_by_setting"][0]["arms"]
@@ -427,7 +427,7 @@ def test_several_settings(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> Non
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         ({"engine": {"kind": "sglang", "urls": ["http://a"]}}, "engine.urls: running servers cannot serve drafters"),
         ({"engine": {"kind": "sglang", "launch": {}, "python": "p"}, "head_tokens": 9}, "only the embedded engine"),
@@ -436,12 +436,12 @@ def test_several_settings(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> Non
         ({"temperatures": [-1]}, "temperatures"),
     ],
 )
-def test_wrong_settings_are_refused(config: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
+def test_wrong_settings_are_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         EvaluationConfig.model_validate(config)
 
 
-def test_what_is_missing_is_said(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+def test_missing_answers_and_too_long_ones_are_errors(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
     ctx = RecordingContext.under(tmp_path, {**inputs(tiny_drafter), "trajectories": tiny_drafter.rollout})
     with pytest.raises(DraftsmithError, match="no answer of split heldout, only of train"):
         STAGE.run(ctx, EvaluationConfig.model_validate(CONFIG))

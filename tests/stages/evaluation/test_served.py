@@ -108,7 +108,7 @@ def measure(stand_in: StandIn, made: DrafterArtifacts) -> SpeedMeasurement:
     return measure_sglang(stand_in, *prompts_to_decode(stand_in.config, made.prompts))
 
 
-def test_every_arm_has_its_block_and_its_turns_and_none_is_repeated(
+def test_every_arm_has_its_block_size_and_no_timed_run_is_repeated(
     tmp_path: Path, tiny_drafter: DrafterArtifacts
 ) -> None:
     inputs = {"target": tiny_drafter.target}
@@ -149,7 +149,7 @@ def test_every_arm_has_its_block_and_its_turns_and_none_is_repeated(
     assert one.arms["wide"].turns == two.arms["narrow"].turns == 2
 
 
-def test_a_round_that_another_machine_has_begun_is_measured_anew(
+def test_a_round_that_another_machine_started_is_measured_anew(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A store on a shared disk, and a run that goes on elsewhere: its arms would be compared across machines."""
@@ -165,7 +165,7 @@ def test_a_round_that_another_machine_has_begun_is_measured_anew(
     assert [turn["round"] for turn in found.runs] == [0, 0, 0, 1, 1, 1]
 
 
-def test_an_engine_that_needs_more_steps_than_replay_is_refused_without_a_trace(
+def test_an_engine_that_needs_more_steps_than_replay_is_an_error_without_a_trace(
     tmp_path: Path, tiny_drafter: DrafterArtifacts
 ) -> None:
     """A fifth below: less than the share of steps that may differ. After one round, not after all of them."""
@@ -184,9 +184,7 @@ def test_an_engine_that_needs_more_steps_than_replay_is_refused_without_a_trace(
     assert difference is not None and difference < 0.05, "near-ties of bfloat16; a fifth is ten times as much"
 
 
-def test_a_server_that_refuses_requests_measures_the_pauses_of_who_asks(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts
-) -> None:
+def test_a_server_that_refuses_concurrent_requests_is_an_error(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
     ctx = RecordingContext.under(tmp_path, {"target": tiny_drafter.target})
     config = CONFIG.model_copy(update={"block_sizes": None, "concurrency": (2,)})
     full = served(ctx, tiny_drafter, config=config, full=True)
@@ -196,7 +194,7 @@ def test_a_server_that_refuses_requests_measures_the_pauses_of_who_asks(
 
 
 @pytest.mark.parametrize("loses", [2, 3])
-def test_a_turn_in_which_a_request_was_lost_is_measured_again(
+def test_a_run_in_which_a_request_was_lost_is_measured_again(
     loses: int, tmp_path: Path, tiny_drafter: DrafterArtifacts
 ) -> None:
     """The pause before it is repeated would be taken for slow decoding."""
@@ -216,10 +214,8 @@ def test_a_turn_in_which_a_request_was_lost_is_measured_again(
     assert sum(line.startswith("requests were lost (1), which took time") for line in ctx.logs) == loses
 
 
-def test_an_answer_that_was_retracted_says_nothing_of_the_drafter(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts
-) -> None:
-    """Steps behind a token that no step made are not replay's, in float32 neither."""
+def test_a_retracted_answer_is_not_compared_with_replay(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+    """Steps after a token that no step committed are not those of replay, even in float32."""
     ctx = RecordingContext.under(tmp_path, {"target": tiny_drafter.target})
     config = CONFIG.model_copy(update={"block_sizes": None, "concurrency": (1,), "rounds": 1})
     found = measure(served(ctx, tiny_drafter, config=config, retracts=True), tiny_drafter)
@@ -228,7 +224,7 @@ def test_an_answer_that_was_retracted_says_nothing_of_the_drafter(
     assert sum("1 of 6 answers were retracted" in line for line in ctx.logs) == len(found.parity)
 
 
-def test_a_server_that_keeps_wrong_proposals_is_seen_by_how_sure_the_target_was(
+def test_a_server_that_accepts_wrong_proposals_fails_by_the_targets_margin(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its steps are those of replay, which rebuilds them from the answers that it gave."""

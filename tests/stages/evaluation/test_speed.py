@@ -99,7 +99,7 @@ def test_speed_table_by_hand() -> None:
     assert "first_token_s_median" not in found.to_json()
 
 
-def test_turns_are_the_repetitions_and_paired_by_round() -> None:
+def test_runs_are_the_repetitions_and_paired_by_round() -> None:
     """A round in which everything is ten times as slow changes no ratio."""
     turns = []
     for round, (slow, factor) in enumerate([(1.0, 2.0), (10.0, 2.1), (1.0, 1.9), (3.0, 2.0)]):
@@ -173,7 +173,7 @@ def test_where_arms_alternate_the_prompts_are_the_repetitions() -> None:
     assert not alternates([{**turns[0], "concurrency": 4}]), "several in flight have rounds"
 
 
-def test_turns_with_several_in_flight_have_the_error_of_what_their_slowest_request_takes() -> None:
+def test_with_several_in_flight_the_slowest_request_decides_the_error() -> None:
     """Three of four short prompts are drafted twice as fast, the long one half as fast: by their sums it is one prompt
     of four, but it alone decides how long a turn takes wherever it is drawn."""
     errors = {}
@@ -195,7 +195,7 @@ def test_turns_with_several_in_flight_have_the_error_of_what_their_slowest_reque
     assert errors[1] < errors[4]
 
 
-def test_a_prompt_that_outweighs_all_others_tells_nothing_of_them() -> None:
+def test_a_prompt_that_outweighs_all_others_is_inconclusive() -> None:
     """An answer that runs on to its end beside short ones: by Student's t of half a degree of freedom the speed-up lies
     between 1e-45 and 1e45, and that of a report of six verdicts beyond what a float holds."""
     turns, rows = [], []
@@ -237,7 +237,7 @@ def test_settings_do_not_mix() -> None:
     assert rates == pytest.approx([10, 5, 10 / 3])
 
 
-def test_outputs_are_compared_with_plain_decoding_of_the_same_round_and_setting() -> None:
+def test_outputs_are_compared_with_those_of_the_same_round_and_setting() -> None:
     hot = Setting(1.0, 2)
     rows = [
         row("plain", answer("a", 5)), row("sft", answer("a", 5)), row("opd", answer("a", 4)),

@@ -184,7 +184,7 @@ def test_a_broken_rule_is_refused_even_beside_an_inconclusive_one() -> None:
 
 
 def test_several_requests_at_a_time_are_bounded_by_the_best_of_them() -> None:
-    """The longest answer decides when a turn ends, and its tau may be above the mean."""
+    """The longest answer decides when a run ends, and its tau may be above the mean."""
     turns = [turn | {"concurrency": 8} for turn in changed(measured(prompts=16), plain=lambda _: 1.6)]
     best = {**WHERE, "concurrency": 8, "arm": "opd", "tokens": 61, "verify_steps": 20}
     setting = [Setting(0.0, 8)]

@@ -38,7 +38,7 @@ CUT = """[...document.querySelectorAll('.wide, pre')].filter(e => e.checkVisibil
   .filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.outerHTML.slice(0, 80))"""
 
 
-def test_the_page_is_short_whole_and_readable_and_nothing_of_others_acts(tmp_path: Path) -> None:
+def test_the_page_is_readable_and_runs_no_foreign_script(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     render_report(path, of_a_line())
     with browser(tmp_path / "profile", limit_s=120) as page:

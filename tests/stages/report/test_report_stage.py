@@ -50,7 +50,7 @@ def run(tmp_path: Path, inputs: Mapping[str, Path], out: str = "out") -> Recordi
     return ctx
 
 
-def test_the_page_shows_figures_and_the_whole_lineage(
+def test_the_page_shows_metrics_and_the_whole_lineage(
     tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(COMMAND, raising=False)  # of a command that another test has run in this process
@@ -71,7 +71,7 @@ def test_the_page_shows_figures_and_the_whole_lineage(
 def test_the_page_names_line_commit_and_user_and_repeats_the_command(
     tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the stage is not made from: its key and its content know nothing of it."""
+    """They are in the page, but neither in the key nor in the content."""
     subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message", "first"], check=True)
@@ -112,7 +112,7 @@ def test_control_is_optional(tmp_path: Path, inputs: dict[str, Path]) -> None:
     assert '<th scope="row" class="text">control</th>' not in (ctx.out / "report.html").read_text()
 
 
-def test_a_missing_or_broken_figure_file_is_named(tmp_path: Path, inputs: dict[str, Path]) -> None:
+def test_a_missing_or_broken_evaluation_is_named(tmp_path: Path, inputs: dict[str, Path]) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     with pytest.raises(DraftsmithError, match=r"evaluation\.json: missing"):
@@ -122,7 +122,7 @@ def test_a_missing_or_broken_figure_file_is_named(tmp_path: Path, inputs: dict[s
         run(tmp_path, inputs | {"evaluation": broken})
 
 
-def test_the_review_holds_every_figure_the_verdict_and_the_configs(tmp_path: Path, inputs: dict[str, Path]) -> None:
+def test_the_review_has_every_metric_the_verdict_and_the_configs(tmp_path: Path, inputs: dict[str, Path]) -> None:
     (inputs["evaluation"] / "contexts.json").write_text(json.dumps({"opd": CONTEXTS, "sft": []}))
     gate = tmp_path / "gate"
     gate.mkdir()
@@ -140,7 +140,7 @@ def test_the_review_holds_every_figure_the_verdict_and_the_configs(tmp_path: Pat
     assert (ctx.out / "report.html").read_text().count('<article class="context">') == len(CONTEXTS)
 
 
-def test_the_champion_has_the_number_of_the_reports_own_line(tmp_path: Path, inputs: dict[str, Path]) -> None:
+def test_the_champion_has_its_version_in_the_reports_line(tmp_path: Path, inputs: dict[str, Path]) -> None:
     """Its artifact, and all that was measured against it, may be of another line that serves the same drafter."""
     store = Store(tmp_path / "store")
     champion = put(store, "champion", {"champion.json": "{}"}, {})

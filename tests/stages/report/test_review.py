@@ -27,8 +27,8 @@ def variant(review: Review, arm: str) -> Variant:
 
 def decided(outcome: str, *rules: tuple[str, bool, bool], champion: str | None = "3") -> dict[str, Any]:
     """rules: name, passed, judged."""
-    told = [{"name": n, "passed": passed, "judged": judged, "said": "figures"} for n, passed, judged in rules]
-    return DECISION | {"outcome": outcome, "promote": outcome == "promoted", "rules": told, "champion": champion}
+    results = [{"name": n, "passed": passed, "judged": judged, "said": "figures"} for n, passed, judged in rules]
+    return DECISION | {"outcome": outcome, "promote": outcome == "promoted", "rules": results, "champion": champion}
 
 
 def test_nothing_measured_has_no_review() -> None:
@@ -130,11 +130,11 @@ def test_an_outcome_is_one_sentence_with_its_reason(decision: dict[str, Any], wo
 
 
 def test_the_reason_is_the_start_of_the_rules_text() -> None:
-    said = "1.496 times, inconclusive: other processes took 2% of the CPU (measure again); 3 turns, 5 are needed"
-    rule = {"name": "speed-up", "passed": False, "judged": False, "said": said}
+    text = "1.496 times, inconclusive: other processes took 2% of the CPU (measure again); 3 turns, 5 are needed"
+    rule = {"name": "speed-up", "passed": False, "judged": False, "said": text}
     found = reviewed(OF_A_LINE, DECISION | {"rules": [rule]}).outcome
     assert found.sentence.endswith(": other processes took 2% of the CPU.")
-    assert said in found.reasons[0]
+    assert text in found.reasons[0]
     long = reviewed(OF_A_LINE, DECISION | {"rules": [rule | {"said": "so " * 200}]}).outcome
     assert len(long.sentence) < 160
 
