@@ -117,7 +117,7 @@ CONFIG = {
     "a home of nobody": Bad("DRAFTSMITH_HOME", environment={"DRAFTSMITH_HOME": "~nobody-at-all/home"}),
     "name of the line": Bad("registry.name: expected a text that matches", {"registry": {"name": "../../etc"}}),
     "a pattern without quotes": Bad("Put a text that begins with * in quotes", text="logs: {paths: [*.jsonl]}"),
-    "two kinds of hook": Bad("give command or url", {"on_promote": {"url": "http://h", "command": ["a"]}}),
+    "two kinds of hook": Bad("command and url", {"on_promote": {"url": "http://h", "command": ["a"]}}),
     "--set of broken YAML": Bad("not valid YAML", arguments=(*PLAN, "--set", "sft={")),
     "--force of no node": Bad("--force oops: no such node", arguments=(*PLAN, "--force", "oops")),
 }
