@@ -1,4 +1,4 @@
-"""Targets of many families, random weights in float32: every forward here against the family's own in transformers.
+"""Targets of many families, random weights in float32: every forward against the family's own in transformers.
 
 Texts are several windows long, so that what a window forgets, and what a state holds, is seen.
 """
@@ -53,7 +53,7 @@ PROMPT_LENGTHS = (3, 11)
 
 
 class Pairs(DFlashDrafter):
-    """Proposes what mostly follows a token, and at some places what its weights say: accepted lengths of all kinds."""
+    """A drafter that mostly proposes the frequent successor of a token, so that accepted lengths vary."""
 
     following: torch.Tensor  # [V]
 
@@ -76,7 +76,7 @@ class Pairs(DFlashDrafter):
 
 @dataclass
 class Case:
-    """A family's model as transformers computes it, and the target that is made of it here."""
+    """A family's model of transformers, and its target."""
 
     family: str
     folder: Path
@@ -158,7 +158,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     yield Case.made(request.param, tmp_path_factory.mktemp("family"))
 
 
-def test_what_can_be_done_is_known_without_weights(case: Case) -> None:
+def test_capabilities_are_known_without_weights(case: Case) -> None:
     info = case.target.info
     recurrent = case.family in RECURRENT
     assert (info.rewindable, info.tree_forward) == (not recurrent, not recurrent)
@@ -188,7 +188,7 @@ def test_features_and_logprobs_are_those_of_a_plain_forward(case: Case) -> None:
     close(case.target.logits(read.hidden[0, : len(tokens)]).log_softmax(-1), case.distribution([tokens])[0])
 
 
-def test_greedy_decoding_is_transformers_own(case: Case) -> None:
+def test_greedy_decoding_equals_transformers(case: Case) -> None:
     expected = {str(i): answer for i, (_, answer) in enumerate(case.texts)}
     plain = EmbeddedEngine(case.target, slots=3, capacity=64)
     requests = [completion.request for completion in case.decoded.values()]
@@ -206,7 +206,7 @@ def test_replay_finds_the_steps_of_speculative_decoding(case: Case) -> None:
         assert [(step.anchor, step.accepted, step.proposed) for step in steps] == list(found)
 
 
-def test_proposals_are_scored_on_the_prefix_that_they_were_made_on(case: Case) -> None:
+def test_proposals_are_scored_after_their_own_prefix(case: Case) -> None:
     behind_rejections = 0
     rows = case.mined.to_pylist()
     for trajectory in case.trajectories:
@@ -256,7 +256,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 @pytest.fixture(scope="module")
 def capped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A target artifact of Gemma 2."""
+    """Return a target artifact of Gemma 2."""
     from tests.testbed.context import RecordingContext
 
     folder = tmp_path_factory.mktemp("capped")
@@ -268,23 +268,23 @@ def capped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return context.out
 
 
-def test_what_can_be_done_is_written_beside_the_target(capped: Path) -> None:
+def test_capabilities_are_in_the_target_artifact(capped: Path) -> None:
     info = read_target_info(capped)
     assert info.layer_kinds == ["full_attention", "sliding_attention"]
     assert (info.logit_softcap, info.logit_scale, info.rewindable) == (3.0, 1.0, True)
 
 
-def test_logits_that_are_not_the_models_own_are_one_clear_error(capped: Path, tmp_path: Path) -> None:
+def test_logits_that_differ_from_the_models_are_one_clear_error(capped: Path, tmp_path: Path) -> None:
     info: TargetInfo = read_target_info(capped)
     write_target_info(info.model_copy(update={"logit_softcap": None}), tmp_path)
     with pytest.raises(DraftsmithError, match="Gemma2ForCausalLM"):
         Target.load(tmp_path, device="cpu")
 
 
-def test_layers_that_leave_several_vectors_a_token_are_one_clear_error(
+def test_layers_with_several_vectors_per_token_are_one_clear_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before weights are read where that is known, else before anything is trained."""
+    """Before weights are read if the config tells it, otherwise when the target is loaded."""
     from transformers import Gemma2Config, Gemma3nForCausalLM, Gemma3nTextConfig
 
     shape = SHAPE | {"tie_word_embeddings": True, "sliding_window": WINDOW}
@@ -311,7 +311,7 @@ def test_layers_that_leave_several_vectors_a_token_are_one_clear_error(
         ("Kimi Linear", "copy", "cached forwards of one token differ"),
     ],
 )
-def test_forwards_that_are_not_the_models_own_are_one_clear_error(
+def test_forwards_that_differ_from_the_models_are_one_clear_error(
     family: str, broken: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_family(tmp_path / "model", family)
@@ -334,7 +334,7 @@ def test_forwards_that_are_not_the_models_own_are_one_clear_error(
 
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize(("softcap", "with_sinks"), [(1.5, False), (None, True), (1.5, True)])
-def test_capped_scores_and_sinks_read_part_by_part(
+def test_capped_scores_and_sinks_in_chunks(
     softcap: float | None, with_sinks: bool, masked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     n, heads, kv_heads, T, D = 2, 6, 2, 7, 8

@@ -1,4 +1,4 @@
-"""The lean forward against the model's own code: the same bits in bfloat16, the same numbers in float32."""
+"""The fast forward against the model's own code: the same bits in bfloat16, the same numbers in float32."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 
 def made(name: str, dtype: torch.dtype, fields: dict[str, Any]) -> Target:
-    """A target of random weights, packed as one that is loaded."""
+    """Return a target of random weights, packed like a loaded one."""
     config = getattr(transformers, f"{name}Config")(**{**SHAPE, **fields})
     config._attn_implementation = register()
     model = getattr(transformers, f"{name}ForCausalLM")(config)
@@ -35,7 +35,7 @@ def made(name: str, dtype: torch.dtype, fields: dict[str, Any]) -> Target:
 
 
 def forwards(target: Target) -> list[TargetOutput]:
-    """A prompt, a block of each row behind it, one token of two rows of their own choice, and a tree."""
+    """Run a prefill, a block of each row after it, one token of two rows, and a tree."""
     ids = torch.randint(0, SHAPE["vocab_size"], (3, 12), generator=torch.Generator().manual_seed(1))
     positions, cache = torch.arange(12).expand(3, -1), target.new_cache(3, 16)
     rows = torch.tensor([2, 0])
@@ -54,7 +54,7 @@ def forwards(target: Target) -> list[TargetOutput]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", list(FIELDS))
-def test_a_lean_forward_is_the_models_own(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fast_forward_equals_the_models_own(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     target = made(name, dtype, FIELDS[name])
     assert target._fast is not None
     lean = forwards(target)
@@ -69,7 +69,7 @@ def test_a_lean_forward_is_the_models_own(name: str, dtype: torch.dtype, monkeyp
                 torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_other_layers_run_as_they_are() -> None:
+def test_other_layers_have_no_fast_forward() -> None:
     assert made("Granite", torch.float32, {})._fast is None
     assert made("Llama", torch.float32, {"hidden_act": "gelu"})._fast is None
     model = made("Llama", torch.float32, {})

@@ -1,4 +1,4 @@
-"""The hub's cache: which commit a name means, and whether what lies there is whole. Nothing here needs a network."""
+"""The hub's cache: the commit of a name, and checks of cached files. No test needs a network."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FIRST, SECOND = "1" * 40, "2" * 40
 
 
 class Cache:
-    """The layout of Hugging Face's cache: blobs by checksum, a folder of links for every commit, names of commits."""
+    """The layout of the hub's cache: blobs by checksum, a folder of links for every commit, and references."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -58,7 +58,7 @@ class Cache:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """Files as a drafter has them; nobody reads them here."""
+    """Return files like a drafter's, which are not read here."""
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     (folder / "config.json").write_text('{"block_size": 8}')
@@ -131,12 +131,12 @@ def test_a_flipped_bit_in_the_hubs_cache_is_found(name: str, cache: Cache, check
         drafter_source("org/drafter")
 
 
-def test_files_that_say_nothing_of_themselves_are_taken(tmp_path: Path) -> None:
+def test_files_without_a_checksum_are_accepted(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     check_snapshot(tmp_path, sha256_file)
 
 
-def test_a_target_of_the_hub_names_the_files_that_it_found(cache: Cache, plain_artifact: Path, tmp_path: Path) -> None:
+def test_a_target_of_the_hub_lists_its_files(cache: Cache, plain_artifact: Path, tmp_path: Path) -> None:
     snapshot = cache.add("org/target", model_path(plain_artifact), FIRST)
     context = RecordingContext.under(tmp_path / "stage")
     TARGET.run(context, TargetConfig(source="org/target", dtype="float32"))

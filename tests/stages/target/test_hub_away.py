@@ -1,4 +1,4 @@
-"""A hub that answers 503, or not in time, is worth another try; one that says no is not."""
+"""A hub that answers 503 or too late gives a retryable error; a refusal does not."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ PROGRAM = textwrap.dedent(
 )
 
 
-def test_a_hub_that_is_ill_or_slow_is_worth_a_retry_and_one_that_says_no_is_not(tmp_path: Path, hub: str) -> None:
+def test_a_failing_or_slow_hub_is_retryable_and_a_refusal_is_not(tmp_path: Path, hub: str) -> None:
     told = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "http", "HTTP"))}
     limits = {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     environment = {**told, **limits, "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1"}

@@ -1,4 +1,4 @@
-"""A trained target with recurrent layers, and a drafter that is good at it: the whole way, from its answers to tau."""
+"""A trained target with recurrent layers and a good drafter, from answers to tau."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def made(tiny_prompts: Path) -> DrafterArtifacts:
 
 @pytest.fixture(scope="module")
 def hybrid(made: DrafterArtifacts) -> Bench:
-    """With the prompts alone on which neither the target nor the drafter comes near a tie."""
+    """Return a bench with only the prompts without near-ties of target and drafter."""
     target = Target.load(made.target)
     bench = Bench(target, {}, list(load_prompts(made.prompts, ["heldout"])), {})
     bench.greedy.update({name: answer.response_ids for name, answer in bench.answers(bench.requests()).items()})
     return bench.with_drafters({"trained": load_drafter(made.drafter / DRAFTER_FOLDER, target)})
 
 
-def test_its_answers_are_the_same_with_a_drafter_and_replay_knows_their_verify_steps(hybrid: Bench) -> None:
+def test_answers_are_the_same_with_a_drafter_and_replay_finds_their_verify_steps(hybrid: Bench) -> None:
     assert not hybrid.target.info.rewindable and len(hybrid.prompts) >= 8
     eos = hybrid.target.eos_ids
     assert any(answer[-1] in eos for answer in hybrid.greedy.values()), "it has learned how an answer ends"

@@ -1,4 +1,4 @@
-"""A checkpoint that is not whole, or whose class fails, is one clear error and no target of random weights."""
+"""An incomplete checkpoint, or one whose class fails, is one clear error and no target of random weights."""
 
 from __future__ import annotations
 
@@ -37,16 +37,14 @@ def change(model: Path, name: str, weight: torch.Tensor | None) -> None:
         ("model.norm.weight", torch.ones(8), r"model.norm.weight has shape \[8\], and by config.json \[32\]"),
     ],
 )
-def test_weights_that_are_not_whole_are_refused(
-    name: str, weight: torch.Tensor | None, said: str, tmp_path: Path
-) -> None:
+def test_incomplete_weights_are_refused(name: str, weight: torch.Tensor | None, said: str, tmp_path: Path) -> None:
     artifact = write_artifact(tmp_path)
     change(tmp_path / "model", name, weight)
     with pytest.raises(DraftsmithError, match=rf"model/{WEIGHTS}: .*{said}"):
         Target.load(artifact, device="cpu")
 
 
-def test_of_tied_weights_one_is_enough_and_the_part_for_images_is_not_read(tmp_path: Path) -> None:
+def test_one_of_tied_weights_is_enough_and_the_vision_part_is_not_read(tmp_path: Path) -> None:
     write_family(tmp_path, "Gemma 3 with images")
     tensors = load_file(tmp_path / WEIGHTS)
     text = {name: weight for name, weight in tensors.items() if "vision" not in name}
@@ -55,8 +53,8 @@ def test_of_tied_weights_one_is_enough_and_the_part_for_images_is_not_read(tmp_p
     Target.from_source(tmp_path, dtype="float32", device="cpu")
 
 
-def test_a_model_that_holds_a_causal_lm_whole_is_that_one(tmp_path: Path) -> None:
-    """It has no head of its own."""
+def test_a_causal_lm_inside_another_model_is_used(tmp_path: Path) -> None:
+    """The outer model has no head."""
     from transformers import NemotronH_Omni_Reasoning_V3, NemotronH_Omni_Reasoning_V3_Config
 
     vision = {"model_type": "radio", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
@@ -82,7 +80,7 @@ def test_a_model_that_holds_a_causal_lm_whole_is_that_one(tmp_path: Path) -> Non
         Target.from_source(tmp_path / "cut", dtype="float32", device="cpu")
 
 
-def test_a_layer_that_lacks_one_of_its_experts_is_named_as_damaged(tmp_path: Path) -> None:
+def test_a_layer_without_one_of_its_experts_is_one_clear_error(tmp_path: Path) -> None:
     write_family(tmp_path, "Qwen3-MoE")
     change(tmp_path, "model.layers.1.mlp.experts.3.up_proj.weight", None)
     with pytest.raises(DraftsmithError, match=WEIGHTS):
@@ -106,7 +104,7 @@ def test_a_class_that_fails_is_named(failing: str, tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     "error", [MemoryError(), OSError(28, "No space left on device"), RuntimeError("CUDA error: 2")]
 )
-def test_what_the_machine_refuses_is_not_the_models_fault(
+def test_errors_of_the_machine_do_not_blame_the_model(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifact = write_artifact(tmp_path)
@@ -132,7 +130,7 @@ def test_what_the_machine_refuses_is_not_the_models_fault(
         ({"architectures": ["Qwen3ForSequenceClassification"]}, False),
     ],
 )
-def test_the_configs_type_counts_where_the_architecture_has_another_name(
+def test_the_model_type_decides_for_an_unknown_architecture_name(
     fields: dict[str, object], known: bool, tmp_path: Path
 ) -> None:
     write_model(tmp_path)
@@ -142,8 +140,8 @@ def test_the_configs_type_counts_where_the_architecture_has_another_name(
         Target.from_source(tmp_path, dtype="float32", device="cpu")
 
 
-def test_weights_that_are_no_numbers_are_told_as_that(tmp_path: Path) -> None:
-    """Not as a model that computes something else: half of them overflow where float16 is too narrow."""
+def test_nan_logits_are_one_clear_error(tmp_path: Path) -> None:
+    """They are not reported as an unknown model: weights may overflow in float16."""
     artifact = write_artifact(tmp_path)
     change(tmp_path / "model", "model.norm.weight", torch.full((32,), torch.nan))
     with pytest.raises(DraftsmithError, match="weights are damaged"):
@@ -182,7 +180,7 @@ WRONG_SIZES: list[Any] = [-1, 0, 10**30, "8", []]
     ],
     ids=str,
 )
-def test_what_its_small_files_say_wrong_is_one_clear_error(
+def test_wrong_fields_in_small_files_are_one_clear_error(
     file: str, fields: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
     write_model(tmp_path)
@@ -193,22 +191,22 @@ def test_what_its_small_files_say_wrong_is_one_clear_error(
 
 
 @pytest.mark.parametrize("content", ["[]", "null", "3", "{", "[" * 20_000])
-def test_a_generation_config_that_is_none_is_one_clear_error(content: str, tmp_path: Path) -> None:
-    """It was told as a model that cannot be read, when that was loaded."""
+def test_an_invalid_generation_config_is_one_clear_error(content: str, tmp_path: Path) -> None:
+    """Before the model is loaded, which would fail with another error."""
     write_model(tmp_path)
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(DraftsmithError, match=r"generation_config\.json: cannot be read"):
         metadata_artifact(TargetConfig(source=str(tmp_path)), tmp_path)
 
 
-def test_ids_that_no_token_has_end_no_answer(tmp_path: Path) -> None:
+def test_end_ids_outside_the_vocabulary_are_ignored(tmp_path: Path) -> None:
     write_model(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [-1, 3, 64, 10**9]}))
     assert metadata_artifact(TargetConfig(source=str(tmp_path)), tmp_path).eos_ids == [3, 63]
 
 
-def test_biases_that_its_config_does_not_say_are_one_clear_error(tmp_path: Path) -> None:
-    """They were left out: another model than the checkpoint's."""
+def test_biases_without_a_place_in_the_model_are_one_clear_error(tmp_path: Path) -> None:
+    """Without them the model would differ from the checkpoint's."""
     artifact = write_artifact(tmp_path)
     weights = tmp_path / "model" / WEIGHTS
     bias = {"model.layers.0.self_attn.q_proj.bias": torch.ones(32), "model.of_images.bias": torch.ones(3)}
@@ -217,8 +215,8 @@ def test_biases_that_its_config_does_not_say_are_one_clear_error(tmp_path: Path)
         Target.load(artifact, device="cpu")
 
 
-def test_of_tensors_that_are_there_twice_none_is_taken(tmp_path: Path) -> None:
-    """transformers and servers take different ones."""
+def test_tensors_in_two_files_are_refused(tmp_path: Path) -> None:
+    """transformers and servers would load different ones."""
     write_model(tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
     names = sorted(tensors)
@@ -247,7 +245,7 @@ def test_of_tensors_that_are_there_twice_none_is_taken(tmp_path: Path) -> None:
         described()
 
 
-def test_the_folder_of_an_adapter_is_told_as_that(tmp_path: Path) -> None:
+def test_the_folder_of_an_adapter_is_reported_as_such(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(DraftsmithError, match=r"config\.json.*adapter"):
         metadata_artifact(TargetConfig(source=str(tmp_path)), tmp_path)

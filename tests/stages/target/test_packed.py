@@ -1,4 +1,4 @@
-"""Packed linear maps: bit for bit the plain ones, whatever the strides; only what decodes in bfloat16 on a CPU."""
+"""Packed linear maps equal the plain ones bit for bit, for any strides; only bfloat16 on a CPU is packed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ needs_bfloat16 = pytest.mark.skipif(not SEEN, reason="this processor does not mu
 @needs_bfloat16
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 7, 300])
-def test_a_packed_map_is_the_plain_one(bias: bool, rows: int) -> None:
+def test_a_packed_map_equals_the_plain_one(bias: bool, rows: int) -> None:
     generator = torch.manual_seed(0)
     plain = nn.Linear(96, 80, bias=bias).bfloat16().requires_grad_(False)
     packed = PackedLinear(plain.weight, plain.bias)
@@ -50,7 +50,7 @@ def test_only_frozen_bfloat16_maps_on_a_cpu_are_packed() -> None:
 
 
 class Two(nn.Module):
-    """Two maps of one input, and one of another."""
+    """A module with two maps of one input, and one of another."""
 
     def __init__(self, bias: bool) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Two(nn.Module):
 
 @needs_bfloat16
 @pytest.mark.parametrize("bias", [False, True])
-def test_maps_of_one_input_are_one_product_and_in_parts_the_same(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_maps_of_one_input_share_one_product(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = Two(bias)
     packed = packed_copy(plain, ("gate_proj",), ())
     assert type(packed.gate_proj) is PackedLinear and packed.up_proj is plain.up_proj
@@ -91,7 +91,7 @@ def test_maps_of_one_input_are_one_product_and_in_parts_the_same(bias: bool, mon
 
 
 @needs_bfloat16
-def test_a_target_decodes_with_packed_maps_and_reads_its_head_so(plain_artifact: Path) -> None:
+def test_a_target_decodes_with_packed_maps_and_head(plain_artifact: Path) -> None:
     target = Target.load(plain_artifact, dtype="bfloat16")
     assert sum(isinstance(module, PackedLinear) for module in target.decoder.modules()) == 4 * len(
         target.decoder.layers

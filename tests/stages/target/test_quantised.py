@@ -1,4 +1,4 @@
-"""Quantised checkpoints: loaded by transformers, named, and told apart by the digest of what is loaded."""
+"""Quantised checkpoints: loaded by transformers, named, and distinguished by their digests."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def say(folder: Path, **settings: Any) -> None:
 
 
 def fp8(folder: Path, _monkeypatch: pytest.MonkeyPatch) -> tuple[Tensors, str]:
-    """One scale for each block of 128 x 128, which a tiny matrix is a part of."""
+    """Write float8 weights with one scale per block of 128 x 128, larger than a tiny matrix."""
     write_model(folder)
     weights, expected = {}, {}
     for name, weight in load_file(folder / WEIGHTS).items():
@@ -51,7 +51,7 @@ _FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])  # and their negatives
 
 
 def mxfp4(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensors, str]:
-    """As gpt-oss is published: experts of four bits, the first of a byte the lower, and a power of two for 32."""
+    """Write four-bit experts like gpt-oss: the first of a byte in the lower bits, and a power of two for 32."""
     monkeypatch.setitem(SHAPE, "intermediate_size", 64)
     write_family(folder, "gpt-oss")
     generator = torch.Generator().manual_seed(0)
@@ -74,10 +74,10 @@ def mxfp4(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensors, str]:
 
 
 @pytest.mark.parametrize("made", [fp8, mxfp4], ids=["fp8", "mxfp4"])
-def test_weights_are_those_that_the_numbers_and_their_scales_say(
+def test_weights_are_the_numbers_times_their_scales(
     made: Callable[[Path, pytest.MonkeyPatch], tuple[Tensors, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a GPU transformers dequantises them."""
+    """Without a GPU, transformers dequantises them."""
     expected, _ = made(tmp_path, monkeypatch)
     target = Target.from_source(tmp_path, dtype="float32", device="cpu")
     assert target.info.quantisation == made.__name__
@@ -86,10 +86,10 @@ def test_weights_are_those_that_the_numbers_and_their_scales_say(
 
 
 @pytest.mark.parametrize("made", [fp8, mxfp4], ids=["fp8", "mxfp4"])
-def test_the_digest_is_of_the_quantised_numbers_and_of_how_they_are_read(
+def test_the_digest_covers_quantised_numbers_and_their_method(
     made: Callable[[Path, pytest.MonkeyPatch], tuple[Tensors, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A drafter is made for one of these targets, not for the checkpoint that they were quantised from."""
+    """A drafter belongs to one of these targets, not to the checkpoint before quantisation."""
     _, of_scales = made(tmp_path, monkeypatch)
     digests = {Target.from_source(tmp_path, dtype=dtype, device="cpu").info.digest for dtype in ("float32", "bfloat16")}
     assert len(digests) == 1, "whatever they are loaded as"
@@ -105,14 +105,14 @@ def test_the_digest_is_of_the_quantised_numbers_and_of_how_they_are_read(
     assert len(digests) == 3
 
 
-def test_a_quantisation_whose_package_is_not_here_is_one_clear_error(tmp_path: Path) -> None:
+def test_a_quantisation_without_its_package_is_one_clear_error(tmp_path: Path) -> None:
     write_model(tmp_path)
     say(tmp_path, quant_method="aqlm")
     with pytest.raises(DraftsmithError, match="aqlm"):
         Target.from_source(tmp_path, device="cpu")
 
 
-def test_a_scale_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_scale_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, _ = fp8(tmp_path, monkeypatch)
     tensors = load_file(tmp_path / WEIGHTS)
     tensors["model.layers.0.of_four_bits.weight_scale"] = torch.ones(2, 2).to(torch.float8_e4m3fn)

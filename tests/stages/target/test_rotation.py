@@ -1,4 +1,4 @@
-"""Targets whose angles or scales depend on how long a text is: none of theirs goes beyond where these change."""
+"""Targets whose angles or scales depend on the text's length: positions stay below the change."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def target(context: RecordingContext) -> Target:
     return Target.load(context.out, device="cpu")
 
 
-def test_positions_end_where_angles_change_and_that_is_said(context: RecordingContext, target: Target) -> None:
+def test_positions_end_where_angles_change_which_is_logged(context: RecordingContext, target: Target) -> None:
     assert target.info.max_positions == STEADY
     limited = target.config.max_position_embeddings > STEADY
     assert any("16 of 64 positions are used" in line for line in context.logs) == limited
 
 
 @pytest.mark.parametrize("lean", [True, False])
-def test_padding_and_proposals_behind_the_end_change_no_angles(
+def test_padding_and_proposals_beyond_the_end_change_no_angles(
     lean: bool, target: Target, reference: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not lean:

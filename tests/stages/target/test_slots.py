@@ -29,7 +29,7 @@ def padded(rows: list[list[int]]) -> torch.Tensor:
 
 
 def logits(bench: Bench, tokens: list[int]) -> torch.Tensor:
-    """[T, V] of a plain forward over one sequence."""
+    """Return logits [T, V] of an uncached forward over one sequence."""
     return bench.target.logits(bench.target.read(torch.tensor([tokens])).hidden[0])
 
 
@@ -46,7 +46,7 @@ def test_a_padded_prefill_equals_plain_forwards(bench: Bench) -> None:
 
 
 def test_blocks_at_different_positions_of_rows_equal_plain_forwards(bench: Bench) -> None:
-    """Behind a padded prefill, twice: a block that is then rewound by overwriting it, and the next one."""
+    """After a padded prefill, twice: a block that is then overwritten, and the next one."""
     rows = random_ids(4, 13, 9)
     cache = bench.target.new_cache(3, 32)
     bench.target.step(padded(rows), torch.arange(13).expand(3, -1), cache, slice(0, 3))
@@ -76,8 +76,8 @@ def test_rows_may_be_addressed_by_index_and_moved(bench: Bench) -> None:
     assert_close(bench.target.logits(out.hidden[1, 0]), logits(bench, [*rows[1], 80])[-1])
 
 
-def test_a_tree_sees_what_its_mask_says(bench: Bench) -> None:
-    """Two branches behind different prefixes of one sequence, in entries behind it."""
+def test_a_tree_attends_by_its_mask(bench: Bench) -> None:
+    """Two branches after different prefixes of one sequence, in free entries."""
     (row,) = random_ids(10)
     cache = bench.target.new_cache(1, 16)
     bench.target.step(torch.tensor([row]), torch.arange(10)[None], cache, slice(0, 1))
@@ -126,7 +126,7 @@ def test_features_are_the_hidden_states_after_the_named_layers(bench: Bench, tin
 
 
 @pytest.mark.parametrize("layers", [[0], [2, 0], [3, 1]])
-def test_features_alone_have_the_same_bits_and_run_no_layer_behind_them(layers: list[int], bench: Bench) -> None:
+def test_features_alone_have_the_same_bits_and_run_no_later_layer(layers: list[int], bench: Bench) -> None:
     ids = padded(random_ids(12, 12))
     ran = []
     hooks = [
@@ -153,7 +153,7 @@ def test_features_alone_have_the_same_bits_and_run_no_layer_behind_them(layers: 
 def test_grouped_attention_equals_repeated_keys(
     heads: int, kv_heads: int, dtype: torch.dtype, T: int, entries: int, tiles: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """entries: of a mask, in one call. tiles: as on a processor that multiplies them."""
+    """entries: of a mask in one call. tiles: as on a processor with AMX."""
     monkeypatch.setattr(attention, "_MASK_ENTRIES", entries)
     monkeypatch.setattr(attention, "_multiplies_tiles", lambda: tiles)
     n, L, D = 2, 9, 8

@@ -1,4 +1,4 @@
-"""The stage `target`: folders, GGUF packages and hub ids resolved, and what is wrong with a source said in one line."""
+"""Stage `target`: folders, GGUF packages and hub ids are resolved, and errors are one line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def resolve(source: str | Path, out: Path, **settings: str) -> TargetInfo:
 
 
 def message(source: str | Path, out: Path, **settings: str) -> str:
-    """The error of resolving: one line."""
+    """Return the error of resolving a source, which is one line."""
     with pytest.raises(DraftsmithError) as caught:
         resolve(source, out, **settings)
     text = str(caught.value)
@@ -40,11 +40,11 @@ def message(source: str | Path, out: Path, **settings: str) -> str:
 
 @pytest.fixture
 def copied(tiny_target: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny target that a test may damage."""
+    """Return a copy of the tiny target that a test may damage."""
     return Path(shutil.copytree(tiny_target, tmp_path / "copied"))
 
 
-def test_a_folder_is_pointed_at_and_described(tiny_target: Path, tmp_path: Path) -> None:
+def test_a_folder_is_described_and_not_copied(tiny_target: Path, tmp_path: Path) -> None:
     context = RecordingContext.under(tmp_path)
     STAGE.run(context, TargetConfig(source=str(tiny_target), dtype="float32"))
     info = read_target_info(context.out)
@@ -59,7 +59,7 @@ def test_a_folder_is_pointed_at_and_described(tiny_target: Path, tmp_path: Path)
     assert context.summaries["layers"] == 4
 
 
-def test_the_digest_follows_weights_and_config_but_not_the_place_of_the_copy(
+def test_the_digest_depends_on_weights_and_config_and_not_on_the_folder(
     tiny_target: Path, copied: Path, tmp_path: Path
 ) -> None:
     first = resolve(tiny_target, tmp_path / "a")
@@ -79,13 +79,13 @@ def test_the_digest_follows_weights_and_config_but_not_the_place_of_the_copy(
     assert resolve(copied, tmp_path / "e").tokenizer_digest != first.tokenizer_digest
 
 
-def test_external_files_of_a_folder_are_what_the_target_is_made_of(tiny_target: Path) -> None:
+def test_external_files_of_a_folder_are_the_targets_files(tiny_target: Path) -> None:
     names = {path.name for path in TargetConfig(source=str(tiny_target)).external_files()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= names
     assert TargetConfig(source="Qwen/Qwen3-4B").external_files() == []
 
 
-def test_a_target_without_chat_template_says_so(copied: Path, tmp_path: Path) -> None:
+def test_a_target_without_chat_template_is_logged(copied: Path, tmp_path: Path) -> None:
     (copied / "chat_template.jinja").unlink()
     context = RecordingContext.under(tmp_path)
     STAGE.run(context, TargetConfig(source=str(copied)))
@@ -192,7 +192,7 @@ def test_a_damaged_folder_is_one_clear_error(
     assert not (tmp_path / "out" / "target.json").exists()
 
 
-def test_a_source_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_source_is_named(tmp_path: Path) -> None:
     assert "does not exist" in message(tmp_path / "absent", tmp_path)
     assert "does not exist" in message(tmp_path / "absent.gguf", tmp_path)
     (tmp_path / "file.txt").write_text("x")
@@ -202,7 +202,7 @@ def test_a_source_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert "model-q4.gguf" in message(tmp_path / "holds", tmp_path)
 
 
-def test_a_package_that_is_not_installed_says_how_to_install_it(tmp_path: Path) -> None:
+def test_the_error_of_a_missing_package_names_the_installation(tmp_path: Path) -> None:
     with pytest.raises(DraftsmithError, match="draftsmith-absent-model"):
         TargetConfig(source="package:draftsmith_absent_model").external_files()
     assert "is not installed" in message("package:draftsmith_absent_model", tmp_path)
@@ -247,7 +247,7 @@ def test_a_package_with_none_or_several_gguf_files_is_an_error(
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model at all, but long enough to be read", b"GGUF\3\0\0\0"])
-def test_a_file_that_is_no_gguf_is_an_error(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_not_gguf_is_an_error(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(content)
     text = message(tmp_path / "model.gguf", tmp_path / "out")
     assert "not a GGUF file, or cut off" in text
@@ -290,7 +290,7 @@ def test_a_folder_that_is_no_target_artifact_is_named(tiny_target: Path, copied:
         model_path(tmp_path / "out")
 
 
-def test_a_converted_model_of_an_earlier_attempt_is_kept_and_half_of_one_is_not(
+def test_a_complete_conversion_of_an_earlier_attempt_is_reused_and_an_incomplete_one_is_not(
     tmp_path: Path, tiny_target: Path
 ) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF, and no model in it")
@@ -321,7 +321,7 @@ def test_a_truncated_gguf_is_an_error_before_it_is_loaded(tmp_path: Path) -> Non
         ("Gemma3Text", {"use_bidirectional_attention": True}, "with attention in both directions are not supported"),
     ],
 )
-def test_a_model_that_would_be_computed_wrongly_is_refused(
+def test_an_unsupported_model_is_refused(
     copied: Path, tmp_path: Path, family: str, fields: dict[str, object], said: str
 ) -> None:
     import transformers
@@ -333,8 +333,8 @@ def test_a_model_that_would_be_computed_wrongly_is_refused(
     assert said in message(copied, tmp_path / "out")
 
 
-def test_a_text_part_without_fields_that_others_have_is_described(copied: Path, tmp_path: Path) -> None:
-    """transformers' class of Qwen3-VL's has no end token of its own."""
+def test_a_text_config_with_missing_fields_is_described(copied: Path, tmp_path: Path) -> None:
+    """transformers' text config of Qwen3-VL has no end token."""
     from transformers import Qwen3VLConfig
 
     text = {"vocab_size": 1000, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
@@ -346,17 +346,17 @@ def test_a_text_part_without_fields_that_others_have_is_described(copied: Path, 
     assert resolve(copied, tmp_path / "out").eos_ids == [2, 0]  # of generation_config.json
 
 
-def test_what_a_config_says_of_its_logits_counts_where_the_model_reads_it(copied: Path, tmp_path: Path) -> None:
+def test_a_logit_scale_in_the_config_counts_if_the_model_reads_it(copied: Path, tmp_path: Path) -> None:
     path = copied / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"logits_scaling": 8.0, "final_logit_softcapping": 30.0}))
     info = resolve(copied, tmp_path / "out")
     assert (info.logit_scale, info.logit_softcap) == (1.0, None)  # Qwen3's head reads neither
 
 
-def test_a_full_disk_under_the_log_is_not_the_targets_fault(
+def test_a_full_disk_under_the_log_does_not_blame_the_target(
     plain_artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loader's progress bar is what meets it."""
+    """The loader's progress bar meets it first."""
     log = os.fdopen(os.open("/dev/full", os.O_WRONLY), "wb", buffering=0)
     with io.TextIOWrapper(log, write_through=True) as full, monkeypatch.context() as patched:
         patched.setattr(sys, "stderr", full)
