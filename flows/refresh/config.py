@@ -113,7 +113,7 @@ class RefreshConfig(RunOptions):
         return self
 
     @model_validator(mode="after")
-    def _trains_on_logs(self) -> RefreshConfig:
+    def _leaves_logs_to_train_on(self) -> RefreshConfig:
         read = self.logs.paths if self.logs is not None else []
         for index, source in enumerate(self.prompts.sources):
             if source.heldout_share == 1 and isinstance(source, JsonlSource) and source.path in read:

@@ -115,7 +115,7 @@ def find_artifact(version: Version | InputEntry, store: Store) -> Path | None:
     return None
 
 
-def checkpoint_of(version: Version) -> Path:
+def drafter_checkpoint(version: Version) -> Path:
     """Return the checkpoint of a version's drafter: from the store, or else its upload if there is one.
 
     Only a version with an upload is checked for damage, since no other has a copy to fall back to.
@@ -297,7 +297,7 @@ def champion_config(version: Version) -> ChampionConfig:
     return ChampionConfig(
         line=version.line,
         version=version.number,
-        folder=str(checkpoint_of(version)),
+        folder=str(drafter_checkpoint(version)),
         content_id=version.content_id,
         drafter_digest=version.tags.get("drafter_digest", ""),
         promoted_at=version.tags.get("promoted_at", ""),

@@ -27,7 +27,7 @@ from draftsmith.flows.refresh import promotion_hook, registry_commands
 from draftsmith.flows.refresh.decisions import RefreshPolicy, resolve
 from draftsmith.flows.refresh.evaluate import evaluate_config, evaluate_nodes
 from draftsmith.flows.refresh.graph import refresh_nodes
-from draftsmith.flows.refresh.line import artifact_folder, checkpoint_of, registry
+from draftsmith.flows.refresh.line import artifact_folder, drafter_checkpoint, registry
 from draftsmith.stages.data.load import DRAFTER_FOLDER
 from tests.flows.refresh.line_runs import checked, config_of, finished, gated, page_of, serving
 from tests.testbed.artifacts import committed
@@ -244,7 +244,7 @@ def test_a_version_is_found_in_a_moved_home_and_after_its_key_was_made_again(
     monkeypatch.setenv("DRAFTSMITH_HOME", str(moved))
     version = registry().resolve(line)
     place = Store(moved / "store").path(version.stage, version.key)
-    assert artifact_folder(version) == place and checkpoint_of(version) == place / DRAFTER_FOLDER
+    assert artifact_folder(version) == place and drafter_checkpoint(version) == place / DRAFTER_FOLDER
     assert registry_commands.verify_checkpoint(version) == place / DRAFTER_FOLDER
     replaced = place.rename(place.with_name(f"{REPLACED}{place.name}-1"))
     assert artifact_folder(version) == replaced
@@ -276,7 +276,7 @@ def test_a_version_in_a_bucket_is_fetched_only_when_its_files_are_needed(
     assert not (other.path("opd", made.key) / DRAFTER_FOLDER).exists()
     (version,) = registry().versions(line)
     uploaded = dataclasses.replace(version, tags={**version.tags, "uploaded": "runs:/a/drafter"})
-    assert uploaded.uploaded and checkpoint_of(uploaded) == other.path("opd", made.key) / DRAFTER_FOLDER
-    assert not checkpoint_of(uploaded).exists(), "planning fetches no weights"
+    assert uploaded.uploaded and drafter_checkpoint(uploaded) == other.path("opd", made.key) / DRAFTER_FOLDER
+    assert not drafter_checkpoint(uploaded).exists(), "planning fetches no weights"
     assert (artifact_folder(version) / DRAFTER_FOLDER / "config.json").is_file()
     assert registry_commands.verify_checkpoint(version) == other.path("opd", made.key) / DRAFTER_FOLDER
