@@ -200,12 +200,7 @@ class Drafter(nn.Module, ABC):
 
     @abstractmethod
     def propose(
-        self,
-        context: Context,
-        anchor_tokens: torch.Tensor,
-        anchors: torch.Tensor,
-        block_size: int,
-        head: Head,
+        self, context: Context, anchor_tokens: torch.Tensor, anchors: torch.Tensor, block_size: int, head: Head
     ) -> torch.Tensor:
         """Draft one block after each anchor, greedily and without gradient. Returns token ids [B, A, block_size-1].
 

@@ -68,10 +68,7 @@ class Replayer:
         self.target, self.options, self.log = target, options or ReplayOptions(), log
 
     def traces(
-        self,
-        drafters: Mapping[str, Drafter],
-        trajectories: Sequence[Trajectory],
-        **settings: Unpack[ReplaySettings],
+        self, drafters: Mapping[str, Drafter], trajectories: Sequence[Trajectory], **settings: Unpack[ReplaySettings]
     ) -> dict[str, list[Trace]]:
         """Return the traces of every drafter, in the order of the trajectories. settings: as of `groups`.
 

@@ -241,11 +241,7 @@ def _write_following(
 
 
 def _score_one_by_one(
-    target: Target,
-    group: EncodedGroup,
-    leaves: _Proposals,
-    traces: Sequence[Trace],
-    scores: list[np.ndarray],
+    target: Target, group: EncodedGroup, leaves: _Proposals, traces: Sequence[Trace], scores: list[np.ndarray]
 ) -> None:
     """Run two short forwards per rejection: over the text up to it, and over the proposals from it on.
 

@@ -237,12 +237,7 @@ class DFlashDrafter(Drafter):
 
     @torch.no_grad()
     def propose(
-        self,
-        context: Context,
-        anchor_tokens: torch.Tensor,
-        anchors: torch.Tensor,
-        block_size: int,
-        head: Head,
+        self, context: Context, anchor_tokens: torch.Tensor, anchors: torch.Tensor, block_size: int, head: Head
     ) -> torch.Tensor:
         hidden = self.block_hidden(context, anchor_tokens[..., None].expand(-1, -1, block_size - 1), anchors)
         return argmax_tokens(hidden, head)

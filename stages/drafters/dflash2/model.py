@@ -133,12 +133,7 @@ class DFlash2Drafter(DFlashDrafter):
 
     @torch.no_grad()
     def propose(
-        self,
-        context: Context,
-        anchor_tokens: torch.Tensor,
-        anchors: torch.Tensor,
-        block_size: int,
-        head: Head,
+        self, context: Context, anchor_tokens: torch.Tensor, anchors: torch.Tensor, block_size: int, head: Head
     ) -> torch.Tensor:
         tokens = anchor_tokens[..., None].expand(-1, -1, block_size - 1)
         hidden = self.block_hidden(context, tokens, anchors)

@@ -132,12 +132,7 @@ class DSparkDrafter(DFlashDrafter):
 
     @torch.no_grad()
     def propose(
-        self,
-        context: Context,
-        anchor_tokens: torch.Tensor,
-        anchors: torch.Tensor,
-        block_size: int,
-        head: Head,
+        self, context: Context, anchor_tokens: torch.Tensor, anchors: torch.Tensor, block_size: int, head: Head
     ) -> torch.Tensor:
         hidden = self.backbone(context, anchor_tokens, anchors, block_size - 1)
 

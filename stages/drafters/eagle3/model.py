@@ -224,12 +224,7 @@ class Eagle3Drafter(Drafter):
 
     @torch.no_grad()
     def propose(
-        self,
-        context: Context,
-        anchor_tokens: torch.Tensor,
-        anchors: torch.Tensor,
-        block_size: int,
-        head: Head,
+        self, context: Context, anchor_tokens: torch.Tensor, anchors: torch.Tensor, block_size: int, head: Head
     ) -> torch.Tensor:
         assert isinstance(context, PrefixContext)
         chain = _Chain(self, context, anchors)
