@@ -133,13 +133,13 @@ def test_drafting_from_slots_equals_drafting_from_a_full_context(texts: Texts) -
         at = anchors[:, None] + torch.arange(block)
         tokens = F.pad(texts.tokens, (0, block)).gather(1, at)
         features = torch.stack([F.pad(f, (0, 0, 0, block))[i] for f, i in zip(texts.features, at, strict=True)])
-        kept = 1 + (step + torch.arange(rows)) % block  # the anchor at least, the whole block at most
-        rejected = torch.arange(block) >= kept[:, None]
+        accepted = 1 + (step + torch.arange(rows)) % block  # the anchor at least, the whole block at most
+        rejected = torch.arange(block) >= accepted[:, None]
         features[rejected] = 30 * torch.randn(features[rejected].shape, generator=generator)
         tokens[rejected] = torch.randint(0, 50, tokens[rejected].shape, generator=generator)
         with torch.no_grad():
             drafter.extend(slots, every, features, tokens, at)
-        anchors = anchors + kept
+        anchors = anchors + accepted
 
 
 # ---- replay and decoding
@@ -238,7 +238,7 @@ def test_every_kind_is_accepted_in_a_config_and_checked(plain_target: Target) ->
 
 def test_no_module_outside_names_a_kind() -> None:
     """Outside their folders, code uses the interface instead of the kind."""
-    modules = [path for room in ("artifacts", "flows", "stages") for path in sorted((ROOT / room).rglob("*.py"))]
+    modules = [path for folder in ("artifacts", "flows", "stages") for path in sorted((ROOT / folder).rglob("*.py"))]
     outside = [path for path in modules if path.parent.name not in KINDS]
     assert 100 < len(outside) < len(modules)
     assert {str(path.relative_to(ROOT)) for path in outside if names(path) & KINDS.keys()} == MAY_NAME_KINDS

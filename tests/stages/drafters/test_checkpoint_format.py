@@ -22,12 +22,12 @@ def test_rotary_frequencies_stay_float32_in_a_drafter_of_bfloat16(
     kind: str, plain_target: Target, tmp_path: Path
 ) -> None:
     """Engines do the same: rounded to bfloat16, some angles are off by over a radian at position 2000."""
-    made: Drafter = (random_target.random_drafter if kind == "dflash" else random_eagle3)(plain_target)
-    save_drafter(made, tmp_path, torch.bfloat16)
+    saved: Drafter = (random_target.random_drafter if kind == "dflash" else random_eagle3)(plain_target)
+    save_drafter(saved, tmp_path, torch.bfloat16)
     loaded = load_drafter(tmp_path, plain_target, torch.bfloat16)
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     positions = torch.tensor([[0, 1, 2000]])
-    for exact, ours in zip(angles(made, positions), angles(loaded, positions), strict=True):
+    for exact, ours in zip(angles(saved, positions), angles(loaded, positions), strict=True):
         torch.testing.assert_close(exact, ours, rtol=0, atol=1e-6)
 
 

@@ -17,13 +17,13 @@ subsets = st.lists(st.integers(0, V - 1), min_size=1, max_size=V - 1)  # any ord
 @settings(max_examples=50, deadline=None)
 def test_columns_and_tokens_are_inverse_and_absent_tokens_are_marked(ids: list[int]) -> None:
     head = Head.over(WEIGHT, torch.tensor(ids))
-    kept = sorted(set(ids))
-    assert head.weight.shape == (len(kept), H)
+    present_ids = sorted(set(ids))
+    assert head.weight.shape == (len(present_ids), H)
     columns, present = head.to_columns(torch.arange(V))
     for token in range(V):
-        assert bool(present[token]) == (token in kept)
-        assert int(columns[token]) == (kept.index(token) if token in kept else 0)
-    assert head.to_tokens(torch.arange(len(kept))).tolist() == kept
+        assert bool(present[token]) == (token in present_ids)
+        assert int(columns[token]) == (present_ids.index(token) if token in present_ids else 0)
+    assert head.to_tokens(torch.arange(len(present_ids))).tolist() == present_ids
 
 
 @given(subsets)

@@ -126,13 +126,13 @@ def test_an_upgrade_has_the_dtypes_of_its_checkpoint(
 ) -> None:
     save_drafter(random_drafter(plain_target), tmp_path / "plain", torch.bfloat16)
     upgrade = upgraded(load_drafter(tmp_path / "plain", plain_target, torch.bfloat16), shape, plain_target, seed=0)
-    save_drafter(upgrade, tmp_path / "made", torch.bfloat16)
-    loaded = load_drafter(tmp_path / "made", plain_target, torch.bfloat16)
+    save_drafter(upgrade, tmp_path / "upgraded", torch.bfloat16)
+    loaded = load_drafter(tmp_path / "upgraded", plain_target, torch.bfloat16)
     assert dtypes(upgrade) == dtypes(loaded)
     assert {torch.bfloat16} <= set(dtypes(upgrade).values())
     assert (
         not {"output_multiplier", "final_logit_softcapping"}
-        & json.loads((tmp_path / "made" / "config.json").read_text())["dflash_config"].keys()
+        & json.loads((tmp_path / "upgraded" / "config.json").read_text())["dflash_config"].keys()
     )
 
 

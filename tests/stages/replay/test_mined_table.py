@@ -42,12 +42,12 @@ def mined(count: int, seed: int = 0) -> MinedGroup:
         shape = (len(anchors), K)
         proposed = rng.integers(0, 9, shape)
         trace = Trace(len(tokens), np.array(anchors), np.array(accepted), proposed, len(anchors))
-        said = -rng.random(shape).astype(np.float32)
-        said[np.arange(K) >= trace.judged[:, None]] = np.nan
+        logprobs = -rng.random(shape).astype(np.float32)
+        logprobs[np.arange(K) >= trace.judged[:, None]] = np.nan
         best = np.where(trace.rejected_offset > 0, -rng.random(len(anchors)), np.nan).astype(np.float32)
         trajectories.append(Trajectory(f"p{index}/0", tokens, 4))
         traces.append(trace)
-        scores.append(StepScores(said, best))
+        scores.append(StepScores(logprobs, best))
     return MinedGroup(trajectories, traces, scores)
 
 
@@ -94,8 +94,8 @@ def test_metrics_do_not_depend_on_how_rows_are_divided() -> None:
     assert parts.summary(Words()) == found
     rows = [row for row in table.to_pylist() if row["rejected_offset"]]
     pairs = Counter((row["proposed_ids"][row["accepted"]], row["committed_id"]) for row in rows)
-    said = [(int(each["proposed"]), int(each["committed"])) for each in found["most_frequent_corrections"]]
-    assert said == [pair for pair, _ in pairs.most_common(20)]  # of equals the one that came first
+    corrections = [(int(each["proposed"]), int(each["committed"])) for each in found["most_frequent_corrections"]]
+    assert corrections == [pair for pair, _ in pairs.most_common(20)]  # of equal counts, the first one
     assert found["counts_short_by_at_most"] == 0
 
 

@@ -40,11 +40,11 @@ def assisted(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArti
 
 
 def mine(
-    folder: Path, made: DrafterArtifacts, trajectories: Path, *, drafter: Path | None = None,
+    folder: Path, artifacts: DrafterArtifacts, trajectories: Path, *, drafter: Path | None = None,
     stop_after: int | None = None,
     **config: Any,
 ) -> RecordingContext:  # fmt: skip
-    inputs = {"target": made.target, "drafter": drafter or made.drafter, "trajectories": trajectories}
+    inputs = {"target": artifacts.target, "drafter": drafter or artifacts.drafter, "trajectories": trajectories}
     ctx = StoppingContext.under(folder, inputs, stop_after=stop_after)
     STAGE.run(ctx, MiningConfig.model_validate({"tokens_per_target_forward": 600, **config}))
     return ctx
@@ -112,8 +112,8 @@ def test_the_summary_agrees_with_the_table(mined: RecordingContext, bench: Bench
     assert found["accepted_histogram"] == [histogram[n] for n in range(8)]
     for k in range(1, 8):
         judged = [row for row in rows if not np.isnan(row["target_logprobs"][k - 1])]
-        kept = sum(row["accepted"] >= k for row in judged)
-        assert found["acceptance_by_offset"][k - 1] == pytest.approx(kept / len(judged))
+        accepted = sum(row["accepted"] >= k for row in judged)
+        assert found["acceptance_by_offset"][k - 1] == pytest.approx(accepted / len(judged))
     rejected = Counter(row["proposed_ids"][row["accepted"]] for row in errors)
     assert {entry["id"]: entry["count"] for entry in found["most_rejected"]}.items() <= rejected.items()
     assert found["most_rejected"][0]["count"] == max(rejected.values())

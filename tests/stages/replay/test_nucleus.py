@@ -60,7 +60,7 @@ def test_the_share_outside_the_nucleus_is_counted_and_reported(
         whole, tokens = distributions(plain_target, text)
         count += int(truncation_mask(whole, narrow).gather(1, tokens[:, None]).sum())
         total += len(tokens)
-    for _ in range(2):  # the second time as they were kept
+    for _ in range(2):  # the second time from the cache
         found = replayed(wide, narrow)
         assert found["samples"].outside_nucleus_share == count / total > 0.05
         assert found["argmax"].outside_nucleus_share is None
@@ -82,15 +82,15 @@ def test_a_token_outside_is_verified_by_the_distribution_before_truncation(
     """It is accepted with q/p of the p before truncation, not for certain, as with a p of 0."""
     for number, text in enumerate(wide):
         whole, tokens = distributions(plain_target, text)
-        places = torch.nonzero(is_truncated(whole, tokens, narrow))[:, 0]
+        indices = torch.nonzero(is_truncated(whole, tokens, narrow))[:, 0]
         hidden = plain_target.read(torch.tensor([text.tokens])).hidden
         sampled = TargetSampler.for_trajectories(plain_target, hidden, [text], narrow, 4)
-        for place in places[places < len(tokens) - 1].tolist():
-            anchor, y = torch.tensor([[text.first_anchor + place]]), tokens[place]
+        for index in indices[indices < len(tokens) - 1].tolist():
+            anchor, y = torch.tensor([[text.first_anchor + index]]), tokens[index]
             assert sampled.distribution_at(torch.tensor([0]), anchor[0])[0, y] == 0
             found = ExpectedCommits(sampled, anchor)
             found.take(
-                0.4 * whole[place, y][None, None], sampled.answer_probability(anchor, y[None, None]), y[None, None]
+                0.4 * whole[index, y][None, None], sampled.answer_probability(anchor, y[None, None]), y[None, None]
             )
             assert float(found.committed) == pytest.approx(1.4)
         if number >= 10:

@@ -40,7 +40,7 @@ from tests.testbed.families import write_family
 from tests.testbed.sampling_drafters import sampling_dflash, sampling_eagle3
 
 DRAFTERS: dict[str, Callable[[Target], Drafter]] = {
-    "dflash2": partial(random_dflash2, selector_top_k=40),  # of fewer candidates next to nothing is kept
+    "dflash2": partial(random_dflash2, selector_top_k=40),  # with fewer candidates next to nothing is accepted
     "dspark": random_dspark,
     "eagle3": sampling_eagle3,
 }
@@ -147,9 +147,9 @@ class Plainly:
                 if (at := anchor + k) >= len(self.text.tokens):
                     break
                 y = self.text.tokens[at]
-                kept = min(1.0, self.q(anchor, self.text.tokens[anchor:at], k)[y] / self.answer_probability(at))
-                total += reach * (1 - kept) * ahead[at]
-                reach *= kept
+                chance = min(1.0, self.q(anchor, self.text.tokens[anchor:at], k)[y] / self.answer_probability(at))
+                total += reach * (1 - chance) * ahead[at]
+                reach *= chance
             else:
                 at += 1
             ahead[anchor] = total + reach * ahead[at]
@@ -207,22 +207,22 @@ def test_expected_commits_equal_the_mean_of_sampled_ones(drafter: Drafter, plain
 
 def test_expected_tau_varies_less_than_that_of_sampled_traces(plain_target: Target) -> None:
     """This holds over many answers; a single short one may be an exception."""
-    draws = 40
+    samples = 40
     engine = EmbeddedEngine(plain_target, capacity=48)
     texts = [
         trajectory_of(answer)
         for answer in engine.generate([Request(str(i), PROMPT, 30, SAMPLING, i) for i in range(8)])
     ]
-    many = [Trajectory(f"{i}/{text.trajectory_id}", text.tokens, 4) for i in range(draws) for text in texts]
+    many = [Trajectory(f"{i}/{text.trajectory_id}", text.tokens, 4) for i in range(samples) for text in texts]
     traces = replayed(plain_target, random_dspark(plain_target), many)
     steps, committed, averaged = (
-        np.array(values).reshape(draws, len(texts)).sum(1)
+        np.array(values).reshape(samples, len(texts)).sum(1)
         for values in zip(
             *((len(t.anchors), t.committed.sum(), t.expected_committed.sum()) for t in traces), strict=True
         )
     )
     sampled_tau, tau_of_averages = committed / steps, averaged / steps
-    assert abs(sampled_tau.mean() - tau_of_averages.mean()) < 5 * sampled_tau.std() / draws**0.5
+    assert abs(sampled_tau.mean() - tau_of_averages.mean()) < 5 * sampled_tau.std() / samples**0.5
     assert tau_of_averages.std() < 0.8 * sampled_tau.std()
 
 

@@ -29,7 +29,7 @@ V, DRAWS = 4, 20_000
 ALARM = 1e-6  # p-value, of fixed seeds
 SAMPLINGS = [SamplingParams(1.0), SamplingParams(0.6), SamplingParams(1.4, 0.85), SamplingParams(1.2, 0.9, 3)]
 
-Step = tuple[int, ...]  # the text's first two tokens, proposals kept, and both proposals
+Step = tuple[int, ...]  # the answer's first two tokens, accepted proposals, and both proposals
 
 
 @dataclass(frozen=True)
@@ -71,17 +71,17 @@ def decoded(sampling: SamplingParams) -> Counter[Step]:
     for _ in range(DRAWS):
         proposed = [pick(rng, q[0, ANCHOR])]
         proposed.append(pick(rng, q[1, proposed[0]]))
-        text, kept, before = [], 0, ANCHOR
+        text, accepted, before = [], 0, ANCHOR
         for k, x in enumerate(proposed):
             if rng.random() < p[k, before, x] / q[k, before, x]:
                 text.append(x)
-                kept, before = kept + 1, x
+                accepted, before = accepted + 1, x
             else:
                 text.append(pick(rng, np.maximum(p[k, before] - q[k, before], 0)))
                 break
         while len(text) < 2:
             text.append(pick(rng, p[len(text), text[-1]]))
-        found[(*text, kept, *proposed)] += 1
+        found[(*text, accepted, *proposed)] += 1
     return found
 
 
@@ -110,9 +110,9 @@ def texts(sampling: SamplingParams) -> torch.Tensor:
 def replayed(sampling: SamplingParams) -> Counter[Step]:
     """Return the steps of replay on these answers."""
     tokens, numbers = texts(sampling), np.random.default_rng(2).random((DRAWS, 6, len(Purpose)))
-    places = torch.stack([torch.arange(4).expand(DRAWS, -1).clamp(max=2), tokens], -1).float()  # as hidden states
+    states = torch.stack([torch.arange(4).expand(DRAWS, -1).clamp(max=2), tokens], -1).float()  # as hidden states
     text = TargetSampler(
-        places,
+        states,
         torch.from_numpy(numbers),
         torch.full((DRAWS,), 4),
         sampling,
@@ -141,8 +141,8 @@ def test_steps_have_the_distribution_of_speculative_sampling(sampling: SamplingP
 
 Rule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 WRONG: dict[str, tuple[str, Rule]] = {
-    "kept by p / q": ("acceptance_ratio", lambda q, p: p / q),
-    "kept by p": ("acceptance_ratio", lambda _q, p: p),
+    "accepted by p / q": ("acceptance_ratio", lambda q, p: p / q),
+    "accepted by p": ("acceptance_ratio", lambda _q, p: p),
     "rejected from all of q": ("rejection_weights", lambda q, _p: q),
     "rejected from p": ("rejection_weights", lambda _q, p: p),
     "rejected where p has more": ("rejection_weights", lambda q, p: (p - q).clamp(min=0)),

@@ -35,8 +35,8 @@ def replayed(target: Target, drafter: DFlashDrafter, folder: Path | None, stop_a
             raise StoppedError
 
     drafters = {"drafter:a:5:0": drafter, "b": drafter}
-    made = Replayer(target, ReplayOptions(tokens_per_group=40))
-    return made.traces(drafters, TEXTS, cache=folder, progress=progress), done
+    replayer = Replayer(target, ReplayOptions(tokens_per_group=40))
+    return replayer.traces(drafters, TEXTS, cache=folder, progress=progress), done
 
 
 def assert_equal(ours: dict[str, list[Trace]], expected: dict[str, list[Trace]]) -> None:

@@ -76,13 +76,13 @@ def test_a_convolution_does_not_leave_its_block() -> None:
 def test_an_upgrade_from_dflash_has_the_same_proposals_and_tau(plain_target: Target) -> None:
     plain = random_target.random_drafter(plain_target, sliding_window=6, layer_types=(SLIDING, FULL))
     plain.frequent_tokens = torch.arange(random_target.VOCAB_SIZE)
-    made = upgraded(plain, DFlash2Config(kind="dflash2", num_layers=7, block_size=3, **SIZES), plain_target, seed=0)
-    assert isinstance(made, DFlash2Drafter)
-    assert (made.block_size, made.target_layer_ids, len(made.layers)) == (5, [2, 0], 2), "its own shape stays"
-    assert made.frequent_tokens is plain.frequent_tokens and made.spans == plain.spans
+    upgrade = upgraded(plain, DFlash2Config(kind="dflash2", num_layers=7, block_size=3, **SIZES), plain_target, seed=0)
+    assert isinstance(upgrade, DFlash2Drafter)
+    assert (upgrade.block_size, upgrade.target_layer_ids, len(upgrade.layers)) == (5, [2, 0], 2), "its own shape stays"
+    assert upgrade.frequent_tokens is plain.frequent_tokens and upgrade.spans == plain.spans
     trajectories = random_target.trajectories(4, seed=2)
     traces = []
-    for drafter in (plain, made):
+    for drafter in (plain, upgrade):
         tokens = torch.tensor([t.tokens[:10] for t in trajectories])
         short = [type(t)(t.trajectory_id, t.tokens[:10], t.prompt_length) for t in trajectories]
         features = plain_target.read(tokens, drafter.target_layer_ids).features

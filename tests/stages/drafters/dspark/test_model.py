@@ -102,7 +102,7 @@ def loss_of(
 @pytest.mark.parametrize(("confidence_head", "reads_token"), [(True, True), (True, False), (False, True)])
 def test_the_loss_equals_the_authors(confidence_head: bool, reads_token: bool, plain_target: Target) -> None:
     """Value and gradient against the formula in float64, over whole rows of logits and without a chunk. Theirs holds
-    the confidence against what is kept of drawn proposals; of greedy answers see `test_sampled_losses.py`."""
+    the confidence against accepted sampled proposals; for greedy answers see `test_sampled_losses.py`."""
     drafter = random_dspark(plain_target, confidence_head=confidence_head, confidence_reads_token=reads_token)
     report, anchors, source = loss_of(drafter, plain_target, SamplingParams(1.0))
     report.loss.backward()

@@ -111,8 +111,13 @@ def test_an_embedding_in_the_file_is_replaced_by_the_targets(saved: Path, plain_
 
 def test_the_number_of_heads_divides_the_width() -> None:
     """Transformers and engines require it of a Llama; the heads of GLM-4.5 do not divide its width."""
-    made = plan_of_new(Eagle3Config(kind="eagle3"), Glm4MoeConfig(head_dim=128), lambda: None).config
-    assert (made.hidden_size, made.num_attention_heads, made.num_key_value_heads, made.head_dim) == (4096, 32, 8, 128)
+    config = plan_of_new(Eagle3Config(kind="eagle3"), Glm4MoeConfig(head_dim=128), lambda: None).config
+    assert (config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (
+        4096,
+        32,
+        8,
+        128,
+    )
 
 
 # ---- layers

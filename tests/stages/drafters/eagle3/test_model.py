@@ -93,15 +93,15 @@ def test_a_reduced_head_proposes_from_its_tokens_alone(
     """It has rows of the drafter's own head; tokens outside the draft vocabulary stay outside."""
     wanted = torch.arange(0, random_target.VOCAB_SIZE, 3)
     head = plain_eagle3.head_over(plain_target.head_weight, wanted)
-    kept = sorted(set(wanted.tolist()) & set(plain_eagle3.draft_tokens.tolist()))
+    reduced = sorted(set(wanted.tolist()) & set(plain_eagle3.draft_tokens.tolist()))
     assert head.token_ids is not None
-    assert head.token_ids.tolist() == kept
-    assert 5 < len(kept) < len(wanted)
-    rows = torch.tensor([plain_eagle3.draft_tokens.tolist().index(token) for token in kept])
+    assert head.token_ids.tolist() == reduced
+    assert 5 < len(reduced) < len(wanted)
+    rows = torch.tensor([plain_eagle3.draft_tokens.tolist().index(token) for token in reduced])
     assert torch.equal(head.weight, plain_eagle3.lm_head.weight[rows])
     tokens = chains_of(sequence, ANCHORS, 1)[..., 0]
     proposals = plain_eagle3.propose(sequence.context(), tokens, torch.tensor([ANCHORS]), K + 1, head)
-    assert set(proposals.flatten().tolist()) <= set(kept)
+    assert set(proposals.flatten().tolist()) <= set(reduced)
 
 
 # ---- new ones
