@@ -1,1 +1,1 @@
-"""Who generates: engines behind one interface."""
+"""Engines that generate answers, with one interface; stage `rollout`."""

@@ -161,7 +161,7 @@ class EmbeddedEngine:
         return rows
 
     def _decode(self, rows: list[_Row]) -> None:
-        """One step for all rows in flight: draft (if there is a drafter), verify, commit."""
+        """Run one step for all rows in flight: draft (with a drafter), verify, commit."""
         started = time.perf_counter()
         device = self.target.device
         at = slice(0, len(rows))

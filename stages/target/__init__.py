@@ -1,1 +1,1 @@
-"""The target model: where it comes from, how it is loaded, decoded and checked."""
+"""The target model: its source, loading, cached forwards and checks; stage `target`."""

@@ -46,7 +46,7 @@ class Target:
     """The target `p`. Everything is computed without gradient; parameters are frozen."""
 
     def __init__(self, model: Any, tokenizer: Any, info: TargetInfo, sharing: int = 1):
-        """sharing: ranks that hold the model together, each the whole embedding and head."""
+        """Take over a loaded model. sharing: ranks that share it; each has the complete embedding and head."""
         self.sharing = sharing
         self.model, self.tokenizer, self.info = model.eval().requires_grad_(False), tokenizer, info
         self.decoder = decoder_of(model)
@@ -190,7 +190,7 @@ class Target:
 
     @torch.no_grad()
     def features(self, ids: torch.Tensor, layer_ids: Sequence[int]) -> torch.Tensor:
-        """Features [B, T, K*H] of whole sequences alone: layers behind the deepest of `layer_ids` are not run."""
+        """Return only features [B, T, K*H] of whole sequences; layers after the last of `layer_ids` are not run."""
         self._captured, self._deepest = {layer: torch.empty(0) for layer in layer_ids}, max(layer_ids)
         try:
             self.decoder(**self._uncached_arguments(ids))

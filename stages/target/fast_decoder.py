@@ -46,7 +46,7 @@ class FastDecoder:
     """The forward of `Target.step`, with the parameters at the time of construction."""
 
     def __init__(self, decoder: Any, kinds: Sequence[str]):
-        """kinds: of the layers, the keys of masks."""
+        """Take the modules of a decoder. kinds: of its layers, the keys of masks."""
         config = decoder.config
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         first = decoder.layers[0].self_attn
@@ -108,8 +108,8 @@ class FastDecoder:
 
 
 def _by_kind(masks: torch.Tensor | dict[str, torch.Tensor | None], kinds: Sequence[str]) -> dict[str, torch.Tensor]:
-    found = masks if isinstance(masks, dict) else dict.fromkeys(kinds, masks)
-    return {kind: mask for kind, mask in found.items() if mask is not None}
+    by_kind = masks if isinstance(masks, dict) else dict.fromkeys(kinds, masks)
+    return {kind: mask for kind, mask in by_kind.items() if mask is not None}
 
 
 def _layer(layer: Any, heads: int, kv_heads: int) -> _Layer:

@@ -75,10 +75,10 @@ class Layers:
 
         visible: bool [n, T, L]; positions: [n, T] of the tokens; entry_positions: [n, L] of the entries.
         """
-        found: dict[str, torch.Tensor | None] = {}
+        masks: dict[str, torch.Tensor | None] = {}
         for kind, reach in dict(zip(self.kinds, self.reach, strict=True)).items():
             if kind not in _REACH:
-                found[kind] = None
+                masks[kind] = None
                 continue
             seen = visible
             if kind in _SLIDING and reach is not None:
@@ -86,9 +86,9 @@ class Layers:
             elif kind == "chunked_attention" and reach is not None:
                 seen = visible & (positions[..., None] // reach == entry_positions[:, None] // reach)
             mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-            found[kind] = mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
-        attending = [mask for mask in found.values() if mask is not None]
-        return attending[0] if len(attending) == 1 else found
+            masks[kind] = mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+        attending = [mask for mask in masks.values() if mask is not None]
+        return attending[0] if len(attending) == 1 else masks
 
 
 def stable_positions(text_config: Any) -> int | None:
@@ -104,10 +104,10 @@ def stable_positions(text_config: Any) -> int | None:
         "longrope": lambda part: part["original_max_position_embeddings"],
         "dynamic": lambda _part: text_config.max_position_embeddings,
     }
-    found = [int(limits[part["rope_type"]](part)) for part in each if part.get("rope_type") in limits]
+    positions = [int(limits[part["rope_type"]](part)) for part in each if part.get("rope_type") in limits]
     if getattr(text_config, "attn_temperature_tuning", False):
-        found.append(int(text_config.floor_scale) - 1)
-    return min(found) if found else None
+        positions.append(int(text_config.floor_scale) - 1)
+    return min(positions) if positions else None
 
 
 def model_class(config: Any) -> Any:

@@ -25,7 +25,7 @@ class PackedLinear(nn.Module):
     """A frozen linear map, bfloat16 on the CPU. No gradient."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
-        """weight: [out_features, in_features]; bias: [out_features]."""
+        """Pack a weight [out_features, in_features]. bias: [out_features]."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)

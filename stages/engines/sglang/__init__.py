@@ -1,1 +1,1 @@
-"""SGLang servers over HTTP. `plugin` alone imports sglang, inside the server; nothing here is needed to import it."""
+"""SGLang servers over HTTP. Only `plugin` and `plugin_hooks` import sglang, inside the servers."""

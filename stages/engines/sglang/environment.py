@@ -21,7 +21,7 @@ _ADVICE = "Build one with `make sglang-gpu` (or `make sglang-cpu`) and set engin
 # directory is left out, since the metadata of a checkout of this project there is not that environment's.
 _PROBE = f"""
 import sys
-sys.path = [place for place in sys.path if place]
+sys.path = [folder for folder in sys.path if folder]
 import importlib.metadata as m, json
 def version(name):
     try: return m.version(name)

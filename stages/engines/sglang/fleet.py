@@ -82,9 +82,9 @@ class Fleet:
             opening = [self._open_launched(process) for process in self._processes]
         else:
             opening = [self._open_given(url) for url in dict.fromkeys(url.rstrip("/") for url in self._config.urls)]
-        found = await asyncio.gather(*opening, return_exceptions=True)
-        servers = [each for each in found if isinstance(each, Server)]
-        errors = [each for each in found if isinstance(each, BaseException)]
+        opened = await asyncio.gather(*opening, return_exceptions=True)
+        servers = [each for each in opened if isinstance(each, Server)]
+        errors = [each for each in opened if isinstance(each, BaseException)]
         if wrong := [each for each in errors if not isinstance(each, RetryableError)]:
             raise wrong[0]
         if not servers:

@@ -62,8 +62,8 @@ def check_release(required: dict[str, tuple[str, ...]] = REQUIRED) -> None:
     version = installed_version()
     for target, parameters in required.items():
         try:
-            found = pkgutil.resolve_name(target)
-            missing = [name for name in parameters if name not in inspect.signature(found).parameters]
+            function = pkgutil.resolve_name(target)
+            missing = [name for name in parameters if name not in inspect.signature(function).parameters]
         except (ImportError, AttributeError) as error:
             raise RuntimeError(_refusal(version, f"{target} is missing ({error})")) from error
         if missing:

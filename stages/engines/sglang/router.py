@@ -42,8 +42,8 @@ def router_command(config: SGLangEngineConfig, workers: Sequence[str], metrics_p
         # a server that failed for a moment is tried again soon
         *("--worker-startup-check-interval", "1", "--health-check-interval-secs", "2"),
         *("--health-success-threshold", "1", "--cb-timeout-duration-secs", "5"),
-        # A request that ends servers would end one a try of the router's, unseen: it is repeated here. Until a dead
-        # server is left, it costs every request that the router gives it a try.
+        # The router does not retry, so that a request that ends servers is counted here. Until the router has dropped a
+        # dead server, each request that it sends there costs one attempt.
         *("--disable-retries", "--cb-failure-threshold", "2"),
         # longer than our own limit, since a timeout of the router is an error 5xx, which would be retried
         *("--request-timeout-secs", str(round(config.request_timeout_s) + _EXTRA_TIMEOUT_S), "--log-level", "warn"),
@@ -71,13 +71,13 @@ async def wait_for_workers(client: httpx.AsyncClient, url: str, count: int, limi
     """Wait until a router has `count` healthy servers. Raises RetryableError."""
     deadline = time.monotonic() + limit_s
     while True:
-        found: list[str] = []
+        workers: list[str] = []
         with suppress(RetryableError):
-            found = await router_workers(client, url) or []
-        if len(found) >= count:
+            workers = await router_workers(client, url) or []
+        if len(workers) >= count:
             return
         if time.monotonic() > deadline:
             raise RetryableError(
-                f"engine.launch.router: it found {len(found)} of {count} servers in {limit_s:g} s. See router.log."
+                f"engine.launch.router: it found {len(workers)} of {count} servers in {limit_s:g} s. See router.log."
             )
         await asyncio.sleep(_POLL_S)

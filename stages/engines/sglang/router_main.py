@@ -1,6 +1,6 @@
-"""Run by the interpreter that has SGLang: its router, with the API key from a file in place of the command line.
+"""Runs SGLang's router in its interpreter, with the API key from a file instead of the command line.
 
-Standard library and `sglang_router` alone: this project need not be installed there.
+Imports only the standard library and `sglang_router`: this project need not be installed there.
 """
 
 import argparse
@@ -16,8 +16,8 @@ def main() -> None:
     try:
         from sglang_router.launch_router import launch_router, parse_router_args
     except ImportError as error:
-        print(f"{error}: install sglang-router beside sglang", file=sys.stderr)
-        sys.exit(2)  # as argparse does: another start would end the same way
+        print(f"{error}. Install sglang-router beside sglang.", file=sys.stderr)
+        sys.exit(2)  # argparse's code: another start would end the same way
     arguments = parse_router_args(rest)
     if own.config is not None:
         arguments.api_key = json.loads(own.config.read_text("utf-8").partition(": ")[2])
