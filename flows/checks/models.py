@@ -157,44 +157,35 @@ def _check_drafter(
 
     served: nodes in which SGLang drafts with it. None if the checkpoint cannot be reached.
     """
-    # these import torch, and planning must not
-    from draftsmith.stages.drafters.checkpoint import (
-        architecture_of,
-        check_whole,
-        drafter_source,
-        kind_of,
-        plan_of_checkpoint,
-        plan_of_new,
-        read_target_config,
-    )
-    from draftsmith.stages.drafters.checkpoint_format import NoMaskTokenError, unservable_layers
+    from draftsmith.stages.drafters import checkpoint, checkpoint_format  # import torch, and planning must not
 
     name, folder, info = f"{node}: drafter", model_path(artifact), read_target_info(artifact)
-    target_config = read_target_config(folder)
+    target_config = checkpoint.read_target_config(folder)
 
     def tokenizer() -> Any:
         return load_tokenizer(folder)
 
     if config.init_from:
         try:
-            fetch = drafter_source if whole else _drafter_metadata
+            fetch = checkpoint.drafter_source if whole else _drafter_metadata
             source = fetch(config.init_from, config.init_revision)
         except HubUnreachableError as error:
             findings.skip(name, f"{error}. Not checked: layers, mask token, memory, disk.", unreachable=True)
             return None
         where = config.init_from
-        plan = plan_of_checkpoint(source, target_config, where, tokenizer, config.drafter)
-        keeps_kind = plan.kind == kind_of(architecture_of(source))  # else it becomes the kind of section drafter
+        plan = checkpoint.plan_of_checkpoint(source, target_config, where, tokenizer, config.drafter)
+        # else it becomes the kind of section drafter
+        keeps_kind = plan.kind == checkpoint.kind_of(checkpoint.architecture_of(source))
         if keeps_kind and config.drafter != SftConfig.model_fields["drafter"].default:
             findings.warn(name, f"section drafter is not used: {where} has its own shape. Remove the section.")
         if source == Path(config.init_from).expanduser():  # of a hub checkpoint, only small files are here
-            check_whole(source)
+            checkpoint.check_whole(source)
     else:
         try:
-            plan, where = plan_of_new(config.drafter, target_config, tokenizer), "new"
-        except NoMaskTokenError as error:
+            plan, where = checkpoint.plan_of_new(config.drafter, target_config, tokenizer), "new"
+        except checkpoint_format.NoMaskTokenError as error:
             raise DraftsmithError(f"{error}: {', '.join(map(str, info.mask_candidates[:4]))}, …") from error
-    if reason := unservable_layers(plan.target_layer_ids, target_config.num_hidden_layers):
+    if reason := checkpoint_format.unservable_layers(plan.target_layer_ids, target_config.num_hidden_layers):
         if served:
             remedy = f"Change {node}.drafter.target_layer_ids."
             if config.init_from:  # it was trained on its layers

@@ -34,7 +34,7 @@ _HOST_SETTINGS = {name: os.environ[name] for name in (_HOME, STORE_VARIABLE) if 
 
 
 def run_shards(
-    jobs: Sequence[StageJob], make: BuildShard, stop: Callable[[], None], check: Callable[[], None]
+    jobs: Sequence[StageJob], build: BuildShard, stop: Callable[[], None], check: Callable[[], None]
 ) -> list[ArtifactRef]:
     """Run each shard as a task on the config's runner, and return the artifacts in the order of the jobs.
 
@@ -45,10 +45,10 @@ def run_shards(
     settings = {STORE_VARIABLE: os.environ[STORE_VARIABLE]} if STORE_VARIABLE in os.environ else {}
     settings |= {_HOME: str(home())}
     if options.runner != "local":
-        make = _OnClusterHost(settings)
+        build = _OnClusterHost(settings)
     with runner:
         try:
-            futures = copy_context().run(_submit, runner, resources, jobs, make)
+            futures = copy_context().run(_submit, runner, resources, jobs, build)
             ends = [_end(future, job, check) for future, job in zip(futures, jobs, strict=True)]
         except BaseException:  # a signal, or the run was cancelled
             stop()
@@ -63,14 +63,14 @@ def _submit(
     runner: TaskRunner[Any],
     resources: Callable[[], AbstractContextManager[Any]],
     jobs: Sequence[StageJob],
-    make: BuildShard,
+    build: BuildShard,
 ) -> list[PrefectFuture[Any]]:
     """Submit a task for each shard, in a copied context, as the node task's locks cannot be sent to a host."""
-    if isinstance(make, _OnClusterHost):
+    if isinstance(build, _OnClusterHost):
         TaskRunContext.__var__.set(None)  # type: ignore[arg-type]
     with resources():
         tasks = [shard_task.with_options(name=job.stage, task_run_name=str(job)) for job in jobs]
-        return [runner.submit(each, {"job": job, "make": make}) for each, job in zip(tasks, jobs, strict=True)]
+        return [runner.submit(each, {"job": job, "build": build}) for each, job in zip(tasks, jobs, strict=True)]
 
 
 def _end(future: PrefectFuture[Any], job: StageJob, check: Callable[[], None]) -> ArtifactRef | BaseException:
@@ -91,9 +91,9 @@ def _end(future: PrefectFuture[Any], job: StageJob, check: Callable[[], None]) -
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def shard_task(job: StageJob, make: BuildShard) -> ArtifactRef:
+def shard_task(job: StageJob, build: BuildShard) -> ArtifactRef:
     """Make or reuse one shard in its own stage process."""
-    return make(job)
+    return build(job)
 
 
 class _OnClusterHost:
