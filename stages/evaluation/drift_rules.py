@@ -20,7 +20,7 @@ def degraded_sets(now: Mapping[str, SetMetrics], then: Mapping[str, SetMetrics],
     now: of the drift check. then: at the promotion. Both have an error, as they come from different prompts; the single
     sets share theirs (Bonferroni), so that one is named in at most 5 % of checks where nothing fell.
     """
-    comparable = [name for name in now if _has_interval(now, name) and _has_interval(then, name)]
+    comparable = [name for name in now if _is_comparable(name, now, then)]
     shared = 0.5 + simultaneous_level(sum(name != ALL for name in comparable)) / 2
     found = []
     for name in comparable:
@@ -36,9 +36,9 @@ def degraded_sets(now: Mapping[str, SetMetrics], then: Mapping[str, SetMetrics],
     return found
 
 
-def _has_interval(metrics: Mapping[str, SetMetrics], name: str) -> bool:
-    """Return whether the set was measured on more than one prompt."""
-    return name in metrics and metrics[name].low is not None
+def _is_comparable(name: str, now: Mapping[str, SetMetrics], then: Mapping[str, SetMetrics]) -> bool:
+    """Return whether the set was measured both times, on more than one prompt."""
+    return name in then and now[name].has_interval and then[name].has_interval
 
 
 def _interval(metrics: SetMetrics) -> tuple[float, float, float]:
@@ -49,7 +49,7 @@ def _interval(metrics: SetMetrics) -> tuple[float, float, float]:
 def inconclusive_sets(now: Mapping[str, SetMetrics], then: Mapping[str, SetMetrics]) -> list[str]:
     """Return the sets that `degraded_sets` cannot decide on, in words, by reason."""
     unknown = [name for name in now if name not in then or then[name].tau is None]
-    few = [name for name in now if name not in unknown and not (_has_interval(now, name) and _has_interval(then, name))]
+    few = [name for name in now if name not in unknown and not _is_comparable(name, now, then)]
     gone = [name for name in then if name not in now]
     return [
         f"inconclusive, {why}: {len(names)} set{'s' * (len(names) != 1)} ({', '.join(names[:_MOST_NAMES])}"

@@ -1,121 +1,70 @@
-"""Diagnosis: an engine with one error is identified by its steps."""
+"""Stage `diagnosis`: errors in the config are not blamed on the server."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from draftsmith.artifacts.tables.parquet import to_table
-from draftsmith.artifacts.tables.schemas import TRACE
-from draftsmith.stages.drafters.base import Context, Drafter
-from draftsmith.stages.drafters.dflash.model import DFlashDrafter, FeatureContext
-from draftsmith.stages.evaluation.step_differences import Diagnosis, ServedAnswers, diagnose
-from tests.stages.bench import Bench, trajectory_of
-
-ALLOWED = 0.1
-WINDOW, BLOCK = 16, 4
-PROMPTS, TOKENS = 5, 40  # windows are replayed block by block: no more than tells the changes apart
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.stages.evaluation import step_differences
+from draftsmith.stages.evaluation.diagnosis import STAGE, DiagnosisConfig, preflight
+from tests.stages.drafters.edits import cut, edit_config
+from tests.stages.engines.http_server import Refusal, serving
+from tests.testbed.context import RecordingContext
+from tests.testbed.drafter import DrafterArtifacts
 
 
-class Forgetful(DFlashDrafter):
-    """Sees the last positions of its context alone."""
-
-    def block_hidden(self, context: Context, tokens: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
-        assert isinstance(context, FeatureContext)
-        return super().block_hidden(FeatureContext(context.layers, WINDOW), tokens, anchors)
-
-
-def with_attribute(name: str, value: Any) -> Callable[[Drafter], Drafter]:
-    def changed(drafter: Drafter) -> Drafter:
-        other = copy.deepcopy(drafter)
-        setattr(other, name, value)
-        return other
-
-    return changed
-
-
-def with_theta(theta: float) -> Callable[[Drafter], Drafter]:
-    def changed(drafter: Any) -> Drafter:
-        other = copy.deepcopy(drafter)
-        other.config.rope_parameters = {**other.config.rope_parameters, "rope_theta": theta}
-        other.rotary = type(other.rotary)(other.config)
-        return other
-
-    return changed
-
-
-def forgetful(drafter: Drafter) -> Drafter:
-    other = copy.deepcopy(drafter)
-    other.__class__ = Forgetful
-    return other
-
-
-def serve(bench: Bench, drafter: Drafter, *, recorded: bool = True, **drafting: int) -> ServedAnswers:
-    wrong = Bench(bench.target, {"wrong": drafter}, bench.prompts, bench.greedy)
-    requests = wrong.requests(PROMPTS, TOKENS)
-    answers = list(wrong.answers(requests, "wrong", slots=1, **drafting).values())
-    answers = [answer for answer in answers if len(answer.response_ids) > 1]
-    rows: Sequence[Any] = [row for answer in answers for row in answer.trace_rows()]
-    steps = to_table(TRACE, rows) if recorded else None
-    return ServedAnswers(
-        [trajectory_of(answer) for answer in answers], [answer.verify_steps for answer in answers], steps
+def asked(made: DrafterArtifacts, **fields: object) -> DiagnosisConfig:
+    return DiagnosisConfig.model_validate(
+        {"url": "http://127.0.0.1:9", "drafter": str(made.drafter / "drafter"), **fields}
     )
 
 
-def found(bench: Bench, served: ServedAnswers) -> Diagnosis:
-    return diagnose(bench.target, bench.drafters["trained"], served, allowed=ALLOWED)
+def test_answers_that_do_not_fit_are_our_error_and_not_the_servers(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_differences, "_served_block_size", lambda *_: 4)
+    ctx = RecordingContext.under(tmp_path, {"target": tiny_drafter.target, "prompts": tiny_drafter.prompts})
+    with pytest.raises(DraftsmithError, match="max_new_tokens"):
+        STAGE.run(ctx, asked(tiny_drafter, sampling={"max_new_tokens": 100_000}))
+    assert not list(ctx.out.iterdir())
 
 
-def test_correct_serving_agrees_with_replay(bench: Bench) -> None:
-    diagnosis = found(bench, serve(bench, bench.drafters["trained"]))
-    assert diagnosis.agrees and diagnosis.as_it_is.mismatch == 0 and not diagnosis.tried
-    assert diagnosis.served_tau == pytest.approx(diagnosis.as_it_is.tau)
-    assert "drafts as replay does" in diagnosis.sentence
+def test_an_unreadable_drafter_is_an_error_before_the_server_is_asked(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts
+) -> None:
+    preflight(asked(tiny_drafter), tiny_drafter.target)
+    shutil.copytree(tiny_drafter.drafter / "drafter", tmp_path / "drafter")
+    broken = asked(tiny_drafter, drafter=str(tmp_path / "drafter"))
+    for edit, message in (
+        (cut("model.safetensors"), r"model\.safetensors: cannot be read"),
+        (edit_config(lambda raw: raw.update(hidden_size=8)), r"hidden_size is 8"),
+        (edit_config(lambda raw: raw.update(block_size="x")), r"block_size is x"),
+    ):
+        edit(tmp_path / "drafter")
+        with pytest.raises(DraftsmithError, match=message):
+            preflight(broken, tiny_drafter.target)
 
 
 @pytest.mark.parametrize(
-    ("cause", "wrong", "text"),
+    ("status", "kind", "message"),
     [
-        ("other layer ids", None, "in reverse order"),
-        ("other rotary settings", with_theta(500_000.0), "rope_theta 500000 instead"),
-        ("another mask token", with_attribute("mask_token_id", 0), "0 instead of"),
-        ("truncated context", forgetful, f"sees {WINDOW} positions"),
+        (401, DraftsmithError, r"refuses .* with status 401: .*holds its API key in .*api_key_env"),
+        (403, DraftsmithError, r"refuses .* with status 403: .*holds its API key in .*api_key_env"),
+        (404, DraftsmithError, "has no /server_info"),
+        (503, RetryableError, "answered with status 503"),
     ],
 )
-def test_a_single_error_of_the_engine_is_named(
-    bench: Bench, cause: str, wrong: Callable[[Drafter], Drafter] | None, text: str
+def test_a_server_that_refuses_its_info_is_an_error_with_a_remedy(
+    status: int, kind: type[DraftsmithError], message: str, tmp_path: Path, tiny_drafter: DrafterArtifacts
 ) -> None:
-    trained = bench.drafters["trained"]
-    if wrong is None:
-        wrong = with_attribute("target_layer_ids", list(trained.target_layer_ids)[::-1])
-    diagnosis = found(bench, serve(bench, wrong(trained)))
-    assert not diagnosis.agrees and diagnosis.as_it_is.mismatch > ALLOWED
-    assert {each.change.cause for each in diagnosis.causes} == {cause}, diagnosis
-    assert text in diagnosis.sentence and diagnosis.causes[0].mismatch == 0
-    assert diagnosis.causes[0].tau == pytest.approx(diagnosis.served_tau)
+    def refuses(_: dict[str, Any]) -> dict[str, Any]:
+        raise Refusal(status)
 
-
-def test_blocks_of_another_size_are_named(bench: Bench) -> None:
-    served = serve(bench, bench.drafters["trained"], block_size=BLOCK)
-    diagnosis = found(bench, replace(served, block_size=BLOCK))
-    assert [each.change.cause for each in diagnosis.causes] == ["another block size"]
-    assert diagnosis.causes[0].mismatch == 0
-
-
-def test_another_checkpoint_is_explained_by_no_change(bench: Bench) -> None:
-    diagnosis = found(bench, serve(bench, bench.drafters["untrained"]))
-    assert not diagnosis.agrees and not diagnosis.causes
-    assert "another checkpoint" in diagnosis.sentence
-
-
-def test_counted_steps_are_enough_for_a_diagnosis(bench: Bench) -> None:
-    """A server that records no steps still counts them for each answer."""
-    trained = bench.drafters["trained"]
-    diagnosis = found(bench, serve(bench, with_attribute("mask_token_id", 0)(trained), recorded=False))
-    assert "another mask token" in {each.change.cause for each in diagnosis.causes}
-    assert found(bench, serve(bench, trained, recorded=False)).agrees
+    ctx = RecordingContext.under(tmp_path, {"target": tiny_drafter.target, "prompts": tiny_drafter.prompts})
+    with serving(refuses, server_info=refuses) as server, pytest.raises(DraftsmithError, match=message) as caught:
+        STAGE.run(ctx, asked(tiny_drafter, url=server.url))
+    assert type(caught.value) is kind
