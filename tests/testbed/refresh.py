@@ -1,5 +1,4 @@
-"""The config of a small refresh with every stage of the method in it, which tests lay their own fields over; others, as
-a command reads them."""
+"""Configs of refreshes: a small one with every stage, which tests override, and those of YAML files."""
 
 from __future__ import annotations
 
