@@ -179,7 +179,7 @@ def _check_drafter(
         if keeps_kind and config.drafter != SftConfig.model_fields["drafter"].default:
             findings.warn(name, f"section drafter is not used: {where} has its own shape. Remove the section.")
         if source == Path(config.init_from).expanduser():  # of a hub checkpoint, only small files are here
-            checkpoint.check_whole(source)
+            checkpoint.check_complete(source)
     else:
         try:
             plan, where = checkpoint.plan_of_new(config.drafter, target_config, tokenizer), "new"

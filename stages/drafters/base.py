@@ -17,7 +17,7 @@ from draftsmith.stages.target.kv_cache import Rows
 from draftsmith.stages.target.logit_map import IDENTITY, LogitMap
 from draftsmith.stages.target.packed_linear import packed_copy
 
-LOGITS_AT_ONCE = 2**26  # 256 MB in float32
+LOGITS_PER_CHUNK = 2**26  # 256 MB in float32
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,7 @@ class BlockSampler(ABC):
 
     @abstractmethod
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the float32 logits [B, A, V'] of the next offset, over the head's tokens, -inf for tokens that it
-        cannot propose.
+        """Return the float32 logits [B, A, V'] of the next offset over the head's tokens, -inf for impossible ones.
 
         tokens: [B, A] at the offset before it, at first the anchors' own.
         """
@@ -102,11 +101,11 @@ class Drafter(nn.Module, ABC):
     logit_map: LogitMap = IDENTITY  # the target's, for heads that are made from the target's head
     embedding_scale: float = 1.0  # the target's: a factor on the embeddings that its first layer reads
     kind: ClassVar[str]  # this and `recipe` come from its `Traits`
-    autoregressive: ClassVar[bool]  # do the hidden states of an offset depend on the tokens at the offsets before it?
-    has_own_head: ClassVar[bool]  # is the head over the draft vocabulary a part of the drafter, and trained with it?
-    has_selector: ClassVar[bool] = False  # does the token before a proposal choose it among the head's best?
-    corrects_head: ClassVar[bool] = False  # does it add trained terms of its own to the target's head?
-    samples_proposals: ClassVar[bool] = False  # are a sampled request's proposals sampled from q, and verified with it?
+    autoregressive: ClassVar[bool]  # hidden states of an offset depend on the tokens at earlier offsets
+    has_own_head: ClassVar[bool]  # the head over the draft vocabulary is trained with the drafter
+    has_selector: ClassVar[bool] = False  # the token before a proposal selects it among the head's best
+    corrects_head: ClassVar[bool] = False  # adds trained terms to the target's head
+    samples_proposals: ClassVar[bool] = False  # for sampled requests, from q, which also verifies them
     recipe: ClassVar[TrainingRecipe]
     layer_names: ClassVar[tuple[str, ...]]  # children whose linear maps read hidden states of the context or a block
 
@@ -253,9 +252,9 @@ def as_input(features: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def argmax_tokens(hidden: torch.Tensor, head: Head) -> torch.Tensor:
     """Return the argmax of the head's logits at hidden states [..., H] as token ids [...].
 
-    At most `LOGITS_AT_ONCE` logits are in memory together.
+    At most `LOGITS_PER_CHUNK` logits are in memory together.
     """
-    count = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+    count = max(1, LOGITS_PER_CHUNK // head.weight.shape[0])
     chunks = [argmax_of_products(head.raw_logits(chunk), head) for chunk in hidden.flatten(0, -2).split(count)]
     return torch.cat(chunks).view(hidden.shape[:-1])
 
@@ -274,8 +273,8 @@ def propose_in_chunks(
     """Return the proposals [B, A, K] for hidden states [B, A, K, H] after tokens [B, A], some blocks at a time.
 
     propose: takes the states [1, n, K, H] and tokens [1, n] of n blocks.
-    numbers: that `propose` holds in memory for one block; n blocks hold at most `LOGITS_AT_ONCE`.
+    numbers: that `propose` holds in memory for one block; n blocks hold at most `LOGITS_PER_CHUNK`.
     """
-    B, A, count = *anchor_tokens.shape, max(1, LOGITS_AT_ONCE // numbers)
+    B, A, count = *anchor_tokens.shape, max(1, LOGITS_PER_CHUNK // numbers)
     blocks = (x.flatten(0, 1)[None].split(count, 1) for x in (hidden, anchor_tokens))
     return torch.cat([propose(*chunk) for chunk in zip(*blocks, strict=True)], 1).view(B, A, -1)

@@ -8,7 +8,7 @@ import shutil
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.data.load import DRAFTER_FOLDER
-from draftsmith.stages.drafters.checkpoint import check_shape, descends_from, read_info, write_info
+from draftsmith.stages.drafters.checkpoint import check_shape, lineage_from, read_info, write_info
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.stage import RECORD, ChampionConfig
 from draftsmith.stages.runtime.stage import StageContext
@@ -33,7 +33,7 @@ def run(ctx: StageContext, config: ChampionConfig) -> None:
             info,
             target_digest=target.digest,
             target_source=target.source,
-            parents=descends_from(source),
+            parents=lineage_from(source),
             training={"stage": "champion", "trained_for": info.target_digest},
         )
         write_info(folder, adopted)

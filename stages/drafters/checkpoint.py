@@ -31,7 +31,7 @@ INFO_FILE, TOKENS_FILE = "drafter.json", "frequent_tokens.npy"
 ARCHITECTURES: dict[str, Architecture] = {
     kind: cast("Architecture", import_module(module)) for kind, module in CHECKPOINTS.items()
 }
-# Kinds that start from the weights of another one: their modules have `upgraded` and `upgraded_config`.
+# Kinds that start from the weights of another one: their modules have `upgrade_drafter` and `upgrade_config`.
 UPGRADES: dict[tuple[str, str], Any] = {
     (module.UPGRADES, kind): module for kind, module in ARCHITECTURES.items() if hasattr(module, "UPGRADES")
 }
@@ -83,19 +83,19 @@ def plan_of_checkpoint(
 ) -> DrafterPlan:
     """Plan from the config.json of a checkpoint. Raises DraftsmithError if it does not fit the target.
 
-    shape: of the drafter that it is trained on as, if that is another kind (`upgraded`).
+    shape: of the drafter that it is trained on as, if that is another kind (`upgrade_drafter`).
     """
     architecture = architecture_of(folder)
     config = architecture.read_config(folder)
     architecture.check_fits(config, target_config, where)
     if shape is not None and (upgrade := UPGRADES.get((kind_of(architecture), shape.kind))):
-        config = upgrade.upgraded_config(config, shape)
+        config = upgrade.upgrade_config(config, shape)
         upgrade.check_fits(config, target_config, where)
         return _plan(upgrade, config, tokenizer, where)
     return _plan(architecture, config, tokenizer, where)
 
 
-def upgraded(drafter: Drafter, shape: DrafterConfig, target: Target, seed: int) -> Drafter:
+def upgrade_drafter(drafter: Drafter, shape: DrafterConfig, target: Target, seed: int) -> Drafter:
     """Return the drafter as one of another kind that proposes the same, if the shape names a kind that it can become.
 
     Otherwise return the drafter itself: a checkpoint's own shape overrides the shape of a new one in a config.
@@ -103,11 +103,11 @@ def upgraded(drafter: Drafter, shape: DrafterConfig, target: Target, seed: int) 
     upgrade = UPGRADES.get((drafter.kind, shape.kind))
     if upgrade is None:
         return drafter
-    return _with_target_scales(target, upgrade.upgraded(drafter, shape, target, seed))
+    return _with_target_scales(target, upgrade.upgrade_drafter(drafter, shape, target, seed))
 
 
 def kind_after(kind: str, shape: DrafterConfig) -> str:
-    """Return the kind of a drafter of this kind after `upgraded`."""
+    """Return the kind of a drafter of this kind after `upgrade_drafter`."""
     return shape.kind if (kind, shape.kind) in UPGRADES else kind
 
 
@@ -129,7 +129,7 @@ def _skeleton(architecture: Architecture, config: Any, where: str) -> Drafter:
     return skeleton
 
 
-def check_whole(folder: Path) -> None:
+def check_complete(folder: Path) -> None:
     """Check that a checkpoint has all weights, with the shapes of its config.json. Reads headers only."""
     expected = {name: tuple(p.shape) for name, p in skeleton_of(folder).named_parameters()}
     checkpoint_format.check_weights(folder, expected, architecture_of(folder).own_name)
@@ -186,15 +186,15 @@ def write_info(folder: Path, info: DrafterInfo) -> None:
 
 
 def load_drafter(
-    source: Path | str, target: Target, dtype: torch.dtype | None = None, *, of_any_target: bool = False
+    source: Path | str, target: Target, dtype: torch.dtype | None = None, *, any_target: bool = False
 ) -> Drafter:
     """Load a checkpoint (ours, or one in a public layout) for this target, in `dtype` (default: the target's).
 
     source: a folder, or a hub id as text. Raises DraftsmithError if it was trained for another target, unless
-    `of_any_target`.
+    `any_target`.
     """
     folder = source if isinstance(source, Path) else drafter_source(source)
-    if not of_any_target:
+    if not any_target:
         check_drafter(folder, target.info.digest)
     drafter = _with_target_scales(target, architecture_of(folder).load(folder, target, dtype or target.dtype))
     drafter.info = read_info(folder)
@@ -241,7 +241,7 @@ def check_layers(folder: Path, num_target_layers: int) -> None:
         )
 
 
-def descends_from(folder: Path) -> tuple[str, ...]:
+def lineage_from(folder: Path) -> tuple[str, ...]:
     """Return the parents of a drafter that was trained on from this checkpoint, oldest first."""
     return (*read_info(folder).parents, drafter_digest(folder))
 

@@ -35,12 +35,12 @@ class DiagnosisConfig(Config):
 
 def preflight(config: DiagnosisConfig, target: Path) -> None:
     """Check that the drafter is complete and made for this target."""
-    from draftsmith.stages.drafters.checkpoint import check_drafter, check_shape, check_whole  # imports torch
+    from draftsmith.stages.drafters.checkpoint import check_complete, check_drafter, check_shape  # imports torch
 
     folder = Path(config.drafter)
     check_drafter(folder, read_target_info(target).digest)
     check_shape(folder, model_path(target))
-    check_whole(folder)
+    check_complete(folder)
 
 
 STAGE = Stage(

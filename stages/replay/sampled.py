@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from draftsmith.stages.data.trajectories import Trajectory
-from draftsmith.stages.drafters.base import LOGITS_AT_ONCE, BlockSampler, Context, PreparedDrafter
+from draftsmith.stages.drafters.base import LOGITS_PER_CHUNK, BlockSampler, Context, PreparedDrafter
 from draftsmith.stages.drafters.sampling import (
     Purpose,
     is_truncated,
@@ -98,7 +98,7 @@ class TargetSampler:
     @property
     def positions_per_chunk(self) -> int:
         """The number of float64 distributions over the vocabulary that are in memory together."""
-        return max(1, LOGITS_AT_ONCE // (2 * self.vocabulary))
+        return max(1, LOGITS_PER_CHUNK // (2 * self.vocabulary))
 
     @property
     def anchors_per_chunk(self) -> int:
@@ -289,7 +289,7 @@ def outside_nucleus(
 def _count(target: Target, hidden: torch.Tensor, trajectory: Trajectory, sampling: SamplingParams) -> int:
     tokens = torch.tensor(trajectory.tokens[trajectory.first_anchor + 1 :], device=hidden.device)
     before = hidden[trajectory.first_anchor : len(trajectory.tokens) - 1]
-    count, chunk = 0, max(1, LOGITS_AT_ONCE // (2 * len(target.head_weight)))  # float64, over all tokens
+    count, chunk = 0, max(1, LOGITS_PER_CHUNK // (2 * len(target.head_weight)))  # float64, over all tokens
     for states, following in zip(before.split(chunk), tokens.split(chunk), strict=True):
         p = probabilities(target.logits(states), sampling.temperature)
         count += int(is_truncated(p, following, sampling).sum())

@@ -17,7 +17,7 @@ import torch
 
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import PreparedDrafter
-from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter, upgraded
+from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter, upgrade_drafter
 from draftsmith.stages.drafters.dflash2.config import DFlash2Config
 from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
 from draftsmith.stages.engines.sglang.protocol import KEY
@@ -35,7 +35,7 @@ SHAPE = DFlash2Config(kind="dflash2", conv_group_size=16, selector_rank=16, sele
 
 
 def write_checkpoint(trained: Path, bench: Bench, folder: Path) -> None:
-    made = upgraded(load_drafter(trained, bench.target), SHAPE, bench.target, seed=0)
+    made = upgrade_drafter(load_drafter(trained, bench.target), SHAPE, bench.target, seed=0)
     assert isinstance(made, DFlash2Drafter)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from draftsmith.stages.data.trajectories import Trajectory, pad_tokens
-from draftsmith.stages.drafters.checkpoint import save_drafter, upgraded
+from draftsmith.stages.drafters.checkpoint import save_drafter, upgrade_drafter
 from draftsmith.stages.drafters.dspark.config import DSparkConfig
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
 from draftsmith.stages.replay.replayer import Replayer
@@ -88,7 +88,7 @@ def test_a_server_decodes_with_it_as_replay_says(
 ) -> None:
     """The test bed's DFlash drafter, upgraded, with a bias that changes its proposals and leaves it good."""
     shape = DSparkConfig(kind="dspark", markov_rank=8)
-    drafter = upgraded(bench.drafters["trained"], shape, bench.target, seed=0)
+    drafter = upgrade_drafter(bench.drafters["trained"], shape, bench.target, seed=0)
     assert isinstance(drafter, DSparkDrafter)
     drafter.markov_head.markov_w2.weight.data.normal_(std=0.7, generator=torch.Generator().manual_seed(0))
     bench = bench.with_drafters({"before": bench.drafters["trained"], "trained": drafter})  # prompts without a near-tie

@@ -12,7 +12,7 @@ import torch
 
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter, upgraded
+from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter, upgrade_drafter
 from draftsmith.stages.drafters.dflash2.config import DFlash2Config
 from draftsmith.stages.drafters.dspark.config import DSparkConfig
 from draftsmith.stages.drafters.export import export_speculators
@@ -55,13 +55,13 @@ def with_noise(drafter: Drafter, scales: dict[str, float]) -> Drafter:
 def dflash2(bench: Bench) -> Drafter:
     shape = DFlash2Config(kind="dflash2", conv_group_size=16, selector_rank=16, selector_top_k=8)
     return with_noise(
-        upgraded(bench.drafters["trained"], shape, bench.target, seed=0), {"_conv.": 0.03, "codebook": 0.5}
+        upgrade_drafter(bench.drafters["trained"], shape, bench.target, seed=0), {"_conv.": 0.03, "codebook": 0.5}
     )
 
 
 def dspark(bench: Bench) -> Drafter:
     shape = DSparkConfig(kind="dspark", markov_rank=8)
-    return with_noise(upgraded(bench.drafters["trained"], shape, bench.target, seed=0), {"markov_w2": 0.7})
+    return with_noise(upgrade_drafter(bench.drafters["trained"], shape, bench.target, seed=0), {"markov_w2": 0.7})
 
 
 def dflash(bench: Bench) -> Drafter:

@@ -119,14 +119,14 @@ def load(folder: Path, target: Target, dtype: torch.dtype) -> DFlash2Drafter:
     return dflash.with_weights(DFlash2Drafter(config, target.embedding), folder, target, dtype)
 
 
-def upgraded_config(config: Qwen3Config, shape: DFlash2Config) -> Qwen3Config:
+def upgrade_config(config: Qwen3Config, shape: DFlash2Config) -> Qwen3Config:
     """Return the config of a DFlash drafter that continues as a DFlash2: what both have stays as it is."""
     return _with_sizes(config, shape)
 
 
-def upgraded(drafter: DFlashDrafter, shape: DFlash2Config, target: Target, seed: int) -> DFlash2Drafter:
+def upgrade_drafter(drafter: DFlashDrafter, shape: DFlash2Config, target: Target, seed: int) -> DFlash2Drafter:
     """Return a DFlash2 drafter that, until it is trained, proposes what the DFlash drafter does."""
-    upgraded_drafter = DFlash2Drafter(_with_logits_of(target, upgraded_config(drafter.config, shape)), target.embedding)
+    upgraded_drafter = DFlash2Drafter(_with_logits_of(target, upgrade_config(drafter.config, shape)), target.embedding)
     upgraded_drafter.initialise_additions(torch.Generator().manual_seed(seed))
     upgraded_drafter.load_state_dict(drafter.state_dict(), strict=False)
     checkpoint_format.cast(upgraded_drafter, drafter.fc.weight.dtype)

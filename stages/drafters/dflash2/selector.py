@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from draftsmith.stages.drafters.base import LOGITS_AT_ONCE, BlockSampler, propose_in_chunks
+from draftsmith.stages.drafters.base import LOGITS_PER_CHUNK, BlockSampler, propose_in_chunks
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.sampling import probability_among
 from draftsmith.stages.target.logit_map import LogitMap
@@ -48,7 +48,7 @@ class CandidateSelector(nn.Module):
         hidden: [..., H].
         """
         flat, k = hidden.flatten(0, -2), min(self.top_k, head.weight.shape[0])
-        count = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+        count = max(1, LOGITS_PER_CHUNK // head.weight.shape[0])
         chunks = [head.raw_logits(chunk).topk(k, -1) for chunk in flat.split(count)]
         shape = (*hidden.shape[:-1], k)
         columns = torch.cat([chunk.indices for chunk in chunks]).view(shape)

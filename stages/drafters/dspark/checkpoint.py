@@ -40,7 +40,7 @@ def new_config(shape: DSparkConfig, target_config: Any, tokenizer: Callable[[], 
     return _with_additions(dflash.new_config(shape, target_config, tokenizer), shape, from_anchor=True)
 
 
-def upgraded_config(config: Qwen3Config, shape: DSparkConfig) -> Qwen3Config:
+def upgrade_config(config: Qwen3Config, shape: DSparkConfig) -> Qwen3Config:
     """Return the config of a DFlash drafter that continues as DSpark.
 
     Every offset keeps its query, so that of the anchor is unused.
@@ -74,9 +74,9 @@ def create(config: Qwen3Config, target: Target, seed: int, frequent: torch.Tenso
     return drafter.to(target.device)
 
 
-def upgraded(drafter: DFlashDrafter, shape: DSparkConfig, target: Target, seed: int) -> DSparkDrafter:
+def upgrade_drafter(drafter: DFlashDrafter, shape: DSparkConfig, target: Target, seed: int) -> DSparkDrafter:
     """Return a DSpark drafter that proposes what a DFlash drafter does: the same backbone, and a bias of 0."""
-    config = upgraded_config(drafter.config, shape)
+    config = upgrade_config(drafter.config, shape)
     check_fits(config, target.config, "sft.drafter")
     upgraded_drafter = DSparkDrafter(config, target.embedding)
     upgraded_drafter.load_state_dict(drafter.state_dict(), strict=False)

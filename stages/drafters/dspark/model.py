@@ -16,7 +16,7 @@ from torch import nn
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 from draftsmith.stages.drafters.base import (
-    LOGITS_AT_ONCE,
+    LOGITS_PER_CHUNK,
     BlockSampler,
     Context,
     StepShape,
@@ -172,7 +172,7 @@ class DSparkDrafter(DFlashDrafter):
 
 
 class MarkovSampler(BlockSampler):
-    """Samples blocks after one backbone forward. If `LOGITS_AT_ONCE` suffice, the head is read once for all offsets."""
+    """Samples blocks after one backbone forward. If `LOGITS_PER_CHUNK` suffice, the head is read once for all."""
 
     head: BiasedHead
 
@@ -182,7 +182,7 @@ class MarkovSampler(BlockSampler):
         self._drafter, self._hidden, self.head = drafter, hidden, head
         self._drafted, self._state = 0, None
         count = hidden[..., 0].numel() * head.weight.shape[0]
-        self._unbiased = head.unbiased(hidden) if count <= LOGITS_AT_ONCE else None
+        self._unbiased = head.unbiased(hidden) if count <= LOGITS_PER_CHUNK else None
 
     def _raw_logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the products [B, A, V'] of the next offset. tokens: [B, A] before it."""

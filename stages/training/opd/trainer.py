@@ -10,7 +10,7 @@ import torch
 
 from draftsmith.stages.data.load import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.drafters.checkpoint import descends_from, load_drafter
+from draftsmith.stages.drafters.checkpoint import lineage_from, load_drafter
 from draftsmith.stages.runtime.ranks import Ranks
 from draftsmith.stages.runtime.stage import StageContext
 from draftsmith.stages.target.causal_lm import Target
@@ -39,7 +39,7 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
     totals = training.train(ctx)
     if not ranks.is_main:
         return
-    training.save(ctx, "opd", descends_from(folder), totals)
+    training.save(ctx, "opd", lineage_from(folder), totals)
     ctx.summary(**totals, mined_steps=mined.count(training.kind), passes=training.passes)
 
 

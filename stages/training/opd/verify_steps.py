@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from draftsmith.stages.data.trajectories import Trajectory
-from draftsmith.stages.drafters.base import LOGITS_AT_ONCE, Drafter, argmax_tokens
+from draftsmith.stages.drafters.base import LOGITS_PER_CHUNK, Drafter, argmax_tokens
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.sampling import probability_among, probability_of
 from draftsmith.stages.replay.replayer import score
@@ -93,10 +93,10 @@ Choice: TypeAlias = tuple[torch.Tensor, torch.Tensor]  # logits and token ids of
 def _choice(hidden: torch.Tensor, before: torch.Tensor, head: Head, selector: Drafter) -> Choice:
     """Return the selector's logits of its candidates at hidden states [..., H] after tokens `before` [...].
 
-    The head's rows of all candidates are many times the hidden states: `LOGITS_AT_ONCE` numbers are in memory at once.
+    The head's rows of all candidates are many times the hidden states: `LOGITS_PER_CHUNK` numbers are in memory.
     """
     columns = selector.selector_candidates(hidden, head)
-    chunk = max(1, LOGITS_AT_ONCE // (columns.shape[-1] * hidden.shape[-1]))
+    chunk = max(1, LOGITS_PER_CHUNK // (columns.shape[-1] * hidden.shape[-1]))
     flat = (x.split(chunk) for x in (hidden.flatten(0, -2), before.flatten(), columns.flatten(0, -2)))
     logits = torch.cat(
         [selector.selector_logits(own, tokens, among, head) for own, tokens, among in zip(*flat, strict=True)]

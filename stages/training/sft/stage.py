@@ -24,7 +24,7 @@ def preflight(config: SftConfig, target: Path) -> None:
         if not config.adopt:
             checkpoint.check_drafter(folder, read_target_info(target).digest)
         checkpoint.check_shape(folder, model_path(target))
-        checkpoint.check_whole(folder)
+        checkpoint.check_complete(folder)
     else:
         checkpoint.check_new(config.drafter, model_path(target))
 

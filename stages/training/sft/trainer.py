@@ -16,10 +16,10 @@ from draftsmith.stages.data.load import DRAFTER_FOLDER, load_trajectories, store
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import (
     create_drafter,
-    descends_from,
     drafter_source,
+    lineage_from,
     load_drafter,
-    upgraded,
+    upgrade_drafter,
 )
 from draftsmith.stages.runtime.ranks import Ranks
 from draftsmith.stages.runtime.stage import StageContext
@@ -51,8 +51,8 @@ def run(ctx: StageContext, config: SftConfig) -> None:
     target = Target.load(ctx.inputs["target"], ranks=ranks)
     counts = token_counts(stored.trajectories, target.info.vocab_size)
     if start is not None:
-        drafter = load_drafter(start, target, torch.float32, of_any_target=config.adopt)
-        drafter = upgraded(drafter, config.drafter, target, ctx.seed)
+        drafter = load_drafter(start, target, torch.float32, any_target=config.adopt)
+        drafter = upgrade_drafter(drafter, config.drafter, target, ctx.seed)
     else:
         drafter = create_drafter(config.drafter, target, ctx.seed, frequent_tokens(counts))
     earlier = drafter.frequent_tokens  # of the answers that it was trained on before; untrained, it keeps them
@@ -69,7 +69,7 @@ def run(ctx: StageContext, config: SftConfig) -> None:
     totals = training.train(ctx)
     if not ranks.is_main:
         return
-    training.save(ctx, "sft", () if start is None else descends_from(start), totals)
+    training.save(ctx, "sft", () if start is None else lineage_from(start), totals)
     ctx.summary(
         **totals,
         parameters=sum(p.numel() for p in drafter.parameters()),

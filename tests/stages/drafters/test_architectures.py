@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.data.trajectories import Trajectory, pad_tokens
 from draftsmith.stages.drafters.base import Context, Drafter, DrafterInfo, PreparedDrafter
-from draftsmith.stages.drafters.checkpoint import UPGRADES, check_whole, load_drafter, save_drafter
+from draftsmith.stages.drafters.checkpoint import UPGRADES, check_complete, load_drafter, save_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.registry import KINDS, DrafterConfig
@@ -253,11 +253,11 @@ def names(module: Path) -> set[str]:
 def test_weights_that_do_not_match_the_config_are_found_without_loading(drafter: Drafter, tmp_path: Path) -> None:
     """A training loads its first drafter only after hours of rollouts."""
     save_drafter(drafter, tmp_path, torch.float32)
-    check_whole(tmp_path)
+    check_complete(tmp_path)
     name = max(name for name, _ in drafter.named_parameters())
     edit_tensors(lambda tensors: tensors.update({"layers.0.other": torch.zeros(3)}))(tmp_path)
     with pytest.raises(DraftsmithError, match=r"has the unknown tensor layers\.0\.other"):
-        check_whole(tmp_path)
+        check_complete(tmp_path)
     edit_tensors(lambda tensors: tensors.pop("layers.0.other"))(tmp_path)
     for edit, problem in (
         (lambda tensors: tensors.update({name: torch.zeros(3)}), "has the wrong shape for"),
@@ -265,4 +265,4 @@ def test_weights_that_do_not_match_the_config_are_found_without_loading(drafter:
     ):
         edit_tensors(edit)(tmp_path)
         with pytest.raises(DraftsmithError, match=f"{problem} {name}"):
-            check_whole(tmp_path)
+            check_complete(tmp_path)

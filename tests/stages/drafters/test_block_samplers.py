@@ -63,7 +63,7 @@ def test_proposing_in_chunks_gives_the_same_blocks(
     blocks = Blocks(plain_target, drafter)
     whole = drafter.propose(*blocks.arguments, drafter.block_size, blocks.head)
     for module in (base, model):
-        monkeypatch.setattr(module, "LOGITS_AT_ONCE", numbers)
+        monkeypatch.setattr(module, "LOGITS_PER_CHUNK", numbers)
     assert torch.equal(drafter.propose(*blocks.arguments, drafter.block_size, blocks.head), whole)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.drafters.checkpoint import create_drafter, load_drafter, save_drafter, upgraded
+from draftsmith.stages.drafters.checkpoint import create_drafter, load_drafter, save_drafter, upgrade_drafter
 from draftsmith.stages.drafters.dflash2.config import DFlash2Config
 from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
 from draftsmith.stages.drafters.dspark import checkpoint as dspark
@@ -71,7 +71,7 @@ def test_dspark_samples_from_products_and_bias_as_sglang_does(
 def test_the_dflash2_selector_starts_at_the_logits_of_an_engine(
     new: bool, family: str, target: Target, tmp_path: Path
 ) -> None:
-    drafter = create_drafter(DFLASH2, target, 0) if new else upgraded(random_drafter(target), DFLASH2, target, 0)
+    drafter = create_drafter(DFLASH2, target, 0) if new else upgrade_drafter(random_drafter(target), DFLASH2, target, 0)
     assert isinstance(drafter, DFlash2Drafter)
     save_drafter(drafter, tmp_path, torch.float32)
     raw = json.loads((tmp_path / "config.json").read_text())
@@ -104,7 +104,7 @@ def test_an_upgraded_dspark_starts_with_the_scaled_heads_distribution(family: st
     """With a cap the proposals are the same, but the distribution is that of the products."""
     plain = random_drafter(target)
     plain.logit_map, plain.embedding_scale = target.logit_map, target.embedding_scale
-    upgrade = upgraded(plain, DSPARK, target, seed=0)
+    upgrade = upgrade_drafter(plain, DSPARK, target, seed=0)
     tokens, anchors = torch.arange(1, 9)[None], torch.tensor([[4, 6]])
     at = tokens.gather(1, anchors)
     proposed, logits = [], []
@@ -125,7 +125,9 @@ def test_an_upgrade_has_the_dtypes_of_its_checkpoint(
     shape: DFlash2Config | DSparkConfig, plain_target: Target, tmp_path: Path
 ) -> None:
     save_drafter(random_drafter(plain_target), tmp_path / "plain", torch.bfloat16)
-    upgrade = upgraded(load_drafter(tmp_path / "plain", plain_target, torch.bfloat16), shape, plain_target, seed=0)
+    upgrade = upgrade_drafter(
+        load_drafter(tmp_path / "plain", plain_target, torch.bfloat16), shape, plain_target, seed=0
+    )
     save_drafter(upgrade, tmp_path / "upgraded", torch.bfloat16)
     loaded = load_drafter(tmp_path / "upgraded", plain_target, torch.bfloat16)
     assert dtypes(upgrade) == dtypes(loaded)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.drafters.checkpoint import check_whole, load_drafter, save_drafter
+from draftsmith.stages.drafters.checkpoint import check_complete, load_drafter, save_drafter
 from draftsmith.stages.drafters.export import export_speculators
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.info import model_path
@@ -50,7 +50,7 @@ def test_an_exported_drafter_is_read_back_unchanged(
 ) -> None:
     drafter = FORMS[form](plain_target)
     folder = exported(drafter, plain_artifact, tmp_path)
-    check_whole(folder)
+    check_complete(folder)
     loaded = load_drafter(folder, plain_target)
     assert type(loaded) is type(drafter)
     assert loaded.state_dict().keys() == drafter.state_dict().keys()

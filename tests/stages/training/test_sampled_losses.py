@@ -223,8 +223,10 @@ def test_verification_is_the_same_however_many_distributions_fit_into_memory(
         return steps.accepted, replayer.traces({"it": drafter}, answers)["it"][0].proposed
 
     whole = verified()
-    monkeypatch.setattr(sampled_replay, "LOGITS_AT_ONCE", 2 * len(answers) * V)  # fewer than one distribution an answer
-    monkeypatch.setattr(verify_steps, "LOGITS_AT_ONCE", 7 * 7 * drafter.config.hidden_size)  # of 7 candidates
+    monkeypatch.setattr(
+        sampled_replay, "LOGITS_PER_CHUNK", 2 * len(answers) * V
+    )  # fewer than one distribution an answer
+    monkeypatch.setattr(verify_steps, "LOGITS_PER_CHUNK", 7 * 7 * drafter.config.hidden_size)  # of 7 candidates
     sizes = record_selector_calls(drafter, monkeypatch)
     assert sampler.anchors_per_chunk == 1
     assert all(np.array_equal(a, b) for a, b in zip(verified(), whole, strict=True))

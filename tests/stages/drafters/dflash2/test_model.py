@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from draftsmith.stages.drafters.base import PreparedDrafter
-from draftsmith.stages.drafters.checkpoint import upgraded
+from draftsmith.stages.drafters.checkpoint import upgrade_drafter
 from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.drafters.dflash2.config import DFlash2Config
 from draftsmith.stages.drafters.dflash2.model import BlockConvolution, DFlash2Drafter
@@ -76,7 +76,9 @@ def test_a_convolution_does_not_leave_its_block() -> None:
 def test_an_upgrade_from_dflash_has_the_same_proposals_and_tau(plain_target: Target) -> None:
     plain = random_target.random_drafter(plain_target, sliding_window=6, layer_types=(SLIDING, FULL))
     plain.frequent_tokens = torch.arange(random_target.VOCAB_SIZE)
-    upgrade = upgraded(plain, DFlash2Config(kind="dflash2", num_layers=7, block_size=3, **SIZES), plain_target, seed=0)
+    upgrade = upgrade_drafter(
+        plain, DFlash2Config(kind="dflash2", num_layers=7, block_size=3, **SIZES), plain_target, seed=0
+    )
     assert isinstance(upgrade, DFlash2Drafter)
     assert (upgrade.block_size, upgrade.target_layer_ids, len(upgrade.layers)) == (5, [2, 0], 2), "its own shape stays"
     assert upgrade.frequent_tokens is plain.frequent_tokens and upgrade.spans == plain.spans
@@ -97,6 +99,6 @@ def test_an_upgrade_from_dflash_has_the_same_proposals_and_tau(plain_target: Tar
 
 def test_other_kinds_are_not_upgraded(plain_target: Target, plain_drafter: object) -> None:
     chooser = random_dflash2(plain_target)
-    assert upgraded(chooser, DFlashConfig(), plain_target, 0) is chooser
-    assert upgraded(chooser, DFlash2Config(kind="dflash2"), plain_target, 0) is chooser
-    assert upgraded(plain_drafter, DFlashConfig(), plain_target, 0) is plain_drafter  # type: ignore[arg-type]
+    assert upgrade_drafter(chooser, DFlashConfig(), plain_target, 0) is chooser
+    assert upgrade_drafter(chooser, DFlash2Config(kind="dflash2"), plain_target, 0) is chooser
+    assert upgrade_drafter(plain_drafter, DFlashConfig(), plain_target, 0) is plain_drafter  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from draftsmith.stages.drafters.checkpoint import upgraded
+from draftsmith.stages.drafters.checkpoint import upgrade_drafter
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.drafters.dspark.config import DSparkConfig
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
@@ -90,7 +90,7 @@ def test_an_upgraded_drafter_has_the_same_proposals_and_learns(
     kind: Any, plain_target: Target, plain_drafter: DFlashDrafter
 ) -> None:
     shape = DSparkConfig(kind="dspark", markov_rank=6, markov_head=kind)
-    upgrade, again = (upgraded(plain_drafter, shape, plain_target, seed=0) for _ in range(2))
+    upgrade, again = (upgrade_drafter(plain_drafter, shape, plain_target, seed=0) for _ in range(2))
     assert isinstance(upgrade, DSparkDrafter) and upgrade.block_size == plain_drafter.block_size
     assert all(
         torch.equal(a, b) for a, b in zip(upgrade.parameters(), again.parameters(), strict=True)
