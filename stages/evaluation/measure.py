@@ -23,6 +23,7 @@ from draftsmith.artifacts.results.evaluation import (
     Contexts,
     EvaluationResult,
     SpeedMetrics,
+    SpeedTable,
 )
 from draftsmith.artifacts.store.manifest import MANIFEST, read_manifest, write_versions
 from draftsmith.artifacts.tables.parquet import write_table
@@ -121,21 +122,19 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
     write_table(ctx.out / "turns.parquet", TURNS, speed.runs)
     if any(warning.kind in AGAIN for warning in warnings):
         ctx.summary(**{INCONCLUSIVE: 1.0})
-    ctx.summary(
-        **{f"tau_{arm}": metrics.tau for arm, metrics in acceptance.drafters.items()},
-        **{
-            f"tau_{arm}_minus_{other}": difference.value
-            for arm, metrics in acceptance.drafters.items()
-            for other, difference in metrics.differences.items()
-        },
-        **_speedups(first),
-        plain_tokens_per_s=first[PLAIN].tokens_per_s,
-        **{
-            f"{name}.t{table.temperature:g}.c{table.concurrency}": value
-            for table in tables[1:]
-            for name, value in _speedups(table.arms).items()
-        },
-    )
+    ctx.summary(**_summary(acceptance, tables))
+
+
+def _summary(acceptance: EvaluationResult, tables: Sequence[SpeedTable]) -> dict[str, float]:
+    """Return the final metrics of the stage."""
+    taus = {f"tau_{arm}": metrics.tau for arm, metrics in acceptance.drafters.items()}
+    for arm, metrics in acceptance.drafters.items():
+        taus |= {f"tau_{arm}_minus_{other}": each.value for other, each in metrics.differences.items()}
+    speeds = _speedups(tables[0].arms) | {"plain_tokens_per_s": tables[0].arms[PLAIN].tokens_per_s}
+    for table in tables[1:]:
+        where = f"t{table.temperature:g}.c{table.concurrency}"
+        speeds |= {f"{name}.{where}": value for name, value in _speedups(table.arms).items()}
+    return taus | speeds
 
 
 def _speedups(arms: Mapping[str, SpeedMetrics]) -> dict[str, float]:

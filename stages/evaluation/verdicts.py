@@ -37,39 +37,10 @@ def verdicts(tau: Mapping[Pair, Estimate], speed: Mapping[Pair, Estimate], speed
     enough = [estimate.units >= 2 for estimate in tau.values()]
     enough += [_enough_runs(estimate) for estimate in speed.values()]
     level = simultaneous_level(sum(enough))
-    found = []
-    for (arm, other), estimate in tau.items():
-        low, high = estimate.interval(level) or (None, None)
-        found.append(
-            Verdict(
-                kind="tau",
-                arm=arm,
-                other=other,
-                value=estimate.value,
-                prompts=estimate.units,
-                low=low,
-                high=high,
-                level=level,
-                different=_different(estimate, level) if estimate.units >= 2 else None,
-            )
-        )
-    for (arm, other), estimate in speed.items():
-        low, high = estimate.interval(level) or (None, None)
-        found.append(
-            Verdict(
-                kind="speed",
-                arm=arm,
-                other=other,
-                value=math.exp(estimate.value),
-                prompts=speed_prompts,
-                turns=estimate.units,
-                turns_needed=FEWEST_RUNS,
-                low=None if low is None else math.exp(low),
-                high=None if high is None else math.exp(high),
-                level=level,
-                different=_different(estimate, level) if _enough_runs(estimate) else None,
-            )
-        )
+    found = [_verdict("tau", pair, each, level, each.units >= 2, prompts=each.units) for pair, each in tau.items()]
+    for pair, each in speed.items():
+        runs = {"prompts": speed_prompts, "turns": each.units, "turns_needed": FEWEST_RUNS}
+        found.append(_verdict("speed", pair, each, level, _enough_runs(each), **runs))
     return found
 
 
@@ -77,10 +48,16 @@ def _enough_runs(speed: Estimate) -> bool:
     return speed.units >= FEWEST_RUNS and not math.isnan(speed.error)
 
 
-def _different(estimate: Estimate, level: float) -> bool | None:
-    """Return whether 0 is outside the interval, which one without width (of equal drafters) does not show."""
+def _verdict(kind: str, pair: Pair, estimate: Estimate, level: float, enough: bool, **counts: int) -> Verdict:
+    """Return the verdict of one pair. An interval without width (of equal drafters) shows no difference."""
     ends = estimate.interval(level)
-    return None if ends is None else estimate.error > 0 and not ends[0] <= 0 <= ends[1]
+    different = None
+    if enough and ends is not None:
+        different = estimate.error > 0 and not ends[0] <= 0 <= ends[1]
+    shown = math.exp if kind == "speed" else float
+    low, high = map(shown, ends) if ends is not None else (None, None)
+    fields = {"value": shown(estimate.value), "low": low, "high": high, "level": level, "different": different}
+    return Verdict.model_validate({"kind": kind, "arm": pair[0], "other": pair[1], **counts, **fields})
 
 
 def comparison(
