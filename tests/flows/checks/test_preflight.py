@@ -165,7 +165,7 @@ def test_settings_are_checked_against_the_champions_drafter(tiny_drafter: Drafte
     assert plan.parameters > 0 and plan.kind == "dflash"
     with pytest.raises(DraftsmithError, match=f"assisted: drafting.block_size: 99 is larger .* {plan.block_size}"):
         plans_of(checkpoint, block_size=99)
-    with pytest.raises(DraftsmithError, match=r"line version 3: its folder .*gone is not here: mount the store"):
+    with pytest.raises(DraftsmithError, match=r"line version 3: its folder .*gone is missing"):
         plans_of(checkpoint / "gone")
 
 
