@@ -40,7 +40,7 @@ def test_case_turns_and_roles_change_the_identity() -> None:
 
 
 def test_by_conversation_all_turns_share_an_identity() -> None:
-    """That of its first user message, also after a greeting of the assistant."""
+    """It is that of the first user message, also after a greeting of the assistant."""
     turns = [chat("hello", system="Be kind."), chat("hello", "yes?", "what?"), chat(" hello", "no.", "why?")]
     assert {prompt_identity(messages, "conversation") for messages in turns} == {prompt_identity(chat("hello"))}
     assert len({prompt_identity(messages) for messages in turns}) == 3
