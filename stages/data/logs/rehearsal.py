@@ -83,7 +83,7 @@ def changes_since(folder: Path, info: TargetInfo) -> str | None:
     current = {"tokenizer": info.tokenizer_digest, "target": info.digest}
     changed = [f"the {what}" for what, digest in current.items() if origin[f"{what}_digest"] != digest]
     if not has_current_version(folder / TABLE, TRAJECTORIES):
-        changed.append("the format of stored answers")
+        changed.append("what is stored of answers")
     return " and ".join(changed) or None
 
 

@@ -74,7 +74,7 @@ def test_earlier_answers_of_an_older_table_version_are_neither_repeated_nor_repl
     inputs = {"earlier": logs.earlier(first, replayed=True)}
     ctx = logs.run(log, inputs=inputs, since="last", after=NOON, replay_share=0.5)
     assert responses(ctx) == [logs.answers[2]["response_ids"]]
-    assert counts(ctx)["replay_left_out"] == "the format of stored answers"
+    assert counts(ctx)["replay_left_out"] == "what is stored of answers"
 
 
 def test_an_equal_answer_given_later_is_a_new_row(logs: Logs) -> None:
