@@ -126,10 +126,10 @@ def _is_new(client: SyncPrefectClient, name: str, config: RunOptions) -> bool:
     Raises DraftsmithError if it is one of another line, which a copied file with an unchanged name would replace.
     """
     try:
-        known = client.read_deployment_by_name(name)
+        deployment = client.read_deployment_by_name(name)
     except ObjectNotFound:
         return True
-    registered = (known.parameters.get("config") or {}).get("registry") or {}
+    registered = (deployment.parameters.get("config") or {}).get("registry") or {}
     its_line, line = registered.get("name"), config.experiment
     if its_line and line and its_line != line:
         raise DraftsmithError(
@@ -244,8 +244,7 @@ def set_webhook(
             )
         )
     for automation in wanted:
-        known = client.read_automations_by_name(automation.name)
-        if known:
-            client.update_automation(known[0].id, automation)
+        if existing := client.read_automations_by_name(automation.name):
+            client.update_automation(existing[0].id, automation)
         else:
             client.create_automation(automation)

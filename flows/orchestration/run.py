@@ -107,7 +107,7 @@ def _run(
     if (warning := describe_misplaced_files(tracking)) is not None:
         context.display.line(f"warning: {warning}")
     close_dead_runs(context.tracking, context.store)
-    asked = selection
+    requested = selection
     if resumed():  # forced nodes were made before the run was suspended
         selection = dataclasses.replace(selection, force=())
     planned = with_retries(
@@ -118,24 +118,24 @@ def _run(
     whole = not selection.until
     checks = pipeline.checks() if pipeline.checks is not None else None
     forced = selection.forced(nodes)
-    full_policy = pipeline.policy(config, asked.forced(nodes)) if pipeline.policy is not None else None
+    full_policy = pipeline.policy(config, requested.forced(nodes)) if pipeline.policy is not None else None
     policy = full_policy if whole else None
     context.display.newer_files(planned)
     context.display.lines(checks.before(planned) if checks is not None else [])
     record = RunRecord(context.tracking, config.name, config.model_dump(mode="json"), pipeline.data)
     context = dataclasses.replace(context, refresh_run=record.open)
-    made: dict[str, NodeResult] = {}
+    results: dict[str, NodeResult] = {}
     status: Status = "KILLED"
     ending = "**Stopped.** The same command continues."
     conclusion: Conclusion | None = None
     try:
-        conclusion = _make_nodes(context, nodes, forced, made, checks, policy)
-        refs = _refs(made)
+        conclusion = _make_nodes(context, nodes, forced, results, checks, policy)
+        refs = _refs(results)
         run_id = record.find_or_open(refs)
-        if conclusion is None and pipeline.compared is not None and "evaluation" in made:
+        if conclusion is None and pipeline.compared is not None and "evaluation" in results:
             drafters = pipeline.compared(ArtifactFolders(context.store, refs))
             log_models(tracking, context.store.manifest(refs["evaluation"]), run_id, drafters)
-        if conclusion is None and (review := _review(context, made)) is not None:
+        if conclusion is None and (review := _review(context, results)) is not None:
             show_verdict(config.name, f"{review.description}{tracking.link(run_id)}", context.display.line)
         if conclusion is None and policy is not None:
             note_tracker(tracking)
@@ -156,52 +156,52 @@ def _run(
         status, ending = "FAILED", f"**Failed.** {redacted(one_line(error))}"
         raise
     finally:
-        metrics, tags = _metrics_and_tags(context, made, conclusion, concludes=full_policy is not None)
+        metrics, tags = _metrics_and_tags(context, results, conclusion, concludes=full_policy is not None)
         if status != "FINISHED":
             tags[NOTE] = f"{ending}\n\n{tags.get(NOTE, '')}".strip()
         record.close(
             status,
-            _refs(made),
+            _refs(results),
             metrics,
-            _report(context, made),
+            _report(context, results),
             tags,
             concluded=conclusion is not None,
         )
         if tracking.had_failures and status != "KILLED":  # stages may have ended while MLflow was away
             close_dead_runs(tracking, context.store)
         sticky = policy.sticky_force if policy is not None else ()
-        if status != "FINISHED" and (advice := _force_advice(forced, made, sticky)):
+        if status != "FINISHED" and (advice := _force_advice(forced, results, sticky)):
             context.display.line(advice)
     if conclusion is not None:
         context.display.line(conclusion.message)
-    return {name: _record(result) for name, result in made.items()}, conclusion
+    return {name: _record(result) for name, result in results.items()}, conclusion
 
 
 def _make_nodes(
     context: RunContext,
     nodes: Sequence[Node],
     forced: Collection[str],
-    made: dict[str, NodeResult],
+    results: dict[str, NodeResult],
     checks: Checks | None,
     policy: RunPolicy | None,
 ) -> Conclusion | None:
-    """Make every node in order, until the policy ends the run. made: filled in, so that a failed run has it too."""
+    """Make every node in order, until the policy ends the run. results: filled in, also when a node fails."""
     states: dict[str, State[Any]] = {}
     for node in nodes:
         context.check()
-        inputs: dict[str, ArtifactRef] = {name: made[source].ref for name, source in node.inputs.items()}
+        inputs: dict[str, ArtifactRef] = {name: results[source].ref for name, source in node.inputs.items()}
         upstream = [states[source] for source in dict.fromkeys(node.inputs.values())]
         try:
-            made[node.name], states[node.name] = run_node(context, node, inputs, upstream, force=node.name in forced)
+            results[node.name], states[node.name] = run_node(context, node, inputs, upstream, force=node.name in forced)
         except DraftsmithError as error:
             if SOURCES in node.inputs:
                 forget_listings(context.config.name, error)
             raise
         if node.stage.name == SOURCES:
             note_listings(
-                context.config.name, {**read_listings(context.config.name), node.name: made[node.name].ref.key}
+                context.config.name, {**read_listings(context.config.name), node.name: results[node.name].ref.key}
             )
-        folders = ArtifactFolders(context.store, _refs(made))
+        folders = ArtifactFolders(context.store, _refs(results))
         if checks is not None:
             context.display.lines(checks.after(node, folders))
         if policy is not None:
@@ -213,33 +213,33 @@ def _make_nodes(
     return None
 
 
-def _force_advice(forced: Collection[str], made: Mapping[str, NodeResult], sticky: Collection[str]) -> str | None:
+def _force_advice(forced: Collection[str], results: Mapping[str, NodeResult], sticky: Collection[str]) -> str | None:
     """Return which --force the next run needs, if forced nodes are complete and would be made once more.
 
     sticky: nodes to force again in any case.
     """
-    done = sorted(name for name in forced if name in made and not made[name].reused and name not in sticky)
+    done = sorted(name for name in forced if name in results and not results[name].reused and name not in sticky)
     rest = "".join(f" --force {name}" for name in sorted(set(forced) - set(done) | set(sticky)))
     if not done:
         return None
     return f"{', '.join(done)}: complete. Continue{f' with{rest} only' if rest else ' without --force'}."
 
 
-def _refs(made: Mapping[str, NodeResult]) -> dict[str, ArtifactRef]:
-    return {name: result.ref for name, result in made.items()}
+def _refs(results: Mapping[str, NodeResult]) -> dict[str, ArtifactRef]:
+    return {name: result.ref for name, result in results.items()}
 
 
 def _metrics_and_tags(
-    context: RunContext, made: Mapping[str, NodeResult], conclusion: Conclusion | None, *, concludes: bool
+    context: RunContext, results: Mapping[str, NodeResult], conclusion: Conclusion | None, *, concludes: bool
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Return the run's metrics and tags for MLflow, from the headline's node, the review and the conclusion.
 
     concludes: whether a complete run of this kind has a conclusion.
     """
-    node, metrics, tags = made.get(context.pipeline.headline), {}, {}
+    node, metrics, tags = results.get(context.pipeline.headline), {}, {}
     if node is not None:
         metrics = dict(context.store.manifest(node.ref).metrics)
-    review = _review(context, made)
+    review = _review(context, results)
     if review is not None:
         metrics |= review.metrics
         tags = {**review.tags, NOTE: review.description if conclusion is None else review.concluded_description}
@@ -254,14 +254,14 @@ def _metrics_and_tags(
     return metrics, tags
 
 
-def _review(context: RunContext, made: Mapping[str, NodeResult]) -> RunReview | None:
-    folders = ArtifactFolders(context.store, _refs(made))
+def _review(context: RunContext, results: Mapping[str, NodeResult]) -> RunReview | None:
+    folders = ArtifactFolders(context.store, _refs(results))
     return context.pipeline.review(folders) if context.pipeline.review is not None else None
 
 
-def _report(context: RunContext, made: Mapping[str, NodeResult]) -> list[Path]:
+def _report(context: RunContext, results: Mapping[str, NodeResult]) -> list[Path]:
     name, file = context.pipeline.report
-    path = ArtifactFolders(context.store, _refs(made))[name] / file if name in made else None
+    path = ArtifactFolders(context.store, _refs(results))[name] / file if name in results else None
     return [path] if path is not None and path.is_file() else []
 
 

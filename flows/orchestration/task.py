@@ -41,21 +41,21 @@ def run_node(
         retry_condition_fn=_is_retryable,
     )
     state: State[Any] = configured(context, node, inputs, force, return_state=True, wait_for=list(upstream))
-    made: NodeResult = state.result()
-    return made, state
+    result: NodeResult = state.result()
+    return result, state
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
 def stage_task(context: RunContext, node: Node, inputs: Mapping[str, ArtifactRef], force: bool) -> State[Any]:
     """Make or reuse a node's artifact, and return a state with the name Completed or Reused."""
     try:
-        made = build_node(replace(context, pool=run_shards), node, inputs, force=force)
+        result = build_node(replace(context, pool=run_shards), node, inputs, force=force)
     except asyncio.CancelledError as error:  # Prefect raises it in the thread of a flow whose lease it lost
         raise RetryableError(
             "Prefect's server no longer keeps the slot of this run's deployment. The run continues without it."
         ) from error
-    where = f"{made.ref.stage}/{made.ref.key[:16]}, content {made.ref.content_id[:16]}"
-    return Completed(name="Reused" if made.reused else "Completed", message=where, data=made)
+    where = f"{result.ref.stage}/{result.ref.key[:16]}, content {result.ref.content_id[:16]}"
+    return Completed(name="Reused" if result.reused else "Completed", message=where, data=result)
 
 
 def _is_retryable(task: Task[..., Any], run: PrefectTaskRun, state: State[Any]) -> bool:
