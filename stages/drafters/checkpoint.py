@@ -20,7 +20,7 @@ from draftsmith.artifacts.store.checksums import Checksums
 from draftsmith.stages.drafters import checkpoint_format
 from draftsmith.stages.drafters.base import Drafter, DrafterInfo
 from draftsmith.stages.drafters.digest import drafter_digest
-from draftsmith.stages.drafters.registry import CHECKPOINTS, DrafterConfig
+from draftsmith.stages.drafters.registry import KINDS, DrafterConfig
 from draftsmith.stages.drafters.spec import Architecture
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.hub import check_snapshot, hub_commit, hub_snapshot
@@ -29,7 +29,7 @@ _INFO = TypeAdapter(DrafterInfo)
 INFO_FILE, TOKENS_FILE = "drafter.json", "frequent_tokens.npy"
 
 ARCHITECTURES: dict[str, Architecture] = {
-    kind: cast("Architecture", import_module(module)) for kind, module in CHECKPOINTS.items()
+    kind: cast("Architecture", import_module(traits.checkpoint)) for kind, traits in KINDS.items()
 }
 # Kinds that start from the weights of another one: their modules have `upgrade_drafter` and `upgrade_config`.
 UPGRADES: dict[tuple[str, str], Any] = {

@@ -31,11 +31,20 @@ class TrainingRecipe:
         return self.sampled_loss or self.loss if sampled else self.loss
 
 
+class DrafterShape(Config):
+    """The shape of a new drafter; every architecture has a subclass."""
+
+    kind: str
+    block_size: int  # anchor + proposals
+
+
 @dataclass(frozen=True)
 class Traits:
     """The traits of one architecture: `TRAITS` of `draftsmith.stages.drafters.<kind>.config`."""
 
     kind: str  # as in `drafter.kind` of a config
+    shape: type[DrafterShape]
+    checkpoint: str  # module that creates, loads and saves it (`Architecture`); it imports torch
     recipe: TrainingRecipe
 
 

@@ -6,13 +6,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from draftsmith.stages.drafters.spec import TrainingRecipe, Traits
-from draftsmith.stages.runtime.stage import Config
-
-TRAITS = Traits(kind="dflash", recipe=TrainingRecipe(loss="cross_entropy", gamma=7.0))
+from draftsmith.stages.drafters.spec import DrafterShape, TrainingRecipe, Traits
 
 
-class DFlashConfig(Config):
+class DFlashConfig(DrafterShape):
     """Shape of a new DFlash drafter. Sizes left out follow the target, as z-lab's checkpoints do."""
 
     kind: Literal["dflash"] = "dflash"
@@ -61,3 +58,11 @@ class DFlashConfig(Config):
         if self.target_layer_ids is not None and self.num_target_features is not None:
             raise ValueError("give target_layer_ids or num_target_features, not both")
         return self
+
+
+TRAITS = Traits(
+    kind="dflash",
+    shape=DFlashConfig,
+    checkpoint="draftsmith.stages.drafters.dflash.checkpoint",
+    recipe=TrainingRecipe(loss="cross_entropy", gamma=7.0),
+)

@@ -9,12 +9,6 @@ from pydantic import Field, model_validator
 from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.drafters.spec import TrainingRecipe, Traits
 
-TRAITS = Traits(
-    kind="dflash2",
-    # on sampled answers the target's distribution is better: `tests/lab/README.md`
-    recipe=TrainingRecipe(loss="cross_entropy", gamma=7.0, sampled_loss="ce_l1"),
-)
-
 
 class DFlash2Config(DFlashConfig):
     """Shape of a new DFlash2 drafter, or of what is added to a DFlash drafter that training starts from."""
@@ -34,3 +28,12 @@ class DFlash2Config(DFlashConfig):
                 "conv_kernel_size and conv_group_size belong to the same convolutions: set both, or both to 0"
             )
         return self
+
+
+TRAITS = Traits(
+    kind="dflash2",
+    shape=DFlash2Config,
+    checkpoint="draftsmith.stages.drafters.dflash2.checkpoint",
+    # on sampled answers the target's distribution is better: `tests/lab/README.md`
+    recipe=TrainingRecipe(loss="cross_entropy", gamma=7.0, sampled_loss="ce_l1"),
+)

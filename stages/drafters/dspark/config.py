@@ -9,8 +9,6 @@ from pydantic import Field
 from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.drafters.spec import TrainingRecipe, Traits
 
-TRAITS = Traits(kind="dspark", recipe=TrainingRecipe(loss="ce_l1", gamma=4.0))
-
 
 class DSparkConfig(DFlashConfig):
     """Shape of a new DSpark drafter, or of what is added to a DFlash drafter that training starts from."""
@@ -26,3 +24,11 @@ class DSparkConfig(DFlashConfig):
         bool,
         Field(description="learn how probable it is that a proposal is accepted, by which SGLang may cut blocks"),
     ] = True
+
+
+TRAITS = Traits(
+    kind="dspark",
+    shape=DSparkConfig,
+    checkpoint="draftsmith.stages.drafters.dspark.checkpoint",
+    recipe=TrainingRecipe(loss="ce_l1", gamma=4.0),
+)

@@ -7,16 +7,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from draftsmith.stages.drafters.spec import TrainingRecipe, Traits
-from draftsmith.stages.runtime.stage import Config
-
-TRAITS = Traits(
-    kind="eagle3",
-    recipe=TrainingRecipe(loss="forward_kl", gamma=-1 / math.log(0.8)),  # 0.8 per step
-)
+from draftsmith.stages.drafters.spec import DrafterShape, TrainingRecipe, Traits
 
 
-class Eagle3Config(Config):
+class Eagle3Config(DrafterShape):
     """Shape of a new EAGLE-3 drafter. Sizes left out follow the target."""
 
     kind: Literal["eagle3"]
@@ -32,3 +26,11 @@ class Eagle3Config(Config):
         Field(ge=2, description="propose only from this many most frequent tokens of the answers; left out: all"),
     ] = None
     intermediate_size: Annotated[int | None, Field(ge=1, description="width of the MLP; left out: the target's")] = None
+
+
+TRAITS = Traits(
+    kind="eagle3",
+    shape=Eagle3Config,
+    checkpoint="draftsmith.stages.drafters.eagle3.checkpoint",
+    recipe=TrainingRecipe(loss="forward_kl", gamma=-1 / math.log(0.8)),  # 0.8 per step
+)
