@@ -186,11 +186,11 @@ def _check_files(findings: Findings, name: str, source: JsonlSource, config: Pro
     known = [Path(file).stat().st_size for file in files if not is_remote(file)]
     whole = len(known) == len(files) and sum(known) <= _COUNTED_BYTES
     share = source.heldout_share or config.heldout_share
-    aside = RejectLog(f"{config.section}.max_bad_share", config.max_bad_share)
+    rejects = RejectLog(f"{config.section}.max_bad_share", config.max_bad_share)
     seen: set[str] = set()
     rows = held_out = unread = duplicates = 0
     unchanged = not (source.suffix or config.system)
-    for _, messages, _ in prompt_rows(source, read_rows(files), aside, unchanged=unchanged):
+    for _, messages, _ in prompt_rows(source, read_rows(files), rejects, unchanged=unchanged):
         text = PromptCandidate(source.path, messages, "").text_hash if messages else ""
         if text in seen:
             duplicates += 1
@@ -205,12 +205,12 @@ def _check_files(findings: Findings, name: str, source: JsonlSource, config: Pro
                 name, f"whether {source.path} has enough rows. It can be read, and is too large to count here."
             )
             return
-    if aside.bad:
-        findings.warn(name, f"{source.path}: {aside.bad} of {aside.rows} rows cannot be read and will be rejected")
-    if unusable := aside.reasons - Counter({UNREADABLE: aside.bad}):
+    if rejects.bad:
+        findings.warn(name, f"{source.path}: {rejects.bad} of {rejects.rows} rows cannot be read and will be rejected")
+    if unusable := rejects.reasons - Counter({UNREADABLE: rejects.bad}):
         reasons = ", ".join(f"{count} {reason}" for reason, count in unusable.most_common())
-        report = findings.warn if unusable.total() > _MANY_REJECTED * aside.rows else findings.ok
-        report(name, f"{source.path}: {unusable.total()} of {aside.rows} rows cannot be prompts: {reasons}")
+        report = findings.warn if unusable.total() > _MANY_REJECTED * rejects.rows else findings.ok
+        report(name, f"{source.path}: {unusable.total()} of {rejects.rows} rows cannot be prompts: {reasons}")
     wanted = _share(config, source)
     label = f"{source.path}, without {duplicates} duplicates" if duplicates else source.path
     if config.of_logs and rows < wanted:
@@ -283,38 +283,38 @@ def check_logs(findings: Findings, nodes: Sequence[Node], target: Path | None) -
 
 
 def _check_log(findings: Findings, name: str, config: LogsConfig, target: Path | None, held_out: HeldOut) -> None:
-    aside = RejectLog(f"{name}.max_bad_share", config.max_bad_share)
-    sieve: LogFilter | SchemaFilter = SchemaFilter(config, aside)
+    rejects = RejectLog(f"{name}.max_bad_share", config.max_bad_share)
+    row_filter: LogFilter | SchemaFilter = SchemaFilter(config, rejects)
     if target is not None:
-        sieve = LogFilter(config, target, Exclusions(held_out), aside)
+        row_filter = LogFilter(config, target, Exclusions(held_out), rejects)
     used, whole, end = 0, True, time.monotonic() + _LOG_SECONDS
     files = config.files()
     _may_grow(findings, name, files)
     for row in read_rows(files):
-        if aside.rows >= _LOG_ROWS or time.monotonic() > end:
+        if rejects.rows >= _LOG_ROWS or time.monotonic() > end:
             whole = False
             break
-        used += sieve.accept(row) is not None
+        used += row_filter.accept(row) is not None
     read = "all" if whole else "the first"
-    unused = ", ".join([text for text in (aside.describe(), sieve.describe_unselected()) if text])
-    line = f"{used} of {read} {aside.rows} rows can be used{f'; not used: {unused}' if unused else ''}"
+    unused = ", ".join([text for text in (rejects.describe(), row_filter.describe_unselected()) if text])
+    line = f"{used} of {read} {rejects.rows} rows can be used{f'; not used: {unused}' if unused else ''}"
     if target is None:
         line += " (checked without the target's tokenizer)"
-    aside.check()
-    for warning in sieve.warnings():
+    rejects.check()
+    for warning in row_filter.warnings():
         findings.warn(name, warning)
-    if sieve.outside_window + sieve.overlap == aside.rows and not whole:
+    if row_filter.outside_window + row_filter.overlap == rejects.rows and not whole:
         findings.skip(name, f"whether there are rows of the window. {line}; others may follow")
         return
-    if config.after is not None and sieve.outside_window + sieve.overlap == aside.rows:
+    if config.after is not None and row_filter.outside_window + row_filter.overlap == rejects.rows:
         findings.warn(name, f"no row is later than {config.after}. Without new rows, only a drift check is possible.")
         return
-    if not aside.rows:
+    if not rejects.rows:
         raise DraftsmithError(no_rows_error(config.paths))
     if not used and whole:
         raise DraftsmithError(f"{', '.join(config.paths)}: {line}. Give other files or correct section {name}.")
-    in_scope = aside.rows - sieve.outside_window - sieve.filtered
-    if not used or sum(aside.reasons.values()) > _MANY_REJECTED * in_scope:
+    in_scope = rejects.rows - row_filter.outside_window - row_filter.filtered
+    if not used or sum(rejects.reasons.values()) > _MANY_REJECTED * in_scope:
         findings.warn(name, f"{line}. Check that these are this target's answers, and that the sampling is theirs.")
     else:
         findings.ok(name, line)
