@@ -122,8 +122,8 @@ def test_steps_of_another_drafter_are_refused(
     """What the servers gave stays; the checkpoint that is said to have been served is another one."""
     shutil.copytree(evaluated.work, tmp_path / "work", ignore=shutil.ignore_patterns("replayed"))
     ctx = RecordingContext.under(tmp_path, inputs(tiny_drafter, sft=other))
-    said = "verify steps served by the engine differ from replay"
-    with pytest.raises(DraftsmithError, match=f"^evaluation: drafter sft: .*{said}.*check rotary settings") as caught:
+    reason = "verify steps served by the engine differ from replay"
+    with pytest.raises(DraftsmithError, match=f"^evaluation: drafter sft: .*{reason}.*Check rotary settings") as caught:
         STAGE.run(ctx, config)
     assert "\n" not in str(caught.value)
     assert not any("SGLang" in line for line in ctx.logs)  # no server was needed to see it

@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.skipif(postgres_programs() is None, reason="no PostgreSQL here: apt-get install postgresql"),
 ]
 LIMIT_S = 150.0
-HELP = "What to collect, and how to go wrong."
+HELP = "The numbers to collect, and how to fail."
 
 
 def deploy(servers: Team, config: Path, *options: str) -> str:
