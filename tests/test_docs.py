@@ -96,19 +96,19 @@ def test_every_file_that_is_named_from_the_top_is_there(path: Path) -> None:
 
 @pytest.mark.parametrize("room", ["flows", "stages"])
 def test_a_readme_names_every_module_and_room_beside_it(room: str) -> None:
-    said = (ROOT / room / "README.md").read_text("utf-8")
+    page = (ROOT / room / "README.md").read_text("utf-8")
     beside = [path for path in (ROOT / room).iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()]
     names = [f"{path.name}{'/' * path.is_dir()}`" for path in beside if not path.name.startswith("__")]
-    assert names and not [name for name in names if name not in said]
+    assert names and not [name for name in names if name not in page]
 
 
 def test_flows_tells_every_option_and_what_a_gate_asks_for() -> None:
-    said = "".join((ROOT / "flows" / name).read_text("utf-8") for name in ("README.md", "refresh/README.md"))
+    page = "".join((ROOT / "flows" / name).read_text("utf-8") for name in ("README.md", "refresh/README.md"))
     commands = next(action for action in parser()._actions if action.dest == "command")
     assert isinstance(commands.choices, dict)
     options = {option for each in commands.choices.values() for option in _OPTION.findall(each.format_help())}
-    assert not [option for option in options - {"--help"} if option not in said]
-    assert not [name for name in GateConfig.model_fields if f"`gate.{name}" not in said]
+    assert not [option for option in options - {"--help"} if option not in page]
+    assert not [name for name in GateConfig.model_fields if f"`gate.{name}" not in page]
 
 
 @pytest.mark.parametrize(("file", "command"), COMMANDS)
