@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -41,8 +42,12 @@ def number(value: Any, form: str) -> str:
 
 
 def interval(numbers: Iterable[Any], form: str) -> str:
-    """Return a value with its low and high end in brackets, where they are known; a line may break before them."""
-    value, *ends = (number(each, form) for each in numbers)
+    """Return a value with its low and high end in brackets, where they are known; a line may break before them.
+
+    From 100 on they have no decimals, so that a wide interval does not make a wide column.
+    """
+    wide = re.sub(r"\.\df$", ".0f", form)
+    value, *ends = (number(each, wide if each is not None and abs(each) >= 100 else form) for each in numbers)
     return value if ABSENT in (value, *ends) else f"{value}\n[{', '.join(ends)}]"
 
 

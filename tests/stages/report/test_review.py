@@ -143,5 +143,7 @@ def test_missing_numbers_are_shown_as_absent() -> None:
     assert interval((1.5, None, None), ".1f") == "1.5"
     assert interval((None, 1.0, 2.0), ".1f") == interval((float("nan"), 1.0, 2.0), ".1f") == ABSENT
     assert interval((0.0, -1.0, 1.0), "+.1f") == "+0.0\n[-1.0, +1.0]"
+    assert interval((1.6, 0.0, 3486.82), ".2f") == "1.60\n[0.00, 3487]"
+    assert interval((0.5, -1.0, 120.0), "+.1%") == "+50.0%\n[-100.0%, +12000.0%]"
     assert (number(True, ".1f"), number("3", ".1f")) == (ABSENT, ABSENT)
     assert [duration(seconds) for seconds in (12.4, 600, 7200)] == ["12 s", "10 min", "2.0 h"]
