@@ -304,8 +304,14 @@ def _with_flex(q: torch.Tensor, prefix: KeysValues, own: KeysValues, context_mas
         block_mask=context_mask.block_mask(T, S, J),
         scale=1 / math.sqrt(D),
         enable_gqa=True,
+        kernel_options=_KERNEL,
     )
     return out.transpose(1, 2).flatten(2).unflatten(1, (-1, S))
+
+
+# For fewer than 128 queries flex attention would take a second kernel, flex decoding. The last few blocks of an answer
+# are no reason to compile it: in float32 that takes two minutes.
+_KERNEL = {"BACKEND": "TRITON"}
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,25 @@ def test_flex_attention_reads_under_the_same_mask(before: int | None, window: in
     torch.testing.assert_close(found, case.dense(), atol=FLOAT32, rtol=FLOAT32)
 
 
+def test_few_queries_are_computed_by_the_same_kernel_as_many() -> None:
+    """Torch's own choice would be another kernel for fewer than 128 queries."""
+    backends: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, _inputs: object) -> torch.fx.GraphModule:
+        calls = [node for node in graph.graph.nodes if node.target is torch.ops.higher_order.flex_attention]
+        backends.extend(option["BACKEND"] for node in calls for option in node.args if isinstance(option, dict))
+        return graph
+
+    with pytest.MonkeyPatch.context() as patch:
+        plain = attention._flex(compiled=False)
+        compiled = attention._Flex(torch.compile(plain.attention, backend=record, dynamic=True), plain.mask)
+        patch.setattr(attention, "_flex", lambda: compiled)
+        for blocks in (3, 50):
+            case = make_case(2, (2, 2), 37, blocks, 4, 4, 16)
+            attention._with_flex(case.queries, case.prefix, case.own, case.reach)
+    assert set(backends) == {"TRITON"}
+
+
 def test_a_window_bounds_operations_and_memory_reads() -> None:
     """The bound holds for any length of the prefix, and any distance between blocks."""
     S, W, A = 4, 16, 12
