@@ -26,13 +26,11 @@ from draftsmith.flows.orchestration.server import PrefectServer
 from draftsmith.flows.planning.graph import Selection
 from draftsmith.flows.refresh.evaluate import resolve_drafter
 from draftsmith.flows.refresh.graph import REFRESH
-from draftsmith.stages.data.load import load_trajectories
-from draftsmith.stages.data.logs.config import LogsConfig
 from draftsmith.stages.data.logs.filter import RowFilter, prompt_id
 from draftsmith.stages.data.logs.rows import AnswerReader, LoggedRow
-from draftsmith.stages.data.rejects import RejectLog
-from draftsmith.stages.data.row_files import match_files, read_rows
-from draftsmith.stages.data.trajectories import Trajectory
+from draftsmith.stages.data.logs.stage import LogsConfig
+from draftsmith.stages.data.row_files import RejectLog, match_files, read_rows
+from draftsmith.stages.data.trajectories import Trajectory, load_trajectories
 from draftsmith.stages.drafters import checkpoint
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.evaluation.acceptance import acceptance_table, has_loop, tau_difference

@@ -1,6 +1,6 @@
 """The stage process: `python -m draftsmith.stages REQUEST.json` runs one stage and reports as JSON lines on stdout.
 
-A stage that needs several processes runs in each of them (`runtime/rank_process.py`). Rank 0 alone reports and writes.
+A stage that needs several processes runs in each of them (`runtime/launch.py`). Rank 0 alone reports and writes.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def run_request(request: StageRequest, events: EventStream, stop: threading.Even
         if parallel is not None and parallel.world > 1 and request.shard is None:
             use_threads(max(1, (request.threads or os.cpu_count() or 1) // parallel.processes))
             # only here: torch takes seconds to load, and reads the number of threads when it is loaded
-            from draftsmith.stages.runtime.rank_process import run_ranks
+            from draftsmith.stages.runtime.launch import run_ranks
 
             run_ranks(parallel, request, events.path, stop)
         else:

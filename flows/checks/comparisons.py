@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.planning.graph import Node
-from draftsmith.stages.data.logs.config import LogsConfig
+from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.engines.stage import RolloutConfig
-from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.gate import GateConfig
+from draftsmith.stages.evaluation.stage import EvaluationConfig
 from draftsmith.stages.evaluation.timed_runs import settings_of
 from draftsmith.stages.evaluation.validity import fewest_prompts
 from draftsmith.stages.evaluation.verdicts import FEWEST_RUNS

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from draftsmith.flows.planning.graph import Node
 from draftsmith.stages.drafters.stage import ChampionConfig
 from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.evaluation.config import DRAFTERS
+from draftsmith.stages.evaluation.stage import DRAFTERS
 from draftsmith.stages.training.config import SftConfig
 
 

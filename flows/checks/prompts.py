@@ -11,25 +11,25 @@ from draftsmith.artifacts.errors import DraftsmithError, one_line
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.planning.graph import Node
 from draftsmith.stages.data.held_out import HeldOut, hash_fraction, prompt_identity
-from draftsmith.stages.data.load import Prompt, positions_needed
-from draftsmith.stages.data.logs.config import LogsConfig
 from draftsmith.stages.data.logs.filter import Exclusions, LogFilter, SchemaFilter
-from draftsmith.stages.data.prompt_config import (
+from draftsmith.stages.data.logs.stage import LogsConfig
+from draftsmith.stages.data.prompt_streams import PromptStream, load_rows, open_streams, prompt_rows
+from draftsmith.stages.data.prompts import (
+    MORE_LOGS,
     SPLITS,
     HuggingFaceSource,
     JsonlSource,
     PromptCandidate,
+    PromptsConfig,
     PromptSource,
     ReasoningGymSource,
     Split,
 )
-from draftsmith.stages.data.prompt_streams import PromptStream, load_rows, open_streams, prompt_rows
-from draftsmith.stages.data.prompts import MORE_LOGS, PromptsConfig
-from draftsmith.stages.data.rejects import UNREADABLE, RejectLog
-from draftsmith.stages.data.row_files import is_remote, match_files, no_rows_error, read_rows
+from draftsmith.stages.data.row_files import UNREADABLE, RejectLog, is_remote, match_files, no_rows_error, read_rows
 from draftsmith.stages.data.row_formats import RejectedRow, row_messages
+from draftsmith.stages.data.trajectories import Prompt, positions_needed
 from draftsmith.stages.engines.stage import RolloutConfig, prompt_shortage, prompts_to_answer
-from draftsmith.stages.evaluation.config import EvaluationConfig, prompts_to_decode
+from draftsmith.stages.evaluation.stage import EvaluationConfig, prompts_to_decode
 
 _COUNTED_BYTES = 1 << 28  # of larger files only the first row is read
 _LOG_ROWS, _LOG_SECONDS = 20_000, 20.0  # limits for one log

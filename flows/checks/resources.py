@@ -18,8 +18,7 @@ from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.checks.models import DrafterPlans
 from draftsmith.flows.execution.machine import free_disk_bytes, gpu_model, gpu_names, gpus
 from draftsmith.flows.planning.graph import Node
-from draftsmith.stages.data.prompt_config import SPLITS
-from draftsmith.stages.data.prompts import PromptsConfig
+from draftsmith.stages.data.prompts import SPLITS, PromptsConfig
 from draftsmith.stages.target.estimate import DTYPE_BYTES, PROCESS_BYTES, ModelSize, Sizes, StageUse, target_size
 from draftsmith.stages.target.info import model_path, read_target_info
 

@@ -12,15 +12,14 @@ from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.refresh.line import RegistryConfig
 from draftsmith.flows.refresh.promotion_hook import HookConfig
 from draftsmith.stages.data.logs.stage import LogsConfig
-from draftsmith.stages.data.prompt_config import SPLITS, JsonlSource
-from draftsmith.stages.data.prompts import PromptsConfig
+from draftsmith.stages.data.prompts import SPLITS, JsonlSource, PromptsConfig
 from draftsmith.stages.data.time_window import LAST
 from draftsmith.stages.drafters.stage import ChampionConfig
 from draftsmith.stages.engines.config import SamplingConfig
 from draftsmith.stages.engines.stage import RolloutConfig
-from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.drift import DriftConfig
 from draftsmith.stages.evaluation.gate import GateConfig
+from draftsmith.stages.evaluation.stage import EvaluationConfig
 from draftsmith.stages.replay.stage import MiningConfig
 from draftsmith.stages.report.stage import HistoryPoint, ReportConfig
 from draftsmith.stages.runtime.stage import Config

@@ -19,7 +19,7 @@ from draftsmith.flows.refresh.summary import compared
 from draftsmith.stages.catalog import STAGES
 from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.engines.stage import RolloutConfig
-from draftsmith.stages.evaluation.config import DRAFTERS, PREFIX, EvaluationConfig
+from draftsmith.stages.evaluation.stage import DRAFTERS, PREFIX, EvaluationConfig
 from draftsmith.stages.target.config import TargetConfig
 from draftsmith.stages.training.config import SftConfig
 

@@ -30,10 +30,15 @@ from draftsmith.artifacts.store.manifest import MANIFEST, ArtifactRef, InputEntr
 from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.artifacts.tracking.registry import PROMOTED, Registry, Version, describe_wrong_tracker
 from draftsmith.artifacts.tracking.runs import Tracking
-from draftsmith.stages.data.load import DRAFTER_FOLDER
 from draftsmith.stages.data.logs.rehearsal_stage import TABLE, EarlierConfig
-from draftsmith.stages.data.prompt_config import HuggingFaceSource, JsonlSource, PromptSource, ReasoningGymSource
-from draftsmith.stages.data.prompts import PromptsConfig
+from draftsmith.stages.data.prompts import (
+    HuggingFaceSource,
+    JsonlSource,
+    PromptsConfig,
+    PromptSource,
+    ReasoningGymSource,
+)
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.stage import ChampionConfig
 from draftsmith.stages.runtime.stage import Config, FilledIn

@@ -18,7 +18,7 @@ from draftsmith.artifacts.store.retention import artifacts_in_use
 from draftsmith.artifacts.tracking.registry import BY_HAND, PREVIOUS, ROLLED_BACK, Registry, Version
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.refresh.line import FASTEST_BLOCK, artifact_folder, download_upload, find_artifact, registry
-from draftsmith.stages.data.load import DRAFTER_FOLDER
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.sglang.server import drafting_options, served_block_size, speculative_algorithm

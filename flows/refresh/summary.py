@@ -19,10 +19,9 @@ from draftsmith.artifacts.tracking.terms import escape_markdown
 from draftsmith.flows.execution.display import Display, EndedRun
 from draftsmith.flows.planning.graph import RunReview
 from draftsmith.flows.refresh.line import registry
-from draftsmith.stages.data.load import DRAFTER_FOLDER
-from draftsmith.stages.report.names import duration, number, target_name
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.report.next_steps import Invocation, Step, next_steps, refresh_anyway
-from draftsmith.stages.report.review import Review, review_of
+from draftsmith.stages.report.review import Review, duration, number, review_of, target_name
 from draftsmith.stages.report.tables import drafters as drafter_table
 
 WIDTH = 80

@@ -12,7 +12,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.data.prompt_config import PromptCandidate
+from draftsmith.stages.data.prompts import PromptCandidate
 from draftsmith.stages.data.row_formats import Message, TemplateKwargs
 
 _SYSTEM, _FIRST, _ANSWER, _SECOND = "<<a system prompt>>", "<<first question>>", "<<an answer>>", "<<second question>>"

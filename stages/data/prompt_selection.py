@@ -15,11 +15,9 @@ from draftsmith.artifacts.results.data import PromptsSummary
 from draftsmith.artifacts.tables.parquet import TableWriter
 from draftsmith.artifacts.tables.schemas import PROMPTS
 from draftsmith.stages.data.chat_template import TemplateInverter, token_ids
-from draftsmith.stages.data.prompt_config import SPLITS, PromptCandidate, PromptsConfig, Split
 from draftsmith.stages.data.prompt_streams import PromptStream, ReadIds, open_streams
-from draftsmith.stages.data.prompts import MORE_LOGS, preflight
-from draftsmith.stages.data.rejects import describe_counts
-from draftsmith.stages.data.row_files import Throttle
+from draftsmith.stages.data.prompts import MORE_LOGS, SPLITS, PromptCandidate, PromptsConfig, Split, preflight
+from draftsmith.stages.data.row_files import Throttle, describe_counts
 from draftsmith.stages.data.row_formats import Message
 from draftsmith.stages.runtime.stage import StageContext
 from draftsmith.stages.target.info import load_tokenizer, model_path, read_target_info

@@ -19,7 +19,7 @@ import httpx
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, one_line
 from draftsmith.stages.data.held_out import hash_fraction, prompt_identity
-from draftsmith.stages.data.prompt_config import (
+from draftsmith.stages.data.prompts import (
     SPLITS,
     HuggingFaceSource,
     JsonlSource,
@@ -29,8 +29,7 @@ from draftsmith.stages.data.prompt_config import (
     ReasoningGymSource,
     Split,
 )
-from draftsmith.stages.data.rejects import RejectLog
-from draftsmith.stages.data.row_files import BadRow, Row, match_files, no_rows_error, read_rows
+from draftsmith.stages.data.row_files import BadRow, RejectLog, Row, match_files, no_rows_error, read_rows
 from draftsmith.stages.data.row_formats import (
     Message,
     RejectedRow,

@@ -1,18 +1,26 @@
-"""Stored trajectories as a sequence: tokens are read on access, so that they never fill the memory all together."""
+"""Prompts and answers (trajectories), in memory and as artifacts store them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import hashlib
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.readers import RowReader
+from draftsmith.artifacts.tables.schemas import PROMPTS, TRAJECTORIES
+from draftsmith.stages.target.info import read_target_info
+from draftsmith.stages.target.sampling import SamplingParams
 
-if TYPE_CHECKING:  # plans and checks read trajectories without torch
+if TYPE_CHECKING:
     import torch
 
 
@@ -129,3 +137,166 @@ def group_by_length(lengths: Sequence[int] | np.ndarray, tokens_per_group: int) 
         group.append(int(index))
     if group:
         yield group
+
+
+DRAFTER_FOLDER = "drafter"  # inside the artifact of a training stage
+_SAMPLING = ("temperature", "top_p", "top_k")  # columns
+
+
+@dataclass(frozen=True)
+class StoredTrajectories:
+    """The usable trajectories of an artifact, in its order; their tokens stay on disk."""
+
+    trajectories: TrajectoryRows
+    prompt_ids: pa.Array
+    sampling: SamplingParams  # of the answers
+    too_short: int  # left out: answers of one token, on which nothing can be drafted
+
+    def select(self, indices: Sequence[int]) -> StoredTrajectories:
+        """Return the trajectories at these indices."""
+        return replace(
+            self, trajectories=self.trajectories.select(indices), prompt_ids=self.prompt_ids.take(pa.array(indices))
+        )
+
+    @property
+    def prompts(self) -> list[str]:
+        """Return the prompt of each trajectory. Answers to the same prompt are not independent."""
+        names: list[str] = self.prompt_ids.to_pylist()
+        return names
+
+
+def load_trajectories(folder: Path, splits: Collection[str] | None = None) -> StoredTrajectories:
+    """Load `trajectories.parquet` of an artifact, or those of its answers that are in some splits.
+
+    Raises DraftsmithError if there is no usable answer, or if temperature, top_p or top_k differ between answers.
+    """
+    path = folder / "trajectories.parquet"
+    reader = RowReader(path, TRAJECTORIES)
+    table = read_table(path, TRAJECTORIES, ["trajectory_id", "prompt_id", "split", *_SAMPLING])
+    prompts, answers = _lengths(reader, "prompt_ids", "response_ids")
+    wanted = np.ones(table.num_rows, dtype=bool)
+    if splits is not None:
+        wanted = pc.is_in(table["split"], value_set=pa.array(list(splits), pa.string())).to_numpy()
+        if not wanted.any():
+            there = sorted(table["split"].unique().to_pylist())
+            raise DraftsmithError(
+                f"{path} has no answer of split {' or '.join(splits)}, only of {', '.join(there)}. Change fields "
+                "splits and prompts of the section that made it."
+            )
+    places = np.flatnonzero(wanted & (answers >= 2))
+    if not len(places):
+        raise DraftsmithError(f"{path} has no answer of two or more tokens. Check the prompts and max_new_tokens.")
+    values_of = {name: sorted(table[name].take(places).unique().to_pylist()) for name in _SAMPLING}
+    for name, values in values_of.items():
+        if len(values) > 1 and values_of["temperature"] != [0]:
+            raise DraftsmithError(f"{path} mixes the values {values} of {name}. Roll out with one of them.")
+    ids, prompt_ids = (table[name].take(places).combine_chunks() for name in ("trajectory_id", "prompt_id"))
+    lengths = prompts[places] + answers[places]
+    rows = TrajectoryRows(reader, places, ids, lengths, prompts[places])
+    sampling = SamplingParams(*(values[0] for values in values_of.values()))
+    return StoredTrajectories(rows, prompt_ids, sampling, int(wanted.sum()) - len(places))
+
+
+def _lengths(reader: RowReader, *columns: str) -> list[np.ndarray]:
+    """Return [rows] token counts, for each column."""
+    counts: list[list[np.ndarray]] = [[np.zeros(0, dtype=np.int64)] for _ in columns]
+    for batch in reader.row_groups(list(columns)):
+        for lengths, name in zip(counts, columns, strict=True):
+            lengths.append(pc.list_value_length(batch[name]).to_numpy().astype(np.int64))
+    return [np.concatenate(lengths) for lengths in counts]
+
+
+def stored_splits(folder: Path) -> set[str]:
+    """Return the splits that occur in the trajectories of an artifact."""
+    table = read_table(folder / "trajectories.parquet", TRAJECTORIES, ["split"])
+    return set(table["split"].unique().to_pylist())
+
+
+def prompt_sets(folder: Path, prompt_ids: Sequence[str]) -> list[str]:
+    """Return the prompt set (source) of each prompt, from an artifact of stage `prompts`; "logs" for other prompts."""
+    table = read_table(folder / "prompts.parquet", PROMPTS, ["prompt_id", "source"])
+    sources = dict(zip(table["prompt_id"].to_pylist(), table["source"].to_pylist(), strict=True))
+    return [sources.get(prompt_id, "logs") for prompt_id in prompt_ids]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenised prompt."""
+
+    prompt_id: str
+    split: str
+    token_ids: list[int]
+
+
+@dataclass(frozen=True, eq=False)
+class PromptRows(Sequence[Prompt]):
+    """N rows of a table of prompts. Token ids are read on access; the other columns stay in memory."""
+
+    reader: RowReader  # of PROMPTS
+    places: np.ndarray  # [N] row numbers in the table, ascending
+    ids: list[str]  # [N]
+    splits: list[str]  # [N]
+    lengths: np.ndarray  # [N] tokens
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> PromptRows: ...
+
+    def __getitem__(self, index: int | slice) -> Prompt | PromptRows:
+        if isinstance(index, slice):
+            return PromptRows(self.reader, self.places[index], self.ids[index], self.splits[index], self.lengths[index])
+        row = int(self.places[index])
+        (tokens,) = self.reader.rows(row, row + 1, ["token_ids"])["token_ids"]
+        return Prompt(self.ids[index], self.splits[index], tokens.values.to_pylist())
+
+
+def load_prompts(folder: Path, splits: Collection[str]) -> PromptRows:
+    """Load the prompts of some splits from `prompts.parquet` of an artifact, in its order."""
+    path = folder / "prompts.parquet"
+    reader, wanted = RowReader(path, PROMPTS), pa.array(list(splits), pa.string())
+    table = read_table(path, PROMPTS, ["prompt_id", "split"])
+    places = np.flatnonzero(pc.is_in(table["split"], value_set=wanted).to_numpy())
+    chosen = table.take(places)
+    names = [sys.intern(split) for split in chosen["split"].to_pylist()]
+    (lengths,) = _lengths(reader, "token_ids")
+    return PromptRows(reader, places, chosen["prompt_id"].to_pylist(), names, lengths[places])
+
+
+def positions_needed(prompts: Sequence[Prompt], max_new_tokens: int, max_positions: int) -> int:
+    """Return the positions of the longest prompt with its answer.
+
+    Raises DraftsmithError if the target's context (`max_positions`) is shorter.
+    """
+    lengths = prompts.lengths if isinstance(prompts, PromptRows) else [len(prompt.token_ids) for prompt in prompts]
+    needed = int(max(lengths)) + max_new_tokens
+    if needed > max_positions:
+        raise DraftsmithError(
+            f"the longest prompt and {max_new_tokens} new tokens need {needed} positions, but the target has "
+            f"{max_positions}. Lower sampling.max_new_tokens or prompts.max_prompt_tokens."
+        )
+    return needed
+
+
+def check_answer_fits(max_new_tokens: int, target: Path) -> None:
+    """Raise DraftsmithError if an answer alone does not fit into the context. target: folder of its artifact."""
+    limit = read_target_info(target).max_positions
+    if max_new_tokens >= limit:
+        raise DraftsmithError(
+            f"sampling.max_new_tokens: {max_new_tokens} does not fit into the target's {limit} positions. Lower it."
+        )
+
+
+def request_seed(seed: int, prompt_id: str, sample: int) -> int:
+    """Return the seed of a request (63 bits), which does not depend on the other prompts of the run."""
+    digest = hashlib.sha256(f"{seed}/{prompt_id}/{sample}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def random_rank(seed: int, content: bytes) -> int:
+    """Return 63 bits by which to order items at random, from the seed and the item's content alone."""
+    return int.from_bytes(hashlib.sha256(f"lot {seed} ".encode() + content).digest()[:8], "big") >> 1

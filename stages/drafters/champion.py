@@ -7,7 +7,7 @@ import json
 import shutil
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.data.load import DRAFTER_FOLDER
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.checkpoint import check_shape, lineage_from, read_info, write_info
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.stage import RECORD, ChampionConfig

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from draftsmith.artifacts.store.manifest import write_versions
 from draftsmith.artifacts.tables.parquet import TableWriter
 from draftsmith.artifacts.tables.readers import BATCH_ROWS
-from draftsmith.stages.data.load import DRAFTER_FOLDER, PromptRows, positions_needed, request_seed
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, PromptRows, positions_needed, request_seed
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.spec import NO_FREQUENT_TOKENS

@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.data.load import PromptRows, check_answer_fits, load_prompts
+from draftsmith.stages.data.trajectories import PromptRows, check_answer_fits, load_prompts
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import (
     NO_REDUCED_HEAD,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from draftsmith.artifacts.results.drift import ALL, DriftResult
 from draftsmith.artifacts.results.evaluation import CHAMPION
 from draftsmith.stages.data.held_out import independent_units
-from draftsmith.stages.data.load import DRAFTER_FOLDER, load_trajectories, prompt_sets
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_trajectories, prompt_sets
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.evaluation.acceptance import tau_by_set
 from draftsmith.stages.evaluation.drift import DriftConfig

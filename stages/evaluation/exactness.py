@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from draftsmith.artifacts.results.evaluation import PLAIN, Exactness
-from draftsmith.stages.data.load import Prompt
+from draftsmith.stages.data.trajectories import Prompt
 from draftsmith.stages.evaluation.timed_runs import Row
 from draftsmith.stages.target.causal_lm import Target
 

@@ -29,7 +29,7 @@ from draftsmith.artifacts.store.manifest import MANIFEST, read_manifest, write_v
 from draftsmith.artifacts.tables.parquet import write_table
 from draftsmith.artifacts.tables.schemas import REQUESTS, TURNS
 from draftsmith.stages.data.held_out import independent_units
-from draftsmith.stages.data.load import (
+from draftsmith.stages.data.trajectories import (
     DRAFTER_FOLDER,
     load_trajectories,
     positions_needed,
@@ -41,21 +41,20 @@ from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.spec import NO_FREQUENT_TOKENS, DraftingConfig
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.evaluation.acceptance import (
+    ContextCollector,
     acceptance_table,
     has_loop,
     tau_by_set,
     tau_comparisons,
     tau_differences,
 )
-from draftsmith.stages.evaluation.config import DRAFTERS, PREFIX, EvaluationConfig, prompts_to_decode
-from draftsmith.stages.evaluation.machine_load import machine
 from draftsmith.stages.evaluation.speed_embedded import EmbeddedSpeedTest, measure_embedded
 from draftsmith.stages.evaluation.speed_sglang import SGLangSpeedTest, measure_sglang
 from draftsmith.stages.evaluation.speed_table import alternates, at_setting, log_ratios, speed_by_set, speed_tables
-from draftsmith.stages.evaluation.timed_runs import Setting, SpeedMeasurement, settings_of
+from draftsmith.stages.evaluation.stage import DRAFTERS, PREFIX, EvaluationConfig, prompts_to_decode
+from draftsmith.stages.evaluation.timed_runs import Setting, SpeedMeasurement, machine, settings_of
 from draftsmith.stages.evaluation.validity import AGAIN, speed_warnings
 from draftsmith.stages.evaluation.verdicts import Pair, comparison, pairs, verdicts
-from draftsmith.stages.evaluation.worst_contexts import ContextCollector
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.sampled import truncation_warning

@@ -20,15 +20,15 @@ from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.results.evaluation import PLAIN
 from draftsmith.artifacts.tables.parquet import read_table, write_table
 from draftsmith.artifacts.tables.schemas import REQUESTS, TURNS
-from draftsmith.stages.data.load import Prompt
+from draftsmith.stages.data.trajectories import Prompt
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.engines.base import Completion
 from draftsmith.stages.engines.embedded import EmbeddedEngine
-from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.exactness import add_margins, compare_with_plain, exactness
-from draftsmith.stages.evaluation.machine_load import LoadMeter
+from draftsmith.stages.evaluation.stage import EvaluationConfig
 from draftsmith.stages.evaluation.timed_runs import (
+    LoadMeter,
     Row,
     Setting,
     SpeedMeasurement,

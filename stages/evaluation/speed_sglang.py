@@ -24,8 +24,7 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.results.evaluation import PLAIN, Parity
 from draftsmith.artifacts.tables.parquet import read_table, to_table, write_table
 from draftsmith.artifacts.tables.schemas import REQUESTS, TRACE, TURNS
-from draftsmith.stages.data.load import Prompt
-from draftsmith.stages.data.trajectories import Trajectory
+from draftsmith.stages.data.trajectories import Prompt, Trajectory
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.spec import DraftingConfig
@@ -33,10 +32,10 @@ from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.sglang.engine import SGLangEngine, open_sglang
 from draftsmith.stages.engines.sglang.requirements import server_requirements
-from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.exactness import add_margins, compare_with_plain, exactness
-from draftsmith.stages.evaluation.machine_load import LoadMeter, machine
+from draftsmith.stages.evaluation.stage import EvaluationConfig
 from draftsmith.stages.evaluation.timed_runs import (
+    LoadMeter,
     Row,
     Setting,
     SpeedMeasurement,
@@ -44,6 +43,7 @@ from draftsmith.stages.evaluation.timed_runs import (
     candidate_sizes,
     describe_block_sizes,
     fastest,
+    machine,
     requests_for,
     rounds_of,
     settings_of,

@@ -22,8 +22,7 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageIn
 from draftsmith.artifacts.results.diagnosis import DiagnosisResult, ReplayChange
 from draftsmith.artifacts.tables.parquet import to_table
 from draftsmith.artifacts.tables.schemas import TRACE
-from draftsmith.stages.data.load import Prompt, load_prompts, positions_needed
-from draftsmith.stages.data.trajectories import Trajectory
+from draftsmith.stages.data.trajectories import Prompt, Trajectory, load_prompts, positions_needed
 from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter, FeatureContext

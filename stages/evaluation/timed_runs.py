@@ -1,18 +1,25 @@
-"""Timed runs: settings and requests of an evaluation, and rows of its tables `turns` (timed runs) and `requests`."""
+"""Timed runs: settings, requests, rows of tables `turns` (timed runs) and `requests`, and the load of the machine."""
 
 from __future__ import annotations
 
 import itertools
+import math
+import platform
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
-from draftsmith.artifacts.results.evaluation import Exactness, Parity
-from draftsmith.stages.data.load import Prompt, request_seed
+from draftsmith.artifacts.host import all_gpus
+from draftsmith.artifacts.results.evaluation import Exactness, Machine, Parity
+from draftsmith.stages.data.trajectories import Prompt, request_seed
 from draftsmith.stages.engines.base import Completion, Request
-from draftsmith.stages.evaluation.config import EvaluationConfig
+from draftsmith.stages.evaluation.stage import EvaluationConfig
 from draftsmith.stages.runtime.stage import StageContext
 
 Row = dict[str, Any]  # of the table `requests` or `turns`
@@ -159,3 +166,57 @@ def describe_block_sizes(sizes: Mapping[str, int]) -> str:
 def fastest(speeds: Mapping[int, float]) -> int:
     """Return the block size with the most tokens/s; the smaller of two equals."""
     return max(speeds, key=speeds.__getitem__)
+
+
+SHORTEST_S = 0.5  # CPU time is counted in hundredths of a second: shares of shorter spans mean nothing
+
+
+class LoadMeter:
+    """Measures CPU time from its creation on."""
+
+    def __init__(self) -> None:
+        self._began, self._machine, self._own = time.perf_counter(), psutil.cpu_times(), own_seconds()
+
+    def others_share(self) -> float:
+        """Return the share of all cores' CPU time that other processes, and other guests of the host, took since.
+
+        NaN if too little time has passed.
+        """
+        machine, own = psutil.cpu_times(), own_seconds()
+        passed = {name: now - before for name, now, before in zip(machine._fields, machine, self._machine, strict=True)}
+        # guests are counted as user time too; iowait is idle
+        total = sum(seconds for name, seconds in passed.items() if not name.startswith("guest"))
+        if time.perf_counter() - self._began < SHORTEST_S or total <= 0:
+            return math.nan
+        busy = total - passed["idle"] - passed.get("iowait", 0.0)
+        return max(0.0, busy - (own - self._own)) / total
+
+
+def machine() -> Machine:
+    """Return a description of this machine."""
+    return Machine(
+        cpu=_cpu_name(),
+        cores=psutil.cpu_count(),
+        memory_gb=round(psutil.virtual_memory().total / 1e9),
+        gpus=[gpu.model for gpu in all_gpus()],
+    )
+
+
+def _cpu_name() -> str:
+    with suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
+        for line in lines:
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def own_seconds() -> float:
+    """Return the CPU time of this process and its descendants (servers that it launched), ended ones included."""
+    this = psutil.Process()
+    seconds = 0.0
+    for process in (this, *this.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            times = process.cpu_times()
+            seconds += times.user + times.system + times.children_user + times.children_system
+    return seconds

@@ -17,8 +17,13 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.tables.parquet import TableWriter, index_in, read_table
 from draftsmith.artifacts.tables.readers import KeyedRows, RowReader
 from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE, VERIFY_STEPS
-from draftsmith.stages.data.load import DRAFTER_FOLDER, StoredTrajectories, load_trajectories, random_rank
-from draftsmith.stages.data.trajectories import TrajectoryRows
+from draftsmith.stages.data.trajectories import (
+    DRAFTER_FOLDER,
+    StoredTrajectories,
+    TrajectoryRows,
+    load_trajectories,
+    random_rank,
+)
 from draftsmith.stages.drafters.checkpoint import TOKENS_FILE, block_size_of, load_drafter, skeleton_of
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.spec import NO_FREQUENT_TOKENS, DraftingConfig

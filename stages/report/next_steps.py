@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from draftsmith.artifacts.results.evaluation import CHAMPION
-from draftsmith.stages.report.names import duration
-from draftsmith.stages.report.review import Review
+from draftsmith.stages.report.review import Review, duration
 
 COMMAND = "DRAFTSMITH_COMMAND"  # of the environment: the config and overrides of the command, as JSON, for the report
 _UNSAFE = ("checksums", "lossless")  # groups of rules: a drafter that breaks one is not promoted by hand either

@@ -1,25 +1,32 @@
-"""The report of a refresh: one HTML file with everything inside, readable without a network. The verdict is first."""
+"""The report as one HTML page, with its plots."""
 
 from __future__ import annotations
 
+import html
+import io
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
+import matplotlib
 from jinja2 import Environment
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.redaction import printable
 from draftsmith.artifacts.results.data import LogsSummary, PromptsSummary
 from draftsmith.artifacts.results.evaluation import AnswerContext, EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision
-from draftsmith.stages.report import plots, tables
-from draftsmith.stages.report.lineage import LineageEntry, wall_seconds
-from draftsmith.stages.report.names import duration, name_of
+from draftsmith.stages.report import tables
+from draftsmith.stages.report.metrics import LineageEntry, wall_seconds
 from draftsmith.stages.report.next_steps import Step
-from draftsmith.stages.report.review import review_of
+from draftsmith.stages.report.review import duration, name_of, review_of
 from draftsmith.stages.report.stage import HistoryPoint
 from draftsmith.stages.report.template import PAGE, STYLE
 
@@ -84,9 +91,9 @@ def _plots(data: ReportData) -> dict[str, str]:
     found = {}
     drafters = data.evaluation.drafters
     if offsets := {arm: each.acceptance_by_offset for arm, each in drafters.items() if each.acceptance_by_offset}:
-        found["by_offset"] = plots.acceptance_by_offset(offsets, {arm: name_of(arm) for arm in offsets})
+        found["by_offset"] = acceptance_by_offset(offsets, {arm: name_of(arm) for arm in offsets})
     if len(data.history) > 1:
-        found["trend"] = plots.tau_over_time(data.history)
+        found["trend"] = tau_over_time(data.history)
     return found
 
 
@@ -129,3 +136,103 @@ def _visible_spaces(piece: str) -> str:
     inner = piece.strip(" ")
     lead = len(piece) - len(piece.lstrip(" "))
     return "␣" * lead + inner + "␣" * (len(piece) - lead - len(inner)) if inner else "␣" * len(piece)
+
+
+COLOURS = {  # also for the colour-blind
+    "plain": "#8a8f98", "champion": "#a06cd5", "sft": "#4c8bd6", "opd": "#e0703c", "control": "#3fa66b",
+}  # fmt: skip
+_OTHER = "#a06cd5"
+_INK = "#010203"  # stands for the page's text colour, and becomes `currentColor`
+_STYLE: Any = {
+    "svg.hashsalt": "draftsmith",
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "grid.color": _INK,
+    "grid.alpha": 0.15,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
+P = ParamSpec("P")
+
+
+def _styled(draw: Callable[P, str]) -> Callable[P, str]:
+    """Draw in the report's style, whatever the user's matplotlibrc sets."""
+
+    @wraps(draw)
+    def styled(*args: P.args, **kwargs: P.kwargs) -> str:
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            matplotlib.rcParams.update(_STYLE)
+            return draw(*args, **kwargs)
+
+    return styled
+
+
+@_styled
+def acceptance_by_offset(drafters: Mapping[str, Sequence[float]], names: Mapping[str, str]) -> str:
+    """Plot the share of proposals accepted at each position, a line for each drafter."""
+    figure = _figure(7.2, 3.4)
+    axes = figure.add_subplot()
+    for arm, shares in drafters.items():
+        offsets = range(1, len(shares) + 1)
+        axes.plot(offsets, shares, marker="o", markersize=4, color=COLOURS.get(arm, _OTHER), label=names[arm])
+    axes.set(xlabel="position in the block", ylabel="share accepted", ylim=(0, 1.02))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend()
+    return _svg(figure, "acceptance", "Share of proposals accepted at each position")
+
+
+@_styled
+def tau_over_time(history: Sequence[HistoryPoint]) -> str:
+    """Plot acceptance lengths of a line's drafters: at promotions (with the version), drift checks and refusals."""
+    figure = _figure(7.2, 3.1)
+    axes = figure.add_subplot()
+    for what, marker, colour, label in (
+        ("promoted", "D", COLOURS["opd"], "at its promotion"),
+        ("checked", "o", COLOURS["sft"], "at a drift check"),
+        ("refused", "x", COLOURS["plain"], "not promoted"),
+        ("now", "s", COLOURS["control"], "this refresh"),
+    ):
+        points = [(point, point.tau) for point in history if point.what == what and point.tau is not None]
+        if not points:
+            continue
+        times: list[Any] = [datetime.fromisoformat(point.at) for point, _ in points]
+        below = [tau - (tau if point.low is None else min(tau, point.low)) for point, tau in points]
+        above = [(tau if point.high is None else max(tau, point.high)) - tau for point, tau in points]
+        axes.errorbar(
+            times, [tau for _, tau in points], yerr=[below, above], linestyle="", marker=marker, markersize=5,
+            capsize=2, color=colour, label=label,
+        )  # fmt: skip
+        if what == "promoted":
+            for time, (point, tau) in zip(times, points, strict=True):
+                axes.annotate(f" {point.version}", (time, tau), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axes.set(ylabel="acceptance length")
+    axes.tick_params(axis="x", labelrotation=20)
+    axes.legend()
+    return _svg(figure, "line", "Acceptance length of the line's drafters over time")
+
+
+def _figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _svg(figure: Figure, name: str, title: str) -> str:
+    """Return the figure as an element of a page: no background, the page's colour and font, unique ids, no links."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\s(xmlns(:\w+)?|version)="[^"]*"', "", svg)
+    svg = re.sub(r'(\sid="|url\(#|href="#)', rf"\g<1>{name}-", svg).replace("xlink:href", "href")
+    svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg).replace(_INK, "currentColor")
+    label = html.escape(title, quote=True)
+    return re.sub(r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>", rf'<svg \1 role="img" aria-label="{label}">', svg, count=1)

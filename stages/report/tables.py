@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from draftsmith.artifacts.results.base import SetMetrics
 from draftsmith.artifacts.results.evaluation import CHAMPION, EvaluationResult
 from draftsmith.stages.evaluation.verdicts import estimate_of
-from draftsmith.stages.report.lineage import LineageEntry, device_seconds, wall_seconds
-from draftsmith.stages.report.names import ABSENT, duration, interval, name_of, number
-from draftsmith.stages.report.review import MetricDifference, Review
+from draftsmith.stages.report.metrics import LineageEntry, device_seconds, wall_seconds
+from draftsmith.stages.report.review import ABSENT, MetricDifference, Review, duration, interval, name_of, number
 
 _COUNTS = ("response_tokens", "positions", "tflop")  # metrics that stages report
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Generic, TypeVar
 
-from draftsmith.stages.data.load import DRAFTER_FOLDER
-from draftsmith.stages.data.trajectories import Trajectory, pad_tokens, trajectory_lengths
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, Trajectory, pad_tokens, trajectory_lengths
 from draftsmith.stages.drafters.base import Drafter, DrafterInfo
 from draftsmith.stages.drafters.checkpoint import save_drafter
 from draftsmith.stages.runtime.ranks import ALONE, Ranks

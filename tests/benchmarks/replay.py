@@ -25,8 +25,13 @@ import numpy as np
 import torch
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.data.load import DRAFTER_FOLDER, load_trajectories
-from draftsmith.stages.data.trajectories import Trajectory, group_by_length, pad_tokens
+from draftsmith.stages.data.trajectories import (
+    DRAFTER_FOLDER,
+    Trajectory,
+    group_by_length,
+    load_trajectories,
+    pad_tokens,
+)
 from draftsmith.stages.drafters.base import Context, PreparedDrafter
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.engines.base import Request

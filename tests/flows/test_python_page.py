@@ -16,7 +16,7 @@ import yaml
 from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.tracking.registry import Registry
 from draftsmith.artifacts.tracking.runs import Tracking
-from draftsmith.stages.data.load import DRAFTER_FOLDER, load_trajectories
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_trajectories
 from tests.testbed.artifacts import committed
 from tests.testbed.databases import give_databases
 from tests.testbed.drafter import DrafterArtifacts

@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from draftsmith.stages.data.load import DRAFTER_FOLDER
-from draftsmith.stages.data.trajectories import Trajectory
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, Trajectory
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.engines.sglang.protocol import KEY

@@ -11,7 +11,7 @@ import numpy as np
 from draftsmith.artifacts.store.manifest import read_manifest
 from draftsmith.flows.execution.display import Display
 from draftsmith.stages.data.held_out import independent_units
-from draftsmith.stages.data.load import DRAFTER_FOLDER, load_trajectories
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer

@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from draftsmith.stages.data.load import DRAFTER_FOLDER, Prompt, load_prompts
-from draftsmith.stages.data.trajectories import Trajectory, pad_tokens
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, Prompt, Trajectory, load_prompts, pad_tokens
 from draftsmith.stages.drafters.base import Context, Drafter, PreparedDrafter
 from draftsmith.stages.drafters.checkpoint import create_drafter, load_drafter
 from draftsmith.stages.drafters.dflash.config import DFlashConfig

@@ -139,7 +139,7 @@ def _heldout(recipe: DrafterRecipe) -> dict[str, int]:
 
 def _leave_out_near_ties(made: DrafterArtifacts, recipe: DrafterRecipe) -> None:
     """Reduce the held-out splits to prompts whose answers have no near-tie of target or drafter."""
-    from draftsmith.stages.data.load import DRAFTER_FOLDER, load_trajectories
+    from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_trajectories
     from draftsmith.stages.drafters.checkpoint import load_drafter
     from draftsmith.stages.target.causal_lm import Target
 

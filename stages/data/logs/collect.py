@@ -1,32 +1,44 @@
-"""The body of stage `logs`: collects the usable answers of the files, and mixes in those of an earlier refresh."""
+"""The body of stage `logs`: collects usable answers, mixes in those of an earlier refresh, and scores some of them."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
 
 from draftsmith.artifacts.atomic import atomic_path, write_text
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.results.data import LogsSummary, LogWindow
+from draftsmith.artifacts.tables.parquet import TableWriter
+from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 from draftsmith.stages.data.held_out import read_held_out
-from draftsmith.stages.data.logs.answer_table import TrajectoryTable, answer_batches, select_rows
-from draftsmith.stages.data.logs.config import LogsConfig
 from draftsmith.stages.data.logs.filter import USED_BEFORE, AcceptedAnswer, Exclusions, LogFilter
-from draftsmith.stages.data.logs.likelihood_check import OUTSIDE, check_likelihood
-from draftsmith.stages.data.logs.rehearsal import EarlierAnswers, changes_since, read_contents, read_earlier_answers
+from draftsmith.stages.data.logs.rehearsal import (
+    EarlierAnswers,
+    changes_since,
+    read_contents,
+    read_earlier_answers,
+    select_rows,
+)
 from draftsmith.stages.data.logs.rows import SHAPES, TokenCache
-from draftsmith.stages.data.logs.stage import preflight
-from draftsmith.stages.data.rejects import RejectLog, describe_counts
-from draftsmith.stages.data.row_files import Throttle, is_remote, no_rows_error, read_rows
+from draftsmith.stages.data.logs.stage import LogsConfig, preflight
+from draftsmith.stages.data.row_files import RejectLog, Throttle, describe_counts, is_remote, no_rows_error, read_rows
 from draftsmith.stages.data.time_window import LAST, to_iso
 from draftsmith.stages.runtime.stage import StageContext
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.info import read_target_info
+from draftsmith.stages.target.sampling import SamplingParams
 
 _REPORT_EVERY = 256  # rows
+_COLUMNS = ("prompt_id", "prompt_ids", "response_ids", "finish_reason")  # fields of an AcceptedAnswer
+_GROUP_TOKENS, _GROUP_ROWS = 1 << 20, 4096  # of answers that are appended together
 
 
 def run(ctx: StageContext, config: LogsConfig) -> None:
@@ -226,3 +238,132 @@ def _window(config: LogsConfig, log_filter: LogFilter) -> LogWindow:
         after=config.after,
         newest=None if log_filter.newest is None else to_iso(log_filter.newest),
     )
+
+
+def answer_batches(answers: Iterable[AcceptedAnswer]) -> Iterator[pa.Table]:
+    """Yield the answers as tables of some thousand rows."""
+    rows: list[AcceptedAnswer] = []
+    tokens = 0
+    for answer in answers:
+        rows.append(answer)
+        tokens += len(answer.prompt_ids) + len(answer.response_ids)
+        if tokens >= _GROUP_TOKENS or len(rows) >= _GROUP_ROWS:
+            yield _table(rows)
+            rows, tokens = [], 0
+    if rows:
+        yield _table(rows)
+
+
+def _table(rows: list[AcceptedAnswer]) -> pa.Table:
+    types = {name: TRAJECTORIES.columns.field(name).type for name in _COLUMNS}
+    return pa.table({name: pa.array([getattr(row, name) for row in rows], kind) for name, kind in types.items()})
+
+
+class TrajectoryTable(TableWriter):
+    """Writes `trajectories.parquet` of training answers; answers to one prompt are numbered in their order."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, TRAJECTORIES)
+        self._samples: Counter[str] = Counter()
+        self.answer_tokens = 0
+
+    def add(self, batch: pa.Table, **constants: Any) -> None:
+        """Append answers. constants: values of columns that are the same in all rows, in place of those of `batch`."""
+        prompts = batch["prompt_id"].to_pylist()
+        samples = []
+        for prompt in prompts:
+            samples.append(self._samples[prompt])
+            self._samples[prompt] += 1
+        added: dict[str, Sequence[object]] = {
+            "trajectory_id": [f"{prompt}/{sample}" for prompt, sample in zip(prompts, samples, strict=True)],
+            "sample": samples,
+            **{name: [value] * batch.num_rows for name, value in (constants | {"split": "train"}).items()},
+        }
+        columns = [
+            pa.array(added[field.name], field.type) if field.name in added else batch[field.name]
+            for field in TRAJECTORIES.columns
+        ]
+        self.append(pa.table(columns, names=TRAJECTORIES.columns.names))
+        self.answer_tokens += pc.sum(pc.list_value_length(batch["response_ids"])).as_py()
+
+
+GAP = 1.0  # nats below the best token: more than near-ties of another kernel or dtype
+UNCHOSEN_SHARE, UNCHOSEN_MIN = 0.03, 2  # tokens of a greedy answer that may be farther below: seams of tokens
+DEVIATIONS = 6.0  # of a sampled answer's log-prob from its expectation
+BEGINNING = 8  # tokens that are also tested alone
+OUTSIDE_SHARE, OUTSIDE_MIN = 0.01, 2  # tokens of a sampled answer that top-k or top-p may exclude,
+EDGE = 0.25  # after both are widened by this share, since another kernel's edge is not exactly ours
+_POSITIONS = 512  # whose logits are in memory together
+
+LIKELY, UNLIKELY, OTHER_BEGINNING, TOO_LIKELY = "", "improbable", "improbable beginning", "more probable than sampled"
+OUTSIDE = "outside top_p or top_k"
+
+
+@torch.no_grad()
+def check_likelihood(target: Target, prompt: Sequence[int], answer: Sequence[int], sampling: SamplingParams) -> str:
+    """Return what speaks against an answer, one of the constants above; empty if nothing does.
+
+    Greedy answers have no token that the target clearly would not have chosen. For sampled answers, the expected log-
+    prob is minus the entropy, summed over the positions. A sum over hundreds of tokens is close to normal, so its
+    deviation is measured in standard deviations; and no token is one that top-k or top-p exclude. The check finds
+    sampled rows among greedy ones and the reverse, rows of a wider top-p or top-k, another model's answers, and answers
+    whose beginning (the reasoning) was removed. It tolerates retokenised text and near-ties of other kernels.
+    """
+    ids = torch.tensor([[*prompt, *answer]], device=target.device)
+    hidden = target.read(ids).hidden[0, len(prompt) - 1 : -1]  # of the positions before each token of the answer
+    tokens = ids[0, len(prompt) :]
+    gaps, surprises, variances, likelier, ranks = [], [], [], [], []
+    for start in range(0, len(tokens), _POSITIONS):
+        logits = target.logits(hidden[start : start + _POSITIONS])
+        chosen = tokens[start : start + _POSITIONS, None]
+        if sampling.greedy:
+            gaps.append(logits.max(-1).values - logits.gather(-1, chosen)[:, 0])
+            continue
+        logprobs = torch.log_softmax(logits / sampling.temperature, -1)
+        probs = logprobs.exp()
+        finite = torch.where(probs > 0, logprobs, 0.0)
+        entropy = -(probs * finite).sum(-1)
+        surprises.append(-logprobs.gather(-1, chosen)[:, 0] - entropy)  # zero on average
+        variances.append((probs * finite.square()).sum(-1) - entropy.square())
+        better = probs > probs.gather(-1, chosen)
+        likelier.append((probs * better).sum(-1))
+        ranks.append(better.sum(-1))
+    if sampling.greedy:
+        return _check_greedy(torch.cat(gaps))
+    reason = _check_sampled(torch.cat(surprises), torch.cat(variances), sampling)
+    return reason or _check_truncation(torch.cat(likelier), torch.cat(ranks), sampling)
+
+
+def _check_greedy(gaps: torch.Tensor) -> str:
+    """Check [N] nats by which each token's logit is below the best one."""
+    unchosen = gaps > GAP
+    if int(unchosen.sum()) >= max(UNCHOSEN_MIN, UNCHOSEN_SHARE * len(gaps)):
+        return UNLIKELY
+    return OTHER_BEGINNING if bool(unchosen[0]) else LIKELY
+
+
+def _check_sampled(surprises: torch.Tensor, variances: torch.Tensor, sampling: SamplingParams) -> str:
+    """Check [N] negative log-probs less the entropy, with their variances."""
+    # a little is added: a certain position has variance zero, and another kernel's log-prob is not quite ours
+    deviations = surprises.sum() / (variances.sum() + 0.01 * len(variances)).sqrt()
+    if deviations > DEVIATIONS:
+        return UNLIKELY
+    if deviations < -DEVIATIONS and not sampling.truncates:  # truncation by itself makes answers more probable
+        return TOO_LIKELY
+    beginning = surprises[:BEGINNING].sum() / (variances[:BEGINNING].sum() + 1.0).sqrt()
+    return OTHER_BEGINNING if beginning > DEVIATIONS else LIKELY
+
+
+def _check_truncation(likelier: torch.Tensor, ranks: torch.Tensor, sampling: SamplingParams) -> str:
+    """Check that top-k and top-p allow the tokens.
+
+    likelier: [N] total probability of the tokens that are more probable than the answer's. ranks: [N] their number.
+    top-p is compared with the whole distribution, not with what top-k leaves of it: some engines do so, and exclude
+    less.
+    """
+    outside = torch.zeros_like(ranks, dtype=torch.bool)
+    if sampling.top_p < 1:
+        outside |= likelier >= sampling.top_p + EDGE * (1 - sampling.top_p)
+    if sampling.top_k:
+        outside |= ranks >= (1 + EDGE) * sampling.top_k
+    return OUTSIDE if int(outside.sum()) >= max(OUTSIDE_MIN, OUTSIDE_SHARE * len(outside)) else LIKELY

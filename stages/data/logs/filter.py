@@ -15,10 +15,9 @@ import numpy as np
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.data.chat_template import TemplateInverter
 from draftsmith.stages.data.held_out import HeldOut, token_digest
-from draftsmith.stages.data.logs.config import LogsConfig
 from draftsmith.stages.data.logs.rows import AnswerReader, LoggedRow, TokenCache, logged_ids, logged_text
-from draftsmith.stages.data.rejects import RejectLog
-from draftsmith.stages.data.row_files import BadRow, Row
+from draftsmith.stages.data.logs.stage import LogsConfig
+from draftsmith.stages.data.row_files import BadRow, RejectLog, Row
 from draftsmith.stages.data.row_formats import Message, RejectedRow, matches_filter, messages_beside_ids, rename_fields
 from draftsmith.stages.data.time_window import TIME_FIELDS, row_time
 from draftsmith.stages.target.info import load_tokenizer, model_path, read_target_info

@@ -11,18 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from draftsmith.artifacts.atomic import atomic_path, write_text
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.store.manifest import sha256_file
 from draftsmith.artifacts.store.mirror import open_store
-from draftsmith.artifacts.tables.parquet import has_current_version, read_table, table_errors
+from draftsmith.artifacts.tables.parquet import GROUP_BYTES, has_current_version, read_table, table_errors
 from draftsmith.artifacts.tables.schemas import TRAJECTORIES
-from draftsmith.stages.data.load import random_rank
-from draftsmith.stages.data.logs.answer_table import read_batches, select_rows
 from draftsmith.stages.data.logs.filter import LogFilter, answer_content, prompt_id
 from draftsmith.stages.data.logs.rehearsal_stage import TABLE, EarlierConfig, folder_in_home
+from draftsmith.stages.data.trajectories import random_rank
 from draftsmith.stages.runtime.stage import StageContext
 from draftsmith.stages.target.info import TargetInfo
 from draftsmith.stages.target.sampling import SamplingParams
@@ -30,6 +30,7 @@ from draftsmith.stages.target.sampling import SamplingParams
 ORIGIN, _CONTENTS = "earlier.json", "contents.npy"  # digests of target and tokenizer; digests of the answers
 _DIGEST_BYTES = 16
 _COLUMNS = ["split", "temperature", "top_p", "top_k", "prompt_ids", "response_ids"]
+_BATCH_ROWS = 4096
 
 
 def run(ctx: StageContext, config: EarlierConfig) -> None:
@@ -157,3 +158,25 @@ def _usable_content(prompt: np.ndarray, answer: np.ndarray, log_filter: LogFilte
     if not log_filter.fits(prompt, answer) or log_filter.is_held_out(prompt):
         return None
     return answer_content(prompt, answer)
+
+
+def read_batches(path: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """Yield a Parquet file in batches, each of at most about `GROUP_BYTES`, whoever wrote it."""
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        size = sum(file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups))
+        rows = max(1, min(_BATCH_ROWS, file.metadata.num_rows * GROUP_BYTES // max(1, size)))
+        for group in range(
+            file.num_row_groups
+        ):  # one group per reader: a reader of all groups holds more memory the more there are
+            for batch in file.iter_batches(rows, [group], columns, use_threads=False):
+                yield pa.Table.from_batches([batch])
+
+
+def select_rows(path: Path, mask: np.ndarray) -> Iterator[pa.Table]:
+    """Yield the rows of a Parquet file that a mask selects ([rows] bool), in batches."""
+    start = 0
+    for table in read_batches(path):
+        selected = mask[start : start + table.num_rows]
+        start += table.num_rows
+        if selected.any():
+            yield table.filter(pa.array(selected))

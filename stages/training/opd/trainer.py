@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import torch
 
-from draftsmith.stages.data.load import DRAFTER_FOLDER, load_trajectories
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import lineage_from, load_drafter
 from draftsmith.stages.runtime.ranks import Ranks

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from draftsmith.stages.data.load import DRAFTER_FOLDER, load_trajectories, stored_splits
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_trajectories, stored_splits
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import (
     create_drafter,

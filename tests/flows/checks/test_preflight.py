@@ -15,11 +15,11 @@ from draftsmith.flows.checks.models import DrafterPlans, check_drafters, check_s
 from draftsmith.flows.checks.prompts import check_lengths, check_prompt_counts
 from draftsmith.flows.planning.graph import Node
 from draftsmith.stages.catalog import STAGES
-from draftsmith.stages.data.load import DRAFTER_FOLDER, load_prompts
 from draftsmith.stages.data.prompts import PromptsConfig
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_prompts
 from draftsmith.stages.drafters.stage import ChampionConfig
 from draftsmith.stages.engines.stage import RolloutConfig
-from draftsmith.stages.evaluation.config import EvaluationConfig
+from draftsmith.stages.evaluation.stage import EvaluationConfig
 from draftsmith.stages.replay.stage import MiningConfig
 from draftsmith.stages.target.info import read_target_info
 from draftsmith.stages.training.config import SftConfig

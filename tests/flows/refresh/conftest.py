@@ -10,7 +10,7 @@ import torch
 
 from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import ArtifactRef
-from draftsmith.stages.data.load import DRAFTER_FOLDER
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.checkpoint import save_drafter
 from draftsmith.stages.target.causal_lm import Target
 from tests.testbed.artifacts import committed

@@ -10,9 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.data.prompt_config import SPLITS
 from draftsmith.stages.data.prompt_streams import open_streams
-from draftsmith.stages.data.prompts import PromptsConfig
+from draftsmith.stages.data.prompts import SPLITS, PromptsConfig
 from draftsmith.stages.data.row_formats import row_messages
 from tests.stages.data.prompts_run import Row, error, questions, run, run_with_context, texts, write_rows
 

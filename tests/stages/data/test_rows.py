@@ -11,10 +11,9 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.data.held_out import prompt_identity
 from draftsmith.stages.data.logs.rows import LoggedRow, logged_text
-from draftsmith.stages.data.prompt_config import JsonlSource
 from draftsmith.stages.data.prompt_streams import prompt_rows
-from draftsmith.stages.data.rejects import RejectLog
-from draftsmith.stages.data.row_files import read_rows
+from draftsmith.stages.data.prompts import JsonlSource
+from draftsmith.stages.data.row_files import RejectLog, read_rows
 from draftsmith.stages.data.row_formats import (
     NOT_TEXT,
     TOOLS,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.data.load import DRAFTER_FOLDER
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.base import DrafterInfo
 from draftsmith.stages.drafters.checkpoint import read_info, save_drafter
 from draftsmith.stages.drafters.digest import drafter_digest

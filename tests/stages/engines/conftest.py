@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from draftsmith.artifacts import retry
-from draftsmith.stages.data.load import DRAFTER_FOLDER
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.engines.sglang import pool
 from draftsmith.stages.engines.sglang.requirements import ServerRequirements
 from tests.stages.engines.servers import requirements_of

@@ -13,7 +13,7 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE, TRAJECTORIES
-from draftsmith.stages.data.load import DRAFTER_FOLDER, load_prompts, load_trajectories
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_prompts, load_trajectories
 from draftsmith.stages.drafters.checkpoint import TOKENS_FILE
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.engines.stage import STAGE, RolloutConfig, preflight

@@ -16,7 +16,7 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageInterrupted
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import TRAJECTORIES
-from draftsmith.stages.data.load import DRAFTER_FOLDER, load_prompts
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_prompts
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.sglang import pool
 from draftsmith.stages.engines.sglang.engine import _MAX_UNANSWERED, SGLangEngine, UnansweredError

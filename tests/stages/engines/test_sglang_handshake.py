@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
-from draftsmith.stages.data.load import DRAFTER_FOLDER
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.sglang.handshake import ServerInfo
 from draftsmith.stages.engines.sglang.requirements import ServerRequirements

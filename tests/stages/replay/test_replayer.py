@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from draftsmith.stages.data.load import DRAFTER_FOLDER
-from draftsmith.stages.data.trajectories import Trajectory, group_by_length, pad_tokens
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, Trajectory, group_by_length, pad_tokens
 from draftsmith.stages.drafters.base import PreparedDrafter
 from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
 from draftsmith.stages.drafters.lm_head import Head

@@ -8,8 +8,7 @@ import pytest
 
 from draftsmith.artifacts.results.evaluation import EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision
-from draftsmith.stages.report.names import ABSENT, duration, interval, number
-from draftsmith.stages.report.review import Review, Variant, review_of
+from draftsmith.stages.report.review import ABSENT, Review, Variant, duration, interval, number, review_of
 from tests.stages.report.sample_report import DECISION, EVALUATION, OF_A_LINE, SERVED, verdict
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
 
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
-from draftsmith.stages.data.load import DRAFTER_FOLDER
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.base import Drafter, DrafterInfo
 from draftsmith.stages.drafters.checkpoint import create_drafter, save_drafter
 from draftsmith.stages.drafters.eagle3.config import Eagle3Config

@@ -12,9 +12,8 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store.manifest import ELSEWHERE, sha256_file
 from draftsmith.flows.planning.inputs import external_digests
-from draftsmith.stages.data.prompt_config import HuggingFaceSource
 from draftsmith.stages.data.prompt_streams import load_rows
-from draftsmith.stages.data.prompts import PromptsConfig
+from draftsmith.stages.data.prompts import HuggingFaceSource, PromptsConfig
 from draftsmith.stages.drafters.checkpoint import drafter_source
 from draftsmith.stages.runtime.stage import NOT_FETCHED
 from draftsmith.stages.target.config import TargetConfig

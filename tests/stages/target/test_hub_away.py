@@ -50,7 +50,7 @@ PROGRAM = textwrap.dedent(
 
     from draftsmith.artifacts.errors import DraftsmithError
     from draftsmith.stages.drafters.checkpoint import drafter_source
-    from draftsmith.stages.data.prompt_config import HuggingFaceSource
+    from draftsmith.stages.data.prompts import HuggingFaceSource
     from draftsmith.stages.data.prompt_streams import load_rows
     from draftsmith.stages.target.config import TargetConfig
     from draftsmith.stages.target.resolve import resolve_target

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from draftsmith.stages.data.load import DRAFTER_FOLDER, load_prompts
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_prompts
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.trace import tau

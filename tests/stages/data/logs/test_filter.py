@@ -12,10 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from draftsmith.stages.data.held_out import HeldOut
-from draftsmith.stages.data.logs.config import LogsConfig
 from draftsmith.stages.data.logs.filter import AcceptedAnswer, Exclusions, LogFilter, SchemaFilter
-from draftsmith.stages.data.rejects import RejectLog
-from draftsmith.stages.data.row_files import Row
+from draftsmith.stages.data.logs.stage import LogsConfig
+from draftsmith.stages.data.row_files import RejectLog, Row
 from tests.testbed.drafter import DrafterArtifacts
 
 TEXT = st.text(st.characters(), max_size=12)

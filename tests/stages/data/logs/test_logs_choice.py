@@ -17,10 +17,10 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.tables.parquet import read_table, write_table
 from draftsmith.artifacts.tables.schemas import TRAJECTORIES
-from draftsmith.stages.data.load import load_trajectories
 from draftsmith.stages.data.logs.rehearsal import ORIGIN
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.time_window import to_iso
+from draftsmith.stages.data.trajectories import load_trajectories
 from draftsmith.stages.target.sampling import SamplingParams
 from tests.stages.data.logs.logs_run import Logs, Row, as_ids, counts, given_by, set_aside, table, write
 from tests.testbed.context import RecordingContext

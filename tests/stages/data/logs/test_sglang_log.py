@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from draftsmith.stages.data.logs.config import LogsConfig
 from draftsmith.stages.data.logs.filter import SchemaFilter
-from draftsmith.stages.data.rejects import RejectLog
-from draftsmith.stages.data.row_files import Row
+from draftsmith.stages.data.logs.stage import LogsConfig
+from draftsmith.stages.data.row_files import RejectLog, Row
 
 README = Path(__file__).parents[4] / "configs" / "own-logs.md"
 # Of SGLang 0.5.20 for a chat, shortened: fields that nothing reads are left out.

@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
-from draftsmith.stages.data.load import DRAFTER_FOLDER
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.sft.stage import STAGE
 from tests.testbed import random_target

@@ -9,7 +9,7 @@ import time
 
 import psutil
 
-from draftsmith.stages.evaluation.machine_load import SHORTEST_S, LoadMeter, machine, own_seconds
+from draftsmith.stages.evaluation.timed_runs import SHORTEST_S, LoadMeter, machine, own_seconds
 
 BURN = "import time\nend = time.process_time() + 1.0\nwhile time.process_time() < end: pass"
 

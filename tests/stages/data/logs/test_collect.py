@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from draftsmith.stages.data.logs.likelihood_check import check_likelihood
+from draftsmith.stages.data.logs.collect import check_likelihood
 from draftsmith.stages.target.sampling import SamplingParams
 from tests.stages.bench import Bench
 
