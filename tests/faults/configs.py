@@ -1,6 +1,6 @@
-"""The refreshes that faults are injected into: as small as they can be with every stage in them.
+"""The refreshes that faults are injected into: as small as they can be, with every stage.
 
-Several configs, because no single refresh has every stage: `plain` is a refresh that stands alone, `line` the second
+Several configs, because no single refresh has every stage: `plain` is a refresh without a line, `line` the second
 of a line of drafters, from logged answers, and `served` asks an SGLang server for its first rollout.
 """
 
@@ -31,7 +31,7 @@ _ROLLOUT = {"engine": {"slots": 2}, "rows_per_shard": ROWS_PER_SHARD}
 
 
 def config_of(kind: str, folder: Path) -> dict[str, Any]:
-    """The config; `folder` is where its files lie."""
+    """The config; folder: of its files."""
     config = small_refresh(
         kind, target.target_folder(), folder / "prompts.jsonl", 24,
         stages={"min_free_gb": 0.001, "grace_seconds": 3, "retry_delay_seconds": 1},
@@ -58,7 +58,7 @@ def config_of(kind: str, folder: Path) -> dict[str, Any]:
 
 
 def write(kind: str, folder: Path, answers: Path | None = None) -> Path:
-    """Config and prompts in `folder`. answers: of an earlier refresh, for `line`."""
+    """Write config and prompts into `folder`. answers: of an earlier refresh, for `line`."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = target.prompts_file().read_text("utf-8").splitlines(keepends=True)
     (folder / "prompts.jsonl").write_text("".join(rows[:60]), "utf-8")
@@ -70,7 +70,7 @@ def write(kind: str, folder: Path, answers: Path | None = None) -> Path:
 
 
 def log_answers(trajectories: Path, path: Path) -> None:
-    """What the target answered in a rollout, as a server would have logged it."""
+    """Write the answers of a rollout as a server would have logged them."""
     from draftsmith.artifacts.tables.parquet import read_table
     from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 

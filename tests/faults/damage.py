@@ -18,18 +18,18 @@ READER = {
     "assisted": "mining", "mining": "opd", "opd": "evaluation", "control": "evaluation", "evaluation": "report",
     "champion": "drift", "drift": "report", "earlier": "logs", "logs": "mining", "gate": "report",
 }  # fmt: skip
-"""A node that reads the first one's artifact. What reads the report is the run itself."""
+"""node -> a node that reads its artifact. The report is read by the run itself."""
 _DAMAGED = (*READER, "report")
 SAVING = ("heldout", "rollout", "sft", "assisted", "opd", "control")
-"""Nodes that save parts of their work in files of their own."""
+"""Nodes that save parts of their work in separate files."""
 Damage = Callable[[Path, random.Random], None]
 
 
 def flip(path: Path, chance: random.Random) -> None:
-    """One bit anywhere."""
+    """Flip one random bit."""
     content = bytearray(path.read_bytes())
-    place = chance.randrange(8 * len(content))
-    content[place // 8] ^= 1 << place % 8
+    bit = chance.randrange(8 * len(content))
+    content[bit // 8] ^= 1 << bit % 8
     _rewrite(path, bytes(content))
 
 
@@ -39,7 +39,7 @@ def truncate(path: Path, chance: random.Random) -> None:
 
 
 def _rewrite(path: Path, content: bytes) -> None:
-    """In place: the file keeps its inode and its time of change, as under a disk that fails."""
+    """Rewrite a file in place. It keeps its inode and its time of change, as on a failing disk."""
     times = path.stat()
     path.chmod(0o644)
     path.write_bytes(content)
@@ -47,7 +47,7 @@ def _rewrite(path: Path, content: bytes) -> None:
 
 
 def artifact_file(suffix: str, damage: Damage) -> Play:
-    """A file of the node's artifact, before another stage reads it: it is named, with the `--force` that repairs it."""
+    """Damage a file of the node's artifact; check that its reader names it, and the `--force` that repairs it."""
 
     def play(scene: Scene) -> None:
         reader = READER.get(scene.node)
@@ -56,8 +56,8 @@ def artifact_file(suffix: str, damage: Damage) -> Play:
         path = scene.chance.choice(sorted(p for p in folder.rglob(f"*{suffix}") if p.is_file() and p.stat().st_size))
         damage(path, scene.chance)
         scene.point = str(path.relative_to(folder))
-        scene.told(home.refresh(*scene.arguments), [2], path.name)
-        must(f"--force {scene.node}" in scene.messages[-1], "the message does not say what to --force")
+        scene.check_end(home.refresh(*scene.arguments), [2], path.name)
+        must(f"--force {scene.node}" in scene.messages[-1], "the message does not name the node to --force")
         scene.nothing_left()
         ended = home.refresh(*scene.arguments, "--force", scene.node)
         must(
@@ -73,8 +73,7 @@ def artifact_file(suffix: str, damage: Damage) -> Play:
 
 
 def saved_work(damage: Damage) -> Play:
-    """The newest shard or checkpoint of an attempt that was killed: what it held is made again, or taken from the one
-    before."""
+    """Damage the newest shard or checkpoint of a killed attempt, whose content is then made again."""
 
     def play(scene: Scene) -> None:
         work = scene.home.partial_of(scene.artifact) / "work"
@@ -101,20 +100,22 @@ def _saved(work: Path) -> list[Path]:
 
 
 def database(find: Callable[[Home], Path], word: str, damage: Damage) -> Play:
-    """A database of views: one error that says what to do. Done, that makes the refresh go on; the store lost nothing.
-    Damage that the database does not notice must not disturb the refresh."""
+    """Damage a database of views, and check for one error with a remedy, after which the refresh continues.
+
+    Damage that the database does not notice must not disturb the refresh.
+    """
 
     def play(scene: Scene) -> None:
         path = find(scene.home)
-        for log in path.parent.glob(f"{path.name}-*"):  # what it had not written there yet
+        for log in path.parent.glob(f"{path.name}-*"):  # entries that are not in the database file yet
             log.unlink()
         damage(path, scene.chance)
-        ended = scene.refresh(PREFECT_API_URL="")  # with a server of its own, which has its database in the home
+        ended = scene.refresh(PREFECT_API_URL="")  # with its own server, whose database is in the home
         scene.messages.append(ended.message)
         if ended.code != 0:
             scene.messages.pop()
-            scene.told(ended, [2, 75], word)
-            must("move" in scene.messages[-1], "the message does not say what to do")
+            scene.check_end(ended, [2, 75], word)
+            must("move" in scene.messages[-1], "the message names no remedy")
             path.rename(path.with_suffix(".damaged"))
             ended = scene.refresh(PREFECT_API_URL="")
         scene.finished(ended)
@@ -123,7 +124,7 @@ def database(find: Callable[[Home], Path], word: str, damage: Damage) -> Play:
 
 
 def pages(path: Path, chance: random.Random) -> None:
-    """Noise over a third of its pages, the first one left alone."""
+    """Overwrite a third of the pages with noise, but not the first one."""
     content = bytearray(path.read_bytes())
     for page in range(1, len(content) // 4096):
         if chance.random() < 1 / 3:
@@ -132,8 +133,10 @@ def pages(path: Path, chance: random.Random) -> None:
 
 
 def notes(damage: Damage) -> Play:
-    """What lies beside the store: checksums that are known, which listing a run has, requests of earlier attempts. It
-    explains and saves time; damaged, it must not disturb the refresh."""
+    """Damage the files beside the store: checksums, listings, requests of earlier attempts.
+
+    They only explain and save time, so this must not disturb the refresh.
+    """
 
     def play(scene: Scene) -> None:
         for folder in ("checksums", "sources", "logs"):

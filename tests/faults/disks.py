@@ -1,4 +1,4 @@
-"""Full and read-only disks: real ones, mounted for the scene. Needs the right to mount (`run.py` asks for it)."""
+"""Full and read-only disks: real ones, mounted for the scene. Needs the right to mount (`run.py` gets it)."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ _DISK_MB = 400  # several homes
 
 
 def disk_filled(scene: Scene) -> Ended:
-    """The whole home lies on a disk that somebody else fills up while the stage runs, or is committed."""
-    with _on_a_disk_of_its_own(scene.home.path):
+    """Let somebody else fill up the home's disk while the stage runs or is committed."""
+    with _on_its_own_disk(scene.home.path):
         running = scene.start()
         scene.reach(running, (STARTING, WORKING, COMMITTING))
         with _kept_full(scene.home.path):
             ended = running.wait()
         if ended.code == scene.undisturbed.code and scene.node in ended.nodes("done"):
             raise TooLate
-        scene.told(ended, [2], "disk is full")
+        scene.check_end(ended, [2], "disk is full")
         scene.nothing_left()
     return ended
 
 
 def store_read_only(scene: Scene) -> Ended:
-    """The store's disk is mounted again, read-only, while the stage runs."""
+    """Mount the store's disk again, read-only, while the stage runs."""
     store = scene.home.path / "store"
     running = scene.start()
     scene.reach(running, (STARTING, WORKING))
-    same = scene.home.folder / "same"  # the store once more, which nobody writes to while it becomes read-only
+    same = scene.home.folder / "same"  # a second mount of the store, to which nobody writes while it becomes read-only
     same.mkdir(exist_ok=True)
     _mount("--bind", str(store), str(same))
     _mount("-o", "remount,bind,ro", str(same))
@@ -44,24 +44,24 @@ def store_read_only(scene: Scene) -> Ended:
         ended = running.wait()
     finally:
         subprocess.run(["umount", "--lazy", str(store)], check=True)
-    return scene.told(ended, [2], "read-only")
+    return scene.check_end(ended, [2], "read-only")
 
 
 @contextmanager
-def _on_a_disk_of_its_own(home: Path) -> Iterator[None]:
-    """With what is in the folder, which keeps what is there afterwards."""
-    aside = home.with_name("aside")
-    home.rename(aside)
+def _on_its_own_disk(home: Path) -> Iterator[None]:
+    """Move the folder's content to a mounted disk, and back after the block."""
+    original = home.with_name("original")
+    home.rename(original)
     home.mkdir()
     _mount("-t", "tmpfs", "-o", f"size={_DISK_MB}m", "faults", str(home))
     try:
-        copied_into(aside, home)
+        copied_into(original, home)
         yield
-        copied(home, aside)
+        copied(home, original)
     finally:
         subprocess.run(["umount", "--lazy", str(home)], check=True)
         shutil.rmtree(home)
-        aside.rename(home)
+        original.rename(home)
 
 
 def _mount(*arguments: str) -> None:
@@ -70,7 +70,7 @@ def _mount(*arguments: str) -> None:
 
 @contextmanager
 def _kept_full(folder: Path) -> Iterator[None]:
-    """Somebody else writes to the disk whatever it takes; what he wrote is gone afterwards."""
+    """Keep the disk full with a file, which is removed after the block."""
     path, ended = folder / "of-somebody-else", threading.Event()
 
     def write() -> None:

@@ -1,4 +1,4 @@
-"""The command on a home of its own, as a user would start it, and what the home holds afterwards."""
+"""The command in its own home, started as a user would start it, and the content of the home afterwards."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tests.flows.processes import ROOT, processes_of
 
 _LINE = re.compile(r"^([a-z][a-z0-9-]*): (reused|started|done in .*)$")
 _KEPT = re.compile(r"(\d+) (?:answers|\w+) of an earlier attempt kept|checkpoint at step (\d+)")
-LIMIT_S = 600.0  # of one command: many times what it takes
-SERVER = "FAULTS_PREFECT"  # of our environment: the address of a Prefect server that all commands share
+LIMIT_S = 600.0  # for one command: many times its usual duration
+SERVER = "FAULTS_PREFECT"  # environment variable: the address of a Prefect server that all commands share
 
 
 @dataclass(frozen=True)
@@ -36,35 +36,35 @@ class Ended:
     seconds: float
 
     def nodes(self, what: str) -> list[str]:
-        """Nodes that were `reused`, `started` or `done`, in the order of the lines."""
+        """Return the nodes that were `reused`, `started` or `done`, in the order of the lines."""
         lines = (_LINE.match(line) for line in self.out.splitlines())
-        return [found[1] for found in lines if found is not None and found[2].startswith(what)]
+        return [match[1] for match in lines if match is not None and match[2].startswith(what)]
 
     @property
     def message(self) -> str:
-        """The error for the person; else the last warning; empty if the command said nothing of the kind."""
-        said = [line for line in self.err.splitlines() if line.startswith("draftsmith: ")]
-        said += [line for line in self.out.splitlines() if line.startswith("warning: ")]
-        errors = [line for line in said if line.startswith("draftsmith: error: ")]
-        return (errors or said or [""])[-1]
+        """Return the error line, else the last warning; empty if the command printed neither."""
+        lines = [line for line in self.err.splitlines() if line.startswith("draftsmith: ")]
+        lines += [line for line in self.out.splitlines() if line.startswith("warning: ")]
+        errors = [line for line in lines if line.startswith("draftsmith: error: ")]
+        return (errors or lines or [""])[-1]
 
     @property
     def kept(self) -> int | None:
-        """Answers or steps of an earlier attempt that the last stage went on from; None if it did not say."""
-        found = _KEPT.findall(self.out)
-        return int(found[-1][0] or found[-1][1]) if found else None
+        """Return how many saved answers or steps the last stage continued from; None if not reported."""
+        matches = _KEPT.findall(self.out)
+        return int(matches[-1][0] or matches[-1][1]) if matches else None
 
 
 @dataclass
 class Running:
-    """A command while it runs, in a session of its own; its output goes to files, which no fault can block."""
+    """A running command in its own session. Its output goes to files, which no fault can block."""
 
     process: subprocess.Popen[bytes]
     folder: Path
-    begun: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=time.monotonic)
 
     def wait(self, limit_s: float = LIMIT_S) -> Ended:
-        """Raises subprocess.TimeoutExpired, and kills what is left, if the command does not end."""
+        """Wait for the end. If the command does not end, kill it and raise subprocess.TimeoutExpired."""
         try:
             code = self.process.wait(limit_s)
         except subprocess.TimeoutExpired:
@@ -72,7 +72,7 @@ class Running:
             self.process.wait()
             raise
         out, err = ((self.folder / name).read_text("utf-8", errors="replace") for name in ("stdout", "stderr"))
-        return Ended(code, out, err, time.monotonic() - self.begun)
+        return Ended(code, out, err, time.monotonic() - self.started)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Home:
 
     @property
     def devices(self) -> Path:
-        """Where the locks of devices lie: what runs beside us on the machine is not waited for."""
+        """Return the folder of device locks. It is separate, so that other work on the machine is not waited for."""
         return self.folder / "devices"
 
     @property
@@ -102,8 +102,11 @@ class Home:
         return Store(self.path / "store")
 
     def start(self, *arguments: str | Path, output: str = "output", **variables: str) -> Running:
-        """`draftsmith refresh CONFIG ARGUMENTS`. output: a folder's name, for two commands at once. variables: of its
-        environment; an empty one is left out."""
+        """Start `draftsmith refresh CONFIG ARGUMENTS`.
+
+        output: name of a folder for the output, for two concurrent commands. variables: of the environment; an empty
+        one is left out.
+        """
         folder = self.folder / output
         folder.mkdir(exist_ok=True)
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "DRAFTSMITH_"))}
@@ -122,17 +125,17 @@ class Home:
         return Running(process, folder)
 
     def refresh(self, *arguments: str | Path, **variables: str) -> Ended:
-        """The same, to its end."""
+        """Run `draftsmith refresh CONFIG ARGUMENTS` to its end."""
         return self.start(*arguments, **variables).wait()
 
-    # ---- what is there
+    # ---- content of the home
 
     def content_ids(self) -> dict[str, str]:
-        """`STAGE/KEY`, the key's first digits, of every complete artifact -> its content id."""
+        """Return `STAGE/KEY` (first digits of the key) -> content id, of every complete artifact."""
         return {f"{m.stage}/{m.key[:SHORT]}": m.content_id for m in self.store.list()}
 
     def folder_of(self, artifact: str) -> Path:
-        """Of `STAGE/KEY`."""
+        """Return the folder of the artifact `STAGE/KEY`."""
         stage, key = artifact.split("/")
         return self.store.path(stage, key)
 
@@ -141,31 +144,31 @@ class Home:
         return self.store.partial_path(stage, key)
 
     def config_of(self, artifact: str) -> dict[str, Any]:
-        """What the stage that makes it was last asked for."""
+        """Return the config in the last request to the stage that makes the artifact."""
         stage, key = artifact.split("/")
         request = max(self.path.glob(f"logs/{stage}-{key}-*.request.json"))
         config: dict[str, Any] = json.loads(request.read_text("utf-8"))["config"]
         return config
 
     def drop(self, artifact: str) -> None:
-        """As if it had never been made."""
+        """Remove an artifact."""
         shutil.rmtree(self.folder_of(artifact))
 
     def processes(self) -> list[int]:
         return processes_of(self.path)
 
     def held_locks(self) -> list[Path]:
-        """Lock files that a living process holds."""
+        """Return the lock files that a living process has locked."""
         files = [*self.path.rglob(".lock*"), *self.devices.glob("*.lock")]
         return [path for path in files if path.is_file() and is_locked(path)]
 
     def runs_running(self) -> list[str]:
-        """Names of the runs that MLflow's own database shows as running."""
+        """Return the names of the runs that are running according to MLflow's database."""
         with closing(sqlite3.connect(self.path / "mlflow.db")) as database:
             return [name for (name,) in database.execute("select name from runs where status = 'RUNNING'")]
 
     def versions(self) -> list[list[str]]:
-        """Of the line of drafters, in MLflow's own database: number and aliases of each."""
+        """Return number and aliases of each version of the line, from MLflow's database."""
         if not (self.path / "mlflow.db").exists():
             return []
         with closing(sqlite3.connect(self.path / "mlflow.db")) as database:
@@ -174,7 +177,7 @@ class Home:
         return [[str(n), *(alias for version, alias in aliases if str(version) == str(n))] for (n,) in numbers]
 
     def litter(self) -> list[Path]:
-        """What a finished refresh must not leave in the store: attempts, replaced artifacts, half-written files."""
+        """Return what a finished refresh must not leave in the store: attempts, replaced artifacts, temporary files."""
         root = self.store.root
         names = ("*/.partial-*", "*/.replaced-*", "**/.tmp-*")
         return [path for name in names for path in root.glob(name) if not _empty(path)]
@@ -185,11 +188,11 @@ def _empty(path: Path) -> bool:
 
 
 def copied(source: Path, folder: Path) -> None:
-    """`folder` becomes a copy of `source`; what was there is gone."""
+    """Replace `folder` by a copy of `source`."""
     shutil.rmtree(folder, ignore_errors=True)
     copied_into(source, folder)
 
 
 def copied_into(source: Path, folder: Path) -> None:
-    """The same for an empty folder that must stay, since a disk is mounted there."""
+    """Copy into an empty folder that must stay because a disk is mounted there."""
     shutil.copytree(source, folder, symlinks=True, dirs_exist_ok=True)

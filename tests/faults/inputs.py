@@ -11,14 +11,14 @@ _READ_BY = {"prompts": "prompts.jsonl", "logs": "answers.jsonl"}
 
 
 def replaced(scene: Scene) -> Ended:
-    """Another file under the same name, of other rows; the old one comes back for the next attempt."""
+    """Replace an input file by one of other rows; the old one comes back for the next attempt."""
     path = scene.home.folder / _READ_BY[scene.node]
     content = path.read_bytes()
     running = scene.start()
     try:
         scene.reach(running, (STARTING, WORKING))
         _replace(path, b"".join(content.splitlines(keepends=True)[:-1]))
-        return scene.told(running.wait(), [2], "changed while it was read")
+        return scene.check_end(running.wait(), [2], "changed while it was read")
     finally:
         _replace(path, content)
 

@@ -1,4 +1,4 @@
-"""Playing faults: each in a scene of its own, or one after the other on one node, as a bad night would have it."""
+"""Plays faults: each in its own scene, or one after the other on one node, as in a bad night."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.faults.table import Row
 from tests.faults.undisturbed import Undisturbed
 from tests.flows.processes import ROOT
 
-_TRIES = 5  # of a fault whose stage had ended before its moment came
+_TRIES = 5  # for a fault whose stage ended before its moment
 
 
 @dataclass(frozen=True)
@@ -36,30 +36,33 @@ class Case:
 
 
 def play(case: Case, seed: int, calm: Undisturbed) -> Row:
-    """One case to its end, in a scene of its own."""
-    begun = time.monotonic()
+    """Play one case in its own scene, and return its row."""
+    started = time.monotonic()
     for attempt in range(_TRIES):
         scene = _scene(case, seed, calm, attempt)
         try:
             with _ended(scene):
                 case.fault.play(scene)
-            return _row(case, scene, seed, begun)
+            return _row(case, scene, seed, started)
         except TooLate:
             continue
         except Broken as broken:
-            return _row(case, scene, seed, begun, str(broken))
-    return _row(case, scene, seed, begun, "not played: the stage had always ended before the fault came")
+            return _row(case, scene, seed, started, str(broken))
+    return _row(case, scene, seed, started, "not played: the stage always ended before the fault")
 
 
 def play_in_turn(cases: Sequence[Case], seed: int, calm: Undisturbed) -> Iterator[Row]:
-    """Strikes at one node, each at the attempt that the one before has left. The run that finishes it settles them all;
-    if that was not well, and where a strike was not, each is played alone, which tells what it was."""
+    """Play strikes at one node, each on the attempt that the one before left.
+
+    The run that finishes the attempt settles them all. If it fails, or a strike does, each is played alone to find the
+    cause.
+    """
     calm.without(cases[0].node)
     unsettled: list[tuple[Case, Row]] = []
     waiting = deque((case, 0) for case in cases)
     while waiting:
         case, attempt = waiting.popleft()
-        begun, scene = time.monotonic(), _scene(case, seed, calm, attempt, afresh=False)
+        started, scene = time.monotonic(), _scene(case, seed, calm, attempt, afresh=False)
         try:
             with _ended(scene):
                 finished = _strike(case, scene)
@@ -72,7 +75,7 @@ def play_in_turn(cases: Sequence[Case], seed: int, calm: Undisturbed) -> Iterato
                 waiting.appendleft((case, attempt + 1))
             calm.without(case.node)
             continue
-        unsettled.append((case, _row(case, scene, seed, begun)))
+        unsettled.append((case, _row(case, scene, seed, started)))
         if finished:
             yield from (row for _, row in unsettled)
             unsettled = []
@@ -81,7 +84,7 @@ def play_in_turn(cases: Sequence[Case], seed: int, calm: Undisturbed) -> Iterato
 
 
 def _settled(unsettled: Sequence[tuple[Case, Row]], seed: int, calm: Undisturbed) -> Iterator[Row]:
-    """The run that goes on from what they have left."""
+    """Run the command that continues the attempt, and yield the rows of its strikes."""
     if not unsettled:
         return
     scene = _scene(unsettled[-1][0], seed, calm, afresh=False)
@@ -95,7 +98,7 @@ def _settled(unsettled: Sequence[tuple[Case, Row]], seed: int, calm: Undisturbed
 
 
 def _strike(case: Case, scene: Scene) -> bool:
-    """Whether the command ended well all the same."""
+    """Inject the fault; return whether the command ended well nevertheless."""
     assert case.fault.strike is not None
     saved = scene.saved()
     ended = case.fault.strike(scene)
@@ -114,7 +117,7 @@ def _scene(case: Case, seed: int, calm: Undisturbed, attempt: int = 0, *, afresh
 
 @contextlib.contextmanager
 def _ended(scene: Scene) -> Iterator[None]:
-    """No process of the scene outlives the block. What did not end is broken."""
+    """Kill what is left of the scene after the block. Raise Broken for a command that did not end."""
     try:
         yield
     except (subprocess.TimeoutExpired, TimeoutError) as error:
@@ -125,22 +128,22 @@ def _ended(scene: Scene) -> Iterator[None]:
                 os.kill(pid, signal.SIGKILL)
 
 
-def _row(case: Case, scene: Scene, seed: int, begun: float, outcome: str = "") -> Row:
-    said = "; ".join(filter(None, [outcome, *scene.complaints]))
+def _row(case: Case, scene: Scene, seed: int, started: float, outcome: str = "") -> Row:
+    text = "; ".join(filter(None, [outcome, *scene.complaints]))
     return Row(
         fault=case.fault.name,
         node=case.node,
         number=case.number,
         seed=seed,
         point=scene.point,
-        outcome=" ".join(said.split()) or "ok",
+        outcome=" ".join(text.split()) or "ok",
         message=" | ".join(filter(None, scene.messages)),
-        seconds=round(time.monotonic() - begun, 1),
+        seconds=round(time.monotonic() - started, 1),
         commit=_commit(),
         at=time.strftime("%Y-%m-%d %H:%M"),
     )
 
 
 def _commit() -> str:
-    asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return asked.stdout.strip()
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip()

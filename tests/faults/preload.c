@@ -1,6 +1,6 @@
-/* Preloaded into the command: a clock that jumps, a disk that never answers, a stage that is deaf to SIGTERM.
+/* Preloaded into the command: a clock that jumps, a disk that never answers, a stage that ignores SIGTERM.
  *
- * The file named by FAULTS_SWITCHES holds the switches; who started the command changes them while it runs. */
+ * The file named by FAULTS_SWITCHES holds the switches; the process that started the command changes them while it runs. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -19,7 +19,7 @@ struct switches {
     volatile int deaf;          /* a stage's handler of SIGTERM is not installed */
 };
 
-static struct switches none, *told = &none;
+static struct switches none, *active = &none;
 static int is_stage;
 
 __attribute__((constructor)) static void read_switches(void) {
@@ -28,7 +28,7 @@ __attribute__((constructor)) static void read_switches(void) {
     if (fd < 0) return;
     void *mapped = mmap(NULL, sizeof none, PROT_READ, MAP_SHARED, fd, 0);
     close(fd);
-    if (mapped != MAP_FAILED) told = mapped;
+    if (mapped != MAP_FAILED) active = mapped;
     char words[4096] = "", name[] = "draftsmith.stages";
     fd = open("/proc/self/cmdline", O_RDONLY | O_CLOEXEC);
     ssize_t length = fd < 0 ? 0 : read(fd, words, sizeof words);
@@ -38,7 +38,7 @@ __attribute__((constructor)) static void read_switches(void) {
 
 int clock_gettime(clockid_t clock, struct timespec *now) {
     int failed = (int)syscall(SYS_clock_gettime, clock, now);
-    if (!failed && (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE)) now->tv_sec += told->clock_s;
+    if (!failed && (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE)) now->tv_sec += active->clock_s;
     return failed;
 }
 
@@ -59,7 +59,7 @@ time_t time(time_t *out) {
 }
 
 ssize_t write(int fd, const void *bytes, size_t count) {
-    if (is_stage && told->hang) { /* as a write to a file server that is gone: nothing but SIGKILL ends it */
+    if (is_stage && active->hang) { /* like a write to a lost file server: only SIGKILL ends it */
         sigset_t all;
         sigfillset(&all);
         for (;;) {
@@ -74,6 +74,6 @@ extern int __sigaction(int, const struct sigaction *, struct sigaction *); /* gl
 
 int sigaction(int number, const struct sigaction *wanted, struct sigaction *before) {
     struct sigaction ignored = {.sa_handler = SIG_IGN};
-    int refused = wanted && number == SIGTERM && is_stage && told->deaf;
+    int refused = wanted && number == SIGTERM && is_stage && active->deaf;
     return __sigaction(number, refused ? &ignored : wanted, before);
 }

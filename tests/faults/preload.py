@@ -1,6 +1,6 @@
 """A clock that jumps, a stage that hangs, a stage deaf to SIGTERM: by a library that is preloaded into the command.
 
-Compiled here (gcc). All else is the real command.
+The library is compiled here with gcc. Everything else is the real command.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _GRACE_S = 3.0  # of the config
 
 
 class Switches:
-    """What the preloaded library does, changed while the command runs."""
+    """Switches of the preloaded library, which can be changed while the command runs."""
 
     def __init__(self, scene: Scene) -> None:
         source, library = Path(__file__).with_suffix(".c"), scene.home.folder / "preload.so"
@@ -58,25 +58,25 @@ def clock_back(scene: Scene) -> None:
 
 
 def stage_hangs(scene: Scene) -> Ended:
-    """In a write that never returns, deaf to every signal but SIGKILL."""
+    """Let the stage hang in a write that never returns, deaf to every signal but SIGKILL."""
     switches = Switches(scene)
     running = scene.start(*scene.limit(), **switches.variables)
     scene.reach(running)
     switches.turn(hang=True)
-    return scene.told(running.wait(), [2], "ran past its limit")
+    return scene.check_end(running.wait(), [2], "ran past its limit")
 
 
 def stage_deaf(scene: Scene) -> Ended:
-    """The command is terminated; its stage ignores SIGTERM and hangs."""
+    """Terminate the command while its stage ignores SIGTERM and hangs."""
     switches = Switches(scene)
     switches.turn(deaf=True)
     running = scene.start(**switches.variables)
     scene.reach(running)
     switches.turn(deaf=True, hang=True)
-    begun = time.monotonic()
+    started = time.monotonic()
     os.kill(running.process.pid, signal.SIGTERM)
-    ended = scene.told(running.wait(), [143], "terminated")
-    seconds = time.monotonic() - begun
+    ended = scene.check_end(running.wait(), [143], "terminated")
+    seconds = time.monotonic() - started
     must(seconds < _GRACE_S + 15, f"the command took {seconds:.0f} s to end")
     return ended
 

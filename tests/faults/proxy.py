@@ -15,7 +15,7 @@ _IDS = re.compile(rb'"output_ids":\s*\[[0-9, ]*\]')
 
 
 class Mood(Enum):
-    """What is done to answers of /generate; where nothing comes, to all."""
+    """What the proxy does to answers of /generate; SILENT and GONE concern all requests."""
 
     WELL = "well"
     SLOW = "slow"
@@ -79,7 +79,7 @@ class _Connection:
         self._close()
 
     def _spoil(self, mood: Mood, piece: bytes) -> bool:
-        """Pass on what is left of it; whether the connection stays."""
+        """Pass on the spoiled piece. Return whether the connection stays open."""
         head, gap, body = piece.partition(b"\r\n\r\n") if piece.startswith(b"HTTP/") else (b"", b"", piece)
         match mood:
             case Mood.SLOW:
@@ -87,7 +87,7 @@ class _Connection:
                 self._client.sendall(piece)
             case Mood.HALF:
                 self._client.sendall(head + gap + body[: len(body) // 2])
-                return not body  # it comes in a piece of its own
+                return not body  # the body comes in its own piece
             case Mood.GARBAGE:
                 self._client.sendall(head + gap + b"\xff" * len(body))
             case Mood.WRONG:

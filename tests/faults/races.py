@@ -1,4 +1,4 @@
-"""Two refreshes at once in one home."""
+"""Two concurrent refreshes in one home."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ _OTHER = ("--set", "opd.steps=8")
 
 
 def same_config(scene: Scene) -> None:
-    """Each node is made by one of them, and both end well."""
+    """Check that each node is made by one of them, and that both end well."""
     one = scene.start()
     scene.pause(scene.chance.uniform(0, 5))
     other = scene.home.start(*scene.arguments, output="other")
     ended = [running.wait() for running in (one, other)]
     for each in ended:
-        scene.told(each, [0])
+        scene.check_end(each, [0])
     made = [node for each in ended for node in each.nodes("started")]
     must(len(made) == len(set(made)), f"{sorted(made)}: made by both")
     scene.finished(scene.refresh())
 
 
 def different_configs(scene: Scene) -> None:
-    """They share what both need; the other's OPD is what it is alone."""
+    """Check that they share what both need, and that the other's OPD equals one that is made alone."""
     one = scene.start()
     scene.pause(scene.chance.uniform(0, 5))
     other = scene.home.start(*scene.arguments, *_OTHER, output="other")
     ended = [running.wait() for running in (one, other)]
     for each in ended:
-        scene.told(each, [0])
+        scene.check_end(each, [0])
     before = scene.home.content_ids()
     alone = scene.refresh(*_OTHER, "--force", "opd")
     must(alone.code == 0, f"alone it ended with {alone.code}: {alone.message}")

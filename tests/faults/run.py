@@ -1,5 +1,6 @@
-"""The command: `python -m tests.faults.run`. Every fault at every stage, each at seeded random moments, one after the
-other; a row each in a file of JSON lines that the same command goes on with; a table at the end.
+"""The command `python -m tests.faults.run`: injects every fault into every stage, at seeded random moments.
+
+Each fault adds a row to a file of JSON lines, from which the same command continues. A table comes at the end.
 """
 
 from __future__ import annotations
@@ -33,26 +34,29 @@ _MOUNTED = "FAULTS_MAY_MOUNT"
 
 
 def cases(seed: int, only: Sequence[str] = ()) -> list[Case]:
-    """Every fault at every node that it can meet, in a seeded order. only: patterns of `FAULT` or `FAULT/NODE`."""
-    found = [
+    """Return every fault at every node that it can meet, in a seeded order.
+
+    only: patterns of `FAULT` or `FAULT/NODE`.
+    """
+    all_cases = [
         Case(fault, kind, node)
         for fault in faults()
         for kind, nodes in NODES.items()
         for node in nodes
         if kind in fault.kinds and node in fault.nodes
     ]
-    random.Random(seed).shuffle(found)
-    return _broad([case for case in found if not only or any(_matches(case, pattern) for pattern in only)])
+    random.Random(seed).shuffle(all_cases)
+    return _broad([case for case in all_cases if not only or any(_matches(case, pattern) for pattern in only)])
 
 
 def _broad(cases: Sequence[Case]) -> list[Case]:
-    """Every fault once, then each once more at another node, and so on."""
+    """Return the cases in rounds: every fault once, then each at another node, and so on."""
     before: Counter[str] = Counter()
-    turns = []
+    rounds = []
     for case in cases:
-        turns.append(before[case.fault.name])
+        rounds.append(before[case.fault.name])
         before[case.fault.name] += 1
-    return [case for _, case in sorted(zip(turns, cases, strict=True), key=lambda pair: pair[0])]
+    return [case for _, case in sorted(zip(rounds, cases, strict=True), key=lambda pair: pair[0])]
 
 
 def _matches(case: Case, pattern: str) -> bool:
@@ -60,7 +64,7 @@ def _matches(case: Case, pattern: str) -> bool:
 
 
 def series(seed: int, runs: int, only: Sequence[str]) -> Iterator[Case]:
-    """So many cases; when each was there once, they begin again at other moments."""
+    """Yield this many cases (0: all). After each has come once, they come again at other moments."""
     chosen = cases(seed, only)
     if not chosen:
         raise SystemExit("no fault matches")
@@ -87,51 +91,51 @@ def main() -> int:
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="such as 'SIG*/opd'")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "draftsmith-faults")
     parser.add_argument("--server", action="store_true", help="one Prefect server for all commands, as a team has it")
-    parser.add_argument("--again", action="store_true", help="play those that did not end well once more")
+    parser.add_argument("--again", action="store_true", help="play the failed ones again")
     parser.add_argument("--table", action="store_true", help="print the table of what was played, and play nothing")
     options = parser.parse_args()
-    told = options.folder / "rows.jsonl"
-    rows = [row for row in read_rows(told) if not (options.again and row.outcome != "ok")]
+    rows_file = options.folder / "rows.jsonl"
+    rows = [row for row in read_rows(rows_file) if not (options.again and row.outcome != "ok")]
     if not options.table:
         _in_mounts_of_our_own()
         options.folder.mkdir(parents=True, exist_ok=True)
-        write_rows(told, rows, "w")
+        write_rows(rows_file, rows, "w")
         played = {(row.fault, row.node, row.number) for row in rows if row.seed == options.seed}
         todo = [case for case in series(options.seed, options.runs, options.only) if case.name not in played]
         with SERVERS:
             if options.server:
                 os.environ[SERVER] = f"{SERVERS.enter_context(prefect_server(options.folder)).url}/api"
-            rows += _told(_play_all(todo, options.seed, options.folder), len(todo), told)
+            rows += _record(_play_all(todo, options.seed, options.folder), len(todo), rows_file)
     print(table(rows))
     return 1 if any(row.outcome != "ok" for row in rows) else 0
 
 
 def _play_all(todo: Sequence[Case], seed: int, folder: Path) -> Iterator[Row]:
-    """Cases that can follow each other on one attempt are played together."""
+    """Play the cases. Those that can follow each other on one attempt are played together."""
     groups: dict[tuple[object, ...], list[Case]] = {}
     for case in todo:
         together = (case.kind, case.node, case.number)
         groups.setdefault(together if case.fault.strike else case.name, []).append(case)
     for kind in dict.fromkeys(case.kind for case in sorted(todo, key=lambda case: list(NODES).index(case.kind))):
         calm = undisturbed(kind, folder)
-        for cases in (each for each in groups.values() if each[0].kind == kind):
+        for cases in (group for group in groups.values() if group[0].kind == kind):
             yield from play_in_turn(cases, seed, calm) if cases[0].fault.strike else [play(cases[0], seed, calm)]
 
 
-def _told(rows: Iterator[Row], total: int, path: Path) -> Iterator[Row]:
-    """Every row is kept and printed as it comes, with the rate and the time left."""
-    begun = time.monotonic()
+def _record(rows: Iterator[Row], total: int, path: Path) -> Iterator[Row]:
+    """Store, print and yield each row, with the rate and the time left."""
+    started = time.monotonic()
     for done, row in enumerate(rows, start=1):
         write_rows(path, [row])
-        each_s = (time.monotonic() - begun) / done
+        each_s = (time.monotonic() - started) / done
         left = f"{each_s:.0f} s a fault, {format_duration(each_s * (total - done))} left"
-        said = f"{row.node:<10} {row.fault:<38} {row.point:<17} {row.seconds:5.1f} s  {row.outcome}"
-        print(f"{done}/{total}  {said}  ({left})", flush=True)
+        line = f"{row.node:<10} {row.fault:<38} {row.point:<17} {row.seconds:5.1f} s  {row.outcome}"
+        print(f"{done}/{total}  {line}  ({left})", flush=True)
         yield row
 
 
 def _in_mounts_of_our_own() -> None:
-    """Go on in a mount namespace that ends with us, where that is allowed: full and read-only disks are real ones."""
+    """Continue in a mount namespace that ends with this process, if that is allowed: the disks are real ones."""
     if _MOUNTED in os.environ or shutil.which("unshare") is None:
         return
     for prefix in (["unshare", "--mount"], ["unshare", "--map-root-user", "--mount"]):

@@ -1,4 +1,4 @@
-"""One fault: a home in which one node is missing, the command, the fault at a seeded point, and what must hold then."""
+"""One fault: a home without one node, the command, the fault at a seeded moment, and what must hold afterwards."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from tests.faults.undisturbed import MEASURES, TIMED, Undisturbed, arguments
 from tests.faults.watch import StageProcess, Watch, until
 
 STARTING, WORKING, COMMITTING = "starting", "working", "committing"
-_GONE_WITHIN_S = 8.0  # what ends with its parent has so long for it
+_GONE_WITHIN_S = 8.0  # for children to end after their parent
 _LIMIT_S = 5.0  # more than a stage may take
 _COMMIT_S = 0.03  # about what manifest and renames take
 
 
 class Broken(AssertionError):
-    """Something does not hold that must; the text says what."""
+    """Raised when something does not hold that must hold. The message names it."""
 
 
 class TooLate(Exception):
-    """The stage had ended before the fault's moment came: the scene must be played again, with an earlier one."""
+    """Raised when the stage ended before the moment of the fault: the scene must be played again, earlier."""
 
 
 def must(holds: object, what: str) -> None:
@@ -36,16 +36,16 @@ def must(holds: object, what: str) -> None:
 
 @dataclass
 class Scene:
-    """The stage of a fault. `node` is what the fault meets."""
+    """The setting of one fault, which strikes the stage of `node`."""
 
     undisturbed: Undisturbed
     node: str
     chance: random.Random
     earlier: float = 1.0  # factor on the moment of the fault
-    afresh: bool = True  # false: the home is as the scene before has left it
+    afresh: bool = True  # False: the home stays as the previous scene left it
     point: str = ""  # where it was injected, as text
     messages: list[str] = field(default_factory=list)  # of the command, about the fault
-    complaints: list[str] = field(default_factory=list)  # what is wrong, but lost nothing
+    complaints: list[str] = field(default_factory=list)  # defects that lose nothing
 
     def __post_init__(self) -> None:
         self.home: Home = self.undisturbed.without(self.node) if self.afresh else self.undisturbed.home
@@ -62,7 +62,7 @@ class Scene:
         return self.start(*arguments, **variables).wait()
 
     def limit(self) -> tuple[str, str]:
-        """Arguments: a time limit that the stage, undisturbed, keeps."""
+        """Return arguments that set a time limit which the undisturbed stage keeps."""
         times = self.undisturbed.nodes[self.node]
         seconds = _LIMIT_S + 2 * (times.starting_s + times.working_s)
         return "--set", f"stages.time_limits.{self.node}={seconds / 60:.3f}"
@@ -70,7 +70,7 @@ class Scene:
     # ---- the moment of the fault
 
     def reach(self, running: Running, phases: Sequence[str] = (STARTING, WORKING, WORKING)) -> StageProcess:
-        """Wait for a random moment in the life of the node's stage. Raises TooLate if it has ended by then."""
+        """Wait for a random moment in the life of the node's stage. Raise TooLate if it has ended by then."""
         times, phase, share = self.undisturbed.nodes[self.node], self.chance.choice(phases), self.chance.random()
         stage = self.stage(running)
         if phase == STARTING:
@@ -88,7 +88,7 @@ class Scene:
         return stage
 
     def stage(self, running: Running) -> StageProcess:
-        """The node's stage process, once it runs."""
+        """Wait for the node's stage process, and return it."""
         stage = Watch(self.home, running).stage()
         if stage is None:
             raise Broken(f"the stage did not start: {running.wait().message}")
@@ -102,8 +102,8 @@ class Scene:
 
     # ---- what must hold
 
-    def told(self, ended: Ended, codes: Sequence[int], *words: str) -> Ended:
-        """It ended with one of these codes, and its message has one of the words (any message if none is given)."""
+    def check_end(self, ended: Ended, codes: Sequence[int], *words: str) -> Ended:
+        """Check that it ended with one of these codes, and that its message has one of the words if any are given."""
         if ended.code not in codes and ended.code == self.undisturbed.code and self.node in ended.nodes("done"):
             raise TooLate
         self.messages.append(ended.message)
@@ -111,22 +111,22 @@ class Scene:
         if "Traceback" in ended.out + ended.err:
             self.complaints.append("a traceback was printed")
         if words and not any(word in ended.message for word in words):
-            self.complaints.append(f"the message says nothing of {words[0]!r}: {ended.message!r}")
+            self.complaints.append(f"the message does not mention {words[0]!r}: {ended.message!r}")
         return ended
 
     def nothing_left(self) -> None:
-        """No process of the home, no lock."""
+        """Check that no process of the home is left and no lock is taken."""
         try:
             until(lambda: not self.home.processes(), _GONE_WITHIN_S)
         except TimeoutError:
             raise Broken(f"{len(self.home.processes())} processes are left") from None
-        try:  # a process that ends gives its memory back first and its files after that
+        try:  # a process that ends frees its memory first and closes its files afterwards
             until(lambda: not self.home.held_locks(), _GONE_WITHIN_S)
         except TimeoutError:
             raise Broken(f"{self.home.held_locks()[:1]} is held") from None
 
     def saved(self) -> int:
-        """Optimiser steps or answers of the unfinished attempt that the next one must go on from, at least."""
+        """Return how many steps or answers of the unfinished attempt the next one must at least continue from."""
         partial = self.home.partial_of(self.artifact)
         metrics, answers = partial / "out" / "metrics.jsonl", sorted(partial.glob("work/trajectories/[!.]*.parquet"))
         if metrics.exists():
@@ -134,15 +134,15 @@ class Scene:
             return max(0, metrics.read_bytes().count(b"\n") - interval + 1)
         rows = sum(pq.read_metadata(path).num_rows for path in answers)
         all_rows = pq.read_metadata(self._finished / "trajectories.parquet").num_rows if rows else 0
-        return rows if rows < all_rows else 0  # of a rollout that was about to end the next one says nothing
+        return rows if rows < all_rows else 0  # if the rollout was about to end, the next attempt reports nothing
 
     @property
     def _finished(self) -> Path:
-        """The artifact as the undisturbed refresh has made it."""
+        """Return the folder of the artifact of the undisturbed refresh."""
         return Home(self.undisturbed.kept, self.undisturbed.kept).folder_of(self.artifact)
 
     def continues(self, *arguments: str, **variables: str) -> Ended:
-        """The same command ends the refresh: the content is the undisturbed one's, and nothing was done twice."""
+        """Run the same command, and check that it ends the refresh with the undisturbed content and repeats no work."""
         saved = self.saved()
         ended = self.refresh(*arguments, **variables)
         self.finished(ended)
@@ -150,10 +150,10 @@ class Scene:
         return ended
 
     def kept(self, ended: Ended, saved: int) -> None:
-        """The node went on from as much, if the command came so far."""
+        """Check that the node continued from all that was saved, if the command got to it."""
         if self.node in ended.nodes("done") or ended.kept is not None:
             kept = ended.kept or 0
-            must(kept >= saved, f"{saved} steps or answers were saved, and the same command went on from {kept}")
+            must(kept >= saved, f"{saved} steps or answers were saved, but the same command continued from {kept}")
 
     def finished(self, ended: Ended) -> None:
         wanted = self.undisturbed.code
@@ -172,17 +172,17 @@ class Scene:
 
     @property
     def _made_again(self) -> Collection[str]:
-        """What shows figures that another attempt has measured anew, or that the line was looked at once more."""
+        """Return the nodes that may be made again: they show durations, or the latest check of the line."""
         if self.node in (MEASURES, *TIMED):
             return TIMED
         return ("report",) if self.undisturbed.kind == LINE else ()
 
     def same_content(self) -> None:
-        found, wanted = _untimed(self.home.content_ids()), _untimed(self.undisturbed.content_ids)
+        actual, wanted = _untimed(self.home.content_ids()), _untimed(self.undisturbed.content_ids)
         for artifact, content in wanted.items():
-            must(artifact in found, f"{artifact} is not there")
-            must(found[artifact] == content, f"{artifact} has another content")
-        others = sorted(found.keys() - wanted.keys())
+            must(artifact in actual, f"{artifact} is missing")
+            must(actual[artifact] == content, f"{artifact} has another content")
+        others = sorted(actual.keys() - wanted.keys())
         must(not others, f"{others[:1]} should not be there: something before it has another content")
 
 
@@ -192,4 +192,4 @@ def _untimed(artifacts: Mapping[str, str]) -> dict[str, str]:
 
 Play = Callable[[Scene], None]
 Strike = Callable[[Scene], Ended]
-"""A command is started and struck, until it has ended: finished, or so that the same command goes on."""
+"""Starts the command, injects the fault, and returns the end: finished, or so that the same command continues."""

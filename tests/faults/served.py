@@ -16,7 +16,7 @@ SERVERS = ExitStack()  # closed when the series ends
 
 @functools.cache
 def proxy(folder: Path) -> Proxy:
-    """In front of the one server of the series. folder: for its log."""
+    """Return the proxy in front of the one server of the series. folder: for the server's log."""
     python = sglang_python()
     if isinstance(python, str):
         raise SystemExit(python)
@@ -26,5 +26,5 @@ def proxy(folder: Path) -> Proxy:
 
 
 def urls(folder: Path) -> list[str]:
-    """Arguments of the command that send its rollout to the proxy."""
+    """Return the arguments that send the command's rollout to the proxy."""
     return ["--set", f"rollout.engine.urls=[{proxy(folder).url}]"]

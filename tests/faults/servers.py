@@ -17,7 +17,7 @@ from tests.faults.watch import until
 from tests.testbed.team import free_port
 
 _START_LIMIT_S = 120.0
-_BACK_S = (1.0, 10.0)  # how long it is away
+_BACK_S = (1.0, 10.0)  # how long it is down
 _IMPATIENT = ("--set", "stages.retries=1")
 
 
@@ -31,7 +31,7 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Returns when it answers."""
+        """Start the server, and return when it answers."""
         quiet = {"PREFECT_HOME": str(self._folder / "prefect"), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
         with (self._folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
@@ -81,8 +81,10 @@ def _running(server: Server) -> Iterator[Server]:
 
 
 def _lost(scene: Scene, server: Server, *, back: bool, **variables: str) -> None:
-    """It goes while the stage works. The stage loses nothing, whatever becomes of the view; with the server back, the
-    same command ends well."""
+    """Kill the server while the stage works, and check that the stage loses nothing.
+
+    With the server started again, the same command succeeds.
+    """
     running = scene.start(**variables)
     scene.reach(running, [WORKING])
     server.kill()
@@ -92,8 +94,8 @@ def _lost(scene: Scene, server: Server, *, back: bool, **variables: str) -> None
         scene.finished(running.wait())
         return
     ended = running.wait()
-    scene.told(ended, [0, 75])
-    must(ended.message, "nothing was said of the lost server")
+    scene.check_end(ended, [0, 75])
+    must(ended.message, "the lost server was not reported")
     scene.nothing_left()
     server.start()
     again = scene.refresh(**variables)
@@ -122,10 +124,10 @@ def prefect_gone(scene: Scene) -> None:
 
 
 def mlflow_away(scene: Scene) -> None:
-    """Not there when the refresh begins."""
+    """Start the refresh while the server is down."""
     with mlflow_server(scene.home.folder) as server:
         server.kill()
-        scene.told(scene.refresh(*_IMPATIENT, MLFLOW_TRACKING_URI=server.url), [75], "MLFLOW_TRACKING_URI")
+        scene.check_end(scene.refresh(*_IMPATIENT, MLFLOW_TRACKING_URI=server.url), [75], "MLFLOW_TRACKING_URI")
         scene.nothing_left()
         server.start()
         scene.finished(scene.refresh(MLFLOW_TRACKING_URI=server.url))
@@ -135,7 +137,7 @@ def prefect_away(scene: Scene) -> None:
     with prefect_server(scene.home.folder) as server:
         server.kill()
         api = f"{server.url}/api"
-        scene.told(scene.refresh(*_IMPATIENT, PREFECT_API_URL=api), [75], "PREFECT_API_URL")
+        scene.check_end(scene.refresh(*_IMPATIENT, PREFECT_API_URL=api), [75], "PREFECT_API_URL")
         scene.nothing_left()
         server.start()
         scene.finished(scene.refresh(PREFECT_API_URL=api))

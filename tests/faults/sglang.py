@@ -10,7 +10,7 @@ _SPOILED_S = (0.5, 6.0)
 
 
 def spoiled_a_while(mood: Mood) -> Play:
-    """The rollout asks again what was spoiled, and ends well."""
+    """Spoil answers for a while, and check that the rollout sends those requests again and succeeds."""
 
     def play(scene: Scene) -> None:
         between = proxy(scene.undisturbed.folder.parent)
@@ -23,7 +23,7 @@ def spoiled_a_while(mood: Mood) -> Play:
                 raise TooLate
         finally:
             between.mood = Mood.WELL
-        scene.told(ended := running.wait(), [0])
+        scene.check_end(ended := running.wait(), [0])
         if between.spoiled == spoiled:
             raise TooLate
         scene.finished(ended)
@@ -32,7 +32,7 @@ def spoiled_a_while(mood: Mood) -> Play:
 
 
 def lost(mood: Mood) -> Play:
-    """It does not come back: the refresh ends with a code that is worth a retry, and what it had is kept."""
+    """Lose the server for good: the exit code is that of a retryable error, and finished answers are kept."""
 
     def play(scene: Scene) -> None:
         between = proxy(scene.undisturbed.folder.parent)
@@ -45,7 +45,7 @@ def lost(mood: Mood) -> Play:
             between.mood = Mood.WELL
         if ended.code == 0:
             raise TooLate
-        scene.told(ended, [75], "SGLang", "request ")
+        scene.check_end(ended, [75], "SGLang", "request ")
         scene.nothing_left()
         scene.finished(again := scene.refresh())
         must(again.kept, "nothing of the first attempt was kept")

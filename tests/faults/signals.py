@@ -16,7 +16,7 @@ _OF_THE_COMMAND = (STARTING, WORKING, COMMITTING)
 def kill_stage(scene: Scene) -> Ended:
     running = scene.start()
     os.kill(scene.reach(running).pid, signal.SIGKILL)
-    return scene.told(running.wait(), [1], "was killed (SIGKILL)")
+    return scene.check_end(running.wait(), [1], "was killed (SIGKILL)")
 
 
 def terminate_stage(scene: Scene) -> Ended:
@@ -28,13 +28,13 @@ def interrupt_stage(scene: Scene) -> Ended:
 
 
 def _asked_to_stop(scene: Scene, number: signal.Signals) -> Ended:
-    """The stage saves and ends, or was about to end anyway."""
+    """Ask the stage to stop: it saves and ends, or was about to end anyway."""
     running = scene.start()
     os.kill(scene.reach(running).pid, number)
     ended = running.wait()
     if ended.code == scene.undisturbed.code:
-        return scene.told(ended, [ended.code])
-    return scene.told(ended, [130, 1], "was asked to stop", number.name)
+        return scene.check_end(ended, [ended.code])
+    return scene.check_end(ended, [130, 1], "was asked to stop", number.name)
 
 
 def stop_stage_a_while(scene: Scene) -> Ended:
@@ -47,10 +47,10 @@ def stop_stage_a_while(scene: Scene) -> Ended:
 
 
 def stop_stage_for_good(scene: Scene) -> Ended:
-    """Nothing but the time limit notices."""
+    """Stop the stage for good, which only the time limit notices."""
     running = scene.start(*scene.limit())
     os.kill(scene.reach(running).pid, signal.SIGSTOP)
-    return scene.told(running.wait(), [2], "ran past its limit")
+    return scene.check_end(running.wait(), [2], "ran past its limit")
 
 
 def _reached(scene: Scene) -> Running:
@@ -68,14 +68,14 @@ def kill_command(scene: Scene) -> Ended:
 def terminate_command(scene: Scene) -> Ended:
     running = _reached(scene)
     os.kill(running.process.pid, signal.SIGTERM)
-    return scene.told(running.wait(), [143], "terminated")
+    return scene.check_end(running.wait(), [143], "terminated")
 
 
 def interrupt_command(scene: Scene) -> Ended:
-    """Ctrl-C reaches the whole foreground group of a terminal; stages have a session of their own."""
+    """Ctrl-C reaches the whole foreground group of a terminal; stages have their own sessions."""
     running = _reached(scene)
     os.killpg(running.process.pid, signal.SIGINT)
-    return scene.told(running.wait(), [130], "interrupted")
+    return scene.check_end(running.wait(), [130], "interrupted")
 
 
 def stop_command_a_while(scene: Scene) -> Ended:

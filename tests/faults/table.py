@@ -1,4 +1,4 @@
-"""What came of the faults: a row each, and the table fault × stage."""
+"""The results of the faults: a row each, and the table fault × stage."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from tests.faults.configs import NODES
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one fault."""
+    """The result of one fault."""
 
     fault: str
     node: str
     number: int
     seed: int
-    point: str  # phase of the stage, and how far in it: a share of what the undisturbed one took
-    outcome: str  # "ok", or what did not hold
-    message: str  # what the command said of the fault
+    point: str  # phase of the stage, and share of the undisturbed duration of that phase
+    outcome: str  # "ok", or the defect
+    message: str  # what the command reported about the fault
     seconds: float
     commit: str
     at: str
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown; nodes that no fault has met are left out.
+    """Return a Markdown table without the nodes that no fault has met.
 
-    A cell has the number of runs that ended well, of those that were played where some did not.
+    A cell has the number of runs that ended well, and of all runs if some did not.
     """
     met = {row.node for row in rows}
     nodes = list(dict.fromkeys(node for of_kind in NODES.values() for node in of_kind if node in met))
@@ -38,8 +38,8 @@ def table(rows: Sequence[Row]) -> str:
         cells = [[row for row in mine if row.node == node] for node in nodes]
         lines.append([name, *(_cell(cell) for cell in [*cells, mine])])
     broken = [f"- {r.fault}, {r.node} ({r.point}): {r.outcome}" for r in rows if r.outcome != "ok"]
-    said = f"{len(rows)} runs, {len(rows) - len(broken)} ended well"
-    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", *broken, said])
+    counts = f"{len(rows)} runs, {len(rows) - len(broken)} ended well"
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", *broken, counts])
 
 
 def _cell(rows: Sequence[Row]) -> str:

@@ -1,4 +1,4 @@
-"""The harness itself: that it meets every stage, goes on where it was stopped, and notices what must not happen."""
+"""The harness: it strikes every stage, continues where it was stopped, and notices what must not happen."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def row(**fields: object) -> Row:
 
 @pytest.fixture
 def calm(tmp_path: Path) -> Undisturbed:
-    """What a refresh of two nodes would have left."""
+    """Return the record of a refresh of two nodes, with its home."""
     folder, kept = tmp_path / "scene", tmp_path / "kept"
     home = Home(folder, folder / "tiny.yaml")
     make(home.store)
@@ -67,7 +67,7 @@ def add_a_version(home: Home) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "out", "said"),
+    ("change", "out", "expected"),
     [
         (lambda home: make(home.store, "another answer"), ENDED, "another content"),
         (lambda home: make(home.store, key="ef" * 32), ENDED, "should not be there"),
@@ -76,13 +76,13 @@ def add_a_version(home: Home) -> None:
     ],
 )
 def test_what_must_not_happen_is_noticed(
-    change: Callable[[Home], object], out: str, said: str, calm: Undisturbed
+    change: Callable[[Home], object], out: str, expected: str, calm: Undisturbed
 ) -> None:
     scene = scene_of(calm)
     change(scene.home)
     if not scene.home.folder_of(ROLLOUT).exists():
         make(scene.home.store)
-    with pytest.raises(Broken, match=said):
+    with pytest.raises(Broken, match=expected):
         scene.finished(ended(out))
 
 
@@ -96,12 +96,12 @@ def test_steps_before_the_last_checkpoint_that_were_lost_are_noticed(calm: Undis
     assert scene.saved() == 0
     metrics.write_text(11 * "{}\n")
     assert scene.saved() == 8
-    said = "rollout: started\nrollout: continuing from the checkpoint at step {} of 12\nrollout: done in 2 s\n"
-    scene.kept(ended(said.format(8)), scene.saved())
-    scene.kept(ended("rollout: started\n"), scene.saved())  # killed again before it said anything
-    with pytest.raises(Broken, match="8 steps or answers were saved, and the same command went on from 4"):
-        scene.kept(ended(said.format(4)), scene.saved())
-    with pytest.raises(Broken, match="went on from 0"):
+    out = "rollout: started\nrollout: continuing from the checkpoint at step {} of 12\nrollout: done in 2 s\n"
+    scene.kept(ended(out.format(8)), scene.saved())
+    scene.kept(ended("rollout: started\n"), scene.saved())  # killed again before it reported anything
+    with pytest.raises(Broken, match="8 steps or answers were saved, but the same command continued from 4"):
+        scene.kept(ended(out.format(4)), scene.saved())
+    with pytest.raises(Broken, match="continued from 0"):
         scene.kept(ended(), scene.saved())
 
 
@@ -118,8 +118,8 @@ def test_what_is_left_is_noticed(calm: Undisturbed) -> None:
 def test_a_wrong_code_is_broken_a_silent_command_a_complaint_and_a_finished_one_too_late(calm: Undisturbed) -> None:
     scene = scene_of(calm)
     with pytest.raises(Broken, match="ended with 1, not"):
-        scene.told(ended("rollout: started\n", 1), [2], "disk is full")
+        scene.check_end(ended("rollout: started\n", 1), [2], "disk is full")
     with pytest.raises(TooLate):
-        scene.told(ended(), [2], "disk is full")
-    scene.told(ended("rollout: started\n", 2), [2], "disk is full")
-    assert scene.complaints == ["the message says nothing of 'disk is full': ''"]
+        scene.check_end(ended(), [2], "disk is full")
+    scene.check_end(ended("rollout: started\n", 2), [2], "disk is full")
+    assert scene.complaints == ["the message does not mention 'disk is full': ''"]

@@ -1,4 +1,4 @@
-"""The refresh that nothing disturbs: its content ids and times, and a copy of its home that every scene begins from."""
+"""The undisturbed refresh: its content ids and times, and a copy of its home from which every scene starts."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from tests.faults import configs, served
 from tests.faults.home import Ended, Home, Running, copied
 from tests.faults.watch import Watch
 
-# What shows the seconds that the evaluation has measured, which are no content of it: made again where it is, and its
-# own content may differ between two undisturbed refreshes.
+# They show durations, which are not part of the evaluation's content. They are made again whenever it is, and their
+# content may differ between two undisturbed refreshes.
 MEASURES = "evaluation"
 TIMED = ("gate", "report")
 
 
 @dataclass(frozen=True)
 class NodeTimes:
-    """Of a node's stage process, seconds."""
+    """Durations of a node's stage process, in seconds."""
 
     artifact: str  # STAGE/KEY
-    starting_s: float  # from its start to the first file that it wrote
-    working_s: float  # from there to its end
+    starting_s: float  # from the start to the first file that it writes
+    working_s: float  # from that file to the end
 
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """How a refresh goes when nothing happens to it."""
+    """The record of an undisturbed refresh."""
 
     kind: str
     config: str  # its file's name
     folder: Path  # of scenes: homes hold absolute paths, so every scene is played in the same place
-    kept: Path  # a copy of `folder` as it was afterwards
+    kept: Path  # a copy of `folder` after the refresh
     content_ids: dict[str, str]
     nodes: dict[str, NodeTimes]
     code: int  # 3 where the gate refused
@@ -47,8 +47,11 @@ class Undisturbed:
         return Home(self.folder, self.folder / self.config)
 
     def without(self, *nodes: str) -> Home:
-        """The home afterwards, but these nodes were never made. What depends on them is there: made again with the same
-        content, they lead to the same artifacts, and with any other content they do not."""
+        """Restore the home without the artifacts of these nodes, and return it.
+
+        What depends on them stays: made again with the same content they lead to the same artifacts, with any other
+        content they do not.
+        """
         copied(self.kept, self.folder)
         for node in nodes:
             self.home.drop(self.nodes[node].artifact)
@@ -56,25 +59,28 @@ class Undisturbed:
 
 
 def undisturbed(kind: str, folder: Path) -> Undisturbed:
-    """From an earlier call with the same folder and code, or made: `folder/KIND/scene` and `folder/KIND/kept`."""
+    """Return the record of a refresh, from an earlier call with this folder and code if there was one.
+
+    Its files are in `folder/KIND/scene` and `folder/KIND/kept`.
+    """
     plain = undisturbed(configs.PLAIN, folder) if kind == configs.LINE else None
     folder = folder / kind
-    told = folder / "undisturbed.json"
-    if not told.exists() or not _is_current(_read(told)):
+    record = folder / "undisturbed.json"
+    if not record.exists() or not _is_current(_read(record)):
         shutil.rmtree(folder, ignore_errors=True)
         made = _refresh_once(kind, folder) if plain is None else _refresh_line(folder, plain)
-        told.write_text(json.dumps(asdict(made), indent=2, default=str), "utf-8")
-    return _read(told)
+        record.write_text(json.dumps(asdict(made), indent=2, default=str), "utf-8")
+    return _read(record)
 
 
-def _read(told: Path) -> Undisturbed:
-    read = json.loads(told.read_text("utf-8"))
-    nodes = {name: NodeTimes(**times) for name, times in read.pop("nodes").items()}
-    return Undisturbed(**{**read, "folder": Path(read["folder"]), "kept": Path(read["kept"])}, nodes=nodes)
+def _read(path: Path) -> Undisturbed:
+    fields = json.loads(path.read_text("utf-8"))
+    nodes = {name: NodeTimes(**times) for name, times in fields.pop("nodes").items()}
+    return Undisturbed(**{**fields, "folder": Path(fields["folder"]), "kept": Path(fields["kept"])}, nodes=nodes)
 
 
 def _is_current(made: Undisturbed) -> bool:
-    """Whether the code as it is would make the same artifacts."""
+    """Return whether the current code would make the same artifacts."""
     planned = made.without().refresh("--plan", *arguments(made.kind, made.folder)).out.splitlines()
     remarks = ("warning: ", "not checked: ")
     rows = [line.split() for line in planned[2:] if not line.startswith(remarks)]  # node, stage, key, what happens
@@ -90,8 +96,10 @@ def _refresh_once(kind: str, folder: Path) -> Undisturbed:
 
 
 def _refresh_line(folder: Path, plain: Undisturbed) -> Undisturbed:
-    """The second refresh of a line, its registry as it was before it began: it can be played again. The target's
-    answers in `plain` are its logs."""
+    """Run the second refresh of a line. Its registry is restored afterwards, so that it can be played again.
+
+    Its logs are the target's answers in `plain`.
+    """
     scene, kept = folder / "scene", folder / "kept"
     answers = plain.without().folder_of(plain.nodes["rollout"].artifact) / "trajectories.parquet"
     home = Home(scene, configs.write(configs.LINE, scene, answers))
@@ -109,16 +117,16 @@ def _refresh_line(folder: Path, plain: Undisturbed) -> Undisturbed:
     )
 
 
-def _replace(source: Path, place: Path) -> None:
-    if place.is_dir():
-        shutil.rmtree(place)
-    place.unlink(missing_ok=True)
+def _replace(source: Path, path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
     if source.exists():
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, place)
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, path)
 
 
-def remembered(folder: Path, config: str, told: str, kept: Path, starting_s: float = 3.0) -> Undisturbed:
-    """Of a refresh that has ended before in `folder`, which is copied to `kept`. told: what it printed."""
+def remembered(folder: Path, config: str, output: str, kept: Path, starting_s: float = 3.0) -> Undisturbed:
+    """Return the record of a refresh that has ended in `folder`, which is copied to `kept`. output: its stdout."""
     copied(folder, kept)
     home = Home(folder, folder / config)
     requests = sorted(home.path.glob("logs/*.request.json"), key=lambda path: path.stat().st_mtime_ns)
@@ -126,28 +134,28 @@ def remembered(folder: Path, config: str, told: str, kept: Path, starting_s: flo
     seconds = {f"{m.stage}/{m.key[:SHORT]}": m.duration_s for m in home.store.list()}
     nodes = {
         node: NodeTimes(artifact, starting_s, max(0.5, seconds[artifact] - starting_s))
-        for node, artifact in zip(Ended(0, told, "", 0).nodes("done"), made, strict=False)
+        for node, artifact in zip(Ended(0, output, "", 0).nodes("done"), made, strict=False)
     }
     return Undisturbed(configs.PLAIN, config, folder, kept, home.content_ids(), nodes, 0, sum(seconds.values()))
 
 
 def arguments(kind: str, folder: Path) -> list[str]:
-    """Of the command, beside the config. Where a server answers, nothing else is looked at."""
+    """Return the command's arguments after the config. With a server, only the rollout is made."""
     return [*served.urls(folder.parent), "--until", "rollout"] if kind == configs.SERVED else []
 
 
 def watched(home: Home, running: Running) -> tuple[Ended, dict[str, NodeTimes]]:
-    """Follow the command's stages to its end; the times of each, by node."""
+    """Follow the command's stages to its end. Return the durations of each, by node."""
     times: list[NodeTimes] = []
     while running.process.poll() is None:
         stage = Watch(home, running).stage()
         if stage is None:
             break
-        begun = time.monotonic()
+        started = time.monotonic()
         stage.wait_until_working()
         working = time.monotonic()
         stage.wait_until_ended()
-        times.append(NodeTimes(stage.artifact, working - begun, time.monotonic() - working))
+        times.append(NodeTimes(stage.artifact, working - started, time.monotonic() - working))
     ended = _well(running.wait())
     return ended, dict(zip(ended.nodes("done"), times, strict=True))
 

@@ -1,4 +1,4 @@
-"""Where a running command is: its stage's process, and a seeded point in the life of that."""
+"""Finds the stage process of a running command, and waits for points in its life."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _POLL_S = 0.02
 
 
 def until(condition: Callable[[], bool], limit_s: float = LIMIT_S) -> None:
-    """Raises TimeoutError."""
+    """Wait for a condition. Raise TimeoutError after `limit_s`."""
     deadline = time.monotonic() + limit_s
     while not condition():
         if time.monotonic() > deadline:
@@ -36,7 +36,7 @@ class StageProcess:
         return alive(self.pid)
 
     def wait_until_working(self) -> None:
-        """Until it has written something, or has ended."""
+        """Wait until it has written a file or has ended."""
         until(lambda: not self.alive or bool(_files(self.home.partial_of(self.artifact)) - self.before))
 
     def wait_until_ended(self) -> None:
@@ -51,15 +51,15 @@ class Watch:
     running: Running
 
     def stage(self) -> StageProcess | None:
-        """The next one that runs; None if the command has ended before."""
-        found: list[StageProcess] = []
+        """Wait for the next stage that runs; None if the command has ended before."""
+        running: list[StageProcess] = []
 
         def look() -> bool:
-            found.extend(self._stages())
-            return bool(found) or self.running.process.poll() is not None
+            running.extend(self._stages())
+            return bool(running) or self.running.process.poll() is not None
 
         until(look)
-        return found[0] if found else None
+        return running[0] if running else None
 
     def _stages(self) -> list[StageProcess]:
         return [
@@ -70,7 +70,7 @@ class Watch:
 
 
 def children(parent: int) -> list[int]:
-    """Living direct children."""
+    """Return the living direct children of a process."""
     try:
         listed = [each.read_text().split() for each in Path(f"/proc/{parent}/task").glob("*/children")]
     except OSError:  # a thread of it has just ended
@@ -89,7 +89,7 @@ def children(parent: int) -> list[int]:
 
 
 def _artifact_of(pid: int) -> str | None:
-    """What a stage process makes, from the name of its request; None for any other process."""
+    """Return the artifact that a stage process makes, from the name of its request; None for any other process."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
     except OSError:
@@ -102,7 +102,7 @@ def _artifact_of(pid: int) -> str | None:
 
 
 def _files(folder: Path) -> frozenset[tuple[str, int]]:
-    """Names and times of change of the files below."""
+    """Return names and times of change of the files in a folder."""
     found = set()
     for path in folder.rglob("*"):
         try:

@@ -1,4 +1,4 @@
-"""Servers that the tests of this room share; a failed test shows what they logged meanwhile."""
+"""Servers that these tests share; a failed test shows what they logged meanwhile."""
 
 from __future__ import annotations
 

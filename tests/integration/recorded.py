@@ -1,7 +1,7 @@
-"""What the plug-in recorded: as a trace, to be held against replay, and checked against the target in transformers.
+"""The plug-in's records: as a trace to compare with replay, and checked against the target in transformers.
 
-The check takes nothing from the server but tokens: the target's float32 logits behind the prompt, the answer so far and
-the proposed block say which proposals a greedy verification keeps, which token follows, and each proposal's log-prob.
+The check uses only tokens of the server. The target's float32 logits after the prompt, the answer so far and the block
+show which proposals greedy verification accepts, which token follows, and each proposal's log-prob.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Reference:
         return logits
 
     def check(self, prompt: list[int], answer: Answer, drafter: str) -> Counter[int]:
-        """Assert all that a trace promises; the accepted lengths of its steps are returned."""
+        """Check a whole trace, and return the accepted lengths of its steps."""
         output, meta = answer["output_ids"], answer["meta_info"]
         elements = meta[KEY]
         assert len(elements) == len(output)
@@ -67,15 +67,15 @@ class Reference:
         return accepted
 
     def _check_step(self, prompt: list[int], output: list[int], at: int, step: Answer, drafter: str) -> int:
-        """One record; how many tokens it committed."""
+        """Check one record, and return how many tokens it committed."""
         assert (step["v"], step["drafter"]) == ("1", drafter)
         assert step["anchor"] == len(prompt) + at - 1
-        block, kept = step["block"], step["accepted"]
+        block, accepted = step["block"], step["accepted"]
         logits = self._logits(prompt + output[:at] + block)[step["anchor"] :]
         best = logits.argmax(-1).tolist()
         agreeing = next((j for j, token in enumerate(block) if token != best[j]), len(block))
-        assert (kept, step["bonus"]) == (agreeing, best[agreeing])
-        committed = [*block[:kept], step["bonus"]]
+        assert (accepted, step["bonus"]) == (agreeing, best[agreeing])
+        committed = [*block[:accepted], step["bonus"]]
         assert output[at : at + len(committed)] == committed[: len(output) - at]  # the end of an answer cuts it
         exact = logits[:-1].log_softmax(-1).gather(1, torch.tensor(block)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(step["logprobs"]), exact, rtol=0, atol=TOLERANCE)
@@ -91,13 +91,13 @@ def body(prompt: list[int], *, trace: bool = True, **sampling: object) -> Answer
 
 
 def asked_for_nothing(answer: Answer) -> bool:
-    """SGLang fills up with None where another request of the batch brings a list."""
+    """Return whether nothing was recorded. SGLang fills up with None if another request of the batch has a list."""
     return not any(answer["meta_info"].get(KEY) or [])
 
 
 @dataclass(frozen=True)
 class Served:
-    """The answers of one server to the first prompts of the bench, in their order."""
+    """The answers of one server to the first prompts, in their order."""
 
     bodies: list[dict[str, Any]]
 
@@ -110,7 +110,7 @@ class Served:
 
 
 def trace_of(trajectory: Trajectory, elements: list[Any]) -> Trace:
-    """The trace that the plug-in returned, one element an output token, cut where the trajectory ends."""
+    """Return the trace of the plug-in (one element an output token), cut at the end of the trajectory."""
     assert len(elements) == trajectory.answer_length
     steps = [element for element in elements if element and "anchor" in element]
     anchors = np.array([step["anchor"] for step in steps], dtype=np.int64)

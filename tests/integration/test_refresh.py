@@ -104,7 +104,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def nodes(output: str, ending: str) -> list[str]:
-    """Nodes whose line says that they were reused, or done."""
+    """Return the nodes that were reused, or done, by their lines."""
     return [line.partition(":")[0] for line in output.splitlines() if ending in line and line.split(":")[0] in NODES]
 
 
@@ -126,12 +126,12 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path, tiny_promp
 @pytest.fixture(scope="module")
 def story(home: Home) -> Iterator[dict[str, Any]]:
     """A first refresh and an unchanged one."""
-    told: dict[str, Any] = {"first": home.refresh()}
-    assert told["first"].returncode == 0, told["first"].stderr
-    begun = time.monotonic()
-    told["second"] = home.refresh()
-    told["second_s"] = time.monotonic() - begun
-    yield told
+    runs: dict[str, Any] = {"first": home.refresh()}
+    assert runs["first"].returncode == 0, runs["first"].stderr
+    started = time.monotonic()
+    runs["second"] = home.refresh()
+    runs["second_s"] = time.monotonic() - started
+    yield runs
 
 
 def test_the_first_refresh_makes_every_node_and_ends_with_the_table(story: dict[str, Any], home: Home) -> None:
@@ -146,7 +146,7 @@ def test_the_first_refresh_makes_every_node_and_ends_with_the_table(story: dict[
     assert not processes_of(home.path)
 
 
-def test_the_figures_of_the_table_are_those_of_the_evaluation(story: dict[str, Any], home: Home) -> None:
+def test_the_metrics_of_the_table_are_those_of_the_evaluation(story: dict[str, Any], home: Home) -> None:
     evaluation = read_json(home.folder_of("evaluation") / "evaluation.json")
     for name in ("sft", "opd", "control"):
         assert f"{evaluation['drafters'][name]['tau']:.3f}" in story["first"].stdout
@@ -249,8 +249,8 @@ def test_a_refresh_on_sglang_is_exact(story: dict[str, Any], home: Home, sglang_
         assert all(arm["identical_share"] == 1 for name, arm in setting["arms"].items() if name != "plain")
     assert evaluation["exactness"]["identical_share"] == 1
     assert evaluation["parity"].keys() == {"sft", "opd"}
-    for figures in evaluation["parity"].values():
-        assert (figures["different_steps"], figures["tau_difference"]) == (0, 0)
+    for metrics in evaluation["parity"].values():
+        assert (metrics["different_steps"], metrics["tau_difference"]) == (0, 0)
     steps = evaluation["parity"]["opd"]["served_steps"]
     page = (served.folder_of("report") / "report.html").read_text()
     assert f"0 of {steps} served verify steps differ from replay" in page

@@ -1,4 +1,4 @@
-"""What the diagnosis says of a stock SGLang server, and that its CPU stand-in stays away from GPUs."""
+"""The diagnosis of a stock SGLang server; its CPU stand-in stays away from GPUs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_standin_is_not_imported_where_there_is_a_gpu(sglang_env: Path) -> N
 def test_the_diagnosis_of_a_server(
     dflash_url: str, serving_target: ServingTarget, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
-    """Nothing is wrong with it as the server of its drafter; as that of another checkpoint it says so itself."""
+    """As the server of its drafter it agrees with replay; asked about another checkpoint, it reports the difference."""
     other = tmp_path / "other"
     shutil.copytree(serving_target.drafter, other)
     config = json.loads((other / "config.json").read_text())

@@ -79,8 +79,8 @@ def test_sglang_computes_what_is_computed_here(sglang_env: Path, plain_target: T
         found = load_file(tmp_path / kind / "out")
         assert torch.equal(found["proposals"], values.pop("proposals"))
         for name, value in values.items():
-            said = f"{kind}: {name}"
-            torch.testing.assert_close(found[name], value, atol=TOLERANCE, rtol=TOLERANCE, msg=said)
+            message = f"{kind}: {name}"
+            torch.testing.assert_close(found[name], value, atol=TOLERANCE, rtol=TOLERANCE, msg=message)
 
 
 def test_a_server_decodes_with_it_as_replay_says(

@@ -62,7 +62,7 @@ def evaluated(
 
 
 @pytest.fixture
-def figures(evaluated: RecordingContext) -> dict[str, Any]:
+def metrics(evaluated: RecordingContext) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((evaluated.out / "evaluation.json").read_text())
     return content
 
@@ -73,7 +73,7 @@ def test_a_finished_turn_is_not_repeated(evaluated: RecordingContext) -> None:
 
 
 def test_every_output_is_the_targets_own(
-    evaluated: RecordingContext, figures: dict[str, Any], tiny_drafter: DrafterArtifacts
+    evaluated: RecordingContext, metrics: dict[str, Any], tiny_drafter: DrafterArtifacts
 ) -> None:
     rows = read_table(evaluated.out / "requests.parquet", REQUESTS).to_pylist()
     assert len(rows) == 2 * 2 * PROMPTS  # arms, concurrencies
@@ -86,14 +86,14 @@ def test_every_output_is_the_targets_own(
         assert (row["verify_steps"] > 0) == (row["arm"] == "sft")
         assert 0 < row["first_token_seconds"] <= row["latency_seconds"]
         assert row["engine"].startswith("sglang ")
-    assert figures["exactness"] == {
+    assert metrics["exactness"] == {
         "serving_dtype": "float32", "identical_share": 1.0, "compared_outputs": 2 * PROMPTS,
         "median_margin": None, "largest_margin": None,
     }  # fmt: skip
 
 
-def test_served_steps_are_replayed_steps(figures: dict[str, Any]) -> None:
-    parity = figures["parity"]["sft"]
+def test_served_steps_are_replayed_steps(metrics: dict[str, Any]) -> None:
+    parity = metrics["parity"]["sft"]
     assert parity["served_steps"] > 10
     assert (parity["different_steps"], parity["tau_difference"]) == (0, 0)
 
@@ -118,7 +118,7 @@ def test_steps_of_another_drafter_are_refused(
     other: Path,
     config: EvaluationConfig,
 ) -> None:
-    """What the servers gave stays; the checkpoint that is said to have been served is another one."""
+    """Replay with another checkpoint than the servers had: their answers stay as they are."""
     shutil.copytree(evaluated.work, tmp_path / "work", ignore=shutil.ignore_patterns("replayed"))
     ctx = RecordingContext.under(tmp_path, inputs(tiny_drafter, sft=other))
     reason = "verify steps served by the engine differ from replay"

@@ -214,7 +214,7 @@ def test_a_server_is_known_by_the_log_probs_of_fixed_tokens(
             other = replace(required, target_folder=target_folder)
             return await check_weights(client, plain_url, "org/model", server, other, print)
 
-    (said,) = asyncio.run(check(tiny_drafter.target))
-    assert float(said.split(" nats")[0].split()[-1]) < 1e-5
+    (message,) = asyncio.run(check(tiny_drafter.target))
+    assert float(message.split(" nats")[0].split()[-1]) < 1e-5
     with pytest.raises(DraftsmithError, match="other weights"):
         asyncio.run(check(tmp_path))

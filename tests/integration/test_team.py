@@ -1,4 +1,4 @@
-"""A team's servers: a schedule fires, a failed stage is retried alone, the webhook is told, the config is a form."""
+"""A team's servers: a schedule fires, a failed stage is retried alone, the webhook is called, the config is a form."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("team")
     allow, starts = folder / "allow", folder / "starts"
     with team(folder) as servers:
-        told: dict[str, Any] = {"servers": servers, "starts": starts}
+        story: dict[str, Any] = {"servers": servers, "starts": starts}
         slow = {"seconds_each": 0.3}
         nightly = write_config(folder / "nightly.yaml", name="nightly", target={**slow, "count": 4}, verdict="refused")
         by_minute = deploy(servers, nightly, "--cron", "* * * * *", "--webhook", servers.webhook)
@@ -85,25 +85,25 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         busy = start(servers, by_minute, name="busy", target={"count": 999, "seconds_each": 0.3})
         process_of(servers, "busy")
         run = start(servers, deployment)
-        told["form"] = form(servers, by_minute, folder)
+        story["form"] = form(servers, by_minute, folder)
         servers.api(f"flow_runs/{busy}/set_state", {"state": {"type": "CANCELLING"}, "force": True})
         ends(servers, busy, "Cancelled")
         ends(servers, run, "Failed")
-        told["failed"], told["failed_starts"] = tasks(servers, run), starts.read_text()
+        story["failed"], story["failed_starts"] = tasks(servers, run), starts.read_text()
         allow.touch()
         again = {"type": "SCHEDULED", "name": "AwaitingRetry"}  # what the button Retry of the UI sends
         servers.api(f"flow_runs/{run}/set_state", {"state": again, "force": True})
         ends(servers, run, "Promoted")
-        told["retried"] = tasks(servers, run)
-        told["scheduled"] = fired(servers, by_minute)
-        told["killed"] = killed(servers, deployment)
+        story["retried"] = tasks(servers, run)
+        story["scheduled"] = fired(servers, by_minute)
+        story["killed"] = killed(servers, deployment)
         never = write_config(folder / "never.yaml", name="never")
         deploy(servers, never, "--webhook", servers.webhook, "--silent-after", "0.0002")  # 17 s
         causes = {"failed", "promoted", "refused", "crashed", "silent"}
         wait_until(
-            lambda: {each["cause"] for each in servers.called} >= causes, "the webhook is told of all five", LIMIT_S
+            lambda: {each["cause"] for each in servers.called} >= causes, "the webhook is called for all five", LIMIT_S
         )
-        yield told
+        yield story
 
 
 def form(servers: Team, deployment: str, folder: Path) -> str:
@@ -176,16 +176,16 @@ def test_a_failed_stage_is_retried_and_only_it_runs(story: dict[str, Any]) -> No
     assert story["starts"].read_text() == "started\n" * 3
 
 
-def test_the_webhook_is_told_of_failure_crash_promotion_refusal_and_silence(story: dict[str, Any]) -> None:
-    told = {(each["cause"], each["deployment"]): each for each in story["servers"].called}
-    assert set(told) == {
+def test_the_webhook_is_called_after_failure_crash_promotion_refusal_and_silence(story: dict[str, Any]) -> None:
+    calls = {(each["cause"], each["deployment"]): each for each in story["servers"].called}
+    assert set(calls) == {
         ("failed", "toy"), ("promoted", "toy"), ("crashed", "toy"), ("refused", "nightly"),
         ("silent", "never"),
     }  # fmt: skip
-    assert "right" not in told["promoted", "toy"]["message"]
-    assert told["promoted", "toy"]["message"] == 'the sum is "promoted"'
-    assert "allow is missing: make it" in told["failed", "toy"]["message"]
-    assert told["failed", "toy"]["url"].startswith(story["servers"].prefect)
+    assert "right" not in calls["promoted", "toy"]["message"]
+    assert calls["promoted", "toy"]["message"] == 'the sum is "promoted"'
+    assert "allow is missing: make it" in calls["failed", "toy"]["message"]
+    assert calls["failed", "toy"]["url"].startswith(story["servers"].prefect)
 
 
 @pytest.mark.skipif(chromium.PROGRAM is None, reason=chromium.ABSENT)
@@ -193,7 +193,7 @@ def test_the_config_is_a_form(story: dict[str, Any]) -> None:
     lines = story["form"].splitlines()
     for label in ("Count (Optional)", "Seconds Each (Optional)", HELP):
         assert label in lines, story["form"]
-    assert "0.3" in lines and "nightly" in lines  # what the file says stands in the fields
+    assert "0.3" in lines and "nightly" in lines  # the fields have the values of the file
 
 
 def test_mlflow_keeps_runs_in_postgresql_and_files_in_s3_without_keys_at_the_client(

@@ -97,7 +97,7 @@ def trajectories(bench: Bench, answers: list[list[int]]) -> list[Trajectory]:
 def test_greedy_answers_and_verify_steps(
     make: Callable[[Bench], Drafter], python: Path, bench: Bench, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
-    """`vllm serve FOLDER` is told nothing but the drafter's folder: so is this engine."""
+    """Like `vllm serve FOLDER`, this engine gets only the drafter's folder."""
     _, folder, drafter = exported(make(bench), tiny_drafter, bench, tmp_path)
     bench = bench.with_drafters({"it": drafter, "trained": bench.drafters["trained"]})  # prompts without a near-tie
     greedy = {"temperature": 0.0, "max_tokens": GREEDY_TOKENS}
@@ -108,9 +108,9 @@ def test_greedy_answers_and_verify_steps(
     traces = Replayer(bench.target).traces(bench.drafters, trajectories(bench, plain))
     steps = {name: [len(trace.anchors) for trace in each] for name, each in traces.items()}
     assert [each.steps for each in answers] == steps["it"]
-    for answer, trace in zip(answers, traces["it"], strict=True):  # it counts what was accepted behind a cut, too
-        behind = answer.accepted - int(trace.accepted.sum())
-        assert behind == 0 if len(answer.tokens) < GREEDY_TOKENS else 0 <= behind < drafter.block_size
+    for answer, trace in zip(answers, traces["it"], strict=True):  # it also counts what was accepted after a cut
+        after_cut = answer.accepted - int(trace.accepted.sum())
+        assert after_cut == 0 if len(answer.tokens) < GREEDY_TOKENS else 0 <= after_cut < drafter.block_size
     assert tau(traces["it"]) > 1.3
     assert make is dflash or steps["it"] != steps["trained"], "what it has more than DFlash shows"
 
@@ -125,7 +125,7 @@ def test_sampled_verify_steps_follow_the_distribution_of_replay(
     tiny_drafter: DrafterArtifacts,
     tmp_path: Path,
 ) -> None:
-    """Proposals drawn from the drafter's own distribution: on the given answers, as many steps as replay takes.
+    """Proposals sampled from the drafter's own distribution: on the given answers, as many steps as replay takes.
     other: a temperature at which it takes clearly others."""
     target, folder, drafter = exported(make(bench), tiny_drafter, bench, tmp_path)
     prompts = [p.token_ids for p in bench.prompts[:SAMPLED]]

@@ -1,7 +1,7 @@
 """SGLang plug-in that closes the gaps of DFLASH and DSPARK on a CPU. Tests only: on a GPU none of it is needed.
 
-SGLang loads it through the entry-point group `sglang.srt.plugins` in each of its processes. Each function says which
-place of SGLang 0.5.20 … 0.5.23 it answers, and why a CPU stumbles there.
+SGLang loads it through the entry-point group `sglang.srt.plugins` in each of its processes. Each function names the
+part of SGLang 0.5.20 … 0.5.23 that it replaces, and why that fails on a CPU.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class CudaView(_Around):
 
 
 class ForeignPlatform(_Around):
-    """A platform from outside SGLang, which says itself what it supports."""
+    """A platform from outside SGLang, which declares what it supports."""
 
     def is_out_of_tree(self) -> bool:
         return True

@@ -1,7 +1,7 @@
 """Attention of SGLang's backend `intel_amx`, by torch's scaled dot product. The originals are AMX kernels in C++.
 
 Shapes: N new tokens in the batch, R requests, S slots of the pool, L entries that a request holds; Hq heads of queries,
-Hkv of keys and values, D their width. `req_to_token` [rows, L] says in which slot of the pool a request's token lies.
+Hkv of keys and values, D their width. `req_to_token` [rows, L] has the pool slot of each token of a request.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def extend_attention_cpu(
     tree_mask: torch.Tensor | None,
     is_causal: bool,
 ) -> None:
-    """Several new tokens a request (prefill, verification, a drafter's block) behind those that the pool holds.
+    """Attend with several new tokens a request (prefill, verification, a drafter's block) after those in the pool.
 
     q_extend, o_extend: [N, Hq, D]; seq_lens, extend_seq_lens, extend_start_loc: [R], entries with the new ones, new
     ones, and where these begin in N. Causal, or (a DFlash block) every new token sees all. sliding_window_size: so many

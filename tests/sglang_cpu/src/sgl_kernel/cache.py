@@ -64,7 +64,7 @@ def assign_draft_cache_locs_contiguous_cpu(
     topk: int,
     num_steps: int,
 ) -> None:
-    """The slots of the topk * num_steps positions behind each request's tokens. Writes `out_cache_loc`."""
+    """Write the slots of the topk * num_steps positions after each request's tokens to `out_cache_loc`."""
     assign_extend_cache_locs_cpu(
         req_pool_indices, req_to_token, seq_lens, seq_lens + topk * num_steps, out_cache_loc, pool_len
     )

@@ -50,18 +50,19 @@ def verify_tree_greedy_cpu(
     retrive_next_sibling: torch.Tensor,  # noqa: ARG001
     target_predict: torch.Tensor,
 ) -> None:
-    """Keep the drafts that equal the target's argmax, up to the first that does not.
+    """Accept the drafts that equal the target's argmax, up to the first that does not.
 
-    candidates, target_predict: [R, n]. Writes accept_token_num [R] (drafts kept), accept_index [R, steps] (places in
-    the flat batch; behind the last kept left as it was, -1) and, at these places of predicts [R*n], the target's token.
+    candidates, target_predict: [R, n]. Writes accept_token_num [R] (drafts accepted), accept_index [R, steps] (indices
+    in the flat batch; after the last accepted one unchanged, -1) and, at these indices of predicts [R*n], the target's
+    token.
     """
     target = target_predict.view_as(candidates)
-    kept = (candidates[:, 1:] == target[:, :-1]).long().cumprod(1).sum(1).clamp(max=accept_index.shape[1] - 1)
-    accept_token_num.copy_(kept)
-    for request, count in enumerate(kept.tolist()):
-        places = retrive_index[request, : count + 1]
-        accept_index[request, : count + 1] = places.to(accept_index.dtype)
-        predicts[places.long()] = target[request, : count + 1].to(predicts.dtype)
+    accepted = (candidates[:, 1:] == target[:, :-1]).long().cumprod(1).sum(1).clamp(max=accept_index.shape[1] - 1)
+    accept_token_num.copy_(accepted)
+    for request, count in enumerate(accepted.tolist()):
+        indices = retrive_index[request, : count + 1]
+        accept_index[request, : count + 1] = indices.to(accept_index.dtype)
+        predicts[indices.long()] = target[request, : count + 1].to(predicts.dtype)
 
 
 def fill_bonus_tokens_cpu(
@@ -75,9 +76,9 @@ def fill_bonus_tokens_cpu(
 def fill_accept_out_cache_loc_cpu(
     accept_index: torch.Tensor, out_cache_loc: torch.Tensor, accept_out_cache_loc: torch.Tensor
 ) -> None:
-    """The slots of the kept tokens, in order, at the front of `accept_out_cache_loc`. accept_index: -1 = not kept."""
-    kept = accept_index.flatten().long()
-    slots = out_cache_loc[kept[kept >= 0]]
+    """Write the slots of accepted tokens to the front of `accept_out_cache_loc`. accept_index: -1 = not accepted."""
+    accepted = accept_index.flatten().long()
+    slots = out_cache_loc[accepted[accepted >= 0]]
     accept_out_cache_loc[: len(slots)] = slots.to(accept_out_cache_loc.dtype)
 
 
