@@ -24,8 +24,8 @@ from draftsmith.flows.execution.display import Display
 from draftsmith.flows.orchestration.launch import launch
 from draftsmith.flows.orchestration.server import PrefectServer
 from draftsmith.flows.planning.graph import Selection
-from draftsmith.flows.refresh.evaluate import resolve_drafter
 from draftsmith.flows.refresh.graph import REFRESH
+from draftsmith.flows.refresh.measurements import resolve_drafter
 from draftsmith.stages.data.logs.filter import RowFilter, prompt_id
 from draftsmith.stages.data.logs.rows import AnswerReader, LoggedRow
 from draftsmith.stages.data.logs.stage import LogsConfig

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from draftsmith.flows.cli.arguments import parser
-from draftsmith.flows.cli.main import main
+from draftsmith.flows.cli.main import main, parser
 from draftsmith.stages.evaluation.gate import GateConfig
 
 ROOT = Path(__file__).parents[1]

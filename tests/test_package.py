@@ -64,7 +64,7 @@ def test_wheel_and_sdist_hold_the_package_and_the_shipped_configs(tmp_path: Path
     )
     assert (package / "flows" / "refresh" / "beginnings" / "logs.yaml").is_file()
     code = (
-        "import draftsmith, draftsmith.flows.cli.arguments; from importlib.resources import files; "
+        "import draftsmith, draftsmith.flows.cli.main; from importlib.resources import files; "
         "print(draftsmith.__file__, (files('draftsmith') / 'configs' / 'quickstart.yaml').is_file())"
     )
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Results of stage `evaluation`: `evaluation.json` and `contexts.json`."""
+"""Results of stages `evaluation` (and its `contexts.json`), `drift` and `diagnosis`: a JSON file each."""
 
 from __future__ import annotations
 
@@ -272,3 +272,39 @@ class Contexts(ResultFile, RootModel[dict[str, list[AnswerContext]]]):
 
     FILE: ClassVar[str] = "contexts.json"
     INDENT: ClassVar[int] = 1
+
+
+ALL = "all"  # prompts, beside the single sets
+
+
+class DriftResult(ResultFile, RootModel[dict[str, SetMetrics]]):
+    """The champion's tau by prompt set, and on all prompts under `ALL`."""
+
+    FILE: ClassVar[str] = "drift.json"
+
+    @property
+    def overall(self) -> SetMetrics:
+        """Return the metrics on all prompts."""
+        return self.root[ALL]
+
+
+class ReplayChange(Record):
+    """A change of replay, and its distance from the served steps."""
+
+    cause: str
+    change: str = ""
+    mismatch: float = 0.0  # share of verify steps that differ; without recorded steps, of their number
+    tau: float = 0.0
+
+
+class DiagnosisResult(ResultFile, Record):
+    """Why a server's steps differ from replay."""
+
+    FILE: ClassVar[str] = "diagnosis.json"
+
+    sentence: str
+    agrees: bool
+    served_tau: float | None = None
+    as_it_is: ReplayChange | None = None  # replay without a change; None if the server itself names the cause
+    causes: Sequence[ReplayChange] = ()
+    tried: Sequence[ReplayChange] = ()

@@ -1,4 +1,4 @@
-"""Results of stage `gate`: `decision.json` and `verdict.json`."""
+"""Results of stages `gate` and `report`: `decision.json`, `verdict.json` and `review.json`."""
 
 from __future__ import annotations
 
@@ -67,3 +67,23 @@ class GateVerdict(ResultFile, Record):
     challenger: str
     champion: bool
     rules: Mapping[str, bool]
+
+
+class Outcome(Record):
+    """The verdict of a report."""
+
+    kind: str  # promoted, refused, inconclusive, or measured (without a gate)
+    sentence: str
+    reasons: Sequence[str] = ()
+    followed: str | None = None  # the sentence of a promotion, once it is done
+    label: str = ""
+
+
+class ReviewResult(ResultFile, Record):
+    """The fields of a report's review that other modules read."""
+
+    FILE: ClassVar[str] = "review.json"
+
+    outcome: Outcome | None = None  # None: nothing was measured
+    speed_warnings: Annotated[Sequence[str], Field(alias="doubts")] = ()
+    metrics: Annotated[Mapping[str, float], Field(alias="figures")] = {}

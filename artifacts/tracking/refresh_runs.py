@@ -1,11 +1,14 @@
-"""Searches for the runs of refreshes in MLflow, and updates of runs that have ended."""
+"""The MLflow runs of refreshes: one is opened with its first stage or found again, and updated after its end."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import threading
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlparse
 
 from draftsmith.artifacts.errors import DraftsmithError
@@ -13,7 +16,7 @@ from draftsmith.artifacts.locks import is_locked
 from draftsmith.artifacts.store.local import SHORT, Store
 from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.artifacts.tracking.runs import HOME, KEY, NOTE, STAGE, Tracking
-from draftsmith.artifacts.tracking.terms import end_run, log_metrics, review_files, sanitize_key
+from draftsmith.artifacts.tracking.terms import Status, end_run, log_metrics, review_files, sanitize_key
 
 _MADE = "made."  # prefix of a refresh's params: the artifact of each node
 OUTCOME = "outcome"  # tag: the outcome of a refresh
@@ -151,3 +154,60 @@ def describe_misplaced_files(tracking: Tracking) -> str | None:
                 "(MLFLOW_EXPERIMENT_NAME)."
             )
     return None
+
+
+@dataclass
+class RunRecord:
+    """The MLflow run of one flow run. Stages that run concurrently open it once."""
+
+    tracking: Tracking
+    name: str
+    params: Mapping[str, Any]
+    data: Collection[str] = ()  # nodes whose artifacts are the run's data sets
+    _id: str | None = None
+    _building: bool = False  # a stage was built, so that no earlier run has the same artifacts
+    _earlier: str | None = None  # the finished run that has the same artifacts
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def open(self) -> str | None:
+        """Return the run's id for a stage that is to be built; None if MLflow failed: the next call tries again."""
+        self._building = True
+        return self._open()
+
+    def find_or_open(self, artifacts: Mapping[str, ArtifactRef]) -> str | None:
+        """Return the id of this run, or of the earlier one that has the very same artifacts.
+
+        Returns None if MLflow failed: the next call tries again.
+        """
+        if not self._building and self._id is None and self._earlier is None:
+            self._earlier = find_refresh(self.tracking, self.name, artifacts)
+        return self._earlier or self._open()
+
+    def _open(self) -> str | None:
+        with self._lock:
+            if self._id is None:
+                self._id = self.tracking.open_refresh(self.name, self.params)
+            return self._id
+
+    def close(
+        self,
+        status: Status,
+        artifacts: Mapping[str, ArtifactRef],
+        metrics: Mapping[str, float],
+        files: Iterable[Path],
+        tags: Mapping[str, str],
+        *,
+        concluded: bool = False,
+    ) -> None:
+        """End the run. One that failed before its first stage was built leaves none in MLflow.
+
+        An earlier run with the same artifacts is only tagged as reused, unless it ended without a conclusion
+        (`--until`) and this one is `concluded`.
+        """
+        if self._earlier is not None:
+            if concluded:
+                record_outcome(self.tracking, self._earlier, artifacts, metrics, tags)
+            mark_reused(self.tracking, self._earlier)
+        else:
+            inputs = {name: artifacts[name] for name in self.data if name in artifacts}
+            self.tracking.close_refresh(status, metrics, files, tags, inputs, artifact_params(artifacts))

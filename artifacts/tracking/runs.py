@@ -27,11 +27,11 @@ from draftsmith.artifacts.tracking.client import (
     ping,
     sqlite_file,
 )
-from draftsmith.artifacts.tracking.datasets import log_datasets
 from draftsmith.artifacts.tracking.terms import (
     METRICS_PER_BATCH,
     Status,
     end_run,
+    log_datasets,
     log_metrics,
     log_params,
     review_files,

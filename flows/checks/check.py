@@ -16,7 +16,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.artifacts.tracking.runs import Tracking
-from draftsmith.flows.checks.comparisons import check_gate, check_sampling
+from draftsmith.flows.checks.drafters import check_gate, check_sampling
 from draftsmith.flows.checks.engines import check_engines, check_parallel, check_shared_target, check_tensor_parallel
 from draftsmith.flows.checks.findings import Findings, RaisingFindings
 from draftsmith.flows.checks.models import (

@@ -1,14 +1,23 @@
-"""Finds the nodes of a graph that create a drafter, read one, or draft on SGLang."""
+"""The drafters in a graph: which nodes create, read or serve one, and whether they can be compared fairly."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.planning.graph import Node
+from draftsmith.stages.data.logs.stage import LogsConfig
+from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.drafters.stage import ChampionConfig
 from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.evaluation.stage import DRAFTERS
-from draftsmith.stages.training.config import SftConfig
+from draftsmith.stages.engines.stage import RolloutConfig
+from draftsmith.stages.evaluation.config import DRAFTERS, EvaluationConfig
+from draftsmith.stages.evaluation.gate import GateConfig
+from draftsmith.stages.evaluation.timed_runs import settings_of
+from draftsmith.stages.evaluation.validity import fewest_prompts
+from draftsmith.stages.evaluation.verdicts import FEWEST_RUNS
+from draftsmith.stages.target.sampling import SamplingParams
+from draftsmith.stages.training.config import OpdConfig, SftConfig
 
 
 def creates_drafter(node: Node) -> bool:
@@ -53,3 +62,66 @@ def sglang_engines(nodes: Sequence[Node]) -> list[tuple[SGLangEngineConfig, list
 def is_drafter(name: str) -> bool:
     """Return whether a stage's input of this name is a drafter."""
     return name in DRAFTERS or name.startswith("drafter")
+
+
+def check_gate(findings: Findings, nodes: Sequence[Node]) -> None:
+    """Warn if too few timed runs make every speed inconclusive, so that the gate cannot promote."""
+    by_name = {node.name: node for node in nodes}
+    for node in nodes:
+        if not isinstance(node.config, GateConfig) or not node.config.judge_speed:
+            continue
+        evaluation = by_name[node.inputs["evaluation"]]
+        measured, prompts = evaluation.config, by_name[evaluation.inputs["prompts"]].config
+        assert isinstance(measured, EvaluationConfig) and isinstance(prompts, PromptsConfig)
+        fewest = FEWEST_RUNS if measured.by_prompt else fewest_prompts(max(measured.concurrency))
+        needed = [
+            ("evaluation.rounds", measured.rounds, 1 if measured.by_prompt else FEWEST_RUNS),
+            ("evaluation.speed_prompts", measured.speed_prompts, fewest),
+            ("the number of held-out prompts,", prompts.prompt_count("heldout"), fewest),  # speed_prompts are a sample
+        ]
+        too_low = [f"{what} {has} (at least {least} are needed)" for what, has, least in needed if has < least]
+        if too_low:
+            findings.warn(
+                node.name,
+                f"cannot promote: speed stays inconclusive with {', '.join(too_low)}. Raise it, or let tau alone "
+                "decide (gate.judge_speed: false).",
+            )
+
+
+def check_sampling(findings: Findings, nodes: Sequence[Node]) -> None:
+    """Warn if tau is measured on answers that were sampled differently from OPD's or from the first speed setting's.
+
+    Answers of OPD count only if it adapts to their sampling (`opd.verification: auto`).
+    """
+    configs = {node.name: node.config for node in nodes}
+    learned = {
+        node.inputs["trajectories"]
+        for node in nodes
+        if isinstance(node.config, OpdConfig) and node.config.verification == "auto"
+    }
+    for node in nodes:
+        if not isinstance(node.config, EvaluationConfig):
+            continue
+        others = {name: _sampling_of(configs[name]) for name in sorted(learned)}
+        first = settings_of(node.config)[0]
+        others["the first speed"] = node.config.sampling.params(first.temperature)
+        sampling = _sampling_of(configs[node.inputs["trajectories"]])
+        unlike = ", ".join(f"{name} is {_describe(other)}" for name, other in others.items() if other != sampling)
+        if unlike:
+            findings.warn(
+                node.name,
+                f"sampling differs: tau is measured on answers that are {_describe(sampling)} (heldout.sampling), "
+                f"{unlike}. Set every `sampling` as the drafter will serve.",
+            )
+
+
+def _sampling_of(config: object) -> SamplingParams:
+    """Return the sampling of the answers that a node makes or reads."""
+    if isinstance(config, LogsConfig):
+        return config.sampling
+    assert isinstance(config, RolloutConfig)
+    return config.sampling.params()
+
+
+def _describe(sampling: SamplingParams) -> str:
+    return "greedy" if sampling.greedy else f"sampled at {sampling.temperature:g}, {sampling.truncation}"

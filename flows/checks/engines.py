@@ -13,7 +13,7 @@ from draftsmith.flows.planning.graph import Node
 from draftsmith.stages.engines.config import GREEDY_ONLY
 from draftsmith.stages.engines.sglang import environment
 from draftsmith.stages.engines.stage import RolloutConfig
-from draftsmith.stages.evaluation.stage import EvaluationConfig
+from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.target.info import model_path
 
 

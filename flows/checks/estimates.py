@@ -13,7 +13,7 @@ from typing import Any
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.engines.config import EmbeddedEngineConfig, SGLangEngineConfig
 from draftsmith.stages.engines.stage import RolloutConfig
-from draftsmith.stages.evaluation.stage import EvaluationConfig
+from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.replay.options import TREE_TOKENS
 from draftsmith.stages.replay.stage import SAMPLE, MiningConfig
 from draftsmith.stages.runtime.stage import CHECKPOINTS_KEPT

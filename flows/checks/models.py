@@ -10,8 +10,8 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.flows.checks.drafters import creates_drafter, drafter_origins, drafts_on_sglang
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.planning.graph import Node
-from draftsmith.stages.data.chat_template import token_ids
-from draftsmith.stages.data.prompts import PromptCandidate, PromptsConfig
+from draftsmith.stages.data.chat_template import PromptCandidate, token_ids
+from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.drafters.registry import DrafterConfig
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.drafters.stage import ChampionConfig

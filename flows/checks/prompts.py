@@ -10,6 +10,7 @@ from pathlib import Path
 from draftsmith.artifacts.errors import DraftsmithError, one_line
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.planning.graph import Node
+from draftsmith.stages.data.chat_template import PromptCandidate
 from draftsmith.stages.data.held_out import HeldOut, hash_fraction, prompt_identity
 from draftsmith.stages.data.logs.filter import Exclusions, LogFilter, SchemaFilter
 from draftsmith.stages.data.logs.stage import LogsConfig
@@ -19,7 +20,6 @@ from draftsmith.stages.data.prompts import (
     SPLITS,
     HuggingFaceSource,
     JsonlSource,
-    PromptCandidate,
     PromptsConfig,
     PromptSource,
     ReasoningGymSource,
@@ -29,7 +29,7 @@ from draftsmith.stages.data.row_files import UNREADABLE, RejectLog, is_remote, m
 from draftsmith.stages.data.row_formats import RejectedRow, row_messages
 from draftsmith.stages.data.trajectories import Prompt, positions_needed
 from draftsmith.stages.engines.stage import RolloutConfig, prompt_shortage, prompts_to_answer
-from draftsmith.stages.evaluation.stage import EvaluationConfig, prompts_to_decode
+from draftsmith.stages.evaluation.config import EvaluationConfig, prompts_to_decode
 
 _COUNTED_BYTES = 1 << 28  # of larger files only the first row is read
 _LOG_ROWS, _LOG_SECONDS = 20_000, 20.0  # limits for one log

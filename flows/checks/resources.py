@@ -10,12 +10,12 @@ from typing import Any
 from draftsmith.artifacts.host import memory_bytes
 from draftsmith.artifacts.store.manifest import Manifest
 from draftsmith.artifacts.store.mirror import open_store
-from draftsmith.artifacts.text import format_bytes, format_duration
 from draftsmith.flows.checks.drafters import is_drafter
 from draftsmith.flows.checks.engines import runs_elsewhere
 from draftsmith.flows.checks.estimates import NEEDS, Need
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.checks.models import DrafterPlans
+from draftsmith.flows.execution.display import format_bytes, format_duration
 from draftsmith.flows.execution.machine import free_disk_bytes, gpu_model, gpu_names, gpus
 from draftsmith.flows.planning.graph import Node
 from draftsmith.stages.data.prompts import SPLITS, PromptsConfig

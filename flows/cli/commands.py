@@ -1,8 +1,8 @@
-"""The commands, by their names in `arguments.py`.
+"""The commands, by their names in `main.py`.
 
-`main` imports this module after it has parsed the arguments, so that the help imports nothing heavy. What is imported
-here costs little beside the graph of a refresh, which every command needs. Torch, Prefect and MLflow cost seconds: the
-modules imported here load them on first use.
+`main.py` imports this module after it has parsed the arguments, so that the help imports nothing heavy. What is
+imported here costs little beside the graph of a refresh, which every command needs. Torch, Prefect and MLflow cost
+seconds: the modules imported here load them on first use.
 """
 
 from __future__ import annotations
@@ -13,25 +13,34 @@ import os
 import shlex
 import time
 import webbrowser
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from datetime import UTC, datetime
 from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.home import home
+from draftsmith.artifacts.store.manifest import local_time
 from draftsmith.artifacts.store.mirror import open_store
-from draftsmith.artifacts.store.retention import artifacts_in_use
+from draftsmith.artifacts.store.retention import (
+    REPLACED_ARTIFACT,
+    Leftover,
+    artifacts_in_use,
+    exclusive_for_prune,
+    leftovers,
+    unused_artifacts,
+)
+from draftsmith.artifacts.tracking.registry import Registry, describe_other_trackers
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.checks.check import check, check_node
 from draftsmith.flows.checks.findings import show
-from draftsmith.flows.cli.prune import prune
-from draftsmith.flows.cli.status import show_artifact, show_config_status, show_store_status
+from draftsmith.flows.cli.status import find_report, show_artifact, show_config_status, show_store_status
 from draftsmith.flows.cli.why import explain_key
 from draftsmith.flows.config.load import read_config
 from draftsmith.flows.config.options import RunOptions
-from draftsmith.flows.execution.display import Display, EndedRun
+from draftsmith.flows.execution.display import Display, EndedRun, folded_table, format_bytes
 from draftsmith.flows.execution.machine import check_home
-from draftsmith.flows.execution.node import RunContext, build_node
-from draftsmith.flows.execution.results import ArtifactFolders
+from draftsmith.flows.execution.node import ArtifactFolders, RunContext, build_node
 from draftsmith.flows.execution.retry import with_retries
 from draftsmith.flows.orchestration.launch import launch
 from draftsmith.flows.orchestration.server import PrefectServer, permanent_server
@@ -45,12 +54,11 @@ from draftsmith.flows.planning.graph import (
     resolve_config,
 )
 from draftsmith.flows.planning.inputs import forget_listings, note_listings, read_listings
-from draftsmith.flows.refresh import diagnose, registry_commands
+from draftsmith.flows.refresh import registry_commands
 from draftsmith.flows.refresh.config import RefreshConfig
-from draftsmith.flows.refresh.evaluate import EVALUATE, evaluate_config
-from draftsmith.flows.refresh.find_report import find_report
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.flows.refresh.init import QUESTIONS, write_first_config
+from draftsmith.flows.refresh.measurements import DIAGNOSE, DIAGNOSIS, EVALUATE, diagnose_config, evaluate_config
 from draftsmith.stages.report.next_steps import COMMAND
 from draftsmith.stages.runtime.stage import SOURCES
 
@@ -71,9 +79,9 @@ def _evaluate(options: argparse.Namespace, _pipeline: Pipeline) -> None:
 
 def _diagnose(options: argparse.Namespace, _pipeline: Pipeline) -> None:
     refresh = _read_refresh(options)
-    options.force = [*options.force, diagnose.NODE]  # the server may answer differently from last time
-    config = diagnose.diagnose_config(refresh, options.url, options.drafter, options.prompts, options.api_key_env)
-    _run_config(options, diagnose.DIAGNOSE, config)
+    options.force = [*options.force, DIAGNOSIS]  # the server may answer differently from last time
+    config = diagnose_config(refresh, options.url, options.drafter, options.prompts, options.api_key_env)
+    _run_config(options, DIAGNOSE, config)
 
 
 def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOptions) -> None:
@@ -246,7 +254,8 @@ def _deploy(options: argparse.Namespace, pipeline: Pipeline) -> None:
 
 
 def _prune(options: argparse.Namespace, _pipeline: Pipeline) -> None:
-    prune(Display(), options.days, artifacts=options.artifacts, delete=options.delete)
+    with exclusive_for_prune(home()) if options.artifacts and options.delete else nullcontext():
+        prune(Display(), options.days, artifacts=options.artifacts, delete=options.delete)
 
 
 def _read_config(options: argparse.Namespace, pipeline: Pipeline, *, retry: bool = False) -> RunOptions:
@@ -282,3 +291,65 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace, Pipeline], None]] = {
     "deploy": _deploy,
     "prune": _prune,
 }
+
+
+def prune(display: Display, days: float, *, artifacts: bool, delete: bool) -> None:
+    """List leftovers that were not touched for so many days, or delete them.
+
+    artifacts: also complete artifacts that no run has used for so long, except those that drafter lines need.
+    """
+    before = time.time() - days * 86400
+    obsolete = leftovers(home(), before)
+    replaced = [item for item in obsolete if item.kind == REPLACED_ARTIFACT]
+    obsolete = [item for item in obsolete if item not in replaced]
+    if replaced and (needed := _ids_of_lines(display, "replaced artifacts", Registry.content_ids)) is not None:
+        obsolete += [item for item in replaced if not _is_needed(item, needed)]
+    if artifacts and (needed := _ids_of_lines(display, "complete artifacts", Registry.needed_content_ids)) is not None:
+        obsolete += unused_artifacts(open_store(home()).root, before, needed)
+    if not obsolete:
+        display.line(f"nothing in {home()} was left over and not touched for {days:g} days")
+    elif delete:
+        _delete(display, obsolete)
+    else:
+        _list(display, obsolete, f"draftsmith prune {'--artifacts ' if artifacts else ''}--days {days:g} --delete")
+    if not artifacts:
+        display.line("Complete artifacts are kept. `--artifacts` also removes those that nothing needs any more.")
+
+
+def _ids_of_lines(display: Display, what: str, ask: Callable[[Registry], set[str]]) -> set[str] | None:
+    """Return the content ids that drafter lines need, or None if they are unknown, which a line reports.
+
+    A champion has no other copy, so that nothing is deleted then.
+    """
+    tracking = Tracking(home())
+    if (why := describe_other_trackers(tracking)) is not None:
+        display.line(f"{what} are kept: {why}")
+        return None
+    try:
+        return ask(Registry(tracking))
+    except DraftsmithError as error:
+        display.line(f"{what} are kept, as it is unknown whether a drafter line needs them: {error}")
+        return None
+
+
+def _is_needed(replaced: Leftover, needed: set[str]) -> bool:
+    return replaced.content is not None and any(content_id.startswith(replaced.content) for content_id in needed)
+
+
+def _list(display: Display, obsolete: Sequence[Leftover], command: str) -> None:
+    table = folded_table("what", "path", "size", "last touched")
+    for item in obsolete:
+        touched = local_time(datetime.fromtimestamp(item.touched, UTC))
+        table.add_row(item.kind, str(item.path.relative_to(home())), format_bytes(item.bytes), touched)
+    display.console.print(table)
+    display.line(f"{_total(obsolete)} in all. `{command}` removes them.")
+
+
+def _delete(display: Display, obsolete: Sequence[Leftover]) -> None:
+    removed = [item for item in obsolete if item.remove()]
+    kept = ", ".join(item.path.name for item in obsolete if item not in removed)
+    display.line(f"removed {_total(removed)}" + (f", except what a run uses again: {kept}" if kept else ""))
+
+
+def _total(items: Sequence[Leftover]) -> str:
+    return format_bytes(sum(item.bytes for item in items))

@@ -4,22 +4,189 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from draftsmith.artifacts.errors import EXIT_INTERRUPTED, DraftsmithError, RefusedError, from_os_error, one_line
 from draftsmith.artifacts.home import home, home_umask
 from draftsmith.artifacts.host import bypass_proxy_for_localhost
 from draftsmith.artifacts.redaction import printable, redact_logs, redacted
-from draftsmith.flows.cli.arguments import parser
 from draftsmith.stages.runtime.memory import relax_gc
 
 if TYPE_CHECKING:
     from draftsmith.flows.planning.graph import Pipeline
+
+_DESCRIPTION = "Keep the draft model of speculative decoding matched to its target."
+_EPILOG = (
+    "All data is kept under DRAFTSMITH_HOME (by default .draftsmith in the current folder). PREFECT_API_URL and "
+    "MLFLOW_TRACKING_URI select existing servers. DRAFTSMITH_DEBUG=1 shows tracebacks."
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser. Its results have the command as it was typed in `command`."""
+    main = argparse.ArgumentParser(prog="draftsmith", description=_DESCRIPTION, epilog=_EPILOG)
+    main.add_argument("--version", action="version", version=f"%(prog)s {version('draftsmith')}")
+    commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run",
+        aliases=["refresh"],
+        help="run the refresh that a file describes, and reuse what has not changed",
+    )
+    _add_run_options(run)
+
+    check = commands.add_parser("check", help="check all that can be checked before a run without loading weights")
+    _add_config(check)
+
+    init = commands.add_parser("init", help="write a first config from a few answers, and check it")
+    init.add_argument("file", metavar="FILE", type=Path, help="the YAML file to write; it must not exist")
+    init.add_argument(
+        "--from",
+        dest="beginning",
+        choices=["model", "logs", "drafter", "node"],
+        help="your own target and prompts; your own logs; a drafter of the Hub; a node of 8 GPUs. Left out: asked for",
+    )
+    for option in ("--target", "--prompts", "--logs", "--temperature", "--drafter", "--mask-token"):
+        init.add_argument(option, metavar="VALUE", help="the answer to this question, for scripts")
+
+    stage = commands.add_parser("stage", help="run one node, with its inputs from the store")
+    stage.add_argument("name", metavar="NODE", help="the node, as in `draftsmith run --plan`")
+    _add_config(stage)
+    stage.add_argument("--force", action="store_true", help="build it again although the store has it")
+
+    why = commands.add_parser("why", help="explain why a node's cache key is new: fields, inputs, files, code")
+    _add_config(why)
+    why.add_argument("name", metavar="NODE", help="the node, as in `draftsmith run --plan`")
+
+    status = commands.add_parser("status", help="show what is done, unfinished, running or failed")
+    _add_config(status, optional=True)
+
+    show = commands.add_parser("show", help="show an artifact: its origin, its files, a look inside")
+    show.add_argument("artifact", metavar="ARTIFACT", help="a stage, the start of a key or content id, or a path")
+    show.add_argument("--verify", action="store_true", help="compare every file with its checksum")
+
+    report = commands.add_parser("report", help="print where a refresh's report is (MLflow compares two)")
+    report.add_argument(
+        "refresh", metavar="REFRESH", help="a config file, a refresh's run in MLflow (name or id), an artifact"
+    )
+    report.add_argument("--open", action="store_true", help="show the page in the browser")
+
+    champions = commands.add_parser("champions", help="show a line of drafters: which one serves, since when and why")
+    champions.add_argument("line", metavar="NAME", help="as in registry.name of a config")
+
+    promote = commands.add_parser("promote", help="make a version of a line the champion")
+    promote.add_argument("version", metavar="NAME@VERSION", help="such as smollm2@3 or smollm2@challenger")
+    rollback = commands.add_parser("rollback", help="make the previous champion the champion again")
+    rollback.add_argument("line", metavar="NAME")
+    for moved in (promote, rollback):
+        moved.add_argument("--why", default="", help="the reason, kept in the line's history")
+        moved.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
+
+    export = commands.add_parser("export", help="copy a verified drafter, in the layout that engines load")
+    export.add_argument("version", metavar="NAME[@VERSION]", help="left out: the champion")
+    export.add_argument("folder", metavar="FOLDER", type=Path)
+    export.add_argument(
+        "--format",
+        choices=["sglang", "speculators"],
+        default="sglang",
+        help="speculators: what vLLM loads, with the target's embedding and head; no EAGLE-3",
+    )
+    export.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
+
+    evaluate = commands.add_parser("evaluate", help="compare drafters on a config's held-out prompts, without training")
+    evaluate.add_argument("drafters", metavar="DRAFTER", nargs="+", help="folder, hub id or NAME@champion")
+    _add_run_options(evaluate)
+
+    diagnose = commands.add_parser("diagnose", help="explain why a running server accepts less than replay predicts")
+    diagnose.add_argument("--url", required=True, help="address of the SGLang server, such as http://localhost:30000")
+    diagnose.add_argument("--api-key-env", metavar="NAME", help="environment variable with the server's API key")
+    diagnose.add_argument("--drafter", required=True, help="the drafter it should serve: a folder, or NAME@champion")
+    diagnose.add_argument("--prompts", type=_positive, help="number of prompts to send (default: 16)")
+    _add_run_options(diagnose)
+
+    deploy = commands.add_parser("deploy", help="deploy a config on a Prefect server: schedule, pool, webhook")
+    _add_config(deploy)
+    deploy.add_argument("--pool", required=True, help="an existing work pool, whose workers run it")
+    deploy.add_argument("--cron", help="schedule, such as '0 3 * * 1': Mondays at 3. Left out: only on request")
+    deploy.add_argument("--timezone", default="UTC", help="time zone of --cron, such as Europe/Berlin (default: UTC)")
+    deploy.add_argument(
+        "--force", action="append", default=[], metavar="NODE", help="every run builds this node again, such as target"
+    )
+    deploy.add_argument(
+        "--webhook",
+        metavar="URL",
+        help="called when a run fails, crashes, promotes, is refused or inconclusive, or waits for a person. Left out: "
+        "the deployment's present one is kept",
+    )
+    deploy.add_argument(
+        "--silent-after", type=_days, metavar="DAYS", help="call the webhook also if no run has ended for so many days"
+    )
+
+    prune = commands.add_parser("prune", help="remove old leftovers: unfinished attempts, replaced artifacts, logs")
+    prune.add_argument("--days", type=_days, default=30, help="only what was not touched for so long (default: 30)")
+    prune.add_argument(
+        "--artifacts", action="store_true", help="also complete artifacts that no run has used and no line needs"
+    )
+    prune.add_argument("--delete", action="store_true", help="delete them; without it they are only listed")
+    return main
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument(
+        "--force", action="append", default=[], metavar="NODE", help="build this node again although the store has it"
+    )
+    parser.add_argument(
+        "--from",
+        action="append",
+        default=[],
+        dest="start",
+        metavar="NODE",
+        help="build this node and what follows from it; all else must be in the store",
+    )
+    parser.add_argument(
+        "--until", action="append", default=[], metavar="NODE", help="build only this node and what it needs"
+    )
+    parser.add_argument("--plan", action="store_true", help="print what would be done, and do nothing")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number of 1 or more")
+    return int(text)
+
+
+def _days(text: str) -> float:
+    try:
+        days = float(text)
+    except ValueError:
+        days = math.nan
+    if not 0 <= days < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number of 0 or more")
+    return days
+
+
+def _add_config(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    parser.add_argument(
+        "config", metavar="CONFIG", type=Path, nargs="?" if optional else None, help="YAML file of the run"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="FIELD=VALUE",
+        help="change a field: sft.steps=200",
+    )
+
 
 _EXIT_UNEXPECTED = 1
 _EXIT_TERMINATED = 128 + signal.SIGTERM

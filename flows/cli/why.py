@@ -11,9 +11,8 @@ from draftsmith.artifacts.home import home
 from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import ArtifactRef, InputEntry, Manifest, local_time, package_versions
 from draftsmith.artifacts.store.mirror import open_store
-from draftsmith.artifacts.text import flatten, shorten
 from draftsmith.flows.config.options import RunOptions
-from draftsmith.flows.execution.display import Display
+from draftsmith.flows.execution.display import Display, flatten, shorten
 from draftsmith.flows.planning.graph import Node, Pipeline, PlannedNode, Status, manifests_of_node, node_seed, plan
 from draftsmith.flows.planning.inputs import external_digests
 from draftsmith.stages.runtime.stage import Config

@@ -1,15 +1,29 @@
-"""Looks at the machine: its GPUs, its free disk space, and whether the home can be written."""
+"""This machine: its GPUs, its free disk space, whether the home can be written, and locks so that a GPU has one user.
+
+Two models would not fit a GPU's memory, and other work would disturb a measurement. A stage locks all GPUs that are
+visible to it, a shard locks the first that is free. Set CUDA_VISIBLE_DEVICES to leave some GPUs to others. The CPU is
+one device with a shared lock: trainings share its cores as any programs do, and only a stage that measures speed locks
+it exclusively. Locks hold across runs, homes and users.
+"""
 
 from __future__ import annotations
 
 import os
 import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+from draftsmith.artifacts.atomic import disk_errors
 from draftsmith.artifacts.errors import DraftsmithError, from_os_error
 from draftsmith.artifacts.home import protect_home
 from draftsmith.artifacts.host import visible_gpus
+from draftsmith.artifacts.locks import Holder, LockTimeoutError, LockWait, lock_holder, locked
 from draftsmith.flows.config.options import RunOptions
+from draftsmith.stages.runtime.stage import Compute
 
 
 def gpus() -> tuple[float, ...]:
@@ -53,3 +67,105 @@ def check_home(home: Path, options: RunOptions) -> None:
             f"{home}: {free_gb:.1f} GB are free, and stages.min_free_gb is {wanted_gb:g}. Free some space, or set "
             "DRAFTSMITH_HOME to another disk."
         )
+
+
+FOLDER = "DRAFTSMITH_DEVICE_LOCKS"  # environment variable: folder of the locks, for all users of the machine
+_DEFAULT = "/tmp/draftsmith-devices"
+CPU = "cpu"
+
+OnWait = Callable[[str, Holder | None], None]  # name of the device, who holds it
+_POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class Device:
+    """The devices of a process: descriptors of the locks that it inherits, and its environment."""
+
+    locks: tuple[int, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@contextmanager
+def lock_one_device(
+    compute: Compute,
+    *,
+    run: str,
+    limit_s: float,
+    on_wait: OnWait,
+    check: Callable[[], None] = lambda: None,
+    gpus: Callable[[], Sequence[str]] | None = None,
+) -> Iterator[Device]:
+    """Lock the first GPU that is free, and make it alone visible to the process. Otherwise as `lock_devices`."""
+    names = sorted(set((gpus or gpu_names)()))
+    if compute is Compute.LIGHT or not names:
+        with lock_devices(compute, run=run, limit_s=limit_s, on_wait=on_wait, check=check, gpus=lambda: ()) as device:
+            yield device
+        return
+    began, waits = time.monotonic(), False
+    while True:
+        for name in names:
+            with ExitStack() as stack:
+                try:
+                    with disk_errors("taking the lock of a device:"):
+                        lock = stack.enter_context(locked(_lock_path(name), run, LockWait(0), mode=0o666))
+                except LockTimeoutError:
+                    continue
+                yield Device((lock.fd,), {"CUDA_VISIBLE_DEVICES": name})
+                return
+        if time.monotonic() - began > limit_s:
+            raise LockTimeoutError(
+                f"No GPU became free within {limit_s / 60:g} minutes (stages.lock_wait_minutes). In use: "
+                f"{', '.join(names)}. Run the same command again later."
+            )
+        if not waits:
+            waits = True
+            on_wait(", ".join(names), lock_holder(_lock_path(names[0])))
+        check()
+        time.sleep(_POLL_S)
+
+
+@contextmanager
+def lock_devices(
+    compute: Compute,
+    *,
+    run: str,
+    limit_s: float,
+    on_wait: OnWait,
+    check: Callable[[], None] = lambda: None,
+    gpus: Callable[[], Sequence[str]] | None = None,
+) -> Iterator[Device]:
+    """Hold the locks of the devices that a stage computes on.
+
+    run: shown to those who wait. on_wait: called with the device and its holder if the stage has to wait. check: called
+    while it waits; what it raises ends the wait. gpus: returns the names of the GPUs; by default the visible ones.
+
+    Raises LockTimeoutError after `limit_s` seconds.
+    """
+    if compute is Compute.LIGHT:
+        yield Device()
+        return
+    names = (gpus or gpu_names)()
+    wanted = sorted(set(names)) or [CPU]  # in the same order for all, against deadlock
+    with ExitStack() as stack:
+        descriptors = []
+        for name in wanted:
+            with disk_errors("taking the lock of a device:"):
+                wait = LockWait(limit_s, "stages.lock_wait_minutes", partial(on_wait, name), check)
+                shared = name == CPU and compute is not Compute.TIMED
+                descriptors.append(
+                    stack.enter_context(locked(_lock_path(name), run, wait, shared=shared, mode=0o666)).fd
+                )
+        yield Device(tuple(descriptors))
+
+
+def _lock_path(name: str) -> Path:
+    return _folder() / f"{name.replace('/', '_')}.lock"
+
+
+def _folder() -> Path:
+    """Return the folder of the locks. The first user creates it, writable for all as /tmp is."""
+    folder = Path(os.environ.get(FOLDER) or _DEFAULT)
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o1777)
+    return folder

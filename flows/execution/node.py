@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, ItemsView, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,10 +18,9 @@ from draftsmith.artifacts.store.manifest import MANIFEST, ArtifactRef
 from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.artifacts.tracking.runs import StageRun, Tracking
 from draftsmith.flows.config.options import RunOptions
-from draftsmith.flows.execution.attempt import StageJob, Watch, run_attempt
-from draftsmith.flows.execution.attempt_note import NOTE, AttemptNote
-from draftsmith.flows.execution.devices import OnWait, lock_devices
+from draftsmith.flows.execution.attempt import NOTE, AttemptNote, StageJob, Watch, run_attempt
 from draftsmith.flows.execution.display import Display, StageDisplay
+from draftsmith.flows.execution.machine import OnWait, lock_devices
 from draftsmith.flows.execution.process import Event
 from draftsmith.flows.execution.shards import ShardPool, ShardProgress, build_shard, run_locally, shard_jobs
 from draftsmith.flows.planning.graph import (
@@ -63,6 +62,33 @@ class NodeResult:
 
     ref: ArtifactRef
     reused: bool  # found in the store
+
+
+class ArtifactFolders(Mapping[str, Path]):
+    """Folders of artifacts by node. Looking one up downloads its files from a remote store.
+
+    `items` downloads nothing: a folder may hold the manifest alone.
+    """
+
+    def __init__(self, store: Store, refs: Mapping[str, ArtifactRef]) -> None:
+        self._store, self._refs = store, refs
+
+    def __getitem__(self, node: str) -> Path:
+        ref = self._refs[node]
+        self._store.fetch(ref)
+        return ref.path
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._refs)
+
+    def __len__(self) -> int:
+        return len(self._refs)
+
+    def __contains__(self, node: object) -> bool:
+        return node in self._refs
+
+    def items(self) -> ItemsView[str, Path]:
+        return {name: ref.path for name, ref in self._refs.items()}.items()
 
 
 def build_node(

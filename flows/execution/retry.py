@@ -8,8 +8,8 @@ from typing import TypeVar
 
 from draftsmith.artifacts.errors import RetryableError
 from draftsmith.artifacts.retry import retry_on
-from draftsmith.artifacts.text import format_duration
 from draftsmith.flows.config.options import RETRY_JITTER, StageOptions
+from draftsmith.flows.execution.display import format_duration
 
 T = TypeVar("T")
 

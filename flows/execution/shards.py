@@ -17,11 +17,9 @@ from pathlib import Path
 from draftsmith.artifacts.store.local import Claim
 from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.artifacts.store.mirror import open_store
-from draftsmith.flows.execution.attempt import NO_WATCH, StageJob, Watch, run_attempt
-from draftsmith.flows.execution.attempt_note import AttemptNote
-from draftsmith.flows.execution.devices import lock_one_device
+from draftsmith.flows.execution.attempt import NO_WATCH, AttemptNote, StageJob, Watch, run_attempt
 from draftsmith.flows.execution.display import StageDisplay
-from draftsmith.flows.execution.machine import gpu_names
+from draftsmith.flows.execution.machine import gpu_names, lock_one_device
 from draftsmith.flows.execution.process import Event
 from draftsmith.flows.planning.inputs import external_digests
 from draftsmith.stages.runtime.stage import Shard

@@ -14,7 +14,7 @@ from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.execution.machine import check_home
-from draftsmith.flows.execution.results import ArtifactFolders
+from draftsmith.flows.execution.node import ArtifactFolders
 from draftsmith.flows.execution.retry import with_retries
 from draftsmith.flows.orchestration.server import PrefectServer, start_prefect_server
 from draftsmith.flows.planning.graph import Pipeline, Selection, load_attribute
@@ -50,7 +50,7 @@ def launch(
     with_retries(tracking.check, config.stages, display.line)  # while the server starts
     flow = load_attribute(pipeline.flow)
     with_retries(lambda: server.wait(display.line), config.stages, display.line)
-    from draftsmith.flows.orchestration.flow_lifecycle import run_flow  # imports Prefect
+    from draftsmith.flows.orchestration.flow_run import run_flow  # imports Prefect
 
     restore_gc()
     options = {name: list(getattr(selection, name)) for name in ("force", "start", "until")}

@@ -21,20 +21,26 @@ from draftsmith.artifacts.redaction import redact_logs, redacted
 from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.artifacts.store.retention import artifacts_in_use
 from draftsmith.artifacts.tracking.models import log_models
-from draftsmith.artifacts.tracking.refresh_runs import OUTCOME, close_dead_runs, describe_misplaced_files
+from draftsmith.artifacts.tracking.refresh_runs import OUTCOME, RunRecord, close_dead_runs, describe_misplaced_files
 from draftsmith.artifacts.tracking.registry import note_tracker
 from draftsmith.artifacts.tracking.runs import NOTE, Tracking
 from draftsmith.artifacts.tracking.terms import Status
 from draftsmith.flows.config.options import RunOptions, check_runner
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.execution.machine import check_home
-from draftsmith.flows.execution.mlflow_run import RunRecord
-from draftsmith.flows.execution.node import NodeResult, RunContext
-from draftsmith.flows.execution.results import ArtifactFolders, LazyArtifacts
+from draftsmith.flows.execution.node import ArtifactFolders, NodeResult, RunContext
 from draftsmith.flows.execution.retry import with_retries
-from draftsmith.flows.orchestration.announcements import announce, deployed, resumed, show_verdict
-from draftsmith.flows.orchestration.flow_lifecycle import Cancellation, CancelledError, NodeRecord, flow_result
-from draftsmith.flows.orchestration.task import run_node
+from draftsmith.flows.orchestration.flow_run import (
+    Cancellation,
+    CancelledError,
+    NodeRecord,
+    announce,
+    deployed,
+    flow_result,
+    resumed,
+    show_verdict,
+)
+from draftsmith.flows.orchestration.tasks import run_node
 from draftsmith.flows.planning.graph import (
     Checks,
     Conclusion,
@@ -140,7 +146,7 @@ def _run(
         if conclusion is None and policy is not None:
             note_tracker(tracking)
             conclusion = with_retries(
-                lambda: policy.conclude(LazyArtifacts(context.store, refs), record.find_or_open(refs)),
+                lambda: policy.conclude(ArtifactFolders(context.store, refs), record.find_or_open(refs)),
                 config.stages,
                 context.display.line,
             )

@@ -81,7 +81,7 @@ class RunPolicy(Protocol):
     def should_stop(self, node: Node, folders: Mapping[str, Path]) -> Conclusion | None:
         """Return the conclusion with which the run ends after this node, or None if it goes on."""
 
-    def conclude(self, artifacts: Mapping[str, ArtifactRef], run_id: str | None) -> Conclusion | None:
+    def conclude(self, folders: Mapping[str, Path], run_id: str | None) -> Conclusion | None:
         """Act on the artifacts after the last node. run_id: the run's id in MLflow.
 
         Raises `OutdatedPlanError` if what the plan was based on has changed meanwhile.

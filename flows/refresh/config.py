@@ -17,9 +17,9 @@ from draftsmith.stages.data.time_window import LAST
 from draftsmith.stages.drafters.stage import ChampionConfig
 from draftsmith.stages.engines.config import SamplingConfig
 from draftsmith.stages.engines.stage import RolloutConfig
+from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.drift import DriftConfig
 from draftsmith.stages.evaluation.gate import GateConfig
-from draftsmith.stages.evaluation.stage import EvaluationConfig
 from draftsmith.stages.replay.stage import MiningConfig
 from draftsmith.stages.report.stage import HistoryPoint, ReportConfig
 from draftsmith.stages.runtime.stage import Config

@@ -14,10 +14,9 @@ from scipy.special import stdtrit
 from draftsmith.artifacts.errors import RefusedError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.results.base import SetMetrics
-from draftsmith.artifacts.results.drift import ALL, DriftResult
-from draftsmith.artifacts.results.evaluation import EvaluationResult
+from draftsmith.artifacts.results.evaluation import ALL, DriftResult, EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision
-from draftsmith.artifacts.store.manifest import ArtifactRef, read_manifest
+from draftsmith.artifacts.store.manifest import read_manifest
 from draftsmith.artifacts.tracking.models import link_version
 from draftsmith.artifacts.tracking.refresh_runs import OUTCOME
 from draftsmith.artifacts.tracking.registry import CHAMPION, PROMOTION_TAGS, ChampionMovedError, Version
@@ -131,13 +130,14 @@ class RefreshPolicy:
 
     # -- promotion -----------------------------------------------------------------------------------------------
 
-    def conclude(self, artifacts: Mapping[str, ArtifactRef], run_id: str | None) -> Conclusion | None:
+    def conclude(self, folders: Mapping[str, Path], run_id: str | None) -> Conclusion | None:
         """Register the challenger as a version of the line, and promote it if the gate says so."""
-        decision = GateDecision.read(artifacts["gate"].path)
+        decision = GateDecision.read(folders["gate"])
         if self.line.champion is not None:
             decision = decision.with_version(self.line.champion.version)
-        lines, ref = registry(), artifacts[decision.challenger]
-        tags = self._version_tags(artifacts, decision)
+        manifest = read_manifest(folders[decision.challenger])
+        lines, ref = registry(), manifest.ref(folders[decision.challenger])
+        tags = self._version_tags(folders, decision)
         current = lines.champion(self.line.name)
         expected = None if self.line.champion is None else lines.version(self.line.name, self.line.champion.version)
         moved = (None if current is None else current.number) != (None if expected is None else expected.number)
@@ -147,7 +147,7 @@ class RefreshPolicy:
             serves = "no version" if current is None else f"version {current.number}"
             raise OutdatedPlanError(f"{self.line.name}: {serves} is the champion by now. {_PLAN_AGAIN}")
         version = lines.register(self.line.name, ref, tags, run_id=run_id, upload=self.line.upload)
-        link_version(Tracking(home(), self.config.experiment), version, read_manifest(ref.path))
+        link_version(Tracking(home(), self.config.experiment), version, manifest)
         if not decision.promote:
             tag_refreshed(version)
             error = RefusedError(f"{version} is not promoted: {decision.outcome}")  # the screen has the reason
@@ -168,12 +168,12 @@ class RefreshPolicy:
             return self._conclusion("Waiting", message, decision, version, RefusedError(message))
         return self._promote(version, expected, decision, tags)
 
-    def _version_tags(self, artifacts: Mapping[str, ArtifactRef], decision: GateDecision) -> dict[str, str]:
-        evaluation = EvaluationResult.read(artifacts["evaluation"].path)
+    def _version_tags(self, folders: Mapping[str, Path], decision: GateDecision) -> dict[str, str]:
+        evaluation = EvaluationResult.read(folders["evaluation"])
         settings = measured_with(self.config)
-        tags = version_tags(evaluation, decision, artifacts[decision.challenger], self.config.prompts, settings)
-        tags |= log_tags(artifacts["logs"]) if "logs" in artifacts else {}
-        return tags | ({"report": str(artifacts["report"].path / "report.html")} if "report" in artifacts else {})
+        tags = version_tags(evaluation, decision, folders[decision.challenger], self.config.prompts, settings)
+        tags |= log_tags(folders["logs"]) if "logs" in folders else {}
+        return tags | ({"report": str(folders["report"] / "report.html")} if "report" in folders else {})
 
     def _promote(
         self, version: Version, expected: Version | None, decision: GateDecision, tags: Mapping[str, str]
@@ -217,7 +217,7 @@ class RefreshPolicy:
 
 
 def _approved(key: str) -> bool:
-    from draftsmith.flows.orchestration.announcements import approved  # imports Prefect, and planning must not
+    from draftsmith.flows.orchestration.flow_run import approved  # imports Prefect, and planning must not
 
     return approved(key)
 

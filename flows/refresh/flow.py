@@ -8,9 +8,8 @@ from prefect import flow
 
 from draftsmith.flows.orchestration.run import run_graph
 from draftsmith.flows.refresh.config import RefreshConfig
-from draftsmith.flows.refresh.diagnose import DIAGNOSE, DiagnoseConfig
-from draftsmith.flows.refresh.evaluate import EVALUATE, EvaluateConfig
 from draftsmith.flows.refresh.graph import REFRESH
+from draftsmith.flows.refresh.measurements import DIAGNOSE, EVALUATE, DiagnoseConfig, EvaluateConfig
 
 
 @flow(name="refresh", flow_run_name="{config.name}", persist_result=False)

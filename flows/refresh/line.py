@@ -26,7 +26,7 @@ from draftsmith.artifacts.results.evaluation import EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.artifacts.store.checksums import Checksums
 from draftsmith.artifacts.store.local import REPLACED, Store
-from draftsmith.artifacts.store.manifest import MANIFEST, ArtifactRef, InputEntry, read_manifest, sha256_file
+from draftsmith.artifacts.store.manifest import MANIFEST, InputEntry, read_manifest, sha256_file
 from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.artifacts.tracking.registry import PROMOTED, Registry, Version, describe_wrong_tracker
 from draftsmith.artifacts.tracking.runs import Tracking
@@ -320,17 +320,17 @@ def age_days(refreshed_at: str | None, now: datetime | None = None) -> float:
 def version_tags(
     evaluation: EvaluationResult,
     decision: GateDecision,
-    ref: ArtifactRef,
+    artifact: Path,
     prompts: PromptsConfig,
     settings: Mapping[str, JsonValue],
 ) -> dict[str, str]:
     """Return the tags of a challenger's version: its metrics, target, parents and the gate's decision.
 
-    settings: what its tau depends on (`measured_with`).
+    artifact: folder of the challenger's. settings: what its tau depends on (`measured_with`).
     """
     from draftsmith.stages.drafters.checkpoint import read_info  # imports torch, and planning must not
 
-    arm, folder = decision.challenger, ref.path / DRAFTER_FOLDER
+    arm, folder = decision.challenger, artifact / DRAFTER_FOLDER
     info, drafter = read_info(folder), evaluation.drafters[arm]
     speed = evaluation.speed.get(arm)
     return {
@@ -379,10 +379,10 @@ def tag_refreshed(version: Version) -> None:
     lines.tag(version, {REFRESHED_AT: datetime.now(UTC).isoformat(timespec="seconds")})
 
 
-def log_tags(logs: ArtifactRef) -> dict[str, str]:
+def log_tags(logs: Path) -> dict[str, str]:
     """Return the tags that name a version's logged answers and the time from which `since: last` reads next."""
-    summary = LogsSummary.read(logs.path)
-    artifact = {"folder": str(logs.path), "sha256": sha256_file(logs.path / TABLE)}
+    summary = LogsSummary.read(logs)
+    artifact = {"folder": str(logs), "sha256": sha256_file(logs / TABLE)}
     answers = EarlierConfig.model_validate({**artifact, **summary.given_by})
     return {"answers": answers.model_dump_json(), "read_until": summary.window.newest or ""}
 

@@ -8,10 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.results.drift import DriftResult
-from draftsmith.artifacts.results.evaluation import EvaluationResult
-from draftsmith.artifacts.results.gate import GateDecision
-from draftsmith.artifacts.results.report import Outcome, ReviewResult
+from draftsmith.artifacts.results.evaluation import DriftResult, EvaluationResult
+from draftsmith.artifacts.results.gate import GateDecision, Outcome, ReviewResult
 from draftsmith.artifacts.store.manifest import MANIFEST, Manifest, read_manifest
 from draftsmith.artifacts.tracking.models import ALL, Metrics
 from draftsmith.artifacts.tracking.refresh_runs import OUTCOME

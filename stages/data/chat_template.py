@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from os.path import commonprefix
 from typing import Any
 
@@ -12,7 +15,6 @@ import numpy as np
 from jinja2 import TemplateError
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.data.prompts import PromptCandidate
 from draftsmith.stages.data.row_formats import Message, TemplateKwargs
 
 _SYSTEM, _FIRST, _ANSWER, _SECOND = "<<a system prompt>>", "<<first question>>", "<<an answer>>", "<<second question>>"
@@ -23,6 +25,23 @@ _TURNS: list[Message] = [
 ]
 # a request may set these, and they change how a template ends the prompt
 _SWITCHES = [{name: value} for name in ("thinking", "enable_thinking") for value in (True, False)]
+
+
+@dataclass(frozen=True)
+class PromptCandidate:
+    """A prompt before the chat template. `where` names it in errors: file and row, or task and item."""
+
+    source: str
+    messages: list[Message]
+    where: str
+    identity: bytes = b""  # `held_out.prompt_identity`, which decides its held-out class; not set by logs
+    token_ids: list[int] | None = None  # of a row that has them
+
+    @property
+    def text_hash(self) -> str:
+        """Return 16 digits of sha256 over roles and texts that equal prompts share, ignoring white space."""
+        plain = [(message["role"], " ".join(message["content"].split())) for message in self.messages]
+        return hashlib.sha256(json.dumps(plain, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
 def render_prompt(tokenizer: Any, messages: list[Message], where: str, template_kwargs: TemplateKwargs) -> str:

@@ -14,9 +14,9 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.results.data import PromptsSummary
 from draftsmith.artifacts.tables.parquet import TableWriter
 from draftsmith.artifacts.tables.schemas import PROMPTS
-from draftsmith.stages.data.chat_template import TemplateInverter, token_ids
+from draftsmith.stages.data.chat_template import PromptCandidate, TemplateInverter, token_ids
 from draftsmith.stages.data.prompt_streams import PromptStream, ReadIds, open_streams
-from draftsmith.stages.data.prompts import MORE_LOGS, SPLITS, PromptCandidate, PromptsConfig, Split, preflight
+from draftsmith.stages.data.prompts import MORE_LOGS, SPLITS, PromptsConfig, Split, preflight
 from draftsmith.stages.data.row_files import Throttle, describe_counts
 from draftsmith.stages.data.row_formats import Message
 from draftsmith.stages.runtime.stage import StageContext

@@ -18,12 +18,12 @@ from typing import Any, TextIO, TypeAlias
 import httpx
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, one_line
+from draftsmith.stages.data.chat_template import PromptCandidate
 from draftsmith.stages.data.held_out import hash_fraction, prompt_identity
 from draftsmith.stages.data.prompts import (
     SPLITS,
     HuggingFaceSource,
     JsonlSource,
-    PromptCandidate,
     PromptsConfig,
     PromptSource,
     ReasoningGymSource,

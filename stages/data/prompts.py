@@ -1,10 +1,7 @@
-"""Stage `prompts`: chat prompts with their token ids, in disjoint splits (training, validation, held-out)."""
+"""Stage `prompts`: its config and declaration. Prompts with token ids, in splits (train, validation, held-out)."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +11,7 @@ from pydantic import Field, model_validator
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.data.held_out import HELDOUT_SHARE, HeldOutBy
 from draftsmith.stages.data.row_files import local_files, remote_versions
-from draftsmith.stages.data.row_formats import FieldFilter, FieldNames, Message, TemplateKwargs
+from draftsmith.stages.data.row_formats import FieldFilter, FieldNames, TemplateKwargs
 from draftsmith.stages.data.sources import SourcesConfig
 from draftsmith.stages.data.time_window import Since, window_start
 from draftsmith.stages.runtime.stage import NOT_FETCHED, SOURCES, Config, FilledIn, InputListing, NotInKey, Stage
@@ -260,23 +257,6 @@ class PromptsConfig(Config):
         sets = [source for source in self.sources if isinstance(source, HuggingFaceSource) and source.is_on_hub]
         commits = {f"datasets/{source.id}": source.commit or NOT_FETCHED for source in sets}
         return remote_versions(self._paths, self.paths_field, self.pinned_files) | commits
-
-
-@dataclass(frozen=True)
-class PromptCandidate:
-    """A prompt before the chat template. `where` names it in errors: file and row, or task and item."""
-
-    source: str
-    messages: list[Message]
-    where: str
-    identity: bytes = b""  # `held_out.prompt_identity`, which decides its held-out class; not set by logs
-    token_ids: list[int] | None = None  # of a row that has them
-
-    @property
-    def text_hash(self) -> str:
-        """Return 16 digits of sha256 over roles and texts that equal prompts share, ignoring white space."""
-        plain = [(message["role"], " ".join(message["content"].split())) for message in self.messages]
-        return hashlib.sha256(json.dumps(plain, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
 MORE_LOGS = "Give more logs, or a section prompts with lower counts"  # the remedy if the prompts are rows of the logs

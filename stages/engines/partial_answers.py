@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from draftsmith.artifacts.tables.parquet import TableShards
 from draftsmith.artifacts.tables.readers import KeyedRows, RowReader
 from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE, TRAJECTORIES
-from draftsmith.artifacts.tables.shards import TableShards
 from draftsmith.stages.engines.base import Completion
 
 SCHEMAS = {"timings": TIMINGS, "trace": TRACE, "trajectories": TRAJECTORIES}  # in the order of writing

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from draftsmith.artifacts.results.drift import ALL, DriftResult
-from draftsmith.artifacts.results.evaluation import CHAMPION
+from draftsmith.artifacts.results.evaluation import ALL, CHAMPION, DriftResult
 from draftsmith.stages.data.held_out import independent_units
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_trajectories, prompt_sets
 from draftsmith.stages.drafters.checkpoint import load_drafter

@@ -48,10 +48,10 @@ from draftsmith.stages.evaluation.acceptance import (
     tau_comparisons,
     tau_differences,
 )
+from draftsmith.stages.evaluation.config import DRAFTERS, PREFIX, EvaluationConfig, prompts_to_decode
 from draftsmith.stages.evaluation.speed_embedded import EmbeddedSpeedTest, measure_embedded
 from draftsmith.stages.evaluation.speed_sglang import SGLangSpeedTest, measure_sglang
 from draftsmith.stages.evaluation.speed_table import alternates, at_setting, log_ratios, speed_by_set, speed_tables
-from draftsmith.stages.evaluation.stage import DRAFTERS, PREFIX, EvaluationConfig, prompts_to_decode
 from draftsmith.stages.evaluation.timed_runs import Setting, SpeedMeasurement, machine, settings_of
 from draftsmith.stages.evaluation.validity import AGAIN, speed_warnings
 from draftsmith.stages.evaluation.verdicts import Pair, comparison, pairs, verdicts

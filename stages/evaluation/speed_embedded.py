@@ -25,8 +25,8 @@ from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.engines.base import Completion
 from draftsmith.stages.engines.embedded import EmbeddedEngine
+from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.exactness import add_margins, compare_with_plain, exactness
-from draftsmith.stages.evaluation.stage import EvaluationConfig
 from draftsmith.stages.evaluation.timed_runs import (
     LoadMeter,
     Row,

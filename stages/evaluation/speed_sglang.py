@@ -32,8 +32,8 @@ from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.sglang.engine import SGLangEngine, open_sglang
 from draftsmith.stages.engines.sglang.requirements import server_requirements
+from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.exactness import add_margins, compare_with_plain, exactness
-from draftsmith.stages.evaluation.stage import EvaluationConfig
 from draftsmith.stages.evaluation.timed_runs import (
     LoadMeter,
     Row,

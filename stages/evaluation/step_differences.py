@@ -19,7 +19,7 @@ import pyarrow as pa
 import torch
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageInterrupted
-from draftsmith.artifacts.results.diagnosis import DiagnosisResult, ReplayChange
+from draftsmith.artifacts.results.evaluation import DiagnosisResult, ReplayChange
 from draftsmith.artifacts.tables.parquet import to_table
 from draftsmith.artifacts.tables.schemas import TRACE
 from draftsmith.stages.data.trajectories import Prompt, Trajectory, load_prompts, positions_needed

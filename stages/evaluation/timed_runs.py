@@ -19,7 +19,7 @@ from draftsmith.artifacts.host import all_gpus
 from draftsmith.artifacts.results.evaluation import Exactness, Machine, Parity
 from draftsmith.stages.data.trajectories import Prompt, request_seed
 from draftsmith.stages.engines.base import Completion, Request
-from draftsmith.stages.evaluation.stage import EvaluationConfig
+from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.runtime.stage import StageContext
 
 Row = dict[str, Any]  # of the table `requests` or `turns`

@@ -11,10 +11,9 @@ from typing import Self
 import numpy as np
 import pyarrow as pa
 
-from draftsmith.artifacts.tables.parquet import index_in, read_table
+from draftsmith.artifacts.tables.parquet import TableShards, index_in, read_table, shard_paths
 from draftsmith.artifacts.tables.readers import KeyedRows, RowReader
 from draftsmith.artifacts.tables.schemas import EVALUATED, VERIFY_STEPS
-from draftsmith.artifacts.tables.shards import TableShards, shard_paths
 from draftsmith.stages.replay.mined_table import steps_table
 from draftsmith.stages.replay.replayer import MinedGroup
 

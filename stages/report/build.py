@@ -14,10 +14,8 @@ from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.results.base import ResultFile
 from draftsmith.artifacts.results.data import LogsSummary, PromptsSummary
-from draftsmith.artifacts.results.drift import DriftResult
-from draftsmith.artifacts.results.evaluation import AnswerContext, Contexts, EvaluationResult
-from draftsmith.artifacts.results.gate import GateDecision
-from draftsmith.artifacts.results.report import ReviewResult
+from draftsmith.artifacts.results.evaluation import AnswerContext, Contexts, DriftResult, EvaluationResult
+from draftsmith.artifacts.results.gate import GateDecision, ReviewResult
 from draftsmith.artifacts.store.manifest import MANIFEST, read_manifest
 from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.stages.report.metrics import LineageEntry, read_lineage, report_metrics

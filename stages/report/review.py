@@ -20,8 +20,7 @@ from scipy.special import stdtrit
 
 from draftsmith.artifacts.results.base import Record
 from draftsmith.artifacts.results.evaluation import CHAMPION, PLAIN, Acceptance, EvaluationResult, SpeedMetrics
-from draftsmith.artifacts.results.gate import GateDecision, RuleResult
-from draftsmith.artifacts.results.report import Outcome
+from draftsmith.artifacts.results.gate import GateDecision, Outcome, RuleResult
 from draftsmith.stages.evaluation.validity import AGAIN
 from draftsmith.stages.evaluation.verdicts import AGAINST_ALL, estimate_of
 from draftsmith.stages.runtime.statistics import CONFIDENCE

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from draftsmith.artifacts.results.base import Record
-from draftsmith.artifacts.results.report import ReviewResult
+from draftsmith.artifacts.results.gate import ReviewResult
 from draftsmith.stages.runtime.stage import Config, FilledIn, NotInKey, Stage
 
 

@@ -10,11 +10,8 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.results.base import ResultFile
 from draftsmith.artifacts.results.data import LogsSummary, PromptsSummary
-from draftsmith.artifacts.results.diagnosis import DiagnosisResult
-from draftsmith.artifacts.results.drift import DriftResult
-from draftsmith.artifacts.results.evaluation import Contexts, EvaluationResult
-from draftsmith.artifacts.results.gate import GateDecision, GateVerdict
-from draftsmith.artifacts.results.report import ReviewResult
+from draftsmith.artifacts.results.evaluation import Contexts, DiagnosisResult, DriftResult, EvaluationResult
+from draftsmith.artifacts.results.gate import GateDecision, GateVerdict, ReviewResult
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from draftsmith.artifacts.text import format_duration
+from draftsmith.flows.execution.display import format_duration
 from tests.faults.catalogue import faults
 from tests.faults.configs import NODES
 from tests.faults.home import SERVER

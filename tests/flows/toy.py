@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from draftsmith.artifacts.errors import RefusedError
-from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.execution.display import Display, EndedRun
 from draftsmith.flows.planning.graph import Conclusion, Node, Pipeline
@@ -45,8 +44,8 @@ class ToyPolicy:
     def should_stop(self, _node: Node, _folders: Mapping[str, Path]) -> Conclusion | None:
         return None
 
-    def conclude(self, _artifacts: Mapping[str, ArtifactRef], _run_id: str | None) -> Conclusion:
-        from draftsmith.flows.orchestration.announcements import approved
+    def conclude(self, _folders: Mapping[str, Path], _run_id: str | None) -> Conclusion:
+        from draftsmith.flows.orchestration.flow_run import approved
 
         message = f'the sum is "{self.verdict}"'
         if self.verdict == "refused":

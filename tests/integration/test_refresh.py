@@ -22,7 +22,7 @@ import yaml
 from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import TRACE, TRAJECTORIES
-from draftsmith.flows.execution.devices import FOLDER
+from draftsmith.flows.execution.machine import FOLDER
 from tests.faults.catalogue import alone
 from tests.faults.home import copied
 from tests.faults.scene import Scene, TooLate

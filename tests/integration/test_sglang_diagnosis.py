@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from draftsmith.artifacts.results.diagnosis import DiagnosisResult
+from draftsmith.artifacts.results.evaluation import DiagnosisResult
 from draftsmith.stages.evaluation.diagnosis import STAGE, DiagnosisConfig
 from tests.sglang_cpu.fixtures import ServingTarget
 from tests.testbed.context import RecordingContext

@@ -15,7 +15,8 @@ from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import REQUESTS, TRAJECTORIES
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
-from draftsmith.stages.evaluation.stage import STAGE, EvaluationConfig
+from draftsmith.stages.evaluation.config import EvaluationConfig
+from draftsmith.stages.evaluation.stage import STAGE
 from draftsmith.stages.target.causal_lm import Target
 from tests.sglang_cpu.options import CPU_ENVIRONMENT, CPU_OPTIONS
 from tests.testbed.context import RecordingContext, StoppingContext

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from draftsmith.artifacts.errors import RefusedError
-from draftsmith.artifacts.results.drift import DriftResult
+from draftsmith.artifacts.results.evaluation import DriftResult
 from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.artifacts.store.local import Store
 from tests.testbed.databases import give_databases

@@ -17,11 +17,10 @@ from typing import Any, Self, TypeAlias, TypedDict
 import pyarrow.parquet as pq
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.tables.parquet import TableShards
 from draftsmith.artifacts.tables.schemas import TOKENISED
-from draftsmith.artifacts.tables.shards import TableShards
-from draftsmith.stages.data.chat_template import text_after_answer, token_ids
+from draftsmith.stages.data.chat_template import PromptCandidate, text_after_answer, token_ids
 from draftsmith.stages.data.logs.stage import LogsConfig
-from draftsmith.stages.data.prompts import PromptCandidate
 from draftsmith.stages.data.row_files import Row
 from draftsmith.stages.data.row_formats import (
     PROMPT_IDS,

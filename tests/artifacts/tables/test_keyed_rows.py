@@ -8,10 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from draftsmith.artifacts.tables.parquet import select_in_order, to_table, write_table
+from draftsmith.artifacts.tables.parquet import TableShards, select_in_order, shard_paths, to_table, write_table
 from draftsmith.artifacts.tables.readers import KeyedRows, RowReader
 from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE
-from draftsmith.artifacts.tables.shards import TableShards, shard_paths
 
 COLUMNS = TRACE.columns.names
 KEYS = [f"p{index}/0" for index in range(40)]

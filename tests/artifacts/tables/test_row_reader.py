@@ -10,10 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.tables.parquet import TableWriter, read_table, to_table, write_table
+from draftsmith.artifacts.tables.parquet import TableShards, TableWriter, read_table, to_table, write_table
 from draftsmith.artifacts.tables.readers import RowReader
 from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE
-from draftsmith.artifacts.tables.shards import TableShards
 
 COLUMNS = TRACE.columns.names
 

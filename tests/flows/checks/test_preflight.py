@@ -19,7 +19,7 @@ from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_prompts
 from draftsmith.stages.drafters.stage import ChampionConfig
 from draftsmith.stages.engines.stage import RolloutConfig
-from draftsmith.stages.evaluation.stage import EvaluationConfig
+from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.replay.stage import MiningConfig
 from draftsmith.stages.target.info import read_target_info
 from draftsmith.stages.training.config import SftConfig

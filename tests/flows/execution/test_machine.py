@@ -1,12 +1,26 @@
-"""The GPUs that a run sees."""
+"""The GPUs that a run sees; a device has one user at a time, across processes and users."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
 from draftsmith.artifacts import host
 from draftsmith.artifacts.host import Gpu
+from draftsmith.artifacts.locks import Holder, LockTimeoutError
+from draftsmith.flows.execution import machine
 from draftsmith.flows.execution.machine import gpu_model, gpu_names, gpus
+from draftsmith.stages.engines.stage import STAGE as ROLLOUT
+from draftsmith.stages.engines.stage import RolloutConfig
+from draftsmith.stages.evaluation.gate import STAGE as GATE
+from draftsmith.stages.evaluation.stage import STAGE as EVALUATION
+from draftsmith.stages.runtime.stage import Compute
+from draftsmith.stages.training.sft.stage import STAGE as SFT
 
 GPUS = [("GPU-a1", 24, "RTX 4090"), ("GPU-b2", 80, "H100")]
 
@@ -36,3 +50,91 @@ def test_gpus_are_identified_by_uuid(
     assert gpu_names() == seen
     assert gpus() == tuple(gib * 2**30 for gib in memory)
     assert gpu_model() == model
+
+
+ONE, OTHER = "GPU-1111aaaa-0000", "GPU-2222bbbb-0000"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(machine.FOLDER, str(tmp_path / "devices"))
+    return tmp_path / "devices"
+
+
+def another_run(compute: str, gpus: Sequence[str]) -> subprocess.Popen[str]:
+    """Start a process that locks devices until its input ends."""
+    program = f"""
+        import sys
+        from draftsmith.flows.execution.machine import lock_devices
+        from draftsmith.stages.runtime.stage import Compute
+        with lock_devices(Compute.{compute}, run="the other", limit_s=60, on_wait=print, gpus=lambda: {list(gpus)!r}):
+            print("held", flush=True)
+            sys.stdin.readline()
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+@pytest.mark.parametrize(
+    ("theirs", "their_gpus", "ours", "our_gpus", "waits"),
+    [
+        ("HEAVY", [ONE], Compute.TIMED, [OTHER, ONE], True),
+        ("TIMED", [ONE], Compute.HEAVY, [OTHER], False),
+        ("HEAVY", [], Compute.HEAVY, [], False),  # the CPU is shared by what trains
+        ("HEAVY", [], Compute.TIMED, [], True),  # and not by what measures
+        ("TIMED", [], Compute.HEAVY, [], True),
+    ],
+)
+def test_stages_wait_for_devices_in_use(
+    theirs: str, their_gpus: list[str], ours: Compute, our_gpus: list[str], waits: bool
+) -> None:
+    process = another_run(theirs, their_gpus)
+    said: list[tuple[str, Holder | None]] = []
+
+    def ask(limit_s: float) -> None:
+        with machine.lock_devices(
+            ours, run="ours", limit_s=limit_s, on_wait=lambda *who: said.append(who), gpus=lambda: our_gpus
+        ) as held:
+            assert len(held.locks) == (0 if ours is Compute.LIGHT else len(our_gpus) or 1)
+
+    try:
+        if waits:
+            with pytest.raises(LockTimeoutError, match="the other, pid"):
+                ask(0.0)
+            ((device, holder),) = said
+            assert device in (ONE, machine.CPU) and holder is not None and holder.pid == process.pid
+        else:
+            ask(0.0)
+            assert not said
+    finally:
+        process.kill()
+        process.wait()
+    ask(10.0)  # the kernel drops the locks of the dead
+
+
+def test_all_users_may_take_a_lock(folder: Path) -> None:
+    with machine.lock_devices(Compute.TIMED, run="", limit_s=1, on_wait=lambda *_: None, gpus=lambda: [ONE]):
+        assert folder.stat().st_mode & 0o7777 == 0o1777
+        assert (folder / f"{ONE}.lock").stat().st_mode & 0o777 == 0o666
+
+
+def test_a_slice_of_a_gpu_is_visible_by_its_name(folder: Path) -> None:
+    part = "MIG-7f/1/0"
+    with machine.lock_one_device(
+        Compute.HEAVY, run="", limit_s=1, on_wait=lambda *_: None, gpus=lambda: [part]
+    ) as device:
+        assert device.environment == {"CUDA_VISIBLE_DEVICES": part}
+        assert (folder / "MIG-7f_1_0.lock").exists()
+
+
+def test_stages_declare_how_they_compute() -> None:
+    given = {"engine": {"kind": "sglang", "urls": ["http://host:1"]}}
+    assert ROLLOUT.compute_for(RolloutConfig.model_validate(given)) is Compute.LIGHT
+    assert ROLLOUT.compute_for(RolloutConfig()) is Compute.HEAVY
+    assert SFT.compute_for(SFT.config()) is Compute.HEAVY
+    assert EVALUATION.compute_for(EVALUATION.config()) is Compute.TIMED
+    assert GATE.compute_for(GATE.config()) is Compute.LIGHT

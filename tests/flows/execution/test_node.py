@@ -19,13 +19,13 @@ from draftsmith.artifacts.store.mirror import STORE_VARIABLE
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.cli.main import main
 from draftsmith.flows.config.options import StageOptions, check_runner
-from draftsmith.flows.execution import devices
+from draftsmith.flows.execution import machine
 from draftsmith.flows.execution.attempt import StageJob
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.execution.node import RunContext, build_node
 from draftsmith.flows.execution.process import StageFailedError
 from draftsmith.flows.execution.shards import BuildShard, run_locally
-from draftsmith.flows.orchestration.flow_lifecycle import CancelledError
+from draftsmith.flows.orchestration.flow_run import CancelledError
 from draftsmith.flows.planning.graph import cache_key
 from draftsmith.stages.runtime.stage import Compute
 from tests.flows.toy import TOY, ToyConfig, toy_nodes, write_config
@@ -46,7 +46,7 @@ def test_code_edited_while_a_stage_waits_builds_nothing_under_the_old_key(
 
     def edits(*arguments: Any, **keywords: Any) -> Any:
         source[0] = "new"
-        return devices.lock_devices(*arguments, **keywords)
+        return machine.lock_devices(*arguments, **keywords)
 
     monkeypatch.setattr("draftsmith.flows.execution.node.lock_devices", edits)
     with pytest.raises(RetryableError, match=r"squares: the code here .* is not that of its key"):
@@ -78,8 +78,8 @@ def test_an_interrupted_commit_is_finished_with_its_metrics_in_mlflow(
 def test_a_run_cancelled_while_it_waits_starts_nothing(
     waits_for: str, tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(devices.FOLDER, str(tmp_path / "devices"))
-    monkeypatch.setattr("draftsmith.flows.execution.devices.gpu_names", list)
+    monkeypatch.setenv(machine.FOLDER, str(tmp_path / "devices"))
+    monkeypatch.setattr("draftsmith.flows.execution.machine.gpu_names", list)
     target = CollectConfig(note_start=tmp_path / "started")
     config = ToyConfig(name="t", target=target, stages=StageOptions(lock_wait_minutes=0.5))
     node = next(node for node in toy_nodes(config) if node.name == "target")
@@ -92,7 +92,7 @@ def test_a_run_cancelled_while_it_waits_starts_nothing(
         if waits_for == "the artifact":
             others.enter_context(context.store.claim("collect", cache_key(node, {}, config.seed, TOY)))
         else:
-            others.enter_context(devices.lock_devices(Compute.TIMED, run="", limit_s=1, on_wait=lambda *_: None))
+            others.enter_context(machine.lock_devices(Compute.TIMED, run="", limit_s=1, on_wait=lambda *_: None))
         with pytest.raises(CancelledError):
             build_node(context, node, {})
     assert not (tmp_path / "started").exists() and not list(context.home.glob("logs/*.request.json"))
@@ -139,8 +139,8 @@ def test_shards_change_nothing_and_a_killed_one_is_rebuilt_alone(
 
 
 def test_each_shard_has_its_own_gpu(tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(devices.FOLDER, str(tmp_path / "devices"))
-    for module in ("devices", "shards"):
+    monkeypatch.setenv(machine.FOLDER, str(tmp_path / "devices"))
+    for module in ("machine", "shards"):
         monkeypatch.setattr(f"draftsmith.flows.execution.{module}.gpu_names", lambda: ["GPU-a", "GPU-b"])
     squares(tmp_path / "home", tracking, 2, note=tmp_path / "note")
     told = [line.partition("device ")[2] for line in (tmp_path / "note").read_text().splitlines()]

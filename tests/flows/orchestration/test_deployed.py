@@ -25,7 +25,7 @@ PROGRAM = textwrap.dedent(
     from prefect.deployments.runner import EntrypointType, RunnerDeployment
     from prefect.events import DeploymentEventTrigger
     from draftsmith.flows.cli.main import main
-    from draftsmith.flows.orchestration.announcements import show_verdict
+    from draftsmith.flows.orchestration.flow_run import show_verdict
     from tests.flows.toy import ASSET, TOY
     from tests.flows.toy_flow import toy_refresh
 

@@ -18,7 +18,7 @@ from draftsmith.artifacts.tracking.registry import TRACKERS_FILE
 from draftsmith.flows.config.options import StageOptions
 from draftsmith.flows.execution.node import RunContext
 from draftsmith.flows.orchestration import run
-from draftsmith.flows.orchestration.flow_lifecycle import Cancellation
+from draftsmith.flows.orchestration.flow_run import Cancellation
 from draftsmith.flows.planning.graph import Conclusion, OutdatedPlanError, Selection
 from tests.flows.toy import TOY, ToyConfig, ToyPolicy, toy_policy
 
@@ -110,10 +110,10 @@ def test_the_conclusion_waits_until_mlflow_has_the_run(monkeypatch: pytest.Monke
         return create(client, *arguments, **named)
 
     class Uploads(ToyPolicy):
-        def conclude(self, made: Mapping[str, ArtifactRef], run_id: str | None) -> Conclusion:
+        def conclude(self, folders: Mapping[str, Path], run_id: str | None) -> Conclusion:
             if run_id is None:
                 raise RetryableError("MLflow has no run")
-            return super().conclude(made, run_id)
+            return super().conclude(folders, run_id)
 
     monkeypatch.setattr(MlflowClient, "create_run", lost_twice)
     conclusion = ended(lambda *_: Uploads("promoted"), retries=1, retry_delay_seconds=0)

@@ -25,8 +25,7 @@ from draftsmith.flows.execution import attempt
 from draftsmith.flows.execution.node import RunContext, build_node
 from draftsmith.flows.execution.process import StageOutcome, run_stage
 from draftsmith.flows.orchestration import run
-from draftsmith.flows.orchestration.announcements import deployed
-from draftsmith.flows.orchestration.flow_lifecycle import Cancellation
+from draftsmith.flows.orchestration.flow_run import Cancellation, deployed
 from draftsmith.flows.planning.graph import Node, PlannedNode, Selection, Status, plan
 from draftsmith.flows.planning.inputs import external_digests
 from draftsmith.flows.refresh.graph import first_nodes

@@ -60,9 +60,13 @@ def gated(
     return {"opd": drafter, "evaluation": measured, "gate": of_stage("gate", "decision.json", decision)}
 
 
+def folders_of(made: Mapping[str, ArtifactRef]) -> dict[str, Path]:
+    return {name: ref.path for name, ref in made.items()}
+
+
 def finished(config: RefreshConfig, made: Mapping[str, ArtifactRef], run_id: str | None = None) -> Conclusion:
     """Return the conclusion of a refresh that is planned now and has made these artifacts."""
-    conclusion = RefreshPolicy(resolve(config), ()).conclude(made, run_id)
+    conclusion = RefreshPolicy(resolve(config), ()).conclude(folders_of(made), run_id)
     assert conclusion is not None
     return conclusion
 

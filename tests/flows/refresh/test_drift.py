@@ -12,8 +12,7 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.results.base import SetMetrics
-from draftsmith.artifacts.results.drift import ALL
-from draftsmith.artifacts.results.evaluation import EvaluationResult
+from draftsmith.artifacts.results.evaluation import ALL, EvaluationResult
 from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.artifacts.tracking.refresh_runs import OUTCOME

@@ -85,8 +85,7 @@ def promoted(tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest
     line = registry()
     drafter = tmp_path / "opd"
     (drafter / "drafter").mkdir(parents=True)
-    logs = ArtifactRef("logs", "k", "c", read.out)
-    version = line.register(LINE, ArtifactRef("opd", "key", "content", drafter), log_tags(logs))
+    version = line.register(LINE, ArtifactRef("opd", "key", "content", drafter), log_tags(read.out))
     line.promote(version, expected=None, why="the first one")
     write(log, rows[:26])
     return Promoted(tiny_drafter.target, log, read, version)

@@ -20,16 +20,16 @@ from draftsmith.artifacts.store.mirror import STORE_VARIABLE, open_store
 from draftsmith.artifacts.store.retention import leftovers
 from draftsmith.artifacts.tracking.registry import PREVIOUS
 from draftsmith.artifacts.tracking.runs import Tracking
-from draftsmith.flows.cli.prune import prune
+from draftsmith.flows.cli.commands import prune
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.planning.graph import OutdatedPlanError
 from draftsmith.flows.refresh import promotion_hook, registry_commands
 from draftsmith.flows.refresh.decisions import RefreshPolicy, resolve
-from draftsmith.flows.refresh.evaluate import evaluate_config, evaluate_nodes
 from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.flows.refresh.line import artifact_folder, drafter_checkpoint, registry
+from draftsmith.flows.refresh.measurements import evaluate_config, evaluate_nodes
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
-from tests.flows.refresh.line_runs import checked, config_of, finished, gated, page_of, serving
+from tests.flows.refresh.line_runs import checked, config_of, finished, folders_of, gated, page_of, serving
 from tests.testbed.artifacts import committed
 
 NOTE = "import sys; open(sys.argv[1], 'w').write(sys.stdin.read())"
@@ -104,10 +104,10 @@ def test_the_slower_of_two_refreshes_must_plan_again_against_the_new_champion(
 ) -> None:
     store, config = Store(home / "store"), config_of(line)
     slow, fast = (RefreshPolicy(resolve(config), ()) for _ in range(2))
-    fast.conclude(gated(store, drafters[0]), None)
+    fast.conclude(folders_of(gated(store, drafters[0])), None)
     made = gated(store, drafters[1])
     with pytest.raises(OutdatedPlanError, match="version 1 is the champion by now"):
-        slow.conclude(made, None)
+        slow.conclude(folders_of(made), None)
     assert [version.number for version in registry().versions(line)] == [1], "the challenger was not registered"
 
     again = resolve(config)

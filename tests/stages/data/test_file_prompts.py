@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from draftsmith.stages.data import prompt_streams
+from draftsmith.stages.data.chat_template import PromptCandidate
 from draftsmith.stages.data.prompt_streams import PromptStream, open_streams
-from draftsmith.stages.data.prompts import SPLITS, PromptCandidate, PromptsConfig
+from draftsmith.stages.data.prompts import SPLITS, PromptsConfig
 from tests.stages.data.prompts_run import Row, error, questions, run, run_with_context, write_rows
 
 

@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from draftsmith.stages.data.chat_template import TemplateInverter, token_ids
+from draftsmith.stages.data.chat_template import PromptCandidate, TemplateInverter, token_ids
 from draftsmith.stages.data.held_out import HeldOut, hash_fraction, prompt_identity, read_held_out
-from draftsmith.stages.data.prompts import PromptCandidate
 from draftsmith.stages.data.row_formats import Message, TemplateKwargs
 from draftsmith.stages.target.info import load_tokenizer, model_path
 from tests.stages.data.templates import DEEPSEEK, GPT_OSS, LLAMA

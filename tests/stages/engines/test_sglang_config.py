@@ -16,7 +16,7 @@ from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import LaunchConfig, SGLangEngineConfig
 from draftsmith.stages.engines.sglang import server
 from draftsmith.stages.engines.stage import RolloutConfig
-from draftsmith.stages.evaluation.stage import EvaluationConfig
+from draftsmith.stages.evaluation.config import EvaluationConfig
 
 
 def config(**launch: Any) -> SGLangEngineConfig:

@@ -12,7 +12,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.sglang.environment import environment_warnings, health_problem, inspect_environment
 from draftsmith.stages.engines.stage import RolloutConfig
-from draftsmith.stages.evaluation.stage import EvaluationConfig
+from draftsmith.stages.evaluation.config import EvaluationConfig
 from tests.stages.engines.http_server import serving
 
 

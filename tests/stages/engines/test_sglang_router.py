@@ -19,7 +19,7 @@ from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.sglang import environment, router
 from draftsmith.stages.engines.sglang.requirements import ServerRequirements
 from draftsmith.stages.engines.stage import RolloutConfig
-from draftsmith.stages.evaluation.stage import EvaluationConfig
+from draftsmith.stages.evaluation.config import EvaluationConfig
 from tests.stages.engines.http_server import HttpServer, Reply, serving
 from tests.stages.engines.servers import opened, refusing, server_of, speculating
 from tests.stages.engines.test_sglang_config import after, config

@@ -12,8 +12,8 @@ import torch
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.drafters.base import Drafter, DrafterInfo
 from draftsmith.stages.drafters.checkpoint import save_drafter
+from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.stage import STAGE as EVALUATION
-from draftsmith.stages.evaluation.stage import EvaluationConfig
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.stage import STAGE as MINING

@@ -19,8 +19,9 @@ from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import REQUESTS, TRAJECTORIES, TURNS
 from draftsmith.stages.data.trajectories import load_trajectories
 from draftsmith.stages.evaluation import speed_embedded as embedded
+from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.speed_embedded import Decoder, EmbeddedSpeedTest
-from draftsmith.stages.evaluation.stage import STAGE, EvaluationConfig, preflight
+from draftsmith.stages.evaluation.stage import STAGE, preflight
 from draftsmith.stages.evaluation.validity import steady
 from draftsmith.stages.replay.trace import tau
 from draftsmith.stages.runtime.stage import Shard

@@ -11,6 +11,7 @@ from scipy import stats
 
 from draftsmith.stages.data.trajectories import Prompt
 from draftsmith.stages.engines.base import Completion, Request, VerifyStep
+from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.exactness import compare_with_plain, exactness
 from draftsmith.stages.evaluation.speed_table import (
     alternates,
@@ -19,7 +20,6 @@ from draftsmith.stages.evaluation.speed_table import (
     speed_metrics,
     speed_tables,
 )
-from draftsmith.stages.evaluation.stage import EvaluationConfig
 from draftsmith.stages.evaluation.timed_runs import Setting, TimedRun, requests_for, settings_of
 from draftsmith.stages.evaluation.verdicts import verdicts
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams

@@ -13,10 +13,10 @@ import pytest
 from draftsmith.artifacts.tables.parquet import read_table, write_table
 from draftsmith.artifacts.tables.schemas import PROMPTS
 from draftsmith.stages.data.held_out import independent_units
+from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.drift import STAGE as DRIFT
 from draftsmith.stages.evaluation.drift import DriftConfig
 from draftsmith.stages.evaluation.stage import STAGE as EVALUATION
-from draftsmith.stages.evaluation.stage import EvaluationConfig
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 

@@ -1,31 +1,90 @@
-"""Runs the shards of a node as Prefect tasks, on this machine or on the hosts of a Ray cluster.
+"""Runs a node, and its shards, as Prefect tasks. Prefect shows and retries them; the store decides what is computed.
 
-A host of a cluster needs this version of Draftsmith, the environment of the stages, and the store: a shared home under
-the same path, or the same bucket with its own `DRAFTSMITH_HOME`. Ray gives a shard its GPU. The lock of the device is
-taken as well, for processes that use the machine beside the cluster.
+Shards run on this machine or on the hosts of a Ray cluster. Such a host needs this version of Draftsmith, the
+environment of the stages, and the store: a shared home under the same path, or the same bucket with its own
+`DRAFTSMITH_HOME`. Ray gives a shard its GPU. The lock of the device is taken as well, for processes that use the
+machine beside the cluster.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import copy_context
+from dataclasses import replace
 from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.client.schemas.objects import TaskRun as PrefectTaskRun
 from prefect.context import TaskRunContext
 from prefect.futures import PrefectFuture
+from prefect.states import Completed
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+from prefect.tasks import Task
 
 from draftsmith.artifacts.errors import RetryableError, StageInterrupted
 from draftsmith.artifacts.home import home, protect_home
 from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.artifacts.store.mirror import STORE_VARIABLE
-from draftsmith.flows.config.options import StageOptions
+from draftsmith.flows.config.options import RETRY_JITTER, StageOptions
 from draftsmith.flows.execution.attempt import StageJob
+from draftsmith.flows.execution.node import NodeResult, RunContext, build_node, log
+from draftsmith.flows.execution.retry import retry_notice
 from draftsmith.flows.execution.shards import BuildShard, build_shard, local_parallelism
+from draftsmith.flows.planning.graph import Node
+
+
+def run_node(
+    context: RunContext, node: Node, inputs: Mapping[str, ArtifactRef], upstream: Sequence[State[Any]], *, force: bool
+) -> tuple[NodeResult, State[Any]]:
+    """Make the node's artifact as a task of the current flow run, and return it with the task's state.
+
+    upstream: states of the tasks that Prefect shows as its inputs. Raises the error of the last attempt.
+    """
+    options = context.config.stages
+    configured: Task[..., Any] = stage_task.with_options(
+        name=node.stage.name,
+        task_run_name=node.name,
+        description=f"Stage {node.stage.name}: reused from the store, or run in a process of its own.",
+        retries=options.retries,
+        retry_delay_seconds=options.retry_delays,
+        retry_jitter_factor=RETRY_JITTER,
+        retry_condition_fn=_is_retryable,
+    )
+    state: State[Any] = configured(context, node, inputs, force, return_state=True, wait_for=list(upstream))
+    result: NodeResult = state.result()
+    return result, state
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def stage_task(context: RunContext, node: Node, inputs: Mapping[str, ArtifactRef], force: bool) -> State[Any]:
+    """Make or reuse a node's artifact, and return a state with the name Completed or Reused."""
+    try:
+        result = build_node(replace(context, pool=run_shards), node, inputs, force=force)
+    except asyncio.CancelledError as error:  # Prefect raises it in the thread of a flow whose lease it lost
+        raise RetryableError(
+            "Prefect's server no longer keeps the slot of this run's deployment. The run continues without it."
+        ) from error
+    where = f"{result.ref.stage}/{result.ref.key[:16]}, content {result.ref.content_id[:16]}"
+    return Completed(name="Reused" if result.reused else "Completed", message=where, data=result)
+
+
+def _is_retryable(task: Task[..., Any], run: PrefectTaskRun, state: State[Any]) -> bool:
+    """Return whether another attempt may succeed, which is so after the loss of an engine or a service.
+
+    Prefect calls this only while retries are left.
+    """
+    error = state.result(raise_on_failure=False)
+    if not isinstance(error, RetryableError):
+        return False
+    assert isinstance(task.retry_delay_seconds, list)
+    log.warning("%s: %s", run.name, retry_notice(error, run.run_count, task.retry_delay_seconds))
+    return True
+
 
 _POLL_S = 0.5
 _HOME = "DRAFTSMITH_HOME"

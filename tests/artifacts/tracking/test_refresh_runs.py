@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from draftsmith.artifacts.store.manifest import ArtifactRef
-from draftsmith.artifacts.tracking.refresh_runs import OUTCOME, REUSED
+from draftsmith.artifacts.tracking.refresh_runs import OUTCOME, REUSED, RunRecord
 from draftsmith.artifacts.tracking.runs import Tracking
-from draftsmith.flows.execution.mlflow_run import RunRecord
 
 pytestmark = pytest.mark.integration
 

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, RefusedError, RetryableError
-from draftsmith.flows.orchestration.flow_lifecycle import NodeRecord, flow_result, run_flow
+from draftsmith.flows.orchestration.flow_run import NodeRecord, flow_result, run_flow
 
 NODES = {"sft": NodeRecord(stage="sft", key="k", content_id="c", path="/store/sft/k", reused=False)}
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from draftsmith.artifacts.store.mirror import STORE_VARIABLE
-from draftsmith.flows.orchestration import task_runners
+from draftsmith.flows.orchestration import tasks
 
 HOME = "DRAFTSMITH_HOME"
 
@@ -22,13 +22,13 @@ def test_a_shard_is_made_in_the_home_of_its_run_or_of_its_host(
     made: list[tuple[str, str | None]] = []
     monkeypatch.setenv(HOME, str(tmp_path))
     monkeypatch.delenv(STORE_VARIABLE, raising=False)
-    monkeypatch.setattr(task_runners, "_HOST_SETTINGS", own)
-    monkeypatch.setattr(task_runners, "protect_home", lambda *_, **__: None)
+    monkeypatch.setattr(tasks, "_HOST_SETTINGS", own)
+    monkeypatch.setattr(tasks, "protect_home", lambda *_, **__: None)
     monkeypatch.setattr(
-        task_runners, "build_shard", lambda _job, home: made.append((str(home), os.environ.get(STORE_VARIABLE)))
+        tasks, "build_shard", lambda _job, home: made.append((str(home), os.environ.get(STORE_VARIABLE)))
     )
     job: Any = SimpleNamespace(config=SimpleNamespace(stages=SimpleNamespace(group_may_read=False)))
-    task_runners._OnClusterHost({HOME: "/homes/a", STORE_VARIABLE: "s3://a/store"})(job)
-    task_runners._OnClusterHost({HOME: "/homes/b"})(job)
+    tasks._OnClusterHost({HOME: "/homes/a", STORE_VARIABLE: "s3://a/store"})(job)
+    tasks._OnClusterHost({HOME: "/homes/b"})(job)
     first, second = (own.get(HOME, home) for home in ("/homes/a", "/homes/b"))
     assert made == [(first, "s3://a/store"), (second, None)]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from draftsmith.flows.checks.comparisons import check_gate, check_sampling
+from draftsmith.flows.checks.drafters import check_gate, check_sampling
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.planning.graph import Node
 from draftsmith.flows.refresh.graph import refresh_nodes
