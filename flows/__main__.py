@@ -1,7 +1,5 @@
 """`python -m draftsmith.flows` is the `draftsmith` command."""
 
-import sys
-
 from draftsmith.flows.cli.main import main
 
-sys.exit(main())
+raise SystemExit(main())

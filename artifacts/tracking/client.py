@@ -19,6 +19,7 @@ from draftsmith.artifacts.host import network_file_system
 
 _TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"  # read by MLflow at every request
 _WEIGHTS_S = 1800  # for gigabytes: a server in front of a bucket answers only after its own upload
+_PING_S = 5.0
 _timeout_lock = threading.Lock()
 
 
@@ -51,7 +52,7 @@ def weights_timeout() -> Iterator[None]:
                 os.environ[_TIMEOUT] = before
 
 
-def ping(uri: str, timeout_s: float = 5.0) -> None:
+def ping(uri: str) -> None:
     """Send a request to a server with MLflow's own credentials, proxies and certificates; any status will do.
 
     Raises ConnectionError with the system's message.
@@ -62,7 +63,7 @@ def ping(uri: str, timeout_s: float = 5.0) -> None:
     from mlflow.utils.rest_utils import http_request
 
     try:
-        http_request(get_default_host_creds(uri), "", "GET", max_retries=0, timeout=timeout_s, raise_on_status=False)
+        http_request(get_default_host_creds(uri), "", "GET", max_retries=0, timeout=_PING_S, raise_on_status=False)
     except MlflowException as error:
         first = _first_cause(error)
         raise ConnectionError(str(first) or type(first).__name__) from error

@@ -20,8 +20,13 @@ from draftsmith.artifacts.host import bypass_proxy_for_localhost
 from draftsmith.artifacts.redaction import redact_logs, redacted
 from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.artifacts.store.retention import artifacts_in_use
-from draftsmith.artifacts.tracking.models import log_models
-from draftsmith.artifacts.tracking.refresh_runs import OUTCOME, RunRecord, close_dead_runs, describe_misplaced_files
+from draftsmith.artifacts.tracking.refresh_runs import (
+    OUTCOME,
+    RunRecord,
+    close_dead_runs,
+    describe_misplaced_files,
+    log_models,
+)
 from draftsmith.artifacts.tracking.registry import note_tracker
 from draftsmith.artifacts.tracking.runs import NOTE, Tracking
 from draftsmith.artifacts.tracking.terms import Status

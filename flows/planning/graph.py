@@ -15,7 +15,7 @@ from draftsmith.artifacts.errors import EXIT_RETRYABLE, DraftsmithError, Retryab
 from draftsmith.artifacts.store.code_digest import code_digest, code_modules
 from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import ArtifactRef, FileEntry, Manifest, content_id
-from draftsmith.artifacts.tracking.models import Metrics
+from draftsmith.artifacts.tracking.refresh_runs import Metrics
 from draftsmith.flows.config.options import RunOptions
 from draftsmith.flows.planning.inputs import external_digests, read_listings
 from draftsmith.stages.runtime.stage import INCONCLUSIVE, LISTING_FILE, SOURCES, Config, InputListing, Stage

@@ -17,8 +17,7 @@ from draftsmith.artifacts.results.base import SetMetrics
 from draftsmith.artifacts.results.evaluation import ALL, DriftResult, EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.artifacts.store.manifest import read_manifest
-from draftsmith.artifacts.tracking.models import link_version
-from draftsmith.artifacts.tracking.refresh_runs import OUTCOME
+from draftsmith.artifacts.tracking.refresh_runs import OUTCOME, link_version
 from draftsmith.artifacts.tracking.registry import CHAMPION, PROMOTION_TAGS, ChampionMovedError, Version
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.execution.display import Display

@@ -310,11 +310,11 @@ def champion_config(version: Version) -> ChampionConfig:
     )
 
 
-def age_days(refreshed_at: str | None, now: datetime | None = None) -> float:
+def age_days(refreshed_at: str | None) -> float:
     """Return the days since a refresh; 0 if there was none, below `-MAX_CLOCK_SKEW_DAYS` if a clock is wrong."""
     if refreshed_at is None:
         return 0.0
-    return ((now or datetime.now(UTC)) - datetime.fromisoformat(refreshed_at)).total_seconds() / 86400
+    return (datetime.now(UTC) - datetime.fromisoformat(refreshed_at)).total_seconds() / 86400
 
 
 def version_tags(

@@ -11,16 +11,15 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.results.evaluation import DriftResult, EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision, Outcome, ReviewResult
 from draftsmith.artifacts.store.manifest import MANIFEST, Manifest, read_manifest
-from draftsmith.artifacts.tracking.models import ALL, Metrics
-from draftsmith.artifacts.tracking.refresh_runs import OUTCOME
+from draftsmith.artifacts.tracking.refresh_runs import ALL, OUTCOME, Metrics
 from draftsmith.artifacts.tracking.terms import escape_markdown
 from draftsmith.flows.execution.display import Display, EndedRun
 from draftsmith.flows.planning.graph import RunReview
 from draftsmith.flows.refresh.line import registry
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
-from draftsmith.stages.report.next_steps import Invocation, Step, next_steps, refresh_anyway
+from draftsmith.stages.report.presentation import Invocation, Step, next_steps, refresh_anyway
+from draftsmith.stages.report.presentation import drafters as drafter_table
 from draftsmith.stages.report.review import Review, duration, number, review_of, target_name
-from draftsmith.stages.report.tables import drafters as drafter_table
 
 WIDTH = 80
 _VERDICTS = {

@@ -33,7 +33,7 @@ from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.sglang.engine import SGLangEngine, open_sglang
 from draftsmith.stages.engines.sglang.requirements import server_requirements
 from draftsmith.stages.evaluation.config import EvaluationConfig
-from draftsmith.stages.evaluation.exactness import add_margins, compare_with_plain, exactness
+from draftsmith.stages.evaluation.speed_embedded import add_margins, compare_with_plain, exactness
 from draftsmith.stages.evaluation.timed_runs import (
     LoadMeter,
     Row,

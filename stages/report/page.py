@@ -23,9 +23,9 @@ from draftsmith.artifacts.redaction import printable
 from draftsmith.artifacts.results.data import LogsSummary, PromptsSummary
 from draftsmith.artifacts.results.evaluation import AnswerContext, EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision
-from draftsmith.stages.report import tables
+from draftsmith.stages.report import presentation
 from draftsmith.stages.report.metrics import LineageEntry, wall_seconds
-from draftsmith.stages.report.next_steps import Step
+from draftsmith.stages.report.presentation import Step
 from draftsmith.stages.report.review import duration, name_of, review_of
 from draftsmith.stages.report.stage import HistoryPoint
 from draftsmith.stages.report.template import PAGE, STYLE
@@ -68,7 +68,7 @@ def render_report(path: Path, data: ReportData) -> None:
         warnings=[*(review.warnings if review else ()), *_log_warnings(data.logs)],
         cost=_cost_sentence(data.lineage),
         steps=data.steps,
-        choice=tables.choice_sentence(evaluation) if data.decision is not None else "",
+        choice=presentation.choice_sentence(evaluation) if data.decision is not None else "",
         contexts=_in_order(data.contexts),
         shown=2 * _SHOWN,
         data=_json({name: {} if each is None else each.to_json() for name, each in summaries.items()})
@@ -77,11 +77,11 @@ def render_report(path: Path, data: ReportData) -> None:
         config=_json(data.config) if data.config else "",
         plots=_plots(data),
         tables={
-            "drafters": tables.drafters(review, evaluation) if review else None,
-            "by_set": tables.by_set(evaluation) if review else None,
-            "by_setting": tables.by_setting(evaluation),
-            "gate": tables.gate(review) if review else None,
-            "stages": tables.stages(data.lineage),
+            "drafters": presentation.drafters(review, evaluation) if review else None,
+            "by_set": presentation.by_set(evaluation) if review else None,
+            "by_setting": presentation.by_setting(evaluation),
+            "gate": presentation.gate(review) if review else None,
+            "stages": presentation.stages(data.lineage),
         },
     )
     write_text(path, page.strip() + "\n")

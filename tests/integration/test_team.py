@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from draftsmith.artifacts.tracking.runs import Tracking
-from tests.artifacts.tracking import test_mlflow_models
+from tests.artifacts.tracking import test_logged_models
 from tests.flows.processes import ROOT, wait_until
 from tests.flows.toy import write_config
 from tests.testbed import chromium
@@ -219,7 +219,7 @@ def test_drafters_are_logged_models_of_a_server(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", story["servers"].mlflow)
     tracking = Tracking(tmp_path / "home", "my-line")
-    test_mlflow_models.test_drafters_of_a_line_are_ranked_on_one_prompt_set(tracking)
+    test_logged_models.test_drafters_of_a_line_are_ranked_on_one_prompt_set(tracking)
     run_id = tracking.open_refresh("weekly", {})
     assert f"{story['servers'].mlflow}/#/experiments/" in tracking.link(run_id)
     tracking.close_refresh("FINISHED")

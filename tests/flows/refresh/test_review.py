@@ -11,7 +11,7 @@ from draftsmith.artifacts.errors import RefusedError
 from draftsmith.artifacts.results.evaluation import EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.artifacts.store.local import Store
-from draftsmith.artifacts.tracking.models import ALL
+from draftsmith.artifacts.tracking.refresh_runs import ALL
 from draftsmith.artifacts.tracking.runs import NOTE, Tracking
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.execution.node import NodeResult, RunContext

@@ -12,7 +12,7 @@ from scipy import stats
 from draftsmith.stages.data.trajectories import Prompt
 from draftsmith.stages.engines.base import Completion, Request, VerifyStep
 from draftsmith.stages.evaluation.config import EvaluationConfig
-from draftsmith.stages.evaluation.exactness import compare_with_plain, exactness
+from draftsmith.stages.evaluation.speed_embedded import compare_with_plain, exactness
 from draftsmith.stages.evaluation.speed_table import (
     alternates,
     log_ratios,

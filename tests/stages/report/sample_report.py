@@ -10,8 +10,8 @@ from draftsmith.artifacts.results.evaluation import AnswerContext, EvaluationRes
 from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.artifacts.store.manifest import Manifest
 from draftsmith.stages.report.metrics import LineageEntry
-from draftsmith.stages.report.next_steps import Step
 from draftsmith.stages.report.page import ReportData
+from draftsmith.stages.report.presentation import Step
 from draftsmith.stages.report.stage import HistoryPoint
 
 

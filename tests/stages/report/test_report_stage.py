@@ -12,7 +12,7 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store.local import Claim, Store
 from draftsmith.artifacts.store.manifest import ArtifactRef, Provenance
-from draftsmith.stages.report.next_steps import COMMAND
+from draftsmith.stages.report.presentation import COMMAND
 from draftsmith.stages.report.stage import STAGE, ReportConfig
 from tests.stages.report.sample_report import CONTEXTS, DECISION, EVALUATION, OF_A_LINE
 from tests.testbed.context import RecordingContext

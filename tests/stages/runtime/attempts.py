@@ -13,7 +13,6 @@ from draftsmith.stages.__main__ import run_request
 from draftsmith.stages.runtime.checkpoint import list_checkpoints
 from draftsmith.stages.runtime.process import EventStream
 from draftsmith.stages.runtime.stage import StageRequest
-from tests.flows.processes import wait_until
 
 LONG = 100
 CONFIG = {
@@ -60,15 +59,6 @@ class Attempt:
     def _run(self, request: StageRequest, write_end: int) -> None:
         self.code = run_request(request, EventStream(write_end), self.stop)
         os.close(write_end)
-
-    def wait_for_step(self, step: int) -> None:
-        """Wait for a checkpoint after this step."""
-
-        def there() -> bool:
-            assert self._runner.is_alive(), f"it ended: {self._lines[-1:]}"
-            return any(int(path.name[11:19]) > step for path in list_checkpoints(self.folder / "work"))
-
-        wait_until(there, f"a checkpoint after step {step}", limit_s=180)
 
     def ended(self) -> tuple[int | None, list[dict[str, Any]]]:
         """Wait for the end; return exit code and events."""

@@ -10,7 +10,7 @@ import pytest
 from draftsmith.artifacts.results.evaluation import EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.flows.cli.main import parser
-from draftsmith.stages.report.next_steps import Invocation, Step, invocation, next_steps, refresh_anyway
+from draftsmith.stages.report.presentation import Invocation, Step, invocation, next_steps, refresh_anyway
 from draftsmith.stages.report.review import review_of
 from tests.stages.report.sample_report import DECISION, OF_A_LINE
 

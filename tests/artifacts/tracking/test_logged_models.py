@@ -10,7 +10,7 @@ import pytest
 
 from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import ArtifactRef, Manifest
-from draftsmith.artifacts.tracking.models import ALL, link_version, log_models
+from draftsmith.artifacts.tracking.refresh_runs import ALL, link_version, log_models
 from draftsmith.artifacts.tracking.registry import Registry
 from draftsmith.artifacts.tracking.runs import Tracking
 from tests.testbed.artifacts import committed
