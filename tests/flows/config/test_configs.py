@@ -89,8 +89,8 @@ def test_the_recipe_has_the_papers_settings(name: str) -> None:
     assert (config.prompts.max_prompt_tokens, config.assisted.sampling.max_new_tokens) == (512, 4096)
     assert config.assisted.sampling.temperature == 0
     opd = config.opd
-    assert (opd.learning_rate, opd.warmup_fraction, opd.sequences_per_step, opd.anchors) == (3e-4, 0.05, 21, "errors")
-    assert opd.steps == 8 * 16_000 // 21
+    assert (opd.learning_rate, opd.warmup_fraction, opd.sequences_per_step, opd.anchors) == (3e-4, 0.05, 24, "errors")
+    assert opd.steps == 8 * 16_000 // 24
     assert (opd.loss.response.loss, opd.loss.rejected.loss) == ("bernoulli_kl", "k3")
     assert (opd.loss.response.weight, opd.loss.rejected.weight) == (1, 1)
     assert (opd.loss.rejected.positions.kind, opd.loss.rejected.positions.delta) == ("power", 0.8)
@@ -98,6 +98,9 @@ def test_the_recipe_has_the_papers_settings(name: str) -> None:
         assert isinstance(engine, SGLangEngineConfig) and engine.launch is not None
         assert (engine.launch.servers, engine.launch.tensor_parallel) == (8, 1)
     assert config.opd.parallel.world == config.sft.parallel.world == 8
+    assert config.stages.shards == 8
+    assert opd.sequences_per_step % 8 == config.sft.sequences_per_step % 8 == 0, "an idle GPU"
+    assert opd.checkpoint_every == config.sft.checkpoint_every == 1000
     assert config.evaluation.concurrency == (1, 4, 16)
     assert config.evaluation.temperatures == (0, 1)
 
