@@ -157,7 +157,7 @@ class Home:
     def processes(self) -> list[int]:
         return processes_of(self.path)
 
-    def held_locks(self) -> list[Path]:
+    def locked_files(self) -> list[Path]:
         """Return the lock files that a living process has locked."""
         files = [*self.path.rglob(".lock*"), *self.devices.glob("*.lock")]
         return [path for path in files if path.is_file() and is_locked(path)]

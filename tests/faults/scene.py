@@ -121,9 +121,9 @@ class Scene:
         except TimeoutError:
             raise Broken(f"{len(self.home.processes())} processes are left") from None
         try:  # a process that ends frees its memory first and closes its files afterwards
-            until(lambda: not self.home.held_locks(), _GONE_WITHIN_S)
+            until(lambda: not self.home.locked_files(), _GONE_WITHIN_S)
         except TimeoutError:
-            raise Broken(f"{self.home.held_locks()[:1]} is held") from None
+            raise Broken(f"{self.home.locked_files()[:1]} is locked") from None
 
     def saved(self) -> int:
         """Return how many steps or answers of the unfinished attempt the next one must at least continue from."""

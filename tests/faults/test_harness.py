@@ -107,7 +107,7 @@ def test_steps_before_the_last_checkpoint_that_were_lost_are_noticed(calm: Undis
 
 def test_what_is_left_is_noticed(calm: Undisturbed) -> None:
     scene = scene_of(calm)
-    with scene.home.store.claim("rollout", KEY), pytest.raises(Broken, match="is held"):
+    with scene.home.store.claim("rollout", KEY), pytest.raises(Broken, match="is locked"):
         scene.nothing_left()
     make(scene.home.store)
     (scene.home.folder_of(SFT) / ".tmp-1-x").write_text("half")

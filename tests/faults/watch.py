@@ -18,7 +18,7 @@ def until(condition: Callable[[], bool], limit_s: float = LIMIT_S) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {limit_s:.0f} s in vain")
+            raise TimeoutError(f"nothing happened within {limit_s:.0f} s")
         time.sleep(_POLL_S)
 
 
@@ -77,15 +77,15 @@ def children(parent: int) -> list[int]:
         listed = []
     if listed:
         return [int(pid) for pids in listed for pid in pids if alive(int(pid))]
-    found = []
+    living = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             status = (folder / "stat").read_text().rpartition(")")[2].split()
         except OSError:  # it has just ended
             continue
         if int(status[1]) == parent and status[0] not in ("Z", "X"):
-            found.append(int(folder.name))
-    return found
+            living.append(int(folder.name))
+    return living
 
 
 def _artifact_of(pid: int) -> str | None:
@@ -103,11 +103,11 @@ def _artifact_of(pid: int) -> str | None:
 
 def _files(folder: Path) -> frozenset[tuple[str, int]]:
     """Return names and times of change of the files in a folder."""
-    found = set()
+    files = set()
     for path in folder.rglob("*"):
         try:
             if path.is_file():
-                found.add((str(path), path.stat().st_mtime_ns))
+                files.add((str(path), path.stat().st_mtime_ns))
         except OSError:  # a temporary file that has its final name now
             continue
-    return frozenset(found)
+    return frozenset(files)

@@ -50,7 +50,7 @@ def write_checkpoint(trained: Path, bench: Bench, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Traced:
-    """What the server answered, and what is known here of the same prompts."""
+    """The server's answers, and replay's results for the same prompts."""
 
     served: Served
     bench: Bench
@@ -102,8 +102,8 @@ def test_every_part_of_the_drafter_shows_in_what_was_served(traced: Traced) -> N
     served = [trace_of(t, e).proposed for t, e in zip(traced.trajectories, traced.served.meta(KEY), strict=True)]
 
     def differs(drafter: DFlash2Drafter) -> bool:
-        found = [trace.proposed for trace in traced.replayed(drafter)]
-        return any(a.shape != b.shape or not np.array_equal(a, b) for a, b in zip(served, found, strict=True))
+        replayed = [trace.proposed for trace in traced.replayed(drafter)]
+        return any(a.shape != b.shape or not np.array_equal(a, b) for a, b in zip(served, replayed, strict=True))
 
     assert not differs(traced.drafter)
     for part in ("window", "convolutions", "selector"):

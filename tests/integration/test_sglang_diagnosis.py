@@ -35,14 +35,14 @@ def test_the_diagnosis_of_a_server(
     config = json.loads((other / "config.json").read_text())
     config["dflash_config"]["mask_token_id"] = 0
     (other / "config.json").write_text(json.dumps(config))
-    found = {}
+    results = {}
     for folder in (serving_target.drafter, other):
         inputs = {"target": tiny_drafter.target, "prompts": tiny_drafter.prompts}
         ctx = RecordingContext.under(tmp_path / f"of-{folder.name}", inputs)
-        asked = {"prompts": 6, "sampling": {"max_new_tokens": 32}, "max_parity_mismatch": 0.02}
-        STAGE.run(ctx, DiagnosisConfig.model_validate({"url": dflash_url, "drafter": str(folder), **asked}))
-        found[folder] = DiagnosisResult.read(ctx.out).to_json()
-    assert found[serving_target.drafter]["agrees"], found
-    assert found[serving_target.drafter]["as_it_is"]["mismatch"] <= 0.02
-    assert not found[other]["agrees"] and found[other]["causes"] == [{"cause": "reported by the server"}]
-    assert str(other) in found[other]["sentence"]
+        config = {"prompts": 6, "sampling": {"max_new_tokens": 32}, "max_parity_mismatch": 0.02}
+        STAGE.run(ctx, DiagnosisConfig.model_validate({"url": dflash_url, "drafter": str(folder), **config}))
+        results[folder] = DiagnosisResult.read(ctx.out).to_json()
+    assert results[serving_target.drafter]["agrees"], results
+    assert results[serving_target.drafter]["as_it_is"]["mismatch"] <= 0.02
+    assert not results[other]["agrees"] and results[other]["causes"] == [{"cause": "reported by the server"}]
+    assert str(other) in results[other]["sentence"]

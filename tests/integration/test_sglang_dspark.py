@@ -76,11 +76,11 @@ def test_sglang_computes_what_is_computed_here(sglang_env: Path, plain_target: T
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
     for kind, values in expected.items():
-        found = load_file(tmp_path / kind / "out")
-        assert torch.equal(found["proposals"], values.pop("proposals"))
+        served = load_file(tmp_path / kind / "out")
+        assert torch.equal(served["proposals"], values.pop("proposals"))
         for name, value in values.items():
             message = f"{kind}: {name}"
-            torch.testing.assert_close(found[name], value, atol=TOLERANCE, rtol=TOLERANCE, msg=message)
+            torch.testing.assert_close(served[name], value, atol=TOLERANCE, rtol=TOLERANCE, msg=message)
 
 
 def test_a_server_decodes_with_it_as_replay_says(

@@ -32,7 +32,7 @@ PROMPTS = 32
 
 @dataclass(frozen=True)
 class Traced:
-    """What the server answered, and what is known here of the same prompts."""
+    """The server's answers, and replay's results for the same prompts."""
 
     served: Served
     bench: Bench

@@ -119,7 +119,7 @@ def test_no_server_outlives_its_stage(tmp_path: Path, tiny_drafter: DrafterArtif
     work = tmp_path / "work"
     request = tmp_path / "request.json"
     config = settings(launched(sglang_env))
-    asked = {
+    content = {
         "stage": "rollout",
         "module": "draftsmith.stages.engines.stage",
         "config": config,
@@ -129,7 +129,7 @@ def test_no_server_outlives_its_stage(tmp_path: Path, tiny_drafter: DrafterArtif
         "seed": 0,
         "threads": 1,
     }
-    request.write_text(json.dumps(asked))
+    request.write_text(json.dumps(content))
     stage = subprocess.Popen(
         [sys.executable, "-P", "-m", "draftsmith.stages", str(request)],
         stdout=subprocess.PIPE,

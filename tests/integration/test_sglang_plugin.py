@@ -1,4 +1,4 @@
-"""The plug-in in a real server: every verify step of every request that asked, checked against transformers."""
+"""The plug-in in a real server: every verify step of requests with a trace, checked against transformers."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_server_without_a_drafter_answers_as_ever(plain_url: str, reference: R
 
 @pytest.fixture(scope="module")
 def busy_url(sglang_env: Path, serving_target: ServingTarget, sglang_logs: Path) -> Iterator[str]:
-    """Scheduling overlapped (the default on a GPU), prompts in chunks, requests thrown out, all asked for."""
+    """Overlapped scheduling (the default on a GPU), prompts in chunks, retracted requests, a trace of all."""
     options = {"disable-overlap-schedule": False, "chunked-prefill-size": 16}
     environment = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "7", "DRAFTSMITH_TRACE": "1"}
     served, log = serving_target, sglang_logs / "busy.log"

@@ -46,8 +46,8 @@ def roll_out(folder: Path, made: DrafterArtifacts, engine: dict[str, Any], *, dr
 
 
 def rows(ctx: RecordingContext, name: str, schema: TableSchema, *without: str) -> list[dict[str, Any]]:
-    found = read_table(ctx.out / f"{name}.parquet", schema).to_pylist()
-    return [{column: value for column, value in row.items() if column not in without} for row in found]
+    rows = read_table(ctx.out / f"{name}.parquet", schema).to_pylist()
+    return [{column: value for column, value in row.items() if column not in without} for row in rows]
 
 
 def served(url: str, **fields: Any) -> dict[str, Any]:
@@ -112,15 +112,15 @@ def requests(
 def test_the_first_tokens_time_is_measured_and_caches_are_flushed(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, dflash_url: str
 ) -> None:
-    asked = requests(tiny_drafter, 8)
+    sent = requests(tiny_drafter, 8)
     drafter = tiny_drafter.drafter / DRAFTER_FOLDER
     with open_with(dflash_url, tiny_drafter, tmp_path, drafter=drafter, measure_first_token=True) as engine:
         engine.set_concurrency(1)
-        streamed = {done.request.request_id: done for done in engine.generate(asked)}
+        streamed = {done.request.request_id: done for done in engine.generate(sent)}
         engine.flush_cache()
         engine.set_concurrency(None)
     with open_with(dflash_url, tiny_drafter, tmp_path, drafter=drafter) as engine:
-        whole = {done.request.request_id: done for done in engine.generate(asked)}
+        whole = {done.request.request_id: done for done in engine.generate(sent)}
     assert engine.records_trace
     for name, done in streamed.items():
         assert 0 < done.first_token_seconds < done.seconds
@@ -180,7 +180,7 @@ def test_sampling_with_a_drafter_on_a_cpu_is_refused(
 def test_greedy_verification_is_found_by_its_tokens_alone(
     tiny_drafter: DrafterArtifacts, dflash_url: str, plain_url: str
 ) -> None:
-    """The question that devices other than a CPU are asked: with a drafter this one verifies greedily."""
+    """The probe for devices other than a CPU: with a drafter this server verifies greedily."""
     target = read_target_info(tiny_drafter.target)
 
     async def ask(url: str) -> bool:

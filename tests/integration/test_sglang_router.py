@@ -34,8 +34,8 @@ def servers_of(folder: Path) -> list[int]:
 
 
 def engine(python: Path, environment: dict[str, str], **launch: Any) -> dict[str, Any]:
-    found = launched(python)
-    return {**found, "launch": {"options": CPU_OPTIONS, "environment": {**CPU_ENVIRONMENT, **environment}, **launch}}
+    config = launched(python)
+    return {**config, "launch": {"options": CPU_OPTIONS, "environment": {**CPU_ENVIRONMENT, **environment}, **launch}}
 
 
 def test_a_server_that_dies_behind_a_router_costs_no_answer(

@@ -1,4 +1,4 @@
-"""Drafters in speculators' layout, read by the library itself in an environment of its own."""
+"""Drafters in speculators' layout, read by the library itself in its own environment."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ pytestmark = [
     pytest.mark.integration,
     pytest.mark.skipif(not PYTHON.is_file(), reason="no speculators here: `make speculators` builds its environment"),
 ]
-# Its models are those of the folders that are named, each held against its own file.
+# It loads the models of the named folders, and compares each with its file.
 _READ = """
 import json, sys, torch
 from safetensors.torch import load_file
 from speculators import SpeculatorModel
-found = {}
+results = {}
 for folder in sys.argv[2:]:
     model = SpeculatorModel.from_pretrained(folder)
-    held, stored, config = model.state_dict(), load_file(folder + "/model.safetensors"), model.config
+    loaded, stored, config = model.state_dict(), load_file(folder + "/model.safetensors"), model.config
     layers = config.transformer_layer_config
-    found[folder] = {
+    results[folder] = {
         "class": type(model).__name__,
-        "others": [n for n, t in stored.items() if n not in held or not torch.equal(held[n].to(t.dtype), t)],
-        "not_stored": sorted(held.keys() - stored.keys()),
+        "others": [n for n, t in stored.items() if n not in loaded or not torch.equal(loaded[n].to(t.dtype), t)],
+        "not_stored": sorted(loaded.keys() - stored.keys()),
         "mask_token_id": config.mask_token_id,
         "layer_ids": config.aux_hidden_state_layer_ids,
         "proposals": config.speculators_config.proposal_methods[0].speculative_tokens,
@@ -43,7 +43,7 @@ for folder in sys.argv[2:]:
         "both_ways": config.sliding_window_non_causal,
     }
 with open(sys.argv[1], "w") as file:
-    json.dump(found, file)
+    json.dump(results, file)
 """
 
 
@@ -53,14 +53,14 @@ def test_the_library_reads_every_form(plain_target: Target, plain_artifact: Path
     for folder, drafter in drafters.items():
         save_drafter(drafter, Path(folder) / "own", torch.float32)
         export_speculators(Path(folder) / "own", model, str(model), Path(folder))
-    command = [str(PYTHON), "-c", _READ, str(tmp_path / "found.json"), *drafters]
+    command = [str(PYTHON), "-c", _READ, str(tmp_path / "results.json"), *drafters]
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert ended.returncode == 0, ended.stderr[-4000:]
-    found = json.loads((tmp_path / "found.json").read_text())
+    results = json.loads((tmp_path / "results.json").read_text())
     for folder, drafter in drafters.items():
-        read = found[folder]
+        read = results[folder]
         assert (
             read["class"] == {"dflash": "DFlash", "dflash2": "DFlash2", "dspark": "DSpark"}[drafter.kind] + "DraftModel"
         )

@@ -46,9 +46,9 @@ def deploy(servers: Team, config: Path, *options: str) -> str:
 
 
 def start(servers: Team, deployment: str, **config: Any) -> str:
-    """The id of a new run; `config`: sections in place of the deployment's."""
-    known = servers.api(f"deployments/{deployment}")["parameters"]
-    body = {"parameters": {**known, "config": {**known["config"], **config}}}
+    """Start a run, and return its id. config: sections in place of the deployment's."""
+    parameters = servers.api(f"deployments/{deployment}")["parameters"]
+    body = {"parameters": {**parameters, "config": {**parameters["config"], **config}}}
     return str(servers.api(f"deployments/{deployment}/create_flow_run", body)["id"])
 
 
@@ -133,8 +133,8 @@ def fired(servers: Team, deployment: str) -> dict[str, Any]:
     }
 
     def first() -> dict[str, Any]:
-        found: dict[str, Any] = servers.api("flow_runs/filter", wanted)[0]
-        return found
+        run: dict[str, Any] = servers.api("flow_runs/filter", wanted)[0]
+        return run
 
     what = f"the schedule fires\n{servers.worker_log[-3000:]}"
     wait_until(lambda: first()["state"]["name"] == "Refused", what, LIMIT_S)

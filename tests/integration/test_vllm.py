@@ -130,7 +130,7 @@ def test_sampled_verify_steps_follow_the_distribution_of_replay(
     target, folder, drafter = exported(make(bench), tiny_drafter, bench, tmp_path)
     prompts = [p.token_ids for p in bench.prompts[:SAMPLED]]
     sampling = [{"temperature": 1.0, "max_tokens": 48, "seed": i} for i in range(len(prompts))]
-    # without `method` it is guessed from the folder's name, and what has no known name is run as a model of its own
+    # without `method` vLLM guesses it from the folder's name, and runs a drafter of an unknown name as another model
     config = {"model": str(folder), "method": method, "draft_sample_method": "probabilistic"}
     engine: dict[str, Any] = {"model": str(target), "speculative_config": {**config, "num_speculative_tokens": 7}}
     answers = generate(python, tmp_path / "vllm", prompts, sampling, **engine)

@@ -34,8 +34,8 @@ def activate() -> None:
         ("model_executor.model_runner.ModelRunner._extend_forward_kwargs", keep_dtype, HookType.AFTER),
         ("models.dflash.DFlashAttention.__init__", leave_fused_kernel_out, HookType.AFTER),
     ]
-    for place, hook, kind in hooks:
-        HookRegistry.register(f"sglang.srt.{place}", hook, kind)
+    for name, hook, kind in hooks:
+        HookRegistry.register(f"sglang.srt.{name}", hook, kind)
 
 
 def fork_processes() -> None:
@@ -108,7 +108,7 @@ def let_drafter_pass(handle: Callable[..., None], server_args: Any, *args: Any, 
         if platform is not None:
             stack.enter_context(patch.object(module, "current_platform", ForeignPlatform(platform)))
         if platform is None or handle.__name__ == "_handle_dspark":
-            stack.enter_context(patch.object(module, "resolving_view", lambda asked: CudaView(view(asked))))
+            stack.enter_context(patch.object(module, "resolving_view", lambda requested: CudaView(view(requested))))
         handle(server_args, *args, **kwargs)
 
 

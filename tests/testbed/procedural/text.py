@@ -1,6 +1,6 @@
 """Procedural text (JSON records, dialogues, stories, programs, word problems): prompts with answers.
 
-Answers take their slots from small lists and repeat them (a record's city is the prompt's, a story's hero comes back in
+Answers draw their slots from small lists and repeat them (a record's city is the prompt's, a story's hero comes back in
 every sentence), so that a model of a few million parameters or less learns well-formed text with parts that are
 certain and parts that are not: what a drafter needs to be tested on. The first three families have a second wording
 ("revision 2") of the same answers: a target that is trained further on it is a new revision of the first one.

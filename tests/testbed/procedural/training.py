@@ -111,7 +111,7 @@ def _packed_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and labels, each [steps * rows, row_tokens]: every row begins with a document, its last one is cut.
 
-    A label is the next id where that belongs to an answer, -100 elsewhere: prompts are sampled, and learning
+    A label is the next id where that belongs to an answer, -100 elsewhere: prompts are drawn at random, and learning
     their slots' frequencies only adds noise to so short a training.
     """
     import torch

@@ -19,10 +19,10 @@ def _attend(
 
 
 def _refuse(**features: object) -> None:
-    """None of these parts of the original's signature is covered."""
-    asked = [name for name, value in features.items() if value]
-    if asked:
-        raise NotImplementedError(f"the CPU stand-in of sgl_kernel has no attention with {', '.join(asked)}")
+    """Refuse features of the original that are not covered."""
+    unsupported = [name for name, value in features.items() if value]
+    if unsupported:
+        raise NotImplementedError(f"the CPU stand-in of sgl_kernel has no attention with {', '.join(unsupported)}")
 
 
 def decode_attention_cpu(

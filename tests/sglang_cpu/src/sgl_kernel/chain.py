@@ -10,7 +10,7 @@ import torch
 
 
 def build_tree_kernel_efficient_cpu(
-    parent_list: torch.Tensor,  # noqa: ARG001  (a chain's are known)
+    parent_list: torch.Tensor,  # noqa: ARG001  (not needed for a chain)
     selected_index: torch.Tensor,  # noqa: ARG001
     verified_seq_len: torch.Tensor,
     tree_mask: torch.Tensor,  # noqa: ARG001  (the attention backend masks a chain as causal and ignores it)
@@ -46,7 +46,7 @@ def verify_tree_greedy_cpu(
     accept_token_num: torch.Tensor,
     candidates: torch.Tensor,
     retrive_index: torch.Tensor,
-    retrive_next_token: torch.Tensor,  # noqa: ARG001  (a chain's are known)
+    retrive_next_token: torch.Tensor,  # noqa: ARG001  (not needed for a chain)
     retrive_next_sibling: torch.Tensor,  # noqa: ARG001
     target_predict: torch.Tensor,
 ) -> None:
@@ -83,5 +83,5 @@ def fill_accept_out_cache_loc_cpu(
 
 
 def rotate_input_ids_cpu(*_args: object) -> None:
-    """Of drafters with several layers of their own, which SGLang imports together with the others; not covered."""
+    """Refuse drafters with several layers, for which SGLang imports this function together with the others."""
     raise NotImplementedError("the CPU stand-in of sgl_kernel does not serve multi-layer EAGLE")
