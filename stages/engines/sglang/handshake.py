@@ -57,6 +57,7 @@ async def check_server(
             remarks += await probe.check_weights(client, url, path, server, required, log)
         remarks += _check_drafter(url, server, required)
         _check_context(url, server, required)
+        remarks += _check_running_requests(url, server, required)
         records = await _check_generation(client, url, server, required)
         if required.drafter_folder is not None and not records and not ours:
             drafter = server.get("speculative_draft_model_path")
@@ -135,6 +136,21 @@ def _check_context(url: str, server: Json, required: ServerRequirements) -> None
             f"has room for {min(limits)} positions a request, the longest needs {required.longest}. Lower "
             "sampling.max_new_tokens or prompts.max_prompt_tokens, or raise --context-length or --max-total-tokens.",
         )
+
+
+def _check_running_requests(url: str, server: Json, required: ServerRequirements) -> list[str]:
+    """Check that no request has to wait in the server's queue, which an evaluation would measure. Returns a remark."""
+    limits = [state.get("effective_max_running_requests_per_dp") for state in server.get("internal_states") or ()]
+    limit = min((int(each) for each in limits if each), default=required.concurrency)
+    if limit >= required.concurrency:
+        return []
+    problem = (
+        f"computes {limit} requests at a time of {required.concurrency} in flight, and the others wait. Lower "
+        "concurrency, or start it with more memory or a higher --max-running-requests."
+    )
+    if required.measure_first_token:
+        raise wrong_server(url, problem)
+    return [f"{url} {problem}"]
 
 
 async def _check_generation(client: httpx.AsyncClient, url: str, server: Json, required: ServerRequirements) -> bool:

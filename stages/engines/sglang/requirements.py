@@ -32,6 +32,7 @@ class ServerRequirements:
     probe_ids: list[int]  # PROBE_TEXT in the target's tokenizer, without special tokens
     scored_ids: list[int]  # SCORED_TEXT, likewise
     longest: int  # positions of the longest request
+    concurrency: int  # requests in flight, a replica of the model
     measure_first_token: bool = False
     drafter_folder: Path | None = None
     drafter_digest: str | None = None
@@ -58,7 +59,14 @@ def server_requirements(
     tokenizer = load_tokenizer(model_folder)
     probe_ids, scored_ids = (tokenizer.encode(text, add_special_tokens=False) for text in (PROBE_TEXT, SCORED_TEXT))
     plain = ServerRequirements(
-        target, target_folder, model_folder, probe_ids, scored_ids, longest, measure_first_token=measure_first_token
+        target,
+        target_folder,
+        model_folder,
+        probe_ids,
+        scored_ids,
+        longest,
+        config.concurrency,
+        measure_first_token=measure_first_token,
     )
     if drafter_folder is None:
         return plain

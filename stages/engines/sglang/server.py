@@ -87,6 +87,10 @@ def server_command(
         parts += ["--tp-size", str(launch.tensor_parallel)]
     if launch.data_parallel > 1:
         parts += ["--dp-size", str(launch.data_parallel)]
+    # With a drafter SGLang computes 48 requests at a time by default, without one 2,048 or more. All that are in flight
+    # may be at one replica.
+    replicas = launch.data_parallel * (launch.servers if launch.router is not None else 1)
+    parts += ["--max-running-requests", str(config.concurrency * replicas)]
     if launch.memory_fraction is not None:
         parts += ["--mem-fraction-static", str(launch.memory_fraction)]
     if drafter_folder is not None and algorithm is not None and block_size is not None:

@@ -54,6 +54,19 @@ def test_a_server_without_a_drafter_gets_the_targets_model_and_dtype() -> None:
     assert not [word for word in words if "speculative" in word or "tp" in word or "mem" in word]
 
 
+@pytest.mark.parametrize(
+    ("launch", "most"),
+    [({}, "64"), ({"data_parallel": 2}, "128"), ({"servers": 2}, "64"), ({"servers": 2, "router": "random"}, "128")],
+)
+def test_every_server_computes_as_many_requests_at_a_time_as_it_may_get(
+    launch: dict[str, Any], most: str, tmp_path: Path
+) -> None:
+    found = config(**launch).model_copy(update={"concurrency": 64})
+    folder = drafter(tmp_path / "d", architectures=["DFlashDraftModel"], block_size=16)
+    for words in (line(found), line(found, folder, 16)):
+        assert after(words, "--max-running-requests") == most
+
+
 def test_parallelism_memory_and_further_options_pass_through() -> None:
     options = {"attention-backend": "fa3", "disable_cuda_graph": True, "enable-x": False, "cuda-graph-bs": [1, 2, 4]}
     words = line(config(tensor_parallel=2, memory_fraction=0.8, options=options))

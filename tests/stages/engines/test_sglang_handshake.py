@@ -66,6 +66,18 @@ def test_an_untested_release_of_a_running_server_is_a_remark(plain: ServerRequir
         assert remarks == [f"{server.url} is sglang {it}, outside the tested >=0.5.20,<0.5.24" for it in told]
 
 
+def test_requests_that_would_wait_in_the_server_are_a_remark_and_in_an_evaluation_an_error(
+    plain: ServerRequirements,
+) -> None:
+    states = [{"effective_max_running_requests_per_dp": limit} for limit in (64, 48)]
+    with server_of(plain, server={"internal_states": states}) as server:
+        assert check(server, replace(plain, concurrency=48), ours=True).remarks == []
+        (remark,) = check(server, replace(plain, concurrency=64), ours=True).remarks
+        assert "48 requests at a time of 64" in remark
+        with pytest.raises(DraftsmithError, match="48 requests at a time of 64"):
+            check(server, replace(plain, concurrency=64, measure_first_token=True), ours=True)
+
+
 @pytest.mark.parametrize(
     ("wrong", "what"),
     [
