@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.flows.checks.drafters import creates_drafter, drafter_origins, drafts_on_sglang
+from draftsmith.artifacts.text import format_bytes
+from draftsmith.flows.checks.drafters import creates_drafter, drafter_origins, drafts_on_sglang, sglang_engine
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.planning.graph import Node
 from draftsmith.stages.data.chat_template import PromptCandidate, token_ids
@@ -16,7 +18,7 @@ from draftsmith.stages.drafters.registry import DrafterConfig
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.drafters.stage import ChampionConfig
 from draftsmith.stages.target.config import TargetConfig
-from draftsmith.stages.target.estimate import target_size
+from draftsmith.stages.target.estimate import DTYPE_BYTES, target_size
 from draftsmith.stages.target.info import load_tokenizer, model_path, read_target_info
 from draftsmith.stages.target.metadata import HubUnreachableError, fetch_metadata, metadata_artifact
 from draftsmith.stages.training.config import SftConfig
@@ -51,6 +53,12 @@ def check_target(findings: Findings, nodes: Sequence[Node], artifact: Path) -> N
         f"{info.source}: {info.architecture}, {size.parameters / 1e6:,.0f}M parameters, {info.num_layers} layers, "
         f"hidden {info.hidden_size}, vocabulary {info.vocab_size}, {info.max_positions} positions, {info.dtype}",
     )
+    if info.quantisation == "mxfp4" and importlib.util.find_spec("kernels") is None:
+        findings.warn(
+            "target",
+            f"its MXFP4 weights become {format_bytes(size.parameters * DTYPE_BYTES[info.dtype])} of {info.dtype} in "
+            "each process, since the package kernels is missing. On a GPU install it: `pip install kernels`.",
+        )
     config = next((node.config for node in nodes if isinstance(node.config, TargetConfig)), None)
     if config is not None and info.kind == "hub" and config.revision is None:
         findings.warn(
@@ -141,7 +149,7 @@ def check_drafters(findings: Findings, nodes: Sequence[Node], artifact: Path, *,
         # nodes other than SFT read a champion as it serves
         known = plans if isinstance(node.config, SftConfig) else {**plans, **_read_by(node, serving)}
         for plan in (known[origin.name] for origin in drafter_origins(node, by_name) if origin.name in known):
-            _check_drafting(findings, node, plan)
+            _check_drafting(findings, node, plan, read_target_info(artifact).dtype)
     return plans
 
 
@@ -251,8 +259,16 @@ def _drafter_metadata(source: str, revision: str | None) -> Path:
     return folder if folder.is_dir() else fetch_metadata(source, revision, "sft.init_from")
 
 
-def _check_drafting(findings: Findings, node: Node, plan: DrafterPlan) -> None:
-    """Check a node's drafting settings against its drafter."""
+def _check_drafting(findings: Findings, node: Node, plan: DrafterPlan, dtype: str) -> None:
+    """Check a node's drafting settings against its drafter. dtype: that the target is served in."""
+    engine = sglang_engine(node)
+    launch = engine.launch if engine is not None else None
+    if launch is not None and not launch.on_cpu and plan.kind != "eagle3" and dtype != "bfloat16":
+        findings.error(
+            node.name,
+            f"target.dtype: {dtype}, but SGLang drafts with {plan.kind} in bfloat16 alone. Set it to bfloat16, or use "
+            "the embedded engine there.",
+        )
     with findings.check(node.name):
         getattr(node.config, "drafting", DraftingConfig()).block_of(plan.block_size)
     sizes = getattr(node.config, "block_sizes", None)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.flows.checks import models
 from draftsmith.flows.checks.engines import check_engines
 from draftsmith.flows.checks.findings import Findings, Level, RaisingFindings
 from draftsmith.flows.checks.models import DrafterPlans, check_drafters, check_stage_settings
@@ -130,6 +132,56 @@ def test_sampling_with_a_drafter_on_cpu_servers_is_an_error() -> None:
         )
     with pytest.raises(DraftsmithError, match=r"sglang \(rollout\): engine\.python"):  # without a drafter it may sample
         check_engines(RaisingFindings(), [Node("rollout", "draftsmith.stages.engines.stage", rollout, {})])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "errors"),
+    [("dflash", {}, 1), ("dspark", {}, 1), ("eagle3", {}, 0), ("dflash", {"device": "cpu"}, 0)],
+)
+def test_drafters_of_blocks_are_served_in_bfloat16_alone(
+    kind: str, options: dict[str, str], errors: int, tiny_drafter: DrafterArtifacts
+) -> None:
+    """The target is float32."""
+    shape = {"kind": kind, "block_size": 4, "target_layer_ids": [0, 1, 2]}
+    shape |= {} if kind == "eagle3" else {"mask_token": MASK, "num_layers": 1}
+    engine = {"kind": "sglang", "launch": {"options": options}}
+    nodes = [
+        Node(
+            "sft",
+            "draftsmith.stages.training.sft.stage",
+            SftConfig.model_validate({"drafter": shape}),
+            {"target": "t", "trajectories": "r"},
+        ),
+        Node(
+            "assisted",
+            "draftsmith.stages.engines.stage",
+            RolloutConfig.model_validate({"engine": engine}),
+            {"target": "t", "prompts": "p", "drafter": "sft"},
+        ),
+    ]
+    findings = Findings()
+    assert "sft" in check_drafters(findings, nodes, tiny_drafter.target, whole=False)
+    found = [line.text for line in findings.lines if (line.check, line.level) == ("assisted", Level.ERROR)]
+    assert len(found) == errors and all("target.dtype: float32" in text for text in found)
+
+
+def test_mxfp4_weights_that_would_be_expanded_are_a_warning(
+    plain_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = Path(shutil.copytree(plain_artifact, tmp_path / "target"))
+    info = json.loads((artifact / "target.json").read_text())
+    (artifact / "target.json").write_text(json.dumps(info | {"quantisation": "mxfp4"}))
+
+    def warnings() -> list[str]:
+        findings = Findings()
+        models.check_target(findings, [], artifact)
+        return [line.text for line in findings.lines if line.level is Level.WARNING]
+
+    (warning,) = warnings()
+    assert "pip install kernels" in warning
+    (tmp_path / "kernels.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert warnings() == []
 
 
 def test_prompts_that_are_too_long_for_a_stage_are_an_error(
