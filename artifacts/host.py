@@ -72,6 +72,15 @@ def all_gpus() -> tuple[Gpu, ...]:
         return ()
 
 
+def gpu_driver() -> tuple[str, int] | None:
+    """Return the version of NVIDIA's driver and the highest major version of CUDA that it runs; None without one."""
+    try:
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion()), int(pynvml.nvmlSystemGetCudaDriverVersion_v2()) // 1000
+    except pynvml.NVMLError:
+        return None
+
+
 def visible_gpus() -> list[Gpu]:
     """Return the GPUs that CUDA_VISIBLE_DEVICES names by number or UUID, or all if it is not set.
 

@@ -139,7 +139,9 @@ SERVER = {
         "--url: 'gpu1'", arguments=("diagnose", "{config}", "--drafter", "{here}", "--url", "gpu1")
     ),
     "neither urls nor launch": Bad("rollout.engine: ", {"rollout.engine": {"kind": "sglang"}}),
-    "launch without python": Bad("python: needed to launch", {"rollout.engine": {"kind": "sglang", "launch": {}}}),
+    "no SGLang here": Bad(
+        "has no sglang installed", {"rollout.engine": {"kind": "sglang", "launch": {}}}, arguments=CHECK
+    ),
     "a key that is not set": Bad(
         "the variable MY_ABSENT_KEY is not set",
         {"rollout.engine": {**SGLANG, "api_key_env": "MY_ABSENT_KEY"}},

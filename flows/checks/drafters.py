@@ -51,11 +51,13 @@ def drafts_on_sglang(node: Node) -> bool:
 
 
 def sglang_engines(nodes: Sequence[Node]) -> list[tuple[SGLangEngineConfig, list[str]]]:
-    """Return the distinct SGLang sections of a run (by interpreter and servers), each with the nodes that use it."""
+    """Return a run's distinct SGLang sections (interpreter, servers, device), each with the nodes that use it."""
     engines: dict[tuple[object, ...], tuple[SGLangEngineConfig, list[str]]] = {}
     for node in nodes:
         if (engine := sglang_engine(node)) is not None:
-            engines.setdefault((engine.python, engine.urls, engine.trace), (engine, []))[1].append(node.name)
+            on_cpu = engine.launch is not None and engine.launch.on_cpu
+            key = (engine.interpreter, engine.urls, engine.trace, on_cpu)
+            engines.setdefault(key, (engine, []))[1].append(node.name)
     return list(engines.values())
 
 

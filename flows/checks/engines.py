@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from draftsmith.artifacts.host import gpu_driver
 from draftsmith.flows.checks.drafters import drafts_on_sglang, sglang_engine, sglang_engines
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.execution.machine import gpus
@@ -26,13 +27,16 @@ def check_engines(findings: Findings, nodes: Sequence[Node]) -> None:
         check = f"sglang ({', '.join(names)})"
         with findings.check(check):
             config.api_key()
-            if config.python is not None:
-                has = environment.inspect_environment(config.python)
-                findings.ok(check, f"{config.python}: sglang {has.sglang}, torch {has.torch}")
+            if config.launch is not None:
+                has = environment.inspect_environment(config.interpreter)
+                findings.ok(check, f"{config.interpreter}: sglang {has.sglang}, torch {has.torch}")
                 if missing := environment.missing_router(config, has):
                     findings.error(check, missing)
                 for warning in environment.environment_warnings(config, has):
                     findings.warn(check, warning)
+                if gpus() and not config.launch.on_cpu:
+                    for problem in environment.build_problems(config, gpu_driver()):
+                        findings.error(check, problem)
             for url in config.urls:
                 if reason := environment.health_problem(url):
                     findings.skip(check, f"{url} does not answer now ({reason}). Start it before the stage runs.")

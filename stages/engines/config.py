@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -217,7 +218,7 @@ class SGLangEngineConfig(Config):
     launch: LaunchConfig | None = None
     python: Annotated[
         Path | None,
-        Field(description="interpreter of the environment that has SGLang; needed to launch"),
+        Field(description="interpreter of the environment that has SGLang; left out: the one that runs Draftsmith"),
         NotInKey(),
     ] = None
     trace: Annotated[
@@ -230,14 +231,14 @@ class SGLangEngineConfig(Config):
     def _urls_or_launch(self) -> SGLangEngineConfig:
         if bool(self.urls) == (self.launch is not None):
             raise ValueError("give either urls (running servers) or launch (start them)")
-        if self.launch is not None and self.python is None:
-            raise ValueError(
-                "python: needed to launch. Give the interpreter of the environment that has SGLang "
-                "(`make sglang-gpu` and `make sglang-cpu` build one and print its path)."
-            )
         if self.api_key_env is not None and not self.urls:
             raise ValueError("api_key_env: is for urls, launched servers get a random key. Remove it.")
         return self
+
+    @property
+    def interpreter(self) -> Path:
+        """Return the interpreter that has SGLang; not resolved, since a virtual environment is found by its link."""
+        return (self.python or Path(sys.executable)).expanduser().absolute()
 
     def api_key(self) -> str | None:
         """Return the API key of the servers of `urls`. Raises DraftsmithError if its variable is not set."""

@@ -29,8 +29,8 @@ def sglang_python() -> Path | str:
     if given := os.environ.get("DRAFTSMITH_SGLANG_PYTHON"):
         python = Path(given)
         return python if python.is_file() else f"DRAFTSMITH_SGLANG_PYTHON: {python} does not exist"
-    python = _ROOT / ".venv-sglang-cpu" / "bin" / "python"
-    return python if python.is_file() else "no SGLang here: `make sglang-cpu` builds its environment"
+    pythons = sorted(_ROOT.glob(".venv-sglang-cpu-*/bin/python"))
+    return pythons[-1] if pythons else "no SGLang here: `make sglang-cpu` builds its environment"
 
 
 @contextmanager

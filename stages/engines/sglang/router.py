@@ -33,9 +33,9 @@ _EXTRA_TIMEOUT_S = 60
 
 def router_command(config: SGLangEngineConfig, workers: Sequence[str], metrics_port: int) -> list[str]:
     """Return the command line of a router in front of launched servers, without its port."""
-    assert config.launch is not None and config.launch.router is not None and config.python is not None
+    assert config.launch is not None and config.launch.router is not None
     return [
-        os.fspath(config.python.expanduser().absolute()),
+        os.fspath(config.interpreter),
         os.fspath(_SCRIPT),
         *("--host", "127.0.0.1", "--policy", config.launch.router, "--worker-urls", *workers),
         *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)),

@@ -18,6 +18,7 @@ from draftsmith.artifacts.host import all_gpus
 from draftsmith.artifacts.redaction import MASK
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import LaunchConfig, OptionValue, SGLangEngineConfig, option_name
+from draftsmith.stages.engines.sglang.environment import build_tools
 from draftsmith.stages.runtime.child_process import ChildProcess, last_lines
 
 # Runs inside the servers (pyproject's entry point) and records verify steps. Named here, it counts in the code digest
@@ -75,8 +76,8 @@ def server_command(
     block_size: int | None,
 ) -> list[str]:
     """Return the server's command line without its port."""
-    assert config.launch is not None and config.python is not None
-    python, launch = config.python.expanduser().absolute(), config.launch  # not resolved: a venv is found by its link
+    assert config.launch is not None
+    python, launch = config.interpreter, config.launch
     if not python.is_file():
         raise DraftsmithError(
             f"engine.python: {python} does not exist. `make sglang-gpu` builds the environment and prints its path."
@@ -236,15 +237,33 @@ def free_ports(count: int) -> list[int]:
     raise DraftsmithError(f"engine.launch: no free port in {_PORTS.start} to {_PORTS.stop - 1}. Stop other servers.")
 
 
+def cuda_environment(python: Path, launch: LaunchConfig, folder: Path) -> dict[str, str]:
+    """Return the variables that a server on CUDA gets in addition to this process's.
+
+    folder: gets libcudart.so, with which SGLang links its kernels: pip installs the library as libcudart.so.13 alone.
+    """
+    inherited = {**os.environ, **launch.environment}
+    variables = {**launch.environment, **build_tools(python, inherited)}
+    cuda = {**inherited, **variables}.get("CUDA_HOME")
+    if cuda and (runtime := next(Path(cuda).glob("lib/libcudart.so.*"), None)) and not (Path(cuda) / "lib64").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "libcudart.so").unlink(missing_ok=True)
+        (folder / "libcudart.so").symlink_to(runtime)
+        paths = [os.fspath(folder.absolute()), inherited.get("LIBRARY_PATH")]
+        variables["LIBRARY_PATH"] = os.pathsep.join(filter(None, paths))
+    return variables
+
+
 def server_processes(
     launch: LaunchConfig, command: Sequence[str], folder: Path, api_key: str | None
 ) -> list[ServerProcess]:
     """Return the servers of a config, not started yet; their logs go to `folder`."""
     shares = assign_gpus(launch, () if launch.on_cpu else usable_gpus())
+    environment = launch.environment if launch.on_cpu else cuda_environment(Path(command[0]), launch, folder / "cuda")
     return [
         ServerProcess(
             command,
-            {**({"CUDA_VISIBLE_DEVICES": share} if share is not None else {}), **launch.environment},
+            {**({"CUDA_VISIBLE_DEVICES": share} if share is not None else {}), **environment},
             folder / f"sglang-{index}.log",
             port,
             api_key,

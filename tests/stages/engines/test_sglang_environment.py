@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.engines.sglang.environment import environment_warnings, health_problem, inspect_environment
+from draftsmith.stages.engines.sglang import environment
+from draftsmith.stages.engines.sglang.environment import (
+    build_problems,
+    build_tools,
+    environment_warnings,
+    health_problem,
+    inspect_environment,
+)
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from tests.stages.engines.http_server import serving
@@ -34,6 +42,24 @@ def interpreter(folder: Path, version: str | None, *, plugin: bool = False) -> P
     path.write_text(f'#!/bin/sh\nPYTHONPATH="{packages}" exec "{sys.executable}" -S "$@"\n')
     path.chmod(0o755)
     return path
+
+
+def program(path: Path, script: str = "") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def cuda_environment(folder: Path, tools: Sequence[str] = ("ninja", "nvcc", "c++")) -> Path:
+    """Write an environment as pip builds one on a GPU node, with these of the tools; return its interpreter."""
+    cuda = folder / "lib" / "python3.11" / "site-packages" / "nvidia" / "cu13"
+    folders = {"ninja": folder / "bin", "nvcc": cuda / "bin", "c++": folder / "bin"}
+    for tool in tools:
+        program(folders[tool] / tool, f"echo {tool} of the environment")
+    (cuda / "lib").mkdir(parents=True, exist_ok=True)
+    (cuda / "lib" / "libcudart.so.13").touch()
+    return program(folder / "bin" / "python")
 
 
 def config(python: Path | None = None, **fields: object) -> SGLangEngineConfig:
@@ -83,9 +109,52 @@ def test_a_stage_that_launches_servers_knows_their_version(tmp_path: Path) -> No
     assert RolloutConfig.model_validate({"engine": {"kind": "sglang", "urls": ["http://h"]}}).programs() == {}
 
 
+def test_this_interpreter_has_sglang_where_none_is_named() -> None:
+    assert SGLangEngineConfig.model_validate({"kind": "sglang", "launch": {}}).interpreter == Path(sys.executable)
+    named = SGLangEngineConfig.model_validate({"kind": "sglang", "launch": {}, "python": "env/bin/python"})
+    assert named.interpreter == Path.cwd() / "env/bin/python"
+
+
 def test_a_missing_plugin_is_no_warning_without_trace(tmp_path: Path) -> None:
     python = interpreter(tmp_path, "0.5.21")
     assert environment_warnings(config(python, trace=False), inspect_environment(python)) == []
+
+
+@pytest.mark.parametrize("missing", ["ninja", "nvcc", "c++", None])
+def test_tools_that_sglang_compiles_with_are_looked_for_where_it_looks(
+    missing: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "_SYSTEM_NVCC", "/nonexistent")
+    monkeypatch.setenv("PATH", "")
+    for variable in ("CUDA_HOME", "CUDA_PATH", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+    python = cuda_environment(tmp_path / "env", [tool for tool in ("ninja", "nvcc", "c++") if tool != missing])
+    problems = build_problems(config(python), None)
+    assert [problem.partition(",")[0] for problem in problems] == ([missing] if missing else [])
+    monkeypatch.setenv("PATH", os.fspath(program(tmp_path / "system" / str(missing)).parent))
+    assert build_problems(config(python), None) == []
+
+
+def test_a_cuda_home_that_is_set_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python, other = cuda_environment(tmp_path / "env"), tmp_path / "cuda-12"
+    assert build_tools(python, {})["CUDA_HOME"].endswith("site-packages/nvidia/cu13")
+    assert "CUDA_HOME" not in build_tools(python, {"CUDA_HOME": "/cuda"})
+    assert "CUDA_HOME" not in build_tools(cuda_environment(tmp_path / "bare", ["ninja"]), {})
+    monkeypatch.setenv("CUDA_HOME", os.fspath(other))
+    (problem,) = build_problems(config(python), None)
+    assert problem.startswith(f"CUDA_HOME: {other} ")
+    program(other / "bin" / "nvcc")
+    assert build_problems(config(python), None) == []
+
+
+@pytest.mark.parametrize(("driver", "runs"), [(("535.104.05", 12), False), (("580.65.06", 13), True), (None, True)])
+def test_a_driver_older_than_the_environments_cuda_is_an_error(
+    driver: tuple[str, int] | None, runs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    problems = build_problems(config(cuda_environment(tmp_path)), driver)
+    assert bool(problems) == (not runs)
+    assert all("535.104.05" in problem for problem in problems)
 
 
 def test_an_interpreter_that_cannot_launch_is_an_error(tmp_path: Path) -> None:

@@ -13,10 +13,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+from draftsmith.stages.engines.config import LaunchConfig
 from draftsmith.stages.engines.sglang.client import key_header
-from draftsmith.stages.engines.sglang.server import ServerProcess, free_ports
+from draftsmith.stages.engines.sglang.server import ServerProcess, free_ports, server_processes
 from tests.flows.processes import ROOT, wait_until
 from tests.stages.engines.servers import STAND_IN, living
+from tests.stages.engines.test_sglang_environment import cuda_environment, program
 
 COMMAND = [sys.executable, "-m", "sglang.launch_server"]
 
@@ -55,6 +57,23 @@ def test_a_server_does_not_inherit_this_interpreters_packages(tmp_path: Path, mo
         assert (said["path"], said["home"]) == (STAND_IN, None)
     finally:
         server.stop(grace_s=0)
+
+
+def test_a_server_on_cuda_finds_the_build_tools_of_its_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = program(
+        cuda_environment(tmp_path / "env"),
+        'ninja; "$CUDA_HOME/bin/nvcc"; c++; test -e "$LIBRARY_PATH/libcudart.so" && echo it links',
+    )
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    (server,) = server_processes(LaunchConfig.model_validate({}), [str(python)], tmp_path / "logs", None)
+    server.start()
+    wait_until(lambda: server.ended() is not None, "it ends")
+    server.stop(grace_s=0)
+    tools = [f"{tool} of the environment" for tool in ("ninja", "nvcc", "c++")]
+    assert server.tail().splitlines()[-4:] == [*tools, "it links"]
 
 
 def test_the_key_of_a_server_is_in_no_command_line_and_in_no_log(tmp_path: Path) -> None:
