@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.text import format_bytes
 from draftsmith.flows.checks.drafters import creates_drafter, drafter_origins, drafts_on_sglang, sglang_engine
 from draftsmith.flows.checks.findings import Findings
+from draftsmith.flows.execution.display import format_bytes
 from draftsmith.flows.planning.graph import Node
 from draftsmith.stages.data.chat_template import PromptCandidate, token_ids
 from draftsmith.stages.data.prompts import PromptsConfig
