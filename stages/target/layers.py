@@ -15,6 +15,8 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
+from draftsmith.stages.target.model_sizes import usual_layer
+
 # The config field with the number of positions that attention of a kind reads; None: the whole prefix.
 _REACH = {
     "full_attention": None,
@@ -52,14 +54,15 @@ class Layers:
             raise UnknownLayersError("attention in both directions")
         if getattr(text_config, "altup_num_inputs", 1) > 1:  # Gemma 3n
             raise UnknownLayersError("several vectors a token")
-        kinds, settings = get_layer_types_and_kwargs(text_config)
+        kinds, _ = get_layer_types_and_kwargs(text_config)  # windows: its second value is of another type before 5.19
         entries, recurrent = (DynamicLayer, DynamicSlidingWindowLayer), False
         for kind, layer in zip(kinds, DynamicCache(config=text_config).layers, strict=True):
             holds_state = isinstance(layer, LinearAttentionCacheLayerMixin)
             recurrent = recurrent or holds_state
             if not (holds_state or kind == _NO_CACHE or (type(layer) in entries and kind in _REACH)):
                 raise UnknownLayersError(kind)
-        reach = {kind: each.get("sliding_window") for kind, each in zip(kinds, settings, strict=True)}
+        usual = usual_layer(text_config)
+        reach = {kind: getattr(usual, field) if (field := _REACH.get(kind)) else None for kind in kinds}
         if invalid := [kind for kind, window in reach.items() if window is not None and window < 1]:
             raise UnknownLayersError(f"{invalid[0]} over {reach[invalid[0]]} positions")
         if _NO_CACHE in kinds:  # a layer that reads another's entries reads as far as that one

@@ -15,7 +15,6 @@ from draftsmith.artifacts.store.manifest import ELSEWHERE
 from draftsmith.stages.runtime.stage import StageContext
 from draftsmith.stages.target.config import TargetConfig
 from draftsmith.stages.target.describe import describe, read_config
-from draftsmith.stages.target.gguf_model import dequantise
 from draftsmith.stages.target.hub import check_snapshot, hub_snapshot
 from draftsmith.stages.target.info import TargetInfo, write_target_info
 from draftsmith.stages.target.source import gguf_file, model_folder, source_files, source_kind
@@ -63,6 +62,8 @@ def resolve_target(
         folder = model_folder(config.source)
         location = os.fspath(folder)
     else:
+        from draftsmith.stages.target.gguf_model import dequantise  # GPU machines without a package index lack gguf
+
         folder, location = out / "model", "model"
         dequantise(gguf_file(config.source), folder, config.dtype, log)
     files = source_files(location) if kind in ("hub", "folder") else []
