@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from draftsmith.artifacts.atomic import atomic_path
 from draftsmith.artifacts.tables.parquet import open_table, table_errors
 from draftsmith.artifacts.tables.schemas import TableSchema
 
@@ -72,6 +73,13 @@ class RowReader:
         for index in range(len(self._groups)):
             yield self._read(index, columns)
 
+    def write_copy(self, path: Path, columns: Sequence[str]) -> None:
+        """Write some columns to a file without compression, for `MappedReader`."""
+        fields = pa.schema([self._schema.columns.field(name) for name in columns])
+        with atomic_path(path, durable=False) as tmp, pa.ipc.new_file(str(tmp), fields) as copy:
+            for group in self.row_groups(columns):
+                copy.write_table(group.combine_chunks().cast(fields))
+
     def _group(self, index: int, columns: tuple[str, ...]) -> pa.Table:
         key = (index, columns)
         if key not in self._decoded:
@@ -90,6 +98,22 @@ class RowReader:
                     self._open.popitem(last=False)[1].close()
             self._open.move_to_end(file)
             return self._open[file].read_row_group(int(self._groups[index]), list(columns), use_threads=False)
+
+
+class MappedReader(RowReader):
+    """Reads some columns from a copy that is mapped into memory (`RowReader.write_copy`), so that nothing is decoded.
+
+    The copy is an Arrow file with one record batch per row group. Other columns are read from the table itself.
+    """
+
+    def __init__(self, paths: Path | Sequence[Path], schema: TableSchema, copy: Path) -> None:
+        super().__init__(paths, schema)
+        self._copy = pa.ipc.open_file(pa.memory_map(str(copy)))
+
+    def _read(self, index: int, columns: Sequence[str]) -> pa.Table:
+        if set(columns) <= set(self._copy.schema.names):
+            return pa.Table.from_batches([self._copy.get_batch(index)]).select(list(columns))
+        return super()._read(index, columns)
 
 
 BATCH_ROWS = 1 << 15

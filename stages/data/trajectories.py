@@ -47,7 +47,7 @@ class Trajectory:
         return len(self.tokens) - self.prompt_length
 
 
-_COLUMNS = ("trajectory_id", "prompt_ids", "response_ids")
+TOKEN_COLUMNS = ("prompt_ids", "response_ids")
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,9 +75,9 @@ class TrajectoryRows(Sequence[Trajectory]):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         row = int(self.places[index])
-        name, prompt, answer = (column[0] for column in self.reader.rows(row, row + 1, _COLUMNS).columns)
-        tokens = prompt.values.to_pylist() + answer.values.to_pylist()
-        return Trajectory(name.as_py(), tokens, len(prompt.values))
+        prompt, answer = (column[0].values for column in self.reader.rows(row, row + 1, TOKEN_COLUMNS).columns)
+        tokens = prompt.to_numpy().tolist() + answer.to_numpy().tolist()
+        return Trajectory(self.ids[index].as_py(), tokens, len(prompt))
 
     def select(self, indices: Sequence[int] | np.ndarray) -> TrajectoryRows:
         """Return the rows at these indices."""
@@ -123,8 +123,10 @@ def pad_tokens(trajectories: Sequence[Trajectory], device: torch.device, fill: i
     """Return token ids [B, T], padded on the right."""
     import torch  # as above
 
-    width = max(len(t.tokens) for t in trajectories)
-    return torch.tensor([t.tokens + [fill] * (width - len(t.tokens)) for t in trajectories], device=device)
+    ids = np.full((len(trajectories), max(len(t.tokens) for t in trajectories)), fill, dtype=np.int64)
+    for row, trajectory in zip(ids, trajectories, strict=True):
+        row[: len(trajectory.tokens)] = trajectory.tokens
+    return torch.from_numpy(ids).to(device)
 
 
 def group_by_length(lengths: Sequence[int] | np.ndarray, tokens_per_group: int) -> Iterator[list[int]]:
@@ -165,15 +167,18 @@ class StoredTrajectories:
         return names
 
 
-def load_trajectories(folder: Path, splits: Collection[str] | None = None) -> StoredTrajectories:
+def load_trajectories(
+    folder: Path, splits: Collection[str] | None = None, reader: RowReader | None = None
+) -> StoredTrajectories:
     """Load `trajectories.parquet` of an artifact, or those of its answers that are in some splits.
 
+    reader: of this table; left out: one that decodes the row group of an answer on each access.
     Raises DraftsmithError if there is no usable answer, or if temperature, top_p or top_k differ between answers.
     """
     path = folder / "trajectories.parquet"
-    reader = RowReader(path, TRAJECTORIES)
+    reader = reader or RowReader(path, TRAJECTORIES)
     table = read_table(path, TRAJECTORIES, ["trajectory_id", "prompt_id", "split", *_SAMPLING])
-    prompts, answers = _lengths(reader, "prompt_ids", "response_ids")
+    prompts, answers = _lengths(reader, *TOKEN_COLUMNS)
     wanted = np.ones(table.num_rows, dtype=bool)
     if splits is not None:
         wanted = pc.is_in(table["split"], value_set=pa.array(list(splits), pa.string())).to_numpy()

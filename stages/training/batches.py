@@ -55,24 +55,20 @@ class RankSlice:
     batch: Batch  # these answers, in this order
     micro_batches: list[slice]  # rows of the batch
     rows: list[int]  # which rows of the whole step they are
-    step_tokens: torch.Tensor  # [R, T] of all R answers of the step: what a head must hold
+    step_rows: int  # R answers in the whole step
+    step_tokens: torch.Tensor  # that a reduced head must hold: of all R answers, any shape
     ranks: Ranks = ALONE
 
     @classmethod
     def whole_step(cls, indices: Sequence[int], batch: Batch, micro_batches: list[slice] | None = None) -> RankSlice:
         """Return the slice of a process that trains alone. micro_batches: left out, the whole batch is one."""
         rows = list(range(len(indices)))
-        return cls(list(indices), batch, micro_batches or [slice(0, len(rows))], rows, batch.tokens)
+        return cls(list(indices), batch, micro_batches or [slice(0, len(rows))], rows, len(rows), batch.tokens)
 
     @property
     def is_one_batch(self) -> bool:
         """Return whether the whole step is a single batch."""
         return len(self.micro_batches) == self.ranks.world == 1
-
-    @property
-    def step_rows(self) -> int:
-        """Return the number of answers in the whole step."""
-        return len(self.step_tokens)
 
 
 def split_rows(batch: Batch, block_tokens: int, limit: int | None) -> list[slice]:
@@ -127,9 +123,9 @@ class FeatureSource:
         self._stream = torch.cuda.Stream(target.device) if self._reads_ahead and on_cuda else None
         self._ahead: tuple[tuple[int, ...], dict[int, _Read]] | None = None
 
-    def own(self, indices: Sequence[int], ranks: Ranks) -> list[int]:
-        """Return those of a step's trajectories that this rank trains."""
-        return [indices[row] for row in ranks.assigned_rows(self._lengths[list(indices)].tolist())]
+    def own_rows(self, indices: Sequence[int], ranks: Ranks) -> list[int]:
+        """Return the rows of a step's trajectories that this rank trains."""
+        return ranks.assigned_rows(self._lengths[list(indices)].tolist())
 
     def shared(self, indices: Sequence[int], ranks: Ranks) -> list[int]:
         """Return those of a step's trajectories that the ranks train which share the target with this one."""

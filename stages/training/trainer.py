@@ -6,9 +6,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Generic, TypeVar
 
-from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, Trajectory, pad_tokens, trajectory_lengths
+from draftsmith.artifacts.tables.readers import MappedReader, RowReader
+from draftsmith.artifacts.tables.schemas import TRAJECTORIES, TableSchema
+from draftsmith.stages.data.trajectories import (
+    DRAFTER_FOLDER,
+    TOKEN_COLUMNS,
+    StoredTrajectories,
+    Trajectory,
+    load_trajectories,
+    pad_tokens,
+    trajectory_lengths,
+)
 from draftsmith.stages.drafters.base import Drafter, DrafterInfo
 from draftsmith.stages.drafters.checkpoint import save_drafter
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
@@ -28,6 +39,24 @@ class TrainingData:
 
     trajectories: Sequence[Trajectory]
     sampling: SamplingParams = GREEDY  # that they were generated with
+
+
+def mapped_reader(
+    ctx: StageContext, ranks: Ranks, path: Path, schema: TableSchema, columns: Sequence[str]
+) -> MappedReader:
+    """Return a reader of a table whose `columns` need no decoding: the first rank copies them to the scratch folder."""
+    copy = ctx.work / f"{path.stem}.arrow"
+    if ranks.is_main:
+        RowReader(path, schema).write_copy(copy, columns)
+    ranks.barrier()
+    return MappedReader(path, schema, copy)
+
+
+def load_answers(ctx: StageContext, ranks: Ranks) -> StoredTrajectories:
+    """Load the answers to train on."""
+    folder = ctx.inputs["trajectories"]
+    reader = mapped_reader(ctx, ranks, folder / "trajectories.parquet", TRAJECTORIES, TOKEN_COLUMNS)
+    return load_trajectories(folder, reader=reader)
 
 
 AnyConfig = TypeVar("AnyConfig", bound=TrainingConfig)
@@ -82,14 +111,17 @@ class Trainer(ABC, Generic[AnyConfig, AnyData]):
     def rank_slice(self, step: int, limit: int | None) -> RankSlice:
         """Return what this rank trains in a step, and start to read what it trains next."""
         indices = self._indices(step)
-        trajectories = [self.trajectories[i] for i in indices]
-        rows = self.ranks.assigned_rows([len(t.tokens) for t in trajectories])
+        rows = self._features.own_rows(indices, self.ranks)
         own = [indices[row] for row in rows]
         batch = self._features.batch(own, self._features.shared(indices, self.ranks))
         if step + 1 < self.config.steps:
-            self._features.prefetch(self._features.own(self._indices(step + 1), self.ranks))
+            following = self._indices(step + 1)
+            self._features.prefetch([following[row] for row in self._features.own_rows(following, self.ranks)])
         micro_batches = split_rows(batch, self._block_tokens, limit)
-        return RankSlice(own, batch, micro_batches, rows, pad_tokens(trajectories, self.target.device), self.ranks)
+        tokens = batch.tokens
+        if self.config.head_tokens is not None and len(own) < len(indices):  # else no head needs the others' tokens
+            tokens = pad_tokens([self.trajectories[i] for i in indices], self.target.device)
+        return RankSlice(own, batch, micro_batches, rows, len(indices), tokens, self.ranks)
 
     def _indices(self, step: int) -> list[int]:
         order = trajectories_of_step(len(self.usable), self.config.sequences_per_step, step, self.seed)

@@ -51,7 +51,7 @@ class StoredSteps(Sequence[TrajectorySteps]):
         return len(self.errors)
 
     def __getitem__(self, index: int) -> TrajectorySteps:  # type: ignore[override]  # nobody takes a slice
-        return _steps(self.rows.take([index], _COLUMNS), self.proposals)
+        return _steps(self.rows.take([index], STEP_COLUMNS), self.proposals)
 
 
 @dataclass(frozen=True)
@@ -100,14 +100,22 @@ def sample_steps(
     return anchors, VerifySteps(*(column(name) for name in names))
 
 
-def load_mined(folder: Path, trajectories: Sequence[Trajectory], block_size: int, *, whole: bool = True) -> MinedTable:
+def load_mined(
+    folder: Path,
+    trajectories: Sequence[Trajectory],
+    block_size: int,
+    *,
+    whole: bool = True,
+    reader: RowReader | None = None,
+) -> MinedTable:
     """Match verify_steps.parquet of a mining artifact to the trajectories that OPD trains on. The rows stay on disk.
 
-    block_size: of the trained drafter. whole: whether every trajectory must be mined. Raises DraftsmithError if one is
-    not, or if the table's proposals are longer than the drafter's block.
+    block_size: of the trained drafter. whole: whether every trajectory must be mined. reader: as of
+    `load_trajectories`. Raises DraftsmithError if a trajectory must be mined and is not, or if the table's proposals
+    are longer than the drafter's block.
     """
     path = folder / "verify_steps.parquet"
-    reader, ids = RowReader(path, VERIFY_STEPS), trajectory_ids(trajectories)
+    reader, ids = reader or RowReader(path, VERIFY_STEPS), trajectory_ids(trajectories)
     rows = KeyedRows(reader, ids)
     if whole:
         _check_mined(rows.counts, ids, str(path))
@@ -165,4 +173,4 @@ def _steps(table: pa.Table, proposals: int) -> TrajectorySteps:
 
 
 _NUMBERS = ("anchor", "accepted", "committed", "rejected_offset")
-_COLUMNS = (*_NUMBERS, "proposed_ids", "target_logprobs")
+STEP_COLUMNS = (*_NUMBERS, "proposed_ids", "target_logprobs")

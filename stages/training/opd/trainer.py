@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 import torch
 
-from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_trajectories
+from draftsmith.artifacts.tables.schemas import VERIFY_STEPS
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, Trajectory
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import lineage_from, load_drafter
 from draftsmith.stages.runtime.ranks import Ranks
@@ -19,20 +20,20 @@ from draftsmith.stages.training.batches import step_rng
 from draftsmith.stages.training.blocks import LossReport
 from draftsmith.stages.training.config import OpdConfig
 from draftsmith.stages.training.opd.anchor_sources import AnchorSource, RandomAnchors, SuccessorAnchors, TableAnchors
-from draftsmith.stages.training.opd.mined_table import MinedTable, StepKind, load_mined, match_steps
+from draftsmith.stages.training.opd.mined_table import STEP_COLUMNS, MinedTable, StepKind, load_mined, match_steps
 from draftsmith.stages.training.opd.remining import Remining
 from draftsmith.stages.training.opd.step import OpdStep, StepOptions
-from draftsmith.stages.training.trainer import Trainer, TrainingData
+from draftsmith.stages.training.trainer import Trainer, TrainingData, load_answers, mapped_reader
 
 
 def run(ctx: StageContext, config: OpdConfig) -> None:
     """Continue training the drafter that was mined, on its own steps."""
     ranks = Ranks.current(config.parallel.target_parallel)
-    stored = load_trajectories(ctx.inputs["trajectories"])
+    stored = load_answers(ctx, ranks)
     target = Target.load(ctx.inputs["target"], ranks=ranks)
     folder = ctx.inputs["drafter"] / DRAFTER_FOLDER
     drafter = load_drafter(folder, target, torch.float32)
-    mined = load_mined(ctx.inputs["mined"], stored.trajectories, drafter.block_size, whole=config.reads_table)
+    mined = _load_mined(ctx, config, stored.trajectories, drafter.block_size, ranks)
     data = MinedData(trajectories=stored.trajectories, sampling=stored.sampling, mined=mined)
     training = OpdTraining(drafter, target, data, config, seed=ctx.seed, ranks=ranks)
     ctx.log(str(training))
@@ -41,6 +42,16 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
         return
     training.save(ctx, "opd", lineage_from(folder), totals)
     ctx.summary(**totals, mined_steps=mined.count(training.kind), passes=training.passes)
+
+
+def _load_mined(
+    ctx: StageContext, config: OpdConfig, trajectories: Sequence[Trajectory], block_size: int, ranks: Ranks
+) -> MinedTable:
+    """Load the verify steps, which every step reads if anchors are some of them."""
+    folder, reader = ctx.inputs["mined"], None
+    if config.reads_table:
+        reader = mapped_reader(ctx, ranks, folder / "verify_steps.parquet", VERIFY_STEPS, STEP_COLUMNS)
+    return load_mined(folder, trajectories, block_size, whole=config.reads_table, reader=reader)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_trajectories, stored_splits
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, stored_splits
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import (
     create_drafter,
@@ -40,14 +40,14 @@ from draftsmith.stages.training.lm_heads import HeadSource
 from draftsmith.stages.training.loss_config import ResponseStream
 from draftsmith.stages.training.response_loss import response_loss
 from draftsmith.stages.training.sft.stage import check_start
-from draftsmith.stages.training.trainer import Trainer, TrainingData
+from draftsmith.stages.training.trainer import Trainer, TrainingData, load_answers
 
 
 def run(ctx: StageContext, config: SftConfig) -> None:
     """Train, then write the checkpoint in the layout that engines load. Without steps the drafter is taken as it is."""
     ranks = Ranks.current(config.parallel.target_parallel)
     start = _start(ctx, config)
-    stored = load_trajectories(ctx.inputs["trajectories"])
+    stored = load_answers(ctx, ranks)
     target = Target.load(ctx.inputs["target"], ranks=ranks)
     counts = token_counts(stored.trajectories, target.info.vocab_size)
     if start is not None:

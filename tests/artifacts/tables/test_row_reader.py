@@ -11,7 +11,7 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.tables.parquet import TableShards, TableWriter, read_table, to_table, write_table
-from draftsmith.artifacts.tables.readers import RowReader
+from draftsmith.artifacts.tables.readers import MappedReader, RowReader
 from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE
 
 COLUMNS = TRACE.columns.names
@@ -64,15 +64,31 @@ def test_rows_by_range_equal_those_of_the_table(tmp_path: Path) -> None:
         count = int(rng.integers(1, 60))
         shards.append({"shards": table.slice(written, count)})
         written += count
+    whole, in_shards = RowReader(tmp_path / "t.parquet", TRACE), RowReader(shards.paths("shards"), TRACE, keep=1)
+    whole.write_copy(tmp_path / "whole.arrow", COLUMNS)
+    in_shards.write_copy(tmp_path / "some.arrow", ["anchor", "proposed_ids", "target_logprobs"])
     for reader in (
-        RowReader(tmp_path / "t.parquet", TRACE),
-        RowReader(shards.paths("shards"), TRACE, keep=1),
+        whole,
+        in_shards,
+        MappedReader(tmp_path / "t.parquet", TRACE, tmp_path / "whole.arrow"),
+        MappedReader(shards.paths("shards"), TRACE, tmp_path / "some.arrow"),
     ):
         assert reader.num_rows == table.num_rows
         for start, stop in [(0, 400), (0, 0), (399, 400), *np.sort(rng.integers(0, 401, (50, 2)))]:
             assert reader.rows(start, stop, COLUMNS).equals(table.slice(start, stop - start))
         assert pa.concat_tables(reader.row_groups(COLUMNS)).equals(table)
         assert reader.rows(7, 9, ["anchor"]).to_pydict() == {"anchor": [7, 8]}
+
+
+def test_a_mapped_copy_takes_no_memory_and_decodes_nothing(tmp_path: Path) -> None:
+    path, copy, table = tmp_path / "t.parquet", tmp_path / "t.arrow", steps(4000)
+    write_table(path, TRACE, table, group_bytes=10_000)
+    RowReader(path, TRACE).write_copy(copy, COLUMNS)
+    reader = MappedReader(path, TRACE, copy)
+    path.unlink()
+    before = pa.total_allocated_bytes()
+    assert reader.rows(0, 4000, COLUMNS).equals(table)
+    assert pa.total_allocated_bytes() - before < 1000
 
 
 def test_errors_for_damage_and_other_tables_name_the_cause(tmp_path: Path) -> None:

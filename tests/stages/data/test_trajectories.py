@@ -13,18 +13,25 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.tables.parquet import TableWriter, write_table
 from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 from draftsmith.stages.data.trajectories import answer_tokens, load_trajectories, trajectory_ids, trajectory_lengths
+from draftsmith.stages.runtime.ranks import ALONE
 from draftsmith.stages.target.sampling import SamplingParams
 from draftsmith.stages.training.batches import token_counts
+from draftsmith.stages.training.trainer import load_answers
+from tests.testbed.context import RecordingContext
 from tests.testbed.random_target import VOCAB_SIZE, trajectories, write_trajectories
 
 
 def test_stored_trajectories_equal_the_written_ones(tmp_path: Path) -> None:
     made = trajectories(40)
-    stored = load_trajectories(write_trajectories(tmp_path, made)).trajectories
-    assert len(stored) == 40
-    assert list(stored) == made and stored[-1] == made[-1] and list(stored[3:30:4]) == made[3:30:4]
-    with pytest.raises(IndexError):
-        stored[40]
+    context = RecordingContext.under(tmp_path, {"trajectories": write_trajectories(tmp_path / "made", made)})
+    for stored in (
+        load_trajectories(tmp_path / "made").trajectories,
+        load_answers(context, ALONE).trajectories,  # from a copy
+    ):
+        assert len(stored) == 40
+        assert list(stored) == made and stored[-1] == made[-1] and list(stored[3:30:4]) == made[3:30:4]
+        with pytest.raises(IndexError):
+            stored[40]
 
 
 def test_lengths_and_ids_are_known_without_reading_tokens(tmp_path: Path) -> None:
