@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from draftsmith.stages.data.logs.stage import LogsConfig
@@ -161,22 +161,27 @@ def _sft(config: SftConfig, use: StageUse) -> Need:
 
 
 def _opd(config: OpdConfig, use: StageUse) -> Need:
-    """Return the need of a training that may replay and score its answers again."""
-    return _training(config, use, mines=config.oldest_trace > 0, scores=config.loss.needs_scores)
+    """Return the need of a training that may replay and score its answers again, and copies the steps that it reads."""
+    need = _training(config, use, mines=config.oldest_trace > 0, scores=config.loss.needs_scores)
+    steps = use.answers.verify_steps if config.reads_table and use.answers is not None else 0.0
+    return replace(need, temporary_disk=need.temporary_disk + steps * (8 * (use.sizes.block_size - 1) + 24))
 
 
 def _training(config: TrainingConfig, use: StageUse, *, mines: bool = False, scores: bool = False) -> Need:
-    """Return the need of `training_memory`, of a drafter on disk, P_d · s, and of two checkpoints, 12 · P_d each.
+    """Return the need of `training_memory` and of a drafter on disk, P_d · s.
 
-    A checkpoint passes through host memory.
+    Checkpoints take 12 · P_d each: those that are kept and a new one on disk, and the new one in host memory. A copy of
+    the answers' table is on disk too. The target's weights go to a GPU tensor by tensor.
     """
     parts, sizes = training_memory(config, use, mines=mines, scores=scores), use.sizes
+    checkpoint = 12.0 * sizes.drafter.parameters
     blocks = config.steps * config.sequences_per_step * config.anchors_per_sequence
     return Need(
-        memory=sum(parts.values()), tables=_tables(use.answers),
-        loaded=parts["target"] + 12.0 * sizes.drafter.parameters,
+        memory=sum(parts.values()) + (0.0 if sizes.accelerated else checkpoint), tables=_tables(use.answers),
+        loaded=checkpoint,
         processes=config.parallel.processes, devices=config.parallel.world,
-        disk=sizes.weights(sizes.drafter), temporary_disk=CHECKPOINTS_KEPT * 12.0 * sizes.drafter.parameters,
+        disk=sizes.weights(sizes.drafter),
+        temporary_disk=(CHECKPOINTS_KEPT + 1) * checkpoint + (_table_bytes(use.answers) if use.answers else 0.0),
         work=("train", blocks * (sizes.block_size - 1) / config.parallel.world),
     )  # fmt: skip
 

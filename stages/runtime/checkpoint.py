@@ -1,15 +1,19 @@
 """Checkpoints of a training: the last two, each with its checksum. If one is damaged, the one before is used.
 
 A file is named `checkpoint-STEP-DIGEST.pt` after the completed optimiser steps and the sha256 of its bytes, so that
-content and checksum appear in one rename.
+content and checksum appear in one rename. It is written and hashed in a thread while the next steps run.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import re
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 
@@ -22,14 +26,73 @@ _NEW = "checkpoint.new"  # the name until the file is complete and its digest is
 _NAME = re.compile(r"checkpoint-(\d+)-([0-9a-f]+)\.pt")
 
 
+class CheckpointWriter:
+    """Saves checkpoints in a thread, one at a time. Use it in a `with` statement, which waits for the last one.
+
+    Until a checkpoint is complete the one before it is the newest.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[Path] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown()
+        if error is None:
+            self.finish()
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Copy `state` to host memory and start to write it, as `save_checkpoint` does, after the one before it."""
+        self.finish()
+        self._writing = self._thread.submit(save_checkpoint, self._folder, step, _copied(state))
+
+    def check(self) -> None:
+        """Raise the error of a checkpoint that could not be written."""
+        if self._writing is not None and self._writing.done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until the checkpoint is written. Raises the error if it could not be."""
+        if self._writing is not None:
+            self._writing.result()
+        self._writing = None
+
+
+def _copied(state: Any) -> Any:
+    """Return a copy of nested dicts and lists with all tensors on the CPU."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {name: _copied(value) for name, value in state.items()}
+    return [_copied(value) for value in state] if isinstance(state, list) else state
+
+
+class _HashedFile(io.BufferedWriter):
+    """A new file that hashes what is written to it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path, "w"))
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: Any, /) -> int:
+        self.sha256.update(data)
+        return super().write(data)
+
+
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Save `state` (tensors and plain values) after `step` optimiser steps; keep the checkpoint before it too."""
     for leftover in folder.glob(f"{TMP_PREFIX}*-{_NEW}"):  # of an attempt that was killed while it wrote
         leftover.unlink()
-    with atomic_path(folder / _NEW) as tmp, tmp.open("wb") as file:  # given a path, torch hides why writing failed
+    with atomic_path(folder / _NEW) as tmp, _HashedFile(tmp) as file:  # given a path, torch hides why writing failed
         torch.save(state, file)
     with disk_errors(f"writing a checkpoint in {folder}"):
-        digest = sha256_file(folder / _NEW)[:_DIGEST_DIGITS]
+        digest = file.sha256.hexdigest()[:_DIGEST_DIGITS]
         path = (folder / _NEW).rename(folder / f"checkpoint-{step:08d}-{digest}.pt")
         fsync(folder)
         for old in list_checkpoints(folder)[CHECKPOINTS_KEPT:]:

@@ -12,7 +12,7 @@ import torch
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageInterrupted
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.runtime.checkpoint import load_checkpoint, save_checkpoint
+from draftsmith.stages.runtime.checkpoint import CheckpointWriter, load_checkpoint
 from draftsmith.stages.runtime.memory import out_of_memory, release_memory
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
 from draftsmith.stages.runtime.stage import StageContext
@@ -55,8 +55,8 @@ def train(
     number of them. If a step of `MicroBatches` does not fit into memory, it is repeated in micro-batches of half the
     size: immediately in a process that trains alone, in the next attempt with several ranks.
 
-    Raises DraftsmithError if the loss or its gradient is not finite, RetryableError if the next attempt needs less
-    memory.
+    Raises DraftsmithError if the loss or its gradient is not finite or a checkpoint cannot be written, RetryableError
+    if the next attempt needs less memory.
     """
     state = _TrainingState(drafter, make_optimiser(drafter.parameters(), config, ranks), memory)
     optimiser, totals = state.optimiser, state.totals
@@ -67,48 +67,53 @@ def train(
     drafter.train()
     device_type = next(drafter.parameters()).device.type
     saved = time.monotonic()
-    for step in range(first, config.steps):
-        started = time.perf_counter()
-        for group in optimiser.param_groups:
-            group["lr"] = config.learning_rate * cosine(step, config)
-        while True:
-            try:
-                accumulation, backward_s = _accumulate(micro_batches, step, device_type, config)
-                break
-            except Exception as error:
-                if not (isinstance(micro_batches, MicroBatches) and out_of_memory(error)):
-                    raise
-                if ranks.world > 1:
-                    micro_batches.halve_for_all(ranks)
-                if ranks.world > 1 or not micro_batches.halve():
-                    raise
-            optimiser.zero_grad(set_to_none=True)  # the gradient of micro-batches before the failed one
-            release_memory()  # outside `except`: the error's frames hold the memory that is to be freed
-        before_update = time.perf_counter()
-        report = accumulation.finish(drafter.parameters(), ranks)
-        loss = float(report.loss)
-        norm = float(torch.nn.utils.clip_grad_norm_(drafter.parameters(), config.clip_norm))
-        _check_finite("gradient's norm", norm, step)  # before it reaches weights and checkpoint
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        done = time.perf_counter()
-        _add(totals, blocks=report.blocks, positions=report.positions, seconds=done - started)
-        _add(totals, tflop=report.operations / 1e12)
-        _add(totals, **{f"{name}_s": value for name, value in report.seconds.items()})
-        _add(totals, backward_and_update_s=backward_s + done - before_update)
-        ctx.metrics(
-            step, loss=loss, grad_norm=norm, learning_rate=optimiser.param_groups[0]["lr"], **report.metrics,
-            trained_positions=totals["positions"],
-        )  # fmt: skip
-        ctx.progress(step + 1, config.steps, "steps", loss=loss)
-        due = (step + 1) % config.checkpoint_every == 0 or time.monotonic() - saved >= 60 * config.checkpoint_minutes
-        dues, stops = zip(*ranks.gather((due, ctx.interrupted)), strict=True)  # clocks differ, and so do signals
-        if any(dues) or any(stops) or step + 1 == config.steps:
-            state.save(ctx, step + 1, ranks)
-            saved = time.monotonic()
-            if any(stops):  # all end, or none
-                ctx.check_interrupted()
-                raise StageInterrupted("another process of the training was asked to stop. Run the same command again.")
+    with CheckpointWriter(ctx.work) as checkpoints:
+        for step in range(first, config.steps):
+            checkpoints.check()
+            started = time.perf_counter()
+            for group in optimiser.param_groups:
+                group["lr"] = config.learning_rate * cosine(step, config)
+            while True:
+                try:
+                    accumulation, backward_s = _accumulate(micro_batches, step, device_type, config)
+                    break
+                except Exception as error:
+                    if not (isinstance(micro_batches, MicroBatches) and out_of_memory(error)):
+                        raise
+                    if ranks.world > 1:
+                        micro_batches.halve_for_all(ranks)
+                    if ranks.world > 1 or not micro_batches.halve():
+                        raise
+                optimiser.zero_grad(set_to_none=True)  # the gradient of micro-batches before the failed one
+                release_memory()  # outside `except`: the error's frames hold the memory that is to be freed
+            before_update = time.perf_counter()
+            report = accumulation.finish(drafter.parameters(), ranks)
+            loss = float(report.loss)
+            norm = float(torch.nn.utils.clip_grad_norm_(drafter.parameters(), config.clip_norm))
+            _check_finite("gradient's norm", norm, step)  # before it reaches weights and checkpoint
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            done = time.perf_counter()
+            _add(totals, blocks=report.blocks, positions=report.positions, seconds=done - started)
+            _add(totals, tflop=report.operations / 1e12)
+            _add(totals, **{f"{name}_s": value for name, value in report.seconds.items()})
+            _add(totals, backward_and_update_s=backward_s + done - before_update)
+            ctx.metrics(
+                step, loss=loss, grad_norm=norm, learning_rate=optimiser.param_groups[0]["lr"], **report.metrics,
+                trained_positions=totals["positions"],
+            )  # fmt: skip
+            ctx.progress(step + 1, config.steps, "steps", loss=loss)
+            late = time.monotonic() - saved >= 60 * config.checkpoint_minutes
+            due = late or (step + 1) % config.checkpoint_every == 0
+            dues, stops = zip(*ranks.gather((due, ctx.interrupted)), strict=True)  # clocks differ, and so do signals
+            if any(dues) or any(stops) or step + 1 == config.steps:
+                state.save(checkpoints, step + 1, ranks)
+                saved = time.monotonic()
+                if any(stops):  # all end, or none
+                    checkpoints.finish()
+                    ranks.barrier()
+                    ctx.check_interrupted()
+                    raise StageInterrupted("another process of the training was stopped. Run the same command again.")
     drafter.eval()
     return totals
 
@@ -148,15 +153,14 @@ class _TrainingState:
     memory: Resumable | None
     totals: dict[str, float] = field(default_factory=dict)
 
-    def save(self, ctx: StageContext, step: int, ranks: Ranks) -> None:
-        """Save on the first rank, then wait for all ranks."""
+    def save(self, checkpoints: CheckpointWriter, step: int, ranks: Ranks) -> None:
+        """Start to write a checkpoint on the first rank. All ranks must call it."""
         moments = whole_state(self.optimiser, ranks)
         if ranks.is_main:
             state = {"totals": self.totals, "drafter": self.drafter.state_dict(), "optimiser": moments}
             if self.memory is not None:
                 state["memory"] = self.memory.state_dict()
-            save_checkpoint(ctx.work, step, state)
-        ranks.barrier()
+            checkpoints.save(step, state)
 
     def restore(self, ctx: StageContext, ranks: Ranks) -> int:
         """Load the newest checkpoint, which may come from other devices, or another number of them.

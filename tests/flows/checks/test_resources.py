@@ -62,8 +62,11 @@ def test_needs_of_the_recipe_equal_a_calculation_by_hand() -> None:
     assert sizes.drafter.parameters == parameters
     opd, servers = needed["opd"], needed["assisted"].servers
     assert 0.6 * 80e9 < opd.memory < 0.86 * 80e9  # one of 8 processes: 3 of 24 answers
-    assert (opd.processes, opd.disk, opd.temporary_disk) == (8, 2 * parameters, 24 * parameters)
-    assert opd.loaded == 2 * 4_022_468_096 + 12 * parameters
+    answers = needed["assisted"].makes
+    assert answers is not None
+    copies = 4 * answers.count * answers.longest + (8 * 15 + 24) * answers.verify_steps
+    assert (opd.processes, opd.disk, opd.temporary_disk) == (8, 2 * parameters, 36 * parameters + copies)
+    assert opd.loaded == 12 * parameters
     per_token = 2 * 36 * 8 * 128 * 2 + 2 * 5 * 8 * 128 * 2
     assert servers is not None and servers.gpus == 8
     assert (servers.weights, servers.requests) == (

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ import pytest
 import torch
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
-from draftsmith.stages.runtime.checkpoint import list_checkpoints
+from draftsmith.stages.runtime.checkpoint import list_checkpoints, load_checkpoint
 from draftsmith.stages.runtime.ranks import Ranks
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.training.blocks import LossReport
@@ -129,6 +132,48 @@ def test_a_half_written_checkpoint_of_a_killed_attempt_is_removed(tmp_path: Path
     (context.work / ".tmp-77-checkpoint.new").write_bytes(b"the first half")
     trained(context, plain_target, steps=3)
     assert sorted(context.work.iterdir()) == sorted(list_checkpoints(context.work))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from draftsmith.stages.runtime.checkpoint import CheckpointWriter
+
+folder, values = Path(sys.argv[1]), torch.zeros(2**25)
+with CheckpointWriter(folder) as checkpoints:
+    for step in (1, 2):
+        checkpoints.save(step, {"values": values})
+        values += 1  # as the next step does
+    while not any(folder.glob(".tmp-*")):
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path: Path) -> None:
+    process = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], timeout=120, check=False)
+    assert process.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".tmp-*"))) == 1, "it was killed while it wrote"
+    found = load_checkpoint(tmp_path, pytest.fail)
+    assert found is not None and found[0] == 1
+    assert not found[1]["values"].any(), "the state when the checkpoint was begun"
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_training(tmp_path: Path, plain_target: Target) -> None:
+    drafter, context, steps = random_target.random_drafter(plain_target), RecordingContext.under(tmp_path), []
+
+    def micro_batches(step: int) -> list[LossReport]:
+        if step == 2:
+            context.work.rename(tmp_path / "moved")
+            context.work.write_text("no folder")
+        steps.append(step)
+        return [LossReport(next(drafter.parameters()).square().sum(), 1, 1)]
+
+    with pytest.raises(DraftsmithError, match="writing"):
+        train(context, drafter, OptimiserConfig(steps=1000, checkpoint_every=1), micro_batches)
+    assert len(steps) < 10
+    assert list_checkpoints(tmp_path / "moved")
 
 
 def trained(context: RecordingContext, target: Target, steps: int) -> list[float]:
