@@ -23,6 +23,7 @@ from draftsmith.stages.runtime.process import (
     keep_freed_memory,
     load_stage,
     print_traceback,
+    use_expandable_segments,
     use_threads,
 )
 from draftsmith.stages.runtime.stage import StageRequest
@@ -44,6 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run_request(request: StageRequest, events: EventStream, stop: threading.Event) -> int:
     """Run the requested stage and return the exit code. An error becomes one `error` event."""
     try:
+        use_expandable_segments()
         if request.threads:
             use_threads(request.threads)
         stage, config = load_stage(request)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 
-from draftsmith.stages.runtime.process import use_threads
+from draftsmith.stages.runtime.process import use_expandable_segments, use_threads
 
 
 def main() -> None:
+    use_expandable_segments()
     use_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     from draftsmith.stages.runtime.launch import run_rank  # torch reads the number of threads when it is loaded
 

@@ -113,6 +113,8 @@ class Target:
                 model = load_slice(path, ranks, device, **loaded)
             else:
                 kind = model_class(AutoConfig.from_pretrained(path, local_files_only=True))
+                if device == "cuda":  # tensor by tensor, so that ranks do not each hold all weights in host memory
+                    loaded["device_map"] = {"": torch.device(device, torch.cuda.current_device())}
                 model = load_weights(kind, path, **loaded).to(device)
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError, ImportError) as error:

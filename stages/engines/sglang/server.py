@@ -20,6 +20,7 @@ from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import LaunchConfig, OptionValue, SGLangEngineConfig, option_name
 from draftsmith.stages.engines.sglang.environment import build_tools
 from draftsmith.stages.runtime.child_process import ChildProcess, last_lines
+from draftsmith.stages.runtime.process import EXPANDABLE_SEGMENTS
 
 # Runs inside the servers (pyproject's entry point) and records verify steps. Named here, it counts in the code digest
 # of every stage that uses servers.
@@ -168,6 +169,8 @@ class ServerProcess:
         command = [*self._command, *self._key_arguments()]
         # without variables that would lead another interpreter to this one's packages
         inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+        if inherited.get(EXPANDABLE_SEGMENTS[0]) == EXPANDABLE_SEGMENTS[1]:  # for this process's own allocator
+            del inherited[EXPANDABLE_SEGMENTS[0]]
         try:
             with open(self.log_path, "ab", opener=open_0600) as log:
                 log.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command)}\n".encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from draftsmith.stages.engines.config import LaunchConfig
 from draftsmith.stages.engines.sglang.client import key_header
 from draftsmith.stages.engines.sglang.server import ServerProcess, free_ports, server_processes
+from draftsmith.stages.runtime.process import use_expandable_segments
 from tests.flows.processes import ROOT, wait_until
 from tests.stages.engines.servers import STAND_IN, living
 from tests.stages.engines.test_sglang_environment import cuda_environment, program
@@ -46,15 +48,21 @@ def test_a_server_may_end_gracefully_and_is_killed_otherwise(tmp_path: Path) -> 
     assert not living(tmp_path / "b")
 
 
-def test_a_server_does_not_inherit_this_interpreters_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", "/of/the/stage")
-    monkeypatch.setenv("PYTHONHOME", "/of/the/stage")
+def test_a_server_inherits_neither_packages_nor_allocator_of_the_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.delitem(os.environ, "PYTORCH_ALLOC_CONF", raising=False)
+    use_expandable_segments()
+    assert os.environ["PYTORCH_ALLOC_CONF"]
+    monkeypatch.setitem(os.environ, "PYTHONPATH", "/of/the/stage")
+    monkeypatch.setitem(os.environ, "PYTHONHOME", "/of/the/stage")
     server = process(tmp_path)
     server.start()
     try:
         wait_until(lambda: '"path"' in server.tail(), "it says what it inherited")
         said = json.loads(server.tail().splitlines()[-1])
-        assert (said["path"], said["home"]) == (STAND_IN, None)
+        assert (said["path"], said["home"], said["allocator"]) == (STAND_IN, None, None)
     finally:
         server.stop(grace_s=0)
 

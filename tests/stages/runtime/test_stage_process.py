@@ -17,7 +17,7 @@ import pytest
 
 from draftsmith.stages.runtime import parent_watch
 from draftsmith.stages.runtime.memory import relax_gc
-from draftsmith.stages.runtime.process import EventStream, ProcessContext
+from draftsmith.stages.runtime.process import EventStream, ProcessContext, use_expandable_segments
 from draftsmith.stages.runtime.stage import StageRequest
 from tests.flows.processes import ROOT, alive, pid_in, wait_until
 from tests.flows.toy import COLLECT
@@ -77,6 +77,22 @@ def test_a_stage_reports_its_work_and_leaves_its_output(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "numbers.json").read_text()) == [7, 8]
     metrics = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert metrics == [{"step": 1, "value": 7.0}, {"step": 2, "value": 8.0}]
+
+
+@pytest.mark.parametrize(
+    ("environment", "value"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, None),
+    ],
+)
+def test_the_allocator_is_configured_unless_the_user_did(
+    environment: dict[str, str], value: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", environment)
+    use_expandable_segments()
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == value
 
 
 def test_garbage_collection_is_relaxed_until_the_first_progress(

@@ -31,6 +31,7 @@ def main() -> None:
     mode = os.environ.get("STAND_IN", "serve")
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     found = {"path": os.environ.get("PYTHONPATH"), "home": os.environ.get("PYTHONHOME"), "child": child.pid}
+    found["allocator"] = os.environ.get("PYTORCH_ALLOC_CONF")
     print(json.dumps(found), flush=True)
     replies = {"/health": fixed({}), "/model_info": fixed({}), "/generate": answer}
     replies |= {path: fixed(body) for path, body in json.loads(os.environ.get("STAND_IN_REPLIES", "{}")).items()}
