@@ -16,6 +16,7 @@ from draftsmith.stages.engines.sglang import environment
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.target.info import model_path
+from draftsmith.stages.training.config import TrainingConfig
 
 
 def check_engines(findings: Findings, nodes: Sequence[Node]) -> None:
@@ -126,7 +127,7 @@ def check_shared_target(findings: Findings, nodes: Sequence[Node], artifact: Pat
 
 
 def check_parallel(findings: Findings, nodes: Sequence[Node]) -> None:
-    """Check that every process has a GPU, if there are any, and that several nodes have a rendezvous."""
+    """Check that every process has a GPU, if there are any, and equally many answers, and that nodes can meet."""
     here, elsewhere = len(gpus()), runs_elsewhere(nodes)
     for node in nodes:
         parallel = node.stage.parallel(node.config) if node.stage.parallel is not None else None
@@ -141,6 +142,14 @@ def check_parallel(findings: Findings, nodes: Sequence[Node]) -> None:
             elif not here and not elsewhere and count > (os.cpu_count() or 1):
                 findings.warn(
                     check, f"{text} are more than this machine's {os.cpu_count()} cores, which only makes it slower."
+                )
+            elif isinstance(node.config, TrainingConfig) and (rest := node.config.sequences_per_step % parallel.world):
+                answers, world = node.config.sequences_per_step, parallel.world
+                idle = 1 - answers / (answers - rest + world)
+                findings.warn(
+                    check,
+                    f"{text}: {answers} answers a step leave {idle:.1%} of their time idle. Set sequences_per_step to "
+                    f"{answers - rest} or {answers - rest + world}.",
                 )
             else:
                 findings.ok(check, text)

@@ -34,6 +34,11 @@ def line(
         ({"processes": 8}, 4, "error 8 need a GPU each, and 4 are here"),
         ({"processes": 4}, 0, "ok 4"),
         ({"processes": 6}, 0, "warning 6 are more than this machine's 4 cores"),
+        (
+            {"processes": 3},
+            3,
+            "warning 3: 8 answers a step leave 11.1% of their time idle. Set sequences_per_step to 6",
+        ),
         ({"nodes": 2}, 0, "ok 1 on each of 2 nodes that meet at head:29400"),
         ({"processes": 1}, 0, None),
     ],
