@@ -70,6 +70,12 @@ def test_a_server_without_a_drafter_answers_as_ever(plain_url: str, reference: R
     assert len(answer["output_ids"]) == 48 and KEY not in answer["meta_info"]
 
 
+def test_a_drafting_server_reports_that_it_computes_48_requests_at_a_time(dflash_url: str) -> None:
+    """Unless it gets --max-running-requests; the handshake reads what it reports."""
+    states = httpx.get(f"{dflash_url}/server_info", timeout=60).json()["internal_states"]
+    assert [state["effective_max_running_requests_per_dp"] for state in states] == [48]
+
+
 @pytest.fixture(scope="module")
 def busy_url(sglang_env: Path, serving_target: ServingTarget, sglang_logs: Path) -> Iterator[str]:
     """Overlapped scheduling (the default on a GPU), prompts in chunks, retracted requests, a trace of all."""
