@@ -1,0 +1,86 @@
+"""A report is found by artifact, by its run in MLflow, and by config."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.store.local import Store
+from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.artifacts.tracking.refresh_runs import RunRecord
+from draftsmith.artifacts.tracking.runs import Tracking
+from draftsmith.flows.cli.main import main
+from draftsmith.flows.cli.status import report_of_config, report_of_text
+from draftsmith.flows.planning.graph import plan
+from draftsmith.flows.refresh.graph import REFRESH
+from draftsmith.flows.refresh.summary import review
+from tests.flows.processes import ROOT
+from tests.testbed.artifacts import committed
+from tests.testbed.refresh import load_config
+
+
+def made(store: Store, name: str) -> ArtifactRef:
+    outcome = {"kind": "refused", "label": "Not promoted", "sentence": f"{name} stays.", "reasons": ["tau: too low"]}
+    content = {"outcome": outcome, "doubts": ["the clock changed"], "figures": {"tau.opd": 2.5}}
+    files = {"report.html": "<p>", "review.json": json.dumps(content)}
+    return committed(store, "report", files, store.key("report", "c", {"name": name}, {}, 0))
+
+
+def run_of(home: Path, experiment: str | None, name: str, **artifacts: ArtifactRef) -> str | None:
+    """Return the id of a finished run in MLflow with these artifacts."""
+    record = RunRecord(Tracking(home, experiment), name, {})
+    run_id = record.open()
+    record.close("FINISHED", artifacts, {}, [], {})
+    return run_id
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture
+def store(home: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(home))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return Store(home / "store")
+
+
+def test_a_report_is_found_by_run_and_by_artifact(store: Store, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = made(store, "week 1"), made(store, "week 2")
+    run_id = run_of(home, "a-line", "weekly's", report=first)
+    run_of(home, "a-line", "weekly's", drift=second)
+    assert run_id is not None
+    for name in ("weekly's", run_id, first.key[:12], str(first.path)):
+        assert report_of_text(name) == first.path / "report.html", "the last run with a report"
+    assert main(["report", str(second.path)]) == 0
+    assert capsys.readouterr().out.strip() == str(second.path / "report.html")
+    shown = review({"report": first.path})
+    assert shown is not None and "**Not promoted.** week 1 stays." in shown.description
+    assert "- tau: too low" in shown.description and "- the clock changed" in shown.description
+
+
+def test_an_unknown_name_is_an_error(store: Store) -> None:
+    with pytest.raises(DraftsmithError, match="nothing-like-it: not a config file"):
+        report_of_text("nothing-like-it")
+    (folder := store.root / "empty").mkdir(parents=True)
+    assert main(["report", str(folder)]) == 2
+
+
+def test_a_report_is_found_although_other_artifacts_are_damaged(store: Store, home: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    config = load_config(ROOT / "configs" / "quickstart.yaml", ["name=damaged", f"target.source={tmp_path}"])
+    first = made(store, "damaged")
+    run_of(home, config.experiment, "damaged", report=first)
+    target = plan(config, store, REFRESH)[0]
+    assert target.key is not None
+    ref = committed(store, target.node.stage.name, {"target.json": "{}"}, target.key)
+    (ref.path / "target.json").chmod(0o644)
+    (ref.path / "target.json").unlink()
+    with pytest.raises(DraftsmithError, match="is missing"):
+        plan(config, store, REFRESH)
+    assert report_of_config("damaged.yaml", config, REFRESH) == first.path / "report.html"
