@@ -12,7 +12,7 @@ STAGES = {
     "prompts": "draftsmith.stages.data.prompts",
     "champion": "draftsmith.stages.drafters.stage",
     "drift": "draftsmith.stages.evaluation.drift",
-    "earlier": "draftsmith.stages.data.logs.rehearsal_stage",
+    "earlier": "draftsmith.stages.data.logs.earlier",
     "logs": "draftsmith.stages.data.logs.stage",
     "rollout": "draftsmith.stages.engines.stage",
     "sft": "draftsmith.stages.training.sft.stage",

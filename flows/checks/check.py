@@ -39,7 +39,7 @@ from draftsmith.flows.config.options import RunOptions, check_runner
 from draftsmith.flows.execution.machine import check_home, free_disk_bytes
 from draftsmith.flows.orchestration import server
 from draftsmith.flows.planning.graph import Node, Pipeline, PlannedNode, Status, plan, topological_order
-from draftsmith.stages.data.logs.rehearsal_stage import EarlierConfig, is_available
+from draftsmith.stages.data.logs.earlier import EarlierConfig, is_available
 from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.target.info import read_target_info
 

@@ -37,7 +37,7 @@ from draftsmith.flows.refresh.line import (
     with_current_champion,
 )
 from draftsmith.flows.refresh.summary import DETAIL
-from draftsmith.stages.data.logs.rehearsal_stage import is_available
+from draftsmith.stages.data.logs.earlier import is_available
 from draftsmith.stages.data.time_window import LAST
 from draftsmith.stages.drafters.stage import RECORD as TARGET_RECORD
 from draftsmith.stages.runtime.stage import Config

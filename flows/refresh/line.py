@@ -30,7 +30,7 @@ from draftsmith.artifacts.store.manifest import MANIFEST, InputEntry, read_manif
 from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.artifacts.tracking.registry import PROMOTED, Registry, Version, describe_wrong_tracker
 from draftsmith.artifacts.tracking.runs import Tracking
-from draftsmith.stages.data.logs.rehearsal_stage import TABLE, EarlierConfig
+from draftsmith.stages.data.logs.earlier import TABLE, EarlierConfig
 from draftsmith.stages.data.prompts import (
     HuggingFaceSource,
     JsonlSource,

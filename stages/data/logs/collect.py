@@ -19,13 +19,14 @@ from draftsmith.artifacts.results.data import LogsSummary, LogWindow
 from draftsmith.artifacts.tables.parquet import TableWriter
 from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 from draftsmith.stages.data.held_out import read_held_out
-from draftsmith.stages.data.logs.filter import USED_BEFORE, AcceptedAnswer, Exclusions, LogFilter
-from draftsmith.stages.data.logs.rehearsal import (
+from draftsmith.stages.data.logs.earlier import changes_since, read_contents, select_rows
+from draftsmith.stages.data.logs.filter import (
+    USED_BEFORE,
+    AcceptedAnswer,
     EarlierAnswers,
-    changes_since,
-    read_contents,
+    Exclusions,
+    LogFilter,
     read_earlier_answers,
-    select_rows,
 )
 from draftsmith.stages.data.logs.rows import SHAPES, TokenCache
 from draftsmith.stages.data.logs.stage import LogsConfig, preflight

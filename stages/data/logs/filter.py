@@ -1,26 +1,32 @@
-"""Decides which rows of a log may be trained on, row by row, for the stage and for its check."""
+"""Decides which rows of a log may be trained on, for the stage and for its check; and which earlier answers."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
+import pyarrow as pa
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.tables.parquet import read_table
+from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 from draftsmith.stages.data.chat_template import TemplateInverter
 from draftsmith.stages.data.held_out import HeldOut, token_digest
+from draftsmith.stages.data.logs.earlier import TABLE, answer_content, read_batches, select_rows
 from draftsmith.stages.data.logs.rows import AnswerReader, LoggedRow, TokenCache, logged_ids, logged_text
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.row_files import BadRow, RejectLog, Row
 from draftsmith.stages.data.row_formats import Message, RejectedRow, matches_filter, messages_beside_ids, rename_fields
 from draftsmith.stages.data.time_window import TIME_FIELDS, row_time
+from draftsmith.stages.data.trajectories import random_rank
 from draftsmith.stages.target.info import load_tokenizer, model_path, read_target_info
+from draftsmith.stages.target.sampling import SamplingParams
 
 HELD_OUT = "prompt of the validation or held-out split"
 DUPLICATE = "duplicate of an earlier row"
@@ -28,6 +34,7 @@ USED_BEFORE = "used by the champion's refresh"
 _MODEL = "model"  # the field in which services log whose answer it is
 _MAX_MODELS_NAMED = 5
 _MANY = 0.5  # share of the accepted rows
+_COLUMNS = ["split", "temperature", "top_p", "top_k", "prompt_ids", "response_ids"]  # of earlier answers
 T = TypeVar("T")
 
 
@@ -48,11 +55,6 @@ class AcceptedAnswer:
 def prompt_id(ids: np.ndarray) -> str:
     """Return 16 digits that equal prompts share."""
     return token_digest(ids).hex()[:16]
-
-
-def answer_content(prompt_ids: np.ndarray, answer_ids: np.ndarray) -> bytes:
-    """Return 16 bytes that equal answers to equal prompts share."""
-    return token_digest(np.concatenate([prompt_ids, np.array([-1], np.int32), answer_ids]))
 
 
 class RowFilter(ABC, Generic[T]):
@@ -204,3 +206,75 @@ class LogFilter(RowFilter[AcceptedAnswer]):
         if len(answer_ids) < 2 or len(prompt_ids) + len(answer_ids) > self.reader.max_tokens:
             return False
         return bool(max(prompt_ids.max(initial=0), answer_ids.max(initial=0)) < self.reader.vocab_size)
+
+
+@dataclass(frozen=True)
+class EarlierAnswers:
+    """The answers of an earlier artifact that may be trained on: same sampling, and accepted by the log filter."""
+
+    path: Path
+    contents: list[bytes | None]  # of every row; None: not to be used
+    of_other_sampling: int = 0  # rows that are not used because they were sampled differently
+
+    def choose(self, count: int, seed: int, excluded: set[bytes]) -> np.ndarray:
+        """Return a mask [rows] of `count` random answers, or of all there are, without those in `excluded`."""
+        usable = [(content, row) for row, content in enumerate(self.contents) if content and content not in excluded]
+        ranked = sorted((random_rank(seed, content), row) for content, row in usable)
+        mask = np.zeros(len(self.contents), dtype=bool)
+        mask[[row for _, row in ranked[:count]]] = True
+        return mask
+
+    @property
+    def usable(self) -> int:
+        return sum(content is not None for content in self.contents)
+
+    def rows(self, mask: np.ndarray) -> Iterator[pa.Table]:
+        """Yield the rows that the mask selects in batches, with the prompt ids of stage `logs`."""
+        for batch in select_rows(self.path, mask):
+            ids = [prompt_id(row.values.to_numpy()) for row in batch["prompt_ids"]]
+            column = batch.column_names.index("prompt_id")
+            yield batch.set_column(column, "prompt_id", pa.array(ids, pa.string()))
+
+
+def read_earlier_answers(
+    folder: Path,
+    log_filter: LogFilter,
+    sampling: SamplingParams,
+    progress: Callable[[int], None],
+) -> EarlierAnswers:
+    """Read the usable answers of an artifact of stage `earlier`.
+
+    sampling: of the new answers. progress: called with the number of answers read. Raises DraftsmithError if the table
+    is damaged or of another version.
+    """
+    path = folder / TABLE
+    read_table(path, TRAJECTORIES, columns=["sample"])  # checks that it is intact and of this version
+    contents: list[bytes | None] = []
+    seen: set[bytes] = set()
+    stored_sampling = _as_stored(sampling)
+    of_other_sampling = 0
+    for batch in read_batches(path, _COLUMNS):
+        for split, *values, prompt, answer in zip(*(batch[name] for name in _COLUMNS), strict=True):
+            content = None
+            if split.as_py() == "train":
+                if SamplingParams(*(value.as_py() for value in values)) == stored_sampling:
+                    content = _usable_content(prompt.values.to_numpy(), answer.values.to_numpy(), log_filter)
+                else:
+                    of_other_sampling += 1
+            contents.append(None if content in seen else content)
+            if content is not None:
+                seen.add(content)
+        progress(len(contents))
+    return EarlierAnswers(path, contents, of_other_sampling)
+
+
+def _as_stored(sampling: SamplingParams) -> SamplingParams:
+    """Return the sampling with the precision of the table's columns."""
+    return SamplingParams(float(np.float32(sampling.temperature)), float(np.float32(sampling.top_p)), sampling.top_k)
+
+
+def _usable_content(prompt: np.ndarray, answer: np.ndarray, log_filter: LogFilter) -> bytes | None:
+    """Return `answer_content`; None for an answer that the filter would reject."""
+    if not log_filter.fits(prompt, answer) or log_filter.is_held_out(prompt):
+        return None
+    return answer_content(prompt, answer)

@@ -21,7 +21,7 @@ from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.decisions import resolve
 from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.flows.refresh.line import log_tags, prompt_tags, registry
-from draftsmith.stages.data.logs.rehearsal_stage import STAGE, TABLE, EarlierConfig, is_available
+from draftsmith.stages.data.logs.earlier import STAGE, TABLE, EarlierConfig, is_available
 from draftsmith.stages.data.logs.stage import STAGE as LOGS
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.target.info import read_target_info

@@ -11,8 +11,8 @@ from typing import Any
 from draftsmith.artifacts.store.manifest import sha256_file
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import TRAJECTORIES
-from draftsmith.stages.data.logs.rehearsal_stage import STAGE as EARLIER
-from draftsmith.stages.data.logs.rehearsal_stage import TABLE, EarlierConfig
+from draftsmith.stages.data.logs.earlier import STAGE as EARLIER
+from draftsmith.stages.data.logs.earlier import TABLE, EarlierConfig
 from draftsmith.stages.data.logs.stage import STAGE, LogsConfig
 from draftsmith.stages.target.info import read_target_info
 from tests.testbed.context import RecordingContext

@@ -17,7 +17,7 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.tables.parquet import read_table, write_table
 from draftsmith.artifacts.tables.schemas import TRAJECTORIES
-from draftsmith.stages.data.logs.rehearsal import ORIGIN
+from draftsmith.stages.data.logs.earlier import ORIGIN
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.time_window import to_iso
 from draftsmith.stages.data.trajectories import load_trajectories

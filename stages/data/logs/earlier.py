@@ -1,13 +1,18 @@
-"""Answers of an earlier refresh, mixed in so that a drafter does not forget: the body of stage `earlier`, their use."""
+"""Stage `earlier`: the logged answers that the champion was trained on, for the next refresh of its model line.
+
+Its cache key is their content and their target, wherever the file is. Stage `logs` mixes a share of them in
+(`logs.replay_share`) if the target and the tokenizer are still the same. It also skips these answers where its window
+overlaps what the champion's refresh has read (`logs.lateness_hours`), for which their digests suffice.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
@@ -17,20 +22,49 @@ from draftsmith.artifacts.atomic import atomic_path, write_text
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.store.manifest import sha256_file
-from draftsmith.artifacts.store.mirror import open_store
-from draftsmith.artifacts.tables.parquet import GROUP_BYTES, has_current_version, read_table, table_errors
+from draftsmith.artifacts.store.mirror import Store, open_store
+from draftsmith.artifacts.tables.parquet import GROUP_BYTES, has_current_version, table_errors
 from draftsmith.artifacts.tables.schemas import TRAJECTORIES
-from draftsmith.stages.data.logs.filter import LogFilter, answer_content, prompt_id
-from draftsmith.stages.data.logs.rehearsal_stage import TABLE, EarlierConfig, folder_in_home
-from draftsmith.stages.data.trajectories import random_rank
-from draftsmith.stages.runtime.stage import StageContext
+from draftsmith.stages.data.held_out import token_digest
+from draftsmith.stages.runtime.stage import Config, NotInKey, Stage, StageContext
 from draftsmith.stages.target.info import TargetInfo
-from draftsmith.stages.target.sampling import SamplingParams
 
+TABLE = "trajectories.parquet"
 ORIGIN, _CONTENTS = "earlier.json", "contents.npy"  # digests of target and tokenizer; digests of the answers
 _DIGEST_BYTES = 16
-_COLUMNS = ["split", "temperature", "top_p", "top_k", "prompt_ids", "response_ids"]
 _BATCH_ROWS = 4096
+
+
+class EarlierConfig(Config):
+    """Answers of a refresh that promoted its drafter."""
+
+    folder: Annotated[str, NotInKey()]
+    """The artifact that holds them."""
+    sha256: str
+    """Checksum of their table."""
+    target_digest: str
+    """The target that gave them."""
+    tokenizer_digest: str
+    """Its tokenizer."""
+    replayed: bool = True
+    """Whether they may be mixed in. The artifact then holds the answers themselves, else their digests alone."""
+
+
+def is_available(config: EarlierConfig) -> bool:
+    """Return whether this machine or the store's bucket has the answers, without fetching them.
+
+    Raises RetryableError if the bucket does not answer.
+    """
+    store, folder = open_store(home()), Path(config.folder)
+    if any((path / TABLE).is_file() for path in (folder, folder_in_home(store, folder))):
+        return True
+    manifest = store.manifest_at(folder.parent.name, folder.name)
+    return manifest is not None and TABLE in manifest.files
+
+
+def folder_in_home(store: Store, folder: Path) -> Path:
+    """Return where this home has the artifact if it is a copy of the folder's home, or that home after a move."""
+    return store.root / folder.parent.name / folder.name
 
 
 def run(ctx: StageContext, config: EarlierConfig) -> None:
@@ -88,76 +122,9 @@ def changes_since(folder: Path, info: TargetInfo) -> str | None:
     return " and ".join(changed) or None
 
 
-@dataclass(frozen=True)
-class EarlierAnswers:
-    """The answers of an earlier artifact that may be trained on: same sampling, and accepted by the log filter."""
-
-    path: Path
-    contents: list[bytes | None]  # of every row; None: not to be used
-    of_other_sampling: int = 0  # rows that are not used because they were sampled differently
-
-    def choose(self, count: int, seed: int, excluded: set[bytes]) -> np.ndarray:
-        """Return a mask [rows] of `count` random answers, or of all there are, without those in `excluded`."""
-        usable = [(content, row) for row, content in enumerate(self.contents) if content and content not in excluded]
-        ranked = sorted((random_rank(seed, content), row) for content, row in usable)
-        mask = np.zeros(len(self.contents), dtype=bool)
-        mask[[row for _, row in ranked[:count]]] = True
-        return mask
-
-    @property
-    def usable(self) -> int:
-        return sum(content is not None for content in self.contents)
-
-    def rows(self, mask: np.ndarray) -> Iterator[pa.Table]:
-        """Yield the rows that the mask selects in batches, with the prompt ids of stage `logs`."""
-        for batch in select_rows(self.path, mask):
-            ids = [prompt_id(row.values.to_numpy()) for row in batch["prompt_ids"]]
-            column = batch.column_names.index("prompt_id")
-            yield batch.set_column(column, "prompt_id", pa.array(ids, pa.string()))
-
-
-def read_earlier_answers(
-    folder: Path,
-    log_filter: LogFilter,
-    sampling: SamplingParams,
-    progress: Callable[[int], None],
-) -> EarlierAnswers:
-    """Read the usable answers of an artifact of stage `earlier`.
-
-    sampling: of the new answers. progress: called with the number of answers read. Raises DraftsmithError if the table
-    is damaged or of another version.
-    """
-    path = folder / TABLE
-    read_table(path, TRAJECTORIES, columns=["sample"])  # checks that it is intact and of this version
-    contents: list[bytes | None] = []
-    seen: set[bytes] = set()
-    stored_sampling = _as_stored(sampling)
-    of_other_sampling = 0
-    for batch in read_batches(path, _COLUMNS):
-        for split, *values, prompt, answer in zip(*(batch[name] for name in _COLUMNS), strict=True):
-            content = None
-            if split.as_py() == "train":
-                if SamplingParams(*(value.as_py() for value in values)) == stored_sampling:
-                    content = _usable_content(prompt.values.to_numpy(), answer.values.to_numpy(), log_filter)
-                else:
-                    of_other_sampling += 1
-            contents.append(None if content in seen else content)
-            if content is not None:
-                seen.add(content)
-        progress(len(contents))
-    return EarlierAnswers(path, contents, of_other_sampling)
-
-
-def _as_stored(sampling: SamplingParams) -> SamplingParams:
-    """Return the sampling with the precision of the table's columns."""
-    return SamplingParams(float(np.float32(sampling.temperature)), float(np.float32(sampling.top_p)), sampling.top_k)
-
-
-def _usable_content(prompt: np.ndarray, answer: np.ndarray, log_filter: LogFilter) -> bytes | None:
-    """Return `answer_content`; None for an answer that the filter would reject."""
-    if not log_filter.fits(prompt, answer) or log_filter.is_held_out(prompt):
-        return None
-    return answer_content(prompt, answer)
+def answer_content(prompt_ids: np.ndarray, answer_ids: np.ndarray) -> bytes:
+    """Return 16 bytes that equal answers to equal prompts share."""
+    return token_digest(np.concatenate([prompt_ids, np.array([-1], np.int32), answer_ids]))
 
 
 def read_batches(path: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
@@ -180,3 +147,6 @@ def select_rows(path: Path, mask: np.ndarray) -> Iterator[pa.Table]:
         start += table.num_rows
         if selected.any():
             yield table.filter(pa.array(selected))
+
+
+STAGE = Stage(name="earlier", config=EarlierConfig, inputs=(), body="draftsmith.stages.data.logs.earlier")
