@@ -1,13 +1,39 @@
-"""Declaration of stage `gate`: the challenger against the champion, rule by rule."""
+"""Stage `gate`: the rules by which a challenger takes the champion's place.
+
+Every rule has metrics, a threshold and a result. A rule that says "better" needs evidence for it (the lower end of a
+one-sided interval), a rule that says "not worse" is broken by evidence against it (the upper end). A rule is
+inconclusive, and not passed, if too little was measured or the speeds cannot be trusted (`validity.py`). The rules of
+one kind share their error rate (Bonferroni): a challenger that is as good as the champion is promoted in at most 5 % of
+cases.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
-from draftsmith.artifacts.results.gate import GateDecision
-from draftsmith.stages.runtime.stage import Config, Stage
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.results.evaluation import (
+    CHAMPION,
+    PLAIN,
+    ArmComparison,
+    EvaluationResult,
+    Exactness,
+    Parity,
+)
+from draftsmith.artifacts.results.gate import THE_CHAMPION, GateDecision, GateVerdict, RuleResult
+from draftsmith.artifacts.store.local import Store
+from draftsmith.artifacts.store.manifest import read_manifest
+from draftsmith.stages.evaluation.validity import FEWEST_PROMPTS, NOISE, PROMPTS, TAU, TURNS, few_runs
+from draftsmith.stages.evaluation.verdicts import FEWEST_RUNS, estimate_of
+from draftsmith.stages.runtime.stage import Config, Stage, StageContext
+from draftsmith.stages.runtime.statistics import CONFIDENCE
+
+_TIE_OF_FLOAT32 = 0.01  # logits that two orders of the same sums differ by at most
 
 
 class GateConfig(Config):
@@ -39,11 +65,215 @@ class GateConfig(Config):
     ] = 1.0
 
 
+def run(ctx: StageContext, config: GateConfig) -> None:
+    """Write `decision.json` and `verdict.json`. A challenger that is refused is no error of the stage."""
+    evaluation = EvaluationResult.read(ctx.inputs["evaluation"])
+    arms = (evaluation.challenger, CHAMPION)
+    problems = [problem for arm in arms if arm in ctx.inputs and (problem := _damage(ctx.inputs[arm])) is not None]
+    decision = decide(evaluation, config, problems)
+    decision.write(ctx.out)
+    GateVerdict(
+        promote=decision.promote,
+        challenger=decision.challenger,
+        champion=CHAMPION in ctx.inputs,
+        rules={rule.name: rule.passed for rule in decision.rules},
+    ).write(ctx.out)
+    for rule in decision.rules:
+        ctx.log(f"{rule.result}  {rule.name}: {rule.text}")
+    ctx.log(decision.sentence)
+    inconclusive = sum(not rule.conclusive for rule in decision.rules)
+    broken = sum(rule.broken for rule in decision.rules)
+    ctx.summary(promote=float(decision.promote), rules_broken=broken, rules_unjudged=inconclusive)
+
+
+def _damage(folder: Path) -> str | None:
+    """Return an error about the first damaged file of an artifact; None if there is none."""
+    try:
+        Store(folder.parents[1]).verify(read_manifest(folder).ref(folder))
+    except DraftsmithError as error:
+        return str(error)
+    return None
+
+
+def decide(evaluation: EvaluationResult, config: GateConfig, damage: Sequence[str] = ()) -> GateDecision:
+    """Decide about the challenger of an evaluation. damage: to the files of challenger or champion."""
+    challenger = evaluation.challenger
+    rules = [_checksums(damage), *_lossless(evaluation, config), *_parity(evaluation, challenger)]
+    if evaluation.has_champion:
+        rules += [_tau(evaluation, challenger, config), *_sets(evaluation, challenger, config)]
+    if config.judge_speed:
+        rules += _speed(evaluation, challenger, config)
+    elif not evaluation.has_champion:
+        rules.append(_tau_alone(evaluation, challenger))
+    return _decision(challenger, CHAMPION if evaluation.has_champion else None, rules)
+
+
+def _decision(challenger: str, champion: str | None, rules: Sequence[RuleResult]) -> GateDecision:
+    """Return the decision that follows from the rules, with a sentence for the terminal.
+
+    It is inconclusive if some rule is and none is broken.
+    """
+    promote = all(rule.passed for rule in rules)
+    outcome = "promoted" if promote else "refused" if any(rule.broken for rule in rules) else "inconclusive"
+    other = THE_CHAMPION if champion else "the baseline"  # decoding without a drafter
+    if promote:
+        main = next((rule for rule in rules if rule.name in ("tau", "speed-up")), None)
+        wanted = next((rule.metrics.get("wanted") for rule in rules if rule.name == "speed-up"), None)
+        better = champion is not None or wanted is None or wanted >= 1  # a threshold may be lower
+        verb = "beats" if better else "passes against"
+        sentence = f"promoted: {challenger} {verb} {other} ({main.text if main else ''})"
+    else:
+        failed = "; ".join(f"{rule.name}: {rule.text}" for rule in rules if not rule.passed)
+        label = "refused by the gate" if outcome == "refused" else "inconclusive"
+        sentence = f"{label}: {challenger} against {other}: {failed}"
+    return GateDecision(
+        promote=promote, outcome=outcome, challenger=challenger, champion=champion, sentence=sentence, rules=rules
+    )
+
+
+def _rule(
+    name: str,
+    passed: bool,
+    text: str,
+    metrics: Mapping[str, int | float | None] | None = None,
+    conclusive: bool = True,
+) -> RuleResult:
+    """Return a rule's result. metrics: value, end (of its interval) and wanted (the threshold)."""
+    return RuleResult(name=name, passed=passed, text=text, metrics=metrics or {}, conclusive=conclusive)
+
+
+def _checksums(damage: Sequence[str]) -> RuleResult:
+    return _rule("checksums", not damage, "; ".join(damage) or "every file is as it was written")
+
+
+def _lossless(evaluation: EvaluationResult, config: GateConfig) -> Iterator[RuleResult]:
+    """Check outputs token for token in float32; in the serving dtype they may differ at near-ties alone."""
+    exact = evaluation.exactness
+    prompts, identical = exact.fp32_prompts or 0, exact.fp32_identical or 0
+    if prompts:
+        text = f"{identical} of {prompts} outputs in float32 equal decoding without a drafter"
+        yield _rule("lossless", identical == prompts, text, {"value": identical, "wanted": prompts})
+    margin = exact.median_margin
+    if margin is not None:
+        tie = min(config.max_margin, _TIE_OF_FLOAT32) if exact.serving_dtype == "float32" else config.max_margin
+        text = f"outputs differ at a median margin of {margin:.3g} logits, at most {tie:g} is a near-tie"
+        yield _rule("near-ties", margin <= tie, text, {"value": margin, "wanted": tie})
+    if not prompts and margin is None:
+        yield _lossless_as_served(exact, sampled=bool(evaluation.temperature))
+
+
+def _lossless_as_served(exact: Exactness, *, sampled: bool) -> RuleResult:
+    """Check outputs in the serving dtype alone, without knowing how sure the target was where they differ."""
+    share, dtype = exact.identical_share, exact.serving_dtype
+    if share is None and sampled:  # on servers: the distribution is the same, the random numbers are not
+        return _rule("lossless", True, "sampled outputs cannot be compared token for token")
+    if share is None:
+        text = "no output was compared with decoding without a drafter: set evaluation.exactness_prompts"
+        return _rule("lossless", False, text)
+    text = f"{share:.1%} of the outputs in {dtype} equal decoding without a drafter"
+    if share == 1 or dtype == "float32":
+        return _rule("lossless", share == 1, text, {"value": share, "wanted": 1.0})
+    text += ", and none was compared in float32: set evaluation.exactness_prompts"
+    return _rule("lossless", False, text, {"value": share, "wanted": 1.0}, conclusive=False)
+
+
+def _parity(evaluation: EvaluationResult, challenger: str) -> Iterator[RuleResult]:
+    """Record parity: the evaluation itself fails where a server drafts otherwise than replay."""
+    parity = (evaluation.parity or {}).get(challenger)
+    if parity is not None and (metrics := {k: v for k, v in parity.to_json().items() if isinstance(v, int | float)}):
+        yield _rule("parity", True, _parity_text(parity), metrics)
+
+
+def _parity_text(parity: Parity) -> str:
+    parts = []
+    if parity.mismatch_share is not None:
+        parts.append(f"{parity.mismatch_share:.1%} of the served verify steps differ from replay's")
+    if parity.served_tau is not None and parity.replayed_tau is not None:
+        parts.append(f"tau {parity.served_tau:.3f}, by replay {parity.replayed_tau:.3f}")
+    return "; ".join(parts) or "served as replay computes it"
+
+
+def _tau(evaluation: EvaluationResult, challenger: str, config: GateConfig) -> RuleResult:
+    (overall,) = (each for each in evaluation.compared("tau", challenger, CHAMPION) if each.set is None)
+    gain, low = _gain(overall, 1 - CONFIDENCE)
+    wanted = f"above {config.min_tau_gain:+.1%} wanted"
+    if low is None or overall.units < FEWEST_PROMPTS:
+        prompts = f"{overall.units} prompt{'s' * (overall.units != 1)}"
+        text = f"{prompts} are too few ({gain:+.1%}, {wanted}): {FEWEST_PROMPTS} are needed"
+        return _rule("tau", False, text, {"value": gain, "wanted": config.min_tau_gain}, conclusive=False)
+    text = f"{gain:+.1%} of the champion's, at least {low:+.1%} at 95 %; {wanted}"
+    return _rule("tau", low > config.min_tau_gain, text, {"value": gain, "end": low, "wanted": config.min_tau_gain})
+
+
+def _tau_alone(evaluation: EvaluationResult, challenger: str) -> RuleResult:
+    """Check that drafting helps at all, where there is no champion and speed is not judged."""
+    tau, low = evaluation.drafters[challenger].tau, evaluation.drafters[challenger].tau_low
+    text = f"{tau:.3f}{'' if low is None else f', at least {low:.3f}'}; above 1.000 wanted"
+    metrics = {"value": tau, "end": low, "wanted": 1.0}
+    return _rule("tau", low is not None and low > 1, text, metrics, conclusive=low is not None)
+
+
+def _sets(evaluation: EvaluationResult, challenger: str, config: GateConfig) -> Iterator[RuleResult]:
+    by_set = [each for each in evaluation.compared("tau", challenger, CHAMPION) if each.set is not None]
+    for each in by_set:
+        gain, high = _gain(each, 1 - (1 - CONFIDENCE) / len(by_set))
+        name, lowest = f"tau of {each.set}", -config.max_set_loss
+        metrics = {"value": gain, "end": high, "wanted": lowest}
+        if high is None:  # no evidence against it, and none for it
+            yield _rule(name, True, f"{gain:+.1%}, inconclusive: one prompt is too few", metrics, conclusive=False)
+            continue
+        yield _rule(name, high >= lowest, f"{gain:+.1%}, at most {high:+.1%}; not below {lowest:+.1%}", metrics)
+
+
+def _gain(tau: ArmComparison, level: float) -> tuple[float, float | None]:
+    """Return the difference of tau as a share of the other's, and the end of its one-sided interval at `level`."""
+    assert tau.gain is not None
+    estimate = estimate_of(tau.gain)
+    return estimate.value, estimate.upper(level) if estimate.units >= 2 else None
+
+
+def _speed(evaluation: EvaluationResult, challenger: str, config: GateConfig) -> Iterator[RuleResult]:
+    """Check for more speed than without a drafter at the first setting, and none lost to the champion at any."""
+    over_plain, *_ = evaluation.compared("speed", challenger, PLAIN)
+    yield _speed_rule(evaluation, "speed-up", over_plain, config.min_speedup, CONFIDENCE)
+    over_champion = evaluation.compared("speed", challenger, CHAMPION)
+    for each in over_champion:
+        name = f"speed at temperature {each.temperature:g}, {each.concurrency} in flight"
+        level = 1 - (1 - CONFIDENCE) / len(over_champion)
+        yield _speed_rule(evaluation, name, each, 1 - config.max_speed_loss, level)
+
+
+def _speed_rule(
+    evaluation: EvaluationResult, name: str, speed: ArmComparison, wanted: float, level: float
+) -> RuleResult:
+    """Check one comparison of speeds: better than without a drafter, or not worse than the champion."""
+    estimate, better = estimate_of(speed), speed.other == PLAIN
+    value = math.exp(estimate.value)
+    times = "times" if better else "times the champion's"
+    where = speed.temperature, speed.concurrency, (speed.arm, speed.other)
+    reasons = evaluation.warnings_about(*where, kinds=(PROMPTS, TURNS, TAU))
+    if not reasons and estimate.units < FEWEST_RUNS:
+        reasons = [few_runs(estimate.units)]
+    elif not reasons and math.isnan(estimate.error):
+        reasons = ["one conversation or prompt outweighs all others: raise evaluation.speed_prompts"]
+    if not reasons:
+        end = math.exp(estimate.upper(1 - level) if better else estimate.upper(level))
+        passed = end > wanted if better else end >= wanted
+        if not passed:  # noise widens intervals: a rule that passes in spite of it passes
+            reasons = evaluation.warnings_about(*where, kinds=(NOISE,))
+    if reasons:
+        text = f"{value:.3f} {times}, inconclusive: {'; '.join(reasons)}"
+        return _rule(name, False, text, {"value": value, "wanted": wanted}, conclusive=False)
+    text = f"{value:.3f} {times}, {'at least' if better else 'at most'} {end:.3f} at {100 * level:.3g} %"
+    text += f"; {'above' if better else 'at least'} {wanted:.3f} wanted"
+    return _rule(name, passed, text, {"value": value, "end": end, "wanted": wanted})
+
+
 STAGE = Stage(
     name="gate",
     config=GateConfig,
     inputs=("evaluation", "champion?", "sft", "opd", "control?"),
-    body="draftsmith.stages.evaluation.gate_rules",
+    body="draftsmith.stages.evaluation.gate",
     volatile=("metrics.jsonl", GateDecision.FILE),
     reads_volatile=("evaluation",),
 )

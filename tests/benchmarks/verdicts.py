@@ -27,8 +27,7 @@ from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_prompts
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.evaluation import speed_embedded as embedded
 from draftsmith.stages.evaluation.config import DRAFTERS, EvaluationConfig
-from draftsmith.stages.evaluation.gate import GateConfig
-from draftsmith.stages.evaluation.gate_rules import decide
+from draftsmith.stages.evaluation.gate import GateConfig, decide
 from draftsmith.stages.evaluation.measure import speed_comparisons
 from draftsmith.stages.evaluation.speed_embedded import Decoder, EmbeddedSpeedTest, choose_block_sizes, one_thread
 from draftsmith.stages.evaluation.speed_table import log_ratios

@@ -53,6 +53,6 @@ def test_only_a_training_has_memory_estimates_in_its_digest(stage: str) -> None:
 
 
 def test_an_edit_of_a_gate_rule_makes_no_evaluation_again() -> None:
-    gate = {"evaluation.gate", "evaluation.gate_rules", "artifacts.results.gate"}
+    gate = {"evaluation.gate", "artifacts.results.gate"}
     assert gate <= _modules("gate")
     assert not gate & (_modules("evaluation") | _modules("drift") | _modules("report") - {"artifacts.results.gate"})

@@ -12,8 +12,7 @@ from draftsmith.artifacts.results.evaluation import CHAMPION, PLAIN
 from draftsmith.artifacts.results.gate import GateDecision, GateVerdict
 from draftsmith.artifacts.store.local import Claim, Store
 from draftsmith.artifacts.store.manifest import Provenance
-from draftsmith.stages.evaluation.gate import GateConfig
-from draftsmith.stages.evaluation.gate_rules import run
+from draftsmith.stages.evaluation.gate import GateConfig, run
 from draftsmith.stages.evaluation.verdicts import comparison
 from draftsmith.stages.runtime.statistics import Estimate
 from tests.testbed.context import RecordingContext

@@ -12,7 +12,7 @@ import pytest
 
 from draftsmith.artifacts.results.evaluation import CHAMPION, PLAIN, EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision
-from draftsmith.stages.evaluation import gate_rules
+from draftsmith.stages.evaluation import gate as gate_stage
 from draftsmith.stages.evaluation.acceptance import acceptance_table, tau_comparisons
 from draftsmith.stages.evaluation.gate import GateConfig
 from draftsmith.stages.evaluation.speed_table import log_ratios
@@ -48,7 +48,7 @@ def evaluation(rng: np.random.Generator, gain: float, prompts: int = 200, rounds
 
 
 def decide(found: dict[str, Any], config: GateConfig, damage: Sequence[str] = ()) -> GateDecision:
-    return gate_rules.decide(EvaluationResult.model_validate(found), config, damage)
+    return gate_stage.decide(EvaluationResult.model_validate(found), config, damage)
 
 
 def failed(found: dict[str, Any], config: GateConfig | None = None, damage: Sequence[str] = ()) -> list[str]:

@@ -23,8 +23,7 @@ from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.evaluation import speed_sglang as served_module
 from draftsmith.stages.evaluation.config import EvaluationConfig, prompts_to_decode
-from draftsmith.stages.evaluation.gate import GateConfig
-from draftsmith.stages.evaluation.gate_rules import decide
+from draftsmith.stages.evaluation.gate import GateConfig, decide
 from draftsmith.stages.evaluation.speed_sglang import SGLangSpeedTest, measure_sglang
 from draftsmith.stages.evaluation.speed_table import speed_tables
 from draftsmith.stages.evaluation.timed_runs import SpeedMeasurement, requests_for

@@ -9,7 +9,7 @@ import pytest
 
 from draftsmith.artifacts.results.evaluation import CHAMPION, PLAIN, EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision
-from draftsmith.stages.evaluation import gate_rules
+from draftsmith.stages.evaluation import gate as gate_stage
 from draftsmith.stages.evaluation.gate import GateConfig
 from draftsmith.stages.evaluation.speed_table import log_ratios, speed_metrics
 from draftsmith.stages.evaluation.timed_runs import Setting
@@ -62,7 +62,7 @@ def evaluation(turns: list[Turn]) -> dict[str, Any]:
 
 
 def decide(found: dict[str, Any], config: GateConfig) -> GateDecision:
-    return gate_rules.decide(EvaluationResult.model_validate(found), config)
+    return gate_stage.decide(EvaluationResult.model_validate(found), config)
 
 
 def gate(turns: list[Turn], **config: Any) -> GateDecision:
