@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from draftsmith.stages.runtime.memory import to_device
+
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 
 _HIDDEN = -1e9  # added to masked scores; finite, so that a block that sees nothing of the prefix gives no NaN
@@ -64,14 +66,21 @@ class ContextMask:
     def visible(
         self, entries: slice, queries: int, rows: slice = slice(None), group: slice = slice(None)
     ) -> torch.Tensor | None:
-        """Return bool [B, A, S or 1, entries]: what each query of some blocks sees of some entries of the prefix.
+        """Return what `sees` returns; None if all queries see everything.
 
-        It has one row for all queries if they see the same, and is None if all see everything.
+        It reads the bounds on the host: on CUDA this would wait for all that is queued there.
         """
         first, end = self.bounds[:, rows, group]
         within = self.window is None or end.max() + queries - 1 - self.window < entries.start
         if not self.ring and within and first.max() <= entries.start and end.min() >= entries.stop:
             return None
+        return self.sees(entries, queries, rows, group)
+
+    def sees(self, entries: slice, queries: int, rows: slice = slice(None), group: slice = slice(None)) -> torch.Tensor:
+        """Return bool [B, A, S or 1, entries]: what each query of some blocks sees of some entries of the prefix.
+
+        It has one row for all queries if they see the same.
+        """
         seen = self.seen[rows, group, None, None]
         at = torch.arange(entries.start, entries.stop, device=seen.device)
         if self.ring:
@@ -101,10 +110,10 @@ class ContextMask:
             B, A = self.seen.shape
             # tensors, because numbers would be compiled in, and every length compiled anew
             device = self.seen.device
-            prefix, queries, own = (torch.tensor(n, device=device) for n in (T, S, J))
+            window_or_all = T + S + J if self.window is None else self.window
+            own_ahead = 0 if self.causal else J  # own keys after the query that it sees
+            prefix, queries, own, window, ahead = to_device([T, S, J, window_or_all, own_ahead], device)
             seen, first = self.seen, torch.zeros_like(self.seen) if self.first is None else self.first
-            window = torch.tensor(T + S + J if self.window is None else self.window, device=device)
-            ahead = torch.tensor(0 if self.causal else J, device=device)  # own keys after the query that it sees
 
             def sees(b: torch.Tensor, _h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
                 block, s = q // queries, q % queries
@@ -164,11 +173,12 @@ def block_attention(
     keys, values, own_keys, own_values = (x.to(dtype) for x in (*prefix, *own))
     B, heads, A, S, D = queries.shape
     kv_heads = keys.shape[1]
-    if queries.is_cuda and A > 1:
+    on_cpu = queries.device.type == "cpu"
+    if not on_cpu and A > 1:
         return _with_flex(queries.to(dtype), (keys, values), (own_keys, own_values), context_mask)
     # the query heads of a key head as further queries of it: keys and values are read in place, not repeated
     q = queries.to(dtype).view(B, kv_heads, heads // kv_heads, A, S, D).transpose(2, 3).flatten(3, 4).contiguous()
-    if queries.is_cuda:
+    if not on_cpu:
         out = _one_block(q, (keys, values), (own_keys, own_values), context_mask, S)
     else:
         out = _Merged.apply(q, keys, values, own_keys, own_values, context_mask, S)
@@ -273,18 +283,10 @@ def _mask(sees: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
 def _one_block(q: torch.Tensor, prefix: KeysValues, own: KeysValues, context_mask: ContextMask, S: int) -> torch.Tensor:
     """Attend for A = 1: prefix and block are one sequence, and no other block is read in vain."""
     T, J = prefix[0].shape[2], own[0].shape[3]
-    ends = (context_mask.bounds[0].min(), context_mask.bounds[1].max()) if context_mask.local else (0, T)
-    entries = slice(*(int(end.clip(0, T)) for end in np.array(ends)))
-    keys, values = (
-        torch.cat([of_prefix[:, :, entries], of_own[:, :, 0]], 2) for of_prefix, of_own in zip(prefix, own, strict=True)
-    )
-    of_prefix, of_own = context_mask.visible(entries, S), context_mask.own(S, J)
-    if of_prefix is None and of_own is None:
-        return F.scaled_dot_product_attention(q[:, :, 0], keys, values)[:, :, None]
-    B = len(q)
-    ones = torch.ones(1, 1, device=q.device, dtype=torch.bool)
-    seen = ones.expand(B, S, entries.stop - entries.start) if of_prefix is None else of_prefix[:, 0].expand(-1, S, -1)
-    mask = torch.cat([seen, (ones if of_own is None else of_own).expand(B, S, J)], -1)
+    keys, values = (torch.cat([of_prefix, of_own[:, :, 0]], 2) for of_prefix, of_own in zip(prefix, own, strict=True))
+    of_prefix, of_own = context_mask.sees(slice(0, T), S)[:, 0], context_mask.own(S, J)
+    own_sees = torch.ones(1, 1, device=q.device, dtype=torch.bool) if of_own is None else of_own
+    mask = torch.cat([of_prefix.expand(-1, S, -1), own_sees.expand(len(q), S, J)], -1)
     return F.scaled_dot_product_attention(
         q[:, :, 0], keys, values, attn_mask=mask.repeat(1, q.shape[3] // S, 1)[:, None]
     )[:, :, None]

@@ -21,6 +21,7 @@ from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request, VerifyStep
 from draftsmith.stages.engines.verification import BlockDrafter, Drafted, sample_target, verify
+from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.kv_cache import Rows
 
@@ -142,9 +143,9 @@ class EmbeddedEngine:
                     f"the engine's capacity of {self.capacity}. Raise the capacity."
                 )
         device = self.target.device
-        lengths = torch.tensor([len(r.prompt_ids) for r in requests], device=device)
-        width = int(lengths.max())
-        ids = torch.tensor([r.prompt_ids + [0] * (width - len(r.prompt_ids)) for r in requests], device=device)
+        width = max(len(r.prompt_ids) for r in requests)
+        lengths = to_device([len(r.prompt_ids) for r in requests], device)
+        ids = to_device([r.prompt_ids + [0] * (width - len(r.prompt_ids)) for r in requests], device)
         positions = torch.arange(width, device=device).expand(len(requests), -1)
         at: Rows = slice(first_row, first_row + len(requests))
         out = self.target.step(ids, positions, self.cache, at, layer_ids=self.layer_ids)
@@ -165,19 +166,21 @@ class EmbeddedEngine:
         started = time.perf_counter()
         device = self.target.device
         at = slice(0, len(rows))
-        anchors = torch.tensor([row.anchor for row in rows], device=device)
-        ids = torch.tensor([[row.last_token] for row in rows], device=device)
+        starts = [row.anchor for row in rows]
+        anchors, last_tokens = to_device([starts, [row.last_token for row in rows]], device)
+        ids = last_tokens[:, None]
         requests = [row.request for row in rows]
         drafted = Drafted(ids[:, 1:])
         if self.drafter and self.context:
-            context = self.drafter.select(self.context, at, int(anchors.max()))
+            context = self.drafter.select(self.context, at, max(starts))
             drafted = self._blocks.draft(context, ids, anchors[:, None], requests)
             ids = torch.cat([ids, drafted.tokens], 1)  # [n, block_size]
         proposed = drafted.tokens.tolist()
         drafted_at = time.perf_counter()
 
         positions = anchors[:, None] + torch.arange(ids.shape[1], device=device)
-        out = self.target.step(ids, positions, self.cache, at, layer_ids=self.layer_ids, advance=self.drafter is None)
+        length, advance = max(starts) + ids.shape[1], self.drafter is None
+        out = self.target.step(ids, positions, self.cache, at, length=length, layer_ids=self.layer_ids, advance=advance)
         if self.drafter and self.context and out.features is not None:
             with torch.no_grad():
                 self.drafter.extend(self.context, at, out.features, ids, positions)
@@ -192,7 +195,7 @@ class EmbeddedEngine:
                 row.done.steps.append(VerifyStep(anchor, min(accepted, committed[-1]), block))
                 row.done.verify_steps += 1
         if self.drafter:
-            self.target.commit(ids, positions, self.cache, 0, committed)
+            self.target.commit(ids, starts, self.cache, 0, committed)
         share = 1.0 / len(rows)
         verified_at = time.perf_counter()
         for row in rows:

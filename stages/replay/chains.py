@@ -18,10 +18,11 @@ from draftsmith.stages.data.trajectories import Trajectory, pad_tokens
 from draftsmith.stages.drafters.base import Context, PreparedDrafter
 from draftsmith.stages.replay.sampled import TargetSampler, VerifiedBlocks, draft_sampled
 from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.runtime.memory import to_device
 
-# Blocks that a round should hold before more chains are worth their extra blocks: by then matrix products are at
-# their full rate on a CPU, and a GPU does more than launch kernels.
-BLOCKS_PER_ROUND = 32
+# Blocks that a round should hold, by type of device, before more chains are worth their extra blocks: by then matrix
+# products are at their full rate on a CPU, and a GPU does more than launch kernels (256: not measured).
+BLOCKS_PER_ROUND = {"cpu": 32, "cuda": 256}
 # Live rows are copied together once this share of the batch is left; the copies of all rounds add up to a few contexts.
 COMPACT_AT = 0.75
 NOT_EVALUATED = -1
@@ -58,22 +59,23 @@ def replay_chains(
     rows = list(range(len(states)))  # the batch: row r of `context` and `tokens` is trajectory rows[r]
     while live := [r for r, row in enumerate(rows) if states[row].live]:
         if len(live) <= COMPACT_AT * len(rows):
-            keep = torch.tensor(live, device=device)
+            keep = to_device(live, device)
             longest = max(states[rows[r]].length for r in live)
             context, tokens = drafter.drafter.select(context, keep, longest), tokens[keep]
             sampler = None if sampler is None else sampler.select(keep)
             rows = [rows[r] for r in live]
         if chains is None:
             for row in rows:
-                states[row].split(BLOCKS_PER_ROUND // len(live), rate)
+                states[row].split(BLOCKS_PER_ROUND[device.type] // len(live), rate)
         A = max(len(states[row].live) for row in rows)
         # rows with fewer live chains repeat an anchor; the copies are not read
         anchors = np.array([(states[row].live + [states[row].filler] * A)[:A] for row in rows])
-        anchors_RA = torch.from_numpy(anchors).to(device)
+        anchors_RA = to_device(anchors, device)
         # a view: no block reads at or after its anchor
         visible = drafter.drafter.select(context, slice(0, len(rows)), int(anchors.max()))
         blocks = draft(drafter, visible, tokens, anchors_RA, sampler, with_proposals=with_proposals)
-        accepted, proposed = blocks.accepted.cpu().numpy(), blocks.proposed.cpu().numpy()
+        verified = torch.cat([blocks.accepted[..., None], blocks.proposed], -1).cpu().numpy()  # in one copy
+        accepted, proposed = verified[..., 0], verified[..., 1:]
         expected = None if blocks.expected is None else blocks.expected.cpu().numpy()
         for r, row in enumerate(rows):
             states[row].record(accepted[r], proposed[r], None if expected is None else expected[r], rate=rate)

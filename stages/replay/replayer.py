@@ -27,6 +27,7 @@ from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import SamplingParams
 
 Result = TypeVar("Result")
+KeptGroup: TypeAlias = tuple[Sequence[str], EncodedGroup]  # names of the trajectories of a forward with its cache
 GroupTraces: TypeAlias = tuple[list[int], list[dict[str, Trace]]]  # indices in the set, and traces by drafter of each
 
 
@@ -123,7 +124,7 @@ class Replayer:
         def replay(group: Group) -> list[dict[str, Trace]]:
             hidden, outside = None, [0] * len(group.trajectories)
             if any_samples:
-                encoded = encode_group(self.target, group, layer_ids)
+                encoded = encode_group(self.target, group.ids, layer_ids)
                 hidden = encoded.hidden
                 outside = outside_nucleus(self.target, hidden, group.trajectories, options.sampling)
                 assert encoded.features is not None
@@ -177,10 +178,10 @@ class Replayer:
         """
         sampling = self.options.sampling
         prepared = self._prepare(drafter)
-        tree_tokens = max(TREE_TOKENS, prepared.block_size) if suffixes else 0
+        tree_tokens = tree_tokens_of(prepared.block_size) if suffixes else 0
 
         def replay(group: Group) -> list[tuple[Trace, StepScores]]:
-            encoded = encode_group(self.target, group, drafter.target_layer_ids, tree_tokens)
+            encoded = encode_group(self.target, group.ids, drafter.target_layer_ids, tree_tokens)
             assert encoded.features is not None
             traces = self._replay(prepared, encoded.features, group, encoded.hidden)
             if samples_proposals(drafter, sampling):
@@ -294,32 +295,71 @@ def _in_halves(group: Group, work: Callable[[Group], Sequence[Result]], log: Cal
 
 
 def score(
-    target: Target, trajectories: Sequence[Trajectory], traces: Sequence[Trace], tokens_per_group: int
+    target: Target,
+    trajectories: Sequence[Trajectory],
+    traces: Sequence[Trace],
+    tokens_per_group: int,
+    kept: Sequence[KeptGroup] = (),
 ) -> list[StepScores]:
-    """Score the rejected proposals of some steps of each trajectory, in the trajectories' order."""
+    """Score the rejected proposals of some steps of each trajectory, in the trajectories' order.
+
+    kept: forwards of the target over all of these trajectories; left out, it reads them again.
+    """
     scores: dict[int, StepScores] = {}
-    tree_tokens = max(TREE_TOKENS, traces[0].proposed.shape[1] + 1) if traces else TREE_TOKENS
-    for group in groups_of(trajectories, tokens_per_group, target.device):
-        with torch.autocast(target.device.type, enabled=False):  # a training loop's is for the drafter alone
-            encoded = encode_group(target, group, tree_tokens=tree_tokens)
-            of_group = score_traces(target, encoded, [traces[i] for i in group.indices], rejected_only=True)
-        scores |= dict(zip(group.indices, of_group, strict=True))
+    with torch.autocast(target.device.type, enabled=False):  # a training loop's is for the drafter alone
+        for indices, encoded in _encoded(target, trajectories, traces, tokens_per_group, kept):
+            of_group = [_NO_STEPS if i is None else traces[i] for i in indices]
+            scored = score_traces(target, encoded, of_group, rejected_only=True)
+            scores |= {i: of_trace for i, of_trace in zip(indices, scored, strict=True) if i is not None}
     return [scores[i] for i in range(len(trajectories))]
 
 
-def encode_group(target: Target, group: Group, layer_ids: Sequence[int] = (), tree_tokens: int = 0) -> EncodedGroup:
-    """Run the target over a group.
+_NO_STEPS = Trace(0, *(np.zeros(0, dtype=np.int64),) * 2, np.zeros((0, 0), dtype=np.int64), 0)
+
+
+def _encoded(
+    target: Target,
+    trajectories: Sequence[Trajectory],
+    traces: Sequence[Trace],
+    tokens_per_group: int,
+    kept: Sequence[KeptGroup],
+) -> Iterator[tuple[list[int | None], EncodedGroup]]:
+    """Yield forwards over the trajectories, and which of them each row is; None: a row of no use."""
+    if not kept:
+        tree_tokens = tree_tokens_of(traces[0].proposed.shape[1] + 1)
+        for group in groups_of(trajectories, tokens_per_group, target.device):
+            yield list(group.indices), encode_group(target, group.ids, tree_tokens=tree_tokens)
+        return
+    waiting: dict[str, list[int]] = {}
+    for i, trajectory in enumerate(trajectories):
+        waiting.setdefault(trajectory.trajectory_id, []).append(i)
+    for names, encoded in kept:
+        of_rows = [waiting.get(name, []) for name in names]
+        while any(of_rows):  # a step may hold a trajectory twice
+            yield [indices.pop() if indices else None for indices in of_rows], encoded
+
+
+def tree_tokens_of(block_size: int) -> int:
+    """Return the free entries of a cache that proposals are scored on."""
+    return max(TREE_TOKENS, block_size)
+
+
+def encode_group(
+    target: Target, ids: torch.Tensor, layer_ids: Sequence[int] = (), tree_tokens: int = 0
+) -> EncodedGroup:
+    """Run the target over a group of trajectories, padded to tokens [B, T].
 
     layer_ids: layers that the features are taken from.
     tree_tokens: free cache entries after each trajectory; 0: no cache is kept.
     """
     if not tree_tokens:
-        out = target.read(group.ids, layer_ids)
-        return EncodedGroup(group.ids, out.hidden, out.features)
-    B, T = group.ids.shape
+        out = target.read(ids, layer_ids)
+        return EncodedGroup(ids, out.hidden, out.features)
+    B, T = ids.shape
     cache = target.new_cache(B, T + tree_tokens)
-    out = target.step(group.ids, group.positions, cache, slice(0, B), layer_ids=layer_ids)
-    return EncodedGroup(group.ids, out.hidden, out.features, cache, tree_tokens)
+    positions = torch.arange(T, device=ids.device).expand(B, -1)
+    out = target.step(ids, positions, cache, slice(0, B), layer_ids=layer_ids)
+    return EncodedGroup(ids, out.hidden, out.features, cache, tree_tokens)
 
 
 def samples_proposals(drafter: Drafter, sampling: SamplingParams) -> bool:

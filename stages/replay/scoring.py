@@ -17,6 +17,7 @@ import torch
 
 from draftsmith.stages.replay.options import POSITIONS_PER_CHUNK, TREE_TOKENS
 from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.kv_cache import Rows, SlotCache
 
@@ -68,12 +69,13 @@ def score_traces(
     on_trajectory = _Proposals.from_traces(traces, begin, [t.on_trajectory for t in traces])
     for start in range(0, len(on_trajectory.row), positions_per_chunk):
         chunk = on_trajectory.select(slice(start, start + positions_per_chunk))
-        rows = torch.from_numpy(chunk.row).to(device)
-        logits = target.logits(group.hidden[rows, torch.from_numpy(chunk.anchor + chunk.column).to(device)])
+        logits = target.logits(
+            group.hidden[tuple(to_device(np.stack([chunk.row, chunk.anchor + chunk.column]), device))]
+        )
         total = logits.logsumexp(-1)
         chunk.write(scores, _logprobs(logits, total, chunk.token))
         rejected = np.flatnonzero(chunk.column + 1 == chunk.rejected_offset)
-        index = torch.from_numpy(rejected).to(device)
+        index = to_device(rejected, device)
         values = (logits[index].amax(-1) - total[index]).cpu().numpy()
         for b, s, value in zip(chunk.row[rejected], chunk.step[rejected], values, strict=True):
             best[b][s] = value
@@ -143,12 +145,12 @@ class _Proposals:
 def _cache_rows(rows: np.ndarray, device: torch.device) -> Rows:
     """Return sorted rows of the cache, as a slice if they are neighbours: these are read in place."""
     first, end = int(rows[0]), int(rows[-1]) + 1
-    return slice(first, end) if end - first == len(rows) else torch.from_numpy(rows).to(device)
+    return slice(first, end) if end - first == len(rows) else to_device(rows, device)
 
 
 def _logprobs(logits: torch.Tensor, total: torch.Tensor, tokens: np.ndarray) -> np.ndarray:
     """Return the log-probs of one token per row, without a log-softmax of the whole vocabulary."""
-    chosen = logits.gather(1, torch.from_numpy(tokens).to(logits.device)[:, None])[:, 0]
+    chosen = logits.gather(1, to_device(tokens, logits.device)[:, None])[:, 0]
     return (chosen - total).cpu().numpy()
 
 
@@ -212,18 +214,19 @@ def _score_leaves(
     committed, own = np.ones((R, M), dtype=np.int64), np.full((R, M), M)  # padding must see something
     committed[row, slot], own[row, slot] = leaves.anchor + leaves.rejected_offset, slot - leaves.within
     device = target.device
+    token_ids, at, begin, end = to_device(np.stack([ids, positions, own, committed]), device)
     order = torch.arange(M, device=device)
-    own_step = (order >= torch.from_numpy(own).to(device)[..., None]) & (order <= order[:, None])
-    prefix = torch.arange(T, device=device) < torch.from_numpy(committed).to(device)[..., None]
+    own_step = (order >= begin[..., None]) & (order <= order[:, None])
+    prefix = torch.arange(T, device=device) < end[..., None]
     out = target.step(
-        torch.from_numpy(ids).to(device),
-        torch.from_numpy(positions).to(device),
+        token_ids,
+        at,
         group.cache,
         _cache_rows(cache_rows, device),
         write_at=torch.arange(T, T + M, device=device).expand(R, -1),
         visible=torch.cat([prefix, own_step], -1),
     )
-    hidden = out.hidden[torch.from_numpy(row).to(device), torch.from_numpy(slot).to(device)]
+    hidden = out.hidden[tuple(to_device(np.stack([row, slot]), device))]
     for start in range(0, len(row), positions_per_chunk):
         some = slice(start, start + positions_per_chunk)
         _write_following(target, hidden[some], leaves.select(some), traces, scores)
@@ -259,9 +262,9 @@ def _score_one_by_one(
             row, read = int(step.row[0]), 0
         at = slice(row, row + 1)
         if read < end:
-            target.step(ids[at, read:end], torch.arange(read, end, device=ids.device)[None], cache, at)
+            target.step(ids[at, read:end], torch.arange(read, end, device=ids.device)[None], cache, at, length=end)
         read = end
-        tokens = torch.from_numpy(step.token).to(ids.device)[None]
-        positions = end + torch.arange(len(step.row), device=ids.device)[None]
-        out = target.step(tokens, positions, cache, at, advance=False)
+        tokens, following = to_device(step.token, ids.device)[None], end + len(step.row)
+        positions = torch.arange(end, following, device=ids.device)[None]
+        out = target.step(tokens, positions, cache, at, length=following, advance=False)
         _write_following(target, out.hidden[0], step, traces, scores)

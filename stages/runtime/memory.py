@@ -1,4 +1,4 @@
-"""Memory of a stage process: retries after an allocator's refusal, and the thresholds of garbage collection.
+"""Memory of a stage process: retries after an allocator's refusal, copies to the device, and garbage collection.
 
 The command line imports this module first, so torch is imported only where it is used.
 """
@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -29,6 +33,16 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def to_device(values: Sequence[object] | np.ndarray, device: torch.device) -> torch.Tensor:
+    """Copy numbers of the host to a device without waiting for the kernels that are queued there."""
+    import torch
+
+    tensor = torch.as_tensor(values)
+    if device.type == "cuda":  # a copy from pageable memory would wait for them
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def retry_in_halves(

@@ -33,9 +33,11 @@ def grouped_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return attention [n, T, heads, D], and None for its weights. The signature is transformers'.
 
-    query: [n, heads, T, D]; key, value: [n, kv_heads, L, D]; attention_mask: additive or bool [n, 1, T, L], None:
-    causal. softcap: scores are softcap · tanh(score / softcap). s_aux: [heads] sinks.
+    query: [n, heads, T, D]; key, value: [n, kv_heads, L, D]; attention_mask: additive or bool [n, 1, T, L], None or
+    `causal_mask`: causal. softcap: scores are softcap · tanh(score / softcap). s_aux: [heads] sinks.
     """
+    if attention_mask is not None and is_causal(attention_mask):
+        attention_mask = None
     if softcap is not None or s_aux is not None:
         return scored_attention(query, key, value, attention_mask, scaling, softcap, s_aux), None
     if attention_mask is None or query.shape[1] == key.shape[1] or kwargs.get("position_bias") is not None:
@@ -44,16 +46,33 @@ def grouped_attention(
     return folded_attention(query, key, value, mask, scaling).contiguous(), None  # some models view it
 
 
+def causal_mask(device: torch.device) -> torch.Tensor:
+    """Return a mask without entries, which stands for causal attention over the tokens of a forward alone.
+
+    Kernels that need no mask skip half of the scores. Decoders of transformers pass any mask of four dimensions on
+    unchanged, and make one of their own from None.
+    """
+    return torch.empty(1, 1, 0, 0, device=device)
+
+
+def is_causal(mask: torch.Tensor) -> bool:
+    """Return whether a mask is `causal_mask`."""
+    return mask.shape[-1] == 0
+
+
 def fold(mask: torch.Tensor, groups: int) -> torch.Tensor:
     """Repeat a mask [n, 1, T, L] for `folded_attention`; a single row of queries broadcasts over its group."""
-    return mask if mask.shape[2] == 1 or groups == 1 else mask.repeat(1, 1, groups, 1)
+    return mask if mask.shape[2] <= 1 or groups == 1 else mask.repeat(1, 1, groups, 1)
 
 
 def folded_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float | None
 ) -> torch.Tensor:
-    """Return attention [n, T, heads, D] without soft cap and sinks. mask: folded."""
+    """Return attention [n, T, heads, D] without soft cap and sinks. mask: folded, or `causal_mask`."""
     n, heads, T, D = query.shape
+    if is_causal(mask):
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2)
     if T == 1 and query.dtype == torch.bfloat16 and query.device.type == "cpu" and _multiplies_tiles():
         # One query per head: the kernel's own grouping is up to 1.6 times as fast in one thread on a processor with
         # AMX, gains nothing from more threads, and takes six times as long without AMX.

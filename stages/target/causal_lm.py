@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoTokenizer
 
 from draftsmith.artifacts.errors import DraftsmithError, find_disk_error, is_full_disk, one_line
-from draftsmith.stages.runtime.memory import out_of_memory
+from draftsmith.stages.runtime.memory import out_of_memory, to_device
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
 from draftsmith.stages.target.attention import register
 from draftsmith.stages.target.config import Dtype, TargetConfig
@@ -210,6 +210,7 @@ class Target:
         cache: SlotCache,
         rows: Rows,
         *,
+        length: int | None = None,
         layer_ids: Sequence[int] = (),
         write_at: torch.Tensor | None = None,
         visible: torch.Tensor | None = None,
@@ -219,18 +220,19 @@ class Target:
 
         By default a token is written at its position and attends to every entry up to itself. A tree passes `write_at`
         [n, T] (free entries) and `visible` bool [n, T, L] (the entries that each token attends to) instead.
+        length: positions of the longest row, these tokens included, which the host must know: asking the device would
+        wait for all that is queued there. Left out, these are the rows' first tokens.
 
         The states of a recurrent target are those after the rows' earlier tokens; rows that begin at position 0 have
         none. With `advance` they are updated to the last token, padding included; without, they stay unchanged, and
         `commit` follows.
         """
         assert visible is None or not self.layers.recurrent, "a recurrent target has no forward over a tree"
-        if visible is None:
-            length = int(positions.max()) + 1
-            visible = torch.arange(length, device=ids.device) <= positions[..., None]
+        if visible is not None:
+            length = visible.shape[-1]
+        length = ids.shape[1] if length is None else length
         write_at = positions if write_at is None else write_at
-        length = visible.shape[-1]
-        fresh = self.layers.recurrent and not bool(positions[:, 0].any())
+        fresh = self.layers.recurrent and length == ids.shape[1]
         cache.address(Address(rows, write_at, length, fresh, advance))
         entry_positions = torch.arange(length, device=ids.device).expand(len(ids), -1)
         if write_at is not positions:
@@ -248,19 +250,21 @@ class Target:
         return out
 
     def commit(
-        self, ids: torch.Tensor, positions: torch.Tensor, cache: SlotCache, first_row: int, committed: Sequence[int]
+        self, ids: torch.Tensor, anchors: Sequence[int], cache: SlotCache, first_row: int, committed: Sequence[int]
     ) -> None:
         """Update states over the first committed[i] tokens of row i, after a `step` without `advance`.
 
-        ids, positions: [n, T] of consecutive rows. Rows with equally many tokens are read together. A target without
-        recurrent layers needs nothing.
+        ids: [n, T] of consecutive rows. anchors: [n] positions of their first tokens. Rows with equally many tokens are
+        read together. A target without recurrent layers needs nothing.
         """
         if not self.layers.recurrent:
             return
-        counts = torch.tensor(committed, device=ids.device)
         for count in sorted(set(committed) - {0}):
-            at = (counts == count).nonzero()[:, 0]
-            self.step(ids[at, :count], positions[at, :count], cache, at + first_row)
+            rows = [row for row, other in enumerate(committed) if other == count]
+            starts = [anchors[row] for row in rows]
+            at, first = to_device([rows, starts], ids.device)
+            positions = first[:, None] + torch.arange(count, device=ids.device)
+            self.step(ids[at, :count], positions, cache, at + first_row, length=max(starts) + count)
 
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

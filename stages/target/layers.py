@@ -15,6 +15,7 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
+from draftsmith.stages.target.attention import causal_mask
 from draftsmith.stages.target.model_sizes import usual_layer
 
 # The config field with the number of positions that attention of a kind reads; None: the whole prefix.
@@ -72,22 +73,36 @@ class Layers:
         return cls(tuple(kinds), tuple(map(reach.get, kinds)), recurrent)
 
     def masks(
-        self, visible: torch.Tensor, positions: torch.Tensor, entry_positions: torch.Tensor, dtype: torch.dtype
+        self,
+        visible: torch.Tensor | None,
+        positions: torch.Tensor,
+        entry_positions: torch.Tensor,
+        dtype: torch.dtype,
     ) -> torch.Tensor | dict[str, torch.Tensor | None]:
         """Return additive masks [n, 1, T, L] as decoders take them: one, or one for each kind of layer.
 
-        visible: bool [n, T, L]; positions: [n, T] of the tokens; entry_positions: [n, L] of the entries.
+        visible: bool [n, T, L]; None: a token sees every entry up to its position. positions: [n, T] of the tokens;
+        entry_positions: [n, L] of the entries. Where the tokens are all entries, and no window is shorter, the mask is
+        `causal_mask`.
         """
         masks: dict[str, torch.Tensor | None] = {}
+        T, L = positions.shape[1], entry_positions.shape[1]
+        first = visible is None and T == L  # tokens of their rows
+        whole = visible
         for kind, reach in dict(zip(self.kinds, self.reach, strict=True)).items():
             if kind not in _REACH:
                 masks[kind] = None
                 continue
-            seen = visible
+            if first and (reach is None or reach >= T):
+                masks[kind] = causal_mask(positions.device)
+                continue
+            if whole is None:
+                whole = entry_positions[:, None] <= positions[..., None]
+            seen = whole
             if kind in _SLIDING and reach is not None:
-                seen = visible & (positions[..., None] - entry_positions[:, None] < reach)
+                seen = seen & (positions[..., None] - entry_positions[:, None] < reach)
             elif kind == "chunked_attention" and reach is not None:
-                seen = visible & (positions[..., None] // reach == entry_positions[:, None] // reach)
+                seen = seen & (positions[..., None] // reach == entry_positions[:, None] // reach)
             mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
             masks[kind] = mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
         attending = [mask for mask in masks.values() if mask is not None]

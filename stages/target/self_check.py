@@ -70,14 +70,15 @@ def _cached_forwards(target: Any, ids: torch.Tensor, committed: int) -> torch.Te
 
     def step(begin: int, end: int, advance: bool = True) -> torch.Tensor:
         at = slice(begin, end)
-        hidden: torch.Tensor = target.step(ids[:, at], positions[:, at], cache, slice(0, 1), advance=advance).hidden
+        out = target.step(ids[:, at], positions[:, at], cache, slice(0, 1), length=end, advance=advance)
+        hidden: torch.Tensor = out.hidden
         return hidden
 
     step(0, _PREFIX)
     if committed == 1:
         step(_PREFIX, _PREFIX + 1, advance=False)
     first = step(_PREFIX, _TOKENS, advance=False)
-    target.commit(ids[:, _PREFIX:], positions[:, _PREFIX:], cache, 0, [committed])
+    target.commit(ids[:, _PREFIX:], [_PREFIX], cache, 0, [committed])
     return torch.cat([first[:, :committed], step(_PREFIX + committed, _TOKENS)], 1)
 
 

@@ -1,5 +1,6 @@
 """Batches of answers with the target's features, recomputed where they are used and kept in memory while they fit.
 
+Where the target scores proposals in a step, the keys and values of its first read are kept for that, if they fit.
 Nothing of the size of a hidden state goes to disk. If memory holds the features of all answers, they are computed in
 fixed groups and kept. If not, none are kept: epochs are shuffled, so what fits is seldom what comes next, and the
 answers of each batch are read in groups of similar length. Either way the bits depend on the batch alone, not on
@@ -11,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -21,10 +22,13 @@ from draftsmith.stages.data.trajectories import (
     answer_tokens,
     group_by_length,
     pad_tokens,
+    trajectory_ids,
     trajectory_lengths,
 )
+from draftsmith.stages.replay.replayer import KeptGroup, encode_group
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
 from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.estimate import ModelSize
 from draftsmith.stages.training.config import TrainingConfig
 
 
@@ -37,6 +41,7 @@ class Batch:
     features: torch.Tensor  # [B, T, K*H], the target's dtype
     hidden: torch.Tensor | None  # [B, T, H] after the target's final norm: predicts the next position
     positions: torch.Tensor  # [B, T]
+    kept: Sequence[KeptGroup] = ()  # the forwards of the step, if proposals are scored on their keys and values
 
     def select(self, rows: slice) -> Batch:
         """Return some of the trajectories, padded to the longest of them."""
@@ -44,7 +49,7 @@ class Batch:
         width = max(len(t.tokens) for t in trajectories)
         tokens, features, positions = (x[rows, :width] for x in (self.tokens, self.features, self.positions))
         hidden = None if self.hidden is None else self.hidden[rows, :width]
-        return Batch(trajectories, tokens, features, hidden, positions)
+        return Batch(trajectories, tokens, features, hidden, positions, self.kept)
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,24 @@ def split_rows(batch: Batch, block_tokens: int, limit: int | None) -> list[slice
 _Read = tuple[torch.Tensor, ...]  # features, and hidden states if they are wanted
 
 
+@dataclass
+class _Reads:
+    """What the target read for a batch."""
+
+    rows: dict[int, _Read] = field(default_factory=dict)  # by trajectory
+    kept: list[KeptGroup] = field(default_factory=list)
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory of tensors that another stream made until this one is done with them."""
+        tensors = [tensor for read in self.rows.values() for tensor in read]
+        for _, encoded in self.kept:
+            assert encoded.cache is not None
+            tensors += [encoded.ids, encoded.hidden]
+            tensors += [x for slots in encoded.cache.slots for x in (slots.keys, slots.values) if x is not None]
+        for tensor in tensors:
+            tensor.record_stream(stream)
+
+
 class FeatureSource:
     """The target's features of a set of trajectories, by index."""
 
@@ -101,18 +124,23 @@ class FeatureSource:
         config: TrainingConfig,
         *,
         with_hidden: bool = True,
+        tree_tokens: int = 0,
         ahead: bool | None = None,
     ):
         """Decide whether features are kept: if `config.feature_memory_mb` holds those of all trajectories.
 
         with_hidden: for losses that read the target's distribution; without, its last layers are not run.
+        tree_tokens: free cache entries for proposals that the target scores in a step; 0: it scores none. Then a batch
+        keeps the keys and values of its trajectories, if `config.feature_memory_mb` holds them.
         ahead: whether `prefetch` does anything; left out: on CUDA, where it takes no time from anything else.
         """
         self.with_hidden = with_hidden
         self.target, self.layer_ids, self.trajectories = target, tuple(layer_ids), trajectories
         self._lengths = lengths = trajectory_lengths(trajectories)
         width = target.head_weight.shape[1] * (len(self.layer_ids) + with_hidden)
-        self._keeps = int(lengths.sum()) * width * target.dtype.itemsize <= config.feature_memory_mb * 2**20
+        self._memory, self._tree_tokens = config.feature_memory_mb * 2**20, tree_tokens
+        self._keeps = int(lengths.sum()) * width * target.dtype.itemsize <= self._memory
+        self._names = trajectory_ids(trajectories)
         self._tokens_per_group = config.tokens_per_target_forward
         self._groups = list(group_by_length(lengths, self._tokens_per_group)) if self._keeps else []
         self._group_of = {index: g for g, group in enumerate(self._groups) for index in group}
@@ -121,7 +149,7 @@ class FeatureSource:
         # Never with a shared target: its messages and those of the gradients would interleave in any order.
         self._reads_ahead = not self._keeps and target.sharing == 1 and (on_cuda if ahead is None else ahead)
         self._stream = torch.cuda.Stream(target.device) if self._reads_ahead and on_cuda else None
-        self._ahead: tuple[tuple[int, ...], dict[int, _Read]] | None = None
+        self._ahead: tuple[tuple[int, ...], _Reads] | None = None
 
     def own_rows(self, indices: Sequence[int], ranks: Ranks) -> list[int]:
         """Return the rows of a step's trajectories that this rank trains."""
@@ -158,13 +186,13 @@ class FeatureSource:
             reads = self._read_all(indices if shared is None else shared, wanted=set(indices))
         features, *hidden = (
             torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-            for rows in zip(*(reads[i] for i in indices), strict=True)
+            for rows in zip(*(reads.rows[i] for i in indices), strict=True)
         )
         positions = torch.arange(features.shape[1], device=features.device).expand(len(indices), -1)
         tokens = pad_tokens(trajectories, features.device)
-        return Batch(trajectories, tokens, features, hidden[0] if hidden else None, positions)
+        return Batch(trajectories, tokens, features, hidden[0] if hidden else None, positions, reads.kept)
 
-    def _prefetched(self, indices: Sequence[int]) -> dict[int, _Read] | None:
+    def _prefetched(self, indices: Sequence[int]) -> _Reads | None:
         """Return what was read ahead, if that was for these trajectories."""
         ahead, self._ahead = self._ahead, None
         if ahead is None or ahead[0] != tuple(indices):
@@ -172,36 +200,47 @@ class FeatureSource:
         if self._stream is not None:
             current = torch.cuda.current_stream(self.target.device)
             current.wait_stream(self._stream)
-            for read in ahead[1].values():
-                for tensor in read:  # made in the other stream, which must not reuse its memory too early
-                    tensor.record_stream(current)
+            ahead[1].record_stream(current)
         return ahead[1]
 
-    def _read_all(self, indices: Sequence[int], wanted: Set[int] | None = None) -> dict[int, _Read]:
+    def _read_all(self, indices: Sequence[int], wanted: Set[int] | None = None) -> _Reads:
         """Read these trajectories with the target; return those that are wanted (left out: all)."""
-        reads: dict[int, _Read] = {}
+        reads = _Reads()
         if self._keeps:
             for g in dict.fromkeys(self._group_of[i] for i in indices):
                 if g not in self._cache:
                     self._cache[g] = self._read_group(self._groups[g], self._tokens_of(self._groups[g]))
-                reads |= self._cache[g]
+                reads.rows |= self._cache[g]
             return reads
         unique = list(dict.fromkeys(indices))
         by_length = group_by_length(self._lengths[unique], self._tokens_per_group)
         groups = [[unique[i] for i in group] for group in by_length]
         tokens = [self._tokens_of(group) for group in groups]  # all first: a copy would wait for the forward before it
+        kept = reads.kept if self._keeps_keys(unique) else None
         for group, ids in zip(groups, tokens, strict=True):
-            read = self._read_group(group, ids)
-            reads |= read if wanted is None else {i: read[i] for i in group if i in wanted}
+            read = self._read_group(group, ids, kept)
+            reads.rows |= read if wanted is None else {i: read[i] for i in group if i in wanted}
         return reads
+
+    def _keeps_keys(self, indices: Sequence[int]) -> bool:
+        """Return whether the keys and values of these trajectories are kept for scoring.
+
+        States of recurrent layers are of no use there: scoring stops at every rejection.
+        """
+        if not self._tree_tokens or self.target.layers.recurrent:
+            return False
+        of_token = ModelSize.from_config(self.target.config, 0).kv_bytes_per_token(self.target.dtype.itemsize)
+        return int(self._lengths[list(indices)].sum()) * of_token / self.target.sharing <= self._memory
 
     def _tokens_of(self, members: Sequence[int]) -> torch.Tensor:
         return pad_tokens([self.trajectories[i] for i in members], self.target.device)
 
-    def _read_group(self, members: Sequence[int], ids: torch.Tensor) -> dict[int, _Read]:
-        """Read trajectories in one forward. ids: their tokens [n, T]."""
+    def _read_group(
+        self, members: Sequence[int], ids: torch.Tensor, kept: list[KeptGroup] | None = None
+    ) -> dict[int, _Read]:
+        """Read trajectories in one forward. ids: their tokens [n, T]. kept: takes the forward with its cache."""
         with torch.autocast(self.target.device.type, enabled=False):  # the training loop's is for the drafter alone
-            read = self._read(ids)
+            read = self._read(ids) if kept is None else self._read_with_keys(members, ids, kept)
         lengths = self._lengths[list(members)].tolist()
         return {
             i: tuple(tensor[row, :n].clone() for tensor in read)
@@ -214,6 +253,12 @@ class FeatureSource:
         out = self.target.read(ids, self.layer_ids)
         assert out.features is not None
         return out.features, out.hidden
+
+    def _read_with_keys(self, members: Sequence[int], ids: torch.Tensor, kept: list[KeptGroup]) -> _Read:
+        encoded = encode_group(self.target, ids, self.layer_ids, self._tree_tokens)
+        assert encoded.features is not None
+        kept.append(([self._names[i].as_py() for i in members], replace(encoded, features=None)))
+        return (encoded.features, encoded.hidden) if self.with_hidden else (encoded.features,)
 
 
 def trajectories_of_step(count: int, per_step: int, step: int, seed: int) -> list[int]:

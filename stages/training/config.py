@@ -58,7 +58,8 @@ class TrainingConfig(OptimiserConfig):
         Field(
             gt=0,
             description="memory for the target features of all answers; if they do not fit, none are kept, and "
-            "rounding differs",
+            "rounding differs. OPD then keeps the keys and values of a step's answers here, if they fit, and scores "
+            "proposals on them instead of reading the answers again",
         ),
         NotInKey(),
     ] = 2048.0

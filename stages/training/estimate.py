@@ -35,7 +35,8 @@ def training_memory(
     mining = {"mining again": scoring_logits(sizes)} if mines else {}
     if scores:
         tokens_read = min(max(config.tokens_per_target_forward, longest), B * longest)
-        mining |= cached_read(tokens_read, longest, sizes)
+        read = cached_read(tokens_read, longest, sizes)
+        mining |= {name: read[name] for name in read if name not in fixed}
     if rows == B:  # a step that is one batch verifies its blocks while their graph is there
         return fixed | graph | mining
     return fixed | max(graph, mining, key=lambda parts: sum(parts.values()))
@@ -50,6 +51,8 @@ def fixed_memory(config: TrainingConfig, use: StageUse) -> dict[str, float]:
     Features: feature_memory_mb at most, and none if it does not hold those of all answers; of the step's batch
     B · T · (K + 1) · H · s, twice while the target's forwards are copied into it; on a GPU also those of the next
     batch, which is read meanwhile unless the target is shared.
+    Key/value memory, where OPD's loss has a rejected stream: that of B · (T + tree) positions, for as many batches, if
+    B · T of them fit into feature_memory_mb and the features of all answers do not.
     Logits: 5 to 7 · positions_per_chunk · V · 4; more if the head has weights of the drafter, as its architecture says
     (`activations.by_own_logits`).
     """
@@ -73,22 +76,28 @@ def fixed_memory(config: TrainingConfig, use: StageUse) -> dict[str, float]:
         "head": head,
         "logits": _logits(config, sizes, rows_of_head),
     }
-    if sizes.accelerated and not features and config.parallel.target_parallel == 1:
+    reads_ahead = sizes.accelerated and not features and config.parallel.target_parallel == 1
+    if reads_ahead:
         fixed["next batch"] = float(B * longest * sizes.feature_bytes)
+    of_token = sizes.target.kv_bytes_per_token(sizes.itemsize)
+    scores = isinstance(config, OpdConfig) and config.loss.needs_scores
+    if scores and not features and B * longest * of_token <= config.feature_memory_mb * 2**20:
+        fixed["key/value memory"] = float((1 + reads_ahead) * B * (longest + TREE_TOKENS) * of_token)
     return fixed
 
 
 def cached_read(tokens: int, longest: int, sizes: Sizes, tree_tokens: int = TREE_TOKENS) -> dict[str, float]:
     """Return the bytes of a forward over g tokens in g / T rows, each with room for a tree of proposals.
 
-    Keys and values of g + rows · tree positions; the attention mask, rows · T · (T + tree) · s, and once more for each
-    query head of a key/value head.
+    Keys and values of g + rows · tree positions; the attention mask of the proposals, rows · tree · (T + tree) · s, and
+    once more for each query head of a key/value head. Sliding layers need such a mask for all T positions.
     """
     rows, groups = max(1, tokens // longest), sizes.target.heads // sizes.target.kv_heads
+    queries = longest if sizes.target.windows else min(longest, tree_tokens)
     copies = 1 if groups == 1 else 1 + groups
     return {
         "key/value memory": float((tokens + rows * tree_tokens) * sizes.target.kv_bytes_per_token(sizes.itemsize)),
-        "attention mask": float(copies * rows * longest * (longest + tree_tokens) * sizes.itemsize),
+        "attention mask": float(copies * rows * queries * (longest + tree_tokens) * sizes.itemsize),
     }
 
 

@@ -93,14 +93,13 @@ def response_loss(
     indices = mask.nonzero(as_tuple=True)  # indexing with the mask itself would scan it at every use
     # the target's hidden state that predicts offset k lies at position anchor + k - 1
     at = (anchors.positions[..., None] + offsets - 1).clamp(max=batch.tokens.shape[1] - 1)
-    rows = torch.arange(at.shape[0], device=at.device)[:, None, None].expand_as(at)
-    predicted_by = None if batch.hidden is None else batch.hidden[rows[mask], at[mask]]
-    signal = TargetSignal(labels[mask], columns[mask], predicted_by, context, temperature)
+    predicted_by = None if batch.hidden is None else batch.hidden[indices[0], at[indices]]
+    signal = TargetSignal(labels[indices], columns[indices], predicted_by, context, temperature)
     if stream.loss == "bernoulli_kl":
         signal = signal.with_token_logprobs()
     drafted = head_loss(hidden[indices], signal, stream)
     if heads.selector is not None:
-        selected = selector_loss(hidden[indices], tokens_at(batch, anchors, 0, K)[mask], signal, stream.loss)
+        selected = selector_loss(hidden[indices], tokens_at(batch, anchors, 0, K)[indices], signal, stream.loss)
         terms = drafted.terms + stream.choice * selected.terms
         drafted = PositionLosses(terms, selected.correct, selected.log_q)
     correct = torch.zeros_like(mask)
@@ -110,7 +109,7 @@ def response_loss(
         if committed is None:
             committed = correct.long().cumprod(-1).sum(-1).clamp(max=K if proposals is None else proposals) + 1
         weights = weights * _beyond_weights(offsets, committed, stream.beyond)
-    return StreamLoss(WeightedMean.from_values(drafted.terms, weights[mask], stream.weight), mask, correct)
+    return StreamLoss(WeightedMean.from_values(drafted.terms, weights[indices], stream.weight), mask, correct)
 
 
 def head_loss(hidden: torch.Tensor, signal: TargetSignal, stream: ResponseStream) -> PositionLosses:
@@ -188,8 +187,7 @@ def position_weights(
     [B, A, K], positions that the stream lacks because the head lacks the token.
     """
     if config.kind == "d_pace":
-        log_q_at = log_q.new_zeros(mask.shape)
-        log_q_at[mask] = log_q
+        log_q_at = log_q.new_zeros(mask.shape).masked_scatter(mask, log_q)
         return losses.d_pace_weights(log_q_at, mask, absent=absent)
     of_offset = {
         "uniform": lambda: torch.ones_like(offsets, dtype=torch.float32),

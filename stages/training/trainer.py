@@ -22,6 +22,7 @@ from draftsmith.stages.data.trajectories import (
 )
 from draftsmith.stages.drafters.base import Drafter, DrafterInfo
 from draftsmith.stages.drafters.checkpoint import save_drafter
+from draftsmith.stages.replay.replayer import tree_tokens_of
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
 from draftsmith.stages.runtime.stage import StageContext
 from draftsmith.stages.target.causal_lm import Target
@@ -90,6 +91,11 @@ class Trainer(ABC, Generic[AnyConfig, AnyData]):
         """Resolve the loss and what it needs; OPD narrows `usable` here."""
 
     @property
+    def scores_proposals(self) -> bool:
+        """Return whether the target scores the drafter's proposals in a step."""
+        return False
+
+    @property
     @abstractmethod
     def reads_target(self) -> bool:
         """Return whether batches need the target's hidden states, beside its features."""
@@ -130,7 +136,14 @@ class Trainer(ABC, Generic[AnyConfig, AnyData]):
     @cached_property
     def _features(self) -> FeatureSource:
         layers = self.drafter.target_layer_ids
-        return FeatureSource(self.target, layers, self.trajectories, self.config, with_hidden=self.reads_target)
+        return FeatureSource(
+            self.target,
+            layers,
+            self.trajectories,
+            self.config,
+            with_hidden=self.reads_target,
+            tree_tokens=tree_tokens_of(self.drafter.block_size) if self.scores_proposals else 0,
+        )
 
     @property
     def _block_tokens(self) -> int:

@@ -92,11 +92,11 @@ def _rejected_stream(
     hidden = blocks.hidden if blocks.on_proposals is None else blocks.on_proposals
     offsets = torch.arange(1, hidden.shape[2] + 1, device=hidden.device)
     mask, all_columns = _rejected_positions(blocks.anchors, steps, heads)
-    log_p, columns = steps.target_logprobs[mask], all_columns[mask]
-    rejected = hidden[mask.nonzero(as_tuple=True)]
+    indices = mask.nonzero(as_tuple=True)
+    log_p, columns, rejected = steps.target_logprobs[indices], all_columns[indices], hidden[indices]
     if heads.selector is not None:
         anchor_tokens = tokens_at(blocks.batch, blocks.anchors, 0, 1)
-        previous = torch.cat([anchor_tokens, steps.proposed[..., :-1]], -1)[mask]
+        previous = torch.cat([anchor_tokens, steps.proposed[..., :-1]], -1)[indices]
         log_q = selector_logprobs(rejected, previous, columns, context)
     else:
         log_q = chunked_values(
@@ -107,7 +107,7 @@ def _rejected_stream(
         )
     terms = losses.k3_reverse_kl(log_q, log_p)
     weights = position_weights(objective.rejected.positions, offsets, mask, log_p)
-    return WeightedMean.from_values(terms, weights[mask], objective.rejected.weight), mask
+    return WeightedMean.from_values(terms, weights[indices], objective.rejected.weight), mask
 
 
 def _changed_ratio(steps: VerifySteps, correct: torch.Tensor, anchors: Anchors) -> Ratio:

@@ -84,7 +84,7 @@ class OpdStep:
         self.source.share(ranks)
         step_weights = None
         if self.objective.needs_scores:
-            self._score(micro_batches, ranks)
+            self._score(micro_batches, rank_slice)
             if not single:
                 heads = self._with_rejected(rng, micro_batches, rank_slice)
                 step_weights = self._step_weights(micro_batches, heads, ranks)
@@ -124,7 +124,7 @@ class OpdStep:
                 anchors = replace(anchors, verified=verified, unscored=range(len(batch.trajectories)))
         return _MicroBatch(batch, anchors, sampler, context if single else None)
 
-    def _score(self, micro_batches: Sequence[_MicroBatch], ranks: Ranks) -> None:
+    def _score(self, micro_batches: Sequence[_MicroBatch], rank_slice: RankSlice) -> None:
         """Let the target score the known steps that it has yet to score.
 
         A single batch whose blocks are verified as they are trained has none.
@@ -140,7 +140,8 @@ class OpdStep:
         if not unscored:
             return
         tokens = self.options.config.tokens_per_target_forward
-        scored = score_steps(unscored, self.target, self.options.proposals, tokens, ranks)
+        kept, ranks = rank_slice.batch.kept, rank_slice.ranks
+        scored = score_steps(unscored, self.target, self.options.proposals, tokens, kept, ranks)
         for micro_batch, steps in zip(micro_batches, scored, strict=True):
             if micro_batch.anchors.verified is None:
                 micro_batch.anchors = replace(micro_batch.anchors, steps=steps)
@@ -190,9 +191,8 @@ class OpdStep:
             if self.objective.needs_scores:
                 rows = range(len(batch.trajectories))
                 unscored = UnscoredSteps(steps, batch.trajectories, anchors.anchors, rows)
-                (steps,) = score_steps(
-                    [unscored], self.target, self.options.proposals, config.tokens_per_target_forward
-                )
+                tokens = config.tokens_per_target_forward
+                (steps,) = score_steps([unscored], self.target, self.options.proposals, tokens, batch.kept)
                 clock.spent("mining")
         if self.drafter.autoregressive and self.objective.needs_scores:
             assert steps is not None

@@ -85,6 +85,10 @@ class OpdTraining(Trainer[OpdConfig, MinedData]):
     def reads_target(self) -> bool:
         return self.objective.response.reads_target or self.drafter.has_confidence or not self._sampling.greedy
 
+    @property
+    def scores_proposals(self) -> bool:
+        return self.objective.needs_scores
+
     def micro_batches(self, step: int, limit: int | None) -> Iterator[LossReport]:
         return self._step.micro_batches(step, self.rank_slice(step, limit), step_rng(self.seed, step))
 

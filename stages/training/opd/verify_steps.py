@@ -13,7 +13,7 @@ from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import LOGITS_PER_CHUNK, Drafter, argmax_tokens
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.sampling import probability_among, probability_of
-from draftsmith.stages.replay.replayer import score
+from draftsmith.stages.replay.replayer import KeptGroup, score
 from draftsmith.stages.replay.sampled import ExpectedCommits, TargetSampler
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
@@ -138,7 +138,12 @@ def _sampled_acceptance(
 
 
 def score_steps(
-    unscored: Sequence[UnscoredSteps], target: Target, proposals: int, tokens_per_forward: int, ranks: Ranks = ALONE
+    unscored: Sequence[UnscoredSteps],
+    target: Target,
+    proposals: int,
+    tokens_per_forward: int,
+    kept: Sequence[KeptGroup] = (),
+    ranks: Ranks = ALONE,
 ) -> list[VerifySteps]:
     """Return the steps with the target's log-probs of the rejected proposals, as `score` computes them.
 
@@ -153,7 +158,7 @@ def score_steps(
     of_ranks = ranks.gather_in_target_group(traces)
     everything = [pair for of_rank in of_ranks for pair in of_rank]
     answers, of_answers = [answer for answer, _ in everything], [trace for _, trace in everything]
-    scores = score(target, answers, of_answers, tokens_per_forward) if everything else []
+    scores = score(target, answers, of_answers, tokens_per_forward, kept) if everything else []
     before = sum(map(len, of_ranks[: ranks.target_index]))
     own_scores = iter(zip(scores[before : before + len(traces)], indices, strict=True))
     scored = []

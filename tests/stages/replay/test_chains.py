@@ -96,7 +96,7 @@ class Case:
     def check(self, chains: int | None, blocks_per_round: int) -> tuple[int, int, int]:
         """Check that the traces equal the reference's. Return rounds, evaluated blocks, and steps."""
         drafter = TableDrafter()
-        with patch.object(replay, "BLOCKS_PER_ROUND", blocks_per_round):
+        with patch.dict(replay.BLOCKS_PER_ROUND, cpu=blocks_per_round):
             found = replay_chains(
                 PreparedDrafter(drafter, HEAD, self.block_size), self.context, self.trajectories, chains
             )

@@ -318,7 +318,13 @@ def test_forwards_that_differ_from_the_models_are_one_clear_error(
     target = Target.from_source(tmp_path / "model", dtype="float32", device="cpu")
     check_agreement(target, "it")
     if broken == "masks":
-        monkeypatch.setattr(capabilities.Layers, "masks", lambda _self, visible, *_: 0.0 * visible[:, None])
+        monkeypatch.setattr(
+            capabilities.Layers,
+            "masks",
+            lambda _self, _visible, positions, entries, _dtype: torch.zeros(*positions.shape, entries.shape[1])[
+                :, None
+            ],
+        )
     elif broken == "commit":
         monkeypatch.setattr(Target, "commit", lambda *_: None)
     elif broken == "write_back":

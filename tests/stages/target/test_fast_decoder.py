@@ -43,8 +43,8 @@ def forwards(target: Target) -> list[TargetOutput]:
     visible[:, 2:, 10:12] = False  # two branches of two
     return [
         target.step(ids[:, :7], positions[:, :7], cache, slice(0, 3), layer_ids=(2, 0)),
-        target.step(ids[:, 7:10], positions[:, 7:10], cache, slice(0, 3), layer_ids=(1,)),
-        target.step(ids[rows, 10:11], positions[rows, 10:11], cache, rows),
+        target.step(ids[:, 7:10], positions[:, 7:10], cache, slice(0, 3), length=10, layer_ids=(1,)),
+        target.step(ids[rows, 10:11], positions[rows, 10:11], cache, rows, length=11),
         target.step(
             ids[:, :4], torch.tensor([[10, 11, 10, 11]] * 3), cache, slice(0, 3),
             write_at=torch.tensor([[10, 11, 12, 13]] * 3), visible=visible, layer_ids=(0, 1, 2),
@@ -58,7 +58,7 @@ def test_a_fast_forward_equals_the_models_own(name: str, dtype: torch.dtype, mon
     target = made(name, dtype, FIELDS[name])
     assert target._fast is not None
     lean = forwards(target)
-    monkeypatch.setitem(target.__dict__, "_lean", None)
+    monkeypatch.setitem(target.__dict__, "_fast", None)
     for ours, own in zip(lean, forwards(target), strict=True):
         for found, expected in ((ours.hidden, own.hidden), (ours.features, own.features)):
             if found is None or expected is None:

@@ -72,7 +72,7 @@ def test_padding_and_proposals_beyond_the_end_change_no_angles(
     lean: bool, target: Target, reference: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not lean:
-        monkeypatch.setitem(target.__dict__, "_lean", None)
+        monkeypatch.setitem(target.__dict__, "_fast", None)
     ids = torch.randint(0, 50, (1, STEADY), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = reference(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
@@ -83,7 +83,7 @@ def test_padding_and_proposals_beyond_the_end_change_no_angles(
     close(target.features(beyond, (1,))[:, :STEADY], expected[2])
     cache, positions = target.new_cache(1, STEADY + BLOCK), torch.arange(STEADY + BLOCK)[None]
     hidden = [
-        target.step(beyond[:, at], positions[:, at], cache, slice(0, 1)).hidden
+        target.step(beyond[:, at], positions[:, at], cache, slice(0, 1), length=at.stop).hidden
         for at in (slice(0, 9), slice(9, 14), slice(14, 14 + BLOCK))
     ]
     close(torch.cat(hidden, 1)[:, :STEADY], expected[-1])

@@ -54,7 +54,8 @@ def test_blocks_at_different_positions_of_rows_equal_plain_forwards(bench: Bench
         block = random_ids(5, 5, 5, seed=seed)
         starts = torch.tensor([len(row) for row in rows])
         positions = starts[:, None] + torch.arange(5)
-        out = bench.target.step(torch.tensor(block), positions, cache, slice(0, 3))
+        length = max(map(len, rows)) + 5
+        out = bench.target.step(torch.tensor(block), positions, cache, slice(0, 3), length=length)
         for b in range(3):
             expected = logits(bench, rows[b] + block[b])[-5:]
             assert_close(bench.target.logits(out.hidden[b]), expected)
@@ -66,12 +67,13 @@ def test_rows_may_be_addressed_by_index_and_moved(bench: Bench) -> None:
     cache = bench.target.new_cache(4, 16)
     bench.target.step(padded(rows), torch.arange(8).expand(3, -1), cache, slice(0, 3))
     at = torch.tensor([2, 0])
-    out = bench.target.step(torch.tensor([[50], [60]]), torch.tensor([[7], [6]]), cache, at)
+    out = bench.target.step(torch.tensor([[50], [60]]), torch.tensor([[7], [6]]), cache, at, length=8)
     assert_close(bench.target.logits(out.hidden[0, 0]), logits(bench, [*rows[2], 50])[-1])
     assert_close(bench.target.logits(out.hidden[1, 0]), logits(bench, [*rows[0], 60])[-1])
     cache.move_row(1, 3)
     cache.move_row(2, 1)
-    out = bench.target.step(torch.tensor([[70], [80]]), torch.tensor([[8], [8]]), cache, torch.tensor([1, 3]))
+    at = torch.tensor([1, 3])
+    out = bench.target.step(torch.tensor([[70], [80]]), torch.tensor([[8], [8]]), cache, at, length=9)
     assert_close(bench.target.logits(out.hidden[0, 0]), logits(bench, [*rows[2], 50, 70])[-1])
     assert_close(bench.target.logits(out.hidden[1, 0]), logits(bench, [*rows[1], 80])[-1])
 

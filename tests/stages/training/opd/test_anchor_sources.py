@@ -7,13 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from draftsmith.stages.drafters.base import PreparedDrafter
 from draftsmith.stages.replay.chains import successors
-from draftsmith.stages.replay.replayer import score
+from draftsmith.stages.replay.replayer import score, tree_tokens_of
 from draftsmith.stages.replay.trace import Trace
-from draftsmith.stages.training.batches import step_rng
-from draftsmith.stages.training.blocks import draft_blocks, encode_batch, sample_positions
+from draftsmith.stages.training.batches import FeatureSource, step_rng
+from draftsmith.stages.training.blocks import draft_blocks, encode_batch, position_anchors, sample_positions
+from draftsmith.stages.training.config import TrainingConfig
 from draftsmith.stages.training.loss_config import LossConfig
 from draftsmith.stages.training.opd import step as opd_step
 from draftsmith.stages.training.opd import verify_steps
@@ -21,6 +23,7 @@ from draftsmith.stages.training.opd.mined_table import MinedTable, sample_steps
 from draftsmith.stages.training.opd.remining import Remining
 from draftsmith.stages.training.opd.verify_steps import UnscoredSteps, score_steps, verify_blocks
 from tests.stages.bench import Bench
+from tests.stages.kernel_flops import KERNEL_FLOPS
 from tests.stages.training.case import heads_of
 from tests.stages.training.opd.world import (
     COUNT,
@@ -264,3 +267,42 @@ def test_the_target_scores_proposals_only_for_a_rejected_stream(
         assert bool(forwards) == wanted
         assert ("loss_rejected" in report.metrics) == wanted
         assert report.loss.isfinite()
+
+
+@pytest.mark.parametrize("indices", [INDICES, [4, 0, 4]], ids=["each once", "one twice"])
+def test_proposals_are_scored_on_the_keys_of_the_first_read(indices: list[int], world: World) -> None:
+    """The target then reads an answer once a step; kept, if they fit, where the features of all answers do not."""
+    config = TrainingConfig(feature_memory_mb=features_mb(world) - 1e-3, tokens_per_target_forward=200)
+    source = FeatureSource(
+        world.target, world.moved.target_layer_ids, world.trajectories, config, tree_tokens=tree_tokens_of(8)
+    )
+    batch = source.batch(indices)
+    assert [len(names) for names, _ in batch.kept] != []
+    anchors = position_anchors(batch.trajectories, PER_SEQUENCE, np.full(len(indices), 0.5), torch.device("cpu"))
+    blocks = draft_blocks(world.moved, encode_batch(world.moved, batch), batch, anchors)
+    steps = verify_blocks(blocks, heads_of(world.moved, world.target), proposals=7)
+    unscored = UnscoredSteps(steps, batch.trajectories, anchors, range(len(indices)))
+    found, operations = [], []
+    for kept in ((), batch.kept):
+        with FlopCounterMode(display=False, custom_mapping=KERNEL_FLOPS) as counter:
+            found.append(score_steps([unscored], world.target, 7, 200, kept)[0].target_logprobs)
+        operations.append(counter.get_total_flops())
+    assert found[0].isfinite().any()
+    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4, equal_nan=True)
+    with FlopCounterMode(display=False, custom_mapping=KERNEL_FLOPS) as counter:
+        source._read_all(list(dict.fromkeys(indices)))
+    assert operations[0] - operations[1] > 0.9 * counter.get_total_flops()
+
+
+@pytest.mark.parametrize("memory", ["all features", "nothing"])
+def test_keys_are_kept_for_scoring_only_where_they_are_of_use(memory: str, world: World) -> None:
+    megabytes = 2 * features_mb(world) if memory == "all features" else 1e-3
+    config = TrainingConfig(feature_memory_mb=megabytes)
+    source = FeatureSource(world.target, world.moved.target_layer_ids, world.trajectories, config, tree_tokens=512)
+    assert not source.batch(INDICES).kept
+
+
+def features_mb(world: World) -> float:
+    """Return the megabytes of the features of all answers."""
+    width = world.target.info.hidden_size * (len(world.moved.target_layer_ids) + 1)
+    return sum(len(t.tokens) for t in world.trajectories) * width * world.target.dtype.itemsize / 2**20
