@@ -189,7 +189,8 @@ def _training(config: TrainingConfig, use: StageUse, *, mines: bool = False, sco
 def _mining(config: MiningConfig, use: StageUse) -> Need:
     """Return P · s + P_d · s, the features of one group of tokens and the logits of a chunk.
 
-    With a scored table also the target's forward over the group. A row of the table has 8 · (block - 1) + 72 bytes.
+    With a scored table also the target's forward over the group. A round of replay takes less than the logits. A row
+    of the table has 8 · (block - 1) + 72 bytes.
     """
     sizes, tokens = use.sizes, max(config.tokens_per_target_forward, use.longest)
     weights = sizes.weights(sizes.target) + sizes.weights(sizes.drafter)

@@ -35,8 +35,9 @@ def training_memory(
     mining = {"mining again": scoring_logits(sizes)} if mines else {}
     if scores:
         tokens_read = min(max(config.tokens_per_target_forward, longest), B * longest)
-        read = cached_read(tokens_read, longest, sizes)
-        mining |= {name: read[name] for name in read if name not in fixed}
+        mining |= cached_read(tokens_read, longest, sizes)
+        if fixed.get("kept keys and values", 0.0) >= B * longest * sizes.target.kv_bytes_per_token(sizes.itemsize):
+            del mining["key/value memory"]  # no answer is read again
     if rows == B:  # a step that is one batch verifies its blocks while their graph is there
         return fixed | graph | mining
     return fixed | max(graph, mining, key=lambda parts: sum(parts.values()))
@@ -51,8 +52,8 @@ def fixed_memory(config: TrainingConfig, use: StageUse) -> dict[str, float]:
     Features: feature_memory_mb at most, and none if it does not hold those of all answers; of the step's batch
     B · T · (K + 1) · H · s, twice while the target's forwards are copied into it; on a GPU also those of the next
     batch, which is read meanwhile unless the target is shared.
-    Key/value memory, where OPD's loss has a rejected stream: that of B · (T + tree) positions, for as many batches, if
-    B · T of them fit into feature_memory_mb and the features of all answers do not.
+    Kept keys and values, where OPD's loss has a rejected stream and features are not kept: those of B · (T + tree)
+    positions, feature_memory_mb at most, for as many batches.
     Logits: 5 to 7 · positions_per_chunk · V · 4; more if the head has weights of the drafter, as its architecture says
     (`activations.by_own_logits`).
     """
@@ -79,10 +80,9 @@ def fixed_memory(config: TrainingConfig, use: StageUse) -> dict[str, float]:
     reads_ahead = sizes.accelerated and not features and config.parallel.target_parallel == 1
     if reads_ahead:
         fixed["next batch"] = float(B * longest * sizes.feature_bytes)
-    of_token = sizes.target.kv_bytes_per_token(sizes.itemsize)
-    scores = isinstance(config, OpdConfig) and config.loss.needs_scores
-    if scores and not features and B * longest * of_token <= config.feature_memory_mb * 2**20:
-        fixed["key/value memory"] = float((1 + reads_ahead) * B * (longest + TREE_TOKENS) * of_token)
+    if isinstance(config, OpdConfig) and config.loss.needs_scores and not features:
+        keys = B * (longest + TREE_TOKENS) * sizes.target.kv_bytes_per_token(sizes.itemsize)
+        fixed["kept keys and values"] = (1 + reads_ahead) * min(float(keys), config.feature_memory_mb * 2**20)
     return fixed
 
 
