@@ -24,7 +24,7 @@ NUMERICAL := $(addprefix tests/stages/,drafters replay training target $(patsubs
 # of an environment's Python: pip, with a line for each download
 PIP_INSTALL := tests/pip_install.py
 
-.PHONY: install quickstart season faults test test-core test-sglang test-sglang-oldest test-vllm test-speculators test-oldest test-newest sglang-cpu sglang-gpu vllm-cpu speculators lint bench gpu-check clean
+.PHONY: install quickstart season faults test test-core test-sglang test-sglang-oldest test-vllm test-speculators test-oldest test-newest sglang-cpu sglang-gpu vllm-cpu speculators lint bench gpu-check gpu-test gpu-measure clean
 
 install: $(INSTALLED)
 
@@ -153,9 +153,16 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	for each in machine startup decode sft_step replay; do $(BIN)/python -m tests.benchmarks.$$each $(BENCH) --json build/bench/$$each.json || exit; done
 
-# the tests marked gpu and what training takes on this machine's GPU, in at most 8 minutes; `GPU_CHECK="--no-tests"`
-gpu-check: $(INSTALLED)
-	$(BIN)/python -m tests.gpu.check $(GPU_CHECK)
+# what a GPU can show (tests/gpu/README.md), in the environment here or, without one, in PYTHON's: nothing is installed
+GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+gpu-check: gpu-test gpu-measure
+
+gpu-test:
+	$(GPU_PYTHON) -m pytest -m gpu -rfEs tests/gpu
+
+gpu-measure:
+	$(GPU_PYTHON) -m tests.gpu.check $(GPU_CHECK)
 
 clean:
 	rm -rf $(VENV) $(SGLANG_CPU)* $(SGLANG_GPU) $(VLLM_CPU) $(SPECULATORS) .venv-oldest .venv-newest .pytest_cache .mypy_cache .ruff_cache tests/.cache

@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 
 from draftsmith.artifacts.redaction import redact_logs
-from draftsmith.stages.runtime.memory import relax_gc
+from draftsmith.stages.runtime.memory import peak_memory_gb, relax_gc
 from draftsmith.stages.runtime.process import (
     EventStream,
     ProcessContext,
@@ -62,6 +62,7 @@ def run_request(request: StageRequest, events: EventStream, stop: threading.Even
                 stage.run(context, config)
             else:
                 stage.shard(context, config, request.shard)
+            context.summary(peak_memory_gb=peak_memory_gb())
     except BaseException as error:
         print_traceback()
         known = expected_error(error, request)

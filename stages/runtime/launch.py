@@ -40,7 +40,7 @@ from draftsmith.artifacts.errors import (
 )
 from draftsmith.artifacts.host import visible_gpus
 from draftsmith.artifacts.redaction import redact_logs, redacted
-from draftsmith.stages.runtime.memory import relax_gc
+from draftsmith.stages.runtime.memory import peak_memory_gb, relax_gc
 from draftsmith.stages.runtime.process import (
     EventStream,
     ProcessContext,
@@ -268,6 +268,7 @@ def run_rank(request: StageRequest | None, notes: Path | None, events_path: str)
         context = (ProcessContext if rank == 0 else SecondaryRankContext)(request, events, stop)
         with process_group(store, rank):
             stage.run(context, config)
+        context.summary(peak_memory_gb=peak_memory_gb())
     except StageInterrupted as error:
         return error.exit_code
     except BaseException as error:

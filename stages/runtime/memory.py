@@ -6,7 +6,10 @@ The command line imports this module first, so torch is imported only where it i
 from __future__ import annotations
 
 import gc
+import re
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -43,6 +46,15 @@ def to_device(values: Sequence[object] | np.ndarray, device: torch.device) -> to
     if device.type == "cuda":  # a copy from pageable memory would wait for them
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def peak_memory_gb() -> float:
+    """Return the most memory that this process has used: of its GPU, by torch's allocator, or else of the machine."""
+    torch = sys.modules.get("torch")  # stages without a model do not import it
+    if torch is not None and torch.cuda.is_initialized():
+        return float(torch.cuda.max_memory_allocated() / 1e9)
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text("utf-8"))
+    return 0.0 if peak is None else int(peak[1]) * 1024 / 1e9
 
 
 def retry_in_halves(

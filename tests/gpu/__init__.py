@@ -1,1 +1,1 @@
-"""What only a GPU can show: `make gpu-check` runs it whole, the test suite its CPU parts."""
+"""What only a GPU can show: README.md has the commands; the test suite runs their CPU parts."""

@@ -9,7 +9,7 @@ time without counted operations. The rate is that of the device's data sheet (`m
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +17,9 @@ from typing import Any
 
 import torch
 
+from draftsmith.stages.data.trajectories import Trajectory
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.estimate import PROCESS_BYTES, AnswerCounts, StageUse
 from draftsmith.stages.training.estimate import row_tokens, training_memory
 from draftsmith.stages.training.loop import train
@@ -28,6 +31,7 @@ from tests.gpu.watch import Profile, Timed, watched
 from tests.gpu.world import Scale, make_drafter, make_target, make_trajectories
 
 WARM = 2  # steps that are not measured: kernels are compiled, and memory is allocated
+PROFILED = 3  # answers of the profiled step: of a whole one with the paper's losses it has over a million events
 KERNELS = 12  # of a training that are printed
 
 
@@ -52,11 +56,11 @@ class Rates:
 
 
 def measure(
-    scale: Scale, device: str, repetitions: int, traces: Path, wanted: Callable[[str], bool] = lambda _: True
+    scale: Scale, device: str, repetitions: int, wanted: Callable[[str], bool] = lambda _: True
 ) -> dict[str, Any]:
     """Measure each training; return a row and the kernels of each, and the rates.
 
-    traces: folder for the profiles. wanted: called before each training, which may take a minute.
+    wanted: called before each training, which may take a minute.
     """
     target = make_target(scale, device, "bfloat16")
     rates = Rates.here(device)
@@ -64,18 +68,17 @@ def measure(
     for kind in KINDS:
         if not wanted(kind):
             continue
-        row, kernels[kind] = _measure_training(kind, scale, target, repetitions, rates, traces)
+        row, kernels[kind] = _measure_training(kind, scale, target, repetitions, rates)
         rows.append(row)
     return {"scale": scale.name, "tflop_per_s": vars(rates), "rows": rows, "kernels": kernels}
 
 
 def _measure_training(
-    kind: str, scale: Scale, target: Any, repetitions: int, rates: Rates, traces: Path
-) -> tuple[dict[str, Any], dict[str, float]]:
+    kind: str, scale: Scale, target: Target, repetitions: int, rates: Rates
+) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
     drafter = make_drafter(scale.drafter, target)
     trajectories = make_trajectories(scale)
-    # one step before the profiled one, and one after it, whose features are read meanwhile
-    steps = WARM + repetitions + 3
+    steps = WARM + repetitions + 1  # the features of the last one are read while the one before it is measured
     training = make_training(kind, drafter, target, trajectories, {**scale.step, "steps": steps})
     config, on_gpu = training.config, target.device.type == "cuda"
     limit = micro_batch_tokens(config, target, drafter, scale.longest)
@@ -83,20 +86,20 @@ def _measure_training(
     scores = isinstance(training, OpdTraining) and training.objective.needs_scores
     use = StageUse(sizes, answers=AnswerCounts(scale.longest, len(trajectories)))
     parts = training_memory(config, use, mines=kind != "SFT", scores=scores)
-    profiled = Profile(target.device, WARM + repetitions + 1)
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder, watched(target) as read, profiled.profiler:
-        context = Timed.under(Path(folder), after_step=profiled.profiler.step)
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder, watched(target) as read:
+        context = Timed.under(Path(folder))
         of_row = config.anchors_per_sequence * drafter.block_size  # tokens beside its trajectory
         micro_batches = MicroBatches(training.micro_batches, limit, of_row, context)
         totals = train(context, drafter, config, micro_batches, training.memory)
     peak = torch.cuda.max_memory_allocated() if on_gpu else None
-    profiled.save(traces / f"{_file_name(kind)}.trace.json.gz")
     seconds = harness.median([end - start for start, end in pairwise(context.ends)][WARM - 1 : WARM - 1 + repetitions])
     tflop = (totals["tflop"] + read.operations / 1e12) / steps
     estimated = sum(parts.values()) - PROCESS_BYTES
+    profile = _profile(kind, drafter, target, trajectories, scale.step, micro_batches.limit)
+    kernels = profile.kernels()
     row = {
         "training": kind,
         "answers": config.sequences_per_step,
@@ -112,14 +115,30 @@ def _measure_training(
         "peak_gb": None if peak is None else peak / 1e9,
         "estimated_gb": estimated / 1e9,
         "peak_of_estimate": None if peak is None else peak / estimated,
-        "target_share": profiled.target_share(),
+        "target_share": profile.target_share(),
+        "launches_an_answer": sum(kernel.calls for kernel in kernels.values()) / PROFILED,
         "last_loss": context.measured[-1][1]["loss"],
     }
-    return row, profiled.kernels()
+    return row, {name: vars(kernel) for name, kernel in kernels.items()}
 
 
-def _file_name(kind: str) -> str:
-    return "-".join("".join(c if c.isalnum() else " " for c in kind.lower()).split())
+def _profile(
+    kind: str,
+    drafter: Drafter,
+    target: Target,
+    trajectories: Sequence[Trajectory],
+    step: Mapping[str, Any],
+    limit: int,
+) -> Profile:
+    """Return the profile of a small step: the second of three, so that the next one's features are read beside it."""
+    training = make_training(kind, drafter, target, trajectories, {**step, "sequences_per_step": PROFILED, "steps": 3})
+    profile = Profile(target.device)
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder, watched(target), profile.profiler:
+        context = Timed.under(Path(folder), after_step=profile.profiler.step)
+        of_row = training.config.anchors_per_sequence * drafter.block_size
+        micro_batches = MicroBatches(training.micro_batches, limit, of_row, context)
+        train(context, drafter, training.config, micro_batches, training.memory)
+    return profile
 
 
 def print_metrics(results: dict[str, Any]) -> None:
@@ -134,5 +153,7 @@ def print_metrics(results: dict[str, Any]) -> None:
     )
     for kind, kernels in results["kernels"].items():
         harness.print_table(
-            f"{kind}: kernels", ["", "share"], [[name[:100], share] for name, share in list(kernels.items())[:KERNELS]]
+            f"{kind}: kernels of a step of {PROFILED} answers",
+            ["", "share", "calls"],
+            [[name[:100], kernel["share"], kernel["calls"]] for name, kernel in list(kernels.items())[:KERNELS]],
         )

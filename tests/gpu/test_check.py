@@ -1,22 +1,25 @@
-"""The script of `make gpu-check` on the CPU, in tiny shapes: the same code, other kernels."""
+"""The measurements of `make gpu-check` on the CPU, in tiny shapes: the same code, other kernels."""
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from draftsmith.stages.target.estimate import PROCESS_BYTES
 from tests.gpu import check
+from tests.gpu.measure import PROFILED
 from tests.gpu.trainings import KINDS
-from tests.gpu.watch import TARGET
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_every_training_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--device", "cpu", "--no-tests", "--repetitions", "1", "--out", str(tmp_path)]
+    options = ["--device", "cpu", "--repetitions", "1", "--out", str(tmp_path)]
     assert check.main(options) == 0
     results = json.loads((tmp_path / "gpu-check.json").read_text())
     assert [row["training"] for row in results["rows"]] == list(KINDS)
@@ -28,8 +31,25 @@ def test_every_training_is_measured(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert row["at_once"] == row["answers"]
         assert row["target_share"] < 1
         assert row["estimated_gb"] < PROCESS_BYTES / 1e9
-        assert sum(results["kernels"][row["training"]].values()) == pytest.approx(1)
-    assert len(list(tmp_path.glob("*.trace.json.gz"))) == len(KINDS)
-    with gzip.open(tmp_path / "sft.trace.json.gz", "rt") as file:
-        events = json.load(file)["traceEvents"]
-    assert sum(event.get("name") == TARGET for event in events) == 1, "one step was profiled"
+        kernels = results["kernels"][row["training"]].values()
+        assert sum(kernel["share"] for kernel in kernels) == pytest.approx(1)
+        assert sum(kernel["calls"] for kernel in kernels) == pytest.approx(PROFILED * row["launches_an_answer"])
+
+
+def test_the_commands_need_no_index_and_neither_prefect_nor_mlflow() -> None:
+    """A GPU machine without a package index has the numerical libraries alone."""
+    commands = subprocess.run(
+        ["make", "--dry-run", "gpu-check", "VENV=nowhere", f"PYTHON={sys.executable}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert commands.count(sys.executable) == 2  # tests, measurements
+    assert "pip" not in commands
+    program = (
+        "import sys, tests.conftest, tests.gpu.check, tests.gpu.refresh; "
+        "print({'prefect', 'mlflow', 'datasets', 'gguf'} & set(sys.modules))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert loaded.stdout.strip() == "set()"

@@ -1,19 +1,27 @@
-"""What ranks send each other, in a group of one process: NCCL on a GPU, gloo on the CPU."""
+"""What ranks send each other: NCCL on GPUs, gloo on the CPU. In a group of one process, and in one of two GPUs."""
 
 from __future__ import annotations
 
 import copy
 import socket
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import distributed as dist
 
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
+from draftsmith.stages.runtime.launch import launch
 from draftsmith.stages.runtime.ranks import Ranks, process_group
 from draftsmith.stages.runtime.stage import ParallelConfig
 from draftsmith.stages.training.config import TrainingConfig
 from draftsmith.stages.training.loop import make_optimiser, restore, whole_state
+from tests.stages.runtime.trainings import Training, run_all
+from tests.testbed import random_target
+from tests.testbed.context import RecordingContext
 
 # Sends as one of two ranks, and receives from itself alone: sums have one term.
 SENDING = Ranks(0, 2)
@@ -68,3 +76,28 @@ def test_a_sharded_optimiser_moves_weights_as_a_whole_one(group: str) -> None:
     assert all(state is not None for state in states)
     moments = [state["state"][0]["exp_avg"].cpu() for state in states if state is not None]
     assert torch.equal(*moments)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: two ranks cannot share one under NCCL")
+def test_two_ranks_train_the_same_drafter_as_one(tmp_path: Path, plain_artifact: Path) -> None:
+    answers = random_target.write_trajectories(tmp_path / "answers", random_target.trajectories(12, seed=5))
+    inputs = {"target": plain_artifact, "trajectories": answers}
+    drafter = {"num_layers": 1, "block_size": 5, "target_layer_ids": [2, 0], "intermediate_size": 40}
+    named = {name: str(folder) for name, folder in inputs.items()}
+    training = Training("sft", "draftsmith.stages.training.sft.stage", {"drafter": drafter}, named)
+    alone = RecordingContext.under(tmp_path / "one", inputs)
+    training.run(alone)
+    folder, pair = tmp_path / "two", ParallelConfig(processes=2)
+    launch(
+        pair,
+        run_all,
+        ([training], str(folder), None, {"parallel": pair}),
+        notes=folder / "ranks",
+        stop=threading.Event(),
+    )
+    ours, expected = (
+        load_file(out / DRAFTER_FOLDER / "model.safetensors") for out in (folder / "sft" / "out", alone.out)
+    )
+    for name, weights in expected.items():
+        torch.testing.assert_close(ours[name], weights, rtol=0, atol=1e-4)

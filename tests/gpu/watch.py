@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -64,26 +64,33 @@ def watched(target: Target) -> Iterator[Read]:
         yield read
 
 
-class Profile:
-    """The profile of one step of a training, `skipped` steps after its first."""
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel's share in the time of all, and how often it ran."""
 
-    def __init__(self, device: torch.device, skipped: int):
+    share: float
+    calls: int
+
+
+class Profile:
+    """The profile of a training's second step."""
+
+    def __init__(self, device: torch.device):
         self._on_device = device.type == "cuda"
         activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * self._on_device]
-        # the step before it is traced too and discarded: a profiler starts slowly
-        self.profiler = profile(activities=activities, schedule=schedule(wait=skipped - 1, warmup=1, active=1))
+        # the first step is traced too and discarded: a profiler starts slowly
+        self.profiler = profile(activities=activities, schedule=schedule(wait=0, warmup=1, active=1, repeat=1))
 
-    def save(self, path: Path) -> None:
-        """Write the trace for Perfetto, compressed if the name ends in `.gz`."""
-        self.profiler.export_chrome_trace(str(path))
-
-    def kernels(self) -> dict[str, float]:
-        """Return the share of each kernel in their time, greatest first; on a CPU, of each operation."""
+    def kernels(self) -> dict[str, Kernel]:
+        """Return the kernels by name, the longest first; on a CPU, its operations."""
         seconds: dict[str, float] = {}
+        calls: Counter[str] = Counter()
         for event in self._work():
             seconds[event.name] = seconds.get(event.name, 0.0) + self._own(event)
+            calls[event.name] += 1
         whole = sum(seconds.values())
-        return dict(sorted(((name, spent / whole) for name, spent in seconds.items()), key=lambda item: -item[1]))
+        longest = sorted(seconds.items(), key=lambda item: -item[1])
+        return {name: Kernel(spent / whole, calls[name]) for name, spent in longest}
 
     def target_share(self) -> float:
         """Return the share of the target's forwards, wherever in the step they ran."""

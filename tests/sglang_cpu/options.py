@@ -1,7 +1,11 @@
-"""Options and environment variables of a server on a CPU, as in `LaunchConfig.options` and `.environment`."""
+"""Options and environment variables of a server on a device, as in `LaunchConfig.options` and `.environment`."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from draftsmith.artifacts.host import visible_gpus
 from draftsmith.stages.engines.config import OptionValue
 
 CPU_OPTIONS: dict[str, OptionValue] = {
@@ -25,3 +29,27 @@ CPU_ENVIRONMENT: dict[str, str] = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
 }
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a server needs on its device."""
+
+    dtype: str
+    options: Mapping[str, OptionValue]
+    environment: Mapping[str, str]
+
+
+CPU = Device("float32", CPU_OPTIONS, CPU_ENVIRONMENT)
+# by kernels that SGLang and Triton compile themselves; on a GPU SGLang's DFLASH computes in bfloat16 alone
+GPU = Device(
+    "bfloat16",
+    {
+        "attention-backend": "triton",
+        "speculative-draft-attention-backend": "triton",
+        "sampling-backend": "pytorch",
+        "skip-server-warmup": True,
+    },
+    {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"},
+)
+HERE = GPU if visible_gpus() else CPU

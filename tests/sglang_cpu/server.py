@@ -1,4 +1,4 @@
-"""A raw SGLang server on the CPU, started without our engine, to test the engine and the plug-in."""
+"""A raw SGLang server, started without our engine, to test the engine and the plug-in."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from draftsmith.stages.engines.config import OptionValue
 from draftsmith.stages.runtime.child_process import ChildProcess
-from tests.sglang_cpu.options import CPU_ENVIRONMENT, CPU_OPTIONS
+from tests.sglang_cpu.options import HERE, Device
 
 START_LIMIT_S = 400.0  # 20 to 50 s on a quiet machine; the tests may share two cores with others
 _POLL_S = 0.25
@@ -43,13 +43,14 @@ def running_server(
     *,
     log: Path,
     environment: Mapping[str, str] | None = None,
+    device: Device = HERE,
 ) -> Iterator[str]:
-    """Start a server of this model, in float32 by default, and yield its URL; it is stopped on exit.
+    """Start a server of this model and yield its URL; it is stopped on exit.
 
-    drafter: a checkpoint's folder, served with `algorithm`. options: as in `LaunchConfig.options`, over the CPU's.
-    An error during the start or in the body of the `with` shows the end of the log.
+    drafter: a checkpoint's folder, served with `algorithm`. options, environment: added to the device's, as in
+    `LaunchConfig`. An error during the start or in the body of the `with` shows the end of the log.
     """
-    settings: dict[str, OptionValue] = {"dtype": "float32", **CPU_OPTIONS}
+    settings: dict[str, OptionValue] = {"dtype": device.dtype, **device.options}
     if drafter is not None:
         settings |= {"speculative-algorithm": algorithm, "speculative-draft-model-path": str(drafter)}
     settings |= options or {}
@@ -58,7 +59,8 @@ def running_server(
         if value is not False:
             command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     try:
-        with reserved_port() as port, _process([*command, "--port", str(port)], environment or {}, log) as process:
+        added = {**device.environment, **(environment or {})}
+        with reserved_port() as port, _process([*command, "--port", str(port)], added, log) as process:
             url = f"http://127.0.0.1:{port}"
             _wait(process, url, target_model)
             yield url
@@ -91,7 +93,7 @@ def _process(command: Sequence[str], environment: Mapping[str, str], log: Path) 
     with log.open("ab") as output:
         child = ChildProcess(
             command,
-            environment={**inherited, **CPU_ENVIRONMENT, "PYTHONUNBUFFERED": "1", **environment},
+            environment={**inherited, "PYTHONUNBUFFERED": "1", **environment},
             stdout=output,
             stderr=output,
             folder=log.parent,

@@ -71,7 +71,9 @@ def test_an_error_is_one_line_with_the_path_of_the_log(
 
 
 def test_metrics_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
-    assert run(tmp_path, MISBEHAVE, {"way": "nan"}).summary == {"steps": 3.0}
+    summary = run(tmp_path, MISBEHAVE, {"way": "nan"}).summary
+    assert summary.keys() == {"steps", "peak_memory_gb"}
+    assert summary["peak_memory_gb"] > 0.005  # Python alone takes more
 
 
 def test_at_the_time_limit_the_stage_saves_and_its_worker_is_killed(tmp_path: Path) -> None:

@@ -70,10 +70,11 @@ def test_a_stage_reports_its_work_and_leaves_its_output(tmp_path: Path) -> None:
     code, events, _ = finish(start(tmp_path, COLLECT, {"count": 2}))
     assert code == 0
     assert [event["event"] for event in events] == [
-        *("log", "metrics", "progress", "metrics", "progress", "summary", "done"),
+        *("log", "metrics", "progress", "metrics", "progress", "summary", "summary", "done"),
     ]
     assert events[2] == {"event": "progress", "done": 1, "total": 2, "unit": "numbers", "metrics": {"last": 7}}
     assert events[5]["values"] == {"numbers": 2.0}
+    assert events[6]["values"].keys() == {"peak_memory_gb"}
     assert json.loads((tmp_path / "out" / "numbers.json").read_text()) == [7, 8]
     metrics = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert metrics == [{"step": 1, "value": 7.0}, {"step": 2, "value": 8.0}]
@@ -147,7 +148,7 @@ def test_a_lost_engine_has_the_exit_code_of_a_retry(tmp_path: Path) -> None:
 
 def test_prints_of_libraries_stay_out_of_the_event_stream(tmp_path: Path) -> None:
     code, events, log = finish(start(tmp_path, MISBEHAVE, {"way": "print"}))
-    assert (code, [event["event"] for event in events]) == (0, ["done"])
+    assert (code, [event["event"] for event in events]) == (0, ["summary", "done"])
     assert "a library that prints" in log
     assert "native code that prints" in log
 
