@@ -34,8 +34,9 @@ from draftsmith.flows.checks.prompts import (
     check_prompt_counts,
     check_sources,
 )
-from draftsmith.flows.checks.resources import check_accelerators, check_resources, model_sizes
-from draftsmith.flows.config.options import RunOptions, check_runner
+from draftsmith.flows.checks.resources import Machine, check_accelerators, check_resources, model_sizes
+from draftsmith.flows.checks.work import Gpu
+from draftsmith.flows.config.options import RunOptions, StageOptions, check_runner
 from draftsmith.flows.execution.machine import check_home, free_disk_bytes
 from draftsmith.flows.orchestration import server
 from draftsmith.flows.planning.graph import Node, Pipeline, PlannedNode, Status, plan, topological_order
@@ -44,9 +45,10 @@ from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.target.info import read_target_info
 
 
-def check(config: RunOptions, pipeline: Pipeline, home: Path) -> Findings:
+def check(config: RunOptions, pipeline: Pipeline, home: Path, gpu: Gpu | None = None) -> Findings:
     """Make all checks of a valid config, without loading weights, and return their results.
 
+    gpu: to estimate memory and time for, in place of this machine's.
     They leave no files, except MLflow's database, which is asked for the line's champion, and an empty object in the
     store's bucket.
     """
@@ -85,8 +87,9 @@ def check(config: RunOptions, pipeline: Pipeline, home: Path) -> Findings:
         if fetch_target_metadata(findings, nodes, Path(scratch)):
             plans = _with_target(findings, nodes, nodes, Path(scratch), whole=False)
             with findings.check("resources"):
-                sizes = model_sizes(nodes, Path(scratch), plans)
-                check_resources(findings, nodes, to_make, sizes, home, config.stages.price_per_hour)
+                machine = Machine.here() if gpu is None else Machine.assumed(gpu)
+                sizes = model_sizes(nodes, Path(scratch), plans, machine)
+                check_resources(findings, nodes, to_make, sizes, home, machine, config.stages)
         else:
             check_logs(findings, nodes, None)
             check_initial_drafters(findings, nodes)
@@ -159,8 +162,8 @@ class RunChecks:
             target = made[node.name]
             plans = _with_target(findings, self._nodes, self._to_make, target, whole=True)
             with findings.check("resources"):
-                sizes = model_sizes(self._nodes, target, plans)
-                check_resources(findings, self._nodes, self._to_make, sizes, home())
+                sizes = model_sizes(self._nodes, target, plans, machine := Machine.here())
+                check_resources(findings, self._nodes, self._to_make, sizes, home(), machine, StageOptions())
         elif isinstance(node.config, PromptsConfig):
             positions = read_target_info(made[node.inputs["target"]]).max_positions
             check_lengths(findings, self._to_make, node.name, made[node.name], positions)

@@ -6,12 +6,20 @@ No stage imports this module, so a better estimate changes no cache key (`tests/
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from draftsmith.flows.checks.work import (
+    STEPS_PER_TOKEN,
+    Work,
+    decoding,
+    replay,
+    step_work,
+    suffixes,
+)
 from draftsmith.stages.data.logs.stage import LogsConfig
-from draftsmith.stages.engines.config import EmbeddedEngineConfig, SGLangEngineConfig
+from draftsmith.stages.engines.config import EmbeddedEngineConfig, SamplingConfig, SGLangEngineConfig
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.replay.options import TREE_TOKENS
@@ -27,12 +35,11 @@ from draftsmith.stages.target.estimate import (
 )
 from draftsmith.stages.target.source import source_kind
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
-from draftsmith.stages.training.estimate import cached_read, scoring_logits, training_memory
+from draftsmith.stages.training.estimate import cached_read, fixed_memory, rows_at_once, scoring_logits, training_memory
 
 _TABLES = 150e6  # decoded row groups of the tables that a stage reads and writes, whatever their length
 _ANSWER_BYTES = 120  # names and indices of an answer: all of it that stays in memory
 _TOKEN_BYTES = 4  # an int32 in a table, before compression
-_VERIFY_STEPS_PER_TOKEN = 0.5  # where nothing is known of the drafter: tau 2
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,9 @@ class Need:
     temporary_disk: float = 0.0  # only while it runs
     makes: AnswerCounts | None = None
     work: tuple[str, float] | None = None  # ("decode" or "replay", tokens) or ("train", block positions)
+    on_gpu: Mapping[str, Work] = field(default_factory=dict)  # by phase, on each GPU; of a training, in one step
+    steps: int = 1  # of a training
+    server_starts: int = 0
 
 
 def _decoding(slots: int, longest: int, drafter: bool, sizes: Sizes) -> float:
@@ -128,24 +138,44 @@ def _rollout(config: RolloutConfig, use: StageUse) -> Need:
     longest = sizes.longest_prompt + config.sampling.max_new_tokens
     count = sum(config.counts(use.prompts).values())
     tokens = count * config.sampling.max_new_tokens
-    made = AnswerCounts(longest, count, tokens * _VERIFY_STEPS_PER_TOKEN)
-    memory, servers = 0.0, None
+    made = AnswerCounts(longest, count, tokens * STEPS_PER_TOKEN)
+    memory, servers, on_gpu = 0.0, None, {}
     if isinstance(engine, EmbeddedEngineConfig):
         memory = _embedded(engine.slots, longest, drafter, config.drafting.head_tokens, sizes)
+        on_gpu = {"decoding": _decodes(engine, engine.slots, tokens, config.sampling, drafter, sizes)}
     elif engine.launch is not None:
         servers = _launched(engine, engine.launch.servers, engine.concurrency, longest, drafter, sizes)
+        replicas = engine.launch.servers * engine.launch.data_parallel
+        decoded = _decodes(engine, engine.concurrency, tokens / replicas, config.sampling, drafter, sizes)
+        on_gpu = {"decoding": decoded}
     disk = _table_bytes(made) + (made.verify_steps * (8 * (sizes.block_size - 1) + 24) if drafter else 0.0)
     return Need(
         memory=memory, tables=_tables(made), loaded=sizes.weights(sizes.target) if memory else 0.0, servers=servers,
         disk=disk, temporary_disk=disk, makes=made, work=("decode", tokens) if memory else None,
-        devices=servers.gpus if servers else 1,
+        devices=servers.gpus if servers else 1, on_gpu=on_gpu, server_starts=1 if servers else 0,
     )  # fmt: skip
+
+
+def _decodes(
+    engine: EmbeddedEngineConfig | SGLangEngineConfig,
+    in_flight: int,
+    tokens: float,
+    sampling: SamplingConfig,
+    drafter: bool,
+    sizes: Sizes,
+) -> Work:
+    """Return the work of each GPU of a replica that decodes so many tokens, in answers of the longest length."""
+    launch = engine.launch if isinstance(engine, SGLangEngineConfig) else None
+    context = sizes.longest_prompt + sampling.max_new_tokens / 2
+    gpus = launch.tensor_parallel if launch is not None else 1
+    served = launch is not None
+    return decoding(sizes, tokens, in_flight=in_flight, context=context, drafter=drafter, gpus=gpus, served=served)
 
 
 def _logs(config: LogsConfig, use: StageUse) -> Need:
     """Return the need of the tables, if the config limits their rows, and of the target if it scores the answers."""
     longest = config.max_tokens or use.sizes.positions
-    steps = (config.rows or 0) * longest * _VERIFY_STEPS_PER_TOKEN
+    steps = (config.rows or 0) * longest * STEPS_PER_TOKEN
     made, weights = AnswerCounts(longest, config.rows or math.inf, steps), use.sizes.weights(use.sizes.target)
     memory, loaded = (PROCESS_BYTES + weights, weights) if config.scored else (0.0, 0.0)
     return Need(memory, _tables(made), loaded, disk=_table_bytes(made), temporary_disk=_table_bytes(made), makes=made)
@@ -176,6 +206,7 @@ def _training(config: TrainingConfig, use: StageUse, *, mines: bool = False, sco
     parts, sizes = training_memory(config, use, mines=mines, scores=scores), use.sizes
     checkpoint = 12.0 * sizes.drafter.parameters
     blocks = config.steps * config.sequences_per_step * config.anchors_per_sequence
+    at_once = rows_at_once(config, sizes, use.longest, sum(fixed_memory(config, use).values()))
     return Need(
         memory=sum(parts.values()) + (0.0 if sizes.accelerated else checkpoint), tables=_tables(use.answers),
         loaded=checkpoint,
@@ -183,6 +214,7 @@ def _training(config: TrainingConfig, use: StageUse, *, mines: bool = False, sco
         disk=sizes.weights(sizes.drafter),
         temporary_disk=(CHECKPOINTS_KEPT + 1) * checkpoint + (_table_bytes(use.answers) if use.answers else 0.0),
         work=("train", blocks * (sizes.block_size - 1) / config.parallel.world),
+        steps=config.steps, on_gpu=step_work(config, use, mines=mines, scores=scores, rows_at_once=at_once),
     )  # fmt: skip
 
 
@@ -202,10 +234,17 @@ def _mining(config: MiningConfig, use: StageUse) -> Need:
     if config.table == "sample" and use.answers is not None:
         steps *= min(1.0, SAMPLE / use.answers.count)
     disk = steps * (8 * (sizes.block_size - 1) + 72)
+    on_gpu = {}
+    if use.answers is not None and math.isfinite(use.answers.count) and steps:
+        T, read = use.longest, steps / STEPS_PER_TOKEN  # tokens
+        on_gpu = replay(sizes, read, T, 1, config.tokens_per_target_forward, layers=sizes.target.layers)
+        if config.table == "scored":
+            groups = read / max(T, config.tokens_per_target_forward)
+            on_gpu["scoring"] = suffixes(sizes, steps, T, STEPS_PER_TOKEN, groups)
     return Need(
         memory=PROCESS_BYTES + weights + head + tokens * sizes.feature_bytes + scoring_logits(sizes) + scoring,
         tables=_tables(use.answers), loaded=weights, disk=disk, temporary_disk=disk,
-        work=("replay", steps / _VERIFY_STEPS_PER_TOKEN),
+        work=("replay", steps / STEPS_PER_TOKEN), on_gpu=on_gpu,
     )  # fmt: skip
 
 
@@ -219,14 +258,38 @@ def _evaluation(config: EvaluationConfig, use: StageUse) -> Need:
     weights = sizes.weights(sizes.target) + use.drafters * sizes.weights(sizes.drafter)
     memory = PROCESS_BYTES + weights + sizes.reduced_head(config.head_tokens)[1]
     memory += 2.0 * max(config.tokens_per_target_forward, longest) * sizes.feature_bytes
-    servers = None
+    servers, starts = None, 0
     if isinstance(config.engine, SGLangEngineConfig):  # one server at a time
         servers = _launched(config.engine, 1, max(config.concurrency), longest, True, sizes)
+        starts = config.rounds * (1 + use.drafters) + use.drafters * len(config.block_sizes or ())
     else:
         memory += _decoding(max(config.concurrency), longest, True, sizes)
         if config.exactness_prompts:
             memory += sizes.weights(sizes.target, 4) + sizes.weights(sizes.drafter, 4)
-    return Need(memory, _tables(use.answers), weights, servers=servers, devices=servers.gpus if servers else 1)
+    on_gpu = {"decoding": _timed_runs(config, use)}
+    if use.answers is not None and math.isfinite(use.answers.count):
+        tokens = use.answers.count * use.answers.longest
+        on_gpu |= replay(sizes, tokens, use.longest, use.drafters, config.tokens_per_target_forward)
+    return Need(
+        memory, _tables(use.answers), weights, servers=servers, devices=servers.gpus if servers else 1,
+        on_gpu=on_gpu, server_starts=starts,
+    )  # fmt: skip
+
+
+def _timed_runs(config: EvaluationConfig, use: StageUse) -> Work:
+    """Return the work of all arms that decode in all rounds and settings, and of the choice of their block sizes."""
+    longest, first = config.sampling.max_new_tokens, config.concurrency[0]
+    temperatures = len(config.temperatures or (config.sampling.temperature,))
+
+    def run(prompts: int, in_flight: int, drafter: bool) -> Work:
+        return _decodes(config.engine, in_flight, prompts * longest, config.sampling, drafter, use.sizes)
+
+    chosen = use.drafters * len(config.block_sizes or ()) * max(config.validation_prompts, first)
+    total = run(chosen, first, True)
+    for in_flight in config.concurrency:
+        both = run(config.speed_prompts, in_flight, False) + run(config.speed_prompts, in_flight, True) * use.drafters
+        total += both * (config.rounds * temperatures)
+    return total
 
 
 NEEDS: dict[str, Callable[[Any, StageUse], Need]] = {

@@ -15,6 +15,8 @@ from draftsmith.flows.checks.engines import runs_elsewhere
 from draftsmith.flows.checks.estimates import NEEDS, Need
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.checks.models import DrafterPlans
+from draftsmith.flows.checks.work import GPUS, Gpu, describe
+from draftsmith.flows.config.options import StageOptions
 from draftsmith.flows.execution.display import format_bytes, format_duration
 from draftsmith.flows.execution.machine import free_disk_bytes, gpu_model, gpu_names, gpus
 from draftsmith.flows.planning.graph import Node
@@ -24,6 +26,7 @@ from draftsmith.stages.target.info import model_path, read_target_info
 
 _TIGHT, _TOO_MUCH = 0.85, 1.35  # needed / available: estimates are meant to be right within a third
 _SGLANG_FRACTION = 0.85  # of a GPU's memory that SGLang takes by default, about
+_SERVER_START_S = 60.0  # assumed
 _ADVICE = {
     "rollout": "lower engine.slots or sampling.max_new_tokens",
     "logs": "lower logs.max_tokens",
@@ -44,13 +47,32 @@ class MeasuredRate:
     where: str
 
 
-# from tests/benchmarks/README.md; no GPU was measured
+# from tests/benchmarks/README.md
 _ON = "SmolLM2-135M on 2 cores of AMD Zen 4"
 MEASURED_RATES = (
     MeasuredRate("CPU", "decode", 501, 135e6, f"{_ON}, 32 in flight"),
     MeasuredRate("CPU", "replay", 318, 135e6, _ON),
     MeasuredRate("CPU", "train", 348, 135e6, f"{_ON}, one thread"),
 )
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run would compute on: this machine, or GPUs that are assumed."""
+
+    gpus: tuple[float, ...]  # bytes of each; of assumed ones there are enough
+    memory: float | None  # of the host; None: unknown
+    rates: Gpu | None  # of a GPU whose time can be estimated
+    device: str  # part of it is a MeasuredRate's
+
+    @classmethod
+    def here(cls) -> Machine:
+        model = (gpu_model() or "GPU") if gpus() else "CPU"
+        return cls(gpus(), memory_bytes(), next((gpu for name, gpu in GPUS.items() if name in model), None), model)
+
+    @classmethod
+    def assumed(cls, gpu: Gpu) -> Machine:
+        return cls((gpu.memory,), None, gpu, gpu.name)
 
 
 def check_accelerators(findings: Findings) -> None:
@@ -73,20 +95,23 @@ def check_resources(
     to_make: Sequence[Node],
     sizes: Sizes | None,
     home: Path,
-    price: float | None = None,
+    machine: Machine,
+    options: StageOptions,
 ) -> None:
-    """Add a line for each node in `to_make`, and one for the whole run.
-
-    sizes: from `model_sizes`. price: of an hour of a GPU, or of the machine if it has none.
-    """
+    """Add lines for each node in `to_make`, and one for the whole run. sizes: from `model_sizes`."""
     if sizes is None:
         findings.skip("resources", "not estimated, because the drafter's shape is not known here")
         return
-    needs, history = _needs(nodes, sizes), _History(open_store(home).list(), nodes)
-    elsewhere, disk, temporary, seconds, hours, unknown = runs_elsewhere(nodes), 0.0, 0.0, 0.0, 0.0, []
+    needs, price = _needs(nodes, sizes), options.price_per_hour
+    history = _History(open_store(home).list() if machine.memory is not None else [], nodes)
+    elsewhere = runs_elsewhere(nodes) and not machine.gpus
+    disk, temporary, seconds, hours, unknown = 0.0, 0.0, 0.0, 0.0, []
     for node in to_make:
         need = needs.get(node.name, Need())
-        took, how = _time(node, need, history, sizes, elsewhere=elsewhere)
+        took, how = _time(node, need, history, sizes, machine, elsewhere=elsewhere)
+        devices = need.devices
+        if took is not None and machine.gpus and node.stage.sharded and need.servers is None:
+            devices, took = options.shards, took / options.shards
         if node.name not in needs and took is None:  # it takes seconds
             continue
         disk, temporary = disk + need.disk, max(temporary, need.temporary_disk)
@@ -94,19 +119,21 @@ def check_resources(
         if took is None:
             unknown.append(node.name)
         else:
-            seconds, hours = seconds + took, hours + took * need.devices / 3600
-        parts.append(f"time {how}")
-        if took is not None and (cost := _cost(took * need.devices / 3600, price)):
+            seconds, hours = seconds + took, hours + took * devices / 3600
+        parts.append("time not measured" if took is None else f"time {format_duration(took)} {how}")
+        if took is not None and (cost := _cost(took * devices / 3600, price, machine)):
             parts.append(cost)
-        _compare(findings, node, need, ", ".join(parts), elsewhere=elsewhere)
+        _compare(findings, node, need, ", ".join(parts), machine, elsewhere=elsewhere)
+        if need.steps > 1 and machine.rates is not None:
+            findings.ok(f"{node.name}: a step", describe(need.on_gpu, machine.rates))
     if to_make:
         _compare_disk(findings, disk + temporary, home)
         left_out = f"; not measured: {', '.join(unknown)}" if unknown else ""
-        cost = _cost(hours, price)
+        cost = _cost(hours, price, machine)
         findings.ok("time", f"about {format_duration(seconds)}{f', {cost}' if cost else ''}{left_out}")
 
 
-def model_sizes(nodes: Sequence[Node], artifact: Path, plans: DrafterPlans) -> Sizes | None:
+def model_sizes(nodes: Sequence[Node], artifact: Path, plans: DrafterPlans, machine: Machine) -> Sizes | None:
     """Return the sizes of the target and of a run's largest drafter; None without prompts or a drafter.
 
     artifact: the target's.
@@ -125,8 +152,10 @@ def model_sizes(nodes: Sequence[Node], artifact: Path, plans: DrafterPlans) -> S
         longest_prompt=prompts.max_prompt_tokens,
         positions=info.max_positions,
         kind=plan.kind,
-        device_memory=float(min(gpus(), default=memory_bytes())),
-        accelerated=bool(gpus()),
+        deepest=max(plan.target_layer_ids) + 1,
+        operations=plan.operations,
+        device_memory=float(min(machine.gpus, default=memory_bytes())),
+        accelerated=bool(machine.gpus),
     )
 
 
@@ -147,16 +176,18 @@ def _needs(nodes: Sequence[Node], sizes: Sizes) -> dict[str, Need]:
     return needs
 
 
-def _compare(findings: Findings, node: Node, need: Need, rest: str, *, elsewhere: bool) -> None:
+def _compare(findings: Findings, node: Node, need: Need, rest: str, machine: Machine, *, elsewhere: bool) -> None:
     """Add a node's line: an error if it cannot fit, a warning if it is tight. elsewhere: it runs on another machine."""
-    host = need.tables + (PROCESS_BYTES + need.loaded if gpus() else need.memory)
-    sizes = {"memory": (host, memory_bytes() / need.processes)} if host else {}
-    if gpus() and need.memory:
-        sizes["GPU memory"] = need.memory, gpus()[0]
+    host = need.tables + (PROCESS_BYTES + need.loaded if machine.gpus else need.memory)
+    sizes = {}
+    if host and machine.memory is not None:
+        sizes["memory"] = host, machine.memory / need.processes
+    if machine.gpus and need.memory:
+        sizes["GPU memory"] = need.memory, machine.gpus[0]
     check, advice = f"{node.name}: needs", _ADVICE.get(node.stage.name, _ADVICE_TRAINING)
     fullest = max((needed / has for needed, has in sizes.values()), default=0.0)
     if need.servers is not None:
-        usable = _usable(node, need.servers.gpus)
+        usable = _usable(node, need.servers.gpus, machine)
         sizes[f"each of {need.servers.gpus} servers' GPUs"] = need.servers.weights + need.servers.requests, usable
         if not elsewhere and need.servers.weights >= usable:
             fullest, advice = _TOO_MUCH + 1, "raise engine.launch.tensor_parallel or memory_fraction"
@@ -174,12 +205,12 @@ def _compare(findings: Findings, node: Node, need: Need, rest: str, *, elsewhere
         findings.ok(check, text)
 
 
-def _usable(node: Node, servers: int) -> float:
+def _usable(node: Node, servers: int, machine: Machine) -> float:
     """Return how many bytes of each GPU a launched server may use."""
     launch = node.config.engine.launch  # type: ignore[attr-defined]
     if launch.on_cpu:
         return memory_bytes() / servers
-    return min(gpus(), default=0.0) * float(launch.memory_fraction or _SGLANG_FRACTION)
+    return min(machine.gpus, default=0.0) * float(launch.memory_fraction or _SGLANG_FRACTION)
 
 
 def _compare_disk(findings: Findings, needed: float, home: Path) -> None:
@@ -193,28 +224,32 @@ def _compare_disk(findings: Findings, needed: float, home: Path) -> None:
         findings.ok("disk", text)
 
 
-def _cost(hours: float, price: float | None) -> str:
-    """Return the hours of GPUs, or of this machine if it has none, and their price."""
-    if not gpus() and price is None:
+def _cost(hours: float, price: float | None, machine: Machine) -> str:
+    """Return the hours of GPUs, or of a machine without any, and their price."""
+    if not machine.gpus and price is None:
         return ""
-    unit = "GPU hours" if gpus() else "hours of this machine"
+    unit = "GPU hours" if machine.gpus else "hours of this machine"
     return f"{hours:.2g} {unit}" + (f" for {hours * price:.2f}" if price is not None else "")
 
 
-def _time(node: Node, need: Need, history: _History, sizes: Sizes, *, elsewhere: bool) -> tuple[float | None, str]:
-    """Return the seconds that a node takes, None if unknown, and their text with its source."""
+def _time(
+    node: Node, need: Need, history: _History, sizes: Sizes, machine: Machine, *, elsewhere: bool
+) -> tuple[float | None, str]:
+    """Return the seconds that a node takes, None if unknown, and where they come from."""
     if (last := history.last(node)) is not None:
         seconds = max(last.duration_s, last.metrics.get("seconds", 0.0))  # the metric includes earlier attempts
         seconds *= _work_ratio(node, need, last)
-        return seconds, f"{format_duration(seconds)} by its last run"
-    device = (gpu_model() or "GPU") if gpus() else "CPU"
+        return seconds, "by its last run"
+    if machine.rates is not None and need.on_gpu:
+        seconds = need.steps * sum(map(machine.rates.seconds, need.on_gpu.values()))
+        return seconds + need.server_starts * _SERVER_START_S, f"by arithmetic for {machine.rates.name}"
     kind, work = need.work or ("", 0.0)
-    rate = next((each for each in MEASURED_RATES if each.device in device and each.work == kind), None)
+    rate = next((each for each in MEASURED_RATES if each.device in machine.device and each.work == kind), None)
     if rate is None or elsewhere:
-        return None, "not measured"
+        return None, ""
     seconds = work / rate.a_second * sizes.target.parameters / rate.parameters
     unit = "block positions" if kind == "train" else "tokens"
-    return seconds, f"{format_duration(seconds)} by {rate.a_second:,.0f} {unit}/s ({rate.where})"
+    return seconds, f"by {rate.a_second:,.0f} {unit}/s ({rate.where})"
 
 
 class _History:

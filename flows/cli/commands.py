@@ -34,6 +34,7 @@ from draftsmith.artifacts.tracking.registry import Registry, describe_other_trac
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.checks.check import check, check_node
 from draftsmith.flows.checks.findings import show
+from draftsmith.flows.checks.work import GPUS
 from draftsmith.flows.cli.status import find_report, show_artifact, show_config_status, show_store_status
 from draftsmith.flows.cli.why import explain_key
 from draftsmith.flows.config.load import read_config
@@ -116,7 +117,7 @@ def _init(options: argparse.Namespace, pipeline: Pipeline) -> None:
     write_first_config(options.file, options.beginning, {name: getattr(options, name) for name in QUESTIONS})
     command = shlex.join(["draftsmith", "run", str(options.file)])
     Display().line(f"{options.file}: written. If its check passes, run it: {command}")
-    options.config, options.overrides = options.file, []
+    options.config, options.overrides, options.gpu = options.file, [], None
     _check(options, pipeline)
 
 
@@ -124,7 +125,7 @@ def _check(options: argparse.Namespace, pipeline: Pipeline) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when the checks import the library
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     config, display = _read_config(options, pipeline), Display()
-    findings = check(config, pipeline, home())
+    findings = check(config, pipeline, home(), GPUS[options.gpu] if options.gpu else None)
     show(display, findings.lines)
     display.line(findings.summary)
     if findings.errors:

@@ -45,6 +45,11 @@ def parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("check", help="check all that can be checked before a run without loading weights")
     _add_config(check)
+    check.add_argument(
+        "--gpu",
+        choices=["H100", "H200"],
+        help="estimate memory, time and cost for GPUs of this kind, not for this machine",
+    )
 
     init = commands.add_parser("init", help="write a first config from a few answers, and check it")
     init.add_argument("file", metavar="FILE", type=Path, help="the YAML file to write; it must not exist")

@@ -12,7 +12,7 @@ from torch import nn
 
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.sampling import argmax, probability_of
-from draftsmith.stages.drafters.spec import TrainingRecipe
+from draftsmith.stages.drafters.spec import StepShape, TrainingRecipe
 from draftsmith.stages.target.kv_cache import Rows
 from draftsmith.stages.target.logit_map import IDENTITY, LogitMap
 from draftsmith.stages.target.packed_linear import packed_copy
@@ -28,26 +28,6 @@ class DrafterInfo:
     target_source: str = ""
     parents: tuple[str, ...] = ()  # content ids of the artifacts that it was trained from
     training: dict[str, Any] = field(default_factory=dict)  # stage, steps, trained positions
-
-
-@dataclass(frozen=True)
-class StepShape:
-    """The sizes of a training step that its number of operations depends on."""
-
-    rows: int  # trajectories
-    width: int  # positions that they are padded to
-    anchors: torch.Tensor  # [rows, A] positions
-    head_positions: int  # block positions with a loss
-    head_rows: int  # tokens in the softmax
-    prefixes: int = 1  # how often the trajectories are encoded; 0 if chains are drafted again on the same context
-
-    @property
-    def blocks(self) -> int:
-        return self.anchors.numel()
-
-    def seen_within(self, window: int | None) -> int:
-        """Return how many positions before all anchors together a layer with this window reads."""
-        return int((self.anchors if window is None else self.anchors.clamp(max=window - 1)).sum())
 
 
 class Context:
@@ -184,8 +164,8 @@ class Drafter(nn.Module, ABC):
         raise NotImplementedError
 
     @abstractmethod
-    def training_operations(self, shape: StepShape) -> float:
-        """Return the floating-point operations of one step's matrix products, forward and backward."""
+    def operations(self, shape: StepShape, *, training: bool = True) -> float:
+        """Return the floating-point operations of a forward's matrix products; training: and of its backward's."""
 
     def block_sampler(
         self, context: Context, anchor_tokens: torch.Tensor, anchors: torch.Tensor, block_size: int, head: Head

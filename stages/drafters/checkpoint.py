@@ -68,6 +68,7 @@ class DrafterPlan:
     target_layer_ids: list[int]
     description: str
     parameters: int
+    operations: Callable[..., float]  # as of `Drafter.operations`
 
 
 def plan_of_new(shape: DrafterConfig, target_config: Any, tokenizer: Callable[[], Any]) -> DrafterPlan:
@@ -150,6 +151,7 @@ def _plan(architecture: Architecture, config: Any, tokenizer: Callable[[], Any],
         architecture.target_layer_ids(config),
         architecture.description(config, tokenizer),
         sum(p.numel() for p in skeleton.parameters()),
+        skeleton.operations,
     )
 
 

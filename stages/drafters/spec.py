@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeAlias
 
+import numpy as np
 from pydantic import Field
 
 from draftsmith.artifacts.errors import DraftsmithError
@@ -16,6 +17,26 @@ if TYPE_CHECKING:
     import torch
 
     from draftsmith.stages.target.causal_lm import Target
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """The sizes of a training step that its number of operations depends on."""
+
+    rows: int  # trajectories
+    width: int  # positions that they are padded to
+    anchors: np.ndarray  # [rows, A] positions
+    head_positions: int  # block positions with a loss
+    head_rows: int  # tokens in the softmax
+    prefixes: int = 1  # how often the trajectories are encoded; 0 if chains are drafted again on the same context
+
+    @property
+    def blocks(self) -> int:
+        return self.anchors.size
+
+    def seen_within(self, window: int | None) -> int:
+        """Return how many positions before all anchors together a layer with this window reads."""
+        return int((self.anchors if window is None else np.minimum(self.anchors, window - 1)).sum())
 
 
 @dataclass(frozen=True)

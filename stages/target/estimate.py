@@ -10,7 +10,7 @@ Weights are counted on torch's meta device: exact for every architecture, and no
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class ModelSize:
     vocabulary: int
     windows: tuple[int, ...] = ()  # positions, of every sliding layer
     divided: int = 0  # parameters that are divided among ranks that share the model
+    active: int = 0  # width of all MLPs that one token goes through, where that is not `intermediate` (experts)
 
     @classmethod
     def from_config(cls, config: Any, parameters: int, divided: int = 0) -> ModelSize:
@@ -54,6 +55,7 @@ class ModelSize:
             vocabulary=getattr(config, "draft_vocab_size", None) or config.vocab_size,
             windows=(window,) * len(sliding) if window else (),
             divided=divided,
+            active=_active_width(usual),
         )
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
@@ -73,6 +75,8 @@ class Sizes:
     longest_prompt: int
     positions: int  # the target's context
     kind: str  # of the drafter
+    deepest: int  # target layers that run for the features that the drafter reads
+    operations: Callable[..., float]  # `Drafter.operations`
     device_memory: float = math.inf  # bytes of the device that trains: a step is split until it fits
     accelerated: bool = False  # each process has such a device; otherwise they share the machine's memory
 
@@ -115,6 +119,14 @@ class StageUse:
     def longest(self) -> int:
         """Return T of the answers that it reads, by default the target's context."""
         return self.answers.longest if self.answers is not None else self.sizes.positions
+
+
+def _active_width(config: Any) -> int:
+    """Return the width of the experts that one token goes through; 0 without experts."""
+    experts: int = getattr(config, "num_experts_per_tok", None) or 0
+    width: int = getattr(config, "moe_intermediate_size", None) or config.intermediate_size if experts else 0
+    shared: int = getattr(config, "shared_expert_intermediate_size", None) or 0
+    return experts * width + shared
 
 
 def target_size(folder: Path) -> ModelSize:

@@ -10,8 +10,9 @@ import torch
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.data.trajectories import Trajectory
-from draftsmith.stages.drafters.base import Context, Drafter, StepShape
+from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.lm_head import Head
+from draftsmith.stages.drafters.spec import StepShape
 from draftsmith.stages.replay.sampled import TargetSampler
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.batches import Batch
@@ -169,9 +170,8 @@ def count_operations(
 ) -> float:
     """Count the operations of a step that trains `positions` block positions, with softmaxes over `head`."""
     rows, width = batch.tokens.shape
-    return drafter.training_operations(
-        StepShape(rows, width, anchors.positions, positions, head.weight.shape[0], prefixes)
-    )
+    at = anchors.positions.cpu().numpy()
+    return drafter.operations(StepShape(rows, width, at, positions, head.weight.shape[0], prefixes))
 
 
 def position_anchors(

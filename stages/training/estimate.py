@@ -61,11 +61,7 @@ def fixed_memory(config: TrainingConfig, use: StageUse) -> dict[str, float]:
     drafter, B = sizes.drafter, rows_of_process(config)
     moments = 8.0 / (config.parallel.world if config.parallel.shard_optimiser else 1)
     a = DTYPE_BYTES[config.compute_dtype]
-    tokens = None
-    if config.head_tokens is not None:
-        of_batch = config.sequences_per_step * 64  # tokens of the batch that are new
-        tokens = config.head_tokens + config.head_negatives + of_batch
-    rows_of_head, head = sizes.reduced_head(tokens)
+    rows_of_head, head = _reduced_head(config, sizes)
     count = use.answers.count if use.answers is not None else float("inf")
     all_features = count * longest * sizes.feature_bytes
     features = all_features if all_features <= config.feature_memory_mb * 2**20 else 0.0
@@ -84,6 +80,19 @@ def fixed_memory(config: TrainingConfig, use: StageUse) -> dict[str, float]:
         keys = B * (longest + TREE_TOKENS) * sizes.target.kv_bytes_per_token(sizes.itemsize)
         fixed["kept keys and values"] = (1 + reads_ahead) * min(float(keys), config.feature_memory_mb * 2**20)
     return fixed
+
+
+def _reduced_head(config: TrainingConfig, sizes: Sizes) -> tuple[int, float]:
+    """Return the rows and the bytes of a step's copy of the target's head."""
+    if config.head_tokens is None:
+        return sizes.reduced_head(None)
+    of_batch = config.sequences_per_step * 64  # tokens of the batch that are new
+    return sizes.reduced_head(config.head_tokens + config.head_negatives + of_batch)
+
+
+def head_rows(config: TrainingConfig, sizes: Sizes) -> int:
+    """Return the tokens in a step's softmax: those of the drafter's own head, or of the target's."""
+    return min(_reduced_head(config, sizes)[0], sizes.drafter.vocabulary)
 
 
 def cached_read(tokens: int, longest: int, sizes: Sizes, tree_tokens: int = TREE_TOKENS) -> dict[str, float]:
@@ -121,6 +130,11 @@ def _loss(config: TrainingConfig, kind: str) -> str:
     if config.loss.response.loss != "auto":
         return config.loss.response.loss
     return "cross_entropy" if config.verification == "greedy" else "forward_kl"
+
+
+def reads_distribution(config: TrainingConfig, kind: str) -> bool:
+    """Return whether a step needs the target's last hidden states: for its distribution, or for DSpark's confidence."""
+    return _loss(config, kind) != "cross_entropy" or kind == "dspark"
 
 
 def row_bytes(config: TrainingConfig, sizes: Sizes, longest: int) -> float:

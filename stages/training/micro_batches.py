@@ -90,6 +90,8 @@ def loaded_sizes(target: Target, drafter: Drafter, longest: int) -> Sizes:
         longest_prompt=longest,
         positions=longest,
         kind=drafter.kind,
+        deepest=max(drafter.target_layer_ids) + 1,
+        operations=drafter.operations,
         device_memory=_device_memory(target),
         accelerated=target.device.type == "cuda",
     )

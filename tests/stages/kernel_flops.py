@@ -10,8 +10,10 @@ from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 _aten = torch.ops.aten
 
 
-def _of_forward(q: torch.Size, k: torch.Size, v: torch.Size, *_args: object, **_kwargs: object) -> int:
-    return int(sdpa_flop_count(q, k, v))
+def _of_forward(
+    q: torch.Size, k: torch.Size, v: torch.Size, _dropout: float = 0.0, is_causal: bool = False, **_kwargs: object
+) -> int:
+    return int(sdpa_flop_count(q, k, v)) // (2 if is_causal else 1)  # kernels skip the half that causal attention masks
 
 
 def _of_backward(

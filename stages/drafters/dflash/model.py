@@ -21,13 +21,13 @@ from draftsmith.stages.drafters.base import (
     Context,
     Drafter,
     DrafterInfo,
-    StepShape,
     argmax_tokens,
     as_input,
 )
 from draftsmith.stages.drafters.block_attention import ContextMask, KeysValues, block_attention
 from draftsmith.stages.drafters.dflash.config import TRAITS
 from draftsmith.stages.drafters.lm_head import Head
+from draftsmith.stages.drafters.spec import StepShape
 from draftsmith.stages.target.kv_cache import KeyValueSlots, Rows
 
 
@@ -210,15 +210,16 @@ class DFlashDrafter(Drafter):
         """Tokens of a block that the layers read."""
         return self.block_size
 
-    def training_operations(self, shape: StepShape) -> float:
-        """Count operations, with N = rows · T positions, b = rows · A blocks of B tokens, q and k the widths of queries
-        and keys:
+    def operations(self, shape: StepShape, *, training: bool = True) -> float:
+        """Count operations of a training, with N = rows · T positions, b = rows · A blocks of B tokens, q and k the
+        widths of queries and keys:
 
         fc: N · F·H², forward and the gradient of its weights (2 passes; the target's features need none); all other
         weights in 3 passes: N · L·2Hk (context) + b·B · L·(2Hq + 2Hk + 3HI) (blocks); attention, L times, 2 products
         forward and 5 backward (scores are computed again): B queries of width q of each block over the positions before
         its anchor, as many as the layer's window holds, and over the block; the frozen head, 2 passes: P · V'·H.
-        A pass is one product; each multiply-add counts as two operations.
+        A pass is one product; each multiply-add counts as two operations. Without training there is one pass, or two
+        products of attention.
         """
         c = self.config
         H, B = c.hidden_size, self.queries
@@ -229,6 +230,8 @@ class DFlashDrafter(Drafter):
         seen = sum(shape.seen_within(span.window) for span in self.spans)  # of all layers
         attention = B * q * seen + c.num_hidden_layers * tokens * q * B
         head = shape.head_positions * shape.head_rows * H
+        if not training:
+            return 2.0 * (fc + c.num_hidden_layers * layer + 2 * attention + head)
         return 2.0 * (2 * fc + 3 * c.num_hidden_layers * layer + 7 * attention + 2 * head)
 
     def new_context(self, rows: int, capacity: int) -> FeatureSlots:

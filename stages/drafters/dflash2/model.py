@@ -13,11 +13,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
-from draftsmith.stages.drafters.base import BlockSampler, Context, StepShape
+from draftsmith.stages.drafters.base import BlockSampler, Context
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter, DFlashLayer
 from draftsmith.stages.drafters.dflash2.config import TRAITS
 from draftsmith.stages.drafters.dflash2.selector import CandidateSelector, SelectorSampler
 from draftsmith.stages.drafters.lm_head import Head
+from draftsmith.stages.drafters.spec import StepShape
 from draftsmith.stages.target.logit_map import LogitMap
 
 BEFORE, AFTER = 0, 1  # the sublayer: first index of the kernels
@@ -155,8 +156,8 @@ class DFlash2Drafter(DFlashDrafter):
         pairs = selector.pairs(selector.gates(hidden), previous[..., None], head.to_tokens(columns))
         return selector.unary_map(unary) + pairs[..., 0, :]
 
-    def training_operations(self, shape: StepShape) -> float:
-        """Count operations as for DFlash, and in addition:
+    def operations(self, shape: StepShape, *, training: bool = True) -> float:
+        """Count operations as for DFlash, and in addition, in a training:
 
         the projections of the kernels, H · 2·taps·groups twice per layer and token, in 3 passes; for each position with
         a loss the candidates, V'·H once, and their scores, k·H (unary) in 3 passes, k·r (pairs) and H·r (projection) in
@@ -167,5 +168,8 @@ class DFlash2Drafter(DFlashDrafter):
         taps = sizes.get("conv_kernel_size") or 0
         kernels = 2 * H * 2 * taps * (H // sizes["conv_group_size"]) if taps else 0
         convolutions = shape.blocks * self.block_size * c.num_hidden_layers * kernels
-        selector = shape.head_positions * (shape.head_rows * H + 3 * k * H + 4 * (k * r + H * r))
-        return super().training_operations(shape) + 2.0 * (3 * convolutions + selector)
+        passes, of_position = (
+            (3, shape.head_rows * H + 3 * k * H + 4 * (k * r + H * r)) if training else (1, k * r + H * r)
+        )
+        selector = shape.head_positions * of_position
+        return super().operations(shape, training=training) + 2.0 * (passes * convolutions + selector)

@@ -19,7 +19,6 @@ from draftsmith.stages.drafters.base import (
     LOGITS_PER_CHUNK,
     BlockSampler,
     Context,
-    StepShape,
     argmax_of_products,
     propose_in_chunks,
 )
@@ -27,6 +26,7 @@ from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.drafters.dspark.config import TRAITS
 from draftsmith.stages.drafters.dspark.markov import markov_head
 from draftsmith.stages.drafters.lm_head import Head, flat_linear
+from draftsmith.stages.drafters.spec import StepShape
 
 
 @dataclass(frozen=True)
@@ -159,16 +159,17 @@ class DSparkDrafter(DFlashDrafter):
     def queries(self) -> int:
         return self.block_size - self.from_anchor
 
-    def training_operations(self, shape: StepShape) -> float:
-        """Count operations as for DFlash, and in addition:
+    def operations(self, shape: StepShape, *, training: bool = True) -> float:
+        """Count operations as for DFlash, and in addition, in a training:
 
         for each position with a loss, a third pass of V'·H, because logits with a trained bias are computed again in
         backward, and the bias itself, V'·r, in 4 passes; for every offset its projections, in 3.
         """
         H, rank, K = self.config.hidden_size, self.markov_head.rank, self.block_size - 1
         projections = sum(p.weight.numel() for p in self.markov_head.projections())
-        heads = shape.head_positions * shape.head_rows * (H + 4 * rank)
-        return super().training_operations(shape) + 2.0 * (heads + 3 * shape.blocks * K * projections)
+        passes, of_position = (3, H + 4 * rank) if training else (1, rank)
+        heads = shape.head_positions * shape.head_rows * of_position
+        return super().operations(shape, training=training) + 2.0 * (heads + passes * shape.blocks * K * projections)
 
 
 class MarkovSampler(BlockSampler):

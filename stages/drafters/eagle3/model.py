@@ -25,13 +25,13 @@ from draftsmith.stages.drafters.base import (
     Context,
     Drafter,
     DrafterInfo,
-    StepShape,
     argmax_tokens,
     as_input,
 )
 from draftsmith.stages.drafters.block_attention import ContextMask, block_attention
 from draftsmith.stages.drafters.eagle3.config import TRAITS
 from draftsmith.stages.drafters.lm_head import Head
+from draftsmith.stages.drafters.spec import StepShape
 from draftsmith.stages.target.kv_cache import KeyValueSlots, Rows
 
 
@@ -240,16 +240,17 @@ class Eagle3Drafter(Drafter):
         whole = self.draft_tokens.numel() == self.config.vocab_size
         return Head(self.lm_head.weight, None if whole else self.draft_tokens)
 
-    def training_operations(self, shape: StepShape) -> float:
-        """Count operations, with N = rows · T positions, e = rows · A · K entries of chains, q and k the widths of
-        queries and keys:
+    def operations(self, shape: StepShape, *, training: bool = True) -> float:
+        """Count operations of a training, with N = rows · T positions, e = rows · A · K entries of chains, q and k the
+        widths of queries and keys:
 
         fc: N · 3H², forward and the gradient of its weights (2 passes; the target's features need none); all other
         weights in 3 passes: N · 4Hk (prefix) + e · (3Hq + 4Hk + 3HI) (chains); attention, 2 products forward and 5
         backward (scores are computed again): K queries of width q of each chain over the positions before its anchor,
         and over 1 … K entries of its own; the trained head, whose logits are computed again in backward, 4 passes:
         P · V'·H.
-        A pass is one product; each multiply-add counts as two operations.
+        A pass is one product; each multiply-add counts as two operations. Without training there is one pass, or two
+        products of attention.
         """
         c = self.config
         H, K = c.hidden_size, self.block_size - 1
@@ -259,6 +260,8 @@ class Eagle3Drafter(Drafter):
         layer = N * 4 * H * k + entries * (3 * H * q + 4 * H * k + 3 * H * c.intermediate_size)
         attention = K * q * shape.seen_within(None) + entries * q * (K + 1) / 2
         head = shape.head_positions * shape.head_rows * H
+        if not training:
+            return 2.0 * (fc + layer + 2 * attention + head)
         return 2.0 * (2 * fc + 3 * layer + 7 * attention + 4 * head)
 
     def new_context(self, rows: int, capacity: int) -> PrefixSlots:

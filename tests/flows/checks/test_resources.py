@@ -10,6 +10,8 @@ from draftsmith.artifacts.store.manifest import InputEntry, Manifest
 from draftsmith.flows.checks import resources
 from draftsmith.flows.checks.estimates import Need
 from draftsmith.flows.checks.findings import Findings, Level
+from draftsmith.flows.checks.resources import Machine
+from draftsmith.flows.checks.work import GPUS, Work
 from draftsmith.flows.planning.graph import Node, topological_order
 from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.stages.catalog import STAGES
@@ -44,6 +46,8 @@ def qwen_sizes() -> Sizes:
         longest_prompt=512,
         positions=40960,
         kind=drafter.kind,
+        deepest=max(drafter.target_layer_ids) + 1,
+        operations=drafter.operations,
         device_memory=80e9,
         accelerated=True,
     )
@@ -100,19 +104,18 @@ def test_answers_take_no_more_disk_space_than_estimated(tiny_drafter: DrafterArt
     ],
 )
 def test_gpu_and_host_memory_are_compared_separately(
-    need: Need, gpus: tuple[float, ...], host: float, level: Level, monkeypatch: pytest.MonkeyPatch
+    need: Need, gpus: tuple[float, ...], host: float, level: Level
 ) -> None:
     """GPU memory holds the models; host memory holds tables and passing weights, and all processes share it."""
-    monkeypatch.setattr(resources, "gpus", lambda: gpus)
-    monkeypatch.setattr(resources, "memory_bytes", lambda: host)
+    machine = Machine(gpus, host, None, "GPU")
     findings = Findings()
     resources._compare(
-        findings, Node("sft", "draftsmith.stages.training.sft.stage", SftConfig()), need, "", elsewhere=False
+        findings, Node("sft", "draftsmith.stages.training.sft.stage", SftConfig()), need, "", machine, elsewhere=False
     )
     assert [(line.check, line.level) for line in findings.lines] == [("sft: needs", level)]
     findings = Findings()
     resources._compare(
-        findings, Node("sft", "draftsmith.stages.training.sft.stage", SftConfig()), need, "", elsewhere=True
+        findings, Node("sft", "draftsmith.stages.training.sft.stage", SftConfig()), need, "", machine, elsewhere=True
     )
     assert [line.level for line in findings.lines] == [Level.OK], "the memory of another machine is unknown"
 
@@ -137,21 +140,29 @@ def made(stage: str, config: Config, seconds: float, inputs: tuple[str, ...] = (
     )  # fmt: skip
 
 
+GPU, CPU = Machine((80e9,), 64e9, None, "GPU"), Machine((), 64e9, None, "CPU")
+
+
 def seconds(
-    stage: str, config: Config, need: Need, history: list[Manifest], target: TargetConfig = TARGET, **elsewhere: bool
+    stage: str,
+    config: Config,
+    need: Need,
+    history: list[Manifest],
+    target: TargetConfig = TARGET,
+    machine: Machine = GPU,
+    **elsewhere: bool,
 ) -> float | None:
-    """Return the estimated seconds of a node."""
+    """Return the estimated seconds of a node; by default on a GPU without a known rate."""
     inputs = {name: name for name in (TRAINED if stage == "sft" else ("target",))}
     node = Node(stage, STAGES[stage], config, inputs)
     nodes = [Node("target", "draftsmith.stages.target.stage", target), node]
     took, _ = resources._time(
-        node, need, resources._History(history, nodes), qwen_sizes(), **{"elsewhere": False, **elsewhere}
+        node, need, resources._History(history, nodes), qwen_sizes(), machine, **{"elsewhere": False, **elsewhere}
     )
     return took
 
 
-def test_time_is_estimated_from_the_last_run_and_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources, "gpus", lambda: (80e9,))  # without a measured rate
+def test_time_is_estimated_from_the_last_run_and_its_size() -> None:
     asked, few = SftConfig(steps=200), SftConfig(steps=50)
     here = [made("target", TARGET, 30), made("rollout", RolloutConfig(), 60, ("target",), answers=100.0)]
     assert seconds("rollout", RolloutConfig(), Need(makes=AnswerCounts(100, count=300)), here) == 180
@@ -166,9 +177,16 @@ def test_time_is_estimated_from_the_last_run_and_its_size(monkeypatch: pytest.Mo
     assert seconds("sft", eagle, Need(), [*here, sft]) is None
 
 
-def test_time_without_a_last_run_is_estimated_from_measured_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_without_a_last_run_is_estimated_from_measured_rates() -> None:
     need = Need(work=("decode", 5010.0))
-    monkeypatch.setattr(resources, "gpus", lambda: ())
-    assert seconds("rollout", RolloutConfig(), need, []) == pytest.approx(10 * 4_022_468_096 / 135e6)
-    assert seconds("rollout", RolloutConfig(), need, [], elsewhere=True) is None
-    assert seconds("rollout", RolloutConfig(), Need(), []) is None
+    assert seconds("rollout", RolloutConfig(), need, [], machine=CPU) == pytest.approx(10 * 4_022_468_096 / 135e6)
+    assert seconds("rollout", RolloutConfig(), need, [], machine=CPU, elsewhere=True) is None
+    assert seconds("rollout", RolloutConfig(), Need(), [], machine=CPU) is None
+
+
+def test_time_on_a_known_gpu_is_arithmetic() -> None:
+    machine = Machine.assumed(GPUS["H100"])
+    need = Need(on_gpu={"target": Work(650e12), "drafter": Work(bytes=3e12)}, steps=10, server_starts=1)
+    assert seconds("sft", SftConfig(), need, [], machine=machine) == pytest.approx(20 + resources._SERVER_START_S)
+    many_launches = Need(on_gpu={"mining": Work(650e9, launches=1e6)})
+    assert seconds("sft", SftConfig(), many_launches, [], machine=machine) == pytest.approx(5)

@@ -43,7 +43,7 @@ class TableDrafter(Drafter):
     def encode(self, features: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor) -> Context:
         raise NotImplementedError
 
-    training_operations = block_hidden = new_context = extend = move_row = head_over = encode  # type: ignore[assignment]
+    operations = block_hidden = new_context = extend = move_row = head_over = encode  # type: ignore[assignment]
 
     def select(self, context: Context, rows: Rows, length: int) -> Table:
         assert isinstance(context, Table)

@@ -78,6 +78,8 @@ class FakeStep:
             longest_prompt=self.prompt,
             positions=self.longest,
             kind=plan.kind,
+            deepest=max(plan.target_layer_ids) + 1,
+            operations=plan.operations,
             device_memory=device_memory,
         )
 
