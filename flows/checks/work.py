@@ -11,6 +11,7 @@ Letters as in `stages/target/estimate.py`; also q, k widths of queries and keys,
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -249,7 +250,7 @@ def _mlp_width(size: ModelSize) -> int:
     return size.active or size.intermediate
 
 
-def describe(phases: dict[str, Work], gpu: Gpu) -> str:
+def describe(phases: Mapping[str, Work], gpu: Gpu) -> str:
     """Return a step's work, time, and its share of the GPU's nominal rate, in one line."""
     total = sum(phases.values(), Work())
     seconds = {name: gpu.seconds(work) for name, work in phases.items()}
