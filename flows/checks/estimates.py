@@ -240,7 +240,7 @@ def _mining(config: MiningConfig, use: StageUse) -> Need:
         on_gpu = replay(sizes, read, T, 1, config.tokens_per_target_forward, layers=sizes.target.layers)
         if config.table == "scored":
             groups = read / max(T, config.tokens_per_target_forward)
-            on_gpu["scoring"] = suffixes(sizes, steps, T, STEPS_PER_TOKEN, groups)
+            on_gpu["scoring"] = suffixes(sizes, read / T, T * STEPS_PER_TOKEN, T, 1 / STEPS_PER_TOKEN, groups)
     return Need(
         memory=PROCESS_BYTES + weights + head + tokens * sizes.feature_bytes + scoring_logits(sizes) + scoring,
         tables=_tables(use.answers), loaded=weights, disk=disk, temporary_disk=disk,

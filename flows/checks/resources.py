@@ -229,7 +229,8 @@ def _cost(hours: float, price: float | None, machine: Machine) -> str:
     if not machine.gpus and price is None:
         return ""
     unit = "GPU hours" if machine.gpus else "hours of this machine"
-    return f"{hours:.2g} {unit}" + (f" for {hours * price:.2f}" if price is not None else "")
+    shown = f"{hours:.2g}" if hours < 10 else f"{hours:,.0f}"
+    return f"{shown} {unit}" + (f" for {hours * price:.2f}" if price is not None else "")
 
 
 def _time(

@@ -110,7 +110,7 @@ def step_work(
     tokens, per_forward = rows * T, max(config.tokens_per_target_forward, T)
     forwards = math.ceil(tokens / per_forward)
     micro_batches = math.ceil(rows / rows_at_once)
-    count, vocabulary = rows * config.anchors_per_sequence, head_rows(config, sizes)
+    vocabulary = head_rows(config, sizes)
     steps = STEPS_PER_TOKEN * T
     if use.answers is not None and use.answers.verify_steps and math.isfinite(use.answers.count):
         steps = use.answers.verify_steps / use.answers.count
@@ -131,7 +131,7 @@ def step_work(
     phases["drafter"] = _training(config, use, vocabulary, micro_batches)
     if scores and (mines or unknown):
         phases["scoring"] = target_forward(sizes.target, tokens, T / 2, forwards=forwards)
-        phases["scoring"] += suffixes(sizes, count, T, steps / T, forwards)
+        phases["scoring"] += suffixes(sizes, rows, config.anchors_per_sequence, T, T / steps, forwards)
     P = sizes.drafter.parameters
     of_process = _UPDATE / (config.parallel.world if config.parallel.shard_optimiser else 1)
     phases["update"] = Work(0.0, of_process * P, 100)
@@ -189,11 +189,14 @@ def replay(
     return {"target": target, "mining": drafted * drafters}
 
 
-def suffixes(sizes: Sizes, steps: float, T: int, steps_per_token: float, groups: float) -> Work:
-    """Return the work of the target's forwards over the proposals after each step's rejection, and of their logits."""
-    leaves = steps * max(0.0, sizes.block_size - 1 - 1 / steps_per_token)
-    forwards = max(groups, leaves / TREE_TOKENS)
-    return target_forward(sizes.target, leaves, T / 2, logits=steps + leaves, forwards=forwards)
+def suffixes(sizes: Sizes, rows: float, steps: float, T: int, tau: float, groups: float) -> Work:
+    """Return the work of the target's forwards over the proposals after rejections, and of their logits.
+
+    steps: in each of `rows` answers of T tokens. groups: of answers that are read together.
+    """
+    leaves = steps * max(0.0, sizes.block_size - 1 - tau)
+    forwards = groups * math.ceil(leaves / TREE_TOKENS)
+    return target_forward(sizes.target, rows * leaves, T / 2, logits=rows * (steps + leaves), forwards=forwards)
 
 
 def decoding(
@@ -207,7 +210,7 @@ def decoding(
     block = sizes.block_size if drafter else 1
     count = in_flight * block
     step = target_forward(target, count, context, logits=count)
-    moved = sizes.weights(target) + in_flight * context * target.kv_bytes_per_token(s)
+    moved = _weights_read(sizes, count) + in_flight * context * target.kv_bytes_per_token(s)
     if drafter:
         step += drafting(sizes, in_flight, 1 / STEPS_PER_TOKEN, 1, target.vocabulary, rounds=1, context=context)
         moved += sizes.weights(own) + target.vocabulary * target.hidden * s
@@ -244,6 +247,13 @@ def _operations(
     anchors = np.linspace(first, max(first, last), max(1, round(blocks)))
     shape = StepShape(1, round(T), anchors, round(blocks * (sizes.block_size - 1)), vocabulary)
     return sizes.operations(shape, training=training)
+
+
+def _weights_read(sizes: Sizes, tokens: float) -> float:
+    """Return the bytes of the target's weights that a step over some tokens reads: of experts, the chosen ones."""
+    target, routed = sizes.target, sizes.target.routed
+    experts = 3 * target.layers * target.hidden * target.active / routed if routed else 0.0
+    return sizes.weights(target) - sizes.itemsize * experts * (1 - routed) ** tokens
 
 
 def _mlp_width(size: ModelSize) -> int:

@@ -35,7 +35,8 @@ class ModelSize:
     vocabulary: int
     windows: tuple[int, ...] = ()  # positions, of every sliding layer
     divided: int = 0  # parameters that are divided among ranks that share the model
-    active: int = 0  # width of all MLPs that one token goes through, where that is not `intermediate` (experts)
+    active: int = 0  # width of the experts that one token goes through; 0: no experts
+    routed: float = 0.0  # their share of all experts
 
     @classmethod
     def from_config(cls, config: Any, parameters: int, divided: int = 0) -> ModelSize:
@@ -56,6 +57,7 @@ class ModelSize:
             windows=(window,) * len(sliding) if window else (),
             divided=divided,
             active=_active_width(usual),
+            routed=_routed_share(usual),
         )
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
@@ -127,6 +129,12 @@ def _active_width(config: Any) -> int:
     width: int = getattr(config, "moe_intermediate_size", None) or config.intermediate_size if experts else 0
     shared: int = getattr(config, "shared_expert_intermediate_size", None) or 0
     return experts * width + shared
+
+
+def _routed_share(config: Any) -> float:
+    """Return the share of all experts that one token goes through; 0 without experts."""
+    every = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    return (getattr(config, "num_experts_per_tok", None) or 0) / every if every else 0.0
 
 
 def target_size(folder: Path) -> ModelSize:
