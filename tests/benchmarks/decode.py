@@ -4,9 +4,9 @@ Two separate model objects read the same weights: ours with grouped attention ov
 makes it, with sdpa attention and its dynamic cache. Both decode greedily, ignore stop tokens and produce the same
 number of tokens. Prefill is the time to the first tokens of a batch; decode is the rest of a longer run.
 
-Operations counted, per token: 2·P for the P weights of the decoder's linear maps, 4·heads·head_dim·c for attention to
-c positions, and 2·V·H where logits are computed (once a prompt in prefill, every token in decode). Padding does not
-count. The share is of the measured matrix product rate of `machine`, in the model's dtype.
+Operations are those of `target_forward` (`flows/checks/work.py`), with logits once a prompt in prefill and for every
+token in decode. Padding does not count. The share is of the measured matrix product rate of `machine`, in the model's
+dtype.
 """
 
 from __future__ import annotations
@@ -17,26 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from draftsmith.flows.checks.work import target_forward
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.estimate import ModelSize
 from draftsmith.stages.target.info import model_path
 from tests.benchmarks import harness, machine
 
 OURS, THEIRS = "embedded engine", "transformers generate"
-
-
-def token_operations(config: Any, context: float) -> float:
-    """Count the decoder's operations for one token that attends to `context` positions; see the module's text."""
-    H, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-    D = getattr(config, "head_dim", None) or H // heads
-    weights = 2 * H * heads * D + 2 * H * kv_heads * D + 3 * H * config.intermediate_size
-    return float(config.num_hidden_layers * (2 * weights + 4 * heads * D * context))
-
-
-def head_operations(config: Any) -> float:
-    """Count the head's operations for one position."""
-    return 2.0 * config.vocab_size * config.hidden_size
 
 
 def make_prompts(count: int, shortest: int, longest: int, vocab_size: int) -> list[list[int]]:
@@ -96,14 +85,13 @@ def measure(target: Target, model: Any, prompts: Sequence[list[int]], new_tokens
         for name, make, which in ((OURS, engine_arm, target), (THEIRS, generate_arm, model))
     }
     seconds = harness.alternate(arms, repetitions)
-    config, batch = target.model.config, len(prompts)
+    size, batch = ModelSize.from_config(target.config, 0), len(prompts)
     rate = machine.peak_rate(target.dtype) * 1e9
     prompt_tokens = sum(len(p) for p in prompts)
     decoded = batch * (new_tokens - 1)
-    prefill_operations = sum(len(p) * token_operations(config, (len(p) + 1) / 2) for p in prompts)
-    prefill_operations += batch * head_operations(config)
+    prefill_operations = sum(target_forward(size, len(p), (len(p) + 1) / 2, logits=1).operations for p in prompts)
     context = prompt_tokens / batch + new_tokens / 2
-    decode_operations = decoded * (token_operations(config, context) + head_operations(config))
+    decode_operations = target_forward(size, decoded, context, logits=decoded).operations
     rows = []
     for name in (OURS, THEIRS):
         first = harness.median(seconds[f"{name}/1"])

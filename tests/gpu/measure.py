@@ -1,9 +1,8 @@
 """SFT and OPD as the stages run them: tokens/s, share of the device's rate, memory against the estimate, kernels.
 
-Operations are those of the matrix products that a training needs: the drafter's forward and backward
-(`Drafter.training_operations`) and the target's one forward over each answer. What OPD drafts and verifies besides is
-time without counted operations. The rate is that of the device's data sheet (`mfu`), and that of a large product on it
-(`of_matmul_rate`).
+Operations are those of all matrix products: the drafter's forward and backward as the training counts them, and what
+`flows/checks/work.py` expects of the target's forwards, of mining and of scoring. The rate is that of the device's data
+sheet (`mfu`), and that of a large product on it (`of_matmul_rate`).
 """
 
 from __future__ import annotations
@@ -17,10 +16,12 @@ from typing import Any
 
 import torch
 
+from draftsmith.flows.checks.work import step_work
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.estimate import PROCESS_BYTES, AnswerCounts, StageUse
+from draftsmith.stages.training.config import OpdConfig
 from draftsmith.stages.training.estimate import row_tokens, training_memory
 from draftsmith.stages.training.loop import train
 from draftsmith.stages.training.micro_batches import MicroBatches, loaded_sizes, micro_batch_tokens
@@ -89,14 +90,17 @@ def _measure_training(
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder, watched(target) as read:
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
         context = Timed.under(Path(folder))
         of_row = config.anchors_per_sequence * drafter.block_size  # tokens beside its trajectory
         micro_batches = MicroBatches(training.micro_batches, limit, of_row, context)
         totals = train(context, drafter, config, micro_batches, training.memory)
     peak = torch.cuda.max_memory_allocated() if on_gpu else None
     seconds = harness.median([end - start for start, end in pairwise(context.ends)][WARM - 1 : WARM - 1 + repetitions])
-    tflop = (totals["tflop"] + read.operations / 1e12) / steps
+    remines = isinstance(config, OpdConfig) and config.oldest_trace > 0
+    work = step_work(config, use, mines=remines, scores=scores)
+    others = sum(of_phase.operations for phase, of_phase in work.items() if phase != "drafter")
+    tflop = totals["tflop"] / steps + others / 1e12
     estimated = sum(parts.values()) - PROCESS_BYTES
     profile = _profile(kind, drafter, target, trajectories, scale.step, micro_batches.limit)
     kernels = profile.kernels()

@@ -15,7 +15,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from draftsmith.stages.target.causal_lm import Target
-from tests.benchmarks import decode, harness
+from tests.benchmarks import harness
 from tests.testbed.context import RecordingContext
 
 TARGET = "target forward"  # as it is called in a profile
@@ -35,33 +35,22 @@ class Timed(RecordingContext):
         self.after_step()
 
 
-@dataclass
-class Read:
-    """Operations of the matrix products of a target's forwards over whole sequences."""
-
-    operations: float = 0.0
-
-
 @contextmanager
-def watched(target: Target) -> Iterator[Read]:
-    """Count the operations of the target's reads, and name them in profiles."""
-    read = Read()
+def watched(target: Target) -> Iterator[None]:
+    """Name the target's reads in profiles."""
 
-    def recorded(work: Callable[..., Any], deepest: Callable[[tuple[int, ...]], int]) -> Callable[..., Any]:
+    def recorded(work: Callable[..., Any]) -> Callable[..., Any]:
         def forward(ids: torch.Tensor, layer_ids: tuple[int, ...] = ()) -> Any:
-            of_token = decode.token_operations(target.config, (ids.shape[1] + 1) / 2)
-            read.operations += ids.numel() * of_token * deepest(layer_ids) / target.config.num_hidden_layers
             with record_function(TARGET):
                 return work(ids, layer_ids)
 
         return forward
 
-    layers = target.config.num_hidden_layers
     with (
-        patch.object(target, "read", recorded(target.read, lambda _: layers)),
-        patch.object(target, "features", recorded(target.features, lambda layer_ids: max(layer_ids) + 1)),
+        patch.object(target, "read", recorded(target.read)),
+        patch.object(target, "features", recorded(target.features)),
     ):
-        yield read
+        yield
 
 
 @dataclass(frozen=True)
