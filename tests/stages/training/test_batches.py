@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.lm_head import Head
+from draftsmith.stages.runtime.ranks import Ranks
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.training.batches import (
     Batch,
@@ -18,8 +21,10 @@ from draftsmith.stages.training.batches import (
     token_counts,
     trajectories_of_step,
 )
-from draftsmith.stages.training.config import TrainingConfig
+from draftsmith.stages.training.config import SftConfig, TrainingConfig
 from draftsmith.stages.training.lm_heads import sampled_head
+from draftsmith.stages.training.sft.trainer import SftTraining
+from draftsmith.stages.training.trainer import TrainingData
 from tests.stages.training.case import hidden_of
 from tests.testbed import random_target
 
@@ -124,6 +129,37 @@ def test_features_that_are_not_cached_are_read_in_large_forwards(
     assert sum(rows for rows, _ in seen) == 4  # one of them twice in the batch
     assert len(seen) < 4 and all(rows * width <= 64 for rows, width in seen)
     assert not source._cache
+
+
+class Recorded(list[Trajectory]):
+    """Trajectories that record which of them are read."""
+
+    def __init__(self, trajectories: list[Trajectory]):
+        super().__init__(trajectories)
+        self.read: set[int] = set()
+
+    def __getitem__(self, index: Any) -> Any:
+        self.read.add(index)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("head_tokens", [None, 8])
+def test_a_rank_reads_its_own_answers_only_unless_a_head_needs_the_tokens_of_all(
+    head_tokens: int | None, plain_target: Target
+) -> None:
+    trajectories = Recorded(TRAJECTORIES)
+    config = SftConfig(steps=1, sequences_per_step=7, head_tokens=head_tokens, feature_memory_mb=1e-6)
+    data, drafter = TrainingData(trajectories=trajectories), random_target.random_drafter(plain_target)
+    rank_slice = SftTraining(drafter, plain_target, data, config, ranks=Ranks(1, 3)).rank_slice(0, None)
+    step = trajectories_of_step(len(TRAJECTORIES), 7, 0, seed=0)
+    assert len(rank_slice.indices) in (2, 3) and rank_slice.step_rows == 7
+    assert rank_slice.indices == [step[row] for row in rank_slice.rows]
+    read = rank_slice.indices if head_tokens is None else step
+    assert trajectories.read == set(read)
+    assert set(rank_slice.step_tokens.unique().tolist()) | {0} == {
+        0,
+        *(t for i in read for t in TRAJECTORIES[i].tokens),
+    }
 
 
 def test_frequent_tokens_are_ordered_by_their_count_in_the_answers() -> None:
