@@ -18,7 +18,7 @@ from draftsmith.stages.engines.config import (
     SGLangEngineConfig,
 )
 from draftsmith.stages.engines.sglang.environment import engine_programs
-from draftsmith.stages.replay.options import MaxParityMismatch, TokensPerForward
+from draftsmith.stages.replay.options import PARITY_MISMATCH, MaxParityMismatch, TokensPerForward
 from draftsmith.stages.runtime.stage import Config
 
 DRAFTERS = ("champion", "sft", "control", "opd")  # of a refresh
@@ -89,7 +89,7 @@ class EvaluationConfig(Config):
     parity_prompts: Annotated[
         int, Field(ge=1, description="held-out prompts whose verify steps on SGLang are compared with replay")
     ] = 8
-    max_parity_mismatch: MaxParityMismatch = 0.25
+    max_parity_mismatch: MaxParityMismatch = PARITY_MISMATCH
     tokens_per_target_forward: TokensPerForward = 2048
 
     @model_validator(mode="after")

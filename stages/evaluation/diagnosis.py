@@ -9,7 +9,7 @@ from pydantic import Field
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.config import SamplingConfig
-from draftsmith.stages.replay.options import MaxParityMismatch
+from draftsmith.stages.replay.options import PARITY_MISMATCH, MaxParityMismatch
 from draftsmith.stages.runtime.stage import Compute, Config, NotInKey, Stage
 from draftsmith.stages.target.info import model_path, read_target_info
 
@@ -23,7 +23,7 @@ class DiagnosisConfig(Config):
     drafter: Annotated[str, Field(description="folder of the checkpoint")]
     prompts: Annotated[int, Field(ge=1, description="validation and held-out prompts that the server answers")] = 16
     sampling: SamplingConfig = SamplingConfig()
-    max_parity_mismatch: MaxParityMismatch = 0.25
+    max_parity_mismatch: MaxParityMismatch = PARITY_MISMATCH
 
     def external_files(self) -> list[Path]:
         """Return the files of the checkpoint."""

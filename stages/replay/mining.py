@@ -197,14 +197,14 @@ def check_parity(
     ids = trajectories.ids
     replayed = KeyedRows(RowReader(ctx.out / "verify_steps.parquet", VERIFY_STEPS), ids)
     recorded = KeyedRows(RowReader(folder / "trace.parquet", TRACE), ids)
-    comparison = StepComparison()
+    comparison = StepComparison(tolerance)
     for indices in recorded.batch_indices():
         traced = indices[recorded.counts[indices] > 0]
         comparison.add(recorded.take(traced, COMPARED), replayed.take(traced, COMPARED))
         ctx.check_interrupted()
     metrics: ParityMetrics = {}
     if recorded.counts.any() and not drafter.samples_proposals:
-        metrics |= comparison.check(tolerance)
+        metrics |= comparison.check()
     timings = read_table(folder / "timings.parquet", TIMINGS, ["trajectory_id", "verify_steps", "retractions"])
     index = index_in(timings, "trajectory_id", ids)
     served, retractions = np.zeros((2, len(ids)), dtype=np.int64)

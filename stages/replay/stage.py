@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from draftsmith.stages.drafters.spec import DraftingConfig
-from draftsmith.stages.replay.options import MaxParityMismatch, TokensPerForward
+from draftsmith.stages.replay.options import PARITY_MISMATCH, MaxParityMismatch, TokensPerForward
 from draftsmith.stages.runtime.stage import Compute, Config, FilledIn, Stage
 
 
@@ -20,7 +20,7 @@ class MiningConfig(Config):
 
     drafting: DraftingConfig = DraftingConfig()
     tokens_per_target_forward: TokensPerForward = 8192
-    max_parity_mismatch: MaxParityMismatch = 0.25
+    max_parity_mismatch: MaxParityMismatch = PARITY_MISMATCH
     table: Annotated[
         Literal["sample", "full", "scored"],
         Field(

@@ -44,11 +44,11 @@ def test_equal_steps_pass_and_trajectories_without_a_record_do_not_count() -> No
     [
         step(18, accepted=2),
         step(19),
-        {**step(18), "proposed_ids": [5, 6, 8]},
+        {**step(18), "proposed_ids": [5, 8, 7]},
         {**step(18), "proposed_ids": [5, 6]},
         {**step(18), "proposed_ids": []},
     ],
-    ids=["length", "anchor", "proposal", "fewer proposals", "no proposals"],
+    ids=["length", "anchor", "rejected proposal", "fewer proposals", "no proposals"],
 )
 def test_one_other_step_fails_in_float32_and_counts_once_in_bfloat16(other: dict[str, Any]) -> None:
     served = [*steps(9), other]
@@ -56,6 +56,14 @@ def test_one_other_step_fails_in_float32_and_counts_once_in_bfloat16(other: dict
         check_steps(FP32, served, steps(10))
     for gate in (BF16, SAMPLED, OFF):
         assert check_steps(gate, served, steps(10))["mismatch_share"] == 0.1
+
+
+def test_proposals_after_the_first_rejected_one_count_in_float32_alone() -> None:
+    served = [*steps(9), {**step(18), "proposed_ids": [5, 6, 8], "target_logprobs": [-1.0, -2.0, -9.0]}]
+    replayed = [*steps(9), step(18, logprobs=[-1.0, -2.5, -3.0])]
+    assert check_steps(SAMPLED, served, replayed)["mismatch_share"] == 0.1
+    found = check_steps(BF16, served, replayed)
+    assert (found["different_steps"], found["largest_logprob_difference"]) == (0, 0.5)
 
 
 def test_steps_are_matched_by_trajectory_and_anchor_in_any_order() -> None:
