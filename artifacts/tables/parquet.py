@@ -234,12 +234,28 @@ class TableShards:
     shard is damaged, all of its number are renamed, with a log line, and their rows are made again.
     """
 
-    def __init__(self, folder: Path, schemas: Mapping[str, TableSchema], group_bytes: int = GROUP_BYTES) -> None:
-        """Find the complete shards in a folder. schemas: of the tables, in the order in which they are written."""
+    def __init__(
+        self,
+        folder: Path,
+        schemas: Mapping[str, TableSchema],
+        group_bytes: int = GROUP_BYTES,
+        checked: Mapping[str, list[str]] | None = None,
+    ) -> None:
+        """Find the complete shards in a folder.
+
+        schemas: of the tables, in the order in which they are written.
+        checked: by table, the columns that are read for damage; None: all. `drop_damaged` reads the others.
+        """
         self.folder, self.schemas, self._group_bytes = folder, dict(schemas), group_bytes
         last = [int(path.stem.removeprefix("shard-")) for path in shard_paths(folder / list(schemas)[-1])]
-        self.numbers = [number for number in last if self._is_intact(number)]
+        self.numbers = [number for number in last if self._is_intact(number, checked)]
         self._next = last[-1] + 1 if last else 0
+
+    def drop_damaged(self) -> bool:
+        """Read all shards, and rename those of damaged numbers. Return whether there were any."""
+        before = len(self.numbers)
+        self.numbers = [number for number in self.numbers if self._is_intact(number)]
+        return len(self.numbers) < before
 
     def append(self, rows: Mapping[str, Rows]) -> None:
         """Write the next shard of each table."""
@@ -256,10 +272,10 @@ class TableShards:
         """Return the rows of a table, or some of its columns, shard by shard."""
         return [read_table(path, self.schemas[name], columns) for path in self.paths(name)]
 
-    def _is_intact(self, number: int) -> bool:
+    def _is_intact(self, number: int, columns: Mapping[str, list[str]] | None = None) -> bool:
         try:
             for name, schema in self.schemas.items():
-                read_table(self._path(name, number), schema)
+                read_table(self._path(name, number), schema, None if columns is None else columns[name])
         except DraftsmithError as error:
             log.warning("rows of an earlier attempt are damaged and will be made again: %s", error)
             for name in self.schemas:

@@ -14,13 +14,15 @@ from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE, TRAJECTORIES
 from draftsmith.stages.engines.base import Completion
 
 SCHEMAS = {"timings": TIMINGS, "trace": TRACE, "trajectories": TRAJECTORIES}  # in the order of writing
+# All that a start reads, since tokens and steps may have 100 GB: ids and numbers of steps; of the trace its row count.
+_COUNTED = {"timings": ["trajectory_id", "verify_steps"], "trace": [], "trajectories": ["trajectory_id"]}
 
 
 class PartialAnswers:
     """Answers with their timings and verify steps, in shards of tables in a folder."""
 
     def __init__(self, folder: Path) -> None:
-        self._shards = TableShards(folder, SCHEMAS)
+        self._shards = TableShards(folder, SCHEMAS, checked=_COUNTED)
 
     def append(self, completions: Sequence[Completion], splits: Mapping[str, str], engine: str) -> None:
         """Write one shard; nothing for no answers. splits: prompt id -> split."""
@@ -39,13 +41,14 @@ class PartialAnswers:
         A shard comes from one engine. One that records steps leaves them out only for answers that a server retracted,
         so a shard with any step counts as traced.
         """
-        answers, shards = self._read("trajectories", ["trajectory_id"])
+        answers, shards = self._read("trajectories")
         ids = answers["trajectory_id"].to_pylist()
         if not with_trace:
             return set(ids)
         latest = dict(zip(ids, shards.tolist(), strict=True))
-        timings, timed_in = self._read("timings", ["trajectory_id", "verify_steps"])
-        traced = {shard for shard, steps in enumerate(self._shards.tables("trace", ["step"])) if steps.num_rows}
+        timings, timed_in = self._read("timings")
+        steps = self._shards.tables("trace", _COUNTED["trace"])
+        traced = {shard for shard, table in enumerate(steps) if table.num_rows}
         return {
             row["trajectory_id"]
             for row, shard in zip(timings.to_pylist(), timed_in.tolist(), strict=True)
@@ -65,11 +68,15 @@ class PartialAnswers:
             rows.exclude(shard[name] != shard["trajectories"])
         return tables
 
-    def _read(self, name: str, columns: list[str]) -> tuple[pa.Table, np.ndarray]:
-        """Return columns of a table with one row per answer, of all shards, and the shard of each row."""
-        tables = self._shards.tables(name, columns)
+    def drop_damaged(self) -> bool:
+        """Read all shards, and forget the answers of damaged ones. Return whether there were any."""
+        return self._shards.drop_damaged()
+
+    def _read(self, name: str) -> tuple[pa.Table, np.ndarray]:
+        """Return the `_COUNTED` columns of all shards of a table with one row per answer, and the shard of each row."""
+        tables = self._shards.tables(name, _COUNTED[name])
         if not tables:
-            return SCHEMAS[name].with_metadata.empty_table().select(columns), np.zeros(0, dtype=np.int64)
+            return SCHEMAS[name].with_metadata.empty_table().select(_COUNTED[name]), np.zeros(0, dtype=np.int64)
         return pa.concat_tables(tables), np.repeat(np.arange(len(tables)), [table.num_rows for table in tables])
 
 

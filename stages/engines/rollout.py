@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 
+from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.artifacts.store.manifest import write_versions
 from draftsmith.artifacts.tables.parquet import TableWriter
 from draftsmith.artifacts.tables.readers import BATCH_ROWS
@@ -37,7 +38,15 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
     drafter = ctx.inputs["drafter"] / DRAFTER_FOLDER if "drafter" in ctx.inputs else None
     answers = PartialAnswers(ctx.work)
     _generate_missing(ctx, config, requests, drafter, answers)
-    _write_tables(ctx, requests, answers, with_trace=drafter is not None)
+    try:
+        _write_tables(ctx, requests, answers, with_trace=drafter is not None)
+    except StageInterrupted:
+        raise
+    except DraftsmithError:  # tokens and steps of an earlier attempt are read here for the first time
+        if not answers.drop_damaged():
+            raise
+        _generate_missing(ctx, config, requests, drafter, answers)
+        _write_tables(ctx, requests, answers, with_trace=drafter is not None)
     if drafter is not None:
         served = {
             "drafter_digest": drafter_digest(drafter),

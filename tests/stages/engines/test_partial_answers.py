@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
 
 from draftsmith.artifacts.tables.parquet import write_table
 from draftsmith.artifacts.tables.schemas import TIMINGS
@@ -70,6 +72,30 @@ def test_an_answer_that_a_recording_engine_gave_without_steps_is_not_generated_a
     retracted = replace(answer("b/0", [6, 7]), verify_steps=2)
     parts.append([answer("a/0", [3, 4], [1]), retracted], SPLITS, "e")
     assert PartialAnswers(tmp_path).finished(with_trace=True) == {"a/0", "b/0"}
+
+
+def damage_column(path: Path, column: str) -> None:
+    """Flip a bit in the data of a column, so that whoever reads it finds its checksum wrong."""
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    (chunk,) = (c for i in range(group.num_columns) if (c := group.column(i)).path_in_schema.split(".")[0] == column)
+    content = bytearray(path.read_bytes())
+    content[chunk.data_page_offset + chunk.total_compressed_size // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("table", "column"),
+    [("trajectories", "prompt_ids"), ("trajectories", "response_ids"), ("trace", "proposed_ids"), ("trace", "anchor")],
+)
+def test_resuming_reads_no_tokens_and_no_steps(table: str, column: str, tmp_path: Path) -> None:
+    parts = PartialAnswers(tmp_path)
+    for name in ("a/0", "b/0"):
+        parts.append([answer(name, list(range(3, 60)), [2] * 9)], SPLITS, "e")
+    damage_column(tmp_path / table / "shard-00001.parquet", column)
+    resumed = PartialAnswers(tmp_path)
+    assert resumed.finished(with_trace=True) == {"a/0", "b/0"}
+    assert resumed.drop_damaged() and not resumed.drop_damaged()
+    assert resumed.finished(with_trace=True) == {"a/0"}
 
 
 def _with_steps(parts: PartialAnswers, steps: int) -> list[dict[str, object]]:

@@ -18,6 +18,7 @@ from draftsmith.stages.drafters.checkpoint import TOKENS_FILE
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.engines.stage import STAGE, RolloutConfig, preflight
 from tests.stages.bench import Bench
+from tests.stages.engines.test_partial_answers import damage_column
 from tests.testbed.context import RecordingContext, StoppingContext
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -108,6 +109,21 @@ def test_a_truncated_last_shard_is_generated_again(tmp_path: Path, tiny_drafter:
         assert (last.out / name).read_bytes() == (whole.out / name).read_bytes(), name
     timings = read_table(last.out / "timings.parquet", TIMINGS).to_pylist()
     assert [row["trajectory_id"] for row in timings] == [row["trajectory_id"] for row in rows(last)]
+
+
+@pytest.mark.parametrize(("table", "column"), [("trajectories", "response_ids"), ("trace", "proposed_ids")])
+def test_answers_with_a_flipped_bit_are_generated_again(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, table: str, column: str
+) -> None:
+    whole = context(tmp_path / "whole", tiny_drafter, drafter=True)
+    STAGE.run(whole, config())
+    with pytest.raises(StageInterrupted):
+        STAGE.run(context(tmp_path / "cut", tiny_drafter, drafter=True, stop_after=9), config())
+    damage_column(sorted((tmp_path / "cut" / "work" / table).glob("shard-*.parquet"))[-1], column)
+    last = context(tmp_path / "cut", tiny_drafter, drafter=True)
+    STAGE.run(last, config())
+    for name in ("trajectories.parquet", "trace.parquet"):
+        assert (last.out / name).read_bytes() == (whole.out / name).read_bytes(), name
 
 
 def test_an_assisted_rollout_gives_the_same_text_and_records_its_trace(
