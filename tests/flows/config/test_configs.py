@@ -117,6 +117,24 @@ def test_the_recipe_fits_one_gpu_with_its_four_overrides() -> None:
         assert same is (section != "evaluation")  # other servers give the same answers, but another speed
 
 
+_INSTEAD = re.findall(
+    r"(?:^#   (?!draftsmith).+\n)+", (CONFIGS / "qwen3-8b-line.yaml").read_text("utf-8"), re.MULTILINE
+)
+
+
+@pytest.mark.parametrize("lines", _INSTEAD, ids=["prompts", "logs", "servers"])
+def test_the_line_of_a_node_takes_other_prompts_logs_and_servers(lines: str, tmp_path: Path) -> None:
+    path = tmp_path / "line.yaml"
+    path.write_text("extends: configs/qwen3-8b-line.yaml\n" + lines.replace("#   ", ""))
+    line, config = load_config(CONFIGS / "qwen3-8b-line.yaml"), load_config(path)
+    assert line.registry is not None and line.opd.steps == 16_000 // line.opd.sequences_per_step + 1
+    assert topological_order(refresh_nodes(config))
+    assert (config.logs is not None) == ("logs:" in lines)
+    assert (config.prompts == line.prompts) == ("prompts:" not in lines)
+    launched = [engine.launch for engine in (config.heldout.engine,) if isinstance(engine, SGLangEngineConfig)]
+    assert (launched == [None]) == ("urls:" in lines)
+
+
 @pytest.mark.parametrize(
     ("field", "told"),
     [("since: soon", "logs.since: 'soon'"), ("temperature: hot", "logs.temperature: expected a number")],
