@@ -145,7 +145,6 @@ def refresh_config(name: str, folder: Path, sglang: Path | None) -> RefreshConfi
     source, prompts = model.make(folder)
     fields = small_refresh(name, source, prompts, model.answer, refresh={"control": False}, **model.fields)
     fields["target"]["dtype"] = model.dtype if sglang is None else HERE.dtype
-    fields["sft"]["drafter"]["mask_token"] = random_target.MASK if name != "test-bed" else target.MASK
     del fields["stages"]["threads"]
     if sglang is not None:
         launch = {"options": dict(HERE.options), "environment": dict(HERE.environment)}
