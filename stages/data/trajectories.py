@@ -17,6 +17,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.readers import RowReader
 from draftsmith.artifacts.tables.schemas import PROMPTS, TRAJECTORIES
+from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.target.info import read_target_info
 from draftsmith.stages.target.sampling import SamplingParams
 
@@ -121,12 +122,10 @@ def answer_tokens(trajectories: Sequence[Trajectory]) -> Iterator[np.ndarray]:
 
 def pad_tokens(trajectories: Sequence[Trajectory], device: torch.device, fill: int = 0) -> torch.Tensor:
     """Return token ids [B, T], padded on the right."""
-    import torch  # as above
-
     ids = np.full((len(trajectories), max(len(t.tokens) for t in trajectories)), fill, dtype=np.int64)
     for row, trajectory in zip(ids, trajectories, strict=True):
         row[: len(trajectory.tokens)] = trajectory.tokens
-    return torch.from_numpy(ids).to(device)
+    return to_device(ids, device)
 
 
 def group_by_length(lengths: Sequence[int] | np.ndarray, tokens_per_group: int) -> Iterator[list[int]]:

@@ -97,7 +97,7 @@ def successors(
     """
     tokens = committed_tokens(trajectories, drafter.block_size - 1, anchors.device)
     first, last = (
-        torch.tensor(ends, device=anchors.device)[:, None]
+        to_device(ends, anchors.device)[:, None]
         for ends in zip(*((t.first_anchor, t.last_anchor) for t in trajectories), strict=True)
     )
     blocks = draft(drafter, context, tokens, anchors, sampler, with_proposals=False)

@@ -35,6 +35,7 @@ from draftsmith.stages.drafters.sampling import (
     seed_from_name,
     truncate,
 )
+from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.kv_cache import Rows
 from draftsmith.stages.target.sampling import SamplingParams
@@ -83,8 +84,8 @@ class TargetSampler:
         """
         shape = hidden.shape[1] + proposals, len(Purpose)  # filled position by position: any width has the same numbers
         by_row = [np.random.default_rng(seed_from_name(t.trajectory_id, salt)).random(shape) for t in trajectories]
-        numbers = torch.from_numpy(np.stack(by_row)).to(hidden.device)
-        lengths = torch.tensor([len(t.tokens) for t in trajectories], device=hidden.device)
+        numbers = to_device(np.stack(by_row), hidden.device)
+        lengths = to_device([len(t.tokens) for t in trajectories], hidden.device)
         cached = torch.full(hidden.shape[:2], torch.nan, dtype=torch.float64, device=hidden.device)
         return cls(hidden, numbers, lengths, sampling, target.logits, len(target.head_weight), cached)
 

@@ -14,6 +14,7 @@ from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.spec import StepShape
 from draftsmith.stages.replay.sampled import TargetSampler
+from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.batches import Batch
 from draftsmith.stages.training.lm_heads import SoftmaxHeads
@@ -154,7 +155,7 @@ def hidden_on_proposals(
 def block_labels(batch: Batch, anchors: Anchors, K: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the committed token at each offset 1 … K [B, A, K], and whether the trajectory reaches that far."""
     at = anchors.positions[..., None] + torch.arange(1, K + 1, device=anchors.positions.device)
-    lengths = torch.tensor([len(t.tokens) for t in batch.trajectories], device=at.device)
+    lengths = to_device([len(t.tokens) for t in batch.trajectories], at.device)
     return tokens_at(batch, anchors, 1, K), (at < lengths[:, None, None]) & anchors.valid[..., None]
 
 
@@ -214,4 +215,4 @@ def pad_anchors(rows: Sequence[np.ndarray], device: torch.device) -> Anchors:
     A = max(len(row) for row in rows)
     positions = np.stack([np.pad(row, (0, A - len(row)), mode="edge") for row in rows])
     valid = np.stack([np.arange(A) < len(row) for row in rows])
-    return Anchors(torch.from_numpy(positions).to(device), torch.from_numpy(valid).to(device))
+    return Anchors(to_device(positions, device), to_device(valid, device))

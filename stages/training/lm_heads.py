@@ -15,6 +15,7 @@ import torch
 
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.lm_head import Head
+from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.training.config import TrainingConfig
 
 
@@ -71,6 +72,6 @@ def sampled_head(
     vocab = weight.shape[0]
     if config.head_tokens is None or frequent_tokens is None or config.head_tokens >= vocab:
         return whole
-    others = torch.from_numpy(rng.integers(0, vocab, config.head_negatives)).to(weight.device)
+    others = to_device(rng.integers(0, vocab, config.head_negatives), weight.device)
     ids = torch.cat([frequent_tokens[: config.head_tokens], others, *(tokens.flatten() for tokens in needed)])
     return Head.over(weight, ids, whole.logit_map)

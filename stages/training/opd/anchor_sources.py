@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-import torch
 
 from draftsmith.stages.drafters.base import Drafter, PreparedDrafter
 from draftsmith.stages.replay.chains import successors
+from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.runtime.ranks import Ranks
 from draftsmith.stages.training.blocks import (
     Anchors,
@@ -132,7 +132,7 @@ class SuccessorAnchors(StatelessSource):
             PreparedDrafter(self.drafter, view.head, self.proposals + 1),
             view.context,
             trajectories,
-            torch.from_numpy(positions).to(device),
+            to_device(positions, device),
             view.sampler,
         )
         # two positions may have the same successor: another one is trained twice then

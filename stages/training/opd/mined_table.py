@@ -18,6 +18,7 @@ from draftsmith.artifacts.tables.parquet import index_in, pad_lists, select_in_o
 from draftsmith.artifacts.tables.readers import KeyedRows, RowReader
 from draftsmith.artifacts.tables.schemas import VERIFY_STEPS
 from draftsmith.stages.data.trajectories import Trajectory, trajectory_ids
+from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.training.blocks import Anchors, pad_anchors, systematic_sample
 from draftsmith.stages.training.opd.verify_steps import VerifySteps
 
@@ -93,7 +94,7 @@ def sample_steps(
 
     def column(name: str) -> torch.Tensor:
         values = [getattr(row, name)[indices] for row, indices in zip(steps, chosen, strict=True)]
-        return torch.from_numpy(np.stack(values)).to(device)
+        return to_device(np.stack(values), device)
 
     anchors = pad_anchors([row.anchors[indices] for row, indices in zip(steps, chosen, strict=True)], device)
     names = ("accepted", "committed", "rejected_offset", "proposed", "target_logprobs")

@@ -16,6 +16,7 @@ from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter, PreparedDrafter
 from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.runtime.ranks import Ranks
 from draftsmith.stages.training.blocks import DraftingView, Ratio
 from draftsmith.stages.training.loop import StateDict
@@ -81,7 +82,7 @@ class Remining:
     def _replay(self, view: DraftingView, rows: list[int], trajectories: list[Trajectory], chains: int) -> list[Trace]:
         """Replay the trajectories in `rows` of a view, each in so many chains."""
         width = max(len(t.tokens) for t in trajectories)
-        chosen = torch.tensor(rows, device=view.batch.tokens.device)
+        chosen = to_device(rows, view.batch.tokens.device)
         return replay_chains(
             PreparedDrafter(self.drafter, view.head, self.mined.proposals + 1),
             self.drafter.select(view.context, chosen, width),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TypeAlias
 
 import numpy as np
@@ -16,6 +17,7 @@ from draftsmith.stages.drafters.sampling import probability_among, probability_o
 from draftsmith.stages.replay.replayer import KeptGroup, score
 from draftsmith.stages.replay.sampled import ExpectedCommits, TargetSampler
 from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.training.blocks import Anchors, DraftedBlocks, block_labels, tokens_at
@@ -80,7 +82,7 @@ def verify_blocks(
         accepted = _sampled_acceptance(q, answer, anchors, sampler)
         proposed = torch.zeros_like(labels) if proposed is None else proposed
     verified = inside.long().sum(-1)
-    lengths = torch.tensor([len(t.tokens) for t in batch.trajectories], device=hidden.device)
+    lengths = to_device([len(t.tokens) for t in batch.trajectories], hidden.device)
     committed = torch.minimum(accepted + 1, lengths[:, None] - 1 - anchors.positions)
     rejected_offset = torch.where(accepted < verified, accepted + 1, 0)
     unscored = torch.full(labels.shape, torch.nan, device=hidden.device)
@@ -151,8 +153,11 @@ def score_steps(
     """
     traces, indices = [], []  # of each row: its trajectory and trace, and which of the trace's steps its anchors are
     for group in unscored:
+        steps = group.steps.accepted, group.steps.proposed[..., :proposals]
+        positions, accepted, proposed = (x.cpu().numpy() for x in (group.anchors.positions, *steps))
         for row in group.rows:
-            trace, index = _row_trace(group, row, proposals)
+            length = len(group.trajectories[row].tokens)
+            trace, index = _row_trace(length, positions[row], accepted[row], proposed[row])
             traces.append((group.trajectories[row], trace))
             indices.append(index)
     of_ranks = ranks.gather_in_target_group(traces)
@@ -164,19 +169,20 @@ def score_steps(
     scored = []
     for group in unscored:
         logprobs = group.steps.target_logprobs.clone()
-        for row in group.rows:
-            of_row, index = next(own_scores)
-            logprobs[row, :, :proposals] = torch.from_numpy(of_row.target_logprobs[index]).to(logprobs.device)
+        of_rows = [of_row.target_logprobs[index] for of_row, index in islice(own_scores, len(group.rows))]
+        if of_rows:
+            rows = to_device(list(group.rows), logprobs.device)
+            logprobs[rows, :, :proposals] = to_device(np.stack(of_rows), logprobs.device)
         scored.append(replace(group.steps, target_logprobs=logprobs))
     return scored
 
 
-def _row_trace(group: UnscoredSteps, row: int, proposals: int) -> tuple[Trace, np.ndarray]:
-    """Return a row's steps as a trace, each once, and the index [A] in it of the step at each anchor."""
-    steps = group.steps
-    positions, first, index = np.unique(
-        group.anchors.positions[row].cpu().numpy(), return_index=True, return_inverse=True
-    )
-    accepted = steps.accepted[row].cpu().numpy()[first]
-    proposed = steps.proposed[row, :, :proposals].cpu().numpy()[first]
-    return Trace(len(group.trajectories[row].tokens), positions, accepted, proposed, len(proposed)), index
+def _row_trace(
+    length: int, anchors: np.ndarray, accepted: np.ndarray, proposed: np.ndarray
+) -> tuple[Trace, np.ndarray]:
+    """Return the steps at anchors [A] as a trace, each once, and the index [A] in it of the step at each anchor.
+
+    length: tokens of the trajectory. accepted: [A]; proposed: [A, proposals].
+    """
+    positions, first, index = np.unique(anchors, return_index=True, return_inverse=True)
+    return Trace(length, positions, accepted[first], proposed[first], len(first)), index
