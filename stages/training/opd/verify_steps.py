@@ -152,7 +152,7 @@ def score_steps(
     A step that was sampled more than once is scored once. Ranks that share the target score all their steps together.
     """
     traces, indices = [], []  # of each row: its trajectory and trace, and which of the trace's steps its anchors are
-    for group in unscored:
+    for group in (group for group in unscored if group.rows):
         steps = group.steps.accepted, group.steps.proposed[..., :proposals]
         positions, accepted, proposed = (x.cpu().numpy() for x in (group.anchors.positions, *steps))
         for row in group.rows:
