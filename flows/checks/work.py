@@ -27,7 +27,7 @@ _LAUNCH_S = 5e-6  # of the CPU, for one kernel
 _SERVER_SHARE = 0.75  # of the roofline that a server with CUDA graphs reaches
 _BLOCKS_A_STEP = 1.25  # that mining drafts for a verify step: chains that start amid an answer draft some in vain
 _REMINING_ROUNDS = 6  # 4 steps a chain, and what it takes two chains to meet
-_BLOCKS_PER_ROUND = 256  # of the stage `mining`
+_BLOCKS_PER_ROUND = 256  # as `stages/replay/chains.py`, which imports torch, has it on a GPU
 _LOGITS_PER_CHUNK = 2**26  # of proposals
 
 
@@ -103,7 +103,8 @@ def step_work(
     target: reads the answers, down to the last layer that the drafter reads, or all where the loss needs its
     distribution; nothing while features of all answers are in memory.
     mining: drafts the blocks that anchors come from. drafter: forward, loss and backward of the trained blocks.
-    scoring: reads the answers again with their keys and values, then the proposals after each rejection.
+    scoring: reads the proposals after each rejection, and the answers again where feature_memory_mb does not hold their
+    keys and values.
     mines, scores: as of `training_memory`. rows_at_once: answers of a micro-batch.
     """
     sizes, T, rows = use.sizes, use.longest, rows_of_process(config)
@@ -116,8 +117,12 @@ def step_work(
         steps = use.answers.verify_steps / use.answers.count
     phases: dict[str, Work] = {}
     features = use.answers.count * T * sizes.feature_bytes if use.answers is not None else math.inf
-    if features > config.feature_memory_mb * 2**20:
-        layers = sizes.target.layers if reads_distribution(config, sizes.kind) else sizes.deepest
+    memory, keeps_keys = config.feature_memory_mb * 2**20, False
+    if features > memory:
+        keys = tokens * sizes.target.kv_bytes_per_token(sizes.itemsize) / config.parallel.target_parallel
+        keeps_keys = scores and keys <= memory
+        whole = keeps_keys or reads_distribution(config, sizes.kind)
+        layers = sizes.target.layers if whole else sizes.deepest
         phases["target"] = target_forward(sizes.target, tokens, T / 2, layers=layers, forwards=forwards)
     unknown = isinstance(config, OpdConfig) and not config.reads_table  # verify steps, until the blocks are drafted
     if unknown and config.anchors == "successors":  # type: ignore[attr-defined]
@@ -130,8 +135,9 @@ def step_work(
         phases["mining"] = phases.get("mining", Work()) + verified
     phases["drafter"] = _training(config, use, vocabulary, micro_batches)
     if scores and (mines or unknown):
-        phases["scoring"] = target_forward(sizes.target, tokens, T / 2, forwards=forwards)
-        phases["scoring"] += suffixes(sizes, rows, config.anchors_per_sequence, T, T / steps, forwards)
+        phases["scoring"] = suffixes(sizes, rows, config.anchors_per_sequence, T, T / steps, forwards)
+        if not keeps_keys:
+            phases["scoring"] += target_forward(sizes.target, tokens, T / 2, forwards=forwards)
     P = sizes.drafter.parameters
     of_process = _UPDATE / (config.parallel.world if config.parallel.shard_optimiser else 1)
     phases["update"] = Work(0.0, of_process * P, 100)

@@ -13,9 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from draftsmith.flows.checks import work
 from draftsmith.flows.checks.work import _BLOCKS_A_STEP, GPUS, Work, describe, step_work
 from draftsmith.stages.drafters import block_attention
 from draftsmith.stages.drafters.dflash.config import DFlashConfig
+from draftsmith.stages.replay import chains
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.estimate import AnswerCounts, StageUse
 from draftsmith.stages.training.config import OpdConfig
@@ -24,6 +26,7 @@ from draftsmith.stages.training.micro_batches import loaded_sizes
 from draftsmith.stages.training.opd.mined_table import MinedTable
 from draftsmith.stages.training.opd.trainer import MinedData, OpdTraining
 from tests.benchmarks.sft_step import invented_steps
+from tests.flows.checks.test_resources import qwen_sizes
 from tests.gpu.trainings import KINDS, Training, make_training
 from tests.gpu.world import Scale, make_drafter, make_target, make_trajectories
 from tests.stages.kernel_flops import KERNEL_FLOPS
@@ -100,7 +103,7 @@ def test_a_step_takes_what_torch_counts(kind: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(block_attention, "_MASK_ENTRIES", 1)  # no block is read beyond its anchor
     operations = counted(training, target, 1).operations
     monkeypatch.undo()
-    work = counted(training, target, 2)
+    others = counted(training, target, 2)
     steps = mined_steps(training) if isinstance(training, OpdTraining) and mines else 0.0
     sizes = replace(loaded_sizes(target, drafter, SMALL.longest), longest_prompt=SMALL.prompt)
     use = StageUse(sizes, answers=AnswerCounts(SMALL.longest, SMALL.answers, steps / _BLOCKS_A_STEP))
@@ -108,8 +111,25 @@ def test_a_step_takes_what_torch_counts(kind: str, monkeypatch: pytest.MonkeyPat
     del phases["update"]
     expected = sum(phases.values(), Work())
     assert expected.operations == pytest.approx(operations, rel=OPERATIONS_WITHIN)
-    assert expected.bytes == pytest.approx(work.bytes, rel=OTHERS_WITHIN)
-    assert expected.launches == pytest.approx(work.launches, rel=OTHERS_WITHIN)
+    assert expected.bytes == pytest.approx(others.bytes, rel=OTHERS_WITHIN)
+    assert expected.launches == pytest.approx(others.launches, rel=OTHERS_WITHIN)
+
+
+def test_an_answer_is_read_once_where_its_keys_are_kept() -> None:
+    sizes = qwen_sizes()
+    use = StageUse(sizes, answers=AnswerCounts(4608, 16000))
+    fields = {"loss": "paper", "anchors": "errors", "sequences_per_step": 3, "anchors_per_sequence": 512}
+    once, twice = (
+        step_work(OpdConfig.model_validate({**fields, "feature_memory_mb": memory}), use, mines=True, scores=True)
+        for memory in (2048, 1900)  # keys and values of 3 · 4,608 tokens take 1,944 MB
+    )
+    assert once["target"] == twice["target"]
+    read = twice["scoring"].operations - once["scoring"].operations
+    assert read == pytest.approx(once["target"].operations)
+
+
+def test_rounds_of_mining_are_those_of_a_gpu() -> None:
+    assert chains.BLOCKS_PER_ROUND["cuda"] == work._BLOCKS_PER_ROUND
 
 
 def test_a_step_is_as_slow_as_its_slowest_resource() -> None:
