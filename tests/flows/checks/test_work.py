@@ -44,7 +44,7 @@ SMALL = Scale(
     answers=3,
 )  # fmt: skip
 PAPER = {"loss": "paper", "anchors": "errors", "remine_every": 1}
-OPERATIONS_WITHIN, OTHERS_WITHIN = 0.03, 0.15
+OPERATIONS_WITHIN, OTHERS_WITHIN = 0.1, 0.15
 
 
 class Counted(TorchDispatchMode):
