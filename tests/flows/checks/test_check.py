@@ -31,6 +31,7 @@ QWEN3_4B_DRAFTER = {
     "block_size": 16, "tie_word_embeddings": False,
     "dflash_config": {"mask_token_id": 151669, "target_layer_ids": [1, 9, 17, 25, 33]},
 }  # fmt: skip
+WIDER = {"hidden_size": 4096, "intermediate_size": 12288}  # of Qwen3-8B and its drafter
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -246,20 +247,23 @@ def hub_cache(folder: Path, tokenizer: Path) -> Path:
         (files / "config.json").write_text(json.dumps(config))
         return files
 
-    target = snapshot("Qwen/Qwen3-4B", QWEN3_4B)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        if (tokenizer / name).is_file():
-            shutil.copy(tokenizer / name, target / name)
-    snapshot("z-lab/Qwen3-4B-DFlash-b16", QWEN3_4B_DRAFTER)
+    for size, changes in ("4B", {}), ("8B", {**WIDER, "tie_word_embeddings": False}):
+        target = snapshot(f"Qwen/Qwen3-{size}", QWEN3_4B | changes)
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+            if (tokenizer / name).is_file():
+                shutil.copy(tokenizer / name, target / name)
+        snapshot(f"z-lab/Qwen3-{size}-DFlash-b16", QWEN3_4B_DRAFTER | changes)
     return folder
 
 
-def check_recipe(tmp_path: Path, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def check_recipe(
+    tmp_path: Path, cache: Path, *arguments: str, recipe: str = "qwen3-4b-dflash"
+) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "DRAFTSMITH_HOME": str(tmp_path / "home"),
         "PATH": str(tmp_path),  # no nvidia-smi: the same on every machine
     }  # fmt: skip
-    command = [sys.executable, "-m", "draftsmith.flows", "check", "configs/qwen3-4b-dflash.yaml"]
+    command = [sys.executable, "-m", "draftsmith.flows", "check", f"configs/{recipe}.yaml"]
     command += ["--set", "stages.min_free_gb=0.01", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -275,6 +279,15 @@ def test_the_recipe_is_checked_from_the_hubs_small_files(tmp_path: Path, tiny_ta
     assert "5 layers on target layers [1, 9, 17, 25, 33], blocks of 16, mask token 151669 (beyond" in out
     assert "each of 8 servers' GPUs" in out and "none is visible here" in out
     assert levels(out)["opd: needs"] == ["ok"] and levels(out)["prompts.sources.0"] == ["not checked"]
+
+
+def test_the_line_of_a_node_passes_its_check(tmp_path: Path, tiny_target: Path) -> None:
+    done = check_recipe(tmp_path, hub_cache(tmp_path / "hub", tiny_target), recipe="qwen3-8b-line")
+    errors = [line for line in done.stdout.splitlines() if line.startswith("error") and "Free some space" not in line]
+    assert errors == [line for line in done.stdout.splitlines() if "has no sglang installed" in line] != []
+    found = levels(done.stdout)
+    assert {found[f"{node}: needs"][0] for node in ("assisted", "mining", "opd", "control", "evaluation")} == {"ok"}
+    assert found["prompts.sources.0"] == ["not checked"]
 
 
 @pytest.mark.usefixtures("home")
