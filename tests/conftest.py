@@ -1,4 +1,4 @@
-"""Fixtures that several rooms share: the tiny trained target, its prompts and its drafter, built once and cached."""
+"""Fixtures that several packages share: the tiny trained target, its prompts and its drafter, built once and cached."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 _LOCKS = tempfile.TemporaryDirectory(prefix="draftsmith-test-devices-")  # gone with the worker
 os.environ["DRAFTSMITH_DEVICE_LOCKS"] = _LOCKS.name
 
-if TYPE_CHECKING:  # most rooms need neither
+if TYPE_CHECKING:  # most packages need neither
     from collections.abc import Iterator
 
     from draftsmith.stages.drafters.dflash.model import DFlashDrafter

@@ -34,8 +34,8 @@ from draftsmith.flows.checks.prompts import (
     check_prompt_counts,
     check_sources,
 )
-from draftsmith.flows.checks.resources import Machine, check_accelerators, check_resources, model_sizes
-from draftsmith.flows.checks.work import Gpu
+from draftsmith.flows.checks.resources import Hardware, check_accelerators, check_resources, model_sizes
+from draftsmith.flows.checks.work import GpuRates
 from draftsmith.flows.config.options import RunOptions, StageOptions, check_runner
 from draftsmith.flows.execution.machine import check_home, free_disk_bytes
 from draftsmith.flows.orchestration import server
@@ -45,7 +45,7 @@ from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.target.info import read_target_info
 
 
-def check(config: RunOptions, pipeline: Pipeline, home: Path, gpu: Gpu | None = None) -> Findings:
+def check(config: RunOptions, pipeline: Pipeline, home: Path, gpu: GpuRates | None = None) -> Findings:
     """Make all checks of a valid config, without loading weights, and return their results.
 
     gpu: to estimate memory and time for, in place of this machine's.
@@ -87,7 +87,7 @@ def check(config: RunOptions, pipeline: Pipeline, home: Path, gpu: Gpu | None = 
         if fetch_target_metadata(findings, nodes, Path(scratch)):
             plans = _with_target(findings, nodes, nodes, Path(scratch), whole=False)
             with findings.check("resources"):
-                machine = Machine.here() if gpu is None else Machine.assumed(gpu)
+                machine = Hardware.here() if gpu is None else Hardware.assumed(gpu)
                 sizes = model_sizes(nodes, Path(scratch), plans, machine)
                 check_resources(findings, nodes, to_make, sizes, home, machine, config.stages)
         else:
@@ -162,7 +162,7 @@ class RunChecks:
             target = made[node.name]
             plans = _with_target(findings, self._nodes, self._to_make, target, whole=True)
             with findings.check("resources"):
-                sizes = model_sizes(self._nodes, target, plans, machine := Machine.here())
+                sizes = model_sizes(self._nodes, target, plans, machine := Hardware.here())
                 check_resources(findings, self._nodes, self._to_make, sizes, home(), machine, StageOptions())
         elif isinstance(node.config, PromptsConfig):
             positions = read_target_info(made[node.inputs["target"]]).max_positions

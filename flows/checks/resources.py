@@ -15,7 +15,7 @@ from draftsmith.flows.checks.engines import runs_elsewhere
 from draftsmith.flows.checks.estimates import NEEDS, Need
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.checks.models import DrafterPlans
-from draftsmith.flows.checks.work import GPUS, Gpu, describe
+from draftsmith.flows.checks.work import GPUS, GpuRates, describe
 from draftsmith.flows.config.options import StageOptions
 from draftsmith.flows.execution.display import format_bytes, format_duration
 from draftsmith.flows.execution.machine import free_disk_bytes, gpu_model, gpu_names, gpus
@@ -57,21 +57,21 @@ MEASURED_RATES = (
 
 
 @dataclass(frozen=True)
-class Machine:
+class Hardware:
     """What a run would compute on: this machine, or GPUs that are assumed."""
 
     gpus: tuple[float, ...]  # bytes of each; of assumed ones there are enough
     memory: float | None  # of the host; None: unknown
-    rates: Gpu | None  # of a GPU whose time can be estimated
+    rates: GpuRates | None  # of a GPU whose time can be estimated
     device: str  # part of it is a MeasuredRate's
 
     @classmethod
-    def here(cls) -> Machine:
+    def here(cls) -> Hardware:
         model = (gpu_model() or "GPU") if gpus() else "CPU"
         return cls(gpus(), memory_bytes(), next((gpu for name, gpu in GPUS.items() if name in model), None), model)
 
     @classmethod
-    def assumed(cls, gpu: Gpu) -> Machine:
+    def assumed(cls, gpu: GpuRates) -> Hardware:
         return cls((gpu.memory,), None, gpu, gpu.name)
 
 
@@ -95,7 +95,7 @@ def check_resources(
     to_make: Sequence[Node],
     sizes: Sizes | None,
     home: Path,
-    machine: Machine,
+    machine: Hardware,
     options: StageOptions,
 ) -> None:
     """Add lines for each node in `to_make`, and one for the whole run. sizes: from `model_sizes`."""
@@ -133,7 +133,7 @@ def check_resources(
         findings.ok("time", f"about {format_duration(seconds)}{f', {cost}' if cost else ''}{left_out}")
 
 
-def model_sizes(nodes: Sequence[Node], artifact: Path, plans: DrafterPlans, machine: Machine) -> Sizes | None:
+def model_sizes(nodes: Sequence[Node], artifact: Path, plans: DrafterPlans, machine: Hardware) -> Sizes | None:
     """Return the sizes of the target and of a run's largest drafter; None without prompts or a drafter.
 
     artifact: the target's.
@@ -176,7 +176,7 @@ def _needs(nodes: Sequence[Node], sizes: Sizes) -> dict[str, Need]:
     return needs
 
 
-def _compare(findings: Findings, node: Node, need: Need, rest: str, machine: Machine, *, elsewhere: bool) -> None:
+def _compare(findings: Findings, node: Node, need: Need, rest: str, machine: Hardware, *, elsewhere: bool) -> None:
     """Add a node's line: an error if it cannot fit, a warning if it is tight. elsewhere: it runs on another machine."""
     host = need.tables + (PROCESS_BYTES + need.loaded if machine.gpus else need.memory)
     sizes = {}
@@ -205,7 +205,7 @@ def _compare(findings: Findings, node: Node, need: Need, rest: str, machine: Mac
         findings.ok(check, text)
 
 
-def _usable(node: Node, servers: int, machine: Machine) -> float:
+def _usable(node: Node, servers: int, machine: Hardware) -> float:
     """Return how many bytes of each GPU a launched server may use."""
     launch = node.config.engine.launch  # type: ignore[attr-defined]
     if launch.on_cpu:
@@ -224,7 +224,7 @@ def _compare_disk(findings: Findings, needed: float, home: Path) -> None:
         findings.ok("disk", text)
 
 
-def _cost(hours: float, price: float | None, machine: Machine) -> str:
+def _cost(hours: float, price: float | None, machine: Hardware) -> str:
     """Return the hours of GPUs, or of a machine without any, and their price."""
     if not machine.gpus and price is None:
         return ""
@@ -234,7 +234,7 @@ def _cost(hours: float, price: float | None, machine: Machine) -> str:
 
 
 def _time(
-    node: Node, need: Need, history: _History, sizes: Sizes, machine: Machine, *, elsewhere: bool
+    node: Node, need: Need, history: _History, sizes: Sizes, machine: Hardware, *, elsewhere: bool
 ) -> tuple[float | None, str]:
     """Return the seconds that a node takes, None if unknown, and where they come from."""
     if (last := history.last(node)) is not None:

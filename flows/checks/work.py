@@ -47,7 +47,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GpuRates:
     """The rates of a GPU. Kernels run one after the other: products at their rate, all others at the memory's."""
 
     name: str  # part of the name that the driver reports
@@ -62,12 +62,13 @@ class Gpu:
 
 
 GPUS = {
-    gpu.name: gpu for gpu in (Gpu("H100", 80e9, 989e12, 650e12, 3.0e12), Gpu("H200", 141e9, 989e12, 650e12, 4.3e12))
+    gpu.name: gpu
+    for gpu in (GpuRates("H100", 80e9, 989e12, 650e12, 3.0e12), GpuRates("H200", 141e9, 989e12, 650e12, 4.3e12))
 }
 
 
 @dataclass(frozen=True)
-class _Layer:
+class _LayerTraffic:
     """The bytes that a layer moves between products for each token, by width, and its launches."""
 
     hidden: float
@@ -82,11 +83,14 @@ class _Layer:
         return Work(0.0, layers * tokens * of_token, layers * forwards * self.launches)
 
 
-_TARGET = _Layer(84, 56, 56, 10, 61)  # bfloat16, without gradient
+_TARGET = _LayerTraffic(84, 56, 56, 10, 61)  # bfloat16, without gradient
 # a drafter: float32 residual stream, products in bfloat16 by autocast
-_BLOCKS, _BLOCKS_BACKWARD = _Layer(117, 126, 133, 10, 74), _Layer(289, 175, 175, 44, 160)
-_CONTEXT, _CONTEXT_BACKWARD = _Layer(0, 0, 125, 0, 25), _Layer(0, 0, 175, 0, 30)
-_ONCE, _ONCE_BACKWARD = _Layer(103, 0, 0, 0, 37), _Layer(278, 0, 0, 0, 40)  # of a forward over context or blocks
+_BLOCKS, _BLOCKS_BACKWARD = _LayerTraffic(117, 126, 133, 10, 74), _LayerTraffic(289, 175, 175, 44, 160)
+_CONTEXT, _CONTEXT_BACKWARD = _LayerTraffic(0, 0, 125, 0, 25), _LayerTraffic(0, 0, 175, 0, 30)
+_ONCE, _ONCE_BACKWARD = (
+    _LayerTraffic(103, 0, 0, 0, 37),
+    _LayerTraffic(278, 0, 0, 0, 40),
+)  # of a forward over context or blocks
 # Bytes for each logit of a position, and launches a chunk.
 _LOSS = 72.0
 _ARGMAX = 6.0
@@ -266,7 +270,7 @@ def _mlp_width(size: ModelSize) -> int:
     return size.active or size.intermediate
 
 
-def describe(phases: Mapping[str, Work], gpu: Gpu) -> str:
+def describe(phases: Mapping[str, Work], gpu: GpuRates) -> str:
     """Return a step's work, time, and its share of the GPU's nominal rate, in one line."""
     total = sum(phases.values(), Work())
     seconds = {name: gpu.seconds(work) for name, work in phases.items()}

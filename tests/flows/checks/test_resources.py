@@ -10,7 +10,7 @@ from draftsmith.artifacts.store.manifest import InputEntry, Manifest
 from draftsmith.flows.checks import resources
 from draftsmith.flows.checks.estimates import Need
 from draftsmith.flows.checks.findings import Findings, Level
-from draftsmith.flows.checks.resources import Machine
+from draftsmith.flows.checks.resources import Hardware
 from draftsmith.flows.checks.work import GPUS, Work
 from draftsmith.flows.planning.graph import Node, topological_order
 from draftsmith.flows.refresh.graph import refresh_nodes
@@ -107,7 +107,7 @@ def test_gpu_and_host_memory_are_compared_separately(
     need: Need, gpus: tuple[float, ...], host: float, level: Level
 ) -> None:
     """GPU memory holds the models; host memory holds tables and passing weights, and all processes share it."""
-    machine = Machine(gpus, host, None, "GPU")
+    machine = Hardware(gpus, host, None, "GPU")
     findings = Findings()
     resources._compare(
         findings, Node("sft", "draftsmith.stages.training.sft.stage", SftConfig()), need, "", machine, elsewhere=False
@@ -140,7 +140,7 @@ def made(stage: str, config: Config, seconds: float, inputs: tuple[str, ...] = (
     )  # fmt: skip
 
 
-GPU, CPU = Machine((80e9,), 64e9, None, "GPU"), Machine((), 64e9, None, "CPU")
+GPU, CPU = Hardware((80e9,), 64e9, None, "GPU"), Hardware((), 64e9, None, "CPU")
 
 
 def seconds(
@@ -149,7 +149,7 @@ def seconds(
     need: Need,
     history: list[Manifest],
     target: TargetConfig = TARGET,
-    machine: Machine = GPU,
+    machine: Hardware = GPU,
     **elsewhere: bool,
 ) -> float | None:
     """Return the estimated seconds of a node; by default on a GPU without a known rate."""
@@ -185,7 +185,7 @@ def test_time_without_a_last_run_is_estimated_from_measured_rates() -> None:
 
 
 def test_time_on_a_known_gpu_is_arithmetic() -> None:
-    machine = Machine.assumed(GPUS["H100"])
+    machine = Hardware.assumed(GPUS["H100"])
     need = Need(on_gpu={"target": Work(650e12), "drafter": Work(bytes=3e12)}, steps=10, server_starts=1)
     assert seconds("sft", SftConfig(), need, [], machine=machine) == pytest.approx(20 + resources._SERVER_START_S)
     many_launches = Need(on_gpu={"mining": Work(650e9, launches=1e6)})
