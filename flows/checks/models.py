@@ -14,7 +14,7 @@ from draftsmith.flows.execution.display import format_bytes
 from draftsmith.flows.planning.graph import Node
 from draftsmith.stages.data.chat_template import PromptCandidate, token_ids
 from draftsmith.stages.data.prompts import PromptsConfig
-from draftsmith.stages.drafters.registry import DrafterConfig
+from draftsmith.stages.drafters.registry import KINDS, DrafterConfig
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.drafters.stage import ChampionConfig
 from draftsmith.stages.target.config import TargetConfig
@@ -263,7 +263,7 @@ def _check_drafting(findings: Findings, node: Node, plan: DrafterPlan, dtype: st
     """Check a node's drafting settings against its drafter. dtype: that the target is served in."""
     engine = sglang_engine(node)
     launch = engine.launch if engine is not None else None
-    if launch is not None and not launch.on_cpu and plan.kind != "eagle3" and dtype != "bfloat16":
+    if launch is not None and not launch.on_cpu and not KINDS[plan.kind].served_in_any_dtype and dtype != "bfloat16":
         findings.error(
             node.name,
             f"target.dtype: {dtype}, but SGLang drafts with {plan.kind} in bfloat16 alone. Set it to bfloat16, or use "

@@ -46,6 +46,7 @@ class TrainingRecipe:
     loss: str  # of a position, named as in `stages/training/losses.py`
     gamma: float  # offset k has the weight exp(-(k-1)/gamma)
     sampled_loss: str | None = None  # on answers that were sampled; None: the same
+    reads_distribution: bool = False  # a further loss needs the target's distribution, whatever the first one is
 
     def loss_on(self, *, sampled: bool) -> str:
         """Return the loss for answers that were sampled, or for greedy ones."""
@@ -67,6 +68,7 @@ class Traits:
     shape: type[DrafterShape]
     checkpoint: str  # module that creates, loads and saves it (`Architecture`); it imports torch
     recipe: TrainingRecipe
+    served_in_any_dtype: bool = False  # by SGLang on a GPU, which drafts with the others in bfloat16
 
 
 class Architecture(Protocol):

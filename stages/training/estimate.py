@@ -134,7 +134,7 @@ def _loss(config: TrainingConfig, kind: str) -> str:
 
 def reads_distribution(config: TrainingConfig, kind: str) -> bool:
     """Return whether a step needs the target's last hidden states: for its distribution, or for DSpark's confidence."""
-    return _loss(config, kind) != "cross_entropy" or kind == "dspark"
+    return _loss(config, kind) != "cross_entropy" or KINDS[kind].recipe.reads_distribution
 
 
 def row_bytes(config: TrainingConfig, sizes: Sizes, longest: int) -> float:

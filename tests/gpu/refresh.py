@@ -25,7 +25,7 @@ from draftsmith.artifacts.store.local import Claim, Store
 from draftsmith.artifacts.store.manifest import ArtifactRef, Manifest
 from draftsmith.flows.checks.findings import RaisingFindings
 from draftsmith.flows.checks.models import check_drafters
-from draftsmith.flows.checks.resources import Machine, _needs, model_sizes
+from draftsmith.flows.checks.resources import Hardware, _needs, model_sizes
 from draftsmith.flows.config.load import config_from_fields
 from draftsmith.flows.execution.attempt import StageJob, Watch, run_attempt
 from draftsmith.flows.execution.machine import Device
@@ -221,7 +221,7 @@ def _tokens_per_s(node: Node, rates: Rates, answers: Manifest | None) -> float |
 def _estimates(nodes: Sequence[Node], artifact: Path) -> dict[str, float]:
     """Return the GB that `draftsmith check` estimates: of torch's allocator on a GPU, else of the process."""
     plans = check_drafters(RaisingFindings(), nodes, artifact, whole=True)
-    sizes = model_sizes(nodes, artifact, plans, Machine.here())
+    sizes = model_sizes(nodes, artifact, plans, Hardware.here())
     assert sizes is not None
     process = PROCESS_BYTES if sizes.accelerated else 0.0
     return {name: (need.memory - process) / 1e9 for name, need in _needs(nodes, sizes).items() if need.memory}

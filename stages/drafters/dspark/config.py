@@ -30,5 +30,5 @@ TRAITS = Traits(
     kind="dspark",
     shape=DSparkConfig,
     checkpoint="draftsmith.stages.drafters.dspark.checkpoint",
-    recipe=TrainingRecipe(loss="ce_l1", gamma=4.0),
+    recipe=TrainingRecipe(loss="ce_l1", gamma=4.0, reads_distribution=True),  # for the confidence
 )

@@ -33,4 +33,5 @@ TRAITS = Traits(
     shape=Eagle3Config,
     checkpoint="draftsmith.stages.drafters.eagle3.checkpoint",
     recipe=TrainingRecipe(loss="forward_kl", gamma=-1 / math.log(0.8)),  # 0.8 per step
+    served_in_any_dtype=True,
 )
