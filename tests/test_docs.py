@@ -29,8 +29,8 @@ FILES = sorted(
         ROOT / "CONTRIBUTING.md",
         *(
             file
-            for room in ("artifacts", "configs", "flows", "stages", "tests")
-            for file in (ROOT / room).rglob("*.md")
+            for folder in ("artifacts", "configs", "flows", "stages", "tests")
+            for file in (ROOT / folder).rglob("*.md")
             if ".cache" not in file.parts
         ),
     ]
@@ -93,10 +93,10 @@ def test_every_file_that_is_named_from_the_top_is_there(path: Path) -> None:
     assert not [code for code in snippets(path) if _PATH.fullmatch(code) and not (ROOT / code).is_file()]
 
 
-@pytest.mark.parametrize("room", ["flows", "stages"])
-def test_a_readme_names_every_module_and_room_beside_it(room: str) -> None:
-    page = (ROOT / room / "README.md").read_text("utf-8")
-    beside = [path for path in (ROOT / room).iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()]
+@pytest.mark.parametrize("folder", ["flows", "stages"])
+def test_a_readme_names_every_module_and_folder_beside_it(folder: str) -> None:
+    page = (ROOT / folder / "README.md").read_text("utf-8")
+    beside = [path for path in (ROOT / folder).iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()]
     names = [f"{path.name}{'/' * path.is_dir()}`" for path in beside if not path.name.startswith("__")]
     assert names and not [name for name in names if name not in page]
 

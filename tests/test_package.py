@@ -12,11 +12,11 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("artifacts", "flows", "stages")
+FOLDERS = ("artifacts", "flows", "stages")
 
 
 def packages() -> list[str]:
-    folders = [path.parent for room in ROOMS for path in (ROOT / room).rglob("__init__.py")]
+    folders = [path.parent for folder in FOLDERS for path in (ROOT / folder).rglob("__init__.py")]
     names = ["draftsmith." + ".".join(folder.relative_to(ROOT).parts) for folder in folders]
     return sorted("draftsmith" if name == "draftsmith.flows.package" else name for name in names)
 
@@ -49,7 +49,7 @@ def test_wheel_and_sdist_hold_the_package_and_the_shipped_configs(tmp_path: Path
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for name in (*ROOMS, "configs"):
+    for name in (*FOLDERS, "configs"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     with tarfile.open(built("sdist", source, tmp_path / "sdist")) as archive:
         archive.extractall(tmp_path / "unpacked", filter="data")
@@ -76,8 +76,8 @@ def test_wheel_and_sdist_hold_the_package_and_the_shipped_configs(tmp_path: Path
 def test_an_import_that_breaks_a_rule_is_refused(tmp_path: Path) -> None:
     """On a copy of the code in which a line is added to each of three modules."""
     package = tmp_path / "draftsmith"
-    for room in ROOMS:
-        for path in (ROOT / room).rglob("*.py"):
+    for folder in FOLDERS:
+        for path in (ROOT / folder).rglob("*.py"):
             copy = package / path.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(path.read_bytes())

@@ -277,6 +277,10 @@ def describe(phases: Mapping[str, Work], gpu: GpuRates) -> str:
     all_seconds = sum(seconds.values())
     parts = ", ".join(f"{name} {1e3 * of_phase:,.0f}" for name, of_phase in seconds.items())
     return (
-        f"{total.operations / 1e12:,.0f} TFLOP, {total.bytes / 1e9:,.0f} GB, {total.launches:,.0f} launches: "
+        f"{_short(total.operations / 1e12)} TFLOP, {_short(total.bytes / 1e9)} GB, {total.launches:,.0f} launches: "
         f"{1e3 * all_seconds:,.0f} ms ({parts}), MFU {total.operations / all_seconds / gpu.nominal:.0%}"
     )
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"

@@ -1,4 +1,4 @@
-"""A node that is built in shards: each is an artifact and a process of its own, on this host or another.
+"""A node that is built in shards: each is an artifact and a separate process, on this host or another.
 
 A lost shard is built again alone. The node's artifact is joined from all shards, and does not depend on their number.
 The shards' keys follow from the node's key, which does not mention shards.

@@ -49,7 +49,7 @@ def run_node(
     configured: Task[..., Any] = stage_task.with_options(
         name=node.stage.name,
         task_run_name=node.name,
-        description=f"Stage {node.stage.name}: reused from the store, or run in a process of its own.",
+        description=f"Stage {node.stage.name}: reused from the store, or run in a separate process.",
         retries=options.retries,
         retry_delay_seconds=options.retry_delays,
         retry_jitter_factor=RETRY_JITTER,

@@ -139,8 +139,8 @@ def test_the_plugin_is_in_the_code_digest_of_stages_that_use_servers(tmp_path: P
     project = Path(__file__).parents[3]
     entry = tomllib.loads((project / "pyproject.toml").read_text())["project"]["entry-points"][PLUGIN_GROUP]
     assert entry == {"draftsmith": server.PLUGIN}
-    for room in ("artifacts", "stages"):
-        shutil.copytree(project / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__", "*.md"))
+    for folder in ("artifacts", "stages"):
+        shutil.copytree(project / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.md"))
     stages = {name: STAGES[name] for name in ("rollout", "evaluation", "diagnosis", "gate", "sft")}
     for module in ("plugin", "plugin_hooks"):
         before = {name: code_digest(stage, tmp_path) for name, stage in stages.items()}
