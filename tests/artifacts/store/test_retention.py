@@ -18,7 +18,7 @@ from tests.testbed.artifacts import committed
 
 OLD, YOUNG, KEY = "ab" * 32, "cd" * 32, "ef" * 32
 DAY = 86400.0
-LATER = time.time() + 1000  # after everything that a test makes
+LATER = time.time() + 10 * DAY  # after everything that a test makes, however late the suite comes to it
 
 
 @pytest.fixture
