@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # most packages need neither
 
 # Two SGLang servers are there for all of these, if one worker runs them.
 _SHARE_SERVERS = tuple(
-    f"tests/integration/test_sglang_{name}.py" for name in ("rollout", "plugin", "serving", "failures")
+    f"tests/integration/test_sglang_{name}.py" for name in ("rollout", "plugin", "watch", "failures")
 )
 # These take minutes each.
 _LONGEST = (

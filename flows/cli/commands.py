@@ -18,7 +18,7 @@ from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 
-from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.artifacts.errors import DraftsmithError, RefusedError, RetryableError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.store.manifest import local_time
 from draftsmith.artifacts.store.mirror import open_store
@@ -60,6 +60,7 @@ from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.flows.refresh.init import QUESTIONS, write_first_config
 from draftsmith.flows.refresh.measurements import DIAGNOSE, DIAGNOSIS, EVALUATE, diagnose_config, evaluate_config
+from draftsmith.stages.evaluation.drift import DriftConfig
 from draftsmith.stages.report.presentation import COMMAND
 from draftsmith.stages.runtime.stage import SOURCES
 
@@ -199,8 +200,46 @@ def _why(options: argparse.Namespace, pipeline: Pipeline) -> None:
 def _status(options: argparse.Namespace, pipeline: Pipeline) -> None:
     if options.config is None:
         show_store_status(Display())
-    else:
+    elif _is_file(options.config):
         show_config_status(Display(), _read_config(options, pipeline), pipeline)
+    else:
+        from draftsmith.flows.refresh.watch import show_servers  # imports a client of servers
+
+        line = str(options.config)
+        show_servers(Display(), line, _servers(options, line))
+
+
+def _watch(options: argparse.Namespace, pipeline: Pipeline) -> None:
+    from draftsmith.flows.refresh.watch import watch  # imports a client of servers
+
+    line, drift = str(options.config), DriftConfig()
+    if _is_file(options.config):
+        config = read_config(options.config, options.overrides, RefreshConfig)
+        if config.registry is None:
+            raise DraftsmithError(f"{options.config}: it has no line to watch. Set registry.name.")
+        line, drift = config.registry.name, config.drift
+    elif options.then == "refresh":
+        raise DraftsmithError(f"--then refresh: {line} is a line. Give the config file that refreshes it.")
+    watched = watch(line, _servers(options, line), options.minutes, drift.threshold)
+    if watched.outcome == "mismatched" or (watched.outcome == "below" and options.then is None):
+        raise RefusedError(watched.sentence)
+    Display().line(f"{watched.outcome}: {watched.sentence}")
+    if watched.outcome == "below" and options.then == "refresh":
+        _run(options, pipeline)
+    elif watched.outcome == "below":
+        registry_commands.rollback(Display(), line, watched.sentence, dry_run=False)
+
+
+def _is_file(path: Path) -> bool:
+    """Return whether a name is that of a config file, and not of a line."""
+    return path.suffix in (".yaml", ".yml") or path.is_file()
+
+
+def _servers(options: argparse.Namespace, line: str) -> list[str]:
+    """Return the addresses of the servers that a command names."""
+    if not options.url:
+        raise DraftsmithError(f"{line}: no server is known. Name those that serve it with --url.")
+    return [url.rstrip("/") for url in options.url]
 
 
 def _show(options: argparse.Namespace, _pipeline: Pipeline) -> None:
@@ -281,6 +320,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace, Pipeline], None]] = {
     "stage": _stage,
     "why": _why,
     "status": _status,
+    "watch": _watch,
     "show": _show,
     "report": _report,
     "champions": _champions,

@@ -71,8 +71,9 @@ def parser() -> argparse.ArgumentParser:
     _add_config(why)
     why.add_argument("name", metavar="NODE", help="the node, as in `draftsmith run --plan`")
 
-    status = commands.add_parser("status", help="show what is done, unfinished, running or failed")
-    _add_config(status, optional=True)
+    status = commands.add_parser("status", help="show what is done, unfinished, running or failed; what servers serve")
+    _add_config(status, "NAME", "YAML file of a run, or a line of drafters, whose servers are asked", optional=True)
+    _add_servers(status)
 
     show = commands.add_parser("show", help="show an artifact: its origin, its files, a look inside")
     show.add_argument("artifact", metavar="ARTIFACT", help="a stage, the start of a key or content id, or a path")
@@ -94,6 +95,19 @@ def parser() -> argparse.ArgumentParser:
     for moved in (promote, rollback):
         moved.add_argument("--why", default="", help="the reason, kept in the line's history")
         moved.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
+
+    watch = commands.add_parser("watch", help="compare tau of a line's servers with the champion's at its promotion")
+    _add_config(watch, "NAME", "YAML file of a line's refresh, or the line's name")
+    _add_servers(watch)
+    watch.add_argument(
+        "--minutes", type=_number, default=5, help="count the requests that finish in so many minutes (default: 5)"
+    )
+    watch.add_argument(
+        "--then",
+        choices=["refresh", "rollback"],
+        help="if tau is measurably below: run the config's refresh, or roll the line back",
+    )
+    watch.set_defaults(force=[], start=[], until=[], plan=False)  # of the refresh
 
     export = commands.add_parser("export", help="copy a verified drafter, in the layout that engines load")
     export.add_argument("version", metavar="NAME[@VERSION]", help="left out: the champion")
@@ -132,11 +146,14 @@ def parser() -> argparse.ArgumentParser:
         "the deployment's present one is kept",
     )
     deploy.add_argument(
-        "--silent-after", type=_days, metavar="DAYS", help="call the webhook also if no run has ended for so many days"
+        "--silent-after",
+        type=_number,
+        metavar="DAYS",
+        help="call the webhook also if no run has ended for so many days",
     )
 
     prune = commands.add_parser("prune", help="remove old leftovers: unfinished attempts, replaced artifacts, logs")
-    prune.add_argument("--days", type=_days, default=30, help="only what was not touched for so long (default: 30)")
+    prune.add_argument("--days", type=_number, default=30, help="only what was not touched for so long (default: 30)")
     prune.add_argument(
         "--artifacts", action="store_true", help="also complete artifacts that no run has used and no line needs"
     )
@@ -169,20 +186,30 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _days(text: str) -> float:
+def _number(text: str) -> float:
     try:
-        days = float(text)
+        number = float(text)
     except ValueError:
-        days = math.nan
-    if not 0 <= days < math.inf:
+        number = math.nan
+    if not 0 <= number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r}: give a number of 0 or more")
-    return days
+    return number
 
 
-def _add_config(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+def _add_servers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "config", metavar="CONFIG", type=Path, nargs="?" if optional else None, help="YAML file of the run"
+        "--url", action="append", default=[], help="an SGLang server; its API key, if any, is in SGLANG_API_KEY"
     )
+
+
+def _add_config(
+    parser: argparse.ArgumentParser,
+    metavar: str = "CONFIG",
+    about: str = "YAML file of the run",
+    *,
+    optional: bool = False,
+) -> None:
+    parser.add_argument("config", metavar=metavar, type=Path, nargs="?" if optional else None, help=about)
     parser.add_argument(
         "--set",
         action="append",

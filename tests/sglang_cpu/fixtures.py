@@ -56,5 +56,8 @@ def plain_url(sglang_env: Path, serving_target: ServingTarget, sglang_logs: Path
 def dflash_url(sglang_env: Path, serving_target: ServingTarget, sglang_logs: Path) -> Iterator[str]:
     """Run a server of the tiny target with its DFlash drafter."""
     served = serving_target
-    with running_server(sglang_env, served.model, served.drafter, log=sglang_logs / "dflash.log") as url:
+    options = {"enable-metrics": True}
+    with running_server(
+        sglang_env, served.model, served.drafter, options=options, log=sglang_logs / "dflash.log"
+    ) as url:
         yield url

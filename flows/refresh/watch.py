@@ -1,0 +1,121 @@
+"""Asks a line's servers which drafter they serve, and whether it accepts as much as it was promoted with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.artifacts.results.base import SetMetrics
+from draftsmith.artifacts.results.evaluation import ALL
+from draftsmith.artifacts.tracking.registry import CHAMPION, Version
+from draftsmith.flows.execution.display import Display
+from draftsmith.flows.refresh.decisions import degraded_sets
+from draftsmith.flows.refresh.line import BLOCK_SIZE, registry
+from draftsmith.stages.engines.sglang.served import ServerState, ask_servers, count_finished, served_tau
+
+_FEWEST = 4  # windows with finished requests, as many as the gate needs prompts
+_T = TypeVar("_T")
+Outcome = Literal["promised", "below", "inconclusive", "mismatched"]  # mismatched: a server has another drafter
+
+
+@dataclass(frozen=True)
+class Watched:
+    """The result of watching a line's servers."""
+
+    outcome: Outcome
+    sentence: str
+
+
+def show_servers(display: Display, line: str, urls: Sequence[str]) -> None:
+    """Print which drafter each server has, and its tau since the server started."""
+    versions = registry().versions(line)
+    if not versions:
+        raise registry().unknown_line(line)
+    rows = []
+    for url, state in ask_servers(urls).items():
+        if isinstance(state, DraftsmithError):
+            rows.append([url, str(state), "-", "-", "-"])
+            continue
+        version = _version(state, versions)
+        content = "-" if version is None else version.content_id[:12]
+        tau = "-" if state.tau is None else f"{state.tau:.3f}"
+        rows.append([url, _drafter(state, version), content, str(state.block_size or "-"), tau])
+    head = ["server", "drafter", "content", "block", "tau"]
+    caption = "tau: of all verify steps since the server started, whatever drafter it had"
+    display.table(head, rows, title=line, text_columns=3, caption=caption)
+
+
+def watch(line: str, urls: Sequence[str], minutes: float, threshold: float) -> Watched:
+    """Compare tau of the requests that the servers finish in the next minutes with the champion's at its promotion.
+
+    threshold: share of its tau that the champion may have lost, as in the drift check. Servers that do not answer are
+    left out. Raises RetryableError if none does, DraftsmithError if one is not SGLang's or has no metrics.
+    """
+    lines = registry()
+    champion, versions = lines.champion(line), lines.versions(line)
+    if champion is None:
+        raise DraftsmithError(f"{line} has no champion. Promote one.") if versions else lines.unknown_line(line)
+    states = _answered(ask_servers(urls))
+    for url, state in states.items():
+        if state.algorithm is None or state.digest not in (None, champion.tags.get("drafter_digest")):
+            served = f"{url} serves {_drafter(state, _version(state, versions))}, and {champion} is the champion"
+            return Watched("mismatched", f"{served}. Load the champion into it.")
+    measured_with = json.loads(champion.tags.get("measured_with") or "{}").get(BLOCK_SIZE)
+    for url, state in states.items():
+        if measured_with not in (None, state.block_size):
+            served = f"{url} drafts blocks of {state.block_size}, and {champion} was measured with {measured_with}"
+            return Watched("inconclusive", f"{served}. Serve that block size.")
+    windows = _answered(count_finished(list(states), 60 * minutes))
+    now = _answered(ask_servers(list(windows)))
+    if any(state.digest != states[url].digest for url, state in now.items()):
+        return Watched("inconclusive", f"{line}: a server has another drafter by now. Watch again.")
+    finished = [window for each in windows.values() for window in each]
+    metrics = champion.metrics().get(ALL)
+    promised = None if metrics is None else SetMetrics.model_validate(metrics)
+    outcome, reason = compare(served_tau(finished), promised, threshold)
+    requests = sum(each.requests for each in finished)
+    return Watched(outcome, f"{champion}: {reason} ({requests:.0f} requests of {', '.join(windows)})")
+
+
+def compare(served: SetMetrics, promised: SetMetrics | None, threshold: float) -> tuple[Outcome, str]:
+    """Return the outcome for a served tau, and why. A false `below` is as rare as a false alarm of the drift check."""
+    if promised is None or not promised.has_interval:
+        return "inconclusive", "its tau at its promotion is unknown"
+    if (served.prompts or 0) < _FEWEST:
+        return "inconclusive", f"too few requests ended, in {served.prompts} of the times that were read"
+    text = f"tau {served.tau:.3f} [{served.low:.3f}, {served.high:.3f}], {promised.tau:.3f} at its promotion"
+    if degraded_sets({ALL: served}, {ALL: promised}, threshold):
+        return "below", f"{text}: measurably more than {threshold:.1%} below"
+    assert served.tau is not None and promised.tau is not None
+    if served.tau < (1 - threshold) * promised.tau:
+        return "inconclusive", f"{text}: below, but not measurably. Watch longer"
+    return "promised", f"{text}: at most {threshold:.1%} below"
+
+
+def _answered(answers: Mapping[str, _T | DraftsmithError]) -> dict[str, _T]:
+    """Return the answers of the servers that gave one. Raises the first error if no server did, or if it is final."""
+    errors = [answer for answer in answers.values() if isinstance(answer, DraftsmithError)]
+    final = [error for error in errors if not isinstance(error, RetryableError)]
+    if final or len(errors) == len(answers):
+        raise (final or errors)[0]
+    return {url: answer for url, answer in answers.items() if not isinstance(answer, DraftsmithError)}
+
+
+def _version(state: ServerState, versions: Sequence[Version]) -> Version | None:
+    """Return the version whose drafter a server has; None if no version of the line is known to have it."""
+    known = [version for version in versions if version.tags.get("drafter_digest") == state.digest]
+    return known[-1] if state.digest is not None and known else None
+
+
+def _drafter(state: ServerState, version: Version | None) -> str:
+    """Describe the drafter of a server."""
+    if version is not None:
+        return f"version {version.number}" + (" (champion)" if CHAMPION in version.aliases else "")
+    if state.algorithm is None:
+        return "no drafter"
+    if state.digest is None:
+        return f"{state.algorithm}, which one is unknown without the plug-in"
+    return f"{state.digest[:12]}, no version of the line"

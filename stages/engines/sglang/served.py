@@ -1,0 +1,144 @@
+"""Asks running servers what they serve: the drafter, and tau by SGLang's own metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import httpx
+import numpy as np
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.results.base import SetMetrics
+from draftsmith.stages.engines.sglang.client import (
+    RequestLostError,
+    check_status,
+    generate,
+    get_json,
+    key_header,
+    query,
+    unreachable_server,
+    wrong_server,
+)
+from draftsmith.stages.engines.sglang.protocol import KEY, Json
+from draftsmith.stages.engines.sglang.records import recorded_drafter
+from draftsmith.stages.runtime.statistics import jackknife, ratio
+
+API_KEY = "SGLANG_API_KEY"  # environment variable with the servers' key, if they require one
+_PROBE_NAME = "draftsmith-status"
+_PROBE: Json = {
+    "input_ids": [0],
+    "sampling_params": {"temperature": 0, "max_new_tokens": 1, "custom_params": {KEY: True}},
+}
+_TOKENS, _REQUESTS, _STEPS = (
+    f"sglang:{name}_total" for name in ("generation_tokens", "num_requests", "spec_verify_calls")
+)
+_SAMPLE = re.compile(rf"^({_TOKENS}|{_REQUESTS}|{_STEPS})(?:{{.*}})? (\S+)", re.MULTILINE)
+_WINDOWS = 30  # in the time that servers are watched
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """What a server reports of its drafter."""
+
+    algorithm: str | None = None  # None: it serves without a drafter
+    digest: str | None = None  # of the drafter; None: the server has no plug-in
+    block_size: int | None = None
+    tau: float | None = None  # of all verify steps since its start, whatever drafter made them
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The requests that a server finished in one window."""
+
+    requests: float
+    committed: float  # tokens, by verify steps; a request's first token comes from its prefill
+    steps: float
+
+
+def ask_servers(urls: Sequence[str]) -> dict[str, ServerState | DraftsmithError]:
+    """Return the state of each server, or why it is unknown: a RetryableError if the server does not answer."""
+    return asyncio.run(_from_all(urls, _state))
+
+
+def count_finished(urls: Sequence[str], seconds: float) -> dict[str, list[Finished] | DraftsmithError]:
+    """Return what each server finishes in each window of the next seconds, or why that is unknown.
+
+    Windows without a verify step are left out.
+    """
+    return asyncio.run(_from_all(urls, lambda client, url: _windows(client, url, seconds)))
+
+
+async def _from_all(
+    urls: Sequence[str], ask: Callable[[httpx.AsyncClient, str], Awaitable[_T]]
+) -> dict[str, _T | DraftsmithError]:
+    async def answer(client: httpx.AsyncClient, url: str) -> _T | DraftsmithError:
+        try:
+            return await ask(client, url)
+        except RequestLostError as error:
+            return unreachable_server(url, error)
+        except DraftsmithError as error:
+            return error
+
+    async with httpx.AsyncClient(headers=key_header(os.environ.get(API_KEY))) as client:
+        answers = await asyncio.gather(*(answer(client, url) for url in urls))
+    return dict(zip(urls, answers, strict=True))
+
+
+async def _state(client: httpx.AsyncClient, url: str) -> ServerState:
+    server = await get_json(client, url, "server_info", "get_server_info")
+    algorithm = server.get("speculative_algorithm")
+    if not algorithm:
+        return ServerState()
+    probe = await generate(client, url, _PROBE_NAME, _PROBE)
+    states = server.get("internal_states") or ()  # of each replica
+    taus = [tau for state in states if (tau := state.get("avg_spec_accept_length"))]
+    return ServerState(
+        algorithm=str(algorithm),
+        digest=recorded_drafter(_PROBE_NAME, probe.body.get("meta_info") or {}) or None,
+        block_size=server.get("speculative_num_draft_tokens"),
+        tau=sum(taus) / len(taus) if taus else None,
+    )
+
+
+async def _windows(client: httpx.AsyncClient, url: str, seconds: float) -> list[Finished]:
+    windows, before = [], await _counters(client, url)
+    for _ in range(_WINDOWS):
+        await asyncio.sleep(seconds / _WINDOWS)
+        after = await _counters(client, url)
+        requests, tokens, steps = (after[name] - before[name] for name in (_REQUESTS, _TOKENS, _STEPS))
+        before = after
+        if steps > 0:  # negative after a restart
+            windows.append(Finished(requests, tokens - requests, steps))
+    return windows
+
+
+async def _counters(client: httpx.AsyncClient, url: str) -> dict[str, float]:
+    """Return the server's counters of finished requests, summed over their labels; 0 before the first request."""
+    response = await query(client, "GET", f"{url}/metrics")
+    if response.status_code == 404:
+        raise wrong_server(url, "has no /metrics. Start it with --enable-metrics.")
+    check_status("of the metrics", url, response.status_code, response.text)
+    counters = dict.fromkeys((_REQUESTS, _TOKENS, _STEPS), 0.0)
+    for name, value in _SAMPLE.findall(response.text):
+        counters[name] += float(value)
+    return counters
+
+
+def served_tau(windows: Sequence[Finished]) -> SetMetrics:
+    """Return tau of the requests in the windows, with its 95 % interval.
+
+    A window is one unit: a request ends in one alone, so windows are as independent as requests are. `prompts` is the
+    number of units.
+    """
+    if not windows:
+        return SetMetrics(prompts=0)
+    committed, steps = (np.array([getattr(each, name) for each in windows]) for name in ("committed", "steps"))
+    tau = jackknife(ratio, committed, steps)
+    low, high = tau.interval() or (None, None)
+    return SetMetrics(tau=tau.value, low=low, high=high, prompts=tau.units)
