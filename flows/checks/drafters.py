@@ -9,7 +9,7 @@ from draftsmith.flows.planning.graph import Node
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.drafters.stage import ChampionConfig
-from draftsmith.stages.engines.config import SGLangEngineConfig
+from draftsmith.stages.engines.config import ServerEngineConfig, SGLangEngineConfig
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import DRAFTERS, EvaluationConfig
 from draftsmith.stages.evaluation.gate import GateConfig
@@ -39,9 +39,15 @@ def drafter_origins(node: Node, by_name: Mapping[str, Node]) -> list[Node]:
     return list({origin.name: origin for origin in origins}.values())
 
 
+def server_engine(node: Node) -> ServerEngineConfig | None:
+    """Return the node's section of servers, None if it uses another engine or none."""
+    engine = getattr(node.config, "engine", None)
+    return engine if isinstance(engine, ServerEngineConfig) else None
+
+
 def sglang_engine(node: Node) -> SGLangEngineConfig | None:
     """Return the node's SGLang section, None if it uses another engine or none."""
-    engine = getattr(node.config, "engine", None)
+    engine = server_engine(node)
     return engine if isinstance(engine, SGLangEngineConfig) else None
 
 
@@ -50,13 +56,13 @@ def drafts_on_sglang(node: Node) -> bool:
     return sglang_engine(node) is not None and any(is_drafter(name) for name in node.inputs)
 
 
-def sglang_engines(nodes: Sequence[Node]) -> list[tuple[SGLangEngineConfig, list[str]]]:
-    """Return a run's distinct SGLang sections (interpreter, servers, device), each with the nodes that use it."""
-    engines: dict[tuple[object, ...], tuple[SGLangEngineConfig, list[str]]] = {}
+def server_engines(nodes: Sequence[Node]) -> list[tuple[ServerEngineConfig, list[str]]]:
+    """Return a run's distinct sections of servers (interpreter, servers, device), each with the nodes that use it."""
+    engines: dict[tuple[object, ...], tuple[ServerEngineConfig, list[str]]] = {}
     for node in nodes:
-        if (engine := sglang_engine(node)) is not None:
+        if (engine := server_engine(node)) is not None:
             on_cpu = engine.launch is not None and engine.launch.on_cpu
-            key = (engine.interpreter, engine.urls, engine.trace, on_cpu)
+            key = (engine.kind, engine.interpreter, engine.urls, engine.reads_trace, on_cpu)
             engines.setdefault(key, (engine, []))[1].append(node.name)
     return list(engines.values())
 

@@ -1,4 +1,4 @@
-"""Checks SGLang's environment, running servers, GPUs, and trainings over several processes."""
+"""Checks the environments of servers, running servers, GPUs, and trainings over several processes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from draftsmith.artifacts.host import gpu_driver
-from draftsmith.flows.checks.drafters import drafts_on_sglang, sglang_engine, sglang_engines
+from draftsmith.flows.checks.drafters import drafts_on_sglang, server_engine, server_engines, sglang_engine
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.execution.machine import gpus
 from draftsmith.flows.planning.graph import Node
-from draftsmith.stages.engines.config import GREEDY_ONLY
-from draftsmith.stages.engines.sglang import environment
+from draftsmith.stages.engines.config import GREEDY_ONLY, SGLangEngineConfig
+from draftsmith.stages.engines.environment import EngineEnvironment, health_problem, inspect_environment
+from draftsmith.stages.engines.sglang.environment import build_problems, environment_warnings, missing_router
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.target.info import model_path
@@ -20,36 +21,43 @@ from draftsmith.stages.training.config import TrainingConfig
 
 
 def check_engines(findings: Findings, nodes: Sequence[Node]) -> None:
-    """Check SGLang's interpreters, servers that should be running, and the GPUs of servers to be launched."""
+    """Check the servers' interpreters, servers that should be running, and the GPUs of servers to be launched."""
     for node in nodes:
         if problem := sampling_problem(node):
             findings.error(node.name, problem)
-    for config, names in sglang_engines(nodes):
-        check = f"sglang ({', '.join(names)})"
+    for config, names in server_engines(nodes):
+        check = f"{config.kind} ({', '.join(names)})"
         with findings.check(check):
             config.api_key()
             if config.launch is not None:
-                has = environment.inspect_environment(config.interpreter)
-                findings.ok(check, f"{config.interpreter}: sglang {has.sglang}, torch {has.torch}")
-                if missing := environment.missing_router(config, has):
-                    findings.error(check, missing)
-                for warning in environment.environment_warnings(config, has):
-                    findings.warn(check, warning)
-                if gpus() and not config.launch.on_cpu:
-                    for problem in environment.build_problems(config, gpu_driver()):
-                        findings.error(check, problem)
+                has = inspect_environment(config)
+                findings.ok(check, f"{config.interpreter}: {config.kind} {has.version}, torch {has.torch}")
+                if isinstance(config, SGLangEngineConfig):
+                    _check_sglang(findings, check, config, has)
             for url in config.urls:
-                if reason := environment.health_problem(url):
+                if reason := health_problem(url):
                     findings.skip(check, f"{url} does not answer now ({reason}). Start it before the stage runs.")
                 else:
                     findings.ok(check, f"{url} answers")
     _check_gpus(findings, nodes)
 
 
+def _check_sglang(findings: Findings, check: str, config: SGLangEngineConfig, installed: EngineEnvironment) -> None:
+    """Check what SGLang's servers need beside SGLang."""
+    assert config.launch is not None
+    if missing := missing_router(config, installed):
+        findings.error(check, missing)
+    for warning in environment_warnings(config, installed):
+        findings.warn(check, warning)
+    if gpus() and not config.launch.on_cpu:
+        for problem in build_problems(config, gpu_driver()):
+            findings.error(check, problem)
+
+
 def _check_gpus(findings: Findings, nodes: Sequence[Node]) -> None:
     here = len(gpus())
     for node in nodes:
-        engine = sglang_engine(node)
+        engine = server_engine(node)
         if engine is None or engine.launch is None or engine.launch.on_cpu or not here:
             continue
         # an evaluation runs one server at a time
@@ -70,14 +78,14 @@ def _check_gpus(findings: Findings, nodes: Sequence[Node]) -> None:
 def check_tensor_parallel(findings: Findings, nodes: Sequence[Node], artifact: Path) -> None:
     """Warn if a server cannot divide the target's attention heads evenly over its GPUs.
 
-    SGLang finds that out only when it starts.
+    Servers find that out only when they start.
 
     artifact: the target's.
     """
     from draftsmith.stages.drafters.checkpoint import read_target_config  # imports torch, and planning must not
 
     for node in nodes:
-        engine = sglang_engine(node)
+        engine = server_engine(node)
         if engine is None or engine.launch is None or engine.launch.on_cpu:  # on CPUs SGLang pads the heads
             continue
         ranks = engine.launch.tensor_parallel
@@ -88,13 +96,13 @@ def check_tensor_parallel(findings: Findings, nodes: Sequence[Node], artifact: P
                 findings.warn(
                     node.name,
                     f"engine.launch.tensor_parallel: {ranks} does not divide the target's {heads} heads ({shared} of "
-                    "keys and values), and most models then fail to start in SGLang. Give a number that does.",
+                    "keys and values), and most models then fail to start. Give a number that does.",
                 )
 
 
 def runs_elsewhere(nodes: Sequence[Node]) -> bool:
     """Return whether servers need GPUs and this machine has none, so another machine will run the config."""
-    engines = [engine for node in nodes if (engine := sglang_engine(node)) is not None]
+    engines = [engine for node in nodes if (engine := server_engine(node)) is not None]
     return not gpus() and any(engine.launch is not None and not engine.launch.on_cpu for engine in engines)
 
 

@@ -19,7 +19,7 @@ from draftsmith.flows.checks.work import (
     suffixes,
 )
 from draftsmith.stages.data.logs.stage import LogsConfig
-from draftsmith.stages.engines.config import EmbeddedEngineConfig, SamplingConfig, SGLangEngineConfig
+from draftsmith.stages.engines.config import EmbeddedEngineConfig, SamplingConfig, ServerEngineConfig
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.replay.options import TREE_TOKENS
@@ -44,7 +44,7 @@ _TOKEN_BYTES = 4  # an int32 in a table, before compression
 
 @dataclass(frozen=True)
 class ServerNeed:
-    """The bytes that SGLang's servers need on each of `gpus` GPUs."""
+    """The bytes that servers need on each of `gpus` GPUs."""
 
     gpus: int
     weights: float
@@ -101,7 +101,7 @@ def _embedded(slots: int, longest: int, drafter: bool, head_tokens: int | None, 
 
 
 def _launched(
-    engine: SGLangEngineConfig, servers: int, in_flight: int, longest: int, drafter: bool, sizes: Sizes
+    engine: ServerEngineConfig, servers: int, in_flight: int, longest: int, drafter: bool, sizes: Sizes
 ) -> ServerNeed | None:
     """Return the need of launched servers, (P · s + P_d · s + in_flight · (T + block) · key/value bytes) / tp a GPU.
 
@@ -157,7 +157,7 @@ def _rollout(config: RolloutConfig, use: StageUse) -> Need:
 
 
 def _decodes(
-    engine: EmbeddedEngineConfig | SGLangEngineConfig,
+    engine: EmbeddedEngineConfig | ServerEngineConfig,
     in_flight: int,
     tokens: float,
     sampling: SamplingConfig,
@@ -165,7 +165,7 @@ def _decodes(
     sizes: Sizes,
 ) -> Work:
     """Return the work of each GPU of a replica that decodes so many tokens, in answers of the longest length."""
-    launch = engine.launch if isinstance(engine, SGLangEngineConfig) else None
+    launch = engine.launch if isinstance(engine, ServerEngineConfig) else None
     context = sizes.longest_prompt + sampling.max_new_tokens / 2
     gpus = launch.tensor_parallel if launch is not None else 1
     served = launch is not None
@@ -259,7 +259,7 @@ def _evaluation(config: EvaluationConfig, use: StageUse) -> Need:
     memory = PROCESS_BYTES + weights + sizes.reduced_head(config.head_tokens)[1]
     memory += 2.0 * max(config.tokens_per_target_forward, longest) * sizes.feature_bytes
     servers, starts = None, 0
-    if isinstance(config.engine, SGLangEngineConfig):  # one server at a time
+    if isinstance(config.engine, ServerEngineConfig):  # one server at a time
         servers = _launched(config.engine, 1, max(config.concurrency), longest, True, sizes)
         starts = config.rounds * (1 + use.drafters) + use.drafters * len(config.block_sizes or ())
     else:

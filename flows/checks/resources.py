@@ -25,7 +25,7 @@ from draftsmith.stages.target.estimate import DTYPE_BYTES, PROCESS_BYTES, ModelS
 from draftsmith.stages.target.info import model_path, read_target_info
 
 _TIGHT, _TOO_MUCH = 0.85, 1.35  # needed / available: estimates are meant to be right within a third
-_SGLANG_FRACTION = 0.85  # of a GPU's memory that SGLang takes by default, about
+_SERVER_FRACTION = 0.85  # of a GPU's memory that servers take by default, about
 _SERVER_START_S = 60.0  # assumed
 _ADVICE = {
     "rollout": "lower engine.slots or sampling.max_new_tokens",
@@ -210,7 +210,7 @@ def _usable(node: Node, servers: int, machine: Hardware) -> float:
     launch = node.config.engine.launch  # type: ignore[attr-defined]
     if launch.on_cpu:
         return memory_bytes() / servers
-    return min(machine.gpus, default=0.0) * float(launch.memory_fraction or _SGLANG_FRACTION)
+    return min(machine.gpus, default=0.0) * float(launch.memory_fraction or _SERVER_FRACTION)
 
 
 def _compare_disk(findings: Findings, needed: float, home: Path) -> None:

@@ -21,7 +21,8 @@ from draftsmith.flows.refresh.line import FASTEST_BLOCK, artifact_folder, downlo
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.spec import DraftingConfig
-from draftsmith.stages.engines.sglang.server import drafting_options, served_block_size, speculative_algorithm
+from draftsmith.stages.engines.servers.drafting import served_block_size, speculative_algorithm
+from draftsmith.stages.engines.sglang.server import drafting_options
 from draftsmith.stages.target.info import model_path, read_target_info
 
 log = logging.getLogger(__name__)

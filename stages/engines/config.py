@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
@@ -36,20 +36,23 @@ _NO_PIPELINES = (
 )
 # Set by the stage from other fields, which a second value could contradict. Values follow "is set by".
 _RESERVED_OPTIONS = {
-    "model-path": "the section target",
     "model": "the section target",
     "host": "nothing: launched servers listen on this machine only",
     "port": "nothing: a free one is taken",
     "dtype": "target.dtype",
-    "tp": "engine.launch.tensor_parallel",
-    "tp-size": "engine.launch.tensor_parallel",
     "tensor-parallel-size": "engine.launch.tensor_parallel",
-    "dp": "engine.launch.data_parallel",
-    "dp-size": "engine.launch.data_parallel",
     "data-parallel-size": "engine.launch.data_parallel",
-    "pp-size": _NO_PIPELINES,
     "pipeline-parallel-size": _NO_PIPELINES,
     "nnodes": "nothing: a launched server runs on this machine only",
+    "config": "nothing: a file could set any option; write them here",
+}
+_RESERVED_SGLANG = _RESERVED_OPTIONS | {
+    "model-path": "the section target",
+    "tp": "engine.launch.tensor_parallel",
+    "tp-size": "engine.launch.tensor_parallel",
+    "dp": "engine.launch.data_parallel",
+    "dp-size": "engine.launch.data_parallel",
+    "pp-size": _NO_PIPELINES,
     "mem-fraction-static": "engine.launch.memory_fraction",
     "speculative-algorithm": "the drafter's checkpoint",
     "speculative-draft-model-path": "the drafter of the refresh",
@@ -65,11 +68,23 @@ _RESERVED_OPTIONS = {
     "speculative-use-block-verification": _OTHER_RULES,
     "preferred-sampling-params": "the section sampling",
     "json-model-override-args": "the target's config.json",
-    "config": "nothing: a file could set any option; write them here",
     "tokenizer-worker-num": "nothing: with several workers SGLang supports no API key, which launched servers have",
     "grpc-mode": _HTTP_ONLY,
     "smg-grpc-mode": _HTTP_ONLY,
     "grpc-port": _HTTP_ONLY,
+}
+_RESERVED_VLLM = _RESERVED_OPTIONS | {
+    "tp": "engine.launch.tensor_parallel",
+    "dp": "engine.launch.data_parallel",
+    "pp": _NO_PIPELINES,
+    "gpu-memory-utilization": "engine.launch.memory_fraction",
+    "max-num-seqs": "engine.concurrency",
+    "speculative-config": "the drafter of the refresh and drafting.block_size",
+    "per-request-spec-decode-metrics": "nothing: verify steps are always read",
+    "generation-config": "nothing: every request has the section sampling",
+    "override-generation-config": "the section sampling",
+    "hf-overrides": "the target's config.json",
+    "api-key": "nothing: launched servers have a random key",
 }
 _RANDOM_WEIGHTS = {("load-format", "dummy"), ("speculative-draft-load-format", "dummy")}
 _OPTION_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
@@ -109,27 +124,31 @@ def _no_secrets(fields: Fields) -> Fields:
 
 
 def option_name(key: str) -> str:
-    """Return the name of an option on the command line of SGLang's server, without leading dashes."""
+    """Return the name of an option on a server's command line, without leading dashes."""
     return key.lstrip("-").replace("_", "-")
 
 
-def _no_reserved_options(options: Options) -> Options:
-    """Refuse options that a field sets: by name, by prefix (argparse completes it), as `name=value`, and as the value
-    of another option."""
-    for key, value in options.items():
-        name = option_name(key)
-        if field := _RESERVED_OPTIONS.get(name):
-            raise ValueError(f"{key}: is set by {field}. Remove it here.")
-        if not _OPTION_NAME.fullmatch(name):
-            raise ValueError(f"{key}: is no name of an option. Write the name alone, and its value after the colon.")
-        if meant := next((reserved for reserved in _RESERVED_OPTIONS if reserved.startswith(name)), None):
-            raise ValueError(f"{key}: SGLang would read it as --{meant}, which is set by {_RESERVED_OPTIONS[meant]}.")
-        if (name, value) in _RANDOM_WEIGHTS:
-            raise ValueError(f"{key}: {value} serves random weights. Remove it here.")
-        for item in value if isinstance(value, list | tuple) else (value,):
-            if str(item).startswith("-") and not _NUMBER.fullmatch(str(item)):
-                raise ValueError(f"{key}: SGLang would read its value {item!r} as another option. Correct it.")
-    return options
+def _no_reserved_options(title: str, reserved: Mapping[str, str]) -> Callable[[Options], Options]:
+    """Return a validator that refuses options that a field sets: by name, by prefix (argparse completes it), as
+    `name=value`, and as the value of another option."""
+
+    def check(options: Options) -> Options:
+        for key, value in options.items():
+            name = option_name(key)
+            if field := reserved.get(name):
+                raise ValueError(f"{key}: is set by {field}. Remove it here.")
+            if not _OPTION_NAME.fullmatch(name):
+                raise ValueError(f"{key}: is no name of an option. Write it alone, and its value after the colon.")
+            if meant := next((each for each in reserved if each.startswith(name)), None):
+                raise ValueError(f"{key}: {title} would read it as --{meant}, which is set by {reserved[meant]}.")
+            if (name, value) in _RANDOM_WEIGHTS:
+                raise ValueError(f"{key}: {value} serves random weights. Remove it here.")
+            for item in value if isinstance(value, list | tuple) else (value,):
+                if str(item).startswith("-") and not _NUMBER.fullmatch(str(item)):
+                    raise ValueError(f"{key}: {title} would read its value {item!r} as another option. Correct it.")
+        return options
+
+    return check
 
 
 class EmbeddedEngineConfig(Config):
@@ -140,7 +159,7 @@ class EmbeddedEngineConfig(Config):
 
 
 class LaunchConfig(Config):
-    """SGLang servers that the stage starts, waits for and stops. Fields left out have SGLang's defaults."""
+    """Servers that the stage starts, waits for and stops. Fields left out have the engine's defaults."""
 
     servers: Annotated[
         int, Field(ge=1, description="how many; each takes tensor_parallel * data_parallel GPUs"), NotInKey()
@@ -149,29 +168,12 @@ class LaunchConfig(Config):
     data_parallel: Annotated[
         int, Field(ge=1, description="replicas of the model in each server, which spreads its requests"), NotInKey()
     ] = 1
-    router: Annotated[
-        Literal["cache_aware", "power_of_two", "round_robin", "random"] | None,
-        Field(
-            description="SGLang's router in front of the servers, with this policy, in place of the least loaded "
-            "server for each request; needs sglang-router in the environment of engine.python"
-        ),
-        NotInKey(),
-    ] = None
     memory_fraction: Annotated[
         float | None,
         Field(gt=0, lt=1, description="of a GPU's memory, for weights and key/value memory"),
         NotInKey(),
     ] = None
-    options: Annotated[
-        Options,
-        AfterValidator(_no_secrets),
-        AfterValidator(_no_reserved_options),
-        Field(
-            default_factory=dict,
-            description="further options of SGLang's server without their dashes, e.g. {attention-backend: fa3}; "
-            "true: a bare flag, false: left out",
-        ),
-    ]
+    options: Annotated[Options, AfterValidator(_no_secrets), Field(default_factory=dict)]
     environment: Annotated[
         dict[str, str],
         AfterValidator(_no_secrets),
@@ -180,15 +182,6 @@ class LaunchConfig(Config):
     start_timeout_s: Annotated[
         float, Field(gt=0, description="until a server answers; loading and graph capture included"), NotInKey()
     ] = 900.0
-
-    @model_validator(mode="after")
-    def _router_has_servers(self) -> LaunchConfig:
-        if self.router is not None and self.servers == 1:
-            raise ValueError(
-                "router: one server needs none. Raise servers, or remove it (replicas of one server share their "
-                "requests by themselves)."
-            )
-        return self
 
     @property
     def gpus(self) -> int:
@@ -201,10 +194,57 @@ class LaunchConfig(Config):
         return {option_name(key): value for key, value in self.options.items()}.get("device") == "cpu"
 
 
-class SGLangEngineConfig(Config):
-    """SGLang servers, running already (`urls`) or started by the stage (`launch`)."""
+class SGLangLaunchConfig(LaunchConfig):
+    """SGLang servers that the stage starts, waits for and stops. Fields left out have SGLang's defaults."""
 
-    kind: Literal["sglang"]
+    router: Annotated[
+        Literal["cache_aware", "power_of_two", "round_robin", "random"] | None,
+        Field(
+            description="SGLang's router in front of the servers, with this policy, in place of the least loaded "
+            "server for each request; needs sglang-router in the environment of engine.python"
+        ),
+        NotInKey(),
+    ] = None
+    options: Annotated[
+        Options,
+        AfterValidator(_no_secrets),
+        AfterValidator(_no_reserved_options("SGLang", _RESERVED_SGLANG)),
+        Field(
+            default_factory=dict,
+            description="further options of SGLang's server without their dashes, e.g. {attention-backend: fa3}; "
+            "true: a bare flag, false: left out",
+        ),
+    ]
+
+    @model_validator(mode="after")
+    def _router_has_servers(self) -> SGLangLaunchConfig:
+        if self.router is not None and self.servers == 1:
+            raise ValueError(
+                "router: one server needs none. Raise servers, or remove it (replicas of one server share their "
+                "requests by themselves)."
+            )
+        return self
+
+
+class VLLMLaunchConfig(LaunchConfig):
+    """vLLM servers that the stage starts, waits for and stops. Fields left out have vLLM's defaults."""
+
+    options: Annotated[
+        Options,
+        AfterValidator(_no_secrets),
+        AfterValidator(_no_reserved_options("vLLM", _RESERVED_VLLM)),
+        Field(
+            default_factory=dict,
+            description="further options of `vllm serve` without their dashes, e.g. {max-num-batched-tokens: 16384}; "
+            "true: a bare flag, false: left out",
+        ),
+    ]
+
+
+class ServerEngineConfig(Config):
+    """Servers, running already (`urls`) or started by the stage (`launch`)."""
+
+    kind: str
     urls: Annotated[
         tuple[Annotated[str, AfterValidator(_http_address)], ...],
         Field(description="running servers of the same target, or SGLang's routers in front of some"),
@@ -218,17 +258,14 @@ class SGLangEngineConfig(Config):
     launch: LaunchConfig | None = None
     python: Annotated[
         Path | None,
-        Field(description="interpreter of the environment that has SGLang; left out: the one that runs Draftsmith"),
+        Field(description="interpreter of the environment that has the engine; left out: the one that runs Draftsmith"),
         NotInKey(),
     ] = None
-    trace: Annotated[
-        bool, Field(description="ask the plug-in for verify steps, where the server has it"), NotInKey()
-    ] = True
     concurrency: Annotated[int, Field(ge=1, description="requests in flight, a replica of the model"), NotInKey()] = 32
     request_timeout_s: Annotated[float, Field(gt=0, description="wait for one answer"), NotInKey()] = 1800.0
 
     @model_validator(mode="after")
-    def _urls_or_launch(self) -> SGLangEngineConfig:
+    def _urls_or_launch(self) -> Self:
         if bool(self.urls) == (self.launch is not None):
             raise ValueError("give either urls (running servers) or launch (start them)")
         if self.api_key_env is not None and not self.urls:
@@ -236,8 +273,13 @@ class SGLangEngineConfig(Config):
         return self
 
     @property
+    def reads_trace(self) -> bool:
+        """Return whether verify steps are read where the servers report them."""
+        return True
+
+    @property
     def interpreter(self) -> Path:
-        """Return the interpreter that has SGLang; not resolved, since a virtual environment is found by its link."""
+        """Return the engine's interpreter; not resolved, since a virtual environment is found by its link."""
         return (self.python or Path(sys.executable)).expanduser().absolute()
 
     def api_key(self) -> str | None:
@@ -249,6 +291,28 @@ class SGLangEngineConfig(Config):
         return key
 
 
+class SGLangEngineConfig(ServerEngineConfig):
+    """SGLang servers, running already (`urls`) or started by the stage (`launch`)."""
+
+    kind: Literal["sglang"]
+    launch: SGLangLaunchConfig | None = None
+    trace: Annotated[
+        bool, Field(description="ask the plug-in for verify steps, where the server has it"), NotInKey()
+    ] = True
+
+    @property
+    def reads_trace(self) -> bool:
+        """Return whether the plug-in is asked for verify steps."""
+        return self.trace
+
+
+class VLLMEngineConfig(ServerEngineConfig):
+    """vLLM servers, running already (`urls`) or started by the stage (`launch`)."""
+
+    kind: Literal["vllm"]
+    launch: VLLMLaunchConfig | None = None
+
+
 def _engine_kind(value: Any) -> str:
     """Return the kind of an engine section, embedded by default."""
     kind = value.get("kind", "embedded") if isinstance(value, dict) else getattr(value, "kind", "")
@@ -256,7 +320,9 @@ def _engine_kind(value: Any) -> str:
 
 
 EngineConfig = Annotated[
-    Annotated[EmbeddedEngineConfig, Tag("embedded")] | Annotated[SGLangEngineConfig, Tag("sglang")],
+    Annotated[EmbeddedEngineConfig, Tag("embedded")]
+    | Annotated[SGLangEngineConfig, Tag("sglang")]
+    | Annotated[VLLMEngineConfig, Tag("vllm")],
     Discriminator(_engine_kind),
 ]
 
@@ -274,8 +340,8 @@ class SamplingConfig(Config):
         return SamplingParams(self.temperature if temperature is None else temperature, self.top_p, self.top_k)
 
 
-def served_dtype(engine: EmbeddedEngineConfig | SGLangEngineConfig, target_dtype: str) -> str | None:
+def served_dtype(engine: EmbeddedEngineConfig | ServerEngineConfig, target_dtype: str) -> str | None:
     """Return the dtype that an engine computes in; None for running servers, whose dtype is not in the config."""
-    if isinstance(engine, SGLangEngineConfig):
+    if isinstance(engine, ServerEngineConfig):
         return target_dtype if engine.launch else None
     return target_dtype

@@ -19,11 +19,11 @@ from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.spec import NO_FREQUENT_TOKENS
 from draftsmith.stages.engines.base import Completion, Engine, Request
-from draftsmith.stages.engines.config import EmbeddedEngineConfig, SamplingConfig, SGLangEngineConfig, served_dtype
+from draftsmith.stages.engines.config import EmbeddedEngineConfig, SamplingConfig, ServerEngineConfig, served_dtype
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.engines.partial_answers import SCHEMAS, PartialAnswers
-from draftsmith.stages.engines.sglang.engine import open_sglang
-from draftsmith.stages.engines.sglang.requirements import server_requirements
+from draftsmith.stages.engines.served import open_servers
+from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.engines.stage import RolloutConfig, prompts_to_answer
 from draftsmith.stages.runtime.stage import StageContext
 from draftsmith.stages.target.causal_lm import Target
@@ -87,8 +87,9 @@ def _generate_missing(
     longest = positions_needed(requests.prompts, config.sampling.max_new_tokens, limit)
     splits = dict(zip(requests.prompts.ids, requests.prompts.splits, strict=True))
     with _open_engine(ctx, config, drafter, longest) as engine:
-        if engine.name.startswith("sglang"):
-            write_versions(ctx.out, sglang=engine.name.removeprefix("sglang "))
+        kind, _, version = engine.name.partition(" ")
+        if version:
+            write_versions(ctx.out, **{kind: version})
         finished = answers.finished(with_trace=engine.records_trace)  # complete without steps if none are recorded
         batches = _pending_batches(requests.ids, finished, batch_size, engine.batch_decides)
         done = len(requests) - sum(map(len, batches))
@@ -144,9 +145,9 @@ def _open_engine(ctx: StageContext, config: RolloutConfig, drafter: Path | None,
     drafter: the folder of its checkpoint. longest: positions of the longest request, prompt and answer.
     """
     drafting = config.drafting
-    if isinstance(config.engine, SGLangEngineConfig):
+    if isinstance(config.engine, ServerEngineConfig):
         required = server_requirements(config.engine, ctx.inputs["target"], drafter, drafting, longest)
-        with open_sglang(config.engine, required, ctx.work, ctx.log, ctx.check_interrupted) as engine:
+        with open_servers(config.engine, required, ctx.work, ctx.log, ctx.check_interrupted) as engine:
             yield engine
         return
     target = Target.load(ctx.inputs["target"])
@@ -157,9 +158,9 @@ def _open_engine(ctx: StageContext, config: RolloutConfig, drafter: Path | None,
     yield EmbeddedEngine(target, loaded, slots=config.engine.slots, capacity=longest + block, drafting=drafting)
 
 
-def _default_batch(engine: EmbeddedEngineConfig | SGLangEngineConfig) -> int:
+def _default_batch(engine: EmbeddedEngineConfig | ServerEngineConfig) -> int:
     """Return the answers in one batch. At its end slots are idle, so a larger batch is faster; a kill loses more."""
-    return 32 if isinstance(engine, SGLangEngineConfig) else 16 * engine.slots
+    return 32 if isinstance(engine, ServerEngineConfig) else 16 * engine.slots
 
 
 def _pending_batches(

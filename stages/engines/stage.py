@@ -17,9 +17,9 @@ from draftsmith.stages.engines.config import (
     EmbeddedEngineConfig,
     EngineConfig,
     SamplingConfig,
-    SGLangEngineConfig,
+    ServerEngineConfig,
 )
-from draftsmith.stages.engines.sglang.environment import engine_programs
+from draftsmith.stages.engines.environment import engine_programs
 from draftsmith.stages.runtime.stage import Compute, Config, Stage
 
 
@@ -43,7 +43,7 @@ class RolloutConfig(Config):
 
     @model_validator(mode="after")
     def _engine_has_a_reduced_head(self) -> RolloutConfig:
-        if isinstance(self.engine, SGLangEngineConfig) and self.drafting.head_tokens is not None:
+        if isinstance(self.engine, ServerEngineConfig) and self.drafting.head_tokens is not None:
             raise ValueError(f"drafting.head_tokens: {NO_REDUCED_HEAD}")
         return self
 
@@ -90,7 +90,7 @@ def preflight(config: RolloutConfig, target: Path) -> None:
 
 def _compute(config: RolloutConfig) -> Compute:
     """Return what the stage needs: nothing of this machine's devices if the servers run already."""
-    running = isinstance(config.engine, SGLangEngineConfig) and config.engine.launch is None
+    running = isinstance(config.engine, ServerEngineConfig) and config.engine.launch is None
     return Compute.LIGHT if running else Compute.HEAVY
 
 

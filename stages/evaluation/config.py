@@ -15,9 +15,10 @@ from draftsmith.stages.engines.config import (
     EmbeddedEngineConfig,
     EngineConfig,
     SamplingConfig,
-    SGLangEngineConfig,
+    ServerEngineConfig,
+    SGLangLaunchConfig,
 )
-from draftsmith.stages.engines.sglang.environment import engine_programs
+from draftsmith.stages.engines.environment import engine_programs
 from draftsmith.stages.replay.options import PARITY_MISMATCH, MaxParityMismatch, TokensPerForward
 from draftsmith.stages.runtime.stage import Config
 
@@ -87,19 +88,19 @@ class EvaluationConfig(Config):
         int, Field(ge=0, description="held-out prompts compared token for token in fp32 (embedded engine)")
     ] = 4
     parity_prompts: Annotated[
-        int, Field(ge=1, description="held-out prompts whose verify steps on SGLang are compared with replay")
+        int, Field(ge=1, description="held-out prompts whose verify steps on servers are compared with replay")
     ] = 8
     max_parity_mismatch: MaxParityMismatch = PARITY_MISMATCH
     tokens_per_target_forward: TokensPerForward = 2048
 
     @model_validator(mode="after")
     def _servers_can_take_the_drafters(self) -> EvaluationConfig:
-        if isinstance(self.engine, SGLangEngineConfig):
+        if isinstance(self.engine, ServerEngineConfig):
             if self.engine.launch is None:
                 raise ValueError(
                     "engine.urls: running servers cannot serve drafters that were just trained. Use engine.launch."
                 )
-            if self.engine.launch.router is not None:
+            if isinstance(self.engine.launch, SGLangLaunchConfig) and self.engine.launch.router is not None:
                 raise ValueError("engine.launch.router: an evaluation asks one server at a time. Leave it out.")
             if self.head_tokens is not None:
                 raise ValueError(f"head_tokens: {NO_REDUCED_HEAD}")
@@ -108,7 +109,7 @@ class EvaluationConfig(Config):
     @property
     def by_prompt(self) -> bool:
         """Return whether arms alternate prompt by prompt, so that prompts are the repetitions and not rounds."""
-        return not isinstance(self.engine, SGLangEngineConfig) and set(self.concurrency) == {1}
+        return not isinstance(self.engine, ServerEngineConfig) and set(self.concurrency) == {1}
 
     def drafted(self, block_size: int | None = None) -> DraftingConfig:
         """Return how every drafter drafts. block_size: None: the trained one."""
@@ -117,7 +118,7 @@ class EvaluationConfig(Config):
     def key_material(self) -> dict[str, Any]:
         """Add how servers are launched: it decides the speed, though not the answers of a rollout."""
         material = super().key_material()
-        if isinstance(self.engine, SGLangEngineConfig):
+        if isinstance(self.engine, ServerEngineConfig):
             launched = self.engine.model_dump(mode="json", include={"launch"}, exclude={"launch": {"start_timeout_s"}})
             material["engine"] |= launched
         return material

@@ -1,8 +1,8 @@
 """Body of stage `evaluation`: acceptance by replay, then the speed of all arms.
 
 Acceptance is compared on the same held-out answers, paired over prompts. Speed is compared on the same prompts, decoded
-without a drafter and with each: prompt by prompt in this process, or in timed runs of SGLang servers with equal
-settings. Choices (the block size that each drafter decodes with) are made on the validation split only.
+without a drafter and with each: prompt by prompt in this process, or in timed runs of servers with equal settings.
+Choices (the block size that each drafter decodes with) are made on the validation split only.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from draftsmith.stages.data.trajectories import (
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.spec import NO_FREQUENT_TOKENS, DraftingConfig
-from draftsmith.stages.engines.config import SGLangEngineConfig
+from draftsmith.stages.engines.config import ServerEngineConfig
 from draftsmith.stages.evaluation.acceptance import (
     ContextCollector,
     acceptance_table,
@@ -50,7 +50,7 @@ from draftsmith.stages.evaluation.acceptance import (
 )
 from draftsmith.stages.evaluation.config import DRAFTERS, PREFIX, EvaluationConfig, prompts_to_decode
 from draftsmith.stages.evaluation.speed_embedded import EmbeddedSpeedTest, measure_embedded
-from draftsmith.stages.evaluation.speed_sglang import SGLangSpeedTest, measure_sglang
+from draftsmith.stages.evaluation.speed_servers import ServerSpeedTest, measure_servers
 from draftsmith.stages.evaluation.speed_table import alternates, at_setting, log_ratios, speed_by_set, speed_tables
 from draftsmith.stages.evaluation.timed_runs import Setting, SpeedMeasurement, machine, settings_of
 from draftsmith.stages.evaluation.validity import AGAIN, speed_warnings
@@ -115,8 +115,9 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
             "comparisons": [*acceptance.comparisons, *speed_comparisons(speed, settings, arms, units)],
         }
     ).write(ctx.out)
-    if speed.engine.startswith("sglang"):
-        write_versions(ctx.out, sglang=speed.engine.removeprefix("sglang "))
+    kind, _, version = speed.engine.partition(" ")
+    if version:
+        write_versions(ctx.out, **{kind: version})
     write_table(ctx.out / "requests.parquet", REQUESTS, speed.requests)
     write_table(ctx.out / "turns.parquet", TURNS, speed.runs)
     if any(warning.kind in AGAIN for warning in warnings):
@@ -198,15 +199,15 @@ def _measure(
         raise DraftsmithError("evaluation: no held-out or no validation prompts. Raise the counts in section prompts.")
     longest = positions_needed([*heldout, *validation], config.sampling.max_new_tokens, target.info.max_positions)
     acceptance, tau_estimates = _Replays(ctx, config, target, drafters).acceptance()
-    if not isinstance(config.engine, SGLangEngineConfig):
+    if not isinstance(config.engine, ServerEngineConfig):
         test = EmbeddedSpeedTest(ctx, target, config, ctx.seed)
         return measure_embedded(test, folders, drafters, heldout, validation), acceptance, tau_estimates
 
     trained, dtype = {arm: drafter.block_size for arm, drafter in drafters.items()}, target.info.dtype
     del target, drafters  # servers need the memory
     release_memory()
-    served = SGLangSpeedTest(ctx, config, config.engine, folders, trained, longest, dtype)
-    return measure_sglang(served, heldout, validation), acceptance, tau_estimates
+    served = ServerSpeedTest(ctx, config, config.engine, folders, trained, longest, dtype)
+    return measure_servers(served, heldout, validation), acceptance, tau_estimates
 
 
 @dataclass(frozen=True)

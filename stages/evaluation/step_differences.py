@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pyarrow as pa
 import torch
@@ -28,10 +27,9 @@ from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter, FeatureContext
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request
-from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.engines.sglang.client import RequestLostError, check_status, key_header
-from draftsmith.stages.engines.sglang.engine import open_sglang
-from draftsmith.stages.engines.sglang.requirements import server_requirements
+from draftsmith.stages.engines.config import ServerEngineConfig
+from draftsmith.stages.engines.served import identify, open_servers
+from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.evaluation.diagnosis import DiagnosisConfig
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.parity import ParityTolerance, check_steps, trace_rows
@@ -43,7 +41,6 @@ from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.info import read_target_info
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 
-_TIMEOUT_S = 30.0
 THETAS = (10_000.0, 500_000.0, 1_000_000.0, 5_000_000.0)  # of public models; the first is what libraries fall back to
 SHORTEST_WINDOW = 8
 EXPLAINS = 0.5  # a change that leaves more than this share of the contradicted steps explains nothing
@@ -51,8 +48,7 @@ EXPLAINS = 0.5  # a change that leaves more than this share of the contradicted 
 
 def run(ctx: StageContext, config: DiagnosisConfig) -> None:
     """Write `diagnosis.json`: a sentence, and the changes that were tried."""
-    engine = SGLangEngineConfig(kind="sglang", urls=(config.url,), api_key_env=config.api_key_env)
-    block_size = _served_block_size(config.url, key_header(engine.api_key()))
+    engine, block_size = identify(config.url, config.api_key_env)
     prompts = load_prompts(ctx.inputs["prompts"], ("validation", "heldout"))[: config.prompts]
     most = read_target_info(ctx.inputs["target"]).max_positions
     longest = positions_needed(prompts, config.sampling.max_new_tokens, most)
@@ -92,7 +88,7 @@ def run(ctx: StageContext, config: DiagnosisConfig) -> None:
 def _ask(
     ctx: StageContext,
     config: DiagnosisConfig,
-    engine: SGLangEngineConfig,
+    engine: ServerEngineConfig,
     drafting: DraftingConfig,
     prompts: Sequence[Prompt],
     longest: int,
@@ -102,7 +98,7 @@ def _ask(
     Raises DraftsmithError if the server is not as the drafter needs it.
     """
     required = server_requirements(engine, ctx.inputs["target"], Path(config.drafter), drafting, longest)
-    with open_sglang(engine, required, ctx.work, ctx.log, ctx.check_interrupted) as server:
+    with open_servers(engine, required, ctx.work, ctx.log, ctx.check_interrupted) as server:
         sampling = config.sampling.params()
         max_new = config.sampling.max_new_tokens
         requests = [Request(p.prompt_id, p.token_ids, max_new, sampling, ctx.seed) for p in prompts]
@@ -123,27 +119,6 @@ def trajectory_of(answer: Completion) -> Trajectory:
 def _write(ctx: StageContext, result: DiagnosisResult) -> None:
     result.write(ctx.out)
     ctx.log(result.sentence)
-
-
-def _served_block_size(url: str, headers: dict[str, str]) -> int | None:
-    """Return how many tokens a SGLang server reports that it drafts; None if it reports none.
-
-    Raises RetryableError if it does not answer, DraftsmithError if it is no SGLang server or refuses the key.
-    """
-    try:
-        for name in ("server_info", "get_server_info"):
-            response = httpx.get(f"{url}/{name}", timeout=_TIMEOUT_S, headers=headers)
-            if response.status_code != 404:
-                check_status(name, url, response.status_code, response.text)
-                size: int | None = dict(response.json()).get("speculative_num_draft_tokens")
-                return size
-    except RequestLostError as error:
-        raise RetryableError(f"{url} {error}. Check that the server is up.") from error
-    except (httpx.HTTPError, ValueError, TypeError) as error:
-        raise RetryableError(
-            f"{url} cannot be reached ({type(error).__name__} {error}). Check that the server is up."
-        ) from error
-    raise DraftsmithError(f"{url} has no /server_info. Name a SGLang server of a supported release.")
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import argparse
 
 import torch
 
+from draftsmith.stages.engines.servers.requirements import SCORED_TEXT
 from draftsmith.stages.engines.sglang import probe
-from draftsmith.stages.engines.sglang.requirements import SCORED_TEXT
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.config import Dtype
 

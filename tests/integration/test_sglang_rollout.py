@@ -21,9 +21,9 @@ from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_prompts
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.engines.sglang.engine import open_sglang
+from draftsmith.stages.engines.served import open_servers
+from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.engines.sglang.probe import check_weights, verifies_greedily
-from draftsmith.stages.engines.sglang.requirements import server_requirements
 from draftsmith.stages.engines.stage import STAGE, RolloutConfig
 from draftsmith.stages.target.config import TargetConfig
 from draftsmith.stages.target.describe import describe
@@ -99,7 +99,7 @@ def open_with(
     required = server_requirements(
         config, target_folder or made.target, drafter, drafting, longest, measure_first_token=measure_first_token
     )
-    return open_sglang(config, required, work, print)
+    return open_servers(config, required, work, print)
 
 
 def requests(

@@ -10,7 +10,7 @@ from draftsmith.stages.catalog import STAGES
 _STORED = {"artifacts", "artifacts.store", "artifacts.tables"}
 _MODEL = {*_STORED, "data", "runtime", "target"}
 _DRAFTERS = {"drafters", *(f"drafters.{kind}" for kind in ("dflash", "dflash2", "dspark", "eagle3"))}
-_ENGINES = {"engines", "engines.sglang"}
+_ENGINES = {"engines", "engines.servers", "engines.sglang"}
 _RESULTS = "artifacts.results"
 # stage -> the packages, under `stages` where not `artifacts`, of which modules are in its digest
 PACKAGES = {
@@ -26,8 +26,8 @@ PACKAGES = {
     "mining": {*_MODEL, *_DRAFTERS, "replay"},
     "opd": {*_MODEL, *_DRAFTERS, "replay", "training", "training.opd"},
     "evaluation": {*_MODEL, *_DRAFTERS, *_ENGINES, _RESULTS, "evaluation", "replay"},
-    "gate": {*_MODEL, *_ENGINES, _RESULTS, "drafters", "evaluation", "replay"},
-    "report": {*_MODEL, *_ENGINES, _RESULTS, "drafters", "evaluation", "replay", "report"},
+    "gate": {*_MODEL, _RESULTS, "engines", "drafters", "evaluation", "replay"},
+    "report": {*_MODEL, _RESULTS, "engines", "drafters", "evaluation", "replay", "report"},
     "diagnosis": {*_MODEL, *_DRAFTERS, *_ENGINES, _RESULTS, "evaluation", "replay"},
 }
 # of a training, which chooses its micro-batch by its memory

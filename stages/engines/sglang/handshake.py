@@ -7,36 +7,24 @@ weights are compared too.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import httpx
 
 from draftsmith.stages.engines.base import Request
-from draftsmith.stages.engines.sglang import probe
-from draftsmith.stages.engines.sglang.client import (
+from draftsmith.stages.engines.servers.api import ServerInfo
+from draftsmith.stages.engines.servers.client import (
     RequestLostError,
     get_json,
-    json_object,
-    query,
     unreachable_server,
     wrong_server,
 )
+from draftsmith.stages.engines.servers.identity import check_tokenizer
+from draftsmith.stages.engines.servers.requirements import ServerRequirements
+from draftsmith.stages.engines.sglang import probe
 from draftsmith.stages.engines.sglang.protocol import SUPPORTED, Json, supported
 from draftsmith.stages.engines.sglang.records import read_completion, recorded_drafter
-from draftsmith.stages.engines.sglang.requirements import PROBE_TEXT, ServerRequirements
 
 _PROBE_TOKENS = 8
-
-
-@dataclass(frozen=True)
-class ServerInfo:
-    """What a server reported of itself."""
-
-    version: str
-    records_trace: bool
-    greedy_only: bool = False  # it drafts and verifies greedily, so sampled answers would not be the target's
-    replicas: int = 1  # of the model
-    remarks: list[str] = field(default_factory=list)  # what could not be checked, or is worth knowing
 
 
 async def check_server(
@@ -53,7 +41,7 @@ async def check_server(
         remarks = [] if supported(version) else [f"{url} is sglang {version}, outside the tested {SUPPORTED}"]
         if not ours:
             path = str(model.get("model_path"))
-            remarks += await _check_tokenizer(client, url, path, required)
+            remarks += await check_tokenizer(client, url, path, required)
             remarks += await probe.check_weights(client, url, path, server, required, log)
         remarks += _check_drafter(url, server, required)
         _check_context(url, server, required)
@@ -70,23 +58,20 @@ async def check_server(
     return ServerInfo(version, records, greedy_only, replicas=int(server.get("dp_size") or 1), remarks=remarks)
 
 
+async def served_block_size(client: httpx.AsyncClient, url: str) -> int | None:
+    """Return how many tokens a server drafts, the anchor included; None if it drafts none."""
+    size: int | None = (await get_json(client, url, "server_info", "get_server_info")).get(
+        "speculative_num_draft_tokens"
+    )
+    return size
+
+
 async def router_passes_records(client: httpx.AsyncClient, url: str, required: ServerRequirements) -> bool:
     """Return whether answers come through this router with the records of their steps. Its servers are checked."""
     try:
         return await _check_generation(client, url, {}, required)
     except RequestLostError as error:
         raise unreachable_server(url, error) from error
-
-
-async def _check_tokenizer(client: httpx.AsyncClient, url: str, path: str, required: ServerRequirements) -> list[str]:
-    """Compare a server's tokenizer with the target's. Returns what could not be checked."""
-    response = await query(client, "POST", f"{url}/tokenize", {"prompt": PROBE_TEXT, "add_special_tokens": False})
-    tokens = json_object(response).get("tokens") if response.status_code == 200 else None
-    if tokens is None:
-        return [f"{url} does not tokenize: its vocabulary could not be compared"]
-    if tokens != required.probe_ids:
-        raise wrong_server(url, f"serves {path}, whose tokenizer is not that of the target {required.target.source}.")
-    return []
 
 
 def _check_drafter(url: str, server: Json, required: ServerRequirements) -> list[str]:

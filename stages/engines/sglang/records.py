@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.base import Completion, Request, VerifyStep
-from draftsmith.stages.engines.sglang.client import ServerAnswer
+from draftsmith.stages.engines.servers.api import BadAnswerError, wrong_tokens
+from draftsmith.stages.engines.servers.client import ServerAnswer
 from draftsmith.stages.engines.sglang.protocol import KEY, PROTOCOL, Json
 from draftsmith.stages.target.info import TargetInfo
 
@@ -40,10 +41,6 @@ def generate_payload(request: Request, eos_ids: Sequence[int], traced: bool) -> 
     if traced:
         params["custom_params"] = {KEY: True}
     return {"input_ids": request.prompt_ids, "sampling_params": params}
-
-
-class BadAnswerError(DraftsmithError):
-    """An answer does not fit its request."""
 
 
 class IncompleteRecordsError(BadAnswerError):
@@ -84,7 +81,8 @@ def read_completion(
         raise BadAnswerError(
             f"request {request.request_id}: the server's answer has no {error}. Use a supported release of SGLang."
         ) from error
-    if wrong := _wrong_tokens(request, tokens, reason, meta, target):
+    matched, prompt_tokens = meta["finish_reason"].get("matched"), meta.get("prompt_tokens", len(request.prompt_ids))
+    if wrong := wrong_tokens(request, tokens, reason, matched, prompt_tokens, target):
         raise BadAnswerError(f"request {request.request_id}: the server's answer {wrong}")
     steps = []
     if drafter_digest is not None:
@@ -106,35 +104,6 @@ def read_completion(
         seconds=answer.seconds,
         first_token_seconds=answer.first_token_seconds,
     )
-
-
-def _wrong_tokens(request: Request, tokens: list[int], reason: str, meta: Json, target: TargetInfo) -> str | None:
-    """Return what is wrong with the tokens of an answer and what to do; None if they are right."""
-    matched, prompt_length = meta["finish_reason"].get("matched"), len(request.prompt_ids)
-    if not tokens:
-        return "is empty. Look at the server's log."
-    if not all(0 <= token < target.vocab_size for token in tokens):
-        return (
-            f"has token {max(tokens)}, the target's vocabulary ends at {target.vocab_size - 1}: another model is "
-            "served. Serve the target."
-        )
-    if meta.get("prompt_tokens", prompt_length) != prompt_length:
-        return f"is to {meta['prompt_tokens']} prompt tokens, {prompt_length} were sent. Look at the server's log."
-    if reason == "stop" and tokens[-1] not in target.eos_ids:
-        return f"ends at token {tokens[-1]}, no end token of the target. Start the server without other stop tokens."
-    if reason == "stop" and matched not in (None, tokens[-1]):
-        # SGLang replaces a token outside the vocabulary by an end token, and reports it here alone.
-        return (
-            f"was ended by {matched!r}, not by its last token. Look for a stop string, or an error in the server's log."
-        )
-    if reason == "length" and len(tokens) < request.max_new_tokens:
-        return (
-            f"was cut after {len(tokens)} of {request.max_new_tokens} tokens: the server's context or key/value "
-            "memory is too small. Raise it or lower sampling.max_new_tokens."
-        )
-    if reason not in ("stop", "length"):
-        return f"ended by {reason!r}. Look at the server's log."
-    return None
 
 
 def read_steps(request: Request, tokens: list[int], meta: Json) -> list[VerifyStep]:

@@ -7,18 +7,14 @@ router finds out, and an abort goes to each of them.
 
 from __future__ import annotations
 
-import asyncio
 import os
-import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import httpx
 
-from draftsmith.artifacts.errors import RetryableError
 from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.engines.sglang.client import (
+from draftsmith.stages.engines.servers.client import (
     RefusedRequestError,
     RequestLostError,
     check_status,
@@ -27,7 +23,6 @@ from draftsmith.stages.engines.sglang.client import (
 )
 
 _SCRIPT = Path(__file__).with_name("router_main.py")
-_POLL_S = 0.5
 _EXTRA_TIMEOUT_S = 60
 
 
@@ -65,19 +60,3 @@ async def router_workers(client: httpx.AsyncClient, url: str) -> list[str] | Non
         raise unreachable_server(url, error) from error
     except (RefusedRequestError, ValueError, KeyError, TypeError):
         return None  # a server, or a gateway in front of one, which the handshake checks
-
-
-async def wait_for_workers(client: httpx.AsyncClient, url: str, count: int, limit_s: float) -> None:
-    """Wait until a router has `count` healthy servers. Raises RetryableError."""
-    deadline = time.monotonic() + limit_s
-    while True:
-        workers: list[str] = []
-        with suppress(RetryableError):
-            workers = await router_workers(client, url) or []
-        if len(workers) >= count:
-            return
-        if time.monotonic() > deadline:
-            raise RetryableError(
-                f"engine.launch.router: it found {len(workers)} of {count} servers in {limit_s:g} s. See router.log."
-            )
-        await asyncio.sleep(_POLL_S)

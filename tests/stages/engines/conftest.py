@@ -6,8 +6,8 @@ import pytest
 
 from draftsmith.artifacts import retry
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
-from draftsmith.stages.engines.sglang import pool
-from draftsmith.stages.engines.sglang.requirements import ServerRequirements
+from draftsmith.stages.engines.servers import pool
+from draftsmith.stages.engines.servers.requirements import ServerRequirements
 from tests.stages.engines.servers import requirements_of
 from tests.testbed.drafter import DrafterArtifacts
 

@@ -14,9 +14,11 @@ import httpx
 
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.engines.sglang.engine import SGLangEngine, open_sglang
-from draftsmith.stages.engines.sglang.handshake import ServerInfo, check_server
-from draftsmith.stages.engines.sglang.requirements import ServerRequirements, server_requirements
+from draftsmith.stages.engines.served import open_servers
+from draftsmith.stages.engines.servers.api import ServerInfo
+from draftsmith.stages.engines.servers.engine import ServerEngine
+from draftsmith.stages.engines.servers.requirements import ServerRequirements, server_requirements
+from draftsmith.stages.engines.sglang.handshake import check_server
 from tests.stages.engines.http_server import HttpServer, Refusal, Reply, answer, is_probe, serving
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -44,10 +46,10 @@ def opened(
     drafter: Path | None = None,
     log: Callable[[str], None] = print,
     check: Callable[[], None] = lambda: None,
-) -> AbstractContextManager[SGLangEngine]:
+) -> AbstractContextManager[ServerEngine]:
     parsed = SGLangEngineConfig.model_validate({"kind": "sglang", **config})
     required = server_requirements(parsed, made.target, drafter, DraftingConfig(), 100)
-    return open_sglang(parsed, required, work, log, check)
+    return open_servers(parsed, required, work, log, check)
 
 
 def requirements_of(made: DrafterArtifacts, drafter: Path | None) -> ServerRequirements:

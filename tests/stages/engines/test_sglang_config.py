@@ -14,6 +14,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.host import Gpu
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import LaunchConfig, SGLangEngineConfig
+from draftsmith.stages.engines.servers import drafting, process
 from draftsmith.stages.engines.sglang import server
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
@@ -24,7 +25,7 @@ def config(**launch: Any) -> SGLangEngineConfig:
 
 
 def line(found: SGLangEngineConfig, drafter: Path | None = None, block_size: int | None = None) -> list[str]:
-    algorithm = server.speculative_algorithm(drafter) if drafter else None
+    algorithm = drafting.speculative_algorithm(drafter) if drafter else None
     return server.server_command(
         found,
         model_folder=Path("/models/target"),
@@ -80,36 +81,36 @@ def test_parallelism_memory_and_further_options_pass_through() -> None:
 
 def test_dflash_drafts_blocks_of_the_trained_size_unless_told_otherwise(tmp_path: Path) -> None:
     folder = drafter(tmp_path / "d", architectures=["DFlashDraftModel"], block_size=16)
-    assert server.served_block_size(folder, DraftingConfig(), "DFLASH") == 16
-    assert server.served_block_size(folder, DraftingConfig(block_size=8), "DFLASH") == 8
+    assert drafting.served_block_size(folder, DraftingConfig(), "DFLASH") == 16
+    assert drafting.served_block_size(folder, DraftingConfig(block_size=8), "DFLASH") == 8
     words = line(config(), folder, 8)
     assert after(words, "--speculative-algorithm") == "DFLASH"
     assert after(words, "--speculative-draft-model-path") == str(folder)
     assert after(words, "--speculative-num-draft-tokens") == "8"
     assert "--speculative-num-steps" not in words
     with pytest.raises(DraftsmithError, match=r"drafting\.block_size: 17 is larger than the trained 16"):
-        server.served_block_size(folder, DraftingConfig(block_size=17), "DFLASH")
+        drafting.served_block_size(folder, DraftingConfig(block_size=17), "DFLASH")
 
 
 def test_eagle3_drafts_a_chain_as_long_as_the_block(tmp_path: Path) -> None:
     folder = drafter(tmp_path / "d", architectures=["LlamaForCausalLMEagle3"])
-    assert server.speculative_algorithm(folder) == "EAGLE3"
-    words = line(config(), folder, server.served_block_size(folder, DraftingConfig(block_size=5), "EAGLE3"))
+    assert drafting.speculative_algorithm(folder) == "EAGLE3"
+    words = line(config(), folder, drafting.served_block_size(folder, DraftingConfig(block_size=5), "EAGLE3"))
     names = ("algorithm", "num-steps", "eagle-topk", "num-draft-tokens")
     assert [after(words, f"--speculative-{name}") for name in names] == ["EAGLE3", "4", "1", "5"]
     with pytest.raises(DraftsmithError, match="does not state how far it drafts"):
-        server.served_block_size(folder, DraftingConfig(), "EAGLE3")
+        drafting.served_block_size(folder, DraftingConfig(), "EAGLE3")
 
 
 def test_dspark_counts_proposals_without_the_anchor(tmp_path: Path) -> None:
     folder = drafter(tmp_path, architectures=["Qwen3DSparkModel"], block_size=7)
-    assert server.speculative_algorithm(folder) == "DSPARK"
-    assert server.served_block_size(folder, DraftingConfig(), "DSPARK") == 8
-    words = line(config(), folder, server.served_block_size(folder, DraftingConfig(block_size=5), "DSPARK"))
+    assert drafting.speculative_algorithm(folder) == "DSPARK"
+    assert drafting.served_block_size(folder, DraftingConfig(), "DSPARK") == 8
+    words = line(config(), folder, drafting.served_block_size(folder, DraftingConfig(block_size=5), "DSPARK"))
     names = ("algorithm", "dspark-block-size", "num-draft-tokens")
     assert [after(words, f"--speculative-{name}") for name in names] == ["DSPARK", "4", "5"]
     with pytest.raises(DraftsmithError, match="9 is larger than the trained 8"):
-        server.served_block_size(folder, DraftingConfig(block_size=9), "DSPARK")
+        drafting.served_block_size(folder, DraftingConfig(block_size=9), "DSPARK")
 
 
 def test_a_rollout_on_sglang_drafts_from_the_whole_vocabulary() -> None:
@@ -187,25 +188,25 @@ def test_the_key_of_given_servers_comes_from_the_environment(monkeypatch: pytest
 
 def test_every_server_gets_its_own_gpus() -> None:
     two = LaunchConfig.model_validate({"servers": 2, "tensor_parallel": 2})
-    assert server.assign_gpus(two, ["4", "5", "6", "7"]) == ["4,5", "6,7"]
+    assert process.assign_gpus(two, ["4", "5", "6", "7"]) == ["4,5", "6,7"]
     with pytest.raises(DraftsmithError, match="2 servers of tensor_parallel 2 need 4 GPUs, 3 are visible"):
-        server.assign_gpus(two, ["0", "1", "2"])
-    assert server.assign_gpus(two, []) == [None, None]
+        process.assign_gpus(two, ["0", "1", "2"])
+    assert process.assign_gpus(two, []) == [None, None]
     on_cpu = LaunchConfig.model_validate({"servers": 2, "options": {"device": "cpu"}})
-    assert server.assign_gpus(on_cpu, ["0"]) == [None, None]
+    assert process.assign_gpus(on_cpu, ["0"]) == [None, None]
     replicas = config(servers=2, data_parallel=2)
     assert replicas.launch is not None
-    assert server.assign_gpus(replicas.launch, ["0", "1", "2", "3"]) == ["0,1", "2,3"]
+    assert process.assign_gpus(replicas.launch, ["0", "1", "2", "3"]) == ["0,1", "2,3"]
     assert after(line(replicas), "--dp-size") == "2"
 
 
 def test_gpus_are_those_that_the_stage_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "all_gpus", lambda: (Gpu("GPU-1a2b", 80e9, "H100"), Gpu("GPU-3c4d", 80e9, "H100")))
+    monkeypatch.setattr(process, "all_gpus", lambda: (Gpu("GPU-1a2b", 80e9, "H100"), Gpu("GPU-3c4d", 80e9, "H100")))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert server.usable_gpus() == ["GPU-1a2b", "GPU-3c4d"]
+    assert process.usable_gpus() == ["GPU-1a2b", "GPU-3c4d"]
     for named, names in (("3, GPU-1a2b", ["3", "GPU-1a2b"]), ("", [])):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
-        assert server.usable_gpus() == names
+        assert process.usable_gpus() == names
 
 
 @pytest.mark.parametrize("launch", [{"environment": {"HF_TOKEN": "x"}}, {"options": {"api-key": "x"}}])

@@ -18,9 +18,9 @@ from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_prompts
 from draftsmith.stages.engines.base import Request
-from draftsmith.stages.engines.sglang import pool
-from draftsmith.stages.engines.sglang.engine import _MAX_UNANSWERED, SGLangEngine, UnansweredError
-from draftsmith.stages.engines.sglang.requirements import ServerRequirements
+from draftsmith.stages.engines.servers import pool
+from draftsmith.stages.engines.servers.engine import _MAX_UNANSWERED, ServerEngine, UnansweredError
+from draftsmith.stages.engines.servers.requirements import ServerRequirements
 from draftsmith.stages.engines.stage import STAGE, RolloutConfig
 from tests.stages.engines.http_server import Refusal, answer, is_probe
 from tests.stages.engines.servers import (
@@ -42,11 +42,11 @@ RIGHT = {f"r{i}": [10 * i + 6, 10 * i + 7, 10 * i + 8] for i in range(12)}
 MANY = [Request(f"r{i}", [i + 5], 3) for i in range(100)]
 
 
-def answers_of(engine: SGLangEngine) -> dict[str, list[int]]:
+def answers_of(engine: ServerEngine) -> dict[str, list[int]]:
     return {each.request.request_id: each.response_ids for each in engine.generate(FEW)}
 
 
-def names_until_error(engine: SGLangEngine, kind: type[DraftsmithError]) -> tuple[list[str], DraftsmithError]:
+def names_until_error(engine: ServerEngine, kind: type[DraftsmithError]) -> tuple[list[str], DraftsmithError]:
     """Return the requests of MANY that were answered, and the error after them."""
     got = []
     with pytest.raises(kind) as caught:

@@ -11,14 +11,9 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.config import SGLangEngineConfig
+from draftsmith.stages.engines.environment import health_problem, inspect_environment
 from draftsmith.stages.engines.sglang import environment
-from draftsmith.stages.engines.sglang.environment import (
-    build_problems,
-    build_tools,
-    environment_warnings,
-    health_problem,
-    inspect_environment,
-)
+from draftsmith.stages.engines.sglang.environment import build_problems, build_tools, environment_warnings
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from tests.stages.engines.http_server import serving
@@ -90,8 +85,8 @@ def test_version_and_plugin_are_read_from_the_other_environment(
     tmp_path: Path, version: str, plugin: bool, said: list[str]
 ) -> None:
     python = interpreter(tmp_path, version, plugin=plugin)
-    found = inspect_environment(python)
-    assert found.sglang == version
+    found = inspect_environment(config(python))
+    assert found.version == version
     warnings = environment_warnings(config(python), found)
     assert len(warnings) == len(said)
     assert all(part in warning for part, warning in zip(said, warnings, strict=True))
@@ -117,7 +112,7 @@ def test_this_interpreter_has_sglang_where_none_is_named() -> None:
 
 def test_a_missing_plugin_is_no_warning_without_trace(tmp_path: Path) -> None:
     python = interpreter(tmp_path, "0.5.21")
-    assert environment_warnings(config(python, trace=False), inspect_environment(python)) == []
+    assert environment_warnings(config(python, trace=False), inspect_environment(config(python))) == []
 
 
 @pytest.mark.parametrize("missing", ["ninja", "nvcc", "c++", None])
@@ -160,7 +155,7 @@ def test_a_driver_older_than_the_environments_cuda_is_an_error(
 def test_an_interpreter_that_cannot_launch_is_an_error(tmp_path: Path) -> None:
     def refused(python: Path) -> str:
         with pytest.raises(DraftsmithError) as caught:
-            inspect_environment(python)
+            inspect_environment(config(python))
         assert "make sglang-gpu" in str(caught.value)
         return str(caught.value)
 

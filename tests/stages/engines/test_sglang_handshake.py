@@ -11,8 +11,8 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.engines.base import Request
-from draftsmith.stages.engines.sglang.handshake import ServerInfo
-from draftsmith.stages.engines.sglang.requirements import ServerRequirements
+from draftsmith.stages.engines.servers.api import ServerInfo
+from draftsmith.stages.engines.servers.requirements import ServerRequirements
 from draftsmith.stages.target.sampling import SamplingParams
 from tests.stages.engines.http_server import Refusal, answer
 from tests.stages.engines.servers import check, good_server, opened, requirements_of, server_of, speculating

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from email.utils import formatdate
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -19,10 +19,10 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.engines.sglang import client
-from draftsmith.stages.engines.sglang import pool as pooling
-from draftsmith.stages.engines.sglang.client import RequestLostError, ServerAnswer, ServerFullError, check_status
-from draftsmith.stages.engines.sglang.pool import (
+from draftsmith.stages.engines.servers import pool as pooling
+from draftsmith.stages.engines.servers.api import BadAnswerError
+from draftsmith.stages.engines.servers.client import RequestLostError, ServerAnswer, ServerFullError, check_status
+from draftsmith.stages.engines.servers.pool import (
     DeathLog,
     LostTooOftenError,
     PoisonRequestError,
@@ -30,7 +30,8 @@ from draftsmith.stages.engines.sglang.pool import (
     ServerPool,
     TimedOutError,
 )
-from draftsmith.stages.engines.sglang.records import BadAnswerError
+from draftsmith.stages.engines.servers.requirements import ServerRequirements
+from draftsmith.stages.engines.sglang import api
 from tests.stages.engines.http_server import HttpServer, Refusal, Reply, answer, is_probe, serving
 from tests.stages.engines.servers import refusing
 
@@ -61,6 +62,7 @@ def with_pool(
     async def run(folder: str) -> Any:
         async with httpx.AsyncClient(timeout=httpx.Timeout(None, connect=5), trust_env=False) as http:
             pool = ServerPool(
+                api.SGLangApi(config, cast("ServerRequirements", None), logs.append),  # a pool reads none
                 http,
                 [Server(server.url, **fields) for server in servers],
                 config,
@@ -293,7 +295,7 @@ def test_a_gateway_without_the_endpoint_is_probed_by_a_generation() -> None:
 
 def test_a_silent_server_is_found_long_before_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pooling, "_PROBE_AFTER_S", 0.2)
-    monkeypatch.setattr(client, "_HEALTH_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(api, "_HEALTH_TIMEOUT_S", 0.3)
     over = threading.Event()
 
     def dark(_: dict[str, Any]) -> None:

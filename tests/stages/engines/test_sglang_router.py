@@ -16,8 +16,10 @@ from pydantic import ValidationError
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.engines.base import Request
-from draftsmith.stages.engines.sglang import environment, router
-from draftsmith.stages.engines.sglang.requirements import ServerRequirements
+from draftsmith.stages.engines.environment import EngineEnvironment
+from draftsmith.stages.engines.servers.requirements import ServerRequirements
+from draftsmith.stages.engines.sglang import router
+from draftsmith.stages.engines.sglang.environment import missing_router
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from tests.stages.engines.http_server import HttpServer, Reply, serving
@@ -131,7 +133,7 @@ def test_a_router_is_for_a_rollout_on_several_servers() -> None:
 
 def test_a_router_that_is_not_installed_is_found_by_the_check() -> None:
     routed = config(servers=2, router="cache_aware")
-    here = environment.SGLangEnvironment("0.5.20", "2.13.0", True, None)
-    assert "-m pip install sglang-router" in (environment.missing_router(routed, here) or "")
-    assert environment.missing_router(config(servers=2), here) is None
-    assert environment.missing_router(routed, environment.SGLangEnvironment("0.5.20", "2.13.0", True, "0.3.2")) is None
+    here = EngineEnvironment("0.5.20", "2.13.0", True, None)
+    assert "-m pip install sglang-router" in (missing_router(routed, here) or "")
+    assert missing_router(config(servers=2), here) is None
+    assert missing_router(routed, EngineEnvironment("0.5.20", "2.13.0", True, "0.3.2")) is None

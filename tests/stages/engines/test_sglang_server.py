@@ -15,8 +15,9 @@ import httpx
 import pytest
 
 from draftsmith.stages.engines.config import LaunchConfig
-from draftsmith.stages.engines.sglang.client import key_header
-from draftsmith.stages.engines.sglang.server import ServerProcess, free_ports, server_processes
+from draftsmith.stages.engines.servers.client import key_header
+from draftsmith.stages.engines.servers.process import ServerProcess, free_ports, server_processes
+from draftsmith.stages.engines.sglang.server import cuda_environment as variables_on_cuda
 from draftsmith.stages.runtime.process import use_expandable_segments
 from tests.flows.processes import ROOT, wait_until
 from tests.stages.engines.servers import STAND_IN, living
@@ -76,7 +77,9 @@ def test_a_server_on_cuda_finds_the_build_tools_of_its_environment(
     )
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CUDA_HOME", raising=False)
-    (server,) = server_processes(LaunchConfig.model_validate({}), [str(python)], tmp_path / "logs", None)
+    launch = LaunchConfig.model_validate({})
+    variables = variables_on_cuda(python, launch, tmp_path / "cuda")
+    (server,) = server_processes(launch, [str(python)], variables, tmp_path / "logs" / "sglang.log")
     server.start()
     wait_until(lambda: server.ended() is not None, "it ends")
     server.stop(grace_s=0)

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.engines.sglang.probe import own_logprobs
-from draftsmith.stages.engines.sglang.requirements import ServerRequirements
+from draftsmith.stages.engines.servers.identity import own_logprobs
+from draftsmith.stages.engines.servers.requirements import ServerRequirements
 from draftsmith.stages.target.config import TargetConfig
 from draftsmith.stages.target.describe import describe
 from draftsmith.stages.target.info import model_path, write_target_info

@@ -21,10 +21,10 @@ from draftsmith.stages.engines import embedded
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.embedded import EmbeddedEngine
-from draftsmith.stages.evaluation import speed_sglang as served_module
+from draftsmith.stages.evaluation import speed_servers as served_module
 from draftsmith.stages.evaluation.config import EvaluationConfig, prompts_to_decode
 from draftsmith.stages.evaluation.gate import GateConfig, decide
-from draftsmith.stages.evaluation.speed_sglang import SGLangSpeedTest, measure_sglang
+from draftsmith.stages.evaluation.speed_servers import ServerSpeedTest, measure_servers
 from draftsmith.stages.evaluation.speed_table import speed_tables
 from draftsmith.stages.evaluation.timed_runs import SpeedMeasurement, requests_for
 from draftsmith.stages.target.causal_lm import Target
@@ -76,7 +76,7 @@ class Server:
 
 
 @dataclass(frozen=True)
-class StandIn(SGLangSpeedTest):
+class StandIn(ServerSpeedTest):
     """Serves in this process; remembers which servers were started."""
 
     started: list[tuple[str, int]] = field(default_factory=list)
@@ -104,7 +104,7 @@ def served(ctx: RecordingContext, made: DrafterArtifacts, **changes: Any) -> Sta
 
 
 def measure(stand_in: StandIn, made: DrafterArtifacts) -> SpeedMeasurement:
-    return measure_sglang(stand_in, *prompts_to_decode(stand_in.config, made.prompts))
+    return measure_servers(stand_in, *prompts_to_decode(stand_in.config, made.prompts))
 
 
 def test_every_arm_has_its_block_size_and_no_timed_run_is_repeated(

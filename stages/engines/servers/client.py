@@ -5,27 +5,26 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from typing import Any, TypeAlias
 
 import httpx
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
-from draftsmith.stages.engines.sglang.protocol import Json
 
-_HEALTH_TIMEOUT_S = 30.0  # SGLang answers within 20
-_CONNECT_TIMEOUT_S = 10.0
-_HEALTH_GENERATION_TIMEOUT_S = 60.0
+Json: TypeAlias = dict[str, Any]  # an object of a server's HTTP API
 _FULL_503 = ("queue", "waiting timeout", "higher priority")  # in SGLang's texts when its queue is full
 _TRANSIENT_4XX = frozenset({408, 425})  # of a router's queue
 _UNAUTHORIZED = frozenset({401, 403})
 _QUERY_TIMEOUT_S = 120.0  # of the handshake: a first generation may compile kernels
-_STREAM_INTERVAL = 1 << 30  # the first token alone, then all others in one piece
 
 
 @dataclass(frozen=True)
 class ServerAnswer:
-    """The body of a finished /generate, and its times as the client measured them."""
+    """The body of a finished answer, and its times as the client measured them."""
 
     body: Json
     seconds: float = 0.0
@@ -53,45 +52,6 @@ class RefusedRequestError(DraftsmithError):
     """The server refuses this request, and would refuse it the next time."""
 
 
-async def generate(
-    client: httpx.AsyncClient, url: str, name: str, payload: Json, *, stream: bool = False
-) -> ServerAnswer:
-    """Send one POST /generate. Raises RequestLostError, or DraftsmithError if the server refuses the request."""
-    started = time.perf_counter()
-    first_token: float | None = None
-    body: Json = {}
-    try:
-        if not stream:
-            response = await client.post(f"{url}/generate", json=payload)
-            check_status(name, url, response.status_code, response.text, response.headers.get("Retry-After"))
-            body = response.json()
-        else:
-            sampling = {**payload["sampling_params"], "stream_interval": _STREAM_INTERVAL}
-            payload = {**payload, "sampling_params": sampling, "stream": True}
-            async with client.stream("POST", f"{url}/generate", json=payload) as response:
-                if response.status_code != 200:
-                    text = (await response.aread()).decode(errors="replace")
-                    check_status(name, url, response.status_code, text, response.headers.get("Retry-After"))
-                async for line in response.aiter_lines():
-                    if not line.startswith("data: {"):
-                        continue  # blank, or the closing [DONE]
-                    body = json.loads(line.removeprefix("data: "))
-                    if error := body.get("error"):
-                        check_status(name, url, int(error.get("code") or 500), str(error.get("message")))
-                    if first_token is None and body.get("output_ids"):
-                        first_token = time.perf_counter() - started
-        reason = body["meta_info"]["finish_reason"]
-        kind = reason["type"]
-    except httpx.HTTPError as error:
-        raise _lost(error) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise RequestLostError(f"gave an answer that cannot be read ({type(error).__name__}: {error})") from error
-    if kind == "abort":
-        check_status(name, url, int(reason.get("status_code") or 500), f"aborted: {reason.get('message')}")
-    seconds = time.perf_counter() - started
-    return ServerAnswer(body, seconds, float("nan") if first_token is None else first_token, url)
-
-
 async def get_json(client: httpx.AsyncClient, url: str, *names: str) -> Json:
     """Return the body of the first of several endpoints that exists: their names differ between releases."""
     for name in names:
@@ -99,7 +59,7 @@ async def get_json(client: httpx.AsyncClient, url: str, *names: str) -> Json:
         if response.status_code != 404:
             check_status(name, url, response.status_code, response.text)
             return json_object(response)
-    raise wrong_server(url, f"has no /{names[0]}. Give the address of a SGLang server of a supported release.")
+    raise wrong_server(url, f"has no /{names[0]}. Give the address of a server of a supported release.")
 
 
 async def query(client: httpx.AsyncClient, method: str, url: str, body: Json | None = None) -> httpx.Response:
@@ -117,7 +77,9 @@ def json_object(response: httpx.Response) -> Json:
     except ValueError:
         body = None
     if not isinstance(body, dict):
-        raise DraftsmithError(f"engine: {response.url} gives no JSON object. Give the address of a SGLang server.")
+        raise DraftsmithError(
+            f"engine: {response.url} gives no JSON object. Give the address of a server of a supported release."
+        )
     return body
 
 
@@ -131,34 +93,59 @@ def wrong_server(url: str, reason: str) -> DraftsmithError:
     return DraftsmithError(f"engine: the server {url} {reason}")
 
 
-async def check_health(client: httpx.AsyncClient, url: str) -> None:
-    """Check that the server computes. Raises RequestLostError if not, ServerStalledError if it is up but stalled.
-
-    GET /health_generate answers 200 as soon as the scheduler has returned anything to anybody, and 503 after 20 s
-    without. Where there is no such endpoint, a short generation is sent.
-    """
-    name, limit = "of the health check", httpx.Timeout(_HEALTH_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
-    payload = {"input_ids": [0], "sampling_params": {"temperature": 0, "max_new_tokens": 1}}
+@contextmanager
+def lost_unless_readable() -> Iterator[None]:
+    """Raise RequestLostError if the request inside gets no answer over HTTP, or one that has another form."""
     try:
-        response = await client.get(f"{url}/health_generate", timeout=limit)
-        if response.status_code == 501 or 400 <= response.status_code < 500:  # a gateway that does not pass it on
-            async with asyncio.timeout(_HEALTH_GENERATION_TIMEOUT_S):
-                await generate(client, url, name, payload)
-        elif response.status_code == 503:
-            raise ServerStalledError("computes nothing")
-        else:
-            check_status(name, url, response.status_code, response.text)
+        yield
+    except httpx.HTTPError as error:
+        raise lost(error) from error
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise RequestLostError(f"gave an answer that cannot be read ({type(error).__name__}: {error})") from error
+
+
+@asynccontextmanager
+async def health_check(limit_s: float) -> AsyncIterator[None]:
+    """Raise RequestLostError if the check inside fails, ServerStalledError after the limit; a full server is fine."""
+    try:
+        async with asyncio.timeout(limit_s):
+            yield
     except ServerFullError:
         return
     except httpx.HTTPError as error:
-        raise _lost(error) from error
+        raise lost(error) from error
     except TimeoutError:
-        raise ServerStalledError(f"gave no answer to a probe in {_HEALTH_GENERATION_TIMEOUT_S:g} s") from None
+        raise ServerStalledError(f"gave no answer to a probe in {limit_s:g} s") from None
     except DraftsmithError as error:
         raise RequestLostError(str(error)) from error
 
 
-def _lost(error: httpx.HTTPError) -> RequestLostError:
+async def post(client: httpx.AsyncClient, url: str, name: str, payload: Json) -> Json:
+    """Send a request and return the body of the answer. name: of the request, for errors."""
+    response = await client.post(url, json=payload)
+    check_status(name, url, response.status_code, response.text, response.headers.get("Retry-After"))
+    return dict(response.json())
+
+
+async def read_stream(
+    client: httpx.AsyncClient, url: str, name: str, payload: Json, receive: Callable[[Json], None]
+) -> None:
+    """Send a request with a streamed answer. receive: called with each of its events."""
+    async with client.stream("POST", url, json=payload) as response:
+        if response.status_code != 200:
+            text = (await response.aread()).decode(errors="replace")
+            check_status(name, url, response.status_code, text, response.headers.get("Retry-After"))
+        async for line in response.aiter_lines():
+            if not line.startswith("data: {"):
+                continue  # blank, or the closing [DONE]
+            event = json.loads(line.removeprefix("data: "))
+            if error := event.get("error"):
+                check_status(name, url, int(error.get("code") or 500), str(error.get("message")))
+            receive(event)
+
+
+def lost(error: httpx.HTTPError) -> RequestLostError:
+    """Return the error of a request that got no answer over HTTP."""
     return RequestLostError(f"{type(error).__name__} {error}".rstrip())
 
 

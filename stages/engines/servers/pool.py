@@ -19,28 +19,24 @@ from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.retry import backoff_s, retry_on
 from draftsmith.stages.engines.base import Completion
-from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.engines.sglang.client import (
+from draftsmith.stages.engines.config import ServerEngineConfig
+from draftsmith.stages.engines.servers.api import BadAnswerError, ServerApi
+from draftsmith.stages.engines.servers.client import (
+    Json,
     RequestLostError,
     ServerAnswer,
     ServerFullError,
     ServerStalledError,
-    check_health,
-    generate,
 )
-from draftsmith.stages.engines.sglang.protocol import Json
-from draftsmith.stages.engines.sglang.records import BadAnswerError
-from draftsmith.stages.engines.sglang.server import ServerProcess
+from draftsmith.stages.engines.servers.process import ServerProcess
 
 _MAX_DEATHS = 2  # of servers that had a request: it is not sent again
 _PROBE_AFTER_S = 60.0  # without an answer of a server that has requests, before its health is checked
 _FAILING_LIMIT_S = 60.0  # of failing health checks, before a server is lost
-_STALLED_LIMIT_S = (
-    600.0  # of a server that is up and computes nothing: it may compile; SGLang's watchdog ends it at 300
-)
+# of a server that is up and computes nothing: it may compile; SGLang's watchdog ends it at 300
+_STALLED_LIMIT_S = 600.0
 _FULL_LIMIT_S = 3600.0  # without any answer of a full server, before its requests are given up
 _FULL_PAUSE_S, _MAX_FULL_PAUSE_S = 1.0, 600.0  # before a full server is tried again
-_ABORT_TIMEOUT_S = 5.0
 
 
 class LostTooOftenError(RetryableError):
@@ -135,9 +131,10 @@ class ServerPool:
 
     def __init__(
         self,
+        api: ServerApi,
         client: httpx.AsyncClient,
         servers: list[Server],
-        config: SGLangEngineConfig,
+        config: ServerEngineConfig,
         deaths: DeathLog,
         log: Callable[[str], None],
         *,
@@ -145,7 +142,8 @@ class ServerPool:
     ):
         self.servers, self.deaths = servers, deaths
         self.retries = 0  # attempts that had to be repeated
-        self._client, self._stream, self._timeout_s = client, stream, config.request_timeout_s
+        self._api, self._client, self._stream = api, client, stream
+        self._timeout_s = config.request_timeout_s
         self._concurrency, self._log = config.concurrency, log
         self._total: int | None = None
         self._changed = asyncio.Event()
@@ -163,7 +161,7 @@ class ServerPool:
         self._wake()
 
     async def send(self, name: str, payload: Json, read: Callable[[ServerAnswer], Completion]) -> Completion:
-        """POST /generate to the least loaded server, and again, elsewhere if possible, until `read` accepts the answer.
+        """Send to the least loaded server, and again, elsewhere if possible, until `read` accepts the answer.
 
         Raises RefusedRequestError if a server refuses the request, TimedOutError, BadAnswerError or LostTooOftenError
         after the last attempt, PoisonRequestError if servers died with it, RetryableError if no server is left.
@@ -193,7 +191,8 @@ class ServerPool:
             if not request.avoid.was_full:
                 request.avoid.was_full = True
                 self._log(
-                    f"SGLang server {request.avoid.url} is full: it {error}. Requests wait; lower engine.concurrency."
+                    f"{self._api.title} server {request.avoid.url} is full: it {error}. Requests wait; lower "
+                    "engine.concurrency."
                 )
             return
         self.retries += 1
@@ -216,15 +215,15 @@ class ServerPool:
         while True:
             if len(died := self.deaths.servers(request.name)) >= _MAX_DEATHS:
                 raise PoisonRequestError(
-                    f"request {request.name}: was in flight when {len(died)} SGLang servers died ({', '.join(died)}), "
-                    "and is not sent again. Look at the ends of their logs."
+                    f"request {request.name}: was in flight when {len(died)} servers died ({', '.join(died)}), and is "
+                    "not sent again. Look at the ends of their logs."
                 )
             alive = [server for server in self.servers if server.lost is None]
             if not alive:
                 reasons = "; ".join(f"{server.url} {server.lost}" for server in self.servers)
                 raise RetryableError(
-                    f"request {request.name}: no SGLang server is left: {reasons}. Start those of engine.urls again "
-                    "and run the same command, finished answers are kept."
+                    f"request {request.name}: no {self._api.title} server is left: {reasons}. Start those of "
+                    "engine.urls again and run the same command, finished answers are kept."
                 )
             candidates = [server for server in alive if server is not request.avoid] or alive
             if free := [server for server in candidates if self._has_room(server)]:
@@ -246,10 +245,12 @@ class ServerPool:
         self._changed = asyncio.Event()
 
     async def _post(self, server: Server, request: PendingRequest) -> ServerAnswer:
-        """POST /generate once. A loss is raised when it is known whether the server still lives."""
-        rid = uuid.uuid4().hex
-        payload = {**request.payload, "rid": rid}
-        post = asyncio.create_task(generate(self._client, server.url, request.name, payload, stream=self._stream))
+        """Send a request once. A loss is raised when it is known whether the server still lives."""
+        request_id = uuid.uuid4().hex
+        generating = self._api.generate(
+            self._client, server.url, request.name, request.payload, request_id, stream=self._stream
+        )
+        post = asyncio.create_task(generating)
         try:
             if not await self._wait_for_answer(server, post):
                 await self._check_health(server)
@@ -270,7 +271,7 @@ class ServerPool:
         finally:
             if not post.done():
                 post.cancel()
-                await self._abort(server, rid)
+                await self._abort(server, request_id)
         server.answered_at = time.monotonic()
         self.deaths.forget([request.name])
         return answer
@@ -289,11 +290,11 @@ class ServerPool:
                 self._check_health(server)  # a host that lost power breaks no connection
         return True
 
-    async def _abort(self, server: Server, rid: str) -> None:
+    async def _abort(self, server: Server, request_id: str) -> None:
         if server.lost is None:
             for url in server.workers or (server.url,):
                 with suppress(Exception):
-                    await self._client.post(f"{url}/abort_request", json={"rid": rid}, timeout=_ABORT_TIMEOUT_S)
+                    await self._api.abort(self._client, url, request_id)
 
     def _check_health(self, server: Server) -> Awaitable[None]:
         """Start one health check for all requests of a server that want it, or join the one that runs."""
@@ -326,21 +327,20 @@ class ServerPool:
     async def _check_once(self, server: Server) -> None:
         """Check that the server computes; for a router, that it answers and one of its workers computes."""
         urls = server.workers or (server.url,)
-        results = await asyncio.gather(*(check_health(self._client, url) for url in urls), return_exceptions=True)
+        results = await asyncio.gather(
+            *(self._api.check_health(self._client, url) for url in urls), return_exceptions=True
+        )
         errors = [error for error in results if error is not None]
         if len(errors) == len(urls):
             raise errors[0]
         if server.workers:
-            try:
-                await self._client.get(f"{server.url}/workers", timeout=_ABORT_TIMEOUT_S)
-            except httpx.HTTPError as error:
-                raise RequestLostError(f"{type(error).__name__} {error}") from error
+            await self._api.check_router(self._client, server.url)
 
     def _mark_lost(self, server: Server, reason: str) -> None:
         """Send it no more requests; those in flight go to the others."""
         if server.lost is None:
             server.lost = reason
-            self._log(f"SGLang server {server.url} is lost: {reason}")
+            self._log(f"{self._api.title} server {server.url} is lost: {reason}")
             server.lost_event.set_result(None)
             self._wake()
 

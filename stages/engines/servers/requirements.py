@@ -9,8 +9,8 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.checkpoint import check_drafter, check_layers
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.spec import DraftingConfig
-from draftsmith.stages.engines.config import NO_REDUCED_HEAD, SGLangEngineConfig
-from draftsmith.stages.engines.sglang.server import served_block_size, speculative_algorithm
+from draftsmith.stages.engines.config import NO_REDUCED_HEAD, ServerEngineConfig
+from draftsmith.stages.engines.servers.drafting import served_block_size, speculative_algorithm
 from draftsmith.stages.target.info import TargetInfo, load_tokenizer, model_path, read_target_info
 
 PROBE_TEXT = "What is 12 + 30?\n\tNaïve café, 3.14 °C; 你好, привет."  # tokenizers split it differently
@@ -36,13 +36,13 @@ class ServerRequirements:
     measure_first_token: bool = False
     drafter_folder: Path | None = None
     drafter_digest: str | None = None
-    algorithm: str | None = None
+    algorithm: str | None = None  # DFLASH, DSPARK or EAGLE3
     block_size: int | None = None
     trace: bool = False  # whether verify steps are to be recorded
 
 
 def server_requirements(
-    config: SGLangEngineConfig,
+    config: ServerEngineConfig,
     target_folder: Path,
     drafter_folder: Path | None,
     drafting: DraftingConfig,
@@ -81,5 +81,5 @@ def server_requirements(
         drafter_digest=drafter_digest(drafter_folder),
         algorithm=algorithm,
         block_size=served_block_size(drafter_folder, drafting, algorithm),
-        trace=config.trace,
+        trace=config.reads_trace,
     )

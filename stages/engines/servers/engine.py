@@ -1,4 +1,4 @@
-"""The engine that generates on SGLang servers: requests go out over HTTP, completions come back as they finish."""
+"""The engine that generates on servers: requests go out over HTTP, completions come back as they finish."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.engines.base import Completion, Request
-from draftsmith.stages.engines.config import GREEDY_ONLY, SGLangEngineConfig
-from draftsmith.stages.engines.sglang.client import RefusedRequestError, ServerAnswer
-from draftsmith.stages.engines.sglang.fleet import Fleet, open_fleet
-from draftsmith.stages.engines.sglang.pool import LostTooOftenError, PoisonRequestError, ServerPool, TimedOutError
-from draftsmith.stages.engines.sglang.records import BadAnswerError, generate_payload, read_completion
-from draftsmith.stages.engines.sglang.requirements import ServerRequirements
+from draftsmith.stages.engines.config import GREEDY_ONLY, ServerEngineConfig
+from draftsmith.stages.engines.servers.api import BadAnswerError, ServerApi
+from draftsmith.stages.engines.servers.client import RefusedRequestError
+from draftsmith.stages.engines.servers.fleet import Fleet
+from draftsmith.stages.engines.servers.pool import LostTooOftenError, PoisonRequestError, ServerPool, TimedOutError
+from draftsmith.stages.engines.servers.requirements import ServerRequirements
 
 T = TypeVar("T")
 _CHECK_S = 0.5  # between two calls of `check` while waiting for servers
@@ -40,7 +40,7 @@ class LoopThread:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="sglang-client", daemon=True)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="server-client", daemon=True)
         self._thread.start()
 
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
@@ -82,8 +82,8 @@ class LoopThread:
         self._loop.close()
 
 
-class SGLangEngine:
-    """Implements `draftsmith.stages.engines.base.Engine`; opened by `open_sglang`.
+class ServerEngine:
+    """Implements `draftsmith.stages.engines.base.Engine`; opened by `open_engine`.
 
     `first_token_seconds` of completions is NaN unless the engine was opened with `measure_first_token`.
     """
@@ -93,11 +93,11 @@ class SGLangEngine:
         loop: LoopThread,
         fleet: Fleet,
         pool: ServerPool,
-        required: ServerRequirements,
+        api: ServerApi,
         log: Callable[[str], None],
         check: Callable[[], None] = _continue,
     ):
-        self._loop, self._fleet, self._pool, self._required = loop, fleet, pool, required
+        self._loop, self._fleet, self._pool, self._api = loop, fleet, pool, api
         self._log, self._check = log, check
         self.records_trace = fleet.records_trace
         self.batch_decides = False  # a server batches whatever it has at the moment
@@ -152,15 +152,11 @@ class SGLangEngine:
     async def _answer(self, request: Request) -> Completion:
         if self._fleet.greedy_only and not request.sampling.greedy:
             raise DraftsmithError(f"sampling.temperature: {GREEDY_ONLY}")
-        payload = generate_payload(request, self._required.target.eos_ids, self.records_trace)
-        return await self._pool.send(request.request_id, payload, lambda answer: self._completion(request, answer))
-
-    def _completion(self, request: Request, answer: ServerAnswer) -> Completion:
-        # A full server may have retracted the answer and prefilled it again, which gives a token without a verify
-        # step. Its tokens are right; its steps are not read, and mining replays them.
-        retracted = int(answer.body.get("meta_info", {}).get("num_retractions") or 0)
-        digest = self._required.drafter_digest if self.records_trace and not retracted else None
-        return read_completion(request, answer, self._required.target, digest)
+        traced = self.records_trace
+        payload = self._api.payload(request, traced=traced)
+        return await self._pool.send(
+            request.request_id, payload, lambda answer: self._api.completion(request, answer, traced=traced)
+        )
 
     @property
     def was_full(self) -> bool:
@@ -204,13 +200,14 @@ def _drain(finished: queue.SimpleQueue[Future[Completion]]) -> Iterator[Completi
 
 
 @contextmanager
-def open_sglang(
-    config: SGLangEngineConfig,
+def open_engine(
+    api: ServerApi,
+    config: ServerEngineConfig,
     required: ServerRequirements,
     work: Path,
     log: Callable[[str], None],
     check: Callable[[], None] = _continue,
-) -> Iterator[SGLangEngine]:
+) -> Iterator[ServerEngine]:
     """Open servers that meet the requirements; those started here are stopped on exit.
 
     work: launched servers' logs go to its folder `servers`. check: called while waiting for servers; an exception of
@@ -220,10 +217,10 @@ def open_sglang(
     # Servers are started from this thread, which therefore must outlive them: see ServerProcess.
     loop = LoopThread()
     try:
-        fleet = open_fleet(config, required, work / "servers", log)
+        fleet = Fleet(api, config, required, work / "servers", log)
         try:
             pool = loop.run(fleet.start(), check)
-            yield SGLangEngine(loop, fleet, pool, required, log, check)
+            yield ServerEngine(loop, fleet, pool, api, log, check)
         finally:
             loop.run(fleet.stop())
     finally:

@@ -6,25 +6,22 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
-from draftsmith.artifacts.retry import retry_on
-from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.engines.sglang.client import key_header
-from draftsmith.stages.engines.sglang.handshake import ServerInfo, check_server, router_passes_records
-from draftsmith.stages.engines.sglang.pool import DeathLog, Server, ServerPool
-from draftsmith.stages.engines.sglang.protocol import ENVIRONMENT
-from draftsmith.stages.engines.sglang.requirements import ServerRequirements
-from draftsmith.stages.engines.sglang.router import router_command, router_workers, wait_for_workers
-from draftsmith.stages.engines.sglang.server import ServerProcess, free_ports, server_command, server_processes
+from draftsmith.stages.engines.config import ServerEngineConfig
+from draftsmith.stages.engines.servers.api import ServerApi, ServerInfo
+from draftsmith.stages.engines.servers.client import key_header
+from draftsmith.stages.engines.servers.pool import DeathLog, Server, ServerPool
+from draftsmith.stages.engines.servers.process import ServerProcess
+from draftsmith.stages.engines.servers.requirements import ServerRequirements
 
 _CONNECT_TIMEOUT_S = 10.0
 _KEEP_ALIVE_S = 2.0  # less than a server's own, or requests would be sent on connections that it is closing
 _POLL_S = 0.5
-_FLUSH_TIMEOUT_S = 60.0
 
 
 class Fleet:
@@ -32,25 +29,27 @@ class Fleet:
 
     def __init__(
         self,
-        config: SGLangEngineConfig,
+        api: ServerApi,
+        config: ServerEngineConfig,
         required: ServerRequirements,
-        processes: list[ServerProcess],
         folder: Path,
         log: Callable[[str], None],
-        api_key: str | None = None,
     ):
-        self._config, self._required, self._log, self._folder = config, required, log, folder
-        self._processes = processes
+        """Prepare servers, which `start` starts. Raises DraftsmithError if the config cannot be met."""
+        self._api, self._config, self._required, self._log, self._folder = api, config, required, log, folder
+        self._api_key, self._processes = config.api_key(), list[ServerProcess]()
+        if config.launch is not None:
+            self._api_key = secrets.token_hex(32)
+            self._processes = api.processes(folder, self._api_key)
         self._info: dict[str, ServerInfo] = {}  # by address
-        self._api_key = api_key
         self._records_through_routers = True
         self._http: httpx.AsyncClient | None = None
         self._pool: ServerPool | None = None
 
     @property
     def name(self) -> str:
-        """Return "sglang" with the versions of the servers."""
-        return "sglang " + ", ".join(sorted({info.version for info in self._info.values()}))
+        """Return the kind of the servers with their versions, such as "sglang 0.5.23"."""
+        return f"{self._config.kind} " + ", ".join(sorted({info.version for info in self._info.values()}))
 
     @property
     def records_trace(self) -> bool:
@@ -78,7 +77,7 @@ class Fleet:
         )
         if self._processes:
             started = time.monotonic()
-            self._log(f"starting {len(self._processes)} SGLang server(s), logs in {self._folder}")
+            self._log(f"starting {len(self._processes)} {self._api.title} server(s), logs in {self._folder}")
             opening = [self._open_launched(process) for process in self._processes]
         else:
             opening = [self._open_given(url) for url in dict.fromkeys(url.rstrip("/") for url in self._config.urls)]
@@ -92,12 +91,12 @@ class Fleet:
         for error in errors:
             self._log(f"left out: {error}")
         if self._processes:
-            self._log(f"SGLang is ready after {time.monotonic() - started:.0f} s")
-        if self._config.launch is not None and self._config.launch.router is not None:
-            servers = [await self._open_router(servers)]
+            self._log(f"{self._api.title} is ready after {time.monotonic() - started:.0f} s")
+            servers = await self._behind_router(servers)
         if self._required.trace and self._required.drafter_folder and not self.records_trace:
-            self._log("the servers have no plug-in: verify steps are not recorded, mining replays them")
+            self._log(f"{self._api.no_trace}: verify steps are not recorded, mining replays them")
         self._pool = ServerPool(
+            self._api,
             self._client,
             servers,
             self._config,
@@ -109,7 +108,7 @@ class Fleet:
 
     async def _open_given(self, url: str) -> Server:
         """Check the server at an address, or all servers of the router there, since any of them may answer."""
-        workers = await router_workers(self._client, url)
+        workers = await self._api.workers(self._client, url)
         if workers is None:
             return Server(url, (await self._check(url, ours=False)).replicas)
         if not workers:
@@ -126,27 +125,43 @@ class Fleet:
             raise
         return Server(process.url, info.replicas, processes=(process,))
 
-    async def _open_router(self, servers: list[Server]) -> Server:
-        """Start a router in front of launched servers."""
-        assert self._config.launch is not None
-        port, metrics_port = free_ports(2)
-        line = router_command(self._config, [server.url for server in servers], metrics_port)
-        router = ServerProcess(line, self._config.launch.environment, self._folder / "router.log", port, self._api_key)
+    async def _behind_router(self, servers: list[Server]) -> list[Server]:
+        """Start the router in front of launched servers, if the config has one."""
+        assert self._config.launch is not None and self._api_key is not None
+        router = self._api.router([server.url for server in servers], self._folder, self._api_key)
+        if router is None:
+            return servers
         self._processes.append(router)
         await self._launch(router, "router")
-        await wait_for_workers(self._client, router.url, len(servers), self._config.launch.start_timeout_s)
+        await self._wait_for_workers(router.url, len(servers), self._config.launch.start_timeout_s)
         replicas = sum(server.replicas for server in servers)
         server = await self._router_server(router.url, [server.url for server in servers], replicas)
         server.processes = (router, *(process for worker in servers for process in worker.processes))
-        return server
+        return [server]
+
+    async def _wait_for_workers(self, url: str, count: int, limit_s: float) -> None:
+        """Wait until a router has `count` healthy servers. Raises RetryableError."""
+        deadline = time.monotonic() + limit_s
+        while True:
+            workers: list[str] = []
+            with suppress(RetryableError):
+                workers = await self._api.workers(self._client, url) or []
+            if len(workers) >= count:
+                return
+            if time.monotonic() > deadline:
+                raise RetryableError(
+                    f"engine.launch.router: it found {len(workers)} of {count} servers in {limit_s:g} s. "
+                    "See router.log."
+                )
+            await asyncio.sleep(_POLL_S)
 
     async def _router_server(self, url: str, workers: list[str], replicas: int) -> Server:
-        self._records_through_routers &= await router_passes_records(self._client, url, self._required)
+        self._records_through_routers &= await self._api.router_passes_records(self._client, url)
         self._log(f"{url} routes to {len(workers)} servers")
         return Server(url, replicas, tuple(workers))
 
     async def _check(self, url: str, *, ours: bool) -> ServerInfo:
-        self._info[url] = info = await check_server(self._client, url, self._required, self._log, ours=ours)
+        self._info[url] = info = await self._api.check(self._client, url, ours=ours)
         for remark in info.remarks:
             self._log(remark)
         return info
@@ -162,8 +177,8 @@ class Fleet:
                 if process.refused_options:
                     self._log(f"the end of {process.log_path}:\n{process.tail()}")
                     raise DraftsmithError(
-                        f"engine.launch.{section}: SGLang does not understand its command. Correct the section "
-                        f"launch; the reason is at the end of {process.log_path}."
+                        f"engine.launch.{section}: {self._api.title} does not understand its command. Correct the "
+                        f"section launch; the reason is at the end of {process.log_path}."
                     )
                 raise self._start_error(process, ended)
             if time.monotonic() > deadline:
@@ -180,30 +195,14 @@ class Fleet:
     def _start_error(self, process: ServerProcess, what: str) -> RetryableError:
         self._log(f"the end of {process.log_path}:\n{process.tail()}")
         return RetryableError(
-            f"engine.launch: the SGLang server {what} while it started. See its log {process.log_path}."
+            f"engine.launch: the {self._api.title} server {what} while it started. See its log {process.log_path}."
         )
 
     async def flush_cache(self) -> None:
         """Empty the prefix cache of every server that is not lost; waits until it is idle."""
         assert self._pool is not None
-        await asyncio.gather(*(self._flush(server.url) for server in self._pool.servers if server.lost is None))
-
-    async def _flush(self, url: str) -> None:
-        @retry_on(
-            httpx.HTTPError,
-            give_up=lambda _error, _attempts, seconds: seconds > _FLUSH_TIMEOUT_S,
-            pause_s=lambda _error, _attempts: _POLL_S,
-        )
-        async def flush() -> None:
-            (await self._client.post(f"{url}/flush_cache", timeout=_FLUSH_TIMEOUT_S)).raise_for_status()
-
-        try:
-            await flush()
-        except httpx.HTTPError as error:
-            raise RetryableError(
-                f"engine: {url}/flush_cache did not succeed in {_FLUSH_TIMEOUT_S:g} s ({error}). Run the same "
-                "command again."
-            ) from error
+        alive = [server.url for server in self._pool.servers if server.lost is None]
+        await asyncio.gather(*(self._api.flush_cache(self._client, url) for url in alive))
 
     async def stop(self) -> None:
         """Abort what is in flight, then stop the servers that were started here."""
@@ -212,26 +211,3 @@ class Fleet:
         if self._http is not None:
             await self._http.aclose()
         await asyncio.gather(*(asyncio.to_thread(process.stop) for process in self._processes))
-
-
-def open_fleet(
-    config: SGLangEngineConfig, required: ServerRequirements, folder: Path, log: Callable[[str], None]
-) -> Fleet:
-    """Return the servers of a config, not started yet. Raises DraftsmithError if the config cannot be met."""
-    processes = []
-    api_key = config.api_key()
-    if config.launch is not None:
-        api_key = secrets.token_hex(32)
-        line = server_command(
-            config,
-            model_folder=required.model_folder,
-            dtype=required.target.dtype,
-            drafter_folder=required.drafter_folder,
-            algorithm=required.algorithm,
-            block_size=required.block_size,
-        )
-        launch = config.launch
-        if launch.router is not None and required.trace:  # a router drops the request's own parameter
-            launch = launch.model_copy(update={"environment": {ENVIRONMENT: "1", **launch.environment}})
-        processes = server_processes(launch, line, folder, api_key)
-    return Fleet(config, required, processes, folder, log, api_key)

@@ -1,4 +1,4 @@
-"""Decoding speed on SGLang: one server at a time with the whole machine, the arms one after the other in rounds.
+"""Decoding speed on servers: one server at a time with the whole machine, the arms one after the other in rounds.
 
 All servers have the same settings except for the drafter. In every round each arm's server is started, warmed up and
 timed at every setting, with an empty prefix cache; the order of the arms rotates by round, so that a machine that slows
@@ -29,9 +29,10 @@ from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request
-from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.engines.sglang.engine import SGLangEngine, open_sglang
-from draftsmith.stages.engines.sglang.requirements import server_requirements
+from draftsmith.stages.engines.config import ServerEngineConfig
+from draftsmith.stages.engines.served import open_servers
+from draftsmith.stages.engines.servers.engine import ServerEngine
+from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.speed_embedded import add_margins, compare_with_plain, exactness
 from draftsmith.stages.evaluation.timed_runs import (
@@ -62,12 +63,12 @@ _TURNS = "turns.parquet"
 
 
 @dataclass(frozen=True)
-class SGLangSpeedTest:
+class ServerSpeedTest:
     """The servers of an evaluation: what they share, and how they decode."""
 
     ctx: StageContext
     config: EvaluationConfig
-    engine: SGLangEngineConfig
+    engine: ServerEngineConfig
     drafters: Mapping[str, Path]  # arm -> checkpoint
     trained: Mapping[str, int]  # arm -> block size that its drafter was trained on
     longest: int  # positions of the longest request
@@ -79,7 +80,7 @@ class SGLangSpeedTest:
         return settings_of(self.config)
 
     @contextmanager
-    def server(self, drafter: Path | None, block_size: int, work: Path) -> Iterator[SGLangEngine]:
+    def server(self, drafter: Path | None, block_size: int, work: Path) -> Iterator[ServerEngine]:
         """Run a server of the target, alone or with a drafter."""
         assert self.engine.launch is not None
         config = self.engine.model_copy(
@@ -92,10 +93,10 @@ class SGLangSpeedTest:
         required = server_requirements(
             config, self.ctx.inputs["target"], drafter, drafting, self.longest, measure_first_token=True
         )
-        with open_sglang(config, required, work, self.ctx.log, self.ctx.check_interrupted) as engine:
+        with open_servers(config, required, work, self.ctx.log, self.ctx.check_interrupted) as engine:
             yield engine
 
-    def warm_up(self, engine: SGLangEngine, prompts: Sequence[Prompt]) -> None:
+    def warm_up(self, engine: ServerEngine, prompts: Sequence[Prompt]) -> None:
         """Make the first calls, which compile and allocate, some for each batch size, without measuring them."""
         for setting in self.settings:
             again = [prompts[i % len(prompts)] for i in range(setting.concurrency)]
@@ -103,7 +104,7 @@ class SGLangSpeedTest:
             self.decode(engine, [replace(r, request_id=f"warm-up/{i}") for i, r in enumerate(requests)], setting)
 
     def decode(
-        self, engine: SGLangEngine, requests: Sequence[Request], setting: Setting, *, trace: bool = False
+        self, engine: ServerEngine, requests: Sequence[Request], setting: Setting, *, trace: bool = False
     ) -> tuple[list[Completion], float, float]:
         """Return answers in the order of the requests, the wall time in seconds, and the CPU share of other programs.
 
@@ -123,8 +124,8 @@ class SGLangSpeedTest:
             if engine.was_full:
                 raise DraftsmithError(
                     f"evaluation.concurrency: the server refuses {setting.concurrency} concurrent requests, so the "
-                    "pauses before they are repeated would be measured. Lower it, or raise max-queued-requests in "
-                    "evaluation.engine.launch.options."
+                    "pauses before they are repeated would be measured. Lower it, or let the server queue more "
+                    "(evaluation.engine.launch.options; max-queued-requests of SGLang)."
                 )
             if engine.retries == repeated:
                 return [done[request.request_id] for request in requests], wall, others
@@ -134,7 +135,7 @@ class SGLangSpeedTest:
         )
 
 
-def measure_sglang(test: SGLangSpeedTest, heldout: Sequence[Prompt], validation: Sequence[Prompt]) -> SpeedMeasurement:
+def measure_servers(test: ServerSpeedTest, heldout: Sequence[Prompt], validation: Sequence[Prompt]) -> SpeedMeasurement:
     """Choose block sizes on validation prompts, time all arms, check parity after the first round.
 
     Raises DraftsmithError if the served steps are not those of replay.
@@ -174,7 +175,7 @@ def _start_round(folder: Path, arms: Sequence[str]) -> None:
     write_text(note, here)
 
 
-def _add_margins(test: SGLangSpeedTest, requests: Sequence[Row], heldout: Sequence[Prompt]) -> None:
+def _add_margins(test: ServerSpeedTest, requests: Sequence[Row], heldout: Sequence[Prompt]) -> None:
     """Compute the target's logit margin in this process where answers differ with and without a drafter."""
     if different := sum(row["first_difference"] >= 0 for row in requests):
         test.ctx.log(f"{different} answers differ with and without a drafter. Computing how sure the target was.")
@@ -183,7 +184,7 @@ def _add_margins(test: SGLangSpeedTest, requests: Sequence[Row], heldout: Sequen
 
 
 def _time_arm(
-    test: SGLangSpeedTest, when: tuple[int, int], arm: str, block_size: int, heldout: Sequence[Prompt]
+    test: ServerSpeedTest, when: tuple[int, int], arm: str, block_size: int, heldout: Sequence[Prompt]
 ) -> tuple[list[Row], list[Row]]:
     """Time one arm at every setting, on its server; in the first round also decode its traced answers.
 
@@ -216,7 +217,7 @@ def _time_arm(
 
 
 def _trace(
-    test: SGLangSpeedTest, engine: SGLangEngine, arm: str, block_size: int, heldout: Sequence[Prompt], can_trace: bool
+    test: ServerSpeedTest, engine: ServerEngine, arm: str, block_size: int, heldout: Sequence[Prompt], can_trace: bool
 ) -> None:
     """Decode, untimed, the answers that parity is checked on, with their steps where the server records them."""
     setting = test.settings[0]
@@ -236,7 +237,7 @@ def _trace(
     write_table(folder / f"{arm}-answers.parquet", REQUESTS, rows)
 
 
-def _check_parity(test: SGLangSpeedTest, sizes: Mapping[str, int], heldout: Sequence[Prompt]) -> dict[str, Parity]:
+def _check_parity(test: ServerSpeedTest, sizes: Mapping[str, int], heldout: Sequence[Prompt]) -> dict[str, Parity]:
     """Return the parity of each arm. sizes: the block of each.
 
     Raises DraftsmithError for a drafter that was not served as replay computes it.
@@ -297,7 +298,7 @@ def _check_parity(test: SGLangSpeedTest, sizes: Mapping[str, int], heldout: Sequ
 
 
 def _choose_block_sizes(
-    test: SGLangSpeedTest, validation: Sequence[Prompt]
+    test: ServerSpeedTest, validation: Sequence[Prompt]
 ) -> tuple[dict[str, int], dict[str, dict[str, float]]]:
     """Return each arm's fastest candidate on validation prompts, and tokens/s of every candidate, measured once."""
     sizes: dict[str, int] = {}
@@ -312,7 +313,7 @@ def _choose_block_sizes(
     return sizes, measured
 
 
-def _tokens_per_s(test: SGLangSpeedTest, arm: str, size: int, validation: Sequence[Prompt]) -> float:
+def _tokens_per_s(test: ServerSpeedTest, arm: str, size: int, validation: Sequence[Prompt]) -> float:
     """Return the speed of an arm with blocks of `size`, at the first setting."""
     folder = test.ctx.work / "block-sizes" / arm / str(size)
     table, setting = folder / _TURNS, test.settings[0]

@@ -1,0 +1,1 @@
+"""Servers of any kind over HTTP: started or given, checked, sent requests, and stopped."""

@@ -1,0 +1,126 @@
+"""The interface of one kind of server, and the checks that the answers of every kind must pass."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import httpx
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.engines.base import Completion, Request
+from draftsmith.stages.engines.servers.client import Json, ServerAnswer
+from draftsmith.stages.engines.servers.process import ServerProcess
+from draftsmith.stages.target.info import TargetInfo
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """What a server reported of itself."""
+
+    version: str
+    records_trace: bool
+    greedy_only: bool = False  # it drafts and verifies greedily, so sampled answers would not be the target's
+    replicas: int = 1  # of the model
+    remarks: list[str] = field(default_factory=list)  # what could not be checked, or is worth knowing
+
+
+class BadAnswerError(DraftsmithError):
+    """An answer does not fit its request."""
+
+
+class ServerApi(ABC):
+    """One kind of server: its command line, its endpoints and its answers. An object serves one engine.
+
+    The asynchronous methods run in the engine's event loop. They raise RequestLostError or one of its kinds for what
+    may succeed when repeated, and DraftsmithError for what would not.
+    """
+
+    title: ClassVar[str]  # of the kind, for messages
+    no_trace: ClassVar[str]  # why servers do not record verify steps, where they do not
+
+    @abstractmethod
+    def processes(self, folder: Path, api_key: str) -> list[ServerProcess]:
+        """Return the servers of `launch`, not started yet; they write their logs to `folder`."""
+
+    @abstractmethod
+    async def check(self, client: httpx.AsyncClient, url: str, *, ours: bool) -> ServerInfo:
+        """Check a server before its first request. ours: it was started here, so its files are the right ones."""
+
+    @abstractmethod
+    def payload(self, request: Request, *, traced: bool) -> Json:
+        """Return the body of a request. traced: ask for the verify steps."""
+
+    @abstractmethod
+    async def generate(
+        self, client: httpx.AsyncClient, url: str, name: str, payload: Json, request_id: str, *, stream: bool
+    ) -> ServerAnswer:
+        """Send a request. name: of the request, for errors. stream: measure the first token's time."""
+
+    @abstractmethod
+    async def abort(self, client: httpx.AsyncClient, url: str, request_id: str) -> None:
+        """Stop an answer whose connection was closed."""
+
+    @abstractmethod
+    def completion(self, request: Request, answer: ServerAnswer, *, traced: bool) -> Completion:
+        """Return the completion of an answer. Raises BadAnswerError if it does not fit the request."""
+
+    @abstractmethod
+    async def check_health(self, client: httpx.AsyncClient, url: str) -> None:
+        """Check that the server computes. Raises RequestLostError if not, ServerStalledError if it is only stalled."""
+
+    @abstractmethod
+    async def flush_cache(self, client: httpx.AsyncClient, url: str) -> None:
+        """Make the next requests find an empty prefix cache."""
+
+    async def workers(self, _client: httpx.AsyncClient, _url: str) -> list[str] | None:
+        """Return the addresses of a router's healthy servers; None: it is no router."""
+        return None
+
+    async def check_router(self, _client: httpx.AsyncClient, _url: str) -> None:
+        """Check that a router answers. Raises RequestLostError."""
+        return
+
+    async def router_passes_records(self, _client: httpx.AsyncClient, _url: str) -> bool:
+        """Return whether answers come through this router with the records of their steps. Its servers are checked."""
+        return True
+
+    def router(self, _workers: Sequence[str], _folder: Path, _api_key: str) -> ServerProcess | None:
+        """Return the router in front of launched servers, not started yet; None if `launch` has none."""
+        return None
+
+
+def wrong_tokens(
+    request: Request, tokens: list[int], reason: str, matched: object, prompt_tokens: int, target: TargetInfo
+) -> str | None:
+    """Return what is wrong with the tokens of an answer and what to do; None if they are right.
+
+    reason: "stop" or "length". matched: what ended it, if the server reports that.
+    """
+    if not tokens:
+        return "is empty. Look at the server's log."
+    if not all(0 <= token < target.vocab_size for token in tokens):
+        return (
+            f"has token {max(tokens)}, the target's vocabulary ends at {target.vocab_size - 1}: another model is "
+            "served. Serve the target."
+        )
+    if prompt_tokens != len(request.prompt_ids):
+        return f"is to {prompt_tokens} prompt tokens, {len(request.prompt_ids)} were sent. Look at the server's log."
+    if reason == "stop" and tokens[-1] not in target.eos_ids:
+        return f"ends at token {tokens[-1]}, no end token of the target. Start the server without other stop tokens."
+    if reason == "stop" and matched not in (None, tokens[-1]):
+        # SGLang replaces a token outside the vocabulary by an end token, and reports it here alone.
+        return (
+            f"was ended by {matched!r}, not by its last token. Look for a stop string, or an error in the server's log."
+        )
+    if reason == "length" and len(tokens) < request.max_new_tokens:
+        return (
+            f"was cut after {len(tokens)} of {request.max_new_tokens} tokens: the server's context or key/value "
+            "memory is too small. Raise it or lower sampling.max_new_tokens."
+        )
+    if reason not in ("stop", "length"):
+        return f"ended by {reason!r}. Look at the server's log."
+    return None

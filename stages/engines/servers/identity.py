@@ -1,0 +1,110 @@
+"""Whether a server serves the target: its tokenizer, and its weights by its log-probs of fixed tokens.
+
+The target scores these tokens here on the CPU. With the same weights the mean absolute difference of their log-probs is
+rounding.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import httpx
+import torch
+
+from draftsmith.artifacts.host import free_memory_bytes
+from draftsmith.stages.engines.servers.client import json_object, query, wrong_server
+from draftsmith.stages.engines.servers.requirements import PROBE_TEXT, ServerRequirements
+from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.info import model_path, read_target_info
+from draftsmith.stages.target.loading import model_without_weights
+
+TOLERANCE = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}  # nats, of the mean; the coarser of the two dtypes'
+_LOCK = threading.Lock()
+_OWN_LOGPROBS: dict[tuple[Path | int, ...], list[float]] = {}  # by a target's folder and the tokens
+
+
+class TargetTooLargeError(Exception):
+    """The target does not fit into this machine's memory."""
+
+
+async def check_tokenizer(client: httpx.AsyncClient, url: str, path: str, required: ServerRequirements) -> list[str]:
+    """Compare a server's tokenizer with the target's. Returns what could not be checked."""
+    response = await query(client, "POST", f"{url}/tokenize", {"prompt": PROBE_TEXT, "add_special_tokens": False})
+    tokens = json_object(response).get("tokens") if response.status_code == 200 else None
+    if tokens is None:
+        return [f"{url} does not tokenize: its vocabulary could not be compared"]
+    if tokens != required.probe_ids:
+        raise wrong_server(url, f"serves {path}, whose tokenizer is not that of the target {required.target.source}.")
+    return []
+
+
+async def compare_weights(
+    url: str,
+    path: str,
+    dtype: str | None,
+    theirs: Sequence[float] | None,
+    required: ServerRequirements,
+    log: Callable[[str], None],
+) -> list[str]:
+    """Compare a server's log-probs of the fixed tokens with the target's. Raises DraftsmithError if they differ.
+
+    path: the model that it serves. dtype: that it computes in, if it reports that. theirs: None if it gave none.
+    Returns what could not be checked.
+    """
+    target, tokens = required.target, required.scored_ids
+    if theirs is None:
+        return [f"{url} gives no log-probs of a prompt: the weights of {path} could not be compared with the target's"]
+    try:
+        ours = await asyncio.to_thread(own_logprobs, required.target_folder, tokens, log)
+    except TargetTooLargeError as error:
+        return [
+            f"{url} serves {path}: its weights could not be compared with the target's, {error}. Start the server with "
+            "--revision and its commit, which SGLang reports and which is compared instead."
+        ]
+    difference = mean_difference(ours, theirs)
+    allowed = tolerance(target.dtype, dtype)
+    if difference > allowed:
+        raise wrong_server(
+            url,
+            f"serves {path} with other weights: its log-probs of {len(ours)} fixed tokens are {difference:.3g} nats "
+            f"from those of the target {target.source} in the mean (rounding is at most {allowed:g}). Serve revision "
+            f"{target.revision or target.digest[:12]}.",
+        )
+    return [f"{url} serves {path}: log-probs of {len(ours)} fixed tokens are {difference:.2g} nats from the target's"]
+
+
+def own_logprobs(target_folder: Path, tokens: Sequence[int], log: Callable[[str], None]) -> list[float]:
+    """Return the target's log-probs (nats) of `tokens` after the first, in its dtype on the CPU; computed once.
+
+    Raises TargetTooLargeError instead of loading weights that the memory does not hold.
+    """
+    with _LOCK:  # several servers are checked concurrently, and one check loads the weights
+        if (logprobs := _OWN_LOGPROBS.get((target_folder, *tokens))) is None:
+            logprobs = _OWN_LOGPROBS[target_folder, *tokens] = _compute_logprobs(target_folder, tokens, log)
+        return logprobs
+
+
+def _compute_logprobs(target_folder: Path, tokens: Sequence[int], log: Callable[[str], None]) -> list[float]:
+    parameters = sum(p.numel() for p in model_without_weights(model_path(target_folder)).parameters())
+    size = parameters * getattr(torch, read_target_info(target_folder).dtype).itemsize
+    needed, free = f"{size / 1e9:.1f} GB", free_memory_bytes()
+    if size > free:
+        raise TargetTooLargeError(f"which takes {needed} of memory where {free / 1e9:.1f} GB are free")
+    log(f"loading the target on the CPU, {needed}, to compare its log-probs with a server's")
+    target = Target.load(target_folder, device="cpu")
+    hidden = target.read(torch.tensor([list(tokens)])).hidden[0, :-1]
+    logprobs = target.logits(hidden).float().log_softmax(-1)
+    return logprobs.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()
+
+
+def tolerance(ours: str, theirs: str | None) -> float:
+    """Return the tolerance of the mean difference for two dtypes; `theirs` None: the server does not report its own."""
+    return max(TOLERANCE[ours], TOLERANCE.get(theirs or ours, TOLERANCE["bfloat16"]))
+
+
+def mean_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Return the mean absolute difference of two lists of log-probs, nats."""
+    return sum(abs(a - b) for a, b in zip(ours, theirs, strict=True)) / len(ours)
