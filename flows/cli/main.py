@@ -125,7 +125,9 @@ def parser() -> argparse.ArgumentParser:
     _add_run_options(evaluate)
 
     diagnose = commands.add_parser("diagnose", help="explain why a running server accepts less than replay predicts")
-    diagnose.add_argument("--url", required=True, help="address of the SGLang server, such as http://localhost:30000")
+    diagnose.add_argument(
+        "--url", required=True, help="address of the SGLang or vLLM server, such as http://localhost:30000"
+    )
     diagnose.add_argument("--api-key-env", metavar="NAME", help="environment variable with the server's API key")
     diagnose.add_argument("--drafter", required=True, help="the drafter it should serve: a folder, or NAME@champion")
     diagnose.add_argument("--prompts", type=_positive, help="number of prompts to send (default: 16)")

@@ -26,7 +26,7 @@ class VerifyStep:
 
     anchor: int  # position of the last committed token, the prompt included
     accepted: int  # proposals, 0 … block_size - 1; cut at the end of the answer
-    proposed: list[int]  # block_size - 1 tokens
+    proposed: list[int]  # block_size - 1 tokens; none where the engine does not report them
     target_logprobs: list[float] | None = None  # of each proposal after the proposals before it, if recorded
 
 

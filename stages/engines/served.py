@@ -9,13 +9,16 @@ from pathlib import Path
 
 import httpx
 
-from draftsmith.stages.engines.config import ServerEngineConfig, SGLangEngineConfig
+from draftsmith.stages.engines.config import ServerEngineConfig, SGLangEngineConfig, VLLMEngineConfig
 from draftsmith.stages.engines.servers.api import ServerApi
 from draftsmith.stages.engines.servers.client import RequestLostError, key_header, unreachable_server
 from draftsmith.stages.engines.servers.engine import ServerEngine, open_engine
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
 from draftsmith.stages.engines.sglang.api import SGLangApi
 from draftsmith.stages.engines.sglang.handshake import served_block_size as block_size_of_sglang
+from draftsmith.stages.engines.vllm.api import VLLMApi
+from draftsmith.stages.engines.vllm.handshake import is_vllm
+from draftsmith.stages.engines.vllm.handshake import served_block_size as block_size_of_vllm
 
 
 def _proceed() -> None:
@@ -31,8 +34,11 @@ def open_servers(
 ) -> AbstractContextManager[ServerEngine]:
     """Open servers of the config's kind, as `open_engine` does."""
     api: ServerApi
-    assert isinstance(config, SGLangEngineConfig)
-    api = SGLangApi(config, required, log)
+    if isinstance(config, VLLMEngineConfig):
+        api = VLLMApi(config, required, log)
+    else:
+        assert isinstance(config, SGLangEngineConfig)
+        api = SGLangApi(config, required, log)
     return open_engine(api, config, required, work, log, check)
 
 
@@ -45,6 +51,9 @@ def identify(url: str, api_key_env: str | None) -> tuple[ServerEngineConfig, int
 
     async def ask() -> tuple[ServerEngineConfig, int | None]:
         async with httpx.AsyncClient(headers=key_header(engine.api_key())) as client:
+            if await is_vllm(client, url):
+                vllm = VLLMEngineConfig(kind="vllm", urls=(url,), api_key_env=api_key_env)
+                return vllm, await block_size_of_vllm(client, url)
             return engine, await block_size_of_sglang(client, url)
 
     try:

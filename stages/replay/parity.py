@@ -97,7 +97,8 @@ class StepComparison:
         Both tables have the columns `COMPARED`. Trajectories that only `replayed` has are left out. A step differs if
         the other side has no step at its anchor, or one with other proposals or with another number of accepted ones.
         Below float32 proposals after the first rejected one may be others: verification decides nothing by them, and
-        a block of 15 has a near-tie among them more often than not.
+        a block of 15 has a near-tie among them more often than not. An engine that reports no proposals is compared by
+        the numbers of accepted ones.
         """
         known = served["trajectory_id"].unique()
         replayed = select_in_order(replayed, "trajectory_id", known)
@@ -190,13 +191,15 @@ def _keys(table: pa.Table, trajectories: pa.Array) -> np.ndarray:
 def _same(a: pa.Table, b: pa.Table, *, exact: bool) -> np.ndarray:
     """Return bool [rows]: whether both steps accept as many proposals, and have as many and the same.
 
-    exact: all proposals must be the same, otherwise those that verification decides by.
+    exact: all proposals must be the same, otherwise those that verification decides by. They are not compared if no
+    step of `a` has any.
     """
     longest = max((pc.max(pc.list_value_length(t["proposed_ids"])).as_py() or 0 for t in (a, b)), default=0)
     ours, theirs = (pad_lists(table, "proposed_ids", longest, -1, np.int64) for table in (a, b))
     same = ours == theirs
     if not exact:
         same |= ~_decisive(a, longest) & (ours >= 0) & (theirs >= 0)
+    same |= bool((ours < 0).all())
     equal: np.ndarray = same.all(1) & (a["accepted"].to_numpy() == b["accepted"].to_numpy())
     return equal
 

@@ -76,6 +76,10 @@ class ServerApi(ABC):
     async def flush_cache(self, client: httpx.AsyncClient, url: str) -> None:
         """Make the next requests find an empty prefix cache."""
 
+    def close(self) -> None:
+        """Remove what `processes` wrote beside the logs. Called when the servers have ended."""
+        return
+
     async def workers(self, _client: httpx.AsyncClient, _url: str) -> list[str] | None:
         """Return the addresses of a router's healthy servers; None: it is no router."""
         return None

@@ -211,3 +211,4 @@ class Fleet:
         if self._http is not None:
             await self._http.aclose()
         await asyncio.gather(*(asyncio.to_thread(process.stop) for process in self._processes))
+        self._api.close()

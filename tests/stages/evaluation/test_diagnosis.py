@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.evaluation import step_differences
 from draftsmith.stages.evaluation.diagnosis import STAGE, DiagnosisConfig, preflight
 from tests.stages.drafters.edits import cut, edit_config
@@ -26,7 +27,8 @@ def asked(made: DrafterArtifacts, **fields: object) -> DiagnosisConfig:
 def test_answers_that_do_not_fit_are_our_error_and_not_the_servers(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step_differences, "_served_block_size", lambda *_: 4)
+    engine = SGLangEngineConfig(kind="sglang", urls=("http://127.0.0.1:9",))
+    monkeypatch.setattr(step_differences, "identify", lambda *_: (engine, 4))
     ctx = RecordingContext.under(tmp_path, {"target": tiny_drafter.target, "prompts": tiny_drafter.prompts})
     with pytest.raises(DraftsmithError, match="max_new_tokens"):
         STAGE.run(ctx, asked(tiny_drafter, sampling={"max_new_tokens": 100_000}))

@@ -76,6 +76,13 @@ def test_steps_are_matched_by_trajectory_and_anchor_in_any_order() -> None:
     assert check_steps(BF16, served, replayed)["different_steps"] == 1
 
 
+def test_an_engine_that_reports_no_proposals_is_compared_by_the_accepted_ones() -> None:
+    served = [{**each, "proposed_ids": []} for each in steps(10)]
+    assert check_steps(FP32, served, steps(10))["different_steps"] == 0
+    served[3]["accepted"] = 2
+    assert check_steps(BF16, served, steps(10))["different_steps"] == 1
+
+
 def test_steps_that_were_not_recorded_count_as_different() -> None:
     assert check_steps(BF16, steps(8), steps(10))["different_steps"] == 2
     with pytest.raises(DraftsmithError, match=r"3 of 10 .* \(30.0%, mining.max_parity_mismatch allows 25.0%\)"):

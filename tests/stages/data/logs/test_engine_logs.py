@@ -1,4 +1,4 @@
-"""The command of `configs/own-logs.md` that converts SGLang's own log to rows."""
+"""The command of `configs/own-logs.md` that converts SGLang's own log and vLLM's responses to rows."""
 
 from __future__ import annotations
 
@@ -30,9 +30,48 @@ def request(ids: list[int] | None, **params: Any) -> dict[str, Any]:
     return {"rid": "7434ec", "text": "What is", "input_ids": ids, "sampling_params": PARAMS | params, "stream": False}
 
 
-@pytest.mark.skipif(shutil.which("jq") is None, reason="no jq here")
-def test_the_documented_command_makes_rows_with_token_ids_and_sampling(tmp_path: Path) -> None:
+def converted(folder: Path) -> list[dict[str, Any]]:
+    """Run the documented command in this folder and return its rows."""
     command = next(block for block in README.read_text("utf-8").split("```") if block.strip().startswith("cat FOLDER"))
+    subprocess.run(command, shell=True, check=True, cwd=folder)
+    return [json.loads(row) for row in (folder / "answers.jsonl").read_text().splitlines()]
+
+
+def response(*choices: dict[str, Any], **fields: Any) -> str:
+    return json.dumps({"id": "cmpl-1", "created": 1796000000, "model": "m", "choices": choices, **fields}) + "\n"
+
+
+NEEDS_JQ = pytest.mark.skipif(shutil.which("jq") is None, reason="no jq here")
+
+
+@NEEDS_JQ
+def test_it_makes_rows_of_vllms_responses_with_one_whole_answer(tmp_path: Path) -> None:
+    """Of 0.32.0, shortened. Left out: several answers, one that was cut, and the chunks of a stream."""
+    (tmp_path / "FOLDER").mkdir()
+    answer = {"finish_reason": "stop", "token_ids": [94, 352]}
+    chat = {"prompt_token_ids": [1, 316]}
+    written = [
+        response({**answer, "prompt_token_ids": [1, 315]}),
+        response({**answer, "finish_reason": "length"}, **chat),
+        response(answer, answer, **chat),
+        response({**answer, "finish_reason": "abort"}, **chat),
+        response({"delta": {"content": "x"}, "finish_reason": None, "token_ids": [94]}, **chat),
+        response({"delta": {}, "finish_reason": "stop", "token_ids": [352]}),
+        response(),
+    ]
+    (tmp_path / "FOLDER" / "responses.log").write_text("".join(written))
+    rows = converted(tmp_path)
+    assert [(row["prompt_token_ids"], row["completion_token_ids"]) for row in rows] == [
+        ([1, 315], [94, 352]),
+        ([1, 316], [94, 352]),
+    ]
+    config = LogsConfig(paths=["a"], temperature=0, since="2026-11-29")
+    schema_filter = SchemaFilter(config, RejectLog("logs.max_bad_share", 0))
+    assert [schema_filter.accept(Row("answers.jsonl", n, row)) for n, row in enumerate(rows)] == [True, True]
+
+
+@NEEDS_JQ
+def test_the_documented_command_makes_rows_with_token_ids_and_sampling(tmp_path: Path) -> None:
     (tmp_path / "FOLDER").mkdir()
     ended = [
         request([1, 315, 202]),
@@ -46,8 +85,7 @@ def test_the_documented_command_makes_rows_with_token_ids_and_sampling(tmp_path:
     ]
     (tmp_path / "FOLDER" / "host_0.log.2026-11-29_10").write_text("".join(written))
     (tmp_path / "FOLDER" / "host_0.log").write_text(written[-1][:100])  # it is being written
-    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
-    rows = [json.loads(row) for row in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    rows = converted(tmp_path)
     assert [(row["prompt_token_ids"], row["completion_token_ids"]) for row in rows] == [
         ([1, 315, 202], [94, 352, 758]),
         ([1, 315, 203], [94, 352, 758]),

@@ -1,0 +1,137 @@
+"""Bodies for vLLM's /v1/completions, and completions of its answers, with the verify steps that it reports.
+
+A server with `--per-request-spec-decode-metrics detailed` reports, in `metrics.speculative_decoding` of an answer, how
+many proposals every verify step drafted and accepted. The first token of an answer comes from the prefill, and a step
+commits what it accepted and one token more. So the prefix sums of `accepted + 1` are the anchors. The rejected
+proposals are not reported: replay gives them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from draftsmith.stages.engines.base import Completion, Request, VerifyStep
+from draftsmith.stages.engines.servers.api import BadAnswerError, wrong_tokens
+from draftsmith.stages.engines.servers.client import Json, ServerAnswer
+from draftsmith.stages.target.info import TargetInfo
+
+# vLLM takes what a request leaves out from the checkpoint's generation_config.json, so nothing is left out.
+_NEUTRAL = {
+    "n": 1,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "min_tokens": 0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "repetition_penalty": 1.0,
+}
+
+
+def completion_payload(request: Request, eos_ids: Sequence[int]) -> Json:
+    """Return the body of /v1/completions for a request."""
+    sampling = request.sampling
+    payload: Json = {
+        **_NEUTRAL,
+        "prompt": request.prompt_ids,
+        "max_tokens": request.max_new_tokens,
+        "temperature": sampling.temperature,
+        "stop_token_ids": list(eos_ids),
+        "return_token_ids": True,
+    }
+    if not sampling.greedy:
+        payload |= {"top_p": sampling.top_p, "top_k": sampling.top_k, "seed": request.seed}
+    return payload
+
+
+class UnusableAnswerError(Exception):
+    """A response has not one whole answer; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class VLLMAnswer:
+    """The one answer of a response."""
+
+    prompt_ids: list[int]
+    token_ids: list[int]
+    finish_reason: str  # "stop" or "length"
+    stop_reason: object  # the stop string or stop token that ended it; None: the model's own end token, or its length
+
+
+def read_response(body: Json) -> VLLMAnswer:
+    """Return the answer of a response to a request with `"return_token_ids": true`. Raises UnusableAnswerError."""
+    choices = body["choices"]
+    if len(choices) > 1:
+        raise UnusableAnswerError("one of several (n > 1)")
+    choice = choices[0] if choices else {}
+    if choice.get("finish_reason") is None:
+        raise UnusableAnswerError("a chunk of a streamed answer")
+    if choice["finish_reason"] not in ("stop", "length"):
+        raise UnusableAnswerError(f"cut ({choice['finish_reason']})")
+    if choice.get("prompt_token_ids") is None or choice.get("token_ids") is None:
+        raise UnusableAnswerError("without token ids (return_token_ids)")
+    prompt, tokens = ([int(token) for token in choice[name]] for name in ("prompt_token_ids", "token_ids"))
+    return VLLMAnswer(prompt, tokens, choice["finish_reason"], choice.get("stop_reason"))
+
+
+class UnreadStepsError(Exception):
+    """The verify steps of an answer are not those of whole blocks one after the other; the message is the reason."""
+
+
+def drafting_metrics(body: Json) -> Json | None:
+    """Return the metrics of an answer's verify steps; None from a server that does not draft or report them."""
+    return (body.get("metrics") or {}).get("speculative_decoding")
+
+
+def read_completion(request: Request, answer: ServerAnswer, target: TargetInfo) -> Completion:
+    """Return the completion of an answer, without its verify steps but with their number.
+
+    Raises BadAnswerError, which names the request, if the answer does not fit it.
+    """
+    body = answer.body
+    try:
+        read = read_response(body)
+        prompt_tokens, metrics = len(read.prompt_ids), drafting_metrics(body)
+        counted = int(metrics["num_spec_steps"]) if metrics else 0
+        accepted_counts = [int(count) for count in metrics["acceptance_histogram"]] if metrics else []
+    except UnusableAnswerError as reason:
+        raise BadAnswerError(f"request {request.request_id}: the server's answer is {reason}.") from reason
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadAnswerError(
+            f"request {request.request_id}: the server's answer has no {error}. Use a supported release of vLLM."
+        ) from error
+    if wrong := wrong_tokens(request, read.token_ids, read.finish_reason, read.stop_reason, prompt_tokens, target):
+        raise BadAnswerError(f"request {request.request_id}: the server's answer {wrong}")
+    return Completion(
+        request,
+        read.token_ids,
+        read.finish_reason,
+        verify_steps=counted,
+        accepted_counts=accepted_counts,
+        seconds=answer.seconds,
+        first_token_seconds=answer.first_token_seconds,
+    )
+
+
+def read_steps(request: Request, tokens: Sequence[int], metrics: Json) -> list[VerifyStep]:
+    """Return the verify steps of an answer, without their proposals, cut at the end of the answer.
+
+    Raises UnreadStepsError if the steps are not reported one by one, if they do not commit every token after the first,
+    or if the server drafted fewer proposals in some of them.
+    """
+    if "per_step_accepted" not in metrics:
+        raise UnreadStepsError("the server reports their number alone (--per-request-spec-decode-metrics detailed)")
+    width, steps, at = int(metrics["num_spec_tokens"]), [], 1  # at: the next token without a step
+    for accepted, drafted in zip(metrics["per_step_accepted"], metrics["per_step_drafted"], strict=True):
+        left = len(tokens) - at
+        if left <= 0:
+            raise UnreadStepsError("they commit more tokens than the answer has")
+        if drafted < min(width, left):  # proposals after the answer's end decide nothing
+            raise UnreadStepsError("adaptive width: the server drafted fewer proposals in some steps")
+        committed = min(accepted + 1, left)
+        steps.append(VerifyStep(len(request.prompt_ids) + at - 1, min(accepted, committed), []))
+        at += committed
+    if at < len(tokens):
+        raise UnreadStepsError("they commit fewer tokens than the answer has, so it was preempted")
+    return steps
