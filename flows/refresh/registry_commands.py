@@ -6,7 +6,7 @@ import logging
 import os
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.servers.drafting import served_block_size, speculative_algorithm
 from draftsmith.stages.engines.sglang.server import drafting_options
+from draftsmith.stages.engines.vllm.options import drafting_options as options_of_vllm
 from draftsmith.stages.target.info import model_path, read_target_info
 
 log = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ def _export(display: Display, version: Version, folder: Path, layout: str, *, dr
         with _all_or_nothing(folder):
             _export_speculators(version, source, folder)
         display.line(f"{version}: in speculators' layout, with the target's embedding and head, in {folder}")
-        display.line(f"  for vLLM: vllm serve {shlex.quote(os.fspath(folder.absolute()))}")
+        _show_options(display, "vLLM", version, folder, options_of_vllm)
         return
     with _all_or_nothing(folder):
         shutil.copytree(source, folder, dirs_exist_ok=True)
@@ -153,10 +154,17 @@ def _export(display: Display, version: Version, folder: Path, layout: str, *, dr
                 f"{folder}: the copy differs from the registered one. Try again, or use another disk."
             )
     display.line(f"{version}: {size / 1e6:.1f} MB in {folder}")
+    _show_options(display, "SGLang", version, folder, drafting_options)
+
+
+def _show_options(
+    display: Display, engine: str, version: Version, folder: Path, options: Callable[[Path, str, int], list[str]]
+) -> None:
+    """Print the options by which a server drafts with an exported checkpoint."""
     algorithm = speculative_algorithm(folder)
     fastest = version.tags.get(FASTEST_BLOCK)  # empty if no speed was measured
     block = int(fastest) if fastest else served_block_size(folder, DraftingConfig(), algorithm)
-    display.line(f"  for SGLang: {shlex.join(drafting_options(folder, algorithm, block))}")
+    display.line(f"  for {engine}: {shlex.join(options(folder, algorithm, block))}")
 
 
 @contextmanager

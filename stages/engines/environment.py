@@ -30,7 +30,7 @@ def version(name):
     try: return m.version(name)
     except m.PackageNotFoundError: return None
 plugin = [e.value for e in m.entry_points(group={PLUGIN_GROUP!r}) if e.name == {PLUGIN!r}]
-names = {{*{sum(_PACKAGES.values(), ())!r}, "torch", "sglang-router"}}
+names = {[name for names in _PACKAGES.values() for name in names]!r} + ["torch", "sglang-router"]
 print(json.dumps({{name: version(name) for name in names}} | {{"plugin": plugin}}))
 """
 

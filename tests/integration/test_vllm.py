@@ -1,8 +1,10 @@
-"""Drafters in speculators' layout, served by vLLM on the CPU: its verify steps are those of replay."""
+"""The engine on real vLLM servers on the CPU: its anchors are those of replay, and a wrong drafter is named."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,32 +12,49 @@ import numpy as np
 import pytest
 import torch
 
-from draftsmith.stages.data.trajectories import Trajectory
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.results.evaluation import DiagnosisResult
+from draftsmith.artifacts.tables.parquet import read_table
+from draftsmith.artifacts.tables.schemas import REQUESTS, TIMINGS, TRACE, TRAJECTORIES, TableSchema
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, Trajectory
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter, upgrade_drafter
 from draftsmith.stages.drafters.dflash2.config import DFlash2Config
 from draftsmith.stages.drafters.dspark.config import DSparkConfig
-from draftsmith.stages.drafters.export import export_speculators
+from draftsmith.stages.drafters.spec import DraftingConfig
+from draftsmith.stages.engines.base import Completion
+from draftsmith.stages.engines.config import VLLMEngineConfig
+from draftsmith.stages.engines.served import open_servers
+from draftsmith.stages.engines.servers.requirements import server_requirements
+from draftsmith.stages.engines.stage import STAGE as ROLLOUT
+from draftsmith.stages.engines.stage import RolloutConfig
+from draftsmith.stages.evaluation.config import EvaluationConfig
+from draftsmith.stages.evaluation.diagnosis import STAGE as DIAGNOSIS
+from draftsmith.stages.evaluation.diagnosis import DiagnosisConfig
+from draftsmith.stages.evaluation.stage import STAGE as EVALUATION
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
-from draftsmith.stages.replay.trace import tau
-from draftsmith.stages.target.info import model_path
+from draftsmith.stages.replay.stage import STAGE as MINING
+from draftsmith.stages.replay.stage import MiningConfig
+from draftsmith.stages.replay.trace import Trace, tau
 from draftsmith.stages.target.sampling import SamplingParams
 from tests.stages.bench import GREEDY_TOKENS, Bench
-from tests.testbed.drafter import DrafterArtifacts
-from tests.vllm_cpu.engine import generate, vllm_python
+from tests.testbed.context import RecordingContext
+from tests.testbed.drafter import DrafterArtifacts, DrafterRecipe, drafter_artifacts
+from tests.vllm_cpu.server import LONGEST, launched, running_server, vllm_python
 
 PYTHON = vllm_python()
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.integration,
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(isinstance(PYTHON, str), reason=str(PYTHON)),
 ]
 
 PROMPTS, SAMPLED = 12, 24
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def python() -> Path:
     assert isinstance(PYTHON, Path)
     return PYTHON
@@ -77,71 +96,204 @@ def windowed(bench: Bench) -> Drafter:
     return cast("Drafter", made)
 
 
-def exported(drafter: Drafter, made: DrafterArtifacts, bench: Bench, folder: Path) -> tuple[Path, Path, Drafter]:
-    """The target's folder, the drafter's as `draftsmith export --format speculators` writes it, and what is read back
-    from there."""
-    target = model_path(made.target)
-    save_drafter(drafter, folder / "own", torch.float32)
-    export_speculators(folder / "own", target, str(target), folder / "speculators")
-    return target, folder / "speculators", load_drafter(folder / "speculators", bench.target)
+@dataclass(frozen=True)
+class Served:
+    """A server, and what it drafts with."""
+
+    kind: str
+    url: str
+    folder: Path  # of the drafter
+    bench: Bench  # its drafter "it", and "trained"; prompts without a near-tie
+    made: DrafterArtifacts
+
+    def answers(
+        self, count: int, work: Path, sampling: SamplingParams, new: int, *, stream: bool = False
+    ) -> list[Completion]:
+        """Return the answers to the first prompts, four in flight."""
+        config = VLLMEngineConfig(kind="vllm", urls=(self.url,), concurrency=4)
+        required = server_requirements(
+            config, self.made.target, self.folder, DraftingConfig(), LONGEST, measure_first_token=stream
+        )
+        requests = self.bench.requests(count, new, sampling)
+        with open_servers(config, required, work, print) as engine:
+            assert engine.records_trace
+            done = {each.request.request_id: each for each in engine.generate(requests)}
+        return [done[request.request_id] for request in requests]
 
 
-def trajectories(bench: Bench, answers: list[list[int]]) -> list[Trajectory]:
-    return [
-        Trajectory(p.prompt_id, p.token_ids + answer, len(p.token_ids))
-        for p, answer in zip(bench.prompts, answers, strict=False)
-    ]
+MAKERS: dict[str, Callable[[Bench], Drafter]] = {
+    "dflash": dflash, "dflash2": dflash2, "windowed": windowed, "dspark": dspark,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("make", [dflash, dflash2, windowed, dspark])
-def test_greedy_answers_and_verify_steps(
-    make: Callable[[Bench], Drafter], python: Path, bench: Bench, tiny_drafter: DrafterArtifacts, tmp_path: Path
-) -> None:
-    """Like `vllm serve FOLDER`, this engine gets only the drafter's folder."""
-    _, folder, drafter = exported(make(bench), tiny_drafter, bench, tmp_path)
-    bench = bench.with_drafters({"it": drafter, "trained": bench.drafters["trained"]})  # prompts without a near-tie
-    greedy = {"temperature": 0.0, "max_tokens": GREEDY_TOKENS}
-    prompts = [p.token_ids for p in bench.prompts[:PROMPTS]]
-    answers = generate(python, tmp_path / "vllm", prompts, [greedy] * len(prompts), model=str(folder))
-    plain = [bench.greedy[p.prompt_id] for p in bench.prompts[:PROMPTS]]
-    assert [each.tokens for each in answers] == plain
-    traces = Replayer(bench.target).traces(bench.drafters, trajectories(bench, plain))
-    steps = {name: [len(trace.anchors) for trace in each] for name, each in traces.items()}
-    assert [each.steps for each in answers] == steps["it"]
-    for answer, trace in zip(answers, traces["it"], strict=True):  # it also counts what was accepted after a cut
-        after_cut = answer.accepted - int(trace.accepted.sum())
-        assert after_cut == 0 if len(answer.tokens) < GREEDY_TOKENS else 0 <= after_cut < drafter.block_size
-    assert tau(traces["it"]) > 1.3
-    assert make is dflash or steps["it"] != steps["trained"], "what it has more than DFlash shows"
-
-
-@pytest.mark.parametrize(("make", "method", "other"), [(dflash2, "dflash", 4.0), (dspark, "dspark", 2.0)])
-def test_sampled_verify_steps_follow_the_distribution_of_replay(
-    make: Callable[[Bench], Drafter],
-    method: str,
-    other: float,
+@pytest.fixture(scope="module", params=[*MAKERS, "eagle3"])
+def served(
+    request: pytest.FixtureRequest,
     python: Path,
     bench: Bench,
     tiny_drafter: DrafterArtifacts,
-    tmp_path: Path,
-) -> None:
-    """Proposals sampled from the drafter's own distribution: on the given answers, as many steps as replay takes.
-    other: a temperature at which it takes clearly others."""
-    target, folder, drafter = exported(make(bench), tiny_drafter, bench, tmp_path)
-    prompts = [p.token_ids for p in bench.prompts[:SAMPLED]]
-    sampling = [{"temperature": 1.0, "max_tokens": 48, "seed": i} for i in range(len(prompts))]
-    # without `method` vLLM guesses it from the folder's name, and runs a drafter of an unknown name as another model
-    config = {"model": str(folder), "method": method, "draft_sample_method": "probabilistic"}
-    engine: dict[str, Any] = {"model": str(target), "speculative_config": {**config, "num_speculative_tokens": 7}}
-    answers = generate(python, tmp_path / "vllm", prompts, sampling, **engine)
-    texts = trajectories(bench, [each.tokens for each in answers])
-    steps = np.array([each.steps for each in answers])
+    tiny_eagle3: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Served]:
+    kind = request.param
+    folder = tmp_path_factory.mktemp(kind)
+    checkpoint = tiny_eagle3 / DRAFTER_FOLDER
+    if kind in MAKERS:
+        checkpoint = folder / "own"
+        save_drafter(MAKERS[kind](bench), checkpoint, torch.float32)
+    drafters = {"it": load_drafter(checkpoint, bench.target), "trained": bench.drafters["trained"]}
+    with running_server(python, tiny_drafter, checkpoint, folder) as url:
+        yield Served(kind, url, checkpoint, bench.with_drafters(drafters), tiny_drafter)
+
+
+def trajectory(answer: Completion) -> Trajectory:
+    prompt = answer.request.prompt_ids
+    return Trajectory(answer.request.request_id, prompt + answer.response_ids, len(prompt))
+
+
+def assert_steps_of(traces: list[Trace], answers: list[Completion]) -> None:
+    for answer, trace in zip(answers, traces, strict=True):
+        assert [step.anchor for step in answer.steps] == trace.anchors.tolist()
+        assert [step.accepted for step in answer.steps] == trace.accepted.tolist()
+
+
+def test_greedy_answers_are_the_targets_and_their_anchors_those_of_replay(served: Served, tmp_path: Path) -> None:
+    bench = served.bench
+    answers = served.answers(PROMPTS, tmp_path, SamplingParams(0.0), GREEDY_TOKENS)
+    plain = bench.answered(PROMPTS)
+    assert [trajectory(answer) for answer in answers] == plain
+    traces = Replayer(bench.target).traces(bench.drafters, plain)
+    assert_steps_of(traces["it"], answers)
+    assert tau(traces["it"]) > 1.3
+    others = [len(trace.anchors) for trace in traces["trained"]]
+    assert served.kind == "dflash" or [len(answer.steps) for answer in answers] != others, "what it has more shows"
+
+
+def test_a_streamed_answer_is_the_same(served: Served, tmp_path: Path) -> None:
+    if served.kind != "dflash":
+        pytest.skip("one kind is enough")
+    whole = served.answers(4, tmp_path, SamplingParams(0.0), GREEDY_TOKENS)
+    streamed = served.answers(4, tmp_path, SamplingParams(0.0), GREEDY_TOKENS, stream=True)
+    for one, other in zip(whole, streamed, strict=True):
+        assert (one.response_ids, one.steps, one.finish_reason) == (
+            other.response_ids, other.steps, other.finish_reason,
+        )  # fmt: skip
+        assert 0 < other.first_token_seconds < other.seconds
+
+
+def test_sampled_steps_follow_the_distribution_of_replay(served: Served, tmp_path: Path) -> None:
+    """On the given answers, as many steps as replay takes; those of another temperature would be seen."""
+    if not load_drafter(served.folder, served.bench.target).samples_proposals or served.kind == "windowed":
+        pytest.skip("proposals are argmaxes, or as of dflash2")
+    answers = served.answers(SAMPLED, tmp_path, SamplingParams(1.0), 48)
+    steps = np.array([len(answer.steps) for answer in answers])
+    texts = [trajectory(answer) for answer in answers]
 
     def distance(sampling: SamplingParams) -> float:
         """Mean difference of steps, in standard errors."""
-        replayed = Replayer(bench.target, ReplayOptions(sampling=sampling)).traces({"it": drafter}, texts)["it"]
+        replayer = Replayer(served.bench.target, ReplayOptions(sampling=sampling))
+        replayed = replayer.traces({"it": served.bench.drafters["it"]}, texts)["it"]
         difference = steps - np.array([len(trace.anchors) for trace in replayed])
         return float(difference.mean() / (difference.std(ddof=1) / np.sqrt(len(steps))))
 
     assert abs(distance(SamplingParams(1.0))) < 4
-    assert abs(distance(SamplingParams(other))) > 5, "that of another temperature would be seen"
+    assert abs(distance(SamplingParams({"dflash2": 4.0, "dspark": 2.0}[served.kind]))) > 5
+
+
+def roll_out(folder: Path, made: DrafterArtifacts, engine: dict[str, Any]) -> RecordingContext:
+    inputs = {"target": made.target, "prompts": made.prompts, "drafter": made.drafter}
+    ctx = RecordingContext.under(folder, inputs)
+    fields = {"splits": ["heldout"], "prompts": 16, "sampling": {"max_new_tokens": 96}, "engine": engine}
+    ROLLOUT.run(ctx, RolloutConfig.model_validate(fields))
+    return ctx
+
+
+def mine(folder: Path, made: DrafterArtifacts, trajectories: Path) -> dict[str, Any]:
+    inputs = {"target": made.target, "drafter": made.drafter, "trajectories": trajectories}
+    ctx = RecordingContext.under(folder, inputs)
+    MINING.run(ctx, MiningConfig())
+    parity: dict[str, Any] = json.loads((ctx.out / "summary.json").read_text())["parity"]
+    return parity
+
+
+def rows(ctx: RecordingContext, name: str, schema: TableSchema, *columns: str) -> list[list[Any]]:
+    return [[row[column] for column in columns] for row in read_table(ctx.out / f"{name}.parquet", schema).to_pylist()]
+
+
+def diagnosed(folder: Path, made: DrafterArtifacts, url: str) -> DiagnosisResult:
+    ctx = RecordingContext.under(folder, {"target": made.target, "prompts": made.prompts})
+    config = {"prompts": 8, "sampling": {"max_new_tokens": 48}, "max_parity_mismatch": 0.02}
+    drafter = str(made.drafter / DRAFTER_FOLDER)
+    DIAGNOSIS.run(ctx, DiagnosisConfig.model_validate({"url": url, "drafter": drafter, **config}))
+    return DiagnosisResult.read(ctx.out)
+
+
+def test_a_launched_rollout_is_that_of_the_embedded_engine_and_passes_parity(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, python: Path
+) -> None:
+    ours = roll_out(tmp_path / "embedded", tiny_drafter, {"kind": "embedded"})
+    theirs = roll_out(tmp_path / "vllm", tiny_drafter, launched(python))
+    for name, schema, columns in (
+        ("trajectories", TRAJECTORIES, ("trajectory_id", "response_ids", "finish_reason")),
+        ("timings", TIMINGS, ("trajectory_id", "verify_steps")),
+        ("trace", TRACE, ("trajectory_id", "step", "anchor", "accepted")),
+    ):
+        assert rows(theirs, name, schema, *columns) == rows(ours, name, schema, *columns)
+    assert json.loads((theirs.out / "versions.json").read_text()).keys() == {"vllm"}
+    assert not (theirs.work / "servers" / "drafter").exists(), "the exported drafter is removed"
+    parity = mine(tmp_path / "mined", tiny_drafter, theirs.out)
+    assert parity["served_steps"] > 100 and (parity["different_steps"], parity["tau_difference"]) == (0, 0)
+
+
+def one_layer_lower(drafter: Path) -> None:
+    """Export it without the 1 that the layout adds to a layer id."""
+    config = json.loads((drafter / "config.json").read_text())
+    config["aux_hidden_state_layer_ids"] = [layer - 1 for layer in config["aux_hidden_state_layer_ids"]]
+    (drafter / "config.json").write_text(json.dumps(config))
+
+
+def test_a_drafter_exported_with_layer_ids_off_by_one_is_named_and_refused(
+    tmp_path: Path, python: Path, tiny_target: Path, tiny_prompts: Path
+) -> None:
+    made = drafter_artifacts(tiny_target, tiny_prompts, DrafterRecipe(name="later", target_layer_ids=(1, 2), steps=300))
+    drafter = made.drafter / DRAFTER_FOLDER
+    (tmp_path / "wrong").mkdir()
+    with running_server(python, made, drafter, tmp_path / "wrong", one_layer_lower) as url:
+        wrong = diagnosed(tmp_path / "diagnosed", made, url)
+        answers = roll_out(tmp_path / "rollout", made, {"kind": "vllm", "urls": [url]})
+    assert not wrong.agrees and [(each.cause, each.mismatch) for each in wrong.causes] == [("other layer ids", 0.0)]
+    assert "each one layer lower" in wrong.sentence
+    with pytest.raises(DraftsmithError, match=r"mining: .* verify steps served by the engine differ from replay"):
+        mine(tmp_path / "mined", made, answers.out)
+
+
+def test_the_diagnosis_of_a_right_server(served: Served, tmp_path: Path) -> None:
+    if served.kind != "dflash":
+        pytest.skip("the server of the trained drafter alone")
+    right = diagnosed(tmp_path, served.made, served.url)
+    assert right.agrees and right.as_it_is is not None and right.as_it_is.mismatch == 0
+
+
+def test_an_evaluation_times_servers_and_checks_their_steps(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, python: Path
+) -> None:
+    config = EvaluationConfig.model_validate(
+        {
+            "engine": launched(python), "sampling": {"max_new_tokens": 32}, "concurrency": [1, 2], "speed_prompts": 4,
+            "parity_prompts": 5, "rounds": 1,
+        }
+    )  # fmt: skip
+    made = tiny_drafter
+    inputs = {"target": made.target, "prompts": made.prompts, "trajectories": made.heldout, "sft": made.drafter}
+    ctx = RecordingContext.under(tmp_path, inputs)
+    EVALUATION.run(ctx, config)
+    timed = read_table(ctx.out / "requests.parquet", REQUESTS).to_pylist()
+    assert len(timed) == 2 * 2 * 4  # arms, concurrencies, prompts
+    for row in timed:
+        assert (row["verify_steps"] > 0) == (row["arm"] == "sft")
+        assert 0 < row["first_token_seconds"] <= row["latency_seconds"]
+        assert row["engine"].startswith("vllm ")
+    evaluation = json.loads((ctx.out / "evaluation.json").read_text())
+    assert evaluation["exactness"]["identical_share"] == 1.0
+    parity = evaluation["parity"]["sft"]
+    assert parity["served_steps"] > 10 and (parity["different_steps"], parity["tau_difference"]) == (0, 0)

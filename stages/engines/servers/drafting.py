@@ -12,9 +12,18 @@ from draftsmith.stages.drafters.spec import DraftingConfig
 
 def speculative_algorithm(drafter_folder: Path) -> str:
     """Return DFLASH, DSPARK or EAGLE3, by the architecture in the drafter's config.json."""
-    names = _drafter_config(drafter_folder).get("architectures") or []
-    architectures = " ".join(map(str, names)).lower()
+    architectures = _architectures(drafter_folder)
     return next((name for name in ("EAGLE3", "DSPARK") if name.lower() in architectures), "DFLASH")
+
+
+def samples_proposals(drafter_folder: Path) -> bool:
+    """Return whether a drafter samples its proposals for sampled requests, as DFlash2 and DSpark do."""
+    architectures = _architectures(drafter_folder)
+    return "dflash2" in architectures or "dspark" in architectures
+
+
+def _architectures(drafter_folder: Path) -> str:
+    return " ".join(map(str, _drafter_config(drafter_folder).get("architectures") or [])).lower()
 
 
 def served_block_size(drafter_folder: Path, drafting: DraftingConfig, algorithm: str) -> int:

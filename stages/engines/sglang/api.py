@@ -136,7 +136,7 @@ async def generate(
 ) -> ServerAnswer:
     """Send one POST /generate. Raises RequestLostError, or DraftsmithError if the server refuses the request."""
     started = time.perf_counter()
-    first_token, body = float("nan"), dict[str, Json]()
+    first_token, body = float("nan"), Json()
 
     def receive(event: Json) -> None:
         nonlocal first_token, body

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.drafters.checkpoint import skeleton_of
 from draftsmith.stages.drafters.checkpoint_format import is_speculators
 from draftsmith.stages.drafters.export import export_speculators
 from draftsmith.stages.engines.config import VLLMEngineConfig
 from draftsmith.stages.engines.servers.process import option_arguments
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
+from draftsmith.stages.engines.vllm.options import drafting_options
 
 
 def server_command(config: VLLMEngineConfig, required: ServerRequirements, exported: Path) -> list[str]:
@@ -32,24 +31,16 @@ def server_command(config: VLLMEngineConfig, required: ServerRequirements, expor
     if launch.memory_fraction is not None:
         parts += ["--gpu-memory-utilization", str(launch.memory_fraction)]
     if required.drafter_folder is not None:
-        parts += ["--speculative-config", json.dumps(speculative_config(required, exported))]
-        parts += ["--per-request-spec-decode-metrics", "detailed"]
+        assert required.algorithm is not None and required.block_size is not None
+        drafter = _in_its_layout(required.drafter_folder, required, exported)
+        parts += drafting_options(drafter, required.algorithm, required.block_size)
     return parts + option_arguments(launch.options)
 
 
-def speculative_config(required: ServerRequirements, exported: Path) -> dict[str, object]:
-    """Return the value of `--speculative-config`, and write the drafter to `exported` in the layout that vLLM loads."""
-    source = required.drafter_folder
-    assert source is not None and required.algorithm is not None and required.block_size is not None
-    if required.algorithm != "EAGLE3" and not is_speculators(source):
-        shutil.rmtree(exported, ignore_errors=True)
-        export_speculators(source, required.model_folder, os.fspath(required.model_folder.absolute()), exported)
-        source = exported
-    config: dict[str, object] = {
-        "model": os.fspath(source.absolute()),
-        "method": required.algorithm.lower(),  # vLLM would guess it from the folder's name
-        "num_speculative_tokens": required.block_size - 1,
-    }
-    if skeleton_of(source).samples_proposals:
-        config["draft_sample_method"] = "probabilistic"  # for sampled requests
-    return config
+def _in_its_layout(drafter: Path, required: ServerRequirements, exported: Path) -> Path:
+    """Return the folder of the drafter in the layout that vLLM loads; it is written to `exported` if need be."""
+    if required.algorithm == "EAGLE3" or is_speculators(drafter):
+        return drafter
+    shutil.rmtree(exported, ignore_errors=True)
+    export_speculators(drafter, required.model_folder, os.fspath(required.model_folder.absolute()), exported)
+    return exported

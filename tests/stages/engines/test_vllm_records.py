@@ -46,13 +46,12 @@ def test_prefix_sums_are_the_anchors_of_the_embedded_engine(length: int, bench: 
     """The numbers of a longer answer's steps, which a server reports uncut, and the tokens of the shorter one."""
     long = bench.answers(bench.requests(12, 60), "trained")
     short = bench.answers(bench.requests(12, length), "trained")
+    width = bench.drafters["trained"].block_size - 1
     compared = 0
     for name, expected in short.items():
         anchors = {step.anchor: step.accepted for step in long[name].steps[:-1]}  # the last was cut by the end itself
         if {step.anchor for step in expected.steps} <= anchors.keys():
-            reported = metrics(
-                [anchors[step.anchor] for step in expected.steps], bench.drafters["trained"].block_size - 1
-            )
+            reported = metrics([anchors[step.anchor] for step in expected.steps], width)
             steps = read_steps(expected.request, expected.response_ids, reported)
             assert steps == [replace(step, proposed=[]) for step in expected.steps]
             compared += 1

@@ -1,0 +1,203 @@
+"""The engine on stand-ins of vLLM's servers: handshake, requests, and answers whose steps are left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
+from draftsmith.stages.drafters.checkpoint_format import is_speculators
+from draftsmith.stages.drafters.spec import DraftingConfig
+from draftsmith.stages.engines.base import Request
+from draftsmith.stages.engines.config import VLLMEngineConfig
+from draftsmith.stages.engines.environment import inspect_environment
+from draftsmith.stages.engines.served import identify, open_servers
+from draftsmith.stages.engines.servers.drafting import served_block_size
+from draftsmith.stages.engines.servers.requirements import ServerRequirements, server_requirements
+from draftsmith.stages.engines.stage import RolloutConfig
+from draftsmith.stages.engines.vllm.server import server_command
+from draftsmith.stages.evaluation.config import EvaluationConfig
+from tests.stages.engines.http_server import HttpServer, serving
+from tests.stages.engines.servers import check as check_sglang
+from tests.stages.engines.servers import server_of as sglang_server_of
+from tests.testbed.drafter import DrafterArtifacts
+
+REQUESTS = [Request(f"r{i}", [10 * i + 5], 8) for i in range(6)]
+
+
+def completion(payload: dict[str, Any], accepted: list[int] | None = None) -> dict[str, Any]:
+    """Return a good answer, which counts on from the prompt's last token. accepted: proposals of each verify step."""
+    count, start = payload["max_tokens"], payload["prompt"][-1] + 1
+    choice: dict[str, Any] = {
+        "token_ids": [token % 800 for token in range(start, start + count)],
+        "prompt_token_ids": payload["prompt"],
+        "finish_reason": "length",
+        "stop_reason": None,
+    }
+    steps = accepted and {
+        "num_spec_steps": len(accepted), "num_spec_tokens": 7, "acceptance_histogram": [0] * 8,
+        "per_step_accepted": accepted, "per_step_drafted": [7] * len(accepted),
+    }  # fmt: skip
+    return {"choices": [choice], "metrics": steps and {"speculative_decoding": steps}}
+
+
+def drafting(payload: dict[str, Any]) -> dict[str, Any]:
+    """Return an answer of 8 tokens in two steps."""
+    return completion(payload, [2, 7] if payload["max_tokens"] == 8 else [])
+
+
+@contextmanager
+def server_of(required: ServerRequirements, reply: Any = completion, **replies: Any) -> Iterator[HttpServer]:
+    """Run a server that meets the requirements but for some replies."""
+    card = {"id": "m", "owned_by": "vllm", "root": str(required.model_folder), "max_model_len": 512}
+    good: dict[str, Any] = {
+        "version": lambda _: {"version": "0.32.0"},
+        "v1/models": lambda _: {"data": [card]},
+        "tokenize": lambda _: {"tokens": required.probe_ids},
+        "v1/completions": reply,
+        "health": lambda _: {},
+    }
+    with serving(lambda _: {}, **good | replies) as running:
+        yield running
+
+
+def opened(
+    made: DrafterArtifacts, work: Path, url: str, drafter: Path | None = None, logs: list[str] | None = None
+) -> Any:
+    config = VLLMEngineConfig(kind="vllm", urls=(url,), concurrency=4)
+    required = server_requirements(config, made.target, drafter, DraftingConfig(), 100)
+    return open_servers(config, required, work, (logs if logs is not None else []).append)
+
+
+def test_answers_and_their_anchors(
+    assisted: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
+) -> None:
+    with (
+        server_of(assisted, drafting) as server,
+        opened(tiny_drafter, tmp_path, server.url, tiny_drafter.drafter / DRAFTER_FOLDER) as engine,
+    ):
+        assert (engine.name, engine.records_trace) == ("vllm 0.32.0", True)
+        answers = list(engine.generate(REQUESTS))
+        sent = {payload.get("cache_salt") for path, payload in server.asked if path == "/v1/completions"}
+        engine.flush_cache()
+        list(engine.generate(REQUESTS))
+        assert sent == {None} and server.asked[-1][1]["cache_salt"]
+    assert [[(step.anchor, step.accepted) for step in each.steps] for each in answers] == [[(1, 2), (4, 4)]] * 6
+    assert {each.verify_steps for each in answers} == {2} and {each.retractions for each in answers} == {0}
+
+
+def test_steps_that_do_not_fit_are_left_out_and_the_answer_is_used(
+    assisted: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
+) -> None:
+    def preempted(payload: dict[str, Any]) -> dict[str, Any]:
+        return completion(payload, [2, 1] if payload["prompt"] == [5] else [2, 7])
+
+    logs: list[str] = []
+    with (
+        server_of(assisted, preempted) as server,
+        opened(tiny_drafter, tmp_path, server.url, tiny_drafter.drafter / DRAFTER_FOLDER, logs) as engine,
+    ):
+        answers = {each.request.request_id: each for each in engine.generate(REQUESTS)}
+    assert len(answers) == len(REQUESTS) and answers["r0"].steps == [] and answers["r0"].retractions == 1
+    assert all(each.steps for name, each in answers.items() if name != "r0")
+    assert sum("preempted" in line for line in logs) == 1
+
+
+@pytest.mark.parametrize(
+    ("replies", "kind", "what"),
+    [
+        ({"version": lambda _: {"version": "0.28.1"}}, DraftsmithError, "reports no verify steps. Use 0.29"),
+        ({"tokenize": lambda _: {"tokens": [1]}}, DraftsmithError, "whose tokenizer is not that of the target"),
+        ({"v1/models": lambda _: {"data": [{"id": "m", "max_model_len": 64}]}}, DraftsmithError, "--max-model-len"),
+        ({"v1/completions": completion}, DraftsmithError, "--per-request-spec-decode-metrics detailed"),
+        ({"version": lambda _: None}, RetryableError, "Check that the server runs"),
+    ],
+)
+def test_servers_of_something_else_are_refused(
+    replies: dict[str, Any],
+    kind: type[DraftsmithError],
+    what: str,
+    assisted: ServerRequirements,
+    tiny_drafter: DrafterArtifacts,
+    tmp_path: Path,
+) -> None:
+    with (
+        server_of(assisted, drafting, **replies) as server,
+        pytest.raises(kind, match=what),
+        opened(tiny_drafter, tmp_path, server.url, tiny_drafter.drafter / DRAFTER_FOLDER),
+    ):
+        pass
+
+
+def test_another_number_of_proposals_is_refused(
+    assisted: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
+) -> None:
+    def narrower(payload: dict[str, Any]) -> dict[str, Any]:
+        answer = drafting(payload)
+        answer["metrics"]["speculative_decoding"]["num_spec_tokens"] = 3
+        return answer
+
+    with (
+        server_of(assisted, narrower) as server,
+        pytest.raises(DraftsmithError, match=r"drafts 3 tokens a step, drafting\.block_size means 7"),
+        opened(tiny_drafter, tmp_path, server.url, tiny_drafter.drafter / DRAFTER_FOLDER),
+    ):
+        pass
+
+
+def test_the_engine_of_an_address_is_found(plain: ServerRequirements, assisted: ServerRequirements) -> None:
+    with server_of(assisted, drafting) as server:
+        engine, block = identify(server.url, None)
+        assert (engine.kind, block) == ("vllm", 8)
+    with server_of(plain) as server:
+        assert identify(server.url, None)[1] is None
+    with sglang_server_of(assisted) as server:
+        engine, block = identify(server.url, None)
+        assert (engine.kind, block) == ("sglang", 8)
+        check_sglang(server, assisted, ours=True)
+
+
+def config(python: Path, **launch: Any) -> VLLMEngineConfig:
+    return VLLMEngineConfig.model_validate({"kind": "vllm", "python": python, "launch": launch})
+
+
+def test_the_command_of_a_server_names_an_exported_drafter(
+    assisted: ServerRequirements, plain: ServerRequirements, tmp_path: Path
+) -> None:
+    (python := tmp_path / "python").touch()
+    options = {"max-num-batched-tokens": 4096, "enforce-eager": True, "async-scheduling": False}
+    words = server_command(config(python, tensor_parallel=2, options=options), assisted, tmp_path / "drafter")
+    speculative = json.loads(words[words.index("--speculative-config") + 1])
+    assert speculative == {"model": str(tmp_path / "drafter"), "method": "dflash", "num_speculative_tokens": 7}
+    assert is_speculators(tmp_path / "drafter")
+    assert served_block_size(tmp_path / "drafter", DraftingConfig(), "DFLASH") == 8
+    assert words[words.index("--per-request-spec-decode-metrics") + 1] == "detailed"
+    assert words[words.index("--tensor-parallel-size") + 1] == "2"
+    assert words[-3:] == ["--max-num-batched-tokens", "4096", "--enforce-eager"]
+    assert "--speculative-config" not in server_command(config(python), plain, tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    "option", ["speculative-config", "spec", "gpu-memory-utilization", "api-key", "config", "dtype"]
+)
+def test_options_that_a_field_sets_are_refused(option: str) -> None:
+    with pytest.raises(ValidationError, match=r"is set by|looks like a secret|would read it"):
+        config(Path("python"), options={option: "x"})
+
+
+def test_vllm_is_an_engine_of_rollouts_and_evaluations(tmp_path: Path) -> None:
+    engine = {"kind": "vllm", "launch": {"environment": {"A": "1"}}}
+    assert RolloutConfig.model_validate({"engine": engine}).engine.kind == "vllm"
+    evaluation = EvaluationConfig.model_validate({"engine": engine})
+    assert evaluation.key_material()["engine"]["launch"]["environment"] == {"A": "1"}
+    with pytest.raises(ValidationError, match="router"):
+        RolloutConfig.model_validate({"engine": {"kind": "vllm", "launch": {"router": "random", "servers": 2}}})
+    with pytest.raises(DraftsmithError, match=r"engine\.python"):
+        inspect_environment(config(tmp_path / "none"))

@@ -1,0 +1,86 @@
+"""A vLLM server on the CPU, in its own environment, with the command that the engine gives it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from draftsmith.stages.drafters.spec import DraftingConfig
+from draftsmith.stages.engines.config import VLLMEngineConfig
+from draftsmith.stages.engines.servers.process import ServerProcess, free_ports
+from draftsmith.stages.engines.servers.requirements import server_requirements
+from draftsmith.stages.engines.vllm.server import server_command
+from tests.testbed.drafter import DrafterArtifacts
+
+_ROOT = Path(__file__).parents[2]
+START_LIMIT_S = 800  # 60 to 120 s on a quiet machine
+LONGEST = 256
+ENVIRONMENT = {
+    "PYTHONPATH": str(Path(__file__).parent / "interpreted"),
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+OPTIONS = {"enforce-eager": True, "max-model-len": LONGEST}
+
+
+def vllm_python() -> Path | str:
+    """Return the interpreter that has vLLM, or the reason why the tests that need it are skipped."""
+    python = _ROOT / ".venv-vllm-cpu" / "bin" / "python"
+    return python if python.is_file() else "no vLLM here: `make vllm-cpu` builds its environment"
+
+
+def launched(python: Path, **fields: Any) -> dict[str, Any]:
+    """Return the section of an engine that launches servers on the CPU."""
+    launch = {"options": OPTIONS, "environment": ENVIRONMENT, "start_timeout_s": START_LIMIT_S}
+    return {"kind": "vllm", "python": str(python), "launch": launch, "concurrency": 4, **fields}
+
+
+def _as_exported(_: Path) -> None:
+    """Leave an exported drafter as it is."""
+
+
+@contextmanager
+def running_server(
+    python: Path,
+    made: DrafterArtifacts,
+    drafter: Path,
+    folder: Path,
+    edit: Callable[[Path], None] = _as_exported,
+) -> Iterator[str]:
+    """Run a server of the target with a drafter and yield its address; its log goes to `folder`.
+
+    drafter: a checkpoint. edit: changes the folder of the exported one before it is loaded.
+    """
+    config = VLLMEngineConfig.model_validate(launched(python))
+    required = server_requirements(config, made.target, drafter, DraftingConfig(), LONGEST)
+    command = server_command(config, required, folder / "drafter")
+    edit(folder / "drafter")
+    (port,) = free_ports(1)
+    process = ServerProcess(command, ENVIRONMENT, folder / "vllm.log", port)
+    process.start()
+    try:
+        deadline = time.monotonic() + START_LIMIT_S
+        while not _healthy(process.url):
+            assert process.ended() is None, process.tail()
+            assert time.monotonic() < deadline, process.tail()
+            time.sleep(1)
+        yield process.url
+    finally:
+        process.stop(grace_s=0)
+
+
+def _healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=30, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
