@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters import checkpoint_format, speculators
 from draftsmith.stages.drafters.checkpoint import TOKENS_FILE, read_info, write_info
+from draftsmith.stages.drafters.eagle3.checkpoint import LAYER_IDS
 from draftsmith.stages.target.layers import model_class
 from draftsmith.stages.target.logit_probe import embedding_scale
 
@@ -40,6 +41,18 @@ def export_speculators(source: Path, target_model: Path, target: str, folder: Pa
     if (source / TOKENS_FILE).exists():
         shutil.copyfile(source / TOKENS_FILE, folder / TOKENS_FILE)
     write_info(folder, read_info(source))
+
+
+def export_eagle3(source: Path, folder: Path) -> None:
+    """Write the EAGLE-3 checkpoint in `source` as vLLM loads it, which names a layer by its input and not its output.
+
+    vLLM does not read SGLang's field of layer ids, and would take others without an error.
+    """
+    shutil.copytree(source, folder)
+    path = folder / checkpoint_format.CONFIG_FILE
+    raw = json.loads(path.read_text())
+    raw[LAYER_IDS] = [layer + 1 for layer in raw["eagle_config"][LAYER_IDS]]
+    path.write_text(json.dumps(raw, indent=2))
 
 
 def _embedding_scale(model: Path) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.checkpoint_format import is_speculators
-from draftsmith.stages.drafters.export import export_speculators
+from draftsmith.stages.drafters.export import export_eagle3, export_speculators
 from draftsmith.stages.engines.config import VLLMEngineConfig
 from draftsmith.stages.engines.servers.process import option_arguments
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
@@ -39,8 +39,11 @@ def server_command(config: VLLMEngineConfig, required: ServerRequirements, expor
 
 def _in_its_layout(drafter: Path, required: ServerRequirements, exported: Path) -> Path:
     """Return the folder of the drafter in the layout that vLLM loads; it is written to `exported` if need be."""
-    if required.algorithm == "EAGLE3" or is_speculators(drafter):
+    if is_speculators(drafter):
         return drafter
     shutil.rmtree(exported, ignore_errors=True)
-    export_speculators(drafter, required.model_folder, os.fspath(required.model_folder.absolute()), exported)
+    if required.algorithm == "EAGLE3":
+        export_eagle3(drafter, exported)
+    else:
+        export_speculators(drafter, required.model_folder, os.fspath(required.model_folder.absolute()), exported)
     return exported
