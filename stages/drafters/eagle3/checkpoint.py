@@ -27,7 +27,7 @@ _UNSUPPORTED = (
     *("bias", "mlp_bias", "attention_bias"),
 )
 _EMBEDDING, _MAPS = "embed_tokens.weight", ("d2t", "t2d")
-LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
+_LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 # From this depth on, the three layers that SGLang captures by itself differ.
 _DEEP_ENOUGH = 7
 
@@ -62,7 +62,7 @@ def new_config(shape: Eagle3Config, target_config: Any, tokenizer: Callable[[], 
         num_target_layers=layers,
         block_size=shape.block_size,
         draft_vocab_size=draft_vocab_size,
-        eagle_config={LAYER_IDS: ids, "use_aux_hidden_state": True},
+        eagle_config={_LAYER_IDS: ids, "use_aux_hidden_state": True},
     )
 
 
@@ -101,7 +101,7 @@ def skeleton(config: LlamaConfig) -> Eagle3Drafter:
 
 def target_layer_ids(config: LlamaConfig) -> list[int]:
     """Return the target layers whose hidden states the drafter reads; none if the engine chooses them."""
-    return list(config.eagle_config[LAYER_IDS] or ())
+    return list(config.eagle_config[_LAYER_IDS] or ())
 
 
 def description(config: LlamaConfig, tokenizer: Callable[[], Any]) -> str:  # noqa: ARG001
@@ -150,16 +150,16 @@ def _read_config(folder: Path) -> LlamaConfig:
         "num_hidden_layers": 1,
         "block_size": raw.get("block_size") or DEFAULT_BLOCK_SIZE,
         "draft_vocab_size": raw.get("draft_vocab_size") or raw["vocab_size"],
-        "eagle_config": {LAYER_IDS: None, **eagle},
+        "eagle_config": {_LAYER_IDS: None, **eagle},
     }
-    ids = raw["eagle_config"][LAYER_IDS]
+    ids = raw["eagle_config"][_LAYER_IDS]
     checkpoint_format.require_kinds(
         path,
         [
             ("block_size", raw["block_size"], checkpoint_format.is_block(raw["block_size"])),
             ("draft_vocab_size", raw["draft_vocab_size"], checkpoint_format.is_block(raw["draft_vocab_size"])),
             (
-                f"eagle_config.{LAYER_IDS}",
+                f"eagle_config.{_LAYER_IDS}",
                 ids,
                 ids is None or (isinstance(ids, list) and all(map(checkpoint_format.is_integer, ids))),
             ),
@@ -181,13 +181,13 @@ def check_fits(drafter: LlamaConfig, target: Any, where: str) -> None:
 def _check_fits(drafter: LlamaConfig, target: Any, where: str) -> None:
     layers = target.num_hidden_layers
     eagle = drafter.eagle_config
-    if eagle[LAYER_IDS] is None:
+    if eagle[_LAYER_IDS] is None:
         if layers < _DEEP_ENOUGH:
             raise DraftsmithError(
-                f"drafter {where}: eagle_config.{LAYER_IDS} is missing, and no engine chooses three of {layers} "
+                f"drafter {where}: eagle_config.{_LAYER_IDS} is missing, and no engine chooses three of {layers} "
                 "target layers by itself. Add it."
             )
-        eagle[LAYER_IDS] = default_layer_ids(layers)
+        eagle[_LAYER_IDS] = default_layer_ids(layers)
     checkpoint_format.check_equal(
         where,
         [

@@ -253,7 +253,7 @@ def test_one_of_several_launched_servers_that_does_not_come_up_is_left_out_and_s
         ("fail", RetryableError, "sglang-0.log"),
         ("refuse", DraftsmithError, "engine.launch.options"),
         ("mute", RetryableError, "engine.launch.start_timeout_s"),
-        ("serve", DraftsmithError, "address of a SGLang server"),
+        ("serve", DraftsmithError, "has no /server_info"),
     ],
 )
 def test_a_server_that_does_not_start_as_sglang_does_is_one_error(
