@@ -21,8 +21,8 @@ from draftsmith.stages.drafters.spec import NO_FREQUENT_TOKENS
 from draftsmith.stages.engines.base import Completion, Engine, Request
 from draftsmith.stages.engines.config import EmbeddedEngineConfig, SamplingConfig, ServerEngineConfig, served_dtype
 from draftsmith.stages.engines.embedded import EmbeddedEngine
+from draftsmith.stages.engines.kinds import open_servers
 from draftsmith.stages.engines.partial_answers import SCHEMAS, PartialAnswers
-from draftsmith.stages.engines.served import open_servers
 from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.engines.stage import RolloutConfig, prompts_to_answer
 from draftsmith.stages.runtime.stage import StageContext

@@ -30,7 +30,7 @@ from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.config import ServerEngineConfig
-from draftsmith.stages.engines.served import open_servers
+from draftsmith.stages.engines.kinds import open_servers
 from draftsmith.stages.engines.servers.engine import ServerEngine
 from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.evaluation.config import EvaluationConfig

@@ -28,7 +28,7 @@ from draftsmith.stages.drafters.dflash.model import DFlashDrafter, FeatureContex
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.config import ServerEngineConfig
-from draftsmith.stages.engines.served import identify, open_servers
+from draftsmith.stages.engines.kinds import identify, open_servers
 from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.evaluation.diagnosis import DiagnosisConfig
 from draftsmith.stages.replay.options import ReplayOptions

@@ -21,7 +21,7 @@ from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_prompts
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.engines.served import open_servers
+from draftsmith.stages.engines.kinds import open_servers
 from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.engines.sglang.probe import check_weights, verifies_greedily
 from draftsmith.stages.engines.stage import STAGE, RolloutConfig

@@ -24,7 +24,7 @@ from draftsmith.stages.drafters.dspark.config import DSparkConfig
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Completion
 from draftsmith.stages.engines.config import VLLMEngineConfig
-from draftsmith.stages.engines.served import open_servers
+from draftsmith.stages.engines.kinds import open_servers
 from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.engines.stage import STAGE as ROLLOUT
 from draftsmith.stages.engines.stage import RolloutConfig

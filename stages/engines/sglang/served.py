@@ -14,16 +14,16 @@ import numpy as np
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.results.base import SetMetrics
-from draftsmith.stages.engines.sglang.client import (
+from draftsmith.stages.engines.servers.client import (
     RequestLostError,
     check_status,
-    generate,
     get_json,
     key_header,
     query,
     unreachable_server,
     wrong_server,
 )
+from draftsmith.stages.engines.sglang.api import generate
 from draftsmith.stages.engines.sglang.protocol import KEY, Json
 from draftsmith.stages.engines.sglang.records import recorded_drafter
 from draftsmith.stages.runtime.statistics import jackknife, ratio

@@ -120,10 +120,11 @@ def read_steps(request: Request, tokens: Sequence[int], metrics: Json) -> list[V
     Raises UnreadStepsError if the steps are not reported one by one, if they do not commit every token after the first,
     or if the server drafted fewer proposals in some of them.
     """
-    if "per_step_accepted" not in metrics:
+    each = [metrics.get(name) or [] for name in ("per_step_accepted", "per_step_drafted")]  # missing if there are none
+    if len(each[0]) != metrics["num_spec_steps"]:
         raise UnreadStepsError("the server reports their number alone (--per-request-spec-decode-metrics detailed)")
     width, steps, at = int(metrics["num_spec_tokens"]), [], 1  # at: the next token without a step
-    for accepted, drafted in zip(metrics["per_step_accepted"], metrics["per_step_drafted"], strict=True):
+    for accepted, drafted in zip(*each, strict=True):
         left = len(tokens) - at
         if left <= 0:
             raise UnreadStepsError("they commit more tokens than the answer has")

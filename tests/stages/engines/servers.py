@@ -14,7 +14,7 @@ import httpx
 
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.engines.served import open_servers
+from draftsmith.stages.engines.kinds import open_servers
 from draftsmith.stages.engines.servers.api import ServerInfo
 from draftsmith.stages.engines.servers.engine import ServerEngine
 from draftsmith.stages.engines.servers.requirements import ServerRequirements, server_requirements

@@ -18,7 +18,7 @@ from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.config import VLLMEngineConfig
 from draftsmith.stages.engines.environment import inspect_environment
-from draftsmith.stages.engines.served import identify, open_servers
+from draftsmith.stages.engines.kinds import identify, open_servers
 from draftsmith.stages.engines.servers.drafting import served_block_size
 from draftsmith.stages.engines.servers.requirements import ServerRequirements, server_requirements
 from draftsmith.stages.engines.stage import RolloutConfig
