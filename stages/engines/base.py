@@ -6,6 +6,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+
+from draftsmith.stages.data.trajectories import Trajectory
+from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 
 
@@ -50,6 +54,18 @@ class Completion:
     first_token_seconds: float = float("nan")  # from the request to its first token, if measured
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
+
+    def trajectory(self) -> Trajectory:
+        """Return prompt and answer, as replay reads them."""
+        prompt = self.request.prompt_ids
+        return Trajectory(self.request.request_id, prompt + self.response_ids, len(prompt))
+
+    def trace(self) -> Trace:
+        """Return the recorded steps, as replay returns its own."""
+        rows = [(step.anchor, step.accepted, *step.proposed) for step in self.steps]
+        columns = np.array(rows, dtype=np.int64).reshape(len(rows), len(rows[0]) if rows else 2)
+        length = len(self.request.prompt_ids) + len(self.response_ids)
+        return Trace(length, columns[:, 0], columns[:, 1], columns[:, 2:], len(rows))
 
     def trace_rows(self) -> list[dict[str, Any]]:
         """Return the recorded steps as rows of TRACE."""

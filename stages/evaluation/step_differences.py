@@ -65,7 +65,7 @@ def run(ctx: StageContext, config: DiagnosisConfig) -> None:
         raise DraftsmithError("diagnosis: no answer of two or more tokens. Raise sampling.max_new_tokens.")
     target = Target.load(ctx.inputs["target"])
     served = ServedAnswers(
-        [trajectory_of(answer) for answer in answers],
+        [answer.trajectory() for answer in answers],
         [answer.verify_steps for answer in answers],
         to_table(TRACE, [row for answer in answers for row in answer.trace_rows()]),
         config.sampling.params(),
@@ -108,12 +108,6 @@ def _ask(
             ctx.progress(len(answers), len(requests), "answers")
             ctx.check_interrupted()
     return answers
-
-
-def trajectory_of(answer: Completion) -> Trajectory:
-    """Return the prompt and the answer to it."""
-    prompt = answer.request.prompt_ids
-    return Trajectory(answer.request.request_id, prompt + answer.response_ids, len(prompt))
 
 
 def _write(ctx: StageContext, result: DiagnosisResult) -> None:

@@ -118,7 +118,7 @@ class Replayer:
         """
         options = self.options
         layer_ids = sorted({layer for d in drafters.values() for layer in d.target_layer_ids})
-        prepared = {name: self._prepare(drafter) for name, drafter in drafters.items()}
+        prepared = {name: self.prepare(drafter) for name, drafter in drafters.items()}
         any_samples = any(samples_proposals(drafter, options.sampling) for drafter in drafters.values())
 
         def replay(group: Group) -> list[dict[str, Trace]]:
@@ -177,7 +177,7 @@ class Replayer:
         finished: takes the indices of a group; groups that it returns True for are left out.
         """
         sampling = self.options.sampling
-        prepared = self._prepare(drafter)
+        prepared = self.prepare(drafter)
         tree_tokens = tree_tokens_of(prepared.block_size) if suffixes else 0
 
         def replay(group: Group) -> list[tuple[Trace, StepScores]]:
@@ -197,7 +197,7 @@ class Replayer:
         options = self.options
         return groups_of(trajectories, options.tokens_per_group, self.target.device, skip, options.shard)
 
-    def _prepare(self, drafter: Drafter) -> PreparedDrafter:
+    def prepare(self, drafter: Drafter) -> PreparedDrafter:
         """Return the drafter as it is replayed, with packed weights where possible. Call it once for all groups."""
         drafting = self.options.drafting
         head = drafter.drafting_head(self.target.head_weight, drafting.head_tokens).for_decoding(self.target)

@@ -1,0 +1,199 @@
+"""How many answers prove which of two drafters served, and how often that is wrong (`stages/replay/proof.py`).
+
+A drafter is compared with others that are 2, 5 and 20 % apart in tau: its weights, moved towards those of a second
+drafter. Both are replayed at all anchors of stored answers, in the target's dtype. Then a server is simulated many
+times: it draws answers, and walks through each with the drafter that it serves. Its steps are
+
+- those of the same drafter with the noise of the parity gate on its logits, or
+- with `--other-dtype`, those of the same drafter computed in another dtype: rounding as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, Trajectory, load_trajectories
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.checkpoint import load_drafter
+from draftsmith.stages.replay import proof
+from draftsmith.stages.replay.replayer import Replayer
+from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.sampling import GREEDY
+from tests.benchmarks import harness
+
+APART = (0.02, 0.05, 0.2)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One drafter at all anchors of some answers, one entry an answer."""
+
+    table: list[np.ndarray]  # [anchors, K + 1] log-probabilities of each count, as `proof` reads them
+    chances: list[np.ndarray]  # [anchors, K] that a proposal is accepted, under noise
+    rounded: list[np.ndarray]  # [anchors] counts of the drafter in the other dtype
+
+
+def everywhere(trajectories: Sequence[Trajectory]) -> list[proof.ServedAnswer]:
+    """Return the answers with a verify step after every token."""
+    answers = []
+    for t in trajectories:
+        anchors = np.arange(t.first_anchor, t.last_anchor + 1)
+        nothing = np.zeros_like(anchors)
+        answers.append((t, Trace(len(t.tokens), anchors, nothing, np.zeros((len(anchors), 0), np.int64), 0)))
+    return answers
+
+
+def read(target: Target, drafter: Drafter, trajectories: Sequence[Trajectory], other: Target | None = None) -> Side:
+    """Replay a drafter at all anchors. other: the target in another dtype."""
+    answers = everywhere(trajectories)
+    ends = np.cumsum([len(served.anchors) for _, served in answers])[:-1]
+    chances = proof.chances(target, Replayer(target).prepare(drafter), answers, GREEDY)
+    table = proof.log_probabilities(chances, answers)
+    counts = np.zeros(len(table), dtype=np.int64)
+    if other is not None:
+        elsewhere = copy.deepcopy(drafter).to(other.dtype)
+        prepared = Replayer(other).prepare(elsewhere)
+        likely = proof.chances(other, prepared, answers, GREEDY) > 0.5  # the answer's token has the highest logit
+        counts = likely.cumprod(1).sum(1)
+    left = np.concatenate([len(t.tokens) - 1 - served.anchors for t, served in answers])
+    return Side(*(np.split(each, ends) for each in (table, chances, np.minimum(counts, left))))
+
+
+def served_counts(side: Side, answer: int, rng: np.random.Generator | None) -> np.ndarray:
+    """Return [anchors] how many proposals a server accepts after each, once. rng: of the noise; None: rounding."""
+    if rng is None:
+        return side.rounded[answer]
+    chances = side.chances[answer]
+    left = len(chances) - np.arange(len(chances))
+    counts: np.ndarray = np.minimum((rng.random(chances.shape) < chances).cumprod(1).sum(1), left)
+    return counts
+
+
+def walk(counts: np.ndarray) -> list[int]:
+    """Return the indices of the anchors that these counts lead to."""
+    visited, at = [], 0
+    while at < len(counts):
+        visited.append(at)
+        at += int(counts[at]) + 1
+    return visited
+
+
+def answers_needed(
+    old: Side, new: Side, serving: Side, rng: np.random.Generator, *, noisy: bool
+) -> tuple[bool | None, int]:
+    """Return what the proof says of a server, and after how many answers."""
+    total = np.zeros(3)
+    order = rng.permutation(len(new.table))
+    for asked, answer in enumerate(order, 1):
+        counts = served_counts(serving, answer, rng if noisy else None)
+        visited = walk(counts)
+        tables = (side.table[answer][visited] for side in (old, new))
+        total += proof.step_evidence(*tables, counts[visited]).sum(0)
+        if (swapped := proof.decide(total)) is not None:
+            return swapped, asked
+    return None, len(order)
+
+
+def simulate(old: Side, new: Side, times: int, *, noisy: bool, seed: int = 0) -> dict[str, Any]:
+    """Return the results of a swap that happened and of one that did not, simulated `times` each."""
+    rng = np.random.default_rng(seed)
+    happened, failed = (
+        [answers_needed(old, new, serving, rng, noisy=noisy) for _ in range(times)] for serving in (new, old)
+    )
+    needed = [asked for swapped, asked in [*happened, *failed] if swapped is not None]
+    return {
+        "answers_median": float(np.median(needed)) if needed else math.nan,
+        "answers_99": float(np.quantile(needed, 0.99)) if needed else math.nan,
+        "missed": np.mean([swapped is True for swapped, _ in failed]),
+        "false_alarms": np.mean([swapped is False for swapped, _ in happened]),
+        "inconclusive": np.mean([swapped is None for swapped, _ in [*happened, *failed]]),
+    }
+
+
+def moved(drafter: Drafter, towards: Drafter, share: float) -> Drafter:
+    """Return a copy of the drafter whose weights are moved by a share of the way to another one's, or beyond."""
+    copied = copy.deepcopy(drafter)
+    with torch.no_grad():
+        for ours, theirs in zip(copied.parameters(), towards.parameters(), strict=True):
+            ours.lerp_(theirs, share)
+    return copied
+
+
+def tau_of(target: Target, drafter: Drafter, trajectories: Sequence[Trajectory]) -> float:
+    return Replayer(target).acceptance({"it": drafter}, trajectories)["it"].tau
+
+
+def apart(target: Target, drafter: Drafter, towards: Drafter, trajectories: Sequence[Trajectory], by: float) -> Drafter:
+    """Return a moved copy whose tau differs by this share or a little more."""
+    own, low, high = tau_of(target, drafter, trajectories), 0.0, 0.02
+
+    def far_enough(share: float) -> bool:
+        return abs(tau_of(target, moved(drafter, towards, share), trajectories) / own - 1) >= by
+
+    while not far_enough(high):
+        low, high = high, 2 * high
+    for _ in range(5):
+        middle = (low + high) / 2
+        low, high = (low, middle) if far_enough(middle) else (middle, high)
+    return moved(drafter, towards, high)
+
+
+def row(
+    target: Target, drafters: tuple[Drafter, Drafter], trajectories: Sequence[Trajectory], other: Target, times: int
+) -> dict[str, Any]:
+    """Measure one pair (old, new)."""
+    old, new = (read(target, drafter, trajectories, other) for drafter in drafters)
+    taus = [tau_of(target, drafter, trajectories) for drafter in drafters]
+    steps = [walk(counts) for counts in new.rounded]
+    differ = [old.rounded[i][visited] != new.rounded[i][visited] for i, visited in enumerate(steps)]
+    equal = np.mean([not each.any() for each in differ])  # share of answers that do not tell them apart if exact
+    return {
+        "tau_old": taus[0],
+        "tau_new": taus[1],
+        "apart": abs(taus[0] / taus[1] - 1),
+        "steps_an_answer": float(np.mean([len(each) for each in steps])),
+        "steps_differ": float(np.concatenate(differ).mean()),
+        "exact_99": math.ceil(math.log(0.01) / math.log(equal)) if 0 < equal < 1 else 1 if equal == 0 else math.inf,
+        "noise": simulate(old, new, times, noisy=True),
+        "rounding": simulate(old, new, times, noisy=False),
+    }
+
+
+def main() -> None:
+    parser = harness.parser(__doc__)
+    harness.add_target(parser)
+    parser.add_argument("--drafter", type=Path, required=True, help="artifact of stage `sft` or `opd`")
+    parser.add_argument("--towards", type=Path, required=True, help="another, whose weights the first is moved to")
+    parser.add_argument("--trajectories", type=Path, required=True, help="artifact of stage `rollout`, greedy")
+    parser.add_argument("--count", type=int, default=64, help="answers")
+    parser.add_argument("--times", type=int, default=1000, help="simulations of each case")
+    parser.add_argument("--dtype", default="bfloat16", help="of the replay")
+    parser.add_argument("--other-dtype", default="float32", help="of the steps whose rounding is compared")
+    options: argparse.Namespace = parser.parse_args()
+    harness.set_process(options)
+    target, other = (Target.load(options.target, dtype=dtype) for dtype in (options.dtype, options.other_dtype))
+    trajectories = list(load_trajectories(options.trajectories).trajectories[: options.count])
+    drafter, towards = (load_drafter(each / DRAFTER_FOLDER, target) for each in (options.drafter, options.towards))
+    rows = []
+    for by in APART:
+        moved_drafter = apart(target, drafter, towards, trajectories, by)
+        rows.append(row(target, (moved_drafter, drafter), trajectories, other, options.times))
+    for kind in ("noise", "rounding"):
+        plain = [{name: value for name, value in each.items() if name not in ("noise", "rounding")} for each in rows]
+        table = [[f"{each['apart']:.1%}", *(p | each[kind]).values()] for p, each in zip(plain, rows, strict=True)]
+        harness.print_table(kind, ["apart", *plain[0], *rows[0][kind]], table)
+    harness.report("proof", {"rows": rows}, options)
+
+
+if __name__ == "__main__":
+    harness.run(main)

@@ -1,0 +1,121 @@
+"""The proof of a swap: exact in float32, and with its error rate under the parity gate's noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.spec import DraftingConfig
+from draftsmith.stages.engines.base import Request
+from draftsmith.stages.engines.embedded import EmbeddedEngine
+from draftsmith.stages.replay import proof
+from draftsmith.stages.replay.options import ReplayOptions
+from draftsmith.stages.replay.proof import ServedAnswer, prove
+from draftsmith.stages.replay.replayer import Replayer
+from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.sampling import GREEDY, SamplingParams
+from tests.benchmarks.proof import everywhere, moved, read, simulate
+from tests.stages.bench import Bench
+from tests.testbed import random_target
+from tests.testbed.architectures import RANDOM
+from tests.testbed.dspark import random_dspark
+
+ANSWERS = 6
+
+
+@pytest.fixture(scope="module")
+def old(bench: Bench) -> Drafter:
+    """Return a drafter near the trained one."""
+    trained = bench.drafters["trained"]
+    generator, other = torch.Generator().manual_seed(0), moved(trained, trained, 0.0)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1 * parameter.std() * torch.randn(parameter.shape, generator=generator))
+    return other
+
+
+def served(bench: Bench, drafter: Drafter, count: int = ANSWERS) -> list[ServedAnswer]:
+    """Return the answers of an engine with this drafter."""
+    answers = replace(bench, drafters={"it": drafter}).answers(bench.requests(count), "it")
+    return [(answer.trajectory(), answer.trace()) for answer in answers.values()]
+
+
+def without_proposals(answers: Sequence[ServedAnswer]) -> list[ServedAnswer]:
+    return [(t, replace(steps, proposed=steps.proposed[:, :0])) for t, steps in answers]
+
+
+@pytest.mark.parametrize("recorded", [list, without_proposals])
+def test_in_float32_every_step_shows_the_drafter(
+    bench: Bench, old: Drafter, recorded: Callable[[list[ServedAnswer]], list[ServedAnswer]]
+) -> None:
+    new = bench.drafters["trained"]
+    by_new, by_old = (recorded(served(bench, drafter)) for drafter in (new, old))
+    assert prove(bench.target, old, new, by_new, float32=True).swapped is True
+    assert prove(bench.target, old, new, by_old, float32=True).swapped is False
+    assert prove(bench.target, new, new, by_new, float32=True).swapped is None
+
+
+def test_another_drafter_than_both_is_no_swap(bench: Bench, old: Drafter) -> None:
+    new = bench.drafters["trained"]
+    other = served(bench, moved(new, old, 0.5))
+    assert prove(bench.target, old, new, other, float32=True).swapped is False
+    untrained = served(bench, bench.drafters["untrained"], count=20)
+    options = ReplayOptions(DraftingConfig(block_size=6))
+    assert prove(bench.target, old, new, untrained, options, float32=False).swapped is False
+
+
+def test_without_a_step_it_is_inconclusive(bench: Bench, old: Drafter) -> None:
+    for float32 in (True, False):
+        result = prove(bench.target, old, bench.drafters["trained"], [], float32=float32)
+        assert (result.swapped, result.steps) == (None, 0)
+
+
+def test_the_likelihood_decides_with_enough_answers(bench: Bench, old: Drafter) -> None:
+    new = bench.drafters["trained"]
+    by_new, by_old = (without_proposals(served(bench, drafter, count=40)) for drafter in (new, old))
+    assert prove(bench.target, old, new, by_new[:1], float32=False).swapped is None
+    assert prove(bench.target, old, new, by_new, float32=False).swapped is True
+    assert prove(bench.target, old, new, by_old, float32=False).swapped is False
+
+
+def test_a_swap_that_did_not_happen_is_seldom_proven(bench: Bench, old: Drafter) -> None:
+    sides = [read(bench.target, drafter, bench.answered()) for drafter in (old, bench.drafters["trained"])]
+    result = simulate(sides[0], sides[1], 300, noisy=True)
+    assert result["missed"] <= 0.01 and result["false_alarms"] <= 0.02 and result["inconclusive"] <= 0.01
+
+
+def test_with_too_little_noise_assumed_it_would_be(bench: Bench, old: Drafter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error rate depends on the noise: near-ties are where similar drafters differ."""
+    noisy = [read(bench.target, drafter, bench.answered()) for drafter in (old, bench.drafters["trained"])]
+    monkeypatch.setattr(proof, "NOISY_SHARE", 0.001)
+    sure = [read(bench.target, drafter, bench.answered()) for drafter in (old, bench.drafters["trained"])]
+    sides = [replace(side, chances=as_served.chances) for side, as_served in zip(sure, noisy, strict=True)]
+    assert simulate(sides[0], sides[1], 300, noisy=True)["missed"] > 0.01
+
+
+@pytest.mark.parametrize("kind", RANDOM)
+def test_a_proposal_is_likely_where_it_is_accepted(kind: str, plain_target: Target) -> None:
+    drafter, texts = RANDOM[kind](plain_target), random_target.trajectories(3, seed=4)
+    replayer = Replayer(plain_target)
+    chances = proof.chances(plain_target, replayer.prepare(drafter), everywhere(texts), GREEDY)
+    traces = replayer.traces({"it": drafter}, texts)["it"]
+    first = np.cumsum([0, *(t.last_anchor + 1 - t.first_anchor for t in texts)])
+    for t, trace, start in zip(texts, traces, first, strict=False):
+        counts = (chances[trace.anchors - t.first_anchor + start] > 0.5).cumprod(1).sum(1)
+        np.testing.assert_array_equal(np.minimum(counts, trace.judged), trace.accepted)
+
+
+def test_sampled_proposals_decide_by_their_probabilities(plain_target: Target) -> None:
+    sampling = SamplingParams(temperature=1.5)
+    new, old = (random_dspark(plain_target, seed=seed) for seed in (0, 1))
+    requests = [Request(str(i), [5, 3, 9, 1], 24, sampling, i) for i in range(200)]
+    for drafter, expected in ((new, True), (old, False)):
+        engine = EmbeddedEngine(plain_target, drafter, slots=100, capacity=40)
+        answers = [(answer.trajectory(), answer.trace()) for answer in engine.generate(requests)]
+        result = prove(plain_target, old, new, answers, ReplayOptions(sampling=sampling), float32=True)
+        assert result.swapped is expected
