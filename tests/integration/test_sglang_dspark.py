@@ -14,13 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from draftsmith.stages.data.trajectories import Trajectory, pad_tokens
+from draftsmith.stages.data.trajectories import pad_tokens
 from draftsmith.stages.drafters.checkpoint import save_drafter, upgrade_drafter
+from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.dspark.config import DSparkConfig
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
+from draftsmith.stages.engines.sglang.protocol import KEY
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.trace import tau
 from draftsmith.stages.target.causal_lm import Target
+from tests.integration.recorded import Reference, assert_same_steps, trace_of
 from tests.sglang_cpu import dspark_model
 from tests.sglang_cpu.fixtures import ServingTarget
 from tests.sglang_cpu.options import CPU_ENVIRONMENT
@@ -83,7 +86,7 @@ def test_sglang_computes_what_is_computed_here(sglang_env: Path, plain_target: T
             torch.testing.assert_close(served[name], value, atol=TOLERANCE, rtol=TOLERANCE, msg=message)
 
 
-def test_a_server_decodes_with_it_as_replay_says(
+def test_a_server_records_the_steps_of_replay(
     sglang_env: Path, serving_target: ServingTarget, bench: Bench, sglang_logs: Path, tmp_path: Path
 ) -> None:
     """The test bed's DFlash drafter, upgraded, with a bias that changes its proposals and leaves it good."""
@@ -94,7 +97,7 @@ def test_a_server_decodes_with_it_as_replay_says(
     bench = bench.with_drafters({"before": bench.drafters["trained"], "trained": drafter})  # prompts without a near-tie
     save_drafter(drafter, tmp_path / "drafter", torch.float32)
 
-    sampling = {"temperature": 0.0, "max_new_tokens": GREEDY_TOKENS}
+    sampling = {"temperature": 0.0, "max_new_tokens": GREEDY_TOKENS, "custom_params": {KEY: True}}
     requests = [{"input_ids": p.token_ids, "sampling_params": sampling} for p in bench.prompts[:PROMPTS]]
     log, block = sglang_logs / "dspark.log", drafter.block_size
     options = {"speculative-dspark-block-size": block - 1, "speculative-num-draft-tokens": block}
@@ -103,12 +106,13 @@ def test_a_server_decodes_with_it_as_replay_says(
     plain = [bench.greedy[p.prompt_id] for p in bench.prompts[:PROMPTS]]
     assert [answer["output_ids"] for answer in answers] == plain
 
-    texts = [
-        Trajectory(p.prompt_id, p.token_ids + answer, len(p.token_ids))
-        for p, answer in zip(bench.prompts, plain, strict=False)
-    ]
+    reference, digest = Reference(serving_target.model), drafter_digest(tmp_path / "drafter")
+    for prompt, answer in zip(bench.prompts, answers, strict=False):
+        reference.check(prompt.token_ids, answer, digest)
+    texts = bench.answered(PROMPTS)
     traces = Replayer(bench.target).traces(bench.drafters, texts)
-    served = [answer["meta_info"]["spec_verify_ct"] for answer in answers]
-    assert served == [len(trace.anchors) for trace in traces["trained"]]
-    assert served != [len(trace.anchors) for trace in traces["before"]]
+    served = [trace_of(t, answer["meta_info"][KEY]) for t, answer in zip(texts, answers, strict=True)]
+    for steps, trace in zip(served, traces["trained"], strict=True):
+        assert_same_steps(steps, trace)
+    assert [len(steps.anchors) for steps in served] != [len(trace.anchors) for trace in traces["before"]]
     assert tau(traces["trained"]) > 2

@@ -29,6 +29,8 @@ from draftsmith.stages.engines.sglang.protocol import SUPPORTED, supported
 log = logging.getLogger(__name__)
 
 _DFLASH = "sglang.srt.speculative.dflash_worker_v2.DFlashWorkerV2"
+_DSPARK = "sglang.srt.speculative.dspark_components.dspark_worker_v2.DSparkWorkerV2"
+_DSPARK_ACCEPT = "sglang.srt.speculative.dspark_components.dspark_verify.TargetVerifyExecutor.accept_and_finalize"
 _EAGLE = "sglang.srt.speculative.eagle_worker_v2.EAGLEWorkerV2"
 _EAGLE_SAMPLE = "sglang.srt.speculative.eagle_utils.eagle_sample"
 
@@ -37,6 +39,9 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     f"{_DFLASH}.__init__": ("server_args",),
     f"{_DFLASH}.forward_batch_generation": ("batch",),
     f"{_DFLASH}._accept_block": ("candidates", "next_token_logits", "prefix_lens"),
+    f"{_DSPARK}.__init__": ("server_args",),
+    f"{_DSPARK}.forward_batch_generation": ("batch",),
+    _DSPARK_ACCEPT: ("verify_ids_2d", "target_logits", "layout", "prefix_lens"),
     f"{_EAGLE}.__init__": ("server_args",),
     f"{_EAGLE}.forward_batch_generation": ("batch",),
     _EAGLE_SAMPLE: ("verify_input", "batch", "logits_output"),
@@ -95,10 +100,11 @@ def activate() -> None:
     from draftsmith.stages.engines.sglang.plugin_hooks import Recorder
 
     recorder = Recorder()
-    for worker in (_DFLASH, _EAGLE):
+    for worker in (_DFLASH, _DSPARK, _EAGLE):
         HookRegistry.register(f"{worker}.__init__", recorder.after_load, HookType.AFTER)
         HookRegistry.register(f"{worker}.forward_batch_generation", recorder.around_generation, HookType.AROUND)
     HookRegistry.register(f"{_DFLASH}._accept_block", recorder.around_accept_block, HookType.AROUND)
+    HookRegistry.register(_DSPARK_ACCEPT, recorder.around_dspark_accept, HookType.AROUND)
     HookRegistry.register(_EAGLE_SAMPLE, recorder.around_eagle_sample, HookType.AROUND)
     try:
         pkgutil.resolve_name(_SKIPS_LOGITS)

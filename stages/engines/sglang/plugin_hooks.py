@@ -194,6 +194,21 @@ class Recorder:
         self.steps = pack_steps(self.rows, kwargs["prefix_lens"], candidates, accepted, bonus, logprobs)
         return result
 
+    def around_dspark_accept(self, original: Callable[..., Any], executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Wrap DSPARK's `accept_and_finalize` (arguments by name), on all paths of its verification."""
+        if not self.rows:
+            return original(executor, *args, **kwargs)
+        if kwargs["layout"] is not None:
+            self.steps = "SGLANG_RAGGED_VERIFY_MODE may cut blocks, so accepted proposals are not the drafter's alone"
+            return original(executor, *args, **kwargs)
+        candidates = kwargs["verify_ids_2d"]
+        logprobs = chain_logprobs(kwargs["target_logits"], candidates, self.rows)  # before it modifies the logits
+        result = original(executor, *args, **kwargs)
+        self.steps = pack_steps(
+            self.rows, kwargs["prefix_lens"], candidates, result.correct_len, result.bonus, logprobs
+        )
+        return result
+
     def around_eagle_sample(
         self, original: Callable[..., Any], verify_input: Any, batch: Any, logits_output: Any, *args: Any, **kwargs: Any
     ) -> Any:
