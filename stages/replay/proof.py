@@ -69,27 +69,30 @@ def prove(
     """
     replayer = Replayer(target, options)
     sampling, pair = replayer.options.sampling, (replayer.prepare(old), replayer.prepare(new))
+    asked, answers = len(answers), [answer for answer in answers if len(answer[1].anchors)]
     steps = sum(len(served.anchors) for _, served in answers)
+    if not answers:
+        return Proof(None, asked, 0, 0.0, "No verify step was recorded. Ask for longer answers.")
     if float32 and sampling.greedy:
         not_old, not_new = (sum(_different_steps(target, drafter, each) for each in answers) for drafter in pair)
         swapped = False if not_new else True if not_old else None
         ratio = 0.0 if swapped is None else math.inf if swapped else -math.inf
         reason = f"{not_new} of {steps} verify steps are not the new drafter's, {not_old} are not the old one's."
     else:
-        tables = (log_probabilities(chances(target, drafter, answers, sampling), answers) for drafter in pair)
-        counts = np.concatenate([np.zeros(0, np.int64), *(served.accepted for _, served in answers)])
-        evidence = step_evidence(*tables, counts).sum(0)
+        by_old, by_new = (log_probabilities(chances(target, each, answers, sampling), answers) for each in pair)
+        counts = np.concatenate([served.accepted for _, served in answers])
+        evidence = step_evidence(by_old, by_new, counts).sum(0)
         swapped, ratio = decide(evidence), float(evidence[0])
-        reason = f"The log-likelihood ratio of new to old over {steps} verify steps is {ratio:.1f}"
-        reason += (
-            f" (±{DECISIVE:.1f} decides), their misfit to the new one {misfit(evidence):.1f} (at most {MISFIT:.1f})."
+        reason = (
+            f"The log-likelihood ratio of new to old over {steps} verify steps is {ratio:.1f} (±{DECISIVE:.1f} decides)"
         )
+        reason += f", their misfit to the new drafter {misfit(evidence):.1f} (at most {MISFIT:.1f})."
     remedies = {
         True: "The new drafter serves.",
         False: "The server drafts with other weights: write them again.",
         None: "Ask for more answers.",
     }
-    return Proof(swapped, len(answers), steps, ratio, f"{reason} {remedies[swapped]}")
+    return Proof(swapped, asked, steps, ratio, f"{reason} {remedies[swapped]}")
 
 
 def decide(evidence: np.ndarray) -> bool | None:
@@ -122,7 +125,7 @@ def log_probabilities(chances: np.ndarray, answers: Sequence[ServedAnswer]) -> n
     chances: [S, K] that a proposal of the served steps is accepted if those before it are.
     """
     chances, offsets = np.clip(chances, LAPSE, 1 - LAPSE), np.arange(chances.shape[1] + 1)
-    left = np.concatenate([np.zeros(0, np.int64), *(len(t.tokens) - 1 - served.anchors for t, served in answers)])
+    left = np.concatenate([len(t.tokens) - 1 - served.anchors for t, served in answers])
     last = np.minimum(left, chances.shape[1])[:, None]
     accepted = np.pad(np.log(chances).cumsum(1), ((0, 0), (1, 0)))  # everything before an offset
     rejected = np.pad(np.log1p(-chances), ((0, 0), (0, 1)))
@@ -133,8 +136,6 @@ def chances(
     target: Target, drafter: PreparedDrafter, answers: Sequence[ServedAnswer], sampling: SamplingParams
 ) -> np.ndarray:
     """Return [S, K]: the probability that a proposal of the served steps is accepted if those before it are."""
-    if not answers:
-        return np.zeros((0, drafter.block_size - 1))
     if samples_proposals(drafter.drafter, sampling):
         return np.concatenate([_sampled_chances(target, drafter, each, sampling) for each in answers])
     margins, leads = np.concatenate([_margins(target, drafter, each) for each in answers], 1)
@@ -147,9 +148,12 @@ def noise_of(leads: np.ndarray) -> float:
 
     leads: [S, K] the highest logit of every proposal less the second one.
     """
-    levels = np.geomspace(1e-6, 1e3, 400)
-    changed = [1 - ndtr(leads[:, :NOISY_PROPOSALS] / level).prod(1).mean() for level in levels]
-    return float(levels[np.searchsorted(changed[:-1], NOISY_SHARE)])
+    low, high = 1e-6, 1e3
+    for _ in range(30):
+        level = math.sqrt(low * high)
+        changed = 1 - ndtr(leads[:, :NOISY_PROPOSALS] / level).prod(1).mean()
+        low, high = (level, high) if changed < NOISY_SHARE else (low, level)
+    return high
 
 
 @dataclass(frozen=True)

@@ -97,8 +97,8 @@ def answers_needed(
     for asked, answer in enumerate(order, 1):
         counts = served_counts(serving, answer, rng if noisy else None)
         visited = walk(counts)
-        tables = (side.table[answer][visited] for side in (old, new))
-        total += proof.step_evidence(*tables, counts[visited]).sum(0)
+        by_old, by_new = (side.table[answer][visited] for side in (old, new))
+        total += proof.step_evidence(by_old, by_new, counts[visited]).sum(0)
         if (swapped := proof.decide(total)) is not None:
             return swapped, asked
     return None, len(order)
@@ -174,15 +174,14 @@ def main() -> None:
     harness.add_target(parser)
     parser.add_argument("--drafter", type=Path, required=True, help="artifact of stage `sft` or `opd`")
     parser.add_argument("--towards", type=Path, required=True, help="another, whose weights the first is moved to")
-    parser.add_argument("--trajectories", type=Path, required=True, help="artifact of stage `rollout`, greedy")
-    parser.add_argument("--count", type=int, default=64, help="answers")
+    parser.add_argument("--trajectories", type=Path, nargs="+", required=True, help="artifacts of `rollout`, greedy")
     parser.add_argument("--times", type=int, default=1000, help="simulations of each case")
     parser.add_argument("--dtype", default="bfloat16", help="of the replay")
     parser.add_argument("--other-dtype", default="float32", help="of the steps whose rounding is compared")
     options: argparse.Namespace = parser.parse_args()
     harness.set_process(options)
     target, other = (Target.load(options.target, dtype=dtype) for dtype in (options.dtype, options.other_dtype))
-    trajectories = list(load_trajectories(options.trajectories).trajectories[: options.count])
+    trajectories = [t for folder in options.trajectories for t in load_trajectories(folder).trajectories]
     drafter, towards = (load_drafter(each / DRAFTER_FOLDER, target) for each in (options.drafter, options.towards))
     rows = []
     for by in APART:
