@@ -236,10 +236,10 @@ def _is_file(path: Path) -> bool:
 
 
 def _servers(options: argparse.Namespace, line: str) -> list[str]:
-    """Return the addresses of the servers that a command names."""
-    if not options.url:
-        raise DraftsmithError(f"{line}: no server is known. Name those that serve it with --url.")
-    return [url.rstrip("/") for url in options.url]
+    """Return the addresses of the servers that a command names, or else of those that have the line by a swap."""
+    if urls := [url.rstrip("/") for url in options.url] or registry_commands.swapped_servers(line):
+        return urls
+    raise DraftsmithError(f"{line}: no server is known. Name those that serve it with --url.")
 
 
 def _show(options: argparse.Namespace, _pipeline: Pipeline) -> None:
@@ -263,6 +263,10 @@ def _promote(options: argparse.Namespace, _pipeline: Pipeline) -> None:
 
 def _rollback(options: argparse.Namespace, _pipeline: Pipeline) -> None:
     registry_commands.rollback(Display(), options.line, options.why, dry_run=options.dry_run)
+
+
+def _swap(options: argparse.Namespace, _pipeline: Pipeline) -> None:
+    registry_commands.swap(Display(), options.version, options.url)
 
 
 def _export(options: argparse.Namespace, _pipeline: Pipeline) -> None:
@@ -326,6 +330,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace, Pipeline], None]] = {
     "champions": _champions,
     "promote": _promote,
     "rollback": _rollback,
+    "swap": _swap,
     "export": _export,
     "evaluate": _evaluate,
     "diagnose": _diagnose,

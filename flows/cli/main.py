@@ -108,6 +108,9 @@ def parser() -> argparse.ArgumentParser:
         help="if tau is measurably below: run the config's refresh, or roll the line back",
     )
     watch.set_defaults(force=[], start=[], until=[], plan=False)  # of the refresh
+    swap = commands.add_parser("swap", help="have running SGLang servers draft with a version, and prove that they do")
+    swap.add_argument("version", metavar="NAME[@VERSION]", help="left out: the champion")
+    _add_servers(swap)
 
     export = commands.add_parser("export", help="copy a verified drafter, in the layout that engines load")
     export.add_argument("version", metavar="NAME[@VERSION]", help="left out: the champion")

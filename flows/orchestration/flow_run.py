@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self, TypedDict
 
 import httpx
+from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.assets import add_asset_metadata, materialize
 from prefect.cache_policies import NO_CACHE
@@ -21,7 +22,7 @@ from prefect.context import FlowRunContext
 from prefect.events import emit_event
 from prefect.flow_runs import suspend_flow_run
 
-from draftsmith.artifacts.errors import RefusedError, RetryableError, StageInterrupted
+from draftsmith.artifacts.errors import DraftsmithError, RefusedError, RetryableError, StageInterrupted
 from draftsmith.flows.orchestration.server import uses_temporary_server
 from draftsmith.flows.planning.graph import Conclusion
 
@@ -151,15 +152,32 @@ class Cancellation:
 
 def show_verdict(run: str, markdown: str, say: Callable[[str], None]) -> None:
     """Show the verdict on the flow run's page, if the server is not a temporary one without pages."""
+    _show_on_page(f"{run} verdict", f"The verdict on {run}.", markdown, say)
+
+
+def _show_on_page(name: str, description: str, markdown: str, say: Callable[[str], None]) -> None:
     if uses_temporary_server():
         return
-    key = re.sub("[^a-z0-9]+", "-", f"{run} verdict".lower()).strip("-")
+    key = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
     try:
-        create_markdown_artifact(markdown, key=key, description=f"The verdict on {run}.")
+        create_markdown_artifact(markdown, key=key, description=description)
     except httpx.HTTPError as error:
         if not is_api_loss(error):
             raise
-        say(f"warning: Prefect's server is lost ({type(error).__name__}), so the flow run's page lacks the verdict.")
+        say(f"warning: Prefect's server is lost ({type(error).__name__}), so the flow run's page lacks: {description}")
+
+
+def run_task(name: str, title: str, body: Callable[[], str], say: Callable[[str], None]) -> str:
+    """Run the body as a task of the current flow run, with a state and an artifact. Return its text, or its failure."""
+    in_run = FlowRunContext.get() is not None
+    named = task(name=name, task_run_name=title, cache_policy=NO_CACHE, persist_result=False)(body) if in_run else body
+    try:
+        text = named()
+    except DraftsmithError as error:
+        text = f"{name} failed: {error}"
+    if in_run:
+        _show_on_page(title, f"The {name} of this run.", text, say)
+    return text
 
 
 def announce(run: str, conclusion: Conclusion) -> None:

@@ -37,6 +37,7 @@ from draftsmith.flows.refresh.line import (
     with_current_champion,
 )
 from draftsmith.flows.refresh.summary import DETAIL
+from draftsmith.flows.refresh.swap import swap_in_run
 from draftsmith.stages.data.logs.earlier import is_available
 from draftsmith.stages.data.time_window import LAST
 from draftsmith.stages.drafters.stage import RECORD as TARGET_RECORD
@@ -74,6 +75,7 @@ class RefreshPolicy:
         if node.name != "drift" or self.line.champion is None:
             return None
         promotion_hook.call_if_due(self.config.on_promote, self.line.name)
+        self._swap_servers()  # a server may have started again with its old drafter
         drift = DriftResult.read(folders["drift"])
         record = json.loads((folders["champion"] / TARGET_RECORD).read_text("utf-8"))
         reasons = self._reasons(drift, target_changed=record["target_changed"])
@@ -190,7 +192,14 @@ class RefreshPolicy:
         message = f"{version} is the champion: {decision.sentence}"
         if hook := promotion_hook.call_if_due(self.config.on_promote, version.line):
             message += f"; {hook}"
+        if swapped := self._swap_servers():
+            message += f"; {swapped}"
         return self._conclusion("Promoted", message, decision, version)
+
+    def _swap_servers(self) -> str:
+        """Have the servers of `registry.servers` draft with the champion. Return what happened, empty without any."""
+        champion = registry().champion(self.line.name) if self.line.servers else None
+        return "" if champion is None else swap_in_run(champion, self.line.servers)
 
     def _conclusion(
         self,

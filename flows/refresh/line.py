@@ -41,6 +41,7 @@ from draftsmith.stages.data.prompts import (
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.stage import ChampionConfig
+from draftsmith.stages.engines.config import HttpAddress
 from draftsmith.stages.runtime.stage import Config, FilledIn
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,12 @@ class RegistryConfig(Config):
             "Prefect; any other run ends, and `draftsmith promote` promotes"
         ),
     ] = False
+    servers: Annotated[
+        tuple[HttpAddress, ...],
+        Field(
+            description="SGLang servers that draft with the champion: swapped after a promotion, one after the other"
+        ),
+    ] = ()
     champion: Annotated[ChampionConfig | None, FilledIn(), Field(description="the champion when the plan is made")] = (
         None
     )
@@ -178,7 +185,9 @@ def with_current_champion(line: RegistryConfig) -> RegistryConfig:
     """Return the section with the line's champion and what its refresh read, filled in from the registry."""
     lines = registry()
     version, versions = lines.champion(line.name), lines.versions(line.name)
-    current = RegistryConfig(name=line.name, upload=line.upload, restart=line.restart, approve=line.approve)
+    current = RegistryConfig(
+        name=line.name, upload=line.upload, restart=line.restart, approve=line.approve, servers=line.servers
+    )
     if version is None:
         if not line.restart:
             _check_starts(line.name, versions)

@@ -1,4 +1,4 @@
-"""The commands champions, promote, rollback and export: which version of a line serves, and how to change it."""
+"""The commands champions, promote, rollback, swap and export: which version of a line serves, and how to change it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -18,9 +18,11 @@ from draftsmith.artifacts.store.retention import artifacts_in_use
 from draftsmith.artifacts.tracking.registry import BY_HAND, PREVIOUS, ROLLED_BACK, Registry, Version
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.refresh.line import FASTEST_BLOCK, artifact_folder, download_upload, find_artifact, registry
+from draftsmith.flows.refresh.swap import served_by, swap_to
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.spec import DraftingConfig
+from draftsmith.stages.engines.config import http_address
 from draftsmith.stages.engines.servers.drafting import served_block_size, speculative_algorithm
 from draftsmith.stages.engines.sglang.server import drafting_options
 from draftsmith.stages.engines.vllm.options import drafting_options as options_of_vllm
@@ -49,6 +51,9 @@ def champions(display: Display, line: str) -> None:
         before = "none" if event.before is None else f"version {event.before}"
         text = f"version {event.version} {event.what} (before: {before}) by {event.by}: {event.why}"
         entries.append((event.at, text))
+    for version in versions:
+        for served in served_by(version):
+            entries.append((served.since, f"{served.url} drafts with version {version.number}. {served.proof}"))
     for check in lines.drift(line):
         text = f"version {check['version']} checked: tau {check['tau']:.3f}: {check['decision']}"
         entries.append((check["at"], text))
@@ -113,7 +118,31 @@ def _move(display: Display, lines: Registry, version: Version, why: str, what: s
     with artifacts_in_use(home(), f"promotion of {version}", display.line):  # `prune` waits
         verify_checkpoint(version)
         lines.promote(version, expected=now, why=why, what=what)
-    display.line(f"{version} is the champion now, in place of {replaced}; restart or reload the servers that draft")
+    display.line(f"{version} is the champion now, in place of {replaced}")
+    if urls := swapped_servers(version.line):
+        swap(display, f"{version.line}@{version.number}", urls)
+    else:
+        display.line("restart the servers that draft, or name them: `draftsmith swap --url URL`")
+
+
+def swap(display: Display, text: str, urls: Sequence[str]) -> None:
+    """Have servers draft with a version: those at `urls`, or else those that have a version of its line by a swap."""
+    lines = registry()
+    version = lines.resolve(text)
+    try:
+        servers = [http_address(url.rstrip("/")) for url in urls] or swapped_servers(version.line)
+    except ValueError as error:
+        raise DraftsmithError(f"--url: {error}") from None
+    if not servers:
+        raise DraftsmithError(f"{version.line}: no server is known to draft with it. Name some with --url.")
+    with artifacts_in_use(home(), f"swap to {version}", display.line):
+        swap_to(version, verify_checkpoint(version), servers, display.line)
+    display.line(f"{', '.join(servers)}: {version} is served")
+
+
+def swapped_servers(line: str) -> list[str]:
+    """Return the servers that have a version of the line by a swap."""
+    return [served.url for version in registry().versions(line) for served in served_by(version)]
 
 
 def export(display: Display, text: str, folder: Path, layout: str = "sglang", *, dry_run: bool) -> None:

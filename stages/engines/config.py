@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
@@ -92,7 +92,8 @@ _NUMBER = re.compile(r"-\d+(\.\d+)?(e-?\d+)?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
-def _http_address(url: str) -> str:
+def http_address(url: str) -> str:
+    """Return an address of a server. Raises ValueError if it is none, or contains a secret."""
     if (why := describe_secret(url)) is not None:
         raise ValueError(f"contains {why}. Name the environment variable that holds the key in api_key_env.")
     if not url.startswith(("http://", "https://")):
@@ -105,6 +106,9 @@ def _http_address(url: str) -> str:
     if not valid:
         raise ValueError(f"{url!r} is no address of a server. Write one such as http://host:30000.")
     return url
+
+
+HttpAddress: TypeAlias = Annotated[str, AfterValidator(http_address)]
 
 
 def _variable_name(name: str) -> str:
@@ -246,7 +250,7 @@ class ServerEngineConfig(Config):
 
     kind: str
     urls: Annotated[
-        tuple[Annotated[str, AfterValidator(_http_address)], ...],
+        tuple[HttpAddress, ...],
         Field(description="running servers of the same target, or SGLang's routers in front of some"),
         NotInKey(),
     ] = ()

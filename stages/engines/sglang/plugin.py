@@ -1,4 +1,4 @@
-"""A plug-in for SGLang's servers that returns the proposals of every verify step and how many were accepted.
+"""A plug-in for SGLang's servers that records verify steps, and writes another drafter into them (`plugin_swap.py`).
 
 SGLang loads it by the entry-point group `sglang.srt.plugins`, in an environment that has this project installed without
 its dependencies: its imports need nothing but the standard library, torch and sglang.
@@ -51,6 +51,17 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "sglang.srt.managers.utils.GenerationBatchResult.auxiliary_host_output": (),
     "sglang.srt.layers.logits_processor.LogitsProcessorOutput.auxiliary_device_output": (),
 }
+# The same of the hooks that write another drafter. Without one of them a server records, and its drafter stays.
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+_CHECK_WEIGHTS = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.check_weights"
+SWAP_REQUIRED: dict[str, tuple[str, ...]] = {
+    f"{_SCHEDULER}.__init__": ("server_args",),
+    f"{_SCHEDULER}.get_internal_state": ("recv_req",),
+    f"{_SCHEDULER}.pause_generation": ("recv_req",),
+    f"{_SCHEDULER}.continue_generation": ("recv_req",),
+    f"{_SCHEDULER}.flush_cache": (),
+    _CHECK_WEIGHTS: ("recv_req",),
+}
 _SKIPS_LOGITS = f"{_DFLASH}._can_skip_verify_logits"  # in releases that may leave the logits on their TP ranks
 
 
@@ -98,6 +109,7 @@ def activate() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from draftsmith.stages.engines.sglang.plugin_hooks import Recorder
+    from draftsmith.stages.engines.sglang.plugin_swap import DrafterSwap
 
     recorder = Recorder()
     for worker in (_DFLASH, _DSPARK, _EAGLE):
@@ -106,6 +118,15 @@ def activate() -> None:
     HookRegistry.register(f"{_DFLASH}._accept_block", recorder.around_accept_block, HookType.AROUND)
     HookRegistry.register(_DSPARK_ACCEPT, recorder.around_dspark_accept, HookType.AROUND)
     HookRegistry.register(_EAGLE_SAMPLE, recorder.around_eagle_sample, HookType.AROUND)
+    try:
+        check_release(SWAP_REQUIRED)
+    except RuntimeError as error:
+        log.info("draftsmith: the drafter of this server cannot be swapped: %s", error)
+    else:
+        swap = DrafterSwap(recorder)
+        HookRegistry.register(f"{_SCHEDULER}.__init__", swap.after_start, HookType.AFTER)
+        HookRegistry.register(f"{_SCHEDULER}.get_internal_state", swap.after_internal_state, HookType.AFTER)
+        HookRegistry.register(_CHECK_WEIGHTS, swap.around_check_weights, HookType.AROUND)
     try:
         pkgutil.resolve_name(_SKIPS_LOGITS)
     except AttributeError:

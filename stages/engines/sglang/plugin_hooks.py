@@ -146,9 +146,8 @@ class Recorder:
         if arguments.pp_size > 1:
             log.warning("draftsmith: no traces with pipeline parallelism (pp_size %d)", arguments.pp_size)
             return
-        self.drafter = _served_digest(
-            arguments.speculative_draft_model_path, arguments.speculative_draft_model_revision
-        )
+        folder = drafter_folder(arguments.speculative_draft_model_path, arguments.speculative_draft_model_revision)
+        self.drafter = "" if folder is None else drafter_digest(folder)
         self.active = True
         asks = "every request" if self.traces_all else "requests that ask"
         log.info("draftsmith: traces of %s, protocol %s, drafter %s", asks, PROTOCOL, self.drafter[:12] or "unknown")
@@ -232,14 +231,14 @@ class Recorder:
         return False if self.rows else None
 
 
-def _served_digest(source: str, revision: str | None) -> str:
-    """Return the digest of the drafter's folder or of SGLang's snapshot of the hub; "" if neither is found."""
-    if not (folder := Path(source)).is_dir():
-        from huggingface_hub import snapshot_download  # needed only for a hub id
+def drafter_folder(source: str, revision: str | None) -> Path | None:
+    """Return the drafter's folder, or SGLang's snapshot of the hub; None if neither is found."""
+    if (folder := Path(source)).is_dir():
+        return folder
+    from huggingface_hub import snapshot_download  # needed only for a hub id
 
-        try:
-            folder = Path(snapshot_download(source, revision=revision, local_files_only=True))
-        except Exception as error:  # many kinds, all meaning: not in the cache
-            log.warning("draftsmith: no digest of the drafter %s (%s). Its traces name none.", source, error)
-            return ""
-    return drafter_digest(folder)
+    try:
+        return Path(snapshot_download(source, revision=revision, local_files_only=True))
+    except Exception as error:  # many kinds, all meaning: not in the cache
+        log.warning("draftsmith: no digest of the drafter %s (%s). Its traces name none.", source, error)
+        return None

@@ -29,7 +29,13 @@ from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.flows.refresh.line import artifact_folder, drafter_checkpoint, registry
 from draftsmith.flows.refresh.measurements import evaluate_config, evaluate_nodes
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
+from draftsmith.stages.drafters.digest import drafter_digest
+from draftsmith.stages.drafters.spec import DraftingConfig
+from draftsmith.stages.engines.servers.drafting import served_block_size
+from draftsmith.stages.engines.sglang.protocol import SWAP_STATE
 from tests.flows.refresh.line_runs import checked, config_of, finished, folders_of, gated, page_of, serving
+from tests.stages.engines.http_server import answer
+from tests.stages.engines.http_server import serving as http_server
 from tests.testbed.artifacts import committed
 
 NOTE = "import sys; open(sys.argv[1], 'w').write(sys.stdin.read())"
@@ -92,6 +98,24 @@ def test_a_challenger_that_needs_approval_waits_until_a_person_promotes_it(
     assert ended.name == "Promoted"
     assert ended.asset == f"draftsmith://line/{line}/champion"
     assert ended.metadata.items() >= {"version": 1, "tau": 2.5}.items()
+
+
+def test_a_promotion_swaps_the_servers_and_a_failed_swap_undoes_nothing(
+    line: str, home: Path, drafters: list[ArtifactRef]
+) -> None:
+    checkpoint = drafters[0].path / DRAFTER_FOLDER
+    state = {"drafter": drafter_digest(checkpoint), "since": "2026-11-30T08:00:00+00:00", "before": "", "proof": ""}
+    block = served_block_size(checkpoint, DraftingConfig(), "DFLASH")
+    info = {"speculative_algorithm": "DFLASH", "speculative_num_draft_tokens": block}
+    states = [{SWAP_STATE: state}]
+    with http_server(answer, server_info=lambda _: {**info, "internal_states": states}) as server:
+        config = config_of(line, registry={"name": line, "servers": [server.url]})
+        ended = finished(config, gated(Store(home / "store"), drafters[0]))
+        assert ended.name == "Promoted" and ended.message.endswith(f"{server.url} serve {line} version 1 already.")
+        states[0] = {}  # it was started again without the plug-in
+        ended = finished(config, gated(Store(home / "store"), drafters[1]))
+    assert (ended.name, ended.error) == ("Promoted", None)
+    assert f"swap failed: {server.url}" in ended.message and serving(line) == 2
 
 
 def description(home: Path, line: str) -> str:

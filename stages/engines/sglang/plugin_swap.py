@@ -1,0 +1,310 @@
+"""The plug-in's hooks that write another drafter into a running server, and report which one is served.
+
+The request is SGLang's `/weights_checker` with an action of our own, since it reaches every scheduler, takes any text
+and returns one. A server without the plug-in refuses an unknown action and changes nothing. The action is
+`draftsmith:` and the JSON of
+
+    {"drafter": digest, "folder": path, "upload": "runs:/ID/drafter", "tracking": uri of MLflow, "proof": evidence}
+
+It states which drafter is to be served, so the same request may be sent again; with `proof` when that is known. Files
+are read in a thread while requests are served; the answer's `message` is {"state": "reading"} then. When all ranks have
+read theirs, the next request writes the weights, and the message is {"state": "served", "since": …, "pause_s": …}.
+
+Weights are loaded into other memory first, by the model's own loader, and nothing is written unless they cover every
+parameter. They are then copied into the served parameters, whose addresses captured graphs hold. What SGLang derived
+from parameters is copied likewise. A pause retracts the requests in flight, as SGLang does for its own weight updates:
+they lose no token, and their keys and values are computed anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from draftsmith.stages.drafters.digest import DIGESTED
+from draftsmith.stages.engines.sglang.plugin_hooks import Recorder, drafter_folder
+from draftsmith.stages.engines.sglang.protocol import SWAP_ACTION, SWAP_STATE, Json
+
+log = logging.getLogger(__name__)
+
+_ALGORITHMS = ("DFLASH", "DSPARK", "EAGLE3")
+# Fields of config.json by which no drafter differs from another.
+_BOOKKEEPING = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "auto_map", "use_cache"}
+_BOOKKEEPING |= {"rope_theta", "rope_scaling"}  # the older names of what `rope_parameters` has
+Pairs = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+class RefusedSwapError(Exception):
+    """The drafter cannot be written into this server. Nothing was written."""
+
+
+class DrafterSwap:
+    """The hooks of one scheduler process, whose single thread handles requests and runs batches."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._scheduler: Any = None  # of a server whose drafter can be written
+        self._config: Json | None = None  # of the served drafter
+        self._since = ""
+        self._files: _Files | None = None  # being read
+        # digest and parameters, on the CPU: to be written, and as they were before the last swap
+        self._ready: tuple[str, dict[str, torch.Tensor]] | None = None
+        self._previous: tuple[str, dict[str, torch.Tensor]] | None = None
+        self._pause_s, self._proof = 0.0, ""  # of the last swap
+
+    def after_start(self, _result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
+        """Run after `Scheduler.__init__`, which has loaded the drafter."""
+        arguments = scheduler.server_args
+        if arguments.speculative_algorithm not in _ALGORITHMS or arguments.pp_size > 1:
+            return
+        folder = drafter_folder(arguments.speculative_draft_model_path, arguments.speculative_draft_model_revision)
+        self._scheduler, self._since = scheduler, _now()
+        self._config = None if folder is None else json.loads((folder / "config.json").read_text())
+
+    def after_internal_state(self, result: Any, *_args: Any, **_kwargs: Any) -> None:
+        """Add the served drafter to what `/server_info` reports of every scheduler."""
+        if self._scheduler is not None:
+            before = "" if self._previous is None else self._previous[0]
+            state = {"drafter": self._recorder.drafter, "since": self._since, "before": before, "proof": self._proof}
+            result.internal_state[SWAP_STATE] = state
+
+    def around_check_weights(self, original: Callable[..., Any], manager: Any, request: Any) -> Any:
+        """Wrap the handler of `/weights_checker`."""
+        if not request.action.startswith(SWAP_ACTION):
+            return original(manager, request)
+        from sglang.srt.managers.io_struct import CheckWeightsReqOutput  # tests import this module without sglang
+
+        try:
+            wanted = json.loads(request.action.removeprefix(SWAP_ACTION))
+            answer = self.serve(wanted, lambda state: _gather(state, manager.tp_cpu_group))
+        except RefusedSwapError as error:
+            return CheckWeightsReqOutput(success=False, message=str(error))
+        return CheckWeightsReqOutput(success=True, message=json.dumps(answer))
+
+    def serve(self, wanted: Json, gather: Callable[[str], list[str]]) -> Json:
+        """Make the wanted drafter the served one as soon as it can be. Returns the state, the same on every rank.
+
+        gather: of the states of all ranks. Raises RefusedSwapError.
+        """
+        started = time.monotonic()
+        try:
+            state = self._prepare(wanted)
+        except Exception as error:  # of any kind: a rank that raises would leave the others waiting
+            log.warning("draftsmith: drafter %s is refused: %s", wanted["drafter"][:12], error)
+            self._files = self._ready = None
+            state = f"refused: {error}"
+        states = gather(state)
+        if refused := next((each for each in states if each.startswith("refused: ")), None):
+            raise RefusedSwapError(refused.removeprefix("refused: "))
+        if "reading" in states:
+            return {"state": "reading"}
+        if state == "ready":
+            self._write()
+            self._pause_s = time.monotonic() - started
+        self._proof = wanted.get("proof") or self._proof
+        return {"state": "served", "since": self._since, "pause_s": self._pause_s}
+
+    def _prepare(self, wanted: Json) -> str:
+        """Return "served", "reading" or "ready", which the parameters in `_ready` are. Raises if they do not fit."""
+        if self._scheduler is None:
+            raise RefusedSwapError("this server's drafter cannot be written: it needs DFLASH, DSPARK or EAGLE3")
+        digest = wanted["drafter"]
+        if digest == self._recorder.drafter:
+            return "served"
+        if self._ready is not None and self._ready[0] == digest:  # and other ranks were not
+            return "ready"
+        if self._previous is not None and self._previous[0] == digest:
+            self._ready = self._previous
+            return "ready"
+        if self._files is None or self._files.wanted["drafter"] != digest:
+            self._files = _Files(wanted)
+        if self._files.thread.is_alive():
+            return "reading"
+        files, self._files = self._files, None
+        if files.error is not None:
+            raise files.error
+        from safetensors.torch import load
+
+        worker = self._scheduler.draft_worker
+        runner = draft_runner(worker)
+        _check_config(self._config, json.loads(files.content["config.json"]), runner.model_config.hf_config)
+        with torch.inference_mode(False), torch.no_grad():
+            if not all(torch.equal(held, derived) for held, derived in derived_tensors(worker)):
+                raise RefusedSwapError("this release of SGLang derives tensors from the drafter in an unknown way")
+            tensors = load(files.content["model.safetensors"])
+            self._ready = digest, load_aside(runner.model, tensors, self._shared())
+        return "ready"
+
+    def _shared(self) -> set[int]:
+        """Return the addresses of the target's parameters, of which a drafter uses embedding and head."""
+        return {parameter.data_ptr() for parameter in self._scheduler.tp_worker.model_runner.model.parameters()}
+
+    def _write(self) -> None:
+        """Empty the caches and write parameters while no request computes. Raises RefusedSwapError before writing."""
+        assert self._ready is not None
+        (digest, weights), worker = self._ready, self._scheduler.draft_worker
+        served = dict(draft_runner(worker).model.named_parameters())
+        # in the mode of SGLang's loop, in which it has derived some tensors: no others may be written outside of it
+        with _paused(self._scheduler), torch.inference_mode():
+            if not self._scheduler.flush_cache():
+                raise RefusedSwapError("its cache cannot be emptied while requests wait for a grammar. Try again")
+            self._previous = (
+                self._recorder.drafter,
+                {name: served[name].detach().to("cpu", copy=True) for name in weights},
+            )
+            for name, values in weights.items():
+                served[name].copy_(values)
+            for held, derived in derived_tensors(worker):
+                held.copy_(derived)
+            self._recorder.drafter, self._since, self._proof, self._ready = digest, _now(), "", None
+        log.info("draftsmith: serves drafter %s since %s", digest[:12], self._since)
+
+
+class _Files:
+    """The files of a drafter, read in a thread; `content` or `error` is there when it has ended."""
+
+    def __init__(self, wanted: Json) -> None:
+        self.wanted = wanted
+        self.content: dict[str, bytes] = {}
+        self.error: Exception | None = None
+        self.thread = threading.Thread(target=self._read, name="draftsmith-swap", daemon=True)
+        self.thread.start()
+
+    def _read(self) -> None:
+        try:
+            folder = Path(self.wanted["folder"])
+            if not folder.is_dir() and self.wanted.get("upload"):
+                from mlflow.artifacts import download_artifacts
+
+                folder = Path(download_artifacts(self.wanted["upload"], tracking_uri=self.wanted["tracking"]))
+            digest = hashlib.sha256()  # as `drafter_digest`, of what is loaded and not of a file that may change
+            for name in DIGESTED:
+                if (path := folder / name).exists():
+                    self.content[name] = path.read_bytes()
+                    digest.update(name.encode() + b"\0" + self.content[name])
+            if digest.hexdigest() != self.wanted["drafter"]:
+                raise RefusedSwapError(
+                    f"{folder} on the server's host does not have the files of drafter {self.wanted['drafter'][:12]}. "
+                    "Mount the store there under the same path, or set registry.upload and install mlflow in the "
+                    "server's environment"
+                )
+        except Exception as error:
+            self.error = error
+
+
+def draft_runner(worker: Any) -> Any:
+    """Return SGLang's runner of the draft model."""
+    return worker.draft_model_runner if hasattr(worker, "draft_model_runner") else worker.draft_worker.draft_runner
+
+
+def _check_config(served: Json | None, new: Json, parsed: Any) -> None:
+    """Refuse a drafter whose config.json differs from the one that the server was started with.
+
+    parsed: the served config as transformers holds it; its class fills in what the files leave out.
+    """
+    if served is None:
+        raise RefusedSwapError("the files of the drafter that it was started with are not known")
+    ours, theirs = (type(parsed).from_dict(dict(raw)).to_dict() for raw in (served, new))
+    for name in sorted((ours.keys() | theirs.keys()) - _BOOKKEEPING):
+        if ours.get(name) != theirs.get(name):
+            raise RefusedSwapError(
+                f"the drafter's {name} is {theirs.get(name)!r}, the served one's {ours.get(name)!r}. Start the server "
+                "with the new drafter"
+            )
+
+
+def load_aside(model: Any, tensors: Mapping[str, torch.Tensor], shared: set[int]) -> dict[str, torch.Tensor]:
+    """Return the model's parameters, on the CPU, as its own loader fills them from a checkpoint. Writes nothing.
+
+    shared: addresses of parameters that are the target's. Raises RefusedSwapError unless all others are filled.
+    """
+    parameters = dict(model.named_parameters())
+    served = {name: parameter.data for name, parameter in parameters.items()}
+    own = {name for name, data in served.items() if data.data_ptr() not in shared}
+    if packed := next(
+        (name for name in own if not served[name].is_floating_point() or served[name].itemsize < 2), None
+    ):
+        raise RefusedSwapError(f"the served drafter is quantised ({packed} is {served[packed].dtype})")
+    aside = {name: torch.empty(data.shape, dtype=data.dtype) for name, data in served.items()}
+    tokens = getattr(model, "hot_token_id", None)  # an attribute that EAGLE-3's loader replaces
+    try:
+        for name, parameter in parameters.items():
+            parameter.data = aside[name].fill_(torch.nan) if name in own else aside[name]
+        model.load_weights(tensors.items())
+        now = getattr(model, "hot_token_id", None)
+    except Exception as error:
+        raise RefusedSwapError(f"the drafter's weights do not fit ({type(error).__name__}: {error})") from error
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = served[name]
+        if tokens is not None:
+            model.hot_token_id = tokens
+    if tokens is not None and (now is None or not torch.equal(now.cpu(), tokens.cpu())):
+        raise RefusedSwapError("the drafter proposes other tokens of the vocabulary. Start the server with it")
+    if missing := sorted(name for name in own if aside[name].isnan().any()):
+        raise RefusedSwapError(f"the drafter's weights leave out {missing[0]}, or are NaN ({len(missing)} parameters)")
+    return {name: aside[name] for name in own}
+
+
+def derived_tensors(worker: Any) -> Pairs:
+    """Return the tensors that SGLang derived from the drafter's parameters and keeps, each with its value of now."""
+    pairs: Pairs = []
+    if (helper := getattr(worker, "_fused_kv_helper", None)) is not None:  # DFLASH on a GPU: keys and values of layers
+        fresh = type(helper)(
+            layers=worker.draft_model.layers,
+            rotary_emb=helper.rotary_emb,
+            num_kv_heads=helper.num_kv_heads,
+            head_dim=helper.head_dim,
+            device=helper.device,
+        )
+        pairs += [(getattr(helper, name), getattr(fresh, name)) for name in ("flat_kv_weight_t", "k_norm_weights")]
+    model: Any = draft_runner(worker).model
+    if (cached := getattr(model, "_fused_kv_write_cache", None)) is not None and cached[1] is not None:  # DSPARK
+        bundle, now = cached[1], model._build_fused_kv_write_bundle(draft_runner(worker).token_to_kv_pool)
+        pairs += list(zip(_closed_over(bundle.project), _closed_over(now.project), strict=True))
+        pairs.append((bundle.k_norm_weights, now.k_norm_weights))
+    if stacked := getattr(model, "_stacked_ctx_kv_cache", None):  # DSPARK where the fused write is not possible
+        del model._stacked_ctx_kv_cache
+        now = model._stacked_ctx_kv_params()
+        model._stacked_ctx_kv_cache = stacked
+        pairs += [(held, now[name]) for name, held in stacked.items() if isinstance(held, torch.Tensor)]
+    return pairs
+
+
+def _closed_over(function: Callable[..., Any]) -> list[torch.Tensor]:
+    """Return the tensors that a function closes over."""
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    return [content for content in cells if isinstance(content, torch.Tensor)]
+
+
+@contextmanager
+def _paused(scheduler: Any) -> Iterator[None]:
+    """Retract the requests in flight and let them continue afterwards."""
+    from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGenerationReqInput
+
+    scheduler.pause_generation(PauseGenerationReqInput(mode="retract"))
+    try:
+        yield
+    finally:
+        scheduler.continue_generation(ContinueGenerationReqInput())
+
+
+def _gather(state: str, group: Any) -> list[str]:
+    """Return the states of all tensor-parallel ranks."""
+    states = [state] * torch.distributed.get_world_size(group=group)
+    torch.distributed.all_gather_object(states, state, group=group)
+    return states
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,71 @@
+"""Checkpoints to swap to, and which drafter a server's verify steps are of."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
+from draftsmith.stages.drafters.digest import drafter_digest
+from draftsmith.stages.engines.sglang.protocol import KEY
+from draftsmith.stages.engines.sglang.swap import NewDrafter, Served, swap_servers
+from tests.integration.recorded import assert_same_steps, trace_of
+from tests.sglang_cpu.server import generate
+from tests.stages.bench import GREEDY_TOKENS, Bench
+
+PROMPTS = 8
+
+
+def write_other_weights(drafter: Drafter, folder: Path) -> Path:
+    """Write a checkpoint of the same drafter with noise on every weight."""
+    other, draw = copy.deepcopy(drafter), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.05 * parameter.abs().mean() * torch.randn(parameter.shape, generator=draw))
+    save_drafter(other, folder, torch.float32)
+    return folder
+
+
+def requests(bench: Bench, start: int = 0, count: int = PROMPTS) -> list[dict[str, Any]]:
+    """Return greedy requests with a trace for some of the bench's prompts."""
+    sampling = {"temperature": 0.0, "max_new_tokens": GREEDY_TOKENS, "custom_params": {KEY: True}}
+    return [{"input_ids": p.token_ids, "sampling_params": sampling} for p in bench.prompts[start : start + count]]
+
+
+def assert_drafts_with(url: str, bench: Bench, name: str) -> None:
+    """Compare a server's steps with replay of a drafter of the bench, and its answers with decoding without one.
+
+    The prompts are always the same: the prefix cache may have their keys and values of an earlier drafter.
+    """
+    answers = generate(url, requests(bench), concurrency=4)
+    trajectories = bench.answered(PROMPTS)
+    assert [answer["output_ids"] for answer in answers] == [t.tokens[t.prompt_length :] for t in trajectories]
+    for trajectory, answer, trace in zip(trajectories, answers, bench.replay(trajectories, name, None), strict=True):
+        assert_same_steps(trace_of(trajectory, answer["meta_info"][KEY]), trace)
+
+
+def assert_swaps(url: str, bench: Bench, checkpoint: Path, algorithm: str, folder: Path) -> None:
+    """Swap a server that drafts with a checkpoint to other weights and back, and compare its steps each time.
+
+    folder: gets the other checkpoint.
+    """
+    first = load_drafter(checkpoint, bench.target)
+    other = write_other_weights(first, folder)
+    bench = bench.with_drafters({"first": first, "other": load_drafter(other, bench.target)})
+    steps = [
+        [trace.accepted.tolist() for trace in bench.replay(bench.answered(PROMPTS), n, None)] for n in bench.drafters
+    ]
+    assert steps[0] != steps[1], "the drafters can be told apart"
+    proven = SimpleNamespace(swapped=True, reason="compared here.")
+    assert_drafts_with(url, bench, "first")
+    for name, to in (("other", other), ("first", checkpoint)):
+        done: list[Served] = []
+        new = NewDrafter(drafter_digest(to), to, algorithm, first.block_size)
+        swap_servers([url], new, lambda _before: lambda _url: proven, done.append)
+        assert_drafts_with(url, bench, name)
+        print(f"{algorithm}: a pause of {done[0].pause_s:.3f} s")

@@ -1,0 +1,171 @@
+"""A real server's drafter is swapped by the commands, A to B to A, while it answers other requests."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.store.local import Store
+from draftsmith.artifacts.tracking.registry import Registry
+from draftsmith.flows.cli.main import main
+from draftsmith.flows.refresh.line import registry
+from draftsmith.flows.refresh.swap import served_by
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
+from draftsmith.stages.drafters.checkpoint import load_drafter
+from draftsmith.stages.drafters.digest import drafter_digest
+from draftsmith.stages.engines.sglang.swap import NewDrafter, swap_servers
+from tests.integration.swapping import PROMPTS, assert_drafts_with, requests, write_other_weights
+from tests.sglang_cpu.server import generate
+from tests.stages.bench import Bench
+from tests.testbed.artifacts import committed
+from tests.testbed.drafter import DrafterArtifacts
+
+pytestmark = [pytest.mark.sglang, pytest.mark.integration]
+
+LOADED, IN_FLIGHT = 24, 3
+LINE = "swapped"
+
+
+@dataclass(frozen=True)
+class Swapping:
+    """A server that drafts with version 1 of a line, whose version 2 has other weights."""
+
+    url: str
+    bench: Bench  # with drafters "1" and "2"
+    folders: dict[str, Path]  # of their checkpoints
+    lines: Registry
+
+    def assert_drafts_with(self, version: str) -> None:
+        assert_drafts_with(self.url, self.bench, version)
+
+    @contextmanager
+    def load(self) -> Iterator[list[dict[str, Any]]]:
+        """Keep other requests in flight meanwhile. Yields the list of their answers, each compared at the end."""
+        bodies = requests(self.bench, PROMPTS, LOADED)
+        expected = [self.bench.greedy[p.prompt_id] for p in self.bench.prompts[PROMPTS : PROMPTS + LOADED]]
+        done, stop = [], threading.Event()
+
+        def ask(worker: int) -> None:
+            number = worker
+            while not stop.is_set():
+                answer = generate(self.url, [bodies[number % LOADED]])[0]
+                assert answer["output_ids"] == expected[number % LOADED]
+                done.append(answer)
+                number += IN_FLIGHT
+
+        with ThreadPoolExecutor(IN_FLIGHT) as pool:
+            workers = [pool.submit(ask, worker) for worker in range(IN_FLIGHT)]
+            try:
+                yield done
+            finally:
+                stop.set()
+            for worker in workers:
+                worker.result()
+
+
+@pytest.fixture(scope="module")
+def swapping(
+    dflash_url: str, bench: Bench, tiny_drafter: DrafterArtifacts, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Swapping]:
+    home = tmp_path_factory.mktemp("home")
+    store = Store(home / "store")
+    trained = tiny_drafter.drafter / DRAFTER_FOLDER
+    shutil.copytree(tiny_drafter.drafter, home / "other")
+    write_other_weights(bench.drafters["trained"], home / "other" / DRAFTER_FOLDER)
+    folders = {"1": trained, "2": home / "other" / DRAFTER_FOLDER}
+
+    def artifact(stage: str, folder: Path, key: str = "a", **fields: Any) -> Any:
+        return committed(store, stage, partial(shutil.copytree, folder, dirs_exist_ok=True), key, **fields)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DRAFTSMITH_HOME", str(home))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        inputs = {
+            "target": artifact("target", tiny_drafter.target),
+            "trajectories": artifact("rollout", tiny_drafter.rollout),
+        }
+        lines = registry()
+        for key, folder in (("a", tiny_drafter.drafter), ("b", home / "other")):
+            ref = artifact("sft", folder, key, inputs=inputs)
+            lines.register(LINE, ref, {"drafter_digest": drafter_digest(folder / DRAFTER_FOLDER)})
+        lines.promote(lines.version(LINE, 1), expected=None, why="first")
+        drafters = {name: load_drafter(folder, bench.target) for name, folder in folders.items()}
+        yield Swapping(dflash_url, bench.with_drafters(drafters), folders, lines)
+
+
+def test_a_line_is_swapped_forth_and_back_under_load(swapping: Swapping, capsys: pytest.CaptureFixture[str]) -> None:
+    url, lines = swapping.url, swapping.lines
+    swapping.assert_drafts_with("1")
+    with swapping.load() as answers:
+        assert main(["promote", f"{LINE}@2"]) == 0
+        assert main(["swap", LINE, "--url", url]) == 0
+        time.sleep(1)
+        forth = len(answers)
+    swapping.assert_drafts_with("2")
+    (served,) = served_by(lines.version(LINE, 2))
+    assert (served.url, served.drafter) == (
+        url,
+        drafter_digest(swapping.folders["2"]),
+    ) and "verify steps" in served.proof
+    assert forth > IN_FLIGHT and sum(answer["meta_info"]["num_retractions"] for answer in answers) > 0
+
+    with swapping.load():
+        assert main(["rollback", LINE]) == 0  # which swaps the servers that the tags name
+    swapping.assert_drafts_with("1")
+    assert not served_by(lines.version(LINE, 2))
+    (served,) = served_by(lines.version(LINE, 1))
+    assert main(["champions", LINE]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"{url} drafts with {LINE} version 2, after a pause of" in printed
+    assert f"{url} drafts with version 1." in printed
+    print(printed)  # with the pauses
+    assert main(["swap", LINE]) == 0  # nothing is left to do
+    swapping.assert_drafts_with("1")
+
+
+def refused(swapping: Swapping, folder: Path) -> None:
+    new = NewDrafter(drafter_digest(folder), folder, "DFLASH", 8)
+    with pytest.raises(DraftsmithError, match="refuses the drafter"):
+        swap_servers([swapping.url], new, lambda _before: lambda _url: pytest.fail("written"), lambda _served: None)
+
+
+def test_a_checkpoint_that_does_not_fit_changes_nothing(swapping: Swapping, tmp_path: Path) -> None:
+    """SGLang's own loader ignores a missing layer, and a config.json that differs is read at the start alone."""
+    checkpoint = swapping.folders["2"]
+    without_layer = Path(shutil.copytree(checkpoint, tmp_path / "without-layer"))
+    tensors = load_file(without_layer / "model.safetensors")
+    del tensors[min(name for name in tensors if "layers." in name)]
+    save_file(tensors, without_layer / "model.safetensors")
+    refused(swapping, without_layer)
+    other_mask = Path(shutil.copytree(checkpoint, tmp_path / "other-mask"))
+    config = json.loads((other_mask / "config.json").read_text())
+    config["dflash_config"]["mask_token_id"] = 0
+    (other_mask / "config.json").write_text(json.dumps(config))
+    refused(swapping, other_mask)
+    swapping.assert_drafts_with("1")
+
+
+def test_a_failed_proof_leaves_the_server_as_it_was(swapping: Swapping) -> None:
+    folder = swapping.folders["2"]
+
+    def prove(_url: str) -> Any:
+        swapping.assert_drafts_with("2")
+        raise DraftsmithError("the proof fails.")
+
+    new = NewDrafter(drafter_digest(folder), folder, "DFLASH", 8)
+    with pytest.raises(DraftsmithError, match="again, and no server after it was touched"):
+        swap_servers([swapping.url], new, lambda _before: prove, lambda _served: None)
+    swapping.assert_drafts_with("1")

@@ -1,0 +1,278 @@
+"""The part of the plug-in that writes a drafter, in stand-ins for SGLang's scheduler and models."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+
+from draftsmith.stages.drafters.digest import drafter_digest
+from draftsmith.stages.engines.sglang.plugin_hooks import Recorder
+from draftsmith.stages.engines.sglang.plugin_swap import DrafterSwap, RefusedSwapError
+from draftsmith.stages.engines.sglang.protocol import Json
+from tests.sglang_cpu.fixtures import sglang_env
+
+__all__ = ["sglang_env"]
+
+HEADS, DIM, HIDDEN, LAYERS = 2, 4, 6, 3
+
+
+class Layer(nn.Module):
+    """A layer with the attributes that SGLang's fused helper reads."""
+
+    def __init__(self, rotary: Any) -> None:
+        super().__init__()
+        attn: Any = nn.Module()
+        self.self_attn = attn
+        attn.qkv_proj, attn.k_norm = nn.Linear(HIDDEN, 4 * HEADS * DIM, bias=False), nn.RMSNorm(DIM)
+        attn.q_size, attn.kv_size = 2 * HEADS * DIM, HEADS * DIM
+        attn.num_kv_heads, attn.head_dim, attn.rotary_emb = HEADS, DIM, rotary
+        attn.k_norm.variance_epsilon = 1e-6
+
+
+class Draft(nn.Module):
+    """A draft model with the target's embedding, and a loader that takes what it is given, as SGLang's do."""
+
+    def __init__(self, embedding: torch.Tensor) -> None:
+        super().__init__()
+        rotary = SimpleNamespace(rotary_dim=DIM, is_neox_style=True, cos_sin_cache=torch.zeros(8, DIM))
+        self.layers = nn.ModuleList([Layer(rotary) for _ in range(LAYERS)])
+        self.embed = nn.Module()
+        self.embed.weight = embedding
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        parameters = dict(self.named_parameters())
+        for name, values in weights:
+            if name in parameters:
+                assert values.shape == parameters[name].shape
+                parameters[name].data.copy_(values)
+
+
+@dataclass
+class Scheduler:
+    """What the hooks use of SGLang's scheduler."""
+
+    folder: Path
+    idle: bool = True
+    calls: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.server_args = SimpleNamespace(
+            speculative_algorithm="DFLASH",
+            speculative_draft_model_path=str(self.folder),
+            speculative_draft_model_revision=None,
+            pp_size=1,
+        )
+        target = nn.Embedding(9, HIDDEN)
+        model = Draft(target.weight)
+        model.load_weights(load_file(self.folder / "model.safetensors").items())
+        config = Qwen3Config.from_dict(json.loads((self.folder / "config.json").read_text()))
+        runner = SimpleNamespace(model=model, model_config=SimpleNamespace(hf_config=config))
+        self.tp_worker = SimpleNamespace(model_runner=SimpleNamespace(model=target))
+        self.draft_worker = SimpleNamespace(draft_model=model, draft_model_runner=runner)
+
+    @property
+    def parameters(self) -> dict[str, torch.Tensor]:
+        named = self.draft_worker.draft_model.named_parameters()
+        return {name: parameter.detach().clone() for name, parameter in named}
+
+    def pause_generation(self, request: Any) -> None:
+        self.calls.append(f"pause: {request.mode}")
+
+    def flush_cache(self) -> bool:
+        self.calls.append("flush")
+        return self.idle
+
+    def continue_generation(self, _request: Any) -> None:
+        self.calls.append("continue")
+
+
+@pytest.fixture(autouse=True)
+def io_struct(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's module of requests, of which two are sent to the scheduler."""
+    for name in ("sglang", "sglang.srt", "sglang.srt.managers", "sglang.srt.managers.io_struct"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    requests = sys.modules["sglang.srt.managers.io_struct"]
+    for name in ("PauseGenerationReqInput", "ContinueGenerationReqInput"):
+        monkeypatch.setattr(requests, name, SimpleNamespace, raising=False)
+
+
+def write_drafter(
+    folder: Path, seed: int, change: Callable[[Json, dict[str, torch.Tensor]], None] | None = None
+) -> Path:
+    """Write a checkpoint of random weights. change: of config and tensors."""
+    folder.mkdir()
+    torch.manual_seed(seed)
+    tensors = {name: torch.randn_like(p) for name, p in Draft(nn.Embedding(9, HIDDEN).weight).named_parameters()}
+    config = {"architectures": ["DFlashDraftModel"], "block_size": 8, "dflash_config": {"target_layer_ids": [0, 1]}}
+    if change is not None:
+        change(config, tensors)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: values.contiguous() for name, values in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+@dataclass
+class Server:
+    """The hooks of one rank, after its start with drafter `a`."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.a = write_drafter(self.folder / "a", 0)
+        self.scheduler, self.recorder = Scheduler(self.a), Recorder()
+        self.recorder.drafter = drafter_digest(self.a)
+        self.swap = DrafterSwap(self.recorder)
+        self.swap.after_start(None, self.scheduler)
+
+    def serve(self, folder: Path, digest: str | None = None, others: tuple[str, ...] = ()) -> Json:
+        """Ask until the files are read. others: states of other ranks."""
+        wanted = {"drafter": digest or drafter_digest(folder), "folder": str(folder), "upload": "", "tracking": ""}
+        while (answer := self.swap.serve(wanted, lambda state: [state, *others])) == {"state": "reading"}:
+            if others:
+                break
+        return answer
+
+    def assert_serves(self, folder: Path) -> None:
+        written = load_file(folder / "model.safetensors")
+        for name, values in self.scheduler.parameters.items():
+            if name != "embed.weight":
+                assert torch.equal(values, written[name]), name
+        assert self.recorder.drafter == drafter_digest(folder)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Server:
+    return Server(tmp_path)
+
+
+def test_weights_are_written_between_flush_and_continue_to_the_same_addresses(server: Server, tmp_path: Path) -> None:
+    parameters = dict(server.scheduler.draft_worker.draft_model.named_parameters())
+    addresses = {name: parameter.data_ptr() for name, parameter in parameters.items()}
+    b = write_drafter(tmp_path / "b", 1)
+    answer = server.serve(b)
+    assert answer["state"] == "served" and answer["pause_s"] > 0
+    server.assert_serves(b)
+    assert server.scheduler.calls == ["pause: retract", "flush", "continue"]
+    assert {name: parameter.data_ptr() for name, parameter in parameters.items()} == addresses
+    assert server.serve(b)["state"] == "served" and len(server.scheduler.calls) == 3  # nothing is left to do
+
+
+def test_the_targets_embedding_is_not_written(server: Server, tmp_path: Path) -> None:
+    """Some checkpoints have the embedding too; the draft model shares the target's parameter."""
+    before = server.scheduler.parameters["embed.weight"]
+    server.serve(write_drafter(tmp_path / "b", 1))
+    assert torch.equal(server.scheduler.parameters["embed.weight"], before)
+
+
+def test_the_old_weights_return_without_their_files(server: Server, tmp_path: Path) -> None:
+    written = load_file(server.a / "model.safetensors")
+    digest = drafter_digest(server.a)
+    server.serve(write_drafter(tmp_path / "b", 1))
+    assert server.serve(tmp_path / "gone", digest)["state"] == "served"
+    assert all(torch.equal(v, written[n]) for n, v in server.scheduler.parameters.items() if n != "embed.weight")
+
+
+def without_a_layer(_config: Json, tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["layers.1.self_attn.k_norm.weight"]
+
+
+def with_another_shape(_config: Json, tensors: dict[str, torch.Tensor]) -> None:
+    tensors["layers.1.self_attn.k_norm.weight"] = torch.ones(DIM + 1)
+
+
+def with_nan(_config: Json, tensors: dict[str, torch.Tensor]) -> None:
+    tensors["layers.2.self_attn.k_norm.weight"][0] = torch.nan
+
+
+def of_another_block_size(config: Json, _tensors: dict[str, torch.Tensor]) -> None:
+    config["block_size"] = 16
+
+
+def of_other_layers(config: Json, _tensors: dict[str, torch.Tensor]) -> None:
+    config["dflash_config"]["target_layer_ids"] = [1, 2]
+
+
+@pytest.mark.parametrize(
+    "change", [without_a_layer, with_another_shape, with_nan, of_another_block_size, of_other_layers]
+)
+def test_a_drafter_that_does_not_fit_is_refused_before_anything_is_written(
+    server: Server, tmp_path: Path, change: Callable[[Json, dict[str, torch.Tensor]], None]
+) -> None:
+    before = server.scheduler.parameters
+    with pytest.raises(RefusedSwapError):
+        server.serve(write_drafter(tmp_path / "b", 1, change))
+    assert all(torch.equal(values, before[name]) for name, values in server.scheduler.parameters.items())
+    assert not server.scheduler.calls and server.recorder.drafter == drafter_digest(server.a)
+
+
+def test_a_folder_with_another_drafter_is_refused(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(RefusedSwapError, match="does not have the files"):
+        server.serve(write_drafter(tmp_path / "b", 1), digest="0" * 64)
+    server.assert_serves(server.a)
+
+
+def test_a_cache_that_cannot_be_emptied_keeps_the_old_weights(server: Server, tmp_path: Path) -> None:
+    server.scheduler.idle = False
+    with pytest.raises(RefusedSwapError):
+        server.serve(write_drafter(tmp_path / "b", 1))
+    assert server.scheduler.calls[-1] == "continue"
+    server.assert_serves(server.a)
+
+
+def test_ranks_wait_for_each_other(server: Server, tmp_path: Path) -> None:
+    b = write_drafter(tmp_path / "b", 1)
+    for _ in range(200):
+        assert server.serve(b, others=("reading",)) == {"state": "reading"}
+        if server.swap._ready is not None:
+            break
+    server.assert_serves(server.a)
+    with pytest.raises(RefusedSwapError, match="no such file"):
+        server.serve(b, others=("refused: no such file",))
+    server.assert_serves(server.a)
+    assert server.serve(b)["state"] == "served"
+    server.assert_serves(b)
+
+
+@pytest.mark.sglang
+def test_tensors_that_sglang_derives_on_a_gpu_follow(sglang_env: Path, server: Server, tmp_path: Path) -> None:
+    """SGLang's own helper, which keeps the keys' and values' projections of all layers as one tensor."""
+    helper_class = fused_helper(sglang_env)
+    worker = server.scheduler.draft_worker
+
+    def helper() -> Any:
+        rotary = worker.draft_model.layers[0].self_attn.rotary_emb
+        with torch.no_grad():
+            return helper_class(worker.draft_model.layers, rotary, HEADS, DIM, torch.device("cpu"))
+
+    held = worker._fused_kv_helper = helper()
+    names = ("flat_kv_weight_t", "k_norm_weights")
+    addresses = [getattr(held, name).data_ptr() for name in names]
+    server.serve(write_drafter(tmp_path / "b", 1))
+    for name in names:
+        assert torch.equal(getattr(held, name), getattr(helper(), name)), name
+    assert [getattr(held, name).data_ptr() for name in names] == addresses  # captured graphs have them
+
+
+def fused_helper(python: Path) -> Any:
+    """Return the class from SGLang's file, with a stub for Triton, of which its constructor needs nothing."""
+    find = "import importlib.util; print(importlib.util.find_spec('sglang').submodule_search_locations[0])"
+    package = subprocess.run([str(python), "-I", "-c", find], capture_output=True, text=True, check=True).stdout.strip()
+    source = next(Path(package).rglob("fused_kv_materialize.py")).read_text()
+    source = source.replace("import triton\nimport triton.language as tl\n", "")
+    triton = SimpleNamespace(jit=lambda function: function)
+    module = {"triton": triton, "tl": SimpleNamespace(constexpr=int), "__name__": "fused_kv_materialize"}
+    exec(compile(source, "fused_kv_materialize.py", "exec"), module)
+    return module["FusedKVMaterializeHelper"]
