@@ -8,6 +8,7 @@ seconds: the modules imported here load them on first use.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shlex
@@ -205,22 +206,21 @@ def _status(options: argparse.Namespace, pipeline: Pipeline) -> None:
     else:
         from draftsmith.flows.refresh.watch import show_servers  # imports a client of servers
 
-        line = str(options.config)
-        show_servers(Display(), line, _servers(options, line))
+        show_servers(Display(), str(options.config), options.url)
 
 
 def _watch(options: argparse.Namespace, pipeline: Pipeline) -> None:
     from draftsmith.flows.refresh.watch import watch  # imports a client of servers
 
-    line, drift = str(options.config), DriftConfig()
+    line, urls, drift = str(options.config), options.url, DriftConfig()
     if _is_file(options.config):
         config = read_config(options.config, options.overrides, RefreshConfig)
         if config.registry is None:
             raise DraftsmithError(f"{options.config}: it has no line to watch. Set registry.name.")
-        line, drift = config.registry.name, config.drift
+        line, urls, drift = config.registry.name, urls or config.registry.servers, config.drift
     elif options.then == "refresh":
         raise DraftsmithError(f"--then refresh: {line} is a line. Give the config file that refreshes it.")
-    watched = watch(line, _servers(options, line), options.minutes, drift.threshold)
+    watched = watch(line, urls, options.minutes, drift.threshold)
     if watched.outcome == "mismatched" or (watched.outcome == "below" and options.then is None):
         raise RefusedError(watched.sentence)
     Display().line(f"{watched.outcome}: {watched.sentence}")
@@ -233,13 +233,6 @@ def _watch(options: argparse.Namespace, pipeline: Pipeline) -> None:
 def _is_file(path: Path) -> bool:
     """Return whether a name is that of a config file, and not of a line."""
     return path.suffix in (".yaml", ".yml") or path.is_file()
-
-
-def _servers(options: argparse.Namespace, line: str) -> list[str]:
-    """Return the addresses of the servers that a command names, or else of those that have the line by a swap."""
-    if urls := [url.rstrip("/") for url in options.url] or registry_commands.swapped_servers(line):
-        return urls
-    raise DraftsmithError(f"{line}: no server is known. Name those that serve it with --url.")
 
 
 def _show(options: argparse.Namespace, _pipeline: Pipeline) -> None:
@@ -276,6 +269,12 @@ def _export(options: argparse.Namespace, _pipeline: Pipeline) -> None:
 def _deploy(options: argparse.Namespace, pipeline: Pipeline) -> None:
     config = read_config(options.config, options.overrides, pipeline.config)
     Selection(force=tuple(options.force)).forced(pipeline.nodes(config))  # an unknown node is an error now
+    arguments: dict[str, object] = {"force": options.force}
+    if options.watch is not None:
+        refresh = f"refresh/{config.name.replace('/', '-')}"
+        arguments = {"then": {"report": None, "refresh": refresh, "rollback": "rollback"}[options.watch]}
+        config = config.model_copy(update={"name": f"{config.name}-watch"})
+        pipeline = dataclasses.replace(pipeline, flow="draftsmith.flows.refresh.flow:watch")
     api = permanent_server(home())
     # imports Prefect, which reads the environment that `permanent_server` sets
     from draftsmith.flows.orchestration.deployment import DeploymentOptions, Schedule, deploy
@@ -284,7 +283,7 @@ def _deploy(options: argparse.Namespace, pipeline: Pipeline) -> None:
         pool=options.pool,
         folder=Path.cwd(),
         schedule=Schedule(options.cron, options.timezone),
-        force=options.force,
+        arguments=arguments,
         webhook=options.webhook,
         silent_days=options.silent_after,
     )

@@ -145,6 +145,11 @@ def parser() -> argparse.ArgumentParser:
         "--force", action="append", default=[], metavar="NODE", help="every run builds this node again, such as target"
     )
     deploy.add_argument(
+        "--watch",
+        choices=["report", "refresh", "rollback"],
+        help="runs watch the servers; if tau is measurably below, they report it, run the refresh, or roll back",
+    )
+    deploy.add_argument(
         "--webhook",
         metavar="URL",
         help="called when a run fails, crashes, promotes, is refused or inconclusive, or waits for a person. Left out: "
@@ -203,7 +208,10 @@ def _number(text: str) -> float:
 
 def _add_servers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--url", action="append", default=[], help="an SGLang server; its API key, if any, is in SGLANG_API_KEY"
+        "--url",
+        action="append",
+        default=[],
+        help="an SGLang server, whose API key, if any, is in SGLANG_API_KEY; left out: those that were swapped",
     )
 
 

@@ -6,8 +6,8 @@ import importlib
 import json
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ class DeploymentOptions:
     pool: str  # a work pool that exists
     folder: Path  # the working directory of a process pool's runs, to which paths in the config are relative
     schedule: Schedule = Schedule()
-    force: Sequence[str] = ()  # nodes that every run makes again, such as `target`
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # of the flow, beside the config
     webhook: str | None = None  # called when a run ends or waits; None keeps the deployment's earlier one
     silent_days: float | None = None  # the webhook is also called if no run has ended for so long
 
@@ -99,7 +99,7 @@ def deploy(config: RunOptions, pipeline: Pipeline, api: str, options: Deployment
             flow,
             name=config.name.replace("/", "-"),
             schedules=schedules,
-            parameters=parameters(config, options.force),
+            parameters=parameters(config, options.arguments),
             concurrency_limit=1,
             job_variables=_job_variables(pool, options.folder),
             entrypoint_type=EntrypointType.MODULE_PATH,  # found wherever Draftsmith is installed
@@ -115,9 +115,9 @@ def deploy(config: RunOptions, pipeline: Pipeline, api: str, options: Deployment
     return DeploymentInfo(deployment.full_name, f"{ui}/deployments/deployment/{id_}", created, webhook)
 
 
-def parameters(config: RunOptions, force: Sequence[str]) -> dict[str, Any]:
+def parameters(config: RunOptions, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the flow's parameters: only the fields that the config sets, as the form shows defaults."""
-    return {"config": config.model_dump(mode="json", exclude_unset=True), "force": list(force)}
+    return {"config": config.model_dump(mode="json", exclude_unset=True), **arguments}
 
 
 def _is_new(client: SyncPrefectClient, name: str, config: RunOptions) -> bool:
@@ -161,7 +161,7 @@ _LOST = "its host or its process sends no more heartbeats"
 _MISSED = 4  # heartbeats in a row, after which a run has crashed
 # A run's outcome comes from our own events. Prefect's events of states wait for the ones before them, which scheduled
 # runs lack.
-_OURS = {f"draftsmith.{outcome}" for outcome in ("promoted", "refused", "inconclusive")}
+_OURS = {f"draftsmith.{outcome}" for outcome in ("promoted", "refused", "inconclusive", "below", "mismatched")}
 _CALLED = {f"prefect.flow-run.{state}" for state in ("Failed", "TimedOut", "Crashed", "Suspended")} | _OURS
 _ENDED = {"draftsmith.current", "prefect.flow-run.Completed", "prefect.flow-run.Suspended"} | _OURS
 # Valid JSON whatever the message is. The state is the event's, since the run may have another one by now.

@@ -5,11 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from prefect import flow
+from prefect.deployments import run_deployment
+from prefect.states import Completed, Failed
 
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.host import bypass_proxy_for_localhost
+from draftsmith.artifacts.redaction import redact_logs
+from draftsmith.flows.execution.display import Display
+from draftsmith.flows.orchestration.flow_run import announce
 from draftsmith.flows.orchestration.run import run_graph
+from draftsmith.flows.planning.graph import Conclusion
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.flows.refresh.measurements import DIAGNOSE, EVALUATE, DiagnoseConfig, EvaluateConfig
+from draftsmith.flows.refresh.registry_commands import rollback
+from draftsmith.flows.refresh.watch import watch as watch_servers
 
 
 @flow(name="refresh", flow_run_name="{config.name}", persist_result=False)
@@ -64,3 +74,28 @@ def diagnose(
         until: Make only these nodes and what they need; nothing is promoted.
     """
     return run_graph(config, DIAGNOSE, force, start, until)
+
+
+@flow(name="watch", flow_run_name="{config.name}", persist_result=False)
+def watch(config: RefreshConfig, minutes: float = 5, then: str | None = None) -> Any:
+    """Compare tau of a line's servers with the champion's at its promotion.
+
+    Args:
+        config: The line's refresh, which names the servers.
+        minutes: Count the requests that finish in so many minutes.
+        then: If tau is measurably below: `rollback`, or a deployment to run, such as `refresh/my-model`.
+    """
+    redact_logs()
+    bypass_proxy_for_localhost()  # a deployment's run does not come through the command
+    if (line := config.registry) is None:
+        raise DraftsmithError(f"{config.name}: it has no line to watch. Set registry.name.")
+    watched = watch_servers(line.name, line.servers, minutes, config.drift.threshold)
+    conclusion = Conclusion(watched.outcome.capitalize(), watched.sentence)
+    if watched.outcome not in ("below", "mismatched"):
+        return Completed(name=conclusion.name, message=conclusion.message)
+    announce(config.name, conclusion)
+    if watched.outcome == "below" and then == "rollback":
+        rollback(Display(), line.name, watched.sentence, dry_run=False)
+    elif watched.outcome == "below" and then is not None:
+        run_deployment(then, timeout=0, as_subflow=False)
+    return Failed(name=conclusion.name, message=conclusion.message)

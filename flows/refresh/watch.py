@@ -14,6 +14,7 @@ from draftsmith.artifacts.tracking.registry import CHAMPION, Version
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.refresh.decisions import degraded_sets
 from draftsmith.flows.refresh.line import BLOCK_SIZE, registry
+from draftsmith.flows.refresh.registry_commands import swapped_servers
 from draftsmith.stages.engines.sglang.served import ServerState, ask_servers, count_finished, served_tau
 
 _FEWEST = 4  # windows with finished requests, as many as the gate needs prompts
@@ -30,39 +31,42 @@ class Watched:
 
 
 def show_servers(display: Display, line: str, urls: Sequence[str]) -> None:
-    """Print which drafter each server has, and its tau since the server started."""
+    """Print which drafter each server has, since when, and its tau. urls: as for `watch`."""
     versions = registry().versions(line)
     if not versions:
         raise registry().unknown_line(line)
     rows = []
-    for url, state in ask_servers(urls).items():
+    for url, state in ask_servers(_servers(line, urls)).items():
         if isinstance(state, DraftsmithError):
-            rows.append([url, str(state), "-", "-", "-"])
+            rows.append([url, str(state), "-", "-", "-", "-"])
             continue
         version = _version(state, versions)
         content = "-" if version is None else version.content_id[:12]
         tau = "-" if state.tau is None else f"{state.tau:.3f}"
-        rows.append([url, _drafter(state, version), content, str(state.block_size or "-"), tau])
-    head = ["server", "drafter", "content", "block", "tau"]
+        since, block = state.since or "-", str(state.block_size or "-")
+        rows.append([url, _drafter(state, version), content, since, block, tau])
+    head = ["server", "drafter", "content", "since", "block", "tau"]
     caption = "tau: of all verify steps since the server started, whatever drafter it had"
-    display.table(head, rows, title=line, text_columns=3, caption=caption)
+    display.table(head, rows, title=line, text_columns=4, caption=caption)
 
 
 def watch(line: str, urls: Sequence[str], minutes: float, threshold: float) -> Watched:
     """Compare tau of the requests that the servers finish in the next minutes with the champion's at its promotion.
 
-    threshold: share of its tau that the champion may have lost, as in the drift check. Servers that do not answer are
-    left out. Raises RetryableError if none does, DraftsmithError if one is not SGLang's or has no metrics.
+    urls: of the servers; empty: those that have a version of the line by a swap. Servers that do not answer are left
+    out. threshold: share of its tau that the champion may have lost, as in the drift check.
+
+    Raises RetryableError if no server answers, DraftsmithError if one is not SGLang's or has no metrics.
     """
     lines = registry()
     champion, versions = lines.champion(line), lines.versions(line)
     if champion is None:
         raise DraftsmithError(f"{line} has no champion. Promote one.") if versions else lines.unknown_line(line)
-    states = _answered(ask_servers(urls))
+    states = _answered(ask_servers(_servers(line, urls)))
     for url, state in states.items():
         if state.algorithm is None or state.digest not in (None, champion.tags.get("drafter_digest")):
             served = f"{url} serves {_drafter(state, _version(state, versions))}, and {champion} is the champion"
-            return Watched("mismatched", f"{served}. Load the champion into it.")
+            return Watched("mismatched", f"{served}. Run `draftsmith swap {line} --url {url}`.")
     measured_with = json.loads(champion.tags.get("measured_with") or "{}").get(BLOCK_SIZE)
     for url, state in states.items():
         if measured_with not in (None, state.block_size):
@@ -70,8 +74,8 @@ def watch(line: str, urls: Sequence[str], minutes: float, threshold: float) -> W
             return Watched("inconclusive", f"{served}. Serve that block size.")
     windows = _answered(count_finished(list(states), 60 * minutes))
     now = _answered(ask_servers(list(windows)))
-    if any(state.digest != states[url].digest for url, state in now.items()):
-        return Watched("inconclusive", f"{line}: a server has another drafter by now. Watch again.")
+    if any((state.digest, state.since) != (states[url].digest, states[url].since) for url, state in now.items()):
+        return Watched("inconclusive", f"{line}: a server has another drafter by now, or started again. Watch again.")
     finished = [window for each in windows.values() for window in each]
     metrics = champion.metrics().get(ALL)
     promised = None if metrics is None else SetMetrics.model_validate(metrics)
@@ -93,6 +97,13 @@ def compare(served: SetMetrics, promised: SetMetrics | None, threshold: float) -
     if served.tau < (1 - threshold) * promised.tau:
         return "inconclusive", f"{text}: below, but not measurably. Watch longer"
     return "promised", f"{text}: at most {threshold:.1%} below"
+
+
+def _servers(line: str, urls: Sequence[str]) -> list[str]:
+    """Return the servers at `urls`, or else those that have a version of the line by a swap."""
+    if servers := [url.rstrip("/") for url in urls] or swapped_servers(line):
+        return servers
+    raise DraftsmithError(f"{line}: no server is known. Name those that serve it with --url.")
 
 
 def _answered(answers: Mapping[str, _T | DraftsmithError]) -> dict[str, _T]:

@@ -23,17 +23,10 @@ from draftsmith.stages.engines.servers.client import (
     unreachable_server,
     wrong_server,
 )
-from draftsmith.stages.engines.sglang.api import generate
-from draftsmith.stages.engines.sglang.protocol import KEY, Json
-from draftsmith.stages.engines.sglang.records import recorded_drafter
+from draftsmith.stages.engines.sglang.protocol import SWAP_STATE
 from draftsmith.stages.runtime.statistics import jackknife, ratio
 
 API_KEY = "SGLANG_API_KEY"  # environment variable with the servers' key, if they require one
-_PROBE_NAME = "draftsmith-status"
-_PROBE: Json = {
-    "input_ids": [0],
-    "sampling_params": {"temperature": 0, "max_new_tokens": 1, "custom_params": {KEY: True}},
-}
 _TOKENS, _REQUESTS, _STEPS = (
     f"sglang:{name}_total" for name in ("generation_tokens", "num_requests", "spec_verify_calls")
 )
@@ -48,6 +41,7 @@ class ServerState:
 
     algorithm: str | None = None  # None: it serves without a drafter
     digest: str | None = None  # of the drafter; None: the server has no plug-in
+    since: str | None = None  # when it began to serve that drafter, ISO 8601, UTC
     block_size: int | None = None
     tau: float | None = None  # of all verify steps since its start, whatever drafter made them
 
@@ -95,12 +89,13 @@ async def _state(client: httpx.AsyncClient, url: str) -> ServerState:
     algorithm = server.get("speculative_algorithm")
     if not algorithm:
         return ServerState()
-    probe = await generate(client, url, _PROBE_NAME, _PROBE)
     states = server.get("internal_states") or ()  # of each replica
     taus = [tau for state in states if (tau := state.get("avg_spec_accept_length"))]
+    reports = [report for state in states if (report := state.get(SWAP_STATE))]
     return ServerState(
         algorithm=str(algorithm),
-        digest=recorded_drafter(_PROBE_NAME, probe.body.get("meta_info") or {}) or None,
+        digest=", ".join(sorted({report["drafter"] for report in reports})) or None,
+        since=max((report["since"] for report in reports), default=None),
         block_size=server.get("speculative_num_draft_tokens"),
         tau=sum(taus) / len(taus) if taus else None,
     )

@@ -27,6 +27,9 @@ PROGRAM = textwrap.dedent(
     from draftsmith.flows.cli.main import main
     from draftsmith.flows.orchestration.flow_run import show_verdict
     from tests.flows.toy import ASSET, TOY
+    from draftsmith.flows.refresh.config import RefreshConfig
+    from draftsmith.flows.refresh.flow import watch
+    from tests.flows.refresh.watched import server_below_its_promise
     from tests.flows.toy_flow import toy_refresh
 
     @flow
@@ -45,6 +48,16 @@ PROGRAM = textwrap.dedent(
             deployment = client.read_deployment_by_name("refresh/weekly")
             line = deployment.parameters["config"]["registry"]["name"]
             print("deployed", code, line, *(each.schedule.cron for each in deployment.schedules))
+        words = [json.loads(os.environ["DEPLOYED"])[0][0], "--pool", "pool", "--watch", "refresh"]
+        assert main(["deploy", *words, "--set", "registry.servers=[http://gpu1]"]) == 0
+        watching = client.read_deployment_by_name("watch/weekly-watch").parameters
+        print("watching", watching["then"], *watching["config"]["registry"]["servers"])
+        with server_below_its_promise("a-line") as url:
+            watching["config"]["registry"]["servers"] = [url]
+            config = RefreshConfig(**watching["config"])
+            print("watched", watch(config, 0.001, watching["then"], return_state=True).name)
+        refreshes = DeploymentFilter(id=DeploymentFilterId(any_=[client.read_deployment_by_name("refresh/weekly").id]))
+        print("refreshes", len(client.read_flow_runs(deployment_filter=refreshes)))
         refresh()
         (artifact,) = client.read_artifacts()
         print("verdict", artifact.key, artifact.type, artifact.data, artifact.flow_run_id is not None, sep="|")
@@ -115,6 +128,12 @@ def test_a_deployment_is_never_changed_by_another_line(ended: subprocess.Complet
     assert [webhook for line, webhook in zip(lines, webhooks, strict=True) if webhook not in line] == []
     (error,) = (line for line in ended.stderr.splitlines() if line.startswith("draftsmith: error: "))
     assert "a-line" in error and "b-line" in error
+
+
+def test_a_deployment_that_watches_starts_a_refresh(ended: subprocess.CompletedProcess[str]) -> None:
+    assert printed(ended, "watching") == ["refresh/weekly http://gpu1"]
+    assert printed(ended, "watched") == ["Below"], ended.stderr
+    assert printed(ended, "refreshes") == ["1"]
 
 
 def test_the_flow_runs_page_shows_the_verdict(ended: subprocess.CompletedProcess[str]) -> None:

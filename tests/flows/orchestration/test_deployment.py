@@ -61,7 +61,7 @@ def test_every_config_fits_the_parameters_of_its_flow(path: Path) -> None:
     from tests.testbed.refresh import load_config
 
     config = load_config(path)
-    sent = parameters(config, ["target"])
+    sent = parameters(config, {"force": ["target"]})
     validate(sent, parameter_schema(refresh).model_dump(), raise_on_error=True)
     assert RefreshConfig.model_validate(sent["config"]) == config
 
@@ -72,7 +72,7 @@ def test_a_relative_window_stays_relative_in_a_deployment() -> None:
     from tests.testbed.refresh import load_config
 
     config = load_config(ROOT / "configs" / "weekly.yaml")
-    sent = parameters(config, [])["config"]
+    sent = parameters(config, {})["config"]
     assert sent["logs"]["since"] == sent["prompts"]["sources"][0]["since"] == "7d"
     assert RefreshConfig.model_validate(sent) == config
 

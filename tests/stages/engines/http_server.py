@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
-Reply = Callable[[dict[str, Any]], dict[str, Any] | None]  # payload -> body; None: the connection is closed
+Reply = Callable[[dict[str, Any]], dict[str, Any] | str | None]  # payload -> body; None: the connection is closed
 
 
 class Refusal(Exception):
@@ -69,7 +69,7 @@ class HttpServer:
                 if body is None:
                     self.close_connection = True
                     return
-                data = json.dumps(body).encode()
+                data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
                 self.send_response(status)
                 for name, value in {"Content-Type": "application/json", **headers}.items():
                     self.send_header(name, value)

@@ -91,7 +91,7 @@ def failing(times: int, error: Refusal | None, then: Reply = answer) -> Reply:
     """Return a reply that fails `times` times; without an error the connection is closed."""
     left = itertools.count()
 
-    def generate(asked: dict[str, Any]) -> dict[str, Any] | None:
+    def generate(asked: dict[str, Any]) -> dict[str, Any] | str | None:
         if not is_probe(asked) and next(left) < times:
             if error is not None:
                 raise error
@@ -172,7 +172,7 @@ def with_room_for(number: int, status: int, text: str, answers: Reply) -> Reply:
     """Return a reply that refuses more than `number` concurrent requests."""
     room = threading.Semaphore(number)
 
-    def generate(asked: dict[str, Any]) -> dict[str, Any] | None:
+    def generate(asked: dict[str, Any]) -> dict[str, Any] | str | None:
         if not room.acquire(blocking=False):
             raise Refusal(status, text)
         try:

@@ -40,7 +40,7 @@ def without_unknown_fields(payload: dict[str, Any]) -> dict[str, Any]:
 def router_of(*workers: HttpServer, healthy: bool = True) -> Iterator[HttpServer]:
     """Run a router that answers like the first of its workers."""
 
-    def generate(payload: dict[str, Any]) -> dict[str, Any] | None:
+    def generate(payload: dict[str, Any]) -> dict[str, Any] | str | None:
         return workers[0].replies["/generate"](without_unknown_fields(payload))
 
     listed: Reply = lambda _: {"workers": [{"url": each.url, "is_healthy": healthy} for each in workers]}  # noqa: E731

@@ -1,0 +1,47 @@
+"""A line with a champion, and a server whose counters stay below what it was promoted with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+
+from draftsmith.artifacts.home import home
+from draftsmith.artifacts.store.local import Store
+from draftsmith.artifacts.tracking.registry import Version
+from draftsmith.flows.refresh.line import registry
+from draftsmith.stages.engines.sglang.protocol import SWAP_STATE
+from tests.stages.engines.http_server import serving
+from tests.testbed.artifacts import committed
+
+
+def promoted(line: str, key: str, digest: str, tau: float) -> Version:
+    """Make a version the champion of a line. digest: of its drafter. tau: what it was promoted with."""
+    metrics = {"all": {"tau": tau, "low": tau - 0.05, "high": tau + 0.05, "prompts": 100}}
+    tags = {"drafter_digest": digest, "figures": json.dumps(metrics), "tau": str(tau)}
+    tags["measured_with"] = json.dumps({"drafting.block_size": 8})
+    lines, drafter = registry(), committed(Store(home() / "store"), "opd", {"drafter/config.json": key}, key)
+    version = lines.register(line, drafter, tags)
+    lines.promote(version, expected=lines.champion(line), why="a test")
+    return version
+
+
+@contextmanager
+def server_below_its_promise(line: str) -> Iterator[str]:
+    """Yield the address of a server with a line's new champion: tau 2, promoted with 4."""
+    promoted(line, "a", "abc", 4.0)
+    readings = count()
+
+    def counters(_: object) -> str:
+        requests = next(readings)
+        return (
+            f'sglang:num_requests_total{{is_streaming="false"}} {requests}\n'
+            f'sglang:generation_tokens_total{{is_streaming="false"}} {101 * requests}\n'
+            f"sglang:spec_verify_calls_total {50 * requests}\n"
+        )
+
+    state = {SWAP_STATE: {"drafter": "abc", "since": "2026-11-30T08:00:00+00:00"}}
+    server = {"speculative_algorithm": "DFLASH", "speculative_num_draft_tokens": 8, "internal_states": [state]}
+    with serving(lambda _: {}, server_info=lambda _: server, metrics=counters) as running:
+        yield running.url
