@@ -16,6 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean as mean
 from typing import Any
 
 import numpy as np
@@ -114,9 +115,9 @@ def simulate(old: Side, new: Side, times: int, *, noisy: bool, seed: int = 0) ->
     return {
         "answers_median": float(np.median(needed)) if needed else math.nan,
         "answers_99": float(np.quantile(needed, 0.99)) if needed else math.nan,
-        "missed": np.mean([swapped is True for swapped, _ in failed]),
-        "false_alarms": np.mean([swapped is False for swapped, _ in happened]),
-        "inconclusive": np.mean([swapped is None for swapped, _ in [*happened, *failed]]),
+        "missed": mean([swapped is True for swapped, _ in failed]),
+        "false_alarms": mean([swapped is False for swapped, _ in happened]),
+        "inconclusive": mean([swapped is None for swapped, _ in [*happened, *failed]]),
     }
 
 
@@ -129,23 +130,27 @@ def moved(drafter: Drafter, towards: Drafter, share: float) -> Drafter:
     return copied
 
 
-def tau_of(target: Target, drafter: Drafter, trajectories: Sequence[Trajectory]) -> float:
-    return Replayer(target).acceptance({"it": drafter}, trajectories)["it"].tau
+def scrambled(drafter: Drafter) -> Drafter:
+    """Return a copy with noise on every weight, as large as the weights of its tensor."""
+    copied, generator = copy.deepcopy(drafter), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+            parameter.add_(noise * parameter.float().std())
+    return copied
 
 
-def apart(target: Target, drafter: Drafter, towards: Drafter, trajectories: Sequence[Trajectory], by: float) -> Drafter:
-    """Return a moved copy whose tau differs by this share or a little more."""
-    own, low, high = tau_of(target, drafter, trajectories), 0.0, 0.02
+def taus(target: Target, drafters: Sequence[Drafter], trajectories: Sequence[Trajectory]) -> list[float]:
+    stats = Replayer(target).acceptance({str(i): drafter for i, drafter in enumerate(drafters)}, trajectories)
+    return [stats[str(i)].tau for i in range(len(drafters))]
 
-    def far_enough(share: float) -> bool:
-        return abs(tau_of(target, moved(drafter, towards, share), trajectories) / own - 1) >= by
 
-    while not far_enough(high):
-        low, high = high, 2 * high
-    for _ in range(5):
-        middle = (low + high) / 2
-        low, high = (low, middle) if far_enough(middle) else (middle, high)
-    return moved(drafter, towards, high)
+def shares_apart(target: Target, drafter: Drafter, towards: Drafter, trajectories: Sequence[Trajectory]) -> list[float]:
+    """Return by which shares of the way the weights must move for tau to differ by `APART`."""
+    shares = np.concatenate([[0], np.geomspace(0.05, 8, 18)])
+    own, *others = taus(target, [moved(drafter, towards, share) for share in shares], trajectories)
+    differences = np.maximum.accumulate([0.0, *(abs(tau / own - 1) for tau in others)])
+    return [float(share) for share in np.interp(APART, differences, shares)]
 
 
 def row(
@@ -153,15 +158,15 @@ def row(
 ) -> dict[str, Any]:
     """Measure one pair (old, new)."""
     old, new = (read(target, drafter, trajectories, other) for drafter in drafters)
-    taus = [tau_of(target, drafter, trajectories) for drafter in drafters]
+    tau_old, tau_new = taus(target, drafters, trajectories)
     steps = [walk(counts) for counts in new.rounded]
     differ = [old.rounded[i][visited] != new.rounded[i][visited] for i, visited in enumerate(steps)]
-    equal = np.mean([not each.any() for each in differ])  # share of answers that do not tell them apart if exact
+    equal = mean([not each.any() for each in differ])  # share of answers that do not tell them apart if exact
     return {
-        "tau_old": taus[0],
-        "tau_new": taus[1],
-        "apart": abs(taus[0] / taus[1] - 1),
-        "steps_an_answer": float(np.mean([len(each) for each in steps])),
+        "tau_old": tau_old,
+        "tau_new": tau_new,
+        "apart": abs(tau_old / tau_new - 1),
+        "steps_an_answer": mean([len(each) for each in steps]),
         "steps_differ": float(np.concatenate(differ).mean()),
         "exact_99": math.ceil(math.log(0.01) / math.log(equal)) if 0 < equal < 1 else 1 if equal == 0 else math.inf,
         "noise": simulate(old, new, times, noisy=True),
@@ -173,7 +178,7 @@ def main() -> None:
     parser = harness.parser(__doc__)
     harness.add_target(parser)
     parser.add_argument("--drafter", type=Path, required=True, help="artifact of stage `sft` or `opd`")
-    parser.add_argument("--towards", type=Path, required=True, help="another, whose weights the first is moved to")
+    parser.add_argument("--towards", type=Path, help="another, whose weights the first is moved to; left out: noise")
     parser.add_argument("--trajectories", type=Path, nargs="+", required=True, help="artifacts of `rollout`, greedy")
     parser.add_argument("--times", type=int, default=1000, help="simulations of each case")
     parser.add_argument("--dtype", default="bfloat16", help="of the replay")
@@ -182,15 +187,19 @@ def main() -> None:
     harness.set_process(options)
     target, other = (Target.load(options.target, dtype=dtype) for dtype in (options.dtype, options.other_dtype))
     trajectories = [t for folder in options.trajectories for t in load_trajectories(folder).trajectories]
-    drafter, towards = (load_drafter(each / DRAFTER_FOLDER, target) for each in (options.drafter, options.towards))
+    drafter = load_drafter(options.drafter / DRAFTER_FOLDER, target)
+    towards = load_drafter(options.towards / DRAFTER_FOLDER, target) if options.towards else scrambled(drafter)
     rows = []
-    for by in APART:
-        moved_drafter = apart(target, drafter, towards, trajectories, by)
-        rows.append(row(target, (moved_drafter, drafter), trajectories, other, options.times))
+    for share in shares_apart(target, drafter, towards, trajectories):
+        old = moved(drafter, towards, share)
+        rows.append({"moved": share} | row(target, (old, drafter), trajectories, other, options.times))
     for kind in ("noise", "rounding"):
-        plain = [{name: value for name, value in each.items() if name not in ("noise", "rounding")} for each in rows]
-        table = [[f"{each['apart']:.1%}", *(p | each[kind]).values()] for p, each in zip(plain, rows, strict=True)]
-        harness.print_table(kind, ["apart", *plain[0], *rows[0][kind]], table)
+        flat = [
+            {name: value for name, value in (each | each[kind]).items() if not isinstance(value, dict)} for each in rows
+        ]
+        harness.print_table(
+            f"{kind}, {len(trajectories)} answers", list(flat[0]), [list(each.values()) for each in flat]
+        )
     harness.report("proof", {"rows": rows}, options)
 
 

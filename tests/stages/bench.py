@@ -91,7 +91,7 @@ class Bench:
         return [
             request
             for request in requests
-            if ties.draw_margin(self.target, trajectory_of(answers[request.request_id]), request.sampling, request.seed)
+            if ties.draw_margin(self.target, answers[request.request_id].trajectory(), request.sampling, request.seed)
             > ties.DRAW_TIE
         ]
 
@@ -151,11 +151,6 @@ def assert_recorded(traces: Sequence[Trace], completions: Sequence[Completion]) 
         assert [step.anchor for step in completion.steps] == trace.anchors.tolist()
         assert [step.accepted for step in completion.steps] == trace.accepted.tolist()
         assert [step.proposed for step in completion.steps] == trace.proposed.tolist()
-
-
-def trajectory_of(completion: Completion) -> Trajectory:
-    prompt = completion.request.prompt_ids
-    return Trajectory(completion.request.request_id, prompt + completion.response_ids, len(prompt))
 
 
 def build_bench(made: DrafterArtifacts) -> Bench:

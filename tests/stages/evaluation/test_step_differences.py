@@ -15,7 +15,7 @@ from draftsmith.artifacts.tables.schemas import TRACE
 from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter, FeatureContext
 from draftsmith.stages.evaluation.step_differences import Diagnosis, ServedAnswers, diagnose
-from tests.stages.bench import Bench, trajectory_of
+from tests.stages.bench import Bench
 
 ALLOWED = 0.1
 WINDOW, BLOCK = 16, 4
@@ -63,7 +63,7 @@ def serve(bench: Bench, drafter: Drafter, *, recorded: bool = True, **drafting: 
     rows: Sequence[Any] = [row for answer in answers for row in answer.trace_rows()]
     steps = to_table(TRACE, rows) if recorded else None
     return ServedAnswers(
-        [trajectory_of(answer) for answer in answers], [answer.verify_steps for answer in answers], steps
+        [answer.trajectory() for answer in answers], [answer.verify_steps for answer in answers], steps
     )
 
 

@@ -19,7 +19,6 @@ from draftsmith.stages.replay.sampled import ExpectedCommits, TargetSampler, tru
 from draftsmith.stages.replay.stats import AcceptanceStats
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import SamplingParams
-from tests.stages.bench import trajectory_of
 from tests.testbed.dspark import random_dspark
 from tests.testbed.random_target import random_drafter
 
@@ -31,7 +30,7 @@ COUNT, LENGTH = 60, 24
 def sample_answers(target: Target, sampling: SamplingParams) -> list[Trajectory]:
     requests = [Request(str(i), [5, 3, 9, 1], LENGTH, sampling, i) for i in range(COUNT)]
     answers = EmbeddedEngine(target, slots=COUNT, capacity=LENGTH + 8).generate(requests)
-    return [trajectory_of(answer) for answer in answers if len(answer.response_ids) > 1]  # as they are loaded
+    return [answer.trajectory() for answer in answers if len(answer.response_ids) > 1]  # as they are loaded
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.spec import DraftingConfig
@@ -19,7 +18,7 @@ from draftsmith.stages.replay.proof import ServedAnswer, prove
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams
-from tests.benchmarks.proof import Side, everywhere, moved, read, simulate
+from tests.benchmarks.proof import Side, everywhere, moved, read, scrambled, simulate
 from tests.stages.bench import Bench
 from tests.testbed import random_target
 from tests.testbed.architectures import RANDOM
@@ -31,12 +30,7 @@ ANSWERS, SIMULATIONS = 6, 200
 @pytest.fixture(scope="module")
 def old(bench: Bench) -> Drafter:
     """Return a drafter near the trained one."""
-    trained = bench.drafters["trained"]
-    generator, other = torch.Generator().manual_seed(0), moved(trained, trained, 0.0)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.add_(0.15 * parameter.std() * torch.randn(parameter.shape, generator=generator))
-    return other
+    return moved(bench.drafters["trained"], scrambled(bench.drafters["trained"]), 0.15)
 
 
 def served(bench: Bench, drafter: Drafter, count: int = ANSWERS) -> list[ServedAnswer]:

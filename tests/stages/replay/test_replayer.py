@@ -19,7 +19,7 @@ from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.trace import Trace, tau
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams
-from tests.stages.bench import Bench, assert_recorded, assert_same, trajectory_of
+from tests.stages.bench import Bench, assert_recorded, assert_same
 from tests.testbed import random_target
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -45,7 +45,7 @@ def test_replay_equals_the_reference_and_the_engines_record(
     bench = any_bench
     limit = 40 if drafter == "trained" else 24  # the reference takes step by step
     answers = bench.answers(bench.requests(16, limit, sampling, seed=3), drafter, slots=5, **drafting)
-    trajectories = [trajectory_of(c) for c in answers.values() if len(c.response_ids) > 1]
+    trajectories = [c.trajectory() for c in answers.values() if len(c.response_ids) > 1]
     trajectories = bench.clear(trajectories, bench.drafters[drafter], **drafting)
     assert len(trajectories) >= 10
     reference = bench.sequential_traces(trajectories, drafter, **drafting)
@@ -81,7 +81,7 @@ def test_sixteen_chains_draft_little_more_than_one_block_per_step(bench: Bench) 
     The test bed is trained where the tests run, so its tau is not the same on every processor.
     """
     served = bench.answers(bench.requests(None, 120, SamplingParams(1.0), seed=3), slots=32).values()
-    trajectories = [trajectory_of(completion) for completion in served if len(completion.response_ids) > 1]
+    trajectories = [completion.trajectory() for completion in served if len(completion.response_ids) > 1]
     trajectories = bench.clear(trajectories, bench.drafters["trained"])
     assert len(trajectories) > 40
     one, many = (bench.replay(trajectories, "trained", chains) for chains in (1, 16))
@@ -159,12 +159,12 @@ def test_ends_are_neither_accepted_nor_rejected(bench: Bench) -> None:
 @pytest.mark.parametrize("limit", [2, 3, 5, 9, 17])
 def test_a_length_limit_inside_a_block_leaves_the_same_trace(limit: int, bench: Bench) -> None:
     served = list(bench.answers(bench.requests(None, limit), "trained").values())
-    assert_recorded(bench.replay([trajectory_of(c) for c in served], "trained", 4), served)
+    assert_recorded(bench.replay([c.trajectory() for c in served], "trained", 4), served)
 
 
 def test_a_stop_token_inside_a_block_ends_the_trace(bench: Bench) -> None:
     stopped = [c for c in bench.answers(bench.requests(), "trained").values() if c.finish_reason == "stop"]
-    traces = bench.replay([trajectory_of(c) for c in stopped], "trained", 16)
+    traces = bench.replay([c.trajectory() for c in stopped], "trained", 16)
     assert_recorded(traces, stopped)
     ends = [(trace.accepted[-1], trace.judged[-1], trace.committed[-1]) for trace in traces]
     assert any(accepted == judged == committed < 7 for accepted, judged, committed in ends)
@@ -277,7 +277,7 @@ def test_a_float16_target_serves_and_is_replayed(tmp_path: Path) -> None:
     engine = EmbeddedEngine(target, drafter, slots=4, capacity=64)
     requests = [Request(str(i), [5, 3, 9, 1][: i + 1], 20, seed=i) for i in range(4)]
     answers = [each for each in engine.generate(requests) if len(each.response_ids) > 1]
-    traces = Replayer(target).traces({"it": drafter}, [trajectory_of(answer) for answer in answers])["it"]
+    traces = Replayer(target).traces({"it": drafter}, [answer.trajectory() for answer in answers])["it"]
     assert len(traces) > 1
     for answer, trace in zip(answers, traces, strict=True):
         served, replayed = {step.anchor for step in answer.steps}, set(trace.anchors.tolist())

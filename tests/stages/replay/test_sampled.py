@@ -31,7 +31,6 @@ from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.trace import Trace, tau
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import SamplingParams
-from tests.stages.bench import trajectory_of
 from tests.stages.drafters.test_block_samplers import logits_of
 from tests.testbed import random_target
 from tests.testbed.dflash2 import random_dflash2
@@ -64,7 +63,7 @@ def decoded(target: Target, drafter: Drafter | None, first_seed: int) -> list[Co
 
 @pytest.fixture(scope="module")
 def texts(plain_target: Target) -> list[Trajectory]:
-    return [trajectory_of(a) for a in decoded(plain_target, None, 0) if len(a.response_ids) == LENGTH]
+    return [a.trajectory() for a in decoded(plain_target, None, 0) if len(a.response_ids) == LENGTH]
 
 
 def replayed(
@@ -183,7 +182,7 @@ def test_parallel_replay_equals_the_plain_reference(
 
 def test_expected_commits_equal_the_mean_of_sampled_ones(drafter: Drafter, plain_target: Target) -> None:
     (answer,) = EmbeddedEngine(plain_target, capacity=32).generate([Request("", PROMPT, 20, SAMPLING, 2)])
-    text = trajectory_of(answer)
+    text = answer.trajectory()
     assert text.answer_length == 20
     copies = [Trajectory(str(i), text.tokens, text.prompt_length) for i in range(500)]  # each with its own numbers
     traces = replayed(plain_target, drafter, copies)
@@ -210,8 +209,7 @@ def test_expected_tau_varies_less_than_that_of_sampled_traces(plain_target: Targ
     samples = 40
     engine = EmbeddedEngine(plain_target, capacity=48)
     texts = [
-        trajectory_of(answer)
-        for answer in engine.generate([Request(str(i), PROMPT, 30, SAMPLING, i) for i in range(8)])
+        answer.trajectory() for answer in engine.generate([Request(str(i), PROMPT, 30, SAMPLING, i) for i in range(8)])
     ]
     many = [Trajectory(f"{i}/{text.trajectory_id}", text.tokens, 4) for i in range(samples) for text in texts]
     traces = replayed(plain_target, random_dspark(plain_target), many)
@@ -265,7 +263,7 @@ def same_distribution(a: Counter[Any], b: Counter[Any]) -> float:
 def served(drafter: Drafter, plain_target: Target) -> Counter[tuple[int, int]]:
     answers = [a for a in decoded(plain_target, drafter, 10_000) if len(a.response_ids) == LENGTH]
     assert {0, 1, 2, 3} <= {step.accepted for answer in answers for step in answer.steps}
-    return first_steps([trajectory_of(a) for a in answers], [a.steps[0].accepted for a in answers])
+    return first_steps([a.trajectory() for a in answers], [a.steps[0].accepted for a in answers])
 
 
 def replay_counts(target: Target, drafter: Drafter, texts: Sequence[Trajectory]) -> Counter[tuple[int, int]]:
@@ -382,7 +380,7 @@ def test_replay_and_scores_equal_the_reference_for_every_family(family: str, tmp
     drafter = random_dspark(target)
     requests = [Request(str(i), [5 + i, 3, 9, 1][: 3 + i % 2], 12, SAMPLING, i) for i in range(6)]
     answers = EmbeddedEngine(target, drafter, slots=2, capacity=32).generate(requests)
-    texts = [trajectory_of(answer) for answer in answers if len(answer.response_ids) > 4][:3]
+    texts = [answer.trajectory() for answer in answers if len(answer.response_ids) > 4][:3]
     expected = [Plainly(target, drafter, text).trace() for text in texts]
     assert len({accepted for trace in expected for _, accepted, _ in trace}) > 2
     for chains in (1, None):

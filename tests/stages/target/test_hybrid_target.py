@@ -12,7 +12,7 @@ from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.trace import tau
 from draftsmith.stages.target.causal_lm import Target
-from tests.stages.bench import Bench, trajectory_of
+from tests.stages.bench import Bench
 from tests.testbed.drafter import DrafterArtifacts, DrafterRecipe, drafter_artifacts
 from tests.testbed.procedural.training import ShapeConfig, TrainingTextConfig
 from tests.testbed.target import target_folder
@@ -42,7 +42,7 @@ def test_answers_are_the_same_with_a_drafter_and_replay_finds_their_verify_steps
     assert any(answer[-1] in eos for answer in hybrid.greedy.values()), "it has learned how an answer ends"
     drafted = hybrid.answers(hybrid.requests(), "trained", slots=4)
     assert {name: answer.response_ids for name, answer in drafted.items()} == hybrid.greedy
-    texts = [trajectory_of(drafted[prompt.prompt_id]) for prompt in hybrid.prompts]
+    texts = [drafted[prompt.prompt_id].trajectory() for prompt in hybrid.prompts]
     traces = Replayer(hybrid.target).traces(hybrid.drafters, texts)["trained"]
     sequential = hybrid.sequential_traces(texts, "trained")
     for each, trace, plain in zip(texts, traces, sequential, strict=True):
