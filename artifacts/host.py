@@ -12,7 +12,6 @@ import psutil
 import pynvml
 
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-MOUNTS = Path("/proc/self/mounts")
 # SQLite's locks and write order do not hold on these (https://www.sqlite.org/howtocorrupt.html, section 2.1).
 NETWORK_FILE_SYSTEMS = frozenset(
     (
@@ -107,8 +106,8 @@ def _find_gpu(name: str, gpus: tuple[Gpu, ...]) -> Gpu | None:
     return matches[0] if len(matches) == 1 else None
 
 
-def file_system(path: Path) -> tuple[str, str]:
-    """Return (type, mount point) of the file system of a path; ("", "") if it is unknown.
+def network_file_system(path: Path) -> str | None:
+    """Return "type at mount point" if the path is on a network file system, else None.
 
     A path that does not exist has the file system of its nearest existing parent.
     """
@@ -116,25 +115,11 @@ def file_system(path: Path) -> tuple[str, str]:
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     existing = existing.resolve()
-    try:
-        lines = MOUNTS.read_text("utf-8", errors="surrogateescape").splitlines()
-    except OSError:
-        return "", ""
-    kind, mount_point = "", ""
-    for line in lines:
-        fields = line.split(" ")
-        if len(fields) < 3:
-            continue
-        mounted = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal.group(1), 8)), fields[1])
-        if existing.is_relative_to(mounted) and len(mounted) >= len(mount_point):  # the last mount is on top
-            kind, mount_point = fields[2], mounted
-    return kind, mount_point
-
-
-def network_file_system(path: Path) -> str | None:
-    """Return "type at mount point" if the path is on a network file system, else None."""
-    kind, mount_point = file_system(path)
-    return f"{kind} at {mount_point}" if kind in NETWORK_FILE_SYSTEMS or _FUSE_NETWORK.fullmatch(kind) else None
+    mounts = [mount for mount in psutil.disk_partitions(all=True) if existing.is_relative_to(mount.mountpoint)]
+    mount = max(reversed(mounts), key=lambda mount: len(mount.mountpoint), default=None)  # of two, the last is on top
+    if mount is None or not (mount.fstype in NETWORK_FILE_SYSTEMS or _FUSE_NETWORK.fullmatch(mount.fstype)):
+        return None
+    return f"{mount.fstype} at {mount.mountpoint}"
 
 
 def bypass_proxy_for_localhost() -> None:

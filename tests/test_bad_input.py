@@ -12,12 +12,13 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
-from draftsmith.artifacts import host
 from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import MANIFEST
 from draftsmith.flows.cli.main import main
@@ -245,8 +246,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
     write("model/model.safetensors", "x")(tmp_path)
     bad.prepare(tmp_path)
     if (tmp_path / "nfs").exists():
-        write("mounts", f"server:/x {tmp_path}/home nfs4 rw 0 0\n")(tmp_path)
-        monkeypatch.setattr(host, "MOUNTS", tmp_path / "mounts")
+        mount = SimpleNamespace(mountpoint=f"{tmp_path}/home", fstype="nfs4")
+        monkeypatch.setattr(psutil, "disk_partitions", lambda **_: [mount])
     config = tmp_path / "run.yaml"
     text = yaml.safe_dump(filled(changed(base(), bad.change), tmp_path)) if bad.text is None else bad.text
     config.write_bytes(text if isinstance(text, bytes) else text.encode())

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
-from draftsmith.artifacts import host
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.host import network_file_system
 from draftsmith.artifacts.tracking.runs import Tracking
@@ -17,19 +18,14 @@ Mount = Callable[..., None]
 
 
 @pytest.fixture
-def mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mount:
+def mount(monkeypatch: pytest.MonkeyPatch) -> Mount:
     """A function that sets the mounts, as (folder, type); later ones are on top."""
 
     def table(*mounts: tuple[Path, str]) -> None:
-        lines = [("/dev/vda", Path("/"), "ext4"), *(("server:/x", folder, kind) for folder, kind in mounts)]
-        written = tmp_path / "mounts"
-        written.write_text(
-            "".join(
-                f"{device} {str(folder).replace(' ', chr(92) + '040')} {kind} rw 0 0\n"
-                for device, folder, kind in lines
-            )
-        )
-        monkeypatch.setattr(host, "MOUNTS", written)
+        found = [
+            SimpleNamespace(mountpoint=str(folder), fstype=kind) for folder, kind in [(Path("/"), "ext4"), *mounts]
+        ]
+        monkeypatch.setattr(psutil, "disk_partitions", lambda **_: found)
 
     return table
 
