@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -86,45 +86,6 @@ class Device:
 
 
 @contextmanager
-def lock_one_device(
-    compute: Compute,
-    *,
-    run: str,
-    limit_s: float,
-    on_wait: OnWait,
-    check: Callable[[], None] = lambda: None,
-    gpus: Callable[[], Sequence[str]] | None = None,
-) -> Iterator[Device]:
-    """Lock the first GPU that is free, and make it alone visible to the process. Otherwise as `lock_devices`."""
-    names = sorted(set((gpus or gpu_names)()))
-    if compute is Compute.LIGHT or not names:
-        with lock_devices(compute, run=run, limit_s=limit_s, on_wait=on_wait, check=check, gpus=lambda: ()) as device:
-            yield device
-        return
-    began, waits = time.monotonic(), False
-    while True:
-        for name in names:
-            with ExitStack() as stack:
-                try:
-                    with disk_errors("taking the lock of a device:"):
-                        lock = stack.enter_context(locked(_lock_path(name), run, LockWait(0), mode=0o666))
-                except LockTimeoutError:
-                    continue
-                yield Device((lock.fd,), {"CUDA_VISIBLE_DEVICES": name})
-                return
-        if time.monotonic() - began > limit_s:
-            raise LockTimeoutError(
-                f"No GPU became free within {limit_s / 60:g} minutes (stages.lock_wait_minutes). In use: "
-                f"{', '.join(names)}. Run the same command again later."
-            )
-        if not waits:
-            waits = True
-            on_wait(", ".join(names), lock_holder(_lock_path(names[0])))
-        check()
-        time.sleep(_POLL_S)
-
-
-@contextmanager
 def lock_devices(
     compute: Compute,
     *,
@@ -133,22 +94,28 @@ def lock_devices(
     on_wait: OnWait,
     check: Callable[[], None] = lambda: None,
     gpus: Callable[[], Sequence[str]] | None = None,
+    one: bool = False,
 ) -> Iterator[Device]:
     """Hold the locks of the devices that a stage computes on.
 
     run: shown to those who wait. on_wait: called with the device and its holder if the stage has to wait. check: called
-    while it waits; what it raises ends the wait. gpus: returns the names of the GPUs; by default the visible ones.
+    while it waits; what it raises ends the wait. gpus: returns the names of the GPUs; by default the visible ones. one:
+    if there are GPUs, lock the first that is free, and make it alone visible to the process.
 
     Raises LockTimeoutError after `limit_s` seconds.
     """
     if compute is Compute.LIGHT:
         yield Device()
         return
-    names = (gpus or gpu_names)()
-    wanted = sorted(set(names)) or [CPU]  # in the same order for all, against deadlock
+    names = sorted(set((gpus or gpu_names)()))  # in the same order for all, against deadlock
     with ExitStack() as stack:
+        if one and names:
+            wait = LockWait(limit_s, on_wait=partial(on_wait, ", ".join(names)), check=check)
+            name, fd = _lock_first_free(stack, names, run, wait)
+            yield Device((fd,), {"CUDA_VISIBLE_DEVICES": name})
+            return
         descriptors = []
-        for name in wanted:
+        for name in names or [CPU]:
             with disk_errors("taking the lock of a device:"):
                 wait = LockWait(limit_s, "stages.lock_wait_minutes", partial(on_wait, name), check)
                 shared = name == CPU and compute is not Compute.TIMED
@@ -156,6 +123,25 @@ def lock_devices(
                     stack.enter_context(locked(_lock_path(name), run, wait, shared=shared, mode=0o666)).fd
                 )
         yield Device(tuple(descriptors))
+
+
+def _lock_first_free(stack: ExitStack, names: Sequence[str], run: str, wait: LockWait) -> tuple[str, int]:
+    """Return the first device that is free, and the descriptor of its lock, which `stack` holds."""
+    began, waits = time.monotonic(), False
+    while True:
+        for name in names:
+            with suppress(LockTimeoutError), disk_errors("taking the lock of a device:"):
+                return name, stack.enter_context(locked(_lock_path(name), run, LockWait(0), mode=0o666)).fd
+        if time.monotonic() - began > wait.limit_s:
+            raise LockTimeoutError(
+                f"No GPU became free within {wait.limit_s / 60:g} minutes (stages.lock_wait_minutes). In use: "
+                f"{', '.join(names)}. Run the same command again later."
+            )
+        if not waits:
+            waits = True
+            wait.on_wait(lock_holder(_lock_path(names[0])))
+        wait.check()
+        time.sleep(_POLL_S)
 
 
 def _lock_path(name: str) -> Path:

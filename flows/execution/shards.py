@@ -19,7 +19,7 @@ from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.flows.execution.attempt import NO_WATCH, AttemptNote, StageJob, Watch, run_attempt
 from draftsmith.flows.execution.display import StageDisplay
-from draftsmith.flows.execution.machine import gpu_names, lock_one_device
+from draftsmith.flows.execution.machine import gpu_names, lock_devices
 from draftsmith.flows.execution.process import Event
 from draftsmith.flows.planning.inputs import external_digests
 from draftsmith.stages.runtime.stage import Shard
@@ -50,9 +50,9 @@ def build_shard(job: StageJob, home: Path, watch: Watch = NO_WATCH) -> ArtifactR
         note = AttemptNote(claim.out.parent, job.config.name, str(job))
         try:
             compute = node.stage.compute_for(node.config)
-            limit_s = 60 * options.lock_wait_minutes
-            with lock_one_device(
-                compute, run=job.config.name, limit_s=limit_s, on_wait=watch.on_wait, check=watch.check
+            limit_s, run = 60 * options.lock_wait_minutes, job.config.name
+            with lock_devices(
+                compute, run=run, limit_s=limit_s, on_wait=watch.on_wait, check=watch.check, one=True
             ) as device:
                 outcome, made_from = run_attempt(job, claim, home, device, watch)
             return store.commit(

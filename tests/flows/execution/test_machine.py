@@ -124,8 +124,8 @@ def test_all_users_may_take_a_lock(folder: Path) -> None:
 
 def test_a_slice_of_a_gpu_is_visible_by_its_name(folder: Path) -> None:
     part = "MIG-7f/1/0"
-    with machine.lock_one_device(
-        Compute.HEAVY, run="", limit_s=1, on_wait=lambda *_: None, gpus=lambda: [part]
+    with machine.lock_devices(
+        Compute.HEAVY, run="", limit_s=1, on_wait=lambda *_: None, gpus=lambda: [part], one=True
     ) as device:
         assert device.environment == {"CUDA_VISIBLE_DEVICES": part}
         assert (folder / "MIG-7f_1_0.lock").exists()
