@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self, TypedDict
+from typing import Any, Self
 
 import httpx
 from prefect import task
@@ -23,18 +23,9 @@ from prefect.events import emit_event
 from prefect.flow_runs import suspend_flow_run
 
 from draftsmith.artifacts.errors import DraftsmithError, RefusedError, RetryableError, StageInterrupted
+from draftsmith.flows.execution.node import NodeResult
 from draftsmith.flows.orchestration.server import uses_temporary_server
 from draftsmith.flows.planning.graph import Conclusion
-
-
-class NodeRecord(TypedDict):
-    """The artifact of a node, as a flow returns it."""
-
-    stage: str
-    key: str
-    content_id: str
-    path: str
-    reused: bool
 
 
 @dataclass
@@ -42,7 +33,7 @@ class FlowResult:
     """The result of a flow's body, which `run_flow` returns."""
 
     ended: bool = False
-    nodes: dict[str, NodeRecord] = field(default_factory=dict)
+    nodes: dict[str, NodeResult] = field(default_factory=dict)
     outcome: str | None = None  # as in MLflow's tag; None: the run has no conclusion
     message: str = ""
     error: BaseException | None = None

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from draftsmith.artifacts.errors import RefusedError
 from draftsmith.artifacts.home import home
-from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.config.options import RunOptions
@@ -55,8 +53,6 @@ def launch(
     restore_gc()
     options = {name: list(getattr(selection, name)) for name in ("force", "start", "until")}
     ended = run_flow(flow, config, lambda what: lost(server, what), **options)
-    refs = {
-        name: ArtifactRef(e["stage"], e["key"], e["content_id"], Path(e["path"])) for name, e in ended.nodes.items()
-    }
+    refs = {name: node.ref for name, node in ended.nodes.items()}
     refusal = ended.error if isinstance(ended.error, RefusedError) else None
     return FinishedRun(ArtifactFolders(open_store(home()), refs), ended.outcome, ended.message, refusal)

@@ -38,7 +38,6 @@ from draftsmith.flows.execution.retry import with_retries
 from draftsmith.flows.orchestration.flow_run import (
     Cancellation,
     CancelledError,
-    NodeRecord,
     announce,
     deployed,
     flow_result,
@@ -67,7 +66,7 @@ def run_graph(
     force: Collection[str] | None = None,
     start: Collection[str] | None = None,
     until: Collection[str] | None = None,
-) -> State[Any] | dict[str, NodeRecord]:
+) -> State[Any] | dict[str, NodeResult]:
     """Make the nodes of the config's graph, or a selection of them, and act on the result unless nodes are left out.
 
     force, start, until: nodes, as in `Selection`. Returns the nodes' artifacts, or the flow's state if the run has a
@@ -103,7 +102,7 @@ def _in_use(config: RunOptions, cancellation: Cancellation) -> AbstractContextMa
 
 def _run(
     config: RunOptions, pipeline: Pipeline, selection: Selection, cancellation: Cancellation
-) -> tuple[dict[str, NodeRecord], Conclusion | None]:
+) -> tuple[dict[str, NodeResult], Conclusion | None]:
     display = Display()
     config = with_retries(lambda: resolve_config(config, pipeline), config.stages, display.line)
     redact_logs()
@@ -185,7 +184,7 @@ def _run(
             context.display.line(advice)
     if conclusion is not None:
         context.display.line(conclusion.message)
-    return {name: _record(result) for name, result in results.items()}, conclusion
+    return results, conclusion
 
 
 def _make_nodes(
@@ -274,8 +273,3 @@ def _report(context: RunContext, results: Mapping[str, NodeResult]) -> list[Path
     name, file = context.pipeline.report
     path = ArtifactFolders(context.store, _refs(results))[name] / file if name in results else None
     return [path] if path is not None and path.is_file() else []
-
-
-def _record(result: NodeResult) -> NodeRecord:
-    ref = result.ref
-    return NodeRecord(stage=ref.stage, key=ref.key, content_id=ref.content_id, path=str(ref.path), reused=result.reused)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, RefusedError, RetryableError
-from draftsmith.flows.orchestration.flow_run import NodeRecord, flow_result, run_flow
+from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.flows.execution.node import NodeResult
+from draftsmith.flows.orchestration.flow_run import flow_result, run_flow
 
-NODES = {"sft": NodeRecord(stage="sft", key="k", content_id="c", path="/store/sft/k", reused=False)}
+NODES = {"sft": NodeResult(ArtifactRef("sft", "k", "c", Path("/store/sft/k")), reused=False)}
 
 
 def lost() -> None:

@@ -69,7 +69,7 @@ class Home:
         """Run the pipeline and return the sum of the last node."""
         selection = Selection.from_options(force, (), [until] if until else (), deployed=deployed())
         made, _ = run._run(self.config, TOY, selection, Cancellation())
-        return self.number(made[until or "total"]["path"])
+        return self.number(made[until or "total"].ref.path)
 
     def number(self, path: str | Path) -> int:
         return int(json.loads((Path(path) / "numbers.json").read_text())[0])
