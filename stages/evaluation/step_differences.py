@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,16 +74,7 @@ def run(ctx: StageContext, config: DiagnosisConfig) -> None:
     )
     drafter = load_drafter(Path(config.drafter), target)
     allowed, progress = config.max_parity_mismatch, progress_callback(ctx, "changes")
-    found = diagnose(target, drafter, served, allowed=allowed, progress=progress)
-    result = DiagnosisResult(
-        sentence=found.sentence,
-        agrees=found.agrees,
-        served_tau=found.served_tau,
-        as_it_is=found.as_it_is.record(),
-        causes=[each.record() for each in found.causes],
-        tried=[each.record() for each in found.tried],
-    )
-    _write(ctx, result)
+    _write(ctx, diagnose(target, drafter, served, allowed=allowed, progress=progress))
 
 
 def _ask(
@@ -137,46 +129,6 @@ class Change:
     window: int | None = None  # number of context positions that the drafter sees
 
 
-@dataclass(frozen=True)
-class Explained:
-    """The distance between served steps and replay with a change."""
-
-    change: Change
-    mismatch: float  # share of verify steps that differ; without recorded steps, of their number
-    tau: float
-
-    def record(self) -> ReplayChange:
-        """Return the record in `diagnosis.json`."""
-        return ReplayChange(cause=self.change.cause, change=self.change.text, mismatch=self.mismatch, tau=self.tau)
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """The result; `causes` is empty if served and replayed steps agree, or if no change explains them."""
-
-    served_tau: float
-    as_it_is: Explained
-    tried: list[Explained] = field(default_factory=list)  # best first
-    causes: list[Explained] = field(default_factory=list)
-    agrees: bool = False
-
-    @property
-    def sentence(self) -> str:
-        """Return the result in one sentence."""
-        unchanged = self.as_it_is
-        taus = f"tau {self.served_tau:.3f} as served, {unchanged.tau:.3f} in replay"
-        metrics = f"{taus}, {unchanged.mismatch:.1%} of steps differ"
-        if self.agrees:
-            return f"the engine drafts as replay does: {metrics}"
-        if not self.causes:
-            return (
-                f"{metrics}; no single change of layer ids, rotary settings, mask token, context or block size "
-                "explains it: the engine serves another checkpoint, or other weights of it"
-            )
-        found = " or ".join(f"{each.change.cause}: {each.change.text}" for each in self.causes)
-        return f"{metrics}; {found} (then {self.causes[0].mismatch:.1%} differ)"
-
-
 def diagnose(
     target: Target,
     drafter: Drafter,
@@ -184,7 +136,7 @@ def diagnose(
     *,
     allowed: float,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
-) -> Diagnosis:
+) -> DiagnosisResult:
     """Replay the served answers with the drafter as it is, then with each change.
 
     allowed: share of steps that may differ for near-ties.
@@ -192,8 +144,17 @@ def diagnose(
     tokens = sum(t.answer_length - 1 for t in served.trajectories)
     served_tau = tokens / max(1, sum(served.counts))
     unchanged = _explained(target, drafter, served, Change("nothing", "as it is"))
-    if unchanged.mismatch <= allowed:
-        return Diagnosis(served_tau, unchanged, agrees=True)
+    metrics = f"tau {served_tau:.3f} as served, {unchanged.tau:.3f} in replay, {unchanged.mismatch:.1%} of steps differ"
+    result = DiagnosisResult(
+        sentence=f"the engine drafts as replay does: {metrics}",
+        agrees=unchanged.mismatch <= allowed,
+        served_tau=served_tau,
+        as_it_is=unchanged,
+        causes=[],
+        tried=[],
+    )
+    if result.agrees:
+        return result
     changes = list(_changes(target, drafter, served))
     if samples_proposals(drafter, served.sampling):  # a window is tried block by block, where proposals are argmaxes
         changes = [change for change in changes if change.window is None]
@@ -204,7 +165,14 @@ def diagnose(
     tried.sort(key=lambda each: each.mismatch)
     bound = min(max(allowed, tried[0].mismatch), EXPLAINS * unchanged.mismatch) if tried else 0.0
     causes = [each for each in tried if each.mismatch <= min(bound, tried[0].mismatch + 0.02)]
-    return Diagnosis(served_tau, unchanged, tried, causes)
+    sentence = (
+        f"{metrics}; no single change of layer ids, rotary settings, mask token, context or block size explains it: "
+        "the engine serves another checkpoint, or other weights of it"
+    )
+    if causes:
+        found = " or ".join(f"{each.cause}: {each.change}" for each in causes)
+        sentence = f"{metrics}; {found} (then {causes[0].mismatch:.1%} differ)"
+    return result.model_copy(update={"sentence": sentence, "causes": causes, "tried": tried})
 
 
 def _changes(target: Target, drafter: Drafter, served: ServedAnswers) -> Iterator[Change]:
@@ -216,23 +184,23 @@ def _changes(target: Target, drafter: Drafter, served: ServedAnswers) -> Iterato
         ("in reverse order", ids[::-1]),
     ):
         if other != ids and min(other) >= 0 and max(other) < layers:
-            yield Change("other layer ids", f"{other} instead of {ids}, {text}", _with_layers(other))
+            yield Change("other layer ids", f"{other} instead of {ids}, {text}", partial(_copy, target_layer_ids=other))
     rope = dict(drafter.config.rope_parameters)  # type: ignore[union-attr,arg-type]
     own = float(rope["rope_theta"])
-    for theta in THETAS:
-        if theta != own:
-            changed = {**rope, "rope_theta": theta}
-            yield Change("other rotary settings", f"rope_theta {theta:g} instead of {own:g}", _with_rope(changed))
+    ropes = {
+        f"rope_theta {theta:g} instead of {own:g}": {**rope, "rope_theta": theta} for theta in THETAS if theta != own
+    }
     if rope.get("rope_type", "default") != "default":
-        plain = {"rope_type": "default", "rope_theta": own}
-        yield Change("other rotary settings", f"without the scaling {rope['rope_type']}", _with_rope(plain))
+        ropes[f"without the scaling {rope['rope_type']}"] = {"rope_type": "default", "rope_theta": own}
+    for text, parameters in ropes.items():
+        yield Change("other rotary settings", text, partial(_with_rope, parameters=parameters))
     if isinstance(drafter, DFlashDrafter):
         mask = drafter.mask_token_id
         # an engine might take a special token for the mask token
         for token in dict.fromkeys([0, *target.tokenizer.all_special_ids, target.info.vocab_size - 1]):
             if token != mask:
                 text = f"{token} instead of {mask}"
-                yield Change("another mask token", text, _with_mask(token))
+                yield Change("another mask token", text, partial(_copy, mask_token_id=token))
         window = SHORTEST_WINDOW
         while window < max(len(t.tokens) for t in served.trajectories):
             yield Change("truncated context", f"it sees {window} positions at most", window=window)
@@ -242,7 +210,7 @@ def _changes(target: Target, drafter: Drafter, served: ServedAnswers) -> Iterato
         yield Change("another block size", text, block_size=served.block_size)
 
 
-def _explained(target: Target, drafter: Drafter, served: ServedAnswers, change: Change) -> Explained:
+def _explained(target: Target, drafter: Drafter, served: ServedAnswers, change: Change) -> ReplayChange:
     """Replay the served answers with a change, and compare the steps."""
     changed = change.apply(drafter)
     if change.window is not None:
@@ -255,9 +223,10 @@ def _explained(target: Target, drafter: Drafter, served: ServedAnswers, change: 
     if served.steps is not None and served.steps.num_rows and not samples_proposals(drafter, served.sampling):
         gate = ParityTolerance("diagnosis", float32=False, greedy=True, allowed=1.0)
         rows = to_table(TRACE, trace_rows(served.trajectories, traces))
-        return Explained(change, float(check_steps(gate, served.steps, rows)["mismatch_share"]), tau)
-    apart = np.abs(np.asarray(served.counts) - replayed).sum() / replayed.sum()
-    return Explained(change, float(apart), tau)
+        mismatch = float(check_steps(gate, served.steps, rows)["mismatch_share"])
+    else:
+        mismatch = float(np.abs(np.asarray(served.counts) - replayed).sum() / replayed.sum())
+    return ReplayChange(cause=change.cause, change=change.text, mismatch=mismatch, tau=tau)
 
 
 @torch.no_grad()
@@ -295,19 +264,8 @@ def _copy(drafter: Drafter, **attributes: Any) -> Drafter:
     return clone
 
 
-def _with_mask(token: int) -> Callable[[Drafter], Drafter]:
-    return lambda drafter: _copy(drafter, mask_token_id=token)
-
-
-def _with_layers(ids: list[int]) -> Callable[[Drafter], Drafter]:
-    return lambda drafter: _copy(drafter, target_layer_ids=ids)
-
-
-def _with_rope(parameters: dict[str, object]) -> Callable[[Drafter], Drafter]:
-    def apply(drafter: Any) -> Drafter:
-        config = copy.deepcopy(drafter.config)
-        config.rope_parameters = parameters
-        rotary = type(drafter.rotary)(config)
-        return _copy(drafter, rotary=rotary.to(drafter.fc.weight.device))
-
-    return apply
+def _with_rope(drafter: Any, parameters: dict[str, object]) -> Drafter:
+    config = copy.deepcopy(drafter.config)
+    config.rope_parameters = parameters
+    rotary = type(drafter.rotary)(config)
+    return _copy(drafter, rotary=rotary.to(drafter.fc.weight.device))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,7 @@ from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import MinedGroup, Replayer
 from draftsmith.stages.replay.scoring import StepScores
 from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.runtime.stage import JsonObject
 from draftsmith.stages.target.causal_lm import Target
 
 
@@ -64,50 +65,6 @@ def _lists(values: np.ndarray, kind: pa.DataType) -> pa.Array:
 CERTAIN = 0.9  # the target's probability of its best token
 
 
-class CertainErrors(TypedDict):
-    """The errors at which the target was certain of its best token; at the others it was uncertain itself."""
-
-    at_least: float
-    share: float | None
-
-
-class RejectedToken(TypedDict):
-    """How often a token was the rejected proposal."""
-
-    token: str
-    id: int
-    count: int
-
-
-class Correction(TypedDict):
-    """How often a token was committed in place of a rejected one."""
-
-    proposed: str
-    committed: str
-    count: int
-
-
-class MiningSummary(TypedDict):
-    """The content of summary.json of stage `mining`; the stage adds the last fields."""
-
-    definition_of_tau: str
-    tau: float
-    steps: int
-    error_positions: int
-    certain_errors: CertainErrors
-    block_size: int
-    acceptance_by_offset: list[float | None]
-    accepted_histogram: list[int]
-    counts_short_by_at_most: int
-    most_rejected: list[RejectedToken]
-    most_frequent_corrections: list[Correction]
-    evaluated_blocks_per_step: NotRequired[float]
-    trajectories: NotRequired[int]
-    trajectories_too_short: NotRequired[int]
-    outside_nucleus_share: NotRequired[float | None]
-    parity: NotRequired[dict[str, float | None] | None]
-
-
 class MiningMetrics:
     """Sums up verify steps from rows of VERIFY_STEPS, however they are divided. Sums are divided once, at the end."""
 
@@ -137,8 +94,8 @@ class MiningMetrics:
         self._rejected.add(proposed)
         self._corrections.add(proposed << 32 | table["committed_id"].to_numpy()[wrong].astype(np.int64))
 
-    def summary(self, tokenizer: Any) -> MiningSummary:
-        """Return the summary, ready for JSON."""
+    def summary(self, tokenizer: Any) -> JsonObject:
+        """Return the content of summary.json of stage `mining`, to which the stage adds the last fields."""
         rejected, corrections = self._rejected.most_common(20), self._corrections.most_common(20)
         return {
             "definition_of_tau": "committed tokens per verify step, the target's own token included (+1)",
