@@ -20,10 +20,7 @@ _TAIL_LINES = 15
 
 
 class ChildProcess:
-    """A process and all its children. None of them outlives this process, however it ends.
-
-    Start it from a thread that outlives it: the kernel ends it together with the thread that started it.
-    """
+    """A process and all its children. None of them outlives this process, however it ends."""
 
     def __init__(
         self,

@@ -10,13 +10,11 @@ child keeps them even if the parent is killed meanwhile, as Prefect does with a 
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
 import time
 
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _LAST_FD = 65536
 _POLL_S = 0.1
 
@@ -29,16 +27,9 @@ def die_with_parent(watched: int) -> None:
     """
     if os.getpgrp() != os.getpid():
         os.setpgid(0, 0)
-    parent = os.getppid()
     if os.fork() == 0:
         _guard(watched)
     os.close(watched)
-    if sys.platform == "linux":
-        # A second line of defence that reaches this process alone, not its children: the kernel signals it. It must
-        # not come first: it fires when the parent's *thread* ends, and that thread waits for us.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # the parent died before prctl
-            os.killpg(0, signal.SIGKILL)
 
 
 def extend_grace(write_end: int, grace_s: float) -> None:
