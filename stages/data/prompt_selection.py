@@ -16,7 +16,7 @@ from draftsmith.artifacts.tables.parquet import TableWriter
 from draftsmith.artifacts.tables.schemas import PROMPTS
 from draftsmith.stages.data.chat_template import PromptCandidate, TemplateInverter, token_ids
 from draftsmith.stages.data.prompt_streams import PromptStream, ReadIds, open_streams
-from draftsmith.stages.data.prompts import MORE_LOGS, SPLITS, PromptsConfig, Split, preflight
+from draftsmith.stages.data.prompts import MORE_LOGS, SPLITS, PromptsConfig, Split
 from draftsmith.stages.data.row_files import Throttle, describe_counts
 from draftsmith.stages.data.row_formats import Message
 from draftsmith.stages.runtime.stage import StageContext
@@ -53,7 +53,6 @@ class _Selection:
 
 def run(ctx: StageContext, config: PromptsConfig) -> None:
     """Write `prompts.parquet`, `prompts.json` and `set_aside.jsonl` (file, row, id, reason)."""
-    preflight(config, ctx.inputs["target"])
     tokenizer = load_tokenizer(model_path(ctx.inputs["target"]))
     if not tokenizer.chat_template:
         ignored = " and chat_template_kwargs are ignored" if config.chat_template_kwargs else ""

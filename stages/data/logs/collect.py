@@ -29,7 +29,7 @@ from draftsmith.stages.data.logs.filter import (
     read_earlier_answers,
 )
 from draftsmith.stages.data.logs.rows import SHAPES, TokenCache
-from draftsmith.stages.data.logs.stage import LogsConfig, preflight
+from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.row_files import RejectLog, Throttle, describe_counts, is_remote, no_rows_error, read_rows
 from draftsmith.stages.data.time_window import LAST, to_iso
 from draftsmith.stages.runtime.stage import StageContext
@@ -47,7 +47,6 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
 
     Between attempts it keeps the token ids of texts, which take most of the time.
     """
-    preflight(config, ctx.inputs["target"])
     if config.overlaps and "earlier" not in ctx.inputs:
         ctx.log(
             f"cannot tell which rows up to {config.after} the champion was trained on, so they are left out and "

@@ -18,21 +18,16 @@ def preflight(config: SftConfig, target: Path) -> None:
     from draftsmith.stages.drafters import checkpoint
     from draftsmith.stages.target.info import model_path, read_target_info
 
-    check_start(config)
     if config.init_from:
         folder = checkpoint.drafter_source(config.init_from, config.init_revision)
         if not config.adopt:
             checkpoint.check_drafter(folder, read_target_info(target).digest)
         checkpoint.check_shape(folder, model_path(target))
         checkpoint.check_complete(folder)
+    elif config.steps == 0:
+        raise DraftsmithError("sft.steps: 0 steps train nothing. Name the drafter to take as it is in sft.init_from.")
     else:
         checkpoint.check_new(config.drafter, model_path(target))
-
-
-def check_start(config: SftConfig) -> None:
-    """Check the start of a training without a drafter as input. Raises DraftsmithError."""
-    if config.init_from is None and config.steps == 0:
-        raise DraftsmithError("sft.steps: 0 steps train nothing. Name the drafter to take as it is in sft.init_from.")
 
 
 STAGE = Stage(

@@ -39,7 +39,6 @@ from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.lm_heads import HeadSource
 from draftsmith.stages.training.loss_config import ResponseStream
 from draftsmith.stages.training.response_loss import response_loss
-from draftsmith.stages.training.sft.stage import check_start
 from draftsmith.stages.training.trainer import Trainer, TrainingData, load_answers
 
 
@@ -80,13 +79,9 @@ def run(ctx: StageContext, config: SftConfig) -> None:
 
 
 def _start(ctx: StageContext, config: SftConfig) -> Path | None:
-    """Return the checkpoint to continue from: the input, or that of `init_from`; None: random weights.
-
-    Raises DraftsmithError for settings of a checkpoint where there is none.
-    """
+    """Return the checkpoint to continue from: the input, or that of `init_from`; None: random weights."""
     if "drafter" in ctx.inputs:
         return ctx.inputs["drafter"] / DRAFTER_FOLDER
-    check_start(config)
     return drafter_source(config.init_from, config.init_revision) if config.init_from else None
 
 
