@@ -64,12 +64,6 @@ class RankSlice:
     step_tokens: torch.Tensor  # that a reduced head must hold: of all R answers, any shape
     ranks: Ranks = ALONE
 
-    @classmethod
-    def whole_step(cls, indices: Sequence[int], batch: Batch, micro_batches: list[slice] | None = None) -> RankSlice:
-        """Return the slice of a process that trains alone. micro_batches: left out, the whole batch is one."""
-        rows = list(range(len(indices)))
-        return cls(list(indices), batch, micro_batches or [slice(0, len(rows))], rows, len(rows), batch.tokens)
-
     @property
     def is_one_batch(self) -> bool:
         """Return whether the whole step is a single batch."""

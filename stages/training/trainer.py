@@ -104,11 +104,6 @@ class Trainer(ABC, Generic[AnyConfig, AnyData]):
     def micro_batches(self, step: int, limit: int | None) -> Iterator[LossReport]:
         """Yield the losses of a step, with gradient, in this rank's micro-batches of at most `limit` tokens."""
 
-    def loss(self, step: int) -> LossReport:
-        """Return the loss of optimiser step `step` as one batch, with gradient."""
-        (report,) = self.micro_batches(step, limit=None)
-        return report
-
     @property
     def passes(self) -> float:
         """Return how often a trajectory is trained, on average."""

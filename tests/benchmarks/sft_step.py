@@ -59,6 +59,7 @@ from draftsmith.stages.training.sft.trainer import sft_loss
 from tests.benchmarks import harness, machine
 from tests.stages.drafters.dense import dense_attention
 from tests.stages.kernel_flops import KERNEL_FLOPS
+from tests.stages.training.case import whole_step
 
 GAMMA = 2.0
 DENSE = "SFT, dense"
@@ -149,7 +150,8 @@ class Step:
         indices = list(range(len(self.world.trajectories)))
         batch, rng, config = features.batch(indices), step_rng(0, self.step), self.config
         if self.opd is not None:
-            return self.opd.loss(self.step, indices, batch, rng)
+            (report,) = self.opd.micro_batches(self.step, whole_step(indices, batch), rng)
+            return report
         started = time.perf_counter()
         phases, target = rng.random(len(indices)), self.world.target
         anchors = position_anchors(batch.trajectories, config.anchors_per_sequence, phases, target.device)

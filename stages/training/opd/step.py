@@ -62,11 +62,6 @@ class OpdStep:
         self.objective, self.sampling = options.objective, options.sampling
         self.heads = HeadSource(drafter, target.head_weight, options.config)
 
-    def loss(self, step: int, indices: Sequence[int], batch: Batch, rng: np.random.Generator) -> LossReport:
-        """Return the loss of a step as one batch, that of the trajectories `indices`, with gradient."""
-        (report,) = self.micro_batches(step, RankSlice.whole_step(indices, batch), rng)
-        return report
-
     def micro_batches(self, step: int, rank_slice: RankSlice, rng: np.random.Generator) -> Iterator[LossReport]:
         """Yield the losses of a step's micro-batches.
 

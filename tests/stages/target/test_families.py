@@ -239,7 +239,7 @@ def test_opd_takes_a_step_with_the_rejected_stream(case: Case) -> None:
     config = OpdConfig.model_validate({"sequences_per_step": 3, "loss": "paper"})
     data = MinedData(trajectories=case.trajectories, mined=case.mined)
     training = OpdTraining(case.drafter, case.target, data, config)
-    report = training.loss(0)
+    (report,) = training.micro_batches(0, None)
     report.loss.backward()
     assert report.positions > 0 and torch.isfinite(report.loss)
     gradient = case.drafter.fc.weight.grad

@@ -12,7 +12,7 @@ from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams
-from draftsmith.stages.training.batches import Batch, FeatureSource
+from draftsmith.stages.training.batches import Batch, FeatureSource, RankSlice
 from draftsmith.stages.training.blocks import (
     Anchors,
     DraftedBlocks,
@@ -48,6 +48,12 @@ class Case:
 def blocks_of(case: Case, drafter: Drafter) -> DraftedBlocks:
     """Draft the case's blocks with gradient."""
     return draft_blocks(drafter, encode_batch(drafter, case.batch), case.batch, case.anchors)
+
+
+def whole_step(indices: Sequence[int], batch: Batch, micro_batches: Sequence[slice] = ()) -> RankSlice:
+    """Return the slice of a process that trains alone. micro_batches: left out, the whole batch is one."""
+    rows = list(range(len(indices)))
+    return RankSlice(list(indices), batch, list(micro_batches) or [slice(0, len(rows))], rows, len(rows), batch.tokens)
 
 
 def hidden_of(batch: Batch) -> torch.Tensor:

@@ -31,7 +31,7 @@ from draftsmith.stages.drafters.eagle3.config import Eagle3Config
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
 from draftsmith.stages.target.estimate import ModelSize, Sizes
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams
-from draftsmith.stages.training.batches import Batch, RankSlice
+from draftsmith.stages.training.batches import Batch
 from draftsmith.stages.training.blocks import Anchors, LossContext, LossReport, Ratio, WeightedMean, position_anchors
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
 from draftsmith.stages.training.lm_heads import HeadSource
@@ -40,6 +40,7 @@ from draftsmith.stages.training.opd.anchor_sources import RandomAnchors, StepAnc
 from draftsmith.stages.training.opd.step import OpdStep, StepOptions
 from draftsmith.stages.training.opd.verify_steps import VerifySteps
 from draftsmith.stages.training.sft.trainer import sft_loss
+from tests.stages.training.case import whole_step
 
 _CPU = torch.device("cpu")
 _OF_KIND = {"dflash": DFlashDrafter, "dflash2": DFlash2Drafter, "dspark": DSparkDrafter}
@@ -138,7 +139,7 @@ class FakeStep:
             source = _Rejected(config.anchors_per_sequence, drafter.block_size - 1)
             options = StepOptions(config, objective, source.proposals)
             step = OpdStep(drafter, SimpleNamespace(head_weight=head), source, options)  # type: ignore[arg-type]
-            whole = RankSlice.whole_step(range(len(batch.trajectories)), batch, list(parts))
+            whole = whole_step(range(len(batch.trajectories)), batch, parts)
             yield from step.micro_batches(0, whole, rng)
             return
         assert isinstance(config, SftConfig)

@@ -159,7 +159,8 @@ def test_only_losses_of_tokens_and_confidence_depend_on_the_answers_sampling(kin
             config = OpdConfig.model_validate({"anchors": "random", "loss": {"response": {"loss": name, **WHOLE}}})
             steps = MinedData(trajectories=answers, sampling=sampling, mined=table)
             training = OpdTraining(drafter, plain_target, steps, config)
-        return float(training.loss(0).loss.detach())
+        (report,) = training.micro_batches(0, None)
+        return float(report.loss.detach())
 
     selecting, with_confidence = random_dflash2(plain_target), random_dspark(plain_target)
     same = pytest.approx(loss(selecting, "forward_kl", SamplingParams(1.0)), rel=1e-6)

@@ -13,7 +13,7 @@ from draftsmith.stages.drafters.base import PreparedDrafter
 from draftsmith.stages.replay.chains import successors
 from draftsmith.stages.replay.replayer import score, tree_tokens_of
 from draftsmith.stages.replay.trace import Trace
-from draftsmith.stages.training.batches import FeatureSource, step_rng
+from draftsmith.stages.training.batches import FeatureSource
 from draftsmith.stages.training.blocks import draft_blocks, encode_batch, position_anchors, sample_positions
 from draftsmith.stages.training.config import TrainingConfig
 from draftsmith.stages.training.loss_config import LossConfig
@@ -31,6 +31,7 @@ from tests.stages.training.opd.world import (
     KINDS,
     PER_SEQUENCE,
     World,
+    loss_of,
     make_world,
     phases,
     without_errors,
@@ -188,7 +189,7 @@ def test_every_kind_trains_the_same_number_of_blocks(world: World) -> None:
     for kind in KINDS:
         remining = world.remining(every=1 if kind == "visited" else 0)
         step = world.step(world.source(kind, many, remining=remining), everywhere, per_sequence=many)
-        report = step.loss(5, INDICES, world.batch, step_rng(0, 5))
+        report = loss_of(step, world.batch)
         assert report.blocks == len(INDICES) * many, kind
         positions[kind] = report.positions / (report.blocks * 7)
     assert min(positions.values()) > 0.6  # the rest lies beyond the ends: more of it where errors are late
@@ -214,10 +215,10 @@ def test_blocks_are_verified_only_if_the_loss_needs_it(
     source = world.source(kind, remining=world.remining())
     step = world.step(source, world.objective({"response": response}), proposals=proposals)
     batch = world.batch
-    loss = step.loss(5, INDICES, batch, step_rng(0, 5)).loss
+    loss = loss_of(step, batch).loss
     assert len(calls) == verified
     monkeypatch.setattr(LossConfig, "reads_steps", property(lambda _objective: True))
-    assert torch.equal(loss, step.loss(5, INDICES, batch, step_rng(0, 5)).loss)
+    assert torch.equal(loss, loss_of(step, batch).loss)
 
 
 def test_a_trajectory_without_errors_gives_its_other_steps(world: World) -> None:
@@ -239,7 +240,7 @@ def test_mining_in_a_step_leaves_its_gradient_alone(autocast: bool, world: World
     for remining in (mined_before, world.remining(every=1)):  # the second mines inside the step
         step = world.step(world.source("visited", remining=remining), objective)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            report = step.loss(5, INDICES, batch, step_rng(0, 5))
+            report = loss_of(step, batch)
         gradients.append(torch.autograd.grad(report.loss, list(world.moved.parameters()), allow_unused=True))
     for (name, _), a, b in zip(world.moved.named_parameters(), *gradients, strict=True):
         assert a is not None and b is not None, name
@@ -263,7 +264,7 @@ def test_the_target_scores_proposals_only_for_a_rejected_stream(
         remining = world.remining(every=1, scored=objective.needs_scores)
         step = world.step(world.source(kind, remining=remining), objective)
         forwards.clear()
-        report = step.loss(5, INDICES, world.batch, step_rng(0, 5))
+        report = loss_of(step, world.batch)
         assert bool(forwards) == wanted
         assert ("loss_rejected" in report.metrics) == wanted
         assert report.loss.isfinite()

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from draftsmith.stages.training.batches import step_rng
 from draftsmith.stages.training.blocks import draft_blocks, encode_batch, hidden_on_proposals
 from draftsmith.stages.training.opd.anchor_sources import RandomAnchors
 from draftsmith.stages.training.opd.loss import opd_loss
@@ -19,7 +18,7 @@ from draftsmith.stages.training.opd.step import OpdStep
 from draftsmith.stages.training.opd.verify_steps import verify_blocks
 from tests.stages.bench import Bench
 from tests.stages.training.case import heads_of, loss_context
-from tests.stages.training.opd.world import INDICES, World, make_world, phases
+from tests.stages.training.opd.world import INDICES, World, loss_of, make_world, phases
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +88,7 @@ def test_a_step_has_the_loss_of_the_chains_that_mining_finds(world: World) -> No
     remining = Remining(fresh, drafter, every=0, scored=True)
     mined = world.source("errors", many, remining)
     for source in (FixedAnchors(many), mined):
-        report = world.step(source, objective).loss(5, INDICES, batch, step_rng(0, 5))
+        report = loss_of(world.step(source, objective), batch)
         for name in ("loss_response", "loss_rejected"):
             assert report.metrics[name] == pytest.approx(expected[name], rel=1e-3), name
         assert report.metrics.get("steps_changed_share", 0) == 0
@@ -111,7 +110,7 @@ def test_drafting_in_a_step_leaves_its_gradient_alone(kind: str, world: World, m
     gradients = []
     for _ in ("drafted in the step", "given"):
         with torch.autocast("cpu", torch.bfloat16):
-            report = world.step(world.source(kind), objective).loss(5, INDICES, world.batch, step_rng(0, 5))
+            report = loss_of(world.step(world.source(kind), objective), world.batch)
         gradients.append(torch.autograd.grad(report.loss, list(world.moved.parameters())))
     for (name, _), a, b in zip(world.moved.named_parameters(), *gradients, strict=True):
         assert a.any(), name

@@ -17,7 +17,7 @@ from draftsmith.stages.replay.stats import replay_sequentially
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.training.batches import Batch, FeatureSource, step_rng
-from draftsmith.stages.training.blocks import Anchors, DraftingView, encode_batch
+from draftsmith.stages.training.blocks import Anchors, DraftingView, LossReport, encode_batch
 from draftsmith.stages.training.config import TrainingConfig
 from draftsmith.stages.training.loss_config import LossConfig
 from draftsmith.stages.training.opd.anchor_sources import AnchorSource, RandomAnchors, SuccessorAnchors, TableAnchors
@@ -26,6 +26,7 @@ from draftsmith.stages.training.opd.remining import Remining
 from draftsmith.stages.training.opd.step import OpdStep, StepOptions
 from draftsmith.stages.training.opd.verify_steps import UnscoredSteps, VerifySteps, score_steps
 from tests.stages.bench import Bench
+from tests.stages.training.case import whole_step
 
 COUNT, PER_SEQUENCE = 6, 5
 INDICES = [4, 0, 3]  # of the trajectories in a batch
@@ -128,6 +129,12 @@ def make_world(bench: Bench, moved_by: float) -> World:
     features = FeatureSource(bench.target, moved.target_layer_ids, trajectories, TrainingConfig())
     unmined = World(bench, moved, trajectories, MinedTable([], moved.block_size - 1), features)
     return replace(unmined, table=unmined.mined_by(unmined.trained))
+
+
+def loss_of(step: OpdStep, batch: Batch) -> LossReport:
+    """Return the loss of step 5 on the trajectories `INDICES`, as one batch."""
+    (report,) = step.micro_batches(5, whole_step(INDICES, batch), step_rng(0, 5))
+    return report
 
 
 def phases(step: int, numbers: int) -> np.ndarray:
