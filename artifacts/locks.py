@@ -126,8 +126,8 @@ def locked(
                 time.sleep(_POLL_S)
             if not _is_file_at(fd, path):  # removed during the wait: the lock is another file's
                 continue
-            token = "" if shared else secrets.token_hex(8)
-            _write_holder(fd, Holder(token, platform.node(), os.getpid(), user_name(), run, _now()))
+            token, now = "" if shared else secrets.token_hex(8), datetime.now(UTC).isoformat(timespec="seconds")
+            _write_holder(fd, Holder(token, platform.node(), os.getpid(), user_name(), run, now))
             yield Lock(path, fd, token)
             return
         finally:
@@ -203,10 +203,6 @@ def _try_lock(fd: int, shared: bool = False) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def user_name() -> str:

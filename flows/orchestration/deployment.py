@@ -110,7 +110,7 @@ def deploy(config: RunOptions, pipeline: Pipeline, api: str, options: Deployment
         if options.webhook is not None:
             name, silent_days = deployment.name, options.silent_days
             set_webhook(client, options.webhook, id_, name, heartbeat_s=HEARTBEAT_S, silent_days=silent_days)
-        webhook = has_webhook(client, deployment.name)
+        webhook = bool(client.read_automations_by_name(f"{deployment.name}: webhook"))
     ui = api.rstrip("/").removesuffix("/api")
     return DeploymentInfo(deployment.full_name, f"{ui}/deployments/deployment/{id_}", created, webhook)
 
@@ -178,11 +178,6 @@ def check_address(url: str) -> None:
             f"--webhook {url!r}: not an address. Give one with https:// or http:// and a host, such as "
             "https://hooks.example/draftsmith."
         )
-
-
-def has_webhook(client: SyncPrefectClient, name: str) -> bool:
-    """Return whether the deployment of this name has a webhook."""
-    return bool(client.read_automations_by_name(f"{name}: webhook"))
 
 
 def set_webhook(

@@ -167,16 +167,10 @@ def _over_prompts(requests: Sequence[Row], pair: Pair, units: Units, in_flight: 
         for arm in pair
         for name in ("tokens", "latency_seconds")
     ]
-    found = jackknife(_log_ratio_of_speeds, *sums)
+    found = jackknife(lambda t, s, other_t, other_s: np.log(t / s) - np.log(other_t / other_s), *sums)
     if found.degrees < 1:  # fewer than two units in effect
         return replace(found, error=math.nan)
     return found if in_flight == 1 else replace(found, error=error_over_prompts(timed, pair, keys, in_flight))
-
-
-def _log_ratio_of_speeds(
-    tokens: np.ndarray, seconds: np.ndarray, other_tokens: np.ndarray, other_seconds: np.ndarray
-) -> np.ndarray:
-    return np.log(tokens / seconds) - np.log(other_tokens / other_seconds)
 
 
 def _factor(estimate: Estimate) -> Difference:

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -184,7 +184,8 @@ def _cause(notes: Path, error: BaseException, parallel: ParallelConfig, *, stopp
             return _KINDS[report.exit_code](report.message)
     if stopped:
         return StageInterrupted(_STOPPED)
-    silent = _silent_ranks(reports, world)
+    # without a report: a rank that waits for others always reports when they end
+    silent = sorted(set(range(world)) - {report.rank for report in reports})
     who = f"rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))} of {world}"
     if reports and _TIMED_OUT.search(reports[0].message) and silent:
         return RetryableError(
@@ -213,11 +214,6 @@ def _cause(notes: Path, error: BaseException, parallel: ParallelConfig, *, stopp
             "check that this node has that name and the port is free."
         )
     return RankFailedError(f"the ranks could not be run: {type(error).__name__}: {error}")
-
-
-def _silent_ranks(reports: Sequence[RankReport], world: int) -> list[int]:
-    """Return the ranks without a report: a rank that waits for others always reports when they end."""
-    return sorted(set(range(world)) - {report.rank for report in reports})
 
 
 _NOTES = "ranks"  # folder in `work`, with a folder for each launch: a rank of an earlier launch writes into its own

@@ -79,7 +79,8 @@ class Target:
         """
         info, path = read_target_info(folder), model_path(folder)
         try:
-            target = cls._read(info, path, dtype or info.dtype, device or default_device(), ranks)
+            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            target = cls._read(info, path, dtype or info.dtype, device, ranks)
             check_agreement(target, str(path), ranks)
         except DraftsmithError:
             raise
@@ -289,8 +290,3 @@ class Target:
     def new_cache(self, rows: int, capacity: int) -> SlotCache:
         """Return a cache for `rows` requests of up to `capacity` positions each."""
         return SlotCache(len(self.decoder.layers), rows, capacity)
-
-
-def default_device() -> str:
-    """Return "cuda" if there is a GPU, else "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
