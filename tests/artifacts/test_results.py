@@ -21,7 +21,6 @@ GOLDEN = Path(__file__).parent / "golden"
     [
         (EvaluationResult, "evaluation.json"),
         (EvaluationResult, "evaluation_served.json"),
-        (EvaluationResult, "acceptance.json"),
         (Contexts, "contexts.json"),
         (GateDecision, "decision.json"),
         (GateVerdict, "verdict.json"),
