@@ -7,7 +7,6 @@ import os
 import pty
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -97,12 +96,14 @@ def test_a_file_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert f"{path} exists" in capsys.readouterr().err and path.read_text() == "mine"
 
 
-def test_it_asks_on_a_terminal_and_takes_defaults(tiny_prompts: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("home")
+def test_it_asks_on_a_terminal_and_takes_defaults(
+    tiny_prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours, theirs = pty.openpty()
     os.write(ours, f"nonsense\n\n{SMOLLM2}\n{tiny_prompts}\n{SMOLLM2_MASK}\n".encode())
-    command = [sys.executable, "-m", "draftsmith.flows", "init", str(tmp_path / "run.yaml")]
-    environment = {**os.environ, "DRAFTSMITH_HOME": str(tmp_path / "home")}
-    done = subprocess.run(command, stdin=theirs, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"^0 errors, ", done.stdout, re.MULTILINE)
+    with os.fdopen(theirs) as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        assert main(["init", str(tmp_path / "run.yaml")]) == 0
+    assert re.search(r"^0 errors, ", capsys.readouterr().out, re.MULTILINE)
     assert load_config(tmp_path / "run.yaml").target.source == SMOLLM2
