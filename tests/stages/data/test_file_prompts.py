@@ -37,10 +37,10 @@ def selected(log: Path, heldout: int, **config: Any) -> tuple[list[list[str]], P
     return [[each.text_hash for each in iter(partial(stream.next, split), None)] for split in SPLITS], stream
 
 
-@pytest.mark.parametrize("train", [0, 1])
-@pytest.mark.parametrize("since", [None, "2026-03-20"])
-@pytest.mark.parametrize("share", [0.1, 1.0])
-@pytest.mark.parametrize("kept", [1, 7, 256])
+@pytest.mark.parametrize(
+    ("kept", "share", "since", "train"),
+    [(1, 0.1, None, 1), (7, 0.1, "2026-03-20", 0), (256, 1.0, None, 0), (1, 1.0, "2026-03-20", 1)],
+)
 def test_prompts_do_not_depend_on_how_many_stay_in_memory(
     kept: int, share: float, since: str | None, train: int, log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

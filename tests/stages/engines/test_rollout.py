@@ -48,6 +48,14 @@ def rows(ctx: RecordingContext) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.fixture(scope="module")
+def assisted(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts) -> RecordingContext:
+    """A rollout with a drafter that nothing disturbed."""
+    whole = context(tmp_path_factory.mktemp("whole"), tiny_drafter, drafter=True)
+    STAGE.run(whole, config())
+    return whole
+
+
 def test_answers_are_the_targets_in_the_order_of_the_prompts(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, bench: Bench
 ) -> None:
@@ -94,36 +102,28 @@ def test_an_interrupted_run_continues_and_gives_the_same_bytes(
     assert last.summaries["answers"] == 22
 
 
-@pytest.mark.parametrize("table", ["trajectories", "timings", "trace"])
-def test_a_truncated_last_shard_is_generated_again(tmp_path: Path, tiny_drafter: DrafterArtifacts, table: str) -> None:
-    whole = context(tmp_path / "whole", tiny_drafter, drafter=True)
-    STAGE.run(whole, config())
+@pytest.mark.parametrize(
+    ("table", "column"),
+    [("trajectories", "response_ids"), ("timings", None), ("trace", None), ("trace", "proposed_ids")],
+)
+def test_a_damaged_last_shard_is_generated_again(
+    table: str, column: str | None, tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: RecordingContext
+) -> None:
+    """column: of which a bit is flipped; None: the file is cut off."""
     with pytest.raises(StageInterrupted):
-        STAGE.run(context(tmp_path / "cut", tiny_drafter, drafter=True, stop_after=9), config())
-    shard = sorted((tmp_path / "cut" / "work" / table).glob("shard-*.parquet"))[-1]
-    shard.write_bytes(shard.read_bytes()[:-40])
-    last = context(tmp_path / "cut", tiny_drafter, drafter=True)
+        STAGE.run(context(tmp_path, tiny_drafter, drafter=True, stop_after=9), config())
+    shard = sorted((tmp_path / "work" / table).glob("shard-*.parquet"))[-1]
+    if column is None:
+        shard.write_bytes(shard.read_bytes()[:-40])
+    else:
+        damage_column(shard, column)
+    last = context(tmp_path, tiny_drafter, drafter=True)
     STAGE.run(last, config())
-    assert any(line.startswith("6 answers of an earlier attempt kept") for line in last.logs)
+    assert column or any(line.startswith("6 answers of an earlier attempt kept") for line in last.logs)
     for name in ("trajectories.parquet", "trace.parquet"):
-        assert (last.out / name).read_bytes() == (whole.out / name).read_bytes(), name
+        assert (last.out / name).read_bytes() == (assisted.out / name).read_bytes(), name
     timings = read_table(last.out / "timings.parquet", TIMINGS).to_pylist()
     assert [row["trajectory_id"] for row in timings] == [row["trajectory_id"] for row in rows(last)]
-
-
-@pytest.mark.parametrize(("table", "column"), [("trajectories", "response_ids"), ("trace", "proposed_ids")])
-def test_answers_with_a_flipped_bit_are_generated_again(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, table: str, column: str
-) -> None:
-    whole = context(tmp_path / "whole", tiny_drafter, drafter=True)
-    STAGE.run(whole, config())
-    with pytest.raises(StageInterrupted):
-        STAGE.run(context(tmp_path / "cut", tiny_drafter, drafter=True, stop_after=9), config())
-    damage_column(sorted((tmp_path / "cut" / "work" / table).glob("shard-*.parquet"))[-1], column)
-    last = context(tmp_path / "cut", tiny_drafter, drafter=True)
-    STAGE.run(last, config())
-    for name in ("trajectories.parquet", "trace.parquet"):
-        assert (last.out / name).read_bytes() == (whole.out / name).read_bytes(), name
 
 
 def test_an_assisted_rollout_gives_the_same_text_and_records_its_trace(

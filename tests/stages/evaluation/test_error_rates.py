@@ -166,7 +166,7 @@ def contains(difference: Difference, value: float) -> bool:
     return difference.low <= value <= difference.high
 
 
-@pytest.mark.parametrize(("concurrency", "prompts"), [(1, 6), (1, 48), (4, 12), (16, 48)])
+@pytest.mark.parametrize(("concurrency", "prompts"), [(1, 6), (16, 48)])
 def test_equal_drafters_seldom_differ_in_speed(concurrency: int, prompts: int) -> None:
     """Any of the three verdicts of a report is wrong in at most 5 %, each single interval of its tables too."""
     rng = np.random.default_rng(concurrency)
@@ -183,11 +183,11 @@ def test_equal_drafters_seldom_differ_in_speed(concurrency: int, prompts: int) -
     assert outside / repetitions <= allowed(repetitions)
 
 
-@pytest.mark.parametrize(("prompts", "load"), [(6, 1.0), (12, 1.0), (40, 0.0), (40, 1.0)])
+@pytest.mark.parametrize(("prompts", "load"), [(6, 1.0), (40, 0.0), (40, 1.0)])
 def test_equal_drafters_seldom_differ_prompt_by_prompt(prompts: int, load: float) -> None:
     """Whatever else the machine does."""
     rng = np.random.default_rng(prompts)
-    repetitions, wrong, outside = 300, 0, 0
+    repetitions, wrong, outside = 200, 0, 0
     for _ in range(repetitions):
         turns, rows = simulated_by_prompt(rng, prompts, load=load)
         ratios = log_ratios(turns, rows, pairs(ARMS), {})
@@ -211,7 +211,7 @@ def test_drafters_10_percent_apart_differ_on_40_prompts(load: float) -> None:
     assert seen / repetitions >= 0.9
 
 
-@pytest.mark.parametrize(("concurrency", "prompts"), [(1, 6), (1, 16), (1, 64), (4, 16), (16, 64)])
+@pytest.mark.parametrize(("concurrency", "prompts"), [(1, 6), (1, 64), (4, 16)])
 def test_a_drafter_as_fast_as_the_baseline_is_seldom_called_faster(concurrency: int, prompts: int) -> None:
     """As fast over all prompts that are served: on the few that are decoded it may well be faster. By the turns alone,
     which decode the same ones again, it would be called so in 17 % (64 prompts) to 41 % (4). Several at a time, a turn
@@ -228,9 +228,7 @@ def test_a_drafter_as_fast_as_the_baseline_is_seldom_called_faster(concurrency: 
     assert by_turns_alone / repetitions > 0.1
 
 
-@pytest.mark.parametrize(
-    ("concurrency", "rounds", "gain"), [(1, 12, 0.05), (1, FEWEST_RUNS, 0.12), (16, 12, 0.1), (16, FEWEST_RUNS, 0.12)]
-)
+@pytest.mark.parametrize(("concurrency", "rounds", "gain"), [(1, FEWEST_RUNS, 0.12), (16, 12, 0.1)])
 def test_a_real_difference_of_speed_is_found_in_most(concurrency: int, rounds: int, gain: float) -> None:
     """In a report of six verdicts, 64 prompts. Of 500 evaluations, one request at a time: 12 turns find 5 % in 47 %, 5
     turns find it in 19 and 12 % in 84 %; single intervals find 5 % in 74 % (12 turns) and in 45 % (5 turns). With 16
@@ -250,7 +248,7 @@ def test_a_real_difference_of_speed_is_found_in_most(concurrency: int, rounds: i
 @pytest.mark.parametrize(("prompts", "samples"), [(6, 1), (24, 4)])
 def test_equal_drafters_seldom_differ_in_tau(prompts: int, samples: int) -> None:
     rng = np.random.default_rng(prompts)
-    repetitions, wrong, outside = 500, 0, 0
+    repetitions, wrong, outside = 300, 0, 0
     for _ in range(repetitions):
         tallies, of_prompt = simulated_tallies(rng, prompts, samples)
         found = verdicts(tau_differences(tallies, of_prompt), {}, 0)

@@ -48,13 +48,13 @@ def test_answers_at_another_temperature_are_found(bench: Bench, sampled: Answers
     assert hot["improbable"] > COUNT / 2, hot
 
 
-@pytest.mark.parametrize(("top_p", "top_k"), [(0.9, 0), (1.0, 5), (0.9, 5)])
-def test_answers_of_a_wider_top_p_or_top_k_are_found(bench: Bench, top_p: float, top_k: int) -> None:
+def test_answers_of_a_wider_top_p_or_top_k_are_found(bench: Bench) -> None:
     """On answers of some dozen tokens at a temperature that leaves a choice of tokens."""
-    narrow, wide = answers(bench, 1.5, top_p, top_k), answers(bench, 1.5)
-    assert reasons(bench, narrow, 1.5, top_p, top_k) == {"": len(narrow)}
-    found = reasons(bench, wide, 1.5, top_p, top_k)
-    assert found["outside top_p or top_k"] > len(wide) / 2, found
+    narrow, wide = answers(bench, 1.5, 0.9, 5), answers(bench, 1.5)
+    assert reasons(bench, narrow, 1.5, 0.9, 5) == {"": len(narrow)}
+    for top_p, top_k in ((0.9, 0), (1.0, 5), (0.9, 5)):
+        found = reasons(bench, wide, 1.5, top_p, top_k)
+        assert found["outside top_p or top_k"] > len(wide) / 2, found
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

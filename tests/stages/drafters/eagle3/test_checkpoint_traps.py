@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.drafters.checkpoint import check_shape, load_drafter
+from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.info import model_path
 from tests.stages.drafters.edits import Edit, edit_config, edit_tensors
 from tests.testbed import random_target
 from tests.testbed.eagle3 import RANDOM_VOCABULARY
@@ -96,13 +95,3 @@ def test_a_trap_is_one_clear_error(name: str, saved: Path, plain_target: Target)
         load_drafter(saved, plain_target)
     assert "\n" not in str(error.value)
     assert str(saved) in str(error.value)
-
-
-@pytest.mark.parametrize("name", ["another width", "two layers", "norm_output inside", "a layer twice"])
-def test_the_preflight_finds_a_wrong_shape_without_weights(name: str, saved: Path, plain_artifact: Path) -> None:
-    (saved / "model.safetensors").unlink()
-    check_shape(saved, model_path(plain_artifact))
-    edit, message = TRAPS[name]
-    edit(saved)
-    with pytest.raises(DraftsmithError, match=message):
-        check_shape(saved, model_path(plain_artifact))

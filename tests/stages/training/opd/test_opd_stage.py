@@ -102,7 +102,11 @@ def committed_nll(bench: Bench, drafter: Drafter, answers: Answers) -> float:
     return total / count
 
 
-@pytest.mark.parametrize("anchors", ["errors", "visited", "successors", "random"])
+@pytest.mark.parametrize(
+    ("anchors", "answers"),
+    [("errors", "sampled"), ("visited", "greedy"), ("successors", "sampled"), ("random", "greedy")],
+    indirect=["answers"],
+)
 def test_matched_opd_raises_the_likelihood_of_committed_tokens(
     anchors: str, answers: Answers, bench: Bench, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
@@ -212,11 +216,9 @@ def test_the_checkpoint_names_its_target_and_parents(
 @pytest.mark.parametrize(
     "fields",
     [
-        {"loss": "paper"},
-        {"anchors": "visited", "remine_every": 3, "loss": "paper"},
         {"anchors": "successors"},
         {"anchors": "random", "loss": "paper"},
-        {"anchors": "visited", "remine_every": 1, "compute_dtype": "bfloat16"},
+        {"anchors": "visited", "remine_every": 3, "loss": "paper", "compute_dtype": "bfloat16"},
     ],
     ids=str,
 )
@@ -226,9 +228,8 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     """What was mined again depends on the weights of earlier steps."""
     fields = {"steps": 8, "learning_rate": 3e-3} | fields
     whole = train(tmp_path / "whole", tiny_drafter, sampled, **fields)
-    for stop_after in (3, 6):
-        with pytest.raises(StageInterrupted):
-            train(tmp_path / "cut", tiny_drafter, sampled, stop_after, **fields)
+    with pytest.raises(StageInterrupted):
+        train(tmp_path / "cut", tiny_drafter, sampled, 6, **fields)
     last = train(tmp_path / "cut", tiny_drafter, sampled, **fields)
     assert last.measured[0][0] == 6
     name = f"{DRAFTER_FOLDER}/model.safetensors"
@@ -243,13 +244,3 @@ def test_only_anchors_of_the_table_need_every_trajectory_mined(
     with pytest.raises(DraftsmithError):
         train(tmp_path, tiny_drafter, other, anchors="visited")
     assert train(tmp_path / "without", tiny_drafter, other, steps=1).summaries["blocks"] == 4 * 6
-
-
-def test_a_damaged_table_is_a_one_line_error(greedy: Answers, tiny_drafter: DrafterArtifacts, tmp_path: Path) -> None:
-    damaged = tmp_path / "damaged"
-    damaged.mkdir()
-    content = (greedy.steps / "verify_steps.parquet").read_bytes()
-    (damaged / "verify_steps.parquet").write_bytes(content[: len(content) // 2])
-    with pytest.raises(DraftsmithError, match=r"verify_steps\.parquet") as caught:
-        train(tmp_path, tiny_drafter, Answers(greedy.trajectories, damaged))
-    assert "\n" not in str(caught.value)
