@@ -42,14 +42,13 @@ if TYPE_CHECKING:  # most packages need neither
 
 # Two SGLang servers are there for all of these, if one worker runs them.
 _SHARE_SERVERS = tuple(
-    f"tests/integration/test_sglang_{name}.py" for name in ("rollout", "plugin", "watch", "failures")
+    f"tests/integration/test_sglang_{name}.py" for name in ("rollout", "plugin", "watch", "diagnosis", "failures")
 )
 # These take minutes each.
 _LONGEST = (
     "tests/season/test_season.py",
     "tests/integration/test_refresh.py",
     *_SHARE_SERVERS,
-    "tests/lab/test_lab.py",
     "tests/stages/runtime/test_ranks.py",
     "tests/flows/orchestration/test_run.py",
 )

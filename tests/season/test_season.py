@@ -12,7 +12,6 @@ from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.cli.main import main
 from draftsmith.stages.drafters.digest import drafter_digest
 from tests.season.season import LINE, SHORT, Week, play
-from tests.testbed.chromium import ABSENT, PROGRAM, browser
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 
@@ -75,29 +74,6 @@ def test_mlflow_has_everything_that_a_review_needs(
         assert {"prompts", "heldout"} <= data.keys()
         query = f"dataset.digest = '{data['prompts']}' and tags.stage = 'refresh'"
         assert run.info.run_id in {hit.info.run_id for hit in client.search_runs([experiment], query)}
-
-
-@pytest.mark.skipif(PROGRAM is None, reason=ABSENT)
-def test_reports_of_promoted_and_refused_refreshes_in_a_browser(
-    weeks: list[Week], folder: Path, tmp_path: Path
-) -> None:
-    assert len(weeks) == 4
-    pages = sorted((folder / "home" / "store").glob("report/*/report.html"), key=lambda path: path.stat().st_mtime)
-    assert len(pages) == 3, "week 2 ended with its drift check"
-    badges = []
-    with browser(tmp_path) as page:
-        for path in pages:
-            for width in (390, 1280):
-                page.open(path.as_uri(), width=width, dark=width == 390)
-                assert page.complaints == []
-                assert page.evaluate("document.scrollingElement.scrollWidth") <= width
-            badges.append(page.evaluate("document.querySelector('.badge').textContent"))
-            assert 10 <= page.evaluate("document.querySelectorAll('.context').length") <= 12
-            assert page.evaluate("document.querySelectorAll('.context del').length") > 10
-            assert page.evaluate("document.querySelectorAll('.context .chosen').length") > 10
-            assert page.evaluate("[...document.querySelectorAll('svg')].every(e => e.querySelector('path'))")
-    promoted = "The gate says: promote"
-    assert badges == [promoted, "Not promoted", promoted]
 
 
 def test_champions_rollback_promote_and_export(
