@@ -24,6 +24,7 @@ from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.trace import tau
 from draftsmith.stages.target.causal_lm import Target
 from tests.integration.recorded import Reference, assert_same_steps, trace_of
+from tests.integration.swapping import assert_swaps
 from tests.sglang_cpu import dspark_model
 from tests.sglang_cpu.fixtures import ServingTarget
 from tests.sglang_cpu.options import CPU_ENVIRONMENT
@@ -103,6 +104,7 @@ def test_a_server_records_the_steps_of_replay(
     options = {"speculative-dspark-block-size": block - 1, "speculative-num-draft-tokens": block}
     with running_server(sglang_env, serving_target.model, tmp_path / "drafter", "DSPARK", options, log=log) as url:
         answers = generate(url, requests, concurrency=4)
+        assert_swaps(url, bench, tmp_path / "drafter", "DSPARK", tmp_path / "other")
     plain = [bench.greedy[p.prompt_id] for p in bench.prompts[:PROMPTS]]
     assert [answer["output_ids"] for answer in answers] == plain
 

@@ -21,6 +21,7 @@ from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.engines.sglang.protocol import KEY
 from draftsmith.stages.replay.trace import Trace, tau
 from tests.integration.recorded import Reference, Served, asked_for_nothing, assert_same_steps, body, trace_of
+from tests.integration.swapping import assert_swaps
 from tests.sglang_cpu.fixtures import ServingTarget
 from tests.sglang_cpu.server import generate, running_server
 from tests.stages.bench import GREEDY_TOKENS, Bench
@@ -96,3 +97,7 @@ def test_every_step_of_a_chain_is_right_where_some_requests_of_a_batch_ask_for_i
         else:
             accepted += reference.check(prompt, answer, digest)
     assert {0, 4} <= accepted.keys()  # nothing and whole chains were kept
+
+
+def test_its_weights_are_swapped(url: str, bench: Bench, tiny_eagle3: Path, tmp_path: Path) -> None:
+    assert_swaps(url, bench, tiny_eagle3 / DRAFTER_FOLDER, "EAGLE3", tmp_path / "other")

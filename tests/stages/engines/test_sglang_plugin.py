@@ -142,7 +142,7 @@ def test_the_plugin_is_in_the_code_digest_of_stages_that_use_servers(tmp_path: P
     for folder in ("artifacts", "stages"):
         shutil.copytree(project / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.md"))
     stages = {name: STAGES[name] for name in ("rollout", "evaluation", "diagnosis", "gate", "sft")}
-    for module in ("plugin", "plugin_hooks"):
+    for module in ("plugin", "plugin_hooks", "plugin_swap"):
         before = {name: code_digest(stage, tmp_path) for name, stage in stages.items()}
         with (tmp_path / f"stages/engines/sglang/{module}.py").open("a") as source:
             source.write("\n\nREPAIRED = True\n")
