@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 from prefect import flow
@@ -97,5 +98,7 @@ def watch(config: RefreshConfig, minutes: float = 5, then: str | None = None) ->
     if watched.outcome == "below" and then == "rollback":
         rollback(Display(), line.name, watched.sentence, dry_run=False)
     elif watched.outcome == "below" and then is not None:
-        run_deployment(then, timeout=0, as_subflow=False)
+        # once a day, as a refresh may take longer than the time until the next watch
+        once = f"watch of {datetime.now(UTC).date()}"
+        run_deployment(then, timeout=0, as_subflow=False, idempotency_key=once)
     return Failed(name=conclusion.name, message=conclusion.message)
