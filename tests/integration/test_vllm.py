@@ -40,7 +40,7 @@ from draftsmith.stages.replay.trace import Trace, tau
 from draftsmith.stages.target.sampling import SamplingParams
 from tests.stages.bench import GREEDY_TOKENS, Bench
 from tests.testbed.context import RecordingContext
-from tests.testbed.drafter import DrafterArtifacts, DrafterRecipe, drafter_artifacts
+from tests.testbed.drafter import DrafterArtifacts
 from tests.vllm_cpu.server import LONGEST, launched, running_server, vllm_python
 
 PYTHON = vllm_python()
@@ -245,24 +245,23 @@ def test_a_launched_rollout_is_that_of_the_embedded_engine_and_passes_parity(
     assert parity["served_steps"] > 100 and (parity["different_steps"], parity["tau_difference"]) == (0, 0)
 
 
-def one_layer_lower(drafter: Path) -> None:
-    """Export it without the 1 that the layout adds to a layer id."""
+def one_layer_higher(drafter: Path) -> None:
+    """Export it with the 1 that the layout adds to a layer id added twice."""
     config = json.loads((drafter / "config.json").read_text())
-    config["aux_hidden_state_layer_ids"] = [layer - 1 for layer in config["aux_hidden_state_layer_ids"]]
+    config["aux_hidden_state_layer_ids"] = [layer + 1 for layer in config["aux_hidden_state_layer_ids"]]
     (drafter / "config.json").write_text(json.dumps(config))
 
 
 def test_a_drafter_exported_with_layer_ids_off_by_one_is_named_and_refused(
-    tmp_path: Path, python: Path, tiny_target: Path, tiny_prompts: Path
+    tmp_path: Path, python: Path, tiny_drafter: DrafterArtifacts
 ) -> None:
-    made = drafter_artifacts(tiny_target, tiny_prompts, DrafterRecipe(name="later", target_layer_ids=(1, 2), steps=300))
-    drafter = made.drafter / DRAFTER_FOLDER
+    made, drafter = tiny_drafter, tiny_drafter.drafter / DRAFTER_FOLDER
     (tmp_path / "wrong").mkdir()
-    with running_server(python, made, drafter, tmp_path / "wrong", one_layer_lower) as url:
+    with running_server(python, made, drafter, tmp_path / "wrong", one_layer_higher) as url:
         wrong = diagnosed(tmp_path / "diagnosed", made, url)
         answers = roll_out(tmp_path / "rollout", made, {"kind": "vllm", "urls": [url]})
     assert not wrong.agrees and [(each.cause, each.mismatch) for each in wrong.causes] == [("other layer ids", 0.0)]
-    assert "each one layer lower" in wrong.sentence
+    assert "each one layer higher" in wrong.sentence
     with pytest.raises(DraftsmithError, match=r"mining: .* verify steps served by the engine differ from replay"):
         mine(tmp_path / "mined", made, answers.out)
 
