@@ -289,11 +289,11 @@ def test_a_rank_that_hangs_is_named_in_a_retryable_error(tmp_path: Path, inputs:
     assert "rank 1 of 2 did not answer: rank 0 waited in vain (" in errors[0]["message"]
 
 
-def test_bad_input_of_all_ranks_is_one_error(tmp_path: Path, inputs: dict[str, str]) -> None:
-    code, events = Attempt(tmp_path, inputs, init_from=str(tmp_path / "nothing"), **TWO).ended()
-    errors = [event for event in events if event["event"] == "error"]
-    assert (code, len(errors)) == (2, 1)
-    assert "nothing" in errors[0]["message"]
+def test_bad_input_of_all_ranks_is_one_error(tmp_path: Path) -> None:
+    for rank in range(2):
+        RankReport(rank, "init_from: nothing is not there", 2).write(tmp_path)
+    cause = _cause(tmp_path, OSError("gone"), PAIR, stopped=False)
+    assert (type(cause), cause.exit_code, str(cause)) == (DraftsmithError, 2, "init_from: nothing is not there")
 
 
 def test_after_a_rank_ran_out_of_memory_the_next_attempt_takes_smaller_micro_batches(
