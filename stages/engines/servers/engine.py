@@ -214,7 +214,6 @@ def open_engine(
     it ends the wait.
     Raises DraftsmithError for a config, server or drafter that does not fit, RetryableError if no server answers.
     """
-    # Servers are started from this thread, which therefore must outlive them: see ServerProcess.
     loop = LoopThread()
     try:
         fleet = Fleet(api, config, required, work / "servers", log)
