@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sqlite3
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,9 +54,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     allow.touch()
     nowhere = "http://127.0.0.1:9"  # a proxy that does not answer
     results["rerun"] = run_toy(home, "refresh", config, http_proxy=nowhere, HTTP_PROXY=nowhere, all_proxy=nowhere)
-    start = time.monotonic()
     results["unchanged"] = run_toy(home, "refresh", config)
-    results["unchanged_s"] = time.monotonic() - start
     results["changed"] = run_toy(
         home, "refresh", config, "--set", "left.factor=3", "--from", "left", "--set", "verdict=refused"
     )
@@ -105,11 +102,10 @@ def test_the_rerun_continues_from_what_the_failed_stage_saved(story: dict[str, A
     assert names(rerun.stdout, "done in") == ["target", "left", "right", "total"]
 
 
-def test_an_unchanged_run_reuses_everything_within_seconds(story: dict[str, Any]) -> None:
+def test_an_unchanged_run_reuses_everything(story: dict[str, Any]) -> None:
     assert story["unchanged"].returncode == 0
     assert names(story["unchanged"].stdout, "reused") == ["target", "left", "right", "total"]
     assert names(story["unchanged"].stdout, "done in") == []
-    assert story["unchanged_s"] < 60  # 6 s on a free machine, nearly all of it the start of Prefect's server
     assert f"mlflow ui --backend-store-uri sqlite:///{story['home']}/mlflow.db" in story["unchanged"].stdout
     assert story["rerun"].stderr == story["unchanged"].stderr == "", "no library prints anything"
 
