@@ -79,7 +79,7 @@ def toy_command(home: Path, *arguments: str | Path, **variables: str) -> subproc
 def run_toy(home: Path, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run the command to its end."""
     with toy_command(home, *arguments, **variables) as process:
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=600)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
@@ -105,6 +105,6 @@ def beside_server(home: Path, program: str, **variables: str) -> subprocess.Comp
         env={**environment, "DRAFTSMITH_HOME": str(home), **variables},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )

@@ -57,7 +57,7 @@ class Home:
     """A DRAFTSMITH_HOME and the config beside it."""
 
     folder: Path
-    limit_s: float = 600  # of one command
+    limit_s: float = 850  # of one command
 
     @property
     def path(self) -> Path:

@@ -285,7 +285,7 @@ def test_two_concurrent_refreshes_in_a_new_home_make_every_artifact_once(tmp_pat
         total=noted,
     )
     racers = [toy_command(home, "refresh", config) for _ in range(2)]
-    outputs = [racer.communicate(timeout=240) for racer in racers]
+    outputs = [racer.communicate(timeout=600) for racer in racers]
     assert [racer.returncode for racer in racers] == [0, 0], outputs
     assert starts.read_text() == "started\n" * 4
     both = outputs[0][0] + outputs[1][0]
