@@ -75,7 +75,8 @@ class RefreshPolicy:
         if node.name != "drift" or self.line.champion is None:
             return None
         promotion_hook.call_if_due(self.config.on_promote, self.line.name)
-        self._swap_servers()  # a server may have started again with its old drafter
+        if swapped := self._swap_servers():  # a server may have started again with its old drafter
+            Display().line(swapped)
         drift = DriftResult.read(folders["drift"])
         record = json.loads((folders["champion"] / TARGET_RECORD).read_text("utf-8"))
         reasons = self._reasons(drift, target_changed=record["target_changed"])

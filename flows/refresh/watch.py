@@ -77,11 +77,15 @@ def watch(line: str, urls: Sequence[str], minutes: float, threshold: float) -> W
     if any((state.digest, state.since) != (states[url].digest, states[url].since) for url, state in now.items()):
         return Watched("inconclusive", f"{line}: a server has another drafter by now, or started again. Watch again.")
     finished = [window for each in windows.values() for window in each]
+    silent = [url for url in _servers(line, urls) if url not in windows]
     metrics = champion.metrics().get(ALL)
     promised = None if metrics is None else SetMetrics.model_validate(metrics)
     outcome, reason = compare(served_tau(finished), promised, threshold)
     requests = sum(each.requests for each in finished)
-    return Watched(outcome, f"{champion}: {reason} ({requests:.0f} requests of {', '.join(windows)})")
+    counted = f"{requests:.0f} requests of {', '.join(windows)}"
+    if silent:
+        counted += f"; no answer from {', '.join(silent)}"
+    return Watched(outcome, f"{champion}: {reason} ({counted})")
 
 
 def compare(served: SetMetrics, promised: SetMetrics | None, threshold: float) -> tuple[Outcome, str]:

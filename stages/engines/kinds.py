@@ -12,7 +12,7 @@ import httpx
 from draftsmith.stages.engines.config import ServerEngineConfig, SGLangEngineConfig, VLLMEngineConfig
 from draftsmith.stages.engines.servers.api import ServerApi
 from draftsmith.stages.engines.servers.client import RequestLostError, key_header, unreachable_server
-from draftsmith.stages.engines.servers.engine import ServerEngine, open_engine
+from draftsmith.stages.engines.servers.engine import ServerEngine, open_engine, proceed
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
 from draftsmith.stages.engines.sglang.api import SGLangApi
 from draftsmith.stages.engines.sglang.handshake import served_block_size as block_size_of_sglang
@@ -21,16 +21,12 @@ from draftsmith.stages.engines.vllm.handshake import is_vllm
 from draftsmith.stages.engines.vllm.handshake import served_block_size as block_size_of_vllm
 
 
-def _proceed() -> None:
-    """Do nothing: the caller never stops."""
-
-
 def open_servers(
     config: ServerEngineConfig,
     required: ServerRequirements,
     work: Path,
     log: Callable[[str], None],
-    check: Callable[[], None] = _proceed,
+    check: Callable[[], None] = proceed,
 ) -> AbstractContextManager[ServerEngine]:
     """Open servers of the config's kind, as `open_engine` does."""
     api: ServerApi

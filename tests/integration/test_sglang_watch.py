@@ -68,8 +68,9 @@ def test_a_line_is_watched_and_rolled_back(
     assert main([*watch, "0"]) == 0
     assert "inconclusive" in capsys.readouterr().out, "no request finished"
     with load(dflash_url, request):
-        assert main([*watch, "0.08"]) == 0
-    assert f"promised: tiny version 1: tau {tau:.3f}" in capsys.readouterr().out
+        assert main([*watch, "0.08", "--url", "http://127.0.0.1:9"]) == 0
+    shown = capsys.readouterr().out
+    assert f"promised: tiny version 1: tau {tau:.3f}" in shown and "no answer from http://127.0.0.1:9" in shown
 
     promoted("tiny", "b", "0" * 64, tau)
     assert main([*watch, "9"]) == 3

@@ -31,7 +31,7 @@ class UnansweredError(DraftsmithError):
     """Some requests have no answer, and would have none the next time."""
 
 
-def _continue() -> None:
+def proceed() -> None:
     """Do nothing: the caller never stops."""
 
 
@@ -46,7 +46,7 @@ class LoopThread:
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    def run(self, work: Coroutine[Any, Any, T], check: Callable[[], None] = _continue) -> T:
+    def run(self, work: Coroutine[Any, Any, T], check: Callable[[], None] = proceed) -> T:
         """Run a coroutine to its end. An exception of `check`, called twice a second, or Ctrl-C cancels it."""
         future = self.submit(work)
         try:
@@ -95,7 +95,7 @@ class ServerEngine:
         pool: ServerPool,
         api: ServerApi,
         log: Callable[[str], None],
-        check: Callable[[], None] = _continue,
+        check: Callable[[], None] = proceed,
     ):
         self._loop, self._fleet, self._pool, self._api = loop, fleet, pool, api
         self._log, self._check = log, check
@@ -206,7 +206,7 @@ def open_engine(
     required: ServerRequirements,
     work: Path,
     log: Callable[[str], None],
-    check: Callable[[], None] = _continue,
+    check: Callable[[], None] = proceed,
 ) -> Iterator[ServerEngine]:
     """Open servers that meet the requirements; those started here are stopped on exit.
 

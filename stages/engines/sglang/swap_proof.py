@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import httpx
-import numpy as np
 import torch
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
-from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.spec import DraftingConfig
@@ -22,7 +20,6 @@ from draftsmith.stages.engines.sglang.records import generate_payload, read_comp
 from draftsmith.stages.engines.sglang.swap import NewDrafter, Prove, Served
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.proof import Proof, ServedAnswer, prove
-from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.target.causal_lm import Target
 
 _ANSWERS, _TOKENS = 8, 64  # asked at a time, until the proof is not inconclusive
@@ -46,11 +43,8 @@ class ReplayProver:
     ) -> None:
         self._target, self._new, self._folder_of = Target.load(target, device="cpu"), new, folder_of
         self._prompts, self._headers = prompts, key_header(api_key)
-        self._drafter: Callable[[Path], Drafter] = cache(
-            lambda folder: load_drafter(
-                folder, self._target, any_target=True
-            )  # the old one may be of an earlier target
-        )
+        # the old one may be of an earlier target
+        self._drafter: Callable[[Path], Drafter] = cache(partial(load_drafter, target=self._target, any_target=True))
 
     def __call__(self, before: Served) -> Prove:
         """Return the proof that a server drafts with the new drafter, no longer with the one that it serves now."""
@@ -87,11 +81,4 @@ class ReplayProver:
         if body["meta_info"].get("num_retractions"):
             return None
         answer = read_completion(request, ServerAnswer(body), info, self._new.digest)
-        if not answer.steps:
-            return None
-        tokens = prompt + answer.response_ids
-        anchors, accepted, proposed = (
-            np.array([getattr(step, name) for step in answer.steps]) for name in ("anchor", "accepted", "proposed")
-        )
-        trace = Trace(len(tokens), anchors, accepted, proposed, evaluated_blocks=0)
-        return Trajectory(request.request_id, tokens, len(prompt)), trace
+        return (answer.trajectory(), answer.trace()) if answer.steps else None

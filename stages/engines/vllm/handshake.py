@@ -1,7 +1,7 @@
-"""Checks of a vLLM server before its first request: same model, a drafter that reports its steps, and enough room.
+"""Checks of a vLLM server before its first request: same model, reported verify steps, enough context.
 
-A stock server reports little of itself, so it is known by its answers. Whether its drafter is the required one, no
-answer tells: parity with replay does (`stages/replay/parity.py`, `draftsmith diagnose`).
+A stock server reports little of itself, so its answers are compared. They cannot show which drafter it has: parity with
+replay does (`stages/replay/parity.py`, `draftsmith diagnose`).
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ async def check_server(
             remarks += await check_tokenizer(client, url, path, required)
             theirs = await _served_logprobs(client, url, required.scored_ids)
             remarks += await compare_weights(url, path, _UNKNOWN, theirs, required, log)
-        if (room := card.get("max_model_len")) is not None and required.longest > room:
+        if (limit := card.get("max_model_len")) is not None and required.longest > limit:
             raise wrong_server(
                 url,
-                f"has room for {room} positions a request, the longest needs {required.longest}. Lower "
+                f"has room for {limit} positions a request, the longest needs {required.longest}. Lower "
                 "sampling.max_new_tokens or prompts.max_prompt_tokens, or raise --max-model-len.",
             )
         request = Request(_NAME, required.probe_ids, _PROBE_TOKENS)
