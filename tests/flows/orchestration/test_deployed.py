@@ -85,7 +85,10 @@ PROGRAM = textwrap.dedent(
             time.sleep(0.1)
         print("triggered", len(triggered))
         wanted = {"filter": {"event": {"prefix": ["prefect.asset.materialization"]}}}
-        events = client.request("POST", "/events/filter", json=wanted).json()["events"]
+        for _ in range(300):  # the server keeps events a moment later than it acts on them
+            if events := client.request("POST", "/events/filter", json=wanted).json()["events"]:
+                break
+            time.sleep(0.1)
         print("events", json.dumps([[each["resource"]["prefect.resource.id"], each["payload"]] for each in events]))
     """
 )

@@ -40,6 +40,7 @@ MAY_NAME_KINDS = {
     "stages/drafters/activations.py",  # what a training of each keeps
     "stages/drafters/registry.py",  # the list of them
     "stages/drafters/speculators.py",  # the form that each has in another layout
+    "stages/engines/servers/drafting.py",  # what an engine's own configuration calls each
 }
 TOLERANCE = 3e-5  # float32, the same sums in another order, on values of order one to ten
 
