@@ -58,10 +58,10 @@ class ResultFile(BaseModel):
 
 
 class SetMetrics(Record):
-    """Metrics of a drafter on one prompt set, each with its 95 % interval."""
+    """Metrics of a drafter on one slice of the prompts, each with its 95 % interval."""
 
     tau: float | None = None
-    low: float | None = None  # ends of tau's interval; None for a single prompt
+    low: float | None = None  # ends of tau's interval; None for a slice that is too small
     high: float | None = None
     prompts: int | None = None
     speedup: float | None = None

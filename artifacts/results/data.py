@@ -21,6 +21,7 @@ class PromptsSummary(ResultFile, Record):
     heldout_by: Literal["prompt", "conversation"] | None = None
     wrong_class_passed_over: int = 0
     set_aside: Mapping[str, int] = {}  # reason -> rejected rows
+    slices: Mapping[str, Mapping[str, int]] = {}  # label -> split -> prompts
 
 
 class LogWindow(Record):

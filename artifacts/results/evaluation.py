@@ -96,7 +96,7 @@ class ArmComparison(Record):
     error: float | None
     units: int
     degrees: float
-    set: str | None = None  # of a tau: the prompt set; None: all prompts
+    set: str | None = None  # of a tau: the slice; None: all prompts
     base: float | None = None  # of a tau: the other's
     gain: EstimateRecord | None = None  # of a tau: the difference as a share of the other's
     temperature: float | None = None  # of a speed
@@ -194,7 +194,7 @@ class EvaluationResult(ResultFile, Record):
     drafters: Mapping[str, Acceptance] = {}
     loop_share: float | None = None
     tau_without_loops: Mapping[str, float | None] = {}
-    sets: Mapping[str, Mapping[str, SetMetrics]] = {}
+    sets: Mapping[str, Mapping[str, SetMetrics]] = {}  # slice -> arm
     comparisons: Annotated[Sequence[ArmComparison], Field(alias="compared")] = ()
     validation_tau: Mapping[str, float | None] | None = None
 
@@ -224,8 +224,12 @@ class EvaluationResult(ResultFile, Record):
         return [SpeedTable(temperature=self.temperature, concurrency=self.concurrency, arms=self.speed)]
 
     def compared(self, kind: str, arm: str, other: str) -> list[ArmComparison]:
-        """Return the comparisons of two arms: of tau by prompt set, or of speed by setting."""
+        """Return the comparisons of two arms: of tau by slice, or of speed by setting."""
         return [each for each in self.comparisons if (each.kind, each.arm, each.other) == (kind, arm, other)]
+
+    def slices(self, challenger: str) -> list[ArmComparison]:
+        """Return the comparisons of tau with the champion on each slice."""
+        return [each for each in self.compared("tau", challenger, CHAMPION) if each.set is not None]
 
     def warnings_about(
         self, temperature: float | None, concurrency: int | None, arms: Collection[str], kinds: Collection[str]
@@ -265,6 +269,7 @@ class AnswerContext(Record):
     before: str
     steps: Sequence[ContextStep]
     after: str
+    slice: str | None = None  # that it is one of the worst of; None: of all answers
 
 
 class Contexts(ResultFile, RootModel[dict[str, list[AnswerContext]]]):
@@ -274,11 +279,11 @@ class Contexts(ResultFile, RootModel[dict[str, list[AnswerContext]]]):
     INDENT: ClassVar[int] = 1
 
 
-ALL = "all"  # prompts, beside the single sets
+ALL = "all"  # prompts, beside the single slices
 
 
 class DriftResult(ResultFile, RootModel[dict[str, SetMetrics]]):
-    """The champion's tau by prompt set, and on all prompts under `ALL`."""
+    """The champion's tau by slice, and on all prompts under `ALL`."""
 
     FILE: ClassVar[str] = "drift.json"
 

@@ -38,6 +38,13 @@ PROMPTS = _table(
     token_ids=_IDS,  # after the chat template
 )
 
+LABELS = _table(  # beside the prompts, if section prompts names slices
+    "labels",
+    1,
+    prompt_id=pa.string(),
+    labels=pa.list_(pa.string()),  # FIELD:VALUE, such as language:de
+)
+
 TOKENISED = _table(  # cache of an unfinished attempt
     "tokenised",
     1,

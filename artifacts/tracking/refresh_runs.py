@@ -264,7 +264,7 @@ def link_version(tracking: Tracking, version: Version, drafter: Manifest) -> Non
         client, experiment = tracking.connect()
         if (model := _find(client, experiment, drafter)) is None:
             return
-        page = f"[Metrics by prompt set](#/experiments/{experiment}/models/{model.model_id})"
+        page = f"[Metrics by slice](#/experiments/{experiment}/models/{model.model_id})"
         client.update_model_version(version.line, str(version.number), f"{version.tags['decision']}\n\n{page}")
         client.set_model_version_tag(version.line, str(version.number), "draftsmith.model_id", model.model_id)
         linked = json.loads((model.tags or {}).get("mlflow.modelVersions", "[]"))

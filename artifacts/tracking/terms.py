@@ -69,7 +69,7 @@ def source_tags() -> dict[str, str]:
 
 
 def escape_markdown(text: str) -> str:
-    """Return the text with its Markdown and HTML escaped: names of prompt sets are arbitrary."""
+    """Return the text with its Markdown and HTML escaped: names of slices are arbitrary."""
     return text.replace("<", "&lt;").replace("[", "\\[").replace("`", "\\`")
 
 

@@ -92,7 +92,7 @@ class RefreshPolicy:
             return None
         before = (champion.figures.get("all") or {}).get("tau")
         notes = [
-            f"no set fell measurably by more than {self.config.drift.threshold:.1%}",
+            f"no slice fell measurably by more than {self.config.drift.threshold:.1%}",
             *inconclusive_sets(drift.root, _set_metrics(champion.figures)),
             "nothing was trained (`--force drift` refreshes anyway)",
         ]
@@ -232,7 +232,7 @@ def _approved(key: str) -> bool:
 
 
 def _set_metrics(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, SetMetrics]:
-    """Return the metrics of a promotion by prompt set."""
+    """Return the metrics of a promotion by slice."""
     return {name: SetMetrics.model_validate(metrics) for name, metrics in figures.items()}
 
 
@@ -260,14 +260,14 @@ def refresh_policy(config: RefreshConfig, force: Collection[str]) -> RefreshPoli
     return RefreshPolicy(config, force) if config.registry is not None else None
 
 
-_MOST_NAMES = 5  # of prompt sets in a sentence
+_MOST_NAMES = 5  # of slices in a sentence
 
 
 def degraded_sets(now: Mapping[str, SetMetrics], then: Mapping[str, SetMetrics], threshold: float) -> list[str]:
-    """Return the sets in which tau fell by more than `threshold` of what it was, in words; `all` for all prompts.
+    """Return the slices in which tau fell by more than `threshold` of what it was, in words; `all` for all prompts.
 
     now: of the drift check. then: at the promotion. Both have an error, as they come from different prompts; the single
-    sets share theirs (Bonferroni), so that one is named in at most 5 % of checks where nothing fell.
+    slices share theirs (Bonferroni), so that one is named in at most 5 % of checks where nothing fell.
     """
     comparable = [name for name in now if _is_comparable(name, now, then)]
     shared = 0.5 + simultaneous_level(sum(name != ALL for name in comparable)) / 2
@@ -286,7 +286,7 @@ def degraded_sets(now: Mapping[str, SetMetrics], then: Mapping[str, SetMetrics],
 
 
 def _is_comparable(name: str, now: Mapping[str, SetMetrics], then: Mapping[str, SetMetrics]) -> bool:
-    """Return whether the set was measured both times, on more than one prompt."""
+    """Return whether the slice was measured both times, on enough prompts."""
     return name in then and now[name].has_interval and then[name].has_interval
 
 
@@ -296,12 +296,12 @@ def _interval(metrics: SetMetrics) -> tuple[float, float, float]:
 
 
 def inconclusive_sets(now: Mapping[str, SetMetrics], then: Mapping[str, SetMetrics]) -> list[str]:
-    """Return the sets that `degraded_sets` cannot decide on, in words, by reason."""
+    """Return the slices that `degraded_sets` cannot decide on, in words, by reason."""
     unknown = [name for name in now if name not in then or then[name].tau is None]
     few = [name for name in now if name not in unknown and not _is_comparable(name, now, then)]
     gone = [name for name in then if name not in now]
     return [
-        f"inconclusive, {why}: {len(names)} set{'s' * (len(names) != 1)} ({', '.join(names[:_MOST_NAMES])}"
+        f"inconclusive, {why}: {len(names)} slice{'s' * (len(names) != 1)} ({', '.join(names[:_MOST_NAMES])}"
         f"{', …' * (len(names) > _MOST_NAMES)})"
         for why, names in (
             ("not measured at its promotion", unknown),

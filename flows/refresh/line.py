@@ -397,7 +397,7 @@ def log_tags(logs: Path) -> dict[str, str]:
 
 
 def promotion_metrics(evaluation: EvaluationResult, arm: str) -> dict[str, dict[str, float | None]]:
-    """Return an arm's tau and speed-up with their intervals on all prompts, and on as many sets as a tag holds.
+    """Return an arm's tau and speed-up with their intervals on all prompts, and on as many slices as a tag holds.
 
     Later drift checks compare tau with these.
     """

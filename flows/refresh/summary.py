@@ -186,7 +186,7 @@ def review(folders: Mapping[str, Path]) -> RunReview | None:
 
 
 def compared(folders: Mapping[str, Path]) -> dict[str, tuple[Manifest, Metrics]]:
-    """Return the manifest of each drafter that the evaluation compared, and its metrics by prompt set.
+    """Return the manifest of each drafter that the evaluation compared, and its metrics by slice.
 
     folders: node -> folder, with an evaluation.
     """

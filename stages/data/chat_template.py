@@ -36,6 +36,7 @@ class PromptCandidate:
     where: str
     identity: bytes = b""  # `held_out.prompt_identity`, which decides its held-out class; not set by logs
     token_ids: list[int] | None = None  # of a row that has them
+    labels: tuple[str, ...] = ()  # `row_formats.row_labels`
 
     @property
     def text_hash(self) -> str:

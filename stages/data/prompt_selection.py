@@ -12,8 +12,8 @@ from typing import Any, TypedDict
 from draftsmith.artifacts.atomic import atomic_path
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.results.data import PromptsSummary
-from draftsmith.artifacts.tables.parquet import TableWriter
-from draftsmith.artifacts.tables.schemas import PROMPTS
+from draftsmith.artifacts.tables.parquet import TableWriter, write_table
+from draftsmith.artifacts.tables.schemas import LABELS, PROMPTS
 from draftsmith.stages.data.chat_template import PromptCandidate, TemplateInverter, token_ids
 from draftsmith.stages.data.prompt_streams import PromptStream, ReadIds, open_streams
 from draftsmith.stages.data.prompts import MORE_LOGS, SPLITS, PromptsConfig, Split
@@ -23,6 +23,7 @@ from draftsmith.stages.runtime.stage import StageContext
 from draftsmith.stages.target.info import load_tokenizer, model_path, read_target_info
 
 _REPORT_EVERY = 64  # prompts
+_MOST_VALUES = 50  # of a field in `slices`: more make slices that are too small, as users' ids do
 
 
 class PromptRow(TypedDict):
@@ -43,6 +44,8 @@ class _Selection:
     selected: int = 0
     tokens: dict[str, array[int]] = field(default_factory=lambda: defaultdict(lambda: array("q")))  # split -> lengths
     counts: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # source -> split -> rows
+    labels: dict[str, tuple[str, ...]] = field(default_factory=dict)  # prompt -> its labels
+    slices: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # label -> split -> rows
     text_hashes: set[str] = field(default_factory=set)  # over all splits
     held_out: set[bytes] = field(default_factory=set)  # identities, which ignore the system prompt
     rejected: Counter[str] = field(default_factory=Counter)  # reason -> rows
@@ -52,7 +55,10 @@ class _Selection:
 
 
 def run(ctx: StageContext, config: PromptsConfig) -> None:
-    """Write `prompts.parquet`, `prompts.json` and `set_aside.jsonl` (file, row, id, reason)."""
+    """Write `prompts.parquet`, `prompts.json` and `set_aside.jsonl` (file, row, id, reason).
+
+    If the config names slices, also write `labels.parquet`.
+    """
     tokenizer = load_tokenizer(model_path(ctx.inputs["target"]))
     if not tokenizer.chat_template:
         ignored = " and chat_template_kwargs are ignored" if config.chat_template_kwargs else ""
@@ -92,8 +98,12 @@ def run(ctx: StageContext, config: PromptsConfig) -> None:
             if stream.rejects is not None:
                 stream.rejects.check()
                 selection.rejected += stream.rejects.reasons
+        _check_slices(selection, config)
     if selection.rejected:
         ctx.log(f"{selection.rejected.total()} rows rejected: {describe_counts(selection.rejected)}")
+    if config.slices:
+        labels = [{"prompt_id": prompt_id, "labels": labels} for prompt_id, labels in selection.labels.items()]
+        write_table(ctx.out / "labels.parquet", LABELS, labels)
     _summary(selection, config).write(ctx.out)
     ctx.summary(
         train=config.prompt_count("train"),
@@ -177,6 +187,10 @@ def _select_next(
         selection.selected += 1
         selection.tokens[split].append(len(ids))
         selection.counts[candidate.source][split] += 1
+        if candidate.labels:
+            selection.labels[prompt_id] = candidate.labels
+            for label in candidate.labels:
+                selection.slices[label][split] += 1
         if split != "train":
             selection.held_out.add(identity)
         return PromptRow(
@@ -208,7 +222,21 @@ def _ran_out_error(stream: PromptStream, split: Split, selection: _Selection, co
     )
 
 
+def _check_slices(selection: _Selection, config: PromptsConfig) -> None:
+    """Raise DraftsmithError for a field that no prompt has, or that has too many values to be judged."""
+    for name in config.slices:
+        values = sum(label.startswith(f"{name}:") for label in selection.slices)
+        if not values:
+            raise DraftsmithError(f"prompts.slices: no selected prompt has a field {name}. Correct the name.")
+        if values > _MOST_VALUES:
+            raise DraftsmithError(
+                f"prompts.slices: {name} has {values} values, at most {_MOST_VALUES} are allowed. Name a field with "
+                "few values."
+            )
+
+
 def _summary(selection: _Selection, config: PromptsConfig) -> PromptsSummary:
+    slices = {label: dict(sorted(splits.items())) for label, splits in sorted(selection.slices.items())}
     return PromptsSummary(
         counts={source: dict(sorted(splits.items())) for source, splits in sorted(selection.counts.items())},
         prompt_tokens={split: _quantiles(sorted(lengths)) for split, lengths in sorted(selection.tokens.items())},
@@ -218,6 +246,7 @@ def _summary(selection: _Selection, config: PromptsConfig) -> PromptsSummary:
         heldout_by=config.heldout_by,
         wrong_class_passed_over=selection.wrong_class,
         set_aside=dict(selection.rejected.most_common()),
+        **({"slices": slices} if config.slices else {}),
     )
 
 

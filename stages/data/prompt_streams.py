@@ -38,6 +38,7 @@ from draftsmith.stages.data.row_formats import (
     messages_beside_ids,
     prompt_token_ids,
     rename_fields,
+    row_labels,
     row_messages,
 )
 from draftsmith.stages.data.time_window import row_time
@@ -137,6 +138,8 @@ def open_streams(
     def candidates(rows: Iterable[Row | BadRow], rejects: RejectLog) -> Iterator[tuple[Row, PromptCandidate]]:
         for row, messages, ids in prompt_rows(source, rows, rejects, read_ids, unchanged=unchanged):
             candidate = finish(source.set_name, messages, row.where)
+            if config.slices:
+                candidate = replace(candidate, labels=row_labels(row.fields, config.slices))
             if ids is not None and candidate.messages == messages:
                 candidate = replace(candidate, token_ids=ids)
             yield row, candidate

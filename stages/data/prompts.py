@@ -21,6 +21,7 @@ from draftsmith.stages.target.info import read_target_info
 Split = Literal["train", "validation", "heldout"]
 # Held-out prompts are selected first: a text that occurs twice stays held out and is not trained on.
 SPLITS: tuple[Split, ...] = ("heldout", "validation", "train")
+DEPTH = "depth"  # slices by the tokens of context before a verify step
 
 
 class Counts(Config):
@@ -157,6 +158,11 @@ class PromptsConfig(Config):
         "may fall into both classes; `conversation`, the user's first message, which all its turns share. A model line "
         "keeps to one of them",
     )
+    slices: list[str] = Field(
+        default=[],
+        description="fields of the rows whose values are slices of the traffic, e.g. [thinking, language]: acceptance, "
+        "drift and the gate are reported and judged for each value too, as they are for each source and depth",
+    )
     max_bad_share: float = Field(
         default=0.01,
         ge=0,
@@ -197,6 +203,8 @@ class PromptsConfig(Config):
         for index, source in enumerate(self.sources):
             if isinstance(source, JsonlSource | HuggingFaceSource) and source.set_name == "all":
                 raise ValueError(f"sources.{index}.label: `all` means the prompts of all sources. Set another label.")
+        if DEPTH in self.slices:
+            raise ValueError(f"slices: `{DEPTH}` is measured for every run. Remove it, or rename the rows' field.")
         return self
 
     @property

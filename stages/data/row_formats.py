@@ -7,6 +7,7 @@ A row is rejected if its text alone cannot reproduce the prompt.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 from draftsmith.artifacts.errors import DraftsmithError
@@ -55,6 +56,16 @@ def matches_filter(wanted: FieldFilter, row: Fields, where: str) -> bool:
         if row[name] not in (values if isinstance(values, list) else [values]):
             return False
     return True
+
+
+def row_labels(row: Fields, names: Sequence[str]) -> tuple[str, ...]:
+    """Return `FIELD:VALUE` for each of these fields that holds a text, number or truth value."""
+    values = {name: row.get(name) for name in names}
+    return tuple(
+        f"{name}:{value if isinstance(value, str) else json.dumps(value)}"
+        for name, value in values.items()
+        if isinstance(value, str | int | float) and value != ""
+    )
 
 
 def rename_fields(row: Fields, names: FieldNames) -> Fields:

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.readers import RowReader
-from draftsmith.artifacts.tables.schemas import PROMPTS, TRAJECTORIES
+from draftsmith.artifacts.tables.schemas import LABELS, PROMPTS, TRAJECTORIES
 from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.target.info import read_target_info
 from draftsmith.stages.target.sampling import SamplingParams
@@ -216,11 +216,18 @@ def stored_splits(folder: Path) -> set[str]:
     return set(table["split"].unique().to_pylist())
 
 
-def prompt_sets(folder: Path, prompt_ids: Sequence[str]) -> list[str]:
-    """Return the prompt set (source) of each prompt, from an artifact of stage `prompts`; "logs" for other prompts."""
+def prompt_labels(folder: Path, prompt_ids: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return the slices of each prompt, from an artifact of stage `prompts`.
+
+    The first one is its set: the source, or "logs" for a prompt that the artifact does not have.
+    """
     table = read_table(folder / "prompts.parquet", PROMPTS, ["prompt_id", "source"])
     sources = dict(zip(table["prompt_id"].to_pylist(), table["source"].to_pylist(), strict=True))
-    return [sources.get(prompt_id, "logs") for prompt_id in prompt_ids]
+    labels: dict[str, list[str]] = {}
+    if (path := folder / "labels.parquet").is_file():
+        table = read_table(path, LABELS)
+        labels = dict(zip(table["prompt_id"].to_pylist(), table["labels"].to_pylist(), strict=True))
+    return [(sources.get(prompt_id, "logs"), *labels.get(prompt_id, ())) for prompt_id in prompt_ids]
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 from draftsmith.artifacts.results.base import SetMetrics
 from draftsmith.artifacts.results.evaluation import (
+    ALL,
     CHAMPION,
     Acceptance,
     AnswerContext,
@@ -17,8 +19,8 @@ from draftsmith.artifacts.results.evaluation import (
     Difference,
 )
 from draftsmith.stages.data.trajectories import Trajectory
-from draftsmith.stages.evaluation.verdicts import Pair, comparison, estimate_record, pairs
-from draftsmith.stages.replay.stats import AcceptanceStats
+from draftsmith.stages.evaluation.verdicts import Pair, comparison, estimate_record, pairs, too_small
+from draftsmith.stages.replay.stats import DEPTHS, AcceptanceStats, depth_of
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.runtime.statistics import Estimate, jackknife, ratio, ratio_difference, ratio_gain, sum_by_key
 
@@ -90,58 +92,96 @@ def tau_difference(tally: AcceptanceStats, other: AcceptanceStats, prompts: Sequ
     return jackknife(ratio_difference, *_by_prompt(tally, prompts), *_by_prompt(other, prompts))
 
 
-def tau_by_set(
-    tallies: Mapping[str, AcceptanceStats], prompts: Sequence[str], sets: Sequence[str]
+Sums: TypeAlias = tuple[np.ndarray, np.ndarray]  # committed tokens and verify steps of each prompt, or of each answer
+Labels: TypeAlias = Sequence[Sequence[str]]  # of each answer: its prompt set, then its labels
+
+
+class Slice(NamedTuple):
+    """Some answers, or their verify steps at some depth."""
+
+    name: str | None  # None: everything
+    sums: Mapping[str, Sums]  # drafter -> [prompts]
+
+
+def slice_names(labels: Labels) -> list[str]:
+    """Return the prompt sets in the order of the answers, then all other labels."""
+    return list(dict.fromkeys([*(each[0] for each in labels), *sorted({n for each in labels for n in each[1:]})]))
+
+
+def slices(tallies: Mapping[str, AcceptanceStats], prompts: Sequence[str], labels: Labels) -> Iterator[Slice]:
+    """Yield everything, each label, and each depth if there are several.
+
+    A slice has the answers in which every drafter has a verify step there. prompts: the id of each answer's prompt.
+    """
+
+    def of(name: str | None, sums: Mapping[str, Sums]) -> Slice | None:
+        indices = np.flatnonzero(np.all([steps > 0 for _, steps in sums.values()], axis=0))
+        chosen = [prompts[index] for index in indices]
+        found = {
+            arm: (sum_by_key(chosen, committed[indices]), sum_by_key(chosen, steps[indices]))
+            for arm, (committed, steps) in sums.items()
+        }
+        return Slice(name, found) if chosen else None
+
+    masks = {None: np.ones(len(labels))}
+    masks |= {name: np.array([float(name in each) for each in labels]) for name in slice_names(labels)}
+    by_label = [
+        of(name, {arm: (tally.committed * mask, tally.steps * mask) for arm, tally in tallies.items()})
+        for name, mask in masks.items()
+    ]
+    by_depth = [
+        of(name, {arm: (tally.committed_at[:, depth], tally.steps_at[:, depth]) for arm, tally in tallies.items()})
+        for depth, name in enumerate(DEPTHS)
+    ]
+    several = sum(each is not None for each in by_depth) > 1
+    yield from (each for each in [*by_label, *(by_depth if several else ())] if each is not None)
+
+
+def tau_by_slice(
+    tallies: Mapping[str, AcceptanceStats], prompts: Sequence[str], labels: Labels
 ) -> dict[str, dict[str, SetMetrics]]:
-    """Return set -> drafter -> tau with its 95 % interval over prompts. sets: of each answer."""
+    """Return slice -> drafter -> tau with its 95 % interval over prompts; `ALL` stands for all prompts.
+
+    A slice that is too small to be judged has no interval.
+    """
     found: dict[str, dict[str, SetMetrics]] = {}
-    for name in dict.fromkeys(sets):
-        indices = _indices(sets, name)
-        for arm, tally in tallies.items():
-            tau = jackknife(ratio, *_by_prompt(tally, prompts, indices))
-            low, high = tau.interval() or (None, None)
-            found.setdefault(name, {})[arm] = SetMetrics(tau=tau.value, low=low, high=high, prompts=tau.units)
+    for each in slices(tallies, prompts, labels):
+        for arm, sums in each.sums.items():
+            tau = jackknife(ratio, *sums)
+            interval = tau.interval() if each.name is None or not too_small(tau) else None
+            low, high = interval or (None, None)
+            metrics = SetMetrics(tau=tau.value, low=low, high=high, prompts=tau.units)
+            found.setdefault(each.name or ALL, {})[arm] = metrics
     return found
 
 
 def tau_comparisons(
-    tallies: Mapping[str, AcceptanceStats], prompts: Sequence[str], sets: Sequence[str]
+    tallies: Mapping[str, AcceptanceStats], prompts: Sequence[str], labels: Labels
 ) -> list[ArmComparison]:
-    """Compare every drafter with the champion, on all prompts (set None) and on each set; empty without a champion."""
+    """Compare every drafter with the champion, on all prompts (set None) and each slice; empty without a champion."""
     if CHAMPION not in tallies:
         return []
     found = []
-    for name in (None, *dict.fromkeys(sets)):
-        indices = _indices(sets, name)
-        champion = _by_prompt(tallies[CHAMPION], prompts, indices)
+    for each in slices(tallies, prompts, labels):
+        champion = each.sums[CHAMPION]
         base = float(ratio(*(sums.sum() for sums in champion)))
-        for arm, tally in tallies.items():
+        for arm, own in each.sums.items():
             if arm != CHAMPION:
-                own = _by_prompt(tally, prompts, indices)
                 gain = estimate_record(jackknife(ratio_gain, *own, *champion))
                 difference = jackknife(ratio_difference, *own, *champion)
-                found.append(comparison("tau", (arm, CHAMPION), difference, set=name, base=base, gain=gain))
+                found.append(comparison("tau", (arm, CHAMPION), difference, set=each.name, base=base, gain=gain))
     return found
 
 
-def _indices(sets: Sequence[str], name: str | None) -> np.ndarray:
-    """Return the indices of the answers of one set; of all for None."""
-    return np.array([index for index, each in enumerate(sets) if name is None or each == name], dtype=np.int64)
-
-
-def _by_prompt(
-    tally: AcceptanceStats, prompts: Sequence[str], indices: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return [prompts] committed tokens and verify steps of the answers to each prompt. indices: of some answers."""
-    if indices is None:
-        return sum_by_key(prompts, tally.committed), sum_by_key(prompts, tally.steps)
-    chosen = [prompts[index] for index in indices]
-    return sum_by_key(chosen, tally.committed[indices]), sum_by_key(chosen, tally.steps[indices])
+def _by_prompt(tally: AcceptanceStats, prompts: Sequence[str]) -> Sums:
+    """Return [prompts] committed tokens and verify steps of the answers to each prompt."""
+    return sum_by_key(prompts, tally.committed), sum_by_key(prompts, tally.steps)
 
 
 STEPS = 6  # verify steps of a stretch
 BEFORE, AFTER = 80, 16  # tokens around it
 TYPICAL, OF_ANSWERS = 2, 64  # typical stretches that are shown, from so many answers
+OF_SLICE = 2  # worst stretches of each slice
 Decode = Callable[[list[int]], str]
 _Stretch = tuple[float, int, int, int, Trace]  # tau, index of the answer, first step, steps
 
@@ -149,13 +189,14 @@ _Stretch = tuple[float, int, int, int, Trace]  # tau, index of the answer, first
 class ContextCollector:
     """Collects the stretches with the fewest committed tokens a step, one an answer, and typical ones.
 
-    Traces may come in any order.
+    Traces may come in any order. Each slice has its worst stretches too, at most one of an answer.
     """
 
-    def __init__(self, count: int = 10):
-        self.count = count
+    def __init__(self, labels: Labels, count: int = 10):
+        self.labels, self.count = labels, count
         self._worst: list[_Stretch] = []
         self._middle: list[_Stretch] = []  # of each answer, its stretch of median tau
+        self._by_slice: dict[str, list[_Stretch]] = {}
 
     def add(self, indices: Sequence[int], traces: Sequence[Trace]) -> None:
         """Add the traces of the answers at `indices`.
@@ -167,25 +208,50 @@ class ContextCollector:
             steps = min(STEPS, len(trace.anchors))
             if steps:
                 sums = np.convolve(trace.committed, np.ones(steps, dtype=np.int64), mode="valid")
-                first = int(sums.argmin())
-                self._worst.append((int(sums[first]) / steps, index, first, steps, trace))
+                worst = int(sums.argmin())
                 middle = int(np.argsort(sums, kind="stable")[len(sums) // 2])
-                self._middle.append((int(sums[middle]) / steps, index, middle, steps, trace))
-        self._worst = sorted(self._worst, key=lambda stretch: stretch[:4])[: self.count]
+                first_of = dict.fromkeys(self.labels[index], worst)
+                depths = depth_of(trace.anchors[: len(sums)])
+                for depth in np.unique(depths):
+                    firsts = np.flatnonzero(depths == depth)
+                    first_of[DEPTHS[depth]] = int(firsts[sums[firsts].argmin()])
+                self._worst.append(_stretch(sums, worst, index, trace))
+                self._middle.append(_stretch(sums, middle, index, trace))
+                for name, first in first_of.items():
+                    self._by_slice.setdefault(name, []).append(_stretch(sums, first, index, trace))
+        for name, stretches in self._by_slice.items():
+            self._by_slice[name] = sorted(stretches, key=_order)[:OF_SLICE]
+        self._worst = sorted(self._worst, key=_order)[: self.count]
         self._middle = sorted(self._middle, key=lambda stretch: stretch[1])[:OF_ANSWERS]
 
-    def contexts(self, trajectories: Sequence[Trajectory], sets: Sequence[str], decode: Decode) -> list[AnswerContext]:
-        """Return the worst stretches first, then those of median tau. sets: the prompt set of each answer."""
-        ordered = sorted(self._middle, key=lambda stretch: stretch[:4])
+    def contexts(self, trajectories: Sequence[Trajectory], decode: Decode) -> list[AnswerContext]:
+        """Return the worst stretches first, then those of median tau, then the worst of each slice."""
+        ordered = sorted(self._middle, key=_order)
         start = max(0, (len(ordered) - TYPICAL) // 2)
+        of_labels = [name for name in slice_names(self.labels) if name in self._by_slice]
+        of_depths = [name for name in DEPTHS if name in self._by_slice]
+        several = [name for names in (of_labels, of_depths) if len(names) > 1 for name in names]
+        found = [("worst", self._worst, None), ("typical", ordered[start : start + TYPICAL], None)]
+        found += [("worst", self._by_slice[name], name) for name in several]
         return [
-            _context(kind, stretch, trajectories[stretch[1]], sets[stretch[1]], decode)
-            for kind, stretches in (("worst", self._worst), ("typical", ordered[start : start + TYPICAL]))
+            _context(kind, stretch, trajectories[stretch[1]], self.labels[stretch[1]][0], name, decode)
+            for kind, stretches, name in found
             for stretch in stretches
         ]
 
 
-def _context(kind: str, stretch: _Stretch, trajectory: Trajectory, prompt_set: str, decode: Decode) -> AnswerContext:
+def _stretch(sums: np.ndarray, first: int, index: int, trace: Trace) -> _Stretch:
+    steps = min(STEPS, len(trace.anchors))
+    return int(sums[first]) / steps, index, first, steps, trace
+
+
+def _order(stretch: _Stretch) -> tuple[float, int, int]:
+    return stretch[:3]
+
+
+def _context(
+    kind: str, stretch: _Stretch, trajectory: Trajectory, prompt_set: str, name: str | None, decode: Decode
+) -> AnswerContext:
     """Return the text before a stretch, every verify step in it, and the text after it."""
     tau, _, first, count, trace = stretch
     tokens, start = trajectory.tokens, int(trace.anchors[first]) + 1
@@ -212,4 +278,5 @@ def _context(kind: str, stretch: _Stretch, trajectory: Trajectory, prompt_set: s
         before=decode(tokens[max(0, start - BEFORE) : start]),
         steps=steps,
         after=decode(tokens[after : after + AFTER]),
+        **({} if name is None else {"slice": name}),
     )

@@ -29,9 +29,9 @@ from draftsmith.artifacts.results.gate import THE_CHAMPION, GateDecision, GateVe
 from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import read_manifest
 from draftsmith.stages.evaluation.validity import FEWEST_PROMPTS, NOISE, PROMPTS, TAU, TURNS, few_runs
-from draftsmith.stages.evaluation.verdicts import FEWEST_RUNS, estimate_of
+from draftsmith.stages.evaluation.verdicts import FEWEST_RUNS, estimate_of, too_small
 from draftsmith.stages.runtime.stage import Config, Stage, StageContext
-from draftsmith.stages.runtime.statistics import CONFIDENCE
+from draftsmith.stages.runtime.statistics import CONFIDENCE, simultaneous_level
 
 _TIE_OF_FLOAT32 = 0.01  # logits that two orders of the same sums differ by at most
 
@@ -43,7 +43,12 @@ class GateConfig(Config):
         float, Field(ge=0, description="share of the champion's tau that the challenger's must be above it, measurably")
     ] = 0.0
     max_set_loss: Annotated[
-        float, Field(ge=0, le=1, description="share of tau that a single prompt set may lose, before it is measurable")
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="share of tau that a slice (prompt set, label, depth) may lose, before it is measurable",
+        ),
     ] = 0.02
     max_speed_loss: Annotated[
         float, Field(ge=0, le=1, description="share of the champion's speed that may be lost, before it is measurable")
@@ -100,7 +105,7 @@ def decide(evaluation: EvaluationResult, config: GateConfig, damage: Sequence[st
     challenger = evaluation.challenger
     rules = [_checksums(damage), *_lossless(evaluation, config), *_parity(evaluation, challenger)]
     if evaluation.has_champion:
-        rules += [_tau(evaluation, challenger, config), *_sets(evaluation, challenger, config)]
+        rules += [_tau(evaluation, challenger, config), *_slices(evaluation, challenger, config)]
     if config.judge_speed:
         rules += _speed(evaluation, challenger, config)
     elif not evaluation.has_champion:
@@ -213,16 +218,19 @@ def _tau_alone(evaluation: EvaluationResult, challenger: str) -> RuleResult:
     return _rule("tau", low is not None and low > 1, text, metrics, conclusive=low is not None)
 
 
-def _sets(evaluation: EvaluationResult, challenger: str, config: GateConfig) -> Iterator[RuleResult]:
-    by_set = [each for each in evaluation.compared("tau", challenger, CHAMPION) if each.set is not None]
-    for each in by_set:
-        gain, high = _gain(each, 1 - (1 - CONFIDENCE) / len(by_set))
-        name, lowest = f"tau of {each.set}", -config.max_set_loss
-        metrics = {"value": gain, "end": high, "wanted": lowest}
-        if high is None:  # no evidence against it, and none for it
-            yield _rule(name, True, f"{gain:+.1%}, inconclusive: one prompt is too few", metrics, conclusive=False)
+def _slices(evaluation: EvaluationResult, challenger: str, config: GateConfig) -> Iterator[RuleResult]:
+    """Check that no slice loses tau: a prompt set, a label or a depth."""
+    gains = {each.set: estimate_of(each.gain) for each in evaluation.slices(challenger) if each.gain is not None}
+    level = simultaneous_level(sum(not too_small(gain) for gain in gains.values()))
+    for slice_name, gain in gains.items():
+        name, lowest = f"tau of {slice_name}", -config.max_set_loss
+        if reason := too_small(gain):  # no evidence against it, and none for it
+            metrics = {"value": gain.value, "end": None, "wanted": lowest}
+            yield _rule(name, True, f"{gain.value:+.1%}, inconclusive: {reason}", metrics, conclusive=False)
             continue
-        yield _rule(name, high >= lowest, f"{gain:+.1%}, at most {high:+.1%}; not below {lowest:+.1%}", metrics)
+        high = gain.upper(level)
+        text = f"{gain.value:+.1%}, at most {high:+.1%}; not below {lowest:+.1%}"
+        yield _rule(name, high >= lowest, text, {"value": gain.value, "end": high, "wanted": lowest})
 
 
 def _gain(tau: ArmComparison, level: float) -> tuple[float, float | None]:

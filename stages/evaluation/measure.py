@@ -16,6 +16,7 @@ from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.results.base import SetMetrics
 from draftsmith.artifacts.results.evaluation import (
+    ALL,
     CHAMPION,
     PLAIN,
     Acceptance,
@@ -33,7 +34,7 @@ from draftsmith.stages.data.trajectories import (
     DRAFTER_FOLDER,
     load_trajectories,
     positions_needed,
-    prompt_sets,
+    prompt_labels,
     stored_splits,
 )
 from draftsmith.stages.drafters.base import Drafter
@@ -44,14 +45,14 @@ from draftsmith.stages.evaluation.acceptance import (
     ContextCollector,
     acceptance_table,
     has_loop,
-    tau_by_set,
+    tau_by_slice,
     tau_comparisons,
     tau_differences,
 )
 from draftsmith.stages.evaluation.config import DRAFTERS, PREFIX, EvaluationConfig, prompts_to_decode
 from draftsmith.stages.evaluation.speed_embedded import EmbeddedSpeedTest, measure_embedded
 from draftsmith.stages.evaluation.speed_servers import ServerSpeedTest, measure_servers
-from draftsmith.stages.evaluation.speed_table import alternates, at_setting, log_ratios, speed_by_set, speed_tables
+from draftsmith.stages.evaluation.speed_table import alternates, at_setting, log_ratios, speed_by_slice, speed_tables
 from draftsmith.stages.evaluation.timed_runs import Setting, SpeedMeasurement, machine, settings_of
 from draftsmith.stages.evaluation.validity import AGAIN, speed_warnings
 from draftsmith.stages.evaluation.verdicts import Pair, comparison, pairs, verdicts
@@ -84,11 +85,11 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
     settings, arms = settings_of(config), list(acceptance.drafters)
     decoded = list(dict.fromkeys(row["prompt_id"] for row in speed.requests))
     units = dict(zip(decoded, independent_units(ctx.inputs["prompts"], decoded), strict=True))
-    set_of_prompt = dict(zip(decoded, prompt_sets(ctx.inputs["prompts"], decoded), strict=True))
+    labels = dict(zip(decoded, prompt_labels(ctx.inputs["prompts"], decoded), strict=True))
     tables = speed_tables(speed.runs, speed.requests, settings, units)
     first = tables[0].arms
     runs, requests = at_setting(speed.runs, settings[0]), at_setting(speed.requests, settings[0])
-    by_set = speed_by_set(requests, set_of_prompt, units, alternating=alternates(runs))
+    by_slice = speed_by_slice(requests, labels, units, alternating=alternates(runs))
     ratios = log_ratios(runs, requests, pairs(arms), units)
     warnings = speed_warnings(speed.runs, speed.requests, settings)
     for warning in warnings:
@@ -111,7 +112,7 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
             "machine": machine(),
             "exactness": speed.exactness,
             "parity": speed.parity,
-            "sets": _with_speed(acceptance.sets, by_set),
+            "sets": _with_speed(acceptance.sets, by_slice),
             "comparisons": [*acceptance.comparisons, *speed_comparisons(speed, settings, arms, units)],
         }
     ).write(ctx.out)
@@ -144,7 +145,7 @@ def _speedups(arms: Mapping[str, SpeedMetrics]) -> dict[str, float]:
 def _with_speed(
     sets: Mapping[str, Mapping[str, SetMetrics]], speedups: Mapping[str, Mapping[str, SetMetrics]]
 ) -> dict[str, dict[str, SetMetrics]]:
-    """Return the metrics of each set and arm, with the speed-up added where it is known."""
+    """Return the metrics of each slice and arm, with the speed-up added where it is known."""
     merged = {name: dict(arms) for name, arms in sets.items()}
     for name, arms in speedups.items():
         own = merged.setdefault(name, {})
@@ -237,7 +238,8 @@ class _Replays:
         ctx.log(f"replaying {len(self.drafters)} drafters on {len(stored.trajectories)} held-out answers")
         looping = [has_loop(t.tokens[t.prompt_length :]) for t in stored.trajectories]
         tallies = {}
-        collectors = {arm: ContextCollector() for arm in self.drafters}
+        units, labels = independent_units(prompts, stored.prompts), prompt_labels(prompts, stored.prompts)
+        collectors = {arm: ContextCollector(labels) for arm in self.drafters}
         for variant, drafting in _drafting_variants(self.config).items():
             tallies[variant] = self.replayer(variant, drafting, stored.sampling, WHOLE).acceptance(
                 self.drafters,
@@ -248,16 +250,13 @@ class _Replays:
                 shards=[folder / REPLAYED / variant for folder in ctx.shards],
             )
         trained = tallies[CONTEXT_VARIANT]
-        units, sets = independent_units(prompts, stored.prompts), prompt_sets(prompts, stored.prompts)
         # a share of the answers' tokens: the same for all drafters that sample
         shares = [tally.outside_nucleus_share for tally in trained.values()]
         outside = next((share for share in shares if share is not None), None)
         if warning := truncation_warning(outside, stored.sampling):
             ctx.log(warning)
         decode = self.target.tokenizer.decode
-        Contexts({arm: each.contexts(stored.trajectories, sets, decode) for arm, each in collectors.items()}).write(
-            ctx.out
-        )
+        Contexts({arm: each.contexts(stored.trajectories, decode) for arm, each in collectors.items()}).write(ctx.out)
         drafters: dict[str, Acceptance] = acceptance_table(trained, units, looping)
         for arm, tally in tallies.get("full_head", {}).items():
             drafters[arm] = drafters[arm].model_copy(update={"tau_full_head": tally.tau})
@@ -267,8 +266,8 @@ class _Replays:
             drafters=drafters,
             loop_share=sum(looping) / len(looping),
             tau_without_loops={arm: metrics.tau_without_loops for arm, metrics in drafters.items()},
-            sets=tau_by_set(trained, units, sets),
-            comparisons=tau_comparisons(trained, units, sets),
+            sets={name: arms for name, arms in tau_by_slice(trained, units, labels).items() if name != ALL},
+            comparisons=tau_comparisons(trained, units, labels),
             validation_tau=self.validation_tau(),
         )
         return result, tau_differences(trained, units)

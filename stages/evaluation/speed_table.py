@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 
@@ -102,18 +103,18 @@ def alternates(runs: Sequence[Row]) -> bool:
     return bool(runs) and all(run["concurrency"] == 1 and run.get("batches", 1) > 1 for run in runs)
 
 
-def speed_by_set(
-    requests: Sequence[Row], sets: Mapping[str, str], units: Units, *, alternating: bool
+def speed_by_slice(
+    requests: Sequence[Row], labels: Mapping[str, Sequence[str]], units: Units, *, alternating: bool
 ) -> dict[str, dict[str, SetMetrics]]:
-    """Return set -> drafter -> speed-up over decoding without a drafter, as the set's requests saw it.
+    """Return slice -> drafter -> speed-up over decoding without a drafter, as the slice's requests saw it.
 
-    requests: at one setting. sets: the prompt set of each prompt. A request's speed is its tokens by its latency, which
-    requests in flight share. alternating: as `alternates` of the runs.
+    requests: at one setting. labels: of each prompt, its set first. A request's speed is its tokens by its latency,
+    which requests in flight share. alternating: as `alternates` of the runs.
     """
     found: dict[str, dict[str, SetMetrics]] = {}
-    for name in dict.fromkeys(sets.values()):
+    for name in dict.fromkeys(chain.from_iterable(labels.values())):
         sums: dict[tuple[str, int], list[float]] = {}  # tokens, seconds
-        own = [row for row in requests if sets.get(row["prompt_id"]) == name]
+        own = [row for row in requests if name in labels.get(row["prompt_id"], ())]
         for row in own:
             run = sums.setdefault((row["arm"], row["round"]), [0.0, 0.0])
             run[0] += row["tokens"]

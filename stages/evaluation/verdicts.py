@@ -15,6 +15,7 @@ Pair = tuple[str, str]  # an arm, and the one it is compared with
 
 AGAINST_ALL = (CHAMPION, "sft")  # what every other drafter is compared with: the first of these among the arms
 FURTHER: tuple[Pair, ...] = (("opd", "control"),)
+FEWEST_IN_SLICE = 4  # prompts before a slice is judged: with fewer, an interval tells nothing
 FEWEST_RUNS = 5  # timed runs before two speeds may be called different: with fewer, their spread is unknown
 
 
@@ -67,6 +68,16 @@ def comparison(
     return ArmComparison.model_validate(
         {"kind": kind, "arm": pair[0], "other": pair[1], **estimate_record(estimate).to_json(), **fields}
     )
+
+
+def too_small(estimate: Estimate) -> str:
+    """Return why a slice is too small to be judged; empty if it is not."""
+    if round(estimate.degrees + 1) >= FEWEST_IN_SLICE:  # prompts in effect
+        return ""
+    prompts = f"{estimate.units} prompt{'s' * (estimate.units != 1)}"
+    if estimate.units < FEWEST_IN_SLICE:
+        return f"{prompts}, {FEWEST_IN_SLICE} are needed"
+    return f"too few of its {prompts} have most of the tokens"
 
 
 def estimate_record(estimate: Estimate) -> EstimateRecord:

@@ -8,10 +8,19 @@ from typing import Self
 import numpy as np
 import torch
 
+from draftsmith.stages.data.prompts import DEPTH
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.replay.trace import Trace
+
+DEPTHS = (f"{DEPTH}:below-1k", f"{DEPTH}:1k-4k", f"{DEPTH}:4k-16k", f"{DEPTH}:above-16k")  # of the anchor
+_DEPTH_ENDS = (1 << 10, 1 << 12, 1 << 14)  # tokens
+
+
+def depth_of(anchors: np.ndarray) -> np.ndarray:
+    """Return for each anchor the index of its depth in `DEPTHS`."""
+    return np.searchsorted(_DEPTH_ENDS, anchors, side="right")
 
 
 class AcceptanceStats:
@@ -20,6 +29,8 @@ class AcceptanceStats:
     def __init__(self, trajectories: int):
         self.committed = np.zeros(trajectories)  # [N] tokens that verify steps committed, on average if sampled
         self.steps = np.zeros(trajectories)  # [N] verify steps
+        self.committed_at = np.zeros((trajectories, len(DEPTHS)))  # [N, depths] the same by depth of the anchor
+        self.steps_at = np.zeros((trajectories, len(DEPTHS)))
         self.accepted = np.zeros(0, dtype=np.int64)  # [K + 1] steps by the number of accepted proposals
         self.judged = np.zeros(0, dtype=np.int64)  # [K + 1] steps by the number of proposals inside the trajectory
         # tokens that steps with sampled proposals committed, and those of them outside the nucleus
@@ -30,6 +41,9 @@ class AcceptanceStats:
         for index, trace in zip(indices, traces, strict=True):
             size = trace.proposed.shape[1] + 1
             self.committed[index], self.steps[index] = trace.expected_committed.sum(), len(trace.anchors)
+            depths = depth_of(trace.anchors)
+            self.committed_at[index] = np.bincount(depths, trace.expected_committed, len(DEPTHS))
+            self.steps_at[index] = np.bincount(depths, minlength=len(DEPTHS))
             accepted, judged = (np.bincount(each, minlength=size) for each in (trace.accepted, trace.judged))
             if trace.expected is not None:
                 self._sampled += int(trace.committed.sum())

@@ -124,8 +124,8 @@ def report_metrics(
 ) -> dict[str, float]:
     """Return the metrics by name; those that are missing or no finite numbers are left out.
 
-    `tau.ARM`, `tau.ARM/SET`, `speedup.cCONCURRENCY.tTEMPERATURE` (the challenger's), `speedup.ARM.c….t…`,
-    `speedup.ARM/SET` (at the first setting), `tau_gain` and `tau_gain/SET` (share of the champion's), all these with
+    `tau.ARM`, `tau.ARM/SLICE`, `speedup.cCONCURRENCY.tTEMPERATURE` (the challenger's), `speedup.ARM.c….t…`,
+    `speedup.ARM/SLICE` (at the first setting), `tau_gain` and `tau_gain/SLICE` (share of the champion's), all with
     `.low` and `.high`; `accepted_share.ARM.OFFSET`, `accepted_length.ARM.LENGTH` (verify steps), `gate.RULE` (1:
     passed, 0: broken; absent where inconclusive) with `.value`, `.end` and `.wanted`, `rules_broken`, `rules_unjudged`
     (inconclusive), `cost.…`, `data.…`. ARM is also `challenger`, the arm that the gate looked at.

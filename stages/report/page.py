@@ -25,7 +25,7 @@ from draftsmith.artifacts.results.evaluation import AnswerContext, EvaluationRes
 from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.stages.report import presentation
 from draftsmith.stages.report.metrics import LineageEntry, wall_seconds
-from draftsmith.stages.report.presentation import Step
+from draftsmith.stages.report.presentation import SliceGain, Step
 from draftsmith.stages.report.review import duration, name_of, review_of
 from draftsmith.stages.report.stage import HistoryPoint
 from draftsmith.stages.report.template import PAGE, STYLE
@@ -69,7 +69,8 @@ def render_report(path: Path, data: ReportData) -> None:
         cost=_cost_sentence(data.lineage),
         steps=data.steps,
         choice=presentation.choice_sentence(evaluation) if data.decision is not None else "",
-        contexts=_in_order(data.contexts),
+        contexts=_in_order([each for each in data.contexts if each.slice is None]),
+        contexts_by_slice=_by_slice(data.contexts),
         shown=2 * _SHOWN,
         data=_json({name: {} if each is None else each.to_json() for name, each in summaries.items()})
         if any(summaries.values())
@@ -78,7 +79,7 @@ def render_report(path: Path, data: ReportData) -> None:
         plots=_plots(data),
         tables={
             "drafters": presentation.drafters(review, evaluation) if review else None,
-            "by_set": presentation.by_set(evaluation) if review else None,
+            "by_slice": presentation.by_slice(evaluation) if review else None,
             "by_setting": presentation.by_setting(evaluation),
             "gate": presentation.gate(review) if review else None,
             "stages": presentation.stages(data.lineage),
@@ -92,6 +93,10 @@ def _plots(data: ReportData) -> dict[str, str]:
     drafters = data.evaluation.drafters
     if offsets := {arm: each.acceptance_by_offset for arm, each in drafters.items() if each.acceptance_by_offset}:
         found["by_offset"] = acceptance_by_offset(offsets, {arm: name_of(arm) for arm in offsets})
+    if gains := presentation.slice_gains(data.evaluation):
+        rules = data.decision.rules if data.decision is not None else ()
+        allowed = [rule.metrics.get("wanted") for rule in rules if rule.name.startswith("tau of ")]
+        found["by_slice"] = gain_by_slice(gains, allowed[0] if allowed else None)
     if len(data.history) > 1:
         found["trend"] = tau_over_time(data.history)
     return found
@@ -130,6 +135,14 @@ def _in_order(contexts: Sequence[AnswerContext]) -> list[AnswerContext]:
     return [*worst[:_SHOWN], *typical[:_SHOWN], *worst[_SHOWN:], *typical[_SHOWN:]]
 
 
+def _by_slice(contexts: Sequence[AnswerContext]) -> dict[str, list[AnswerContext]]:
+    found: dict[str, list[AnswerContext]] = {}
+    for each in contexts:
+        if each.slice is not None:
+            found.setdefault(each.slice, []).append(each)
+    return found
+
+
 def _visible_spaces(piece: str) -> str:
     """Return the text with white space at its edges made visible."""
     piece = piece.replace("\n", "⏎")
@@ -142,6 +155,7 @@ COLOURS = {  # also for the colour-blind
     "plain": "#8a8f98", "champion": "#a06cd5", "sft": "#4c8bd6", "opd": "#e0703c", "control": "#3fa66b",
 }  # fmt: skip
 _OTHER = "#a06cd5"
+_MOST_CHARS = 40  # of a slice's name in a plot
 _INK = "#010203"  # stands for the page's text colour, and becomes `currentColor`
 _STYLE: Any = {
     "svg.hashsalt": "draftsmith",
@@ -188,6 +202,30 @@ def acceptance_by_offset(drafters: Mapping[str, Sequence[float]], names: Mapping
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
     return _svg(figure, "acceptance", "Share of proposals accepted at each position")
+
+
+@_styled
+def gain_by_slice(gains: Sequence[SliceGain], allowed: float | None) -> str:
+    """Plot the challenger's gain over the champion on each slice, as a forest plot. allowed: the loss that is."""
+    figure = _figure(7.2, 0.9 + 0.26 * len(gains))
+    axes = figure.add_subplot()
+    for row, gain in enumerate(gains):
+        low, high = gain.ends or (gain.value, gain.value)
+        colour = COLOURS["plain"] if gain.problem else COLOURS["opd"] if high < 0 else COLOURS["control"]
+        axes.plot([100 * low, 100 * high], [row, row], color=colour, linewidth=2)
+        axes.plot(100 * gain.value, row, color=colour, marker="x" if gain.problem else "o", markersize=5)
+    axes.axvline(0, color=_INK, linewidth=0.8)
+    if allowed is not None:
+        axes.axvline(100 * allowed, color=_INK, linewidth=0.8, linestyle="dashed")
+    names = [f"{_cut(gain.name)}{' (inconclusive)' * bool(gain.problem)}" for gain in gains]
+    axes.set_yticks(range(len(gains)), names, parse_math=False)
+    axes.set(xlabel="gain of acceptance length over the champion, %", ylim=(len(gains) - 0.5, -0.5))
+    return _svg(figure, "slices", "Gain of the challenger over the champion by slice")
+
+
+def _cut(name: str) -> str:
+    name = printable(name)
+    return name if len(name) <= _MOST_CHARS else f"{name[: _MOST_CHARS - 1]}…"
 
 
 @_styled

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from draftsmith.artifacts.results.base import SetMetrics
 from draftsmith.artifacts.results.evaluation import CHAMPION, EvaluationResult
-from draftsmith.stages.evaluation.verdicts import estimate_of
+from draftsmith.stages.evaluation.verdicts import estimate_of, too_small
 from draftsmith.stages.report.metrics import LineageEntry, device_seconds, wall_seconds
 from draftsmith.stages.report.review import ABSENT, MetricDifference, Review, duration, interval, name_of, number
+from draftsmith.stages.runtime.statistics import simultaneous_level
 
 _COUNTS = ("response_tokens", "positions", "tflop")  # metrics that stages report
 
@@ -99,30 +100,55 @@ def by_setting(evaluation: EvaluationResult) -> Table | None:
     return Table(head, rows, "Speed by setting", text_columns=3) if rows else None
 
 
-def by_set(evaluation: EvaluationResult) -> Table | None:
-    """Return the acceptance length of each drafter on every prompt set, and the challenger's gain over the champion."""
-    sets = {name: arms for name, arms in evaluation.sets.items() if arms}
-    if not sets:
+@dataclass(frozen=True)
+class SliceGain:
+    """The challenger's gain over the champion on one slice, as a share of the champion's acceptance length."""
+
+    name: str
+    value: float
+    ends: tuple[float, float] | None  # of an interval that holds jointly with the others'; None: inconclusive
+    problem: str = ""  # why it is inconclusive
+
+
+def slice_gains(evaluation: EvaluationResult) -> list[SliceGain]:
+    """Return the challenger's gain on each slice; empty without a champion."""
+    if not evaluation.has_champion:
+        return []
+    compared = evaluation.slices(evaluation.challenger)
+    gains = {each.set or "": estimate_of(each.gain) for each in compared if each.base and each.gain is not None}
+    problems = {name: too_small(gain) for name, gain in gains.items()}
+    level = simultaneous_level(sum(not problem for problem in problems.values()))
+    return [
+        SliceGain(name, gain.value, None if problems[name] else gain.interval(level), problems[name])
+        for name, gain in gains.items()
+    ]
+
+
+def by_slice(evaluation: EvaluationResult) -> Table | None:
+    """Return the acceptance length of each drafter on every slice, and the challenger's gain over the champion."""
+    slices = {name: arms for name, arms in evaluation.sets.items() if arms}
+    if not slices:
         return None
-    arms = [arm for arm in evaluation.drafters if any(arm in each for each in sets.values())]
-    gains = {name: _gain(evaluation, name) for name in sets} if CHAMPION in arms else {}
+    arms = [arm for arm in evaluation.drafters if any(arm in each for each in slices.values())]
+    gains = {each.name: each for each in slice_gains(evaluation)}
     rows = []
-    for name, by_arm in sets.items():
+    for name, by_arm in slices.items():
         prompts = max((by_arm[arm].prompts or 0 for arm in arms if arm in by_arm), default=0)
         own = [by_arm.get(arm, SetMetrics()) for arm in arms]
         lengths = [interval((each.tau, each.low, each.high), ".3f") for each in own]
-        rows.append([name, str(prompts), *lengths, *([gains[name]] if gains else [])])
-    head = ["prompt set", "prompts", *map(name_of, arms), *(["challenger vs champion"] if gains else [])]
-    note = "Acceptance lengths. In brackets: 95 % intervals of each set alone, not adjusted for their number."
-    return Table(head, rows, "By prompt set", note)
+        rows.append([name, str(prompts), *lengths, *([_gain(gains.get(name))] if gains else [])])
+    head = ["slice", "prompts", *map(name_of, arms), *(["challenger vs champion"] if gains else [])]
+    note = "Acceptance lengths. In brackets: 95 % intervals of each slice alone."
+    note += " Those of the gains hold for all slices together." * bool(gains)
+    return Table(head, rows, "By slice", note)
 
 
-def _gain(evaluation: EvaluationResult, prompt_set: str) -> str:
-    for each in evaluation.compared("tau", evaluation.challenger, CHAMPION):
-        if each.set == prompt_set and each.base and each.gain is not None:
-            gain = estimate_of(each.gain)
-            return interval((gain.value, *(gain.interval() or (None, None))), "+.1%")
-    return ABSENT
+def _gain(gain: SliceGain | None) -> str:
+    if gain is None:
+        return ABSENT
+    if gain.problem:
+        return f"{gain.value:+.1%} inconclusive: {gain.problem}"
+    return interval((gain.value, *(gain.ends or (None, None))), "+.1%")
 
 
 def gate(review: Review) -> Table | None:

@@ -245,7 +245,7 @@ def _speedup(arm: str, speed: SpeedMetrics | None, evaluation: EvaluationResult,
 
 def _check(rule: RuleResult) -> Check:
     name = rule.name
-    group = "prompt sets" if name.startswith("tau of ") else "speed" if name.startswith("speed at ") else name
+    group = "slices" if name.startswith("tau of ") else "speed" if name.startswith("speed at ") else name
     return Check(name=rule_name(name), group=_GROUPS.get(group, group), result=rule.result, text=rule.text)
 
 

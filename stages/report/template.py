@@ -1,6 +1,6 @@
 """The report's page: a Jinja template, in a module so that a change of it changes the digest of the stage's code.
 
-Everything is escaped: names of prompt sets, tokens and answers are not ours.
+Everything is escaped: names of slices, tokens and answers are not ours.
 """
 
 PAGE = """
@@ -145,8 +145,9 @@ as accept length, vLLM as mean acceptance length. Measured by replay of the same
 {%- call fold("Exactness") %}{{ bullets(review.exactness if review else []) }}{% endcall %}
 {%- endcall %}
 
-{%- call section("By prompt set") %}
-{{ table(tables.by_set) }}
+{%- call section("By slice") %}
+{{ plot(plots.by_slice, "95 % intervals hold for all slices together. Dashed: the loss that the gate allows.") }}
+{{ table(tables.by_slice) }}
 {%- endcall %}
 
 {%- call section("Gate") %}
@@ -169,6 +170,12 @@ as accept length, vLLM as mean acceptance length. Measured by replay of the same
 {{ context(each) }}
 {%- endfor %}
 {%- call fold("More contexts") %}{% for each in contexts[shown:] %}{{ context(each) }}{% endfor %}{% endcall %}
+{%- call fold("Worst contexts of each slice") %}
+{%- for name, worst in contexts_by_slice.items() %}
+<h3>{{ name }}</h3>
+{%- for each in worst %}{{ context(each) }}{% endfor %}
+{%- endfor %}
+{%- endcall %}
 {%- endif %}
 {%- endcall %}
 
