@@ -114,6 +114,7 @@ CONFIG = {
         "sources.0.label: `all` means the prompts of all",
         {"prompts.sources": [{"kind": "jsonl", "path": "{here}/all"}]},
     ),
+    "a slice that is measured anyway": Bad("slices: `depth` is measured", {"prompts.slices": ["depth"]}),
     "a home that is no address": Bad("Set DRAFTSMITH_HOME", environment={"DRAFTSMITH_HOME": "a?b"}),
     "a home of nobody": Bad("DRAFTSMITH_HOME", environment={"DRAFTSMITH_HOME": "~nobody-at-all/home"}),
     "name of the line": Bad("registry.name: expected a text that matches", {"registry": {"name": "../../etc"}}),

@@ -15,12 +15,12 @@ from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.replay.trace import Trace
 
 DEPTHS = (f"{DEPTH}:below-1k", f"{DEPTH}:1k-4k", f"{DEPTH}:4k-16k", f"{DEPTH}:above-16k")  # of the anchor
-_DEPTH_ENDS = (1 << 10, 1 << 12, 1 << 14)  # tokens
+DEPTH_ENDS = (1 << 10, 1 << 12, 1 << 14)  # tokens
 
 
 def depth_of(anchors: np.ndarray) -> np.ndarray:
     """Return for each anchor the index of its depth in `DEPTHS`."""
-    return np.searchsorted(_DEPTH_ENDS, anchors, side="right")
+    return np.searchsorted(DEPTH_ENDS, anchors, side="right")
 
 
 class AcceptanceStats:

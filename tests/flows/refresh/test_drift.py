@@ -22,9 +22,10 @@ from draftsmith.flows.execution.display import Display
 from draftsmith.flows.refresh import registry_commands
 from draftsmith.flows.refresh.decisions import RefreshPolicy, degraded_sets, inconclusive_sets, resolve
 from draftsmith.flows.refresh.line import history, promotion_metrics, registry
+from draftsmith.stages.evaluation.acceptance import tau_by_slice
 from draftsmith.stages.runtime.statistics import jackknife, ratio
 from tests.flows.refresh.line_runs import checked, config_of, finished, gated
-from tests.stages.evaluation.test_error_rates import allowed
+from tests.stages.evaluation.test_error_rates import allowed, simulated_slices
 
 
 def test_a_refresh_continues_if_forced_or_if_the_last_one_is_too_old(
@@ -169,14 +170,14 @@ def test_the_threshold_is_a_share_of_tau_at_the_promotion() -> None:
 
 
 def test_inconclusive_sets_are_named_with_the_reason() -> None:
-    gone = "inconclusive, no longer among the prompts: 1 set (code)"
+    gone = "inconclusive, no longer among the prompts: 1 slice (code)"
     assert inconclusive_sets({"all": now(3.5, 0.6), "chat": now(1.0, 0.1)}, BEFORE) == [gone]
     assert inconclusive_sets({"all": now(4.0, 0.1), "chat": FEW, **{f"task{n}": FEW for n in range(7)}}, BEFORE) == [
-        "inconclusive, not measured at its promotion: 7 sets (task0, task1, task2, task3, task4, …)",
-        "inconclusive, too few prompts: 1 set (chat)",
+        "inconclusive, not measured at its promotion: 7 slices (task0, task1, task2, task3, task4, …)",
+        "inconclusive, too few prompts: 1 slice (chat)",
         gone,
     ]
-    assert inconclusive_sets({"all": now(4.0, 0.1)}, {"all": FEW}) == ["inconclusive, too few prompts: 1 set (all)"]
+    assert inconclusive_sets({"all": now(4.0, 0.1)}, {"all": FEW}) == ["inconclusive, too few prompts: 1 slice (all)"]
 
 
 def test_the_promotion_has_an_error_too() -> None:
@@ -209,6 +210,17 @@ def test_no_set_is_named_where_the_promotion_had_few_prompts() -> None:
     rng, repetitions = np.random.default_rng(2), 300
     alarms = [bool(degraded_sets(measured(rng, 20, 60), measured(rng, 20, 3), 0.0)) for _ in range(repetitions)]
     assert sum(alarms) / repetitions <= allowed(repetitions)
+
+
+def test_no_slice_is_named_where_nothing_changed() -> None:
+    """Labels and depths overlap, and a depth may rest on few of its prompts."""
+    rng, repetitions, alarms = np.random.default_rng(3), 300, 0
+    for _ in range(repetitions):
+        now, then = (
+            {name: arms[CHAMPION] for name, arms in tau_by_slice(*simulated_slices(rng, 144)).items()} for _ in range(2)
+        )
+        alarms += bool([text for text in degraded_sets(now, then, 0.0) if not text.startswith(ALL)])
+    assert alarms / repetitions <= allowed(repetitions)
 
 
 def test_a_fall_of_a_fifth_is_seen() -> None:

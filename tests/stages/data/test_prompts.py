@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.data.prompts import STAGE, PromptsConfig
+from draftsmith.stages.data.trajectories import prompt_labels
 from draftsmith.stages.target.config import TargetConfig
 from draftsmith.stages.target.resolve import resolve_target
 from tests.stages.data.prompts_run import Row, error, of_classes, questions, run, run_with_context, texts, write_rows
@@ -65,6 +66,39 @@ def test_sources_with_equal_shares_alternate(target: Path, tmp_path: Path) -> No
     summary = json.loads((tmp_path / "out" / "prompts.json").read_text())
     assert summary["counts"] == {"a.jsonl": {"heldout": 1, "train": 3}, "b.jsonl": {"heldout": 1, "train": 2}}
     assert summary["prompt_tokens"]["train"]["min"] > 0
+
+
+def test_rows_keep_their_labels_beside_the_same_prompts(target: Path, tmp_path: Path) -> None:
+    written = [
+        {**row, "language": ("de", "en")[index % 2], "thinking": index < 3, "user": index, "tags": ["a"]}
+        for index, row in enumerate(of_classes("Question", 4, 2))
+    ]
+    bare = {key: value for key, value in written[0].items() if key != "language"}
+    path = write_rows(tmp_path / "a.jsonl", [bare, *written[1:]])
+    plain = run(target, tmp_path / "plain", path, train=4, heldout=2)
+    rows = run(target, tmp_path / "labelled", path, train=4, heldout=2, slices=["language", "thinking"])
+    out = tmp_path / "labelled" / "out"
+    assert rows == plain
+    assert (out / "prompts.parquet").read_bytes() == (tmp_path / "plain" / "out" / "prompts.parquet").read_bytes()
+    assert not (tmp_path / "plain" / "out" / "labels.parquet").exists()
+    expected = {
+        row["prompt"]: ("a.jsonl", *((f"language:{row['language']}",) * (row is not written[0])), f"thinking:{text}")
+        for row in written
+        for text in [str(row["thinking"]).lower()]
+    }
+    labels = prompt_labels(out, [row["prompt_id"] for row in rows])
+    assert {row["messages"][0]["content"]: each for row, each in zip(rows, labels, strict=True)} == expected
+    slices = json.loads((out / "prompts.json").read_text())["slices"]
+    assert sum(slices["thinking:true"].values()) == 3 and sum(slices["language:de"].values()) == 2
+    assert "no selected prompt has a field tags" in error(
+        target, tmp_path / "1", path, train=4, heldout=2, slices=["tags"]
+    )
+
+
+def test_a_field_with_too_many_values_makes_no_slices(target: Path, tmp_path: Path) -> None:
+    rows = [{**row, "user": index} for index, row in enumerate(of_classes("Question", 60, 1))]
+    text = error(target, tmp_path, write_rows(tmp_path / "a.jsonl", rows), train=60, heldout=1, slices=["user"])
+    assert text.startswith("prompts.slices: user has 61 values")
 
 
 def test_prompts_do_not_depend_on_the_seed_of_the_run(target: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from draftsmith.stages.evaluation.acceptance import (
     ContextCollector,
     acceptance_table,
     has_loop,
-    tau_by_set,
+    tau_by_slice,
     tau_comparisons,
     tau_differences,
 )
@@ -62,22 +62,42 @@ def test_answers_to_one_prompt_are_one_observation() -> None:
     assert alone.error < again.error / 1.5
 
 
-def test_metrics_of_a_set_come_from_its_own_answers_and_prompts() -> None:
+def test_metrics_of_a_slice_come_from_its_own_answers_and_prompts() -> None:
     ours = [trace(13, [4, 8], [3, 3]), trace(8, [4], [3]), trace(13, [4, 8], [3, 3])]
     theirs = [trace(13, [4, 6, 10, 11], [1, 3, 0, 1]), trace(8, [4, 5, 6], [0, 0, 0]), trace(13, [4, 8], [3, 3])]
-    found, prompts, sets = tallies(champion=theirs, opd=ours), ["a", "b", "b"], ["chat", "code", "code"]
-    by_set = tau_by_set(found, prompts, sets)
-    assert {name: {arm: (f.tau, f.prompts) for arm, f in arms.items()} for name, arms in by_set.items()} == {
+    found, prompts = tallies(champion=theirs, opd=ours), ["a", "b", "b"]
+    labels = [("chat", "language:de"), ("code",), ("code",)]
+    by_slice = tau_by_slice(found, prompts, labels)
+    assert {name: {arm: (f.tau, f.prompts) for arm, f in arms.items()} for name, arms in by_slice.items()} == {
+        "all": {"champion": (19 / 9, 2), "opd": (19 / 5, 2)},
         "chat": {"champion": (2.0, 1), "opd": (4.0, 1)},
         "code": {"champion": (11 / 5, 1), "opd": (11 / 3, 1)},
+        "language:de": {"champion": (2.0, 1), "opd": (4.0, 1)},
     }
-    compared = {each.set: each for each in tau_comparisons(found, prompts, sets)}
+    assert [name for name, arms in by_slice.items() if arms["opd"].has_interval] == ["all"], "the others are too small"
+    compared = {each.set: each for each in tau_comparisons(found, prompts, [each[:1] for each in labels])}
     assert {name: (e.value, e.base, e.gain and e.gain.value, e.units) for name, e in compared.items()} == {
         None: pytest.approx((19 / 5 - 19 / 9, 19 / 9, 9 / 5 - 1, 2)),
         "chat": pytest.approx((2.0, 2.0, 1.0, 1)),
         "code": pytest.approx((11 / 3 - 11 / 5, 11 / 5, 5 / 3 - 1, 1)),
     }
-    assert tau_comparisons(tallies(sft=theirs, opd=ours), prompts, sets) == [], "without a champion"
+    assert tau_comparisons(tallies(sft=theirs, opd=ours), prompts, labels) == [], "without a champion"
+
+
+def test_a_verify_step_counts_at_the_depth_of_its_anchor() -> None:
+    """The second answer ends before opd has a verify step in the third depth, so it says nothing there."""
+    theirs = [trace(4110, [1020, 1023, 1024, 4095, 4096], [2, 0, 3, 0, 3]), trace(4099, [4094, 4096], [1, 1])]
+    ours = [trace(4110, [1022, 1024, 4096], [1, 3, 3]), trace(4099, [4095], [2])]
+    found = tau_by_slice(tallies(champion=theirs, opd=ours), ["a", "b"], [("chat",)] * 2)
+    assert {
+        name: {arm: (m.tau, m.prompts) for arm, m in arms.items()} for name, arms in found.items() if ":" in name
+    } == {
+        "depth:below-1k": {"champion": (2.0, 1), "opd": (2.0, 1)},
+        "depth:1k-4k": {"champion": (7 / 3, 2), "opd": (7 / 2, 2)},
+        "depth:4k-16k": {"champion": (4.0, 1), "opd": (4.0, 1)},
+    }
+    alone = tau_by_slice(tallies(champion=theirs[1:], opd=ours[1:]), ["b"], [("chat",)])
+    assert list(alone) == ["all", "chat"], "a single depth is no slice"
 
 
 def test_a_loop_is_an_n_gram_that_comes_three_times() -> None:
@@ -112,11 +132,13 @@ def traced(prompt: str, answer: str, accepted: list[int], K: int = 3) -> tuple[T
 def test_the_worst_stretch_of_every_answer_is_shown_step_by_step() -> None:
     good = traced("q:", "abcdefghijklmnopqrstuvwxyz123", [3] * 7)
     bad = traced("p:", "abcdefghijklmnopqrstuvw", [2, 2, 2, 0, 0, 1, 0, 0, 0, 2, 2])
-    worst_of = ContextCollector()
+    worst_of = ContextCollector([("chat", "language:de"), ("code",)])
     for place, (_, trace) in ((1, bad), (0, good)):
         worst_of.add([place], [trace])
-    found = worst_of.contexts([good[0], bad[0]], ["chat", "code"], decode)
+    found = worst_of.contexts([good[0], bad[0]], decode)
     assert [(each.kind, each.set) for each in found[:2]] == [("worst", "code"), ("worst", "chat")]
+    of_slices = {each.slice: each.position for each in found if each.slice is not None}
+    assert of_slices == {"chat": 1, "code": 10, "language:de": 1}
     worst = found[0]
     assert worst.tau == (STEPS + 1) / STEPS
     assert worst.before == "p:abcdefghij" and worst.position == 10
@@ -129,9 +151,9 @@ def test_the_worst_stretch_of_every_answer_is_shown_step_by_step() -> None:
 
 def test_so_many_are_shown_and_a_cut_step_proposes_no_further_than_the_end() -> None:
     many = [traced("q:", "abcd", [0, 0, 0]) for _ in range(12)]
-    worst_of = ContextCollector(count=10)
+    worst_of = ContextCollector([("chat",)] * 12, count=10)
     worst_of.add(range(12), [trace for _, trace in many])
-    found = worst_of.contexts([t for t, _ in many], ["chat"] * 12, decode)
+    found = worst_of.contexts([t for t, _ in many], decode)
     assert [each.kind for each in found] == ["worst"] * 10 + ["typical"] * 2
     last = found[0].steps[-1]
     assert (last.rejected, last.dropped, last.chosen) == ("x", "", "d")
@@ -143,9 +165,9 @@ def test_typical_stretches_are_those_of_the_median_answers_in_any_order() -> Non
     ]
     found = []
     for order in ([0, 1, 2, 3, 4], [3, 1, 4, 0, 2]):
-        contexts = ContextCollector(count=1)
+        contexts = ContextCollector([("chat",)] * 5, count=1)
         for place in order:
             contexts.add([place], [answers[place][1]])
-        found.append(contexts.contexts([trajectory for trajectory, _ in answers], ["chat"] * 5, decode))
+        found.append(contexts.contexts([trajectory for trajectory, _ in answers], decode))
     assert found[0] == found[1]
     assert [(each.kind, each.tau) for each in found[0]] == [("worst", 1.0), ("typical", 2.0), ("typical", 3.0)]

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from draftsmith.artifacts.results.evaluation import PLAIN, Difference, Verdict
+from draftsmith.artifacts.results.evaluation import CHAMPION, PLAIN, Difference, Verdict
 from draftsmith.stages.evaluation.acceptance import acceptance_table, tau_differences
 from draftsmith.stages.evaluation.speed_table import log_ratios, speed_metrics
 from draftsmith.stages.evaluation.timed_runs import Setting
 from draftsmith.stages.evaluation.validity import steady
 from draftsmith.stages.evaluation.verdicts import FEWEST_RUNS, pairs, verdicts
-from draftsmith.stages.replay.stats import AcceptanceStats
+from draftsmith.stages.replay.stats import DEPTH_ENDS, AcceptanceStats
 from draftsmith.stages.runtime.statistics import Estimate
 
 SETTING = [Setting(0.0, 1)]
@@ -154,6 +154,41 @@ def simulated_tallies(
             steps = np.clip((exact + rng.normal(0, 0.35, prompts) * np.sqrt(exact)).round().astype(int), 1, lengths)
             tallies[arm].committed[answers], tallies[arm].steps[answers] = lengths, steps
     return tallies, [str(prompt) for _ in range(samples) for prompt in range(prompts)]
+
+
+def simulated_slices(
+    rng: np.random.Generator, prompts: int, below_4k: float = 1.0, above_4k: float = 1.0
+) -> tuple[dict[str, AcceptanceStats], list[str], list[tuple[str, ...]]]:
+    """Return the tallies of a champion and opd, the prompts, and their labels: set, language, thinking.
+
+    opd's tau is the champion's times a factor, by the depth of the anchor. Contexts reach from some hundred tokens to
+    more than 16,000. Thinking answers are three times as long, and one language in three is rare. Each drafter is a
+    little better on some prompts, and at some depths of them, than on others.
+    """
+    ends = np.array([0, *DEPTH_ENDS, np.inf])
+    start = rng.lognormal(math.log(2500), 1.1, prompts)
+    thinks = rng.random(prompts) < 0.4
+    length = rng.lognormal(math.log(300), 0.5, prompts) * np.where(thinks, 3, 1)
+    tokens = np.clip(np.minimum((start + length)[:, None], ends[1:]) - np.maximum(start[:, None], ends[:-1]), 0, None)
+    tokens = tokens.round()
+    difficulty = rng.normal(math.log(2.8), DIFFICULTY, prompts)[:, None]
+    factor = np.array([below_4k, below_4k, above_4k, above_4k])
+    tallies = {}
+    for arm in (CHAMPION, "opd"):
+        talent = rng.normal(0, TALENT, prompts)[:, None] + rng.normal(0, TALENT / 2, tokens.shape)
+        tau = np.maximum(1.02, np.exp(difficulty + talent) * (factor if arm == "opd" else 1))
+        exact = tokens / tau
+        steps = (exact + rng.normal(0, 0.35, tokens.shape) * np.sqrt(exact)).round()
+        steps = np.clip(steps, np.minimum(1, tokens), tokens)
+        tallies[arm] = AcceptanceStats(prompts)
+        tallies[arm].committed_at, tallies[arm].steps_at = tokens, steps
+        tallies[arm].committed, tallies[arm].steps = tokens.sum(1), steps.sum(1)
+    languages = rng.choice(["de", "en", "fi"], prompts, p=[0.3, 0.6, 0.1])
+    labels = [
+        (("chat", "code")[index % 2], f"language:{languages[index]}", f"thinking:{str(thinks[index]).lower()}")
+        for index in range(prompts)
+    ]
+    return tallies, [str(index) for index in range(prompts)], labels
 
 
 def told_apart(found: list[Verdict], arm: str, other: str) -> bool:

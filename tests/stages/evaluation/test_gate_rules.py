@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,15 @@ from draftsmith.stages.evaluation.speed_table import log_ratios
 from draftsmith.stages.evaluation.timed_runs import Setting
 from draftsmith.stages.evaluation.validity import speed_warnings
 from draftsmith.stages.evaluation.verdicts import comparison
+from draftsmith.stages.replay.stats import DEPTHS, AcceptanceStats
 from draftsmith.stages.runtime.statistics import Estimate
-from tests.stages.evaluation.test_error_rates import ARMS, allowed, simulated_speeds, simulated_tallies
+from tests.stages.evaluation.test_error_rates import (
+    ARMS,
+    allowed,
+    simulated_slices,
+    simulated_speeds,
+    simulated_tallies,
+)
 
 EXACT = {"fp32_prompts": 4, "fp32_identical": 4, "identical_share": 1.0}
 SETS = ("chat", "code")
@@ -35,9 +41,9 @@ def evaluation(rng: np.random.Generator, gain: float, prompts: int = 200, rounds
         [each | where | {"arm": CHAMPION if each["arm"] == "sft" else each["arm"]} for each in table]
         for table in simulated_speeds(rng, rounds, concurrency=16, gain=gain, prompts=64)
     )
-    sets = [SETS[int(prompt) % 2] for prompt in of_prompt]
+    labels = [(SETS[int(prompt) % 2],) for prompt in of_prompt]
     speed = log_ratios(turns, rows, [("opd", PLAIN), ("opd", CHAMPION)], {})
-    comparisons = tau_comparisons(renamed, of_prompt, sets)
+    comparisons = tau_comparisons(renamed, of_prompt, labels)
     comparisons += [comparison("speed", pair, found, **where) for pair, found in speed.items()]
     return {
         "drafters": acceptance_table(renamed, of_prompt, [False] * len(of_prompt)),
@@ -176,10 +182,41 @@ def test_a_set_of_one_prompt_is_inconclusive_and_stops_nothing() -> None:
     found = evaluation(np.random.default_rng(1), 0.05)
     for each in found["compared"]:
         if each["kind"] == "tau" and each["set"] == "code":
-            each |= {"units": 1, "error": None, "value": -3.0, "gain": {**each["gain"], "units": 1, "value": -0.6}}
+            gain = {**each["gain"], "units": 1, "value": -0.6, "degrees": 0.0}
+            each |= {"units": 1, "error": None, "value": -3.0, "gain": gain}
     decision = decide(found, GateConfig())
     (rule,) = [rule for rule in decision.rules if rule.name == "tau of code"]
     assert decision.promote and not rule.conclusive
+
+
+def decided_by_slice(rng: np.random.Generator, prompts: int, max_set_loss: float, **factors: float) -> GateDecision:
+    tallies, of_prompt, labels = simulated_slices(rng, prompts, **factors)
+    found = {
+        "drafters": acceptance_table(tallies, of_prompt, [False] * prompts),
+        "compared": [each.to_json() for each in tau_comparisons(tallies, of_prompt, labels)],
+        "exactness": EXACT,
+    }
+    return decide(found, GateConfig(max_set_loss=max_set_loss, judge_speed=False))
+
+
+@pytest.mark.parametrize("prompts", [24, 144])
+def test_slices_seldom_refuse_an_equal_challenger(prompts: int) -> None:
+    """Eleven slices that overlap: sets, languages, thinking or not, and depths."""
+    rng, repetitions, refused = np.random.default_rng(prompts), 400, 0
+    for _ in range(repetitions):
+        decision = decided_by_slice(rng, prompts, max_set_loss=0.0)
+        refused += any(rule.broken for rule in decision.rules if rule.name.startswith("tau of "))
+    assert 0 < refused / repetitions <= allowed(repetitions)
+
+
+def test_a_challenger_that_loses_in_long_contexts_is_refused_by_that_name() -> None:
+    """It is 5 % better up to 4k tokens, and 20 % worse from there on."""
+    rng, repetitions, named = np.random.default_rng(6), 100, 0
+    long = [f"tau of {name}" for name in DEPTHS[2:]]
+    for _ in range(repetitions):
+        decision = decided_by_slice(rng, 144, max_set_loss=0.02, below_4k=1.05, above_4k=0.8)
+        named += decision.outcome == "refused" and any(name in decision.sentence for name in long)
+    assert named >= 0.95 * repetitions
 
 
 @pytest.mark.parametrize(
@@ -207,9 +244,10 @@ def test_a_true_gain_at_the_threshold_is_promoted_in_at_most_5_percent() -> None
         steps = rng.integers(20, 60, 40).astype(float)
         committed = steps * np.clip(rng.normal(3.0, 0.8, 40), 1.2, None)
         better = committed * 1.1 * (1 + rng.normal(0, 0.03, 40))
-        arms = {"opd": (better, steps), CHAMPION: (committed, steps)}
-        tallies: Any = {arm: SimpleNamespace(committed=c, steps=s) for arm, (c, s) in arms.items()}
-        found = tau_comparisons(tallies, [str(i) for i in range(40)], ["all of one"] * 40)
+        tallies = {arm: AcceptanceStats(40) for arm in ("opd", CHAMPION)}
+        for arm, tokens in (("opd", better), (CHAMPION, committed)):
+            tallies[arm].committed, tallies[arm].steps = tokens, steps
+        found = tau_comparisons(tallies, [str(i) for i in range(40)], [("all of one",)] * 40)
         decision = decide({"drafters": drafters, "compared": found, "exactness": EXACT}, config)
         promoted += next(rule.passed for rule in decision.rules if rule.name == "tau")
     assert promoted / repetitions <= allowed(repetitions)

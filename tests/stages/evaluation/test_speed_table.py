@@ -16,7 +16,7 @@ from draftsmith.stages.evaluation.speed_embedded import compare_with_plain, exac
 from draftsmith.stages.evaluation.speed_table import (
     alternates,
     log_ratios,
-    speed_by_set,
+    speed_by_slice,
     speed_metrics,
     speed_tables,
 )
@@ -67,13 +67,15 @@ def test_speed_up_of_a_prompt_set_is_that_of_its_requests() -> None:
         for arm, times in (("plain", (4.0, 2.0, 9.0, 9.0)), ("sft", (2.0, 1.0 + round, 9.0, 9.0)))
         for prompt, seconds in zip("abcd", times, strict=True)
     ]
-    found = speed_by_set(rows, {"a": "chat", "b": "code", "c": "chat", "d": "chat"}, {}, alternating=False)
+    labels = {"a": ("chat",), "b": ("code", "language:de"), "c": ("chat",), "d": ("chat",)}
+    found = speed_by_slice(rows, labels, {}, alternating=False)
+    assert found["language:de"] == found["code"]
     assert found["chat"]["sft"].speedup == pytest.approx(22 / 20)
     low, high = found["chat"]["sft"].speedup_low, found["chat"]["sft"].speedup_high
     assert low is not None and high is not None and low < 1 < high, "all rounds are alike, prompts are not"
     assert found["code"]["sft"].speedup == pytest.approx((2 / 1 * 2 / 2 * 2 / 3) ** (1 / 3))
     assert found["code"]["sft"].speedup_low is found["code"]["sft"].speedup_high is None, "a single prompt"
-    assert speed_by_set([row("plain", answer("a", 3, 0.0))], {"a": "chat"}, {}, alternating=False) == {}, (
+    assert speed_by_slice([row("plain", answer("a", 3, 0.0))], {"a": ("chat",)}, {}, alternating=False) == {}, (
         "an engine that does not say"
     )
 
@@ -168,8 +170,8 @@ def test_where_arms_alternate_the_prompts_are_the_repetitions() -> None:
     assert found.value == pytest.approx(np.log(sums["plain"].sum() / sums["sft"].sum()))
     assert found.error == pytest.approx(np.sqrt(2 / 3 * np.sum((np.array(left) - np.mean(left)) ** 2)))
     assert found.units == 3
-    by_set = speed_by_set(rows, dict.fromkeys("abc", "chat"), {}, alternating=True)["chat"]["sft"]
-    assert by_set.speedup == pytest.approx(np.exp(found.value))
+    of_chat = speed_by_slice(rows, dict.fromkeys("abc", ("chat",)), {}, alternating=True)["chat"]["sft"]
+    assert of_chat.speedup == pytest.approx(np.exp(found.value))
     assert not alternates([{**turns[0], "concurrency": 4}]), "several in flight have rounds"
 
 

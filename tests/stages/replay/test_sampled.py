@@ -24,7 +24,7 @@ from draftsmith.stages.drafters.sampling import Purpose, probabilities, seed_fro
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
-from draftsmith.stages.evaluation.acceptance import tau_by_set, tau_comparisons, tau_difference
+from draftsmith.stages.evaluation.acceptance import tau_by_slice, tau_comparisons, tau_difference
 from draftsmith.stages.replay import sampled
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
@@ -234,11 +234,11 @@ def test_comparison_drift_and_gate_use_expected_commits(texts: list[Trajectory],
         assert abs(sums[0] - sums[1]) > 1
         averaged[arm] = sums[0] / sum(len(t.anchors) for t in traces)
     tallies = Replayer(plain_target, ReplayOptions(sampling=SAMPLING, with_proposals=False)).acceptance(arms, some)
-    prompts, sets = [text.trajectory_id for text in some], ["all"] * len(some)
+    prompts, labels = [text.trajectory_id for text in some], [("chat",)] * len(some)
     difference = averaged["opd"] - averaged[CHAMPION]
     assert tau_difference(tallies["opd"], tallies[CHAMPION]).value == pytest.approx(difference)
-    assert tau_comparisons(tallies, prompts, sets)[0].value == pytest.approx(difference)
-    found = tau_by_set(tallies, prompts, sets)["all"]
+    assert tau_comparisons(tallies, prompts, labels)[0].value == pytest.approx(difference)
+    found = tau_by_slice(tallies, prompts, labels)["chat"]
     assert {arm: metrics.tau for arm, metrics in found.items()} == pytest.approx(averaged)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from draftsmith.artifacts.results.evaluation import EvaluationResult
+from draftsmith.artifacts.results.evaluation import AnswerContext, EvaluationResult
 from draftsmith.stages.report.page import ReportData, render_report
-from tests.stages.report.sample_report import CONTEXTS, EVALUATION, HOSTILE, SERVED, of_a_line, sample
+from tests.stages.report.sample_report import CONTEXTS, EVALUATION, HOSTILE, OF_A_LINE, SERVED, of_a_line, sample
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
@@ -53,12 +53,12 @@ def test_every_part_of_a_refresh_of_a_line_is_there_and_the_verdict_is_first(tmp
     page = render(tmp_path, of_a_line())
     sections = [attributes.get("class") or attributes.get("id") for tag, attributes in page.tags if tag == "section"]
     assert sections == [
-        "verdict inconclusive", "drafters", "by-prompt-set", "gate", "trend", "contexts", "details",
+        "verdict inconclusive", "drafters", "by-slice", "gate", "trend", "contexts", "details",
     ]  # fmt: skip
-    assert [tag for tag, _ in page.tags].count("svg") == 2
+    assert [tag for tag, _ in page.tags].count("svg") == 3
     regions = [attributes["aria-label"] for _, attributes in page.tags if attributes.get("role") == "region"]
     assert regions == [
-        "Drafters", "Speed by setting", "By prompt set", "Gate", "Stages",
+        "Drafters", "Speed by setting", "By slice", "Gate", "Stages",
     ]  # fmt: skip
     for text in ("0123456789ab", "draftsmith run weekly.yaml", "about 2 min", "450 s"):
         assert text in page.text, "commit, next step, cost"
@@ -72,6 +72,17 @@ def test_two_worst_and_two_typical_contexts_are_open(tmp_path: Path) -> None:
     before, _, after = page.text.partition("More contexts")
     assert (before.count("Worst:"), before.count("Typical:")) == (2, 2)
     assert (after.count("Worst:"), after.count("Typical:")) == (8, 0)
+
+
+def test_each_slice_has_its_gain_and_its_worst_contexts(tmp_path: Path) -> None:
+    small = {"units": 2, "degrees": 0.7, "value": -0.3, "error": 0.01}
+    compared = [{**each, "gain": small} if each.get("set") == "chat" else each for each in OF_A_LINE["compared"]]
+    of_slices = [{**CONTEXTS[0], "slice": name} for name in ("chat", "depth:4k-16k")]
+    contexts = [AnswerContext.model_validate(each) for each in [*CONTEXTS, *of_slices]]
+    page = render(tmp_path, of_a_line(evaluation={**OF_A_LINE, "compared": compared}, contexts=contexts))
+    assert "chat (inconclusive)" in page.text and "-30.0% inconclusive: 2 prompts, 4 are needed" in page.text
+    before, _, after = page.text.partition("Worst contexts of each slice")
+    assert before.count("Worst:") == 10 and after.count("Worst:") == 2 and "depth:4k-16k" in after
 
 
 def test_the_page_needs_no_network(tmp_path: Path) -> None:

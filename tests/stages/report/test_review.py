@@ -92,7 +92,7 @@ def test_rules_of_a_kind_are_one_tick_and_the_worst_counts() -> None:
     ]  # fmt: skip
     review = reviewed(OF_A_LINE, decided("refused", *rules))
     assert review.ticks() == [
-        ("✓", "checksums"), ("✗", "lossless"), ("?", "prompt sets"), ("?", "speed-up"), ("✓", "speed"),
+        ("✓", "checksums"), ("✗", "lossless"), ("?", "slices"), ("?", "speed-up"), ("✓", "speed"),
     ]  # fmt: skip
     assert [check.result for check in review.checks].count("inconclusive") == 2
 
