@@ -22,6 +22,7 @@ class PromptsSummary(ResultFile, Record):
     wrong_class_passed_over: int = 0
     set_aside: Mapping[str, int] = {}  # reason -> rejected rows
     slices: Mapping[str, Mapping[str, int]] = {}  # label -> split -> prompts
+    conversations: int = 0  # prompts with further questions
 
 
 class LogWindow(Record):

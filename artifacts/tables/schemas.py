@@ -45,6 +45,14 @@ LABELS = _table(  # beside the prompts, if section prompts names slices
     labels=pa.list_(pa.string()),  # FIELD:VALUE, such as language:de
 )
 
+QUESTIONS = _table(  # beside the prompts, if some of them begin conversations
+    "questions",
+    1,
+    prompt_id=pa.string(),
+    questions=pa.list_(pa.string()),  # the user's, after the prompt; each follows the target's answer to the one before
+    chat_template_kwargs=pa.string(),  # JSON
+)
+
 TOKENISED = _table(  # cache of an unfinished attempt
     "tokenised",
     1,
@@ -60,7 +68,7 @@ TRAJECTORIES = _table(
     trajectory_id=pa.string(),  # "<prompt_id>/<sample>"
     prompt_id=pa.string(),
     split=pa.string(),
-    sample=pa.int32(),
+    sample=pa.int32(),  # number of the answer to one prompt, or to the questions of its conversation
     prompt_ids=_IDS,
     response_ids=_IDS,
     finish_reason=pa.string(),  # stop | length

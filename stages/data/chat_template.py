@@ -37,6 +37,7 @@ class PromptCandidate:
     identity: bytes = b""  # `held_out.prompt_identity`, which decides its held-out class; not set by logs
     token_ids: list[int] | None = None  # of a row that has them
     labels: tuple[str, ...] = ()  # `row_formats.row_labels`
+    questions: tuple[str, ...] = ()  # `row_formats.later_questions`
 
     @property
     def text_hash(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from draftsmith.artifacts.atomic import atomic_path
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.results.data import PromptsSummary
 from draftsmith.artifacts.tables.parquet import TableWriter, write_table
-from draftsmith.artifacts.tables.schemas import LABELS, PROMPTS
+from draftsmith.artifacts.tables.schemas import LABELS, PROMPTS, QUESTIONS
 from draftsmith.stages.data.chat_template import PromptCandidate, TemplateInverter, token_ids
 from draftsmith.stages.data.prompt_streams import PromptStream, ReadIds, open_streams
 from draftsmith.stages.data.prompts import MORE_LOGS, SPLITS, PromptsConfig, Split
@@ -45,6 +46,7 @@ class _Selection:
     tokens: dict[str, array[int]] = field(default_factory=lambda: defaultdict(lambda: array("q")))  # split -> lengths
     counts: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # source -> split -> rows
     labels: dict[str, tuple[str, ...]] = field(default_factory=dict)  # prompt -> its labels
+    questions: dict[str, tuple[str, ...]] = field(default_factory=dict)  # prompt -> the further ones
     slices: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # label -> split -> rows
     text_hashes: set[str] = field(default_factory=set)  # over all splits
     held_out: set[bytes] = field(default_factory=set)  # identities, which ignore the system prompt
@@ -57,7 +59,7 @@ class _Selection:
 def run(ctx: StageContext, config: PromptsConfig) -> None:
     """Write `prompts.parquet`, `prompts.json` and `set_aside.jsonl` (file, row, id, reason).
 
-    If the config names slices, also write `labels.parquet`.
+    Also write `labels.parquet` if the config names slices, and `questions.parquet` if prompts begin conversations.
     """
     tokenizer = load_tokenizer(model_path(ctx.inputs["target"]))
     if not tokenizer.chat_template:
@@ -104,6 +106,10 @@ def run(ctx: StageContext, config: PromptsConfig) -> None:
     if config.slices:
         labels = [{"prompt_id": prompt_id, "labels": labels} for prompt_id, labels in selection.labels.items()]
         write_table(ctx.out / "labels.parquet", LABELS, labels)
+    if selection.questions:
+        constants = {"chat_template_kwargs": json.dumps(config.chat_template_kwargs)}
+        asked = [{"prompt_id": prompt, "questions": later} | constants for prompt, later in selection.questions.items()]
+        write_table(ctx.out / "questions.parquet", QUESTIONS, asked)
     _summary(selection, config).write(ctx.out)
     ctx.summary(
         train=config.prompt_count("train"),
@@ -187,6 +193,8 @@ def _select_next(
         selection.selected += 1
         selection.tokens[split].append(len(ids))
         selection.counts[candidate.source][split] += 1
+        if candidate.questions:
+            selection.questions[prompt_id] = candidate.questions
         if candidate.labels:
             selection.labels[prompt_id] = candidate.labels
             for label in candidate.labels:
@@ -237,6 +245,9 @@ def _check_slices(selection: _Selection, config: PromptsConfig) -> None:
 
 def _summary(selection: _Selection, config: PromptsConfig) -> PromptsSummary:
     slices = {label: dict(sorted(splits.items())) for label, splits in sorted(selection.slices.items())}
+    optional: dict[str, Any] = {"slices": slices} if config.slices else {}
+    if selection.questions:
+        optional["conversations"] = len(selection.questions)
     return PromptsSummary(
         counts={source: dict(sorted(splits.items())) for source, splits in sorted(selection.counts.items())},
         prompt_tokens={split: _quantiles(sorted(lengths)) for split, lengths in sorted(selection.tokens.items())},
@@ -246,7 +257,7 @@ def _summary(selection: _Selection, config: PromptsConfig) -> PromptsSummary:
         heldout_by=config.heldout_by,
         wrong_class_passed_over=selection.wrong_class,
         set_aside=dict(selection.rejected.most_common()),
-        **({"slices": slices} if config.slices else {}),
+        **optional,
     )
 
 

@@ -33,13 +33,14 @@ from draftsmith.stages.data.row_files import BadRow, RejectLog, Row, match_files
 from draftsmith.stages.data.row_formats import (
     Message,
     RejectedRow,
+    first_question,
     is_unicode,
+    later_questions,
     matches_filter,
     messages_beside_ids,
     prompt_token_ids,
     rename_fields,
     row_labels,
-    row_messages,
 )
 from draftsmith.stages.data.time_window import row_time
 from draftsmith.stages.target.hub import hub_advice, is_hub_refusal
@@ -140,6 +141,9 @@ def open_streams(
             candidate = finish(source.set_name, messages, row.where)
             if config.slices:
                 candidate = replace(candidate, labels=row_labels(row.fields, config.slices))
+            fields = rename_fields(row.fields, source.fields if isinstance(source, JsonlSource) else {})
+            if ids is None and (later := later_questions(fields, source.field)):
+                candidate = replace(candidate, questions=tuple(f"{text}{source.suffix}" for text in later))
             if ids is not None and candidate.messages == messages:
                 candidate = replace(candidate, token_ids=ids)
             yield row, candidate
@@ -234,7 +238,7 @@ def prompt_rows(
             fields = rename_fields(row.fields, source.fields if isinstance(source, JsonlSource) else {})
             ids = prompt_token_ids(fields, source.field, row.where)
             if ids is None:
-                messages = row_messages(fields, source.field, row.where)
+                messages = first_question(fields, source.field, row.where)
             else:
                 known = messages_beside_ids(fields, tools=unchanged)
                 messages = read_ids(ids, known) if read_ids is not None else known or []

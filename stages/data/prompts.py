@@ -21,7 +21,7 @@ from draftsmith.stages.target.info import read_target_info
 Split = Literal["train", "validation", "heldout"]
 # Held-out prompts are selected first: a text that occurs twice stays held out and is not trained on.
 SPLITS: tuple[Split, ...] = ("heldout", "validation", "train")
-DEPTH = "depth"  # slices by the tokens of context before a verify step
+_DEPTH = "depth"  # slices by the tokens of context before a verify step (`replay/stats.py`)
 
 
 class Counts(Config):
@@ -203,8 +203,8 @@ class PromptsConfig(Config):
         for index, source in enumerate(self.sources):
             if isinstance(source, JsonlSource | HuggingFaceSource) and source.set_name == "all":
                 raise ValueError(f"sources.{index}.label: `all` means the prompts of all sources. Set another label.")
-        if DEPTH in self.slices:
-            raise ValueError(f"slices: `{DEPTH}` is measured for every run. Remove it, or rename the rows' field.")
+        if _DEPTH in self.slices:
+            raise ValueError(f"slices: `{_DEPTH}` is measured for every run. Remove it, or rename the rows' field.")
         return self
 
     @property

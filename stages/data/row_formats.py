@@ -37,8 +37,12 @@ _ROLES = {
 }
 PROMPT_IDS = "prompt_token_ids"
 _CHATS = ("messages", "conversations")  # lists of messages, possibly as JSON text
-_TEXTS = (*_CHATS, "prompt")
-_SHAPES = '{"messages": [{"role", "content"}]}, {"conversations": [{"from", "value"}]} or {"prompt": text or messages}'
+_TEXTS = (*_CHATS, "prompt", "turns")
+_SHAPES = (
+    '{"messages": [{"role", "content"}]}, {"conversations": [{"from", "value"}]}, {"prompt": text or messages} or '
+    '{"turns": [text, …]}'
+)
+_MASKED = "FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE"  # SPEED-Bench's questions that it may not ship
 TOOLS = "tools, which a prompt made of its messages would lack"
 NOT_TEXT = "images or other parts of messages that are not text"
 
@@ -147,6 +151,36 @@ def row_messages(
     if not any(message["role"] == "user" for message in messages):
         raise DraftsmithError(f"{where}: {name} has no user message. Remove the row or add one.")
     return messages
+
+
+def later_questions(row: Fields, field: str | None) -> tuple[str, ...]:
+    """Return the questions after the first of a row that has questions alone; none for any other row.
+
+    Such a row is a list of texts (MT-Bench, SPEED-Bench), or messages of a user without an answer between or beside
+    them (SPEED-Bench as its authors prepare it).
+    """
+    value = next((row[name] for name in ([field] if field else _TEXTS) if row.get(name) is not None), None)
+    if not isinstance(value, list) or row.get("completion") is not None:
+        return ()
+    asked = [
+        {"role": "user", "content": each} if isinstance(each, str) else each
+        for each in value
+        if not isinstance(each, dict) or each.get("role") != "system"
+    ]
+    if all(isinstance(each, dict) and each.get("role") == "user" for each in asked):
+        questions = [each.get("content") for each in asked]
+        if all(isinstance(text, str) and text.strip() for text in questions):
+            return tuple(questions[1:])
+    return ()
+
+
+def first_question(row: Fields, field: str | None, where: str) -> list[Message]:
+    """Return the prompt of a row, without the questions that `later_questions` returns. Raises as `row_messages`."""
+    messages = row_messages(row, field, where)
+    if any(_MASKED in message["content"] for message in messages):
+        raise RejectedRow("a question that SPEED-Bench does not ship: fill them in with its prepare.py")
+    later = len(later_questions(row, field))
+    return messages[:-later] if 0 < later < len(messages) else messages
 
 
 def token_ids_field(row: Fields, name: str, where: str) -> list[int]:

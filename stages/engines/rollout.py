@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.spec import NO_FREQUENT_TOKENS
 from draftsmith.stages.engines.base import Completion, Engine, Request
 from draftsmith.stages.engines.config import EmbeddedEngineConfig, SamplingConfig, ServerEngineConfig, served_dtype
+from draftsmith.stages.engines.conversations import Conversations
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.engines.kinds import open_servers
 from draftsmith.stages.engines.partial_answers import SCHEMAS, PartialAnswers
@@ -34,7 +36,9 @@ _WRITTEN_ROWS = 64  # written to the final tables in one step; traces have many 
 
 def run(ctx: StageContext, config: RolloutConfig) -> None:
     """Answer the prompts that have no answer yet; write the tables and, with a drafter, `trace.json`."""
-    requests = _RequestList(prompts_to_answer(config, ctx.inputs["prompts"]), config.sampling, ctx.seed)
+    prompts = prompts_to_answer(config, ctx.inputs["prompts"])
+    conversations = Conversations.read(ctx.inputs["prompts"], prompts.ids, ctx.inputs["target"])
+    requests = _RequestList(prompts, conversations, config.sampling, ctx.seed)
     drafter = ctx.inputs["drafter"] / DRAFTER_FOLDER if "drafter" in ctx.inputs else None
     answers = PartialAnswers(ctx.work)
     _generate_missing(ctx, config, requests, drafter, answers)
@@ -59,21 +63,43 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
 
 
 class _RequestList:
-    """The requests of a rollout by index. Each is made when it is sent, so that only the ids stay in memory."""
+    """The requests of a rollout by index. Each is made when it is sent, so that only the ids stay in memory.
 
-    def __init__(self, prompts: PromptRows, sampling: SamplingConfig, seed: int):
-        self.prompts, self._seed = prompts, seed
+    The questions of a conversation follow each other: a round of requests has one of each.
+    """
+
+    def __init__(self, prompts: PromptRows, conversations: Conversations, sampling: SamplingConfig, seed: int):
+        self.prompts, self.conversations, self._seed = prompts, conversations, seed
         self._max_new_tokens, self._sampling = sampling.max_new_tokens, sampling.params()
-        self.ids = [f"{prompt}/0" for prompt in prompts.ids]
+        self._rows = [
+            (row, turn) for row, prompt in enumerate(prompts.ids) for turn in range(conversations.turns(prompt))
+        ]
+        self.ids = [f"{prompts.ids[row]}/{turn}" for row, turn in self._rows]
+
+    def rounds(self) -> list[list[int]]:
+        """Return the indices of the first questions, of the second ones, and so on."""
+        by_turn: dict[int, list[int]] = defaultdict(list)
+        for index, (_, turn) in enumerate(self._rows):
+            by_turn[turn].append(index)
+        return list(by_turn.values())
+
+    def longest(self, max_positions: int) -> int:
+        """Return the positions of the longest request with its answer. Raises as `positions_needed`."""
+        longest = positions_needed(self.prompts, self._max_new_tokens, max_positions)
+        if whole := self.conversations.whole(self._max_new_tokens):
+            longest = max(longest, positions_needed(whole, self._max_new_tokens, max_positions))
+        return longest
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def at(self, indices: Iterable[int]) -> Iterator[Request]:
         for index in indices:
-            prompt = self.prompts[index]
-            seed = request_seed(self._seed, prompt.prompt_id, 0)
-            yield Request(self.ids[index], prompt.token_ids, self._max_new_tokens, self._sampling, seed)
+            row, turn = self._rows[index]
+            prompt = self.prompts[row]
+            ids = self.conversations.prompt(prompt.prompt_id, turn) if turn else prompt.token_ids
+            seed = request_seed(self._seed, prompt.prompt_id, turn)
+            yield Request(self.ids[index], ids, self._max_new_tokens, self._sampling, seed)
 
 
 def _generate_missing(
@@ -84,14 +110,21 @@ def _generate_missing(
         return
     batch_size = config.rows_per_shard or _default_batch(config.engine)
     limit = read_target_info(ctx.inputs["target"]).max_positions
-    longest = positions_needed(requests.prompts, config.sampling.max_new_tokens, limit)
+    longest = requests.longest(limit)
     splits = dict(zip(requests.prompts.ids, requests.prompts.splits, strict=True))
     with _open_engine(ctx, config, drafter, longest) as engine:
         kind, _, version = engine.name.partition(" ")
         if version:
             write_versions(ctx.out, **{kind: version})
         finished = answers.finished(with_trace=engine.records_trace)  # complete without steps if none are recorded
-        batches = _pending_batches(requests.ids, finished, batch_size, engine.batch_decides)
+        requests.conversations.load(answers, finished)
+        batches = [
+            [indices[place] for place in batch]
+            for indices in requests.rounds()
+            for batch in _pending_batches(
+                [requests.ids[index] for index in indices], finished, batch_size, engine.batch_decides
+            )
+        ]
         done = len(requests) - sum(map(len, batches))
         if finished:
             ctx.log(f"{done} answers of an earlier attempt kept, {len(requests) - done} missing")
@@ -101,6 +134,7 @@ def _generate_missing(
             try:
                 for completion in engine.generate(requests.at(batch)):
                     unsaved.append(completion)
+                    requests.conversations.add(completion)
                     tokens, done = tokens + len(completion.response_ids), done + 1
                     ctx.progress(done, len(requests), "answers", tokens_per_s=tokens / (time.perf_counter() - started))
                     if not engine.batch_decides and (len(unsaved) >= batch_size or ctx.interrupted):

@@ -123,7 +123,7 @@ def slices(tallies: Mapping[str, AcceptanceStats], prompts: Sequence[str], label
         }
         return Slice(name, found) if chosen else None
 
-    masks = {None: np.ones(len(labels))}
+    masks: dict[str | None, np.ndarray] = {None: np.ones(len(labels))}
     masks |= {name: np.array([float(name in each) for each in labels]) for name in slice_names(labels)}
     by_label = [
         of(name, {arm: (tally.committed * mask, tally.steps * mask) for arm, tally in tallies.items()})
@@ -269,7 +269,7 @@ def _context(
             )
         )
     after = int(trace.anchors[first + count - 1]) + 1 + int(trace.committed[first + count - 1])
-    return AnswerContext(
+    context = AnswerContext(
         kind=kind,
         tau=tau,
         set=prompt_set,
@@ -278,5 +278,5 @@ def _context(
         before=decode(tokens[max(0, start - BEFORE) : start]),
         steps=steps,
         after=decode(tokens[after : after + AFTER]),
-        **({} if name is None else {"slice": name}),
     )
+    return context if name is None else context.model_copy(update={"slice": name})

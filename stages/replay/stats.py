@@ -8,13 +8,12 @@ from typing import Self
 import numpy as np
 import torch
 
-from draftsmith.stages.data.prompts import DEPTH
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.replay.trace import Trace
 
-DEPTHS = (f"{DEPTH}:below-1k", f"{DEPTH}:1k-4k", f"{DEPTH}:4k-16k", f"{DEPTH}:above-16k")  # of the anchor
+DEPTHS = ("depth:below-1k", "depth:1k-4k", "depth:4k-16k", "depth:above-16k")  # of the anchor
 DEPTH_ENDS = (1 << 10, 1 << 12, 1 << 14)  # tokens
 
 

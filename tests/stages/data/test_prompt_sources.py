@@ -10,9 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.results.data import PromptsSummary
+from draftsmith.artifacts.tables.parquet import read_table
+from draftsmith.artifacts.tables.schemas import QUESTIONS
 from draftsmith.stages.data.prompt_streams import open_streams
 from draftsmith.stages.data.prompts import SPLITS, PromptsConfig
-from draftsmith.stages.data.row_formats import row_messages
+from draftsmith.stages.data.row_formats import RejectedRow, first_question, later_questions, row_messages
 from tests.stages.data.prompts_run import Row, error, questions, run, run_with_context, texts, write_rows
 
 
@@ -29,12 +32,55 @@ from tests.stages.data.prompts_run import Row, error, questions, run, run_with_c
         ({"messages": None, "prompt": "Hi there"}, None),
         ({"question": "Hi there", "answer": "Yes"}, "question"),
         ({"turns": ["Hi there", "And then?"]}, "turns"),
+        ({"question_id": 81, "category": "writing", "turns": ["Hi there", "And then?"]}, None),
         ({"chat": [{"role": "user", "content": "Hi there"}]}, "chat"),
         ({"prompt": "other", "text": "Hi there"}, "text"),
     ],
 )
 def test_every_shape_is_read(row: Row, field: str | None) -> None:
     assert row_messages(row, field, "row 1") == [{"role": "user", "content": "Hi there"}]
+
+
+USER = {"role": "user", "content": "A"}
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "later"),
+    [
+        ({"question_id": 81, "category": "writing", "turns": ["A", "B", "C"], "reference": []}, None, ("B", "C")),
+        ({"prompt": ["A", "B"], "prompt_id": 7, "category": "math"}, None, ("B",)),
+        ({"asked": ["A", "B"]}, "asked", ("B",)),
+        ({"messages": [USER, {"role": "user", "content": "B"}], "multiturn": True}, None, ("B",)),
+        ({"messages": [USER]}, None, ()),
+        ({"messages": [USER, USER], "completion": "Yes"}, None, ()),
+        ({"messages": [USER, {"role": "assistant", "content": "Yes"}, USER]}, None, ()),
+        ({"turns": ["A", 3]}, None, ()),
+    ],
+)
+def test_questions_of_mt_bench_and_speed_bench_follow_each_other(
+    row: Row, field: str | None, later: tuple[str, ...]
+) -> None:
+    assert later_questions(row, field) == later
+    if later:
+        assert first_question(row, field, "row 1") == [USER]
+
+
+def test_a_question_that_speed_bench_does_not_ship_is_rejected() -> None:
+    masked = {"turns": ["FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE USING SPECDEC_BENCH\n\n{question}"]}
+    with pytest.raises(RejectedRow):
+        first_question(masked, None, "row 1")
+
+
+def test_further_questions_are_kept_beside_the_prompts(target: Path, tmp_path: Path) -> None:
+    rows: list[Row] = [{"turns": [f"Tell story {number}", "And then?"]} for number in range(6)]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    sources: list[Row] = [{"kind": "jsonl", "path": str(path), "suffix": " Be brief.", "heldout_share": 1}]
+    selected = run(target, tmp_path, sources, train=0, heldout=6)
+    stored = read_table(tmp_path / "out" / "questions.parquet", QUESTIONS).to_pylist()
+    assert {row["prompt_id"] for row in stored} == {row["prompt_id"] for row in selected}
+    assert {tuple(row["questions"]) for row in stored} == {("And then? Be brief.",)}
+    assert all(len(row["messages"]) == 1 and row["messages"][0]["content"].endswith("Be brief.") for row in selected)
+    assert PromptsSummary.read(tmp_path / "out").conversations == 6
 
 
 def test_earlier_turns_and_system_prompts_are_kept() -> None:

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
-from draftsmith.artifacts.tables.parquet import read_table
-from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE, TRAJECTORIES
+from draftsmith.artifacts.tables.parquet import read_table, write_table
+from draftsmith.artifacts.tables.schemas import QUESTIONS, TIMINGS, TRACE, TRAJECTORIES
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_prompts, load_trajectories
 from draftsmith.stages.drafters.checkpoint import TOKENS_FILE
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.engines.stage import STAGE, RolloutConfig, preflight
+from draftsmith.stages.target.info import load_tokenizer, model_path
 from tests.stages.bench import Bench
 from tests.stages.engines.test_partial_answers import damage_column
 from tests.testbed.context import RecordingContext, StoppingContext
@@ -152,6 +153,48 @@ def test_an_assisted_rollout_gives_the_same_text_and_records_its_trace(
     drafted = sum(len(row["response_ids"]) - 1 for row in by_answer.values())
     assert assisted.summaries["tau"] == pytest.approx(drafted / len(trace))
     assert assisted.summaries["tau"] > 2
+
+
+@pytest.fixture
+def conversations(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> Path:
+    """Prompts of the tiny drafter, the first two of which begin conversations."""
+    folder = Path(shutil.copytree(tiny_drafter.prompts, tmp_path / "prompts"))
+    first, second = load_prompts(folder, ["heldout"]).ids[:2]
+    questions = {first: ["And then?", "Why?"], second: ["Why?"]}
+    asked = [{"prompt_id": prompt, "questions": later} for prompt, later in questions.items()]
+    write_table(folder / "questions.parquet", QUESTIONS, [row | {"chat_template_kwargs": "{}"} for row in asked])
+    return folder
+
+
+def test_every_question_of_a_conversation_follows_the_answer_to_the_one_before(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, conversations: Path
+) -> None:
+    def made(name: str, stop_after: int | None = None) -> StoppingContext:
+        ctx = context(tmp_path / name, tiny_drafter, drafter=True, stop_after=stop_after)
+        return replace(ctx, inputs={**ctx.inputs, "prompts": conversations})
+
+    whole, cfg = made("whole"), config(prompts=4)
+    STAGE.run(whole, cfg)
+    written = {row["trajectory_id"]: row for row in rows(whole)}
+    ids = load_prompts(conversations, ["heldout"]).ids[:4]
+    turns = [(ids[0], 3), (ids[1], 2), (ids[2], 1), (ids[3], 1)]
+    assert list(written) == [f"{prompt}/{turn}" for prompt, count in turns for turn in range(count)]
+    tokenizer = load_tokenizer(model_path(tiny_drafter.target))
+    for turn, question in ((1, "And then?"), (2, "Why?")):
+        before, after = written[f"{ids[0]}/{turn - 1}"], written[f"{ids[0]}/{turn}"]
+        answer = tokenizer.decode(before["response_ids"], skip_special_tokens=True)
+        text = tokenizer.decode(after["prompt_ids"])
+        assert f"{answer}<|im_end|>" in text and text.rpartition("user\n")[2].startswith(question)
+    assert whole.summaries["answers"] == 7
+    for stop_after in (1, 4):
+        with pytest.raises(StageInterrupted):
+            STAGE.run(made("cut", stop_after), cfg)
+    last = made("cut")
+    STAGE.run(last, cfg)
+    for name in ("trajectories.parquet", "trace.parquet"):
+        assert (last.out / name).read_bytes() == (whole.out / name).read_bytes()
+    with pytest.raises(DraftsmithError, match=r"positions.*1024"):
+        STAGE.run(made("long"), config(prompts=4, sampling={"max_new_tokens": 320}))
 
 
 def test_a_reduced_head_that_the_drafter_cannot_have_is_logged(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
