@@ -167,11 +167,9 @@ def later_questions(row: Fields, field: str | None) -> tuple[str, ...]:
         for each in value
         if not isinstance(each, dict) or each.get("role") != "system"
     ]
-    if all(isinstance(each, dict) and each.get("role") == "user" for each in asked):
-        questions = [each.get("content") for each in asked]
-        if all(isinstance(text, str) and text.strip() for text in questions):
-            return tuple(questions[1:])
-    return ()
+    of_user = [each.get("content") for each in asked if isinstance(each, dict) and each.get("role") == "user"]
+    questions = [text for text in of_user if isinstance(text, str) and text.strip()]
+    return tuple(questions[1:]) if len(questions) == len(asked) else ()
 
 
 def first_question(row: Fields, field: str | None, where: str) -> list[Message]:
