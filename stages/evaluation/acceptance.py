@@ -116,7 +116,7 @@ def slices(tallies: Mapping[str, AcceptanceStats], prompts: Sequence[str], label
 
     def of(name: str | None, sums: Mapping[str, Sums]) -> Slice | None:
         indices = np.flatnonzero(np.all([steps > 0 for _, steps in sums.values()], axis=0))
-        chosen = [prompts[index] for index in indices]
+        chosen = [prompts[int(index)] for index in indices]
         found = {
             arm: (sum_by_key(chosen, committed[indices]), sum_by_key(chosen, steps[indices]))
             for arm, (committed, steps) in sums.items()
@@ -231,7 +231,8 @@ class ContextCollector:
         of_labels = [name for name in slice_names(self.labels) if name in self._by_slice]
         of_depths = [name for name in DEPTHS if name in self._by_slice]
         several = [name for names in (of_labels, of_depths) if len(names) > 1 for name in names]
-        found = [("worst", self._worst, None), ("typical", ordered[start : start + TYPICAL], None)]
+        found: list[tuple[str, list[_Stretch], str | None]] = [("worst", self._worst, None)]
+        found += [("typical", ordered[start : start + TYPICAL], None)]
         found += [("worst", self._by_slice[name], name) for name in several]
         return [
             _context(kind, stretch, trajectories[stretch[1]], self.labels[stretch[1]][0], name, decode)

@@ -214,7 +214,7 @@ def test_no_set_is_named_where_the_promotion_had_few_prompts() -> None:
 
 def test_no_slice_is_named_where_nothing_changed() -> None:
     """Labels and depths overlap, and a depth may rest on few of its prompts."""
-    rng, repetitions, alarms = np.random.default_rng(3), 300, 0
+    rng, repetitions, alarms = np.random.default_rng(3), 150, 0
     for _ in range(repetitions):
         now, then = (
             {name: arms[CHAMPION] for name, arms in tau_by_slice(*simulated_slices(rng, 144)).items()} for _ in range(2)

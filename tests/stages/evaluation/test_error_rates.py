@@ -184,7 +184,7 @@ def simulated_slices(
         tallies[arm].committed_at, tallies[arm].steps_at = tokens, steps
         tallies[arm].committed, tallies[arm].steps = tokens.sum(1), steps.sum(1)
     languages = rng.choice(["de", "en", "fi"], prompts, p=[0.3, 0.6, 0.1])
-    labels = [
+    labels: list[tuple[str, ...]] = [
         (("chat", "code")[index % 2], f"language:{languages[index]}", f"thinking:{str(thinks[index]).lower()}")
         for index in range(prompts)
     ]

@@ -202,7 +202,7 @@ def decided_by_slice(rng: np.random.Generator, prompts: int, max_set_loss: float
 @pytest.mark.parametrize("prompts", [24, 144])
 def test_slices_seldom_refuse_an_equal_challenger(prompts: int) -> None:
     """Eleven slices that overlap: sets, languages, thinking or not, and depths."""
-    rng, repetitions, refused = np.random.default_rng(prompts), 400, 0
+    rng, repetitions, refused = np.random.default_rng(prompts), 200, 0
     for _ in range(repetitions):
         decision = decided_by_slice(rng, prompts, max_set_loss=0.0)
         refused += any(rule.broken for rule in decision.rules if rule.name.startswith("tau of "))
@@ -211,7 +211,7 @@ def test_slices_seldom_refuse_an_equal_challenger(prompts: int) -> None:
 
 def test_a_challenger_that_loses_in_long_contexts_is_refused_by_that_name() -> None:
     """It is 5 % better up to 4k tokens, and 20 % worse from there on."""
-    rng, repetitions, named = np.random.default_rng(6), 100, 0
+    rng, repetitions, named = np.random.default_rng(6), 50, 0
     long = [f"tau of {name}" for name in DEPTHS[2:]]
     for _ in range(repetitions):
         decision = decided_by_slice(rng, 144, max_set_loss=0.02, below_4k=1.05, above_4k=0.8)
