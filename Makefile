@@ -96,7 +96,7 @@ sglang-cpu: $(SGLANG_CPU)$(SGLANG_VERSION)/.plugins
 sglang-gpu: $(SGLANG_GPU)/.plugins-$(SGLANG_VERSION)
 	@echo $(abspath $(SGLANG_GPU)/bin/python)
 
-$(SGLANG_CPU)%/.sglang: tests/sglang_cpu/requirements-%.txt
+$(SGLANG_CPU)%/.sglang: tests/sglang_cpu/requirements-%.txt tests/sglang_cpu/requirements.txt
 	@echo "Installing SGLang $* for a CPU into $(@D), about 3 GB with a CPU build of torch." >&2
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/python $(PIP_INSTALL) $(PIP_ARGS) --requirement $<

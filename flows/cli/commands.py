@@ -109,7 +109,7 @@ def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
     elif finished.artifacts and pipeline.results:
         refusal = str(finished.refusal) if finished.refusal is not None else None
         seconds, ui_command = time.monotonic() - began, Tracking(home(), config.experiment).ui_command
-        ended = EndedRun(config, str(options.config), options.overrides, ui_command, seconds, refusal)
+        ended = EndedRun(config, str(options.config), options.overrides, ui_command, seconds, finished.outcome, refusal)
         load_attribute(pipeline.results)(display, finished.artifacts, ended)
     if finished.refusal is not None:
         raise finished.refusal
@@ -227,7 +227,7 @@ def _watch(options: argparse.Namespace, pipeline: Pipeline) -> None:
     if watched.outcome == "below" and options.then == "refresh":
         _run(options, pipeline)
     elif watched.outcome == "below":
-        registry_commands.rollback(Display(), line, watched.sentence, dry_run=False)
+        registry_commands.rollback(Display(), line, watched.sentence, dry_run=False, servers=urls)
 
 
 def _is_file(path: Path) -> bool:

@@ -83,7 +83,8 @@ class EndedRun:
     overrides: Sequence[str]  # of `--set`
     mlflow: str  # the command that shows the runs, or the server's URL
     seconds: float
-    refused: str | None = None  # why nothing was promoted
+    outcome: str | None = None  # as in `FinishedRun`
+    refused: str | None = None  # why nothing was promoted, or the champion is not served
 
 
 class ProgressRate:

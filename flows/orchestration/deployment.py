@@ -161,7 +161,8 @@ _LOST = "its host or its process sends no more heartbeats"
 _MISSED = 4  # heartbeats in a row, after which a run has crashed
 # A run's outcome comes from our own events. Prefect's events of states wait for the ones before them, which scheduled
 # runs lack.
-_OURS = {f"draftsmith.{outcome}" for outcome in ("promoted", "refused", "inconclusive", "below", "mismatched")}
+_OUTCOMES = ("promoted", "unserved", "refused", "inconclusive", "below", "mismatched")
+_OURS = {f"draftsmith.{outcome}" for outcome in _OUTCOMES}
 _CALLED = {f"prefect.flow-run.{state}" for state in ("Failed", "TimedOut", "Crashed", "Suspended")} | _OURS
 _ENDED = {"draftsmith.current", "prefect.flow-run.Completed", "prefect.flow-run.Suspended"} | _OURS
 # Valid JSON whatever the message is. The state is the event's, since the run may have another one by now.

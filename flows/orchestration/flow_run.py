@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,7 +23,7 @@ from prefect.context import FlowRunContext
 from prefect.events import emit_event
 from prefect.flow_runs import suspend_flow_run
 
-from draftsmith.artifacts.errors import DraftsmithError, RefusedError, RetryableError, StageInterrupted
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageInterrupted
 from draftsmith.flows.execution.node import NodeResult
 from draftsmith.flows.orchestration.server import uses_temporary_server
 from draftsmith.flows.planning.graph import Conclusion
@@ -34,8 +35,7 @@ class FlowResult:
 
     ended: bool = False
     nodes: dict[str, NodeResult] = field(default_factory=dict)
-    outcome: str | None = None  # as in MLflow's tag; None: the run has no conclusion
-    message: str = ""
+    conclusion: Conclusion | None = None
     error: BaseException | None = None
 
 
@@ -56,7 +56,7 @@ def flow_result() -> Iterator[FlowResult]:
 
 
 def run_flow(flow: Any, config: Any, lost: Callable[[str], None], **options: Any) -> FlowResult:
-    """Call the flow of a config. Return its result, whose error may be a RefusedError, or raise its body's error.
+    """Call the flow of a config. Return its result, whose error is its conclusion's, or raise its body's error.
 
     lost: called with a sentence if Prefect's API was lost before it knew how the run ended.
 
@@ -86,7 +86,7 @@ def run_flow(flow: Any, config: Any, lost: Callable[[str], None], **options: Any
             f"Prefect's API was lost during the run ({_describe(current.error)}). Start its server again, then run the "
             "same command, which reuses what is finished."
         ) from current.error
-    if current.error is not None and not isinstance(current.error, RefusedError):
+    if current.error is not None and (current.conclusion is None or current.error is not current.conclusion.error):
         raise current.error
     return current
 
@@ -159,15 +159,16 @@ def _show_on_page(name: str, description: str, markdown: str, say: Callable[[str
 
 
 def run_task(name: str, title: str, body: Callable[[], str], say: Callable[[str], None]) -> str:
-    """Run the body as a task of the current flow run, with a state and an artifact. Return its text, or its failure."""
-    in_run = FlowRunContext.get() is not None
-    named = task(name=name, task_run_name=title, cache_policy=NO_CACHE, persist_result=False)(body) if in_run else body
+    """Run the body as a task of the current flow run, with a state and an artifact, its text or its error."""
+    if FlowRunContext.get() is None:
+        return body()
+    show = partial(_show_on_page, title, f"The {name} of this run.", say=say)
     try:
-        text = named()
+        text = task(name=name, task_run_name=title, cache_policy=NO_CACHE, persist_result=False)(body)()
     except DraftsmithError as error:
-        text = f"{name} failed: {error}"
-    if in_run:
-        _show_on_page(title, f"The {name} of this run.", text, say)
+        show(f"{name} failed: {error}")
+        raise
+    show(text)
     return text
 
 

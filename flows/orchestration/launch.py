@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from draftsmith.artifacts.errors import RefusedError
+from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.artifacts.tracking.runs import Tracking
@@ -21,12 +21,12 @@ from draftsmith.stages.runtime.memory import restore_gc
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run that has ended without an error."""
+    """A run that has ended, with all its stages."""
 
     artifacts: ArtifactFolders  # by node
-    outcome: str | None  # promoted, refused, inconclusive, waiting or current; None: no conclusion
+    outcome: str | None  # promoted, refused, inconclusive, waiting, current or unserved; None: no conclusion
     message: str  # the outcome with its reason
-    refusal: RefusedError | None  # if a drafter was not promoted
+    refusal: DraftsmithError | None  # if a drafter was not promoted, or servers do not serve the champion
 
 
 def launch(
@@ -40,7 +40,7 @@ def launch(
 
     lost: called if Prefect's server was lost before it knew how the run ended.
 
-    Raises DraftsmithError for all failures. A drafter that is not promoted is no failure.
+    Raises DraftsmithError for all failures. A drafter that is not promoted, or not served, is no failure.
     """
     tracking = Tracking(home(), config.experiment)
     check_home(home(), config)
@@ -54,5 +54,7 @@ def launch(
     options = {name: list(getattr(selection, name)) for name in ("force", "start", "until")}
     ended = run_flow(flow, config, lambda what: lost(server, what), **options)
     refs = {name: node.ref for name, node in ended.nodes.items()}
-    refusal = ended.error if isinstance(ended.error, RefusedError) else None
-    return FinishedRun(ArtifactFolders(open_store(home()), refs), ended.outcome, ended.message, refusal)
+    artifacts = ArtifactFolders(open_store(home()), refs)
+    if (conclusion := ended.conclusion) is None:
+        return FinishedRun(artifacts, None, "", None)
+    return FinishedRun(artifacts, conclusion.name.lower(), conclusion.message, conclusion.error)

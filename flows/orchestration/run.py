@@ -81,7 +81,7 @@ def run_graph(
             nodes, conclusion = _run(config, pipeline, selection, cancellation)
             result.nodes = nodes
             if conclusion is not None:
-                result.outcome, result.message = conclusion.name.lower(), conclusion.message
+                result.conclusion = conclusion
                 announce(config.name, conclusion)
                 if conclusion.error is not None:
                     raise conclusion.error

@@ -47,6 +47,9 @@ class Checks(Protocol):
         """Check a node that has just been built. folders: the artifacts so far, by node."""
 
 
+UNSERVED = "Unserved"  # name of a conclusion: a server does not draft with the champion
+
+
 @dataclass(frozen=True)
 class Conclusion:
     """The outcome of a run beyond its artifacts, such as a promotion."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from scipy.special import stdtrit
 
-from draftsmith.artifacts.errors import RefusedError
+from draftsmith.artifacts.errors import DraftsmithError, RefusedError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.results.base import SetMetrics
 from draftsmith.artifacts.results.evaluation import ALL, DriftResult, EvaluationResult
@@ -21,7 +22,7 @@ from draftsmith.artifacts.tracking.refresh_runs import OUTCOME, link_version
 from draftsmith.artifacts.tracking.registry import CHAMPION, PROMOTION_TAGS, ChampionMovedError, Version
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.execution.display import Display
-from draftsmith.flows.planning.graph import Conclusion, Node, OutdatedPlanError
+from draftsmith.flows.planning.graph import UNSERVED, Conclusion, Node, OutdatedPlanError
 from draftsmith.flows.refresh import promotion_hook
 from draftsmith.flows.refresh.config import DEFAULT_SAMPLING, RefreshConfig, measured_with, prompts_since
 from draftsmith.flows.refresh.line import (
@@ -62,6 +63,8 @@ class RefreshPolicy:
         self._forced = sorted(set(force) - set(_BEFORE_DRIFT))
         self._drift_metrics: dict[str, float] = {}
         self._drift_tags: dict[str, str] = {}
+        self._swapped = ""  # what happened to the servers
+        self._unserved: DraftsmithError | None = None  # why a server does not draft with the champion
 
     @property
     def sticky_force(self) -> frozenset[str]:
@@ -75,8 +78,9 @@ class RefreshPolicy:
         if node.name != "drift" or self.line.champion is None:
             return None
         promotion_hook.call_if_due(self.config.on_promote, self.line.name)
-        if swapped := self._swap_servers():  # a server may have started again with its old drafter
-            Display().line(swapped)
+        self._swap_servers()  # one may have started again with its old drafter
+        if self._swapped:
+            Display().line(self._swapped)
         drift = DriftResult.read(folders["drift"])
         record = json.loads((folders["champion"] / TARGET_RECORD).read_text("utf-8"))
         reasons = self._reasons(drift, target_changed=record["target_changed"])
@@ -102,7 +106,8 @@ class RefreshPolicy:
             f"promotion; {'; '.join(notes)}"
         )
         metrics = {"tau.champion": overall.tau or 0.0, **self._drift_metrics}
-        return Conclusion("Current", message, metrics=metrics, tags={OUTCOME: "current", **self._drift_tags})
+        tags = {OUTCOME: "current", **self._drift_tags}
+        return self._with_servers(Conclusion("Current", message, metrics=metrics, tags=tags))
 
     def _reasons(self, drift: DriftResult, *, target_changed: bool) -> list[str]:
         """Return why the refresh continues; empty if there is no reason."""
@@ -193,14 +198,26 @@ class RefreshPolicy:
         message = f"{version} is the champion: {decision.sentence}"
         if hook := promotion_hook.call_if_due(self.config.on_promote, version.line):
             message += f"; {hook}"
-        if swapped := self._swap_servers():
-            message += f"; {swapped}"
+        self._swap_servers()
         return self._conclusion("Promoted", message, decision, version)
 
-    def _swap_servers(self) -> str:
-        """Have the servers of `registry.servers` draft with the champion. Return what happened, empty without any."""
+    def _swap_servers(self) -> None:
+        """Have the servers of `registry.servers` draft with the champion. The conclusion names a failure."""
         champion = registry().champion(self.line.name) if self.line.servers else None
-        return "" if champion is None else swap_in_run(champion, self.line.servers)
+        if champion is None:
+            return
+        try:
+            self._swapped, self._unserved = swap_in_run(champion, self.line.servers), None
+        except DraftsmithError as error:
+            self._swapped, self._unserved = f"swap failed: {error}", error
+
+    def _with_servers(self, conclusion: Conclusion) -> Conclusion:
+        """Return the conclusion with what happened to the servers: `Unserved` if that alone failed."""
+        message = "; ".join(filter(None, [conclusion.message, self._swapped]))
+        if conclusion.error is not None or self._unserved is None:
+            return replace(conclusion, message=message)
+        error = type(self._unserved)(message)
+        return replace(conclusion, name=UNSERVED, message=message, error=error, overrules_review=True)
 
     def _conclusion(
         self,
@@ -220,8 +237,17 @@ class RefreshPolicy:
         overrules = decision.promote and not promoted
         asset = f"draftsmith://line/{version.line}/champion" if promoted else ""
         metadata = {"version": version.number, "tau": float(version.tags["tau"]), "source": version.source}
-        return Conclusion(
-            name, message, error, self._drift_metrics, tags, overrules_review=overrules, asset=asset, metadata=metadata
+        return self._with_servers(
+            Conclusion(
+                name,
+                message,
+                error,
+                self._drift_metrics,
+                tags,
+                overrules_review=overrules,
+                asset=asset,
+                metadata=metadata,
+            )
         )
 
 

@@ -13,13 +13,15 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.host import bypass_proxy_for_localhost
 from draftsmith.artifacts.redaction import redact_logs
 from draftsmith.flows.execution.display import Display
-from draftsmith.flows.orchestration.flow_run import announce
+from draftsmith.flows.orchestration.flow_run import announce, run_task
 from draftsmith.flows.orchestration.run import run_graph
 from draftsmith.flows.planning.graph import Conclusion
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.graph import REFRESH
+from draftsmith.flows.refresh.line import registry
 from draftsmith.flows.refresh.measurements import DIAGNOSE, EVALUATE, DiagnoseConfig, EvaluateConfig
 from draftsmith.flows.refresh.registry_commands import rollback
+from draftsmith.flows.refresh.swap import served_by
 from draftsmith.flows.refresh.watch import watch as watch_servers
 
 
@@ -96,7 +98,15 @@ def watch(config: RefreshConfig, minutes: float = 5, then: str | None = None) ->
         return Completed(name=conclusion.name, message=conclusion.message)
     announce(config.name, conclusion)
     if watched.outcome == "below" and then == "rollback":
-        rollback(Display(), line.name, watched.sentence, dry_run=False)
+
+        def body() -> str:
+            rollback(Display(), line.name, watched.sentence, dry_run=False, servers=line.servers)
+            champion = registry().resolve(line.name)
+            return "\n\n".join(
+                [f"{champion} is the champion again.", *(f"{each.url}: {each.proof}" for each in served_by(champion))]
+            )
+
+        run_task("rollback", f"{line.name} rollback", body, Display().line)
     elif watched.outcome == "below" and then is not None:
         # once a day, as a refresh may take longer than the time until the next watch
         once = f"watch of {datetime.now(UTC).date()}"

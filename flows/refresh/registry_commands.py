@@ -79,14 +79,18 @@ def promote(display: Display, text: str, why: str, *, dry_run: bool) -> None:
     _move(display, lines, version, why or "by hand", BY_HAND, dry_run=dry_run)
 
 
-def rollback(display: Display, line: str, why: str, *, dry_run: bool) -> None:
-    """Make the previous champion serve again, unless a rollback took that one out of service."""
+def rollback(display: Display, line: str, why: str, *, dry_run: bool, servers: Sequence[str] = ()) -> None:
+    """Make the previous champion serve again, unless a rollback took that one out of service.
+
+    servers: that draft with it afterwards; empty: those that have a version of the line by a swap.
+    """
     lines = registry()
     interrupted = None if dry_run else lines.complete_promotion(line)
     if interrupted is not None and interrupted.what == ROLLED_BACK:  # the same command, when MLflow was lost meanwhile
         display.line(
             f"{line} version {interrupted.version} is the champion now, in place of version {interrupted.before}"
         )
+        _serve(display, f"{line}@{interrupted.version}", servers)
         return
     version = lines.resolve(f"{line}@{PREVIOUS}")
     earlier = lines.rollback_event(version)
@@ -96,10 +100,19 @@ def rollback(display: Display, line: str, why: str, *, dry_run: bool) -> None:
             f"({earlier.why}). Run `draftsmith promote {line}@VERSION` to choose a version (`draftsmith champions "
             f"{line}` lists them)."
         )
-    _move(display, lines, version, why or "by hand", ROLLED_BACK, dry_run=dry_run)
+    _move(display, lines, version, why or "by hand", ROLLED_BACK, dry_run=dry_run, servers=servers)
 
 
-def _move(display: Display, lines: Registry, version: Version, why: str, what: str, *, dry_run: bool) -> None:
+def _move(
+    display: Display,
+    lines: Registry,
+    version: Version,
+    why: str,
+    what: str,
+    *,
+    dry_run: bool,
+    servers: Sequence[str] = (),
+) -> None:
     now = lines.champion(version.line)
     if now is not None and now.number == version.number:
         display.line(f"{version} is the champion already")
@@ -119,10 +132,20 @@ def _move(display: Display, lines: Registry, version: Version, why: str, what: s
         verify_checkpoint(version)
         lines.promote(version, expected=now, why=why, what=what)
     display.line(f"{version} is the champion now, in place of {replaced}")
-    if urls := swapped_servers(version.line):
-        swap(display, f"{version.line}@{version.number}", urls)
-    else:
+    _serve(display, f"{version.line}@{version.number}", servers)
+
+
+def _serve(display: Display, champion: str, servers: Sequence[str]) -> None:
+    """Have the servers draft with the new champion, `LINE@VERSION`; empty: those that were swapped before."""
+    line = champion.partition("@")[0]
+    if not (urls := servers or swapped_servers(line)):
         display.line("restart the servers that draft, or name them: `draftsmith swap --url URL`")
+        return
+    try:
+        swap(display, champion, urls)
+    except DraftsmithError as error:  # the same command would find the champion in place
+        command = " ".join(["draftsmith swap", line, *(f"--url {url}" for url in urls)])
+        raise type(error)(f"{error} {champion} is the champion all the same: then run `{command}`.") from error
 
 
 def swap(display: Display, text: str, urls: Sequence[str]) -> None:

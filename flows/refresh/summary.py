@@ -14,7 +14,7 @@ from draftsmith.artifacts.store.manifest import MANIFEST, Manifest, read_manifes
 from draftsmith.artifacts.tracking.refresh_runs import ALL, OUTCOME, Metrics
 from draftsmith.artifacts.tracking.terms import escape_markdown
 from draftsmith.flows.execution.display import Display, EndedRun
-from draftsmith.flows.planning.graph import RunReview
+from draftsmith.flows.planning.graph import UNSERVED, RunReview
 from draftsmith.flows.refresh.line import registry
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.report.presentation import Invocation, Step, next_steps, refresh_anyway
@@ -75,6 +75,8 @@ def screen(folders: Mapping[str, Path], ending: EndedRun) -> list[str]:
             f"CURRENT: {champion.line}@{champion.version} stays. Acceptance length {drift.tau or 0.0:.2f} on "
             f"{drift.prompts} prompts, {before} at its promotion: no significant drift. Nothing was trained."
         )
+        if ending.refused is not None:
+            lines += _wrapped(f"NOT SERVED: {ending.refused}")
         steps = [refresh_anyway(command)]
     return [*lines, *_next(steps), "", *_where(folders, review, ending)]
 
@@ -106,8 +108,10 @@ def _version(command: Invocation, folders: Mapping[str, Path], review: Review) -
 
 def _verdict(review: Review, command: Invocation, ending: EndedRun) -> list[str]:
     kind, sentence = review.outcome.kind, review.outcome.sentence
-    if kind == "promoted" and ending.refused is not None:  # the gate passed, but a rollback or an approval stops it
-        return _wrapped(f"NOT PROMOTED: {ending.refused}")
+    if kind == "promoted" and ending.refused is not None:
+        # the gate passed, but a rollback or an approval stops it, or a server does not draft with it
+        head = "PROMOTED, NOT SERVED: " if ending.outcome == UNSERVED.lower() else "NOT PROMOTED: "
+        return _wrapped(f"{head}{ending.refused}")
     if kind == "promoted":
         sentence = f"{command.line}@{command.version}. {review.outcome.followed}"
     return [

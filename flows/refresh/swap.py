@@ -6,8 +6,8 @@ While a server serves a version, that has the tag `server.HOST:PORT`: since when
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,14 +24,13 @@ from draftsmith.flows.refresh.line import artifact_folder, drafter_checkpoint, f
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.servers.drafting import served_block_size, speculative_algorithm
-from draftsmith.stages.engines.sglang.served import API_KEY
+from draftsmith.stages.engines.sglang.served import ServerState
 from draftsmith.stages.engines.sglang.swap import NewDrafter, Prove, Served, swap_servers
 
 if TYPE_CHECKING:
-    from draftsmith.stages.engines.sglang.swap_proof import ReplayProver
+    from draftsmith.stages.engines.swap_proof import ReplayProver
 
 _TAG = "server."
-_TAGGED = ("url", "drafter", "since", "pause_s", "proof")
 _MOST_PROMPTS = 64
 
 
@@ -44,7 +43,7 @@ def served_by(version: Version) -> list[Served]:
 def swap_to(version: Version, checkpoint: Path, urls: Sequence[str], say: Callable[[str], None]) -> None:
     """Have servers draft with a version, whose checkpoint is verified. A server that serves it already is left.
 
-    say: takes a line for every server that was swapped. Raises as `swap_servers` does.
+    say: takes a line for every server. Raises as `swap_servers` does.
     """
     algorithm = speculative_algorithm(checkpoint)
     new = NewDrafter(
@@ -55,38 +54,40 @@ def swap_to(version: Version, checkpoint: Path, urls: Sequence[str], say: Callab
         version.uploaded,
         Tracking(home()).uri,
     )
-    lines, api_key = registry(), os.environ.get(API_KEY)
-    make_prover = cache(lambda: _prover(lines, version, new, api_key))
+    lines = registry()
+    make_prover = cache(lambda: _prover(lines, version, new))
 
-    def prover(before: Served) -> Prove:
+    def prover(before: ServerState) -> Prove:
         return make_prover()(before)
 
     def done(served: Served) -> None:
         _record(lines, version, served)
-        say(f"{served.url} drafts with {version}, after a pause of {served.pause_s:.2f} s. {served.proof}")
+        pause = f", after a pause of {served.pause_s:.2f} s" if served.pause_s else ""
+        say(f"{served.url} drafts with {version} since {served.since}{pause}. {served.proof}")
 
-    swap_servers(urls, new, prover, done, api_key)
+    swap_servers(urls, new, prover, done)
 
 
-def _prover(lines: Registry, version: Version, new: NewDrafter, api_key: str | None) -> ReplayProver:
+def _prover(lines: Registry, version: Version, new: NewDrafter) -> ReplayProver:
     from draftsmith.stages.data.trajectories import load_trajectories
-    from draftsmith.stages.engines.sglang.swap_proof import ReplayProver  # imports torch
+    from draftsmith.stages.engines.swap_proof import ReplayProver  # imports torch
 
-    def folder_of(before: Served) -> Path:
+    def folder_of(before: ServerState) -> Path:
         """Return the checkpoint of the drafter that a server serves: a version's, or the one it was started with."""
+        assert before.digest is not None
         for other in lines.versions(version.line):
-            if other.tags.get("drafter_digest") == before.drafter:
+            if other.tags.get("drafter_digest") == before.digest:
                 return drafter_checkpoint(other)
-        if (started_with := Path(before.started_with)).is_dir() and drafter_digest(started_with) == before.drafter:
+        if (started_with := Path(before.started_with)).is_dir() and drafter_digest(started_with) == before.digest:
             return started_with
         raise DraftsmithError(
-            f"{before.url}: its drafter {before.drafter[:12]} is no version of {version.line}, and {started_with} here "
+            f"{before.url}: its drafter {before.digest[:12]} is no version of {version.line}, and {started_with} here "
             "is not it, but the proof compares with it. Start the server with a version of the line once."
         )
 
     answers = load_trajectories(_input(version, "trajectories")).trajectories
     prompts = [each.tokens[: each.prompt_length] for each in answers[:_MOST_PROMPTS]]
-    return ReplayProver(_input(version, "target"), new, folder_of, prompts, api_key)
+    return ReplayProver(_input(version, "target"), new, folder_of, prompts)
 
 
 def _input(version: Version, name: str) -> Path:
@@ -105,16 +106,16 @@ def _record(lines: Registry, version: Version, served: Served) -> None:
     for other in lines.versions(version.line):
         if other.number != version.number and other.tags.get(name):
             lines.tag(other, {name: ""})
-    lines.tag(version, {name: json.dumps({field: getattr(served, field) for field in _TAGGED})})
+    lines.tag(version, {name: json.dumps(asdict(served))})
 
 
 def swap_in_run(version: Version, urls: Sequence[str]) -> str:
-    """Swap servers as a task of the current Prefect run. Return what happened in words; a failure undoes nothing."""
+    """Swap servers as a task of the current Prefect run. Return what happened in words. Raises as `swap_to` does."""
     from draftsmith.flows.orchestration.flow_run import run_task  # imports Prefect, and planning must not
 
     def body() -> str:
         said: list[str] = []
         swap_to(version, drafter_checkpoint(version), urls, said.append)
-        return "\n\n".join(said or [f"{', '.join(urls)} serve {version} already."])
+        return "\n\n".join(said)
 
     return run_task("swap", f"{version.line} swap", body, Display().line)

@@ -66,6 +66,6 @@ def assert_swaps(url: str, bench: Bench, checkpoint: Path, algorithm: str, folde
     for name, to in (("other", other), ("first", checkpoint)):
         done: list[Served] = []
         new = NewDrafter(drafter_digest(to), to, algorithm, first.block_size)
-        swap_servers([url], new, lambda _before: lambda _url: proven, done.append)
+        swap_servers([url], new, lambda _before: lambda: proven, done.append)
         assert_drafts_with(url, bench, name)
         print(f"{algorithm}: a pause of {done[0].pause_s:.3f} s")

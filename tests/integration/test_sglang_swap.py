@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 import time
@@ -37,6 +38,7 @@ pytestmark = [pytest.mark.sglang, pytest.mark.integration]
 
 LOADED, IN_FLIGHT = 24, 3
 LINE = "swapped"
+PROMISED = {"tau": 20.0, "low": 19.0, "high": 21.0, "prompts": 100}  # more than a block
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ def swapping(
         lines = registry()
         for key, folder in (("a", tiny_drafter.drafter), ("b", home / "other")):
             ref = artifact("sft", folder, key, inputs=inputs)
-            lines.register(LINE, ref, {"drafter_digest": drafter_digest(folder / DRAFTER_FOLDER)})
+            digest = drafter_digest(folder / DRAFTER_FOLDER)
+            lines.register(LINE, ref, {"drafter_digest": digest, "figures": json.dumps({"all": PROMISED})})
         lines.promote(lines.version(LINE, 1), expected=None, why="first")
         drafters = {name: load_drafter(folder, bench.target) for name, folder in folders.items()}
         yield Swapping(dflash_url, bench.with_drafters(drafters), folders, lines)
@@ -129,17 +132,30 @@ def test_a_line_is_swapped_forth_and_back_under_load(swapping: Swapping, capsys:
     (served,) = served_by(lines.version(LINE, 1))
     assert main(["champions", LINE]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert f"{url} drafts with {LINE} version 2, after a pause of" in printed
+    assert re.search(rf"{url} drafts with {LINE} version 2 since \S+, after a pause of", printed)
     assert f"{url} drafts with version 1." in printed
     print(printed)  # with the pauses
     assert main(["swap", LINE]) == 0  # nothing is left to do
     swapping.assert_drafts_with("1")
 
 
+def test_a_watch_swaps_back_a_server_that_accepts_less_than_promised(swapping: Swapping) -> None:
+    url, lines = swapping.url, swapping.lines
+    with swapping.load():
+        assert main(["promote", f"{LINE}@2"]) == 0
+        swapping.assert_drafts_with("2")
+        assert main(["watch", LINE, "--minutes", "0.1", "--then", "rollback"]) == 0
+    swapping.assert_drafts_with("1")
+    champion = lines.champion(LINE)
+    assert champion is not None and champion.number == 1
+    (served,) = served_by(champion)
+    assert served.url == url and "verify steps" in served.proof
+
+
 def refused(swapping: Swapping, folder: Path) -> None:
     new = NewDrafter(drafter_digest(folder), folder, "DFLASH", 8)
     with pytest.raises(DraftsmithError, match="refuses the drafter"):
-        swap_servers([swapping.url], new, lambda _before: lambda _url: pytest.fail("written"), lambda _served: None)
+        swap_servers([swapping.url], new, lambda _before: lambda: pytest.fail("written"), lambda _served: None)
 
 
 def test_a_checkpoint_that_does_not_fit_changes_nothing(swapping: Swapping, tmp_path: Path) -> None:
@@ -161,7 +177,7 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(swapping: Swapping, tmp_
 def test_a_failed_proof_leaves_the_server_as_it_was(swapping: Swapping) -> None:
     folder = swapping.folders["2"]
 
-    def prove(_url: str) -> Any:
+    def prove() -> Any:
         swapping.assert_drafts_with("2")
         raise DraftsmithError("the proof fails.")
 

@@ -62,10 +62,12 @@ async def get_json(client: httpx.AsyncClient, url: str, *names: str) -> Json:
     raise wrong_server(url, f"has no /{names[0]}. Give the address of a server of a supported release.")
 
 
-async def query(client: httpx.AsyncClient, method: str, url: str, body: Json | None = None) -> httpx.Response:
-    """Send a request of the handshake and return the answer. Raises RequestLostError if none comes."""
+async def query(
+    client: httpx.AsyncClient, method: str, url: str, body: Json | None = None, timeout_s: float = _QUERY_TIMEOUT_S
+) -> httpx.Response:
+    """Send a request and return the answer. Raises RequestLostError if none comes."""
     try:
-        return await client.request(method, url, json=body, timeout=_QUERY_TIMEOUT_S)
+        return await client.request(method, url, json=body, timeout=timeout_s)
     except httpx.HTTPError as error:
         raise RequestLostError(f"cannot be reached ({type(error).__name__} {error})") from error
 
@@ -170,7 +172,7 @@ def check_status(name: str, url: str, status: int, text: str, retry_after: str |
     if status in _UNAUTHORIZED:
         raise DraftsmithError(
             f"request {name}: {url} refuses it with {what}. Name the environment variable that holds its API key in "
-            "engine.api_key_env."
+            "engine.api_key_env; `status`, `watch` and `swap` read SGLANG_API_KEY."
         )
     raise RefusedRequestError(f"request {name}: {url} refuses it with {what}")
 

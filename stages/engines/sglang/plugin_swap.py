@@ -74,9 +74,13 @@ class DrafterSwap:
     def after_internal_state(self, result: Any, *_args: Any, **_kwargs: Any) -> None:
         """Add the served drafter to what `/server_info` reports of every scheduler."""
         if self._scheduler is not None:
-            before = "" if self._previous is None else self._previous[0]
-            state = {"drafter": self._recorder.drafter, "since": self._since, "before": before, "proof": self._proof}
-            result.internal_state[SWAP_STATE] = state
+            result.internal_state[SWAP_STATE] = {
+                "drafter": self._recorder.drafter,
+                "since": self._since,
+                "before": "" if self._previous is None else self._previous[0],
+                "pause_s": self._pause_s,
+                "proof": self._proof,
+            }
 
     def around_check_weights(self, original: Callable[..., Any], manager: Any, request: Any) -> Any:
         """Wrap the handler of `/weights_checker`."""
@@ -270,9 +274,8 @@ def derived_tensors(worker: Any) -> Pairs:
         pairs += [(getattr(helper, name), getattr(fresh, name)) for name in ("flat_kv_weight_t", "k_norm_weights")]
     model: Any = draft_runner(worker).model
     if (cached := getattr(model, "_fused_kv_write_cache", None)) is not None and cached[1] is not None:  # DSPARK
-        bundle, now = cached[1], model._build_fused_kv_write_bundle(draft_runner(worker).token_to_kv_pool)
-        pairs += list(zip(_closed_over(bundle.project), _closed_over(now.project), strict=True))
-        pairs.append((bundle.k_norm_weights, now.k_norm_weights))
+        now = model._build_fused_kv_write_bundle(draft_runner(worker).token_to_kv_pool)
+        pairs += list(zip(_bundled(cached[1]), _bundled(now), strict=True))
     if stacked := getattr(model, "_stacked_ctx_kv_cache", None):  # DSPARK where the fused write is not possible
         del model._stacked_ctx_kv_cache
         now = model._stacked_ctx_kv_params()
@@ -281,10 +284,12 @@ def derived_tensors(worker: Any) -> Pairs:
     return pairs
 
 
-def _closed_over(function: Callable[..., Any]) -> list[torch.Tensor]:
-    """Return the tensors that a function closes over."""
-    cells = [cell.cell_contents for cell in function.__closure__ or ()]
-    return [content for content in cells if isinstance(content, torch.Tensor)]
+def _bundled(bundle: Any) -> list[torch.Tensor]:
+    """Return the tensors of DSPARK's fused write: from 0.5.23 on, its function closes over the weights."""
+    if isinstance(bundle, tuple):
+        return [each for each in bundle if isinstance(each, torch.Tensor)]
+    cells = [cell.cell_contents for cell in bundle.project.__closure__]
+    return [each for each in [*cells, bundle.k_norm_weights] if isinstance(each, torch.Tensor)]
 
 
 @contextmanager

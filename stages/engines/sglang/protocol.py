@@ -10,7 +10,8 @@ KEY = "draftsmith_trace"  # in a request's custom parameters, and in the answer'
 PROTOCOL = "1"  # version of the records: "v" in each
 ENVIRONMENT = "DRAFTSMITH_TRACE"  # environment variable of a server: 1 traces every request
 SWAP_ACTION = "draftsmith:"  # start of the action of /weights_checker that writes another drafter; JSON follows
-# In each of /server_info's internal states: {"drafter": digest, "since", "before": digest, "proof": of the last swap}
+# In each of /server_info's internal states: {"drafter": digest, "since", and of the last swap "before": digest,
+# "pause_s", "proof"}
 SWAP_STATE = "draftsmith"
 FIRST, END = (0, 5, 20), (0, 5, 24)
 SUPPORTED = ">=0.5.20,<0.5.24"  # FIRST and END as a requirement

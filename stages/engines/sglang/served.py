@@ -6,7 +6,7 @@ import asyncio
 import os
 import re
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import httpx
@@ -39,11 +39,19 @@ _T = TypeVar("_T")
 class ServerState:
     """What a server reports of its drafter."""
 
+    url: str
+    version: str = ""
+    dtype: str = ""
     algorithm: str | None = None  # None: it serves without a drafter
-    digest: str | None = None  # of the drafter; None: the server has no plug-in
-    since: str | None = None  # when it began to serve that drafter, ISO 8601, UTC
-    block_size: int | None = None
+    block_size: int = 0  # tokens of a verify step
     tau: float | None = None  # of all verify steps since its start, whatever drafter made them
+    started_with: str = ""  # folder or hub id of the drafter in its options
+    # of the plug-in
+    digest: str | None = None  # of the drafter; None: no plug-in that can write another one
+    since: str | None = None  # when it began to serve that drafter, ISO 8601, UTC
+    before: str = ""  # digest of the drafter before the last swap
+    pause_s: float = 0.0  # of the last swap
+    proof: str = ""  # of the last swap
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ class Finished:
 
 def ask_servers(urls: Sequence[str]) -> dict[str, ServerState | DraftsmithError]:
     """Return the state of each server, or why it is unknown: a RetryableError if the server does not answer."""
-    return asyncio.run(_from_all(urls, _state))
+    return from_servers(urls, _state)
 
 
 def count_finished(urls: Sequence[str], seconds: float) -> dict[str, list[Finished] | DraftsmithError]:
@@ -65,10 +73,17 @@ def count_finished(urls: Sequence[str], seconds: float) -> dict[str, list[Finish
 
     Windows without a verify step are left out.
     """
-    return asyncio.run(_from_all(urls, lambda client, url: _windows(client, url, seconds)))
+    return from_servers(urls, lambda client, url: _windows(client, url, seconds))
 
 
-async def _from_all(
+def from_servers(
+    urls: Sequence[str], ask: Callable[[httpx.AsyncClient, str], Awaitable[_T]]
+) -> dict[str, _T | DraftsmithError]:
+    """Return what `ask` returns of each server, or its error: a RetryableError if the server does not answer."""
+    return asyncio.run(_from_servers(urls, ask))
+
+
+async def _from_servers(
     urls: Sequence[str], ask: Callable[[httpx.AsyncClient, str], Awaitable[_T]]
 ) -> dict[str, _T | DraftsmithError]:
     async def answer(client: httpx.AsyncClient, url: str) -> _T | DraftsmithError:
@@ -86,18 +101,27 @@ async def _from_all(
 
 async def _state(client: httpx.AsyncClient, url: str) -> ServerState:
     server = await get_json(client, url, "server_info", "get_server_info")
-    algorithm = server.get("speculative_algorithm")
-    if not algorithm:
-        return ServerState()
     states = server.get("internal_states") or ()  # of each replica
     taus = [tau for state in states if (tau := state.get("avg_spec_accept_length"))]
-    reports = [report for state in states if (report := state.get(SWAP_STATE))]
-    return ServerState(
-        algorithm=str(algorithm),
-        digest=", ".join(sorted({report["drafter"] for report in reports})) or None,
-        since=max((report["since"] for report in reports), default=None),
-        block_size=server.get("speculative_num_draft_tokens"),
+    reported = ServerState(
+        url,
+        version=str(server.get("version")),
+        dtype=str(server.get("dtype")),
+        algorithm=server.get("speculative_algorithm") or None,
+        block_size=int(server.get("speculative_num_draft_tokens") or 0),
         tau=sum(taus) / len(taus) if taus else None,
+        started_with=str(server.get("speculative_draft_model_path")),
+    )
+    reports = [state.get(SWAP_STATE) for state in states]
+    if not reports or not all(reports):
+        return reported
+    return replace(
+        reported,
+        digest=", ".join(sorted({report["drafter"] for report in reports})),  # several after an interrupted swap
+        since=max(report["since"] for report in reports),
+        before=reports[0]["before"],
+        pause_s=max(report["pause_s"] for report in reports),
+        proof=min(report["proof"] for report in reports),  # empty if one has none
     )
 
 

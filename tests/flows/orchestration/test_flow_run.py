@@ -13,6 +13,7 @@ from draftsmith.artifacts.errors import DraftsmithError, RefusedError, Retryable
 from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.flows.execution.node import NodeResult
 from draftsmith.flows.orchestration.flow_run import flow_result, run_flow
+from draftsmith.flows.planning.graph import Conclusion
 
 NODES = {"sft": NodeResult(ArtifactRef("sft", "k", "c", Path("/store/sft/k")), reused=False)}
 
@@ -63,13 +64,25 @@ def test_an_error_of_the_body_is_raised_unchanged() -> None:
     assert not isinstance(raised.value, RetryableError)
 
 
-def test_a_refusal_is_returned_with_the_artifacts() -> None:
-    error = RefusedError("not promoted")
+@pytest.mark.parametrize("kind", [RefusedError, RetryableError])
+def test_the_error_of_a_conclusion_is_returned_with_the_artifacts(kind: type[DraftsmithError]) -> None:
+    conclusion = Conclusion("Refused", "why", kind("not promoted"))
 
     def run(_config: Any) -> None:
         with flow_result() as current:
-            current.nodes, current.outcome = NODES, "refused"
-            raise error
+            current.nodes, current.conclusion = NODES, conclusion
+            assert conclusion.error is not None
+            raise conclusion.error
 
     ended = run_flow(run, None, lambda _: None)
-    assert (ended.nodes, ended.outcome, ended.error) == (NODES, "refused", error)
+    assert (ended.nodes, ended.conclusion) == (NODES, conclusion)
+
+
+def test_an_error_after_a_conclusion_is_raised() -> None:
+    def run(_config: Any) -> None:
+        with flow_result() as current:
+            current.conclusion = Conclusion("Promoted", "why")
+            raise KeyError("an event")
+
+    with pytest.raises(KeyError):
+        run_flow(run, None, lambda _: None)

@@ -28,6 +28,7 @@ from draftsmith.flows.refresh.decisions import RefreshPolicy, resolve
 from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.flows.refresh.line import artifact_folder, drafter_checkpoint, registry
 from draftsmith.flows.refresh.measurements import evaluate_config, evaluate_nodes
+from draftsmith.flows.refresh.swap import served_by
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.spec import DraftingConfig
@@ -100,22 +101,36 @@ def test_a_challenger_that_needs_approval_waits_until_a_person_promotes_it(
     assert ended.metadata.items() >= {"version": 1, "tau": 2.5}.items()
 
 
-def test_a_promotion_swaps_the_servers_and_a_failed_swap_undoes_nothing(
+def test_a_promotion_swaps_the_servers_and_a_failed_swap_is_an_outcome_and_undoes_nothing(
     line: str, home: Path, drafters: list[ArtifactRef]
 ) -> None:
     checkpoint = drafters[0].path / DRAFTER_FOLDER
-    state = {"drafter": drafter_digest(checkpoint), "since": "2026-11-30T08:00:00+00:00", "before": "", "proof": ""}
+    since = "2026-11-30T08:00:00+00:00"
+    state = {"drafter": drafter_digest(checkpoint), "since": since, "before": "", "pause_s": 0.0, "proof": ""}
     block = served_block_size(checkpoint, DraftingConfig(), "DFLASH")
     info = {"speculative_algorithm": "DFLASH", "speculative_num_draft_tokens": block}
-    states = [{SWAP_STATE: state}]
+    states: list[dict[str, Any]] = [{SWAP_STATE: state}]
     with http_server(answer, server_info=lambda _: {**info, "internal_states": states}) as server:
         config = config_of(line, registry={"name": line, "servers": [server.url]})
         ended = finished(config, gated(Store(home / "store"), drafters[0]))
-        assert ended.name == "Promoted" and ended.message.endswith(f"{server.url} serve {line} version 1 already.")
+        assert (ended.name, ended.error) == ("Promoted", None)
+        assert f"{server.url} drafts with {line} version 1 since {since}." in ended.message
+        (served,) = served_by(registry().version(line, 1))
+        assert (served.url, served.since) == (server.url, since), "by its own report"
+
         states[0] = {}  # it was started again without the plug-in
         ended = finished(config, gated(Store(home / "store"), drafters[1]))
-    assert (ended.name, ended.error) == ("Promoted", None)
-    assert f"swap failed: {server.url}" in ended.message and serving(line) == 2
+        assert (ended.name, ended.tags["outcome"], serving(line)) == ("Unserved", "promoted", 2)
+        assert ended.error is not None and ended.error.exit_code == 2 and server.url in str(ended.error)
+        assert ended.asset and ended.overrules_review
+        current = RefreshPolicy(resolve(config), ()).should_stop(*checked(resolve(config), home))
+        assert current is not None and (current.name, current.tags["outcome"]) == ("Unserved", "current")
+
+        with pytest.raises(DraftsmithError, match=f"`draftsmith swap {line} --url {server.url}`"):
+            registry_commands.rollback(Display(), line, "", dry_run=False)
+        assert serving(line) == 1
+    current = RefreshPolicy(resolve(config), ()).should_stop(*checked(resolve(config), home))
+    assert current is not None and current.error is not None and current.error.exit_code == 75, "the server is down"
 
 
 def description(home: Path, line: str) -> str:

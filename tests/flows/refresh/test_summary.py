@@ -79,6 +79,17 @@ def test_a_current_champion_is_the_verdict(line: str, tmp_path: Path) -> None:
     assert lines[2].startswith(f"CURRENT: {line}@3 ")
     (command,) = commands(lines)
     assert command.startswith("draftsmith run configs/weekly.yaml --set seed=2 --force drift")
+    lines = screen({"drift": tmp_path}, ending(config, outcome="unserved", refused="a server is down"))
+    assert "NOT SERVED: a server is down" in lines
+
+
+def test_a_promotion_that_is_not_served_is_a_promotion(line: str, drafters: list[ArtifactRef], tmp_path: Path) -> None:
+    registry().register(line, drafters[0], {})
+    made = ended(
+        tmp_path / "made", OF_A_LINE, DECISION | {"outcome": "promoted", "promote": True}, opd=drafters[0].path
+    )
+    for outcome, head in (("waiting", "NOT PROMOTED: why"), ("unserved", "PROMOTED, NOT SERVED: why")):
+        assert screen(made, ending(config_of(line), outcome=outcome, refused="why"))[2] == head
 
 
 def test_hostile_names_are_escaped_and_cut(line: str, tmp_path: Path) -> None:

@@ -41,7 +41,8 @@ def server_below_its_promise(line: str) -> Iterator[str]:
             f"sglang:spec_verify_calls_total {50 * requests}\n"
         )
 
-    state = {SWAP_STATE: {"drafter": "abc", "since": "2026-11-30T08:00:00+00:00"}}
+    served = {"drafter": "abc", "since": "2026-11-30T08:00:00+00:00", "before": "", "pause_s": 0.0, "proof": ""}
+    state = {SWAP_STATE: served}
     server = {"speculative_algorithm": "DFLASH", "speculative_num_draft_tokens": 8, "internal_states": [state]}
     with serving(lambda _: {}, server_info=lambda _: server, metrics=counters) as running:
         yield running.url
