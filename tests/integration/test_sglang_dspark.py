@@ -80,6 +80,9 @@ def test_sglang_computes_what_is_computed_here(sglang_env: Path, plain_target: T
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
     for kind, values in expected.items():
+        derived = load_file(tmp_path / kind / "swap")
+        numbers = range(len(derived) // 2)
+        assert len(numbers) >= 4 and all(torch.equal(derived[f"held {i}"], derived[f"anew {i}"]) for i in numbers)
         served = load_file(tmp_path / kind / "out")
         assert torch.equal(served["proposals"], values.pop("proposals"))
         for name, value in values.items():

@@ -2,9 +2,9 @@
 
 `python dspark_model.py FOLDER…`: each has `drafter`, a checkpoint, and `case`: the target's embedding and head, tokens
 [B, T], features [B, T, F·H] and anchors [B, A]; written to `out` are the hidden states, step logits and confidences of
-every block, and its proposals. All is SGLang's program, on the paths that are torch; attention over context and block,
-which its kernels read from a server's memory pool, is torch's here. With `SGLANG_RAGGED_VERIFY_MODE=compact`: the
-static one leaves the confidence head out.
+every block, and its proposals, and to `swap` what is derived from weights for a GPU. All is SGLang's program, on the
+paths that are torch; attention over context and block, which its kernels read from a server's memory pool, is torch's
+here. With `SGLANG_RAGGED_VERIFY_MODE=compact`: the static one leaves the confidence head out.
 """
 
 from __future__ import annotations
@@ -106,6 +106,32 @@ def drafted(model: Any, features: torch.Tensor, anchor: int, token: torch.Tensor
     }
 
 
+@torch.no_grad()
+def held_over_a_swap(model: Any) -> dict[str, torch.Tensor]:
+    """Return the tensors that the model derives from its weights on a GPU, after a swap; and as they are derived anew.
+
+    The first ones are held before the weights change, and the plug-in writes into them.
+    """
+    from draftsmith.stages.engines.sglang import plugin_swap
+
+    model, attention = model.to(torch.bfloat16), model.layers[0].self_attn
+    heads = attention.kv_size // attention.head_dim
+    keys = torch.zeros(4, heads, attention.head_dim, dtype=torch.bfloat16)
+    pool = SimpleNamespace(get_key_buffer=lambda _layer: keys, get_value_buffer=lambda _layer: keys)
+    bundle, stacked = model._fused_kv_write_bundle(pool), model._stacked_ctx_kv_params()
+    for weights in model.parameters():
+        weights.mul_(3)
+    runner = SimpleNamespace(model=model, token_to_kv_pool=pool)
+    for tensor, now in plugin_swap.derived_tensors(SimpleNamespace(draft_model_runner=runner)):
+        tensor.copy_(now)
+    held = [*plugin_swap.bundled(bundle), stacked["weight"], stacked["k_norm_weight"]]
+    model._fused_kv_write_cache = None
+    del model._stacked_ctx_kv_cache
+    stacked = model._stacked_ctx_kv_params()
+    anew = [*plugin_swap.bundled(model._fused_kv_write_bundle(pool)), stacked["weight"], stacked["k_norm_weight"]]
+    return {f"{kind} {i}": x.clone() for kind, all_ in (("held", held), ("anew", anew)) for i, x in enumerate(all_)}
+
+
 def compute(folder: str) -> None:
     case = load_file(f"{folder}/case")
     model = load(f"{folder}/drafter", case)
@@ -117,6 +143,7 @@ def compute(folder: str) -> None:
     shape = case["anchors"].shape
     stacked = {name: torch.stack(values).unflatten(0, shape).contiguous() for name, values in found.items()}
     save_file(stacked, f"{folder}/out")
+    save_file(held_over_a_swap(model), f"{folder}/swap")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class DrafterSwap:
         self._scheduler: Any = None  # of a server whose drafter can be written
         self._config: Json | None = None  # of the served drafter
         self._since = ""
-        self._files: _Files | None = None  # being read
+        self._files: DrafterFiles | None = None  # being read
         # digest and parameters, on the CPU: to be written, and as they were before the last swap
         self._ready: tuple[str, dict[str, torch.Tensor]] | None = None
         self._previous: tuple[str, dict[str, torch.Tensor]] | None = None
@@ -131,7 +132,7 @@ class DrafterSwap:
             self._ready = self._previous
             return "ready"
         if self._files is None or self._files.wanted["drafter"] != digest:
-            self._files = _Files(wanted)
+            self._files = DrafterFiles(wanted)
         if self._files.thread.is_alive():
             return "reading"
         files, self._files = self._files, None
@@ -174,7 +175,7 @@ class DrafterSwap:
         log.info("draftsmith: serves drafter %s since %s", digest[:12], self._since)
 
 
-class _Files:
+class DrafterFiles:
     """The files of a drafter, read in a thread; `content` or `error` is there when it has ended."""
 
     def __init__(self, wanted: Json) -> None:
@@ -187,15 +188,17 @@ class _Files:
     def _read(self) -> None:
         try:
             folder = Path(self.wanted["folder"])
-            if not folder.is_dir() and self.wanted.get("upload"):
-                from mlflow.artifacts import download_artifacts
+            with TemporaryDirectory() as copy:
+                if not folder.is_dir() and self.wanted["upload"]:
+                    from mlflow.artifacts import download_artifacts
 
-                folder = Path(download_artifacts(self.wanted["upload"], tracking_uri=self.wanted["tracking"]))
-            digest = hashlib.sha256()  # as `drafter_digest`, of what is loaded and not of a file that may change
-            for name in DIGESTED:
-                if (path := folder / name).exists():
-                    self.content[name] = path.read_bytes()
-                    digest.update(name.encode() + b"\0" + self.content[name])
+                    tracking = self.wanted["tracking"]
+                    folder = Path(download_artifacts(self.wanted["upload"], dst_path=copy, tracking_uri=tracking))
+                digest = hashlib.sha256()  # as `drafter_digest`, of what is loaded and not of a file that may change
+                for name in DIGESTED:
+                    if (path := folder / name).exists():
+                        self.content[name] = path.read_bytes()
+                        digest.update(name.encode() + b"\0" + self.content[name])
             if digest.hexdigest() != self.wanted["drafter"]:
                 raise RefusedSwapError(
                     f"{folder} on the server's host does not have the files of drafter {self.wanted['drafter'][:12]}. "
@@ -275,7 +278,7 @@ def derived_tensors(worker: Any) -> Pairs:
     model: Any = draft_runner(worker).model
     if (cached := getattr(model, "_fused_kv_write_cache", None)) is not None and cached[1] is not None:  # DSPARK
         now = model._build_fused_kv_write_bundle(draft_runner(worker).token_to_kv_pool)
-        pairs += list(zip(_bundled(cached[1]), _bundled(now), strict=True))
+        pairs += list(zip(bundled(cached[1]), bundled(now), strict=True))
     if stacked := getattr(model, "_stacked_ctx_kv_cache", None):  # DSPARK where the fused write is not possible
         del model._stacked_ctx_kv_cache
         now = model._stacked_ctx_kv_params()
@@ -284,7 +287,7 @@ def derived_tensors(worker: Any) -> Pairs:
     return pairs
 
 
-def _bundled(bundle: Any) -> list[torch.Tensor]:
+def bundled(bundle: Any) -> list[torch.Tensor]:
     """Return the tensors of DSPARK's fused write: from 0.5.23 on, its function closes over the weights."""
     if isinstance(bundle, tuple):
         return [each for each in bundle if isinstance(each, torch.Tensor)]
