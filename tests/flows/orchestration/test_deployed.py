@@ -29,7 +29,8 @@ PROGRAM = textwrap.dedent(
     from tests.flows.toy import ASSET, TOY
     from draftsmith.flows.refresh.config import RefreshConfig
     from draftsmith.flows.refresh.flow import watch
-    from tests.flows.refresh.watched import server_below_its_promise
+    from draftsmith.flows.refresh.line import registry
+    from tests.flows.refresh.watched import promoted, server_below_its_promise
     from tests.flows.toy_flow import toy_refresh
 
     @flow
@@ -56,10 +57,14 @@ PROGRAM = textwrap.dedent(
             watching["config"]["registry"]["servers"] = [url]
             config = RefreshConfig(**watching["config"])
             print("watched", *(watch(config, 0.001, watching["then"], return_state=True).name for _ in range(2)))
+            promoted("a-line", "b", "abc", 4.0)
+            state = watch(config, 0.001, "rollback", return_state=True)
+            pages = {each.key: each.data for each in client.read_artifacts()}
+            print("rolled back", state.name, registry().champion("a-line").number, pages["a-line-rollback"])
         refreshes = DeploymentFilter(id=DeploymentFilterId(any_=[client.read_deployment_by_name("refresh/weekly").id]))
         print("refreshes", len(client.read_flow_runs(deployment_filter=refreshes)))
         refresh()
-        (artifact,) = client.read_artifacts()
+        (artifact,) = (each for each in client.read_artifacts() if each.key == "my-line-verdict")
         print("verdict", artifact.key, artifact.type, artifact.data, artifact.flow_run_id is not None, sep="|")
         assert main(["deploy", os.environ["CONFIG"], "--pool", "pool", "--force", "right"], TOY) == 0
         triggered_id = RunnerDeployment.from_flow(
@@ -137,6 +142,11 @@ def test_a_deployment_that_watches_starts_a_refresh(ended: subprocess.CompletedP
     assert printed(ended, "watching") == ["refresh/weekly http://gpu1"]
     assert printed(ended, "watched") == ["Below Below"], ended.stderr
     assert printed(ended, "refreshes") == ["1"], "one a day"
+
+
+def test_a_rollback_whose_swap_fails_is_a_failed_task(ended: subprocess.CompletedProcess[str]) -> None:
+    (page,) = printed(ended, "rolled back")
+    assert page.startswith("Failed 1 rollback failed: ") and "`draftsmith swap a-line" in page
 
 
 def test_the_flow_runs_page_shows_the_verdict(ended: subprocess.CompletedProcess[str]) -> None:
