@@ -60,6 +60,7 @@ SWAP_REQUIRED: dict[str, tuple[str, ...]] = {
     f"{_SCHEDULER}.pause_generation": ("recv_req",),
     f"{_SCHEDULER}.continue_generation": ("recv_req",),
     f"{_SCHEDULER}.flush_cache": (),
+    f"{_SCHEDULER}.is_fully_idle": ("ignore_waiting",),  # 0.5.20 empties no cache while retracted requests wait
     _CHECK_WEIGHTS: ("recv_req",),
 }
 _SKIPS_LOGITS = f"{_DFLASH}._can_skip_verify_logits"  # in releases that may leave the logits on their TP ranks
