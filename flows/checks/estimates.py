@@ -73,7 +73,7 @@ class Need:
 def _decoding(slots: int, longest: int, drafter: bool, sizes: Sizes) -> float:
     """Return the bytes of target's and drafter's key/value caches and of one step's logits.
 
-    Caches: slots · (T + block) · (2 · layers · kv_heads · head_dim · s), where a drafter's sliding layer keeps at most
+    Caches: slots · (T + block) · (layers · entry · s), where a drafter's sliding layer keeps at most
     window + block positions. Logits: slots · block · V · (4 + s).
     """
     s, block = sizes.itemsize, sizes.block_size if drafter else 1
@@ -85,7 +85,7 @@ def _decoding(slots: int, longest: int, drafter: bool, sizes: Sizes) -> float:
 def _kv_bytes(model: ModelSize, positions: int, block: int, itemsize: int) -> int:
     """Return the key/value bytes of one request; a sliding layer keeps at most its window and a block."""
     entries = (model.layers - len(model.windows)) * positions + sum(min(positions, w + block) for w in model.windows)
-    return 2 * entries * model.kv_heads * model.head_dim * itemsize
+    return entries * model.entry * itemsize
 
 
 def _embedded(slots: int, longest: int, drafter: bool, head_tokens: int | None, sizes: Sizes) -> float:

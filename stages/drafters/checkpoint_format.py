@@ -341,7 +341,7 @@ def intermediate_size(target_config: Any) -> int:
 def target_fields(target_config: Any) -> RawConfig:
     """Return the widths, heads and rotary settings of the target, which a new drafter adopts."""
     usual = usual_layer(target_config)
-    heads = usual.num_attention_heads
+    heads, latent = usual.num_attention_heads, getattr(usual, "kv_lora_rank", None)
     rope = getattr(target_config, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10000.0}
     # If they differ by kind of layer, take those of layers that read the whole prefix, as a drafter does, unless these
     # layers do not rotate.
@@ -352,7 +352,8 @@ def target_fields(target_config: Any) -> RawConfig:
         "vocab_size": target_config.vocab_size,
         "hidden_size": target_config.hidden_size,
         "num_attention_heads": heads,
-        "num_key_value_heads": usual.num_key_value_heads,
+        # with MLA a target caches one latent for all heads, and entries of as many heads would be larger than its own
+        "num_key_value_heads": math.gcd(heads, 8) if latent else usual.num_key_value_heads,
         "head_dim": getattr(usual, "head_dim", None) or target_config.hidden_size // heads,
         "max_position_embeddings": target_config.max_position_embeddings,
         "rms_norm_eps": next((value for value in eps if value), 1e-6),

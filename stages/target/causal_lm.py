@@ -22,7 +22,7 @@ from draftsmith.stages.target.config import Dtype, TargetConfig
 from draftsmith.stages.target.fast_decoder import FastDecoder
 from draftsmith.stages.target.info import TargetInfo, model_path, read_target_info
 from draftsmith.stages.target.kv_cache import Address, Rows, SlotCache
-from draftsmith.stages.target.layers import Layers, causal_lm_of, decoder_of, model_class, stable_positions
+from draftsmith.stages.target.layers import CHOOSING, Layers, causal_lm_of, decoder_of, model_class, stable_positions
 from draftsmith.stages.target.loading import load_slice, load_weights
 from draftsmith.stages.target.logit_probe import embedding_scale
 from draftsmith.stages.target.packed_linear import PackedLinear, can_pack, pack
@@ -62,6 +62,10 @@ class Target:
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
         self._captured: dict[int, torch.Tensor] | None = None
         self._deepest: int | None = None  # the layer after which the forward stops
+        if (
+            CHOOSING in self.layers.kinds
+        ):  # models mask the entries that are not chosen for transformers' attention alone
+            model.set_attn_implementation("sdpa")
         for module in self.decoder.modules():  # a scale by the cache's length, which is 1 within stable positions
             if getattr(module, "attn_temperature_tuning", False):
                 module.attn_temperature_tuning = False

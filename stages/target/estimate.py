@@ -32,6 +32,7 @@ class ModelSize:
     heads: int
     kv_heads: int
     head_dim: int
+    entry: int  # numbers in a layer's cache of one position: its keys and values, or what they are expanded from
     vocabulary: int
     windows: tuple[int, ...] = ()  # positions, of every sliding layer
     divided: int = 0  # parameters that are divided among ranks that share the model
@@ -43,6 +44,12 @@ class ModelSize:
         """Return the sizes in a text model's config. divided: see the field."""
         usual = usual_layer(config)
         heads = usual.num_attention_heads
+        kv_heads = getattr(usual, "num_key_value_heads", None) or heads
+        head_dim = getattr(usual, "head_dim", None) or config.hidden_size // heads
+        if latent := getattr(usual, "kv_lora_rank", None):  # MLA
+            entry = latent + usual.qk_rope_head_dim + (getattr(usual, "index_head_dim", None) or 0)
+        else:
+            entry = 2 * kv_heads * head_dim
         sliding = [kind for kind in getattr(config, "layer_types", None) or () if kind == "sliding_attention"]
         window = getattr(usual, "sliding_window", None)
         return cls(
@@ -51,8 +58,9 @@ class ModelSize:
             hidden=config.hidden_size,
             intermediate=getattr(usual, "intermediate_size", None) or 4 * config.hidden_size,
             heads=heads,
-            kv_heads=getattr(usual, "num_key_value_heads", None) or heads,
-            head_dim=getattr(usual, "head_dim", None) or config.hidden_size // heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            entry=entry,
             vocabulary=getattr(config, "draft_vocab_size", None) or config.vocab_size,
             windows=(window,) * len(sliding) if window else (),
             divided=divided,
@@ -61,8 +69,8 @@ class ModelSize:
         )
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
-        """Return 2 · layers · kv_heads · head_dim · itemsize, the keys and values of one position."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * itemsize
+        """Return layers · entry · itemsize, the cache of one position."""
+        return self.layers * self.entry * itemsize
 
 
 @dataclass(frozen=True)
@@ -128,6 +136,7 @@ def _active_width(config: Any) -> int:
     experts: int = getattr(config, "num_experts_per_tok", None) or 0
     width: int = getattr(config, "moe_intermediate_size", None) or config.intermediate_size if experts else 0
     shared: int = getattr(config, "shared_expert_intermediate_size", None) or 0
+    shared = shared or width * (getattr(config, "n_shared_experts", None) or 0)
     return experts * width + shared
 
 

@@ -1,5 +1,7 @@
 """The cache of requests in flight, one row each: keys and values of every position, and states of recurrent layers.
 
+Models with multi-head latent attention (MLA) pass a latent, and a rotated key that all heads share, as key and value.
+
 Entries need no rewinding: writing position p again replaces it, and readers mask out entries at or after their own
 position, so a rejected proposal is simply overwritten. A state summarises all positions read so far and cannot be
 rewound: a forward over tokens that may be rejected leaves it unchanged, and the committed tokens are read again.
@@ -17,7 +19,10 @@ Rows = slice | torch.Tensor  # the rows of a call: a slice (no copy) or indices,
 
 
 class KeyValueSlots:
-    """Keys and values of one layer, each of shape [rows, kv_heads, capacity, head_dim], in the order of attention."""
+    """Keys and values of one layer, each of shape [rows, kv_heads, capacity, head_dim], in the order of attention.
+
+    Values may be of another width than keys.
+    """
 
     def __init__(self, rows: int, capacity: int):
         self.rows, self.capacity = rows, capacity
@@ -91,6 +96,7 @@ class SlotCache(Cache):
     def __init__(self, num_layers: int, rows: int, capacity: int):
         super().__init__(layers=[])
         self.slots = [KeyValueSlots(rows, capacity) for _ in range(num_layers)]
+        self.indexers: dict[int, KeyValueSlots] = {}  # of layers that choose their entries: an indexer's keys
         self.states: dict[tuple[str, int, int], StateSlots] = {}  # (kind, layer, index of the layer's state)
         self.rows, self.capacity = rows, capacity
         self._at = Address(slice(0, rows), torch.empty(0), 0)
@@ -126,6 +132,13 @@ class SlotCache(Cache):
         slots = self.slots[layer]
         slots.write(self._row_index, self._at.write_at, keys, values)
         return slots.read(self._at.rows, self._at.length)
+
+    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        """Store new keys [n, T, D] of a layer's indexer, and return all that are scored, [n, length, D]."""
+        slots = self.indexers.setdefault(layer_idx, KeyValueSlots(self.rows, self.capacity))
+        keys = indexer_key_states[:, :, None]
+        slots.write(self._row_index, self._at.write_at, keys, keys[..., :0])
+        return slots.read(self._at.rows, self._at.length)[0][:, 0]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002  (the signature is transformers')
         return self._at.length
@@ -191,9 +204,14 @@ class SlotCache(Cache):
 
     # ----
 
+    @property
+    def entries(self) -> list[KeyValueSlots]:
+        """Return all that has an entry for every position."""
+        return [*self.slots, *self.indexers.values()]
+
     def move_row(self, source: int, to: int) -> None:
         """Copy one request's entries and states into another row, in every layer."""
-        for slots in self.slots:
+        for slots in self.entries:
             slots.move_row(source, to)
         for states in self.states.values():
             states.move_row(source, to)

@@ -6,17 +6,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DeepseekV3Config
 from transformers.cache_utils import (
     DynamicCache,
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
     get_layer_types_and_kwargs,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from draftsmith.stages.target.attention import causal_mask
 from draftsmith.stages.target.model_sizes import usual_layer
+
+CHOOSING = "indexed_attention"  # attention that chooses its entries by the scores of an indexer, with keys of its own
 
 # The config field with the number of positions that attention of a kind reads; None: the whole prefix.
 _REACH = {
@@ -25,12 +29,16 @@ _REACH = {
     "chunked_attention": "attention_chunk_size",
     "hybrid": None,  # attention, and a state beside it
     "hybrid_sliding": "sliding_window",
+    CHOOSING: None,
 }
 _SLIDING = ("sliding_attention", "hybrid_sliding")
 
 
 # transformers' name for a layer without its own cache: an MLP or experts alone, or one that reads another layer's
 _NO_CACHE = "dummy"
+
+# Kimi K2 is a DeepSeek-V3; transformers knows the name only inside Kimi K2.5.
+CONFIG_MAPPING.register("kimi_k2", DeepseekV3Config, exist_ok=True)
 
 
 class UnknownLayersError(ValueError):
@@ -56,7 +64,7 @@ class Layers:
         if getattr(text_config, "altup_num_inputs", 1) > 1:  # Gemma 3n
             raise UnknownLayersError("several vectors a token")
         kinds, _ = get_layer_types_and_kwargs(text_config)  # windows: its second value is of another type before 5.19
-        entries, recurrent = (DynamicLayer, DynamicSlidingWindowLayer), False
+        entries, recurrent = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer), False
         for kind, layer in zip(kinds, DynamicCache(config=text_config).layers, strict=True):
             holds_state = isinstance(layer, LinearAttentionCacheLayerMixin)
             recurrent = recurrent or holds_state
@@ -83,11 +91,11 @@ class Layers:
 
         visible: bool [n, T, L]; None: a token sees every entry up to its position. positions: [n, T] of the tokens;
         entry_positions: [n, L] of the entries. Where the tokens are all entries, and no window is shorter, the mask is
-        `causal_mask`.
+        `causal_mask`, unless an indexer reads it.
         """
         masks: dict[str, torch.Tensor | None] = {}
         T, L = positions.shape[1], entry_positions.shape[1]
-        first = visible is None and T == L  # tokens of their rows
+        first = visible is None and T == L and CHOOSING not in self.kinds  # tokens of their rows, without an indexer
         whole = visible
         for kind, reach in dict(zip(self.kinds, self.reach, strict=True)).items():
             if kind not in _REACH:

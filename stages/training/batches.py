@@ -102,7 +102,7 @@ class _Reads:
         for _, encoded in self.kept:
             assert encoded.cache is not None
             tensors += [encoded.ids, encoded.hidden]
-            tensors += [x for slots in encoded.cache.slots for x in (slots.keys, slots.values) if x is not None]
+            tensors += [x for slots in encoded.cache.entries for x in (slots.keys, slots.values) if x is not None]
         for tensor in tensors:
             tensor.record_stream(stream)
 

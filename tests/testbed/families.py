@@ -36,6 +36,27 @@ _DELTA = {  # gated delta rule
     "linear_conv_kernel_dim": 4,
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
 }
+# multi-head latent attention: values narrower than keys, of which 4 of 12 numbers rotate
+_HEADS = ("head_dim", "num_key_value_heads")
+_MLA = {name: value for name, value in SHAPE.items() if name not in _HEADS} | {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+}
+_ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 1}
+_GROUPED = _ROUTED | {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.5}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 0.7,
+    "mscale_all_dim": 1.0,
+}
+_INDEXER = {"index_topk": WINDOW, "index_n_heads": 8, "index_head_dim": 8}
 _VISION = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "patch_size": 4}
 
 
@@ -161,6 +182,55 @@ def _kimi_linear() -> Any:
     )  # fmt: skip
 
 
+def _deepseek_v2() -> Any:
+    shape = _MLA | {"q_lora_rank": None}
+    return _transformers("DeepseekV2", **shape, **_GROUPED, topk_method="group_limited_greedy", first_k_dense_replace=1)
+
+
+def _deepseek_v3() -> Any:
+    return _transformers("DeepseekV3", **_MLA, **_GROUPED, first_k_dense_replace=1, rope_parameters=_YARN)
+
+
+def _kimi_k25() -> Any:
+    text = {"model_type": "kimi_k2", **_MLA, **_ROUTED, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+    vision = _VISION | {"num_hidden_layers": 1, "pos_emb_height": 4, "pos_emb_width": 4}
+    return _transformers(
+        "Kimi_K25", text_config=text, vision_config=vision, projection_hidden_size=16, tie_word_embeddings=False
+    )
+
+
+def _glm4_moe_lite() -> Any:
+    return _transformers("Glm4MoeLite", **_MLA, **_ROUTED, mlp_layer_types=["dense", "sparse", "sparse"])
+
+
+def _youtu() -> Any:
+    return _transformers("Youtu", **_MLA)
+
+
+def _minicpm3() -> Any:
+    return _transformers("MiniCPM3", **_MLA, scale_emb=1, dim_model_base=8)
+
+
+def _axk1() -> Any:
+    return _transformers("AXK1", **_MLA, **_GROUPED)
+
+
+def _mistral4() -> Any:
+    """Return a model whose queries are scaled by their position."""
+    return _transformers("Mistral4", **_MLA, **_ROUTED, rope_parameters=_YARN | {"llama_4_scaling_beta": 0.1})
+
+
+def _deepseek_v32() -> Any:
+    return _transformers("DeepseekV32", **_MLA, **_GROUPED, **_INDEXER, first_k_dense_replace=1)
+
+
+def _glm_moe_dsa() -> Any:
+    """Return a model of which one layer chooses the entries for the next one too."""
+    return _transformers(
+        "GlmMoeDsa", **_MLA, **_ROUTED, **_INDEXER, first_k_dense_replace=1, indexer_types=["full", "shared", "full"]
+    )
+
+
 def _llama4() -> Any:
     return _transformers(
         "Llama4Text", **SHAPE, layer_types=["chunked_attention", "full_attention", "chunked_attention"],
@@ -204,6 +274,16 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "Falcon-H1": _falcon_h1,
     "ZAYA1": _zaya,
     "Kimi Linear": _kimi_linear,
+    "DeepSeek-V2": _deepseek_v2,
+    "DeepSeek-V3": _deepseek_v3,
+    "DeepSeek-V3.2": _deepseek_v32,
+    "Kimi K2.5 with images": _kimi_k25,
+    "GLM-4.7-Flash": _glm4_moe_lite,
+    "GLM-5": _glm_moe_dsa,
+    "Mistral 4": _mistral4,
+    "MiniCPM3": _minicpm3,
+    "Youtu": _youtu,
+    "A.X K1": _axk1,
     "Llama 4": _llama4,
     "Gemma 4": _gemma4,
     "Gemma 4 E2B": _gemma4_small,
@@ -237,4 +317,7 @@ def write_family(folder: Path, family: str, seed: int = 0) -> None:
                 parameter.sub_(1)
             if "embed_tokens" in label and "Gemma" in name:  # which multiply it
                 parameter.mul_(HIDDEN_SIZE**-0.5)
+        for label, buffer in model.named_buffers():
+            if label.endswith("e_score_correction_bias"):  # added to the experts' scores
+                buffer.copy_(torch.linspace(-0.3, 0.3, buffer.numel()))
     save(model, folder, WORDS)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers import DeepseekV3Config, Glm4MoeLiteConfig
 
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
@@ -44,6 +45,11 @@ def test_a_new_drafter_rotates_like_the_targets_full_attention_layers(family: st
     """If these layers have no positions (Beam), it rotates like the other layers."""
     rope = target_fields(getattr(transformers, f"{family}Config")())["rope_parameters"]
     assert rope == {"rope_type": "default", "rope_theta": theta}
+
+
+def test_a_new_drafter_has_few_key_heads_where_the_target_caches_a_latent() -> None:
+    heads = [target_fields(config())["num_key_value_heads"] for config in (DeepseekV3Config, Glm4MoeLiteConfig)]
+    assert heads == [8, 4]  # they divide 128 and 20 query heads
 
 
 @pytest.mark.parametrize(

@@ -372,7 +372,7 @@ def test_a_smaller_block_gives_its_own_trace(drafter: Drafter, texts: list[Traje
 # ---- targets that are not plain
 
 
-@pytest.mark.parametrize("family", ["Gemma 2", "gpt-oss", "Qwen3.5 with images"])
+@pytest.mark.parametrize("family", ["Gemma 2", "gpt-oss", "Qwen3.5 with images", "GLM-5"])
 def test_replay_and_scores_equal_the_reference_for_every_family(family: str, tmp_path: Path) -> None:
     """The answers were decoded with the drafter, in rows that later requests reuse."""
     write_family(tmp_path, family)

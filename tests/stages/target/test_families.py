@@ -5,6 +5,7 @@ Texts are several windows long, so that what a window forgets, and what a state 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,11 +33,12 @@ from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.target import layers as capabilities
 from draftsmith.stages.target.attention import scored_attention
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.estimate import target_size
+from draftsmith.stages.target.estimate import ModelSize, target_size
 from draftsmith.stages.target.info import TargetInfo, read_target_info, write_target_info
-from draftsmith.stages.target.kv_cache import SlotCache
+from draftsmith.stages.target.kv_cache import KeyValueSlots, SlotCache
 from draftsmith.stages.target.layers import Layers
 from draftsmith.stages.target.logit_map import LogitMap
+from draftsmith.stages.target.sampling import SamplingParams
 from draftsmith.stages.target.self_check import check_agreement
 from draftsmith.stages.training.blocks import LossContext
 from draftsmith.stages.training.config import OpdConfig, TrainingConfig
@@ -164,12 +166,40 @@ def test_capabilities_are_known_without_weights(case: Case) -> None:
     assert (info.rewindable, info.tree_forward) == (not recurrent, not recurrent)
     scaled, capped = LogitMap(0.25), LogitMap(1.0, 3.0)
     maps = dict.fromkeys(("Gemma 2", "Gemma 4", "Gemma 4 E2B"), capped)
-    maps |= dict.fromkeys(("Command R7B", "Granite", "Granite 4 hybrid", "Falcon-H1"), scaled)
+    maps |= dict.fromkeys(("Command R7B", "Granite", "Granite 4 hybrid", "Falcon-H1", "MiniCPM3"), scaled)
     assert info.logit_map == maps.get(case.family, LogitMap())
     size = target_size(case.folder)
-    heads = (4, 4) if case.family == "Kimi Linear" else (SHAPE["num_key_value_heads"], SHAPE["head_dim"])
-    assert (size.kv_heads, size.head_dim) == heads
+    cache = case.target.new_cache(1, 2)
+    case.target.step(torch.tensor([[1, 2]]), torch.tensor([[0, 1]]), cache, slice(0, 1))
+    of_layers = [entries_of(cache.slots[layer]) + entries_of(cache.indexers.get(layer)) for layer in range(3)]
+    assert 2 * size.entry in of_layers
     assert case.target.embedding_scale == pytest.approx(32**0.5 if "Gemma" in case.family else 1.0)
+
+
+def test_a_latent_is_counted_as_it_is_cached() -> None:
+    """The bytes of DeepSeek-V3 are those of arXiv 2505.09343; its tokens go through one shared expert too."""
+    from transformers import DeepseekV3Config
+
+    size = ModelSize.from_config(DeepseekV3Config(), 0)
+    assert size.kv_bytes_per_token(2) == 70_272
+    assert size.active == (8 + 1) * 2048
+
+
+def test_kimi_k2_is_a_deepseek_v3(tmp_path: Path) -> None:
+    """Its config.json names code of the repository, which is not run."""
+    write_family(tmp_path, "DeepSeek-V3")
+    named = Target.from_source(tmp_path, dtype="float32", device="cpu")
+    path = tmp_path / "config.json"
+    code = {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "kimi_k2", "auto_map": code}))
+    target = Target.from_source(tmp_path, dtype="float32", device="cpu")
+    ids = torch.tensor([[1, 2, 3]])
+    torch.testing.assert_close(target.read(ids).hidden, named.read(ids).hidden)
+
+
+def entries_of(slots: KeyValueSlots | None) -> int:
+    """Return how many numbers are cached."""
+    return 0 if slots is None else sum(x.numel() for x in (slots.keys, slots.values) if x is not None)
 
 
 def test_features_and_logprobs_are_those_of_a_plain_forward(case: Case) -> None:
@@ -196,6 +226,16 @@ def test_greedy_decoding_equals_transformers(case: Case) -> None:
         assert {c.request.request_id: c.response_ids for c in answers} == expected
     accepted = {step.accepted for completion in case.decoded.values() for step in completion.steps}
     assert 0 in accepted and len(accepted) > 2
+
+
+def test_sampled_decoding_is_the_same_with_a_drafter(case: Case) -> None:
+    requests = [
+        Request(str(i), prompt, NEW_TOKENS, SamplingParams(1.0, 0.9, 30), seed=i)
+        for i, (prompt, _) in enumerate(case.texts)
+    ]
+    engines = (EmbeddedEngine(case.target, drafter, slots=3, capacity=64) for drafter in (None, case.drafter))
+    plain, assisted = ({c.request.request_id: c.response_ids for c in engine.generate(requests)} for engine in engines)
+    assert assisted == plain
 
 
 def test_replay_finds_the_steps_of_speculative_decoding(case: Case) -> None:

@@ -1,0 +1,48 @@
+"""The stages of a whole refresh, in this process, for targets whose layers cache less than keys and values."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from draftsmith.artifacts.results.evaluation import EvaluationResult
+from draftsmith.flows.planning.graph import topological_order
+from draftsmith.flows.refresh.config import RefreshConfig
+from draftsmith.flows.refresh.graph import refresh_nodes
+from tests.testbed.context import RecordingContext
+from tests.testbed.families import write_family
+from tests.testbed.refresh import small_refresh
+
+
+@pytest.mark.parametrize("family", ["DeepSeek-V3", "GLM-5"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_refresh_is_lossless(family: str, temperature: float, tmp_path: Path) -> None:
+    """Every drafter gives the target's own outputs, token for token, and one was trained on each phase's answers."""
+    write_family(tmp_path / "model", family)
+    prompts, rng = tmp_path / "prompts.jsonl", np.random.default_rng(0)
+    rows = [{"prompt_token_ids": rng.integers(0, 50, 5).tolist()} for _ in range(60)]
+    prompts.write_text("\n".join(map(json.dumps, rows)))
+    answers = {"sampling": {"max_new_tokens": 16, "temperature": temperature}}
+    fields = small_refresh(
+        "family", tmp_path / "model", prompts, 16,
+        rollout=answers, assisted=answers, heldout=answers, sft={"steps": 20}, opd={"steps": 3},
+        evaluation=answers | {"exactness_prompts": 4, "speed_prompts": 4},
+    )  # fmt: skip
+    config = RefreshConfig.model_validate(fields)
+    made: dict[str, Path] = {}
+    for node in topological_order(refresh_nodes(config)):
+        inputs = {name: made[source] for name, source in node.inputs.items()}
+        context = RecordingContext(tmp_path / node.name, tmp_path / f"{node.name}.work", inputs, seed=1)
+        node.stage.run(context, node.config)
+        shutil.rmtree(context.work)
+        made[node.name] = context.out
+    result = EvaluationResult.read(made["evaluation"])
+    assert set(result.drafters) == {"sft", "control", "opd"}
+    exactness = result.exactness
+    assert exactness is not None and exactness.identical_share == 1.0
+    assert exactness.fp32_identical == exactness.fp32_prompts == 4 * len(result.drafters)
+    assert (made["report"] / "report.html").is_file()
