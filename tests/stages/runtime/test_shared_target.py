@@ -21,7 +21,8 @@ from tests.stages.runtime.target_outputs import SHARING, TargetOutputs, load_out
 from tests.testbed.context import RecordingContext
 from tests.testbed.families import write_family
 
-# without and with a norm of each head, experts, two kinds of rotation, a decoder inside another model, states, a latent of keys and values
+# without and with a norm of each head, experts, two kinds of rotation, a decoder inside another model, states, a latent
+# of keys and values
 FAMILIES = ["Mistral", "Qwen3-MoE", "Gemma 3 with images", "Qwen3-Next", "GLM-4.7-Flash"]
 
 
