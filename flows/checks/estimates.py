@@ -105,15 +105,17 @@ def _launched(
 ) -> ServerNeed | None:
     """Return the need of launched servers, (P · s + P_d · s + in_flight · (T + block) · key/value bytes) / tp a GPU.
 
-    None if the config names servers that run already.
+    Each GPU has at least the entries of one key/value head, and all of a latent. None if the config names servers that
+    run already.
     """
     if engine.launch is None:
         return None
     s, tp, block = sizes.itemsize, engine.launch.tensor_parallel, sizes.block_size if drafter else 1
     weights = sizes.weights(sizes.target) + (sizes.weights(sizes.drafter) if drafter else 0.0)
-    entries = sizes.target.kv_bytes_per_token(s) + (sizes.drafter.kv_bytes_per_token(s) if drafter else 0)
+    models = (sizes.target, sizes.drafter) if drafter else (sizes.target,)
+    entries = sum(model.kv_bytes_per_token(s) / min(tp, model.entry_heads) for model in models)
     gpus = servers * engine.launch.data_parallel * tp  # each replica has its own requests
-    return ServerNeed(gpus, weights / tp, in_flight * (longest + block) * entries / tp)
+    return ServerNeed(gpus, weights / tp, in_flight * (longest + block) * entries)
 
 
 def _tables(answers: AnswerCounts | None) -> float:

@@ -32,7 +32,8 @@ class ModelSize:
     heads: int
     kv_heads: int
     head_dim: int
-    entry: int  # numbers in a layer's cache of one position: its keys and values, or what they are expanded from
+    entry: int  # numbers in a layer's cache of one position: its keys and values, or the latent that they come from
+    entry_heads: int  # heads that they belong to; 1 for a latent
     vocabulary: int
     windows: tuple[int, ...] = ()  # positions, of every sliding layer
     divided: int = 0  # parameters that are divided among ranks that share the model
@@ -47,9 +48,9 @@ class ModelSize:
         kv_heads = getattr(usual, "num_key_value_heads", None) or heads
         head_dim = getattr(usual, "head_dim", None) or config.hidden_size // heads
         if latent := getattr(usual, "kv_lora_rank", None):  # MLA
-            entry = latent + usual.qk_rope_head_dim + (getattr(usual, "index_head_dim", None) or 0)
+            entry, entry_heads = latent + usual.qk_rope_head_dim + (getattr(usual, "index_head_dim", None) or 0), 1
         else:
-            entry = 2 * kv_heads * head_dim
+            entry, entry_heads = 2 * kv_heads * head_dim, kv_heads
         sliding = [kind for kind in getattr(config, "layer_types", None) or () if kind == "sliding_attention"]
         window = getattr(usual, "sliding_window", None)
         return cls(
@@ -61,6 +62,7 @@ class ModelSize:
             kv_heads=kv_heads,
             head_dim=head_dim,
             entry=entry,
+            entry_heads=entry_heads,
             vocabulary=getattr(config, "draft_vocab_size", None) or config.vocab_size,
             windows=(window,) * len(sliding) if window else (),
             divided=divided,

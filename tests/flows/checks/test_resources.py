@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -81,6 +82,20 @@ def test_needs_of_the_recipe_equal_a_calculation_by_hand() -> None:
     untrained = needed["sft"]
     assert (untrained.processes, untrained.temporary_disk) == (1, 0)
     assert untrained.memory == PROCESS_BYTES + 2 * 4_022_468_096 + 4 * parameters
+
+
+def test_every_gpu_of_a_server_has_the_whole_latent() -> None:
+    """The keys and values of a drafter's 8 heads are divided among 16 GPUs as among 8."""
+    from transformers import DeepseekV3Config
+
+    from tests.testbed.refresh import load_config
+
+    options = ["rollout.engine.launch.tensor_parallel=16", "assisted.engine.launch.tensor_parallel=16"]
+    nodes = topological_order(refresh_nodes(load_config(ROOT / "configs" / "qwen3-4b-dflash.yaml", options)))
+    sizes = replace(qwen_sizes(), target=ModelSize.from_config(DeepseekV3Config(), 0))
+    servers = resources._needs(nodes, sizes)["assisted"].servers
+    assert servers is not None
+    assert servers.requests == 32 * (512 + 4096 + 16) * (70_272 + 2 * 5 * 128 * 2)
 
 
 def test_answers_take_no_more_disk_space_than_estimated(tiny_drafter: DrafterArtifacts) -> None:
