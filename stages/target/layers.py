@@ -37,8 +37,16 @@ _SLIDING = ("sliding_attention", "hybrid_sliding")
 # transformers' name for a layer without its own cache: an MLP or experts alone, or one that reads another layer's
 _NO_CACHE = "dummy"
 
-# Kimi K2 is a DeepSeek-V3; transformers knows the name only inside Kimi K2.5.
-CONFIG_MAPPING.register("kimi_k2", DeepseekV3Config, exist_ok=True)
+
+class _KimiK2Config(DeepseekV3Config):
+    """Kimi K2 is a DeepSeek-V3. Transformers knows the name only inside Kimi K2.5."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        return DeepseekV3Config.from_dict(config_dict | {"model_type": DeepseekV3Config.model_type}, **kwargs)
+
+
+CONFIG_MAPPING.register("kimi_k2", _KimiK2Config, exist_ok=True)
 
 
 class UnknownLayersError(ValueError):

@@ -18,10 +18,9 @@ from tests.testbed.families import write_family
 from tests.testbed.refresh import small_refresh
 
 
-@pytest.mark.parametrize("family", ["DeepSeek-V3", "GLM-5"])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("family", "temperature"), [("DeepSeek-V3", 0.0), ("GLM-5", 1.0)])
 def test_a_refresh_is_lossless(family: str, temperature: float, tmp_path: Path) -> None:
-    """Every drafter gives the target's own outputs, token for token, and one was trained on each phase's answers."""
+    """With every drafter outputs are the target's own, token for token, and some proposals are accepted."""
     write_family(tmp_path / "model", family)
     prompts, rng = tmp_path / "prompts.jsonl", np.random.default_rng(0)
     rows = [{"prompt_token_ids": rng.integers(0, 50, 5).tolist()} for _ in range(60)]
@@ -29,8 +28,9 @@ def test_a_refresh_is_lossless(family: str, temperature: float, tmp_path: Path) 
     answers = {"sampling": {"max_new_tokens": 16, "temperature": temperature}}
     fields = small_refresh(
         "family", tmp_path / "model", prompts, 16,
-        rollout=answers, assisted=answers, heldout=answers, sft={"steps": 20}, opd={"steps": 3},
-        evaluation=answers | {"exactness_prompts": 4, "speed_prompts": 4},
+        prompts={"train": 32}, rollout=answers | {"prompts": 24}, assisted=answers | {"skip": 24}, heldout=answers,
+        sft={"steps": 80}, opd={"steps": 5},
+        evaluation=answers | {"exactness_prompts": 3, "speed_prompts": 3},
     )  # fmt: skip
     config = RefreshConfig.model_validate(fields)
     made: dict[str, Path] = {}
@@ -44,5 +44,6 @@ def test_a_refresh_is_lossless(family: str, temperature: float, tmp_path: Path) 
     assert set(result.drafters) == {"sft", "control", "opd"}
     exactness = result.exactness
     assert exactness is not None and exactness.identical_share == 1.0
-    assert exactness.fp32_identical == exactness.fp32_prompts == 4 * len(result.drafters)
+    assert exactness.fp32_identical == exactness.fp32_prompts == 3
+    assert min(drafter.tau for drafter in result.drafters.values()) > 1
     assert (made["report"] / "report.html").is_file()
