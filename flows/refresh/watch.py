@@ -15,7 +15,8 @@ from draftsmith.flows.execution.display import Display
 from draftsmith.flows.refresh.decisions import degraded_sets
 from draftsmith.flows.refresh.line import BLOCK_SIZE, registry
 from draftsmith.flows.refresh.registry_commands import swapped_servers
-from draftsmith.stages.engines.sglang.served import ServerState, ask_servers, count_finished, served_tau
+from draftsmith.stages.engines.served import ask_servers, count_finished, served_tau
+from draftsmith.stages.engines.servers.state import ServerState
 
 _FEWEST = 4  # windows with finished requests, as many as the gate needs prompts
 _T = TypeVar("_T")
@@ -56,7 +57,7 @@ def watch(line: str, urls: Sequence[str], minutes: float, threshold: float) -> W
     urls: of the servers; empty: those that have a version of the line by a swap. Servers that do not answer are left
     out. threshold: share of its tau that the champion may have lost, as in the drift check.
 
-    Raises RetryableError if no server answers, DraftsmithError if one is not SGLang's or has no metrics.
+    Raises RetryableError if no server answers, DraftsmithError if one is of no known engine or has no metrics.
     """
     lines = registry()
     champion, versions = lines.champion(line), lines.versions(line)
@@ -64,7 +65,7 @@ def watch(line: str, urls: Sequence[str], minutes: float, threshold: float) -> W
         raise DraftsmithError(f"{line} has no champion. Promote one.") if versions else lines.unknown_line(line)
     states = _answered(ask_servers(_servers(line, urls)))
     for url, state in states.items():
-        if state.algorithm is None or state.digest not in (None, champion.tags.get("drafter_digest")):
+        if state.algorithm is None or state.digest not in (None, "", champion.tags.get("drafter_digest")):
             served = f"{url} serves {_drafter(state, _version(state, versions))}, and {champion} is the champion"
             return Watched("mismatched", f"{served}. Run `draftsmith swap {line} --url {url}`.")
     measured_with = json.loads(champion.tags.get("measured_with") or "{}").get(BLOCK_SIZE)
@@ -131,6 +132,6 @@ def _drafter(state: ServerState, version: Version | None) -> str:
         return f"version {version.number}" + (" (champion)" if CHAMPION in version.aliases else "")
     if state.algorithm is None:
         return "no drafter"
-    if state.digest is None:
-        return f"{state.algorithm}, which one is unknown without the plug-in"
+    if not state.digest:
+        return f"{state.algorithm}, which one is unknown without our plug-in"
     return f"{state.digest[:12]}, no version of the line"

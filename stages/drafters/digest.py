@@ -1,10 +1,16 @@
-"""The digest that identifies a drafter. Standard library only: the plug-in in SGLang's servers computes it too."""
+"""The digest that identifies a drafter. Standard library only: the plug-ins in servers compute it too."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
+EAGLE3_LAYERS = "eagle_aux_hidden_state_layer_ids"  # of `eagle_config`; of config.json too in an export for vLLM
+# Fields of config.json by which no drafter differs from another.
+BOOKKEEPING = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "auto_map", "use_cache"}
+BOOKKEEPING |= {"rope_theta", "rope_scaling"}  # the older names of what `rope_parameters` has
+BOOKKEEPING |= {EAGLE3_LAYERS}
 DIGESTED = ("config.json", "model.safetensors", "frequent_tokens.npy")  # the files that its proposals depend on
 
 
@@ -18,3 +24,14 @@ def drafter_digest(folder: Path) -> str:
                 while chunk := file.read(1 << 20):
                     digest.update(chunk)
     return digest.hexdigest()
+
+
+def served_digest(folder: Path) -> str:
+    """Return the digest of the drafter that a server reads from a folder; of an export for vLLM, that of its source."""
+    config = json.loads((folder / "config.json").read_text())
+    if "speculators_model_type" in config or EAGLE3_LAYERS in config:
+        try:
+            return str(json.loads((folder / "drafter.json").read_text())["parents"][-1])
+        except (OSError, ValueError, LookupError):
+            pass  # it was exported elsewhere
+    return drafter_digest(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,8 @@ from transformers import AutoConfig
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters import checkpoint_format, speculators
-from draftsmith.stages.drafters.checkpoint import TOKENS_FILE, read_info, write_info
+from draftsmith.stages.drafters.checkpoint import TOKENS_FILE, lineage_from, read_info, write_info
+from draftsmith.stages.drafters.digest import EAGLE3_LAYERS
 from draftsmith.stages.target.layers import model_class
 from draftsmith.stages.target.logit_probe import embedding_scale
 
@@ -39,7 +41,7 @@ def export_speculators(source: Path, target_model: Path, target: str, folder: Pa
     checkpoint_format.write_checkpoint(folder, config, tensors | shared)
     if (source / TOKENS_FILE).exists():
         shutil.copyfile(source / TOKENS_FILE, folder / TOKENS_FILE)
-    write_info(folder, read_info(source))
+    _write_info(source, folder)
 
 
 def export_eagle3(source: Path, folder: Path) -> None:
@@ -50,9 +52,14 @@ def export_eagle3(source: Path, folder: Path) -> None:
     shutil.copytree(source, folder)
     path = folder / checkpoint_format.CONFIG_FILE
     raw = json.loads(path.read_text())
-    name = "eagle_aux_hidden_state_layer_ids"
-    raw[name] = [layer + 1 for layer in raw["eagle_config"][name]]
+    raw[EAGLE3_LAYERS] = [layer + 1 for layer in raw["eagle_config"][EAGLE3_LAYERS]]
     path.write_text(json.dumps(raw, indent=2))
+    _write_info(source, folder)
+
+
+def _write_info(source: Path, folder: Path) -> None:
+    """Record the drafter that was exported, which has another digest, as the last parent of the copy."""
+    write_info(folder, replace(read_info(source), parents=lineage_from(source)))
 
 
 def _embedding_scale(model: Path) -> float:

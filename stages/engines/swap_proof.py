@@ -8,18 +8,21 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, cast
 
 import torch
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter
+from draftsmith.stages.drafters.digest import BOOKKEEPING
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.kinds import identify, open_servers
+from draftsmith.stages.engines.served import API_KEY
 from draftsmith.stages.engines.servers.requirements import server_requirements
-from draftsmith.stages.engines.sglang.served import API_KEY, ServerState
-from draftsmith.stages.engines.sglang.swap import NewDrafter, Prove
+from draftsmith.stages.engines.servers.state import NewDrafter, ServerState
+from draftsmith.stages.engines.swap import Prove
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.proof import Proof, ServedAnswer, prove
 from draftsmith.stages.target.causal_lm import Target
@@ -46,9 +49,16 @@ class ReplayProver:
         self._drafter: Callable[[Path], Drafter] = cache(partial(load_drafter, target=self._target, any_target=True))
 
     def __call__(self, before: ServerState) -> Prove:
-        """Return the proof that a server drafts with the new drafter, no longer with the one that it serves now."""
+        """Return the proof that a server drafts with the new drafter, no longer with the one that it serves now.
+
+        Raises DraftsmithError if more than weights differs.
+        """
         old = self._drafter(self._folder_of(before))
         new = self._drafter(self._new.folder)
+        if field := _different_field(old, new):
+            raise DraftsmithError(
+                f"{before.url}: the new drafter's {field} differs from the served one's. Start the server with it."
+            )
         return lambda: self._prove(before, old, new)
 
     def _prove(self, before: ServerState, old: Drafter, new: Drafter) -> Proof:
@@ -72,3 +82,10 @@ class ReplayProver:
                 f"{before.url}: gave no answer whose steps can be read. Try again when it is less busy."
             )
         return proof
+
+
+def _different_field(old: Drafter, new: Drafter) -> str | None:
+    """Return a field of config.json by which the drafters compute differently; None if only weights differ."""
+    ours, theirs = (cast("Any", each).config.to_dict() for each in (old, new))
+    fields = sorted((ours.keys() | theirs.keys()) - BOOKKEEPING)
+    return next((name for name in fields if ours.get(name) != theirs.get(name)), None)

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
+from draftsmith.artifacts.store.local import Store
+from draftsmith.flows.refresh.line import registry
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
+from draftsmith.stages.engines.servers.state import NewDrafter
 from draftsmith.stages.engines.sglang.protocol import KEY
-from draftsmith.stages.engines.sglang.swap import NewDrafter, Served, swap_servers
+from draftsmith.stages.engines.swap import Served, swap_servers
 from tests.integration.recorded import assert_same_steps, trace_of
 from tests.sglang_cpu.server import generate
 from tests.stages.bench import GREEDY_TOKENS, Bench
+from tests.testbed.artifacts import committed
+from tests.testbed.drafter import DrafterArtifacts
 
 PROMPTS = 8
+PROMISED = {"tau": 20.0, "low": 19.0, "high": 21.0, "prompts": 100}  # more than a block
 
 
 def write_other_weights(drafter: Drafter, folder: Path) -> Path:
@@ -29,6 +42,32 @@ def write_other_weights(drafter: Drafter, folder: Path) -> Path:
             parameter.add_(0.05 * parameter.abs().mean() * torch.randn(parameter.shape, generator=draw))
     save_drafter(other, folder, torch.float32)
     return folder
+
+
+@contextmanager
+def line_of_two(line: str, home: Path, made: DrafterArtifacts, bench: Bench) -> Iterator[dict[str, Path]]:
+    """Make a home with a line of two versions that differ in their weights, the first the champion.
+
+    Yields the checkpoints, by the number of their version.
+    """
+    store, other = Store(home / "store"), home / "other"
+    shutil.copytree(made.drafter, other)
+    write_other_weights(bench.drafters["trained"], other / DRAFTER_FOLDER)
+
+    def artifact(stage: str, folder: Path, key: str = "a", **fields: Any) -> Any:
+        return committed(store, stage, partial(shutil.copytree, folder, dirs_exist_ok=True), key, **fields)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DRAFTSMITH_HOME", str(home))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        inputs = {"target": artifact("target", made.target), "trajectories": artifact("rollout", made.rollout)}
+        lines = registry()
+        for key, folder in (("a", made.drafter), ("b", other)):
+            ref = artifact("sft", folder, key, inputs=inputs)
+            digest = drafter_digest(folder / DRAFTER_FOLDER)
+            lines.register(line, ref, {"drafter_digest": digest, "figures": json.dumps({"all": PROMISED})})
+        lines.promote(lines.version(line, 1), expected=None, why="first")
+        yield {"1": made.drafter / DRAFTER_FOLDER, "2": other / DRAFTER_FOLDER}
 
 
 def requests(bench: Bench, start: int = 0, count: int = PROMPTS) -> list[dict[str, Any]]:

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +18,23 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.tracking.registry import Registry
 from draftsmith.flows.cli.main import main
 from draftsmith.flows.refresh.line import registry
 from draftsmith.flows.refresh.swap import served_by
-from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
-from draftsmith.stages.engines.sglang.swap import NewDrafter, swap_servers
-from tests.integration.swapping import PROMPTS, assert_drafts_with, requests, write_other_weights
+from draftsmith.stages.engines.servers.state import NewDrafter
+from draftsmith.stages.engines.swap import swap_servers
+from tests.integration.swapping import PROMPTS, assert_drafts_with, line_of_two, requests
 from tests.sglang_cpu.server import generate
 from tests.stages.bench import Bench
-from tests.testbed.artifacts import committed
 from tests.testbed.drafter import DrafterArtifacts
 
 pytestmark = [pytest.mark.sglang, pytest.mark.integration]
 
 LOADED, IN_FLIGHT = 24, 3
 LINE = "swapped"
-PROMISED = {"tau": 20.0, "low": 19.0, "high": 21.0, "prompts": 100}  # more than a block
 
 
 @dataclass(frozen=True)
@@ -82,31 +78,9 @@ class Swapping:
 def swapping(
     dflash_url: str, bench: Bench, tiny_drafter: DrafterArtifacts, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Swapping]:
-    home = tmp_path_factory.mktemp("home")
-    store = Store(home / "store")
-    trained = tiny_drafter.drafter / DRAFTER_FOLDER
-    shutil.copytree(tiny_drafter.drafter, home / "other")
-    write_other_weights(bench.drafters["trained"], home / "other" / DRAFTER_FOLDER)
-    folders = {"1": trained, "2": home / "other" / DRAFTER_FOLDER}
-
-    def artifact(stage: str, folder: Path, key: str = "a", **fields: Any) -> Any:
-        return committed(store, stage, partial(shutil.copytree, folder, dirs_exist_ok=True), key, **fields)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DRAFTSMITH_HOME", str(home))
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        inputs = {
-            "target": artifact("target", tiny_drafter.target),
-            "trajectories": artifact("rollout", tiny_drafter.rollout),
-        }
-        lines = registry()
-        for key, folder in (("a", tiny_drafter.drafter), ("b", home / "other")):
-            ref = artifact("sft", folder, key, inputs=inputs)
-            digest = drafter_digest(folder / DRAFTER_FOLDER)
-            lines.register(LINE, ref, {"drafter_digest": digest, "figures": json.dumps({"all": PROMISED})})
-        lines.promote(lines.version(LINE, 1), expected=None, why="first")
+    with line_of_two(LINE, tmp_path_factory.mktemp("home"), tiny_drafter, bench) as folders:
         drafters = {name: load_drafter(folder, bench.target) for name, folder in folders.items()}
-        yield Swapping(dflash_url, bench.with_drafters(drafters), folders, lines)
+        yield Swapping(dflash_url, bench.with_drafters(drafters), folders, registry())
 
 
 def test_a_line_is_swapped_forth_and_back_under_load(swapping: Swapping, capsys: pytest.CaptureFixture[str]) -> None:

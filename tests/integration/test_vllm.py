@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -16,18 +20,26 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.results.evaluation import DiagnosisResult
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import REQUESTS, TIMINGS, TRACE, TRAJECTORIES, TableSchema
+from draftsmith.flows.cli.main import main
+from draftsmith.flows.refresh.line import registry
+from draftsmith.flows.refresh.swap import served_by
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, Trajectory
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter, upgrade_drafter
 from draftsmith.stages.drafters.dflash2.config import DFlash2Config
+from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.dspark.config import DSparkConfig
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Completion
 from draftsmith.stages.engines.config import VLLMEngineConfig
 from draftsmith.stages.engines.kinds import open_servers
+from draftsmith.stages.engines.servers.drafting import speculative_algorithm
 from draftsmith.stages.engines.servers.requirements import server_requirements
+from draftsmith.stages.engines.servers.state import NewDrafter
 from draftsmith.stages.engines.stage import STAGE as ROLLOUT
 from draftsmith.stages.engines.stage import RolloutConfig
+from draftsmith.stages.engines.swap import swap_servers
+from draftsmith.stages.engines.vllm.records import UnusableAnswerError, completion_payload, read_response
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.diagnosis import STAGE as DIAGNOSIS
 from draftsmith.stages.evaluation.diagnosis import DiagnosisConfig
@@ -38,6 +50,7 @@ from draftsmith.stages.replay.stage import STAGE as MINING
 from draftsmith.stages.replay.stage import MiningConfig
 from draftsmith.stages.replay.trace import Trace, tau
 from draftsmith.stages.target.sampling import SamplingParams
+from tests.integration.swapping import line_of_two, write_other_weights
 from tests.stages.bench import GREEDY_TOKENS, Bench
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
@@ -51,7 +64,7 @@ pytestmark = [
     pytest.mark.skipif(isinstance(PYTHON, str), reason=str(PYTHON)),
 ]
 
-PROMPTS, SAMPLED = 12, 24
+PROMPTS, SAMPLED, SWAPPED = 6, 16, 3
 
 
 @pytest.fixture(scope="module")
@@ -146,11 +159,6 @@ def served(
         yield Served(kind, url, checkpoint, bench.with_drafters(drafters), tiny_drafter)
 
 
-def trajectory(answer: Completion) -> Trajectory:
-    prompt = answer.request.prompt_ids
-    return Trajectory(answer.request.request_id, prompt + answer.response_ids, len(prompt))
-
-
 def assert_steps_of(traces: list[Trace], answers: list[Completion]) -> None:
     for answer, trace in zip(answers, traces, strict=True):
         assert [step.anchor for step in answer.steps] == trace.anchors.tolist()
@@ -161,7 +169,7 @@ def test_greedy_answers_are_the_targets_and_their_anchors_those_of_replay(served
     bench = served.bench
     answers = served.answers(PROMPTS, tmp_path, SamplingParams(0.0), GREEDY_TOKENS)
     plain = bench.answered(PROMPTS)
-    assert [trajectory(answer) for answer in answers] == plain
+    assert [answer.trajectory() for answer in answers] == plain
     traces = Replayer(bench.target).traces(bench.drafters, plain)
     assert_steps_of(traces["it"], answers)
     assert tau(traces["it"]) > 1.3
@@ -181,23 +189,111 @@ def test_a_streamed_answer_is_the_same(served: Served, tmp_path: Path) -> None:
         assert 0 < other.first_token_seconds < other.seconds
 
 
-def test_sampled_steps_follow_the_distribution_of_replay(served: Served, tmp_path: Path) -> None:
-    """On the given answers, as many steps as replay takes; those of another temperature would be seen."""
-    if not load_drafter(served.folder, served.bench.target).samples_proposals or served.kind == "windowed":
-        pytest.skip("proposals are argmaxes, or as of dflash2")
-    answers = served.answers(SAMPLED, tmp_path, SamplingParams(1.0), 48)
-    steps = np.array([len(answer.steps) for answer in answers])
-    texts = [trajectory(answer) for answer in answers]
+def deviation(bench: Bench, answers: list[Trajectory], temperature: float) -> float:
+    """Return by how many standard deviations their log-probability differs from its expectation at a temperature."""
+    surplus, variance = 0.0, 0.0
+    for answer in answers:
+        ids = torch.tensor([answer.tokens])
+        with torch.no_grad():
+            logits = bench.target.logits(bench.target.read(ids).hidden[0, answer.prompt_length - 1 : -1])
+        log_p = (logits.double() / temperature).log_softmax(-1)
+        p, tokens = log_p.exp(), ids[0, answer.prompt_length :, None]
+        expected = (p * log_p).sum(-1)
+        surplus += float(log_p.gather(-1, tokens).sum() - expected.sum())
+        variance += float(((p * log_p**2).sum(-1) - expected**2).sum())
+    return surplus / variance**0.5
 
-    def distance(sampling: SamplingParams) -> float:
-        """Mean difference of steps, in standard errors."""
-        replayer = Replayer(served.bench.target, ReplayOptions(sampling=sampling))
-        replayed = replayer.traces({"it": served.bench.drafters["it"]}, texts)["it"]
-        difference = steps - np.array([len(trace.anchors) for trace in replayed])
-        return float(difference.mean() / (difference.std(ddof=1) / np.sqrt(len(steps))))
 
-    assert abs(distance(SamplingParams(1.0))) < 4
-    assert abs(distance(SamplingParams({"dflash2": 4.0, "dspark": 2.0}[served.kind]))) > 5
+def test_sampled_answers_are_the_targets_and_their_steps_follow_replay(served: Served, tmp_path: Path) -> None:
+    """Another temperature would show, in the answers and in the number of steps of proposals that are sampled."""
+    answers, bench = served.answers(SAMPLED, tmp_path, SamplingParams(1.0), 48), served.bench
+    texts = [answer.trajectory() for answer in answers]
+    assert abs(deviation(bench, texts, 1.0)) < 4 < abs(deviation(bench, texts, 1.5))
+
+    def traces(temperature: float) -> list[Trace]:
+        options = ReplayOptions(sampling=SamplingParams(temperature))
+        return Replayer(bench.target, options).traces({"it": bench.drafters["it"]}, texts)["it"]
+
+    def distance(temperature: float) -> float:
+        """Mean difference of the numbers of steps, in standard errors."""
+        difference = np.array(
+            [len(a.steps) - len(t.anchors) for a, t in zip(answers, traces(temperature), strict=True)]
+        )
+        return float(difference.mean() / (difference.std(ddof=1) / np.sqrt(len(difference))))
+
+    if bench.drafters["it"].samples_proposals:
+        assert abs(distance(1.0)) < 4
+        if served.kind != "windowed":
+            assert abs(distance({"dflash2": 4.0, "dspark": 2.0}[served.kind])) > 5
+    else:  # every proposal is the argmax, so the answer decides the steps
+        clear = {text.trajectory_id for text in bench.clear(texts, bench.drafters["it"])}
+        compared = [i for i, text in enumerate(texts) if text.trajectory_id in clear]
+        assert len(compared) > SAMPLED / 2
+        assert_steps_of([traces(1.0)[i] for i in compared], [answers[i] for i in compared])
+
+
+def test_several_answers_and_a_streamed_chunk_are_no_answer(served: Served) -> None:
+    if served.kind != "dflash":
+        pytest.skip("one kind is enough")
+    payload = completion_payload(served.bench.requests(1, 8)[0], ())
+    several = httpx.post(f"{served.url}/v1/completions", json=payload | {"n": 2, "temperature": 1.0}, timeout=300)
+    with pytest.raises(UnusableAnswerError, match="n > 1"):
+        read_response(several.json())
+    with httpx.stream("POST", f"{served.url}/v1/completions", json=payload | {"stream": True}, timeout=300) as stream:
+        chunks = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
+    for chunk in chunks:
+        with pytest.raises(UnusableAnswerError, match=r"streamed|without token ids"):
+            read_response(chunk)
+
+
+def swap(url: str, folder: Path, algorithm: str, block_size: int) -> None:
+    """Write a checkpoint into the server; its steps are compared by the test."""
+    proven = SimpleNamespace(swapped=True, reason="compared here.")
+    done: list[str] = []
+    new = NewDrafter(drafter_digest(folder), folder, algorithm, block_size)
+    swap_servers([url], new, lambda _before: lambda: proven, lambda swapped: done.append(f"{swapped.pause_s:.3f}"))
+    print(f"{algorithm}: a pause of {done[0]} s")
+
+
+def test_its_drafter_is_swapped_forth_and_back(served: Served, tmp_path: Path) -> None:
+    first = served.bench.drafters["it"]
+    other = write_other_weights(first, tmp_path / "other")
+    drafters = {"other": load_drafter(other, served.bench.target), "it": first}
+    now = replace(served, bench=served.bench.with_drafters(drafters))
+    texts = now.bench.answered(SWAPPED)
+    traces = Replayer(now.bench.target).traces(drafters, texts)
+    assert [t.accepted.tolist() for t in traces["other"]] != [t.accepted.tolist() for t in traces["it"]]
+    for name, folder in (("other", other), ("it", served.folder)):
+        swap(served.url, folder, speculative_algorithm(folder), first.block_size)
+        answers = now.answers(SWAPPED, tmp_path / name, SamplingParams(0.0), GREEDY_TOKENS)
+        assert [answer.trajectory() for answer in answers] == texts
+        assert_steps_of(traces[name], answers)
+
+
+def test_a_line_is_swapped_proven_watched_and_rolled_back(
+    served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if served.kind != "dflash":
+        pytest.skip("one kind is enough")
+    url = ["--url", served.url]
+    with line_of_two("tiny", tmp_path, served.made, served.bench) as folders:
+        swap(served.url, folders["1"], "DFLASH", 8)
+        assert main(["status", "tiny", *url]) == 0
+        assert "version 1 (champion)" in capsys.readouterr().out
+        assert main(["promote", "tiny@2"]) == 0
+        assert main(["watch", "tiny", *url]) == 3, "it has the drafter before"
+        assert main(["swap", "tiny", *url]) == 0
+        assert "verify steps" in served_by(registry().version("tiny", 2))[0].proof
+        with ThreadPoolExecutor(1) as pool:
+            load = pool.submit(served.answers, PROMPTS, tmp_path / "load", SamplingParams(0.0), GREEDY_TOKENS)
+            assert main(["watch", "tiny", *url, "--minutes", "0.2"]) == 3, "tau of 20 was promised"
+            load.result()
+        assert "below" in capsys.readouterr().out
+        assert main(["rollback", "tiny"]) == 0  # which swaps the servers that the tags name
+        assert served_by(registry().version("tiny", 1)) and not served_by(registry().version("tiny", 2))
+        shutil.rmtree(folders["2"])
+        with pytest.raises(DraftsmithError, match="refuses the drafter"):
+            swap(served.url, folders["2"], "DFLASH", 8)
 
 
 def roll_out(folder: Path, made: DrafterArtifacts, engine: dict[str, Any]) -> RecordingContext:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import VLLMEngineConfig
 from draftsmith.stages.engines.servers.process import ServerProcess, free_ports
 from draftsmith.stages.engines.servers.requirements import server_requirements
+from draftsmith.stages.engines.vllm.plugin import BACKEND
 from draftsmith.stages.engines.vllm.server import server_command
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -57,7 +59,7 @@ def running_server(
     folder: Path,
     edit: Callable[[Path], None] = _as_exported,
 ) -> Iterator[str]:
-    """Run a server of the target with a drafter and yield its address; its log goes to `folder`.
+    """Run a server whose drafter can be swapped and yield its address; its log goes to `folder`.
 
     drafter: a checkpoint. edit: changes the folder of the exported one before it is loaded.
     """
@@ -66,7 +68,8 @@ def running_server(
     command = server_command(config, required, folder / "drafter")
     edit(folder / "drafter")
     (port,) = free_ports(1)
-    process = ServerProcess(command, ENVIRONMENT, folder / "vllm.log", port)
+    command += ["--weight-transfer-config", json.dumps({"backend": BACKEND})]
+    process = ServerProcess(command, {**ENVIRONMENT, "VLLM_SERVER_DEV_MODE": "1"}, folder / "vllm.log", port)
     process.start()
     try:
         deadline = time.monotonic() + START_LIMIT_S

@@ -32,16 +32,13 @@ from typing import Any
 
 import torch
 
-from draftsmith.stages.drafters.digest import DIGESTED
+from draftsmith.stages.drafters.digest import BOOKKEEPING, DIGESTED
 from draftsmith.stages.engines.sglang.plugin_hooks import Recorder, drafter_folder
 from draftsmith.stages.engines.sglang.protocol import SWAP_ACTION, SWAP_STATE, Json
 
 log = logging.getLogger(__name__)
 
 _ALGORITHMS = ("DFLASH", "DSPARK", "EAGLE3")
-# Fields of config.json by which no drafter differs from another.
-_BOOKKEEPING = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "auto_map", "use_cache"}
-_BOOKKEEPING |= {"rope_theta", "rope_scaling"}  # the older names of what `rope_parameters` has
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -222,7 +219,7 @@ def _check_config(served: Json | None, new: Json, parsed: Any) -> None:
     if served is None:
         raise RefusedSwapError("the files of the drafter that it was started with are not known")
     ours, theirs = (type(parsed).from_dict(dict(raw)).to_dict() for raw in (served, new))
-    for name in sorted((ours.keys() | theirs.keys()) - _BOOKKEEPING):
+    for name in sorted((ours.keys() | theirs.keys()) - BOOKKEEPING):
         if ours.get(name) != theirs.get(name):
             raise RefusedSwapError(
                 f"the drafter's {name} is {theirs.get(name)!r}, the served one's {ours.get(name)!r}. Start the server "

@@ -8,7 +8,8 @@ import pytest
 from draftsmith.artifacts.results.base import SetMetrics
 from draftsmith.artifacts.results.evaluation import ALL
 from draftsmith.flows.refresh.watch import compare
-from draftsmith.stages.engines.sglang.served import Finished, served_tau
+from draftsmith.stages.engines.served import served_tau
+from draftsmith.stages.engines.servers.state import Finished
 from tests.flows.refresh.test_drift import measured, now
 from tests.stages.evaluation.test_error_rates import allowed
 

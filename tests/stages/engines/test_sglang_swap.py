@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, RefusedError, RetryableError
+from draftsmith.stages.engines.served import API_KEY
+from draftsmith.stages.engines.servers.state import NewDrafter
 from draftsmith.stages.engines.sglang.protocol import SWAP_ACTION, SWAP_STATE, Json
-from draftsmith.stages.engines.sglang.served import API_KEY
-from draftsmith.stages.engines.sglang.swap import NewDrafter, Proof, Prove, Served, swap_servers
+from draftsmith.stages.engines.swap import Proof, Prove, Served, swap_servers
 from tests.stages.engines.http_server import HttpServer, answer, serving
 
 OLD, NEW, SINCE = "a" * 64, "b" * 64, "2026-11-30T08:00:00+00:00"

@@ -54,3 +54,13 @@ def _masked_store(self, pointers, value, mask, *rest):
 
 
 _Builder.create_masked_load, _Builder.create_masked_store = _masked_load, _masked_store
+
+
+def keep_weights():
+    """Keep a layer's weight as a GPU does; vLLM calls it as a plug-in.
+
+    On a CPU it packs the weight and drops it, and its update of draft weights then builds keys and values of nothing.
+    """
+    from vllm import _custom_ops
+
+    _custom_ops._supports_onednn = False

@@ -1,0 +1,109 @@
+"""Asks running servers what they serve: the drafter, and tau by the engine's own metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import astuple
+from typing import TypeVar
+
+import httpx
+import numpy as np
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.results.base import SetMetrics
+from draftsmith.stages.engines.servers.client import (
+    RequestLostError,
+    check_status,
+    key_header,
+    query,
+    unreachable_server,
+    wrong_server,
+)
+from draftsmith.stages.engines.servers.state import Finished, ServerState
+from draftsmith.stages.engines.sglang import served as sglang
+from draftsmith.stages.engines.vllm import served as vllm
+from draftsmith.stages.runtime.statistics import jackknife, ratio
+
+API_KEY = "SGLANG_API_KEY"  # environment variable with the servers' key, if they require one
+_WINDOWS = 30  # in the time that servers are watched
+_T = TypeVar("_T")
+
+
+def ask_servers(urls: Sequence[str]) -> dict[str, ServerState | DraftsmithError]:
+    """Return the state of each server, or why it is unknown: a RetryableError if the server does not answer."""
+    return from_servers(urls, _state)
+
+
+def count_finished(urls: Sequence[str], seconds: float) -> dict[str, list[Finished] | DraftsmithError]:
+    """Return what each server finishes in each window of the next seconds, or why that is unknown.
+
+    Windows without a verify step are left out.
+    """
+    return from_servers(urls, lambda client, url: _windows(client, url, seconds))
+
+
+def from_servers(
+    urls: Sequence[str], ask: Callable[[httpx.AsyncClient, str], Awaitable[_T]]
+) -> dict[str, _T | DraftsmithError]:
+    """Return what `ask` returns of each server, or its error: a RetryableError if the server does not answer."""
+    return asyncio.run(_from_servers(urls, ask))
+
+
+async def _from_servers(
+    urls: Sequence[str], ask: Callable[[httpx.AsyncClient, str], Awaitable[_T]]
+) -> dict[str, _T | DraftsmithError]:
+    async def answer(client: httpx.AsyncClient, url: str) -> _T | DraftsmithError:
+        try:
+            return await ask(client, url)
+        except RequestLostError as error:
+            return unreachable_server(url, error)
+        except DraftsmithError as error:
+            return error
+
+    async with httpx.AsyncClient(headers=key_header(os.environ.get(API_KEY))) as client:
+        answers = await asyncio.gather(*(answer(client, url) for url in urls))
+    return dict(zip(urls, answers, strict=True))
+
+
+async def _state(client: httpx.AsyncClient, url: str) -> ServerState:
+    metrics = (await query(client, "GET", f"{url}/metrics")).text
+    if vllm.is_vllm(metrics):
+        return await vllm.server_state(client, url, metrics)
+    return await sglang.server_state(client, url)
+
+
+async def _windows(client: httpx.AsyncClient, url: str, seconds: float) -> list[Finished]:
+    windows, before = [], await _finished(client, url)
+    for _ in range(_WINDOWS):
+        await asyncio.sleep(seconds / _WINDOWS)
+        after = await _finished(client, url)
+        new = Finished(*(now - then for now, then in zip(astuple(after), astuple(before), strict=True)))
+        before = after
+        if new.steps > 0:  # negative after a restart
+            windows.append(new)
+    return windows
+
+
+async def _finished(client: httpx.AsyncClient, url: str) -> Finished:
+    """Return what a server finished since its start."""
+    response = await query(client, "GET", f"{url}/metrics")
+    if response.status_code == 404:
+        raise wrong_server(url, "has no /metrics. Start it with --enable-metrics.")
+    check_status("of the metrics", url, response.status_code, response.text)
+    return (vllm if vllm.is_vllm(response.text) else sglang).finished(response.text)
+
+
+def served_tau(windows: Sequence[Finished]) -> SetMetrics:
+    """Return tau of the requests in the windows, with its 95 % interval.
+
+    A window is one unit, `prompts` their number. SGLang counts a request when it ends, so windows are as independent as
+    requests are. vLLM counts each step, so they are if requests are shorter than windows.
+    """
+    if not windows:
+        return SetMetrics(prompts=0)
+    committed, steps = (np.array([getattr(each, name) for each in windows]) for name in ("committed", "steps"))
+    tau = jackknife(ratio, committed, steps)
+    low, high = tau.interval() or (None, None)
+    return SetMetrics(tau=tau.value, low=low, high=high, prompts=tau.units)

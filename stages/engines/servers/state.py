@@ -1,0 +1,60 @@
+"""What running servers of any kind report of their drafter, and the reading of their metrics."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_SAMPLE = re.compile(r"^([a-z_:]+)(?:\{.*\})? (\S+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """What a server reports of its drafter."""
+
+    url: str
+    engine: str  # kind
+    version: str = ""
+    dtype: str = ""
+    algorithm: str | None = None  # None: it serves without a drafter
+    block_size: int = 0  # tokens of a verify step
+    tau: float | None = None  # of all verify steps since its start, whatever drafter made them
+    started_with: str = ""  # folder or hub id of the drafter in its options
+    # of a server that can be swapped
+    digest: str | None = None  # of the drafter, empty if its files are not here; None: nothing can write another one
+    since: str | None = None  # when it began to serve that drafter, ISO 8601, UTC
+    before: str = ""  # digest of the drafter before the last swap
+    pause_s: float = 0.0  # of the last swap
+    proof: str = ""  # of the last swap
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The requests that a server finished, in one window or since its start."""
+
+    requests: float
+    committed: float  # tokens, by verify steps; a request's first token comes from its prefill
+    steps: float
+
+
+@dataclass(frozen=True)
+class NewDrafter:
+    """A drafter that servers are to draft with."""
+
+    digest: str
+    folder: Path  # of the checkpoint, under the same path on the servers' hosts; empty: the one before the last swap
+    algorithm: str
+    block_size: int  # tokens of a verify step, as trained
+    upload: str = ""  # its address in MLflow's artifact store, for hosts without the folder
+    tracking: str = ""  # MLflow's URI
+
+
+def sums(metrics: str, names: Sequence[str]) -> list[float]:
+    """Return samples of Prometheus metrics, summed over their labels; 0 for a name without any."""
+    totals = dict.fromkeys(names, 0.0)
+    for name, value in _SAMPLE.findall(metrics):
+        if name in totals:
+            totals[name] += float(value)
+    return list(totals.values())

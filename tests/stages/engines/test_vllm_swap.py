@@ -1,0 +1,167 @@
+"""A swap by vLLM's update of draft weights, on a stand-in: what the server is asked, and what it reports afterwards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from draftsmith.artifacts.errors import DraftsmithError, RefusedError
+from draftsmith.stages.engines.served import ask_servers, count_finished
+from draftsmith.stages.engines.servers.state import NewDrafter, ServerState
+from draftsmith.stages.engines.swap import Served, swap_servers
+from draftsmith.stages.engines.vllm.plugin import BACKEND
+from tests.stages.engines.http_server import HttpServer, Refusal, serving
+
+OLD, NEW = "a" * 64, "b" * 64
+
+
+@dataclass
+class StandIn:
+    """A vLLM server in development mode, with our backend."""
+
+    started_with: Path
+    version: str = "default"
+    writes: list[str] = field(default_factory=list)
+    active: bool = False  # an update has begun
+    broken: str = ""  # a call that is refused
+    steps: int = 0
+    http: HttpServer | None = None
+
+    @property
+    def url(self) -> str:
+        assert self.http is not None
+        return self.http.url
+
+    def replies(self) -> dict[str, Any]:
+        options: dict[str, Any] = {
+            "model_config": {"dtype": "torch.float32"},
+            "speculative_config": {"method": "dflash", "model": str(self.started_with)},
+            "weight_transfer_config": {"backend": BACKEND},
+        }
+        return {
+            "version": lambda _: {"version": "0.32.0"},
+            "metrics": lambda _: self.metrics(),
+            "weight_info": lambda _: {"weight_version": self.version},
+            "server_info?config_format=json": lambda _: {"vllm_config": options},
+            "update_weight_version": lambda body: self.name(body["new_version"]),
+            "start_draft_weight_update": lambda _: self.begin(),
+            "update_weights": lambda body: self.write(body["update_info"]),
+            "finish_weight_update": lambda body: self.finish(body.get("weight_version")),
+            "reset_prefix_cache?reset_running_requests=true": lambda _: {},
+        }
+
+    def metrics(self) -> str:
+        """Return samples as vLLM 0.32.0 writes them: tau 2.5 in blocks of 3."""
+        self.steps += 10
+        label = 'engine="0",model_name="m"'
+        positions = [f'{{{label},position="{k}"}} {n}.0' for k, n in enumerate((self.steps, self.steps // 2))]
+        return "\n".join(
+            [
+                "# HELP process_start_time_seconds Start time of the process since unix epoch in seconds.",
+                "process_start_time_seconds 1.7960256e+09",
+                f'vllm:request_success_total{{{label},finished_reason="stop"}} {self.steps / 10}',
+                f'vllm:request_success_total{{{label},finished_reason="length"}} 0.0',
+                f"vllm:spec_decode_num_drafts_total{{{label}}} {self.steps}.0",
+                f"vllm:spec_decode_num_accepted_tokens_total{{{label}}} {1.5 * self.steps}",
+                *(f"vllm:spec_decode_num_accepted_tokens_per_pos_total{each}" for each in positions),
+            ]
+        )
+
+    def refuse(self, call: str, wrong: bool = False) -> None:
+        if wrong or self.broken == call:
+            raise Refusal(500, f"{call}: an update is already active")
+
+    def name(self, version: str) -> dict[str, Any]:
+        self.version = version
+        return {}
+
+    def begin(self) -> dict[str, Any]:
+        self.refuse("start", self.active)
+        self.active = True
+        return {}
+
+    def write(self, update: dict[str, str]) -> dict[str, Any]:
+        self.refuse("update")
+        self.writes.append(update["drafter"])
+        assert update["folder"] or update["drafter"] == OLD
+        return {}
+
+    def finish(self, version: str | None) -> dict[str, Any]:
+        self.refuse("finish", not self.active)
+        self.active, self.version = False, version or self.version
+        return {}
+
+    def state(self) -> ServerState:
+        state = ask_servers([self.url])[self.url]
+        assert isinstance(state, ServerState)
+        return state
+
+    def swap(self, outcome: bool | None = True) -> list[Served]:
+        """Swap the server; the proof has this outcome."""
+        done: list[Served] = []
+        proof = SimpleNamespace(swapped=outcome, reason="of 9 verify steps.")
+        swap_servers([self.url], NewDrafter(NEW, Path("b"), "DFLASH", 3), lambda _: lambda: proof, done.append)
+        return done
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[StandIn]:
+    (tmp_path / "config.json").write_text('{"speculators_model_type": "dflash"}')
+    (tmp_path / "drafter.json").write_text(json.dumps({"parents": ["c" * 64, OLD]}))
+    stand_in = StandIn(tmp_path)
+    with serving(lambda _: {}, **stand_in.replies()) as stand_in.http:
+        yield stand_in
+
+
+def test_a_server_reports_the_drafter_that_was_exported_and_its_tau(server: StandIn) -> None:
+    state = server.state()
+    assert (state.engine, state.algorithm, state.digest, state.block_size) == ("vllm", "DFLASH", OLD, 3)
+    assert (state.tau, state.dtype, state.since) == (2.5, "float32", "2026-11-30T08:00:00+00:00")
+    windows = count_finished([server.url], 0.0)[server.url]
+    assert isinstance(windows, list) and len(windows) == 30
+    assert {(each.requests, each.committed, each.steps) for each in windows} == {(1, 25, 10)}
+
+
+def test_a_stock_server_is_watched_and_not_swapped(server: StandIn) -> None:
+    assert server.http is not None
+    del server.http.replies["/weight_info"]
+    assert (server.state().digest, server.state().tau) == (None, 2.5)
+    with pytest.raises(DraftsmithError, match="VLLM_SERVER_DEV_MODE"):
+        server.swap()
+
+
+def test_a_drafter_is_written_and_proven(server: StandIn) -> None:
+    server.active = True  # left by a command that was killed
+    (served,) = server.swap()
+    assert server.writes == [NEW] and not server.active
+    state = server.state()
+    assert (state.digest, state.before, state.proof) == (NEW, OLD, "of 9 verify steps.") and state.since == served.since
+    assert server.http is not None and server.http.count("/reset_prefix_cache?reset_running_requests=true") == 1
+    server.swap()
+    assert server.writes == [NEW], "it is served already"
+
+
+@pytest.mark.parametrize("outcome", [False, None])
+def test_a_failed_proof_writes_the_old_drafter_back(server: StandIn, outcome: bool | None) -> None:
+    with pytest.raises(RefusedError, match="drafts with aaaaaaaaaaaa again"):
+        server.swap(outcome)
+    assert server.writes == [NEW, OLD] and server.state().digest == OLD
+
+
+def test_a_refused_drafter_changes_nothing(server: StandIn) -> None:
+    server.broken = "update"
+    with pytest.raises(DraftsmithError, match="refuses the drafter"):
+        server.swap()
+    assert server.state().digest == OLD and not server.writes
+
+
+def test_a_command_that_was_killed_before_its_proof_is_made_again(server: StandIn) -> None:
+    server.version = json.dumps({"drafter": NEW, "since": "", "before": OLD, "pause_s": 0.0, "proof": ""})
+    server.swap()
+    assert server.writes == [NEW] and server.state().before == OLD and server.state().proof
