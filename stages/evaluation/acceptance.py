@@ -20,8 +20,7 @@ from draftsmith.artifacts.results.evaluation import (
 )
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.evaluation.verdicts import Pair, comparison, estimate_record, pairs, too_small
-from draftsmith.stages.replay.stats import DEPTHS, AcceptanceStats, depth_of
-from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.replay.trace import DEPTHS, AcceptanceStats, Trace, depth_of
 from draftsmith.stages.runtime.statistics import Estimate, jackknife, ratio, ratio_difference, ratio_gain, sum_by_key
 
 _MULTIPLIER = np.uint64(6364136223846793005)  # odd; products wrap

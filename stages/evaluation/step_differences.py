@@ -32,10 +32,10 @@ from draftsmith.stages.engines.config import ServerEngineConfig
 from draftsmith.stages.engines.kinds import identify, open_servers
 from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.evaluation.diagnosis import DiagnosisConfig
+from draftsmith.stages.replay.chains import replay_sequentially
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.parity import ParityTolerance, check_steps, trace_rows
 from draftsmith.stages.replay.replayer import Replayer, samples_proposals
-from draftsmith.stages.replay.stats import replay_sequentially
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.runtime.stage import StageContext, progress_callback
 from draftsmith.stages.target.causal_lm import Target

@@ -4,6 +4,7 @@ A block depends on its anchor alone, so chains from different starts meet: a rej
 anchor. Every round evaluates one block of every live chain in one packed forward; a chain stops at an anchor that
 another chain has evaluated. The trace is then read off by walking from the first anchor. Work stays close to one block
 per verify step, while sequential rounds fall by the number of chains. `chains=1` is one chain per trajectory.
+`replay_sequentially` is the reference that this must equal.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import numpy as np
 import torch
 
 from draftsmith.stages.data.trajectories import Trajectory, pad_tokens
-from draftsmith.stages.drafters.base import Context, PreparedDrafter
+from draftsmith.stages.drafters.base import Context, Drafter, PreparedDrafter
+from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.replay.sampled import TargetSampler, VerifiedBlocks, draft_sampled
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.runtime.memory import to_device
@@ -216,3 +218,40 @@ class ChainState:
         evaluated = int((self.accepted != NOT_EVALUATED).sum())
         expected = None if self.expected is None else self.expected[visited]
         return Trace(self.length, visited, self.accepted[visited], self.proposed[visited], evaluated, expected)
+
+
+def replay_sequentially(
+    drafter: Drafter, context: Context, trajectory: Trajectory, block_size: int, head: Head
+) -> Trace:
+    """Return the trace of a drafter, one block after the other: the reference that parallel replay must equal.
+
+    context: of this trajectory alone (batch of one), over all its positions.
+    """
+    tokens, anchor = trajectory.tokens, trajectory.first_anchor
+    device = head.weight.device
+    anchors, accepted, proposed = [], [], []
+    while anchor <= trajectory.last_anchor:
+        block = drafter.propose(
+            context,
+            torch.tensor([[tokens[anchor]]], device=device),
+            torch.tensor([[anchor]], device=device),
+            block_size,
+            head,
+        )
+        proposals = block[0, 0].tolist()
+        matching = 0
+        for proposal, token in zip(proposals, tokens[anchor + 1 :], strict=False):
+            if proposal != token:
+                break
+            matching += 1
+        anchors.append(anchor)
+        accepted.append(matching)
+        proposed.append(proposals)
+        anchor += matching + 1
+    return Trace(
+        len(tokens),
+        np.array(anchors, dtype=np.int64),
+        np.array(accepted, dtype=np.int64),
+        np.array(proposed, dtype=np.int64).reshape(len(anchors), block_size - 1),
+        len(anchors),
+    )

@@ -1,33 +1,32 @@
-"""Writes mined steps as a table, a row per verify step, and summarises them."""
+"""Mined steps as a table, a row per verify step: in shards on disk while a mining is unfinished, and summarised."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from draftsmith.artifacts.tables.parquet import pad_lists, select_in_order, to_table
-from draftsmith.artifacts.tables.schemas import VERIFY_STEPS
-from draftsmith.stages.data.trajectories import Trajectory, trajectory_ids
-from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.replay.options import ReplayOptions
-from draftsmith.stages.replay.replayer import MinedGroup, Replayer
+from draftsmith.artifacts.tables.parquet import (
+    TableShards,
+    index_in,
+    pad_lists,
+    read_table,
+    shard_paths,
+    to_table,
+)
+from draftsmith.artifacts.tables.readers import KeyedRows, RowReader
+from draftsmith.artifacts.tables.schemas import EVALUATED, VERIFY_STEPS
+from draftsmith.stages.data.trajectories import Trajectory
+from draftsmith.stages.replay.replayer import MinedGroup
 from draftsmith.stages.replay.scoring import StepScores
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.runtime.stage import JsonObject
-from draftsmith.stages.target.causal_lm import Target
-
-
-def mined_table(
-    target: Target, drafter: Drafter, trajectories: Sequence[Trajectory], options: ReplayOptions | None = None
-) -> pa.Table:
-    """Mine trajectories in memory, and return their VERIFY_STEPS in the same order, with all proposals scored."""
-    tables = [steps_table(group) for group in Replayer(target, options).mine(drafter, trajectories)]
-    return to_table(
-        VERIFY_STEPS, select_in_order(pa.concat_tables(tables), "trajectory_id", trajectory_ids(trajectories))
-    )
 
 
 def steps_table(group: MinedGroup) -> pa.Table:
@@ -73,7 +72,7 @@ class MiningMetrics:
         self.steps = self._committed = self._errors = self._certain = 0
         self._verified, self._accepted_at = np.zeros((2, block_size - 1), dtype=np.int64)  # by offset
         self._accepted = np.zeros(block_size, dtype=np.int64)
-        self._rejected, self._corrections = HeavyHitters(), HeavyHitters()
+        self._rejected, self._corrections = ValueCounts(), ValueCounts()
 
     def add(self, table: pa.Table) -> None:
         """Add some rows."""
@@ -112,7 +111,7 @@ class MiningMetrics:
                 for accepted, verified in zip(self._accepted_at.tolist(), self._verified.tolist(), strict=True)
             ],
             "accepted_histogram": self._accepted.tolist(),
-            "counts_short_by_at_most": max(self._rejected.short, self._corrections.short),
+            "counts_short_by_at_most": 0,  # of versions that forgot rare values
             "most_rejected": [
                 {"token": tokenizer.decode([token]), "id": token, "count": count} for token, count in rejected
             ],
@@ -127,44 +126,83 @@ class MiningMetrics:
         }
 
 
-class HeavyHitters:
-    """Counts how often values occur. Of more than `most` different ones the least frequent are forgotten.
+class ValueCounts:
+    """Counts how often values occur, with 16 bytes for each different one of a batch."""
 
-    This is lossy counting: a count is too low by at most `short`, which is 0 as long as nothing was forgotten.
-    """
-
-    def __init__(self, most: int = 1 << 21):
-        self._most, self.short = most, 0
-        self._values = self._counts = self._first = np.zeros(0, dtype=np.int64)
-        self._waiting: list[np.ndarray] = []
-        self._seen = self._counted = 0
+    def __init__(self) -> None:
+        self._counted = [pa.table({"values": pa.array([], pa.int64()), "counts": pa.array([], pa.int64())})]
 
     def add(self, values: np.ndarray) -> None:
         """Count values [n] int64."""
-        self._waiting.append(values)
-        self._seen += len(values)
-        if self._seen - self._counted >= self._most:
-            self._count()
+        self._counted.append(pa.Table.from_struct_array(pc.value_counts(pa.array(values))))
 
     def most_common(self, count: int) -> list[tuple[int, int]]:
         """Return values and their counts, most frequent first; of equal counts, the value that occurred first."""
-        self._count()
-        order = np.lexsort([self._first, -self._counts])[:count]
-        return list(zip(self._values[order].tolist(), self._counts[order].tolist(), strict=True))
+        table = pa.concat_tables(self._counted).group_by("values", use_threads=False).aggregate([("counts", "sum")])
+        order = pc.sort_indices(table, sort_keys=[("counts_sum", "descending")])[:count]
+        return [(row["values"], row["counts_sum"]) for row in table.take(order).to_pylist()]
 
-    def _count(self) -> None:
+
+SHARD_STEPS = 1 << 16  # a shard is written when this many steps wait,
+SHARD_SECONDS = 60.0  # or when the first of them has waited this long: a kill loses no more
+# The table is in another order than the shards: a row group is read for a trajectory or two.
+_GROUP_BYTES = 1 << 18
+_SCHEMAS = {"evaluated_blocks": EVALUATED, "verify_steps": VERIFY_STEPS}
+_TOTALS = ("evaluated_blocks", "outside_nucleus")  # of each trajectory, columns of EVALUATED
+
+
+class MinedShards:
+    """Mined groups on disk in `work`. A context manager: groups that wait are written when the block ends."""
+
+    def __init__(self, work: Path, done: Sequence[Path] = ()):
+        """done: folders of other processes that together hold all groups; they are read instead of `work`."""
+        self._parts, self._done = TableShards(work, _SCHEMAS, _GROUP_BYTES), done
+        self._waiting: list[MinedGroup] = []
+        self._count, self._since = 0, 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._write()
+
+    def add(self, group: MinedGroup) -> None:
+        """Add a group. It is on disk when the next shard is written."""
         if not self._waiting:
-            return
-        values, first, counts = np.unique(np.concatenate(self._waiting), return_index=True, return_counts=True)
-        self._values, index, inverse = np.unique(
-            np.concatenate([self._values, values]), return_index=True, return_inverse=True
-        )
-        self._first = np.concatenate([self._first, first + self._counted])[index]  # earlier values come first
-        self._counts = np.bincount(inverse, np.concatenate([self._counts, counts])).astype(np.int64)
-        self._waiting, self._counted = [], self._seen
-        floor = 1
-        while len(self._values) > self._most:
-            frequent = self._counts > floor
-            self._values, self._counts = self._values[frequent], self._counts[frequent]
-            self._first = self._first[frequent]
-            self.short, floor = self.short + floor, 2 * floor
+            self._since = time.monotonic()
+        self._waiting.append(group)
+        self._count += sum(len(trace.anchors) for trace in group.traces)
+        if self._count >= SHARD_STEPS or time.monotonic() - self._since >= SHARD_SECONDS:
+            self._write()
+
+    def _write(self) -> None:
+        if self._waiting:
+            members = [each for group in self._waiting for each in zip(group.trajectories, group.traces, strict=True)]
+            totals = [
+                {"trajectory_id": t.trajectory_id, **{name: getattr(trace, name) for name in _TOTALS}}
+                for t, trace in members
+            ]
+            steps = pa.concat_tables([steps_table(group) for group in self._waiting])
+            self._parts.append({"evaluated_blocks": totals, "verify_steps": steps})
+        self._waiting, self._count = [], 0
+
+    def _paths(self, name: str) -> list[Path]:
+        if self._done:
+            return [path for folder in self._done for path in shard_paths(folder / name)]
+        return self._parts.paths(name)
+
+    def rows(self, ids: pa.Array) -> KeyedRows:
+        """Return the steps of each trajectory, as far as they are on disk. ids: [N] names of the trajectories."""
+        return KeyedRows(RowReader(self._paths("verify_steps"), VERIFY_STEPS, keep=32), ids)
+
+    def totals(self, ids: pa.Array) -> dict[str, int]:
+        """Return the blocks that were drafted for these trajectories, and their tokens outside the nucleus."""
+        counts = np.zeros((len(_TOTALS), len(ids)), dtype=np.int64)
+        for path in self._paths("evaluated_blocks"):  # by trajectory: one that was mined again is not counted twice
+            table = read_table(path, EVALUATED)
+            index = index_in(table, "trajectory_id", ids)
+            for of_name, name in zip(counts, _TOTALS, strict=True):
+                of_name[index[index >= 0]] = table[name].to_numpy()[index >= 0]
+        return dict(zip(_TOTALS, counts.sum(1).tolist(), strict=True))

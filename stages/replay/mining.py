@@ -27,8 +27,7 @@ from draftsmith.stages.data.trajectories import (
 from draftsmith.stages.drafters.checkpoint import TOKENS_FILE, block_size_of, load_drafter, skeleton_of
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.spec import NO_FREQUENT_TOKENS, DraftingConfig
-from draftsmith.stages.replay.mined_shards import MinedShards
-from draftsmith.stages.replay.mined_table import MiningMetrics
+from draftsmith.stages.replay.mined_table import MinedShards, MiningMetrics
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.parity import COMPARED, ParityMetrics, ParityTolerance, StepComparison, check_tau
 from draftsmith.stages.replay.replayer import Replayer, count_in, samples_proposals

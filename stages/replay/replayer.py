@@ -19,8 +19,7 @@ from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.options import TREE_TOKENS, ReplayOptions
 from draftsmith.stages.replay.sampled import TargetSampler, outside_nucleus
 from draftsmith.stages.replay.scoring import EncodedGroup, StepScores, score_traces
-from draftsmith.stages.replay.stats import AcceptanceStats
-from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.replay.trace import AcceptanceStats, Trace
 from draftsmith.stages.runtime.memory import retry_in_halves
 from draftsmith.stages.runtime.stage import WHOLE, Shard
 from draftsmith.stages.target.causal_lm import Target

@@ -1,4 +1,4 @@
-"""The verification trace that replay returns, and tau."""
+"""The verification trace that replay returns, tau, and statistics of the traces of many answers."""
 
 from __future__ import annotations
 
@@ -55,3 +55,58 @@ def tau(traces: Iterable[Trace]) -> float:
     traces = list(traces)
     steps = sum(len(t.anchors) for t in traces)
     return float(sum(t.expected_committed.sum() for t in traces) / steps) if steps else float("nan")
+
+
+DEPTHS = ("depth:below-1k", "depth:1k-4k", "depth:4k-16k", "depth:above-16k")  # of the anchor
+DEPTH_ENDS = (1 << 10, 1 << 12, 1 << 14)  # tokens
+
+
+def depth_of(anchors: np.ndarray) -> np.ndarray:
+    """Return for each anchor the index of its depth in `DEPTHS`."""
+    return np.searchsorted(DEPTH_ENDS, anchors, side="right")
+
+
+class AcceptanceStats:
+    """Sums and histograms over the traces of one drafter on N trajectories, which may come in any order."""
+
+    def __init__(self, trajectories: int):
+        self.committed = np.zeros(trajectories)  # [N] tokens that verify steps committed, on average if sampled
+        self.steps = np.zeros(trajectories)  # [N] verify steps
+        self.committed_at = np.zeros((trajectories, len(DEPTHS)))  # [N, depths] the same by depth of the anchor
+        self.steps_at = np.zeros((trajectories, len(DEPTHS)))
+        self.accepted = np.zeros(0, dtype=np.int64)  # [K + 1] steps by the number of accepted proposals
+        self.judged = np.zeros(0, dtype=np.int64)  # [K + 1] steps by the number of proposals inside the trajectory
+        # tokens that steps with sampled proposals committed, and those of them outside the nucleus
+        self._sampled = self._outside = 0
+
+    def add(self, indices: Iterable[int], traces: Iterable[Trace]) -> None:
+        """Add the traces of the trajectories `indices`, each of them once."""
+        for index, trace in zip(indices, traces, strict=True):
+            size = trace.proposed.shape[1] + 1
+            self.committed[index], self.steps[index] = trace.expected_committed.sum(), len(trace.anchors)
+            depths = depth_of(trace.anchors)
+            self.committed_at[index] = np.bincount(depths, trace.expected_committed, len(DEPTHS))
+            self.steps_at[index] = np.bincount(depths, minlength=len(DEPTHS))
+            accepted, judged = (np.bincount(each, minlength=size) for each in (trace.accepted, trace.judged))
+            if trace.expected is not None:
+                self._sampled += int(trace.committed.sum())
+                self._outside += trace.outside_nucleus
+            first = len(self.accepted) == 0
+            self.accepted, self.judged = (
+                (accepted, judged) if first else (self.accepted + accepted, self.judged + judged)
+            )
+
+    @property
+    def block_size(self) -> int:
+        return len(self.accepted)
+
+    @property
+    def tau(self) -> float:
+        """Committed tokens per verify step ("+1"); NaN without any step."""
+        steps = float(self.steps.sum())
+        return float(self.committed.sum()) / steps if steps else float("nan")
+
+    @property
+    def outside_nucleus_share(self) -> float | None:
+        """Share of the committed tokens that top-k and top-p leave out; None if no proposals are sampled."""
+        return self._outside / self._sampled if self._sampled else None

@@ -1,13 +1,19 @@
-"""Estimates the memory of a training step, and how many of its answers fit into one micro-batch."""
+"""Estimates the memory of a training step, and how many of its answers fit into one micro-batch.
+
+At its end stand the bytes that a training keeps of a drafter for its backward pass, by architecture. H, I, q, k are the
+widths of the residual stream, the MLP, the queries and the keys; a is the bytes of an element in the products. Weights
+and residual stream are float32; under autocast (a = 2) every product keeps its own copy of its input. A norm keeps what
+it reads and what it has divided, in float32. Compared with torch's memory tracker of a real step in
+`tests/stages/training/test_memory.py`.
+"""
 
 from __future__ import annotations
 
 import math
 
-from draftsmith.stages.drafters import activations
 from draftsmith.stages.drafters.registry import KINDS
 from draftsmith.stages.replay.options import POSITIONS_PER_CHUNK, TREE_TOKENS
-from draftsmith.stages.target.estimate import DTYPE_BYTES, PROCESS_BYTES, Sizes, StageUse
+from draftsmith.stages.target.estimate import DTYPE_BYTES, PROCESS_BYTES, ModelSize, Sizes, StageUse
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
 
 USABLE = 0.85  # of a device's memory: the rest is for what the allocator leaves unused
@@ -23,8 +29,8 @@ def training_memory(
 
     Of several processes each needs this, with B the answers of a step that it trains. Beside `fixed_memory`:
 
-    Activations: what the drafter keeps of the tokens of a micro-batch, trajectories and blocks
-    (`stages/drafters/activations.py`), and of each position with a loss its state and its gradient.
+    Activations: what the drafter keeps of the tokens of a micro-batch, trajectories and blocks, and of each position
+    with a loss its state and its gradient.
     mines: the logits of mining, as traces are mined again while training. scores: the forward of mining, as the target
     scores rejected proposals. Both come before the graph of a micro-batch.
     """
@@ -55,7 +61,7 @@ def fixed_memory(config: TrainingConfig, use: StageUse) -> dict[str, float]:
     Kept keys and values, where OPD's loss has a rejected stream and features are not kept: those of B · (T + tree)
     positions, feature_memory_mb at most, for as many batches.
     Logits: 5 to 7 · positions_per_chunk · V · 4; more if the head has weights of the drafter, as its architecture says
-    (`activations.by_own_logits`).
+    (`own_logits_bytes`).
     """
     sizes, longest = use.sizes, use.longest
     drafter, B = sizes.drafter, rows_of_process(config)
@@ -117,7 +123,7 @@ def scoring_logits(sizes: Sizes) -> float:
 
 def _logits(config: TrainingConfig, sizes: Sizes, rows_of_head: int) -> float:
     a, chunk, loss = DTYPE_BYTES[config.compute_dtype], config.positions_per_chunk, _loss(config, sizes.kind)
-    if (own := activations.by_own_logits(sizes.kind, sizes.drafter, chunk, a)) is not None:
+    if (own := own_logits_bytes(sizes.kind, sizes.drafter, chunk, a)) is not None:
         return own
     return float(_COPIES.get(loss, _COPIES_OF_NAMED) * chunk * rows_of_head * 4)
 
@@ -140,8 +146,8 @@ def reads_distribution(config: TrainingConfig, kind: str) -> bool:
 def row_bytes(config: TrainingConfig, sizes: Sizes, longest: int) -> float:
     """Return the bytes that the drafter keeps for backward of one trajectory with its blocks."""
     a, K, A = DTYPE_BYTES[config.compute_dtype], sizes.block_size - 1, config.anchors_per_sequence
-    of_blocks = A * activations.by_block(sizes.kind, sizes.drafter, sizes.block_size, a)
-    of_context = longest * activations.by_context_token(sizes.kind, sizes.drafter, a)
+    of_blocks = A * block_bytes(sizes.kind, sizes.drafter, sizes.block_size, a)
+    of_context = longest * context_token_bytes(sizes.kind, sizes.drafter, a)
     of_positions = A * K * sizes.drafter.hidden * (4 + 2 * sizes.itemsize)
     return float(of_blocks + of_context + of_positions)
 
@@ -163,3 +169,51 @@ def rows_at_once(config: TrainingConfig, sizes: Sizes, longest: int, fixed: floa
 def row_tokens(config: TrainingConfig, sizes: Sizes, longest: int) -> int:
     """Return the tokens of one trajectory with its blocks."""
     return longest + config.anchors_per_sequence * sizes.block_size
+
+
+CONVOLUTION = 16  # bytes per channel and side of a sublayer: its input, the shifted copy, and its kernels (two taps)
+# Float32 rows of logits that a head with trained weights keeps, whatever the loss. EAGLE-3: logits,
+# softmax and its gradient. DSpark: for its own loss and its confidence's, on sampled answers (top-p 12, greedy 4).
+LOGIT_COPIES = {"eagle3": 3, "dspark": 9}
+
+
+def block_bytes(kind: str, size: ModelSize, block_size: int, a: int) -> float:
+    """Return the bytes of one block or chain, through all layers, the anchor's token included."""
+    H, q, k = size.hidden, size.heads * size.head_dim, size.kv_heads * size.head_dim
+    if kind == "eagle3":  # every step of a chain
+        both = 2 * 8 * H + _inputs(3, 2 * H, a)  # embedding and feature, each with its norm
+        own = (block_size / 2 + 1) * 2 * a * k  # of each step the keys and values of all steps before it
+        states = 8 * H + 4 * H  # the last norm, and the states of all steps together
+        return (block_size - 1) * (both + 3 * a * q + own + _mlp(size, a) + states)
+    convolutions = 4 * CONVOLUTION * H if kind == "dflash2" else 0  # both sides of each of the two sublayers
+    attention = 8 * H + _inputs(3, H, a) + (4 + 4 * a) * q + 6 * a * k
+    return block_size * (size.layers * (attention + _mlp(size, a) + convolutions) + 12 * H)
+
+
+def context_token_bytes(kind: str, size: ModelSize, a: int) -> float:
+    """Return the bytes of one token of a trajectory, without its features."""
+    H, k = size.hidden, size.kv_heads * size.head_dim
+    if kind == "eagle3":
+        return a * H + 2 * 8 * H + _inputs(2, 2 * H, a) + 2 * a * k
+    return (8 + a) * H + size.layers * (_inputs(2, H, a) + (4 + 3 * a) * k)
+
+
+def own_logits_bytes(kind: str, size: ModelSize, positions: int, a: int) -> float | None:
+    """Return the bytes of a chunk of positions for a head with trained weights.
+
+    None for the target's head, where the loss decides.
+    """
+    if kind not in LOGIT_COPIES:
+        return None
+    gradient = (a + 4) * size.vocabulary * size.hidden if kind == "eagle3" else 0  # of the head, per chunk
+    return float(LOGIT_COPIES[kind] * positions * size.vocabulary * 4 + gradient)
+
+
+def _inputs(products: int, width: int, a: int) -> int:
+    """Return the bytes of the inputs of some products; in float32 all share one copy."""
+    return 4 * width if a == 4 else products * a * width
+
+
+def _mlp(size: ModelSize, a: int) -> int:
+    """Return the bytes of a token in the MLP: norm; gate, its activation, up and their product."""
+    return 8 * size.hidden + _inputs(2, size.hidden, a) + 4 * a * size.intermediate

@@ -36,9 +36,8 @@ from draftsmith.stages.drafters.base import Context, PreparedDrafter
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
-from draftsmith.stages.replay.chains import replay_chains
+from draftsmith.stages.replay.chains import replay_chains, replay_sequentially
 from draftsmith.stages.replay.stage import MiningConfig
-from draftsmith.stages.replay.stats import replay_sequentially
 from draftsmith.stages.replay.trace import Trace, tau
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import SamplingParams

@@ -42,6 +42,7 @@ from draftsmith.stages.training import losses
 from draftsmith.stages.training.batches import Batch, FeatureSource, frequent_tokens, step_rng, token_counts
 from draftsmith.stages.training.blocks import (
     Anchors,
+    HeadSource,
     LossContext,
     LossReport,
     block_labels,
@@ -50,7 +51,6 @@ from draftsmith.stages.training.blocks import (
     position_anchors,
 )
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
-from draftsmith.stages.training.lm_heads import HeadSource
 from draftsmith.stages.training.loop import make_optimiser
 from draftsmith.stages.training.opd.mined_table import MinedTable, TrajectorySteps
 from draftsmith.stages.training.opd.step import OpdStep, StepOptions

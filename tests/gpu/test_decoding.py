@@ -11,10 +11,10 @@ from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.registry import DrafterConfig
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
+from draftsmith.stages.replay.chains import replay_sequentially
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.scoring import StepScores
-from draftsmith.stages.replay.stats import replay_sequentially
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.self_check import check_agreement

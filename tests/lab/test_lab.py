@@ -17,7 +17,7 @@ from draftsmith.flows.execution.display import Display
 from draftsmith.flows.planning.graph import Node, Selection, cache_key
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.stages.catalog import STAGES
-from draftsmith.stages.replay.stats import AcceptanceStats
+from draftsmith.stages.replay.trace import AcceptanceStats
 from draftsmith.stages.training import losses
 from draftsmith.stages.training.config import OpdConfig, SftConfig
 from tests.lab.experiment import LabConfig, lab_nodes

@@ -15,8 +15,7 @@ from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
-from draftsmith.stages.replay.chains import replay_chains
-from draftsmith.stages.replay.stats import replay_sequentially
+from draftsmith.stages.replay.chains import replay_chains, replay_sequentially
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.target.causal_lm import Target, TargetOutput
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams

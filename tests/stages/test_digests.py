@@ -31,7 +31,7 @@ PACKAGES = {
     "diagnosis": {*_MODEL, *_DRAFTERS, *_ENGINES, _RESULTS, "evaluation", "replay"},
 }
 # of a training, which chooses its micro-batch by its memory
-_ESTIMATES = {"drafters.activations", "target.estimate", "training.estimate"}
+_ESTIMATES = {"target.estimate", "training.estimate"}
 
 
 def _modules(stage: str) -> set[str]:

@@ -18,8 +18,7 @@ from draftsmith.stages.drafters import checkpoint_format, speculators
 from draftsmith.stages.drafters.dflash import checkpoint as dflash
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.drafters.dspark.config import DSparkConfig
-from draftsmith.stages.drafters.dspark.markov import KINDS
-from draftsmith.stages.drafters.dspark.model import DSparkDrafter
+from draftsmith.stages.drafters.dspark.model import KINDS, DSparkDrafter
 from draftsmith.stages.drafters.spec import RawConfig
 from draftsmith.stages.target.causal_lm import Target
 

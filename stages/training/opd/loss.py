@@ -14,15 +14,14 @@ from draftsmith.stages.training.blocks import (
     LossContext,
     LossReport,
     Ratio,
+    SoftmaxHeads,
     WeightedMean,
     tokens_at,
 )
 from draftsmith.stages.training.chunked_loss import chunked_values
-from draftsmith.stages.training.lm_heads import SoftmaxHeads
 from draftsmith.stages.training.loss_config import LossConfig
 from draftsmith.stages.training.opd.verify_steps import VerifySteps
-from draftsmith.stages.training.response_loss import position_weights, response_loss, response_weight
-from draftsmith.stages.training.selector_loss import selector_logprobs
+from draftsmith.stages.training.response_loss import position_weights, response_loss, response_weight, selector_logprobs
 
 
 def opd_loss(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import pyarrow.compute as pc
 import torch
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.tables.parquet import index_in, pad_lists, select_in_order
+from draftsmith.artifacts.tables.parquet import pad_lists
 from draftsmith.artifacts.tables.readers import KeyedRows, RowReader
 from draftsmith.artifacts.tables.schemas import VERIFY_STEPS
 from draftsmith.stages.data.trajectories import Trajectory, trajectory_ids
@@ -118,46 +117,23 @@ def load_mined(
     path = folder / "verify_steps.parquet"
     reader, ids = reader or RowReader(path, VERIFY_STEPS), trajectory_ids(trajectories)
     rows = KeyedRows(reader, ids)
-    if whole:
-        _check_mined(rows.counts, ids, str(path))
+    if whole and not rows.counts.all():
+        name = ids[int(rows.counts.argmin())].as_py()
+        raise DraftsmithError(
+            f"{path}: trajectory {name} was not mined. Mine all answers (`table: full` or `scored`), and leave out "
+            "answers of one token."
+        )
     errors, longest, row = np.zeros(len(ids), dtype=np.int64), 0, 0
     for group in reader.row_groups(["rejected_offset", "proposed_ids"]):
         rejecting = rows.key_index(row + np.flatnonzero(group["rejected_offset"].to_numpy()))
         errors += np.bincount(rejecting[rejecting >= 0], minlength=len(ids))
         longest = max(longest, pc.max(pc.list_value_length(group["proposed_ids"])).as_py())
         row += group.num_rows
-    _check_length(longest, block_size, str(path))
-    return MinedTable(StoredSteps(rows, errors, block_size - 1), longest)
-
-
-def match_steps(table: pa.Table, trajectories: Sequence[Trajectory], block_size: int) -> MinedTable:
-    """Match a table of VERIFY_STEPS in memory as `load_mined` does."""
-    ids = trajectory_ids(trajectories)
-    table = select_in_order(table, "trajectory_id", ids)
-    bounds = np.searchsorted(index_in(table, "trajectory_id", ids), np.arange(len(ids) + 1))
-    _check_mined(np.diff(bounds), ids, "mined steps")
-    longest = int(pc.max(pc.list_value_length(table["proposed_ids"])).as_py())
-    _check_length(longest, block_size, "mined steps")
-    tables = (table.slice(start, stop - start) for start, stop in itertools.pairwise(bounds.tolist()))
-    return MinedTable([_steps(rows, block_size - 1) for rows in tables], longest)
-
-
-def _check_mined(counts: np.ndarray, ids: pa.Array, where: str) -> None:
-    """Raise DraftsmithError if a trajectory has no step. counts: [N] steps of each trajectory."""
-    if not counts.all():
-        name = ids[int(counts.argmin())].as_py()
-        raise DraftsmithError(
-            f"{where}: trajectory {name} was not mined. Mine all answers (`table: full` or `scored`), and leave out "
-            "answers of one token."
-        )
-
-
-def _check_length(longest: int, block_size: int, where: str) -> None:
-    """Raise DraftsmithError if blocks are longer than the drafter's. longest: proposals of a mined step."""
     if longest > block_size - 1:
         raise DraftsmithError(
-            f"{where}: mined with blocks of {longest + 1} tokens, more than the drafter's {block_size}. Mine again."
+            f"{path}: mined with blocks of {longest + 1} tokens, more than the drafter's {block_size}. Mine again."
         )
+    return MinedTable(StoredSteps(rows, errors, block_size - 1), longest)
 
 
 def _steps(table: pa.Table, proposals: int) -> TrajectorySteps:

@@ -19,15 +19,16 @@ from draftsmith.stages.training.batches import Batch, RankSlice
 from draftsmith.stages.training.blocks import (
     DraftedBlocks,
     DraftingView,
+    HeadSource,
     LossContext,
     LossReport,
+    SoftmaxHeads,
     count_operations,
     draft_blocks,
     encode_batch,
     hidden_on_proposals,
 )
 from draftsmith.stages.training.config import TrainingConfig
-from draftsmith.stages.training.lm_heads import HeadSource, SoftmaxHeads
 from draftsmith.stages.training.loss_config import LossConfig
 from draftsmith.stages.training.opd.anchor_sources import AnchorSource, StepAnchors
 from draftsmith.stages.training.opd.loss import opd_loss, stream_weights

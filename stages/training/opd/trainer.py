@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import pyarrow as pa
 import torch
 
 from draftsmith.artifacts.tables.schemas import VERIFY_STEPS
@@ -20,7 +19,7 @@ from draftsmith.stages.training.batches import step_rng
 from draftsmith.stages.training.blocks import LossReport
 from draftsmith.stages.training.config import OpdConfig
 from draftsmith.stages.training.opd.anchor_sources import AnchorSource, RandomAnchors, SuccessorAnchors, TableAnchors
-from draftsmith.stages.training.opd.mined_table import STEP_COLUMNS, MinedTable, StepKind, load_mined, match_steps
+from draftsmith.stages.training.opd.mined_table import STEP_COLUMNS, MinedTable, StepKind, load_mined
 from draftsmith.stages.training.opd.remining import Remining
 from draftsmith.stages.training.opd.step import OpdStep, StepOptions
 from draftsmith.stages.training.trainer import Trainer, TrainingData, load_answers, mapped_reader
@@ -58,7 +57,7 @@ def _load_mined(
 class MinedData(TrainingData):
     """The answers that a drafter is trained on, with its verify steps there."""
 
-    mined: MinedTable | pa.Table  # a table: of VERIFY_STEPS; of all answers where `OpdConfig.reads_table`
+    mined: MinedTable  # of all answers where `OpdConfig.reads_table`
 
 
 class OpdTraining(Trainer[OpdConfig, MinedData]):
@@ -68,8 +67,8 @@ class OpdTraining(Trainer[OpdConfig, MinedData]):
 
     def _resolve(self) -> None:
         """Raise DraftsmithError if no step of the config's kind was mined."""
-        config, drafter, mined, sampling = self.config, self.drafter, self.data.mined, self.data.sampling
-        self.mined = match_steps(mined, self.trajectories, drafter.block_size) if isinstance(mined, pa.Table) else mined
+        config, drafter, sampling = self.config, self.drafter, self.data.sampling
+        self.mined = self.data.mined
         self.kind: StepKind = "errors" if config.anchors == "errors" else "visited"
         if config.reads_table:
             self.usable = self.mined.trajectories_with(self.kind)

@@ -20,8 +20,7 @@ from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.training.blocks import Anchors, DraftedBlocks, block_labels, tokens_at
-from draftsmith.stages.training.lm_heads import SoftmaxHeads
+from draftsmith.stages.training.blocks import Anchors, DraftedBlocks, SoftmaxHeads, block_labels, tokens_at
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from draftsmith.stages.target.sampling import GREEDY
 from draftsmith.stages.training.batches import Batch, frequent_tokens, step_rng, token_counts
 from draftsmith.stages.training.blocks import (
     Anchors,
+    HeadSource,
     LossContext,
     LossReport,
     count_operations,
@@ -36,7 +37,6 @@ from draftsmith.stages.training.blocks import (
     position_anchors,
 )
 from draftsmith.stages.training.config import SftConfig
-from draftsmith.stages.training.lm_heads import HeadSource
 from draftsmith.stages.training.loss_config import ResponseStream
 from draftsmith.stages.training.response_loss import response_loss
 from draftsmith.stages.training.trainer import Trainer, TrainingData, load_answers

@@ -25,8 +25,7 @@ from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.registry import KINDS, DrafterConfig
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
-from draftsmith.stages.replay.chains import replay_chains
-from draftsmith.stages.replay.stats import replay_sequentially
+from draftsmith.stages.replay.chains import replay_chains, replay_sequentially
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import SamplingParams
 from tests.stages.drafters.edits import edit_tensors
@@ -37,9 +36,9 @@ ROOT = Path(__file__).parents[3]
 MAY_NAME_KINDS = {
     "flows/config/load.py",  # what a section means that leaves its kind out
     "stages/drafters/checkpoint.py",  # and a checkpoint that names the class of its authors' code
-    "stages/drafters/activations.py",  # what a training of each keeps
     "stages/drafters/registry.py",  # the list of them
     "stages/drafters/speculators.py",  # the form that each has in another layout
+    "stages/training/estimate.py",  # what a training of each keeps
     "stages/engines/servers/drafting.py",  # what an engine's own configuration calls each
 }
 TOLERANCE = 3e-5  # float32, the same sums in another order, on values of order one to ten

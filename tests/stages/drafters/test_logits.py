@@ -21,8 +21,8 @@ from draftsmith.stages.drafters.dspark.model import DSparkDrafter
 from draftsmith.stages.drafters.speculators import to_speculators
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.logit_map import LogitMap
+from draftsmith.stages.training.blocks import HeadSource
 from draftsmith.stages.training.config import TrainingConfig
-from draftsmith.stages.training.lm_heads import HeadSource
 from tests.testbed.dflash2 import SIZES
 from tests.testbed.families import write_family
 from tests.testbed.random_target import random_drafter

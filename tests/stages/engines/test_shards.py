@@ -18,7 +18,7 @@ from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.stage import STAGE as MINING
 from draftsmith.stages.replay.stage import MiningConfig
-from draftsmith.stages.replay.stats import AcceptanceStats
+from draftsmith.stages.replay.trace import AcceptanceStats
 from draftsmith.stages.runtime.stage import Shard
 from draftsmith.stages.target.causal_lm import Target
 from tests.testbed import random_target

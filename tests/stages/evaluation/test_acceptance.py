@@ -15,8 +15,7 @@ from draftsmith.stages.evaluation.acceptance import (
     tau_comparisons,
     tau_differences,
 )
-from draftsmith.stages.replay.stats import AcceptanceStats
-from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.replay.trace import AcceptanceStats, Trace
 
 
 def trace(length: int, anchors: list[int], accepted: list[int]) -> Trace:
@@ -25,7 +24,10 @@ def trace(length: int, anchors: list[int], accepted: list[int]) -> Trace:
 
 
 def tallies(**traces: list[Trace]) -> dict[str, AcceptanceStats]:
-    return {name: AcceptanceStats.from_traces(found) for name, found in traces.items()}
+    tallies = {name: AcceptanceStats(len(found)) for name, found in traces.items()}
+    for name, tally in tallies.items():
+        tally.add(range(len(traces[name])), traces[name])
+    return tallies
 
 
 def test_acceptance_table_by_hand() -> None:

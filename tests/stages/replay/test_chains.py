@@ -19,8 +19,13 @@ from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Context, Drafter, PreparedDrafter
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.replay import chains as replay
-from draftsmith.stages.replay.chains import REJECTIONS_TO_SPLIT, ChainState, RejectionRate, replay_chains
-from draftsmith.stages.replay.stats import replay_sequentially
+from draftsmith.stages.replay.chains import (
+    REJECTIONS_TO_SPLIT,
+    ChainState,
+    RejectionRate,
+    replay_chains,
+    replay_sequentially,
+)
 from draftsmith.stages.target.kv_cache import Rows
 
 HEAD = Head(torch.zeros(1, 1))

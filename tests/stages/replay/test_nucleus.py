@@ -16,7 +16,7 @@ from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.sampled import ExpectedCommits, TargetSampler, truncation_warning
-from draftsmith.stages.replay.stats import AcceptanceStats
+from draftsmith.stages.replay.trace import AcceptanceStats
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import SamplingParams
 from tests.testbed.dspark import random_dspark

@@ -27,7 +27,7 @@ from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
-from draftsmith.stages.replay.mined_table import mined_table
+from draftsmith.stages.replay.mined_table import steps_table
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.target import layers as capabilities
@@ -40,11 +40,11 @@ from draftsmith.stages.target.layers import Layers
 from draftsmith.stages.target.logit_map import LogitMap
 from draftsmith.stages.target.sampling import SamplingParams
 from draftsmith.stages.target.self_check import check_agreement
-from draftsmith.stages.training.blocks import LossContext
+from draftsmith.stages.training.blocks import HeadSource, LossContext
 from draftsmith.stages.training.config import OpdConfig, TrainingConfig
-from draftsmith.stages.training.lm_heads import HeadSource
+from draftsmith.stages.training.opd.mined_table import MinedTable
 from draftsmith.stages.training.opd.trainer import MinedData, OpdTraining
-from draftsmith.stages.training.target_signal import TargetSignal
+from draftsmith.stages.training.response_loss import TargetSignal
 from tests.testbed.families import ALTERNATING, FAMILIES, RECURRENT, SHAPE, WINDOW, WORDS, write_family
 from tests.testbed.random_target import VOCAB_SIZE, save
 
@@ -148,7 +148,8 @@ class Case:
     @cached_property
     def mined(self) -> pa.Table:
         """In groups of two texts."""
-        return mined_table(self.target, self.drafter, self.trajectories, ReplayOptions(tokens_per_group=80))
+        replayer = Replayer(self.target, ReplayOptions(tokens_per_group=80))
+        return pa.concat_tables(map(steps_table, replayer.mine(self.drafter, self.trajectories)))
 
     @cached_property
     def trajectories(self) -> list[Trajectory]:
@@ -277,7 +278,7 @@ def test_losses_and_proposals_read_the_familys_own_distribution(case: Case) -> N
 
 def test_opd_takes_a_step_with_the_rejected_stream(case: Case) -> None:
     config = OpdConfig.model_validate({"sequences_per_step": 3, "loss": "paper"})
-    data = MinedData(trajectories=case.trajectories, mined=case.mined)
+    data = MinedData(trajectories=case.trajectories, mined=MinedTable([], BLOCK - 1))
     training = OpdTraining(case.drafter, case.target, data, config)
     (report,) = training.micro_batches(0, None)
     report.loss.backward()

@@ -16,13 +16,14 @@ from draftsmith.stages.training.batches import Batch, FeatureSource, RankSlice
 from draftsmith.stages.training.blocks import (
     Anchors,
     DraftedBlocks,
+    HeadSource,
     LossContext,
+    SoftmaxHeads,
     draft_blocks,
     encode_batch,
     pad_anchors,
 )
 from draftsmith.stages.training.config import TrainingConfig
-from draftsmith.stages.training.lm_heads import HeadSource, SoftmaxHeads
 from draftsmith.stages.training.opd.verify_steps import VerifySteps
 from tests.testbed import random_target
 

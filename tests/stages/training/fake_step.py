@@ -32,9 +32,16 @@ from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
 from draftsmith.stages.target.estimate import ModelSize, Sizes
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.batches import Batch
-from draftsmith.stages.training.blocks import Anchors, LossContext, LossReport, Ratio, WeightedMean, position_anchors
+from draftsmith.stages.training.blocks import (
+    Anchors,
+    HeadSource,
+    LossContext,
+    LossReport,
+    Ratio,
+    WeightedMean,
+    position_anchors,
+)
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
-from draftsmith.stages.training.lm_heads import HeadSource
 from draftsmith.stages.training.loop import Accumulation
 from draftsmith.stages.training.opd.anchor_sources import RandomAnchors, StepAnchors
 from draftsmith.stages.training.opd.step import OpdStep, StepOptions

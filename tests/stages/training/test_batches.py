@@ -21,8 +21,8 @@ from draftsmith.stages.training.batches import (
     token_counts,
     trajectories_of_step,
 )
+from draftsmith.stages.training.blocks import sampled_head
 from draftsmith.stages.training.config import SftConfig, TrainingConfig
-from draftsmith.stages.training.lm_heads import sampled_head
 from draftsmith.stages.training.sft.trainer import SftTraining
 from draftsmith.stages.training.trainer import TrainingData
 from tests.stages.training.case import hidden_of

@@ -10,9 +10,8 @@ from draftsmith.stages.drafters import block_attention
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.training.batches import FeatureSource, step_rng
-from draftsmith.stages.training.blocks import LossContext, LossReport, position_anchors
+from draftsmith.stages.training.blocks import HeadSource, LossContext, LossReport, position_anchors
 from draftsmith.stages.training.config import SftConfig, TrainingConfig
-from draftsmith.stages.training.lm_heads import HeadSource
 from draftsmith.stages.training.sft.trainer import sft_loss
 from tests.stages.kernel_flops import KERNEL_FLOPS
 from tests.testbed import random_target

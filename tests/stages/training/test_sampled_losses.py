@@ -19,16 +19,22 @@ from draftsmith.stages.replay.sampled import TargetSampler
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import SamplingParams
 from draftsmith.stages.training.batches import FeatureSource, step_rng
-from draftsmith.stages.training.blocks import Anchors, LossContext, draft_blocks, encode_batch, position_anchors
+from draftsmith.stages.training.blocks import (
+    Anchors,
+    HeadSource,
+    LossContext,
+    SoftmaxHeads,
+    draft_blocks,
+    encode_batch,
+    position_anchors,
+)
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
-from draftsmith.stages.training.lm_heads import HeadSource, SoftmaxHeads
 from draftsmith.stages.training.loss_config import PositionWeights, ResponseStream
 from draftsmith.stages.training.opd import verify_steps
 from draftsmith.stages.training.opd.trainer import MinedData, OpdTraining
 from draftsmith.stages.training.opd.verify_steps import verify_blocks
-from draftsmith.stages.training.response_loss import head_loss
+from draftsmith.stages.training.response_loss import TargetSignal, head_loss
 from draftsmith.stages.training.sft.trainer import SftTraining
-from draftsmith.stages.training.target_signal import TargetSignal
 from draftsmith.stages.training.trainer import Trainer, TrainingData
 from tests.stages.training.test_micro_batches import mined
 from tests.testbed import random_target

@@ -12,9 +12,8 @@ from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams
-from draftsmith.stages.training.blocks import Anchors, LossReport, draft_blocks, encode_batch
+from draftsmith.stages.training.blocks import Anchors, LossReport, SoftmaxHeads, draft_blocks, encode_batch
 from draftsmith.stages.training.config import SftConfig
-from draftsmith.stages.training.lm_heads import SoftmaxHeads
 from draftsmith.stages.training.loss_config import LossConfig
 from draftsmith.stages.training.opd.loss import opd_loss
 from draftsmith.stages.training.opd.verify_steps import verify_blocks

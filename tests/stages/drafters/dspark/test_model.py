@@ -12,6 +12,7 @@ from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.batches import FeatureSource, step_rng
 from draftsmith.stages.training.blocks import (
     Anchors,
+    HeadSource,
     LossContext,
     LossReport,
     block_labels,
@@ -20,7 +21,6 @@ from draftsmith.stages.training.blocks import (
     position_anchors,
 )
 from draftsmith.stages.training.config import SftConfig, TrainingConfig
-from draftsmith.stages.training.lm_heads import HeadSource
 from draftsmith.stages.training.sft.trainer import sft_loss
 from tests.stages.drafters.dflash import reference
 from tests.testbed import random_target

@@ -13,8 +13,7 @@ from draftsmith.stages.drafters.dspark.model import DSparkDrafter
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.training.blocks import LossReport
-from draftsmith.stages.training.lm_heads import SoftmaxHeads
+from draftsmith.stages.training.blocks import LossReport, SoftmaxHeads
 from draftsmith.stages.training.loss_config import LossConfig, PositionWeights
 from draftsmith.stages.training.opd.loss import opd_loss
 from draftsmith.stages.training.opd.verify_steps import VerifySteps

@@ -12,8 +12,8 @@ import torch
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.lm_head import Head
+from draftsmith.stages.replay.chains import replay_sequentially
 from draftsmith.stages.replay.replayer import score
-from draftsmith.stages.replay.stats import replay_sequentially
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.training.batches import Batch, FeatureSource, step_rng

@@ -10,8 +10,8 @@ import torch
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.training.blocks import SoftmaxHeads
 from draftsmith.stages.training.config import SftConfig
-from draftsmith.stages.training.lm_heads import SoftmaxHeads
 from draftsmith.stages.training.sft.trainer import sft_loss
 from tests.stages.training.case import Case, loss_context
 from tests.stages.training.reference import Slow, assert_equal, slow_sft
