@@ -32,11 +32,6 @@ class CachedChecksum:
     sha256: str
     at: float  # seconds since the epoch, just before it was hashed
 
-    @property
-    def self_checksum(self) -> str:
-        """Return a checksum of this record: if bit rot damages the record, the file must not be reported as damaged."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
-
     def matches(self, stat: os.stat_result) -> bool:
         """Return whether the file is untouched since. Content that was changed and restored counts as touched."""
         hashed = (self.size, self.mtime_ns, self.ctime_ns, self.inode)
@@ -75,11 +70,10 @@ class Checksums:
     def cached(self, path: Path) -> CachedChecksum | None:
         """Return the file's last record, even if the file was touched since; None if there is none."""
         try:
-            stored = json.loads(self._file(path.absolute()).read_bytes())
-            record, checksum = CachedChecksum(**stored["known"]), stored["sum"]
-        except (OSError, ValueError, TypeError, KeyError):
+            record = CachedChecksum(**json.loads(self._file(path.absolute()).read_bytes()))
+        except (OSError, ValueError, TypeError):
             return None
-        return record if checksum == record.self_checksum and record.path == str(path.absolute()) else None
+        return record if record.path == str(path.absolute()) else None
 
     def uncached_bytes(self, paths: Iterable[Path]) -> int:
         """Return the total bytes of the files that would have to be hashed. Raises OSError for a missing file."""
@@ -95,8 +89,7 @@ class Checksums:
         if not self._folder.parent.is_dir():  # reading a file must not create a home
             return
         with suppress(DraftsmithError):  # a read-only home
-            text = json.dumps({"known": asdict(record), "sum": record.self_checksum})
-            write_text(self._file(Path(record.path)), text, durable=False)
+            write_text(self._file(Path(record.path)), json.dumps(asdict(record)), durable=False)
 
     def _file(self, path: Path) -> Path:
         return self._folder / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json"

@@ -135,7 +135,14 @@ class Store:
         """Make an artifact's files (all, or these) available under its path. Here they always are."""
 
     def localize(self, folder: Path) -> Path:
-        """Return the local folder of an artifact that a run, maybe on another host, had in this folder."""
+        """Return where this home has a folder that a run, maybe on another host or before a move, had at this path.
+
+        folder: of an artifact, or in one.
+        """
+        for path in (folder, folder.parent):
+            here = self.path(path.parent.name, path.name)
+            if not folder.exists() and (here / MANIFEST).is_file():
+                return here / folder.relative_to(path)
         return folder
 
     def list(self) -> list[Manifest]:

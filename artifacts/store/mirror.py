@@ -287,7 +287,7 @@ class MirroredStore(Store):
                 ref = manifest.ref(self.path(manifest.stage, manifest.key))
                 self.fetch(ref)
                 return ref.path / folder.relative_to(path)
-        return folder
+        return super().localize(folder)
 
     @contextmanager
     def _fetching(self, ref: ArtifactRef) -> Iterator[None]:

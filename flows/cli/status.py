@@ -277,7 +277,7 @@ def report_of_config(name: str, config: RunOptions, pipeline: Pipeline) -> Path:
             return planned.ref.path / _PAGE
     last = artifact_folders(Tracking(home(), config.experiment), config.name, node).get(node)
     if last is not None:
-        return _page(name, _current_folder(store, Path(last)))
+        return _page(name, store.localize(Path(last)))
     raise DraftsmithError(
         f"{name}: its refresh has no report yet. Run `draftsmith run {name}`, or name a run in MLflow."
     )
@@ -294,7 +294,7 @@ def report_of_text(name: str) -> Path:
         return _page(name, Path(name).expanduser().resolve())
     found = artifact_folders(Tracking(home()), name, "report")
     if "report" in found:
-        return _page(name, _current_folder(store, Path(found["report"])))
+        return _page(name, store.localize(Path(found["report"])))
     try:
         ref = store.resolve(name)
         store.fetch(ref)
@@ -305,12 +305,6 @@ def report_of_text(name: str) -> Path:
         raise DraftsmithError(
             f"{name}: not a config file, a refresh's run in MLflow with a report, or an artifact ({error})"
         ) from error
-
-
-def _current_folder(store: Store, folder: Path) -> Path:
-    """Return the folder of an artifact that a run recorded; if the home was moved, the one of its stage and key."""
-    recorded, current = store.localize(folder), store.path(folder.parent.name, folder.name)
-    return current if current.is_dir() and not recorded.is_dir() else recorded
 
 
 def _page(name: str, folder: Path) -> Path:

@@ -50,14 +50,7 @@ def evaluate(
     start: list[str] | None = None,
     until: list[str] | None = None,
 ) -> Any:
-    """Compare drafters on held-out prompts, without training any.
-
-    Args:
-        config: The drafters and how they are measured.
-        force: Nodes to make again although the store has them.
-        start: Nodes to start from; all nodes that do not follow from them must be in the store.
-        until: Make only these nodes and what they need; nothing is promoted.
-    """
+    """Compare drafters on held-out prompts, without training any; arguments as of `refresh`."""
     return run_graph(config, EVALUATE, force, start, until)
 
 
@@ -68,14 +61,7 @@ def diagnose(
     start: list[str] | None = None,
     until: list[str] | None = None,
 ) -> Any:
-    """Check whether a running server drafts as replay does, and if not, why.
-
-    Args:
-        config: The server, the drafter and the prompts.
-        force: Nodes to make again although the store has them.
-        start: Nodes to start from; all nodes that do not follow from them must be in the store.
-        until: Make only these nodes and what they need; nothing is promoted.
-    """
+    """Check whether a running server drafts as replay does, and if not, why; arguments as of `refresh`."""
     return run_graph(config, DIAGNOSE, force, start, until)
 
 

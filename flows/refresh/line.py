@@ -24,7 +24,6 @@ from draftsmith.artifacts.home import UPLOADED, home
 from draftsmith.artifacts.results.data import LogsSummary
 from draftsmith.artifacts.results.evaluation import EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision
-from draftsmith.artifacts.store.checksums import Checksums
 from draftsmith.artifacts.store.local import REPLACED, Store
 from draftsmith.artifacts.store.manifest import MANIFEST, InputEntry, read_manifest, sha256_file
 from draftsmith.artifacts.store.mirror import open_store
@@ -130,12 +129,16 @@ def find_artifact(version: Version | InputEntry, store: Store) -> Path | None:
 def drafter_checkpoint(version: Version) -> Path:
     """Return the checkpoint of a version's drafter: from the store, or else its upload if there is one.
 
-    Only a version with an upload is checked for damage, since no other has a copy to fall back to.
+    Only a version with an upload is checked for damage, since no other has a copy to fall back to. A plan calls this,
+    so files that were not touched since their last check are not read again.
     """
     store = open_store(home())
     if (folder := find_artifact(version, store)) is not None:
-        if version.uploaded and (damaged := _damaged_file(store, folder)) is not None:
-            log.warning("%s: %s is damaged. Using the uploaded copy.", version, damaged)
+        try:
+            if version.uploaded:
+                store.verify_once(read_manifest(folder).ref(folder), and_elsewhere=False)
+        except DraftsmithError as damage:
+            log.warning("%s: %s Using the uploaded copy.", version, damage)
             return download_upload(version)
         return folder / DRAFTER_FOLDER
     checkpoint = version.path / DRAFTER_FOLDER
@@ -144,24 +147,6 @@ def drafter_checkpoint(version: Version) -> Path:
     if store.manifest_at(version.stage, version.key) is not None:  # in a bucket, or replaced under the same key
         return artifact_folder(version) / DRAFTER_FOLDER
     return download_upload(version)
-
-
-def _damaged_file(store: Store, folder: Path) -> Path | None:
-    """Return a damaged file of an artifact's drafter, None if all are whole.
-
-    Files that were not touched since their last check are not read again, and nothing is fetched from a bucket: a plan
-    calls this.
-    """
-    checksums, manifest = Checksums(home()), read_manifest(folder)
-    for name, entry in store.files_to_verify(manifest.ref(folder), manifest).items():
-        if name.startswith(f"{DRAFTER_FOLDER}/"):
-            try:
-                intact = checksums.sha256(folder / name) == entry.sha256
-            except OSError:
-                intact = False
-            if not intact:
-                return folder / name
-    return None
 
 
 def download_upload(version: Version) -> Path:
@@ -185,9 +170,7 @@ def with_current_champion(line: RegistryConfig) -> RegistryConfig:
     """Return the section with the line's champion and what its refresh read, filled in from the registry."""
     lines = registry()
     version, versions = lines.champion(line.name), lines.versions(line.name)
-    current = RegistryConfig(
-        name=line.name, upload=line.upload, restart=line.restart, approve=line.approve, servers=line.servers
-    )
+    current = RegistryConfig(**line.model_dump(exclude=set(line.filled_in())))
     if version is None:
         if not line.restart:
             _check_starts(line.name, versions)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, find_disk_error, from_os_error
 from draftsmith.artifacts.home import apply_user_umask, home
-from draftsmith.artifacts.store.manifest import MANIFEST, Manifest, read_manifest, remedy
+from draftsmith.artifacts.store.manifest import MANIFEST, read_manifest, remedy
 from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.artifacts.store.retention import artifacts_in_use
 from draftsmith.artifacts.tracking.registry import BY_HAND, PREVIOUS, ROLLED_BACK, Registry, Version
@@ -237,7 +237,7 @@ def _export_speculators(version: Version, source: Path, folder: Path) -> None:
 
     if not (artifact_folder(version) / MANIFEST).is_file():
         raise DraftsmithError(f"{version}: its artifact, which names the target, is not here. Mount the store.")
-    store, made_from = open_store(home()), _manifest(version, artifact_folder(version)).inputs["target"]
+    store, made_from = open_store(home()), read_manifest(artifact_folder(version)).inputs["target"]
     store.localize(store.path(made_from.stage, made_from.key))  # fetches it if the store is a bucket
     if (target := find_artifact(made_from, store)) is None:  # its embedding and head are copied
         raise DraftsmithError(
@@ -273,27 +273,18 @@ def _verify(version: Version, folder: Path) -> None:
             f"{version}: its artifact {folder} is not here. Mount the store that has it; if it was pruned, choose "
             "another version (`registry.upload` copies later ones into MLflow)."
         )
-    ref = _manifest(version, folder).ref(folder)
+    try:
+        ref = read_manifest(folder).ref(folder)
+        if ref.content_id == version.content_id:
+            open_store(home()).verify(ref)
+    except RetryableError:
+        raise
+    except DraftsmithError as error:  # making it again is no remedy: the refresh was another
+        problem = str(error).removesuffix(f". {remedy(version.stage)}")
+        raise DraftsmithError(
+            f"{version}: {problem}. Restore it from a backup, or promote another version (`draftsmith promote`)."
+        ) from error
     if ref.content_id != version.content_id:
         raise DraftsmithError(
             f"{version}: {folder} has other content now (made again with --force). Register it by a refresh."
         )
-    try:
-        open_store(home()).verify(ref)
-    except RetryableError:
-        raise
-    except DraftsmithError as error:  # making it again is no remedy: the refresh was another
-        raise _damaged(version, str(error).removesuffix(f". {remedy(ref.stage)}")) from error
-
-
-def _manifest(version: Version, folder: Path) -> Manifest:
-    try:
-        return read_manifest(folder)
-    except DraftsmithError as error:
-        raise _damaged(version, str(error)) from error
-
-
-def _damaged(version: Version, problem: str) -> DraftsmithError:
-    return DraftsmithError(
-        f"{version}: {problem}. Restore it from a backup, or promote another version (`draftsmith promote`)."
-    )

@@ -1,12 +1,14 @@
-"""Declares stage `champion`: copies the drafter that serves, as the registry names it, into a refresh.
+"""Stage `champion`: copies the drafter that serves, as the registry names it, into a refresh.
 
 Its key is its content alone: the same champion is the same artifact, wherever its files lie. If the target has changed
-since, the drafter is adopted for the new target: the refresh starts from it and has to beat it. The body is
-`champion.py`.
+since, the drafter is adopted for the new target: the refresh starts from it and has to beat it.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +17,10 @@ from pydantic import Field
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.store.mirror import open_store
-from draftsmith.stages.runtime.stage import Config, NotInKey, Stage
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
+from draftsmith.stages.drafters.digest import drafter_digest
+from draftsmith.stages.runtime.stage import Config, NotInKey, Stage, StageContext
+from draftsmith.stages.target.info import model_path, read_target_info
 
 RECORD = "champion.json"
 
@@ -42,4 +47,32 @@ class ChampionConfig(Config):
         return source
 
 
-STAGE = Stage(name="champion", config=ChampionConfig, inputs=("target",), body="draftsmith.stages.drafters.champion")
+def run(ctx: StageContext, config: ChampionConfig) -> None:
+    """Copy the checkpoint, verify its digest, and record the target that it was promoted for."""
+    from draftsmith.stages.drafters import checkpoint  # loads torch, and planning reads this module
+
+    source, folder = config.checkpoint(), ctx.out / DRAFTER_FOLDER
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    if (digest := drafter_digest(folder)) != config.drafter_digest:
+        raise DraftsmithError(
+            f"{config.line} version {config.version}: {source} has changed since it was registered (digest "
+            f"{digest[:12]}, registered {config.drafter_digest[:12]}). Restore it, or promote another version."
+        )
+    checkpoint.check_shape(folder, model_path(ctx.inputs["target"]))
+    info, target = checkpoint.read_info(folder), read_target_info(ctx.inputs["target"])
+    changed = bool(info.target_digest) and info.target_digest != target.digest
+    if changed:
+        ctx.log(f"the target has changed since version {config.version} was promoted: it is adopted for the new one")
+        adopted = dataclasses.replace(
+            info,
+            target_digest=target.digest,
+            target_source=target.source,
+            parents=checkpoint.lineage_from(source),
+            training={"stage": "champion", "trained_for": info.target_digest},
+        )
+        checkpoint.write_info(folder, adopted)
+    record = {"target_changed": changed, "trained_for": info.target_digest, "target": target.digest}
+    (ctx.out / RECORD).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+
+
+STAGE = Stage(name="champion", config=ChampionConfig, inputs=("target",), body="draftsmith.stages.drafters.stage")

@@ -22,7 +22,7 @@ from draftsmith.artifacts.atomic import atomic_path, write_text
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.store.manifest import sha256_file
-from draftsmith.artifacts.store.mirror import Store, open_store
+from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.artifacts.tables.parquet import GROUP_BYTES, has_current_version, table_errors
 from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 from draftsmith.stages.data.held_out import token_digest
@@ -55,16 +55,11 @@ def is_available(config: EarlierConfig) -> bool:
 
     Raises RetryableError if the bucket does not answer.
     """
-    store, folder = open_store(home()), Path(config.folder)
-    if any((path / TABLE).is_file() for path in (folder, folder_in_home(store, folder))):
+    folder = Path(config.folder)
+    if (folder / TABLE).is_file():
         return True
-    manifest = store.manifest_at(folder.parent.name, folder.name)
+    manifest = open_store(home()).manifest_at(folder.parent.name, folder.name)
     return manifest is not None and TABLE in manifest.files
-
-
-def folder_in_home(store: Store, folder: Path) -> Path:
-    """Return where this home has the artifact if it is a copy of the folder's home, or that home after a move."""
-    return store.root / folder.parent.name / folder.name
 
 
 def run(ctx: StageContext, config: EarlierConfig) -> None:
@@ -72,10 +67,9 @@ def run(ctx: StageContext, config: EarlierConfig) -> None:
 
     Raises DraftsmithError if the table is missing or has changed.
     """
-    store, folder = open_store(home()), Path(config.folder)
-    source = store.localize(folder) / TABLE
-    if not source.is_file():
-        source = folder_in_home(store, folder) / TABLE  # its checksum decides whether it is the right one
+    source = (
+        open_store(home()).localize(Path(config.folder)) / TABLE
+    )  # its checksum decides whether it is the right one
     remedy = "Restore it, or set logs.replay_share and logs.lateness_hours to 0."
     if not source.is_file():
         raise DraftsmithError(f"{source}, with the answers of the champion's refresh, does not exist. {remedy}")
