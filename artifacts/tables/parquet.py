@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeAlias
+from typing import ClassVar, Self, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -286,6 +287,48 @@ class TableShards:
 
     def _path(self, name: str, number: int) -> Path:
         return self.folder / name / f"shard-{number:05d}.parquet"
+
+
+class BufferedShards(TableShards):
+    """Shards of few large files: added rows wait in memory. Use it in a `with` statement, whose end writes the rest."""
+
+    LONGEST_WAIT_S: ClassVar[float] = 30.0  # a kill loses no more
+
+    def __init__(
+        self, folder: Path, schemas: Mapping[str, TableSchema], group_bytes: int = GROUP_BYTES, *, most: int
+    ) -> None:
+        """Find the complete shards in a folder. most: size of the additions that wait."""
+        super().__init__(folder, schemas, group_bytes)
+        self._most, self._size, self._since = most, 0, 0.0
+        self._waiting: list[Mapping[str, Rows]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.flush()
+
+    def add(self, rows: Mapping[str, Rows], size: int) -> None:
+        """Add rows of each table, which are on disk once much waits, or after a while. size: in the unit of `most`."""
+        if not self._waiting:
+            self._since = time.monotonic()
+        self._waiting.append(rows)
+        self._size += size
+        if self._size >= self._most or time.monotonic() - self._since >= self.LONGEST_WAIT_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write everything that was added."""
+        if self._waiting:
+            self.append({name: _joined([rows[name] for rows in self._waiting]) for name in self.schemas})
+        self._waiting, self._size = [], 0
+
+
+def _joined(parts: list[Rows]) -> Rows:
+    tables = [part for part in parts if isinstance(part, pa.Table)]
+    return pa.concat_tables(tables) if tables else [row for part in parts for row in part]
 
 
 def shard_paths(folder: Path) -> list[Path]:

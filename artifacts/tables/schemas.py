@@ -127,6 +127,22 @@ EVALUATED = _table(  # one row per replayed answer, beside the shards of mined s
     outside_nucleus=pa.int64(),  # tokens that top_k and top_p exclude; 0 for greedy proposals
 )
 
+REPLAYED = _table(  # traces of an unfinished replay, a row for each trajectory and drafter
+    "replayed",
+    1,
+    nullable=("expected",),
+    index=pa.int64(),  # of the trajectory in the set
+    drafter=pa.string(),
+    length=pa.int64(),
+    proposals=pa.int64(),  # of a block
+    evaluated_blocks=pa.int64(),
+    outside_nucleus=pa.int64(),
+    anchors=_IDS,
+    accepted=_IDS,
+    proposed=_IDS,  # of all steps
+    expected=pa.list_(pa.float64()),
+)
+
 REQUESTS = _table(  # one row per request of an evaluation
     "requests",
     3,

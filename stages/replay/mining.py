@@ -140,7 +140,7 @@ def mine_shard(
             suffixes=config.table == "scored",
             finished=lambda indices: bool(finished[indices].all()),
         ):
-            shards.add(group)
+            shards.add_group(group)
             done += len(group.trajectories)
             ctx.progress(done, total, "trajectories")
             ctx.check_interrupted()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +10,8 @@ from typing import Any, Protocol, TypeAlias, TypedDict, TypeVar, Unpack
 import numpy as np
 import torch
 
-from draftsmith.artifacts.atomic import atomic_path
+from draftsmith.artifacts.tables.parquet import BufferedShards, read_table, shard_paths
+from draftsmith.artifacts.tables.schemas import REPLAYED
 from draftsmith.stages.data.trajectories import Trajectory, group_by_length, pad_tokens, trajectory_lengths
 from draftsmith.stages.drafters.base import Drafter, PreparedDrafter
 from draftsmith.stages.replay.chains import replay_chains
@@ -137,17 +136,16 @@ class Replayer:
                 traces[name] = _with_outside(self._replay(drafter, features, group, hidden), outside)
             return [dict(zip(traces, row, strict=True)) for row in zip(*traces.values(), strict=True)]
 
-        names, finished = list(drafters), np.zeros(len(trajectories), dtype=bool)
+        finished = np.zeros(len(trajectories), dtype=bool)
 
         def unfinished(indices: list[int], by_drafter: list[dict[str, Trace]]) -> GroupTraces:
             new = [row for row, index in enumerate(indices) if not finished[index]]
             finished[indices] = True
             return [indices[row] for row in new], [by_drafter[row] for row in new]
 
-        own_cache = TraceCache(cache, names) if cache is not None else None
-        caches = [*([own_cache] if own_cache is not None else []), *(TraceCache(folder, names) for folder in shards)]
-        for each in caches:
-            for indices, by_drafter in each.read():
+        own_cache = TraceCache(cache) if cache is not None else None  # renames what is damaged
+        for folder in [*([cache] if cache is not None else []), *shards]:
+            for indices, by_drafter in stored_traces(folder):
                 yield unfinished(indices, by_drafter)
         total = count_in(trajectories, options.tokens_per_group, options.shard)
         try:
@@ -371,81 +369,54 @@ def _with_outside(traces: Sequence[Trace], outside: Sequence[int]) -> list[Trace
     return [replace(trace, outside_nucleus=count) for trace, count in zip(traces, outside, strict=True)]
 
 
-WRITTEN_EVERY_S = 30.0
-_STEPS = ("anchors", "accepted", "proposed")  # arrays of a row a step; "expected" too, in all traces or none
-_NUMBERS = ("length", "evaluated_blocks", "outside_nucleus")  # one per trace
+_WAITING = 1 << 12  # trajectories
 
 
 class TraceCache:
-    """Stores the traces of some drafters on disk while a replay runs, so that an interrupted one goes on from there.
+    """Stores the traces of a replay on disk while it runs, so that an interrupted one goes on from there.
 
-    A file holds what the last half minute replayed: a kill loses no more, and many short groups make few files. The
-    folder is of this replay alone.
+    The folder is of this replay alone.
     """
 
-    def __init__(self, folder: Path, drafters: Iterable[str]):
-        self.folder, self.drafters = folder, list(drafters)
-        self._waiting: dict[int, dict[str, Trace]] = {}
-        self._written = time.monotonic()
-        self._files = sorted(folder.glob("traces-*.npz"))
-        self._next = int(self._files[-1].stem.removeprefix("traces-")) + 1 if self._files else 0
-
-    def read(self) -> Iterator[GroupTraces]:
-        """Yield the traces of an earlier run, a file at a time."""
-        for path in self._files:
-            traces = _read(path, self.drafters)
-            yield list(traces), list(traces.values())
+    def __init__(self, folder: Path):
+        self._shards = BufferedShards(folder, {"traces": REPLAYED}, most=_WAITING)
+        self.flush = self._shards.flush
 
     def add(self, indices: Sequence[int], traces: Sequence[dict[str, Trace]]) -> None:
         """Add a group's traces, by drafter for each trajectory. They are on disk after a while, or with `flush`."""
-        self._waiting |= dict(zip(indices, traces, strict=True))
-        if time.monotonic() - self._written >= WRITTEN_EVERY_S:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write everything that was added."""
-        if self._waiting:
-            with atomic_path(self.folder / f"traces-{self._next:05d}.npz") as tmp, tmp.open("wb") as file:
-                np.savez(file, **_arrays(self._waiting, self.drafters))  # type: ignore[arg-type]
-            self._next += 1
-            self._waiting = {}
-        self._written = time.monotonic()
-
-
-def _arrays(traces: Mapping[int, Mapping[str, Trace]], drafters: Sequence[str]) -> dict[str, np.ndarray]:
-    arrays = {"places": np.array(list(traces)), "drafters": np.array(drafters)}
-    for d, name in enumerate(drafters):
-        of_drafter = [each[name] for each in traces.values()]
-        arrays[f"{d}.steps"] = np.array([len(trace.anchors) for trace in of_drafter])
-        for field in _NUMBERS:
-            arrays[f"{d}.{field}"] = np.array([getattr(trace, field) for trace in of_drafter])
-        for field in _STEPS:
-            arrays[f"{d}.{field}"] = np.concatenate([getattr(trace, field) for trace in of_drafter])
-        expected = [trace.expected for trace in of_drafter if trace.expected is not None]
-        if expected:
-            arrays[f"{d}.expected"] = np.concatenate(expected)
-    return arrays
+        rows = [
+            {
+                "index": index,
+                "drafter": name,
+                "length": trace.length,
+                "proposals": trace.proposed.shape[1],
+                "evaluated_blocks": trace.evaluated_blocks,
+                "outside_nucleus": trace.outside_nucleus,
+                "anchors": trace.anchors,
+                "accepted": trace.accepted,
+                "proposed": trace.proposed.ravel(),
+                "expected": trace.expected,
+            }
+            for index, by_drafter in zip(indices, traces, strict=True)
+            for name, trace in by_drafter.items()
+        ]
+        self._shards.add({"traces": rows}, len(indices))
 
 
-def _read(path: Path, drafters: Sequence[str]) -> dict[int, dict[str, Trace]]:
-    """Read one file. A damaged one (zip has checksums) and one of other drafters are empty: replay makes them again."""
-    try:
-        with np.load(path) as arrays:
-            if arrays["drafters"].tolist() != list(drafters):
-                return {}
-            traces: dict[int, dict[str, Trace]] = {int(index): {} for index in arrays["places"]}
-            for d, name in enumerate(drafters):
-                ends = np.cumsum(arrays[f"{d}.steps"])[:-1]
-                columns = {
-                    field: np.split(arrays[f"{d}.{field}"], ends)
-                    for field in (*_STEPS, "expected")
-                    if f"{d}.{field}" in arrays
-                }
-                numbers = {field: arrays[f"{d}.{field}"] for field in _NUMBERS}
-                for row, index in enumerate(traces):
-                    steps: dict[str, Any] = {field: values[row] for field, values in columns.items()}
-                    steps |= {field: int(values[row]) for field, values in numbers.items()}
-                    traces[index][name] = Trace(**steps)
-            return traces
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return {}
+def stored_traces(folder: Path) -> Iterator[GroupTraces]:
+    """Yield the traces in the folder of a `TraceCache`, a file at a time."""
+    for path in shard_paths(folder / "traces"):
+        traces: dict[int, dict[str, Trace]] = {}
+        table = read_table(path, REPLAYED)
+        for index, drafter, length, proposals, blocks, outside, *steps, expected in zip(*table.columns, strict=True):
+            anchors, accepted, proposed = (each.values.to_numpy().astype(np.int64) for each in steps)
+            traces.setdefault(index.as_py(), {})[drafter.as_py()] = Trace(
+                length.as_py(),
+                anchors,
+                accepted,
+                proposed.reshape(-1, proposals.as_py()),
+                blocks.as_py(),
+                expected.values.to_numpy() if expected.is_valid else None,
+                outside.as_py(),
+            )
+        yield list(traces), list(traces.values())

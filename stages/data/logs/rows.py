@@ -7,17 +7,15 @@ if tokenising it again gives the same text and the same boundary between prompt 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeAlias, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
 import pyarrow.parquet as pq
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.tables.parquet import TableShards
+from draftsmith.artifacts.tables.parquet import BufferedShards
 from draftsmith.artifacts.tables.schemas import TOKENISED
 from draftsmith.stages.data.chat_template import PromptCandidate, text_after_answer, token_ids
 from draftsmith.stages.data.logs.stage import LogsConfig
@@ -46,8 +44,7 @@ _TOKEN_FIELDS = (PROMPT_IDS, "completion_token_ids")
 _PENALTIES = {"frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1}
 _GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")  # SGLang's own forms of a response_format
 _ALL_TOKENS = 1 << 20  # a top_k that truncates nothing; for none, engines write -1, 0 or some large number
-_FLUSH_EVERY_S = 30.0
-_FLUSH_TOKENS = 1 << 20  # about 40 MB of Python objects
+_WAITING_TOKENS = 1 << 20  # about 40 MB of Python objects
 _BATCH = 128  # cached rows that are read together
 
 Tokens: TypeAlias = tuple[list[int], list[int], str]  # ids of the prompt, ids of the answer, why the row is not used
@@ -167,28 +164,17 @@ class _CachedTokens(TypedDict):
     reason: str
 
 
-class TokenCache:
+class TokenCache(BufferedShards):
     """Token ids of a log's texts on disk until the stage ends: after an interruption they are not tokenised again.
 
-    Rows come in the same order in every attempt, so cached rows are read back in that order. A killed process loses the
-    work of its last half minute.
+    Rows come in the same order in every attempt, so cached rows are read back in that order.
     """
 
     def __init__(self, folder: Path):
-        self._shards = TableShards(folder, {"texts": TOKENISED})
-        self._cached = _cached_rows(self._shards.paths("texts"))
+        super().__init__(folder, {"texts": TOKENISED}, most=_WAITING_TOKENS)
+        self._cached = _cached_rows(self.paths("texts"))
         self._next = next(self._cached, None)
-        self._waiting: list[_CachedTokens] = []
-        self._tokens, self._written = 0, time.monotonic()
         self.hits = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._flush()
 
     def get(self, key: str, make: Callable[[], Tokens]) -> Tokens:
         """Return the cached tokens of a text, else what `make` returns. key: identifies the text."""
@@ -199,16 +185,9 @@ class TokenCache:
             self.hits += 1
             return cached["prompt_ids"], cached["response_ids"], cached["reason"]
         prompt_ids, response_ids, reason = tokens = make()
-        self._waiting.append(_CachedTokens(key=key, prompt_ids=prompt_ids, response_ids=response_ids, reason=reason))
-        self._tokens += len(prompt_ids) + len(response_ids)
-        if self._tokens >= _FLUSH_TOKENS or time.monotonic() - self._written >= _FLUSH_EVERY_S:
-            self._flush()
+        row = _CachedTokens(key=key, prompt_ids=prompt_ids, response_ids=response_ids, reason=reason)
+        self.add({"texts": [row]}, len(prompt_ids) + len(response_ids))
         return tokens
-
-    def _flush(self) -> None:
-        if self._waiting:
-            self._shards.append({"texts": self._waiting})
-        self._waiting, self._tokens, self._written = [], 0, time.monotonic()
 
 
 def _cached_rows(paths: list[Path]) -> Iterator[_CachedTokens]:
