@@ -20,7 +20,6 @@ from draftsmith.stages.training.blocks import LossReport
 from draftsmith.stages.training.config import OpdConfig
 from draftsmith.stages.training.opd.anchor_sources import AnchorSource, RandomAnchors, SuccessorAnchors, TableAnchors
 from draftsmith.stages.training.opd.mined_table import STEP_COLUMNS, MinedTable, StepKind, load_mined
-from draftsmith.stages.training.opd.remining import Remining
 from draftsmith.stages.training.opd.step import OpdStep, StepOptions
 from draftsmith.stages.training.trainer import Trainer, TrainingData, load_answers, mapped_reader
 
@@ -105,11 +104,10 @@ class OpdTraining(Trainer[OpdConfig, MinedData]):
 
 
 def anchor_source(config: OpdConfig, mined: MinedTable, drafter: Drafter, *, scored: bool) -> AnchorSource:
-    """Return the source of anchors that a config asks for. scored: as of `Remining`."""
+    """Return the source of anchors that a config asks for. scored: as of `TableAnchors`."""
     count = config.anchors_per_sequence
     if config.anchors == "random":
         return RandomAnchors(count)
     if config.anchors == "successors":
         return SuccessorAnchors(drafter, mined.proposals, count)
-    remining = Remining(mined, drafter, every=config.oldest_trace, scored=scored)
-    return TableAnchors(remining, config.anchors, count)
+    return TableAnchors(mined, drafter, config.anchors, count, every=config.oldest_trace, scored=scored)

@@ -23,6 +23,7 @@ from draftsmith.stages.target.estimate import AnswerCounts, StageUse
 from draftsmith.stages.training.config import OpdConfig
 from draftsmith.stages.training.loop import Accumulation
 from draftsmith.stages.training.micro_batches import loaded_sizes
+from draftsmith.stages.training.opd.anchor_sources import TableAnchors
 from draftsmith.stages.training.opd.mined_table import MinedTable
 from draftsmith.stages.training.opd.trainer import MinedData, OpdTraining
 from tests.benchmarks.sft_step import invented_steps
@@ -84,8 +85,8 @@ def counted(training: Training, target: Target, step: int) -> Work:
 
 def mined_steps(training: OpdTraining) -> float:
     """Return the verify steps of all answers under the drafter's weights, as the step has mined them."""
-    remining = training.memory.remining  # type: ignore[attr-defined]
-    return float(sum(len(remining.steps(i).anchors) for i in range(SMALL.answers)))
+    assert isinstance(training.memory, TableAnchors)
+    return float(sum(len(training.memory.steps(i).anchors) for i in range(SMALL.answers)))
 
 
 @pytest.mark.parametrize("kind", ["SFT", "OPD", "OPD, mined again"])

@@ -19,8 +19,8 @@ from draftsmith.stages.training.config import TrainingConfig
 from draftsmith.stages.training.loss_config import LossConfig
 from draftsmith.stages.training.opd import step as opd_step
 from draftsmith.stages.training.opd import verify_steps
+from draftsmith.stages.training.opd.anchor_sources import TableAnchors
 from draftsmith.stages.training.opd.mined_table import MinedTable, sample_steps
-from draftsmith.stages.training.opd.remining import Remining
 from draftsmith.stages.training.opd.verify_steps import UnscoredSteps, score_steps, verify_blocks
 from tests.stages.bench import Bench
 from tests.stages.kernel_flops import KERNEL_FLOPS
@@ -127,7 +127,7 @@ def test_an_empty_memory_survives_a_checkpoint(world: World) -> None:
 def test_fresh_steps_fit_a_smaller_served_block(world: World) -> None:
     """A table that was mined with a smaller block is mined again with that block, padded to the trained one."""
     table = MinedTable(world.table.steps, 3)
-    remining = Remining(table, world.moved, every=1, scored=True)
+    remining = TableAnchors(table, world.moved, "visited", 1, every=1, scored=True)
     remining.refresh(1, [0], world.view([0]))
     fresh, trace = remining.steps(0), world.traces(world.moved, 4)[0]
     np.testing.assert_array_equal(fresh.accepted, trace.accepted)

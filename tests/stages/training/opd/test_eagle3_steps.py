@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from draftsmith.stages.training.blocks import draft_blocks, encode_batch, hidden_on_proposals
-from draftsmith.stages.training.opd.anchor_sources import RandomAnchors
+from draftsmith.stages.training.opd.anchor_sources import RandomAnchors, TableAnchors
 from draftsmith.stages.training.opd.loss import opd_loss
 from draftsmith.stages.training.opd.mined_table import sample_steps
-from draftsmith.stages.training.opd.remining import Remining
 from draftsmith.stages.training.opd.step import OpdStep
 from draftsmith.stages.training.opd.verify_steps import verify_blocks
 from tests.stages.bench import Bench
@@ -85,7 +84,7 @@ def test_a_step_has_the_loss_of_the_chains_that_mining_finds(world: World) -> No
         def sample(self, *arguments: Any) -> Any:
             return replace(super().sample(*arguments), anchors=anchors)
 
-    remining = Remining(fresh, drafter, every=0, scored=True)
+    remining = TableAnchors(fresh, drafter, "errors", many, every=0, scored=True)
     mined = world.source("errors", many, remining)
     for source in (FixedAnchors(many), mined):
         report = loss_of(world.step(source, objective), batch)

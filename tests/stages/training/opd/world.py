@@ -22,7 +22,6 @@ from draftsmith.stages.training.config import TrainingConfig
 from draftsmith.stages.training.loss_config import LossConfig
 from draftsmith.stages.training.opd.anchor_sources import AnchorSource, RandomAnchors, SuccessorAnchors, TableAnchors
 from draftsmith.stages.training.opd.mined_table import MinedTable, TrajectorySteps
-from draftsmith.stages.training.opd.remining import Remining
 from draftsmith.stages.training.opd.step import OpdStep, StepOptions
 from draftsmith.stages.training.opd.verify_steps import UnscoredSteps, VerifySteps, score_steps
 from tests.stages.bench import Bench
@@ -83,14 +82,14 @@ class World:
         batch, drafter = self.features.batch(indices), drafter or self.moved
         return DraftingView(batch, encode_batch(drafter, batch), self.head_of(drafter))
 
-    def remining(self, every: int = 10, *, scored: bool = False, drafter: Drafter | None = None) -> Remining:
-        return Remining(self.table, drafter or self.moved, every=every, scored=scored)
+    def remining(self, every: int = 10, *, scored: bool = False, drafter: Drafter | None = None) -> TableAnchors:
+        return TableAnchors(self.table, drafter or self.moved, "visited", PER_SEQUENCE, every=every, scored=scored)
 
     def source(
         self,
         kind: str,
         per_sequence: int = PER_SEQUENCE,
-        remining: Remining | None = None,
+        remining: TableAnchors | None = None,
     ) -> AnchorSource:
         """Return a source. remining: for a kind that reads the table; left out: one that never mines again."""
         if kind == "successors":
@@ -98,7 +97,8 @@ class World:
         if kind == "random":
             return RandomAnchors(per_sequence)
         remining = remining or self.remining(every=0, scored=True)
-        return TableAnchors(remining, "errors" if kind == "errors" else "visited", per_sequence)
+        remining.kind, remining.per_sequence = "errors" if kind == "errors" else "visited", per_sequence
+        return remining
 
     def objective(self, value: Any) -> LossConfig:
         """Resolve a loss for greedy verification."""
