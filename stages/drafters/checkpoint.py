@@ -121,7 +121,7 @@ def skeleton_of(folder: Path) -> Drafter:
 def _skeleton(architecture: Architecture, config: Any, where: str) -> Drafter:
     try:
         with torch.device("meta"):
-            skeleton: Drafter = architecture.skeleton(config)
+            skeleton: Drafter = architecture.MODEL(config, torch.empty(0))
     except Exception as error:  # torch and transformers raise all kinds of errors for impossible sizes or angles
         raise DraftsmithError(
             f"drafter {where}: no model can be created from it ({type(error).__name__}: {one_line(error, 200)}). "
@@ -163,7 +163,9 @@ def create_drafter(shape: DrafterConfig, target: Target, seed: int, frequent: to
     architecture = ARCHITECTURES[shape.kind]
     config = architecture.new_config(shape, target.config, lambda: target.tokenizer)
     architecture.check_fits(config, target.config, "sft.drafter")
-    return _with_target_scales(target, architecture.create(config, target, seed, frequent))
+    drafter = architecture.create(config, target, frequent)
+    drafter.initialise(torch.Generator().manual_seed(seed), target.head_weight)
+    return _with_target_scales(target, drafter.to(target.device))
 
 
 def _with_target_scales(target: Target, drafter: Drafter) -> Drafter:

@@ -36,7 +36,7 @@ def random_dspark(
     )
     config = checkpoint.new_config(shape, target.model.config, lambda: target.tokenizer)
     config.sample_from_anchor, config.confidence_head_with_markov = from_anchor, confidence_reads_token
-    drafter = checkpoint.create(config, target, seed)
+    drafter = checkpoint.create(config, target)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for name, parameter in drafter.named_parameters():

@@ -20,6 +20,7 @@ from draftsmith.stages.target.model_sizes import is_size
 AnyDFlash = TypeVar("AnyDFlash", bound=DFlashDrafter)
 
 ARCHITECTURE = "DFlashDraftModel"
+MODEL = DFlashDrafter
 # Fields that SGLang's DFlash reads and that are not computed here, with the value that changes nothing
 # (srt/models/dflash.py, srt/speculative/dflash_utils.py; 0.5.20 and 0.5.23).
 _COMPUTED = {"has_embed_tokens": False, "attention_sink_bias": False}
@@ -95,16 +96,9 @@ def _windows(shape: DFlashConfig) -> RawConfig:
     return {"use_sliding_window": True, "sliding_window": shape.sliding_window, "layer_types": list(types)}
 
 
-def create(config: Qwen3Config, target: Target, seed: int, frequent: torch.Tensor | None = None) -> DFlashDrafter:  # noqa: ARG001
-    """Create a drafter with seeded random weights for this target, float32."""
-    drafter = DFlashDrafter(config, target.embedding)
-    drafter.initialise(torch.Generator().manual_seed(seed), target.head_weight)
-    return drafter.to(target.device)
-
-
-def skeleton(config: Qwen3Config) -> DFlashDrafter:
-    """Create the model without an embedding, to count parameters."""
-    return DFlashDrafter(config, torch.empty(0))
+def create(config: Qwen3Config, target: Target, frequent: torch.Tensor | None = None) -> DFlashDrafter:  # noqa: ARG001
+    """Create a drafter for this target whose weights are not initialised."""
+    return DFlashDrafter(config, target.embedding)
 
 
 def target_layer_ids(config: Qwen3Config) -> list[int]:

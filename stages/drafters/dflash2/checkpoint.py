@@ -19,6 +19,7 @@ from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
 from draftsmith.stages.target.causal_lm import Target
 
 ARCHITECTURE = "DFlash2DraftModel"
+MODEL = DFlash2Drafter
 UPGRADES = "dflash"  # the kind whose weights it can start from
 # Of `dflash_config`:
 _SIZES = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
@@ -82,16 +83,9 @@ def _check_sizes(where: str, config: Qwen3Config) -> None:
         )
 
 
-def create(config: Qwen3Config, target: Target, seed: int, frequent: torch.Tensor | None = None) -> DFlash2Drafter:  # noqa: ARG001
-    """Create a drafter with seeded random weights for this target, float32."""
-    drafter = DFlash2Drafter(_with_logits_of(target, config), target.embedding)
-    drafter.initialise(torch.Generator().manual_seed(seed), target.head_weight)
-    return drafter.to(target.device)
-
-
-def skeleton(config: Qwen3Config) -> DFlash2Drafter:
-    """Create the model without an embedding, to count parameters."""
-    return DFlash2Drafter(config, torch.empty(0))
+def create(config: Qwen3Config, target: Target, frequent: torch.Tensor | None = None) -> DFlash2Drafter:  # noqa: ARG001
+    """Create a drafter for this target whose weights are not initialised."""
+    return DFlash2Drafter(_with_logits_of(target, config), target.embedding)
 
 
 def description(config: Qwen3Config, tokenizer: Callable[[], Any]) -> str:

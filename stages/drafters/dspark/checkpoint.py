@@ -23,6 +23,7 @@ from draftsmith.stages.drafters.spec import RawConfig
 from draftsmith.stages.target.causal_lm import Target
 
 ARCHITECTURE = "Qwen3DSparkModel"
+MODEL = DSparkDrafter
 UPGRADES = "dflash"  # the kind whose weights it can start from
 OTHER_NAMES = ("DSparkDraftModel", "LingDSparkModel")  # of the same model
 target_layer_ids = dflash.target_layer_ids
@@ -66,11 +67,9 @@ def check_fits(drafter: Qwen3Config, target: Any, where: str) -> None:
         )
 
 
-def create(config: Qwen3Config, target: Target, seed: int, frequent: torch.Tensor | None = None) -> DSparkDrafter:  # noqa: ARG001
-    """Create a drafter with seeded random weights for this target, float32."""
-    drafter = DSparkDrafter(config, target.embedding)
-    drafter.initialise(torch.Generator().manual_seed(seed), target.head_weight)
-    return drafter.to(target.device)
+def create(config: Qwen3Config, target: Target, frequent: torch.Tensor | None = None) -> DSparkDrafter:  # noqa: ARG001
+    """Create a drafter for this target whose weights are not initialised."""
+    return DSparkDrafter(config, target.embedding)
 
 
 def upgrade_drafter(drafter: DFlashDrafter, shape: DSparkConfig, target: Target, seed: int) -> DSparkDrafter:
@@ -92,11 +91,6 @@ def _cast(drafter: DSparkDrafter, dtype: torch.dtype) -> None:
     checkpoint_format.cast(drafter, dtype)
     if drafter.confidence_head is not None:
         drafter.confidence_head.float()
-
-
-def skeleton(config: Qwen3Config) -> DSparkDrafter:
-    """Create the model without an embedding, to count parameters."""
-    return DSparkDrafter(config, torch.empty(0))
 
 
 def description(config: Qwen3Config, tokenizer: Callable[[], Any]) -> str:

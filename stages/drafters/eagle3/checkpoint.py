@@ -18,6 +18,7 @@ from draftsmith.stages.drafters.spec import RawConfig
 from draftsmith.stages.target.causal_lm import Target
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
+MODEL = Eagle3Drafter
 FEATURES = 3  # low, middle, high
 # Chains of 7, the depth of the paper's training-time test, if a checkpoint does not state how far it drafts.
 DEFAULT_BLOCK_SIZE = 8
@@ -78,8 +79,8 @@ def _with_heads_that_divide(fields: RawConfig) -> RawConfig:
     }
 
 
-def create(config: LlamaConfig, target: Target, seed: int, frequent: torch.Tensor | None = None) -> Eagle3Drafter:
-    """Create a drafter with seeded random weights, float32.
+def create(config: LlamaConfig, target: Target, frequent: torch.Tensor | None = None) -> Eagle3Drafter:
+    """Create a drafter whose weights are not initialised.
 
     frequent: [V] token ids, most frequent first; it can propose the first `draft_vocab_size` of them.
     """
@@ -89,14 +90,7 @@ def create(config: LlamaConfig, target: Target, seed: int, frequent: torch.Tenso
             "sft.drafter.draft_vocab_size: needs the frequencies of the target's tokens. Leave it out."
         )
     chosen = torch.arange(size) if frequent is None else frequent[:size].cpu().sort().values
-    drafter = Eagle3Drafter(config, target.embedding, chosen)
-    drafter.initialise(torch.Generator().manual_seed(seed), target.head_weight)
-    return drafter.to(target.device)
-
-
-def skeleton(config: LlamaConfig) -> Eagle3Drafter:
-    """Create the model without an embedding, to count parameters."""
-    return Eagle3Drafter(config, torch.empty(0), torch.empty(0))
+    return Eagle3Drafter(config, target.embedding, chosen)
 
 
 def target_layer_ids(config: LlamaConfig) -> list[int]:
@@ -233,7 +227,7 @@ def load(folder: Path, target: Target, dtype: torch.dtype) -> Eagle3Drafter:
     if size == vocab:  # checkpoints over the whole vocabulary may leave the maps out
         tensors.setdefault("d2t", torch.zeros(size, dtype=torch.int64))
         tensors.setdefault("t2d", torch.ones(vocab, dtype=torch.bool))
-    drafter = Eagle3Drafter(config, target.embedding, torch.arange(size))
+    drafter = Eagle3Drafter(config, target.embedding)
     expected = {name: tuple(p.shape) for name, p in drafter.named_parameters()}
     checkpoint_format.check_tensors(folder, tensors, expected | {"d2t": (size,), "t2d": (vocab,)}, "EAGLE-3's layout")
     drafter.draft_tokens = _draft_tokens(folder, tensors.pop("d2t"), tensors.pop("t2d"))

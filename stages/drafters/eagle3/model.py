@@ -150,11 +150,11 @@ class Eagle3Drafter(Drafter):
     autoregressive, has_own_head = True, True
     layer_names = ("fc", "midlayer")
 
-    def __init__(self, config: LlamaConfig, embedding: torch.Tensor, draft_tokens: torch.Tensor):
+    def __init__(self, config: LlamaConfig, embedding: torch.Tensor, draft_tokens: torch.Tensor | None = None):
         """Create the model.
 
         config: Llama fields plus `block_size`, `draft_vocab_size` and `eagle_config`.
-        embedding: [V, H]. draft_tokens: [draft_vocab_size] sorted ids of the target's vocabulary.
+        embedding: [V, H]. draft_tokens: [draft_vocab_size] sorted ids of the target's vocabulary; left out: the first.
         """
         super().__init__()
         self.config = config
@@ -164,7 +164,8 @@ class Eagle3Drafter(Drafter):
         self.info = DrafterInfo()
         self._embedding = (embedding,)  # in a tuple: neither a parameter nor a buffer of this module
         self.draft_tokens: torch.Tensor
-        self.register_buffer("draft_tokens", draft_tokens, persistent=False)
+        first = torch.arange(config.draft_vocab_size) if draft_tokens is None else draft_tokens
+        self.register_buffer("draft_tokens", first, persistent=False)
         self.fc = nn.Linear(len(self.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
         self.midlayer = EagleLayer(config)
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
