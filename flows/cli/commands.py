@@ -235,35 +235,11 @@ def _is_file(path: Path) -> bool:
     return path.suffix in (".yaml", ".yml") or path.is_file()
 
 
-def _show(options: argparse.Namespace, _pipeline: Pipeline) -> None:
-    show_artifact(Display(), options.artifact, verify=options.verify)
-
-
 def _report(options: argparse.Namespace, pipeline: Pipeline) -> None:
     page = find_report(options.refresh, pipeline)
     Display().line(str(page))
     if options.open:
         webbrowser.open(page.as_uri())
-
-
-def _champions(options: argparse.Namespace, _pipeline: Pipeline) -> None:
-    registry_commands.champions(Display(), options.line)
-
-
-def _promote(options: argparse.Namespace, _pipeline: Pipeline) -> None:
-    registry_commands.promote(Display(), options.version, options.why, dry_run=options.dry_run)
-
-
-def _rollback(options: argparse.Namespace, _pipeline: Pipeline) -> None:
-    registry_commands.rollback(Display(), options.line, options.why, dry_run=options.dry_run)
-
-
-def _swap(options: argparse.Namespace, _pipeline: Pipeline) -> None:
-    registry_commands.swap(Display(), options.version, options.url)
-
-
-def _export(options: argparse.Namespace, _pipeline: Pipeline) -> None:
-    registry_commands.export(Display(), options.version, options.folder, options.format, dry_run=options.dry_run)
 
 
 def _deploy(options: argparse.Namespace, pipeline: Pipeline) -> None:
@@ -324,13 +300,19 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace, Pipeline], None]] = {
     "why": _why,
     "status": _status,
     "watch": _watch,
-    "show": _show,
+    "show": lambda options, _: show_artifact(Display(), options.artifact, verify=options.verify),
     "report": _report,
-    "champions": _champions,
-    "promote": _promote,
-    "rollback": _rollback,
-    "swap": _swap,
-    "export": _export,
+    "champions": lambda options, _: registry_commands.champions(Display(), options.line),
+    "promote": lambda options, _: registry_commands.promote(
+        Display(), options.version, options.why, dry_run=options.dry_run
+    ),
+    "rollback": lambda options, _: registry_commands.rollback(
+        Display(), options.line, options.why, dry_run=options.dry_run
+    ),
+    "swap": lambda options, _: registry_commands.swap(Display(), options.version, options.url),
+    "export": lambda options, _: registry_commands.export(
+        Display(), options.version, options.folder, options.format, dry_run=options.dry_run
+    ),
     "evaluate": _evaluate,
     "diagnose": _diagnose,
     "deploy": _deploy,
