@@ -182,7 +182,7 @@ def _check_drafter(
         where = config.init_from
         plan = checkpoint.plan_of_checkpoint(source, target_config, where, tokenizer, config.drafter)
         # else it becomes the kind of section drafter
-        keeps_kind = plan.kind == checkpoint.kind_of(checkpoint.architecture_of(source))
+        keeps_kind = plan.kind == checkpoint.read_config(source)[0]
         if keeps_kind and config.drafter != SftConfig.model_fields["drafter"].default:
             findings.warn(name, f"section drafter is not used: {where} has its own shape. Remove the section.")
         if source == Path(config.init_from).expanduser():  # of a hub checkpoint, only small files are here

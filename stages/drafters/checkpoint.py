@@ -21,7 +21,7 @@ from draftsmith.stages.drafters import checkpoint_format
 from draftsmith.stages.drafters.base import Drafter, DrafterInfo
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.registry import KINDS, DrafterConfig
-from draftsmith.stages.drafters.spec import Architecture
+from draftsmith.stages.drafters.spec import Architecture, RawConfig
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.hub import check_snapshot, hub_commit, hub_snapshot
 
@@ -37,25 +37,29 @@ UPGRADES: dict[tuple[str, str], Any] = {
 }
 
 
-def architecture_of(folder: Path) -> Architecture:
-    """Return the architecture that a checkpoint's config.json names. Raises DraftsmithError if it is unknown."""
-    raw = checkpoint_format.read_raw_config(folder)
+def read_config(folder: Path) -> tuple[str, Any]:
+    """Return the kind of a checkpoint, and its config; what engines would guess is made explicit or refused."""
+    path, raw = folder / checkpoint_format.CONFIG_FILE, checkpoint_format.read_raw_config(folder)
+    kind = _kind_of(path, raw)
+    with checkpoint_format.config_errors(str(path)):
+        return kind, ARCHITECTURES[kind].parse(path, raw)
+
+
+def _kind_of(path: Path, raw: RawConfig) -> str:
     names = raw.get("architectures") or []
-    names = names if isinstance(names, list) else [names]
-    for architecture in ARCHITECTURES.values():
-        if {architecture.ARCHITECTURE, *getattr(architecture, "OTHER_NAMES", ())} & set(map(str, names)):
-            return architecture
+    for kind, architecture in ARCHITECTURES.items():
+        if {architecture.ARCHITECTURE, *getattr(architecture, "OTHER_NAMES", ())} & set(names):
+            return kind
     if "dflash_config" in raw:  # z-lab's first checkpoints name the class of their own code
-        return ARCHITECTURES["dflash"]
+        return "dflash"
     known = " or ".join(architecture.ARCHITECTURE for architecture in ARCHITECTURES.values())
-    raise DraftsmithError(
-        f"drafter {folder / checkpoint_format.CONFIG_FILE}: architectures is {names}. Supported architectures: {known}."
-    )
+    raise DraftsmithError(f"drafter {path}: architectures is {names}. Supported architectures: {known}.")
 
 
-def kind_of(architecture: Architecture) -> str:
-    """Return the name of an architecture in ARCHITECTURES and in configs."""
-    return next(kind for kind, known in ARCHITECTURES.items() if known is architecture)
+def _check_fits(kind: str, config: Any, target_config: Any, where: str) -> None:
+    """Refuse a drafter for a target of another shape. Reads configs only."""
+    with checkpoint_format.config_errors(where):
+        ARCHITECTURES[kind].check_fits(config, target_config, where)
 
 
 @dataclass(frozen=True)
@@ -73,10 +77,8 @@ class DrafterPlan:
 
 def plan_of_new(shape: DrafterConfig, target_config: Any, tokenizer: Callable[[], Any]) -> DrafterPlan:
     """Plan a drafter that is still to be trained. Raises DraftsmithError if its shape does not fit the target."""
-    architecture = ARCHITECTURES[shape.kind]
-    config = architecture.new_config(shape, target_config, tokenizer)
-    architecture.check_fits(config, target_config, "sft.drafter")
-    return _plan(architecture, config, tokenizer, "sft.drafter")
+    config = ARCHITECTURES[shape.kind].new_config(shape, target_config, tokenizer)
+    return _plan(shape.kind, config, target_config, "sft.drafter", tokenizer)
 
 
 def plan_of_checkpoint(
@@ -86,14 +88,11 @@ def plan_of_checkpoint(
 
     shape: of the drafter that it is trained on as, if that is another kind (`upgrade_drafter`).
     """
-    architecture = architecture_of(folder)
-    config = architecture.read_config(folder)
-    architecture.check_fits(config, target_config, where)
-    if shape is not None and (upgrade := UPGRADES.get((kind_of(architecture), shape.kind))):
-        config = upgrade.upgrade_config(config, shape)
-        upgrade.check_fits(config, target_config, where)
-        return _plan(upgrade, config, tokenizer, where)
-    return _plan(architecture, config, tokenizer, where)
+    kind, config = read_config(folder)
+    if shape is not None and (upgrade := UPGRADES.get((kind, shape.kind))):
+        _check_fits(kind, config, target_config, where)
+        return _plan(shape.kind, upgrade.upgrade_config(config, shape), target_config, where, tokenizer)
+    return _plan(kind, config, target_config, where, tokenizer)
 
 
 def upgrade_drafter(drafter: Drafter, shape: DrafterConfig, target: Target, seed: int) -> Drafter:
@@ -114,14 +113,13 @@ def kind_after(kind: str, shape: DrafterConfig) -> str:
 
 def skeleton_of(folder: Path) -> Drafter:
     """Create the drafter of a checkpoint without its weights, from its config.json."""
-    architecture = architecture_of(folder)
-    return _skeleton(architecture, architecture.read_config(folder), str(folder / checkpoint_format.CONFIG_FILE))
+    return _skeleton(*read_config(folder), str(folder / checkpoint_format.CONFIG_FILE))
 
 
-def _skeleton(architecture: Architecture, config: Any, where: str) -> Drafter:
+def _skeleton(kind: str, config: Any, where: str) -> Drafter:
     try:
         with torch.device("meta"):
-            skeleton: Drafter = architecture.MODEL(config, torch.empty(0))
+            skeleton: Drafter = ARCHITECTURES[kind].MODEL(config, torch.empty(0))
     except Exception as error:  # torch and transformers raise all kinds of errors for impossible sizes or angles
         raise DraftsmithError(
             f"drafter {where}: no model can be created from it ({type(error).__name__}: {one_line(error, 200)}). "
@@ -132,20 +130,21 @@ def _skeleton(architecture: Architecture, config: Any, where: str) -> Drafter:
 
 def check_complete(folder: Path) -> None:
     """Check that a checkpoint has all weights, with the shapes of its config.json. Reads headers only."""
-    expected = {name: tuple(p.shape) for name, p in skeleton_of(folder).named_parameters()}
-    checkpoint_format.check_weights(folder, expected, architecture_of(folder).own_name)
+    skeleton = skeleton_of(folder)
+    expected = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
+    checkpoint_format.check_weights(folder, expected, ARCHITECTURES[skeleton.kind].own_name)
 
 
 def block_size_of(folder: Path) -> int:
     """Return the block size that a checkpoint was trained with, from its config.json."""
-    size: int = architecture_of(folder).read_config(folder).block_size
-    return size
+    return int(read_config(folder)[1].block_size)
 
 
-def _plan(architecture: Architecture, config: Any, tokenizer: Callable[[], Any], where: str) -> DrafterPlan:
-    skeleton = _skeleton(architecture, config, where)
+def _plan(kind: str, config: Any, target_config: Any, where: str, tokenizer: Callable[[], Any]) -> DrafterPlan:
+    _check_fits(kind, config, target_config, where)
+    architecture, skeleton = ARCHITECTURES[kind], _skeleton(kind, config, where)
     return DrafterPlan(
-        kind_of(architecture),
+        kind,
         config,
         config.block_size,
         architecture.target_layer_ids(config),
@@ -162,7 +161,7 @@ def create_drafter(shape: DrafterConfig, target: Target, seed: int, frequent: to
     """
     architecture = ARCHITECTURES[shape.kind]
     config = architecture.new_config(shape, target.config, lambda: target.tokenizer)
-    architecture.check_fits(config, target.config, "sft.drafter")
+    _check_fits(shape.kind, config, target.config, "sft.drafter")
     drafter = architecture.create(config, target, frequent)
     drafter.initialise(torch.Generator().manual_seed(seed), target.head_weight)
     return _with_target_scales(target, drafter.to(target.device))
@@ -200,7 +199,11 @@ def load_drafter(
     folder = source if isinstance(source, Path) else drafter_source(source)
     if not any_target:
         check_drafter(folder, target.info.digest)
-    drafter = _with_target_scales(target, architecture_of(folder).load(folder, target, dtype or target.dtype))
+    kind, config = read_config(folder)
+    _check_fits(kind, config, target.config, str(folder))
+    drafter: Drafter = ARCHITECTURES[kind].MODEL(config, target.embedding)
+    ARCHITECTURES[kind].load_weights(drafter, folder, target, dtype or target.dtype)
+    drafter = _with_target_scales(target, drafter.to(target.device))
     drafter.info = read_info(folder)
     if (tokens := folder / TOKENS_FILE).exists():
         try:
@@ -237,8 +240,8 @@ def check_drafter(folder: Path, target_digest: str) -> None:
 
 def check_layers(folder: Path, num_target_layers: int) -> None:
     """Refuse a checkpoint whose layers SGLang would pass differently from its training. Reads JSON only."""
-    config = architecture_of(folder).read_config(folder)
-    ids = architecture_of(folder).target_layer_ids(config)
+    kind, config = read_config(folder)
+    ids = ARCHITECTURES[kind].target_layer_ids(config)
     if ids and (reason := checkpoint_format.unservable_layers(ids, num_target_layers)):
         raise DraftsmithError(
             f"drafter {folder / checkpoint_format.CONFIG_FILE}: {reason}. Train one that can be served."
@@ -266,8 +269,7 @@ def drafter_source(source: str, revision: str | None = None) -> Path:
 
 def check_shape(folder: Path, target_model: Path) -> None:
     """Refuse a drafter whose config does not fit the target's. Configs only."""
-    architecture = architecture_of(folder)
-    architecture.check_fits(architecture.read_config(folder), read_target_config(target_model), str(folder))
+    _check_fits(*read_config(folder), read_target_config(target_model), str(folder))
 
 
 def check_new(shape: DrafterConfig, target_model: Path) -> None:

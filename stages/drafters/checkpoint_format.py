@@ -264,6 +264,26 @@ def write_checkpoint(folder: Path, raw: RawConfig, tensors: Mapping[str, torch.T
     save_file(dict(tensors), folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
+def save(
+    drafter: Any,
+    folder: Path,
+    dtype: torch.dtype,
+    fields: Mapping[str, Any] = {},
+    others: Mapping[str, torch.Tensor] = {},
+) -> None:
+    """Write config.json and model.safetensors, with exactly the tensors that engines expect.
+
+    fields: of config.json, that differ from the model's. others: tensors beside the weights, or in their place.
+    """
+    raw = drafter.config.to_dict() | {
+        "block_size": drafter.block_size,
+        "rope_theta": drafter.config.rope_parameters["rope_theta"],  # as older engines read it
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in drafter.named_parameters()}
+    write_checkpoint(folder, {**raw, **fields}, {**tensors, **others})
+
+
 def check_weights(folder: Path, expected: Mapping[str, tuple[int, ...]], own_name: Callable[[str], str | None]) -> None:
     """Check that model.safetensors is complete and has exactly these tensors with these shapes. Reads its header only.
 
@@ -319,6 +339,24 @@ def check_tensors(
             )
 
 
+def load_tensors(
+    drafter: nn.Module,
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    layout: str,
+    dtype: torch.dtype,
+    others: Mapping[str, tuple[int, ...]] = {},
+) -> None:
+    """Load the weights of a checkpoint, which must have them all and no more, and convert them to `dtype`.
+
+    others: shapes of the tensors that the checkpoint has beside the weights.
+    """
+    expected = {name: tuple(p.shape) for name, p in drafter.named_parameters()}
+    check_tensors(folder, tensors, {**expected, **others}, layout)
+    drafter.load_state_dict(dict(tensors), strict=False)
+    cast(drafter, dtype)
+
+
 def cast(drafter: nn.Module, dtype: torch.dtype) -> None:
     """Convert the weights to `dtype`, in place.
 
@@ -326,11 +364,6 @@ def cast(drafter: nn.Module, dtype: torch.dtype) -> None:
     """
     for parameter in drafter.parameters():
         parameter.data = parameter.data.to(dtype)
-
-
-def serving_fields(config: Any, dtype: torch.dtype) -> RawConfig:
-    """Return fields that engines read under older names."""
-    return {"rope_theta": config.rope_parameters["rope_theta"], "dtype": str(dtype).removeprefix("torch.")}
 
 
 def intermediate_size(target_config: Any) -> int:

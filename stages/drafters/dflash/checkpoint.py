@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
@@ -16,8 +16,6 @@ from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.drafters.spec import RawConfig
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.model_sizes import is_size
-
-AnyDFlash = TypeVar("AnyDFlash", bound=DFlashDrafter)
 
 ARCHITECTURE = "DFlashDraftModel"
 MODEL = DFlashDrafter
@@ -37,7 +35,7 @@ _COMPUTED_WITHIN = {  # `dflash_config`
 _COMPUTED_EITHER = {"projector_type": None, "sample_from_anchor": True}  # at the top or within
 # Architectures with the same config fields that draft in another way.
 _OTHER_ARCHITECTURES = ("DFlash2", "DFlashLaguna", "DSpark")
-own_name = speculators.own_name
+own_name, save = speculators.own_name, checkpoint_format.save
 MASK_ADVICE = (
     "Set sft.drafter.mask_token to a special token that never occurs in text (ids: mask_candidates in the target's "
     "target.json)."
@@ -119,19 +117,11 @@ def description(config: Qwen3Config, tokenizer: Callable[[], Any]) -> str:
     )
 
 
-def read_config(folder: Path, architecture: str = ARCHITECTURE, computed: Collection[str] = ()) -> Qwen3Config:
-    """Read config.json of a checkpoint; what engines would guess is made explicit or refused.
-
-    computed: fields of `dflash_config` that an architecture of this layout reads itself.
-    """
-    with checkpoint_format.config_errors(str(folder / checkpoint_format.CONFIG_FILE)):
-        return parse(
-            folder / checkpoint_format.CONFIG_FILE, checkpoint_format.read_raw_config(folder), architecture, computed
-        )
-
-
 def parse(path: Path, raw: RawConfig, architecture: str = ARCHITECTURE, computed: Collection[str] = ()) -> Qwen3Config:
-    """Parse a config.json in this layout, also of an architecture that adds to it."""
+    """Parse a config.json in this layout, also of an architecture that adds to it.
+
+    computed: fields of `dflash_config` that this architecture reads itself.
+    """
     dflash = raw.get("dflash_config") or {}
     for name in raw.get("architectures") or []:
         if name != architecture and any(other in name for other in _OTHER_ARCHITECTURES):
@@ -202,12 +192,7 @@ def _check_windows(path: Path, raw: RawConfig, config: Qwen3Config) -> None:
 
 
 def check_fits(drafter: Qwen3Config, target: Any, where: str) -> None:
-    """Refuse a drafter for a target of another shape. Reads configs only."""
-    with checkpoint_format.config_errors(where):
-        _check_fits(drafter, target, where)
-
-
-def _check_fits(drafter: Qwen3Config, target: Any, where: str) -> None:
+    """Refuse a drafter for a target of another shape."""
     layers = target.num_hidden_layers
     checkpoint_format.check_equal(
         where,
@@ -225,31 +210,8 @@ def _check_fits(drafter: Qwen3Config, target: Any, where: str) -> None:
         raise DraftsmithError(f"drafter {where}: mask_token_id lies outside the target's vocabulary. {MASK_ADVICE}")
 
 
-def save(drafter: DFlashDrafter, folder: Path, dtype: torch.dtype) -> None:
-    """Write config.json and model.safetensors, with exactly the tensors that engines expect."""
-    raw = drafter.config.to_dict() | {
-        "architectures": drafter.config.architectures,
-        "model_type": "qwen3",
-        "block_size": drafter.block_size,
-        **checkpoint_format.serving_fields(drafter.config, dtype),
-    }
-    tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in drafter.named_parameters()}
-    checkpoint_format.write_checkpoint(folder, raw, tensors)
-
-
-def load(folder: Path, target: Target, dtype: torch.dtype) -> DFlashDrafter:
-    """Load a checkpoint for this target. It must have all tensors, with their shapes, and no others."""
-    config = read_config(folder)
-    check_fits(config, target.config, str(folder))
-    return with_weights(DFlashDrafter(config, target.embedding), folder, target, dtype)
-
-
-def with_weights(drafter: AnyDFlash, folder: Path, target: Target, dtype: torch.dtype) -> AnyDFlash:
-    """Load the weights of a checkpoint into a drafter of this layout."""
+def load_weights(drafter: DFlashDrafter, folder: Path, target: Target, dtype: torch.dtype) -> None:
+    """Load the weights of a checkpoint."""
     stored = checkpoint_format.read_tensors(folder)
     tensors = speculators.own_tensors(stored, target.embedding, target.head_weight, str(folder))
-    expected = {name: tuple(p.shape) for name, p in drafter.named_parameters()}
-    checkpoint_format.check_tensors(folder, tensors, expected, "z-lab's layout")
-    drafter.load_state_dict(tensors, strict=False)
-    checkpoint_format.cast(drafter, dtype)
-    return drafter.to(target.device)
+    checkpoint_format.load_tensors(drafter, folder, tensors, "z-lab's layout", dtype)

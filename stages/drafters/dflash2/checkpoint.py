@@ -16,6 +16,7 @@ from draftsmith.stages.drafters.dflash import checkpoint as dflash
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.drafters.dflash2.config import DFlash2Config
 from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
+from draftsmith.stages.drafters.spec import RawConfig
 from draftsmith.stages.target.causal_lm import Target
 
 ARCHITECTURE = "DFlash2DraftModel"
@@ -24,7 +25,8 @@ UPGRADES = "dflash"  # the kind whose weights it can start from
 # Of `dflash_config`:
 _SIZES = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
 _MULTIPLIER, _SOFTCAP = "output_multiplier", "final_logit_softcapping"  # from the head's products to unary scores
-check_fits, save, target_layer_ids, own_name = dflash.check_fits, dflash.save, dflash.target_layer_ids, dflash.own_name
+check_fits, target_layer_ids, own_name = dflash.check_fits, dflash.target_layer_ids, dflash.own_name
+save, load_weights = dflash.save, dflash.load_weights
 
 
 def new_config(shape: DFlash2Config, target_config: Any, tokenizer: Callable[[], Any]) -> Qwen3Config:
@@ -99,18 +101,11 @@ def description(config: Qwen3Config, tokenizer: Callable[[], Any]) -> str:
     )
 
 
-def read_config(folder: Path) -> Qwen3Config:
-    """Read config.json of a checkpoint; what engines would guess is made explicit or refused."""
-    config = dflash.read_config(folder, ARCHITECTURE, computed=(*_SIZES, _MULTIPLIER, _SOFTCAP))
-    _check_sizes(str(folder / checkpoint_format.CONFIG_FILE), config)
+def parse(path: Path, raw: RawConfig) -> Qwen3Config:
+    """Parse the config.json of a checkpoint."""
+    config = dflash.parse(path, raw, ARCHITECTURE, computed=(*_SIZES, _MULTIPLIER, _SOFTCAP))
+    _check_sizes(str(path), config)
     return config
-
-
-def load(folder: Path, target: Target, dtype: torch.dtype) -> DFlash2Drafter:
-    """Load a checkpoint for this target. It must have all tensors, with their shapes, and no others."""
-    config = read_config(folder)
-    check_fits(config, target.config, str(folder))
-    return dflash.with_weights(DFlash2Drafter(config, target.embedding), folder, target, dtype)
 
 
 def upgrade_config(config: Qwen3Config, shape: DFlash2Config) -> Qwen3Config:

@@ -58,7 +58,7 @@ def _with_additions(config: Qwen3Config, shape: DSparkConfig, *, from_anchor: bo
 
 
 def check_fits(drafter: Qwen3Config, target: Any, where: str) -> None:
-    """Refuse what DFlash refuses, and targets for which SGLang divides a DSpark's states. Reads configs only."""
+    """Refuse what DFlash refuses, and targets for which SGLang divides a DSpark's states."""
     dflash.check_fits(drafter, target, where)
     if (divisor := getattr(target, "logits_mup_width_multiplier", None)) not in (None, 1):
         raise DraftsmithError(
@@ -102,14 +102,8 @@ def description(config: Qwen3Config, tokenizer: Callable[[], Any]) -> str:
     )
 
 
-def read_config(folder: Path) -> Qwen3Config:
-    """Read config.json of a checkpoint; what engines would guess is made explicit or refused."""
-    path = folder / checkpoint_format.CONFIG_FILE
-    with checkpoint_format.config_errors(str(path)):
-        return _parse(path, checkpoint_format.read_raw_config(folder))
-
-
-def _parse(path: Path, raw: RawConfig) -> Qwen3Config:
+def parse(path: Path, raw: RawConfig) -> Qwen3Config:
+    """Parse the config.json of a checkpoint."""
     for name, value in raw.items():
         if name.startswith("dspark_") and name != "dspark_config" and value is not None:
             raise DraftsmithError(
@@ -154,20 +148,12 @@ def _either(path: Path, raw: RawConfig, name: str) -> Any:
 
 
 def save(drafter: DSparkDrafter, folder: Path, dtype: torch.dtype) -> None:
-    """Write config.json and model.safetensors, with exactly the tensors that engines expect."""
-    config, proposals = drafter.config, drafter.block_size - 1
-    raw = config.to_dict() | {
-        "architectures": [ARCHITECTURE],
-        "model_type": "qwen3",
-        "block_size": proposals,
-        "dflash_config": config.dflash_config | {"block_size": proposals},
-        **checkpoint_format.serving_fields(config, dtype),
-    }
-    tensors = {
-        name: p.detach().to("cpu", torch.float32 if name.startswith("confidence_head.") else dtype).contiguous()
-        for name, p in drafter.named_parameters()
-    }
-    checkpoint_format.write_checkpoint(folder, raw, tensors)
+    """Write the checkpoint, the weights of the confidence in float32."""
+    proposals = drafter.block_size - 1
+    fields = {"block_size": proposals, "dflash_config": drafter.config.dflash_config | {"block_size": proposals}}
+    weights = ((name, p) for name, p in drafter.named_parameters() if name.startswith("confidence_head."))
+    confidence = {name: p.detach().to("cpu", torch.float32).contiguous() for name, p in weights}
+    checkpoint_format.save(drafter, folder, dtype, fields, confidence)
 
 
 def own_name(name: str) -> str | None:
@@ -176,17 +162,11 @@ def own_name(name: str) -> str | None:
     return None if name.startswith(_SHARED) else speculators.own_name(name)
 
 
-def load(folder: Path, target: Target, dtype: torch.dtype) -> DSparkDrafter:
-    """Load a checkpoint for this target. It must have all tensors, with their shapes, and no others of its own."""
-    config = read_config(folder)
-    check_fits(config, target.config, str(folder))
-    drafter = DSparkDrafter(config, target.embedding)
+def load_weights(drafter: DSparkDrafter, folder: Path, target: Target, dtype: torch.dtype) -> None:
+    """Load the weights of a checkpoint, which may also have the target's."""
     stored = checkpoint_format.read_tensors(folder)
     if checkpoint_format.is_speculators(folder):
         stored = speculators.own_tensors(stored, target.embedding, target.head_weight, str(folder))
     tensors = {name: tensor for stored_name, tensor in stored.items() if (name := own_name(stored_name)) is not None}
-    expected = {name: tuple(p.shape) for name, p in drafter.named_parameters()}
-    checkpoint_format.check_tensors(folder, tensors, expected, "SGLang's layout of DSpark")
-    drafter.load_state_dict(tensors, strict=False)
+    checkpoint_format.load_tensors(drafter, folder, tensors, "SGLang's layout of DSpark", torch.float32)
     _cast(drafter, dtype)
-    return drafter.to(target.device)

@@ -106,17 +106,11 @@ def description(config: LlamaConfig, tokenizer: Callable[[], Any]) -> str:  # no
     )
 
 
-def read_config(folder: Path) -> LlamaConfig:
-    """Read config.json of a checkpoint; what engines would guess is made explicit or refused.
+def parse(path: Path, raw: RawConfig) -> LlamaConfig:
+    """Parse the config.json of a checkpoint.
 
     Without layer ids the layers are SGLang's choice. It depends on the target's depth, so `check_fits` sets the ids.
     """
-    with checkpoint_format.config_errors(str(folder / checkpoint_format.CONFIG_FILE)):
-        return _read_config(folder)
-
-
-def _read_config(folder: Path) -> LlamaConfig:
-    path, raw = folder / checkpoint_format.CONFIG_FILE, checkpoint_format.read_raw_config(folder)
     if raw.get("num_hidden_layers", 1) != 1:
         raise DraftsmithError(
             f"drafter {path}: num_hidden_layers is {raw['num_hidden_layers']}, and only one layer is supported. "
@@ -164,15 +158,10 @@ def _read_config(folder: Path) -> LlamaConfig:
 
 
 def check_fits(drafter: LlamaConfig, target: Any, where: str) -> None:
-    """Refuse a drafter for a target of another shape. Reads configs only.
+    """Refuse a drafter for a target of another shape.
 
     Rotary settings may differ from the target's: the drafter has its own, and engines read them from its config.
     """
-    with checkpoint_format.config_errors(where):
-        _check_fits(drafter, target, where)
-
-
-def _check_fits(drafter: LlamaConfig, target: Any, where: str) -> None:
     layers = target.num_hidden_layers
     eagle = drafter.eagle_config
     if eagle[_LAYER_IDS] is None:
@@ -199,18 +188,11 @@ def _check_fits(drafter: LlamaConfig, target: Any, where: str) -> None:
 
 
 def save(drafter: Eagle3Drafter, folder: Path, dtype: torch.dtype) -> None:
-    """Write config.json and model.safetensors, with exactly the tensors that engines expect."""
-    raw = drafter.config.to_dict() | {
-        "architectures": [ARCHITECTURE],
-        "model_type": "llama",
-        "block_size": drafter.block_size,
-        **checkpoint_format.serving_fields(drafter.config, dtype),
-    }
-    tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in drafter.named_parameters()}
+    """Write the checkpoint, with its maps of tokens."""
     chosen = drafter.draft_tokens.cpu()
-    tensors["d2t"] = chosen - torch.arange(len(chosen))  # offsets: target id = draft id + d2t
-    tensors["t2d"] = torch.isin(torch.arange(drafter.config.vocab_size), chosen)
-    checkpoint_format.write_checkpoint(folder, raw, tensors)
+    d2t = chosen - torch.arange(len(chosen))  # offsets: target id = draft id + d2t
+    t2d = torch.isin(torch.arange(drafter.config.vocab_size), chosen)
+    checkpoint_format.save(drafter, folder, dtype, others={"d2t": d2t, "t2d": t2d})
 
 
 def own_name(name: str) -> str | None:
@@ -218,29 +200,17 @@ def own_name(name: str) -> str | None:
     return None if name in (_EMBEDDING, *_MAPS) else name
 
 
-def load(folder: Path, target: Target, dtype: torch.dtype) -> Eagle3Drafter:
-    """Load a checkpoint for this target. It must have all tensors, with their shapes, and no others."""
-    config = read_config(folder)
-    check_fits(config, target.config, str(folder))
-    tensors = read_tensors(folder)
-    size, vocab = config.draft_vocab_size, config.vocab_size
+def load_weights(drafter: Eagle3Drafter, folder: Path, target: Target, dtype: torch.dtype) -> None:  # noqa: ARG001
+    """Load the weights of a checkpoint, and its maps of tokens. Engines replace its embedding, if it has one."""
+    tensors = checkpoint_format.read_tensors(folder)
+    tensors.pop(_EMBEDDING, None)
+    size, vocab = drafter.config.draft_vocab_size, drafter.config.vocab_size
     if size == vocab:  # checkpoints over the whole vocabulary may leave the maps out
         tensors.setdefault("d2t", torch.zeros(size, dtype=torch.int64))
         tensors.setdefault("t2d", torch.ones(vocab, dtype=torch.bool))
-    drafter = Eagle3Drafter(config, target.embedding)
-    expected = {name: tuple(p.shape) for name, p in drafter.named_parameters()}
-    checkpoint_format.check_tensors(folder, tensors, expected | {"d2t": (size,), "t2d": (vocab,)}, "EAGLE-3's layout")
-    drafter.draft_tokens = _draft_tokens(folder, tensors.pop("d2t"), tensors.pop("t2d"))
-    drafter.load_state_dict(tensors, strict=False)
-    checkpoint_format.cast(drafter, dtype)
-    return drafter.to(target.device)
-
-
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Read the tensors without the target's embedding, which some checkpoints have and engines replace."""
-    tensors = checkpoint_format.read_tensors(folder)
-    tensors.pop(_EMBEDDING, None)
-    return tensors
+    maps = {"d2t": (size,), "t2d": (vocab,)}
+    checkpoint_format.load_tensors(drafter, folder, tensors, "EAGLE-3's layout", dtype, maps)
+    drafter.draft_tokens = _draft_tokens(folder, tensors["d2t"], tensors["t2d"])
 
 
 def _draft_tokens(folder: Path, d2t: torch.Tensor, t2d: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,6 @@ from transformers import Qwen3Config
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.checkpoint import (
-    architecture_of,
     check_layers,
     plan_of_checkpoint,
     read_info,
@@ -140,5 +139,4 @@ def test_any_json_as_drafter_record_is_read_or_refused(content: bytes) -> None:
 def test_the_unchanged_configs_are_valid(tmp_path: Path) -> None:
     for config in CONFIGS:
         (tmp_path / "config.json").write_text(json.dumps(config))
-        architecture = architecture_of(tmp_path)
-        architecture.check_fits(architecture.read_config(tmp_path), TARGET, "here")
+        plan_of_checkpoint(tmp_path, TARGET, "here", lambda: Words)
