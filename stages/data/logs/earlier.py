@@ -67,9 +67,8 @@ def run(ctx: StageContext, config: EarlierConfig) -> None:
 
     Raises DraftsmithError if the table is missing or has changed.
     """
-    source = (
-        open_store(home()).localize(Path(config.folder)) / TABLE
-    )  # its checksum decides whether it is the right one
+    # its checksum decides whether it is the right one
+    source = open_store(home()).localize(Path(config.folder)) / TABLE
     remedy = "Restore it, or set logs.replay_share and logs.lateness_hours to 0."
     if not source.is_file():
         raise DraftsmithError(f"{source}, with the answers of the champion's refresh, does not exist. {remedy}")

@@ -181,10 +181,8 @@ class DFlash2Layer(DFlashLayer):
     def forward(self, x: torch.Tensor, *attention_arguments: Any) -> torch.Tensor:
         if self.attention_conv is None or self.mlp_conv is None:
             return super().forward(x, *attention_arguments)
-        blocks = (
-            attention_arguments[-1].seen.shape[1],
-            -1,
-        )  # of the context mask: a convolution must not leave its block
+        # of the context mask: a convolution must not leave its block
+        blocks = (attention_arguments[-1].seen.shape[1], -1)
         inner, kernels = self.attention_conv.before(self.input_layernorm(x).unflatten(1, blocks))
         attended = self.self_attn(inner.flatten(1, 2), *attention_arguments)
         x = x + self.attention_conv.after(attended.unflatten(1, blocks), kernels).flatten(1, 2)
