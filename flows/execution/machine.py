@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -87,41 +87,31 @@ class Device:
 
 @contextmanager
 def lock_devices(
-    compute: Compute,
-    *,
-    run: str,
-    limit_s: float,
-    on_wait: OnWait,
-    check: Callable[[], None] = lambda: None,
-    gpus: Callable[[], Sequence[str]] | None = None,
-    one: bool = False,
+    compute: Compute, run: str, wait: LockWait, on_wait: OnWait = lambda *_: None, *, one: bool = False
 ) -> Iterator[Device]:
     """Hold the locks of the devices that a stage computes on.
 
-    run: shown to those who wait. on_wait: called with the device and its holder if the stage has to wait. check: called
-    while it waits; what it raises ends the wait. gpus: returns the names of the GPUs; by default the visible ones. one:
-    if there are GPUs, lock the first that is free, and make it alone visible to the process.
+    run: shown to those who wait. on_wait: called with the device and its holder if the stage has to wait. one: if there
+    are GPUs, lock the first that is free, and make it alone visible to the process.
 
-    Raises LockTimeoutError after `limit_s` seconds.
+    Raises LockTimeoutError, and what `wait.check` raises.
     """
     if compute is Compute.LIGHT:
         yield Device()
         return
-    names = sorted(set((gpus or gpu_names)()))  # in the same order for all, against deadlock
+    names = gpu_names()  # in the same order for all, against deadlock
     with ExitStack() as stack:
         if one and names:
-            wait = LockWait(limit_s, on_wait=partial(on_wait, ", ".join(names)), check=check)
-            name, fd = _lock_first_free(stack, names, run, wait)
+            name, fd = _lock_first_free(stack, names, run, replace(wait, on_wait=partial(on_wait, ", ".join(names))))
             yield Device((fd,), {"CUDA_VISIBLE_DEVICES": name})
             return
         descriptors = []
         for name in names or [CPU]:
             with disk_errors("taking the lock of a device:"):
-                wait = LockWait(limit_s, "stages.lock_wait_minutes", partial(on_wait, name), check)
+                of_device = replace(wait, on_wait=partial(on_wait, name))
                 shared = name == CPU and compute is not Compute.TIMED
-                descriptors.append(
-                    stack.enter_context(locked(_lock_path(name), run, wait, shared=shared, mode=0o666)).fd
-                )
+                lock = locked(_lock_path(name), run, of_device, shared=shared, mode=0o666)
+                descriptors.append(stack.enter_context(lock).fd)
         yield Device(tuple(descriptors))
 
 

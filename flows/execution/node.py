@@ -172,11 +172,7 @@ def _build(context: RunContext, job: StageJob, claim: Claim) -> ArtifactRef:
             compute = node.stage.join_compute
         with (
             lock_devices(
-                compute,
-                run=context.config.name,
-                limit_s=60 * options.lock_wait_minutes,
-                on_wait=_report_device_wait(context, node, note),
-                check=context.check,
+                compute, context.config.name, options.lock_wait(context.check), _report_device_wait(context, node, note)
             ) as device,
             tracked.system_metrics(),
             context.display.stage(node.name) as shown,

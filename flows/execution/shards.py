@@ -38,22 +38,19 @@ def build_shard(job: StageJob, home: Path, watch: Watch = NO_WATCH) -> ArtifactR
 
     Raises as `node.build_node` does.
     """
-    store, options, node = open_store(home), job.config.stages, job.node
+    store, wait, node = open_store(home), job.config.stages.lock_wait(watch.check), job.node
     inputs = {name: replace(ref, path=store.path(ref.stage, ref.key)) for name, ref in job.inputs.items()}
     job = replace(job, inputs=inputs, external=external_digests(node.config))  # as they are on this host
     if (ref := store.find(job.stage, job.key)) is not None:
         store.verify_once(ref, and_elsewhere=False)
         return ref
-    with store.claim(job.stage, job.key, run=job.config.name, wait=options.lock_wait(watch.check)) as claim:
+    with store.claim(job.stage, job.key, run=job.config.name, wait=wait) as claim:
         if not isinstance(claim, Claim):
             return claim
         note = AttemptNote(claim.out.parent, job.config.name, str(job))
         try:
             compute = node.stage.compute_for(node.config)
-            limit_s, run = 60 * options.lock_wait_minutes, job.config.name
-            with lock_devices(
-                compute, run=run, limit_s=limit_s, on_wait=watch.on_wait, check=watch.check, one=True
-            ) as device:
+            with lock_devices(compute, job.config.name, wait, watch.on_wait, one=True) as device:
                 outcome, made_from = run_attempt(job, claim, home, device, watch)
             return store.commit(
                 claim,

@@ -12,7 +12,7 @@ import pytest
 
 from draftsmith.artifacts import host
 from draftsmith.artifacts.host import Gpu
-from draftsmith.artifacts.locks import Holder, LockTimeoutError
+from draftsmith.artifacts.locks import Holder, LockTimeoutError, LockWait
 from draftsmith.flows.execution import machine
 from draftsmith.flows.execution.machine import gpu_model, gpu_names, gpus
 from draftsmith.stages.engines.stage import STAGE as ROLLOUT
@@ -65,9 +65,11 @@ def another_run(compute: str, gpus: Sequence[str]) -> subprocess.Popen[str]:
     """Start a process that locks devices until its input ends."""
     program = f"""
         import sys
-        from draftsmith.flows.execution.machine import lock_devices
+        from draftsmith.artifacts.locks import LockWait
+        from draftsmith.flows.execution import machine
         from draftsmith.stages.runtime.stage import Compute
-        with lock_devices(Compute.{compute}, run="the other", limit_s=60, on_wait=print, gpus=lambda: {list(gpus)!r}):
+        machine.gpu_names = lambda: {list(gpus)!r}
+        with machine.lock_devices(Compute.{compute}, "the other", LockWait(60)):
             print("held", flush=True)
             sys.stdin.readline()
     """
@@ -90,15 +92,19 @@ def another_run(compute: str, gpus: Sequence[str]) -> subprocess.Popen[str]:
     ],
 )
 def test_stages_wait_for_devices_in_use(
-    theirs: str, their_gpus: list[str], ours: Compute, our_gpus: list[str], waits: bool
+    theirs: str,
+    their_gpus: list[str],
+    ours: Compute,
+    our_gpus: list[str],
+    waits: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(machine, "gpu_names", lambda: our_gpus)
     process = another_run(theirs, their_gpus)
     said: list[tuple[str, Holder | None]] = []
 
     def ask(limit_s: float) -> None:
-        with machine.lock_devices(
-            ours, run="ours", limit_s=limit_s, on_wait=lambda *who: said.append(who), gpus=lambda: our_gpus
-        ) as held:
+        with machine.lock_devices(ours, "ours", LockWait(limit_s), lambda *who: said.append(who)) as held:
             assert len(held.locks) == (0 if ours is Compute.LIGHT else len(our_gpus) or 1)
 
     try:
@@ -116,17 +122,17 @@ def test_stages_wait_for_devices_in_use(
     ask(10.0)  # the kernel drops the locks of the dead
 
 
-def test_all_users_may_take_a_lock(folder: Path) -> None:
-    with machine.lock_devices(Compute.TIMED, run="", limit_s=1, on_wait=lambda *_: None, gpus=lambda: [ONE]):
+def test_all_users_may_take_a_lock(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "gpu_names", lambda: [ONE])
+    with machine.lock_devices(Compute.TIMED, "", LockWait(1)):
         assert folder.stat().st_mode & 0o7777 == 0o1777
         assert (folder / f"{ONE}.lock").stat().st_mode & 0o777 == 0o666
 
 
-def test_a_slice_of_a_gpu_is_visible_by_its_name(folder: Path) -> None:
+def test_a_slice_of_a_gpu_is_visible_by_its_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     part = "MIG-7f/1/0"
-    with machine.lock_devices(
-        Compute.HEAVY, run="", limit_s=1, on_wait=lambda *_: None, gpus=lambda: [part], one=True
-    ) as device:
+    monkeypatch.setattr(machine, "gpu_names", lambda: [part])
+    with machine.lock_devices(Compute.HEAVY, "", LockWait(1), one=True) as device:
         assert device.environment == {"CUDA_VISIBLE_DEVICES": part}
         assert (folder / "MIG-7f_1_0.lock").exists()
 

@@ -14,6 +14,7 @@ import boto3
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageInterrupted
+from draftsmith.artifacts.locks import LockWait
 from draftsmith.artifacts.store.manifest import MANIFEST, ArtifactRef
 from draftsmith.artifacts.store.mirror import STORE_VARIABLE
 from draftsmith.artifacts.tracking.runs import Tracking
@@ -92,7 +93,7 @@ def test_a_run_cancelled_while_it_waits_starts_nothing(
         if waits_for == "the artifact":
             others.enter_context(context.store.claim("collect", cache_key(node, {}, config.seed, TOY)))
         else:
-            others.enter_context(machine.lock_devices(Compute.TIMED, run="", limit_s=1, on_wait=lambda *_: None))
+            others.enter_context(machine.lock_devices(Compute.TIMED, "", LockWait(1)))
         with pytest.raises(CancelledError):
             build_node(context, node, {})
     assert not (tmp_path / "started").exists() and not list(context.home.glob("logs/*.request.json"))
