@@ -173,15 +173,17 @@ class TokenCache(BufferedShards):
     def __init__(self, folder: Path):
         super().__init__(folder, {"texts": TOKENISED}, most=_WAITING_TOKENS)
         self._cached = _cached_rows(self.paths("texts"))
-        self._next = next(self._cached, None)
+        self._following = next(self._cached, None)
         self.hits = 0
 
     def get(self, key: str, make: Callable[[], Tokens]) -> Tokens:
         """Return the cached tokens of a text, else what `make` returns. key: identifies the text."""
-        if self._next is not None:
-            if self._next["key"] != key:  # this text raised an error in the attempt before, so it is not in the cache
+        if self._following is not None:
+            if (
+                self._following["key"] != key
+            ):  # this text raised an error in the attempt before, so it is not in the cache
                 return make()
-            cached, self._next = self._next, next(self._cached, None)
+            cached, self._following = self._following, next(self._cached, None)
             self.hits += 1
             return cached["prompt_ids"], cached["response_ids"], cached["reason"]
         prompt_ids, response_ids, reason = tokens = make()
