@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from draftsmith.artifacts.tables.parquet import (
     BufferedShards,
@@ -128,17 +127,20 @@ class ValueCounts:
     """Counts how often values occur, with 16 bytes for each different one of a batch."""
 
     def __init__(self) -> None:
-        self._counted = [pa.table({"values": pa.array([], pa.int64()), "counts": pa.array([], pa.int64())})]
+        self._values, self._counts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
 
     def add(self, values: np.ndarray) -> None:
         """Count values [n] int64."""
-        self._counted.append(pa.Table.from_struct_array(pc.value_counts(pa.array(values))))
+        different, first, counts = np.unique(values, return_index=True, return_counts=True)
+        self._values.append(different[np.argsort(first)])
+        self._counts.append(counts[np.argsort(first)])
 
     def most_common(self, count: int) -> list[tuple[int, int]]:
         """Return values and their counts, most frequent first; of equal counts, the value that occurred first."""
-        table = pa.concat_tables(self._counted).group_by("values", use_threads=False).aggregate([("counts", "sum")])
-        order = pc.sort_indices(table, sort_keys=[("counts_sum", "descending")])[:count]
-        return [(row["values"], row["counts_sum"]) for row in table.take(order).to_pylist()]
+        different, first, of_batches = np.unique(np.concatenate(self._values), return_index=True, return_inverse=True)
+        counts = np.bincount(of_batches, np.concatenate(self._counts), len(different)).astype(np.int64)
+        order = np.lexsort((first, -counts))[:count]
+        return list(zip(different[order].tolist(), counts[order].tolist(), strict=True))
 
 
 _SHARD_STEPS = 1 << 16  # that wait for the next shard
