@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from draftsmith.artifacts.tables.parquet import read_table, write_table
-from draftsmith.artifacts.tables.schemas import PROMPTS
+from draftsmith.artifacts.tables.schemas import LABELS, PROMPTS
 from draftsmith.stages.data.held_out import independent_units
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.drift import STAGE as DRIFT
@@ -46,6 +46,22 @@ def test_a_prompt_is_its_own_unit_or_its_conversation_s(prompts: Path, tiny_draf
     bare = [row | {"messages": []} for row in rows]
     write_table(prompts / "prompts.parquet", PROMPTS, bare)
     assert independent_units(prompts, names) == names, "of token ids alone nothing is known"
+
+
+def test_labels_are_slices_of_the_drift_check(prompts: Path, tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+    rows = read_table(prompts / "prompts.parquet", PROMPTS).to_pylist()
+    labels = [
+        {"prompt_id": row["prompt_id"], "labels": [f"language:{('de', 'en')[index % 2]}"]}
+        for index, row in enumerate(rows)
+    ]
+    write_table(prompts / "labels.parquet", LABELS, labels)
+    inputs = {"target": tiny_drafter.target, "prompts": prompts, "trajectories": tiny_drafter.heldout}
+    drift = RecordingContext.under(tmp_path, inputs | {"champion": tiny_drafter.drafter})
+    DRIFT.run(drift, DriftConfig())
+    found = json.loads((drift.out / "drift.json").read_text())
+    sources = {row["source"] for row in rows if row["split"] == "heldout"}
+    assert found.keys() == {"all", *sources, "language:de", "language:en"}
+    assert min(found[name]["tau"] for name in ("language:de", "language:en")) < found["all"]["tau"]
 
 
 def test_intervals_are_over_conversations(prompts: Path, tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
