@@ -47,7 +47,6 @@ _SHARE_SERVERS = tuple(
 # These take minutes each.
 _LONGEST = (
     "tests/season/test_season.py",
-    "tests/integration/test_refresh.py",
     *_SHARE_SERVERS,
     "tests/stages/runtime/test_ranks.py",
     "tests/flows/orchestration/test_run.py",

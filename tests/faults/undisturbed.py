@@ -136,7 +136,8 @@ def remembered(folder: Path, config: str, output: str, kept: Path, starting_s: f
         node: NodeTimes(artifact, starting_s, max(0.5, seconds[artifact] - starting_s))
         for node, artifact in zip(Ended(0, output, "", 0).nodes("done"), made, strict=False)
     }
-    return Undisturbed(configs.PLAIN, config, folder, kept, home.content_ids(), nodes, 0, sum(seconds.values()))
+    ids, total = home.content_ids(), sum(seconds.values())
+    return Undisturbed(configs.PLAIN, config, folder, kept, ids, nodes, 0, total, home.versions())
 
 
 def arguments(kind: str, folder: Path) -> list[str]:

@@ -24,7 +24,6 @@ from draftsmith.artifacts.errors import RefusedError
 from draftsmith.artifacts.results.evaluation import DriftResult
 from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.artifacts.store.local import Store
-from tests.testbed.databases import give_databases
 from tests.testbed.refresh import small_refresh
 from tests.testbed.target import TAUGHT, prompts_file, target_folder
 
@@ -62,6 +61,7 @@ class Week:
     seconds: float
     reason: str  # from the gate or the drift check
     output: str
+    stderr: str
 
     def __str__(self) -> str:
         return f"{self.name:<40} {self.happened:<12} {self.seconds:4.0f} s  {self.reason}"
@@ -104,8 +104,6 @@ def play(folder: Path, size: Size) -> Iterator[Week]:
     """Run the weeks, and yield each with its result. folder: for the home and the config."""
     config, home = folder / "season.yaml", folder / "home"
     config.write_text(yaml.safe_dump(config_of(size)))
-    if size is SHORT:
-        give_databases(home)
     broken = ["sft.learning_rate=0.5", "opd.learning_rate=0.5"]
     other = ["prompts.sources.0.filter={family: story}", "prompts.sources.0.label=story"]
     weeks: list[tuple[str, str, list[str]]] = [
@@ -115,14 +113,20 @@ def play(folder: Path, size: Size) -> Iterator[Week]:
         ("week 4: a broken refresh", "refused", [*other, *broken]),
         ("week 5: the target has a new revision", "promoted", [*other, f"target.source={revision()}"]),
     ]
-    if size is SHORT:  # the other prompts come with the other target
-        weeks[2:4] = [("week 4: a broken refresh", "refused", broken)]
+    if size is SHORT:  # the gate refuses for its threshold, and then takes the same drafter
+        weeks[0] = (*weeks[0][:2], ["refresh.control=true"])
+        revised = weeks[4][2]
+        weeks[2:] = [
+            ("week 3: a gate that wants more", "refused", [*revised, "gate.min_tau_gain=9"]),
+            ("week 4: the target has a new revision", "promoted", revised),
+        ]
     for name, expected, changed in weeks:
-        force = ["--force", "drift"] if expected == "refused" else []
+        force = ["--force", "drift"] if changed[-2:] == broken else []
         start, before = time.monotonic(), last(home, "gate")
         process = draftsmith(home, "run", config, *(word for each in changed for word in ("--set", each)), *force)
         happened, reason = outcome(home, process, decided=last(home, "gate") != before)
-        yield Week(name, expected, happened, time.monotonic() - start, reason, process.stdout + process.stderr)
+        seconds, output = time.monotonic() - start, process.stdout + process.stderr
+        yield Week(name, expected, happened, seconds, reason, output, process.stderr)
 
 
 def last(home: Path, stage: str) -> Path | None:
@@ -159,7 +163,7 @@ def draftsmith(home: Path, *arguments: str | Path) -> subprocess.CompletedProces
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Five weeks of a model line, in minutes.")
-    parser.add_argument("--short", action="store_true", help="without week 3, shorter trainings, no speed rules")
+    parser.add_argument("--short", action="store_true", help="four weeks, shorter trainings, no speed rules")
     parser.add_argument("--folder", type=Path, help="for home and config; by default a temporary one")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="draftsmith-season-") as temporary:

@@ -1,19 +1,42 @@
-"""A season of a model line with the real command: outcomes, MLflow, reports, rollback and export."""
+"""A season of a model line with the real command: outcomes, MLflow, reports, rollback and export.
+
+In its home then a refresh without a line: reused, killed, with an SGLang server, and measured stage by stage.
+"""
 
 from __future__ import annotations
 
 import json
+import random
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 
+from draftsmith.artifacts.results.evaluation import EvaluationResult
+from draftsmith.artifacts.tables.parquet import read_table
+from draftsmith.artifacts.tables.schemas import TRACE, TRAJECTORIES
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.cli.main import main
 from draftsmith.stages.drafters.digest import drafter_digest
-from tests.season.season import LINE, SHORT, Week, play
+from tests.faults.catalogue import alone
+from tests.faults.home import Ended, Home, copied, copied_into
+from tests.faults.scene import Scene, TooLate
+from tests.faults.signals import kill_stage
+from tests.faults.undisturbed import remembered
+from tests.flows.processes import processes_of
+from tests.gpu import refresh
+from tests.season.season import LINE, SHORT, Week, config_of, play
+from tests.sglang_cpu.fixtures import sglang_env  # noqa: F401  (a fixture)
+from tests.sglang_cpu.options import CPU_ENVIRONMENT, CPU_OPTIONS
+from tests.testbed.refresh import load_config
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
+
+LEARNING = ["rollout", "sft", "assisted", "mining", "opd", "control"]
+NODES = ["target", "prompts", "heldout", *LEARNING, "evaluation", "report"]
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +52,35 @@ def weeks(folder: Path) -> list[Week]:
 def test_every_week_has_its_expected_outcome(weeks: list[Week]) -> None:
     output = "\n\n".join(f"{week}\n{week.output}" for week in weeks)
     assert [week.happened for week in weeks] == [week.expected for week in weeks], output
-    first, unchanged, broken, revised = weeks
+    first, unchanged, refused, revised = weeks
     assert "the baseline" in first.reason
     assert not any(line.startswith(("sft: started", "opd: started")) for line in unchanged.output.splitlines())
-    assert "tau: " in broken.reason
-    assert "the target has changed" in revised.output
+    assert "tau: " in refused.reason
+    assert "the target has changed" in refused.output
     assert "the champion" in revised.reason
+
+
+def test_the_first_week_makes_every_node_and_ends_with_the_table(weeks: list[Week], folder: Path) -> None:
+    first, home = weeks[0], folder / "home"
+    assert sorted(Ended(0, first.output, "", 0).nodes("done")) == sorted([*NODES, "gate"])
+    assert first.stderr == ""
+    table = first.output[first.output.index("report: done in") :]
+    for word in ("acceptance length", "without a drafter", "SFT", "SFT + OPD", "SFT continued", "tokens/s"):
+        assert word in table, f"{word} is not in\n{table}"
+    assert f"mlflow ui --backend-store-uri sqlite:///{home}/mlflow.db" in table
+    evaluation = EvaluationResult.read(newest(Home(folder, home), "evaluation", 0))
+    assert evaluation.exactness.fp32_identical == evaluation.exactness.fp32_prompts == 4
+    assert evaluation.exactness.identical_share == 1
+    for name in ("sft", "opd", "control"):
+        assert f"tau_{name}={evaluation.drafters[name].tau:.4g}" in table
+    assert evaluation.drafters["sft"].tau > 1
+    assert not processes_of(home)
+
+
+def newest(home: Home, stage: str, index: int = -1) -> Path:
+    """Return an artifact of a stage, in the order in which they were made."""
+    manifests = sorted((m for m in home.store.list() if m.stage == stage), key=lambda manifest: manifest.created_at)
+    return home.store.path(stage, manifests[index].key)
 
 
 def test_mlflow_has_everything_that_a_review_needs(
@@ -54,6 +100,12 @@ def test_mlflow_has_everything_that_a_review_needs(
     assert notes[2].startswith("**Not promoted.** Version 1 stays: ")
     assert notes[3].startswith("**Promoted.**") and "takes the place of version 1" in notes[3]
 
+    nested = f"tags.mlflow.parentRunId = '{refreshes[0].info.run_id}'"
+    stages = {run.info.run_name: run.info.run_id for run in client.search_runs([experiment], nested)}
+    assert sorted(stages) == sorted([*NODES, "gate"])
+    for name, steps in (("sft", SHORT.sft_steps), ("opd", SHORT.opd_steps)):
+        assert len(client.get_metric_history(stages[name], "loss")) == steps
+
     for run in refreshes[2:]:
         own = {name for name in run.data.tags if not name.startswith("mlflow.")}
         assert len(own) <= 8 and max(len(run.data.tags[name]) for name in own) <= 250, own
@@ -68,8 +120,7 @@ def test_mlflow_has_everything_that_a_review_needs(
         page = (report / "report.html").read_text()
         for name, form in (("tau.challenger", ".3f"), ("tau.champion", ".3f"), ("speedup.c1.t0", ".3f")):
             assert format(run.data.metrics[name], form) in page, f"{name} is a headline"
-        (version,) = client.search_model_versions(f"name = '{LINE}' and run_id = '{run.info.run_id}'")
-        assert f"{LINE}@{version.version}" == run.data.tags["version"]
+        assert run.data.tags["version"] == f"{LINE}@2", "equal content is registered once"
         data = {each.tags[0].value: each.dataset.digest for each in run.inputs.dataset_inputs}
         assert {"prompts", "heldout"} <= data.keys()
         query = f"dataset.digest = '{data['prompts']}' and tags.stage = 'refresh'"
@@ -91,13 +142,13 @@ def test_champions_rollback_promote_and_export(
 
     output = run("champions", LINE)
     events = [line for line in output.splitlines() if " promoted (before: " in line]
-    assert [event.split()[1:3] for event in events] == [["version", "1"], ["version", "3"]]
+    assert [event.split()[1:3] for event in events] == [["version", "1"], ["version", "2"]]
     checked = [line.split()[2] for line in output.splitlines() if " checked: tau " in line]
-    assert checked == ["1", "1", "1"], "weeks 2, 4 and 5"
+    assert checked == ["1", "1"], "weeks 2 and 3: week 4 reuses the check of week 3"
     dry = run("rollback", LINE, "--dry-run")
-    assert "version 1 would become the champion in place of version 3 (nothing was changed)" in dry
+    assert "version 1 would become the champion in place of version 2 (nothing was changed)" in dry
     assert "version 1 is the champion now" in run("rollback", LINE, "--why", "latency")
-    assert "rolled back to (before: version 3)" in run("champions", LINE)
+    assert "rolled back to (before: version 2)" in run("champions", LINE)
     assert "is the champion already" in run("promote", f"{LINE}@1")
 
     out = folder / "exported"
@@ -112,3 +163,101 @@ def test_champions_rollback_promote_and_export(
     assert {"lm_head.weight", "embed_tokens.weight"} <= load_file(folder / "for-vllm" / "model.safetensors").keys()
     assert "is not empty" in run("export", LINE, out, code=2)
     assert "has no version 9" in run("promote", f"{LINE}@9", code=2)
+
+
+# ---- a refresh without a line, in the same home
+
+
+@pytest.fixture(scope="module")
+def plain(weeks: list[Week], folder: Path) -> tuple[Home, Ended]:
+    """The home with a config without a line, and its first refresh."""
+    assert weeks[0].happened == "promoted"
+    config = {name: section for name, section in config_of(SHORT).items() if name not in ("registry", "gate")}
+    home = Home(folder, folder / "plain.yaml")
+    home.config.write_text(yaml.safe_dump({**config, "refresh": {"control": True}}))
+    return home, home.refresh()
+
+
+def test_a_refresh_reuses_what_the_line_has_made(plain: tuple[Home, Ended]) -> None:
+    _, ended = plain
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.nodes("done") == ["report"] and {*ended.nodes("reused"), "report"} == set(NODES)
+
+
+def test_a_kill_at_a_seeded_moment_loses_nothing_and_repeats_nothing(
+    weeks: list[Week], plain: tuple[Home, Ended], tmp_path: Path
+) -> None:
+    """One of the faults that `python -m tests.faults.run` injects into every stage."""
+    home, _ = plain
+    calm = remembered(home.folder, home.config.name, weeks[0].output, tmp_path / "kept")
+    chance = random.Random(0)
+    node = chance.choice(LEARNING)
+    try:
+        for attempt in range(3):
+            with suppress(TooLate):
+                alone(kill_stage)(Scene(calm, node, chance, earlier=0.5**attempt))
+                break
+        else:
+            pytest.fail("the stage had always ended before the kill")
+    finally:
+        copied(calm.kept, calm.folder)
+
+
+def test_every_stage_is_measured_on_a_gpu_machine(
+    plain: tuple[Home, Ended], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`python -m tests.gpu.refresh`: it makes what is missing and reuses the rest."""
+    home, _ = plain
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(home.path))
+    before, missing = home.content_ids(), newest(home, "opd", 0)
+    home.drop(f"opd/{missing.name}")
+    rows = refresh.run(load_config(home.config), home.store)
+    assert home.content_ids() == before
+    assert sorted(row["stage"] for row in rows) == sorted(NODES[:-1])
+    shown = capsys.readouterr().out
+    for row in rows:
+        assert row["stage"] in shown and row["content"] in shown
+        assert row["peak_gb"] > 0
+        if row["stage"] not in ("target", "prompts"):
+            assert row["peak_of_estimate"] == pytest.approx(1, abs=0.5)  # nearly all of it is the process
+    assert all(row["tokens_per_s"] > 0 for row in rows if row["stage"] in ("heldout", "rollout", "opd"))
+
+
+@pytest.mark.sglang
+def test_answers_of_sglang_are_mined_in_a_refresh(
+    plain: tuple[Home, Ended],
+    sglang_env: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Engines may be mixed: target, prompts, first answers and SFT are those of the embedded engine."""
+    copied_into(plain[0].folder, tmp_path)
+    home = Home(tmp_path, tmp_path / "served.yaml")
+    config = yaml.safe_load((tmp_path / "plain.yaml").read_text())
+    launch = {"options": CPU_OPTIONS, "environment": CPU_ENVIRONMENT}
+    config["assisted"]["engine"] = {"kind": "sglang", "python": str(sglang_env), "launch": launch, "concurrency": 8}
+    home.config.write_text(yaml.safe_dump(config))
+    ended = home.refresh("--until", "mining")
+    assert ended.code == 0, ended.out + ended.err
+    assert ended.nodes("done") == ["assisted", "mining"]
+    assert not home.processes()  # servers inherit the environment, and are gone
+
+    # ---- the answers come from the engine that the config names, with their verify steps
+    assisted = newest(home, "rollout")
+    engines = set(read_table(assisted / "trajectories.parquet", TRAJECTORIES)["engine"].to_pylist())
+    assert [engine.split()[0] for engine in engines] == ["sglang"]
+    traced = read_json(assisted / "trace.json")
+    assert (traced["engine"], traced["dtype"], traced["temperature"]) == ("sglang", "float32", 0)
+    trace = read_table(assisted / "trace.parquet", TRACE)
+    assert trace["target_logprobs"].null_count == 0
+
+    # ---- the drafter that was trained is the one that was served, step for step
+    parity = read_json(newest(home, "mining") / "summary.json")["parity"]
+    assert parity["served_steps"] == len(trace) > 20
+    assert (parity["different_steps"], parity["tau_difference"]) == (0, 0)
+    assert parity["served_tau"] > 1
+    assert parity["largest_logprob_difference"] < 1e-3
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content

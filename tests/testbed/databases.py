@@ -1,6 +1,6 @@
 """Empty databases of Prefect and MLflow, created once: their migrations take seven and five seconds in every new home.
 
-`tests/integration/test_refresh.py` begins without a home and covers the migrations themselves.
+`tests/season/test_season.py` begins without a home and covers the migrations themselves.
 """
 
 from __future__ import annotations
