@@ -203,16 +203,8 @@ def _glm4_moe_lite() -> Any:
     return _transformers("Glm4MoeLite", **_MLA, **_ROUTED, mlp_layer_types=["dense", "sparse", "sparse"])
 
 
-def _youtu() -> Any:
-    return _transformers("Youtu", **_MLA)
-
-
 def _minicpm3() -> Any:
     return _transformers("MiniCPM3", **_MLA, scale_emb=1, dim_model_base=8)
-
-
-def _axk1() -> Any:
-    return _transformers("AXK1", **_MLA, **_GROUPED)
 
 
 def _mistral4() -> Any:
@@ -282,8 +274,6 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "GLM-5": _glm_moe_dsa,
     "Mistral 4": _mistral4,
     "MiniCPM3": _minicpm3,
-    "Youtu": _youtu,
-    "A.X K1": _axk1,
     "Llama 4": _llama4,
     "Gemma 4": _gemma4,
     "Gemma 4 E2B": _gemma4_small,
