@@ -64,7 +64,7 @@ pytestmark = [
     pytest.mark.skipif(isinstance(PYTHON, str), reason=str(PYTHON)),
 ]
 
-PROMPTS, SAMPLED, SWAPPED = 6, 16, 3
+PROMPTS, SAMPLED, SWAPPED = 12, 24, 3
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +224,7 @@ def test_sampled_answers_are_the_targets_and_their_steps_follow_replay(served: S
     if bench.drafters["it"].samples_proposals:
         assert abs(distance(1.0)) < 4
         if served.kind != "windowed":
-            assert abs(distance({"dflash2": 4.0, "dspark": 2.0}[served.kind])) > 5
+            assert abs(distance({"dflash2": 4.0, "dspark": 2.0}[served.kind])) > 4
     else:  # every proposal is the argmax, so the answer decides the steps
         clear = {text.trajectory_id for text in bench.clear(texts, bench.drafters["it"])}
         compared = [i for i, text in enumerate(texts) if text.trajectory_id in clear]
