@@ -24,7 +24,7 @@ from tests.testbed import random_target
 from tests.testbed.architectures import RANDOM
 from tests.testbed.dspark import random_dspark
 
-ANSWERS, SIMULATIONS = 6, 200
+ANSWERS, FEW, SIMULATIONS = 30, 6, 200
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +33,20 @@ def old(bench: Bench) -> Drafter:
     return moved(bench.drafters["trained"], scrambled(bench.drafters["trained"]), 0.15)
 
 
-def served(bench: Bench, drafter: Drafter, count: int = ANSWERS) -> list[ServedAnswer]:
+def served(bench: Bench, drafter: Drafter, count: int = FEW) -> list[ServedAnswer]:
     """Return the answers of an engine with this drafter."""
     answers = replace(bench, drafters={"it": drafter}).answers(bench.requests(count), "it")
     return [(answer.trajectory(), answer.trace()) for answer in answers.values()]
+
+
+@pytest.fixture(scope="module")
+def by_new(bench: Bench) -> list[ServedAnswer]:
+    return served(bench, bench.drafters["trained"], ANSWERS)
+
+
+@pytest.fixture(scope="module")
+def by_old(bench: Bench, old: Drafter) -> list[ServedAnswer]:
+    return served(bench, old, ANSWERS)
 
 
 def without_proposals(answers: Sequence[ServedAnswer]) -> list[ServedAnswer]:
@@ -45,13 +55,16 @@ def without_proposals(answers: Sequence[ServedAnswer]) -> list[ServedAnswer]:
 
 @pytest.mark.parametrize("recorded", [list, without_proposals])
 def test_in_float32_every_step_shows_the_drafter(
-    bench: Bench, old: Drafter, recorded: Callable[[list[ServedAnswer]], list[ServedAnswer]]
+    bench: Bench,
+    old: Drafter,
+    by_new: list[ServedAnswer],
+    by_old: list[ServedAnswer],
+    recorded: Callable[[list[ServedAnswer]], list[ServedAnswer]],
 ) -> None:
-    new = bench.drafters["trained"]
-    by_new, by_old = (recorded(served(bench, drafter)) for drafter in (new, old))
-    assert prove(bench.target, old, new, by_new, float32=True).swapped is True
-    assert prove(bench.target, old, new, by_old, float32=True).swapped is False
-    assert prove(bench.target, new, new, by_new, float32=True).swapped is None
+    new, of_new, of_old = bench.drafters["trained"], recorded(by_new[:FEW]), recorded(by_old[:FEW])
+    assert prove(bench.target, old, new, of_new, float32=True).swapped is True
+    assert prove(bench.target, old, new, of_old, float32=True).swapped is False
+    assert prove(bench.target, new, new, of_new, float32=True).swapped is None
 
 
 def test_another_drafter_than_both_is_no_swap(bench: Bench, old: Drafter) -> None:
@@ -69,17 +82,18 @@ def test_without_a_step_it_is_inconclusive(bench: Bench, old: Drafter) -> None:
         assert (result.swapped, result.steps) == (None, 0)
 
 
-def test_the_likelihood_decides_with_enough_answers(bench: Bench, old: Drafter) -> None:
-    new = bench.drafters["trained"]
-    by_new, by_old = (without_proposals(served(bench, drafter, count=40)) for drafter in (new, old))
-    assert prove(bench.target, old, new, by_new[:1], float32=False).swapped is None
-    assert prove(bench.target, old, new, by_new, float32=False).swapped is True
-    assert prove(bench.target, old, new, by_old, float32=False).swapped is False
+def test_the_likelihood_decides_with_enough_answers(
+    bench: Bench, old: Drafter, by_new: list[ServedAnswer], by_old: list[ServedAnswer]
+) -> None:
+    new, of_new, of_old = bench.drafters["trained"], without_proposals(by_new), without_proposals(by_old)
+    assert prove(bench.target, old, new, of_new[:1], float32=False).swapped is None
+    assert prove(bench.target, old, new, of_new, float32=False).swapped is True
+    assert prove(bench.target, old, new, of_old, float32=False).swapped is False
 
 
 @pytest.fixture(scope="module")
 def sides(bench: Bench, old: Drafter) -> list[Side]:
-    return [read(bench.target, drafter, bench.answered(40)) for drafter in (old, bench.drafters["trained"])]
+    return [read(bench.target, drafter, bench.answered(ANSWERS)) for drafter in (old, bench.drafters["trained"])]
 
 
 def test_a_swap_that_did_not_happen_is_seldom_proven(sides: list[Side]) -> None:
@@ -92,7 +106,7 @@ def test_with_too_little_noise_assumed_it_would_be(
 ) -> None:
     """Similar drafters differ at near-ties, which noise changes."""
     monkeypatch.setattr(proof, "NOISY_SHARE", 0.001)
-    sure = [read(bench.target, drafter, bench.answered(40)) for drafter in (old, bench.drafters["trained"])]
+    sure = [read(bench.target, drafter, bench.answered(ANSWERS)) for drafter in (old, bench.drafters["trained"])]
     noisy = [replace(side, table=each.table) for side, each in zip(sides, sure, strict=True)]
     assert simulate(noisy[0], noisy[1], SIMULATIONS, noisy=True)["missed"] > 0.01
 
