@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import math
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.tables.parquet import read_table
@@ -25,10 +22,9 @@ from draftsmith.stages.engines.kinds import open_servers
 from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.engines.sglang.probe import check_weights, verifies_greedily
 from draftsmith.stages.engines.stage import STAGE, RolloutConfig
-from draftsmith.stages.target.config import TargetConfig
-from draftsmith.stages.target.describe import describe
-from draftsmith.stages.target.info import model_path, read_target_info, write_target_info
+from draftsmith.stages.target.info import read_target_info
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams
+from tests.stages.engines.servers import write_other_revision
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -197,16 +193,6 @@ def test_a_server_is_known_by_the_log_probs_of_fixed_tokens(
     """It was started by somebody else, without a commit of the hub."""
     config = SGLangEngineConfig.model_validate(served(plain_url))
     required = server_requirements(config, tiny_drafter.target, None, DraftingConfig(), 200)
-    source = model_path(tiny_drafter.target)
-    shutil.copytree(source, tmp_path / "model")
-    weights = load_file(source / "model.safetensors")
-    generator = torch.Generator().manual_seed(0)
-    moved = {name: w + 1e-3 * torch.randn(w.shape, generator=generator) for name, w in weights.items()}
-    save_file(moved, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    moved_config = TargetConfig(source="org/model", dtype="float32")
-    write_target_info(
-        describe(tmp_path / "model", moved_config, kind="folder", location="model", revision=None), tmp_path
-    )
 
     async def check(target_folder: Path) -> list[str]:
         async with httpx.AsyncClient(trust_env=False) as client:
@@ -217,4 +203,4 @@ def test_a_server_is_known_by_the_log_probs_of_fixed_tokens(
     (message,) = asyncio.run(check(tiny_drafter.target))
     assert float(message.split(" nats")[0].split()[-1]) < 1e-5
     with pytest.raises(DraftsmithError, match="other weights"):
-        asyncio.run(check(tmp_path))
+        asyncio.run(check(write_other_revision(tiny_drafter, tmp_path)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import re
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
@@ -17,6 +16,7 @@ from draftsmith.flows.config.errors import REMOVED, field_paths
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.stages.runtime.stage import Config
 from draftsmith.stages.training.config import OpdConfig, SftConfig
+from tests.config_reference import models_in
 from tests.lab.experiment import LabConfig
 from tests.season.season import FULL, config_of
 
@@ -38,13 +38,6 @@ _PAGES = [
 _CODE = re.compile(r"^ *```.*?^ *```$|`[^`]+`", re.MULTILINE | re.DOTALL)
 
 Field = tuple[type[BaseModel], str]  # of the class that declares it first
-
-
-def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from models_in(argument)
 
 
 def field_of(model: type[BaseModel], name: str) -> Field:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
+from safetensors.torch import load_file, save_file
 
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import SGLangEngineConfig
@@ -19,6 +22,9 @@ from draftsmith.stages.engines.servers.api import ServerInfo
 from draftsmith.stages.engines.servers.engine import ServerEngine
 from draftsmith.stages.engines.servers.requirements import ServerRequirements, server_requirements
 from draftsmith.stages.engines.sglang.handshake import check_server
+from draftsmith.stages.target.config import TargetConfig
+from draftsmith.stages.target.describe import describe
+from draftsmith.stages.target.info import model_path, write_target_info
 from tests.stages.engines.http_server import HttpServer, Refusal, Reply, answer, is_probe, serving
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -55,6 +61,18 @@ def opened(
 def requirements_of(made: DrafterArtifacts, drafter: Path | None) -> ServerRequirements:
     config = SGLangEngineConfig.model_validate({"kind": "sglang", "urls": ["http://x"]})
     return server_requirements(config, made.target, drafter, DraftingConfig(), 200)
+
+
+def write_other_revision(made: DrafterArtifacts, folder: Path) -> Path:
+    """Write a target artifact with slightly moved weights: same config, tokenizer and shapes. Return its folder."""
+    shutil.copytree(model_path(made.target), folder / "model")
+    weights = load_file(folder / "model" / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    moved = {name: w + 1e-3 * torch.randn(w.shape, generator=generator) for name, w in weights.items()}
+    save_file(moved, folder / "model" / "model.safetensors", metadata={"format": "pt"})
+    config = TargetConfig(source="org/model", dtype="float32")
+    write_target_info(describe(folder / "model", config, kind="folder", location="model", revision=None), folder)
+    return folder
 
 
 def good_model(expected: ServerRequirements) -> dict[str, Any]:

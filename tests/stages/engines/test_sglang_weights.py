@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.servers.identity import own_logprobs
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
-from draftsmith.stages.target.config import TargetConfig
-from draftsmith.stages.target.describe import describe
-from draftsmith.stages.target.info import model_path, write_target_info
 from tests.stages.engines.http_server import answer
-from tests.stages.engines.servers import check, server_of
+from tests.stages.engines.servers import check, server_of, write_other_revision
 from tests.testbed.drafter import DrafterArtifacts
 
 COMMIT, OTHER = "a1" * 20, "b2" * 20
@@ -44,17 +38,7 @@ def scoring(logprobs: list[float]) -> Any:
 
 @pytest.fixture(scope="module")
 def other_revision(tiny_drafter: DrafterArtifacts, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return an artifact of the tiny target with slightly moved weights: same config, tokenizer and shapes."""
-    folder = tmp_path_factory.mktemp("other-revision")
-    source = model_path(tiny_drafter.target)
-    shutil.copytree(source, folder / "model")
-    weights = load_file(source / "model.safetensors")
-    generator = torch.Generator().manual_seed(0)
-    moved = {name: w + 1e-3 * torch.randn(w.shape, generator=generator) for name, w in weights.items()}
-    save_file(moved, folder / "model" / "model.safetensors", metadata={"format": "pt"})
-    config = TargetConfig(source="org/model", dtype="float32")
-    write_target_info(describe(folder / "model", config, kind="folder", location="model", revision=None), folder)
-    return folder
+    return write_other_revision(tiny_drafter, tmp_path_factory.mktemp("other-revision"))
 
 
 def test_a_server_of_the_same_commit_of_the_hub_is_accepted_and_of_another_refused(plain: ServerRequirements) -> None:
