@@ -132,7 +132,7 @@ def held_over_a_swap(model: Any) -> dict[str, torch.Tensor]:
     return {f"{kind} {i}": x.clone() for kind, all_ in (("held", held), ("anew", anew)) for i, x in enumerate(all_)}
 
 
-def compute(folder: str) -> None:
+def compute(folder: str) -> Any:
     case = load_file(f"{folder}/case")
     model = load(f"{folder}/drafter", case)
     found: dict[str, list[torch.Tensor]] = {}
@@ -143,10 +143,10 @@ def compute(folder: str) -> None:
     shape = case["anchors"].shape
     stacked = {name: torch.stack(values).unflatten(0, shape).contiguous() for name, values in found.items()}
     save_file(stacked, f"{folder}/out")
-    save_file(held_over_a_swap(model), f"{folder}/swap")
+    return model
 
 
 if __name__ == "__main__":
     start(f"{sys.argv[1]}/drafter")
-    for each in sys.argv[1:]:
-        compute(each)
+    for each, model in [(each, compute(each)) for each in sys.argv[1:]]:  # models share a cache, cast to bfloat16 here
+        save_file(held_over_a_swap(model), f"{each}/swap")
