@@ -156,7 +156,7 @@ def draftsmith(home: Path, *arguments: str | Path) -> subprocess.CompletedProces
         env={**environment, "DRAFTSMITH_HOME": str(home), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
         check=False,
     )
 

@@ -33,7 +33,7 @@ from tests.sglang_cpu.fixtures import sglang_env  # noqa: F401  (a fixture)
 from tests.sglang_cpu.options import CPU_ENVIRONMENT, CPU_OPTIONS
 from tests.testbed.refresh import load_config
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(3600)]
 
 LEARNING = ["rollout", "sft", "assisted", "mining", "opd", "control"]
 NODES = ["target", "prompts", "heldout", *LEARNING, "evaluation", "report"]
