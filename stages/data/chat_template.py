@@ -60,12 +60,14 @@ def render_prompt(tokenizer: Any, messages: list[Message], where: str, template_
     return text
 
 
-def token_ids(tokenizer: Any, candidate: PromptCandidate, template_kwargs: TemplateKwargs) -> list[int]:
-    """Return the token ids up to the beginning of the answer; without a chat template, those of plain text."""
+def token_ids(tokenizer: Any, messages: list[Message], where: str, template_kwargs: TemplateKwargs) -> list[int]:
+    """Return the token ids up to the beginning of the answer; without a chat template, those of plain text.
+
+    where: as of `render_prompt`, which raises DraftsmithError.
+    """
     if not tokenizer.chat_template:
-        text = "\n\n".join(message["content"] for message in candidate.messages)
-        return list(tokenizer(text)["input_ids"])
-    text = render_prompt(tokenizer, candidate.messages, candidate.where, template_kwargs)
+        return list(tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"])
+    text = render_prompt(tokenizer, messages, where, template_kwargs)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

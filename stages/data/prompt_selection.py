@@ -82,7 +82,7 @@ def run(ctx: StageContext, config: PromptsConfig) -> None:
         def encode(candidate: PromptCandidate) -> list[int]:
             if candidate.token_ids is not None:
                 return candidate.token_ids
-            return token_ids(tokenizer, candidate, config.chat_template_kwargs)
+            return token_ids(tokenizer, candidate.messages, candidate.where, config.chat_template_kwargs)
 
         read_ids = _id_reader(tokenizer, read_target_info(ctx.inputs["target"]).vocab_size, config)
         streams = [open_streams(source, config, lines, read_ids, on_candidate) for source in config.sources]

@@ -10,6 +10,8 @@ from typing import Any
 
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import PROMPTS, QUESTIONS
+from draftsmith.stages.data.chat_template import token_ids
+from draftsmith.stages.data.row_formats import Message, TemplateKwargs
 from draftsmith.stages.data.trajectories import Prompt
 from draftsmith.stages.engines.base import Completion
 from draftsmith.stages.engines.partial_answers import PartialAnswers
@@ -23,9 +25,9 @@ class Conversations:
     """The prompts of a rollout that have further questions, and the answers so far."""
 
     questions: Mapping[str, Sequence[str]] = field(default_factory=dict)  # prompt -> after the first
-    messages: Mapping[str, list[dict[str, str]]] = field(default_factory=dict)  # prompt -> up to the first
+    messages: Mapping[str, list[Message]] = field(default_factory=dict)  # prompt -> up to the first
     tokenizer: Any = None
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    template_kwargs: TemplateKwargs = field(default_factory=dict)
     answers: dict[str, list[int]] = field(default_factory=dict)  # request -> tokens
 
     @classmethod
@@ -79,9 +81,4 @@ class Conversations:
         messages = list(self.messages[prompt_id])
         for answer, question in zip(answers, self.questions[prompt_id], strict=False):
             messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": question}]
-        if not self.tokenizer.chat_template:
-            return list(self.tokenizer("\n\n".join(each["content"] for each in messages))["input_ids"])
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **self.template_kwargs
-        )
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return token_ids(self.tokenizer, messages, f"prompt {prompt_id}", self.template_kwargs)

@@ -108,7 +108,6 @@ class MiningMetrics:
                 for accepted, verified in zip(self._accepted_at.tolist(), self._verified.tolist(), strict=True)
             ],
             "accepted_histogram": self._accepted.tolist(),
-            "counts_short_by_at_most": 0,  # of versions that forgot rare values
             "most_rejected": [
                 {"token": tokenizer.decode([token]), "id": token, "count": count} for token, count in rejected
             ],

@@ -62,9 +62,7 @@ class Target:
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
         self._captured: dict[int, torch.Tensor] | None = None
         self._deepest: int | None = None  # the layer after which the forward stops
-        if (
-            CHOOSING in self.layers.kinds
-        ):  # models mask the entries that are not chosen for transformers' attention alone
+        if CHOOSING in self.layers.kinds:  # only transformers' attention masks the entries that are not chosen
             model.set_attn_implementation("sdpa")
         for module in self.decoder.modules():  # a scale by the cache's length, which is 1 within stable positions
             if getattr(module, "attn_temperature_tuning", False):

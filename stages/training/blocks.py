@@ -1,7 +1,7 @@
 """Blocks after anchors, their labels, what a loss reads, and the report of a step's loss: shared by SFT and OPD.
 
-A drafter with a head of its own is trained over its draft vocabulary. One that borrows the target's is trained over all
-tokens, or over a sample that holds what matters: the most frequent tokens, every token of the step's answers, and fresh
+A drafter that has a head is trained over its draft vocabulary. One that uses the target's is trained over all tokens,
+or over a sample that holds what matters: the most frequent tokens, every token of the step's answers, and fresh
 random others, so that the drafter learns to give every token little probability: it also serves with the full head.
 """
 

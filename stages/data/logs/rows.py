@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.tables.parquet import BufferedShards
 from draftsmith.artifacts.tables.schemas import TOKENISED
-from draftsmith.stages.data.chat_template import PromptCandidate, text_after_answer, token_ids
+from draftsmith.stages.data.chat_template import text_after_answer, token_ids
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.row_files import Row
 from draftsmith.stages.data.row_formats import (
@@ -179,9 +179,7 @@ class TokenCache(BufferedShards):
     def get(self, key: str, make: Callable[[], Tokens]) -> Tokens:
         """Return the cached tokens of a text, else what `make` returns. key: identifies the text."""
         if self._following is not None:
-            if (
-                self._following["key"] != key
-            ):  # this text raised an error in the attempt before, so it is not in the cache
+            if self._following["key"] != key:  # not cached: it raised an error in the attempt before
                 return make()
             cached, self._following = self._following, next(self._cached, None)
             self.hits += 1
@@ -253,7 +251,7 @@ class AnswerReader:
     def _tokenised(self, row: LoggedRow, messages: list[Message], completion: str) -> Tokens:
         if not is_unicode(completion, *(message["content"] for message in messages)):
             return [], [], "text is not valid Unicode"
-        prompt = token_ids(self.tokenizer, PromptCandidate("logs", messages, row.where), self._template_kwargs)
+        prompt = token_ids(self.tokenizer, messages, row.where, self._template_kwargs)
         answer = self._encode(completion)
         if len(prompt) + len(answer) > self.max_tokens:  # decoding a megabyte takes seconds
             return [], [], _TOO_LONG

@@ -1,4 +1,4 @@
-"""Requirements that every server of an engine must meet: the target, the drafter, and room for the longest request."""
+"""Requirements that every server of an engine must meet: target, drafter, and context for the longest request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of a server before its first request: same model, same drafter, and room for the longest request.
+"""Checks of a server before its first request: same model, same drafter, and enough context.
 
 A server's own reports and short generations are checked. For a server that was not started here, the tokenizer and the
 weights are compared too.
@@ -118,7 +118,7 @@ def _check_context(url: str, server: Json, required: ServerRequirements) -> None
     if limits and required.longest > min(limits):
         raise wrong_server(
             url,
-            f"has room for {min(limits)} positions a request, the longest needs {required.longest}. Lower "
+            f"takes {min(limits)} positions a request, the longest needs {required.longest}. Lower "
             "sampling.max_new_tokens or prompts.max_prompt_tokens, or raise --context-length or --max-total-tokens.",
         )
 

@@ -58,7 +58,7 @@ async def check_server(
         if (limit := card.get("max_model_len")) is not None and required.longest > limit:
             raise wrong_server(
                 url,
-                f"has room for {limit} positions a request, the longest needs {required.longest}. Lower "
+                f"takes {limit} positions a request, the longest needs {required.longest}. Lower "
                 "sampling.max_new_tokens or prompts.max_prompt_tokens, or raise --max-model-len.",
             )
         request = Request(_NAME, required.probe_ids, _PROBE_TOKENS)

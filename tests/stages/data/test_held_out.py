@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from draftsmith.stages.data.chat_template import PromptCandidate, TemplateInverter, token_ids
+from draftsmith.stages.data.chat_template import TemplateInverter, token_ids
 from draftsmith.stages.data.held_out import HeldOut, hash_fraction, prompt_identity, read_held_out
 from draftsmith.stages.data.row_formats import Message, TemplateKwargs
 from draftsmith.stages.target.info import load_tokenizer, model_path
@@ -89,7 +89,7 @@ def test_decoded_token_ids_have_the_identity_of_their_text(
     if template is not None:
         tokenizer.chat_template = template
     sent: TemplateKwargs = {"today": "Monday", "quiet": quiet, "thinking": quiet}
-    ids = token_ids(tokenizer, PromptCandidate("test", messages, "row 1"), sent)
+    ids = token_ids(tokenizer, messages, "row 1", sent)
     read = TemplateInverter(tokenizer, {"today": "Friday"}).messages(ids)
     assert prompt_identity(read) == prompt_identity(messages)
 

@@ -82,8 +82,8 @@ def test_requests_that_would_wait_in_the_server_are_a_remark_and_in_an_evaluatio
     ("wrong", "what"),
     [
         ({"tokens": [1, 2, 3]}, "tokenizer is not that of the target"),
-        ({"server": {"max_req_input_len": 100}}, "room for 104 positions a request, the longest needs 200"),
-        ({"server": {"max_total_num_tokens": 150}}, "room for 148 positions"),
+        ({"server": {"max_req_input_len": 100}}, "takes 104 positions a request, the longest needs 200"),
+        ({"server": {"max_total_num_tokens": 150}}, "takes 148 positions"),
         ({"names": ("model_info", "elsewhere")}, "has no /server_info"),
         ({"generate": lambda p: answer(p | {"input_ids": [895]})}, "another model is served"),
         ({"generate": lambda p: answer(p) | {"output_ids": []}}, "is empty"),
