@@ -80,9 +80,10 @@ def _prover(lines: Registry, version: Version, new: NewDrafter) -> ReplayProver:
                 return drafter_checkpoint(other)
         if (started_with := Path(before.started_with)).is_dir() and served_digest(started_with) == before.digest:
             return started_with
+        drafter = f"drafter {before.digest[:12] or 'of unknown content'}"
         raise DraftsmithError(
-            f"{before.url}: its drafter {before.digest[:12]} is no version of {version.line}, and {started_with} here "
-            "is not it, but the proof compares with it. Start the server with a version of the line once."
+            f"{before.url}: the proof compares with its {drafter}, which is no version of {version.line} and not in "
+            f"{started_with} here. Start the server with a version of the line once."
         )
 
     answers = load_trajectories(_input(version, "trajectories")).trajectories
