@@ -73,7 +73,11 @@ class Layers:
             raise UnknownLayersError("several vectors a token")
         kinds, _ = get_layer_types_and_kwargs(text_config)  # windows: its second value is of another type before 5.19
         entries, recurrent = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer), False
-        for kind, layer in zip(kinds, DynamicCache(config=text_config).layers, strict=True):
+        try:
+            cache = DynamicCache(config=text_config)
+        except KeyError as unknown:  # a kind that transformers knows inside one model's code alone
+            raise UnknownLayersError(unknown.args[0]) from None
+        for kind, layer in zip(kinds, cache.layers, strict=True):
             holds_state = isinstance(layer, LinearAttentionCacheLayerMixin)
             recurrent = recurrent or holds_state
             if not (holds_state or kind == _NO_CACHE or (type(layer) in entries and kind in _REACH)):

@@ -338,13 +338,13 @@ def test_replays_and_float32_answers_are_not_computed_twice(
     assert [len(answers) for answers in kept.values()] == [4, 4]
     kept["1"][2] = [0]
     (first.work / "exactness.json").write_text(json.dumps(kept))
-    (replayed,) = first.work.glob("replayed/trained/*.npz")
+    (replayed,) = first.work.glob("replayed/trained/traces/*.parquet")
     touched = replayed.stat().st_mtime_ns
 
     again = RecordingContext.under(tmp_path, inputs(tiny_drafter))
     STAGE.run(again, config)
     assert metrics_of(again)["exactness"]["fp32_identical"] == 3
-    assert [path.stat().st_mtime_ns for path in first.work.glob("replayed/trained/*.npz")] == [touched]
+    assert [path.stat().st_mtime_ns for path in first.work.glob("replayed/trained/traces/*.parquet")] == [touched]
     same = ("drafters", "sets", "validation_tau")
     assert {name: metrics_of(again)[name] for name in same} == {name: metrics_of(first)[name] for name in same}
 

@@ -317,7 +317,7 @@ def test_a_truncated_gguf_is_an_error_before_it_is_loaded(tmp_path: Path) -> Non
     ("family", "fields", "said"),
     [
         ("Phi", {}, "not those of a linear head, scaled or soft-capped (its head is Linear("),
-        ("DeepseekV32", {"num_hidden_layers": 2}, "layers of deepseek_v32 with indexed_attention are not supported"),
+        ("DeepseekV4", {}, "layers of deepseek_v4 with heavily_compressed_attention are not supported"),
         ("Gemma3Text", {"use_bidirectional_attention": True}, "with attention in both directions are not supported"),
     ],
 )
