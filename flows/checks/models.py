@@ -12,7 +12,7 @@ from draftsmith.flows.checks.drafters import creates_drafter, drafter_origins, d
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.execution.display import format_bytes
 from draftsmith.flows.planning.graph import Node
-from draftsmith.stages.data.chat_template import PromptCandidate, token_ids
+from draftsmith.stages.data.chat_template import token_ids
 from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.drafters.registry import KINDS, DrafterConfig
 from draftsmith.stages.drafters.spec import DraftingConfig
@@ -82,9 +82,8 @@ def _check_template(findings: Findings, config: PromptsConfig, folder: Path) -> 
     messages = [{"role": "user", "content": "Hello"}]
     if system := config.system:
         messages = [{"role": "system", "content": system}, *messages]
-    candidate = PromptCandidate("check", messages, "chat template")
     try:
-        ids = token_ids(tokenizer, candidate, config.chat_template_kwargs)
+        ids = token_ids(tokenizer, messages, "chat template", config.chat_template_kwargs)
     except DraftsmithError as error:
         refused, remedy = "a question", "Correct it."
         if system:
