@@ -233,7 +233,7 @@ class RefreshResult:
     """The result of a refresh."""
 
     artifacts: Mapping[str, Path]  # node -> folder of its artifact
-    outcome: str | None  # promoted, refused, inconclusive, waiting or current; None without a line, or with `until`
+    outcome: str | None  # promoted, refused, inconclusive, waiting, current or unserved; None: no line, or `until`
     message: str  # the outcome with its reason
 
 

@@ -27,6 +27,7 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError, one_lin
 KINDS = ".jsonl, .ndjson or .json with an object a line, also with .gz or .zst, or .parquet"
 # names of files in a folder; a number or a date may follow the suffix, as logrotate writes them
 _ROW_FILE = re.compile(r".*(\.(jsonl|ndjson|json)([.-]\d[\d.T_-]*)?(\.gz|\.zst)?|\.parquet(\.gz|\.zst)?)")
+_CSV = re.compile(rb"[^{}\[\],;\t]+([,;\t][^{}\[\],;\t]+)+")
 Fields: TypeAlias = dict[str, Any]  # a row as it was written: JSON of any shape
 _CHUNK = 1 << 18  # bytes
 _REPORT_EVERY_S = 1.0
@@ -283,6 +284,8 @@ def _parsed(line: bytes) -> Fields | str:
     except UnicodeDecodeError as error:
         return f"not UTF-8 text ({error.reason}): convert the file, or name it .gz or .zst if compressed"
     except (ValueError, RecursionError) as error:
+        if _CSV.fullmatch(line):
+            return "looks like CSV, not JSON: convert the file to JSON Lines"
         return f"not JSON ({one_line(error)}): every line must be one JSON object"
     if not isinstance(row, dict):
         return f"a JSON {json_type(row)}, not an object: every line must be one JSON object"

@@ -152,7 +152,7 @@ def test_a_recently_written_file_is_a_warning(of_logs: bool, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("of_logs", [True, False])
-@pytest.mark.parametrize(("text", "reason"), [("", "is empty"), ("question,answer\nWhat?,That.\n", "not JSON")])
+@pytest.mark.parametrize(("text", "reason"), [("", "is empty"), ("question,answer\nWhat?,That.\n", "looks like CSV")])
 def test_a_file_without_rows_is_an_error(text: str, reason: str, of_logs: bool, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(text)
     os.utime(tmp_path / "a.jsonl", (0, 0))
