@@ -111,7 +111,9 @@ def test_a_run_records_user_command_and_commit(
     monkeypatch.setattr(sys, "argv", command)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(mlflow_terms, "__file__", str(repository / "artifacts" / "terms.py"))
-    tags = run_of(tracking, tracking.open_refresh("who", {})).data.tags
+    run = run_of(tracking, tracking.open_refresh("who", {}))
+    tags, experiment = run.data.tags, client(tracking).get_experiment(run.info.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     assert tags["mlflow.source.git.commit"] == found.stdout.strip()
     assert tags["mlflow.source.name"].startswith("draftsmith run weekly.yaml --set 'note=a b' --url ")
     assert "word" not in tags["mlflow.source.name"] and tags["mlflow.user"] == user_name()
