@@ -21,7 +21,7 @@ from draftsmith.stages.report.presentation import Invocation, Step, next_steps, 
 from draftsmith.stages.report.presentation import drafters as drafter_table
 from draftsmith.stages.report.review import Review, duration, number, review_of, target_name
 
-WIDTH = 80
+WIDTH, LINES = 80, 25
 _VERDICTS = {
     "promoted": "PROMOTED: ",
     "refused": "NOT PROMOTED: refused. ",
@@ -55,30 +55,30 @@ def screen(folders: Mapping[str, Path], ending: EndedRun) -> list[str]:
     review = _review(folders, champion.version if champion is not None else None)
     machine = review.machine if review is not None else ""
     title = [ending.config.name, _target(folders), machine, duration(ending.seconds)]
-    lines = [" · ".join(filter(None, title)), ""]
+    verdict, rest = "", list[str]()
     steps: Sequence[Step] = ()
     if review is not None:
         command = replace(command, version=_version(command, folders, review) or command.version)
-        lines += [
-            *_verdict(review, command, ending),
-            "",
-            *_table(review, EvaluationResult.read(folders["evaluation"])),
-        ]
+        verdict = _verdict(review, command, ending)
+        rest = [_NOTHING_BROKEN] if review.outcome.kind == "inconclusive" else []
+        rest += ["", *_table(review, EvaluationResult.read(folders["evaluation"]))]
         if review.checks:
-            lines += _wrapped("Gate  " + "  ".join(f"{tick} {group}" for tick, group in review.ticks()), "      ")
+            rest += _wrapped("Gate  " + "  ".join(f"{tick} {group}" for tick, group in review.ticks()), "      ")
         if "report" in folders:
             steps = next_steps(review, command, _seconds(folders))
     elif "drift" in folders and champion is not None:
         drift = DriftResult.read(folders["drift"]).overall
         before = number((champion.figures.get("all") or {}).get("tau"), ".2f")
-        lines += _wrapped(
+        verdict = (
             f"CURRENT: {champion.line}@{champion.version} stays. Acceptance length {drift.tau or 0.0:.2f} on "
             f"{drift.prompts} prompts, {before} at its promotion: no significant drift. Nothing was trained."
         )
         if ending.refused is not None:
-            lines += _wrapped(f"NOT SERVED: {ending.refused}")
+            rest = _wrapped(f"NOT SERVED: {ending.refused}")
         steps = [refresh_anyway(command)]
-    return [*lines, *_next(steps), "", *_where(folders, review, ending)]
+    rest += [*_next(steps), "", *_where(folders, review, ending)]
+    room = max(1, LINES - 2 - len(rest))
+    return [" · ".join(filter(None, title)), "", *_wrapped(verdict, most=room), *rest]
 
 
 def _review(folders: Mapping[str, Path], version: int | None = None) -> Review | None:
@@ -106,18 +106,15 @@ def _version(command: Invocation, folders: Mapping[str, Path], review: Review) -
     return str(numbers[-1]) if numbers else None
 
 
-def _verdict(review: Review, command: Invocation, ending: EndedRun) -> list[str]:
+def _verdict(review: Review, command: Invocation, ending: EndedRun) -> str:
     kind, sentence = review.outcome.kind, review.outcome.sentence
     if kind == "promoted" and ending.refused is not None:
         # the gate passed, but a rollback or an approval stops it, or a server does not draft with it
         head = "PROMOTED, NOT SERVED: " if ending.outcome == UNSERVED.lower() else "NOT PROMOTED: "
-        return _wrapped(f"{head}{ending.refused}")
+        return f"{head}{ending.refused}"
     if kind == "promoted":
         sentence = f"{command.line}@{command.version}. {review.outcome.followed}"
-    return [
-        *_wrapped(f"{_VERDICTS[kind]}{sentence}"),
-        *([_NOTHING_BROKEN] if kind == "inconclusive" else []),
-    ]
+    return f"{_VERDICTS[kind]}{sentence}"
 
 
 def _table(review: Review, evaluation: EvaluationResult) -> list[str]:
@@ -161,8 +158,11 @@ def _short(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def _wrapped(text: str, indent: str = "") -> list[str]:
-    return textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_on_hyphens=False)
+def _wrapped(text: str, indent: str = "", most: int | None = None) -> list[str]:
+    """Return the text in lines. most: of them; the report and the log have all of the text."""
+    return textwrap.wrap(
+        text, WIDTH, subsequent_indent=indent, break_on_hyphens=False, max_lines=most, placeholder=" …"
+    )
 
 
 DETAIL = "detail/"  # prefix of all metrics but the headlines

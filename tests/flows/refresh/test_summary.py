@@ -14,13 +14,12 @@ from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.flows.execution.display import Display, EndedRun
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.line import registry
-from draftsmith.flows.refresh.summary import WIDTH, screen, show_results
+from draftsmith.flows.refresh.summary import LINES, WIDTH, screen, show_results
 from draftsmith.stages.drafters.stage import ChampionConfig
 from tests.flows.refresh.line_runs import config_of
 from tests.stages.report.sample_report import DECISION, EVALUATION, HOSTILE, OF_A_LINE
 
 pytestmark = pytest.mark.usefixtures("home")
-LINES = 25
 
 
 def ending(config: RefreshConfig, **changes: Any) -> EndedRun:
@@ -90,6 +89,18 @@ def test_a_promotion_that_is_not_served_is_a_promotion(line: str, drafters: list
     )
     for outcome, head in (("waiting", "NOT PROMOTED: why"), ("unserved", "PROMOTED, NOT SERVED: why")):
         assert screen(made, ending(config_of(line), outcome=outcome, refused="why"))[2] == head
+
+
+def test_a_long_reason_does_not_fill_the_screen(line: str, drafters: list[ArtifactRef], tmp_path: Path) -> None:
+    registry().register(line, drafters[0], {})
+    long = "a server is down. " * 200
+    changes = {"outcome": "unserved", "refused": long, "overrides": ["name=" + "a" * WIDTH]}  # commands of two lines
+    for outcome in ("promoted", "refused", "inconclusive"):
+        rules = [{**rule, "name": f"tau of {long[:200]}", "said": long} for rule in DECISION["rules"]]
+        decision = DECISION | {"outcome": outcome, "promote": outcome == "promoted", "rules": rules}
+        made = ended(tmp_path / outcome, OF_A_LINE, decision, opd=drafters[0].path)
+        lines = screen(made, ending(config_of(line), **changes))
+        assert len(lines) <= LINES and lines[-1].startswith("MLflow ")
 
 
 def test_hostile_names_are_escaped_and_cut(line: str, tmp_path: Path) -> None:
