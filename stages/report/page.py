@@ -24,7 +24,7 @@ from draftsmith.artifacts.results.data import LogsSummary, PromptsSummary
 from draftsmith.artifacts.results.evaluation import AnswerContext, EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.stages.report import presentation
-from draftsmith.stages.report.metrics import LineageEntry, wall_seconds
+from draftsmith.stages.report.metrics import LineageEntry, device_seconds, wall_seconds
 from draftsmith.stages.report.presentation import SliceGain, Step
 from draftsmith.stages.report.review import duration, name_of, review_of
 from draftsmith.stages.report.stage import HistoryPoint
@@ -107,10 +107,11 @@ def _cost_sentence(lineage: Sequence[LineageEntry]) -> str:
     total = wall_seconds(lineage)
     if not total:
         return ""
-    longest = max(lineage, key=lambda entry: entry.manifest.duration_s)
+    longest, devices = max(lineage, key=lambda entry: entry.manifest.duration_s), device_seconds(lineage)
+    on_devices = f" and {duration(devices)} of device time" if devices > total else ""
     return (
-        f"The refresh took {duration(total)} ({total:,.0f} s) of stages, reused ones included; the longest was "
-        f"{longest.name} with {duration(longest.manifest.duration_s)}."
+        f"The refresh took {duration(total)} ({total:,.0f} s) of stages{on_devices}, reused ones included; the longest "
+        f"was {longest.name} with {duration(longest.manifest.duration_s)}."
     )
 
 

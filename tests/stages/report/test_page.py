@@ -11,7 +11,7 @@ import pytest
 
 from draftsmith.artifacts.results.evaluation import AnswerContext, EvaluationResult
 from draftsmith.stages.report.page import ReportData, render_report
-from tests.stages.report.sample_report import CONTEXTS, EVALUATION, HOSTILE, OF_A_LINE, SERVED, of_a_line, sample
+from tests.stages.report.sample_report import CONTEXTS, EVALUATION, HOSTILE, OF_A_LINE, SERVED, entry, of_a_line, sample
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
@@ -64,6 +64,11 @@ def test_every_part_of_a_refresh_of_a_line_is_there_and_the_verdict_is_first(tmp
         assert text in page.text, "commit, next step, cost"
     assert page.text.index("7%") < page.text.index("draftsmith run"), "warnings on the data are above"
     assert "n.s." in page.text and "learning_rate" in page.text and "smollm2@3" in page.text
+
+
+def test_the_cost_is_that_of_all_devices(tmp_path: Path) -> None:
+    trained = entry("opd", 600.0, {"parallel": {"processes": 8}})
+    assert "10 min (600 s) of stages and 80 min of device time" in render(tmp_path, of_a_line(lineage=[trained])).text
 
 
 def test_two_worst_and_two_typical_contexts_are_open(tmp_path: Path) -> None:
