@@ -18,15 +18,19 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.home import home
+from draftsmith.artifacts.store.local import Store
+from draftsmith.artifacts.store.manifest import read_manifest
 from draftsmith.artifacts.tracking.registry import Registry
 from draftsmith.flows.cli.main import main
-from draftsmith.flows.refresh.line import registry
+from draftsmith.flows.refresh.line import artifact_folder, registry
 from draftsmith.flows.refresh.swap import served_by
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.engines.servers.state import NewDrafter
 from draftsmith.stages.engines.swap import swap_servers
-from tests.integration.swapping import PROMPTS, assert_drafts_with, line_of_two, requests
+from tests.flows.refresh.line_runs import config_of, finished, gated
+from tests.integration.swapping import PROMISED, PROMPTS, assert_drafts_with, line_of_two, requests
 from tests.sglang_cpu.server import generate
 from tests.stages.bench import Bench
 from tests.testbed.drafter import DrafterArtifacts
@@ -84,13 +88,21 @@ def swapping(
 
 
 def test_a_line_is_swapped_forth_and_back_under_load(swapping: Swapping, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the gate's decision over a person's approval to the server, and back."""
     url, lines = swapping.url, swapping.lines
     swapping.assert_drafts_with("1")
+    challenger = artifact_folder(lines.version(LINE, 2))
+    made = read_manifest(challenger).ref(challenger)
+    gate = gated(Store(home() / "store"), made, tau=PROMISED["tau"], block_size=swapping.bench.drafters["2"].block_size)
+    week = config_of(LINE, registry={"name": LINE, "approve": True, "servers": [url]})
+    assert finished(week, gate).name == "Waiting"
     with swapping.load() as answers:
         assert main(["promote", f"{LINE}@2"]) == 0
-        assert main(["swap", LINE, "--url", url]) == 0
+        promoted = finished(week, gate)
         time.sleep(1)
         forth = len(answers)
+    assert promoted.name == "Promoted"
+    assert re.search(rf"{url} drafts with {LINE} version 2 since \S+, after a pause of", promoted.message)
     swapping.assert_drafts_with("2")
     (served,) = served_by(lines.version(LINE, 2))
     assert (served.url, served.drafter) == (
@@ -106,9 +118,9 @@ def test_a_line_is_swapped_forth_and_back_under_load(swapping: Swapping, capsys:
     (served,) = served_by(lines.version(LINE, 1))
     assert main(["champions", LINE]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert re.search(rf"{url} drafts with {LINE} version 2 since \S+, after a pause of", printed)
+    assert re.search(rf"{url} drafts with {LINE} version 1 since \S+, after a pause of", printed)
     assert f"{url} drafts with version 1." in printed
-    print(printed)  # with the pauses
+    print(promoted.message, printed)  # with the pauses
     assert main(["swap", LINE]) == 0  # nothing is left to do
     swapping.assert_drafts_with("1")
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.errors import DraftsmithError, RefusedError
 from draftsmith.artifacts.results.evaluation import DiagnosisResult
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import REQUESTS, TIMINGS, TRACE, TRAJECTORIES, TableSchema
@@ -45,6 +45,7 @@ from draftsmith.stages.evaluation.diagnosis import STAGE as DIAGNOSIS
 from draftsmith.stages.evaluation.diagnosis import DiagnosisConfig
 from draftsmith.stages.evaluation.stage import STAGE as EVALUATION
 from draftsmith.stages.replay.options import ReplayOptions
+from draftsmith.stages.replay.proof import chances, log_probabilities, misfit, step_evidence
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.stage import STAGE as MINING
 from draftsmith.stages.replay.stage import MiningConfig
@@ -204,32 +205,37 @@ def deviation(bench: Bench, answers: list[Trajectory], temperature: float) -> fl
     return surplus / variance**0.5
 
 
+CERTAIN = float(np.log(1e4))  # Wald: at the other temperature the likelihoods' ratio is so high in 1 of 10,000 runs
+OTHER = {"dflash2": 4.0, "windowed": 4.0, "dspark": 2.0}  # temperatures
+
+
+def evidence_against(temperature: float, bench: Bench, answers: list[Completion]) -> np.ndarray:
+    """Return the evidence [3] of the accepted numbers, as `step_evidence`: for temperature 1 against another one."""
+    steps = [(answer.trajectory(), answer.trace()) for answer in answers]
+    drafter = Replayer(bench.target).prepare(bench.drafters["it"])
+    other, one = (
+        log_probabilities(chances(bench.target, drafter, steps, SamplingParams(each)), steps)
+        for each in (temperature, 1.0)
+    )
+    return step_evidence(other, one, np.concatenate([trace.accepted for _, trace in steps])).sum(0)
+
+
 def test_sampled_answers_are_the_targets_and_their_steps_follow_replay(served: Served, tmp_path: Path) -> None:
-    """Another temperature would show, in the answers and in the number of steps of proposals that are sampled."""
+    """Another temperature would show, in the answers and in the accepted numbers of proposals that are sampled."""
     answers, bench = served.answers(SAMPLED, tmp_path, SamplingParams(1.0), 48), served.bench
     texts = [answer.trajectory() for answer in answers]
     assert abs(deviation(bench, texts, 1.0)) < 4 < abs(deviation(bench, texts, 1.5))
 
-    def traces(temperature: float) -> list[Trace]:
-        options = ReplayOptions(sampling=SamplingParams(temperature))
-        return Replayer(bench.target, options).traces({"it": bench.drafters["it"]}, texts)["it"]
-
-    def distance(temperature: float) -> float:
-        """Mean difference of the numbers of steps, in standard errors."""
-        difference = np.array(
-            [len(a.steps) - len(t.anchors) for a, t in zip(answers, traces(temperature), strict=True)]
-        )
-        return float(difference.mean() / (difference.std(ddof=1) / np.sqrt(len(difference))))
-
     if bench.drafters["it"].samples_proposals:
-        assert abs(distance(1.0)) < 4
-        if served.kind != "windowed":
-            assert abs(distance({"dflash2": 4.0, "dspark": 2.0}[served.kind])) > 4
+        evidence = evidence_against(OTHER[served.kind], bench, answers)
+        assert misfit(evidence) < 4 and evidence[0] > CERTAIN
     else:  # every proposal is the argmax, so the answer decides the steps
         clear = {text.trajectory_id for text in bench.clear(texts, bench.drafters["it"])}
         compared = [i for i, text in enumerate(texts) if text.trajectory_id in clear]
         assert len(compared) > SAMPLED / 2
-        assert_steps_of([traces(1.0)[i] for i in compared], [answers[i] for i in compared])
+        options = ReplayOptions(sampling=SamplingParams(1.0))
+        traces = Replayer(bench.target, options).traces({"it": bench.drafters["it"]}, texts)["it"]
+        assert_steps_of([traces[i] for i in compared], [answers[i] for i in compared])
 
 
 def test_several_answers_and_a_streamed_chunk_are_no_answer(served: Served) -> None:
@@ -246,13 +252,13 @@ def test_several_answers_and_a_streamed_chunk_are_no_answer(served: Served) -> N
             read_response(chunk)
 
 
-def swap(url: str, folder: Path, algorithm: str, block_size: int) -> None:
-    """Write a checkpoint into the server; its steps are compared by the test."""
-    proven = SimpleNamespace(swapped=True, reason="compared here.")
-    done: list[str] = []
+def swap(url: str, folder: Path, algorithm: str, block_size: int, *, proven: bool = True) -> None:
+    """Write a checkpoint into the server; its steps are compared by the test. proven: the outcome of the proof."""
+    proof = SimpleNamespace(swapped=proven, reason="compared here.")
     new = NewDrafter(drafter_digest(folder), folder, algorithm, block_size)
-    swap_servers([url], new, lambda _before: lambda: proven, lambda swapped: done.append(f"{swapped.pause_s:.3f}"))
-    print(f"{algorithm}: a pause of {done[0]} s")
+    swap_servers(
+        [url], new, lambda _: lambda: proof, lambda done: print(f"{algorithm}: a pause of {done.pause_s:.3f} s")
+    )
 
 
 def test_its_drafter_is_swapped_forth_and_back(served: Served, tmp_path: Path) -> None:
@@ -263,9 +269,16 @@ def test_its_drafter_is_swapped_forth_and_back(served: Served, tmp_path: Path) -
     texts = now.bench.answered(SWAPPED)
     traces = Replayer(now.bench.target).traces(drafters, texts)
     assert [t.accepted.tolist() for t in traces["other"]] != [t.accepted.tolist() for t in traces["it"]]
-    for name, folder in (("other", other), ("it", served.folder)):
-        swap(served.url, folder, speculative_algorithm(folder), first.block_size)
-        answers = now.answers(SWAPPED, tmp_path / name, SamplingParams(0.0), GREEDY_TOKENS)
+
+    def write(folder: Path, *, proven: bool = True) -> None:
+        swap(served.url, folder, speculative_algorithm(folder), first.block_size, proven=proven)
+
+    with pytest.raises(RefusedError):
+        write(other, proven=False)
+    for name, folder in (("it", None), ("other", other), ("it", served.folder)):  # the first was written back
+        if folder is not None:
+            write(folder)
+        answers = now.answers(SWAPPED, tmp_path, SamplingParams(0.0), GREEDY_TOKENS)
         assert [answer.trajectory() for answer in answers] == texts
         assert_steps_of(traces[name], answers)
 

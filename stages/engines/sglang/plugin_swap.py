@@ -18,7 +18,6 @@ they lose no token, and their keys and values are computed anew.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import threading
@@ -26,13 +25,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from draftsmith.stages.drafters.digest import BOOKKEEPING, DIGESTED
+from draftsmith.stages.drafters.digest import BOOKKEEPING
+from draftsmith.stages.engines.servers.drafter_files import read_drafter
 from draftsmith.stages.engines.sglang.plugin_hooks import Recorder, drafter_folder
 from draftsmith.stages.engines.sglang.protocol import SWAP_ACTION, SWAP_STATE, Json
 
@@ -184,24 +182,7 @@ class DrafterFiles:
 
     def _read(self) -> None:
         try:
-            folder = Path(self.wanted["folder"])
-            with TemporaryDirectory() as copy:
-                if not folder.is_dir() and self.wanted["upload"]:
-                    from mlflow.artifacts import download_artifacts
-
-                    tracking = self.wanted["tracking"]
-                    folder = Path(download_artifacts(self.wanted["upload"], dst_path=copy, tracking_uri=tracking))
-                digest = hashlib.sha256()  # as `drafter_digest`, of what is loaded and not of a file that may change
-                for name in DIGESTED:
-                    if (path := folder / name).exists():
-                        self.content[name] = path.read_bytes()
-                        digest.update(name.encode() + b"\0" + self.content[name])
-            if digest.hexdigest() != self.wanted["drafter"]:
-                raise RefusedSwapError(
-                    f"{folder} on the server's host does not have the files of drafter {self.wanted['drafter'][:12]}. "
-                    "Mount the store there under the same path, or set registry.upload and install mlflow in the "
-                    "server's environment"
-                )
+            self.content = read_drafter(self.wanted)
         except Exception as error:
             self.error = error
 

@@ -1,8 +1,9 @@
 """The backend of vLLM's weight updates that reads a drafter's checkpoint, in the server's own processes.
 
-`POST /update_weights` with `{"update_info": {"folder": path, "drafter": digest}}`, between `/start_draft_weight_update`
-and `/finish_weight_update`, writes it; with an empty folder, the drafter before the last one. Every rank reads the
-files, and vLLM's own loader copies its part of them into the served parameters.
+`POST /update_weights` with `{"update_info": {"drafter": digest, "folder": path, "upload": "runs:/ID/drafter",
+"tracking": uri of MLflow}}`, between `/start_draft_weight_update` and `/finish_weight_update`, writes it; with an empty
+folder, the weights before the last one. Every rank reads the files, and vLLM's own loader copies its part of them into
+the served parameters. Those that the drafter shares with the target are not written.
 
 DFlash and DSpark also hold copies of parameters, such as the key/value projections of all layers in one. vLLM's loader
 makes new copies before every layer is restored (0.32.0), and captured graphs keep the addresses of the old ones. So
@@ -11,12 +12,11 @@ they are made once more, and copied into the old ones.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -24,9 +24,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from draftsmith.stages.drafters.digest import drafter_digest
-
-_OF_THE_TARGET = ("embed_tokens.weight", "lm_head.weight")
+from draftsmith.stages.engines.servers.drafter_files import read_drafter
 
 
 @dataclass
@@ -36,10 +34,12 @@ class NoInfo(WeightTransferInitInfo):
 
 @dataclass
 class Checkpoint(WeightTransferUpdateInfo):
-    """A drafter's files."""
+    """A drafter's files, as `read_drafter` takes them."""
 
-    folder: str  # on the server's host
-    drafter: str  # their digest
+    drafter: str
+    folder: str
+    upload: str
+    tracking: str
 
 
 class FolderBackend(WeightTransferEngine[NoInfo, Checkpoint]):
@@ -50,9 +50,8 @@ class FolderBackend(WeightTransferEngine[NoInfo, Checkpoint]):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._speculative = self.vllm_config.speculative_config
-        self._served = Path(self._speculative.model) if self._speculative else None
-        self._before: Path | None = None
+        self._written = ""  # digest of the last drafter
+        self._before: dict[str, torch.Tensor] = {}  # parameters before it, on the CPU
 
     def init_transfer_engine(self, init_info: NoInfo) -> None:
         """Do nothing."""
@@ -63,28 +62,41 @@ class FolderBackend(WeightTransferEngine[NoInfo, Checkpoint]):
             raise RuntimeError("this backend writes drafters alone. Use /start_draft_weight_update")
 
     def receive_weights(self, update_info: Checkpoint) -> None:
-        """Write the drafter, unless its files are others than they should be."""
-        folder = Path(update_info.folder) if update_info.folder else self._before
-        if folder is None:
-            raise RuntimeError("no drafter was served before this one")
-        if update_info.folder and drafter_digest(folder) != update_info.drafter:
-            raise RuntimeError(f"{folder} on this host does not have the files of drafter {update_info.drafter[:12]}")
-        tensors = load_file(folder / "model.safetensors")
-        if self._speculative.method != "eagle3":  # others use the target's embedding and head
-            tensors = {name: tensor for name, tensor in tensors.items() if name not in _OF_THE_TARGET}
+        """Write the drafter, or change nothing if its files are others than they should be or do not fit."""
+        served = dict(self.model.named_parameters())
+        targets = {parameter.data_ptr() for parameter in self._default_model.parameters()}
+        own = {name: parameter for name, parameter in served.items() if parameter.data_ptr() not in targets}
+        before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in own.items()}
+        copies = {name: value for name, value in vars(self.model.model).items() if isinstance(value, torch.Tensor)}
         with torch.no_grad():
-            self._write(tensors)
-        if folder != self._served:
-            self._served, self._before = folder, self._served
+            try:
+                if update_info.folder:
+                    tensors = load(read_drafter(asdict(update_info))["model.safetensors"])
+                    shared = served.keys() - own.keys()
+                    self._load({n: t for n, t in tensors.items() if not {n, f"model.{n}"} & shared})
+                elif self._before:
+                    _put(self._before, own)
+                else:
+                    raise RuntimeError("no drafter was served before this one")
+            except Exception:
+                _put(before, own)
+                raise
+            finally:
+                self._derive(copies)
+        if update_info.folder and update_info.drafter != self._written:
+            self._before = before
+        self._written = update_info.drafter
 
-    def _write(self, tensors: dict[str, torch.Tensor]) -> None:
-        inner = self.model.model
-        copies = {name: tensor for name, tensor in vars(inner).items() if isinstance(tensor, torch.Tensor)}
+    def _load(self, tensors: dict[str, torch.Tensor]) -> None:
         initialize_layerwise_reload(self.model)
         try:
             self.model.load_weights(tensors.items())
         finally:
             finalize_layerwise_reload(self.model, self.model_config)
+
+    def _derive(self, copies: dict[str, torch.Tensor]) -> None:
+        """Make the copies of parameters again, at the addresses of these."""
+        inner = self.model.model
         if hasattr(inner, "_build_fused_kv_buffers"):
             inner._build_fused_kv_buffers()
         for name, tensor in copies.items():
@@ -96,3 +108,8 @@ class FolderBackend(WeightTransferEngine[NoInfo, Checkpoint]):
 
     def shutdown(self) -> None:
         """Do nothing."""
+
+
+def _put(values: dict[str, torch.Tensor], parameters: dict[str, torch.Tensor]) -> None:
+    for name, value in values.items():
+        parameters[name].copy_(value)

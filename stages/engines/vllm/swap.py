@@ -40,7 +40,8 @@ async def write_drafter(client: httpx.AsyncClient, url: str, new: NewDrafter, pr
         await _start(client, url)
         started = time.monotonic()
         folder = "" if new.folder == Path() else str(new.folder.absolute())
-        await _post(client, url, "update_weights", {"update_info": {"folder": folder, "drafter": new.digest}})
+        files = {"drafter": new.digest, "folder": folder, "upload": new.upload, "tracking": new.tracking}
+        await _post(client, url, "update_weights", {"update_info": files})
     except DraftsmithError:
         await _set_version(client, url, old)
         raise

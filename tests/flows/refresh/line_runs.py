@@ -27,10 +27,15 @@ def config_of(line: str, **sections: Any) -> RefreshConfig:
 
 
 def gated(
-    store: Store, drafter: ArtifactRef, outcome: str = "promoted", tau: float = 2.5, champion: str | None = None
+    store: Store,
+    drafter: ArtifactRef,
+    outcome: str = "promoted",
+    tau: float = 2.5,
+    champion: str | None = None,
+    block_size: int = 4,
 ) -> dict[str, ArtifactRef]:
     """Return the artifacts of a refresh after its gate. champion: as the gate names it, None without one."""
-    taus = {"tau": tau, "tau_low": 2.4, "tau_high": 2.6, "prompts": 40, "block_size": 4}
+    taus = {"tau": tau, "tau_low": 2.4, "tau_high": 2.6, "prompts": 40, "block_size": block_size}
     chat = {
         "tau": 2.5,
         "low": 2.4,

@@ -20,7 +20,7 @@ from draftsmith.flows.refresh.line import registry
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.stage import STAGE as CHAMPION
-from draftsmith.stages.engines.sglang.plugin_swap import DrafterFiles
+from draftsmith.stages.engines.servers.drafter_files import read_drafter
 from tests.flows.refresh.line_runs import config_of, finished, gated, serving
 from tests.testbed.context import RecordingContext
 
@@ -36,9 +36,8 @@ def test_an_uploaded_champion_is_used_without_the_store(
     digest = drafter_digest(drafters[0].path / DRAFTER_FOLDER)
     shutil.rmtree(home / "store")  # as on a machine that only has MLflow
     upload, gone = registry().version(line, 1).uploaded, str(home / "store")
-    read = DrafterFiles({"drafter": digest, "folder": gone, "upload": upload, "tracking": tracking.uri})  # by a server
-    read.thread.join()
-    assert read.error is None and "model.safetensors" in read.content
+    wanted = {"drafter": digest, "folder": gone, "upload": upload, "tracking": tracking.uri}
+    assert "model.safetensors" in read_drafter(wanted), "as a server reads it"
 
     champion = resolve(config).champion
     assert champion is not None and Path(champion.folder).is_relative_to(home / "uploaded")

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from draftsmith.artifacts.errors import DraftsmithError, RefusedError
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
+from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.engines.served import ask_servers, count_finished
 from draftsmith.stages.engines.servers.state import NewDrafter, ServerState
 from draftsmith.stages.engines.swap import Served, swap_servers
+from draftsmith.stages.engines.swap_proof import ReplayProver
 from draftsmith.stages.engines.vllm.plugin import BACKEND
 from tests.stages.engines.http_server import HttpServer, Refusal, serving
+from tests.testbed.drafter import DrafterArtifacts
 
 OLD, NEW = "a" * 64, "b" * 64
 
@@ -90,6 +96,7 @@ class StandIn:
         self.refuse("update")
         self.writes.append(update["drafter"])
         assert update["folder"] or update["drafter"] == OLD
+        assert (update["upload"], update["tracking"]) == (("runs:/a/drafter", "uri") if update["folder"] else ("", ""))
         return {}
 
     def finish(self, version: str | None) -> dict[str, Any]:
@@ -106,7 +113,8 @@ class StandIn:
         """Swap the server; the proof has this outcome."""
         done: list[Served] = []
         proof = SimpleNamespace(swapped=outcome, reason="of 9 verify steps.")
-        swap_servers([self.url], NewDrafter(NEW, Path("b"), "DFLASH", 3), lambda _: lambda: proof, done.append)
+        new = NewDrafter(NEW, Path("b"), "DFLASH", 3, "runs:/a/drafter", "uri")
+        swap_servers([self.url], new, lambda _: lambda: proof, done.append)
         return done
 
 
@@ -145,6 +153,35 @@ def test_a_drafter_is_written_and_proven(server: StandIn) -> None:
     assert server.http is not None and server.http.count("/reset_prefix_cache?reset_running_requests=true") == 1
     server.swap()
     assert server.writes == [NEW], "it is served already"
+    server.version = "default"  # it was started again, and drafts with the folder of its options
+    server.swap()
+    assert server.writes == [NEW, NEW]
+
+
+def with_another_mask(checkpoint: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["dflash_config"]["mask_token_id"] = 0
+    (checkpoint / "config.json").write_text(json.dumps(config))
+
+
+def without_a_layer(checkpoint: Path) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    del tensors[min(name for name in tensors if "layers." in name)]
+    save_file(tensors, checkpoint / "model.safetensors")
+
+
+@pytest.mark.parametrize("change", [with_another_mask, without_a_layer])
+def test_a_drafter_of_which_more_than_weights_differs_is_refused_before_anything_is_sent(
+    server: StandIn, tiny_drafter: DrafterArtifacts, tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    """vLLM's own loader would ignore either."""
+    served = tiny_drafter.drafter / DRAFTER_FOLDER
+    change(other := Path(shutil.copytree(served, tmp_path / "other")))
+    new = NewDrafter(drafter_digest(other), other, "DFLASH", 8)
+    prover = ReplayProver(tiny_drafter.target, new, lambda _: served, [[5, 3, 9]])
+    with pytest.raises(DraftsmithError, match=r"dflash_config|lacks"):
+        swap_servers([server.url], new, prover, lambda _: None)
+    assert server.http is not None and not server.http.count("/start_draft_weight_update")
 
 
 @pytest.mark.parametrize("outcome", [False, None])

@@ -56,11 +56,23 @@ def _masked_store(self, pointers, value, mask, *rest):
 _Builder.create_masked_load, _Builder.create_masked_store = _masked_load, _masked_store
 
 
-def keep_weights():
-    """Keep a layer's weight as a GPU does; vLLM calls it as a plug-in.
+def like_a_gpu():
+    """Keep what a GPU keeps and a CPU does not; vLLM calls it as a plug-in.
 
-    On a CPU it packs the weight and drops it, and its update of draft weights then builds keys and values of nothing.
+    A layer keeps its weight: on a CPU vLLM packs and drops it, and its update of draft weights then builds keys and
+    values of nothing. And DFlash computes with the tensors that it had first, as a captured graph does.
     """
+    import torch
     from vllm import _custom_ops
+    from vllm.model_executor.models.qwen3_dflash import DFlashQwen3Model
 
     _custom_ops._supports_onednn = False
+    eager = DFlashQwen3Model.precompute_and_store_context_kv
+
+    def captured(self, *arguments, **named):
+        if not hasattr(self, "_captured"):
+            self._captured = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        vars(self).update(self._captured)
+        return eager(self, *arguments, **named)
+
+    DFlashQwen3Model.precompute_and_store_context_kv = captured
