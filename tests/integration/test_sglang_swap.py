@@ -33,6 +33,7 @@ from tests.flows.refresh.line_runs import config_of, finished, gated
 from tests.integration.swapping import PROMISED, PROMPTS, assert_drafts_with, line_of_two, requests
 from tests.sglang_cpu.server import generate
 from tests.stages.bench import Bench
+from tests.stages.data.logs.test_engine_logs import converted
 from tests.testbed.drafter import DrafterArtifacts
 
 pytestmark = [pytest.mark.sglang, pytest.mark.integration]
@@ -87,8 +88,10 @@ def swapping(
         yield Swapping(dflash_url, bench.with_drafters(drafters), folders, registry())
 
 
-def test_a_line_is_swapped_forth_and_back_under_load(swapping: Swapping, capsys: pytest.CaptureFixture[str]) -> None:
-    """From the gate's decision over a person's approval to the server, and back."""
+def test_a_line_is_swapped_forth_and_back_under_load(
+    swapping: Swapping, sglang_logs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the gate's decision over a person's approval to the server, and back; its log has the answers."""
     url, lines = swapping.url, swapping.lines
     swapping.assert_drafts_with("1")
     challenger = artifact_folder(lines.version(LINE, 2))
@@ -123,6 +126,10 @@ def test_a_line_is_swapped_forth_and_back_under_load(swapping: Swapping, capsys:
     print(promoted.message, printed)  # with the pauses
     assert main(["swap", LINE]) == 0  # nothing is left to do
     swapping.assert_drafts_with("1")
+    if shutil.which("jq"):
+        (tmp_path / "FOLDER").symlink_to(sglang_logs / "requests")
+        logged = [row["prompt_token_ids"] + row["completion_token_ids"] for row in converted(tmp_path)]
+        assert all(answer.tokens in logged for answer in swapping.bench.answered(PROMPTS))
 
 
 def test_a_watch_swaps_back_a_server_that_accepts_less_than_promised(swapping: Swapping) -> None:

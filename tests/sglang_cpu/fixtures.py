@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from draftsmith.stages.engines.config import OptionValue
 from tests.sglang_cpu.server import running_server, sglang_python
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -54,9 +55,15 @@ def plain_url(sglang_env: Path, serving_target: ServingTarget, sglang_logs: Path
 
 @pytest.fixture(scope="session")
 def dflash_url(sglang_env: Path, serving_target: ServingTarget, sglang_logs: Path) -> Iterator[str]:
-    """Run a server of the tiny target with its DFlash drafter."""
+    """Run a server of the tiny target with its DFlash drafter, which logs requests to the folder `requests`."""
     served = serving_target
-    options = {"enable-metrics": True}
+    options: dict[str, OptionValue] = {
+        "enable-metrics": True,
+        "log-requests": True,
+        "log-requests-level": 3,
+        "log-requests-format": "json",
+        "log-requests-target": str(sglang_logs / "requests"),
+    }
     with running_server(
         sglang_env, served.model, served.drafter, options=options, log=sglang_logs / "dflash.log"
     ) as url:
