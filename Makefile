@@ -41,7 +41,7 @@ $(INSTALLED): pyproject.toml
 quickstart: $(INSTALLED)
 	$(BIN)/python -m tests.quickstart
 
-# five weeks of a drafter line on a small target, in minutes
+# five weeks of a model line on a small target, in minutes
 season: $(INSTALLED)
 	$(BIN)/python -m tests.season.season
 

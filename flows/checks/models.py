@@ -39,7 +39,7 @@ def fetch_target_metadata(findings: Findings, nodes: Sequence[Node], artifact: P
             metadata_artifact(target, artifact)
         except HubUnreachableError as error:
             left_out = "tokenizer, chat template, drafter, context, memory, disk"
-            findings.skip("target", f"{error}. Not checked: {left_out}.", unreachable=True)
+            findings.skip("target", f"{error} Not checked: {left_out}.", unreachable=True)
             return False
         return True
     return False
@@ -176,7 +176,7 @@ def _check_drafter(
             fetch = checkpoint.drafter_source if whole else _drafter_metadata
             source = fetch(config.init_from, config.init_revision)
         except HubUnreachableError as error:
-            findings.skip(name, f"{error}. Not checked: layers, mask token, memory, disk.", unreachable=True)
+            findings.skip(name, f"{error} Not checked: layers, mask token, memory, disk.", unreachable=True)
             return None
         where = config.init_from
         plan = checkpoint.plan_of_checkpoint(source, target_config, where, tokenizer, config.drafter)

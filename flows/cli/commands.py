@@ -323,7 +323,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace, Pipeline], None]] = {
 def prune(display: Display, days: float, *, artifacts: bool, delete: bool) -> None:
     """List leftovers that were not touched for so many days, or delete them.
 
-    artifacts: also complete artifacts that no run has used for so long, except those that drafter lines need.
+    artifacts: also complete artifacts that no run has used for so long, except those that model lines need.
     """
     before = time.time() - days * 86400
     obsolete = leftovers(home(), before)
@@ -344,7 +344,7 @@ def prune(display: Display, days: float, *, artifacts: bool, delete: bool) -> No
 
 
 def _ids_of_lines(display: Display, what: str, ask: Callable[[Registry], set[str]]) -> set[str] | None:
-    """Return the content ids that drafter lines need, or None if they are unknown, which a line reports.
+    """Return the content ids that model lines need, or None if they are unknown, which a line reports.
 
     A champion has no other copy, so that nothing is deleted then.
     """
@@ -355,7 +355,7 @@ def _ids_of_lines(display: Display, what: str, ask: Callable[[Registry], set[str
     try:
         return ask(Registry(tracking))
     except DraftsmithError as error:
-        display.line(f"{what} are kept, as it is unknown whether a drafter line needs them: {error}")
+        display.line(f"{what} are kept, as it is unknown whether a model line needs them: {error}")
         return None
 
 

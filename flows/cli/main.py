@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     why.add_argument("name", metavar="NODE", help="the node, as in `draftsmith run --plan`")
 
     status = commands.add_parser("status", help="show what is done, unfinished, running or failed; what servers serve")
-    _add_config(status, "NAME", "YAML file of a run, or a line of drafters, whose servers are asked", optional=True)
+    _add_config(status, "NAME", "YAML file of a run, or a model line, whose servers are asked", optional=True)
     _add_servers(status)
 
     show = commands.add_parser("show", help="show an artifact: its origin, its files, a look inside")
@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
     )
     report.add_argument("--open", action="store_true", help="show the page in the browser")
 
-    champions = commands.add_parser("champions", help="show a line of drafters: which one serves, since when and why")
+    champions = commands.add_parser("champions", help="show a model line: which version serves, since when and why")
     champions.add_argument("line", metavar="NAME", help="as in registry.name of a config")
 
     promote = commands.add_parser("promote", help="make a version of a line the champion")

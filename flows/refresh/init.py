@@ -19,7 +19,7 @@ from draftsmith.stages.data.row_files import Row, match_files, read_rows
 _TEMPLATES = Path(__file__).parent / "beginnings"
 _ROWS = 9200  # prompts that configs/model.yaml needs; also assumed for a file that does not exist yet
 _TRAIN, _VALIDATION, _HELDOUT = 8000, 64, 512
-_PER_STEP = 8  # answers of a training step in configs/model.yaml
+_PER_STEP, _ROLLOUT = 8, 64  # answers of a training step, and of SFT without steps, in configs/model.yaml
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ _DESCRIPTIONS = {
     "model": "your own target and prompts, and a new drafter",
     "logs": "answers that your target gave in production",
     "drafter": "a drafter of the hub, your prompts",
-    "node": "a line of drafters on a node of 8 GPUs",
+    "node": "a model line on a node of 8 GPUs",
 }
 
 
@@ -111,6 +111,7 @@ def _counts(prompts: str) -> dict[str, int]:
         "train": train,
         "validation": max(1, rows // 100) if few else _VALIDATION,
         "heldout": max(1, rows // 20) if few else _HELDOUT,
+        "rollout": min(_ROLLOUT, train),
         "sft_steps": max(1, 4 * train // _PER_STEP),
         "opd_steps": max(1, train // _PER_STEP),
     }

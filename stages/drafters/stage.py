@@ -26,7 +26,7 @@ RECORD = "champion.json"
 
 
 class ChampionConfig(Config):
-    """A version of a drafter line."""
+    """A version of a model line."""
 
     line: Annotated[str, NotInKey()]
     version: Annotated[int, Field(ge=1), NotInKey()]

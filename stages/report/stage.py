@@ -30,7 +30,7 @@ class ReportConfig(Config):
         FilledIn(),
         Field(description="line and version of the drafter that serves"),
     ] = None
-    line: Annotated[str | None, FilledIn(), NotInKey(), Field(description="the line of drafters")] = None
+    line: Annotated[str | None, FilledIn(), NotInKey(), Field(description="the model line")] = None
     history: Annotated[
         tuple[HistoryPoint, ...],
         FilledIn(),

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from draftsmith.flows.checks.findings import Findings
+from draftsmith.flows.checks.prompts import check_prompt_counts
 from draftsmith.flows.cli.main import main
-from draftsmith.flows.refresh.init import BEGINNINGS
+from draftsmith.flows.refresh.graph import refresh_nodes
+from draftsmith.flows.refresh.init import BEGINNINGS, QUESTIONS, write_first_config
 from tests.testbed.drafter import DrafterArtifacts
 from tests.testbed.refresh import load_config
 
@@ -74,6 +77,17 @@ def test_every_beginning_writes_a_config_that_passes_its_check(
     if beginning in ("model", "drafter"):
         assert config.assisted is not None
         assert config.assisted.prompts == config.prompts.train == config.opd.steps * config.opd.sequences_per_step
+
+
+@pytest.mark.parametrize("beginning", ["model", "drafter"])
+def test_few_prompts_are_enough_for_every_rollout(beginning: str, tmp_path: Path) -> None:
+    prompts, path = tmp_path / "few.jsonl", tmp_path / "run.yaml"
+    prompts.write_text("".join(json.dumps({"prompt": f"Question {row}?"}) + "\n" for row in range(40)))
+    given = {name: question.default for name, question in QUESTIONS.items() if name in BEGINNINGS[beginning]}
+    write_first_config(path, beginning, dict.fromkeys(QUESTIONS) | given | {"prompts": str(prompts)})
+    findings = Findings()
+    check_prompt_counts(findings, refresh_nodes(load_config(path)))
+    assert findings.errors == 0
 
 
 @pytest.mark.usefixtures("home")
