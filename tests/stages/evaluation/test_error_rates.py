@@ -205,7 +205,7 @@ def contains(difference: Difference, value: float) -> bool:
 def test_equal_drafters_seldom_differ_in_speed(concurrency: int, prompts: int) -> None:
     """Any of the three verdicts of a report is wrong in at most 5 %, each single interval of its tables too."""
     rng = np.random.default_rng(concurrency)
-    repetitions, wrong, outside = 400 if concurrency == 1 else 150, 0, 0
+    repetitions, wrong, outside = 400 if concurrency == 1 else 60, 0, 0
     for _ in range(repetitions):
         turns, rows = simulated_speeds(rng, FEWEST_RUNS, concurrency, prompts=prompts)
         found = verdicts({}, log_ratios(turns, rows, pairs(ARMS), {}), prompts)
@@ -236,7 +236,7 @@ def test_equal_drafters_seldom_differ_prompt_by_prompt(prompts: int, load: float
 @pytest.mark.parametrize("load", [0.0, 1.0])
 def test_drafters_10_percent_apart_differ_on_40_prompts(load: float) -> None:
     rng = np.random.default_rng(1)
-    repetitions, seen = 150, 0
+    repetitions, seen = 50, 0
     for _ in range(repetitions):
         turns, rows = simulated_by_prompt(rng, 40, gain=0.1, load=load, rounds=4)
         two = [[row for row in table if row["round"] < 2] for table in (turns, rows)]
@@ -271,7 +271,7 @@ def test_a_real_difference_of_speed_is_found_in_most(concurrency: int, rounds: i
     56 %; with 256 prompts 12 turns find 5 % in 53 %."""
     rng = np.random.default_rng(concurrency)
     tau = {(f"{place}", "other"): Estimate(0.0, 0.1, 40, 39.0) for place in range(3)}
-    repetitions, seen = 200 if concurrency == 1 else 80, 0
+    repetitions, seen = 100 if concurrency == 1 else 80, 0
     for _ in range(repetitions):
         turns, rows = simulated_speeds(rng, rounds, concurrency, gain, prompts=64)
         found = verdicts(tau, log_ratios(turns, rows, pairs(ARMS), {}), 64)

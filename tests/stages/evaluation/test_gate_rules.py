@@ -63,14 +63,14 @@ def failed(found: dict[str, Any], config: GateConfig | None = None, damage: Sequ
 
 def test_a_champion_as_its_own_challenger_is_seldom_promoted() -> None:
     rng = np.random.default_rng(0)
-    repetitions = 400
+    repetitions = 200
     promoted = sum(decide(evaluation(rng, 0.0, prompts=60), GateConfig()).promote for _ in range(repetitions))
     assert 0 < promoted / repetitions <= allowed(repetitions)
 
 
 def test_a_challenger_that_is_5_percent_better_is_promoted_nearly_always() -> None:
     rng = np.random.default_rng(1)
-    repetitions = 100
+    repetitions = 50
     assert sum(decide(evaluation(rng, 0.05), GateConfig()).promote for _ in range(repetitions)) >= 0.9 * repetitions
 
 
@@ -202,7 +202,7 @@ def decided_by_slice(rng: np.random.Generator, prompts: int, max_set_loss: float
 @pytest.mark.parametrize("prompts", [24, 144])
 def test_slices_seldom_refuse_an_equal_challenger(prompts: int) -> None:
     """Eleven slices that overlap: sets, languages, thinking or not, and depths."""
-    rng, repetitions, refused = np.random.default_rng(prompts), 200, 0
+    rng, repetitions, refused = np.random.default_rng(prompts), 120, 0
     for _ in range(repetitions):
         decision = decided_by_slice(rng, prompts, max_set_loss=0.0)
         refused += any(rule.broken for rule in decision.rules if rule.name.startswith("tau of "))
@@ -237,7 +237,7 @@ def test_outputs_that_differ_need_a_reason(exact: dict[str, Any], outcome: str) 
 
 def test_a_true_gain_at_the_threshold_is_promoted_in_at_most_5_percent() -> None:
     """The champion's tau has an error too."""
-    rng, repetitions = np.random.default_rng(5), 600
+    rng, repetitions = np.random.default_rng(5), 300
     config, promoted = GateConfig(min_tau_gain=0.1, judge_speed=False), 0
     drafters = {"opd": {"tau": 3.3}, CHAMPION: {"tau": 3.0}}
     for _ in range(repetitions):

@@ -6,9 +6,9 @@ Texts are several windows long, so that what a window forgets, and what a state 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,8 @@ TOLERANCE = 2e-4  # of hidden states and nats, float32: attention and states are
 CLEAR = 2e-3  # nats between the best two tokens: no order of computing turns it round
 NEW_TOKENS, BLOCK, LAYERS = 24, 5, (0, 1)
 PROMPT_LENGTHS = (3, 11)
+# sliding windows, states, a latent with an indexer, and keys that layers share
+ONE_OF_EACH_CACHE = ("gpt-oss", "Qwen3-Next", "GLM-5", "Gemma 4 E2B")
 
 
 class Pairs(DFlashDrafter):
@@ -156,9 +158,19 @@ class Case:
         return [Trajectory(str(i), prompt + answer, len(prompt)) for i, (prompt, answer) in enumerate(self.texts)]
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
-    yield Case.made(request.param, tmp_path_factory.mktemp("family"))
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    return cache(lambda family: Case.made(family, tmp_path_factory.mktemp("family")))
+
+
+@pytest.fixture(params=list(FAMILIES))
+def case(request: pytest.FixtureRequest, made: Callable[[str], Case]) -> Case:
+    return made(request.param)
+
+
+@pytest.fixture(params=ONE_OF_EACH_CACHE)
+def of_each_cache(request: pytest.FixtureRequest, made: Callable[[str], Case]) -> Case:
+    return made(request.param)
 
 
 def test_capabilities_are_known_without_weights(case: Case) -> None:
@@ -229,7 +241,8 @@ def test_greedy_decoding_equals_transformers(case: Case) -> None:
     assert 0 in accepted and len(accepted) > 2
 
 
-def test_sampled_decoding_is_the_same_with_a_drafter(case: Case) -> None:
+def test_sampled_decoding_is_the_same_with_a_drafter(of_each_cache: Case) -> None:
+    case = of_each_cache
     requests = [
         Request(str(i), prompt, NEW_TOKENS, SamplingParams(1.0, 0.9, 30), seed=i)
         for i, (prompt, _) in enumerate(case.texts)
@@ -276,7 +289,8 @@ def test_losses_and_proposals_read_the_familys_own_distribution(case: Case) -> N
     close(heads.drafter.logits(hidden).log_softmax(-1), distribution)
 
 
-def test_opd_takes_a_step_with_the_rejected_stream(case: Case) -> None:
+def test_opd_takes_a_step_with_the_rejected_stream(of_each_cache: Case) -> None:
+    case = of_each_cache
     config = OpdConfig.model_validate({"sequences_per_step": 3, "loss": "paper"})
     data = MinedData(trajectories=case.trajectories, mined=MinedTable([], BLOCK - 1))
     training = OpdTraining(case.drafter, case.target, data, config)
