@@ -24,6 +24,7 @@ from draftsmith.stages.engines.config import EmbeddedEngineConfig, SamplingConfi
 from draftsmith.stages.engines.conversations import Conversations
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.engines.kinds import open_servers
+from draftsmith.stages.engines.logged_answers import store_logged_answers
 from draftsmith.stages.engines.partial_answers import SCHEMAS, PartialAnswers
 from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.engines.stage import RolloutConfig, prompts_to_answer
@@ -41,6 +42,11 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
     requests = _RequestList(prompts, conversations, config.sampling, ctx.seed)
     drafter = ctx.inputs["drafter"] / DRAFTER_FOLDER if "drafter" in ctx.inputs else None
     answers = PartialAnswers(ctx.work)
+    if config.answers is not None:
+        if drafter is not None:
+            raise DraftsmithError("answers: logged ones have no verify steps. Leave the field out of section assisted.")
+        splits = dict(zip(prompts.ids, prompts.splits, strict=True))
+        store_logged_answers(config.external_files(), requests.at(range(len(requests))), splits, answers)
     _generate_missing(ctx, config, requests, drafter, answers)
     try:
         _write_tables(ctx, requests, answers, with_trace=drafter is not None)

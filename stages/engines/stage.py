@@ -10,6 +10,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.data.row_files import local_files
 from draftsmith.stages.data.trajectories import PromptRows, check_answer_fits, load_prompts
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import (
@@ -31,6 +32,13 @@ class RolloutConfig(Config):
     prompts: Annotated[int | None, Field(ge=1, description="how many; left out: all")] = None
     sampling: SamplingConfig = SamplingConfig()
     engine: EngineConfig = EmbeddedEngineConfig()
+    answers: Annotated[
+        str | None,
+        Field(
+            description="a file or glob of answers that the target gave before, in rows of prompt_token_ids and "
+            "completion_token_ids as in section logs; they are taken, and nothing is generated"
+        ),
+    ] = None
     drafting: DraftingConfig = DraftingConfig()
     rows_per_shard: Annotated[
         int | None,
@@ -49,6 +57,10 @@ class RolloutConfig(Config):
 
     def programs(self) -> dict[str, str]:
         return engine_programs(self.engine)
+
+    def external_files(self) -> list[Path]:
+        """Return the files of logged answers. Raises DraftsmithError if there are none."""
+        return [] if self.answers is None else local_files([self.answers], "answers")
 
     def counts(self, available: Mapping[str, int]) -> dict[str, int]:
         """Return how many prompts of each split are answered.

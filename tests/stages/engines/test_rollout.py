@@ -244,3 +244,35 @@ def test_an_answer_that_does_not_fit_the_context_is_refused_before_work(
     preflight(config(sampling={"max_new_tokens": 1023}), tiny_drafter.target)
     with pytest.raises(DraftsmithError, match=r"sampling\.max_new_tokens: 1024 does not fit"):
         preflight(config(sampling={"max_new_tokens": 1024}), tiny_drafter.target)
+
+
+def test_logged_answers_take_the_place_of_a_rollout(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: RecordingContext
+) -> None:
+    """Rows of a log, in any order; the target is not loaded."""
+    logged = [
+        {
+            "prompt_token_ids": row["prompt_ids"], "completion_token_ids": row["response_ids"],
+            "finish_reason": row["finish_reason"], "temperature": row["temperature"],
+        }
+        for row in rows(assisted)
+    ]  # fmt: skip
+    path = tmp_path / "answers.jsonl"
+
+    def answered(name: str, lines: list[dict[str, Any]], *, drafter: bool = False, **fields: Any) -> RecordingContext:
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        ctx = context(tmp_path / name, tiny_drafter, drafter=drafter)
+        STAGE.run(ctx, config(answers=str(path), **fields))
+        return ctx
+
+    taken = rows(answered("taken", [*logged[::-1], {**logged[0], "completion_token_ids": [5, 6]}]))
+    columns = ("trajectory_id", "split", "prompt_ids", "response_ids", "finish_reason", "temperature")
+    assert [[row[name] for name in columns] for row in taken] == [
+        [row[name] for name in columns] for row in rows(assisted)
+    ]
+    with pytest.raises(DraftsmithError, match="answers"):
+        answered("missing", logged[1:])
+    with pytest.raises(DraftsmithError, match="temperature"):
+        answered("hot", logged, sampling={"max_new_tokens": 40, "temperature": 0.5})
+    with pytest.raises(DraftsmithError, match="answers"):
+        answered("assisted", logged, drafter=True)
