@@ -69,7 +69,7 @@ def rows(
         others = tallies.get((control, steps), []) if control is not None and arm != control else []
         if others:
             parts = [part for seed in (*seeds, *others) for part in (seed.committed, seed.steps)]
-            estimate = jackknife(_mean_difference, *(sum_by_key(units, part) for part in parts))
+            estimate = jackknife(mean_difference, *(sum_by_key(units, part) for part in parts))
             ends = estimate.interval()
             gain = estimate.value / float(np.mean([other.tau for other in others]))
             interval = f"[{ends[0]:+.3f}, {ends[1]:+.3f}]" if ends is not None else ""
@@ -80,7 +80,7 @@ def rows(
     return table
 
 
-def _mean_difference(*parts: np.ndarray) -> np.ndarray:
+def mean_difference(*parts: np.ndarray) -> np.ndarray:
     """Mean over seeds of the difference of two ratios of sums. parts: (committed, steps) of each seed of the arm, then
     of the control."""
     ratios = [committed / steps for committed, steps in zip(parts[::2], parts[1::2], strict=True)]
