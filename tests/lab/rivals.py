@@ -1,7 +1,8 @@
 """Trainings of other papers that need more than a loss of logits, as trainers of the refresh benchmark.
 
 `vat`: verification-aware training (arXiv 2608.30135). `visible_prefix`: the training of D2SD's second drafter
-(arXiv 2606.04446), which drafts what follows a prefix of the block.
+(arXiv 2606.04446), which drafts what follows a prefix of the block. Both were implemented from the papers' abstracts,
+from others' notes on them and, of D2SD, from the description of NVIDIA NeMo's implementation (0.9 is its default).
 """
 
 from __future__ import annotations
@@ -142,8 +143,8 @@ def vat_weights(correct: torch.Tensor, offsets: torch.Tensor, gamma: float) -> t
 class VisiblePrefix(_Rival):
     """D2SD's training of the drafter that drafts again: the first l tokens of a block are visible, the rest is trained.
 
-    Pr(l) ∝ 0.9^l, and the weight of offset k is exp(-(k - l) / γ). D2SD has a first drafter for l = 1 and trains its
-    second one from l = 2 on; here one drafter serves, so that l begins at 1.
+    Pr(l) ∝ 0.9^l with l = 1 for the anchor alone, and the weight of offset k is exp(-(k - l) / γ). In D2SD this drafter
+    drafts again after another one; here it serves alone, from l = 1.
     """
 
     def loss(self, batch: Batch, anchors: Anchors, context: LossContext) -> LossReport:
