@@ -233,7 +233,8 @@ def replay(drafter: Path, weeks: Sequence[int]) -> dict[str, list[list[float]]]:
     for number in weeks:
         target = loaded_target(SEASON / WEEKS[number].target)
         stored = load_trajectories(answers(number) / "heldout")
-        replayer = Replayer(target, ReplayOptions(sampling=stored.sampling, with_proposals=False))
+        options = ReplayOptions(sampling=stored.sampling, with_proposals=False, tokens_per_group=1 << 15)
+        replayer = Replayer(target, options)
         loaded = {"it": load_drafter(drafter / DRAFTER_FOLDER, target, any_target=True)}
         stats = replayer.acceptance(loaded, stored.trajectories)["it"]
         tallies[str(number)] = [stats.committed.tolist(), stats.steps.tolist()]
@@ -364,25 +365,26 @@ def decisions(arm: str, number: int, seed: int) -> dict[str, Any]:
     }
 
 
+@cache
 def step_seconds() -> float:
     """Return the CPU seconds of a verify step with the first champion, drafting included."""
     target, drafter = loaded_target(SEASON / WEEKS[0].target), first_champion() / DRAFTER_FOLDER
     stored = load_trajectories(answers(0) / "heldout")
     engine = EmbeddedEngine(target, load_drafter(drafter, target), slots=1, capacity=512)
     requests = [
-        Request(t.trajectory_id, t.tokens[: t.prompt_length], MAX_NEW_TOKENS) for t in list(stored.trajectories)[:16]
+        Request(t.trajectory_id, t.tokens[: t.prompt_length], MAX_NEW_TOKENS) for t in list(stored.trajectories)[:8]
     ]
     started = time.process_time()
     steps = sum(completion.verify_steps for completion in engine.generate(requests))
     return (time.process_time() - started) / steps
 
 
-def results(arms: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
-    """Train what is missing, and return every score. The control and `sft` are among the arms."""
-    weeks = range(1, len(WEEKS))
-    for seed in seeds:  # a partial run has whole seeds
-        for arm in arms:
-            for number in weeks:
+def results(arms: Sequence[str], seeds: Sequence[int], last: int) -> dict[str, Any]:
+    """Train what is missing up to a week, and return every score. The control and `opd` are among the arms."""
+    weeks = range(1, last + 1)
+    for number in weeks:
+        for seed in seeds:
+            for arm in arms:
                 folder = refreshed(arm, number, seed)
                 print(f"seed {seed} {arm} week {number}: tau {tally(folder, number).tau:.3f}", flush=True)
     verify = step_seconds()
@@ -394,7 +396,7 @@ def results(arms: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
         for arm, tallies in stats.items():
             taus = [each.tau for each in tallies]
             row = {"tau": float(np.mean(taus)), "taus": taus, "to_opd": compare(tallies, stats[OPD])}
-            row |= {f"to_{other}": compare(tallies, stats[other]) for other in (CONTROL, "sft")}
+            row |= {f"to_{other}": compare(tallies, stats[other]) for other in (CONTROL, "sft") if other in stats}
             row["decisions"] = {str(seed): decisions(arm, number, seed) for seed in seeds}
             if arm != FROZEN:
                 costs = [json.loads((refreshed(arm, number, s) / COSTS).read_text())["cpu_seconds"] for s in seeds]
@@ -419,7 +421,7 @@ def show(found: Mapping[str, Any]) -> Iterator[str]:
         for arm, row in week["arms"].items():
             decided = list(row["decisions"].values())
             wrong = sum(bool(each.get(k)) for each in decided for k in _WRONG)
-            cells = [f"`{arm}`", f"{row['tau']:.3f}", *(_compared(row[f"to_{o}"]) for o in (CONTROL, "sft", OPD))]
+            cells = [f"`{arm}`", f"{row['tau']:.3f}", *(_compared(row.get(f"to_{o}")) for o in (CONTROL, "sft", OPD))]
             cells += [f"{row['cpu_seconds']:.1f}" if "cpu_seconds" in row else ""]
             cells += [f"{row['break_even_tokens']:,.0f}" if row.get("break_even_tokens") else ""]
             cells += [f"{sum(bool(each['drift']) for each in decided)} of {len(decided)}"]
@@ -436,8 +438,8 @@ def show(found: Mapping[str, Any]) -> Iterator[str]:
 _WRONG = ("false_promotion", "missed_promotion", "copy_promoted")
 
 
-def _compared(each: Mapping[str, Any]) -> str:
-    if each["difference"] == 0:
+def _compared(each: Mapping[str, Any] | None) -> str:
+    if each is None or each["difference"] == 0:
         return ""
     return f"{each['gain']:+.1%} [{each['low']:+.3f}, {each['high']:+.3f}] {each['verdict']}"
 
@@ -453,8 +455,9 @@ def main() -> None:
     if options.action == "make":
         make(options.folder)
         return
-    found = results(options.arms, options.seeds)
-    (SEASON / RESULTS).write_text(json.dumps(found, indent=1) + "\n")
+    for last in range(1, len(WEEKS)):  # an interrupted run has whole weeks
+        found = results(options.arms, options.seeds, last)
+        (SEASON / RESULTS).write_text(json.dumps(found, indent=1) + "\n")
     print("\n".join(show(found)))
 
 

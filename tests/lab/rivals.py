@@ -7,7 +7,8 @@ from others' notes on them and, of D2SD, from the description of NVIDIA NeMo's i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 import numpy as np
@@ -23,7 +24,7 @@ from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.runtime.ranks import ALONE
 from draftsmith.stages.runtime.stage import StageContext
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.training.batches import Batch
+from draftsmith.stages.training.batches import Batch, step_rng
 from draftsmith.stages.training.blocks import (
     Anchors,
     DraftedBlocks,
@@ -34,6 +35,7 @@ from draftsmith.stages.training.blocks import (
     count_operations,
     draft_blocks,
     encode_batch,
+    position_anchors,
     tokens_at,
 )
 from draftsmith.stages.training.config import SftConfig
@@ -60,7 +62,20 @@ def run(ctx: StageContext, config: SftConfig, trainer: type[_Rival]) -> None:
 
 
 class _Rival(SftTraining):
-    """SFT with another loss; DFlash alone."""
+    """SFT with another loss; DFlash alone, in steps of one micro-batch."""
+
+    def micro_batches(self, step: int, limit: int | None) -> Iterator[LossReport]:
+        rank_slice, rng, config = self.rank_slice(step, limit), step_rng(self.seed, step), self.config
+        phases = rng.random(rank_slice.step_rows)
+        heads = self._heads.sample(rng, [rank_slice.step_tokens])
+        context = LossContext(heads, self.target.head_weight, config.positions_per_chunk, self._sampling)
+        batch = rank_slice.batch
+        anchors = position_anchors(batch.trajectories, config.anchors_per_sequence, phases, self.target.device)
+        yield self.loss(batch, anchors, context)
+
+    @abstractmethod
+    def loss(self, batch: Batch, anchors: Anchors, context: LossContext) -> LossReport:
+        """Return the loss of a step."""
 
     def losses_at(
         self, blocks: DraftedBlocks, context: LossContext, mask: torch.Tensor
@@ -89,7 +104,7 @@ class _Rival(SftTraining):
         positions: int,
         extra: torch.Tensor | float,
     ) -> LossReport:
-        """Return the report of a step that is one micro-batch. extra: a second term of the loss."""
+        """Return the report of a step. extra: a second term of the loss."""
         operations = count_operations(self.drafter, blocks.batch, blocks.anchors, positions, context.heads.drafter)
         return LossReport(sums.mean + extra, blocks.anchors.blocks, positions, operations=operations, streams=(sums,))
 

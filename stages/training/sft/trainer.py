@@ -139,13 +139,9 @@ class SftTraining(Trainer[SftConfig, TrainingData]):
             anchors = position_anchors(
                 batch.trajectories, config.anchors_per_sequence, phases[rows], self.target.device
             )
-            report = self.loss(batch, anchors, context)
+            report = sft_loss(self.drafter, batch, anchors, context, self.stream, self._temperature)
             report.is_full_step = rank_slice.is_one_batch
             yield report
-
-    def loss(self, batch: Batch, anchors: Anchors, context: LossContext) -> LossReport:
-        """Return the loss of a micro-batch; experiments have others."""
-        return sft_loss(self.drafter, batch, anchors, context, self.stream, self._temperature)
 
     def __str__(self) -> str:
         """Describe in one line what is trained."""
