@@ -126,7 +126,8 @@ def checksum(path: Path) -> str:
 
 def _answered(target: Target, number: int, asked: Sequence[tuple[str, str]]) -> Iterator[dict[str, Any]]:
     """Yield the target's answers in the order of their times, as rows of a log."""
-    week, rows = WEEKS[number], []
+    week = WEEKS[number]
+    rows: list[dict[str, Any]] = []
     for i, (family, prompt) in enumerate(asked):
         part, index, count = ("train", i, week.trained) if i < week.trained else ("heldout", i - week.trained, HELD_OUT)
         day = timedelta(days=6 * index / count) if part == "train" else timedelta(days=6 + index / count)
@@ -178,7 +179,7 @@ CODE = (losses, response_loss, trainer, sft_trainer, opd_trainer, step, anchor_s
 TALLIES, COSTS = "tallies.json", "costs.json"
 
 
-def run_stage(name: str, config: Mapping[str, Any], out: Path, seed: int = 0, **inputs: Path) -> None:
+def run_stage(name: str, config: Mapping[str, Any], out: Path, inputs: Mapping[str, Path], seed: int = 0) -> None:
     """Run a stage's body, or a trainer of `rivals`, in this process."""
     ctx = RecordingContext(out, out.with_name(f"{out.name}.work"), inputs, seed)
     if name in STAGES:
@@ -194,7 +195,7 @@ def target_artifact(source: Path) -> Path:
     """Return the artifact of a shipped target."""
 
     def build(folder: Path) -> None:
-        run_stage("target", {"source": str(source), "dtype": "float32"}, folder / "target")
+        run_stage("target", {"source": str(source), "dtype": "float32"}, folder / "target", {})
 
     return folders.cached("season-target", build, extra=f"{source} {checksum(source / 'model.safetensors')}") / "target"
 
@@ -246,7 +247,7 @@ def first_champion() -> Path:
 
     def build(folder: Path) -> None:
         inputs = {"target": target_artifact(SEASON / WEEKS[0].target), "trajectories": answers(0) / "train"}
-        run_stage("sft", FIRST.model_dump(), folder, **inputs)
+        run_stage("sft", FIRST.model_dump(), folder, inputs)
         (folder / TALLIES).write_text(json.dumps(replay(folder, range(len(WEEKS)))))
 
     return folders.cached("season-first", build, code=CODE, extra=f"{FIRST} {answers(0).name}")
@@ -262,14 +263,14 @@ def refreshed(arm: str, number: int, seed: int) -> Path:
         inputs = {"target": target, "trajectories": data, "drafter": before}
         if WEEKS[number].target != WEEKS[number - 1].target:
             adopted = SftConfig(steps=0, adopt=True).model_dump()
-            run_stage("sft", adopted, folder / "adopted", **inputs)
+            run_stage("sft", adopted, folder / "adopted", inputs)
             inputs["drafter"] = folder / "adopted"
         started = time.process_time()
         if stage == "opd":
             table = "scored" if arm == "paper" else "sample"
-            run_stage("mining", {"table": table}, folder / "mined", **inputs)
+            run_stage("mining", {"table": table}, folder / "mined", inputs)
             inputs["mined"] = folder / "mined"
-        run_stage(stage, config, folder, seed, **inputs)
+        run_stage(stage, config, folder, inputs, seed)
         (folder / COSTS).write_text(json.dumps({"cpu_seconds": time.process_time() - started}))
         (folder / TALLIES).write_text(json.dumps(replay(folder, range(number, min(number + 2, len(WEEKS))))))
         for name in ("adopted", "mined"):
@@ -395,7 +396,7 @@ def results(arms: Sequence[str], seeds: Sequence[int], last: int) -> dict[str, A
         table: dict[str, Any] = {}
         for arm, tallies in stats.items():
             taus = [each.tau for each in tallies]
-            row = {"tau": float(np.mean(taus)), "taus": taus, "to_opd": compare(tallies, stats[OPD])}
+            row: dict[str, Any] = {"tau": float(np.mean(taus)), "taus": taus, "to_opd": compare(tallies, stats[OPD])}
             row |= {f"to_{other}": compare(tallies, stats[other]) for other in (CONTROL, "sft") if other in stats}
             row["decisions"] = {str(seed): decisions(arm, number, seed) for seed in seeds}
             if arm != FROZEN:

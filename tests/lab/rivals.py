@@ -120,7 +120,8 @@ class Vat(_Rival):
     def _resolve(self) -> None:
         super()._resolve()
         torch.manual_seed(self.seed)
-        self.drafter.verification = nn.Linear(self.drafter.config.hidden_size, 1)
+        self.verification = nn.Linear(self.target.head_weight.shape[1], 1)
+        self.drafter.add_module("verification", self.verification)  # the optimiser takes the drafter's parameters
 
     @property
     def reads_target(self) -> bool:
@@ -136,7 +137,7 @@ class Vat(_Rival):
         correct[indices] = hard.correct
         offsets = torch.arange(1, K + 1, device=mask.device)
         weights, survives = vat_weights(correct, offsets, self.stream.weights().gamma)
-        logits = self.drafter.verification(blocks.hidden)[..., 0][indices]
+        logits = self.verification(blocks.hidden)[..., 0][indices]
         head = functional.binary_cross_entropy_with_logits(logits, survives[indices].float())
         sums = WeightedMean.from_values(soft.terms + hard.terms, weights[indices])
         return self.report(blocks, context, sums, len(indices[0]), BETA * head)

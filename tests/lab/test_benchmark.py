@@ -57,14 +57,14 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The inputs of a training: a drafter that has learned next to nothing."""
     folder = tmp_path_factory.mktemp("first") / "out"
     inputs = {"target": artifact_of(SEASON / "target-0"), "trajectories": answers_of(0) / "train"}
-    run_stage("sft", FIRST.model_copy(update={"steps": 2}).model_dump(), folder, **inputs)
+    run_stage("sft", FIRST.model_copy(update={"steps": 2}).model_dump(), folder, inputs)
     return inputs | {"drafter": folder}
 
 
 @pytest.mark.parametrize("arm", ["vat", "visible-prefix"])
 def test_a_rival_trains_a_checkpoint_that_loads(arm: str, start: dict[str, Path], tmp_path: Path) -> None:
     trainer, config = ARMS[arm]
-    run_stage(trainer, {**config, "steps": 2}, tmp_path / "out", **start)
+    run_stage(trainer, {**config, "steps": 2}, tmp_path / "out", start)
     target = loaded_target(SEASON / "target-0")
     before, after = (load_drafter(folder / DRAFTER_FOLDER, target) for folder in (start["drafter"], tmp_path / "out"))
     weights = dict(after.named_parameters())
