@@ -53,15 +53,6 @@ QUESTIONS = _table(  # beside the prompts, if some of them begin conversations
     chat_template_kwargs=pa.string(),  # JSON
 )
 
-TOKENISED = _table(  # cache of an unfinished attempt
-    "tokenised",
-    1,
-    key=pa.string(),
-    prompt_ids=_IDS,
-    response_ids=_IDS,
-    reason=pa.string(),  # why the row is rejected; empty if it is used
-)
-
 TRAJECTORIES = _table(
     "trajectories",
     2,

@@ -28,7 +28,7 @@ from draftsmith.stages.data.logs.filter import (
     LogFilter,
     read_earlier_answers,
 )
-from draftsmith.stages.data.logs.rows import SHAPES, TokenCache
+from draftsmith.stages.data.logs.rows import SHAPES
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.row_files import RejectLog, Throttle, describe_counts, is_remote, no_rows_error, read_rows
 from draftsmith.stages.data.time_window import LAST, to_iso
@@ -43,10 +43,7 @@ _GROUP_TOKENS, _GROUP_ROWS = 1 << 20, 4096  # of answers that are appended toget
 
 
 def run(ctx: StageContext, config: LogsConfig) -> None:
-    """Write `trajectories.parquet`, `set_aside.jsonl` (file, row, id, reason) and `logs.json` (counts, window).
-
-    Between attempts it keeps the token ids of texts, which take most of the time.
-    """
+    """Write `trajectories.parquet`, `set_aside.jsonl` (file, row, id, reason) and `logs.json` (counts, window)."""
     if config.overlaps and "earlier" not in ctx.inputs:
         ctx.log(
             f"cannot tell which rows up to {config.after} the champion was trained on, so they are left out and "
@@ -57,12 +54,11 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
     with (
         atomic_path(ctx.out / "set_aside.jsonl") as rejects_path,
         rejects_path.open("w", encoding="utf-8") as lines,
-        TokenCache(ctx.work / "tokenised") as cache,
         TrajectoryTable(ctx.out / "trajectories.parquet") as table,
     ):
         rejects = RejectLog("logs.max_bad_share", config.max_bad_share, lines)
         used_before = read_contents(ctx.inputs["earlier"]) if config.overlaps else frozenset()
-        log_filter = LogFilter(config, ctx.inputs["target"], Exclusions(held_out, used_before), rejects, cache)
+        log_filter = LogFilter(config, ctx.inputs["target"], Exclusions(held_out, used_before), rejects)
         earlier, changed = _earlier_answers(ctx, config, log_filter)
         max_new = _max_new_answers(config, earlier)
         contents: set[bytes] = set()  # of the answers that are used
@@ -85,8 +81,6 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
             ctx.log(f"{table.rows - used} answers of the earlier refresh mixed in")
     for warning in log_filter.warnings():
         ctx.log(f"warning: {warning}")
-    if cache.hits:
-        ctx.log(f"{cache.hits} answers were tokenised by an earlier attempt")
     if rejects.reasons:
         ctx.log(f"{used} rows used, {rejects.reasons.total()} rejected: {rejects.describe()}")
     improbable = _find_improbable(ctx, config, table.rows)

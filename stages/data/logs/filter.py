@@ -19,7 +19,7 @@ from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 from draftsmith.stages.data.chat_template import TemplateInverter
 from draftsmith.stages.data.held_out import HeldOut, token_digest
 from draftsmith.stages.data.logs.earlier import TABLE, answer_content, read_batches, select_rows
-from draftsmith.stages.data.logs.rows import AnswerReader, LoggedRow, TokenCache, logged_ids, logged_text
+from draftsmith.stages.data.logs.rows import AnswerReader, LoggedRow, logged_ids, logged_text
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.row_files import BadRow, RejectLog, Row
 from draftsmith.stages.data.row_formats import Message, RejectedRow, matches_filter, messages_beside_ids, rename_fields
@@ -166,19 +166,12 @@ class Exclusions:
 class LogFilter(RowFilter[AcceptedAnswer]):
     """Accepts the answers that may be trained on, each once."""
 
-    def __init__(
-        self,
-        config: LogsConfig,
-        target: Path,
-        exclusions: Exclusions,
-        rejects: RejectLog,
-        cache: TokenCache | None = None,
-    ):
-        """Load the tokenizer. target: folder of its artifact. cache: the token ids of an earlier attempt."""
+    def __init__(self, config: LogsConfig, target: Path, exclusions: Exclusions, rejects: RejectLog):
+        """Load the tokenizer. target: folder of its artifact."""
         super().__init__(config, rejects)
         self._exclusions = exclusions
         self.info = read_target_info(target)
-        self.reader = AnswerReader(load_tokenizer(model_path(target)), self.info, config, cache)
+        self.reader = AnswerReader(load_tokenizer(model_path(target)), self.info, config)
         self._inverter = TemplateInverter(self.reader.tokenizer, config.chat_template_kwargs)
         self._seen: set[bytes] = set()  # `answer_content`
 

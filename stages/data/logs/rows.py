@@ -7,16 +7,10 @@ if tokenising it again gives the same text and the same boundary between prompt 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeAlias, TypedDict
-
-import pyarrow.parquet as pq
+from typing import Any
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.tables.parquet import BufferedShards
-from draftsmith.artifacts.tables.schemas import TOKENISED
 from draftsmith.stages.data.chat_template import text_after_answer, token_ids
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.row_files import Row
@@ -44,10 +38,6 @@ _TOKEN_FIELDS = (PROMPT_IDS, "completion_token_ids")
 _PENALTIES = {"frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1}
 _GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")  # SGLang's own forms of a response_format
 _ALL_TOKENS = 1 << 20  # a top_k that truncates nothing; for none, engines write -1, 0 or some large number
-_WAITING_TOKENS = 1 << 20  # about 40 MB of Python objects
-_BATCH = 128  # cached rows that are read together
-
-Tokens: TypeAlias = tuple[list[int], list[int], str]  # ids of the prompt, ids of the answer, why the row is not used
 
 
 @dataclass(frozen=True)
@@ -155,54 +145,11 @@ def logged_text(row: LoggedRow) -> tuple[list[Message], str]:
     return row_messages(row.fields, "messages", row.where, answered=False), completion
 
 
-class _CachedTokens(TypedDict):
-    """A row of the token cache."""
-
-    key: str
-    prompt_ids: list[int]
-    response_ids: list[int]
-    reason: str
-
-
-class TokenCache(BufferedShards):
-    """Token ids of a log's texts on disk until the stage ends: after an interruption they are not tokenised again.
-
-    Rows come in the same order in every attempt, so cached rows are read back in that order.
-    """
-
-    def __init__(self, folder: Path):
-        super().__init__(folder, {"texts": TOKENISED}, most=_WAITING_TOKENS)
-        self._cached = _cached_rows(self.paths("texts"))
-        self._following = next(self._cached, None)
-        self.hits = 0
-
-    def get(self, key: str, make: Callable[[], Tokens]) -> Tokens:
-        """Return the cached tokens of a text, else what `make` returns. key: identifies the text."""
-        if self._following is not None:
-            if self._following["key"] != key:  # not cached: it raised an error in the attempt before
-                return make()
-            cached, self._following = self._following, next(self._cached, None)
-            self.hits += 1
-            return cached["prompt_ids"], cached["response_ids"], cached["reason"]
-        prompt_ids, response_ids, reason = tokens = make()
-        row = _CachedTokens(key=key, prompt_ids=prompt_ids, response_ids=response_ids, reason=reason)
-        self.add({"texts": [row]}, len(prompt_ids) + len(response_ids))
-        return tokens
-
-
-def _cached_rows(paths: list[Path]) -> Iterator[_CachedTokens]:
-    for path in paths:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=_BATCH):
-                yield from batch.to_pylist()
-
-
 class AnswerReader:
     """Reads rows as token ids, with the target's tokenizer and chat template."""
 
-    def __init__(self, tokenizer: Any, info: TargetInfo, config: LogsConfig, cache: TokenCache | None = None):
-        self.tokenizer, self._cache = tokenizer, cache
-        self._template_kwargs = config.chat_template_kwargs
+    def __init__(self, tokenizer: Any, info: TargetInfo, config: LogsConfig):
+        self.tokenizer, self._template_kwargs = tokenizer, config.chat_template_kwargs
         self.vocab_size, self.eos_ids = info.vocab_size, frozenset(info.eos_ids)
         self.max_tokens = config.max_tokens or info.max_positions
         self.stop_id = self._turn_end(info.eos_ids)
@@ -237,29 +184,23 @@ class AnswerReader:
         messages, completion = logged_text(row)
         if not completion:
             raise RejectedRow("answer shorter than two tokens")
-
-        def make() -> Tokens:
-            return self._tokenised(row, messages, completion)
-
-        prompt, answer, reason = make() if self._cache is None else self._cache.get(row.where, make)
-        if reason:
-            raise RejectedRow(reason)
+        prompt, answer = self._tokenised(row, messages, completion)
         if row.stopped and answer[-1] not in self.eos_ids:
             answer = [*answer, self.stop_id]
         return LoggedAnswer(prompt, answer, messages)
 
-    def _tokenised(self, row: LoggedRow, messages: list[Message], completion: str) -> Tokens:
+    def _tokenised(self, row: LoggedRow, messages: list[Message], completion: str) -> tuple[list[int], list[int]]:
         if not is_unicode(completion, *(message["content"] for message in messages)):
-            return [], [], "text is not valid Unicode"
+            raise RejectedRow("text is not valid Unicode")
         prompt = token_ids(self.tokenizer, messages, row.where, self._template_kwargs)
         answer = self._encode(completion)
         if len(prompt) + len(answer) > self.max_tokens:  # decoding a megabyte takes seconds
-            return [], [], _TOO_LONG
+            raise RejectedRow(_TOO_LONG)
         if self._decode(answer) != completion:
-            return [], [], "text does not survive tokenisation"
+            raise RejectedRow("text does not survive tokenisation")
         if self._encode(self._decode(prompt + answer)) != prompt + answer:
-            return [], [], "prompt and answer are tokenised differently together"
-        return prompt, answer, ""
+            raise RejectedRow("prompt and answer are tokenised differently together")
+        return prompt, answer
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
