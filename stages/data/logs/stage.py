@@ -102,7 +102,7 @@ class LogsConfig(Config):
         default=64,
         ge=0,
         description="number of used answers that the target scores: its log-probs show whether they are its own at "
-        "this temperature, top_p and top_k; those that are not are counted and listed in improbable.jsonl",
+        "this temperature; those that are not are counted and listed in improbable.jsonl",
     )
     chat_template_kwargs: TemplateKwargs = Field(
         default={}, description="passed to the chat template for rows of text; the same as the service passed"
