@@ -67,10 +67,6 @@ def to_speculators(raw: RawConfig, target: str, target_architectures: list[str])
     of_kind: RawConfig = {name: dflash[name] for name in _SIZES} if kind == "dflash2" else {}
     proposals, from_anchor = raw["block_size"] - 1, False
     if kind == "dspark":
-        if (head := raw["markov_head_type"]) != "vanilla":
-            raise DraftsmithError(
-                f"drafter: markov_head is {head}, and vLLM computes vanilla only. Serve it with SGLang."
-            )
         of_kind = {name: raw[name] for name in _HEADS}
         proposals, from_anchor = raw["block_size"], raw[_FROM_ANCHOR]
     return {

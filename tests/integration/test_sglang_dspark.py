@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import subprocess
 from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
@@ -39,18 +38,16 @@ TOLERANCE = 3e-5  # float32, on values of order one to ten
 PROMPTS = 12
 
 
-HEADS: tuple[Literal["vanilla", "gated", "rnn"], ...] = ("vanilla", "gated", "rnn")
+FORMS = ("new", "upgraded")
 
 
 def test_sglang_computes_what_is_computed_here(sglang_env: Path, plain_target: Target, tmp_path: Path) -> None:
-    """Of all heads, in one process of SGLang's."""
+    """New drafters and upgraded ones, in one process of SGLang's."""
     expected: dict[str, dict[str, torch.Tensor]] = {}
-    for markov_head in HEADS:
-        gated = markov_head == "gated"
-        drafter = random_dspark(
-            plain_target, from_anchor=not gated, markov_head=markov_head, confidence_reads_token=not gated
-        )
-        folder = tmp_path / markov_head
+    for form in FORMS:
+        new = form == "new"
+        drafter = random_dspark(plain_target, from_anchor=new, confidence_reads_token=new)
+        folder = tmp_path / form
         save_drafter(drafter, folder / "drafter", torch.float32)
         texts = random_target.trajectories(3, seed=4)
         tokens = pad_tokens(texts, plain_target.device)
@@ -67,26 +64,26 @@ def test_sglang_computes_what_is_computed_here(sglang_env: Path, plain_target: T
             block = drafter.propose(context, at, anchors, drafter.block_size, head)
             given = torch.cat([at[..., None], block[..., :-1]], -1)
             hidden = drafter.block_hidden(context, given, anchors)
-            expected[markov_head] = {
+            expected[form] = {
                 "hidden": hidden[..., : head.weight.shape[1]],
                 "logits": head.logits(hidden),
                 "confidence": drafter.confidence(hidden),
                 "proposals": block,
             }
 
-    command = [str(sglang_env), "-I", str(dspark_model.__file__), *(str(tmp_path / each) for each in HEADS)]
+    command = [str(sglang_env), "-I", str(dspark_model.__file__), *(str(tmp_path / each) for each in FORMS)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | CPU_ENVIRONMENT
     environment["SGLANG_RAGGED_VERIFY_MODE"] = "compact"
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    for kind, values in expected.items():
-        derived = load_file(tmp_path / kind / "swap")
+    for form, values in expected.items():
+        derived = load_file(tmp_path / form / "swap")
         numbers = range(len(derived) // 2)
         assert len(numbers) >= 4 and all(torch.equal(derived[f"held {i}"], derived[f"anew {i}"]) for i in numbers)
-        served = load_file(tmp_path / kind / "out")
+        served = load_file(tmp_path / form / "out")
         assert torch.equal(served["proposals"], values.pop("proposals"))
         for name, value in values.items():
-            message = f"{kind}: {name}"
+            message = f"{form}: {name}"
             torch.testing.assert_close(served[name], value, atol=TOLERANCE, rtol=TOLERANCE, msg=message)
 
 

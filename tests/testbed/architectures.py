@@ -26,7 +26,5 @@ RANDOM: dict[str, Callable[[Target], Drafter]] = {
     # without a confidence head, whose loss asks the target too
     "dspark": partial(random_dspark, confidence_head=False),
     "dspark, upgraded": partial(random_dspark, confidence_head=False, from_anchor=False),
-    "dspark, gated": partial(random_dspark, confidence_head=False, markov_head="gated"),
-    "dspark, recurrent": partial(random_dspark, confidence_head=False, from_anchor=False, markov_head="rnn"),
     "eagle3": random_eagle3,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from draftsmith.stages.drafters.dspark.model import DSparkDrafter
@@ -16,7 +16,6 @@ def random_dspark(
     from_anchor: bool = True,
     confidence_head: bool = True,
     confidence_reads_token: bool = True,
-    markov_head: Literal["vanilla", "gated", "rnn"] = "vanilla",
 ) -> DSparkDrafter:
     """Return a drafter of 2 layers, block 5, target layers 2 and 0, a bias of rank 6, with large random weights."""
     import torch
@@ -32,7 +31,6 @@ def random_dspark(
         intermediate_size=40,
         markov_rank=6,
         confidence_head=confidence_head,
-        markov_head=markov_head,
     )
     config = checkpoint.new_config(shape, target.model.config, lambda: target.tokenizer)
     config.sample_from_anchor, config.confidence_head_with_markov = from_anchor, confidence_reads_token

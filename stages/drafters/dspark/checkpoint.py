@@ -18,13 +18,14 @@ from draftsmith.stages.drafters import checkpoint_format, speculators
 from draftsmith.stages.drafters.dflash import checkpoint as dflash
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.drafters.dspark.config import DSparkConfig
-from draftsmith.stages.drafters.dspark.model import KINDS, DSparkDrafter
+from draftsmith.stages.drafters.dspark.model import DSparkDrafter
 from draftsmith.stages.drafters.spec import RawConfig
 from draftsmith.stages.target.causal_lm import Target
 
 ARCHITECTURE = "Qwen3DSparkModel"
 MODEL = DSparkDrafter
 UPGRADES = "dflash"  # the kind whose weights it can start from
+_HEAD = "vanilla"  # the head that is computed here; SGLang knows two others
 OTHER_NAMES = ("DSparkDraftModel", "LingDSparkModel")  # of the same model
 target_layer_ids = dflash.target_layer_ids
 # SGLang uses the target's, and reads none of these from a drafter (srt/models/dspark.py).
@@ -51,7 +52,7 @@ def upgrade_config(config: Qwen3Config, shape: DSparkConfig) -> Qwen3Config:
 def _with_additions(config: Qwen3Config, shape: DSparkConfig, *, from_anchor: bool) -> Qwen3Config:
     extended = copy.deepcopy(config)
     extended.architectures = [ARCHITECTURE]
-    extended.markov_rank, extended.markov_head_type = shape.markov_rank, shape.markov_head
+    extended.markov_rank, extended.markov_head_type = shape.markov_rank, _HEAD
     extended.enable_confidence_head, extended.confidence_head_with_markov = shape.confidence_head, True
     extended.sample_from_anchor = from_anchor
     return extended
@@ -98,7 +99,7 @@ def description(config: Qwen3Config, tokenizer: Callable[[], Any]) -> str:
     confidence = "with" if config.enable_confidence_head else "without"
     return (
         dflash.description(config, tokenizer).replace("DFlash", "DSpark", 1)
-        + f", {config.markov_head_type} bias of rank {config.markov_rank}, {confidence} a confidence head"
+        + f", a bias of rank {config.markov_rank}, {confidence} a confidence head"
     )
 
 
@@ -114,8 +115,8 @@ def parse(path: Path, raw: RawConfig) -> Qwen3Config:
         path, [(name, fields[name]) for name in ("block_size", "markov_rank", "markov_head_type")]
     )
     proposals, rank, kind = (fields[name] for name in ("block_size", "markov_rank", "markov_head_type"))
-    if kind not in KINDS:
-        raise DraftsmithError(f"drafter {path}: markov_head_type is {kind!r}. Supported are {', '.join(KINDS)}.")
+    if kind != _HEAD:
+        raise DraftsmithError(f"drafter {path}: markov_head_type is {kind!r}. Only {_HEAD} is supported.")
     flags = {name: raw.get(name, True) for name in _FLAGS}
     checkpoint_format.require_kinds(
         path,

@@ -16,10 +16,6 @@ class DSparkConfig(DFlashConfig):
     kind: Literal["dspark"]  # type: ignore[assignment]
     block_size: Annotated[int, Field(ge=2, description="anchor + proposals")] = 8
     markov_rank: Annotated[int, Field(ge=1, description="of the bias of the token before an offset")] = 256
-    markov_head: Annotated[
-        Literal["vanilla", "gated", "rnn"],
-        Field(description="the bias reads the token alone, or the offset's hidden state too, or all tokens before it"),
-    ] = "vanilla"
     confidence_head: Annotated[
         bool,
         Field(description="learn how probable it is that a proposal is accepted, by which SGLang may cut blocks"),

@@ -60,7 +60,7 @@ def test_dspark_samples_from_products_and_bias_as_sglang_does(
     w2.data.normal_(generator=torch.Generator().manual_seed(1))
     heads = HeadSource(drafter, target.head_weight, TrainingConfig()).sample(np.random.default_rng(0), [])
     hidden, before = states(target), torch.tensor([3, 9, 27, 1, 0])
-    both = drafter.with_bias(hidden, read := drafter.markov_head.read(before), read)
+    both = torch.cat([hidden, read := drafter.markov_head.read(before)], -1)
     expected = hidden @ target.head_weight.T + read @ w2.T
     for head in (heads.drafter, drafter.drafting_head(target.head_weight, None)):
         torch.testing.assert_close(head.logits(both), expected)

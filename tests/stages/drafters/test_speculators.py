@@ -137,7 +137,6 @@ def test_unsupported_configs_are_refused(name: str, plain_target: Target, plain_
         (random_eagle3, "no form for LlamaForCausalLMEagle3"),
         (lambda t: random_drafter(t, is_causal=True), "is_causal is true"),
         (lambda t: random_dflash2(t, conv_kernel_size=0, conv_group_size=0), "has no convolutions"),
-        (lambda t: random_dspark(t, markov_head="gated"), "markov_head is gated, and vLLM computes vanilla"),
         (
             lambda t: random_dflash2(t, sliding_window=6, layer_types=("sliding_attention", "full_attention")),
             "vLLM would read all of them",
