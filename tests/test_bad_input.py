@@ -119,17 +119,18 @@ CONFIG = {
     "a home of nobody": Bad("DRAFTSMITH_HOME", environment={"DRAFTSMITH_HOME": "~nobody-at-all/home"}),
     "name of the line": Bad("registry.name: expected a text that matches", {"registry": {"name": "../../etc"}}),
     "a pattern without quotes": Bad("Put a text that begins with * in quotes", text="logs: {paths: [*.jsonl]}"),
-    "two kinds of hook": Bad("command and url", {"on_promote": {"url": "http://h", "command": ["a"]}}),
     "--set of broken YAML": Bad("not valid YAML", arguments=(*PLAN, "--set", "sft={")),
     "--force of no node": Bad("--force oops: no such node", arguments=(*PLAN, "--force", "oops")),
 }
 SECRETS = {
-    "a password in an address": Bad("on_promote.url: it holds", {"on_promote": {"url": f"http://u:{SECRET}@h"}}),
+    "a password in an address": Bad(
+        "on_promote.command.1: it holds", {"on_promote": {"command": ["curl", f"http://u:{SECRET}@h"]}}
+    ),
     "a variable called as secrets are": Bad(
         "MY_PASSWORD", {"rollout.engine": {"launch": {"environment": {"MY_PASSWORD": SECRET}}}}
     ),
     "a number as a password": Bad("password", {"rollout.engine": {"launch": {"options": {"x-password": 12345678}}}}),
-    "a secret by --set": Bad("on_promote.url", arguments=(*PLAN, "--set", f"on_promote.url=http://u:{SECRET}@h")),
+    "a secret by --set": Bad("target.source", arguments=(*PLAN, "--set", f"target.source=http://u:{SECRET}@h")),
     "a secret in an unknown field": Bad("api_key", {"api_key": SECRET}),
     "an address of diagnose": Bad(
         "--api-key-env",

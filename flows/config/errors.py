@@ -65,6 +65,7 @@ REMOVED = {
     "launch.tree": "EAGLE-3 drafts chains. Remove it.",
     "parallel.rendezvous": "Set DRAFTSMITH_RENDEZVOUS in the environment.",
     "positions.alpha": "D-PACE smooths by 0.5. Remove it.",
+    "on_promote.url": "Use command: [curl, --fail, --data-binary, '@-', URL].",
     "drafter.markov_head": "The bias reads the token before alone. Remove it.",
     **{f"{name}.samples_per_prompt": "One answer is given. Remove it." for name in ("rollout", "assisted", "heldout")},
 }

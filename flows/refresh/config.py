@@ -176,8 +176,7 @@ class RefreshConfig(RunOptions):
     @property
     def external_programs(self) -> dict[str, str]:
         """Return the programs that a run calls, by field."""
-        command = self.on_promote.command if self.on_promote is not None else None
-        return {"on_promote.command": command[0]} if command else {}
+        return {} if self.on_promote is None else {"on_promote.command": self.on_promote.command[0]}
 
     @property
     def champion(self) -> ChampionConfig | None:

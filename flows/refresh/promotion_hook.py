@@ -1,4 +1,4 @@
-"""Call a team's command or URL after a promotion, with the decision as JSON.
+"""Call a team's command after a promotion, with the decision as JSON.
 
 The call is made at least once. Before the promotion the decision becomes a tag of the version, and it stays until a
 call has ended. If a run is killed in between, the next run of the line calls again. All calls for one promotion have
@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from draftsmith.artifacts.home import user_umask
 from draftsmith.artifacts.results.gate import GateDecision
@@ -26,20 +26,12 @@ _MAX_TAG_CHARS = 4900  # MLflow keeps 5,000
 
 
 class HookConfig(Config):
-    """A command or a URL that is called after a promotion."""
+    """A command that is called after a promotion."""
 
     command: Annotated[
-        tuple[str, ...] | None,
-        Field(min_length=1, description="and its arguments; the decision comes on standard input"),
-    ] = None
-    url: Annotated[str | None, Field(pattern="^https?://", description="the decision is its POST body")] = None
-    timeout_s: Annotated[float, Field(gt=0, description="how long the hook may take")] = 60.0
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> HookConfig:
-        if (self.command is None) == (self.url is None):
-            raise ValueError("neither or both of command and url are set. Set one.")
-        return self
+        tuple[str, ...], Field(min_length=1, description="and its arguments; the decision comes on standard input")
+    ]
+    timeout_s: Annotated[float, Field(gt=0, description="how long it may take")] = 60.0
 
 
 def pending_tag(hook: HookConfig | None, decision: GateDecision) -> dict[str, str]:
@@ -65,32 +57,17 @@ def call_if_due(hook: HookConfig | None, line: str) -> str:
 
 
 def call(hook: HookConfig, decision: Mapping[str, Any]) -> str | None:
-    """Call the hook with a decision as JSON. Return why the call failed, None if it did not."""
-    body = json.dumps(decision)
-    if hook.command is not None:
-        return _run(hook.command, body, hook.timeout_s)
-    import httpx  # slow to import, and only URLs need it
-
-    try:
-        response = httpx.post(
-            str(hook.url), content=body, headers={"content-type": "application/json"}, timeout=hook.timeout_s
-        )
-    except Exception as error:  # httpx raises others than HTTPError too, such as for host names
-        return f"{hook.url}: {type(error).__name__} {error}".strip()
-    return None if response.is_success else f"{hook.url}: HTTP {response.status_code}"
-
-
-def _run(command: tuple[str, ...], body: str, timeout_s: float) -> str | None:
-    """Run the command with the body on standard input. Return why it failed, None if it did not."""
+    """Run the command with a decision as JSON on standard input. Return why it failed, None if it did not."""
+    command = hook.command
     try:
         # a file and no pipe: a server that the command leaves in the background would keep a pipe open
         with tempfile.TemporaryFile() as errors:
             process = subprocess.run(
                 command,
-                input=body.encode(),
+                input=json.dumps(decision).encode(),
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
-                timeout=timeout_s,
+                timeout=hook.timeout_s,
                 check=False,
                 umask=user_umask(),
             )

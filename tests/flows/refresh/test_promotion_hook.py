@@ -1,13 +1,10 @@
-"""The hook after a promotion: a command or a URL."""
+"""The command after a promotion."""
 
 from __future__ import annotations
 
-import http.server
-import json
 import os
 import stat
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -51,28 +48,6 @@ def test_files_of_a_command_have_the_users_permissions(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "copied").stat().st_mode) == 0o644
 
 
-def test_the_decision_is_posted_to_a_url() -> None:
-    bodies: list[bytes] = []
-
-    class Receiver(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            bodies.append(self.rfile.read(int(self.headers["content-length"])))
-            self.send_response(204 if self.path == "/ok" else 500)
-            self.end_headers()
-
-        def log_message(self, *_arguments: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        assert call(HookConfig(url=f"{url}/ok"), DECISION) is None
-        assert json.loads(bodies[0]) == DECISION
-        assert call(HookConfig(url=f"{url}/broken"), DECISION) == f"{url}/broken: HTTP 500"
-        server.shutdown()
-    assert "ConnectError" in str(call(HookConfig(url="http://127.0.0.1:9/x"), DECISION))
-
-
 def test_a_hook_can_export_the_new_champion_by_name(
     line: str, home: Path, drafters: list[ArtifactRef], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -80,7 +55,7 @@ def test_a_hook_can_export_the_new_champion_by_name(
 
     def deployment(_hook: HookConfig, decision: dict[str, Any]) -> None:
         calls.append(decision)
-        registry_commands.export(Display(), line, tmp_path / "exported", dry_run=False)
+        registry_commands.export(Display(), line, tmp_path / "exported")
 
     monkeypatch.setattr(promotion_hook, "call", deployment)
     finished(config, gated(Store(home / "store"), drafters[0]))
