@@ -17,7 +17,7 @@ from draftsmith.artifacts.home import home
 from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.checks.drafters import check_gate, check_sampling
-from draftsmith.flows.checks.engines import check_engines, check_parallel, check_shared_target, check_tensor_parallel
+from draftsmith.flows.checks.engines import check_engines, check_parallel, check_shared_target
 from draftsmith.flows.checks.findings import Findings, RaisingFindings
 from draftsmith.flows.checks.models import (
     DrafterPlans,
@@ -134,7 +134,6 @@ def _with_target(
     check_max_lengths(findings, to_make, read_target_info(artifact).max_positions)
     check_stage_settings(findings, to_make, artifact, whole=whole)
     check_shared_target(findings, to_make, artifact)
-    check_tensor_parallel(findings, to_make, artifact)
     check_logs(findings, to_make, artifact)
     with findings.check("GPUs"):
         check_accelerators(findings)

@@ -75,31 +75,6 @@ def _check_gpus(findings: Findings, nodes: Sequence[Node]) -> None:
         )
 
 
-def check_tensor_parallel(findings: Findings, nodes: Sequence[Node], artifact: Path) -> None:
-    """Warn if a server cannot divide the target's attention heads evenly over its GPUs.
-
-    Servers find that out only when they start.
-
-    artifact: the target's.
-    """
-    from draftsmith.stages.drafters.checkpoint import read_target_config  # imports torch, and planning must not
-
-    for node in nodes:
-        engine = server_engine(node)
-        if engine is None or engine.launch is None or engine.launch.on_cpu:  # on CPUs SGLang pads the heads
-            continue
-        ranks = engine.launch.tensor_parallel
-        with findings.check(node.name):
-            config = read_target_config(model_path(artifact))
-            heads, shared = config.num_attention_heads, config.num_key_value_heads
-            if heads % ranks or (shared % ranks and ranks % shared):
-                findings.warn(
-                    node.name,
-                    f"engine.launch.tensor_parallel: {ranks} does not divide the target's {heads} heads ({shared} of "
-                    "keys and values), and most models then fail to start. Give a number that does.",
-                )
-
-
 def runs_elsewhere(nodes: Sequence[Node]) -> bool:
     """Return whether servers need GPUs and this machine has none, so another machine will run the config."""
     engines = [engine for node in nodes if (engine := server_engine(node)) is not None]

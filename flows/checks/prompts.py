@@ -33,7 +33,6 @@ from draftsmith.stages.evaluation.config import EvaluationConfig, prompts_to_dec
 
 _COUNTED_BYTES = 1 << 28  # of larger files only the first row is read
 _LOG_ROWS, _LOG_SECONDS = 20_000, 20.0  # limits for one log
-_RECENT_S = 30.0
 _MUCH_UNUSED = 0.5  # share of the training prompts
 _MANY_REJECTED = 0.2  # share of the rows of a log or a source
 
@@ -181,8 +180,6 @@ def _open_streams(source: ReasoningGymSource, config: PromptsConfig) -> list[Pro
 
 def _check_files(findings: Findings, name: str, source: JsonlSource, config: PromptsConfig) -> None:
     files = match_files([source.path], config.paths_field, config.pinned_files)
-    if not config.of_logs:
-        _may_grow(findings, name, files)
     known = [Path(file).stat().st_size for file in files if not is_remote(file)]
     whole = len(known) == len(files) and sum(known) <= _COUNTED_BYTES
     share = source.heldout_share or config.heldout_share
@@ -237,19 +234,6 @@ def _check_files(findings: Findings, name: str, source: JsonlSource, config: Pro
         )
 
 
-def _may_grow(findings: Findings, name: str, files: Sequence[str]) -> None:
-    """Warn of a file that was written recently: if it grows while a stage reads it, the stage fails."""
-    newest = {file: Path(file).stat().st_mtime for file in files if not is_remote(file)}
-    fresh = [file for file, written in newest.items() if time.time() - written < _RECENT_S]
-    if fresh:
-        more = f" and {len(fresh) - 1} more" if len(fresh) > 1 else ""
-        findings.warn(
-            name,
-            f"{fresh[0]}{more}: written within the last {_RECENT_S:.0f} s. A file that grows while a stage reads it "
-            "fails the stage. If it is still being written, use a pattern that matches only complete files.",
-        )
-
-
 def _counts(source: PromptSource, splits: Sequence[Split] = SPLITS) -> str:
     """Return the fields that set how many prompts are wanted of the source."""
     return "its counts" if source.counts is not None else f"prompts.{', prompts.'.join(splits)}"
@@ -288,9 +272,7 @@ def _check_log(findings: Findings, name: str, config: LogsConfig, target: Path |
     if target is not None:
         row_filter = LogFilter(config, target, Exclusions(held_out), rejects)
     used, whole, end = 0, True, time.monotonic() + _LOG_SECONDS
-    files = config.files()
-    _may_grow(findings, name, files)
-    for row in read_rows(files):
+    for row in read_rows(config.files()):
         if rejects.rows >= _LOG_ROWS or time.monotonic() > end:
             whole = False
             break
