@@ -310,9 +310,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace, Pipeline], None]] = {
         Display(), options.line, options.why, dry_run=options.dry_run
     ),
     "swap": lambda options, _: registry_commands.swap(Display(), options.version, options.url),
-    "export": lambda options, _: registry_commands.export(
-        Display(), options.version, options.folder, options.format, dry_run=options.dry_run
-    ),
+    "export": lambda options, _: registry_commands.export(Display(), options.version, options.folder, options.format),
     "evaluate": _evaluate,
     "diagnose": _diagnose,
     "deploy": _deploy,

@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     _add_config(status, "NAME", "YAML file of a run, or a model line, whose servers are asked", optional=True)
     _add_servers(status)
 
-    show = commands.add_parser("show", help="show an artifact: its origin, its files, a look inside")
+    show = commands.add_parser("show", help="show an artifact: its files and what it is made from")
     show.add_argument("artifact", metavar="ARTIFACT", help="a stage, the start of a key or content id, or a path")
     show.add_argument("--verify", action="store_true", help="compare every file with its checksum")
 
@@ -121,7 +121,6 @@ def parser() -> argparse.ArgumentParser:
         default="sglang",
         help="speculators: what vLLM loads, with the target's embedding and head; no EAGLE-3",
     )
-    export.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
 
     evaluate = commands.add_parser("evaluate", help="compare drafters on a config's held-out prompts, without training")
     evaluate.add_argument("drafters", metavar="DRAFTER", nargs="+", help="folder, hub id or NAME@champion")

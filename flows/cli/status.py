@@ -1,4 +1,4 @@
-"""Shows what the store holds: the state of every node, an artifact with its lineage and content; finds a report."""
+"""Shows what the store holds: the state of every node, an artifact with its files and lineage; finds a report."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import json
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
-import pyarrow.parquet as parquet
 from rich.table import Table
 from rich.tree import Tree
 
@@ -29,7 +27,6 @@ from draftsmith.flows.execution.display import (
     format_bytes,
     format_duration,
     format_number,
-    shorten,
 )
 from draftsmith.flows.execution.node import ArtifactFolders
 from draftsmith.flows.planning.graph import (
@@ -44,9 +41,7 @@ from draftsmith.flows.planning.graph import (
     resolve_config,
 )
 
-_ROWS, _CELL, _JSON_LINES = 3, 120, 40  # shown of a table, a cell (characters) and a JSON file
 _TO_DO = "to do"
-_PREVIEW_BYTES = 50_000_000  # larger files are not fetched for a preview
 
 
 def show_config_status(display: Display, config: RunOptions, pipeline: Pipeline) -> None:
@@ -154,7 +149,7 @@ def _damage(store: Store, manifest: Manifest) -> DraftsmithError | None:
 
 
 def show_artifact(display: Display, text: str, *, verify: bool = False) -> None:
-    """Show the artifact that `text` names: its manifest, files, lineage back to the data, and a preview of its tables.
+    """Show the artifact that `text` names: its manifest, its files, and its lineage back to the data.
 
     text: a stage, the start of a key or content id, or a path. verify: compare every file with its checksum first, and
     raise DraftsmithError at the first that differs.
@@ -180,11 +175,6 @@ def show_artifact(display: Display, text: str, *, verify: bool = False) -> None:
         display.line(f"  {name + ':':<12}{value}")
     display.console.print(_files(manifest))
     display.console.print(_lineage(store, manifest))
-    small = (name for name, entry in sorted(manifest.files.items()) if entry.bytes <= _PREVIEW_BYTES)
-    store.fetch(ref, [name for name in small if name.endswith((".parquet", ".json"))])
-    for name in sorted(manifest.files):
-        if (ref.path / name).is_file():
-            _preview(display, ref.path / name)
 
 
 def _files(manifest: Manifest) -> Table:
@@ -213,36 +203,6 @@ def _add_inputs(tree: Tree, store: Store, inputs: dict[str, InputEntry], seen: s
         else:
             seen.add(entry.key)
             _add_inputs(tree.add(label), store, source.inputs, seen)
-
-
-def _preview(display: Display, path: Path) -> None:
-    try:
-        if path.suffix == ".parquet":
-            _preview_parquet(display, path)
-        elif path.suffix == ".json":
-            _preview_json(display, path)
-    except (OSError, ValueError) as error:  # errors of pyarrow and JSON are ValueErrors
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DraftsmithError(f"{path}: cannot be read ({reason}). `--verify` says whether it is damaged.") from error
-
-
-def _preview_json(display: Display, path: Path) -> None:
-    lines = json.dumps(json.loads(path.read_text("utf-8")), indent=2, ensure_ascii=False).splitlines()
-    display.line(f"\n{path.name}")
-    for line in lines[:_JSON_LINES]:
-        display.line(f"  {shorten(line, _CELL)}")
-    if len(lines) > _JSON_LINES:
-        display.line(f"  ... {len(lines) - _JSON_LINES} more lines")
-
-
-def _preview_parquet(display: Display, path: Path) -> None:
-    file = parquet.ParquetFile(path)
-    display.line(f"\n{path.name}: {file.metadata.num_rows} rows")
-    rows: list[dict[str, Any]] = next(file.iter_batches(batch_size=_ROWS)).to_pylist() if file.metadata.num_rows else []
-    for index, row in enumerate(rows):
-        display.line(f"  row {index}")
-        for name, value in row.items():
-            display.line(f"    {name}: {shorten(str(value), _CELL)}")
 
 
 def _metrics(manifest: Manifest, limit: int | None = 4) -> str:

@@ -168,15 +168,15 @@ def swapped_servers(line: str) -> list[str]:
     return [served.url for version in registry().versions(line) for served in served_by(version)]
 
 
-def export(display: Display, text: str, folder: Path, layout: str = "sglang", *, dry_run: bool) -> None:
+def export(display: Display, text: str, folder: Path, layout: str = "sglang") -> None:
     """Write a verified copy of a version's checkpoint: as SGLang loads it, or in vLLM's layout `speculators`."""
     version = registry().resolve(text)
     writable = os.access(home(), os.W_OK)  # in a read-only home nothing can be locked
     with artifacts_in_use(home(), f"export of {version}", display.line) if writable else nullcontext():
-        _export(display, version, folder, layout, dry_run=dry_run)
+        _export(display, version, folder, layout)
 
 
-def _export(display: Display, version: Version, folder: Path, layout: str, *, dry_run: bool) -> None:
+def _export(display: Display, version: Version, folder: Path, layout: str) -> None:
     source = verify_checkpoint(version)
     if "promoted_at" not in version.tags:
         log.warning(
@@ -189,9 +189,6 @@ def _export(display: Display, version: Version, folder: Path, layout: str, *, dr
         problem = "not empty" if folder.is_dir() else "a file"
         raise DraftsmithError(f"{folder} is {problem}. Give a new folder.")
     size = sum(path.stat().st_size for path in source.iterdir())
-    if dry_run:
-        display.line(f"{version}: {size / 1e6:.1f} MB would be copied from {source} to {folder}")
-        return
     if layout == "speculators":
         with _all_or_nothing(folder):
             _export_speculators(version, source, folder)

@@ -46,17 +46,17 @@ def test_an_uploaded_champion_is_used_without_the_store(
     taken = RecordingContext.under(tmp_path / "taken", {"target": plain_artifact})
     CHAMPION.run(taken, champion)
     assert drafter_digest(taken.out / DRAFTER_FOLDER) == digest
-    registry_commands.export(Display(), line, tmp_path / "exported", dry_run=False)
+    registry_commands.export(Display(), line, tmp_path / "exported")
     assert drafter_digest(tmp_path / "exported") == digest
     with pytest.raises(DraftsmithError, match="which names the target, is not here"):
-        registry_commands.export(Display(), line, tmp_path / "vllm", "speculators", dry_run=False)
+        registry_commands.export(Display(), line, tmp_path / "vllm", "speculators")
 
     weights = Path(champion.folder) / "model.safetensors"
     weights.chmod(0o600)
     weights.write_bytes(b"other")
     with pytest.raises(DraftsmithError, match="is not what was registered"):
-        registry_commands.export(Display(), line, tmp_path / "again", dry_run=False)
-    registry_commands.export(Display(), line, tmp_path / "again", dry_run=False)
+        registry_commands.export(Display(), line, tmp_path / "again")
+    registry_commands.export(Display(), line, tmp_path / "again")
 
 
 @pytest.mark.parametrize("upload", [True, False])
@@ -76,7 +76,7 @@ def test_a_damaged_drafter_is_replaced_by_its_upload_or_is_an_error(
     weights.write_bytes(b"other")
     if upload:
         registry_commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
-        registry_commands.export(Display(), line, tmp_path / "copy", dry_run=False)
+        registry_commands.export(Display(), line, tmp_path / "copy")
         assert drafter_digest(tmp_path / "copy") == digest
         taken = RecordingContext.under(tmp_path / "taken", {"target": plain_artifact})
         champion = resolve(config).champion

@@ -51,14 +51,14 @@ def version(plain_target: Target, plain_artifact: Path, tmp_path: Path, monkeypa
 def test_an_export_prints_the_servers_options(
     version: Version, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    registry_commands.export(Display(), "line", tmp_path / "trained", dry_run=False)
+    registry_commands.export(Display(), "line", tmp_path / "trained")
     by = f"--speculative-algorithm DFLASH --speculative-draft-model-path {tmp_path}/"
     block = json.loads((tmp_path / "trained" / "config.json").read_text())["block_size"]
     assert f"for SGLang: {by}trained --speculative-num-draft-tokens {block}" in printed(capsys)
     cast("dict[str, str]", version.tags)[FASTEST_BLOCK] = "3"
-    registry_commands.export(Display(), "line", tmp_path / "fastest", dry_run=False)
+    registry_commands.export(Display(), "line", tmp_path / "fastest")
     assert block != 3 and f"{by}fastest --speculative-num-draft-tokens 3" in printed(capsys)
-    registry_commands.export(Display(), "line", tmp_path / "vllm", "speculators", dry_run=False)
+    registry_commands.export(Display(), "line", tmp_path / "vllm", "speculators")
     assert "for vLLM: --speculative-config" in printed(capsys)
 
 
@@ -68,7 +68,7 @@ def test_exporting_a_version_that_was_not_promoted_warns(
 ) -> None:
     tags = {"promoted_at": "2026-03-01"} if promoted else {"decision": "tau fell"}
     cast("dict[str, str]", version.tags).update(tags)
-    registry_commands.export(Display(), "line@1", tmp_path / "copy", dry_run=False)
+    registry_commands.export(Display(), "line@1", tmp_path / "copy")
     assert [record.levelname for record in caplog.records] == ["WARNING"] * (not promoted)
     assert (tmp_path / "copy" / "config.json").is_file() and ("tau fell" in caplog.text) is not promoted
 
@@ -86,35 +86,33 @@ def test_prune_waits_for_an_export(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     refused: list[bool] = []
     monkeypatch.setattr(registry_commands, "apply_user_umask", pruned_meanwhile)
-    registry_commands.export(Display(), "line", tmp_path / "out", dry_run=False)
+    registry_commands.export(Display(), "line", tmp_path / "out")
     assert refused == [True]
 
 
 def test_each_layout_has_the_same_drafter(version: Version, plain_target: Target, tmp_path: Path) -> None:
     source = version.path / DRAFTER_FOLDER
-    registry_commands.export(Display(), "line", tmp_path / "own", dry_run=False)
+    registry_commands.export(Display(), "line", tmp_path / "own")
     assert drafter_digest(tmp_path / "own") == drafter_digest(source)
-    registry_commands.export(Display(), "line", tmp_path / "vllm", "speculators", dry_run=False)
+    registry_commands.export(Display(), "line", tmp_path / "vllm", "speculators")
     config = json.loads((tmp_path / "vllm" / "config.json").read_text())
     assert config["speculators_config"]["verifier"]["name_or_path"] == plain_target.info.source
     tensors = load_file(tmp_path / "vllm" / "model.safetensors")
     assert tensors["lm_head.weight"].equal(plain_target.head_weight)
     drafter, kept = (load_drafter(folder, plain_target) for folder in (tmp_path / "vllm", source))
     assert all(tensor.equal(kept.state_dict()[name]) for name, tensor in drafter.state_dict().items())
-    registry_commands.export(Display(), "line", tmp_path / "dry", "speculators", dry_run=True)
-    assert not (tmp_path / "dry").exists()
 
 
 @pytest.mark.usefixtures("version")
 def test_the_embedding_is_never_copied_from_another_target(plain_target: Target, tmp_path: Path) -> None:
     store = Store(tmp_path / "home" / "store")
     committed(store, "target", copied(write_artifact(tmp_path / "revised", seed=1)), force=True)
-    registry_commands.export(Display(), "line", tmp_path / "vllm", "speculators", dry_run=False)
+    registry_commands.export(Display(), "line", tmp_path / "vllm", "speculators")
     assert load_file(tmp_path / "vllm" / "model.safetensors")["lm_head.weight"].equal(plain_target.head_weight)
     (replaced,) = (store.root / "target").glob(".replaced-*")
     shutil.rmtree(replaced)
     with pytest.raises(DraftsmithError, match="the target that it was trained for"):
-        registry_commands.export(Display(), "line", tmp_path / "none", "speculators", dry_run=False)
+        registry_commands.export(Display(), "line", tmp_path / "none", "speculators")
 
 
 def test_a_full_disk_leaves_no_partial_export(
@@ -131,9 +129,9 @@ def test_a_full_disk_leaves_no_partial_export(
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "copyfile", full)
         with pytest.raises(DraftsmithError, match=r"exporting to .*/copy: the disk is full. Free some space"):
-            registry_commands.export(Display(), "line", tmp_path / "copy", dry_run=False)
+            registry_commands.export(Display(), "line", tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
-    registry_commands.export(Display(), "line", tmp_path / "copy", dry_run=False)
+    registry_commands.export(Display(), "line", tmp_path / "copy")
     assert drafter_digest(tmp_path / "copy") == drafter_digest(version.path / DRAFTER_FOLDER)
 
 
@@ -144,7 +142,7 @@ def test_existing_files_are_an_error_and_stay(tmp_path: Path) -> None:
     (tmp_path / "full" / "file").write_text("mine")
     for name, problem in (("file", "is a file"), ("full", "is not empty")):
         with pytest.raises(DraftsmithError, match=problem):
-            registry_commands.export(Display(), "line", tmp_path / name, dry_run=False)
+            registry_commands.export(Display(), "line", tmp_path / name)
     assert (tmp_path / "file").read_text() == (tmp_path / "full" / "file").read_text() == "mine"
 
 
@@ -174,7 +172,7 @@ def test_a_changed_artifact_is_neither_exported_nor_promoted(
     )
     monkeypatch.setattr(registry_commands, "registry", lambda: line)
     with pytest.raises(DraftsmithError, match=reason):
-        registry_commands.export(Display(), "line", tmp_path / "copy", dry_run=False)
+        registry_commands.export(Display(), "line", tmp_path / "copy")
     with pytest.raises(DraftsmithError, match=reason):
         registry_commands.promote(Display(), "line@1", "", dry_run=False)
     with pytest.raises(DraftsmithError, match=reason):
