@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import httpx
 
@@ -21,6 +21,9 @@ from draftsmith.stages.engines.sglang.swap import write_drafter as write_sglang
 from draftsmith.stages.engines.vllm.plugin import BACKEND
 from draftsmith.stages.engines.vllm.swap import write_drafter as write_vllm
 
+if TYPE_CHECKING:  # it imports torch
+    from draftsmith.stages.replay.proof import Proof
+
 _PLUGIN = "has no plug-in that can write a drafter. Install this Draftsmith without its dependencies beside"
 _INSTALL = {
     "sglang": "sglang >=0.5.21, and start the server again.",
@@ -29,19 +32,7 @@ _INSTALL = {
 }
 
 
-class Proof(Protocol):
-    """The outcome of a proof."""
-
-    @property
-    def swapped(self) -> bool | None:
-        """Whether the server's verify steps are the new drafter's; None: inconclusive."""
-
-    @property
-    def reason(self) -> str:
-        """The evidence, in a few words."""
-
-
-Prove = Callable[[], Proof]  # of one server, which should serve the new drafter by then
+Prove = Callable[[], "Proof"]  # of one server, which should serve the new drafter by then
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ def slices(tallies: Mapping[str, AcceptanceStats], prompts: Sequence[str], label
     A slice has the answers in which every drafter has a verify step there. prompts: the id of each answer's prompt.
     """
 
-    def of(name: str | None, sums: Mapping[str, Sums]) -> Slice | None:
+    def slice_of(name: str | None, sums: Mapping[str, Sums]) -> Slice | None:
         indices = np.flatnonzero(np.all([steps > 0 for _, steps in sums.values()], axis=0))
         chosen = [prompts[int(index)] for index in indices]
         found = {
@@ -125,11 +125,13 @@ def slices(tallies: Mapping[str, AcceptanceStats], prompts: Sequence[str], label
     masks: dict[str | None, np.ndarray] = {None: np.ones(len(labels))}
     masks |= {name: np.array([float(name in each) for each in labels]) for name in slice_names(labels)}
     by_label = [
-        of(name, {arm: (tally.committed * mask, tally.steps * mask) for arm, tally in tallies.items()})
+        slice_of(name, {arm: (tally.committed * mask, tally.steps * mask) for arm, tally in tallies.items()})
         for name, mask in masks.items()
     ]
     by_depth = [
-        of(name, {arm: (tally.committed_at[:, depth], tally.steps_at[:, depth]) for arm, tally in tallies.items()})
+        slice_of(
+            name, {arm: (tally.committed_at[:, depth], tally.steps_at[:, depth]) for arm, tally in tallies.items()}
+        )
         for depth, name in enumerate(DEPTHS)
     ]
     several = sum(each is not None for each in by_depth) > 1

@@ -46,10 +46,7 @@ class Proof:
     """The result of a comparison of served steps with two drafters."""
 
     swapped: bool | None  # None: inconclusive
-    answers: int
-    steps: int
-    log_ratio: float  # log-likelihood of the steps under the new drafter less that under the old one
-    reason: str
+    reason: str  # the evidence
 
 
 def prove(
@@ -69,30 +66,29 @@ def prove(
     """
     replayer = Replayer(target, options)
     sampling, pair = replayer.options.sampling, (replayer.prepare(old), replayer.prepare(new))
-    asked, answers = len(answers), [answer for answer in answers if len(answer[1].anchors)]
+    answers = [answer for answer in answers if len(answer[1].anchors)]
     steps = sum(len(served.anchors) for _, served in answers)
     if not answers:
-        return Proof(None, asked, 0, 0.0, "No verify step was recorded. Ask for longer answers.")
+        return Proof(None, "No verify step was recorded. Ask for longer answers.")
     if float32 and sampling.greedy:
         not_old, not_new = (sum(_different_steps(target, drafter, each) for each in answers) for drafter in pair)
         swapped = False if not_new else True if not_old else None
-        ratio = 0.0 if swapped is None else math.inf if swapped else -math.inf
         reason = f"{not_new} of {steps} verify steps are not the new drafter's, {not_old} are not the old one's."
     else:
         by_old, by_new = (log_probabilities(chances(target, each, answers, sampling), answers) for each in pair)
         counts = np.concatenate([served.accepted for _, served in answers])
         evidence = step_evidence(by_old, by_new, counts).sum(0)
-        swapped, ratio = decide(evidence), float(evidence[0])
+        swapped = decide(evidence)
         reason = (
-            f"The log-likelihood ratio of new to old over {steps} verify steps is {ratio:.1f} (±{DECISIVE:.1f} decides)"
+            f"The log-likelihood ratio of new to old over {steps} verify steps is {evidence[0]:.1f} "
+            f"(±{DECISIVE:.1f} decides), their misfit to the new drafter {misfit(evidence):.1f} (at most {MISFIT:.1f})."
         )
-        reason += f", their misfit to the new drafter {misfit(evidence):.1f} (at most {MISFIT:.1f})."
     remedies = {
         True: "The new drafter serves.",
         False: "The server drafts with other weights: write them again.",
         None: "Ask for more answers.",
     }
-    return Proof(swapped, asked, steps, ratio, f"{reason} {remedies[swapped]}")
+    return Proof(swapped, f"{reason} {remedies[swapped]}")
 
 
 def decide(evidence: np.ndarray) -> bool | None:

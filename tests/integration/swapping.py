@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +23,7 @@ from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.engines.servers.state import NewDrafter
 from draftsmith.stages.engines.sglang.protocol import KEY
 from draftsmith.stages.engines.swap import Served, swap_servers
+from draftsmith.stages.replay.proof import Proof
 from tests.integration.recorded import assert_same_steps, trace_of
 from tests.sglang_cpu.server import generate
 from tests.stages.bench import GREEDY_TOKENS, Bench
@@ -100,7 +100,7 @@ def assert_swaps(url: str, bench: Bench, checkpoint: Path, algorithm: str, folde
         [trace.accepted.tolist() for trace in bench.replay(bench.answered(PROMPTS), n, None)] for n in bench.drafters
     ]
     assert steps[0] != steps[1], "the drafters can be told apart"
-    proven = SimpleNamespace(swapped=True, reason="compared here.")
+    proven = Proof(True, "compared here.")
     assert_drafts_with(url, bench, "first")
     for name, to in (("other", other), ("first", checkpoint)):
         done: list[Served] = []

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import httpx
@@ -45,7 +44,7 @@ from draftsmith.stages.evaluation.diagnosis import STAGE as DIAGNOSIS
 from draftsmith.stages.evaluation.diagnosis import DiagnosisConfig
 from draftsmith.stages.evaluation.stage import STAGE as EVALUATION
 from draftsmith.stages.replay.options import ReplayOptions
-from draftsmith.stages.replay.proof import chances, log_probabilities, misfit, step_evidence
+from draftsmith.stages.replay.proof import Proof, chances, log_probabilities, misfit, step_evidence
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.stage import STAGE as MINING
 from draftsmith.stages.replay.stage import MiningConfig
@@ -254,7 +253,7 @@ def test_several_answers_and_a_streamed_chunk_are_no_answer(served: Served) -> N
 
 def swap(url: str, folder: Path, algorithm: str, block_size: int, *, proven: bool = True) -> None:
     """Write a checkpoint into the server; its steps are compared by the test. proven: the outcome of the proof."""
-    proof = SimpleNamespace(swapped=proven, reason="compared here.")
+    proof = Proof(proven, "compared here.")
     new = NewDrafter(drafter_digest(folder), folder, algorithm, block_size)
     swap_servers(
         [url], new, lambda _: lambda: proof, lambda done: print(f"{algorithm}: a pause of {done.pause_s:.3f} s")

@@ -31,7 +31,6 @@ from draftsmith.stages.engines.servers.requirements import ServerRequirements
 from draftsmith.stages.engines.vllm.records import completion_payload, drafting_metrics, read_completion
 
 FIRST = (0, 29)  # the first release that reports verify steps
-TESTED = "0.32.0"
 _PROBE_TOKENS = 8
 _NAME = "of the handshake"
 _UNKNOWN = "unknown"

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +14,8 @@ from draftsmith.artifacts.errors import DraftsmithError, RefusedError, Retryable
 from draftsmith.stages.engines.served import API_KEY
 from draftsmith.stages.engines.servers.state import NewDrafter
 from draftsmith.stages.engines.sglang.protocol import SWAP_ACTION, SWAP_STATE, Json
-from draftsmith.stages.engines.swap import Proof, Prove, Served, swap_servers
+from draftsmith.stages.engines.swap import Prove, Served, swap_servers
+from draftsmith.stages.replay.proof import Proof
 from tests.stages.engines.http_server import HttpServer, answer, serving
 
 OLD, NEW, SINCE = "a" * 64, "b" * 64, "2026-11-30T08:00:00+00:00"
@@ -64,7 +64,7 @@ class Fleet:
     def swap(self, outcome: bool | None = True, prove: Prove | None = None) -> list[Served]:
         """Swap all servers; the proof has this outcome. Returns what they serve."""
         done: list[Served] = []
-        proof = SimpleNamespace(swapped=outcome, reason="3 of 9 verify steps are not the new drafter's.")
+        proof = Proof(outcome, "3 of 9 verify steps are not the new drafter's.")
         new = NewDrafter(NEW, Path("b"), "DFLASH", 8)
         swap_servers(self.urls, new, lambda _before: prove or (lambda: proof), done.append)
         return done

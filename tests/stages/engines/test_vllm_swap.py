@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ from draftsmith.stages.engines.servers.state import NewDrafter, ServerState
 from draftsmith.stages.engines.swap import Served, swap_servers
 from draftsmith.stages.engines.swap_proof import ReplayProver
 from draftsmith.stages.engines.vllm.plugin import BACKEND
+from draftsmith.stages.replay.proof import Proof
 from tests.stages.engines.http_server import HttpServer, Refusal, serving
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -112,7 +112,7 @@ class StandIn:
     def swap(self, outcome: bool | None = True) -> list[Served]:
         """Swap the server; the proof has this outcome."""
         done: list[Served] = []
-        proof = SimpleNamespace(swapped=outcome, reason="of 9 verify steps.")
+        proof = Proof(outcome, "of 9 verify steps.")
         new = NewDrafter(NEW, Path("b"), "DFLASH", 3, "runs:/a/drafter", "uri")
         swap_servers([self.url], new, lambda _: lambda: proof, done.append)
         return done
