@@ -115,8 +115,8 @@ def swap_in_run(version: Version, urls: Sequence[str]) -> str:
     from draftsmith.flows.orchestration.flow_run import run_task  # imports Prefect, and planning must not
 
     def body() -> str:
-        said: list[str] = []
-        swap_to(version, drafter_checkpoint(version), urls, said.append)
-        return "\n\n".join(said)
+        texts: list[str] = []
+        swap_to(version, drafter_checkpoint(version), urls, texts.append)
+        return "\n\n".join(texts)
 
     return run_task("swap", f"{version.line} swap", body, Display().line)

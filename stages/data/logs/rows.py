@@ -69,18 +69,18 @@ class LoggedRow(Row):
         if temperature is not None and not math.isclose(temperature, sampling.temperature, rel_tol=1e-6):
             return "another temperature"
         if any(self._number(name, neutral) != neutral for name, neutral in _PENALTIES.items()):
-            return "drawn with penalties"
+            return "sampled with penalties"
         if _has_effect(self.fields.get("logit_bias")):
-            return "drawn with a logit bias"
+            return "sampled with a logit bias"
         form = self.fields.get("response_format")
         if isinstance(form, dict) and form.get("type") not in (None, "text"):
-            return "drawn under a response_format"
+            return "sampled under a response_format"
         if any(isinstance(grammar := self.fields.get(name), str) and grammar for name in _GRAMMARS):
-            return "drawn under a grammar"
+            return "sampled under a grammar"
         if sampling.greedy:
             return None
         if self._number("min_p", 0) != 0:
-            return "drawn with min_p"
+            return "sampled with min_p"
         top_p = self._number("top_p", sampling.top_p)  # a Parquet file may have it as float32
         if not 0 <= top_p <= 1 or not math.isclose(top_p, sampling.top_p, rel_tol=1e-6):
             return "another top_p"

@@ -94,5 +94,5 @@ def test_the_documented_command_makes_rows_with_token_ids_and_sampling(tmp_path:
         LogsConfig(paths=["a"], temperature=0, since="2026-11-29"), RejectLog("logs.max_bad_share", 0)
     )
     assert [schema_filter.accept(Row("answers.jsonl", n, row)) for n, row in enumerate(rows)] == [True, None]
-    assert dict(schema_filter.rejects.reasons) == {"drawn under a grammar": 1}
+    assert dict(schema_filter.rejects.reasons) == {"sampled under a grammar": 1}
     assert schema_filter.newest is not None and schema_filter.newest.isoformat() == "2026-11-29T11:43:28.869656+00:00"

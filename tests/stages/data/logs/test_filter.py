@@ -82,17 +82,17 @@ SAMPLED = {"temperature": 0.7, "top_p": 0.9, "top_k": 20}
     ("configured", "logged", "reason"),
     [
         ({}, {"top_p": 0.9, "top_k": 20, "min_p": 0.1}, None),  # greedy decoding reads none of them
-        ({}, {"repetition_penalty": 1.05}, "drawn with penalties"),
-        ({}, {"logit_bias": {"5": -100, "6": None}}, "drawn with a logit bias"),
+        ({}, {"repetition_penalty": 1.05}, "sampled with penalties"),
+        ({}, {"logit_bias": {"5": -100, "6": None}}, "sampled with a logit bias"),
         ({}, {"logit_bias": {"5": 0, "6": None}, "response_format": {"type": "text"}}, None),
-        ({}, {"response_format": {"type": "json_object"}}, "drawn under a response_format"),
-        ({}, {"json_schema": '{"type": "object"}', "regex": None}, "drawn under a grammar"),
+        ({}, {"response_format": {"type": "json_object"}}, "sampled under a response_format"),
+        ({}, {"json_schema": '{"type": "object"}', "regex": None}, "sampled under a grammar"),
         (SAMPLED, {"logit_bias": "none", "response_format": "markdown"}, None),
         (SAMPLED, {"top_p": float(np.float32(0.9)), "top_k": 20, "min_p": 0.0}, None),
         (SAMPLED, {"top_p": 1.0}, "another top_p"),
         (SAMPLED, {"top_k": -1}, "another top_k"),
-        (SAMPLED, {"min_p": 0.05}, "drawn with min_p"),
-        (SAMPLED, {"presence_penalty": 0.5}, "drawn with penalties"),
+        (SAMPLED, {"min_p": 0.05}, "sampled with min_p"),
+        (SAMPLED, {"presence_penalty": 0.5}, "sampled with penalties"),
         (SAMPLED, {"top_p": "0.9 of them", "top_k": {"documents": 3}}, None),  # somebody else's fields
         ({"temperature": 1}, {"top_k": -1}, None),
         ({"temperature": 1}, {"top_k": 50}, "another top_k"),
