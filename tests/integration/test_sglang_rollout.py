@@ -20,7 +20,7 @@ from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.kinds import open_servers
 from draftsmith.stages.engines.servers.requirements import server_requirements
-from draftsmith.stages.engines.sglang.probe import check_weights, verifies_greedily
+from draftsmith.stages.engines.sglang.handshake import check_weights, verifies_greedily
 from draftsmith.stages.engines.stage import STAGE, RolloutConfig
 from draftsmith.stages.target.info import read_target_info
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams

@@ -2,11 +2,23 @@
 
 A server's own reports and short generations are checked. For a server that was not started here, the tokenizer and the
 weights are compared too.
+
+**Weights**, where no revision identifies them: by log-probs of fixed tokens (`servers/identity.py`). SGLang's own
+`/weights_checker` cannot be compared with files: it hashes tensors as they lie on a GPU (merged, sharded, by a Triton
+kernel), and fails on a CPU.
+
+**Greedy verification**: SGLang takes the argmax where it has no kernel that samples: on a CPU, and by algorithm and
+release on AMD, Intel and Ascend devices, which it may report as `cuda`. So a server is asked at a temperature that
+makes all tokens of the vocabulary about equally likely. The first token is sampled from the prompt without a verify
+step. If the next `_EQUAL` tokens equal those of greedy decoding, they were not sampled: by chance that happens once in
+(vocabulary)^`_EQUAL`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import re
+from collections.abc import Callable, Sequence
 
 import httpx
 
@@ -14,17 +26,27 @@ from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.servers.api import ServerInfo
 from draftsmith.stages.engines.servers.client import (
     RequestLostError,
+    ServerAnswer,
+    check_status,
     get_json,
+    json_object,
+    query,
     unreachable_server,
     wrong_server,
 )
-from draftsmith.stages.engines.servers.identity import check_tokenizer
+from draftsmith.stages.engines.servers.identity import check_tokenizer, compare_weights
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
-from draftsmith.stages.engines.sglang import probe
 from draftsmith.stages.engines.sglang.protocol import SUPPORTED, Json, supported
-from draftsmith.stages.engines.sglang.records import read_completion, recorded_drafter
+from draftsmith.stages.engines.sglang.records import generate_payload, read_completion, recorded_drafter
+from draftsmith.stages.target.info import TargetInfo
+from draftsmith.stages.target.sampling import SamplingParams
 
 _PROBE_TOKENS = 8
+_REQUEST_NAME = "of the handshake"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_TEMPERATURE = 1e3
+_EQUAL = 3
+_ROUNDS = 3  # a near-tie of half precision may hide greedy verification in one round
 
 
 async def check_server(
@@ -42,7 +64,7 @@ async def check_server(
         if not ours:
             path = str(model.get("model_path"))
             remarks += await check_tokenizer(client, url, path, required)
-            remarks += await probe.check_weights(client, url, path, server, required, log)
+            remarks += await check_weights(client, url, path, server, required, log)
         remarks += _check_drafter(url, server, required)
         _check_context(url, server, required)
         remarks += _check_running_requests(url, server, required)
@@ -140,9 +162,9 @@ def _check_running_requests(url: str, server: Json, required: ServerRequirements
 
 async def _check_generation(client: httpx.AsyncClient, url: str, server: Json, required: ServerRequirements) -> bool:
     """Generate greedily and check the tokens. Returns whether records of the verify steps came with them."""
-    request = Request(probe.REQUEST_NAME, required.probe_ids, _PROBE_TOKENS)
+    request = Request(_REQUEST_NAME, required.probe_ids, _PROBE_TOKENS)
     traced = required.trace and required.drafter_folder is not None
-    answer = await probe.generate(client, url, request, traced=traced)
+    answer = await _generate(client, url, request, traced=traced)
     meta = answer.body.get("meta_info") or {}
     digest = recorded_drafter(request.request_id, meta) if traced else None
     if digest is not None and digest != required.drafter_digest:
@@ -160,6 +182,79 @@ async def _is_greedy_only(client: httpx.AsyncClient, url: str, server: Json, req
     """Return whether the server verifies greedily. A CPU is not asked: a sampled request ends a DSPARK server there."""
     if not server.get("speculative_algorithm"):
         return False
-    return server.get("device") == "cpu" or await probe.verifies_greedily(
-        client, url, required.target, required.probe_ids
-    )
+    return server.get("device") == "cpu" or await verifies_greedily(client, url, required.target, required.probe_ids)
+
+
+async def check_weights(
+    client: httpx.AsyncClient,
+    url: str,
+    path: str,
+    server: Json,
+    required: ServerRequirements,
+    log: Callable[[str], None],
+) -> list[str]:
+    """Compare a server's weights with the target's, by the hub's revision, else by log-probs.
+
+    path: the model that it serves. server: its /server_info. Returns what could not be checked.
+    """
+    target, tokens = required.target, required.scored_ids
+    revision = str(server.get("revision") or "")
+    if path == target.source and _COMMIT.fullmatch(revision) and target.revision is not None:
+        if revision == target.revision:
+            return []
+        raise wrong_server(
+            url,
+            f"serves {path} of revision {revision}, the target is revision {target.revision}. Start it with "
+            f"--revision {target.revision}, or set target.revision.",
+        )
+    if quantization := server.get("quantization"):
+        return [f"{url} serves {path} quantised ({quantization}): its weights could not be compared with the target's"]
+    theirs = served_logprobs((await _post(client, url, _REQUEST_NAME, payload(tokens))).body, tokens)
+    return await compare_weights(url, path, server.get("dtype"), theirs, required, log)
+
+
+def payload(tokens: Sequence[int]) -> Json:
+    """Return the body of /generate that asks for log-probs."""
+    sampling = {"temperature": 0, "max_new_tokens": 1}
+    return {"input_ids": list(tokens), "sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0}
+
+
+def served_logprobs(body: Json, tokens: Sequence[int]) -> list[float] | None:
+    """Return the log-probs of an answer to `payload`; None if one is missing."""
+    try:
+        scored = body["meta_info"]["input_token_logprobs"][1:]
+        logprobs = [float(each[0]) for each in scored]
+        scored_tokens = [int(each[1]) for each in scored]
+    except (KeyError, IndexError, TypeError, ValueError):
+        return None
+    return logprobs if scored_tokens == list(tokens[1:]) and all(map(math.isfinite, logprobs)) else None
+
+
+async def verifies_greedily(client: httpx.AsyncClient, url: str, target: TargetInfo, prompt_ids: list[int]) -> bool:
+    """Return whether a server that drafts verifies greedily whatever the temperature.
+
+    prompt_ids: any prompt. Raises DraftsmithError if an answer does not fit its request.
+    """
+
+    async def tokens(request: Request) -> list[int]:
+        return read_completion(request, await _generate(client, url, request), target).response_ids
+
+    for seed in range(_ROUNDS):
+        sampled = await tokens(Request(_REQUEST_NAME, prompt_ids, 1 + _EQUAL, SamplingParams(_TEMPERATURE), seed))
+        greedy = await tokens(Request(_REQUEST_NAME, [*prompt_ids, sampled[0]], _EQUAL))
+        if sampled[1:] == greedy:
+            return True
+    return False
+
+
+async def _generate(client: httpx.AsyncClient, url: str, request: Request, *, traced: bool = False) -> ServerAnswer:
+    """Send a request whose answer no end token cuts short, and return the answer."""
+    payload = generate_payload(request, (), traced)
+    payload["sampling_params"]["ignore_eos"] = True
+    return await _post(client, url, request.request_id, payload)
+
+
+async def _post(client: httpx.AsyncClient, url: str, name: str, payload: Json) -> ServerAnswer:
+    response = await query(client, "POST", f"{url}/generate", payload)
+    check_status(name, url, response.status_code, response.text)
+    return ServerAnswer(json_object(response))
