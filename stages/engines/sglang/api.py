@@ -29,8 +29,7 @@ from draftsmith.stages.engines.servers.requirements import ServerRequirements
 from draftsmith.stages.engines.sglang.handshake import check_server, router_passes_records
 from draftsmith.stages.engines.sglang.protocol import ENVIRONMENT
 from draftsmith.stages.engines.sglang.records import generate_payload, read_completion
-from draftsmith.stages.engines.sglang.router import router_command, router_workers
-from draftsmith.stages.engines.sglang.server import cuda_environment, server_command
+from draftsmith.stages.engines.sglang.server import cuda_environment, router_command, router_workers, server_command
 
 _HEALTH_TIMEOUT_S = 30.0  # SGLang answers within 20
 _CONNECT_TIMEOUT_S = 10.0

@@ -18,8 +18,8 @@ from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.environment import EngineEnvironment
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
-from draftsmith.stages.engines.sglang import router
 from draftsmith.stages.engines.sglang.environment import missing_router
+from draftsmith.stages.engines.sglang.server import router_command, router_workers
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from tests.stages.engines.http_server import HttpServer, Reply, serving
@@ -100,7 +100,7 @@ def test_a_router_that_requires_a_key_is_not_taken_for_a_server() -> None:
     def workers(reply: Reply | None) -> list[str] | None:
         async def ask(url: str) -> list[str] | None:
             async with httpx.AsyncClient(trust_env=False) as client:
-                return await router.router_workers(client, url)
+                return await router_workers(client, url)
 
         with serving(lambda _: {}, **({} if reply is None else {"workers": reply})) as running:
             return asyncio.run(ask(running.url))
@@ -120,7 +120,7 @@ def test_a_router_is_for_a_rollout_on_several_servers() -> None:
     with pytest.raises(ValidationError, match="router: one server needs none"):
         config(router="cache_aware", data_parallel=2)
     routed = config(servers=2, router="round_robin")
-    words = router.router_command(routed, ["http://127.0.0.1:1", "http://127.0.0.1:2"], 3)
+    words = router_command(routed, ["http://127.0.0.1:1", "http://127.0.0.1:2"], 3)
     assert (words[0], after(words, "--policy")) == (sys.executable, "round_robin")
     assert words[words.index("--worker-urls") + 1 :][:2] == ["http://127.0.0.1:1", "http://127.0.0.1:2"]
     assert float(after(words, "--request-timeout-secs")) > routed.request_timeout_s
