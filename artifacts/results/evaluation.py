@@ -103,6 +103,25 @@ class ArmComparison(Record):
     concurrency: int | None = None
 
 
+class StepTime(Record):
+    """The time of one step of the embedded engine with all requests in flight."""
+
+    arm: str  # `plain`: the target alone verifies the tokens
+    concurrency: int
+    block_size: int  # tokens verified for each request
+    ms: float
+
+
+class LoadPoint(EstimateRecord):
+    """The predicted speed of an arm at a number of requests in flight, and the logarithm of its ratio to another."""
+
+    arm: str
+    other: str
+    concurrency: int
+    block_size: int  # the fastest one of the arm
+    tokens_per_s: float
+
+
 class Verdict(Record):
     """A comparison of two arms whose interval is adjusted for the number of comparisons."""
 
@@ -197,6 +216,8 @@ class EvaluationResult(ResultFile, Record):
     sets: Mapping[str, Mapping[str, SetMetrics]] = {}  # slice -> arm
     comparisons: Annotated[Sequence[ArmComparison], Field(alias="compared")] = ()
     validation_tau: Mapping[str, float | None] | None = None
+    step_times: Sequence[StepTime] = ()  # of the embedded engine alone
+    load: Sequence[LoadPoint] = ()
 
     @property
     def has_champion(self) -> bool:
@@ -226,6 +247,10 @@ class EvaluationResult(ResultFile, Record):
     def compared(self, kind: str, arm: str, other: str) -> list[ArmComparison]:
         """Return the comparisons of two arms: of tau by slice, or of speed by setting."""
         return [each for each in self.comparisons if (each.kind, each.arm, each.other) == (kind, arm, other)]
+
+    def load_curve(self, arm: str, other: str = PLAIN) -> list[LoadPoint]:
+        """Return the predicted speeds of an arm over another one, fewest requests in flight first."""
+        return [each for each in self.load if (each.arm, each.other) == (arm, other)]
 
     def slices(self, challenger: str) -> list[ArmComparison]:
         """Return the comparisons of tau with the champion on each slice."""

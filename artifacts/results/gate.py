@@ -9,6 +9,7 @@ from pydantic import Field
 
 from draftsmith.artifacts.results.base import Record, ResultFile
 
+LOAD_RULES = ("speed at your load", "speed-up at your load")  # over the champion, and over decoding without a drafter
 THE_CHAMPION = "the champion"  # in a sentence: its version is the line's, and not of what was measured
 
 
@@ -49,6 +50,12 @@ class GateDecision(ResultFile, Record):
     def failed(self) -> list[RuleResult]:
         """Return the rules that are not passed."""
         return [rule for rule in self.rules if not rule.passed]
+
+    @property
+    def at_load(self) -> RuleResult | None:
+        """Return the rule on the speed at the team's load that has metrics: over the champion if there is one."""
+        rules = {rule.name: rule for rule in self.rules if "tokens_per_s" in rule.metrics}
+        return next((rules[name] for name in LOAD_RULES if name in rules), None)
 
     def with_version(self, version: int) -> GateDecision:
         """Return the decision with the champion's version: two lines may serve the same drafter."""

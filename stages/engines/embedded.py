@@ -9,8 +9,8 @@ tokens of a verify step once more: its states stay at the anchor until then.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -23,7 +23,7 @@ from draftsmith.stages.engines.base import Completion, Request, VerifyStep
 from draftsmith.stages.engines.verification import BlockDrafter, Drafted, sample_target, verify
 from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.kv_cache import Rows
+from draftsmith.stages.target.kv_cache import Rows, SlotCache
 
 # Prompts of similar length are prefilled together, up to this many tokens: matrix products reach their full rate with a
 # few hundred rows, and more prompts in one forward only mean more padding.
@@ -97,8 +97,7 @@ class EmbeddedEngine:
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Yield completions in the order in which they finish. Closing the iterator drops requests in flight."""
         queue = iter(requests)
-        self.cache = self.target.new_cache(self.slots, self.capacity)
-        self.context = self.drafter.new_context(self.slots, self.capacity) if self.drafter else None
+        self._allocate()
         rows: list[_Row] = []
         while True:
             arrivals = list(islice(queue, self.slots - len(rows)))
@@ -161,8 +160,33 @@ class EmbeddedEngine:
             rows.append(row)
         return rows
 
-    def _decode(self, rows: list[_Row]) -> None:
-        """Run one step for all rows in flight: draft (with a drafter), verify, commit."""
+    def step_timer(self, requests: Sequence[Request], width: int, cache: SlotCache) -> Callable[[], float]:
+        """Return a function that runs one step for requests in all slots, and returns its wall time in seconds.
+
+        Each request is as far as the end of its prompt. width: tokens that a step without a drafter verifies for each
+        request. cache: without entries of these prompts, since reading empty ones takes as long; engines may share it.
+        """
+        self._allocate(cache)
+        self._prefill([replace(request, prompt_ids=request.prompt_ids[:1]) for request in requests], first_row=0)
+        proposals = Drafted(torch.zeros(len(requests), width - 1, dtype=torch.long, device=self.target.device))
+
+        def step_seconds() -> float:
+            rows = [_Row(Completion(r, r.prompt_ids[-1:]), anchor=len(r.prompt_ids), started=0.0) for r in requests]
+            started = time.perf_counter()
+            self._decode(rows, proposals)
+            return time.perf_counter() - started
+
+        return step_seconds
+
+    def _allocate(self, cache: SlotCache | None = None) -> None:
+        self.cache = cache or self.target.new_cache(self.slots, self.capacity)
+        self.context = self.drafter.new_context(self.slots, self.capacity) if self.drafter else None
+
+    def _decode(self, rows: list[_Row], drafted: Drafted | None = None) -> None:
+        """Run one step for all rows in flight: draft (with a drafter), verify, commit.
+
+        drafted: the proposals to verify without a drafter.
+        """
         started = time.perf_counter()
         device = self.target.device
         at = slice(0, len(rows))
@@ -170,16 +194,17 @@ class EmbeddedEngine:
         anchors, last_tokens = to_device([starts, [row.last_token for row in rows]], device)
         ids = last_tokens[:, None]
         requests = [row.request for row in rows]
-        drafted = Drafted(ids[:, 1:])
         if self.drafter and self.context:
             context = self.drafter.select(self.context, at, max(starts))
             drafted = self._blocks.draft(context, ids, anchors[:, None], requests)
-            ids = torch.cat([ids, drafted.tokens], 1)  # [n, block_size]
+        elif drafted is None:
+            drafted = Drafted(ids[:, 1:])
+        ids = torch.cat([ids, drafted.tokens], 1)  # [n, block_size]
         proposed = drafted.tokens.tolist()
         drafted_at = time.perf_counter()
 
         positions = anchors[:, None] + torch.arange(ids.shape[1], device=device)
-        length, advance = max(starts) + ids.shape[1], self.drafter is None
+        length, advance = max(starts) + ids.shape[1], ids.shape[1] == 1
         out = self.target.step(ids, positions, self.cache, at, length=length, layer_ids=self.layer_ids, advance=advance)
         if self.drafter and self.context and out.features is not None:
             with torch.no_grad():
@@ -194,7 +219,7 @@ class EmbeddedEngine:
             if self.drafter:
                 row.done.steps.append(VerifyStep(anchor, min(accepted, committed[-1]), block))
                 row.done.verify_steps += 1
-        if self.drafter:
+        if not advance:
             self.target.commit(ids, starts, self.cache, 0, committed)
         share = 1.0 / len(rows)
         verified_at = time.perf_counter()

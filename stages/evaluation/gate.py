@@ -25,11 +25,11 @@ from draftsmith.artifacts.results.evaluation import (
     Exactness,
     Parity,
 )
-from draftsmith.artifacts.results.gate import THE_CHAMPION, GateDecision, GateVerdict, RuleResult
+from draftsmith.artifacts.results.gate import LOAD_RULES, THE_CHAMPION, GateDecision, GateVerdict, RuleResult
 from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import read_manifest
 from draftsmith.stages.evaluation.validity import FEWEST_PROMPTS, NOISE, PROMPTS, TAU, TURNS, few_runs
-from draftsmith.stages.evaluation.verdicts import FEWEST_RUNS, estimate_of, too_small
+from draftsmith.stages.evaluation.verdicts import FEWEST_RUNS, at_loads, comparison, estimate_of, too_small
 from draftsmith.stages.runtime.stage import Config, Stage, StageContext
 from draftsmith.stages.runtime.statistics import CONFIDENCE, simultaneous_level
 
@@ -57,6 +57,13 @@ class GateConfig(Config):
         float,
         Field(ge=0, description="over decoding without a drafter; the challenger must be measurably above it"),
     ] = 1.0
+    loads: Annotated[
+        Mapping[Annotated[int, Field(ge=1)], Annotated[float, Field(gt=0)]] | None,
+        Field(
+            description="requests in flight, and their shares of the time: the speeds predicted there must pass too "
+            "(embedded engine)"
+        ),
+    ] = None
     judge_speed: Annotated[
         bool, Field(description="false: tau alone decides, where no meaningful speed can be measured")
     ] = True
@@ -108,6 +115,7 @@ def decide(evaluation: EvaluationResult, config: GateConfig, damage: Sequence[st
         rules += [_tau(evaluation, challenger, config), *_slices(evaluation, challenger, config)]
     if config.judge_speed:
         rules += _speed(evaluation, challenger, config)
+        rules += _at_loads(evaluation, challenger, config)
     elif not evaluation.has_champion:
         rules.append(_tau_alone(evaluation, challenger))
     return _decision(challenger, CHAMPION if evaluation.has_champion else None, rules)
@@ -249,6 +257,23 @@ def _speed(evaluation: EvaluationResult, challenger: str, config: GateConfig) ->
         name = f"speed at temperature {each.temperature:g}, {each.concurrency} in flight"
         level = 1 - (1 - CONFIDENCE) / len(over_champion)
         yield _speed_rule(evaluation, name, each, 1 - config.max_speed_loss, level)
+
+
+def _at_loads(evaluation: EvaluationResult, challenger: str, config: GateConfig) -> Iterator[RuleResult]:
+    """Check the speeds that are predicted at the config's requests in flight."""
+    others = [PLAIN, *([CHAMPION] if evaluation.has_champion else [])]
+    for other in others if config.loads else ():
+        wanted = config.min_speedup if other == PLAIN else 1 - config.max_speed_loss
+        curve = evaluation.load_curve(challenger, other)
+        name = LOAD_RULES[other == PLAIN]
+        found = at_loads(curve, config.loads or {})
+        if found is None:
+            most = f"step times were measured up to {curve[-1].concurrency} in flight" if curve else "no step was timed"
+            yield _rule(name, False, f"inconclusive: {most}", {"wanted": wanted}, conclusive=False)
+            continue
+        estimate, tokens_per_s = found
+        rule = _speed_rule(evaluation, name, comparison("speed", (challenger, other), estimate), wanted, CONFIDENCE)
+        yield rule.model_copy(update={"metrics": {**rule.metrics, "tokens_per_s": tokens_per_s}})
 
 
 def _speed_rule(

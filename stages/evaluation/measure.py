@@ -32,6 +32,7 @@ from draftsmith.artifacts.tables.schemas import REQUESTS, TURNS
 from draftsmith.stages.data.held_out import independent_units
 from draftsmith.stages.data.trajectories import (
     DRAFTER_FOLDER,
+    Trajectory,
     load_trajectories,
     positions_needed,
     prompt_labels,
@@ -50,7 +51,8 @@ from draftsmith.stages.evaluation.acceptance import (
     tau_differences,
 )
 from draftsmith.stages.evaluation.config import DRAFTERS, PREFIX, EvaluationConfig, prompts_to_decode
-from draftsmith.stages.evaluation.speed_embedded import EmbeddedSpeedTest, measure_embedded
+from draftsmith.stages.evaluation.load import AverageAnswer, measure_steps, predict, step_table
+from draftsmith.stages.evaluation.speed_embedded import EmbeddedSpeedTest, measure_embedded, one_thread
 from draftsmith.stages.evaluation.speed_servers import ServerSpeedTest, measure_servers
 from draftsmith.stages.evaluation.speed_table import alternates, at_setting, log_ratios, speed_by_slice, speed_tables
 from draftsmith.stages.evaluation.timed_runs import Setting, SpeedMeasurement, machine, settings_of
@@ -59,6 +61,7 @@ from draftsmith.stages.evaluation.verdicts import Pair, comparison, pairs, verdi
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.sampled import truncation_warning
+from draftsmith.stages.replay.trace import AcceptanceStats
 from draftsmith.stages.runtime.memory import release_memory
 from draftsmith.stages.runtime.stage import INCONCLUSIVE, WHOLE, Shard, StageContext, progress_callback
 from draftsmith.stages.runtime.statistics import Estimate
@@ -80,7 +83,7 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
 
     `acceptance.json` depends on the cache key alone; `evaluation.json` adds what depends on time.
     """
-    speed, acceptance, tau_estimates = _measure(ctx, config)
+    speed, acceptance, tau_estimates, load = _measure(ctx, config)
     acceptance.write(ctx.out, EvaluationResult.ACCEPTANCE_FILE)
     settings, arms = settings_of(config), list(acceptance.drafters)
     decoded = list(dict.fromkeys(row["prompt_id"] for row in speed.requests))
@@ -114,6 +117,7 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
             "parity": speed.parity,
             "sets": _with_speed(acceptance.sets, by_slice),
             "comparisons": [*acceptance.comparisons, *speed_comparisons(speed, settings, arms, units)],
+            **load,
         }
     ).write(ctx.out)
     kind, _, version = speed.engine.partition(" ")
@@ -183,8 +187,8 @@ def _training_seed(folder: Path) -> int | None:
 
 def _measure(
     ctx: StageContext, config: EvaluationConfig
-) -> tuple[SpeedMeasurement, EvaluationResult, dict[Pair, Estimate]]:
-    """Measure speed and acceptance; also return the estimated differences of tau."""
+) -> tuple[SpeedMeasurement, EvaluationResult, dict[Pair, Estimate], dict[str, object]]:
+    """Measure speed and acceptance; also return the estimated differences of tau, and what is predicted by load."""
     target = Target.load(ctx.inputs["target"])
     folders = {arm: folder / DRAFTER_FOLDER for arm, folder in _drafters(ctx).items()}
     if not folders:
@@ -199,16 +203,40 @@ def _measure(
     if not heldout or (not validation and config.block_sizes):
         raise DraftsmithError("evaluation: no held-out or no validation prompts. Raise the counts in section prompts.")
     longest = positions_needed([*heldout, *validation], config.sampling.max_new_tokens, target.info.max_positions)
-    acceptance, tau_estimates = _Replays(ctx, config, target, drafters).acceptance()
+    acceptance, replayed = _Replays(ctx, config, target, drafters).acceptance()
+    tau_estimates = tau_differences(replayed.tallies, replayed.units)
     if not isinstance(config.engine, ServerEngineConfig):
         test = EmbeddedSpeedTest(ctx, target, config, ctx.seed)
-        return measure_embedded(test, folders, drafters, heldout, validation), acceptance, tau_estimates
+        speed = measure_embedded(test, folders, drafters, heldout, validation)
+        return speed, acceptance, tau_estimates, _load(test, drafters, replayed, speed)
 
     trained, dtype = {arm: drafter.block_size for arm, drafter in drafters.items()}, target.info.dtype
     del target, drafters  # servers need the memory
     release_memory()
     served = ServerSpeedTest(ctx, config, config.engine, folders, trained, longest, dtype)
-    return measure_servers(served, heldout, validation), acceptance, tau_estimates
+    return measure_servers(served, heldout, validation), acceptance, tau_estimates, {}
+
+
+@dataclass(frozen=True)
+class _Replayed:
+    """What the replays of held-out answers show of each drafter."""
+
+    tallies: Mapping[str, AcceptanceStats]
+    units: Sequence[str]  # of each answer
+    answers: Sequence[Trajectory]
+
+
+def _load(
+    test: EmbeddedSpeedTest, drafters: Mapping[str, Drafter], replayed: _Replayed, speed: SpeedMeasurement
+) -> dict[str, object]:
+    """Return the fields of the result that predict speed by the number of requests in flight."""
+    first = settings_of(test.config)[0]
+    test.ctx.log("timing steps by the number of requests in flight")
+    with one_thread(test.target):
+        steps = measure_steps(test, drafters, replayed.answers, first)
+    average = AverageAnswer.of(at_setting(speed.runs, first))
+    points = predict(steps, replayed.tallies, replayed.units, average)
+    return {"step_times": step_table(steps), "load": points}
 
 
 @dataclass(frozen=True)
@@ -231,8 +259,8 @@ class _Replays:
         )
         return Replayer(self.target, options, self.ctx.log)
 
-    def acceptance(self) -> tuple[EvaluationResult, dict[Pair, Estimate]]:
-        """Replay every drafter on the same held-out answers; also return the estimated differences of tau."""
+    def acceptance(self) -> tuple[EvaluationResult, _Replayed]:
+        """Replay every drafter on the same held-out answers."""
         ctx, prompts = self.ctx, self.ctx.inputs["prompts"]
         stored = load_trajectories(ctx.inputs["trajectories"], ["heldout"])
         ctx.log(f"replaying {len(self.drafters)} drafters on {len(stored.trajectories)} held-out answers")
@@ -270,7 +298,7 @@ class _Replays:
             comparisons=tau_comparisons(trained, units, labels),
             validation_tau=self.validation_tau(),
         )
-        return result, tau_differences(trained, units)
+        return result, _Replayed(trained, units, stored.trajectories)
 
     def validation_tau(self) -> dict[str, float | None] | None:
         """Return tau of each drafter on the validation split, which choices are made on; None without its answers."""

@@ -107,6 +107,16 @@ class EmbeddedSpeedTest:
     def __init__(self, ctx: StageContext, target: Target, config: EvaluationConfig, seed: int):
         self.ctx, self.target, self.config, self.seed = ctx, target, config, seed
 
+    def engine(self, target: Target, decoder: Decoder, slots: int, longest: int) -> EmbeddedEngine:
+        """Return an engine for one arm. longest: prompt and answer in tokens."""
+        return EmbeddedEngine(
+            target,
+            decoder.drafter,
+            slots=slots,
+            capacity=longest + decoder.block_size,
+            drafting=self.config.drafted(decoder.block_size) if decoder.drafter else None,
+        )
+
     def decode(
         self,
         target: Target,
@@ -117,14 +127,8 @@ class EmbeddedSpeedTest:
         round: int = 0,
     ) -> tuple[list[Completion], float]:
         """Return answers in the order of the prompts, and the wall time in seconds."""
-        longest = max(len(p.token_ids) for p in prompts)
-        engine = EmbeddedEngine(
-            target,
-            decoder.drafter,
-            slots=setting.concurrency,
-            capacity=longest + self.config.sampling.max_new_tokens + decoder.block_size,
-            drafting=self.config.drafted(decoder.block_size) if decoder.drafter else None,
-        )
+        longest = max(len(p.token_ids) for p in prompts) + self.config.sampling.max_new_tokens
+        engine = self.engine(target, decoder, setting.concurrency, longest)
         requests = requests_for(prompts, self.config, setting, self.seed, max_new, round)
         started = time.perf_counter()
         done = {c.request.request_id: c for c in engine.generate(requests)}

@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from draftsmith.artifacts.results.evaluation import CHAMPION, ArmComparison, EstimateRecord, Verdict
+import numpy as np
+
+from draftsmith.artifacts.results.evaluation import CHAMPION, ArmComparison, EstimateRecord, LoadPoint, Verdict
 from draftsmith.stages.runtime.statistics import Estimate, simultaneous_level
 
 Pair = tuple[str, str]  # an arm, and the one it is compared with
@@ -90,3 +92,28 @@ def estimate_of(record: ArmComparison | EstimateRecord) -> Estimate:
     """Return the estimate of a record."""
     error = math.nan if record.error is None else record.error
     return Estimate(record.value, error, record.units, record.degrees)
+
+
+def load_factor(point: LoadPoint) -> tuple[float, float | None, float | None]:
+    """Return how many times as fast an arm is as another one, with the ends of its 95 % interval."""
+    low, high = (math.exp(end) for end in estimate_of(point).interval() or (math.nan, math.nan))
+    return math.exp(point.value), *((low, high) if math.isfinite(low) else (None, None))
+
+
+def at_loads(curve: Sequence[LoadPoint], loads: Mapping[int, float]) -> tuple[Estimate, float] | None:
+    """Return the logarithm of how many times as fast an arm is as another at a mix of loads, and its tokens/s.
+
+    curve: ascending, interpolated between its points. loads: requests in flight -> share of the time. None if some load
+    lies above the curve. The errors of all loads are added: they come from the same prompts.
+    """
+    if not curve or max(loads) > curve[-1].concurrency:
+        return None
+    numbers = np.log2([point.concurrency for point in curve])
+    wanted, shares = np.log2(list(loads)), np.array(list(loads.values()))
+    speeds = np.exp(np.interp(wanted, numbers, np.log([point.tokens_per_s for point in curve])))
+    values = np.interp(wanted, numbers, [point.value for point in curve])
+    errors = np.interp(wanted, numbers, [estimate_of(point).error for point in curve])
+    own, other = shares @ speeds, shares @ (speeds / np.exp(values))
+    error = float(shares * speeds @ errors / own)
+    degrees, units = min(point.degrees for point in curve), min(point.units for point in curve)
+    return Estimate(float(np.log(own / other)), error, units, degrees), float(own / shares.sum())

@@ -74,6 +74,7 @@ class AcceptanceStats:
         self.steps = np.zeros(trajectories)  # [N] verify steps
         self.committed_at = np.zeros((trajectories, len(DEPTHS)))  # [N, depths] the same by depth of the anchor
         self.steps_at = np.zeros((trajectories, len(DEPTHS)))
+        self.lengths: np.ndarray = np.zeros((trajectories, 0))  # [N, K + 2] steps by the number of committed tokens
         self.accepted = np.zeros(0, dtype=np.int64)  # [K + 1] steps by the number of accepted proposals
         self.judged = np.zeros(0, dtype=np.int64)  # [K + 1] steps by the number of proposals inside the trajectory
         # tokens that steps with sampled proposals committed, and those of them outside the nucleus
@@ -91,6 +92,10 @@ class AcceptanceStats:
             if trace.expected is not None:
                 self._sampled += int(trace.committed.sum())
                 self._outside += trace.outside_nucleus
+            lengths = np.bincount(trace.committed, minlength=size + 1)
+            if not self.lengths.size:
+                self.lengths = np.zeros((len(self.steps), size + 1))
+            self.lengths[index] = lengths
             first = len(self.accepted) == 0
             self.accepted, self.judged = (
                 (accepted, judged) if first else (self.accepted + accepted, self.judged + judged)
@@ -105,6 +110,18 @@ class AcceptanceStats:
         """Committed tokens per verify step ("+1"); NaN without any step."""
         steps = float(self.steps.sum())
         return float(self.committed.sum()) / steps if steps else float("nan")
+
+    def at_width(self, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return [N] committed tokens and [N] verify steps, whose ratio estimates tau of blocks of `width` tokens.
+
+        A block that was accepted up to some token would have been so from a later anchor in it too. So its first
+        `width` tokens count as a step, and the following ones too if it was accepted so far, while they are whole.
+        """
+        if width >= self.block_size:
+            return self.committed, self.steps
+        lengths, starts = np.arange(self.lengths.shape[1]), width * np.arange(self.block_size // width)[:, None]
+        tokens, steps = np.clip(lengths - starts, 0, width).sum(0), (lengths > starts).sum(0)
+        return self.lengths @ tokens, self.lengths @ steps
 
     @property
     def outside_nucleus_share(self) -> float | None:

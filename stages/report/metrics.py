@@ -9,10 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.artifacts.results.base import Record
-from draftsmith.artifacts.results.evaluation import CHAMPION, Acceptance, EvaluationResult, SpeedTable, setting_name
+from draftsmith.artifacts.results.evaluation import (
+    CHAMPION,
+    PLAIN,
+    Acceptance,
+    EvaluationResult,
+    LoadPoint,
+    SpeedTable,
+    setting_name,
+)
 from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.artifacts.store.manifest import MANIFEST, InputEntry, Manifest, read_manifest
-from draftsmith.stages.evaluation.verdicts import estimate_of
+from draftsmith.stages.evaluation.verdicts import estimate_of, load_factor
 from draftsmith.stages.report.stage import ReportConfig
 
 _TRAJECTORIES = "trajectories"  # the input of stages that read answers, which several nodes make
@@ -126,9 +134,11 @@ def report_metrics(
 
     `tau.ARM`, `tau.ARM/SLICE`, `speedup.cCONCURRENCY.tTEMPERATURE` (the challenger's), `speedup.ARM.c….t…`,
     `speedup.ARM/SLICE` (at the first setting), `tau_gain` and `tau_gain/SLICE` (share of the champion's), all with
-    `.low` and `.high`; `accepted_share.ARM.OFFSET`, `accepted_length.ARM.LENGTH` (verify steps), `gate.RULE` (1:
-    passed, 0: broken; absent where inconclusive) with `.value`, `.end` and `.wanted`, `rules_broken`, `rules_unjudged`
-    (inconclusive), `cost.…`, `data.…`. ARM is also `challenger`, the arm that the gate looked at.
+    `.low` and `.high`; `load.speedup.cCONCURRENCY`, `load.speed_over_champion.…`, `load.tokens_per_s.…` and
+    `load.block_size.…` (the challenger's, predicted); `accepted_share.ARM.OFFSET`, `accepted_length.ARM.LENGTH` (verify
+    steps), `gate.RULE` (1: passed, 0: broken; absent where inconclusive) with `.value`, `.end` and `.wanted`,
+    `rules_broken`, `rules_unjudged` (inconclusive), `cost.…`, `data.…`. ARM is also `challenger`, the arm that the gate
+    looked at.
 
     data: the summaries of stages `prompts` and `logs`.
     """
@@ -168,6 +178,9 @@ def _evaluation_metrics(evaluation: EvaluationResult) -> Named:
         for table in evaluation.speed_tables():
             if table.name:
                 yield from _speed_metrics(table, challenger)
+        for point in evaluation.load:
+            if point.arm == challenger:
+                yield from _load_metrics(point)
     yield "doubts", len(evaluation.speed_warnings)
     for name in ("fp32_prompts", "fp32_identical", "identical_share", "median_margin"):
         yield f"exactness.{name}", getattr(evaluation.exactness, name)
@@ -234,6 +247,15 @@ def _champion_metrics(evaluation: EvaluationResult, challenger: str) -> Named:
         yield name, math.exp(each.value)
         for suffix, end in zip(("low", "high"), estimate_of(each).interval() or (), strict=False):
             yield f"{name}.{suffix}", math.exp(end)
+
+
+def _load_metrics(point: LoadPoint) -> Named:
+    where = f"c{point.concurrency}"
+    name = f"load.{'speedup' if point.other == PLAIN else 'speed_over_champion'}.{where}"
+    for suffix, value in zip(("", ".low", ".high"), load_factor(point), strict=True):
+        yield f"{name}{suffix}", value
+    yield f"load.tokens_per_s.{where}", point.tokens_per_s
+    yield f"load.block_size.{where}", point.block_size
 
 
 def _speed_metrics(table: SpeedTable, challenger: str) -> Named:

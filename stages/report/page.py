@@ -16,13 +16,14 @@ from typing import Any, ParamSpec
 import matplotlib
 from jinja2 import Environment
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.redaction import printable
 from draftsmith.artifacts.results.data import LogsSummary, PromptsSummary
-from draftsmith.artifacts.results.evaluation import AnswerContext, EvaluationResult
-from draftsmith.artifacts.results.gate import GateDecision
+from draftsmith.artifacts.results.evaluation import AnswerContext, EvaluationResult, LoadPoint
+from draftsmith.artifacts.results.gate import LOAD_RULES, GateDecision
+from draftsmith.stages.evaluation.verdicts import load_factor
 from draftsmith.stages.report import presentation
 from draftsmith.stages.report.metrics import LineageEntry, device_seconds, wall_seconds
 from draftsmith.stages.report.presentation import SliceGain, Step
@@ -66,7 +67,7 @@ def render_report(path: Path, data: ReportData) -> None:
         style=STYLE,
         review=review,
         warnings=[*(review.warnings if review else ()), *_log_warnings(data.logs)],
-        cost=_cost_sentence(data.lineage),
+        cost=_cost_sentence(data.lineage) + _saved_sentence(data.lineage, data.decision),
         steps=data.steps,
         choice=presentation.choice_sentence(evaluation) if data.decision is not None else "",
         contexts=_in_order([each for each in data.contexts if each.slice is None]),
@@ -81,6 +82,7 @@ def render_report(path: Path, data: ReportData) -> None:
             "drafters": presentation.drafters(review, evaluation) if review else None,
             "by_slice": presentation.by_slice(evaluation) if review else None,
             "by_setting": presentation.by_setting(evaluation),
+            "by_load": presentation.by_load(evaluation),
             "gate": presentation.gate(review) if review else None,
             "stages": presentation.stages(data.lineage),
         },
@@ -97,6 +99,8 @@ def _plots(data: ReportData) -> dict[str, str]:
         rules = data.decision.rules if data.decision is not None else ()
         allowed = [rule.metrics.get("wanted") for rule in rules if rule.name.startswith("tau of ")]
         found["by_slice"] = gain_by_slice(gains, allowed[0] if allowed else None)
+    if curves := {arm: curve for arm in drafters if (curve := data.evaluation.load_curve(arm))}:
+        found["by_load"] = speed_by_load(curves)
     if len(data.history) > 1:
         found["trend"] = tau_over_time(data.history)
     return found
@@ -112,6 +116,21 @@ def _cost_sentence(lineage: Sequence[LineageEntry]) -> str:
     return (
         f"The refresh took {duration(total)} ({total:,.0f} s) of stages{on_devices}, reused ones included; the longest "
         f"was {longest.name} with {duration(longest.manifest.duration_s)}."
+    )
+
+
+def _saved_sentence(lineage: Sequence[LineageEntry], decision: GateDecision | None) -> str:
+    """Return what the challenger saves at the team's load; empty if that was not asked for, or it saves nothing."""
+    rule, spent = decision.at_load if decision is not None else None, device_seconds(lineage) / 3600
+    factor = (rule.metrics["value"] or 0.0) if rule is not None else 0.0
+    if factor <= 1 or not spent:
+        return ""
+    share = 1 - 1 / factor
+    return (
+        f" At your load the same tokens take {share:.1%} less device time than "
+        f"{'with the champion' if rule and rule.name == LOAD_RULES[0] else 'without a drafter'}: "
+        f"{168 * share:.1f} h a week of a device that is always busy. The refresh took {spent:.2g} device hours, which "
+        f"{spent / share:.2g} device hours of such traffic pay back."
     )
 
 
@@ -222,6 +241,25 @@ def gain_by_slice(gains: Sequence[SliceGain], allowed: float | None) -> str:
     axes.set_yticks(range(len(gains)), names, parse_math=False)
     axes.set(xlabel="gain of acceptance length over the champion, %", ylim=(len(gains) - 0.5, -0.5))
     return _svg(figure, "slices", "Gain of the challenger over the champion by slice")
+
+
+@_styled
+def speed_by_load(curves: Mapping[str, Sequence[LoadPoint]]) -> str:
+    """Plot each drafter's speed-up over the number of requests in flight, with its interval as a band."""
+    figure = _figure(7.2, 3.4)
+    axes = figure.add_subplot()
+    for arm, points in curves.items():
+        colour, numbers = COLOURS.get(arm, _OTHER), [point.concurrency for point in points]
+        values, lows, highs = zip(*(load_factor(point) for point in points), strict=True)
+        axes.plot(numbers, values, marker="o", markersize=4, color=colour, label=name_of(arm))
+        if None not in lows:
+            axes.fill_between(numbers, lows, highs, color=colour, alpha=0.15, linewidth=0)
+    axes.axhline(1, color=COLOURS["plain"], linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="requests in flight", ylabel="speed-up")
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.legend()
+    return _svg(figure, "load", "Speed-up by requests in flight")
 
 
 def _cut(name: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from draftsmith.artifacts.results.base import SetMetrics
 from draftsmith.artifacts.results.evaluation import CHAMPION, EvaluationResult
-from draftsmith.stages.evaluation.verdicts import estimate_of, too_small
+from draftsmith.stages.evaluation.verdicts import estimate_of, load_factor, too_small
 from draftsmith.stages.report.metrics import LineageEntry, device_seconds, wall_seconds
 from draftsmith.stages.report.review import ABSENT, MetricDifference, Review, duration, interval, name_of, number
 from draftsmith.stages.runtime.statistics import simultaneous_level
@@ -98,6 +98,32 @@ def by_setting(evaluation: EvaluationResult) -> Table | None:
     ]
     head = ["temperature", "in flight", "decoding with", *columns]
     return Table(head, rows, "Speed by setting", text_columns=3) if rows else None
+
+
+def by_load(evaluation: EvaluationResult) -> Table | None:
+    """Return the predicted speed of each drafter at every number of requests in flight, at its fastest block size."""
+    with_champion, rows = evaluation.has_champion, []
+    for arm in evaluation.drafters:
+        over_champion = {each.concurrency: each for each in evaluation.load_curve(arm, CHAMPION)}
+        for point in evaluation.load_curve(arm):
+            compared = over_champion.get(point.concurrency)
+            vs_champion = interval(load_factor(compared), ".3f") if compared else ABSENT
+            rows.append(
+                [
+                    name_of(arm),
+                    number(point.concurrency, "d"),
+                    number(point.tokens_per_s, ",.1f"),
+                    interval(load_factor(point), ".3f"),
+                    *([vs_champion] if with_champion else []),
+                    number(point.block_size, "d"),
+                ]
+            )
+    head = ["", "in flight", "tokens/s", "speed-up", *(["speed vs champion"] if with_champion else []), "block"]
+    note = (
+        "Predicted from acceptance in replay and the times of single steps in this process, at the fastest block size, "
+        "with 95 % intervals. More requests in flight were not measured."
+    )
+    return Table(head, rows, "Speed by load", note) if rows else None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from scipy.special import stdtrit
 
 from draftsmith.artifacts.results.base import Record
 from draftsmith.artifacts.results.evaluation import CHAMPION, PLAIN, Acceptance, EvaluationResult, SpeedMetrics
-from draftsmith.artifacts.results.gate import GateDecision, Outcome, RuleResult
+from draftsmith.artifacts.results.gate import LOAD_RULES, GateDecision, Outcome, RuleResult
 from draftsmith.stages.evaluation.validity import AGAIN
 from draftsmith.stages.evaluation.verdicts import AGAINST_ALL, estimate_of
 from draftsmith.stages.runtime.statistics import CONFIDENCE
@@ -75,7 +75,7 @@ def duration(seconds: float) -> str:
 
 
 MANY_LOOPS = 0.05  # share of the held-out answers from which it is a warning
-_GROUPS = {"lossless": "lossless", "near-ties": "lossless", "tau": "acceptance", "speed-up": "speed-up"}
+_GROUPS = {"lossless": "lossless", "near-ties": "lossless", "tau": "acceptance", LOAD_RULES[1]: "speed-up"}
 _LABELS = {
     "promoted": "The gate says: promote",
     "refused": "Not promoted",
@@ -193,7 +193,7 @@ def review_of(evaluation: EvaluationResult | None, decision: GateDecision | None
         speed_warnings=_speed_warnings(evaluation),
         measured_again=any(warning.kind in AGAIN for warning in evaluation.speed_warnings),
         exactness=exactness_sentences(evaluation),
-        headline=_headline(evaluation, challenger),
+        headline=_headline(evaluation, challenger, decision),
         machine=machine_text(evaluation),
     )
 
@@ -303,9 +303,17 @@ def exactness_sentences(evaluation: EvaluationResult) -> list[str]:
     return sentences
 
 
-def _headline(evaluation: EvaluationResult, challenger: str) -> str:
-    """Return `1 in flight: 61.3 → 91.7 tokens/s (+50 %); …`, from the champion or no drafter to the challenger."""
+def _headline(evaluation: EvaluationResult, challenger: str, decision: GateDecision | None) -> str:
+    """Return `1 in flight: 61.3 → 91.7 tokens/s (+50 %); …`, from the champion or no drafter to the challenger.
+
+    The speed that is predicted at the team's load comes first.
+    """
     found = []
+    if decision is not None and (rule := decision.at_load) is not None:
+        factor, rate = rule.metrics["value"] or 1.0, rule.metrics["tokens_per_s"] or 0.0
+        over = in_words(CHAMPION if rule.name == LOAD_RULES[0] else PLAIN)
+        speeds = f"{_rate(rate / factor)} → {_rate(rate)} tokens/s ({factor - 1:+.0%} over {over})"
+        found.append(f"at your load, predicted: {speeds}")
     for table in evaluation.speed_tables():
         before = CHAMPION if CHAMPION in table.arms else PLAIN
         old, new = table.arms.get(before), table.arms.get(challenger)

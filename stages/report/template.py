@@ -145,6 +145,11 @@ as accept length, vLLM as mean acceptance length. Measured by replay of the same
 {%- call fold("Exactness") %}{{ bullets(review.exactness if review else []) }}{% endcall %}
 {%- endcall %}
 
+{%- call section("Speed by load") %}
+{{ plot(plots.by_load, "Predicted, each drafter at its fastest block size, with 95 % intervals.") }}
+{%- call fold("Table") %}{{ table(tables.by_load) }}{% endcall %}
+{%- endcall %}
+
 {%- call section("By slice") %}
 {{ plot(plots.by_slice, "95 % intervals hold for all slices together. Dashed: the loss that the gate allows.") }}
 {{ table(tables.by_slice) }}

@@ -37,6 +37,8 @@ def cached(name: str, build: Callable[[Path], None], *, code: Iterable[ModuleTyp
     base = root()
     base.mkdir(parents=True, exist_ok=True)
     final = base / f"{name}-{source_digest(*code, extra=extra)}"
+    if final.exists():  # nobody waits for another folder of this name to be built
+        return final
     with (base / f".lock-{name}").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not final.exists():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from draftsmith.artifacts.results.evaluation import CHAMPION, PLAIN, EvaluationResult
-from draftsmith.artifacts.results.gate import GateDecision
+from draftsmith.artifacts.results.gate import LOAD_RULES, GateDecision
 from draftsmith.stages.evaluation import gate as gate_stage
 from draftsmith.stages.evaluation.acceptance import acceptance_table, tau_comparisons
 from draftsmith.stages.evaluation.gate import GateConfig
@@ -27,6 +27,7 @@ from tests.stages.evaluation.test_error_rates import (
     simulated_speeds,
     simulated_tallies,
 )
+from tests.stages.report.sample_report import load_point
 
 EXACT = {"fp32_prompts": 4, "fp32_identical": 4, "identical_share": 1.0}
 SETS = ("chat", "code")
@@ -120,6 +121,27 @@ def test_every_rule_fails_for_its_own_reason() -> None:
     of_one = [each | {"error": None} if each["kind"] == "speed" else each for each in found["compared"]]
     decision = decide(found | {"compared": of_one}, GateConfig())
     assert decision.outcome == "inconclusive" and "outweighs all others" in decision.sentence
+
+
+def test_no_loss_is_allowed_at_the_loads_that_are_asked_for() -> None:
+    """The challenger is a fifth faster with one request in flight, and a fifth slower with sixteen."""
+    points = [
+        load_point("opd", other, concurrency, factor * (1.5 if other == PLAIN else 1), 100.0)
+        for other in (PLAIN, CHAMPION)
+        for concurrency, factor in ((1, 1.2), (16, 0.8))
+    ]
+    found = evaluation(np.random.default_rng(4), 0.2) | {"load": points}
+    assert failed(found) == failed(found, GateConfig(loads={1: 1.0})) == []
+    assert failed(found, GateConfig(loads={1: 0.9, 16: 0.1})) == []
+    assert failed(found, GateConfig(loads={1: 0.1, 16: 0.9})) == ["speed at your load"]
+    assert failed(found, GateConfig(loads={16: 1.0}, max_speed_loss=0.3)) == []
+    assert failed(found, GateConfig(loads={16: 1.0}, judge_speed=False)) == []
+    above = decide(found, GateConfig(loads={1: 0.9, 64: 0.1}))
+    assert [rule.name for rule in above.failed] == list(reversed(LOAD_RULES))
+    assert above.outcome == "inconclusive" and above.at_load is None
+    passed = decide(found, GateConfig(loads={1: 1.0})).at_load
+    assert passed is not None and passed.metrics["tokens_per_s"] == pytest.approx(100)
+    assert passed.metrics["value"] == pytest.approx(1.2)
 
 
 def test_losses_need_evidence_and_the_rules_of_one_kind_share_their_error() -> None:

@@ -14,10 +14,12 @@ import torch
 from pydantic import ValidationError
 
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
+from draftsmith.artifacts.results.evaluation import EvaluationResult
 from draftsmith.artifacts.store.manifest import content_id, describe_files
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import REQUESTS, TRAJECTORIES, TURNS
 from draftsmith.stages.data.trajectories import load_trajectories
+from draftsmith.stages.evaluation import load
 from draftsmith.stages.evaluation import speed_embedded as embedded
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.speed_embedded import Decoder, EmbeddedSpeedTest
@@ -43,6 +45,8 @@ def _as_many_rounds_as_asked_for() -> Iterator[None]:
     """However busy the machine is that runs the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embedded, "steady", lambda *_: True)
+        patch.setattr(load, "IN_FLIGHT", (1, 4, 32))
+        patch.setattr(load, "LONGEST_PASS_S", 60.0)
         yield
 
 
@@ -180,6 +184,22 @@ def test_the_metrics_are_complete(evaluated: RecordingContext) -> None:
     assert evaluated.summaries["tau_sft"] == found["drafters"]["sft"]["tau"]
     assert evaluated.summaries["speedup_opd"] == found["speed"]["opd"]["speedup"]
     assert evaluated.summaries["plain_tokens_per_s"] > 0
+
+
+def test_steps_are_timed_and_speeds_predicted_by_the_requests_in_flight(evaluated: RecordingContext) -> None:
+    found = EvaluationResult.read(evaluated.out)
+    timed = {(each.arm, each.block_size) for each in found.step_times if each.concurrency == 1}
+    assert timed == {("plain", 1), *((arm, n) for arm in ("plain", "sft", "opd", "control") for n in (2, 4, 8))}
+    milliseconds = {
+        each.concurrency: each.ms for each in found.step_times if (each.arm, each.block_size) == ("plain", 8)
+    }
+    assert list(milliseconds) == [1, 4, 32]
+    assert milliseconds[32] > milliseconds[1]
+    for arm in ("sft", "opd", "control"):
+        curve = found.load_curve(arm)
+        assert [each.concurrency for each in curve] == [1, 4, 32]
+        assert all(each.error and each.block_size in (2, 4, 8) for each in curve)
+        assert curve[0].tokens_per_s < curve[-1].tokens_per_s
 
 
 def test_every_arm_has_a_row_for_every_prompt(evaluated: RecordingContext, tiny_drafter: DrafterArtifacts) -> None:

@@ -173,6 +173,15 @@ SETS = {
     }
     for name, shift in (("chat", -0.4), ("code & math", 0.5), (f"anyone's {HOSTILE}", 0.0))
 }
+
+
+def load_point(arm: str, other: str, concurrency: int, factor: float, tokens_per_s: float) -> dict[str, Any]:
+    """Return the predicted speed of an arm at one number of requests in flight."""
+    estimate = {"value": math.log(factor), "error": 0.02, "units": 5, "degrees": 4.0}
+    point = {"arm": arm, "other": other, "concurrency": concurrency, "block_size": 8 if concurrency < 16 else 4}
+    return {**estimate, **point, "tokens_per_s": tokens_per_s}
+
+
 OF_A_LINE: dict[str, Any] = {  # an evaluation beside a champion, with a speed warning
     **SERVED,
     "temperature": 0.0,
@@ -194,6 +203,11 @@ OF_A_LINE: dict[str, Any] = {  # an evaluation beside a champion, with a speed w
     ],
     "speed": {"plain": EVALUATION["speed"]["plain"], "champion": _speed(89.0, 0.21, 3.1), **EVALUATION["speed"]},
     "validation_tau": {"sft": 3.4, "opd": 3.5, "control": 3.42},
+    "load": [
+        load_point(arm, other, concurrency, factor / concurrency**0.2, 90.0 * concurrency**0.7)
+        for concurrency in (1, 4, 16)
+        for arm, other, factor in (("opd", "plain", 1.5), ("opd", "champion", 1.1), ("champion", "plain", 1.4))
+    ],
     "machine": {"cpu": "AMD EPYC 9B14", "cores": 16, "memory_gb": 128, "gpus": ["NVIDIA H100", "NVIDIA H100"]},
     "doubts": [
         {

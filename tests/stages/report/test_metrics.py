@@ -40,6 +40,10 @@ def test_metrics_have_the_same_names_in_every_refresh() -> None:
     assert found["tokens_per_s.c16.t0"] == pytest.approx(91.7 * 16)
     assert found["tokens_per_s.plain.c16.t0"] == pytest.approx(61.3 * 16)
     assert found["speed_over_champion.c1.t0"] == pytest.approx(1.03)
+    assert found["load.speedup.c1"] == pytest.approx(1.5)
+    assert found["load.speedup.c1.low"] < found["load.speedup.c1"] < found["load.speedup.c1.high"]
+    assert found["load.speed_over_champion.c16"] == pytest.approx(1.1 / 16**0.2)
+    assert (found["load.tokens_per_s.c1"], found["load.block_size.c16"]) == (90.0, 4)
     assert (found["cost.wall_s"], found["cost.wall_s.opd"], found["cost.positions"]) == (15.0, 12.0, 100.0)
     assert found["cost.device_s"] == 4 * 12.0 + 3.0
     assert found["gate.tau"] == 1.0 and "gate.speed-up" not in found, "it is inconclusive"

@@ -10,8 +10,19 @@ from typing import Any
 import pytest
 
 from draftsmith.artifacts.results.evaluation import AnswerContext, EvaluationResult
+from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.stages.report.page import ReportData, render_report
-from tests.stages.report.sample_report import CONTEXTS, EVALUATION, HOSTILE, OF_A_LINE, SERVED, entry, of_a_line, sample
+from tests.stages.report.sample_report import (
+    CONTEXTS,
+    DECISION,
+    EVALUATION,
+    HOSTILE,
+    OF_A_LINE,
+    SERVED,
+    entry,
+    of_a_line,
+    sample,
+)
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
@@ -53,12 +64,12 @@ def test_every_part_of_a_refresh_of_a_line_is_there_and_the_verdict_is_first(tmp
     page = render(tmp_path, of_a_line())
     sections = [attributes.get("class") or attributes.get("id") for tag, attributes in page.tags if tag == "section"]
     assert sections == [
-        "verdict inconclusive", "drafters", "by-slice", "gate", "trend", "contexts", "details",
+        "verdict inconclusive", "drafters", "speed-by-load", "by-slice", "gate", "trend", "contexts", "details",
     ]  # fmt: skip
-    assert [tag for tag, _ in page.tags].count("svg") == 3
+    assert [tag for tag, _ in page.tags].count("svg") == 4
     regions = [attributes["aria-label"] for _, attributes in page.tags if attributes.get("role") == "region"]
     assert regions == [
-        "Drafters", "Speed by setting", "By slice", "Gate", "Stages",
+        "Drafters", "Speed by setting", "Speed by load", "By slice", "Gate", "Stages",
     ]  # fmt: skip
     for text in ("0123456789ab", "draftsmith run weekly.yaml", "about 2 min", "450 s"):
         assert text in page.text, "commit, next step, cost"
@@ -145,6 +156,23 @@ def test_speed_on_a_server_is_shown_by_setting(tmp_path: Path) -> None:
     page = render(tmp_path, sample(evaluation=SERVED))
     for text in ("Speed by setting", "980.8", "1,467.2", "0.688", "3 of 52", "3.320 in replay"):
         assert text in page.text, text
+
+
+def test_predicted_speeds_are_shown_by_load(tmp_path: Path) -> None:
+    page = render(tmp_path, of_a_line())
+    assert "Speed by load" in page.text and "requests in flight" in page.text
+    assert "Speed by load" not in render(tmp_path, sample()).text
+
+
+def test_the_speed_at_the_teams_load_and_what_it_saves_come_first(tmp_path: Path) -> None:
+    figures = {"value": 1.6, "end": 1.5, "wanted": 0.98, "tokens_per_s": 800.0}
+    rule = {"name": "speed at your load", "passed": True, "judged": True, "said": "1.6 times", "figures": figures}
+    decision = GateDecision.model_validate(DECISION | {"rules": [*DECISION["rules"], rule]})
+    text = render(tmp_path, of_a_line(decision=decision)).text
+    assert "500 → 800 tokens/s (+60% over the champion)" in text
+    hours = sum(each.manifest.duration_s * each.devices for each in of_a_line().lineage) / 3600
+    assert "37.5% less device time than with the champion" in text and "63.0 h a week" in text
+    assert f"{hours / 0.375:.2g} device hours of such traffic" in text
 
 
 def test_unset_metrics_are_shown_as_absent(tmp_path: Path) -> None:

@@ -1,0 +1,193 @@
+"""Predicts speed by the number of requests in flight: acceptance by replay, and the time of a step at each number.
+
+A step takes the same time whatever is accepted, so a few steps with empty caches measure it. An answer of L tokens, of
+which a step commits tau on average, takes its share of an engine with N requests in flight:
+
+    prefill + (L - 1) / tau(w) · step(N, w) / N
+
+w: tokens that a step verifies for each request. Without a drafter w and tau are 1. Prefill and L are those of the timed
+runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+from draftsmith.artifacts.results.evaluation import CHAMPION, PLAIN, LoadPoint, StepTime
+from draftsmith.stages.data.trajectories import Trajectory
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.engines.base import Request
+from draftsmith.stages.evaluation.speed_embedded import Decoder, EmbeddedSpeedTest
+from draftsmith.stages.evaluation.timed_runs import Row, Setting
+from draftsmith.stages.evaluation.verdicts import estimate_record
+from draftsmith.stages.replay.trace import AcceptanceStats
+from draftsmith.stages.runtime.memory import out_of_memory, release_memory
+from draftsmith.stages.runtime.statistics import Estimate, combine_errors, jackknife, mean_estimate, sum_by_key
+
+IN_FLIGHT = (1, 2, 4, 8, 16, 32, 64, 128)
+PASSES = 5  # over all arms and widths, after one that is not counted
+LONGEST_PASS_S = 0.5  # numbers above the first one that takes longer are not measured
+Cell: TypeAlias = tuple[str, int]  # arm, and tokens verified for each request
+StepSeconds: TypeAlias = Mapping[int, Mapping[Cell, np.ndarray]]  # requests in flight -> cell -> [passes]
+
+
+@dataclass(frozen=True)
+class AverageAnswer:
+    """The mean of the answers in timed runs."""
+
+    tokens: float
+    prefill: Mapping[str, float]  # arm -> seconds
+
+    @classmethod
+    def of(cls, runs: Sequence[Row]) -> AverageAnswer:
+        """Return the average of runs at one setting. What is no step counts as prefill."""
+        seconds: dict[str, float] = {}
+        prompts: dict[str, int] = {}
+        for run in runs:
+            rest = run["wall_seconds"] - run["draft_seconds"] - run["verify_seconds"]
+            seconds[run["arm"]] = seconds.get(run["arm"], 0.0) + rest
+            prompts[run["arm"]] = prompts.get(run["arm"], 0) + run["prompts"]
+        tokens = sum(run["tokens"] for run in runs) / sum(run["prompts"] for run in runs)
+        return cls(tokens, {arm: seconds[arm] / prompts[arm] for arm in seconds})
+
+
+def widths_of(block_size: int) -> list[int]:
+    """Return the block sizes that are compared: powers of two, and the trained one."""
+    return [*(size for size in (2, 4, 8, 16, 32) if size < block_size), block_size]
+
+
+def measure_steps(
+    test: EmbeddedSpeedTest, drafters: Mapping[str, Drafter], answers: Sequence[Trajectory], setting: Setting
+) -> StepSeconds:
+    """Return the times of steps with and without each drafter, measured in alternation, at every number in flight.
+
+    The requests are spread evenly over all positions of the answers. Fewer numbers are measured where steps take long
+    or memory ends.
+    """
+    trained = {arm: drafter.block_size for arm, drafter in drafters.items()}
+    widest = max(trained.values())
+    decoders = {(PLAIN, width): Decoder() for width in [1, *widths_of(widest)]}
+    decoders |= {(arm, w): Decoder(drafters[arm], w) for arm, size in trained.items() for w in widths_of(size)}
+    places = sorted(
+        (end, row) for row, each in enumerate(answers) for end in range(each.prompt_length, len(each.tokens))
+    )
+    found: dict[int, dict[Cell, np.ndarray]] = {}
+    for concurrency in IN_FLIGHT:
+        chosen = [places[int((n + 0.5) / concurrency * len(places))] for n in range(concurrency)]
+        sampling = test.config.sampling.params(setting.temperature)
+        requests = [
+            Request(str(n), answers[row].tokens[:end], widest + 1, sampling, n) for n, (end, row) in enumerate(chosen)
+        ]
+        longest = max(end for end, _ in chosen) + widest
+        try:
+            cache = test.target.new_cache(concurrency, longest)
+            timers = {
+                cell: test.engine(test.target, decoder, concurrency, longest).step_timer(requests, cell[1], cache)
+                for cell, decoder in decoders.items()
+            }
+            passes = [_one_pass(timers, index) for index in range(1 + PASSES)][1:]
+        except Exception as error:
+            if not out_of_memory(error) or not found:
+                raise
+            break
+        found[concurrency] = {cell: np.array([each[cell] for each in passes]) for cell in decoders}
+        test.ctx.check_interrupted()
+        if min(sum(each.values()) for each in passes) > LONGEST_PASS_S:
+            break
+    release_memory()
+    return found
+
+
+def _one_pass(timers: Mapping[Cell, Callable[[], float]], index: int) -> dict[Cell, float]:
+    """Return the seconds of a step of each cell; the order changes from pass to pass."""
+    cells = list(timers)
+    first = index * len(cells) // (1 + PASSES)
+    return {cell: timers[cell]() for cell in (cells[first:] + cells[:first])[:: -1 if index % 2 else 1]}
+
+
+def step_table(steps: StepSeconds) -> list[StepTime]:
+    """Return the mean times of the steps."""
+    return [
+        StepTime(arm=arm, concurrency=concurrency, block_size=width, ms=1e3 * float(seconds.mean()))
+        for concurrency, cells in steps.items()
+        for (arm, width), seconds in cells.items()
+    ]
+
+
+@dataclass(frozen=True)
+class _Speed:
+    """An arm at one width and number of requests in flight."""
+
+    arm: str
+    width: int
+    seconds: np.ndarray  # [passes] of a step, for one request
+    committed: np.ndarray  # [units] tokens
+    steps: np.ndarray  # [units]
+    answer: AverageAnswer
+
+    def answer_seconds(self, step: np.ndarray, committed: np.ndarray, steps: np.ndarray) -> np.ndarray:
+        """Return the engine's time for one answer."""
+        return self.answer.prefill[self.arm] + (self.answer.tokens - 1) * step * steps / committed
+
+    @property
+    def per_pass(self) -> np.ndarray:
+        """[passes] The engine's time for one answer."""
+        return self.answer_seconds(self.seconds, self.committed.sum(), self.steps.sum())
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.answer.tokens / float(self.per_pass.mean())
+
+
+def _log_ratio(own: _Speed, other: _Speed) -> Estimate:
+    """Return the logarithm of how many times as fast the first is as the other: the error of the passes and of tau."""
+
+    def ratio(committed: np.ndarray, steps: np.ndarray, others: np.ndarray, other_steps: np.ndarray) -> np.ndarray:
+        slow = other.answer_seconds(other.seconds.mean(), others, other_steps)
+        return np.log(slow / own.answer_seconds(own.seconds.mean(), committed, steps))
+
+    timed = mean_estimate(np.log(other.per_pass / own.per_pass))
+    return combine_errors(timed, jackknife(ratio, own.committed, own.steps, other.committed, other.steps))
+
+
+def predict(
+    steps: StepSeconds, tallies: Mapping[str, AcceptanceStats], units: Sequence[str], answer: AverageAnswer
+) -> list[LoadPoint]:
+    """Return the speed of each drafter at every measured number of requests in flight, at its fastest width.
+
+    Compared with decoding without a drafter, and with the champion if there is one. units: of the trajectories.
+    """
+    sums = {
+        (arm, width): [sum_by_key(units, each) for each in tally.at_width(width)]
+        for arm, tally in tallies.items()
+        for width in widths_of(tally.block_size)
+    }
+    some = next(iter(sums.values()))[0]
+    points = []
+    for concurrency, cells in steps.items():
+        speeds = {(PLAIN, 1): _Speed(PLAIN, 1, cells[PLAIN, 1] / concurrency, some, some, answer)}
+        for (arm, width), (committed, taken) in sums.items():
+            speeds[arm, width] = _Speed(arm, width, cells[arm, width] / concurrency, committed, taken, answer)
+        best = {arm: max((s for s in speeds.values() if s.arm == arm), key=_tokens_per_s) for arm in [PLAIN, *tallies]}
+        for arm in tallies:
+            for other in [PLAIN, *([CHAMPION] if CHAMPION in tallies and arm != CHAMPION else [])]:
+                estimate = estimate_record(_log_ratio(best[arm], best[other]))
+                points.append(
+                    LoadPoint(
+                        **dict(estimate),
+                        arm=arm,
+                        other=other,
+                        concurrency=concurrency,
+                        block_size=best[arm].width,
+                        tokens_per_s=best[arm].tokens_per_s,
+                    )
+                )
+    return points
+
+
+def _tokens_per_s(speed: _Speed) -> float:
+    return speed.tokens_per_s
