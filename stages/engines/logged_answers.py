@@ -32,7 +32,7 @@ def store_logged_answers(
         if ids is None or request is None:
             continue
         if difference := logged.sampling_difference(request.sampling):
-            raise DraftsmithError(f"{row.where}: the answer has {difference}. Set `sampling` as the rows were sampled.")
+            raise DraftsmithError(f"{row.where}: sampled otherwise ({difference}). Set `sampling` as the rows were.")
         reason = "stop" if row.fields.get("finish_reason") == "stop" else "length"
         completions.append(Completion(request, ids[1], finish_reason=reason))
     if missing:
