@@ -40,9 +40,10 @@ if TYPE_CHECKING:  # most packages need neither
     from tests.stages.bench import Bench
 
 
-# Two SGLang servers are there for all of these, if one worker runs them.
+# Two SGLang servers are there for all of these, if one worker runs them. The last swaps drafters, and swaps them back.
 _SHARE_SERVERS = tuple(
-    f"tests/integration/test_sglang_{name}.py" for name in ("rollout", "plugin", "watch", "diagnosis", "failures")
+    f"tests/integration/test_sglang_{name}.py"
+    for name in ("rollout", "plugin", "watch", "diagnosis", "failures", "swap")
 )
 # These take minutes each.
 _LONGEST = (

@@ -1,15 +1,12 @@
-"""Real SGLang servers and stages that are killed in the middle of a rollout: nothing is lost, repeated or left over.
+"""A real SGLang server that is killed in the middle of a rollout: nothing is lost, repeated or left over.
 
-One of several that is killed: `test_sglang_router.py`.
+One of several that is killed: `test_sglang_router.py`. A stage that is killed: `test_sglang_server.py`.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,6 @@ from draftsmith.artifacts.errors import RetryableError
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE, TRAJECTORIES
 from draftsmith.stages.engines.stage import STAGE, RolloutConfig
-from tests.flows.processes import wait_until
 from tests.sglang_cpu.options import CPU_ENVIRONMENT, CPU_OPTIONS
 from tests.stages.engines.servers import living
 from tests.testbed.context import StoppingContext
@@ -57,7 +53,9 @@ def context(folder: Path, made: DrafterArtifacts, act: Callable[[], None] | None
 
 def kill_leader(folder: Path) -> None:
     """SIGKILL the server's main process, as the kernel does when memory runs out."""
-    leaders = [pid for pid in living(folder) if os.getpgid(pid) == pid and b"launch_server" in _command_line(pid)]
+    group = living(folder)
+    assert len(group) >= 4  # server, scheduler, detokenizer, the guard of the lifeline
+    leaders = [pid for pid in group if os.getpgid(pid) == pid and b"launch_server" in _command_line(pid)]
     assert len(leaders) == 1
     os.kill(leaders[0], signal.SIGKILL)
 
@@ -112,41 +110,3 @@ def test_the_last_server_killed_is_worth_a_retry_which_asks_only_for_what_is_mis
     assert any(line.startswith(f"{kept} answers of an earlier attempt kept") for line in last.logs)
     assert generated(sglang_logs / "dflash.log") - before == PROMPTS - kept + 2  # two are the handshake's
     assert result(last.out) == expected
-
-
-def test_no_server_outlives_its_stage(tmp_path: Path, tiny_drafter: DrafterArtifacts, sglang_env: Path) -> None:
-    """The stage as the flow starts it, killed while the server works. Its other ends: `test_sglang_server.py`."""
-    work = tmp_path / "work"
-    request = tmp_path / "request.json"
-    config = settings(launched(sglang_env))
-    content = {
-        "stage": "rollout",
-        "module": "draftsmith.stages.engines.stage",
-        "config": config,
-        "inputs": {name: str(path) for name, path in inputs(tiny_drafter).items()},
-        "out": str(tmp_path / "out"),
-        "work": str(work),
-        "seed": 0,
-        "threads": 1,
-    }
-    request.write_text(json.dumps(content))
-    stage = subprocess.Popen(
-        [sys.executable, "-P", "-m", "draftsmith.stages", str(request)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
-    assert stage.stdout is not None
-    done = 0
-    for line in stage.stdout:
-        event = json.loads(line)
-        assert event["event"] != "error", event
-        done = event.get("done", done)
-        if done >= KILLED_AFTER:
-            break
-    assert len(living(work / "servers")) >= 4  # server, scheduler, detokenizer, the guard of the lifeline
-    stage.kill()
-    stage.stdout.read()
-    assert stage.wait(60) == -signal.SIGKILL
-    wait_until(lambda: not living(work / "servers"), "all processes of the server have ended")

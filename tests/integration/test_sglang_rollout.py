@@ -1,8 +1,12 @@
-"""The stage `rollout` on real SGLang servers: the same answers and verify steps as the embedded engine, float32."""
+"""The stage `rollout` on real SGLang servers: the same answers and verify steps as the embedded engine, float32.
+
+Mining replays what was served.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +26,8 @@ from draftsmith.stages.engines.kinds import open_servers
 from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.engines.sglang.handshake import check_weights, verifies_greedily
 from draftsmith.stages.engines.stage import STAGE, RolloutConfig
+from draftsmith.stages.replay.stage import STAGE as MINING
+from draftsmith.stages.replay.stage import MiningConfig
 from draftsmith.stages.target.info import read_target_info
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 from tests.stages.engines.servers import write_other_revision
@@ -78,6 +84,14 @@ def test_assisted_answers_and_verify_steps_are_the_embedded_engines(
     assert len(recorded) == sum(counted[1]) > 200
     assert all(len(row["target_logprobs"]) == 7 and max(row["target_logprobs"]) <= 0 for row in recorded)
     assert theirs.summaries["tau"] == ours.summaries["tau"] > 3
+    traced = json.loads((theirs.out / "trace.json").read_text())
+    assert (traced["engine"].split()[0], traced["temperature"]) == ("sglang", 0)
+
+    mining = RecordingContext.under(tmp_path / "mining", {**theirs.inputs, "trajectories": theirs.out})
+    MINING.run(mining, MiningConfig())
+    parity = json.loads((mining.out / "summary.json").read_text())["parity"]
+    assert (parity["served_steps"], parity["different_steps"], parity["tau_difference"]) == (len(recorded), 0, 0)
+    assert parity["largest_logprob_difference"] < 1e-3
 
 
 def open_with(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ from draftsmith.stages.replay.chains import replay_chains, replay_sequentially
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.target.causal_lm import Target, TargetOutput
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams
-from tests.testbed import ties
+from tests.testbed import cache, ties
 from tests.testbed.drafter import DrafterArtifacts
 from tests.testbed.target import MASK
 
@@ -100,8 +102,11 @@ class Bench:
         for drafter in drafters.values():
             answered = self.clear(answered, drafter)
         kept = {trajectory.trajectory_id for trajectory in answered}
-        prompts = [prompt for prompt in self.prompts if prompt.prompt_id in kept]
-        greedy = {name: answer for name, answer in self.greedy.items() if name in kept}
+        return self.with_answers(drafters, {name: answer for name, answer in self.greedy.items() if name in kept})
+
+    def with_answers(self, drafters: dict[str, Drafter], greedy: dict[str, list[int]]) -> Bench:
+        """Return the bench with other drafters, and the prompts with these greedy answers."""
+        prompts = [prompt for prompt in self.prompts if prompt.prompt_id in greedy]
         return replace(self, drafters=drafters, prompts=prompts, greedy=greedy)
 
     def replay(
@@ -152,6 +157,21 @@ def assert_recorded(traces: Sequence[Trace], completions: Sequence[Completion]) 
         assert [step.proposed for step in completion.steps] == trace.proposed.tolist()
 
 
+def cached_answers(name: str, made_of: str, decode: Callable[[], Bench]) -> dict[str, list[int]]:
+    """Return the greedy answers of a bench by prompt. They are cached, since every test worker needs them.
+
+    made_of: names the artifacts of target and drafters.
+    """
+    from tests.stages import bench
+
+    def build(folder: Path) -> None:
+        (folder / "answers.json").write_text(json.dumps(decode().greedy))
+
+    folder = cache.cached(name, build, code=(bench, ties), extra=made_of)
+    answers: dict[str, list[int]] = json.loads((folder / "answers.json").read_text())
+    return answers
+
+
 def build_bench(made: DrafterArtifacts) -> Bench:
     target = Target.load(made.target)
     untrained = create_drafter(
@@ -161,9 +181,13 @@ def build_bench(made: DrafterArtifacts) -> Bench:
     untrained.frequent_tokens = trained.frequent_tokens
     # the target's own near-ties are left out there
     prompts = list(load_prompts(made.prompts, ["heldout", "validation"]))
-    plain = Bench(target, {}, prompts, {})
-    answers = plain.answers(plain.requests(), slots=32)
-    plain.greedy.update({name: completion.response_ids for name, completion in answers.items()})
-    bench = plain.with_drafters({"trained": trained, "untrained": untrained.eval()})
+    plain, drafters = Bench(target, {}, prompts, {}), {"trained": trained, "untrained": untrained.eval()}
+
+    def decode() -> Bench:
+        answers = plain.answers(plain.requests(), slots=32)
+        plain.greedy.update({name: completion.response_ids for name, completion in answers.items()})
+        return plain.with_drafters(drafters)
+
+    bench = plain.with_answers(drafters, cached_answers("answers-tiny", made.root.name, decode))
     assert len(bench.prompts) > 50
     return bench

@@ -10,12 +10,13 @@ import pytest
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import PROMPTS, TRAJECTORIES
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_trajectories
+from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import create_drafter, load_drafter
 from draftsmith.stages.drafters.eagle3.config import Eagle3Config
 from draftsmith.stages.target.config import TargetConfig
 from draftsmith.stages.target.resolve import resolve_target
 from draftsmith.stages.training.batches import frequent_tokens, token_counts
-from tests.stages.bench import Bench
+from tests.stages.bench import Bench, cached_answers
 from tests.stages.data.logs.logs_run import Logs
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -36,7 +37,10 @@ def eagle_bench(bench: Bench, tiny_drafter: DrafterArtifacts, tiny_eagle3: Path)
     shape = Eagle3Config(kind="eagle3", block_size=6, target_layer_ids=(0, 1, 2), draft_vocab_size=90)
     untrained = create_drafter(shape, bench.target, 3, frequent_tokens(counts))
     untrained.frequent_tokens = frequent_tokens(counts)
-    return bench.with_drafters({"trained": trained, "untrained": untrained.eval()})
+    drafters: dict[str, Drafter] = {"trained": trained, "untrained": untrained.eval()}
+    made_of = f"{tiny_drafter.root.name} {tiny_eagle3.parent.name}"
+    greedy = cached_answers("answers-eagle3", made_of, lambda: bench.with_drafters(drafters))
+    return bench.with_answers(drafters, greedy)
 
 
 @pytest.fixture(scope="session")

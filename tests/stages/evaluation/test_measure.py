@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.artifacts.results.evaluation import EvaluationResult
 from draftsmith.artifacts.store.manifest import content_id, describe_files
-from draftsmith.artifacts.tables.parquet import read_table
+from draftsmith.artifacts.tables.parquet import read_table, write_table
 from draftsmith.artifacts.tables.schemas import REQUESTS, TRAJECTORIES, TURNS
 from draftsmith.stages.data.trajectories import load_trajectories
 from draftsmith.stages.evaluation import load
@@ -59,6 +60,20 @@ def opd(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts
     )
     SFT.run(ctx, SftConfig(steps=6, learning_rate=3e-3, compute_dtype="float32"))
     return ctx.out
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts) -> DrafterArtifacts:
+    """The test bed's artifacts with a quarter of the held-out answers to replay."""
+    folder = tmp_path_factory.mktemp("few")
+    for name in ("target", "prompts", "rollout", "drafter"):
+        (folder / name).symlink_to(tiny_drafter.root / name)
+    shutil.copytree(tiny_drafter.heldout, folder / "heldout")
+    file = folder / "heldout" / "trajectories.parquet"
+    rows = read_table(file, TRAJECTORIES).to_pylist()
+    heldout = [row for row in rows if row["split"] == "heldout"]
+    write_table(file, TRAJECTORIES, [row for row in rows if row not in heldout[15:]])
+    return DrafterArtifacts(folder)
 
 
 def inputs(made: DrafterArtifacts, **drafters: Path) -> dict[str, Path]:
@@ -239,7 +254,7 @@ def test_arms_alternate_by_small_batches_and_runs_are_their_sums(evaluated: Reco
 
 
 def test_every_prompt_is_decoded_by_all_arms_before_the_next_one(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, few: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decode, seen, threads = EmbeddedSpeedTest.decode, [], set()
 
@@ -252,7 +267,7 @@ def test_every_prompt_is_decoded_by_all_arms_before_the_next_one(
         return decode(self, target, decoder, prompts, setting, *rest, **more)
 
     monkeypatch.setattr(EmbeddedSpeedTest, "decode", noted)
-    ctx = RecordingContext.under(tmp_path, inputs(tiny_drafter))
+    ctx = RecordingContext.under(tmp_path, inputs(few))
     config = {**CONFIG, "rounds": 2, "speed_prompts": 3, "concurrency": 1, "exactness_prompts": 0, "block_sizes": None}
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -274,7 +289,7 @@ def test_every_prompt_is_decoded_by_all_arms_before_the_next_one(
 
 
 def test_repetitions_that_disagree_are_measured_again_now_and_by_the_next_run(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, few: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every second answer of a drafter takes three times as long, by a clock of the test."""
     decode, calls = EmbeddedSpeedTest.decode, itertools.count()
@@ -288,7 +303,7 @@ def test_repetitions_that_disagree_are_measured_again_now_and_by_the_next_run(
 
     monkeypatch.setattr(EmbeddedSpeedTest, "decode", disturbed)
     monkeypatch.setattr(embedded, "steady", steady)
-    ctx = RecordingContext.under(tmp_path, inputs(tiny_drafter))
+    ctx = RecordingContext.under(tmp_path, inputs(few))
     config = {**CONFIG, "rounds": 2, "speed_prompts": 3, "concurrency": 1, "exactness_prompts": 0, "block_sizes": None}
     STAGE.run(ctx, EvaluationConfig.model_validate(config))
     found = metrics_of(ctx)
@@ -315,10 +330,10 @@ def test_the_contexts_of_every_arm_are_substrings_of_its_answers(
     assert min(each["tau"] for each in contexts["sft"]) < metrics_of(evaluated)["drafters"]["sft"]["tau"]
 
 
-def test_an_interrupted_evaluation_goes_on_with_the_next_round(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+def test_an_interrupted_evaluation_goes_on_with_the_next_round(tmp_path: Path, few: DrafterArtifacts) -> None:
     """Chosen block sizes and finished rounds stay; an unfinished round is measured again as a whole."""
     config = EvaluationConfig.model_validate({**CONFIG, "rounds": 3, "speed_prompts": 2, "exactness_prompts": 0})
-    first = StoppingContext.under(tmp_path, inputs(tiny_drafter), stop_after=9, unit="answers")
+    first = StoppingContext.under(tmp_path, inputs(few), stop_after=9, unit="answers")
     with pytest.raises(StageInterrupted):
         STAGE.run(first, config)
     kept = [read_table(path, TURNS) for path in sorted(first.work.glob("rounds/*/turns.parquet"))]
@@ -328,7 +343,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_next_round(tmp_path: Path, t
     chosen["sft"]["3"] = 2 * max(chosen["sft"].values())  # what is there is not measured again
     sizes.write_text(json.dumps(chosen))
 
-    ctx = RecordingContext.under(tmp_path, inputs(tiny_drafter))
+    ctx = RecordingContext.under(tmp_path, inputs(few))
     STAGE.run(ctx, config)
     turns = read_table(ctx.out / "turns.parquet", TURNS)
     assert turns.slice(0, 4).to_pylist() == [row for table in kept for row in table.to_pylist()]
@@ -339,7 +354,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_next_round(tmp_path: Path, t
 
 
 def test_replays_and_float32_answers_are_not_computed_twice(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, few: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A changed stored answer shows that it is read and not computed again."""
     load, asked = Target.load, []
@@ -350,7 +365,7 @@ def test_replays_and_float32_answers_are_not_computed_twice(
 
     monkeypatch.setattr(Target, "load", loaded)
     config = EvaluationConfig.model_validate({**CONFIG, "rounds": 1, "speed_prompts": 1, "block_sizes": None})
-    first = RecordingContext.under(tmp_path, inputs(tiny_drafter))
+    first = RecordingContext.under(tmp_path, inputs(few))
     STAGE.run(first, config)
     assert metrics_of(first)["exactness"]["fp32_identical"] == 4
     assert asked == [None, "float32"], "whatever dtype is served"
@@ -361,7 +376,7 @@ def test_replays_and_float32_answers_are_not_computed_twice(
     (replayed,) = first.work.glob("replayed/trained/traces/*.parquet")
     touched = replayed.stat().st_mtime_ns
 
-    again = RecordingContext.under(tmp_path, inputs(tiny_drafter))
+    again = RecordingContext.under(tmp_path, inputs(few))
     STAGE.run(again, config)
     assert metrics_of(again)["exactness"]["fp32_identical"] == 3
     assert [path.stat().st_mtime_ns for path in first.work.glob("replayed/trained/traces/*.parquet")] == [touched]
@@ -370,7 +385,7 @@ def test_replays_and_float32_answers_are_not_computed_twice(
 
 
 def test_every_drafter_decodes_with_its_own_block(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, opd: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, few: DrafterArtifacts, opd: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The clock says that blocks of 3 are fast for one drafter and blocks of 8 for the other."""
     decode = EmbeddedSpeedTest.decode
@@ -383,7 +398,7 @@ def test_every_drafter_decodes_with_its_own_block(
 
     seen: dict[str, Any] = {}  # the first drafter that decodes is SFT's
     monkeypatch.setattr(EmbeddedSpeedTest, "decode", timed)
-    ctx = RecordingContext.under(tmp_path, inputs(tiny_drafter, opd=opd))
+    ctx = RecordingContext.under(tmp_path, inputs(few, opd=opd))
     config = {**CONFIG, "rounds": 1, "speed_prompts": 2, "exactness_prompts": 0}
     STAGE.run(ctx, EvaluationConfig.model_validate(config))
     speed = metrics_of(ctx)["speed"]
@@ -392,8 +407,8 @@ def test_every_drafter_decodes_with_its_own_block(
     assert [v["different"] for v in metrics_of(ctx)["verdicts"] if v["kind"] == "speed"] == [None]  # of one turn
 
 
-def test_one_drafter_and_a_reduced_head(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
-    ctx = RecordingContext.under(tmp_path, inputs(tiny_drafter))
+def test_one_drafter_and_a_reduced_head(tmp_path: Path, few: DrafterArtifacts) -> None:
+    ctx = RecordingContext.under(tmp_path, inputs(few))
     config = {
         **CONFIG,
         "head_tokens": 150,
@@ -411,9 +426,9 @@ def test_one_drafter_and_a_reduced_head(tmp_path: Path, tiny_drafter: DrafterArt
     assert found["exactness"]["fp32_prompts"] == 0 and found["exactness"]["identical_share"] == 1
 
 
-def test_several_settings(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+def test_several_settings(tmp_path: Path, few: DrafterArtifacts) -> None:
     """Outputs do not depend on how many are in flight, nor sampled ones on the drafter."""
-    ctx = RecordingContext.under(tmp_path, inputs(tiny_drafter))
+    ctx = RecordingContext.under(tmp_path, inputs(few))
     config = {
         **CONFIG, "concurrency": [1, 3], "temperatures": [0, 1.0], "block_sizes": None, "speed_prompts": 3,
         "sampling": {"max_new_tokens": 16}, "exactness_prompts": 0, "rounds": 2,

@@ -24,7 +24,7 @@ from tests.testbed import random_target
 from tests.testbed.architectures import RANDOM
 from tests.testbed.dspark import random_dspark
 
-ANSWERS, FEW, SIMULATIONS = 30, 6, 200
+ANSWERS, FEW, SIMULATIONS = 24, 4, 200
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_another_drafter_than_both_is_no_swap(bench: Bench, old: Drafter) -> Non
     new = bench.drafters["trained"]
     other = served(bench, moved(new, old, 0.5))
     assert prove(bench.target, old, new, other, float32=True).swapped is False
-    untrained = served(bench, bench.drafters["untrained"], count=20)
+    untrained = served(bench, bench.drafters["untrained"], count=8)
     options = ReplayOptions(DraftingConfig(block_size=6))
     assert prove(bench.target, old, new, untrained, options, float32=False).swapped is False
 
@@ -125,9 +125,9 @@ def test_a_proposal_is_likely_where_it_is_accepted(kind: str, plain_target: Targ
 def test_sampled_proposals_decide_by_their_probabilities(plain_target: Target) -> None:
     sampling = SamplingParams(temperature=1.5)
     new, old = (random_dspark(plain_target, seed=seed) for seed in (0, 1))
-    requests = [Request(str(i), [5, 3, 9, 1], 24, sampling, i) for i in range(60)]
+    requests = [Request(str(i), [5, 3, 9, 1], 16, sampling, i) for i in range(40)]
     for drafter, expected in ((new, True), (old, False)):
-        engine = EmbeddedEngine(plain_target, drafter, slots=60, capacity=40)
+        engine = EmbeddedEngine(plain_target, drafter, slots=40, capacity=32)
         answers = [(answer.trajectory(), answer.trace()) for answer in engine.generate(requests)]
         result = prove(plain_target, old, new, answers, ReplayOptions(sampling=sampling), float32=True)
         assert result.swapped is expected

@@ -44,10 +44,10 @@ def test_replay_equals_the_reference_and_the_engines_record(
 ) -> None:
     bench = any_bench
     limit = 40 if drafter == "trained" else 24  # the reference takes step by step
-    answers = bench.answers(bench.requests(16, limit, sampling, seed=3), drafter, slots=5, **drafting)
+    answers = bench.answers(bench.requests(8, limit, sampling, seed=3), drafter, slots=5, **drafting)
     trajectories = [c.trajectory() for c in answers.values() if len(c.response_ids) > 1]
     trajectories = bench.clear(trajectories, bench.drafters[drafter], **drafting)
-    assert len(trajectories) >= 10
+    assert len(trajectories) >= 5
     reference = bench.sequential_traces(trajectories, drafter, **drafting)
     assert_recorded(reference, [answers[t.trajectory_id] for t in trajectories])
     for chains in (1, 16, None):
@@ -56,10 +56,10 @@ def test_replay_equals_the_reference_and_the_engines_record(
 
 def test_a_trace_does_not_depend_on_how_the_answer_was_generated(any_bench: Bench) -> None:
     """Replay on greedy answers without a drafter gives what the engine records with that drafter."""
-    served = any_bench.answers(any_bench.requests(), "trained")
-    assert {name: answer.response_ids for name, answer in served.items()} == any_bench.greedy
-    traces = any_bench.replay(any_bench.answered(), "trained", 7)
-    assert_recorded(traces, [served[p.prompt_id] for p in any_bench.prompts])
+    served = any_bench.answers(any_bench.requests(24), "trained")
+    assert {name: answer.response_ids for name, answer in served.items()}.items() <= any_bench.greedy.items()
+    traces = any_bench.replay(any_bench.answered(24), "trained", 7)
+    assert_recorded(traces, [served[p.prompt_id] for p in any_bench.prompts[:24]])
     accepted = set(np.concatenate([trace.accepted for trace in traces]).tolist())
     assert {0, 1, any_bench.drafters["trained"].block_size - 1} <= accepted
 
@@ -80,10 +80,10 @@ def test_sixteen_chains_draft_little_more_than_one_block_per_step(bench: Bench) 
 
     The test bed is trained where the tests run, so its tau is not the same on every processor.
     """
-    served = bench.answers(bench.requests(None, 120, SamplingParams(1.0), seed=3), slots=32).values()
+    served = bench.answers(bench.requests(40, 80, SamplingParams(1.0), seed=3), slots=40).values()
     trajectories = [completion.trajectory() for completion in served if len(completion.response_ids) > 1]
     trajectories = bench.clear(trajectories, bench.drafters["trained"])
-    assert len(trajectories) > 40
+    assert len(trajectories) > 20
     one, many = (bench.replay(trajectories, "trained", chains) for chains in (1, 16))
     assert_same(many, one)
     assert tau(many) > 1.5
@@ -158,12 +158,12 @@ def test_ends_are_neither_accepted_nor_rejected(bench: Bench) -> None:
 
 @pytest.mark.parametrize("limit", [2, 3, 5, 9, 17])
 def test_a_length_limit_inside_a_block_leaves_the_same_trace(limit: int, bench: Bench) -> None:
-    served = list(bench.answers(bench.requests(None, limit), "trained").values())
+    served = list(bench.answers(bench.requests(24, limit), "trained").values())
     assert_recorded(bench.replay([c.trajectory() for c in served], "trained", 4), served)
 
 
 def test_a_stop_token_inside_a_block_ends_the_trace(bench: Bench) -> None:
-    stopped = [c for c in bench.answers(bench.requests(), "trained").values() if c.finish_reason == "stop"]
+    stopped = [c for c in bench.answers(bench.requests(32), "trained").values() if c.finish_reason == "stop"]
     traces = bench.replay([c.trajectory() for c in stopped], "trained", 16)
     assert_recorded(traces, stopped)
     ends = [(trace.accepted[-1], trace.judged[-1], trace.committed[-1]) for trace in traces]
