@@ -1,6 +1,6 @@
 """A season of a model line with the real command: outcomes, MLflow, reports, rollback and export.
 
-In its home then a refresh without a line: reused, killed, with an SGLang server, and measured stage by stage.
+In its home then a refresh without a line: reused, killed, and measured stage by stage.
 """
 
 from __future__ import annotations
@@ -9,28 +9,23 @@ import json
 import random
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from safetensors.torch import load_file
 
 from draftsmith.artifacts.results.evaluation import EvaluationResult
-from draftsmith.artifacts.tables.parquet import read_table
-from draftsmith.artifacts.tables.schemas import TRACE, TRAJECTORIES
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.cli.main import main
 from draftsmith.stages.drafters.digest import drafter_digest
 from tests.faults.catalogue import alone
-from tests.faults.home import Ended, Home, copied, copied_into
+from tests.faults.home import Ended, Home, copied
 from tests.faults.scene import Scene, TooLate
 from tests.faults.signals import kill_stage
 from tests.faults.undisturbed import remembered
 from tests.flows.processes import processes_of
 from tests.gpu import refresh
 from tests.season.season import LINE, SHORT, Week, config_of, play
-from tests.sglang_cpu.fixtures import sglang_env  # noqa: F401  (a fixture)
-from tests.sglang_cpu.options import CPU_ENVIRONMENT, CPU_OPTIONS
 from tests.testbed.refresh import load_config
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(3600)]
@@ -221,43 +216,3 @@ def test_every_stage_is_measured_on_a_gpu_machine(
         if row["stage"] not in ("target", "prompts"):
             assert row["peak_of_estimate"] == pytest.approx(1, abs=0.5)  # nearly all of it is the process
     assert all(row["tokens_per_s"] > 0 for row in rows if row["stage"] in ("heldout", "rollout", "opd"))
-
-
-@pytest.mark.sglang
-def test_answers_of_sglang_are_mined_in_a_refresh(
-    plain: tuple[Home, Ended],
-    sglang_env: Path,  # noqa: F811
-    tmp_path: Path,
-) -> None:
-    """Engines may be mixed: target, prompts, first answers and SFT are those of the embedded engine."""
-    copied_into(plain[0].folder, tmp_path)
-    home = Home(tmp_path, tmp_path / "served.yaml")
-    config = yaml.safe_load((tmp_path / "plain.yaml").read_text())
-    launch = {"options": CPU_OPTIONS, "environment": CPU_ENVIRONMENT}
-    config["assisted"]["engine"] = {"kind": "sglang", "python": str(sglang_env), "launch": launch, "concurrency": 8}
-    home.config.write_text(yaml.safe_dump(config))
-    ended = home.refresh("--until", "mining")
-    assert ended.code == 0, ended.out + ended.err
-    assert ended.nodes("done") == ["assisted", "mining"]
-    assert not home.processes()  # servers inherit the environment, and are gone
-
-    # ---- the answers come from the engine that the config names, with their verify steps
-    assisted = newest(home, "rollout")
-    engines = set(read_table(assisted / "trajectories.parquet", TRAJECTORIES)["engine"].to_pylist())
-    assert [engine.split()[0] for engine in engines] == ["sglang"]
-    traced = read_json(assisted / "trace.json")
-    assert (traced["engine"], traced["dtype"], traced["temperature"]) == ("sglang", "float32", 0)
-    trace = read_table(assisted / "trace.parquet", TRACE)
-    assert trace["target_logprobs"].null_count == 0
-
-    # ---- the drafter that was trained is the one that was served, step for step
-    parity = read_json(newest(home, "mining") / "summary.json")["parity"]
-    assert parity["served_steps"] == len(trace) > 20
-    assert (parity["different_steps"], parity["tau_difference"]) == (0, 0)
-    assert parity["served_tau"] > 1
-    assert parity["largest_logprob_difference"] < 1e-3
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text())
-    return content
