@@ -40,7 +40,6 @@ MAY_NAME_KINDS = {
     "stages/drafters/speculators.py",  # the form that each has in another layout
     "stages/training/estimate.py",  # what a training of each keeps
     "stages/engines/servers/drafting.py",  # what an engine's own configuration calls each
-    "stages/engines/vllm/plugin_swap.py",  # which of vLLM's drafters have an embedding of their own
 }
 TOLERANCE = 3e-5  # float32, the same sums in another order, on values of order one to ten
 
