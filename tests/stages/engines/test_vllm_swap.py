@@ -199,6 +199,10 @@ def test_a_refused_drafter_changes_nothing(server: StandIn) -> None:
 
 
 def test_a_command_that_was_killed_before_its_proof_is_made_again(server: StandIn) -> None:
-    server.version = json.dumps({"drafter": NEW, "since": "", "before": OLD, "pause_s": 0.0, "proof": ""})
+    server.broken = "finish"  # a killed command came as far as this
+    with pytest.raises(DraftsmithError):
+        server.swap()
+    assert (server.state().digest, server.state().proof) == (NEW, "")
+    server.broken = ""
     server.swap()
-    assert server.writes == [NEW] and server.state().before == OLD and server.state().proof
+    assert server.writes == [NEW, NEW] and server.state().before == OLD and server.state().proof
