@@ -35,7 +35,8 @@ def gated(
     block_size: int = 4,
 ) -> dict[str, ArtifactRef]:
     """Return the artifacts of a refresh after its gate. champion: as the gate names it, None without one."""
-    taus = {"tau": tau, "tau_low": 2.4, "tau_high": 2.6, "prompts": 40, "block_size": block_size}
+    interval = {"tau_low": tau - 0.1, "tau_high": tau + 0.1}
+    taus = {"tau": tau, **interval, "prompts": 40, "block_size": block_size}
     chat = {
         "tau": 2.5,
         "low": 2.4,
