@@ -21,7 +21,7 @@ PACKAGES = {
     "drift": {*_MODEL, *_DRAFTERS, _RESULTS, "evaluation", "replay"},
     "earlier": {*_MODEL, _RESULTS, "data.logs"},
     "logs": {*_MODEL, _RESULTS, "data.logs"},
-    "rollout": {*_MODEL, *_DRAFTERS, *_ENGINES, "replay"},
+    "rollout": {*_MODEL, *_DRAFTERS, *_ENGINES, _RESULTS, "data.logs", "replay"},
     "sft": {*_MODEL, *_DRAFTERS, "replay", "training", "training.sft"},
     "mining": {*_MODEL, *_DRAFTERS, "replay"},
     "opd": {*_MODEL, *_DRAFTERS, "replay", "training", "training.opd"},
