@@ -77,7 +77,7 @@ def test_greedy_decoding_equals_generate_of_transformers(bench: Bench, tiny_draf
 def test_greedy_decoding_with_a_drafter_equals_that_without(
     drafter: str, slots: int, block_size: int | None, head_tokens: int | None, bench: Bench
 ) -> None:
-    requests = bench.requests(24)
+    requests = bench.requests(12)
     answers = bench.answers(requests, drafter, slots, block_size=block_size, head_tokens=head_tokens)
     assert tokens_of(answers) == {request.request_id: bench.greedy[request.request_id] for request in requests}
     proposals = (block_size or bench.drafters[drafter].block_size) - 1

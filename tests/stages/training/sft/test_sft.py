@@ -90,7 +90,7 @@ def test_the_same_config_and_seed_give_the_same_bytes(tmp_path: Path, inputs: di
 
 @pytest.mark.parametrize(
     ("stop_after", "dtype"),
-    [(1, "bfloat16"), (5, "float32"), (7, "bfloat16")],  # 5: at a regular checkpoint
+    [(1, "bfloat16"), (5, "float32")],  # 5: at a regular checkpoint
 )
 def test_interrupted_training_ends_like_uninterrupted_training(
     stop_after: int, dtype: str, tmp_path: Path, inputs: dict[str, Path]
