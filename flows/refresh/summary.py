@@ -77,8 +77,8 @@ def screen(folders: Mapping[str, Path], ending: EndedRun) -> list[str]:
             rest = _wrapped(f"NOT SERVED: {ending.refused}")
         steps = [refresh_anyway(command)]
     rest += [*_next(steps), "", *_where(folders, review, ending)]
-    room = max(1, LINES - 2 - len(rest))
-    return [" · ".join(filter(None, title)), "", *_wrapped(verdict, most=room), *rest]
+    left = max(1, LINES - 2 - len(rest))
+    return [" · ".join(filter(None, title)), "", *_wrapped(verdict, most=left), *rest]
 
 
 def _review(folders: Mapping[str, Path], version: int | None = None) -> Review | None:

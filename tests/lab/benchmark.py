@@ -96,7 +96,9 @@ def make(folder: Path) -> None:
     for name, source in sources.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         for path in source.iterdir():
-            if path.name in (*TOKENIZER_PARTS, "config.json", "generation_config.json"):
+            if path.name == "tokenizer.json":  # in one line
+                (folder / name / path.name).write_text(json.dumps(json.loads(path.read_text()), ensure_ascii=False))
+            elif path.name in (*TOKENIZER_PARTS, "config.json", "generation_config.json"):
                 shutil.copyfile(path, folder / name / path.name)
         weights = {n: w.to(torch.bfloat16) for n, w in load_file(source / "model.safetensors").items()}
         save_file(weights, folder / name / "model.safetensors", metadata={"format": "pt"})
