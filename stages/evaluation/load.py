@@ -11,6 +11,7 @@ runs.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -30,7 +31,7 @@ from draftsmith.stages.runtime.statistics import Estimate, combine_errors, jackk
 
 IN_FLIGHT = (1, 2, 4, 8, 16, 32, 64, 128)
 PASSES = 5  # over all arms and widths, after one that is not counted
-LONGEST_PASS_S = 0.5  # numbers above the first one that takes longer are not measured
+SHARE = 0.15  # of the time of the timed runs, which the steps may take
 Cell: TypeAlias = tuple[str, int]  # arm, and tokens verified for each request
 StepSeconds: TypeAlias = Mapping[int, Mapping[Cell, np.ndarray]]  # requests in flight -> cell -> [passes]
 
@@ -61,13 +62,18 @@ def widths_of(block_size: int) -> list[int]:
 
 
 def measure_steps(
-    test: EmbeddedSpeedTest, drafters: Mapping[str, Drafter], answers: Sequence[Trajectory], setting: Setting
+    test: EmbeddedSpeedTest,
+    drafters: Mapping[str, Drafter],
+    answers: Sequence[Trajectory],
+    setting: Setting,
+    timed_seconds: float,
 ) -> StepSeconds:
     """Return the times of steps with and without each drafter, measured in alternation, at every number in flight.
 
-    The requests are spread evenly over all positions of the answers. Fewer numbers are measured where steps take long
-    or memory ends.
+    The requests are spread evenly over all positions of the answers. Fewer numbers are measured if memory ends, or
+    after `SHARE` of `timed_seconds`, the time of the timed runs.
     """
+    started = time.monotonic()
     trained = {arm: drafter.block_size for arm, drafter in drafters.items()}
     widest = max(trained.values())
     decoders = {(PLAIN, width): Decoder() for width in [1, *widths_of(widest)]}
@@ -96,7 +102,7 @@ def measure_steps(
             break
         found[concurrency] = {cell: np.array([each[cell] for each in passes]) for cell in decoders}
         test.ctx.check_interrupted()
-        if min(sum(each.values()) for each in passes) > LONGEST_PASS_S:
+        if time.monotonic() - started > SHARE * timed_seconds:
             break
     release_memory()
     return found

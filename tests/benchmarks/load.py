@@ -20,6 +20,7 @@ from draftsmith.artifacts.results.evaluation import PLAIN, EvaluationResult, Loa
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, Prompt, load_prompts, load_trajectories
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.engines.base import Request
+from draftsmith.stages.evaluation import load
 from draftsmith.stages.evaluation.config import PREFIX, EvaluationConfig
 from draftsmith.stages.evaluation.load import Cell, widths_of
 from draftsmith.stages.evaluation.speed_embedded import Decoder, EmbeddedSpeedTest
@@ -112,6 +113,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         arms = {f"{PREFIX}{arm}": path for arm, path in folders.items()}
         ctx = RecordingContext.under(Path(folder), {**inputs, **arms})
+        load.SHARE = float("inf")  # all numbers in flight
         STAGE.run(ctx, config)
         predicted = EvaluationResult.read(ctx.out)
         target = Target.load(inputs["target"])

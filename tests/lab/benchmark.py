@@ -167,13 +167,12 @@ REFRESH = {**SHARED, "steps": 150}
 SFT = FIRST.model_copy(update=REFRESH)
 UP_TO_FAILURE = {"response": {"loss": "cross_entropy", "scope": "committed", "beyond": 0}}
 FROZEN, CONTROL, OPD = "frozen", "sft-distribution", "opd"
-ARMS: dict[str, tuple[str, dict[str, Any]]] = {  # a stage or a trainer of `rivals`, and its config
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {  # a stage, or the trainer of `rivals`, and its config
     "sft": ("sft", SFT.model_dump()),
     CONTROL: ("sft", SFT.model_copy(update={"loss": "forward_kl"}).model_dump()),
     "auf": ("opd", {**REFRESH, "anchors": "random", "loss": UP_TO_FAILURE}),
     "d-pace": ("sft", SFT.model_copy(update={"gamma": None, "weights": "d_pace"}).model_dump()),
-    "visible-prefix": ("VisiblePrefix", SFT.model_dump()),
-    "vat": ("Vat", SFT.model_dump()),
+    "visible-prefix": ("visible-prefix", SFT.model_dump()),
     OPD: ("opd", REFRESH),
     "paper": ("opd", {**REFRESH, "anchors": "errors", "loss": "paper"}),
 }
@@ -182,13 +181,13 @@ TALLIES, COSTS = "tallies.json", "costs.json"
 
 
 def run_stage(name: str, config: Mapping[str, Any], out: Path, inputs: Mapping[str, Path], seed: int = 0) -> None:
-    """Run a stage's body, or a trainer of `rivals`, in this process."""
+    """Run a stage's body, or the trainer of `rivals`, in this process."""
     ctx = RecordingContext(out, out.with_name(f"{out.name}.work"), inputs, seed)
     if name in STAGES:
         declared = importlib.import_module(STAGES[name]).STAGE
         declared.run(ctx, declared.config.model_validate(config))
     else:
-        rivals.run(ctx, SftConfig.model_validate(config), getattr(rivals, name))
+        rivals.run(ctx, SftConfig.model_validate(config))
     shutil.rmtree(ctx.work)
 
 

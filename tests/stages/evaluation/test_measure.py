@@ -47,7 +47,7 @@ def _as_many_rounds_as_asked_for() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embedded, "steady", lambda *_: True)
         patch.setattr(load, "IN_FLIGHT", (1, 4, 32))
-        patch.setattr(load, "LONGEST_PASS_S", 60.0)
+        patch.setattr(load, "SHARE", 1000)
         yield
 
 
