@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.integration,
     pytest.mark.skipif(postgres_programs() is None, reason="no PostgreSQL here: apt-get install postgresql"),
 ]
-LIMIT_S = 150.0
+LIMIT_S = 600.0
 HELP = "The numbers to collect, and how to fail."
 
 

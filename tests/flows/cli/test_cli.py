@@ -136,10 +136,10 @@ def test_no_process_outlives_the_command(tmp_path: Path) -> None:
     (note,) = home.glob("store/collect/.partial-*/attempt.json")
     assert json.loads(note.read_text())["pid"] == command.pid
     os.kill(command.pid, signal.SIGTERM)
-    _, err = command.communicate(timeout=30)
+    _, err = command.communicate(timeout=120)
     assert command.returncode == 143
     assert_gone(worker)
-    wait_until(lambda: not processes_of(home), "no process of this home is left", limit_s=5)
+    wait_until(lambda: not processes_of(home), "no process of this home is left", limit_s=30)
     logs = "".join(path.read_text() for path in (home / "logs").glob("*.log"))
     assert "Run the same command again to continue" in err
     assert "StageInterrupted" in logs
