@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from tests.testbed import cache
@@ -38,7 +37,6 @@ def prompts_file() -> Path:
         )
         path = folder / "prompts.jsonl"
         path.write_text("".join(rows), encoding="utf-8")
-        os.utime(path, (0, 0))  # checks warn of a file that may still be written to
 
     return cache.cached("prompts-tiny", build, code=(text,), extra=f"{TAUGHT}") / "prompts.jsonl"
 
