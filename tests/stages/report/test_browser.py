@@ -41,7 +41,7 @@ CUT = """[...document.querySelectorAll('.wide, pre')].filter(e => e.checkVisibil
 def test_the_page_is_readable_and_runs_no_foreign_script(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     render_report(path, of_a_line())
-    with browser(tmp_path / "profile", limit_s=120) as page:
+    with browser(tmp_path / "profile", limit_s=600) as page:
         for width, dark in ((390, True), (1280, False)):
             page.open(path.as_uri(), width=width, dark=dark)
             assert page.evaluate("document.scrollingElement.scrollWidth") <= width

@@ -163,17 +163,21 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path: Pa
 def test_a_checkpoint_that_cannot_be_written_ends_the_training(tmp_path: Path, plain_target: Target) -> None:
     drafter, context, steps = random_target.random_drafter(plain_target), RecordingContext.under(tmp_path), []
 
+    context.work.rename(tmp_path / "folder")
+    context.work.symlink_to(tmp_path / "folder")
+    (tmp_path / "file").touch()
+
     def micro_batches(step: int) -> list[LossReport]:
-        if step == 2:
-            context.work.rename(tmp_path / "moved")
-            context.work.write_text("no folder")
+        if step == 2:  # in one operation: the writer makes a folder that is missing
+            (tmp_path / "broken").symlink_to(tmp_path / "file")
+            (tmp_path / "broken").replace(context.work)
         steps.append(step)
         return [LossReport(next(drafter.parameters()).square().sum(), 1, 1)]
 
     with pytest.raises(DraftsmithError, match="writing"):
         train(context, drafter, OptimiserConfig(steps=1000, checkpoint_every=1), micro_batches)
     assert len(steps) < 10
-    assert list_checkpoints(tmp_path / "moved")
+    assert list_checkpoints(tmp_path / "folder")
 
 
 def trained(context: RecordingContext, target: Target, steps: int) -> list[float]:
