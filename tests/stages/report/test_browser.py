@@ -54,7 +54,7 @@ def test_the_page_is_readable_and_runs_no_foreign_script(tmp_path: Path) -> None
             _nothing_acted(page)
         assert page.evaluate("document.documentElement.scrollHeight") <= HIGHEST
         plots = page.evaluate("[...document.querySelectorAll('svg')].filter(e => e.checkVisibility()).length")
-        assert plots == 2, "slices and trend; the other is folded"
+        assert plots == 3, "load, slices and trend; the other is folded"
         kinds = "[...document.querySelectorAll('.context')].filter(e => e.checkVisibility()).length"
         assert page.evaluate(kinds) == 4
         page.press("Tab", 9)
