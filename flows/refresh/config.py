@@ -15,7 +15,7 @@ from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.prompts import SPLITS, JsonlSource, PromptsConfig
 from draftsmith.stages.data.time_window import LAST
 from draftsmith.stages.drafters.stage import ChampionConfig
-from draftsmith.stages.engines.config import SamplingConfig
+from draftsmith.stages.engines.config import SamplingConfig, ServerEngineConfig
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.drift import DriftConfig
@@ -109,6 +109,14 @@ class RefreshConfig(RunOptions):
             for name in ("rollout", "assisted"):
                 if getattr(self, name) is None:
                     raise ValueError(f"{name} is required. Give this section, or logs with answers of the target.")
+        if self.assisted is not None and self.assisted.answers is not None:
+            raise ValueError("assisted.answers: logged answers have no verify steps. Remove it.")
+        return self
+
+    @model_validator(mode="after")
+    def _times_steps_for_loads(self) -> RefreshConfig:
+        if self.gate.loads and isinstance(self.evaluation.engine, ServerEngineConfig):
+            raise ValueError("gate.loads: steps of servers are not timed. Remove it, or evaluation.engine.")
         return self
 
     @model_validator(mode="after")

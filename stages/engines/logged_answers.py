@@ -14,12 +14,17 @@ from draftsmith.stages.engines.partial_answers import PartialAnswers
 
 
 def store_logged_answers(
-    files: Iterable[Path], requests: Iterable[Request], splits: Mapping[str, str], answers: PartialAnswers
+    files: Iterable[Path],
+    requests: Iterable[Request],
+    splits: Mapping[str, str],
+    vocab_size: int,
+    answers: PartialAnswers,
 ) -> None:
     """Store the logged answer to every request, the first one of a prompt that was asked several times.
 
-    files: rows of `prompt_token_ids` and `completion_token_ids`. splits: prompt id -> split.
-    Raises DraftsmithError if a row cannot be read, if an answer was sampled otherwise than its request, or is missing.
+    files: rows of `prompt_token_ids` and `completion_token_ids`. splits: prompt id -> split. vocab_size: the target's.
+    Raises DraftsmithError if a row cannot be read, or if an answer is another model's, was sampled otherwise than its
+    request, or is missing.
     """
     missing = {token_digest(request.prompt_ids): request for request in requests}
     completions = []
@@ -32,7 +37,9 @@ def store_logged_answers(
         if ids is None or request is None:
             continue
         if difference := logged.sampling_difference(request.sampling):
-            raise DraftsmithError(f"{row.where}: sampled otherwise ({difference}). Set `sampling` as the rows were.")
+            raise DraftsmithError(f"{row.where}: not sampled as configured ({difference}). Set sampling as it was.")
+        if max(ids[1], default=0) >= vocab_size:
+            raise DraftsmithError(f"{row.where}: token id outside the target's vocabulary. Give this target's answers.")
         reason = "stop" if row.fields.get("finish_reason") == "stop" else "length"
         completions.append(Completion(request, ids[1], finish_reason=reason))
     if missing:

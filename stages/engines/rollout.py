@@ -43,10 +43,12 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
     drafter = ctx.inputs["drafter"] / DRAFTER_FOLDER if "drafter" in ctx.inputs else None
     answers = PartialAnswers(ctx.work)
     if config.answers is not None:
-        if drafter is not None:
-            raise DraftsmithError("answers: logged ones have no verify steps. Leave the field out of section assisted.")
+        if len(requests.rounds()) > 1:
+            raise DraftsmithError("answers: prompts with further questions need a rollout. Leave the field out.")
         splits = dict(zip(prompts.ids, prompts.splits, strict=True))
-        store_logged_answers(config.external_files(), requests.at(range(len(requests))), splits, answers)
+        vocab_size = read_target_info(ctx.inputs["target"]).vocab_size
+        asked = requests.at(range(len(requests)))
+        store_logged_answers(config.external_files(), asked, splits, vocab_size, answers)
     _generate_missing(ctx, config, requests, drafter, answers)
     try:
         _write_tables(ctx, requests, answers, with_trace=drafter is not None)

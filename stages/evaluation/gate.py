@@ -268,8 +268,12 @@ def _at_loads(evaluation: EvaluationResult, challenger: str, config: GateConfig)
         name = LOAD_RULES[other == PLAIN]
         found = at_loads(curve, config.loads or {})
         if found is None:
-            most = f"step times were measured up to {curve[-1].concurrency} in flight" if curve else "no step was timed"
-            yield _rule(name, False, f"inconclusive: {most}", {"wanted": wanted}, conclusive=False)
+            most = curve[-1].concurrency if curve else 0
+            text = (
+                f"inconclusive: steps were timed with up to {most} requests in flight; remove larger numbers from "
+                "gate.loads, or raise evaluation.speed_prompts"
+            )
+            yield _rule(name, False, text, {"wanted": wanted}, conclusive=False)
             continue
         estimate, tokens_per_s = found
         rule = _speed_rule(evaluation, name, comparison("speed", (challenger, other), estimate), wanted, CONFIDENCE)

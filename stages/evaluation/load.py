@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TypeAlias
 
 import numpy as np
@@ -44,7 +45,7 @@ class AverageAnswer:
     prefill: Mapping[str, float]  # arm -> seconds
 
     @classmethod
-    def of(cls, runs: Sequence[Row]) -> AverageAnswer:
+    def from_runs(cls, runs: Sequence[Row]) -> AverageAnswer:
         """Return the average of runs at one setting. What is no step counts as prefill."""
         seconds: dict[str, float] = {}
         prompts: dict[str, int] = {}
@@ -78,12 +79,10 @@ def measure_steps(
     widest = max(trained.values())
     decoders = {(PLAIN, width): Decoder() for width in [1, *widths_of(widest)]}
     decoders |= {(arm, w): Decoder(drafters[arm], w) for arm, size in trained.items() for w in widths_of(size)}
-    places = sorted(
-        (end, row) for row, each in enumerate(answers) for end in range(each.prompt_length, len(each.tokens))
-    )
+    ends = sorted((end, row) for row, each in enumerate(answers) for end in range(each.prompt_length, len(each.tokens)))
     found: dict[int, dict[Cell, np.ndarray]] = {}
     for concurrency in IN_FLIGHT:
-        chosen = [places[int((n + 0.5) / concurrency * len(places))] for n in range(concurrency)]
+        chosen = [ends[int((n + 0.5) / concurrency * len(ends))] for n in range(concurrency)]
         sampling = test.config.sampling.params(setting.temperature)
         requests = [
             Request(str(n), answers[row].tokens[:end], widest + 1, sampling, n) for n, (end, row) in enumerate(chosen)
@@ -141,7 +140,7 @@ class _Speed:
 
     @property
     def per_pass(self) -> np.ndarray:
-        """[passes] The engine's time for one answer."""
+        """Return the engine's time for one answer, of each pass."""
         return self.answer_seconds(self.seconds, self.committed.sum(), self.steps.sum())
 
     @property
@@ -178,7 +177,10 @@ def predict(
         speeds = {(PLAIN, 1): _Speed(PLAIN, 1, cells[PLAIN, 1] / concurrency, some, some, answer)}
         for (arm, width), (committed, taken) in sums.items():
             speeds[arm, width] = _Speed(arm, width, cells[arm, width] / concurrency, committed, taken, answer)
-        best = {arm: max((s for s in speeds.values() if s.arm == arm), key=_tokens_per_s) for arm in [PLAIN, *tallies]}
+        best = {
+            arm: max((s for s in speeds.values() if s.arm == arm), key=attrgetter("tokens_per_s"))
+            for arm in [PLAIN, *tallies]
+        }
         for arm in tallies:
             for other in [PLAIN, *([CHAMPION] if CHAMPION in tallies and arm != CHAMPION else [])]:
                 estimate = estimate_record(_log_ratio(best[arm], best[other]))
@@ -193,7 +195,3 @@ def predict(
                     )
                 )
     return points
-
-
-def _tokens_per_s(speed: _Speed) -> float:
-    return speed.tokens_per_s

@@ -151,6 +151,19 @@ def test_logged_answers_replace_both_rollouts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "field"),
+    [
+        (["assisted.answers=a.jsonl"], r"assisted\.answers"),
+        (["gate.loads={4: 1}", "evaluation.engine={kind: sglang, urls: [http://127.0.0.1:9]}"], r"gate\.loads"),
+    ],
+)
+def test_what_could_only_fail_after_hours_is_refused_at_once(overrides: list[str], field: str) -> None:
+    """Logged answers have no verify steps to mine, and no step of a server is timed."""
+    with pytest.raises(DraftsmithError, match=field):
+        load_config(QUICKSTART, overrides)
+
+
+@pytest.mark.parametrize(
     ("overrides", "seed"),
     [
         ([], None),

@@ -259,9 +259,9 @@ def test_logged_answers_take_the_place_of_a_rollout(
     ]  # fmt: skip
     path = tmp_path / "answers.jsonl"
 
-    def answered(name: str, lines: list[dict[str, Any]], *, drafter: bool = False, **fields: Any) -> RecordingContext:
+    def answered(name: str, lines: list[dict[str, Any]], **fields: Any) -> RecordingContext:
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        ctx = context(tmp_path / name, tiny_drafter, drafter=drafter)
+        ctx = context(tmp_path / name, tiny_drafter, drafter=False)
         STAGE.run(ctx, config(answers=str(path), **fields))
         return ctx
 
@@ -274,5 +274,5 @@ def test_logged_answers_take_the_place_of_a_rollout(
         answered("missing", logged[1:])
     with pytest.raises(DraftsmithError, match="temperature"):
         answered("hot", logged, sampling={"max_new_tokens": 40, "temperature": 0.5})
-    with pytest.raises(DraftsmithError, match="answers"):
-        answered("assisted", logged, drafter=True)
+    with pytest.raises(DraftsmithError, match="row 1: token id outside"):
+        answered("of another model", [{**logged[0], "completion_token_ids": [5, 10**6]}, *logged[1:]])

@@ -30,7 +30,7 @@ EVERY_PROPOSAL = ParityTolerance("mining", float32=True, greedy=False, allowed=P
 SEEN = 0.18  # of the steps with 7 proposals: in bfloat16, of a drafter that was hardly trained
 PROPOSALS = 15
 ANSWERS = 16  # with 10 steps each; an evaluation's 8 answers are longer
-SIMULATIONS, MISTAKES = 40, 1
+SIMULATIONS, MISTAKES = 100, 1
 BEST = 6  # logits of each proposal that the noise can make the highest
 
 
