@@ -28,6 +28,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import torch
+from safetensors.torch import load
 
 from draftsmith.stages.drafters.digest import BOOKKEEPING
 from draftsmith.stages.engines.servers.drafter_files import read_drafter
@@ -133,8 +134,6 @@ class DrafterSwap:
         files, self._files = self._files, None
         if files.error is not None:
             raise files.error
-        from safetensors.torch import load
-
         worker = self._scheduler.draft_worker
         runner = draft_runner(worker)
         _check_config(self._config, json.loads(files.content["config.json"]), runner.model_config.hf_config)
@@ -276,7 +275,10 @@ def bundled(bundle: Any) -> list[torch.Tensor]:
 @contextmanager
 def _paused(scheduler: Any) -> Iterator[None]:
     """Retract the requests in flight and let them continue afterwards."""
-    from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGenerationReqInput
+    from sglang.srt.managers.io_struct import (  # tests import this module without sglang
+        ContinueGenerationReqInput,
+        PauseGenerationReqInput,
+    )
 
     scheduler.pause_generation(PauseGenerationReqInput(mode="retract"))
     try:
