@@ -5,8 +5,8 @@ which a step commits tau on average, takes its share of an engine with N request
 
     prefill + (L - 1) / tau(w) · step(N, w) / N
 
-w: tokens that a step verifies for each request. Without a drafter w and tau are 1. Prefill and L are those of the timed
-runs.
+w: tokens that a step verifies for each request. Without a drafter w and tau are 1. L is that of the timed runs, and
+prefill the time that a prompt of median length takes alone.
 """
 
 from __future__ import annotations
@@ -39,22 +39,33 @@ StepSeconds: TypeAlias = Mapping[int, Mapping[Cell, np.ndarray]]  # requests in 
 
 @dataclass(frozen=True)
 class AverageAnswer:
-    """The mean of the answers in timed runs."""
+    """The mean answer at one setting."""
 
     tokens: float
     prefill: Mapping[str, float]  # arm -> seconds
 
     @classmethod
-    def from_runs(cls, runs: Sequence[Row]) -> AverageAnswer:
-        """Return the average of runs at one setting. What is no step counts as prefill."""
-        seconds: dict[str, float] = {}
-        prompts: dict[str, int] = {}
-        for run in runs:
-            rest = run["wall_seconds"] - run["draft_seconds"] - run["verify_seconds"]
-            seconds[run["arm"]] = seconds.get(run["arm"], 0.0) + rest
-            prompts[run["arm"]] = prompts.get(run["arm"], 0) + run["prompts"]
+    def measure(
+        cls,
+        test: EmbeddedSpeedTest,
+        drafters: Mapping[str, Drafter],
+        answers: Sequence[Trajectory],
+        setting: Setting,
+        runs: Sequence[Row],
+    ) -> AverageAnswer:
+        """Time the prefill of a prompt of median length with each drafter. runs: timed ones at this setting."""
+        lengths = [each.prompt_length for each in answers]
+        prompt = answers[int(np.argsort(lengths)[len(lengths) // 2])]
+        sampling = test.config.sampling.params(setting.temperature)
+        request = Request("0", prompt.tokens[: prompt.prompt_length], 2, sampling)
+        decoders = {PLAIN: Decoder()} | {arm: Decoder(each, each.block_size) for arm, each in drafters.items()}
+        timers = {
+            arm: test.engine(test.target, decoder, 1, prompt.prompt_length + 2).prefill_timer(request)
+            for arm, decoder in decoders.items()
+        }
+        passes = [{arm: timer() for arm, timer in timers.items()} for _ in range(1 + PASSES)][1:]
         tokens = sum(run["tokens"] for run in runs) / sum(run["prompts"] for run in runs)
-        return cls(tokens, {arm: seconds[arm] / prompts[arm] for arm in seconds})
+        return cls(tokens, {arm: float(np.mean([each[arm] for each in passes])) for arm in timers})
 
 
 def widths_of(block_size: int) -> list[int]:
@@ -71,7 +82,7 @@ def measure_steps(
 ) -> StepSeconds:
     """Return the times of steps with and without each drafter, measured in alternation, at every number in flight.
 
-    The requests are spread evenly over all positions of the answers. Fewer numbers are measured if memory ends, or
+    The requests are where N that began at random times are on average. Fewer numbers are measured if memory ends, or
     after `SHARE` of `timed_seconds`, the time of the timed runs.
     """
     started = time.monotonic()
@@ -82,7 +93,7 @@ def measure_steps(
     ends = sorted((end, row) for row, each in enumerate(answers) for end in range(each.prompt_length, len(each.tokens)))
     found: dict[int, dict[Cell, np.ndarray]] = {}
     for concurrency in IN_FLIGHT:
-        chosen = [ends[int((n + 0.5) / concurrency * len(ends))] for n in range(concurrency)]
+        chosen = [ends[int((n + 1) / (concurrency + 1) * len(ends))] for n in range(concurrency)]
         sampling = test.config.sampling.params(setting.temperature)
         requests = [
             Request(str(n), answers[row].tokens[:end], widest + 1, sampling, n) for n, (end, row) in enumerate(chosen)

@@ -234,7 +234,8 @@ def _load(
     test.ctx.log("timing steps by the number of requests in flight")
     with one_thread(test.target):
         steps = measure_steps(test, drafters, replayed.answers, first, sum(run["wall_seconds"] for run in speed.runs))
-    average = AverageAnswer.from_runs(at_setting(speed.runs, first))
+        runs = at_setting(speed.runs, first)
+        average = AverageAnswer.measure(test, drafters, replayed.answers, first, runs)
     points = predict(steps, replayed.tallies, replayed.units, average)
     return {"step_times": step_table(steps), "load": points}
 

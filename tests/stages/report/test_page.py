@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from draftsmith.artifacts.results.evaluation import AnswerContext, EvaluationResult
+from draftsmith.artifacts.results.evaluation import PLAIN, AnswerContext, EvaluationResult, LoadPoint
 from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.stages.report.page import ReportData, render_report
 from tests.stages.report.sample_report import (
@@ -162,6 +163,20 @@ def test_predicted_speeds_are_shown_by_load(tmp_path: Path) -> None:
     page = render(tmp_path, of_a_line())
     assert "Speed by load" in page.text and "requests in flight" in page.text
     assert "Speed by load" not in render(tmp_path, sample()).text
+
+
+def test_block_sizes_by_load_are_given_as_vllm_takes_them(tmp_path: Path) -> None:
+    points = [(1, 8, 0.5), (2, 8, 0.3), (4, 4, 0.1), (8, 4, -0.1), (16, 2, -0.2)]
+    curve = [
+        LoadPoint(
+            value=value, error=0.01, units=5, degrees=4, arm="opd", other=PLAIN, concurrency=n, block_size=width,
+            tokens_per_s=1.0,
+        )
+        for n, width, value in points
+    ]  # fmt: skip
+    data = of_a_line()
+    page = render(tmp_path, replace(data, evaluation=data.evaluation.model_copy(update={"load": curve})))
+    assert "num_speculative_tokens_per_batch_size: [[1, 3, 7], [4, 7, 3], [8, 16, 0]]" in page.text
 
 
 def test_the_speed_at_the_teams_load_and_what_it_saves_come_first(tmp_path: Path) -> None:
