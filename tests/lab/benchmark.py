@@ -166,10 +166,12 @@ FIRST = SftConfig.model_validate(
 REFRESH = {**SHARED, "steps": 150}
 SFT = FIRST.model_copy(update=REFRESH)
 UP_TO_FAILURE = {"response": {"loss": "cross_entropy", "scope": "committed", "beyond": 0}}
+CONTROL_CONFIG = SFT.model_copy(update={"loss": "forward_kl"})
 FROZEN, CONTROL, OPD = "frozen", "sft-distribution", "opd"
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {  # a stage, or the trainer of `rivals`, and its config
     "sft": ("sft", SFT.model_dump()),
-    CONTROL: ("sft", SFT.model_copy(update={"loss": "forward_kl"}).model_dump()),
+    CONTROL: ("sft", CONTROL_CONFIG.model_dump()),
+    "sft-longer": ("sft", CONTROL_CONFIG.model_copy(update={"steps": 195}).model_dump()),
     "auf": ("opd", {**REFRESH, "anchors": "random", "loss": UP_TO_FAILURE}),
     "d-pace": ("sft", SFT.model_copy(update={"gamma": None, "weights": "d_pace"}).model_dump()),
     "visible-prefix": ("visible-prefix", SFT.model_dump()),
