@@ -1,41 +1,36 @@
 """The refresh benchmark: weeks of a target with labelled changes, and every arm refreshed over them (`bars.md`).
 
-    python -m tests.lab.benchmark make              # writes season/: targets, answers as tokens, their checksums
-    python -m tests.lab.benchmark run --seeds 0 1   # trains what is not in the cache, writes results.json, prints it
+    python -m tests.lab.benchmark run --seeds 0 1             # trains what is not in the cache, prints the tables
+    python -m tests.lab.benchmark run --season smollm2
+    python -m tests.lab.benchmark make                        # answers of weeks that have none
 
-`run` reads nothing but season/. It continues where it was interrupted: each training is a folder in the tests' cache.
+`run` reads nothing but the season's folder, and writes `results.json` there. It continues where it was interrupted:
+each training is a folder in the tests' cache.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib
 import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from safetensors.torch import load_file, save_file
 
 from draftsmith.artifacts.results.base import SetMetrics
 from draftsmith.artifacts.results.evaluation import CHAMPION, EvaluationResult
-from draftsmith.artifacts.tables.parquet import write_table
-from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 from draftsmith.flows.refresh.decisions import degraded_sets
 from draftsmith.stages.catalog import STAGES
-from draftsmith.stages.data.chat_template import token_ids
-from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_trajectories, request_seed
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.drafters.checkpoint import load_drafter
+from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.evaluation.acceptance import acceptance_table, tau_by_slice, tau_comparisons
@@ -45,9 +40,6 @@ from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.trace import DEPTHS, AcceptanceStats
 from draftsmith.stages.runtime.statistics import Estimate, jackknife, ratio_gain
-from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.sampling import SamplingParams
-from draftsmith.stages.target.source import TOKENIZER_PARTS
 from draftsmith.stages.training import losses, response_loss, trainer
 from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.opd import anchor_sources, step
@@ -55,131 +47,33 @@ from draftsmith.stages.training.opd import trainer as opd_trainer
 from draftsmith.stages.training.sft import trainer as sft_trainer
 from tests.lab import rivals
 from tests.lab.results import mean_difference
+from tests.lab.seasons import PROCEDURAL, SEASONS, SMOLLM2, Season
 from tests.testbed import cache as folders
 from tests.testbed.context import RecordingContext
-from tests.testbed.procedural.text import examples
-from tests.testbed.procedural.training import MASK, training_examples
-from tests.testbed.target import TAUGHT, target_folder
+from tests.testbed.procedural.training import MASK
 
-SEASON = Path(__file__).parent / "season"
-INDEX, RESULTS = "season.json", "results.json"
-FINE_TUNING = TAUGHT.model_copy(update={"steps": 150, "revision_2": 0.7, "learning_rate": 2e-3, "seed": 1})
-ANSWERS = SamplingParams(temperature=1.0)
-MAX_NEW_TOKENS, HELD_OUT = 96, 160
-FIRST_MONDAY = datetime(2026, 1, 5, tzinfo=UTC)
-
-
-@dataclass(frozen=True)
-class Week:
-    """What the target is asked in a week; its change came at the beginning."""
-
-    change: str
-    target: str
-    families: tuple[str, ...]  # in turn
-    trained: int = 240  # answers of the first six days
-
-
-OLD_TRAFFIC = ("record", "dialogue")
-WEEKS = (
-    Week("first", "target-0", OLD_TRAFFIC, trained=480),
-    Week("fine-tuned target", "target-1", OLD_TRAFFIC),
-    Week("nothing", "target-1", OLD_TRAFFIC),
-    Week("traffic", "target-1", ("story", "record", "story", "dialogue")),
-)
-
-
-def make(folder: Path) -> None:
-    """Write the targets in bfloat16, the answers of every week as tokens, and `season.json` with their checksums."""
-    first = target_folder()
-    sources = {"target-0": first, "target-1": target_folder("target-season", FINE_TUNING, parent=first)}
-    index: dict[str, Any] = {"torch": torch.__version__, "files": {}}
-    for name, source in sources.items():
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        for path in source.iterdir():
-            if path.name == "tokenizer.json":  # in one line
-                (folder / name / path.name).write_text(json.dumps(json.loads(path.read_text()), ensure_ascii=False))
-            elif path.name in (*TOKENIZER_PARTS, "config.json", "generation_config.json"):
-                shutil.copyfile(path, folder / name / path.name)
-        weights = {n: w.to(torch.bfloat16) for n, w in load_file(source / "model.safetensors").items()}
-        save_file(weights, folder / name / "model.safetensors", metadata={"format": "pt"})
-    seen = frozenset(example.prompt for taught in (TAUGHT, FINE_TUNING) for example in training_examples(taught))
-    for number, week in enumerate(WEEKS):
-        asked = list(examples(2000 + number, week.trained + HELD_OUT, exclude=seen, families=week.families))
-        seen |= {example.prompt for example in asked}
-        target = loaded_target(folder / week.target)
-        rows = list(_answered(target, number, [(example.family, example.prompt) for example in asked]))
-        pq.write_table(pa.Table.from_pylist(rows), folder / f"week-{number}.parquet", compression="zstd")
-        index["files"][f"week-{number}.parquet"] = {
-            "change": week.change,
-            "answers": len(rows),
-            "tokens": sum(len(row["completion_token_ids"]) for row in rows),
-        }
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in (".parquet", ".safetensors"):
-            name = str(path.relative_to(folder))
-            index["files"].setdefault(name, {})["sha256"] = checksum(path)
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def checksum(path: Path) -> str:
-    """Return the sha256 of a file: the content id of what is shipped."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _answered(target: Target, number: int, asked: Sequence[tuple[str, str]]) -> Iterator[dict[str, Any]]:
-    """Yield the target's answers in the order of their times, as rows of a log."""
-    week = WEEKS[number]
-    rows: list[dict[str, Any]] = []
-    for i, (family, prompt) in enumerate(asked):
-        part, index, count = ("train", i, week.trained) if i < week.trained else ("heldout", i - week.trained, HELD_OUT)
-        day = timedelta(days=6 * index / count) if part == "train" else timedelta(days=6 + index / count)
-        messages = [{"role": "user", "content": prompt}]
-        rows.append({
-            "id": f"w{number}-{i:03}", "timestamp": (FIRST_MONDAY + timedelta(weeks=number) + day).isoformat(),
-            "week": number, "change": week.change, "split": part, "family": family, "messages": messages,
-            "prompt_token_ids": token_ids(target.tokenizer, messages, "", {}), "temperature": ANSWERS.temperature,
-        })  # fmt: skip
-    requests = [
-        Request(row["id"], row["prompt_token_ids"], MAX_NEW_TOKENS, ANSWERS, request_seed(0, row["id"], 0))
-        for row in rows
-    ]
-    longest = max(len(request.prompt_ids) for request in requests) + MAX_NEW_TOKENS + 1
-    engine = EmbeddedEngine(target, slots=64, capacity=longest)
-    answers = {each.request.request_id: each for each in engine.generate(requests)}
-    for row in rows:
-        answer = answers[row["id"]]
-        assert len(answer.response_ids) >= 2
-        yield row | {"completion_token_ids": answer.response_ids, "finish_reason": answer.finish_reason}
-
-
-# -- arms --------------------------------------------------------------------------------------------------------------
-
-SHARED = {
-    "learning_rate": 3e-3, "sequences_per_step": 8, "anchors_per_sequence": 16, "compute_dtype": "float32",
-}  # fmt: skip
-FIRST = SftConfig.model_validate(
-    {
-        **SHARED, "steps": 600, "gamma": 4.0, "loss": "cross_entropy",
-        "drafter": {"num_layers": 1, "block_size": 8, "target_layer_ids": [0, 1, 2], "mask_token": MASK},
-    }
-)  # fmt: skip
-REFRESH = {**SHARED, "steps": 150}
-SFT = FIRST.model_copy(update=REFRESH)
-UP_TO_FAILURE = {"response": {"loss": "cross_entropy", "scope": "committed", "beyond": 0}}
-CONTROL_CONFIG = SFT.model_copy(update={"loss": "forward_kl"})
-FROZEN, CONTROL, OPD = "frozen", "sft-distribution", "opd"
-ARMS: dict[str, tuple[str, dict[str, Any]]] = {  # a stage, or the trainer of `rivals`, and its config
-    "sft": ("sft", SFT.model_dump()),
-    CONTROL: ("sft", CONTROL_CONFIG.model_dump()),
-    "sft-longer": ("sft", CONTROL_CONFIG.model_copy(update={"steps": 195}).model_dump()),
-    "auf": ("opd", {**REFRESH, "anchors": "random", "loss": UP_TO_FAILURE}),
-    "d-pace": ("sft", SFT.model_copy(update={"gamma": None, "weights": "d_pace"}).model_dump()),
-    "visible-prefix": ("visible-prefix", SFT.model_dump()),
-    OPD: ("opd", REFRESH),
-    "paper": ("opd", {**REFRESH, "anchors": "errors", "loss": "paper"}),
-}
+RESULTS, TALLIES, COSTS = "results.json", "tallies.json", "costs.json"
+FROZEN, CONTROL, LONGEST, OPD = "frozen", "sft-distribution", "sft-longest", "opd"
+Arm = tuple[str, dict[str, Any]]  # a stage, or the trainer of `rivals`, and its config
 CODE = (losses, response_loss, trainer, sft_trainer, opd_trainer, step, anchor_sources, rivals)
-TALLIES, COSTS = "tallies.json", "costs.json"
+
+
+def arms_of(first: SftConfig, refresh: Mapping[str, Any]) -> dict[str, Arm]:
+    """Return every trained arm. refresh: the fields that all of them share."""
+    sft = first.model_copy(update=dict(refresh))
+    control = sft.model_copy(update={"loss": "forward_kl"})
+    up_to_failure = {"response": {"loss": "cross_entropy", "scope": "committed", "beyond": 0}}
+    return {
+        "sft": ("sft", sft.model_dump()),
+        CONTROL: ("sft", control.model_dump()),
+        "sft-longer": ("sft", control.model_copy(update={"steps": sft.steps * 13 // 10}).model_dump()),
+        LONGEST: ("sft", control.model_copy(update={"steps": sft.steps * 49 // 30}).model_dump()),
+        "auf": ("opd", {**refresh, "anchors": "random", "loss": up_to_failure}),
+        "d-pace": ("sft", sft.model_copy(update={"gamma": None, "weights": "d_pace"}).model_dump()),
+        "visible-prefix": ("visible-prefix", sft.model_dump()),
+        OPD: ("opd", dict(refresh)),
+        "paper": ("opd", {**refresh, "anchors": "errors", "loss": "paper"}),
+    }
 
 
 def run_stage(name: str, config: Mapping[str, Any], out: Path, inputs: Mapping[str, Path], seed: int = 0) -> None:
@@ -193,102 +87,122 @@ def run_stage(name: str, config: Mapping[str, Any], out: Path, inputs: Mapping[s
     shutil.rmtree(ctx.work)
 
 
-@cache
-def target_artifact(source: Path) -> Path:
-    """Return the artifact of a shipped target."""
+@dataclass(frozen=True, eq=False)
+class Benchmark:
+    """A season, and the drafters that are refreshed over it."""
 
-    def build(folder: Path) -> None:
-        run_stage("target", {"source": str(source), "dtype": "float32"}, folder / "target", {})
+    season: Season
+    prefix: str  # of folders in the cache
+    first: SftConfig  # training of the first champion
+    arms: Mapping[str, Arm]
+    drafting: DraftingConfig
 
-    return folders.cached("season-target", build, extra=f"{source} {checksum(source / 'model.safetensors')}") / "target"
+    @classmethod
+    def of_procedural(cls) -> Benchmark:
+        """Return the benchmark of the procedural season."""
+        shared = {
+            "learning_rate": 3e-3, "sequences_per_step": 8, "anchors_per_sequence": 16, "compute_dtype": "float32",
+        }  # fmt: skip
+        drafter = {"num_layers": 1, "block_size": 8, "target_layer_ids": [0, 1, 2], "mask_token": MASK}
+        training = {**shared, "steps": 600, "gamma": 4.0, "loss": "cross_entropy"}
+        first = SftConfig.model_validate({**training, "drafter": drafter})
+        return cls(PROCEDURAL, "season", first, arms_of(first, {**shared, "steps": 150}), DraftingConfig())
 
+    @classmethod
+    def of_smollm2(cls) -> Benchmark:
+        """Return the benchmark of SmolLM2's season; its settings are the quickstart's, with more blocks and steps."""
+        shared = {"sequences_per_step": 8, "anchors_per_sequence": 16, "head_tokens": 4096}
+        drafter = {"num_layers": 2, "block_size": 8, "num_target_features": 5, "mask_token": "<empty_output>"}
+        fields = {
+            **shared,
+            "learning_rate": 1e-3,
+            "steps": 400,
+            "gamma": 4.0,
+            "loss": "cross_entropy",
+            "drafter": drafter,
+        }
+        first = SftConfig.model_validate(fields)
+        arms = arms_of(first, {**shared, "learning_rate": 3e-4, "steps": 100})
+        return cls(SMOLLM2, "season-smollm2", first, arms, DraftingConfig(head_tokens=4096))
 
-@cache
-def loaded_target(source: Path) -> Target:
-    """Return a shipped target."""
-    return Target.load(target_artifact(source))
+    @cache  # noqa: B019  (benchmarks live as long as the process)
+    def first_champion(self) -> Path:
+        """Return the drafter that every arm starts from."""
 
+        def build(folder: Path) -> None:
+            inputs = {"target": self.season.target_artifact(0), "trajectories": self.season.answers(0) / "train"}
+            run_stage("sft", self.first.model_dump(), folder, inputs)
 
-@cache
-def answers(number: int) -> Path:
-    """Return the folder of a week's answers as stages read them."""
-    path = SEASON / f"week-{number}.parquet"
+        extra = f"{self.first} {self.season.answers(0).name}"
+        return folders.cached(f"{self.prefix}-first", build, code=CODE, extra=extra)
 
-    def build(folder: Path) -> None:
-        rows = [
-            {
-                "trajectory_id": f"{row['id']}/0", "prompt_id": row["id"], "split": row["split"], "sample": 0,
-                "prompt_ids": row["prompt_token_ids"], "response_ids": row["completion_token_ids"],
-                "finish_reason": row["finish_reason"], "temperature": row["temperature"], "top_p": 1.0, "top_k": 0,
-                "seed": 0, "engine": "season",
-            }
-            for row in pq.read_table(path).to_pylist()
-        ]  # fmt: skip
-        for split in ("train", "heldout"):
-            (folder / split).mkdir()
-            write_table(folder / split / "trajectories.parquet", TRAJECTORIES, [r for r in rows if r["split"] == split])
+    @cache  # noqa: B019
+    def refreshed(self, arm: str, number: int, seed: int) -> Path:
+        """Return an arm's drafter at the end of a week, with its costs."""
+        if number == 0 or arm == FROZEN:
+            return self.first_champion()
+        before, (stage, config) = self.refreshed(arm, number - 1, seed), self.arms[arm]
+        weeks, target, data = (
+            self.season.weeks,
+            self.season.target_artifact(number),
+            self.season.answers(number) / "train",
+        )
 
-    return folders.cached("season-answers", build, extra=checksum(path))
+        def build(folder: Path) -> None:
+            inputs = {"target": target, "trajectories": data, "drafter": before}
+            if weeks[number].target != weeks[number - 1].target:
+                adopted = SftConfig(steps=0, adopt=True).model_dump()
+                run_stage("sft", adopted, folder / "adopted", inputs)
+                inputs["drafter"] = folder / "adopted"
+            started = time.process_time()
+            if stage == "opd":
+                mining = {"table": "scored" if arm == "paper" else "sample", "drafting": self.drafting.model_dump()}
+                run_stage("mining", mining, folder / "mined", inputs)
+                inputs["mined"] = folder / "mined"
+            run_stage(stage, config, folder, inputs, seed)
+            (folder / COSTS).write_text(json.dumps({"cpu_seconds": time.process_time() - started}))
+            for name in ("adopted", "mined"):
+                shutil.rmtree(folder / name, ignore_errors=True)
 
+        extra = f"{stage} {config} {seed} {before.name} {target.parent.name} {data.parent.name}"
+        return folders.cached(f"{self.prefix}-{arm}-{number}-s{seed}", build, code=CODE, extra=extra)
 
-def replay(drafter: Path, weeks: Sequence[int]) -> dict[str, list[list[float]]]:
-    """Return committed tokens and verify steps of each measured answer of some weeks, of that week's target."""
-    tallies = {}
-    for number in weeks:
-        target = loaded_target(SEASON / WEEKS[number].target)
-        stored = load_trajectories(answers(number) / "heldout")
-        options = ReplayOptions(sampling=stored.sampling, with_proposals=False, tokens_per_group=1 << 15)
-        replayer = Replayer(target, options)
-        loaded = {"it": load_drafter(drafter / DRAFTER_FOLDER, target, any_target=True)}
-        stats = replayer.acceptance(loaded, stored.trajectories)["it"]
-        tallies[str(number)] = [stats.committed.tolist(), stats.steps.tolist()]
-    return tallies
+    def cpu_seconds(self, arm: str, number: int, seed: int) -> float:
+        """Return what a week's training took, mining included."""
+        return float(json.loads((self.refreshed(arm, number, seed) / COSTS).read_text())["cpu_seconds"])
 
+    def tally(self, drafter: Path, number: int) -> AcceptanceStats:
+        """Return a drafter's acceptance on the measured answers of a week, which is kept beside it."""
+        path = drafter / TALLIES
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        if str(number) not in kept:
+            target, stored = self.season.target(number), load_trajectories(self.season.answers(number) / "heldout")
+            options = ReplayOptions(
+                sampling=stored.sampling, drafting=self.drafting, with_proposals=False, tokens_per_group=1 << 15
+            )
+            loaded = {"it": load_drafter(drafter / DRAFTER_FOLDER, target, any_target=True)}
+            found = Replayer(target, options).acceptance(loaded, stored.trajectories)["it"]
+            kept[str(number)] = [found.committed.tolist(), found.steps.tolist()]
+            path.write_text(json.dumps(kept))
+        return stats_of(*kept[str(number)])
 
-def first_champion() -> Path:
-    """Return the drafter that every arm starts from, with its tallies of all weeks."""
+    def fallen(self, drafter: Path, number: int) -> list[str]:
+        """Return the slices in which the drift check finds that a drafter has lost tau since the week before."""
+        now, then = (self._by_slice(drafter, each) for each in (number, number - 1))
+        return degraded_sets(now, then, DriftConfig().threshold)
 
-    def build(folder: Path) -> None:
-        inputs = {"target": target_artifact(SEASON / WEEKS[0].target), "trajectories": answers(0) / "train"}
-        run_stage("sft", FIRST.model_dump(), folder, inputs)
-        (folder / TALLIES).write_text(json.dumps(replay(folder, range(len(WEEKS)))))
-
-    return folders.cached("season-first", build, code=CODE, extra=f"{FIRST} {answers(0).name}")
-
-
-def refreshed(arm: str, number: int, seed: int) -> Path:
-    """Return an arm's drafter at the end of a week, with its tallies of this week and the next, and its costs."""
-    before = first_champion() if number == 1 else refreshed(arm, number - 1, seed)
-    stage, config = ARMS[arm]
-    target, data = target_artifact(SEASON / WEEKS[number].target), answers(number) / "train"
-
-    def build(folder: Path) -> None:
-        inputs = {"target": target, "trajectories": data, "drafter": before}
-        if WEEKS[number].target != WEEKS[number - 1].target:
-            adopted = SftConfig(steps=0, adopt=True).model_dump()
-            run_stage("sft", adopted, folder / "adopted", inputs)
-            inputs["drafter"] = folder / "adopted"
-        started = time.process_time()
-        if stage == "opd":
-            table = "scored" if arm == "paper" else "sample"
-            run_stage("mining", {"table": table}, folder / "mined", inputs)
-            inputs["mined"] = folder / "mined"
-        run_stage(stage, config, folder, inputs, seed)
-        (folder / COSTS).write_text(json.dumps({"cpu_seconds": time.process_time() - started}))
-        (folder / TALLIES).write_text(json.dumps(replay(folder, range(number, min(number + 2, len(WEEKS))))))
-        for name in ("adopted", "mined"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-
-    extra = f"{stage} {config} {seed} {before.name} {target.parent.name} {data.parent.name}"
-    return folders.cached(f"season-{arm}-{number}-s{seed}", build, code=CODE, extra=extra)
+    def _by_slice(self, drafter: Path, number: int) -> dict[str, SetMetrics]:
+        families = self.season.families(number)
+        units = [str(i) for i in range(len(families))]
+        by_slice = tau_by_slice({"it": self.tally(drafter, number)}, units, families)
+        return {name: arms["it"] for name, arms in by_slice.items()}
 
 
 # -- decisions and scores ----------------------------------------------------------------------------------------------
 
 
-def tally(drafter: Path, number: int) -> AcceptanceStats:
-    """Return a drafter's acceptance on the measured answers of a week."""
-    committed, steps = json.loads((drafter / TALLIES).read_text())[str(number)]
+def stats_of(committed: Sequence[float], steps: Sequence[float]) -> AcceptanceStats:
+    """Return committed tokens and verify steps of answers as what replay returns."""
     stats = AcceptanceStats(len(steps))
     stats.committed, stats.steps = np.array(committed), np.array(steps)
     stats.committed_at[:, 0], stats.steps_at[:, 0] = stats.committed, stats.steps  # all below a depth of 1k
@@ -305,33 +219,15 @@ def half(stats: AcceptanceStats, which: int) -> AcceptanceStats:
     return part
 
 
-def labels(number: int) -> list[tuple[str]]:
-    """Return the family of each measured answer."""
-    rows = pq.read_table(SEASON / f"week-{number}.parquet", columns=["split", "family"]).to_pylist()
-    return [(row["family"],) for row in rows if row["split"] == "heldout"]
-
-
 def promotes(challenger: AcceptanceStats, champion: AcceptanceStats, families: Sequence[tuple[str]]) -> bool:
     """Return whether the gate promotes, by tau alone."""
     tallies, units = {CHAMPION: champion, "opd": challenger}, [str(i) for i in range(len(families))]
     evaluation = EvaluationResult(
-        temperature=ANSWERS.temperature,
+        temperature=1.0,
         drafters=acceptance_table(tallies, units, [False] * len(units)),
         comparisons=tau_comparisons(tallies, units, families),
     )
     return decide(evaluation, GateConfig(judge_speed=False)).promote
-
-
-def fallen(drafter: Path, number: int) -> list[str]:
-    """Return the slices in which the drift check finds that a drafter has lost tau since the week before."""
-    now, then = (_by_slice(drafter, each) for each in (number, number - 1))
-    return degraded_sets(now, then, DriftConfig().threshold)
-
-
-def _by_slice(drafter: Path, number: int) -> dict[str, SetMetrics]:
-    families = labels(number)
-    units = [str(i) for i in range(len(families))]
-    return {name: arms["it"] for name, arms in tau_by_slice({"it": tally(drafter, number)}, units, families).items()}
 
 
 def difference(arm: Sequence[AcceptanceStats], other: Sequence[AcceptanceStats]) -> Estimate:
@@ -348,15 +244,15 @@ def compare(arm: Sequence[AcceptanceStats], other: Sequence[AcceptanceStats]) ->
     return {"difference": estimate.value, "low": low, "high": high, "gain": gain, "verdict": verdict}
 
 
-def decisions(arm: str, number: int, seed: int) -> dict[str, Any]:
+def decisions(bench: Benchmark, arm: str, number: int, seed: int) -> dict[str, Any]:
     """Return what drift check and gate do with an arm's line in a week, and whether they were right."""
-    line = first_champion() if number == 1 or arm == FROZEN else refreshed(arm, number - 1, seed)
-    found = {"drift": fallen(line, number)}
+    line, after = (bench.refreshed(arm, n, seed) for n in (number - 1, number))
+    found: dict[str, Any] = {"drift": bench.fallen(line, number)}
     if arm == FROZEN:
         return found
-    before, after, families = tally(line, number), tally(refreshed(arm, number, seed), number), labels(number)
-    promoted = promotes(half(after, 0), half(before, 0), families[::2])
-    other, base = half(after, 1), half(before, 1)
+    old, new, families = bench.tally(line, number), bench.tally(after, number), bench.season.families(number)
+    promoted = promotes(half(new, 0), half(old, 0), families[::2])
+    other, base = half(new, 1), half(old, 1)
     gain = jackknife(ratio_gain, other.committed, other.steps, base.committed, base.steps)
     interval = gain.interval()
     clear = gain.value >= 0.05 and interval is not None and interval[0] > 0
@@ -365,67 +261,73 @@ def decisions(arm: str, number: int, seed: int) -> dict[str, Any]:
         "gain_of_other_half": gain.value,
         "false_promotion": promoted and gain.value <= 0,
         "missed_promotion": clear and not promoted,
-        "copy_promoted": promotes(half(before, 0), half(before, 0), families[::2]),
+        "copy_promoted": promotes(half(old, 0), half(old, 0), families[::2]),
     }
 
 
 @cache
-def step_seconds() -> float:
+def step_seconds(bench: Benchmark) -> float:
     """Return the CPU seconds of a verify step with the first champion, drafting included."""
-    target, drafter = loaded_target(SEASON / WEEKS[0].target), first_champion() / DRAFTER_FOLDER
-    stored = load_trajectories(answers(0) / "heldout")
-    engine = EmbeddedEngine(target, load_drafter(drafter, target), slots=1, capacity=512)
-    requests = [
-        Request(t.trajectory_id, t.tokens[: t.prompt_length], MAX_NEW_TOKENS) for t in list(stored.trajectories)[:8]
-    ]
+    target, drafter = (
+        bench.season.target(0),
+        load_drafter(bench.first_champion() / DRAFTER_FOLDER, bench.season.target(0)),
+    )
+    stored, most = load_trajectories(bench.season.answers(0) / "heldout"), bench.season.weeks[0].max_new_tokens
+    engine = EmbeddedEngine(target, drafter, slots=1, capacity=512, drafting=bench.drafting)
+    requests = [Request(t.trajectory_id, t.tokens[: t.prompt_length], most) for t in list(stored.trajectories)[:8]]
     started = time.process_time()
     steps = sum(completion.verify_steps for completion in engine.generate(requests))
     return (time.process_time() - started) / steps
 
 
-def results(arms: Sequence[str], seeds: Sequence[int], last: int) -> dict[str, Any]:
+def results(bench: Benchmark, arms: Sequence[str], seeds: Sequence[int], last: int) -> dict[str, Any]:
     """Train what is missing up to a week, and return every score. The control and `opd` are among the arms."""
     weeks = range(1, last + 1)
     for number in weeks:
         for seed in seeds:
             for arm in arms:
-                folder = refreshed(arm, number, seed)
-                print(f"seed {seed} {arm} week {number}: tau {tally(folder, number).tau:.3f}", flush=True)
-    verify = step_seconds()
+                tau = bench.tally(bench.refreshed(arm, number, seed), number).tau
+                print(f"seed {seed} {arm} week {number}: tau {tau:.3f}", flush=True)
+    verify = step_seconds(bench)
     by_week: dict[str, Any] = {}
     for number in weeks:
-        frozen = [tally(first_champion(), number)] * len(seeds)
-        stats = {FROZEN: frozen} | {arm: [tally(refreshed(arm, number, s), number) for s in seeds] for arm in arms}
+        stats = {
+            arm: [bench.tally(bench.refreshed(arm, number, seed), number) for seed in seeds] for arm in (FROZEN, *arms)
+        }
         table: dict[str, Any] = {}
         for arm, tallies in stats.items():
             taus = [each.tau for each in tallies]
-            row: dict[str, Any] = {"tau": float(np.mean(taus)), "taus": taus, "to_opd": compare(tallies, stats[OPD])}
-            row |= {f"to_{other}": compare(tallies, stats[other]) for other in (CONTROL, "sft") if other in stats}
-            row["decisions"] = {str(seed): decisions(arm, number, seed) for seed in seeds}
+            row: dict[str, Any] = {"tau": float(np.mean(taus)), "taus": taus}
+            row |= {f"to_{other}": compare(tallies, stats[other]) for other in COMPARED if other in stats}
+            row["decisions"] = {str(seed): decisions(bench, arm, number, seed) for seed in seeds}
             if arm != FROZEN:
-                costs = [json.loads((refreshed(arm, number, s) / COSTS).read_text())["cpu_seconds"] for s in seeds]
-                saved = 1 / float(np.mean([each.tau for each in frozen])) - 1 / row["tau"]  # verify steps of a token
-                row["cpu_seconds"] = float(np.mean(costs))
+                saved = 1 / stats[FROZEN][0].tau - 1 / row["tau"]  # verify steps of a token
+                row["cpu_seconds"] = float(np.mean([bench.cpu_seconds(arm, number, seed) for seed in seeds]))
                 row["saved_per_1000_tokens_and_second"] = 1000 * saved / row["cpu_seconds"]
                 row["break_even_tokens"] = row["cpu_seconds"] / (saved * verify) if saved > 0 else None
             table[arm] = row
-        by_week[str(number)] = {"change": WEEKS[number].change, "arms": table}
+        by_week[str(number)] = {"change": bench.season.weeks[number].change, "arms": table}
+    taus = {str(n): bench.tally(bench.first_champion(), n).tau for n in range(last + 1)}
     return {
         "seeds": list(seeds), "threads": torch.get_num_threads(), "verify_step_cpu_seconds": verify,
-        "first_champion": {str(n): tally(first_champion(), n).tau for n in range(len(WEEKS))}, "weeks": by_week,
+        "first_champion": taus, "weeks": by_week,
     }  # fmt: skip
+
+
+COMPARED = (CONTROL, LONGEST, "sft", OPD)
 
 
 def show(found: Mapping[str, Any]) -> Iterator[str]:
     """Yield the tables in Markdown."""
     for number, week in found["weeks"].items():
         yield f"\nWeek {number}, {week['change']}\n"
-        yield "| arm | tau | to the control | to `sft` | to `opd` | CPU s | break-even | drift | promoted | wrong |"
-        yield "|---|---|---|---|---|---|---|---|---|---|"
+        columns = ["arm", "tau", *(f"to `{other}`" for other in COMPARED), "CPU s", "break-even", "drift", "promoted"]
+        yield f"| {' | '.join([*columns, 'wrong'])} |"
+        yield f"|{'---|' * (len(columns) + 1)}"
         for arm, row in week["arms"].items():
             decided = list(row["decisions"].values())
             wrong = sum(bool(each.get(k)) for each in decided for k in _WRONG)
-            cells = [f"`{arm}`", f"{row['tau']:.3f}", *(_compared(row.get(f"to_{o}")) for o in (CONTROL, "sft", OPD))]
+            cells = [f"`{arm}`", f"{row['tau']:.3f}", *(_compared(row.get(f"to_{other}")) for other in COMPARED)]
             cells += [f"{row['cpu_seconds']:.1f}" if "cpu_seconds" in row else ""]
             cells += [f"{row['break_even_tokens']:,.0f}" if row.get("break_even_tokens") else ""]
             cells += [f"{sum(bool(each['drift']) for each in decided)} of {len(decided)}"]
@@ -451,17 +353,20 @@ def _compared(each: Mapping[str, Any] | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["make", "run"])
-    parser.add_argument("--folder", type=Path, default=SEASON, help="of `make`: where the season is written")
+    parser.add_argument("--season", choices=list(SEASONS), default=PROCEDURAL.name)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--weeks", type=int, help="the last one (default: all)")
+    parser.add_argument("--arms", nargs="+", help="default: all that are trained")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    season = SEASONS[options.season]
     if options.action == "make":
-        make(options.folder)
+        season.make()
         return
-    for last in range(1, len(WEEKS)):  # an interrupted run has whole weeks
-        found = results(options.arms, options.seeds, last)
-        (SEASON / RESULTS).write_text(json.dumps(found, indent=1) + "\n")
+    bench = Benchmark.of_procedural() if season is PROCEDURAL else Benchmark.of_smollm2()
+    for last in range(1, (options.weeks or len(season.weeks) - 1) + 1):  # an interrupted run has whole weeks
+        found = results(bench, options.arms or list(bench.arms), options.seeds, last)
+        (season.folder / RESULTS).write_text(json.dumps(found, indent=1) + "\n")
     print("\n".join(show(found)))
 
 
