@@ -184,7 +184,7 @@ class Benchmark:
             found = Replayer(target, options).acceptance(loaded, stored.trajectories)["it"]
             kept[str(number)] = [found.committed.tolist(), found.steps.tolist()]
             path.write_text(json.dumps(kept))
-        return stats_of(*kept[str(number)])
+        return stats_of(*map(np.array, kept[str(number)]))
 
     def fallen(self, drafter: Path, number: int) -> list[str]:
         """Return the slices in which the drift check finds that a drafter has lost tau since the week before."""
@@ -201,22 +201,18 @@ class Benchmark:
 # -- decisions and scores ----------------------------------------------------------------------------------------------
 
 
-def stats_of(committed: Sequence[float], steps: Sequence[float]) -> AcceptanceStats:
+def stats_of(committed: np.ndarray, steps: np.ndarray) -> AcceptanceStats:
     """Return committed tokens and verify steps of answers as what replay returns."""
     stats = AcceptanceStats(len(steps))
-    stats.committed, stats.steps = np.array(committed), np.array(steps)
+    stats.committed, stats.steps = committed, steps
     stats.committed_at[:, 0], stats.steps_at[:, 0] = stats.committed, stats.steps  # all below a depth of 1k
     stats.accepted = stats.judged = np.zeros(len(DEPTHS), dtype=np.int64)
     return stats
 
 
-def half(stats: AcceptanceStats, which: int) -> AcceptanceStats:
-    """Return every second answer: of half 0, which the gate sees, or of half 1."""
-    part = AcceptanceStats(len(stats.steps[which::2]))
-    for name in ("committed", "steps", "committed_at", "steps_at"):
-        setattr(part, name, getattr(stats, name)[which::2])
-    part.accepted, part.judged = stats.accepted, stats.judged
-    return part
+def half(families: Sequence[tuple[str]], which: int) -> list[int]:
+    """Return the indices of every second answer of each family: of half 0, which the gate sees, or of half 1."""
+    return [i for i, family in enumerate(families) if families[:i].count(family) % 2 == which]
 
 
 def promotes(challenger: AcceptanceStats, champion: AcceptanceStats, families: Sequence[tuple[str]]) -> bool:
@@ -251,9 +247,11 @@ def decisions(bench: Benchmark, arm: str, number: int, seed: int) -> dict[str, A
     if arm == FROZEN:
         return found
     old, new, families = bench.tally(line, number), bench.tally(after, number), bench.season.families(number)
-    promoted = promotes(half(new, 0), half(old, 0), families[::2])
-    other, base = half(new, 1), half(old, 1)
-    gain = jackknife(ratio_gain, other.committed, other.steps, base.committed, base.steps)
+    first, second = half(families, 0), half(families, 1)
+    of_first = [families[i] for i in first]
+    challenger, champion = (stats_of(each.committed[first], each.steps[first]) for each in (new, old))
+    promoted = promotes(challenger, champion, of_first)
+    gain = jackknife(ratio_gain, *(part[second] for each in (new, old) for part in (each.committed, each.steps)))
     interval = gain.interval()
     clear = gain.value >= 0.05 and interval is not None and interval[0] > 0
     return found | {
@@ -261,7 +259,7 @@ def decisions(bench: Benchmark, arm: str, number: int, seed: int) -> dict[str, A
         "gain_of_other_half": gain.value,
         "false_promotion": promoted and gain.value <= 0,
         "missed_promotion": clear and not promoted,
-        "copy_promoted": promotes(half(old, 0), half(old, 0), families[::2]),
+        "copy_promoted": promotes(champion, champion, of_first),
     }
 
 

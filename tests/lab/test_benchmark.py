@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.training.batches import FeatureSource
 from draftsmith.stages.training.blocks import encode_batch, pad_anchors, tokens_at
-from tests.lab.benchmark import Benchmark, compare, promotes, run_stage, stats_of
+from tests.lab.benchmark import Benchmark, compare, half, promotes, run_stage, stats_of
 from tests.lab.rivals import hidden_after_prefix
 from tests.lab.seasons import INDEX, PROCEDURAL, SEASONS, Season, checksum, rounded
 from tests.testbed.refresh import load_config
@@ -108,3 +109,11 @@ def test_verdicts_and_gate_follow_the_measured_difference() -> None:
     assert compare([stats_of(30.1 + noise, steps)], [base])["verdict"] == "ties"  # measurable, and below 1 %
     assert promotes(better, base, families)
     assert not promotes(base, base, families) and not promotes(base, better, families)
+
+
+def test_both_halves_have_equal_shares_of_each_family() -> None:
+    for season in SEASONS.values():
+        for number in range(len(season.weeks)):
+            families = season.families(number)
+            halves = [Counter(families[i] for i in half(families, which)) for which in (0, 1)]
+            assert halves[0] == halves[1] and sum(halves[0].values()) == len(families) / 2
