@@ -122,24 +122,24 @@ class Season:
     def make(self) -> None:
         """Write the answers of every week that has none as tokens, and `season.json` with checksums."""
         self.folder.mkdir(exist_ok=True)
-        index: dict[str, Any] = {"torch": torch.__version__, "files": {}}
+        path = self.folder / INDEX
+        index: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"files": {}}
         seen = self.seen()
         for number, week in enumerate(self.weeks):
             if not self._week(number).exists():
                 table = pa.Table.from_pylist(self._answered(number, self.asked(number, week, seen)))
                 pq.write_table(table, self._week(number), compression="zstd")
-            rows = self.rows(number)
-            seen |= {row["messages"][0]["content"] for row in rows}
-            index["files"][self._week(number).name] = {
-                "change": week.change,
-                "answers": len(rows),
-                "tokens": sum(len(row["completion_token_ids"]) for row in rows),
-            }
-        for path in sorted(self.folder.rglob("*")):
-            if path.suffix in (".parquet", ".safetensors"):
-                name = str(path.relative_to(self.folder))
-                index["files"].setdefault(name, {})["sha256"] = checksum(path)
-        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+                index["files"][self._week(number).name] = {
+                    "change": week.change,
+                    "answers": len(table),
+                    "tokens": sum(map(len, table["completion_token_ids"].to_pylist())),
+                    "torch": torch.__version__,
+                }
+            seen |= {row["messages"][0]["content"] for row in self.rows(number)}
+        for shipped in self.folder.rglob("*"):
+            if shipped.suffix in (".parquet", ".safetensors"):
+                index["files"].setdefault(str(shipped.relative_to(self.folder)), {})["sha256"] = checksum(shipped)
+        (self.folder / INDEX).write_text(json.dumps({"files": dict(sorted(index["files"].items()))}, indent=2) + "\n")
 
     def _answered(self, number: int, asked: Iterator[tuple[str, str]]) -> list[dict[str, Any]]:
         """Return the target's answers of two or more tokens in the order of their times, as rows of a log."""
