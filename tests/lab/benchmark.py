@@ -305,10 +305,10 @@ def results(bench: Benchmark, arms: Sequence[str], seeds: Sequence[int], last: i
                 row["break_even_tokens"] = row["cpu_seconds"] / (saved * verify) if saved > 0 else None
             table[arm] = row
         by_week[str(number)] = {"change": bench.season.weeks[number].change, "arms": table}
-    taus = {str(n): bench.tally(bench.first_champion(), n).tau for n in range(last + 1)}
+    first = {str(n): bench.tally(bench.first_champion(), n).tau for n in range(last + 1)}
     return {
         "seeds": list(seeds), "threads": torch.get_num_threads(), "verify_step_cpu_seconds": verify,
-        "first_champion": taus, "weeks": by_week,
+        "first_champion": first, "weeks": by_week,
     }  # fmt: skip
 
 
