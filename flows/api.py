@@ -51,20 +51,27 @@ _MAX_BAD_SHARE = 0.01  # as `logs.max_bad_share`
 _COLUMNS = ("tau", "tau_low", "tau_high", "prompts", "verify_steps", "block_size", "tau_without_loops")
 
 
-def load_target(source: str | Path, *, dtype: Dtype | None = None, device: str | None = None) -> Target:
+def load_target(
+    source: str | Path,
+    *,
+    dtype: Dtype | None = None,
+    device: str | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
+) -> Target:
     """Load a frozen causal language model.
 
     source: a model's folder, a hub id (Qwen/Qwen3-4B), a .gguf file, `package:NAME` (the .gguf file of an installed
     Python package), or the artifact folder of a stage `target`.
     dtype: of weights and computation; by default bfloat16, or an artifact's own dtype.
     device: of torch; by default a GPU if there is one.
+    adapters: name -> folder of a LoRA adapter that answers may be given under; an artifact has its own.
 
     Raises DraftsmithError if the model cannot be loaded, or if no drafter can be trained for it.
     """
     folder = Path(source).expanduser()
     if (folder / INFO_FILE).is_file():
         return Target.load(folder, dtype, device)
-    return Target.from_source(source, dtype or "bfloat16", device)
+    return Target.from_source(source, dtype or "bfloat16", device, adapters)
 
 
 def load_drafter(source: str | Path, target: Target) -> Drafter:
@@ -162,7 +169,8 @@ class _AnswerRows(RowFilter[Trajectory]):
 
     def _convert(self, row: LoggedRow, time: datetime | None) -> Trajectory:  # noqa: ARG002
         answer = self._reader.read(row)
-        return Trajectory(row.where, answer.prompt_ids + answer.response_ids, len(answer.prompt_ids))
+        tokens = answer.prompt_ids + answer.response_ids
+        return Trajectory(row.where, tokens, len(answer.prompt_ids), answer.adapter)
 
 
 @dataclass(frozen=True, eq=False)

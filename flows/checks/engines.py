@@ -16,7 +16,7 @@ from draftsmith.stages.engines.environment import EngineEnvironment, health_prob
 from draftsmith.stages.engines.sglang.environment import build_problems, environment_warnings, missing_router
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
-from draftsmith.stages.target.info import model_path
+from draftsmith.stages.target.info import model_path, read_target_info
 from draftsmith.stages.training.config import TrainingConfig
 
 
@@ -105,7 +105,7 @@ def check_shared_target(findings: Findings, nodes: Sequence[Node], artifact: Pat
             continue
         check = f"{node.name}: target"
         with findings.check(check):
-            check_divides(model_path(artifact), parallel.target_parallel)
+            check_divides(model_path(artifact), parallel.target_parallel, read_target_info(artifact).adapters)
             findings.ok(check, f"{parallel.target_parallel} processes share a copy")
 
 

@@ -30,6 +30,7 @@ from draftsmith.stages.data.row_formats import RejectedRow, row_messages
 from draftsmith.stages.data.trajectories import Prompt, positions_needed
 from draftsmith.stages.engines.stage import RolloutConfig, prompt_shortage, prompts_to_answer
 from draftsmith.stages.evaluation.config import EvaluationConfig, prompts_to_decode
+from draftsmith.stages.target.config import TargetConfig
 
 _COUNTED_BYTES = 1 << 28  # of larger files only the first row is read
 _LOG_ROWS, _LOG_SECONDS = 20_000, 20.0  # limits for one log
@@ -39,12 +40,13 @@ _MANY_REJECTED = 0.2  # share of the rows of a log or a source
 
 def check_sources(findings: Findings, nodes: Sequence[Node]) -> None:
     """Check that every source of prompts can be read, and has enough rows if they are cheap to count."""
+    adapters = [name for node in nodes if isinstance(node.config, TargetConfig) for name in node.config.adapters]
     for node in nodes:
         if isinstance(node.config, PromptsConfig):
             for index, source in enumerate(node.config.sources):
                 name = node.config.section if node.config.of_logs else f"{node.name}.sources.{index}"
                 with findings.check(name):
-                    _check_source(findings, name, source, node.config)
+                    _check_source(findings, name, source, node.config, adapters)
             sources = [each for each in node.config.sources if isinstance(each, HuggingFaceSource) and each.is_on_hub]
             if sources:
                 names = ", ".join(dict.fromkeys(each.id for each in sources))
@@ -130,14 +132,16 @@ def _weight(source: PromptSource) -> int:
     return len(source.tasks) if isinstance(source, ReasoningGymSource) else 1
 
 
-def _check_source(findings: Findings, name: str, source: PromptSource, config: PromptsConfig) -> None:
+def _check_source(
+    findings: Findings, name: str, source: PromptSource, config: PromptsConfig, adapters: Sequence[str]
+) -> None:
     wanted = _share(config, source)
     match source:
         case ReasoningGymSource():
             labels = [stream.label for stream in _open_streams(source, config)]
             findings.ok(name, f"{source.kind} {', '.join(labels)}: made as needed")
         case JsonlSource():
-            _check_files(findings, name, source, config)
+            _check_files(findings, name, source, config, adapters)
         case HuggingFaceSource() if Path(source.id).is_dir():
             rows = load_rows(source)
             findings.ok(name, _enough_rows(source, source.id, len(rows), wanted, filtered=bool(source.filter)))
@@ -178,7 +182,9 @@ def _open_streams(source: ReasoningGymSource, config: PromptsConfig) -> list[Pro
     return streams
 
 
-def _check_files(findings: Findings, name: str, source: JsonlSource, config: PromptsConfig) -> None:
+def _check_files(
+    findings: Findings, name: str, source: JsonlSource, config: PromptsConfig, adapters: Sequence[str]
+) -> None:
     files = match_files([source.path], config.paths_field, config.pinned_files)
     known = [Path(file).stat().st_size for file in files if not is_remote(file)]
     whole = len(known) == len(files) and sum(known) <= _COUNTED_BYTES
@@ -187,7 +193,7 @@ def _check_files(findings: Findings, name: str, source: JsonlSource, config: Pro
     seen: set[str] = set()
     rows = held_out = unread = duplicates = 0
     unchanged = not (source.suffix or config.system)
-    for _, messages, _ in prompt_rows(source, read_rows(files), rejects, unchanged=unchanged):
+    for _, messages, _ in prompt_rows(source, read_rows(files), rejects, unchanged=unchanged, adapters=adapters):
         text = PromptCandidate(source.path, messages, "").text_hash if messages else ""
         if text in seen:
             duplicates += 1

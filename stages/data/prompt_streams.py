@@ -11,7 +11,7 @@ import hashlib
 import math
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, TextIO, TypeAlias
 
@@ -40,6 +40,7 @@ from draftsmith.stages.data.row_formats import (
     messages_beside_ids,
     prompt_token_ids,
     rename_fields,
+    row_adapter,
     row_labels,
 )
 from draftsmith.stages.data.time_window import row_time
@@ -110,11 +111,12 @@ def open_streams(
     lines: TextIO | None = None,
     read_ids: ReadIds | None = None,
     on_candidate: Callable[[], None] = lambda: None,
+    adapters: Collection[str] = (),
 ) -> list[PromptStream]:
     """Return the streams of a source, which share its counts: one for each task, or one for its files or data set.
 
     lines: receives the rejected rows. read_ids: without it, rows of token ids have no messages. on_candidate: called
-    for every candidate, used or not.
+    for every candidate, used or not. adapters: names of the target's.
     """
     share = source.heldout_share or config.heldout_share
 
@@ -137,11 +139,12 @@ def open_streams(
     unchanged = not (source.suffix or config.system)
 
     def candidates(rows: Iterable[Row | BadRow], rejects: RejectLog) -> Iterator[tuple[Row, PromptCandidate]]:
-        for row, messages, ids in prompt_rows(source, rows, rejects, read_ids, unchanged=unchanged):
+        for row, messages, ids in prompt_rows(source, rows, rejects, read_ids, unchanged=unchanged, adapters=adapters):
             candidate = finish(source.set_name, messages, row.where)
             if config.slices:
                 candidate = replace(candidate, labels=row_labels(row.fields, config.slices))
             fields = rename_fields(row.fields, source.fields if isinstance(source, JsonlSource) else {})
+            candidate = replace(candidate, adapter=row_adapter(fields, adapters, row.where))
             if ids is None and (later := later_questions(fields, source.field)):
                 candidate = replace(candidate, questions=tuple(f"{text}{source.suffix}" for text in later))
             if ids is not None and candidate.messages == messages:
@@ -221,11 +224,13 @@ def prompt_rows(
     read_ids: ReadIds | None = None,
     *,
     unchanged: bool = True,
+    adapters: Collection[str] = (),
 ) -> Iterator[RowPrompt]:
     """Yield the rows that pass the filter, with their prompts; count the others in `rejects`, and check it at the end.
 
     read_ids: without it, prompts of token ids alone have no messages. unchanged: nothing will be added to a prompt;
-    otherwise a prompt of token ids is built again from its messages, which have no tools.
+    otherwise a prompt of token ids is built again from its messages, which have no tools. adapters: names of the
+    target's; a row that names another cannot be read.
     """
     for row in rows:
         rejects.rows += 1
@@ -236,6 +241,7 @@ def prompt_rows(
             if not matches_filter(source.filter, row.fields, row.where):
                 continue
             fields = rename_fields(row.fields, source.fields if isinstance(source, JsonlSource) else {})
+            row_adapter(fields, adapters, row.where)
             ids = prompt_token_ids(fields, source.field, row.where)
             if ids is None:
                 messages = first_question(fields, source.field, row.where)

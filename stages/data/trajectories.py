@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.readers import RowReader
-from draftsmith.artifacts.tables.schemas import LABELS, PROMPTS, TRAJECTORIES
+from draftsmith.artifacts.tables.schemas import ADAPTERS, LABELS, PROMPTS, TRAJECTORIES
 from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.target.info import read_target_info
 from draftsmith.stages.target.sampling import SamplingParams
@@ -32,6 +32,7 @@ class Trajectory:
     trajectory_id: str
     tokens: list[int]  # prompt + answer
     prompt_length: int
+    adapter: str = ""  # of the target, that answered; "": the target alone
 
     @property
     def first_anchor(self) -> int:
@@ -60,6 +61,7 @@ class TrajectoryRows(Sequence[Trajectory]):
     ids: pa.Array  # [N] strings
     lengths: np.ndarray  # [N] tokens of prompt and answer
     prompt_lengths: np.ndarray  # [N]
+    adapters: pa.Array | None = None  # [N] strings; None: the target has none
 
     def __len__(self) -> int:
         return len(self.places)
@@ -78,13 +80,19 @@ class TrajectoryRows(Sequence[Trajectory]):
         row = int(self.places[index])
         prompt, answer = (column[0].values for column in self.reader.rows(row, row + 1, TOKEN_COLUMNS).columns)
         tokens = prompt.to_numpy().tolist() + answer.to_numpy().tolist()
-        return Trajectory(self.ids[index].as_py(), tokens, len(prompt))
+        adapter = "" if self.adapters is None else self.adapters[index].as_py()
+        return Trajectory(self.ids[index].as_py(), tokens, len(prompt), adapter)
 
     def select(self, indices: Sequence[int] | np.ndarray) -> TrajectoryRows:
         """Return the rows at these indices."""
         chosen = np.asarray(indices, dtype=np.int64)
         return TrajectoryRows(
-            self.reader, self.places[chosen], self.ids.take(chosen), self.lengths[chosen], self.prompt_lengths[chosen]
+            self.reader,
+            self.places[chosen],
+            self.ids.take(chosen),
+            self.lengths[chosen],
+            self.prompt_lengths[chosen],
+            None if self.adapters is None else self.adapters.take(chosen),
         )
 
     def answers(self) -> Iterator[np.ndarray]:
@@ -176,7 +184,8 @@ def load_trajectories(
     """
     path = folder / "trajectories.parquet"
     reader = reader or RowReader(path, TRAJECTORIES)
-    table = read_table(path, TRAJECTORIES, ["trajectory_id", "prompt_id", "split", *_SAMPLING])
+    columns = ["trajectory_id", "prompt_id", "split", *_SAMPLING, "adapter"]  # the last one may be missing
+    table = read_table(path, TRAJECTORIES, columns)
     prompts, answers = _lengths(reader, *TOKEN_COLUMNS)
     wanted = np.ones(table.num_rows, dtype=bool)
     if splits is not None:
@@ -196,7 +205,8 @@ def load_trajectories(
             raise DraftsmithError(f"{path} mixes the values {values} of {name}. Roll out with one of them.")
     ids, prompt_ids = (table[name].take(places).combine_chunks() for name in ("trajectory_id", "prompt_id"))
     lengths = prompts[places] + answers[places]
-    rows = TrajectoryRows(reader, places, ids, lengths, prompts[places])
+    adapters = table["adapter"].take(places).combine_chunks() if "adapter" in table.column_names else None
+    rows = TrajectoryRows(reader, places, ids, lengths, prompts[places], adapters)
     sampling = SamplingParams(*(values[0] for values in values_of.values()))
     return StoredTrajectories(rows, prompt_ids, sampling, int(wanted.sum()) - len(places))
 
@@ -237,6 +247,7 @@ class Prompt:
     prompt_id: str
     split: str
     token_ids: list[int]
+    adapter: str = ""  # of the target, that answers; "": the target alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,6 +259,7 @@ class PromptRows(Sequence[Prompt]):
     ids: list[str]  # [N]
     splits: list[str]  # [N]
     lengths: np.ndarray  # [N] tokens
+    adapters: list[str]  # [N]
 
     def __len__(self) -> int:
         return len(self.places)
@@ -260,10 +272,11 @@ class PromptRows(Sequence[Prompt]):
 
     def __getitem__(self, index: int | slice) -> Prompt | PromptRows:
         if isinstance(index, slice):
-            return PromptRows(self.reader, self.places[index], self.ids[index], self.splits[index], self.lengths[index])
+            places, lengths = self.places[index], self.lengths[index]
+            return PromptRows(self.reader, places, self.ids[index], self.splits[index], lengths, self.adapters[index])
         row = int(self.places[index])
         (tokens,) = self.reader.rows(row, row + 1, ["token_ids"])["token_ids"]
-        return Prompt(self.ids[index], self.splits[index], tokens.values.to_pylist())
+        return Prompt(self.ids[index], self.splits[index], tokens.values.to_pylist(), self.adapters[index])
 
 
 def load_prompts(folder: Path, splits: Collection[str]) -> PromptRows:
@@ -275,7 +288,16 @@ def load_prompts(folder: Path, splits: Collection[str]) -> PromptRows:
     chosen = table.take(places)
     names = [sys.intern(split) for split in chosen["split"].to_pylist()]
     (lengths,) = _lengths(reader, "token_ids")
-    return PromptRows(reader, places, chosen["prompt_id"].to_pylist(), names, lengths[places])
+    ids, by_prompt = chosen["prompt_id"].to_pylist(), _prompt_adapters(folder)
+    return PromptRows(reader, places, ids, names, lengths[places], [by_prompt.get(name, "") for name in ids])
+
+
+def _prompt_adapters(folder: Path) -> dict[str, str]:
+    """Return prompt -> adapter, from an artifact of stage `prompts`; empty if its target has none."""
+    if not (path := folder / "adapters.parquet").is_file():
+        return {}
+    table = read_table(path, ADAPTERS)
+    return dict(zip(table["prompt_id"].to_pylist(), map(sys.intern, table["adapter"].to_pylist()), strict=True))
 
 
 def positions_needed(prompts: Sequence[Prompt], max_new_tokens: int, max_positions: int) -> int:

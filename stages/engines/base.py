@@ -22,6 +22,7 @@ class Request:
     max_new_tokens: int
     sampling: SamplingParams = GREEDY
     seed: int = 0
+    adapter: str = ""  # of the target; "": the target alone
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Completion:
     def trajectory(self) -> Trajectory:
         """Return prompt and answer, as replay reads them."""
         prompt = self.request.prompt_ids
-        return Trajectory(self.request.request_id, prompt + self.response_ids, len(prompt))
+        return Trajectory(self.request.request_id, prompt + self.response_ids, len(prompt), self.request.adapter)
 
     def trace(self) -> Trace:
         """Return the recorded steps, as replay returns its own."""

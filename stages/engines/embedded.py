@@ -23,7 +23,7 @@ from draftsmith.stages.engines.base import Completion, Request, VerifyStep
 from draftsmith.stages.engines.verification import BlockDrafter, Drafted, sample_target, verify
 from draftsmith.stages.runtime.memory import to_device
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.kv_cache import Rows, SlotCache
+from draftsmith.stages.target.kv_cache import SlotCache
 
 # Prompts of similar length are prefilled together, up to this many tokens: matrix products reach their full rate with a
 # few hundred rows, and more prompts in one forward only mean more padding.
@@ -146,7 +146,8 @@ class EmbeddedEngine:
         lengths = to_device([len(r.prompt_ids) for r in requests], device)
         ids = to_device([r.prompt_ids + [0] * (width - len(r.prompt_ids)) for r in requests], device)
         positions = torch.arange(width, device=device).expand(len(requests), -1)
-        at: Rows = slice(first_row, first_row + len(requests))
+        at = slice(first_row, first_row + len(requests))
+        self.target.set_adapters(self.cache, at, [r.adapter for r in requests])
         out = self.target.step(ids, positions, self.cache, at, layer_ids=self.layer_ids)
         if self.drafter and self.context and out.features is not None:
             with torch.no_grad():

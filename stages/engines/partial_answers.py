@@ -10,10 +10,10 @@ import pyarrow as pa
 
 from draftsmith.artifacts.tables.parquet import TableShards
 from draftsmith.artifacts.tables.readers import KeyedRows, RowReader
-from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE, TRAJECTORIES
+from draftsmith.artifacts.tables.schemas import ADAPTED_TRAJECTORIES, TIMINGS, TRACE
 from draftsmith.stages.engines.base import Completion
 
-SCHEMAS = {"timings": TIMINGS, "trace": TRACE, "trajectories": TRAJECTORIES}  # in the order of writing
+SCHEMAS = {"timings": TIMINGS, "trace": TRACE, "trajectories": ADAPTED_TRAJECTORIES}  # in the order of writing
 # All that a start reads, since tokens and steps may have 100 GB: ids and numbers of steps; of the trace its row count.
 _COUNTED = {"timings": ["trajectory_id", "verify_steps"], "trace": [], "trajectories": ["trajectory_id"]}
 
@@ -108,4 +108,5 @@ def _trajectory(completion: Completion, splits: Mapping[str, str], engine: str) 
         "top_k": request.sampling.top_k,
         "seed": request.seed,
         "engine": engine,
+        "adapter": request.adapter,
     }

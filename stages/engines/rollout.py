@@ -15,6 +15,7 @@ from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.artifacts.store.manifest import write_versions
 from draftsmith.artifacts.tables.parquet import TableWriter
 from draftsmith.artifacts.tables.readers import BATCH_ROWS
+from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, PromptRows, positions_needed, request_seed
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
@@ -107,7 +108,7 @@ class _RequestList:
             prompt = self.prompts[row]
             ids = self.conversations.prompt(prompt.prompt_id, turn) if turn else prompt.token_ids
             seed = request_seed(self._seed, prompt.prompt_id, turn)
-            yield Request(self.ids[index], ids, self._max_new_tokens, self._sampling, seed)
+            yield Request(self.ids[index], ids, self._max_new_tokens, self._sampling, seed, prompt.adapter)
 
 
 def _generate_missing(
@@ -158,6 +159,8 @@ def _generate_missing(
 def _write_tables(ctx: StageContext, requests: _RequestList, answers: PartialAnswers, *, with_trace: bool) -> None:
     rows = answers.rows(requests.ids)
     tables = {name: schema for name, schema in SCHEMAS.items() if name != "trace" or with_trace}
+    if not read_target_info(ctx.inputs["target"]).adapters:
+        tables["trajectories"] = TRAJECTORIES
     done, total = 0, sum(int(rows[name].counts.sum()) for name in tables)
     tokens = stopped = steps = 0
     for name, schema in tables.items():

@@ -57,7 +57,7 @@ class AverageAnswer:
         lengths = [each.prompt_length for each in answers]
         prompt = answers[int(np.argsort(lengths)[len(lengths) // 2])]
         sampling = test.config.sampling.params(setting.temperature)
-        request = Request("0", prompt.tokens[: prompt.prompt_length], 2, sampling)
+        request = Request("0", prompt.tokens[: prompt.prompt_length], 2, sampling, adapter=prompt.adapter)
         decoders = {PLAIN: Decoder()} | {arm: Decoder(each, each.block_size) for arm, each in drafters.items()}
         timers = {
             arm: test.engine(test.target, decoder, 1, prompt.prompt_length + 2).prefill_timer(request)
@@ -96,7 +96,8 @@ def measure_steps(
         chosen = [ends[int((n + 1) / (concurrency + 1) * len(ends))] for n in range(concurrency)]
         sampling = test.config.sampling.params(setting.temperature)
         requests = [
-            Request(str(n), answers[row].tokens[:end], widest + 1, sampling, n) for n, (end, row) in enumerate(chosen)
+            Request(str(n), answers[row].tokens[:end], widest + 1, sampling, n, answers[row].adapter)
+            for n, (end, row) in enumerate(chosen)
         ]
         longest = max(end for end, _ in chosen) + widest
         try:

@@ -303,17 +303,18 @@ def add_margins(
     The margin is the number of logits by which the worse of the two tokens lies below the target's best; a small one
     is a near-tie of the dtype. requests: with and without a drafter. check: called between forwards.
     """
-    prompt_ids = {prompt.prompt_id: prompt.token_ids for prompt in prompts}
+    by_id = {prompt.prompt_id: prompt for prompt in prompts}
     plain = {pair_key(row): row for row in requests if row["arm"] == PLAIN}
     known: dict[tuple[tuple[int, ...], frozenset[int]], float] = {}  # rounds differ at the same positions
     for row in requests:
         difference = row["first_difference"]
         if row["temperature"] == 0 and difference >= 0:
-            tokens = (*prompt_ids[row["prompt_id"]], *row["response_ids"][:difference])
+            prompt = by_id[row["prompt_id"]]
+            tokens = (*prompt.token_ids, *row["response_ids"][:difference])
             other = plain[pair_key(row)]["response_ids"][difference : difference + 1]  # empty if it ends here
             chosen = frozenset([*row["response_ids"][difference : difference + 1], *other])
             if (tokens, chosen) not in known:
-                out = target.read(torch.tensor([tokens], device=target.device))
+                out = target.read(torch.tensor([tokens], device=target.device), adapters=[prompt.adapter])
                 logits = target.logits(out.hidden[0, -1]).float()
                 known[tokens, chosen] = float(logits.max() - logits[list(chosen)].min())
                 if check is not None:

@@ -243,7 +243,7 @@ def _check_parity(test: ServerSpeedTest, sizes: Mapping[str, int], heldout: Sequ
     Raises DraftsmithError for a drafter that was not served as replay computes it.
     """
     config, dtype = test.config, test.target_dtype
-    prompt_ids = {prompt.prompt_id: prompt.token_ids for prompt in heldout}
+    prompts = {prompt.prompt_id: prompt for prompt in heldout}
     target = Target.load(test.ctx.inputs["target"], dtype=dtype)
     sampling = config.sampling.params(test.settings[0].temperature)
     parity: dict[str, Parity] = {}
@@ -257,8 +257,11 @@ def _check_parity(test: ServerSpeedTest, sizes: Mapping[str, int], heldout: Sequ
         if not answers:
             continue
         trajectories = [
-            Trajectory(a["prompt_id"], prompt_ids[a["prompt_id"]] + a["response_ids"], len(prompt_ids[a["prompt_id"]]))
-            for a in answers
+            Trajectory(
+                prompt.prompt_id, prompt.token_ids + answer["response_ids"], len(prompt.token_ids), prompt.adapter
+            )
+            for answer in answers
+            for prompt in [prompts[answer["prompt_id"]]]
         ]
         drafter = {arm: load_drafter(checkpoint, target)}
         drafting = DraftingConfig(block_size=sizes[arm])

@@ -122,13 +122,13 @@ class Replayer:
         def replay(group: Group) -> list[dict[str, Trace]]:
             hidden, outside = None, [0] * len(group.trajectories)
             if any_samples:
-                encoded = encode_group(self.target, group.ids, layer_ids)
+                encoded = encode_group(self.target, group.ids, layer_ids, adapters=group.adapters)
                 hidden = encoded.hidden
                 outside = outside_nucleus(self.target, hidden, group.trajectories, options.sampling)
                 assert encoded.features is not None
                 features = encoded.features
             else:
-                features = self.target.features(group.ids, layer_ids)
+                features = self.target.features(group.ids, layer_ids, group.adapters)
             by_layer = dict(zip(layer_ids, features.chunk(len(layer_ids), -1), strict=True))
             traces = {}
             for name, drafter in prepared.items():
@@ -178,7 +178,7 @@ class Replayer:
         tree_tokens = tree_tokens_of(prepared.block_size) if suffixes else 0
 
         def replay(group: Group) -> list[tuple[Trace, StepScores]]:
-            encoded = encode_group(self.target, group.ids, drafter.target_layer_ids, tree_tokens)
+            encoded = encode_group(self.target, group.ids, drafter.target_layer_ids, tree_tokens, group.adapters)
             assert encoded.features is not None
             traces = self._replay(prepared, encoded.features, group, encoded.hidden)
             if samples_proposals(drafter, sampling):
@@ -232,6 +232,10 @@ class Group:
     indices: list[int]  # in the set
     trajectories: list[Trajectory]
     ids: torch.Tensor  # [B, T]
+
+    @property
+    def adapters(self) -> list[str]:
+        return [each.adapter for each in self.trajectories]
 
     @property
     def positions(self) -> torch.Tensor:
@@ -325,7 +329,7 @@ def _encoded(
     if not kept:
         tree_tokens = tree_tokens_of(traces[0].proposed.shape[1] + 1)
         for group in groups_of(trajectories, tokens_per_group, target.device):
-            yield list(group.indices), encode_group(target, group.ids, tree_tokens=tree_tokens)
+            yield list(group.indices), encode_group(target, group.ids, (), tree_tokens, group.adapters)
         return
     waiting: dict[str, list[int]] = {}
     for i, trajectory in enumerate(trajectories):
@@ -342,18 +346,24 @@ def tree_tokens_of(block_size: int) -> int:
 
 
 def encode_group(
-    target: Target, ids: torch.Tensor, layer_ids: Sequence[int] = (), tree_tokens: int = 0
+    target: Target,
+    ids: torch.Tensor,
+    layer_ids: Sequence[int] = (),
+    tree_tokens: int = 0,
+    adapters: Sequence[str] = (),
 ) -> EncodedGroup:
     """Run the target over a group of trajectories, padded to tokens [B, T].
 
     layer_ids: layers that the features are taken from.
     tree_tokens: free cache entries after each trajectory; 0: no cache is kept.
+    adapters: of each trajectory; left out: none.
     """
     if not tree_tokens:
-        out = target.read(ids, layer_ids)
+        out = target.read(ids, layer_ids, adapters)
         return EncodedGroup(ids, out.hidden, out.features)
     B, T = ids.shape
     cache = target.new_cache(B, T + tree_tokens)
+    target.set_adapters(cache, slice(0, B), adapters)
     positions = torch.arange(T, device=ids.device).expand(B, -1)
     out = target.step(ids, positions, cache, slice(0, B), layer_ids=layer_ids)
     return EncodedGroup(ids, out.hidden, out.features, cache, tree_tokens)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from draftsmith.stages.runtime.stage import Config
-from draftsmith.stages.target.source import source_files
+from draftsmith.stages.target.source import adapter_files, source_files
 
 Dtype = Literal["bfloat16", "float32", "float16"]
+BASE = "base"  # in place of an adapter's name: the target alone
+
+
+def _adapter_name(name: str) -> str:
+    if name == BASE or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+        raise ValueError(f"{name!r} is no adapter's name. Use letters, digits, `-`, `_` and `.`, and not `{BASE}`.")
+    return name
 
 
 class TargetConfig(Config):
@@ -25,6 +33,11 @@ class TargetConfig(Config):
         description="hub only: commit, tag or branch; a branch is resolved once, then reused until --force target",
     )
     dtype: Dtype = Field(default="bfloat16", description="serving dtype; a GGUF file is dequantised to it")
+    adapters: dict[Annotated[str, AfterValidator(_adapter_name)], str] = Field(
+        default={},
+        description="LoRA adapters that the target is served with, name: folder in peft's format. One drafter is made "
+        "for all; each row of prompts and logs has one (configs/own-logs.md)",
+    )
 
     @field_validator("source")
     @classmethod
@@ -43,6 +56,7 @@ class TargetConfig(Config):
     def external_files(self) -> list[Path]:
         """Return the files outside the store that this config reads; their content is part of the cache key.
 
-        Empty for a hub id, which its revision identifies. Raises DraftsmithError if the source does not exist.
+        Those of a model of the hub are identified by its revision. Raises DraftsmithError if a file does not exist.
         """
-        return source_files(self.source)
+        adapters = [file for name, folder in self.adapters.items() for file in adapter_files(name, folder)]
+        return source_files(self.source) + adapters

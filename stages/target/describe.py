@@ -14,13 +14,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.quantizers import AutoHfQuantizer
 
 from draftsmith.artifacts.errors import DraftsmithError, one_line
+from draftsmith.stages.target.adapters import linear_maps, read_adapter
 from draftsmith.stages.target.config import TargetConfig
-from draftsmith.stages.target.info import TargetInfo, load_tokenizer, model_digest, tokenizer_digest
+from draftsmith.stages.target.info import TargetInfo, adapter_digest, load_tokenizer, model_digest, tokenizer_digest
 from draftsmith.stages.target.layers import Layers, UnknownLayersError, stable_positions
+from draftsmith.stages.target.loading import model_without_weights
 from draftsmith.stages.target.logit_map import LogitMap
 from draftsmith.stages.target.logit_probe import UnsupportedHeadError, probe_logit_map
 from draftsmith.stages.target.model_sizes import usual_layer, wrong_numbers
-from draftsmith.stages.target.source import Kind, check_weights
+from draftsmith.stages.target.source import Kind, adapter_files, check_weights
 
 _DRAFTER = re.compile("eagle|medusa|dflash|dspark")  # in names of drafters' classes
 _WHOLE_MODEL = ("ForCausalLM", "ForConditionalGeneration")  # ends of names of whole models' classes
@@ -33,7 +35,7 @@ def describe(folder: Path, config: TargetConfig, *, kind: Kind, location: str, r
     read_config(folder)  # before the weights: a folder without a causal LM gets that error
     weights = check_weights(folder)
     info = describe_metadata(folder, config, kind=kind, location=location, revision=revision)
-    return info.model_copy(update={"digest": model_digest(folder, weights)})
+    return info.model_copy(update={"digest": model_digest(folder, weights, info.adapters)})
 
 
 def describe_metadata(
@@ -81,6 +83,7 @@ def describe_metadata(
         logit_scale=logits.scale,
         logit_softcap=logits.softcap,
         quantisation=_quantisation(folder, settings),
+        adapters=_adapters(folder, config),
     )
 
 
@@ -150,6 +153,19 @@ def _capabilities(folder: Path, config: PretrainedConfig) -> tuple[Layers, Logit
             f"{folder}: transformers cannot build a model from its config.json ({type(error).__name__}: "
             f"{one_line(error)}). Correct it, or install the transformers that it is for."
         ) from error
+
+
+def _adapters(folder: Path, config: TargetConfig) -> dict[str, str]:
+    """Return the digest of each adapter. Raises DraftsmithError for one that is not LoRA or does not fit the model."""
+    if not config.adapters:
+        return {}
+    maps = linear_maps(model_without_weights(folder))
+    digests = {}
+    for name, source in sorted(config.adapters.items()):
+        files = adapter_files(name, source)
+        read_adapter(name, files[0].parent, maps)
+        digests[name] = adapter_digest(files)
+    return digests
 
 
 def _quantisation(folder: Path, config: PretrainedConfig) -> str | None:

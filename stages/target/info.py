@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from draftsmith.stages.target.logit_map import LogitMap
 from draftsmith.stages.target.source import TOKENIZER_FILES, TOKENIZER_PARTS, Kind
 
 INFO_FILE = "target.json"
+ADAPTERS = "adapters"  # folder of copies of the adapters, in the artifact
 # Where the model lies and comes from: not in the artifact's content id, so that moving a model rebuilds nothing.
 ORIGIN_FILE = "origin.json"
 _ORIGIN = {"source", "kind", "location", "revision"}
@@ -51,6 +53,7 @@ class TargetInfo(BaseModel):
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     quantisation: str | None = None  # method, of the checkpoint's weights
+    adapters: dict[str, str] = Field(default_factory=dict)  # name -> sha256 of its files; `digest` is over them too
 
     @property
     def logit_map(self) -> LogitMap:
@@ -78,7 +81,8 @@ def read_target_info(folder: Path) -> TargetInfo:
 def write_target_info(info: TargetInfo, out: Path) -> None:
     """Write `origin.json`, then `target.json`."""
     write_text(out / ORIGIN_FILE, info.model_dump_json(indent=2, include=_ORIGIN) + "\n")
-    write_text(out / INFO_FILE, info.model_dump_json(indent=2, exclude=_ORIGIN) + "\n")
+    left_out = _ORIGIN if info.adapters else {*_ORIGIN, "adapters"}
+    write_text(out / INFO_FILE, info.model_dump_json(indent=2, exclude=left_out) + "\n")
 
 
 def model_path(folder: Path) -> Path:
@@ -87,6 +91,11 @@ def model_path(folder: Path) -> Path:
     if not (path / "config.json").is_file():
         raise DraftsmithError(f"{path}: the target's model is gone. Restore it, or run the target stage with --force.")
     return path
+
+
+def adapter_folders(folder: Path) -> dict[str, Path]:
+    """Return name -> folder of the target's adapters, of a complete target artifact."""
+    return {name: folder / ADAPTERS / name for name in read_target_info(folder).adapters}
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -103,14 +112,24 @@ def load_tokenizer(folder: Path) -> Any:
         raise DraftsmithError(f"{folder}: the tokenizer cannot be read ({one_line(error)}). Copy it again.") from error
 
 
-def model_digest(folder: Path, weights: list[Path]) -> str:
-    """Return the sha256 over the config (without its origin) and the bytes of the weights."""
+def model_digest(folder: Path, weights: list[Path], adapters: Mapping[str, str] | None = None) -> str:
+    """Return the sha256 over the config (without its origin), the bytes of the weights, and the adapters' digests."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for name in _PROVENANCE:
         config.pop(name, None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for path in weights:
         digest.update(f"\0{path.name}\0".encode())
+        _update(digest, path)
+    if adapters:
+        digest.update(json.dumps(adapters, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def adapter_digest(files: list[Path]) -> str:
+    """Return the sha256 over the bytes of an adapter's files."""
+    digest = hashlib.sha256()
+    for path in files:
         _update(digest, path)
     return digest.hexdigest()
 

@@ -26,6 +26,7 @@ TOKENIZER_PARTS = (
     "chat_template.json",
     "generation_config.json",
 )
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # of peft
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -51,6 +52,17 @@ def source_files(source: str) -> list[Path]:
         parts = [folder / name for name in ("config.json", *TOKENIZER_PARTS) if (folder / name).is_file()]
         return sorted({*parts, *weight_files(folder)})
     return [gguf_file(source)]
+
+
+def adapter_files(name: str, source: str) -> list[Path]:
+    """Return the files of a LoRA adapter of section `target`, absolute. Raises DraftsmithError if one is missing."""
+    folder = Path(source).expanduser().resolve()
+    for file in ADAPTER_FILES:
+        if not (folder / file).is_file():
+            raise DraftsmithError(
+                f"target.adapters.{name}: {folder} has no {file}. Give a folder that peft's save_pretrained wrote."
+            )
+    return [folder / file for file in ADAPTER_FILES]
 
 
 def model_folder(source: str) -> Path:

@@ -233,23 +233,26 @@ class FeatureSource:
         self, members: Sequence[int], ids: torch.Tensor, kept: list[KeptGroup] | None = None
     ) -> dict[int, _Read]:
         """Read trajectories in one forward. ids: their tokens [n, T]. kept: takes the forward with its cache."""
+        adapters = [self.trajectories[i].adapter for i in members]
         with torch.autocast(self.target.device.type, enabled=False):  # the training loop's is for the drafter alone
-            read = self._read(ids) if kept is None else self._read_with_keys(members, ids, kept)
+            read = self._read(ids, adapters) if kept is None else self._read_with_keys(members, ids, adapters, kept)
         lengths = self._lengths[list(members)].tolist()
         return {
             i: tuple(tensor[row, :n].clone() for tensor in read)
             for row, (i, n) in enumerate(zip(members, lengths, strict=True))
         }
 
-    def _read(self, ids: torch.Tensor) -> _Read:
+    def _read(self, ids: torch.Tensor, adapters: Sequence[str]) -> _Read:
         if not self.with_hidden:
-            return (self.target.features(ids, self.layer_ids),)
-        out = self.target.read(ids, self.layer_ids)
+            return (self.target.features(ids, self.layer_ids, adapters),)
+        out = self.target.read(ids, self.layer_ids, adapters)
         assert out.features is not None
         return out.features, out.hidden
 
-    def _read_with_keys(self, members: Sequence[int], ids: torch.Tensor, kept: list[KeptGroup]) -> _Read:
-        encoded = encode_group(self.target, ids, self.layer_ids, self._tree_tokens)
+    def _read_with_keys(
+        self, members: Sequence[int], ids: torch.Tensor, adapters: Sequence[str], kept: list[KeptGroup]
+    ) -> _Read:
+        encoded = encode_group(self.target, ids, self.layer_ids, self._tree_tokens, adapters)
         assert encoded.features is not None
         kept.append(([self._names[i].as_py() for i in members], replace(encoded, features=None)))
         return (encoded.features, encoded.hidden) if self.with_hidden else (encoded.features,)

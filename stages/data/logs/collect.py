@@ -17,7 +17,7 @@ from draftsmith.artifacts.atomic import atomic_path, write_text
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.results.data import LogsSummary, LogWindow
 from draftsmith.artifacts.tables.parquet import TableWriter
-from draftsmith.artifacts.tables.schemas import TRAJECTORIES
+from draftsmith.artifacts.tables.schemas import ADAPTED_TRAJECTORIES, TRAJECTORIES, TableSchema
 from draftsmith.stages.data.held_out import read_held_out
 from draftsmith.stages.data.logs.earlier import changes_since, read_contents, select_rows
 from draftsmith.stages.data.logs.filter import (
@@ -38,7 +38,7 @@ from draftsmith.stages.target.info import read_target_info
 from draftsmith.stages.target.sampling import SamplingParams
 
 _REPORT_EVERY = 256  # rows
-_COLUMNS = ("prompt_id", "prompt_ids", "response_ids", "finish_reason")  # fields of an AcceptedAnswer
+_COLUMNS = ("prompt_id", "prompt_ids", "response_ids", "finish_reason", "adapter")  # fields of an AcceptedAnswer
 _GROUP_TOKENS, _GROUP_ROWS = 1 << 20, 4096  # of answers that are appended together
 
 
@@ -51,10 +51,11 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
         )
         config = config.model_copy(update={"lateness_hours": 0.0})
     held_out = read_held_out(ctx.inputs.get("prompts"))
+    schema = ADAPTED_TRAJECTORIES if read_target_info(ctx.inputs["target"]).adapters else TRAJECTORIES
     with (
         atomic_path(ctx.out / "set_aside.jsonl") as rejects_path,
         rejects_path.open("w", encoding="utf-8") as lines,
-        TrajectoryTable(ctx.out / "trajectories.parquet") as table,
+        TrajectoryTable(ctx.out / "trajectories.parquet", schema) as table,
     ):
         rejects = RejectLog("logs.max_bad_share", config.max_bad_share, lines)
         used_before = read_contents(ctx.inputs["earlier"]) if config.overlaps else frozenset()
@@ -145,8 +146,9 @@ def _find_improbable(ctx: StageContext, config: LogsConfig, rows: int) -> list[s
     mask[np.linspace(0, rows - 1, count).astype(int)] = True
     target, failed, done = Target.load(ctx.inputs["target"]), [], 0
     for batch in select_rows(ctx.out / "trajectories.parquet", mask):
-        for row in batch.select(["trajectory_id", "prompt_ids", "response_ids"]).to_pylist():
-            reason = check_likelihood(target, row["prompt_ids"], row["response_ids"], config.sampling)
+        for row in batch.to_pylist():
+            adapter = row.get("adapter", "")
+            reason = check_likelihood(target, row["prompt_ids"], row["response_ids"], config.sampling, adapter)
             if reason:
                 failed.append({"trajectory_id": row["trajectory_id"], "reason": reason})
             done += 1
@@ -245,15 +247,15 @@ def answer_batches(answers: Iterable[AcceptedAnswer]) -> Iterator[pa.Table]:
 
 
 def _table(rows: list[AcceptedAnswer]) -> pa.Table:
-    types = {name: TRAJECTORIES.columns.field(name).type for name in _COLUMNS}
+    types = {name: ADAPTED_TRAJECTORIES.columns.field(name).type for name in _COLUMNS}
     return pa.table({name: pa.array([getattr(row, name) for row in rows], kind) for name, kind in types.items()})
 
 
 class TrajectoryTable(TableWriter):
     """Writes `trajectories.parquet` of training answers; answers to one prompt are numbered in their order."""
 
-    def __init__(self, path: Path):
-        super().__init__(path, TRAJECTORIES)
+    def __init__(self, path: Path, schema: TableSchema = TRAJECTORIES):
+        super().__init__(path, schema)
         self._samples: Counter[str] = Counter()
         self.answer_tokens = 0
 
@@ -271,9 +273,9 @@ class TrajectoryTable(TableWriter):
         }
         columns = [
             pa.array(added[field.name], field.type) if field.name in added else batch[field.name]
-            for field in TRAJECTORIES.columns
+            for field in self.schema.columns
         ]
-        self.append(pa.table(columns, names=TRAJECTORIES.columns.names))
+        self.append(pa.table(columns, names=self.schema.columns.names))
         self.answer_tokens += pc.sum(pc.list_value_length(batch["response_ids"])).as_py()
 
 
@@ -287,7 +289,9 @@ LIKELY, UNLIKELY, OTHER_BEGINNING, TOO_LIKELY = "", "improbable", "improbable be
 
 
 @torch.no_grad()
-def check_likelihood(target: Target, prompt: Sequence[int], answer: Sequence[int], sampling: SamplingParams) -> str:
+def check_likelihood(
+    target: Target, prompt: Sequence[int], answer: Sequence[int], sampling: SamplingParams, adapter: str = ""
+) -> str:
     """Return what speaks against an answer, one of the constants above; empty if nothing does.
 
     Greedy answers have no token that the target clearly would not have chosen. For sampled answers, the expected log-
@@ -297,7 +301,8 @@ def check_likelihood(target: Target, prompt: Sequence[int], answer: Sequence[int
     near-ties of other kernels.
     """
     ids = torch.tensor([[*prompt, *answer]], device=target.device)
-    hidden = target.read(ids).hidden[0, len(prompt) - 1 : -1]  # of the positions before each token of the answer
+    read = target.read(ids, adapters=[adapter])
+    hidden = read.hidden[0, len(prompt) - 1 : -1]  # of the positions before each token of the answer
     tokens = ids[0, len(prompt) :]
     gaps, surprises, variances = [], [], []
     for start in range(0, len(tokens), _POSITIONS):

@@ -15,7 +15,7 @@ import httpx
 import torch
 
 from draftsmith.artifacts.host import free_memory_bytes
-from draftsmith.stages.engines.servers.client import json_object, query, wrong_server
+from draftsmith.stages.engines.servers.client import get_json, json_object, query, wrong_server
 from draftsmith.stages.engines.servers.requirements import PROBE_TEXT, ServerRequirements
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.info import model_path, read_target_info
@@ -23,7 +23,7 @@ from draftsmith.stages.target.loading import model_without_weights
 
 TOLERANCE = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}  # nats, of the mean; the coarser of the two dtypes'
 _LOCK = threading.Lock()
-_OWN_LOGPROBS: dict[tuple[Path | int, ...], list[float]] = {}  # by a target's folder and the tokens
+_OWN_LOGPROBS: dict[tuple[Path | int, ...], dict[str, list[float]]] = {}  # by a target's folder and the tokens
 
 
 class TargetTooLargeError(Exception):
@@ -41,6 +41,15 @@ async def check_tokenizer(client: httpx.AsyncClient, url: str, path: str, requir
     return []
 
 
+async def check_adapters(client: httpx.AsyncClient, url: str, required: ServerRequirements) -> None:
+    """Check that a server lists the target's adapters, by name."""
+    if required.adapters:
+        cards = map(dict, (await get_json(client, url, "v1/models")).get("data") or ())
+        served = {card.get("id") for card in cards if card.get("parent")}
+        if missing := [name for name in required.adapters if name not in served]:
+            raise wrong_server(url, f"serves no adapter {missing[0]}. Start it with all of target.adapters.")
+
+
 async def compare_weights(
     url: str,
     path: str,
@@ -48,22 +57,24 @@ async def compare_weights(
     theirs: Sequence[float] | None,
     required: ServerRequirements,
     log: Callable[[str], None],
+    adapter: str = "",
 ) -> list[str]:
     """Compare a server's log-probs of the fixed tokens with the target's. Raises DraftsmithError if they differ.
 
     path: the model that it serves. dtype: that it computes in, if it reports that. theirs: None if it gave none.
-    Returns what could not be checked.
+    adapter: that the log-probs are of. Returns what could not be checked.
     """
     target, tokens = required.target, required.scored_ids
     if theirs is None:
         return [f"{url} gives no log-probs of a prompt: the weights of {path} could not be compared with the target's"]
     try:
-        ours = await asyncio.to_thread(own_logprobs, required.target_folder, tokens, log)
+        ours = (await asyncio.to_thread(own_logprobs, required.target_folder, tokens, log))[adapter]
     except TargetTooLargeError as error:
         return [
             f"{url} serves {path}: its weights could not be compared with the target's, {error}. Start the server with "
             "--revision and its commit, which SGLang reports and which is compared instead."
         ]
+    path = f"adapter {adapter} on {path}" if adapter else path
     difference = mean_difference(ours, theirs)
     allowed = tolerance(target.dtype, dtype)
     if difference > allowed:
@@ -76,10 +87,11 @@ async def compare_weights(
     return [f"{url} serves {path}: log-probs of {len(ours)} fixed tokens are {difference:.2g} nats from the target's"]
 
 
-def own_logprobs(target_folder: Path, tokens: Sequence[int], log: Callable[[str], None]) -> list[float]:
+def own_logprobs(target_folder: Path, tokens: Sequence[int], log: Callable[[str], None]) -> dict[str, list[float]]:
     """Return the target's log-probs (nats) of `tokens` after the first, in its dtype on the CPU; computed once.
 
-    Raises TargetTooLargeError instead of loading weights that the memory does not hold.
+    By adapter, "" for the target alone. Raises TargetTooLargeError instead of loading weights that the memory does not
+    hold.
     """
     with _LOCK:  # several servers are checked concurrently, and one check loads the weights
         if (logprobs := _OWN_LOGPROBS.get((target_folder, *tokens))) is None:
@@ -87,7 +99,7 @@ def own_logprobs(target_folder: Path, tokens: Sequence[int], log: Callable[[str]
         return logprobs
 
 
-def _compute_logprobs(target_folder: Path, tokens: Sequence[int], log: Callable[[str], None]) -> list[float]:
+def _compute_logprobs(target_folder: Path, tokens: Sequence[int], log: Callable[[str], None]) -> dict[str, list[float]]:
     parameters = sum(p.numel() for p in model_without_weights(model_path(target_folder)).parameters())
     size = parameters * getattr(torch, read_target_info(target_folder).dtype).itemsize
     needed, free = f"{size / 1e9:.1f} GB", free_memory_bytes()
@@ -95,9 +107,12 @@ def _compute_logprobs(target_folder: Path, tokens: Sequence[int], log: Callable[
         raise TargetTooLargeError(f"which takes {needed} of memory where {free / 1e9:.1f} GB are free")
     log(f"loading the target on the CPU, {needed}, to compare its log-probs with a server's")
     target = Target.load(target_folder, device="cpu")
-    hidden = target.read(torch.tensor([list(tokens)])).hidden[0, :-1]
-    logprobs = target.logits(hidden).float().log_softmax(-1)
-    return logprobs.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()
+    ids, found = torch.tensor([list(tokens)]), {}
+    for adapter in ("", *target.adapters.names):
+        hidden = target.read(ids, adapters=[adapter]).hidden[0, :-1]
+        logprobs = target.logits(hidden).float().log_softmax(-1)
+        found[adapter] = logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist()
+    return found
 
 
 def tolerance(ours: str, theirs: str | None) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError
@@ -11,7 +12,7 @@ from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import NO_REDUCED_HEAD, ServerEngineConfig
 from draftsmith.stages.engines.servers.drafting import served_block_size, speculative_algorithm
-from draftsmith.stages.target.info import TargetInfo, load_tokenizer, model_path, read_target_info
+from draftsmith.stages.target.info import TargetInfo, adapter_folders, load_tokenizer, model_path, read_target_info
 
 PROBE_TEXT = "What is 12 + 30?\n\tNaïve café, 3.14 °C; 你好, привет."  # tokenizers split it differently
 SCORED_TEXT = (  # its log-probs are compared where a server's weights have no known revision
@@ -39,6 +40,7 @@ class ServerRequirements:
     algorithm: str | None = None  # DFLASH, DSPARK or EAGLE3
     block_size: int | None = None
     trace: bool = False  # whether verify steps are to be recorded
+    adapters: Mapping[str, Path] = field(default_factory=dict)  # name -> folder of each that the target is served with
 
 
 def server_requirements(
@@ -67,6 +69,7 @@ def server_requirements(
         longest,
         config.concurrency,
         measure_first_token=measure_first_token,
+        adapters=adapter_folders(target_folder),
     )
     if drafter_folder is None:
         return plain

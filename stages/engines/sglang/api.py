@@ -59,6 +59,7 @@ class SGLangApi(ServerApi):
             drafter_folder=required.drafter_folder,
             algorithm=required.algorithm,
             block_size=required.block_size,
+            adapters=required.adapters,
         )
         if launch.router is not None and required.trace:  # a router drops the request's own parameter
             launch = launch.model_copy(update={"environment": {ENVIRONMENT: "1", **launch.environment}})

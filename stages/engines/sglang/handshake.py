@@ -34,7 +34,7 @@ from draftsmith.stages.engines.servers.client import (
     unreachable_server,
     wrong_server,
 )
-from draftsmith.stages.engines.servers.identity import check_tokenizer, compare_weights
+from draftsmith.stages.engines.servers.identity import check_adapters, check_tokenizer, compare_weights
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
 from draftsmith.stages.engines.sglang.protocol import SUPPORTED, Json, supported
 from draftsmith.stages.engines.sglang.records import generate_payload, read_completion, recorded_drafter
@@ -61,10 +61,15 @@ async def check_server(
         server = await get_json(client, url, "server_info", "get_server_info")
         version = str(server.get("version", "?"))
         remarks = [] if supported(version) else [f"{url} is sglang {version}, outside the tested {SUPPORTED}"]
+        await check_adapters(client, url, required)
         if not ours:
             path = str(model.get("model_path"))
             remarks += await check_tokenizer(client, url, path, required)
             remarks += await check_weights(client, url, path, server, required, log)
+            for name in required.adapters:
+                asked = payload(required.scored_ids) | {"lora_path": name}
+                theirs = served_logprobs((await _post(client, url, _REQUEST_NAME, asked)).body, required.scored_ids)
+                remarks += await compare_weights(url, path, server.get("dtype"), theirs, required, log, name)
         remarks += _check_drafter(url, server, required)
         _check_context(url, server, required)
         remarks += _check_running_requests(url, server, required)

@@ -8,7 +8,7 @@ router finds out, and an abort goes to each of them.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import httpx
@@ -40,6 +40,7 @@ def server_command(
     drafter_folder: Path | None,
     algorithm: str | None,
     block_size: int | None,
+    adapters: Mapping[str, Path],
 ) -> list[str]:
     """Return the server's command line without its port."""
     assert config.launch is not None
@@ -62,6 +63,9 @@ def server_command(
         parts += ["--mem-fraction-static", str(launch.memory_fraction)]
     if drafter_folder is not None and algorithm is not None and block_size is not None:
         parts += drafting_options(drafter_folder, algorithm, block_size)
+    if adapters:
+        parts += ["--enable-lora", "--max-loras-per-batch", str(len(adapters) + 1), "--lora-paths"]
+        parts += [f"{name}={folder.absolute()}" for name, folder in adapters.items()]
     return parts + option_arguments(launch.options)
 
 

@@ -26,7 +26,7 @@ from draftsmith.stages.engines.servers.client import (
     unreachable_server,
     wrong_server,
 )
-from draftsmith.stages.engines.servers.identity import check_tokenizer, compare_weights
+from draftsmith.stages.engines.servers.identity import check_adapters, check_tokenizer, compare_weights
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
 from draftsmith.stages.engines.vllm.records import completion_payload, drafting_metrics, read_completion
 
@@ -49,11 +49,13 @@ async def check_server(
             raise wrong_server(url, f"is vLLM {version}, which reports no verify steps. Use 0.29 or later.")
         card = dict((await get_json(client, url, "v1/models"))["data"][0])
         remarks = []
+        await check_adapters(client, url, required)
         if not ours:
             path = str(card.get("root") or card.get("id"))
             remarks += await check_tokenizer(client, url, path, required)
-            theirs = await _served_logprobs(client, url, required.scored_ids)
-            remarks += await compare_weights(url, path, _UNKNOWN, theirs, required, log)
+            for adapter in ("", *required.adapters):
+                theirs = await _served_logprobs(client, url, required.scored_ids, adapter)
+                remarks += await compare_weights(url, path, _UNKNOWN, theirs, required, log, adapter)
         if (limit := card.get("max_model_len")) is not None and required.longest > limit:
             raise wrong_server(
                 url,
@@ -114,10 +116,12 @@ async def _generate(client: httpx.AsyncClient, url: str, request: Request, **fie
     return json_object(response)
 
 
-async def _served_logprobs(client: httpx.AsyncClient, url: str, tokens: Sequence[int]) -> list[float] | None:
+async def _served_logprobs(
+    client: httpx.AsyncClient, url: str, tokens: Sequence[int], adapter: str
+) -> list[float] | None:
     """Return the log-probs of `tokens` after the first; None if one is missing."""
     try:
-        answer = await _generate(client, url, Request(_NAME, list(tokens), 1), prompt_logprobs=0)
+        answer = await _generate(client, url, Request(_NAME, list(tokens), 1, adapter=adapter), prompt_logprobs=0)
         scored = answer["choices"][0]["prompt_logprobs"]
         logprobs = [float(at[str(token)]["logprob"]) for at, token in zip(scored[1:], tokens[1:], strict=True)]
     except (RefusedRequestError, KeyError, IndexError, TypeError, ValueError):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+
+from safetensors import safe_open
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.checkpoint_format import is_speculators
@@ -13,6 +17,9 @@ from draftsmith.stages.engines.config import VLLMEngineConfig
 from draftsmith.stages.engines.servers.process import option_arguments
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
 from draftsmith.stages.engines.vllm.options import drafting_options
+from draftsmith.stages.target.source import ADAPTER_FILES
+
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as the largest
 
 
 def server_command(config: VLLMEngineConfig, required: ServerRequirements, exported: Path) -> list[str]:
@@ -34,7 +41,26 @@ def server_command(config: VLLMEngineConfig, required: ServerRequirements, expor
         assert required.algorithm is not None and required.block_size is not None
         drafter = _in_its_layout(required.drafter_folder, required, exported)
         parts += drafting_options(drafter, required.algorithm, required.block_size)
+    parts += _adapter_options(required.adapters)
     return parts + option_arguments(launch.options)
+
+
+def _adapter_options(adapters: Mapping[str, Path]) -> list[str]:
+    """Return the options by which a server has these adapters, name -> folder; none without any."""
+    if not adapters:
+        return []
+    ranks, maps = set(), set()
+    for folder in adapters.values():
+        ranks.add(int(json.loads((folder / ADAPTER_FILES[0]).read_text(encoding="utf-8"))["r"]))
+        with safe_open(folder / ADAPTER_FILES[1], framework="np") as file:
+            maps |= {name.split(".")[-3] for name in file.keys()}  # noqa: SIM118  (MAP.lora_A.weight)
+    rank = next((each for each in _RANKS if each >= max(ranks)), max(ranks))
+    return [
+        *("--enable-lora", "--max-loras", str(len(adapters)), "--max-lora-rank", str(rank)),
+        # without it vLLM adapts embedding and head too, which its drafters share and call with other tokens
+        *("--lora-target-modules", *sorted(maps)),
+        *("--lora-modules", *(f"{name}={folder.absolute()}" for name, folder in adapters.items())),
+    ]
 
 
 def _in_its_layout(drafter: Path, required: ServerRequirements, exported: Path) -> Path:
