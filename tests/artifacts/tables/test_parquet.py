@@ -63,7 +63,7 @@ def test_single_columns_are_read_and_a_read_table_is_written_back_unchanged(tmp_
 
 def test_every_schema_writes_and_reads_an_empty_table(tmp_path: Path) -> None:
     tables = [value for value in vars(schemas).values() if isinstance(value, TableSchema)]
-    assert len({table.name for table in tables}) == len(tables) >= 6
+    assert len({table.name for table in tables}) == len(tables) - 1 >= 6  # trajectories have two forms
     for table in tables:
         write_table(tmp_path / f"{table.name}.parquet", table, [])
         assert read_table(tmp_path / f"{table.name}.parquet", table).num_rows == 0

@@ -13,6 +13,7 @@ import yaml
 
 from draftsmith.flows.cli.main import main
 from tests.flows.processes import ROOT
+from tests.testbed.adapters import write_adapter
 from tests.testbed.drafter import DrafterArtifacts
 from tests.testbed.refresh import small_refresh
 
@@ -89,6 +90,29 @@ def test_one_run_reports_the_failures_of_all_checks(
     assert levels(captured.out)["target"] == ["ok"]
     assert captured.out.count("gone.jsonl") == 1, "an error that several checks meet is reported once"
     assert captured.err.count("\n") == 1 and "checks failed" in captured.err
+
+
+@pytest.mark.usefixtures("home")
+def test_adapters_are_checked_with_the_rows_that_name_them(
+    tmp_path: Path, tiny_target: Path, tiny_prompts: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in tiny_prompts.read_text().splitlines()]
+    named = tmp_path / "named.jsonl"
+    named.write_text("".join(json.dumps(row | {"lora": "ab"[i % 2]}) + "\n" for i, row in enumerate(rows)))
+    config["prompts"]["sources"] = [{"kind": "jsonl", "path": str(named), "fields": {"adapter": "lora"}}]
+    adapters = {name: str(write_adapter(tmp_path / name, tiny_target)) for name in "ab"}
+    config["target"]["adapters"] = adapters
+    assert run(tmp_path, config) == 0
+    capsys.readouterr()
+    config["target"]["adapters"] = {"a": adapters["a"]}
+    config["sft"]["parallel"] = {"processes": 2, "target_parallel": 2}
+    assert run(tmp_path, config) == 2
+    out = capsys.readouterr().out
+    assert "named.jsonl, row 2: adapter 'b' is none of the target's (a). Add it to target.adapters" in out
+    assert "target_parallel: a target with adapters cannot be divided. Set it to 1." in out
+    (tmp_path / "a" / "adapter_config.json").unlink()
+    assert run(tmp_path, config) == 2
+    assert f"target.adapters.a: {tmp_path / 'a'} has no adapter_config.json" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("home")

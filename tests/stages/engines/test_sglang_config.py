@@ -24,7 +24,12 @@ def config(**launch: Any) -> SGLangEngineConfig:
     return SGLangEngineConfig.model_validate({"kind": "sglang", "python": sys.executable, "launch": launch})
 
 
-def line(found: SGLangEngineConfig, drafter: Path | None = None, block_size: int | None = None) -> list[str]:
+def line(
+    found: SGLangEngineConfig,
+    drafter: Path | None = None,
+    block_size: int | None = None,
+    adapters: dict[str, Path] | None = None,
+) -> list[str]:
     algorithm = drafting.speculative_algorithm(drafter) if drafter else None
     return server.server_command(
         found,
@@ -33,6 +38,7 @@ def line(found: SGLangEngineConfig, drafter: Path | None = None, block_size: int
         drafter_folder=drafter,
         algorithm=algorithm,
         block_size=block_size,
+        adapters=adapters or {},
     )
 
 

@@ -60,7 +60,9 @@ def test_without_a_commit_a_server_is_identified_by_its_log_probs(
     plain: ServerRequirements, other_revision: Path, path: str, revision: str | None
 ) -> None:
     expected = of_hub(plain)
-    ours, others = (own_logprobs(folder, plain.scored_ids, print) for folder in (plain.target_folder, other_revision))
+    ours, others = (
+        own_logprobs(folder, plain.scored_ids, print)[""] for folder in (plain.target_folder, other_revision)
+    )
     assert len(ours) > 80
     says: dict[str, Any] = {"model": {"model_path": path}, "server": {"revision": revision, "dtype": "float32"}}
     with server_of(expected, **says, generate=scoring([value + 9e-4 for value in ours])) as server:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -97,9 +98,9 @@ def noted_reads(source: FeatureSource, monkeypatch: pytest.MonkeyPatch) -> list[
     seen: list[torch.Size] = []
     read = source._read
 
-    def noted(ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def noted(ids: torch.Tensor, adapters: Sequence[str]) -> tuple[torch.Tensor, ...]:
         seen.append(ids.shape)
-        return read(ids)
+        return read(ids, adapters)
 
     monkeypatch.setattr(source, "_read", noted)
     return seen
@@ -211,10 +212,10 @@ def trained(source: FeatureSource, monkeypatch: pytest.MonkeyPatch) -> tuple[lis
     batches: list[Batch] = []
     read = source._read
 
-    def recorded(ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def recorded(ids: torch.Tensor, adapters: Sequence[str]) -> tuple[torch.Tensor, ...]:
         row = [t.tokens == ids[0, : len(t.tokens)].tolist() for t in TRAJECTORIES].index(True)
         events.append(f"read {next(step for step, indices in enumerate(STEPS) if row in indices)}")
-        return read(ids)
+        return read(ids, adapters)
 
     monkeypatch.setattr(source, "_read", recorded)
     for step, indices in enumerate(STEPS):

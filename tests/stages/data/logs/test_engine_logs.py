@@ -74,7 +74,7 @@ def test_it_makes_rows_of_vllms_responses_with_one_whole_answer(tmp_path: Path) 
 def test_the_documented_command_makes_rows_with_token_ids_and_sampling(tmp_path: Path) -> None:
     (tmp_path / "FOLDER").mkdir()
     ended = [
-        request([1, 315, 202]),
+        request([1, 315, 202]) | {"lora_path": "support"},
         request([1, 315, 203], json_schema='{"type": "object"}'),
         request(None),
     ]
@@ -90,6 +90,7 @@ def test_the_documented_command_makes_rows_with_token_ids_and_sampling(tmp_path:
         ([1, 315, 202], [94, 352, 758]),
         ([1, 315, 203], [94, 352, 758]),
     ]
+    assert [row["adapter"] for row in rows] == ["support", None]
     schema_filter = SchemaFilter(
         LogsConfig(paths=["a"], temperature=0, since="2026-11-29"), RejectLog("logs.max_bad_share", 0)
     )
