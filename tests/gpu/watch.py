@@ -40,9 +40,9 @@ def watched(target: Target) -> Iterator[None]:
     """Name the target's reads in profiles."""
 
     def recorded(work: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(ids: torch.Tensor, layer_ids: tuple[int, ...] = ()) -> Any:
+        def forward(ids: torch.Tensor, *arguments: Any) -> Any:
             with record_function(TARGET):
-                return work(ids, layer_ids)
+                return work(ids, *arguments)
 
         return forward
 

@@ -214,5 +214,6 @@ def test_every_stage_is_measured_on_a_gpu_machine(
         assert row["stage"] in shown and row["content"] in shown
         assert row["peak_gb"] > 0
         if row["stage"] not in ("target", "prompts"):
-            assert row["peak_of_estimate"] == pytest.approx(1, abs=0.5)  # nearly all of it is the process
+            # nearly all of it is the process, which takes half as much again with a build of torch for CUDA
+            assert 0.5 < row["peak_of_estimate"] < 2
     assert all(row["tokens_per_s"] > 0 for row in rows if row["stage"] in ("heldout", "rollout", "opd"))
