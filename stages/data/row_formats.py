@@ -78,7 +78,7 @@ def row_adapter(row: Fields, adapters: Collection[str], where: str) -> str:
     """Return the adapter that a row names, "" for none or `base`.
 
     row: with our names. adapters: of the target; if it has none, the field means nothing. Raises DraftsmithError for
-    one that the target has not.
+    one that the target lacks.
     """
     name = row.get(ADAPTER)
     if not adapters or name in (None, "", BASE):

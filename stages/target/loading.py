@@ -25,7 +25,7 @@ def load_weights(kind: Any, folder: Path, file: Path | None = None, **arguments:
     """Return `kind.from_pretrained(folder, …)`. file: that holds the weights if they are not safetensors.
 
     Raises DraftsmithError if the checkpoint lacks a tensor of the text model, has one of another shape, or a bias that
-    the model has not. One of several tied tensors is enough.
+    the model lacks. One of several tied tensors is enough.
     """
     where = file or _weights_path(folder)
     try:

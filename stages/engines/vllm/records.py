@@ -48,7 +48,7 @@ def completion_payload(request: Request, eos_ids: Sequence[int]) -> Json:
 
 
 class UnusableAnswerError(Exception):
-    """A response has not one whole answer; the message is the reason."""
+    """A response does not hold one whole answer; the message says why."""
 
 
 @dataclass(frozen=True)
