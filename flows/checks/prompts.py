@@ -90,11 +90,12 @@ def check_max_lengths(findings: Findings, nodes: Sequence[Node], positions: int)
     limits = [node.config.max_prompt_tokens for node in nodes if isinstance(node.config, PromptsConfig)]
     longest = max(limits, default=0)
     for node in nodes:
-        sampling = getattr(node.config, "sampling", None)
-        if sampling is not None and longest and longest + sampling.max_new_tokens > positions:
+        if not longest or not isinstance(node.config, RolloutConfig | EvaluationConfig):
+            continue
+        if longest + (new := node.config.sampling.max_new_tokens) > positions:
             findings.warn(
                 node.name,
-                f"{longest} prompt and {sampling.max_new_tokens} new tokens exceed the target's {positions} positions. "
+                f"{longest} prompt and {new} new tokens exceed the target's {positions} positions. "
                 "A run stops after the prompts if one really is that long. Lower one of the two.",
             )
 

@@ -67,6 +67,20 @@ def test_a_good_config_passes_and_nothing_is_left(
 
 
 @pytest.mark.usefixtures("home")
+def test_logs_are_checked_beside_prompts_of_a_limited_length(
+    tmp_path: Path, tiny_prompts: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their sampling has no limit of new tokens."""
+    rows = [json.loads(line) for line in tiny_prompts.read_text().splitlines()]
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("".join(json.dumps(row | {"completion": "once upon a time ."}) + "\n" for row in rows))
+    del config["rollout"], config["assisted"]
+    config["logs"] = {"paths": [str(answers)], "temperature": 0}
+    assert run(tmp_path, config) == 0
+    assert "logs" in levels(capsys.readouterr().out)
+
+
+@pytest.mark.usefixtures("home")
 def test_one_run_reports_the_failures_of_all_checks(
     tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
