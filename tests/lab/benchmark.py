@@ -364,7 +364,7 @@ def main() -> None:
     bench = Benchmark.of_procedural() if season is PROCEDURAL else Benchmark.of_smollm2()
     for last in range(1, (options.weeks or len(season.weeks) - 1) + 1):  # an interrupted run has whole weeks
         found = results(bench, options.arms or list(bench.arms), options.seeds, last)
-        (season.folder / RESULTS).write_text(json.dumps(found, indent=1) + "\n")
+        (season.folder / RESULTS).write_text(json.dumps(found) + "\n")
     print("\n".join(show(found)))
 
 
