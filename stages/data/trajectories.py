@@ -120,6 +120,13 @@ def trajectory_ids(trajectories: Sequence[Trajectory]) -> pa.Array:
     return pa.array([t.trajectory_id for t in trajectories], pa.string())
 
 
+def trajectory_adapters(trajectories: Sequence[Trajectory]) -> pa.Array | None:
+    """Return [N] adapters as Arrow strings, None if the target has none; stored trajectories are not read for it."""
+    if isinstance(trajectories, TrajectoryRows):
+        return trajectories.adapters
+    return pa.array([t.adapter for t in trajectories], pa.string())
+
+
 def answer_tokens(trajectories: Sequence[Trajectory]) -> Iterator[np.ndarray]:
     """Yield the tokens of all answers, one or several answers at a time."""
     if isinstance(trajectories, TrajectoryRows):

@@ -22,6 +22,7 @@ from draftsmith.stages.data.trajectories import (
     answer_tokens,
     group_by_length,
     pad_tokens,
+    trajectory_adapters,
     trajectory_ids,
     trajectory_lengths,
 )
@@ -134,7 +135,7 @@ class FeatureSource:
         width = target.head_weight.shape[1] * (len(self.layer_ids) + with_hidden)
         self._memory, self._tree_tokens = config.feature_memory_mb * 2**20, tree_tokens
         self._keeps = int(lengths.sum()) * width * target.dtype.itemsize <= self._memory
-        self._names = trajectory_ids(trajectories)
+        self._names, self._adapters = trajectory_ids(trajectories), trajectory_adapters(trajectories)
         self._tokens_per_group = config.tokens_per_target_forward
         self._groups = list(group_by_length(lengths, self._tokens_per_group)) if self._keeps else []
         self._group_of = {index: g for g, group in enumerate(self._groups) for index in group}
@@ -233,7 +234,7 @@ class FeatureSource:
         self, members: Sequence[int], ids: torch.Tensor, kept: list[KeptGroup] | None = None
     ) -> dict[int, _Read]:
         """Read trajectories in one forward. ids: their tokens [n, T]. kept: takes the forward with its cache."""
-        adapters = [self.trajectories[i].adapter for i in members]
+        adapters = [] if self._adapters is None else [self._adapters[i].as_py() for i in members]
         with torch.autocast(self.target.device.type, enabled=False):  # the training loop's is for the drafter alone
             read = self._read(ids, adapters) if kept is None else self._read_with_keys(members, ids, adapters, kept)
         lengths = self._lengths[list(members)].tolist()
