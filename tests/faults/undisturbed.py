@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from draftsmith.artifacts.store.local import SHORT
+from draftsmith.stages.runtime.stage import INCONCLUSIVE
 from tests.faults import configs, served
 from tests.faults.home import Ended, Home, Running, copied
 from tests.faults.watch import Watch
@@ -90,7 +91,7 @@ def _is_current(made: Undisturbed) -> bool:
 def _refresh_once(kind: str, folder: Path) -> Undisturbed:
     scene, kept = folder / "scene", folder / "kept"
     home = Home(scene, configs.write(kind, scene))
-    ended, nodes = watched(home, home.start(*arguments(kind, scene)))
+    ended, nodes = _decided(kind, home, folder / "before")
     copied(scene, kept)
     return Undisturbed(kind, home.config.name, scene, kept, home.content_ids(), nodes, ended.code, ended.seconds)
 
@@ -106,8 +107,7 @@ def _refresh_line(folder: Path, plain: Undisturbed) -> Undisturbed:
     copied(plain.home.path / "store", home.path / "store")  # target, prompts and held-out answers are the same
     _well(home.refresh())
     before = folder / "before"
-    copied(scene, before)
-    ended, nodes = watched(home, home.start(*arguments(configs.LINE, scene)))
+    ended, nodes = _decided(configs.LINE, home, before)
     copied(scene, kept)
     for name in ("mlflow.db", "mlflow.db-wal", "mlflow.db-shm", "mlartifacts"):
         _replace(before / "home" / name, kept / "home" / name)
@@ -115,6 +115,20 @@ def _refresh_line(folder: Path, plain: Undisturbed) -> Undisturbed:
     return Undisturbed(
         configs.LINE, home.config.name, scene, kept, home.content_ids(), nodes, ended.code, ended.seconds, versions
     )
+
+
+def _decided(kind: str, home: Home, before: Path) -> tuple[Ended, dict[str, NodeTimes]]:
+    """Copy the home to `before` and run the refresh, again if load made its evaluation inconclusive.
+
+    An inconclusive evaluation is made again by every later command, which then repeats more than the node that was hit.
+    """
+    copied(home.folder, before)
+    for _ in range(3):
+        ended, nodes = watched(home, home.start(*arguments(kind, home.folder)))
+        if not any(made.metrics.get(INCONCLUSIVE) for made in home.store.list()):
+            return ended, nodes
+        copied(before, home.folder)
+    raise AssertionError("the undisturbed refresh measures no speeds. Play the faults on a quieter machine.")
 
 
 def _replace(source: Path, path: Path) -> None:
