@@ -214,6 +214,7 @@ class EvaluationResult(ResultFile, Record):
     loop_share: float | None = None
     tau_without_loops: Mapping[str, float | None] = {}
     sets: Mapping[str, Mapping[str, SetMetrics]] = {}  # slice -> arm
+    acceptance_by_offset: Mapping[str, Mapping[str, Sequence[float]]] = {}  # slice -> arm
     comparisons: Annotated[Sequence[ArmComparison], Field(alias="compared")] = ()
     validation_tau: Mapping[str, float | None] | None = None
     step_times: Sequence[StepTime] = ()  # of the embedded engine alone

@@ -20,7 +20,7 @@ from draftsmith.artifacts.results.evaluation import (
 )
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.evaluation.verdicts import Pair, comparison, estimate_record, pairs, too_small
-from draftsmith.stages.replay.trace import DEPTHS, AcceptanceStats, Trace, depth_of
+from draftsmith.stages.replay.trace import DEPTHS, EVERY, AcceptanceStats, Trace, depth_of
 from draftsmith.stages.runtime.statistics import Estimate, jackknife, ratio, ratio_difference, ratio_gain, sum_by_key
 
 _MULTIPLIER = np.uint64(6364136223846793005)  # odd; products wrap
@@ -62,10 +62,8 @@ def acceptance_table(
             prompts=tau.units,
             verify_steps=int(tally.steps.sum()),
             block_size=tally.block_size,
-            acceptance_by_offset=[
-                float(tally.accepted[k:].sum() / max(1, tally.judged[k:].sum())) for k in range(1, tally.block_size)
-            ],
-            accepted_histogram=tally.accepted.tolist(),
+            acceptance_by_offset=tally.acceptance_by_offset(),
+            accepted_histogram=tally.accepted_at.sum((0, 1)).tolist(),
             tau_without_loops=float(tally.committed[keep].sum() / tally.steps[keep].sum()) if keep.any() else None,
             differences={other: difference for (arm, other), difference in differences.items() if arm == name},
         )
@@ -100,6 +98,7 @@ class Slice(NamedTuple):
 
     name: str | None  # None: everything
     sums: Mapping[str, Sums]  # drafter -> [prompts]
+    by_offset: Mapping[str, Sequence[float]]  # drafter -> `AcceptanceStats.acceptance_by_offset`
 
 
 def slice_names(labels: Labels) -> list[str]:
@@ -113,14 +112,15 @@ def slices(tallies: Mapping[str, AcceptanceStats], prompts: Sequence[str], label
     A slice has the answers in which every drafter has a verify step there. prompts: the id of each answer's prompt.
     """
 
-    def slice_of(name: str | None, sums: Mapping[str, Sums]) -> Slice | None:
+    def slice_of(name: str | None, sums: Mapping[str, Sums], depths: slice = EVERY) -> Slice | None:
         indices = np.flatnonzero(np.all([steps > 0 for _, steps in sums.values()], axis=0))
         chosen = [prompts[int(index)] for index in indices]
         found = {
             arm: (sum_by_key(chosen, committed[indices]), sum_by_key(chosen, steps[indices]))
             for arm, (committed, steps) in sums.items()
         }
-        return Slice(name, found) if chosen else None
+        by_offset = {arm: tally.acceptance_by_offset(indices, depths) for arm, tally in tallies.items()}
+        return Slice(name, found, by_offset) if chosen else None
 
     masks: dict[str | None, np.ndarray] = {None: np.ones(len(labels))}
     masks |= {name: np.array([float(name in each) for each in labels]) for name in slice_names(labels)}
@@ -130,7 +130,9 @@ def slices(tallies: Mapping[str, AcceptanceStats], prompts: Sequence[str], label
     ]
     by_depth = [
         slice_of(
-            name, {arm: (tally.committed_at[:, depth], tally.steps_at[:, depth]) for arm, tally in tallies.items()}
+            name,
+            {arm: (tally.committed_at[:, depth], tally.steps_at[:, depth]) for arm, tally in tallies.items()},
+            slice(depth, depth + 1),
         )
         for depth, name in enumerate(DEPTHS)
     ]

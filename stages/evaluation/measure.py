@@ -46,6 +46,7 @@ from draftsmith.stages.evaluation.acceptance import (
     ContextCollector,
     acceptance_table,
     has_loop,
+    slices,
     tau_by_slice,
     tau_comparisons,
     tau_differences,
@@ -296,6 +297,7 @@ class _Replays:
             loop_share=sum(looping) / len(looping),
             tau_without_loops={arm: metrics.tau_without_loops for arm, metrics in drafters.items()},
             sets={name: arms for name, arms in tau_by_slice(trained, units, labels).items() if name != ALL},
+            acceptance_by_offset={each.name: each.by_offset for each in slices(trained, units, labels) if each.name},
             comparisons=tau_comparisons(trained, units, labels),
             validation_tau=self.validation_tau(),
         )

@@ -59,6 +59,7 @@ def tau(traces: Iterable[Trace]) -> float:
 
 DEPTHS = ("depth:below-1k", "depth:1k-4k", "depth:4k-16k", "depth:above-16k")  # of the anchor
 DEPTH_ENDS = (1 << 10, 1 << 12, 1 << 14)  # tokens
+EVERY = slice(None)
 
 
 def depth_of(anchors: np.ndarray) -> np.ndarray:
@@ -75,8 +76,8 @@ class AcceptanceStats:
         self.committed_at = np.zeros((trajectories, len(DEPTHS)))  # [N, depths] the same by depth of the anchor
         self.steps_at = np.zeros((trajectories, len(DEPTHS)))
         self.lengths: np.ndarray = np.zeros((trajectories, 0))  # [N, K + 2] steps by the number of committed tokens
-        self.accepted = np.zeros(0, dtype=np.int64)  # [K + 1] steps by the number of accepted proposals
-        self.judged = np.zeros(0, dtype=np.int64)  # [K + 1] steps by the number of proposals inside the trajectory
+        # [N, depths, K + 1] steps by the number of accepted proposals, and of proposals inside the trajectory
+        self.accepted_at = self.judged_at = np.zeros((trajectories, len(DEPTHS), 0), dtype=np.int64)
         # tokens that steps with sampled proposals committed, and those of them outside the nucleus
         self._sampled = self._outside = 0
 
@@ -88,22 +89,28 @@ class AcceptanceStats:
             depths = depth_of(trace.anchors)
             self.committed_at[index] = np.bincount(depths, trace.expected_committed, len(DEPTHS))
             self.steps_at[index] = np.bincount(depths, minlength=len(DEPTHS))
-            accepted, judged = (np.bincount(each, minlength=size) for each in (trace.accepted, trace.judged))
             if trace.expected is not None:
                 self._sampled += int(trace.committed.sum())
                 self._outside += trace.outside_nucleus
             lengths = np.bincount(trace.committed, minlength=size + 1)
             if not self.lengths.size:
                 self.lengths = np.zeros((len(self.steps), size + 1))
+                self.accepted_at, self.judged_at = np.zeros((2, *self.steps_at.shape, size), dtype=np.int64)
             self.lengths[index] = lengths
-            first = len(self.accepted) == 0
-            self.accepted, self.judged = (
-                (accepted, judged) if first else (self.accepted + accepted, self.judged + judged)
-            )
+            for histogram, counts in ((self.accepted_at, trace.accepted), (self.judged_at, trace.judged)):
+                np.add.at(histogram[index], (depths, counts), 1)
 
     @property
     def block_size(self) -> int:
-        return len(self.accepted)
+        return self.accepted_at.shape[-1]
+
+    def acceptance_by_offset(self, answers: np.ndarray | slice = EVERY, depths: slice = EVERY) -> list[float]:
+        """Return for each offset the share of its proposals that are accepted, and all before them; at most [K].
+
+        Of all steps, or of those of some answers at some depths. Offsets that none of them reaches are left out.
+        """
+        accepted, judged = (each[answers, depths].sum((0, 1)) for each in (self.accepted_at, self.judged_at))
+        return [float(accepted[k:].sum() / judged[k:].sum()) for k in range(1, len(judged)) if judged[k:].any()]
 
     @property
     def tau(self) -> float:

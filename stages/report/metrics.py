@@ -135,10 +135,10 @@ def report_metrics(
     `tau.ARM`, `tau.ARM/SLICE`, `speedup.cCONCURRENCY.tTEMPERATURE` (the challenger's), `speedup.ARM.c….t…`,
     `speedup.ARM/SLICE` (at the first setting), `tau_gain` and `tau_gain/SLICE` (share of the champion's), all with
     `.low` and `.high`; `load.speedup.cCONCURRENCY`, `load.speed_over_champion.…`, `load.tokens_per_s.…` and
-    `load.block_size.…` (the challenger's, predicted); `accepted_share.ARM.OFFSET`, `accepted_length.ARM.LENGTH` (verify
-    steps), `gate.RULE` (1: passed, 0: broken; absent where inconclusive) with `.value`, `.end` and `.wanted`,
-    `rules_broken`, `rules_unjudged` (inconclusive), `cost.…`, `data.…`. ARM is also `challenger`, the arm that the gate
-    looked at.
+    `load.block_size.…` (the challenger's, predicted); `accepted_share.ARM.OFFSET`,
+    `accepted_share.challenger/SLICE.OFFSET`, `accepted_length.ARM.LENGTH` (verify steps), `gate.RULE` (1: passed, 0:
+    broken; absent where inconclusive) with `.value`, `.end` and `.wanted`, `rules_broken`, `rules_unjudged`
+    (inconclusive), `cost.…`, `data.…`. ARM is also `challenger`, the arm that the gate looked at.
 
     data: the summaries of stages `prompts` and `logs`.
     """
@@ -174,6 +174,9 @@ def _evaluation_metrics(evaluation: EvaluationResult) -> Named:
             for role in (arm, *((CHALLENGER,) if arm == challenger else ())):
                 yield from _drafter_metrics(role, drafter)
                 yield from _set_metrics(role, arm, evaluation)
+        for name, arms in evaluation.acceptance_by_offset.items():
+            for offset, share in enumerate(arms.get(challenger, ()), start=1):
+                yield f"accepted_share.{CHALLENGER}/{name}.{offset}", share
         yield from _champion_metrics(evaluation, challenger)
         for table in evaluation.speed_tables():
             if table.name:

@@ -186,6 +186,20 @@ def by_slice(evaluation: EvaluationResult) -> Table | None:
     return Table(head, rows, "By slice", note)
 
 
+def by_offset(evaluation: EvaluationResult) -> Table | None:
+    """Return the acceptance by offset of each drafter on every slice."""
+    rows = [
+        [name, name_of(arm), *(number(share, ".3f") for share in shares)]
+        for name, arms in evaluation.acceptance_by_offset.items()
+        for arm, shares in arms.items()
+    ]
+    widest = max(map(len, rows), default=0)
+    head = ["slice", "", *map(str, range(1, widest - 1))]
+    note = "Share of the proposals at each offset that are accepted, with all before them."
+    rows = [row + [ABSENT] * (widest - len(row)) for row in rows]
+    return Table(head, rows, "Acceptance by offset and slice", note, text_columns=2) if rows else None
+
+
 def _gain(gain: SliceGain | None) -> str:
     if gain is None:
         return ABSENT

@@ -153,6 +153,7 @@ as accept length, vLLM as mean acceptance length. Measured by replay of the same
 {%- call section("By slice") %}
 {{ plot(plots.by_slice, "95 % intervals hold for all slices together. Dashed: the loss that the gate allows.") }}
 {{ table(tables.by_slice) }}
+{%- call fold("Acceptance by offset and slice") %}{{ table(tables.by_offset) }}{% endcall %}
 {%- endcall %}
 
 {%- call section("Gate") %}

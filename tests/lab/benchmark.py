@@ -38,7 +38,7 @@ from draftsmith.stages.evaluation.drift import DriftConfig
 from draftsmith.stages.evaluation.gate import GateConfig, decide
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
-from draftsmith.stages.replay.trace import DEPTHS, AcceptanceStats
+from draftsmith.stages.replay.trace import AcceptanceStats
 from draftsmith.stages.runtime.statistics import Estimate, jackknife, ratio_gain
 from draftsmith.stages.training import losses, response_loss, trainer
 from draftsmith.stages.training.config import SftConfig
@@ -206,7 +206,6 @@ def stats_of(committed: np.ndarray, steps: np.ndarray) -> AcceptanceStats:
     stats = AcceptanceStats(len(steps))
     stats.committed, stats.steps = committed, steps
     stats.committed_at[:, 0], stats.steps_at[:, 0] = stats.committed, stats.steps  # all below a depth of 1k
-    stats.accepted = stats.judged = np.zeros(len(DEPTHS), dtype=np.int64)
     return stats
 
 

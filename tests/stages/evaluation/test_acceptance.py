@@ -11,6 +11,7 @@ from draftsmith.stages.evaluation.acceptance import (
     ContextCollector,
     acceptance_table,
     has_loop,
+    slices,
     tau_by_slice,
     tau_comparisons,
     tau_differences,
@@ -86,16 +87,47 @@ def test_metrics_of_a_slice_come_from_its_own_answers_and_prompts() -> None:
     assert tau_comparisons(tallies(sft=theirs, opd=ours), prompts, labels) == [], "without a champion"
 
 
+def test_acceptance_by_offset_of_a_slice_is_that_of_its_answers_alone() -> None:
+    """Random traces of three prompt sets and two labels, against a table of the slice's answers by themselves."""
+    rng = np.random.default_rng(0)
+    traces = [
+        trace(40, list(range(4, 39, 4)), np.minimum(rng.integers(0, 4, 9), 39 - np.arange(4, 39, 4)).tolist())
+        for _ in range(12)
+    ]
+    labels = [(("chat", "code", "math")[i % 3], f"language:{'de' if i % 2 else 'en'}") for i in range(12)]
+    prompts = [str(i) for i in range(12)]
+    found = {each.name: each.by_offset["it"] for each in slices(tallies(it=traces), prompts, labels)}
+    assert list(found) == [None, "chat", "code", "math", "language:de", "language:en"]
+    for name, shares in found.items():
+        chosen = [i for i in range(12) if name is None or name in labels[i]]
+        alone = acceptance_table(
+            tallies(it=[traces[i] for i in chosen]), [prompts[i] for i in chosen], [False] * len(chosen)
+        )
+        steps = [(a, j) for i in chosen for a, j in zip(traces[i].accepted, traces[i].judged, strict=True)]
+        plain = [sum(a >= k for a, _ in steps) / sum(j >= k for _, j in steps) for k in (1, 2, 3)]
+        assert shares == plain == alone["it"].acceptance_by_offset
+    short = tallies(it=[trace(7, [4], [2])])["it"]
+    assert short.acceptance_by_offset() == [1.0, 1.0], "no step reaches the last offset"
+
+
 def test_a_verify_step_counts_at_the_depth_of_its_anchor() -> None:
     """The second answer ends before opd has a verify step in the third depth, so it says nothing there."""
     theirs = [trace(4110, [1020, 1023, 1024, 4095, 4096], [2, 0, 3, 0, 3]), trace(4099, [4094, 4096], [1, 1])]
     ours = [trace(4110, [1022, 1024, 4096], [1, 3, 3]), trace(4099, [4095], [2])]
-    found = tau_by_slice(tallies(champion=theirs, opd=ours), ["a", "b"], [("chat",)] * 2)
+    found_tallies = tallies(champion=theirs, opd=ours)
+    found = tau_by_slice(found_tallies, ["a", "b"], [("chat",)] * 2)
     by_depth = {name: arms for name, arms in found.items() if name.startswith("depth")}
     assert {name: {arm: (m.tau, m.prompts) for arm, m in arms.items()} for name, arms in by_depth.items()} == {
         "depth:below-1k": {"champion": (2.0, 1), "opd": (2.0, 1)},
         "depth:1k-4k": {"champion": (7 / 3, 2), "opd": (7 / 2, 2)},
         "depth:4k-16k": {"champion": (4.0, 1), "opd": (4.0, 1)},
+    }
+    by_offset = {each.name: each.by_offset for each in slices(found_tallies, ["a", "b"], [("chat",)] * 2)}
+    assert {name: by_offset[name] for name in by_depth} == {
+        "depth:below-1k": {"champion": [1 / 2, 1 / 2, 0.0], "opd": [1.0, 0.0, 0.0]},
+        # the champion's steps here: at 1024 and 4095 of the first answer, at 4094 of the second
+        "depth:1k-4k": {"champion": [2 / 3, 1 / 3, 1 / 3], "opd": [1.0, 1.0, 1 / 2]},
+        "depth:4k-16k": {"champion": [1.0, 1.0, 1.0], "opd": [1.0, 1.0, 1.0]},
     }
     alone = tau_by_slice(tallies(champion=theirs[1:], opd=ours[1:]), ["b"], [("chat",)])
     assert list(alone) == ["all", "chat"], "a single depth is no slice"

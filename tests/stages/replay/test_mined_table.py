@@ -115,9 +115,9 @@ def test_acceptance_stats_agree_with_the_traces() -> None:
     assert tally.tau == tau(traces)
     assert tally.committed.tolist() == [trace.committed.sum() for trace in traces]
     assert tally.steps.tolist() == [len(trace.anchors) for trace in traces]
-    for histogram, name in ((tally.accepted, "accepted"), (tally.judged, "judged")):
+    for histogram, name in ((tally.accepted_at, "accepted"), (tally.judged_at, "judged")):
         values = np.concatenate([getattr(trace, name) for trace in traces])
-        assert histogram.tolist() == np.bincount(values, minlength=K + 1).tolist()
+        assert histogram.sum((0, 1)).tolist() == np.bincount(values, minlength=K + 1).tolist()
     assert tally.block_size == K + 1
     assert np.isnan(AcceptanceStats(0).tau)
 

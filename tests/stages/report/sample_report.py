@@ -188,6 +188,7 @@ OF_A_LINE: dict[str, Any] = {  # an evaluation beside a champion, with a speed w
     "concurrency": 1,
     "drafters": {"champion": _drafter(3.3, 0.0, 0.7), **EVALUATION["drafters"]},
     "sets": SETS,
+    "acceptance_by_offset": {"chat": {"champion": [0.75, 0.5, 0.375], "opd": [0.5, 0.25]}},
     "compared": [
         _compared("tau", "champion", 0.24, 0.02, set=None, base=3.3),
         *(_compared("tau", "champion", 0.2, 0.05, set=name, base=3.3) for name in SETS),

@@ -52,6 +52,7 @@ def test_metrics_have_the_same_names_in_every_refresh() -> None:
     assert found["gate.speed at temperature 0 16 in flight"] == 1.0, "a metric's name has no comma"
     assert found["accepted_length.challenger.0"] == 250
     assert found["accepted_share.challenger.2"] == pytest.approx(0.75**2)
+    assert found["accepted_share.challenger/chat.2"] == 0.25 and "accepted_share.champion/chat.2" not in found
     assert found["parity.opd.replayed_tau"] == 3.32
     assert (found["doubts"], found["data.prompts.counts.a.train"]) == (1.0, 400.0)
     of_another_kind = report_metrics(EvaluationResult.model_validate(EVALUATION))

@@ -13,6 +13,8 @@ import pytest
 from draftsmith.artifacts.results.evaluation import PLAIN, AnswerContext, EvaluationResult, LoadPoint
 from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.stages.report.page import ReportData, render_report
+from draftsmith.stages.report.presentation import by_offset
+from draftsmith.stages.report.review import ABSENT
 from tests.stages.report.sample_report import (
     CONTEXTS,
     DECISION,
@@ -70,7 +72,7 @@ def test_every_part_of_a_refresh_of_a_line_is_there_and_the_verdict_is_first(tmp
     assert [tag for tag, _ in page.tags].count("svg") == 4
     regions = [attributes["aria-label"] for _, attributes in page.tags if attributes.get("role") == "region"]
     assert regions == [
-        "Drafters", "Speed by setting", "Speed by load", "By slice", "Gate", "Stages",
+        "Drafters", "Speed by setting", "Speed by load", "By slice", "Acceptance by offset and slice", "Gate", "Stages",
     ]  # fmt: skip
     for text in ("0123456789ab", "draftsmith run weekly.yaml", "about 2 min", "450 s"):
         assert text in page.text, "commit, next step, cost"
@@ -100,6 +102,16 @@ def test_each_slice_has_its_gain_and_its_worst_contexts(tmp_path: Path) -> None:
     assert "chat (inconclusive)" in page.text and "-30.0% inconclusive: 2 prompts, 4 are needed" in page.text
     before, _, after = page.text.partition("Worst contexts of each slice")
     assert before.count("Worst:") == 10 and after.count("Worst:") == 2 and "depth:4k-16k" in after
+
+
+def test_acceptance_by_offset_and_slice_is_a_table() -> None:
+    found = by_offset(EvaluationResult.model_validate(OF_A_LINE))
+    assert found is not None and by_offset(EvaluationResult.model_validate(EVALUATION)) is None
+    assert found.head == ["slice", "", "1", "2", "3"]
+    assert found.rows == [
+        ["chat", "champion", "0.750", "0.500", "0.375"],
+        ["chat", "SFT + OPD", "0.500", "0.250", ABSENT],
+    ]
 
 
 def test_the_page_needs_no_network(tmp_path: Path) -> None:
