@@ -20,6 +20,22 @@ class Difference(Record):
     high: float | None = None
 
 
+class ConfidenceCalibration(Record):
+    """The error of a drafter's confidence on held-out answers, and the correction fitted on validation answers.
+
+    A decision is a proposal whose predecessors were accepted. The corrected logit is scale · logit + shift.
+    """
+
+    scale: float
+    shift: float
+    fitted_on: int  # decisions
+    decisions: int  # held-out
+    confidence: float  # mean predicted probability
+    accepted: float  # share
+    error: float  # expected calibration error
+    error_calibrated: float
+
+
 class Acceptance(Record):
     """Acceptance metrics of one drafter, by replay of held-out answers."""
 
@@ -34,6 +50,7 @@ class Acceptance(Record):
     tau_without_loops: float | None = None
     differences: Mapping[str, Difference] = {}
     tau_full_head: float | None = None
+    confidence: ConfidenceCalibration | None = None  # of a drafter with a confidence head, given validation answers
 
 
 class SpeedMetrics(Record):

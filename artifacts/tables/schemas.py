@@ -133,8 +133,8 @@ EVALUATED = _table(  # one row per replayed answer, beside the shards of mined s
 
 REPLAYED = _table(  # traces of an unfinished replay, a row for each trajectory and drafter
     "replayed",
-    1,
-    nullable=("expected",),
+    2,
+    nullable=("expected", "confidence"),
     index=pa.int64(),  # of the trajectory in the set
     drafter=pa.string(),
     length=pa.int64(),
@@ -145,6 +145,7 @@ REPLAYED = _table(  # traces of an unfinished replay, a row for each trajectory 
     accepted=_IDS,
     proposed=_IDS,  # of all steps
     expected=pa.list_(pa.float64()),
+    confidence=pa.list_(pa.float32()),  # as `proposed`; null where it was not asked for
 )
 
 REQUESTS = _table(  # one row per request of an evaluation

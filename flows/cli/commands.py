@@ -310,7 +310,9 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace, Pipeline], None]] = {
         Display(), options.line, options.why, dry_run=options.dry_run
     ),
     "swap": lambda options, _: registry_commands.swap(Display(), options.version, options.url),
-    "export": lambda options, _: registry_commands.export(Display(), options.version, options.folder, options.format),
+    "export": lambda options, _: registry_commands.export(
+        Display(), options.version, options.folder, options.format, calibrated=options.calibrated
+    ),
     "evaluate": _evaluate,
     "diagnose": _diagnose,
     "deploy": _deploy,

@@ -121,6 +121,12 @@ def parser() -> argparse.ArgumentParser:
         default="sglang",
         help="speculators: what vLLM loads, with the target's embedding and head; no EAGLE-3",
     )
+    export.add_argument(
+        "--calibrated",
+        action="store_true",
+        help="correct a DSpark's confidence head as the evaluation found. An SGLang server with this copy has, to "
+        "`status` and `watch`, no version of the line; `swap` writes versions as they were trained",
+    )
 
     evaluate = commands.add_parser("evaluate", help="compare drafters on a config's held-out prompts, without training")
     evaluate.add_argument("drafters", metavar="DRAFTER", nargs="+", help="folder, hub id or NAME@champion")

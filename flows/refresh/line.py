@@ -51,6 +51,7 @@ _MAX_RULES_CHARS = 250
 _SHORT_SET = ("tau", "low", "prompts")  # metrics of a set that are stored if there are many sets
 _MEASURED_WITH = "measured_with"
 FASTEST_BLOCK = "fastest_block"  # tag: the block size that decoded fastest, with the anchor
+CONFIDENCE = "confidence"  # tag: the calibration of a confidence head
 BLOCK_SIZE = "drafting.block_size"  # one of the settings that metrics were measured with
 _SHARES, _BY, _SUFFIXES = "heldout_shares", "heldout_by", "suffixes"
 REFRESHED_AT = "refreshed_at"  # tag: when a refresh last ended with this version
@@ -337,6 +338,7 @@ def version_tags(
         "speedup_interval": json.dumps([speed and speed.speedup_low, speed and speed.speedup_high]),
         "figures": json.dumps(promotion_metrics(evaluation, arm)),
         _MEASURED_WITH: json.dumps({**settings, BLOCK_SIZE: drafter.block_size}),
+        CONFIDENCE: drafter.confidence.model_dump_json() if drafter.confidence is not None else "",
         "decision": decision.sentence[:4000],
         "outcome": decision.outcome,
         "rules": failed_rules(decision),

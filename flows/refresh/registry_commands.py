@@ -12,12 +12,20 @@ from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, find_disk_error, from_os_error
 from draftsmith.artifacts.home import apply_user_umask, home
+from draftsmith.artifacts.results.evaluation import ConfidenceCalibration
 from draftsmith.artifacts.store.manifest import MANIFEST, read_manifest, remedy
 from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.artifacts.store.retention import artifacts_in_use
 from draftsmith.artifacts.tracking.registry import BY_HAND, PREVIOUS, ROLLED_BACK, Registry, Version
 from draftsmith.flows.execution.display import Display
-from draftsmith.flows.refresh.line import FASTEST_BLOCK, artifact_folder, download_upload, find_artifact, registry
+from draftsmith.flows.refresh.line import (
+    CONFIDENCE,
+    FASTEST_BLOCK,
+    artifact_folder,
+    download_upload,
+    find_artifact,
+    registry,
+)
 from draftsmith.flows.refresh.swap import served_by, swap_to
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.digest import drafter_digest
@@ -168,15 +176,23 @@ def swapped_servers(line: str) -> list[str]:
     return [served.url for version in registry().versions(line) for served in served_by(version)]
 
 
-def export(display: Display, text: str, folder: Path, layout: str = "sglang") -> None:
-    """Write a verified copy of a version's checkpoint: as SGLang loads it, or in vLLM's layout `speculators`."""
+def export(display: Display, text: str, folder: Path, layout: str = "sglang", *, calibrated: bool = False) -> None:
+    """Write a verified copy of a version's checkpoint: as SGLang loads it, or in vLLM's layout `speculators`.
+
+    calibrated: with the confidence head corrected as its evaluation found.
+    """
     version = registry().resolve(text)
     writable = os.access(home(), os.W_OK)  # in a read-only home nothing can be locked
     with artifacts_in_use(home(), f"export of {version}", display.line) if writable else nullcontext():
-        _export(display, version, folder, layout)
+        _export(display, version, folder, layout, calibrated=calibrated)
 
 
-def _export(display: Display, version: Version, folder: Path, layout: str) -> None:
+def _export(display: Display, version: Version, folder: Path, layout: str, *, calibrated: bool) -> None:
+    if calibrated and not version.tags.get(CONFIDENCE):
+        raise DraftsmithError(
+            f"{version}: its confidence was not calibrated: it has no confidence head, or was measured without "
+            "validation answers. Export without --calibrated."
+        )
     source = verify_checkpoint(version)
     if "promoted_at" not in version.tags:
         log.warning(
@@ -192,6 +208,8 @@ def _export(display: Display, version: Version, folder: Path, layout: str) -> No
     if layout == "speculators":
         with _all_or_nothing(folder):
             _export_speculators(version, source, folder)
+            if calibrated:
+                _calibrate(version, source, folder)
         display.line(f"{version}: in speculators' layout, with the target's embedding and head, in {folder}")
         _show_options(display, "vLLM", version, folder, options_of_vllm)
         return
@@ -202,6 +220,8 @@ def _export(display: Display, version: Version, folder: Path, layout: str) -> No
             raise DraftsmithError(
                 f"{folder}: the copy differs from the registered one. Try again, or use another disk."
             )
+        if calibrated:
+            _calibrate(version, source, folder)
     display.line(f"{version}: {size / 1e6:.1f} MB in {folder}")
     _show_options(display, "SGLang", version, folder, drafting_options)
 
@@ -227,6 +247,14 @@ def _all_or_nothing(folder: Path) -> Iterator[None]:
         if isinstance(disk, OSError):
             raise from_os_error(disk, f"exporting to {folder}{':' * bool(disk.filename)}") from error
         raise
+
+
+def _calibrate(version: Version, source: Path, folder: Path) -> None:
+    from draftsmith.stages.drafters.export import calibrate_confidence  # imports torch, as no other command here
+
+    found = ConfidenceCalibration.model_validate_json(version.tags[CONFIDENCE])
+    calibrate_confidence(folder, source, found.scale, found.shift)
+    apply_user_umask(folder)
 
 
 def _export_speculators(version: Version, source: Path, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Exports a checkpoint in the layout that vLLM loads."""
+"""Exports a checkpoint in the layout that vLLM loads, or with a calibrated confidence."""
 
 from __future__ import annotations
 
@@ -54,6 +54,18 @@ def export_eagle3(source: Path, folder: Path) -> None:
     raw = json.loads(path.read_text())
     raw[EAGLE3_LAYERS] = [layer + 1 for layer in raw["eagle_config"][EAGLE3_LAYERS]]
     path.write_text(json.dumps(raw, indent=2))
+    _write_info(source, folder)
+
+
+def calibrate_confidence(folder: Path, source: Path, scale: float, shift: float) -> None:
+    """Fold scale · logit + shift into the confidence head of an export of `source`. Its proposals stay the same."""
+    tensors = checkpoint_format.read_tensors(folder)
+    weight, bias = (f"confidence_head.proj.{name}" for name in ("weight", "bias"))
+    tensors[weight] = (scale * tensors[weight].double()).float()
+    tensors[bias] = (scale * tensors[bias].double() + shift).float()
+    (folder / checkpoint_format.WEIGHTS_FILE).unlink()  # mapped into memory: written anew, not over
+    raw = json.loads((folder / checkpoint_format.CONFIG_FILE).read_text())
+    checkpoint_format.write_checkpoint(folder, raw, tensors)
     _write_info(source, folder)
 
 

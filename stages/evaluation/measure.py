@@ -51,6 +51,7 @@ from draftsmith.stages.evaluation.acceptance import (
     tau_comparisons,
     tau_differences,
 )
+from draftsmith.stages.evaluation.confidence import calibration
 from draftsmith.stages.evaluation.config import DRAFTERS, PREFIX, EvaluationConfig, prompts_to_decode
 from draftsmith.stages.evaluation.load import AverageAnswer, measure_steps, predict, step_table
 from draftsmith.stages.evaluation.speed_embedded import EmbeddedSpeedTest, measure_embedded, one_thread
@@ -256,6 +257,7 @@ class _Replays:
             drafting,
             sampling,
             with_proposals=variant == CONTEXT_VARIANT,
+            with_confidence=variant in (CONTEXT_VARIANT, VALIDATION),
             tokens_per_group=self.config.tokens_per_target_forward,
             shard=shard,
         )
@@ -290,6 +292,10 @@ class _Replays:
         drafters: dict[str, Acceptance] = acceptance_table(trained, units, looping)
         for arm, tally in tallies.get("full_head", {}).items():
             drafters[arm] = drafters[arm].model_copy(update={"tau_full_head": tally.tau})
+        validation = self.validation()
+        for arm, tally in validation.items():
+            if (found := calibration(tally.decisions, trained[arm].decisions)) is not None:
+                drafters[arm] = drafters[arm].model_copy(update={"confidence": found})
         result = EvaluationResult(
             heldout_trajectories=len(stored.trajectories),
             outside_nucleus_share=outside,
@@ -299,24 +305,23 @@ class _Replays:
             sets={name: arms for name, arms in tau_by_slice(trained, units, labels).items() if name != ALL},
             acceptance_by_offset={each.name: each.by_offset for each in slices(trained, units, labels) if each.name},
             comparisons=tau_comparisons(trained, units, labels),
-            validation_tau=self.validation_tau(),
+            validation_tau={arm: tally.tau for arm, tally in validation.items()} or None,
         )
         return result, _Replayed(trained, units, stored.trajectories)
 
-    def validation_tau(self) -> dict[str, float | None] | None:
-        """Return tau of each drafter on the validation split, which choices are made on; None without its answers."""
+    def validation(self) -> dict[str, AcceptanceStats]:
+        """Replay every drafter on the validation split, which choices are made on; empty without its answers."""
         ctx = self.ctx
         if VALIDATION not in stored_splits(ctx.inputs["trajectories"]):
-            return None
+            return {}
         stored = load_trajectories(ctx.inputs["trajectories"], [VALIDATION])
-        tallies = self.replayer(VALIDATION, self.config.drafted(), stored.sampling, WHOLE).acceptance(
+        return self.replayer(VALIDATION, self.config.drafted(), stored.sampling, WHOLE).acceptance(
             self.drafters,
             stored.trajectories,
             progress=progress_callback(ctx, "trajectories"),
             cache=ctx.work / REPLAYED / VALIDATION,
             shards=[folder / REPLAYED / VALIDATION for folder in ctx.shards],
         )
-        return {arm: tally.tau for arm, tally in tallies.items()}
 
 
 def _drafting_variants(config: EvaluationConfig) -> dict[str, DraftingConfig]:

@@ -10,7 +10,7 @@ per verify step, while sequential rounds fall by the number of chains. `chains=1
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -82,6 +82,31 @@ def replay_chains(
         for r, row in enumerate(rows):
             states[row].record(accepted[r], proposed[r], None if expected is None else expected[r], rate=rate)
     return [state.trace() for state in states]
+
+
+@torch.no_grad()
+def with_confidence(
+    drafter: PreparedDrafter, context: Context, trajectories: Sequence[Trajectory], traces: Sequence[Trace]
+) -> list[Trace]:
+    """Return the traces with the drafter's confidence in their proposals: one more pass of its layers, without a head.
+
+    context: of the same trajectories, padded to one length.
+    """
+    device = drafter.head.weight.device
+    tokens = committed_tokens(trajectories, drafter.block_size - 1, device).clamp(min=0)
+    offsets = torch.arange(drafter.block_size - 1, device=device)
+    found = []
+    for row, trace in enumerate(traces):
+        logits = np.zeros(trace.proposed.shape, dtype=np.float32)
+        for start in range(0, len(logits), BLOCKS_PER_ROUND[device.type]):
+            some = slice(start, start + BLOCKS_PER_ROUND[device.type])
+            anchors = to_device(trace.anchors[some], device)[None]
+            visible = drafter.drafter.select(context, slice(row, row + 1), int(trace.anchors[some].max()))
+            before = tokens[row, anchors[..., None] + offsets]  # of the answer, as those of accepted proposals are
+            hidden = drafter.drafter.block_hidden(visible, before, anchors)
+            logits[some] = drafter.drafter.confidence(hidden)[0].cpu().numpy()
+        found.append(replace(trace, confidence=logits))
+    return found
 
 
 @torch.no_grad()

@@ -47,5 +47,6 @@ class ReplayOptions:
     sampling: SamplingParams = GREEDY  # of the answers; drafters with `samples_proposals` sample their proposals so too
     chains: int | None = None  # as in `replay_chains`
     with_proposals: bool = True  # as in `replay_chains`
+    with_confidence: bool = False  # of drafters that have one
     tokens_per_group: int = 4096  # with padding
     shard: Shard = WHOLE  # of the groups, which are the same for all shards

@@ -14,7 +14,7 @@ from draftsmith.artifacts.tables.parquet import BufferedShards, read_table, shar
 from draftsmith.artifacts.tables.schemas import REPLAYED
 from draftsmith.stages.data.trajectories import Trajectory, group_by_length, pad_tokens, trajectory_lengths
 from draftsmith.stages.drafters.base import Drafter, PreparedDrafter
-from draftsmith.stages.replay.chains import replay_chains
+from draftsmith.stages.replay.chains import replay_chains, with_confidence
 from draftsmith.stages.replay.options import TREE_TOKENS, ReplayOptions
 from draftsmith.stages.replay.sampled import TargetSampler, outside_nucleus
 from draftsmith.stages.replay.scoring import EncodedGroup, StepScores, score_traces
@@ -215,7 +215,7 @@ class Replayer:
             )
         with torch.no_grad():
             context = drafter.drafter.encode(features, group.ids, group.positions)
-        return replay_chains(
+        traces = replay_chains(
             drafter,
             context,
             group.trajectories,
@@ -223,6 +223,9 @@ class Replayer:
             sampler=sampler,
             with_proposals=options.with_proposals,
         )
+        if options.with_confidence and drafter.drafter.has_confidence:
+            return with_confidence(drafter, context, group.trajectories, traces)
+        return traces
 
 
 @dataclass(frozen=True)
@@ -406,6 +409,7 @@ class TraceCache:
                 "accepted": trace.accepted,
                 "proposed": trace.proposed.ravel(),
                 "expected": trace.expected,
+                "confidence": None if trace.confidence is None else trace.confidence.ravel(),
             }
             for index, by_drafter in zip(indices, traces, strict=True)
             for name, trace in by_drafter.items()
@@ -418,7 +422,8 @@ def stored_traces(folder: Path) -> Iterator[GroupTraces]:
     for path in shard_paths(folder / "traces"):
         traces: dict[int, dict[str, Trace]] = {}
         table = read_table(path, REPLAYED)
-        for index, drafter, length, proposals, blocks, outside, *steps, expected in zip(*table.columns, strict=True):
+        columns = zip(*table.columns, strict=True)
+        for index, drafter, length, proposals, blocks, outside, *steps, expected, confidence in columns:
             anchors, accepted, proposed = (each.values.to_numpy().astype(np.int64) for each in steps)
             traces.setdefault(index.as_py(), {})[drafter.as_py()] = Trace(
                 length.as_py(),
@@ -428,5 +433,6 @@ def stored_traces(folder: Path) -> Iterator[GroupTraces]:
                 blocks.as_py(),
                 expected.values.to_numpy() if expected.is_valid else None,
                 outside.as_py(),
+                confidence.values.to_numpy().reshape(-1, proposals.as_py()) if confidence.is_valid else None,
             )
         yield list(traces), list(traces.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,7 @@ class Trace:
     evaluated_blocks: int  # work: blocks drafted to find the trace
     expected: np.ndarray | None = None  # [S] float64 tokens committed, on average over samples; None: argmaxes
     outside_nucleus: int = 0  # committed tokens that the stated sampling leaves out; counted if proposals are sampled
+    confidence: np.ndarray | None = None  # [S, K] float32 logits, meaningful for proposals `on_trajectory`
 
     @property
     def judged(self) -> np.ndarray:
@@ -67,6 +69,13 @@ def depth_of(anchors: np.ndarray) -> np.ndarray:
     return np.searchsorted(DEPTH_ENDS, anchors, side="right")
 
 
+class Decisions(NamedTuple):
+    """The confidence in D proposals whose predecessors were accepted, and whether they were accepted too."""
+
+    logits: np.ndarray  # [D] float64, ascending
+    accepted: np.ndarray  # [D] bool
+
+
 class AcceptanceStats:
     """Sums and histograms over the traces of one drafter on N trajectories, which may come in any order."""
 
@@ -78,6 +87,7 @@ class AcceptanceStats:
         self.lengths: np.ndarray = np.zeros((trajectories, 0))  # [N, K + 2] steps by the number of committed tokens
         # [N, depths, K + 1] steps by the number of accepted proposals, and of proposals inside the trajectory
         self.accepted_at = self.judged_at = np.zeros((trajectories, len(DEPTHS), 0), dtype=np.int64)
+        self._decisions: list[tuple[np.ndarray, np.ndarray]] = []  # of each trajectory
         # tokens that steps with sampled proposals committed, and those of them outside the nucleus
         self._sampled = self._outside = 0
 
@@ -92,6 +102,10 @@ class AcceptanceStats:
             if trace.expected is not None:
                 self._sampled += int(trace.committed.sum())
                 self._outside += trace.outside_nucleus
+            if trace.confidence is not None:
+                offsets = np.arange(size - 1)
+                reached = offsets < trace.on_trajectory[:, None]
+                self._decisions.append((trace.confidence[reached], (offsets < trace.accepted[:, None])[reached]))
             lengths = np.bincount(trace.committed, minlength=size + 1)
             if not self.lengths.size:
                 self.lengths = np.zeros((len(self.steps), size + 1))
@@ -111,6 +125,14 @@ class AcceptanceStats:
         """
         accepted, judged = (each[answers, depths].sum((0, 1)) for each in (self.accepted_at, self.judged_at))
         return [float(accepted[k:].sum() / judged[k:].sum()) for k in range(1, len(judged)) if judged[k:].any()]
+
+    @property
+    def decisions(self) -> Decisions:
+        """Return what the traces say of the drafter's confidence, the same in whatever order they came."""
+        parts = self._decisions or [(np.zeros(0), np.zeros(0, dtype=bool))]
+        logits, accepted = (np.concatenate(each) for each in zip(*parts, strict=True))
+        order = np.lexsort((accepted, logits))
+        return Decisions(logits[order].astype(np.float64), accepted[order])
 
     @property
     def tau(self) -> float:

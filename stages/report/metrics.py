@@ -136,9 +136,10 @@ def report_metrics(
     `speedup.ARM/SLICE` (at the first setting), `tau_gain` and `tau_gain/SLICE` (share of the champion's), all with
     `.low` and `.high`; `load.speedup.cCONCURRENCY`, `load.speed_over_champion.…`, `load.tokens_per_s.…` and
     `load.block_size.…` (the challenger's, predicted); `accepted_share.ARM.OFFSET`,
-    `accepted_share.challenger/SLICE.OFFSET`, `accepted_length.ARM.LENGTH` (verify steps), `gate.RULE` (1: passed, 0:
-    broken; absent where inconclusive) with `.value`, `.end` and `.wanted`, `rules_broken`, `rules_unjudged`
-    (inconclusive), `cost.…`, `data.…`. ARM is also `challenger`, the arm that the gate looked at.
+    `accepted_share.challenger/SLICE.OFFSET`, `accepted_length.ARM.LENGTH` (verify steps), `confidence.ARM.FIELD` (of
+    `ConfidenceCalibration`), `gate.RULE` (1: passed, 0: broken; absent where inconclusive) with `.value`, `.end` and
+    `.wanted`, `rules_broken`, `rules_unjudged` (inconclusive), `cost.…`, `data.…`. ARM is also `challenger`, the arm
+    that the gate looked at.
 
     data: the summaries of stages `prompts` and `logs`.
     """
@@ -223,6 +224,8 @@ def _drafter_metrics(role: str, drafter: Acceptance) -> Named:
     for length, steps in enumerate(drafter.accepted_histogram):
         yield f"accepted_length.{role}.{length}", steps
     yield f"tau_without_loops.{role}", drafter.tau_without_loops
+    if drafter.confidence is not None:
+        yield from _flatten(f"confidence.{role}", drafter.confidence.to_json())
 
 
 def _set_metrics(role: str, arm: str, evaluation: EvaluationResult) -> Named:

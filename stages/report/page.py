@@ -81,6 +81,7 @@ def render_report(path: Path, data: ReportData) -> None:
         tables={
             "drafters": presentation.drafters(review, evaluation) if review else None,
             "by_slice": presentation.by_slice(evaluation) if review else None,
+            "confidence": presentation.confidence(evaluation),
             "by_offset": presentation.by_offset(evaluation),
             "by_setting": presentation.by_setting(evaluation),
             "by_load": presentation.by_load(evaluation),

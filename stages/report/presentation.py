@@ -200,6 +200,23 @@ def by_offset(evaluation: EvaluationResult) -> Table | None:
     return Table(head, rows, "Acceptance by offset and slice", note, text_columns=2) if rows else None
 
 
+def confidence(evaluation: EvaluationResult) -> Table | None:
+    """Return how well each drafter with a confidence head knows what will be accepted, before and after calibration."""
+    found = {arm: each.confidence for arm, each in evaluation.drafters.items() if each.confidence is not None}
+    fields = {"confidence": ".3f", "accepted": ".3f", "error": ".4f", "error_calibrated": ".4f"}
+    fields |= {"decisions": ",d", "scale": ".3f", "shift": "+.3f"}
+    rows = [
+        [name_of(arm), *(number(getattr(each, f), form) for f, form in fields.items())] for arm, each in found.items()
+    ]
+    head = ["", "mean confidence", "share accepted", "calibration error", "calibrated", "proposals", "scale", "shift"]
+    note = (
+        "Of held-out proposals whose predecessors were accepted: expected calibration error in 15 bins, with the logit "
+        "as it is and as scale · logit + shift, fitted on the validation split. `draftsmith export --calibrated` folds "
+        "these into the checkpoint."
+    )
+    return Table(head, rows, "Confidence", note) if rows else None
+
+
 def _gain(gain: SliceGain | None) -> str:
     if gain is None:
         return ABSENT

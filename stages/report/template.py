@@ -141,6 +141,7 @@ as accept length, vLLM as mean acceptance length. Measured by replay of the same
 {{ bullets(review.speed_warnings) }}
 {%- endif %}
 {%- call fold("Acceptance by position in the block") %}{{ plot(plots.by_offset) }}{% endcall %}
+{%- call fold("Confidence") %}{{ table(tables.confidence) }}{% endcall %}
 {%- call fold("Speed by setting") %}{{ table(tables.by_setting) }}{% endcall %}
 {%- call fold("Exactness") %}{{ bullets(review.exactness if review else []) }}{% endcall %}
 {%- endcall %}

@@ -17,17 +17,20 @@ import torch
 from safetensors.torch import load_file
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.results.evaluation import ConfidenceCalibration
 from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.retention import exclusive_for_prune
 from draftsmith.artifacts.tracking.registry import Version
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.refresh import registry_commands
-from draftsmith.flows.refresh.line import FASTEST_BLOCK
+from draftsmith.flows.refresh.line import CONFIDENCE, FASTEST_BLOCK
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
-from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.checkpoint import load_drafter, read_info, save_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.target.causal_lm import Target
 from tests.testbed.artifacts import committed
+from tests.testbed.dspark import random_dspark
 from tests.testbed.random_target import random_drafter, write_artifact
 
 
@@ -35,17 +38,21 @@ def copied(folder: Path) -> Callable[[Path], object]:
     return partial(shutil.copytree, folder, dirs_exist_ok=True)
 
 
-@pytest.fixture
-def version(plain_target: Target, plain_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Version:
-    """A version whose drafter and target are in the store."""
+def version_of(drafter: Drafter, plain_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Version:
+    """Register a drafter as a version, with its target in the store too."""
     monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
     store = Store(tmp_path / "home" / "store")
-    save_drafter(random_drafter(plain_target), tmp_path / "made" / DRAFTER_FOLDER, torch.float32)
+    save_drafter(drafter, tmp_path / "made" / DRAFTER_FOLDER, torch.float32)
     target = committed(store, "target", copied(plain_artifact))
     ref = committed(store, "opd", copied(tmp_path / "made"), inputs={"target": target})
     version = Version("line", 1, ref.uri, ref.stage, ref.key, ref.content_id)
     monkeypatch.setattr(registry_commands, "registry", lambda: SimpleNamespace(resolve=lambda _text: version))
     return version
+
+
+@pytest.fixture
+def version(plain_target: Target, plain_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Version:
+    return version_of(random_drafter(plain_target), plain_artifact, tmp_path, monkeypatch)
 
 
 def test_an_export_prints_the_servers_options(
@@ -101,6 +108,64 @@ def test_each_layout_has_the_same_drafter(version: Version, plain_target: Target
     assert tensors["lm_head.weight"].equal(plain_target.head_weight)
     drafter, kept = (load_drafter(folder, plain_target) for folder in (tmp_path / "vllm", source))
     assert all(tensor.equal(kept.state_dict()[name]) for name, tensor in drafter.state_dict().items())
+
+
+@pytest.mark.parametrize("layout", ["sglang", "speculators"])
+@pytest.mark.parametrize("reads_token", [True, False])
+def test_a_calibrated_export_has_other_confidences_and_the_same_proposals(
+    layout: str,
+    reads_token: bool,
+    plain_target: Target,
+    plain_artifact: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The logits are scale · logit + shift, in float32 within 1e-5 of the largest."""
+    drafter = random_dspark(plain_target, confidence_reads_token=reads_token)
+    version = version_of(drafter, plain_artifact, tmp_path, monkeypatch)
+    scale, shift = 0.3, -1.25
+    found = ConfidenceCalibration(
+        scale=scale,
+        shift=shift,
+        fitted_on=9,
+        decisions=9,
+        confidence=0.5,
+        accepted=0.5,
+        error=0.1,
+        error_calibrated=0.0,
+    )
+    cast("dict[str, str]", version.tags)[CONFIDENCE] = found.model_dump_json()
+    registry_commands.export(Display(), "line", tmp_path / "plain", layout)
+    registry_commands.export(Display(), "line", tmp_path / "out", layout, calibrated=True)
+    plain, calibrated = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "out"))
+    assert plain.keys() == calibrated.keys()
+    changed = {name for name in plain if not plain[name].equal(calibrated[name])}
+    assert changed == {"confidence_head.proj.weight", "confidence_head.proj.bias"}
+    assert (tmp_path / "plain" / "config.json").read_text() == (tmp_path / "out" / "config.json").read_text()
+
+    source = version.path / DRAFTER_FOLDER
+    assert drafter_digest(tmp_path / "out") != drafter_digest(tmp_path / "plain")
+    assert read_info(tmp_path / "out").parents[-1] == drafter_digest(source)
+    before, after = (load_drafter(folder, plain_target) for folder in (source, tmp_path / "out"))
+    head = before.head_over(plain_target.head_weight, None)
+    ids, anchors = torch.arange(40)[None] % 60, torch.arange(2, 38)[None]
+    with torch.no_grad():
+        context = before.encode(plain_target.features(ids, before.target_layer_ids), ids, torch.arange(40)[None])
+        proposals = before.propose(context, ids[:, 2:38], anchors, before.block_size, head)
+        assert proposals.equal(after.propose(context, ids[:, 2:38], anchors, before.block_size, head))
+        hidden = before.block_hidden(context, proposals, anchors)
+        expected = scale * before.confidence(hidden) + shift
+        torch.testing.assert_close(
+            after.confidence(hidden), expected, rtol=0, atol=1e-5 * float(before.confidence(hidden).abs().max())
+        )
+
+
+def test_a_confidence_that_was_not_calibrated_is_one_error(version: Version, tmp_path: Path) -> None:
+    for tags in ({}, {CONFIDENCE: ""}):
+        cast("dict[str, str]", version.tags).update(tags)
+        with pytest.raises(DraftsmithError, match=r"was not calibrated: .* Export without"):
+            registry_commands.export(Display(), "line", tmp_path / "out", calibrated=True)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("version")

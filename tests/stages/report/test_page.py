@@ -12,8 +12,9 @@ import pytest
 
 from draftsmith.artifacts.results.evaluation import PLAIN, AnswerContext, EvaluationResult, LoadPoint
 from draftsmith.artifacts.results.gate import GateDecision
+from draftsmith.stages.report.metrics import report_metrics
 from draftsmith.stages.report.page import ReportData, render_report
-from draftsmith.stages.report.presentation import by_offset
+from draftsmith.stages.report.presentation import by_offset, confidence
 from draftsmith.stages.report.review import ABSENT
 from tests.stages.report.sample_report import (
     CONTEXTS,
@@ -27,6 +28,10 @@ from tests.stages.report.sample_report import (
     sample,
 )
 
+CONFIDENCE = {
+    "scale": 0.8321, "shift": -0.21, "fitted_on": 400, "decisions": 1234, "confidence": 0.712, "accepted": 0.64,
+    "error": 0.0721, "error_calibrated": 0.0112,
+}  # fmt: skip
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
 
@@ -112,6 +117,15 @@ def test_acceptance_by_offset_and_slice_is_a_table() -> None:
         ["chat", "champion", "0.750", "0.500", "0.375"],
         ["chat", "SFT + OPD", "0.500", "0.250", ABSENT],
     ]
+
+
+def test_a_calibrated_confidence_is_a_row() -> None:
+    of_opd = {**EVALUATION["drafters"]["opd"], "confidence": CONFIDENCE}
+    found = confidence(EvaluationResult.model_validate({**EVALUATION, "drafters": {"opd": of_opd}}))
+    assert found is not None and confidence(EvaluationResult.model_validate(EVALUATION)) is None
+    assert found.rows == [["SFT + OPD", "0.712", "0.640", "0.0721", "0.0112", "1,234", "0.832", "-0.210"]]
+    metrics = report_metrics(EvaluationResult.model_validate({**EVALUATION, "drafters": {"opd": of_opd}}))
+    assert (metrics["confidence.challenger.error"], metrics["confidence.opd.scale"]) == (0.0721, 0.8321)
 
 
 def test_the_page_needs_no_network(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from draftsmith.artifacts.results.evaluation import EvaluationResult
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import REQUESTS, TRAJECTORIES, VERIFY_STEPS
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_trajectories
@@ -199,3 +200,27 @@ def test_an_evaluation_compares_it_with_dflash(chain: Chain, tiny_drafter: Draft
     drift = RecordingContext.under(tmp_path / "drift", inputs | {"champion": chain.sft})
     DRIFT.run(drift, DriftConfig())
     assert json.loads((drift.out / "drift.json").read_text())["all"]["tau"] == pytest.approx(metrics["tau"])
+
+
+def test_an_evaluation_calibrates_its_confidence_on_validation_answers(
+    chain: Chain, tiny_drafter: DrafterArtifacts, target: Target, tmp_path: Path
+) -> None:
+    inputs = {"target": chain.target, "prompts": chain.prompts, "trajectories": tiny_drafter.heldout}
+    ctx = RecordingContext.under(tmp_path, inputs | {"champion": tiny_drafter.drafter, "sft": chain.sft})
+    config: dict[str, Any] = {
+        "sampling": {"max_new_tokens": 8},
+        "speed_prompts": 1,
+        "exactness_prompts": 0,
+        "rounds": 1,
+    }
+    EVALUATION.run(ctx, EvaluationConfig.model_validate(config))
+    result = EvaluationResult.read(ctx.out)
+    found = result.drafters["sft"].confidence
+    assert found is not None and "confidence" not in result.drafters["champion"].to_json(), "DFlash has none"
+    assert json.loads((ctx.out / "acceptance.json").read_text())["drafters"]["sft"]["confidence"] == found.to_json()
+    drafter = load_drafter(chain.sft / DRAFTER_FOLDER, target)
+    stored = load_trajectories(tiny_drafter.heldout, ["heldout"]).trajectories
+    traces = Replayer(target).traces({"sft": drafter}, stored)["sft"]
+    assert found.decisions == sum(int(trace.on_trajectory.sum()) for trace in traces)
+    assert found.accepted == pytest.approx(sum(int(trace.accepted.sum()) for trace in traces) / found.decisions)
+    assert 0 < found.error_calibrated < found.error < 1
