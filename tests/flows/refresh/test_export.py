@@ -17,13 +17,15 @@ import torch
 from safetensors.torch import load_file
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.results.evaluation import ConfidenceCalibration
+from draftsmith.artifacts.results.evaluation import EvaluationResult
+from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.retention import exclusive_for_prune
 from draftsmith.artifacts.tracking.registry import Version
 from draftsmith.flows.execution.display import Display
 from draftsmith.flows.refresh import registry_commands
-from draftsmith.flows.refresh.line import CONFIDENCE, FASTEST_BLOCK
+from draftsmith.flows.refresh.line import CONFIDENCE, FASTEST_BLOCK, version_tags
+from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter, read_info, save_drafter
@@ -124,17 +126,16 @@ def test_a_calibrated_export_has_other_confidences_and_the_same_proposals(
     drafter = random_dspark(plain_target, confidence_reads_token=reads_token)
     version = version_of(drafter, plain_artifact, tmp_path, monkeypatch)
     scale, shift = 0.3, -1.25
-    found = ConfidenceCalibration(
-        scale=scale,
-        shift=shift,
-        fitted_on=9,
-        decisions=9,
-        confidence=0.5,
-        accepted=0.5,
-        error=0.1,
-        error_calibrated=0.0,
-    )
-    cast("dict[str, str]", version.tags)[CONFIDENCE] = found.model_dump_json()
+    fields = {"scale": scale, "shift": shift, "fitted_on": 9, "decisions": 9, "confidence": 0.5, "accepted": 0.5}
+    found = {"tau": 2.0, "confidence": {**fields, "error": 0.1, "error_calibrated": 0.01}}
+    evaluation = EvaluationResult.model_validate({"drafters": {"opd": found, "sft": {"tau": 2.0}}})
+    decision = GateDecision(promote=True, outcome="promoted", challenger="opd")
+    source = {"kind": "jsonl", "path": "prompts.jsonl"}
+    prompts = PromptsConfig.model_validate({"sources": [source], "train": 1, "validation": 1, "heldout": 1})
+    tags = version_tags(evaluation, decision, version.path, prompts, {})
+    cast("dict[str, str]", version.tags).update(tags)
+    headless = version_tags(evaluation, decision.model_copy(update={"challenger": "sft"}), version.path, prompts, {})
+    assert headless[CONFIDENCE] == ""
     registry_commands.export(Display(), "line", tmp_path / "plain", layout)
     registry_commands.export(Display(), "line", tmp_path / "out", layout, calibrated=True)
     plain, calibrated = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "out"))
@@ -143,10 +144,10 @@ def test_a_calibrated_export_has_other_confidences_and_the_same_proposals(
     assert changed == {"confidence_head.proj.weight", "confidence_head.proj.bias"}
     assert (tmp_path / "plain" / "config.json").read_text() == (tmp_path / "out" / "config.json").read_text()
 
-    source = version.path / DRAFTER_FOLDER
+    trained = version.path / DRAFTER_FOLDER
     assert drafter_digest(tmp_path / "out") != drafter_digest(tmp_path / "plain")
-    assert read_info(tmp_path / "out").parents[-1] == drafter_digest(source)
-    before, after = (load_drafter(folder, plain_target) for folder in (source, tmp_path / "out"))
+    assert read_info(tmp_path / "out").parents[-1] == drafter_digest(trained)
+    before, after = (load_drafter(folder, plain_target) for folder in (trained, tmp_path / "out"))
     head = before.head_over(plain_target.head_weight, None)
     ids, anchors = torch.arange(40)[None] % 60, torch.arange(2, 38)[None]
     with torch.no_grad():
