@@ -299,8 +299,8 @@ def degraded_sets(now: Mapping[str, SetMetrics], then: Mapping[str, SetMetrics],
     shared = 0.5 + simultaneous_level(sum(name != ALL for name in comparable)) / 2
     found = []
     for name in comparable:
-        tau, _, high = _interval(now[name])
-        tau_then, low_then, _ = _interval(then[name])
+        tau, high, tau_then, low_then = now[name].tau, now[name].high, then[name].tau, then[name].low
+        assert tau is not None and high is not None and tau_then is not None and low_then is not None
         remaining = 1 - threshold
         reach = math.hypot(high - tau, remaining * (tau_then - low_then))
         fewest = min(each.prompts for each in (now[name], then[name]) if each.prompts is not None)
@@ -314,11 +314,6 @@ def degraded_sets(now: Mapping[str, SetMetrics], then: Mapping[str, SetMetrics],
 def _is_comparable(name: str, now: Mapping[str, SetMetrics], then: Mapping[str, SetMetrics]) -> bool:
     """Return whether the slice was measured both times, on enough prompts."""
     return name in then and now[name].has_interval and then[name].has_interval
-
-
-def _interval(metrics: SetMetrics) -> tuple[float, float, float]:
-    assert metrics.tau is not None and metrics.low is not None and metrics.high is not None
-    return metrics.tau, metrics.low, metrics.high
 
 
 def inconclusive_sets(now: Mapping[str, SetMetrics], then: Mapping[str, SetMetrics]) -> list[str]:

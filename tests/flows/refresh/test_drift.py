@@ -155,6 +155,12 @@ def test_a_set_whose_tau_fell_measurably_is_named() -> None:
     assert text == "chat: tau 2.000 (at most 2.300), 3.000 at its promotion (at least 2.990)"
 
 
+def test_a_promotion_of_many_sets_has_the_lower_ends_alone() -> None:
+    short = {name: metrics.model_copy(update={"high": None}) for name, metrics in BEFORE.items()}
+    drift = {"all": now(3.9, 0.05), "chat": now(2.0, 0.3)}
+    assert degraded_sets(drift, short, 0.03) == degraded_sets(drift, BEFORE, 0.03) != []
+
+
 def test_noise_and_unknown_sets_are_no_drift() -> None:
     assert degraded_sets({"all": now(3.5, 0.6)}, BEFORE, 0.03) == []
     assert degraded_sets({"maths": now(1.0, 0.1)}, BEFORE, 0.03) == []
