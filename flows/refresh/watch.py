@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Literal, TypeVar
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
@@ -15,10 +16,11 @@ from draftsmith.flows.execution.display import Display
 from draftsmith.flows.refresh.decisions import degraded_sets
 from draftsmith.flows.refresh.line import BLOCK_SIZE, registry
 from draftsmith.flows.refresh.registry_commands import swapped_servers
+from draftsmith.flows.refresh.traced import by_depth
 from draftsmith.stages.engines.served import ask_servers, count_finished, served_tau
 from draftsmith.stages.engines.servers.state import ServerState
+from draftsmith.stages.evaluation.verdicts import FEWEST_IN_SLICE
 
-_FEWEST = 4  # windows with finished requests, as many as the gate needs prompts
 _T = TypeVar("_T")
 Outcome = Literal["promised", "below", "inconclusive", "mismatched"]  # mismatched: a server has another drafter
 
@@ -52,10 +54,11 @@ def show_servers(display: Display, line: str, urls: Sequence[str]) -> None:
 
 
 def watch(line: str, urls: Sequence[str], minutes: float, threshold: float) -> Watched:
-    """Compare tau of the requests that the servers finish in the next minutes with the champion's at its promotion.
+    """Compare tau of the champion on the servers with what it was at its promotion.
 
-    urls: of the servers; empty: those that have a version of the line by a swap. Servers that do not answer are left
-    out. threshold: share of its tau that the champion may have lost, as in the drift check.
+    If all servers trace requests, by those that ended last, at once; otherwise by the counters of all requests that
+    finish in the next minutes. urls: of the servers; empty: those that have a version of the line by a swap. Servers
+    that do not answer are left out. threshold: share of its tau that the champion may have lost, as in the drift check.
 
     Raises RetryableError if no server answers, DraftsmithError if one is of no known engine or has no metrics.
     """
@@ -73,35 +76,52 @@ def watch(line: str, urls: Sequence[str], minutes: float, threshold: float) -> W
         if measured_with not in (None, state.block_size):
             served = f"{url} drafts blocks of {state.block_size}, and {champion} was measured with {measured_with}"
             return Watched("inconclusive", f"{served}. Serve that block size.")
-    windows = _answered(count_finished(list(states), 60 * minutes))
-    now = _answered(ask_servers(list(windows)))
-    if any((state.digest, state.since) != (states[url].digest, states[url].since) for url, state in now.items()):
-        return Watched("inconclusive", f"{line}: a server has another drafter by now, or started again. Watch again.")
-    finished = [window for each in windows.values() for window in each]
-    silent = [url for url in _servers(line, urls) if url not in windows]
-    metrics = champion.metrics().get(ALL)
-    promised = None if metrics is None else SetMetrics.model_validate(metrics)
-    outcome, reason = compare(served_tau(finished), promised, threshold)
-    requests = sum(each.requests for each in finished)
-    counted = f"{requests:.0f} requests of {', '.join(windows)}"
-    if silent:
+    then = {name: SetMetrics.model_validate(metrics) for name, metrics in champion.metrics().items()}
+    traced = {url: state.traced for url, state in states.items() if state.traced is not None}
+    own = [request for url, requests in traced.items() for request in requests.get(states[url].digest or "", ())]
+    asked: Collection[str] = states
+    if len(traced) == len(states) and len(own) >= FEWEST_IN_SLICE:
+        now, then, outside = by_depth(own, then)
+        begin = datetime.fromtimestamp(min(each.ended for each in own), UTC).isoformat(timespec="minutes")
+        counted = f"{len(own)} traced requests since {begin}"
+        if others := sum(len(each) for requests in traced.values() for each in requests.values()) - len(own):
+            counted += f", without {others} of other drafters"
+        if outside:
+            counted += f", without {outside:.0%} of their steps, at depths that the promotion did not measure"
+    else:
+        asked = windows = _answered(count_finished(list(states), 60 * minutes))
+        by_now = _answered(ask_servers(list(windows)))
+        if any((state.digest, state.since) != (states[url].digest, states[url].since) for url, state in by_now.items()):
+            again = "a server has another drafter by now, or started again. Watch again."
+            return Watched("inconclusive", f"{line}: {again}")
+        finished = [window for each in windows.values() for window in each]
+        now = {ALL: served_tau(finished)}
+        counted = f"{sum(each.requests for each in finished):.0f} requests"
+    outcome, reason = compare(now, then, threshold)
+    counted += f", of {', '.join(asked)}"
+    if silent := [url for url in _servers(line, urls) if url not in asked]:
         counted += f"; no answer from {', '.join(silent)}"
     return Watched(outcome, f"{champion}: {reason} ({counted})")
 
 
-def compare(served: SetMetrics, promised: SetMetrics | None, threshold: float) -> tuple[Outcome, str]:
-    """Return the outcome for a served tau, and why. A false `below` is as rare as a false alarm of the drift check."""
+def compare(now: Mapping[str, SetMetrics], then: Mapping[str, SetMetrics], threshold: float) -> tuple[Outcome, str]:
+    """Return the outcome for served taus, over all and of slices, and why; `below` if any fell measurably.
+
+    A false `below` is as rare as a false alarm of the drift check.
+    """
+    served, promised = now[ALL], then.get(ALL)
     if promised is None or not promised.has_interval:
         return "inconclusive", "its tau at its promotion is unknown"
-    if (served.prompts or 0) < _FEWEST:
-        return "inconclusive", f"too few requests ended, in {served.prompts} of the times that were read"
-    text = f"tau {served.tau:.3f} [{served.low:.3f}, {served.high:.3f}], {promised.tau:.3f} at its promotion"
-    if degraded_sets({ALL: served}, {ALL: promised}, threshold):
-        return "below", f"{text}: measurably more than {threshold:.1%} below"
+    if not served.has_interval or (served.prompts or 0) < FEWEST_IN_SLICE:
+        return "inconclusive", "too few requests ended"
+    text = f"tau {served.tau:.3f} [{served.low:.3f}, {served.high:.3f}], {promised.tau:.3f} promised"
+    if fallen := degraded_sets(now, then, threshold):
+        places = ["over all" if each.startswith(f"{ALL}:") else each for each in fallen]
+        return "below", f"{text}; measurably more than {threshold:.1%} below: {'; '.join(places)}"
     assert served.tau is not None and promised.tau is not None
     if served.tau < (1 - threshold) * promised.tau:
-        return "inconclusive", f"{text}: below, but not measurably. Watch longer"
-    return "promised", f"{text}: at most {threshold:.1%} below"
+        return "inconclusive", f"{text}; below, but not measurably. Watch longer"
+    return "promised", f"{text}; at most {threshold:.1%} below"
 
 
 def _servers(line: str, urls: Sequence[str]) -> list[str]:

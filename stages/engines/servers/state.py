@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 _SAMPLE = re.compile(r"^([a-z_:]+)(?:\{.*\})? (\S+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class TracedRequest:
+    """A finished request whose verify steps the server summed up."""
+
+    ended: int  # seconds since 1970, by the server's clock
+    depths: Mapping[str, tuple[int, int]]  # name of an anchor's depth -> committed tokens, verify steps
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,7 @@ class ServerState:
     before: str = ""  # digest of the drafter before the last swap
     pause_s: float = 0.0  # of the last swap
     proof: str = ""  # of the last swap
+    traced: Mapping[str, Sequence[TracedRequest]] | None = None  # digest -> requests that ended last; None: not traced
 
 
 @dataclass(frozen=True)

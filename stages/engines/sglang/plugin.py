@@ -1,12 +1,12 @@
 """A plug-in for SGLang's servers that records verify steps, and writes another drafter into them (`plugin_swap.py`).
 
 SGLang loads it by the entry-point group `sglang.srt.plugins`, in an environment that has this project installed without
-its dependencies: its imports need nothing but the standard library, torch and sglang.
+its dependencies: its imports need nothing but the standard library, torch, numpy and sglang.
 
 A request asks for records by `sampling_params.custom_params = {"draftsmith_trace": true}`; `DRAFTSMITH_TRACE=1` in the
-server's environment records all requests. `meta_info["draftsmith_trace"]` of its answer has one element per OUTPUT
-token, because SGLang cuts such lists by output tokens: at token 0 `{"v", "drafter"}`; at the first token that a verify
-step committed
+server's environment records all requests; of a smaller share it only sums up the steps (`plugin_requests.py`).
+`meta_info["draftsmith_trace"]` of an answer has one element per OUTPUT token, because SGLang cuts such lists by output
+tokens: at token 0 `{"v", "drafter"}`; at the first token that a verify step committed
 
     {"v": "1", "drafter": digest, "anchor": int, "block": [ids], "accepted": int, "bonus": int, "logprobs": [floats]}
 
@@ -51,9 +51,13 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "sglang.srt.managers.utils.GenerationBatchResult.auxiliary_host_output": (),
     "sglang.srt.layers.logits_processor.LogitsProcessorOutput.auxiliary_device_output": (),
 }
-# The same of the hooks that write another drafter. Without one of them a server records, and its drafter stays.
+# The same of the hooks that write another drafter, or report of it. Without one of them a server only records.
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _CHECK_WEIGHTS = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.check_weights"
+_DECODE = (
+    "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
+    ".process_batch_result_decode"
+)
 SWAP_REQUIRED: dict[str, tuple[str, ...]] = {
     f"{_SCHEDULER}.__init__": ("server_args",),
     f"{_SCHEDULER}.get_internal_state": ("recv_req",),
@@ -62,6 +66,7 @@ SWAP_REQUIRED: dict[str, tuple[str, ...]] = {
     f"{_SCHEDULER}.flush_cache": (),
     f"{_SCHEDULER}.is_fully_idle": ("ignore_waiting",),  # 0.5.20 empties no cache while retracted requests wait
     _CHECK_WEIGHTS: ("recv_req",),
+    _DECODE: ("batch", "result"),
 }
 _SKIPS_LOGITS = f"{_DFLASH}._can_skip_verify_logits"  # in releases that may leave the logits on their TP ranks
 
@@ -110,6 +115,7 @@ def activate() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from draftsmith.stages.engines.sglang.plugin_hooks import Recorder
+    from draftsmith.stages.engines.sglang.plugin_requests import RequestLog
     from draftsmith.stages.engines.sglang.plugin_swap import DrafterSwap
 
     recorder = Recorder()
@@ -128,6 +134,10 @@ def activate() -> None:
         HookRegistry.register(f"{_SCHEDULER}.__init__", swap.after_start, HookType.AFTER)
         HookRegistry.register(f"{_SCHEDULER}.get_internal_state", swap.after_internal_state, HookType.AFTER)
         HookRegistry.register(_CHECK_WEIGHTS, swap.around_check_weights, HookType.AROUND)
+        if recorder.share > 0:
+            requests = RequestLog(recorder)
+            HookRegistry.register(_DECODE, requests.around_decode, HookType.AROUND)
+            HookRegistry.register(f"{_SCHEDULER}.get_internal_state", requests.after_internal_state, HookType.AFTER)
     try:
         pkgutil.resolve_name(_SKIPS_LOGITS)
     except AttributeError:

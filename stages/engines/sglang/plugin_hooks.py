@@ -130,13 +130,25 @@ def put_record(request: Any, start: int, count: int, element: Json | None) -> No
     elements.extend([None] * (count - 1))
 
 
+def traced_share(setting: str) -> float:
+    """Return the share of requests to trace. Raises SystemExit: SGLang only logs other errors of a plug-in."""
+    words = {"": 0.0, "no": 0.0, "false": 0.0, "yes": 1.0, "true": 1.0}
+    try:
+        share = words[setting.lower()] if setting.lower() in words else float(setting)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise SystemExit(f"{ENVIRONMENT} is {setting!r}, which is no share of requests. Set a number from 0 to 1.")
+    return share
+
+
 class Recorder:
     """The hooks of one scheduler process, whose single thread runs one batch at a time."""
 
     def __init__(self) -> None:
         self.drafter = ""
         self.active = False
-        self.traces_all = os.environ.get(ENVIRONMENT, "").lower() in ("1", "true", "yes")
+        self.share = traced_share(os.environ.get(ENVIRONMENT, ""))  # of requests; 1 puts records into all answers
         self.rows: Sequence[int] = ()  # of the running batch, whose requests asked
         self.steps: torch.Tensor | str | None = None  # of the running batch's verification
 
@@ -149,14 +161,14 @@ class Recorder:
         folder = drafter_folder(arguments.speculative_draft_model_path, arguments.speculative_draft_model_revision)
         self.drafter = "" if folder is None else drafter_digest(folder)
         self.active = True
-        asks = "every request" if self.traces_all else "requests that ask"
+        asks = "every request" if self.share == 1 else f"requests that ask, sums of {self.share:.3%} of the others"
         log.info("draftsmith: traces of %s, protocol %s, drafter %s", asks, PROTOCOL, self.drafter[:12] or "unknown")
 
     def traced_rows(self, batch: Any) -> Sequence[int]:
         """Return the rows of the batch whose requests ask for records."""
         if not self.active:
             return ()
-        if self.traces_all:
+        if self.share == 1:
             return range(len(batch.reqs))
         return [row for row, request in enumerate(batch.reqs) if wants_trace(request)]
 

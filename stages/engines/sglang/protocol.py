@@ -8,11 +8,14 @@ from typing import Any, TypeAlias
 Json: TypeAlias = dict[str, Any]  # an object of SGLang's HTTP API
 KEY = "draftsmith_trace"  # in a request's custom parameters, and in the answer's meta_info
 PROTOCOL = "1"  # version of the records: "v" in each
-ENVIRONMENT = "DRAFTSMITH_TRACE"  # environment variable of a server: 1 traces every request
+ENVIRONMENT = "DRAFTSMITH_TRACE"  # environment variable of a server: 1 traces every request, less a share of them
 SWAP_ACTION = "draftsmith:"  # start of the action of /weights_checker that writes another drafter; JSON follows
 # In each of /server_info's internal states: {"drafter": digest, "since", and of the last swap "before": digest,
 # "pause_s", "proof"}
 SWAP_STATE = "draftsmith"
+# There too, if a share of the requests is traced, those that ended last:
+# {digest of the drafter: [[seconds since 1970, {depth: [committed tokens, verify steps]}], …]}
+REQUESTS_STATE = "draftsmith_requests"
 FIRST, END = (0, 5, 20), (0, 5, 24)
 SUPPORTED = ">=0.5.20,<0.5.24"  # FIRST and END as a requirement
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import httpx
 
 from draftsmith.stages.engines.servers.client import get_json
-from draftsmith.stages.engines.servers.state import Finished, ServerState, sums
-from draftsmith.stages.engines.sglang.protocol import SWAP_STATE
+from draftsmith.stages.engines.servers.state import Finished, ServerState, TracedRequest, sums
+from draftsmith.stages.engines.sglang.protocol import REQUESTS_STATE, SWAP_STATE, Json
 
 _COUNTERS = [f"sglang:{name}_total" for name in ("num_requests", "generation_tokens", "spec_verify_calls")]
 
@@ -38,7 +39,19 @@ async def server_state(client: httpx.AsyncClient, url: str) -> ServerState:
         before=reports[0]["before"],
         pause_s=max(report["pause_s"] for report in reports),
         proof=min(report["proof"] for report in reports),  # empty if one has none
+        traced=_traced(states),
     )
+
+
+def _traced(states: Sequence[Json]) -> Mapping[str, Sequence[TracedRequest]] | None:
+    """Return the traced requests of all replicas by drafter; None if one traces none."""
+    traced: dict[str, list[TracedRequest]] = {}
+    for state in states:
+        if REQUESTS_STATE not in state:
+            return None
+        for drafter, requests in state[REQUESTS_STATE].items():
+            traced.setdefault(drafter, []).extend(TracedRequest(*request) for request in requests)
+    return traced
 
 
 def finished(metrics: str) -> Finished:

@@ -1,4 +1,4 @@
-"""The plug-in without SGLang: log-probs of a chain, records, refused releases."""
+"""The plug-in without SGLang: log-probs of a chain, records, sums of a share of the requests, refused releases."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,11 +20,13 @@ from draftsmith.stages.engines.sglang import plugin, plugin_hooks, server
 from draftsmith.stages.engines.sglang.environment import PLUGIN_GROUP
 from draftsmith.stages.engines.sglang.plugin_hooks import (
     BatchTrace,
+    Recorder,
     chain_logprobs,
     pack_steps,
     unpack_steps,
 )
-from draftsmith.stages.engines.sglang.protocol import KEY
+from draftsmith.stages.engines.sglang.plugin_requests import LAST, RequestLog
+from draftsmith.stages.engines.sglang.protocol import ENVIRONMENT, KEY, REQUESTS_STATE
 
 
 @dataclass
@@ -37,6 +40,13 @@ class ServerRequest:
 
     sampling_params: Sampling = field(default_factory=Sampling)
     customized_info: dict[str, list[Any]] | None = None
+    rid: str = ""
+    origin_input_ids: list[int] = field(default_factory=list)
+    output_ids: list[int] = field(default_factory=list)
+    finished_len: int | None = None
+
+    def finished(self) -> bool:
+        return self.finished_len is not None
 
 
 @dataclass
@@ -106,6 +116,86 @@ def test_a_tree_has_a_refusal_in_place_of_a_record() -> None:
     assert batch.reqs[0].customized_info == {KEY: [{}, {"v": "1", "drafter": "digest", "refused": "a tree"}, None]}
 
 
+class Summed:
+    """A process that sums up the steps of a share of its requests."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, share: str) -> None:
+        monkeypatch.setenv(ENVIRONMENT, share)
+        self.recorder = Recorder()
+        self.recorder.active, self.recorder.drafter = True, "a"
+        self.log = RequestLog(self.recorder)
+
+    def decode(self, *steps: tuple[ServerRequest, int, int | None]) -> None:
+        """Process a batch's verification. steps: each request, its new tokens, and the length at which it ends."""
+
+        def original(_processor: None, _batch: Batch, _result: None) -> str:
+            for request, tokens, end in steps:
+                if not request.finished():  # as SGLang treats those that ended while this step ran
+                    request.output_ids += [0] * tokens
+                    request.finished_len = end
+            return "returned"
+
+        batch = Batch([request for request, _, _ in steps])
+        assert self.log.around_decode(original, None, batch, None) == "returned"
+
+    @property
+    def kept(self) -> dict[str, list[dict[str, list[int]]]]:
+        """The sums of the requests that ended, by drafter."""
+        result = SimpleNamespace(internal_state={})
+        self.log.after_internal_state(result)
+        return {drafter: [sums for _, sums in each] for drafter, each in result.internal_state[REQUESTS_STATE].items()}
+
+
+def answered(tokens: int, rid: str = "", **asking: Any) -> ServerRequest:
+    """Return a request with a prompt of so many tokens, after its prefill."""
+    return ServerRequest(Sampling(**asking), rid=rid, origin_input_ids=[0] * tokens, output_ids=[0])
+
+
+def test_steps_are_summed_by_the_depth_of_their_anchor_until_a_request_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    server, first, second = Summed(monkeypatch, "1"), answered(1020), answered(5)
+    for number in (3, 1, 4):  # anchors 1020, 1023, 1024
+        server.decode((first, number, None), (second, 2, None))
+    assert server.kept == {}
+    server.decode((second, 0, None))  # retracted meanwhile
+    second.output_ids += [0]  # by the prefill that follows, which is no step
+    server.decode((second, 4, 9), (first, 2, 11))  # its answer ends after one of the four
+    server.decode((second, 3, None), (first, 2, None))  # with overlap this step had begun
+    assert server.kept == {
+        "a": [{"depth:below-1k": [7, 4]}, {"depth:below-1k": [4, 2], "depth:1k-4k": [6, 2]}],
+    }
+
+
+def test_a_swap_within_an_answer_leaves_each_drafter_its_own_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    server, request = Summed(monkeypatch, "1"), answered(5)
+    server.decode((request, 5, None))
+    server.recorder.drafter = "b"
+    server.decode((request, 2, 8))
+    assert server.kept == {"b": [{"depth:below-1k": [2, 1]}]}
+
+
+def test_a_share_is_chosen_by_the_id_whatever_it_looks_like(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Summed(monkeypatch, "0.01")
+    ids = [f"run7/prompt-{place}/sample-{sample}" for place in range(2500) for sample in range(8)]
+    chosen = {name for name in ids if server.log._is_chosen(answered(1, name))}
+    assert abs(len(chosen) - 200) < 3 * 14, "a binomial count's three standard deviations"
+    assert chosen == {name for name in ids if Summed(monkeypatch, "0.01").log._is_chosen(answered(1, name))}
+    assert not any(server.log._is_chosen(answered(1, name, custom_params={KEY: True})) for name in chosen)
+    assert server.recorder.traced_rows(Batch([answered(1, name) for name in chosen])) == [], "no records in answers"
+
+
+def test_the_last_requests_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Summed(monkeypatch, "1")
+    for number in range(LAST + 3):
+        server.decode((answered(1), number, number + 1))  # the first commits nothing, and so has no step
+    assert [sums["depth:below-1k"][0] for sums in server.kept["a"]] == list(range(3, LAST + 3))
+
+
+@pytest.mark.parametrize("setting", ["0,01", "1.5", "-1", "nan", "all"])
+def test_what_is_no_share_ends_the_server(monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
+    with pytest.raises(SystemExit, match=f"{ENVIRONMENT} is '{setting}'"):
+        Summed(monkeypatch, setting)
+
+
 @pytest.fixture
 def other_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Return the name of a module that stands for another release."""
@@ -142,7 +232,7 @@ def test_the_plugin_is_in_the_code_digest_of_stages_that_use_servers(tmp_path: P
     for folder in ("artifacts", "stages"):
         shutil.copytree(project / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.md"))
     stages = {name: STAGES[name] for name in ("rollout", "evaluation", "diagnosis", "gate", "sft")}
-    for module in ("plugin", "plugin_hooks", "plugin_swap"):
+    for module in ("plugin", "plugin_hooks", "plugin_requests", "plugin_swap"):
         before = {name: code_digest(stage, tmp_path) for name, stage in stages.items()}
         with (tmp_path / f"stages/engines/sglang/{module}.py").open("a") as source:
             source.write("\n\nREPAIRED = True\n")
