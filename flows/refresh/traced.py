@@ -24,31 +24,27 @@ def by_depth(requests: Sequence[TracedRequest], promotion: Mapping[str, SetMetri
     it measured none, which is so if all were at the same one, its tau of all prompts is promised at any depth.
     """
     then = {name: metrics for name, metrics in promotion.items() if metrics.has_interval}
-    depths = {name: then[name] for name in DEPTHS if name in then} or {
-        name: then[ALL] for name in DEPTHS if ALL in then
-    }
+    if ALL not in then:
+        return {ALL: SetMetrics()}, then, 0.0
+    depths = {name: then[name] for name in DEPTHS if name in then} or dict.fromkeys(DEPTHS, then[ALL])
     sums = np.array([[each.depths.get(name, (0, 0)) for name in depths] for each in requests], dtype=float)
-    committed, steps = np.moveaxis(sums.reshape(len(requests), len(depths), 2), 2, 0)  # [requests, depths] each
-    traced = sum(count for each in requests for _, count in each.depths.values())
-    outside = 1 - float(steps.sum()) / traced
-    there = steps.any(1)
-    if there.sum() < FEWEST_IN_SLICE:
-        return {ALL: SetMetrics(prompts=int(there.sum()))}, then, outside
-    now = {
-        name: _metrics(jackknife(ratio, committed[has, depth], steps[has, depth]))
-        for depth, name in enumerate(depths)
-        if (has := steps[:, depth] > 0).any()
-    }
-    tau, low = (np.array([getattr(metrics, end) for metrics in depths.values()]) for end in ("tau", "low"))
-    promised = committed[there] / tau  # [requests, depths] steps for the tokens that were committed
+    outside = 1 - float(sums[..., 1].sum()) / sum(steps for each in requests for _, steps in each.depths.values())
+    committed, steps = np.moveaxis(sums[sums[..., 1].any(1)], 2, 0)  # [requests, depths] each
+    if len(steps) < FEWEST_IN_SLICE:
+        return {ALL: SetMetrics(prompts=len(steps))}, then, outside
+    measured = [then[ALL], *depths.values()]
+    tau, low = (np.array([getattr(metrics, end) for metrics in measured]) for end in ("tau", "low"))
+    promised = committed / tau[1:]  # [requests, depths] steps for the tokens that were committed
     promised_tau = float(committed.sum() / promised.sum())
-    # that of the depths if other prompts measured each; at least that of all prompts, which holds if the same ones did
-    error = float(np.linalg.norm(promised.sum(0) / promised.sum() * (1 - low / tau)))
-    if ALL in then and (overall := then[ALL]).tau and overall.low is not None:
-        error = max(error, 1 - overall.low / overall.tau)
-    now[ALL] = _metrics(jackknife(ratio, promised.sum(1), steps[there].sum(1)), promised_tau)
-    fewest = min(metrics.prompts or 0 for metrics in depths.values())
-    return now, {**then, ALL: SetMetrics(tau=promised_tau, low=promised_tau * (1 - error), prompts=fewest)}, outside
+    # of the depths if other prompts measured each; at least that of all prompts, which holds if the same ones did
+    weights, errors = promised.sum(0) / promised.sum(), 1 - low / tau
+    promised_low = promised_tau * (1 - max(errors[0], float(np.linalg.norm(weights * errors[1:]))))
+    now = {ALL: _metrics(jackknife(ratio, promised.sum(1), steps.sum(1)), promised_tau)}
+    for depth, name in enumerate(depths):
+        if (has := steps[:, depth] > 0).any():
+            now[name] = _metrics(jackknife(ratio, committed[has, depth], steps[has, depth]))
+    fewest = min(metrics.prompts or 0 for metrics in measured)
+    return now, {**then, ALL: SetMetrics(tau=promised_tau, low=promised_low, prompts=fewest)}, outside
 
 
 def _metrics(share: Estimate, of: float = 1.0) -> SetMetrics:

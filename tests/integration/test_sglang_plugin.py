@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from draftsmith.stages.drafters.digest import drafter_digest
-from draftsmith.stages.engines.sglang.protocol import KEY, SUPPORTED
+from draftsmith.stages.engines.sglang.protocol import KEY, REQUESTS_STATE, SUPPORTED
 from tests.integration.recorded import Answer, Reference, asked_for_nothing, body
 from tests.sglang_cpu.fixtures import ServingTarget
 from tests.sglang_cpu.options import CPU_ENVIRONMENT
@@ -96,6 +96,14 @@ def test_overlap_chunks_and_retractions_lose_nothing(busy_url: str, reference: R
     for prompt, answer in zip(prompts, answers, strict=True):
         reference.check(prompt, answer, digest)
     assert sum(answer["meta_info"]["num_retractions"] for answer in answers) > 0
+    (state,) = httpx.get(f"{busy_url}/server_info", timeout=60).json()["internal_states"]
+    recorded = []
+    for answer in answers:
+        output, steps = answer["output_ids"], answer["meta_info"][KEY]
+        committed = [min(step["accepted"] + 1, len(output) - at) for at, step in enumerate(steps) if at and step]
+        recorded.append([sum(committed), len(committed)])
+    kept = [sums["depth:below-1k"] for _, sums in state[REQUESTS_STATE][digest]]
+    assert sorted(kept) == sorted(recorded), "the sums of their steps"
 
 
 def test_sglang_ends_where_a_hook_is_missing(sglang_env: Path) -> None:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import re
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
+import httpx
 import pytest
 
 from draftsmith.flows.cli.main import main
-from draftsmith.stages.data.trajectories import load_prompts
 from draftsmith.stages.drafters.digest import drafter_digest
+from draftsmith.stages.engines.sglang.protocol import KEY, REQUESTS_STATE
 from tests.flows.refresh.watched import promoted
+from tests.integration.recorded import Reference, asked_for_nothing, body
 from tests.sglang_cpu.fixtures import ServingTarget
 from tests.sglang_cpu.server import generate
-from tests.testbed.drafter import DrafterArtifacts
 
 pytestmark = [pytest.mark.sglang, pytest.mark.integration]
 
@@ -28,58 +26,55 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
-@contextmanager
-def load(url: str, request: dict[str, Any]) -> Iterator[None]:
-    """Send one request after the other while the block runs."""
-    ended = threading.Event()
-
-    def send() -> None:
-        while not ended.is_set():
-            generate(url, [request])
-
-    sender = threading.Thread(target=send)
-    sender.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        sender.join()
+def kept(url: str, digest: str) -> list[dict[str, list[int]]]:
+    """The sums of a drafter's requests that a server keeps."""
+    (state,) = httpx.get(f"{url}/server_info", timeout=60).json()["internal_states"]
+    return [sums for _, sums in state[REQUESTS_STATE].get(digest, ())]
 
 
 def test_the_servers_of_a_line_are_watched(
     dflash_url: str,
     plain_url: str,
     serving_target: ServingTarget,
-    tiny_drafter: DrafterArtifacts,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    prompt = load_prompts(tiny_drafter.prompts, ["heldout"])[0].token_ids
-    request = {"input_ids": prompt, "sampling_params": {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}}
-    (answer,) = generate(dflash_url, [request])
-    tau = (answer["meta_info"]["completion_tokens"] - 1) / answer["meta_info"]["spec_verify_ct"]
-    digest, watch = drafter_digest(serving_target.drafter), ["watch", "tiny", "--url", dflash_url, "--minutes"]
+    prompts, digest = Reference(serving_target.model).prompts, drafter_digest(serving_target.drafter)
+    asking = generate(dflash_url, [body(prompt) for prompt in prompts])
+    recorded = [
+        [[min(step["accepted"] + 1, 48 - at), 1] for at, step in enumerate(answer["meta_info"][KEY]) if at and step]
+        for answer in asking
+    ]
+    before, answers, expected = kept(dflash_url, digest), [], []
+    for number, prompt in enumerate(prompts):
+        answers += generate(dflash_url, [{**body(prompt, trace=False), "rid": f"watched-{number}"}])
+        if blake2b(f"watched-{number}".encode(), digest_size=4).digest()[0] < 128:  # half of the hashes
+            expected.append({"depth:below-1k": [sum(column) for column in zip(*recorded[number], strict=True)]})
+    assert [answer["output_ids"] for answer in answers] == [answer["output_ids"] for answer in asking]
+    assert all(asked_for_nothing(answer) for answer in answers)
+    assert 4 < len(expected) < len(prompts)
+    assert kept(dflash_url, digest) == before + expected, "their steps are those that the others recorded"
 
+    committed, steps = map(sum, zip(*(sums["depth:below-1k"] for sums in kept(dflash_url, digest)), strict=True))
+    tau = committed / steps
+    watch = ["watch", "tiny", "--url", dflash_url]
     first = promoted("tiny", "a", digest, tau)
     assert main(["status", "tiny", "--url", dflash_url, "--url", plain_url]) == 0
     shown = capsys.readouterr().out
     assert "version 1 (champion)" in shown and first.content_id[:12] in shown and "no drafter" in shown
     assert re.search(r"\d{4}-\d\d-\d\dT\d\d:\d\d", shown), "since when"
-    assert main([*watch, "0"]) == 0
-    assert "inconclusive" in capsys.readouterr().out, "no request finished"
-    with load(dflash_url, request):
-        assert main([*watch, "0.08", "--url", "http://127.0.0.1:9"]) == 0
+    assert main([*watch, "--url", "http://127.0.0.1:9"]) == 0
     shown = capsys.readouterr().out
     assert f"promised: tiny version 1: tau {tau:.3f}" in shown and "no answer from http://127.0.0.1:9" in shown
+    assert f"({len(before + expected)} traced requests since 20" in " ".join(shown.split())
 
     promoted("tiny", "b", "0" * 64, tau)
-    assert main([*watch, "9"]) == 3
+    assert main(watch) == 3
     assert "version 1" in capsys.readouterr().err, "the server has the drafter before"
 
     promoted("tiny", "c", digest, 1.5 * tau)
-    assert main([*watch, "9", "--then", "refresh"]) == 2, "a line's name is no config"
-    with load(dflash_url, request):
-        assert main([*watch, "0.08"]) == 3
-    assert "measurably more than" in capsys.readouterr().err
+    assert main([*watch, "--then", "refresh"]) == 2, "a line's name is no config"
+    assert main(watch) == 3
+    assert "measurably more than 3.0% below: over all" in capsys.readouterr().err
 
 
 def test_what_cannot_be_asked_is_an_error(plain_url: str) -> None:

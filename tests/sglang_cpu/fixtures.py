@@ -55,7 +55,10 @@ def plain_url(sglang_env: Path, serving_target: ServingTarget, sglang_logs: Path
 
 @pytest.fixture(scope="session")
 def dflash_url(sglang_env: Path, serving_target: ServingTarget, sglang_logs: Path) -> Iterator[str]:
-    """Run a server of the tiny target with its DFlash drafter, which logs requests to the folder `requests`."""
+    """Run a server of the tiny target with its DFlash drafter.
+
+    It logs requests to the folder `requests`, and sums up the verify steps of half of them.
+    """
     served = serving_target
     options: dict[str, OptionValue] = {
         "enable-metrics": True,
@@ -64,7 +67,13 @@ def dflash_url(sglang_env: Path, serving_target: ServingTarget, sglang_logs: Pat
         "log-requests-format": "json",
         "log-requests-target": str(sglang_logs / "requests"),
     }
+    environment = {"DRAFTSMITH_TRACE": "0.5"}
     with running_server(
-        sglang_env, served.model, served.drafter, options=options, log=sglang_logs / "dflash.log"
+        sglang_env,
+        served.model,
+        served.drafter,
+        options=options,
+        log=sglang_logs / "dflash.log",
+        environment=environment,
     ) as url:
         yield url

@@ -157,16 +157,16 @@ def simulated_tallies(
 
 
 def simulated_slices(
-    rng: np.random.Generator, prompts: int, below_4k: float = 1.0, above_4k: float = 1.0
+    rng: np.random.Generator, prompts: int, below_4k: float = 1.0, above_4k: float = 1.0, context: float = 2500
 ) -> tuple[dict[str, AcceptanceStats], list[str], list[tuple[str, ...]]]:
     """Return the tallies of a champion and opd, the prompts, and their labels: set, language, thinking.
 
     opd's tau is the champion's times a factor, by the depth of the anchor. Contexts reach from some hundred tokens to
-    more than 16,000. Thinking answers are three times as long, and one language in three is rare. Each drafter is a
-    little better on some prompts, and at some depths of them, than on others.
+    more than 16,000, with a median of `context`. Thinking answers are three times as long, and one language in three is
+    rare. Each drafter is a little better on some prompts, and at some depths of them, than on others.
     """
     ends = np.array([0, *DEPTH_ENDS, np.inf])
-    start = rng.lognormal(math.log(2500), 1.1, prompts)
+    start = rng.lognormal(math.log(context), 1.1, prompts)
     thinks = rng.random(prompts) < 0.4
     length = rng.lognormal(math.log(300), 0.5, prompts) * np.where(thinks, 3, 1)
     tokens = np.clip(np.minimum((start + length)[:, None], ends[1:]) - np.maximum(start[:, None], ends[:-1]), 0, None)
