@@ -100,7 +100,10 @@ def parser() -> argparse.ArgumentParser:
     _add_config(watch, "NAME", "YAML file of a line's refresh, or the line's name")
     _add_servers(watch)
     watch.add_argument(
-        "--minutes", type=_number, default=5, help="count the requests that finish in so many minutes (default: 5)"
+        "--minutes",
+        type=_number,
+        default=5,
+        help="unless all servers trace requests, count those that finish in so many minutes (default: 5)",
     )
     watch.add_argument(
         "--then",

@@ -71,7 +71,7 @@ def watch(config: RefreshConfig, minutes: float = 5, then: str | None = None) ->
 
     Args:
         config: The line's refresh, which names the servers.
-        minutes: Count the requests that finish in so many minutes.
+        minutes: Unless all servers trace requests, count those that finish in so many minutes.
         then: If tau is measurably below: `rollback`, or a deployment to run, such as `refresh/my-model`.
     """
     redact_logs()

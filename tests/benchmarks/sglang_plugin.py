@@ -3,7 +3,7 @@
 Starts two servers of the test bed's target and drafter on the CPU (`make sglang-cpu`), one that leaves the plug-in out;
 or measures servers that run already, on a GPU say: `--without URL --with URL --prompts FILE`, where FILE has a JSON
 list of token ids a line. The same greedy requests go to every arm, in turns. Behind it, without any server, the time of
-the one thing that the plug-in does in a step without traced requests: looking at the batch's requests.
+what the plug-in does on the host in a step: without traced requests it looks at the batch's, of a share it adds sums.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.sglang.plugin_hooks import Recorder
+from draftsmith.stages.engines.sglang.plugin_requests import RequestLog
 from draftsmith.stages.engines.sglang.protocol import KEY
 from tests.benchmarks import harness
 from tests.sglang_cpu.server import generate, running_server, sglang_python
@@ -76,16 +77,35 @@ def arm(url: str, prompts: Sequence[list[int]], tokens: int, concurrency: int, t
     return work
 
 
-def microseconds_of_a_look(requests: int, looks: int = 2000) -> float:
-    """Measure `Recorder.traced_rows` for a batch without traced requests."""
+def microseconds_of_a_look(requests: int, share: float = 0.0, looks: int = 2000) -> float:
+    """Measure `Recorder.traced_rows` for a batch that asks for nothing, or what is done for a share of it instead."""
     recorder = Recorder()
-    recorder.active, recorder.traces_all = True, False
+    recorder.active, recorder.share = True, share
     batch = SimpleNamespace(
-        reqs=[SimpleNamespace(sampling_params=SimpleNamespace(custom_params=None)) for _ in range(requests)]
+        reqs=[
+            SimpleNamespace(
+                rid=str(number),
+                sampling_params=SimpleNamespace(custom_params=None),
+                origin_input_ids=[0] * 1000,
+                output_ids=[0],
+                finished_len=None,
+                finished=lambda: False,
+            )
+            for number in range(requests)
+        ]
     )
+    log = RequestLog(recorder)
+
+    def commit(*_: object) -> None:
+        for request in batch.reqs:
+            request.output_ids.append(0)
+
     started = time.perf_counter()
     for _ in range(looks):
-        recorder.traced_rows(batch)
+        if share:
+            log.around_decode(commit, None, batch, None)
+        else:
+            recorder.traced_rows(batch)
     return (time.perf_counter() - started) / looks * 1e6
 
 
@@ -133,7 +153,9 @@ def main() -> None:
     )
     looks = {count: microseconds_of_a_look(count) for count in (1, 16, 64, 256)}
     harness.print_table("a step without traced requests", ["requests", "microseconds"], list(looks.items()))
-    harness.report("sglang_plugin", {"rows": rows, "look_microseconds": looks}, chosen)
+    sums = {f"{count}, {share:g}": microseconds_of_a_look(count, share) for count in (1, 256) for share in (0.01, 1.0)}
+    harness.print_table("a step of which a share is summed up", ["requests, share", "microseconds"], list(sums.items()))
+    harness.report("sglang_plugin", {"rows": rows, "look_microseconds": looks, "sum_microseconds": sums}, chosen)
 
 
 if __name__ == "__main__":
