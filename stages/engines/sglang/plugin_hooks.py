@@ -161,7 +161,8 @@ class Recorder:
         folder = drafter_folder(arguments.speculative_draft_model_path, arguments.speculative_draft_model_revision)
         self.drafter = "" if folder is None else drafter_digest(folder)
         self.active = True
-        asks = "every request" if self.share == 1 else f"requests that ask, sums of {self.share:.3%} of the others"
+        some = f"requests that ask, and sums of a share of {self.share:g}"
+        asks = {0.0: "requests that ask", 1.0: "every request"}.get(self.share, some)
         log.info("draftsmith: traces of %s, protocol %s, drafter %s", asks, PROTOCOL, self.drafter[:12] or "unknown")
 
     def traced_rows(self, batch: Any) -> Sequence[int]:
