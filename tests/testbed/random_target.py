@@ -73,11 +73,16 @@ def save(model: Any, folder: Path, vocabulary: int) -> None:
 
 def write_artifact(folder: Path, seed: int = 0) -> Path:
     """Write an artifact of stage `target` in `folder/out`, with the model beside it; return the artifact's folder."""
+    write_model(folder / "model", seed)
+    return resolved(folder)
+
+
+def resolved(folder: Path, **fields: Any) -> Path:
+    """Run stage `target` on the model in `folder/model`, float32; return the artifact, `folder/out`."""
     from draftsmith.stages.target.stage import STAGE, TargetConfig
 
-    write_model(folder / "model", seed)
     context = RecordingContext.under(folder)
-    STAGE.run(context, TargetConfig(source=str(folder / "model"), dtype="float32"))
+    STAGE.run(context, TargetConfig(source=str(folder / "model"), dtype="float32", **fields))
     return context.out
 
 

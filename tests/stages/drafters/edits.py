@@ -38,12 +38,26 @@ def write(name: str, content: str) -> Edit:
     return edit
 
 
-def cut(name: str) -> Edit:
+def cut(name: str, size: int = -40) -> Edit:
     def edit(folder: Path) -> None:
-        (folder / name).write_bytes((folder / name).read_bytes()[:-40])
+        (folder / name).write_bytes((folder / name).read_bytes()[:size])
 
     return edit
 
 
 def remove(name: str) -> Edit:
     return lambda folder: (folder / name).unlink()
+
+
+def set_fields(name: str, **fields: Any) -> Edit:
+    """Set fields of a JSON file."""
+
+    def edit(folder: Path) -> None:
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | fields))
+
+    return edit
+
+
+# of a DFlash drafter
+with_another_mask = edit_config(lambda config: config["dflash_config"].update(mask_token_id=0))
+without_a_layer = edit_tensors(lambda tensors: tensors.pop(min(name for name in tensors if "layers." in name)))

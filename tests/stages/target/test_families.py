@@ -46,7 +46,7 @@ from draftsmith.stages.training.opd.mined_table import MinedTable
 from draftsmith.stages.training.opd.trainer import MinedData, OpdTraining
 from draftsmith.stages.training.response_loss import TargetSignal
 from tests.testbed.families import ALTERNATING, FAMILIES, RECURRENT, SHAPE, WINDOW, WORDS, write_family
-from tests.testbed.random_target import VOCAB_SIZE, save
+from tests.testbed.random_target import VOCAB_SIZE, resolved, save
 
 TOLERANCE = 2e-4  # of hidden states and nats, float32: attention and states are computed in other orders
 CLEAR = 2e-3  # nats between the best two tokens: no order of computing turns it round
@@ -222,12 +222,13 @@ def test_features_and_logprobs_are_those_of_a_plain_forward(case: Case) -> None:
         states = case.reference(
             input_ids=torch.tensor([tokens]), use_cache=False, output_hidden_states=True
         ).hidden_states
-    expected = torch.cat([states[layer + 1] for layer in LAYERS], -1)
+    layers = LAYERS[::-1]
+    expected = torch.cat([states[layer + 1] for layer in layers], -1)
     padded = torch.tensor([[*tokens, 1, 2], tokens[:5] + [0] * (len(tokens) - 3)])  # padding behind, of another row
-    read = case.target.read(padded, LAYERS)
+    read = case.target.read(padded, layers)
     assert read.features is not None
     close(read.features[:1, : len(tokens)], expected)
-    close(case.target.features(padded, LAYERS)[:1, : len(tokens)], expected)
+    close(case.target.features(padded, layers)[:1, : len(tokens)], expected)
     close(case.target.logits(read.hidden[0, : len(tokens)]).log_softmax(-1), case.distribution([tokens])[0])
 
 
@@ -312,15 +313,9 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 @pytest.fixture(scope="module")
 def capped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a target artifact of Gemma 2."""
-    from tests.testbed.context import RecordingContext
-
     folder = tmp_path_factory.mktemp("capped")
     write_family(folder / "model", "Gemma 2")
-    from draftsmith.stages.target.stage import STAGE, TargetConfig
-
-    context = RecordingContext.under(folder)
-    STAGE.run(context, TargetConfig(source=str(folder / "model"), dtype="float32"))
-    return context.out
+    return resolved(folder)
 
 
 def test_capabilities_are_in_the_target_artifact(capped: Path) -> None:
