@@ -14,14 +14,10 @@ from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import PROMPTS
 from draftsmith.stages.data.held_out import HELDOUT_SHARE, hash_fraction, prompt_identity
 from draftsmith.stages.data.prompts import STAGE, PromptsConfig
+from tests.stages.data.row_files import write
 from tests.testbed.context import RecordingContext
 
 Row = dict[str, Any]
-
-
-def write_rows(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def of_classes(text: str, train: int, heldout: int) -> list[Row]:
@@ -39,7 +35,7 @@ def of_classes(text: str, train: int, heldout: int) -> list[Row]:
 
 
 def questions(path: Path, number: int) -> Path:
-    return write_rows(path, [{"prompt": f"Question number {index}?"} for index in range(number)])
+    return write(path, [{"prompt": f"Question number {index}?"} for index in range(number)])
 
 
 def run(target: Path, folder: Path, sources: list[Row] | Path, run_seed: int = 0, **settings: Any) -> list[Row]:

@@ -25,7 +25,8 @@ from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.config import TargetConfig
 from draftsmith.stages.target.info import read_target_info
 from draftsmith.stages.target.resolve import resolve_target
-from tests.stages.data.prompts_run import error, of_classes, run_with_context, write_rows
+from tests.stages.data.prompts_run import error, of_classes, run_with_context
+from tests.stages.data.row_files import write
 from tests.testbed.adapters import write_adapter
 from tests.testbed.context import RecordingContext
 from tests.testbed.random_target import write_model
@@ -56,7 +57,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_without_a_name_the_prompts_of_each_source_have_all_adapters_in_equal_shares(
     adapted: Path, plain: Path, tmp_path: Path
 ) -> None:
-    sources = [{"kind": "jsonl", "path": str(write_rows(tmp_path / f"{n}.jsonl", of_classes(n, 20, 12)))} for n in "xy"]
+    sources = [{"kind": "jsonl", "path": str(write(tmp_path / f"{n}.jsonl", of_classes(n, 20, 12)))} for n in "xy"]
     sources.append({"kind": "reasoning_gym", "tasks": ["chain_sum"]})  # type: ignore[dict-item]
     rows, ctx = run_with_context(adapted, tmp_path / "1", sources, train=27, heldout=9)
     again, _ = run_with_context(adapted, tmp_path / "2", sources, run_seed=5, train=27, heldout=9)
@@ -82,7 +83,7 @@ def test_rows_that_name_adapters_have_the_shares_of_the_traffic(
 ) -> None:
     names = ["a", "a", "base", None, "c", ""]
     rows = [{**row, field: names[i % 6], "kind": "x"} for i, row in enumerate(of_classes("Question", 24, 6))]
-    path = write_rows(tmp_path / "rows.jsonl", rows)
+    path = write(tmp_path / "rows.jsonl", rows)
     source = {"kind": "jsonl", "path": str(path), "fields": fields}
     settings: Row = {"train": 24, "heldout": 6, "slices": ["kind"]}
     prompts, ctx = run_with_context(adapted, tmp_path / "1", [source], **settings)
@@ -106,7 +107,7 @@ def test_a_row_that_names_an_unknown_adapter_is_an_error_with_its_place(
     name: Any, adapted: Path, tmp_path: Path
 ) -> None:
     rows = [{**row, "adapter": name if i == 4 else "a"} for i, row in enumerate(of_classes("Question", 9, 3))]
-    path = write_rows(tmp_path / "rows.jsonl", rows)
+    path = write(tmp_path / "rows.jsonl", rows)
     text = error(adapted, tmp_path / "1", path, train=4, heldout=1)
     assert (
         f"rows.jsonl, row 5: adapter {name!r} is none of the target's (a, b, c). Add it to target.adapters, or" in text
@@ -114,7 +115,7 @@ def test_a_row_that_names_an_unknown_adapter_is_an_error_with_its_place(
 
 
 def logs(folder: Path, target: Path, rows: list[Row], earlier: Path | None = None, **config: Any) -> RecordingContext:
-    path = write_rows(folder / f"{len(list(folder.iterdir()))}.jsonl", rows)
+    path = write(folder / f"{len(list(folder.iterdir()))}.jsonl", rows)
     inputs = {"target": target} | ({"earlier": earlier} if earlier else {})
     ctx = RecordingContext.under(folder / path.stem, inputs)
     LOGS.run(ctx, LogsConfig.model_validate({"paths": [str(path)], "temperature": 0, **config}))

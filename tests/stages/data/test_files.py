@@ -1,4 +1,7 @@
-"""Files of rows: all formats give the same rows, folders and globs are in order, damage loses only what it hits."""
+"""Files of rows: all formats give the same rows, folders and globs are in order, damage loses only what it hits.
+
+Also at `s3://…`, from a server with the S3 protocol.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import fsspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.data.row_files import BadRow, Row, local_files, match_files, read_rows
+from draftsmith.stages.data.row_files import BadRow, Row, local_files, match_files, read_rows, remote_versions
 from tests.stages.data.row_files import SUFFIXES, content, packed, write
+from tests.testbed.s3 import bucket
 
 ROWS = [{"prompt": f"Frage {number}: süß?", "n": number} for number in range(700)]
 
@@ -26,19 +31,6 @@ def fields(files: list[str]) -> list[Any]:
 
 def read(path: Path) -> list[Row | BadRow]:
     return list(read_rows([str(path)]))
-
-
-@pytest.fixture
-def bucket() -> Iterator[str]:
-    system = fsspec.filesystem("memory")
-    yield "memory://bucket"
-    system.store.clear()
-    system.pseudo_dirs[:] = [""]
-
-
-def put(address: str, data: bytes) -> None:
-    with fsspec.open(address, "wb") as file:
-        file.write(data)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -61,7 +53,7 @@ def test_a_folder_gives_its_row_files_in_order_including_rotated_ones(tmp_path: 
 
 def test_patterns_keep_their_order_and_no_file_comes_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("logs/b.jsonl", "logs/a.jsonl", "logs/day/c.jsonl", "other.jsonl"):
+    for name in ("logs/b.jsonl", "logs/a.jsonl", "logs/day/c.jsonl", "other.jsonl", "of[1].jsonl"):
         write(tmp_path / name, [{"n": 1}])
     assert match_files(["other.jsonl", "logs/*.jsonl", "logs"], "f") == [
         "other.jsonl",
@@ -71,12 +63,8 @@ def test_patterns_keep_their_order_and_no_file_comes_twice(tmp_path: Path, monke
     ]
     assert match_files(["logs/**/*.jsonl"], "f") == ["logs/a.jsonl", "logs/b.jsonl", "logs/day/c.jsonl"]
     assert match_files(["log?"], "f") == ["logs/a.jsonl", "logs/b.jsonl", "logs/day/c.jsonl"]
+    assert match_files(["of[1].jsonl"], "f") == ["of[1].jsonl"], "no glob"
     assert local_files(["memory://x/y", "other.jsonl"], "f") == [tmp_path / "other.jsonl"]
-
-
-def test_an_existing_name_with_brackets_is_not_a_glob(tmp_path: Path) -> None:
-    path = write(tmp_path / "log[1].jsonl", [{"n": 1}])
-    assert match_files([str(path)], "f") == [str(path)]
 
 
 @pytest.mark.parametrize(
@@ -107,27 +95,19 @@ def test_a_file_name_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
         local_files([str(tmp_path)], "logs.paths")
 
 
-def test_folders_and_globs_match_in_a_bucket(bucket: str) -> None:
-    for name in ("b.jsonl", "day/a.parquet", "day/_tmp/c.jsonl", "notes.txt"):
-        put(f"{bucket}/logs/{name}", b"")
-    names = ["memory:///bucket/logs/b.jsonl", "memory:///bucket/logs/day/a.parquet"]
-    assert [name.replace("memory://b", "memory:///b") for name in match_files([f"{bucket}/logs"], "f")] == names
-    assert len(match_files([f"{bucket}/logs/*.jsonl"], "f")) == 1
-
-
-def test_an_error_of_the_bucket_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch, bucket: str) -> None:
+def test_an_error_of_the_bucket_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> bool:
         raise RuntimeError("Unable to locate\ncredentials")
 
     monkeypatch.setattr(type(fsspec.filesystem("memory")), "isdir", refuse)
     with pytest.raises(DraftsmithError, match=r"Unable to locate credentials.*Check the address") as caught:
-        match_files([f"{bucket}/logs"], "logs.paths")
+        match_files(["memory://bucket/logs"], "logs.paths")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
 def test_a_bad_line_leaves_the_other_rows_readable(suffix: str, tmp_path: Path) -> None:
-    lines = [b'{"n": 1}', b'{"n": 2', b'{"n": "\xff"}', b"", b"[4]", b"[" * 100_000, b'{"n": 7}']
+    lines = [b'\xef\xbb\xbf{"n": 1}', b'{"n": 2', b'{"n": "\xff"}', b"", b"[4]", b"[" * 100_000, b'{"n": 7}']
     (path := tmp_path / f"rows{suffix}").write_bytes(packed(b"\n".join(lines), suffix))
     first, half, encoding, array, deep, last = read(path)
     assert isinstance(first, Row) and isinstance(last, Row)
@@ -181,3 +161,34 @@ def test_damaged_files_give_rows_or_bad_rows(
     path.write_bytes(data[: int(cut * len(data))])
     for row in read(path):
         assert isinstance(row, Row | BadRow)
+
+
+@pytest.fixture
+def put() -> Iterator[None]:
+    """Create a bucket `answers` with rows in every format, and other files."""
+    names = [*(f"rows{suffix}" for suffix in SUFFIXES), "_tmp/c.jsonl", "notes.txt"]
+    with bucket("answers"):
+        for name in names:
+            boto3.client("s3").put_object(Bucket="answers", Key=f"week/{name}", Body=content(ROWS[:9], name))
+        yield
+
+
+@pytest.mark.usefixtures("put")
+def test_rows_of_an_s3_bucket_equal_those_on_disk() -> None:
+    for suffix in SUFFIXES:
+        files = match_files([f"s3://answers/week/rows{suffix}"], "logs.paths")
+        assert fields(files) == ROWS[:9]
+    assert len(fields(match_files(["s3://answers/week"], "logs.paths"))) == 9 * len(SUFFIXES)
+    assert len(match_files(["s3://answers/*/rows*.gz"], "logs.paths")) == sum("gz" in suffix for suffix in SUFFIXES)
+    with pytest.raises(DraftsmithError, match=r"^logs\.paths: .*s3://answers/none\.jsonl"):
+        match_files(["s3://answers/none.jsonl"], "logs.paths")
+
+
+@pytest.mark.usefixtures("put")
+def test_a_changed_object_has_another_version() -> None:
+    address = "s3://answers/week/rows.jsonl"
+    before = remote_versions([address], "logs.paths")
+    assert len(before) == 1 and remote_versions([address], "logs.paths") == before
+    boto3.client("s3").put_object(Bucket="answers", Key="week/rows.jsonl", Body=content(ROWS[1:10], ".jsonl"))
+    assert remote_versions([address], "logs.paths") != before
+    assert fields([address]) == ROWS[1:10] and len(list(read_rows([address]))) == 9

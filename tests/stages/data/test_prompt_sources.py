@@ -1,9 +1,13 @@
-"""The sources of stage `prompts`: row shapes, files, data sets, tasks, and their errors."""
+"""The sources of stage `prompts`: files, data sets, tasks; and the prompt of a row, in stage `logs` too.
+
+As text, as token ids with or without messages, with tools or images.
+"""
 
 from __future__ import annotations
 
-import gzip
+import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,17 +17,33 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.results.data import PromptsSummary
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import QUESTIONS
-from draftsmith.stages.data.prompt_streams import open_streams
-from draftsmith.stages.data.prompts import SPLITS, PromptsConfig
-from draftsmith.stages.data.row_formats import RejectedRow, first_question, later_questions, row_messages
-from tests.stages.data.prompts_run import Row, error, questions, run, run_with_context, texts, write_rows
+from draftsmith.stages.data.logs.rows import LoggedRow, logged_text
+from draftsmith.stages.data.prompt_streams import open_streams, prompt_rows
+from draftsmith.stages.data.prompts import SPLITS, JsonlSource, PromptsConfig
+from draftsmith.stages.data.row_files import RejectLog, read_rows
+from draftsmith.stages.data.row_formats import (
+    NOT_TEXT,
+    TOOLS,
+    RejectedRow,
+    first_question,
+    later_questions,
+    messages_beside_ids,
+    prompt_token_ids,
+    rename_fields,
+    row_messages,
+)
+from tests.stages.data.prompts_run import Row, error, questions, run, run_with_context, texts
+from tests.stages.data.row_files import write
 
 
 @pytest.mark.parametrize(
     ("row", "field"),
     [
         ({"messages": [{"role": "user", "content": "Hi there"}]}, None),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi there"}]}]}, None),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": t} for t in ("Hi ", "there")]}]},
+            None,
+        ),
         ({"messages": [{"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Yes"}]}, None),
         ({"messages": [{"role": "user", "content": "Hi there"}], "completion": "Yes"}, None),
         ({"conversations": [{"from": "human", "value": "Hi there"}, {"from": "gpt", "value": "Yes"}]}, None),
@@ -73,7 +93,7 @@ def test_a_question_that_speed_bench_does_not_ship_is_rejected() -> None:
 
 def test_further_questions_are_kept_beside_the_prompts(target: Path, tmp_path: Path) -> None:
     rows: list[Row] = [{"turns": [f"Tell story {number}", "And then?"]} for number in range(6)]
-    path = write_rows(tmp_path / "a.jsonl", rows)
+    path = write(tmp_path / "a.jsonl", rows)
     sources: list[Row] = [{"kind": "jsonl", "path": str(path), "suffix": " Be brief.", "heldout_share": 1}]
     selected = run(target, tmp_path, sources, train=0, heldout=6)
     stored = read_table(tmp_path / "out" / "questions.parquet", QUESTIONS).to_pylist()
@@ -81,13 +101,6 @@ def test_further_questions_are_kept_beside_the_prompts(target: Path, tmp_path: P
     assert {tuple(row["questions"]) for row in stored} == {("And then? Be brief.",)}
     assert all(len(row["messages"]) == 1 and row["messages"][0]["content"].endswith("Be brief.") for row in selected)
     assert PromptsSummary.read(tmp_path / "out").conversations == 6
-
-
-def test_earlier_turns_and_system_prompts_are_kept() -> None:
-    turns = [("system", "S"), ("human", "A"), ("gpt", "B"), ("human", "C"), ("gpt", "D")]
-    row = {"conversations": [{"from": role, "value": value} for role, value in turns]}
-    roles = [(message["role"], message["content"]) for message in row_messages(row, None, "row 1")]
-    assert roles == [("system", "S"), ("user", "A"), ("assistant", "B"), ("user", "C")]
 
 
 @pytest.mark.parametrize(
@@ -113,14 +126,6 @@ def test_the_error_for_an_unknown_shape_names_the_row(row: Row, field: str | Non
     assert str(caught.value).startswith("file.jsonl, row 7")
 
 
-def test_gzip_and_blank_lines_and_a_byte_order_mark_are_read(target: Path, tmp_path: Path) -> None:
-    lines = '\ufeff{"prompt": "A"}\n\n{"prompt": "B"}\n{"prompt": "Ü"}\n'
-    path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress(lines.encode()))
-    rows = run(target, tmp_path, path)
-    assert {row["messages"][0]["content"] for row in rows} == {"A", "B", "Ü"}
-
-
 def test_suffix_and_system_prompt_are_added(target: Path, tmp_path: Path) -> None:
     path = questions(tmp_path / "a.jsonl", 20)
     source = {"kind": "jsonl", "path": str(path), "suffix": " Explain."}
@@ -128,7 +133,7 @@ def test_suffix_and_system_prompt_are_added(target: Path, tmp_path: Path) -> Non
     for row in rows:
         assert row["messages"][0] == {"role": "system", "content": "General."}
         assert row["messages"][1]["content"].endswith("? Explain.")
-    kept = write_rows(
+    kept = write(
         tmp_path / "b.jsonl",
         [{"messages": [{"role": "system", "content": "Row."}, {"role": "user", "content": f"{i}"}]} for i in range(20)],
     )
@@ -170,7 +175,7 @@ def test_a_local_folder_is_read_as_a_data_set(target: Path, tmp_path: Path, monk
     jsonl.mkdir()
     chats = [[{"role": "user", "content": f"Chat {index}"}] for index in range(6)]
     pq.write_table(pa.table({"messages": chats}), parquet / "train.parquet")
-    write_rows(jsonl / "train.jsonl", [{"question": f"Row {index}", "answer": "x"} for index in range(6)])
+    write(jsonl / "train.jsonl", [{"question": f"Row {index}", "answer": "x"} for index in range(6)])
     sources: list[Row] = [
         {"kind": "huggingface", "id": str(parquet)},
         {"kind": "huggingface", "id": str(jsonl), "field": "question"},
@@ -201,7 +206,6 @@ def test_an_unreachable_data_set_is_an_error(target: Path, tmp_path: Path, monke
     ("content", "message"),
     [
         (b"", "is empty"),
-        (b'{"prompt": "a"}\n\n{"other": "b"}\n', "row 3: none of the shapes"),
         (b'{"prompt": "a"}\n', "ran out of different prompts in split train"),
         (b'{"prompt": "a"}\n{"prompt": "a"}\n{"prompt": "a"}\n', "2 duplicates"),
     ],
@@ -225,7 +229,7 @@ def test_wrong_tasks_and_options_are_errors(target: Path, tmp_path: Path) -> Non
 
 def test_a_filter_selects_rows_by_their_fields(target: Path, tmp_path: Path) -> None:
     rows = [{"problem": f"{kind} {i}", "source": kind, "level": i} for kind in "abc" for i in range(8)]
-    path = write_rows(tmp_path / "rows.jsonl", rows)
+    path = write(tmp_path / "rows.jsonl", rows)
     for source in (
         {"kind": "jsonl", "path": str(path)},
         {"kind": "huggingface", "id": str(dataset_folder(tmp_path, rows))},
@@ -246,3 +250,114 @@ def dataset_folder(folder: Path, rows: list[Row]) -> Path:
     path.mkdir(exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), path / "train.parquet")
     return path
+
+
+ASKED = {"role": "user", "content": "Hello"}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+RETURNED = {"role": "tool", "content": "7"}
+IMAGE = {"role": "user", "content": [{"type": "text", "text": "Hello"}, {"type": "image_url", "image_url": {}}]}
+CHAT = [
+    {"role": "system", "content": "Be kind."},
+    ASKED,
+    {"role": "assistant", "content": "Yes?"},
+    {"role": "user", "content": "Tell a  story."},
+]
+
+
+def test_messages_may_be_json_text() -> None:
+    for name in ("messages", "conversations"):
+        assert row_messages({name: json.dumps(CHAT)}, None, "row 1") == CHAT
+        assert row_messages({name: json.dumps(CHAT)}, name, "row 1") == CHAT
+    text = {"role": "user", "content": json.dumps(CHAT)}
+    assert row_messages({"prompt": json.dumps(CHAT)}, None, "row 1") == [text], "of a prompt it stays text"
+    row = {"messages": json.dumps(CHAT), "completion": "Once.", "tools": "[]"}
+    assert logged_text(LoggedRow("log", 1, row)) == (CHAT, "Once.")
+    with pytest.raises(DraftsmithError, match="row 1: messages end with an answer"):
+        logged_text(LoggedRow("log", 1, row | {"messages": json.dumps(CHAT[:3])}))
+
+
+@pytest.mark.parametrize("text", ["Hello", "", '"Hello"', '{"role": "user", "content": "Hello"}', "[1]", '["Hello"]'])
+@pytest.mark.parametrize("name", ["messages", "conversations"])
+def test_other_text_in_place_of_messages_is_an_error(text: str, name: str) -> None:
+    with pytest.raises(DraftsmithError, match=f"^row 1: {name} "):
+        row_messages({name: text}, None, "row 1")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": [ASKED, CALL, RETURNED]}, TOOLS),
+        ({"messages": [ASKED, CALL]}, TOOLS),
+        ({"messages": json.dumps([ASKED, CALL, RETURNED])}, TOOLS),
+        ({"conversations": [{"from": "human", "value": "Hello"}, {"from": "tool", "value": "7"}]}, TOOLS),
+        ({"prompt": [ASKED, RETURNED]}, TOOLS),
+        ({"messages": [ASKED], "tools": [{"type": "function"}]}, TOOLS),
+        ({"prompt": "Hello", "functions": '[{"name": "f"}]'}, TOOLS),
+        ({"messages": [IMAGE]}, NOT_TEXT),
+        ({"prompt": [IMAGE]}, NOT_TEXT),
+    ],
+)
+def test_rows_with_tools_or_images_are_rejected(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RejectedRow, match=reason):
+        row_messages(row, None, "row 1")
+    if "messages" in row:
+        with pytest.raises(RejectedRow, match=reason):
+            logged_text(LoggedRow("log", 1, row | {"completion": "Yes"}))
+
+
+def test_empty_tools_and_a_named_field_are_accepted() -> None:
+    nothing: Any
+    for nothing in (None, [], "[]", "null", ""):
+        assert row_messages({"messages": [ASKED], "tools": nothing}, None, "row 1") == [ASKED]
+    row = {"question": "Hello", "tools": [{"type": "function"}]}
+    assert row_messages(row, "question", "row 1") == [ASKED]
+
+
+def test_token_ids_are_the_prompt_whatever_text_is_beside_them() -> None:
+    for text in ({}, {"messages": CHAT}, {"prompt": "<user>Hello"}, {"conversations": CHAT}):
+        assert prompt_token_ids({"prompt_token_ids": [5, 6]} | text, None, "row 1") == [5, 6]
+    assert prompt_token_ids({"prompt_token_ids": [5, 6], "question": "Hello"}, "question", "row 1") is None
+    with pytest.raises(DraftsmithError, match="row 1: prompt_token_ids is empty"):
+        prompt_token_ids({"prompt_token_ids": [], "messages": CHAT}, None, "row 1")
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"messages": [*CHAT, {"role": "assistant", "content": "Once."}]}, CHAT),
+        ({"messages": json.dumps(CHAT)}, CHAT),
+        ({"messages": [ASKED, CALL, RETURNED]}, [ASKED, {"role": "assistant", "content": ""}, RETURNED]),
+        ({"prompt": "<user>Hello"}, None),
+        ({"messages": "<user>Hello"}, None),
+        ({"messages": [{"role": "wizard", "content": "Hello"}]}, None),
+        ({"messages": [{"role": "user", "content": "half a pair \ud83d"}]}, None),
+        ({}, None),
+    ],
+)
+def test_messages_beside_token_ids_are_read_if_they_can_be(
+    row: dict[str, Any], messages: list[dict[str, str]] | None
+) -> None:
+    assert messages_beside_ids(row) == messages
+
+
+def test_token_ids_with_images_or_changed_tools_are_rejected() -> None:
+    with pytest.raises(RejectedRow, match=NOT_TEXT):
+        messages_beside_ids({"messages": [IMAGE]})
+    tools: dict[str, Any]
+    for tools in ({"tools": [{"type": "function"}]}, {"messages": [ASKED, CALL, RETURNED]}):
+        messages_beside_ids(tools)
+        with pytest.raises(RejectedRow, match=TOOLS):
+            messages_beside_ids(tools, tools=False)
+
+
+@pytest.mark.parametrize("prompt", ["Tell a story.", json.dumps(CHAT), CHAT, "[not JSON"])
+def test_a_renamed_prompt_field_is_read_alike_in_prompts_and_logs(prompt: Any, tmp_path: Path) -> None:
+    """Else its held-out class would differ."""
+    names = {"messages": "question", "completion": "reply"}
+    fields = {"question": prompt, "reply": "Once.", "messages": "of somebody else"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(fields) + "\n")
+    source = JsonlSource.model_validate({"path": str(tmp_path / "a.jsonl"), "fields": names})
+    ((_, messages, _),) = prompt_rows(source, read_rows([source.path]), RejectLog("prompts.max_bad_share", 0))
+    renamed_row = LoggedRow("log", 1, dict(rename_fields(fields, names)))  # type: ignore[arg-type]
+    assert logged_text(renamed_row) == (messages, "Once.")
+    assert messages[-1]["content"] == (prompt if prompt in ("Tell a story.", "[not JSON") else CHAT[-1]["content"])

@@ -1,13 +1,22 @@
-"""Every prompt serves the splits of its class alone, whatever the source, order and seed."""
+"""Every prompt serves the splits of its class alone, whatever the source, order and seed; few stay in memory."""
 
 from __future__ import annotations
 
 import json
+import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from draftsmith.stages.data import prompt_streams
+from draftsmith.stages.data.chat_template import PromptCandidate
 from draftsmith.stages.data.held_out import HELDOUT_SHARE, hash_fraction, prompt_identity
-from tests.stages.data.prompts_run import Row, error, questions, run, run_with_context, texts, write_rows
+from draftsmith.stages.data.prompt_streams import PromptStream, open_streams
+from draftsmith.stages.data.prompts import SPLITS, PromptsConfig
+from tests.stages.data.prompts_run import Row, error, questions, run, run_with_context, texts
+from tests.stages.data.row_files import write
 
 
 def measured(rows: list[Row]) -> set[bytes]:
@@ -67,7 +76,7 @@ def test_a_benchmark_may_be_held_out_as_a_whole(target: Path, tmp_path: Path) ->
     benchmark = questions(tmp_path / "a.jsonl", 20)
     kind = {"role": "system", "content": "Be kind."}
     questions_asked = [[kind, {"role": "user", "content": f"Question number {number}?"}] for number in range(30)]
-    other = write_rows(tmp_path / "b.jsonl", [{"messages": messages} for messages in questions_asked])
+    other = write(tmp_path / "b.jsonl", [{"messages": messages} for messages in questions_asked])
     sources: list[Row] = [
         {"kind": "jsonl", "path": str(benchmark), "heldout_share": 1, "counts": {"heldout": 20}},
         {"kind": "jsonl", "path": str(other), "counts": {"train": 7}},
@@ -80,7 +89,7 @@ def test_a_benchmark_may_be_held_out_as_a_whole(target: Path, tmp_path: Path) ->
 def test_logged_token_ids_stay_the_prompt(target: Path, tmp_path: Path) -> None:
     as_text = run(target, tmp_path / "1", questions(tmp_path / "a.jsonl", 60), train=20, heldout=4, heldout_share=0.2)
     logged = [{"prompt_token_ids": row["token_ids"], "completion_token_ids": [1, 2]} for row in as_text]
-    log = write_rows(tmp_path / "log.jsonl", [*logged, {"prompt_token_ids": []}, {"prompt_token_ids": [10**6]}])
+    log = write(tmp_path / "log.jsonl", [*logged, {"prompt_token_ids": []}, {"prompt_token_ids": [10**6]}])
     rows = run(target, tmp_path / "2", log, train=20, heldout=4, heldout_share=0.2, max_bad_share=0.1)
     assert {tuple(row["token_ids"]) for row in rows} == {tuple(row["token_ids"]) for row in as_text}
     assert measured(rows) == measured(as_text), "of one class as text and as ids"
@@ -99,7 +108,7 @@ def test_logged_token_ids_stay_the_prompt(target: Path, tmp_path: Path) -> None:
 def test_rows_in_the_window_come_first_then_the_newest_others(target: Path, tmp_path: Path) -> None:
     days = [f"2026-03-{day:02}" for day in range(1, 29)]
     rows = [{"prompt": f"Question {number} of {day}", "when": day} for day in days for number in range(3)]
-    path = write_rows(tmp_path / "log.jsonl", [*rows, {"prompt": "Question without a day"}])
+    path = write(tmp_path / "log.jsonl", [*rows, {"prompt": "Question without a day"}])
 
     def selected(count: int, since: str | None) -> list[str]:
         source = {"kind": "jsonl", "path": str(path), "since": since, "fields": {"timestamp": "when"}}
@@ -114,7 +123,7 @@ def test_rows_in_the_window_come_first_then_the_newest_others(target: Path, tmp_
 
 def test_bad_rows_are_rejected_up_to_a_share(target: Path, tmp_path: Path) -> None:
     bad: list[Any] = [{"text": "no prompt"}, {"prompt": "half a pair \ud83d"}]
-    path = write_rows(tmp_path / "a.jsonl", [*[{"prompt": f"Question {number}"} for number in range(97)], *bad])
+    path = write(tmp_path / "a.jsonl", [*[{"prompt": f"Question {number}"} for number in range(97)], *bad])
     with path.open("a") as file:
         file.write('{"prompt": "half')
     rows, context = run_with_context(target, tmp_path, path, max_bad_share=0.03)
@@ -126,3 +135,76 @@ def test_bad_rows_are_rejected_up_to_a_share(target: Path, tmp_path: Path) -> No
     )
     text = error(target, tmp_path / "3", path, max_bad_share=0)
     assert text.startswith(f"{path}, row 98: none of the shapes") and "Set the source's field" in text
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    """Return rows of four weeks: some repeated, some on several days, some without a date."""
+    draw = random.Random(0)
+    rows: list[Row] = []
+    for number in range(400):
+        days = [f"2026-03-{draw.randrange(1, 29):02}" for _ in range(draw.choice((1, 1, 1, 2, 9)))]
+        rows += [{"prompt": f"Question {number}?", "time": day} for day in days]
+        rows += [{"prompt": f"Question {number}?"}] * (number % 10 == 0)
+    draw.shuffle(rows)
+    return write(tmp_path / "log.jsonl", rows)
+
+
+def given_to_each(log: Path, heldout: int, **config: Any) -> tuple[list[list[str]], PromptStream]:
+    """Return all prompts that a stream gives to each split, opened for this many held-out prompts."""
+    source = {"kind": "jsonl", "path": str(log), "since": config.pop("since", None)}
+    config_of_log = PromptsConfig.model_validate({"sources": [source], "train": 0, "heldout": heldout, **config})
+    (stream,) = open_streams(config_of_log.sources[0], config_of_log)
+    return [[each.text_hash for each in iter(partial(stream.next, split), None)] for split in SPLITS], stream
+
+
+@pytest.mark.parametrize(
+    ("kept", "share", "since", "train"),
+    [(1, 0.1, None, 1), (7, 0.1, "2026-03-20", 0), (256, 1.0, None, 0), (1, 1.0, "2026-03-20", 1)],
+)
+def test_prompts_do_not_depend_on_how_many_stay_in_memory(
+    kept: int, share: float, since: str | None, train: int, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last prompt, with duplicates, and with the same counts of both classes."""
+    monkeypatch.setattr(prompt_streams, "_MIN_KEPT", kept)
+    plain, whole = given_to_each(log, 10_000, train=train, heldout_share=share, since=since)
+    few, stream = given_to_each(log, 1, train=train, heldout_share=share, since=since)
+    assert few == plain and len(plain[0]) > 50
+    assert stream.class_counts == whole.class_counts
+    assert stream.rejects is not None and whole.rejects is not None and stream.rejects.rows == whole.rejects.rows
+
+
+def test_memory_is_bounded_by_the_needed_prompts(
+    target: Path, tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompt_streams, "_MIN_KEPT", 8)
+    most = 0
+    cut = prompt_streams._drop_highest
+
+    def watched(kept: dict[Any, PromptCandidate], *rest: Any) -> Any:
+        nonlocal most
+        most = max(most, len(kept))
+        return cut(kept, *rest)
+
+    monkeypatch.setattr(prompt_streams, "_drop_highest", watched)
+    bounded = run(target, tmp_path / "1", log, train=0, heldout=12, validation=4, heldout_share=0.5)
+    assert 64 < most <= 129, "four times the needed prompts, and as many again until they are sorted out"
+    most = 0
+    with_training = run(target, tmp_path / "2", log, train=1, heldout=12, validation=4, heldout_share=0.5)
+    assert 128 < most <= 257, "of both classes twice as many"
+    assert bounded == [row for row in with_training if row["split"] != "train"]
+
+
+def test_rejected_rows_of_a_second_reading_are_not_listed_again(
+    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompt_streams, "_MIN_KEPT", 1)
+    monkeypatch.setattr(prompt_streams, "_KEPT_PER_PROMPT", 0)
+    path = questions(tmp_path / "a.jsonl", 100)
+    with path.open("a") as file:
+        file.write('{"prompt": "half')
+    settings: dict[str, Any] = {"train": 0, "heldout_share": 0.5, "max_bad_share": 0.02}
+    rows, context = run_with_context(target, tmp_path / "1", path, heldout=20, **settings)
+    assert len(rows) == 20 and context.summaries["rows_set_aside"] == 1
+    assert len((tmp_path / "1" / "out" / "set_aside.jsonl").read_text().splitlines()) == 1
+    assert "of its 100 are of the held-out class" in error(target, tmp_path / "2", path, heldout=90, **settings)

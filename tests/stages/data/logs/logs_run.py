@@ -15,15 +15,12 @@ from draftsmith.stages.data.logs.earlier import STAGE as EARLIER
 from draftsmith.stages.data.logs.earlier import TABLE, EarlierConfig
 from draftsmith.stages.data.logs.stage import STAGE, LogsConfig
 from draftsmith.stages.target.info import read_target_info
+from tests.stages.data.row_files import write
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 
+__all__ = ["write"]
 Row = dict[str, Any]
-
-
-def write(path: Path, rows: Sequence[Row | str]) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
 
 
 def run(

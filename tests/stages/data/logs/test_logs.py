@@ -1,23 +1,32 @@
-"""Stage `logs`: reads back the tokens that the target produced; counts and lists every other row."""
+"""Stage `logs`: reads back the tokens that the target produced; counts and lists every other row.
+
+The likelihood check finds answers at another sampling.
+"""
 
 from __future__ import annotations
 
 import gzip
 import json
+import random
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.tables.parquet import read_table
-from draftsmith.artifacts.tables.schemas import TRAJECTORIES
+from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
+from draftsmith.stages.data import row_files
+from draftsmith.stages.data.logs.collect import check_likelihood
 from draftsmith.stages.data.logs.filter import SchemaFilter
 from draftsmith.stages.data.logs.rows import AnswerReader, LoggedRow
 from draftsmith.stages.data.logs.stage import STAGE, LogsConfig
 from draftsmith.stages.data.row_files import RejectLog, read_rows
 from draftsmith.stages.data.row_formats import TOOLS, RejectedRow
 from draftsmith.stages.target.info import load_tokenizer, model_path, read_target_info
+from draftsmith.stages.target.sampling import SamplingParams
+from tests.stages.bench import Bench
 from tests.stages.data.logs.logs_run import Logs, Row, as_ids, counts, set_aside, table
+from tests.testbed.context import StoppingContext
 from tests.testbed.drafter import DrafterArtifacts
 
 
@@ -173,13 +182,6 @@ def test_text_whose_boundary_tokenises_differently_is_rejected(logs: Logs, token
         read(token[:2], token[2:] + rest)
 
 
-def test_answers_to_held_out_prompts_are_rejected(logs: Logs) -> None:
-    heldout = read_table(logs.made.heldout / "trajectories.parquet", TRAJECTORIES).to_pylist()[:3]
-    ctx = logs.run([as_ids(row) for row in [*logs.answers[:4], *heldout]], prompts=True)
-    assert [row["prompt_ids"] for row in table(ctx)] == [row["prompt_ids"] for row in logs.answers[:4]]
-    assert counts(ctx)["set_aside"] == {"prompt of the validation or held-out split": 3}
-
-
 def test_files_are_read_in_order_up_to_the_limit_of_rows(logs: Logs) -> None:
     first = logs.write("a.jsonl", [as_ids(row) for row in logs.answers[:3]])
     second = logs.write("b.jsonl", ["", *[as_ids(row) for row in logs.answers[3:9]]])
@@ -192,16 +194,11 @@ def test_files_are_read_in_order_up_to_the_limit_of_rows(logs: Logs) -> None:
     ("row", "message"),
     [
         ("{not json", "row 2: not JSON"),
-        ("[1]", "row 2: a JSON array, not an object"),
         ({"prompt": "a", "answer": "b"}, r"row 2: none of the shapes .*completion.*; it has answer, prompt"),
         ({"prompt_token_ids": [1, 2]}, "row 2: completion_token_ids must be a list of token ids"),
         ({"prompt_token_ids": [1], "completion_token_ids": [3, -1]}, r"row 2: completion_token_ids\[1\] is -1"),
         ({"prompt_token_ids": [1], "completion_token_ids": [3, 4], "temperature": "hot"}, "row 2: temperature 'hot'"),
         ({"prompt_token_ids": [1], "completion_token_ids": [3, 4], "temperature": 10**400}, "row 2: temperature 1000"),
-        (
-            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "completion": "c"},
-            "row 2: messages end with an answer",
-        ),
     ],
 )
 def test_a_malformed_row_is_an_error_that_names_file_and_row(logs: Logs, row: Row | str, message: str) -> None:
@@ -229,3 +226,75 @@ def test_preflight_finds_missing_files_and_too_long_contexts(logs: Logs) -> None
     assert STAGE.preflight is not None
     with pytest.raises(DraftsmithError, match=r"logs\.max_tokens"):
         STAGE.preflight(LogsConfig(paths=[str(path)], temperature=0, max_tokens=10**6), logs.made.target)
+
+
+def test_reading_stops_between_two_rows(logs: Logs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_files, "_REPORT_EVERY_S", 0.0)  # as if every row took a second
+    rows: list[Any] = [{"prompt_token_ids": [5, 6, number], "completion_token_ids": [8, 9]} for number in range(20)]
+    settings = {"paths": [str(logs.write("log.jsonl", rows))], "temperature": 0, "scored": 0}
+    context = StoppingContext.under(logs.folder, {"target": logs.made.target}, stop_after=3, unit="rows")
+    with pytest.raises(StageInterrupted):
+        STAGE.run(context, LogsConfig.model_validate(settings))
+    assert context.progressed[-1] == (3, 3, "rows")
+
+
+COUNT = 40
+Answers = list[tuple[list[int], list[int]]]  # prompt and response
+
+
+def answers(bench: Bench, temperature: float) -> Answers:
+    sampling = SamplingParams(temperature)
+    found = bench.answers(bench.requests(COUNT, sampling=sampling), slots=COUNT).values()
+    return [(each.request.prompt_ids, each.response_ids) for each in found if len(each.response_ids) > 8]
+
+
+@pytest.fixture(scope="module")
+def greedy(bench: Bench) -> Answers:
+    return answers(bench, 0.0)
+
+
+@pytest.fixture(scope="module")
+def sampled(bench: Bench) -> Answers:
+    return answers(bench, 1.0)
+
+
+def reasons(bench: Bench, rows: Answers, temperature: float) -> Counter[str]:
+    return Counter(check_likelihood(bench.target, *row, SamplingParams(temperature)) for row in rows)
+
+
+def test_the_targets_own_answers_are_likely(bench: Bench, greedy: Answers, sampled: Answers) -> None:
+    assert reasons(bench, greedy, 0.0) == {"": len(greedy)}
+    assert reasons(bench, sampled, 1.0) == {"": len(sampled)}
+
+
+def test_answers_at_another_temperature_are_found(bench: Bench, sampled: Answers) -> None:
+    among_greedy = reasons(bench, sampled, 0.0)  # what was sampled is often the best token everywhere
+    assert among_greedy[""] < 2 * len(sampled) / 3, among_greedy
+    hot = reasons(bench, answers(bench, 3.0), 1.0)
+    assert hot["improbable"] > COUNT / 2, hot
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_other_text_and_cut_answers_are_found(
+    bench: Bench, greedy: Answers, sampled: Answers, temperature: float
+) -> None:
+    made = random.Random(0)
+    rows = greedy if temperature == 0 else sampled
+    size = bench.target.info.vocab_size
+
+    def flagged(change: Callable[[list[int]], list[int]]) -> float:
+        found = reasons(bench, [(prompt, change(response)) for prompt, response in rows], temperature)
+        return 1 - found[""] / len(rows)
+
+    assert flagged(lambda response: [made.randrange(5, size) for _ in response]) == 1.0
+    assert flagged(lambda response: response[::-1]) > 0.9
+    assert flagged(lambda response: response[len(response) // 3 :]) > 0.8
+
+
+def test_one_unlikely_token_in_a_long_greedy_answer_is_tolerated(bench: Bench, greedy: Answers) -> None:
+    """A token that the target would not have chosen: the text was tokenised differently there."""
+    long = [(prompt, response) for prompt, response in greedy if len(response) > 40][:5]
+    assert long
+    prompt, response = long[0]
+    last = [*response[:-1], (response[-1] + 7) % bench.target.info.vocab_size]
+    assert check_likelihood(bench.target, prompt, last, SamplingParams()) == ""

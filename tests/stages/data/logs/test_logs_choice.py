@@ -1,4 +1,4 @@
-"""The answers that stage `logs` uses: time windows, earlier answers, and bad rows."""
+"""The answers that stage `logs` uses: time windows and rows that come late, earlier answers, and bad rows."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
@@ -19,7 +20,7 @@ from draftsmith.artifacts.tables.parquet import read_table, write_table
 from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 from draftsmith.stages.data.logs.earlier import ORIGIN
 from draftsmith.stages.data.logs.stage import LogsConfig
-from draftsmith.stages.data.time_window import to_iso
+from draftsmith.stages.data.time_window import parse_time, to_iso
 from draftsmith.stages.data.trajectories import load_trajectories
 from draftsmith.stages.target.sampling import SamplingParams
 from tests.stages.data.logs.logs_run import Logs, Row, as_ids, counts, given_by, set_aside, table, write
@@ -118,11 +119,8 @@ def test_a_relative_window_keeps_its_text_and_begins_at_midnight() -> None:
     assert config.since == "7d" and config.since_time is not None
     assert to_iso(config.since_time).endswith("T00:00:00Z") and config.in_window(datetime.now(UTC))
     assert LogsConfig.model_validate(config.model_dump(mode="json")) == config  # what the stage's process is sent
-
-
-def test_dates_parsed_by_yaml_are_windows() -> None:
-    config = LogsConfig.model_validate({"paths": "a", "temperature": 0, "since": datetime(2026, 3, 5).date()})
-    assert config.since == "2026-03-05T00:00:00Z"
+    of_yaml = LogsConfig.model_validate({"paths": "a", "temperature": 0, "since": datetime(2026, 3, 5).date()})
+    assert of_yaml.since == "2026-03-05T00:00:00Z"
 
 
 @pytest.fixture
@@ -240,3 +238,93 @@ def test_memory_is_bounded_for_long_logs(logs: Logs) -> None:
     done = subprocess.run(arguments, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) < 120 * 1024  # KiB
+
+
+NOON = "2026-03-05T12:00:00Z"
+
+
+def at(row: Row, minutes: float) -> Row:
+    """Return the row logged this many minutes after noon."""
+    noon = parse_time(NOON)
+    assert noon is not None
+    return as_ids(row) | {"created": int(noon.timestamp() + 60 * minutes)}
+
+
+def following(logs: Logs, before: RecordingContext, *paths: Path, **config: Any) -> RecordingContext:
+    """Run the refresh after one that promoted."""
+    newest, inputs = counts(before)["window"]["newest"], {"earlier": logs.earlier(before)}
+    return logs.run(*paths, inputs=inputs, since="last", after=newest, **config)
+
+
+def test_late_rows_are_read_once(logs: Logs) -> None:
+    """Rows up to an hour late: in the last second read, in a later file, with the time of a long request."""
+    answers = logs.answers[:9]
+    seen, (twin, late, request, too_late, new) = answers[:4], answers[4:]
+    rows = [at(row, minutes) for row, minutes in zip(seen, (-90, -30, -1, 0), strict=True)]
+    log = logs.write("a.jsonl", rows)
+    first = logs.run(log, since="last")
+    write(log, [*rows, at(twin, 0), at(new, 5)])
+    other = logs.write("b.jsonl", [at(late, -10), at(request, -59), at(too_late, -61)])
+
+    second = following(logs, first, log, other)
+    assert responses(table(second)) == [row["response_ids"] for row in (twin, new, late, request)]
+    found = counts(second)
+    assert found["set_aside"] == {"used by the champion's refresh": 3} and len(set_aside(second)) == 3
+    assert (found["outside_window"], found["window"]["newest"]) == (2, "2026-03-05T12:05:00Z")
+    longer = following(logs, first, log, other, lateness_hours=2)
+    assert responses(table(longer))[-1] == too_late["response_ids"] and len(responses(table(longer))) == 5
+
+
+def test_without_lateness_or_earlier_answers_a_window_begins_after_the_newest_row(logs: Logs) -> None:
+    log = logs.write("a.jsonl", [at(logs.answers[n], minutes) for n, minutes in enumerate((-5, 0, 5))])
+    first = logs.run(log, since="last")
+    settings: Row = {"since": "last", "after": NOON}
+    for inputs, hours in (({"earlier": logs.earlier(first)}, 0), ({}, 1)):
+        ctx = logs.run(log, inputs=inputs, lateness_hours=hours, **settings)
+        assert responses(table(ctx)) == [logs.answers[2]["response_ids"]]
+        assert counts(ctx)["outside_window"] == 2
+
+
+def test_earlier_answers_of_an_older_table_version_are_neither_repeated_nor_replayed(logs: Logs) -> None:
+    """An upgrade that changes the table's version does not end a model line."""
+    rows = [at(logs.answers[n], minutes) for n, minutes in enumerate((-5, 0))]
+    log = logs.write("a.jsonl", rows)
+    first = logs.run(log, since="last")
+    path = first.out / "trajectories.parquet"
+    before = pq.read_table(path).drop_columns(["top_k"])
+    pq.write_table(before.replace_schema_metadata({**before.schema.metadata, b"draftsmith.version": b"1"}), path)
+    write(log, [*rows, at(logs.answers[2], 5)])
+    inputs = {"earlier": logs.earlier(first, replayed=True)}
+    ctx = logs.run(log, inputs=inputs, since="last", after=NOON, replay_share=0.5)
+    assert responses(table(ctx)) == [logs.answers[2]["response_ids"]]
+    assert counts(ctx)["replay_left_out"] == "what is stored of answers"
+
+
+def test_an_equal_answer_given_later_is_a_new_row(logs: Logs) -> None:
+    log = logs.write("a.jsonl", [at(logs.answers[0], 0)])
+    first = logs.run(log, since="last")
+    write(log, [at(logs.answers[0], 0), at(logs.answers[0], 30)])
+    assert len(table(following(logs, first, log))) == 1
+
+
+def test_rows_outside_the_window_do_not_count_for_the_share_of_bad_rows(logs: Logs) -> None:
+    """A window of ten rows, six of them of a new shape, after a thousand good rows."""
+    old: list[Row | str] = [at(logs.answers[0], -600 - number) for number in range(1000)]
+    new: list[Row | str] = [at(row, number) for number, row in enumerate(logs.answers[:4])]
+    new += [{"msgs": "?", "created": at(logs.answers[0], 1)["created"]} for _ in range(6)]
+    log = logs.write("a.jsonl", [*old, *new])
+    with pytest.raises(DraftsmithError, match=r"6 of 10 rows.*logs\.max_bad_share"):
+        logs.run(log, since=NOON)
+    assert len(table(logs.run(log, since=NOON, max_bad_share=0.6))) == 4
+
+
+def test_bad_rows_among_old_rows_count_as_old(logs: Logs) -> None:
+    """Lines without a time count as old as the row before them: a year of logs has a few."""
+    old: list[Row | str] = [at(logs.answers[0], -600) for _ in range(50)]
+    new: list[Row | str] = [at(row, number) for number, row in enumerate(logs.answers[:20])]
+    log = logs.write("a.jsonl", [*old, '{"prompt_token_ids": [', '{"prompt', *new])
+    ctx = logs.run(log, since=NOON, max_bad_share=0.01)
+    assert counts(ctx)["set_aside"] == {"cannot be read": 2} and len(table(ctx)) == 20
+    write(log, [*old, *new, '{"prompt_token_ids": ['])
+    with pytest.raises(DraftsmithError, match=r"row 71: .*1 of 21 rows"):
+        logs.run(log, since=NOON, max_bad_share=0.01)
