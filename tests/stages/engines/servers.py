@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.engines.kinds import open_servers
 from draftsmith.stages.engines.servers.api import ServerInfo
 from draftsmith.stages.engines.servers.engine import ServerEngine
 from draftsmith.stages.engines.servers.requirements import ServerRequirements, server_requirements
@@ -31,6 +30,10 @@ from tests.testbed.drafter import DrafterArtifacts
 # PYTHONPATH of a process that runs the tests' module `sglang.launch_server`
 STAND_IN = os.pathsep.join(map(str, (Path(__file__).with_name("stand_in"), Path(__file__).parents[3])))
 
+# of the fixtures `opened` and `engine_on`
+Opened = Callable[..., AbstractContextManager[ServerEngine]]
+EngineOn = Callable[..., AbstractContextManager[tuple[HttpServer, ServerEngine]]]
+
 
 def living(folder: Path) -> list[int]:
     """Return the processes started in this folder: servers and their descendants."""
@@ -42,20 +45,6 @@ def living(folder: Path) -> list[int]:
         except OSError:
             continue  # ended meanwhile, or a zombie
     return found
-
-
-def opened(
-    made: DrafterArtifacts,
-    work: Path,
-    config: dict[str, Any],
-    *,
-    drafter: Path | None = None,
-    log: Callable[[str], None] = print,
-    check: Callable[[], None] = lambda: None,
-) -> AbstractContextManager[ServerEngine]:
-    parsed = SGLangEngineConfig.model_validate({"kind": "sglang", **config})
-    required = server_requirements(parsed, made.target, drafter, DraftingConfig(), 100)
-    return open_servers(parsed, required, work, log, check)
 
 
 def requirements_of(made: DrafterArtifacts, drafter: Path | None) -> ServerRequirements:

@@ -87,19 +87,6 @@ def test_greedy_decoding_with_a_drafter_equals_that_without(
         assert completion.finish_reason == ("stop" if stopped else "length")
 
 
-def test_a_trained_drafter_saves_steps_and_an_untrained_one_does_not(bench: Bench) -> None:
-    for drafter, low, high in (("trained", 2.0, 8.0), ("untrained", 1.0, 1.2)):
-        answers = bench.answers(bench.requests(24), drafter).values()
-        drafted = sum(len(a.response_ids) - 1 for a in answers)  # the first token is the prefill's
-        assert low <= drafted / sum(len(a.steps) for a in answers) < high
-
-
-@pytest.mark.parametrize(("slots", "count"), [(1, 8), (3, 24), (56, 56)])
-def test_answers_without_a_drafter_do_not_depend_on_the_batch(slots: int, count: int, bench: Bench) -> None:
-    answers = tokens_of(bench.answers(bench.requests(count), slots=slots))
-    assert answers == {p.prompt_id: bench.greedy[p.prompt_id] for p in bench.prompts[:count]}
-
-
 @pytest.mark.parametrize(
     ("drafter", "slots", "block_size", "head_tokens"),
     [("trained", 1, None, None), ("trained", 8, 4, None), ("trained", 3, None, 150), ("untrained", 8, None, None)],
@@ -149,23 +136,6 @@ def test_rows_of_answers_that_end_immediately_are_refilled(bench: Bench) -> None
             assert completion.response_ids == bench.greedy[request.request_id][: 1 + i % 9]
             assert completion.finish_reason == "length"
             assert bool(completion.steps) == (drafter is not None and i % 9 > 0)
-
-
-def test_steps_describe_the_committed_tokens(bench: Bench) -> None:
-    """Accepted proposals are the answer's tokens after the anchor; the next proposal is not."""
-    for completion in bench.answers(bench.requests(), "trained").values():
-        prompt = completion.request.prompt_ids
-        tokens, anchor = prompt + completion.response_ids, len(prompt)
-        for step in completion.steps:
-            assert step.anchor == anchor
-            rest = tokens[anchor + 1 :]
-            assert rest[: step.accepted] == step.proposed[: step.accepted]
-            if step.accepted < min(len(step.proposed), len(rest)):
-                assert rest[step.accepted] != step.proposed[step.accepted]
-            anchor += step.accepted + 1
-        assert anchor >= len(tokens) - 1
-        assert completion.steps[-1].anchor < len(tokens) - 1
-        assert completion.verify_steps == len(completion.steps)
 
 
 def test_an_engine_generates_twice_and_an_abandoned_answer_leaves_nothing(bench: Bench) -> None:

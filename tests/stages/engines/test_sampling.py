@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy import stats
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -42,41 +40,8 @@ def test_the_best_token_is_the_first_of_equal_ones_for_any_vocabulary_size() -> 
                 assert torch.equal(argmax(each), each.argmax(-1))
 
 
-def kept_by_hand(p: list[float], top_p: float, top_k: int) -> set[int]:
-    """Return the most likely tokens until their probability, among the k most likely ones, reaches top_p."""
-    kept, mass = set(), 0.0
-    best = sorted(range(len(p)), key=lambda token: -p[token])[: top_k or len(p)]
-    for token in best:
-        kept.add(token)
-        mass += p[token] / sum(p[each] for each in best)
-        if mass >= top_p:
-            break
-    return kept
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    st.lists(st.floats(-8, 8, width=32), min_size=2, max_size=12, unique=True),
-    st.floats(0.2, 3),
-    st.floats(0.01, 0.999),
-    st.integers(0, 14),
-)
-def test_top_p_keeps_the_smallest_sufficient_subset_of_the_top_k_tokens(
-    logits: list[float], temperature: float, top_p: float, top_k: int
-) -> None:
-    whole = torch.softmax(torch.tensor(logits).double() / temperature, -1).tolist()
-    ordered = np.cumsum(sorted(whole, reverse=True)[: top_k or len(whole)])
-    if np.abs(ordered / ordered[-1] - top_p).min() < 1e-9 or len(set(whole)) < len(whole):
-        return  # the definition itself rests on rounding
-    p = sampling_distribution(torch.tensor(logits), SamplingParams(temperature, top_p, top_k)).tolist()
-    assert {token for token, value in enumerate(p) if value > 0} == kept_by_hand(whole, top_p, top_k)
-    assert abs(sum(p) - 1) < 1e-12
-    kept = [whole[token] for token, value in enumerate(p) if value > 0]
-    assert np.allclose([value for value in p if value > 0], np.array(kept) / sum(kept))
-
-
-@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.4])
-@pytest.mark.parametrize("top_k", [0, 2, 20, 500])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.4, 0.01])
+@pytest.mark.parametrize("top_k", [0, 1, 2, 20, 500])
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_distribution_is_that_of_transformers_warpers(top_p: float, top_k: int, tied: bool) -> None:
     """Temperature, top-k, top-p in this order; top-k keeps all tokens that tie at rank k."""

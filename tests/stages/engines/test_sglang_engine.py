@@ -16,7 +16,7 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageInterrupted
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import TRAJECTORIES
-from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_prompts
+from draftsmith.stages.data.trajectories import load_prompts
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.servers import pool
 from draftsmith.stages.engines.servers.engine import _MAX_UNANSWERED, ServerEngine, UnansweredError
@@ -25,11 +25,12 @@ from draftsmith.stages.engines.stage import STAGE, RolloutConfig
 from tests.stages.engines.http_server import Refusal, answer, is_probe
 from tests.stages.engines.servers import (
     STAND_IN,
+    EngineOn,
+    Opened,
     asked_for,
     good_model,
     good_server,
     living,
-    opened,
     refusing,
     server_of,
     speculating,
@@ -58,9 +59,7 @@ def names_until_error(engine: ServerEngine, kind: type[DraftsmithError]) -> tupl
 # ---- requests without an answer
 
 
-def test_after_a_bad_answer_the_request_goes_to_another_server(
-    plain: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
-) -> None:
+def test_after_a_bad_answer_the_request_goes_to_another_server(plain: ServerRequirements, opened: Opened) -> None:
     def cut_short(payload: dict[str, Any]) -> dict[str, Any]:
         return answer(payload) | ({} if is_probe(payload) else {"output_ids": [1]})
 
@@ -68,7 +67,7 @@ def test_after_a_bad_answer_the_request_goes_to_another_server(
     with (
         server_of(plain, generate=cut_short) as bad,
         server_of(plain) as good,
-        opened(tiny_drafter, tmp_path, {"urls": [bad.url, good.url]}, log=logs.append) as engine,
+        opened({"urls": [bad.url, good.url]}, log=logs.append) as engine,
     ):
         assert answers_of(engine) == RIGHT
         assert 1 <= engine.retries <= len(FEW)
@@ -77,17 +76,12 @@ def test_after_a_bad_answer_the_request_goes_to_another_server(
 
 @pytest.mark.parametrize(("status", "again", "kind"), [(400, 1, UnansweredError), (500, 6, RetryableError)])
 def test_other_requests_are_answered_and_one_error_names_the_failed_ones(
-    status: int,
-    again: int,
-    kind: type[DraftsmithError],
-    plain: ServerRequirements,
-    tiny_drafter: DrafterArtifacts,
-    tmp_path: Path,
+    status: int, again: int, kind: type[DraftsmithError], plain: ServerRequirements, engine_on: EngineOn
 ) -> None:
     refused = [[8], [9], [60]]
-    with (
-        server_of(plain, generate=refusing(status, which=refused.__contains__)) as server,
-        opened(tiny_drafter, tmp_path, {"urls": [server.url], "concurrency": 4}) as engine,
+    with engine_on(plain, {"concurrency": 4}, generate=refusing(status, which=refused.__contains__)) as (
+        server,
+        engine,
     ):
         got, error = names_until_error(engine, kind)
         assert got == sorted(r.request_id for r in MANY if r.prompt_ids not in refused)
@@ -96,7 +90,7 @@ def test_other_requests_are_answered_and_one_error_names_the_failed_ones(
 
 
 def test_if_all_requests_fail_it_stops_early_and_lets_sent_requests_finish(
-    plain: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
+    plain: ServerRequirements, engine_on: EngineOn
 ) -> None:
     enough = threading.Event()
     logs: list[str] = []
@@ -113,10 +107,7 @@ def test_if_all_requests_fail_it_stops_early_and_lets_sent_requests_finish(
             raise Refusal(400)
         return answer(payload)
 
-    with (
-        server_of(plain, generate=generate) as server,
-        opened(tiny_drafter, tmp_path, {"urls": [server.url], "concurrency": 4}, log=told) as engine,
-    ):
+    with engine_on(plain, {"concurrency": 4}, log=told, generate=generate) as (server, engine):
         got, _ = names_until_error(engine, UnansweredError)
         assert got == ["r0"]
         assert _MAX_UNANSWERED < len(asked_for(server)) < len(MANY)
@@ -125,25 +116,20 @@ def test_if_all_requests_fail_it_stops_early_and_lets_sent_requests_finish(
 
 
 def test_requests_that_servers_died_with_are_reported_once_and_the_others_are_answered(
-    plain: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
+    plain: ServerRequirements, tmp_path: Path, engine_on: EngineOn
 ) -> None:
     """As many as were in flight may be affected."""
     deadly = [request.request_id for request in MANY[: _MAX_UNANSWERED + 5]]
     for url in ("http://a", "http://b"):
         pool.DeathLog(tmp_path / "servers" / "deaths.json").record(deadly, url)
-    with (
-        server_of(plain) as server,
-        opened(tiny_drafter, tmp_path, {"urls": [server.url], "concurrency": 4}) as engine,
-    ):
+    with engine_on(plain, {"concurrency": 4}) as (_server, engine):
         got, error = names_until_error(engine, UnansweredError)
         assert all(name in str(error) for name in deadly)
         assert sorted([*got, *deadly]) == sorted(request.request_id for request in MANY)
         assert len(list(engine.generate(MANY))) == len(MANY)
 
 
-def test_a_retracted_answer_is_used_without_its_steps(
-    assisted: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
-) -> None:
+def test_a_retracted_answer_is_used_without_its_steps(assisted: ServerRequirements, engine_on: EngineOn) -> None:
     """Its tokens are right, its records have gaps. To send it again would load a full server more."""
 
     def generate(payload: dict[str, Any]) -> dict[str, Any]:
@@ -152,11 +138,7 @@ def test_a_retracted_answer_is_used_without_its_steps(
             done["meta_info"]["num_retractions"] = 1
         return done
 
-    drafter = tiny_drafter.drafter / DRAFTER_FOLDER
-    with (
-        server_of(assisted, generate=generate) as server,
-        opened(tiny_drafter, tmp_path, {"urls": [server.url]}, drafter=drafter) as engine,
-    ):
+    with engine_on(assisted, generate=generate) as (server, engine):
         assert engine.records_trace
         (found,) = engine.generate([Request("r", [5], 8)])
         assert len(asked_for(server)) == 1
@@ -164,13 +146,8 @@ def test_a_retracted_answer_is_used_without_its_steps(
     assert (found.verify_steps, found.retractions, len(found.steps)) == (1, 1, 0)
 
 
-def test_a_refused_key_ends_generation_immediately(
-    plain: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
-) -> None:
-    with (
-        server_of(plain, generate=refusing(401)) as server,
-        opened(tiny_drafter, tmp_path, {"urls": [server.url], "concurrency": 1}) as engine,
-    ):
+def test_a_refused_key_ends_generation_immediately(plain: ServerRequirements, engine_on: EngineOn) -> None:
+    with engine_on(plain, {"concurrency": 1}, generate=refusing(401)) as (_server, engine):
         _, error = names_until_error(engine, DraftsmithError)
     assert "engine.api_key_env" in str(error) and not isinstance(error, UnansweredError)
 
@@ -215,15 +192,13 @@ def test_a_rollout_keeps_all_answers_and_a_rerun_generates_only_the_missing_one(
 # ---- servers that are lost, or do not come up
 
 
-def test_a_running_server_that_does_not_answer_is_left_out(
-    plain: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
-) -> None:
+def test_a_running_server_that_does_not_answer_is_left_out(plain: ServerRequirements, opened: Opened) -> None:
     logs: list[str] = []
     with server_of(plain) as ended, server_of(plain) as here:
         ended.stop()
-        with opened(tiny_drafter, tmp_path, {"urls": [ended.url, here.url]}, log=logs.append) as engine:
+        with opened({"urls": [ended.url, here.url]}, log=logs.append) as engine:
             assert answers_of(engine) == RIGHT
-        with pytest.raises(RetryableError, match=ended.url), opened(tiny_drafter, tmp_path, {"urls": [ended.url]}):
+        with pytest.raises(RetryableError, match=ended.url), opened({"urls": [ended.url]}):
             raise AssertionError("it must not open")
     assert any(ended.url in line for line in logs)
 
@@ -238,9 +213,9 @@ def launched(expected: ServerRequirements, mode: str = "serve", **launch: Any) -
 
 @pytest.mark.parametrize("mode", ["silent once", "fail once"])
 def test_one_of_several_launched_servers_that_does_not_come_up_is_left_out_and_stopped(
-    mode: str, plain: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
+    mode: str, plain: ServerRequirements, tmp_path: Path, opened: Opened
 ) -> None:
-    with opened(tiny_drafter, tmp_path, launched(plain, mode, servers=2)) as engine:
+    with opened(launched(plain, mode, servers=2)) as engine:
         assert engine._pool.capacity == 4
         assert sum(process.ended() is None for process in engine._fleet._processes) == 1
         assert answers_of(engine) == RIGHT
@@ -257,14 +232,14 @@ def test_one_of_several_launched_servers_that_does_not_come_up_is_left_out_and_s
     ],
 )
 def test_a_server_that_does_not_start_as_sglang_does_is_one_error(
-    mode: str, kind: type[DraftsmithError], said: str, tmp_path: Path, tiny_drafter: DrafterArtifacts
+    mode: str, kind: type[DraftsmithError], said: str, tmp_path: Path, opened: Opened
 ) -> None:
     logs: list[str] = []
     environment = {"PYTHONPATH": STAND_IN, "STAND_IN": mode}
     launch = {"environment": environment, "start_timeout_s": 2 if mode == "mute" else 60}
     with (
         pytest.raises(DraftsmithError, match=said) as caught,
-        opened(tiny_drafter, tmp_path, {"launch": launch, "python": sys.executable}, log=logs.append),
+        opened({"launch": launch, "python": sys.executable}, log=logs.append),
     ):
         raise AssertionError("it must not open")
     assert type(caught.value) is kind
@@ -275,14 +250,9 @@ def test_a_server_that_does_not_start_as_sglang_does_is_one_error(
 # ---- waiting
 
 
-def test_a_new_concurrency_applies_from_the_first_request(
-    plain: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
-) -> None:
+def test_a_new_concurrency_applies_from_the_first_request(plain: ServerRequirements, engine_on: EngineOn) -> None:
     """Otherwise a timed run would also measure requests of the one before it."""
-    with (
-        server_of(plain, generate=lambda p: answer(p, delay_s=0.0 if is_probe(p) else 0.3)) as server,
-        opened(tiny_drafter, tmp_path, {"urls": [server.url]}) as engine,
-    ):
+    with engine_on(plain, generate=lambda p: answer(p, delay_s=0.0 if is_probe(p) else 0.3)) as (server, engine):
         for bound in (1, 8, 1, 8):
             engine.set_concurrency(bound)
             server.most_at_once = 0
@@ -299,7 +269,7 @@ def when(stop: threading.Event) -> Callable[[], None]:
 
 
 def test_a_stage_that_waits_for_an_answer_reacts_to_a_stop_within_seconds(
-    plain: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
+    plain: ServerRequirements, engine_on: EngineOn
 ) -> None:
     stop = threading.Event()
 
@@ -310,25 +280,19 @@ def test_a_stage_that_waits_for_an_answer_reacts_to_a_stop_within_seconds(
         return answer(payload)
 
     begun = time.monotonic()
-    with (
-        server_of(plain, generate=hangs) as server,
-        pytest.raises(StageInterrupted),
-        opened(tiny_drafter, tmp_path, {"urls": [server.url]}, check=when(stop)) as engine,
-    ):
+    with pytest.raises(StageInterrupted), engine_on(plain, check=when(stop), generate=hangs) as (_server, engine):
         answers_of(engine)
     assert time.monotonic() - begun < 20
 
 
-def test_a_stage_that_waits_for_a_server_to_start_reacts_to_a_stop_within_seconds(
-    tiny_drafter: DrafterArtifacts, tmp_path: Path
-) -> None:
+def test_a_stage_that_waits_for_a_server_to_start_reacts_to_a_stop_within_seconds(opened: Opened) -> None:
     stop = threading.Event()
     threading.Timer(1.5, stop.set).start()
     mute = {"environment": {"PYTHONPATH": STAND_IN, "STAND_IN": "mute"}, "start_timeout_s": 600}
     begun = time.monotonic()
     with (
         pytest.raises(StageInterrupted),
-        opened(tiny_drafter, tmp_path, {"launch": mute, "python": sys.executable}, check=when(stop)),
+        opened({"launch": mute, "python": sys.executable}, check=when(stop)),
     ):
         raise AssertionError("it must not open")
     assert time.monotonic() - begun < 30

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.environment import health_problem, inspect_environment
 from draftsmith.stages.engines.sglang import environment
@@ -150,24 +149,6 @@ def test_a_driver_older_than_the_environments_cuda_is_an_error(
     problems = build_problems(config(cuda_environment(tmp_path)), driver)
     assert bool(problems) == (not runs)
     assert all("535.104.05" in problem for problem in problems)
-
-
-def test_an_interpreter_that_cannot_launch_is_an_error(tmp_path: Path) -> None:
-    def refused(python: Path) -> str:
-        with pytest.raises(DraftsmithError) as caught:
-            inspect_environment(config(python))
-        assert "make sglang-gpu" in str(caught.value)
-        return str(caught.value)
-
-    assert "does not exist" in refused(tmp_path / "none")
-    plain = tmp_path / "plain"
-    plain.write_text("")
-    assert "cannot be executed" in refused(plain)
-    broken = tmp_path / "broken"
-    broken.write_text("#!/bin/sh\necho no such library >&2; exit 3\n")
-    broken.chmod(0o755)
-    assert "is not a Python that runs (no such library)" in refused(broken)
-    assert "has no sglang installed" in refused(interpreter(tmp_path / "bare", None))
 
 
 def test_a_failed_health_check_names_its_reason(server: str) -> None:

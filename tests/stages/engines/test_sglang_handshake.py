@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
-from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.servers.api import ServerInfo
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
 from draftsmith.stages.target.sampling import SamplingParams
 from tests.stages.engines.http_server import Refusal, answer
-from tests.stages.engines.servers import check, good_server, opened, requirements_of, server_of, speculating
+from tests.stages.engines.servers import (
+    EngineOn,
+    check,
+    good_server,
+    requirements_of,
+    server_of,
+    speculating,
+)
 from tests.testbed.drafter import DrafterArtifacts
 
 OLD = ("get_model_info", "get_server_info")
@@ -165,12 +170,9 @@ def test_a_server_that_drafts_on_a_cpu_is_greedy_only_without_a_probe(
 
 
 def test_a_sampled_rollout_on_such_servers_is_refused_and_a_greedy_one_is_not(
-    assisted: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
+    assisted: ServerRequirements, engine_on: EngineOn
 ) -> None:
-    with (
-        server_of(assisted, generate=greedy_after_the_first) as server,
-        opened(tiny_drafter, tmp_path, {"urls": [server.url]}, drafter=tiny_drafter.drafter / DRAFTER_FOLDER) as engine,
-    ):
+    with engine_on(assisted, generate=greedy_after_the_first) as (_server, engine):
         assert len(list(engine.generate([Request("greedy", [5], 3)]))) == 1
         with pytest.raises(DraftsmithError, match=r"sampling\.temperature: SGLang verifies greedily on this device"):
             list(engine.generate([Request("sampled", [5], 3, SamplingParams(1.0))]))

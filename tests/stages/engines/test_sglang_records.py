@@ -159,20 +159,15 @@ def test_payloads_hold_sampling_and_the_request_for_records() -> None:
         "ignore_eos": False,
     }
     assert asked.items() <= greedy["sampling_params"].items()
+    # SGLang samples by {**preferred, **requested}, so every field is in the request
+    names = "min_p min_new_tokens frequency_penalty presence_penalty logit_bias stop_regex regex ebnf json_schema"
+    assert {*names.split(), "structural_tag"} <= greedy["sampling_params"].keys()
+    assert (greedy["sampling_params"]["repetition_penalty"], greedy["sampling_params"]["stop"]) == (1.0, None)
     assert not {"custom_params", "sampling_seed"} & greedy["sampling_params"].keys()
     params = generate_payload(sampled, EOS, traced=True)["sampling_params"]
     assert (params["temperature"], params["top_p"], params["top_k"]) == (0.7, 0.9, 20)
     assert params["sampling_seed"] == 2**62 + 1
     assert params["custom_params"] == {"draftsmith_trace": True}
-
-
-def test_a_servers_preferred_sampling_has_no_effect() -> None:
-    """SGLang samples by {**preferred, **requested}, so every field is in the request."""
-    names = "top_p top_k min_p min_new_tokens temperature ignore_eos frequency_penalty presence_penalty"
-    names += " repetition_penalty logit_bias stop stop_regex regex ebnf json_schema structural_tag"
-    asked = generate_payload(REQUEST, EOS, traced=False)["sampling_params"]
-    assert set(names.split()) <= asked.keys()
-    assert (asked["repetition_penalty"], asked["stop"]) == (1.0, None)
 
 
 def test_records_of_another_drafter_are_a_bad_answer() -> None:

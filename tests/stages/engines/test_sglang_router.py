@@ -6,7 +6,6 @@ import asyncio
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,7 +13,6 @@ import pytest
 from pydantic import ValidationError
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
-from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.environment import EngineEnvironment
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
@@ -23,9 +21,8 @@ from draftsmith.stages.engines.sglang.server import router_command, router_worke
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from tests.stages.engines.http_server import HttpServer, Reply, serving
-from tests.stages.engines.servers import opened, refusing, server_of, speculating
+from tests.stages.engines.servers import Opened, refusing, server_of, speculating
 from tests.stages.engines.test_sglang_config import after, config
-from tests.testbed.drafter import DrafterArtifacts
 
 REQUESTS = [Request(f"r{i}", [10 * i + 5], 8) for i in range(4)]
 
@@ -50,7 +47,7 @@ def router_of(*workers: HttpServer, healthy: bool = True) -> Iterator[HttpServer
 
 @pytest.mark.parametrize("asked_by_environment", [True, False])
 def test_every_server_of_a_router_is_checked_and_requests_go_to_the_router(
-    asked_by_environment: bool, assisted: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
+    asked_by_environment: bool, assisted: ServerRequirements, opened: Opened
 ) -> None:
     """A request's own parameter is not forwarded; steps are recorded if the servers' environment asks for it."""
 
@@ -60,12 +57,11 @@ def test_every_server_of_a_router_is_checked_and_requests_go_to_the_router(
         return speculating(payload, assisted.drafter_digest)
 
     logs: list[str] = []
-    drafter = tiny_drafter.drafter / DRAFTER_FOLDER
     with ExitStack() as stack:
         workers = [stack.enter_context(server_of(assisted, server={"dp_size": n}, generate=generate)) for n in (1, 3)]
         front = stack.enter_context(router_of(*workers))
         given = {"urls": [front.url], "concurrency": 2}
-        engine = stack.enter_context(opened(tiny_drafter, tmp_path, given, drafter=drafter, log=logs.append))
+        engine = stack.enter_context(opened(given, drafter=assisted.drafter_folder, log=logs.append))
         assert engine.records_trace is asked_by_environment
         answers = list(engine.generate(REQUESTS))
         assert engine._pool.capacity == 2 * 4
@@ -77,21 +73,18 @@ def test_every_server_of_a_router_is_checked_and_requests_go_to_the_router(
     assert all(each.verify_steps == 1 for each in answers)
 
 
-def test_a_router_with_a_wrong_server_is_refused(
-    assisted: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
-) -> None:
-    drafter = tiny_drafter.drafter / DRAFTER_FOLDER
+def test_a_router_with_a_wrong_server_is_refused(assisted: ServerRequirements, opened: Opened) -> None:
     with server_of(assisted) as good, server_of(assisted, server={"speculative_num_draft_tokens": 4}) as bad:
         with (
             router_of(good, bad) as front,
             pytest.raises(DraftsmithError, match=rf"{bad.url} drafts blocks of 4"),
-            opened(tiny_drafter, tmp_path, {"urls": [front.url]}, drafter=drafter),
+            opened({"urls": [front.url]}, drafter=assisted.drafter_folder),
         ):
             pass
         with (
             router_of(good, healthy=False) as front,
             pytest.raises(RetryableError, match=rf"router {front.url} has no healthy server"),
-            opened(tiny_drafter, tmp_path, {"urls": [front.url]}, drafter=drafter),
+            opened({"urls": [front.url]}, drafter=assisted.drafter_folder),
         ):
             pass
 

@@ -20,6 +20,7 @@ from draftsmith.stages.engines.servers.process import ServerProcess, free_ports,
 from draftsmith.stages.engines.sglang.server import cuda_environment as variables_on_cuda
 from draftsmith.stages.runtime.process import use_expandable_segments
 from tests.flows.processes import ROOT, wait_until
+from tests.sglang_cpu.server import healthy
 from tests.stages.engines.servers import STAND_IN, living
 from tests.stages.engines.test_sglang_environment import cuda_environment, program
 
@@ -29,13 +30,6 @@ COMMAND = [sys.executable, "-m", "sglang.launch_server"]
 def process(folder: Path, mode: str = "serve", api_key: str | None = None) -> ServerProcess:
     (port,) = free_ports(1)
     return ServerProcess(COMMAND, {"PYTHONPATH": STAND_IN, "STAND_IN": mode}, folder / "server.log", port, api_key)
-
-
-def healthy(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health").status_code == 200
-    except httpx.HTTPError:
-        return False
 
 
 def test_a_server_may_end_gracefully_and_is_killed_otherwise(tmp_path: Path) -> None:

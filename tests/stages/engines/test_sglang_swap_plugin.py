@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,17 +110,16 @@ def io_struct(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_drafter(
-    folder: Path, seed: int, change: Callable[[Json, dict[str, torch.Tensor]], None] | None = None
+    folder: Path, seed: int, fields: Json | None = None, others: dict[str, torch.Tensor | None] | None = None
 ) -> Path:
-    """Write a checkpoint of random weights. change: of config and tensors."""
+    """Write a checkpoint of random weights. fields: of its config. others: in place of these weights; None: none."""
     folder.mkdir()
     torch.manual_seed(seed)
     tensors = {name: torch.randn_like(p) for name, p in Draft(nn.Embedding(9, HIDDEN).weight).named_parameters()}
     config = {"architectures": ["DFlashDraftModel"], "block_size": 8, "dflash_config": {"target_layer_ids": [0, 1]}}
-    if change is not None:
-        change(config, tensors)
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file({name: values.contiguous() for name, values in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config | (fields or {})))
+    stored = {name: values.contiguous() for name, values in (tensors | (others or {})).items() if values is not None}
+    save_file(stored, folder / "model.safetensors")
     return folder
 
 
@@ -161,20 +160,15 @@ def server(tmp_path: Path) -> Server:
 def test_weights_are_written_between_flush_and_continue_to_the_same_addresses(server: Server, tmp_path: Path) -> None:
     parameters = dict(server.scheduler.draft_worker.draft_model.named_parameters())
     addresses = {name: parameter.data_ptr() for name, parameter in parameters.items()}
+    embedding = server.scheduler.parameters["embed.weight"]  # the target's, which some checkpoints have too
     b = write_drafter(tmp_path / "b", 1)
     answer = server.serve(b)
     assert answer["state"] == "served" and answer["pause_s"] > 0
     server.assert_serves(b)
+    assert torch.equal(server.scheduler.parameters["embed.weight"], embedding)
     assert server.scheduler.calls == ["pause: retract", "flush", "continue"]
     assert {name: parameter.data_ptr() for name, parameter in parameters.items()} == addresses
     assert server.serve(b)["state"] == "served" and len(server.scheduler.calls) == 3  # nothing is left to do
-
-
-def test_the_targets_embedding_is_not_written(server: Server, tmp_path: Path) -> None:
-    """Some checkpoints have the embedding too; the draft model shares the target's parameter."""
-    before = server.scheduler.parameters["embed.weight"]
-    server.serve(write_drafter(tmp_path / "b", 1))
-    assert torch.equal(server.scheduler.parameters["embed.weight"], before)
 
 
 def test_the_old_weights_return_without_their_files(server: Server, tmp_path: Path) -> None:
@@ -185,35 +179,23 @@ def test_the_old_weights_return_without_their_files(server: Server, tmp_path: Pa
     assert all(torch.equal(v, written[n]) for n, v in server.scheduler.parameters.items() if n != "embed.weight")
 
 
-def without_a_layer(_config: Json, tensors: dict[str, torch.Tensor]) -> None:
-    del tensors["layers.1.self_attn.k_norm.weight"]
-
-
-def with_another_shape(_config: Json, tensors: dict[str, torch.Tensor]) -> None:
-    tensors["layers.1.self_attn.k_norm.weight"] = torch.ones(DIM + 1)
-
-
-def with_nan(_config: Json, tensors: dict[str, torch.Tensor]) -> None:
-    tensors["layers.2.self_attn.k_norm.weight"][0] = torch.nan
-
-
-def of_another_block_size(config: Json, _tensors: dict[str, torch.Tensor]) -> None:
-    config["block_size"] = 16
-
-
-def of_other_layers(config: Json, _tensors: dict[str, torch.Tensor]) -> None:
-    config["dflash_config"]["target_layer_ids"] = [1, 2]
-
-
 @pytest.mark.parametrize(
-    "change", [without_a_layer, with_another_shape, with_nan, of_another_block_size, of_other_layers]
+    ("fields", "norm"),
+    [
+        ({}, None),
+        ({}, torch.ones(DIM + 1)),
+        ({}, torch.full((DIM,), torch.nan)),
+        ({"block_size": 16}, torch.ones(DIM)),
+        ({"dflash_config": {"target_layer_ids": [1, 2]}}, torch.ones(DIM)),
+    ],
+    ids=["lacks a layer", "another shape", "NaN", "another block size", "other layers"],
 )
 def test_a_drafter_that_does_not_fit_is_refused_before_anything_is_written(
-    server: Server, tmp_path: Path, change: Callable[[Json, dict[str, torch.Tensor]], None]
+    server: Server, tmp_path: Path, fields: Json, norm: torch.Tensor | None
 ) -> None:
     before = server.scheduler.parameters
     with pytest.raises(RefusedSwapError):
-        server.serve(write_drafter(tmp_path / "b", 1, change))
+        server.serve(write_drafter(tmp_path / "b", 1, fields, {"layers.1.self_attn.k_norm.weight": norm}))
     assert all(torch.equal(values, before[name]) for name, values in server.scheduler.parameters.items())
     assert not server.scheduler.calls and server.recorder.drafter == drafter_digest(server.a)
 

@@ -12,22 +12,21 @@ import pytest
 from pydantic import ValidationError
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
-from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.checkpoint_format import is_speculators
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.config import VLLMEngineConfig
 from draftsmith.stages.engines.environment import inspect_environment
-from draftsmith.stages.engines.kinds import identify, open_servers
+from draftsmith.stages.engines.kinds import identify
 from draftsmith.stages.engines.servers.drafting import served_block_size
-from draftsmith.stages.engines.servers.requirements import ServerRequirements, server_requirements
+from draftsmith.stages.engines.servers.requirements import ServerRequirements
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.engines.vllm.server import server_command
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from tests.stages.engines.http_server import HttpServer, serving
+from tests.stages.engines.servers import Opened
 from tests.stages.engines.servers import check as check_sglang
 from tests.stages.engines.servers import server_of as sglang_server_of
-from tests.testbed.drafter import DrafterArtifacts
 
 REQUESTS = [Request(f"r{i}", [10 * i + 5], 8) for i in range(6)]
 
@@ -53,6 +52,14 @@ def drafting(payload: dict[str, Any]) -> dict[str, Any]:
     return completion(payload, [2, 7] if payload["max_tokens"] == 8 else [])
 
 
+def narrower(payload: dict[str, Any]) -> dict[str, Any]:
+    """Return an answer with three proposals a step."""
+    answer = drafting(payload)
+    if answer["metrics"]:
+        answer["metrics"]["speculative_decoding"]["num_spec_tokens"] = 3
+    return answer
+
+
 @contextmanager
 def server_of(required: ServerRequirements, reply: Any = completion, **replies: Any) -> Iterator[HttpServer]:
     """Run a server that meets the requirements but for some replies."""
@@ -68,20 +75,14 @@ def server_of(required: ServerRequirements, reply: Any = completion, **replies: 
         yield running
 
 
-def opened(
-    made: DrafterArtifacts, work: Path, url: str, drafter: Path | None = None, logs: list[str] | None = None
-) -> Any:
-    config = VLLMEngineConfig(kind="vllm", urls=(url,), concurrency=4)
-    required = server_requirements(config, made.target, drafter, DraftingConfig(), 100)
-    return open_servers(config, required, work, (logs if logs is not None else []).append)
+def on(server: HttpServer) -> dict[str, Any]:
+    return {"kind": "vllm", "urls": [server.url], "concurrency": 4}
 
 
-def test_answers_and_their_anchors(
-    assisted: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
-) -> None:
+def test_answers_and_their_anchors(assisted: ServerRequirements, opened: Opened) -> None:
     with (
         server_of(assisted, drafting) as server,
-        opened(tiny_drafter, tmp_path, server.url, tiny_drafter.drafter / DRAFTER_FOLDER) as engine,
+        opened(on(server), drafter=assisted.drafter_folder) as engine,
     ):
         assert (engine.name, engine.records_trace) == ("vllm 0.32.0", True)
         answers = list(engine.generate(REQUESTS))
@@ -94,7 +95,7 @@ def test_answers_and_their_anchors(
 
 
 def test_steps_that_do_not_fit_are_left_out_and_the_answer_is_used(
-    assisted: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
+    assisted: ServerRequirements, opened: Opened
 ) -> None:
     def preempted(payload: dict[str, Any]) -> dict[str, Any]:
         return completion(payload, [2, 1] if payload["prompt"] == [5] else [2, 7])
@@ -102,7 +103,7 @@ def test_steps_that_do_not_fit_are_left_out_and_the_answer_is_used(
     logs: list[str] = []
     with (
         server_of(assisted, preempted) as server,
-        opened(tiny_drafter, tmp_path, server.url, tiny_drafter.drafter / DRAFTER_FOLDER, logs) as engine,
+        opened(on(server), drafter=assisted.drafter_folder, log=logs.append) as engine,
     ):
         answers = {each.request.request_id: each for each in engine.generate(REQUESTS)}
     assert len(answers) == len(REQUESTS) and answers["r0"].steps == [] and answers["r0"].retractions == 1
@@ -117,38 +118,17 @@ def test_steps_that_do_not_fit_are_left_out_and_the_answer_is_used(
         ({"tokenize": lambda _: {"tokens": [1]}}, DraftsmithError, "whose tokenizer is not that of the target"),
         ({"v1/models": lambda _: {"data": [{"id": "m", "max_model_len": 64}]}}, DraftsmithError, "--max-model-len"),
         ({"v1/completions": completion}, DraftsmithError, "--per-request-spec-decode-metrics detailed"),
+        ({"v1/completions": narrower}, DraftsmithError, r"drafts 3 tokens a step, drafting\.block_size means 7"),
         ({"version": lambda _: None}, RetryableError, "Check that the server runs"),
     ],
 )
 def test_servers_of_something_else_are_refused(
-    replies: dict[str, Any],
-    kind: type[DraftsmithError],
-    what: str,
-    assisted: ServerRequirements,
-    tiny_drafter: DrafterArtifacts,
-    tmp_path: Path,
+    replies: dict[str, Any], kind: type[DraftsmithError], what: str, assisted: ServerRequirements, opened: Opened
 ) -> None:
     with (
         server_of(assisted, drafting, **replies) as server,
         pytest.raises(kind, match=what),
-        opened(tiny_drafter, tmp_path, server.url, tiny_drafter.drafter / DRAFTER_FOLDER),
-    ):
-        pass
-
-
-def test_another_number_of_proposals_is_refused(
-    assisted: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
-) -> None:
-    def narrower(payload: dict[str, Any]) -> dict[str, Any]:
-        answer = drafting(payload)
-        if answer["metrics"]:
-            answer["metrics"]["speculative_decoding"]["num_spec_tokens"] = 3
-        return answer
-
-    with (
-        server_of(assisted, narrower) as server,
-        pytest.raises(DraftsmithError, match=r"drafts 3 tokens a step, drafting\.block_size means 7"),
-        opened(tiny_drafter, tmp_path, server.url, tiny_drafter.drafter / DRAFTER_FOLDER),
+        opened(on(server), drafter=assisted.drafter_folder),
     ):
         pass
 

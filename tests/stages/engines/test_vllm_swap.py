@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 from draftsmith.artifacts.errors import DraftsmithError, RefusedError
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
@@ -21,6 +20,7 @@ from draftsmith.stages.engines.swap import Served, swap_servers
 from draftsmith.stages.engines.swap_proof import ReplayProver
 from draftsmith.stages.engines.vllm.plugin import BACKEND
 from draftsmith.stages.replay.proof import Proof
+from tests.stages.drafters.edits import Edit, with_another_mask, without_a_layer
 from tests.stages.engines.http_server import HttpServer, Refusal, serving
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -158,21 +158,9 @@ def test_a_drafter_is_written_and_proven(server: StandIn) -> None:
     assert server.writes == [NEW, NEW]
 
 
-def with_another_mask(checkpoint: Path) -> None:
-    config = json.loads((checkpoint / "config.json").read_text())
-    config["dflash_config"]["mask_token_id"] = 0
-    (checkpoint / "config.json").write_text(json.dumps(config))
-
-
-def without_a_layer(checkpoint: Path) -> None:
-    tensors = load_file(checkpoint / "model.safetensors")
-    del tensors[min(name for name in tensors if "layers." in name)]
-    save_file(tensors, checkpoint / "model.safetensors")
-
-
 @pytest.mark.parametrize("change", [with_another_mask, without_a_layer])
 def test_a_drafter_of_which_more_than_weights_differs_is_refused_before_anything_is_sent(
-    server: StandIn, tiny_drafter: DrafterArtifacts, tmp_path: Path, change: Callable[[Path], None]
+    server: StandIn, tiny_drafter: DrafterArtifacts, tmp_path: Path, change: Edit
 ) -> None:
     """vLLM's own loader would ignore either."""
     served = tiny_drafter.drafter / DRAFTER_FOLDER
