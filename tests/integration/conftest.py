@@ -6,8 +6,8 @@ from collections.abc import Generator
 
 import pytest
 
+from draftsmith.stages.runtime.child_process import last_lines
 from tests.sglang_cpu.fixtures import dflash_url, plain_url, serving_target, sglang_env, sglang_logs
-from tests.sglang_cpu.server import tail
 
 __all__ = ["dflash_url", "plain_url", "serving_target", "sglang_env", "sglang_logs"]
 
@@ -17,5 +17,5 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     report = yield
     logs = getattr(item, "funcargs", {}).get("sglang_logs")
     if report.failed and logs is not None:
-        report.sections += [(path.name, tail(path)) for path in sorted(logs.glob("*.log"))]
+        report.sections += [(path.name, last_lines(path)) for path in sorted(logs.glob("*.log"))]
     return report

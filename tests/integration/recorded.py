@@ -7,7 +7,6 @@ show which proposals greedy verification accepts, which token follows, and each 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,20 +92,6 @@ def body(prompt: list[int], *, trace: bool = True, **sampling: object) -> Answer
 def asked_for_nothing(answer: Answer) -> bool:
     """Return whether nothing was recorded. SGLang fills up with None if another request of the batch has a list."""
     return not any(answer["meta_info"].get(KEY) or [])
-
-
-@dataclass(frozen=True)
-class Served:
-    """The answers of one server to the first prompts, in their order."""
-
-    bodies: list[dict[str, Any]]
-
-    @property
-    def answers(self) -> list[list[int]]:
-        return [body["output_ids"] for body in self.bodies]
-
-    def meta(self, name: str) -> list[Any]:
-        return [body["meta_info"].get(name) for body in self.bodies]
 
 
 def trace_of(trajectory: Trajectory, elements: list[Any]) -> Trace:

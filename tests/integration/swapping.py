@@ -1,4 +1,4 @@
-"""Checkpoints to swap to, and which drafter a server's verify steps are of."""
+"""Drafters to serve and to swap to, and which one a server's verify steps are of."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from draftsmith.artifacts.store.local import Store
 from draftsmith.flows.refresh.line import registry
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
+from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter, upgrade_drafter
+from draftsmith.stages.drafters.dflash2.config import DFlash2Config
 from draftsmith.stages.drafters.digest import drafter_digest
+from draftsmith.stages.drafters.dspark.config import DSparkConfig
 from draftsmith.stages.engines.servers.state import NewDrafter
 from draftsmith.stages.engines.sglang.protocol import KEY
 from draftsmith.stages.engines.swap import Served, swap_servers
 from draftsmith.stages.replay.proof import Proof
-from tests.integration.recorded import assert_same_steps, trace_of
+from draftsmith.stages.replay.trace import Trace
+from tests.integration.recorded import Answer, assert_same_steps, trace_of
 from tests.sglang_cpu.server import generate
 from tests.stages.bench import GREEDY_TOKENS, Bench
 from tests.testbed.artifacts import committed
@@ -70,22 +73,51 @@ def line_of_two(line: str, home: Path, made: DrafterArtifacts, bench: Bench) -> 
         yield {"1": made.drafter / DRAFTER_FOLDER, "2": other / DRAFTER_FOLDER}
 
 
+def with_noise(drafter: Drafter, scales: dict[str, float]) -> Drafter:
+    """Add noise by a part of a parameter's name, so that every part changes proposals and many are still kept."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in drafter.named_parameters():
+            for part, scale in scales.items():
+                if part in name:
+                    parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    return drafter
+
+
+def dflash2(bench: Bench) -> Drafter:
+    """Return the trained DFlash drafter with what it lacks at random."""
+    shape = DFlash2Config(kind="dflash2", conv_group_size=16, selector_rank=16, selector_top_k=8)
+    upgraded = upgrade_drafter(bench.drafters["trained"], shape, bench.target, seed=0)
+    return with_noise(upgraded, {"_conv.": 0.03, "codebook": 0.5})
+
+
+def dspark(bench: Bench) -> Drafter:
+    """Return the trained DFlash drafter, upgraded, with a bias that changes its proposals and leaves it good."""
+    upgraded = upgrade_drafter(
+        bench.drafters["trained"], DSparkConfig(kind="dspark", markov_rank=8), bench.target, seed=0
+    )
+    return with_noise(upgraded, {"markov_w2": 0.7})
+
+
 def requests(bench: Bench, start: int = 0, count: int = PROMPTS) -> list[dict[str, Any]]:
     """Return greedy requests with a trace for some of the bench's prompts."""
     sampling = {"temperature": 0.0, "max_new_tokens": GREEDY_TOKENS, "custom_params": {KEY: True}}
     return [{"input_ids": p.token_ids, "sampling_params": sampling} for p in bench.prompts[start : start + count]]
 
 
-def assert_drafts_with(url: str, bench: Bench, name: str) -> None:
+def assert_drafts_with(url: str, bench: Bench, name: str, count: int = PROMPTS) -> tuple[list[Answer], list[Trace]]:
     """Compare a server's steps with replay of a drafter of the bench, and its answers with decoding without one.
 
-    The prompts are always the same: the prefix cache may have their keys and values of an earlier drafter.
+    The prompts are always the same: the prefix cache may have their keys and values of an earlier drafter. Several
+    requests are in flight, so that the batches of the server change from step to step. Returns answers and steps.
     """
-    answers = generate(url, requests(bench), concurrency=4)
-    trajectories = bench.answered(PROMPTS)
+    answers = generate(url, requests(bench, count=count), concurrency=4)
+    trajectories = bench.answered(count)
     assert [answer["output_ids"] for answer in answers] == [t.tokens[t.prompt_length :] for t in trajectories]
-    for trajectory, answer, trace in zip(trajectories, answers, bench.replay(trajectories, name, None), strict=True):
+    replayed = bench.replay(trajectories, name, None)
+    for trajectory, answer, trace in zip(trajectories, answers, replayed, strict=True):
         assert_same_steps(trace_of(trajectory, answer["meta_info"][KEY]), trace)
+    return answers, replayed
 
 
 def assert_swaps(url: str, bench: Bench, checkpoint: Path, algorithm: str, folder: Path) -> None:

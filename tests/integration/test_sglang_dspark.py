@@ -14,21 +14,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from draftsmith.stages.data.trajectories import pad_tokens
-from draftsmith.stages.drafters.checkpoint import save_drafter, upgrade_drafter
+from draftsmith.stages.drafters.checkpoint import save_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
-from draftsmith.stages.drafters.dspark.config import DSparkConfig
-from draftsmith.stages.drafters.dspark.model import DSparkDrafter
-from draftsmith.stages.engines.sglang.protocol import KEY
-from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.trace import tau
 from draftsmith.stages.target.causal_lm import Target
-from tests.integration.recorded import Reference, assert_same_steps, trace_of
-from tests.integration.swapping import assert_swaps
+from tests.integration.recorded import Reference
+from tests.integration.swapping import assert_drafts_with, assert_swaps, dspark
 from tests.sglang_cpu import dspark_model
 from tests.sglang_cpu.fixtures import ServingTarget
 from tests.sglang_cpu.options import CPU_ENVIRONMENT
-from tests.sglang_cpu.server import generate, running_server
-from tests.stages.bench import GREEDY_TOKENS, Bench
+from tests.sglang_cpu.server import running_server
+from tests.stages.bench import Bench
 from tests.testbed import random_target
 from tests.testbed.dspark import random_dspark
 
@@ -90,31 +86,17 @@ def test_sglang_computes_what_is_computed_here(sglang_env: Path, plain_target: T
 def test_a_server_records_the_steps_of_replay(
     sglang_env: Path, serving_target: ServingTarget, bench: Bench, sglang_logs: Path, tmp_path: Path
 ) -> None:
-    """The test bed's DFlash drafter, upgraded, with a bias that changes its proposals and leaves it good."""
-    shape = DSparkConfig(kind="dspark", markov_rank=8)
-    drafter = upgrade_drafter(bench.drafters["trained"], shape, bench.target, seed=0)
-    assert isinstance(drafter, DSparkDrafter)
-    drafter.markov_head.markov_w2.weight.data.normal_(std=0.7, generator=torch.Generator().manual_seed(0))
+    drafter = dspark(bench)
     bench = bench.with_drafters({"before": bench.drafters["trained"], "trained": drafter})  # prompts without a near-tie
     save_drafter(drafter, tmp_path / "drafter", torch.float32)
-
-    sampling = {"temperature": 0.0, "max_new_tokens": GREEDY_TOKENS, "custom_params": {KEY: True}}
-    requests = [{"input_ids": p.token_ids, "sampling_params": sampling} for p in bench.prompts[:PROMPTS]]
     log, block = sglang_logs / "dspark.log", drafter.block_size
     options = {"speculative-dspark-block-size": block - 1, "speculative-num-draft-tokens": block}
     with running_server(sglang_env, serving_target.model, tmp_path / "drafter", "DSPARK", options, log=log) as url:
-        answers = generate(url, requests, concurrency=4)
+        answers, served = assert_drafts_with(url, bench, "trained", PROMPTS)
         assert_swaps(url, bench, tmp_path / "drafter", "DSPARK", tmp_path / "other")
-    plain = [bench.greedy[p.prompt_id] for p in bench.prompts[:PROMPTS]]
-    assert [answer["output_ids"] for answer in answers] == plain
-
     reference, digest = Reference(serving_target.model), drafter_digest(tmp_path / "drafter")
     for prompt, answer in zip(bench.prompts, answers, strict=False):
         reference.check(prompt.token_ids, answer, digest)
-    texts = bench.answered(PROMPTS)
-    traces = Replayer(bench.target).traces(bench.drafters, texts)
-    served = [trace_of(t, answer["meta_info"][KEY]) for t, answer in zip(texts, answers, strict=True)]
-    for steps, trace in zip(served, traces["trained"], strict=True):
-        assert_same_steps(steps, trace)
-    assert [len(steps.anchors) for steps in served] != [len(trace.anchors) for trace in traces["before"]]
-    assert tau(traces["trained"]) > 2
+    before = bench.replay(bench.answered(PROMPTS), "before", None)
+    assert [len(steps.anchors) for steps in served] != [len(trace.anchors) for trace in before]
+    assert tau(served) > 2

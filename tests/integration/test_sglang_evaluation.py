@@ -8,34 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import REQUESTS, TRAJECTORIES
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
-from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.stage import STAGE
-from draftsmith.stages.target.causal_lm import Target
+from tests.integration.swapping import write_other_weights
 from tests.sglang_cpu.options import CPU_ENVIRONMENT, CPU_OPTIONS
+from tests.stages.bench import Bench
 from tests.testbed.context import RecordingContext, StoppingContext
 from tests.testbed.drafter import DrafterArtifacts
 
 pytestmark = [pytest.mark.integration, pytest.mark.sglang, pytest.mark.timeout(1800)]
 
 MAX_NEW, PROMPTS = 32, 6
-
-
-def config_of(python: Path, **changes: Any) -> EvaluationConfig:
-    launch = {"options": CPU_OPTIONS, "environment": CPU_ENVIRONMENT}
-    return EvaluationConfig.model_validate(
-        {
-            "engine": {"kind": "sglang", "python": str(python), "launch": launch},
-            "sampling": {"max_new_tokens": MAX_NEW}, "concurrency": [1, 4], "speed_prompts": PROMPTS,
-            "parity_prompts": 5, "rounds": 1, **changes,
-        }
-    )  # fmt: skip
 
 
 def inputs(made: DrafterArtifacts, **changes: Path) -> dict[str, Path]:
@@ -46,7 +34,14 @@ def inputs(made: DrafterArtifacts, **changes: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def config(sglang_env: Path) -> EvaluationConfig:
-    return config_of(sglang_env)
+    launch = {"options": CPU_OPTIONS, "environment": CPU_ENVIRONMENT}
+    return EvaluationConfig.model_validate(
+        {
+            "engine": {"kind": "sglang", "python": str(sglang_env), "launch": launch},
+            "sampling": {"max_new_tokens": MAX_NEW}, "concurrency": [1, 4], "speed_prompts": PROMPTS,
+            "parity_prompts": 5, "rounds": 1,
+        }
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -100,15 +95,10 @@ def test_served_steps_are_replayed_steps(metrics: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts) -> Path:
+def other(tmp_path_factory: pytest.TempPathFactory, bench: Bench) -> Path:
     """The artifact of a drafter whose weights were disturbed, as if the server had loaded it wrongly."""
     folder = tmp_path_factory.mktemp("other")
-    drafter = load_drafter(tiny_drafter.drafter / DRAFTER_FOLDER, Target.load(tiny_drafter.target))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in drafter.parameters():
-            parameter.mul_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
-    save_drafter(drafter, folder / DRAFTER_FOLDER, torch.float32)
+    write_other_weights(bench.drafters["trained"], folder / DRAFTER_FOLDER)
     return folder
 
 

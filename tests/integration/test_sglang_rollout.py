@@ -1,6 +1,6 @@
 """The stage `rollout` on real SGLang servers: the same answers and verify steps as the embedded engine, float32.
 
-Mining replays what was served.
+Mining replays what was served, and a diagnosis finds which drafter it was. The CPU stand-in stays away from GPUs.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import httpx
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.results.evaluation import DiagnosisResult
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE, TRAJECTORIES, TableSchema
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_prompts
@@ -26,10 +29,13 @@ from draftsmith.stages.engines.kinds import open_servers
 from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.engines.sglang.handshake import check_weights, verifies_greedily
 from draftsmith.stages.engines.stage import STAGE, RolloutConfig
+from draftsmith.stages.evaluation.diagnosis import STAGE as DIAGNOSIS
+from draftsmith.stages.evaluation.diagnosis import DiagnosisConfig
 from draftsmith.stages.replay.stage import STAGE as MINING
 from draftsmith.stages.replay.stage import MiningConfig
 from draftsmith.stages.target.info import read_target_info
-from draftsmith.stages.target.sampling import GREEDY, SamplingParams
+from tests.sglang_cpu.fixtures import ServingTarget
+from tests.stages.drafters.edits import with_another_mask
 from tests.stages.engines.servers import write_other_revision
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
@@ -112,11 +118,9 @@ def open_with(
     return open_servers(config, required, work, print)
 
 
-def requests(
-    made: DrafterArtifacts, count: int, max_new_tokens: int = 40, sampling: SamplingParams = GREEDY
-) -> list[Request]:
+def requests(made: DrafterArtifacts, count: int, max_new_tokens: int = 40) -> list[Request]:
     prompts = load_prompts(made.prompts, ["heldout"])[:count]
-    return [Request(p.prompt_id, p.token_ids, max_new_tokens, sampling) for p in prompts]
+    return [Request(p.prompt_id, p.token_ids, max_new_tokens) for p in prompts]
 
 
 def test_the_first_tokens_time_is_measured_and_caches_are_flushed(
@@ -177,16 +181,6 @@ def test_servers_of_something_else_are_refused(
     refused("the target is|whose tokenizer|other weights", plain_url, target_folder=plain_artifact)
 
 
-def test_sampling_with_a_drafter_on_a_cpu_is_refused(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, dflash_url: str
-) -> None:
-    with (
-        open_with(dflash_url, tiny_drafter, tmp_path, drafter=tiny_drafter.drafter / DRAFTER_FOLDER) as engine,
-        pytest.raises(DraftsmithError, match=r"sampling\.temperature: SGLang verifies greedily on this device"),
-    ):
-        list(engine.generate(requests(tiny_drafter, 2, sampling=SamplingParams(1.0))))
-
-
 def test_greedy_verification_is_found_by_its_tokens_alone(
     tiny_drafter: DrafterArtifacts, dflash_url: str, plain_url: str
 ) -> None:
@@ -218,3 +212,29 @@ def test_a_server_is_known_by_the_log_probs_of_fixed_tokens(
     assert float(message.split(" nats")[0].split()[-1]) < 1e-5
     with pytest.raises(DraftsmithError, match="other weights"):
         asyncio.run(check(write_other_revision(tiny_drafter, tmp_path)))
+
+
+def test_the_standin_is_not_imported_where_there_is_a_gpu(sglang_env: Path) -> None:
+    script = "import torch; torch.cuda.is_available = lambda: True; import sgl_kernel"
+    done = subprocess.run([str(sglang_env), "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "uninstall draftsmith-sglang-cpu" in done.stderr
+
+
+def test_the_diagnosis_of_a_server(
+    dflash_url: str, serving_target: ServingTarget, tiny_drafter: DrafterArtifacts, tmp_path: Path
+) -> None:
+    """As the server of its drafter it agrees with replay; asked about another checkpoint, it reports the difference."""
+    other = tmp_path / "other"
+    with_another_mask(Path(shutil.copytree(serving_target.drafter, other)))
+    results = {}
+    for folder in (serving_target.drafter, other):
+        inputs = {"target": tiny_drafter.target, "prompts": tiny_drafter.prompts}
+        ctx = RecordingContext.under(tmp_path / f"of-{folder.name}", inputs)
+        config = {"prompts": 6, "sampling": {"max_new_tokens": 32}, "max_parity_mismatch": 0.02}
+        DIAGNOSIS.run(ctx, DiagnosisConfig.model_validate({"url": dflash_url, "drafter": str(folder), **config}))
+        results[folder] = DiagnosisResult.read(ctx.out).to_json()
+    assert results[serving_target.drafter]["agrees"], results
+    assert results[serving_target.drafter]["as_it_is"]["mismatch"] <= 0.02
+    assert not results[other]["agrees"] and results[other]["causes"] == [{"cause": "reported by the server"}]
+    assert str(other) in results[other]["sentence"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import threading
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
@@ -34,6 +32,7 @@ from tests.integration.swapping import PROMISED, PROMPTS, assert_drafts_with, li
 from tests.sglang_cpu.server import generate
 from tests.stages.bench import Bench
 from tests.stages.data.logs.test_engine_logs import converted
+from tests.stages.drafters.edits import with_another_mask, without_a_layer
 from tests.testbed.drafter import DrafterArtifacts
 
 pytestmark = [pytest.mark.sglang, pytest.mark.integration]
@@ -154,16 +153,9 @@ def refused(swapping: Swapping, folder: Path) -> None:
 def test_a_checkpoint_that_does_not_fit_changes_nothing(swapping: Swapping, tmp_path: Path) -> None:
     """SGLang's own loader ignores a missing layer, and a config.json that differs is read at the start alone."""
     checkpoint = swapping.folders["2"]
-    without_layer = Path(shutil.copytree(checkpoint, tmp_path / "without-layer"))
-    tensors = load_file(without_layer / "model.safetensors")
-    del tensors[min(name for name in tensors if "layers." in name)]
-    save_file(tensors, without_layer / "model.safetensors")
-    refused(swapping, without_layer)
-    other_mask = Path(shutil.copytree(checkpoint, tmp_path / "other-mask"))
-    config = json.loads((other_mask / "config.json").read_text())
-    config["dflash_config"]["mask_token_id"] = 0
-    (other_mask / "config.json").write_text(json.dumps(config))
-    refused(swapping, other_mask)
+    for number, change in enumerate((without_a_layer, with_another_mask)):
+        change(other := Path(shutil.copytree(checkpoint, tmp_path / str(number))))
+        refused(swapping, other)
     swapping.assert_drafts_with("1")
 
 

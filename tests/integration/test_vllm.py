@@ -24,10 +24,8 @@ from draftsmith.flows.refresh.line import registry
 from draftsmith.flows.refresh.swap import served_by
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, Trajectory
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter, upgrade_drafter
-from draftsmith.stages.drafters.dflash2.config import DFlash2Config
+from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
-from draftsmith.stages.drafters.dspark.config import DSparkConfig
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Completion
 from draftsmith.stages.engines.config import VLLMEngineConfig
@@ -50,7 +48,7 @@ from draftsmith.stages.replay.stage import STAGE as MINING
 from draftsmith.stages.replay.stage import MiningConfig
 from draftsmith.stages.replay.trace import Trace, tau
 from draftsmith.stages.target.sampling import SamplingParams
-from tests.integration.swapping import line_of_two, write_other_weights
+from tests.integration.swapping import dflash2, dspark, line_of_two, write_other_weights
 from tests.stages.bench import GREEDY_TOKENS, Bench
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
@@ -71,29 +69,6 @@ PROMPTS, SAMPLED, SWAPPED = 12, 24, 3
 def python() -> Path:
     assert isinstance(PYTHON, Path)
     return PYTHON
-
-
-def with_noise(drafter: Drafter, scales: dict[str, float]) -> Drafter:
-    """By a part of a parameter's name, so that every part changes proposals and many are still kept."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in drafter.named_parameters():
-            for part, scale in scales.items():
-                if part in name:
-                    parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
-    return drafter
-
-
-def dflash2(bench: Bench) -> Drafter:
-    shape = DFlash2Config(kind="dflash2", conv_group_size=16, selector_rank=16, selector_top_k=8)
-    return with_noise(
-        upgrade_drafter(bench.drafters["trained"], shape, bench.target, seed=0), {"_conv.": 0.03, "codebook": 0.5}
-    )
-
-
-def dspark(bench: Bench) -> Drafter:
-    shape = DSparkConfig(kind="dspark", markov_rank=8)
-    return with_noise(upgrade_drafter(bench.drafters["trained"], shape, bench.target, seed=0), {"markov_w2": 0.7})
 
 
 def dflash(bench: Bench) -> Drafter:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import socket
-import subprocess
-import tempfile
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from draftsmith.stages.engines.config import OptionValue
-from draftsmith.stages.runtime.child_process import ChildProcess
+from draftsmith.stages.engines.servers.process import ServerProcess, free_ports, option_arguments
 from tests.sglang_cpu.options import HERE, Device
 
 START_LIMIT_S = 400.0  # 20 to 50 s on a quiet machine; the tests may share two cores with others
-_POLL_S = 0.25
-_PORTS = range(24000, 24100)  # below the kernel's ephemeral range
 _ROOT = Path(__file__).parents[2]
 
 
@@ -55,83 +51,40 @@ def running_server(
         settings |= {"speculative-algorithm": algorithm, "speculative-draft-model-path": str(drafter)}
     settings |= options or {}
     command = [str(python), "-m", "sglang.launch_server", "--model-path", str(target_model), "--host", "127.0.0.1"]
-    for name, value in settings.items():
-        if value is not False:
-            command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    command += option_arguments(settings)
+    (port,) = free_ports(1)
+    process = ServerProcess(command, {**device.environment, **(environment or {})}, log, port)
+    process.start()
     try:
-        added = {**device.environment, **(environment or {})}
-        with reserved_port() as port, _process([*command, "--port", str(port)], added, log) as process:
-            url = f"http://127.0.0.1:{port}"
-            _wait(process, url, target_model)
-            yield url
+        wait_until_it_answers(process, START_LIMIT_S)
+        served = httpx.get(f"{process.url}/get_model_info", timeout=30).json()["model_path"]
+        assert served == str(target_model), f"{process.url} serves {served}, not {target_model}"
+        yield process.url
     except BaseException as error:
-        error.add_note(f"{log}, its last lines:\n{tail(log)}")
+        error.add_note(f"{log}, its last lines:\n{process.tail()}")
         raise
-
-
-@contextmanager
-def reserved_port() -> Iterator[int]:
-    """Yield a port that no other test of this user takes meanwhile: SGLang binds it only after loading its model."""
-    for port in _PORTS:
-        with (Path(tempfile.gettempdir()) / f"draftsmith-test-port-{os.getuid()}-{port}").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the kernel when this process dies
-                with socket.socket() as probe:
-                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    probe.bind(("127.0.0.1", port))
-            except OSError:  # another test's, or another program's
-                continue
-            yield port
-            return
-    raise RuntimeError(f"no free port in {_PORTS}")
-
-
-@contextmanager
-def _process(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run the server, which also dies when the test process is killed."""
-    inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
-    with log.open("ab") as output:
-        child = ChildProcess(
-            command,
-            environment={**inherited, "PYTHONUNBUFFERED": "1", **environment},
-            stdout=output,
-            stderr=output,
-            folder=log.parent,
-        )
-    try:
-        yield child.process
     finally:
-        child.end()  # killed: it has nothing to save, and a graceful end takes seconds
+        process.stop(grace_s=0)  # killed: it has nothing to save, and a graceful end takes seconds
 
 
-def _wait(process: subprocess.Popen[bytes], url: str, model: Path) -> None:
-    """Wait until the server of this model answers. AssertionError if it ends, serves another model, or is too slow."""
-    import httpx
-
-    deadline = time.monotonic() + START_LIMIT_S
-    while process.poll() is None:
-        assert time.monotonic() < deadline, f"no answer within {START_LIMIT_S:.0f} s"
-        with suppress(httpx.TransportError):
-            if httpx.get(f"{url}/health", timeout=30).status_code == 200:
-                served = httpx.get(f"{url}/get_model_info", timeout=30).json()["model_path"]
-                assert served == str(model), f"{url} serves {served}, not {model}"
-                return
-        time.sleep(_POLL_S)
-    raise AssertionError(f"the server ended with code {process.returncode} before it answered")
+def wait_until_it_answers(process: ServerProcess, limit_s: float) -> None:
+    """Wait for a server; AssertionError if it ends or is too slow."""
+    deadline = time.monotonic() + limit_s
+    while not healthy(process.url):
+        assert process.ended() is None, process.tail()
+        assert time.monotonic() < deadline, f"no answer within {limit_s:.0f} s"
+        time.sleep(0.25)
 
 
-def tail(log: Path, lines: int = 60) -> str:
-    """Return the last lines of a log."""
-    with log.open(encoding="utf-8", errors="replace") as file:
-        return "".join(deque(file, maxlen=lines))
+def healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=30, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 def generate(url: str, requests: Sequence[Mapping[str, Any]], concurrency: int = 4) -> list[dict[str, Any]]:
     """Return the server's answers to bodies of /generate, in their order, with `concurrency` of them in flight."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    import httpx
-
     with httpx.Client(base_url=url, timeout=300) as client, ThreadPoolExecutor(concurrency) as pool:
 
         def post(body: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import httpx
 
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import VLLMEngineConfig
@@ -17,6 +14,7 @@ from draftsmith.stages.engines.servers.process import ServerProcess, free_ports
 from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.engines.vllm.plugin import BACKEND
 from draftsmith.stages.engines.vllm.server import server_command
+from tests.sglang_cpu.server import wait_until_it_answers
 from tests.testbed.drafter import DrafterArtifacts
 
 _ROOT = Path(__file__).parents[2]
@@ -47,17 +45,13 @@ def launched(python: Path, **fields: Any) -> dict[str, Any]:
     return {"kind": "vllm", "python": str(python), "launch": launch, "concurrency": 4, **fields}
 
 
-def _as_exported(_: Path) -> None:
-    """Leave an exported drafter as it is."""
-
-
 @contextmanager
 def running_server(
     python: Path,
     made: DrafterArtifacts,
     drafter: Path,
     folder: Path,
-    edit: Callable[[Path], None] = _as_exported,
+    edit: Callable[[Path], None] = lambda _: None,
 ) -> Iterator[str]:
     """Run a server whose drafter can be swapped and yield its address; its log goes to `folder`.
 
@@ -72,18 +66,7 @@ def running_server(
     process = ServerProcess(command, {**ENVIRONMENT, "VLLM_SERVER_DEV_MODE": "1"}, folder / "vllm.log", port)
     process.start()
     try:
-        deadline = time.monotonic() + START_LIMIT_S
-        while not _healthy(process.url):
-            assert process.ended() is None, process.tail()
-            assert time.monotonic() < deadline, process.tail()
-            time.sleep(1)
+        wait_until_it_answers(process, START_LIMIT_S)
         yield process.url
     finally:
         process.stop(grace_s=0)
-
-
-def _healthy(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=30, trust_env=False).status_code == 200
-    except httpx.HTTPError:
-        return False
