@@ -42,8 +42,7 @@ if TYPE_CHECKING:  # most packages need neither
 
 # Two SGLang servers are there for all of these, if one worker runs them. The last swaps drafters, and swaps them back.
 _SHARE_SERVERS = tuple(
-    f"tests/integration/test_sglang_{name}.py"
-    for name in ("rollout", "plugin", "watch", "diagnosis", "failures", "swap")
+    f"tests/integration/test_sglang_{name}.py" for name in ("rollout", "plugin", "watch", "failures", "swap")
 )
 # These take minutes each.
 _LONGEST = (

@@ -155,6 +155,11 @@ SERVER = {
         {"rollout.engine": {"kind": "sglang", "python": "{here}/absent/python", "launch": {}}},
         arguments=CHECK,
     ),
+    "an interpreter that is no program": Bad(
+        "rows.jsonl cannot be executed",
+        {"rollout.engine": {"kind": "sglang", "python": "{here}/rows.jsonl", "launch": {}}},
+        arguments=CHECK,
+    ),
     "an interpreter without SGLang": Bad(
         "is not a Python that runs",
         {"rollout.engine": {"kind": "sglang", "python": "/bin/false", "launch": {}}},

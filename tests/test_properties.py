@@ -23,21 +23,18 @@ from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.store.manifest import MANIFEST, read_manifest
 from draftsmith.flows.config.load import read_config
 from draftsmith.flows.refresh.config import RefreshConfig
-from draftsmith.stages.data.logs.rows import LoggedRow, logged_ids, logged_text
 from draftsmith.stages.data.row_formats import RejectedRow, row_messages
-from draftsmith.stages.data.time_window import row_time
 from tests.test_bad_input import base
 from tests.testbed.artifacts import committed
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=12)
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), TEXT)
 JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3))
-FIELDS = st.sampled_from(["messages", "conversations", "prompt", "completion", "temperature", "time", "finish_reason"])
+FIELDS = st.sampled_from(["messages", "conversations", "prompt", "completion"])
 TURN = st.dictionaries(st.sampled_from(["role", "content", "from", "value", "type", "text"]), JSON, max_size=4)
-IDS = st.lists(st.one_of(st.integers(-3, 2**40), JSON), max_size=4)
 ROW = st.dictionaries(
-    st.one_of(FIELDS, st.sampled_from(["prompt_token_ids", "completion_token_ids"]), TEXT),
-    st.one_of(JSON, st.lists(TURN, max_size=3), IDS, st.sampled_from(["user", "assistant", "stop"])),
+    st.one_of(FIELDS, TEXT),
+    st.one_of(JSON, st.lists(TURN, max_size=3), st.sampled_from(["user", "assistant"])),
     max_size=6,
 )
 
@@ -112,20 +109,6 @@ def test_a_config_without_secrets_has_none_after_masking(config: Any) -> None:
 def test_any_prompt_row(row: dict[str, Any], name: str | None) -> None:
     with ours():
         assert row_messages(row, name, "rows.jsonl, row 1")
-
-
-@given(ROW)
-def test_any_log_row(fields: dict[str, Any]) -> None:
-    row = LoggedRow("rows.jsonl", 1, fields)
-    with ours():
-        assert row.temperature is None or row.temperature >= 0
-    with ours():
-        row_time(fields)
-    with ours():
-        ids = logged_ids(row)
-        assert ids is None or all(isinstance(each, int) for part in ids for each in part)
-    with ours():
-        logged_text(row)
 
 
 def manifest() -> Any:
