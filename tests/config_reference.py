@@ -11,7 +11,6 @@ import itertools
 import textwrap
 import types
 from collections.abc import Iterator
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -55,10 +54,6 @@ def type_text(annotation: Any) -> str:
         return f"list of {inner}"
     if origin is not None:
         return f"{type_text(arguments[0])}: {type_text(arguments[1])}" if len(arguments) == 2 else str(origin)
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return "section"
-    if isinstance(annotation, type) and issubclass(annotation, Enum):
-        return ", ".join(f"`{each.value}`" for each in annotation)
     names = {str: "text", int: "integer", float: "number", bool: "`true`, `false`", Path: "path", Any: "any"}
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from draftsmith.stages.engines.config import OptionValue
+from draftsmith.stages.engines.config import Options, OptionValue
 from draftsmith.stages.engines.servers.process import ServerProcess, free_ports, option_arguments
 from tests.sglang_cpu.options import HERE, Device
 
@@ -46,7 +46,7 @@ def running_server(
     drafter: a checkpoint's folder, served with `algorithm`. options, environment: added to the device's, as in
     `LaunchConfig`. An error during the start or in the body of the `with` shows the end of the log.
     """
-    settings: dict[str, OptionValue] = {"dtype": device.dtype, **device.options}
+    settings: Options = {"dtype": device.dtype, **device.options}
     if drafter is not None:
         settings |= {"speculative-algorithm": algorithm, "speculative-draft-model-path": str(drafter)}
     settings |= options or {}

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.testbed.context import RecordingContext
+from tests.testbed.random_target import resolved, write_model
 
 ATTENTION = ("self_attn.q_proj", "self_attn.v_proj")
 ALL = (*ATTENTION, "self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -43,6 +44,16 @@ def write_adapter(
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": names, "bias": "none", **fields}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
+
+
+def adapted_artifact(folder: Path, **ranks: int) -> Path:
+    """Return the artifact of a random target with adapters of these names and ranks."""
+    write_model(folder / "model")
+    paths = {
+        name: str(write_adapter(folder / name, folder / "model", rank=rank, seed=index))
+        for index, (name, rank) in enumerate(ranks.items())
+    }
+    return resolved(folder, adapters=paths)
 
 
 def merge(model: Path, adapter: Path, folder: Path) -> Path:

@@ -22,36 +22,24 @@ from draftsmith.stages.data.trajectories import load_prompts, load_trajectories,
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.config import TargetConfig
 from draftsmith.stages.target.info import read_target_info
-from draftsmith.stages.target.resolve import resolve_target
 from tests.stages.data.prompts_run import error, of_classes, run_with_context
 from tests.stages.data.row_files import write
-from tests.testbed.adapters import write_adapter
+from tests.testbed.adapters import adapted_artifact
 from tests.testbed.context import RecordingContext
-from tests.testbed.random_target import write_model
+from tests.testbed.random_target import write_artifact
 
 Row = dict[str, Any]
 
 
-def artifact(folder: Path, *names: str) -> Path:
-    """Return the artifact of a random target with adapters of these names."""
-    write_model(folder / "model")
-    adapters = {n: str(write_adapter(folder / n, folder / "model", seed=i)) for i, n in enumerate(names)}
-    (folder / "out").mkdir()
-    config = TargetConfig(source=str(folder / "model"), dtype="float32", adapters=adapters)
-    resolve_target(config, folder / "out", lambda _line: None)
-    return folder / "out"
-
-
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return artifact(tmp_path_factory.mktemp("adapted"), "a", "b", "c")
+    return adapted_artifact(tmp_path_factory.mktemp("adapted"), a=3, b=3, c=3)
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return artifact(tmp_path_factory.mktemp("plain"))
+    return write_artifact(tmp_path_factory.mktemp("plain"))
 
 
 def test_without_a_name_the_prompts_of_each_source_have_all_adapters_in_equal_shares(

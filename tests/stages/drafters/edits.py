@@ -38,9 +38,9 @@ def write(name: str, content: str) -> Edit:
     return edit
 
 
-def cut(name: str, size: int = -40) -> Edit:
+def cut(name: str) -> Edit:
     def edit(folder: Path) -> None:
-        (folder / name).write_bytes((folder / name).read_bytes()[:size])
+        (folder / name).write_bytes((folder / name).read_bytes()[:-40])
 
     return edit
 

@@ -25,13 +25,10 @@ from draftsmith.stages.engines.sglang.server import server_command as sglang_com
 from draftsmith.stages.engines.vllm.handshake import check_server as check_vllm
 from draftsmith.stages.engines.vllm.records import completion_payload
 from draftsmith.stages.engines.vllm.server import server_command as vllm_command
-from draftsmith.stages.target.config import TargetConfig
-from draftsmith.stages.target.resolve import resolve_target
 from tests.stages.engines.http_server import HttpServer, answer, serving
 from tests.stages.engines.servers import good_server
 from tests.stages.engines.test_vllm_engine import completion
-from tests.testbed.adapters import ALL, write_adapter
-from tests.testbed.random_target import write_model
+from tests.testbed.adapters import ALL, adapted_artifact
 
 ASKED = Request("r", [1, 2], 4, adapter="b")
 
@@ -39,15 +36,9 @@ ASKED = Request("r", [1, 2], 4, adapter="b")
 @pytest.fixture(scope="module")
 def required(tmp_path_factory: pytest.TempPathFactory) -> ServerRequirements:
     """Return the requirements of a random target with adapters a and b, on servers that do not name its revision."""
-    folder = tmp_path_factory.mktemp("adapted")
-    write_model(folder / "model")
-    ranks = {"a": 3, "b": 24}
-    adapters = {n: str(write_adapter(folder / n, folder / "model", rank=r, seed=r)) for n, r in ranks.items()}
-    (folder / "out").mkdir()
-    config = TargetConfig(source=str(folder / "model"), dtype="float32", adapters=adapters)
-    resolve_target(config, folder / "out", lambda _line: None)
+    artifact = adapted_artifact(tmp_path_factory.mktemp("adapted"), a=3, b=24)
     engine = SGLangEngineConfig.model_validate({"kind": "sglang", "urls": ["http://x"]})
-    found = server_requirements(engine, folder / "out", None, DraftingConfig(), 100)
+    found = server_requirements(engine, artifact, None, DraftingConfig(), 100)
     return replace(found, scored_ids=list(range(40)))  # its tokenizer knows no words of a text
 
 

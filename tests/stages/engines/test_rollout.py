@@ -232,9 +232,9 @@ def test_the_seed_of_the_run_decides_sampled_answers(tmp_path: Path, tiny_drafte
 
 
 def test_skip_and_prompts_select_from_the_splits(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
-    fields = {"splits": ["validation", "heldout"], "skip": 6, "prompts": 4, "sampling": {"max_new_tokens": 2}}
-    ctx = rolled_out(tmp_path, tiny_drafter, **fields)
-    expected = load_prompts(tiny_drafter.prompts, ["validation", "heldout"])[6:10]
+    splits = ["validation", "heldout"]
+    ctx = rolled_out(tmp_path, tiny_drafter, splits=splits, skip=6, prompts=4, sampling={"max_new_tokens": 2})
+    expected = load_prompts(tiny_drafter.prompts, splits)[6:10]
     assert [row["prompt_id"] for row in rows(ctx)] == [p.prompt_id for p in expected]
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from draftsmith.stages.target.source import weight_files
 from draftsmith.stages.target.stage import TargetConfig
 from draftsmith.stages.training.batches import FeatureSource
 from draftsmith.stages.training.config import SftConfig
+from tests.stages.drafters.edits import Edit, remove, set_fields
 from tests.testbed.adapters import ALL, ATTENTION, PREFIX, merge, write_adapter
 from tests.testbed.families import write_family
 from tests.testbed.random_target import random_drafter, trajectories, write_model
@@ -286,24 +287,15 @@ def test_the_digest_knows_the_adapters_and_without_them_nothing_changes(tmp_path
     assert read_target_info(resolve(tmp_path / "renamed", adapted.model, renamed)).digest != info.digest
 
 
-def edit(**fields: Any) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        path = folder / "adapter_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-    return change
+edit = partial(set_fields, "adapter_config.json")
 
 
-def add(name: str, *shape: int) -> Callable[[Path], None]:
+def add(name: str, *shape: int) -> Edit:
     def change(folder: Path) -> None:
         path = folder / "adapter_model.safetensors"
         save_file(load_file(path) | {name: torch.zeros(shape)}, path)
 
     return change
-
-
-def remove(name: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).unlink()
 
 
 V = f"{PREFIX}model.layers.0.self_attn.v_proj"
@@ -329,9 +321,7 @@ V = f"{PREFIX}model.layers.0.self_attn.v_proj"
         (add(f"{PREFIX}model.layers.9.mlp.up_proj.lora_A.weight", 3, 32), "layers.9.mlp.up_proj.lora_A.weight, which"),
     ],
 )
-def test_what_is_no_adapter_of_the_target_is_refused(
-    damage: Callable[[Path], None], text: str, tmp_path: Path, adapted: Adapted
-) -> None:
+def test_what_is_no_adapter_of_the_target_is_refused(damage: Edit, text: str, tmp_path: Path, adapted: Adapted) -> None:
     folder = write_adapter(tmp_path / "x", adapted.model, ATTENTION)
     damage(folder)
     with pytest.raises(DraftsmithError) as caught:

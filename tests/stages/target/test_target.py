@@ -20,7 +20,7 @@ from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.info import TargetInfo, model_path, read_target_info
 from draftsmith.stages.target.resolve import resolve_target
 from draftsmith.stages.target.stage import STAGE, TargetConfig
-from tests.stages.drafters.edits import Edit, cut, remove, set_fields, write
+from tests.stages.drafters.edits import Edit, remove, set_fields, write
 from tests.testbed.context import RecordingContext
 
 
@@ -106,6 +106,13 @@ edit_config = partial(set_fields, "config.json")
 
 def pickle_weights(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def cut(name: str, size: int) -> Edit:
+    def edit(folder: Path) -> None:
+        (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+    return edit
 
 
 def lose_a_shard(folder: Path) -> None:
