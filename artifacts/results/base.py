@@ -32,9 +32,12 @@ class ResultFile(BaseModel):
     INDENT: ClassVar[int] = 2
 
     @classmethod
-    def read(cls, folder: Path) -> Self:
-        """Read the file of an artifact. Raises DraftsmithError if it is missing or is not such a file."""
-        path = folder / cls.FILE
+    def read(cls, folder: Path, name: str | None = None) -> Self:
+        """Read the file of an artifact, by default under its own name.
+
+        Raises DraftsmithError if it is missing or is not such a file.
+        """
+        path = folder / (name or cls.FILE)
         try:
             return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:

@@ -37,7 +37,7 @@ class ConfidenceCalibration(Record):
 
 
 class Acceptance(Record):
-    """Acceptance metrics of one drafter, by replay of held-out answers."""
+    """Acceptance metrics of one drafter, by replay of held-out answers; tau may be that of served ones."""
 
     tau: float
     tau_low: float | None = None
@@ -51,6 +51,7 @@ class Acceptance(Record):
     differences: Mapping[str, Difference] = {}
     tau_full_head: float | None = None
     confidence: ConfidenceCalibration | None = None  # of a drafter with a confidence head, given validation answers
+    tau_replayed: float | None = None  # by replay, where `tau` is that of served answers
 
 
 class SpeedMetrics(Record):
@@ -204,6 +205,28 @@ class Parity(Record):
     tau_difference_high: float | None = None
 
 
+class TargetDifference(ResultFile, Record):
+    """How the target that servers compute differs from transformers': by settings, and in log-probs of fixed tokens."""
+
+    FILE: ClassVar[str] = "target-difference.json"
+
+    settings: Sequence[str]  # that differ, as servers report them: `kv_cache_dtype fp8_e4m3`
+    tokens: int = 0
+    mean: float | None = None  # of the absolute differences, nats; None: they could not be compared
+    largest: float | None = None
+
+    @property
+    def text(self) -> str:
+        """Return the settings and the difference in words."""
+        settings = ", ".join(self.settings)
+        if self.mean is None or self.largest is None:
+            return f"{settings}: log-probs could not be compared"
+        return (
+            f"{settings}: log-probs of {self.tokens} fixed tokens are {self.mean:.2g} nats from transformers' in the "
+            f"mean, {self.largest:.2g} at most"
+        )
+
+
 class EvaluationResult(ResultFile, Record):
     """The metrics of an evaluation. `acceptance.json` is the part that does not depend on time."""
 
@@ -224,6 +247,7 @@ class EvaluationResult(ResultFile, Record):
     speed_warnings: Annotated[Sequence[SpeedWarning], Field(alias="doubts")] = ()
     machine: Machine = Machine()
     exactness: Exactness = Exactness()
+    target_difference: TargetDifference | None = None  # then tau is that of served answers
     parity: Mapping[str, Parity] | None = None
     heldout_trajectories: int | None = None
     outside_nucleus_share: float | None = None

@@ -26,6 +26,7 @@ from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.kinds import open_servers
+from draftsmith.stages.engines.servers.identity import ServedTarget
 from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.engines.sglang.handshake import check_weights, verifies_greedily
 from draftsmith.stages.engines.stage import STAGE, RolloutConfig
@@ -205,8 +206,11 @@ def test_a_server_is_known_by_the_log_probs_of_fixed_tokens(
     async def check(target_folder: Path) -> list[str]:
         async with httpx.AsyncClient(trust_env=False) as client:
             server = (await client.get(f"{plain_url}/server_info")).json()
-            other = replace(required, target_folder=target_folder)
-            return await check_weights(client, plain_url, "org/model", server, other, print)
+            other, served = (
+                replace(required, target_folder=target_folder),
+                ServedTarget(plain_url, "org/model", "float32"),
+            )
+            return (await check_weights(client, served, server, other, print)).remarks
 
     (message,) = asyncio.run(check(tiny_drafter.target))
     assert float(message.split(" nats")[0].split()[-1]) < 1e-5

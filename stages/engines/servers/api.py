@@ -11,6 +11,7 @@ from typing import ClassVar
 import httpx
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.results.evaluation import TargetDifference
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.servers.client import Json, ServerAnswer
 from draftsmith.stages.engines.servers.process import ServerProcess
@@ -26,6 +27,7 @@ class ServerInfo:
     greedy_only: bool = False  # it drafts and verifies greedily, so sampled answers would not be the target's
     replicas: int = 1  # of the model
     remarks: list[str] = field(default_factory=list)  # what could not be checked, or is worth knowing
+    target_difference: TargetDifference | None = None  # from what transformers computes, by its settings
 
 
 class BadAnswerError(DraftsmithError):

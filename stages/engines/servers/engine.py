@@ -101,7 +101,7 @@ class ServerEngine:
         self._log, self._check = log, check
         self.records_trace = fleet.records_trace
         self.batch_decides = False  # a server batches whatever it has at the moment
-        self.name = fleet.name
+        self.name, self.target_difference = fleet.name, fleet.target_difference
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Yield answers in the order in which they finish. Closing the iterator aborts what is in flight.

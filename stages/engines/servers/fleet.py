@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 import httpx
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.artifacts.results.evaluation import TargetDifference
 from draftsmith.stages.engines.config import ServerEngineConfig
 from draftsmith.stages.engines.servers.api import ServerApi, ServerInfo
 from draftsmith.stages.engines.servers.client import key_header
@@ -54,6 +56,12 @@ class Fleet:
     @property
     def records_trace(self) -> bool:
         return self._records_through_routers and all(info.records_trace for info in self._info.values())
+
+    @property
+    def target_difference(self) -> TargetDifference | None:
+        """Return the largest difference of a server's target from transformers'; None if no setting differs."""
+        found = [info.target_difference for info in self._info.values() if info.target_difference is not None]
+        return max(found, key=lambda each: math.inf if each.mean is None else each.mean, default=None)
 
     @property
     def greedy_only(self) -> bool:

@@ -1,7 +1,7 @@
 """Whether a server serves the target: its tokenizer, and its weights by its log-probs of fixed tokens.
 
 The target scores these tokens here on the CPU. With the same weights the mean absolute difference of their log-probs is
-rounding.
+rounding. Where a server quantises the weights or the cache, or computes in another dtype, the difference is recorded.
 """
 
 from __future__ import annotations
@@ -9,19 +9,25 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import torch
 
 from draftsmith.artifacts.host import free_memory_bytes
+from draftsmith.artifacts.results.evaluation import TargetDifference
 from draftsmith.stages.engines.servers.client import get_json, json_object, query, wrong_server
 from draftsmith.stages.engines.servers.requirements import PROBE_TEXT, ServerRequirements
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.info import model_path, read_target_info
+from draftsmith.stages.target.info import TargetInfo, model_path, read_target_info
 from draftsmith.stages.target.loading import model_without_weights
 
 TOLERANCE = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}  # nats, of the mean; the coarser of the two dtypes'
+# nats, of the mean, of a server of unknown weights that quantises: 8 bits of weights, activations or cache made 0.02 to
+# 0.18 of SmolLM2-135M and the test bed's target, another revision of the latter 4.5 (python -m tests.benchmarks.handshake)
+QUANTISED_TOLERANCE = 0.3
+_SAME = {"bf16": "bfloat16", "half": "float16", "float": "float32"}  # names of dtypes
 _LOCK = threading.Lock()
 _OWN_LOGPROBS: dict[tuple[Path | int, ...], dict[str, list[float]]] = {}  # by a target's folder and the tokens
 
@@ -50,41 +56,77 @@ async def check_adapters(client: httpx.AsyncClient, url: str, required: ServerRe
             raise wrong_server(url, f"serves no adapter {missing[0]}. Start it with all of target.adapters.")
 
 
+@dataclass(frozen=True)
+class ServedTarget:
+    """What a server reports of the target that it serves; None or "auto": it does not report that."""
+
+    url: str
+    path: str
+    dtype: str | None = None
+    quantization: str | None = None
+    kv_cache_dtype: str | None = None
+    known: bool = False  # its weights are the target's: it was started here, or serves the target's commit
+
+    def differs(self, target: TargetInfo) -> list[str]:
+        """Return the settings that differ from what transformers computes."""
+        own = {"dtype": target.dtype, "quantization": target.quantisation, "kv_cache_dtype": target.dtype}
+        reported = {name: _SAME.get(value, value) for name in own if (value := getattr(self, name))}
+        return [f"{name} {value}" for name, value in reported.items() if value not in ("auto", own[name])]
+
+    def tolerance(self, target: TargetInfo) -> float:
+        """Return the tolerance of the mean difference, nats."""
+        if any(not setting.startswith("dtype ") for setting in self.differs(target)):
+            return QUANTISED_TOLERANCE
+        return max(TOLERANCE[target.dtype], TOLERANCE.get(self.dtype or target.dtype, TOLERANCE["bfloat16"]))
+
+
+@dataclass(frozen=True)
+class WeightComparison:
+    """The result of a comparison of weights."""
+
+    remarks: list[str]  # what was compared, or could not be
+    difference: TargetDifference | None = None  # of settings that differ, and what comes of it
+
+
 async def compare_weights(
-    url: str,
-    path: str,
-    dtype: str | None,
+    served: ServedTarget,
     theirs: Sequence[float] | None,
     required: ServerRequirements,
     log: Callable[[str], None],
     adapter: str = "",
-) -> list[str]:
+) -> WeightComparison:
     """Compare a server's log-probs of the fixed tokens with the target's. Raises DraftsmithError if they differ.
 
-    path: the model that it serves. dtype: that it computes in, if it reports that. theirs: None if it gave none.
-    adapter: that the log-probs are of. Returns what could not be checked.
+    theirs: None if it gave none. adapter: that the log-probs are of.
     """
     target, tokens = required.target, required.scored_ids
+    url, path, differs = served.url, served.path, served.differs(target)
+    unmeasured = TargetDifference(settings=differs) if differs else None
     if theirs is None:
-        return [f"{url} gives no log-probs of a prompt: the weights of {path} could not be compared with the target's"]
+        remark = f"{url} gives no log-probs of a prompt: the weights of {path} could not be compared with the target's"
+        return WeightComparison([remark], unmeasured)
     try:
         ours = (await asyncio.to_thread(own_logprobs, required.target_folder, tokens, log))[adapter]
     except TargetTooLargeError as error:
-        return [
-            f"{url} serves {path}: its weights could not be compared with the target's, {error}. Start the server with "
-            "--revision and its commit, which SGLang reports and which is compared instead."
-        ]
+        remark = f"{url} serves {path}: its weights could not be compared with the target's, {error}."
+        remedy = " Start the server with --revision and its commit, which SGLang reports and which is compared instead."
+        return WeightComparison([remark if served.known else remark + remedy], unmeasured)
     path = f"adapter {adapter} on {path}" if adapter else path
-    difference = mean_difference(ours, theirs)
-    allowed = tolerance(target.dtype, dtype)
-    if difference > allowed:
+    difference, allowed = mean_difference(ours, theirs), served.tolerance(target)
+    if difference > allowed and not served.known:
         raise wrong_server(
             url,
             f"serves {path} with other weights: its log-probs of {len(ours)} fixed tokens are {difference:.3g} nats "
             f"from those of the target {target.source} in the mean (rounding is at most {allowed:g}). Serve revision "
             f"{target.revision or target.digest[:12]}.",
         )
-    return [f"{url} serves {path}: log-probs of {len(ours)} fixed tokens are {difference:.2g} nats from the target's"]
+    if differs:
+        largest = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+        measured = TargetDifference(settings=differs, tokens=len(ours), mean=difference, largest=largest)
+        return WeightComparison([f"{url} serves {path} with {measured.text}"], measured)
+    return WeightComparison(
+        [f"{url} serves {path}: log-probs of {len(ours)} fixed tokens are {difference:.2g} nats from the target's"]
+    )
 
 
 def own_logprobs(target_folder: Path, tokens: Sequence[int], log: Callable[[str], None]) -> dict[str, list[float]]:
@@ -113,11 +155,6 @@ def _compute_logprobs(target_folder: Path, tokens: Sequence[int], log: Callable[
         logprobs = target.logits(hidden).float().log_softmax(-1)
         found[adapter] = logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist()
     return found
-
-
-def tolerance(ours: str, theirs: str | None) -> float:
-    """Return the tolerance of the mean difference for two dtypes; `theirs` None: the server does not report its own."""
-    return max(TOLERANCE[ours], TOLERANCE.get(theirs or ours, TOLERANCE["bfloat16"]))
 
 
 def mean_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:

@@ -3,7 +3,8 @@
 A server's own reports and short generations are checked. For a server that was not started here, the tokenizer and the
 weights are compared too.
 
-**Weights**, where no revision identifies them: by log-probs of fixed tokens (`servers/identity.py`). SGLang's own
+**Weights**, where no revision identifies them, or the server computes the target otherwise than transformers: by
+log-probs of fixed tokens (`servers/identity.py`). SGLang's own
 `/weights_checker` cannot be compared with files: it hashes tensors as they lie on a GPU (merged, sharded, by a Triton
 kernel), and fails on a CPU.
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import httpx
 
@@ -34,7 +36,13 @@ from draftsmith.stages.engines.servers.client import (
     unreachable_server,
     wrong_server,
 )
-from draftsmith.stages.engines.servers.identity import check_adapters, check_tokenizer, compare_weights
+from draftsmith.stages.engines.servers.identity import (
+    ServedTarget,
+    WeightComparison,
+    check_adapters,
+    check_tokenizer,
+    compare_weights,
+)
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
 from draftsmith.stages.engines.sglang.protocol import SUPPORTED, Json, supported
 from draftsmith.stages.engines.sglang.records import generate_payload, read_completion, recorded_drafter
@@ -62,14 +70,15 @@ async def check_server(
         version = str(server.get("version", "?"))
         remarks = [] if supported(version) else [f"{url} is sglang {version}, outside the tested {SUPPORTED}"]
         await check_adapters(client, url, required)
+        served = _served_target(url, str(model.get("model_path")), server, ours=ours)
+        weights = await check_weights(client, served, server, required, log)
         if not ours:
-            path = str(model.get("model_path"))
-            remarks += await check_tokenizer(client, url, path, required)
-            remarks += await check_weights(client, url, path, server, required, log)
-            for name in required.adapters:
-                asked = payload(required.scored_ids) | {"lora_path": name}
-                theirs = served_logprobs((await _post(client, url, _REQUEST_NAME, asked)).body, required.scored_ids)
-                remarks += await compare_weights(url, path, server.get("dtype"), theirs, required, log, name)
+            remarks += await check_tokenizer(client, url, served.path, required)
+        remarks += weights.remarks
+        for name in () if ours else required.adapters:
+            asked = payload(required.scored_ids) | {"lora_path": name}
+            theirs = served_logprobs((await _post(client, url, _REQUEST_NAME, asked)).body, required.scored_ids)
+            remarks += (await compare_weights(served, theirs, required, log, name)).remarks
         remarks += _check_drafter(url, server, required)
         _check_context(url, server, required)
         remarks += _check_running_requests(url, server, required)
@@ -82,7 +91,8 @@ async def check_server(
         greedy_only = await _is_greedy_only(client, url, server, required)
     except RequestLostError as error:
         raise unreachable_server(url, error) from error
-    return ServerInfo(version, records, greedy_only, replicas=int(server.get("dp_size") or 1), remarks=remarks)
+    replicas = int(server.get("dp_size") or 1)
+    return ServerInfo(version, records, greedy_only, replicas, remarks, weights.difference)
 
 
 async def served_block_size(client: httpx.AsyncClient, url: str) -> int | None:
@@ -190,32 +200,42 @@ async def _is_greedy_only(client: httpx.AsyncClient, url: str, server: Json, req
     return server.get("device") == "cpu" or await verifies_greedily(client, url, required.target, required.probe_ids)
 
 
+def _served_target(url: str, path: str, server: Json, *, ours: bool) -> ServedTarget:
+    """Return what a server's /server_info says of the target. path: the model that it serves."""
+    quantization = server.get("quantization") or server.get("torchao_config")
+    return ServedTarget(url, path, server.get("dtype"), quantization, server.get("kv_cache_dtype"), known=ours)
+
+
 async def check_weights(
     client: httpx.AsyncClient,
-    url: str,
-    path: str,
+    served: ServedTarget,
     server: Json,
     required: ServerRequirements,
     log: Callable[[str], None],
-) -> list[str]:
+) -> WeightComparison:
     """Compare a server's weights with the target's, by the hub's revision, else by log-probs.
 
-    path: the model that it serves. server: its /server_info. Returns what could not be checked.
+    Weights that are known are compared if a setting of the server differs. server: its /server_info.
     """
     target, tokens = required.target, required.scored_ids
-    revision = str(server.get("revision") or "")
-    if path == target.source and _COMMIT.fullmatch(revision) and target.revision is not None:
-        if revision == target.revision:
-            return []
-        raise wrong_server(
-            url,
-            f"serves {path} of revision {revision}, the target is revision {target.revision}. Start it with "
-            f"--revision {target.revision}, or set target.revision.",
-        )
-    if quantization := server.get("quantization"):
-        return [f"{url} serves {path} quantised ({quantization}): its weights could not be compared with the target's"]
+    url, revision = served.url, str(server.get("revision") or "")
+    if (
+        not served.known
+        and served.path == target.source
+        and _COMMIT.fullmatch(revision)
+        and target.revision is not None
+    ):
+        if revision != target.revision:
+            raise wrong_server(
+                url,
+                f"serves {served.path} of revision {revision}, the target is revision {target.revision}. Start it with "
+                f"--revision {target.revision}, or set target.revision.",
+            )
+        served = replace(served, known=True)
+    if served.known and not served.differs(target):
+        return WeightComparison([])
     theirs = served_logprobs((await _post(client, url, _REQUEST_NAME, payload(tokens))).body, tokens)
-    return await compare_weights(url, path, server.get("dtype"), theirs, required, log)
+    return await compare_weights(served, theirs, required, log)
 
 
 def payload(tokens: Sequence[int]) -> Json:

@@ -64,8 +64,9 @@ class VLLMApi(ServerApi):
             shutil.rmtree(self._exported, ignore_errors=True)
 
     async def check(self, client: httpx.AsyncClient, url: str, *, ours: bool) -> ServerInfo:
-        info = await check_server(client, url, self._required, self._log, ours=ours)
         launch = self._config.launch
+        options = None if launch is None else launch.options
+        info = await check_server(client, url, self._required, self._log, ours=ours, options=options)
         return info if launch is None else replace(info, replicas=launch.data_parallel)
 
     def payload(self, request: Request, *, traced: bool) -> Json:  # noqa: ARG002  (it always reports the steps)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import httpx
 
 from draftsmith.stages.engines.base import Request
+from draftsmith.stages.engines.config import Options, option_name
 from draftsmith.stages.engines.servers.api import ServerInfo
 from draftsmith.stages.engines.servers.client import (
     Json,
@@ -26,36 +27,45 @@ from draftsmith.stages.engines.servers.client import (
     unreachable_server,
     wrong_server,
 )
-from draftsmith.stages.engines.servers.identity import check_adapters, check_tokenizer, compare_weights
+from draftsmith.stages.engines.servers.identity import ServedTarget, check_adapters, check_tokenizer, compare_weights
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
 from draftsmith.stages.engines.vllm.records import completion_payload, drafting_metrics, read_completion
 
 FIRST = (0, 29)  # the first release that reports verify steps
 _PROBE_TOKENS = 8
 _NAME = "of the handshake"
-_UNKNOWN = "unknown"
+_CACHE_DTYPE = re.compile(r'^vllm:cache_config_info\{.*\bcache_dtype="(\w+)"', re.MULTILINE)
 
 
 async def check_server(
-    client: httpx.AsyncClient, url: str, required: ServerRequirements, log: Callable[[str], None], *, ours: bool
+    client: httpx.AsyncClient,
+    url: str,
+    required: ServerRequirements,
+    log: Callable[[str], None],
+    *,
+    ours: bool,
+    options: Options | None = None,
 ) -> ServerInfo:
     """Check one server. Raises RetryableError if it does not answer, DraftsmithError if it is the wrong one.
 
-    ours: it was started here, so its files are the right ones.
+    ours: it was started here, so its files are the right ones. options: that it was started with then.
     """
     try:
         version = str((await get_json(client, url, "version")).get("version", "?"))
         if (release := re.match(r"(\d+)\.(\d+)", version)) and tuple(map(int, release.groups())) < FIRST:
             raise wrong_server(url, f"is vLLM {version}, which reports no verify steps. Use 0.29 or later.")
         card = dict((await get_json(client, url, "v1/models"))["data"][0])
-        remarks = []
+        remarks, difference = list[str](), None
         await check_adapters(client, url, required)
+        path = str(card.get("root") or card.get("id"))
+        served = _launched_target(url, path, options or {}) if ours else await _served_target(client, url, path)
         if not ours:
-            path = str(card.get("root") or card.get("id"))
-            remarks += await check_tokenizer(client, url, path, required)
-            for adapter in ("", *required.adapters):
-                theirs = await _served_logprobs(client, url, required.scored_ids, adapter)
-                remarks += await compare_weights(url, path, _UNKNOWN, theirs, required, log, adapter)
+            remarks += await check_tokenizer(client, url, served.path, required)
+        for adapter in ("", *required.adapters) if not ours else [""] if served.differs(required.target) else ():
+            theirs = await _served_logprobs(client, url, required.scored_ids, adapter)
+            found = await compare_weights(served, theirs, required, log, adapter)
+            remarks += found.remarks
+            difference = difference or found.difference
         if (limit := card.get("max_model_len")) is not None and required.longest > limit:
             raise wrong_server(
                 url,
@@ -71,7 +81,26 @@ async def check_server(
             remarks.append(f"{url}: only parity with replay can tell whether it drafts with {required.drafter_folder}")
     except RequestLostError as error:
         raise unreachable_server(url, error) from error
-    return ServerInfo(version, records_trace=metrics is not None and "per_step_accepted" in metrics, remarks=remarks)
+    records = metrics is not None and "per_step_accepted" in metrics
+    return ServerInfo(version, records, remarks=remarks, target_difference=difference)
+
+
+def _launched_target(url: str, path: str, options: Options) -> ServedTarget:
+    """Return what a server that was started here computes by its options."""
+    given = {option_name(key): str(value) for key, value in options.items()}
+    return ServedTarget(url, path, None, given.get("quantization"), given.get("kv-cache-dtype"), known=True)
+
+
+async def _served_target(client: httpx.AsyncClient, url: str, path: str) -> ServedTarget:
+    """Return what a server reports: a stock one its cache's dtype alone, one in development mode its config."""
+    response = await query(client, "GET", f"{url}/server_info?config_format=json")
+    if response.status_code == 200:
+        config = json_object(response)["vllm_config"]
+        model, cache = config["model_config"], config["cache_config"]
+        dtype = str(model["dtype"]).removeprefix("torch.")
+        return ServedTarget(url, path, dtype, model.get("quantization"), cache["cache_dtype"])
+    found = _CACHE_DTYPE.search((await query(client, "GET", f"{url}/metrics")).text)
+    return ServedTarget(url, path, "auto", kv_cache_dtype=found[1] if found else None)
 
 
 async def is_vllm(client: httpx.AsyncClient, url: str) -> bool:
