@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow.compute as pc
 
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
+from draftsmith.artifacts.results.evaluation import TargetDifference
 from draftsmith.artifacts.store.manifest import write_versions
 from draftsmith.artifacts.tables.parquet import TableWriter
 from draftsmith.artifacts.tables.readers import BATCH_ROWS
@@ -68,6 +69,8 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
             "dtype": served_dtype(config.engine, read_target_info(ctx.inputs["target"]).dtype),
             "temperature": config.sampling.temperature,
         }
+        if difference := TargetDifference.read_if_there(ctx.work):
+            served["differs"] = difference.settings
         (ctx.out / "trace.json").write_text(json.dumps(served, indent=2, sort_keys=True) + "\n")
 
 
@@ -193,6 +196,8 @@ def _open_engine(ctx: StageContext, config: RolloutConfig, drafter: Path | None,
     if isinstance(config.engine, ServerEngineConfig):
         required = server_requirements(config.engine, ctx.inputs["target"], drafter, drafting, longest)
         with open_servers(config.engine, required, ctx.work, ctx.log, ctx.check_interrupted) as engine:
+            if engine.target_difference is not None:
+                engine.target_difference.write(ctx.work)
             yield engine
         return
     target = Target.load(ctx.inputs["target"])

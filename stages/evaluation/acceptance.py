@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from draftsmith.artifacts.results.evaluation import (
     ArmComparison,
     ContextStep,
     Difference,
+    EvaluationResult,
 )
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.evaluation.verdicts import Pair, comparison, estimate_record, pairs, too_small
@@ -174,6 +175,36 @@ def tau_comparisons(
                 difference = jackknife(ratio_difference, *own, *champion)
                 found.append(comparison("tau", (arm, CHAMPION), difference, set=each.name, base=base, gain=gain))
     return found
+
+
+def served_tallies(requests: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> dict[str, AcceptanceStats]:
+    """Return what servers counted of each drafter: committed tokens and verify steps alone.
+
+    requests: rows of table `requests`, of the same prompts in the same order for every drafter.
+    """
+    tallies = {}
+    for arm in arms:
+        own = [row for row in requests if row["arm"] == arm]
+        tally = tallies[arm] = AcceptanceStats(len(own))
+        tally.committed[:] = [row["tokens"] - 1 for row in own]  # prefill commits the first one
+        steps = np.array([row["verify_steps"] for row in own])
+        tally.steps[:] = np.where(steps == 0, tally.committed, steps)  # nothing was drafted
+    return tallies
+
+
+def as_served(
+    replayed: EvaluationResult, tallies: Mapping[str, AcceptanceStats], prompts: Sequence[str], labels: Labels
+) -> EvaluationResult:
+    """Return the result with tau, its differences and its slices as served, and that of replay beside it."""
+    counted = acceptance_table(tallies, prompts, [False] * len(prompts))
+    fields = ("tau", "tau_low", "tau_high", "prompts", "verify_steps", "differences")
+    drafters = {
+        arm: own.model_copy(update={name: getattr(counted[arm], name) for name in fields} | {"tau_replayed": own.tau})
+        for arm, own in replayed.drafters.items()
+    }
+    sets = {name: arms for name, arms in tau_by_slice(tallies, prompts, labels).items() if name != ALL}
+    comparisons = tau_comparisons(tallies, prompts, labels)
+    return replayed.model_copy(update={"drafters": drafters, "sets": sets, "comparisons": comparisons})
 
 
 def _by_prompt(tally: AcceptanceStats, prompts: Sequence[str]) -> Sums:

@@ -168,7 +168,8 @@ def _lossless(evaluation: EvaluationResult, config: GateConfig) -> Iterator[Rule
         yield _rule("lossless", identical == prompts, text, {"value": identical, "wanted": prompts})
     margin = exact.median_margin
     if margin is not None:
-        tie = min(config.max_margin, _TIE_OF_FLOAT32) if exact.serving_dtype == "float32" else config.max_margin
+        exactly = exact.serving_dtype == "float32" and evaluation.target_difference is None
+        tie = min(config.max_margin, _TIE_OF_FLOAT32) if exactly else config.max_margin
         text = f"outputs differ at a median margin of {margin:.3g} logits, at most {tie:g} is a near-tie"
         yield _rule("near-ties", margin <= tie, text, {"value": margin, "wanted": tie})
     if not prompts and margin is None:
@@ -209,7 +210,7 @@ def _parity_text(parity: Parity) -> str:
 def _tau(evaluation: EvaluationResult, challenger: str, config: GateConfig) -> RuleResult:
     (overall,) = (each for each in evaluation.compared("tau", challenger, CHAMPION) if each.set is None)
     gain, low = _gain(overall, 1 - CONFIDENCE)
-    wanted = f"above {config.min_tau_gain:+.1%} wanted"
+    wanted = f"above {config.min_tau_gain:+.1%} wanted{', as served' * (evaluation.target_difference is not None)}"
     if low is None or overall.units < FEWEST_PROMPTS:
         prompts = f"{overall.units} prompt{'s' * (overall.units != 1)}"
         text = f"{prompts} are too few ({gain:+.1%}, {wanted}): {FEWEST_PROMPTS} are needed"

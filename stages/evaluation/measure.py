@@ -45,7 +45,9 @@ from draftsmith.stages.engines.config import ServerEngineConfig
 from draftsmith.stages.evaluation.acceptance import (
     ContextCollector,
     acceptance_table,
+    as_served,
     has_loop,
+    served_tallies,
     slices,
     tau_by_slice,
     tau_comparisons,
@@ -73,6 +75,10 @@ from draftsmith.stages.target.sampling import SamplingParams
 REPLAYED = "replayed"  # traces by replay, of an unfinished attempt or a shard
 VALIDATION = "validation"
 CONTEXT_VARIANT = "trained"  # the drafting variant whose contexts are shown
+_AS_SERVED = (
+    "; of the verify steps that servers counted on the held-out prompts, because the target that they compute differs "
+    "from that of replay (`tau_replayed`)"
+)
 _DEFINITION_OF_TAU = (
     "committed tokens per verify step, the target's own token included (+1); held-out trajectories, trained block "
     "size, ratio of sums over prompts, intervals by jackknife over prompts (paired; turns of a conversation that is "
@@ -88,6 +94,14 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
     speed, acceptance, tau_estimates, load = _measure(ctx, config)
     acceptance.write(ctx.out, EvaluationResult.ACCEPTANCE_FILE)
     settings, arms = settings_of(config), list(acceptance.drafters)
+    definition, difference = _DEFINITION_OF_TAU, speed.target_difference
+    if difference is not None:
+        ctx.log(f"tau is that of served answers: {difference.text}")
+        tallies = served_tallies(speed.heldout, arms)
+        asked = [row["prompt_id"] for row in speed.heldout if row["arm"] == arms[0]]
+        independent = independent_units(ctx.inputs["prompts"], asked)
+        acceptance = as_served(acceptance, tallies, independent, prompt_labels(ctx.inputs["prompts"], asked))
+        tau_estimates, definition = tau_differences(tallies, independent), definition + _AS_SERVED
     decoded = list(dict.fromkeys(row["prompt_id"] for row in speed.requests))
     units = dict(zip(decoded, independent_units(ctx.inputs["prompts"], decoded), strict=True))
     labels = dict(zip(decoded, prompt_labels(ctx.inputs["prompts"], decoded), strict=True))
@@ -102,7 +116,7 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
 
     acceptance.model_copy(
         update={
-            "definition_of_tau": _DEFINITION_OF_TAU,
+            "definition_of_tau": definition,
             "engine": speed.engine,
             "temperature": settings[0].temperature,
             "concurrency": settings[0].concurrency,
@@ -119,6 +133,7 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
             "parity": speed.parity,
             "sets": _with_speed(acceptance.sets, by_slice),
             "comparisons": [*acceptance.comparisons, *speed_comparisons(speed, settings, arms, units)],
+            **({} if difference is None else {"target_difference": difference}),
             **load,
         }
     ).write(ctx.out)

@@ -21,7 +21,7 @@ import numpy as np
 
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
-from draftsmith.artifacts.results.evaluation import PLAIN, Parity
+from draftsmith.artifacts.results.evaluation import PLAIN, Parity, TargetDifference
 from draftsmith.artifacts.tables.parquet import read_table, to_table, write_table
 from draftsmith.artifacts.tables.schemas import REQUESTS, TRACE, TURNS
 from draftsmith.stages.data.trajectories import Prompt, Trajectory
@@ -94,6 +94,8 @@ class ServerSpeedTest:
             config, self.ctx.inputs["target"], drafter, drafting, self.longest, measure_first_token=True
         )
         with open_servers(config, required, work, self.ctx.log, self.ctx.check_interrupted) as engine:
+            if engine.target_difference is not None:
+                engine.target_difference.write(self.ctx.work)
             yield engine
 
     def warm_up(self, engine: ServerEngine, prompts: Sequence[Prompt]) -> None:
@@ -161,8 +163,26 @@ def measure_servers(test: ServerSpeedTest, heldout: Sequence[Prompt], validation
             parity = _check_parity(test, sizes, heldout)
     compare_with_plain(requests, sampled=False)
     _add_margins(test, requests, heldout)
-    result = exactness(requests, test.target_dtype)
-    return SpeedMeasurement(requests[0]["engine"], requests, runs, candidates, len(validation), result, parity)
+    result, difference = exactness(requests, test.target_dtype), TargetDifference.read_if_there(ctx.work)
+    served = _decode_heldout(test, heldout) if difference is not None else []
+    name, prompts = requests[0]["engine"], len(validation)
+    return SpeedMeasurement(name, requests, runs, candidates, prompts, result, parity, difference, served)
+
+
+def _decode_heldout(test: ServerSpeedTest, heldout: Sequence[Prompt]) -> list[Row]:
+    """Return rows of table `requests`: all held-out prompts, untimed, with each drafter and its trained block size."""
+    setting, rows = replace(test.settings[0], concurrency=max(test.config.concurrency)), list[Row]()
+    for arm, drafter in test.drafters.items():
+        table, size = test.ctx.work / "served" / f"{arm}.parquet", test.trained[arm]
+        if not table.exists():
+            test.ctx.log(f"{arm}: {len(heldout)} held-out prompts, for tau as served")
+            with test.server(drafter, size, table.parent / arm) as engine:
+                requests = requests_for(heldout, test.config, setting, test.ctx.seed)
+                answers, *_ = test.decode(engine, requests, setting)
+            run = TimedRun(engine.name, 0, 0, arm, size, setting)
+            write_table(table, REQUESTS, [run.request_row(answer) for answer in answers])
+        rows += read_table(table, REQUESTS).to_pylist()
+    return rows
 
 
 def _start_round(folder: Path, arms: Sequence[str]) -> None:
@@ -278,6 +298,7 @@ def _check_parity(test: ServerSpeedTest, sizes: Mapping[str, int], heldout: Sequ
             float32=dtype == "float32",
             greedy=sampling.greedy,
             allowed=config.max_parity_mismatch,
+            same_target=TargetDifference.read_if_there(work) is None,
             subject=f"drafter {arm}: ",
         )
         try:

@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 
 from draftsmith.artifacts.host import all_gpus
-from draftsmith.artifacts.results.evaluation import Exactness, Machine, Parity
+from draftsmith.artifacts.results.evaluation import Exactness, Machine, Parity, TargetDifference
 from draftsmith.stages.data.trajectories import Prompt, request_seed
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.evaluation.config import EvaluationConfig
@@ -44,6 +44,8 @@ class SpeedMeasurement:
     validation_prompts: int  # that the candidates decoded, each of them once
     exactness: Exactness
     parity: dict[str, Parity] | None = None  # by arm; None: nothing was served
+    target_difference: TargetDifference | None = None  # of the servers' target from transformers'
+    heldout: Sequence[Row] = ()  # then: requests of all held-out prompts with every drafter, untimed
 
 
 @dataclass(frozen=True)

@@ -192,6 +192,7 @@ def check_parity(
         float32=served_with.get("dtype") == read_target_info(ctx.inputs["target"]).dtype == "float32",
         greedy=served_with.get("temperature") == 0,
         allowed=config.max_parity_mismatch,
+        same_target="differs" not in served_with,
     )
     ids = trajectories.ids
     replayed = KeyedRows(RowReader(ctx.out / "verify_steps.parquet", VERIFY_STEPS), ids)

@@ -42,17 +42,23 @@ class ParityTolerance:
     float32: bool  # both were computed in float32
     greedy: bool  # decoding was greedy
     allowed: float  # max_parity_mismatch
+    same_target: bool = True  # served as transformers computes it; else its own difference changes steps too
     subject: str = ""  # whose steps, for the error, e.g. "drafter sft: "
 
     @property
     def limit(self) -> float:
         """The share of steps that may differ."""
-        return 0.0 if self.float32 and self.greedy and self.allowed < 1 else self.allowed
+        return 0.0 if self.exact and self.greedy and self.allowed < 1 else self.allowed
+
+    @property
+    def exact(self) -> bool:
+        """Return whether log-probs and proposals are equal but for the order of float32's sums."""
+        return self.float32 and self.same_target
 
     def error(self, problem: str, share: float) -> DraftsmithError:
         """Return the error for a share of steps over the limit."""
         bound = "float32 with greedy decoding allows none"
-        if self.limit or not (self.float32 and self.greedy):
+        if self.limit or not (self.exact and self.greedy):
             bound = f"{self.section}.max_parity_mismatch allows {self.limit:.1%}"
         return DraftsmithError(f"{self.section}: {self.subject}{problem} ({share:.1%}, {bound}). {_CAUSE}")
 
@@ -103,7 +109,7 @@ class StepComparison:
         known = served["trajectory_id"].unique()
         replayed = select_in_order(replayed, "trajectory_id", known)
         _, in_served, in_replayed = np.intersect1d(_keys(served, known), _keys(replayed, known), return_indices=True)
-        exact = self._tolerance.float32
+        exact = self._tolerance.exact
         equal = _same(served.take(in_served), replayed.take(in_replayed), exact=exact)
         self._served += served.num_rows
         self._replayed += replayed.num_rows
@@ -131,7 +137,7 @@ class StepComparison:
         largest = self._largest_difference
         if largest is not None:
             metrics["largest_logprob_difference"] = largest
-            if tolerance.float32 and tolerance.allowed < 1 and not largest <= LOGPROB_TOLERANCE:
+            if tolerance.exact and tolerance.allowed < 1 and not largest <= LOGPROB_TOLERANCE:
                 raise DraftsmithError(
                     f"{tolerance.section}: {tolerance.subject}the target's log-probs that the engine recorded differ "
                     f"from replay's by up to {largest:.2g} in float32 ({LOGPROB_TOLERANCE:g} is allowed). The engine "
@@ -149,9 +155,9 @@ def check_tau(
     served: [answers] verify steps that the engine counted; 0 where it drafted nothing.
     replayed: [answers] verify steps of replay.
 
-    Raises DraftsmithError if the served tau is measurably lower than that of replay, if it differs by more than
-    `tolerance.allowed`, or if the engine accepted nothing where replay accepts. In float32 with greedy decoding, the
-    counts of every answer must be equal.
+    Raises DraftsmithError if the served tau differs by more than `tolerance.allowed`, or if the engine accepted nothing
+    where replay accepts; of the same target also if it is measurably lower than that of replay, and in float32 with
+    greedy decoding if the counts of any answer differ.
     """
     counted = np.where(served == 0, committed, served).astype(np.float64)
     tokens, steps = float(committed.sum()), float(replayed.sum())
@@ -169,7 +175,7 @@ def check_tau(
     if tolerance.allowed >= 1:
         return metrics
     extra_steps = float(counted.sum()) - steps  # that the engine needed more than replay
-    lower = high is not None and high < -TAU_TOLERANCE and extra_steps >= CERTAIN
+    lower = tolerance.same_target and high is not None and high < -TAU_TOLERANCE and extra_steps >= CERTAIN
     unused = served_tau <= 1.0 and tokens - steps >= CERTAIN
     inexact = tolerance.limit == 0 and bool((counted != replayed).any())
     if lower or unused or inexact or abs(difference.value) > tolerance.limit:

@@ -34,6 +34,8 @@ def drafters(review: Review, evaluation: EvaluationResult, *, short: bool = Fals
     digits = ".2f" if short else ".3f"
     others = [review.other] if short and review.other else _others(each.differences for each in review.variants)
     timed = [] if short else _others(each.speed_over for each in review.variants)
+    replayed = {} if short else {arm: each.tau_replayed for arm, each in evaluation.drafters.items()}
+    with_replayed = any(tau is not None for tau in replayed.values())
     rows = []
     for variant in review.variants:
         differences = [variant.differences.get(other) for other in others]
@@ -42,6 +44,7 @@ def drafters(review: Review, evaluation: EvaluationResult, *, short: bool = Fals
             [
                 f"{variant.name} ◂" if variant.is_challenger else variant.name,
                 variant.acceptance.text(digits) if variant.acceptance else ABSENT,
+                *([number(replayed.get(variant.arm), digits)] if with_replayed else []),
                 *((f"{d.value:+.2f}{d.mark}" if short else d.text("+.3f")) if d else ABSENT for d in differences),
                 number(variant.tokens_per_s, ",.1f"),
                 f"{variant.speedup.text(digits)}{' *' * variant.unreliable}" if variant.speedup else ABSENT,
@@ -49,9 +52,13 @@ def drafters(review: Review, evaluation: EvaluationResult, *, short: bool = Fals
                 *([] if short else [number(_block_size(variant.arm, evaluation), "d")]),
             ]
         )
-    head = ["", "acceptance length", *(f"vs {name_of(other)}" for other in others), "tokens/s", "speed-up"]
+    head = ["", "acceptance length", *(["by replay under transformers"] if with_replayed else [])]
+    head += [*(f"vs {name_of(other)}" for other in others), "tokens/s", "speed-up"]
     head += [] if short else [*(f"speed vs {name_of(other)}" for other in timed), "block"]
-    return Table(head, rows, "Drafters", _legend(rows, review))
+    caption = _legend(rows, review)
+    if evaluation.target_difference is not None:
+        caption += f"  As served, with {evaluation.target_difference.text}."
+    return Table(head, rows, "Drafters", caption.strip())
 
 
 def _block_size(arm: str, evaluation: EvaluationResult) -> int | None:

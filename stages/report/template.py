@@ -137,7 +137,9 @@ PAGE = """
 {{ table(tables.drafters) }}
 {%- if review %}
 <p class="quiet">Acceptance length: tokens per verify step, the target's own token included (+1). SGLang logs the same
-as accept length, vLLM as mean acceptance length. Measured by replay of the same held-out answers for all drafters.</p>
+as accept length, vLLM as mean acceptance length. Measured by {% if as_served -%}
+the verify steps that servers counted on the same held-out prompts for all drafters
+{%- else %}replay of the same held-out answers for all drafters{% endif %}.</p>
 {{ bullets(review.speed_warnings) }}
 {%- endif %}
 {%- call fold("Acceptance by position in the block") %}{{ plot(plots.by_offset) }}{% endcall %}

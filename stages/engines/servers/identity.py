@@ -24,8 +24,9 @@ from draftsmith.stages.target.info import TargetInfo, model_path, read_target_in
 from draftsmith.stages.target.loading import model_without_weights
 
 TOLERANCE = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}  # nats, of the mean; the coarser of the two dtypes'
-# nats, of the mean, of a server of unknown weights that quantises: 8 bits of weights, activations or cache made 0.02 to
-# 0.18 of SmolLM2-135M and the test bed's target, another revision of the latter 4.5 (python -m tests.benchmarks.handshake)
+# nats, of the mean, of a server of unknown weights that quantises: 8 bits of weights, activations or cache moved
+# SmolLM2-135M and the test bed's target by up to 0.18, another revision of the latter is 4.5 away
+# (`python -m tests.benchmarks.handshake`).
 QUANTISED_TOLERANCE = 0.3
 _SAME = {"bf16": "bfloat16", "half": "float16", "float": "float32"}  # names of dtypes
 _LOCK = threading.Lock()

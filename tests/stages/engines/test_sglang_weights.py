@@ -114,7 +114,7 @@ def test_the_targets_own_quantisation_is_no_difference(plain: ServerRequirements
         assert check(running, expected, ours=True).target_difference is None
 
 
-def test_other_weights_are_refused_though_the_server_quantises(plain: ServerRequirements, other_revision: Path) -> None:
+def test_other_weights_are_refused_though_the_server_quantises(plain: ServerRequirements) -> None:
     """Unless it is known that they are the target's: then the difference is measured, however large."""
     expected = of_hub(plain)
     ours = own_logprobs(plain.target_folder, plain.scored_ids, print)[""]
