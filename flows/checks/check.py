@@ -17,7 +17,12 @@ from draftsmith.artifacts.home import home
 from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.checks.drafters import check_gate, check_sampling
-from draftsmith.flows.checks.engines import check_engines, check_parallel, check_shared_target
+from draftsmith.flows.checks.engines import (
+    check_engines,
+    check_parallel,
+    check_served_targets,
+    check_shared_target,
+)
 from draftsmith.flows.checks.findings import Findings, RaisingFindings
 from draftsmith.flows.checks.models import (
     DrafterPlans,
@@ -70,6 +75,7 @@ def check(config: RunOptions, pipeline: Pipeline, home: Path, gpu: GpuRates | No
         if shutil.which(program) is None:
             findings.warn(field, f"{program}: no such program here. Correct the name or give its path.")
     nodes: list[Node] = []
+    planned: Sequence[PlannedNode] = ()
     with findings.check("graph"):
         nodes = topological_order(pipeline.nodes(config))
         findings.ok("graph", f"{len(nodes)} nodes: {', '.join(node.name for node in nodes)}")
@@ -86,6 +92,8 @@ def check(config: RunOptions, pipeline: Pipeline, home: Path, gpu: GpuRates | No
     with tempfile.TemporaryDirectory(prefix="draftsmith-check-") as scratch:
         if fetch_target_metadata(findings, nodes, Path(scratch)):
             plans = _with_target(findings, nodes, nodes, Path(scratch), whole=False)
+            stored = [item.ref.path for item in planned if item.ref is not None and item.node.stage.name == "target"]
+            check_served_targets(findings, to_make, Path(scratch), stored[0] if stored else None)
             with findings.check("resources"):
                 machine = Hardware.here() if gpu is None else Hardware.assumed(gpu)
                 sizes = model_sizes(nodes, Path(scratch), plans, machine)

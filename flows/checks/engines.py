@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from draftsmith.flows.checks.drafters import drafts_on_sglang, server_engine, se
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.execution.machine import gpus
 from draftsmith.flows.planning.graph import Node
+from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import GREEDY_ONLY, SGLangEngineConfig
 from draftsmith.stages.engines.environment import EngineEnvironment, health_problem, inspect_environment
 from draftsmith.stages.engines.sglang.environment import build_problems, environment_warnings, missing_router
@@ -52,6 +54,27 @@ def _check_sglang(findings: Findings, check: str, config: SGLangEngineConfig, in
     if gpus() and not config.launch.on_cpu:
         for problem in build_problems(config, gpu_driver()):
             findings.error(check, problem)
+
+
+def check_served_targets(findings: Findings, nodes: Sequence[Node], artifact: Path, stored: Path | None) -> None:
+    """Report where servers compute another target than transformers; of running ones, by how much.
+
+    artifact: the target's, perhaps without weights. stored: with its weights, None if the store has none.
+    """
+    from draftsmith.stages.engines.kinds import differing_settings, open_servers  # import torch
+    from draftsmith.stages.engines.servers.requirements import server_requirements
+
+    for node in nodes:
+        engine = server_engine(node)
+        if engine is None or not (settings := differing_settings(engine, read_target_info(artifact))):
+            continue
+        with findings.check(node.name), tempfile.TemporaryDirectory() as scratch:
+            text = f"{', '.join(settings)}: a run measures the difference of log-probs"
+            if engine.urls and stored is not None:
+                required = server_requirements(engine, stored, None, DraftingConfig(), 1)
+                with open_servers(engine, required, Path(scratch), lambda _line: None) as servers:
+                    text = servers.target_difference.text if servers.target_difference is not None else text
+            findings.warn(node.name, f"transformers computes another target than its servers. {text}.")
 
 
 def _check_gpus(findings: Findings, nodes: Sequence[Node]) -> None:

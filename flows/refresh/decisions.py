@@ -32,6 +32,7 @@ from draftsmith.flows.refresh.line import (
     check_held_out,
     failed_rules,
     log_tags,
+    promotion_metrics,
     registry,
     tag_refreshed,
     version_tags,
@@ -179,6 +180,10 @@ class RefreshPolicy:
         evaluation = EvaluationResult.read(folders["evaluation"])
         settings = measured_with(self.config)
         tags = version_tags(evaluation, decision, folders[decision.challenger], self.config.prompts, settings)
+        if evaluation.target_difference is not None:  # a drift check replays, so it compares with replay
+            replayed = EvaluationResult.read(folders["evaluation"], EvaluationResult.ACCEPTANCE_FILE)
+            replayed = replayed.model_copy(update={"speed": evaluation.speed})
+            tags["figures"] = json.dumps(promotion_metrics(replayed, decision.challenger))
         tags |= log_tags(folders["logs"]) if "logs" in folders else {}
         return tags | ({"report": str(folders["report"] / "report.html")} if "report" in folders else {})
 

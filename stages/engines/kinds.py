@@ -13,12 +13,16 @@ from draftsmith.stages.engines.config import ServerEngineConfig, SGLangEngineCon
 from draftsmith.stages.engines.servers.api import ServerApi
 from draftsmith.stages.engines.servers.client import RequestLostError, key_header, unreachable_server
 from draftsmith.stages.engines.servers.engine import ServerEngine, open_engine, proceed
+from draftsmith.stages.engines.servers.identity import ServedTarget, launched_target
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
 from draftsmith.stages.engines.sglang.api import SGLangApi
+from draftsmith.stages.engines.sglang.handshake import reported_target as target_of_sglang
 from draftsmith.stages.engines.sglang.handshake import served_block_size as block_size_of_sglang
 from draftsmith.stages.engines.vllm.api import VLLMApi
 from draftsmith.stages.engines.vllm.handshake import is_vllm
+from draftsmith.stages.engines.vllm.handshake import reported_target as target_of_vllm
 from draftsmith.stages.engines.vllm.handshake import served_block_size as block_size_of_vllm
+from draftsmith.stages.target.info import TargetInfo
 
 
 def open_servers(
@@ -36,6 +40,23 @@ def open_servers(
         assert isinstance(config, SGLangEngineConfig)
         api = SGLangApi(config, required, log)
     return open_engine(api, config, required, work, log, check)
+
+
+def differing_settings(config: ServerEngineConfig, target: TargetInfo) -> list[str]:
+    """Return the settings by which servers compute another target than transformers.
+
+    Of servers to be launched by their options; of running ones as they report, if they answer and are no router.
+    """
+    if config.launch is not None:
+        return launched_target(config.launch.options).differs(target)
+    ask = target_of_vllm if isinstance(config, VLLMEngineConfig) else target_of_sglang
+
+    async def reported() -> list[ServedTarget | BaseException]:
+        async with httpx.AsyncClient(headers=key_header(config.api_key())) as client:
+            return await asyncio.gather(*(ask(client, url) for url in config.urls), return_exceptions=True)
+
+    found = [each.differs(target) for each in asyncio.run(reported()) if isinstance(each, ServedTarget)]
+    return list(dict.fromkeys(setting for settings in found for setting in settings))
 
 
 def identify(url: str, api_key_env: str | None) -> tuple[ServerEngineConfig, int | None]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
+from draftsmith.artifacts.results.evaluation import EvaluationResult
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import REQUESTS, TRAJECTORIES
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
@@ -92,6 +93,24 @@ def test_served_steps_are_replayed_steps(metrics: dict[str, Any]) -> None:
     parity = metrics["parity"]["sft"]
     assert parity["served_steps"] > 10
     assert (parity["different_steps"], parity["tau_difference"]) == (0, 0)
+
+
+def test_a_target_with_another_cache_is_judged_by_its_own_steps(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, sglang_env: Path
+) -> None:
+    """Keys and values are rounded to bfloat16, everything else is computed in float32."""
+    launch = {"options": {**CPU_OPTIONS, "kv-cache-dtype": "bfloat16"}, "environment": CPU_ENVIRONMENT}
+    engine = {"kind": "sglang", "python": str(sglang_env), "launch": launch}
+    ctx = RecordingContext.under(tmp_path, inputs(tiny_drafter))
+    STAGE.run(ctx, config_of(sglang_env, engine=engine, concurrency=[4], speed_prompts=2))
+    found = EvaluationResult.read(ctx.out)
+    difference, sft, parity = found.target_difference, found.drafters["sft"], (found.parity or {})["sft"]
+    assert difference is not None and difference.settings == ["kv_cache_dtype bfloat16"]
+    assert difference.mean is not None and 1e-3 < difference.mean < 0.02
+    replayed = EvaluationResult.read(ctx.out, EvaluationResult.ACCEPTANCE_FILE).drafters["sft"]
+    assert sft.tau_replayed == replayed.tau and sft.tau == pytest.approx(replayed.tau, rel=0.1)
+    assert sft.prompts == 60 and "servers counted" in found.definition_of_tau
+    assert parity.mismatch_share is not None, "in float32 a single step would be refused otherwise"
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,7 @@ from draftsmith.stages.engines.base import Completion
 from draftsmith.stages.engines.config import VLLMEngineConfig
 from draftsmith.stages.engines.kinds import open_servers
 from draftsmith.stages.engines.servers.drafting import speculative_algorithm
+from draftsmith.stages.engines.servers.identity import QUANTISED_TOLERANCE
 from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.engines.servers.state import NewDrafter
 from draftsmith.stages.engines.stage import STAGE as ROLLOUT
@@ -47,12 +48,15 @@ from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.stage import STAGE as MINING
 from draftsmith.stages.replay.stage import MiningConfig
 from draftsmith.stages.replay.trace import Trace, tau
+from draftsmith.stages.target.config import TargetConfig
+from draftsmith.stages.target.describe import describe
+from draftsmith.stages.target.info import model_path, write_target_info
 from draftsmith.stages.target.sampling import SamplingParams
 from tests.integration.swapping import dflash2, dspark, line_of_two, write_other_weights
 from tests.stages.bench import GREEDY_TOKENS, Bench
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
-from tests.vllm_cpu.server import LONGEST, launched, running_server, vllm_python
+from tests.vllm_cpu.server import LONGEST, OPTIONS, launched, running_server, vllm_python
 
 PYTHON = vllm_python()
 pytestmark = [
@@ -326,6 +330,23 @@ def test_a_launched_rollout_is_that_of_the_embedded_engine_and_passes_parity(
     assert not (theirs.work / "servers" / "drafter").exists(), "the exported drafter is removed"
     parity = mine(tmp_path / "mined", tiny_drafter, theirs.out)
     assert parity["served_steps"] > 100 and (parity["different_steps"], parity["tau_difference"]) == (0, 0)
+
+
+def test_a_quantised_target_with_a_quantised_cache_is_measured(
+    tiny_drafter: DrafterArtifacts, python: Path, tmp_path: Path
+) -> None:
+    """Each moves the log-probs of this target by 0.15 nats in the mean."""
+    model = model_path(tiny_drafter.target)
+    bfloat16 = TargetConfig(source=str(model), dtype="bfloat16")
+    write_target_info(describe(model, bfloat16, kind="folder", location=str(model), revision=None), tmp_path)
+    fields = launched(python)
+    fields["launch"] |= {"options": {**OPTIONS, "quantization": "fp8_per_channel", "kv-cache-dtype": "fp8"}}
+    config = VLLMEngineConfig.model_validate(fields)
+    required = server_requirements(config, tmp_path, None, DraftingConfig(), LONGEST)
+    with open_servers(config, required, tmp_path, print) as engine:
+        found = engine.target_difference
+    assert found is not None and found.settings == ["quantization fp8_per_channel", "kv_cache_dtype fp8"]
+    assert found.mean is not None and 0.1 < found.mean < QUANTISED_TOLERANCE
 
 
 def one_layer_higher(drafter: Path) -> None:

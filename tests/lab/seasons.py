@@ -194,7 +194,7 @@ def rounded(weights: Mapping[str, torch.Tensor], bits: int, group: int | None = 
     return result
 
 
-def _copy_target(source: Path, out: Path, weights: Mapping[str, torch.Tensor]) -> None:
+def copy_target(source: Path, out: Path, weights: Mapping[str, torch.Tensor]) -> None:
     """Write a model's folder with other weights; the tokenizer in one line."""
     out.mkdir(parents=True)
     for path in source.iterdir():
@@ -224,7 +224,7 @@ def _shipped(name: str) -> str:
         else:
             source = Path(_shipped("target-1" if name == "target-2" else "target-2"))
             weights = load_file(source / "model.safetensors")
-        _copy_target(source, folder, rounded(weights, bits=8) if name == "target-2" else weights)
+        copy_target(source, folder, rounded(weights, bits=8) if name == "target-2" else weights)
         if name == "target-3":
             (folder / "chat_template.jinja").write_text(SYSTEM_TURN + CHAT_TEMPLATE)
     return str(folder)
@@ -271,7 +271,7 @@ def _smollm2(name: str) -> str:
         (folder / "artifact").mkdir()
         resolve_target(TargetConfig(source=_SMOLLM2), folder / "artifact", print)
         source = folder / "artifact" / "model"
-        _copy_target(source, folder / "model", rounded(load_file(source / "model.safetensors"), bits=4, group=32))
+        copy_target(source, folder / "model", rounded(load_file(source / "model.safetensors"), bits=4, group=32))
         shutil.rmtree(folder / "artifact")
 
     return str(folders.cached("season-smollm2-4-bits", build, extra="groups of 32") / "model")

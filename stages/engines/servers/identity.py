@@ -17,6 +17,7 @@ import torch
 
 from draftsmith.artifacts.host import free_memory_bytes
 from draftsmith.artifacts.results.evaluation import TargetDifference
+from draftsmith.stages.engines.config import Options, option_name
 from draftsmith.stages.engines.servers.client import get_json, json_object, query, wrong_server
 from draftsmith.stages.engines.servers.requirements import PROBE_TEXT, ServerRequirements
 from draftsmith.stages.target.causal_lm import Target
@@ -79,6 +80,13 @@ class ServedTarget:
         if any(not setting.startswith("dtype ") for setting in self.differs(target)):
             return QUANTISED_TOLERANCE
         return max(TOLERANCE[target.dtype], TOLERANCE.get(self.dtype or target.dtype, TOLERANCE["bfloat16"]))
+
+
+def launched_target(options: Options, url: str = "", path: str = "") -> ServedTarget:
+    """Return what a server that is started here computes by its options."""
+    given = {option_name(key): str(value) for key, value in options.items()}
+    quantization = given.get("quantization") or given.get("torchao-config")
+    return ServedTarget(url, path, None, quantization, given.get("kv-cache-dtype"), known=True)
 
 
 @dataclass(frozen=True)

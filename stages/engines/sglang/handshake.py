@@ -200,6 +200,11 @@ async def _is_greedy_only(client: httpx.AsyncClient, url: str, server: Json, req
     return server.get("device") == "cpu" or await verifies_greedily(client, url, required.target, required.probe_ids)
 
 
+async def reported_target(client: httpx.AsyncClient, url: str) -> ServedTarget:
+    """Return what a server says of the target that it computes."""
+    return _served_target(url, "", await get_json(client, url, "server_info", "get_server_info"), ours=False)
+
+
 def _served_target(url: str, path: str, server: Json, *, ours: bool) -> ServedTarget:
     """Return what a server's /server_info says of the target. path: the model that it serves."""
     quantization = server.get("quantization") or server.get("torchao_config")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import httpx
 
 from draftsmith.stages.engines.base import Request
-from draftsmith.stages.engines.config import Options, option_name
+from draftsmith.stages.engines.config import Options
 from draftsmith.stages.engines.servers.api import ServerInfo
 from draftsmith.stages.engines.servers.client import (
     Json,
@@ -27,7 +27,13 @@ from draftsmith.stages.engines.servers.client import (
     unreachable_server,
     wrong_server,
 )
-from draftsmith.stages.engines.servers.identity import ServedTarget, check_adapters, check_tokenizer, compare_weights
+from draftsmith.stages.engines.servers.identity import (
+    ServedTarget,
+    check_adapters,
+    check_tokenizer,
+    compare_weights,
+    launched_target,
+)
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
 from draftsmith.stages.engines.vllm.records import completion_payload, drafting_metrics, read_completion
 
@@ -58,7 +64,7 @@ async def check_server(
         remarks, difference = list[str](), None
         await check_adapters(client, url, required)
         path = str(card.get("root") or card.get("id"))
-        served = _launched_target(url, path, options or {}) if ours else await _served_target(client, url, path)
+        served = launched_target(options or {}, url, path) if ours else await reported_target(client, url, path)
         if not ours:
             remarks += await check_tokenizer(client, url, served.path, required)
         for adapter in ("", *required.adapters) if not ours else [""] if served.differs(required.target) else ():
@@ -85,13 +91,7 @@ async def check_server(
     return ServerInfo(version, records, remarks=remarks, target_difference=difference)
 
 
-def _launched_target(url: str, path: str, options: Options) -> ServedTarget:
-    """Return what a server that was started here computes by its options."""
-    given = {option_name(key): str(value) for key, value in options.items()}
-    return ServedTarget(url, path, None, given.get("quantization"), given.get("kv-cache-dtype"), known=True)
-
-
-async def _served_target(client: httpx.AsyncClient, url: str, path: str) -> ServedTarget:
+async def reported_target(client: httpx.AsyncClient, url: str, path: str = "") -> ServedTarget:
     """Return what a server reports: a stock one its cache's dtype alone, one in development mode its config."""
     response = await query(client, "GET", f"{url}/server_info?config_format=json")
     if response.status_code == 200:

@@ -66,6 +66,24 @@ def test_a_refresh_continues_if_forced_or_if_the_last_one_is_too_old(
     assert stops() == "Current", "a refused refresh counts, and replaces the tag of a wrong clock"
 
 
+def test_drift_is_judged_by_replay_where_another_target_is_served(
+    line: str, home: Path, drafters: list[ArtifactRef]
+) -> None:
+    """Its tau is 2.6 as served, which servers are watched by, and 2.5 by replay, as in the drift check."""
+    made = gated(Store(home / "store"), drafters[0], tau=2.6)
+    evaluation, speed = made["evaluation"].path, {"opd": {"tokens_per_s": 100.0, "speedup": 1.2}}
+    served = {"settings": ["quantization fp8"], "tokens": 9, "mean": 0.1, "largest": 0.7}
+    content = json.loads((evaluation / "evaluation.json").read_text())
+    (evaluation / "evaluation.json").write_text(json.dumps(content | {"target_difference": served, "speed": speed}))
+    content["drafters"]["opd"] |= {"tau": 2.5, "tau_low": 2.4, "tau_high": 2.6}
+    (evaluation / "acceptance.json").write_text(json.dumps(content | {"speed": {}}))
+    finished(config_of(line), made)
+    (version,) = registry().versions(line)
+    figures = version.metrics()["all"]
+    assert (figures["tau"], figures["low"], figures["speedup"]) == (2.5, 2.4, 1.2)
+    assert (version.tags["tau"], json.loads(version.tags["tau_interval"])) == ("2.6000", [2.5, 2.7])
+
+
 @pytest.mark.parametrize("lost", ["the alias", "the version"])
 def test_a_line_whose_champion_was_deleted_in_mlflow_is_an_error(
     lost: str, line: str, home: Path, drafters: list[ArtifactRef]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from pydantic import ValidationError
 
@@ -15,12 +17,15 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.drafters.checkpoint_format import is_speculators
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Request
-from draftsmith.stages.engines.config import VLLMEngineConfig
+from draftsmith.stages.engines.config import Options, VLLMEngineConfig
 from draftsmith.stages.engines.environment import inspect_environment
 from draftsmith.stages.engines.kinds import identify
+from draftsmith.stages.engines.servers.api import ServerInfo
 from draftsmith.stages.engines.servers.drafting import served_block_size
+from draftsmith.stages.engines.servers.identity import own_logprobs
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
 from draftsmith.stages.engines.stage import RolloutConfig
+from draftsmith.stages.engines.vllm.handshake import check_server
 from draftsmith.stages.engines.vllm.server import server_command
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from tests.stages.engines.http_server import HttpServer, serving
@@ -131,6 +136,37 @@ def test_servers_of_something_else_are_refused(
         opened(on(server), drafter=assisted.drafter_folder),
     ):
         pass
+
+
+@pytest.mark.parametrize("known_by", ["metrics", "development mode", "options"])
+def test_a_cache_of_another_dtype_is_measured(plain: ServerRequirements, known_by: str) -> None:
+    """A stock server reports its cache in its metrics, beside other labels."""
+    ours = own_logprobs(plain.target_folder, plain.scored_ids, print)[""]
+    vllm_config = {
+        "model_config": {"dtype": "torch.float32", "quantization": None}, "cache_config": {"cache_dtype": "fp8"}
+    }  # fmt: skip
+    replies: dict[str, dict[str, Any]] = {
+        "metrics": {
+            "metrics": lambda _: '# HELP\nvllm:cache_config_info{a="1",cache_dtype="fp8",mamba_cache_dtype="auto"} 1'
+        },
+        "development mode": {"server_info?config_format=json": lambda _: {"vllm_config": vllm_config}},
+    }
+
+    def scored(payload: dict[str, Any]) -> dict[str, Any]:
+        done = completion(payload)
+        if "prompt_logprobs" in payload:
+            pairs = zip(payload["prompt"][1:], ours, strict=True)
+            done["choices"][0]["prompt_logprobs"] = [None, *({str(t): {"logprob": p + 0.2}} for t, p in pairs)]
+        return done
+
+    async def check(url: str) -> ServerInfo:
+        async with httpx.AsyncClient(trust_env=False) as client:
+            options: Options | None = {"kv_cache_dtype": "fp8"} if known_by == "options" else None
+            return await check_server(client, url, plain, print, ours=known_by == "options", options=options)
+
+    with server_of(plain, scored, **replies.get(known_by, {})) as server:
+        found = asyncio.run(check(server.url)).target_difference
+    assert found is not None and found.settings == ["kv_cache_dtype fp8"] and found.mean == pytest.approx(0.2, rel=1e-3)
 
 
 def test_the_engine_of_an_address_is_found(plain: ServerRequirements, assisted: ServerRequirements) -> None:

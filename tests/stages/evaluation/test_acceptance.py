@@ -5,12 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from draftsmith.artifacts.results.evaluation import EvaluationResult
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.evaluation.acceptance import (
     STEPS,
     ContextCollector,
     acceptance_table,
+    as_served,
     has_loop,
+    served_tallies,
     slices,
     tau_by_slice,
     tau_comparisons,
@@ -52,6 +55,26 @@ def test_acceptance_table_by_hand() -> None:
     assert with_control["opd"].differences["control"] == with_control["opd"].differences["sft"]
     assert with_control["control"].differences["sft"].to_json() == {"value": 0, "low": 0, "high": 0}
     assert acceptance_table(tallies(sft=sft), ["a", "b"], [True, True])["sft"].tau_without_loops is None
+
+
+def test_tau_as_served_by_hand() -> None:
+    """The first answer of sft had no drafts, the last answers have a token each and no step."""
+    counts = {"champion": [(13, 6), (9, 4), (1, 0)], "sft": [(5, 0), (9, 2), (1, 0)]}
+    rows = [
+        {"arm": arm, "tokens": tokens, "verify_steps": steps} for arm, own in counts.items() for tokens, steps in own
+    ]
+    replay = [[trace(13, [4, 8], [3, 3])]] * 2
+    drafters = acceptance_table(tallies(champion=replay[0], sft=replay[1]), ["a"], [False])
+    replayed = EvaluationResult(drafters=drafters, loop_share=0.0)
+    served = served_tallies(rows, ["champion", "sft"])
+    found = as_served(replayed, served, ["a", "b", "c"], [["set"], ["set"], ["set"]])
+    champion, sft = found.drafters["champion"], found.drafters["sft"]
+    assert (champion.tau, champion.tau_replayed, champion.verify_steps) == (20 / 10, 4.0, 10)
+    assert (sft.tau, sft.tau_replayed, sft.acceptance_by_offset) == (12 / 6, 4.0, drafters["sft"].acceptance_by_offset)
+    assert sft.differences["champion"].value == 0.0 and sft.tau_low is not None
+    (overall, of_set) = found.compared("tau", "sft", "champion")
+    assert (overall.set, overall.value, overall.base, overall.units) == (None, 0.0, 2.0, 2)
+    assert of_set.set == "set" and found.sets["set"]["sft"].tau == 2.0
 
 
 def test_answers_to_one_prompt_are_one_observation() -> None:

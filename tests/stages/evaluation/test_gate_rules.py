@@ -257,6 +257,15 @@ def test_outputs_that_differ_need_a_reason(exact: dict[str, Any], outcome: str) 
     assert decide(found, GateConfig()).outcome == outcome
 
 
+def test_a_target_that_is_served_otherwise_has_near_ties_in_float32_too() -> None:
+    exact = {"identical_share": 0.1, "serving_dtype": "float32", "median_margin": 0.1}
+    difference = {"settings": ["kv_cache_dtype bfloat16"], "tokens": 9, "mean": 0.005, "largest": 0.02}
+    found = evaluation(np.random.default_rng(1), 0.05) | {"exactness": exact, "target_difference": difference}
+    decision = decide(found, GateConfig())
+    assert decision.outcome == "promoted"
+    assert next(rule.text for rule in decision.rules if rule.name == "tau").endswith("wanted, as served")
+
+
 def test_a_true_gain_at_the_threshold_is_promoted_in_at_most_5_percent() -> None:
     """The champion's tau has an error too."""
     rng, repetitions = np.random.default_rng(5), 300

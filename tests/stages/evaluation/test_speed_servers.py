@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageInterrupted
-from draftsmith.artifacts.results.evaluation import Acceptance, EvaluationResult, Machine
+from draftsmith.artifacts.results.evaluation import Acceptance, EvaluationResult, Machine, TargetDifference
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.spec import DraftingConfig
@@ -84,11 +84,16 @@ class StandIn(ServerSpeedTest):
     retracts: bool = False
     full: bool = False
     loses: int = 0
+    quantised: TargetDifference | None = None  # then the target's weights are rounded to fp8
 
     @contextmanager
     def server(self, drafter: Path | None, block_size: int, work: Path) -> Iterator[Any]:
         self.started.append((work.name if drafter else "plain", block_size))
         target = Target.load(self.ctx.inputs["target"])
+        if self.quantised is not None:
+            self.quantised.write(self.ctx.work)
+            for parameter in target.model.parameters():
+                parameter.copy_(parameter.to(torch.float8_e4m3fn))
         loaded = load_drafter(drafter, target) if drafter else None
         drafting = DraftingConfig(block_size=block_size) if drafter else None
         engine = EmbeddedEngine(target, loaded, capacity=400, drafting=drafting)
@@ -181,6 +186,35 @@ def test_an_engine_that_needs_more_steps_than_replay_is_an_error_without_a_trace
     assert found.parity is not None
     difference = found.parity["wide"].tau_difference
     assert difference is not None and difference < 0.05, "near-ties of bfloat16; a fifth is ten times as much"
+
+
+def test_a_quantised_target_is_judged_by_its_own_steps(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are not those of replay. All held-out prompts are decoded once, in blocks as trained."""
+    inputs = {"target": tiny_drafter.target}
+    config = CONFIG.model_copy(update={"block_sizes": (7,), "concurrency": (1, 4), "rounds": 1, "parity_prompts": 40})
+    difference = TargetDifference(settings=["quantization fp8"], tokens=9, mean=0.1, largest=0.7)
+    quantised = served(
+        RecordingContext.under(tmp_path / "it", inputs), tiny_drafter, config=config, quantised=difference
+    )
+    found = measure(quantised, tiny_drafter)
+    assert found.target_difference == difference and found.parity is not None
+    assert 0 < (found.parity["wide"].mismatch_share or 0.0) < 0.35
+    assert quantised.started[-2:] == [("wide", 8), ("narrow", 5)]
+    prompts = [prompt.prompt_id for prompt in prompts_to_decode(config, tiny_drafter.prompts)[0]]
+    assert [(row["arm"], row["prompt_id"]) for row in found.heldout] == [
+        (arm, prompt) for arm in ("wide", "narrow") for prompt in prompts
+    ]
+    assert {row["concurrency"] for row in found.heldout} == {4}
+    again = replace(quantised, started=[])
+    counts = [[row["verify_steps"] for row in each] for each in (measure(again, tiny_drafter).heldout, found.heldout)]
+    assert counts[0] == counts[1] and not again.started
+
+    monkeypatch.setattr(TargetDifference, "write", lambda *_: None)
+    ctx = RecordingContext.under(tmp_path / "unknown", inputs)
+    with pytest.raises(DraftsmithError, match="verify steps served by the engine differ from replay"):
+        measure(served(ctx, tiny_drafter, config=config, quantised=difference), tiny_drafter)
 
 
 def test_a_server_that_refuses_concurrent_requests_is_an_error(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:

@@ -270,6 +270,8 @@ def test_one_other_step_is_refused_in_float32_and_allowed_in_bfloat16(
     assert summary(ctx)["parity"]["different_steps"] == 1
     sampled = mine(tmp_path / "sampled", tiny_drafter, retold(trace, temperature=1.0))
     assert summary(sampled)["parity"]["different_steps"] == 1
+    quantised = mine(tmp_path / "quantised", tiny_drafter, retold(trace, differs=["quantization fp8"]))
+    assert summary(quantised)["parity"]["different_steps"] == 1
 
 
 def test_recorded_log_probs_are_compared(

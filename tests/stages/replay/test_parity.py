@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -152,6 +153,18 @@ def test_a_measurably_lower_served_tau_fails_even_within_the_limit(count: int) -
     ):
         tau_of(BF16, *answers(count, 4.84 / 6.0))
     assert tau_of(OFF, *answers(count, 4.84 / 6.0))["tau_difference"] == pytest.approx(-0.19, abs=0.03)
+
+
+def test_a_target_that_is_served_otherwise_may_lose_tau_and_change_steps() -> None:
+    other = replace(FP32, same_target=False)
+    assert tau_of(other, *answers(64, 4.84 / 6.0))["tau_difference"] == pytest.approx(-0.19, abs=0.03)
+    served = [*steps(9, logprobs=[-1.0] * 3), step(100, 2)]
+    found = check_steps(other, served, [*steps(9, logprobs=[-1.1] * 3), step(100, 1)])
+    assert (found["different_steps"], found["largest_logprob_difference"]) == (1, pytest.approx(0.1))
+    with pytest.raises(DraftsmithError, match=r"max_parity_mismatch allows 25\.0%"):
+        tau_of(other, *answers(64, 0.6))
+    with pytest.raises(DraftsmithError, match=r"max_parity_mismatch allows 25\.0%"):
+        check_steps(other, steps(6, accepted=2), steps(6))
 
 
 @pytest.mark.parametrize(("slower", "noise"), [(1.0, 0.15), (0.99, 0.05), (1.1, 0.05)])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from draftsmith.artifacts.results.evaluation import PLAIN, AnswerContext, EvaluationResult, LoadPoint
+from draftsmith.artifacts.results.evaluation import PLAIN, AnswerContext, EvaluationResult, LoadPoint, TargetDifference
 from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.stages.report.metrics import report_metrics
 from draftsmith.stages.report.page import ReportData, render_report
@@ -183,6 +183,18 @@ def test_speed_on_a_server_is_shown_by_setting(tmp_path: Path) -> None:
     page = render(tmp_path, sample(evaluation=SERVED))
     for text in ("Speed by setting", "980.8", "1,467.2", "0.688", "3 of 52", "3.320 in replay"):
         assert text in page.text, text
+
+
+def test_tau_as_served_stands_beside_that_of_replay_and_the_targets_difference(tmp_path: Path) -> None:
+    data = of_a_line()
+    assert "by replay under transformers" not in render(tmp_path, data).text
+    evaluation = data.evaluation
+    drafters = {arm: each.model_copy(update={"tau_replayed": 4.321}) for arm, each in evaluation.drafters.items()}
+    difference = TargetDifference(settings=["quantization fp8"], tokens=107, mean=0.123, largest=0.912)
+    served = evaluation.model_copy(update={"drafters": drafters, "target_difference": difference})
+    text = render(tmp_path, replace(data, evaluation=served)).text
+    assert "by replay under transformers" in text and "4.321" in text
+    assert "quantization fp8: log-probs of 107 fixed tokens are 0.12 nats from transformers' in the mean" in text
 
 
 def test_predicted_speeds_are_shown_by_load(tmp_path: Path) -> None:

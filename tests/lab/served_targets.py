@@ -1,0 +1,101 @@
+"""Drafters of a target in bfloat16 and rounded to int8, each on both: `python -m tests.lab.served_targets FOLDER`.
+
+The small target of the test bed is computed in bfloat16: as it is, and with its linear maps rounded to 8 bits, with one
+scale a row, as a server quantises weights. Each gives greedy answers to the same prompts, and drafters are trained on
+each. All are replayed on the held-out answers of both; on those of the rounded target also with hidden states of the
+other one, as by a gate that knows transformers' target alone. A finished stage is not run again.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, StoredTrajectories, load_trajectories
+from draftsmith.stages.drafters.checkpoint import load_drafter
+from draftsmith.stages.engines.servers.identity import own_logprobs
+from draftsmith.stages.engines.servers.requirements import SCORED_TEXT
+from draftsmith.stages.evaluation.acceptance import acceptance_table
+from draftsmith.stages.replay.options import ReplayOptions
+from draftsmith.stages.replay.replayer import Replayer
+from draftsmith.stages.replay.trace import AcceptanceStats
+from draftsmith.stages.target.causal_lm import Target
+from tests.lab.adapters import GREEDY, TRAINING, stage
+from tests.lab.seasons import copy_target, rounded
+from tests.testbed import target
+
+TARGETS = ("bfloat16", "int8")
+COUNTS = {"train": 400, "heldout": 120}
+STEPS, SEEDS = 600, (0, 1, 2)
+
+
+def artifacts(folder: Path, name: str) -> dict[str, Path]:
+    """Return the artifacts of a target, of the prompts, of its answers, and of a drafter for each seed."""
+    source = target.target_folder()
+    if name == "int8" and not (folder / "rounded").exists():
+        copy_target(source, folder / "rounded", rounded(load_file(source / "model.safetensors"), bits=8))
+    source = folder / "rounded" if name == "int8" else source
+    made = {"target": stage("target", folder / f"{name}-target", {"source": str(source), "dtype": "bfloat16"})}
+    prompts = {"sources": [{"kind": "jsonl", "path": str(target.prompts_file())}], "heldout_share": 0.25, **COUNTS}
+    made["prompts"] = stage("prompts", folder / f"{name}-prompts", prompts, made)
+    for split in COUNTS:
+        config = {"splits": [split], "sampling": GREEDY, "engine": {"slots": 32}}
+        made[split] = stage("rollout", folder / f"{name}-{split}", config, {n: made[n] for n in ("target", "prompts")})
+    inputs = {"target": made["target"], "trajectories": made["train"]}
+    for seed in SEEDS:
+        out = folder / f"{name}-sft-{seed}"
+        made[f"drafter-{seed}"] = stage("sft", out, TRAINING | {"steps": STEPS}, inputs, seed)
+    return made
+
+
+def over_seeds(
+    model: Target, made: Mapping[str, Mapping[str, Path]], answers: StoredTrajectories
+) -> dict[str, AcceptanceStats]:
+    """Return the steps of the drafters of each target on these answers, the seeds' together."""
+    drafters = {
+        f"{name} {seed}": load_drafter(each[f"drafter-{seed}"] / DRAFTER_FOLDER, model, any_target=True)
+        for name, each in made.items()
+        for seed in SEEDS
+    }
+    tallies = Replayer(model, ReplayOptions(with_proposals=False)).acceptance(drafters, answers.trajectories)
+    print({name: round(tally.tau, 3) for name, tally in tallies.items()})
+    found = {}
+    for name in made:
+        found[name] = AcceptanceStats(len(answers.trajectories))
+        for seed in SEEDS:
+            found[name].committed += tallies[f"{name} {seed}"].committed
+            found[name].steps += tallies[f"{name} {seed}"].steps
+    return found
+
+
+def main(folder: Path) -> None:
+    """Train all drafters, and print tau of each on each target with its 95 % interval over answers."""
+    torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    made = {name: artifacts(folder, name) for name in TARGETS}
+    models = {name: Target.load(each["target"]) for name, each in made.items()}
+    heldout = {name: load_trajectories(each["heldout"]) for name, each in made.items()}
+    tokens = models["int8"].tokenizer.encode(SCORED_TEXT, add_special_tokens=False)
+    ours, theirs = (own_logprobs(made[name]["target"], tokens, print)[""] for name in TARGETS)
+    apart = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+    texts = [{tuple(each.tokens) for each in stored.trajectories} for stored in heldout.values()]
+    print(f"log-probs: {sum(apart) / len(apart):.3g} nats apart in the mean, {max(apart):.3g} at most")
+    print(f"{len(texts[0] & texts[1])} of {len(texts[0])} held-out answers are equal")
+    print("| answers of | hidden states of | drafter of bfloat16 | drafter of int8 | int8's minus bfloat16's |")
+    print("|---|---|---|---|---|")
+    for of, under in (("bfloat16", "bfloat16"), ("int8", "int8"), ("int8", "bfloat16")):
+        answers = heldout[of]
+        tallies = over_seeds(models[under], made, answers)
+        table = acceptance_table(tallies, answers.prompts, [False] * len(answers.trajectories))
+        taus = [f"{each.tau:.3f} [{each.tau_low:.3f}, {each.tau_high:.3f}]" for each in table.values()]
+        more = table["int8"].differences["bfloat16"]
+        cells = [*taus, f"{more.value:+.3f} [{more.low:+.3f}, {more.high:+.3f}]"]
+        print("|", " | ".join([of, under, *cells]), "|", flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
