@@ -1,9 +1,9 @@
-"""Drafters of a target in bfloat16 and rounded to int8, each on both: `python -m tests.lab.served_targets FOLDER`.
+"""Drafters of a target as it is and as it is quantised, each on all: `python -m tests.lab.served_targets FOLDER`.
 
-The small target of the test bed is computed in bfloat16: as it is, and with its linear maps rounded to 8 bits, with one
-scale a row, as a server quantises weights. Each gives greedy answers to the same prompts, and drafters are trained on
-each. All are replayed on the held-out answers of both; on those of the rounded target also with hidden states of the
-other one, as by a gate that knows transformers' target alone. A finished stage is not run again.
+The small target of the test bed is computed in bfloat16: as it is, with its linear maps rounded to 8 bits (a scale a
+row), and to 4 bits (a scale for 32 weights), as a server quantises weights. Each gives greedy answers to the same
+prompts, and drafters are trained on each. All are replayed on the held-out answers of all; on those of a rounded target
+also with hidden states of the first one, as by a gate that knows transformers' target alone. A finished stage is kept.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from tests.lab.adapters import GREEDY, TRAINING, stage
 from tests.lab.seasons import copy_target, rounded
 from tests.testbed import target
 
-TARGETS = ("bfloat16", "int8")
+ROUNDED = {"int8": (8, None), "4 bits": (4, 32)}  # bits, and weights to a scale
+TARGETS = ("bfloat16", *ROUNDED)
 COUNTS = {"train": 400, "heldout": 120}
 STEPS, SEEDS = 600, (0, 1, 2)
 
@@ -36,9 +37,11 @@ STEPS, SEEDS = 600, (0, 1, 2)
 def artifacts(folder: Path, name: str) -> dict[str, Path]:
     """Return the artifacts of a target, of the prompts, of its answers, and of a drafter for each seed."""
     source = target.target_folder()
-    if name == "int8" and not (folder / "rounded").exists():
-        copy_target(source, folder / "rounded", rounded(load_file(source / "model.safetensors"), bits=8))
-    source = folder / "rounded" if name == "int8" else source
+    if name in ROUNDED:
+        quantised = folder / f"{name}-weights"
+        if not quantised.exists():
+            copy_target(source, quantised, rounded(load_file(source / "model.safetensors"), *ROUNDED[name]))
+        source = quantised
     made = {"target": stage("target", folder / f"{name}-target", {"source": str(source), "dtype": "bfloat16"})}
     prompts = {"sources": [{"kind": "jsonl", "path": str(target.prompts_file())}], "heldout_share": 0.25, **COUNTS}
     made["prompts"] = stage("prompts", folder / f"{name}-prompts", prompts, made)
@@ -79,21 +82,22 @@ def main(folder: Path) -> None:
     made = {name: artifacts(folder, name) for name in TARGETS}
     models = {name: Target.load(each["target"]) for name, each in made.items()}
     heldout = {name: load_trajectories(each["heldout"]) for name, each in made.items()}
-    tokens = models["int8"].tokenizer.encode(SCORED_TEXT, add_special_tokens=False)
-    ours, theirs = (own_logprobs(made[name]["target"], tokens, print)[""] for name in TARGETS)
-    apart = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
-    texts = [{tuple(each.tokens) for each in stored.trajectories} for stored in heldout.values()]
-    print(f"log-probs: {sum(apart) / len(apart):.3g} nats apart in the mean, {max(apart):.3g} at most")
-    print(f"{len(texts[0] & texts[1])} of {len(texts[0])} held-out answers are equal")
-    print("| answers of | hidden states of | drafter of bfloat16 | drafter of int8 | int8's minus bfloat16's |")
-    print("|---|---|---|---|---|")
-    for of, under in (("bfloat16", "bfloat16"), ("int8", "int8"), ("int8", "bfloat16")):
+    tokens = models["bfloat16"].tokenizer.encode(SCORED_TEXT, add_special_tokens=False)
+    scored = {name: own_logprobs(each["target"], tokens, print)[""] for name, each in made.items()}
+    for name in ROUNDED:
+        apart = [abs(a - b) for a, b in zip(scored["bfloat16"], scored[name], strict=True)]
+        ours, theirs = ({tuple(each.tokens) for each in heldout[of].trajectories} for of in ("bfloat16", name))
+        print(f"{name}: log-probs are {sum(apart) / len(apart):.2g} nats apart in the mean, {max(apart):.2g} at most;")
+        print(f"  {len(ours & theirs)} of {len(ours)} held-out answers are equal")
+    print("| answers of | hidden states of |", " | ".join(TARGETS), "|")
+    for of, under in (*((name, name) for name in TARGETS), *((name, "bfloat16") for name in ROUNDED)):
         answers = heldout[of]
         tallies = over_seeds(models[under], made, answers)
         table = acceptance_table(tallies, answers.prompts, [False] * len(answers.trajectories))
-        taus = [f"{each.tau:.3f} [{each.tau_low:.3f}, {each.tau_high:.3f}]" for each in table.values()]
-        more = table["int8"].differences["bfloat16"]
-        cells = [*taus, f"{more.value:+.3f} [{more.low:+.3f}, {more.high:+.3f}]"]
+        cells = [f"{each.tau:.3f} [{each.tau_low:.3f}, {each.tau_high:.3f}]" for each in table.values()]
+        for name in ROUNDED:
+            more = table[name].differences["bfloat16"]
+            cells.append(f"{name}: {more.value:+.3f} [{more.low:+.3f}, {more.high:+.3f}]")
         print("|", " | ".join([of, under, *cells]), "|", flush=True)
 
 

@@ -18,8 +18,9 @@ from tests.testbed.artifacts import committed
 
 def promoted(line: str, key: str, digest: str, tau: float) -> Version:
     """Make a version the champion of a line. digest: of its drafter. tau: what it was promoted with."""
-    metrics = {"all": {"tau": tau, "low": tau - 0.05, "high": tau + 0.05, "prompts": 100}}
+    metrics = {"all": {"tau": 1.5, "low": 1.4, "high": 1.6, "prompts": 100}}  # by replay of another target
     tags = {"drafter_digest": digest, "figures": json.dumps(metrics), "tau": str(tau)}
+    tags["tau_interval"] = json.dumps([tau - 0.05, tau + 0.05])
     tags["measured_with"] = json.dumps({"drafting.block_size": 8})
     lines, drafter = registry(), committed(Store(home() / "store"), "opd", {"drafter/config.json": key}, key)
     version = lines.register(line, drafter, tags)
