@@ -189,6 +189,26 @@ def test_a_rollout_keeps_all_answers_and_a_rerun_generates_only_the_missing_one(
     assert written == prompts.ids
 
 
+def test_a_rollout_records_that_its_servers_compute_another_target(
+    assisted: ServerRequirements, tiny_drafter: DrafterArtifacts, tmp_path: Path
+) -> None:
+    """Mining's parity gate reads it."""
+    made = tiny_drafter
+    inputs = {"target": made.target, "prompts": made.prompts, "drafter": made.drafter}
+    ctx = RecordingContext.under(tmp_path, inputs)
+
+    def generate(payload: dict[str, Any]) -> dict[str, Any]:
+        return speculating(payload) | {
+            "output_ids": [payload["input_ids"][0]] * payload["sampling_params"]["max_new_tokens"]
+        }
+
+    with server_of(assisted, server={"kv_cache_dtype": "fp8_e4m3"}, generate=generate) as server:
+        engine = {"kind": "sglang", "urls": [server.url], "concurrency": 2}
+        config = {"splits": ["heldout"], "prompts": 2, "sampling": {"max_new_tokens": 8}, "engine": engine}
+        STAGE.run(ctx, RolloutConfig.model_validate(config))
+    assert json.loads((ctx.out / "trace.json").read_text())["differs"] == ["kv_cache_dtype fp8_e4m3"]
+
+
 # ---- servers that are lost, or do not come up
 
 
