@@ -65,10 +65,11 @@ def check_served_targets(findings: Findings, nodes: Sequence[Node], artifact: Pa
     from draftsmith.stages.engines.servers.requirements import server_requirements
 
     for node in nodes:
-        engine = server_engine(node)
-        if engine is None or not (settings := differing_settings(engine, read_target_info(artifact))):
+        if (engine := server_engine(node)) is None:
             continue
         with findings.check(node.name), tempfile.TemporaryDirectory() as scratch:
+            if not (settings := differing_settings(engine, read_target_info(artifact))):
+                continue
             text = f"{', '.join(settings)}: a run measures the difference of log-probs"
             if engine.urls and stored is not None:
                 required = server_requirements(engine, stored, None, DraftingConfig(), 1)
