@@ -96,13 +96,13 @@ def test_served_steps_are_replayed_steps(metrics: dict[str, Any]) -> None:
 
 
 def test_a_target_with_another_cache_is_judged_by_its_own_steps(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, sglang_env: Path
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, config: EvaluationConfig
 ) -> None:
     """Keys and values are rounded to bfloat16, everything else is computed in float32."""
-    launch = {"options": {**CPU_OPTIONS, "kv-cache-dtype": "bfloat16"}, "environment": CPU_ENVIRONMENT}
-    engine = {"kind": "sglang", "python": str(sglang_env), "launch": launch}
+    fields = config.model_dump(mode="json", exclude_unset=True) | {"concurrency": [4], "speed_prompts": 2}
+    fields["engine"]["launch"]["options"] = {**CPU_OPTIONS, "kv-cache-dtype": "bfloat16"}
     ctx = RecordingContext.under(tmp_path, inputs(tiny_drafter))
-    STAGE.run(ctx, config_of(sglang_env, engine=engine, concurrency=[4], speed_prompts=2))
+    STAGE.run(ctx, EvaluationConfig.model_validate(fields))
     found = EvaluationResult.read(ctx.out)
     difference, sft, parity = found.target_difference, found.drafters["sft"], (found.parity or {})["sft"]
     assert difference is not None and difference.settings == ["kv_cache_dtype bfloat16"]
