@@ -77,9 +77,10 @@ def watch(line: str, urls: Sequence[str], minutes: float, threshold: float) -> W
             served = f"{url} drafts blocks of {state.block_size}, and {champion} was measured with {measured_with}"
             return Watched("inconclusive", f"{served}. Serve that block size.")
     then = {name: SetMetrics.model_validate(metrics) for name, metrics in champion.metrics().items()}
-    if ALL in then and (ends := champion.tags.get("tau_interval")) and champion.tags["tau"] != f"{then[ALL].tau:.4f}":
-        low, high = json.loads(ends)  # as served, which differs from replay; slices are by replay alone
-        then = {ALL: then[ALL].model_copy(update={"tau": float(champion.tags["tau"]), "low": low, "high": high})}
+    if ALL in then and (ends := champion.tags.get("tau_interval")):
+        (low, high), tau = json.loads(ends), float(champion.tags["tau"])
+        if tau != then[ALL].tau:  # as served, which differs from replay; slices are by replay alone
+            then = {ALL: then[ALL].model_copy(update={"tau": tau, "low": low, "high": high})}
     traced = {url: state.traced for url, state in states.items() if state.traced is not None}
     own = [request for url, requests in traced.items() for request in requests.get(states[url].digest or "", ())]
     asked: Collection[str] = states
