@@ -35,7 +35,14 @@ from draftsmith.stages.target.estimate import (
 )
 from draftsmith.stages.target.source import source_kind
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
-from draftsmith.stages.training.estimate import cached_read, fixed_memory, rows_at_once, scoring_logits, training_memory
+from draftsmith.stages.training.estimate import (
+    cached_read,
+    fixed_memory,
+    rows_at_once,
+    scoring_logits,
+    trained_parameters,
+    training_memory,
+)
 
 _TABLES = 150e6  # decoded row groups of the tables that a stage reads and writes, whatever their length
 _ANSWER_BYTES = 120  # names and indices of an answer: all of it that stays in memory
@@ -200,20 +207,21 @@ def _opd(config: OpdConfig, use: StageUse) -> Need:
 
 
 def _training(config: TrainingConfig, use: StageUse, *, mines: bool = False, scores: bool = False) -> Need:
-    """Return the need of `training_memory` and of a drafter on disk, P_d · s.
+    """Return the need of `training_memory` and of a drafter on disk, P_d · s, with its adapter.
 
-    Checkpoints take 12 · P_d each: those that are kept and a new one on disk, and the new one in host memory. A copy of
-    the answers' table is on disk too. The target's weights go to a GPU tensor by tensor.
+    Checkpoints take 12 bytes for each trained parameter: those that are kept and a new one on disk, and the new one in
+    host memory. A copy of the answers' table is on disk too. The target's weights go to a GPU tensor by tensor.
     """
     parts, sizes = training_memory(config, use, mines=mines, scores=scores), use.sizes
-    checkpoint = 12.0 * sizes.drafter.parameters
+    trained = trained_parameters(config, sizes.drafter)
+    checkpoint, adapter = 12.0 * trained, 0.0 if config.lora is None else 4.0 * trained
     blocks = config.steps * config.sequences_per_step * config.anchors_per_sequence
     at_once = rows_at_once(config, sizes, use.longest, sum(fixed_memory(config, use).values()))
     return Need(
         memory=sum(parts.values()) + (0.0 if sizes.accelerated else checkpoint), tables=_tables(use.answers),
         loaded=checkpoint,
         processes=config.parallel.processes, devices=config.parallel.world,
-        disk=sizes.weights(sizes.drafter),
+        disk=sizes.weights(sizes.drafter) + adapter,
         temporary_disk=(CHECKPOINTS_KEPT + 1) * checkpoint + (_table_bytes(use.answers) if use.answers else 0.0),
         work=("train", blocks * (sizes.block_size - 1) / config.parallel.world),
         steps=config.steps, on_gpu=step_work(config, use, mines=mines, scores=scores, rows_at_once=at_once),

@@ -181,12 +181,14 @@ def _check_drafter(
         where = config.init_from
         plan = checkpoint.plan_of_checkpoint(source, target_config, where, tokenizer, config.drafter)
         # else it becomes the kind of section drafter
-        keeps_kind = plan.kind == checkpoint.read_config(source)[0]
+        keeps_kind = plan.kind == (kind := checkpoint.read_config(source)[0])
+        config.check_lora(kind, plan.kind)
         if keeps_kind and config.drafter != SftConfig.model_fields["drafter"].default:
             findings.warn(name, f"section drafter is not used: {where} has its own shape. Remove the section.")
         if source == Path(config.init_from).expanduser():  # of a hub checkpoint, only small files are here
             checkpoint.check_complete(source)
     else:
+        config.check_lora(None, config.drafter.kind)
         try:
             plan, where = checkpoint.plan_of_new(config.drafter, target_config, tokenizer), "new"
         except checkpoint_format.NoMaskTokenError as error:
@@ -223,6 +225,8 @@ def _check_champion(
     serves = planned(None)
     findings.ok(node, f"{where}: {serves.description}, {serves.parameters / 1e6:,.1f}M parameters")
     trained = serves if shape is None or kind_after(serves.kind, shape) == serves.kind else planned(shape)
+    if sft is not None:
+        sft.check_lora(serves.kind, trained.kind)
     if trained is not serves:
         findings.ok(node, f"it is trained as: {trained.description}, {trained.parameters / 1e6:,.1f}M parameters")
     if shape is not None and (ignored := _ignored_fields(shape, trained)):

@@ -20,7 +20,7 @@ from draftsmith.stages.drafters.spec import StepShape
 from draftsmith.stages.replay.options import TREE_TOKENS
 from draftsmith.stages.target.estimate import ModelSize, Sizes, StageUse
 from draftsmith.stages.training.config import OpdConfig, TrainingConfig
-from draftsmith.stages.training.estimate import head_rows, reads_distribution, rows_of_process
+from draftsmith.stages.training.estimate import head_rows, reads_distribution, rows_of_process, trained_parameters
 
 STEPS_PER_TOKEN = 0.5  # verify steps, where nothing is known of the drafter: tau 2
 _LAUNCH_S = 5e-6  # of the CPU, for one kernel
@@ -142,7 +142,7 @@ def step_work(
         phases["scoring"] = suffixes(sizes, rows, config.anchors_per_sequence, T, T / steps, forwards)
         if not keeps_keys:
             phases["scoring"] += target_forward(sizes.target, tokens, T / 2, forwards=forwards)
-    P = sizes.drafter.parameters
+    P = trained_parameters(config, sizes.drafter)
     of_process = _UPDATE / (config.parallel.world if config.parallel.shard_optimiser else 1)
     phases["update"] = Work(0.0, of_process * P, 100)
     return phases
@@ -238,7 +238,7 @@ def _training(config: TrainingConfig, use: StageUse, vocabulary: int, micro_batc
     tokens = rows * A * sizes.block_size
     work = Work(
         rows * _operations(sizes, use.longest, A, vocabulary, training=True),
-        positions * vocabulary * _LOSS + micro_batches * size.parameters * _CASTS,
+        positions * vocabulary * _LOSS + micro_batches * trained_parameters(config, size) * _CASTS,
         math.ceil(positions / config.positions_per_chunk) * _LOSS_LAUNCHES + micro_batches * size.layers * 20,
     )
     forward, backward = (_CONTEXT, _BLOCKS, _ONCE), (_CONTEXT_BACKWARD, _BLOCKS_BACKWARD, _ONCE_BACKWARD)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.sampling import argmax, probability_of
 from draftsmith.stages.drafters.spec import StepShape, TrainingRecipe
+from draftsmith.stages.target.estimate import ModelSize
 from draftsmith.stages.target.kv_cache import Rows
 from draftsmith.stages.target.logit_map import IDENTITY, LogitMap
 from draftsmith.stages.target.packed_linear import packed_copy
@@ -140,6 +141,21 @@ class Drafter(nn.Module, ABC):
     @abstractmethod
     def head_over(self, target_head: torch.Tensor, token_ids: torch.Tensor | None) -> Head:
         """Return the head over some token ids (None: all that the drafter can propose). target_head: [V, H]."""
+
+    def linear_maps(self) -> dict[str, nn.Linear]:
+        """Return the linear maps that read hidden states of the context or a block, by name."""
+        maps = {name: module for name, module in self.named_modules() if isinstance(module, nn.Linear)}
+        return {name: each for name, each in maps.items() if name.partition(".")[0] in self.layer_names}
+
+    @property
+    def size(self) -> ModelSize:
+        """Return the numbers that memory depends on."""
+        maps, parameters = self.linear_maps().values(), sum(p.numel() for p in self.parameters())
+        return replace(
+            ModelSize.from_config(self.config, parameters),
+            mapped=sum(each.weight.numel() for each in maps),
+            map_widths=sum(each.in_features + each.out_features for each in maps),
+        )
 
     def drafting_head(self, target_head: torch.Tensor, head_tokens: int | None) -> Head:
         """Return the head to draft with: over all tokens, or the `head_tokens` most frequent in the training data."""

@@ -23,6 +23,7 @@ from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.registry import KINDS, DrafterConfig
 from draftsmith.stages.drafters.spec import Architecture, RawConfig
 from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.estimate import ModelSize
 from draftsmith.stages.target.hub import check_snapshot, hub_commit, hub_snapshot
 
 _INFO = TypeAdapter(DrafterInfo)
@@ -71,8 +72,12 @@ class DrafterPlan:
     block_size: int
     target_layer_ids: list[int]
     description: str
-    parameters: int
+    size: ModelSize
     operations: Callable[..., float]  # as of `Drafter.operations`
+
+    @property
+    def parameters(self) -> int:
+        return self.size.parameters
 
 
 def plan_of_new(shape: DrafterConfig, target_config: Any, tokenizer: Callable[[], Any]) -> DrafterPlan:
@@ -149,7 +154,7 @@ def _plan(kind: str, config: Any, target_config: Any, where: str, tokenizer: Cal
         config.block_size,
         architecture.target_layer_ids(config),
         architecture.description(config, tokenizer),
-        sum(p.numel() for p in skeleton.parameters()),
+        skeleton.size,
         skeleton.operations,
     )
 

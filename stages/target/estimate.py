@@ -37,6 +37,8 @@ class ModelSize:
     vocabulary: int
     windows: tuple[int, ...] = ()  # positions, of every sliding layer
     divided: int = 0  # parameters that are divided among ranks that share the model
+    mapped: int = 0  # of a drafter: parameters of its linear maps, which an adapter adapts
+    map_widths: int = 0  # inputs and outputs of these maps together: an adapter has rank times as many parameters
     active: int = 0  # width of the experts that one token goes through; 0: no experts
     routed: float = 0.0  # their share of all experts
 

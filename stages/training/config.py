@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.drafters.registry import DrafterConfig
 from draftsmith.stages.replay.options import TokensPerForward
@@ -38,8 +39,22 @@ class OptimiserConfig(Config):
     parallel: Annotated[ParallelConfig, NotInKey()] = ParallelConfig()
 
 
+class LoraOptions(Config):
+    """A low-rank adapter of a drafter's linear maps: W x becomes W x + B A x, and A and B alone are trained."""
+
+    rank: Annotated[int, Field(ge=1, description="rows of A and columns of B")]
+
+
 class TrainingConfig(OptimiserConfig):
     """The answers, blocks and softmax of every step."""
+
+    lora: Annotated[
+        LoraOptions | None,
+        Field(
+            description="train a low-rank adapter of the drafter that the training starts from, and merge it into the "
+            "drafter at the end; left out: all weights"
+        ),
+    ] = None
 
     sequences_per_step: Annotated[int, Field(ge=1, description="answers in each step, over all processes")] = 8
     anchors_per_sequence: Annotated[int, Field(ge=1, description="blocks trained in each answer of a step")] = 16
@@ -172,6 +187,22 @@ class SftConfig(TrainingConfig):
         """
         shared = {name: getattr(like, name) for name in TrainingConfig.model_fields}
         return self.model_copy(update={**shared, "init_from": None, "init_revision": None, "adopt": False})
+
+    def check_lora(self, start: str | None, trained: str) -> None:
+        """Raise DraftsmithError if some weights are new, so that an adapter has nothing to adapt there.
+
+        start: kind of the drafter that the training starts from, None: random weights; trained: the kind it is then.
+        """
+        if self.lora is None or start == trained:
+            return
+        if start is None:
+            raise DraftsmithError(
+                "sft.lora: random weights have nothing to adapt. Name a drafter in sft.init_from, or leave lora out."
+            )
+        raise DraftsmithError(
+            f"sft.lora: the new parts of a {start} that becomes a {trained} have nothing to adapt. Set "
+            f"sft.drafter.kind to {start}, or leave lora out."
+        )
 
     def external_files(self) -> list[Path]:
         """Return the files of the checkpoint in `init_from`, if it is a folder, and the source of a named loss."""

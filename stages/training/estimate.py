@@ -54,7 +54,8 @@ def fixed_memory(config: TrainingConfig, use: StageUse) -> dict[str, float]:
 
     Target: P · s, the layers of which are divided by the processes that share a target.
     Drafter: 16 · P_d for float32 weights, gradients and the two moments of AdamW (8 of the 16, which may be split over
-    the processes); under autocast a copy, 2 · P_d.
+    the processes); under autocast a copy, 2 · P_d. With an adapter that for its parameters alone, and 4 · P_d; under
+    autocast 2 for each parameter of an adapted map.
     Features: feature_memory_mb at most, and none if it does not hold those of all answers; of the step's batch
     B · T · (K + 1) · H · s, twice while the target's forwards are copied into it; on a GPU also those of the next
     batch, which is read meanwhile unless the target is shared.
@@ -67,6 +68,8 @@ def fixed_memory(config: TrainingConfig, use: StageUse) -> dict[str, float]:
     drafter, B = sizes.drafter, rows_of_process(config)
     moments = 8.0 / (config.parallel.world if config.parallel.shard_optimiser else 1)
     a = DTYPE_BYTES[config.compute_dtype]
+    trained = trained_parameters(config, drafter)
+    frozen = 0.0 if config.lora is None else a * drafter.mapped + 4.0 * (drafter.parameters - drafter.mapped)
     rows_of_head, head = _reduced_head(config, sizes)
     count = use.answers.count if use.answers is not None else float("inf")
     all_features = count * longest * sizes.feature_bytes
@@ -74,7 +77,7 @@ def fixed_memory(config: TrainingConfig, use: StageUse) -> dict[str, float]:
     fixed = {
         "process": PROCESS_BYTES,
         "target": sizes.weights(sizes.target, sharing=config.parallel.target_parallel),
-        "drafter with AdamW": ((8.0 if a == 4 else 10.0) + moments) * drafter.parameters,
+        "drafter with AdamW": ((8.0 if a == 4 else 10.0) + moments) * trained + frozen,
         "features": features + float(B * longest * sizes.feature_bytes),
         "head": head,
         "logits": _logits(config, sizes, rows_of_head),
@@ -86,6 +89,11 @@ def fixed_memory(config: TrainingConfig, use: StageUse) -> dict[str, float]:
         keys = B * (longest + TREE_TOKENS) * sizes.target.kv_bytes_per_token(sizes.itemsize)
         fixed["kept keys and values"] = (1 + reads_ahead) * min(float(keys), config.feature_memory_mb * 2**20)
     return fixed
+
+
+def trained_parameters(config: TrainingConfig, drafter: ModelSize) -> int:
+    """Return the parameters with gradients: those of the adapter, or all of the drafter."""
+    return drafter.parameters if config.lora is None else config.lora.rank * drafter.map_widths
 
 
 def _reduced_head(config: TrainingConfig, sizes: Sizes) -> tuple[int, float]:

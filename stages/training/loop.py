@@ -49,6 +49,8 @@ def train(
 ) -> dict[str, float]:
     """Run or continue `config.steps` steps on float32 weights in place. Return additive totals.
 
+    The trained weights are those that require a gradient.
+
     `micro_batches(step)` yields the micro-batches of a step, each with its graph. They must depend on nothing but the
     step, the weights and `memory`, which only they may change. Each of several ranks has other micro-batches; all have
     the same weights and memory after a step. The first rank's checkpoint, in `ctx.work`, serves all ranks, and any
@@ -58,14 +60,15 @@ def train(
     Raises DraftsmithError if the loss or its gradient is not finite or a checkpoint cannot be written, RetryableError
     if the next attempt needs less memory.
     """
-    state = _TrainingState(drafter, make_optimiser(drafter.parameters(), config, ranks), memory)
+    trained = {name: weight for name, weight in drafter.named_parameters() if weight.requires_grad}
+    state = _TrainingState(trained, make_optimiser(trained.values(), config, ranks), memory)
     optimiser, totals = state.optimiser, state.totals
     first = state.restore(ctx, ranks)
     if first:
         ctx.log(f"continuing from the checkpoint at step {first} of {config.steps}")
     ctx.rewind_metrics(first)  # an attempt that was killed wrote beyond its checkpoint, or never reached one
     drafter.train()
-    device_type = next(drafter.parameters()).device.type
+    device_type = next(iter(trained.values())).device.type
     saved = time.monotonic()
     with CheckpointWriter(ctx.work) as checkpoints:
         for step in range(first, config.steps):
@@ -87,9 +90,9 @@ def train(
                 optimiser.zero_grad(set_to_none=True)  # the gradient of micro-batches before the failed one
                 release_memory()  # outside `except`: the error's frames hold the memory that is to be freed
             before_update = time.perf_counter()
-            report = accumulation.finish(drafter.parameters(), ranks)
+            report = accumulation.finish(trained.values(), ranks)
             loss = float(report.loss)
-            norm = float(torch.nn.utils.clip_grad_norm_(drafter.parameters(), config.clip_norm))
+            norm = float(torch.nn.utils.clip_grad_norm_(trained.values(), config.clip_norm))
             _check_finite("gradient's norm", norm, step)  # before it reaches weights and checkpoint
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
@@ -148,7 +151,7 @@ def _add(totals: dict[str, float], **values: float) -> None:
 class _TrainingState:
     """What a checkpoint holds: enough to continue as if nothing had happened."""
 
-    drafter: Drafter
+    trained: dict[str, torch.nn.Parameter]
     optimiser: torch.optim.Optimizer
     memory: Resumable | None
     totals: dict[str, float] = field(default_factory=dict)
@@ -157,7 +160,7 @@ class _TrainingState:
         """Start to write a checkpoint on the first rank. All ranks must call it."""
         moments = whole_state(self.optimiser, ranks)
         if ranks.is_main:
-            state = {"totals": self.totals, "drafter": self.drafter.state_dict(), "optimiser": moments}
+            state = {"totals": self.totals, "drafter": self.trained, "optimiser": moments}
             if self.memory is not None:
                 state["memory"] = self.memory.state_dict()
             checkpoints.save(step, state)
@@ -179,10 +182,12 @@ class _TrainingState:
                 "all nodes."
             )
         if found is None:
-            ranks.broadcast_weights(self.drafter.parameters())
+            ranks.broadcast_weights(self.trained.values())
             return 0
         step, state = found
-        self.drafter.load_state_dict(state["drafter"])
+        with torch.no_grad():
+            for name, weight in self.trained.items():
+                weight.copy_(state["drafter"][name])
         restore(self.optimiser, state["optimiser"])
         if self.memory is not None:
             self.memory.load_state_dict(state["memory"])

@@ -83,7 +83,7 @@ def loaded_sizes(target: Target, drafter: Drafter, longest: int) -> Sizes:
         ModelSize.from_config(
             target.config, sum(p.numel() for p in target.model.parameters()), divided_parameters(target.model)
         ),
-        ModelSize.from_config(drafter.config, sum(p.numel() for p in drafter.parameters())),
+        drafter.size,
         features=len(drafter.target_layer_ids),
         block_size=drafter.block_size,
         itemsize=target.dtype.itemsize,

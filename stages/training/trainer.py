@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from draftsmith.artifacts.tables.readers import MappedReader, RowReader
 from draftsmith.artifacts.tables.schemas import TRAJECTORIES, TableSchema
@@ -32,6 +32,9 @@ from draftsmith.stages.training.blocks import LossReport
 from draftsmith.stages.training.config import TrainingConfig
 from draftsmith.stages.training.loop import Resumable, train
 from draftsmith.stages.training.micro_batches import MicroBatches, micro_batch_tokens
+
+if TYPE_CHECKING:
+    from draftsmith.stages.training.lora import Adapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,7 @@ class Trainer(ABC, Generic[AnyConfig, AnyData]):
 
     usable: Sequence[int]  # indices of the trajectories that are trained
     memory: Resumable | None = None  # what is remembered between steps
+    adapter: Adapter | None = None  # what is trained in place of the weights
 
     def __init__(
         self,
@@ -149,12 +153,23 @@ class Trainer(ABC, Generic[AnyConfig, AnyData]):
         """Run or continue all steps. Return additive totals, as `loop.train` does."""
         longest = int(trajectory_lengths(self.trajectories).max())
         limit = micro_batch_tokens(self.config, self.target, self.drafter, longest)
+        if self.config.lora is not None:
+            from draftsmith.stages.training.lora import Adapter  # imports peft, which only adapters need
+
+            self.adapter = Adapter(self.drafter, self.config.lora, self.config.compute_dtype, self.seed)
         micro_batches = MicroBatches(self.micro_batches, limit, self._block_tokens, ctx)
         return train(ctx, self.drafter, self.config, micro_batches, self.memory, self.ranks)
 
     def save(self, ctx: StageContext, stage: str, parents: tuple[str, ...], totals: dict[str, float]) -> None:
-        """Write the drafter in the layout that engines load. parents: digests of the drafters that it descends from."""
-        trained = {name: totals.get(name, 0) for name in ("blocks", "positions")}
+        """Write the drafter in the layout that engines load, with its adapter merged, and the adapter beside it.
+
+        parents: digests of the drafters that it descends from.
+        """
+        trained: dict[str, Any] = {name: totals.get(name, 0) for name in ("blocks", "positions")}
+        if self.adapter is not None:
+            self.adapter.save(ctx.out / "adapter")
+            self.adapter.merge()
+            trained["lora"] = {"rank": self.adapter.rank, "base": parents[-1]}
         self.drafter.info = DrafterInfo(
             target_digest=self.target.info.digest,
             target_source=self.target.info.source,

@@ -2,7 +2,8 @@
 
 The small target of the test bed is adapted three times, each time to other wording of another family of text. The
 traffic has equal shares. Drafters are trained on the same greedy answers: one of the target alone on its own answers,
-one shared on all, and one for each adapter on its third, with a third of the shared one's steps: as many in all. A
+one shared on all, and one for each adapter on its third, with a third of the shared one's steps: as many in all. The
+shared one is then trained further for each adapter on its third: all weights, or a low-rank adapter of the drafter. A
 finished stage is not run again.
 """
 
@@ -34,6 +35,11 @@ from tests.testbed.procedural.training import MASK, TrainingTextConfig
 ADAPTERS = text.EASY  # each is of the family of its name, in the wording of revision 2
 TRAIN, HELDOUT, STEPS, SEEDS = 450, 90, 600, (0, 1, 2)
 GREEDY = {"max_new_tokens": 96, "temperature": 0.0}
+FURTHER = {  # arm: rank; 0: all weights
+    f"shared, then one each, {STEPS // 3} steps": 0,
+    f"shared, then LoRA-64 one each, {STEPS // 3} steps": 64,
+    f"shared, then LoRA-8 one each, {STEPS // 3} steps": 8,
+}
 TRAINING = {
     "drafter": {"num_layers": 1, "block_size": 8, "target_layer_ids": (0, 1, 2), "mask_token": MASK},
     "learning_rate": 3e-3,
@@ -120,10 +126,21 @@ def main(folder: Path) -> None:
     alone = answers(folder, "alone", {})
     made = answers(folder, "adapted", {name: str(adapter(name)) for name in ADAPTERS})
 
-    def drafters(name: str, of: Mapping[str, Path], trajectories: Path, steps: int) -> list[Path]:
-        config = TRAINING | {"steps": steps}
+    def drafters(
+        name: str, of: Mapping[str, Path], trajectories: Path, steps: int, start: str = "", rank: int = 0
+    ) -> list[Path]:
+        config = TRAINING | {"steps": steps, "lora": {"rank": rank} if rank else None}
         inputs = {"target": of["target"], "trajectories": trajectories}
-        return [stage("sft", folder / f"sft-{name}-{seed}", config, inputs, seed) for seed in SEEDS]
+        return [
+            stage(
+                "sft",
+                folder / f"sft-{name}-{seed}",
+                config,
+                inputs | ({"drafter": folder / f"sft-{start}-{seed}"} if start else {}),
+                seed,
+            )
+            for seed in SEEDS
+        ]
 
     def for_all(name: str, of: Mapping[str, Path], steps: int) -> dict[str, list[Path]]:
         return dict.fromkeys(ADAPTERS, drafters(name, of, of["train"], steps))
@@ -134,11 +151,17 @@ def main(folder: Path) -> None:
         f"one each, {STEPS // 3} steps": {},
         f"shared, {3 * STEPS} steps": for_all("shared-long", made, 3 * STEPS),
         f"one each, {STEPS} steps": {},
+        **{further: {} for further in FURTHER},
     }
     for name in ADAPTERS:
         own = only(folder / f"only-{name}", made["train"], name)
         arms[f"one each, {STEPS // 3} steps"][name] = drafters(f"{name}-third", made, own, STEPS // 3)
         arms[f"one each, {STEPS} steps"][name] = drafters(name, made, own, STEPS)
+        for further, rank in FURTHER.items():
+            of_arm = drafters(f"{name}-further-{rank}", made, own, STEPS // 3, start="shared", rank=rank)
+            arms[further][name] = of_arm
+            files = [of_arm[0] / ("adapter/adapter_model.safetensors" if rank else "drafter/model.safetensors")]
+            print(f"{further}, {name}: {files[0].stat().st_size / 1e3:.0f} kB", flush=True)
     model = Target.load(made["target"])
     replayer = Replayer(model, ReplayOptions(with_proposals=False))
     heldout = {

@@ -17,6 +17,7 @@ from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import (
     create_drafter,
     drafter_source,
+    kind_after,
     lineage_from,
     load_drafter,
     upgrade_drafter,
@@ -51,8 +52,10 @@ def run(ctx: StageContext, config: SftConfig) -> None:
     counts = token_counts(stored.trajectories, target.info.vocab_size)
     if start is not None:
         drafter = load_drafter(start, target, torch.float32, any_target=config.adopt)
+        config.check_lora(drafter.kind, kind_after(drafter.kind, config.drafter))
         drafter = upgrade_drafter(drafter, config.drafter, target, ctx.seed)
     else:
+        config.check_lora(None, config.drafter.kind)
         drafter = create_drafter(config.drafter, target, ctx.seed, frequent_tokens(counts))
     earlier = drafter.frequent_tokens  # of the answers that it was trained on before; untrained, it keeps them
     if (earlier is None or config.steps) and "train" in stored_splits(ctx.inputs["trajectories"]):  # never evaluation's

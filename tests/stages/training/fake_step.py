@@ -43,6 +43,7 @@ from draftsmith.stages.training.blocks import (
 )
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
 from draftsmith.stages.training.loop import Accumulation
+from draftsmith.stages.training.lora import Adapter
 from draftsmith.stages.training.opd.anchor_sources import RandomAnchors, StepAnchors
 from draftsmith.stages.training.opd.step import OpdStep, StepOptions
 from draftsmith.stages.training.opd.verify_steps import VerifySteps
@@ -79,7 +80,7 @@ class FakeStep:
         plan = self._plan(target)
         return Sizes(
             ModelSize.from_config(target, parameters),
-            ModelSize.from_config(plan.config, plan.parameters),
+            plan.size,
             features=len(plan.target_layer_ids),
             block_size=plan.block_size,
             itemsize=2,
@@ -115,11 +116,17 @@ class FakeStep:
                 drafter: Drafter = Eagle3Drafter(plan.config, embedding, torch.empty(0))
             else:
                 drafter = _OF_KIND[plan.kind](plan.config, embedding)
-            gradients = [torch.empty_like(p) for p in drafter.parameters()]
-            moments = [torch.empty_like(p) for p in drafter.parameters() for _ in range(2)]
+            if config.lora is not None:
+                saved_in_bfloat16 = patch.object(torch.Tensor, "equal", lambda *_: True)
+                stays = patch.object(torch.nn.Module, "to", lambda module, *_, **__: module)  # fake ones cannot move
+                with saved_in_bfloat16, stays:
+                    Adapter(drafter, config.lora, config.compute_dtype, seed=0)
+            trained = [p for p in drafter.parameters() if p.requires_grad]
+            gradients = [torch.empty_like(p) for p in trained]
+            moments = [torch.empty_like(p) for p in trained for _ in range(2)]
         if isinstance(drafter, Eagle3Drafter):
             drafter.draft_tokens = torch.arange(plan.config.draft_vocab_size)
-        for parameter, gradient in zip(drafter.parameters(), gradients, strict=True):
+        for parameter, gradient in zip(trained, gradients, strict=True):
             parameter.grad = gradient
         trajectories = [Trajectory(str(row), [1] * T, self.prompt) for row in range(B)]
         tokens, positions = torch.ones(B, T, dtype=torch.long), torch.arange(T).expand(B, -1)

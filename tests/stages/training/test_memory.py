@@ -20,6 +20,7 @@ DFLASH2 = DFlash2Config(kind="dflash2", mask_token=151669)
 DSPARK = DSparkConfig(kind="dspark", mask_token=151669, block_size=16)
 EAGLE3 = Eagle3Config(kind="eagle3", draft_vocab_size=32000)
 SMALL = {"sequences_per_step": 3, "anchors_per_sequence": 32, "micro_batch_tokens": 1}
+LORA = SMALL | {"lora": {"rank": 64}}
 # all ten: python -m tests.benchmarks.memory
 STEPS = {
     "0.6B, DFlash, SFT": FakeStep("Qwen3-0.6B", SftConfig.model_validate(SMALL), DFLASH, 1024),
@@ -37,6 +38,12 @@ STEPS = {
     "0.6B, DSpark, SFT, top-k and top-p": FakeStep(
         "Qwen3-0.6B", SftConfig.model_validate(SMALL), DSPARK, 1024, sampling=SamplingParams(0.7, 0.9, 20)
     ),
+    **{
+        f"0.6B, {name}, adapter": FakeStep(
+            "Qwen3-0.6B", SftConfig.model_validate(LORA), drafter, 1024, sampling=SamplingParams(0.7)
+        )
+        for name, drafter in {"DFlash": DFLASH, "DFlash2": DFLASH2, "DSpark": DSPARK, "EAGLE-3": EAGLE3}.items()
+    },
     "4B, DFlash, OPD": FakeStep("Qwen3-4B", OpdConfig.model_validate(SMALL | {"loss": "paper"}), DFLASH, 1024),
 }
 WITHIN = 0.15

@@ -219,6 +219,7 @@ def test_the_checkpoint_names_its_target_and_parents(
         {"anchors": "successors"},
         {"anchors": "random", "loss": "paper"},
         {"anchors": "visited", "remine_every": 3, "loss": "paper", "compute_dtype": "bfloat16"},
+        {"anchors": "visited", "remine_every": 3, "lora": {"rank": 4}, "compute_dtype": "bfloat16"},
     ],
     ids=str,
 )

@@ -114,6 +114,22 @@ def test_control_continues_from_a_drafter_at_its_loss(tmp_path: Path, tiny_draft
         assert read_info(ctx.out / DRAFTER_FOLDER).parents == parents
 
 
+def test_an_adapter_needs_a_drafter_that_it_adapts(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+    lora, source = {"rank": 4}, tiny_drafter.drafter / DRAFTER_FOLDER
+    continued = train(tmp_path / "continued", tiny_drafter, drafter=tiny_drafter.drafter, lora=lora, steps=3)
+    assert (
+        losses(continued)[0] == losses(train(tmp_path / "all", tiny_drafter, drafter=tiny_drafter.drafter, steps=1))[0]
+    )
+    info = read_info(continued.out / DRAFTER_FOLDER)
+    assert info.training["lora"] == {"rank": 4, "base": drafter_digest(source)}
+    assert continued.summaries["parameters"] == sum(t.numel() for t in load_file(source / "model.safetensors").values())
+    with pytest.raises(DraftsmithError, match=r"sft\.lora: random weights .* sft\.init_from"):
+        train(tmp_path / "random", tiny_drafter, lora=lora)
+    shape = {"kind": "dflash2", "selector_rank": 16, "selector_top_k": 8}
+    with pytest.raises(DraftsmithError, match=r"a dflash that becomes a dflash2 .* sft\.drafter\.kind to dflash"):
+        train(tmp_path / "upgraded", tiny_drafter, init_from=str(source), shape=shape, lora=lora)
+
+
 def test_frequent_tokens_are_those_of_the_answers_that_were_trained_on_last(
     tmp_path: Path, bench: Bench, tiny_drafter: DrafterArtifacts
 ) -> None:

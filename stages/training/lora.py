@@ -1,0 +1,59 @@
+"""Trains a low-rank adapter of a drafter in place of its weights, by peft.
+
+A map W x becomes W x + B A x: the scale is 1 (peft's `lora_alpha` is the rank), so that the learning rate alone sets
+how far a step moves. B starts at zero: the drafter proposes as before. Adapted are the linear maps of attention and
+MLP, of `fc`, and of the kernels of DFlash2's convolutions. All else stays as it is: norms, EAGLE-3's head, DSpark's
+Markov head and confidence head, DFlash2's selector. Most of these have a row for each token, of which a refresh sees
+few, and would make an adapter larger than all its other maps.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraModel
+from safetensors.torch import save_file
+
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.checkpoint_format import cast
+from draftsmith.stages.target.source import ADAPTER_FILES
+from draftsmith.stages.training.config import LoraOptions
+
+
+class Adapter:
+    """The adapter of a drafter, which has it until it is merged."""
+
+    def __init__(self, drafter: Drafter, options: LoraOptions, compute_dtype: str, seed: int):
+        """Add an adapter with seeded random A, float32; no other weight has a gradient then.
+
+        A map's own weights are kept in the compute dtype if that loses nothing: autocast would copy them at every use.
+        """
+        self.rank = options.rank
+        self._maps, dtype = drafter.linear_maps(), getattr(torch, compute_dtype)
+        self._config = LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=list(self._maps))
+        with torch.random.fork_rng(devices=()):
+            torch.default_generator.manual_seed(seed)
+            self._lora = LoraModel(drafter, self._config, "default")
+        for name, each in self._maps.items():
+            drafter.get_submodule(name).cast_input_dtype_enabled = False  # autocast casts
+            if all(weight.to(dtype).float().equal(weight) for weight in each.parameters()):
+                cast(each, dtype)
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter as peft does."""
+        self._config.target_modules = sorted(self._maps)  # a set has no order, and equal adapters have equal files
+        self._config.inference_mode = True
+        self._config.save_pretrained(str(folder))
+        trained = {name.replace(".default.", "."): p for name, p in self._lora.named_parameters() if p.requires_grad}
+        save_file(
+            {f"base_model.{name}": p.detach().cpu().contiguous() for name, p in trained.items()},
+            folder / ADAPTER_FILES[1],
+        )
+
+    def merge(self) -> None:
+        """Add B A to the weights of the drafter, in float32, and take the adapter away."""
+        for each in self._maps.values():
+            cast(each, torch.float32)
+        self._lora.merge_and_unload()
