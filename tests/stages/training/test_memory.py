@@ -40,7 +40,7 @@ STEPS = {
     ),
     **{
         f"0.6B, {name}, adapter": FakeStep(
-            "Qwen3-0.6B", SftConfig.model_validate(LORA), drafter, 1024, sampling=SamplingParams(0.7)
+            "Qwen3-0.6B", SftConfig.model_validate(LORA), drafter, 1024, sampling=SamplingParams(0.7, 0.9)
         )
         for name, drafter in {"DFlash": DFLASH, "DFlash2": DFLASH2, "DSpark": DSPARK, "EAGLE-3": EAGLE3}.items()
     },
