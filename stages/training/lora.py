@@ -10,6 +10,7 @@ few, and would make an adapter larger than all its other maps.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -37,7 +38,8 @@ class Adapter:
             torch.default_generator.manual_seed(seed)
             self._lora = LoraModel(drafter, self._config, "default")
         for name, each in self._maps.items():
-            drafter.get_submodule(name).cast_input_dtype_enabled = False  # autocast casts
+            adapted: Any = drafter.get_submodule(name)
+            adapted.cast_input_dtype_enabled = False  # autocast casts
             if all(weight.to(dtype).float().equal(weight) for weight in each.parameters()):
                 cast(each, dtype)
 

@@ -42,7 +42,7 @@ def test_a_refresh_with_adapters_evaluates_the_merged_drafters(tmp_path: Path) -
         adapter = load_file(made[name] / "adapter" / "adapter_model.safetensors")
         for weight, before in base.items():
             factors = [adapter.get(f"base_model.model.{weight.replace('weight', f'lora_{x}.weight')}") for x in "BA"]
-            product = 0 if factors[0] is None else factors[0] @ factors[1]  # type: ignore[operator]
+            product = 0 if factors[0] is None else factors[0] @ factors[1]
             torch.testing.assert_close(merged[weight], before + product, atol=1e-6, rtol=0)
         info = json.loads((made[name] / "drafter" / "drafter.json").read_text())
         assert info["training"]["lora"] == {"rank": 4, "base": digest} and info["parents"] == [digest]

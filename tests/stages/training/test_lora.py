@@ -81,7 +81,7 @@ def test_steps_are_adamws_on_the_gradients_of_a_and_b(base: Drafter, plain_targe
     for step in range(2):
         for name, module in maps.items():
             product = factors[f"{name}.lora_B.weight"] @ factors[f"{name}.lora_A.weight"]
-            module.weight = weights[name] + product  # type: ignore[assignment]
+            module.weight = weights[name] + product
         (report,) = reference.micro_batches(step, None)
         assert context.measured[step][1]["loss"] == pytest.approx(float(report.loss.detach()), rel=1e-5)
         gradients = torch.autograd.grad(report.loss, list(factors.values()), materialize_grads=True)
@@ -156,7 +156,7 @@ def test_autocast_keeps_the_bits_of_the_base(base: Drafter, stored: torch.dtype)
         parameter.data = parameter.data.to(stored).float()
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     maps, adapter = list(base.linear_maps()), Adapter(base, LoraOptions(rank=4), "bfloat16", SEED)
-    assert {base.get_submodule(name).get_base_layer().weight.dtype for name in maps} == {stored}
+    assert {base.get_submodule(f"{name}.base_layer").weight.dtype for name in maps} == {stored}
     assert {p.dtype for p in base.parameters() if p.requires_grad} == {torch.float32}
     adapter.merge()
     after = base.state_dict()

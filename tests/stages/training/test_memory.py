@@ -20,6 +20,9 @@ DFLASH2 = DFlash2Config(kind="dflash2", mask_token=151669)
 DSPARK = DSparkConfig(kind="dspark", mask_token=151669, block_size=16)
 EAGLE3 = Eagle3Config(kind="eagle3", draft_vocab_size=32000)
 SMALL = {"sequences_per_step": 3, "anchors_per_sequence": 32, "micro_batch_tokens": 1}
+ADAPTED: dict[str, DFlashConfig | Eagle3Config] = {
+    "DFlash": DFLASH, "DFlash2": DFLASH2, "DSpark": DSPARK, "EAGLE-3": EAGLE3,
+}  # fmt: skip
 LORA = SMALL | {"lora": {"rank": 64}}
 # all ten: python -m tests.benchmarks.memory
 STEPS = {
@@ -42,7 +45,7 @@ STEPS = {
         f"0.6B, {name}, adapter": FakeStep(
             "Qwen3-0.6B", SftConfig.model_validate(LORA), drafter, 1024, sampling=SamplingParams(0.7, 0.9)
         )
-        for name, drafter in {"DFlash": DFLASH, "DFlash2": DFLASH2, "DSpark": DSPARK, "EAGLE-3": EAGLE3}.items()
+        for name, drafter in ADAPTED.items()
     },
     "4B, DFlash, OPD": FakeStep("Qwen3-4B", OpdConfig.model_validate(SMALL | {"loss": "paper"}), DFLASH, 1024),
 }
