@@ -3,7 +3,7 @@
 The small target of the test bed is adapted three times, each time to other wording of another family of text. The
 traffic has equal shares. Drafters are trained on the same greedy answers: one of the target alone on its own answers,
 one shared on all, and one for each adapter on its third, with a third of the shared one's steps: as many in all. The
-shared one is then trained further for each adapter on its third: all weights, or a low-rank adapter of the drafter. A
+shared one is also trained further for each adapter on its third: all weights, or a low-rank adapter of the drafter. A
 finished stage is not run again.
 """
 
@@ -120,7 +120,10 @@ def only(folder: Path, stored: Path, name: str) -> Path:
 
 
 def main(folder: Path) -> None:
-    """Train all drafters and print tau under each adapter: the mean of the seeds, and their range."""
+    """Train all drafters and print tau under each adapter: the mean of the seeds, and their range.
+
+    Beside it the size of the file that an arm adds.
+    """
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     alone = answers(folder, "alone", {})
@@ -131,15 +134,10 @@ def main(folder: Path) -> None:
     ) -> list[Path]:
         config = TRAINING | {"steps": steps, "lora": {"rank": rank} if rank else None}
         inputs = {"target": of["target"], "trajectories": trajectories}
+        starts = [{"drafter": folder / f"sft-{start}-{seed}"} if start else {} for seed in SEEDS]
         return [
-            stage(
-                "sft",
-                folder / f"sft-{name}-{seed}",
-                config,
-                inputs | ({"drafter": folder / f"sft-{start}-{seed}"} if start else {}),
-                seed,
-            )
-            for seed in SEEDS
+            stage("sft", folder / f"sft-{name}-{seed}", config, inputs | starts[i], seed)
+            for i, seed in enumerate(SEEDS)
         ]
 
     def for_all(name: str, of: Mapping[str, Path], steps: int) -> dict[str, list[Path]]:
@@ -151,24 +149,23 @@ def main(folder: Path) -> None:
         f"one each, {STEPS // 3} steps": {},
         f"shared, {3 * STEPS} steps": for_all("shared-long", made, 3 * STEPS),
         f"one each, {STEPS} steps": {},
-        **{further: {} for further in FURTHER},
     }
-    for name in ADAPTERS:
-        own = only(folder / f"only-{name}", made["train"], name)
+    thirds = {name: only(folder / f"only-{name}", made["train"], name) for name in ADAPTERS}
+    for name, own in thirds.items():
         arms[f"one each, {STEPS // 3} steps"][name] = drafters(f"{name}-third", made, own, STEPS // 3)
         arms[f"one each, {STEPS} steps"][name] = drafters(name, made, own, STEPS)
-        for further, rank in FURTHER.items():
-            of_arm = drafters(f"{name}-further-{rank}", made, own, STEPS // 3, start="shared", rank=rank)
-            arms[further][name] = of_arm
-            files = [of_arm[0] / ("adapter/adapter_model.safetensors" if rank else "drafter/model.safetensors")]
-            print(f"{further}, {name}: {files[0].stat().st_size / 1e3:.0f} kB", flush=True)
+    for arm, rank in FURTHER.items():
+        arms[arm] = {
+            name: drafters(f"{name}-further-{rank}", made, own, STEPS // 3, "shared", rank)
+            for name, own in thirds.items()
+        }
     model = Target.load(made["target"])
     replayer = Replayer(model, ReplayOptions(with_proposals=False))
     heldout = {
         name: load_trajectories(only(folder / f"heldout-{name}", made["heldout"], name)).trajectories
         for name in ADAPTERS
     }
-    print("| drafter |", " | ".join(ADAPTERS), "|")
+    print("| drafter |", " | ".join(ADAPTERS), "| kB each |")
     for arm, by_adapter in arms.items():
         cells = []
         for name, folders in by_adapter.items():
@@ -177,7 +174,8 @@ def main(folder: Path) -> None:
             }
             taus = [tally.tau for tally in replayer.acceptance(loaded, heldout[name]).values()]
             cells.append(f"{np.mean(taus):.3f} ({min(taus):.3f} to {max(taus):.3f})")
-        print(f"| {arm} |", " | ".join(cells), "|", flush=True)
+        own = next(folders[0].glob("adapter/*.safetensors"), folders[0] / DRAFTER_FOLDER / "model.safetensors")
+        print(f"| {arm} |", " | ".join(cells), f"| {own.stat().st_size / 1e3:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
