@@ -55,7 +55,6 @@ class TrainingConfig(OptimiserConfig):
             "drafter at the end; left out: all weights"
         ),
     ] = None
-
     sequences_per_step: Annotated[int, Field(ge=1, description="answers in each step, over all processes")] = 8
     anchors_per_sequence: Annotated[int, Field(ge=1, description="blocks trained in each answer of a step")] = 16
     head_tokens: Annotated[

@@ -55,7 +55,7 @@ def fixed_memory(config: TrainingConfig, use: StageUse) -> dict[str, float]:
     Target: P · s, the layers of which are divided by the processes that share a target.
     Drafter: 16 · P_d for float32 weights, gradients and the two moments of AdamW (8 of the 16, which may be split over
     the processes); under autocast a copy, 2 · P_d. With an adapter that for its parameters alone, and 4 · P_d; under
-    autocast 2 for each parameter of an adapted map.
+    autocast 2 for each parameter of an adapted map, or 6 if it was saved in float32.
     Features: feature_memory_mb at most, and none if it does not hold those of all answers; of the step's batch
     B · T · (K + 1) · H · s, twice while the target's forwards are copied into it; on a GPU also those of the next
     batch, which is read meanwhile unless the target is shared.
@@ -69,7 +69,8 @@ def fixed_memory(config: TrainingConfig, use: StageUse) -> dict[str, float]:
     moments = 8.0 / (config.parallel.world if config.parallel.shard_optimiser else 1)
     a = DTYPE_BYTES[config.compute_dtype]
     trained = trained_parameters(config, drafter)
-    frozen = 0.0 if config.lora is None else a * drafter.mapped + 4.0 * (drafter.parameters - drafter.mapped)
+    held = a if sizes.itemsize <= a else 4 + a
+    frozen = 0.0 if config.lora is None else held * drafter.mapped + 4.0 * (drafter.parameters - drafter.mapped)
     rows_of_head, head = _reduced_head(config, sizes)
     count = use.answers.count if use.answers is not None else float("inf")
     all_features = count * longest * sizes.feature_bytes

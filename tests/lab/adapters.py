@@ -3,8 +3,8 @@
 The small target of the test bed is adapted three times, each time to other wording of another family of text. The
 traffic has equal shares. Drafters are trained on the same greedy answers: one of the target alone on its own answers,
 one shared on all, and one for each adapter on its third, with a third of the shared one's steps: as many in all. The
-shared one is also trained further for each adapter on its third: all weights, or a low-rank adapter of the drafter. A
-finished stage is not run again.
+shared one is also trained further, on all answers or for each adapter on its third: all weights, or a low-rank adapter
+of the drafter. A finished stage is not run again.
 """
 
 from __future__ import annotations
@@ -35,10 +35,12 @@ from tests.testbed.procedural.training import MASK, TrainingTextConfig
 ADAPTERS = text.EASY  # each is of the family of its name, in the wording of revision 2
 TRAIN, HELDOUT, STEPS, SEEDS = 450, 90, 600, (0, 1, 2)
 GREEDY = {"max_new_tokens": 96, "temperature": 0.0}
-FURTHER = {  # arm: rank; 0: all weights
-    f"shared, then one each, {STEPS // 3} steps": 0,
-    f"shared, then LoRA-64 one each, {STEPS // 3} steps": 64,
-    f"shared, then LoRA-8 one each, {STEPS // 3} steps": 8,
+FURTHER: dict[str, dict[str, Any]] = {  # arm: fields of its training
+    f"shared, then one each, {STEPS // 3} steps": {},
+    f"shared, then LoRA-64 one each, {STEPS // 3} steps": {"lora": {"rank": 64}},
+    f"shared, then LoRA-8 one each, {STEPS // 3} steps": {"lora": {"rank": 8}},
+    f"shared, then LoRA-64 one each, {STEPS // 3} steps of 1e-2": {"lora": {"rank": 64}, "learning_rate": 1e-2},
+    f"shared, then LoRA-8 one each, {STEPS // 3} steps of 1e-2": {"lora": {"rank": 8}, "learning_rate": 1e-2},
 }
 TRAINING = {
     "drafter": {"num_layers": 1, "block_size": 8, "target_layer_ids": (0, 1, 2), "mask_token": MASK},
@@ -130,9 +132,9 @@ def main(folder: Path) -> None:
     made = answers(folder, "adapted", {name: str(adapter(name)) for name in ADAPTERS})
 
     def drafters(
-        name: str, of: Mapping[str, Path], trajectories: Path, steps: int, start: str = "", rank: int = 0
+        name: str, of: Mapping[str, Path], trajectories: Path, steps: int, start: str = "", **fields: Any
     ) -> list[Path]:
-        config = TRAINING | {"steps": steps, "lora": {"rank": rank} if rank else None}
+        config = TRAINING | {"steps": steps} | fields
         inputs = {"target": of["target"], "trajectories": trajectories}
         starts = [{"drafter": folder / f"sft-{start}-{seed}"} if start else {} for seed in SEEDS]
         return [
@@ -140,8 +142,8 @@ def main(folder: Path) -> None:
             for i, seed in enumerate(SEEDS)
         ]
 
-    def for_all(name: str, of: Mapping[str, Path], steps: int) -> dict[str, list[Path]]:
-        return dict.fromkeys(ADAPTERS, drafters(name, of, of["train"], steps))
+    def for_all(name: str, of: Mapping[str, Path], steps: int, start: str = "") -> dict[str, list[Path]]:
+        return dict.fromkeys(ADAPTERS, drafters(name, of, of["train"], steps, start))
 
     arms = {
         f"of the target alone, {STEPS} steps": for_all("alone", alone, STEPS),
@@ -149,14 +151,15 @@ def main(folder: Path) -> None:
         f"one each, {STEPS // 3} steps": {},
         f"shared, {3 * STEPS} steps": for_all("shared-long", made, 3 * STEPS),
         f"one each, {STEPS} steps": {},
+        f"shared, {STEPS} steps, then again": for_all("shared-further", made, STEPS, "shared"),
     }
     thirds = {name: only(folder / f"only-{name}", made["train"], name) for name in ADAPTERS}
     for name, own in thirds.items():
         arms[f"one each, {STEPS // 3} steps"][name] = drafters(f"{name}-third", made, own, STEPS // 3)
         arms[f"one each, {STEPS} steps"][name] = drafters(name, made, own, STEPS)
-    for arm, rank in FURTHER.items():
+    for number, (arm, fields) in enumerate(FURTHER.items()):
         arms[arm] = {
-            name: drafters(f"{name}-further-{rank}", made, own, STEPS // 3, "shared", rank)
+            name: drafters(f"{name}-further-{number}", made, own, STEPS // 3, "shared", **fields)
             for name, own in thirds.items()
         }
     model = Target.load(made["target"])
