@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from draftsmith.artifacts.errors import StageInterrupted
+from draftsmith.stages.runtime.stage import Stage
 
 
 @dataclass
@@ -33,6 +35,15 @@ class RecordingContext:
     def under(cls, folder: Path, inputs: Mapping[str, Path] | None = None, seed: int = 0, **fields: Any) -> Self:
         """Return a context with `folder/out` and `folder/work`."""
         return cls(folder / "out", folder / "work", dict(inputs or {}), seed, **fields)
+
+    def run(self, stage: Stage, /, **config: Any) -> Self:
+        """Run the stage with these fields of its config."""
+        stage.run(self, stage.config.model_validate(config))
+        return self
+
+    def json(self, name: str) -> Any:
+        """Return the content of a JSON file in `out`."""
+        return json.loads((self.out / name).read_text())
 
     def log(self, message: str) -> None:
         self.logs.append(message)
