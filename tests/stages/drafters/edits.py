@@ -1,4 +1,4 @@
-"""Ways to damage a checkpoint's folder."""
+"""Valid checkpoints of random weights, and ways to damage their folders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,19 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-Edit = Callable[[Path], None]
+from draftsmith.stages.drafters.base import Drafter, DrafterInfo
+from draftsmith.stages.drafters.checkpoint import save_drafter
+from draftsmith.stages.target.causal_lm import Target
+
+Edit = Callable[[Path], object]
+
+
+def save(drafter: Drafter, target: Target, folder: Path) -> Path:
+    """Write a whole checkpoint to `folder`: weights, frequent tokens, and a record of its training."""
+    drafter.frequent_tokens = torch.arange(target.info.vocab_size).flip(0)
+    drafter.info = DrafterInfo(target.info.digest, "here", ("a", "b"), {"stage": "sft", "steps": 3})
+    save_drafter(drafter, folder, torch.float32)
+    return folder
 
 
 def edit_config(change: Callable[[dict[str, Any]], object]) -> Edit:
@@ -20,6 +32,25 @@ def edit_config(change: Callable[[dict[str, Any]], object]) -> Edit:
         (folder / "config.json").write_text(json.dumps(config))
 
     return edit
+
+
+def setting(**fields: Any) -> Edit:
+    return edit_config(lambda config: config.update(fields))
+
+
+def within(place: str, **fields: Any) -> Edit:
+    """Return an edit of an object of the config."""
+    return edit_config(lambda config: config[place].update(fields))
+
+
+def without(*fields: str) -> Edit:
+    """Return an edit that removes fields of the config, or `place.field` of an object of it."""
+
+    def change(config: dict[str, Any]) -> None:
+        for place, _, name in (field.rpartition(".") for field in fields):
+            (config[place] if place else config).pop(name)
+
+    return edit_config(change)
 
 
 def edit_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Edit:
@@ -32,17 +63,11 @@ def edit_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Edit:
 
 
 def write(name: str, content: str) -> Edit:
-    def edit(folder: Path) -> None:
-        (folder / name).write_text(content)
-
-    return edit
+    return lambda folder: (folder / name).write_text(content)
 
 
 def cut(name: str) -> Edit:
-    def edit(folder: Path) -> None:
-        (folder / name).write_bytes((folder / name).read_bytes()[:-40])
-
-    return edit
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-40])
 
 
 def remove(name: str) -> Edit:

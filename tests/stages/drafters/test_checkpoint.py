@@ -1,9 +1,8 @@
-"""DFlash checkpoints: the layout that engines read, optional fields, and refusal of every trap of the format."""
+"""DFlash checkpoints: the layout that engines read, optional fields, and new drafters."""
 
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +14,26 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import DrafterInfo
 from draftsmith.stages.drafters.checkpoint import (
     check_drafter,
-    check_shape,
     create_drafter,
     load_drafter,
+    plan_of_checkpoint,
     read_info,
     save_drafter,
 )
 from draftsmith.stages.drafters.dflash.checkpoint import default_layer_ids
 from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.drafters.dflash.model import AttentionSpan, DFlashDrafter
+from draftsmith.stages.drafters.dflash2.config import DFlash2Config
+from draftsmith.stages.drafters.eagle3.config import Eagle3Config
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.info import model_path
-from tests.stages.drafters.edits import Edit, cut, edit_config, edit_tensors, remove, write
+from tests.stages.drafters.edits import Edit, edit_config, save, setting, within, without
 from tests.testbed import random_target
+from tests.testbed.dflash2 import SIZES, random_dflash2
 
 
 @pytest.fixture
 def saved(tmp_path: Path, plain_target: Target) -> Path:
-    """Return a valid checkpoint."""
-    drafter = random_target.random_drafter(plain_target)
-    drafter.frequent_tokens = torch.arange(random_target.VOCAB_SIZE).flip(0)
-    drafter.info = DrafterInfo(plain_target.info.digest, "here", ("a", "b"), {"stage": "sft", "steps": 3})
-    save_drafter(drafter, tmp_path / "drafter", torch.float32)
-    return tmp_path / "drafter"
+    return save(random_target.random_drafter(plain_target), plain_target, tmp_path / "drafter")
 
 
 def test_the_layout_is_the_one_engines_read(saved: Path) -> None:
@@ -64,10 +60,11 @@ def test_the_layout_is_the_one_engines_read(saved: Path) -> None:
     assert tensors["fc.weight"].shape == (32, 2 * 32)
 
 
-def test_weights_that_overflow_the_serving_dtype_are_not_written(plain_drafter: DFlashDrafter, tmp_path: Path) -> None:
-    torch.nn.init.constant_(plain_drafter.fc.weight, 1e5)  # float16 ends at 65504
+def test_weights_that_overflow_the_serving_dtype_are_not_written(plain_target: Target, tmp_path: Path) -> None:
+    drafter = random_target.random_drafter(plain_target)
+    torch.nn.init.constant_(drafter.fc.weight, 1e5)  # float16 ends at 65504
     with pytest.raises(DraftsmithError, match=r"fc\.weight holds NaN or infinite weights"):
-        save_drafter(plain_drafter, tmp_path, torch.float16)
+        save_drafter(drafter, tmp_path, torch.float16)
     assert not (tmp_path / "model.safetensors").exists()
 
 
@@ -76,165 +73,24 @@ def test_default_layers_are_spread_as_in_the_paper() -> None:
     assert default_layer_ids(36, 1) == [18]
 
 
-def _set_within(field: str, value: object, config: dict[str, Any]) -> None:
-    config["dflash_config"][field] = value
-
-
-TRAPS: dict[str, tuple[Edit, str]] = {
-    "a weight is no number": (
-        edit_tensors(lambda t: t["norm.weight"][:1].fill_(float("nan"))),
-        r"norm\.weight holds NaN or infinite weights \(1 in all\)",
-    ),
-    "the weights are cut short": (cut("model.safetensors"), r"model\.safetensors: cannot be read"),
-    "the weights are gone": (remove("model.safetensors"), r"model\.safetensors: cannot be read"),
-    "the config is gone": (remove("config.json"), r"config\.json: cannot be read"),
-    "the config is cut short": (cut("config.json"), r"config\.json: cannot be read"),
-    "the config is no object": (write("config.json", "[]"), r"config\.json"),
-    "no layer ids": (edit_config(lambda c: c["dflash_config"].pop("target_layer_ids")), "target_layer_ids is missing"),
-    "no mask token": (edit_config(lambda c: c["dflash_config"].pop("mask_token_id")), "mask_token_id is missing"),
-    "no block size": (
-        edit_config(lambda c: (c.pop("block_size"), c["dflash_config"].pop("block_size"))),
-        "block_size is missing",
-    ),
-    "two block sizes": (edit_config(lambda c: c.update(block_size=7)), "block_size"),
-    "another width": (edit_config(lambda c: c.update(hidden_size=48)), "hidden_size is 48, the target's is 32"),
-    "another vocabulary": (edit_config(lambda c: c.update(vocab_size=99)), "vocab_size is 99, the target's is 64"),
-    "another depth": (edit_config(lambda c: c.update(num_target_layers=9)), "num_target_layers is 9"),
-    "another rotary base": (edit_config(lambda c: c["rope_parameters"].update(rope_theta=5e5)), "rope_theta is"),
-    "another rotary base in an old config": (
-        edit_config(lambda c: (c.pop("rope_parameters"), c.update(rope_theta=5e5))),
-        "rope_theta is",
-    ),
-    "no rotary base": (edit_config(lambda c: (c.pop("rope_parameters"), c.pop("rope_theta"))), "rope"),
-    "another rotary type": (
-        edit_config(lambda c: c["rope_parameters"].update(rope_type="linear", factor=4.0)),
-        "rope",
-    ),
-    "a part of the head rotates": (
-        edit_config(lambda c: c["rope_parameters"].update(partial_rotary_factor=0.5)),
-        "rope|rotary",
-    ),
-    "angles that an engine computes otherwise": (
-        edit_config(lambda c: c["rope_parameters"].update(rope_type="dynamic", factor=2.0)),
-        "rope_parameters has rope_type dynamic, which SGLang computes otherwise",
-    ),
-    "a scale of angles that an engine does not read": (
-        edit_config(
-            lambda c: c["rope_parameters"].update(
-                rope_type="yarn", factor=4.0, original_max_position_embeddings=64, attention_factor=1.0
-            )
-        ),
-        "rope_parameters has attention_factor",
-    ),
-    "windows that an engine leaves out": (
-        edit_config(lambda c: c.update(layer_types=["sliding_attention"] * 2, sliding_window=4)),
-        "use_sliding_window is not true",
-    ),
-    "windows of no size": (
-        edit_config(lambda c: c.update(layer_types=["sliding_attention"] * 2, use_sliding_window=True)),
-        "sliding_window is None",
-    ),
-    "small windows read both ways": (
-        edit_config(
-            lambda c: c.update(
-                layer_types=["sliding_attention"] * 2, sliding_window=4, use_sliding_window=True, is_causal=False
-            )
-        ),
-        "sliding_window 4 is smaller than the block of 5",
-    ),
-    "layers of another kind": (
-        edit_config(lambda c: c.update(layer_types=["chunked_attention", "full_attention"])),
-        "layer_types has chunked_attention",
-    ),
-    "kinds of other layers": (edit_config(lambda c: c.update(layer_types=["full_attention"])), "layer_types"),
-    "no truth value": (edit_config(lambda c: c.update(is_causal=1)), "is_causal is 1"),
-    "norms of Gemma": (edit_config(lambda c: c.update(use_gemma_norm=True)), "use_gemma_norm is true"),
-    "interleaved rotation": (edit_config(lambda c: c.update(rope_is_neox_style=False)), "rope_is_neox_style is false"),
-    "interleaved rotation, older name": (edit_config(lambda c: c.update(is_neox_style=False)), "is_neox_style"),
-    "another activation": (edit_config(lambda c: c.update(hidden_act="gelu")), 'hidden_act is "gelu"'),
-    "quantised weights": (
-        edit_config(lambda c: c.update(quantization_config={"quant_method": "fp8"})),
-        "quantization_config",
-    ),
-    "settings in a place that engines prefer": (
-        edit_config(lambda c: c.update(text_config={"is_causal": True})),
-        "text_config",
-    ),
-    "an embedding of its own": (edit_config(lambda c: c.update(has_embed_tokens=True)), "has_embed_tokens is true"),
-    **{
-        f"{field} of dflash_config": (
-            edit_config(partial(_set_within, field, value)),
-            rf"dflash_config\.{field} is ",
-        )
-        for field, value in {
-            "attention_value_scale": 0.5,
-            "attention_sink_bias": True,
-            "output_multiplier": 0.25,
-            "final_logit_softcapping": 30.0,
-            "conv_kernel_size": 3,
-            "selector_rank": 8,
-            "projector_type": "domino",
-            "sample_from_anchor": False,
-        }.items()
-    },
-    "a projector named at the top": (edit_config(lambda c: c.update(projector_type="domino")), "projector_type"),
-    "another method's architecture": (
-        edit_config(lambda c: c.update(architectures=["DFlashLagunaForCausalLM"])),
-        "architectures names DFlashLagunaForCausalLM",
-    ),
-    "a layer that the target lacks": (
-        edit_config(lambda c: c["dflash_config"].update(target_layer_ids=[0, 4])),
-        r"target_layer_ids \[0, 4\]",
-    ),
-    "no layers at all": (edit_config(lambda c: c["dflash_config"].update(target_layer_ids=[])), "target_layer_ids"),
-    "a mask token outside": (edit_config(lambda c: c["dflash_config"].update(mask_token_id=64)), "mask_token_id"),
-    "another target": (
-        write("drafter.json", json.dumps({"digest": "", "target_digest": "f" * 64})),
-        "trained for the target ffffffffffff",
-    ),
-    "a damaged record": (write("drafter.json", '{"target_'), r"drafter\.json"),
-    "frequent tokens cut short": (cut("frequent_tokens.npy"), r"frequent_tokens\.npy"),
+NEUTRAL: dict[str, Edit] = {
+    "what engines take as the default": setting(is_causal=False, use_gemma_norm=False, rope_is_neox_style=True),
+    "the same of dflash_config": within("dflash_config", attention_value_scale=1.0, projector_type=None),
+    "the block size at the top alone": without("dflash_config.block_size"),
+    "the block size in dflash_config alone": without("block_size"),
+    "an old config of the rotary base": edit_config(lambda c: (c.pop("rope_parameters"), c.update(rope_scaling=None))),
 }
 
 
-@pytest.mark.parametrize("name", TRAPS)
-def test_a_trap_is_one_clear_error(name: str, saved: Path, plain_target: Target) -> None:
-    edit, message = TRAPS[name]
-    edit(saved)
-    with pytest.raises(DraftsmithError, match=message) as error:
-        load_drafter(saved, plain_target)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("name", ["another width", "no layer ids", "another rotary base", "another depth"])
-def test_the_preflight_finds_a_wrong_shape_without_weights(name: str, saved: Path, plain_artifact: Path) -> None:
-    (saved / "model.safetensors").unlink()
-    check_shape(saved, model_path(plain_artifact))
-    edit, message = TRAPS[name]
-    edit(saved)
-    with pytest.raises(DraftsmithError, match=message):
-        check_shape(saved, model_path(plain_artifact))
-
-
-def test_fields_with_neutral_values_are_accepted(saved: Path, plain_target: Target) -> None:
-    """A config may state what engines take as the default."""
-    edit_config(lambda c: c.update(is_causal=False, use_gemma_norm=False, rope_is_neox_style=True))(saved)
-    edit_config(lambda c: c["dflash_config"].update(attention_value_scale=1.0, projector_type=None))(saved)
-    load_drafter(saved, plain_target)
-
-
-@pytest.mark.parametrize("place", ["top", "inside"])
-def test_the_block_size_is_read_from_either_place(place: str, saved: Path, plain_target: Target) -> None:
-    edit_config(lambda c: (c if place == "inside" else c["dflash_config"]).pop("block_size"))(saved)
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_other_ways_to_write_the_same_config_are_read(name: str, saved: Path, plain_target: Target) -> None:
+    NEUTRAL[name](saved)
     assert load_drafter(saved, plain_target).block_size == 5
 
 
-def test_an_old_config_with_the_same_rotary_base_is_read(saved: Path, plain_target: Target) -> None:
-    edit_config(lambda c: (c.pop("rope_parameters"), c.update(rope_scaling=None)))(saved)
-    load_drafter(saved, plain_target)
-
-
-def test_a_checkpoint_made_elsewhere_has_an_empty_record(saved: Path, plain_target: Target) -> None:
+def test_frequent_tokens_and_record_are_read_and_may_be_absent(saved: Path, plain_target: Target) -> None:
+    head = load_drafter(saved, plain_target).drafting_head(plain_target.head_weight, 3)
+    assert head.token_ids is not None and head.token_ids.tolist() == [61, 62, 63]
     (saved / "drafter.json").unlink()
     (saved / "frequent_tokens.npy").unlink()
     check_drafter(saved, plain_target.info.digest)
@@ -244,20 +100,23 @@ def test_a_checkpoint_made_elsewhere_has_an_empty_record(saved: Path, plain_targ
     assert loaded.drafting_head(plain_target.head_weight, 5).token_ids is None
 
 
-def test_a_drafting_head_has_the_most_frequent_tokens(saved: Path, plain_target: Target) -> None:
-    head = load_drafter(saved, plain_target).drafting_head(plain_target.head_weight, 3)
-    assert head.token_ids is not None
-    assert head.token_ids.tolist() == [61, 62, 63]
-
-
-def test_a_new_drafter_that_does_not_fit_the_target_is_refused(plain_target: Target) -> None:
-    for shape, message in (
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
         (DFlashConfig(target_layer_ids=(0, 4)), "target_layer_ids"),
         (DFlashConfig(target_layer_ids=(0, 1), mask_token="<none>"), "is not a token of the target"),
         (DFlashConfig(target_layer_ids=(0, 1), mask_token="two words"), "is not a token of the target"),
-    ):
-        with pytest.raises(DraftsmithError, match=message):
-            create_drafter(shape, plain_target, 0)
+        (Eagle3Config(kind="eagle3", target_layer_ids=(0, 1, 4)), r"\[0, 1, 4\] do not fit layers 0 … 3"),
+        (Eagle3Config(kind="eagle3", target_layer_ids=(0, 1, 1)), r"layer twice. .*in sft\.drafter\.target_layer_ids"),
+        (Eagle3Config(kind="eagle3", target_layer_ids=(-1, 0, 1)), "do not fit"),
+        (Eagle3Config(kind="eagle3", draft_vocab_size=65), "draft_vocab_size: 65 is more than the target's 64"),
+    ],
+)
+def test_a_new_drafter_that_does_not_fit_the_target_is_refused(
+    shape: DFlashConfig | Eagle3Config, message: str, plain_target: Target
+) -> None:
+    with pytest.raises(DraftsmithError, match=message):
+        create_drafter(shape, plain_target, 0, torch.arange(random_target.VOCAB_SIZE))
 
 
 def test_windows_are_written_where_engines_read_them(plain_target: Target, tmp_path: Path) -> None:
@@ -282,3 +141,13 @@ def test_windows_are_written_where_engines_read_them(plain_target: Target, tmp_p
 def test_contradictory_windows_of_a_new_drafter_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DFlashConfig(**fields)
+
+
+def test_the_plan_of_an_upgrade_to_dflash2(saved: Path, plain_target: Target) -> None:
+    shape = DFlash2Config(kind="dflash2", **SIZES)
+    plan = plan_of_checkpoint(saved, plain_target.model.config, "here", lambda: plain_target.tokenizer, shape)
+    assert (plan.kind, plan.block_size) == ("dflash2", 5)
+    assert plan.parameters == sum(p.numel() for p in random_dflash2(plain_target).parameters())
+    assert "DFlash2, 2 layers" in plan.description and "rank 6 over 7 candidates" in plan.description
+    as_it_is = plan_of_checkpoint(saved, plain_target.model.config, "here", lambda: plain_target.tokenizer)
+    assert as_it_is.kind == "dflash"
