@@ -1,12 +1,14 @@
 """Tests of every architecture: mask, drafting, replay, decoding and checkpoint, on random weights.
 
-`test_block_samplers.py` compares offsets with blocks; training is in `tests/stages/training/`.
+Training is in `tests/stages/training/`.
 """
 
 from __future__ import annotations
 
 import ast
+import copy
 import json
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import get_args
@@ -17,20 +19,25 @@ import torch
 from torch.nn import functional as F
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.data.trajectories import Trajectory, pad_tokens
-from draftsmith.stages.drafters.base import Context, Drafter, DrafterInfo, PreparedDrafter
-from draftsmith.stages.drafters.checkpoint import UPGRADES, check_complete, load_drafter, save_drafter
+from draftsmith.stages.data.trajectories import Trajectory
+from draftsmith.stages.drafters import base
+from draftsmith.stages.drafters.base import Drafter, PreparedDrafter
+from draftsmith.stages.drafters.checkpoint import UPGRADES, check_complete, create_drafter, load_drafter, save_drafter
+from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.drafters.digest import drafter_digest
-from draftsmith.stages.drafters.lm_head import Head
+from draftsmith.stages.drafters.dspark import model as dspark
+from draftsmith.stages.drafters.eagle3.config import Eagle3Config
 from draftsmith.stages.drafters.registry import KINDS, DrafterConfig
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.replay.chains import replay_chains, replay_sequentially
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import SamplingParams
-from tests.stages.drafters.edits import edit_tensors
+from tests.stages.drafters.edits import edit_tensors, save
+from tests.stages.drafters.texts import Texts, logits_of
 from tests.testbed import random_target, ties
 from tests.testbed.architectures import RANDOM
+from tests.testbed.dspark import random_dspark
 
 ROOT = Path(__file__).parents[3]
 MAY_NAME_KINDS = {
@@ -41,47 +48,13 @@ MAY_NAME_KINDS = {
     "stages/training/estimate.py",  # what a training of each keeps
     "stages/engines/servers/drafting.py",  # what an engine's own configuration calls each
 }
+ANCHORS = torch.tensor([[4, 6, 7], [5, 4, 9], [8, 5, 6]])
 TOLERANCE = 3e-5  # float32, the same sums in another order, on values of order one to ten
 
 
 @pytest.fixture(params=RANDOM)
 def drafter(request: pytest.FixtureRequest, plain_target: Target) -> Drafter:
     return RANDOM[request.param](plain_target)
-
-
-class Texts:
-    """Some trajectories as a drafter reads them."""
-
-    def __init__(self, target: Target, drafter: Drafter, count: int = 3):
-        self.target, self.drafter = target, drafter
-        self.trajectories = random_target.trajectories(count, seed=4)
-        self.tokens = pad_tokens(self.trajectories, target.device)
-        features = target.read(self.tokens, drafter.target_layer_ids).features
-        assert features is not None
-        self.features = features
-        self.positions = torch.arange(self.tokens.shape[1]).expand(count, -1)
-        self.head: Head = drafter.head_over(target.head_weight, None)
-        self.block = drafter.block_size
-
-    @torch.no_grad()
-    def context(self, rows: slice = slice(None), end: int | None = None) -> Context:
-        part = (rows, slice(end))
-        return self.drafter.encode(self.features[part], self.tokens[part], self.positions[part])
-
-    def chains(self, anchors: torch.Tensor) -> torch.Tensor:
-        """Return the tokens [B, A, K] from each anchor on; zeros after the end."""
-        at = anchors[..., None] + torch.arange(self.block - 1)
-        padded = F.pad(self.tokens, (0, self.block))
-        return padded.gather(1, at.flatten(1)).view_as(at)
-
-    @torch.no_grad()
-    def alone(self, row: int, anchor: int) -> tuple[torch.Tensor, list[int]]:
-        """Return hidden states [K, H] on the answer's tokens, and proposals, of a block with no context after it."""
-        context, at = self.context(slice(row, row + 1), anchor), torch.tensor([[anchor]])
-        chain = self.chains(at.expand(len(self.tokens), 1))[row : row + 1]
-        hidden = self.drafter.block_hidden(context, chain, at)
-        proposals = self.drafter.propose(context, chain[..., 0], at, self.block, self.head)
-        return hidden[0, 0], proposals[0, 0].tolist()
 
 
 @pytest.fixture
@@ -142,6 +115,54 @@ def test_drafting_from_slots_equals_drafting_from_a_full_context(texts: Texts) -
         anchors = anchors + accepted
 
 
+@torch.no_grad()
+def test_proposals_are_the_best_token_of_every_offset_also_in_chunks(
+    texts: Texts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = (texts.context(), texts.tokens.gather(1, ANCHORS), ANCHORS, texts.block, texts.head)
+    proposed, drafting = texts.drafter.propose(*blocks), texts.drafter.block_sampler(*blocks)
+    tokens = blocks[1]
+    for k in range(texts.block - 1):
+        tokens = texts.head.to_tokens(drafting.logits(tokens).argmax(-1))
+        assert torch.equal(tokens, proposed[..., k])
+    for numbers in (1, 3000):
+        for module in (base, dspark):
+            monkeypatch.setattr(module, "LOGITS_PER_CHUNK", numbers)
+        assert torch.equal(texts.drafter.propose(*blocks), proposed)
+
+
+@torch.no_grad()
+def test_sampler_probabilities_equal_those_of_training(texts: Texts) -> None:
+    drafter, context, at = texts.drafter, texts.context(), texts.tokens.gather(1, ANCHORS)
+    given = torch.randint(0, 50, (3, 3, texts.block - 1), generator=torch.Generator().manual_seed(0))
+    given[..., 0] = at
+    trained = logits_of(drafter, drafter.block_hidden(context, given, ANCHORS), given, texts.head)
+    drafting = drafter.block_sampler(context, at, ANCHORS, texts.block, texts.head)
+    for k in range(texts.block - 1):
+        other = copy.copy(drafting)  # goes its own way, and changes nothing here
+        other.logits(given[..., k] + 1)
+        torch.testing.assert_close(drafting.logits(given[..., k]), trained[..., k, :], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        DFlashConfig(num_layers=1, block_size=4, target_layer_ids=(1,)),
+        Eagle3Config(kind="eagle3", block_size=4, target_layer_ids=(0, 1, 3)),
+    ],
+)
+def test_a_fresh_drafter_is_seeded_and_starts_at_logits_of_unit_spread(
+    shape: DFlashConfig | Eagle3Config, plain_target: Target
+) -> None:
+    first, same, other = (create_drafter(shape, plain_target, seed) for seed in (0, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), same.parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
+    texts, anchors = Texts(plain_target, first), torch.arange(1, 9).expand(3, -1)
+    with torch.no_grad():
+        hidden = first.block_hidden(texts.context(), texts.chains(anchors), anchors)
+    assert 0.3 < float(texts.head.logits(hidden).std()) < 3
+
+
 # ---- replay and decoding
 
 
@@ -195,16 +216,22 @@ def test_decoding_is_lossless_and_its_steps_are_those_of_replay(texts: Texts, pl
 # ---- checkpoint
 
 
+FORMS = RANDOM | {
+    "dspark, confidence": random_dspark,
+    "dspark, confidence of states": partial(random_dspark, confidence_reads_token=False, from_anchor=False),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_the_round_trip_gives_the_same_drafter_and_the_same_bytes(
-    texts: Texts, plain_target: Target, tmp_path: Path
+    form: str, plain_target: Target, tmp_path: Path
 ) -> None:
-    texts.drafter.frequent_tokens = torch.arange(random_target.VOCAB_SIZE).flip(0)
-    texts.drafter.info = DrafterInfo(plain_target.info.digest, "here", ("a", "b"), {"stage": "sft", "steps": 3})
-    save_drafter(texts.drafter, tmp_path / "first", torch.float32)
+    texts = Texts(plain_target, FORMS[form](plain_target))
+    save(texts.drafter, plain_target, tmp_path / "first")
     loaded = load_drafter(tmp_path / "first", plain_target)
     assert type(loaded) is type(texts.drafter) and not loaded.training
     assert loaded.info == texts.drafter.info
-    assert loaded.frequent_tokens is not None
+    assert loaded.frequent_tokens is not None and texts.drafter.frequent_tokens is not None
     assert loaded.frequent_tokens.tolist() == texts.drafter.frequent_tokens.tolist()
     state = texts.drafter.state_dict()
     assert loaded.state_dict().keys() == state.keys()

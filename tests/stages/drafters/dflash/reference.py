@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
+
+from tests.stages.drafters.texts import Texts
 
 Tensors = Mapping[str, torch.Tensor]
 Positions = list[torch.Tensor]  # [H] each
@@ -106,3 +109,27 @@ def block_hidden(
             outputs.append(w["mlp.down_proj.weight"] @ (gate * torch.sigmoid(gate) * (w["mlp.up_proj.weight"] @ x)))
         states = [x + y for x, y in zip(states, finish(outputs), strict=True)]
     return torch.stack([rms_norm(x, weights["norm.weight"], eps) for x in states[first:]])
+
+
+def hidden_of(texts: Texts, anchor: int, **differently: Any) -> torch.Tensor:
+    """Return what `block_hidden` does for the first text, with the sizes of its drafter unless given otherwise."""
+    drafter: Any = texts.drafter
+    config = drafter.config
+    sizes = {
+        "block_size": texts.block,
+        "layers": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads,
+        "eps": config.rms_norm_eps,
+        "theta": config.rope_parameters["rope_theta"],
+        "mask_token": texts.target.tokenizer.mask_token_id,
+    }
+    embedding = drafter.embedding_scale * texts.target.embedding
+    return block_hidden(
+        dict(drafter.named_parameters()),
+        embedding,
+        texts.features[0],
+        texts.trajectories[0].tokens[anchor],
+        anchor,
+        **sizes | differently,
+    )

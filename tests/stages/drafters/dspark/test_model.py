@@ -23,6 +23,7 @@ from draftsmith.stages.training.blocks import (
 from draftsmith.stages.training.config import SftConfig, TrainingConfig
 from draftsmith.stages.training.sft.trainer import sft_loss
 from tests.stages.drafters.dflash import reference
+from tests.stages.drafters.texts import Texts
 from tests.testbed import random_target
 from tests.testbed.dspark import random_dspark
 
@@ -32,37 +33,17 @@ TOLERANCE = 3e-5  # float32 against float64 on values of order one
 @pytest.mark.parametrize("from_anchor", [True, False])
 def test_logits_equal_the_plain_float64_reference(from_anchor: bool, plain_target: Target) -> None:
     drafter = random_dspark(plain_target, from_anchor=from_anchor)
-    trajectory = random_target.trajectories(1, seed=3)[0]
-    tokens, K = torch.tensor([trajectory.tokens]), drafter.block_size - 1
-    features = plain_target.read(tokens, drafter.target_layer_ids).features
-    assert features is not None
-    anchors = [4, 7, 8]
-    given = torch.randint(0, 60, (1, len(anchors), K), generator=torch.Generator().manual_seed(1))
-    given[0, :, 0] = tokens[0, anchors]
-    head = drafter.head_over(plain_target.head_weight, None)
+    texts, anchors, K = Texts(plain_target, drafter, count=1, seed=3), torch.tensor([[4, 7, 8]]), drafter.block_size - 1
+    given = torch.randint(0, 60, (1, 3, K), generator=torch.Generator().manual_seed(1))
+    given[..., 0] = texts.tokens[:, anchors[0]]
     with torch.no_grad():
-        context = drafter.encode(features, tokens, torch.arange(tokens.shape[1])[None])
-        hidden = drafter.block_hidden(context, given, torch.tensor([anchors]))
-        logits, confidence = head.logits(hidden), drafter.confidence(hidden)
-    config = drafter.config
+        hidden = drafter.block_hidden(texts.context(), given, anchors)
+        logits, confidence = texts.head.logits(hidden), drafter.confidence(hidden)
     tensors = {name: tensor.detach().double() for name, tensor in drafter.named_parameters()}
     w1, w2 = tensors["markov_head.markov_w1.weight"], tensors["markov_head.markov_w2.weight"]
-    for index, anchor in enumerate(anchors):
-        states = reference.block_hidden(
-            tensors,
-            plain_target.embedding,
-            features[0],
-            trajectory.tokens[anchor],
-            anchor,
-            block_size=K if from_anchor else K + 1,
-            layers=config.num_hidden_layers,
-            heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            eps=config.rms_norm_eps,
-            theta=config.rope_parameters["rope_theta"],
-            mask_token=plain_target.tokenizer.mask_token_id,
-            first=0 if from_anchor else 1,
-        )
+    sizes = {"block_size": K, "first": 0} if from_anchor else {}
+    for index, anchor in enumerate(anchors[0].tolist()):
+        states = reference.hidden_of(texts, anchor, **sizes)
         for k in range(K):
             before = w1[given[0, index, k]]
             expected = plain_target.head_weight.double() @ states[k] + w2 @ before
