@@ -1,72 +1,95 @@
-"""Adoption of a drafter for a new revision of its target: stage `sft` without a step."""
+"""Adoption of a drafter for a new revision of its target: stage `sft` without a step, and stage `champion`."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.drafters.checkpoint import check_drafter, read_info
+from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
+from draftsmith.stages.drafters.base import DrafterInfo
+from draftsmith.stages.drafters.checkpoint import check_drafter, read_info, save_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
-from draftsmith.stages.target.info import read_target_info
+from draftsmith.stages.drafters.stage import RECORD, ChampionConfig
+from draftsmith.stages.drafters.stage import STAGE as CHAMPION
+from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.info import read_target_info, write_target_info
 from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.sft.stage import STAGE
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
-
-ADOPTED = SftConfig(steps=0, adopt=True)
-
-
-@pytest.fixture
-def revision(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> Path:
-    """Return the artifact of another revision of the same target."""
-    folder = tmp_path / "revision"
-    shutil.copytree(tiny_drafter.target, folder)
-    info = json.loads((folder / "target.json").read_text())
-    (folder / "target.json").write_text(json.dumps(info | {"digest": "0123456789abcdef" * 4}))
-    return folder
+from tests.testbed.random_target import random_drafter
 
 
-def test_a_drafter_of_another_revision_is_refused_unless_adopted(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, revision: Path
+def adopt(folder: Path, target: Path, drafter: Path, answers: Path) -> Path:
+    """Run the stage; return the adopted checkpoint."""
+    ctx = RecordingContext.under(folder, {"target": target, "drafter": drafter.parent, "trajectories": answers})
+    STAGE.run(ctx, SftConfig(steps=0, adopt=True))
+    return ctx.out / "drafter"
+
+
+def edit(path: Path, change: dict[str, Any]) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+def test_a_drafter_is_adopted_for_another_revision_but_not_for_another_shape(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts
 ) -> None:
+    revision = Path(shutil.copytree(tiny_drafter.target, tmp_path / "revision"))
+    edit(revision / "target.json", {"digest": "0123456789abcdef" * 4})
     old, digest = tiny_drafter.drafter / "drafter", read_target_info(revision).digest
     with pytest.raises(DraftsmithError, match="trained for the target"):
         check_drafter(old, digest)
-    inputs = {"target": revision, "drafter": tiny_drafter.drafter, "trajectories": tiny_drafter.rollout}
-    ctx = RecordingContext(tmp_path / "out", tmp_path / "work", inputs, 0)
-    STAGE.run(ctx, ADOPTED)
-    new = ctx.out / "drafter"
+    new = adopt(tmp_path / "adopted", revision, old, tiny_drafter.rollout)
     check_drafter(new, digest)
     assert drafter_digest(new) == drafter_digest(old)
     assert read_info(new).parents == (*read_info(old).parents, drafter_digest(old))
     assert read_info(new).training["steps"] == 0
 
-
-def test_a_drafter_of_another_shape_is_refused(tmp_path: Path, tiny_drafter: DrafterArtifacts, revision: Path) -> None:
-    other = tmp_path / "other" / "drafter"
-    shutil.copytree(tiny_drafter.drafter / "drafter", other)
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {"num_target_layers": config["num_target_layers"] + 1}))
-    inputs = {"target": revision, "drafter": other.parent, "trajectories": tiny_drafter.rollout}
-    ctx = RecordingContext(tmp_path / "out", tmp_path / "work", inputs, 0)
+    other = Path(shutil.copytree(old, tmp_path / "other" / "drafter"))
+    edit(other / "config.json", {"num_target_layers": 99})
     with pytest.raises(DraftsmithError, match="num_target_layers"):
-        STAGE.run(ctx, ADOPTED)
+        adopt(tmp_path / "refused", revision, other, tiny_drafter.rollout)
 
 
-@pytest.mark.parametrize("measures", [False, True])
-def test_frequent_tokens_come_from_training_answers_alone(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, measures: bool
-) -> None:
+def test_frequent_tokens_come_from_training_answers_alone(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
     """A head of frequent tokens taken from held-out answers would fit these."""
-    public = tmp_path / "public" / "drafter"
-    shutil.copytree(tiny_drafter.drafter / "drafter", public)
+    public = Path(shutil.copytree(tiny_drafter.drafter / "drafter", tmp_path / "public" / "drafter"))
     (public / "frequent_tokens.npy").unlink()
-    answers = tiny_drafter.heldout if measures else tiny_drafter.rollout
-    inputs = {"target": tiny_drafter.target, "drafter": public.parent, "trajectories": answers}
-    ctx = RecordingContext(tmp_path / "out", tmp_path / "work", inputs, 0)
-    STAGE.run(ctx, ADOPTED)
-    assert (ctx.out / "drafter" / "frequent_tokens.npy").is_file() is not measures
+    for answers in (tiny_drafter.heldout, tiny_drafter.rollout):
+        adopted = adopt(tmp_path / answers.name, tiny_drafter.target, public, answers)
+        assert (adopted / "frequent_tokens.npy").is_file() is (answers == tiny_drafter.rollout)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_champion_is_adopted_for_a_changed_target(
+    changed: bool, plain_artifact: Path, plain_target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
+    served, target = tmp_path / "served", tmp_path / "target"
+    drafter, then = random_drafter(plain_target), plain_target.info.digest
+    drafter.info = DrafterInfo(target_digest=then, target_source="then", parents=("before",))
+    save_drafter(drafter, served, torch.float32)
+    digest = drafter_digest(served)
+    shutil.copytree(plain_artifact, target)
+    now = "0" * 64 if changed else then
+    write_target_info(read_target_info(target).model_copy(update={"digest": now}), target)
+
+    config = ChampionConfig(line="a-line", version=3, folder=str(served), content_id="", drafter_digest=digest)
+    ctx = RecordingContext.under(tmp_path / "taken", {"target": target})
+    CHAMPION.run(ctx, config)
+    taken = ctx.out / DRAFTER_FOLDER
+    assert drafter_digest(taken) == digest
+    assert ctx.json(RECORD) == {"target_changed": changed, "trained_for": then, "target": now}
+    info = read_info(taken)
+    assert (info.target_digest, info.parents) == (now, ("before", digest) if changed else ("before",))
+    assert any("the target has changed since version 3 was promoted" in line for line in ctx.logs) is changed
+
+    with pytest.raises(DraftsmithError, match="a-line version 3"):
+        CHAMPION.run(replace(ctx, out=tmp_path / "other"), config.model_copy(update={"drafter_digest": "1" * 64}))

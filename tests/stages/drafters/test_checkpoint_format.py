@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 import transformers
-from torch import nn
 from transformers import DeepseekV3Config, Glm4MoeLiteConfig
 
 from draftsmith.stages.drafters.base import Drafter
@@ -28,16 +28,8 @@ def test_rotary_frequencies_stay_float32_in_a_drafter_of_bfloat16(
     loaded = load_drafter(tmp_path, plain_target, torch.bfloat16)
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     positions = torch.tensor([[0, 1, 2000]])
-    for exact, ours in zip(angles(saved, positions), angles(loaded, positions), strict=True):
-        torch.testing.assert_close(exact, ours, rtol=0, atol=1e-6)
-
-
-def angles(drafter: Drafter, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cosines and sines, float32."""
-    rotary = drafter.rotary
-    assert isinstance(rotary, nn.Module)
-    found: tuple[torch.Tensor, torch.Tensor] = rotary(torch.zeros(1), position_ids=positions)
-    return found
+    exact, ours = (cast("Any", each.rotary)(torch.zeros(1), position_ids=positions) for each in (saved, loaded))
+    torch.testing.assert_close(exact, ours, rtol=0, atol=1e-6)  # cosines and sines
 
 
 @pytest.mark.parametrize(("family", "theta"), [("Gemma3Text", 1e6), ("Zaya", 5e6), ("Beam", 1e4)])
@@ -52,15 +44,7 @@ def test_a_new_drafter_has_few_key_heads_where_the_target_caches_a_latent() -> N
     assert heads == [8, 4]  # they divide 128 and 20 query heads
 
 
-@pytest.mark.parametrize(
-    ("ids", "reason"),
-    [
-        ([0, 1, 2], None),
-        ([1, 9, 17, 25, 33], None),
-        ([2, 0], "do not rise"),
-        ([0, 35], "name the last layer"),
-    ],
-)
-def test_layers_that_an_engine_would_pass_differently_are_refused(ids: list[int], reason: str | None) -> None:
-    found = unservable_layers(ids, 36)
-    assert (found is None) if reason is None else (found is not None and reason in found)
+def test_layers_that_an_engine_would_pass_differently_are_refused() -> None:
+    assert unservable_layers([0, 1, 2], 36) is unservable_layers([1, 9, 17, 25, 33], 36) is None
+    assert "do not rise" in (unservable_layers([2, 0], 36) or "")
+    assert "name the last layer" in (unservable_layers([0, 35], 36) or "")

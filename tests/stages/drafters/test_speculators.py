@@ -6,6 +6,7 @@ Its fields are held here; `tests/integration/test_speculators.py` has them read 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from draftsmith.stages.drafters.checkpoint import check_complete, load_drafter, 
 from draftsmith.stages.drafters.export import export_speculators
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.info import model_path
-from tests.stages.drafters.edits import Edit, edit_config, edit_tensors
+from tests.stages.drafters.edits import Edit, edit_tensors, setting, without
 from tests.testbed.dflash2 import random_dflash2
 from tests.testbed.dspark import random_dspark
 from tests.testbed.eagle3 import random_eagle3
@@ -38,18 +39,27 @@ FORMS: dict[str, Any] = {
 }
 
 
-def exported(drafter: Drafter, plain_artifact: Path, folder: Path) -> Path:
-    save_drafter(drafter, folder / "own", torch.float32)
-    export_speculators(folder / "own", model_path(plain_artifact), "someone/target", folder / "out")
-    return folder / "out"
+Export = Callable[[Drafter], Path]
+
+
+@pytest.fixture
+def exported(plain_artifact: Path, tmp_path: Path) -> Export:
+    """Return what saves a drafter in the folder `own` and exports it to another one, which it returns."""
+
+    def export(drafter: Drafter, dtype: torch.dtype = torch.float32) -> Path:
+        save_drafter(drafter, tmp_path / "own", dtype)
+        export_speculators(tmp_path / "own", model_path(plain_artifact), "someone/target", tmp_path / "out")
+        return tmp_path / "out"
+
+    return export
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_an_exported_drafter_is_read_back_unchanged(
-    form: str, plain_target: Target, plain_artifact: Path, tmp_path: Path
+    form: str, plain_target: Target, exported: Export, tmp_path: Path
 ) -> None:
     drafter = FORMS[form](plain_target)
-    folder = exported(drafter, plain_artifact, tmp_path)
+    folder = exported(drafter)
     check_complete(folder)
     loaded = load_drafter(folder, plain_target)
     assert type(loaded) is type(drafter)
@@ -62,40 +72,32 @@ def test_an_exported_drafter_is_read_back_unchanged(
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "own" / name).read_bytes(), name
 
 
-def test_exported_fields_are_those_of_the_library(plain_target: Target, plain_artifact: Path, tmp_path: Path) -> None:
-    drafter = random_dflash2(plain_target, sliding_window=6)
-    folder = exported(drafter, plain_artifact, tmp_path)
+def test_exported_fields_are_those_of_the_library(plain_target: Target, exported: Export, tmp_path: Path) -> None:
+    folder = exported(random_dflash2(plain_target, sliding_window=6))
     config = json.loads((folder / "config.json").read_text())
     assert config["speculators_model_type"] == config["speculators_config"]["algorithm"] == "dflash2"
-    assert config["speculators_config"]["verifier"] == {
-        "name_or_path": "someone/target",
-        "architectures": ["Qwen3ForCausalLM"],
-    }
+    verifier = {"name_or_path": "someone/target", "architectures": ["Qwen3ForCausalLM"]}
+    assert config["speculators_config"]["verifier"] == verifier
     assert config["speculators_config"]["proposal_methods"] == [{"proposal_type": "greedy", "speculative_tokens": 4}]
     assert config["aux_hidden_state_layer_ids"] == [3, 1]  # of layers 2 and 0
     assert (config["block_size"], config["mask_token_id"], config["draft_vocab_size"]) == (5, 62, 64)
     assert (config["sliding_window_non_causal"], config["sample_from_anchor"]) == (False, False)
     layers = config["transformer_layer_config"]
-    assert (layers["sliding_window"], layers["layer_types"][0], layers["model_type"]) == (
-        6,
-        "sliding_attention",
-        "qwen3",
-    )
+    assert (layers["sliding_window"], layers["layer_types"][0]) == (6, "sliding_attention")
+    assert layers["model_type"] == "qwen3"
     assert "dflash_config" not in layers and "architectures" not in layers
     tensors = load_file(folder / "model.safetensors")
     assert tensors["embed_tokens.weight"].equal(plain_target.embedding)
     assert tensors["lm_head.weight"].equal(plain_target.head_weight)
-    assert tensors.keys() == load_file(tmp_path / "own" / "model.safetensors").keys() | {
-        "embed_tokens.weight",
-        "lm_head.weight",
-    }
+    own = load_file(tmp_path / "own" / "model.safetensors")
+    assert tensors.keys() == {*own, "embed_tokens.weight", "lm_head.weight"}
 
 
 @pytest.mark.parametrize("from_anchor", [True, False])
 def test_exported_dspark_fields_are_those_of_the_library(
-    from_anchor: bool, plain_target: Target, plain_artifact: Path, tmp_path: Path
+    from_anchor: bool, plain_target: Target, exported: Export
 ) -> None:
-    folder = exported(random_dspark(plain_target, from_anchor=from_anchor), plain_artifact, tmp_path)
+    folder = exported(random_dspark(plain_target, from_anchor=from_anchor))
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["DSparkDraftModel"]
     assert config["speculators_model_type"] == config["speculators_config"]["algorithm"] == "dspark"
@@ -114,18 +116,18 @@ def test_exported_dspark_fields_are_those_of_the_library(
 
 
 TRAPS: dict[str, tuple[Edit, str]] = {
-    "another kind": (edit_config(lambda c: c.update(speculators_model_type="peagle")), "'peagle'"),
-    "a reduced vocabulary": (edit_config(lambda c: c.update(draft_vocab_size=40)), "draft_vocab_size is 40"),
-    "proposals from the anchor on": (edit_config(lambda c: c.update(sample_from_anchor=True)), "sample_from_anchor"),
-    "no layer ids": (edit_config(lambda c: c.pop("aux_hidden_state_layer_ids")), "target_layer_ids is missing"),
-    "no layers": (edit_config(lambda c: c.pop("transformer_layer_config")), "transformer_layer_config is missing"),
+    "another kind": (setting(speculators_model_type="peagle"), "'peagle'"),
+    "a reduced vocabulary": (setting(draft_vocab_size=40), "draft_vocab_size is 40"),
+    "proposals from the anchor on": (setting(sample_from_anchor=True), "sample_from_anchor"),
+    "no layer ids": (without("aux_hidden_state_layer_ids"), "target_layer_ids is missing"),
+    "no layers": (without("transformer_layer_config"), "transformer_layer_config is missing"),
     "another head": (edit_tensors(lambda t: t["lm_head.weight"].add_(1)), r"lm_head\.weight is not the target's"),
 }
 
 
 @pytest.mark.parametrize("name", TRAPS)
-def test_unsupported_configs_are_refused(name: str, plain_target: Target, plain_artifact: Path, tmp_path: Path) -> None:
-    folder, (edit, message) = exported(random_drafter(plain_target), plain_artifact, tmp_path), TRAPS[name]
+def test_unsupported_configs_are_refused(name: str, plain_target: Target, exported: Export) -> None:
+    folder, (edit, message) = exported(random_drafter(plain_target)), TRAPS[name]
     edit(folder)
     with pytest.raises(DraftsmithError, match=message):
         load_drafter(folder, plain_target)
@@ -144,10 +146,10 @@ def test_unsupported_configs_are_refused(name: str, plain_target: Target, plain_
     ],
 )
 def test_a_drafter_that_the_library_cannot_represent_is_not_exported(
-    make: Any, message: str, plain_target: Target, plain_artifact: Path, tmp_path: Path
+    make: Any, message: str, plain_target: Target, exported: Export, tmp_path: Path
 ) -> None:
     with pytest.raises(DraftsmithError, match=message):
-        exported(make(plain_target), plain_artifact, tmp_path)
+        exported(make(plain_target))
     assert not (tmp_path / "out").exists()
 
 
@@ -156,21 +158,17 @@ def test_a_drafter_that_the_library_cannot_represent_is_not_exported(
     [("dflash", True), ("dflash, windows", False), ("dflash, windows read both ways", True), ("dspark", True)],
 )
 def test_one_field_sets_the_reading_direction_of_all_layers(
-    form: str, both_ways: bool, plain_target: Target, plain_artifact: Path, tmp_path: Path
+    form: str, both_ways: bool, plain_target: Target, exported: Export
 ) -> None:
     """vLLM applies the opposite of the field as `causal` to full layers too (vllm-project/vllm#56692)."""
     drafter = FORMS[form](plain_target)
-    config = json.loads((exported(drafter, plain_artifact, tmp_path) / "config.json").read_text())
+    config = json.loads((exported(drafter) / "config.json").read_text())
     assert config["sliding_window_non_causal"] is both_ways
     assert {sight.causal for sight in drafter.spans} == {not both_ways}
 
 
-def test_embedding_and_head_are_stored_in_the_backbones_dtype(
-    plain_target: Target, plain_artifact: Path, tmp_path: Path
-) -> None:
-    save_drafter(random_dspark(plain_target), tmp_path / "own", torch.bfloat16)
-    export_speculators(tmp_path / "own", model_path(plain_artifact), "someone/target", tmp_path / "out")
-    tensors = load_file(tmp_path / "out" / "model.safetensors")
+def test_embedding_and_head_are_stored_in_the_backbones_dtype(plain_target: Target, exported: Any) -> None:
+    tensors = load_file(exported(random_dspark(plain_target), torch.bfloat16) / "model.safetensors")
     assert {tensors[name].dtype for name in ("embed_tokens.weight", "lm_head.weight", "fc.weight")} == {torch.bfloat16}
     assert tensors["confidence_head.proj.weight"].dtype == torch.float32
 
