@@ -19,7 +19,6 @@ from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_trajectorie
 from draftsmith.stages.drafters.checkpoint import TOKENS_FILE, load_drafter, save_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.engines.stage import STAGE as ROLLOUT
-from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.replay.stage import STAGE, MiningConfig
 from draftsmith.stages.runtime.stage import Shard
 from tests.stages.bench import Bench
@@ -30,29 +29,33 @@ from tests.testbed.drafter import DrafterArtifacts
 @pytest.fixture(scope="module")
 def assisted(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts) -> Path:
     """Decode 24 greedy answers with the drafter, and record the trace."""
-    ctx = RecordingContext.under(
-        tmp_path_factory.mktemp("assisted"),
-        {"target": tiny_drafter.target, "prompts": tiny_drafter.prompts, "drafter": tiny_drafter.drafter},
-    )
-    config = {"splits": ["heldout"], "prompts": 24, "sampling": {"max_new_tokens": 60}}
-    ROLLOUT.run(ctx, RolloutConfig.model_validate(config))
-    return ctx.out
+    made = tiny_drafter
+    inputs = {"target": made.target, "prompts": made.prompts, "drafter": made.drafter}
+    ctx = RecordingContext.under(tmp_path_factory.mktemp("assisted"), inputs)
+    return ctx.run(ROLLOUT, splits=["heldout"], prompts=24, sampling={"max_new_tokens": 60}).out
 
 
-def mine(
-    folder: Path, artifacts: DrafterArtifacts, trajectories: Path, *, drafter: Path | None = None,
-    stop_after: int | None = None,
-    **config: Any,
-) -> RecordingContext:  # fmt: skip
-    inputs = {"target": artifacts.target, "drafter": drafter or artifacts.drafter, "trajectories": trajectories}
-    ctx = StoppingContext.under(folder, inputs, stop_after=stop_after)
-    STAGE.run(ctx, MiningConfig.model_validate({"tokens_per_target_forward": 600, **config}))
-    return ctx
+Mine = Callable[..., RecordingContext]
 
 
 @pytest.fixture(scope="module")
-def mined(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts, assisted: Path) -> RecordingContext:
-    return mine(tmp_path_factory.mktemp("mined"), tiny_drafter, assisted)
+def mine(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts, assisted: Path) -> Mine:
+    """Return what mines the assisted rollout, or `answers`, with the drafter of the test bed or another one."""
+
+    def run(
+        folder: Path | None = None, *, answers: Path = assisted, drafter: Path = tiny_drafter.drafter,
+        stop_after: int | None = None, **config: Any,
+    ) -> RecordingContext:  # fmt: skip
+        inputs = {"target": tiny_drafter.target, "drafter": drafter, "trajectories": answers}
+        ctx = StoppingContext.under(folder or tmp_path_factory.mktemp("mined"), inputs, stop_after=stop_after)
+        return ctx.run(STAGE, **{"tokens_per_target_forward": 600, **config})
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def mined(mine: Mine) -> RecordingContext:
+    return mine()
 
 
 def table(ctx: RecordingContext) -> list[dict[str, Any]]:
@@ -61,8 +64,13 @@ def table(ctx: RecordingContext) -> list[dict[str, Any]]:
 
 
 def summary(ctx: RecordingContext) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((ctx.out / "summary.json").read_text())
+    content: dict[str, Any] = ctx.json("summary.json")
     return content
+
+
+def assert_same_bytes(ours: RecordingContext, expected: RecordingContext) -> None:
+    for name in ("verify_steps.parquet", "summary.json"):
+        assert (ours.out / name).read_bytes() == (expected.out / name).read_bytes(), name
 
 
 def test_the_table_equals_the_served_trace(mined: RecordingContext, assisted: Path) -> None:
@@ -79,7 +87,8 @@ def test_the_table_equals_the_served_trace(mined: RecordingContext, assisted: Pa
 
 
 def test_rows_agree_with_the_trajectory(mined: RecordingContext, assisted: Path) -> None:
-    tokens = {t.trajectory_id: t.tokens for t in load_trajectories(assisted).trajectories}
+    """Proposals after the end of an answer are neither accepted nor rejected."""
+    tokens, kinds = {t.trajectory_id: t.tokens for t in load_trajectories(assisted).trajectories}, set()
     for row in table(mined):
         rest = tokens[row["trajectory_id"]][row["anchor"] + 1 :]
         accepted, proposed, rejected = row["accepted"], row["proposed_ids"], row["rejected_offset"]
@@ -90,10 +99,12 @@ def test_rows_agree_with_the_trajectory(mined: RecordingContext, assisted: Path)
         judged = [not np.isnan(value) for value in row["target_logprobs"]]
         assert judged == [k < len(rest) for k in range(len(proposed))]
         assert row["judged"] == sum(judged)
+        kinds.add((all(judged), rejected > 0))
         if rejected:  # greedy text: the target's best token was committed
             assert row["target_logprobs"][accepted] < row["best_logprob"] <= 0
         else:
             assert np.isnan(row["best_logprob"])
+    assert len(kinds) == 4
 
 
 def test_the_summary_agrees_with_the_table(mined: RecordingContext, bench: Bench) -> None:
@@ -128,67 +139,45 @@ def test_the_summary_agrees_with_the_table(mined: RecordingContext, bench: Bench
 
 
 def test_an_interrupted_run_continues_and_gives_the_same_bytes(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, mined: RecordingContext
+    tmp_path: Path, mine: Mine, mined: RecordingContext
 ) -> None:
-    for _ in range(2):
+    """Answers of a damaged shard are mined again, and counted once."""
+    for count in (1, 2):
         with pytest.raises(StageInterrupted):
-            mine(tmp_path, tiny_drafter, assisted, stop_after=0)
-    shards = list((tmp_path / "work" / "verify_steps").glob("shard-*"))
-    assert len(shards) == 2
-    last = mine(tmp_path, tiny_drafter, assisted)
-    for name in ("verify_steps.parquet", "summary.json"):
-        assert (last.out / name).read_bytes() == (mined.out / name).read_bytes(), name
+            mine(tmp_path, stop_after=0)
+        shards = sorted((tmp_path / "work" / "verify_steps").glob("shard-*"))
+        assert len(shards) == count
+    shards[-1].write_bytes(shards[-1].read_bytes()[:-30])
+    assert_same_bytes(mine(tmp_path), mined)
 
 
 @pytest.mark.parametrize("count", [3, 40])  # of few groups: some shards have none
 def test_shards_give_the_same_bytes_as_one_process(
-    count: int, tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, mined: RecordingContext,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    inputs = {"target": tiny_drafter.target, "drafter": tiny_drafter.drafter, "trajectories": assisted}
+    count: int, tmp_path: Path, assisted: Path, mined: RecordingContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = MiningConfig(tokens_per_target_forward=600)
-    parts = [RecordingContext.under(tmp_path / str(index), inputs) for index in range(count)]
+    parts = [RecordingContext.under(tmp_path / str(index), mined.inputs) for index in range(count)]
     for index, part in enumerate(parts):
         STAGE.shard(part, config, Shard(index, count))
-    counts = [json.loads((part.out / "shard.json").read_text())["trajectories"] for part in parts]
+    counts = [part.json("shard.json")["trajectories"] for part in parts]
     assert sum(counts) == len(load_trajectories(assisted).trajectories) and sum(n > 0 for n in counts) >= 3
     assert all(part.progressed[-1][:2] == (n, n) for part, n in zip(parts, counts, strict=True) if n)
-    joined = RecordingContext.under(tmp_path / "joined", inputs, shards=[part.out for part in parts])
+    joined = RecordingContext.under(tmp_path / "joined", mined.inputs, shards=[part.out for part in parts])
     monkeypatch.setattr("draftsmith.stages.target.causal_lm.Target.load", None)  # nothing is left to compute
     STAGE.run(joined, config)
-    for name in ("verify_steps.parquet", "summary.json"):
-        assert (joined.out / name).read_bytes() == (mined.out / name).read_bytes(), name
-
-
-def test_answers_of_a_lost_shard_are_counted_once(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, mined: RecordingContext
-) -> None:
-    with pytest.raises(StageInterrupted):
-        mine(tmp_path, tiny_drafter, assisted, stop_after=0)
-    (shard,) = (tmp_path / "work" / "verify_steps").glob("shard-*")
-    with pytest.raises(StageInterrupted):
-        mine(tmp_path, tiny_drafter, assisted, stop_after=0)
-    shard = sorted((tmp_path / "work" / "verify_steps").glob("shard-*"))[-1]
-    shard.write_bytes(shard.read_bytes()[:-30])
-    last = mine(tmp_path, tiny_drafter, assisted)
-    assert (last.out / "summary.json").read_bytes() == (mined.out / "summary.json").read_bytes()
+    assert_same_bytes(joined, mined)
 
 
 @pytest.mark.parametrize("how", ["scored", "full", "sample"])
 def test_only_as_much_is_mined_as_is_read(
-    how: str, tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, mined: RecordingContext,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    how: str, mine: Mine, mined: RecordingContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The group size does not matter. The sample is always the same, and passes the parity gate."""
     monkeypatch.setattr("draftsmith.stages.replay.mining.SAMPLE", 7)
-    other = mine(tmp_path, tiny_drafter, assisted, table=how, tokens_per_target_forward=4000)
+    other = mine(table=how, tokens_per_target_forward=4000)
     names = {row["trajectory_id"] for row in table(other)}
-    assert (
-        len(names)
-        == summary(other)["trajectories"]
-        == summary(other)["parity"]["answers"]
-        == (7 if how == "sample" else 24)
-    )
+    counted = summary(other)["trajectories"], summary(other)["parity"]["answers"]
+    assert (len(names), len(names)) == counted == ((7, 7) if how == "sample" else (24, 24))
     expected = [row for row in table(mined) if row["trajectory_id"] in names]
     for row, of_all in zip(table(other), expected, strict=True):
         for name in row.keys() - {"target_logprobs", "best_logprob"}:
@@ -198,7 +187,7 @@ def test_only_as_much_is_mined_as_is_read(
             logprobs[row["rejected_offset"] :] = [np.nan] * (len(logprobs) - row["rejected_offset"])
         np.testing.assert_allclose(row["target_logprobs"], logprobs, atol=5e-4)
         np.testing.assert_allclose(row["best_logprob"], of_all["best_logprob"], atol=5e-4)
-    again = mine(tmp_path / "again", tiny_drafter, assisted, table=how, tokens_per_target_forward=4000)
+    again = mine(table=how, tokens_per_target_forward=4000)
     assert str(table(again)) == str(table(other))  # NaN is not equal to itself
 
 
@@ -218,139 +207,127 @@ def other_drafter(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: Drafte
 
 
 def test_another_drafter_is_mined_on_the_same_answers_without_parity(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, other_drafter: Path, mined: RecordingContext
+    mine: Mine, other_drafter: Path, mined: RecordingContext
 ) -> None:
-    ctx = mine(tmp_path, tiny_drafter, assisted, drafter=other_drafter)
-    assert summary(ctx)["parity"] is None
-    assert "parity_mismatch" not in ctx.summaries
+    ctx = mine(drafter=other_drafter)
+    assert summary(ctx)["parity"] is None and "parity_mismatch" not in ctx.summaries
     assert summary(ctx)["tau"] < summary(mined)["tau"]
 
 
-def test_a_trace_served_by_another_drafter_is_refused(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, other_drafter: Path
-) -> None:
-    """trace.json claims the digest of the mined drafter, but the steps differ."""
-    faked = Path(shutil.copytree(assisted, tmp_path / "faked"))
-    served = json.loads((faked / "trace.json").read_text())
-    served["drafter_digest"] = drafter_digest(other_drafter / DRAFTER_FOLDER)
-    (faked / "trace.json").write_text(json.dumps(served))
-    with pytest.raises(DraftsmithError, match="served another drafter") as caught:
-        mine(tmp_path, tiny_drafter, faked, drafter=other_drafter)
-    assert "\n" not in str(caught.value)
-    allowed = mine(tmp_path / "allowed", tiny_drafter, faked, drafter=other_drafter, max_parity_mismatch=1)
-    assert summary(allowed)["parity"]["mismatch_share"] > 0.1
+Retell = Callable[..., Path]
 
 
 @pytest.fixture
-def retold(tmp_path: Path, assisted: Path) -> Callable[..., Path]:
-    """Return copies of the assisted rollout with changes in trace.json and rewritten tables, as of another engine."""
+def retell(tmp_path: Path, assisted: Path) -> Retell:
+    """Return what copies the assisted rollout with changes in trace.json and rewritten tables, as of another engine."""
 
-    def retell(trace: list[dict[str, Any]], steps: Callable[[int], int] = lambda n: n, **changes: Any) -> Path:
+    def retell(
+        trace: list[dict[str, Any]] | None = None, steps: Callable[[int], int] = lambda n: n, **changes: Any
+    ) -> Path:
         folder = Path(shutil.copytree(assisted, tmp_path / "retold", dirs_exist_ok=True))
         served_with = json.loads((folder / "trace.json").read_text())
         (folder / "trace.json").write_text(json.dumps({**served_with, **changes}))
-        write_table(folder / "trace.parquet", TRACE, trace)
-        timings = read_table(folder / "timings.parquet", TIMINGS).to_pylist()
-        write_table(
-            folder / "timings.parquet", TIMINGS, [{**t, "verify_steps": steps(t["verify_steps"])} for t in timings]
-        )
+        if trace is not None:
+            write_table(folder / "trace.parquet", TRACE, trace)
+        rows = read_table(folder / "timings.parquet", TIMINGS).to_pylist()
+        rows = [{**row, "verify_steps": steps(row["verify_steps"])} for row in rows]
+        write_table(folder / "timings.parquet", TIMINGS, rows)
         return folder
 
     return retell
 
 
+@pytest.fixture
+def trace(assisted: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = read_table(assisted / "trace.parquet", TRACE).to_pylist()
+    return rows
+
+
+def test_a_trace_served_by_another_drafter_is_refused(mine: Mine, retell: Retell, other_drafter: Path) -> None:
+    """trace.json claims the digest of the mined drafter, but the steps differ."""
+    faked = retell(drafter_digest=drafter_digest(other_drafter / DRAFTER_FOLDER))
+    with pytest.raises(DraftsmithError, match="served another drafter") as caught:
+        mine(answers=faked, drafter=other_drafter)
+    assert "\n" not in str(caught.value)
+    allowed = mine(answers=faked, drafter=other_drafter, max_parity_mismatch=1)
+    assert summary(allowed)["parity"]["mismatch_share"] > 0.1
+
+
 def test_one_other_step_is_refused_in_float32_and_allowed_in_bfloat16(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, retold: Callable[..., Path]
+    mine: Mine, retell: Retell, trace: list[dict[str, Any]]
 ) -> None:
-    trace = read_table(assisted / "trace.parquet", TRACE).to_pylist()
     trace[3]["accepted"] += 1
     with pytest.raises(DraftsmithError, match=f"mining: 1 of {len(trace)} verify steps .*greedy decoding allows none"):
-        mine(tmp_path, tiny_drafter, retold(trace))
-    ctx = mine(tmp_path / "bf16", tiny_drafter, retold(trace, dtype="bfloat16"))
-    assert summary(ctx)["parity"]["different_steps"] == 1
-    sampled = mine(tmp_path / "sampled", tiny_drafter, retold(trace, temperature=1.0))
-    assert summary(sampled)["parity"]["different_steps"] == 1
-    quantised = mine(tmp_path / "quantised", tiny_drafter, retold(trace, differs=["quantization fp8"]))
-    assert summary(quantised)["parity"]["different_steps"] == 1
+        mine(answers=retell(trace))
+    allowed: list[dict[str, Any]] = [{"dtype": "bfloat16"}, {"temperature": 1.0}, {"differs": ["quantization fp8"]}]
+    for changes in allowed:
+        assert summary(mine(answers=retell(trace, **changes)))["parity"]["different_steps"] == 1
 
 
 def test_recorded_log_probs_are_compared(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, retold: Callable[..., Path], mined: RecordingContext
+    mine: Mine, retell: Retell, trace: list[dict[str, Any]], mined: RecordingContext
 ) -> None:
-    trace = read_table(assisted / "trace.parquet", TRACE).to_pylist()
     for row, own in zip(trace, table(mined), strict=True):
         row["target_logprobs"] = [value + 1e-4 for value in own["target_logprobs"]]
         row["target_logprobs"] = [-5.0 if np.isnan(value) else value for value in row["target_logprobs"]]
-    ctx = mine(tmp_path, tiny_drafter, retold(trace))
-    assert summary(ctx)["parity"]["largest_logprob_difference"] == pytest.approx(1e-4, rel=0.05)
+    found = summary(mine(answers=retell(trace)))["parity"]["largest_logprob_difference"]
+    assert found == pytest.approx(1e-4, rel=0.05)
     trace[-1]["target_logprobs"][0] -= 0.01
     with pytest.raises(DraftsmithError, match=r"by up to 0\.0099 in float32"):
-        mine(tmp_path / "other", tiny_drafter, retold(trace))
+        mine(answers=retell(trace))
 
 
-def test_without_a_trace_the_counted_steps_are_compared(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, retold: Callable[..., Path]
-) -> None:
-    ctx = mine(tmp_path, tiny_drafter, retold([]))
-    assert summary(ctx)["parity"]["tau_difference"] == 0
-    assert "parity_mismatch" not in ctx.summaries
+def test_without_a_trace_the_counted_steps_are_compared(mine: Mine, retell: Retell) -> None:
+    ctx = mine(answers=retell([]))
+    assert summary(ctx)["parity"]["tau_difference"] == 0 and "parity_mismatch" not in ctx.summaries
     with pytest.raises(DraftsmithError, match=r"tau is .* as served and .* in replay"):
-        mine(tmp_path / "one-more", tiny_drafter, retold([], steps=lambda n: n + 1))
+        mine(answers=retell([], steps=lambda n: n + 1))
     with pytest.raises(DraftsmithError, match=r"lower by at least .* \(2% is allowed"):  # a third more: 25 % may differ
-        mine(tmp_path / "more", tiny_drafter, retold([], steps=lambda n: round(1.3 * n), dtype="bfloat16"))
+        mine(answers=retell([], steps=lambda n: round(1.3 * n), dtype="bfloat16"))
     with pytest.raises(DraftsmithError, match=r"mining: tau is 1\.000 as served and"):
-        mine(tmp_path / "none", tiny_drafter, retold([], steps=lambda _: 0, dtype="bfloat16"))
+        mine(answers=retell([], steps=lambda _: 0, dtype="bfloat16"))
 
 
 @pytest.mark.parametrize("recorded", [True, False])
 def test_the_steps_of_a_retracted_answer_are_not_compared(
-    recorded: bool, tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, retold: Callable[..., Path]
+    recorded: bool, mine: Mine, retell: Retell, trace: list[dict[str, Any]]
 ) -> None:
     """Its server read it again, which gave a token without a verify step: later steps differ."""
-    trace = read_table(assisted / "trace.parquet", TRACE).to_pylist()
-    folder = retold([row for row in trace if recorded and row["trajectory_id"] != trace[0]["trajectory_id"]])
+    folder = retell([row for row in trace if recorded and row["trajectory_id"] != trace[0]["trajectory_id"]])
     timings = read_table(folder / "timings.parquet", TIMINGS).to_pylist()
     (row,) = (row for row in timings if row["trajectory_id"] == trace[0]["trajectory_id"])
     row["verify_steps"] += 1
     write_table(folder / "timings.parquet", TIMINGS, timings)
     with pytest.raises(DraftsmithError, match=r"tau is .* in replay .*float32 with greedy decoding allows none"):
-        mine(tmp_path / "another", tiny_drafter, folder)
+        mine(answers=folder)
     row["retractions"] = 1
     write_table(folder / "timings.parquet", TIMINGS, timings)
-    ctx = mine(tmp_path / "retracted", tiny_drafter, folder)
-    assert summary(ctx)["parity"]["answers"] == len({step["trajectory_id"] for step in trace}) - 1
+    answers = summary(mine(answers=folder))["parity"]["answers"]
+    assert answers == len({step["trajectory_id"] for step in trace}) - 1
     write_table(folder / "timings.parquet", TIMINGS, [{**each, "retractions": 1} for each in timings])
-    ctx = mine(tmp_path / "all", tiny_drafter, folder)
+    ctx = mine(answers=folder)
     assert any(f"{len(timings)} of {len(timings)} answers were retracted" in line for line in ctx.logs)
 
 
-def test_an_explicit_block_size_equals_the_trained_default(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, retold: Callable[..., Path]
-) -> None:
-    ctx = mine(tmp_path, tiny_drafter, assisted, drafting={"block_size": 8})
-    assert summary(ctx)["parity"]["different_steps"] == 0
-    trace = read_table(assisted / "trace.parquet", TRACE).to_pylist()
-    ctx = mine(tmp_path / "other", tiny_drafter, retold(trace, block_size=8))
-    assert summary(ctx)["parity"]["different_steps"] == 0
-
-
-def test_head_tokens_without_frequent_tokens_are_logged_and_ignored(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, mined: RecordingContext, retold: Callable[..., Path]
-) -> None:
-    """Without the file of frequent tokens it drafts from all tokens, whatever `head_tokens` is."""
-    drafter = Path(shutil.copytree(tiny_drafter.drafter, tmp_path / "drafter"))
-    (drafter / DRAFTER_FOLDER / TOKENS_FILE).unlink()
-    trace = read_table(assisted / "trace.parquet", TRACE).to_pylist()
-    served = retold(trace, drafter_digest=drafter_digest(drafter / DRAFTER_FOLDER))
-    ctx = mine(tmp_path / "mined", tiny_drafter, served, drafter=drafter, drafting={"head_tokens": 5})
-    assert any("head_tokens has no effect" in line for line in ctx.logs)
-    assert (ctx.out / "verify_steps.parquet").read_bytes() == (mined.out / "verify_steps.parquet").read_bytes()
-    assert summary(ctx)["parity"]["different_steps"] == 0
-
-
-def test_other_drafting_settings_have_no_parity(tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path) -> None:
-    ctx = mine(tmp_path, tiny_drafter, assisted, drafting={"block_size": 4})
+def test_parity_is_of_the_same_drafting_settings(mine: Mine, retell: Retell, trace: list[dict[str, Any]]) -> None:
+    """An explicit block size equals the trained default."""
+    for ctx in (mine(drafting={"block_size": 8}), mine(answers=retell(trace, block_size=8))):
+        assert summary(ctx)["parity"]["different_steps"] == 0
+    ctx = mine(drafting={"block_size": 4})
     assert summary(ctx)["parity"] is None
     assert any("drafted with other settings (block_size 8)" in line for line in ctx.logs)
     assert summary(ctx)["block_size"] == 4
     assert {len(row["proposed_ids"]) for row in table(ctx)} == {3}
+
+
+def test_head_tokens_without_frequent_tokens_are_logged_and_ignored(
+    tmp_path: Path, mine: Mine, tiny_drafter: DrafterArtifacts, mined: RecordingContext, retell: Retell
+) -> None:
+    """Without the file of frequent tokens it drafts from all tokens, whatever `head_tokens` is."""
+    drafter = Path(shutil.copytree(tiny_drafter.drafter, tmp_path / "drafter"))
+    (drafter / DRAFTER_FOLDER / TOKENS_FILE).unlink()
+    served = retell(drafter_digest=drafter_digest(drafter / DRAFTER_FOLDER))
+    ctx = mine(answers=served, drafter=drafter, drafting={"head_tokens": 5})
+    assert any("head_tokens has no effect" in line for line in ctx.logs)
+    assert (ctx.out / "verify_steps.parquet").read_bytes() == (mined.out / "verify_steps.parquet").read_bytes()
+    assert summary(ctx)["parity"]["different_steps"] == 0
