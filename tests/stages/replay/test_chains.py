@@ -19,14 +19,9 @@ from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Context, Drafter, PreparedDrafter
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.replay import chains as replay
-from draftsmith.stages.replay.chains import (
-    REJECTIONS_TO_SPLIT,
-    ChainState,
-    RejectionRate,
-    replay_chains,
-    replay_sequentially,
-)
+from draftsmith.stages.replay.chains import replay_chains, replay_sequentially
 from draftsmith.stages.target.kv_cache import Rows
+from tests.stages.bench import assert_same
 
 HEAD = Head(torch.zeros(1, 1))
 
@@ -108,10 +103,7 @@ class Case:
         for i, (trace, trajectory) in enumerate(zip(found, self.trajectories, strict=True)):
             alone = Table(self.context.tokens[i : i + 1])
             expected = replay_sequentially(TableDrafter(), alone, trajectory, self.block_size, HEAD)
-            assert trace.length == expected.length
-            np.testing.assert_array_equal(trace.anchors, expected.anchors)
-            np.testing.assert_array_equal(trace.accepted, expected.accepted)
-            np.testing.assert_array_equal(trace.proposed, expected.proposed)
+            assert_same([trace], [expected])
             assert len(trace.anchors) <= trace.evaluated_blocks <= max(0, trajectory.answer_length - 1)
             if chains == 1:
                 assert trace.evaluated_blocks == len(trace.anchors)
@@ -169,17 +161,3 @@ def test_finished_rows_leave_the_batch() -> None:
     rows = [rows for rows, _ in drafter.shapes]
     assert rows[0] == 4 and rows[-1] == 1 and rows == sorted(rows, reverse=True)
     assert rows.count(1) > 0.8 * len(rows)
-
-
-def test_a_new_chain_starts_in_the_middle_of_the_longest_stretch() -> None:
-    board = ChainState(Trajectory("", [0] * 1004, 4), 7, chains=1)
-    fast = RejectionRate(blocks=100, rejections=100, committed=200)
-    board.split(2, RejectionRate(blocks=1, rejections=1, committed=2))
-    assert board.live == [4]  # one block says nothing yet
-    board.split(4, fast)
-    assert board.live == [4, 253, 503, 753]
-    board.split(4, fast)
-    assert len(board.live) == 4
-    short = ChainState(Trajectory("", [0] * (4 + 2 * REJECTIONS_TO_SPLIT - 1), 4), 7, chains=1)
-    short.split(2, fast)
-    assert short.live == [4]

@@ -17,6 +17,8 @@ from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.target.causal_lm import Target
+from tests.stages.bench import assert_same
+from tests.testbed.calls import recorded
 
 GENERATOR = np.random.default_rng(0)
 TEXTS = [Trajectory(f"t{i}", GENERATOR.integers(0, 60, 12 + i).tolist(), 4) for i in range(9)]
@@ -43,28 +45,18 @@ def replayed(target: Target, drafter: DFlashDrafter, folder: Path | None, stop_a
 def assert_equal(ours: dict[str, list[Trace]], expected: dict[str, list[Trace]]) -> None:
     assert ours.keys() == expected.keys()
     for name in ours:
-        for trace, whole in zip(ours[name], expected[name], strict=True):
-            assert (trace.length, trace.evaluated_blocks) == (whole.length, whole.evaluated_blocks)
-            for field in ("anchors", "accepted", "proposed"):
-                np.testing.assert_array_equal(getattr(trace, field), getattr(whole, field))
+        assert_same(ours[name], expected[name])
+        assert [trace.evaluated_blocks for trace in ours[name]] == [trace.evaluated_blocks for trace in expected[name]]
 
 
 @pytest.fixture
-def read(plain_target: Target, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Record the rows of every batch that the target reads."""
-    rows: list[int] = []
-    features = plain_target.features
-
-    def counted(ids: torch.Tensor, *arguments: Any) -> torch.Tensor:
-        rows.append(len(ids))
-        return features(ids, *arguments)
-
-    monkeypatch.setattr(plain_target, "features", counted)
-    return rows
+def read(plain_target: Target, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return the batches that the target reads."""
+    return recorded(monkeypatch, plain_target, "features")
 
 
 def test_an_interrupted_replay_continues_with_the_missing_groups(
-    tmp_path: Path, plain_target: Target, plain_drafter: DFlashDrafter, read: list[int]
+    tmp_path: Path, plain_target: Target, plain_drafter: DFlashDrafter, read: list[Any]
 ) -> None:
     whole, groups = replayed(plain_target, plain_drafter, None)
     assert len(groups) > 4
@@ -85,7 +77,7 @@ def test_damaged_traces_are_replayed_again(
     tmp_path: Path,
     plain_target: Target,
     plain_drafter: DFlashDrafter,
-    read: list[int],
+    read: list[Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(BufferedShards, "LONGEST_WAIT_S", 0.0)  # a file a group, as a killed process leaves them
@@ -103,7 +95,7 @@ def test_damaged_traces_are_replayed_again(
 
 
 def test_a_group_that_does_not_fit_into_memory_is_replayed_in_halves(
-    plain_target: Target, plain_drafter: DFlashDrafter, read: list[int], monkeypatch: pytest.MonkeyPatch
+    plain_target: Target, plain_drafter: DFlashDrafter, read: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Torch's allocator really refuses more than five rows of a group of nine."""
     drafters = {"a": plain_drafter}
@@ -127,10 +119,9 @@ def test_a_group_that_does_not_fit_into_memory_is_replayed_in_halves(
     read.clear()
     logs: list[str] = []
     halved = Replayer(plain_target, log=logs.append).traces(drafters, TEXTS)
-    assert (read, logs) == ([4, 5], ["out of memory with 9 together: once more with 4"])
-    for trace, expected in zip(halved["a"], whole["a"], strict=True):
-        np.testing.assert_array_equal(trace.anchors, expected.anchors)
-        np.testing.assert_array_equal(trace.proposed, expected.proposed)
+    assert [len(ids) for ids, *_ in read] == [4, 5]
+    assert logs == ["out of memory with 9 together: once more with 4"]
+    assert_same(halved["a"], whole["a"])
 
     (mined,) = Replayer(plain_target).mine(plain_drafter, TEXTS)
     monkeypatch.setattr(plain_target, "step", small_step)
