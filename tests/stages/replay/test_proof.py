@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,14 +40,24 @@ def served(bench: Bench, drafter: Drafter, count: int = FEW) -> list[ServedAnswe
     return [(answer.trajectory(), answer.trace()) for answer in answers.values()]
 
 
-@pytest.fixture(scope="module")
-def by_new(bench: Bench) -> list[ServedAnswer]:
-    return served(bench, bench.drafters["trained"], ANSWERS)
+@dataclass(frozen=True)
+class Swap:
+    """A target, the drafters before and after a swap, and the answers of an engine with each."""
+
+    target: Target
+    old: Drafter
+    new: Drafter
+    by_old: list[ServedAnswer]
+    by_new: list[ServedAnswer]
+
+    def swapped(self, answers: Sequence[ServedAnswer], *, float32: bool, old: Drafter | None = None) -> bool | None:
+        return prove(self.target, old or self.old, self.new, answers, float32=float32).swapped
 
 
 @pytest.fixture(scope="module")
-def by_old(bench: Bench, old: Drafter) -> list[ServedAnswer]:
-    return served(bench, old, ANSWERS)
+def swap(bench: Bench, old: Drafter) -> Swap:
+    new = bench.drafters["trained"]
+    return Swap(bench.target, old, new, served(bench, old, ANSWERS), served(bench, new, ANSWERS))
 
 
 def without_proposals(answers: Sequence[ServedAnswer]) -> list[ServedAnswer]:
@@ -54,40 +65,26 @@ def without_proposals(answers: Sequence[ServedAnswer]) -> list[ServedAnswer]:
 
 
 @pytest.mark.parametrize("recorded", [list, without_proposals])
-def test_in_float32_every_step_shows_the_drafter(
-    bench: Bench,
-    old: Drafter,
-    by_new: list[ServedAnswer],
-    by_old: list[ServedAnswer],
-    recorded: Callable[[list[ServedAnswer]], list[ServedAnswer]],
-) -> None:
-    new, of_new, of_old = bench.drafters["trained"], recorded(by_new[:FEW]), recorded(by_old[:FEW])
-    assert prove(bench.target, old, new, of_new, float32=True).swapped is True
-    assert prove(bench.target, old, new, of_old, float32=True).swapped is False
-    assert prove(bench.target, new, new, of_new, float32=True).swapped is None
+def test_in_float32_every_step_shows_the_drafter(recorded: Callable[[Any], list[ServedAnswer]], swap: Swap) -> None:
+    of_new = recorded(swap.by_new[:FEW])
+    assert swap.swapped(of_new, float32=True) is True
+    assert swap.swapped(recorded(swap.by_old[:FEW]), float32=True) is False
+    assert swap.swapped(of_new, float32=True, old=swap.new) is None
 
 
-def test_another_drafter_than_both_is_no_swap(bench: Bench, old: Drafter) -> None:
-    new = bench.drafters["trained"]
-    other = served(bench, moved(new, old, 0.5))
-    assert prove(bench.target, old, new, other, float32=True).swapped is False
+def test_another_drafter_than_both_is_no_swap(bench: Bench, swap: Swap) -> None:
+    assert swap.swapped(served(bench, moved(swap.new, swap.old, 0.5)), float32=True) is False
     untrained = served(bench, bench.drafters["untrained"], count=8)
     options = ReplayOptions(DraftingConfig(block_size=6))
-    assert prove(bench.target, old, new, untrained, options, float32=False).swapped is False
+    assert prove(bench.target, swap.old, swap.new, untrained, options, float32=False).swapped is False
 
 
-def test_without_a_step_it_is_inconclusive(bench: Bench, old: Drafter) -> None:
-    for float32 in (True, False):
-        assert prove(bench.target, old, bench.drafters["trained"], [], float32=float32).swapped is None
-
-
-def test_the_likelihood_decides_with_enough_answers(
-    bench: Bench, old: Drafter, by_new: list[ServedAnswer], by_old: list[ServedAnswer]
-) -> None:
-    new, of_new, of_old = bench.drafters["trained"], without_proposals(by_new), without_proposals(by_old)
-    assert prove(bench.target, old, new, of_new[:1], float32=False).swapped is None
-    assert prove(bench.target, old, new, of_new, float32=False).swapped is True
-    assert prove(bench.target, old, new, of_old, float32=False).swapped is False
+def test_the_likelihood_decides_with_enough_answers(swap: Swap) -> None:
+    of_new = without_proposals(swap.by_new)
+    assert swap.swapped(of_new[:1], float32=False) is None
+    assert swap.swapped(of_new, float32=False) is True
+    assert swap.swapped(without_proposals(swap.by_old), float32=False) is False
+    assert swap.swapped([], float32=False) is swap.swapped([], float32=True) is None, "without a step"
 
 
 @pytest.fixture(scope="module")

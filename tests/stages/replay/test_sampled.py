@@ -1,4 +1,4 @@
-"""Replay of sampled proposals: equal to a plain reference, and in distribution to decoding. Wrong rules are seen.
+"""Replay of sampled proposals: equal to a plain reference, and in distribution to decoding.
 
 Also of targets that are not plain: soft caps, sinks and windows, recurrent states.
 """
@@ -20,7 +20,14 @@ from scipy import stats
 from draftsmith.artifacts.results.evaluation import CHAMPION
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.drafters.sampling import Purpose, probabilities, seed_from_name, truncate
+from draftsmith.stages.drafters.sampling import (
+    Purpose,
+    is_truncated,
+    probabilities,
+    seed_from_name,
+    truncate,
+    truncation_mask,
+)
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
@@ -28,10 +35,10 @@ from draftsmith.stages.evaluation.acceptance import tau_by_slice, tau_comparison
 from draftsmith.stages.replay import sampled
 from draftsmith.stages.replay.options import ReplayOptions
 from draftsmith.stages.replay.replayer import Replayer
-from draftsmith.stages.replay.trace import Trace, tau
+from draftsmith.stages.replay.trace import AcceptanceStats, Trace, tau
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import SamplingParams
-from tests.stages.drafters.test_block_samplers import logits_of
+from tests.stages.drafters.texts import logits_of
 from tests.testbed import random_target
 from tests.testbed.dflash2 import random_dflash2
 from tests.testbed.dspark import random_dspark
@@ -259,42 +266,15 @@ def same_distribution(a: Counter[Any], b: Counter[Any]) -> float:
     return float(stats.chi2_contingency(table).pvalue)
 
 
-@pytest.fixture(scope="module")
-def served(drafter: Drafter, plain_target: Target) -> Counter[tuple[int, int]]:
+def test_accepted_lengths_have_the_distribution_of_sampled_decoding(
+    drafter: Drafter, texts: list[Trajectory], plain_target: Target
+) -> None:
+    """`test_sampled_tables.py` shows that wrong rules are seen."""
     answers = [a for a in decoded(plain_target, drafter, 10_000) if len(a.response_ids) == LENGTH]
     assert {0, 1, 2, 3} <= {step.accepted for answer in answers for step in answer.steps}
-    return first_steps([a.trajectory() for a in answers], [a.steps[0].accepted for a in answers])
-
-
-def replay_counts(target: Target, drafter: Drafter, texts: Sequence[Trajectory]) -> Counter[tuple[int, int]]:
-    return first_steps(texts, [int(trace.accepted[0]) for trace in replayed(target, drafter, texts)])
-
-
-def test_accepted_lengths_have_the_distribution_of_sampled_decoding(
-    drafter: Drafter, served: Counter[tuple[int, int]], texts: list[Trajectory], plain_target: Target
-) -> None:
-    assert same_distribution(served, replay_counts(plain_target, drafter, texts)) > ALARM
-
-
-Ratio = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-WRONG: dict[str, Ratio] = {
-    "turned around": lambda q, p: p / q.clamp(min=1e-30),
-    "of the drafter alone": lambda q, _p: q,
-    "of the target alone": lambda _q, p: p,
-}
-
-
-@pytest.mark.parametrize("rule", WRONG)
-def test_a_wrong_rule_is_detected(
-    rule: str,
-    drafter: Drafter,
-    served: Counter[tuple[int, int]],
-    texts: list[Trajectory],
-    plain_target: Target,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(sampled, "acceptance_ratio", WRONG[rule])
-    assert same_distribution(served, replay_counts(plain_target, drafter, texts)) < ALARM
+    served = first_steps([a.trajectory() for a in answers], [a.steps[0].accepted for a in answers])
+    found = first_steps(texts, [int(trace.accepted[0]) for trace in replayed(plain_target, drafter, texts)])
+    assert same_distribution(served, found) > ALARM
 
 
 def test_the_targets_distribution_ignores_autocast(texts: list[Trajectory], plain_target: Target) -> None:
@@ -397,3 +377,77 @@ def test_replay_and_scores_equal_the_reference_for_every_family(family: str, tmp
                 torch.testing.assert_close(torch.from_numpy(found[: end - anchor]), of_row, atol=2e-4, rtol=2e-4)
                 after_rejections += max(0, end - anchor - accepted - 1)
     assert after_rejections > 4
+
+
+# ---- answers under a top-p or top-k that cannot produce them: verified before truncation
+
+WIDE, NARROW = SamplingParams(1.0), SamplingParams(1.0, 0.9)
+NARROWER = [NARROW, SamplingParams(1.0, 0.95, 12)]
+COUNT = 60
+
+
+def sample_answers(target: Target, sampling: SamplingParams) -> list[Trajectory]:
+    requests = [Request(str(i), [5, 3, 9, 1], 24, sampling, i) for i in range(COUNT)]
+    answers = EmbeddedEngine(target, slots=COUNT, capacity=24 + 8).generate(requests)
+    return [answer.trajectory() for answer in answers if len(answer.response_ids) > 1]  # as they are loaded
+
+
+@pytest.fixture(scope="module")
+def wide(plain_target: Target) -> list[Trajectory]:
+    return sample_answers(plain_target, WIDE)
+
+
+@pytest.mark.parametrize("narrow", NARROWER, ids=str)
+def test_the_share_outside_the_nucleus_is_counted_and_reported(
+    narrow: SamplingParams, wide: list[Trajectory], plain_target: Target, tmp_path: Path
+) -> None:
+    samples, argmax = random_dspark(plain_target), random_target.random_drafter(plain_target)
+    drafters: dict[str, Drafter] = {"samples": samples, "argmax": argmax}
+
+    def acceptance(texts: list[Trajectory], sampling: SamplingParams) -> dict[str, AcceptanceStats]:
+        replayer = Replayer(plain_target, ReplayOptions(sampling=sampling))
+        return replayer.acceptance(drafters, texts, cache=tmp_path / f"{sampling.truncates}{texts is wide}")
+
+    count = total = 0
+    for text in wide:  # of the positions that verify steps commit, before truncation
+        hidden = plain_target.read(torch.tensor([text.tokens])).hidden[0, text.first_anchor : -1]
+        whole = probabilities(plain_target.logits(hidden), 1.0)
+        tokens = torch.tensor(text.tokens[text.first_anchor + 1 :])
+        count += int(truncation_mask(whole, narrow).gather(1, tokens[:, None]).sum())
+        total += len(tokens)
+    for _ in range(2):  # the second time from the cache
+        found = acceptance(wide, narrow)
+        assert found["samples"].outside_nucleus_share == count / total > 0.05
+        assert found["argmax"].outside_nucleus_share is None
+    assert sampled.truncation_warning(found["samples"].outside_nucleus_share, narrow) is not None
+
+    assert acceptance(wide, WIDE)["samples"].outside_nucleus_share == 0
+    own = acceptance(sample_answers(plain_target, narrow), narrow)["samples"].outside_nucleus_share
+    assert own == 0
+    assert sampled.truncation_warning(own, narrow) is sampled.truncation_warning(None, narrow) is None
+
+    groups = Replayer(plain_target, ReplayOptions(sampling=narrow)).mine(drafters["samples"], wide)
+    traces = [trace for group in groups for trace in group.traces]
+    assert sum(trace.outside_nucleus for trace in traces) == count
+
+
+def test_tau_is_close_to_that_of_the_true_sampling(wide: list[Trajectory], plain_target: Target) -> None:
+    """A fifth of the tokens are outside: if all of them were accepted, tau would be a tenth higher."""
+    drafter = {"it": random_dspark(plain_target)}
+    true, stated = (
+        Replayer(plain_target, ReplayOptions(sampling=sampling)).acceptance(drafter, wide)["it"].tau
+        for sampling in (WIDE, SamplingParams(1.0, 0.8))
+    )
+    assert stated == pytest.approx(true, rel=0.05)
+
+
+def test_truncation_without_sorting_equals_truncation_with_sorting() -> None:
+    generator = torch.Generator().manual_seed(0)
+    p = torch.softmax(3 * torch.randn(50, 40, generator=generator, dtype=torch.float64), -1)
+    for sampling in [
+        *(SamplingParams(1.0, top_p, top_k) for top_p in (0.3, 0.9, 0.99) for top_k in (0, 5)),
+        SamplingParams(1.0, top_k=5),
+    ]:
+        expected = truncation_mask(p, sampling)
+        found = torch.stack([is_truncated(p, torch.full((50,), token), sampling) for token in range(40)], -1)
+        assert np.array_equal(found.numpy(), expected.numpy()) and expected.any()
