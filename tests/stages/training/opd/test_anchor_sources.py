@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,20 +12,26 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from draftsmith.stages.drafters.base import PreparedDrafter
 from draftsmith.stages.replay.chains import successors
-from draftsmith.stages.replay.replayer import score, tree_tokens_of
-from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.replay.replayer import tree_tokens_of
 from draftsmith.stages.training.batches import FeatureSource
-from draftsmith.stages.training.blocks import draft_blocks, encode_batch, position_anchors, sample_positions
+from draftsmith.stages.training.blocks import (
+    draft_blocks,
+    encode_batch,
+    hidden_on_proposals,
+    position_anchors,
+    sample_positions,
+)
 from draftsmith.stages.training.config import TrainingConfig
 from draftsmith.stages.training.loss_config import LossConfig
 from draftsmith.stages.training.opd import step as opd_step
 from draftsmith.stages.training.opd import verify_steps
-from draftsmith.stages.training.opd.anchor_sources import TableAnchors
+from draftsmith.stages.training.opd.anchor_sources import RandomAnchors, TableAnchors
+from draftsmith.stages.training.opd.loss import opd_loss
 from draftsmith.stages.training.opd.mined_table import MinedTable, sample_steps
+from draftsmith.stages.training.opd.step import OpdStep
 from draftsmith.stages.training.opd.verify_steps import UnscoredSteps, score_steps, verify_blocks
-from tests.stages.bench import Bench
 from tests.stages.kernel_flops import KERNEL_FLOPS
-from tests.stages.training.case import heads_of
+from tests.stages.training.case import heads_of, loss_context
 from tests.stages.training.opd.world import (
     COUNT,
     INDICES,
@@ -32,18 +39,14 @@ from tests.stages.training.opd.world import (
     PER_SEQUENCE,
     World,
     loss_of,
-    make_world,
     phases,
     without_errors,
 )
+from tests.testbed.calls import recorded
 
 
-@pytest.fixture(scope="module")
-def world(bench: Bench) -> World:
-    return make_world(bench, moved_by=0.3)
-
-
-def test_mining_again_gives_the_trace_of_the_current_weights(world: World) -> None:
+def test_mining_again_gives_the_trace_of_the_current_weights(any_world: World) -> None:
+    world = any_world
     remining = world.remining(scored=True)
     metrics = remining.refresh(10, INDICES, world.view())
     traces = world.traces(world.moved)
@@ -64,13 +67,7 @@ def test_mining_again_gives_the_trace_of_the_current_weights(world: World) -> No
 
 def test_only_sampled_steps_are_scored(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their rejected proposals, once each; steps of the mined table keep their scores."""
-    scored: list[list[Trace]] = []
-
-    def counted(target: Any, trajectories: Any, traces: list[Trace], *rest: Any) -> Any:
-        scored.append(traces)
-        return score(target, trajectories, traces, *rest)
-
-    monkeypatch.setattr(verify_steps, "score", counted)
+    calls = recorded(monkeypatch, verify_steps, "score")
     remining = world.remining(every=10, scored=True)
     remining.refresh(10, INDICES[:2], world.view(INDICES[:2]))  # the third keeps its trace
     source = world.source("visited", remining=remining)
@@ -88,8 +85,9 @@ def test_only_sampled_steps_are_scored(world: World, monkeypatch: pytest.MonkeyP
             accepted = table.accepted[index]
             assert np.isnan(expected[:accepted]).all()
             assert np.isfinite(expected[accepted : accepted + 1]).all() or not table.rejected_offset[index]
-    assert [len(traces) for traces in scored] == [2]
-    assert all(len(t.anchors) == len(set(t.anchors.tolist())) <= PER_SEQUENCE for t in scored[0])
+    ((_, _, scored, *_),) = calls
+    assert len(scored) == 2
+    assert all(len(t.anchors) == len(set(t.anchors.tolist())) <= PER_SEQUENCE for t in scored)
 
 
 def test_a_trajectory_is_mined_again_when_its_trace_is_old_enough(world: World) -> None:
@@ -105,6 +103,9 @@ def test_a_trajectory_is_mined_again_when_its_trace_is_old_enough(world: World) 
 
 @pytest.mark.parametrize("scored", [False, True])
 def test_a_checkpoint_restores_the_fresh_steps(scored: bool, world: World) -> None:
+    empty = world.remining()
+    empty.load_state_dict(world.remining().state_dict())
+    assert [empty.steps(i) for i in range(COUNT)] == world.table.steps
     remining = world.remining(scored=scored)
     remining.refresh(10, INDICES, world.view())
     other = world.remining(scored=scored)
@@ -118,12 +119,6 @@ def test_a_checkpoint_restores_the_fresh_steps(scored: bool, world: World) -> No
         assert metrics.get("remined_trajectories", 0) == again
 
 
-def test_an_empty_memory_survives_a_checkpoint(world: World) -> None:
-    remining = world.remining()
-    remining.load_state_dict(world.remining().state_dict())
-    assert [remining.steps(i) for i in range(COUNT)] == world.table.steps
-
-
 def test_fresh_steps_fit_a_smaller_served_block(world: World) -> None:
     """A table that was mined with a smaller block is mined again with that block, padded to the trained one."""
     table = MinedTable(world.table.steps, 3)
@@ -135,23 +130,32 @@ def test_fresh_steps_fit_a_smaller_served_block(world: World) -> None:
     assert np.isnan(fresh.target_logprobs[:, 3:]).all()
 
 
-def test_verify_steps_of_a_trainings_blocks_equal_those_of_replay(world: World) -> None:
-    """At the anchors of its trace, the steps are the trace; and so are the target's log-probs."""
-    fresh = world.mined_by(world.moved)
-    batch = world.batch
+def test_verify_steps_of_a_trainings_blocks_equal_those_of_replay(any_world: World) -> None:
+    """At the anchors of its trace, the steps are the trace; and so are the target's log-probs.
+
+    The trajectory's tokens decide what is accepted. Of an autoregressive drafter, proposals after a rejection are its
+    own if they are given.
+    """
+    world, drafter, batch, K = any_world, any_world.moved, any_world.batch, any_world.table.proposals
+    fresh = world.mined_by(drafter)
     steps_of_rows = [fresh.steps[i] for i in INDICES]
     anchors, expected = sample_steps(steps_of_rows, "visited", 30, phases(0, 1)[:, 0], torch.device("cpu"))
-    blocks = draft_blocks(world.moved, encode_batch(world.moved, batch), batch, anchors)
-    heads = heads_of(world.moved, world.target)
-    steps = verify_blocks(blocks, heads, proposals=7)
-    for name in ("accepted", "committed", "rejected_offset", "proposed"):
+    context, heads = encode_batch(drafter, batch), heads_of(drafter, world.target)
+    blocks, at = draft_blocks(drafter, context, batch, anchors), anchors.positions
+    without = verify_blocks(blocks, heads, proposals=K)
+    own = drafter.propose(context, batch.tokens.gather(1, at), at, drafter.block_size, world.head_of(drafter))
+    steps = verify_blocks(blocks, heads, proposals=K, proposed=own) if drafter.autoregressive else without
+    for name in ("accepted", "committed", "rejected_offset"):
         assert torch.equal(getattr(steps, name), getattr(expected, name)), name
+        assert torch.equal(getattr(without, name), getattr(expected, name)), name
+    assert torch.equal(steps.proposed, expected.proposed)
+    assert torch.equal(without.proposed, expected.proposed) is not drafter.autoregressive
     assert steps.target_logprobs.isnan().all()
-    scored = world.scored(steps, anchors, 7)
-    torch.testing.assert_close(scored.target_logprobs, expected.target_logprobs, equal_nan=True, atol=1e-4, rtol=1e-4)
+    scored, atol = world.scored(steps, anchors, K), 3e-4 if drafter.autoregressive else 1e-4
+    torch.testing.assert_close(scored.target_logprobs, expected.target_logprobs, equal_nan=True, atol=atol, rtol=1e-4)
     small = verify_blocks(blocks, heads, proposals=2)
     assert torch.equal(small.accepted, steps.accepted.clamp(max=2))
-    in_parts = world.scored(steps, anchors, 7, tokens=1)
+    in_parts = world.scored(steps, anchors, K, tokens=1)
     torch.testing.assert_close(in_parts.target_logprobs, scored.target_logprobs, atol=1e-5, rtol=1e-5, equal_nan=True)
     assert world.scored(small, anchors, 2).target_logprobs[..., 2:].isnan().all()
 
@@ -205,13 +209,7 @@ def test_blocks_are_verified_only_if_the_loss_needs_it(
     kind: str, response: dict[str, Any], verified: int, proposals: int, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If all offsets are trained, the loss itself finds what was accepted, with the same weights."""
-    calls = []
-
-    def counted(*arguments: Any, **named: Any) -> Any:
-        calls.append(1)
-        return verify_blocks(*arguments, **named)
-
-    monkeypatch.setattr(opd_step, "verify_blocks", counted)
+    calls = recorded(monkeypatch, opd_step, "verify_blocks")
     source = world.source(kind, remining=world.remining())
     step = world.step(source, world.objective({"response": response}), proposals=proposals)
     batch = world.batch
@@ -251,14 +249,7 @@ def test_mining_in_a_step_leaves_its_gradient_alone(autocast: bool, world: World
 def test_the_target_scores_proposals_only_for_a_rejected_stream(
     kind: str, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forwards: list[int] = []
-    step_of = world.target.step
-
-    def counted(*arguments: Any, **named: Any) -> Any:
-        forwards.append(1)
-        return step_of(*arguments, **named)
-
-    monkeypatch.setattr(world.target, "step", counted)
+    forwards = recorded(monkeypatch, world.target, "step")
     for loss, wanted in (("matched", False), ("paper", True), ({"preset": "paper", "rejected": {"weight": 0}}, False)):
         objective = world.objective(loss)
         remining = world.remining(every=1, scored=objective.needs_scores)
@@ -294,16 +285,75 @@ def test_proposals_are_scored_on_the_keys_of_the_first_read(indices: list[int], 
         source._read_all(list(dict.fromkeys(indices)))
     assert operations[0] - operations[1] > 0.9 * counter.get_total_flops()
 
-
-@pytest.mark.parametrize("memory", ["all features", "nothing"])
-def test_keys_are_kept_for_scoring_only_where_they_are_of_use(memory: str, world: World) -> None:
-    megabytes = 2 * features_mb(world) if memory == "all features" else 1e-3
-    config = TrainingConfig(feature_memory_mb=megabytes)
-    source = FeatureSource(world.target, world.moved.target_layer_ids, world.trajectories, config, tree_tokens=512)
-    assert not source.batch(INDICES).kept
+    for megabytes in (2 * features_mb(world), 1e-3):  # of no use, and no room
+        config = TrainingConfig(feature_memory_mb=megabytes)
+        source = FeatureSource(world.target, world.moved.target_layer_ids, world.trajectories, config, tree_tokens=512)
+        assert not source.batch(indices).kept
 
 
 def features_mb(world: World) -> float:
     """Return the megabytes of the features of all answers."""
     width = world.target.info.hidden_size * (len(world.moved.target_layer_ids) + 1)
     return sum(len(t.tokens) for t in world.trajectories) * width * world.target.dtype.itemsize / 2**20
+
+
+# ---- an autoregressive drafter: chains on its own proposals, trained as replay drafts them
+
+
+def test_a_step_has_the_loss_of_the_chains_that_mining_finds(eagle_world: World) -> None:
+    """Read from the table, or drafted, verified and scored in the step."""
+    world = eagle_world
+    objective, many = world.objective("paper"), 30
+    drafter, batch, fresh = world.moved, world.batch, world.mined_by(world.moved)
+    steps_of_rows = [fresh.steps[i] for i in INDICES]
+    anchors, steps = sample_steps(steps_of_rows, "errors", many, phases(5, 1)[:, 0], torch.device("cpu"))
+    after_rejection = (steps.target_logprobs.isfinite().sum(-1) - 1)[steps.rejected_offset > 0]
+    assert int(after_rejection.sum()) > 50, "scored proposals on the drafter's own prefix"
+
+    context = encode_batch(drafter, batch)
+    blocks = draft_blocks(drafter, context, batch, anchors)
+    on_own = hidden_on_proposals(drafter, context, blocks, steps.proposed)
+    loss_inputs = loss_context(heads_of(drafter, world.target), world.target)
+    expected, on_trajectory = (
+        opd_loss(replace(blocks, on_proposals=states), loss_inputs, objective, steps).metrics
+        for states in (on_own, None)
+    )
+    assert abs(expected["loss_rejected"] - on_trajectory["loss_rejected"]) > 0.01
+
+    class FixedAnchors(RandomAnchors):
+        def sample(self, *arguments: Any) -> Any:
+            return replace(super().sample(*arguments), anchors=anchors)
+
+    remining = TableAnchors(fresh, drafter, "errors", many, every=0, scored=True)
+    mined = world.source("errors", many, remining)
+    for source in (FixedAnchors(many), mined):
+        report = loss_of(world.step(source, objective), batch)
+        for name in ("loss_response", "loss_rejected"):
+            assert report.metrics[name] == pytest.approx(expected[name], rel=1e-3), name
+        assert report.metrics.get("steps_changed_share", 0) == 0
+
+
+@pytest.mark.parametrize("kind", ["successors", "random"])
+def test_drafting_in_a_step_leaves_its_gradient_alone(
+    kind: str, eagle_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradient has the same bits as that of a step that is given its proposals."""
+    world = eagle_world
+    objective = world.objective("paper")
+    drafted: list[torch.Tensor] = []
+    propose = OpdStep._propose
+
+    def first_drafted(*arguments: Any) -> torch.Tensor:
+        if not drafted:
+            drafted.append(propose(*arguments))
+        return drafted[0]
+
+    monkeypatch.setattr(OpdStep, "_propose", first_drafted)
+    gradients = []
+    for _ in ("drafted in the step", "given"):
+        with torch.autocast("cpu", torch.bfloat16):
+            report = loss_of(world.step(world.source(kind), objective), world.batch)
+        gradients.append(torch.autograd.grad(report.loss, list(world.moved.parameters())))
+    for (name, _), a, b in zip(world.moved.named_parameters(), *gradients, strict=True):
+        assert a.any(), name
+        assert torch.equal(a, b), name

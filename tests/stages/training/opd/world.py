@@ -12,7 +12,6 @@ import torch
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.lm_head import Head
-from draftsmith.stages.replay.chains import replay_sequentially
 from draftsmith.stages.replay.replayer import score
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.target.causal_lm import Target
@@ -59,11 +58,7 @@ class World:
 
     def traces(self, drafter: Drafter, block_size: int | None = None) -> list[Trace]:
         """Replay one block after the other."""
-        head, block_size = self.head_of(drafter), block_size or drafter.block_size
-        return [
-            replay_sequentially(drafter, self.bench.read([t], drafter)[1], t, block_size, head)
-            for t in self.trajectories
-        ]
+        return replace(self.bench, drafters={"it": drafter}).sequential_traces(self.trajectories, "it", block_size)
 
     def mined_by(self, drafter: Drafter) -> MinedTable:
         traces = self.traces(drafter)
