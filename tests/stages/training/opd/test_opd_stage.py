@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +17,12 @@ from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_trajectorie
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter, read_info
 from draftsmith.stages.drafters.digest import drafter_digest
-from draftsmith.stages.engines.stage import STAGE as ROLLOUT
-from draftsmith.stages.engines.stage import RolloutConfig
-from draftsmith.stages.replay.stage import STAGE as MINING
-from draftsmith.stages.replay.stage import MiningConfig
 from draftsmith.stages.training.config import OpdConfig
 from draftsmith.stages.training.opd.mined_table import load_mined
 from draftsmith.stages.training.opd.stage import STAGE
 from tests.stages.bench import Bench
-from tests.testbed.context import RecordingContext, StoppingContext
+from tests.stages.training.answers import mined_answers
+from tests.testbed.context import StoppingContext
 from tests.testbed.drafter import DrafterArtifacts
 
 CONFIG = {
@@ -35,33 +30,19 @@ CONFIG = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Answers:
-    """Fresh answers with the drafter in the loop, and what was mined on them."""
-
-    trajectories: Path
-    steps: Path
-
-
-def answered(folder: Path, made: DrafterArtifacts, temperature: float) -> Answers:
-    inputs = {"target": made.target, "drafter": made.drafter}
-    rollout = RecordingContext.under(folder / "rollout", {**inputs, "prompts": made.prompts})
-    sampling = {"max_new_tokens": 60, "temperature": temperature}
-    config = {"splits": ["heldout"], "prompts": 16, "sampling": sampling, "engine": {"slots": 16}}
-    ROLLOUT.run(rollout, RolloutConfig.model_validate(config))
-    mining = RecordingContext.under(folder / "mining", {**inputs, "trajectories": rollout.out})
-    MINING.run(mining, MiningConfig())
-    return Answers(rollout.out, mining.out)
+Answers = dict[str, Path]  # with what was mined on them: the inputs of a training
 
 
 @pytest.fixture(scope="module")
 def greedy(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts) -> Answers:
-    return answered(tmp_path_factory.mktemp("greedy"), tiny_drafter, 0.0)
+    made = tiny_drafter
+    return mined_answers(tmp_path_factory.mktemp("greedy"), made.target, made.prompts, made.drafter)
 
 
 @pytest.fixture(scope="module")
 def sampled(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts) -> Answers:
-    return answered(tmp_path_factory.mktemp("sampled"), tiny_drafter, 1.0)
+    made = tiny_drafter
+    return mined_answers(tmp_path_factory.mktemp("sampled"), made.target, made.prompts, made.drafter, temperature=1.0)
 
 
 @pytest.fixture(params=["greedy", "sampled"])
@@ -71,22 +52,15 @@ def answers(request: pytest.FixtureRequest) -> Answers:
     return answers
 
 
-def train(
-    folder: Path, made: DrafterArtifacts, answers: Answers, stop_after: int | None = None, **fields: Any
-) -> StoppingContext:
-    inputs = {
-        "target": made.target, "drafter": made.drafter, "trajectories": answers.trajectories, "mined": answers.steps,
-    }  # fmt: skip
-    ctx = StoppingContext.under(folder, inputs, stop_after=stop_after)
-    STAGE.run(ctx, OpdConfig.model_validate({**CONFIG, **fields}))
-    return ctx
+def train(folder: Path, answers: Answers, stop_after: int | None = None, **fields: Any) -> StoppingContext:
+    return StoppingContext.under(folder, answers, stop_after=stop_after).run(STAGE, **CONFIG | fields)
 
 
 @torch.no_grad()
 def committed_nll(bench: Bench, drafter: Drafter, answers: Answers) -> float:
     """Return the mean -log q of the tokens that the mined steps committed."""
-    trajectories = load_trajectories(answers.trajectories).trajectories
-    table = load_mined(answers.steps, trajectories, drafter.block_size)
+    trajectories = load_trajectories(answers["trajectories"]).trajectories
+    table = load_mined(answers["mined"], trajectories, drafter.block_size)
     total, count = 0.0, 0
     for trajectory, steps in zip(trajectories, table.steps, strict=True):
         _, context = bench.read([trajectory], drafter)
@@ -108,9 +82,9 @@ def committed_nll(bench: Bench, drafter: Drafter, answers: Answers) -> float:
     indirect=["answers"],
 )
 def test_matched_opd_raises_the_likelihood_of_committed_tokens(
-    anchors: str, answers: Answers, bench: Bench, tiny_drafter: DrafterArtifacts, tmp_path: Path
+    anchors: str, answers: Answers, bench: Bench, tmp_path: Path
 ) -> None:
-    ctx = train(tmp_path, tiny_drafter, answers, anchors=anchors, steps=40)
+    ctx = train(tmp_path, answers, anchors=anchors, steps=40)
     before = committed_nll(bench, bench.drafters["trained"], answers)
     after = committed_nll(bench, load_drafter(ctx.out / DRAFTER_FOLDER, bench.target), answers)
     assert after < before
@@ -120,15 +94,18 @@ def test_matched_opd_raises_the_likelihood_of_committed_tokens(
         assert np.mean(losses[-8:]) < np.mean(losses[:8])
     assert ctx.summaries["mined_steps"] > 0
     assert ctx.summaries["blocks"] == 40 * 4 * 6
-    steps = read_table(answers.steps / "verify_steps.parquet", VERIFY_STEPS).to_pylist()
+    steps = read_table(answers["mined"] / "verify_steps.parquet", VERIFY_STEPS).to_pylist()
     trained = {row["trajectory_id"] for row in steps if row["rejected_offset"] or anchors != "errors"}
     assert ctx.summaries["passes"] == 40 * 4 / len(trained)
 
+    info, before_it = read_info(ctx.out / DRAFTER_FOLDER), drafter_digest(answers["drafter"] / DRAFTER_FOLDER)
+    assert (info.parents, info.target_digest) == ((before_it,), bench.target.info.digest)
+    assert (info.training["stage"], info.training["steps"]) == ("opd", 40)
+    assert ctx.json("drafter/drafter.json")["digest"] == drafter_digest(ctx.out / DRAFTER_FOLDER) != before_it
 
-def test_the_papers_pair_trains_both_streams(
-    answers: Answers, bench: Bench, tiny_drafter: DrafterArtifacts, tmp_path: Path
-) -> None:
-    ctx = train(tmp_path, tiny_drafter, answers, loss="paper", anchors="errors", remine_every=0)
+
+def test_the_papers_pair_trains_both_streams(answers: Answers, bench: Bench, tmp_path: Path) -> None:
+    ctx = train(tmp_path, answers, loss="paper", anchors="errors", remine_every=0)
     assert len(ctx.measured) == 30
     for _, values in ctx.measured:
         assert values["loss"] == pytest.approx(values["loss_response"] + values["loss_rejected"], rel=1e-5)
@@ -138,11 +115,9 @@ def test_the_papers_pair_trains_both_streams(
     load_drafter(ctx.out / DRAFTER_FOLDER, bench.target)
 
 
-def test_mining_again_reports_how_much_of_the_trace_has_changed(
-    greedy: Answers, tiny_drafter: DrafterArtifacts, tmp_path: Path
-) -> None:
+def test_mining_again_reports_how_much_of_the_trace_has_changed(greedy: Answers, tmp_path: Path) -> None:
     """16 trajectories, 4 a step: from step 8 on, every second epoch is mined again."""
-    ctx = train(tmp_path, tiny_drafter, greedy, remine_every=8, learning_rate=3e-3, anchors="visited")
+    ctx = train(tmp_path, greedy, remine_every=8, learning_rate=3e-3, anchors="visited")
     curve = {step: values["trace_changed_share"] for step, values in ctx.measured if "trace_changed_share" in values}
     counts = {step: values["remined_trajectories"] for step, values in ctx.measured if "trace_changed_share" in values}
     assert min(curve) == 8
@@ -150,7 +125,7 @@ def test_mining_again_reports_how_much_of_the_trace_has_changed(
     assert all(0 <= share <= 1 for share in curve.values())
     assert np.mean(list(curve.values())) > 0.05  # weights that move this fast leave the mined trace
     assert ctx.summaries["mining_s"] > 0
-    never = train(tmp_path / "never", tiny_drafter, greedy, steps=12, remine_every=0, anchors="visited")
+    never = train(tmp_path / "never", greedy, steps=12, remine_every=0, anchors="visited")
     assert not any("trace_changed_share" in values for _, values in never.measured)
     assert all(0 <= values["steps_changed_share"] <= 1 for _, values in never.measured)
 
@@ -184,33 +159,14 @@ def test_a_preset_is_a_name_for_streams() -> None:
     assert changed.loss.response == paper.loss.response
 
 
-def test_auto_verification_follows_the_answers_sampling(
-    answers: Answers, tiny_drafter: DrafterArtifacts, tmp_path: Path
-) -> None:
+def test_auto_verification_follows_the_answers_sampling(answers: Answers, tmp_path: Path) -> None:
     losses = {}
     for verification in ("auto", "greedy", "sampled"):
-        ctx = train(tmp_path / verification, tiny_drafter, answers, steps=1, verification=verification)
+        ctx = train(tmp_path / verification, answers, steps=1, verification=verification)
         losses[verification] = ctx.measured[0][1]["loss"]
-    sampled = load_trajectories(answers.trajectories).sampling.temperature > 0
+    sampled = load_trajectories(answers["trajectories"]).sampling.temperature > 0
     assert losses["auto"] == losses["sampled" if sampled else "greedy"]
     assert losses["sampled"] != losses["greedy"]
-
-
-def test_a_reduced_head_gives_finite_losses(greedy: Answers, tiny_drafter: DrafterArtifacts, tmp_path: Path) -> None:
-    ctx = train(tmp_path, tiny_drafter, greedy, head_tokens=100, head_negatives=30, loss="paper", steps=5)
-    assert all(np.isfinite(values["loss"]) for _, values in ctx.measured)
-
-
-def test_the_checkpoint_names_its_target_and_parents(
-    greedy: Answers, bench: Bench, tiny_drafter: DrafterArtifacts, tmp_path: Path
-) -> None:
-    ctx = train(tmp_path, tiny_drafter, greedy, steps=2)
-    info = read_info(ctx.out / DRAFTER_FOLDER)
-    assert info.parents == (drafter_digest(tiny_drafter.drafter / DRAFTER_FOLDER),)
-    assert info.target_digest == bench.target.info.digest
-    assert (info.training["stage"], info.training["steps"]) == ("opd", 2)
-    stored = json.loads((ctx.out / DRAFTER_FOLDER / "drafter.json").read_text())
-    assert stored["digest"] == drafter_digest(ctx.out / DRAFTER_FOLDER) != info.parents[0]
 
 
 @pytest.mark.parametrize(
@@ -223,15 +179,13 @@ def test_the_checkpoint_names_its_target_and_parents(
     ],
     ids=str,
 )
-def test_an_interrupted_run_ends_with_the_same_bits(
-    fields: dict[str, Any], sampled: Answers, tiny_drafter: DrafterArtifacts, tmp_path: Path
-) -> None:
+def test_an_interrupted_run_ends_with_the_same_bits(fields: dict[str, Any], sampled: Answers, tmp_path: Path) -> None:
     """What was mined again depends on the weights of earlier steps."""
     fields = {"steps": 8, "learning_rate": 3e-3} | fields
-    whole = train(tmp_path / "whole", tiny_drafter, sampled, **fields)
+    whole = train(tmp_path / "whole", sampled, **fields)
     with pytest.raises(StageInterrupted):
-        train(tmp_path / "cut", tiny_drafter, sampled, 6, **fields)
-    last = train(tmp_path / "cut", tiny_drafter, sampled, **fields)
+        train(tmp_path / "cut", sampled, 6, **fields)
+    last = train(tmp_path / "cut", sampled, **fields)
     assert last.measured[0][0] == 6
     name = f"{DRAFTER_FOLDER}/model.safetensors"
     assert (last.out / name).read_bytes() == (whole.out / name).read_bytes()
@@ -241,7 +195,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(
 def test_only_anchors_of_the_table_need_every_trajectory_mined(
     greedy: Answers, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
-    other = Answers(tiny_drafter.rollout, greedy.steps)
+    other = greedy | {"trajectories": tiny_drafter.rollout}
     with pytest.raises(DraftsmithError):
-        train(tmp_path, tiny_drafter, other, anchors="visited")
-    assert train(tmp_path / "without", tiny_drafter, other, steps=1).summaries["blocks"] == 4 * 6
+        train(tmp_path, other, anchors="visited")
+    assert train(tmp_path / "without", other, steps=1).summaries["blocks"] == 4 * 6

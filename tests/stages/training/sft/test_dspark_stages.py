@@ -17,21 +17,15 @@ from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import REQUESTS, TRAJECTORIES, VERIFY_STEPS
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.drafters.checkpoint import load_drafter
-from draftsmith.stages.drafters.dspark.config import DSparkConfig
-from draftsmith.stages.engines.stage import STAGE as ROLLOUT
-from draftsmith.stages.engines.stage import RolloutConfig
-from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.drift import STAGE as DRIFT
-from draftsmith.stages.evaluation.drift import DriftConfig
 from draftsmith.stages.evaluation.stage import STAGE as EVALUATION
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.replay.stage import STAGE as MINING
-from draftsmith.stages.replay.stage import MiningConfig
 from draftsmith.stages.replay.trace import tau
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.training.config import OpdConfig, SftConfig
 from draftsmith.stages.training.opd.stage import STAGE as OPD
 from draftsmith.stages.training.sft.stage import STAGE as SFT
+from tests.stages.training.answers import mined_answers
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -56,19 +50,12 @@ class Chain:
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts) -> Chain:
-    folder = tmp_path_factory.mktemp("dspark")
-    target, prompts = tiny_drafter.target, tiny_drafter.prompts
-    sft = RecordingContext.under(folder / "sft", {"target": target, "trajectories": tiny_drafter.rollout})
-    shape = {"kind": "dspark", "markov_rank": 16}
-    start = str(tiny_drafter.drafter / DRAFTER_FOLDER)
-    SFT.run(sft, SftConfig.model_validate({**TRAINING, "steps": 12, "init_from": start, "drafter": shape}))
-    inputs = {"target": target, "prompts": prompts, "drafter": sft.out}
-    rollout = RecordingContext.under(folder / "rollout", inputs)
-    config = {"splits": ["heldout"], "prompts": 24, "sampling": SAMPLING, "engine": {"slots": 24}}
-    ROLLOUT.run(rollout, RolloutConfig.model_validate(config))
-    mining = RecordingContext.under(folder / "mining", {**inputs, "trajectories": rollout.out})
-    MINING.run(mining, MiningConfig())
-    return Chain(target, prompts, sft.out, rollout.out, mining.out)
+    folder, made = tmp_path_factory.mktemp("dspark"), tiny_drafter
+    sft = RecordingContext.under(folder / "sft", {"target": made.target, "trajectories": made.rollout})
+    start, shape = str(made.drafter / DRAFTER_FOLDER), {"kind": "dspark", "markov_rank": 16}
+    sft.run(SFT, **TRAINING, steps=12, init_from=start, drafter=shape)
+    found = mined_answers(folder, made.target, made.prompts, sft.out, 24, **SAMPLING)
+    return Chain(made.target, made.prompts, sft.out, found["trajectories"], found["mined"])
 
 
 @pytest.fixture(scope="module")
@@ -98,22 +85,6 @@ def restated(chain: Chain, folder: Path, **sampling: float) -> Path:
     return folder
 
 
-def test_a_drafter_taken_as_it_is_has_the_same_tau(
-    chain: Chain, tiny_drafter: DrafterArtifacts, target: Target, tmp_path: Path
-) -> None:
-    ctx = RecordingContext.under(tmp_path, {"target": chain.target, "trajectories": tiny_drafter.rollout})
-    start = str(tiny_drafter.drafter / DRAFTER_FOLDER)
-    shape = DSparkConfig(kind="dspark", markov_rank=16)
-    SFT.run(ctx, SftConfig(steps=0, init_from=start, drafter=shape))
-    drafters = {
-        "before": load_drafter(tiny_drafter.drafter / DRAFTER_FOLDER, target),
-        "after": load_drafter(ctx.out / DRAFTER_FOLDER, target),
-    }
-    traces = Replayer(target).traces(drafters, load_trajectories(tiny_drafter.heldout, ["validation"]).trajectories)
-    for before, after in zip(traces["before"], traces["after"], strict=True):
-        np.testing.assert_array_equal(before.proposed, after.proposed)
-
-
 def test_mining_samples_steps_with_the_taus_of_the_answers(chain: Chain) -> None:
     summary = json.loads((chain.mining / "summary.json").read_text())
     parity = summary["parity"]
@@ -131,21 +102,16 @@ def test_mining_samples_steps_with_the_taus_of_the_answers(chain: Chain) -> None
 
 def test_answers_that_the_stated_sampling_cannot_produce_are_counted_and_logged(chain: Chain, tmp_path: Path) -> None:
     assert json.loads((chain.mining / "summary.json").read_text())["outside_nucleus_share"] == 0  # of all tokens
-    inputs = {
-        **chain.inputs("target", "drafter"),
-        "trajectories": restated(chain, tmp_path / "rollout", top_p=0.8, top_k=40),
-    }
-    mining = RecordingContext.under(tmp_path / "mining", inputs)
-    MINING.run(mining, MiningConfig(max_parity_mismatch=1))
-    share = json.loads((mining.out / "summary.json").read_text())["outside_nucleus_share"]
+    answers = restated(chain, tmp_path / "rollout", top_p=0.8, top_k=40)
+    inputs = {"target": chain.target, "trajectories": answers}
+    mining = RecordingContext.under(tmp_path / "mining", inputs | {"drafter": chain.sft})
+    share = mining.run(MINING, max_parity_mismatch=1).json("summary.json")["outside_nucleus_share"]
     assert share == mining.summaries["outside_nucleus_share"] > 0.01
 
-    inputs = {**inputs, "prompts": chain.prompts, "sft": chain.sft}
-    del inputs["drafter"]
+    inputs |= {"prompts": chain.prompts, "sft": chain.sft}
     evaluation = RecordingContext.under(tmp_path / "evaluation", inputs)
-    config: dict[str, Any] = {"sampling": SAMPLING, "speed_prompts": 1, "exactness_prompts": 0, "rounds": 1}
-    EVALUATION.run(evaluation, EvaluationConfig.model_validate(config))
-    assert json.loads((evaluation.out / "acceptance.json").read_text())["outside_nucleus_share"] == share
+    evaluation.run(EVALUATION, sampling=SAMPLING, speed_prompts=1, exactness_prompts=0, rounds=1)
+    assert evaluation.json("acceptance.json")["outside_nucleus_share"] == share
     for ctx in (mining, evaluation):
         assert len([line for line in ctx.logs if f"warning: {share:.1%}" in line]) == 1
 
@@ -158,48 +124,39 @@ def test_answers_that_the_stated_sampling_cannot_produce_are_counted_and_logged(
     ],
 )
 def test_opd_trains_on_sampled_verification(
-    anchors: str, response: dict[str, Any], logged: str, chain: Chain, tmp_path: Path
+    anchors: str, response: dict[str, Any], logged: str, chain: Chain, target: Target, tmp_path: Path
 ) -> None:
     ctx = RecordingContext.under(tmp_path, chain.inputs("target", "drafter", "trajectories", "mined"))
     loss = {"response": response, "rejected": {"loss": "k3", "weight": 0.3}}
-    OPD.run(ctx, OpdConfig.model_validate({**TRAINING, "steps": 6, "anchors": anchors, "loss": loss}))
+    ctx.run(OPD, **TRAINING, steps=6, anchors=anchors, loss=loss)
     assert any(f"verification sampled: {logged}" in line for line in ctx.logs)
     for _, values in ctx.measured:
         assert values["loss"] == pytest.approx(values["loss_response"] + 0.3 * values["loss_rejected"], rel=1e-5)
         assert values["loss_rejected"] > 0
-    target = Target.load(chain.target, device="cpu")
     assert load_drafter(ctx.out / DRAFTER_FOLDER, target).kind == "dspark"
 
 
 def test_an_evaluation_compares_it_with_dflash(chain: Chain, tiny_drafter: DrafterArtifacts, tmp_path: Path) -> None:
-    inputs = {
-        "target": chain.target,
-        "prompts": chain.prompts,
-        "trajectories": chain.rollout,
-        "champion": tiny_drafter.drafter,
-        "sft": chain.sft,
-    }
+    inputs = {"target": chain.target, "prompts": chain.prompts, "trajectories": chain.rollout}
+    inputs |= {"champion": tiny_drafter.drafter, "sft": chain.sft}
     ctx = RecordingContext.under(tmp_path, inputs)
-    config: dict[str, Any] = {"sampling": SAMPLING, "speed_prompts": 3, "exactness_prompts": 2, "rounds": 2}
-    EVALUATION.run(ctx, EvaluationConfig.model_validate(config))
-    found = json.loads((ctx.out / "evaluation.json").read_text())
+    found = ctx.run(EVALUATION, sampling=SAMPLING, speed_prompts=3, exactness_prompts=2, rounds=2).json(
+        "evaluation.json"
+    )
     assert (found["exactness"]["fp32_prompts"], found["exactness"]["fp32_identical"]) == (2, 2)  # greedy ones
     assert found["exactness"]["identical_share"] is None  # sampled ones have the distribution alone
     metrics = found["drafters"]["sft"]
-    assert 1 < metrics["tau"] < 8 and metrics["tau"] != sum(
-        (n + 1) * count for n, count in enumerate(metrics["accepted_histogram"])
-    ) / sum(metrics["accepted_histogram"])  # averaged over what is sampled
+    histogram = np.array(metrics["accepted_histogram"])
+    sampled = float((histogram * np.arange(1, len(histogram) + 1)).sum() / histogram.sum())
+    assert 1 < metrics["tau"] < 8 and metrics["tau"] != sampled  # averaged over what is sampled
     assert metrics["differences"]["champion"]["value"] != 0
 
     answers = read_table(ctx.out / "requests.parquet", REQUESTS).to_pylist()
     for arm in ("plain", "champion", "sft"):
         first, second = ([a["response_ids"] for a in answers if (a["arm"], a["round"]) == (arm, n)] for n in (0, 1))
-        assert first != second, (
-            "other answers in every round, so that luck with answers counts as an error of the speed"
-        )
+        assert first != second, "other answers in every round: luck with answers counts as an error of the speed"
     drift = RecordingContext.under(tmp_path / "drift", inputs | {"champion": chain.sft})
-    DRIFT.run(drift, DriftConfig())
-    assert json.loads((drift.out / "drift.json").read_text())["all"]["tau"] == pytest.approx(metrics["tau"])
+    assert drift.run(DRIFT).json("drift.json")["all"]["tau"] == pytest.approx(metrics["tau"])
 
 
 def test_an_evaluation_calibrates_its_confidence_on_validation_answers(
@@ -207,17 +164,11 @@ def test_an_evaluation_calibrates_its_confidence_on_validation_answers(
 ) -> None:
     inputs = {"target": chain.target, "prompts": chain.prompts, "trajectories": tiny_drafter.heldout}
     ctx = RecordingContext.under(tmp_path, inputs | {"champion": tiny_drafter.drafter, "sft": chain.sft})
-    config: dict[str, Any] = {
-        "sampling": {"max_new_tokens": 8},
-        "speed_prompts": 1,
-        "exactness_prompts": 0,
-        "rounds": 1,
-    }
-    EVALUATION.run(ctx, EvaluationConfig.model_validate(config))
+    ctx.run(EVALUATION, sampling={"max_new_tokens": 8}, speed_prompts=1, exactness_prompts=0, rounds=1)
     result = EvaluationResult.read(ctx.out)
     found = result.drafters["sft"].confidence
     assert found is not None and "confidence" not in result.drafters["champion"].to_json(), "DFlash has none"
-    assert json.loads((ctx.out / "acceptance.json").read_text())["drafters"]["sft"]["confidence"] == found.to_json()
+    assert ctx.json("acceptance.json")["drafters"]["sft"]["confidence"] == found.to_json()
     drafter = load_drafter(chain.sft / DRAFTER_FOLDER, target)
     stored = load_trajectories(tiny_drafter.heldout, ["heldout"]).trajectories
     traces = Replayer(target).traces({"sft": drafter}, stored)["sft"]

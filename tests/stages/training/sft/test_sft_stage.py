@@ -1,16 +1,19 @@
-"""The stage `sft`: from random weights, from an artifact, from a folder; what it writes and what it refuses."""
+"""The stage `sft`: what it starts from, writes and refuses; golden losses; resuming with the same bits."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.drafters.checkpoint import load_drafter, read_info
 from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
@@ -21,6 +24,7 @@ from draftsmith.stages.training.batches import token_counts
 from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.sft.stage import STAGE, preflight
 from tests.stages.bench import Bench
+from tests.testbed import random_target
 from tests.testbed.context import RecordingContext, StoppingContext
 from tests.testbed.drafter import DrafterArtifacts
 from tests.testbed.target import MASK
@@ -35,20 +39,18 @@ CONFIG = {
 def train(
     folder: Path,
     made: DrafterArtifacts,
-    stop_after: int | None = None,
     *,
     drafter: Path | None = None,
     shape: dict[str, Any] | None = None,
     **fields: Any,
-) -> StoppingContext:
+) -> RecordingContext:
     """Run the stage. drafter: an artifact to continue from. shape: of a new drafter."""
     inputs = {"target": made.target, "trajectories": made.rollout, **({"drafter": drafter} if drafter else {})}
-    ctx = StoppingContext.under(folder, inputs, stop_after=stop_after)
-    STAGE.run(ctx, SftConfig.model_validate({**CONFIG, **({"drafter": shape} if shape else {}), **fields}))
-    return ctx
+    return RecordingContext.under(folder, inputs).run(STAGE, **CONFIG | ({"drafter": shape} if shape else {}) | fields)
 
 
 def losses(ctx: RecordingContext) -> list[float]:
+    assert [step for step, _ in ctx.measured] == list(range(len(ctx.measured)))
     return [values["loss"] for _, values in ctx.measured]
 
 
@@ -148,26 +150,105 @@ def test_frequent_tokens_are_those_of_the_answers_that_were_trained_on_last(
 
 
 def test_a_drafter_that_cannot_be_continued_is_refused_before_work(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     good = tiny_drafter.drafter / DRAFTER_FOLDER
     preflight(SftConfig(init_from=str(good)), tiny_drafter.target)
-    other = Path(shutil.copytree(good, tmp_path / "other"))
+    other, whole = (Path(shutil.copytree(good, tmp_path / name)) for name in ("other", "without weights"))
     info = (other / "drafter.json").read_text()
     (other / "drafter.json").write_text(info.replace(read_info(good).target_digest, "0" * 64))
-    with pytest.raises(DraftsmithError, match="adopt"):
-        preflight(SftConfig(init_from=str(other)), tiny_drafter.target)
-    whole = Path(shutil.copytree(good, tmp_path / "without weights"))
     (whole / "model.safetensors").rename(whole / "pytorch_model.bin")
-    with pytest.raises(DraftsmithError, match=r"model\.safetensors"):
-        preflight(SftConfig(init_from=str(whole)), tiny_drafter.target)
-    with pytest.raises(DraftsmithError, match="<absent>"):
-        preflight(SftConfig.model_validate({"drafter": {**SHAPE, "mask_token": "<absent>"}}), tiny_drafter.target)
-    with pytest.raises(DraftsmithError, match="layer"):
-        shape = {"num_layers": 1, "block_size": 6, "target_layer_ids": [1, 4], "mask_token": MASK}
-        preflight(SftConfig.model_validate({"drafter": shape}), tiny_drafter.target)
+    for fields, message in (
+        ({"init_from": "/no/such/folder"}, "init_from"),
+        ({"init_from": str(other)}, "adopt"),
+        ({"init_from": str(whole)}, r"model\.safetensors"),
+        ({"drafter": {**SHAPE, "mask_token": "<absent>"}}, "<absent>"),
+        ({"drafter": {**SHAPE, "target_layer_ids": [1, 4]}}, "layer"),
+    ):
+        with pytest.raises(DraftsmithError, match=message):
+            preflight(SftConfig.model_validate(fields), tiny_drafter.target)
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
     with pytest.raises(DraftsmithError, match="learning_rate"):
         train(tmp_path, tiny_drafter, learning_rate=1e30, clip_norm=1e30)
+
+
+# ---- on a random target
+
+GOLDEN = Path(__file__).parent / "golden" / "sft_losses.json"
+# Float32 sums in another order (another processor, another release of torch) differ by far less; a step of training
+# that is wrong by one label, offset or weight differs by far more.
+GOLDEN_TOLERANCE = 1e-3
+CHECKPOINT = ("config.json", "model.safetensors", "frequent_tokens.npy", "drafter.json")
+SETTINGS: dict[str, Any] = json.loads(GOLDEN.read_text())["settings"]
+
+
+@pytest.fixture(scope="module")
+def inputs(plain_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("trajectories")
+    stored = random_target.write_trajectories(folder, random_target.trajectories(16, seed=2))
+    return {"target": plain_artifact, "trajectories": stored}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(folder: Path, inputs: dict[str, Path], seed: int = 0, **settings: Any) -> RecordingContext:
+    return RecordingContext.under(folder, inputs, seed).run(STAGE, **SETTINGS | settings)
+
+
+def checkpoint(context: RecordingContext) -> dict[str, bytes]:
+    return {name: (context.out / DRAFTER_FOLDER / name).read_bytes() for name in CHECKPOINT}
+
+
+def test_twenty_seeded_steps_have_the_golden_losses(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    golden = json.loads(GOLDEN.read_text())["losses"]
+    assert losses(run(tmp_path, inputs)) == pytest.approx(golden, rel=GOLDEN_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("stop_after", "dtype"),
+    [(1, "bfloat16"), (5, "float32")],  # 5: at a regular checkpoint
+)
+def test_interrupted_training_ends_like_uninterrupted_training(
+    stop_after: int, dtype: str, tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    settings: dict[str, Any] = {"steps": 9, "checkpoint_every": 5, "compute_dtype": dtype}
+    whole = run(tmp_path / "whole", inputs, **settings)
+    context = StoppingContext.under(tmp_path / "parts", inputs, stop_after=stop_after)
+    with pytest.raises(StageInterrupted):
+        context.run(STAGE, **SETTINGS | settings)
+    assert len(context.measured) == stop_after
+    context.stop = False
+    context.run(STAGE, **SETTINGS | settings)
+    assert any(f"step {stop_after}" in line for line in context.logs)
+    assert losses(context) == losses(whole)
+    assert checkpoint(context) == checkpoint(whole)
+    assert checkpoint(run(tmp_path / "other", inputs, seed=1, **settings)) != checkpoint(whole)
+
+
+def test_killed_training_repeats_what_its_last_checkpoint_lacks(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    def kill() -> None:
+        raise KeyboardInterrupt
+
+    settings = SETTINGS | {"steps": 9, "checkpoint_every": 3}
+    killed = StoppingContext.under(tmp_path / "killed", inputs, stop_after=7, act=kill)
+    with pytest.raises(KeyboardInterrupt):
+        killed.run(STAGE, **settings)
+    resumed = RecordingContext.under(tmp_path / "killed", inputs, measured=list(killed.measured)).run(STAGE, **settings)
+    whole = run(tmp_path / "whole", inputs, **settings)
+    assert losses(resumed) == losses(whole)  # rewound to step 6, nothing twice
+    assert checkpoint(resumed) == checkpoint(whole)
+
+
+@pytest.mark.parametrize("drafter", ["dflash", 3, None, [], {"kind": "medusa"}], ids=str)
+def test_a_drafter_section_without_a_known_kind_is_a_config_error(drafter: Any) -> None:
+    with pytest.raises(ValidationError, match="dspark"):
+        SftConfig.model_validate({"drafter": drafter})
