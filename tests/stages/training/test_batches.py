@@ -28,14 +28,16 @@ from draftsmith.stages.training.sft.trainer import SftTraining
 from draftsmith.stages.training.trainer import TrainingData
 from tests.stages.training.case import hidden_of
 from tests.testbed import random_target
+from tests.testbed.calls import recorded
 
 TRAJECTORIES = random_target.trajectories(12, seed=5)
 LAYERS = (2, 0)
 
 
-def reading(memory_mb: float = 2048) -> TrainingConfig:
-    """Return a config with small forwards of the target."""
-    return TrainingConfig(tokens_per_target_forward=64, feature_memory_mb=memory_mb)
+def source_of(target: Target, memory_mb: float = 1e-6, **fields: Any) -> FeatureSource:
+    """Return a source with small forwards of the target. With `ahead` the code is CUDA's but for the stream."""
+    config = TrainingConfig(tokens_per_target_forward=64, feature_memory_mb=memory_mb)
+    return FeatureSource(target, LAYERS, TRAJECTORIES, config, **fields)
 
 
 @given(st.integers(1, 9), st.integers(1, 12), st.integers(0, 3))
@@ -55,7 +57,7 @@ def test_epochs_and_seeds_have_their_own_order() -> None:
 @pytest.mark.parametrize("memory_mb", [2048, 1e-6])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_features_equal_direct_reads(memory_mb: float, autocast: bool, plain_target: Target) -> None:
-    source = FeatureSource(plain_target, LAYERS, TRAJECTORIES, reading(memory_mb))
+    source = source_of(plain_target, memory_mb)
     for indices in ([3, 0, 7], [11, 3, 3], [0, 1, 2, 4]):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # as the training loop calls it
             batch = source.batch(indices)
@@ -74,62 +76,42 @@ def test_features_equal_direct_reads(memory_mb: float, autocast: bool, plain_tar
 
 
 @pytest.mark.parametrize("memory_mb", [2048, 0.02, 1e-6])  # for all, for some, for none
-def test_features_have_the_same_bits_in_any_order(memory_mb: float, plain_target: Target) -> None:
-    used, fresh = (FeatureSource(plain_target, LAYERS, TRAJECTORIES, reading(memory_mb)) for _ in range(2))
+def test_features_have_the_same_bits_in_any_order_without_hidden_states_and_read_ahead(
+    memory_mb: float, plain_target: Target
+) -> None:
+    """Without hidden states, layers after the last feature are not run."""
+    used, fresh = source_of(plain_target, memory_mb), source_of(plain_target, memory_mb)
+    lean, ahead = source_of(plain_target, memory_mb, with_hidden=False), source_of(plain_target, memory_mb, ahead=True)
     for indices in ([5, 6], [1, 9], [6, 5]):
         used.batch(indices)
+    ahead.prefetch([5, 6])  # another batch is read first
     for indices in ([9, 1], [5, 6], [2, 2]):
-        first, second = used.batch(indices), fresh.batch(indices)
-        assert torch.equal(first.features, second.features)
-        assert torch.equal(hidden_of(first), hidden_of(second))
-
-
-def test_batches_for_losses_on_tokens_alone_carry_the_same_features(plain_target: Target) -> None:
-    """Without hidden states, layers after the last feature are not run; the features have the same bits."""
-    full = FeatureSource(plain_target, LAYERS, TRAJECTORIES, reading())
-    lean = FeatureSource(plain_target, LAYERS, TRAJECTORIES, reading(), with_hidden=False)
-    for indices in ([5, 6], [1, 9]):
-        assert lean.batch(indices).hidden is None
-        assert torch.equal(lean.batch(indices).features, full.batch(indices).features)
-
-
-def noted_reads(source: FeatureSource, monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """The shapes of the target's forwards, from here on."""
-    seen: list[torch.Size] = []
-    read = source._read
-
-    def noted(ids: torch.Tensor, adapters: Sequence[str]) -> tuple[torch.Tensor, ...]:
-        seen.append(ids.shape)
-        return read(ids, adapters)
-
-    monkeypatch.setattr(source, "_read", noted)
-    return seen
+        expected, hidden = fresh.batch(indices), hidden_of(fresh.batch(indices))
+        for source in (used, lean, ahead):
+            assert torch.equal(source.batch(indices).features, expected.features)
+        assert torch.equal(hidden_of(used.batch(indices)), hidden) and lean.batch(indices).hidden is None
 
 
 @pytest.mark.parametrize(("memory_mb", "reads"), [(2048, 1), (1e-6, 2)])
 def test_the_target_reads_each_answer_once_if_memory_holds_all(
     memory_mb: float, reads: int, plain_target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = FeatureSource(plain_target, LAYERS, TRAJECTORIES, reading(memory_mb))
-    seen = noted_reads(source, monkeypatch)
+    """Otherwise for every step, in large forwards."""
+    source = source_of(plain_target, memory_mb)
+    calls = recorded(monkeypatch, source, "_read")
     order = [7, 0, 11, 3, 1, 9, 2, 5, 10, 4, 8, 6]  # neighbours are of different length
     for _ in range(2):
         for i in order:
             source.batch([i])
-    assert sum(rows for rows, _ in seen) == reads * len(TRAJECTORIES)
+    assert sum(len(ids) for ids, _ in calls) == reads * len(TRAJECTORIES)
     if reads == 2:
-        assert [tuple(shape) for shape in seen[:12]] == [(1, len(TRAJECTORIES[i].tokens)) for i in order]
-
-
-def test_features_that_are_not_cached_are_read_in_large_forwards(
-    plain_target: Target, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = FeatureSource(plain_target, LAYERS, TRAJECTORIES, reading(1e-6))
-    seen = noted_reads(source, monkeypatch)
-    source.batch([7, 0, 11, 3, 7])
-    assert sum(rows for rows, _ in seen) == 4  # one of them twice in the batch
-    assert len(seen) < 4 and all(rows * width <= 64 for rows, width in seen)
-    assert not source._cache
+        assert [tuple(ids.shape) for ids, _ in calls[:12]] == [(1, len(TRAJECTORIES[i].tokens)) for i in order]
+        calls.clear()
+        source.batch([7, 0, 11, 3, 7])
+        seen = [ids.shape for ids, _ in calls]
+        assert sum(rows for rows, _ in seen) == 4  # one of them twice in the batch
+        assert len(seen) < 4 and all(rows * width <= 64 for rows, width in seen)
+        assert not source._cache
 
 
 class Recorded(list[Trajectory]):
@@ -157,10 +139,8 @@ def test_a_rank_reads_its_own_answers_only_unless_a_head_needs_the_tokens_of_all
     assert rank_slice.indices == [step[row] for row in rank_slice.rows]
     read = rank_slice.indices if head_tokens is None else step
     assert trajectories.read == set(read)
-    assert set(rank_slice.step_tokens.unique().tolist()) | {0} == {
-        0,
-        *(t for i in read for t in TRAJECTORIES[i].tokens),
-    }
+    tokens = {t for i in read for t in TRAJECTORIES[i].tokens}
+    assert set(rank_slice.step_tokens.unique().tolist()) | {0} == tokens | {0}
 
 
 def test_frequent_tokens_are_ordered_by_their_count_in_the_answers() -> None:
@@ -168,10 +148,7 @@ def test_frequent_tokens_are_ordered_by_their_count_in_the_answers() -> None:
     order = frequent_tokens(token_counts(answers, 11)).tolist()
     assert order[:3] == [4, 5, 2]
     assert order[3:] == [0, 1, 3, 6, 7, 8, 9, 10]  # never answered: by id; prompts do not count
-
-
-def test_tokens_that_are_equally_frequent_keep_the_order_that_they_had() -> None:
-    counts = torch.tensor([0, 2, 0, 5, 2])
+    counts = torch.tensor([0, 2, 0, 5, 2])  # of equally frequent ones, the order that they had
     assert frequent_tokens(counts, torch.tensor([4, 2, 3, 1, 0])).tolist() == [3, 4, 1, 2, 0]
 
 
@@ -201,23 +178,18 @@ def test_a_reduced_head_holds_the_tokens_that_the_step_needs() -> None:
 STEPS = [[7, 0, 11], [3, 1, 9], [2, 5, 4]]
 
 
-def source_of(target: Target, ahead: bool, memory_mb: float = 1e-6) -> FeatureSource:
-    """Return a source on a CPU, where the code is CUDA's but for the stream."""
-    return FeatureSource(target, LAYERS, TRAJECTORIES, reading(memory_mb), ahead=ahead)
-
-
 def trained(source: FeatureSource, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], list[Batch]]:
     """Return the order of events (the target reads for a step, its batch, its training) and the batches."""
     events: list[str] = []
     batches: list[Batch] = []
     read = source._read
 
-    def recorded(ids: torch.Tensor, adapters: Sequence[str]) -> tuple[torch.Tensor, ...]:
+    def noted(ids: torch.Tensor, adapters: Sequence[str]) -> tuple[torch.Tensor, ...]:
         row = [t.tokens == ids[0, : len(t.tokens)].tolist() for t in TRAJECTORIES].index(True)
         events.append(f"read {next(step for step, indices in enumerate(STEPS) if row in indices)}")
         return read(ids, adapters)
 
-    monkeypatch.setattr(source, "_read", recorded)
+    monkeypatch.setattr(source, "_read", noted)
     for step, indices in enumerate(STEPS):
         batches.append(source.batch(indices))
         events.append(f"batch {step}")
@@ -240,10 +212,3 @@ def test_prefetching_changes_neither_a_bit_nor_the_order_of_reads(
         assert one.trajectories == other.trajectories
         assert torch.equal(one.features, other.features)
         assert torch.equal(hidden_of(one), hidden_of(other))
-
-
-def test_a_batch_other_than_the_prefetched_one_is_read(plain_target: Target) -> None:
-    source, plain = source_of(plain_target, ahead=True), source_of(plain_target, ahead=False)
-    source.prefetch([7, 0])
-    for indices in ([3, 1], [7, 0]):
-        assert torch.equal(source.batch(indices).features, plain.batch(indices).features)

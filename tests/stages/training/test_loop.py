@@ -33,6 +33,9 @@ def test_the_learning_rate_warms_up_and_falls_to_zero_as_a_cosine() -> None:
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert factors[5:] == pytest.approx([0.5 * (1 + math.cos(math.pi * (s - 5) / 95)) for s in range(5, 100)])
     assert 0 < factors[-1] < 1e-3
+    for steps in (1, 2, 7):  # even the shortest schedule moves the weights
+        factors = [cosine(step, OptimiserConfig(steps=steps)) for step in range(steps)]
+        assert factors[0] == 1 and all(0 <= factor <= 1 for factor in factors)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -51,9 +54,10 @@ def test_a_step_is_adamws_with_the_rate_clipping_decay_and_dtype_of_the_config(
 
     def micro_batches(step: int) -> Iterator[LossReport]:
         autocast.append(torch.is_autocast_enabled("cpu"))
-        yield LossReport((weight.float() * slope / slope.norm() * 10.0 ** (1 - step)).sum(), 1, 1)
+        yield LossReport((weight.float() * slope / slope.norm() * 10.0 ** (1 - step)).sum(), step, 10 * step)
 
-    train(context, drafter, config, micro_batches)
+    totals = train(context, drafter, config, micro_batches)
+    assert (totals["blocks"], totals["positions"]) == (6, 60)
     first, second = torch.zeros_like(plain), torch.zeros_like(plain)
     for step in range(4):
         gradient = slope / slope.norm() * min(0.25, 10.0 ** (1 - step))
@@ -66,13 +70,6 @@ def test_a_step_is_adamws_with_the_rate_clipping_decay_and_dtype_of_the_config(
     assert [rate for rate, _ in logged] == pytest.approx([0.05, 0.1, 0.1, 0.05])
     assert [norm for _, norm in logged] == pytest.approx([10.0, 1.0, 0.1, 0.01], rel=1e-4)
     assert autocast == [dtype == "bfloat16"] * 4
-
-
-@pytest.mark.parametrize("steps", [1, 2, 7])
-def test_even_the_shortest_schedule_moves_the_weights(steps: int) -> None:
-    factors = [cosine(step, OptimiserConfig(steps=steps)) for step in range(steps)]
-    assert factors[0] == 1
-    assert all(0 <= factor <= 1 for factor in factors)
 
 
 def test_a_gradient_that_is_not_finite_reaches_neither_weights_nor_checkpoint(
@@ -92,16 +89,6 @@ def test_a_gradient_that_is_not_finite_reaches_neither_weights_nor_checkpoint(
     assert list_checkpoints(context.work) == []
 
 
-def test_metrics_of_an_attempt_that_reached_no_checkpoint_are_dropped(tmp_path: Path, plain_target: Target) -> None:
-    drafter = random_target.random_drafter(plain_target)
-    context = RecordingContext.under(tmp_path)
-    context.metrics(0, loss=9.0)
-    context.metrics(1, loss=9.0)
-    train(context, drafter, OptimiserConfig(steps=2), lambda _: [LossReport(next(drafter.parameters()).sum(), 1, 1)])
-    assert [step for step, _ in context.measured] == [0, 1]
-    assert all(values["loss"] != 9.0 for _, values in context.measured)
-
-
 @pytest.mark.parametrize("damage", ["a flipped bit", "cut short"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage: str, tmp_path: Path, plain_target: Target) -> None:
     whole, context = (RecordingContext.under(tmp_path / name) for name in ("whole", "cut"))
@@ -116,22 +103,23 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage: str, tmp_path
     assert [step for step, _ in context.measured] == list(range(7))
     assert again == trained(whole, plain_target, steps=7)
     assert len(list_checkpoints(context.work)) == 2
-
-
-def test_a_training_whose_checkpoints_are_all_damaged_restarts(tmp_path: Path, plain_target: Target) -> None:
-    context = RecordingContext.under(tmp_path)
-    weights = trained(context, plain_target, steps=2)
     for path in list_checkpoints(context.work):
-        spoil(path, "a flipped bit")
-    assert trained(context, plain_target, steps=2) == weights
+        spoil(path, damage)
+    assert trained(context, plain_target, steps=7) == again
     assert "from the beginning" in context.logs[-1]
 
 
-def test_a_half_written_checkpoint_of_a_killed_attempt_is_removed(tmp_path: Path, plain_target: Target) -> None:
+def test_a_killed_attempt_leaves_neither_half_a_checkpoint_nor_metrics_without_one(
+    tmp_path: Path, plain_target: Target
+) -> None:
     context = RecordingContext.under(tmp_path)
     (context.work / ".tmp-77-checkpoint.new").write_bytes(b"the first half")
+    for step in range(2):
+        context.metrics(step, loss=9.0)
     trained(context, plain_target, steps=3)
     assert sorted(context.work.iterdir()) == sorted(list_checkpoints(context.work))
+    assert [step for step, _ in context.measured] == [0, 1, 2]
+    assert all(values["loss"] != 9.0 for _, values in context.measured)
 
 
 KILLED = """
@@ -192,16 +180,6 @@ def spoil(path: Path, damage: str) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content if damage == "a flipped bit" else content[: len(content) // 2])
-
-
-def test_totals_are_sums_over_all_steps(tmp_path: Path, plain_target: Target) -> None:
-    drafter = random_target.random_drafter(plain_target)
-
-    def micro_batches(step: int) -> list[LossReport]:
-        return [LossReport(next(drafter.parameters()).square().sum(), step, 10 * step)]
-
-    totals = train(RecordingContext.under(tmp_path), drafter, OptimiserConfig(steps=4), micro_batches)
-    assert (totals["blocks"], totals["positions"]) == (6, 60)
 
 
 @pytest.mark.parametrize(("minutes", "saved_steps"), [(1e-9, 3), (10.0, 0)])

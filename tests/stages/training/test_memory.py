@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from draftsmith.stages.drafters import block_attention
@@ -10,7 +12,7 @@ from draftsmith.stages.drafters.dflash2.config import DFlash2Config
 from draftsmith.stages.drafters.dspark.config import DSparkConfig
 from draftsmith.stages.drafters.eagle3.config import Eagle3Config
 from draftsmith.stages.target.estimate import PROCESS_BYTES, AnswerCounts, StageUse
-from draftsmith.stages.target.sampling import SamplingParams
+from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
 from draftsmith.stages.training.estimate import row_bytes, training_memory
 from tests.stages.training.fake_step import FakeStep
@@ -23,28 +25,24 @@ SMALL = {"sequences_per_step": 3, "anchors_per_sequence": 32, "micro_batch_token
 ADAPTED: dict[str, DFlashConfig | Eagle3Config] = {
     "DFlash": DFLASH, "DFlash2": DFLASH2, "DSpark": DSPARK, "EAGLE-3": EAGLE3,
 }  # fmt: skip
-LORA = SMALL | {"lora": {"rank": 64}}
+
+
+def of(drafter: DFlashConfig | Eagle3Config, sampling: SamplingParams = GREEDY, **fields: Any) -> FakeStep:
+    """Return a step of SFT for the target of 0.6B parameters. fields: of its config."""
+    return FakeStep("Qwen3-0.6B", SftConfig.model_validate(SMALL | fields), drafter, 1024, sampling=sampling)
+
+
 # all ten: python -m tests.benchmarks.memory
 STEPS = {
-    "0.6B, DFlash, SFT": FakeStep("Qwen3-0.6B", SftConfig.model_validate(SMALL), DFLASH, 1024),
-    "0.6B, EAGLE-3, SFT": FakeStep("Qwen3-0.6B", SftConfig.model_validate(SMALL), EAGLE3, 1024),
-    "0.6B, DFlash2, SFT": FakeStep("Qwen3-0.6B", SftConfig.model_validate(SMALL), DFLASH2, 1024),
-    "0.6B, DFlash, whole distribution": FakeStep(
-        "Qwen3-0.6B", SftConfig.model_validate(SMALL | {"loss": "ce_l1"}), DFLASH, 1024
-    ),
-    "0.6B, DSpark, SFT": FakeStep(
-        "Qwen3-0.6B", SftConfig.model_validate(SMALL), DSPARK, 1024, sampling=SamplingParams(0.7)
-    ),
-    "0.6B, DSpark, SFT, top-p": FakeStep(
-        "Qwen3-0.6B", SftConfig.model_validate(SMALL), DSPARK, 1024, sampling=SamplingParams(0.7, 0.9)
-    ),
-    "0.6B, DSpark, SFT, top-k and top-p": FakeStep(
-        "Qwen3-0.6B", SftConfig.model_validate(SMALL), DSPARK, 1024, sampling=SamplingParams(0.7, 0.9, 20)
-    ),
+    "0.6B, DFlash, SFT": of(DFLASH),
+    "0.6B, EAGLE-3, SFT": of(EAGLE3),
+    "0.6B, DFlash2, SFT": of(DFLASH2),
+    "0.6B, DFlash, whole distribution": of(DFLASH, loss="ce_l1"),
+    "0.6B, DSpark, SFT": of(DSPARK, SamplingParams(0.7)),
+    "0.6B, DSpark, SFT, top-p": of(DSPARK, SamplingParams(0.7, 0.9)),
+    "0.6B, DSpark, SFT, top-k and top-p": of(DSPARK, SamplingParams(0.7, 0.9, 20)),
     **{
-        f"0.6B, {name}, adapter": FakeStep(
-            "Qwen3-0.6B", SftConfig.model_validate(LORA), drafter, 1024, sampling=SamplingParams(0.7, 0.9)
-        )
+        f"0.6B, {name}, adapter": of(drafter, SamplingParams(0.7, 0.9), lora={"rank": 64})
         for name, drafter in ADAPTED.items()
     },
     "4B, DFlash, OPD": FakeStep("Qwen3-4B", OpdConfig.model_validate(SMALL | {"loss": "paper"}), DFLASH, 1024),

@@ -14,7 +14,7 @@ from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.batches import FeatureSource, split_rows
-from draftsmith.stages.training.blocks import LossReport, Ratio
+from draftsmith.stages.training.blocks import LossReport
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
 from draftsmith.stages.training.loop import Accumulation
 from draftsmith.stages.training.opd.mined_table import MinedTable, TrajectorySteps
@@ -135,9 +135,3 @@ def test_rows_are_split_in_order_and_one_row_may_exceed_the_limit(
             assert padded <= limit or len(lengths[part]) == 1
     two = batch.select(slice(1, 3))
     assert two.tokens.shape[1] == two.features.shape[1] == max(lengths[1:3])
-
-
-def test_ratios_are_merged_as_sums() -> None:
-    merged = Ratio.merge([Ratio(1, 4), Ratio(3, 4), Ratio(0, 0)])
-    assert (merged, float(Ratio(0, 0))) == (0.5, 0.0)
-    assert Ratio.merge([2, 3]) == 5
