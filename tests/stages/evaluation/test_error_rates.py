@@ -7,7 +7,9 @@ that a true rate of 5 % passes in 99.9 % of seeds; the seeds are fixed.
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,24 +34,47 @@ def allowed(repetitions: int, rate: float = 0.05) -> float:
     return rate + 3 * math.sqrt(rate * (1 - rate) / repetitions)
 
 
-def simulated_speeds(
-    rng: np.random.Generator,
-    rounds: int,
-    concurrency: int,
-    gain: float = 0.0,
-    prompts: int = 16,
-    speedup: float = 1.6,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return rows of the tables `turns` and `requests`. Over all prompts, opd is `gain` faster than the other
-    drafters, which are `speedup` times as fast as decoding without a drafter.
+Tables = tuple[list[dict[str, Any]], list[dict[str, Any]]]  # rows of `turns` and `requests`
 
-    Prompts differ in length and in tau, and each drafter is a little better on some and worse on others, the same ones
-    in every turn. The machine drifts by 5 % from round to round, and 0.5 % from turn to turn. One at a time, every
-    request has noise of its own too.
+
+@dataclass
+class Prompts:
+    """Prompts that differ in length and in tau; each drafter is a little better on some and worse on others."""
+
+    tokens: np.ndarray
+    difficulty: np.ndarray
+    talent: dict[str, np.ndarray]
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator, count: int) -> Prompts:
+        tokens = np.maximum(8, rng.lognormal(math.log(60), 0.4, count)).round()
+        return cls(tokens, rng.normal(0, DIFFICULTY, count), {arm: rng.normal(0, TALENT, count) for arm in ARMS})
+
+    def request(self, round: int, arm: str, place: int, seconds: float, steps: int, **fields: Any) -> dict[str, Any]:
+        return {
+            "round": round, "arm": arm, "prompt_id": str(place), "tokens": int(self.tokens[place]), "identical": True,
+            "latency_seconds": seconds, "first_token_seconds": math.nan, "verify_steps": steps, "accepted": None,
+            **fields,
+        }  # fmt: skip
+
+    def turn(self, round: int, order: int, arm: str, seconds: float, **fields: Any) -> dict[str, Any]:
+        return {
+            "round": round, "order": order, "arm": arm, "block_size": 4, "prompts": len(self.tokens), "concurrency": 1,
+            "tokens": int(self.tokens.sum()), "wall_seconds": seconds, "draft_seconds": 0.0, "verify_seconds": 0.0,
+            **fields,
+        }  # fmt: skip
+
+
+def simulated_speeds(
+    rng: np.random.Generator, rounds: int, concurrency: int, gain: float = 0.0, prompts: int = 16, speedup: float = 1.6
+) -> Tables:
+    """Over all prompts, opd is `gain` faster than the other drafters, which are `speedup` times as fast as decoding
+    without a drafter.
+
+    The machine drifts by 5 % from round to round, and 0.5 % from turn to turn. One at a time, every request has noise
+    of its own too.
     """
-    tokens = np.maximum(8, rng.lognormal(math.log(60), 0.4, prompts)).round()
-    difficulty = rng.normal(0, DIFFICULTY, prompts)
-    talent = {arm: rng.normal(0, TALENT, prompts) for arm in ARMS}
+    drawn = Prompts.draw(rng, prompts)
     rising = math.exp((DIFFICULTY**2 + TALENT**2) / 2)  # mean of 1 / exp(difficulty + talent)
     drift, turns, rows = 0.0, [], []
     for round in range(rounds):
@@ -58,70 +83,43 @@ def simulated_speeds(
         first = round % len(arms)
         for order, arm in enumerate(arms[first:] + arms[:first]):
             drift += rng.normal(0, 0.005)
-            seconds, steps = 0.04 * tokens, np.zeros(prompts)
+            seconds, steps = 0.04 * drawn.tokens, np.zeros(prompts)
             if arm != PLAIN:
-                faster = np.exp(difficulty + talent[arm]) * rising * (1 + gain * (arm == "opd"))
-                seconds, steps = seconds / (speedup * faster), (tokens / (1.3 * speedup * faster)).round()
+                faster = np.exp(drawn.difficulty + drawn.talent[arm]) * rising * (1 + gain * (arm == "opd"))
+                seconds, steps = seconds / (speedup * faster), (drawn.tokens / (1.3 * speedup * faster)).round()
             if concurrency == 1:
                 seconds = seconds * np.exp(rng.normal(0, NOISE, prompts))
             seconds = seconds * math.exp(drift + rng.normal(0, NOISE))
-            turns.append(
-                {
-                    "round": round, "order": order, "arm": arm, "block_size": 4, "prompts": prompts,
-                    "concurrency": concurrency, "tokens": int(tokens.sum()),
-                    "wall_seconds": wall(seconds, concurrency), "draft_seconds": 0.0,
-                    "verify_seconds": 0.0, "verify_steps": int(steps.sum()),
-                }
-            )  # fmt: skip
-            rows += [
-                {
-                    "round": round, "arm": arm, "prompt_id": str(i), "tokens": int(tokens[i]), "identical": True,
-                    "latency_seconds": seconds[i], "first_token_seconds": math.nan, "verify_steps": int(steps[i]),
-                    "accepted": None,
-                }
-                for i in range(prompts)
-            ]  # fmt: skip
+            counted: dict[str, Any] = {"concurrency": concurrency, "verify_steps": int(steps.sum())}
+            turns.append(drawn.turn(round, order, arm, wall(seconds, concurrency), **counted))
+            rows += [drawn.request(round, arm, i, seconds[i], int(steps[i])) for i in range(prompts)]
     return turns, rows
 
 
 def simulated_by_prompt(
     rng: np.random.Generator, prompts: int, gain: float = 0.0, load: float = 0.5, rounds: int = 2
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+) -> Tables:
     """The same where arms alternate prompt by prompt, on a machine whose other load comes and goes within seconds.
 
     Every answer takes up to 1 + `load` times as long, by a load that moves on from answer to answer and is half the
     time not there, beside noise of 3 %.
     """
-    tokens = np.maximum(8, rng.lognormal(math.log(60), 0.4, prompts)).round()
-    difficulty = rng.normal(0, DIFFICULTY, prompts)
-    talent = {arm: rng.normal(0, TALENT, prompts) for arm in ARMS}
-    arms, busy, rows = [PLAIN, *ARMS], 0.0, []
+    drawn, arms, busy, rows = Prompts.draw(rng, prompts), [PLAIN, *ARMS], 0.0, []
     for round in range(rounds):
         for place in range(prompts):
             first = (round + place) % len(arms)
             for arm in arms[first:] + arms[:first]:
                 busy = min(1.0, max(-1.0, busy + rng.normal(0, 0.4)))
-                seconds = 0.04 * tokens[place] * (1 + load * max(0.0, busy)) * math.exp(rng.normal(0, NOISE))
+                seconds = 0.04 * drawn.tokens[place] * (1 + load * max(0.0, busy)) * math.exp(rng.normal(0, NOISE))
                 if arm != PLAIN:
-                    seconds /= 1.6 * math.exp(difficulty[place] + talent[arm][place]) * (1 + gain * (arm == "opd"))
-                rows.append(
-                    {
-                        "round": round, "arm": arm, "prompt_id": str(place), "tokens": int(tokens[place]),
-                        "temperature": 0.0, "concurrency": 1, "latency_seconds": seconds, "identical": True,
-                        "first_token_seconds": math.nan, "verify_steps": 9, "accepted": None,
-                    }
-                )  # fmt: skip
-    turns = [
-        {
-            "round": round, "order": 0, "arm": arm, "block_size": 4, "prompts": prompts, "concurrency": 1,
-            "temperature": 0.0, "batches": prompts, "tokens": int(tokens.sum()), "draft_seconds": 0.0,
-            "verify_seconds": 0.0, "verify_steps": 9 * prompts, "wall_seconds": sum(
-                row["latency_seconds"] for row in rows if (row["round"], row["arm"]) == (round, arm)
-            ),
-        }
-        for round in range(rounds)
-        for arm in arms
-    ]  # fmt: skip
+                    better = math.exp(drawn.difficulty[place] + drawn.talent[arm][place]) * (1 + gain * (arm == "opd"))
+                    seconds /= 1.6 * better
+                rows.append(drawn.request(round, arm, place, seconds, 9, temperature=0.0, concurrency=1))
+    counted: dict[str, Any] = {"temperature": 0.0, "batches": prompts, "verify_steps": 9 * prompts}
+    turns = []
+    for round, arm in itertools.product(range(rounds), arms):
+        seconds = sum(row["latency_seconds"] for row in rows if (row["round"], row["arm"]) == (round, arm))
+        turns.append(drawn.turn(round, 0, arm, seconds, **counted))
     return turns, rows
 
 

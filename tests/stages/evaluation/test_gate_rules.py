@@ -1,16 +1,19 @@
-"""The gate: every rule with a case that fails it, and how often it is wrong, on simulated evaluations."""
+"""The gate: every rule with a case that fails it, how often it is wrong on simulated evaluations, and the stage."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from draftsmith.artifacts.results.evaluation import CHAMPION, PLAIN, EvaluationResult
-from draftsmith.artifacts.results.gate import LOAD_RULES, GateDecision
+from draftsmith.artifacts.results.gate import LOAD_RULES, GateDecision, GateVerdict
+from draftsmith.artifacts.store.local import Store
 from draftsmith.stages.evaluation import gate as gate_stage
 from draftsmith.stages.evaluation.acceptance import acceptance_table, tau_comparisons
 from draftsmith.stages.evaluation.gate import GateConfig
@@ -28,6 +31,8 @@ from tests.stages.evaluation.test_error_rates import (
     simulated_tallies,
 )
 from tests.stages.report.sample_report import load_point
+from tests.testbed.artifacts import committed
+from tests.testbed.context import RecordingContext
 
 EXACT = {"fp32_prompts": 4, "fp32_identical": 4, "identical_share": 1.0}
 SETS = ("chat", "code")
@@ -289,3 +294,45 @@ def test_the_champion_is_never_its_own_challenger(arm: str) -> None:
     taus = {CHAMPION: 9.0, **{name: 1.0 + (name == arm) for name in ARMS}}
     drafters = {name: {"tau": 1.0} for name in taus}
     assert EvaluationResult.model_validate({"drafters": drafters, "validation_tau": taus}).challenger == arm
+
+
+# ---- the stage
+
+
+@pytest.mark.parametrize(
+    ("factor", "turns", "text", "broken", "inconclusive"),
+    [
+        (1.2, 6, "passed  speed-up: 1.200 times, at least 1.176 at 95 %; above 1.000 wanted", 0, 0),
+        (0.9, 6, "failed  speed-up: 0.900 times, at least 0.882 at 95 %; above 1.000 wanted", 1, 0),
+        (1.2, 1, "inconclusive  speed-up: 1.200 times, inconclusive", 0, 1),
+    ],
+)
+def test_broken_and_inconclusive_rules_are_counted_apart(
+    tmp_path: Path, factor: float, turns: int, text: str, broken: int, inconclusive: int
+) -> None:
+    compared = [over_plain("opd", factor) | {"units": turns}]
+    found = {"drafters": {"opd": {"tau": 1.3}}, "compared": compared, "exactness": EXACT}
+    (tmp_path / "evaluation.json").write_text(json.dumps(found))
+    ctx = RecordingContext.under(tmp_path, {"evaluation": tmp_path})
+    ctx.run(gate_stage.STAGE)
+    promoted = not broken and not inconclusive
+    assert any(line.startswith(text) for line in ctx.logs), ctx.logs
+    assert ctx.summaries == {"promote": promoted, "rules_broken": broken, "rules_unjudged": inconclusive}
+    for kind in (GateDecision, GateVerdict):
+        assert kind.read(ctx.out).promote is promoted
+
+
+@pytest.mark.parametrize("damaged", [None, "opd", CHAMPION])
+def test_a_damaged_drafter_of_either_side_is_a_broken_rule(damaged: str | None, tmp_path: Path) -> None:
+    store, inputs = Store(tmp_path / "store"), {"evaluation": tmp_path}
+    for arm, key in (("opd", "a"), (CHAMPION, "b")):
+        inputs[arm] = committed(store, "opd", {"model.safetensors": arm}, key).path
+    found = {"drafters": {"opd": {"tau": 1.3, "tau_low": 1.2}}, "exactness": EXACT}
+    (tmp_path / "evaluation.json").write_text(json.dumps(found))
+    if damaged is not None:
+        (inputs[damaged] / "model.safetensors").write_text("x")
+    ctx = RecordingContext.under(tmp_path / "gate", inputs)
+    ctx.run(gate_stage.STAGE, judge_speed=False)
+    verdict = GateVerdict.read(ctx.out)
+    assert verdict.champion and verdict.promote is (damaged is None)
+    assert [name for name, passed in verdict.rules.items() if not passed] == ["checksums"] * (damaged is not None)

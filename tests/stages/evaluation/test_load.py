@@ -17,14 +17,13 @@ BLOCK = 8
 ANSWER = AverageAnswer(tokens=101, prefill={PLAIN: 0.02, "sft": 0.03, CHAMPION: 0.03})
 
 
-def tally(rng: np.random.Generator, acceptance: float, answers: int, steps: int = 40) -> AcceptanceStats:
+def tally(rng: np.random.Generator, acceptance: float, answers: int, spread: float = 0.1) -> AcceptanceStats:
     """Return the acceptance of a drafter, each of whose proposals is accepted with the same probability.
 
-    Single answers are easier or harder than others.
+    spread: how much easier or harder than others single answers are.
     """
-    found = AcceptanceStats(answers)
-    rates = np.clip(acceptance + rng.uniform(-0.1, 0.1, answers), 0, 1)
-    for index, rate in enumerate(rates):
+    found, steps = AcceptanceStats(answers), 40
+    for index, rate in enumerate(np.clip(acceptance + rng.uniform(-spread, spread, answers), 0, 1)):
         accepted = np.minimum(rng.geometric(1 - rate, steps) - 1, BLOCK - 1)
         anchors = 10 + np.concatenate([[0], np.cumsum(accepted + 1)[:-1]])
         length = int(anchors[-1] + accepted[-1] + 2)
@@ -58,14 +57,8 @@ def exact(acceptance: float, concurrency: int, width: int) -> float:
 @pytest.mark.parametrize("acceptance", [0.4, 0.8])
 def test_a_drafter_of_known_survival_has_the_exact_speed_and_block_size(acceptance: float) -> None:
     rng = np.random.default_rng(0)
-    answers = 2000
-    stats = AcceptanceStats(answers)
-    for index in range(answers):
-        accepted = np.minimum(rng.geometric(1 - acceptance, 40) - 1, BLOCK - 1)
-        anchors = 10 + np.concatenate([[0], np.cumsum(accepted + 1)[:-1]])
-        trace = Trace(int(anchors[-1] + accepted[-1] + 2), anchors, accepted, np.zeros((40, BLOCK - 1), int), 40)
-        stats.add([index], [trace])
-    points = predict(measured(rng), {"sft": stats}, [str(n) for n in range(answers)], ANSWER)
+    stats = tally(rng, acceptance, 2000, spread=0)
+    points = predict(measured(rng), {"sft": stats}, [str(n) for n in range(2000)], ANSWER)
     for point in points:
         speeds = {width: exact(acceptance, point.concurrency, width) for width in widths_of(BLOCK)}
         assert point.block_size == max(speeds, key=speeds.__getitem__)

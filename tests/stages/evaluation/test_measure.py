@@ -29,13 +29,12 @@ from draftsmith.stages.evaluation.validity import steady
 from draftsmith.stages.replay.trace import tau
 from draftsmith.stages.runtime.stage import Shard
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.sft.stage import STAGE as SFT
 from tests.stages.bench import Bench
 from tests.testbed.context import RecordingContext, StoppingContext
 from tests.testbed.drafter import DrafterArtifacts
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "sampling": {"max_new_tokens": 32}, "speed_prompts": 5, "validation_prompts": 2, "block_sizes": [3, 8, 16],
     "exactness_prompts": 4, "concurrency": 2, "rounds": 5,
 }  # fmt: skip
@@ -51,15 +50,16 @@ def _as_many_rounds_as_asked_for() -> Iterator[None]:
         yield
 
 
+QUICK = CONFIG | {"rounds": 1, "speed_prompts": 2, "exactness_prompts": 0, "block_sizes": None}
+
+
 @pytest.fixture(scope="module")
 def opd(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts) -> Path:
     """A drafter a little different from the trained one."""
-    ctx = RecordingContext.under(
-        tmp_path_factory.mktemp("opd"),
-        {"target": tiny_drafter.target, "trajectories": tiny_drafter.rollout, "drafter": tiny_drafter.drafter},
-    )
-    SFT.run(ctx, SftConfig(steps=6, learning_rate=3e-3, compute_dtype="float32"))
-    return ctx.out
+    made = tiny_drafter
+    inputs = {"target": made.target, "trajectories": made.rollout, "drafter": made.drafter}
+    ctx = RecordingContext.under(tmp_path_factory.mktemp("opd"), inputs)
+    return ctx.run(SFT, steps=6, learning_rate=3e-3, compute_dtype="float32").out
 
 
 @pytest.fixture(scope="module")
@@ -84,15 +84,12 @@ def inputs(made: DrafterArtifacts, **drafters: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts, opd: Path) -> RecordingContext:
-    ctx = RecordingContext.under(
-        tmp_path_factory.mktemp("evaluation"), inputs(tiny_drafter, opd=opd, control=tiny_drafter.drafter)
-    )
-    STAGE.run(ctx, EvaluationConfig.model_validate(CONFIG))
-    return ctx
+    given = inputs(tiny_drafter, opd=opd, control=tiny_drafter.drafter)
+    return RecordingContext.under(tmp_path_factory.mktemp("evaluation"), given).run(STAGE, **CONFIG)
 
 
 def metrics_of(ctx: RecordingContext) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((ctx.out / "evaluation.json").read_text())
+    content: dict[str, Any] = ctx.json("evaluation.json")
     return content
 
 
@@ -113,24 +110,23 @@ def test_tau_is_that_of_sequential_replay(
 
 
 def test_acceptance_of_shards_is_that_of_one_process_and_measured_seconds_are_no_content(
-    evaluated: RecordingContext, tiny_drafter: DrafterArtifacts, opd: Path, tmp_path: Path
+    evaluated: RecordingContext, tmp_path: Path
 ) -> None:
     """Evaluations that differ in shards and time alone are one to the gate's key and the report's."""
-    given = inputs(tiny_drafter, opd=opd, control=tiny_drafter.drafter)
-    config = EvaluationConfig.model_validate(CONFIG | {"rounds": 1, "block_sizes": None, "speed_prompts": 2})
-    parts = [RecordingContext.under(tmp_path / str(index), given) for index in range(3)]
+    config = EvaluationConfig.model_validate(QUICK | {"exactness_prompts": CONFIG["exactness_prompts"]})
+    parts = [RecordingContext.under(tmp_path / str(index), evaluated.inputs) for index in range(3)]
     for index, part in enumerate(parts):
         STAGE.shard(part, config, Shard(index, 3))
-    joined = RecordingContext.under(tmp_path / "joined", given, shards=[part.out for part in parts])
+    joined = RecordingContext.under(tmp_path / "joined", evaluated.inputs, shards=[part.out for part in parts])
     STAGE.run(joined, config)
     assert not (joined.work / "replayed").exists()  # by the shards alone
     assert metrics_of(joined)["speed"] != metrics_of(evaluated)["speed"]
     ids = [content_id(describe_files(ctx.out, STAGE.volatile)) for ctx in (evaluated, joined)]
     assert ids[0] == ids[1]
-    content = json.loads((joined.out / "acceptance.json").read_text())
+    content = joined.json("acceptance.json")
     assert content["drafters"] == metrics_of(evaluated)["drafters"]
     assert {each["kind"] for each in content["compared"]} <= {"tau"}
-    replayed = [json.loads((part.out / "shard.json").read_text())["trained"] for part in parts]
+    replayed = [part.json("shard.json")["trained"] for part in parts]
     assert all(replayed) and sum(replayed) == metrics_of(joined)["heldout_trajectories"]
 
 
@@ -164,16 +160,12 @@ def test_every_pair_has_its_verdicts_which_hold_together(evaluated: RecordingCon
     assert found["training_seeds"] == {"sft": None, "control": None, "opd": None}  # plain folders, no artifacts
 
 
-def test_outputs_are_identical_in_float32(evaluated: RecordingContext) -> None:
-    exactness = metrics_of(evaluated)["exactness"]
-    assert exactness == {
+def test_the_metrics_are_complete_and_outputs_identical_in_float32(evaluated: RecordingContext) -> None:
+    found = metrics_of(evaluated)
+    assert found["exactness"] == {
         "serving_dtype": "float32", "identical_share": 1.0, "compared_outputs": 5 * 15, "median_margin": None,
         "largest_margin": None, "fp32_prompts": 4, "fp32_identical": 4,
     }  # fmt: skip
-
-
-def test_the_metrics_are_complete(evaluated: RecordingContext) -> None:
-    found = metrics_of(evaluated)
     assert "(+1)" in found["definition_of_tau"]
     assert found["heldout_trajectories"] == 60
     assert (found["temperature"], found["concurrency"], found["head_tokens"]) == (0, 2, None)
@@ -205,9 +197,8 @@ def test_steps_are_timed_and_speeds_predicted_by_the_requests_in_flight(evaluate
     found = EvaluationResult.read(evaluated.out)
     timed = {(each.arm, each.block_size) for each in found.step_times if each.concurrency == 1}
     assert timed == {("plain", 1), *((arm, n) for arm in ("plain", "sft", "opd", "control") for n in (2, 4, 8))}
-    milliseconds = {
-        each.concurrency: each.ms for each in found.step_times if (each.arm, each.block_size) == ("plain", 8)
-    }
+    plain = [each for each in found.step_times if (each.arm, each.block_size) == ("plain", 8)]
+    milliseconds = {each.concurrency: each.ms for each in plain}
     assert list(milliseconds) == [1, 4, 32]
     assert milliseconds[32] > milliseconds[1]
     for arm in ("sft", "opd", "control"):
@@ -267,12 +258,11 @@ def test_every_prompt_is_decoded_by_all_arms_before_the_next_one(
         return decode(self, target, decoder, prompts, setting, *rest, **more)
 
     monkeypatch.setattr(EmbeddedSpeedTest, "decode", noted)
-    ctx = RecordingContext.under(tmp_path, inputs(few))
-    config = {**CONFIG, "rounds": 2, "speed_prompts": 3, "concurrency": 1, "exactness_prompts": 0, "block_sizes": None}
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        STAGE.run(ctx, EvaluationConfig.model_validate(config))
+        ctx = RecordingContext.under(tmp_path, inputs(few))
+        ctx.run(STAGE, **QUICK | {"rounds": 2, "speed_prompts": 3, "concurrency": 1})
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -304,8 +294,7 @@ def test_repetitions_that_disagree_are_measured_again_now_and_by_the_next_run(
     monkeypatch.setattr(EmbeddedSpeedTest, "decode", disturbed)
     monkeypatch.setattr(embedded, "steady", steady)
     ctx = RecordingContext.under(tmp_path, inputs(few))
-    config = {**CONFIG, "rounds": 2, "speed_prompts": 3, "concurrency": 1, "exactness_prompts": 0, "block_sizes": None}
-    STAGE.run(ctx, EvaluationConfig.model_validate(config))
+    ctx.run(STAGE, **QUICK | {"rounds": 2, "speed_prompts": 3, "concurrency": 1})
     found = metrics_of(ctx)
     assert found["speed"]["sft"]["turns"] == 4
     assert ("noise", ["sft"]) in [(doubt["kind"], doubt["arms"]) for doubt in found["doubts"]]
@@ -315,7 +304,7 @@ def test_repetitions_that_disagree_are_measured_again_now_and_by_the_next_run(
 def test_the_contexts_of_every_arm_are_substrings_of_its_answers(
     evaluated: RecordingContext, tiny_drafter: DrafterArtifacts, bench: Bench
 ) -> None:
-    contexts = json.loads((evaluated.out / "contexts.json").read_text())
+    contexts = evaluated.json("contexts.json")
     assert contexts.keys() == {"sft", "control", "opd"}
     stored = load_trajectories(tiny_drafter.heldout, ["heldout"]).trajectories
     texts = {t.trajectory_id: bench.target.tokenizer.decode(t.tokens) for t in stored}
@@ -332,10 +321,10 @@ def test_the_contexts_of_every_arm_are_substrings_of_its_answers(
 
 def test_an_interrupted_evaluation_goes_on_with_the_next_round(tmp_path: Path, few: DrafterArtifacts) -> None:
     """Chosen block sizes and finished rounds stay; an unfinished round is measured again as a whole."""
-    config = EvaluationConfig.model_validate({**CONFIG, "rounds": 3, "speed_prompts": 2, "exactness_prompts": 0})
+    config = QUICK | {"rounds": 3, "block_sizes": CONFIG["block_sizes"]}
     first = StoppingContext.under(tmp_path, inputs(few), stop_after=9, unit="answers")
     with pytest.raises(StageInterrupted):
-        STAGE.run(first, config)
+        first.run(STAGE, **config)
     kept = [read_table(path, TURNS) for path in sorted(first.work.glob("rounds/*/turns.parquet"))]
     assert len(kept) == 2
     sizes = first.work / "block_sizes.json"
@@ -343,8 +332,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_next_round(tmp_path: Path, f
     chosen["sft"]["3"] = 2 * max(chosen["sft"].values())  # what is there is not measured again
     sizes.write_text(json.dumps(chosen))
 
-    ctx = RecordingContext.under(tmp_path, inputs(few))
-    STAGE.run(ctx, config)
+    ctx = RecordingContext.under(tmp_path, inputs(few)).run(STAGE, **config)
     turns = read_table(ctx.out / "turns.parquet", TURNS)
     assert turns.slice(0, 4).to_pylist() == [row for table in kept for row in table.to_pylist()]
     assert [row["block_size"] for row in turns.slice(4).to_pylist() if row["arm"] == "sft"] == [3]
@@ -364,9 +352,8 @@ def test_replays_and_float32_answers_are_not_computed_twice(
         return load(folder, dtype=dtype, **named)
 
     monkeypatch.setattr(Target, "load", loaded)
-    config = EvaluationConfig.model_validate({**CONFIG, "rounds": 1, "speed_prompts": 1, "block_sizes": None})
-    first = RecordingContext.under(tmp_path, inputs(few))
-    STAGE.run(first, config)
+    config = QUICK | {"speed_prompts": 1, "exactness_prompts": 4}
+    first = RecordingContext.under(tmp_path, inputs(few)).run(STAGE, **config)
     assert metrics_of(first)["exactness"]["fp32_identical"] == 4
     assert asked == [None, "float32"], "whatever dtype is served"
     kept = json.loads((first.work / "exactness.json").read_text())
@@ -376,8 +363,7 @@ def test_replays_and_float32_answers_are_not_computed_twice(
     (replayed,) = first.work.glob("replayed/trained/traces/*.parquet")
     touched = replayed.stat().st_mtime_ns
 
-    again = RecordingContext.under(tmp_path, inputs(few))
-    STAGE.run(again, config)
+    again = RecordingContext.under(tmp_path, inputs(few)).run(STAGE, **config)
     assert metrics_of(again)["exactness"]["fp32_identical"] == 3
     assert [path.stat().st_mtime_ns for path in first.work.glob("replayed/trained/traces/*.parquet")] == [touched]
     same = ("drafters", "sets", "validation_tau")
@@ -399,8 +385,7 @@ def test_every_drafter_decodes_with_its_own_block(
     seen: dict[str, Any] = {}  # the first drafter that decodes is SFT's
     monkeypatch.setattr(EmbeddedSpeedTest, "decode", timed)
     ctx = RecordingContext.under(tmp_path, inputs(few, opd=opd))
-    config = {**CONFIG, "rounds": 1, "speed_prompts": 2, "exactness_prompts": 0}
-    STAGE.run(ctx, EvaluationConfig.model_validate(config))
+    ctx.run(STAGE, **QUICK | {"block_sizes": CONFIG["block_sizes"]})
     speed = metrics_of(ctx)["speed"]
     assert (speed["sft"]["block_size"], speed["opd"]["block_size"]) == (3, 8)
     assert "decoding with blocks of 3 (sft), 8 (opd)" in ctx.logs
@@ -408,17 +393,7 @@ def test_every_drafter_decodes_with_its_own_block(
 
 
 def test_one_drafter_and_a_reduced_head(tmp_path: Path, few: DrafterArtifacts) -> None:
-    ctx = RecordingContext.under(tmp_path, inputs(few))
-    config = {
-        **CONFIG,
-        "head_tokens": 150,
-        "block_sizes": None,
-        "exactness_prompts": 0,
-        "speed_prompts": 2,
-        "rounds": 1,
-    }
-    STAGE.run(ctx, EvaluationConfig.model_validate(config))
-    found = metrics_of(ctx)
+    found = metrics_of(RecordingContext.under(tmp_path, inputs(few)).run(STAGE, **QUICK, head_tokens=150))
     assert found["drafters"].keys() == {"sft"}
     assert found["drafters"]["sft"]["tau"] <= found["drafters"]["sft"]["tau_full_head"] + 0.05
     assert found["block_size_candidates"] == {}
@@ -428,12 +403,9 @@ def test_one_drafter_and_a_reduced_head(tmp_path: Path, few: DrafterArtifacts) -
 
 def test_several_settings(tmp_path: Path, few: DrafterArtifacts) -> None:
     """Outputs do not depend on how many are in flight, nor sampled ones on the drafter."""
-    ctx = RecordingContext.under(tmp_path, inputs(few))
-    config = {
-        **CONFIG, "concurrency": [1, 3], "temperatures": [0, 1.0], "block_sizes": None, "speed_prompts": 3,
-        "sampling": {"max_new_tokens": 16}, "exactness_prompts": 0, "rounds": 2,
-    }  # fmt: skip
-    STAGE.run(ctx, EvaluationConfig.model_validate(config))
+    settings: dict[str, Any] = {"concurrency": [1, 3], "temperatures": [0, 1.0], "sampling": {"max_new_tokens": 16}}
+    settings |= {"rounds": 2, "speed_prompts": 3}
+    ctx = RecordingContext.under(tmp_path, inputs(few)).run(STAGE, **QUICK | settings)
     found = metrics_of(ctx)
     places = [(s["temperature"], s["concurrency"]) for s in found["speed_by_setting"]]
     assert places == [(0, 1), (0, 3), (1, 1), (1, 3)]
@@ -468,12 +440,17 @@ def test_wrong_settings_are_refused(config: dict[str, Any], message: str) -> Non
         EvaluationConfig.model_validate(config)
 
 
-def test_missing_answers_and_too_long_ones_are_errors(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
-    ctx = RecordingContext.under(tmp_path, {**inputs(tiny_drafter), "trajectories": tiny_drafter.rollout})
-    with pytest.raises(DraftsmithError, match="no answer of split heldout, only of train"):
-        STAGE.run(ctx, EvaluationConfig.model_validate(CONFIG))
-    longest = {**CONFIG, "sampling": {"max_new_tokens": 1020}}  # fits alone, but not behind a prompt
-    with pytest.raises(DraftsmithError, match="the longest prompt and 1020 new tokens need"):
-        STAGE.run(ctx, EvaluationConfig.model_validate(longest))
+def test_missing_answers_drafters_and_too_long_answers_are_errors(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts
+) -> None:
+    given = inputs(tiny_drafter)
+    longest = {"sampling": {"max_new_tokens": 1020}}  # fits alone, but not behind a prompt
+    for changed, config, message in (
+        (given | {"trajectories": tiny_drafter.rollout}, {}, "no answer of split heldout, only of train"),
+        (given, longest, "the longest prompt and 1020 new tokens need"),
+        ({name: path for name, path in given.items() if name != "sft"}, {}, "drafter"),
+    ):
+        with pytest.raises(DraftsmithError, match=message):
+            RecordingContext.under(tmp_path, changed).run(STAGE, **CONFIG | config)
     with pytest.raises(DraftsmithError, match=r"sampling\.max_new_tokens: 5000 does not fit"):
         preflight(EvaluationConfig.model_validate({"sampling": {"max_new_tokens": 5000}}), tiny_drafter.target)

@@ -100,12 +100,18 @@ class StandIn(ServerSpeedTest):
         yield Server(engine, self.wasteful, self.retracts, self.full, self.loses)
 
 
-def served(ctx: RecordingContext, made: DrafterArtifacts, **changes: Any) -> StandIn:
-    engine = CONFIG.engine
-    assert isinstance(engine, SGLangEngineConfig)
-    folder = made.drafter / DRAFTER_FOLDER
-    found = StandIn(ctx, CONFIG, engine, {"wide": folder, "narrow": folder}, {"wide": 8, "narrow": 5}, 400, "float32")
-    return replace(found, **changes)
+@pytest.fixture
+def ctx(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> RecordingContext:
+    return RecordingContext.under(tmp_path, {"target": tiny_drafter.target})
+
+
+def served(ctx: RecordingContext, made: DrafterArtifacts, config: Any = None, **changes: Any) -> StandIn:
+    """Return the servers of a measurement. config: changes of it; left out: several concurrencies and block sizes."""
+    fields = {"block_sizes": None, "concurrency": (1,), **config} if config is not None else {}
+    asked, drafter = CONFIG.model_copy(update=fields), made.drafter / DRAFTER_FOLDER
+    assert isinstance(asked.engine, SGLangEngineConfig)
+    arms, sizes = {"wide": drafter, "narrow": drafter}, {"wide": 8, "narrow": 5}
+    return replace(StandIn(ctx, asked, asked.engine, arms, sizes, 400, "float32"), **changes)
 
 
 def measure(stand_in: StandIn, made: DrafterArtifacts) -> SpeedMeasurement:
@@ -113,10 +119,9 @@ def measure(stand_in: StandIn, made: DrafterArtifacts) -> SpeedMeasurement:
 
 
 def test_every_arm_has_its_block_size_and_no_timed_run_is_repeated(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts
+    ctx: RecordingContext, tiny_drafter: DrafterArtifacts
 ) -> None:
-    inputs = {"target": tiny_drafter.target}
-    first = StoppingContext.under(tmp_path, inputs, stop_after=4, unit="timed runs")
+    first = StoppingContext(ctx.out, ctx.work, ctx.inputs, stop_after=4, unit="timed runs")
     before = served(first, tiny_drafter)
     with pytest.raises(StageInterrupted):
         measure(before, tiny_drafter)
@@ -124,7 +129,6 @@ def test_every_arm_has_its_block_size_and_no_timed_run_is_repeated(
     assert [size for _, size in before.started[:4]] == [3, 8, 3, 5]
     assert [arm for arm, _ in before.started[4:]] == ["plain", "wide", "narrow", "wide"]
 
-    ctx = RecordingContext.under(tmp_path, inputs)
     after = served(ctx, tiny_drafter)
     found = measure(after, tiny_drafter)
     assert [arm for arm, _ in after.started] == ["narrow", "plain"]
@@ -154,28 +158,24 @@ def test_every_arm_has_its_block_size_and_no_timed_run_is_repeated(
 
 
 def test_a_round_that_another_machine_started_is_measured_anew(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
+    ctx: RecordingContext, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A store on a shared disk, and a run that goes on elsewhere: its arms would be compared across machines."""
-    inputs = {"target": tiny_drafter.target}
-    config = CONFIG.model_copy(update={"block_sizes": None, "concurrency": (1,)})
-    first = StoppingContext.under(tmp_path, inputs, stop_after=4, unit="timed runs")
+    first = StoppingContext(ctx.out, ctx.work, ctx.inputs, stop_after=4, unit="timed runs")
     with pytest.raises(StageInterrupted):
-        measure(served(first, tiny_drafter, config=config), tiny_drafter)
+        measure(served(first, tiny_drafter, {}), tiny_drafter)
     monkeypatch.setattr(served_module, "machine", lambda: Machine(cpu="another"))
-    after = served(RecordingContext.under(tmp_path, inputs), tiny_drafter, config=config)
+    after = served(ctx, tiny_drafter, {})
     found = measure(after, tiny_drafter)
     assert [arm for arm, _ in after.started] == ["wide", "narrow", "plain"]
     assert [turn["round"] for turn in found.runs] == [0, 0, 0, 1, 1, 1]
 
 
 def test_an_engine_that_needs_more_steps_than_replay_is_an_error_without_a_trace(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts
+    ctx: RecordingContext, tiny_drafter: DrafterArtifacts
 ) -> None:
     """A fifth below: less than the share of steps that may differ. After one round, not after all of them."""
-    ctx = RecordingContext.under(tmp_path, {"target": tiny_drafter.target})
-    config = CONFIG.model_copy(update={"block_sizes": None, "concurrency": (1,), "parity_prompts": 20})
-    bfloat16: dict[str, Any] = {"config": config, "target_dtype": "bfloat16"}
+    bfloat16: dict[str, Any] = {"config": {"parity_prompts": 20}, "target_dtype": "bfloat16"}
     wasteful = served(ctx, tiny_drafter, **bfloat16, wasteful=True)
     with pytest.raises(DraftsmithError, match="evaluation: drafter wide: tau"):
         measure(wasteful, tiny_drafter)
@@ -193,16 +193,14 @@ def test_a_quantised_target_is_judged_by_its_own_steps(
 ) -> None:
     """They are not those of replay. All held-out prompts are decoded once, in blocks as trained."""
     inputs = {"target": tiny_drafter.target}
-    config = CONFIG.model_copy(update={"block_sizes": (7,), "concurrency": (1, 4), "rounds": 1, "parity_prompts": 40})
+    config = {"block_sizes": (7,), "concurrency": (1, 4), "rounds": 1, "parity_prompts": 40}
     difference = TargetDifference(settings=["quantization fp8"], tokens=9, mean=0.1, largest=0.7)
-    quantised = served(
-        RecordingContext.under(tmp_path / "it", inputs), tiny_drafter, config=config, quantised=difference
-    )
+    quantised = served(RecordingContext.under(tmp_path / "it", inputs), tiny_drafter, config, quantised=difference)
     found = measure(quantised, tiny_drafter)
     assert found.target_difference == difference and found.parity is not None
     assert 0 < (found.parity["wide"].mismatch_share or 0.0) < 0.35
     assert quantised.started[-2:] == [("wide", 8), ("narrow", 5)]
-    prompts = [prompt.prompt_id for prompt in prompts_to_decode(config, tiny_drafter.prompts)[0]]
+    prompts = [prompt.prompt_id for prompt in prompts_to_decode(quantised.config, tiny_drafter.prompts)[0]]
     assert [(row["arm"], row["prompt_id"]) for row in found.heldout] == [
         (arm, prompt) for arm in ("wide", "narrow") for prompt in prompts
     ]
@@ -214,13 +212,13 @@ def test_a_quantised_target_is_judged_by_its_own_steps(
     monkeypatch.setattr(TargetDifference, "write", lambda *_: None)
     ctx = RecordingContext.under(tmp_path / "unknown", inputs)
     with pytest.raises(DraftsmithError, match="verify steps served by the engine differ from replay"):
-        measure(served(ctx, tiny_drafter, config=config, quantised=difference), tiny_drafter)
+        measure(served(ctx, tiny_drafter, config, quantised=difference), tiny_drafter)
 
 
-def test_a_server_that_refuses_concurrent_requests_is_an_error(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
-    ctx = RecordingContext.under(tmp_path, {"target": tiny_drafter.target})
-    config = CONFIG.model_copy(update={"block_sizes": None, "concurrency": (2,)})
-    full = served(ctx, tiny_drafter, config=config, full=True)
+def test_a_server_that_refuses_concurrent_requests_is_an_error(
+    ctx: RecordingContext, tiny_drafter: DrafterArtifacts
+) -> None:
+    full = served(ctx, tiny_drafter, {"concurrency": (2,)}, full=True)
     with pytest.raises(DraftsmithError, match=r"evaluation\.concurrency"):
         measure(full, tiny_drafter)
     assert [arm for arm, _ in full.started] == ["plain"], "while it warms up"
@@ -228,13 +226,12 @@ def test_a_server_that_refuses_concurrent_requests_is_an_error(tmp_path: Path, t
 
 @pytest.mark.parametrize("loses", [2, 3])
 def test_a_run_in_which_a_request_was_lost_is_measured_again(
-    loses: int, tmp_path: Path, tiny_drafter: DrafterArtifacts
+    loses: int, tmp_path: Path, ctx: RecordingContext, tiny_drafter: DrafterArtifacts
 ) -> None:
     """The pause before it is repeated would be taken for slow decoding."""
-    ctx = RecordingContext.under(tmp_path, {"target": tiny_drafter.target})
-    config = CONFIG.model_copy(update={"block_sizes": None, "concurrency": (1,), "rounds": 1})
-    stand_in = served(ctx, tiny_drafter, config=config, loses=loses)
-    setting, prompts = stand_in.settings[0], prompts_to_decode(config, tiny_drafter.prompts)[0][:2]
+    stand_in = served(ctx, tiny_drafter, {"rounds": 1}, loses=loses)
+    setting, config = stand_in.settings[0], stand_in.config
+    prompts = prompts_to_decode(config, tiny_drafter.prompts)[0][:2]
     began = time.perf_counter()
     with stand_in.server(None, 1, tmp_path) as server:
         if loses == 3:
@@ -247,18 +244,16 @@ def test_a_run_in_which_a_request_was_lost_is_measured_again(
     assert sum(line.startswith("requests were lost (1), which took time") for line in ctx.logs) == loses
 
 
-def test_a_retracted_answer_is_not_compared_with_replay(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+def test_a_retracted_answer_is_not_compared_with_replay(ctx: RecordingContext, tiny_drafter: DrafterArtifacts) -> None:
     """Steps after a token that no step committed are not those of replay, even in float32."""
-    ctx = RecordingContext.under(tmp_path, {"target": tiny_drafter.target})
-    config = CONFIG.model_copy(update={"block_sizes": None, "concurrency": (1,), "rounds": 1})
-    found = measure(served(ctx, tiny_drafter, config=config, retracts=True), tiny_drafter)
+    found = measure(served(ctx, tiny_drafter, {"rounds": 1}, retracts=True), tiny_drafter)
     assert found.parity is not None
     assert {(each.answers, each.tau_difference) for each in found.parity.values()} == {(5, 0.0)}
     assert sum("1 of 6 answers were retracted" in line for line in ctx.logs) == len(found.parity)
 
 
 def test_a_server_that_accepts_wrong_proposals_fails_by_the_targets_margin(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
+    ctx: RecordingContext, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its steps are those of replay, which rebuilds them from the answers that it gave."""
     right = embedded.verify
@@ -271,9 +266,7 @@ def test_a_server_that_accepts_wrong_proposals_fails_by_the_targets_margin(
         return found
 
     monkeypatch.setattr(embedded, "verify", keep_all)
-    ctx = RecordingContext.under(tmp_path, {"target": tiny_drafter.target})
-    config = CONFIG.model_copy(update={"block_sizes": None, "concurrency": (1,), "rounds": 1, "speed_prompts": 8})
-    found = measure(served(ctx, tiny_drafter, config=config), tiny_drafter)
+    found = measure(served(ctx, tiny_drafter, {"rounds": 1, "speed_prompts": 8}), tiny_drafter)
     assert found.parity is not None and found.parity["wide"].different_steps == 0
     exactness = found.exactness
     assert exactness.identical_share is not None and exactness.median_margin is not None

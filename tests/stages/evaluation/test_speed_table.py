@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,13 +61,29 @@ def turn(
     return TimedRun("embedded", round, 0, arm, 4, setting).row(answers, wall, math.nan, batches)
 
 
+def tables(
+    rounds: Iterable[Mapping[str, Sequence[float]]], setting: Setting = GREEDY_SETTING, batches: int = 1,
+    wall: Callable[[Sequence[float]], float] = sum, tokens: Sequence[int] = (12,) * 4,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:  # fmt: skip
+    """Return turns and rows. rounds: by arm the seconds of the prompts a, b, …"""
+    turns, rows = [], []
+    for round, of_arms in enumerate(rounds):
+        for arm, seconds in of_arms.items():
+            answers = [answer(prompt, n, s) for prompt, n, s in zip("abcd", tokens, seconds, strict=False)]
+            turns.append(turn(arm, answers, wall(seconds), round, setting, batches))
+            rows += [row(arm, each, round, setting) for each in answers]
+    return turns, rows
+
+
+def jackknife(seconds: Mapping[str, Sequence[float]], groups: Sequence[Sequence[int]]) -> float:
+    """Return the error of the logarithm of sums, over groups of prompts that are left out together."""
+    total = {arm: np.array(s) for arm, s in seconds.items()}
+    left = [np.log(np.delete(total["plain"], g).sum() / np.delete(total["sft"], g).sum()) for g in groups]
+    return float(np.sqrt((len(groups) - 1) / len(groups) * np.sum((np.array(left) - np.mean(left)) ** 2)))
+
+
 def test_speed_up_of_a_prompt_set_is_that_of_its_requests() -> None:
-    rows = [
-        row(arm, answer(prompt, 12, seconds), round)
-        for round in range(3)
-        for arm, times in (("plain", (4.0, 2.0, 9.0, 9.0)), ("sft", (2.0, 1.0 + round, 9.0, 9.0)))
-        for prompt, seconds in zip("abcd", times, strict=True)
-    ]
+    _, rows = tables({"plain": (4.0, 2.0, 9.0, 9.0), "sft": (2.0, 1.0 + round, 9.0, 9.0)} for round in range(3))
     labels = {"a": ("chat",), "b": ("code", "language:de"), "c": ("chat",), "d": ("chat",)}
     found = speed_by_slice(rows, labels, {}, alternating=False)
     assert found["language:de"] == found["code"]
@@ -121,33 +138,20 @@ def test_runs_are_the_repetitions_and_paired_by_round() -> None:
 
 def test_an_interval_has_the_error_of_the_rounds_and_that_of_the_prompts() -> None:
     """Beside scipy's, and numpy's over logarithms of sums with one prompt left out."""
-    one = Setting(0.0, 1)  # in flight
     seconds = {"plain": [4.0, 2.0, 9.0, 6.0], "sft": [2.0, 1.5, 3.0, 4.0]}
-    turns, rows = [], []
-    for round, slow in enumerate([1.0, 1.1, 0.9]):
-        for arm, of_prompts in seconds.items():
-            answers = [
-                answer(prompt, 12, s * slow if arm == "sft" else s)
-                for prompt, s in zip("abcd", of_prompts, strict=True)
-            ]
-            turns.append(turn(arm, answers, sum(each.seconds for each in answers), round, one))
-            rows += [row(arm, each, round, one) for each in answers]
+    rounds = [{**seconds, "sft": [each * slow for each in seconds["sft"]]} for slow in (1.0, 1.1, 0.9)]
+    turns, rows = tables(rounds, Setting(0.0, 1))
     (alone,) = log_ratios(turns, [], [("sft", "plain")], {}).values()
     assert (alone.units, alone.degrees) == (3, 2)
     assert alone.error == pytest.approx(stats.sem(np.log([1.0, 1.1, 0.9])))
 
-    def over(groups: list[list[int]]) -> float:
-        total = {arm: np.array(s) for arm, s in seconds.items()}
-        left = [np.log(np.delete(total["plain"], g).sum() / np.delete(total["sft"], g).sum()) for g in groups]
-        return float(np.sqrt((len(groups) - 1) / len(groups) * np.sum((np.array(left) - np.mean(left)) ** 2)))
-
     (both,) = log_ratios(turns, rows, [("sft", "plain")], {}).values()
     assert (both.value, both.units) == (alone.value, 3)
-    assert both.error == pytest.approx(np.hypot(alone.error, over([[0], [1], [2], [3]])))
+    assert both.error == pytest.approx(np.hypot(alone.error, jackknife(seconds, [[0], [1], [2], [3]])))
     assert both.degrees > 2
     together = {"a": "first", "b": "first"}  # two turns of a conversation
     (both,) = log_ratios(turns, rows, [("sft", "plain")], together).values()
-    assert both.error == pytest.approx(np.hypot(alone.error, over([[0, 1], [2], [3]])))
+    assert both.error == pytest.approx(np.hypot(alone.error, jackknife(seconds, [[0, 1], [2], [3]])))
     (single,) = log_ratios(turns, rows, [("sft", "plain")], dict.fromkeys("abcd", "one")).values()
     assert single.interval() is None
     assert verdicts({}, {("sft", "plain"): single}, 4)[0].different is None
@@ -155,20 +159,14 @@ def test_an_interval_has_the_error_of_the_rounds_and_that_of_the_prompts() -> No
 
 def test_where_arms_alternate_the_prompts_are_the_repetitions() -> None:
     """Beside numpy's jackknife of logarithms of sums over both rounds; a prompt in which all is slow weighs more."""
-    one = Setting(0.0, 1)
     seconds = {"plain": [[4.0, 2.0, 9.0], [4.4, 2.0, 90.0]], "sft": [[2.0, 1.5, 3.0], [2.1, 1.4, 30.0]]}
-    turns, rows = [], []
-    for arm, rounds in seconds.items():
-        for round, of_prompts in enumerate(rounds):
-            answers = [answer(prompt, 12, each) for prompt, each in zip("abc", of_prompts, strict=True)]
-            turns.append(turn(arm, answers, sum(of_prompts), round, one, batches=3))
-            rows += [row(arm, each, round, one) for each in answers]
+    rounds = [{arm: of_rounds[round] for arm, of_rounds in seconds.items()} for round in range(2)]
+    turns, rows = tables(rounds, Setting(0.0, 1), batches=3)
     assert alternates(turns)
     (found,) = log_ratios(turns, rows, [("sft", "plain")], {}).values()
-    sums = {arm: np.sum(rounds, axis=0) for arm, rounds in seconds.items()}
-    left = [np.log(np.delete(sums["plain"], i).sum() / np.delete(sums["sft"], i).sum()) for i in range(3)]
+    sums = {arm: np.sum(of_rounds, axis=0) for arm, of_rounds in seconds.items()}
     assert found.value == pytest.approx(np.log(sums["plain"].sum() / sums["sft"].sum()))
-    assert found.error == pytest.approx(np.sqrt(2 / 3 * np.sum((np.array(left) - np.mean(left)) ** 2)))
+    assert found.error == pytest.approx(jackknife(sums, [[0], [1], [2]]))
     assert found.units == 3
     of_chat = speed_by_slice(rows, dict.fromkeys("abc", ("chat",)), {}, alternating=True)["chat"]["sft"]
     assert of_chat.speedup == pytest.approx(np.exp(found.value))
@@ -180,13 +178,8 @@ def test_with_several_in_flight_the_slowest_request_decides_the_error() -> None:
     of four, but it alone decides how long a turn takes wherever it is drawn."""
     errors = {}
     for in_flight in (1, 4):
-        turns, rows, setting = [], [], Setting(0.0, in_flight)
-        for round in range(5):
-            for arm, of_prompts in {"plain": [1.0, 1.0, 1.0, 2.0], "sft": [0.5, 0.5, 0.5, 4.0]}.items():
-                answers = [answer(prompt, 12, each) for prompt, each in zip("abcd", of_prompts, strict=True)]
-                wall = sum(of_prompts) if in_flight == 1 else max(of_prompts)
-                turns.append(turn(arm, answers, wall, round, setting))
-                rows += [row(arm, each, round, setting) for each in answers]
+        rounds = [{"plain": [1.0, 1.0, 1.0, 2.0], "sft": [0.5, 0.5, 0.5, 4.0]}] * 5
+        turns, rows = tables(rounds, Setting(0.0, in_flight), wall=sum if in_flight == 1 else max)
         (found,) = log_ratios(turns, rows, [("sft", "plain")], {}).values()
         errors[in_flight] = found.error
         (of_one,) = log_ratios(turns, rows, [("sft", "plain")], dict.fromkeys("abcd", "one")).values()
@@ -200,15 +193,11 @@ def test_with_several_in_flight_the_slowest_request_decides_the_error() -> None:
 def test_a_prompt_that_outweighs_all_others_is_inconclusive() -> None:
     """An answer that runs on to its end beside short ones: by Student's t of half a degree of freedom the speed-up lies
     between 1e-45 and 1e45, and that of a report of six verdicts beyond what a float holds."""
-    turns, rows = [], []
-    for round, slow in enumerate([1.0, 1.1, 0.9, 1.0, 1.0]):
-        for arm, of_prompts in {"plain": [80.0, 1.0], "sft": [20.0, 0.9], "opd": [16.0, 0.9]}.items():
-            answers = [
-                answer(prompt, tokens, seconds * (1 if arm == "plain" else slow))
-                for prompt, tokens, seconds in zip("ab", (4000, 50), of_prompts, strict=True)
-            ]
-            turns.append(turn(arm, answers, sum(each.seconds for each in answers), round))
-            rows += [row(arm, each, round) for each in answers]
+    rounds = [
+        {"plain": [80.0, 1.0], "sft": [20.0 * slow, 0.9 * slow], "opd": [16.0 * slow, 0.9 * slow]}
+        for slow in (1.0, 1.1, 0.9, 1.0, 1.0)
+    ]
+    turns, rows = tables(rounds, tokens=(4000, 50))
     found = log_ratios(turns, rows, [("sft", "plain"), ("opd", "sft")], {})
     assert [each.interval() for each in found.values()] == [None, None]
     assert [each.different for each in verdicts({}, found, 2)] == [None, None]

@@ -6,16 +6,13 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from draftsmith.artifacts.tables.parquet import read_table, write_table
 from draftsmith.artifacts.tables.schemas import LABELS, PROMPTS
 from draftsmith.stages.data.held_out import independent_units
-from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.drift import STAGE as DRIFT
-from draftsmith.stages.evaluation.drift import DriftConfig
 from draftsmith.stages.evaluation.stage import STAGE as EVALUATION
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
@@ -48,7 +45,10 @@ def test_a_prompt_is_its_own_unit_or_its_conversation_s(prompts: Path, tiny_draf
     assert independent_units(prompts, names) == names, "of token ids alone nothing is known"
 
 
-def test_labels_are_slices_of_the_drift_check(prompts: Path, tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+def test_drift_and_evaluation_measure_conversations(
+    prompts: Path, tmp_path: Path, tiny_drafter: DrafterArtifacts
+) -> None:
+    """Labels are slices of the drift check."""
     rows = read_table(prompts / "prompts.parquet", PROMPTS).to_pylist()
     labels = [
         {"prompt_id": row["prompt_id"], "labels": [f"language:{('de', 'en')[index % 2]}"]}
@@ -56,23 +56,16 @@ def test_labels_are_slices_of_the_drift_check(prompts: Path, tmp_path: Path, tin
     ]
     write_table(prompts / "labels.parquet", LABELS, labels)
     inputs = {"target": tiny_drafter.target, "prompts": prompts, "trajectories": tiny_drafter.heldout}
-    drift = RecordingContext.under(tmp_path, inputs | {"champion": tiny_drafter.drafter})
-    DRIFT.run(drift, DriftConfig())
-    found = json.loads((drift.out / "drift.json").read_text())
+    inputs |= {"champion": tiny_drafter.drafter, "opd": tiny_drafter.drafter}
+    found = RecordingContext.under(tmp_path / "drift", inputs).run(DRIFT).json("drift.json")
     sources = {row["source"] for row in rows if row["split"] == "heldout"}
     assert found.keys() == {"all", *sources, "language:de", "language:en"}
     assert min(found[name]["tau"] for name in ("language:de", "language:en")) < found["all"]["tau"]
+    assert found["all"]["prompts"] == 20
 
-
-def test_intervals_are_over_conversations(prompts: Path, tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
-    inputs = {"target": tiny_drafter.target, "prompts": prompts, "trajectories": tiny_drafter.heldout}
-    drafters = {"champion": tiny_drafter.drafter, "opd": tiny_drafter.drafter}
-    drift = RecordingContext.under(tmp_path / "drift", inputs | drafters)
-    DRIFT.run(drift, DriftConfig())
-    assert json.loads((drift.out / "drift.json").read_text())["all"]["prompts"] == 20
-    ctx = RecordingContext.under(tmp_path / "evaluation", inputs | drafters)
-    config: dict[str, Any] = {"sampling": {"max_new_tokens": 4}, "speed_prompts": 1, "rounds": 1}
-    EVALUATION.run(ctx, EvaluationConfig.model_validate(config | {"exactness_prompts": 0}))
-    found = json.loads((ctx.out / "evaluation.json").read_text())
+    (prompts / "labels.parquet").unlink()
+    ctx = RecordingContext.under(tmp_path / "evaluation", inputs)
+    ctx.run(EVALUATION, sampling={"max_new_tokens": 4}, speed_prompts=1, rounds=1, exactness_prompts=0)
+    found = ctx.json("evaluation.json")
     assert found["drafters"]["opd"]["prompts"] == found["verdicts"][0]["prompts"] == 20
     assert found["compared"][0]["units"] == sum(each["opd"]["prompts"] for each in found["sets"].values()) == 20

@@ -33,19 +33,12 @@ def test_a_verdict_of_tau_and_one_of_speed() -> None:
     assert of_speed.low * of_speed.high == pytest.approx(1.1**2)  # of a logarithm
 
 
-def test_a_difference_that_one_comparison_shows_may_not_hold_among_many() -> None:
+def test_what_proves_no_difference() -> None:
+    """Among many comparisons one that is barely significant, an interval without width, one prompt or timed run."""
     barely = Estimate(0.22, 0.1, 40, 39.0)
     assert verdicts({("opd", "sft"): barely}, {}, 0)[0].different is True
-    many = {(str(i), "sft"): barely for i in range(6)}
-    assert {verdict.different for verdict in verdicts(many, {}, 0)} == {False}
-
-
-def test_one_prompt_and_one_timed_run_are_inconclusive() -> None:
+    assert {verdict.different for verdict in verdicts({(str(i), "sft"): barely for i in range(6)}, {}, 0)} == {False}
+    assert verdicts({("opd", "sft"): Estimate(0.3, 0.0, 2, 1.0)}, {}, 0)[0].different is False
     alone = {("opd", "sft"): Estimate(0.3, math.nan, 1, 0.0)}
     for verdict in verdicts(alone, alone, 6):
         assert (verdict.different, verdict.low, verdict.high) == (None, None, None)
-
-
-def test_an_interval_without_width_proves_no_difference() -> None:
-    exact = {("opd", "sft"): Estimate(0.3, 0.0, 2, 1.0)}
-    assert verdicts(exact, {}, 0)[0].different is False
