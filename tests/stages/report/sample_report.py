@@ -220,6 +220,14 @@ OF_A_LINE: dict[str, Any] = {  # an evaluation beside a champion, with a speed w
         }
     ],
 }
+
+
+def rule(name: str, passed: bool = True, judged: bool = True, said: str = "why", **figures: float) -> dict[str, Any]:
+    """Return a rule of a gate's decision."""
+    return {"name": name, "passed": passed, "judged": judged, "said": said, "figures": figures}
+
+
+OF_SPEED = "1.031 times the champion's, at most 1.052 at 95 %; at least 0.980 wanted"
 DECISION: dict[str, Any] = {
     "promote": False,
     "outcome": "inconclusive",
@@ -227,28 +235,10 @@ DECISION: dict[str, Any] = {
     "champion": "3",
     "sentence": "inconclusive: opd against version 3: speed-up: 1.496 times, inconclusive",
     "rules": [
-        {"name": "checksums", "passed": True, "judged": True, "said": "every file is as it was written", "figures": {}},
-        {
-            "name": "tau",
-            "passed": True,
-            "judged": True,
-            "said": "+7.3% of the champion's, at least +6.2%",
-            "figures": {"value": 0.073, "end": 0.062, "wanted": 0.0},
-        },
-        {
-            "name": "speed at temperature 0, 16 in flight",
-            "passed": True,
-            "judged": True,
-            "said": "1.031 times the champion's, at most 1.052 at 95 %; at least 0.980 wanted",
-            "figures": {"value": 1.031, "end": 1.052, "wanted": 0.98},
-        },
-        {
-            "name": "speed-up",
-            "passed": False,
-            "judged": False,
-            "said": "1.496 times, inconclusive: load",
-            "figures": {},
-        },
+        rule("checksums", said="every file is as it was written"),
+        rule("tau", said="+7.3% of the champion's, at least +6.2%", value=0.073, end=0.062, wanted=0.0),
+        rule("speed at temperature 0, 16 in flight", said=OF_SPEED, value=1.031, end=1.052, wanted=0.98),
+        rule("speed-up", passed=False, judged=False, said="1.496 times, inconclusive: load"),
     ],
 }
 CONTEXTS = [

@@ -12,7 +12,7 @@ from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.flows.cli.main import parser
 from draftsmith.stages.report.presentation import Invocation, Step, invocation, next_steps, refresh_anyway
 from draftsmith.stages.report.review import review_of
-from tests.stages.report.sample_report import DECISION, OF_A_LINE
+from tests.stages.report.sample_report import DECISION, OF_A_LINE, rule
 
 ASKED = Invocation("my configs/it's.yaml", ["sft.steps=3", "name=a b"], "weekly", "4")
 SECONDS = {"evaluation": 120.0, "gate": 1.0}
@@ -25,13 +25,13 @@ def steps(asked: Invocation = ASKED, **changes: Any) -> list[Step]:
     return next_steps(review, asked, SECONDS)
 
 
-def rule(name: str, *, judged: bool = True) -> dict[str, Any]:
-    return {"name": name, "passed": False, "judged": judged, "said": "why"}
-
-
 @pytest.mark.parametrize("outcome", ["promoted", "refused", "inconclusive", "measured"])
 def test_every_command_is_one(outcome: str) -> None:
-    made = steps(outcome=outcome, rules=[rule("tau")]) if outcome != "measured" else steps(Invocation("a.yaml"))
+    made = (
+        steps(outcome=outcome, rules=[rule("tau", passed=False)])
+        if outcome != "measured"
+        else steps(Invocation("a.yaml"))
+    )
     assert made
     for step in [*made, refresh_anyway(ASKED)]:
         program, *arguments = shlex.split(step.command)
@@ -46,12 +46,12 @@ def test_an_inconclusive_speed_is_measured_again_or_left_out() -> None:
     assert again.command == ASKED.run() and "2 min" in again.label
     assert "gate.judge_speed=false" in by_acceptance.command
     assert "weekly@4" in by_hand.command
-    assert not any("judge_speed" in step.command for step in steps(rules=[rule("tau", judged=False)]))
+    assert not any("judge_speed" in step.command for step in steps(rules=[rule("tau", passed=False, judged=False)]))
 
 
 def test_a_drafter_that_changes_outputs_is_not_to_be_promoted_by_hand() -> None:
     for name, offered in (("tau", True), ("lossless", False), ("near-ties", False), ("checksums", False)):
-        made = steps(outcome="refused", rules=[rule(name)])
+        made = steps(outcome="refused", rules=[rule(name, passed=False)])
         assert any(" promote " in step.command for step in made) is offered, name
 
 

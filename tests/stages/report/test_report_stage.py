@@ -6,48 +6,44 @@ import json
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.store.local import Claim, Store
-from draftsmith.artifacts.store.manifest import ArtifactRef, Provenance
+from draftsmith.artifacts.store.local import Store
 from draftsmith.stages.report.presentation import COMMAND
 from draftsmith.stages.report.stage import STAGE, ReportConfig
 from tests.stages.report.sample_report import CONTEXTS, DECISION, EVALUATION, OF_A_LINE
+from tests.testbed.artifacts import committed
 from tests.testbed.context import RecordingContext
-
-
-def put(
-    store: Store, stage: str, files: Mapping[str, str], inputs: Mapping[str, ArtifactRef], seed: int = 0
-) -> ArtifactRef:
-    key = store.key(stage, "c", {"of": stage}, inputs, seed)
-    with store.claim(stage, key) as claim:
-        assert isinstance(claim, Claim)
-        for name, text in files.items():
-            (claim.out / name).write_text(text)
-        return store.commit(claim, Provenance({"of": stage}, inputs, "c", seed))
 
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> dict[str, Path]:
     store = Store(tmp_path / "store")
     curve = "".join(json.dumps({"step": step, "loss": 3 - step / 10}) + "\n" for step in range(10))
-    target = put(store, "target", {"target.json": "{}"}, {})
-    sft = put(store, "sft", {"model": "a", "metrics.jsonl": curve}, {"target": target})
-    rejected = [{"token": " so", "rejected": 4}]
-    mining = put(store, "mining", {"summary.json": json.dumps({"most_rejected": rejected})}, {"drafter": sft})
-    opd = put(store, "opd", {"model": "b", "metrics.jsonl": curve}, {"drafter": sft, "mined": mining})
-    control = put(store, "sft", {"model": "c"}, {"drafter": sft}, seed=1)
-    evaluation = put(store, "evaluation", {"evaluation.json": json.dumps(EVALUATION)}, {"sft": sft, "opd": opd})
+    summary = json.dumps({"most_rejected": [{"token": " so", "rejected": 4}]})
+    target = committed(store, "target", {"target.json": "{}"}, "a")
+    sft = committed(store, "sft", {"model": "a", "metrics.jsonl": curve}, "b", inputs={"target": target})
+    mining = committed(store, "mining", {"summary.json": summary}, "c", inputs={"drafter": sft})
+    opd = committed(store, "opd", {"model": "b", "metrics.jsonl": curve}, "d", inputs={"drafter": sft, "mined": mining})
+    control = committed(store, "sft", {"model": "c"}, "e", inputs={"drafter": sft})
+    files, read = {"evaluation.json": json.dumps(EVALUATION)}, {"sft": sft, "opd": opd}
+    evaluation = committed(store, "evaluation", files, "f", inputs=read)
     refs = {"mining": mining, "evaluation": evaluation, "sft": sft, "opd": opd, "control": control}
     return {name: ref.path for name, ref in refs.items()}
 
 
-def run(tmp_path: Path, inputs: Mapping[str, Path], out: str = "out") -> RecordingContext:
-    ctx = RecordingContext(tmp_path / out, tmp_path / "work", inputs)
-    STAGE.run(ctx, ReportConfig())
-    return ctx
+def run(tmp_path: Path, inputs: Mapping[str, Path], out: str = "out", **config: Any) -> RecordingContext:
+    return RecordingContext(tmp_path / out, tmp_path / "work", inputs).run(STAGE, **config)
+
+
+def written(folder: Path, name: str, content: Any) -> Path:
+    """Return the folder, with a JSON file in it."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(json.dumps(content))
+    return folder
 
 
 def test_the_page_shows_metrics_and_the_whole_lineage(
@@ -56,11 +52,7 @@ def test_the_page_shows_metrics_and_the_whole_lineage(
     monkeypatch.delenv(COMMAND, raising=False)  # of a command that another test has run in this process
     ctx = run(tmp_path, inputs)
     page = (ctx.out / "report.html").read_text()
-    for text in (
-        "Draft model refresh",
-        "3.543<br>",
-        "draftsmith report CONFIG --open",
-    ):
+    for text in ("Draft model refresh", "3.543<br>", "draftsmith report CONFIG --open"):
         assert text in page
     for name in ("target", "sft", "mining", "opd", "control", "evaluation"):
         assert f'<th scope="row" class="text">{name}</th>' in page
@@ -79,28 +71,22 @@ def test_the_page_names_line_commit_and_user_and_repeats_the_command(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LOGNAME", "somebody")
     monkeypatch.setenv(COMMAND, json.dumps({"config": "a b.yaml", "overrides": ["seed=2"]}))
-    gate = tmp_path / "gate"
-    gate.mkdir()
-    (gate / "decision.json").write_text(json.dumps(DECISION))
-    ctx = RecordingContext(tmp_path / "out", tmp_path / "work", inputs | {"gate": gate})
-    config = ReportConfig(line="weekly", champion=("weekly", 7))
-    STAGE.run(ctx, config)
-    page = (ctx.out / "report.html").read_text()
+    gate = written(tmp_path / "gate", "decision.json", DECISION)
+    config: dict[str, Any] = {"line": "weekly", "champion": ("weekly", 7)}
+    page = (run(tmp_path, inputs | {"gate": gate}, **config).out / "report.html").read_text()
     for text in ("line weekly, against version 7", commit[:12], "somebody"):
         assert text in page, text
     assert "draftsmith run &#39;a b.yaml&#39; --set seed=2" in page
-    assert "line" not in config.key_material()
+    assert "line" not in ReportConfig.model_validate(config).key_material()
 
 
 def test_the_headline_does_not_depend_on_timing(tmp_path: Path, inputs: dict[str, Path]) -> None:
     of_tau = [verdict for verdict in EVALUATION["verdicts"] if verdict["kind"] == "tau"]
     slower = {**EVALUATION, "speed": {"plain": {"tokens_per_s": 1.0}}, "verdicts": of_tau}
-    other = tmp_path / "slower"
-    other.mkdir()
-    (other / "evaluation.json").write_text(json.dumps(slower))
+    other = written(tmp_path / "slower", "evaluation.json", slower)
     first, second = run(tmp_path, inputs, "a"), run(tmp_path, inputs | {"evaluation": other}, "b")
     assert (first.out / "headline.json").read_bytes() == (second.out / "headline.json").read_bytes()
-    headline = json.loads((first.out / "headline.json").read_text())
+    headline = first.json("headline.json")
     assert headline["opd"]["tau"] == 3.543 and headline["opd"]["differences"].keys() == {"sft", "control"}
     assert "report.html" in STAGE.volatile
     assert "headline.json" not in STAGE.volatile
@@ -124,11 +110,8 @@ def test_a_missing_or_broken_evaluation_is_named(tmp_path: Path, inputs: dict[st
 
 def test_the_review_has_every_metric_the_verdict_and_the_configs(tmp_path: Path, inputs: dict[str, Path]) -> None:
     (inputs["evaluation"] / "contexts.json").write_text(json.dumps({"opd": CONTEXTS, "sft": []}))
-    gate = tmp_path / "gate"
-    gate.mkdir()
-    (gate / "decision.json").write_text(json.dumps(DECISION))
-    ctx = run(tmp_path, inputs | {"gate": gate})
-    review = json.loads((ctx.out / "review.json").read_text())
+    ctx = run(tmp_path, inputs | {"gate": written(tmp_path / "gate", "decision.json", DECISION)})
+    review = ctx.json("review.json")
     assert review["outcome"]["kind"] == "inconclusive"
     assert review["outcome"]["label"] and review["outcome"]["sentence"]
     assert {each["arm"] for each in review["variants"]} == {"plain", "sft", "opd", "control"}
@@ -143,15 +126,14 @@ def test_the_review_has_every_metric_the_verdict_and_the_configs(tmp_path: Path,
 def test_the_champion_has_its_version_in_the_reports_line(tmp_path: Path, inputs: dict[str, Path]) -> None:
     """Its artifact, and all that was measured against it, may be of another line that serves the same drafter."""
     store = Store(tmp_path / "store")
-    champion = put(store, "champion", {"champion.json": "{}"}, {})
-    evaluation = put(store, "evaluation", {"evaluation.json": json.dumps(OF_A_LINE)}, {"champion": champion})
+    champion = committed(store, "champion", {"champion.json": "{}"}, "1")
+    files = {"evaluation.json": json.dumps(OF_A_LINE)}
+    evaluation = committed(store, "evaluation", files, "2", inputs={"champion": champion})
     broken = {**DECISION["rules"][1], "passed": False}
     decision = DECISION | {"champion": "champion", "outcome": "refused", "rules": [broken]}
-    gate = put(store, "gate", {"decision.json": json.dumps(decision)}, {"champion": champion})
+    gate = committed(store, "gate", {"decision.json": json.dumps(decision)}, "3", inputs={"champion": champion})
     measured = inputs | {"evaluation": evaluation.path, "gate": gate.path}
-    ctx = RecordingContext(tmp_path / "out", tmp_path / "work", measured)
-    STAGE.run(ctx, ReportConfig(champion=("mine", 7)))
-    review = json.loads((ctx.out / "review.json").read_text())
-    assert review["config"]["champion"] == {"line": "mine", "version": 7}
+    ctx = run(tmp_path, measured, champion=("mine", 7))
+    assert ctx.json("review.json")["config"]["champion"] == {"line": "mine", "version": 7}
     page = (ctx.out / "report.html").read_text()
     assert "mine@7" in page and "Version 7 stays" in page

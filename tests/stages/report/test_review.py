@@ -9,7 +9,7 @@ import pytest
 from draftsmith.artifacts.results.evaluation import EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.stages.report.review import ABSENT, Review, Variant, duration, interval, number, review_of
-from tests.stages.report.sample_report import DECISION, EVALUATION, OF_A_LINE, SERVED, verdict
+from tests.stages.report.sample_report import DECISION, EVALUATION, OF_A_LINE, SERVED, rule, verdict
 
 
 def reviewed(evaluation: dict[str, Any], decision: dict[str, Any] | None = None) -> Review:
@@ -26,7 +26,7 @@ def variant(review: Review, arm: str) -> Variant:
 
 def decided(outcome: str, *rules: tuple[str, bool, bool], champion: str | None = "3") -> dict[str, Any]:
     """rules: name, passed, judged."""
-    results = [{"name": n, "passed": passed, "judged": judged, "said": "figures"} for n, passed, judged in rules]
+    results = [rule(*each) for each in rules]
     return DECISION | {"outcome": outcome, "promote": outcome == "promoted", "rules": results, "champion": champion}
 
 
@@ -112,10 +112,10 @@ def test_looping_answers_and_outputs_that_are_not_the_targets_are_warnings() -> 
         (decided("promoted", ("tau", True, True), champion=None), ["the line's first champion", "3.54"]),
         (
             decided("refused", ("tau", False, True), ("tau of code", False, True)),
-            ["Version 3 stays", "fails acceptance length: figures", "and 1 more"],
+            ["Version 3 stays", "fails acceptance length: why", "and 1 more"],
         ),
         (decided("refused", ("lossless", False, True), champion="champion"), ["The champion stays", "lossless"]),
-        (decided("inconclusive", ("speed-up", False, False)), ["Speed-up is inconclusive: figures"]),
+        (decided("inconclusive", ("speed-up", False, False)), ["Speed-up is inconclusive: why"]),
         ({}, ["SFT + OPD", "3.54", "+0.10 against the champion", "not significant"]),
     ],
 )
@@ -130,11 +130,10 @@ def test_an_outcome_is_one_sentence_with_its_reason(decision: dict[str, Any], wo
 
 def test_the_reason_is_the_start_of_the_rules_text() -> None:
     text = "1.496 times, inconclusive: other processes took 2% of the CPU (measure again); 3 turns, 5 are needed"
-    rule = {"name": "speed-up", "passed": False, "judged": False, "said": text}
-    found = reviewed(OF_A_LINE, DECISION | {"rules": [rule]}).outcome
+    found = reviewed(OF_A_LINE, DECISION | {"rules": [rule("speed-up", False, False, text)]}).outcome
     assert found.sentence.endswith(": other processes took 2% of the CPU.")
     assert text in found.reasons[0]
-    long = reviewed(OF_A_LINE, DECISION | {"rules": [rule | {"said": "so " * 200}]}).outcome
+    long = reviewed(OF_A_LINE, DECISION | {"rules": [rule("speed-up", False, False, "so " * 200)]}).outcome
     assert len(long.sentence) < 160
 
 
