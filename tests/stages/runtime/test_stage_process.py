@@ -60,9 +60,9 @@ def start(
         )
 
 
-def finish(process: subprocess.Popen[bytes]) -> tuple[int, list[dict[str, Any]], str]:
+def finish(process: subprocess.Popen[bytes], limit_s: int = 60) -> tuple[int, list[dict[str, Any]], str]:
     """Return (exit code, events, stderr); a line on stdout that is not an event fails the test."""
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=limit_s)
     return process.returncode, [json.loads(line) for line in out.splitlines()], (err or b"").decode()
 
 

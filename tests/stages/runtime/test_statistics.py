@@ -14,8 +14,6 @@ from draftsmith.stages.runtime.statistics import (
     mean_estimate,
     ratio,
     ratio_difference,
-    simultaneous_level,
-    sum_by_key,
 )
 
 
@@ -65,24 +63,12 @@ def test_a_paired_difference_is_narrower_than_an_unpaired_one_and_finds_a_small_
     assert loose[0] < 0
 
 
-def test_a_ratio_is_of_sums() -> None:
-    assert jackknife(ratio, np.array([1.0, 9.0]), np.array([1.0, 3.0])).value == 10 / 4
-
-
 def test_one_unit_has_no_interval() -> None:
     for one in (jackknife(ratio, np.array([6.0]), np.array([2.0])), mean_estimate(np.array([3.0]))):
         assert (one.value, one.units, one.interval(), one.upper()) == (3.0, 1, None, math.inf)
-
-
-def test_values_are_summed_by_key_in_order_of_first_appearance() -> None:
-    assert sum_by_key(["b", "a", "b"], np.array([1.0, 2.0, 4.0])).tolist() == [5.0, 2.0]
 
 
 def test_a_one_sided_bound_is_nearer_than_a_two_sided_one() -> None:
     estimate = Estimate(1.0, 0.5, 5, 4.0)
     assert estimate.upper(0.975) == pytest.approx((estimate.interval(0.95) or (0, 0))[1])
     assert estimate.upper(0.95) < estimate.upper(0.975)
-
-
-def test_simultaneous_intervals_have_a_higher_level() -> None:
-    assert [simultaneous_level(count) for count in (0, 1, 5)] == pytest.approx([0.95, 0.95, 0.99])
