@@ -35,7 +35,7 @@ def edit_config(change: Callable[[dict[str, Any]], object]) -> Edit:
 
 
 def setting(**fields: Any) -> Edit:
-    return edit_config(lambda config: config.update(fields))
+    return set_fields("config.json", **fields)
 
 
 def within(place: str, **fields: Any) -> Edit:

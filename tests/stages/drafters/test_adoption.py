@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,6 +20,7 @@ from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.info import read_target_info, write_target_info
 from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.sft.stage import STAGE
+from tests.stages.drafters.edits import set_fields, setting
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 from tests.testbed.random_target import random_drafter
@@ -34,15 +33,11 @@ def adopt(folder: Path, target: Path, drafter: Path, answers: Path) -> Path:
     return ctx.out / "drafter"
 
 
-def edit(path: Path, change: dict[str, Any]) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-
-
 def test_a_drafter_is_adopted_for_another_revision_but_not_for_another_shape(
     tmp_path: Path, tiny_drafter: DrafterArtifacts
 ) -> None:
     revision = Path(shutil.copytree(tiny_drafter.target, tmp_path / "revision"))
-    edit(revision / "target.json", {"digest": "0123456789abcdef" * 4})
+    set_fields("target.json", digest="0123456789abcdef" * 4)(revision)
     old, digest = tiny_drafter.drafter / "drafter", read_target_info(revision).digest
     with pytest.raises(DraftsmithError, match="trained for the target"):
         check_drafter(old, digest)
@@ -53,7 +48,7 @@ def test_a_drafter_is_adopted_for_another_revision_but_not_for_another_shape(
     assert read_info(new).training["steps"] == 0
 
     other = Path(shutil.copytree(old, tmp_path / "other" / "drafter"))
-    edit(other / "config.json", {"num_target_layers": 99})
+    setting(num_target_layers=99)(other)
     with pytest.raises(DraftsmithError, match="num_target_layers"):
         adopt(tmp_path / "refused", revision, other, tiny_drafter.rollout)
 
