@@ -159,8 +159,8 @@ def test_a_fresh_drafter_is_seeded_and_starts_at_logits_of_unit_spread(
     assert not all(torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
     texts, anchors = Texts(plain_target, first), torch.arange(1, 9).expand(3, -1)
     with torch.no_grad():
-        hidden = first.block_hidden(texts.context(), texts.chains(anchors), anchors)
-    assert 0.3 < float(texts.head.logits(hidden).std()) < 3
+        logits = texts.head.logits(first.block_hidden(texts.context(), texts.chains(anchors), anchors))
+    assert 0.3 < float(logits.std()) < 3
 
 
 # ---- replay and decoding

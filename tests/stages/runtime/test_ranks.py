@@ -24,8 +24,7 @@ from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.base import Drafter, DrafterInfo
-from draftsmith.stages.drafters.checkpoint import create_drafter, save_drafter
-from draftsmith.stages.drafters.eagle3.config import Eagle3Config
+from draftsmith.stages.drafters.checkpoint import save_drafter
 from draftsmith.stages.replay.stage import STAGE as MINING
 from draftsmith.stages.runtime.checkpoint import list_checkpoints
 from draftsmith.stages.runtime.launch import RankReport, _cause, launch
@@ -41,6 +40,7 @@ from tests.testbed import random_target
 from tests.testbed.context import RecordingContext
 from tests.testbed.dflash2 import SIZES, random_dflash2
 from tests.testbed.dspark import random_dspark
+from tests.testbed.eagle3 import random_eagle3
 
 DFLASH = {"num_layers": 1, "block_size": 5, "target_layer_ids": [2, 0], "intermediate_size": 40}
 EAGLE3 = {"kind": "eagle3", "block_size": 4, "target_layer_ids": [0, 1, 2], "draft_vocab_size": 40}
@@ -66,7 +66,7 @@ def trainings(tmp_path_factory: pytest.TempPathFactory, plain_artifact: Path, pl
     for name, drafter, texts, config in (
         ("dflash", random_target.random_drafter(plain_target), answers, {}),
         ("adapter", random_target.random_drafter(plain_target), answers, {**IN_PARTS, "lora": {"rank": 4}}),
-        ("eagle3 again", eagle3(plain_target), answers, again),
+        ("eagle3 again", random_eagle3(plain_target), answers, again),
         # with steps of 1e-3 one weight of four ranks that shared two targets ended 1.1e-5 away, all others within 1e-6
         ("dflash2 sampled", random_dflash2(plain_target), sampled, {**IN_PARTS, "learning_rate": 3e-4}),
         ("dspark sampled again", random_dspark(plain_target), sampled, again),
@@ -74,17 +74,6 @@ def trainings(tmp_path_factory: pytest.TempPathFactory, plain_artifact: Path, pl
         opd_inputs = mined(folder / name, drafter, plain_target, {**inputs, "trajectories": str(texts)})
         made.append(Training(f"opd {name}", "draftsmith.stages.training.opd.stage", config, opd_inputs))
     return made
-
-
-def eagle3(target: Target) -> Drafter:
-    """Return a drafter of random weights, large enough that every weight matters."""
-    drafter = create_drafter(Eagle3Config.model_validate(EAGLE3), target, 3, torch.arange(random_target.VOCAB_SIZE))
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for parameter in drafter.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(0.3 * noise if parameter.dim() == 2 else 1 + 0.3 * noise)
-    return drafter.eval()
 
 
 def mined(folder: Path, drafter: Drafter, target: Target, inputs: dict[str, str]) -> dict[str, str]:
