@@ -340,7 +340,7 @@ class AnswerContext(Record):
 
 
 class Contexts(ResultFile, RootModel[dict[str, list[AnswerContext]]]):
-    """Answers of each arm in which its proposals were accepted least, and typical ones."""
+    """For each arm, the stretches of answers where the fewest proposals were accepted, and typical ones."""
 
     FILE: ClassVar[str] = "contexts.json"
     INDENT: ClassVar[int] = 1

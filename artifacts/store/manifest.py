@@ -29,6 +29,7 @@ SHARD = ".shard"  # suffix of the stage name of shards
 PENDING = "pending.json"
 _PENDING_BYTES = 1 << 16  # reserved when the attempt begins, so that a full disk cannot prevent the write at its end
 _MIN_PREFIX = 4  # characters of a key or content id that identify an artifact
+_RESTORE = "Restore it, or make the artifact again."  # advice of a manifest without a stage
 _CHECKSUM = "checksum"  # field: checksum of the manifest itself
 VERSIONS = "versions.json"  # file of an artifact: versions of programs outside this environment that made it
 _PACKAGES = (
@@ -175,30 +176,38 @@ def _checksum(fields: Mapping[str, object]) -> str:
     return hashlib.sha256(canonical_json(fields).encode()).hexdigest()
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of a folder. Raises DraftsmithError if it is missing, damaged or of another version."""
+def read_manifest(folder: Path, advice: str = _RESTORE) -> Manifest:
+    """Read the manifest of a folder. Raises DraftsmithError if it is missing, damaged or of another version.
+
+    advice: what to do then, a sentence.
+    """
     path = folder / MANIFEST
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise DraftsmithError(f"{path}: missing") from None
+        raise DraftsmithError(f"{path}: missing. {advice}") from None
     except OSError as error:
-        raise DraftsmithError(f"{path}: {error.strerror}") from error
-    return parse_manifest(data, path)
+        raise DraftsmithError(f"{path}: {error.strerror}. {advice}") from error
+    return parse_manifest(data, path, advice)
 
 
-def parse_manifest(content: bytes, where: Path | str) -> Manifest:
-    """Parse the content of a manifest's file; `where` names the file in errors. Raises DraftsmithError."""
+def parse_manifest(content: bytes, where: Path | str, advice: str = _RESTORE) -> Manifest:
+    """Parse the content of a manifest's file; `where` names the file in errors. Raises DraftsmithError.
+
+    advice: what to do then, a sentence.
+    """
     try:
         data = json.loads(content)
         version = data.get("schema_version")
         if version != SCHEMA_VERSION:
-            raise DraftsmithError(f"{where}: schema version {version}, this Draftsmith reads {SCHEMA_VERSION}")
+            raise DraftsmithError(
+                f"{where}: schema version {version}, this Draftsmith reads {SCHEMA_VERSION}. {advice}"
+            )
         if data.pop(_CHECKSUM, None) != _checksum(data):
-            raise DraftsmithError(f"{where}: has changed since it was written (wrong checksum)")
+            raise DraftsmithError(f"{where}: has changed since it was written (wrong checksum). {advice}")
         return Manifest.model_validate(data)
     except (ValueError, AttributeError, RecursionError, ValidationError) as error:
-        raise DraftsmithError(f"{where}: not a readable manifest (truncated or edited)") from error
+        raise DraftsmithError(f"{where}: not a readable manifest (truncated or edited). {advice}") from error
 
 
 def read_elsewhere(folder: Path) -> dict[str, str]:
@@ -235,10 +244,7 @@ def package_versions(folder: Path | None = None) -> dict[str, str]:
 
 def read_checked_manifest(folder: Path, stage: str) -> Manifest:
     """Return the manifest of a folder, after checking its content id. Raises DraftsmithError."""
-    try:
-        manifest = read_manifest(folder)
-    except DraftsmithError as error:
-        raise DraftsmithError(f"{error}. {remedy(stage)}") from error
+    manifest = read_manifest(folder, remedy(stage))
     check_content(manifest, folder / MANIFEST)
     return manifest
 

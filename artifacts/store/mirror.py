@@ -38,6 +38,7 @@ from draftsmith.artifacts.store.manifest import (
     manifest_text,
     parse_manifest,
     read_manifest,
+    remedy,
     sha256_file,
 )
 
@@ -57,7 +58,7 @@ class Bucket:
     """
 
     def __init__(self, address: str, field: str) -> None:
-        """field: name of the setting, for errors."""
+        """Open the object store behind an address. field: name of the setting, for errors."""
         self.address, self._field = address.rstrip("/"), field
         if "://" not in address:
             raise DraftsmithError(f"{field}: {address} is no address. Give one such as s3://bucket/prefix.")
@@ -175,7 +176,7 @@ class MirroredStore(Store):
     """A store whose artifacts are also in a bucket."""
 
     def __init__(self, root: Path, bucket: Bucket) -> None:
-        """root: folder of the copies on this machine."""
+        """Keep copies on this machine in folder `root`."""
         super().__init__(root)
         self._bucket = bucket
         self._seen: dict[tuple[str, str], Manifest] = {}  # (stage, short key) -> manifest in the bucket when last read
@@ -256,7 +257,7 @@ class MirroredStore(Store):
             self._seen.pop((stage, short), None)
             return None
         address = self._bucket.address_of(name)
-        manifest = parse_manifest(content, address)
+        manifest = parse_manifest(content, address, remedy(stage))
         if (manifest.stage, manifest.key[:SHORT]) != (stage, short):
             raise damaged(address, stage, f"belongs to {manifest.stage}/{manifest.key[:SHORT]}")
         check_content(manifest, address)

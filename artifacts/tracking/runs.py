@@ -63,7 +63,7 @@ class Tracking:
     """The connection to MLflow at `MLFLOW_TRACKING_URI`, by default the database in `folder` (the home)."""
 
     def __init__(self, folder: Path | None = None, experiment: str | None = None) -> None:
-        """experiment: name of the experiment, unless `MLFLOW_EXPERIMENT_NAME` is set."""
+        """Choose server and experiment without connecting. `MLFLOW_EXPERIMENT_NAME` overrides `experiment`."""
         self.folder = (folder or home()).resolve()
         self.experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment or EXPERIMENT
         self.default_uri = f"sqlite:///{self.folder / 'mlflow.db'}"

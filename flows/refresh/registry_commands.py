@@ -13,7 +13,7 @@ from pathlib import Path
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, find_disk_error, from_os_error
 from draftsmith.artifacts.home import apply_user_umask, home
 from draftsmith.artifacts.results.evaluation import ConfidenceCalibration
-from draftsmith.artifacts.store.manifest import MANIFEST, read_manifest, remedy
+from draftsmith.artifacts.store.manifest import MANIFEST, read_checked_manifest, read_manifest, remedy
 from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.artifacts.store.retention import artifacts_in_use
 from draftsmith.artifacts.tracking.registry import BY_HAND, PREVIOUS, ROLLED_BACK, Registry, Version
@@ -153,7 +153,9 @@ def _serve(display: Display, champion: str, servers: Sequence[str]) -> None:
         swap(display, champion, urls)
     except DraftsmithError as error:  # the same command would find the champion in place
         command = " ".join(["draftsmith swap", line, *(f"--url {url}" for url in urls)])
-        raise type(error)(f"{error} {champion} is the champion all the same: then run `{command}`.") from error
+        raise type(error)(
+            f"{error} {champion} is the champion nevertheless. When that is repaired, run `{command}`."
+        ) from error
 
 
 def swap(display: Display, text: str, urls: Sequence[str]) -> None:
@@ -299,7 +301,7 @@ def _verify(version: Version, folder: Path) -> None:
             "another version (`registry.upload` copies later ones into MLflow)."
         )
     try:
-        ref = read_manifest(folder).ref(folder)
+        ref = read_checked_manifest(folder, version.stage).ref(folder)
         if ref.content_id == version.content_id:
             open_store(home()).verify(ref)
     except RetryableError:
