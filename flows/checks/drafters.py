@@ -21,7 +21,7 @@ from draftsmith.stages.training.config import OpdConfig, SftConfig
 
 
 def creates_drafter(node: Node) -> bool:
-    """Return whether the node creates a drafter rather than training one of the run further."""
+    """Return whether the node makes a drafter of its own, rather than continuing one that the run has made."""
     return isinstance(node.config, SftConfig) and "drafter" not in node.inputs
 
 
@@ -52,7 +52,7 @@ def sglang_engine(node: Node) -> SGLangEngineConfig | None:
 
 
 def drafts_on_sglang(node: Node) -> bool:
-    """Return whether SGLang drafts with a trained drafter in this node."""
+    """Return whether SGLang drafts in this node, with a drafter that it reads from the run."""
     return sglang_engine(node) is not None and any(is_drafter(name) for name in node.inputs)
 
 

@@ -155,8 +155,8 @@ def check_parallel(findings: Findings, nodes: Sequence[Node]) -> None:
                 idle = 1 - answers / (answers - rest + world)
                 findings.warn(
                     check,
-                    f"{text}: {answers} answers a step leave {idle:.1%} of their time idle. Set sequences_per_step to "
-                    f"{answers - rest} or {answers - rest + world}.",
+                    f"{text}: with {answers} answers a step the processes are idle for {idle:.1%} of the time. Set "
+                    f"sequences_per_step to {answers - rest} or {answers - rest + world}.",
                 )
             else:
                 findings.ok(check, text)

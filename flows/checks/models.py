@@ -63,7 +63,7 @@ def check_target(findings: Findings, nodes: Sequence[Node], artifact: Path) -> N
     if config is not None and info.kind == "hub" and config.revision is None:
         findings.warn(
             "target.revision",
-            f"not set. Now {info.revision}, which is reused until `--force target` takes a newer one.",
+            f"not set. Using commit {info.revision} until `--force target` takes a newer one.",
         )
     for node in nodes:
         if isinstance(node.config, PromptsConfig):

@@ -69,7 +69,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class _LayerTraffic:
-    """The bytes that a layer moves between products for each token, by width, and its launches."""
+    """Memory traffic of a layer outside its matrix products (bytes a token, by width), and its kernel launches."""
 
     hidden: float
     queries: float

@@ -216,7 +216,7 @@ def _watch(options: argparse.Namespace, pipeline: Pipeline) -> None:
     if _is_file(options.config):
         config = read_config(options.config, options.overrides, RefreshConfig)
         if config.registry is None:
-            raise DraftsmithError(f"{options.config}: it has no line to watch. Set registry.name.")
+            raise DraftsmithError(f"{options.config}: names no model line to watch. Set registry.name.")
         line, urls, drift = config.registry.name, urls or config.registry.servers, config.drift
     elif options.then == "refresh":
         raise DraftsmithError(f"--then refresh: {line} is a line. Give the config file that refreshes it.")
@@ -334,7 +334,7 @@ def prune(display: Display, days: float, *, artifacts: bool, delete: bool) -> No
     if artifacts and (needed := _ids_of_lines(display, "complete artifacts", Registry.needed_content_ids)) is not None:
         obsolete += unused_artifacts(open_store(home()).root, before, needed)
     if not obsolete:
-        display.line(f"nothing in {home()} was left over and not touched for {days:g} days")
+        display.line(f"nothing to remove: no leftover in {home()} is older than {days:g} days")
     elif delete:
         _delete(display, obsolete)
     else:

@@ -263,7 +263,7 @@ def report_of_text(name: str) -> Path:
         raise
     except DraftsmithError as error:
         raise DraftsmithError(
-            f"{name}: not a config file, a refresh's run in MLflow with a report, or an artifact ({error})"
+            f"{name}: not a config file, nor a refresh's run in MLflow with a report; {error}"
         ) from error
 
 

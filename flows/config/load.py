@@ -144,7 +144,7 @@ def _read_yaml(path: Path, extending: tuple[Path, ...] = ()) -> Fields:
 def _extended_file(other: Any, folder: Path, where: str) -> Path:
     """Return the file that `extends` names: one in `folder`, else a shipped config."""
     if not isinstance(other, str):
-        raise DraftsmithError(f"{where}: extends: expected the name of a YAML file, got {show_value(other)}. Give one.")
+        raise DraftsmithError(f"{where}: extends: expected a file name, got {show_value(other)}. Name a YAML file.")
     file, shipped = folder / other, shipped_configs() / other.removeprefix("configs/")
     if not file.exists() and not shipped.is_file():
         raise DraftsmithError(
@@ -161,13 +161,17 @@ def _read_mapping(path: Path) -> Fields:
         raise DraftsmithError(f"{path}: no such config file. Give the path of a YAML file.") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise DraftsmithError(f"{path}: cannot read the config: {reason}") from None
+        raise DraftsmithError(
+            f"{path}: cannot read the config: {reason}. Give the path of a readable YAML file."
+        ) from None
     try:
         data = _unshared(_parse(text, str(path)))
     except RecursionError:
         raise DraftsmithError(f"{path}: an alias contains itself, or is nested too deep. Write it out.") from None
     if not isinstance(data, dict):
-        raise DraftsmithError(f"{path}: expected a mapping of fields such as 'name: my-run', got {show_value(data)}")
+        raise DraftsmithError(
+            f"{path}: expected a mapping of fields, got {show_value(data)}. Write fields such as 'name: my-run'."
+        )
     return data
 
 

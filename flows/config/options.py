@@ -70,7 +70,7 @@ class StageOptions(Config):
 
     @property
     def retry_delays(self) -> list[float]:
-        """The seconds before each retry, without jitter."""
+        """Return the seconds before each retry, without jitter."""
         return [self.retry_delay_seconds * 2**retry for retry in range(self.retries)]
 
     def lock_wait(
@@ -101,12 +101,12 @@ class RunOptions(Config):
 
     @property
     def experiment(self) -> str | None:
-        """The experiment in MLflow; None: the common one."""
+        """Return the experiment in MLflow; None: the common one."""
         return None
 
     @property
     def external_programs(self) -> dict[str, str]:
-        """The programs that the run starts at its end: the config field that names one -> the program."""
+        """Return the programs that the run starts at its end: the config field that names one -> the program."""
         return {}
 
     @model_validator(mode="before")

@@ -50,12 +50,12 @@ class StageJob:
 
     @property
     def stage(self) -> str:
-        """The stage's name in the store."""
+        """Return the stage's name in the store."""
         return self.node.stage.name if self.shard is None else f"{self.node.stage.name}{SHARD}"
 
     @property
     def key(self) -> str:
-        """The cache key of the artifact of this job."""
+        """Return the cache key of the artifact of this job."""
         if self.shard is None:
             return self.node_key
         material = f"{self.node_key}{self.forced_attempt} {self.shard.index}/{self.shard.of}"
@@ -63,7 +63,7 @@ class StageJob:
 
     @property
     def seed(self) -> int:
-        """The seed of the node."""
+        """Return the seed of the node."""
         return node_seed(self.node, self.config)
 
     def __str__(self) -> str:
@@ -250,7 +250,7 @@ class AttemptNote:
     """Writes the note of one attempt. It never raises: a full disk may be what ended the attempt."""
 
     def __init__(self, folder: Path, run: str, node: str) -> None:
-        """folder: the attempt's, as `Store.partial_path` returns it."""
+        """Write the first note. folder: the attempt's, as `Store.partial_path` returns it."""
         self._path, self._rate, self._written = folder / NOTE, ProgressRate(), 0.0
         now = time.time()
         self._note = Attempt(run, node, platform.node(), os.getpid(), user_name(), since=now, at=now)

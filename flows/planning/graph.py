@@ -79,7 +79,7 @@ class RunPolicy(Protocol):
 
     @property
     def sticky_force(self) -> Collection[str]:
-        """Names that must stay in `--force` when a failed run is continued, even if their nodes were built."""
+        """Return names that must stay in `--force` when a failed run is continued, even if their nodes were built."""
 
     def should_stop(self, node: Node, folders: Mapping[str, Path]) -> Conclusion | None:
         """Return the conclusion with which the run ends after this node, or None if it goes on."""

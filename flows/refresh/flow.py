@@ -77,7 +77,7 @@ def watch(config: RefreshConfig, minutes: float = 5, then: str | None = None) ->
     redact_logs()
     bypass_proxy_for_localhost()  # a deployment's run does not come through the command
     if (line := config.registry) is None:
-        raise DraftsmithError(f"{config.name}: it has no line to watch. Set registry.name.")
+        raise DraftsmithError(f"{config.name}: names no model line to watch. Set registry.name.")
     watched = watch_servers(line.name, line.servers, minutes, config.drift.threshold)
     conclusion = Conclusion(watched.outcome.capitalize(), watched.sentence)
     if watched.outcome not in ("below", "mismatched"):

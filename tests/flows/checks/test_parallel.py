@@ -37,7 +37,8 @@ def line(
         (
             {"processes": 3},
             3,
-            "warning 3: 8 answers a step leave 11.1% of their time idle. Set sequences_per_step to 6",
+            "warning 3: with 8 answers a step the processes are idle for 11.1% of the time. "
+            "Set sequences_per_step to 6",
         ),
         ({"nodes": 2}, 0, "ok 1 on each of 2 nodes that meet at head:29400"),
         ({"processes": 1}, 0, None),

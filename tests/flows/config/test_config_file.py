@@ -111,7 +111,7 @@ def test_the_error_of_a_bad_override_names_it_with_a_remedy(file: Path, override
         ("name: [a]\n", "name: expected a text (put it in quotes), got ['a']"),
         ("name: a\nname: b\n", "line 2, column 1: not valid YAML: field 'name' stands twice"),
         ("name: 2026-13-45\n", "not valid YAML: month must be in 1..12"),
-        ("- name\n", "expected a mapping of fields such as 'name: my-run', got ['name']"),
+        ("- name\n", "expected a mapping of fields, got ['name']. Write fields such as 'name: my-run'."),
     ],
 )
 def test_the_error_of_a_bad_file_names_the_field_with_a_remedy(tmp_path: Path, text: str, expected: str) -> None:
@@ -171,7 +171,7 @@ def test_files_that_extend_each_other_or_a_missing_file_are_reported(tmp_path: P
     for other, said in (
         (f"../{tmp_path.name}/first.yaml", "the files extend each other"),
         ("third.yaml", "does not exist"),
-        ("[1]", "expected the name of a YAML file"),
+        ("[1]", r"expected a file name, got \[1\]\. Name a YAML file"),
     ):
         second.write_text(f"extends: {other}\n")
         with pytest.raises(DraftsmithError, match=rf"\.yaml: extends: .*{said}"):

@@ -209,6 +209,6 @@ def test_hosts_with_a_common_bucket_reuse_each_others_artifacts(
     for each in boto3.client("s3").list_objects_v2(Bucket="teams", Prefix="line/collect/")["Contents"]:
         boto3.client("s3").delete_object(Bucket="teams", Key=each["Key"])
     assert "to do" in at(tmp_path / "c", "status", config)
-    assert "nothing in" in at(b, "prune")
+    assert "nothing to remove" in at(b, "prune")
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes()
