@@ -185,7 +185,7 @@ def _evaluation_metrics(evaluation: EvaluationResult) -> Named:
         for point in evaluation.load:
             if point.arm == challenger:
                 yield from _load_metrics(point)
-    yield "doubts", len(evaluation.speed_warnings)
+    yield "speed_warnings", len(evaluation.speed_warnings)
     for name in ("fp32_prompts", "fp32_identical", "identical_share", "median_margin"):
         yield f"exactness.{name}", getattr(evaluation.exactness, name)
     yield "loop_share", evaluation.loop_share
