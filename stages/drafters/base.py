@@ -64,7 +64,7 @@ class ParallelSampler(BlockSampler):
     """Samples from a drafter whose offsets do not depend on each other's tokens: one forward computed them all."""
 
     def __init__(self, hidden: torch.Tensor, head: Head):
-        """hidden: [B, A, K, H] from `block_hidden`."""
+        """Start before the first offset. hidden: [B, A, K, H] from `block_hidden`."""
         self._hidden, self.head, self._drafted = hidden, head, 0
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
@@ -169,7 +169,7 @@ class Drafter(nn.Module, ABC):
 
     @property
     def has_confidence(self) -> bool:
-        """Whether it predicts how probable it is that its proposals are accepted."""
+        """Return whether it predicts how probable it is that its proposals are accepted."""
         return False
 
     def confidence(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -51,7 +51,7 @@ class ContextMask:
 
     @cached_property
     def bounds(self) -> np.ndarray:
-        """[2, B, A]: the first entry that any query of a block may see, and the one after the last."""
+        """Return [2, B, A]: the first entry that any query of a block may see, and the one after the last."""
         seen = np.array(self.seen.tolist())
         first = np.zeros_like(seen) if self.first is None else np.array(self.first.tolist())
         if self.window is not None:
@@ -60,7 +60,7 @@ class ContextMask:
 
     @property
     def local(self) -> bool:
-        """Whether a block sees only a small part of a long prefix."""
+        """Return whether a block sees only a small part of a long prefix."""
         return self.window is not None and not self.ring
 
     def visible(

@@ -40,7 +40,7 @@ def uniform(seed: int, position: int, purpose: Purpose = Purpose.TARGET) -> floa
 
 
 def seed_from_name(name: str, salt: int = 0) -> int:
-    """Return a seed (64 bits) for a unique name. salt: another one gives another seed."""
+    """Derive a 64-bit seed from a unique name; another salt gives another seed."""
     return int.from_bytes(hashlib.sha256(f"{salt}/{name}".encode()).digest()[:8], "big")
 
 

@@ -52,7 +52,7 @@ def to_speculators(raw: RawConfig, target: str, target_architectures: list[str])
     architecture = _ALSO.get(architecture, architecture)
     if architecture not in _KINDS:
         raise DraftsmithError(
-            f"drafter: speculators' layout has no form for {architecture}. Export it without --format."
+            f"drafter: the speculators layout does not support {architecture}. Export it without --format."
         )
     kind, both_ways = _KINDS[architecture], _both_ways(raw)
     if kind == "dflash2" and not dflash.get("conv_kernel_size"):

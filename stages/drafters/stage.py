@@ -62,7 +62,10 @@ def run(ctx: StageContext, config: ChampionConfig) -> None:
     info, target = checkpoint.read_info(folder), read_target_info(ctx.inputs["target"])
     changed = bool(info.target_digest) and info.target_digest != target.digest
     if changed:
-        ctx.log(f"the target has changed since version {config.version} was promoted: it is adopted for the new one")
+        ctx.log(
+            f"the target has changed since version {config.version} was promoted. Adopting the champion for the new "
+            "one."
+        )
         adopted = dataclasses.replace(
             info,
             target_digest=target.digest,

@@ -194,7 +194,7 @@ class ChainState:
 
     @property
     def filler(self) -> int:
-        """An anchor that may be evaluated once more, where a batch needs one."""
+        """Return an anchor that may be evaluated once more, where a batch needs one."""
         return self.live[0] if self.live else min(self.first, self.length - 1)
 
     def split(self, wanted: int, rate: RejectionRate) -> None:

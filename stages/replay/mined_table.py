@@ -153,7 +153,7 @@ class MinedShards(BufferedShards):
     """The mined groups of an unfinished mining on disk, so that a rerun goes on after them."""
 
     def __init__(self, work: Path, done: Sequence[Path] = ()):
-        """done: folders of other processes that together hold all groups; they are read instead of `work`."""
+        """Open the shards in `work`. done: folders of other processes that together hold all groups, read instead."""
         super().__init__(work, _SCHEMAS, _GROUP_BYTES, most=_SHARD_STEPS)
         self._done = done
 

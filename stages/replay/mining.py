@@ -111,7 +111,7 @@ def _read_answers(ctx: StageContext, config: MiningConfig) -> StoredTrajectories
         return stored
     names = stored.trajectories.ids.to_pylist()
     first = sorted(range(count), key=lambda index: random_rank(ctx.seed, names[index].encode()))[:SAMPLE]
-    ctx.log(f"mining {SAMPLE} of {count} answers: no anchor of opd is read from the table")
+    ctx.log(f"mining a sample of {SAMPLE} of {count} answers, since OPD takes no anchors from the table")
     return stored.select(sorted(first))
 
 

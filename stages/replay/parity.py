@@ -47,7 +47,7 @@ class ParityTolerance:
 
     @property
     def limit(self) -> float:
-        """The share of steps that may differ."""
+        """Return the share of steps that may differ."""
         return 0.0 if self.exact and self.greedy and self.allowed < 1 else self.allowed
 
     @property

@@ -63,7 +63,7 @@ class Replayer:
     def __init__(
         self, target: Target, options: ReplayOptions | None = None, log: Callable[[str], None] = do_nothing
     ) -> None:
-        """log: takes a line when memory was refused and a group is done in two halves."""
+        """Share one target. log: takes a line when memory was refused and a group is done in two halves."""
         self.target, self.options, self.log = target, options or ReplayOptions(), log
 
     def traces(
@@ -242,7 +242,7 @@ class Group:
 
     @property
     def positions(self) -> torch.Tensor:
-        """[B, T]"""
+        """Return the position of every token, [B, T]."""
         return torch.arange(self.ids.shape[1], device=self.ids.device).expand(len(self.indices), -1)
 
 

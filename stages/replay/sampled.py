@@ -98,12 +98,12 @@ class TargetSampler:
 
     @property
     def positions_per_chunk(self) -> int:
-        """The number of float64 distributions over the vocabulary that are in memory together."""
+        """Return how many float64 distributions over the vocabulary are in memory together."""
         return max(1, LOGITS_PER_CHUNK // (2 * self.vocabulary))
 
     @property
     def anchors_per_chunk(self) -> int:
-        """The same number for each trajectory."""
+        """Return how many anchors of each trajectory fit into a chunk."""
         return max(1, self.positions_per_chunk // len(self.lengths))
 
     def numbers_at(self, positions: torch.Tensor, purpose: Purpose) -> torch.Tensor:
@@ -166,7 +166,7 @@ class ExpectedCommits:
     """
 
     def __init__(self, sampler: TargetSampler, anchors: torch.Tensor):
-        """anchors: [R, A] that the blocks follow."""
+        """Start at the anchors [R, A], with nothing accepted yet."""
         self.sampler, self.anchors = sampler, anchors
         self.offset = 0
         self.accepting = torch.ones_like(anchors, dtype=torch.bool)  # everything was accepted so far
@@ -247,7 +247,7 @@ class _DrafterSampler:
     """Collects proposals after anchors [R, A]: the answer's tokens while they are accepted, then sampled ones."""
 
     def __init__(self, sampler: TargetSampler, blocks: BlockSampler, anchors: torch.Tensor, before: torch.Tensor):
-        """before: [R, A] the anchors' tokens."""
+        """Start with no proposals. before: [R, A] the anchors' tokens."""
         self.sampler, self.blocks, self.anchors, self.before = sampler, blocks, anchors, before
         self.ids: list[torch.Tensor] = []
 

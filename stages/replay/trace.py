@@ -24,17 +24,17 @@ class Trace:
 
     @property
     def judged(self) -> np.ndarray:
-        """[S] proposals that lie inside the trajectory; others are neither accepted nor rejected."""
+        """Return [S] numbers of proposals that lie inside the trajectory; others are neither accepted nor rejected."""
         return np.minimum(self.proposed.shape[1], self.length - 1 - self.anchors)
 
     @property
     def committed(self) -> np.ndarray:
-        """[S] tokens committed by each step: the accepted ones and one more, unless the end cut the step."""
+        """Return [S] tokens that each step committed: the accepted ones and one more, unless the end cut the step."""
         return np.minimum(self.accepted + 1, self.length - 1 - self.anchors)
 
     @property
     def expected_committed(self) -> np.ndarray:
-        """[S] the same on average over the samples after each anchor.
+        """Return [S] what `committed` is on average over the samples after each anchor.
 
         Its sum is the less noisy estimate of tau: a trace with more steps than usual is one whose random numbers cut
         the steps short.
@@ -43,12 +43,12 @@ class Trace:
 
     @property
     def on_trajectory(self) -> np.ndarray:
-        """[S] proposals whose prefix is the trajectory itself: the accepted ones and the first rejected one."""
+        """Return [S] numbers of proposals after a prefix of the trajectory: the accepted and the first rejected one."""
         return np.minimum(self.accepted + 1, self.judged)
 
     @property
     def rejected_offset(self) -> np.ndarray:
-        """[S] offset of the first rejected proposal, 0 where nothing was rejected."""
+        """Return [S] the offset of the first rejected proposal, 0 where nothing was rejected."""
         return np.where(self.accepted < self.judged, self.accepted + 1, 0)
 
 

@@ -168,7 +168,9 @@ def launch(
                     os.kill(pid, signal.SIGTERM)
                 asked.add(pid)
             if not one_node and not asked and not multiprocessing.active_children():
-                raise StageInterrupted("the stage was asked to stop while it waited for its other nodes.")
+                raise StageInterrupted(
+                    "the stage was asked to stop while it waited for its other nodes. Run the same command again."
+                )
     if "codes" not in result:
         raise _cause(notes, result["error"], parallel, stopped=stop.is_set())
     if EXIT_INTERRUPTED in result["codes"].values():

@@ -71,7 +71,7 @@ def retry_in_halves(
             raise
     release_memory()  # not in the handler: the error's frames still hold the memory there
     middle = len(items) // 2
-    log(f"out of memory with {len(items)} together: once more with {middle}")
+    log(f"out of memory with {len(items)} items at once. Trying {middle}.")
     return [*work(items[:middle]), *work(items[middle:])]
 
 

@@ -88,8 +88,9 @@ def resolve_target(
     positions = read_config(folder)[1].get_text_config().max_position_embeddings
     if info.max_positions < positions:
         log(
-            f"{info.max_positions} of {positions} positions are used: beyond, rotary angles (longrope) or scales "
-            "(Llama 4) of all tokens depend on the length of the text, so prompts with answers are kept within"
+            f"Limiting prompt and answer to {info.max_positions} of {positions} positions. Beyond "
+            f"{info.max_positions} every token's rotary angles (longrope) or scales (Llama 4) depend on the text's "
+            "length."
         )
     return info
 

@@ -323,7 +323,7 @@ def check_likelihood(
 
 
 def _check_greedy(gaps: torch.Tensor) -> str:
-    """Check [N] nats by which each token's logit is below the best one."""
+    """Classify a greedy answer by how far (nats, [N]) each token's logit is below the best one."""
     unchosen = gaps > GAP
     if int(unchosen.sum()) >= max(UNCHOSEN_MIN, UNCHOSEN_SHARE * len(gaps)):
         return UNLIKELY
@@ -331,7 +331,7 @@ def _check_greedy(gaps: torch.Tensor) -> str:
 
 
 def _check_sampled(surprises: torch.Tensor, variances: torch.Tensor, sampling: SamplingParams) -> str:
-    """Check [N] negative log-probs less the entropy, with their variances."""
+    """Classify a sampled answer by [N] surprisals minus entropies and their variances."""
     # a little is added: a certain position has variance zero, and another kernel's log-prob is not quite ours
     deviations = surprises.sum() / (variances.sum() + 0.01 * len(variances)).sqrt()
     if deviations > DEVIATIONS:

@@ -95,7 +95,10 @@ class RowFilter(ABC, Generic[T]):
 
     @abstractmethod
     def _convert(self, row: LoggedRow, time: datetime | None) -> T:
-        """Return what a row inside the window gives. Raises RejectedRow, and DraftsmithError for another shape."""
+        """Convert a row that lies in the time window.
+
+        Raises RejectedRow if it cannot be used, DraftsmithError if its shape is unknown.
+        """
 
     def accept(self, row: Row | BadRow) -> T | None:
         """Return what the row gives; None if it is rejected. Raises DraftsmithError where no bad row is allowed."""

@@ -91,7 +91,7 @@ class LoggedRow(Row):
         return "another top_k" if logged != configured else None
 
     def _number(self, name: str, default: float) -> float:
-        """Return a field; the default if it is not a number."""
+        """Return a field as a number, or the default if it is none."""
         value = self.fields.get(name)
         return value if isinstance(value, int | float) and not isinstance(value, bool) else default
 

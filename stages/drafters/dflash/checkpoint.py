@@ -173,7 +173,7 @@ def _check_windows(path: Path, raw: RawConfig, config: Qwen3Config) -> None:
     checkpoint_format.require_kinds(path, [("is_causal", causal, causal is None or isinstance(causal, bool))])
     if other := set(types) - {"full_attention", "sliding_attention"}:
         raise DraftsmithError(
-            f"drafter {path}: layer_types has {min(other)}. Engines know full_attention and sliding_attention."
+            f"drafter {path}: layer_types contains {min(other)}. Use full_attention or sliding_attention."
         )
     if "sliding_attention" not in types:
         return

@@ -48,7 +48,9 @@ class DFlashConfig(DrafterShape):
         if self.layer_types is None:
             return self
         if len(self.layer_types) != self.num_layers:
-            raise ValueError(f"layer_types names {len(self.layer_types)} layers of {self.num_layers}")
+            raise ValueError(
+                f"layer_types names {len(self.layer_types)} layers of {self.num_layers}. Give the type of every layer."
+            )
         if ("sliding_attention" in self.layer_types) != (self.sliding_window is not None):
             raise ValueError("sliding_window belongs to layers that slide: give both, or neither")
         return self

@@ -58,7 +58,7 @@ class AttentionSpan:
     def by_layer(cls, config: Any) -> list[AttentionSpan]:
         """Return the span of every layer.
 
-        Blocks are read in both directions; in layers with a window only backwards, unless `is_causal` sets all layers.
+        Full layers read a block in both directions, sliding ones only backwards. `is_causal`, if set, decides for all.
         """
         causal = getattr(config, "is_causal", None)
         types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
@@ -138,7 +138,10 @@ class DFlashDrafter(Drafter):
     layer_names = ("fc", "layers")
 
     def __init__(self, config: Qwen3Config, embedding: torch.Tensor):
-        """config: Qwen3 fields plus `block_size` and `dflash_config`, as z-lab has them. embedding: [V, H]."""
+        """Build the layers.
+
+        config: Qwen3 fields plus `block_size` and `dflash_config`, as z-lab has them. embedding: [V, H].
+        """
         super().__init__()
         self.config = config
         self.block_size: int = config.block_size
@@ -207,7 +210,7 @@ class DFlashDrafter(Drafter):
 
     @property
     def queries(self) -> int:
-        """Tokens of a block that the layers read."""
+        """Return how many tokens of a block the layers read."""
         return self.block_size
 
     def operations(self, shape: StepShape, *, training: bool = True) -> float:

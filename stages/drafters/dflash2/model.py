@@ -101,7 +101,7 @@ class SelectorSampler(BlockSampler):
     """Samples among the candidates of blocks, offset by offset."""
 
     def __init__(self, selector: CandidateSelector, hidden: torch.Tensor, head: Head):
-        """hidden: [B, A, K, H]."""
+        """Find the candidates of all offsets. hidden: [B, A, K, H]."""
         self._selector, self.head, self._drafted = selector, head, 0
         self._columns, self._unary = selector.candidates(hidden, head)
         self._tokens, self._gates = head.to_tokens(self._columns), selector.gates(hidden)

@@ -64,7 +64,7 @@ def check_fits(drafter: Qwen3Config, target: Any, where: str) -> None:
     if (divisor := getattr(target, "logits_mup_width_multiplier", None)) not in (None, 1):
         raise DraftsmithError(
             f"drafter {where}: the target's logits_mup_width_multiplier is {divisor}, and SGLang divides a DSpark's "
-            "states by it, which is not computed here. Use kind dflash or dflash2."
+            "states by it, which is not implemented here. Use kind dflash or dflash2."
         )
 
 

@@ -189,7 +189,7 @@ class MarkovSampler(BlockSampler):
     head: BiasedHead
 
     def __init__(self, drafter: DSparkDrafter, hidden: torch.Tensor, head: Head):
-        """hidden: [B, A, K, H]."""
+        """Start before the first offset. hidden: [B, A, K, H]."""
         assert isinstance(head, BiasedHead)
         self._drafter, self._hidden, self.head = drafter, hidden, head
         self._drafted = 0

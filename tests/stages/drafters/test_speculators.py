@@ -136,7 +136,7 @@ def test_unsupported_configs_are_refused(name: str, plain_target: Target, export
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (random_eagle3, "no form for LlamaForCausalLMEagle3"),
+        (random_eagle3, "does not support LlamaForCausalLMEagle3"),
         (lambda t: random_drafter(t, is_causal=True), "is_causal is true"),
         (lambda t: random_dflash2(t, conv_kernel_size=0, conv_group_size=0), "has no convolutions"),
         (

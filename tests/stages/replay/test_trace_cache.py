@@ -120,7 +120,7 @@ def test_a_group_that_does_not_fit_into_memory_is_replayed_in_halves(
     logs: list[str] = []
     halved = Replayer(plain_target, log=logs.append).traces(drafters, TEXTS)
     assert [len(ids) for ids, *_ in read] == [4, 5]
-    assert logs == ["out of memory with 9 together: once more with 4"]
+    assert logs == ["out of memory with 9 items at once. Trying 4."]
     assert_same(halved["a"], whole["a"])
 
     (mined,) = Replayer(plain_target).mine(plain_drafter, TEXTS)

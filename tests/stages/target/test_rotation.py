@@ -64,7 +64,7 @@ def target(context: RecordingContext) -> Target:
 def test_positions_end_where_angles_change_which_is_logged(context: RecordingContext, target: Target) -> None:
     assert target.info.max_positions == STEADY
     limited = target.config.max_position_embeddings > STEADY
-    assert any("16 of 64 positions are used" in line for line in context.logs) == limited
+    assert any("Limiting prompt and answer to 16 of 64 positions" in line for line in context.logs) == limited
 
 
 @pytest.mark.parametrize("lean", [True, False])
