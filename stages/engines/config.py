@@ -106,7 +106,7 @@ def http_address(url: str) -> str:
     except ValueError:  # a wrong port
         valid = False
     if not valid:
-        raise ValueError(f"{url!r} is no address of a server. Write one such as http://host:30000.")
+        raise ValueError(f"{url!r} is not a server address. Write one such as http://host:30000.")
     return url
 
 
@@ -148,7 +148,7 @@ def _no_reserved_options(title: str, reserved: Mapping[str, str]) -> Callable[[O
             if meant := next((each for each in reserved if each.startswith(name)), None):
                 raise ValueError(f"{key}: {title} would read it as --{meant}, which is set by {reserved[meant]}.")
             if (name, value) in _RANDOM_WEIGHTS:
-                raise ValueError(f"{key}: {value} serves random weights. Remove it here.")
+                raise ValueError(f"{key}: {value} would serve random weights. Remove it.")
             for item in value if isinstance(value, list | tuple) else (value,):
                 if str(item).startswith("-") and not _NUMBER.fullmatch(str(item)):
                     raise ValueError(f"{key}: {title} would read its value {item!r} as another option. Correct it.")
@@ -273,7 +273,9 @@ class ServerEngineConfig(Config):
     @model_validator(mode="after")
     def _urls_or_launch(self) -> Self:
         if bool(self.urls) == (self.launch is not None):
-            raise ValueError("give either urls (running servers) or launch (start them)")
+            raise ValueError(
+                "urls and launch: exactly one must be set. Give urls for running servers, or launch to start them."
+            )
         if self.api_key_env is not None and not self.urls:
             raise ValueError("api_key_env: is for urls, launched servers get a random key. Remove it.")
         return self

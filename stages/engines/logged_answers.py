@@ -37,7 +37,10 @@ def store_logged_answers(
         if ids is None or request is None:
             continue
         if difference := logged.sampling_difference(request.sampling):
-            raise DraftsmithError(f"{row.where}: not sampled as configured ({difference}). Set sampling as it was.")
+            raise DraftsmithError(
+                f"{row.where}: the answer was not sampled as configured ({difference}). Set sampling to what the "
+                "answers were sampled with."
+            )
         if max(ids[1], default=0) >= vocab_size:
             raise DraftsmithError(f"{row.where}: token id outside the target's vocabulary. Give this target's answers.")
         reason = "stop" if row.fields.get("finish_reason") == "stop" else "length"

@@ -96,7 +96,7 @@ class _RequestList:
         return list(by_turn.values())
 
     def longest(self, max_positions: int) -> int:
-        """Return the positions of the longest request with its answer. Raises as `positions_needed`."""
+        """Return how many positions the longest request needs, answer included. Raises as `positions_needed`."""
         longest = positions_needed(self.prompts, self._max_new_tokens, max_positions)
         if whole := self.conversations.whole(self._max_new_tokens):
             longest = max(longest, positions_needed(whole, self._max_new_tokens, max_positions))

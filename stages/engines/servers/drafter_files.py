@@ -19,7 +19,7 @@ def read_drafter(wanted: Mapping[str, str]) -> dict[str, bytes]:
     folder, content = Path(wanted["folder"]), {}
     with TemporaryDirectory() as copy:
         if not folder.is_dir() and wanted["upload"]:
-            from mlflow.artifacts import download_artifacts
+            from mlflow.artifacts import download_artifacts  # here: a server without uploads need not have it
 
             tracking = wanted["tracking"]
             folder = Path(download_artifacts(wanted["upload"], dst_path=copy, tracking_uri=tracking))

@@ -138,7 +138,7 @@ class ServerEngine:
                     yield done.result()
                 elif isinstance(error, _REQUEST_ERRORS):
                     unanswered[name] = error
-                    self._log(f"no answer: {error}")
+                    self._log(f"request failed: {error}")
                 else:
                     yield from _drain(finished)
                     raise error

@@ -14,6 +14,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, help="a file of one line, `api-key: KEY`, as SGLang's servers take it")
     own, rest = parser.parse_known_args()
     try:
+        # here: a missing package ends with a remedy
         from sglang_router.launch_router import launch_router, parse_router_args
     except ImportError as error:
         print(f"{error}. Install sglang-router beside sglang.", file=sys.stderr)

@@ -70,4 +70,5 @@ async def _post(client: httpx.AsyncClient, url: str, name: str, body: Json | Non
     async with httpx.AsyncClient(headers=client.headers) as fresh:  # vLLM closes the connection of an error
         response = await query(fresh, "POST", f"{url}/{name}", body, _WRITE_TIMEOUT_S)
     if response.status_code != 200:
-        raise DraftsmithError(f"{url}: refuses the drafter: /{name} gives {' '.join(response.text.split())[:300]}.")
+        said = " ".join(response.text.split())[:300]
+        raise DraftsmithError(f"{url}: refuses the drafter: /{name} gives {said}. Look at the server's log.")

@@ -127,7 +127,7 @@ def test_an_address_needs_its_scheme() -> None:
     with pytest.raises(ValidationError, match="'gpu1:30000' is no address"):
         SGLangEngineConfig.model_validate({"kind": "sglang", "urls": ["gpu1:30000"]})
     for mistyped in ("http://gpu1:3000o", "http://gpu1:300000", "http://", "http://[::1:30000", "http://gpu1:30000 "):
-        with pytest.raises(ValidationError, match="is no address of a server"):
+        with pytest.raises(ValidationError, match="is not a server address"):
             SGLangEngineConfig.model_validate({"kind": "sglang", "urls": [mistyped]})
     for well in ("http://gpu1", "https://gpu1:443/sglang/", "http://[::1]:30000"):
         assert SGLangEngineConfig.model_validate({"kind": "sglang", "urls": [well]}).urls == (well,)
@@ -160,8 +160,8 @@ def test_an_option_that_the_stage_sets_or_that_is_a_secret_is_refused(said: str,
     ("launch", "said"),
     [
         ({"options": {"attention-backend": ["triton", "--host", "0.0.0.0"]}}, "would read its value '--host'"),
-        ({"options": {"load-format": "dummy"}}, "load-format: dummy serves random weights"),
-        ({"options": {"--speculative_draft_load_format": "dummy"}}, "dummy serves random weights"),
+        ({"options": {"load-format": "dummy"}}, "load-format: dummy would serve random weights"),
+        ({"options": {"--speculative_draft_load_format": "dummy"}}, "dummy would serve random weights"),
         ({"environment": {"HF_TOKEN": "x"}}, "looks like a secret"),
     ],
 )
