@@ -198,7 +198,10 @@ def _start_round(folder: Path, arms: Sequence[str]) -> None:
 def _add_margins(test: ServerSpeedTest, requests: Sequence[Row], heldout: Sequence[Prompt]) -> None:
     """Compute the target's logit margin in this process where answers differ with and without a drafter."""
     if different := sum(row["first_difference"] >= 0 for row in requests):
-        test.ctx.log(f"{different} answers differ with and without a drafter. Computing how sure the target was.")
+        test.ctx.log(
+            f"{different} answers differ between decoding with and without a drafter. Computing the target's logit "
+            "margins there."
+        )
         target = Target.load(test.ctx.inputs["target"], dtype=test.target_dtype)
         add_margins(target, requests, heldout, test.ctx.check_interrupted)
 
@@ -342,7 +345,7 @@ def _tokens_per_s(test: ServerSpeedTest, arm: str, size: int, validation: Sequen
     folder = test.ctx.work / "block-sizes" / arm / str(size)
     table, setting = folder / _TURNS, test.settings[0]
     if not table.exists():
-        test.ctx.log(f"{arm}: validation prompts with blocks of {size}")
+        test.ctx.log(f"{arm}: timing validation prompts with blocks of {size}")
         with test.server(test.drafters[arm], size, folder) as engine:
             test.warm_up(engine, validation)
             requests = requests_for(validation, test.config, setting, test.ctx.seed)

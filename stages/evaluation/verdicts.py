@@ -34,8 +34,8 @@ def pairs(arms: Sequence[str]) -> list[Pair]:
 def verdicts(tau: Mapping[Pair, Estimate], speed: Mapping[Pair, Estimate], speed_prompts: int) -> list[Verdict]:
     """Return a verdict for each pair and kind: `tau`, a difference, and `speed`, a factor over timed runs.
 
-    speed: estimates of the factor's logarithm. speed_prompts: in each run. Intervals are of a level that holds for as
-    many as have enough measurements, or for one.
+    speed: estimates of the factor's logarithm. speed_prompts: in each run. The intervals share one level (Bonferroni
+    over the comparisons with enough measurements).
     """
     enough = [estimate.units >= 2 for estimate in tau.values()]
     enough += [_enough_runs(estimate) for estimate in speed.values()]
@@ -83,7 +83,7 @@ def too_small(estimate: Estimate) -> str:
 
 
 def estimate_record(estimate: Estimate) -> EstimateRecord:
-    """Return an estimate as JSON has it, without NaN."""
+    """Convert an estimate to its JSON record; a NaN error becomes None."""
     error = None if math.isnan(estimate.error) else estimate.error
     return EstimateRecord(value=estimate.value, error=error, units=estimate.units, degrees=estimate.degrees)
 
