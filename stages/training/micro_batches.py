@@ -34,7 +34,9 @@ class MicroBatches:
         self.limit = limit
         note = self._note.read_text("utf-8", "replace") if self._note.exists() else ""
         if note.isdecimal() and 0 < (fitting := int(note)) < limit:  # a damaged note is ignored
-            self._log(f"micro-batches of {fitting} tokens: an earlier attempt had no memory for {2 * fitting}")
+            self._log(
+                f"micro-batches of {fitting} tokens, since an earlier attempt ran out of memory with {2 * fitting}."
+            )
             self.limit = fitting
 
     def __call__(self, step: int) -> Iterable[LossReport]:

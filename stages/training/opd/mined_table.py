@@ -137,7 +137,7 @@ def load_mined(
 
 
 def _steps(table: pa.Table, proposals: int) -> TrajectorySteps:
-    """Convert the rows of one trajectory, padded to `proposals` of the trained block if the mined one is smaller."""
+    """Convert one trajectory's rows; pad them to `proposals` if blocks were mined smaller than they are trained."""
     anchors, accepted, committed, rejected = (table[name].to_numpy().astype(np.int64) for name in _NUMBERS)
     return TrajectorySteps(
         anchors,
