@@ -93,7 +93,7 @@ def test_any_value_in_a_config(config: Any) -> None:
 
 
 @given(st.lists(st.one_of(TEXT, st.builds("{}={}".format, st.sampled_from(["sft.steps", "a.b", "name"]), TEXT))))
-def test_any_override(overrides: list[str]) -> None:
+def test_any_override_is_applied_or_refused_with_a_reason(overrides: list[str]) -> None:
     with_file("run.yaml", yaml.safe_dump(base()).encode(), lambda path: read_config(path, overrides, RefreshConfig))
 
 
@@ -106,7 +106,7 @@ def test_a_config_without_secrets_has_none_after_masking(config: Any) -> None:
 
 
 @given(ROW, st.one_of(st.none(), FIELDS))
-def test_any_prompt_row(row: dict[str, Any], name: str | None) -> None:
+def test_any_prompt_row_is_read_or_refused_with_a_reason(row: dict[str, Any], name: str | None) -> None:
     with ours():
         assert row_messages(row, name, "rows.jsonl, row 1")
 
@@ -121,7 +121,7 @@ MADE = manifest()
 
 
 @given(st.one_of(changed(MADE).map(lambda data: json.dumps(data).encode()), st.binary(max_size=40)))
-def test_any_manifest(content: bytes) -> None:
+def test_any_manifest_is_read_or_refused_with_a_reason(content: bytes) -> None:
     with_file(MANIFEST, content, lambda path: read_manifest(path.parent))
 
 

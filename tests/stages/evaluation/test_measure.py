@@ -401,7 +401,9 @@ def test_one_drafter_and_a_reduced_head(tmp_path: Path, few: DrafterArtifacts) -
     assert found["exactness"]["fp32_prompts"] == 0 and found["exactness"]["identical_share"] == 1
 
 
-def test_several_settings(tmp_path: Path, few: DrafterArtifacts) -> None:
+def test_every_setting_is_reported_and_answers_depend_on_neither_load_nor_drafter(
+    tmp_path: Path, few: DrafterArtifacts
+) -> None:
     """Outputs do not depend on how many are in flight, nor sampled ones on the drafter."""
     settings: dict[str, Any] = {"concurrency": [1, 3], "temperatures": [0, 1.0], "sampling": {"max_new_tokens": 16}}
     settings |= {"rounds": 2, "speed_prompts": 3}
