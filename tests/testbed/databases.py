@@ -42,7 +42,7 @@ def give_databases(home: Path) -> None:
 
 @contextmanager
 def given_to_new_homes() -> Iterator[None]:
-    """Make this process open a copy wherever MLflow's database would be a new file."""
+    """Make this process open a copy wherever MLflow's database would be a new file, whatever server the shell names."""
     from draftsmith.artifacts.tracking.client import sqlite_file
     from draftsmith.artifacts.tracking.runs import Tracking
 
@@ -57,6 +57,8 @@ def given_to_new_homes() -> Iterator[None]:
         return open_(self, uri)
 
     with pytest.MonkeyPatch.context() as patch:
+        for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+            patch.delenv(name, raising=False)
         patch.setattr(Tracking, "_open", opened)
         yield
 

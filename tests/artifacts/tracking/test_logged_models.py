@@ -43,9 +43,7 @@ def ranked(tracking: Tracking, **data_set: str) -> list[str]:
 
 
 @pytest.fixture
-def tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tracking:
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
-        monkeypatch.delenv(name, raising=False)
+def tracking(tmp_path: Path) -> Tracking:
     return Tracking(tmp_path / "home", "my-line")
 
 

@@ -15,19 +15,6 @@ from draftsmith.artifacts.tracking.runs import Tracking
 pytestmark = pytest.mark.integration
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Share a home, since its database takes seconds to create."""
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture
-def tracking(home: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Tracking:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
-    return Tracking(home, request.node.name)
-
-
 def artifacts(folder: Path, content: str = "c" * 64) -> dict[str, ArtifactRef]:
     names = ("prompts", "line@champion", "report")
     return {name: ArtifactRef(name, "k" * 64, content, folder / name) for name in names}

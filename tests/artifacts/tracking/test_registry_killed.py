@@ -27,7 +27,6 @@ def killed(*_: Any, **__: Any) -> None:
 
 
 def test_the_same_command_registers_no_second_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     registry, made = Registry(Tracking(tmp_path / "home")), ref(tmp_path, "a")
     with monkeypatch.context() as patched, pytest.raises(Killed):
         patched.setattr(MlflowClient, "set_model_version_tag", killed)  # the first call after the version is created
@@ -65,35 +64,27 @@ class Losing:
 
 
 @pytest.fixture
-def by_hand(served: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+def by_hand(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     """A registry for the commands; its versions have no files."""
-    monkeypatch.setattr(registry_commands, "registry", lambda: served)
+    monkeypatch.setattr(registry_commands, "registry", lambda: registry)
     monkeypatch.setattr(registry_commands, "verify_checkpoint", lambda _version: None)
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Registry:
-    folder = tmp_path_factory.mktemp("served")
-    with pytest.MonkeyPatch.context() as environment:
-        environment.delenv("MLFLOW_TRACKING_URI", raising=False)
-        return Registry(Tracking(folder / "home"))
 
 
 @pytest.mark.parametrize("writes", [1, 2, 3, 4])
 def test_the_same_call_completes_an_interrupted_promotion(
-    writes: int, served: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    writes: int, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = f"promoted-{writes}"
-    first, second = (served.register(line, ref(tmp_path, f"{writes}{name}"), {}) for name in "ab")
-    served.promote(first, expected=None, why="the first one")
-    third = served.register(line, ref(tmp_path, f"{writes}c"), {})
+    first, second = (registry.register(line, ref(tmp_path, f"{writes}{name}"), {}) for name in "ab")
+    registry.promote(first, expected=None, why="the first one")
+    third = registry.register(line, ref(tmp_path, f"{writes}c"), {})
     with monkeypatch.context() as patched, pytest.raises(Killed):
         Losing(patched, writes)
-        served.promote(third, expected=first, why="better")
-    assert {first.content_id, third.content_id} <= served.needed_content_ids(), "neither may be pruned"
-    served.promote(third, expected=first, why="better")
-    assert [(each.version, each.before) for each in served.events(line)] == [(1, None), (3, 1)]
-    assert [(each.number, each.aliases) for each in served.versions(line)] == [
+        registry.promote(third, expected=first, why="better")
+    assert {first.content_id, third.content_id} <= registry.needed_content_ids(), "neither may be pruned"
+    registry.promote(third, expected=first, why="better")
+    assert [(each.version, each.before) for each in registry.events(line)] == [(1, None), (3, 1)]
+    assert [(each.number, each.aliases) for each in registry.versions(line)] == [
         (first.number, ("previous",)),
         (second.number, ()),
         (third.number, ("champion",)),
@@ -101,63 +92,63 @@ def test_the_same_call_completes_an_interrupted_promotion(
 
 
 @pytest.mark.usefixtures("by_hand")
-def test_a_deleted_previous_version_is_no_interrupted_promotion(served: Registry, tmp_path: Path) -> None:
-    first, second, third = (served.register("cleaned", ref(tmp_path, name), {}) for name in "abc")
-    served.promote(first, expected=None, why="the first one")
-    served.promote(second, expected=first, why="better")
-    served._tracking.connect()[0].delete_model_version("cleaned", str(first.number))
+def test_a_deleted_previous_version_is_no_interrupted_promotion(registry: Registry, tmp_path: Path) -> None:
+    first, second, third = (registry.register("cleaned", ref(tmp_path, name), {}) for name in "abc")
+    registry.promote(first, expected=None, why="the first one")
+    registry.promote(second, expected=first, why="better")
+    registry._tracking.connect()[0].delete_model_version("cleaned", str(first.number))
     registry_commands.promote(Display(), f"cleaned@{third.number}", "by hand", dry_run=False)
-    assert serving(served, "cleaned") == (third.number, second.number)
+    assert serving(registry, "cleaned") == (third.number, second.number)
 
 
 @pytest.mark.usefixtures("by_hand")
 @pytest.mark.parametrize("writes", [1, 2, 3])
 def test_repeating_a_rollback_does_not_undo_it(
-    writes: int, served: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    writes: int, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = f"rolled-back-{writes}"
-    good, bad = (served.register(line, ref(tmp_path, name), {}) for name in "ab")
-    served.promote(good, expected=None, why="the first one")
-    served.promote(bad, expected=good, why="better")
+    good, bad = (registry.register(line, ref(tmp_path, name), {}) for name in "ab")
+    registry.promote(good, expected=None, why="the first one")
+    registry.promote(bad, expected=good, why="better")
     with monkeypatch.context() as patched, pytest.raises(Killed):
         Losing(patched, writes)
         registry_commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
     registry_commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
-    assert serving(served, line) == (1, 2)
-    assert [each.what for each in served.events(line)] == ["promoted", "promoted", "rolled back to"]
-    undone = served.rollback_event(bad)
-    assert undone is not None and undone.why == "it accepts nothing" and served.rollback_event(good) is None
-    served.promote(bad, expected=good, why="by hand")
-    assert served.rollback_event(bad) is None
+    assert serving(registry, line) == (1, 2)
+    assert [each.what for each in registry.events(line)] == ["promoted", "promoted", "rolled back to"]
+    undone = registry.rollback_event(bad)
+    assert undone is not None and undone.why == "it accepts nothing" and registry.rollback_event(good) is None
+    registry.promote(bad, expected=good, why="by hand")
+    assert registry.rollback_event(bad) is None
 
 
 @pytest.mark.usefixtures("by_hand")
-def test_a_second_rollback_does_not_restore_what_the_first_removed(served: Registry, tmp_path: Path) -> None:
+def test_a_second_rollback_does_not_restore_what_the_first_removed(registry: Registry, tmp_path: Path) -> None:
     line = "rolled-back-twice"
-    good, bad = (served.register(line, ref(tmp_path, name), {}) for name in "ab")
-    served.promote(good, expected=None, why="the first one")
-    served.promote(bad, expected=good, why="better")
+    good, bad = (registry.register(line, ref(tmp_path, name), {}) for name in "ab")
+    registry.promote(good, expected=None, why="the first one")
+    registry.promote(bad, expected=good, why="better")
     registry_commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
     for dry_run in (True, False):
         with pytest.raises(DraftsmithError, match=rf"version 2 .*it accepts nothing.*promote {line}@VERSION"):
             registry_commands.rollback(Display(), line, "", dry_run=dry_run)
-    assert serving(served, line)[0] == good.number
+    assert serving(registry, line)[0] == good.number
     registry_commands.promote(Display(), f"{line}@2", "mended", dry_run=False)
     registry_commands.rollback(Display(), line, "", dry_run=False)  # what a hand has promoted goes back
-    assert serving(served, line)[0] == good.number
+    assert serving(registry, line)[0] == good.number
 
 
 @pytest.mark.usefixtures("by_hand")
 def test_a_rollback_warns_about_another_target(
-    served: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    registry: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = "of-two-targets"
     first, second, third = (
-        served.register(line, ref(tmp_path, n), {"target_digest": t * 64}) for n, t in ("aa", "bb", "cb")
+        registry.register(line, ref(tmp_path, n), {"target_digest": t * 64}) for n, t in ("aa", "bb", "cb")
     )
-    served.promote(first, expected=None, why="the first one")
-    served.promote(second, expected=first, why="better")
-    served.promote(third, expected=second, why="better")
+    registry.promote(first, expected=None, why="the first one")
+    registry.promote(second, expected=first, why="better")
+    registry.promote(third, expected=second, why="better")
     registry_commands.rollback(Display(), line, "", dry_run=False)
     assert "warning" not in capsys.readouterr().out
     registry_commands.promote(Display(), f"{line}@1", "", dry_run=True)
@@ -166,9 +157,9 @@ def test_a_rollback_warns_about_another_target(
     )
 
 
-def test_permanent_errors_are_not_retryable(served: Registry, tmp_path: Path) -> None:
+def test_permanent_errors_are_not_retryable(registry: Registry, tmp_path: Path) -> None:
     with pytest.raises(DraftsmithError, match="refused this") as refused:
-        served.register("a:b", ref(tmp_path, "a"), {})
+        registry.register("a:b", ref(tmp_path, "a"), {})
     assert not isinstance(refused.value, RetryableError)
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "mlflow.db").write_text("no database at all, for 16 bytes and more")
