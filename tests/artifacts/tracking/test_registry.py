@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import shutil
 import sqlite3
-import threading
 from contextlib import closing
 from pathlib import Path
 
@@ -32,14 +31,6 @@ def serving(registry: Registry, line: str) -> tuple[int | None, int | None]:
     """Return the version numbers of `champion` and `previous`."""
     found = registry.champion(line), registry.alias(line, PREVIOUS)
     return found[0].number if found[0] else None, found[1].number if found[1] else None
-
-
-@pytest.fixture(scope="module")
-def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
-    """A registry shared by all tests, because creating a database takes seconds."""
-    with pytest.MonkeyPatch.context() as environment:
-        environment.delenv("MLFLOW_TRACKING_URI", raising=False)
-        return Registry(Tracking(tmp_path_factory.mktemp("home")))
 
 
 @pytest.fixture
@@ -78,36 +69,6 @@ def test_a_line_records_results_of_drift_checks(line: str, registry: Registry, t
     for each in seen:
         registry.add_drift(line, each)
     assert registry.drift(line) == [seen[0], seen[2]], "the same check, planned again, is one point"
-
-
-def test_the_same_content_is_registered_once(line: str, registry: Registry, tmp_path: Path) -> None:
-    made = ref(tmp_path, "a")
-    assert registry.register(line, made, {"tau": "2.5"}).number == registry.register(line, made, {"tau": "2.6"}).number
-    (version,) = registry.versions(line)
-    assert version.tags["tau"] == "2.6"
-
-
-def test_the_second_of_two_concurrent_promotions_must_decide_again(
-    line: str, registry: Registry, tmp_path: Path
-) -> None:
-    first = registry.register(line, ref(tmp_path, "a"), {})
-    registry.promote(first, expected=None, why="the first one")
-    rivals = [registry.register(line, ref(tmp_path, name), {}) for name in "bc"]
-    refused: list[ChampionMovedError] = []
-
-    def promote(rival: int) -> None:
-        try:
-            registry.promote(rivals[rival], expected=first, why="better")
-        except ChampionMovedError as error:
-            refused.append(error)
-
-    racers = [threading.Thread(target=promote, args=[rival]) for rival in (0, 1)]
-    for racer in racers:
-        racer.start()
-    for racer in racers:
-        racer.join()
-    assert len(refused) == 1 and "Decide again" in str(refused[0])
-    assert len(registry.events(line)) == 2
 
 
 def test_a_name_resolves_to_a_version_or_the_error_lists_versions(
