@@ -97,27 +97,9 @@ def test_a_key_depends_on_each_of_its_inputs(tmp_path: Path) -> None:
         {"seed": 1},
     ]
     assert len({Store.key(**(base | change)) for change in [{}, *changes]}) == len(changes) + 1
-
-
-def test_a_key_ignores_field_order_and_paths_of_inputs(tmp_path: Path) -> None:
-    here = ArtifactRef("prompts", KEY, "1" * 64, tmp_path)
-    there = ArtifactRef("prompts", OTHER, "1" * 64, tmp_path / "moved")
-    first = Store.key("rollout", "c", {"a": 1, "b": 2}, {"prompts": here}, 0)
-    assert first == Store.key("rollout", "c", {"b": 2, "a": 1}, {"prompts": there}, 0)
-
-
-def test_a_failed_attempt_leaves_no_artifact_and_the_next_one_resumes_it(store: Store) -> None:
-    with pytest.raises(RuntimeError), store.claim("rollout", KEY) as claim:
-        assert isinstance(claim, Claim)
-        (claim.out / "first").write_text("kept")
-        (claim.work / "checkpoint").write_text("step 7")
-        raise RuntimeError("the stage failed")
-    assert store.find("rollout", KEY) is None
-    assert store.list() == []
-    with store.claim("rollout", KEY) as claim:
-        assert isinstance(claim, Claim)
-        assert (claim.work / "checkpoint").read_text() == "step 7"
-        assert (claim.out / "first").read_text() == "kept"
+    moved = ArtifactRef("prompts", OTHER, "1" * 64, tmp_path / "moved")
+    same = {"config": {"b": {"y": 3, "x": 2}, "a": 1}, "inputs": {"prompts": moved}}
+    assert Store.key(**(base | same)) == Store.key(**base), "the order of fields and the paths of inputs do not count"
 
 
 def test_a_forced_claim_starts_empty_or_continues_a_forced_attempt(
@@ -253,16 +235,6 @@ def test_a_flipped_bit_in_a_manifest_is_detected_or_harmless(store: Store) -> No
     path.write_bytes(whole.replace(b"2.5", b"2.4"))
     with pytest.raises(DraftsmithError, match=r"has changed since it was written.*--force rollout"):
         store.find("rollout", KEY)
-
-
-def test_a_forced_attempt_that_fails_keeps_the_old_artifact(store: Store) -> None:
-    old = make(store)
-    with pytest.raises(RuntimeError), store.claim("rollout", KEY, force=True) as claim:
-        assert isinstance(claim, Claim)
-        (claim.out / "data.txt").write_text("new")
-        raise RuntimeError("the stage failed")
-    assert store.find("rollout", KEY) == old
-    store.verify(old)
 
 
 def test_force_keeps_a_replaced_artifact_only_if_its_content_differs(store: Store) -> None:
