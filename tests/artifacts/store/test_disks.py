@@ -14,8 +14,7 @@ import pytest
 pytestmark = pytest.mark.integration
 
 # Commits a small artifact, makes the disk refuse writes, then tries another; argv = folder, code that makes it refuse.
-SCRIPT = textwrap.dedent(
-    """
+SCRIPT = """
     import os, resource, subprocess, sys
     from pathlib import Path
     from draftsmith.artifacts.errors import DraftsmithError
@@ -48,20 +47,23 @@ SCRIPT = textwrap.dedent(
     store.verify(first)
     partial = store.partial_path("prompts", "b" * 64)
     assert not partial.exists() or not list(partial.rglob("*.parquet")) + list(partial.rglob("manifest.json"))
-    """
-)
+"""
 
 
-def try_disk(folder: Path, refuse: str, mount: str | None = None) -> str:
-    """Run the script; with `mount`, inside a mount namespace that ends with it."""
-    command = [sys.executable, "-c", SCRIPT, str(folder), refuse]
-    if mount is not None:
-        inside = f'mount -t tmpfs {mount} draftsmith "$0" && exec "$@"'
+def printed(script: str, folder: Path, *arguments: str, size: str | None = None) -> list[str]:
+    """Run a script and return its lines; with `size`, on a tmpfs in a mount namespace that ends with it."""
+    command = [sys.executable, "-c", textwrap.dedent(script), str(folder), *arguments]
+    if size is not None:
+        inside = f'mount -t tmpfs -o size={size} draftsmith "$0" && exec "$@"'
         command = ["unshare", "--mount", "sh", "-c", inside, str(folder), *command]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    assert len(result.stdout.splitlines()) == 1
-    return result.stdout
+    return result.stdout.splitlines()
+
+
+def try_disk(folder: Path, refuse: str, size: str | None = None) -> str:
+    (message,) = printed(SCRIPT, folder, refuse, size=size)
+    return message
 
 
 def can_mount() -> bool:
@@ -72,7 +74,7 @@ def can_mount() -> bool:
 def test_a_full_disk_is_one_clear_error_and_earlier_artifacts_stay(tmp_path: Path) -> None:
     """Uses a tmpfs of 1 MiB where mounts are allowed, else a limit on the size of files."""
     if can_mount():
-        message = try_disk(tmp_path, "", mount="-o size=1m")
+        message = try_disk(tmp_path, "", size="1m")
         assert "the disk is full" in message
     else:
         message = try_disk(tmp_path, "resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))")
@@ -80,8 +82,7 @@ def test_a_full_disk_is_one_clear_error_and_earlier_artifacts_stay(tmp_path: Pat
     assert "prompts.parquet" in message
 
 
-COMMIT = textwrap.dedent(
-    """
+COMMIT = """
     import sys
     from pathlib import Path
     from draftsmith.artifacts.store.local import Store
@@ -98,22 +99,16 @@ COMMIT = textwrap.dedent(
             print(error.strerror)
         made = store.commit(claim, Provenance({}, {}, "c", 0))
     print(*sorted(path.name for path in made.path.iterdir()))
-    """
-)
+"""
 
 
 @pytest.mark.skipif(not can_mount(), reason="needs the right to mount")
 def test_a_disk_that_fills_up_after_the_stage_does_not_prevent_the_commit(tmp_path: Path) -> None:
     """The attempt reserved space for its manifest at the start."""
-    inside = 'mount -t tmpfs -o size=1m draftsmith "$0" && exec "$@"'
-    command = ["unshare", "--mount", "sh", "-c", inside, str(tmp_path), sys.executable, "-c", COMMIT, str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines() == ["No space left on device", "answers manifest.json"]
+    assert printed(COMMIT, tmp_path, size="1m") == ["No space left on device", "answers manifest.json"]
 
 
-TORCH = textwrap.dedent(
-    """
+TORCH = """
     import sys
     from pathlib import Path
     import torch
@@ -134,19 +129,13 @@ TORCH = textwrap.dedent(
             attempt()
         except Exception as error:
             print(from_os_error(find_disk_error(error), type(error).__name__))
-    """
-)
+"""
 
 
 @pytest.mark.skipif(not can_mount(), reason="needs the right to mount: torch sees a full disk only on a full disk")
 def test_a_full_disk_is_recognized_in_errors_of_torch_and_safetensors(tmp_path: Path) -> None:
-    inside = 'mount -t tmpfs -o size=1m draftsmith "$0" && exec "$@"'
-    command = ["unshare", "--mount", "sh", "-c", inside, str(tmp_path), sys.executable, "-c", TORCH, str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    checkpoint, drafter = result.stdout.splitlines()
-    for line in (checkpoint, drafter):
-        assert "the disk is full" in line
+    checkpoint, drafter = printed(TORCH, tmp_path, size="1m")
+    assert "the disk is full" in checkpoint and "the disk is full" in drafter
     assert drafter.startswith("SafetensorError")
 
 
@@ -168,5 +157,5 @@ def test_a_folder_without_permission_is_one_clear_error(tmp_path: Path) -> None:
 )
 def test_a_read_only_file_system_is_one_clear_error(tmp_path: Path) -> None:
     refuse = "subprocess.run(['mount', '-o', 'remount,ro', str(folder)], check=True)"
-    message = try_disk(tmp_path, refuse, mount="-o size=32m")
+    message = try_disk(tmp_path, refuse, size="32m")
     assert "the file system is read-only" in message
