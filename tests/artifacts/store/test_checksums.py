@@ -29,10 +29,15 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
-    folder = tmp_path / "home"
-    folder.mkdir()
-    return folder
+def cached(tmp_path: Path) -> Checksums:
+    (tmp_path / "home").mkdir()
+    return Checksums(tmp_path / "home")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    (tmp_path / "weights").write_bytes(b"bytes")
+    return tmp_path / "weights"
 
 
 def rewrite_with_old_times(path: Path) -> None:
@@ -49,36 +54,25 @@ def replace_with_old_times(path: Path) -> None:
     other.replace(path)
 
 
-def test_a_file_is_hashed_only_once(home: Path, tmp_path: Path, reads: list[Path]) -> None:
-    path = tmp_path / "weights"
-    path.write_bytes(b"bytes")
-    assert {Checksums(home).sha256(path) for _ in range(3)} == {sha256_file(path)}
-    assert reads == [path]
-
-
 @pytest.mark.parametrize(
     "touch", [rewrite_with_old_times, replace_with_old_times, lambda path: path.write_bytes(b"other")]
 )
 def test_a_touched_file_is_hashed_again_even_with_equal_size_and_time(
-    touch: Callable[[Path], object], home: Path, tmp_path: Path, reads: list[Path]
+    touch: Callable[[Path], object], cached: Checksums, path: Path, reads: list[Path]
 ) -> None:
-    path, cached = tmp_path / "weights", Checksums(home)
-    path.write_bytes(b"bytes")
     before = cached.sha256(path)
     touch(path)
     assert cached.sha256(path) == sha256_file(path) != before
     assert len(reads) == 2
 
 
-def test_a_file_is_hashed_again_after_a_week(
-    home: Path, tmp_path: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch
+def test_a_file_is_hashed_once_a_week(
+    cached: Checksums, path: Path, tmp_path: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, cached = tmp_path / "weights", Checksums(home)
-    path.write_bytes(b"bytes")
     now = cached.checksum(path).at
     monkeypatch.setattr(checksums.time, "time", lambda: now + checksums.MAX_AGE_S - 1)
-    cached.sha256(path)
-    assert len(reads) == 1
+    assert cached.sha256(path) == Checksums(tmp_path / "home").sha256(path) == sha256_file(path)
+    assert reads == [path]
     monkeypatch.setattr(checksums.time, "time", lambda: now + checksums.MAX_AGE_S + 1)
     cached.sha256(path)
     assert len(reads) == 2
@@ -88,35 +82,28 @@ def test_a_file_is_hashed_again_after_a_week(
 
 
 def test_the_checksum_of_a_file_written_just_now_is_not_cached(
-    home: Path, tmp_path: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch
+    cached: Checksums, path: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checksums, "_CLOCK_RESOLUTION_S", 60.0)
-    path = tmp_path / "weights"
-    path.write_bytes(b"bytes")
     for _ in range(2):
-        Checksums(home).sha256(path)
+        cached.sha256(path)
     assert len(reads) == 2
 
 
 def test_a_file_that_changes_while_it_is_hashed_is_one_clear_error(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cached: Checksums, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "log.jsonl"
-    path.write_bytes(b"{}\n")
-
     def hashed(file: Path) -> str:
         with file.open("ab") as stream:
-            stream.write(b"{}\n")
+            stream.write(b"more")
         return sha256_file(file)
 
     monkeypatch.setattr(checksums, "sha256_file", hashed)
-    with pytest.raises(DraftsmithError, match=r"log\.jsonl: another process is writing to it"):
-        Checksums(home).sha256(path)
+    with pytest.raises(DraftsmithError, match="weights: another process is writing to it"):
+        cached.sha256(path)
 
 
-def test_hashing_a_file_does_not_create_a_home(tmp_path: Path) -> None:
-    path = tmp_path / "weights"
-    path.write_bytes(b"weights")
+def test_hashing_a_file_does_not_create_a_home(path: Path, tmp_path: Path) -> None:
     rewrite_with_old_times(path)
     assert Checksums(tmp_path / "none").sha256(path) == sha256_file(path)
     assert not (tmp_path / "none").exists()
