@@ -11,24 +11,14 @@ import pytest
 from draftsmith.artifacts.tables.parquet import TableShards, select_in_order, shard_paths, to_table, write_table
 from draftsmith.artifacts.tables.readers import KeyedRows, RowReader
 from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE
+from tests.artifacts.tables.test_parquet import trace_row
 
 COLUMNS = TRACE.columns.names
 KEYS = [f"p{index}/0" for index in range(40)]
 
 
 def steps(key: str, count: int, anchor: int = 0) -> pa.Table:
-    rows = [
-        {
-            "trajectory_id": key,
-            "step": s,
-            "anchor": anchor + s,
-            "accepted": 0,
-            "proposed_ids": [s],
-            "target_logprobs": None,
-        }
-        for s in range(count)
-    ]
-    return to_table(TRACE, rows)
+    return to_table(TRACE, [trace_row(s, trajectory_id=key, anchor=anchor + s, proposed_ids=[s]) for s in range(count)])
 
 
 def shuffled(folder: Path) -> pa.Table:

@@ -13,6 +13,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.tables.parquet import TableShards, TableWriter, read_table, to_table, write_table
 from draftsmith.artifacts.tables.readers import MappedReader, RowReader
 from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE
+from tests.artifacts.tables.test_parquet import trace_row
 
 COLUMNS = TRACE.columns.names
 
@@ -21,20 +22,12 @@ def steps(count: int, seed: int = 0) -> pa.Table:
     """Return rows of TRACE with lists of 0 to 7 proposals, half of them without log-probs."""
     rng = np.random.default_rng(seed)
     proposed = [rng.integers(0, 99, rng.integers(0, 8)).astype(np.int32) for _ in range(count)]
-    return to_table(
-        TRACE,
-        [
-            {
-                "trajectory_id": f"p{row // 9}/0",
-                "step": row % 9,
-                "anchor": row,
-                "accepted": 1,
-                "proposed_ids": ids,
-                "target_logprobs": None if row % 2 else -ids.astype(np.float32),
-            }
-            for row, ids in enumerate(proposed)
-        ],
-    )
+    likely = [None if row % 2 else -ids.astype(np.float32) for row, ids in enumerate(proposed)]
+    rows = [
+        trace_row(row % 9, trajectory_id=f"p{row // 9}/0", anchor=row, proposed_ids=ids, target_logprobs=likely[row])
+        for row, ids in enumerate(proposed)
+    ]
+    return to_table(TRACE, rows)
 
 
 def test_row_groups_do_not_depend_on_how_rows_were_appended(tmp_path: Path) -> None:
