@@ -30,25 +30,17 @@ def mount(monkeypatch: pytest.MonkeyPatch) -> Mount:
     return table
 
 
-@pytest.mark.parametrize("kind", ["nfs4", "fuse.sshfs"])
-def test_network_file_systems_are_recognized(kind: str, mount: Mount, tmp_path: Path) -> None:
-    mount((tmp_path / "team data", kind))
-    (tmp_path / "team data").mkdir()
-    assert network_file_system(tmp_path / "team data" / "not" / "there yet") == f"{kind} at {tmp_path}/team data"
+@pytest.mark.parametrize("kinds", [("nfs4",), ("fuse.sshfs",), ("nfs", "ext4"), ("nfs", "fuse.fuse-overlayfs")])
+def test_the_last_mount_decides_whether_a_file_system_is_a_network_one(
+    kinds: tuple[str, ...], mount: Mount, tmp_path: Path
+) -> None:
+    folder = tmp_path / "team data"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    mount(*((folder, kind) for kind in kinds))
+    for path in (folder / "not" / "there yet", tmp_path / "link" / "mlflow.db"):
+        assert network_file_system(path) == (f"{kinds[0]} at {folder}" if len(kinds) == 1 else None)
     assert network_file_system(tmp_path / "team data2") is None
-
-
-@pytest.mark.parametrize("kind", ["ext4", "fuse.fuse-overlayfs"])
-def test_local_file_systems_are_not_taken_for_network_ones(kind: str, mount: Mount, tmp_path: Path) -> None:
-    mount((tmp_path, "nfs"), (tmp_path, kind))  # mounted over it
-    assert network_file_system(tmp_path) is None
-
-
-def test_a_link_has_the_file_system_of_its_target(mount: Mount, tmp_path: Path) -> None:
-    (tmp_path / "remote").mkdir()
-    (tmp_path / "home").symlink_to(tmp_path / "remote")
-    mount((tmp_path / "remote", "nfs"))
-    assert network_file_system(tmp_path / "home" / "mlflow.db")
 
 
 def test_mlflows_database_is_refused_on_a_network_file_system(
@@ -56,7 +48,6 @@ def test_mlflows_database_is_refused_on_a_network_file_system(
 ) -> None:
     mount((tmp_path / "home", "nfs4"))
     (tmp_path / "home").mkdir()
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(DraftsmithError, match=r"MLflow's database .* \(nfs4 at .*set MLFLOW_TRACKING_URI") as caught:
         Tracking(tmp_path / "home").check()
     assert caught.value.exit_code == 2 and not list((tmp_path / "home").iterdir())

@@ -7,7 +7,6 @@ import logging
 
 import pytest
 
-from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.redaction import (
     describe_secret,
     find_secrets,
@@ -56,16 +55,10 @@ PLAIN = [
 ]
 
 
-@pytest.mark.parametrize("text", HOLDING)
-def test_a_secret_is_detected_and_masked(text: str) -> None:
-    assert describe_secret(text), text
-    assert SECRET not in redacted(f"GET {text} failed")
-    assert "GET " in redacted(f"GET {text} failed") and " failed" in redacted(f"GET {text} failed")
-
-
-@pytest.mark.parametrize("text", KNOWN)
-def test_tokens_of_well_known_services_are_detected_and_masked(text: str) -> None:
-    assert describe_secret(text) and text not in redacted(f"with {text} in it")
+@pytest.mark.parametrize(("text", "secret"), [*((text, SECRET) for text in HOLDING), *((text, text) for text in KNOWN)])
+def test_a_secret_is_detected_and_masked(text: str, secret: str) -> None:
+    masked = redacted(f"GET {text} failed")
+    assert describe_secret(text) and secret not in masked and "GET " in masked and " failed" in masked
 
 
 @pytest.mark.parametrize("text", PLAIN)
@@ -92,12 +85,6 @@ def test_secrets_in_a_config_are_reported_by_field_without_their_value() -> None
     found = dict(find_secrets(config))
     assert set(found) == {"engine.urls.1", "engine.launch.environment.MY_TOKEN", "hook.command.1", "pin.password"}
     assert SECRET not in str(found)
-
-
-def test_secret_values_of_the_environment_are_masked_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MY_SERVICE_TOKEN", SECRET)
-    assert redacted(f"refused {SECRET}!") == "refused ***!"
-    assert SECRET not in str(DraftsmithError(f"refused {SECRET}"))
 
 
 def test_log_records_and_their_tracebacks_are_redacted() -> None:

@@ -58,8 +58,7 @@ def test_the_challenger_is_the_best_arm_on_the_validation_split() -> None:
 
 
 def test_a_review_is_read_with_all_its_keys(tmp_path: Path) -> None:
-    content = json.loads((GOLDEN / "review.json").read_text())
-    (tmp_path / "review.json").write_text(json.dumps(content))
+    (tmp_path / "review.json").write_bytes((GOLDEN / "review.json").read_bytes())
     review = ReviewResult.read(tmp_path)
-    assert review.to_json() == content
-    assert review.outcome is not None and review.outcome.kind == content["outcome"]["kind"] and review.metrics
+    assert review.to_json() == json.loads((GOLDEN / "review.json").read_text())
+    assert review.outcome is not None and review.metrics
