@@ -1,13 +1,20 @@
-"""Configs of refreshes: a small one with every stage, which tests override, and those of YAML files."""
+"""Configs of refreshes: a small one with every stage, which tests override, and those of YAML files. Single nodes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from draftsmith.flows.config.load import merge_configs, read_config
+from draftsmith.flows.planning.graph import Node, topological_order
 from draftsmith.flows.refresh.config import RefreshConfig
+from draftsmith.flows.refresh.graph import refresh_nodes
+from draftsmith.stages.catalog import STAGES
+from draftsmith.stages.runtime.stage import Config
+from tests.testbed.context import RecordingContext
 from tests.testbed.procedural.training import MASK
 
 
@@ -36,3 +43,21 @@ def small_refresh(name: str, target: Path | str, prompts: Path | str, answer: in
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RefreshConfig:
     """Load the config of a refresh from a YAML file, with overrides such as `opd.steps=200`."""
     return read_config(path, overrides, RefreshConfig)
+
+
+def node_of(stage: str, inputs: Mapping[str, str] | None = None, node: str = "", /, **fields: Any) -> Node:
+    """Return a node of a stage of the catalogue. node: its name, left out: the stage's. fields: of its config."""
+    made = Node(node or stage, STAGES[stage], Config(), inputs or {})
+    return replace(made, config=made.stage.config.model_validate(fields))
+
+
+def run_here(fields: Mapping[str, Any], folder: Path) -> dict[str, Path]:
+    """Run every stage of a refresh in this process; return its artifacts by node."""
+    made: dict[str, Path] = {}
+    for node in topological_order(refresh_nodes(RefreshConfig.model_validate(fields))):
+        inputs = {name: made[source] for name, source in node.inputs.items()}
+        context = RecordingContext(folder / node.name, folder / f"{node.name}.work", inputs, seed=1)
+        node.stage.run(context, node.config)
+        shutil.rmtree(context.work)
+        made[node.name] = context.out
+    return made

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +10,12 @@ import numpy as np
 from draftsmith.artifacts.results.evaluation import EvaluationResult
 from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import ADAPTED_TRAJECTORIES
-from draftsmith.flows.planning.graph import topological_order
-from draftsmith.flows.refresh.config import RefreshConfig
-from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.target.causal_lm import Target
 from tests.testbed.adapters import merge, write_adapter
-from tests.testbed.context import RecordingContext
 from tests.testbed.random_target import write_model
-from tests.testbed.refresh import small_refresh
+from tests.testbed.refresh import run_here, small_refresh
 
 
 def test_a_refresh_under_adapters_is_lossless_and_measures_each(tmp_path: Path) -> None:
@@ -35,13 +30,7 @@ def test_a_refresh_under_adapters_is_lossless_and_measures_each(tmp_path: Path) 
         prompts={"train": 32, "heldout": 8, "heldout_share": 0.3}, rollout={"prompts": 24}, assisted={"skip": 24},
         sft={"steps": 60}, opd={"steps": 5}, evaluation={"exactness_prompts": 4, "speed_prompts": 4},
     )  # fmt: skip
-    made: dict[str, Path] = {}
-    for node in topological_order(refresh_nodes(RefreshConfig.model_validate(fields))):
-        inputs = {name: made[source] for name, source in node.inputs.items()}
-        context = RecordingContext(tmp_path / node.name, tmp_path / f"{node.name}.work", inputs, seed=1)
-        node.stage.run(context, node.config)
-        shutil.rmtree(context.work)
-        made[node.name] = context.out
+    made = run_here(fields, tmp_path)
 
     for name in ("rollout", "assisted", "heldout"):  # the last two with a drafter and without
         answers = read_table(made[name] / "trajectories.parquet", ADAPTED_TRAJECTORIES).to_pylist()

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 
 from draftsmith.artifacts.results.evaluation import EvaluationResult
-from draftsmith.flows.planning.graph import topological_order
-from draftsmith.flows.refresh.config import RefreshConfig
-from draftsmith.flows.refresh.graph import refresh_nodes
-from tests.testbed.context import RecordingContext
 from tests.testbed.families import write_family
-from tests.testbed.refresh import small_refresh
+from tests.testbed.refresh import run_here, small_refresh
 
 
 def test_a_refresh_is_lossless(tmp_path: Path) -> None:
@@ -30,14 +25,7 @@ def test_a_refresh_is_lossless(tmp_path: Path) -> None:
         sft={"steps": 150}, opd={"steps": 5},
         evaluation=answers | {"exactness_prompts": 3, "speed_prompts": 3},
     )  # fmt: skip
-    config = RefreshConfig.model_validate(fields)
-    made: dict[str, Path] = {}
-    for node in topological_order(refresh_nodes(config)):
-        inputs = {name: made[source] for name, source in node.inputs.items()}
-        context = RecordingContext(tmp_path / node.name, tmp_path / f"{node.name}.work", inputs, seed=1)
-        node.stage.run(context, node.config)
-        shutil.rmtree(context.work)
-        made[node.name] = context.out
+    made = run_here(fields, tmp_path)
     result = EvaluationResult.read(made["evaluation"])
     assert set(result.drafters) == {"sft", "control", "opd"}
     exactness = result.exactness
