@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 
 from draftsmith.flows.cli.main import main
 from tests.flows.processes import ROOT
+from tests.stages.data.logs.logs_run import write
 from tests.testbed.adapters import write_adapter
 from tests.testbed.drafter import DrafterArtifacts
 from tests.testbed.refresh import small_refresh
@@ -39,10 +41,25 @@ def config(tiny_target: Path, tiny_prompts: Path) -> dict[str, Any]:
     return small_refresh("tiny", tiny_target, tiny_prompts, 32, prompts={"max_prompt_tokens": 64})
 
 
-def run(tmp_path: Path, config: dict[str, Any], *arguments: str) -> int:
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return main(["check", str(path), *arguments])
+Check = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def check(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Check:  # noqa: ARG001
+    """A function that checks a config or its file, and returns the exit code and what is printed, errors last."""
+
+    def checked(config: dict[str, Any] | str, *changes: str) -> tuple[int, str]:
+        path = config if isinstance(config, str) else str(tmp_path / "run.yaml")
+        if not isinstance(config, str):
+            Path(path).write_text(yaml.safe_dump(config))
+        code = main(["check", path, *(word for change in changes for word in ("--set", change))])
+        return code, "".join(capsys.readouterr())
+
+    return checked
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def levels(out: str) -> dict[str, list[str]]:
@@ -54,44 +71,34 @@ def levels(out: str) -> dict[str, list[str]]:
     return levels_by_check
 
 
-def test_a_good_config_passes_and_nothing_is_left(
-    home: Path, tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(tmp_path, config) == 0
-    out = capsys.readouterr().out
-    assert {level for each in levels(out).values() for level in each} == {"ok"}
+def test_a_good_config_passes_and_nothing_is_left(home: Path, check: Check, config: dict[str, Any]) -> None:
+    code, out = check(config)
+    assert code == 0 and {level for each in levels(out).values() for level in each} == {"ok"}
     assert out.splitlines()[-1] == "0 errors, 0 warnings, 0 not checked"
-    for check in ("home", "graph", "prompts.sources.0", "target", "sft: drafter", "sft: needs", "disk", "time"):
-        assert check in levels(out)
+    for name in ("home", "graph", "prompts.sources.0", "target", "sft: drafter", "sft: needs", "disk", "time"):
+        assert name in levels(out)
     assert not home.exists()
 
 
-@pytest.mark.usefixtures("home")
 def test_logs_are_checked_beside_prompts_of_a_limited_length(
-    tmp_path: Path, tiny_prompts: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    check: Check, tmp_path: Path, tiny_prompts: Path, config: dict[str, Any]
 ) -> None:
     """Their sampling has no limit of new tokens."""
-    rows = [json.loads(line) for line in tiny_prompts.read_text().splitlines()]
-    answers = tmp_path / "answers.jsonl"
-    answers.write_text("".join(json.dumps(row | {"completion": "once upon a time ."}) + "\n" for row in rows))
+    answers = [row | {"completion": "once upon a time ."} for row in read_rows(tiny_prompts)]
     del config["rollout"], config["assisted"]
-    config["logs"] = {"paths": [str(answers)], "temperature": 0}
-    assert run(tmp_path, config) == 0
-    assert "logs" in levels(capsys.readouterr().out)
+    config["logs"] = {"paths": [str(write(tmp_path / "answers.jsonl", answers))], "temperature": 0}
+    code, out = check(config)
+    assert code == 0 and "logs" in levels(out)
 
 
-@pytest.mark.usefixtures("home")
-def test_one_run_reports_the_failures_of_all_checks(
-    tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_run_reports_the_failures_of_all_checks(check: Check, tmp_path: Path, config: dict[str, Any]) -> None:
     config["prompts"]["sources"][0]["path"] = str(tmp_path / "gone.jsonl")
     config["sft"]["drafter"] |= {"target_layer_ids": [0, 99]}
     config["assisted"]["skip"] = 100
     config["rollout"]["engine"] = {"kind": "sglang", "python": str(tmp_path / "no-python"), "launch": {}}
     config["heldout"]["sampling"] = {"max_new_tokens": 10**6}
     config["stages"]["min_free_gb"] = 1e9
-    assert run(tmp_path, config) == 2
-    captured = capsys.readouterr()
+    code, out = check(config)
     for text in (
         "stages.min_free_gb is 1e+09",
         "gone.jsonl is not an existing file",
@@ -100,72 +107,65 @@ def test_one_run_reports_the_failures_of_all_checks(
         "no-python does not exist",
         "sampling.max_new_tokens: 1000000 does not fit into the target's",
     ):
-        assert text in captured.out, captured.out
-    assert levels(captured.out)["target"] == ["ok"]
-    assert captured.out.count("gone.jsonl") == 1, "an error that several checks meet is reported once"
-    assert captured.err.count("\n") == 1 and "checks failed" in captured.err
+        assert text in out, out
+    assert code == 2 and levels(out)["target"] == ["ok"]
+    assert out.count("gone.jsonl") == 1, "an error that several checks meet is reported once"
+    assert re.search(r"^\d+ errors, .*\n.*checks failed.*$", out, re.MULTILINE), "one line of standard error"
 
 
-@pytest.mark.usefixtures("home")
 def test_adapters_are_checked_with_the_rows_that_name_them(
-    tmp_path: Path, tiny_target: Path, tiny_prompts: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    check: Check, tmp_path: Path, tiny_target: Path, tiny_prompts: Path, config: dict[str, Any]
 ) -> None:
-    rows = [json.loads(line) for line in tiny_prompts.read_text().splitlines()]
-    named = tmp_path / "named.jsonl"
-    named.write_text("".join(json.dumps(row | {"lora": "ab"[i % 2]}) + "\n" for i, row in enumerate(rows)))
-    config["prompts"]["sources"] = [{"kind": "jsonl", "path": str(named), "fields": {"adapter": "lora"}}]
+    named = [row | {"lora": "ab"[i % 2]} for i, row in enumerate(read_rows(tiny_prompts))]
+    source = {"kind": "jsonl", "path": str(write(tmp_path / "named.jsonl", named)), "fields": {"adapter": "lora"}}
+    config["prompts"]["sources"] = [source]
     adapters = {name: str(write_adapter(tmp_path / name, tiny_target)) for name in "ab"}
     config["target"]["adapters"] = adapters
-    assert run(tmp_path, config) == 0
-    capsys.readouterr()
+    assert check(config)[0] == 0
     config["target"]["adapters"] = {"a": adapters["a"]}
     config["sft"]["parallel"] = {"processes": 2, "target_parallel": 2}
-    assert run(tmp_path, config) == 2
-    out = capsys.readouterr().out
+    code, out = check(config)
+    assert code == 2
     assert "named.jsonl, row 2: adapter 'b' is none of the target's (a). Add it to target.adapters" in out
     assert "target_parallel: a target with adapters cannot be divided. Set it to 1." in out
     (tmp_path / "a" / "adapter_config.json").unlink()
-    assert run(tmp_path, config) == 2
-    assert f"target.adapters.a: {tmp_path / 'a'} has no adapter_config.json" in capsys.readouterr().out
+    code, out = check(config)
+    assert code == 2 and f"target.adapters.a: {tmp_path / 'a'} has no adapter_config.json" in out
 
 
-@pytest.mark.usefixtures("home")
 def test_layers_that_sglang_cannot_return_are_an_error_only_where_it_drafts(
-    tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str], tiny_drafter: DrafterArtifacts
+    check: Check, tmp_path: Path, config: dict[str, Any], tiny_drafter: DrafterArtifacts
 ) -> None:
     config["sft"]["drafter"]["target_layer_ids"] = [0, 3]
-    assert run(tmp_path, config) == 0
-    assert "works in the embedded engine only" in capsys.readouterr().out
+    code, out = check(config)
+    assert code == 0 and "works in the embedded engine only" in out
     drafts = "SGLang drafts with it in assisted."
     config["assisted"]["engine"] = {"kind": "sglang", "urls": ["http://127.0.0.1:9"]}
-    assert run(tmp_path, config) == 2
-    assert f"{drafts} Change sft.drafter.target_layer_ids" in capsys.readouterr().out
+    code, out = check(config)
+    assert code == 2 and f"{drafts} Change sft.drafter.target_layer_ids" in out
     start = Path(shutil.copytree(tiny_drafter.drafter / "drafter", tmp_path / "start"))
     shape = json.loads((start / "config.json").read_text())
     shape["dflash_config"]["target_layer_ids"] = [0, 1, 3]
     (start / "config.json").write_text(json.dumps(shape))
-    assert run(tmp_path, config | {"sft": {"init_from": str(start)}}) == 2
-    assert f"{drafts} Use another drafter" in capsys.readouterr().out
+    code, out = check(config | {"sft": {"init_from": str(start)}})
+    assert code == 2 and f"{drafts} Use another drafter" in out
 
 
-@pytest.mark.usefixtures("home")
 def test_an_unsupported_target_is_one_error_and_the_other_checks_go_on(
-    tmp_path: Path, tiny_target: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    check: Check, tmp_path: Path, tiny_target: Path, config: dict[str, Any]
 ) -> None:
     folder = Path(shutil.copytree(tiny_target, tmp_path / "neox"))
     (folder / "config.json").write_text(
         json.dumps({"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"], "vocab_size": 900})
     )
     config["target"]["source"] = str(folder)
-    assert run(tmp_path, config) == 2
-    out = capsys.readouterr().out
-    assert "gpt_neox has no config field num_key_value_heads" in out
+    code, out = check(config)
+    assert code == 2 and "gpt_neox has no config field num_key_value_heads" in out
     assert levels(out)["graph"] == ["ok"]
 
 
-@pytest.mark.usefixtures("home")
 def test_a_system_prompt_that_the_template_rejects_is_reported_as_such(
-    tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    check: Check, tmp_path: Path, config: dict[str, Any]
 ) -> None:
     """Gemma's template rejects one: the config is at fault, and no row."""
     model = shutil.copytree(config["target"]["source"], tmp_path / "strict")
@@ -175,62 +175,45 @@ def test_a_system_prompt_that_the_template_rejects_is_reported_as_such(
     (model / "chat_template.jinja").write_text(refusing)
     config["target"]["source"] = str(model)
     config["prompts"]["system"] = "Be brief."
-    assert run(tmp_path, config) == 2
-    out = " ".join(capsys.readouterr().out.split())
-    assert "(no system). Remove prompts.system." in out
+    code, out = check(config)
+    assert code == 2 and "(no system). Remove prompts.system." in " ".join(out.split())
 
 
-@pytest.mark.usefixtures("home")
 @pytest.mark.parametrize(("program", "runs"), [("sh", True), ("./deploy.sh", False)])
 def test_the_program_of_on_promote_must_exist(
-    program: str,
-    runs: bool,
-    tmp_path: Path,
-    config: dict[str, Any],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    program: str, runs: bool, check: Check, tmp_path: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("deploy.sh").write_text("#!/bin/sh\n")  # not executable
-    config |= {"registry": {"name": "tiny"}, "on_promote": {"command": [program, "deploy.sh"]}}
-    assert run(tmp_path, config) == 0
-    assert ("on_promote.command" in levels(capsys.readouterr().out)) != runs
+    code, out = check(config | {"registry": {"name": "tiny"}, "on_promote": {"command": [program, "deploy.sh"]}})
+    assert code == 0 and ("on_promote.command" in levels(out)) != runs
 
 
-@pytest.mark.usefixtures("home")
-def test_settings_that_work_less_well_are_warnings(
-    tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_settings_that_work_less_well_are_warnings(check: Check, config: dict[str, Any]) -> None:
     config["prompts"]["chat_template_kwargs"] = {"enable_thinking": False}
     config["evaluation"]["block_sizes"] = [4, 12]
     config["rollout"]["prompts"], config["assisted"]["prompts"] = 4, 2
     config["assisted"]["skip"] = 3
     config["heldout"]["sampling"] = {"max_new_tokens": 32, "temperature": 0.7}
-    assert run(tmp_path, config) == 0
-    out = capsys.readouterr().out
-    assert "it does not read enable_thinking" in out
+    code, out = check(config)
+    assert code == 0 and "it does not read enable_thinking" in out
     assert "answers that are sampled at 0.7" in out
     assert "[12] are larger than the trained 6" in out
     assert "5 of 16 prompts are answered" in out
 
 
-@pytest.mark.usefixtures("home")
-def test_too_few_held_out_rows_are_an_error(
-    tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"Question {i}?"}) + "\n" for i in range(40)))
-    config["prompts"]["sources"] = [{"kind": "jsonl", "path": str(path)}]
+def test_too_few_held_out_rows_are_an_error(check: Check, tmp_path: Path, config: dict[str, Any]) -> None:
+    path = str(write(tmp_path / "rows.jsonl", [{"prompt": f"Question {i}?"} for i in range(40)]))
+    config["prompts"]["sources"] = [{"kind": "jsonl", "path": path}]
     config["prompts"] |= {"heldout": 20, "train": 16}
-    assert run(tmp_path, config) == 2
-    assert "of 40 rows are held out (heldout_share 0.1), and 22 " in capsys.readouterr().out
+    code, out = check(config)
+    assert code == 2 and "of 40 rows are held out (heldout_share 0.1), and 22 " in out
 
 
 README = (ROOT / "README.md").read_text("utf-8")
 OWN_MODEL = README.partition("# my-model.yaml\n")[2].partition("```")[0]
 
 
-@pytest.mark.usefixtures("home")
 @pytest.mark.parametrize(
     ("text", "size"),
     [
@@ -241,23 +224,23 @@ OWN_MODEL = README.partition("# my-model.yaml\n")[2].partition("```")[0]
 def test_the_number_of_rows_in_a_configs_comment_is_enough(
     text: str,
     size: str,
+    check: Check,
     tmp_path: Path,
     tiny_target: Path,
     tiny_drafter: DrafterArtifacts,
-    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     comment = re.search(size, text + (ROOT / "configs" / "model.yaml").read_text("utf-8"))
     assert comment is not None
     rows = int(comment[1].replace(",", ""))
     monkeypatch.chdir(tmp_path)
-    Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Question {i}?"}) + "\n" for i in range(rows)))
+    write(Path("prompts.jsonl"), [{"prompt": f"Question {i}?"} for i in range(rows)])
     Path("own.yaml").write_text(text)
     changes = [f"target={{source: {tiny_target}, dtype: float32}}", "prompts.max_prompt_tokens=64"]
     changes += [f"sft.init_from={tiny_drafter.drafter / 'drafter'}"]
     changes += [f"{each}.sampling.max_new_tokens=32" for each in ("rollout", "assisted", "heldout", "evaluation")]
-    assert main(["check", "own.yaml", *(word for change in changes for word in ("--set", change))]) == 0
-    assert f"{rows} rows for 8576 prompts" in capsys.readouterr().out
+    code, out = check("own.yaml", *changes)
+    assert code == 0 and f"{rows} rows for 8576 prompts" in out
 
 
 def hub_cache(folder: Path, tokenizer: Path) -> Path:
@@ -281,21 +264,15 @@ def hub_cache(folder: Path, tokenizer: Path) -> Path:
     return folder
 
 
-@pytest.mark.usefixtures("home")
 @pytest.mark.parametrize("recipe", ["qwen3-4b-dflash", "qwen3-8b-line"])
 def test_a_recipe_is_checked_from_the_hubs_small_files(
-    recipe: str,
-    tmp_path: Path,
-    tiny_target: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    recipe: str, check: Check, tmp_path: Path, tiny_target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub_cache(tmp_path / "hub", tiny_target)))
     monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi: the same on every machine
     monkeypatch.chdir(ROOT)
-    code = main(["check", f"configs/{recipe}.yaml", "--set", "stages.min_free_gb=0.01"])
-    out = capsys.readouterr().out
+    code, out = check(f"configs/{recipe}.yaml", "stages.min_free_gb=0.01")
     assert code == 2  # SGLang is not installed here, and that alone, but for a small disk
     errors = [line for line in out.splitlines() if line.startswith("error") and "Free some space" not in line]
     assert errors == [line for line in out.splitlines() if "has no sglang installed" in line] != []
@@ -309,26 +286,23 @@ def test_a_recipe_is_checked_from_the_hubs_small_files(
         assert "each of 8 servers' GPUs" in out and "none is visible here" in out
 
 
-@pytest.mark.usefixtures("home")
 def test_an_unreachable_hub_exits_with_the_code_for_a_retry(
-    tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    check: Check, tmp_path: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     config["sft"] = {"init_from": "someone/drafter"}
-    assert run(tmp_path, config) == 75
-    captured = capsys.readouterr()
-    assert levels(captured.out)["sft: drafter"] == ["not checked"] and "sft: drafter" in captured.err
+    code, out = check(config)
+    assert code == 75 and levels(out)["sft: drafter"] == ["not checked"] and "sft: drafter" in out.splitlines()[-1]
     config["assisted"]["skip"] = 100
-    assert run(tmp_path, config) == 2, "a retry does not help an error"
+    assert check(config)[0] == 2, "a retry does not help an error"
 
 
-@pytest.mark.usefixtures("home")
 def test_servers_that_do_not_answer_are_not_checked(
-    tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    check: Check, tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config["assisted"]["engine"] = {"kind": "sglang", "urls": ["http://127.0.0.1:9"]}
-    assert run(tmp_path, config) == 0
-    assert levels(capsys.readouterr().out)["sglang (assisted)"] == ["not checked"]
+    code, out = check(config)
+    assert code == 0 and levels(out)["sglang (assisted)"] == ["not checked"]
     assert main(["run", str(tmp_path / "run.yaml"), "--plan"]) == 0
     assert "not checked: sglang (assisted): http://127.0.0.1:9" in capsys.readouterr().out
