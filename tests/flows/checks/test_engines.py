@@ -17,6 +17,7 @@ from tests.stages.engines.servers import requirements_of, server_of
 from tests.stages.engines.test_sglang_environment import cuda_environment, interpreter
 from tests.stages.engines.test_sglang_weights import scoring
 from tests.testbed.drafter import DrafterArtifacts
+from tests.testbed.refresh import node_of
 
 
 @pytest.mark.parametrize(
@@ -27,10 +28,9 @@ def test_servers_that_need_more_gpus_than_there_are_are_an_error(
     launch: dict[str, Any], errors: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engines, "gpus", lambda: (80e9,) * 2)
-    config = RolloutConfig.model_validate({"engine": {"kind": "sglang", "python": sys.executable, "launch": launch}})
-    findings = Findings()
-    engines._check_gpus(findings, [Node("assisted", "draftsmith.stages.engines.stage", config)])
-    assert [line.check for line in findings.lines] == ["assisted: GPUs"] * errors
+    findings, engine = Findings(), {"kind": "sglang", "python": sys.executable, "launch": launch}
+    engines._check_gpus(findings, [node_of("rollout", engine=engine)])
+    assert [line.check for line in findings.lines] == ["rollout: GPUs"] * errors
 
 
 def test_a_target_that_servers_compute_otherwise_is_a_warning(
@@ -69,8 +69,6 @@ def test_build_tools_are_needed_by_servers_on_a_gpu_of_this_machine(
     monkeypatch.delenv("CUDA_HOME", raising=False)
     cuda_environment(tmp_path, ["ninja", "nvcc"])
     python = interpreter(tmp_path / "bin", "0.5.23", plugin=True)
-    engine = {"kind": "sglang", "python": python, "launch": {"options": options}}
-    config = RolloutConfig.model_validate({"engine": engine})
-    findings = Findings()
-    engines.check_engines(findings, [Node("assisted", "draftsmith.stages.engines.stage", config)])
+    findings, engine = Findings(), {"kind": "sglang", "python": python, "launch": {"options": options}}
+    engines.check_engines(findings, [node_of("rollout", engine=engine)])
     assert findings.errors == errors

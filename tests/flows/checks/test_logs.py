@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,10 @@ import pytest
 
 from draftsmith.flows.checks import prompts as checks
 from draftsmith.flows.checks.findings import Findings, Level
-from draftsmith.flows.planning.graph import Node
-from draftsmith.stages.data.logs.stage import LogsConfig
-from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.target.config import TargetConfig
 from draftsmith.stages.target.metadata import metadata_artifact
+from tests.stages.data.logs.logs_run import write
+from tests.testbed.refresh import node_of
 
 GOOD = {
     "messages": [{"role": "user", "content": "tell a story"}],
@@ -38,18 +36,15 @@ def check_log(metadata: Path | None, path: Path, rows: list[Any], **config: Any)
 
 
 def check_logs(metadata: Path | None, path: Path, rows: list[Any], **config: Any) -> Findings:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    node = Node("logs", "draftsmith.stages.data.logs.stage", LogsConfig(paths=[str(path)], temperature=0, **config))
     findings = Findings()
-    checks.check_logs(findings, [node], metadata)
+    checks.check_logs(findings, [node_of("logs", paths=[str(write(path, rows))], temperature=0, **config)], metadata)
     return findings
 
 
-def check_sources(path: Path, **asked: Any) -> Findings:
-    """Check prompts from these files."""
-    sources = asked.pop("sources", [{"kind": "jsonl", "path": str(path)}])
-    config, findings = PromptsConfig.model_validate({"sources": sources, **asked}), Findings()
-    checks.check_sources(findings, [Node("prompts", "draftsmith.stages.data.prompts", config)])
+def check_sources(path: Path, rows: list[Any], **asked: Any) -> Findings:
+    """Check prompts from these rows."""
+    findings, source = Findings(), {"kind": "jsonl", "path": str(write(path, rows))}
+    checks.check_sources(findings, [node_of("prompts", sources=[source], **asked)])
     return findings
 
 
@@ -74,17 +69,14 @@ def test_good_logs_are_counted(metadata: Path, tmp_path: Path) -> None:
 def test_many_rows_that_cannot_be_prompts_are_a_warning(count: int, level: Level, tmp_path: Path) -> None:
     rows: list[Any] = [{"messages": GOOD["messages"], "tools": [{"type": "function"}]} for _ in range(count)]
     rows += [{"prompt_token_ids": [5, 6, number], "messages": asks(number)} for number in range(9)]
-    path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    unusable, enough = check_sources(path, train=4, heldout=0).lines
+    unusable, enough = check_sources(tmp_path / "a.jsonl", rows, train=4, heldout=0).lines
     assert (unusable.level, enough.level) == (level, Level.OK)
     assert f"{count} of {count + 9} rows cannot be prompts" in unusable.text and "9 rows for 4 prompts" in enough.text
 
 
 def test_duplicate_prompts_count_once(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"Question {number % 5}?"}) + "\n" for number in range(60)))
-    line = check_sources(path, train=20, heldout=2).lines[-1]
+    rows = [{"prompt": f"Question {number % 5}?"} for number in range(60)]
+    line = check_sources(tmp_path / "a.jsonl", rows, train=20, heldout=2).lines[-1]
     assert line.level is Level.ERROR and "without 55 duplicates: 5 rows" in line.text
 
 
@@ -93,7 +85,6 @@ def test_duplicate_prompts_count_once(tmp_path: Path) -> None:
     [
         ([answer(1, temperature=1)], "0 of all 1 rows can be used; not used: 1 another temperature"),
         (['{"messages": '], "row 1: not JSON"),
-        ([], "a.jsonl: is empty"),
     ],
 )
 def test_logs_without_a_usable_row_are_an_error(rows: list[Any], reason: str, metadata: Path, tmp_path: Path) -> None:
@@ -131,14 +122,9 @@ def test_only_the_first_rows_of_a_long_log_are_read(
 
 
 @pytest.mark.parametrize("of_logs", [True, False])
-@pytest.mark.parametrize(("text", "reason"), [("", "is empty"), ("question,answer\nWhat?,That.\n", "looks like CSV")])
-def test_a_file_without_rows_is_an_error(text: str, reason: str, of_logs: bool, tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(text)
-    findings = Findings()
-    if of_logs:
-        logs = LogsConfig(paths=[str(tmp_path / "a.jsonl")], temperature=0)
-        checks.check_logs(findings, [Node("logs", "draftsmith.stages.data.logs.stage", logs)], None)
-    else:
-        findings = check_sources(tmp_path / "a.jsonl", train=4, heldout=1)
+@pytest.mark.parametrize(("rows", "reason"), [([], "is empty"), (["question,answer", "What?,That."], "looks like CSV")])
+def test_a_file_without_rows_is_an_error(rows: list[str], reason: str, of_logs: bool, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    findings = check_logs(None, path, rows) if of_logs else check_sources(path, rows, train=4, heldout=1)
     (line,) = findings.lines
     assert line.level is Level.ERROR and f"{tmp_path}/a.jsonl" in line.text and reason in line.text

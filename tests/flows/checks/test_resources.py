@@ -24,6 +24,7 @@ from draftsmith.stages.training.config import SftConfig
 from tests.flows.checks.test_check import QWEN3_4B
 from tests.flows.processes import ROOT
 from tests.testbed.drafter import DrafterArtifacts
+from tests.testbed.refresh import load_config, node_of
 
 TARGET, OTHER = TargetConfig(source="/models/one"), TargetConfig(source="/models/other")
 TRAINED = ("target", "trajectories")
@@ -54,13 +55,13 @@ def qwen_sizes() -> Sizes:
     )
 
 
-def test_needs_of_the_recipe_equal_a_calculation_by_hand() -> None:
-    from tests.testbed.refresh import load_config
+def recipe(*overrides: str) -> list[Node]:
+    return topological_order(refresh_nodes(load_config(ROOT / "configs" / "qwen3-4b-dflash.yaml", overrides)))
 
+
+def test_needs_of_the_recipe_equal_a_calculation_by_hand() -> None:
     sizes = qwen_sizes()
-    needed = resources._needs(
-        topological_order(refresh_nodes(load_config(ROOT / "configs" / "qwen3-4b-dflash.yaml"))), sizes
-    )
+    needed = resources._needs(recipe(), sizes)
     # per layer: q, o 2560·4096, k, v 2560·1024, three of 2560·9728, norms; then fc 5·2560·2560 and two norms
     layer = 2 * 2560 * 4096 + 2 * 2560 * 1024 + 3 * 2560 * 9728 + 2 * 2560 + 2 * 128
     parameters = 5 * layer + 5 * 2560 * 2560 + 2 * 2560
@@ -88,10 +89,7 @@ def test_every_gpu_of_a_server_has_the_whole_latent() -> None:
     """The keys and values of a drafter's 8 heads are divided among 16 GPUs as among 8."""
     from transformers import DeepseekV3Config
 
-    from tests.testbed.refresh import load_config
-
-    options = ["rollout.engine.launch.tensor_parallel=16", "assisted.engine.launch.tensor_parallel=16"]
-    nodes = topological_order(refresh_nodes(load_config(ROOT / "configs" / "qwen3-4b-dflash.yaml", options)))
+    nodes = recipe("rollout.engine.launch.tensor_parallel=16", "assisted.engine.launch.tensor_parallel=16")
     sizes = replace(qwen_sizes(), target=ModelSize.from_config(DeepseekV3Config(), 0))
     servers = resources._needs(nodes, sizes)["assisted"].servers
     assert servers is not None
@@ -122,17 +120,10 @@ def test_gpu_and_host_memory_are_compared_separately(
     need: Need, gpus: tuple[float, ...], host: float, level: Level
 ) -> None:
     """GPU memory holds the models; host memory holds tables and passing weights, and all processes share it."""
-    machine = Hardware(gpus, host, None, "GPU")
-    findings = Findings()
-    resources._compare(
-        findings, Node("sft", "draftsmith.stages.training.sft.stage", SftConfig()), need, "", machine, elsewhere=False
-    )
-    assert [(line.check, line.level) for line in findings.lines] == [("sft: needs", level)]
-    findings = Findings()
-    resources._compare(
-        findings, Node("sft", "draftsmith.stages.training.sft.stage", SftConfig()), need, "", machine, elsewhere=True
-    )
-    assert [line.level for line in findings.lines] == [Level.OK], "the memory of another machine is unknown"
+    machine, findings = Hardware(gpus, host, None, "GPU"), Findings()
+    for elsewhere in (False, True):  # the memory of another machine is unknown
+        resources._compare(findings, node_of("sft"), need, "", machine, elsewhere=elsewhere)
+    assert [(line.check, line.level) for line in findings.lines] == [("sft: needs", level), ("sft: needs", Level.OK)]
 
 
 def test_gpus_that_torch_cannot_use_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
