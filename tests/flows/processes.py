@@ -56,17 +56,22 @@ def processes_of(home: Path) -> list[int]:
     return found
 
 
+def environment(home: Path, **variables: str) -> dict[str, str]:
+    """Return this process's environment for a command in a home: without a server of Prefect or MLflow."""
+    others = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
+    return {**others, "DRAFTSMITH_HOME": str(home), **variables}
+
+
 def toy_command(home: Path, *arguments: str | Path, **variables: str) -> subprocess.Popen[str]:
     """Start the `draftsmith` command with the toy pipeline, in a new session as from a terminal.
 
     variables: added to its environment.
     """
     give_databases(home)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
     return subprocess.Popen(
         [sys.executable, "-m", "tests.flows.toy_command", *map(str, arguments)],
         cwd=ROOT,
-        env={**environment, "DRAFTSMITH_HOME": str(home), **variables},
+        env=environment(home, **variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -97,14 +102,19 @@ prefect._temporary.clear()
 
 def beside_server(home: Path, program: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a Python program with its own Prefect server (`server`). variables: added to its environment."""
+    return _python(home, _SERVER + program, ROOT, variables)
+
+
+def run_python(home: Path, program: str, cwd: Path = ROOT) -> str:
+    """Run a Python program and return what it prints."""
+    done = _python(home, program, cwd, {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def _python(home: Path, program: str, cwd: Path, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
     give_databases(home)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    command = [sys.executable, "-c", program]
     return subprocess.run(
-        [sys.executable, "-c", _SERVER + program],
-        cwd=ROOT,
-        env={**environment, "DRAFTSMITH_HOME": str(home), **variables},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
+        command, cwd=cwd, env=environment(home, **variables), capture_output=True, text=True, timeout=600, check=False
     )

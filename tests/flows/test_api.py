@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,27 +18,10 @@ from draftsmith.stages.evaluation.acceptance import acceptance_table
 from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import GREEDY
+from tests.flows.processes import ROOT, run_python
+from tests.stages.data.logs.logs_run import write
 from tests.testbed import random_target
-from tests.testbed.databases import give_databases
 from tests.testbed.drafter import DrafterArtifacts
-
-ROOT = Path(__file__).parents[2]
-HEAVY = ("torch", "prefect", "mlflow", "transformers", "pandas", "numpy")
-
-
-def python(code: str, **environment: str) -> Any:
-    """Run code in a new process and return the last line that it prints, parsed as JSON."""
-    ours = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=ours | environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def test_the_import_loads_nothing_heavy() -> None:
-    code = f"import draftsmith, json, sys; print(json.dumps([n for n in {HEAVY} if n in sys.modules]))"
-    assert python(code) == []
 
 
 def test_every_public_name_exists() -> None:
@@ -65,18 +44,13 @@ def test_answers_of_an_artifact_have_prompts_and_sampling(tiny_drafter: DrafterA
     assert len(answers[1:3]) == 2 and answers[1:3].prompts == answers.prompts[1:3]
 
 
-def written(folder: Path, *rows: dict[str, Any]) -> Path:
-    path = folder / "answers.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 IDS = {"prompt_token_ids": [1, 2, 3], "completion_token_ids": [4, 5, 6]}
 
 
 def test_rows_of_a_file_become_answers_or_are_counted_as_rejected(plain_target: Target, tmp_path: Path) -> None:
     short = {**IDS, "completion_token_ids": [4]}
-    path = written(tmp_path, IDS, {**IDS, "completion_token_ids": [7, 8]}, short, {**IDS, "temperature": 0.5})
+    rows = [IDS, {**IDS, "completion_token_ids": [7, 8]}, short, {**IDS, "temperature": 0.5}]
+    path = write(tmp_path / "answers.jsonl", rows)
     answers = draftsmith.read_answers(path, plain_target)
     assert [each.tokens for each in answers] == [[1, 2, 3, 4, 5, 6], [1, 2, 3, 7, 8]]
     assert len(set(answers.prompts)) == 1 and sum(answers.rejected.values()) == 2
@@ -85,12 +59,10 @@ def test_rows_of_a_file_become_answers_or_are_counted_as_rejected(plain_target: 
 
 
 def test_a_file_without_a_target_or_a_usable_row_is_an_error(plain_target: Target, tmp_path: Path) -> None:
-    with pytest.raises(draftsmith.DraftsmithError):
-        draftsmith.read_answers(written(tmp_path, IDS))
-    with pytest.raises(draftsmith.DraftsmithError):
-        draftsmith.read_answers(written(tmp_path, {**IDS, "temperature": 0.5}), plain_target)
-    with pytest.raises(draftsmith.DraftsmithError):
-        draftsmith.read_answers(tmp_path / "none.jsonl", plain_target)
+    good, sampled = write(tmp_path / "a.jsonl", [IDS]), write(tmp_path / "b.jsonl", [{**IDS, "temperature": 0.5}])
+    for path, *target in ([good], [sampled, plain_target], [tmp_path / "none.jsonl", plain_target]):
+        with pytest.raises(draftsmith.DraftsmithError):
+            draftsmith.read_answers(path, *target)
 
 
 def answers_of(lengths: list[int], prompts: list[str]) -> draftsmith.Answers:
@@ -152,8 +124,7 @@ print(json.dumps([[result.outcome, result.message, sorted(result.artifacts)] for
 @pytest.mark.integration
 def test_the_outcome_of_a_refresh_is_its_result(tmp_path: Path) -> None:
     """Two refreshes in one process with a running event loop, as in a notebook."""
-    give_databases(tmp_path / "home")
-    promoted, refused = python(_TWO_REFRESHES, DRAFTSMITH_HOME=str(tmp_path / "home"), PYTHONPATH=str(ROOT))
+    promoted, refused = json.loads(run_python(tmp_path / "home", _TWO_REFRESHES).splitlines()[-1])
     assert (promoted[0], refused[0]) == ("promoted", "refused")
     assert "promoted" in promoted[1] and "refused" in refused[1]
     assert promoted[2] == refused[2] == ["left", "right", "target", "total"]

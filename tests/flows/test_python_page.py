@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,12 +14,13 @@ from draftsmith.artifacts.store.local import Store
 from draftsmith.artifacts.tracking.registry import Registry
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_trajectories
+from tests.flows.processes import ROOT, run_python
+from tests.stages.data.logs.logs_run import write
 from tests.testbed.artifacts import committed
 from tests.testbed.databases import give_databases
 from tests.testbed.drafter import DrafterArtifacts
 from tests.testbed.refresh import small_refresh
 
-ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "flows" / "python.md"
 _ASK = """
 import json, pathlib
@@ -61,7 +59,7 @@ def folder(tmp_path: Path, tiny_target: Path, tiny_prompts: Path, tiny_drafter: 
         for t in load_trajectories(tiny_drafter.heldout).trajectories[:6]
     ]
     rows.append({**rows[0], "temperature": 0.7})
-    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(tmp_path / "answers.jsonl", rows)
     config = small_refresh("my-model", "Qwen/Qwen3-4B", tiny_prompts, 24)
     (tmp_path / "my-model.yaml").write_text(yaml.safe_dump(config))
     home = tmp_path / "home"
@@ -74,17 +72,7 @@ def folder(tmp_path: Path, tiny_target: Path, tiny_prompts: Path, tiny_drafter: 
 
 
 def test_the_code_of_the_page_runs(folder: Path) -> None:
-    (folder / "page.py").write_text("\n".join([*blocks(), _ASK]), "utf-8")
-    ours = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
-    done = subprocess.run(
-        [sys.executable, "page.py"],
-        cwd=folder,
-        env={**ours, "DRAFTSMITH_HOME": str(folder / "home")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_python(folder / "home", "\n".join([*blocks(), _ASK]), cwd=folder)
     result = json.loads((folder / "result.json").read_text("utf-8"))
     assert result["tau"]["public"] == result["tau"]["ours"] > 2  # a trained drafter
     assert result["difference"] == [0.0, [0.0, 0.0]]  # the same drafter

@@ -8,7 +8,6 @@ the same config file with one or two fields changed, as a team would change them
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -24,10 +23,10 @@ from draftsmith.artifacts.errors import RefusedError
 from draftsmith.artifacts.results.evaluation import DriftResult
 from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.artifacts.store.local import Store
+from tests.flows.processes import ROOT, environment
 from tests.testbed.refresh import small_refresh
 from tests.testbed.target import TAUGHT, prompts_file, target_folder
 
-ROOT = Path(__file__).parents[2]
 LINE = "tiny-dflash"
 
 
@@ -149,11 +148,10 @@ def outcome(home: Path, process: subprocess.CompletedProcess[str], *, decided: b
 
 def draftsmith(home: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run the command in a home."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "DRAFTSMITH_HOME"))}
     return subprocess.run(
         [sys.executable, "-m", "draftsmith.flows", *map(str, arguments)],
         cwd=ROOT,
-        env={**environment, "DRAFTSMITH_HOME": str(home), "OMP_NUM_THREADS": "1"},
+        env=environment(home, OMP_NUM_THREADS="1"),
         capture_output=True,
         text=True,
         timeout=1800,

@@ -78,13 +78,9 @@ def newest(home: Home, stage: str, index: int = -1) -> Path:
     return home.store.path(stage, manifests[index].key)
 
 
-def test_mlflow_has_everything_that_a_review_needs(
-    weeks: list[Week], folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mlflow_has_everything_that_a_review_needs(weeks: list[Week], folder: Path) -> None:
     """An experiment for the line, a run for each refresh with its verdict, and every metric of the report."""
     assert len(weeks) == 4
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
     client, experiment = Tracking(folder / "home", LINE).connect()
     assert client.get_experiment(experiment).name == LINE
     refreshes = client.search_runs([experiment], "tags.stage = 'refresh'", order_by=["start_time"])
@@ -127,7 +123,6 @@ def test_champions_rollback_promote_and_export(
 ) -> None:
     assert len(weeks) == 4
     monkeypatch.setenv("DRAFTSMITH_HOME", str(folder / "home"))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
     def run(*words: str | Path, code: int = 0) -> str:
         """Run a command in this process, which has imported MLflow already, and return its output."""

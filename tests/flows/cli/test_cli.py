@@ -22,22 +22,25 @@ def saved_numbers(home: Path) -> int:
     return len(json.loads(files[0].read_text() or "[]")) if files else 0
 
 
-def test_help_imports_nothing_heavy() -> None:
-    code = "import sys, draftsmith.flows.cli.main as cli; cli.main(['--help'])"
-    heavy = "print(sorted({'torch', 'prefect', 'mlflow', 'pydantic', 'rich', 'pyarrow'} & set(sys.modules)))"
-    source = f"import atexit, sys; atexit.register(lambda: {heavy}); {code}"
-    result = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.rstrip().endswith("[]")
-    assert "refresh" in result.stdout
-
-
-def test_a_plan_loads_no_model_library() -> None:
-    script = (
-        "import sys, draftsmith.flows.refresh.graph; "
-        "print(sorted({'torch', 'transformers', 'scipy.stats', 'prefect', 'mlflow', 'datasets'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+@pytest.mark.parametrize(
+    ("code", "heavy"),
+    [
+        ("import draftsmith", {"torch", "prefect", "mlflow", "transformers", "pandas", "numpy"}),
+        (
+            "import draftsmith.flows.cli.main as cli; cli.main(['--help'])",
+            {"torch", "prefect", "mlflow", "pydantic", "rich", "pyarrow"},
+        ),
+        (
+            "import draftsmith.flows.refresh.graph",
+            {"torch", "transformers", "scipy.stats", "prefect", "mlflow", "datasets"},
+        ),
+    ],
+    ids=["the package", "help", "a plan"],
+)
+def test_nothing_heavy_is_imported_early(code: str, heavy: set[str]) -> None:
+    source = f"import atexit, sys; atexit.register(lambda: print(sorted({heavy} & set(sys.modules)))); {code}"
+    done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]" and ("help" not in code or "refresh" in done.stdout)
 
 
 def test_an_unreachable_mlflow_is_reported_before_the_work(
