@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,18 @@ from draftsmith.artifacts.tracking.runs import Tracking
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return an empty home, and set no MLflow server."""
+    """Return an empty home."""
     folder = tmp_path / "home"
     monkeypatch.setenv("DRAFTSMITH_HOME", str(folder))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return folder
+
+
+@pytest.fixture
+def usual_umask() -> Iterator[None]:
+    """Let others read new files; the test must leave it so."""
+    before = os.umask(0o022)
+    yield
+    assert os.umask(before) == 0o022
 
 
 @pytest.fixture(scope="session")

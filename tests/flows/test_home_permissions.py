@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,13 +20,7 @@ from tests.testbed.artifacts import committed
 NOBODY = 65534
 
 
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    before = os.umask(0o022)
-    yield tmp_path / "home"
-    assert os.umask(before) == 0o022  # the command restores it
+pytestmark = pytest.mark.usefixtures("usual_umask")
 
 
 def modes(home: Path) -> set[int]:
@@ -51,30 +44,22 @@ def test_a_home_is_for_its_owner_or_its_group(
     assert (home / "mlflow.db").stat().st_mode & 0o777 in files
 
 
-def test_an_open_home_is_closed_to_others(tmp_path: Path) -> None:
-    (tmp_path / "home").mkdir(mode=0o755)
-    before = os.umask(0o022)
-    try:
-        protect_home(tmp_path / "home", group_may_read=False)
-        assert (tmp_path / "home").stat().st_mode & 0o777 == 0o700
-        (tmp_path / "home" / "file").touch()
-        assert (tmp_path / "home" / "file").stat().st_mode & 0o777 == 0o600
-    finally:
-        os.umask(before)
+def test_an_open_home_is_closed_to_others(home: Path) -> None:
+    home.mkdir(mode=0o755)
+    protect_home(home, group_may_read=False)
+    (home / "file").touch()
+    assert os.umask(0o022) == 0o077, "it is that of the whole run"
+    assert (home.stat().st_mode & 0o777, (home / "file").stat().st_mode & 0o777) == (0o700, 0o600)
 
 
 def test_exported_files_have_the_users_permissions(tmp_path: Path) -> None:
-    before = os.umask(0o022)
-    try:
-        with home_umask(tmp_path):
-            out = tmp_path / "out"
-            out.mkdir()
-            (out / "model.safetensors").touch()
-            assert (out / "model.safetensors").stat().st_mode & 0o777 == 0o600
-            apply_user_umask(out)
-        assert (out.stat().st_mode & 0o777, (out / "model.safetensors").stat().st_mode & 0o777) == (0o755, 0o644)
-    finally:
-        os.umask(before)
+    out = tmp_path / "out"
+    with home_umask(tmp_path):
+        out.mkdir()
+        (out / "model.safetensors").touch()
+        assert (out / "model.safetensors").stat().st_mode & 0o777 == 0o600
+        apply_user_umask(out)
+    assert (out.stat().st_mode & 0o777, (out / "model.safetensors").stat().st_mode & 0o777) == (0o755, 0o644)
 
 
 COMMANDS = """

@@ -53,7 +53,7 @@ def test_a_promotion_moves_the_alias_and_calls_the_hook(
     assert ended.message.endswith("on_promote was called")
     decision = json.loads(note.read_text())
     assert (decision["line"], decision["version"], decision["promote"]) == (line, 1, True)
-    assert decision["source"] == drafters[0].uri
+    assert decision["source"] == drafters[0].uri and {"outcome", "challenger", "sentence", "rules"} <= decision.keys()
     champion = registry().champion(line)
     assert champion is not None and champion.content_id == drafters[0].content_id
     metrics = champion.metrics()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import stat
 import sys
 from pathlib import Path
@@ -37,29 +36,23 @@ def test_a_command_may_leave_a_server_in_the_background() -> None:
     assert call(HookConfig(command=("sh", "-c", "sleep 9 & exit 0"), timeout_s=2), DECISION) is None
 
 
+@pytest.mark.usefixtures("usual_umask")
 def test_files_of_a_command_have_the_users_permissions(tmp_path: Path) -> None:
     """The home's files are private, but a drafter that a hook copies to a server is not."""
-    before = os.umask(0o022)
-    try:
-        with home_umask(tmp_path / "home"):
-            assert call(HookConfig(command=("touch", str(tmp_path / "copied"))), DECISION) is None
-    finally:
-        os.umask(before)
+    with home_umask(tmp_path / "home"):
+        assert call(HookConfig(command=("touch", str(tmp_path / "copied"))), DECISION) is None
     assert stat.S_IMODE((tmp_path / "copied").stat().st_mode) == 0o644
 
 
 def test_a_hook_can_export_the_new_champion_by_name(
     line: str, home: Path, drafters: list[ArtifactRef], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    config, calls = config_of(line, on_promote={"command": ["true"]}), list[dict[str, Any]]()
+    config = config_of(line, on_promote={"command": ["true"]})
 
-    def deployment(_hook: HookConfig, decision: dict[str, Any]) -> None:
-        calls.append(decision)
+    def deployment(_hook: HookConfig, _decision: dict[str, Any]) -> None:
         registry_commands.export(Display(), line, tmp_path / "exported")
 
     monkeypatch.setattr(promotion_hook, "call", deployment)
     finished(config, gated(Store(home / "store"), drafters[0]))
-    assert [(decision["line"], decision["version"], decision["promote"]) for decision in calls] == [(line, 1, True)]
-    assert calls[0]["source"] == drafters[0].uri and {"outcome", "challenger", "sentence", "rules"} <= calls[0].keys()
     for file in (drafters[0].path / "drafter").iterdir():
         assert (tmp_path / "exported" / file.name).read_bytes() == file.read_bytes()
