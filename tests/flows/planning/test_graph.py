@@ -4,32 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store.local import Claim, Store
-from draftsmith.artifacts.store.manifest import ArtifactRef, Provenance
-from draftsmith.flows.planning.graph import Node, PlannedNode, Selection, Status, cache_key, plan, topological_order
+from draftsmith.artifacts.store.manifest import ArtifactRef
+from draftsmith.flows.config.options import StageOptions
+from draftsmith.flows.planning.graph import (
+    Node,
+    Pipeline,
+    PlannedNode,
+    Selection,
+    Status,
+    cache_key,
+    plan,
+    topological_order,
+)
 from tests.flows.toy import COLLECT, COMBINE, TOY, ToyConfig, toy_nodes
 from tests.flows.toy_stages.collect import CollectConfig
 from tests.flows.toy_stages.combine import CombineConfig
+from tests.testbed.artifacts import committed
 
 
-def fill(store: Store, config: ToyConfig, content: str = "1") -> dict[str, ArtifactRef]:
+def fill(store: Store, config: ToyConfig) -> None:
     """Commit an artifact of every node to the store, without running anything."""
     made: dict[str, ArtifactRef] = {}
     for node in topological_order(toy_nodes(config)):
         inputs = {name: made[source] for name, source in node.inputs.items()}
-        with store.claim(node.stage.name, cache_key(node, inputs, config.seed, TOY)) as claim:
-            if isinstance(claim, Claim):
-                (claim.out / "numbers.json").write_text(f"{content} {node.name}")
-                made[node.name] = store.commit(
-                    claim, Provenance(node.config.model_dump(mode="json"), inputs, "c", config.seed)
-                )
-            else:
-                made[node.name] = claim
-    return made
+        key = cache_key(node, inputs, config.seed, TOY)
+        made[node.name] = committed(store, node.stage.name, {"numbers.json": node.name}, key, inputs=inputs)
 
 
 def statuses(planned: list[PlannedNode]) -> dict[str, str]:
@@ -54,40 +59,27 @@ def test_a_graph_that_does_not_fit_its_stages_is_refused(nodes: list[Node], mess
         topological_order(nodes)
 
 
-def test_with_an_empty_store_only_nodes_without_inputs_have_keys(tmp_path: Path) -> None:
-    planned = plan(ToyConfig(name="t"), Store(tmp_path), TOY)
-    assert statuses(planned) == {"target": "run", "left": "after", "right": "after", "total": "after"}
-    assert planned[0].key is not None
-    assert [item.after for item in planned[1:]] == [("target",), ("target",), ("left", "right")]
+EDITED = dataclasses.replace(TOY, code_digest=lambda module: module)
 
 
-def test_a_changed_field_changes_its_node_and_its_dependants_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "pipeline", "expected"),
+    [
+        ({}, TOY, ("reused", "reused", "reused", "reused")),
+        ({"name": "u", "stages": StageOptions(threads=2)}, TOY, ("reused", "reused", "reused", "reused")),
+        ({"left": CombineConfig(factor=5)}, TOY, ("reused", "run", "reused", "after")),
+        ({"seed": 1}, TOY, ("run", "after", "after", "after")),
+        ({}, EDITED, ("run", "after", "after", "after")),
+    ],
+    ids=["nothing", "how to run", "a field", "the seed", "code"],
+)
+def test_a_change_is_one_of_its_node_and_of_its_dependants(
+    change: dict[str, Any], pipeline: Pipeline, expected: tuple[str, ...], tmp_path: Path
+) -> None:
     store, config = Store(tmp_path), ToyConfig(name="t")
     fill(store, config)
-    assert set(statuses(plan(config, store, TOY)).values()) == {"reused"}
-
-    changed = config.model_copy(update={"left": CombineConfig(factor=5)})
-    assert statuses(plan(changed, store, TOY)) == {
-        "target": "reused",
-        "right": "reused",
-        "left": "run",
-        "total": "after",
-    }
-
-
-def test_options_of_how_to_run_change_no_key(tmp_path: Path) -> None:
-    store, config = Store(tmp_path), ToyConfig(name="t")
-    fill(store, config)
-    other = config.model_copy(update={"name": "u", "stages": config.stages.model_copy(update={"threads": 2})})
-    assert set(statuses(plan(other, store, TOY)).values()) == {"reused"}
-
-
-def test_another_seed_or_changed_code_changes_every_key(tmp_path: Path) -> None:
-    store, config = Store(tmp_path), ToyConfig(name="t")
-    fill(store, config)
-    assert statuses(plan(config.model_copy(update={"seed": 1}), store, TOY))["target"] == "run"
-    edited = dataclasses.replace(TOY, code_digest=lambda module: module)
-    assert statuses(plan(config, store, edited))["target"] == "run"
+    planned = statuses(plan(config.model_copy(update=change), store, pipeline))
+    assert planned == dict(zip(("target", "left", "right", "total"), expected, strict=True))
 
 
 def test_an_unfinished_attempt_is_resumed(tmp_path: Path) -> None:
