@@ -8,12 +8,8 @@ import fsspec
 
 from draftsmith.flows.planning.graph import external_digests
 from draftsmith.stages.data.logs.stage import LogsConfig
-from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.training.config import SftConfig
-
-
-def jsonl(path: Path) -> PromptsConfig:
-    return PromptsConfig.model_validate({"sources": [{"kind": "jsonl", "path": str(path)}], "train": 1, "heldout": 1})
+from tests.testbed.refresh import node_of
 
 
 def test_the_weights_of_the_initial_drafter_are_part_of_the_key(tmp_path: Path) -> None:
@@ -28,10 +24,10 @@ def test_the_weights_of_the_initial_drafter_are_part_of_the_key(tmp_path: Path) 
 
 
 def test_a_file_is_part_of_the_key_by_path_and_sha256(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.jsonl"
-    path.write_bytes(b"{}")
+    (path := tmp_path / "prompts.jsonl").write_bytes(b"{}")
+    prompts = node_of("prompts", sources=[{"kind": "jsonl", "path": str(path)}], train=1, heldout=1)
     digest = "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
-    assert external_digests(jsonl(path)) == {str(path): digest}
+    assert external_digests(prompts.config) == {str(path): digest}
 
 
 def test_a_changed_file_in_a_bucket_changes_the_key() -> None:
