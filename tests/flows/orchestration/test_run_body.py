@@ -26,7 +26,6 @@ from tests.flows.toy import TOY, ToyConfig, ToyPolicy, toy_policy
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Use a new home, and make no nodes."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(run, "_make_nodes", lambda *_: None)
     return tmp_path / "home"
