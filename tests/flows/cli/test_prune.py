@@ -11,7 +11,7 @@ import pytest
 
 from draftsmith.artifacts.locks import locked
 from draftsmith.artifacts.store.local import REPLACED, Store
-from draftsmith.artifacts.store.manifest import MANIFEST, ArtifactRef
+from draftsmith.artifacts.store.manifest import ArtifactRef
 from draftsmith.artifacts.tracking.registry import TRACKERS_FILE, Registry, note_tracker
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.cli.main import main
@@ -32,8 +32,8 @@ def replaced(home: Path) -> Path:
     return replaced
 
 
-def pruned(capsys: pytest.CaptureFixture[str]) -> str:
-    assert main(["prune", "--delete"]) == 0
+def pruned(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    assert main(["prune", "--delete", *options]) == 0
     return " ".join(capsys.readouterr().out.split())
 
 
@@ -44,7 +44,7 @@ def test_an_invalid_number_of_days_deletes_nothing(replaced: Path, days: str) ->
     assert ended.value.code == 2 and replaced.exists()
 
 
-def test_replaced_artifacts_are_kept_if_another_mlflow_has_lines(
+def test_artifacts_are_kept_if_another_mlflow_has_lines(
     home: Path, replaced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as runs:
@@ -58,6 +58,8 @@ def test_replaced_artifacts_are_kept_if_another_mlflow_has_lines(
     for _ in range(2):
         note_tracker(Tracking(home))
     assert "mlflow.example" in pruned(capsys) and replaced.exists(), "it may be the champion there"
+    kept = artifact(Store(home / "store"), "rollout", "text")
+    assert "mlflow.example" in pruned(capsys, "--artifacts", "--days", "0") and kept.path.exists()
     (home / TRACKERS_FILE).write_text(f"sqlite:///{tmp_path}/runs.db\n")
     assert "removed" in pruned(capsys) and not replaced.exists()
 
@@ -109,14 +111,6 @@ def test_the_champion_its_predecessor_and_their_inputs_are_kept(home: Path) -> N
     assert main(["promote", "line@3"]) == 2
 
 
-def test_recently_used_artifacts_are_kept(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Tracking(home).connect()
-    used, other = (artifact(Store(home / "store"), "rollout", text) for text in ("used", "other"))
-    os.utime(used.path / MANIFEST, (2**31, 2**31))
-    assert main(["prune", "--artifacts", "--days", "0", "--delete"]) == 0
-    assert used.path.exists() and not other.path.exists() and "removed 5 B" in capsys.readouterr().out
-
-
 def test_nothing_is_deleted_while_a_run_is_alive(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Tracking(home).connect()
     kept = artifact(Store(home / "store"), "rollout", "text")
@@ -141,13 +135,3 @@ def test_runs_and_promotions_block_pruning(home: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(registry_commands, "verify_checkpoint", prune)
     registry_commands.promote(Display(), f"line@{version.number}", "", dry_run=False)
     assert pruned == [2, 2]
-
-
-def test_complete_artifacts_are_kept_if_another_mlflow_has_lines(
-    home: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    kept = artifact(Store(home / "store"), "rollout", "text")
-    (home / TRACKERS_FILE).write_text("http://mlflow.example:5000\n")
-    assert main(["prune", "--artifacts", "--days", "0", "--delete"]) == 0
-    assert "mlflow.example" in capsys.readouterr().out
-    assert kept.path.exists()
