@@ -16,15 +16,10 @@ def plain() -> tuple[Display, io.StringIO]:
     return Display(Console(file=stream, width=160)), stream
 
 
-def test_rate_and_time_left_ignore_the_work_of_earlier_attempts() -> None:
+def test_the_rate_covers_the_last_half_minute_of_this_attempt_and_unit() -> None:
     rate = ProgressRate()
-    assert rate.update(100, 200, "steps", now=0.0) == (None, None)  # an earlier attempt made 100
-    assert rate.update(120, 200, "steps", now=10.0) == (2.0, 40.0)
-
-
-def test_the_rate_covers_half_a_minute_and_starts_afresh_with_another_unit() -> None:
-    rate = ProgressRate()
-    rate.update(0, 1000, "steps", now=0.0)
+    assert rate.update(100, 1000, "steps", now=0.0) == (None, None)  # an earlier attempt made 100
+    assert rate.update(120, 1000, "steps", now=10.0) == (2.0, 440.0)
     rate.update(600, 1000, "steps", now=60.0)
     assert rate.update(630, 1000, "steps", now=90.0)[0] == pytest.approx(1.0)
     assert rate.update(0, 50, "prompts", now=91.0) == (None, None)

@@ -119,18 +119,6 @@ def test_a_stage_has_its_grace_period_although_its_runner_is_killed(tmp_path: Pa
     assert_gone(worker)
 
 
-def test_an_error_in_on_event_ends_the_stage(tmp_path: Path) -> None:
-    worker_file = tmp_path / "worker"
-
-    def follow(event: Event) -> None:
-        if event["event"] == "progress":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, COLLECT, {"count": 99, "seconds_each": 0.1, "worker": str(worker_file)}, on_event=follow)
-    assert_gone(pid_in(worker_file))
-
-
 def test_a_worker_does_not_outlive_a_successful_stage(tmp_path: Path) -> None:
     worker_file = tmp_path / "worker"
     run(tmp_path, COLLECT, {"count": 1, "worker": str(worker_file)})
