@@ -22,7 +22,7 @@ RECIPES = ["qwen3-4b-dflash", "qwen3-4b-dflash-thinking", "qwen3-8b-dflash", "qw
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_config_loads_and_its_graph_is_in_order(path: Path) -> None:
+def test_a_config_loads_with_its_graph_in_order_and_compares_speeds_often_enough(path: Path) -> None:
     config = load_config(path)
     assert config.name == path.stem
     nodes = [node.name for node in topological_order(refresh_nodes(config))]
@@ -32,6 +32,10 @@ def test_a_config_loads_and_its_graph_is_in_order(path: Path) -> None:
     assert RefreshConfig.model_validate(config.model_dump(mode="json")) == config
     control = control_config(config)
     assert SftConfig.model_validate(control.model_dump(mode="json")) == control
+    evaluation = config.evaluation
+    repetitions = evaluation.speed_prompts if evaluation.by_prompt else evaluation.rounds
+    assert repetitions >= FEWEST_RUNS
+    assert evaluation.rounds >= 2, "one round does not show the machine's noise"
 
 
 _YAML = re.compile(r"^```yaml\n# (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -59,14 +63,6 @@ def test_the_weekly_refresh_starts_from_a_public_drafter_or_a_new_one(tmp_path: 
     new = load_config(path)
     assert new.sft.init_from is None and new.sft.steps > 0
     assert new.sft.drafter.model_dump()["mask_token"] == 151669
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_an_evaluation_has_enough_repetitions_to_compare_speeds(path: Path) -> None:
-    evaluation = load_config(path).evaluation
-    repetitions = evaluation.speed_prompts if evaluation.by_prompt else evaluation.rounds
-    assert repetitions >= FEWEST_RUNS
-    assert evaluation.rounds >= 2, "one round does not show the machine's noise"
 
 
 def test_the_quickstart_decodes_for_minutes() -> None:
