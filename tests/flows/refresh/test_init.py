@@ -18,6 +18,7 @@ from draftsmith.flows.checks.prompts import check_prompt_counts
 from draftsmith.flows.cli.main import main
 from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.flows.refresh.init import BEGINNINGS, QUESTIONS, write_first_config
+from tests.stages.data.logs.logs_run import write
 from tests.testbed.drafter import DrafterArtifacts
 from tests.testbed.refresh import load_config
 from tests.testbed.target import MASK
@@ -43,9 +44,8 @@ def changed(model: Path, folder: Path, **fields: Any) -> Path:
 @pytest.fixture
 def logs(tmp_path: Path) -> Path:
     messages = [[{"role": "user", "content": f"tell story {row} ."}] for row in range(2000)]
-    path = tmp_path / "answers.jsonl"
     rows = [{"messages": each, "completion": "once upon a time ."} for each in messages]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = write(tmp_path / "answers.jsonl", rows)
     os.utime(path, (0, 0))
     return path
 
@@ -88,8 +88,8 @@ def test_every_beginning_writes_a_config_that_passes_its_check(
 
 @pytest.mark.parametrize("beginning", ["model", "drafter"])
 def test_few_prompts_are_enough_for_every_rollout(beginning: str, tmp_path: Path) -> None:
-    prompts, path = tmp_path / "few.jsonl", tmp_path / "run.yaml"
-    prompts.write_text("".join(json.dumps({"prompt": f"Question {row}?"}) + "\n" for row in range(40)))
+    prompts = write(tmp_path / "few.jsonl", [{"prompt": f"Question {row}?"} for row in range(40)])
+    path = tmp_path / "run.yaml"
     given = {name: question.default for name, question in QUESTIONS.items() if name in BEGINNINGS[beginning]}
     write_first_config(path, beginning, dict.fromkeys(QUESTIONS) | given | {"prompts": str(prompts)})
     findings = Findings()

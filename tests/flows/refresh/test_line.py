@@ -73,7 +73,6 @@ class Promoted:
 
 @pytest.fixture
 def promoted(tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch) -> Promoted:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
     rows = [json.loads(line) for line in _answers(tmp_path, tiny_drafter).read_text().splitlines()]
     log = write(tmp_path / "log.jsonl", rows[:20])
@@ -189,7 +188,6 @@ def test_since_last_and_replay_share_need_a_line(tmp_path: Path, field: str) -> 
 def test_held_out_shares_and_suffixes_of_a_line_must_not_shrink(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
     log = tmp_path / "log.jsonl"
 
