@@ -130,11 +130,10 @@ def main() -> None:
         rows += measure(target, model, prompts, chosen.new_tokens, chosen.repetitions)
     dtype = str(target.dtype).removeprefix("torch.")
     rate = machine.peak_rate(target.dtype)
-    harness.print_table(
+    harness.print_rows(
         f"{target.info.source}, {dtype}, {chosen.new_tokens} new tokens after {chosen.prompt_tokens} prompt tokens; "
         f"shares of {rate:,.0f} GFLOP/s",
-        list(rows[0]),
-        [list(row.values()) for row in rows],
+        rows,
     )
     harness.report("decode", {"rows": rows, "matmul_gflop_per_s": rate}, chosen)
 

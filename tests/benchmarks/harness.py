@@ -126,6 +126,11 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
         print("  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:], strict=True))]))
 
 
+def print_rows(title: str, rows: Sequence[Mapping[str, object]]) -> None:
+    """Print a table of rows with the same columns."""
+    print_table(title, list(rows[0]), [list(row.values()) for row in rows])
+
+
 def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -133,7 +133,7 @@ def main() -> None:
             found = [row(point, speedups) for point in points]
             if found:  # fewer numbers are predicted where steps take long
                 title = f"speed-up over no drafter, {slots} in flight"
-                harness.print_table(title, list(found[0]), [list(each.values()) for each in found])
+                harness.print_rows(title, found)
             rows += found
     by_width = []
     for (arm, width), tau in list(taus.items())[1:]:

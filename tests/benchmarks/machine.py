@@ -50,8 +50,7 @@ def main() -> None:
         for rows in ROWS:
             rates = {str(d).removeprefix("torch."): matmul_rate(rows, k, n, d, options.repetitions) for d in DTYPES}
             products.append({"map": name, "rows": rows, **{f"{d}_gflop_per_s": rate for d, rate in rates.items()}})
-    columns = list(products[0])
-    harness.print_table("Matrix products", columns, [list(row.values()) for row in products])
+    harness.print_rows("Matrix products", products)
     harness.report("machine", {"products": products}, options)
 
 

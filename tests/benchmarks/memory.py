@@ -69,7 +69,7 @@ def main() -> None:
             }
         )
         print(rows[-1], flush=True)
-    harness.print_table("Training steps", list(rows[0]), [list(row.values()) for row in rows])
+    harness.print_rows("Training steps", rows)
     harness.report("memory", {"rows": rows}, chosen)
 
 

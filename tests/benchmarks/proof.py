@@ -197,9 +197,7 @@ def main() -> None:
         flat = [
             {name: value for name, value in (each | each[kind]).items() if not isinstance(value, dict)} for each in rows
         ]
-        harness.print_table(
-            f"{kind}, {len(trajectories)} answers", list(flat[0]), [list(each.values()) for each in flat]
-        )
+        harness.print_rows(f"{kind}, {len(trajectories)} answers", flat)
     harness.report("proof", {"rows": rows}, options)
 
 

@@ -234,11 +234,10 @@ def main() -> None:
         target, drafter_folder / DRAFTER_FOLDER, list(stored.trajectories[: options.count]), stored.sampling.temperature
     )
     rows = measure(bench, options.chains, options.decode, options.repetitions)
-    harness.print_table(
+    harness.print_rows(
         f"{target.info.source if options.target else 'test bed'}, {target.info.dtype}: {len(bench.trajectories)} "
         f"trajectories, blocks of {bench.drafter.block_size}",
-        list(rows[0]),
-        [list(row.values()) for row in rows],
+        rows,
     )
     arms = {"one chain": 1, f"{options.chains} chains": options.chains, "as many as pay": None}
     parts = {name: shares(bench, count, options.repetitions) for name, count in arms.items()}

@@ -99,9 +99,7 @@ def main() -> None:
         for sampling in SAMPLINGS
     ]
     vocabulary = len(target.head_weight)
-    harness.print_table(
-        f"{target.info.source}, {vocabulary} tokens", list(rows[0]), [list(row.values()) for row in rows]
-    )
+    harness.print_rows(f"{target.info.source}, {vocabulary} tokens", rows)
     harness.report("sampled_replay", {"vocabulary": vocabulary, "rows": rows}, options)
 
 

@@ -276,13 +276,12 @@ def main() -> None:
             steps[f"{name}, head {head_tokens or 'full'}"] = Step(name, world, fields, config)
     rows = measure(steps, options.repetitions)
     tau = sum(s.committed.sum() for s in world.table.steps) / sum(len(s.anchors) for s in world.table.steps)
-    harness.print_table(
+    harness.print_rows(
         f"{world.target.info.source}: {options.sequences} sequences of "
         f"{options.anchors} blocks of {world.table.proposals + 1}, tau {tau:.2f} (+1 included), "
         f"{sum(len(s.anchors) for s in world.table.steps) / len(world.table.steps):.0f} verify steps a sequence; "
         f"shares of {machine.peak_rate(torch.bfloat16):,.0f} GFLOP/s",
-        list(rows[0]),
-        [list(row.values()) for row in rows],
+        rows,
     )
     harness.report("sft_step", {"rows": rows, "matmul_gflop_per_s": machine.peak_rate(torch.bfloat16)}, options)
 

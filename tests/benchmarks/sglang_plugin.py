@@ -146,11 +146,7 @@ def main() -> None:
                         "highest": max(ratios),
                     }
                 )
-    harness.print_table(
-        f"{len(prompts)} requests of {chosen.new_tokens} tokens, {chosen.repetitions} rounds",
-        list(rows[0]),
-        [list(row.values()) for row in rows],
-    )
+    harness.print_rows(f"{len(prompts)} requests of {chosen.new_tokens} tokens, {chosen.repetitions} rounds", rows)
     looks = {count: microseconds_of_a_look(count) for count in (1, 16, 64, 256)}
     harness.print_table("a step without traced requests", ["requests", "microseconds"], list(looks.items()))
     sums = {f"{count}, {share:g}": microseconds_of_a_look(count, share) for count in (1, 256) for share in (0.01, 1.0)}

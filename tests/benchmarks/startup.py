@@ -101,7 +101,7 @@ def main() -> None:
     options = harness.parser(__doc__).parse_args()
     with tempfile.TemporaryDirectory(prefix="startup-") as folder:
         rows = measure(options.repetitions, Path(folder))
-    harness.print_table("Until something happens", list(rows[0]), [list(row.values()) for row in rows])
+    harness.print_rows("Until something happens", rows)
     harness.report("startup", {"rows": rows}, options)
 
 

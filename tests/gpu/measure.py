@@ -149,11 +149,10 @@ def print_metrics(results: dict[str, Any]) -> None:
     """Print the rows as a table, and the kernels that took most."""
     rows = [{name: "-" if value is None else value for name, value in row.items()} for row in results["rows"]]
     rates = results["tflop_per_s"]
-    harness.print_table(
+    harness.print_rows(
         f"Training steps, {results['scale']}; products in bfloat16 reach {rates['measured']:,.3g} TFLOP/s of "
         f"{rates['nominal'] or 'unknown'} nominal",
-        list(rows[0]),
-        [list(row.values()) for row in rows],
+        rows,
     )
     for kind, kernels in results["kernels"].items():
         harness.print_table(
