@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def test_answers_of_an_artifact_have_prompts_and_sampling(tiny_drafter: DrafterA
     assert len(answers[1:3]) == 2 and answers[1:3].prompts == answers.prompts[1:3]
 
 
-IDS = {"prompt_token_ids": [1, 2, 3], "completion_token_ids": [4, 5, 6]}
+IDS: dict[str, Any] = {"prompt_token_ids": [1, 2, 3], "completion_token_ids": [4, 5, 6]}
 
 
 def test_rows_of_a_file_become_answers_or_are_counted_as_rejected(plain_target: Target, tmp_path: Path) -> None:
@@ -60,9 +61,9 @@ def test_rows_of_a_file_become_answers_or_are_counted_as_rejected(plain_target: 
 
 def test_a_file_without_a_target_or_a_usable_row_is_an_error(plain_target: Target, tmp_path: Path) -> None:
     good, sampled = write(tmp_path / "a.jsonl", [IDS]), write(tmp_path / "b.jsonl", [{**IDS, "temperature": 0.5}])
-    for path, *target in ([good], [sampled, plain_target], [tmp_path / "none.jsonl", plain_target]):
+    for path, target in ((good, None), (sampled, plain_target), (tmp_path / "none.jsonl", plain_target)):
         with pytest.raises(draftsmith.DraftsmithError):
-            draftsmith.read_answers(path, *target)
+            draftsmith.read_answers(path, target)
 
 
 def answers_of(lengths: list[int], prompts: list[str]) -> draftsmith.Answers:
