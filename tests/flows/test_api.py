@@ -20,7 +20,7 @@ from draftsmith.stages.replay.replayer import Replayer
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.sampling import GREEDY
 from tests.flows.processes import ROOT, run_python
-from tests.stages.data.logs.logs_run import write
+from tests.stages.data.row_files import write
 from tests.testbed import random_target
 from tests.testbed.drafter import DrafterArtifacts
 

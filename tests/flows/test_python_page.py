@@ -15,7 +15,7 @@ from draftsmith.artifacts.tracking.registry import Registry
 from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER, load_trajectories
 from tests.flows.processes import ROOT, run_python
-from tests.stages.data.logs.logs_run import write
+from tests.stages.data.row_files import write
 from tests.testbed.artifacts import committed
 from tests.testbed.databases import give_databases
 from tests.testbed.drafter import DrafterArtifacts

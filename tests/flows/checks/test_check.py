@@ -14,7 +14,7 @@ import yaml
 
 from draftsmith.flows.cli.main import main
 from tests.flows.processes import ROOT
-from tests.stages.data.logs.logs_run import write
+from tests.stages.data.row_files import write
 from tests.testbed.adapters import write_adapter
 from tests.testbed.drafter import DrafterArtifacts
 from tests.testbed.refresh import small_refresh

@@ -18,7 +18,7 @@ from draftsmith.flows.checks.prompts import check_prompt_counts
 from draftsmith.flows.cli.main import main
 from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.flows.refresh.init import BEGINNINGS, QUESTIONS, write_first_config
-from tests.stages.data.logs.logs_run import write
+from tests.stages.data.row_files import write
 from tests.testbed.drafter import DrafterArtifacts
 from tests.testbed.refresh import load_config
 from tests.testbed.target import MASK
