@@ -192,14 +192,9 @@ def test_settings_are_checked_against_the_champions_drafter(tiny_drafter: Drafte
 
 def test_an_adapter_without_a_drafter_that_it_adapts_is_an_error(tiny_drafter: DrafterArtifacts) -> None:
     folder = tiny_drafter.drafter / DRAFTER_FOLDER
-    serves = ChampionConfig(line="line", version=3, folder=str(folder), content_id="c", drafter_digest="d")
 
     def errors(start: dict[str, str], **fields: Any) -> list[str]:
-        sft = SftConfig.model_validate({"lora": {"rank": 4}, **fields})
-        nodes = [
-            Node("champion", STAGES["champion"], serves, {"target": "target"}),
-            Node("sft", STAGES["sft"], sft, {"target": "target", "trajectories": "rollout", **start}),
-        ]
+        nodes = [champion(folder), node_of("sft", {**LEARNED, **start}, lora={"rank": 4}, **fields)]
         findings = Findings()
         check_drafters(findings, nodes, tiny_drafter.target, whole=True)
         return [line.text for line in findings.lines if line.level is Level.ERROR]
@@ -207,8 +202,8 @@ def test_an_adapter_without_a_drafter_that_it_adapts_is_an_error(tiny_drafter: D
     continued, upgrade = {"drafter": "champion"}, {"drafter": {"kind": "dspark"}}
     assert errors(continued) == errors({}, init_from=str(folder)) == []
     (new,) = errors({}, drafter={"mask_token": MASK})
-    (upgraded,), (champion,) = errors({}, init_from=str(folder), **upgrade), errors(continued, **upgrade)
-    assert "random weights" in new and "becomes a dspark" in upgraded == champion
+    (upgraded,), (upgraded_champion,) = errors({}, init_from=str(folder), **upgrade), errors(continued, **upgrade)
+    assert "random weights" in new and "becomes a dspark" in upgraded == upgraded_champion
 
 
 @pytest.mark.parametrize(
