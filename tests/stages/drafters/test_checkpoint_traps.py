@@ -65,7 +65,7 @@ DFLASH: dict[str, tuple[Edit, str]] = {
         setting(layer_types=SLIDING, sliding_window=4, use_sliding_window=True, is_causal=False),
         "sliding_window 4 is smaller than the block of 5",
     ),
-    "layers of another kind": (setting(layer_types=["chunked_attention", "full_attention"]), "has chunked_attention"),
+    "layers of another kind": (setting(layer_types=["chunked_attention", "full_attention"]), "contains chunked"),
     "kinds of other layers": (setting(layer_types=["full_attention"]), "layer_types"),
     "no truth value": (setting(is_causal=1), "is_causal is 1"),
     "norms of Gemma": (setting(use_gemma_norm=True), "use_gemma_norm is true"),
