@@ -106,7 +106,9 @@ def _swap(old: ServerState, new: NewDrafter, prove: Prove) -> Served:
         _write(old, new, proof.reason)
     except BaseException as error:
         try:
-            _write(old, NewDrafter(old.digest, Path(), new.algorithm, new.block_size))
+            restored = NewDrafter(old.digest, Path(), new.algorithm, new.block_size)
+            _write(old, restored)
+            _write(old, restored, f"It served before a swap to {new.digest[:12]}, which was not proven.")
         except DraftsmithError as problem:
             raise DraftsmithError(
                 f"{error} The old drafter {old.digest[:12]} was not written back ({problem}). Restart the server."

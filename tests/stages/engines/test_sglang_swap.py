@@ -12,7 +12,7 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, RefusedError, RetryableError
 from draftsmith.stages.engines.served import API_KEY
-from draftsmith.stages.engines.servers.state import NewDrafter
+from draftsmith.stages.engines.servers.state import NewDrafter, ServerState
 from draftsmith.stages.engines.sglang.protocol import SWAP_ACTION, SWAP_STATE, Json
 from draftsmith.stages.engines.swap import Prove, Served, swap_servers
 from draftsmith.stages.replay.proof import Proof
@@ -119,6 +119,12 @@ def test_a_failed_proof_of_the_canary_writes_the_old_weights_back(fleet: Fleet, 
         fleet.swap(outcome)
     assert fleet.servers[0].writes == [NEW, OLD]
     assert not fleet.servers[1].writes and fleet.servers[1].drafter == OLD
+    swap_servers(fleet.urls, NewDrafter(OLD, Path("a"), "DFLASH", 8), _no_proof, lambda _: None)
+    assert fleet.servers[0].writes == [NEW, OLD], "it serves the old one already, so the new one cannot come back"
+
+
+def _no_proof(before: ServerState) -> Prove:
+    raise AssertionError(f"{before.url} is swapped")
 
 
 def test_an_interrupted_proof_writes_the_old_weights_back(fleet: Fleet) -> None:

@@ -177,6 +177,7 @@ def test_a_failed_proof_writes_the_old_drafter_back(server: StandIn, outcome: bo
     with pytest.raises(RefusedError, match="drafts with aaaaaaaaaaaa again"):
         server.swap(outcome)
     assert server.writes == [NEW, OLD] and server.state().digest == OLD
+    assert "not proven" in server.state().proof, "a swap to the old drafter leaves the server as it is"
 
 
 def test_a_refused_drafter_changes_nothing(server: StandIn) -> None:
