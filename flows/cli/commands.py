@@ -202,6 +202,8 @@ def _status(options: argparse.Namespace, pipeline: Pipeline) -> None:
     if options.config is None:
         show_store_status(Display())
     elif _is_file(options.config):
+        if options.url:
+            raise DraftsmithError("--url: servers serve a line, and this is a config file. Give the line's name.")
         show_config_status(Display(), _read_config(options, pipeline), pipeline)
     else:
         from draftsmith.flows.refresh.watch import show_servers  # imports a client of servers
@@ -247,6 +249,8 @@ def _deploy(options: argparse.Namespace, pipeline: Pipeline) -> None:
     Selection(force=tuple(options.force)).forced(pipeline.nodes(config))  # an unknown node is an error now
     arguments: dict[str, object] = {"force": options.force}
     if options.watch is not None:
+        if options.force:
+            raise DraftsmithError("--force: a watch builds no node. Leave it out, or deploy the refresh with it.")
         refresh = f"refresh/{config.name.replace('/', '-')}"
         arguments = {"then": {"report": None, "refresh": refresh, "rollback": "rollback"}[options.watch]}
         config = config.model_copy(update={"name": f"{config.name}-watch"})

@@ -164,7 +164,8 @@ _MISSED = 4  # heartbeats in a row, after which a run has crashed
 _OUTCOMES = ("promoted", "unserved", "refused", "inconclusive", "below", "mismatched")
 _OURS = {f"draftsmith.{outcome}" for outcome in _OUTCOMES}
 _CALLED = {f"prefect.flow-run.{state}" for state in ("Failed", "TimedOut", "Crashed", "Suspended")} | _OURS
-_ENDED = {"draftsmith.current", "prefect.flow-run.Completed", "prefect.flow-run.Suspended"} | _OURS
+_QUIET = ("Completed", "Suspended", "Promised", "Inconclusive")  # states; the last two are a watch's
+_ENDED = {"draftsmith.current", *(f"prefect.flow-run.{state}" for state in _QUIET)} | _OURS
 # Valid JSON whatever the message is. The state is the event's, since the run may have another one by now.
 _PAYLOAD = """{"cause": {{ event.event.split(".")[-1] | lower | tojson }}, "deployment": {{ deployment.name | tojson }},
  "flow_run": {{ flow_run.name | tojson }},

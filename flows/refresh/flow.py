@@ -95,6 +95,6 @@ def watch(config: RefreshConfig, minutes: float = 5, then: str | None = None) ->
         run_task("rollback", f"{line.name} rollback", body, Display().line)
     elif watched.outcome == "below" and then is not None:
         # once a day, as a refresh may take longer than the time until the next watch
-        once = f"watch of {datetime.now(UTC).date()}"
+        once = f"watch of {then} {datetime.now(UTC).date()}"  # unique for a flow, which all lines share
         run_deployment(then, timeout=0, as_subflow=False, idempotency_key=once)
     return Failed(name=conclusion.name, message=conclusion.message)
