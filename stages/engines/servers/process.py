@@ -13,7 +13,7 @@ from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import open_0600
-from draftsmith.artifacts.host import all_gpus
+from draftsmith.artifacts.host import all_gpus, visible_gpus
 from draftsmith.artifacts.redaction import MASK
 from draftsmith.stages.engines.config import LaunchConfig, Options, option_name
 from draftsmith.stages.runtime.child_process import ChildProcess, last_lines
@@ -27,9 +27,10 @@ _PORTS = range(20000, 32000)
 
 def usable_gpus() -> list[str]:
     """Return the values for CUDA_VISIBLE_DEVICES, one per GPU; empty on a machine without one."""
-    if (listed := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:  # the only source for GPUs other than NVIDIA's
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None and not all_gpus():  # the only source for GPUs other than NVIDIA's
         return [name.strip() for name in listed.split(",") if name.strip() not in ("", "-1")]
-    return [gpu.uuid for gpu in all_gpus()]
+    return [gpu.uuid for gpu in visible_gpus()]
 
 
 def assign_gpus(launch: LaunchConfig, gpus: Sequence[str]) -> list[str | None]:

@@ -11,6 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts import host
 from draftsmith.artifacts.host import Gpu
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import LaunchConfig, SGLangEngineConfig
@@ -204,12 +205,18 @@ def test_every_server_gets_its_own_gpus() -> None:
 
 
 def test_gpus_are_those_that_the_stage_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "all_gpus", lambda: (Gpu("GPU-1a2b", 80e9, "H100"), Gpu("GPU-3c4d", 80e9, "H100")))
+    """As CUDA reads CUDA_VISIBLE_DEVICES: names after one that does not exist do not count."""
+    gpus = (Gpu("GPU-1a2b", 80e9, "H100"), Gpu("GPU-3c4d", 80e9, "H100"))
+    for module in (host, process):
+        monkeypatch.setattr(module, "all_gpus", lambda: gpus)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert process.usable_gpus() == ["GPU-1a2b", "GPU-3c4d"]
-    for named, names in (("3, GPU-1a2b", ["3", "GPU-1a2b"]), ("", [])):
+    for named, names in (("1, GPU-1a2b", ["GPU-3c4d", "GPU-1a2b"]), ("0, 3, 1", ["GPU-1a2b"]), ("", [])):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
         assert process.usable_gpus() == names
+    gpus = ()  # of another maker
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
+    assert process.usable_gpus() == ["3", "5"]
 
 
 def test_how_servers_are_launched_decides_a_speed_and_not_an_answer() -> None:
