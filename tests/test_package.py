@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,10 @@ import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
+
+import yaml
+
+from tests.testbed.refresh import small_refresh
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("artifacts", "flows", "stages")
@@ -44,7 +49,9 @@ def built(kind: str, source: Path, out: Path) -> Path:
     return made
 
 
-def test_wheel_and_sdist_hold_the_package_and_the_shipped_configs(tmp_path: Path) -> None:
+def test_the_wheel_of_the_sdist_holds_the_configs_and_runs_a_refresh_from_an_empty_folder(
+    tmp_path: Path, tiny_target: Path, tiny_prompts: Path
+) -> None:
     source = tmp_path / "source"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -63,14 +70,19 @@ def test_wheel_and_sdist_hold_the_package_and_the_shipped_configs(tmp_path: Path
         path.relative_to(ROOT) for path in configs
     )
     assert (package / "flows" / "refresh" / "beginnings" / "logs.yaml").is_file()
-    code = (
-        "import draftsmith, draftsmith.flows.cli.main; from importlib.resources import files; "
-        "print(draftsmith.__file__, (files('draftsmith') / 'configs' / 'quickstart.yaml').is_file())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path / "installed", capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == [str(package / "__init__.py"), "True"]
+    config, empty = tmp_path / "small.yaml", tmp_path / "empty"
+    config.write_text(yaml.safe_dump(small_refresh("small", tiny_target, tiny_prompts, 16, sft={"steps": 2})))
+    empty.mkdir()
+    code = "import draftsmith, runpy; print(draftsmith.__file__); runpy.run_module('draftsmith.flows', alter_sys=True)"
+    environment = os.environ | {"PYTHONPATH": str(package.parent), "DRAFTSMITH_HOME": str(tmp_path / "home")}
+    for words in (["--help"], ["run", str(config), "--until", "sft"]):
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code, *words], cwd=empty, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[0] == str(package / "__init__.py")
+    (made,) = (tmp_path / "home" / "store" / "sft").glob("*/drafter/model.safetensors")
+    assert made.stat().st_size > 0
 
 
 def test_an_import_that_breaks_a_rule_is_refused(tmp_path: Path) -> None:
