@@ -82,7 +82,7 @@ class RegistryConfig(Config):
     servers: Annotated[
         tuple[HttpAddress, ...],
         Field(
-            description="SGLang servers that draft with the champion: swapped after a promotion, one after the other"
+            description="servers that draft with the champion: swapped after a promotion, one after the other"
         ),
     ] = ()
     champion: Annotated[ChampionConfig | None, FilledIn(), Field(description="the champion when the plan is made")] = (
