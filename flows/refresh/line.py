@@ -81,9 +81,7 @@ class RegistryConfig(Config):
     ] = False
     servers: Annotated[
         tuple[HttpAddress, ...],
-        Field(
-            description="servers that draft with the champion: swapped after a promotion, one after the other"
-        ),
+        Field(description="servers that draft with the champion: swapped after a promotion, one after the other"),
     ] = ()
     champion: Annotated[ChampionConfig | None, FilledIn(), Field(description="the champion when the plan is made")] = (
         None

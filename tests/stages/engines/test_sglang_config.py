@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts import host
+from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.host import Gpu
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import LaunchConfig, SGLangEngineConfig
@@ -206,7 +206,7 @@ def test_every_server_gets_its_own_gpus() -> None:
 
 def test_gpus_are_those_that_the_stage_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     """As CUDA reads CUDA_VISIBLE_DEVICES: names after one that does not exist do not count."""
-    gpus = (Gpu("GPU-1a2b", 80e9, "H100"), Gpu("GPU-3c4d", 80e9, "H100"))
+    gpus: tuple[Gpu, ...] = (Gpu("GPU-1a2b", 80e9, "H100"), Gpu("GPU-3c4d", 80e9, "H100"))
     for module in (host, process):
         monkeypatch.setattr(module, "all_gpus", lambda: gpus)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
