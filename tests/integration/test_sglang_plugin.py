@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from draftsmith.stages.drafters.digest import drafter_digest
-from draftsmith.stages.engines.sglang.protocol import KEY, REQUESTS_STATE, SUPPORTED
+from draftsmith.stages.engines.sglang.protocol import KEY, REQUESTS_STATE, SUPPORTED, SWAP_STATE
 from tests.integration.recorded import Answer, Reference, asked_for_nothing, body
 from tests.sglang_cpu.fixtures import ServingTarget
 from tests.sglang_cpu.options import CPU_ENVIRONMENT
@@ -97,6 +97,9 @@ def test_overlap_chunks_and_retractions_lose_nothing(busy_url: str, reference: R
         reference.check(prompt, answer, digest)
     assert sum(answer["meta_info"]["num_retractions"] for answer in answers) > 0
     (state,) = httpx.get(f"{busy_url}/server_info", timeout=60).json()["internal_states"]
+    if SWAP_STATE not in state:  # 0.5.20 has neither swaps nor sums
+        assert REQUESTS_STATE not in state
+        return
     recorded = []
     for answer in answers:
         output, steps = answer["output_ids"], answer["meta_info"][KEY]
