@@ -21,7 +21,7 @@ from draftsmith.flows.execution.display import format_bytes, format_duration
 from draftsmith.flows.execution.machine import free_disk_bytes, gpu_model, gpu_names, gpus
 from draftsmith.flows.planning.graph import Node
 from draftsmith.stages.data.prompts import SPLITS, PromptsConfig
-from draftsmith.stages.target.estimate import DTYPE_BYTES, PROCESS_BYTES, Sizes, StageUse, target_size
+from draftsmith.stages.target.estimate import DTYPE_BYTES, PROCESS_BYTES, ModelSize, Sizes, StageUse, target_size
 from draftsmith.stages.target.info import model_path, read_target_info
 
 _TIGHT, _TOO_MUCH = 0.85, 1.35  # needed / available: estimates are meant to be right within a third
@@ -145,7 +145,7 @@ def model_sizes(nodes: Sequence[Node], artifact: Path, plans: DrafterPlans, mach
     info = read_target_info(artifact)
     return Sizes(
         target=target_size(model_path(artifact)),
-        drafter=plan.size,
+        drafter=ModelSize.from_config(plan.config, plan.parameters, map_sizes=plan.map_sizes),
         features=len(plan.target_layer_ids),
         block_size=plan.block_size,
         itemsize=DTYPE_BYTES[info.dtype],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +13,6 @@ from torch import nn
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.sampling import argmax, probability_of
 from draftsmith.stages.drafters.spec import StepShape, TrainingRecipe
-from draftsmith.stages.target.estimate import ModelSize
 from draftsmith.stages.target.kv_cache import Rows
 from draftsmith.stages.target.logit_map import IDENTITY, LogitMap
 from draftsmith.stages.target.packed_linear import packed_copy
@@ -148,14 +147,10 @@ class Drafter(nn.Module, ABC):
         return {name: each for name, each in maps.items() if name.partition(".")[0] in self.layer_names}
 
     @property
-    def size(self) -> ModelSize:
-        """Return the numbers that memory depends on."""
-        maps, parameters = self.linear_maps().values(), sum(p.numel() for p in self.parameters())
-        return replace(
-            ModelSize.from_config(self.config, parameters),
-            mapped=sum(each.weight.numel() for each in maps),
-            map_widths=sum(each.in_features + each.out_features for each in maps),
-        )
+    def map_sizes(self) -> tuple[int, int]:
+        """Return the number of weights of the linear maps, and of their inputs and outputs together."""
+        maps = self.linear_maps().values()
+        return sum(each.weight.numel() for each in maps), sum(each.in_features + each.out_features for each in maps)
 
     def drafting_head(self, target_head: torch.Tensor, head_tokens: int | None) -> Head:
         """Return the head to draft with: over all tokens, or the `head_tokens` most frequent in the training data."""

@@ -23,7 +23,6 @@ from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.registry import KINDS, DrafterConfig
 from draftsmith.stages.drafters.spec import Architecture, RawConfig
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.estimate import ModelSize
 from draftsmith.stages.target.hub import check_snapshot, hub_commit, hub_snapshot
 
 _INFO = TypeAdapter(DrafterInfo)
@@ -72,12 +71,9 @@ class DrafterPlan:
     block_size: int
     target_layer_ids: list[int]
     description: str
-    size: ModelSize
+    parameters: int
+    map_sizes: tuple[int, int]  # as of `Drafter.map_sizes`
     operations: Callable[..., float]  # as of `Drafter.operations`
-
-    @property
-    def parameters(self) -> int:
-        return self.size.parameters
 
 
 def plan_of_new(shape: DrafterConfig, target_config: Any, tokenizer: Callable[[], Any]) -> DrafterPlan:
@@ -154,7 +150,8 @@ def _plan(kind: str, config: Any, target_config: Any, where: str, tokenizer: Cal
         config.block_size,
         architecture.target_layer_ids(config),
         architecture.description(config, tokenizer),
-        skeleton.size,
+        sum(p.numel() for p in skeleton.parameters()),
+        skeleton.map_sizes,
         skeleton.operations,
     )
 

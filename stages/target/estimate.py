@@ -43,8 +43,10 @@ class ModelSize:
     routed: float = 0.0  # their share of all experts
 
     @classmethod
-    def from_config(cls, config: Any, parameters: int, divided: int = 0) -> ModelSize:
-        """Return the sizes in a text model's config. divided: see the field."""
+    def from_config(
+        cls, config: Any, parameters: int, divided: int = 0, map_sizes: tuple[int, int] = (0, 0)
+    ) -> ModelSize:
+        """Return the sizes in a text model's config. divided: see the field. map_sizes: of a drafter."""
         usual = usual_layer(config)
         heads = usual.num_attention_heads
         kv_heads = getattr(usual, "num_key_value_heads", None) or heads
@@ -68,6 +70,8 @@ class ModelSize:
             vocabulary=getattr(config, "draft_vocab_size", None) or config.vocab_size,
             windows=(window,) * len(sliding) if window else (),
             divided=divided,
+            mapped=map_sizes[0],
+            map_widths=map_sizes[1],
             active=_active_width(usual),
             routed=_routed_share(usual),
         )

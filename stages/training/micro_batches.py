@@ -85,7 +85,9 @@ def loaded_sizes(target: Target, drafter: Drafter, longest: int) -> Sizes:
         ModelSize.from_config(
             target.config, sum(p.numel() for p in target.model.parameters()), divided_parameters(target.model)
         ),
-        drafter.size,
+        ModelSize.from_config(
+            drafter.config, sum(p.numel() for p in drafter.parameters()), map_sizes=drafter.map_sizes
+        ),
         features=len(drafter.target_layer_ids),
         block_size=drafter.block_size,
         itemsize=target.dtype.itemsize,

@@ -71,9 +71,9 @@ async def check_server(
         remarks = [] if supported(version) else [f"{url} is sglang {version}, outside the tested {SUPPORTED}"]
         await check_adapters(client, url, required)
         served = _served_target(url, str(model.get("model_path")), server, ours=ours)
-        weights = await check_weights(client, served, server, required, log)
         if not ours:
             remarks += await check_tokenizer(client, url, served.path, required)
+        weights = await check_weights(client, served, server, required, log)
         remarks += weights.remarks
         for name in () if ours else required.adapters:
             asked = payload(required.scored_ids) | {"lora_path": name}

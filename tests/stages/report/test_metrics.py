@@ -54,6 +54,6 @@ def test_metrics_have_the_same_names_in_every_refresh() -> None:
     assert found["accepted_share.challenger.2"] == pytest.approx(0.75**2)
     assert found["accepted_share.challenger/chat.2"] == 0.25 and "accepted_share.champion/chat.2" not in found
     assert found["parity.opd.replayed_tau"] == 3.32
-    assert (found["doubts"], found["data.prompts.counts.a.train"]) == (1.0, 400.0)
+    assert (found["speed_warnings"], found["data.prompts.counts.a.train"]) == (1.0, 400.0)
     of_another_kind = report_metrics(EvaluationResult.model_validate(EVALUATION))
     assert of_another_kind["tau.challenger"] == 3.543 and "tau.champion" not in of_another_kind

@@ -80,7 +80,7 @@ class FakeStep:
         plan = self._plan(target)
         return Sizes(
             ModelSize.from_config(target, parameters),
-            plan.size,
+            ModelSize.from_config(plan.config, plan.parameters, map_sizes=plan.map_sizes),
             features=len(plan.target_layer_ids),
             block_size=plan.block_size,
             itemsize=2,

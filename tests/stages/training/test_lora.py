@@ -146,7 +146,7 @@ def test_a_killed_training_ends_with_the_same_bits(
     adapter = load_file(cut.out / "adapter" / "adapter_model.safetensors")
     count = sum(tensor.numel() for tensor in adapter.values())
     assert len(state["drafter"]) == len(state["optimiser"]["state"]) == len(adapter)
-    assert sum(tensor.numel() for tensor in state["drafter"].values()) == count == 4 * base.size.map_widths
+    assert sum(tensor.numel() for tensor in state["drafter"].values()) == count == 4 * base.map_sizes[1]
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
