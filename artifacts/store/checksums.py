@@ -39,7 +39,7 @@ class CachedChecksum:
 
 
 class Checksums:
-    """The sha256 of files, cached in a folder of the home with one small JSON file each.
+    """The sha256 of files, cached in a folder of the home with one small file each: its own checksum, and JSON.
 
     Where the cache cannot be written, files are hashed every time.
     """
@@ -70,7 +70,8 @@ class Checksums:
     def cached(self, path: Path) -> CachedChecksum | None:
         """Return the file's last record, even if the file was touched since; None if there is none."""
         try:
-            record = CachedChecksum(**json.loads(self._file(path.absolute()).read_bytes()))
+            own, _, text = self._file(path.absolute()).read_text().partition("\n")
+            record = CachedChecksum(**json.loads(text if own == _sha256(text) else ""))
         except (OSError, ValueError, TypeError):
             return None
         return record if record.path == str(path.absolute()) else None
@@ -89,7 +90,12 @@ class Checksums:
         if not self._folder.parent.is_dir():  # reading a file must not create a home
             return
         with suppress(DraftsmithError):  # a read-only home
-            write_text(self._file(Path(record.path)), json.dumps(asdict(record)), durable=False)
+            text = json.dumps(asdict(record))
+            write_text(self._file(Path(record.path)), f"{_sha256(text)}\n{text}", durable=False)
 
     def _file(self, path: Path) -> Path:
-        return self._folder / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json"
+        return self._folder / f"{_sha256(str(path))[:32]}.json"
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -107,3 +107,11 @@ def test_hashing_a_file_does_not_create_a_home(path: Path, tmp_path: Path) -> No
     rewrite_with_old_times(path)
     assert Checksums(tmp_path / "none").sha256(path) == sha256_file(path)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_damaged_record_does_not_count(cached: Checksums, path: Path, tmp_path: Path, reads: list[Path]) -> None:
+    """A flipped bit in a digest leaves another digest."""
+    digest = cached.sha256(path)
+    (record,) = (tmp_path / "home" / checksums.FOLDER).iterdir()
+    record.write_text(record.read_text().replace(digest, digest[::-1]))
+    assert cached.sha256(path) == digest and len(reads) == 2
