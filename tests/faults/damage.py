@@ -115,7 +115,8 @@ def database(find: Callable[[Home], Path], word: str, damage: Damage) -> Play:
         if ended.code != 0:
             scene.messages.pop()
             scene.check_end(ended, [2, 75], word)
-            must("move" in scene.messages[-1], "the message names no remedy")
+            remedies = ("move", "restore it from a backup")
+            must(any(each in scene.messages[-1] for each in remedies), "the message names no remedy")
             path.rename(path.with_suffix(".damaged"))
             ended = scene.refresh(PREFECT_API_URL="")
         scene.finished(ended)
