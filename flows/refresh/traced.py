@@ -19,8 +19,8 @@ Sets = dict[str, SetMetrics]
 def by_depth(requests: Sequence[TracedRequest], promotion: Mapping[str, SetMetrics]) -> tuple[Sets, Sets, float]:
     """Return tau of the requests over all and by depth, what is promised of each, and the share of steps left out.
 
-    A request is one unit. Over all, the promise is that of the depths at which these requests have their steps: the
-    drafter is none the worse for longer requests. Steps at depths that the promotion did not measure are left out. If
+    A request is one unit. Over all, the promise is that of the depths at which these requests have their steps, so
+    longer requests alone are no fall. Steps at depths that the promotion did not measure are left out. If
     it measured none, which is so if all were at the same one, its tau of all prompts is promised at any depth.
     """
     then = {name: metrics for name, metrics in promotion.items() if metrics.has_interval}

@@ -124,7 +124,7 @@ def compare(now: Mapping[str, SetMetrics], then: Mapping[str, SetMetrics], thres
         return "below", f"{text}; measurably more than {threshold:.1%} below: {'; '.join(places)}"
     assert served.tau is not None and promised.tau is not None
     if served.tau < (1 - threshold) * promised.tau:
-        return "inconclusive", f"{text}; below, but not measurably. Watch longer"
+        return "inconclusive", f"{text}; below, but not measurably. Watch more requests"
     return "promised", f"{text}; at most {threshold:.1%} below"
 
 

@@ -49,6 +49,9 @@ PROGRAM = textwrap.dedent(
             deployment = client.read_deployment_by_name("refresh/weekly")
             line = deployment.parameters["config"]["registry"]["name"]
             print("deployed", code, line, *(each.schedule.cron for each in deployment.schedules))
+        (silent,) = client.read_automations_by_name("weekly: silent")
+        print("ends", *sorted(silent.trigger.expect))
+        assert main(["deploy", os.environ["OTHER"], "--pool", "pool"]) == 0
         words = [json.loads(os.environ["DEPLOYED"])[0][0], "--pool", "pool", "--watch", "refresh"]
         assert main(["deploy", *words, "--set", "registry.servers=[http://gpu1]"]) == 0
         watching = client.read_deployment_by_name("watch/weekly-watch").parameters
@@ -57,12 +60,15 @@ PROGRAM = textwrap.dedent(
             watching["config"]["registry"]["servers"] = [url]
             config = RefreshConfig(**watching["config"])
             print("watched", *(watch(config, 0.001, watching["then"], return_state=True).name for _ in range(2)))
+            watch(config, 0.001, "refresh/other", return_state=True)
             promoted("a-line", "b", "abc", 4.0)
             state = watch(config, 0.001, "rollback", return_state=True)
             pages = {each.key: each.data for each in client.read_artifacts()}
             print("rolled back", state.name, registry().champion("a-line").number, pages["a-line-rollback"])
-        refreshes = DeploymentFilter(id=DeploymentFilterId(any_=[client.read_deployment_by_name("refresh/weekly").id]))
-        print("refreshes", len(client.read_flow_runs(deployment_filter=refreshes)))
+        for name in ("weekly", "other"):
+            refreshes = DeploymentFilterId(any_=[client.read_deployment_by_name(f"refresh/{name}").id])
+            runs = client.read_flow_runs(deployment_filter=DeploymentFilter(id=refreshes))
+            print("refreshes of", name, len(runs))
         refresh()
         (artifact,) = (each for each in client.read_artifacts() if each.key == "my-line-verdict")
         print("verdict", artifact.key, artifact.type, artifact.data, artifact.flow_run_id is not None, sep="|")
@@ -110,9 +116,9 @@ def ended(starts: Path, tmp_path_factory: pytest.TempPathFactory) -> subprocess.
     """Run the program and return its result."""
     folder = tmp_path_factory.mktemp("announcements")
 
-    def config(line: str) -> str:
+    def config(line: str, name: str = "weekly") -> str:
         logs = {"paths": ["answers.jsonl"], "temperature": 0}
-        given = {"name": "weekly", "registry": {"name": line}, "target": {"source": "nowhere"}, "logs": logs}
+        given = {"name": name, "registry": {"name": line}, "target": {"source": "nowhere"}, "logs": logs}
         (path := folder / f"{line}.yaml").write_text(yaml.safe_dump(given))
         return str(path)
 
@@ -120,7 +126,8 @@ def ended(starts: Path, tmp_path_factory: pytest.TempPathFactory) -> subprocess.
     hook = ["--webhook", "https://hooks.example/draftsmith", "--silent-after", "8"]
     deployed = [[first, "--cron", "0 3 * * 1"], [first, "--cron", "0 4 * * 1", *hook], [copied], [first]]
     toy = write_config(folder / "toy.yaml", verdict="promoted", approve=True, right={"note_start": str(starts)})
-    done = beside_server(folder / "home", PROGRAM, CONFIG=str(toy), DEPLOYED=json.dumps(deployed))
+    other = config("c-line", "other")
+    done = beside_server(folder / "home", PROGRAM, CONFIG=str(toy), DEPLOYED=json.dumps(deployed), OTHER=other)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -141,7 +148,13 @@ def test_a_deployment_is_never_changed_by_another_line(ended: subprocess.Complet
 def test_a_deployment_that_watches_starts_a_refresh(ended: subprocess.CompletedProcess[str]) -> None:
     assert printed(ended, "watching") == ["refresh/weekly http://gpu1"]
     assert printed(ended, "watched") == ["Below Below"], ended.stderr
-    assert printed(ended, "refreshes") == ["1"], "one a day"
+    assert printed(ended, "refreshes of") == ["weekly 1", "other 1"], "one a day, of each line"
+
+
+def test_a_run_that_watched_is_not_silent(ended: subprocess.CompletedProcess[str]) -> None:
+    (events,) = printed(ended, "ends")
+    states = {event.removeprefix("prefect.flow-run.") for event in events.split()}
+    assert states >= {"Completed", "Promised", "Inconclusive"}
 
 
 def test_a_rollback_whose_swap_fails_is_a_failed_task(ended: subprocess.CompletedProcess[str]) -> None:

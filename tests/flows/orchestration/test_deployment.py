@@ -35,6 +35,8 @@ def test_a_deployment_needs_a_permanent_server_and_existing_nodes(
     assert "PREFECT_API_URL is not set" in capsys.readouterr().err
     assert main(["deploy", config, "--pool", "p", "--force", "lfet"], TOY) == 2
     assert "--force lfet: no such node" in capsys.readouterr().err
+    assert main(["deploy", config, "--pool", "p", "--watch", "report", "--force", "left"], TOY) == 2
+    assert "--force: a watch builds no node" in capsys.readouterr().err
     assert not (tmp_path / "home").exists()
 
 
