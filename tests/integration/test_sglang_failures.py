@@ -1,6 +1,7 @@
 """A real SGLang server that is killed in the middle of a rollout: nothing is lost, repeated or left over.
 
-One of several that is killed: `test_sglang_router.py`. A stage that is killed: `test_sglang_server.py`.
+One of several that is killed: `test_sglang_router.py`. A stage that is killed: `test_process.py` of the engines'
+servers.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE, TRAJECTORIES
 from draftsmith.stages.engines.stage import STAGE, RolloutConfig
 from tests.sglang_cpu.options import CPU_ENVIRONMENT, CPU_OPTIONS
-from tests.stages.engines.servers import living
+from tests.stages.engines.stand_ins import living
 from tests.testbed.context import StoppingContext
 from tests.testbed.drafter import DrafterArtifacts
 

@@ -37,7 +37,7 @@ from draftsmith.stages.replay.stage import MiningConfig
 from draftsmith.stages.target.info import read_target_info
 from tests.sglang_cpu.fixtures import ServingTarget
 from tests.stages.drafters.edits import with_another_mask
-from tests.stages.engines.servers import write_other_revision
+from tests.stages.engines.stand_ins import write_other_revision
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 

@@ -22,7 +22,7 @@ from tests.integration.test_sglang_failures import (  # noqa: F401  (a fixture)
     settings,
 )
 from tests.sglang_cpu.options import CPU_ENVIRONMENT, CPU_OPTIONS
-from tests.stages.engines.servers import living
+from tests.stages.engines.stand_ins import living
 from tests.testbed.drafter import DrafterArtifacts
 
 pytestmark = [pytest.mark.sglang, pytest.mark.integration]

@@ -13,9 +13,9 @@ from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.planning.graph import Node
 from draftsmith.stages.engines.servers.identity import own_logprobs
 from draftsmith.stages.engines.stage import RolloutConfig
-from tests.stages.engines.servers import requirements_of, server_of
-from tests.stages.engines.test_sglang_environment import cuda_environment, interpreter
-from tests.stages.engines.test_sglang_weights import scoring
+from tests.stages.engines.servers.test_identity import scoring
+from tests.stages.engines.sglang.test_environment import cuda_environment, interpreter
+from tests.stages.engines.stand_ins import requirements_of, server_of
 from tests.testbed.drafter import DrafterArtifacts
 from tests.testbed.refresh import node_of
 

@@ -18,7 +18,7 @@ from draftsmith.stages.engines.servers import pool
 from draftsmith.stages.engines.servers.engine import ServerEngine
 from draftsmith.stages.engines.servers.requirements import ServerRequirements, server_requirements
 from tests.stages.engines.http_server import HttpServer
-from tests.stages.engines.servers import EngineOn, Opened, requirements_of, server_of
+from tests.stages.engines.stand_ins import EngineOn, Opened, requirements_of, server_of
 from tests.testbed.drafter import DrafterArtifacts
 
 

@@ -26,8 +26,8 @@ from draftsmith.stages.engines.vllm.handshake import check_server as check_vllm
 from draftsmith.stages.engines.vllm.records import completion_payload
 from draftsmith.stages.engines.vllm.server import server_command as vllm_command
 from tests.stages.engines.http_server import HttpServer, answer, serving
-from tests.stages.engines.servers import good_server
-from tests.stages.engines.test_vllm_engine import completion
+from tests.stages.engines.stand_ins import good_server
+from tests.stages.engines.vllm.test_engine import completion
 from tests.testbed.adapters import ALL, adapted_artifact
 
 ASKED = Request("r", [1, 2], 4, adapter="b")

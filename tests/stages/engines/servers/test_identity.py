@@ -13,7 +13,7 @@ from draftsmith.stages.engines.servers import identity
 from draftsmith.stages.engines.servers.identity import QUANTISED_TOLERANCE, own_logprobs
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
 from tests.stages.engines.http_server import answer
-from tests.stages.engines.servers import check, server_of, write_other_revision
+from tests.stages.engines.stand_ins import check, server_of, write_other_revision
 from tests.testbed.drafter import DrafterArtifacts
 
 COMMIT, OTHER = "a1" * 20, "b2" * 20

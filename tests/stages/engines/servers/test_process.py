@@ -21,8 +21,8 @@ from draftsmith.stages.engines.sglang.server import cuda_environment as variable
 from draftsmith.stages.runtime.process import use_expandable_segments
 from tests.flows.processes import ROOT, wait_until
 from tests.sglang_cpu.server import healthy
-from tests.stages.engines.servers import STAND_IN, living
-from tests.stages.engines.test_sglang_environment import cuda_environment, program
+from tests.stages.engines.sglang.test_environment import cuda_environment, program
+from tests.stages.engines.stand_ins import STAND_IN, living
 
 COMMAND = [sys.executable, "-m", "sglang.launch_server"]
 
@@ -108,7 +108,7 @@ def test_no_process_outlives_whoever_started_it(end: str, tmp_path: Path) -> Non
     program = f"""
         import sys, time, threading
         from pathlib import Path
-        from tests.stages.engines.test_sglang_server import process
+        from tests.stages.engines.servers.test_process import process
         server = process(Path({str(tmp_path)!r}))
         server.start()
         print(server.url, flush=True)

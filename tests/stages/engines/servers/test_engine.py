@@ -23,7 +23,7 @@ from draftsmith.stages.engines.servers.engine import _MAX_UNANSWERED, ServerEngi
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
 from draftsmith.stages.engines.stage import STAGE, RolloutConfig
 from tests.stages.engines.http_server import Refusal, answer, is_probe
-from tests.stages.engines.servers import (
+from tests.stages.engines.stand_ins import (
     STAND_IN,
     EngineOn,
     Opened,

@@ -13,7 +13,7 @@ from draftsmith.stages.engines.servers.api import ServerInfo
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
 from draftsmith.stages.target.sampling import SamplingParams
 from tests.stages.engines.http_server import Refusal, answer
-from tests.stages.engines.servers import (
+from tests.stages.engines.stand_ins import (
     EngineOn,
     check,
     good_server,

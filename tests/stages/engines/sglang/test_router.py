@@ -21,8 +21,8 @@ from draftsmith.stages.engines.sglang.server import router_command, router_worke
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from tests.stages.engines.http_server import HttpServer, Reply, serving
-from tests.stages.engines.servers import Opened, refusing, server_of, speculating
-from tests.stages.engines.test_sglang_config import after, config
+from tests.stages.engines.sglang.test_server import after, config
+from tests.stages.engines.stand_ins import Opened, refusing, server_of, speculating
 
 REQUESTS = [Request(f"r{i}", [10 * i + 5], 8) for i in range(4)]
 

@@ -29,9 +29,9 @@ from draftsmith.stages.engines.vllm.handshake import check_server
 from draftsmith.stages.engines.vllm.server import server_command
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from tests.stages.engines.http_server import HttpServer, serving
-from tests.stages.engines.servers import Opened
-from tests.stages.engines.servers import check as check_sglang
-from tests.stages.engines.servers import server_of as sglang_server_of
+from tests.stages.engines.stand_ins import Opened
+from tests.stages.engines.stand_ins import check as check_sglang
+from tests.stages.engines.stand_ins import server_of as sglang_server_of
 
 REQUESTS = [Request(f"r{i}", [10 * i + 5], 8) for i in range(6)]
 

@@ -33,7 +33,7 @@ from draftsmith.stages.engines.servers.pool import (
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
 from draftsmith.stages.engines.sglang import api
 from tests.stages.engines.http_server import HttpServer, Refusal, Reply, answer, is_probe, serving
-from tests.stages.engines.servers import refusing
+from tests.stages.engines.stand_ins import refusing
 
 EXPECTED = [[i + 1, i + 2, i + 3] for i in range(40)]
 
