@@ -15,6 +15,7 @@ from scipy.special import stdtrit
 from draftsmith.artifacts.errors import DraftsmithError, RefusedError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.results.base import SetMetrics
+from draftsmith.artifacts.results.data import AdoptedChampion
 from draftsmith.artifacts.results.evaluation import ALL, DriftResult, EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.artifacts.store.manifest import read_manifest
@@ -42,7 +43,6 @@ from draftsmith.flows.refresh.summary import DETAIL
 from draftsmith.flows.refresh.swap import swap_in_run
 from draftsmith.stages.data.logs.earlier import is_available
 from draftsmith.stages.data.time_window import LAST
-from draftsmith.stages.drafters.stage import RECORD as TARGET_RECORD
 from draftsmith.stages.runtime.stage import Config
 from draftsmith.stages.runtime.statistics import CONFIDENCE, simultaneous_level
 
@@ -83,8 +83,8 @@ class RefreshPolicy:
         if self._swapped:
             Display().line(self._swapped)
         drift = DriftResult.read(folders["drift"])
-        record = json.loads((folders["champion"] / TARGET_RECORD).read_text("utf-8"))
-        reasons = self._reasons(drift, target_changed=record["target_changed"])
+        adopted = AdoptedChampion.read(folders["champion"])
+        reasons = self._reasons(drift, target_changed=adopted.target_changed)
         self._drift_metrics = {f"{DETAIL}drift.{name}.tau": metrics.tau or 0.0 for name, metrics in drift.root.items()}
         self._drift_tags = {"drift": "; ".join(reasons)[:_MAX_TAG_CHARS] or "none"}
         champion, overall = self.line.champion, drift.overall

@@ -7,7 +7,6 @@ since, the drafter is adopted for the new target: the refresh starts from it and
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,13 +15,12 @@ from pydantic import Field
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
+from draftsmith.artifacts.results.data import AdoptedChampion
 from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.runtime.stage import Config, NotInKey, Stage, StageContext
 from draftsmith.stages.target.info import model_path, read_target_info
-
-RECORD = "champion.json"
 
 
 class ChampionConfig(Config):
@@ -74,8 +72,7 @@ def run(ctx: StageContext, config: ChampionConfig) -> None:
             training={"stage": "champion", "trained_for": info.target_digest},
         )
         checkpoint.write_info(folder, adopted)
-    record = {"target_changed": changed, "trained_for": info.target_digest, "target": target.digest}
-    (ctx.out / RECORD).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+    AdoptedChampion(target=target.digest, target_changed=changed, trained_for=info.target_digest).write(ctx.out)
 
 
 STAGE = Stage(name="champion", config=ChampionConfig, inputs=("target",), body="draftsmith.stages.drafters.stage")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 import pyarrow.compute as pc
 
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
+from draftsmith.artifacts.results.data import TraceSource
 from draftsmith.artifacts.results.evaluation import TargetDifference
 from draftsmith.artifacts.store.manifest import write_versions
 from draftsmith.artifacts.tables.parquet import TableWriter
@@ -38,7 +38,7 @@ _WRITTEN_ROWS = 64  # written to the final tables in one step; traces have many 
 
 
 def run(ctx: StageContext, config: RolloutConfig) -> None:
-    """Answer the prompts that have no answer yet; write the tables and, with a drafter, `trace.json`."""
+    """Answer the prompts that have no answer yet; write the tables and, with a drafter, the source of its trace."""
     prompts = prompts_to_answer(config, ctx.inputs["prompts"])
     conversations = Conversations.read(ctx.inputs["prompts"], prompts.ids, ctx.inputs["target"])
     requests = _RequestList(prompts, conversations, config.sampling, ctx.seed)
@@ -62,16 +62,16 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
         _generate_missing(ctx, config, requests, drafter, answers)
         _write_tables(ctx, requests, answers, with_trace=drafter is not None)
     if drafter is not None:
+        difference = TargetDifference.read_if_there(ctx.work)
         served = {
             "drafter_digest": drafter_digest(drafter),
             **config.drafting.key_material(),
             "engine": config.engine.kind,
             "dtype": served_dtype(config.engine, read_target_info(ctx.inputs["target"]).dtype),
             "temperature": config.sampling.temperature,
+            **({"differs": difference.settings} if difference else {}),
         }
-        if difference := TargetDifference.read_if_there(ctx.work):
-            served["differs"] = difference.settings
-        (ctx.out / "trace.json").write_text(json.dumps(served, indent=2, sort_keys=True) + "\n")
+        TraceSource.model_validate(served).write(ctx.out)
 
 
 class _RequestList:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.results.data import TraceSource
 from draftsmith.artifacts.tables.parquet import TableWriter, index_in, read_table
 from draftsmith.artifacts.tables.readers import KeyedRows, RowReader
 from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE, VERIFY_STEPS
@@ -173,13 +174,10 @@ def check_parity(
     allowed: the drafter that was served is then not this one.
     """
     folder = ctx.inputs["trajectories"]
-    path = folder / "trace.json"
-    if not path.exists():
+    served_with = TraceSource.read_if_there(folder)
+    if served_with is None or served_with.drafter_digest != drafter.digest:
         return None
-    served_with = json.loads(path.read_text())
-    if served_with.get("drafter_digest") != drafter.digest:
-        return None
-    recorded_drafting = DraftingConfig(**{name: served_with.get(name) for name in DraftingConfig.model_fields})
+    recorded_drafting = DraftingConfig(block_size=served_with.block_size, head_tokens=served_with.head_tokens)
     served_drafting, drafting = drafter.effective(recorded_drafting), drafter.effective(config.drafting)
     if served_drafting != drafting:
         ctx.log(
@@ -189,10 +187,10 @@ def check_parity(
         return None
     tolerance = ParityTolerance(
         "mining",
-        float32=served_with.get("dtype") == read_target_info(ctx.inputs["target"]).dtype == "float32",
-        greedy=served_with.get("temperature") == 0,
+        float32=served_with.dtype == read_target_info(ctx.inputs["target"]).dtype == "float32",
+        greedy=served_with.temperature == 0,
         allowed=config.max_parity_mismatch,
-        same_target="differs" not in served_with,
+        same_target=not served_with.differs,
     )
     ids = trajectories.ids
     replayed = KeyedRows(RowReader(ctx.out / "verify_steps.parquet", VERIFY_STEPS), ids)

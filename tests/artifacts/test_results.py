@@ -9,7 +9,7 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.results.base import ResultFile
-from draftsmith.artifacts.results.data import LogsSummary, PromptsSummary
+from draftsmith.artifacts.results.data import AdoptedChampion, LogsSummary, PromptsSummary, TraceSource
 from draftsmith.artifacts.results.evaluation import Contexts, DiagnosisResult, DriftResult, EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision, GateVerdict, ReviewResult
 
@@ -27,6 +27,8 @@ GOLDEN = Path(__file__).parent / "golden"
         (DriftResult, "drift.json"),
         (PromptsSummary, "prompts.json"),
         (LogsSummary, "logs.json"),
+        (TraceSource, "trace.json"),
+        (AdoptedChampion, "champion.json"),
         (DiagnosisResult, "diagnosis.json"),
     ],
 )
