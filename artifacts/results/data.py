@@ -1,8 +1,8 @@
-"""Results of the stages that make data, and of the adopted champion: one JSON file each."""
+"""Results of stages `prompts` and `logs`: `prompts.json` and `logs.json`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from draftsmith.artifacts.results.base import Record, ResultFile
@@ -53,27 +53,3 @@ class LogsSummary(ResultFile, Record):
     heldout_share: float | None = None
     window: LogWindow = LogWindow()
     given_by: Mapping[str, str] = {}  # digests of the target and its tokenizer
-
-
-class TraceSource(ResultFile, Record):
-    """The drafter and the settings that the steps of a rollout's trace were served with."""
-
-    FILE: ClassVar[str] = "trace.json"
-
-    block_size: int | None = None  # None: as trained
-    differs: Sequence[str] = ()  # settings in which the served target differs from the one in transformers
-    drafter_digest: str
-    dtype: str
-    engine: str
-    head_tokens: int | None = None
-    temperature: float
-
-
-class AdoptedChampion(ResultFile, Record):
-    """The digests of the target that a champion was promoted for, and of today's."""
-
-    FILE: ClassVar[str] = "champion.json"
-
-    target: str
-    target_changed: bool
-    trained_for: str

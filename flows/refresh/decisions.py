@@ -15,7 +15,7 @@ from scipy.special import stdtrit
 from draftsmith.artifacts.errors import DraftsmithError, RefusedError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.results.base import SetMetrics
-from draftsmith.artifacts.results.data import AdoptedChampion
+from draftsmith.artifacts.results.drafting import AdoptedChampion
 from draftsmith.artifacts.results.evaluation import ALL, DriftResult, EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision
 from draftsmith.artifacts.store.manifest import read_manifest

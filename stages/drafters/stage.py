@@ -15,7 +15,7 @@ from pydantic import Field
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
-from draftsmith.artifacts.results.data import AdoptedChampion
+from draftsmith.artifacts.results.drafting import AdoptedChampion
 from draftsmith.artifacts.store.mirror import open_store
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.digest import drafter_digest

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.compute as pc
 
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
-from draftsmith.artifacts.results.data import TraceSource
+from draftsmith.artifacts.results.drafting import TraceSource
 from draftsmith.artifacts.results.evaluation import TargetDifference
 from draftsmith.artifacts.store.manifest import write_versions
 from draftsmith.artifacts.tables.parquet import TableWriter

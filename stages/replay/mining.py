@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.results.data import TraceSource
+from draftsmith.artifacts.results.drafting import TraceSource
 from draftsmith.artifacts.tables.parquet import TableWriter, index_in, read_table
 from draftsmith.artifacts.tables.readers import KeyedRows, RowReader
 from draftsmith.artifacts.tables.schemas import TIMINGS, TRACE, VERIFY_STEPS

@@ -9,7 +9,8 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.results.base import ResultFile
-from draftsmith.artifacts.results.data import AdoptedChampion, LogsSummary, PromptsSummary, TraceSource
+from draftsmith.artifacts.results.data import LogsSummary, PromptsSummary
+from draftsmith.artifacts.results.drafting import AdoptedChampion, TraceSource
 from draftsmith.artifacts.results.evaluation import Contexts, DiagnosisResult, DriftResult, EvaluationResult
 from draftsmith.artifacts.results.gate import GateDecision, GateVerdict, ReviewResult
 

@@ -1,0 +1,32 @@
+"""Which drafter a rollout was served with, `trace.json`, and what champion a refresh adopts, `champion.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from draftsmith.artifacts.results.base import Record, ResultFile
+
+
+class TraceSource(ResultFile, Record):
+    """The drafter and the settings that the steps of a rollout's trace were served with."""
+
+    FILE: ClassVar[str] = "trace.json"
+
+    block_size: int | None = None  # None: as trained
+    differs: Sequence[str] = ()  # settings in which the served target differs from the one in transformers
+    drafter_digest: str
+    dtype: str
+    engine: str
+    head_tokens: int | None = None
+    temperature: float
+
+
+class AdoptedChampion(ResultFile, Record):
+    """The digests of the target that a champion was promoted for, and of today's."""
+
+    FILE: ClassVar[str] = "champion.json"
+
+    target: str
+    target_changed: bool
+    trained_for: str
