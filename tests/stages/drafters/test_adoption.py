@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.results.drafting import AdoptedChampion
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.base import DrafterInfo
 from draftsmith.stages.drafters.checkpoint import check_drafter, read_info, save_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
-from draftsmith.stages.drafters.stage import RECORD, ChampionConfig
 from draftsmith.stages.drafters.stage import STAGE as CHAMPION
+from draftsmith.stages.drafters.stage import ChampionConfig
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.info import read_target_info, write_target_info
 from draftsmith.stages.training.config import SftConfig
@@ -81,7 +82,7 @@ def test_a_champion_is_adopted_for_a_changed_target(
     CHAMPION.run(ctx, config)
     taken = ctx.out / DRAFTER_FOLDER
     assert drafter_digest(taken) == digest
-    assert ctx.json(RECORD) == {"target_changed": changed, "trained_for": then, "target": now}
+    assert ctx.json(AdoptedChampion.FILE) == {"target_changed": changed, "trained_for": then, "target": now}
     info = read_info(taken)
     assert (info.target_digest, info.parents) == (now, ("before", digest) if changed else ("before",))
     assert any("the target has changed since version 3 was promoted" in line for line in ctx.logs) is changed
