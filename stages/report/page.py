@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.redaction import printable
+from draftsmith.artifacts.results.base import SetMetrics
 from draftsmith.artifacts.results.data import LogsSummary, PromptsSummary
 from draftsmith.artifacts.results.evaluation import AnswerContext, EvaluationResult, LoadPoint
 from draftsmith.artifacts.results.gate import LOAD_RULES, GateDecision
@@ -102,6 +103,8 @@ def _plots(data: ReportData) -> dict[str, str]:
         rules = data.decision.rules if data.decision is not None else ()
         allowed = [rule.metrics.get("wanted") for rule in rules if rule.name.startswith("tau of ")]
         found["by_slice"] = gain_by_slice(gains, allowed[0] if allowed else None)
+    elif slices := {name: arms for name, arms in data.evaluation.sets.items() if arms}:
+        found["tau_by_slice"] = tau_by_slice(slices)
     if curves := {arm: curve for arm in drafters if (curve := data.evaluation.load_curve(arm))}:
         found["by_load"] = speed_by_load(curves)
     if len(data.history) > 1:
@@ -244,6 +247,28 @@ def gain_by_slice(gains: Sequence[SliceGain], allowed: float | None) -> str:
     axes.set_yticks(range(len(gains)), names, parse_math=False)
     axes.set(xlabel="gain of acceptance length over the champion, %", ylim=(len(gains) - 0.5, -0.5))
     return _svg(figure, "slices", "Gain of the challenger over the champion by slice")
+
+
+@_styled
+def tau_by_slice(slices: Mapping[str, Mapping[str, SetMetrics]]) -> str:
+    """Plot each drafter's acceptance length on every slice with its interval, where there is no champion."""
+    arms = list(dict.fromkeys(arm for each in slices.values() for arm in each))
+    figure = _figure(7.2, 0.9 + (0.12 + 0.14 * len(arms)) * len(slices))
+    axes = figure.add_subplot()
+    for place, arm in enumerate(arms):
+        shift = 0.7 * ((place + 0.5) / len(arms) - 0.5)
+        found = [(row + shift, each[arm], tau) for row, each in enumerate(slices.values())
+                 if arm in each and (tau := each[arm].tau) is not None]  # fmt: skip
+        below = [tau - (tau if own.low is None else own.low) for _, own, tau in found]
+        above = [(tau if own.high is None else own.high) - tau for _, own, tau in found]
+        axes.errorbar(
+            [tau for *_, tau in found], [row for row, *_ in found], xerr=[below, above], linestyle="", marker="o",
+            markersize=5, elinewidth=2, color=COLOURS.get(arm, _OTHER), label=name_of(arm),
+        )  # fmt: skip
+    axes.set_yticks(range(len(slices)), [_cut(name) for name in slices], parse_math=False)
+    axes.set(xlabel="acceptance length", ylim=(len(slices) - 0.5, -0.5))
+    figure.legend(loc="outside upper left", ncols=4)
+    return _svg(figure, "slices", "Acceptance length of each drafter by slice")
 
 
 @_styled

@@ -155,6 +155,7 @@ the verify steps that servers counted on the same held-out prompts for all draft
 
 {%- call section("By slice") %}
 {{ plot(plots.by_slice, "95 % intervals hold for all slices together. Dashed: the loss that the gate allows.") }}
+{{ plot(plots.tau_by_slice, "With 95 % intervals of each slice alone; none where a slice is too small.") }}
 {{ table(tables.by_slice) }}
 {%- call fold("Acceptance by offset and slice") %}{{ table(tables.by_offset) }}{% endcall %}
 {%- endcall %}

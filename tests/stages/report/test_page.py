@@ -24,6 +24,7 @@ from tests.stages.report.sample_report import (
     HOSTILE,
     OF_A_LINE,
     SERVED,
+    SETS,
     entry,
     load_point,
     of_a_line,
@@ -110,6 +111,19 @@ def test_each_slice_has_its_gain_and_its_worst_contexts(tmp_path: Path) -> None:
     assert "chat (inconclusive)" in page.text and "-30.0% inconclusive: 2 prompts, 4 are needed" in page.text
     before, _, after = page.text.partition("Worst contexts of each slice")
     assert before.count("Worst:") == 10 and after.count("Worst:") == 2 and "depth:4k-16k" in after
+
+
+def test_without_a_champion_acceptance_lengths_are_drawn_by_slice(tmp_path: Path) -> None:
+    sets = {name: {arm: of for arm, of in arms.items() if arm != "champion"} for name, arms in SETS.items()}
+    sets["chat"]["opd"] = {"tau": 3.0, "prompts": 2}  # too few for an interval
+    page = render(tmp_path, sample(evaluation=EVALUATION | {"sets": {**sets, "empty": {}}}))
+    drawn = [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"]
+    assert "Acceptance length of each drafter by slice" in drawn and "Gain of" not in " ".join(map(str, drawn))
+    figure = page.text.partition("By slice")[2].partition("With 95 % intervals of each slice alone")[0]
+    assert all(text in figure for text in ("code & math", "SFT + OPD", "acceptance length"))
+    assert "empty" not in figure and HOSTILE not in page.text
+    with_champion = render(tmp_path, of_a_line())
+    assert "With 95 % intervals of each slice alone" not in with_champion.text
 
 
 def test_acceptance_by_offset_and_slice_is_a_table() -> None:
