@@ -52,4 +52,5 @@ class LogsSummary(ResultFile, Record):
     improbable: Mapping[str, int] = {}  # reason -> answers
     heldout_share: float | None = None
     window: LogWindow = LogWindow()
+    loads: Mapping[int, float] = {}  # requests in flight -> share of the time; empty where rows do not state times
     given_by: Mapping[str, str] = {}  # digests of the target and its tokenizer

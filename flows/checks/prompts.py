@@ -292,6 +292,8 @@ def _check_log(findings: Findings, name: str, config: LogsConfig, target: Path |
     rejects.check()
     for warning in row_filter.warnings():
         findings.warn(name, warning)
+    if loads := row_filter.in_flight.shares():
+        findings.ok(name, f"requests in flight, by the times of {row_filter.in_flight.timed} rows: gate.loads: {loads}")
     if row_filter.outside_window + row_filter.overlap == rejects.rows and not whole:
         findings.skip(name, f"whether there are rows of the window. {line}; others may follow")
         return

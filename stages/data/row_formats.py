@@ -18,8 +18,9 @@ Message: TypeAlias = dict[str, str]  # role, content
 FieldValue: TypeAlias = str | int | float | bool
 FieldFilter: TypeAlias = dict[str, FieldValue | list[FieldValue]]  # of a config: field -> allowed values
 LogField: TypeAlias = Literal[
-    "messages", "completion", "prompt_token_ids", "completion_token_ids", "finish_reason", "timestamp", "adapter"
-]
+    "messages", "completion", "prompt_token_ids", "completion_token_ids", "finish_reason", "timestamp", "adapter",
+    "started_at", "ended_at", "duration_s", "server",
+]  # fmt: skip
 TemplateKwargs: TypeAlias = dict[str, bool | int | float | str | None]  # of the target's chat template
 FieldNames: TypeAlias = dict[LogField, str]  # of a config: our name for a field -> its name in the rows
 

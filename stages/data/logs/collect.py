@@ -84,6 +84,9 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
         ctx.log(f"warning: {warning}")
     if rejects.reasons:
         ctx.log(f"{used} rows used, {rejects.reasons.total()} rejected: {rejects.describe()}")
+    loads = log_filter.in_flight.shares()
+    if loads:
+        ctx.log(f"requests in flight, by the times of {log_filter.in_flight.timed} rows: gate.loads: {loads}")
     improbable = _find_improbable(ctx, config, table.rows)
     replayed, info = table.rows - used, read_target_info(ctx.inputs["target"])
     whole = _reads_all_rows(config, max_new) and not any(is_remote(file) for file in config.files())
@@ -102,6 +105,7 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
         improbable=dict(Counter(improbable).most_common()),
         heldout_share=held_out.share,
         window=_window(config, log_filter),
+        loads=loads,
         given_by={"target_digest": info.digest, "tokenizer_digest": info.tokenizer_digest},
     ).write(ctx.out)
     ctx.summary(

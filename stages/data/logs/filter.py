@@ -19,6 +19,7 @@ from draftsmith.artifacts.tables.schemas import TRAJECTORIES
 from draftsmith.stages.data.chat_template import TemplateInverter
 from draftsmith.stages.data.held_out import HeldOut, token_digest
 from draftsmith.stages.data.logs.earlier import TABLE, answer_content, read_batches, select_rows
+from draftsmith.stages.data.logs.loads import TIMES, InFlight
 from draftsmith.stages.data.logs.rows import AnswerReader, LoggedRow, logged_ids, logged_text
 from draftsmith.stages.data.logs.stage import LogsConfig
 from draftsmith.stages.data.row_files import BadRow, RejectLog, Row
@@ -70,6 +71,7 @@ class RowFilter(ABC, Generic[T]):
         self.overlap = 0  # rows inside the window that the champion's refresh may have read
         self._previous: tuple[str, bool] = "", False  # of the row before: its file, and whether outside the window
         self.newest: datetime | None = None  # of all rows read
+        self.in_flight = InFlight()  # rows inside the window that `filter` lets through, whether usable or not
         # a row from a wrong clock must not make `since: last` skip the rows of days to come
         self._latest = datetime.now(UTC) + timedelta(days=1)
 
@@ -90,6 +92,12 @@ class RowFilter(ABC, Generic[T]):
             warnings.append(
                 f"{self._unfinished} of {self.accepted} rows are text without a finish_reason. Log it: only after "
                 "`stop` is the stop token added, from which drafters learn where answers end."
+            )
+        untimed, timed = self.in_flight.untimed, self.in_flight.timed
+        if untimed and (timed or not self._config.fields.keys().isdisjoint(TIMES)):
+            warnings.append(
+                f"{untimed} of {untimed + timed} rows do not say when their request began and ended, so requests in "
+                f"flight are not all counted. Name two of {', '.join(TIMES)} in logs.fields."
             )
         return warnings
 
@@ -120,6 +128,7 @@ class RowFilter(ABC, Generic[T]):
             if not matches_filter(self._config.filter, row.fields, row.where):
                 self.filtered += 1
                 return None
+            self.in_flight.add(logged.fields)
             if (difference := logged.sampling_difference(self._config.sampling)) is not None:
                 raise RejectedRow(difference)
             converted = self._convert(logged, time)

@@ -92,6 +92,15 @@ def test_logs_without_a_usable_row_are_an_error(rows: list[Any], reason: str, me
     assert level is Level.ERROR and reason in text
 
 
+def test_loads_are_printed_as_the_gate_takes_them(metadata: Path, tmp_path: Path) -> None:
+    times = [{"ended_at": f"2026-03-05T12:00:0{end}Z", "duration_s": 4} for end in (5, 5, 7, 7)]
+    findings = check_logs(metadata, tmp_path / "a.jsonl", [answer(n, **time) for n, time in enumerate(times)])
+    assert [(line.level, line.text) for line in findings.lines] == [
+        (Level.OK, "requests in flight, by the times of 4 rows: gate.loads: {2: 0.667, 4: 0.333}"),
+        (Level.OK, "4 of all 4 rows can be used"),
+    ]
+
+
 def test_rows_outside_the_window_give_no_warning(metadata: Path, tmp_path: Path) -> None:
     rows = [answer(number, time=f"2026-03-0{number}") for number in range(1, 10)]
     level, text = check_log(metadata, tmp_path / "a.jsonl", rows, since="2026-03-08")

@@ -18,7 +18,7 @@ README = Path(__file__).parents[4] / "configs" / "own-logs.md"
 # Of SGLang 0.5.20 for a chat, shortened: fields that nothing reads are left out.
 PARAMS = {"temperature": 0.0, "max_new_tokens": 3, "stop": None, "top_p": 1.0, "top_k": -1, "min_p": 0.0}
 PARAMS |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "logit_bias": None}
-OUT = {"text": " How are", "output_ids": [94, 352, 758], "meta_info": {"completion_tokens": 3}}
+OUT = {"text": " How are", "output_ids": [94, 352, 758], "meta_info": {"completion_tokens": 3, "e2e_latency": 2.5}}
 
 
 def line(event: str, **fields: Any) -> str:
@@ -91,9 +91,11 @@ def test_the_documented_command_makes_rows_with_token_ids_and_sampling(tmp_path:
         ([1, 315, 203], [94, 352, 758]),
     ]
     assert [row["adapter"] for row in rows] == ["support", None]
+    assert [(row["ended_at"], row["duration_s"]) for row in rows] == [("2026-11-29T11:43:28.869656", 2.5)] * 2
     schema_filter = SchemaFilter(
         LogsConfig(paths=["a"], temperature=0, since="2026-11-29"), RejectLog("logs.max_bad_share", 0)
     )
     assert [schema_filter.accept(Row("answers.jsonl", n, row)) for n, row in enumerate(rows)] == [True, None]
     assert dict(schema_filter.rejects.reasons) == {"sampled under a grammar": 1}
+    assert schema_filter.in_flight.shares() == {2: 1.0}
     assert schema_filter.newest is not None and schema_filter.newest.isoformat() == "2026-11-29T11:43:28.869656+00:00"

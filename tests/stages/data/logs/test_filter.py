@@ -43,6 +43,10 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "reasoning_content": JSON,
     "finish_reason": JSON,
     "timestamp": JSON,
+    "started_at": JSON,
+    "ended_at": JSON,
+    "duration_s": JSON,
+    "server": JSON,
     "id": JSON,
     "team": JSON,
 }
