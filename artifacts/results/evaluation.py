@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import zip_longest
 from typing import Annotated, ClassVar
 
 from pydantic import Field, RootModel
@@ -293,6 +294,22 @@ class EvaluationResult(ResultFile, Record):
     def load_curve(self, arm: str, other: str = PLAIN) -> list[LoadPoint]:
         """Return the predicted speeds of an arm over another one, fewest requests in flight first."""
         return [each for each in self.load if (each.arm, each.other) == (arm, other)]
+
+    def schedule(self, arm: str) -> list[list[int]]:
+        """Return [fewest, most, proposals] for each range of requests in flight; empty without a load curve.
+
+        proposals: of the arm's fastest block size there, or 0 where it is slower than decoding without a drafter.
+        """
+        ranges: list[list[int]] = []
+        curve = self.load_curve(arm)
+        for point, following in zip_longest(curve, curve[1:]):
+            most = point.concurrency if following is None else following.concurrency - 1
+            proposals = point.block_size - 1 if point.value > 0 else 0
+            if ranges and ranges[-1][2] == proposals:
+                ranges[-1][1] = most
+            else:
+                ranges.append([point.concurrency, most, proposals])
+        return ranges
 
     def slices(self, challenger: str) -> list[ArmComparison]:
         """Return the comparisons of tau with the champion on each slice."""

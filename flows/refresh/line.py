@@ -51,6 +51,7 @@ _MAX_RULES_CHARS = 250
 _SHORT_SET = ("tau", "low", "prompts")  # metrics of a set that are stored if there are many sets
 _MEASURED_WITH = "measured_with"
 FASTEST_BLOCK = "fastest_block"  # tag: the block size that decoded fastest, with the anchor
+SCHEDULE = "schedule"  # tag: proposals by requests in flight, [[fewest, most, proposals], …]
 CONFIDENCE = "confidence"  # tag: the calibration of a confidence head
 BLOCK_SIZE = "drafting.block_size"  # one of the settings that metrics were measured with
 _SHARES, _BY, _SUFFIXES = "heldout_shares", "heldout_by", "suffixes"
@@ -333,6 +334,7 @@ def version_tags(
         "tau_interval": json.dumps([drafter.tau_low, drafter.tau_high]),
         "speedup": f"{speed.speedup:.4f}" if speed and speed.speedup is not None else "",
         FASTEST_BLOCK: str((speed and speed.block_size) or ""),
+        SCHEDULE: json.dumps(evaluation.schedule(arm)),
         "speedup_interval": json.dumps([speed and speed.speedup_low, speed and speed.speedup_high]),
         "figures": json.dumps(promotion_metrics(evaluation, arm)),
         _MEASURED_WITH: json.dumps({**settings, BLOCK_SIZE: drafter.block_size}),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from draftsmith.flows.execution.display import Display
 from draftsmith.flows.refresh.line import (
     CONFIDENCE,
     FASTEST_BLOCK,
+    SCHEDULE,
     artifact_folder,
     download_upload,
     find_artifact,
@@ -32,7 +34,7 @@ from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import http_address
 from draftsmith.stages.engines.servers.drafting import served_block_size, speculative_algorithm
-from draftsmith.stages.engines.sglang.server import drafting_options
+from draftsmith.stages.engines.sglang.server import drafting_options, write_schedule
 from draftsmith.stages.engines.vllm.options import drafting_options as options_of_vllm
 from draftsmith.stages.target.info import model_path, read_target_info
 
@@ -213,7 +215,7 @@ def _export(display: Display, version: Version, folder: Path, layout: str, *, ca
             if calibrated:
                 _calibrate(version, source, folder)
         display.line(f"{version}: in speculators' layout, with the target's embedding and head, in {folder}")
-        _show_options(display, "vLLM", version, folder, options_of_vllm)
+        _show_options(display, "vLLM", version, folder)
         return
     with _all_or_nothing(folder):
         shutil.copytree(source, folder, dirs_exist_ok=True)
@@ -225,17 +227,26 @@ def _export(display: Display, version: Version, folder: Path, layout: str, *, ca
         if calibrated:
             _calibrate(version, source, folder)
     display.line(f"{version}: {size / 1e6:.1f} MB in {folder}")
-    _show_options(display, "SGLang", version, folder, drafting_options)
+    _show_options(display, "SGLang", version, folder)
 
 
-def _show_options(
-    display: Display, engine: str, version: Version, folder: Path, options: Callable[[Path, str, int], list[str]]
-) -> None:
-    """Print the options by which a server drafts with an exported checkpoint."""
+def _show_options(display: Display, engine: str, version: Version, folder: Path) -> None:
+    """Print the options by which a server drafts with an exported checkpoint, also by load if that was predicted."""
     algorithm = speculative_algorithm(folder)
     fastest = version.tags.get(FASTEST_BLOCK)  # empty if no speed was measured
     block = int(fastest) if fastest else served_block_size(folder, DraftingConfig(), algorithm)
+    options = options_of_vllm if engine == "vLLM" else drafting_options
     display.line(f"  for {engine}: {shlex.join(options(folder, algorithm, block))}")
+    schedule = json.loads(version.tags.get(SCHEDULE) or "[]")
+    if not (most := max((proposals for *_, proposals in schedule), default=0)):
+        return  # no load curve, or never faster than without a drafter
+    if engine == "vLLM":
+        by_load = options_of_vllm(folder, algorithm, 1 + most, schedule)
+    elif algorithm == "EAGLE3":
+        by_load = [*drafting_options(folder, algorithm, 1 + most), *write_schedule(folder, schedule)]
+    else:  # SGLang changes no other drafter's block by load
+        return
+    display.line(f"  for {engine}, by load: {shlex.join(by_load)}")
 
 
 @contextmanager

@@ -6,10 +6,9 @@ import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 
 from draftsmith.artifacts.results.base import SetMetrics
-from draftsmith.artifacts.results.evaluation import CHAMPION, EvaluationResult, LoadPoint
+from draftsmith.artifacts.results.evaluation import CHAMPION, EvaluationResult
 from draftsmith.stages.evaluation.verdicts import estimate_of, load_factor, too_small
 from draftsmith.stages.report.metrics import LineageEntry, device_seconds, wall_seconds
 from draftsmith.stages.report.review import ABSENT, MetricDifference, Review, duration, interval, name_of, number
@@ -131,23 +130,13 @@ def by_load(evaluation: EvaluationResult) -> Table | None:
         "Predicted from acceptance in replay and the times of single steps in this process, at the fastest block size, "
         "with 95 % intervals. More requests in flight were not measured."
     )
-    if rows and (curve := evaluation.load_curve(evaluation.challenger)):
-        schedule = f"num_speculative_tokens_per_batch_size: {_vllm_schedule(curve)}"
-        note += f" If steps of a vLLM server scale like these, set {schedule} in its speculative config."
+    if rows and (schedule := evaluation.schedule(evaluation.challenger)):
+        setting = f"num_speculative_tokens_per_batch_size: {schedule}"
+        note += (
+            f" If steps of a vLLM server scale like these, set {setting} in its speculative config: `draftsmith "
+            "export` prints all of it, and for EAGLE-3 SGLang's."
+        )
     return Table(head, rows, "Speed by load", note) if rows else None
-
-
-def _vllm_schedule(curve: Sequence[LoadPoint]) -> list[list[int]]:
-    """Return the smallest and largest batch size of each range, and the proposals there: none where they do not pay."""
-    ranges: list[list[int]] = []
-    for point, following in zip_longest(curve, curve[1:]):
-        last = point.concurrency if following is None else following.concurrency - 1
-        proposals = point.block_size - 1 if point.value > 0 else 0
-        if ranges and ranges[-1][2] == proposals:
-            ranges[-1][1] = last
-        else:
-            ranges.append([point.concurrency, last, proposals])
-    return ranges
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ drafter computes what the model here computes, on the target's text and on its o
 from __future__ import annotations
 
 import json
+import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
+from draftsmith.stages.engines.sglang.server import write_schedule
 from draftsmith.stages.replay.trace import tau
 from tests.integration.recorded import Reference, asked_for_nothing, body
 from tests.integration.swapping import assert_drafts_with, assert_swaps
@@ -66,6 +68,21 @@ def test_every_step_of_a_chain_is_right_where_some_requests_of_a_batch_ask_for_i
         else:
             accepted += reference.check(prompt, answer, digest)
     assert {0, 4} <= accepted.keys()  # nothing and whole chains were kept
+
+
+def test_blocks_by_load_are_read_and_stay_whatever_is_accepted(sglang_env: Path, tmp_path: Path) -> None:
+    *_, path = write_schedule(tmp_path, [[1, 3, 4], [4, 7, 2], [8, 16, 0]])
+    program = """
+import sys
+from sglang.srt.speculative.adaptive_spec_params import AdaptiveSpeculativeParams
+read = AdaptiveSpeculativeParams(initial_steps=4, cfg_path=sys.argv[1])
+for accepted in [4] * 40 + [0] * 40:
+    assert [read.on_verify_complete([accepted] * n, n) for n in (1, 4, 8)] == [None] * 3
+print(*(read.get_steps_for_batch(n) for n in range(1, 20)))
+"""
+    read = subprocess.run([sglang_env, "-c", program, path], check=True, capture_output=True, text=True)
+    steps = [4] * 3 + [2] * 4 + [0] * 12
+    assert read.stdout.splitlines()[-1] == " ".join(map(str, steps))
 
 
 def test_its_weights_are_swapped(url: str, bench: Bench, tiny_eagle3: Path, tmp_path: Path) -> None:

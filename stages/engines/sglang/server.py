@@ -7,12 +7,14 @@ router finds out, and an abort goes to each of them.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import httpx
 
+from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.config import LaunchConfig, SGLangEngineConfig
 from draftsmith.stages.engines.servers.client import (
@@ -77,6 +79,18 @@ def drafting_options(folder: Path, algorithm: str, block_size: int) -> list[str]
     if algorithm == "DSPARK":  # must equal the checkpoint's
         parts += ["--speculative-dspark-block-size", str(block_size - 1)]
     return [*parts, "--speculative-num-draft-tokens", str(block_size)]
+
+
+def write_schedule(folder: Path, schedule: Sequence[Sequence[int]]) -> list[str]:
+    """Write SGLang's adaptive config beside an EAGLE-3 checkpoint; return the options that have it read.
+
+    schedule: [fewest, most, proposals] for each range of requests in flight. With one candidate a range, SGLang takes
+    the range of the batch and adapts nothing else. It does so for EAGLE and EAGLE3 alone.
+    """
+    path = folder.absolute() / "sglang-adaptive.json"
+    steps = {str(fewest): {"candidate_steps": [proposals]} for fewest, _, proposals in schedule}
+    write_text(path, json.dumps(steps, indent=1) + "\n")
+    return ["--speculative-adaptive", "--speculative-adaptive-config", os.fspath(path)]
 
 
 def cuda_environment(python: Path, launch: LaunchConfig, folder: Path) -> dict[str, str]:

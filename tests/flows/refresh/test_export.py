@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -33,7 +34,11 @@ from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.target.causal_lm import Target
 from tests.testbed.artifacts import committed
 from tests.testbed.dspark import random_dspark
+from tests.testbed.eagle3 import random_eagle3
 from tests.testbed.random_target import random_drafter, write_artifact
+
+SOURCE = {"kind": "jsonl", "path": "prompts.jsonl"}
+PROMPTS = PromptsConfig.model_validate({"sources": [SOURCE], "train": 1, "validation": 1, "heldout": 1})
 
 
 def copied(folder: Path) -> Callable[[Path], object]:
@@ -69,6 +74,62 @@ def test_an_export_prints_the_servers_options(
     assert block != 3 and f"{by}fastest --speculative-num-draft-tokens 3" in printed(capsys)
     registry_commands.export(Display(), "line", tmp_path / "vllm", "speculators")
     assert "for vLLM: --speculative-config" in printed(capsys)
+
+
+def load_tags(version: Version, curve: list[tuple[int, int, float]]) -> None:
+    """Give a version the tags of an evaluation with this curve: requests in flight, block size, speed-up - 1."""
+    estimate = {"error": 0.02, "units": 5, "degrees": 4.0, "tokens_per_s": 1.0}
+    points = [
+        {**estimate, "arm": "opd", "other": "plain", "concurrency": n, "block_size": width, "value": value}
+        for n, width, value in curve
+    ]
+    evaluation = EvaluationResult.model_validate({"drafters": {"opd": {"tau": 2.0}}, "load": points})
+    decision = GateDecision(promote=True, outcome="promoted", challenger="opd")
+    tags = version_tags(evaluation, decision, version.path, PROMPTS, {})
+    cast("dict[str, str]", version.tags).update(tags)
+
+
+CURVE = [(1, 5, 0.5), (2, 5, 0.3), (4, 3, 0.1), (8, 3, -0.1), (16, 2, -0.2)]
+
+
+def test_blocks_by_load_are_in_vllms_config(
+    version: Version, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load_tags(version, CURVE)
+    registry_commands.export(Display(), "line", tmp_path / "vllm", "speculators")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "for vLLM, by load: " in line]
+    words = shlex.split(line.partition("by load: ")[2])
+    config = json.loads(words[words.index("--speculative-config") + 1])
+    assert config["num_speculative_tokens_per_batch_size"] == [[1, 3, 4], [4, 7, 2], [8, 16, 0]]
+    assert config["num_speculative_tokens"] == 4
+    registry_commands.export(Display(), "line", tmp_path / "sglang")
+    assert "by load" not in printed(capsys) and not (tmp_path / "sglang" / "sglang-adaptive.json").exists()
+
+
+def test_blocks_by_load_of_an_eagle3_are_a_file_that_sglang_reads(
+    plain_target: Target, plain_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    version = version_of(random_eagle3(plain_target), plain_artifact, tmp_path, monkeypatch)
+    load_tags(version, CURVE)
+    registry_commands.export(Display(), "line", tmp_path / "out")
+    text = printed(capsys)
+    assert f"--speculative-adaptive --speculative-adaptive-config {tmp_path}/out/sglang-adaptive.json" in text
+    assert (
+        "--speculative-num-steps 4 --speculative-eagle-topk 1 --speculative-num-draft-tokens 5 --speculative-ad" in text
+    )
+    written = json.loads((tmp_path / "out" / "sglang-adaptive.json").read_text())
+    assert written == {n: {"candidate_steps": [steps]} for n, steps in (("1", 4), ("4", 2), ("8", 0))}
+    assert drafter_digest(tmp_path / "out") == drafter_digest(version.path / DRAFTER_FOLDER)
+
+
+@pytest.mark.parametrize("curve", [[], [(1, 5, -0.1), (2, 3, -0.2)]])
+def test_without_a_load_where_drafting_pays_there_is_no_second_line(
+    curve: list[tuple[int, int, float]], version: Version, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load_tags(version, curve)
+    registry_commands.export(Display(), "line", tmp_path / "vllm", "speculators")
+    assert "by load" not in printed(capsys)
 
 
 @pytest.mark.parametrize("promoted", [True, False])
@@ -130,11 +191,9 @@ def test_a_calibrated_export_has_other_confidences_and_the_same_proposals(
     found = {"tau": 2.0, "confidence": {**fields, "error": 0.1, "error_calibrated": 0.01}}
     evaluation = EvaluationResult.model_validate({"drafters": {"opd": found, "sft": {"tau": 2.0}}})
     decision = GateDecision(promote=True, outcome="promoted", challenger="opd")
-    source = {"kind": "jsonl", "path": "prompts.jsonl"}
-    prompts = PromptsConfig.model_validate({"sources": [source], "train": 1, "validation": 1, "heldout": 1})
-    tags = version_tags(evaluation, decision, version.path, prompts, {})
+    tags = version_tags(evaluation, decision, version.path, PROMPTS, {})
     cast("dict[str, str]", version.tags).update(tags)
-    headless = version_tags(evaluation, decision.model_copy(update={"challenger": "sft"}), version.path, prompts, {})
+    headless = version_tags(evaluation, decision.model_copy(update={"challenger": "sft"}), version.path, PROMPTS, {})
     assert headless[CONFIDENCE] == ""
     registry_commands.export(Display(), "line", tmp_path / "plain", layout)
     registry_commands.export(Display(), "line", tmp_path / "out", layout, calibrated=True)
