@@ -219,7 +219,8 @@ def _add_servers(parser: argparse.ArgumentParser) -> None:
         "--url",
         action="append",
         default=[],
-        help="an SGLang or vLLM server, whose API key, if any, is in SGLANG_API_KEY; left out: those that were swapped",
+        help="an SGLang or vLLM server, whose API key, if any, is in SGLANG_API_KEY or VLLM_API_KEY; left out: those "
+        "that were swapped",
     )
 
 

@@ -26,7 +26,7 @@ from draftsmith.stages.engines.sglang import served as sglang
 from draftsmith.stages.engines.vllm import served as vllm
 from draftsmith.stages.runtime.statistics import jackknife, ratio
 
-API_KEY = "SGLANG_API_KEY"  # environment variable with the servers' key, if they require one
+API_KEYS = {"sglang": "SGLANG_API_KEY", "vllm": "VLLM_API_KEY"}  # kind -> variable with its servers' key, if any
 _WINDOWS = 30  # in the time that servers are watched
 _T = TypeVar("_T")
 
@@ -54,16 +54,19 @@ def from_servers(
 async def _from_servers(
     urls: Sequence[str], ask: Callable[[httpx.AsyncClient, str], Awaitable[_T]]
 ) -> dict[str, _T | DraftsmithError]:
-    async def answer(client: httpx.AsyncClient, url: str) -> _T | DraftsmithError:
+    async def answer(url: str) -> _T | DraftsmithError:
         try:
-            return await ask(client, url)
+            async with httpx.AsyncClient() as client:
+                metrics = (await query(client, "GET", f"{url}/metrics")).text  # for which neither kind wants the key
+                kind = "vllm" if vllm.is_vllm(metrics) else "sglang"
+                client.headers.update(key_header(os.environ.get(API_KEYS[kind])))
+                return await ask(client, url)
         except RequestLostError as error:
             return unreachable_server(url, error)
         except DraftsmithError as error:
             return error
 
-    async with httpx.AsyncClient(headers=key_header(os.environ.get(API_KEY))) as client:
-        answers = await asyncio.gather(*(answer(client, url) for url in urls))
+    answers = await asyncio.gather(*map(answer, urls))
     return dict(zip(urls, answers, strict=True))
 
 

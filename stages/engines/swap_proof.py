@@ -19,7 +19,7 @@ from draftsmith.stages.drafters.digest import BOOKKEEPING
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.kinds import identify, open_servers
-from draftsmith.stages.engines.served import API_KEY
+from draftsmith.stages.engines.served import API_KEYS
 from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.engines.servers.state import NewDrafter, ServerState
 from draftsmith.stages.engines.swap import Prove
@@ -62,7 +62,8 @@ class ReplayProver:
         return lambda: self._prove(before, old, new)
 
     def _prove(self, before: ServerState, old: Drafter, new: Drafter) -> Proof:
-        engine, block_size = identify(before.url, API_KEY if os.environ.get(API_KEY) else None)
+        key = API_KEYS[before.engine]
+        engine, block_size = identify(before.url, key if os.environ.get(key) else None)
         drafting = DraftingConfig(block_size=block_size)
         longest = max(len(request.prompt_ids) for request in self._requests) + _TOKENS
         required = server_requirements(engine, self._target_folder, self._new.folder, drafting, longest)

@@ -30,6 +30,7 @@ from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.base import Completion
 from draftsmith.stages.engines.config import VLLMEngineConfig
 from draftsmith.stages.engines.kinds import open_servers
+from draftsmith.stages.engines.servers.client import key_header
 from draftsmith.stages.engines.servers.drafting import speculative_algorithm
 from draftsmith.stages.engines.servers.identity import QUANTISED_TOLERANCE
 from draftsmith.stages.engines.servers.requirements import server_requirements
@@ -56,7 +57,7 @@ from tests.integration.swapping import dflash2, dspark, line_of_two, write_other
 from tests.stages.bench import GREEDY_TOKENS, Bench
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
-from tests.vllm_cpu.server import LONGEST, OPTIONS, launched, running_server, vllm_python
+from tests.vllm_cpu.server import KEY, KEY_VARIABLE, LONGEST, OPTIONS, launched, running_server, vllm_python
 
 PYTHON = vllm_python()
 pytestmark = [
@@ -102,7 +103,7 @@ class Served:
         self, count: int, work: Path, sampling: SamplingParams, new: int, *, stream: bool = False
     ) -> list[Completion]:
         """Return the answers to the first prompts, four in flight."""
-        config = VLLMEngineConfig(kind="vllm", urls=(self.url,), concurrency=4)
+        config = VLLMEngineConfig(kind="vllm", urls=(self.url,), api_key_env=KEY_VARIABLE, concurrency=4)
         required = server_requirements(
             config, self.made.target, self.folder, DraftingConfig(), LONGEST, measure_first_token=stream
         )
@@ -220,10 +221,11 @@ def test_several_answers_and_a_streamed_chunk_are_no_answer(served: Served) -> N
     if served.kind != "dflash":
         pytest.skip("one kind is enough")
     payload = completion_payload(served.bench.requests(1, 8)[0], ())
-    several = httpx.post(f"{served.url}/v1/completions", json=payload | {"n": 2, "temperature": 1.0}, timeout=300)
+    url, headers = f"{served.url}/v1/completions", key_header(KEY)
+    several = httpx.post(url, json=payload | {"n": 2, "temperature": 1.0}, headers=headers, timeout=300)
     with pytest.raises(UnusableAnswerError, match="n > 1"):
         read_response(several.json())
-    with httpx.stream("POST", f"{served.url}/v1/completions", json=payload | {"stream": True}, timeout=300) as stream:
+    with httpx.stream("POST", url, json=payload | {"stream": True}, headers=headers, timeout=300) as stream:
         chunks = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
     for chunk in chunks:
         with pytest.raises(UnusableAnswerError, match=r"streamed|without token ids"):
@@ -310,8 +312,8 @@ def rows(ctx: RecordingContext, name: str, schema: TableSchema, *columns: str) -
 def diagnosed(folder: Path, made: DrafterArtifacts, url: str) -> DiagnosisResult:
     ctx = RecordingContext.under(folder, {"target": made.target, "prompts": made.prompts})
     config = {"prompts": 8, "sampling": {"max_new_tokens": 48}, "max_parity_mismatch": 0.02}
-    drafter = str(made.drafter / DRAFTER_FOLDER)
-    DIAGNOSIS.run(ctx, DiagnosisConfig.model_validate({"url": url, "drafter": drafter, **config}))
+    server = {"url": url, "api_key_env": KEY_VARIABLE, "drafter": str(made.drafter / DRAFTER_FOLDER)}
+    DIAGNOSIS.run(ctx, DiagnosisConfig.model_validate({**server, **config}))
     return DiagnosisResult.read(ctx.out)
 
 
@@ -363,7 +365,7 @@ def test_a_drafter_exported_with_layer_ids_off_by_one_is_named_and_refused(
     (tmp_path / "wrong").mkdir()
     with running_server(python, made, drafter, tmp_path / "wrong", one_layer_higher) as url:
         wrong = diagnosed(tmp_path / "diagnosed", made, url)
-        answers = roll_out(tmp_path / "rollout", made, {"kind": "vllm", "urls": [url]})
+        answers = roll_out(tmp_path / "rollout", made, {"kind": "vllm", "urls": [url], "api_key_env": KEY_VARIABLE})
     assert not wrong.agrees and [(each.cause, each.mismatch) for each in wrong.causes] == [("other layer ids", 0.0)]
     assert "each one layer higher" in wrong.sentence
     with pytest.raises(DraftsmithError, match=r"mining: .* verify steps served by the engine differ from replay"):

@@ -8,8 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import VLLMEngineConfig
+from draftsmith.stages.engines.served import API_KEYS
 from draftsmith.stages.engines.servers.process import ServerProcess, free_ports
 from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.engines.vllm.plugin import BACKEND
@@ -18,6 +21,7 @@ from tests.sglang_cpu.server import wait_until_it_answers
 from tests.testbed.drafter import DrafterArtifacts
 
 _ROOT = Path(__file__).parents[2]
+KEY_VARIABLE, KEY = API_KEYS["vllm"], "key-of-the-tests"
 START_LIMIT_S = 800  # 60 to 120 s on a quiet machine
 LONGEST = 256
 ENVIRONMENT = {
@@ -55,7 +59,8 @@ def running_server(
 ) -> Iterator[str]:
     """Run a server whose drafter can be swapped and yield its address; its log goes to `folder`.
 
-    drafter: a checkpoint. edit: changes the folder of the exported one before it is loaded.
+    It requires the API key that the environment has meanwhile. drafter: a checkpoint. edit: changes the folder of the
+    exported one before it is loaded.
     """
     config = VLLMEngineConfig.model_validate(launched(python))
     required = server_requirements(config, made.target, drafter, DraftingConfig(), LONGEST)
@@ -64,9 +69,11 @@ def running_server(
     (port,) = free_ports(1)
     command += ["--weight-transfer-config", json.dumps({"backend": BACKEND})]
     process = ServerProcess(command, {**ENVIRONMENT, "VLLM_SERVER_DEV_MODE": "1"}, folder / "vllm.log", port)
-    process.start()
-    try:
-        wait_until_it_answers(process, START_LIMIT_S)
-        yield process.url
-    finally:
-        process.stop(grace_s=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(KEY_VARIABLE, KEY)
+        process.start()
+        try:
+            wait_until_it_answers(process, START_LIMIT_S)
+            yield process.url
+        finally:
+            process.stop(grace_s=0)

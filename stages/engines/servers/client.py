@@ -172,7 +172,7 @@ def check_status(name: str, url: str, status: int, text: str, retry_after: str |
     if status in _UNAUTHORIZED:
         raise DraftsmithError(
             f"request {name}: {url} refuses it with {what}. Name the environment variable that holds its API key in "
-            "engine.api_key_env; `status`, `watch` and `swap` read SGLANG_API_KEY."
+            "engine.api_key_env; `status`, `watch` and `swap` read SGLANG_API_KEY or VLLM_API_KEY, by the engine."
         )
     raise RefusedRequestError(f"request {name}: {url} refuses it with {what}")
 

@@ -33,7 +33,7 @@ class HttpServer:
     at_once: int = 0
     most_at_once: int = 0
     url: str = ""
-    api_key: str = ""  # that all must show but who asks for /health
+    api_key: str = ""  # that all must show but who asks for /health or /metrics, as with both engines
     lock: threading.Lock = field(default_factory=threading.Lock)
     _http: ThreadingHTTPServer | None = None
 
@@ -56,7 +56,7 @@ class HttpServer:
                 headers: dict[str, str] = {}
                 shown = self.headers.get("Authorization") == f"Bearer {server.api_key}"
                 try:
-                    if server.api_key and not shown and self.path != "/health":
+                    if server.api_key and not shown and self.path not in ("/health", "/metrics"):
                         raise Refusal(401)
                     status, body = 200, server.replies[self.path](payload) if self.path in server.replies else {}
                     if self.path not in server.replies:

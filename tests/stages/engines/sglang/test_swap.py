@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, RefusedError, RetryableError
-from draftsmith.stages.engines.served import API_KEY
+from draftsmith.stages.engines.served import API_KEYS
 from draftsmith.stages.engines.servers.state import NewDrafter, ServerState
 from draftsmith.stages.engines.sglang.protocol import SWAP_ACTION, SWAP_STATE, Json
 from draftsmith.stages.engines.swap import Prove, Served, swap_servers
@@ -160,7 +160,10 @@ def test_a_server_that_does_not_answer_is_worth_a_retry(fleet: Fleet) -> None:
     assert not fleet.servers[0].writes
 
 
-def test_a_server_with_a_key_names_its_variable(fleet: Fleet) -> None:
+def test_a_server_with_a_key_names_its_variable(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     fleet.http[0].api_key = "key"
-    with pytest.raises(DraftsmithError, match=API_KEY):
+    monkeypatch.setenv(API_KEYS["vllm"], "key")
+    with pytest.raises(DraftsmithError, match=API_KEYS["sglang"]):
         fleet.swap()
+    monkeypatch.setenv(API_KEYS["sglang"], "key")
+    fleet.swap()

@@ -14,7 +14,7 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError, RefusedError
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.digest import drafter_digest
-from draftsmith.stages.engines.served import ask_servers, count_finished
+from draftsmith.stages.engines.served import API_KEYS, ask_servers, count_finished
 from draftsmith.stages.engines.servers.state import NewDrafter, ServerState
 from draftsmith.stages.engines.swap import Served, swap_servers
 from draftsmith.stages.engines.swap_proof import ReplayProver
@@ -134,6 +134,17 @@ def test_a_server_reports_the_drafter_that_was_exported_and_its_tau(server: Stan
     windows = count_finished([server.url], 0.0)[server.url]
     assert isinstance(windows, list) and len(windows) == 30
     assert {(each.requests, each.committed, each.steps) for each in windows} == {(1, 25, 10)}
+
+
+def test_a_server_gets_the_key_of_its_engine(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert server.http is not None
+    server.http.api_key = "key of vLLM"
+    monkeypatch.setenv(API_KEYS["sglang"], "another")
+    with pytest.raises(DraftsmithError, match=API_KEYS["vllm"]):
+        server.swap()
+    monkeypatch.setenv(API_KEYS["vllm"], "key of vLLM")
+    server.swap()
+    assert server.state().digest == NEW
 
 
 def test_a_stock_server_is_watched_and_not_swapped(server: StandIn) -> None:
