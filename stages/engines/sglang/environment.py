@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.engines.environment import PLUGIN, PLUGIN_GROUP, EngineEnvironment
+from draftsmith.stages.engines.environment import PLUGIN, PLUGIN_GROUPS, EngineEnvironment
 from draftsmith.stages.engines.sglang.protocol import SUPPORTED, supported
 
 _CUDA, _DRIVER = 13, 580  # of the supported releases on PyPI, and the first driver that runs it
@@ -86,7 +86,7 @@ def environment_warnings(config: SGLangEngineConfig, environment: EngineEnvironm
         )
     if config.trace and not environment.plugin:
         warnings.append(
-            f"the plug-in ({PLUGIN_GROUP}: {PLUGIN}) is not installed beside sglang, so mining will replay. "
-            f"`{config.interpreter} -m pip install --no-deps .` in this project's folder adds it."
+            f"the plug-in ({PLUGIN_GROUPS[config.kind]}: {PLUGIN}) is not installed beside sglang, so mining will "
+            f"replay. `{config.interpreter} -m pip install --no-deps .` in this project's folder adds it."
         )
     return warnings

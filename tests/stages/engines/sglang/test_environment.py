@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.engines.environment import health_problem, inspect_environment
+from draftsmith.stages.engines.config import ServerEngineConfig, SGLangEngineConfig, VLLMEngineConfig
+from draftsmith.stages.engines.environment import PLUGIN_GROUPS, health_problem, inspect_environment
 from draftsmith.stages.engines.sglang import environment
 from draftsmith.stages.engines.sglang.environment import build_problems, build_tools, environment_warnings
 from draftsmith.stages.engines.stage import RolloutConfig
@@ -18,15 +18,16 @@ from draftsmith.stages.evaluation.config import EvaluationConfig
 from tests.stages.engines.http_server import serving
 
 
-def interpreter(folder: Path, version: str | None, *, plugin: bool = False) -> Path:
-    """Return a copy of this Python with the metadata of other installed packages."""
-    packages = folder / "packages"
+def interpreter(folder: Path, version: str, *, plugin: bool = False, kind: str = "sglang", group: str = "") -> Path:
+    """Return a copy of this Python with the metadata of an engine, and of our plug-in in the engine's group.
+
+    group: of the plug-in instead.
+    """
+    packages, entry = folder / "packages", f"[{group or PLUGIN_GROUPS[kind]}]\ndraftsmith = a.module:activate\n"
     for name, release, points in (
-        ("sglang", version, ""),
-        ("draftsmith", "0.1" if plugin else None, "[sglang.srt.plugins]\ndraftsmith = a.module:activate\n"),
+        (kind, version, ""),
+        *([("draftsmith", "0.1", entry)] if plugin else []),
     ):
-        if release is None:
-            continue
         info = packages / f"{name}-{release}.dist-info"
         info.mkdir(parents=True)
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {release}\n")
@@ -89,6 +90,21 @@ def test_version_and_plugin_are_read_from_the_other_environment(
     warnings = environment_warnings(config(python), found)
     assert len(warnings) == len(said)
     assert all(part in warning for part, warning in zip(said, warnings, strict=True))
+
+
+@pytest.mark.parametrize("kind", PLUGIN_GROUPS)
+def test_the_plugin_is_looked_for_among_those_of_the_engine(tmp_path: Path, kind: str) -> None:
+    sections: dict[str, type[ServerEngineConfig]] = {"sglang": SGLangEngineConfig, "vllm": VLLMEngineConfig}
+
+    def found(folder: Path, *, plugin: bool = True, group: str = "") -> bool:
+        python = interpreter(folder, "1.0", plugin=plugin, kind=kind, group=group)
+        fields = {"kind": kind, "python": python, "launch": {}}
+        return inspect_environment(sections[kind].model_validate(fields)).plugin
+
+    assert found(tmp_path / "with it")
+    assert not found(tmp_path / "without it", plugin=False)
+    (other,) = PLUGIN_GROUPS.keys() - {kind}
+    assert not found(tmp_path / "for the other", group=PLUGIN_GROUPS[other])
 
 
 def test_a_stage_that_launches_servers_knows_their_version(tmp_path: Path) -> None:
