@@ -1,4 +1,7 @@
-"""Reads a drafter's files in a server's process, for the plug-ins. Only an upload needs another package (mlflow)."""
+"""Reads a drafter's files in a server's processes, for the plug-ins, and asks all ranks whether they can write it.
+
+Only an upload needs another package (mlflow-skinny).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,9 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
 
 from draftsmith.stages.drafters.digest import DIGESTED
 
@@ -31,6 +37,13 @@ def read_drafter(wanted: Mapping[str, str]) -> dict[str, bytes]:
     if digest.hexdigest() != wanted["drafter"]:
         raise ValueError(
             f"{folder} on the server's host does not have the files of drafter {wanted['drafter'][:12]}. Mount the "
-            "store there under the same path, or set registry.upload and install mlflow in the server's environment"
+            "store there under the same path, or set registry.upload and install mlflow-skinny beside the server"
         )
     return content
+
+
+def gather(state: str, group: Any) -> list[str]:
+    """Return the states of all ranks of a group on the CPU, each of which calls this."""
+    states = [state] * torch.distributed.get_world_size(group=group)
+    torch.distributed.all_gather_object(states, state, group=group)
+    return states

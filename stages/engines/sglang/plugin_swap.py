@@ -31,7 +31,7 @@ import torch
 from safetensors.torch import load
 
 from draftsmith.stages.drafters.digest import BOOKKEEPING
-from draftsmith.stages.engines.servers.drafter_files import read_drafter
+from draftsmith.stages.engines.servers.drafter_files import gather, read_drafter
 from draftsmith.stages.engines.sglang.plugin_hooks import Recorder, drafter_folder
 from draftsmith.stages.engines.sglang.protocol import SWAP_ACTION, SWAP_STATE, Json
 
@@ -87,7 +87,7 @@ class DrafterSwap:
 
         try:
             wanted = json.loads(request.action.removeprefix(SWAP_ACTION))
-            answer = self.serve(wanted, lambda state: _gather(state, manager.tp_cpu_group))
+            answer = self.serve(wanted, lambda state: gather(state, manager.tp_cpu_group))
         except RefusedSwapError as error:
             return CheckWeightsReqOutput(success=False, message=str(error))
         return CheckWeightsReqOutput(success=True, message=json.dumps(answer))
@@ -285,13 +285,6 @@ def _paused(scheduler: Any) -> Iterator[None]:
         yield
     finally:
         scheduler.continue_generation(ContinueGenerationReqInput())
-
-
-def _gather(state: str, group: Any) -> list[str]:
-    """Return the states of all tensor-parallel ranks."""
-    states = [state] * torch.distributed.get_world_size(group=group)
-    torch.distributed.all_gather_object(states, state, group=group)
-    return states
 
 
 def _now() -> str:

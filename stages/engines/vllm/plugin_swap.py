@@ -3,7 +3,8 @@
 `POST /update_weights` with `{"update_info": {"drafter": digest, "folder": path, "upload": "runs:/ID/drafter",
 "tracking": uri of MLflow}}`, between `/start_draft_weight_update` and `/finish_weight_update`, writes it; with an empty
 folder, the weights before the last one. Every rank reads the files, and vLLM's own loader copies its part of them into
-the served parameters. Those that the drafter shares with the target are not written.
+the served parameters. Those that the drafter shares with the target are not written. If a rank cannot, all ranks write
+their weights before back, and the request fails; no step runs meanwhile.
 
 DFlash and DSpark also hold copies of parameters, such as the key/value projections of all layers in one. vLLM's loader
 makes new copies before every layer is restored (0.32.0), and captured graphs keep the addresses of the old ones. So
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -24,7 +26,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from draftsmith.stages.engines.servers.drafter_files import read_drafter
+from draftsmith.stages.engines.servers.drafter_files import gather, read_drafter
 
 
 @dataclass
@@ -62,12 +64,13 @@ class FolderBackend(WeightTransferEngine[NoInfo, Checkpoint]):
             raise RuntimeError("this backend writes drafters alone. Use /start_draft_weight_update")
 
     def receive_weights(self, update_info: Checkpoint) -> None:
-        """Write the drafter, or change nothing if its files are others than they should be or do not fit."""
+        """Write the drafter, or change nothing if its files are others than they should be or do not fit on a rank."""
         served = dict(self.model.named_parameters())
         targets = {parameter.data_ptr() for parameter in self._default_model.parameters()}
         own = {name: parameter for name, parameter in served.items() if parameter.data_ptr() not in targets}
         before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in own.items()}
         copies = {name: value for name, value in vars(self.model.model).items() if isinstance(value, torch.Tensor)}
+        failed: Exception | None = None
         with torch.no_grad():
             try:
                 if update_info.folder:
@@ -78,11 +81,14 @@ class FolderBackend(WeightTransferEngine[NoInfo, Checkpoint]):
                     _put(self._before, own)
                 else:
                     raise RuntimeError("no drafter was served before this one")
-            except Exception:
+            except Exception as error:  # of any kind: a rank that raises would leave the others waiting
+                failed = error
+            states = gather("" if failed is None else f"{type(failed).__name__}: {failed}", get_tp_group().cpu_group)
+            if problem := next(filter(None, states), None):
                 _put(before, own)
-                raise
-            finally:
-                self._derive(copies)
+            self._derive(copies)
+        if problem:
+            raise RuntimeError(problem) from failed
         if update_info.folder and update_info.drafter != self._written:
             self._before = before
         self._written = update_info.drafter
