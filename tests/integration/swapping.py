@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from draftsmith.artifacts.store.local import Store
+from draftsmith.artifacts.tracking.runs import Tracking
 from draftsmith.flows.refresh.line import registry
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.base import Drafter
@@ -37,9 +38,9 @@ PROMPTS = 8
 PROMISED = {"tau": 20.0, "low": 19.0, "high": 21.0, "prompts": 100}  # more than a block
 
 
-def write_other_weights(drafter: Drafter, folder: Path) -> Path:
+def write_other_weights(drafter: Drafter, folder: Path, seed: int = 0) -> Path:
     """Write a checkpoint of the same drafter with noise on every weight."""
-    other, draw = copy.deepcopy(drafter), torch.Generator().manual_seed(0)
+    other, draw = copy.deepcopy(drafter), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.add_(0.05 * parameter.abs().mean() * torch.randn(parameter.shape, generator=draw))
@@ -48,14 +49,17 @@ def write_other_weights(drafter: Drafter, folder: Path) -> Path:
 
 
 @contextmanager
-def line_of_two(line: str, home: Path, made: DrafterArtifacts, bench: Bench) -> Iterator[dict[str, Path]]:
+def line_of_two(
+    line: str, home: Path, made: DrafterArtifacts, bench: Bench, mlflow: str | None = None, seed: int = 0
+) -> Iterator[dict[str, Path]]:
     """Make a home with a line of two versions that differ in their weights, the first the champion.
 
-    Yields the checkpoints, by the number of their version.
+    mlflow: address of a tracking server, to which they are uploaded. Yields the checkpoints, by the number of their
+    version.
     """
     store, other = Store(home / "store"), home / "other"
     shutil.copytree(made.drafter, other)
-    write_other_weights(bench.drafters["trained"], other / DRAFTER_FOLDER)
+    write_other_weights(bench.drafters["trained"], other / DRAFTER_FOLDER, seed)
 
     def artifact(stage: str, folder: Path, key: str = "a", **fields: Any) -> Any:
         return committed(store, stage, partial(shutil.copytree, folder, dirs_exist_ok=True), key, **fields)
@@ -63,12 +67,18 @@ def line_of_two(line: str, home: Path, made: DrafterArtifacts, bench: Bench) -> 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DRAFTSMITH_HOME", str(home))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        if mlflow is not None:
+            patch.setenv("MLFLOW_TRACKING_URI", mlflow)
+        tracking = Tracking(home)
+        run_id = None if mlflow is None else tracking.open_refresh(line, {})
         inputs = {"target": artifact("target", made.target), "trajectories": artifact("rollout", made.rollout)}
         lines = registry()
         for key, folder in (("a", made.drafter), ("b", other)):
             ref = artifact("sft", folder, key, inputs=inputs)
             digest = drafter_digest(folder / DRAFTER_FOLDER)
-            lines.register(line, ref, {"drafter_digest": digest, "figures": json.dumps({"all": PROMISED})})
+            tags = {"drafter_digest": digest, "figures": json.dumps({"all": PROMISED})}
+            lines.register(line, ref, tags, run_id=run_id, upload=run_id is not None)
+        tracking.close_refresh("FINISHED")
         lines.promote(lines.version(line, 1), expected=None, why="first")
         yield {"1": made.drafter / DRAFTER_FOLDER, "2": other / DRAFTER_FOLDER}
 

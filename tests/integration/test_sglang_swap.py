@@ -9,10 +9,11 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
@@ -25,8 +26,11 @@ from draftsmith.flows.refresh.line import artifact_folder, registry
 from draftsmith.flows.refresh.swap import served_by
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
+from draftsmith.stages.engines.servers.client import Json
 from draftsmith.stages.engines.servers.state import NewDrafter
+from draftsmith.stages.engines.sglang.swap import write_drafter
 from draftsmith.stages.engines.swap import swap_servers
+from tests.faults.servers import mlflow_server
 from tests.flows.refresh.line_runs import config_of, finished, gated
 from tests.integration.swapping import PROMISED, PROMPTS, assert_drafts_with, line_of_two, requests
 from tests.sglang_cpu.server import generate
@@ -133,8 +137,9 @@ def test_a_line_is_swapped_forth_and_back_under_load(
 
 def test_a_watch_swaps_back_a_server_that_accepts_less_than_promised(swapping: Swapping) -> None:
     url, lines = swapping.url, swapping.lines
+    assert main(["swap", LINE, "--url", url]) == 0  # it drafts with version 1, and is known from then on
     with swapping.load():
-        assert main(["promote", f"{LINE}@2"]) == 0
+        assert main(["promote", f"{LINE}@2"]) == 0  # which swaps the servers that are known
         swapping.assert_drafts_with("2")
         assert main(["watch", LINE, "--minutes", "0.1", "--then", "rollback"]) == 0
     swapping.assert_drafts_with("1")
@@ -142,6 +147,40 @@ def test_a_watch_swaps_back_a_server_that_accepts_less_than_promised(swapping: S
     assert champion is not None and champion.number == 1
     (served,) = served_by(champion)
     assert served.url == url and "verify steps" in served.proof
+
+
+def test_a_server_without_the_store_fetches_the_upload(
+    swapping: Swapping,
+    bench: Bench,
+    tiny_drafter: DrafterArtifacts,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """From MLflow's server, over HTTP, in the SGLang server's own process."""
+    line, url = "uploaded", ["--url", swapping.url]
+
+    async def as_elsewhere(client: httpx.AsyncClient, url: str, new: NewDrafter, proof: str) -> Json:
+        return await write_drafter(client, url, replace(new, folder=tmp_path / "not here"), proof)
+
+    monkeypatch.setattr("draftsmith.stages.engines.swap.write_sglang", as_elsewhere)
+    with (
+        mlflow_server(tmp_path) as mlflow,
+        # other weights than any that the server has had, whose last ones it keeps in memory
+        line_of_two(line, tmp_path / "home", tiny_drafter, bench, mlflow.url, seed=1) as folders,
+    ):
+        assert main(["swap", f"{line}@2", *url]) == 0
+        drafters = {"fetched": load_drafter(folders["2"], bench.target)}
+        assert_drafts_with(swapping.url, bench.with_drafters(drafters), "fetched")
+        version = registry().version(line, 2)
+        (served,) = served_by(version)
+        assert served.drafter == drafter_digest(folders["2"]) and "verify steps" in served.proof
+        capsys.readouterr()
+        assert main(["status", line, *url]) == 0
+        shown = capsys.readouterr().out
+        assert "version 2" in shown and version.content_id[:12] in shown
+        assert main(["swap", line, *url]) == 0  # the champion again
+    swapping.assert_drafts_with("1")
 
 
 def refused(swapping: Swapping, folder: Path) -> None:
