@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -38,6 +39,7 @@ from draftsmith.stages.engines.servers.state import NewDrafter
 from draftsmith.stages.engines.stage import STAGE as ROLLOUT
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.engines.swap import swap_servers
+from draftsmith.stages.engines.vllm.options import drafting_options
 from draftsmith.stages.engines.vllm.records import UnusableAnswerError, completion_payload, read_response
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.diagnosis import STAGE as DIAGNOSIS
@@ -167,6 +169,21 @@ def test_a_streamed_answer_is_the_same(served: Served, tmp_path: Path) -> None:
             other.response_ids, other.steps, other.finish_reason,
         )  # fmt: skip
         assert 0 < other.first_token_seconds < other.seconds
+
+
+def test_blocks_by_load_are_read(tiny_drafter: DrafterArtifacts, python: Path) -> None:
+    options = drafting_options(tiny_drafter.drafter / DRAFTER_FOLDER, "DFLASH", 8, [[1, 3, 7], [4, 7, 3], [8, 16, 0]])
+    program = """
+import json, sys
+from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
+config = json.loads(sys.argv[1])
+print(*build_dynamic_sd_schedule_lookup(
+    config["num_speculative_tokens_per_batch_size"], 20, config["num_speculative_tokens"]
+)[1:])
+"""
+    config = options[options.index("--speculative-config") + 1]
+    read = subprocess.run([python, "-c", program, config], check=True, capture_output=True, text=True)
+    assert read.stdout.split() == ["7"] * 3 + ["3"] * 4 + ["0"] * 13
 
 
 def deviation(bench: Bench, answers: list[Trajectory], temperature: float) -> float:
