@@ -20,7 +20,8 @@ def retry_notice(error: object, failures: int, delays: Sequence[float]) -> str:
     failures: number of failed attempts so far, at most as many as there are delays (s). The first notice also says for
     how long it is tried, and how to stop.
     """
-    again = f"{error}. Trying again in about {format_duration(delays[failures - 1])} ({failures} of {len(delays)})"
+    wait = format_duration(delays[failures - 1])
+    again = f"{str(error).rstrip('.')}. Trying again in about {wait} ({failures} of {len(delays)})"
     if failures > 1:
         return again
     return (
