@@ -25,7 +25,7 @@ from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.replay.options import TREE_TOKENS
 from draftsmith.stages.replay.stage import SAMPLE, MiningConfig
 from draftsmith.stages.runtime.stage import CHECKPOINTS_KEPT
-from draftsmith.stages.target.config import TargetConfig
+from draftsmith.stages.target.config import TargetConfig, source_kind
 from draftsmith.stages.target.estimate import (
     PROCESS_BYTES,
     AnswerCounts,
@@ -33,7 +33,6 @@ from draftsmith.stages.target.estimate import (
     Sizes,
     StageUse,
 )
-from draftsmith.stages.target.source import source_kind
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
 from draftsmith.stages.training.estimate import (
     cached_read,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,16 +18,20 @@ from draftsmith.stages.data.prompts import PromptsConfig
 from draftsmith.stages.drafters.registry import KINDS, DrafterConfig
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.drafters.stage import ChampionConfig
-from draftsmith.stages.target.config import TargetConfig
+from draftsmith.stages.target.config import TargetConfig, check_weights, gguf_file, model_folder, source_kind
 from draftsmith.stages.target.estimate import DTYPE_BYTES, target_size
-from draftsmith.stages.target.info import load_tokenizer, model_path, read_target_info
-from draftsmith.stages.target.metadata import HubUnreachableError, fetch_metadata, metadata_artifact
+from draftsmith.stages.target.hub import hub_snapshot
+from draftsmith.stages.target.info import TargetInfo, load_tokenizer, model_path, read_target_info, write_target_info
 from draftsmith.stages.training.config import SftConfig
 
 if TYPE_CHECKING:
     from draftsmith.stages.drafters.checkpoint import DrafterPlan
 
 DrafterPlans = Mapping[str, "DrafterPlan"]  # node -> the drafter that a run starts with there
+
+
+class HubUnreachableError(DraftsmithError):
+    """The hub cannot be reached and its cache has no copy: the source could not be checked."""
 
 
 def fetch_target_metadata(findings: Findings, nodes: Sequence[Node], artifact: Path) -> bool:
@@ -43,6 +48,42 @@ def fetch_target_metadata(findings: Findings, nodes: Sequence[Node], artifact: P
             return False
         return True
     return False
+
+
+def metadata_artifact(config: TargetConfig, out: Path) -> TargetInfo:
+    """Write a `target.json` without the digest to `out`: enough for the preflight of every stage.
+
+    A folder's weights are checked for completeness (headers only); those of the hub are not fetched. Config and
+    tokenizer of a GGUF file are written to `out/model`.
+    """
+    # imports torch, and planning imports this module
+    from draftsmith.stages.target.describe import describe_metadata
+    from draftsmith.stages.target.resolve import extract_metadata
+
+    kind, revision = source_kind(config.source), None
+    if kind == "hub":
+        folder = fetch_metadata(config.source, config.revision, "target.source")
+        location, revision = os.fspath(folder), folder.name
+    elif kind == "folder":
+        folder = model_folder(config.source)
+        location = os.fspath(folder)
+        check_weights(folder)
+    else:
+        folder, location = out / "model", "model"
+        extract_metadata(gguf_file(config.source), folder)
+    info = describe_metadata(folder, config, kind=kind, location=location, revision=revision)
+    write_target_info(info, out)
+    return info
+
+
+def fetch_metadata(source: str, revision: str | None, field: str) -> Path:
+    """Return the folder with the small files of a hub repository, never its weights, in the hub's own cache.
+
+    field: of the config, for the error. Raises HubUnreachableError without network and cache, DraftsmithError if the
+    hub does not have the repository.
+    """
+    patterns = ["*.json", "*.jinja", "*.txt", "*.model"]
+    return hub_snapshot(field, source, revision, patterns, unreached=HubUnreachableError)
 
 
 def check_target(findings: Findings, nodes: Sequence[Node], artifact: Path) -> None:

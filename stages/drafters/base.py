@@ -13,8 +13,8 @@ from torch import nn
 from draftsmith.stages.drafters.lm_head import Head
 from draftsmith.stages.drafters.sampling import argmax, probability_of
 from draftsmith.stages.drafters.spec import StepShape, TrainingRecipe
+from draftsmith.stages.target.info import IDENTITY, LogitMap
 from draftsmith.stages.target.kv_cache import Rows
-from draftsmith.stages.target.logit_map import IDENTITY, LogitMap
 from draftsmith.stages.target.packed_linear import packed_copy
 
 LOGITS_PER_CHUNK = 2**26  # 256 MB in float32

@@ -18,7 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from draftsmith.artifacts.errors import DraftsmithError, one_line
 from draftsmith.stages.drafters import speculators
 from draftsmith.stages.drafters.spec import RawConfig
-from draftsmith.stages.target.model_sizes import usual_layer, wrong_numbers
+from draftsmith.stages.target.layers import usual_layer, wrong_numbers
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 _PARTIAL_ROTATION = "partial_rotary_factor"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch.nn import functional as F
 
-from draftsmith.stages.target.logit_map import IDENTITY, LogitMap
+from draftsmith.stages.target.info import IDENTITY, LogitMap
 from draftsmith.stages.target.packed_linear import PackedLinear, can_pack
 
 if TYPE_CHECKING:

@@ -1,13 +1,21 @@
-"""Describes a model folder: checks config, weights and tokenizer, and returns the target's `TargetInfo`."""
+"""Describes a model folder: checks config, weights and tokenizer, and returns the target's `TargetInfo`.
+
+Logit map and embedding scale are probed in the model, since config fields do not tell: a field of one name multiplies
+in one family and divides in another.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 import transformers
+from torch import nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as WITH_IMAGES
@@ -15,14 +23,26 @@ from transformers.quantizers import AutoHfQuantizer
 
 from draftsmith.artifacts.errors import DraftsmithError, one_line
 from draftsmith.stages.target.adapters import linear_maps, read_adapter
-from draftsmith.stages.target.config import TargetConfig
-from draftsmith.stages.target.info import TargetInfo, adapter_digest, load_tokenizer, model_digest, tokenizer_digest
-from draftsmith.stages.target.layers import Layers, UnknownLayersError, stable_positions
+from draftsmith.stages.target.config import Kind, TargetConfig, adapter_files, check_weights
+from draftsmith.stages.target.info import (
+    LogitMap,
+    TargetInfo,
+    adapter_digest,
+    load_tokenizer,
+    model_digest,
+    tokenizer_digest,
+)
+from draftsmith.stages.target.layers import (
+    Layers,
+    UnknownLayersError,
+    causal_lm_of,
+    decoder_of,
+    model_class,
+    stable_positions,
+    usual_layer,
+    wrong_numbers,
+)
 from draftsmith.stages.target.loading import model_without_weights
-from draftsmith.stages.target.logit_map import LogitMap
-from draftsmith.stages.target.logit_probe import UnsupportedHeadError, probe_logit_map
-from draftsmith.stages.target.model_sizes import usual_layer, wrong_numbers
-from draftsmith.stages.target.source import Kind, adapter_files, check_weights
 
 _DRAFTER = re.compile("eagle|medusa|dflash|dspark")  # in names of drafters' classes
 _WHOLE_MODEL = ("ForCausalLM", "ForConditionalGeneration")  # ends of names of whole models' classes
@@ -222,3 +242,76 @@ def _mask_candidates(tokenizer: Any, vocab_size: int, eos_ids: list[int]) -> lis
     words = ("mask", "reserved", "unused", "empty")
     special.sort(key=lambda entry: not any(word in entry[0].lower() for word in words))  # stable: ids stay in order
     return list(dict.fromkeys(ids + [index for _, index in special]))
+
+
+_PRODUCTS = (1e-3, 0.1, 0.5, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e6)  # of a head, tried with both signs
+_TOLERANCE = 1e-4  # of a logit, relative; float32
+_DIGITS = 6  # significant, of a scale or cap in a config
+
+
+class UnsupportedHeadError(ValueError):
+    """The logits are not those of a linear head and a `LogitMap`."""
+
+
+def probe_logit_map(config: Any) -> LogitMap:
+    """Return the logit map of a causal LM with this config; no weights are needed or allocated.
+
+    Its decoder is replaced by given hidden states, and its head by the identity. Raises UnsupportedHeadError.
+    """
+    with torch.device("meta"):
+        model = causal_lm_of(model_class(config).from_config(copy.deepcopy(config)))
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None:
+        raise UnsupportedHeadError(f"its head is {head}")
+    products = torch.tensor([0.0, *_PRODUCTS, *(-x for x in _PRODUCTS)])
+    identity = nn.Linear(len(products), len(products), bias=False)
+    identity.weight.data = torch.eye(len(products))
+    model.set_output_embeddings(identity)
+    whole = model.base_model if model.base_model is not model else decoder_of(model)
+    whole.forward = lambda *_args, **_kwargs: _Hidden(products[None, None])
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False).logits[0, 0].float()
+    except (RuntimeError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
+        raise UnsupportedHeadError(f"its logits need more than the last hidden states ({error})") from error
+    return _fit(products, logits)
+
+
+def _fit(products: torch.Tensor, logits: torch.Tensor) -> LogitMap:
+    by_product = dict(zip(products.tolist(), logits.tolist(), strict=False))
+    small, large = (products[i].item() for i in (1, len(_PRODUCTS)))
+    scale = _rounded(by_product[small] / small)
+    capped = abs(by_product[large]) < 0.5 * abs(scale * large)
+    logit_map = LogitMap(scale, _rounded(by_product[large]) if capped else None)
+    if logits.shape != products.shape or not torch.allclose(logit_map(products), logits, rtol=_TOLERANCE, atol=1e-6):
+        raise UnsupportedHeadError(f"it makes {by_product[3.0]:.6g} of 3, and {by_product[30.0]:.6g} of 30")
+    return logit_map
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{_DIGITS}g}")
+
+
+class _Hidden(SimpleNamespace):
+    """A decoder's output with the last hidden states alone."""
+
+    def __init__(self, hidden: torch.Tensor):
+        super().__init__(last_hidden_state=hidden)
+
+    def __getattr__(self, _name: str) -> None:
+        return None
+
+    def __getitem__(self, index: int) -> Any:
+        return (self.last_hidden_state,)[index]
+
+
+def embedding_scale(embedding: nn.Module) -> float:
+    """Return the factor of an embedding module's rows, 1 for most models, found by embedding a row of a single 1.
+
+    It is the exact number, not rounded to the module's dtype, since engines multiply by that.
+    """
+    module = copy.copy(embedding)
+    module.__dict__["_parameters"] = {"weight": nn.Parameter(torch.ones(1, 1), requires_grad=False)}
+    module.__dict__["_buffers"] = {name: buffer.cpu() for name, buffer in embedding.named_buffers(recurse=False)}
+    module.__dict__["padding_idx"] = None
+    return float(module(torch.zeros(1, dtype=torch.long)))

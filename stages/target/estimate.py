@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from draftsmith.stages.target.model_sizes import usual_layer
-
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROCESS_BYTES = 600e6  # Python with torch and transformers imported; a GPU's context takes about as much
 
@@ -47,6 +45,8 @@ class ModelSize:
         cls, config: Any, parameters: int, divided: int = 0, map_sizes: tuple[int, int] = (0, 0)
     ) -> ModelSize:
         """Return the sizes in a text model's config. divided: see the field. map_sizes: of a drafter."""
+        from draftsmith.stages.target.layers import usual_layer  # imports torch, and planning imports this module
+
         usual = usual_layer(config)
         heads = usual.num_attention_heads
         kv_heads = getattr(usual, "num_key_value_heads", None) or heads

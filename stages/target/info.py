@@ -1,20 +1,22 @@
-"""A resolved target: `target.json` and `origin.json` of its artifact, its model folder, tokenizer and digests."""
+"""A resolved target: `target.json` and `origin.json` of its artifact, its logit map, folder, tokenizer and digests."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError, one_line
-from draftsmith.stages.target.config import Dtype
-from draftsmith.stages.target.logit_map import LogitMap
-from draftsmith.stages.target.source import TOKENIZER_FILES, TOKENIZER_PARTS, Kind
+from draftsmith.stages.target.config import TOKENIZER_FILES, TOKENIZER_PARTS, Dtype, Kind
+
+if TYPE_CHECKING:
+    import torch
 
 INFO_FILE = "target.json"
 ADAPTERS = "adapters"  # folder of copies of the adapters, in the artifact
@@ -23,6 +25,37 @@ ORIGIN_FILE = "origin.json"
 _ORIGIN = {"source", "kind", "location", "revision"}
 # Fields of config.json about the origin of a copy, not about what it computes.
 _PROVENANCE = ("transformers_version", "_name_or_path", "_model_name_or_path")
+
+
+@dataclass(frozen=True)
+class LogitMap:
+    """The map from the products of a target's head to its logits.
+
+    logit = cap · tanh(scale · x / cap) / temperature of a product x of the head with a hidden state.
+    Without a cap it is scale · x / temperature.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    @property
+    def is_identity(self) -> bool:
+        """Return whether the products are the logits."""
+        return self.scale == self.temperature == 1.0 and self.softcap is None
+
+    def with_temperature(self, temperature: float) -> LogitMap:
+        """Return the map to the logits that are sampled from at a temperature above 0."""
+        return replace(self, temperature=self.temperature * temperature)
+
+    def __call__(self, products: torch.Tensor) -> torch.Tensor:
+        """Map products of any shape; the result is a new tensor unless this is the identity."""
+        scaled = products if self.scale == 1.0 else products * self.scale
+        logits = scaled if self.softcap is None else (scaled / self.softcap).tanh() * self.softcap
+        return logits if self.temperature == 1.0 else logits / self.temperature
+
+
+IDENTITY = LogitMap()
 
 
 class TargetInfo(BaseModel):

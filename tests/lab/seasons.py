@@ -29,10 +29,9 @@ from draftsmith.stages.data.trajectories import request_seed
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.config import TargetConfig
+from draftsmith.stages.target.config import TOKENIZER_PARTS, TargetConfig
 from draftsmith.stages.target.resolve import resolve_target
 from draftsmith.stages.target.sampling import SamplingParams
-from draftsmith.stages.target.source import TOKENIZER_PARTS
 from tests.testbed import cache as folders
 from tests.testbed.procedural.text import examples
 from tests.testbed.procedural.training import CHAT_TEMPLATE, training_examples

@@ -15,7 +15,7 @@ from draftsmith.stages.drafters.dflash.config import DFlashConfig
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.drafters.spec import RawConfig
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.model_sizes import is_size
+from draftsmith.stages.target.layers import is_size
 
 ARCHITECTURE = "DFlashDraftModel"
 MODEL = DFlashDrafter

@@ -17,7 +17,7 @@ from draftsmith.stages.engines.config import VLLMEngineConfig
 from draftsmith.stages.engines.servers.process import option_arguments
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
 from draftsmith.stages.engines.vllm.options import drafting_options
-from draftsmith.stages.target.source import ADAPTER_FILES
+from draftsmith.stages.target.config import ADAPTER_FILES
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as the largest
 

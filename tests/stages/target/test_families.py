@@ -34,10 +34,9 @@ from draftsmith.stages.target import layers as capabilities
 from draftsmith.stages.target.attention import scored_attention
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.estimate import ModelSize, target_size
-from draftsmith.stages.target.info import TargetInfo, read_target_info, write_target_info
+from draftsmith.stages.target.info import LogitMap, TargetInfo, read_target_info, write_target_info
 from draftsmith.stages.target.kv_cache import KeyValueSlots, SlotCache
 from draftsmith.stages.target.layers import Layers
-from draftsmith.stages.target.logit_map import LogitMap
 from draftsmith.stages.target.sampling import SamplingParams
 from draftsmith.stages.target.self_check import check_agreement
 from draftsmith.stages.training.blocks import HeadSource, LossContext

@@ -17,15 +17,20 @@ from safetensors.torch import load_file, save_file
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.target.causal_lm import Target
-from draftsmith.stages.target.config import TargetConfig
-from draftsmith.stages.target.metadata import metadata_artifact
-from draftsmith.stages.target.source import check_weights
+from draftsmith.stages.target.config import TargetConfig, check_weights, model_folder
+from draftsmith.stages.target.describe import describe
+from draftsmith.stages.target.info import TargetInfo
 from tests.stages.drafters.edits import set_fields
 from tests.testbed.families import FAMILIES, SHAPE, WORDS, write_family
 from tests.testbed.random_target import fill, save, write_artifact, write_model
 
 WEIGHTS = "model.safetensors"
 SLIDING = {"use_sliding_window": True, "layer_types": ["sliding_attention"] * 4}
+
+
+def described(folder: Path) -> TargetInfo:
+    location = str(folder)
+    return describe(folder, TargetConfig(source=location), kind="folder", location=location, revision=None)
 
 
 def change(model: Path, name: str, weight: torch.Tensor | None) -> None:
@@ -191,7 +196,7 @@ def test_wrong_fields_in_small_files_are_one_clear_error(
     write_model(tmp_path)
     set_fields(file, **fields)(tmp_path)
     with pytest.raises(DraftsmithError, match=said):
-        metadata_artifact(TargetConfig(source=str(tmp_path)), tmp_path)
+        described(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["[]", "null", "3", "{", "[" * 20_000])
@@ -200,13 +205,13 @@ def test_an_invalid_generation_config_is_one_clear_error(content: str, tmp_path:
     write_model(tmp_path)
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(DraftsmithError, match=r"generation_config\.json: cannot be read"):
-        metadata_artifact(TargetConfig(source=str(tmp_path)), tmp_path)
+        described(tmp_path)
 
 
 def test_end_ids_outside_the_vocabulary_are_ignored(tmp_path: Path) -> None:
     write_model(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [-1, 3, 64, 10**9]}))
-    assert metadata_artifact(TargetConfig(source=str(tmp_path)), tmp_path).eos_ids == [3, 63]
+    assert described(tmp_path).eos_ids == [3, 63]
 
 
 def test_biases_without_a_place_in_the_model_are_one_clear_error(tmp_path: Path) -> None:
@@ -230,29 +235,26 @@ def test_tensors_in_two_files_are_refused(tmp_path: Path) -> None:
         for file, half in halves.items():
             save_file({name: tensors[name] for name in half}, tmp_path / file, metadata={"format": "pt"})
 
-    def described() -> object:
-        return metadata_artifact(TargetConfig(source=str(tmp_path)), tmp_path)
-
     index = {"weight_map": {name: file for file, half in halves.items() for name in half}}
     (tmp_path / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
     write_shards()
     with pytest.raises(DraftsmithError, match=rf"index\.json .*{WEIGHTS}"):
-        described()
+        described(tmp_path)
     (tmp_path / WEIGHTS).unlink()
-    described()
+    described(tmp_path)
     halves["b.safetensors"] = names[19:]
     write_shards()
     with pytest.raises(DraftsmithError, match=rf"b\.safetensors: {names[19]}"):
-        described()
+        described(tmp_path)
     (tmp_path / f"{WEIGHTS}.index.json").write_text('{"weight_map": {}}')
     with pytest.raises(DraftsmithError, match=r"index\.json: names no weights"):
-        described()
+        described(tmp_path)
 
 
 def test_the_folder_of_an_adapter_is_reported_as_such(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(DraftsmithError, match=r"config\.json.*adapter"):
-        metadata_artifact(TargetConfig(source=str(tmp_path)), tmp_path)
+        model_folder(str(tmp_path))
 
 
 Tensors = dict[str, torch.Tensor]

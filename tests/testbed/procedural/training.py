@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, field_validator
 
 from draftsmith.stages.runtime.stage import Config
-from draftsmith.stages.target.source import TOKENIZER_PARTS
+from draftsmith.stages.target.config import TOKENIZER_PARTS
 from tests.testbed.procedural.text import EASY, FAMILIES, Example, examples
 
 if TYPE_CHECKING:
