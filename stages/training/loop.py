@@ -1,4 +1,7 @@
-"""The optimiser loop: AdamW, cosine schedule with warm-up, clipping, checkpoints; resumes bit for bit on a CPU."""
+"""The optimiser loop: AdamW, cosine schedule with warm-up, clipping, micro-batches that fit, checkpoints.
+
+It resumes bit for bit on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,9 @@ from draftsmith.stages.runtime.ranks import ALONE, Ranks
 from draftsmith.stages.runtime.stage import StageContext
 from draftsmith.stages.training.blocks import LossReport, Ratio
 from draftsmith.stages.training.config import OptimiserConfig
-from draftsmith.stages.training.micro_batches import MicroBatches
 
 StateDict: TypeAlias = dict[str, Any]  # tensors and plain values, as torch's modules and optimisers have it
+_FITTING = "micro_batch_tokens"  # file in `ctx.work`
 
 
 class Resumable(Protocol):
@@ -29,6 +32,50 @@ class Resumable(Protocol):
     def state_dict(self) -> StateDict: ...
 
     def load_state_dict(self, state: StateDict) -> None: ...
+
+
+class MicroBatches:
+    """The micro-batches of a training's steps, of as many tokens as the memory has held so far."""
+
+    def __init__(self, make: Callable[[int, int], Iterable[LossReport]], limit: int, smallest: int, ctx: StageContext):
+        """Start with `limit` tokens, or with fewer that an earlier attempt left in `ctx.work`.
+
+        make: returns the micro-batches of a step, each of at most a limit of tokens, or of one row.
+        limit: no more than a full step has. smallest: fewer tokens than any row has.
+        """
+        self._make, self._smallest, self._log, self._note = make, smallest, ctx.log, ctx.work / _FITTING
+        self.limit = limit
+        note = self._note.read_text("utf-8", "replace") if self._note.exists() else ""
+        if note.isdecimal() and 0 < (fitting := int(note)) < limit:  # a damaged note is ignored
+            self._log(
+                f"micro-batches of {fitting} tokens, since an earlier attempt ran out of memory with {2 * fitting}."
+            )
+            self.limit = fitting
+
+    def __call__(self, step: int) -> Iterable[LossReport]:
+        return self._make(step, self.limit)
+
+    def halve(self) -> bool:
+        """Make smaller micro-batches from here on. Return False if each is one row already."""
+        if self.limit <= self._smallest:
+            return False
+        self._log(f"out of memory with micro-batches of {self.limit} tokens. Trying {self.limit // 2} tokens.")
+        self.limit //= 2
+        return True
+
+    def halve_for_all(self, ranks: Ranks) -> None:
+        """End the training of several ranks, so that another attempt continues with smaller micro-batches.
+
+        The other ranks cannot know that this one begins its step again. Returns if each micro-batch is one row already.
+        Raises RetryableError.
+        """
+        if self.limit <= self._smallest:
+            return
+        self._note.write_text(str(self.limit // 2), "utf-8")
+        raise RetryableError(
+            f"rank {ranks.rank} of {ranks.world}: out of memory with micro-batches of {self.limit} tokens. Run the "
+            f"same command to continue from the checkpoint with {self.limit // 2}."
+        )
 
 
 def cosine(step: int, config: OptimiserConfig) -> float:

@@ -38,7 +38,6 @@ from draftsmith.stages.training.blocks import (
     block_labels,
     tokens_at,
 )
-from draftsmith.stages.training.chunked_loss import chunked_values, slices
 from draftsmith.stages.training.loss_config import PositionWeights, ResponseStream
 
 NO_HIDDEN = "this loss reads the target's distribution: batches need its hidden states"
@@ -80,7 +79,7 @@ class TargetSignal:
         assert self.hidden is not None, NO_HIDDEN
         with torch.autocast(self.hidden.device.type, enabled=False):
             full = Head(self.context.target_head, logit_map=self.context.heads.target.logit_map)
-            logprob = chunked_values(
+            logprob = losses.chunked_values(
                 self.hidden,
                 self.context.positions_per_chunk,
                 lambda h, chunk: -losses.cross_entropy(full.logits(h), self.tokens[chunk]),
@@ -207,7 +206,7 @@ def head_loss(hidden: torch.Tensor, signal: TargetSignal, stream: ResponseStream
             terms = terms + losses.confidence(heads.confidence(h.detach()), accepted)
         return terms
 
-    terms = chunked_values(hidden, context.positions_per_chunk, values, trained_head=heads.trained)
+    terms = losses.chunked_values(hidden, context.positions_per_chunk, values, trained_head=heads.trained)
     return PositionLosses(terms, correct, log_q)
 
 
@@ -312,7 +311,7 @@ def selector_loss(hidden: torch.Tensor, previous: torch.Tensor, signal: TargetSi
     candidates = _candidates(drafter, hidden, signal.columns, context)
     among, index, present = candidates.columns, candidates.index, candidates.present
     log_p = torch.zeros(among.shape, device=among.device)  # computed once: backward calls `values` again
-    for chunk in slices(len(among) if distribution is not None or loss == "ce_l1" else 0, size):
+    for chunk in losses.slices(len(among) if distribution is not None or loss == "ce_l1" else 0, size):
         log_p[chunk] = torch.log_softmax(signal.at(chunk).logits(), -1).gather(-1, among[chunk])
     correct, log_q = torch.zeros_like(present), torch.full_like(index, -torch.inf, dtype=torch.float32)
 
@@ -332,7 +331,7 @@ def selector_loss(hidden: torch.Tensor, previous: torch.Tensor, signal: TargetSi
         assert distribution is not None
         return distribution(logits, log_p[chunk])
 
-    terms = chunked_values(hidden, size, values, trained_head=True)
+    terms = losses.chunked_values(hidden, size, values, trained_head=True)
     return PositionLosses(terms, correct, log_q)
 
 
@@ -351,4 +350,4 @@ def selector_logprobs(
         logits = drafter.selector_logits(h, previous[chunk], candidates.columns[chunk], head)
         return -losses.cross_entropy(logits, candidates.index[chunk])
 
-    return chunked_values(hidden, context.positions_per_chunk, values, trained_head=True)
+    return losses.chunked_values(hidden, context.positions_per_chunk, values, trained_head=True)

@@ -9,6 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import torch
+
+from draftsmith.artifacts.host import memory_bytes
 from draftsmith.artifacts.tables.readers import MappedReader, RowReader
 from draftsmith.artifacts.tables.schemas import TRAJECTORIES, TableSchema
 from draftsmith.stages.data.trajectories import (
@@ -26,12 +29,14 @@ from draftsmith.stages.replay.replayer import tree_tokens_of
 from draftsmith.stages.runtime.ranks import ALONE, Ranks
 from draftsmith.stages.runtime.stage import StageContext
 from draftsmith.stages.target.causal_lm import Target
+from draftsmith.stages.target.estimate import AnswerCounts, ModelSize, Sizes, StageUse
+from draftsmith.stages.target.loading import divided_parameters
 from draftsmith.stages.target.sampling import GREEDY, SamplingParams
 from draftsmith.stages.training.batches import FeatureSource, RankSlice, split_rows, trajectories_of_step
 from draftsmith.stages.training.blocks import LossReport
 from draftsmith.stages.training.config import TrainingConfig
-from draftsmith.stages.training.loop import Resumable, train
-from draftsmith.stages.training.micro_batches import MicroBatches, micro_batch_tokens
+from draftsmith.stages.training.estimate import fixed_memory, row_tokens, rows_at_once, rows_of_process
+from draftsmith.stages.training.loop import MicroBatches, Resumable, train
 
 if TYPE_CHECKING:
     from draftsmith.stages.training.lora import Adapter
@@ -177,3 +182,47 @@ class Trainer(ABC, Generic[AnyConfig, AnyData]):
             training={"stage": stage, "steps": self.config.steps, **trained},
         )
         save_drafter(self.drafter, ctx.out / DRAFTER_FOLDER, self.target.dtype)
+
+
+def micro_batch_tokens(config: TrainingConfig, target: Target, drafter: Drafter, longest: int) -> int:
+    """Return the tokens of trajectories and blocks that go through the drafter at once on the target's device.
+
+    That is what the config says, or what fits by the estimate; no more than a process trains in a step.
+    longest: tokens of the longest trajectory.
+    """
+    whole = rows_of_process(config) * (longest + config.anchors_per_sequence * drafter.block_size)
+    if config.micro_batch_tokens is not None:
+        return min(config.micro_batch_tokens, whole)
+    sizes = loaded_sizes(target, drafter, longest)
+    fixed = sum(fixed_memory(config, StageUse(sizes, answers=AnswerCounts(longest))).values())
+    return rows_at_once(config, sizes, longest, fixed) * row_tokens(config, sizes, longest)
+
+
+def loaded_sizes(target: Target, drafter: Drafter, longest: int) -> Sizes:
+    """Return the sizes of loaded models on the target's device. longest: tokens of the longest trajectory."""
+    return Sizes(
+        ModelSize.from_config(
+            target.config, sum(p.numel() for p in target.model.parameters()), divided_parameters(target.model)
+        ),
+        ModelSize.from_config(
+            drafter.config, sum(p.numel() for p in drafter.parameters()), map_sizes=drafter.map_sizes
+        ),
+        features=len(drafter.target_layer_ids),
+        block_size=drafter.block_size,
+        itemsize=target.dtype.itemsize,
+        longest_prompt=longest,
+        positions=longest,
+        kind=drafter.kind,
+        deepest=max(drafter.target_layer_ids) + 1,
+        operations=drafter.operations,
+        device_memory=_device_memory(target),
+        accelerated=target.device.type == "cuda",
+    )
+
+
+def _device_memory(target: Target) -> float:
+    """Return the bytes that this process may use on the target's device."""
+    if target.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(target.device)  # a server may hold the rest
+        return float(free + torch.cuda.memory_reserved(target.device))
+    return memory_bytes()

@@ -23,9 +23,9 @@ from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.target.estimate import PROCESS_BYTES, AnswerCounts, StageUse
 from draftsmith.stages.training.config import OpdConfig
 from draftsmith.stages.training.estimate import row_tokens, training_memory
-from draftsmith.stages.training.loop import train
-from draftsmith.stages.training.micro_batches import MicroBatches, loaded_sizes, micro_batch_tokens
+from draftsmith.stages.training.loop import MicroBatches, train
 from draftsmith.stages.training.opd.trainer import OpdTraining
+from draftsmith.stages.training.trainer import loaded_sizes, micro_batch_tokens
 from tests.benchmarks import harness, machine
 from tests.gpu.trainings import KINDS, make_training
 from tests.gpu.watch import Profile, Timed, watched

@@ -184,7 +184,7 @@ def drafter_artifacts(target_model: Path, prompts: Path, recipe: DrafterRecipe =
     from draftsmith.stages.drafters import checkpoint_format, lm_head
     from draftsmith.stages.drafters.dflash import checkpoint, model
     from draftsmith.stages.target import config, info
-    from draftsmith.stages.training import batches, blocks, chunked_loss, loop, losses, response_loss, trainer
+    from draftsmith.stages.training import batches, blocks, loop, losses, response_loss, trainer
     from draftsmith.stages.training.sft import trainer as sft_trainer
     from tests.testbed import drafter
 
@@ -192,7 +192,7 @@ def drafter_artifacts(target_model: Path, prompts: Path, recipe: DrafterRecipe =
         build_drafter(folder, target_model, prompts, recipe)
 
     shapes = (schemas, lm_head, checkpoint_format, checkpoint, model, drafter, ties)
-    trains = (batches, blocks, chunked_loss, loop, losses, response_loss, trainer, sft_trainer)
+    trains = (batches, blocks, loop, losses, response_loss, trainer, sft_trainer)
     # both folders are named by a digest of what made them; the path counts because target.json refers to it
     made_from = f"{os.fspath(target_model)} {info.model_digest(target_model, config.weight_files(target_model))}"
     extra = f"{asdict(recipe)} {made_from} {prompts.parent.name}"

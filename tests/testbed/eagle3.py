@@ -68,7 +68,7 @@ def trained_eagle3(made: DrafterArtifacts, recipe: Eagle3Recipe = TINY) -> Path:
     from draftsmith.artifacts.tables import schemas
     from draftsmith.stages.drafters import checkpoint_format, lm_head
     from draftsmith.stages.drafters.eagle3 import checkpoint, model
-    from draftsmith.stages.training import batches, blocks, chunked_loss, loop, losses, response_loss, trainer
+    from draftsmith.stages.training import batches, blocks, loop, losses, response_loss, trainer
     from draftsmith.stages.training.sft import stage as sft
     from draftsmith.stages.training.sft import trainer as sft_trainer
     from tests.testbed import eagle3
@@ -99,6 +99,6 @@ def trained_eagle3(made: DrafterArtifacts, recipe: Eagle3Recipe = TINY) -> Path:
             torch.set_num_threads(threads)
 
     shapes = (schemas, lm_head, checkpoint_format, checkpoint, model, eagle3, sft)
-    trains = (batches, blocks, chunked_loss, loop, losses, response_loss, trainer, sft_trainer)
+    trains = (batches, blocks, loop, losses, response_loss, trainer, sft_trainer)
     extra = f"{asdict(recipe)} {made.root}"  # whose name is a digest of target and answers
     return cache.cached("eagle3-tiny", build, code=(*shapes, *trains), extra=extra) / "drafter"

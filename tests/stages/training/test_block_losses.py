@@ -25,7 +25,7 @@ from draftsmith.stages.training.batches import Batch
 from draftsmith.stages.training.blocks import LossReport, SoftmaxHeads, draft_blocks, encode_batch, hidden_on_proposals
 from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.loss_config import LossConfig, PositionWeights
-from draftsmith.stages.training.opd.loss import opd_loss
+from draftsmith.stages.training.opd.step import opd_loss
 from draftsmith.stages.training.opd.verify_steps import VerifySteps, verify_blocks
 from draftsmith.stages.training.sft.trainer import sft_loss
 from tests.stages.training.case import Case, K, blocks_of, heads_of, loss_context, make_case

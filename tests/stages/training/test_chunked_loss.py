@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from draftsmith.stages.training.chunked_loss import chunked_values
+from draftsmith.stages.training.losses import chunked_values
 
 N, H, V = 11, 6, 9
 GENERATOR = torch.Generator().manual_seed(0)

@@ -19,8 +19,7 @@ from draftsmith.stages.runtime.ranks import Ranks
 from draftsmith.stages.target.causal_lm import Target
 from draftsmith.stages.training.blocks import LossReport
 from draftsmith.stages.training.config import OptimiserConfig, SftConfig
-from draftsmith.stages.training.loop import cosine, train
-from draftsmith.stages.training.micro_batches import MicroBatches
+from draftsmith.stages.training.loop import MicroBatches, cosine, train
 from draftsmith.stages.training.sft.trainer import SftTraining
 from draftsmith.stages.training.trainer import TrainingData
 from tests.testbed import random_target
