@@ -17,7 +17,7 @@ from draftsmith.artifacts.errors import DraftsmithError, RefusedError
 from draftsmith.stages.engines.served import ask_servers, from_servers
 from draftsmith.stages.engines.servers.client import Json
 from draftsmith.stages.engines.servers.state import NewDrafter, ServerState
-from draftsmith.stages.engines.sglang.swap import write_drafter as write_sglang
+from draftsmith.stages.engines.sglang.served import write_drafter as write_sglang
 from draftsmith.stages.engines.vllm.plugin import BACKEND
 from draftsmith.stages.engines.vllm.swap import write_drafter as write_vllm
 

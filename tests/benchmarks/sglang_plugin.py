@@ -18,8 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.engines.sglang.plugin_hooks import Recorder
-from draftsmith.stages.engines.sglang.plugin_requests import RequestLog
+from draftsmith.stages.engines.sglang.plugin_hooks import Recorder, RequestLog
 from draftsmith.stages.engines.sglang.protocol import KEY
 from tests.benchmarks import harness
 from tests.sglang_cpu.server import generate, running_server, sglang_python

@@ -4,7 +4,7 @@ SGLang loads it by the entry-point group `sglang.srt.plugins`, in an environment
 its dependencies: its imports need nothing but the standard library, torch, numpy and sglang.
 
 A request asks for records by `sampling_params.custom_params = {"draftsmith_trace": true}`; `DRAFTSMITH_TRACE=1` in the
-server's environment records all requests; of a smaller share it only sums up the steps (`plugin_requests.py`).
+server's environment records all requests; of a smaller share it only sums up the steps (`RequestLog`).
 `meta_info["draftsmith_trace"]` of an answer has one element per OUTPUT token, because SGLang cuts such lists by output
 tokens: at token 0 `{"v", "drafter"}`; at the first token that a verify step committed
 
@@ -114,8 +114,7 @@ def activate() -> None:
     # Imported after the check, which reports what these would fail on.
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from draftsmith.stages.engines.sglang.plugin_hooks import Recorder
-    from draftsmith.stages.engines.sglang.plugin_requests import RequestLog
+    from draftsmith.stages.engines.sglang.plugin_hooks import Recorder, RequestLog
     from draftsmith.stages.engines.sglang.plugin_swap import DrafterSwap
 
     recorder = Recorder()

@@ -1,15 +1,23 @@
-"""What a SGLang server reports of its drafter and of finished requests."""
+"""What a SGLang server reports of its drafter and of finished requests, and the writing of another drafter into it.
+
+Our plug-in there does the writing (`plugin_swap.py`).
+"""
 
 from __future__ import annotations
 
+import asyncio
+import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from http import HTTPStatus
 
 import httpx
 
-from draftsmith.stages.engines.servers.client import get_json
-from draftsmith.stages.engines.servers.state import Finished, ServerState, TracedRequest, sums
-from draftsmith.stages.engines.sglang.protocol import REQUESTS_STATE, SWAP_STATE, Json
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.stages.engines.servers.client import check_status, get_json, json_object, query
+from draftsmith.stages.engines.servers.state import Finished, NewDrafter, ServerState, TracedRequest, sums
+from draftsmith.stages.engines.sglang.protocol import REQUESTS_STATE, SWAP_ACTION, SWAP_STATE, Json
 
 _COUNTERS = [f"sglang:{name}_total" for name in ("num_requests", "generation_tokens", "spec_verify_calls")]
 
@@ -58,3 +66,32 @@ def finished(metrics: str) -> Finished:
     """Return what a server finished since its start, by its metrics."""
     requests, tokens, steps = sums(metrics, _COUNTERS)
     return Finished(requests, tokens - requests, steps)
+
+
+_WRITE_TIMEOUT_S = 300.0  # a write waits for the step that is computed
+_READ_LIMIT_S = 1800.0  # until a server has read the files
+_POLL_S = 0.5
+
+
+async def write_drafter(client: httpx.AsyncClient, url: str, new: NewDrafter, proof: str) -> Json:
+    """Make a server serve a drafter, and record the proof of it. The plug-in takes the same request again."""
+    wanted = {
+        "drafter": new.digest,
+        "folder": str(new.folder.absolute()),
+        "upload": new.upload,
+        "tracking": new.tracking,
+        "proof": proof,
+    }
+    deadline = time.monotonic() + _READ_LIMIT_S
+    while time.monotonic() < deadline:
+        body = {"action": SWAP_ACTION + json.dumps(wanted)}
+        response = await query(client, "POST", f"{url}/weights_checker", body, _WRITE_TIMEOUT_S)
+        if response.status_code == HTTPStatus.BAD_REQUEST:
+            raise DraftsmithError(f"{url}: refuses the drafter: {json_object(response).get('message')}.")
+        check_status("of a swap", url, response.status_code, response.text)
+        # as SGLang joins the messages of replicas
+        replicas = [json.loads(part) for part in json_object(response)["message"].split(" | ")]
+        if all(each["state"] == "served" for each in replicas):
+            return {name: max(each[name] for each in replicas) for name in ("since", "pause_s")}
+        await asyncio.sleep(_POLL_S)
+    raise RetryableError(f"{url}: did not read the drafter in {_READ_LIMIT_S:.0f} s. Look at its log.")

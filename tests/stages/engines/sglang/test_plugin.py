@@ -16,15 +16,16 @@ import torch
 from draftsmith.artifacts.store.code_digest import code_modules
 from draftsmith.stages.catalog import STAGES
 from draftsmith.stages.engines.environment import PLUGIN_GROUPS
-from draftsmith.stages.engines.sglang import plugin, plugin_hooks, plugin_requests, plugin_swap, server
+from draftsmith.stages.engines.sglang import plugin, plugin_hooks, plugin_swap, server
 from draftsmith.stages.engines.sglang.plugin_hooks import (
+    LAST,
     BatchTrace,
     Recorder,
+    RequestLog,
     chain_logprobs,
     pack_steps,
     unpack_steps,
 )
-from draftsmith.stages.engines.sglang.plugin_requests import LAST, RequestLog
 from draftsmith.stages.engines.sglang.protocol import ENVIRONMENT, KEY, REQUESTS_STATE
 
 
@@ -227,7 +228,7 @@ def test_the_plugin_is_in_the_code_digest_of_stages_that_use_servers() -> None:
     """A correction of its records must generate new answers."""
     project = tomllib.loads((Path(__file__).parents[4] / "pyproject.toml").read_text())["project"]
     assert project["entry-points"][PLUGIN_GROUPS["sglang"]] == {"draftsmith": server.PLUGIN}
-    modules = {module.__name__ for module in (plugin, plugin_hooks, plugin_requests, plugin_swap)}
+    modules = {module.__name__ for module in (plugin, plugin_hooks, plugin_swap)}
     with_it = {name for name, stage in STAGES.items() if modules & set(code_modules(stage))}
     assert with_it == {"rollout", "evaluation", "diagnosis"}
     assert all(modules <= set(code_modules(STAGES[name])) for name in with_it)

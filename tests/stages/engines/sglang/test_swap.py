@@ -83,7 +83,7 @@ def fleet() -> Iterator[Fleet]:
 
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("draftsmith.stages.engines.sglang.swap._POLL_S", 0.01)
+    monkeypatch.setattr("draftsmith.stages.engines.sglang.served._POLL_S", 0.01)
 
 
 def test_the_servers_are_swapped_in_turn_and_each_proves_it(fleet: Fleet) -> None:
