@@ -52,9 +52,9 @@ from draftsmith.stages.training.blocks import (
 )
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
 from draftsmith.stages.training.loop import make_optimiser
-from draftsmith.stages.training.opd.mined_table import MinedTable, TrajectorySteps
 from draftsmith.stages.training.opd.step import OpdStep, StepOptions
 from draftsmith.stages.training.opd.trainer import anchor_source
+from draftsmith.stages.training.opd.verify_steps import MinedTable, TrajectorySteps
 from draftsmith.stages.training.sft.trainer import sft_loss
 from tests.benchmarks import harness, machine
 from tests.stages.drafters.dense import dense_attention

@@ -24,7 +24,7 @@ from draftsmith.artifacts.tables.schemas import TRAJECTORIES, VERIFY_STEPS, Tabl
 from draftsmith.stages.data.trajectories import TOKEN_COLUMNS, TrajectoryRows, load_trajectories, pad_tokens
 from draftsmith.stages.runtime.ranks import Ranks
 from draftsmith.stages.training.batches import trajectories_of_step
-from draftsmith.stages.training.opd.mined_table import STEP_COLUMNS, MinedTable, load_mined
+from draftsmith.stages.training.opd.verify_steps import STEP_COLUMNS, MinedTable, load_mined
 from tests.benchmarks import harness
 
 PROMPT, PROPOSALS, TOKENS_PER_STEP = 100, 15, 3

@@ -28,8 +28,7 @@ from draftsmith.stages.training.blocks import (
     systematic_sample,
 )
 from draftsmith.stages.training.loop import Resumable, StateDict
-from draftsmith.stages.training.opd.mined_table import MinedTable, StepKind, TrajectorySteps, sample_steps
-from draftsmith.stages.training.opd.verify_steps import VerifySteps
+from draftsmith.stages.training.opd.verify_steps import MinedTable, StepKind, TrajectorySteps, VerifySteps, sample_steps
 
 
 @dataclass(frozen=True)

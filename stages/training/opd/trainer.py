@@ -19,8 +19,8 @@ from draftsmith.stages.training.batches import step_rng
 from draftsmith.stages.training.blocks import LossReport
 from draftsmith.stages.training.config import OpdConfig
 from draftsmith.stages.training.opd.anchor_sources import AnchorSource, RandomAnchors, SuccessorAnchors, TableAnchors
-from draftsmith.stages.training.opd.mined_table import STEP_COLUMNS, MinedTable, StepKind, load_mined
 from draftsmith.stages.training.opd.step import OpdStep, StepOptions
+from draftsmith.stages.training.opd.verify_steps import STEP_COLUMNS, MinedTable, StepKind, load_mined
 from draftsmith.stages.training.trainer import Trainer, TrainingData, load_answers, mapped_reader
 
 

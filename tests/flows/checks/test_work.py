@@ -23,8 +23,8 @@ from draftsmith.stages.target.estimate import AnswerCounts, StageUse
 from draftsmith.stages.training.config import OpdConfig
 from draftsmith.stages.training.loop import Accumulation
 from draftsmith.stages.training.opd.anchor_sources import TableAnchors
-from draftsmith.stages.training.opd.mined_table import MinedTable
 from draftsmith.stages.training.opd.trainer import MinedData, OpdTraining
+from draftsmith.stages.training.opd.verify_steps import MinedTable
 from draftsmith.stages.training.trainer import loaded_sizes
 from tests.benchmarks.sft_step import invented_steps
 from tests.flows.checks.test_resources import qwen_sizes

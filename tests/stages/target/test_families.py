@@ -41,8 +41,8 @@ from draftsmith.stages.target.sampling import SamplingParams
 from draftsmith.stages.target.self_check import check_agreement
 from draftsmith.stages.training.blocks import HeadSource, LossContext
 from draftsmith.stages.training.config import OpdConfig, TrainingConfig
-from draftsmith.stages.training.opd.mined_table import MinedTable
 from draftsmith.stages.training.opd.trainer import MinedData, OpdTraining
+from draftsmith.stages.training.opd.verify_steps import MinedTable
 from draftsmith.stages.training.response_loss import TargetSignal
 from tests.testbed.families import ALTERNATING, FAMILIES, RECURRENT, SHAPE, WINDOW, WORDS, write_family
 from tests.testbed.random_target import VOCAB_SIZE, resolved, save

@@ -17,8 +17,8 @@ from draftsmith.stages.training.batches import FeatureSource, split_rows
 from draftsmith.stages.training.blocks import LossReport
 from draftsmith.stages.training.config import OpdConfig, SftConfig, TrainingConfig
 from draftsmith.stages.training.loop import Accumulation
-from draftsmith.stages.training.opd.mined_table import MinedTable, TrajectorySteps
 from draftsmith.stages.training.opd.trainer import MinedData, OpdTraining
+from draftsmith.stages.training.opd.verify_steps import MinedTable, TrajectorySteps
 from draftsmith.stages.training.sft.trainer import SftTraining
 from draftsmith.stages.training.trainer import TrainingData
 from tests.testbed import random_target

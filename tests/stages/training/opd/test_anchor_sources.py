@@ -26,9 +26,14 @@ from draftsmith.stages.training.loss_config import LossConfig
 from draftsmith.stages.training.opd import step as opd_step
 from draftsmith.stages.training.opd import verify_steps
 from draftsmith.stages.training.opd.anchor_sources import RandomAnchors, TableAnchors
-from draftsmith.stages.training.opd.mined_table import MinedTable, sample_steps
 from draftsmith.stages.training.opd.step import OpdStep, opd_loss
-from draftsmith.stages.training.opd.verify_steps import UnscoredSteps, score_steps, verify_blocks
+from draftsmith.stages.training.opd.verify_steps import (
+    MinedTable,
+    UnscoredSteps,
+    sample_steps,
+    score_steps,
+    verify_blocks,
+)
 from tests.stages.kernel_flops import KERNEL_FLOPS
 from tests.stages.training.case import heads_of, loss_context
 from tests.stages.training.opd.world import (

@@ -13,7 +13,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.tables.parquet import TableWriter, select_in_order, write_table
 from draftsmith.artifacts.tables.schemas import VERIFY_STEPS
 from draftsmith.stages.replay.mined_table import steps_table
-from draftsmith.stages.training.opd.mined_table import load_mined
+from draftsmith.stages.training.opd.verify_steps import load_mined
 from tests.stages.replay.test_mined_table import K, mined
 
 

@@ -18,8 +18,8 @@ from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter, read_info
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.training.config import OpdConfig
-from draftsmith.stages.training.opd.mined_table import load_mined
 from draftsmith.stages.training.opd.stage import STAGE
+from draftsmith.stages.training.opd.verify_steps import load_mined
 from tests.stages.bench import Bench
 from tests.stages.training.answers import mined_answers
 from tests.testbed.context import StoppingContext

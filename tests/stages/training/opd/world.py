@@ -20,9 +20,14 @@ from draftsmith.stages.training.blocks import Anchors, DraftingView, LossReport,
 from draftsmith.stages.training.config import TrainingConfig
 from draftsmith.stages.training.loss_config import LossConfig
 from draftsmith.stages.training.opd.anchor_sources import AnchorSource, RandomAnchors, SuccessorAnchors, TableAnchors
-from draftsmith.stages.training.opd.mined_table import MinedTable, TrajectorySteps
 from draftsmith.stages.training.opd.step import OpdStep, StepOptions
-from draftsmith.stages.training.opd.verify_steps import UnscoredSteps, VerifySteps, score_steps
+from draftsmith.stages.training.opd.verify_steps import (
+    MinedTable,
+    TrajectorySteps,
+    UnscoredSteps,
+    VerifySteps,
+    score_steps,
+)
 from tests.stages.bench import Bench
 from tests.stages.training.case import whole_step
 
