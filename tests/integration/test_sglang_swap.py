@@ -28,7 +28,7 @@ from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.engines.servers.client import Json
 from draftsmith.stages.engines.servers.state import NewDrafter
-from draftsmith.stages.engines.sglang.swap import write_drafter
+from draftsmith.stages.engines.sglang.served import write_drafter
 from draftsmith.stages.engines.swap import swap_servers
 from tests.faults.servers import mlflow_server
 from tests.flows.refresh.line_runs import config_of, finished, gated
