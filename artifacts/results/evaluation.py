@@ -132,12 +132,15 @@ class StepTime(Record):
 
 
 class LoadPoint(EstimateRecord):
-    """The predicted speed of an arm at a number of requests in flight, and the logarithm of its ratio to another."""
+    """The speed of an arm at a number of requests in flight, and the logarithm of its ratio to another one's.
+
+    Predicted for the embedded engine, measured on servers.
+    """
 
     arm: str
     other: str
     concurrency: int
-    block_size: int  # the fastest one of the arm
+    block_size: int  # the fastest one of the arm; on servers, that it decoded with
     tokens_per_s: float
 
 
@@ -292,16 +295,21 @@ class EvaluationResult(ResultFile, Record):
         return [each for each in self.comparisons if (each.kind, each.arm, each.other) == (kind, arm, other)]
 
     def load_curve(self, arm: str, other: str = PLAIN) -> list[LoadPoint]:
-        """Return the predicted speeds of an arm over another one, fewest requests in flight first."""
+        """Return the speeds of an arm over another one, fewest requests in flight first."""
         return [each for each in self.load if (each.arm, each.other) == (arm, other)]
 
+    @property
+    def load_is_measured(self) -> bool:
+        """Return whether `load` comes from timed runs of servers, and not from the times of single steps."""
+        return not self.step_times
+
     def schedule(self, arm: str) -> list[list[int]]:
-        """Return [fewest, most, proposals] for each range of requests in flight; empty without a load curve.
+        """Return [fewest, most, proposals] for each range of requests in flight; empty unless speeds were predicted.
 
         proposals: of the arm's fastest block size there, or 0 where it is slower than decoding without a drafter.
         """
         ranges: list[list[int]] = []
-        curve = self.load_curve(arm)
+        curve = [] if self.load_is_measured else self.load_curve(arm)  # servers are timed with one block size
         for point, following in zip_longest(curve, curve[1:]):
             most = point.concurrency if following is None else following.concurrency - 1
             proposals = point.block_size - 1 if point.value > 0 else 0

@@ -114,9 +114,14 @@ class RefreshConfig(RunOptions):
         return self
 
     @model_validator(mode="after")
-    def _times_steps_for_loads(self) -> RefreshConfig:
+    def _times_servers_around_loads(self) -> RefreshConfig:
         if self.gate.loads and isinstance(self.evaluation.engine, ServerEngineConfig):
-            raise ValueError("gate.loads: steps of servers are not timed. Remove it, or evaluation.engine.")
+            numbers = sorted(self.evaluation.concurrency)
+            if beyond := [load for load in self.gate.loads if not numbers[0] <= load <= numbers[-1]]:
+                raise ValueError(
+                    f"gate.loads: servers are timed with {numbers} requests in flight, and {beyond} lies beyond. "
+                    "Add it to evaluation.concurrency, or remove it."
+                )
         return self
 
     @model_validator(mode="after")

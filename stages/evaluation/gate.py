@@ -10,7 +10,9 @@ cases.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +25,7 @@ from draftsmith.artifacts.results.evaluation import (
     ArmComparison,
     EvaluationResult,
     Exactness,
+    LoadPoint,
     Parity,
 )
 from draftsmith.artifacts.results.gate import LOAD_RULES, THE_CHAMPION, GateDecision, GateVerdict, RuleResult
@@ -60,8 +63,8 @@ class GateConfig(Config):
     loads: Annotated[
         Mapping[Annotated[int, Field(ge=1)], Annotated[float, Field(gt=0)]] | None,
         Field(
-            description="requests in flight, and their shares of the time: the speeds predicted there must pass too "
-            "(embedded engine)"
+            description="requests in flight, and their shares of the time: the speeds there must pass too, predicted "
+            "(embedded engine) or measured (servers: no number below or above those of evaluation.concurrency)"
         ),
     ] = None
     judge_speed: Annotated[
@@ -252,16 +255,16 @@ def _gain(tau: ArmComparison, level: float) -> tuple[float, float | None]:
 def _speed(evaluation: EvaluationResult, challenger: str, config: GateConfig) -> Iterator[RuleResult]:
     """Check for more speed than without a drafter at the first setting, and none lost to the champion at any."""
     over_plain, *_ = evaluation.compared("speed", challenger, PLAIN)
-    yield _speed_rule(evaluation, "speed-up", over_plain, config.min_speedup, CONFIDENCE)
+    yield _speed_rule(evaluation, "speed-up", over_plain, config.min_speedup, CONFIDENCE, [over_plain.concurrency])
     over_champion = evaluation.compared("speed", challenger, CHAMPION)
     for each in over_champion:
         name = f"speed at temperature {each.temperature:g}, {each.concurrency} in flight"
         level = 1 - (1 - CONFIDENCE) / len(over_champion)
-        yield _speed_rule(evaluation, name, each, 1 - config.max_speed_loss, level)
+        yield _speed_rule(evaluation, name, each, 1 - config.max_speed_loss, level, [each.concurrency])
 
 
 def _at_loads(evaluation: EvaluationResult, challenger: str, config: GateConfig) -> Iterator[RuleResult]:
-    """Check the speeds that are predicted at the config's requests in flight."""
+    """Check the speeds at the config's requests in flight. Measured ones may be noisy, or of too few prompts."""
     others = [PLAIN, *([CHAMPION] if evaluation.has_champion else [])]
     for other in others if config.loads else ():
         wanted = config.min_speedup if other == PLAIN else 1 - config.max_speed_loss
@@ -269,27 +272,51 @@ def _at_loads(evaluation: EvaluationResult, challenger: str, config: GateConfig)
         name = LOAD_RULES[other == PLAIN]
         found = at_loads(curve, config.loads or {})
         if found is None:
-            most = curve[-1].concurrency if curve else 0
-            text = (
-                f"inconclusive: steps were timed with up to {most} requests in flight; remove larger numbers from "
-                "gate.loads, or raise evaluation.speed_prompts"
-            )
+            numbers = [point.concurrency for point in curve]
+            timed, remedy = f"steps were timed with up to {max(numbers, default=0)}", "raise evaluation.speed_prompts"
+            if evaluation.load_is_measured:
+                timed = f"servers were timed with {', '.join(map(str, numbers))}"
+                remedy = "add them to evaluation.concurrency"
+            text = f"inconclusive: {timed} requests in flight; remove numbers beyond that from gate.loads, or {remedy}"
             yield _rule(name, False, text, {"wanted": wanted}, conclusive=False)
             continue
         estimate, tokens_per_s = found
-        rule = _speed_rule(evaluation, name, comparison("speed", (challenger, other), estimate), wanted, CONFIDENCE)
-        yield rule.model_copy(update={"metrics": {**rule.metrics, "tokens_per_s": tokens_per_s}})
+        speed = comparison("speed", (challenger, other), estimate, temperature=evaluation.temperature)
+        settings = _around(curve, config.loads or {}) if evaluation.load_is_measured else []
+        rule = _speed_rule(evaluation, name, speed, wanted, CONFIDENCE, settings)
+        more = {"tokens_per_s": tokens_per_s} if rule.conclusive else {}
+        yield rule.model_copy(update={"metrics": {**rule.metrics, **more}})
+
+
+def _around(curve: Sequence[LoadPoint], loads: Iterable[int]) -> list[int]:
+    """Return the requests in flight of the points that the loads lie at or between."""
+    numbers = [point.concurrency for point in curve]
+    found = {numbers[bisect_right(numbers, load) - 1] for load in loads}
+    return sorted(found | {numbers[bisect_left(numbers, load)] for load in loads})
 
 
 def _speed_rule(
-    evaluation: EvaluationResult, name: str, speed: ArmComparison, wanted: float, level: float
+    evaluation: EvaluationResult,
+    name: str,
+    speed: ArmComparison,
+    wanted: float,
+    level: float,
+    in_flight: Sequence[int | None],
 ) -> RuleResult:
-    """Check one comparison of speeds: better than without a drafter, or not worse than the champion."""
+    """Check one comparison of speeds: better than without a drafter, or not worse than the champion.
+
+    in_flight: of the settings whose speed warnings concern it.
+    """
+
+    def warnings(*kinds: str) -> list[str]:
+        arms = (speed.arm, speed.other)
+        found = [evaluation.warnings_about(speed.temperature, each, arms, kinds) for each in in_flight]
+        return list(dict.fromkeys(chain.from_iterable(found)))
+
     estimate, better = estimate_of(speed), speed.other == PLAIN
     value = math.exp(estimate.value)
     times = "times" if better else "times the champion's"
-    where = speed.temperature, speed.concurrency, (speed.arm, speed.other)
-    reasons = evaluation.warnings_about(*where, kinds=(PROMPTS, TURNS, TAU))
+    reasons = warnings(PROMPTS, TURNS, TAU)
     if not reasons and estimate.units < FEWEST_RUNS:
         reasons = [few_runs(estimate.units)]
     elif not reasons and math.isnan(estimate.error):
@@ -298,7 +325,7 @@ def _speed_rule(
         end = math.exp(estimate.upper(1 - level) if better else estimate.upper(level))
         passed = end > wanted if better else end >= wanted
         if not passed:  # noise widens intervals: a rule that passes in spite of it passes
-            reasons = evaluation.warnings_about(*where, kinds=(NOISE,))
+            reasons = warnings(NOISE)
     if reasons:
         text = f"{value:.3f} {times}, inconclusive: {'; '.join(reasons)}"
         return _rule(name, False, text, {"value": value, "wanted": wanted}, conclusive=False)

@@ -1,7 +1,8 @@
-"""Predicts speed by the number of requests in flight: acceptance by replay, and the time of a step at each number.
+"""Speed by the number of requests in flight: measured on servers, predicted for the embedded engine.
 
-A step takes the same time whatever is accepted, so a few steps with empty caches measure it. An answer of L tokens, of
-which a step commits tau on average, takes its share of an engine with N requests in flight:
+A prediction comes from acceptance by replay, and the time of a step at each number. A step takes the same time whatever
+is accepted, so a few steps with empty caches measure it. An answer of L tokens, of which a step commits tau on average,
+takes its share of an engine with N requests in flight:
 
     prefill + (L - 1) / tau(w) · step(N, w) / N
 
@@ -19,13 +20,20 @@ from typing import TypeAlias
 
 import numpy as np
 
-from draftsmith.artifacts.results.evaluation import CHAMPION, PLAIN, LoadPoint, StepTime
+from draftsmith.artifacts.results.evaluation import (
+    CHAMPION,
+    PLAIN,
+    ArmComparison,
+    LoadPoint,
+    SpeedTable,
+    StepTime,
+)
 from draftsmith.stages.data.trajectories import Trajectory
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.evaluation.speed_embedded import Decoder, EmbeddedSpeedTest
 from draftsmith.stages.evaluation.timed_runs import Row, Setting
-from draftsmith.stages.evaluation.verdicts import estimate_record
+from draftsmith.stages.evaluation.verdicts import estimate_of, estimate_record
 from draftsmith.stages.replay.trace import AcceptanceStats
 from draftsmith.stages.runtime.memory import out_of_memory, release_memory
 from draftsmith.stages.runtime.statistics import Estimate, combine_errors, jackknife, mean_estimate, sum_by_key
@@ -207,3 +215,26 @@ def predict(
                     )
                 )
     return points
+
+
+def from_timed_runs(comparisons: Sequence[ArmComparison], tables: Sequence[SpeedTable]) -> list[LoadPoint]:
+    """Return the measured speeds at the temperature of the first table, fewest requests in flight first.
+
+    comparisons: of speed, at every setting. tables: of every setting.
+    """
+    arms = {each.concurrency: each.arms for each in tables if each.temperature == tables[0].temperature}
+    points = [
+        LoadPoint.model_validate(
+            {
+                **dict(estimate_record(estimate_of(each))),
+                "arm": each.arm,
+                "other": each.other,
+                "concurrency": each.concurrency,
+                "block_size": arms[each.concurrency][each.arm].block_size,
+                "tokens_per_s": arms[each.concurrency][each.arm].tokens_per_s,
+            }
+        )
+        for each in comparisons
+        if each.temperature == tables[0].temperature
+    ]
+    return sorted(points, key=attrgetter("concurrency"))

@@ -55,7 +55,7 @@ from draftsmith.stages.evaluation.acceptance import (
 )
 from draftsmith.stages.evaluation.confidence import calibration
 from draftsmith.stages.evaluation.config import DRAFTERS, PREFIX, EvaluationConfig, prompts_to_decode
-from draftsmith.stages.evaluation.load import AverageAnswer, measure_steps, predict, step_table
+from draftsmith.stages.evaluation.load import AverageAnswer, from_timed_runs, measure_steps, predict, step_table
 from draftsmith.stages.evaluation.speed_embedded import EmbeddedSpeedTest, measure_embedded, one_thread
 from draftsmith.stages.evaluation.speed_servers import ServerSpeedTest, measure_servers
 from draftsmith.stages.evaluation.speed_table import alternates, at_setting, log_ratios, speed_by_slice, speed_tables
@@ -110,6 +110,7 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
     runs, requests = at_setting(speed.runs, settings[0]), at_setting(speed.requests, settings[0])
     by_slice = speed_by_slice(requests, labels, units, alternating=alternates(runs))
     ratios = log_ratios(runs, requests, pairs(arms), units)
+    compared = speed_comparisons(speed, settings, arms, units)
     warnings = speed_warnings(speed.runs, speed.requests, settings)
     for warning in warnings:
         ctx.log(f"unreliable speeds, {warning.concurrency} in flight: {warning.text}")
@@ -132,9 +133,9 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
             "exactness": speed.exactness,
             "parity": speed.parity,
             "sets": _with_speed(acceptance.sets, by_slice),
-            "comparisons": [*acceptance.comparisons, *speed_comparisons(speed, settings, arms, units)],
+            "comparisons": [*acceptance.comparisons, *compared],
             **({} if difference is None else {"target_difference": difference}),
-            **load,
+            **(load or {"load": from_timed_runs(compared, tables)}),
         }
     ).write(ctx.out)
     kind, _, version = speed.engine.partition(" ")
@@ -205,7 +206,10 @@ def _training_seed(folder: Path) -> int | None:
 def _measure(
     ctx: StageContext, config: EvaluationConfig
 ) -> tuple[SpeedMeasurement, EvaluationResult, dict[Pair, Estimate], dict[str, object]]:
-    """Measure speed and acceptance; also return the estimated differences of tau, and what is predicted by load."""
+    """Measure speed and acceptance; also return the estimated differences of tau, and what is predicted by load.
+
+    Nothing is predicted for servers.
+    """
     target = Target.load(ctx.inputs["target"])
     folders = {arm: folder / DRAFTER_FOLDER for arm, folder in _drafters(ctx).items()}
     if not folders:

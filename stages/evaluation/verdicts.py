@@ -104,9 +104,9 @@ def at_loads(curve: Sequence[LoadPoint], loads: Mapping[int, float]) -> tuple[Es
     """Return the logarithm of how many times as fast an arm is as another at a mix of loads, and its tokens/s.
 
     curve: ascending, interpolated between its points. loads: requests in flight -> share of the time. None if some load
-    lies above the curve. The errors of all loads are added: they come from the same prompts.
+    lies below or above the curve. The errors of all loads are added: they come from the same prompts.
     """
-    if not curve or max(loads) > curve[-1].concurrency:
+    if not curve or min(loads) < curve[0].concurrency or max(loads) > curve[-1].concurrency:
         return None
     numbers = np.log2([point.concurrency for point in curve])
     wanted, shares = np.log2(list(loads)), np.array(list(loads.values()))

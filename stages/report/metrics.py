@@ -135,7 +135,7 @@ def report_metrics(
     `tau.ARM`, `tau.ARM/SLICE`, `speedup.cCONCURRENCY.tTEMPERATURE` (the challenger's), `speedup.ARM.c….t…`,
     `speedup.ARM/SLICE` (at the first setting), `tau_gain` and `tau_gain/SLICE` (share of the champion's), all with
     `.low` and `.high`; `load.speedup.cCONCURRENCY`, `load.speed_over_champion.…`, `load.tokens_per_s.…` and
-    `load.block_size.…` (the challenger's, predicted); `accepted_share.ARM.OFFSET`,
+    `load.block_size.…` (the challenger's, predicted or measured); `accepted_share.ARM.OFFSET`,
     `accepted_share.challenger/SLICE.OFFSET`, `accepted_length.ARM.LENGTH` (verify steps), `confidence.ARM.FIELD` (of
     `ConfidenceCalibration`), `gate.RULE` (1: passed, 0: broken; absent where inconclusive) with `.value`, `.end` and
     `.wanted`, `rules_broken`, `rules_unjudged` (inconclusive), `cost.…`, `data.…`. ARM is also `challenger`, the arm

@@ -68,6 +68,7 @@ def render_report(path: Path, data: ReportData) -> None:
         style=STYLE,
         review=review,
         as_served=evaluation.target_difference is not None,
+        measured_loads=evaluation.load_is_measured,
         warnings=[*(review.warnings if review else ()), *_log_warnings(data.logs)],
         cost=_cost_sentence(data.lineage) + _saved_sentence(data.lineage, data.decision),
         steps=data.steps,

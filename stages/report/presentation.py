@@ -108,7 +108,7 @@ def by_setting(evaluation: EvaluationResult) -> Table | None:
 
 
 def by_load(evaluation: EvaluationResult) -> Table | None:
-    """Return the predicted speed of each drafter at every number of requests in flight, at its fastest block size."""
+    """Return the speed of each drafter at every number of requests in flight: predicted, or measured on servers."""
     with_champion, rows = evaluation.has_champion, []
     for arm in evaluation.drafters:
         over_champion = {each.concurrency: each for each in evaluation.load_curve(arm, CHAMPION)}
@@ -130,6 +130,8 @@ def by_load(evaluation: EvaluationResult) -> Table | None:
         "Predicted from acceptance in replay and the times of single steps in this process, at the fastest block size, "
         "with 95 % intervals. More requests in flight were not measured."
     )
+    if evaluation.load_is_measured:
+        note = f"Measured on servers at temperature {number(evaluation.temperature, 'g')}, with 95 % intervals."
     if rows and (schedule := evaluation.schedule(evaluation.challenger)):
         setting = f"num_speculative_tokens_per_batch_size: {schedule}"
         note += (

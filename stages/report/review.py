@@ -306,14 +306,15 @@ def exactness_sentences(evaluation: EvaluationResult) -> list[str]:
 def _headline(evaluation: EvaluationResult, challenger: str, decision: GateDecision | None) -> str:
     """Return `1 in flight: 61.3 → 91.7 tokens/s (+50 %); …`, from the champion or no drafter to the challenger.
 
-    The speed that is predicted at the team's load comes first.
+    The speed at the team's load comes first.
     """
     found = []
     if decision is not None and (rule := decision.at_load) is not None:
         factor, rate = rule.metrics["value"] or 1.0, rule.metrics["tokens_per_s"] or 0.0
         over = in_words(CHAMPION if rule.name == LOAD_RULES[0] else PLAIN)
         speeds = f"{_rate(rate / factor)} → {_rate(rate)} tokens/s ({factor - 1:+.0%} over {over})"
-        found.append(f"at your load, predicted: {speeds}")
+        how = "measured" if evaluation.load_is_measured else "predicted"
+        found.append(f"at your load, {how}: {speeds}")
     for table in evaluation.speed_tables():
         before = CHAMPION if CHAMPION in table.arms else PLAIN
         old, new = table.arms.get(before), table.arms.get(challenger)

@@ -149,7 +149,8 @@ the verify steps that servers counted on the same held-out prompts for all draft
 {%- endcall %}
 
 {%- call section("Speed by load") %}
-{{ plot(plots.by_load, "Predicted, each drafter at its fastest block size, with 95 % intervals.") }}
+{{ plot(plots.by_load, ("Measured" if measured_loads else "Predicted, each drafter at its fastest block size") +
+", with 95 % intervals.") }}
 {%- call fold("Table") %}{{ table(tables.by_load) }}{% endcall %}
 {%- endcall %}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from draftsmith.artifacts.tables.parquet import read_table
 from draftsmith.artifacts.tables.schemas import REQUESTS, TRAJECTORIES
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.evaluation.config import EvaluationConfig
+from draftsmith.stages.evaluation.gate import GateConfig, decide
 from draftsmith.stages.evaluation.stage import STAGE
 from tests.integration.swapping import write_other_weights
 from tests.sglang_cpu.options import CPU_ENVIRONMENT, CPU_OPTIONS
@@ -93,6 +95,17 @@ def test_served_steps_are_replayed_steps(metrics: dict[str, Any]) -> None:
     parity = metrics["parity"]["sft"]
     assert parity["served_steps"] > 10
     assert (parity["different_steps"], parity["tau_difference"]) == (0, 0)
+
+
+def test_timed_runs_are_the_curve_by_requests_in_flight(evaluated: RecordingContext) -> None:
+    found = EvaluationResult.read(evaluated.out)
+    curve, tables = found.load_curve("sft"), found.speed_tables()
+    assert [point.concurrency for point in curve] == [1, 4] and found.load_is_measured
+    for point, speed in zip(curve, [table.arms["sft"] for table in tables], strict=True):
+        assert (point.tokens_per_s, point.block_size) == (speed.tokens_per_s, speed.block_size)
+        assert math.exp(point.value) == pytest.approx(speed.speedup)
+    rules = {rule.name: rule for rule in decide(found, GateConfig(loads={2: 1})).rules}
+    assert "1 timed run, 5 are needed" in rules["speed-up at your load"].text
 
 
 def test_a_target_with_another_cache_is_judged_by_its_own_steps(

@@ -76,14 +76,19 @@ def test_an_export_prints_the_servers_options(
     assert "for vLLM: --speculative-config" in printed(capsys)
 
 
-def load_tags(version: Version, curve: list[tuple[int, int, float]]) -> None:
-    """Give a version the tags of an evaluation with this curve: requests in flight, block size, speed-up - 1."""
+def load_tags(version: Version, curve: list[tuple[int, int, float]], *, measured: bool = False) -> None:
+    """Give a version the tags of an evaluation with this curve: requests in flight, block size, speed-up - 1.
+
+    measured: on servers, which are timed with one block size.
+    """
     estimate = {"error": 0.02, "units": 5, "degrees": 4.0, "tokens_per_s": 1.0}
     points = [
         {**estimate, "arm": "opd", "other": "plain", "concurrency": n, "block_size": width, "value": value}
         for n, width, value in curve
     ]
-    evaluation = EvaluationResult.model_validate({"drafters": {"opd": {"tau": 2.0}}, "load": points})
+    times = [] if measured else [{"arm": "plain", "concurrency": 1, "block_size": 1, "ms": 9.0}]
+    fields = {"drafters": {"opd": {"tau": 2.0}}, "step_times": times, "load": points}
+    evaluation = EvaluationResult.model_validate(fields)
     decision = GateDecision(promote=True, outcome="promoted", challenger="opd")
     tags = version_tags(evaluation, decision, version.path, PROMPTS, {})
     cast("dict[str, str]", version.tags).update(tags)
@@ -104,6 +109,9 @@ def test_blocks_by_load_are_in_vllms_config(
     assert config["num_speculative_tokens"] == 4
     registry_commands.export(Display(), "line", tmp_path / "sglang")
     assert "by load" not in printed(capsys) and not (tmp_path / "sglang" / "sglang-adaptive.json").exists()
+    load_tags(version, [(1, 5, 0.5), (16, 5, -0.2)], measured=True)
+    registry_commands.export(Display(), "line", tmp_path / "timed", "speculators")
+    assert "by load" not in printed(capsys)
 
 
 def test_blocks_by_load_of_an_eagle3_are_a_file_that_sglang_reads(

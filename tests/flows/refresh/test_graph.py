@@ -135,6 +135,7 @@ def test_logged_answers_replace_both_rollouts(tmp_path: Path) -> None:
 
 
 BOTH = "heldout.splits=[validation, heldout]"
+ON_SERVERS = "evaluation.engine={kind: sglang, python: python, launch: {}}"
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,10 @@ BOTH = "heldout.splits=[validation, heldout]"
         (["heldout.splits=[heldout]"], r"heldout\.splits: lacks validation"),
         ([BOTH, "heldout.skip=56"], "heldout: skip and prompts leave out all of split heldout"),
         (["assisted.answers=a.jsonl"], r"assisted\.answers"),  # they have no verify steps to mine
-        (["gate.loads={4: 1}", "evaluation.engine={kind: sglang, urls: [http://127.0.0.1:9]}"], r"gate\.loads"),
+        (
+            ["gate.loads={1: 1, 4: 1, 64: 1}", "evaluation.concurrency=[16, 2]", ON_SERVERS],
+            r"gate\.loads: servers are timed with \[2, 16\] .*, and \[1, 64\] lies beyond\. Add it to evaluation\.conc",
+        ),
         (
             ["stages.time_limits.stf=5"],
             r"stages\.time_limits\.stf: no such node. Use one of: assisted, champion",
@@ -190,6 +194,11 @@ def test_a_part_of_the_held_out_split_is_enough() -> None:
     """The splits are, in this order, 56 held-out, 4 validation and 144 training prompts."""
     for override in ("heldout.prompts=1", "heldout.skip=55"):
         load_config(QUICKSTART, [BOTH, override])
+
+
+def test_loads_between_the_numbers_that_servers_are_timed_at_are_judged() -> None:
+    config = load_config(QUICKSTART, ["gate.loads={2: 1, 4: 1}", "evaluation.concurrency=[16, 2]", ON_SERVERS])
+    assert config.gate.loads == {2: 1, 4: 1}
 
 
 def test_a_time_limit_is_one_of_its_node() -> None:

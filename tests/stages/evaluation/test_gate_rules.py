@@ -149,6 +149,27 @@ def test_no_loss_is_allowed_at_the_loads_that_are_asked_for() -> None:
     assert passed.metrics["value"] == pytest.approx(1.2)
 
 
+def test_a_speed_at_a_load_that_servers_measured_is_as_conclusive_as_their_timed_runs() -> None:
+    points = [
+        load_point("opd", other, concurrency, 1.2, 100.0) for other in (PLAIN, CHAMPION) for concurrency in (4, 8, 32)
+    ]
+    few = {"kind": "prompts", "said": "too few prompts", "temperature": 0.0, "concurrency": 32, "arms": []}
+    found = evaluation(np.random.default_rng(4), 0.2) | {"load": points, "temperature": 0.0, "doubts": [few]}
+    assert failed(found, GateConfig(loads={4: 0.5, 5: 0.5})) == []
+    for loads in ({4: 0.5, 9: 0.5}, {32: 1.0}):
+        decision = decide(found, GateConfig(loads=loads))
+        assert [rule.name for rule in decision.failed] == list(reversed(LOAD_RULES))
+        assert decision.outcome == "inconclusive" and "too few prompts" in decision.sentence
+        assert decision.at_load is None, "nothing is saved for certain"
+    below = decide(found, GateConfig(loads={1: 1.0}))
+    assert below.outcome == "inconclusive"
+    assert "timed with 4, 8, 32 requests" in below.sentence and "evaluation.concurrency" in below.sentence
+
+    predicted = found | {"step_times": [{"arm": PLAIN, "concurrency": 4, "block_size": 1, "ms": 9.0}]}
+    assert failed(predicted, GateConfig(loads={32: 1.0})) == [], "acceptance and steps do not depend on timed prompts"
+    assert "evaluation.speed_prompts" in decide(predicted, GateConfig(loads={64: 1.0})).sentence
+
+
 def test_losses_need_evidence_and_the_rules_of_one_kind_share_their_error() -> None:
     """2.18 % are lost with an error of 0.1 %: of a single rule evidence for more than 2 %, of one of two none."""
     found = evaluation(np.random.default_rng(4), 0.2)

@@ -1,4 +1,4 @@
-"""Predicted speed by load: the exact formula for drafters of known survival, intervals that cover, mixes of loads."""
+"""Speed by load: the exact formula for drafters of known survival, intervals that cover, timed runs, mixes of loads."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import math
 import numpy as np
 import pytest
 
-from draftsmith.artifacts.results.evaluation import CHAMPION, PLAIN, LoadPoint
-from draftsmith.stages.evaluation.load import AverageAnswer, StepSeconds, predict, widths_of
-from draftsmith.stages.evaluation.verdicts import at_loads, estimate_of
+from draftsmith.artifacts.results.evaluation import CHAMPION, PLAIN, LoadPoint, SpeedMetrics, SpeedTable
+from draftsmith.stages.evaluation.load import AverageAnswer, StepSeconds, from_timed_runs, predict, widths_of
+from draftsmith.stages.evaluation.verdicts import at_loads, comparison, estimate_of
 from draftsmith.stages.replay.trace import AcceptanceStats, Trace
+from draftsmith.stages.runtime.statistics import Estimate
 from tests.stages.evaluation.test_error_rates import allowed
 
 BLOCK = 8
@@ -87,6 +88,39 @@ def test_the_champion_is_compared_on_the_same_answers() -> None:
     assert compared == [(pytest.approx(0), pytest.approx(0))] * 4
 
 
+def test_timed_runs_at_the_first_temperature_are_points_in_ascending_order() -> None:
+    settings = [(temperature, concurrency) for temperature in (1.0, 0.0) for concurrency in (16, 1)]
+    compared = [
+        comparison(
+            "speed", pair, Estimate(n / 100, math.nan if pair[0] == CHAMPION else 0.1, 5, 4),
+            temperature=temperature, concurrency=n,
+        )
+        for temperature, n in settings
+        for pair in (("sft", PLAIN), ("sft", CHAMPION), (CHAMPION, PLAIN))
+    ]  # fmt: skip
+    tables = [
+        SpeedTable(
+            temperature=temperature,
+            concurrency=n,
+            arms={arm: SpeedMetrics(tokens_per_s=n + temperature, block_size=size) for arm, size in sizes.items()},
+        )
+        for temperature, n in settings
+        for sizes in [{"sft": 6, CHAMPION: 8}]
+    ]
+    points = from_timed_runs(compared, tables)
+    assert [(point.arm, point.other, point.concurrency, point.block_size) for point in points] == [
+        (*pair, n, size)
+        for n in (1, 16)
+        for *pair, size in (("sft", PLAIN, 6), ("sft", CHAMPION, 6), (CHAMPION, PLAIN, 8))
+    ]
+    assert [(point.value, point.tokens_per_s) for point in points[::3]] == [(0.01, 2), (0.16, 17)]
+    assert [(point.error, point.units, point.degrees) for point in points[:3]] == [
+        (0.1, 5, 4),
+        (0.1, 5, 4),
+        (None, 5, 4),
+    ]
+
+
 def curve(*points: tuple[int, float, float]) -> list[LoadPoint]:
     """Return a curve. points: requests in flight, tokens/s, and how many times as fast as the other arm."""
     return [
@@ -107,10 +141,12 @@ def test_a_mix_of_loads_is_weighted_by_the_time_at_each() -> None:
     assert (estimate.error, estimate.degrees) == (pytest.approx(0.01), 4)
 
 
-def test_loads_between_the_points_are_interpolated_and_above_them_unknown() -> None:
+def test_loads_between_the_points_are_interpolated_and_beyond_them_unknown() -> None:
     points = curve((1, 100, 2.0), (4, 200, 1.0))
     found = at_loads(points, {2: 1})
     assert found is not None
     assert math.exp(found[0].value) == pytest.approx(2**0.5) and found[1] == pytest.approx(100 * 2**0.5)
     assert at_loads(points, {1: 1, 5: 1}) is None
+    assert at_loads(points[1:], {1: 1, 4: 1}) is None
+    assert at_loads(points[1:], {4: 1}) == (estimate_of(points[1]), pytest.approx(200))
     assert at_loads([], {1: 1}) is None

@@ -206,15 +206,20 @@ def test_tau_as_served_stands_beside_that_of_replay_and_the_targets_difference(t
 def test_block_sizes_by_load_are_given_as_vllm_takes_them(tmp_path: Path) -> None:
     points = [(1, 8, 0.5), (2, 8, 0.3), (4, 4, 0.1), (8, 4, -0.1), (16, 2, -0.2)]
     curve = [load_point("opd", PLAIN, n, math.exp(value), 1.0) | {"block_size": width} for n, width, value in points]
-    page = render(tmp_path, of_a_line(evaluation=OF_A_LINE | {"load": curve}))
+    steps = [{"arm": PLAIN, "concurrency": 1, "block_size": 1, "ms": 9.0}]
+    page = render(tmp_path, of_a_line(evaluation=OF_A_LINE | {"load": curve, "step_times": steps}))
     assert "num_speculative_tokens_per_batch_size: [[1, 3, 7], [4, 7, 3], [8, 16, 0]]" in page.text
+    assert "Predicted, each drafter at its fastest block size, with 95 % intervals." in page.text
+    of_servers = render(tmp_path, of_a_line(evaluation=OF_A_LINE | {"load": curve})).text
+    assert "num_speculative_tokens" not in of_servers, "they decode with one block size"
+    assert "Measured, with 95 % intervals." in of_servers and "Measured on servers at temperature 0" in of_servers
 
 
 def test_the_speed_at_the_teams_load_and_what_it_saves_come_first(tmp_path: Path) -> None:
     at_load = rule("speed at your load", said="1.6", value=1.6, end=1.5, wanted=0.98, tokens_per_s=800.0)
     decision = GateDecision.model_validate(DECISION | {"rules": [*DECISION["rules"], at_load]})
     text = render(tmp_path, of_a_line(decision=decision)).text
-    assert "500 → 800 tokens/s (+60% over the champion)" in text
+    assert "at your load, measured: 500 → 800 tokens/s (+60% over the champion)" in text
     hours = sum(each.manifest.duration_s * each.devices for each in of_a_line().lineage) / 3600
     assert "37.5% less device time than with the champion" in text and "63.0 h a week" in text
     assert f"{hours / 0.375:.2g} device hours of such traffic" in text
