@@ -18,7 +18,7 @@ Fields = dict[str, Any]  # of a config, as YAML gives them
 FROM_FILE = {"from_file": True}  # validation context: a person wrote this config, the run has filled in nothing
 _DEFAULT_KINDS = {"drafter": "dflash", "engine": "embedded"}  # of sections that may leave `kind` out
 
-_NAME_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")  # of texts, and of `<<`
+_TEXT, _MERGE, _INTEGER = (f"tag:yaml.org,2002:{name}" for name in ("str", "merge", "int"))  # merge: of `<<`
 
 
 class _Loader(yaml.SafeLoader):
@@ -30,7 +30,9 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise _name_error(key, "a field's name must be a text, no {…} or […]. Put a template in quotes.")
             name = key.value
-            if key.tag not in _NAME_TAGS:  # `on`, `no` and the like, numbers, dates, nothing
+            if key.tag == _INTEGER:  # a name of gate.loads
+                key.tag = _TEXT
+            if key.tag not in (_TEXT, _MERGE):  # `on`, `no` and the like, fractions, dates, nothing
                 value = name or "nothing"
                 raise _name_error(key, f'a field\'s name must be a text. YAML reads {value} otherwise: write "{name}".')
             if name in seen:

@@ -135,7 +135,7 @@ def test_logged_answers_replace_both_rollouts(tmp_path: Path) -> None:
 
 
 BOTH = "heldout.splits=[validation, heldout]"
-ON_SERVERS = "evaluation.engine={kind: sglang, python: python, launch: {}}"
+SERVERS = ["evaluation.engine={kind: sglang, python: python, launch: {}}", "evaluation.head_tokens=null"]
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ ON_SERVERS = "evaluation.engine={kind: sglang, python: python, launch: {}}"
         ([BOTH, "heldout.skip=56"], "heldout: skip and prompts leave out all of split heldout"),
         (["assisted.answers=a.jsonl"], r"assisted\.answers"),  # they have no verify steps to mine
         (
-            ["gate.loads={1: 1, 4: 1, 64: 1}", "evaluation.concurrency=[16, 2]", ON_SERVERS],
+            ["gate.loads={1: 1, 4: 1, 64: 1}", "evaluation.concurrency=[16, 2]", *SERVERS],
             r"gate\.loads: servers are timed with \[2, 16\] .*, and \[1, 64\] lies beyond\. Add it to evaluation\.conc",
         ),
         (
@@ -197,7 +197,7 @@ def test_a_part_of_the_held_out_split_is_enough() -> None:
 
 
 def test_loads_between_the_numbers_that_servers_are_timed_at_are_judged() -> None:
-    config = load_config(QUICKSTART, ["gate.loads={2: 1, 4: 1}", "evaluation.concurrency=[16, 2]", ON_SERVERS])
+    config = load_config(QUICKSTART, ["gate.loads={2: 1, 4: 1}", "evaluation.concurrency=[16, 2]", *SERVERS])
     assert config.gate.loads == {2: 1, 4: 1}
 
 
