@@ -15,7 +15,7 @@ from draftsmith.flows.planning.graph import Node
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import GREEDY_ONLY, SGLangEngineConfig
 from draftsmith.stages.engines.environment import EngineEnvironment, health_problem, inspect_environment
-from draftsmith.stages.engines.sglang.environment import build_problems, environment_warnings, missing_router
+from draftsmith.stages.engines.sglang.server import build_problems, environment_warnings, missing_router
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.target.info import model_path, read_target_info

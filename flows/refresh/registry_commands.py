@@ -33,9 +33,9 @@ from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import http_address
-from draftsmith.stages.engines.servers.drafting import served_block_size, speculative_algorithm
+from draftsmith.stages.engines.servers.requirements import served_block_size, speculative_algorithm
 from draftsmith.stages.engines.sglang.server import drafting_options, write_schedule
-from draftsmith.stages.engines.vllm.options import drafting_options as options_of_vllm
+from draftsmith.stages.engines.vllm.server import drafting_options as options_of_vllm
 from draftsmith.stages.target.info import model_path, read_target_info
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from draftsmith.flows.execution.display import Display
 from draftsmith.flows.refresh.line import artifact_folder, drafter_checkpoint, find_artifact, registry
 from draftsmith.stages.drafters.digest import drafter_digest, served_digest
 from draftsmith.stages.drafters.spec import DraftingConfig
-from draftsmith.stages.engines.servers.drafting import served_block_size, speculative_algorithm
+from draftsmith.stages.engines.servers.requirements import served_block_size, speculative_algorithm
 from draftsmith.stages.engines.servers.state import NewDrafter, ServerState
 from draftsmith.stages.engines.swap import Prove, Served, swap_servers
 

@@ -1,17 +1,21 @@
-"""The stored answers of an unfinished rollout."""
+"""The stored answers of an unfinished rollout, generated or taken from a log."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.tables.parquet import TableShards
 from draftsmith.artifacts.tables.readers import KeyedRows, RowReader
 from draftsmith.artifacts.tables.schemas import ADAPTED_TRAJECTORIES, TIMINGS, TRACE
-from draftsmith.stages.engines.base import Completion
+from draftsmith.stages.data.held_out import token_digest
+from draftsmith.stages.data.logs.rows import LoggedRow, logged_ids
+from draftsmith.stages.data.row_files import BadRow, read_rows
+from draftsmith.stages.engines.base import Completion, Request
 
 SCHEMAS = {"timings": TIMINGS, "trace": TRACE, "trajectories": ADAPTED_TRAJECTORIES}  # in the order of writing
 # All that a start reads, since tokens and steps may have 100 GB: ids and numbers of steps; of the trace its row count.
@@ -110,3 +114,43 @@ def _trajectory(completion: Completion, splits: Mapping[str, str], engine: str) 
         "engine": engine,
         "adapter": request.adapter,
     }
+
+
+def store_logged_answers(
+    files: Iterable[Path],
+    requests: Iterable[Request],
+    splits: Mapping[str, str],
+    vocab_size: int,
+    answers: PartialAnswers,
+) -> None:
+    """Store the logged answer to every request, the first one of a prompt that was asked several times.
+
+    files: rows of `prompt_token_ids` and `completion_token_ids`. splits: prompt id -> split. vocab_size: the target's.
+    Raises DraftsmithError if a row cannot be read, or if an answer is another model's, was sampled otherwise than its
+    request, or is missing.
+    """
+    missing = {token_digest(request.prompt_ids): request for request in requests}
+    completions = []
+    for row in read_rows([str(file) for file in files]):
+        if isinstance(row, BadRow):
+            raise DraftsmithError(f"{row.where}: {row.reason}. Correct the row, or remove it.")
+        logged = LoggedRow(row.file, row.number, row.fields)
+        ids = logged_ids(logged)
+        request = None if ids is None else missing.pop(token_digest(ids[0]), None)
+        if ids is None or request is None:
+            continue
+        if difference := logged.sampling_difference(request.sampling):
+            raise DraftsmithError(
+                f"{row.where}: the answer was not sampled as configured ({difference}). Set sampling to what the "
+                "answers were sampled with."
+            )
+        if max(ids[1], default=0) >= vocab_size:
+            raise DraftsmithError(f"{row.where}: token id outside the target's vocabulary. Give this target's answers.")
+        reason = "stop" if row.fields.get("finish_reason") == "stop" else "length"
+        completions.append(Completion(request, ids[1], finish_reason=reason))
+    if missing:
+        first = next(iter(missing.values())).request_id
+        raise DraftsmithError(
+            f"answers: none to {len(missing)} prompts, such as {first}. Add their rows, or ask for fewer prompts."
+        )
+    answers.append(completions, splits, "logs")

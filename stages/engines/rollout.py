@@ -26,8 +26,7 @@ from draftsmith.stages.engines.config import EmbeddedEngineConfig, SamplingConfi
 from draftsmith.stages.engines.conversations import Conversations
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.engines.kinds import open_servers
-from draftsmith.stages.engines.logged_answers import store_logged_answers
-from draftsmith.stages.engines.partial_answers import SCHEMAS, PartialAnswers
+from draftsmith.stages.engines.partial_answers import SCHEMAS, PartialAnswers, store_logged_answers
 from draftsmith.stages.engines.servers.requirements import server_requirements
 from draftsmith.stages.engines.stage import RolloutConfig, prompts_to_answer
 from draftsmith.stages.runtime.stage import StageContext

@@ -19,7 +19,7 @@ from draftsmith.stages.engines.servers.client import Json
 from draftsmith.stages.engines.servers.state import NewDrafter, ServerState
 from draftsmith.stages.engines.sglang.served import write_drafter as write_sglang
 from draftsmith.stages.engines.vllm.plugin import BACKEND
-from draftsmith.stages.engines.vllm.swap import write_drafter as write_vllm
+from draftsmith.stages.engines.vllm.served import write_drafter as write_vllm
 
 if TYPE_CHECKING:  # it imports torch
     from draftsmith.stages.replay.proof import Proof

@@ -32,15 +32,14 @@ from draftsmith.stages.engines.base import Completion
 from draftsmith.stages.engines.config import VLLMEngineConfig
 from draftsmith.stages.engines.kinds import open_servers
 from draftsmith.stages.engines.servers.client import key_header
-from draftsmith.stages.engines.servers.drafting import speculative_algorithm
 from draftsmith.stages.engines.servers.identity import QUANTISED_TOLERANCE
-from draftsmith.stages.engines.servers.requirements import server_requirements
+from draftsmith.stages.engines.servers.requirements import server_requirements, speculative_algorithm
 from draftsmith.stages.engines.servers.state import NewDrafter
 from draftsmith.stages.engines.stage import STAGE as ROLLOUT
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.engines.swap import swap_servers
-from draftsmith.stages.engines.vllm.options import drafting_options
 from draftsmith.stages.engines.vllm.records import UnusableAnswerError, completion_payload, read_response
+from draftsmith.stages.engines.vllm.server import drafting_options
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from draftsmith.stages.evaluation.diagnosis import STAGE as DIAGNOSIS
 from draftsmith.stages.evaluation.diagnosis import DiagnosisConfig

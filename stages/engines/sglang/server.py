@@ -1,5 +1,7 @@
 """The command lines of a SGLang server and of a router, a server's environment, and the servers of a router.
 
+What launched servers need of their environment is checked before anything starts, without importing SGLang or torch.
+
 A router forwards only fields of a request that it knows (0.3.2: not `custom_params`, `stream_interval` or
 `/abort_request`). So its servers record verify steps only if their environment asks for it, which a request through the
 router finds out, and an abort goes to each of them.
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +20,7 @@ import httpx
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.config import LaunchConfig, SGLangEngineConfig
+from draftsmith.stages.engines.environment import PLUGIN, PLUGIN_GROUPS, EngineEnvironment
 from draftsmith.stages.engines.servers.client import (
     RefusedRequestError,
     RequestLostError,
@@ -25,13 +29,15 @@ from draftsmith.stages.engines.servers.client import (
     unreachable_server,
 )
 from draftsmith.stages.engines.servers.process import option_arguments
-from draftsmith.stages.engines.sglang.environment import build_tools
+from draftsmith.stages.engines.sglang.protocol import SUPPORTED, supported
 
 # Runs inside the servers (pyproject's entry point) and records verify steps. Named here, it counts in the code digest
 # of every stage that uses servers.
-PLUGIN = "draftsmith.stages.engines.sglang.plugin:activate"
+ENTRY_POINT = "draftsmith.stages.engines.sglang.plugin:activate"
 _ROUTER = Path(__file__).with_name("router_main.py")
 _EXTRA_TIMEOUT_S = 60
+_CUDA, _DRIVER = 13, 580  # of the supported releases on PyPI, and the first driver that runs it
+_SYSTEM_NVCC = "/usr/local/cuda/bin/nvcc"  # SGLang's last choice
 
 
 def server_command(
@@ -93,6 +99,24 @@ def write_schedule(folder: Path, schedule: Sequence[Sequence[int]]) -> list[str]
     return ["--speculative-adaptive", "--speculative-adaptive-config", os.fspath(path)]
 
 
+def cuda_packages(python: Path) -> Path | None:
+    """Return the folder of CUDA 13 that pip installs into an interpreter's environment; None if it is not there."""
+    return next(python.parent.parent.glob("lib/python3*/site-packages/nvidia/cu13"), None)
+
+
+def build_tools(python: Path, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return PATH and CUDA_HOME with which a server on CUDA finds ninja and nvcc, since it compiles its kernels.
+
+    pip installs both into the environment, where no PATH leads unless it is activated.
+    environment: the server's without them. A CUDA_HOME there stays.
+    """
+    variables = {"PATH": os.pathsep.join([os.fspath(python.parent), environment.get("PATH", os.defpath)])}
+    cuda = cuda_packages(python)
+    if not environment.get("CUDA_HOME") and cuda is not None and (cuda / "bin" / "nvcc").is_file():
+        variables["CUDA_HOME"] = os.fspath(cuda)
+    return variables
+
+
 def cuda_environment(python: Path, launch: LaunchConfig, folder: Path) -> dict[str, str]:
     """Return the variables that a server on CUDA gets in addition to this process's.
 
@@ -108,6 +132,65 @@ def cuda_environment(python: Path, launch: LaunchConfig, folder: Path) -> dict[s
         paths = [os.fspath(folder.absolute()), inherited.get("LIBRARY_PATH")]
         variables["LIBRARY_PATH"] = os.pathsep.join(filter(None, paths))
     return variables
+
+
+def build_problems(config: SGLangEngineConfig, driver: tuple[str, int] | None) -> list[str]:
+    """Return errors about the tools and the driver that a launched server on CUDA needs.
+
+    driver: its version, and the highest major version of CUDA that it runs; None if unknown.
+    """
+    assert config.launch is not None
+    python, problems = config.interpreter, []
+    environment = {**os.environ, **config.launch.environment}
+    environment |= build_tools(python, environment)
+    cuda = environment.get("CUDA_HOME") or environment.get("CUDA_PATH")
+
+    def is_missing(program: str) -> bool:
+        return shutil.which(program, path=environment["PATH"]) is None
+
+    if is_missing("ninja"):
+        problems.append(f"ninja, with which SGLang compiles, is missing. `{python} -m pip install ninja` adds it.")
+    if cuda and not (Path(cuda) / "bin" / "nvcc").is_file():
+        problems.append(f"CUDA_HOME: {cuda} has no bin/nvcc, with which SGLang compiles. Correct or unset it.")
+    elif not cuda and is_missing("nvcc") and is_missing(_SYSTEM_NVCC):
+        problems.append(
+            f"nvcc, with which SGLang compiles, is missing. `{python} -m pip install nvidia-cuda-nvcc` adds it, or set "
+            "CUDA_HOME to a CUDA toolkit."
+        )
+    if is_missing(compiler := environment.get("CXX", "c++")):
+        problems.append(f"{compiler}, with which SGLang compiles, is missing. Install g++, or set CXX to a compiler.")
+    if driver is not None and driver[1] < _CUDA and cuda_packages(python) is not None:
+        problems.append(
+            f"the NVIDIA driver {driver[0]} runs CUDA {driver[1]} at most, and {python} has packages of CUDA {_CUDA}. "
+            f"Install a newer driver ({_DRIVER} or later)."
+        )
+    return problems
+
+
+def environment_warnings(config: SGLangEngineConfig, environment: EngineEnvironment) -> list[str]:
+    """Return warnings about an untested release and a missing plug-in."""
+    warnings = []
+    if not supported(environment.version):
+        warnings.append(
+            f"sglang {environment.version} is outside the tested {SUPPORTED}, so traces may be refused. Install a "
+            "release of that range."
+        )
+    if config.trace and not environment.plugin:
+        warnings.append(
+            f"the plug-in ({PLUGIN_GROUPS[config.kind]}: {PLUGIN}) is not installed beside sglang, so mining will "
+            f"replay. `{config.interpreter} -m pip install --no-deps .` in this project's folder adds it."
+        )
+    return warnings
+
+
+def missing_router(config: SGLangEngineConfig, environment: EngineEnvironment) -> str | None:
+    """Return the error for a router that is to be launched and is not installed; None if there is no problem."""
+    if config.launch is None or config.launch.router is None or environment.router is not None:
+        return None
+    return (
+        f"engine.launch.router: sglang-router is not installed. `{config.interpreter} -m pip install sglang-router` "
+        "adds it, or remove the field."
+    )
 
 
 def router_command(config: SGLangEngineConfig, workers: Sequence[str], metrics_port: int) -> list[str]:

@@ -1,22 +1,22 @@
-"""The command line of a vLLM server, and the drafter's checkpoint in the layout that it loads."""
+"""The command line of a vLLM server, and the drafter's checkpoint in the layout that it loads.
+
+Plans and commands on the registry read this module, so it imports no torch.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors import safe_open
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.drafters.checkpoint_format import is_speculators
-from draftsmith.stages.drafters.export import export_eagle3, export_speculators
 from draftsmith.stages.engines.config import VLLMEngineConfig
 from draftsmith.stages.engines.servers.process import option_arguments
-from draftsmith.stages.engines.servers.requirements import ServerRequirements
-from draftsmith.stages.engines.vllm.options import drafting_options
+from draftsmith.stages.engines.servers.requirements import ServerRequirements, samples_proposals
 from draftsmith.stages.target.config import ADAPTER_FILES
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as the largest
@@ -45,6 +45,26 @@ def server_command(config: VLLMEngineConfig, required: ServerRequirements, expor
     return parts + option_arguments(launch.options)
 
 
+def drafting_options(
+    folder: Path, algorithm: str, block_size: int, schedule: Sequence[Sequence[int]] = ()
+) -> list[str]:
+    """Return the options by which a server drafts `block_size - 1` tokens a step and reports every step.
+
+    folder: a checkpoint in the layout that vLLM loads. schedule: [fewest, most, proposals] of each range of requests in
+    flight, at most `block_size - 1` proposals; empty: always as many.
+    """
+    config: dict[str, object] = {
+        "model": os.fspath(folder.absolute()),
+        "method": algorithm.lower(),  # vLLM would guess it from the folder's name
+        "num_speculative_tokens": block_size - 1,
+    }
+    if samples_proposals(folder):
+        config["draft_sample_method"] = "probabilistic"  # for sampled requests
+    if schedule:
+        config["num_speculative_tokens_per_batch_size"] = schedule
+    return ["--speculative-config", json.dumps(config), "--per-request-spec-decode-metrics", "detailed"]
+
+
 def _adapter_options(adapters: Mapping[str, Path]) -> list[str]:
     """Return the options by which a server has these adapters, name -> folder; none without any."""
     if not adapters:
@@ -65,6 +85,10 @@ def _adapter_options(adapters: Mapping[str, Path]) -> list[str]:
 
 def _in_its_layout(drafter: Path, required: ServerRequirements, exported: Path) -> Path:
     """Return the folder of the drafter in the layout that vLLM loads; it is written to `exported` if need be."""
+    # these import torch
+    from draftsmith.stages.drafters.checkpoint_format import is_speculators
+    from draftsmith.stages.drafters.export import export_eagle3, export_speculators
+
     if is_speculators(drafter):
         return drafter
     shutil.rmtree(exported, ignore_errors=True)

@@ -32,7 +32,7 @@ from draftsmith.flows.refresh.swap import served_by
 from draftsmith.stages.data.trajectories import DRAFTER_FOLDER
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.spec import DraftingConfig
-from draftsmith.stages.engines.servers.drafting import served_block_size
+from draftsmith.stages.engines.servers.requirements import served_block_size
 from draftsmith.stages.engines.sglang.protocol import SWAP_STATE
 from tests.flows.refresh.line_runs import checked, config_of, finished, folders_of, gated, page_of, serving
 from tests.stages.engines.http_server import answer

@@ -46,7 +46,7 @@ MAY_NAME_KINDS = {
     "stages/drafters/registry.py",  # the list of them
     "stages/drafters/speculators.py",  # the form that each has in another layout
     "stages/training/estimate.py",  # what a training of each keeps
-    "stages/engines/servers/drafting.py",  # what an engine's own configuration calls each
+    "stages/engines/servers/requirements.py",  # what an engine's own configuration calls each
 }
 ANCHORS = torch.tensor([[4, 6, 7], [5, 4, 9], [8, 5, 6]])
 TOLERANCE = 3e-5  # float32, the same sums in another order, on values of order one to ten

@@ -11,8 +11,8 @@ import pytest
 
 from draftsmith.stages.engines.config import ServerEngineConfig, SGLangEngineConfig, VLLMEngineConfig
 from draftsmith.stages.engines.environment import PLUGIN_GROUPS, health_problem, inspect_environment
-from draftsmith.stages.engines.sglang import environment
-from draftsmith.stages.engines.sglang.environment import build_problems, build_tools, environment_warnings
+from draftsmith.stages.engines.sglang import server as sglang_server
+from draftsmith.stages.engines.sglang.server import build_problems, build_tools, environment_warnings
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from tests.stages.engines.http_server import serving
@@ -134,7 +134,7 @@ def test_a_missing_plugin_is_no_warning_without_trace(tmp_path: Path) -> None:
 def test_tools_that_sglang_compiles_with_are_looked_for_where_it_looks(
     missing: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(environment, "_SYSTEM_NVCC", "/nonexistent")
+    monkeypatch.setattr(sglang_server, "_SYSTEM_NVCC", "/nonexistent")
     monkeypatch.setenv("PATH", "")
     for variable in ("CUDA_HOME", "CUDA_PATH", "CXX"):
         monkeypatch.delenv(variable, raising=False)

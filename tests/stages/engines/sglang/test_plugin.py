@@ -227,7 +227,7 @@ def test_an_untested_release_with_all_hooks_is_a_warning(other_release: str, cap
 def test_the_plugin_is_in_the_code_digest_of_stages_that_use_servers() -> None:
     """A correction of its records must generate new answers."""
     project = tomllib.loads((Path(__file__).parents[4] / "pyproject.toml").read_text())["project"]
-    assert project["entry-points"][PLUGIN_GROUPS["sglang"]] == {"draftsmith": server.PLUGIN}
+    assert project["entry-points"][PLUGIN_GROUPS["sglang"]] == {"draftsmith": server.ENTRY_POINT}
     modules = {module.__name__ for module in (plugin, plugin_hooks, plugin_swap)}
     with_it = {name for name, stage in STAGES.items() if modules & set(code_modules(stage))}
     assert with_it == {"rollout", "evaluation", "diagnosis"}

@@ -16,8 +16,7 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.engines.base import Request
 from draftsmith.stages.engines.environment import EngineEnvironment
 from draftsmith.stages.engines.servers.requirements import ServerRequirements
-from draftsmith.stages.engines.sglang.environment import missing_router
-from draftsmith.stages.engines.sglang.server import router_command, router_workers
+from draftsmith.stages.engines.sglang.server import missing_router, router_command, router_workers
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
 from tests.stages.engines.http_server import HttpServer, Reply, serving

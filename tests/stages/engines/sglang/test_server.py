@@ -15,7 +15,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.host import Gpu
 from draftsmith.stages.drafters.spec import DraftingConfig
 from draftsmith.stages.engines.config import LaunchConfig, SGLangEngineConfig
-from draftsmith.stages.engines.servers import drafting, process
+from draftsmith.stages.engines.servers import process, requirements
 from draftsmith.stages.engines.sglang import server
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.evaluation.config import EvaluationConfig
@@ -31,7 +31,7 @@ def line(
     block_size: int | None = None,
     adapters: dict[str, Path] | None = None,
 ) -> list[str]:
-    algorithm = drafting.speculative_algorithm(drafter) if drafter else None
+    algorithm = requirements.speculative_algorithm(drafter) if drafter else None
     return server.server_command(
         found,
         model_folder=Path("/models/target"),
@@ -104,16 +104,16 @@ def test_blocks_have_the_trained_size_unless_told_otherwise(
     fields: dict[str, Any], algorithm: str, trained: int | None, told: int, options: dict[str, str], tmp_path: Path
 ) -> None:
     folder = drafter(tmp_path / "d", **fields)
-    assert drafting.speculative_algorithm(folder) == algorithm
+    assert requirements.speculative_algorithm(folder) == algorithm
     if trained is None:
         with pytest.raises(DraftsmithError, match="does not state how far it drafts"):
-            drafting.served_block_size(folder, DraftingConfig(), algorithm)
+            requirements.served_block_size(folder, DraftingConfig(), algorithm)
     else:
-        assert drafting.served_block_size(folder, DraftingConfig(), algorithm) == trained
+        assert requirements.served_block_size(folder, DraftingConfig(), algorithm) == trained
         larger = DraftingConfig(block_size=trained + 1)
         with pytest.raises(DraftsmithError, match=f"{trained + 1} is larger than the trained {trained}"):
-            drafting.served_block_size(folder, larger, algorithm)
-    words = line(config(), folder, drafting.served_block_size(folder, DraftingConfig(block_size=told), algorithm))
+            requirements.served_block_size(folder, larger, algorithm)
+    words = line(config(), folder, requirements.served_block_size(folder, DraftingConfig(block_size=told), algorithm))
     given = {name.removeprefix("--speculative-"): after(words, name) for name in words if "--speculative" in name}
     assert given == {"algorithm": algorithm, "draft-model-path": str(folder), **options}
 

@@ -21,9 +21,8 @@ from draftsmith.stages.engines.config import Options, VLLMEngineConfig
 from draftsmith.stages.engines.environment import inspect_environment
 from draftsmith.stages.engines.kinds import identify
 from draftsmith.stages.engines.servers.api import ServerInfo
-from draftsmith.stages.engines.servers.drafting import served_block_size
 from draftsmith.stages.engines.servers.identity import own_logprobs
-from draftsmith.stages.engines.servers.requirements import ServerRequirements
+from draftsmith.stages.engines.servers.requirements import ServerRequirements, served_block_size
 from draftsmith.stages.engines.stage import RolloutConfig
 from draftsmith.stages.engines.vllm.handshake import check_server
 from draftsmith.stages.engines.vllm.server import server_command
