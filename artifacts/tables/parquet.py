@@ -198,13 +198,12 @@ def select_in_order(table: pa.Table, column: str, values: Sequence[str] | pa.Arr
 
 def pad_lists(table: pa.Table, column: str, width: int, fill: float, dtype: type) -> np.ndarray:
     """Return a column of lists of up to `width` numbers as a matrix [rows, width]; a null is an empty list."""
-    lengths = pc.fill_null(pc.list_value_length(table[column]), 0).to_numpy()
+    lengths = pc.list_value_length(table[column]).to_numpy()  # NaN for a null
     values = pc.list_flatten(table[column]).to_numpy()
+    if (lengths == width).all():  # the usual case, without a mask
+        return values.reshape(table.num_rows, width).astype(dtype)
     matrix = np.full((table.num_rows, width), fill, dtype=dtype)
-    if len(values) == table.num_rows * (longest := lengths.max(initial=0)):  # the usual case, without a mask
-        matrix[:, :longest] = values.reshape(-1, longest) if longest else 0
-    else:
-        matrix[np.arange(width) < lengths[:, None]] = values
+    matrix[np.arange(width) < lengths[:, None]] = values
     return matrix
 
 

@@ -16,6 +16,7 @@ from draftsmith.artifacts.tables.parquet import open_table, table_errors
 from draftsmith.artifacts.tables.schemas import TableSchema
 
 _OPEN_FILES = 16
+_MAPPED = 1024  # row groups of a copy, each some kB of pointers into it
 
 
 class RowReader:
@@ -107,7 +108,7 @@ class MappedReader(RowReader):
     """
 
     def __init__(self, paths: Path | Sequence[Path], schema: TableSchema, copy: Path) -> None:
-        super().__init__(paths, schema)
+        super().__init__(paths, schema, keep=_MAPPED)
         self._copy = pa.ipc.open_file(pa.memory_map(str(copy)))
 
     def _read(self, index: int, columns: Sequence[str]) -> pa.Table:

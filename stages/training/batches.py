@@ -135,6 +135,8 @@ class FeatureSource:
         width = target.head_weight.shape[1] * (len(self.layer_ids) + with_hidden)
         self._memory, self._tree_tokens = config.feature_memory_mb * 2**20, tree_tokens
         self._keeps = int(lengths.sum()) * width * target.dtype.itemsize <= self._memory
+        # a step needs an answer for the target's forward, which may be read ahead, and for its batch
+        self._answer = functools.lru_cache(2 * config.sequences_per_step)(trajectories.__getitem__)
         self._names, self._adapters = trajectory_ids(trajectories), trajectory_adapters(trajectories)
         self._tokens_per_group = config.tokens_per_target_forward
         self._groups = list(group_by_length(lengths, self._tokens_per_group)) if self._keeps else []
@@ -175,7 +177,7 @@ class FeatureSource:
 
         shared: these and the trajectories that other ranks read now with the same copy of the target; left out: these.
         """
-        trajectories = [self.trajectories[i] for i in indices]
+        trajectories = [self._answer(i) for i in indices]
         reads = self._prefetched(indices)
         if reads is None:
             reads = self._read_all(indices if shared is None else shared, wanted=set(indices))
@@ -228,7 +230,7 @@ class FeatureSource:
         return int(self._lengths[list(indices)].sum()) * of_token / self.target.sharing <= self._memory
 
     def _tokens_of(self, members: Sequence[int]) -> torch.Tensor:
-        return pad_tokens([self.trajectories[i] for i in members], self.target.device)
+        return pad_tokens([self._answer(i) for i in members], self.target.device)
 
     def _read_group(
         self, members: Sequence[int], ids: torch.Tensor, kept: list[KeptGroup] | None = None

@@ -2,8 +2,8 @@
 
 Answers of 1,000 random tokens after prompts of 100, a verify step every three tokens with 15 proposals, as rollout and
 mining store them. `decoded` reads row groups of the Parquet files, as everything but training does; `mapped` reads the
-copy that a training makes (`MappedReader`), whose time is the last table's. Answers are read twice, as for features
-that are not kept. Medians over steps, in milliseconds of wall and CPU time.
+copy that a training makes (`MappedReader`), whose time is the last table's. Answers are padded twice, for the target's
+forward and for the batch, as for features that are not kept. Medians over steps, in milliseconds of wall and CPU time.
 """
 
 from __future__ import annotations
@@ -93,8 +93,9 @@ def clocks(work: Callable[[], object]) -> tuple[float, float]:
 
 
 def read_answers(stored: TrajectoryRows, own: list[int]) -> None:
+    answers = [stored[i] for i in own]
     for _ in range(2):
-        pad_tokens([stored[i] for i in own], torch.device("cpu"))
+        pad_tokens(answers, torch.device("cpu"))
 
 
 def read_steps(mined: MinedTable, own: list[int]) -> None:

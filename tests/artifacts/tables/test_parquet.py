@@ -140,6 +140,8 @@ def test_lists_are_padded_like_single_rows() -> None:
     expected = [[*(each or []), *[7.0] * (4 - len(each or []))] for each in lists]
     assert pad_lists(table, "target_logprobs", 4, 7.0, np.float32).tolist() == expected
     assert pad_lists(table.slice(2), "target_logprobs", 4, 7.0, np.float32).tolist() == expected[2:]
+    assert pad_lists(table.slice(3), "target_logprobs", 3, 7.0, np.float32).tolist() == [lists[3]]
+    assert pad_lists(table.slice(2, 1), "target_logprobs", 0, 7.0, np.float32).shape == (1, 0)
     with pytest.raises(ValueError):
         pad_lists(table, "target_logprobs", 2, 7.0, np.float32)
 
